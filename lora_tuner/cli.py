@@ -1,0 +1,300 @@
+"""The command line. Each command turns options into settings, calls the library, and shows what comes back.
+
+Options that set something are made from the fields of config.py, so that a default, a bound or a help text has one home.
+What loads torch is imported inside the command that needs it.
+"""
+
+import dataclasses
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+from typer.core import TyperGroup
+
+from . import __version__, store
+from .config import Sampling, TrainConfig, resolve
+from .errors import ConfigError, Interrupted, LoraTunerError
+from .terminal import Display, say, show_adapters, show_facts, show_json, show_plan, show_preview, show_trained
+
+PROMPT = "Enter a prompt for text generation: "
+ANSWER = "Generated text: "
+
+
+class _Commands(TyperGroup):
+    """Turns this package's errors into one line and an exit status: 1 an error, 130 interrupted."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LoraTunerError as error:
+            say(f"Error: {error}")
+            raise typer.Exit(1) from error
+        except (Interrupted, KeyboardInterrupt) as stopped:
+            say(str(stopped) or "Interrupted.")
+            raise typer.Exit(130) from stopped
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Train small LoRA adapters on your own text, keep many beside one base model, and write with them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+adapters_app = typer.Typer(help="The adapters in the library.", no_args_is_help=True)
+app.add_typer(adapters_app, name="adapters")
+
+AdapterArgument = Annotated[str, typer.Argument(help="An adapter, by name or path.", show_default=False)]
+AdaptersDir = Annotated[Path, typer.Option(help="Where adapters are kept.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Answer with JSON on stdout.")]
+Base = Annotated[str | None, typer.Option(help="Another base than the one that the adapter names.", show_default=False)]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the base on the Hub.", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Put an adapter on a base that it was not trained on.")]
+LIBRARY = TrainConfig().adapters_dir
+
+
+def _settings(kind: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option for each field of `kind`; it receives those that were set, as `given`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        parameters = [p for p in inspect.signature(command).parameters.values() if p.name != "given"]
+        parameters += [_option(name, field) for name, field in kind.model_fields.items()]
+
+        @functools.wraps(command)
+        def wrapper(**options: Any) -> None:
+            given = {name: options.pop(name) for name in kind.model_fields}
+            command(given={name: value for name, value in given.items() if value not in (None, [])}, **options)
+
+        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+        return wrapper
+
+    return decorate
+
+
+def _option(name: str, field: Any) -> inspect.Parameter:
+    """A field as an option that is None until it is given, so that a YAML file can come in between."""
+    default = field.json_schema_extra["shown"] if field.default in (None, []) else field.default
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    option = typer.Option(
+        help=field.description,
+        show_default=False if default is None else str(default),
+        rich_help_panel=field.json_schema_extra["panel"],
+    )
+    annotation = Annotated[field.annotation | None, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    if version:
+        print(f"lora_tuner {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+@_settings(TrainConfig)
+def train(
+    given: dict[str, Any],
+    config: Annotated[
+        Path | None, typer.Option(help="A YAML file of settings; options here come last.", show_default=False)
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Go on with the unfinished run of that name.", show_default=False)
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Measure a few steps, say what the run costs, train nothing.")
+    ] = False,
+    preview: Annotated[
+        int,
+        typer.Option(metavar="N", min=0, help="Show N rows as the model sees them, train nothing.", show_default=False),
+    ] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train an adapter on your text."""
+    if resume is not None and (given.keys() - {"runs_dir"} or config or plan or preview):
+        raise ConfigError(
+            "--resume takes its settings from the run it goes on with: leave all others but --runs-dir out."
+        )
+    if plan and preview:
+        raise ConfigError("--plan and --preview are two questions: ask one at a time.")
+    settings = resolve(TrainConfig, given, config)
+    from . import training
+
+    show = Display()
+    if preview:
+        rows = training.preview(settings, preview, show)
+        show_json([dataclasses.asdict(row) for row in rows]) if as_json else show_preview(rows)
+    elif plan:
+        cost = training.plan(settings, show)
+        show_json(dataclasses.asdict(cost)) if as_json else show_plan(cost)
+    else:
+        adapter = training.train(settings, show) if resume is None else training.resume(resume, settings.runs_dir, show)
+        show_json(adapter.facts()) if as_json else show_trained(adapter)
+
+
+@app.command()
+@_settings(Sampling)
+def generate(
+    given: dict[str, Any],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            help="The text to go on from; - reads standard input; asked for when missing.", show_default=False
+        ),
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="An adapter, by name or path. [default: the plain base]", show_default=False)
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="A file with a prompt on each line.", show_default=False)] = None,
+    base: Base = None,
+    revision: Revision = None,
+    adapters_dir: AdaptersDir = LIBRARY,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write on from a prompt, with an adapter or with the plain base."""
+    sampling = resolve(Sampling, given)
+    prompts = _prompts(prompt, file)
+    if prompts is None and as_json:
+        raise ConfigError("--json needs its prompts at once: as an argument, in --file, or - for standard input.")
+    from .generation import Generator
+
+    generator = Generator(
+        *([adapter] if adapter else []),
+        base=base,
+        revision=revision,
+        adapters_dir=adapters_dir,
+        device=device,
+        dtype=dtype,
+        force=force,
+        notify=Display(),
+    )
+    if prompts is None:
+        _converse(generator, sampling)
+    elif as_json:
+        show_json([dataclasses.asdict(answer) for text in prompts for answer in generator.generate_all(text, sampling)])
+    else:
+        for text in prompts:
+            _answer(generator, text, sampling)
+
+
+def _prompts(prompt: str | None, file: Path | None) -> list[str] | None:
+    """The prompts, or None when they are to be asked for one after another."""
+    if prompt is not None and file is not None:
+        raise ConfigError("A prompt and --file are two sources: give one.")
+    if prompt is None and file is None:
+        return None
+    if prompt is not None and prompt != "-":
+        return [prompt]
+    try:
+        text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file or 'Standard input'} cannot be read as UTF-8 text: {error}") from error
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ConfigError(f"{file or 'Standard input'} holds no prompt: one a line is expected.")
+    return lines
+
+
+def _answer(generator: Any, prompt: str, sampling: Sampling) -> None:
+    """Prompt and text on stdout; a single answer as it is made."""
+    if sampling.answers == 1:
+        print(prompt, end="", flush=True)
+        generator.generate(prompt, sampling, on_text=lambda text: print(text, end="", flush=True))
+        print()
+    else:
+        for answer in generator.generate_all(prompt, sampling):
+            print(f"{prompt}{answer.text}\n")
+
+
+def _converse(generator: Any, sampling: Sampling) -> None:
+    """Ask, answer, ask again, until an empty line. `/adapter NAME` and `/base` choose who answers."""
+    while True:
+        try:
+            line = input(PROMPT)
+        except EOFError:
+            line = ""
+        if not line.strip():
+            return
+        command, _, name = line.strip().partition(" ")
+        try:
+            if command == "/base":
+                generator.use(None)
+                say("The plain base answers now.")
+            elif command == "/adapter" and name.strip():
+                say(f"{generator.use(name.strip())} answers now.")
+            elif command.startswith("/"):
+                raise ConfigError(
+                    f"There is no {line.strip()}: /adapter NAME ({', '.join(generator.library.names())}), /base, or an empty "
+                    "line to end."
+                )
+            else:
+                print(ANSWER, end="", flush=True)
+                _answer(generator, line, sampling)
+        except LoraTunerError as error:
+            say(f"Error: {error}")
+
+
+@app.command()
+def merge(
+    adapter: AdapterArgument,
+    out: Annotated[Path, typer.Option(help="The model folder to write.", show_default=False)],
+    base: Base = None,
+    revision: Revision = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
+    adapters_dir: AdaptersDir = LIBRARY,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model of that name.")] = False,
+    force: Force = False,
+) -> None:
+    """Write base and adapter as one plain model, for tools that know no adapters."""
+    found = store.Library(adapters_dir).get(adapter)
+    from . import combine
+
+    show = Display()
+    print(
+        combine.merge(
+            found, out, base=base, revision=revision, dtype=dtype, overwrite=overwrite, force=force, notify=show
+        )
+    )
+
+
+@adapters_app.command("list")
+def list_adapters(adapters_dir: AdaptersDir = LIBRARY, as_json: AsJson = False) -> None:
+    """All adapters: base, rank, data, size, gain."""
+    found = list(store.Library(adapters_dir).list())
+    if as_json:
+        show_json(
+            [
+                {"name": name} | (it.facts() if isinstance(it, store.Adapter) else {"broken": str(it)})
+                for name, it in found
+            ]
+        )
+    elif found:
+        show_adapters(found)
+    else:
+        say(f"No adapters in {adapters_dir} yet: train one.")
+
+
+@adapters_app.command("show")
+def show_adapter(adapter: AdapterArgument, adapters_dir: AdaptersDir = LIBRARY, as_json: AsJson = False) -> None:
+    """One adapter: what it was made from, and what it gives."""
+    facts = store.Library(adapters_dir).get(adapter).facts()
+    show_json(facts) if as_json else show_facts(facts)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """What this machine has, and what to do about what is missing."""
+    from .doctor import examine
+
+    facts = dataclasses.asdict(examine())
+    show_json(facts) if as_json else show_facts(facts)

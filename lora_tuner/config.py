@@ -1,0 +1,207 @@
+"""Every setting, its default, its bounds and its one line of help. The command line and the docs are made from this.
+
+`TrainConfig` is what `run.yaml` holds; `Sampling` is how text is drawn. A YAML file and the command line both fill the
+same fields, the command line last. Unknown keys are errors, and all problems are reported together.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import ConfigError
+
+DEFAULT_BASE = "distilgpt2"
+EMBEDDED_BASE = "smollm2-135m"
+HELD_OUT_LENGTH = 512  # tokens: held-out rows are cut here whatever `max_length` was, so that runs can be compared
+BATCH_SIZE_CPU, BATCH_SIZE_GPU = 1, 8  # in few minutes many small steps teach more; a GPU wants more at once
+PATIENCE_MINUTES = 10  # with no stop rule, an epoch that takes longer than this is cut to it
+
+
+def _option(default: Any, text: str, panel: str, shown: str | None = None, **bounds: Any) -> Any:
+    """A setting. `shown` says what its default of None means."""
+    return Field(default, description=text, json_schema_extra={"panel": panel, "shown": shown}, **bounds)
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_numbers_from_truth(cls, value: Any, info: Any) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("yes or no is not a value here")
+        return value
+
+
+class TrainConfig(_Settings):
+    """One training run. `None` means: worked out from the rest, as the field's text says."""
+
+    dataset: str = _option(
+        "imdb", "imdb, a local csv, tsv, json, jsonl, txt or parquet file, a folder of them, or a Hub id.", "Data"
+    )
+    subset: str | None = _option(None, "Subset of a Hub dataset, where it has several.", "Data")
+    split: str = _option("train", "Split of a Hub dataset.", "Data")
+    text_column: str | None = _option(
+        None, "The column that holds the text.", "Data", "text, or the only column of text"
+    )
+    where: list[str] = _option([], "Only rows with this value, as COLUMN=VALUE. May be repeated.", "Data")
+    rows: int | None = _option(None, "So many rows, drawn always alike: 1000 are among the 2000.", "Data", "all", ge=2)
+    max_length: int = _option(512, "Tokens a training row has at the most.", "Data", ge=8)
+    long_rows: Literal["truncate", "chunk"] = _option(
+        "truncate", "Rows over --max-length: cut their end off, or train on it as rows of its own.", "Data"
+    )
+    packing: bool = _option(
+        True, "Several short rows to a sequence, isolated from one another, instead of padding.", "Data"
+    )
+    split_salt: str = _option("lora_tuner", "Another salt holds out other rows.", "Data", min_length=1)
+    eval_rows: int = _option(200, "Held-out rows that are measured, at the most.", "Data", ge=2)
+
+    base: str | None = _option(
+        None,
+        "Base model: a local folder or a Hub id.",
+        "Model",
+        f"{DEFAULT_BASE}; {EMBEDDED_BASE} when that is out of reach",
+    )
+    revision: str | None = _option(None, "Branch, tag or commit of the base on the Hub.", "Model")
+    rank: int = _option(8, "Rank of the update: its size and its power.", "Model", ge=1, le=1024)
+    alpha: int | None = _option(None, "The update is scaled by alpha / rank.", "Model", "2 x rank", ge=1)
+    dropout: float = _option(0.0, "Dropout on the input of the update.", "Model", ge=0, lt=1)
+    targets: str = _option(
+        "auto",
+        "Layers that get an update: auto, attention, all-linear, or names with commas between them.",
+        "Model",
+        min_length=1,
+    )
+
+    epochs: float | None = _option(None, "Stop after so many passes over the training rows.", "Training", gt=0)
+    max_steps: int | None = _option(None, "Stop after so many steps.", "Training", ge=1)
+    minutes: float | None = _option(
+        None,
+        "Stop after so many minutes of training, turned into steps by a measurement before it starts.",
+        "Training",
+        gt=0,
+    )
+    batch_size: int | None = _option(
+        None,
+        "Sequences that are computed at once.",
+        "Training",
+        f"{BATCH_SIZE_CPU} on a CPU, {BATCH_SIZE_GPU} on a GPU",
+        ge=1,
+    )
+    accumulation: int = _option(1, "Batches whose gradients are summed for one step.", "Training", ge=1)
+    learning_rate: float = _option(1e-3, "Peak learning rate.", "Training", gt=0, allow_inf_nan=False)
+    schedule: Literal["linear", "cosine", "constant"] = _option(
+        "linear", "How the learning rate falls after the warm-up.", "Training"
+    )
+    warmup: float = _option(0.05, "Share of the steps in which the learning rate rises.", "Training", ge=0, lt=1)
+    weight_decay: float = _option(0.0, "AdamW's weight decay.", "Training", ge=0, allow_inf_nan=False)
+    clip: float = _option(1.0, "Gradients are scaled down to this norm.", "Training", gt=0, allow_inf_nan=False)
+    eval_every: int | None = _option(
+        None, "Measure the held-out loss every so many steps.", "Training", "before and after", ge=1
+    )
+    patience: int | None = _option(
+        None,
+        "Stop after so many measurements without a better one, and keep the best. Needs --eval-every.",
+        "Training",
+        ge=1,
+    )
+    save_every: int = _option(100, "Checkpoint every so many steps.", "Training", ge=1)
+    seed: int = _option(0, "Same seed, same machine: bitwise the same adapter.", "Training", ge=0, lt=2**32)
+
+    name: str | None = _option(None, "Name of the adapter.", "Output", "the dataset's")
+    adapters_dir: Path = _option(Path("adapters"), "Where adapters are kept.", "Output")
+    runs_dir: Path = _option(Path("runs"), "Where a running job keeps its checkpoints.", "Output")
+    overwrite: bool = _option(False, "Replace an adapter of that name.", "Output")
+    keep_checkpoints: bool = _option(False, "Keep the run's folder when it has finished.", "Output")
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps.", "Machine")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto", "Numbers of the base. [auto: bfloat16 on CUDA, else float32]", "Machine"
+    )
+
+    @field_validator("where")
+    @classmethod
+    def _where(cls, value: list[str]) -> list[str]:
+        for condition in value:
+            if not condition.partition("=")[0] or "=" not in condition:
+                raise ValueError(f"'{condition}' is not of the form COLUMN=VALUE")
+        return value
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        stops = [name for name in ("epochs", "max_steps", "minutes") if getattr(self, name) is not None]
+        if len(stops) > 1:
+            raise ValueError(f"{' and '.join(stops)} contradict each other: give one of them")
+        if self.patience is not None and self.eval_every is None:
+            raise ValueError("patience needs eval_every: it counts measurements")
+        return self
+
+    @property
+    def scaling_alpha(self) -> int:
+        return self.alpha if self.alpha is not None else 2 * self.rank
+
+
+class Sampling(_Settings):
+    """How a continuation is drawn."""
+
+    max_new_tokens: int = _option(
+        120, "Tokens to write at the most; the end of the text can come earlier.", "Sampling", ge=1
+    )
+    temperature: float = _option(0.8, "Higher is bolder; 0 is the same as --greedy.", "Sampling", ge=0, le=10)
+    top_p: float = _option(0.95, "Draw from the likeliest tokens that make up this share.", "Sampling", gt=0, le=1)
+    top_k: int = _option(50, "Draw from so many of the likeliest tokens; 0 for all.", "Sampling", ge=0)
+    repetition_penalty: float = _option(1.1, "Above 1 makes repeating less likely.", "Sampling", gt=0, le=10)
+    greedy: bool = _option(False, "Always take the likeliest token.", "Sampling")
+    seed: int | None = _option(None, "Same seed, same text.", "Sampling", "another every time", ge=0, lt=2**63)
+    answers: int = _option(1, "So many answers to each prompt.", "Sampling", ge=1, le=256)
+    stop: list[str] = _option([], "End the answer before this text. May be repeated.", "Sampling")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.answers > 1 and (self.greedy or self.temperature == 0):
+            raise ValueError("answers above 1 would all be the same: greedy has one answer")
+        if "" in self.stop:
+            raise ValueError("stop is empty: it would end every answer at once")
+        return self
+
+
+def _problems(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        text = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            text = "there is no such setting"
+        elif where:
+            text = f"{text[0].lower()}{text[1:]} (got {problem['input']!r})"
+        lines.append(f"{where}: {text}" if where else text)
+    return "; ".join(lines)
+
+
+S = TypeVar("S", bound=_Settings)
+
+
+def resolve(kind: type[S], given: dict[str, Any], file: Path | None = None) -> S:
+    """Settings from a YAML file, where there is one, with `given` laid over it. ConfigError names every problem."""
+    settings: dict[str, Any] = {}
+    if file is not None:
+        try:
+            loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"{file} holds no settings: one `name: value` a line is expected.")
+        settings = loaded
+        stops = {"epochs", "max_steps", "minutes"}
+        if stops & given.keys():  # another stop rule on the command line takes the place of the file's
+            settings = {key: value for key, value in settings.items() if key not in stops}
+    try:
+        return kind.model_validate(settings | given)
+    except ValidationError as error:
+        raise ConfigError(f"{file}: {_problems(error)}" if file else _problems(error)) from error
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The configuration as `run.yaml` holds it: every field that has a value."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)

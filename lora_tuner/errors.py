@@ -1,0 +1,78 @@
+"""Every error that this package raises on purpose, in one tree, and the events it reports.
+
+    LoraTunerError
+    ├── ConfigError            a setting is wrong, or two contradict each other
+    ├── HubError               the Hugging Face Hub is out of reach, or said no
+    ├── DataError              the text cannot be read, or nothing usable is in it
+    ├── BaseModelError         the base model cannot be found or used
+    ├── AdapterError           an adapter folder is missing, broken, or its name is taken
+    │   └── WrongBaseError     the adapter was trained on another base model
+    ├── TrainingError          a run cannot start, go on, or be resumed
+    │   └── DivergedError      the loss or a gradient is not finite any more
+    └── GenerationError        a prompt or a sampling setting cannot be answered
+
+`Interrupted` stands apart: nothing is wrong, the user (or the system) asked the run to stop and its work is saved.
+Messages are complete sentences for people: what is wrong, where, and what to do.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+class LoraTunerError(Exception):
+    """Base of all errors with a message meant for the user."""
+
+
+class ConfigError(LoraTunerError): ...
+
+
+class HubError(LoraTunerError): ...
+
+
+class DataError(LoraTunerError): ...
+
+
+class BaseModelError(LoraTunerError): ...
+
+
+class AdapterError(LoraTunerError): ...
+
+
+class WrongBaseError(AdapterError): ...
+
+
+class TrainingError(LoraTunerError): ...
+
+
+class DivergedError(TrainingError): ...
+
+
+class GenerationError(LoraTunerError): ...
+
+
+class Interrupted(Exception):  # noqa: N818 - it is not an error
+    """A run was asked to stop and did, with its work saved; the message says how to go on."""
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something the user should know: a choice made for them, a fallback, a count."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stage is. `detail` is one of a stage's own figures as text, such as "loss 3.412  180 tokens/s"."""
+
+    stage: str
+    done: int
+    total: int
+    detail: str = ""
+
+
+Listener = Callable[[Notice | Progress], None]
+
+
+def ignore(event: Notice | Progress) -> None:
+    """The listener of callers who do not listen."""

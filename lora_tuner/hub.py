@@ -1,0 +1,92 @@
+"""The Hugging Face Hub: is it there, and fetch from it.
+
+Surprise: the libraries below retry an unreachable Hub for up to half a minute. So it is asked once per process, with a
+deadline, and from then on they are told to be offline. `HF_ENDPOINT` and `HF_HUB_OFFLINE` are respected.
+"""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import HubError
+
+DEADLINE = 4.0  # seconds until the Hub counts as out of reach
+
+
+@functools.cache
+def unreachable() -> str | None:
+    """None when the Hub answers, else the reason in a few words. Asked once per process; at most `DEADLINE` seconds."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    answer: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            status = get_session().head(constants.ENDPOINT, timeout=DEADLINE).status_code
+            answer.append(f"{constants.ENDPOINT} answers with status {status}" if status >= 500 else None)
+        except Exception as error:  # whatever the HTTP library raises means the same here
+            answer.append(f"{constants.ENDPOINT} does not answer ({type(error).__name__})")
+
+    # In a thread: name resolution has no time-out of its own.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(DEADLINE)
+    return answer[0] if answer else f"{constants.ENDPOINT} does not answer within {DEADLINE:g} seconds"
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Within the block, huggingface_hub and datasets look at their caches alone and ask nobody."""
+    import datasets.config
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def reason(error: Exception, repo: str) -> str:
+    """One sentence about what the Hub's refusal means, with what to do."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repo} is gated: accept its terms on its Hub page, then run `hf auth login`."
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo} has no such revision: leave --revision out, or name one of its branches, tags or commits."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"the Hub has no {repo} that you may read: check the spelling, or run `hf auth login` if it is private."
+    return f"{repo} could not be fetched from the Hub: {str(error).splitlines()[0] if str(error) else error!r}"
+
+
+def fetch_model(repo: str, revision: str | None, *, cached_only: bool) -> Path | None:
+    """The snapshot folder of a model repo: config, tokenizer and safetensors, nothing pickled. None: it is not cached.
+
+    Raises HubError when the Hub refuses or breaks off.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
+                ignore_patterns=["*/*"],
+                local_files_only=cached_only,
+            )
+        )
+    except errors.LocalEntryNotFoundError as error:
+        if cached_only:
+            return None
+        raise HubError(reason(error, repo)) from error
+    except errors.HFValidationError as error:
+        raise HubError(f"'{repo}' is neither a local folder nor a Hub id (owner/name).") from error
+    except (errors.HfHubHTTPError, OSError, errors.FileMetadataError) as error:
+        raise HubError(reason(error, repo)) from error

@@ -1,0 +1,350 @@
+"""The adapter folder: write it whole, read it with suspicion, list many. Never imports torch.
+
+An adapter is a plain PEFT folder plus `manifest.json`, which says what it was made from. Surprise: a PEFT config is
+instructions to a library, some of which change the base model on load; so keys and values are checked against a list of
+harmless ones, and layers are taken from the tensors' names instead of from the config's patterns.
+"""
+
+import contextlib
+import datetime
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from . import files
+from .errors import AdapterError
+
+WEIGHTS, CONFIG, MANIFEST, RUN, METRICS, PLOT, CARD = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "manifest.json",
+    "run.yaml",
+    "metrics.jsonl",
+    "loss.png",
+    "README.md",
+)
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+_TENSOR = re.compile(
+    r"base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)"
+)
+_PATTERN_KEY = re.compile(r"[\^A-Za-z0-9_.\\$]+")
+MAX_RANK = 4096
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseFacts(_Facts):
+    """The base it was trained on. `fingerprint` and `tokenizer` are the sha256 of base_model.py."""
+
+    name: str
+    repo: str
+    revision: str | None
+    weights: str
+    fingerprint: str
+    tokenizer: str
+
+
+class DataFacts(_Facts):
+    """The rows it was trained on, and those it was measured on."""
+
+    name: str
+    source: str
+    hash: str
+    where: list[str]
+    split_salt: str
+    counts: dict[str, int]
+    held_out_hash: str
+    held_out_rows: int
+
+
+class Result(_Facts):
+    """Held-out loss in nats a token, with the base and with the adapter; `gain` is the fall and its standard error."""
+
+    base_loss: float
+    loss: float
+    gain: float
+    standard_error: float
+    rows: int
+    tokens: int
+
+
+class RunFacts(_Facts):
+    """The training run. Seconds are those of its steps alone; tokens are those that were predicted, without padding."""
+
+    steps: int
+    kept_step: int  # the step whose weights were kept: the last, or the best one with `patience`
+    tokens: int
+    seconds: float
+    sequences: int
+    truncated_rows: int
+    device: str
+    dtype: str
+    threads: int
+
+
+class Weights(_Facts):
+    sha256: str
+    bytes: int
+    parameters: int
+
+
+class Manifest(_Facts):
+    """`manifest.json`. What a run does not know yet is None; a finished adapter knows all of it."""
+
+    schema_version: int = Field(default=1, ge=1, le=1)
+    created: str
+    base: BaseFacts
+    data: DataFacts
+    run: RunFacts
+    result: Result | None = None
+    weights: Weights | None = None
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2) + "\n"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder that passed `read`: well-formed, harmless, all of one piece. Its tensors are not in memory."""
+
+    path: Path
+    config: dict[str, Any]
+    manifest: Manifest | None
+    tensors: dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape)
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def bytes(self) -> int:
+        return sum((self.path / name).stat().st_size for name in (WEIGHTS, CONFIG))
+
+    @property
+    def rank(self) -> int:
+        return int(self.config["r"])
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for _, shape in self.tensors.values())
+
+    @cached_property
+    def modules(self) -> list[str]:
+        """Full names of the adapted layers in the base, such as `transformer.h.0.attn.c_attn`."""
+        return sorted({match["module"] for name in self.tensors if (match := _TENSOR.fullmatch(name))})
+
+    @property
+    def targets(self) -> list[str]:
+        """The layers' last names."""
+        return sorted({module.rpartition(".")[2] for module in self.modules})
+
+    @property
+    def base(self) -> str:
+        """What the base is called: by this tool where there is a manifest, else by the tool that made the adapter."""
+        return self.manifest.base.name if self.manifest else str(self.config.get("base_model_name_or_path") or "")
+
+    def facts(self) -> dict[str, Any]:
+        """Everything known, as JSON can hold it."""
+        manifest = self.manifest.model_dump() if self.manifest else {"base": {"name": self.base}}
+        return {
+            "name": self.name,
+            "path": str(self.path),
+            "rank": self.rank,
+            "alpha": self.config["lora_alpha"],
+            "targets": self.targets,
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            **manifest,
+        }
+
+
+def valid_name(name: str) -> str:
+    """The name, or AdapterError: it becomes a folder, a PEFT adapter and a model name, so it must be plain."""
+    if not NAME.fullmatch(name):
+        raise AdapterError(f"'{name}' is no adapter name: a letter, then up to 63 letters, digits, '-' or '_'.")
+    return name
+
+
+def read(path: Path) -> Adapter:
+    """Read and check an adapter folder: config, manifest and the weights' header, not the weights.
+
+    Raises AdapterError with the folder, what is wrong in it, and what to do.
+    """
+    if not path.is_dir():
+        raise AdapterError(f"There is no adapter folder {path}.")
+    config = _read_json(path / CONFIG)
+    if problems := _config_problems(config):
+        raise AdapterError(f"{path / CONFIG}: {'; '.join(problems)}.")
+    try:
+        header, _ = files.safetensors_header(path / WEIGHTS)
+    except FileNotFoundError as error:
+        raise AdapterError(
+            f"{path} has no {WEIGHTS}: it is incomplete, or no adapter (pickled weights are not read)."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path / WEIGHTS}: {error}. Restore it from where it came from.") from error
+    tensors = {name: (dtype, tuple(shape)) for name, (dtype, shape, _, _) in header.items()}
+    manifest = None
+    if (path / MANIFEST).exists():
+        try:
+            manifest = Manifest.model_validate(_read_json(path / MANIFEST))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise AdapterError(f"{path / MANIFEST}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+    adapter = Adapter(path, config, manifest, tensors)
+    if problems := _tensor_problems(adapter):
+        raise AdapterError(f"{path / WEIGHTS}: {'; '.join(problems[:5])}.")
+    return adapter
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        if path.stat().st_size > 10_000_000:
+            raise AdapterError(f"{path} is too large to be what it is called.")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise AdapterError(f"{path.parent} has no {path.name}: it is incomplete, or no adapter.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is not readable as JSON: {error}.") from error
+
+
+def _config_problems(config: Any) -> list[str]:
+    """What in an adapter_config.json is wrong, or would do more than add low-rank updates to named layers."""
+    if not isinstance(config, dict):
+        return ["it holds no settings"]
+    number, truth = (int, float), (bool,)
+    expected: dict[str, tuple[type, ...]] = {
+        "r": (int,),
+        "lora_alpha": number,
+        "lora_dropout": number,
+        "use_rslora": truth,
+        "use_dora": truth,
+        "fan_in_fan_out": truth,
+        "inference_mode": truth,
+        "rank_pattern": (dict,),
+        "alpha_pattern": (dict,),
+        "target_modules": (list, str),
+        "base_model_name_or_path": (str,),
+        "revision": (str,),
+        "peft_version": (str,),
+    }
+    values: dict[str, tuple[Any, ...]] = {
+        "peft_type": ("LORA",),
+        "task_type": ("CAUSAL_LM",),
+        "bias": ("none",),
+        "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+        "megatron_core": ("megatron.core",),
+        "qalora_group_size": (16,),
+    }
+    problems = [f"{key} is missing" for key in ("peft_type", "r", "lora_alpha") if key not in config]
+    for key, value in config.items():
+        if value is None or (value in ({}, [], False) and key not in expected):
+            continue  # says nothing, which is always harmless
+        if key in values:
+            if value not in values[key]:
+                problems.append(f"{key} is {value!r}, and only {' or '.join(map(repr, values[key]))} is accepted")
+        elif key not in expected:
+            problems.append(f"{key} is set, which is not supported")
+        elif not isinstance(value, expected[key]) or (isinstance(value, bool) and bool not in expected[key]):
+            problems.append(f"{key} is {value!r}, a {type(value).__name__}")
+    ranks = [("r", config.get("r")), *(_pattern(config, "rank_pattern", problems))]
+    problems += [f"{key} is {rank!r}, not a rank from 1 to {MAX_RANK}" for key, rank in ranks if not _is_rank(rank)]
+    _pattern(config, "alpha_pattern", problems)
+    return problems
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_RANK
+
+
+def _pattern(config: dict[str, Any], key: str, problems: list[str]) -> list[tuple[str, Any]]:
+    pattern = config.get(key)
+    if not isinstance(pattern, dict):
+        return []
+    problems += [
+        f"{key} has the key {name!r}, which is no layer name" for name in pattern if not _PATTERN_KEY.fullmatch(name)
+    ]
+    return [(f"{key}.{name}", value) for name, value in pattern.items()]
+
+
+def _tensor_problems(adapter: Adapter) -> list[str]:
+    """Tensors that are no part of a low-rank update, or whose partner is missing or of another rank."""
+    problems = [f"{name} is no part of a LoRA update" for name in adapter.tensors if not _TENSOR.fullmatch(name)]
+    if not adapter.modules:
+        problems.append("it holds no LoRA update")
+    for module in adapter.modules:
+        parts = [adapter.tensors.get(f"base_model.model.{module}.lora_{part}.weight") for part in "AB"]
+        if parts[0] is None or parts[1] is None:
+            problems.append(f"{module} lacks lora_{'A' if parts[0] is None else 'B'}")
+        elif len(parts[0][1]) != 2 or len(parts[1][1]) != 2 or parts[0][1][0] != parts[1][1][1]:
+            problems.append(f"{module} has shapes {parts[0][1]} and {parts[1][1]}, which share no rank")
+    return problems
+
+
+@dataclass(frozen=True)
+class Library:
+    """The folder in which adapters are kept, each under its name."""
+
+    path: Path = Path("adapters")
+
+    def names(self) -> list[str]:
+        if not self.path.is_dir():
+            return []
+        files.recover(self.path)
+        return sorted(entry.name for entry in self.path.iterdir() if entry.is_dir() and NAME.fullmatch(entry.name))
+
+    def list(self) -> Iterator[tuple[str, Adapter | AdapterError]]:
+        """Every folder of the library with what it is: an adapter, or the reason why it is none."""
+        for name in self.names():
+            try:
+                yield name, read(self.path / name)
+            except AdapterError as error:
+                yield name, error
+
+    def get(self, name: str | Path) -> Adapter:
+        """The adapter of that name here or, failing that, at that path."""
+        text = str(name)
+        if NAME.fullmatch(text) and (self.path / text).is_dir():
+            return read(self.path / text)
+        if Path(text).is_dir():
+            return read(Path(text))
+        known = ", ".join(self.names()) or "none yet"
+        raise AdapterError(f"There is no adapter '{text}', neither in {self.path} ({known}) nor as a path.")
+
+    def check_free(self, name: str, *, overwrite: bool = False) -> None:
+        """Raise AdapterError unless an adapter of that name may be written."""
+        target = self.path / valid_name(name)
+        if target.exists() and not overwrite:
+            raise AdapterError(f"{target} exists: choose another --name, or replace it with --overwrite.")
+        if target.exists() and not (target / CONFIG).is_file():
+            raise AdapterError(f"{target} is no adapter, so it is not replaced: choose another --name.")
+
+    @contextlib.contextmanager
+    def writing(self, name: str, *, overwrite: bool = False) -> Iterator[Path]:
+        """Yield a folder to fill; then it is checked and becomes `name`, or nothing changes and the error comes out."""
+        self.check_free(name, overwrite=overwrite)
+        with files.new_folder(self.path / name) as work:
+            yield work
+            adapter = read(work)
+            if adapter.manifest and adapter.manifest.weights:
+                written = files.sha256_file(work / WEIGHTS)
+                if written != adapter.manifest.weights.sha256:
+                    raise AdapterError(
+                        f"{self.path / name} was not written as it should be: the disk gave back other weights."
+                    )
+            self.check_free(name, overwrite=overwrite)
+
+
+def now() -> str:
+    """The time as manifests hold it: ISO 8601, UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

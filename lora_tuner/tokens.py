@@ -1,0 +1,103 @@
+"""Text to tensors: tokenise with the end of text, cut, pack, collate.
+
+Two surprises. Labels are masked by length, never by token id: the pad token is the end of text, and masking by id would
+unlearn where a text ends (transformers#23530). And a batch has no attention mask: padding stands on the right, where a
+causal model never looks, and packed rows are told apart by position ids that start again at 0, which transformers turns
+into isolated attention as long as there is no mask and no cache.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+NO_LABEL = -100
+Row = np.ndarray[Any, np.dtype[np.int32]]  # (tokens,)
+
+
+def encode(tokenizer: Any, texts: Sequence[str], *, end: bool = True) -> list[Row]:
+    """Token ids of each text, with what the tokenizer puts at the front and, unless `end` is off, one end of text.
+
+    Text that spells a special token is read as text, so that no row can end itself.
+    """
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), split_special_tokens=True, verbose=False)["input_ids"]
+    eos = tokenizer.eos_token_id
+    rows = []
+    for ids in encoded:
+        while ids and ids[-1] == eos and len(ids) > 1:
+            ids = ids[:-1]
+        rows.append(np.array([*ids, eos] if end else ids, dtype=np.int32))
+    return rows
+
+
+def cut(rows: Sequence[Row], max_length: int, *, chunk: bool = False) -> tuple[list[Row], int]:
+    """Rows of at most `max_length` tokens, and how many were longer. The rest of a long row is dropped, or chunked.
+
+    A cut row has lost its end of text, rightly: it does not end there. A last chunk of one token has nothing to predict
+    and is dropped.
+    """
+    out: list[Row] = []
+    longer = 0
+    for row in rows:
+        longer += len(row) > max_length
+        starts = range(0, len(row), max_length) if chunk else (0,)
+        out.extend(row[start : start + max_length] for start in starts if start == 0 or len(row) - start > 1)
+    return out, longer
+
+
+def pack(rows: Sequence[Row], capacity: int) -> list[list[int]]:
+    """Indices of rows that share a sequence of `capacity` tokens: best fit, longest first. No row is cut.
+
+    PRICE_TODO
+    """
+    by_room: list[list[list[int]]] = [[] for _ in range(capacity + 1)]
+    for index in sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i)):
+        need = len(rows[index])
+        room = next((room for room in range(need, capacity) if by_room[room]), capacity)
+        sequence = by_room[room].pop() if by_room[room] else []
+        sequence.append(index)
+        by_room[room - need].append(sequence)
+    return [sequence for room in by_room for sequence in room]
+
+
+class Sequences(torch.utils.data.Dataset[list[Row]]):
+    """Training items: each a list of rows that share one sequence (one row alone without packing)."""
+
+    def __init__(self, rows: Sequence[Row], max_length: int, *, packing: bool) -> None:
+        self.rows = rows
+        self.groups = pack(rows, max_length) if packing else [[index] for index in range(len(rows))]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> list[Row]:
+        return [self.rows[row] for row in self.groups[index]]
+
+    def longest_first(self) -> list[list[Row]]:
+        lengths = [sum(len(self.rows[row]) for row in group) for group in self.groups]
+        return [self[index] for index in sorted(range(len(lengths)), key=lambda i: -lengths[i])]
+
+
+def collate(items: Sequence[Sequence[Row]], pad_id: int) -> dict[str, torch.Tensor]:
+    """`input_ids`, `position_ids` and `labels`, each (items, longest), int64.
+
+    The first token of a row has no label: nothing predicts it, and so Trainer, which counts labels before they are
+    shifted, divides the loss by the number of real predictions (for GPT-2 it would not).
+    """
+    longest = max(sum(map(len, item)) for item in items)
+    shape = len(items), longest
+    ids = torch.full(shape, pad_id, dtype=torch.int64)
+    positions = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, NO_LABEL, dtype=torch.int64)
+    for line, item in enumerate(items):
+        start = 0
+        for row in item:
+            end = start + len(row)
+            ids[line, start:end] = torch.from_numpy(row.astype(np.int64))
+            labels[line, start + 1 : end] = ids[line, start + 1 : end]
+            positions[line, start:] = torch.arange(longest - start)  # padding counts on as part of the last row
+            start = end
+    return {"input_ids": ids, "position_ids": positions, "labels": labels}
