@@ -113,10 +113,11 @@ class Generator:
             _, slot = self._slots.pop(name)
             if self.current == name:
                 self.current = None
-            if self._slots:
-                self._model.delete_adapter(slot)
-            else:
-                self._model = self._model.unload()
+            with quiet():
+                if self._slots:
+                    self._model.delete_adapter(slot)
+                else:
+                    self._model = self._model.unload()
 
     def generate(
         self, prompt: str, sampling: Sampling | None = None, on_text: Callable[[str], None] | None = None

@@ -7,7 +7,6 @@ linear layers (`nn.Linear`, and GPT-2's transposed `Conv1D`); embeddings and the
 
 import json
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -209,8 +208,7 @@ def attach(model: Any, adapter: Adapter, slot: str) -> PeftModel:
     tensors = load_file(adapter.path / store.WEIGHTS)
     wrapped = None
     try:
-        with quiet(), torch.random.fork_rng(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # fan_in_fan_out corrects itself, loudly
+        with quiet(), torch.random.fork_rng():
             if isinstance(model, PeftModel):
                 model.add_adapter(slot, config)
                 wrapped = model

@@ -1,0 +1,83 @@
+"""Every test has a home, a cache and a working folder of its own, and no network."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lora_tuner import Adapter, TrainConfig, train
+
+from . import tiny
+
+
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("caches")
+
+
+@pytest.fixture(autouse=True)
+def _alone(caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    from lora_tuner import hub
+
+    monkeypatch.setenv("LORA_TUNER_CACHE", str(caches / "own"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HOME", str(caches / "hf"))
+    hub.unreachable.cache_clear()
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_model(tmp_path_factory.mktemp("models") / "gpt2", "gpt2")
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_model(tmp_path_factory.mktemp("models") / "llama", "llama")
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def model_folder(request: pytest.FixtureRequest) -> Path:
+    """Each kind of layer in turn: GPT-2's transposed Conv1D and Llama's Linear."""
+    return Path(request.getfixturevalue(request.param))
+
+
+@pytest.fixture
+def reviews_csv(tmp_path: Path) -> Path:
+    path = tmp_path / "reviews.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows((text, index % 2) for index, text in enumerate(tiny.reviews(120)))
+    return path
+
+
+@pytest.fixture
+def settings(gpt2: Path, reviews_csv: Path) -> Callable[..., TrainConfig]:
+    """A configuration for a run of a few seconds."""
+
+    def make(**changes: object) -> TrainConfig:
+        quick = {
+            "base": str(gpt2),
+            "dataset": str(reviews_csv),
+            "max_steps": 6,
+            "max_length": 64,
+            "batch_size": 2,
+            "rank": 4,
+            "learning_rate": 1e-2,
+            "eval_rows": 8,
+            "device": "cpu",
+        }
+        return TrainConfig.model_validate(quick | changes)
+
+    return make
+
+
+@pytest.fixture
+def adapter(settings: Callable[..., TrainConfig]) -> Adapter:
+    """A trained adapter on the tiny GPT-2, in `adapters/reviews`."""
+    return train(settings())

@@ -1,0 +1,59 @@
+"""Tiny but real: models of each kind that is supported, a tokenizer, and text with something to learn in it."""
+
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+END = "<|endoftext|>"
+CONTEXT = 128
+
+
+def reviews(count: int, seed: int = 0) -> list[str]:
+    """Different short texts of a few patterns, in the manner of film reviews."""
+    draw = random.Random(seed)
+    words = {
+        "who": ["the actor", "the director", "this film", "the story", "her voice", "the camera"],
+        "how": ["never", "always", "hardly", "slowly", "really", "somehow"],
+        "does": ["works", "fails", "shines", "drags", "convinces", "falls apart"],
+    }
+    texts: dict[str, None] = {}
+    while len(texts) < count:
+        sentences = [" ".join(draw.choice(options) for options in words.values()) for _ in range(draw.randint(1, 8))]
+        texts[f"{draw.randint(1, 9999)}: {'. '.join(sentences)}."] = None
+    return list(texts)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 320 tokens, like GPT-2's."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        reviews(200, seed=99),
+        trainers.BpeTrainer(vocab_size=320, special_tokens=[END], initial_alphabet=alphabet, show_progress=False),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=END, eos_token=END)
+
+
+def save_model(folder: Path, kind: str, seed: int = 0, width: int = 32, layers: int = 2) -> Path:
+    """A random GPT-2 or Llama with tied embeddings, as a folder that transformers loads."""
+    torch.manual_seed(seed)
+    size = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0}
+    model: GPT2LMHeadModel | LlamaForCausalLM
+    if kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=width, n_head=4, n_positions=CONTEXT, **size))
+    else:
+        shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
+        model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, pad_token_id=0, **shape, **heads, **size))
+    with torch.no_grad():  # far enough from uniform that greedy text is not decided by rounding
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
