@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .combine import merge
     from .config import Sampling, TrainConfig
+    from .cost import Plan
     from .errors import Interrupted, LoraTunerError, Notice, Progress
     from .generation import Answer, Generator
     from .store import Adapter, Library, Manifest
-    from .training import Plan, plan, resume, train
+    from .training import plan, resume, train
 
 try:
     __version__ = version("lora_tuner")
@@ -29,7 +30,7 @@ _HOMES = {
     "LoraTunerError": "errors",
     "Manifest": "store",
     "Notice": "errors",
-    "Plan": "training",
+    "Plan": "cost",
     "Progress": "errors",
     "Sampling": "config",
     "TrainConfig": "config",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from . import files, hub
 from .config import DEFAULT_BASE, EMBEDDED_BASE
@@ -157,7 +158,7 @@ def load_tokenizer(source: Source) -> Any:
 def _loading(source: Source) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise BaseModelError(
             f"The base {source.name} cannot be loaded: {str(error).strip().splitlines()[0]}"
         ) from error

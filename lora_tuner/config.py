@@ -5,10 +5,11 @@ same fields, the command line last. Unknown keys are errors, and all problems ar
 """
 
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from .errors import ConfigError
 
@@ -16,6 +17,7 @@ DEFAULT_BASE = "distilgpt2"
 EMBEDDED_BASE = "smollm2-135m"
 HELD_OUT_LENGTH = 512  # tokens: held-out rows are cut here whatever `max_length` was, so that runs can be compared
 BATCH_SIZE_CPU, BATCH_SIZE_GPU = 1, 8  # in few minutes many small steps teach more; a GPU wants more at once
+STOPS = ("epochs", "max_steps", "minutes")
 PATIENCE_MINUTES = 10  # with no stop rule, an epoch that takes longer than this is cut to it
 
 
@@ -75,13 +77,17 @@ class TrainConfig(_Settings):
         min_length=1,
     )
 
-    epochs: float | None = _option(None, "Stop after so many passes over the training rows.", "Training", gt=0)
+    epochs: float | None = _option(
+        None, "Stop after so many passes over the training rows.", "Training", gt=0, allow_inf_nan=False
+    )
     max_steps: int | None = _option(None, "Stop after so many steps.", "Training", ge=1)
     minutes: float | None = _option(
         None,
         "Stop after so many minutes of training, turned into steps by a measurement before it starts.",
         "Training",
         gt=0,
+        allow_inf_nan=False,
+        validate_default=True,  # by its validator, which looks at all stop rules
     )
     batch_size: int | None = _option(
         None,
@@ -128,14 +134,21 @@ class TrainConfig(_Settings):
                 raise ValueError(f"'{condition}' is not of the form COLUMN=VALUE")
         return value
 
-    @model_validator(mode="after")
-    def _agree(self) -> Self:
-        stops = [name for name in ("epochs", "max_steps", "minutes") if getattr(self, name) is not None]
+    @field_validator("minutes")
+    @classmethod
+    def _one_stop(cls, value: float | None, info: Any) -> float | None:
+        given = info.data | {"minutes": value}
+        stops = [name for name in STOPS if given.get(name) is not None]
         if len(stops) > 1:
-            raise ValueError(f"{' and '.join(stops)} contradict each other: give one of them")
-        if self.patience is not None and self.eval_every is None:
-            raise ValueError("patience needs eval_every: it counts measurements")
-        return self
+            raise _contradiction(f"{' and '.join(stops)} contradict each other: give one of them")
+        return value
+
+    @field_validator("patience")
+    @classmethod
+    def _measured(cls, value: int | None, info: Any) -> int | None:
+        if value is not None and info.data.get("eval_every", 1) is None:
+            raise _contradiction("patience needs eval_every: it counts measurements")
+        return value
 
     @property
     def scaling_alpha(self) -> int:
@@ -157,13 +170,24 @@ class Sampling(_Settings):
     answers: int = _option(1, "So many answers to each prompt.", "Sampling", ge=1, le=256)
     stop: list[str] = _option([], "End the answer before this text. May be repeated.", "Sampling")
 
-    @model_validator(mode="after")
-    def _agree(self) -> Self:
-        if self.answers > 1 and (self.greedy or self.temperature == 0):
-            raise ValueError("answers above 1 would all be the same: greedy has one answer")
-        if "" in self.stop:
-            raise ValueError("stop is empty: it would end every answer at once")
-        return self
+    @field_validator("answers")
+    @classmethod
+    def _different(cls, value: int, info: Any) -> int:
+        if value > 1 and (info.data.get("greedy") or info.data.get("temperature") == 0):
+            raise _contradiction("answers above 1 would all be the same: greedy has one answer")
+        return value
+
+    @field_validator("stop")
+    @classmethod
+    def _not_at_once(cls, value: list[str]) -> list[str]:
+        if "" in value:
+            raise _contradiction("stop is empty: it would end every answer at once")
+        return value
+
+
+def _contradiction(text: str) -> PydanticCustomError:
+    """Wrong in view of the settings before it. Said per field, so that it is reported beside the other problems."""
+    return PydanticCustomError("contradiction", "{text}", {"text": text})
 
 
 def _problems(error: ValidationError) -> str:
@@ -171,12 +195,25 @@ def _problems(error: ValidationError) -> str:
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
         text = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
+        if problem["type"] == "contradiction":
+            where = ""
+        elif problem["type"] == "extra_forbidden":
             text = "there is no such setting"
         elif where:
             text = f"{text[0].lower()}{text[1:]} (got {problem['input']!r})"
         lines.append(f"{where}: {text}" if where else text)
     return "; ".join(lines)
+
+
+class _Once(yaml.SafeLoader):
+    """YAML in which a name is given once: of several, PyYAML takes the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name} is given twice")
+        return super().construct_mapping(node, deep)
 
 
 S = TypeVar("S", bound=_Settings)
@@ -187,15 +224,14 @@ def resolve(kind: type[S], given: dict[str, Any], file: Path | None = None) -> S
     settings: dict[str, Any] = {}
     if file is not None:
         try:
-            loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            loaded = yaml.load(file.read_text(encoding="utf-8-sig"), _Once)
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date such as 2024-13-45
             raise ConfigError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
         if not isinstance(loaded, dict):
             raise ConfigError(f"{file} holds no settings: one `name: value` a line is expected.")
         settings = loaded
-        stops = {"epochs", "max_steps", "minutes"}
-        if stops & given.keys():  # another stop rule on the command line takes the place of the file's
-            settings = {key: value for key, value in settings.items() if key not in stops}
+        if any(name in given for name in STOPS):  # another stop rule on the command line takes the place of the file's
+            settings = {key: value for key, value in settings.items() if key not in STOPS}
     try:
         return kind.model_validate(settings | given)
     except ValidationError as error:

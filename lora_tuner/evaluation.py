@@ -37,10 +37,6 @@ class HeldOut:
         return math.fsum(self.nll) / sum(self.predictions)
 
 
-def perplexity(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
-
-
 def causal_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood of each next token, (batch, length), 0 where there is no label.
 

@@ -1,12 +1,13 @@
 """Safe writing: a folder or file appears whole or not at all, and survives a power cut once it has appeared.
 
 Surprise: a rename cannot replace a folder that is not empty, so replacing one takes two renames. In the moment between
-them the old folder waits as `.NAME.old`; whoever next lists or writes puts it back (`recover`).
+them the old folder waits as `.NAME.lora_tuner-old`; whoever next lists, reads or writes puts it back (`recover`).
 """
 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -14,6 +15,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+_OLD = ".lora_tuner-old"  # no ending that anyone else gives to a folder of theirs
+_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I8": 1, "I16": 2, "I32": 4, "I64": 8, "U8": 1, "BOOL": 1}
 
 
 def cache_dir() -> Path:
@@ -32,7 +36,7 @@ def sha256_file(path: Path) -> str:
 
 def safetensors_header(path: Path) -> tuple[dict[str, tuple[str, list[int], int, int]], int]:
     """What a safetensors file says of itself, read without its tensors: name -> (dtype, shape, begin, end), and where the
-    tensors start. Offsets are in bytes from that start, and lie inside the file.
+    tensors start. Offsets are in bytes from that start; the tensors fill the file, and each is as large as its shape says.
 
     Raises ValueError for anything that is no whole safetensors file.
     """
@@ -49,15 +53,24 @@ def safetensors_header(path: Path) -> tuple[dict[str, tuple[str, list[int], int,
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError("its header is no safetensors header") from error
     start = 8 + size
-    for name, (_, _, begin, end) in entries.items():
-        if not 0 <= begin <= end <= total - start:
+    filled = 0
+    for name, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda entry: entry[1][2:]):
+        if end > total - start:
             raise ValueError(f"it is cut off: {name} ends beyond the file")
+        if begin != filled or (dtype in _BYTES and end - begin != math.prod(shape) * _BYTES[dtype]):
+            raise ValueError(f"its header is wrong about {name}")
+        filled = end
+    if filled != total - start:
+        raise ValueError("it holds more than its header says")
     return entries, start
 
 
 def _tensor_entry(entry: Any) -> tuple[str, list[int], int, int]:
     begin, end = entry["data_offsets"]
-    return str(entry["dtype"]), [int(length) for length in entry["shape"]], int(begin), int(end)
+    shape = entry["shape"]
+    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+        raise ValueError("a size is no whole number")
+    return str(entry["dtype"]), list(shape), begin, end
 
 
 def _sync(path: Path) -> None:
@@ -80,6 +93,7 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -93,7 +107,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    old = target.with_name(f".{target.name}.old")
+    old = target.with_name(f".{target.name}{_OLD}")
     try:
         yield work
         for path in sorted(work.rglob("*")):
@@ -102,25 +116,35 @@ def new_folder(target: Path) -> Iterator[Path]:
         work.chmod(0o755)
         _sync(work)
         recover(target.parent)
-        if target.exists():
+        if os.path.lexists(target):
             os.rename(target, old)
         try:
             os.rename(work, target)
         except OSError:
-            if old.exists():
+            if os.path.lexists(old):
                 os.rename(old, target)
             raise
         _sync(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def recover(parent: Path) -> None:
     """Finish what a replacement that was cut off between its two renames has left: the old folder comes back."""
-    for old in parent.glob(".*.old"):
-        target = parent / old.name[1 : -len(".old")]
-        if target.exists():
-            shutil.rmtree(old)
+    for old in parent.glob(f".*{_OLD}"):
+        target = parent / old.name[1 : -len(_OLD)]
+        if os.path.lexists(target):
+            _remove(old)
         else:
-            os.rename(old, target)
+            with contextlib.suppress(OSError):  # another process was faster, or nobody may write here
+                os.rename(old, target)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder or, where it was a link, the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()

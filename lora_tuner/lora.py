@@ -171,6 +171,11 @@ def check_base(adapter: Adapter, base: Base, *, force: bool = False, notify: Lis
     notify(Notice(f"FORCED: {what}. What it writes means nothing."))
 
 
+def load(model: PeftModel, folder: Path) -> None:
+    """Put the weights of a checkpoint into the update that is being trained."""
+    set_peft_model_state_dict(model, load_file(folder / store.WEIGHTS), adapter_name=TRAINED)
+
+
 def misfits(model: Any, adapter: Adapter) -> list[str]:
     """Each layer of the adapter that this base lacks or has in another shape, from names and shapes alone."""
     layers = linear_layers(model)

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .evaluation import perplexity
-from .store import Adapter, Manifest
+from .store import Adapter, BaseFacts, Manifest
 
 
 def write_metrics(history: Sequence[dict[str, Any]], path: Path) -> None:
@@ -33,8 +32,11 @@ def plot_loss(history: Sequence[dict[str, Any]], manifest: Manifest, path: Path)
         held_out = {0: manifest.result.base_loss} | held_out | {manifest.run.kept_step: manifest.result.loss}
     if held_out:
         axes.plot(*zip(*sorted(held_out.items()), strict=True), "o-", color="tab:orange", label="held out")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=f"{manifest.data.name} on {manifest.base.name}")
-    axes.legend(frameon=False)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    # A "$" in a file's name is no formula.
+    axes.set_title(f"{_shown(manifest.data.name)} on {_shown(manifest.base.name)}", parse_math=False)
+    if steps or held_out:
+        axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Software": None})
 
@@ -46,19 +48,20 @@ def model_card(adapter: Adapter, name: str) -> str:
     manifest = adapter.manifest
     assert manifest is not None
     metadata = ModelCardData(
-        base_model=manifest.base.repo if "/" in manifest.base.repo and not Path(manifest.base.repo).exists() else None,
+        base_model=_hub_id(manifest.base),
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["lora", "lora_tuner"],
     )
     counts, run, result = manifest.data.counts, manifest.run, manifest.result
-    repo, config = manifest.base.repo, adapter.config
+    base, config = _shown(manifest.base.name), adapter.config
+    repo = _hub_id(manifest.base) or f"path/to/{base}"
     rows = [
-        ("Base", f"{manifest.base.name} ({manifest.base.weights})"),
+        ("Base", f"{base} ({manifest.base.weights})"),
         ("Update", f"LoRA, rank {config['r']}, alpha {config['lora_alpha']}, on {', '.join(adapter.targets)}"),
         ("Size", f"{adapter.parameters:,} parameters, {adapter.bytes / 1e6:.1f} MB"),
-        ("Data", f"{manifest.data.source}; {counts['train']:,} rows to train on, {counts['held_out']:,} held out"),
-        ("Rows left out", ", ".join(f"{counts[key]:,} {label}" for key, label in _LEFT_OUT if counts[key]) or "none"),
+        ("Data", _shown(manifest.data.source)),
+        ("Rows", ", ".join(f"{count:,} {key.replace('_', ' ')}" for key, count in counts.items() if count)),
         (
             "Run",
             f"{run.steps:,} steps, {run.tokens:,} tokens, {run.seconds / 60:.1f} minutes on {run.device} in {run.dtype}",
@@ -68,16 +71,16 @@ def model_card(adapter: Adapter, name: str) -> str:
         rows += [
             ("Held-out loss", f"{result.loss:.4f} nats a token; the base has {result.base_loss:.4f}"),
             ("Gain", f"{result.gain:.4f} ± {result.standard_error:.4f} (standard error, {result.rows} rows, paired)"),
-            ("Perplexity", f"{perplexity(result.loss):.2f}; the base has {perplexity(result.base_loss):.2f}"),
+            ("Perplexity", "{1:.2f}; the base has {0:.2f}".format(*result.perplexities)),
         ]
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    table = "\n".join("| {} | {} |".format(key, value.replace("|", "\\|")) for key, value in rows)
     return f"""---
 {metadata.to_yaml().strip()}
 ---
 
 # {name}
 
-A LoRA adapter: it makes {manifest.base.name} write like {manifest.data.name}.
+A LoRA adapter: it makes {base} write like {_shown(manifest.data.name)}.
 
 | | |
 | --- | --- |
@@ -103,4 +106,12 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0]))
 """
 
 
-_LEFT_OUT = [("filtered", "by --where"), ("empty", "empty"), ("duplicates", "duplicates"), ("not_drawn", "by --rows")]
+def _hub_id(base: BaseFacts) -> str | None:
+    """The base's id on the Hub; None for a folder, which is called as it was given and has no revision."""
+    return base.repo if base.revision or base.repo != base.name else None
+
+
+def _shown(name: str) -> str:
+    """A name for strangers: of a path on this machine, its last part."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.is_absolute() or path.exists() else name

@@ -35,7 +35,8 @@ _TENSOR = re.compile(
     r"base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)"
 )
 _PATTERN_KEY = re.compile(r"[\^A-Za-z0-9_.\\$]+")
-MAX_RANK = 4096
+_DTYPES = ("F16", "BF16", "F32", "F64")
+MAX_RANK, MAX_ALPHA = 4096, 1_000_000
 
 
 class _Facts(BaseModel):
@@ -75,6 +76,12 @@ class Result(_Facts):
     standard_error: float
     rows: int
     tokens: int
+
+    @property
+    def perplexities(self) -> tuple[float, float]:
+        """Of the base, and with the adapter."""
+        before, after = (math.exp(min(loss, 700.0)) for loss in (self.base_loss, self.loss))  # exp(710) overflows
+        return before, after
 
 
 class RunFacts(_Facts):
@@ -199,8 +206,8 @@ def read(path: Path) -> Adapter:
         try:
             manifest = Manifest.model_validate(_read_json(path / MANIFEST))
         except ValidationError as error:
-            first = error.errors()[0]
-            raise AdapterError(f"{path / MANIFEST}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+            problems = [f"{'.'.join(map(str, it['loc'])) or 'it'}: {it['msg']}" for it in error.errors()]
+            raise AdapterError(f"{path / MANIFEST}: {'; '.join(problems)}.") from error
     adapter = Adapter(path, config, manifest, tensors)
     if problems := _tensor_problems(adapter):
         raise AdapterError(f"{path / WEIGHTS}: {'; '.join(problems[:5])}.")
@@ -222,11 +229,11 @@ def _config_problems(config: Any) -> list[str]:
     """What in an adapter_config.json is wrong, or would do more than add low-rank updates to named layers."""
     if not isinstance(config, dict):
         return ["it holds no settings"]
-    number, truth = (int, float), (bool,)
+    truth = (bool,)
     expected: dict[str, tuple[type, ...]] = {
         "r": (int,),
-        "lora_alpha": number,
-        "lora_dropout": number,
+        "lora_alpha": (int, float),
+        "lora_dropout": (int, float),
         "use_rslora": truth,
         "use_dora": truth,
         "fan_in_fan_out": truth,
@@ -246,7 +253,7 @@ def _config_problems(config: Any) -> list[str]:
         "megatron_core": ("megatron.core",),
         "qalora_group_size": (16,),
     }
-    problems = [f"{key} is missing" for key in ("peft_type", "r", "lora_alpha") if key not in config]
+    problems = [f"{key} is missing" for key in ("peft_type", "r", "lora_alpha") if config.get(key) is None]
     for key, value in config.items():
         if value is None or (value in ({}, [], False) and key not in expected):
             continue  # says nothing, which is always harmless
@@ -257,9 +264,16 @@ def _config_problems(config: Any) -> list[str]:
             problems.append(f"{key} is set, which is not supported")
         elif not isinstance(value, expected[key]) or (isinstance(value, bool) and bool not in expected[key]):
             problems.append(f"{key} is {value!r}, a {type(value).__name__}")
-    ranks = [("r", config.get("r")), *(_pattern(config, "rank_pattern", problems))]
-    problems += [f"{key} is {rank!r}, not a rank from 1 to {MAX_RANK}" for key, rank in ranks if not _is_rank(rank)]
-    _pattern(config, "alpha_pattern", problems)
+    ranks = {"r": config.get("r")} | _pattern(config, "rank_pattern")
+    problems += [
+        f"{key} is {rank!r}, not a rank from 1 to {MAX_RANK}" for key, rank in ranks.items() if not _is_rank(rank)
+    ]
+    alphas = {"lora_alpha": config.get("lora_alpha")} | _pattern(config, "alpha_pattern")
+    problems += [f"{key} is {alpha!r}, which is no scale" for key, alpha in alphas.items() if not _is_alpha(alpha)]
+    for key in ranks | alphas:
+        pattern, dot, name = key.partition(".")
+        if dot and not _PATTERN_KEY.fullmatch(name):
+            problems.append(f"{pattern} has the key {name!r}, which is no layer name")
     return problems
 
 
@@ -267,19 +281,20 @@ def _is_rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_RANK
 
 
-def _pattern(config: dict[str, Any], key: str, problems: list[str]) -> list[tuple[str, Any]]:
+def _is_alpha(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -MAX_ALPHA <= value <= MAX_ALPHA
+
+
+def _pattern(config: dict[str, Any], key: str) -> dict[str, Any]:
     pattern = config.get(key)
-    if not isinstance(pattern, dict):
-        return []
-    problems += [
-        f"{key} has the key {name!r}, which is no layer name" for name in pattern if not _PATTERN_KEY.fullmatch(name)
-    ]
-    return [(f"{key}.{name}", value) for name, value in pattern.items()]
+    return {f"{key}.{name}": value for name, value in pattern.items()} if isinstance(pattern, dict) else {}
 
 
 def _tensor_problems(adapter: Adapter) -> list[str]:
-    """Tensors that are no part of a low-rank update, or whose partner is missing or of another rank."""
+    """Tensors that are no part of a low-rank update, whose partner is missing, or of a rank that the config lacks."""
+    ranks = {adapter.rank, *_pattern(adapter.config, "rank_pattern").values()}
     problems = [f"{name} is no part of a LoRA update" for name in adapter.tensors if not _TENSOR.fullmatch(name)]
+    problems += [f"{name} holds {dtype}" for name, (dtype, _) in adapter.tensors.items() if dtype not in _DTYPES]
     if not adapter.modules:
         problems.append("it holds no LoRA update")
     for module in adapter.modules:
@@ -288,6 +303,10 @@ def _tensor_problems(adapter: Adapter) -> list[str]:
             problems.append(f"{module} lacks lora_{'A' if parts[0] is None else 'B'}")
         elif len(parts[0][1]) != 2 or len(parts[1][1]) != 2 or parts[0][1][0] != parts[1][1][1]:
             problems.append(f"{module} has shapes {parts[0][1]} and {parts[1][1]}, which share no rank")
+        elif parts[0][1][0] not in ranks:
+            problems.append(
+                f"{module} has rank {parts[0][1][0]}, and {CONFIG} knows {', '.join(map(str, sorted(ranks)))}"
+            )
     return problems
 
 
@@ -314,6 +333,7 @@ class Library:
     def get(self, name: str | Path) -> Adapter:
         """The adapter of that name here or, failing that, at that path."""
         text = str(name)
+        files.recover(self.path)
         if NAME.fullmatch(text) and (self.path / text).is_dir():
             return read(self.path / text)
         if Path(text).is_dir():
@@ -324,6 +344,7 @@ class Library:
     def check_free(self, name: str, *, overwrite: bool = False) -> None:
         """Raise AdapterError unless an adapter of that name may be written."""
         target = self.path / valid_name(name)
+        files.recover(self.path)
         if target.exists() and not overwrite:
             raise AdapterError(f"{target} exists: choose another --name, or replace it with --overwrite.")
         if target.exists() and not (target / CONFIG).is_file():

@@ -1,7 +1,6 @@
 """How events and data look in a terminal. Data goes to stdout; progress and notices go to stderr."""
 
 import json
-import math
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -14,7 +13,8 @@ from .errors import AdapterError, Notice, Progress
 from .store import Adapter
 
 if TYPE_CHECKING:
-    from .training import Plan, PreviewedRow
+    from .cost import Plan
+    from .job import PreviewedRow
 
 LINE_EVERY = 10.0  # seconds between lines of progress where no bar can be drawn
 
@@ -112,11 +112,8 @@ def show_trained(adapter: Adapter) -> None:
         f"held-out loss {result.base_loss:.4f} -> {result.loss:.4f}  "
         f"(gain {result.gain:.4f} ± {result.standard_error:.4f}, {result.rows} rows)"
     )
-    print(f"perplexity    {_perplexity(result.base_loss)} -> {_perplexity(result.loss)}")
-
-
-def _perplexity(loss: float) -> str:
-    return f"{math.exp(min(loss, 700)):.2f}"
+    before, after = result.perplexities
+    print(f"perplexity    {before:.2f} -> {after:.2f}")
 
 
 def show_plan(plan: "Plan") -> None:

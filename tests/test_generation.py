@@ -6,8 +6,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_tuner import Generator, Sampling, train
-from lora_tuner.errors import AdapterError, ConfigError, GenerationError
 from lora_tuner.config import resolve
+from lora_tuner.errors import AdapterError, ConfigError, GenerationError
 
 from . import tiny
 
@@ -62,7 +62,7 @@ def test_a_failed_swap_changes_nothing(adapter, tmp_path):
     generator = Generator("reviews", device="cpu")
     before = generator.generate("the actor", GREEDY).text
     with pytest.raises(
-        AdapterError, match="There is no adapter 'nothing', neither in adapters .reviews. nor as a path"
+        AdapterError, match=r"There is no adapter 'nothing', neither in adapters .reviews. nor as a path"
     ):
         generator.use("nothing")
     assert generator.current == "reviews"

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -9,11 +10,25 @@ import torch
 import yaml
 from filelock import FileLock
 
-from lora_tuner import Interrupted, Library, Notice, Progress, evaluation, plan, resume, store, tokens, train, training
+from lora_tuner import (
+    Interrupted,
+    Library,
+    Notice,
+    Progress,
+    cost,
+    evaluation,
+    plan,
+    resume,
+    store,
+    tokens,
+    train,
+    trainer,
+)
 from lora_tuner.base_model import find_base, load_base
 from lora_tuner.config import TrainConfig, resolve
 from lora_tuner.data import load_corpus
 from lora_tuner.errors import AdapterError, DataError, DivergedError, TrainingError
+from lora_tuner.job import prepare, preview
 
 from . import tiny
 
@@ -108,6 +123,46 @@ def test_a_resumed_run_equals_an_uninterrupted_one(settings, step, number):
     assert [entry["loss"] for entry in history(resumed)] == [entry["loss"] for entry in history(whole)]
     assert resumed.manifest.run.tokens == whole.manifest.run.tokens
     assert not (Library().path.parent / "runs" / "reviews").exists()
+
+
+def test_interrupted_twice_it_stops_at_once_and_can_go_on(settings):
+    whole = train(settings(name="whole"))
+
+    def twice(event):
+        if isinstance(event, Progress) and event.stage == "training" and event.done == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match=r"Stopped at once\. Go on from the last checkpoint: train --resume reviews"):
+        train(settings(save_every=2), twice)
+    assert weights(resume("reviews")) == weights(whole)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"schedule": "constant"},
+        {"schedule": "constant", "learning_rate": 0.2, "max_steps": 60, "eval_every": 2, "patience": 2, "rows": 40},
+    ],
+)
+def test_interrupted_while_measuring_the_end_nothing_is_trained_again(settings, monkeypatch, how):
+    """Trainer, resumed at its last step, would take one more."""
+    whole = train(settings(name="whole", **how))
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "compare", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings(**how))
+    told = []
+    resumed = resume("reviews", notify=told.append)
+    assert not [event for event in told if isinstance(event, Progress) and event.stage == "training"]
+    assert weights(resumed) == weights(whole)
+    assert resumed.manifest.run.model_copy(update={"seconds": 0}) == whole.manifest.run.model_copy(
+        update={"seconds": 0}
+    )
 
 
 def test_a_broken_checkpoint_is_passed_over(settings, tmp_path):
@@ -223,7 +278,10 @@ def test_a_gradient_that_is_not_finite_stops_it_too(settings, monkeypatch):
 
 def test_patience_stops_early_and_keeps_the_best(settings):
     notices = []
-    adapter = train(settings(learning_rate=0.2, schedule="constant", max_steps=60, eval_every=2, patience=2, rows=40), notices.append)
+    adapter = train(
+        settings(learning_rate=0.2, schedule="constant", max_steps=60, eval_every=2, patience=2, rows=40),
+        notices.append,
+    )
     run, measured = adapter.manifest.run, {e["step"]: e["eval_loss"] for e in history(adapter) if "eval_loss" in e}
     best = min(measured, key=measured.get)
     assert run.steps == best + 4 < 60
@@ -243,12 +301,12 @@ def test_minutes_become_steps_by_measuring(settings, monkeypatch):
 
 
 def test_without_a_stop_rule_one_epoch_unless_it_takes_too_long(settings, monkeypatch):
-    job = training._prepare(training._named(settings(max_steps=None)), Library(), lambda event: None)
+    job = prepare(settings(max_steps=None))
     told = []
-    job = training.replace(job, notify=told.append)
-    assert training._steps_for(job, 0.001) == job.steps_per_epoch
+    job = dataclasses.replace(job, notify=told.append)
+    assert cost.steps_for(job, 0.001) == job.steps_per_epoch
     assert told == []
-    assert training._steps_for(job, 600.0) == 1
+    assert cost.steps_for(job, 600.0) == 1
     assert "One epoch would take" in told[0].text
     assert "10 minutes' worth of it is trained" in told[0].text
 
@@ -278,7 +336,7 @@ def test_measuring_the_speed_does_not_change_the_result(settings):
 
 def test_no_held_out_row_is_trained_on(settings, monkeypatch):
     config = settings()
-    job = training._prepare(training._named(config), Library(), lambda event: None)
+    job = prepare(config)
     trained = {job.base.tokenizer.decode(row[:-1]) for row in job.sequences.rows}
     held_out = {job.base.tokenizer.decode(row[:-1]) for row in job.held_out}
     assert trained
@@ -294,6 +352,14 @@ def test_chunks_of_long_rows_are_trained_on(settings, tmp_path):
     )
     assert cut.manifest.run.truncated_rows == cut.manifest.data.counts["train"] == cut.manifest.run.sequences
     assert chunked.manifest.run.sequences > 2 * cut.manifest.run.sequences
+
+
+def test_without_a_length_rows_are_cut_where_the_model_looks_back_no_further(settings):
+    config = settings()
+    told = []
+    adapter = train(TrainConfig(**config.model_dump(exclude_unset=True, exclude={"max_length"})), told.append)
+    assert f"max_length: {tiny.CONTEXT}" in (adapter.path / store.RUN).read_text()
+    assert any(f"Rows are cut at {tiny.CONTEXT} tokens" in event.text for event in told if isinstance(event, Notice))
 
 
 def test_rows_longer_than_the_model_looks_back(settings):
@@ -321,7 +387,7 @@ def test_checkpoints_can_be_kept(settings, tmp_path):
     train(settings(keep_checkpoints=True, save_every=3))
     checkpoint = tmp_path / "runs" / "reviews" / "checkpoint-6"
     assert store.read(checkpoint).rank == 4
-    assert (checkpoint / training.WHOLE).is_file()
+    assert (checkpoint / trainer.WHOLE).is_file()
 
 
 def test_it_runs_beside_the_main_thread(settings):
@@ -333,7 +399,7 @@ def test_it_runs_beside_the_main_thread(settings):
 
 
 def test_the_preview_shows_what_is_learnt(settings):
-    (row,) = training.preview(settings(max_length=tiny.CONTEXT), 1)
+    (row,) = preview(settings(max_length=tiny.CONTEXT), 1)
     assert row.tokens[-1] == tiny.END
     assert row.labels == [False] + [True] * (len(row.tokens) - 1)
     assert "".join(row.tokens[:-1]) == row.after == row.before

@@ -39,16 +39,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=END, eos_token=END)
 
 
-def save_model(folder: Path, kind: str, seed: int = 0, width: int = 32, layers: int = 2) -> Path:
+def save_model(
+    folder: Path, kind: str, seed: int = 0, width: int = 32, layers: int = 2, context: int = CONTEXT
+) -> Path:
     """A random GPT-2 or Llama with tied embeddings, as a folder that transformers loads."""
     torch.manual_seed(seed)
     size = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0}
     model: GPT2LMHeadModel | LlamaForCausalLM
     if kind == "gpt2":
-        model = GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=width, n_head=4, n_positions=CONTEXT, **size))
+        model = GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=width, n_head=4, n_positions=context, **size))
     else:
         shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": context}
         model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, pad_token_id=0, **shape, **heads, **size))
     with torch.no_grad():  # far enough from uniform that greedy text is not decided by rounding
         for parameter in model.parameters():

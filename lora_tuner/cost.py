@@ -1,0 +1,135 @@
+"""What a run will cost, found by doing a little of it: a few real steps and one held-out batch against the clock.
+
+Surprise: minutes are never a stop rule while training runs. They become a number of steps here, and `run.yaml` holds that
+number, so that every run can be repeated step for step. Price: some seconds before training, and nothing it changes.
+"""
+
+import math
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import evaluation, lora, tokens
+from .config import PATIENCE_MINUTES
+from .errors import Notice, Progress
+from .job import Job
+
+MEASURED_STEPS = 4  # the first warms up and is not counted
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will cost, from a few real steps. Seconds, bytes, counts."""
+
+    steps: int
+    steps_per_epoch: int
+    seconds_per_step: float
+    training_seconds: float
+    held_out_seconds: float
+    peak_memory_bytes: int
+    tokens_per_second: float
+    truncated_share: float
+    trained_parameters: int
+    base_parameters: int
+    adapter_bytes: int
+
+
+def measure(job: Job) -> Plan:
+    """A few real steps and one held-out batch against the clock, then everything as it was before."""
+    config, model, base = job.config, job.model, job.base
+    batch_size = job.batch_size
+    per_step = batch_size * config.accumulation
+    longest = job.sequences.longest_first()
+    spread = [longest[int(i * len(longest) / (per_step * MEASURED_STEPS))] for i in range(per_step * MEASURED_STEPS)]
+    items = longest[:per_step] + spread[per_step:]
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=config.learning_rate)
+    seconds, predictions = [], []
+    model.train()
+    for step in range(MEASURED_STEPS):
+        start, count = time.perf_counter(), 0
+        for micro in range(config.accumulation):
+            first = step * per_step + micro * batch_size
+            batch = tokens.collate(items[first : first + batch_size], base.tokenizer.pad_token_id)
+            labels = batch.pop("labels").to(base.device)
+            output = model(**{name: tensor.to(base.device) for name, tensor in batch.items()}, use_cache=False)
+            found = int((labels != tokens.NO_LABEL).sum())
+            (evaluation.causal_nll(output.logits, labels).sum() / max(found, 1)).backward()
+            count += found
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        _wait_for(base.device)
+        seconds.append(time.perf_counter() - start)
+        predictions.append(count)
+        job.notify(Progress("measuring the speed", step + 1, MEASURED_STEPS))
+    model.load_state_dict(before, strict=False)
+    model.zero_grad(set_to_none=True)
+    per_step_seconds = statistics.fmean(seconds[1:])
+    start = time.perf_counter()
+    sample = sorted(job.held_out, key=len)[-max(1, evaluation.BATCH_TOKENS // 512) :]
+    evaluation.measure(model, base, sample)
+    held_out_rate = (time.perf_counter() - start) / sum(map(len, sample))
+    trained, frozen = lora.counts(model)
+    steps = steps_for(job, per_step_seconds)
+    return Plan(
+        steps=steps,
+        steps_per_epoch=job.steps_per_epoch,
+        seconds_per_step=per_step_seconds,
+        training_seconds=steps * per_step_seconds,
+        held_out_seconds=held_out_rate * sum(map(len, job.held_out)) * (2 + steps // (config.eval_every or steps + 1)),
+        peak_memory_bytes=_peak_memory(base.device),
+        tokens_per_second=sum(predictions[1:]) / sum(seconds[1:]),
+        truncated_share=job.truncated_rows / len(job.corpus.train),
+        trained_parameters=trained,
+        base_parameters=frozen,
+        adapter_bytes=trained * 4,
+    )
+
+
+def steps_for(job: Job, seconds_per_step: float) -> int:
+    """The steps that the stop rule of the configuration means at this speed."""
+    config = job.config
+    if config.max_steps is not None:
+        return config.max_steps
+    if config.epochs is not None:
+        return math.ceil(config.epochs * job.steps_per_epoch)
+    minutes = config.minutes if config.minutes is not None else PATIENCE_MINUTES
+    steps = max(1, int(minutes * 60 / seconds_per_step))
+    if config.minutes is None:
+        if steps >= job.steps_per_epoch:
+            return job.steps_per_epoch
+        hours = job.steps_per_epoch * seconds_per_step / 3600
+        job.notify(
+            Notice(
+                f"One epoch would take {hours:.1f} hours, so {PATIENCE_MINUTES} minutes' worth of it is trained. Choose with "
+                "--minutes, --epochs or --max-steps."
+            )
+        )
+    return steps
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: on a GPU by torch there, else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import psutil
+
+    info: Any = psutil.Process().memory_info()
+    if hasattr(info, "peak_wset"):  # Windows
+        return int(info.peak_wset)
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

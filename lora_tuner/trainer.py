@@ -1,0 +1,258 @@
+"""Hugging Face's Trainer with the loss, the held-out measure, the checkpoints and the Ctrl-C of this package.
+
+Surprise: Trainer hides what goes wrong. A loss that is not a number is logged as 0, a checkpoint cut off half-way is taken
+for a whole one, and Ctrl-C saves nothing. Here the first stops the run, each checkpoint names the hash of every file in it
+and counts only then (`whole.json`), and the last ends the step and saves. Limit: one process.
+"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from . import evaluation, files, lora, store, tokens
+from .errors import DivergedError, Interrupted, Listener, Notice, Progress
+from .job import Job, save_adapter
+
+WHOLE = "whole.json"
+_PIECES = {store.WEIGHTS, store.CONFIG, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+
+
+def run(job: Job, folder: Path, checkpoint: Path | None) -> tuple[TrainerState, list[dict[str, Any]]]:
+    """Train `job.model`, from its start or from a checkpoint. Gives Trainer's state, and the log of all steps.
+
+    Raises Interrupted, with a checkpoint saved, after Ctrl-C or SIGTERM; DivergedError when a figure is not finite.
+    """
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
+    if checkpoint and state and _finished(job, state):  # Trainer would take one step more
+        lora.load(job.model, Path(state.best_model_checkpoint or checkpoint))
+    else:
+        trainer = _LoraTrainer(job, folder)
+        set_seed(job.config.seed)
+        with _stopping() as stop:
+            trainer.add_callback(_StopWhenAsked(stop))
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        state = trainer.state
+        if stop.is_set():
+            raise Interrupted(
+                f"Stopped at step {state.global_step} of {state.max_steps}, saved. "
+                f"Go on with: train --resume {job.config.name}"
+            )
+    return state, [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
+
+
+def _finished(job: Job, state: TrainerState) -> bool:
+    """Whether the checkpoint with this state is the last of its run: all steps are done, or patience is at its end."""
+    callbacks: Any = state.stateful_callbacks
+    early = callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+    worse = early.get("early_stopping_patience_counter", 0)
+    return state.global_step >= state.max_steps or (job.config.patience is not None and worse >= job.config.patience)
+
+
+def _arguments(job: Job, folder: Path) -> TrainingArguments:
+    config = job.config
+    assert config.max_steps is not None
+    os.environ["ACCELERATE_TORCH_DEVICE"] = str(job.base.device)  # Trainer would take the first GPU
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=config.max_steps,
+        per_device_train_batch_size=job.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=math.ceil(config.warmup * config.max_steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.clip,
+        seed=config.seed,
+        eval_strategy="steps" if config.eval_every else "no",
+        eval_steps=config.eval_every,
+        # The best can only be kept where it was saved.
+        save_steps=config.eval_every if config.patience and config.eval_every else config.save_every,
+        save_total_limit=2,
+        load_best_model_at_end=config.patience is not None,
+        metric_for_best_model="eval_loss" if config.patience else None,
+        greater_is_better=False if config.patience else None,
+        restore_callback_states_from_checkpoint=config.patience is not None,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it logs a loss that is not a number as 0
+        label_names=["labels"],
+        remove_unused_columns=False,
+        dataloader_pin_memory=job.base.device.type == "cuda",
+        use_cpu=job.base.device.type == "cpu",
+        disable_tqdm=True,
+        log_level="error",
+        report_to=[],
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs in one process would be split by DataParallel
+    return arguments
+
+
+def _loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+    """Mean negative log-likelihood over the predictions of the whole step, of which this may be one micro-batch."""
+    loss: torch.Tensor = evaluation.causal_nll(outputs.logits, labels).sum() / num_items_in_batch
+    return loss
+
+
+class _LoraTrainer(Trainer):
+    """Trainer with the loss, the held-out measure and the checkpoints of this package."""
+
+    def __init__(self, job: Job, folder: Path) -> None:
+        callbacks: list[TrainerCallback] = [_CheckGradients(self), _MarkWhole(folder)]
+        if job.config.patience:
+            callbacks.append(EarlyStoppingCallback(job.config.patience))
+        super().__init__(
+            model=job.model,
+            args=_arguments(job, folder),
+            train_dataset=job.sequences,
+            eval_dataset=job.held_out,
+            data_collator=partial(tokens.collate, pad_id=job.base.tokenizer.pad_token_id),
+            compute_loss_func=_loss,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = False  # the loss is computed here, so the model is not told the count
+        self.job = job
+        self.folder = folder
+        self.predictions = 0
+        self.step_start = 0.0
+        self.step_seen = -1
+        self.last_good: dict[str, torch.Tensor] = {}
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        first = self.state.global_step != self.step_seen
+        if first:
+            self.step_seen, self.step_start = self.state.global_step, time.perf_counter()
+            self.predictions = int(num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise self.diverged(f"The loss is {loss.item()}")
+        if first:  # these weights have just given a finite loss
+            self.last_good = {name: tensor.clone() for name, tensor in lora.weights(self.job.model).items()}
+        return loss
+
+    def diverged(self, what: str) -> DivergedError:
+        folder = self.folder / "last-good"
+        kept = "There is no good adapter to keep."
+        if self.last_good:
+            with files.new_folder(folder) as work:
+                save_adapter(self.job, self.last_good, self.job.manifest, work)
+            kept = f"The last good adapter is in {folder}."
+        return DivergedError(
+            f"{what} at step {self.state.global_step + 1}, so the run has stopped. {kept} Try a lower learning rate than "
+            f"{self.job.config.learning_rate:g} (--learning-rate), or a lower --clip."
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            seconds = time.perf_counter() - self.step_start
+            logs |= {"tokens": self.predictions, "seconds": round(seconds, 4)}
+            self._report(logs["loss"], self.predictions / seconds)
+        super().log(logs, start_time)
+
+    def _report(self, loss: float, speed: float) -> None:
+        done, total = self.state.global_step, self.state.max_steps
+        self.job.notify(Progress("training", done, total, f"loss {loss:.3f}  {speed:,.0f} tokens/s"))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        held_out = evaluation.measure(self.job.model, self.job.base, self.job.held_out, self.job.notify)
+        metrics = {"eval_loss": held_out.loss}
+        self.log(metrics)
+        self.job.notify(Notice(f"Step {self.state.global_step}: held-out loss {held_out.loss:.4f}."))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        assert output_dir is not None
+        save_adapter(self.job, lora.weights(self.job.model), self.job.manifest, Path(output_dir))
+
+
+class _CheckGradients(TrainerCallback):
+    """Stops before the optimizer takes a step that would ruin the weights. Price: one look at the adapter's gradients."""
+
+    def __init__(self, trainer: _LoraTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        gradients = [p.grad for p in self.trainer.job.model.parameters() if p.grad is not None]
+        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            raise self.trainer.diverged("A gradient is not finite")
+
+
+class _MarkWhole(TrainerCallback):
+    """Names every file of a checkpoint with its hash once all are written: one cut off half-way lacks it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        checkpoint = self.folder / f"checkpoint-{state.global_step}"
+        hashes = {path.name: files.sha256_file(path) for path in sorted(checkpoint.iterdir()) if path.name != WHOLE}
+        files.write_text(checkpoint / WHOLE, json.dumps(hashes, indent=2))
+
+
+class _StopWhenAsked(TrainerCallback):
+    def __init__(self, stop: threading.Event) -> None:
+        self.stop = stop
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stop.is_set():
+            control.should_save = control.should_training_stop = True
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set, once; Ctrl-C again stops at once. Only the main thread can listen."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(signum: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def newest_whole(folder: Path, notify: Listener) -> Path | None:
+    """The newest checkpoint of which every file is there and unchanged; None where there is none, to start over."""
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    for path in sorted(checkpoints, key=lambda path: -int(path.name.rpartition("-")[2])):
+        try:
+            hashes = json.loads((path / WHOLE).read_text(encoding="utf-8"))
+            if hashes.keys() >= _PIECES and all(
+                files.sha256_file(path / name) == digest for name, digest in hashes.items()
+            ):
+                return path
+        except (OSError, ValueError, AttributeError):
+            pass
+        notify(Notice(f"{path} is not whole and is passed over."))
+    notify(Notice(f"{folder} holds no whole checkpoint: the run starts at its first step."))
+    return None

@@ -1,0 +1,247 @@
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from lora_tuner.config import STOPS, Sampling, TrainConfig, resolve, to_yaml
+from lora_tuner.errors import ConfigError
+
+
+def refusal(given, kind=TrainConfig, file=None):
+    with pytest.raises(ConfigError) as error:
+        resolve(kind, given, file)
+    return str(error.value)
+
+
+@pytest.fixture
+def run_yaml(tmp_path):
+    def write(text):
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "allowed", "refused"),
+    [
+        (TrainConfig, "rank", [1, 1024], [0, -1, 1025, 1.5]),
+        (TrainConfig, "alpha", [1], [0, 2.5]),
+        (TrainConfig, "rows", [2], [1, 0, -5]),
+        (TrainConfig, "eval_rows", [2], [1]),
+        (TrainConfig, "max_length", [8], [7]),
+        (TrainConfig, "dropout", [0, 0.99], [1, -0.1, math.nan]),
+        (TrainConfig, "warmup", [0, 0.99], [1, -0.1, math.nan]),
+        (TrainConfig, "epochs", [0.01], [0, -1, math.inf, math.nan]),
+        (TrainConfig, "minutes", [0.01], [0, -1, math.inf, math.nan]),
+        (TrainConfig, "max_steps", [1], [0, 1.5]),
+        (TrainConfig, "batch_size", [1], [0]),
+        (TrainConfig, "accumulation", [1], [0]),
+        (TrainConfig, "learning_rate", [1e-9], [0, -1, math.inf, math.nan]),
+        (TrainConfig, "weight_decay", [0], [-0.1, math.inf]),
+        (TrainConfig, "clip", [0.1], [0, math.inf]),
+        (TrainConfig, "eval_every", [1], [0]),
+        (TrainConfig, "save_every", [1], [0]),
+        (TrainConfig, "seed", [0, 2**32 - 1], [-1, 2**32]),
+        (TrainConfig, "schedule", ["linear", "cosine", "constant"], ["Linear", ""]),
+        (TrainConfig, "long_rows", ["truncate", "chunk"], ["drop"]),
+        (TrainConfig, "dtype", ["auto", "float32", "bfloat16", "float16"], ["float64"]),
+        (TrainConfig, "split_salt", ["x"], [""]),
+        (TrainConfig, "targets", ["auto"], [""]),
+        (TrainConfig, "where", [["a=b", "a=", "a=b=c"]], [["a"], ["=b"], "a=b"]),
+        (Sampling, "max_new_tokens", [1], [0]),
+        (Sampling, "temperature", [0, 10], [-0.1, 10.1, math.nan]),
+        (Sampling, "top_p", [1e-9, 1], [0, 1.1]),
+        (Sampling, "top_k", [0], [-1]),
+        (Sampling, "repetition_penalty", [1e-9, 10], [0, 10.1]),
+        (Sampling, "answers", [1, 256], [0, 257]),
+        (Sampling, "seed", [0, 2**63 - 1], [-1, 2**63]),
+    ],
+)
+def test_bounds(kind, name, allowed, refused):
+    for value in allowed:
+        assert getattr(resolve(kind, {name: value}), name) == value
+    for value in refused:
+        assert refusal({name: value}, kind).startswith(f"{name}: "), value
+
+
+def test_all_problems_are_named_at_once():
+    given = {"rank": 0, "lr": 1, "epochs": 1, "minutes": 2, "patience": 3, "where": ["label"], "dtype": "int8"}
+    assert refusal(given).split("; ") == [
+        "where: 'label' is not of the form COLUMN=VALUE (got ['label'])",
+        "rank: input should be greater than or equal to 1 (got 0)",
+        "epochs and minutes contradict each other: give one of them",
+        "patience needs eval_every: it counts measurements",
+        "dtype: input should be 'auto', 'float32', 'bfloat16' or 'float16' (got 'int8')",
+        "lr: there is no such setting",
+    ]
+
+
+def test_all_problems_of_sampling_are_named_at_once():
+    assert refusal({"top_p": 2, "greedy": True, "answers": 2, "stop": [""]}, Sampling).split("; ") == [
+        "top_p: input should be less than or equal to 1 (got 2)",
+        "answers above 1 would all be the same: greedy has one answer",
+        "stop is empty: it would end every answer at once",
+    ]
+
+
+def test_a_temperature_of_0_has_one_answer_too():
+    assert "greedy has one answer" in refusal({"temperature": 0, "answers": 2}, Sampling)
+    assert resolve(Sampling, {"temperature": 0.1, "answers": 2}).answers == 2
+
+
+@pytest.mark.parametrize("given", [{a: 1, b: 1} for a in STOPS for b in STOPS if a < b])
+def test_two_stop_rules_contradict_each_other(given):
+    expected = " and ".join(name for name in STOPS if name in given)
+    assert refusal(given) == f"{expected} contradict each other: give one of them"
+
+
+def test_three_stop_rules_are_one_problem():
+    assert (
+        refusal(dict.fromkeys(STOPS, 1)) == "epochs and max_steps and minutes contradict each other: give one of them"
+    )
+
+
+def test_no_stop_rule_is_allowed_and_so_is_one():
+    assert [getattr(TrainConfig(), name) for name in STOPS] == [None] * 3
+    for name in STOPS:
+        assert getattr(resolve(TrainConfig, {name: 3}), name) == 3
+
+
+def test_patience_needs_eval_every():
+    assert refusal({"patience": 2}) == "patience needs eval_every: it counts measurements"
+    assert resolve(TrainConfig, {"patience": 2, "eval_every": 5}).patience == 2
+    assert refusal({"patience": 2, "eval_every": 0}) == "eval_every: input should be greater than or equal to 1 (got 0)"
+
+
+def test_alpha_is_twice_the_rank_unless_said():
+    assert TrainConfig(rank=4).scaling_alpha == 8
+    assert TrainConfig(rank=4, alpha=5).scaling_alpha == 5
+
+
+@pytest.mark.parametrize("name", sorted(TrainConfig.model_fields))
+def test_yes_and_no_are_values_of_switches_alone(name):
+    if TrainConfig.model_fields[name].annotation is bool:
+        assert getattr(resolve(TrainConfig, {name: True}), name) is True
+    else:
+        assert refusal({name: True}) == f"{name}: yes or no is not a value here (got True)"
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(ValidationError):
+        TrainConfig().rank = 9
+
+
+def test_every_field_has_a_line_of_help_and_a_panel():
+    for kind in (TrainConfig, Sampling):
+        for name, field in kind.model_fields.items():
+            assert field.description, name
+            assert field.json_schema_extra["panel"], name
+
+
+def test_yamls_1e_3_is_a_number(run_yaml):
+    assert yaml.safe_load("1e-3") == "1e-3"  # the trap
+    assert resolve(TrainConfig, {}, run_yaml("learning_rate: 1e-3")).learning_rate == 0.001
+
+
+def test_yamls_truth_is_no_number_and_no_name(run_yaml):
+    path = run_yaml("rank: true\nname: no\npacking: off")
+    assert refusal({}, file=path) == (
+        f"{path}: rank: yes or no is not a value here (got True); name: yes or no is not a value here (got False)"
+    )
+
+
+def test_problems_of_a_file_name_it(run_yaml):
+    path = run_yaml("rang: 8\nrank: eight")
+    assert refusal({}, file=path) == (
+        f"{path}: rank: input should be a valid integer, unable to parse string as an integer (got 'eight'); "
+        "rang: there is no such setting"
+    )
+
+
+def test_what_is_given_lies_over_the_file(run_yaml):
+    path = run_yaml("rank: 4\nseed: 3\nwhere: [label=1]")
+    config = resolve(TrainConfig, {"rank": 16, "where": ["label=0"]}, path)
+    assert (config.rank, config.seed, config.where) == (16, 3, ["label=0"])
+
+
+@pytest.mark.parametrize("in_file", STOPS)
+@pytest.mark.parametrize("given", STOPS)
+def test_a_given_stop_rule_replaces_the_files(run_yaml, in_file, given):
+    config = resolve(TrainConfig, {given: 7}, run_yaml(f"{in_file}: 5"))
+    assert {name: getattr(config, name) for name in STOPS} == dict.fromkeys(STOPS) | {given: 7}
+
+
+def test_the_files_stop_rule_stays_where_none_is_given(run_yaml):
+    assert resolve(TrainConfig, {"rank": 2}, run_yaml("max_steps: 5")).max_steps == 5
+
+
+def test_a_file_with_two_stop_rules_is_refused_unless_one_is_given(run_yaml):
+    path = run_yaml("max_steps: 5\nminutes: 1")
+    assert refusal({}, file=path) == f"{path}: max_steps and minutes contradict each other: give one of them"
+    assert resolve(TrainConfig, {"epochs": 1}, path).epochs == 1
+
+
+@pytest.mark.parametrize("text", ["", "- rank\n- 8\n", "rank", "# nothing\n"])
+def test_a_file_without_settings(run_yaml, text):
+    path = run_yaml(text)
+    assert refusal({}, file=path) == f"{path} holds no settings: one `name: value` a line is expected."
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("rank: [", "while parsing a flow node"),
+        ("rank: 8\nseed: 1\nrank: 16", "rank is given twice"),
+        ("name: 2024-13-45", "month must be in 1..12"),
+        ("rank: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ("where: " + "[" * 5000, "recursion"),
+        ("a: 1\n---\nb: 2", "but found another document"),
+    ],
+)
+def test_a_broken_file_is_an_error_that_names_it(run_yaml, text, why):
+    path = run_yaml(text)
+    message = refusal({}, file=path)
+    assert message.startswith(f"{path} cannot be read as YAML: ")
+    assert why in message
+    assert "\n" not in message
+
+
+def test_a_file_that_is_missing_or_not_utf8(tmp_path):
+    assert refusal({}, file=tmp_path / "none.yaml").startswith(f"{tmp_path / 'none.yaml'} cannot be read as YAML: ")
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9")
+    assert refusal({}, file=tmp_path / "latin.yaml").startswith(f"{tmp_path / 'latin.yaml'} cannot be read as YAML: ")
+
+
+def test_a_key_that_is_no_text(run_yaml):
+    path = run_yaml("1: 2")
+    assert refusal({}, file=path) == f"{path}: 1: keys should be strings (got 1)"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"max_steps": 7, "where": ["label=1", "source=a: b"], "learning_rate": 1e-7, "packing": False},
+        {"dataset": "кино.csv", "name": "n", "adapters_dir": Path("a b") / "c", "rows": 5, "minutes": 0.1},
+        {"dataset": "a\n b: #c", "split_salt": "1e-3", "text_column": "null", "base": "~", "revision": "2024-01-01"},
+        {"split_salt": "yes", "text_column": " padded ", "where": ["x='\"\t", "y=[]"], "seed": 2**32 - 1},
+    ],
+)
+def test_to_yaml_and_back_is_the_same_configuration(run_yaml, given):
+    config = resolve(TrainConfig, given)
+    assert resolve(TrainConfig, {}, run_yaml(to_yaml(config))) == config
+
+
+def test_to_yaml_can_be_read_by_people():
+    assert to_yaml(TrainConfig(dataset="кино.csv")).startswith("dataset: кино.csv\n")
+
+
+def test_to_yaml_leaves_out_what_is_worked_out_later():
+    settings = yaml.safe_load(to_yaml(TrainConfig(max_steps=3)))
+    assert settings["max_steps"] == 3
+    assert settings["adapters_dir"] == "adapters"
+    assert {"alpha", "batch_size", "minutes", "epochs", "name"} & settings.keys() == set()

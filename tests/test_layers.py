@@ -1,0 +1,64 @@
+"""Imports point down only, and what must be light stays light."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import lora_tuner
+
+PACKAGE = Path(lora_tuner.__file__).parent
+ROWS = [
+    {"cli"},
+    {"training", "combine", "generation", "doctor"},
+    {"trainer", "cost"},
+    {"job"},
+    {"evaluation", "report", "terminal"},
+    {"lora"},
+    {"data", "tokens", "base_model", "store"},
+    {"hub", "files"},
+    {"config"},
+    {"errors"},
+]
+LEVEL = {module: level for level, row in enumerate(ROWS) for module in row}
+
+
+def imported(path):
+    """The package's modules that a file imports when it runs; those under TYPE_CHECKING are for type checkers alone."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and id(node) not in skipped:
+            yield from [node.module] if node.module else [alias.name for alias in node.names]
+
+
+def test_every_module_has_a_row():
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set(LEVEL)
+
+
+@pytest.mark.parametrize("module", sorted(LEVEL))
+def test_imports_point_down(module):
+    for other in imported(PACKAGE / f"{module}.py"):
+        if other in LEVEL:
+            assert LEVEL[other] > LEVEL[module], f"{module} imports {other}"
+
+
+def test_the_core_neither_prints_nor_exits_nor_knows_typer():
+    for module in set(LEVEL) - {"cli", "terminal"}:
+        for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in ("print", "sys.exit", "exit"), module
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                assert not re.match(r"(import|from) (typer|rich|click)", ast.unparse(node)), module
+
+
+def test_the_public_names_are_sorted_complete_and_importable():
+    assert list(lora_tuner.__all__) == sorted(lora_tuner.__all__) == sorted(lora_tuner._HOMES)
+    for name in lora_tuner.__all__:
+        assert getattr(lora_tuner, name).__module__ == f"lora_tuner.{lora_tuner._HOMES[name]}"
