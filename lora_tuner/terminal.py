@@ -82,7 +82,8 @@ def show_json(data: Any) -> None:
 def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    count, unit = (seconds / 60, "min") if seconds < 5400 else (seconds / 3600, "h")
+    return f"{count:.1f} {unit}" if count < 10 else f"{count:,.0f} {unit}"
 
 
 def size(count: float) -> str:
