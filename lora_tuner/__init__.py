@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from .cost import Plan
     from .errors import Interrupted, LoraTunerError, Notice, Progress
     from .generation import Answer, Generator
-    from .store import Adapter, Library, Manifest
+    from .manifest import Manifest
+    from .store import Adapter, Library
     from .training import plan, resume, train
 
 try:
@@ -28,7 +29,7 @@ _HOMES = {
     "Interrupted": "errors",
     "Library": "store",
     "LoraTunerError": "errors",
-    "Manifest": "store",
+    "Manifest": "manifest",
     "Notice": "errors",
     "Plan": "cost",
     "Progress": "errors",

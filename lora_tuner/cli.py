@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 from . import __version__, store
 from .config import Sampling, TrainConfig, resolve
-from .errors import ConfigError, Interrupted, LoraTunerError
+from .errors import AdapterError, ConfigError, Interrupted, LoraTunerError
 from .terminal import Display, say, show_adapters, show_facts, show_json, show_plan, show_preview, show_trained
 
 PROMPT = "Enter a prompt for text generation: "
@@ -289,6 +289,55 @@ def show_adapter(adapter: AdapterArgument, adapters_dir: AdaptersDir = LIBRARY, 
     """One adapter: what it was made from, and what it gives."""
     facts = store.Library(adapters_dir).get(adapter).facts()
     show_json(facts) if as_json else show_facts(facts)
+
+
+@adapters_app.command("verify")
+def verify_adapters(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Adapters, by name or path; all when none is named.")
+    ] = None,
+    adapters_dir: AdaptersDir = LIBRARY,
+    as_json: AsJson = False,
+) -> None:
+    """Read every byte: hashes, shapes, settings, finite numbers. Proves that it is whole, not that it is good."""
+    library = store.Library(adapters_dir)
+    found = {name: _problems(library, name) for name in names or library.names()}
+    if as_json:
+        show_json([{"name": name, "problems": problems} for name, problems in found.items()])
+    else:
+        for name, problems in found.items():
+            print(f"{name}: {'; '.join(problems) or 'whole'}")
+    if any(found.values()):
+        raise typer.Exit(1)
+
+
+def _problems(library: store.Library, name: str) -> list[str]:
+    try:
+        return store.verify(library.get(name))
+    except AdapterError as error:
+        return [str(error)]
+
+
+@adapters_app.command("rename")
+def rename_adapter(
+    old: AdapterArgument,
+    new: Annotated[str, typer.Argument(help="Its new name.", show_default=False)],
+    adapters_dir: AdaptersDir = LIBRARY,
+) -> None:
+    """Give an adapter another name."""
+    print(store.Library(adapters_dir).rename(old, new).path)
+
+
+@adapters_app.command("remove")
+def remove_adapter(
+    name: Annotated[str, typer.Argument(help="An adapter of the library.", show_default=False)],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    adapters_dir: AdaptersDir = LIBRARY,
+) -> None:
+    """Delete an adapter for good."""
+    if not yes:
+        typer.confirm(f"Delete {adapters_dir / name} for good?", abort=True, err=True)
+    store.Library(adapters_dir).remove(name)
 
 
 @app.command()

@@ -20,7 +20,7 @@ from . import files, tokens
 from .base_model import Base
 from .config import HELD_OUT_LENGTH
 from .errors import Listener, Progress, ignore
-from .store import Result
+from .manifest import Result
 
 BATCH_TOKENS_CPU, BATCH_TOKENS_GPU = 512, 8192  # positions computed at once; only speed and memory depend on it
 

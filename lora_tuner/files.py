@@ -125,7 +125,7 @@ def new_folder(target: Path) -> Iterator[Path]:
                 os.rename(old, target)
             raise
         _sync(target.parent)
-        _remove(old)
+        remove(old)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -135,13 +135,13 @@ def recover(parent: Path) -> None:
     for old in parent.glob(f".*{_OLD}"):
         target = parent / old.name[1 : -len(_OLD)]
         if os.path.lexists(target):
-            _remove(old)
+            remove(old)
         else:
             with contextlib.suppress(OSError):  # another process was faster, or nobody may write here
                 os.rename(old, target)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Remove a folder or, where it was a link, the link alone."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)

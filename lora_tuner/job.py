@@ -18,7 +18,7 @@ from .base_model import Base, find_base, load_base, load_tokenizer
 from .config import BATCH_SIZE_CPU, BATCH_SIZE_GPU, TrainConfig, to_yaml
 from .data import Corpus, content_hash, load_corpus
 from .errors import Listener, Notice, Progress, TrainingError, ignore
-from .store import Manifest
+from .manifest import BaseFacts, DataFacts, Manifest, RunFacts, Weights, now
 
 
 @dataclass
@@ -54,8 +54,8 @@ class Job:
 
         source, config, corpus = self.base.source, self.config, self.corpus
         return Manifest(
-            created=store.now(),
-            base=store.BaseFacts(
+            created=now(),
+            base=BaseFacts(
                 name=source.name,
                 repo=source.repo,
                 revision=source.revision,
@@ -63,7 +63,7 @@ class Job:
                 fingerprint=source.fingerprint,
                 tokenizer=self.base.tokenizer_hash,
             ),
-            data=store.DataFacts(
+            data=DataFacts(
                 name=corpus.name,
                 source=corpus.source,
                 hash=corpus.hash(),
@@ -73,7 +73,7 @@ class Job:
                 held_out_hash=content_hash(self.held_out_texts),
                 held_out_rows=len(self.held_out_texts),
             ),
-            run=store.RunFacts(
+            run=RunFacts(
                 steps=0,
                 kept_step=0,
                 tokens=0,
@@ -160,7 +160,7 @@ def save_adapter(job: Job, tensors: dict[str, torch.Tensor], manifest: Manifest,
     """Weights, config, manifest and run.yaml into a folder that nobody reads yet."""
     lora.save(tensors, job.model.peft_config[lora.TRAINED], folder)
     weights = folder / store.WEIGHTS
-    facts = store.Weights(
+    facts = Weights(
         sha256=files.sha256_file(weights),
         bytes=weights.stat().st_size,
         parameters=sum(tensor.numel() for tensor in tensors.values()),

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .store import Adapter, BaseFacts, Manifest
+from .manifest import BaseFacts, Manifest
+from .store import Adapter
 
 
 def write_metrics(history: Sequence[dict[str, Any]], path: Path) -> None:

@@ -6,9 +6,9 @@ harmless ones, and layers are taken from the tensors' names instead of from the 
 """
 
 import contextlib
-import datetime
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,10 +16,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from . import files
 from .errors import AdapterError
+from .manifest import Manifest
 
 WEIGHTS, CONFIG, MANIFEST, RUN, METRICS, PLOT, CARD = (
     "adapter_model.safetensors",
@@ -37,87 +38,6 @@ _TENSOR = re.compile(
 _PATTERN_KEY = re.compile(r"[\^A-Za-z0-9_.\\$]+")
 _DTYPES = ("F16", "BF16", "F32", "F64")
 MAX_RANK, MAX_ALPHA = 4096, 1_000_000
-
-
-class _Facts(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class BaseFacts(_Facts):
-    """The base it was trained on. `fingerprint` and `tokenizer` are the sha256 of base_model.py."""
-
-    name: str
-    repo: str
-    revision: str | None
-    weights: str
-    fingerprint: str
-    tokenizer: str
-
-
-class DataFacts(_Facts):
-    """The rows it was trained on, and those it was measured on."""
-
-    name: str
-    source: str
-    hash: str
-    where: list[str]
-    split_salt: str
-    counts: dict[str, int]
-    held_out_hash: str
-    held_out_rows: int
-
-
-class Result(_Facts):
-    """Held-out loss in nats a token, with the base and with the adapter; `gain` is the fall and its standard error."""
-
-    base_loss: float
-    loss: float
-    gain: float
-    standard_error: float
-    rows: int
-    tokens: int
-
-    @property
-    def perplexities(self) -> tuple[float, float]:
-        """Of the base, and with the adapter."""
-        before, after = (math.exp(min(loss, 700.0)) for loss in (self.base_loss, self.loss))  # exp(710) overflows
-        return before, after
-
-
-class RunFacts(_Facts):
-    """The training run. Seconds are those of its steps alone; tokens are those that were predicted, without padding."""
-
-    steps: int
-    kept_step: int  # the step whose weights were kept: the last, or the best one with `patience`
-    tokens: int
-    seconds: float
-    sequences: int
-    truncated_rows: int
-    device: str
-    dtype: str
-    threads: int
-
-
-class Weights(_Facts):
-    sha256: str
-    bytes: int
-    parameters: int
-
-
-class Manifest(_Facts):
-    """`manifest.json`. What a run does not know yet is None; a finished adapter knows all of it."""
-
-    schema_version: int = Field(default=1, ge=1, le=1)
-    created: str
-    base: BaseFacts
-    data: DataFacts
-    run: RunFacts
-    result: Result | None = None
-    weights: Weights | None = None
-    versions: dict[str, str]
-
-    def to_json(self) -> str:
-        return self.model_dump_json(indent=2) + "\n"
 
 
 @dataclass(frozen=True)
@@ -212,6 +132,37 @@ def read(path: Path) -> Adapter:
     if problems := _tensor_problems(adapter):
         raise AdapterError(f"{path / WEIGHTS}: {'; '.join(problems[:5])}.")
     return adapter
+
+
+def verify(adapter: Adapter) -> list[str]:
+    """What is wrong with the content of an adapter that `read` found well-formed; nothing, if the list is empty.
+
+    Every tensor is looked at, and the weights are hashed: the price is reading the file twice. This proves that the
+    adapter is whole and is the one that was trained, not that it is any good.
+    """
+    path, problems = adapter.path / WEIGHTS, []
+    header, start = files.safetensors_header(path)
+    with path.open("rb") as file:
+        for name, (dtype, _, begin, end) in header.items():
+            file.seek(start + begin)
+            if not _finite(file.read(end - begin), dtype):
+                problems.append(f"{name} holds numbers that are not finite")
+    if adapter.manifest is not None:
+        weights = adapter.manifest.weights
+        if weights is None or weights.sha256 != files.sha256_file(path):
+            problems.append(f"{WEIGHTS} is not the file that {MANIFEST} was written for")
+        problems += [f"{name} is missing" for name in (RUN, METRICS, PLOT, CARD) if not (adapter.path / name).is_file()]
+    return problems
+
+
+def _finite(data: bytes, dtype: str) -> bool:
+    """Whether all numbers are finite. A float is not when all bits of its exponent are set."""
+    import numpy as np
+
+    if dtype == "BF16":  # numpy has no such type
+        return not bool((np.frombuffer(data, np.uint16) & 0x7F80 == 0x7F80).any())
+    kinds = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
+    return bool(np.isfinite(np.frombuffer(data, kinds[dtype])).all())
 
 
 def _read_json(path: Path) -> Any:
@@ -350,6 +301,30 @@ class Library:
         if target.exists() and not (target / CONFIG).is_file():
             raise AdapterError(f"{target} is no adapter, so it is not replaced: choose another --name.")
 
+    def rename(self, old: str, new: str) -> Adapter:
+        """Give an adapter of this library another name. Raises AdapterError when it is taken."""
+        self.check_free(new)
+        adapter = self._own(old)
+        os.rename(adapter, self.path / new)
+        return read(self.path / new)
+
+    def remove(self, name: str) -> None:
+        """Delete an adapter of this library, a broken one too. It is gone from the list at once, and for good."""
+        target = self._own(name)
+        if not target.is_symlink() and not (target / CONFIG).is_file() and not (target / WEIGHTS).is_file():
+            raise AdapterError(f"{target} is no adapter, so it is not removed.")
+        gone = self.path / f".{name}.{os.getpid()}.tmp"
+        os.rename(target, gone)  # who lists meanwhile sees all of it or nothing
+        files.remove(gone)
+
+    def _own(self, name: str) -> Path:
+        """The folder of that name in this library; a path elsewhere is not its to change."""
+        files.recover(self.path)
+        if not NAME.fullmatch(name) or not (self.path / name).is_dir():
+            known = ", ".join(self.names()) or "none yet"
+            raise AdapterError(f"There is no adapter '{name}' in {self.path} ({known}).")
+        return self.path / name
+
     @contextlib.contextmanager
     def writing(self, name: str, *, overwrite: bool = False) -> Iterator[Path]:
         """Yield a folder to fill; then it is checked and becomes `name`, or nothing changes and the error comes out."""
@@ -364,8 +339,3 @@ class Library:
                         f"{self.path / name} was not written as it should be: the disk gave back other weights."
                     )
             self.check_free(name, overwrite=overwrite)
-
-
-def now() -> str:
-    """The time as manifests hold it: ISO 8601, UTC, to the second."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

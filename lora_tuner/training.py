@@ -21,7 +21,8 @@ from .cost import Plan
 from .data import default_name
 from .errors import Interrupted, Listener, Notice, TrainingError, ignore
 from .job import Job, PreviewedRow, prepare, preview, save_adapter
-from .store import Adapter, Library, Manifest
+from .manifest import Manifest, now
+from .store import Adapter, Library
 
 __all__ = ["Plan", "PreviewedRow", "plan", "preview", "resume", "train"]
 
@@ -166,7 +167,7 @@ def _run(job: Job, library: Library, checkpoint: Path | None) -> Adapter:
         }
     )
     result = evaluation.compare(base_held_out, held_out)
-    manifest = job.manifest.model_copy(update={"created": store.now(), "run": run, "result": result})
+    manifest = job.manifest.model_copy(update={"created": now(), "run": run, "result": result})
     adapter = _write(job, library, manifest, history)
     if not config.keep_checkpoints:
         shutil.rmtree(folder, ignore_errors=True)

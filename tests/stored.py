@@ -8,6 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lora_tuner import files, store
+from lora_tuner.manifest import Manifest, Weights
 
 MODULES = ("transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn")
 CONFIG: dict[str, Any] = {
@@ -31,8 +32,8 @@ def tensors(rank: int = 4) -> dict[str, Any]:
     }
 
 
-def manifest(**changes: Any) -> store.Manifest:
-    return store.Manifest.model_validate(
+def manifest(**changes: Any) -> Manifest:
+    return Manifest.model_validate(
         {
             "created": "2025-01-02T03:04:05+00:00",
             "base": {
@@ -90,7 +91,7 @@ def write(
     folder: Path,
     config: dict[str, Any] | None = None,
     weights: dict[str, Any] | None = None,
-    facts: store.Manifest | None = None,
+    facts: Manifest | None = None,
 ) -> Path:
     """An adapter folder; `config` is laid over CONFIG. A manifest gets the facts of the weights where it has none."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +100,7 @@ def write(
     if facts is not None:
         size, digest = (folder / store.WEIGHTS).stat().st_size, files.sha256_file(folder / store.WEIGHTS)
         facts = facts.model_copy(
-            update={"weights": facts.weights or store.Weights(sha256=digest, bytes=size, parameters=192)}
+            update={"weights": facts.weights or Weights(sha256=digest, bytes=size, parameters=192)}
         )
         (folder / store.MANIFEST).write_text(facts.to_json())
     return folder

@@ -61,6 +61,19 @@ def test_train_generate_list_show_merge(quick, tmp_path):
     assert (tmp_path / "merged" / "reviews" / "model.safetensors").is_file()
 
 
+def test_verify_rename_and_remove(adapter, tmp_path):
+    assert run("adapters", "verify").stdout == "reviews: whole\n"
+    assert json.loads(run("adapters", "verify", "reviews", "--json").stdout) == [{"name": "reviews", "problems": []}]
+    assert run("adapters", "rename", "reviews", "old").stdout == "adapters/old\n"
+    (tmp_path / "adapters" / "old" / "run.yaml").unlink()
+    assert run("adapters", "verify", "old", exit_code=1).stdout == "old: run.yaml is missing\n"
+    assert "There is no adapter 'reviews'" in run("adapters", "verify", "reviews", exit_code=1).stdout
+    run("adapters", "remove", "old", stdin="n\n", exit_code=1)
+    assert Library().names() == ["old"]
+    run("adapters", "remove", "old", "--yes")
+    assert Library().names() == []
+
+
 def test_every_way_to_give_a_prompt(adapter, tmp_path):
     (tmp_path / "prompts.txt").write_text("the actor\n\nthis film\n")
     both = run("generate", "--adapter", "reviews", *GREEDY, "--file", "prompts.txt").stdout.splitlines()

@@ -17,7 +17,7 @@ ROWS = [
     {"evaluation", "report", "terminal"},
     {"lora"},
     {"data", "tokens", "base_model", "store"},
-    {"hub", "files"},
+    {"hub", "files", "manifest"},
     {"config"},
     {"errors"},
 ]

@@ -9,7 +9,8 @@ import pytest
 
 from lora_tuner import files, store
 from lora_tuner.errors import AdapterError
-from lora_tuner.store import CONFIG, MANIFEST, WEIGHTS, Library, Manifest
+from lora_tuner.manifest import Manifest, Weights, now
+from lora_tuner.store import CONFIG, MANIFEST, WEIGHTS, Library
 
 from . import stored
 
@@ -77,7 +78,7 @@ def test_a_manifest_and_back(tmp_path):
     assert Manifest.model_validate_json(manifest.to_json()) == manifest
     assert store.read(stored.write(tmp_path / "a", facts=manifest)).manifest == manifest.model_copy(
         update={
-            "weights": store.Weights(
+            "weights": Weights(
                 sha256=files.sha256_file(tmp_path / "a" / WEIGHTS),
                 bytes=(tmp_path / "a" / WEIGHTS).stat().st_size,
                 parameters=192,
@@ -87,8 +88,8 @@ def test_a_manifest_and_back(tmp_path):
 
 
 def test_the_time_in_manifests():
-    assert len(store.now()) == len("2025-01-02T03:04:05+00:00")
-    assert store.now().endswith("+00:00")
+    assert len(now()) == len("2025-01-02T03:04:05+00:00")
+    assert now().endswith("+00:00")
 
 
 def test_a_folder_that_is_missing_or_incomplete(tmp_path):
@@ -520,3 +521,79 @@ print(*sorted({module.partition(".")[0] for module in sys.modules}))
     loaded = set(done.stdout.split())
     assert "pydantic" in loaded
     assert not loaded & {"torch", "transformers", "peft", "datasets", "numpy", "safetensors", "accelerate"}
+
+
+# What is in an adapter, and its name
+
+
+@pytest.fixture
+def kept(tmp_path):
+    stored.write(tmp_path / "adapters" / "imdb", facts=stored.manifest())
+    for name in (store.RUN, store.METRICS, store.PLOT, store.CARD):
+        (tmp_path / "adapters" / "imdb" / name).write_text("")
+    return Library(tmp_path / "adapters")
+
+
+def test_a_whole_adapter_has_no_problems(kept):
+    assert store.verify(kept.get("imdb")) == []
+
+
+def test_other_weights_than_the_manifest_knows(kept):
+    weights = kept.path / "imdb" / WEIGHTS
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert store.verify(kept.get("imdb")) == [f"{WEIGHTS} is not the file that {MANIFEST} was written for"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_numbers_that_are_not_finite(tmp_path, value, kind):
+    weights = {name: tensor.astype(kind) for name, tensor in stored.tensors().items()}
+    name = sorted(weights)[1]
+    weights[name][0, 0] = value
+    adapter = store.read(stored.write(tmp_path / "a", weights=weights))
+    assert store.verify(adapter) == [f"{name} holds numbers that are not finite"]
+
+
+@pytest.mark.parametrize(
+    ("bits", "finite"), [(0x7F80, False), (0xFF80, False), (0x7FC0, False), (0x7F7F, True), (0, True)]
+)
+def test_bfloat16_is_looked_at_too(bits, finite):
+    assert store._finite(np.array([0, bits], np.uint16).tobytes(), "BF16") is finite
+
+
+def test_missing_pieces_are_named(kept):
+    (kept.path / "imdb" / store.RUN).unlink()
+    assert store.verify(kept.get("imdb")) == ["run.yaml is missing"]
+
+
+def test_renaming(kept):
+    assert kept.rename("imdb", "reviews").name == "reviews"
+    assert kept.names() == ["reviews"]
+    stored.write(kept.path / "other")
+    with pytest.raises(AdapterError, match="other exists: choose another --name"):
+        kept.rename("reviews", "other")
+    with pytest.raises(AdapterError, match=r"There is no adapter 'imdb' in .*adapters \(other, reviews\)\."):
+        kept.rename("imdb", "new")
+    with pytest.raises(AdapterError, match="is no adapter name"):
+        kept.rename("reviews", "../out")
+
+
+def test_removing(kept):
+    (kept.path / "notes").mkdir()
+    with pytest.raises(AdapterError, match="notes is no adapter, so it is not removed"):
+        kept.remove("notes")
+    for name in ("../adapters", "nothing", ""):
+        with pytest.raises(AdapterError, match=f"There is no adapter '{name}'"):
+            kept.remove(name)
+    kept.remove("imdb")
+    assert [path.name for path in kept.path.iterdir()] == ["notes"]
+
+
+def test_removing_a_link_leaves_what_it_points_to(kept, tmp_path):
+    elsewhere = stored.write(tmp_path / "elsewhere")
+    (kept.path / "linked").symlink_to(elsewhere)
+    kept.remove("linked")
+    assert (elsewhere / WEIGHTS).is_file()
+    assert kept.names() == ["imdb"]

@@ -1,0 +1,95 @@
+"""`manifest.json`: what an adapter was made from, on what, and what it was worth. The schema, and nothing else.
+
+Limit: `schema_version` 1 is the only one; a manifest that says more, or less, is refused as a whole.
+"""
+
+import datetime
+import math
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseFacts(_Facts):
+    """The base it was trained on. `fingerprint` and `tokenizer` are the sha256 of base_model.py."""
+
+    name: str
+    repo: str
+    revision: str | None
+    weights: str
+    fingerprint: str
+    tokenizer: str
+
+
+class DataFacts(_Facts):
+    """The rows it was trained on, and those it was measured on."""
+
+    name: str
+    source: str
+    hash: str
+    where: list[str]
+    split_salt: str
+    counts: dict[str, int]
+    held_out_hash: str
+    held_out_rows: int
+
+
+class Result(_Facts):
+    """Held-out loss in nats a token, with the base and with the adapter; `gain` is the fall and its standard error."""
+
+    base_loss: float
+    loss: float
+    gain: float
+    standard_error: float
+    rows: int
+    tokens: int
+
+    @property
+    def perplexities(self) -> tuple[float, float]:
+        """Of the base, and with the adapter."""
+        before, after = (math.exp(min(loss, 700.0)) for loss in (self.base_loss, self.loss))  # exp(710) overflows
+        return before, after
+
+
+class RunFacts(_Facts):
+    """The training run. Seconds are those of its steps alone; tokens are those that were predicted, without padding."""
+
+    steps: int
+    kept_step: int  # the step whose weights were kept: the last, or the best one with `patience`
+    tokens: int
+    seconds: float
+    sequences: int
+    truncated_rows: int
+    device: str
+    dtype: str
+    threads: int
+
+
+class Weights(_Facts):
+    sha256: str
+    bytes: int
+    parameters: int
+
+
+class Manifest(_Facts):
+    """`manifest.json`. What a run does not know yet is None; a finished adapter knows all of it."""
+
+    schema_version: int = Field(default=1, ge=1, le=1)
+    created: str
+    base: BaseFacts
+    data: DataFacts
+    run: RunFacts
+    result: Result | None = None
+    weights: Weights | None = None
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2) + "\n"
+
+
+def now() -> str:
+    """The time as manifests hold it: ISO 8601, UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
