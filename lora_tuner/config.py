@@ -17,6 +17,7 @@ DEFAULT_BASE = "distilgpt2"
 EMBEDDED_BASE = "smollm2-135m"
 HELD_OUT_LENGTH = 512  # tokens: held-out rows are cut here whatever `max_length` was, so that runs can be compared
 BATCH_SIZE_CPU, BATCH_SIZE_GPU = 1, 8  # in few minutes many small steps teach more; a GPU wants more at once
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 STOPS = ("epochs", "max_steps", "minutes")
 PATIENCE_MINUTES = 10  # with no stop rule, an epoch that takes longer than this is cut to it
 
@@ -122,9 +123,7 @@ class TrainConfig(_Settings):
     overwrite: bool = _option(False, "Replace an adapter of that name.", "Output")
     keep_checkpoints: bool = _option(False, "Keep the run's folder when it has finished.", "Output")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps.", "Machine")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
-        "auto", "Numbers of the base. [auto: bfloat16 on CUDA, else float32]", "Machine"
-    )
+    dtype: Dtype = _option("auto", "Numbers of the base. [auto: bfloat16 on CUDA, else float32]", "Machine")
 
     @field_validator("where")
     @classmethod

@@ -43,8 +43,8 @@ def measure(job: Job) -> Plan:
     batch_size = job.batch_size
     per_step = batch_size * config.accumulation
     longest = job.sequences.longest_first()
-    spread = [longest[int(i * len(longest) / (per_step * MEASURED_STEPS))] for i in range(per_step * MEASURED_STEPS)]
-    items = longest[:per_step] + spread[per_step:]
+    spread = [longest[i * len(longest) // (per_step * MEASURED_STEPS)] for i in range(per_step * MEASURED_STEPS)]
+    items = [longest[i % len(longest)] for i in range(per_step)] + spread[per_step:]
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=config.learning_rate)
     seconds, predictions = [], []

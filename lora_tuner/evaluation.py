@@ -76,7 +76,7 @@ def measure(
                 logits = model(
                     **{name: tensor.to(base.device) for name, tensor in inputs.items()}, use_cache=False
                 ).logits
-                for index, value in zip(batch, causal_nll(logits, labels).double().sum(1).tolist(), strict=True):
+                for index, value in zip(batch, causal_nll(logits, labels).cpu().double().sum(1).tolist(), strict=True):
                     nll[index] = value
                 done += len(batch)
                 notify(Progress(stage, done, len(rows)))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from . import lora, tokens
@@ -62,6 +62,7 @@ class Generator:
         self.base = lora.open_base(
             found[0] if found else None, base, revision, device=device, dtype=dtype, force=force, notify=notify
         )
+        self.base.model.generation_config = GenerationConfig()  # a base's own would fill in what we leave open
         self._model: Any = self.base.model  # a PeftModel from the first adapter on
         self._slots: dict[str, tuple[Path, str]] = {}  # adapter name -> (its folder, its name inside PEFT)
         self._made = 0
@@ -123,22 +124,23 @@ class Generator:
         self, prompt: str, sampling: Sampling | None = None, on_text: Callable[[str], None] | None = None
     ) -> Answer:
         """One continuation of the prompt. `on_text` gets each new piece of it as soon as it is certain."""
-        return self.generate_all(prompt, (sampling or Sampling()).model_copy(update={"answers": 1}), on_text)[0]
+        return self._locked(prompt, (sampling or Sampling()).model_copy(update={"answers": 1}), on_text)[0]
 
-    def generate_all(
-        self, prompt: str, sampling: Sampling | None = None, on_text: Callable[[str], None] | None = None
-    ) -> list[Answer]:
+    def generate_all(self, prompt: str, sampling: Sampling | None = None) -> list[Answer]:
         """`sampling.answers` continuations of the prompt, drawn as one batch.
 
         Raises GenerationError when the prompt leaves no room in the model's context.
         """
-        sampling = sampling or Sampling()
+        return self._locked(prompt, sampling or Sampling(), None)
+
+    def _locked(self, prompt: str, sampling: Sampling, on_text: Callable[[str], None] | None) -> list[Answer]:
+        """One call at a time, and the caller's random numbers as they were."""
         with self._lock, quiet(), torch.random.fork_rng(devices=_devices(self.base.device)):
             seed = None
             if not (sampling.greedy or sampling.temperature == 0):
                 seed = sampling.seed if sampling.seed is not None else torch.seed() % 2**63
                 torch.manual_seed(seed)
-            return self._generate(prompt, sampling, seed, on_text if sampling.answers == 1 else None)
+            return self._generate(prompt, sampling, seed, on_text)
 
     def _generate(
         self, prompt: str, sampling: Sampling, seed: int | None, on_text: Callable[[str], None] | None
@@ -161,7 +163,7 @@ class Generator:
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
                 generation_config=_generation_config(tokenizer, sampling, min(sampling.max_new_tokens, room)),
-                tokenizer=tokenizer if sampling.stop else None,
+                stopping_criteria=StoppingCriteriaList([_Stop(text)] if sampling.stop else []),
                 streamer=text if on_text else None,
             )
         answers = []
@@ -198,13 +200,24 @@ def _generation_config(tokenizer: Any, sampling: Sampling, max_new_tokens: int) 
         "num_return_sequences": sampling.answers,
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-        "stop_strings": sampling.stop or None,
     }
     if sampling.greedy or sampling.temperature == 0:
         return GenerationConfig(do_sample=False, **settings)
     return GenerationConfig(
         do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, **settings
     )
+
+
+class _Stop(StoppingCriteria):
+    """Ends each answer that holds a stop string. transformers' own would find one that begins in the prompt."""
+
+    def __init__(self, text: "_Text") -> None:
+        self.text = text
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        start = len(self.text.prompt)
+        stopped = [self.text.cut(line[start:])[1] for line in input_ids.tolist()]
+        return torch.tensor(stopped, device=input_ids.device)
 
 
 class _Text(BaseStreamer):

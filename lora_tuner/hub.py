@@ -56,6 +56,8 @@ def reason(error: Exception, repo: str) -> str:
     """One sentence about what the Hub's refusal means, with what to do."""
     from huggingface_hub import errors
 
+    if isinstance(error, errors.HFValidationError):
+        return f"'{repo}' is neither a local folder nor a Hub id (owner/name)."
     if isinstance(error, errors.GatedRepoError):
         return f"{repo} is gated: accept its terms on its Hub page, then run `hf auth login`."
     if isinstance(error, errors.RevisionNotFoundError):
@@ -65,28 +67,43 @@ def reason(error: Exception, repo: str) -> str:
     return f"{repo} could not be fetched from the Hub: {str(error).splitlines()[0] if str(error) else error!r}"
 
 
-def fetch_model(repo: str, revision: str | None, *, cached_only: bool) -> Path | None:
-    """The snapshot folder of a model repo: config, tokenizer and safetensors, nothing pickled. None: it is not cached.
+def require(repo: str) -> None:
+    """Raise HubError unless the Hub can be asked for a repo."""
+    if why := unreachable():
+        raise HubError(f"{repo} is not cached, and the Hub is out of reach: {why}.")
 
-    Raises HubError when the Hub refuses or breaks off.
-    """
-    from huggingface_hub import errors, snapshot_download
+
+def cached_model(repo: str, revision: str | None) -> Path | None:
+    """The snapshot folder of a model repo in the cache, or None. Asks nobody. Raises HubError for what is no repo name."""
+    from huggingface_hub import errors
 
     try:
-        return Path(
-            snapshot_download(
-                repo,
-                revision=revision,
-                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
-                ignore_patterns=["*/*"],
-                local_files_only=cached_only,
-            )
-        )
-    except errors.LocalEntryNotFoundError as error:
-        if cached_only:
-            return None
-        raise HubError(reason(error, repo)) from error
+        return _snapshot(repo, revision, cached_only=True)
     except errors.HFValidationError as error:
-        raise HubError(f"'{repo}' is neither a local folder nor a Hub id (owner/name).") from error
-    except (errors.HfHubHTTPError, OSError, errors.FileMetadataError) as error:
         raise HubError(reason(error, repo)) from error
+    except (errors.LocalEntryNotFoundError, OSError, ValueError):
+        return None
+
+
+def fetch_model(repo: str, revision: str | None) -> Path:
+    """The snapshot folder of a model repo, downloaded where the cache lacks it. Raises HubError."""
+    require(repo)
+    try:
+        return _snapshot(repo, revision, cached_only=False)
+    except Exception as error:  # the HTTP library's own come through as well
+        raise HubError(reason(error, repo)) from error
+
+
+def _snapshot(repo: str, revision: str | None, *, cached_only: bool) -> Path:
+    """Config, tokenizer and safetensors of a model repo; nothing pickled, nothing in sub-folders."""
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
+            ignore_patterns=["*/*"],
+            local_files_only=cached_only,
+        )
+    )

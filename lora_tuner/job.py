@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import set_seed
 
@@ -17,7 +18,7 @@ from . import evaluation, files, lora, store, tokens
 from .base_model import Base, find_base, load_base, load_tokenizer
 from .config import BATCH_SIZE_CPU, BATCH_SIZE_GPU, TrainConfig, to_yaml
 from .data import Corpus, content_hash, load_corpus
-from .errors import Listener, Notice, Progress, TrainingError, ignore
+from .errors import BaseModelError, Listener, Notice, Progress, TrainingError, ignore
 from .manifest import BaseFacts, DataFacts, Manifest, RunFacts, Weights, now
 
 
@@ -80,7 +81,7 @@ class Job:
                 seconds=0.0,
                 sequences=len(self.sequences),
                 truncated_rows=self.truncated_rows,
-                device=self.base.device.type,
+                device=_device_name(self.base.device),
                 dtype=str(self.base.dtype).removeprefix("torch."),
                 threads=torch.get_num_threads(),
             ),
@@ -106,6 +107,12 @@ def prepare(config: TrainConfig, notify: Listener = ignore) -> Job:
         raise TrainingError(
             f"max_length is {config.max_length}, and {source.name} looks back on {base.context} tokens at the most."
         )
+    isolated = _rows_are_isolated(base)
+    if config.packing and not isolated:
+        if "packing" in config.model_fields_set:
+            raise TrainingError(f"{source.name} cannot tell packed rows apart: leave --packing out.")
+        notify(Notice(f"Rows are padded, not packed: {source.name} cannot tell packed rows apart."))
+        config = config.model_copy(update={"packing": False})
     notify(Progress("tokenising", 0, 1))
     encoded = tokens.encode(base.tokenizer, corpus.train)
     rows, truncated = tokens.cut(encoded, config.max_length, chunk=config.long_rows == "chunk")
@@ -154,6 +161,35 @@ def preview(config: TrainConfig, count: int, notify: Listener = ignore) -> list[
         labels = [label != tokens.NO_LABEL for batch in batches for label in batch["labels"][0].tolist()]
         rows.append(PreviewedRow(before, after, [tokenizer.decode([token]) for token in ids], labels))
     return rows
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _rows_are_isolated(base: Base) -> bool:
+    """Whether packed rows have the logits that they have alone: asked of the model itself, for some kinds never look at
+    position ids. Raises BaseModelError for a model that looks ahead, of which no loss would mean anything."""
+    ids = [token for token in range(40) if token not in base.tokenizer.all_special_ids][:16]
+    first, second = np.array(ids, dtype=np.int32), np.array(ids[::-1], dtype=np.int32)
+
+    def logits(*rows: tokens.Row) -> torch.Tensor:
+        batch = tokens.collate([rows], base.tokenizer.pad_token_id)
+        batch.pop("labels")
+        with torch.inference_mode():
+            found = base.model(
+                **{name: tensor.to(base.device) for name, tensor in batch.items()}, use_cache=False
+            ).logits
+        alone: torch.Tensor = found[0].float().cpu()
+        return alone
+
+    alone = logits(second)
+    tolerance = (1e-3 if base.dtype == torch.float32 else 5e-2) * float(alone.abs().max())
+    changed = second.copy()
+    changed[-1] = first[-1]
+    if (logits(changed)[:-1] - alone[:-1]).abs().max() > tolerance:
+        raise BaseModelError(f"{base.source.name} looks at the text ahead: it is no causal language model.")
+    return bool((logits(first, second)[len(first) :] - alone).abs().max() <= tolerance)
 
 
 def save_adapter(job: Job, tensors: dict[str, torch.Tensor], manifest: Manifest, folder: Path) -> None:

@@ -63,19 +63,20 @@ def resolve_targets(model: Any, wanted: str) -> list[str]:
                 "(embeddings and the output head cannot: where they share weights, an update would not survive a merge)."
             )
         chosen = {layer for layer in layers if any(_matches(layer, name) for name in names)}
-    return sorted({_short(layer, chosen, layers) for layer in chosen})
+    names = [name for name, _ in model.named_modules()]
+    return sorted({_short(layer, chosen, names) for layer in chosen})
 
 
 def _matches(layer: str, name: str) -> bool:
     return layer == name or layer.endswith(f".{name}")
 
 
-def _short(layer: str, chosen: set[str], layers: dict[str, Any]) -> str:
-    """The shortest ending of a layer's name that no layer outside `chosen` shares."""
+def _short(layer: str, chosen: set[str], names: list[str]) -> str:
+    """The shortest ending of a layer's name that no module outside `chosen` shares."""
     parts = layer.split(".")
     for length in range(1, len(parts)):
         ending = ".".join(parts[-length:])
-        if all(other in chosen for other in layers if _matches(other, ending)):
+        if all(other in chosen for other in names if _matches(other, ending)):
             return ending
     return layer
 
@@ -97,8 +98,11 @@ def wrap(base: Base, config: TrainConfig) -> PeftModel:
         target_modules=targets,
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),
     )
-    with quiet():
-        model = get_peft_model(base.model, settings, adapter_name=TRAINED)
+    try:
+        with quiet():
+            model = get_peft_model(base.model, settings, adapter_name=TRAINED)
+    except ValueError as error:
+        raise ConfigError(f"targets: {' '.join(str(error).split())}") from error
     # PEFT has put the folder on this machine there.
     model.peft_config[TRAINED].base_model_name_or_path = base.source.repo
     model.peft_config[TRAINED].revision = base.source.revision
@@ -143,8 +147,8 @@ def open_base(
     """
     if base is None and adapter is not None:
         base = adapter.base or None
-        if adapter.manifest and revision is None:
-            revision = adapter.manifest.base.revision
+        if revision is None:
+            revision = adapter.manifest.base.revision if adapter.manifest else adapter.config.get("revision")
     opened = load_base(find_base(base, revision, notify), device, dtype)
     if adapter is not None:
         check_base(adapter, opened, force=force, notify=notify)
@@ -210,6 +214,8 @@ def attach(model: Any, adapter: Adapter, slot: str) -> PeftModel:
         if adapter.config.get(key) is not None
     }
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=adapter.modules, inference_mode=True, **settings)
+    if problems := store.verify_weights(adapter):
+        raise AdapterError(f"{adapter.path} is damaged: {'; '.join(problems[:3])}.")
     tensors = load_file(adapter.path / store.WEIGHTS)
     wrapped = None
     try:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .config import HELD_OUT_LENGTH
 from .manifest import BaseFacts, Manifest
 from .store import Adapter
 
@@ -87,7 +88,7 @@ A LoRA adapter: it makes {base} write like {_shown(manifest.data.name)}.
 | --- | --- |
 {table}
 
-The loss is summed over tokens, each held-out row alone and cut at 512 tokens, its end of text included.
+The loss is summed over tokens, each held-out row alone and cut at {HELD_OUT_LENGTH} tokens at the most, its end of text included.
 `run.yaml` repeats the run; `manifest.json` holds these figures, and the hashes of base, data and weights.
 
 ![Loss](loss.png)

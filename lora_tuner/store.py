@@ -140,6 +140,14 @@ def verify(adapter: Adapter) -> list[str]:
     Every tensor is looked at, and the weights are hashed: the price is reading the file twice. This proves that the
     adapter is whole and is the one that was trained, not that it is any good.
     """
+    problems = verify_weights(adapter)
+    if adapter.manifest is not None:
+        problems += [f"{name} is missing" for name in (RUN, METRICS, PLOT, CARD) if not (adapter.path / name).is_file()]
+    return problems
+
+
+def verify_weights(adapter: Adapter) -> list[str]:
+    """What is wrong with the numbers alone: not finite, or not those that the manifest knows."""
     path, problems = adapter.path / WEIGHTS, []
     header, start = files.safetensors_header(path)
     with path.open("rb") as file:
@@ -151,7 +159,6 @@ def verify(adapter: Adapter) -> list[str]:
         weights = adapter.manifest.weights
         if weights is None or weights.sha256 != files.sha256_file(path):
             problems.append(f"{WEIGHTS} is not the file that {MANIFEST} was written for")
-        problems += [f"{name} is missing" for name in (RUN, METRICS, PLOT, CARD) if not (adapter.path / name).is_file()]
     return problems
 
 
@@ -223,9 +230,18 @@ def _config_problems(config: Any) -> list[str]:
     problems += [f"{key} is {alpha!r}, which is no scale" for key, alpha in alphas.items() if not _is_alpha(alpha)]
     for key in ranks | alphas:
         pattern, dot, name = key.partition(".")
-        if dot and not _PATTERN_KEY.fullmatch(name):
+        if dot and not _is_pattern(name):
             problems.append(f"{pattern} has the key {name!r}, which is no layer name")
     return problems
+
+
+def _is_pattern(name: str) -> bool:
+    """Whether a layer name may go to PEFT, which takes it for a regular expression: nothing in it may repeat."""
+    try:
+        re.compile(name)
+    except re.error:
+        return False
+    return _PATTERN_KEY.fullmatch(name) is not None
 
 
 def _is_rank(value: Any) -> bool:

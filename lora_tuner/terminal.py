@@ -27,6 +27,7 @@ class Display:
         self.bar: Any = None
         self.task: Any = None
         self.stage = ""
+        self.first = 0
         self.started = self.said = 0.0
 
     def __call__(self, event: Notice | Progress) -> None:
@@ -39,7 +40,7 @@ class Display:
             self.bar.update(self.task, completed=event.done, total=event.total, detail=event.detail)
         elif event.done == event.total or time.monotonic() - self.said > LINE_EVERY:
             self.said = time.monotonic()
-            left = (self.said - self.started) / max(event.done, 1) * (event.total - event.done)
+            left = (self.said - self.started) / max(event.done - self.first, 1) * (event.total - event.done)
             parts = [f"{event.stage} {event.done}/{event.total}", event.detail]
             say("  ".join(part for part in [*parts, f"{duration(left)} left" if left else ""] if part))
         if event.done >= event.total:
@@ -47,7 +48,7 @@ class Display:
 
     def _begin(self, event: Progress) -> None:
         self.close()
-        self.stage, self.started, self.said = event.stage, time.monotonic(), time.monotonic()
+        self.stage, self.first, self.started, self.said = event.stage, event.done, time.monotonic(), time.monotonic()
         if not self.console.is_terminal:
             return
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn

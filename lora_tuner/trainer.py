@@ -8,7 +8,6 @@ and counts only then (`whole.json`), and the last ends the step and saves. Limit
 import contextlib
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -43,7 +42,8 @@ def run(job: Job, folder: Path, checkpoint: Path | None) -> tuple[TrainerState, 
     """
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
     if checkpoint and state and _finished(job, state):  # Trainer would take one step more
-        lora.load(job.model, Path(state.best_model_checkpoint or checkpoint))
+        kept = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else checkpoint.name
+        lora.load(job.model, folder / kept)
     else:
         trainer = _LoraTrainer(job, folder)
         set_seed(job.config.seed)
@@ -51,6 +51,8 @@ def run(job: Job, folder: Path, checkpoint: Path | None) -> tuple[TrainerState, 
             trainer.add_callback(_StopWhenAsked(stop))
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.state
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in lora.weights(job.model).values()):
+            raise trainer.diverged("A weight is not finite")
         if stop.is_set():
             raise Interrupted(
                 f"Stopped at step {state.global_step} of {state.max_steps}, saved. "
@@ -70,15 +72,12 @@ def _finished(job: Job, state: TrainerState) -> bool:
 def _arguments(job: Job, folder: Path) -> TrainingArguments:
     config = job.config
     assert config.max_steps is not None
-    os.environ["ACCELERATE_TORCH_DEVICE"] = str(job.base.device)  # Trainer would take the first GPU
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=config.max_steps,
         per_device_train_batch_size=job.batch_size,
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
-        warmup_steps=math.ceil(config.warmup * config.max_steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.clip,
         seed=config.seed,
@@ -101,7 +100,11 @@ def _arguments(job: Job, folder: Path) -> TrainingArguments:
         log_level="error",
         report_to=[],
     )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs in one process would be split by DataParallel
+    if job.base.device.type == "cuda":
+        # Left to itself, Trainer takes the first GPU, or splits batches over all of them by DataParallel.
+        arguments._n_gpu = min(1, arguments.n_gpu)
+        arguments.__dict__["_setup_devices"] = job.base.device
+        torch.cuda.set_device(job.base.device)
     return arguments
 
 
@@ -109,6 +112,17 @@ def _loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.
     """Mean negative log-likelihood over the predictions of the whole step, of which this may be one micro-batch."""
     loss: torch.Tensor = evaluation.causal_nll(outputs.logits, labels).sum() / num_items_in_batch
     return loss
+
+
+def _rate(step: int, schedule: str, warmup: float, steps: int) -> float:
+    """The share of the peak learning rate that a step has, counted from 0."""
+    rising = int(warmup * steps)
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    if schedule == "constant":
+        return 1.0
+    left = (steps - step) / (steps - rising)
+    return left if schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
 
 
 class _LoraTrainer(Trainer):
@@ -151,6 +165,15 @@ class _LoraTrainer(Trainer):
             self.last_good = {name: tensor.clone() for name, tensor in lora.weights(self.job.model).items()}
         return loss
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As transformers' own, but for the first step, which there has a learning rate of 0 and is lost."""
+        factor = partial(
+            _rate, schedule=self.job.config.schedule, warmup=self.job.config.warmup, steps=num_training_steps
+        )
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)  # type: ignore[arg-type]
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
     def diverged(self, what: str) -> DivergedError:
         folder = self.folder / "last-good"
         kept = "There is no good adapter to keep."
@@ -159,7 +182,7 @@ class _LoraTrainer(Trainer):
                 save_adapter(self.job, self.last_good, self.job.manifest, work)
             kept = f"The last good adapter is in {folder}."
         return DivergedError(
-            f"{what} at step {self.state.global_step + 1}, so the run has stopped. {kept} Try a lower learning rate than "
+            f"{what} in step {self.step_seen + 1}, so the run has stopped. {kept} Try a lower learning rate than "
             f"{self.job.config.learning_rate:g} (--learning-rate), or a lower --clip."
         )
 
@@ -176,6 +199,8 @@ class _LoraTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         held_out = evaluation.measure(self.job.model, self.job.base, self.job.held_out, self.job.notify)
+        if not math.isfinite(held_out.loss):
+            raise self.diverged(f"The held-out loss is {held_out.loss}")
         metrics = {"eval_loss": held_out.loss}
         self.log(metrics)
         self.job.notify(Notice(f"Step {self.state.global_step}: held-out loss {held_out.loss:.4f}."))

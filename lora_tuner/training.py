@@ -6,6 +6,7 @@ the result another one; to go on training with something else, train again.
 """
 
 import contextlib
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from . import cost, evaluation, files, lora, report, store, trainer
 from .config import TrainConfig, resolve, to_yaml
 from .cost import Plan
 from .data import default_name
-from .errors import Interrupted, Listener, Notice, TrainingError, ignore
+from .errors import DivergedError, Interrupted, Listener, Notice, TrainingError, ignore
 from .job import Job, PreviewedRow, prepare, preview, save_adapter
 from .manifest import Manifest, now
 from .store import Adapter, Library
@@ -54,7 +55,9 @@ def resume(name: str, runs_dir: Path = Path("runs"), notify: Listener = ignore) 
         library = _check_places(config, resuming=True)
         checkpoint = trainer.newest_whole(folder, notify)
         job = prepare(config, notify)
-        _check_same(Manifest.model_validate_json((folder / store.MANIFEST).read_text()), job.manifest, folder)
+        _check_same(
+            Manifest.model_validate_json((folder / store.MANIFEST).read_text(encoding="utf-8")), job.manifest, folder
+        )
         return _run(job, library, checkpoint)
 
 
@@ -92,8 +95,9 @@ def _locked(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
         lock.release()
+        with contextlib.suppress(OSError):  # Windows does not delete what another process has just opened
+            path.unlink()
 
 
 def _check_places(config: TrainConfig, *, resuming: bool = False) -> Library:
@@ -108,7 +112,7 @@ def _check_places(config: TrainConfig, *, resuming: bool = False) -> Library:
         ) from error
     if not os.access(library.path, os.W_OK):
         raise TrainingError(f"{library.path} cannot be written to: choose another --adapters-dir.")
-    if folder.exists() and not resuming and not config.overwrite:
+    if (folder / store.RUN).is_file() and not resuming and not config.overwrite:
         raise TrainingError(
             f"{folder} holds an unfinished run: go on with it by --resume {config.name}, drop it with --overwrite, or choose "
             "another --name."
@@ -125,6 +129,7 @@ def _check_same(then: Manifest, now: Manifest, folder: Path) -> None:
         ("device", then.run.device, now.run.device),
         ("dtype", then.run.dtype, now.run.dtype),
         ("threads", then.run.threads, now.run.threads),
+        *((name, then.versions.get(name), version) for name, version in now.versions.items()),
     ]
     if changed := [f"{what} (was {str(a)[:12]}, is {str(b)[:12]})" for what, a, b in pairs if a != b]:
         raise TrainingError(
@@ -150,13 +155,18 @@ def _run(job: Job, library: Library, checkpoint: Path | None) -> Adapter:
     evaluation.keep_rows(job.held_out_texts, job.manifest.data.held_out_hash)
     if checkpoint is None:
         shutil.rmtree(folder, ignore_errors=True)
-        files.write_text(folder / store.RUN, to_yaml(config))
         files.write_text(folder / store.MANIFEST, job.manifest.to_json())
+        files.write_text(folder / store.RUN, to_yaml(config))  # last: it makes the folder a run that can be resumed
     try:
         state, history = trainer.run(job, folder, checkpoint)
         held_out = evaluation.measure(job.model, job.base, job.held_out, job.notify)
     except KeyboardInterrupt as error:
         raise Interrupted(f"Stopped at once. Go on from the last checkpoint: train --resume {config.name}") from error
+    if not math.isfinite(held_out.loss):
+        raise DivergedError(
+            f"The held-out loss is {held_out.loss} after training, so no adapter is made; the last checkpoint is in {folder}. "
+            f"Try a lower learning rate than {config.learning_rate:g} (--learning-rate)."
+        )
     steps = [entry for entry in history if "loss" in entry]
     run = job.manifest.run.model_copy(
         update={
@@ -169,7 +179,9 @@ def _run(job: Job, library: Library, checkpoint: Path | None) -> Adapter:
     result = evaluation.compare(base_held_out, held_out)
     manifest = job.manifest.model_copy(update={"created": now(), "run": run, "result": result})
     adapter = _write(job, library, manifest, history)
-    if not config.keep_checkpoints:
+    if config.keep_checkpoints:
+        (folder / store.RUN).unlink()  # without it the folder is no run to be resumed
+    else:
         shutil.rmtree(folder, ignore_errors=True)
     return adapter
 

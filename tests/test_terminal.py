@@ -35,3 +35,12 @@ def test_unknown_facts_are_not_shown(capsys):
     assert "q, v" in shown
     assert "revision" not in shown
     assert "data" not in shown
+
+
+def test_time_left_counts_from_where_the_stage_went_on(capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now)
+    show = terminal.Display()
+    for done, now in ((500, 0.0), (510, 20.0)):  # noqa: B007 - the clock reads it
+        show(Progress("training", done, 1000))
+    assert capsys.readouterr().err == "training 510/1000  16 min left\n"

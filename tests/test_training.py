@@ -27,7 +27,7 @@ from lora_tuner import (
 from lora_tuner.base_model import find_base, load_base
 from lora_tuner.config import TrainConfig, resolve
 from lora_tuner.data import load_corpus
-from lora_tuner.errors import AdapterError, DataError, DivergedError, TrainingError
+from lora_tuner.errors import AdapterError, BaseModelError, DataError, DivergedError, TrainingError
 from lora_tuner.job import prepare, preview
 
 from . import tiny
@@ -272,7 +272,7 @@ def test_a_gradient_that_is_not_finite_stops_it_too(settings, monkeypatch):
         return output
 
     monkeypatch.setattr(GPT2LMHeadModel, "forward", poison)
-    with pytest.raises(DivergedError, match="A gradient is not finite at step 1"):
+    with pytest.raises(DivergedError, match="A gradient is not finite in step 1"):
         train(settings())
 
 
@@ -403,3 +403,91 @@ def test_the_preview_shows_what_is_learnt(settings):
     assert row.tokens[-1] == tiny.END
     assert row.labels == [False] + [True] * (len(row.tokens) - 1)
     assert "".join(row.tokens[:-1]) == row.after == row.before
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 4), (8, 2), (1, 8)])
+def test_little_data_can_be_measured_too(settings, batch_size, accumulation):
+    cost = plan(settings(rows=20, batch_size=batch_size, accumulation=accumulation, minutes=0.01, max_steps=None))
+    assert cost.steps >= 1
+
+
+def test_the_first_step_learns(settings):
+    assert train(settings(max_steps=1)).manifest.result.gain != 0
+
+
+def test_the_learning_rate_rises_then_falls(settings):
+    rates = [entry["learning_rate"] for entry in history(train(settings(max_steps=8, warmup=0.3)))]
+    assert rates == pytest.approx([1e-2 * share for share in (1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)])
+    rates = [entry["learning_rate"] for entry in history(train(settings(max_steps=3, schedule="constant", name="c")))]
+    assert rates == pytest.approx([1e-2] * 3)
+    rates = [entry["learning_rate"] for entry in history(train(settings(max_steps=2, schedule="cosine", name="d")))]
+    assert rates == pytest.approx([1e-2, 5e-3])
+
+
+def test_a_run_that_diverges_in_its_last_step_makes_no_adapter(settings):
+    with pytest.raises(DivergedError):
+        train(settings(learning_rate=1e30, clip=1e30, warmup=0, max_steps=2))
+    assert Library().names() == []
+    with pytest.raises(DivergedError):
+        train(settings(learning_rate=1e30, clip=1e30, warmup=0, max_steps=6, eval_every=1, name="b"))
+    assert Library().names() == []
+
+
+def test_kept_checkpoints_are_no_unfinished_run(settings):
+    train(settings(keep_checkpoints=True))
+    with pytest.raises(TrainingError, match="There is no unfinished run"):
+        resume("reviews")
+    assert train(settings(overwrite=True)).manifest.run.steps == 6
+
+
+def test_resuming_with_other_versions_is_refused(settings, monkeypatch):
+    with pytest.raises(Interrupted):
+        train(settings(), StopAt(2))
+    monkeypatch.setattr("peft.__version__", "0.0.1")
+    with pytest.raises(TrainingError, match=r"changed since it stopped: peft \(was .*, is 0\.0\.1\)"):
+        resume("reviews")
+
+
+def test_a_run_can_be_resumed_after_its_folder_has_moved(settings, tmp_path):
+    how = {"learning_rate": 0.2, "schedule": "constant", "eval_every": 2, "patience": 2, "rows": 40, "max_steps": 20}
+    whole = train(settings(name="whole", **how))
+    with pytest.raises(Interrupted):
+        train(settings(**how), StopAt(4))
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    assert weights(resume("reviews", tmp_path / "moved")) == weights(whole)
+
+
+def other_model(folder, kind):
+    from transformers import OPTConfig, OPTForCausalLM, RobertaConfig, RobertaForCausalLM
+
+    torch.manual_seed(0)
+    size = {"vocab_size": 320, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+    if kind == "opt":
+        extra = {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 128}
+        model = OPTForCausalLM(OPTConfig(bos_token_id=0, eos_token_id=0, pad_token_id=1, **size, **extra))
+    else:
+        model = RobertaForCausalLM(RobertaConfig(intermediate_size=64, max_position_embeddings=130, **size))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_base_that_cannot_tell_packed_rows_apart_gets_padded_ones(settings, tmp_path):
+    base = other_model(tmp_path / "opt", "opt")
+    told = []
+    adapter = train(settings(base=str(base)), told.append)
+    assert any("Rows are padded, not packed" in event.text for event in told if isinstance(event, Notice))
+    assert "packing: false" in (adapter.path / store.RUN).read_text()
+    assert adapter.manifest.run.sequences == adapter.manifest.data.counts["train"]
+    with pytest.raises(TrainingError, match="cannot tell packed rows apart: leave --packing out"):
+        train(settings(base=str(base), packing=True, name="b"))
+
+
+def test_a_model_that_looks_ahead_is_refused(settings, tmp_path):
+    base = other_model(tmp_path / "roberta", "roberta")
+    with pytest.raises(BaseModelError, match="roberta looks at the text ahead: it is no causal language model"):
+        train(settings(base=str(base)))
