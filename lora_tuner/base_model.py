@@ -178,7 +178,10 @@ def choose_device(name: str) -> torch.device:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # for everything that does not say which
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise BaseModelError(f"There is no device '{name}' here: choose auto, cpu, cuda or mps.") from error
+        here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+        raise BaseModelError(
+            f"There is no device '{name}' here: choose {', '.join(['auto', 'cpu', *here])}."
+        ) from error
     return device
 
 

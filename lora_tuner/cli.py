@@ -20,7 +20,17 @@ from typer.core import TyperGroup
 from . import __version__, store
 from .config import Dtype, Sampling, TrainConfig, resolve
 from .errors import AdapterError, ConfigError, Interrupted, LoraTunerError
-from .terminal import Display, say, show_adapters, show_facts, show_json, show_plan, show_preview, show_trained
+from .terminal import (
+    Display,
+    say,
+    show_adapter_card,
+    show_adapters,
+    show_facts,
+    show_json,
+    show_plan,
+    show_preview,
+    show_trained,
+)
 
 show = Display()
 PROMPT = "Enter a prompt for text generation: "
@@ -124,9 +134,9 @@ def train(
         bool, typer.Option("--plan", help="Measure a few steps, say what the run costs, train nothing.")
     ] = False,
     preview: Annotated[
-        int,
-        typer.Option(metavar="N", min=0, help="Show N rows as the model sees them, train nothing.", show_default=False),
-    ] = 0,
+        int | None,
+        typer.Option(metavar="N", min=1, help="Show N rows as the model sees them, train nothing.", show_default=False),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train an adapter on your text."""
@@ -157,11 +167,12 @@ def generate(
     prompt: Annotated[
         str | None,
         typer.Argument(
-            help="The text to go on from; - reads standard input; asked for when missing.", show_default=False
+            help="The text to go on from; - reads standard input, a prompt a line; asked for when missing.",
+            show_default=False,
         ),
     ] = None,
     adapter: Annotated[
-        str | None, typer.Option(help="An adapter, by name or path. [default: the plain base]", show_default=False)
+        str | None, typer.Option(help="An adapter, by name or path.", show_default="the plain base")
     ] = None,
     file: Annotated[Path | None, typer.Option(help="A file with a prompt on each line.", show_default=False)] = None,
     base: Base = None,
@@ -177,6 +188,8 @@ def generate(
     prompts = _prompts(prompt, file)
     if prompts is None and as_json:
         raise ConfigError("--json needs its prompts at once: as an argument, in --file, or - for standard input.")
+    if force and adapter is None:
+        raise ConfigError("--force is for an adapter on another base: name one with --adapter.")
     from .generation import Generator
 
     generator = Generator(
@@ -208,6 +221,8 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str] | None:
         return [prompt]
     try:
         text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"There is no file {file}.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file or 'Standard input'} cannot be read as UTF-8 text: {error}") from error
     lines = [line for line in text.splitlines() if line.strip()]
@@ -229,6 +244,9 @@ def _answer(generator: Any, prompt: str, sampling: Sampling) -> None:
 
 def _converse(generator: Any, sampling: Sampling) -> None:
     """Ask, answer, ask again, until an empty line. `/adapter NAME` and `/base` choose who answers."""
+    say(
+        f"{generator.current or 'The plain base'} answers. /adapter NAME or /base: another does. An empty line: the end."
+    )
     while True:
         try:
             line = input(PROMPT)
@@ -297,8 +315,8 @@ def list_adapters(adapters_dir: AdaptersDir = LIBRARY, as_json: AsJson = False) 
 @adapters_app.command("show")
 def show_adapter(adapter: AdapterArgument, adapters_dir: AdaptersDir = LIBRARY, as_json: AsJson = False) -> None:
     """One adapter: what it was made from, and what it gives."""
-    facts = store.Library(adapters_dir).get(adapter).facts()
-    show_json(facts) if as_json else show_facts(facts)
+    found = store.Library(adapters_dir).get(adapter)
+    show_json(found.facts()) if as_json else show_adapter_card(found)
 
 
 @adapters_app.command("verify")

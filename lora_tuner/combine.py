@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 
 from . import files
 from .base_model import choose_dtype, quiet
-from .errors import AdapterError, Listener, Notice, ignore
-from .lora import attach, open_base
+from .errors import AdapterError, Listener, ignore
+from .lora import attach, check_base, open_base
 from .store import Adapter
 
 SLOT = "merged"
@@ -37,7 +37,8 @@ def merge(
         raise AdapterError(f"{out} exists: choose another --out, or replace it with --overwrite.")
     if out.exists() and not (out / "config.json").is_file():
         raise AdapterError(f"{out} is no model folder, so it is not replaced: choose another --out.")
-    opened = open_base(adapter, base, revision, device="cpu", dtype="float32", force=force, notify=notify)
+    opened = open_base(adapter, base, revision, device="cpu", dtype="float32", notify=notify)
+    check_base(adapter, opened, force=force, notify=notify)
     weights = sum(p.numel() * p.element_size() for p in opened.model.parameters())
     out.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(out.parent).free) < weights:
@@ -48,5 +49,4 @@ def merge(
         model.save_pretrained(work)
         # The tokenizer as it came: in memory its pad token has been set.
         AutoTokenizer.from_pretrained(opened.source.folder, trust_remote_code=False).save_pretrained(work)
-    notify(Notice(f"Merged {adapter.name} into {opened.source.name}: {out}"))
     return out

@@ -51,6 +51,10 @@ class TrainConfig(_Settings):
     )
     where: list[str] = _option([], "Only rows with this value, as COLUMN=VALUE. May be repeated.", "Data")
     rows: int | None = _option(None, "So many rows, drawn always alike: 1000 are among the 2000.", "Data", "all", ge=2)
+    txt_rows: Literal["auto", "line", "paragraph", "file"] = _option(
+        "auto", "What a row is in a txt file; auto: blank lines part rows or, where there are none, lines do.", "Data"
+    )
+    keep_lines: bool = _option(False, "Keep line breaks, as in poems; else each text becomes one line.", "Data")
     max_length: int = _option(512, "Tokens a training row has at the most.", "Data", ge=8)
     long_rows: Literal["truncate", "chunk"] = _option(
         "truncate", "Rows over --max-length: cut their end off, or train on it as rows of its own.", "Data"
@@ -117,13 +121,13 @@ class TrainConfig(_Settings):
     save_every: int = _option(100, "Checkpoint every so many steps.", "Training", ge=1)
     seed: int = _option(0, "Same seed, same machine: bitwise the same adapter.", "Training", ge=0, lt=2**32)
 
-    name: str | None = _option(None, "Name of the adapter.", "Output", "the dataset's")
+    name: str | None = _option(None, "Name of the adapter.", "Output", "the dataset's", min_length=1)
     adapters_dir: Path = _option(Path("adapters"), "Where adapters are kept.", "Output")
     runs_dir: Path = _option(Path("runs"), "Where a running job keeps its checkpoints.", "Output")
     overwrite: bool = _option(False, "Replace an adapter of that name.", "Output")
     keep_checkpoints: bool = _option(False, "Keep the run's folder when it has finished.", "Output")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps.", "Machine")
-    dtype: Dtype = _option("auto", "Numbers of the base. [auto: bfloat16 on CUDA, else float32]", "Machine")
+    dtype: Dtype = _option("auto", "Numbers of the base; auto is bfloat16 on CUDA, else float32.", "Machine")
 
     @field_validator("where")
     @classmethod
@@ -165,9 +169,21 @@ class Sampling(_Settings):
     top_k: int = _option(50, "Draw from so many of the likeliest tokens; 0 for all.", "Sampling", ge=0)
     repetition_penalty: float = _option(1.1, "Above 1 makes repeating less likely.", "Sampling", gt=0, le=10)
     greedy: bool = _option(False, "Always take the likeliest token.", "Sampling")
-    seed: int | None = _option(None, "Same seed, same text.", "Sampling", "another every time", ge=0, lt=2**63)
+    seed: int | None = _option(
+        None, "Same seed, same settings, same text.", "Sampling", "another every time", ge=0, lt=2**63
+    )
     answers: int = _option(1, "So many answers to each prompt.", "Sampling", ge=1, le=256)
     stop: list[str] = _option([], "End the answer before this text. May be repeated.", "Sampling")
+
+    @field_validator("greedy")
+    @classmethod
+    def _not_drawn(cls, value: bool, info: Any) -> bool:
+        drawing = ("temperature", "top_p", "top_k")
+        if value and any(
+            info.data.get(name) != cls.model_fields[name].default for name in drawing if name in info.data
+        ):
+            raise _contradiction("greedy draws nothing: leave temperature, top_p and top_k out")
+        return value
 
     @field_validator("answers")
     @classmethod
@@ -224,6 +240,8 @@ def resolve(kind: type[S], given: dict[str, Any], file: Path | None = None) -> S
     if file is not None:
         try:
             loaded = yaml.load(file.read_text(encoding="utf-8-sig"), _Once)
+        except FileNotFoundError as error:
+            raise ConfigError(f"There is no file {file}.") from error
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date such as 2024-13-45
             raise ConfigError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
         if not isinstance(loaded, dict):

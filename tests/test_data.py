@@ -111,7 +111,7 @@ def test_text_by_line(load):
     corpus = load("a.txt", "\n\n" + "\n".join(TEXTS) + "\n\n\n")
     assert rows(corpus) == sorted(TEXTS)
     assert [notice.rpartition("/")[2] for notice in load.notices] == [
-        "a.txt: each line is a row, as no blank line parts them."
+        "a.txt: each line is a row, as no blank line parts them; choose with --txt-rows."
     ]
 
 
@@ -119,7 +119,9 @@ def test_text_by_line(load):
 def test_text_by_paragraph(load, blank):
     corpus = load("a.txt", "\n" + blank.join(f"{text}\nsecond line" for text in TEXTS) + "\n\n")
     assert rows(corpus) == sorted(f"{text} second line" for text in TEXTS)
-    assert [notice.rpartition("/")[2] for notice in load.notices] == ["a.txt: a blank line ends a row."]
+    assert [notice.rpartition("/")[2] for notice in load.notices] == [
+        "a.txt: a blank line ends a row; choose with --txt-rows."
+    ]
 
 
 def test_a_folder_of_mixed_kinds(load, tmp_path):
@@ -634,3 +636,39 @@ def test_hostile_markup_does_not_hang(text):
     start = time.monotonic()
     clean(text)
     assert time.monotonic() - start < 5
+
+
+def test_line_breaks_can_be_kept():
+    poem = "the silver  winter<br/>burns\r\n\r\n\n the garden \thums <p>on</p>"
+    assert clean(poem) == "the silver winter burns the garden hums on"
+    assert clean(poem, keep_lines=True) == "the silver winter\nburns\n\nthe garden hums\non"
+    assert clean(clean(poem, keep_lines=True), keep_lines=True) == clean(poem, keep_lines=True)
+
+
+def test_a_folder_of_texts_with_a_file_a_row(load, tmp_path):
+    folder = tmp_path / "poems"
+    folder.mkdir()
+    for number, text in enumerate(tiny.reviews(30)):
+        (folder / f"{number}.txt").write_text(f"{text}\nsecond line\n\nanother verse {number}")
+    (folder / "empty.txt").write_text("\n")
+    corpus = load(folder, txt_rows="file", keep_lines=True)
+    assert corpus.counts.read == 30
+    assert all("\nsecond line\n\nanother verse" in text for text in corpus.train)
+    assert load.notices == [f"1 files without rows are passed over, such as {folder / 'empty.txt'}."]
+    load(folder)
+    assert load.notices[1:] == ["30 txt files: a blank line ends a row; choose with --txt-rows."]
+
+
+def test_a_txt_file_beside_others_needs_no_column(load, tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    texts = tiny.reviews(40)
+    (folder / "a.txt").write_text("\n".join(texts[:20]))
+    (folder / "b.csv").write_text("body,kind\n" + "\n".join(f"{text},x" for text in texts[20:]))
+    assert load(folder, text_column="body").counts.read == 40
+
+
+def test_a_csv_with_semicolons_is_told(tmp_path):
+    (tmp_path / "semi.csv").write_text('text;kind\n"one; two";a\n')
+    with pytest.raises(DataError, match=r"its fields are parted by ';', where ',' is expected in a \.csv file"):
+        load_corpus(TrainConfig(dataset="semi.csv"))

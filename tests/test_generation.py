@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_tuner import Generator, Sampling, store, train
 from lora_tuner.config import resolve
-from lora_tuner.errors import AdapterError, ConfigError, GenerationError
+from lora_tuner.errors import AdapterError, ConfigError, GenerationError, WrongBaseError
 
 from . import tiny
 
@@ -202,3 +202,12 @@ def test_a_damaged_adapter_is_not_used(adapter):
     save_file(tensors, path)
     with pytest.raises(AdapterError, match=r"reviews is damaged: .* holds numbers that are not finite"):
         Generator("reviews", device="cpu")
+
+
+def test_the_wrong_base_is_refused_and_forced_with_one_notice(adapter, tmp_path):
+    other = tiny.save_model(tmp_path / "other", "gpt2", seed=7)
+    with pytest.raises(WrongBaseError, match=r"reviews was trained on .*, not on .*other"):
+        Generator("reviews", base=str(other), device="cpu")
+    told = []
+    Generator("reviews", base=str(other), device="cpu", force=True, notify=told.append)
+    assert len([notice for notice in told if notice.text.startswith("FORCED: ")]) == 1

@@ -116,14 +116,14 @@ def test_a_config_that_disagrees_with_the_weights_is_refused(model_folder, store
 
 
 def test_the_wrong_base_is_refused_unless_forced(adapter, tmp_path):
-    other = tiny.save_model(tmp_path / "other", "gpt2", seed=7)
+    other = load(tiny.save_model(tmp_path / "other", "gpt2", seed=7))
     with pytest.raises(WrongBaseError) as error:
-        lora.open_base(adapter, str(other), device="cpu")
+        lora.check_base(adapter, other)
     assert "reviews was trained on" in str(error.value)
     assert "Give the right one with --base, or try all the same with --force." in str(error.value)
     notices = []
-    lora.open_base(adapter, str(other), device="cpu", force=True, notify=notices.append)
-    assert notices[-1].text.startswith("FORCED: reviews was trained on")
+    lora.check_base(adapter, other, force=True, notify=notices.append)
+    assert [notice.text[:30] for notice in notices] == ["FORCED: reviews was trained on"]
 
 
 def test_the_base_is_found_from_the_manifest(adapter, gpt2):

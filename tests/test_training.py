@@ -114,7 +114,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(settings, step, number):
     """Over several epochs, with dropout and accumulation, at a checkpoint's step and between two."""
     whole = train(settings(**HARD, name="whole"))
     assert whole.manifest.run.sequences * 3 < 30 * 4  # more than three epochs
-    with pytest.raises(Interrupted, match=rf"Stopped at step {step} of 30, saved. Go on with: train --resume reviews"):
+    with pytest.raises(
+        Interrupted, match=rf"Stopped at step {step} of 30, saved\. Go on with: python cli\.py train --resume r"
+    ):
         train(settings(**HARD, save_every=8), StopAt(step, number))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not (Library().path / "reviews").exists()
@@ -133,7 +135,7 @@ def test_interrupted_twice_it_stops_at_once_and_can_go_on(settings):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(Interrupted, match=r"Stopped at once\. Go on from the last checkpoint: train --resume reviews"):
+    with pytest.raises(Interrupted, match=r"Stopped at once\. Go on with: python cli\.py train --resume"):
         train(settings(save_every=2), twice)
     assert weights(resume("reviews")) == weights(whole)
 
