@@ -176,6 +176,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
         if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
             torch.cuda.set_device(device)  # for everything that does not say which
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()

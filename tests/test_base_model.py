@@ -182,3 +182,17 @@ def test_no_code_of_a_base_is_run(tmp_path, gpt2, monkeypatch):
     with pytest.raises(BaseModelError, match="The base base cannot be loaded"):
         load_base(find_base("base"), "cpu")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_a_gpu_gets_a_number_and_becomes_the_current_one(monkeypatch, name, index):
+    """On a machine without one, with torch's own rule for what may become the current device."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: chosen.append(torch.cuda._utils._get_device_index(device))
+    )
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    assert base_model.choose_device(name) == torch.device("cuda", index)
+    assert chosen == [index]
