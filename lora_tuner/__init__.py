@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from .config import Sampling, TrainConfig
     from .cost import Plan
     from .errors import Interrupted, LoraTunerError, Notice, Progress
+    from .evaluation import GainMatrix, RowSet, evaluate
     from .generation import Answer, Generator
+    from .library import Library
     from .manifest import Manifest
-    from .store import Adapter, Library
+    from .store import Adapter
     from .training import plan, resume, train
 
 try:
@@ -25,16 +27,19 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 _HOMES = {
     "Adapter": "store",
     "Answer": "generation",
+    "GainMatrix": "evaluation",
     "Generator": "generation",
     "Interrupted": "errors",
-    "Library": "store",
+    "Library": "library",
     "LoraTunerError": "errors",
     "Manifest": "manifest",
     "Notice": "errors",
     "Plan": "cost",
     "Progress": "errors",
+    "RowSet": "evaluation",
     "Sampling": "config",
     "TrainConfig": "config",
+    "evaluate": "evaluation",
     "merge": "combine",
     "plan": "training",
     "resume": "training",
@@ -44,6 +49,7 @@ _HOMES = {
 __all__ = [
     "Adapter",
     "Answer",
+    "GainMatrix",
     "Generator",
     "Interrupted",
     "Library",
@@ -52,8 +58,10 @@ __all__ = [
     "Notice",
     "Plan",
     "Progress",
+    "RowSet",
     "Sampling",
     "TrainConfig",
+    "evaluate",
     "merge",
     "plan",
     "resume",

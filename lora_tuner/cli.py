@@ -20,12 +20,16 @@ from typer.core import TyperGroup
 from . import __version__, store
 from .config import Dtype, Sampling, TrainConfig, resolve
 from .errors import AdapterError, ConfigError, Interrupted, LoraTunerError
+from .library import Library
 from .terminal import (
     Display,
+    plain,
     say,
     show_adapter_card,
     show_adapters,
+    show_compared,
     show_facts,
+    show_gains,
     show_json,
     show_plan,
     show_preview,
@@ -74,19 +78,22 @@ AsJson = Annotated[bool, typer.Option("--json", help="Answer with JSON on stdout
 Base = Annotated[str | None, typer.Option(help="Another base than the one that the adapter names.", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the base on the Hub.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Put an adapter on a base that it was not trained on.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Numbers = Annotated[Dtype, typer.Option(help="Numbers of the base. auto: bfloat16 on CUDA, else float32.")]
 LIBRARY = TrainConfig().adapters_dir
 
 
-def _settings(kind: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one option for each field of `kind`; it receives those that were set, as `given`."""
+def _settings(kind: type[BaseModel], *only: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option for each field of `kind`, or for some; it receives those that were set, as `given`."""
+    fields = {name: field for name, field in kind.model_fields.items() if name in only or not only}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         parameters = [p for p in inspect.signature(command).parameters.values() if p.name != "given"]
-        parameters += [_option(name, field) for name, field in kind.model_fields.items()]
+        parameters += [_option(name, field) for name, field in fields.items()]
 
         @functools.wraps(command)
         def wrapper(**options: Any) -> None:
-            given = {name: options.pop(name) for name in kind.model_fields}
+            given = {name: options.pop(name) for name in fields}
             command(given={name: value for name, value in given.items() if value not in (None, [])}, **options)
 
         wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -101,7 +108,9 @@ def _option(name: str, field: Any) -> inspect.Parameter:
     default = field.json_schema_extra["shown"] if field.default in (None, []) else field.default
     if isinstance(default, bool):
         default = "on" if default else "off"
+    flag = field.json_schema_extra["flag"]
     option = typer.Option(
+        *([flag] if flag else []),
         help=field.description,
         show_default=False if default is None else str(default),
         rich_help_panel=field.json_schema_extra["panel"],
@@ -178,8 +187,8 @@ def generate(
     base: Base = None,
     revision: Revision = None,
     adapters_dir: AdaptersDir = LIBRARY,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Numbers of the base. auto: bfloat16 on CUDA, else float32.")] = "auto",
+    device: Device = "auto",
+    dtype: Numbers = "auto",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -229,6 +238,102 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str] | None:
     if not lines:
         raise ConfigError(f"{file or 'Standard input'} holds no prompt: one a line is expected.")
     return lines
+
+
+@app.command()
+@_settings(Sampling)
+def compare(
+    given: dict[str, Any],
+    adapter: Annotated[
+        list[str], typer.Option(help="An adapter, by name or path. May be repeated.", show_default=False)
+    ],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="The text to go on from; - reads standard input, a prompt a line.", show_default=False),
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="A file with a prompt on each line.", show_default=False)] = None,
+    base: Base = None,
+    revision: Revision = None,
+    adapters_dir: AdaptersDir = LIBRARY,
+    device: Device = "auto",
+    dtype: Numbers = "auto",
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """The same prompt answered by the base and by adapters, in one batch and with the same luck."""
+    sampling = resolve(Sampling, given)
+    prompts = _prompts(prompt, file)
+    if prompts is None:
+        raise ConfigError("There is nothing to go on from: give a prompt, --file, or - for standard input.")
+    if twice := [name for name in adapter if adapter.count(name) > 1]:
+        raise ConfigError(f"--adapter {twice[0]} is given twice.")
+    from .generation import Generator
+
+    generator = Generator(
+        *adapter,
+        base=base,
+        revision=revision,
+        adapters_dir=adapters_dir,
+        device=device,
+        dtype=dtype,
+        force=force,
+        notify=show,
+    )
+    compared = [generator.generate_batch([(text, who) for who in (None, *adapter)], sampling) for text in prompts]
+    if as_json:
+        show_json([dataclasses.asdict(answer) for answers in compared for answer in answers])
+    else:
+        for answers in compared:
+            show_compared(answers)
+
+
+@app.command()
+@_settings(TrainConfig, "eval_dataset", "eval_split", "text_column", "where", "txt_rows", "keep_lines")
+def evaluate(
+    given: dict[str, Any],
+    adapters: Annotated[list[str], typer.Argument(help="Adapters, by name or path.", show_default=False)],
+    eval_rows: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="So many of each set of rows.",
+            show_default=f"those of training; {TrainConfig().eval_rows} of --eval-dataset",
+        ),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the gains into this PNG file.", show_default=False)] = None,
+    base: Base = None,
+    revision: Revision = None,
+    adapters_dir: AdaptersDir = LIBRARY,
+    device: Device = "auto",
+    dtype: Numbers = "auto",
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Held-out loss of the base and of each adapter, on its own rows and on those of the others."""
+    if given and "eval_dataset" not in given:
+        raise ConfigError(f"{', '.join(given)}: only --eval-dataset is read with that.")
+    settings = resolve(TrainConfig, given | ({"eval_rows": eval_rows} if eval_rows else {}))
+    if plot and plot.suffix.lower() != ".png":
+        raise ConfigError(f"--plot {plot}: the picture is a .png file.")
+    if plot and not plot.parent.is_dir():
+        raise ConfigError(f"--plot {plot}: there is no folder {plot.parent}.")
+    found = [Library(adapters_dir).get(name) for name in adapters]
+    from . import evaluation, report
+
+    matrix = evaluation.evaluate(
+        found,
+        [evaluation.rows_of(settings, show)] if settings.eval_dataset else None,
+        base=base,
+        revision=revision,
+        eval_rows=eval_rows,
+        device=device,
+        dtype=dtype,
+        force=force,
+        notify=show,
+    )
+    if plot:
+        report.plot_gains(matrix, plot)
+    show_json(matrix.facts()) if as_json else show_gains(matrix)
 
 
 def _answer(generator: Any, prompt: str, sampling: Sampling) -> None:
@@ -285,7 +390,7 @@ def merge(
     force: Force = False,
 ) -> None:
     """Write base and adapter as one plain model, for tools that know no adapters."""
-    found = store.Library(adapters_dir).get(adapter)
+    found = Library(adapters_dir).get(adapter)
     from . import combine
 
     print(
@@ -297,8 +402,8 @@ def merge(
 
 @adapters_app.command("list")
 def list_adapters(adapters_dir: AdaptersDir = LIBRARY, as_json: AsJson = False) -> None:
-    """All adapters: base, rank, data, size, gain."""
-    found = list(store.Library(adapters_dir).list())
+    """All adapters: base, rank, targets, data, size, held-out gain, age, parent."""
+    found = list(Library(adapters_dir).entries())
     if as_json:
         show_json(
             [
@@ -315,8 +420,10 @@ def list_adapters(adapters_dir: AdaptersDir = LIBRARY, as_json: AsJson = False) 
 @adapters_app.command("show")
 def show_adapter(adapter: AdapterArgument, adapters_dir: AdaptersDir = LIBRARY, as_json: AsJson = False) -> None:
     """One adapter: what it was made from, and what it gives."""
-    found = store.Library(adapters_dir).get(adapter)
-    show_json(found.facts()) if as_json else show_adapter_card(found)
+    library = Library(adapters_dir)
+    found = library.get(adapter)
+    ancestors = library.ancestors(found)
+    show_json(found.facts() | {"ancestors": ancestors}) if as_json else show_adapter_card(found, ancestors)
 
 
 @adapters_app.command("verify")
@@ -328,18 +435,19 @@ def verify_adapters(
     as_json: AsJson = False,
 ) -> None:
     """Read every byte: hashes, shapes, settings, finite numbers. Proves that it is whole, not that it is good."""
-    library = store.Library(adapters_dir)
+    library = Library(adapters_dir)
     found = {name: _problems(library, name) for name in names or library.names()}
     if as_json:
         show_json([{"name": name, "problems": problems} for name, problems in found.items()])
     else:
         for name, problems in found.items():
-            print(f"{name}: {'; '.join(problems) or 'whole'}")
+            print(plain(f"{name}: {'; '.join(problems) or 'whole'}"))
+        say("Whole: it is, byte for byte, what was made. How good it is, only `evaluate` can say.")
     if any(found.values()):
         raise typer.Exit(1)
 
 
-def _problems(library: store.Library, name: str) -> list[str]:
+def _problems(library: Library, name: str) -> list[str]:
     try:
         return store.verify(library.get(name))
     except AdapterError as error:
@@ -353,7 +461,7 @@ def rename_adapter(
     adapters_dir: AdaptersDir = LIBRARY,
 ) -> None:
     """Give an adapter another name."""
-    print(store.Library(adapters_dir).rename(old, new).path)
+    print(Library(adapters_dir).rename(old, new).path)
 
 
 @adapters_app.command("remove")
@@ -365,7 +473,19 @@ def remove_adapter(
     """Delete an adapter for good."""
     if not yes:
         typer.confirm(f"Delete {adapters_dir / name} for good?", abort=True, err=True)
-    store.Library(adapters_dir).remove(name)
+    Library(adapters_dir).remove(name)
+
+
+@adapters_app.command("adopt")
+def adopt_adapter(
+    folder: Annotated[str, typer.Argument(help="The folder of an adapter that another tool made.", show_default=False)],
+    name: Annotated[str | None, typer.Option(help="Its name here.", show_default="the folder's")] = None,
+    base: Base = None,
+    revision: Revision = None,
+    adapters_dir: AdaptersDir = LIBRARY,
+) -> None:
+    """Take in an adapter of another tool: check it against its base, and give it a manifest that holds it to that."""
+    print(Library(adapters_dir).adopt(folder, name, base=base, revision=revision, notify=show).path)
 
 
 @app.command()

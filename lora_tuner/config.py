@@ -18,13 +18,17 @@ EMBEDDED_BASE = "smollm2-135m"
 HELD_OUT_LENGTH = 512  # tokens: held-out rows are cut here whatever `max_length` was, so that runs can be compared
 BATCH_SIZE_CPU, BATCH_SIZE_GPU = 1, 8  # in few minutes many small steps teach more; a GPU wants more at once
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+MAX_RANK = 4096
 STOPS = ("epochs", "max_steps", "minutes")
 PATIENCE_MINUTES = 10  # with no stop rule, an epoch that takes longer than this is cut to it
 
 
-def _option(default: Any, text: str, panel: str, shown: str | None = None, **bounds: Any) -> Any:
-    """A setting. `shown` says what its default of None means."""
-    return Field(default, description=text, json_schema_extra={"panel": panel, "shown": shown}, **bounds)
+def _option(
+    default: Any, text: str, panel: str, shown: str | None = None, flag: str | None = None, **bounds: Any
+) -> Any:
+    """A setting. `shown` says what its default of None means, `flag` how the command line calls it, where not by its name."""
+    extra: dict[str, Any] = {"panel": panel, "shown": shown, "flag": flag}
+    return Field(default, description=text, json_schema_extra=extra, **bounds)
 
 
 class _Settings(BaseModel):
@@ -64,6 +68,13 @@ class TrainConfig(_Settings):
     )
     split_salt: str = _option("lora_tuner", "Another salt holds out other rows.", "Data", min_length=1)
     eval_rows: int = _option(200, "Held-out rows that are measured, at the most.", "Data", ge=2)
+    eval_dataset: str | None = _option(
+        None,
+        "Measure on all rows of this data, read with the settings of the other, and train on none of them.",
+        "Data",
+        "the rows held out",
+    )
+    eval_split: str | None = _option(None, "Split of --eval-dataset, where that is on the Hub.", "Data", "test")
 
     base: str | None = _option(
         None,
@@ -72,7 +83,14 @@ class TrainConfig(_Settings):
         f"{DEFAULT_BASE}; {EMBEDDED_BASE} when that is out of reach",
     )
     revision: str | None = _option(None, "Branch, tag or commit of the base on the Hub.", "Model")
-    rank: int = _option(8, "Rank of the update: its size and its power.", "Model", ge=1, le=1024)
+    parent: str | None = _option(
+        None,
+        "Go on from this adapter, by name or path, in place of a fresh one: its base, rank, alpha and targets.",
+        "Model",
+        flag="--from",
+    )
+    force: bool = _option(False, "With --from: on a base that the adapter was not trained on.", "Model")
+    rank: int = _option(8, "Rank of the update: its size and its power.", "Model", ge=1, le=MAX_RANK)
     alpha: int | None = _option(None, "The update is scaled by alpha / rank.", "Model", "2 x rank", ge=1)
     dropout: float = _option(0.0, "Dropout on the input of the update.", "Model", ge=0, lt=1)
     targets: str = _option(
@@ -135,6 +153,20 @@ class TrainConfig(_Settings):
         for condition in value:
             if not condition.partition("=")[0] or "=" not in condition:
                 raise ValueError(f"'{condition}' is not of the form COLUMN=VALUE")
+        return value
+
+    @field_validator("eval_split")
+    @classmethod
+    def _of_a_dataset(cls, value: str | None, info: Any) -> str | None:
+        if value is not None and info.data.get("eval_dataset", "") is None:
+            raise _contradiction("eval_split needs eval_dataset: it is a split of that")
+        return value
+
+    @field_validator("force")
+    @classmethod
+    def _of_a_parent(cls, value: bool, info: Any) -> bool:
+        if value and info.data.get("parent", "") is None:
+            raise _contradiction("force is for an adapter to go on from: name it with --from")
         return value
 
     @field_validator("minutes")

@@ -61,8 +61,11 @@ def clean(text: str, *, keep_lines: bool = False) -> str:
 
 
 def row_hash(text: str, salt: str) -> bytes:
-    """The hash by which a cleaned row is known: it decides the side of the split and the order of held-out rows."""
-    return hashlib.sha256(f"{salt}\0{text}".encode()).digest()
+    """The hash by which a cleaned row is known: it decides the side of the split and the order of held-out rows.
+
+    Line breaks count as spaces: with and without `keep_lines` a row is on the same side.
+    """
+    return hashlib.sha256(f"{salt}\0{' '.join(text.split())}".encode()).digest()
 
 
 def is_held_out(digest: bytes) -> bool:
@@ -83,6 +86,7 @@ class Counts:
     empty: int = 0
     duplicates: int = 0
     not_drawn: int = 0  # by `rows`
+    in_eval_dataset: int = 0  # copies of rows that are measured
     train: int = 0
     held_out: int = 0
 
@@ -129,10 +133,56 @@ def load_corpus(config: TrainConfig, notify: Listener = ignore) -> Corpus:
 
     Raises DataError (what is wrong with the data, and where) and HubError.
     """
+    corpus = Corpus(config.dataset, "")
+    counts = corpus.counts
+    rows = _read(config, corpus, notify)
+    source = corpus.source
+    if config.rows is not None and config.rows < len(rows):
+        # By a hash of the hash: the digest alone would draw held-out rows first.
+        drawn = set(heapq.nsmallest(config.rows, rows, key=lambda digest: hashlib.sha256(digest).digest()))
+        counts.not_drawn = len(rows) - len(drawn)
+        rows = {digest: row for digest, row in rows.items() if digest in drawn}
+    measured = load_held_out(config, notify) if config.eval_dataset else {}
+    held_out = {}
+    for digest, (text, before) in rows.items():
+        if is_held_out(digest):
+            held_out[digest] = text
+        elif digest in measured:
+            counts.in_eval_dataset += 1
+        else:
+            corpus.train.append(text)
+            if before is not None and len(corpus.previews) < PREVIEWED:
+                corpus.previews.append((before, text))
+    counts.train, counts.held_out = len(corpus.train), len(held_out)
+    corpus.held_out = [text for _, text in sorted((measured or held_out).items())]
+    if not corpus.train or not corpus.held_out:
+        raise DataError(
+            f"{source}: {len(rows)} usable rows of {counts.read} ({counts.empty} empty, {counts.duplicates} duplicates) leave "
+            f"{counts.train} to train on and {counts.held_out} held out: at least one of each is needed, so give more rows."
+        )
+    notify(Notice(f"Rows: {counts}."))
+    return corpus
+
+
+def load_held_out(config: TrainConfig, notify: Listener = ignore) -> dict[bytes, str]:
+    """All rows of `config.eval_dataset`, cleaned and without copies: hash -> text, in the order of the hashes."""
+    name = str(config.eval_dataset)
+    split = config.eval_split or ("train" if Path(name).expanduser().exists() else "test")
+    subset = config.subset if name == config.dataset else None
+    other = config.model_copy(update={"dataset": name, "split": split, "subset": subset})
+    corpus = Corpus(name, "")
+    rows = _read(other, corpus, notify)
+    if not rows:
+        raise DataError(f"{corpus.source} holds no row with text to measure on.")
+    notify(Notice(f"Measured on rows of {corpus.source}: {len(rows):,} of {corpus.counts.read:,}."))
+    return {digest: text for digest, (text, _) in sorted(rows.items())}
+
+
+def _read(config: TrainConfig, corpus: Corpus, notify: Listener) -> dict[bytes, tuple[str, str | None]]:
+    """The usable rows, hash -> (text, text before cleaning where it may be shown); what else was read is counted."""
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()  # it calls what it has in its cache missing on the Hub
-    source, tables = _open(config, notify)
-    corpus = Corpus(config.dataset, source)
+    corpus.source, tables = _open(config, notify)
     counts = corpus.counts
     rows: dict[bytes, tuple[str, str | None]] = {}
     for table in tables:
@@ -160,29 +210,8 @@ def load_corpus(config: TrainConfig, notify: Listener = ignore) -> Corpus:
                 continue
             rows[digest] = (text, raw if len(rows) < PREVIEWED * 10 else None)
     if config.where and counts.filtered == counts.read:
-        raise DataError(f"{source}: no row has {' and '.join(config.where)}; {_seen(tables, config.where)}.")
-    if config.rows is not None and config.rows < len(rows):
-        # By a hash of the hash: the digest alone would draw held-out rows first.
-        drawn = set(heapq.nsmallest(config.rows, rows, key=lambda digest: hashlib.sha256(digest).digest()))
-        counts.not_drawn = len(rows) - len(drawn)
-        rows = {digest: row for digest, row in rows.items() if digest in drawn}
-    held_out = []
-    for digest, (text, before) in rows.items():
-        if is_held_out(digest):
-            held_out.append((digest, text))
-        else:
-            corpus.train.append(text)
-            if before is not None and len(corpus.previews) < PREVIEWED:
-                corpus.previews.append((before, text))
-    corpus.held_out = [text for _, text in sorted(held_out)]
-    counts.train, counts.held_out = len(corpus.train), len(corpus.held_out)
-    if not corpus.train or not corpus.held_out:
-        raise DataError(
-            f"{source}: {len(rows)} usable rows of {counts.read} ({counts.empty} empty, {counts.duplicates} duplicates) leave "
-            f"{counts.train} to train on and {counts.held_out} held out: at least one of each is needed, so give more rows."
-        )
-    notify(Notice(f"Rows: {counts}."))
-    return corpus
+        raise DataError(f"{corpus.source}: no row has {' and '.join(config.where)}; {_seen(tables, config.where)}.")
+    return rows
 
 
 def at_hand() -> list[str]:

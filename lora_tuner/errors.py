@@ -10,6 +10,7 @@
     ├── TrainingError          a run cannot start, go on, or be resumed
     │   └── DivergedError      the loss or a gradient is not finite any more
     └── GenerationError        a prompt or a sampling setting cannot be answered
+        └── MixedBatchError    a base on which different adapters cannot share a batch
 
 `Interrupted` stands apart: nothing is wrong, the user (or the system) asked the run to stop and its work is saved.
 Messages are complete sentences for people: what is wrong, where, and what to do.
@@ -48,6 +49,9 @@ class DivergedError(TrainingError): ...
 
 
 class GenerationError(LoraTunerError): ...
+
+
+class MixedBatchError(GenerationError): ...
 
 
 class Interrupted(Exception):  # noqa: N818 - it is not an error

@@ -9,18 +9,23 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from . import files, tokens
+from . import files, lora, store, tokens
+from .bank import AdapterBank
 from .base_model import Base
-from .config import HELD_OUT_LENGTH
-from .errors import Listener, Progress, ignore
+from .config import HELD_OUT_LENGTH, TrainConfig
+from .data import content_hash, load_held_out
+from .errors import AdapterError, Listener, Notice, Progress, ignore
 from .manifest import Result
+from .store import Adapter
 
 BATCH_TOKENS_CPU, BATCH_TOKENS_GPU = 512, 8192  # positions computed at once; only speed and memory depend on it
 
@@ -96,31 +101,151 @@ def _batches(rows: Sequence[tokens.Row], batch_tokens: int) -> Iterator[list[int
 
 def measure_base(base: Base, rows: Sequence[tokens.Row], notify: Listener = ignore) -> HeldOut:
     """`measure` on the plain base, kept in the user's cache: it costs as much as the adapter's and never changes."""
-    facts = [
+    return _once(base, rows, None, lambda: measure(base.model, base, rows, notify, stage="held-out loss of the base"))
+
+
+def _once(base: Base, rows: Sequence[tokens.Row], adapter: Adapter | None, now: Callable[[], HeldOut]) -> HeldOut:
+    """What was measured before for these weights, settings and rows, from the user's cache; else it is measured now."""
+    facts: list[Any] = [
         base.source.fingerprint,
         base.tokenizer_hash,
         str(base.dtype),
         base.device.type,
         [row.tolist() for row in rows],
     ]
-    path = files.cache_dir() / "losses" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}.json"
+    if adapter is not None:
+        settings = {key: value for key, value in adapter.config.items() if key in store.SCALES}
+        facts.append([files.sha256_file(adapter.path / store.WEIGHTS), settings])
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    path = files.cache_dir() / "losses" / f"{key}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no cache, or a broken one: measure again
         known = json.loads(path.read_text(encoding="utf-8"))
         held = HeldOut([float(value) for value in known["nll"]], [int(value) for value in known["predictions"]])
         if held.predictions == [len(row) - 1 for row in rows] and len(held.nll) == len(rows):
             return held
-    held = measure(base.model, base, rows, notify, stage="held-out loss of the base")
+    held = now()
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone
         files.write_text(path, json.dumps({"nll": held.nll, "predictions": held.predictions}))
     return held
 
 
+@dataclass(frozen=True)
+class RowSet:
+    """Held-out rows under the name of the adapter, or of the data, that they belong to; `missing` says why there are none."""
+
+    name: str
+    texts: list[str]
+    missing: str | None = None
+
+
+def _place(content_hash: str) -> Path:
+    return files.cache_dir() / "held-out" / f"{content_hash}.json"
+
+
 def keep_rows(texts: Sequence[str], content_hash: str) -> None:
     """Keep measured rows in the user's cache under their hash, so that they can be measured when the data has moved."""
-    path = files.cache_dir() / "held-out" / f"{content_hash}.json"
-    if not path.exists():
+    if not _place(content_hash).exists():
         with contextlib.suppress(OSError):  # a full cache must not end a run
-            files.write_text(path, json.dumps(list(texts), ensure_ascii=False))
+            files.write_text(_place(content_hash), json.dumps(list(texts), ensure_ascii=False))
+
+
+def kept_rows(adapter: Adapter) -> RowSet:
+    """The rows that an adapter was measured on when it was trained, from the user's cache."""
+    data = adapter.manifest.data if adapter.manifest else None
+    if data is None:
+        return RowSet(adapter.name, [], "it was trained by another tool, so nobody knows its held-out rows")
+    try:
+        texts = json.loads(_place(data.held_out_hash).read_text(encoding="utf-8"))
+        if content_hash(texts) == data.held_out_hash:
+            return RowSet(adapter.name, texts)
+        why = "have changed"
+    except FileNotFoundError:
+        why = "are not there: it was trained elsewhere, or the cache was emptied"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        why = f"cannot be read ({error})"
+    return RowSet(adapter.name, [], f"its held-out rows in the cache {why}")
+
+
+def rows_of(config: TrainConfig, notify: Listener = ignore) -> RowSet:
+    """The rows of `config.eval_dataset`, the first `config.eval_rows` by their hash."""
+    texts = list(load_held_out(config, notify).values())
+    return RowSet(str(config.eval_dataset), texts[: config.eval_rows])
+
+
+@dataclass(frozen=True)
+class GainMatrix:
+    """What each adapter gains over the base on each set of held-out rows: `cells[adapter][set]`, None where rows are missing.
+
+    On its own rows a gain is what training was for; below zero on another's, the adapter has forgotten how that is written.
+    """
+
+    base: str
+    adapters: list[str]
+    sets: list[RowSet]
+    cells: list[list[Result | None]]
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON can hold it: the texts of the rows stay out."""
+        return {
+            "base": self.base,
+            "sets": [{"name": it.name, "rows": len(it.texts), "missing": it.missing} for it in self.sets],
+            "adapters": [
+                {
+                    "name": name,
+                    "results": [
+                        None if cell is None else cell.model_dump() | {"perplexity": cell.perplexities[1]}
+                        for cell in line
+                    ],
+                }
+                for name, line in zip(self.adapters, self.cells, strict=True)
+            ],
+        }
+
+
+def evaluate(
+    adapters: Sequence[Adapter],
+    sets: Sequence[RowSet] | None = None,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    eval_rows: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    force: bool = False,
+    notify: Listener = ignore,
+) -> GainMatrix:
+    """Every adapter on every set of rows, by default those that each was measured on when it was trained.
+
+    Price: one pass over the rows for each cell, and one for the base; what was measured once is kept in the user's cache.
+    `eval_rows` takes the first so many of each set. Raises AdapterError when the adapters do not share one base.
+    """
+    names = [adapter.name for adapter in adapters]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise AdapterError(f"Two adapters are called {twice[0]}: name each once, or rename one.")
+    opened = lora.open_base(adapters[0], base, revision, device=device, dtype=dtype, notify=notify)
+    for adapter in adapters:
+        lora.check_base(adapter, opened, force=force, notify=notify)
+    if len({it.manifest.data.split_salt for it in adapters if it.manifest and it.manifest.data}) > 1:
+        notify(
+            Notice("The adapters differ in --split-salt, so one may have been trained on rows that another holds out.")
+        )
+    sets = [kept_rows(adapter) for adapter in adapters] if sets is None else list(sets)
+    sets = [replace(rows, texts=rows.texts[:eval_rows]) for rows in sets]
+    encoded = [encode_held_out(opened, rows.texts) for rows in sets]
+    bases = [measure_base(opened, rows, notify) if rows else None for rows in encoded]
+    bank = AdapterBank(opened)
+    cells: list[list[Result | None]] = []
+    for number, adapter in enumerate(adapters):
+        bank.add(adapter.name, adapter)
+        line: list[Result | None] = []
+        for rows, of_base, it in zip(encoded, bases, sets, strict=True):
+            stage = f"{adapter.name} on {it.name} ({len(adapters) - number} adapters to go)"
+            with bank.applied([adapter.name]):
+                now = partial(measure, opened.model, opened, rows, notify, stage=stage)
+                line.append(compare(of_base, _once(opened, rows, adapter, now)) if of_base is not None else None)
+        bank.remove(adapter.name)
+        cells.append(line)
+    return GainMatrix(opened.source.name, names, sets, cells)
 
 
 def compare(base: HeldOut, adapter: HeldOut) -> Result:

@@ -1,30 +1,47 @@
 """Text from one resident base and many adapters.
 
-`Generator` holds the base once; adapters are loaded beside it, and choosing another one moves no weights. Surprise:
-neither transformers nor PEFT is safe for two threads on one model, so calls take turns. Limit: answers to one prompt are
-drawn as one batch; different prompts come one after another.
+`Generator` holds the base once; adapters are loaded beside it, and choosing another one moves no weights. Each row of a
+batch is drawn by itself, with random numbers of its own: what else is in the batch does not change it. Surprise:
+transformers is not safe for two threads on one model, so calls take turns. Limit: rows of different lengths are padded to
+the longest, and a batch ends with its last row.
 """
 
+import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from . import lora, tokens
+from .bank import AdapterBank
 from .base_model import quiet
 from .config import Sampling
-from .errors import GenerationError, Listener, ignore
-from .store import Adapter, Library
+from .errors import GenerationError, Listener, MixedBatchError, Notice, ignore
+from .library import Library
+from .store import WEIGHTS, Adapter
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A prompt with its continuation. `finished`: the model ended the text, or a stop string did; else it was cut off."""
+    """A prompt with its continuation. `finished`: the model ended the text, or a stop string did; else it was cut off.
+
+    `seed` alone gives this answer again; it is None for a greedy one.
+    """
 
     prompt: str
     text: str  # the continuation alone
@@ -63,17 +80,16 @@ class Generator:
             found[0] if found else None, base, revision, device=device, dtype=dtype, notify=notify
         )
         self.base.model.generation_config = GenerationConfig()  # a base's own would fill in what we leave open
-        self._model: Any = self.base.model  # a PeftModel from the first adapter on
-        self._slots: dict[str, tuple[Path, str]] = {}  # adapter name -> (its folder, its name inside PEFT)
-        self._made = 0
+        self._bank = AdapterBank(self.base)
+        self._loaded: dict[str, tuple[Path, Any]] = {}  # adapter name -> (its folder, what its file was)
         self._lock = threading.RLock()
-        for adapter in reversed(found):
-            self._load(adapter)
+        names = [self._load(adapter) for adapter in found]
+        self.current = names[0] if names else None
 
     @property
     def loaded(self) -> list[str]:
         """The names of the adapters in memory."""
-        return sorted(self._slots)
+        return sorted(self._loaded)
 
     def use(self, adapter: str | Path | None) -> str | None:
         """Choose an adapter by name or path, loading it when it is not in memory yet, or the plain base with None.
@@ -81,70 +97,114 @@ class Generator:
         Raises AdapterError, and leaves things as they are, when it does not fit this base.
         """
         with self._lock:
-            if adapter is None:
-                self.current = None
-            elif str(adapter) in self._slots:
-                self.current = str(adapter)
-            else:
-                self._load(self.library.get(adapter))
+            self.current = self._resident(adapter)
             return self.current
 
-    def _load(self, adapter: Adapter) -> None:
-        known = self._slots.get(adapter.name)
-        if known is not None and known[0] != adapter.path.resolve():
+    def _resident(self, adapter: str | Path | None) -> str | None:
+        """The name of an adapter that is in memory by now, as it is on disk by now."""
+        if adapter is None:
+            return None
+        name = str(adapter)
+        if name in self._loaded and _identity(self._loaded[name][0]) == self._loaded[name][1]:
+            return name
+        return self._load(self.library.get(self._loaded[name][0] if name in self._loaded else adapter))
+
+    def _load(self, adapter: Adapter) -> str:
+        folder = adapter.path.resolve()
+        identity = _identity(folder)
+        known = self._loaded.get(adapter.name)
+        if known is not None and known[0] != folder:
             raise GenerationError(
                 f"An adapter named {adapter.name} is loaded already, from {known[0]}: unload it first."
             )
-        if known is None:
+        if known is None or known[1] != identity:
             lora.check_base(adapter, self.base, force=self.force, notify=self.notify)
-            # A name of our own: inside PEFT some names lose tensors or clash with modules (peft#3584).
-            slot = f"slot{self._made}"
-            self._model = lora.attach(self._model, adapter, slot)
-            self._made += 1
-            self._slots[adapter.name] = adapter.path.resolve(), slot
-        self.current = adapter.name
+            self._bank.add(adapter.name, adapter)
+            self._loaded[adapter.name] = folder, identity
+        return adapter.name
 
     def unload(self, name: str) -> None:
         """Take an adapter out of memory."""
         with self._lock:
-            if name not in self._slots:
+            if name not in self._loaded:
                 raise GenerationError(
                     f"No adapter named {name} is loaded: there are {', '.join(self.loaded) or 'none'}."
                 )
-            _, slot = self._slots.pop(name)
+            self._bank.remove(name)
+            del self._loaded[name]
             if self.current == name:
                 self.current = None
-            with quiet():
-                if self._slots:
-                    self._model.delete_adapter(slot)
-                else:
-                    self._model = self._model.unload()
 
     def generate(
         self, prompt: str, sampling: Sampling | None = None, on_text: Callable[[str], None] | None = None
     ) -> Answer:
         """One continuation of the prompt. `on_text` gets each new piece of it as soon as it is certain."""
-        return self._locked(prompt, (sampling or Sampling()).model_copy(update={"answers": 1}), on_text)[0]
+        with self._lock:
+            one = (sampling or Sampling()).model_copy(update={"answers": 1})
+            return self._answer([(prompt, self.current)], one, on_text)[0]
 
     def generate_all(self, prompt: str, sampling: Sampling | None = None) -> list[Answer]:
         """`sampling.answers` continuations of the prompt, drawn as one batch.
 
         Raises GenerationError when the prompt leaves no room in the model's context.
         """
-        return self._locked(prompt, sampling or Sampling(), None)
+        with self._lock:
+            return self._answer([(prompt, self.current)], sampling or Sampling())
 
-    def _locked(self, prompt: str, sampling: Sampling, on_text: Callable[[str], None] | None) -> list[Answer]:
-        """One call at a time, and the caller's random numbers as they were."""
-        with self._lock, quiet(), torch.random.fork_rng(devices=_devices(self.base.device)):
-            seed = None
-            if not (sampling.greedy or sampling.temperature == 0):
-                seed = sampling.seed if sampling.seed is not None else torch.seed() % 2**63
-                torch.manual_seed(seed)
-            return self._generate(prompt, sampling, seed, on_text)
-
-    def _generate(
-        self, prompt: str, sampling: Sampling, seed: int | None, on_text: Callable[[str], None] | None
+    def generate_batch(
+        self, asked: Sequence[tuple[str, str | Path | None]], sampling: Sampling | None = None
     ) -> list[Answer]:
+        """Prompts, each with the adapter that answers it (None: the plain base), in one batch; answers in that order.
+
+        Adapters that are not in memory are loaded; the one in use stays the one in use. Every answer is the one that its
+        prompt and adapter get alone. Raises AdapterError or GenerationError, and gives no answer, when one is wrong.
+        """
+        with self._lock:
+            before = self.loaded
+            try:
+                rows = [(prompt, self._resident(adapter)) for prompt, adapter in asked]
+            except BaseException:
+                for name in set(self.loaded) - set(before):
+                    self.unload(name)
+                raise
+            return self._answer(rows, sampling or Sampling())
+
+    def _answer(
+        self,
+        asked: Sequence[tuple[str, str | None]],
+        sampling: Sampling,
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[Answer]:
+        """`sampling.answers` for each, in order. With a seed given, each asked gets the same luck."""
+        seed = None
+        if not (sampling.greedy or sampling.temperature == 0):
+            seed = sampling.seed if sampling.seed is not None else secrets.randbits(48)
+        rows = [
+            self._row(prompt, adapter, sampling, None if seed is None else seed + number, on_text)
+            for prompt, adapter in asked
+            for number in range(sampling.answers)
+        ]
+        batches: dict[int, list[_Row]] = {}
+        for row in rows:
+            batches.setdefault(row.limit, []).append(row)
+        with quiet(), torch.inference_mode():
+            for batch in batches.values():
+                try:
+                    self._write(batch)
+                except MixedBatchError as error:
+                    self.notify(Notice(f"{error} The answers are made one adapter after another."))
+                    for adapter in dict.fromkeys(row.adapter for row in batch):
+                        self._write([row for row in batch if row.adapter == adapter])
+        return [row.answer() for row in rows]
+
+    def _row(
+        self,
+        prompt: str,
+        adapter: str | None,
+        sampling: Sampling,
+        seed: int | None,
+        on_text: Callable[[str], None] | None,
+    ) -> "_Row":
         tokenizer = self.base.tokenizer
         (encoded,) = tokens.encode(tokenizer, [prompt], end=False)
         ids = encoded.tolist() or [
@@ -156,67 +216,117 @@ class Generator:
                 f"The prompt has {len(ids):,} tokens, and {self.base.source.name} looks back on {self.base.context:,}: cut it."
             )
         text = _Text(tokenizer, ids, sampling.stop, on_text)
-        inputs = torch.tensor([ids], device=self.base.device)
-        model, adapter = self._activate()
-        with torch.inference_mode():
-            output = model.generate(
+        return _Row(prompt, adapter, text, min(sampling.max_new_tokens, room), seed, _drawing(sampling, seed))
+
+    def _write(self, rows: list["_Row"]) -> None:
+        """Continue these rows, which have one limit, as one batch."""
+        tokenizer, device = self.base.tokenizer, self.base.device
+        longest = max(len(row.text.prompt) for row in rows)
+        inputs = torch.full((len(rows), longest), tokenizer.pad_token_id, device=device)
+        mask = torch.zeros_like(inputs)
+        for line, row in enumerate(rows):  # what is padding stands on the left, and is masked
+            inputs[line, longest - len(row.text.prompt) :] = torch.tensor(row.text.prompt, device=device)
+            mask[line, longest - len(row.text.prompt) :] = 1
+        streamed = rows[0].text if len(rows) == 1 and rows[0].text.on_text else None
+        with self._bank.applied([row.adapter for row in rows]):
+            output = self.base.model.generate(
                 input_ids=inputs,
-                attention_mask=torch.ones_like(inputs),
-                generation_config=_generation_config(tokenizer, sampling, min(sampling.max_new_tokens, room)),
-                stopping_criteria=StoppingCriteriaList([_Stop(text)] if sampling.stop else []),
-                streamer=text if on_text else None,
+                attention_mask=mask,
+                generation_config=GenerationConfig(
+                    do_sample=False,  # each row draws for itself, in _EachRow
+                    max_new_tokens=rows[0].limit,
+                    pad_token_id=tokenizer.pad_token_id,
+                    eos_token_id=tokenizer.eos_token_id,
+                ),
+                logits_processor=LogitsProcessorList([_EachRow(rows, longest)]),
+                stopping_criteria=StoppingCriteriaList([_Stop(rows, longest)]),
+                streamer=streamed,
             )
-        answers = []
-        for line in output.tolist():
-            new = line[len(ids) :]
-            ended = tokenizer.eos_token_id in new
-            if ended:
-                new = new[: new.index(tokenizer.eos_token_id)]
-            written, stopped = text.cut(new)
-            answers.append(Answer(prompt, written, adapter, len(new), ended or stopped, seed))
-        return answers
-
-    def _activate(self) -> tuple[Any, str | None]:
-        """The model to call, with the adapter in use switched on and all others off."""
-        if self.current is None:
-            if self._slots:
-                self._model.base_model.disable_adapter_layers()
-                return self._model.get_base_model(), None
-            return self._model, None
-        self._model.base_model.enable_adapter_layers()
-        self._model.set_adapter(self._slots[self.current][1], inference_mode=True)
-        return self._model, self.current
+        for row, line in zip(rows, output.tolist(), strict=True):
+            row.new, row.ended = line[longest:], tokenizer.eos_token_id in line[longest:]
+            if row.ended:
+                row.new = row.new[: row.new.index(tokenizer.eos_token_id)]
 
 
-def _devices(device: torch.device) -> list[torch.device]:
-    """The GPUs whose random state a call must leave as it was."""
-    return [device] if device.type == "cuda" else []
+def _identity(folder: Path) -> Any:
+    """What tells one version of an adapter from the next; None when it is gone."""
+    try:
+        facts = (folder / WEIGHTS).stat()
+    except OSError:
+        return None
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
-def _generation_config(tokenizer: Any, sampling: Sampling, max_new_tokens: int) -> GenerationConfig:
-    settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "repetition_penalty": sampling.repetition_penalty,
-        "num_return_sequences": sampling.answers,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    if sampling.greedy or sampling.temperature == 0:
-        return GenerationConfig(do_sample=False, **settings)
-    return GenerationConfig(
-        do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, **settings
-    )
+@dataclass
+class _Row:
+    """One continuation in the making."""
+
+    prompt: str
+    adapter: str | None
+    text: "_Text"
+    limit: int  # tokens to write at the most
+    seed: int | None
+    drawing: LogitsProcessorList
+    new: list[int] | None = None
+    ended: bool = False
+
+    def answer(self) -> Answer:
+        assert self.new is not None
+        written, stopped = self.text.cut(self.new)
+        return Answer(self.prompt, written, self.adapter, len(self.new), self.ended or stopped, self.seed)
+
+
+def _drawing(sampling: Sampling, seed: int | None) -> LogitsProcessorList:
+    """From a row's logits to those whose best is the token it takes."""
+    steps = LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        steps.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if seed is not None:
+        steps.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k:
+            steps.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            steps.append(TopPLogitsWarper(sampling.top_p))
+        steps.append(_Draw(seed))
+    return steps
+
+
+class _Draw(LogitsProcessor):
+    """Makes the best token a random one: the Gumbel-max trick (Gumbel, 1954; Maddison et al., 2014, arXiv:1411.0030)."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)  # on the CPU: the same numbers on every device
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        waiting = torch.empty(scores.shape).exponential_(generator=self.generator)
+        return scores.float() - waiting.clamp_(min=torch.finfo(torch.float32).tiny).log_().to(scores.device)
+
+
+class _EachRow(LogitsProcessor):
+    """Each row by its own settings, and without its padding, which a repetition penalty would count."""
+
+    def __init__(self, rows: Sequence[_Row], width: int) -> None:
+        self.rows = rows
+        self.width = width
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        lines = []
+        for line, row in enumerate(self.rows):
+            start = self.width - len(row.text.prompt)
+            lines.append(row.drawing(input_ids[line : line + 1, start:], scores[line : line + 1]))
+        return torch.cat(lines)
 
 
 class _Stop(StoppingCriteria):
     """Ends each answer that holds a stop string. transformers' own would find one that begins in the prompt."""
 
-    def __init__(self, text: "_Text") -> None:
-        self.text = text
+    def __init__(self, rows: Sequence[_Row], width: int) -> None:
+        self.rows = rows
+        self.width = width
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        start = len(self.text.prompt)
-        stopped = [self.text.cut(line[start:])[1] for line in input_ids.tolist()]
+        lines = input_ids[:, self.width :].tolist()
+        stopped = [bool(row.text.stop) and row.text.cut(line)[1] for row, line in zip(self.rows, lines, strict=True)]
         return torch.tensor(stopped, device=input_ids.device)
 
 

@@ -15,11 +15,13 @@ import torch
 from transformers import set_seed
 
 from . import evaluation, files, lora, store, tokens
-from .base_model import Base, find_base, load_base, load_tokenizer
+from .base_model import Base, load_tokenizer
 from .config import BATCH_SIZE_CPU, BATCH_SIZE_GPU, TrainConfig, to_yaml
 from .data import Corpus, content_hash, load_corpus
-from .errors import BaseModelError, Listener, Notice, Progress, TrainingError, ignore
-from .manifest import BaseFacts, DataFacts, Manifest, RunFacts, Weights, now
+from .errors import BaseModelError, ConfigError, Listener, Notice, Progress, TrainingError, ignore
+from .library import Library
+from .manifest import DataFacts, Manifest, RunFacts, Weights, now
+from .store import Adapter
 
 
 @dataclass
@@ -34,6 +36,7 @@ class Job:
     held_out: list[tokens.Row]
     held_out_texts: list[str]
     truncated_rows: int
+    parent: Adapter | None
     notify: Listener
 
     @property
@@ -53,17 +56,10 @@ class Job:
         import peft
         import transformers
 
-        source, config, corpus = self.base.source, self.config, self.corpus
+        config, corpus = self.config, self.corpus
         return Manifest(
             created=now(),
-            base=BaseFacts(
-                name=source.name,
-                repo=source.repo,
-                revision=source.revision,
-                weights=source.weights,
-                fingerprint=source.fingerprint,
-                tokenizer=self.base.tokenizer_hash,
-            ),
+            base=self.base.source.facts(self.base.tokenizer_hash),
             data=DataFacts(
                 name=corpus.name,
                 source=corpus.source,
@@ -71,9 +67,11 @@ class Job:
                 where=config.where,
                 split_salt=config.split_salt,
                 counts=asdict(corpus.counts),
+                eval_dataset=config.eval_dataset,
                 held_out_hash=content_hash(self.held_out_texts),
                 held_out_rows=len(self.held_out_texts),
             ),
+            parents=[self.parent.as_parent()] if self.parent else [],
             run=RunFacts(
                 steps=0,
                 kept_step=0,
@@ -93,10 +91,16 @@ class Job:
 
 def prepare(config: TrainConfig, notify: Listener = ignore) -> Job:
     """Base, data and update in memory, seeded: the same configuration gives the same job."""
-    corpus = load_corpus(config, notify)  # first: it may be wrong, and the base may be long in coming
-    source = find_base(config.base, config.revision, notify)
+    parent = Library(config.adapters_dir).get(config.parent) if config.parent else None
+    if parent is not None:
+        config = _like_parent(config, parent)
+    corpus = load_corpus(config, notify)  # before the base: it may be wrong, and the base may be long in coming
+    base = lora.open_base(parent, config.base, config.revision, device=config.device, dtype=config.dtype, notify=notify)
+    source = base.source
     config = config.model_copy(update={"base": source.name, "revision": source.revision})
-    base = load_base(source, config.device, config.dtype)
+    if parent is not None:
+        lora.check_base(parent, base, force=config.force, notify=notify)
+        config = _with_targets(config, parent, base)
     if config.batch_size is None:
         size = BATCH_SIZE_CPU if base.device.type == "cpu" else BATCH_SIZE_GPU
         config = config.model_copy(update={"batch_size": size})
@@ -119,7 +123,7 @@ def prepare(config: TrainConfig, notify: Listener = ignore) -> Job:
     notify(Progress("tokenising", 1, 1))
     held_out_texts = corpus.held_out[: config.eval_rows]
     set_seed(config.seed)
-    model = lora.wrap(base, config)
+    model = lora.wrap(base, config, parent)
     trained, frozen = lora.counts(model)
     notify(
         Notice(
@@ -136,8 +140,39 @@ def prepare(config: TrainConfig, notify: Listener = ignore) -> Job:
         held_out=evaluation.encode_held_out(base, held_out_texts),
         held_out_texts=held_out_texts,
         truncated_rows=truncated,
+        parent=parent,
         notify=notify,
     )
+
+
+def _like_parent(config: TrainConfig, parent: Adapter) -> TrainConfig:
+    """The configuration with what an adapter that goes on from another shares with it.
+
+    Its split salt too: with another, rows that the parent was trained on would be held out.
+    """
+    data = parent.manifest.data if parent.manifest else None
+    given = config.model_fields_set
+    shared: list[tuple[str, Any, Any, bool]] = [("rank", config.rank, parent.rank, "rank" in given)]
+    shared += [("alpha", config.alpha, parent.config["lora_alpha"], config.alpha is not None)]
+    if data is not None:
+        shared += [("split_salt", config.split_salt, data.split_salt, "split_salt" in given)]
+    _refuse_other(parent, [(name, ours, theirs) for name, ours, theirs, chosen in shared if chosen and ours != theirs])
+    salt = data.split_salt if data else config.split_salt
+    return config.model_copy(update={"rank": parent.rank, "split_salt": salt})
+
+
+def _with_targets(config: TrainConfig, parent: Adapter, base: Base) -> TrainConfig:
+    """The configuration with the targets of the parent, as this base calls them."""
+    theirs = lora.short_targets(base.model, parent.modules)
+    if "targets" in config.model_fields_set and lora.resolve_targets(base.model, config.targets) != theirs:
+        _refuse_other(parent, [("targets", config.targets, ", ".join(theirs))])
+    return config.model_copy(update={"targets": ",".join(theirs)})
+
+
+def _refuse_other(parent: Adapter, different: list[tuple[str, Any, Any]]) -> None:
+    if different:
+        text = "; ".join(f"{name} is {ours}, and that of {parent.name} {theirs}" for name, ours, theirs in different)
+        raise ConfigError(f"{text}: an adapter that goes on from another keeps these, so leave them out.")
 
 
 @dataclass(frozen=True)
@@ -152,7 +187,10 @@ class PreviewedRow:
 
 def preview(config: TrainConfig, count: int, notify: Listener = ignore) -> list[PreviewedRow]:
     """The first `count` training rows, cleaned, tokenised and cut as a run would. Loads no weights."""
-    tokenizer = load_tokenizer(find_base(config.base, config.revision, notify))
+    parent = Library(config.adapters_dir).get(config.parent) if config.parent else None
+    if parent is not None:
+        config = _like_parent(config, parent)
+    tokenizer = load_tokenizer(lora.base_of(parent, config.base, config.revision, notify))
     rows = []
     for before, after in load_corpus(config, notify).previews[:count]:
         pieces, _ = tokens.cut(tokens.encode(tokenizer, [after]), config.max_length, chunk=config.long_rows == "chunk")

@@ -6,40 +6,31 @@ linear layers (`nn.Linear`, and GPT-2's transposed `Conv1D`); embeddings and the
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from . import store
-from .base_model import Base, find_base, load_base, quiet
+from .base_model import Base, Source, find_base, load_base, quiet
 from .config import TrainConfig
 from .errors import AdapterError, ConfigError, Listener, Notice, WrongBaseError, ignore
 from .store import Adapter
 
 TRAINED = "default"  # Trainer reloads the best checkpoint only into an adapter of this name
 
-_PART = re.compile(r"\.base_layer$|\.lora_")  # inside a layer that PEFT has wrapped
-
 
 def linear_layers(model: Any) -> dict[str, Any]:
-    """Full name -> layer, for every linear layer that can be adapted. The output head is not among them.
-
-    On a model that carries adapters already, the layers are those below them.
-    """
+    """Full name -> layer, for every linear layer of a plain base that can be adapted: all but the output head."""
     head = model.get_output_embeddings()
-    layers = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            layers[name] = layer.get_base_layer()
-        elif isinstance(layer, torch.nn.Linear | Conv1D) and layer is not head and not _PART.search(name):
-            layers[name] = layer
-    return layers
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear | Conv1D) and layer is not head
+    }
 
 
 def resolve_targets(model: Any, wanted: str) -> list[str]:
@@ -63,8 +54,7 @@ def resolve_targets(model: Any, wanted: str) -> list[str]:
                 "(embeddings and the output head cannot: where they share weights, an update would not survive a merge)."
             )
         chosen = {layer for layer in layers if any(_matches(layer, name) for name in names)}
-    names = [name for name, _ in model.named_modules()]
-    return sorted({_short(layer, chosen, names) for layer in chosen})
+    return short_targets(model, sorted(chosen))
 
 
 def _matches(layer: str, name: str) -> bool:
@@ -86,8 +76,31 @@ def _names(layers: dict[str, Any]) -> str:
     return ", ".join(sorted(last))
 
 
-def wrap(base: Base, config: TrainConfig) -> PeftModel:
-    """The base with a fresh, trainable update of float32 that does nothing yet."""
+def short_targets(model: Any, modules: list[str]) -> list[str]:
+    """The shortest module names that mean just these layers."""
+    names = [name for name, _ in model.named_modules()]
+    return sorted({_short(layer, set(modules), names) for layer in modules})
+
+
+def wrap(base: Base, config: TrainConfig, parent: Adapter | None = None) -> PeftModel:
+    """The base with a trainable update of float32: a fresh one that does nothing yet, or that of the parent.
+
+    Raises ConfigError for targets that do not exist, AdapterError for a parent that is damaged or does not fit.
+    """
+    if parent is not None:
+        targets = short_targets(base.model, parent.modules)
+        model = attach(
+            base.model, parent, TRAINED, target_modules=targets, lora_dropout=config.dropout, inference_mode=False
+        )
+    else:
+        model = _fresh(base, config)
+    # PEFT has put the folder on this machine there.
+    model.peft_config[TRAINED].base_model_name_or_path = base.source.repo
+    model.peft_config[TRAINED].revision = base.source.revision
+    return model
+
+
+def _fresh(base: Base, config: TrainConfig) -> PeftModel:
     targets = resolve_targets(base.model, config.targets)
     layers = linear_layers(base.model)
     settings = LoraConfig(
@@ -100,13 +113,9 @@ def wrap(base: Base, config: TrainConfig) -> PeftModel:
     )
     try:
         with quiet():
-            model = get_peft_model(base.model, settings, adapter_name=TRAINED)
+            return get_peft_model(base.model, settings, adapter_name=TRAINED)
     except ValueError as error:
         raise ConfigError(f"targets: {' '.join(str(error).split())}") from error
-    # PEFT has put the folder on this machine there.
-    model.peft_config[TRAINED].base_model_name_or_path = base.source.repo
-    model.peft_config[TRAINED].revision = base.source.revision
-    return model
 
 
 def counts(model: PeftModel) -> tuple[int, int]:
@@ -141,11 +150,16 @@ def open_base(
     notify: Listener = ignore,
 ) -> Base:
     """The base in memory: the one named or, with `base` None, the one that the adapter names, or the default one."""
+    return load_base(base_of(adapter, base, revision, notify), device, dtype)
+
+
+def base_of(adapter: Adapter | None, base: str | None, revision: str | None, notify: Listener = ignore) -> Source:
+    """Where that base is."""
     if base is None and adapter is not None:
         base = adapter.base or None
         if revision is None:
             revision = adapter.manifest.base.revision if adapter.manifest else adapter.config.get("revision")
-    return load_base(find_base(base, revision, notify), device, dtype)
+    return find_base(base, revision, notify)
 
 
 def check_base(adapter: Adapter, base: Base, *, force: bool = False, notify: Listener = ignore) -> None:
@@ -159,7 +173,7 @@ def check_base(adapter: Adapter, base: Base, *, force: bool = False, notify: Lis
             f"{adapter.name} was trained on {facts.name} (fingerprint {facts.fingerprint[:12]}, {facts.weights}), not on "
             f"{base.source.name} (fingerprint {base.source.fingerprint[:12]}, {base.source.weights})"
         )
-    elif facts.tokenizer != base.tokenizer_hash:
+    elif facts.tokenizer not in (None, base.tokenizer_hash):
         what = f"{adapter.name} was trained with another tokenizer than that of {base.source.name}"
     else:
         return
@@ -173,62 +187,31 @@ def load(model: PeftModel, folder: Path) -> None:
     set_peft_model_state_dict(model, load_file(folder / store.WEIGHTS), adapter_name=TRAINED)
 
 
-def misfits(model: Any, adapter: Adapter) -> list[str]:
-    """Each layer of the adapter that this base lacks or has in another shape, from names and shapes alone."""
-    layers = linear_layers(model)
-    problems = []
-    for module in adapter.modules:
-        layer = layers.get(module)
-        if layer is None:
-            problems.append(f"{module} is not in the base")
-            continue
-        out_features, in_features = layer.weight.shape[::-1] if isinstance(layer, Conv1D) else layer.weight.shape
-        down, up = (adapter.tensors[f"base_model.model.{module}.lora_{part}.weight"][1] for part in "AB")
-        if down[1] != in_features or up[0] != out_features:
-            problems.append(
-                f"{module} is {in_features} -> {out_features} in the base, {down[1]} -> {up[0]} in the adapter"
-            )
-    return problems
+def layer_sizes(layers: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """(in, out) of each layer."""
+    shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
+    return {name: shape if isinstance(layers[name], Conv1D) else shape[::-1] for name, shape in shapes.items()}
 
 
-def attach(model: Any, adapter: Adapter, slot: str) -> PeftModel:
-    """Put a stored adapter on a base, under the name `slot`, without making it the active one.
-
-    `model` is the plain base, or the PeftModel that an earlier call gave back. Raises AdapterError, and leaves the model
-    as it was, when the adapter does not fit.
-    """
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    if problems := misfits(plain, adapter):
-        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise AdapterError(f"{adapter.path} does not fit the base: {'; '.join(problems[:3])}{more}.")
-    settings = {
-        key: adapter.config[key]
-        for key in ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
-        if adapter.config.get(key) is not None
-    }
-    config = LoraConfig(task_type="CAUSAL_LM", target_modules=adapter.modules, inference_mode=True, **settings)
+def read_tensors(adapter: Adapter, layers: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The adapter's tensors, by their names in the file. Raises AdapterError unless they are whole and fit these layers."""
+    adapter.check_fit(layer_sizes(layers))
     if problems := store.verify_weights(adapter):
         raise AdapterError(f"{adapter.path} is damaged: {'; '.join(problems[:3])}.")
-    tensors = load_file(adapter.path / store.WEIGHTS)
-    wrapped = None
-    try:
-        with quiet(), torch.random.fork_rng():
-            if isinstance(model, PeftModel):
-                model.add_adapter(slot, config)
-                wrapped = model
-            else:
-                wrapped = PeftModel(model, config, adapter_name=slot)
-        expected = {name: tuple(tensor.shape) for name, tensor in weights(wrapped, slot).items()}
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if expected != found:
-            different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-            raise AdapterError(f"{adapter.path}: config and weights disagree about {', '.join(different[:3])}.")
+    return load_file(adapter.path / store.WEIGHTS)
+
+
+def attach(model: Any, adapter: Adapter, slot: str, **settings: Any) -> PeftModel:
+    """Wrap a plain base with a stored adapter under the name `slot`; `settings` are laid over those of its config.
+
+    Raises AdapterError, and leaves the base as it was, when the adapter does not fit.
+    """
+    tensors = read_tensors(adapter, linear_layers(model))
+    own: dict[str, Any] = {
+        key: adapter.config[key] for key in (*store.SCALES, "fan_in_fan_out") if adapter.config.get(key) is not None
+    }
+    plain: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": adapter.modules, "inference_mode": True}
+    with quiet(), torch.random.fork_rng():
+        wrapped = PeftModel(model, LoraConfig(**plain | own | settings), adapter_name=slot)
         set_peft_model_state_dict(wrapped, tensors, adapter_name=slot)
-    except BaseException:
-        if isinstance(model, PeftModel):
-            if slot in model.peft_config:
-                model.delete_adapter(slot)
-        elif wrapped is not None:
-            wrapped.unload()
-        raise
     return wrapped.eval()

@@ -14,14 +14,15 @@ class _Facts(BaseModel):
 
 
 class BaseFacts(_Facts):
-    """The base it was trained on. `fingerprint` and `tokenizer` are the sha256 of base_model.py."""
+    """The base it was trained on. `fingerprint` and `tokenizer` are the sha256 of base_model.py; the tokenizer with which
+    another tool has trained is not known."""
 
     name: str
     repo: str
     revision: str | None
     weights: str
     fingerprint: str
-    tokenizer: str
+    tokenizer: str | None
 
 
 class DataFacts(_Facts):
@@ -33,6 +34,7 @@ class DataFacts(_Facts):
     where: list[str]
     split_salt: str
     counts: dict[str, int]
+    eval_dataset: str | None = None  # where those it was measured on come from, when they are not its own held-out rows
     held_out_hash: str
     held_out_rows: int
 
@@ -74,17 +76,27 @@ class Weights(_Facts):
     parameters: int
 
 
+class Parent(_Facts):
+    """An adapter that this one was made from: what it was called, and the sha256 of its weights; its own parents too, for
+    they may be gone by now."""
+
+    name: str
+    sha256: str
+    parents: list["Parent"] = []
+
+
 class Manifest(_Facts):
-    """`manifest.json`. What a run does not know yet is None; a finished adapter knows all of it."""
+    """`manifest.json`. What a run does not know yet is None, and so is what is not known of an adapter of another tool."""
 
     schema_version: int = Field(default=1, ge=1, le=1)
     created: str
     base: BaseFacts
-    data: DataFacts
-    run: RunFacts
+    data: DataFacts | None = None
+    run: RunFacts | None = None
+    parents: list[Parent] = []
     result: Result | None = None
     weights: Weights | None = None
-    versions: dict[str, str]
+    versions: dict[str, str] = {}
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"

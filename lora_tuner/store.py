@@ -1,16 +1,14 @@
-"""The adapter folder: write it whole, read it with suspicion, list many. Never imports torch.
+"""The adapter folder: what is in it, read with suspicion. Never imports torch.
 
 An adapter is a plain PEFT folder plus `manifest.json`, which says what it was made from. Surprise: a PEFT config is
 instructions to a library, some of which change the base model on load; so keys and values are checked against a list of
 harmless ones, and layers are taken from the tensors' names instead of from the config's patterns.
 """
 
-import contextlib
 import json
 import math
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +17,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from . import files
+from .config import MAX_RANK
 from .errors import AdapterError
-from .manifest import Manifest
+from .manifest import Manifest, Parent
 
 WEIGHTS, CONFIG, MANIFEST, RUN, METRICS, PLOT, CARD = (
     "adapter_model.safetensors",
@@ -31,13 +30,14 @@ WEIGHTS, CONFIG, MANIFEST, RUN, METRICS, PLOT, CARD = (
     "loss.png",
     "README.md",
 )
+SCALES = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # decide what the tensors do
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 _TENSOR = re.compile(
     r"base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)"
 )
 _PATTERN_KEY = re.compile(r"[\^A-Za-z0-9_.\\$]+")
 _DTYPES = ("F16", "BF16", "F32", "F64")
-MAX_RANK, MAX_ALPHA = 4096, 1_000_000
+MAX_ALPHA = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,62 @@ class Adapter:
     def base(self) -> str:
         """What the base is called: by this tool where there is a manifest, else by the tool that made the adapter."""
         return self.manifest.base.name if self.manifest else str(self.config.get("base_model_name_or_path") or "")
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the weights: as the manifest knows it or, without one, of the file."""
+        known = self.manifest.weights if self.manifest else None
+        return known.sha256 if known else files.sha256_file(self.path / WEIGHTS)
+
+    def as_parent(self) -> Parent:
+        """What an adapter that is made from this one remembers of it."""
+        return Parent(name=self.name, sha256=self.sha256, parents=self.manifest.parents if self.manifest else [])
+
+    def rank_of(self, module: str) -> int:
+        """The rank of one layer's update, by `rank_pattern` where that names it."""
+        return int(self._by_pattern("rank_pattern", module) or self.rank)
+
+    def scale_of(self, module: str) -> float:
+        """What one layer's B x A is multiplied by: alpha over the rank or, with rsLoRA, over its root."""
+        alpha = self._by_pattern("alpha_pattern", module)
+        rank = self.rank_of(module)
+        over = math.sqrt(rank) if self.config.get("use_rslora") else rank
+        return float(self.config["lora_alpha"] if alpha is None else alpha) / over
+
+    def _by_pattern(self, name: str, module: str) -> Any:
+        """The value of the first key that means this layer, as PEFT reads it: an ending of its name, as a pattern."""
+        expression, values = self._patterns[name]
+        match = expression.match(module)
+        return values[int(str(match.lastgroup)[1:])] if match else None
+
+    @cached_property
+    def _patterns(self) -> dict[str, tuple[re.Pattern[str], list[Any]]]:
+        """The keys of each pattern as one expression, which takes the first that matches, and their values."""
+        found = {}
+        for name in ("rank_pattern", "alpha_pattern"):
+            pattern = self.config.get(name) or {}
+            keys = (rf"(?:.*\.)?(?P<k{index}>{key})$" for index, key in enumerate(pattern))
+            found[name] = re.compile("|".join(keys) or "(?!)"), list(pattern.values())
+        return found
+
+    def size(self, module: str) -> tuple[int, int]:
+        """(in, out) of the layer that the update of `module` was made for."""
+        down, up = (self.tensors[f"base_model.model.{module}.lora_{part}.weight"][1] for part in "AB")
+        return down[1], up[0]
+
+    def check_fit(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise AdapterError unless a base with these layers, name -> (in, out), can carry the update."""
+        problems = []
+        for module in self.modules:
+            if module not in sizes:
+                problems.append(f"{module} is no linear layer of the base")
+            elif (ours := self.size(module)) != (theirs := sizes[module]):
+                problems.append(
+                    f"{module} is {theirs[0]} -> {theirs[1]} in the base, {ours[0]} -> {ours[1]} in the adapter"
+                )
+        if problems:
+            more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise AdapterError(f"{self.path} does not fit the base: {'; '.join(problems[:3])}{more}.")
 
     def facts(self) -> dict[str, Any]:
         """Everything known, as JSON can hold it."""
@@ -141,7 +197,7 @@ def verify(adapter: Adapter) -> list[str]:
     adapter is whole and is the one that was trained, not that it is any good.
     """
     problems = verify_weights(adapter)
-    if adapter.manifest is not None:
+    if adapter.manifest is not None and adapter.manifest.run is not None:
         problems += [f"{name} is missing" for name in (RUN, METRICS, PLOT, CARD) if not (adapter.path / name).is_file()]
     return problems
 
@@ -258,100 +314,26 @@ def _pattern(config: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _tensor_problems(adapter: Adapter) -> list[str]:
-    """Tensors that are no part of a low-rank update, whose partner is missing, or of a rank that the config lacks."""
-    ranks = {adapter.rank, *_pattern(adapter.config, "rank_pattern").values()}
+    """Tensors that are no part of a low-rank update, whose partner is missing, or of another rank than the config says."""
     problems = [f"{name} is no part of a LoRA update" for name in adapter.tensors if not _TENSOR.fullmatch(name)]
     problems += [f"{name} holds {dtype}" for name, (dtype, _) in adapter.tensors.items() if dtype not in _DTYPES]
     if not adapter.modules:
         problems.append("it holds no LoRA update")
+    dora = bool(adapter.config.get("use_dora"))
     for module in adapter.modules:
-        parts = [adapter.tensors.get(f"base_model.model.{module}.lora_{part}.weight") for part in "AB"]
-        if parts[0] is None or parts[1] is None:
-            problems.append(f"{module} lacks lora_{'A' if parts[0] is None else 'B'}")
-        elif len(parts[0][1]) != 2 or len(parts[1][1]) != 2 or parts[0][1][0] != parts[1][1][1]:
-            problems.append(f"{module} has shapes {parts[0][1]} and {parts[1][1]}, which share no rank")
-        elif parts[0][1][0] not in ranks:
-            problems.append(
-                f"{module} has rank {parts[0][1][0]}, and {CONFIG} knows {', '.join(map(str, sorted(ranks)))}"
+        prefix = f"base_model.model.{module}.lora_"
+        a, b, magnitude = (
+            shape and shape[1]
+            for shape in map(
+                adapter.tensors.get, (f"{prefix}A.weight", f"{prefix}B.weight", f"{prefix}magnitude_vector")
             )
+        )
+        if a is None or b is None:
+            problems.append(f"{module} lacks lora_{'A' if a is None else 'B'}")
+        elif len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            problems.append(f"{module} has shapes {a} and {b}, which share no rank")
+        elif a[0] != adapter.rank_of(module):
+            problems.append(f"{module} has rank {a[0]}, and {CONFIG} says {adapter.rank_of(module)}")
+        elif magnitude != ((b[0],) if dora else None):
+            problems.append(f"{module} has a magnitude of {magnitude}, and {CONFIG} says use_dora: {str(dora).lower()}")
     return problems
-
-
-@dataclass(frozen=True)
-class Library:
-    """The folder in which adapters are kept, each under its name."""
-
-    path: Path = Path("adapters")
-
-    def names(self) -> list[str]:
-        if not self.path.is_dir():
-            return []
-        files.recover(self.path)
-        return sorted(entry.name for entry in self.path.iterdir() if entry.is_dir() and NAME.fullmatch(entry.name))
-
-    def list(self) -> Iterator[tuple[str, Adapter | AdapterError]]:
-        """Every folder of the library with what it is: an adapter, or the reason why it is none."""
-        for name in self.names():
-            try:
-                yield name, read(self.path / name)
-            except AdapterError as error:
-                yield name, error
-
-    def get(self, name: str | Path) -> Adapter:
-        """The adapter of that name here or, failing that, at that path."""
-        text = str(name)
-        files.recover(self.path)
-        if NAME.fullmatch(text) and (self.path / text).is_dir():
-            return read(self.path / text)
-        if Path(text).is_dir():
-            return read(Path(text))
-        known = ", ".join(self.names()) or "none yet"
-        raise AdapterError(f"There is no adapter '{text}', neither in {self.path} ({known}) nor as a path.")
-
-    def check_free(self, name: str, *, overwrite: bool = False) -> None:
-        """Raise AdapterError unless an adapter of that name may be written."""
-        target = self.path / valid_name(name)
-        files.recover(self.path)
-        if target.exists() and not overwrite:
-            raise AdapterError(f"{target} exists: choose another --name, or replace it with --overwrite.")
-        if target.exists() and not (target / CONFIG).is_file():
-            raise AdapterError(f"{target} is no adapter, so it is not replaced: choose another --name.")
-
-    def rename(self, old: str, new: str) -> Adapter:
-        """Give an adapter of this library another name. Raises AdapterError when it is taken."""
-        self.check_free(new)
-        adapter = self._own(old)
-        os.rename(adapter, self.path / new)
-        return read(self.path / new)
-
-    def remove(self, name: str) -> None:
-        """Delete an adapter of this library, a broken one too. It is gone from the list at once, and for good."""
-        target = self._own(name)
-        if not target.is_symlink() and not (target / CONFIG).is_file() and not (target / WEIGHTS).is_file():
-            raise AdapterError(f"{target} is no adapter, so it is not removed.")
-        gone = self.path / f".{name}.{os.getpid()}.tmp"
-        os.rename(target, gone)  # who lists meanwhile sees all of it or nothing
-        files.remove(gone)
-
-    def _own(self, name: str) -> Path:
-        """The folder of that name in this library; a path elsewhere is not its to change."""
-        files.recover(self.path)
-        if not NAME.fullmatch(name) or not (self.path / name).is_dir():
-            known = ", ".join(self.names()) or "none yet"
-            raise AdapterError(f"There is no adapter '{name}' in {self.path} ({known}).")
-        return self.path / name
-
-    @contextlib.contextmanager
-    def writing(self, name: str, *, overwrite: bool = False) -> Iterator[Path]:
-        """Yield a folder to fill; then it is checked and becomes `name`, or nothing changes and the error comes out."""
-        self.check_free(name, overwrite=overwrite)
-        with files.new_folder(self.path / name) as work:
-            yield work
-            adapter = read(work)
-            if adapter.manifest and adapter.manifest.weights:
-                written = files.sha256_file(work / WEIGHTS)
-                if written != adapter.manifest.weights.sha256:
-                    raise AdapterError(
-                        f"{self.path / name} was not written as it should be: the disk gave back other weights."
-                    )
-            self.check_free(name, overwrite=overwrite)

@@ -1,6 +1,8 @@
 """How events and data look in a terminal. Data goes to stdout; progress and notices go to stderr."""
 
+import datetime
 import json
+import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .errors import AdapterError, Notice, Progress
 from .manifest import Manifest
@@ -16,8 +19,13 @@ from .store import Adapter
 
 if TYPE_CHECKING:
     from .cost import Plan
+    from .evaluation import GainMatrix
+    from .generation import Answer
     from .job import PreviewedRow
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+BASE = "(base)"  # no adapter can be called that
+COLUMN = 36  # characters a column of text needs to be readable
 LINE_EVERY = 10.0  # seconds between lines of progress where no bar can be drawn
 
 
@@ -34,7 +42,7 @@ class Display:
 
     def __call__(self, event: Notice | Progress) -> None:
         if isinstance(event, Notice):
-            self.console.print(event.text, soft_wrap=True, markup=False)
+            self.console.print(plain(event.text), soft_wrap=True, markup=False)
             return
         if event.stage != self.stage:
             self._begin(event)
@@ -74,8 +82,13 @@ class Display:
         self.bar, self.stage = None, ""
 
 
+def plain(text: str) -> str:
+    """Text of unknown origin without what a terminal would obey."""
+    return _CONTROL.sub("\ufffd", text)
+
+
 def say(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(plain(text), file=sys.stderr)
 
 
 def show_json(data: Any) -> None:
@@ -85,7 +98,13 @@ def show_json(data: Any) -> None:
 def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
-    count, unit = (seconds / 60, "min") if seconds < 5400 else (seconds / 3600, "h")
+    count, unit = (
+        (seconds / 60, "min")
+        if seconds < 5400
+        else (seconds / 3600, "h")
+        if seconds < 48 * 3600
+        else (seconds / 86400, "d")
+    )
     return f"{count:.1f} {unit}" if count < 10 else f"{count:,.0f} {unit}"
 
 
@@ -102,13 +121,14 @@ def size(count: float) -> str:
 def table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
     grid = Table(*header, box=None, pad_edge=False, show_header=bool(header), header_style="bold")
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*(Text(plain(cell)) for cell in row))
     Console(highlight=False).print(grid)
 
 
 def show_trained(adapter: Adapter) -> None:
     manifest = adapter.manifest
     assert manifest is not None
+    assert manifest.run is not None
     run = manifest.run
     print(f"{adapter.path}  {size(adapter.bytes)}, {run.steps:,} steps in {duration(run.seconds)}")
     for line in _result(manifest):
@@ -127,7 +147,7 @@ def _result(manifest: Manifest) -> list[str]:
     ]
 
 
-def show_adapter_card(adapter: Adapter) -> None:
+def show_adapter_card(adapter: Adapter, ancestors: Sequence[dict[str, Any]]) -> None:
     """One adapter, what people ask first coming first. `--json` has all that is known."""
     manifest, config = adapter.manifest, adapter.config
     update = f"rank {adapter.rank}, alpha {config['lora_alpha']}, on {', '.join(adapter.targets)}"
@@ -136,21 +156,46 @@ def show_adapter_card(adapter: Adapter) -> None:
         "update": f"{update}; {adapter.parameters:,} parameters, {size(adapter.bytes)}",
     }
     if manifest is None:
-        facts |= {"base": adapter.base or "not named", "made": "by another tool: it has no manifest"}
+        facts |= {
+            "base": adapter.base or "not named",
+            "made": "by another tool: it has no manifest (`adapters adopt` gives it one)",
+        }
     else:
-        run, counts = manifest.run, manifest.data.counts
         facts |= {
             "worth": "\n".join(_result(manifest)),
             "base": f"{manifest.base.name}: {manifest.base.weights}",
             "revision": manifest.base.revision,
             "fingerprint": manifest.base.fingerprint,
-            "data": manifest.data.source,
-            "where": manifest.data.where,
-            "rows": ", ".join(f"{count:,} {key.replace('_', ' ')}" for key, count in counts.items() if count),
-            "run": f"{run.steps:,} steps, {run.tokens:,} tokens, {duration(run.seconds)} on {run.device} in {run.dtype}",
-            "made": f"{manifest.created} with {', '.join(f'{name} {it}' for name, it in manifest.versions.items())}",
+            "lineage": "\n".join(_ancestor(it) for it in ancestors),
         }
+        if manifest.data is not None:
+            facts |= {
+                "data": manifest.data.source,
+                "where": manifest.data.where,
+                "rows": counted(manifest.data.counts),
+                "measured on": manifest.data.eval_dataset,
+            }
+        if manifest.run is not None:
+            run = manifest.run
+            facts["run"] = (
+                f"{run.steps:,} steps, {run.tokens:,} tokens, {duration(run.seconds)} on {run.device} in {run.dtype}"
+            )
+        versions = ", ".join(f"{name} {it}" for name, it in manifest.versions.items())
+        facts["made"] = (
+            f"{manifest.created} with {versions}" if versions else f"by another tool; adopted {manifest.created}"
+        )
     show_facts(facts)
+
+
+def _ancestor(parent: dict[str, Any]) -> str:
+    """A line of the chain, further in for each generation."""
+    name, here = parent["name"], parent["here"]
+    place = "" if here == name else f", now called {here}" if here else ", no longer here"
+    return f"{'  ' * (parent['generation'] - 1)}from {name} ({parent['sha256'][:12]}{place})"
+
+
+def counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {key.replace('_', ' ')}" for key, count in counts.items() if count)
 
 
 def show_plan(plan: "Plan") -> None:
@@ -187,22 +232,89 @@ def show_adapters(found: Iterable[tuple[str, Adapter | AdapterError]]) -> None:
             broken.append(f"{name} is broken: {adapter}")
             continue
         manifest = adapter.manifest
-        result = manifest.result if manifest else None
+        data, result = (manifest.data, manifest.result) if manifest else (None, None)
+        first, *others = adapter.targets
         rows.append(
             (
                 name,
                 adapter.base,
                 str(adapter.rank),
-                Path(manifest.data.name).name if manifest else "?",
+                f"{first} +{len(others)}" if others else first,
+                Path(data.name).name if data else "?",
                 size(adapter.bytes),
                 f"{result.gain:.3f} ± {result.standard_error:.3f}" if result else "?",
-                manifest.created[:10] if manifest else "?",
+                _age(manifest.created) if manifest else "?",
+                ", ".join(parent.name for parent in manifest.parents) if manifest else "?",
             )
         )
     if rows:
-        table(rows, ("name", "base", "rank", "data", "size", "gain", "made"))
+        table(rows, ("name", "base", "rank", "targets", "data", "size", "gain", "age", "parent"))
     for line in broken:
         say(line)
+
+
+def _age(created: str) -> str:
+    """How long ago that was; `?` for what is no time."""
+    try:
+        then = datetime.datetime.fromisoformat(created)
+        seconds = (datetime.datetime.now(datetime.UTC) - then).total_seconds()
+    except (ValueError, TypeError):  # TypeError: without its time zone
+        return "?"
+    return duration(max(seconds, 0.0))
+
+
+def show_compared(answers: Sequence["Answer"]) -> None:
+    """The answers to one prompt, side by side where the terminal is wide enough for that, else one under another."""
+    names = list(dict.fromkeys(answer.adapter or BASE for answer in answers))
+    columns = {name: [it.text for it in answers if (it.adapter or BASE) == name] for name in names}
+    console = Console(highlight=False)
+    prompt = answers[0].prompt
+    if console.width >= COLUMN * len(names):
+        grid = Table(*names, box=None, padding=(0, 3, 1, 0), pad_edge=False, header_style="bold", expand=True)
+        for column in grid.columns:
+            column.ratio = 1
+        for line in zip(*columns.values(), strict=True):
+            grid.add_row(*(Text(plain(prompt + text)) for text in line))
+        console.print(grid)
+    else:
+        for name, texts in columns.items():
+            for text in texts:
+                console.print(Text(f"--- {name}", "bold"))
+                print(f"{plain(prompt + text)}\n")
+
+
+def show_gains(matrix: "GainMatrix") -> None:
+    """Losses and gains, an adapter a row and a set of rows a column; a cell a line where that is too wide."""
+    bases = [next((line[i] for line in matrix.cells if line[i]), None) for i in range(len(matrix.sets))]
+    losses: list[tuple[str, ...]] = [
+        (BASE, *(f"{it.base_loss:.4f} ({it.perplexities[0]:.2f})" if it else "" for it in bases)),
+        *(
+            (name, *(f"{it.loss:.4f} ({it.perplexities[1]:.2f})" if it else "" for it in line))
+            for name, line in zip(matrix.adapters, matrix.cells, strict=True)
+        ),
+    ]
+    gains = [
+        (name, *(f"{it.gain:+.4f} ± {it.standard_error:.4f}" if it else "" for it in line))
+        for name, line in zip(matrix.adapters, matrix.cells, strict=True)
+    ]
+    sets = [f"{it.name}\n{len(it.texts)} rows" for it in matrix.sets]
+    print("held-out loss, in nats a token (perplexity), on the rows of")
+    _matrix(losses, sets)
+    print(f"\ngain over {matrix.base}, with its standard error; below zero it has forgotten")
+    _matrix(gains, sets)
+    for it in matrix.sets:
+        if it.missing:
+            say(f"{it.name} has no column: {it.missing}. --eval-dataset measures on other data.")
+
+
+def _matrix(rows: Sequence[Sequence[str]], columns: Sequence[str]) -> None:
+    present = [i for i in range(len(columns)) if any(row[i + 1] for row in rows)]
+    widths = [max(len(cell) for cell in column) + 2 for column in zip(*rows, strict=True)]
+    if sum(widths) <= Console().width:
+        table(((row[0], *(row[i + 1] for i in present)) for row in rows), ("", *(columns[i] for i in present)))
+    else:
+        names = [column.partition("\n")[0] for column in columns]
+        table((row[0], f"on {names[i]}", row[i + 1]) for row in rows for i in present)
 
 
 def show_facts(facts: dict[str, Any]) -> None:

@@ -22,8 +22,9 @@ from .cost import Plan
 from .data import default_name
 from .errors import DivergedError, Interrupted, Listener, Notice, TrainingError, ignore
 from .job import Job, PreviewedRow, prepare, preview, save_adapter
+from .library import Library
 from .manifest import Manifest, now
-from .store import Adapter, Library
+from .store import Adapter
 
 __all__ = ["Plan", "PreviewedRow", "plan", "preview", "resume", "train"]
 
@@ -122,20 +123,35 @@ def _check_places(config: TrainConfig, *, resuming: bool = False) -> Library:
 
 def _check_same(then: Manifest, now: Manifest, folder: Path) -> None:
     """Refuse to resume with anything changed that would make the result another one."""
-    pairs = [
-        ("base weights", then.base.fingerprint, now.base.fingerprint),
-        ("tokenizer", then.base.tokenizer, now.base.tokenizer),
-        ("data", then.data.hash, now.data.hash),
-        ("device", then.run.device, now.run.device),
-        ("dtype", then.run.dtype, now.run.dtype),
-        ("threads", then.run.threads, now.run.threads),
-        *((name, then.versions.get(name), version) for name, version in now.versions.items()),
+    before, after = _decisive(then), _decisive(now)
+    changed = [
+        f"{what} (was {before.get(what, 'none')[:12]}, is {fact[:12]})"
+        for what, fact in after.items()
+        if before.get(what) != fact
     ]
-    if changed := [f"{what} (was {str(a)[:12]}, is {str(b)[:12]})" for what, a, b in pairs if a != b]:
+    if changed:
         raise TrainingError(
             f"{folder} cannot be resumed exactly: changed since it stopped: {', '.join(changed)}. Restore that, or train anew "
             "with --overwrite."
         )
+
+
+def _decisive(manifest: Manifest) -> dict[str, str]:
+    """What a run's result depends on besides its configuration."""
+    data, run = manifest.data, manifest.run
+    assert data is not None
+    assert run is not None
+    return {
+        "base weights": manifest.base.fingerprint,
+        "tokenizer": str(manifest.base.tokenizer),
+        "data": data.hash,
+        "held-out rows": data.held_out_hash,
+        "parent": ", ".join(parent.sha256 for parent in manifest.parents) or "none",
+        "device": run.device,
+        "dtype": run.dtype,
+        "threads": str(run.threads),
+        **manifest.versions,
+    }
 
 
 def _fix_steps(job: Job) -> TrainConfig:
@@ -150,9 +166,12 @@ def _fix_steps(job: Job) -> TrainConfig:
 def _run(job: Job, library: Library, checkpoint: Path | None) -> Adapter:
     """Measure, train, measure, write. `checkpoint` is the one to go on from."""
     config, folder = job.config, _run_folder(job.config)
+    data, started = job.manifest.data, job.manifest.run
+    assert data is not None
+    assert started is not None
     with job.model.disable_adapter():
         base_held_out = evaluation.measure_base(job.base, job.held_out, job.notify)
-    evaluation.keep_rows(job.held_out_texts, job.manifest.data.held_out_hash)
+    evaluation.keep_rows(job.held_out_texts, data.held_out_hash)
     if checkpoint is None:
         shutil.rmtree(folder, ignore_errors=True)
         files.write_text(folder / store.MANIFEST, job.manifest.to_json())
@@ -168,7 +187,7 @@ def _run(job: Job, library: Library, checkpoint: Path | None) -> Adapter:
             f"Try a lower learning rate than {config.learning_rate:g} (--learning-rate)."
         )
     steps = [entry for entry in history if "loss" in entry]
-    run = job.manifest.run.model_copy(
+    run = started.model_copy(
         update={
             "steps": state.global_step,
             "kept_step": state.best_global_step or state.global_step,

@@ -18,7 +18,9 @@ def _describe(path: str, command: object, lines: list[str]) -> None:
             _describe(f"{path}{name} ", sub, lines)
             continue
         arguments = [p for p in sub.params if p.param_type_name == "argument"]
-        usage = " ".join(p.name.upper() if p.required else f"[{p.name.upper()}]" for p in arguments)
+        names = [p.name.upper() + ("..." if p.nargs == -1 else "") for p in arguments]
+        usage = [name if p.required else f"[{name}]" for name, p in zip(names, arguments, strict=True)]
+        usage += [f"{p.opts[0]} ..." for p in sub.params if p.param_type_name == "option" and p.required]
         lines += [
             "",
             f"## {path}{name}",
@@ -26,7 +28,7 @@ def _describe(path: str, command: object, lines: list[str]) -> None:
             sub.help,
             "",
             "```",
-            f"python cli.py {path}{name} {usage}".rstrip(),
+            " ".join([f"python cli.py {path}{name}", *usage]),
             "```",
             "",
         ]

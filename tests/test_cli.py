@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from lora_tuner import Library, store, train
+from lora_tuner import Library, train
 from lora_tuner.cli import app
 from lora_tuner.config import Sampling, TrainConfig
 
@@ -52,7 +52,9 @@ def test_train_generate_list_show_merge(quick, tmp_path):
     assert text.startswith("the actor")
     assert run("generate", "--adapter", "reviews", *GREEDY, "the actor").stdout == text
     listed = run("adapters", "list").stdout
-    assert listed.splitlines()[0].split() == ["name", "base", "rank", "data", "size", "gain", "made"]
+    assert listed.splitlines()[0].split() == [
+        *("name", "base", "rank", "targets", "data", "size", "gain", "age", "parent")
+    ]
     assert listed.splitlines()[1].startswith("reviews  ")
     assert json.loads(run("adapters", "list", "--json").stdout)[0]["rank"] == 4
     shown = run("adapters", "show", "reviews").stdout
@@ -108,7 +110,7 @@ def test_the_asking_mode_answers_swaps_and_ends(adapter, gpt2):
 def test_answers_as_json(adapter):
     answers = json.loads(run("generate", "--adapter", "reviews", "--answers", 3, "--seed", 5, "--json", "the").stdout)
     assert [answer["prompt"] for answer in answers] == ["the"] * 3
-    assert {answer["seed"] for answer in answers} == {5}
+    assert [answer["seed"] for answer in answers] == [5, 6, 7]
 
 
 def test_plan_and_preview_show_and_train_nothing(quick):
@@ -244,4 +246,4 @@ def test_the_adapters_folder_can_be_elsewhere(settings, tmp_path):
     train(settings(adapters_dir=tmp_path / "shelf", name="a"))
     assert run("adapters", "list", "--adapters-dir", "shelf").stdout.splitlines()[1].startswith("a ")
     assert run("generate", "--adapters-dir", "shelf", "--adapter", "a", *GREEDY, "the").stdout.startswith("the")
-    assert store.Library().names() == []
+    assert Library().names() == []

@@ -28,7 +28,7 @@ def run_yaml(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "name", "allowed", "refused"),
     [
-        (TrainConfig, "rank", [1, 1024], [0, -1, 1025, 1.5]),
+        (TrainConfig, "rank", [1, 4096], [0, -1, 4097, 1.5]),
         (TrainConfig, "alpha", [1], [0, 2.5]),
         (TrainConfig, "rows", [2], [1, 0, -5]),
         (TrainConfig, "eval_rows", [2], [1]),
@@ -125,7 +125,8 @@ def test_alpha_is_twice_the_rank_unless_said():
 @pytest.mark.parametrize("name", sorted(TrainConfig.model_fields))
 def test_yes_and_no_are_values_of_switches_alone(name):
     if TrainConfig.model_fields[name].annotation is bool:
-        assert getattr(resolve(TrainConfig, {name: True}), name) is True
+        needs = {"parent": "imdb"} if name == "force" else {}
+        assert getattr(resolve(TrainConfig, {name: True} | needs), name) is True
     else:
         assert refusal({name: True}) == f"{name}: yes or no is not a value here (got True)"
 

@@ -100,19 +100,9 @@ def test_an_adapter_of_another_shape_is_refused_and_the_base_stays(tmp_path, sto
 def test_an_adapter_with_more_layers_than_the_base_is_refused(tmp_path, stored, model_folder):
     kind = "gpt2" if "gpt2" in str(model_folder) else "llama"
     shallow = load(tiny.save_model(tmp_path / "shallow", kind, layers=1))
-    with pytest.raises(AdapterError, match="is not in the base"):
+    with pytest.raises(AdapterError, match="is no linear layer of the base"):
         lora.attach(shallow.model, stored, "slot0")
-
-
-def test_a_config_that_disagrees_with_the_weights_is_refused(model_folder, stored):
-    config = json.loads((stored.path / store.CONFIG).read_text())
-    (stored.path / store.CONFIG).write_text(json.dumps(config | {"r": 5, "rank_pattern": {"nowhere": 3}}))
-    broken = store.read(stored.path)
-    base = load(model_folder)
-    for _ in range(2):  # the failure leaves nothing behind that a second try would meet
-        with pytest.raises(AdapterError, match="config and weights disagree about"):
-            lora.attach(base.model, broken, "slot0")
-    assert not any("lora" in name for name, _ in base.model.named_modules())
+    assert not any("lora" in name for name, _ in shallow.model.named_modules())
 
 
 def test_the_wrong_base_is_refused_unless_forced(adapter, tmp_path):

@@ -138,6 +138,7 @@ def test_the_metadata_is_what_the_hub_reads(card):
     text = card()
     assert yaml.safe_load(text.split("---\n")[1]) == {
         "base_model": "distilbert/distilgpt2",
+        "datasets": ["stanfordnlp/imdb"],
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         "tags": ["lora", "lora_tuner"],

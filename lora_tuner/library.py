@@ -1,0 +1,175 @@
+"""The library: adapters in one folder, each under its name. List, find, write, rename, remove, adopt. Never imports torch.
+
+Surprise: a name is a folder, so every name is checked before it becomes a path, and all that is written appears whole or
+not at all. Limit: an adapter of another tool names its base and no more; adopting it can compare sizes, not origins.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import files
+from .base_model import Source, find_base
+from .errors import AdapterError, Listener, Notice, ignore
+from .manifest import Manifest, Parent, Weights, now
+from .store import CARD, CONFIG, MANIFEST, NAME, WEIGHTS, Adapter, read, valid_name, verify_weights
+
+
+@dataclass(frozen=True)
+class Library:
+    """The folder in which adapters are kept, each under its name."""
+
+    path: Path = Path("adapters")
+
+    def names(self) -> list[str]:
+        if not self.path.is_dir():
+            return []
+        files.recover(self.path)
+        return sorted(entry.name for entry in self.path.iterdir() if entry.is_dir() and NAME.fullmatch(entry.name))
+
+    def entries(self) -> Iterator[tuple[str, Adapter | AdapterError]]:
+        """Every folder of the library with what it is: an adapter, or the reason why it is none."""
+        for name in self.names():
+            try:
+                yield name, read(self.path / name)
+            except AdapterError as error:
+                yield name, error
+
+    def get(self, name: str | Path) -> Adapter:
+        """The adapter of that name here or, failing that, at that path."""
+        text = str(name)
+        files.recover(self.path)
+        if NAME.fullmatch(text) and (self.path / text).is_dir():
+            return read(self.path / text)
+        if Path(text).is_dir():
+            return read(Path(text))
+        known = ", ".join(self.names()) or "none yet"
+        raise AdapterError(f"There is no adapter '{text}', neither in {self.path} ({known}) nor as a path.")
+
+    def check_free(self, name: str, *, overwrite: bool = False) -> None:
+        """Raise AdapterError unless an adapter of that name may be written."""
+        target = self.path / valid_name(name)
+        files.recover(self.path)
+        if target.exists() and not overwrite:
+            raise AdapterError(f"{target} exists: choose another --name, or replace it with --overwrite.")
+        if target.exists() and not (target / CONFIG).is_file():
+            raise AdapterError(f"{target} is no adapter, so it is not replaced: choose another --name.")
+
+    def rename(self, old: str, new: str) -> Adapter:
+        """Give an adapter of this library another name. Raises AdapterError when it is taken."""
+        self.check_free(new)
+        adapter = self._own(old)
+        os.rename(adapter, self.path / new)
+        return read(self.path / new)
+
+    def remove(self, name: str) -> None:
+        """Delete an adapter of this library, a broken one too. It is gone from the list at once, and for good."""
+        target = self._own(name)
+        if not target.is_symlink() and not (target / CONFIG).is_file() and not (target / WEIGHTS).is_file():
+            raise AdapterError(f"{target} is no adapter, so it is not removed.")
+        gone = self.path / f".{name}.{os.getpid()}.tmp"
+        os.rename(target, gone)  # who lists meanwhile sees all of it or nothing
+        files.remove(gone)
+
+    def adopt(
+        self,
+        folder: str | Path,
+        name: str | None = None,
+        *,
+        base: str | None = None,
+        revision: str | None = None,
+        notify: Listener = ignore,
+    ) -> Adapter:
+        """Give an adapter of another tool a manifest: from then on it is held to the base that it is adopted on.
+
+        A folder elsewhere is copied into the library, under `name` or its own; one of the library stays where it is. Raises
+        AdapterError when it has a manifest, is damaged, or has other sizes than the base.
+        """
+        adapter = self.get(folder)
+        if adapter.manifest is not None:
+            raise AdapterError(f"{adapter.path} has a manifest: there is nothing to adopt.")
+        here = adapter.path.absolute().parent == self.path.absolute()
+        if here and name is not None:
+            raise AdapterError(f"{adapter.path} is in the library: it keeps its name; `adapters rename` gives another.")
+        target = adapter.name if here else valid_name(name or adapter.name)
+        if not here:
+            self.check_free(target)
+        if problems := verify_weights(adapter):
+            raise AdapterError(f"{adapter.path} is damaged: {'; '.join(problems[:3])}.")
+        if not (base or adapter.base):
+            raise AdapterError(f"{adapter.path} names no base: give it with --base.")
+        source = find_base(base or adapter.base, revision or adapter.config.get("revision"), notify)
+        adapter.check_fit(_sizes(adapter, source))
+        weights = adapter.path / WEIGHTS
+        manifest = Manifest(
+            created=now(),
+            base=source.facts(),
+            weights=Weights(sha256=adapter.sha256, bytes=weights.stat().st_size, parameters=adapter.parameters),
+        )
+        if here:
+            files.write_text(adapter.path / MANIFEST, manifest.to_json())
+        else:
+            with self.writing(target) as work:
+                for file in (WEIGHTS, CONFIG, CARD):
+                    if (adapter.path / file).is_file():
+                        shutil.copyfile(adapter.path / file, work / file)
+                (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        notify(Notice(f"{target} fits {source.name} in its sizes; that it was trained on it cannot be proven."))
+        return self.get(target)
+
+    def ancestors(self, adapter: Adapter) -> list[dict[str, Any]]:
+        """Parents, their parents and so on: `name`, `sha256`, `generation` (1 for parents), and `here`, the name under which
+        this library has it today, or None."""
+        if adapter.manifest is None or not adapter.manifest.parents:
+            return []
+        here = {it.sha256: name for name, it in self.entries() if isinstance(it, Adapter)}
+
+        def walk(parents: Sequence[Parent], generation: int) -> Iterator[dict[str, Any]]:
+            for parent in parents:
+                facts = {"name": parent.name, "sha256": parent.sha256, "generation": generation}
+                yield facts | {"here": here.get(parent.sha256)}
+                yield from walk(parent.parents, generation + 1)
+
+        return list(walk(adapter.manifest.parents, 1))
+
+    def _own(self, name: str) -> Path:
+        """The folder of that name in this library; a path elsewhere is not its to change."""
+        files.recover(self.path)
+        if not NAME.fullmatch(name) or not (self.path / name).is_dir():
+            known = ", ".join(self.names()) or "none yet"
+            raise AdapterError(f"There is no adapter '{name}' in {self.path} ({known}).")
+        return self.path / name
+
+    @contextlib.contextmanager
+    def writing(self, name: str, *, overwrite: bool = False) -> Iterator[Path]:
+        """Yield a folder to fill; then it is checked and becomes `name`, or nothing changes and the error comes out."""
+        self.check_free(name, overwrite=overwrite)
+        with files.new_folder(self.path / name) as work:
+            yield work
+            adapter = read(work)
+            if adapter.manifest and adapter.manifest.weights:
+                written = files.sha256_file(work / WEIGHTS)
+                if written != adapter.manifest.weights.sha256:
+                    raise AdapterError(
+                        f"{self.path / name} was not written as it should be: the disk gave back other weights."
+                    )
+            self.check_free(name, overwrite=overwrite)
+
+
+def _sizes(adapter: Adapter, source: Source) -> dict[str, tuple[int, int]]:
+    """(in, out) of the base's layers that the adapter names, as far as the headers of the base's files tell them.
+
+    Files may leave out the first parts of a layer's name, and hold a layer either way round: GPT-2's are transposed.
+    """
+    sizes = {}
+    for module in adapter.modules:
+        parts = module.split(".")
+        names = (".".join([*parts[start:], "weight"]) for start in range(len(parts)))
+        shape = next((source.shapes[name] for name in names if name in source.shapes), ())
+        if len(shape) == 2:
+            sizes[module] = shape if shape == adapter.size(module) else shape[::-1]
+    return sizes
