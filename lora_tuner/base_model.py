@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -50,6 +51,10 @@ class Source:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over each tensor's name, dtype, shape and bytes, and what else decides its figures; not over its shards."""
+        with _loading(self):
+            return self._fingerprint()
+
+    def _fingerprint(self) -> str:
         shards = sorted(self.folder.glob("*.safetensors"))
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         config = {key: value for key, value in config.items() if _FIGURES.search(key)}
@@ -69,7 +74,8 @@ class Source:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, from the headers of the files alone."""
-        headers = [files.safetensors_header(shard)[0] for shard in sorted(self.folder.glob("*.safetensors"))]
+        with _loading(self):
+            headers = [files.safetensors_header(shard)[0] for shard in sorted(self.folder.glob("*.safetensors"))]
         return {name: tuple(shape) for header in headers for name, (_, shape, _, _) in header.items()}
 
     def facts(self, tokenizer: str | None = None) -> BaseFacts:
@@ -114,7 +120,7 @@ def find_base(name: str | None, revision: str | None = None, notify: Listener = 
     BaseModelError or HubError.
     """
     wanted = name or DEFAULT_BASE
-    if name is not None and Path(name).expanduser().is_dir():
+    if name is not None and os.path.isdir(os.path.expanduser(name)):
         return _local(name, revision)
     if wanted == EMBEDDED_BASE:
         return _embedded(revision, notify)
@@ -259,13 +265,16 @@ def _missing(folder: Path) -> str | None:
         return "tokenizer"  # transformers would make up an empty one
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return f"readable {index.name}"
         return next((shard for shard in sorted(shards) if not (folder / shard).is_file()), None)
     return None if any(folder.glob("*.safetensors")) else "safetensors weights"
 
 
 def _local(name: str, revision: str | None) -> Source:
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     _refuse_revision(name, revision)
     if missing := _missing(folder):
         raise BaseModelError(f"The folder {name} is no model: it has no {missing}.")

@@ -23,7 +23,7 @@ from .errors import AdapterError, ConfigError, Interrupted, LoraTunerError
 from .library import Library
 from .terminal import (
     Display,
-    plain,
+    one_line,
     say,
     show_adapter_card,
     show_adapters,
@@ -265,12 +265,11 @@ def compare(
     prompts = _prompts(prompt, file)
     if prompts is None:
         raise ConfigError("There is nothing to go on from: give a prompt, --file, or - for standard input.")
-    if twice := [name for name in adapter if adapter.count(name) > 1]:
-        raise ConfigError(f"--adapter {twice[0]} is given twice.")
+    found = Library(adapters_dir).several(adapter)
     from .generation import Generator
 
     generator = Generator(
-        *adapter,
+        *(it.path for it in found),
         base=base,
         revision=revision,
         adapters_dir=adapters_dir,
@@ -279,7 +278,8 @@ def compare(
         force=force,
         notify=show,
     )
-    compared = [generator.generate_batch([(text, who) for who in (None, *adapter)], sampling) for text in prompts]
+    answering = (None, *(it.name for it in found))
+    compared = [generator.generate_batch([(text, name) for name in answering], sampling) for text in prompts]
     if as_json:
         show_json([dataclasses.asdict(answer) for answers in compared for answer in answers])
     else:
@@ -317,7 +317,7 @@ def evaluate(
         raise ConfigError(f"--plot {plot}: the picture is a .png file.")
     if plot and not plot.parent.is_dir():
         raise ConfigError(f"--plot {plot}: there is no folder {plot.parent}.")
-    found = [Library(adapters_dir).get(name) for name in adapters]
+    found = Library(adapters_dir).several(adapters)
     from . import evaluation, report
 
     matrix = evaluation.evaluate(
@@ -441,8 +441,9 @@ def verify_adapters(
         show_json([{"name": name, "problems": problems} for name, problems in found.items()])
     else:
         for name, problems in found.items():
-            print(plain(f"{name}: {'; '.join(problems) or 'whole'}"))
-        say("Whole: it is, byte for byte, what was made. How good it is, only `evaluate` can say.")
+            print(one_line(f"{name}: {'; '.join(problems) or 'whole'}"))
+        if not all(found.values()):
+            say("Whole: it is, byte for byte, what was made. How good it is, only `evaluate` can say.")
     if any(found.values()):
         raise typer.Exit(1)
 

@@ -89,6 +89,9 @@ class TrainConfig(_Settings):
         "Model",
         flag="--from",
     )
+    parent_sha256: str | None = _option(
+        None, "Refuse --from with other weights than these; `run.yaml` holds it.", "Model", flag="--from-sha256"
+    )
     force: bool = _option(False, "With --from: on a base that the adapter was not trained on.", "Model")
     rank: int = _option(8, "Rank of the update: its size and its power.", "Model", ge=1, le=MAX_RANK)
     alpha: int | None = _option(None, "The update is scaled by alpha / rank.", "Model", "2 x rank", ge=1)
@@ -162,11 +165,11 @@ class TrainConfig(_Settings):
             raise _contradiction("eval_split needs eval_dataset: it is a split of that")
         return value
 
-    @field_validator("force")
+    @field_validator("force", "parent_sha256")
     @classmethod
-    def _of_a_parent(cls, value: bool, info: Any) -> bool:
+    def _of_a_parent(cls, value: Any, info: Any) -> Any:
         if value and info.data.get("parent", "") is None:
-            raise _contradiction("force is for an adapter to go on from: name it with --from")
+            raise _contradiction(f"{info.field_name} is for an adapter to go on from: name it with --from")
         return value
 
     @field_validator("minutes")

@@ -14,6 +14,7 @@ import html
 import importlib.metadata
 import io
 import json
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -157,7 +158,8 @@ def load_corpus(config: TrainConfig, notify: Listener = ignore) -> Corpus:
     corpus.held_out = [text for _, text in sorted((measured or held_out).items())]
     if not corpus.train or not corpus.held_out:
         raise DataError(
-            f"{source}: {len(rows)} usable rows of {counts.read} ({counts.empty} empty, {counts.duplicates} duplicates) leave "
+            f"{source}: {len(rows)} usable rows of {counts.read} ({counts.empty} empty, {counts.duplicates} duplicates"
+            f"{f', {counts.in_eval_dataset} in --eval-dataset' if counts.in_eval_dataset else ''}) leave "
             f"{counts.train} to train on and {counts.held_out} held out: at least one of each is needed, so give more rows."
         )
     notify(Notice(f"Rows: {counts}."))
@@ -167,7 +169,10 @@ def load_corpus(config: TrainConfig, notify: Listener = ignore) -> Corpus:
 def load_held_out(config: TrainConfig, notify: Listener = ignore) -> dict[bytes, str]:
     """All rows of `config.eval_dataset`, cleaned and without copies: hash -> text, in the order of the hashes."""
     name = str(config.eval_dataset)
-    split = config.eval_split or ("train" if Path(name).expanduser().exists() else "test")
+    local = name != "imdb" and os.path.exists(os.path.expanduser(name))
+    if local and config.eval_split is not None:
+        raise DataError(f"{name} is on this machine, where data has no --eval-split: leave it out.")
+    split = "train" if local else config.eval_split or "test"
     subset = config.subset if name == config.dataset else None
     other = config.model_copy(update={"dataset": name, "split": split, "subset": subset})
     corpus = Corpus(name, "")
@@ -230,7 +235,7 @@ def _open(config: TrainConfig, notify: Listener) -> tuple[str, list[_Table]]:
     name = config.dataset
     if name == "imdb":
         return _imdb(config, notify)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.exists():
         if config.split != "train" or config.subset is not None:
             raise DataError(f"{path} is on this machine, where data has no --split and no --subset: leave them out.")

@@ -24,6 +24,7 @@ from .base_model import Base
 from .config import HELD_OUT_LENGTH, TrainConfig
 from .data import content_hash, load_held_out
 from .errors import AdapterError, Listener, Notice, Progress, ignore
+from .library import check_distinct
 from .manifest import Result
 from .store import Adapter
 
@@ -118,7 +119,8 @@ def _once(base: Base, rows: Sequence[tokens.Row], adapter: Adapter | None, now: 
         facts.append([files.sha256_file(adapter.path / store.WEIGHTS), settings])
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     path = files.cache_dir() / "losses" / f"{key}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no cache, or a broken one: measure again
+    # No cache, or a broken one: measure again.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         known = json.loads(path.read_text(encoding="utf-8"))
         held = HeldOut([float(value) for value in known["nll"]], [int(value) for value in known["predictions"]])
         if held.predictions == [len(row) - 1 for row in rows] and len(held.nll) == len(rows):
@@ -144,9 +146,8 @@ def _place(content_hash: str) -> Path:
 
 def keep_rows(texts: Sequence[str], content_hash: str) -> None:
     """Keep measured rows in the user's cache under their hash, so that they can be measured when the data has moved."""
-    if not _place(content_hash).exists():
-        with contextlib.suppress(OSError):  # a full cache must not end a run
-            files.write_text(_place(content_hash), json.dumps(list(texts), ensure_ascii=False))
+    with contextlib.suppress(OSError):  # a full cache must not end a run
+        files.write_text(_place(content_hash), json.dumps(list(texts), ensure_ascii=False))
 
 
 def kept_rows(adapter: Adapter) -> RowSet:
@@ -158,12 +159,12 @@ def kept_rows(adapter: Adapter) -> RowSet:
         texts = json.loads(_place(data.held_out_hash).read_text(encoding="utf-8"))
         if content_hash(texts) == data.held_out_hash:
             return RowSet(adapter.name, texts)
-        why = "have changed"
+        why = "its held-out rows in the cache have changed"
     except FileNotFoundError:
-        why = "are not there: it was trained elsewhere, or the cache was emptied"
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        why = f"cannot be read ({error})"
-    return RowSet(adapter.name, [], f"its held-out rows in the cache {why}")
+        why = "its held-out rows are not in the cache: it was trained elsewhere, or the cache was emptied"
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        why = f"its held-out rows in the cache cannot be read ({error})"
+    return RowSet(adapter.name, [], why)
 
 
 def rows_of(config: TrainConfig, notify: Listener = ignore) -> RowSet:
@@ -219,9 +220,13 @@ def evaluate(
     Price: one pass over the rows for each cell, and one for the base; what was measured once is kept in the user's cache.
     `eval_rows` takes the first so many of each set. Raises AdapterError when the adapters do not share one base.
     """
-    names = [adapter.name for adapter in adapters]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise AdapterError(f"Two adapters are called {twice[0]}: name each once, or rename one.")
+    check_distinct(adapters)
+    sets = [kept_rows(adapter) for adapter in adapters] if sets is None else list(sets)
+    sets = [it if it.texts or it.missing else replace(it, missing="it holds no rows") for it in sets]
+    if all(it.missing for it in sets):
+        reasons = "; ".join(f"{it.name}: {it.missing}" for it in sets)
+        raise AdapterError(f"There is nothing to measure on. {reasons}. Name data with --eval-dataset.")
+    sets = [replace(rows, texts=rows.texts[:eval_rows]) for rows in sets]
     opened = lora.open_base(adapters[0], base, revision, device=device, dtype=dtype, notify=notify)
     for adapter in adapters:
         lora.check_base(adapter, opened, force=force, notify=notify)
@@ -229,23 +234,21 @@ def evaluate(
         notify(
             Notice("The adapters differ in --split-salt, so one may have been trained on rows that another holds out.")
         )
-    sets = [kept_rows(adapter) for adapter in adapters] if sets is None else list(sets)
-    sets = [replace(rows, texts=rows.texts[:eval_rows]) for rows in sets]
     encoded = [encode_held_out(opened, rows.texts) for rows in sets]
     bases = [measure_base(opened, rows, notify) if rows else None for rows in encoded]
     bank = AdapterBank(opened)
     cells: list[list[Result | None]] = []
-    for number, adapter in enumerate(adapters):
+    for number, adapter in enumerate(adapters, 1):
         bank.add(adapter.name, adapter)
         line: list[Result | None] = []
         for rows, of_base, it in zip(encoded, bases, sets, strict=True):
-            stage = f"{adapter.name} on {it.name} ({len(adapters) - number} adapters to go)"
+            stage = f"{adapter.name} on {it.name} (adapter {number} of {len(adapters)})"
             with bank.applied([adapter.name]):
                 now = partial(measure, opened.model, opened, rows, notify, stage=stage)
                 line.append(compare(of_base, _once(opened, rows, adapter, now)) if of_base is not None else None)
         bank.remove(adapter.name)
         cells.append(line)
-    return GainMatrix(opened.source.name, names, sets, cells)
+    return GainMatrix(opened.source.name, [adapter.name for adapter in adapters], sets, cells)
 
 
 def compare(base: HeldOut, adapter: HeldOut) -> Result:

@@ -92,6 +92,7 @@ def write_text(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)  # mkstemp's are for their owner alone
         os.replace(temporary, path)
         _sync(path.parent)
     except BaseException:

@@ -33,7 +33,7 @@ from .base_model import quiet
 from .config import Sampling
 from .errors import GenerationError, Listener, MixedBatchError, Notice, ignore
 from .library import Library
-from .store import WEIGHTS, Adapter
+from .store import CONFIG, WEIGHTS, Adapter
 
 
 @dataclass(frozen=True)
@@ -160,14 +160,13 @@ class Generator:
         prompt and adapter get alone. Raises AdapterError or GenerationError, and gives no answer, when one is wrong.
         """
         with self._lock:
-            before = self.loaded
+            loaded, updates = dict(self._loaded), dict(self._bank.updates)
             try:
                 rows = [(prompt, self._resident(adapter)) for prompt, adapter in asked]
+                return self._answer(rows, sampling or Sampling())
             except BaseException:
-                for name in set(self.loaded) - set(before):
-                    self.unload(name)
+                self._loaded, self._bank.updates = loaded, updates
                 raise
-            return self._answer(rows, sampling or Sampling())
 
     def _answer(
         self,
@@ -180,7 +179,7 @@ class Generator:
         if not (sampling.greedy or sampling.temperature == 0):
             seed = sampling.seed if sampling.seed is not None else secrets.randbits(48)
         rows = [
-            self._row(prompt, adapter, sampling, None if seed is None else seed + number, on_text)
+            self._row(prompt, adapter, sampling, None if seed is None else (seed + number) % 2**63, on_text)
             for prompt, adapter in asked
             for number in range(sampling.answers)
         ]
@@ -251,10 +250,10 @@ class Generator:
 def _identity(folder: Path) -> Any:
     """What tells one version of an adapter from the next; None when it is gone."""
     try:
-        facts = (folder / WEIGHTS).stat()
+        found = [(folder / name).stat() for name in (WEIGHTS, CONFIG)]
     except OSError:
         return None
-    return facts.st_ino, facts.st_size, facts.st_mtime_ns
+    return [(facts.st_ino, facts.st_size, facts.st_mtime_ns) for facts in found]
 
 
 @dataclass

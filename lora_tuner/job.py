@@ -150,6 +150,11 @@ def _like_parent(config: TrainConfig, parent: Adapter) -> TrainConfig:
 
     Its split salt too: with another, rows that the parent was trained on would be held out.
     """
+    if config.parent_sha256 not in (None, parent.sha256):
+        raise ConfigError(
+            f"{parent.path} has other weights (sha256 {parent.sha256[:12]}) than those to go on from "
+            f"({str(config.parent_sha256)[:12]}): restore those, or leave --from-sha256 out to go on from these."
+        )
     data = parent.manifest.data if parent.manifest else None
     given = config.model_fields_set
     shared: list[tuple[str, Any, Any, bool]] = [("rank", config.rank, parent.rank, "rank" in given)]
@@ -158,7 +163,7 @@ def _like_parent(config: TrainConfig, parent: Adapter) -> TrainConfig:
         shared += [("split_salt", config.split_salt, data.split_salt, "split_salt" in given)]
     _refuse_other(parent, [(name, ours, theirs) for name, ours, theirs, chosen in shared if chosen and ours != theirs])
     salt = data.split_salt if data else config.split_salt
-    return config.model_copy(update={"rank": parent.rank, "split_salt": salt})
+    return config.model_copy(update={"rank": parent.rank, "split_salt": salt, "parent_sha256": parent.sha256})
 
 
 def _with_targets(config: TrainConfig, parent: Adapter, base: Base) -> TrainConfig:

@@ -50,20 +50,32 @@ class Library:
         known = ", ".join(self.names()) or "none yet"
         raise AdapterError(f"There is no adapter '{text}', neither in {self.path} ({known}) nor as a path.")
 
-    def check_free(self, name: str, *, overwrite: bool = False) -> None:
+    def several(self, names: Sequence[str | Path]) -> list[Adapter]:
+        """Those adapters, in this order. Raises AdapterError when two of them share a name, and so could not be told apart."""
+        found = [self.get(name) for name in names]
+        check_distinct(found)
+        return found
+
+    def check_free(
+        self,
+        name: str,
+        *,
+        overwrite: bool = False,
+        advice: str = "choose another --name, or replace it with --overwrite",
+    ) -> None:
         """Raise AdapterError unless an adapter of that name may be written."""
         target = self.path / valid_name(name)
         files.recover(self.path)
-        if target.exists() and not overwrite:
-            raise AdapterError(f"{target} exists: choose another --name, or replace it with --overwrite.")
-        if target.exists() and not (target / CONFIG).is_file():
+        if os.path.lexists(target) and not overwrite:
+            raise AdapterError(f"{target} exists: {advice}.")
+        if os.path.lexists(target) and not (target / CONFIG).is_file():
             raise AdapterError(f"{target} is no adapter, so it is not replaced: choose another --name.")
 
     def rename(self, old: str, new: str) -> Adapter:
         """Give an adapter of this library another name. Raises AdapterError when it is taken."""
-        self.check_free(new)
-        adapter = self._own(old)
-        os.rename(adapter, self.path / new)
+        self.check_free(new, advice="choose another name")
+        adapter = read(self._own(old))
+        os.rename(adapter.path, self.path / new)
         return read(self.path / new)
 
     def remove(self, name: str) -> None:
@@ -93,16 +105,20 @@ class Library:
         if adapter.manifest is not None:
             raise AdapterError(f"{adapter.path} has a manifest: there is nothing to adopt.")
         here = adapter.path.absolute().parent == self.path.absolute()
+        if here and adapter.path.is_symlink():
+            raise AdapterError(f"{adapter.path} is a link: adopt {adapter.path.resolve()} under another --name.")
         if here and name is not None:
             raise AdapterError(f"{adapter.path} is in the library: it keeps its name; `adapters rename` gives another.")
-        target = adapter.name if here else valid_name(name or adapter.name)
+        target = valid_name(name or adapter.name)
         if not here:
-            self.check_free(target)
+            self.check_free(target, advice="choose another --name")
         if problems := verify_weights(adapter):
             raise AdapterError(f"{adapter.path} is damaged: {'; '.join(problems[:3])}.")
-        if not (base or adapter.base):
+        if base is None:
+            base, revision = adapter.base, revision or adapter.revision
+        if not base:
             raise AdapterError(f"{adapter.path} names no base: give it with --base.")
-        source = find_base(base or adapter.base, revision or adapter.config.get("revision"), notify)
+        source = find_base(base, revision, notify)
         adapter.check_fit(_sizes(adapter, source))
         weights = adapter.path / WEIGHTS
         manifest = Manifest(
@@ -126,12 +142,13 @@ class Library:
         this library has it today, or None."""
         if adapter.manifest is None or not adapter.manifest.parents:
             return []
-        here = {it.sha256: name for name, it in self.entries() if isinstance(it, Adapter)}
+        here = [(name, it.sha256) for name, it in self.entries() if isinstance(it, Adapter)]
 
         def walk(parents: Sequence[Parent], generation: int) -> Iterator[dict[str, Any]]:
             for parent in parents:
                 facts = {"name": parent.name, "sha256": parent.sha256, "generation": generation}
-                yield facts | {"here": here.get(parent.sha256)}
+                same = [name for name, digest in here if digest == parent.sha256]
+                yield facts | {"here": parent.name if parent.name in same else next(iter(same), None)}
                 yield from walk(parent.parents, generation + 1)
 
         return list(walk(adapter.manifest.parents, 1))
@@ -160,6 +177,13 @@ class Library:
             self.check_free(name, overwrite=overwrite)
 
 
+def check_distinct(adapters: Sequence[Adapter]) -> None:
+    """Raise AdapterError when two adapters share a name."""
+    called = [adapter.name for adapter in adapters]
+    if twice := [name for name in called if called.count(name) > 1]:
+        raise AdapterError(f"Two of these adapters are called {twice[0]}: name each once, or rename one.")
+
+
 def _sizes(adapter: Adapter, source: Source) -> dict[str, tuple[int, int]]:
     """(in, out) of the base's layers that the adapter names, as far as the headers of the base's files tell them.
 
@@ -171,5 +195,7 @@ def _sizes(adapter: Adapter, source: Source) -> dict[str, tuple[int, int]]:
         names = (".".join([*parts[start:], "weight"]) for start in range(len(parts)))
         shape = next((source.shapes[name] for name in names if name in source.shapes), ())
         if len(shape) == 2:
-            sizes[module] = shape if shape == adapter.size(module) else shape[::-1]
+            either = (shape, shape[::-1])
+            guess = either[not adapter.config.get("fan_in_fan_out")]
+            sizes[module] = adapter.size(module) if adapter.size(module) in either else guess
     return sizes

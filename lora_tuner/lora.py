@@ -137,7 +137,8 @@ def save(tensors: dict[str, torch.Tensor], config: LoraConfig, folder: Path) -> 
     save_file(tensors, folder / store.WEIGHTS, metadata={"format": "pt"})
     settings = config.to_dict() | {"inference_mode": True, "init_lora_weights": True}
     settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
-    (folder / store.CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    # Sorted here and not by json: of a pattern's keys the first that matches counts.
+    (folder / store.CONFIG).write_text(json.dumps(dict(sorted(settings.items())), indent=2) + "\n", encoding="utf-8")
 
 
 def open_base(
@@ -156,9 +157,7 @@ def open_base(
 def base_of(adapter: Adapter | None, base: str | None, revision: str | None, notify: Listener = ignore) -> Source:
     """Where that base is."""
     if base is None and adapter is not None:
-        base = adapter.base or None
-        if revision is None:
-            revision = adapter.manifest.base.revision if adapter.manifest else adapter.config.get("revision")
+        base, revision = adapter.base or None, revision or adapter.revision
     return find_base(base, revision, notify)
 
 

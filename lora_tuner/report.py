@@ -1,6 +1,7 @@
 """What people look at: the loss curve as a picture, and the model card."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,9 @@ def plot_gains(matrix: "GainMatrix", path: Path) -> None:
 
     gains = np.array([[np.nan if cell is None else cell.gain for cell in line] for line in matrix.cells])
     most = float(np.nanmax(np.abs(gains))) if np.isfinite(gains).any() else 0.0
-    size = 2.5 + 1.1 * len(matrix.sets), 1.8 + 0.6 * len(matrix.adapters)
+    title = f"Gain over {_shown(matrix.base)} (nats per token)"
+    longest = 0.1 * max(map(len, [*matrix.adapters, *(_shown(it.name) for it in matrix.sets)]))  # inches, about
+    size = 2.2 + longest + max(1.1 * len(matrix.sets), 0.08 * len(title)), 1.8 + longest + 0.6 * len(matrix.adapters)
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.set_facecolor("0.85")
@@ -70,9 +73,9 @@ def plot_gains(matrix: "GainMatrix", path: Path) -> None:
     axes.set_xticks(
         range(len(matrix.sets)), [_shown(it.name) for it in matrix.sets], rotation=30, ha="right", parse_math=False
     )
-    axes.set_yticks(range(len(matrix.adapters)), matrix.adapters)
+    axes.set_yticks(range(len(matrix.adapters)), matrix.adapters, parse_math=False)
     axes.set(xlabel="measured on the held-out rows of", ylabel="adapter")
-    axes.set_title(f"Gain over {_shown(matrix.base)} (nats per token)", parse_math=False, fontsize=10)
+    axes.set_title(title, parse_math=False, fontsize=10)
     figure.colorbar(image)
     figure.savefig(path, format="png", metadata={"Software": None})
 
@@ -197,5 +200,5 @@ def _hub_id(base: BaseFacts) -> str | None:
 
 def _shown(name: str) -> str:
     """A name for strangers: of a path on this machine, its last part."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     return path.resolve().name if path.is_absolute() or path.exists() else name

@@ -31,7 +31,7 @@ WEIGHTS, CONFIG, MANIFEST, RUN, METRICS, PLOT, CARD = (
     "README.md",
 )
 SCALES = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # decide what the tensors do
-NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+NAME = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)$)[A-Za-z][A-Za-z0-9_-]{0,63}")  # not Windows' devices
 _TENSOR = re.compile(
     r"base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)"
 )
@@ -79,6 +79,11 @@ class Adapter:
     def base(self) -> str:
         """What the base is called: by this tool where there is a manifest, else by the tool that made the adapter."""
         return self.manifest.base.name if self.manifest else str(self.config.get("base_model_name_or_path") or "")
+
+    @property
+    def revision(self) -> str | None:
+        """The base's commit on the Hub, or what the tool that made the adapter says of it."""
+        return self.manifest.base.revision if self.manifest else self.config.get("revision")
 
     @cached_property
     def sha256(self) -> str:
@@ -154,7 +159,9 @@ class Adapter:
 def valid_name(name: str) -> str:
     """The name, or AdapterError: it becomes a folder, a PEFT adapter and a model name, so it must be plain."""
     if not NAME.fullmatch(name):
-        raise AdapterError(f"'{name}' is no adapter name: a letter, then up to 63 letters, digits, '-' or '_'.")
+        raise AdapterError(
+            f"'{name}' is no adapter name: a letter, then up to 63 letters, digits, '-' or '_', and no device of Windows."
+        )
     return name
 
 
@@ -167,7 +174,7 @@ def read(path: Path) -> Adapter:
         raise AdapterError(f"There is no adapter folder {path}.")
     config = _read_json(path / CONFIG)
     if problems := _config_problems(config):
-        raise AdapterError(f"{path / CONFIG}: {'; '.join(problems)}.")
+        raise AdapterError(f"{path / CONFIG}: {'; '.join(problems[:10])}.")
     try:
         header, _ = files.safetensors_header(path / WEIGHTS)
     except FileNotFoundError as error:
@@ -230,6 +237,8 @@ def _finite(data: bytes, dtype: str) -> bool:
 
 def _read_json(path: Path) -> Any:
     try:
+        if path.exists() and not path.is_file():  # a pipe would never end
+            raise AdapterError(f"{path} is no file.")
         if path.stat().st_size > 10_000_000:
             raise AdapterError(f"{path} is too large to be what it is called.")
         return json.loads(path.read_text(encoding="utf-8"))

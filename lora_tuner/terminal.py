@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import re
 import sys
 import time
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from .generation import Answer
     from .job import PreviewedRow
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")  # and halves of characters
 BASE = "(base)"  # no adapter can be called that
 COLUMN = 36  # characters a column of text needs to be readable
 LINE_EVERY = 10.0  # seconds between lines of progress where no bar can be drawn
@@ -42,7 +43,7 @@ class Display:
 
     def __call__(self, event: Notice | Progress) -> None:
         if isinstance(event, Notice):
-            self.console.print(plain(event.text), soft_wrap=True, markup=False)
+            self.console.print(Text(plain(event.text)), soft_wrap=True)
             return
         if event.stage != self.stage:
             self._begin(event)
@@ -65,15 +66,15 @@ class Display:
         from rich.progress import Progress as Bar
 
         self.bar = Bar(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             TimeRemainingColumn(),
             console=self.console,
         )
         self.bar.start()
-        self.task = self.bar.add_task(event.stage, total=event.total, completed=event.done, detail="")
+        self.task = self.bar.add_task(plain(event.stage), total=event.total, completed=event.done, detail="")
 
     def close(self) -> None:
         """Leave the bar as it stands and begin a new line."""
@@ -87,12 +88,18 @@ def plain(text: str) -> str:
     return _CONTROL.sub("\ufffd", text)
 
 
+def one_line(text: str) -> str:
+    """The same on one line: nobody's text begins another."""
+    return plain(text).replace("\n", " ")
+
+
 def say(text: str) -> None:
-    print(plain(text), file=sys.stderr)
+    print(one_line(text), file=sys.stderr)
 
 
 def show_json(data: Any) -> None:
-    print(json.dumps(data, indent=2, ensure_ascii=False))
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    print(_CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 def duration(seconds: float) -> str:
@@ -119,10 +126,20 @@ def size(count: float) -> str:
 
 
 def table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
-    grid = Table(*header, box=None, pad_edge=False, show_header=bool(header), header_style="bold")
+    grid = Table(box=None, pad_edge=False, show_header=bool(header), header_style="bold")
+    for name in header:
+        grid.add_column(Text(plain(name)), overflow="fold")
     for row in rows:
-        grid.add_row(*(Text(plain(cell)) for cell in row))
-    Console(highlight=False).print(grid)
+        grid.add_row(*(Text(plain(cell), overflow="fold") for cell in row))
+    _console().print(grid)
+
+
+def _console() -> Console:
+    """Standard output; as wide as need be when it is a pipe, for who reads that wants a row on a line."""
+    console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 10_000
+    return console
 
 
 def show_trained(adapter: Adapter) -> None:
@@ -166,7 +183,7 @@ def show_adapter_card(adapter: Adapter, ancestors: Sequence[dict[str, Any]]) -> 
             "base": f"{manifest.base.name}: {manifest.base.weights}",
             "revision": manifest.base.revision,
             "fingerprint": manifest.base.fingerprint,
-            "lineage": "\n".join(_ancestor(it) for it in ancestors),
+            "lineage": "\n".join(_ancestor(it) for it in ancestors) or None,
         }
         if manifest.data is not None:
             facts |= {
@@ -190,7 +207,7 @@ def show_adapter_card(adapter: Adapter, ancestors: Sequence[dict[str, Any]]) -> 
 def _ancestor(parent: dict[str, Any]) -> str:
     """A line of the chain, further in for each generation."""
     name, here = parent["name"], parent["here"]
-    place = "" if here == name else f", now called {here}" if here else ", no longer here"
+    place = "" if here == name else f", now called {here}" if here else ", not in this library"
     return f"{'  ' * (parent['generation'] - 1)}from {name} ({parent['sha256'][:12]}{place})"
 
 
@@ -233,13 +250,12 @@ def show_adapters(found: Iterable[tuple[str, Adapter | AdapterError]]) -> None:
             continue
         manifest = adapter.manifest
         data, result = (manifest.data, manifest.result) if manifest else (None, None)
-        first, *others = adapter.targets
         rows.append(
             (
                 name,
                 adapter.base,
                 str(adapter.rank),
-                f"{first} +{len(others)}" if others else first,
+                ", ".join(adapter.targets) if len(adapter.targets) < 3 else f"{len(adapter.targets)} kinds",
                 Path(data.name).name if data else "?",
                 size(adapter.bytes),
                 f"{result.gain:.3f} ± {result.standard_error:.3f}" if result else "?",
@@ -249,8 +265,8 @@ def show_adapters(found: Iterable[tuple[str, Adapter | AdapterError]]) -> None:
         )
     if rows:
         table(rows, ("name", "base", "rank", "targets", "data", "size", "gain", "age", "parent"))
-    for line in broken:
-        say(line)
+    for text in broken:
+        say(text)
 
 
 def _age(created: str) -> str:
@@ -270,16 +286,16 @@ def show_compared(answers: Sequence["Answer"]) -> None:
     console = Console(highlight=False)
     prompt = answers[0].prompt
     if console.width >= COLUMN * len(names):
-        grid = Table(*names, box=None, padding=(0, 3, 1, 0), pad_edge=False, header_style="bold", expand=True)
-        for column in grid.columns:
-            column.ratio = 1
-        for line in zip(*columns.values(), strict=True):
-            grid.add_row(*(Text(plain(prompt + text)) for text in line))
+        grid = Table(box=None, padding=(0, 3, 1, 0), pad_edge=False, header_style="bold", expand=True)
+        for name in names:
+            grid.add_column(Text(plain(name)), ratio=1)
+        for row in zip(*columns.values(), strict=True):
+            grid.add_row(*(Text(plain(prompt + text)) for text in row))
         console.print(grid)
     else:
         for name, texts in columns.items():
             for text in texts:
-                console.print(Text(f"--- {name}", "bold"))
+                console.print(Text(f"--- {plain(name)}", "bold"))
                 print(f"{plain(prompt + text)}\n")
 
 
@@ -300,20 +316,20 @@ def show_gains(matrix: "GainMatrix") -> None:
     sets = [f"{it.name}\n{len(it.texts)} rows" for it in matrix.sets]
     print("held-out loss, in nats a token (perplexity), on the rows of")
     _matrix(losses, sets)
-    print(f"\ngain over {matrix.base}, with its standard error; below zero it has forgotten")
+    print(f"\ngain over {one_line(matrix.base)}, with its standard error; below zero it has forgotten")
     _matrix(gains, sets)
     for it in matrix.sets:
         if it.missing:
-            say(f"{it.name} has no column: {it.missing}. --eval-dataset measures on other data.")
+            say(f"{it.name} has no column: {it.missing}.")
 
 
 def _matrix(rows: Sequence[Sequence[str]], columns: Sequence[str]) -> None:
     present = [i for i in range(len(columns)) if any(row[i + 1] for row in rows)]
-    widths = [max(len(cell) for cell in column) + 2 for column in zip(*rows, strict=True)]
-    if sum(widths) <= Console().width:
+    names = [name.partition("\n")[0] for name in columns]
+    widths = [max(map(len, column)) + 2 for column in zip(*rows, ("", *names), strict=True)]
+    if sum(widths) <= _console().width:
         table(((row[0], *(row[i + 1] for i in present)) for row in rows), ("", *(columns[i] for i in present)))
     else:
-        names = [column.partition("\n")[0] for column in columns]
         table((row[0], f"on {names[i]}", row[i + 1]) for row in rows for i in present)
 
 

@@ -146,7 +146,6 @@ def _decisive(manifest: Manifest) -> dict[str, str]:
         "tokenizer": str(manifest.base.tokenizer),
         "data": data.hash,
         "held-out rows": data.held_out_hash,
-        "parent": ", ".join(parent.sha256 for parent in manifest.parents) or "none",
         "device": run.device,
         "dtype": run.dtype,
         "threads": str(run.threads),

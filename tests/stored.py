@@ -1,6 +1,7 @@
 """An adapter folder written by hand, with numpy: what the store should take, to be spoilt one part at a time."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def tensors(rank: int = 4) -> dict[str, Any]:
+def tensors(rank: int = 4, modules: Sequence[str] = MODULES, value: float = 1.0) -> dict[str, Any]:
     return {
-        f"base_model.model.{module}.lora_{part}.weight": np.ones(shape, np.float32)
-        for module in MODULES
+        f"base_model.model.{module}.lora_{part}.weight": np.full(shape, value, np.float32)
+        for module in modules
         for part, shape in (("A", (rank, 6)), ("B", (18, rank)))
     }
 
@@ -103,4 +104,17 @@ def write(
             update={"weights": facts.weights or Weights(sha256=digest, bytes=size, parameters=192)}
         )
         (folder / store.MANIFEST).write_text(facts.to_json())
+    return folder
+
+
+def write_base(folder: Path, *shards: dict[str, tuple[int, ...]]) -> Path:
+    """A base for what reads no more of it than its files: tensors of these names and shapes, in as many files."""
+    folder.mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    for number, shard in enumerate(shards, 1):
+        save_file(
+            {name: np.zeros(shape, np.float32) for name, shape in shard.items()},
+            folder / f"model-{number}.safetensors",
+        )
     return folder

@@ -4,8 +4,11 @@ import importlib.util
 import json
 import os
 import random
+import subprocess
+import sys
 import time
 import unicodedata
+from pathlib import Path
 
 import datasets
 import pytest
@@ -13,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_tuner import data
-from lora_tuner.config import TrainConfig
-from lora_tuner.data import Counts, clean, default_name, load_corpus
-from lora_tuner.errors import DataError, HubError
+from lora_tuner.config import TrainConfig, resolve
+from lora_tuner.data import Counts, clean, default_name, load_corpus, load_held_out
+from lora_tuner.errors import ConfigError, DataError, HubError
 from lora_tuner.store import NAME
 
 from . import tiny
+from .hub import Hub
 
 TEXTS = tiny.reviews(30)
 
@@ -672,3 +676,202 @@ def test_a_csv_with_semicolons_is_told(tmp_path):
     (tmp_path / "semi.csv").write_text('text;kind\n"one; two";a\n')
     with pytest.raises(DataError, match=r"its fields are parted by ';', where ',' is expected in a \.csv file"):
         load_corpus(TrainConfig(dataset="semi.csv"))
+
+
+@given(
+    st.text(alphabet=st.characters(), max_size=60) | st.text("ab \n\r\t\x0b\x1c\x85\u2028\u0301<br>&;#10", max_size=60)
+)
+@settings(max_examples=200, deadline=None)
+def test_lines_kept_or_not_a_row_is_known_by_the_same_hash(text):
+    one, many = clean(text), clean(text, keep_lines=True)
+    assert data.row_hash(one, "x") == data.row_hash(many, "x")
+    assert one == " ".join(many.split())
+
+
+def test_lines_kept_or_not_a_row_is_on_the_same_side(load):
+    content = jsonl({"text": text.replace(". ", ".\n")} for text in tiny.reviews(80))
+    flat, lines = load("a.jsonl", content), load("a.jsonl", keep_lines=True)
+    assert [" ".join(text.split()) for text in lines.train] == flat.train
+    assert [" ".join(text.split()) for text in lines.held_out] == flat.held_out
+    assert sum("\n" in text for text in rows(lines)) > 40
+    assert not any("\n" in text for text in rows(flat))
+
+
+# Data of its own to measure on
+
+
+@pytest.fixture
+def measure_on(load, tmp_path):
+    """Load TEXTS with these rows to measure on."""
+
+    def call(texts=None, name="eval.json", **given):
+        if texts is not None:
+            (tmp_path / name).write_text(json.dumps(texts))
+        return load("a.json", json.dumps(TEXTS), eval_dataset=str(tmp_path / name), **given)
+
+    return call
+
+
+def test_rows_to_measure_on_are_never_trained_on(load, measure_on):
+    alone = load("a.json", json.dumps(TEXTS))
+    copies = [f"<p>{text.replace(' ', '  ')}</p>" for text in alone.train[:4]]
+    own = alone.held_out[:2]
+    new = tiny.reviews(10, seed=4)
+    corpus = measure_on([*copies, *own, *new, new[0], ""])
+    assert corpus.train == alone.train[4:]
+    assert sorted(corpus.held_out) == sorted([*alone.train[:4], *own, *new])
+    assert not set(corpus.train) & set(corpus.held_out)
+    assert not set(corpus.train) & set(alone.held_out)
+    assert [notice.rpartition("/")[2] for notice in load.notices] == ["eval.json: 16 of 18."]
+    counts = corpus.counts
+    assert counts == Counts(read=30, in_eval_dataset=4, train=len(alone.train) - 4, held_out=len(alone.held_out))
+    assert counts.read == sum(vars(counts).values()) - counts.read
+    assert str(counts) == f"30 read, 4 in eval dataset, {counts.train} train, {counts.held_out} held out"
+
+
+def test_rows_to_measure_on_are_all_of_them_in_the_order_of_their_hash(measure_on, tmp_path):
+    new = tiny.reviews(20, seed=4)
+    corpus = measure_on(new)
+    assert sorted(corpus.held_out) == sorted(new)
+    assert measure_on(new[::-1]).held_out == corpus.held_out
+    assert measure_on(new[:7]).held_out == [text for text in corpus.held_out if text in new[:7]]
+    assert measure_on(new, split_salt="x").held_out != corpus.held_out
+    assert list(load_held_out(TrainConfig(eval_dataset=str(tmp_path / "eval.json"))).values()) == corpus.held_out
+
+
+def test_rows_to_measure_on_are_read_with_the_settings_of_the_others(load, tmp_path):
+    kinds = [{"body": f"{text}\n{number}", "title": "x", "n": number % 2} for number, text in enumerate(TEXTS)]
+    (tmp_path / "eval.jsonl").write_text(jsonl(kinds[20:]))
+    how = {"text_column": "body", "where": ["n=1"], "keep_lines": True, "rows": 8}
+    corpus = load("a.jsonl", jsonl(kinds[:20]), eval_dataset=str(tmp_path / "eval.jsonl"), **how)
+    assert sorted(corpus.held_out) == sorted(f"{TEXTS[number]}\n{number}" for number in range(21, 30, 2))
+    assert corpus.counts.not_drawn == 2
+    assert corpus.counts.train + corpus.counts.held_out == 8
+
+
+def test_a_copy_with_other_line_breaks_is_a_copy(load, tmp_path):
+    whole = load("a.json", json.dumps([f"{text}\nend" for text in TEXTS]), keep_lines=True)
+    (tmp_path / "eval.json").write_text(json.dumps([text.replace("\n", " ") for text in whole.train[:5]]))
+    corpus = load("a.json", eval_dataset=str(tmp_path / "eval.json"), keep_lines=True)
+    assert corpus.counts.in_eval_dataset == 5
+    assert corpus.train == whole.train[5:]
+
+
+def test_drawn_rows_do_not_depend_on_what_is_measured(load, measure_on):
+    alone = load("a.json", json.dumps(TEXTS), rows=12)
+    assert measure_on(tiny.reviews(5, seed=4), rows=12).train == alone.train
+    corpus = measure_on([alone.train[0]], rows=12)
+    assert (corpus.counts.not_drawn, corpus.counts.in_eval_dataset) == (18, 1)
+    assert corpus.train == alone.train[1:]
+
+
+def test_with_rows_to_measure_on_none_need_be_held_out(load, tmp_path):
+    (tmp_path / "eval.json").write_text(json.dumps(["row 3"]))
+    corpus = load("a.json", json.dumps(["row 1", "row 2"]), eval_dataset=str(tmp_path / "eval.json"))
+    assert (corpus.train, corpus.held_out) == (["row 1", "row 2"], ["row 3"])
+    assert corpus.counts == Counts(read=2, train=2)
+
+
+def test_what_cannot_be_measured_on(refusal, load, tmp_path):
+    load("a.csv", table())
+
+    def why(name, content=None, **given):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        return refusal("a.csv", eval_dataset=str(tmp_path / name), **given)
+
+    assert why("empty.csv", "") == "empty.csv holds no rows."
+    assert why("header.csv", "text,label\n") == "header.csv holds no rows."
+    assert why("blank.csv", "text,label\n<br />,1\n ,0\n") == "blank.csv holds no row with text to measure on."
+    assert why("other.csv", table(), text_column="body") == "a.csv has no column 'body': its columns are text, label."
+    assert why("b.csv", table(header=("body", "n"))) == (
+        "b.csv: which column is the text? Name one with --text-column: body, n."
+    )
+    assert why("b.csv", text_column="text") == "b.csv has no column 'text': its columns are body, n."
+    assert why("c.csv", table(header=("text", "n")), where=["label=1"]) == (
+        "c.csv has no column 'label' to choose rows by: its columns are text, n."
+    )
+    assert why("d.csv", table(TEXTS[:1]), where=["label=1"]) == "d.csv: no row has label=1; label has 0."
+    assert why("none.csv") == (
+        "There is no dataset 'none.csv': give imdb, an existing file or folder, or a Hub id (owner/name)."
+    )
+    with pytest.raises(
+        HubError, match=r"^owner/films is not cached, and the Hub is out of reach: HF_HUB_OFFLINE is set"
+    ):
+        load("a.csv", eval_dataset="owner/films")
+
+
+def test_a_split_to_measure_on_needs_its_dataset():
+    for choice in ({"eval_split": "test"}, {"eval_split": "test", "eval_dataset": None}):
+        with pytest.raises(ConfigError) as error:
+            resolve(TrainConfig, choice)
+        assert str(error.value) == "eval_split needs eval_dataset: it is a split of that"
+    assert resolve(TrainConfig, {"eval_split": "test", "eval_dataset": "owner/films"}).eval_split == "test"
+
+
+FROM_THE_HUB = """
+import json, sys
+from lora_tuner.config import TrainConfig
+from lora_tuner.data import load_corpus
+from lora_tuner.errors import LoraTunerError
+
+for given in json.loads(sys.argv[1]):
+    try:
+        corpus = load_corpus(TrainConfig(**given))
+        print(json.dumps([corpus.source, sorted(corpus.held_out), corpus.counts.in_eval_dataset]))
+    except LoraTunerError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def test_of_a_dataset_on_the_hub_the_split_test_is_measured_on(tmp_path):
+    """In a process of its own, with empty caches."""
+    films = tmp_path / "films"
+    films.mkdir()
+    splits = {"train": TEXTS[:20], "test": TEXTS[18:26], "extra": TEXTS[26:]}
+    for split, texts in splits.items():
+        datasets.Dataset.from_dict({"text": texts}).to_parquet(str(films / f"{split}-00000-of-00001.parquet"))
+    names = "".join(f"  - split: {split}\n    path: {split}-*\n" for split in splits)
+    (films / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{names}---\n")
+    (tmp_path / "own.json").write_text(json.dumps(TEXTS[:20]))
+    asked = [
+        {"dataset": "owner/films", "eval_dataset": "owner/films"},
+        {"dataset": "own.json", "eval_dataset": "owner/films"},
+        {"dataset": "own.json", "eval_dataset": "owner/films", "eval_split": "extra"},
+        {"dataset": "owner/films", "subset": "default", "split": "extra", "eval_dataset": "own.json"},
+        {"dataset": "owner/films", "subset": "default", "eval_dataset": "owner/films", "eval_split": "extra"},
+        {"dataset": "own.json", "eval_dataset": "owner/films", "eval_split": "nothing"},
+    ]
+    with Hub({"datasets/owner/films": films}) as hub:
+        done = subprocess.run(
+            [sys.executable, "-c", FROM_THE_HUB, json.dumps(asked)],
+            env=hub.env(tmp_path / "home") | {"PYTHONPATH": str(Path(__file__).parents[1])},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 0, done.stderr
+    test, extra, own = (sorted(texts) for texts in (splits["test"], splits["extra"], TEXTS[:20]))
+    shared = sum(not data.is_held_out(data.row_hash(text, "lora_tuner")) for text in TEXTS[18:20])
+    *found, unknown = map(json.loads, done.stdout.splitlines())
+    assert found == [
+        ["owner/films", test, shared],
+        ["own.json", test, shared],
+        ["own.json", extra, 0],
+        ["owner/films", own, 0],
+        ["owner/films", extra, 0],
+    ]
+    assert unknown.startswith('owner/films: Unknown split "nothing". ')
+
+
+def test_local_data_has_no_split_to_measure_on(tmp_path):
+    (tmp_path / "a.csv").write_text("text\n" + "\n".join(tiny.reviews(30)))
+    with pytest.raises(DataError) as error:
+        load_corpus(TrainConfig(dataset="a.csv", eval_dataset="a.csv", eval_split="test"))
+    assert str(error.value) == "a.csv is on this machine, where data has no --eval-split: leave it out."
+
+
+def test_rows_that_are_all_measured_leave_none_to_train_on(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(tiny.reviews(30)))
+    with pytest.raises(DataError, match=r"0 duplicates, 2\d in --eval-dataset\) leave 0 to train on"):
+        load_corpus(TrainConfig(dataset="a.json", eval_dataset="a.json"))

@@ -1,11 +1,18 @@
+import json
 import math
+import shutil
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from lora_tuner import evaluation, tokens
+from lora_tuner import Library, Notice, RowSet, TrainConfig, evaluate, evaluation, lora, store, tokens, train
 from lora_tuner.base_model import find_base, load_base
 from lora_tuner.config import HELD_OUT_LENGTH
+from lora_tuner.data import load_corpus
+from lora_tuner.errors import AdapterError, WrongBaseError
 
 from . import tiny
 
@@ -89,3 +96,348 @@ def test_the_gain_and_its_standard_error():
 def test_perplexity_does_not_overflow():
     result = evaluation.compare(evaluation.HeldOut([1e6], [1]), evaluation.HeldOut([0.0], [1]))
     assert result.perplexities == (math.exp(700), 1.0)
+
+
+# The gain matrix
+
+
+def styles():
+    """Texts of three kinds, of which each adapter learns one."""
+    return {
+        "noir": tiny.reviews(60),
+        "verse": [f"{text.replace('. ', ', ')} o!" for text in tiny.reviews(50, seed=1)],
+        "notes": [f"{number} - {' '.join(text.split()[::-1])}" for number, text in enumerate(tiny.reviews(40, seed=2))],
+    }
+
+
+def train_in(place, base, names):
+    """Adapters in `place/adapters`, what they were trained on beside them, and what is remembered in `place/cache`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_TUNER_CACHE", str(place / "cache"))
+        patch.chdir(place)
+        for number, name in enumerate(names):
+            (place / f"{name}.json").write_text(json.dumps(styles()[name]))
+            settings = {"rank": 4, "max_steps": 3, "max_length": 64, "learning_rate": 0.02, "eval_rows": 6 + number}
+            train(TrainConfig(dataset=f"{name}.json", base=str(base), device="cpu", batch_size=4, **settings))
+    return place
+
+
+@pytest.fixture(scope="module")
+def trained(gpt2, tmp_path_factory):
+    """Trained once; each test gets a copy."""
+    return train_in(tmp_path_factory.mktemp("trained"), gpt2, styles())
+
+
+@pytest.fixture
+def adapters(trained, tmp_path, monkeypatch):
+    """Three adapters of one base. The files that they were trained on are gone; the cache is the test's own."""
+    for folder in ("adapters", "cache"):
+        shutil.copytree(trained / folder, tmp_path / folder)
+    monkeypatch.setenv("LORA_TUNER_CACHE", str(tmp_path / "cache"))
+    return [Library().get(name) for name in styles()]
+
+
+def kept(adapter, tmp_path):
+    return tmp_path / "cache" / "held-out" / f"{adapter.manifest.data.held_out_hash}.json"
+
+
+def with_manifest(adapter, **changes):
+    """The adapter with other facts in its manifest."""
+    text = adapter.manifest.model_copy(update=changes).to_json()
+    (adapter.path / store.MANIFEST).write_text(text)
+    return store.read(adapter.path)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The stages that are measured from now on, not taken from the cache."""
+    stages = []
+
+    def count(*args, stage="held-out loss", **kwargs):
+        stages.append(stage)
+        return measure(*args, stage=stage, **kwargs)
+
+    measure = evaluation.measure
+    monkeypatch.setattr(evaluation, "measure", count)
+    return stages
+
+
+def by_plain_peft(folder, adapter, texts):
+    """What one cell should be."""
+    base = load_base(find_base(str(folder)), "cpu")
+    rows = evaluation.encode_held_out(base, texts)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter.path)
+    return evaluation.compare(evaluation.measure(base.model, base, rows), evaluation.measure(model, base, rows))
+
+
+def close(result):
+    return pytest.approx(result.model_dump(), abs=1e-5)
+
+
+def test_each_cell_is_what_plain_peft_gives_on_those_rows(adapters, gpt2):
+    matrix = evaluate(adapters, device="cpu")
+    assert matrix.base == str(gpt2)
+    assert matrix.adapters == [it.name for it in matrix.sets] == ["noir", "verse", "notes"]
+    for adapter, line in zip(adapters, matrix.cells, strict=True):
+        for rows, cell in zip(matrix.sets, line, strict=True):
+            assert cell.model_dump() == close(by_plain_peft(gpt2, adapter, rows.texts))
+    assert len({cell.gain for line in matrix.cells for cell in line}) == 9
+
+
+def test_so_it_is_on_a_llama(llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_TUNER_CACHE", str(train_in(tmp_path, llama, ["noir", "verse"]) / "cache"))
+    found = [Library().get("noir"), Library().get("verse")]
+    matrix = evaluate(found, device="cpu")
+    for number, adapter in enumerate(found):
+        cell = matrix.cells[number][1 - number]
+        assert cell.model_dump() == close(by_plain_peft(llama, adapter, matrix.sets[1 - number].texts))
+
+
+def test_on_its_own_rows_an_adapter_gets_the_result_of_its_training(adapters):
+    matrix = evaluate(adapters, device="cpu")
+    for number, adapter in enumerate(adapters):
+        assert matrix.cells[number][number].model_dump() == close(adapter.manifest.result)
+        assert matrix.cells[number][number].rows == 6 + number
+
+
+def test_the_rows_come_from_the_cache_when_the_data_are_gone(adapters, trained, tmp_path):
+    assert not list(tmp_path.glob("*.json"))
+    matrix = evaluate(adapters, device="cpu")
+    for number, (adapter, rows) in enumerate(zip(adapters, matrix.sets, strict=True)):
+        held_out = load_corpus(TrainConfig(dataset=str(trained / f"{adapter.name}.json"))).held_out
+        assert rows == RowSet(adapter.name, held_out[: 6 + number])
+        assert json.loads(kept(adapter, tmp_path).read_text(encoding="utf-8")) == rows.texts
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "its held-out rows are not in the cache: it was trained elsewhere, or the cache was emptied"),
+        ("[]", "its held-out rows in the cache have changed"),
+        ('["other"]', "its held-out rows in the cache have changed"),
+        (
+            "{broken",
+            "its held-out rows in the cache cannot be read (Expecting property name enclosed in double quotes: line 1 "
+            "column 2 (char 1))",
+        ),
+        ("[1]", "its held-out rows in the cache cannot be read ('int' object has no attribute 'encode')"),
+        ("7", "its held-out rows in the cache cannot be read ('int' object is not iterable)"),
+    ],
+)
+def test_rows_that_are_missing_leave_their_cells_empty(adapters, tmp_path, content, why):
+    kept(adapters[1], tmp_path).unlink()
+    if content is not None:
+        kept(adapters[1], tmp_path).write_text(content)
+    matrix = evaluate(adapters[:2], device="cpu")
+    assert matrix.sets[1] == RowSet("verse", [], why)
+    assert [[cell is None for cell in line] for line in matrix.cells] == [[False, True], [False, True]]
+    assert matrix.cells[0][0].model_dump() == close(adapters[0].manifest.result)
+    with pytest.raises(AdapterError) as error:
+        evaluate(adapters[1:2], device="cpu")
+    assert str(error.value) == f"There is nothing to measure on. verse: {why}. Name data with --eval-dataset."
+
+
+def test_nobody_knows_the_rows_of_an_adapter_of_another_tool(adapters, gpt2):
+    (adapters[1].path / store.MANIFEST).unlink()
+    told = []
+    foreign = store.read(adapters[1].path)
+    matrix = evaluate([adapters[0], foreign], device="cpu", notify=told.append)
+    assert matrix.sets[1] == RowSet("verse", [], "it was trained by another tool, so nobody knows its held-out rows")
+    assert matrix.cells[1][1] is matrix.cells[0][1] is None
+    assert matrix.cells[1][0].model_dump() == close(by_plain_peft(gpt2, foreign, matrix.sets[0].texts))
+    assert [it.text for it in told if isinstance(it, Notice)] == [
+        f"verse has no manifest, so only its shapes can be compared with {gpt2}."
+    ]
+
+
+def test_what_was_measured_once_is_not_measured_again(adapters, measured):
+    first = evaluate(adapters, device="cpu")
+    # Each base has been measured when its adapter was trained.
+    assert measured == [
+        f"{one} on {other} (adapter {number} of 3)" for number, one in enumerate(styles(), 1) for other in styles()
+    ]
+    measured.clear()
+    assert evaluate(adapters, device="cpu") == first
+    assert evaluate(adapters[::-1], device="cpu").cells == [line[::-1] for line in first.cells[::-1]]
+    assert measured == []
+
+
+def test_what_was_measured_is_not_taken_for_something_else(adapters, measured, gpt2):
+    """Other weights, settings, rows or numbers of the base are measured anew."""
+    texts = tiny.reviews(5, seed=8)
+
+    def cell(texts=texts, **options):
+        found = store.read(adapters[0].path)
+        return evaluate([found], [RowSet("five", texts)], device="cpu", **options).cells[0][0]
+
+    def anew(stages, **options):
+        measured.clear()
+        result = cell(**options)
+        assert len(measured) == stages
+        return result
+
+    seen = [anew(2), anew(2, dtype="bfloat16"), anew(2, texts=texts[:4]), anew(2, texts=texts[::-1][:4])]
+    config = json.loads((adapters[0].path / store.CONFIG).read_text())
+    (adapters[0].path / store.CONFIG).write_text(json.dumps(config | {"lora_alpha": 3}))
+    seen.append(anew(1))
+    (adapters[0].path / store.CONFIG).write_text(json.dumps(config | {"use_rslora": True}))
+    seen.append(anew(1))
+    assert seen[-1].model_dump() == close(by_plain_peft(gpt2, adapters[0], texts))
+    (adapters[0].path / store.CONFIG).write_text(json.dumps(config))
+    (adapters[0].path / store.MANIFEST).unlink()  # it would tell that the weights are not its own
+    tensors = load_file(adapters[0].path / store.WEIGHTS)
+    save_file({name: 0.5 * tensor for name, tensor in tensors.items()}, adapters[0].path / store.WEIGHTS)
+    seen.append(anew(1))
+    assert len({result.loss for result in seen}) == len(seen)
+
+
+def test_a_broken_measure_in_the_cache_is_measured_again(adapters, tmp_path, measured):
+    first = evaluate(adapters[:1], device="cpu")
+    for file in (tmp_path / "cache" / "losses").iterdir():
+        file.write_text('{"nll": [1.0], "predictions": [3]}')
+    measured.clear()
+    assert evaluate(adapters[:1], device="cpu") == first
+    assert measured == ["held-out loss of the base", "noir on noir (adapter 1 of 1)"]
+
+
+def test_fewer_rows_are_the_first(adapters):
+    whole, some = evaluate(adapters[:2], device="cpu"), evaluate(adapters[:2], eval_rows=3, device="cpu")
+    assert [it.texts for it in some.sets] == [it.texts[:3] for it in whole.sets]
+    assert [[cell.rows for cell in line] for line in some.cells] == [[3, 3], [3, 3]]
+    named = [RowSet(it.name, it.texts[:3]) for it in whole.sets]
+    assert evaluate(adapters[:2], named, device="cpu") == some
+    assert evaluate(adapters[:2], eval_rows=1000, device="cpu") == whole
+
+
+def test_rows_of_other_data(adapters, tmp_path):
+    texts = tiny.reviews(20, seed=9)
+    (tmp_path / "other.json").write_text(json.dumps([*texts, texts[0], ""]))
+    told = []
+    rows = evaluation.rows_of(TrainConfig(eval_dataset="other.json", eval_rows=5), told.append)
+    everything = evaluation.rows_of(TrainConfig(eval_dataset="other.json"))
+    assert sorted(everything.texts) == sorted(texts)
+    assert rows == RowSet("other.json", everything.texts[:5])
+    assert told == [Notice("Measured on rows of other.json: 20 of 22.")]
+    matrix = evaluate(adapters[:2], [rows], device="cpu")
+    assert [[cell.rows for cell in line] for line in matrix.cells] == [[5], [5]]
+
+
+def test_two_adapters_of_one_name_are_refused(adapters, tmp_path):
+    shutil.copytree(adapters[1].path, tmp_path / "elsewhere" / "noir")
+    for names in (["noir", "verse", "elsewhere/noir"], ["noir", "noir"], ["noir", tmp_path / "adapters" / "noir"]):
+        with pytest.raises(AdapterError) as error:
+            Library().several(names)
+        assert str(error.value) == "Two of these adapters are called noir: name each once, or rename one."
+    assert [it.name for it in Library().several(["verse", "elsewhere/noir"])] == ["verse", "noir"]
+
+
+@pytest.fixture
+def stranger(tmp_path):
+    return tiny.save_model(tmp_path / "stranger", "gpt2", seed=7)
+
+
+def test_another_base_is_refused_and_both_are_named(adapters, stranger, gpt2, measured):
+    with pytest.raises(WrongBaseError) as error:
+        evaluate(adapters, base=str(stranger), device="cpu")
+    prints = [find_base(str(folder)).fingerprint[:12] for folder in (gpt2, stranger)]
+    assert str(error.value) == (
+        f"noir was trained on {gpt2} (fingerprint {prints[0]}, a local folder), not on {stranger} (fingerprint "
+        f"{prints[1]}, a local folder). Give the right one with --base, or try all the same with --force."
+    )
+    other = find_base(str(stranger)).facts()
+    adapters[2] = with_manifest(adapters[2], base=other)
+    with pytest.raises(WrongBaseError, match=r"^notes was trained on .*/stranger .* not on .*/gpt2 "):
+        evaluate(adapters, device="cpu")
+    assert measured == []
+
+
+def test_another_base_can_be_forced_with_a_notice_for_each(adapters, stranger):
+    told = []
+    matrix = evaluate(adapters[:2], base=str(stranger), device="cpu", force=True, notify=told.append)
+    notices = [it.text for it in told if isinstance(it, Notice)]
+    assert [text.partition(" was ")[0] for text in notices] == ["FORCED: noir", "FORCED: verse"]
+    assert all(text.endswith("What it writes may mean nothing.") for text in notices)
+    assert matrix.base == str(stranger)
+    for adapter, line in zip(adapters, matrix.cells, strict=False):
+        assert line[0].model_dump() == close(by_plain_peft(stranger, adapter, matrix.sets[0].texts))
+
+
+def test_adapters_of_different_splits_are_told(adapters):
+    told = []
+    evaluate(adapters, device="cpu", notify=told.append)
+    assert not [it for it in told if isinstance(it, Notice)]
+    data = adapters[1].manifest.data.model_copy(update={"split_salt": "x"})
+    evaluate([adapters[0], with_manifest(adapters[1], data=data)], device="cpu", notify=told.append)
+    assert [it.text for it in told if isinstance(it, Notice)] == [
+        "The adapters differ in --split-salt, so one may have been trained on rows that another holds out."
+    ]
+
+
+def test_the_base_stays_as_it_was(adapters, monkeypatch):
+    opened = []
+
+    def remember(*args, **kwargs):
+        opened.append(open_base(*args, **kwargs))
+        return opened[0]
+
+    open_base = lora.open_base
+    monkeypatch.setattr(lora, "open_base", remember)
+    first = evaluate(adapters, eval_rows=4, device="cpu")
+    (base,) = opened
+    plain = AutoModelForCausalLM.from_pretrained(base.source.folder)
+    assert [name for name, _ in base.model.named_modules()] == [name for name, _ in plain.named_modules()]
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(base.model.state_dict()[name], tensor), name
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.model.modules())
+    assert not base.model.training
+    assert first.cells[0][0].base_loss == first.cells[1][0].base_loss == first.cells[2][0].base_loss
+
+
+def test_broken_off_it_leaves_no_hook_on_the_base(adapters, monkeypatch):
+    seen = []
+
+    def interrupted(model, *args, **kwargs):
+        seen.append(model)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(adapters, device="cpu")
+    assert not any(module._forward_hooks for module in seen[0].modules())
+
+
+def test_the_facts_are_json_and_hold_no_row(adapters, tmp_path):
+    kept(adapters[1], tmp_path).unlink()
+    matrix = evaluate(adapters, device="cpu")
+    text = json.dumps(matrix.facts(), allow_nan=False)
+    facts = json.loads(text)
+    assert not any(row in text for it in matrix.sets for row in it.texts)
+    assert facts["base"] == matrix.base
+    assert facts["sets"] == [
+        {"name": "noir", "rows": 6, "missing": None},
+        {"name": "verse", "rows": 0, "missing": matrix.sets[1].missing},
+        {"name": "notes", "rows": 8, "missing": None},
+    ]
+    assert [it["name"] for it in facts["adapters"]] == ["noir", "verse", "notes"]
+    assert [it["results"][1] for it in facts["adapters"]] == [None] * 3
+    cell = matrix.cells[2][0]
+    assert facts["adapters"][2]["results"][0] == cell.model_dump() | {"perplexity": math.exp(cell.loss)}
+
+
+def test_rows_in_the_cache_that_never_end_are_missing(adapters, tmp_path):
+    kept(adapters[0], tmp_path).write_text("[" * 200_000)
+    assert "cannot be read" in evaluate(adapters[:2], device="cpu").sets[0].missing
+
+
+def test_a_set_without_rows_says_so(adapters):
+    sets = [RowSet("x", []), RowSet("y", tiny.reviews(3))]
+    matrix = evaluate(adapters[:1], sets, device="cpu")
+    assert [it.missing for it in matrix.sets] == ["it holds no rows", None]
+    assert [cell is None for cell in matrix.cells[0]] == [True, False]
+
+
+def test_adapters_of_one_name_are_refused(adapters, tmp_path):
+    shutil.copytree(adapters[1].path, tmp_path / "elsewhere" / adapters[0].name)
+    with pytest.raises(AdapterError) as error:
+        evaluate([adapters[0], store.read(tmp_path / "elsewhere" / adapters[0].name)], device="cpu")
+    assert str(error.value) == "Two of these adapters are called noir: name each once, or rename one."

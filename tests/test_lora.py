@@ -1,14 +1,19 @@
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
-from lora_tuner import Library, TrainConfig, lora, store
+from lora_tuner import Library, Manifest, TrainConfig, files, lora, store
 from lora_tuner.base_model import find_base, load_base
-from lora_tuner.errors import AdapterError, ConfigError, WrongBaseError
+from lora_tuner.errors import AdapterError, ConfigError, Notice, WrongBaseError
+from lora_tuner.manifest import Weights, now
 
+from . import stored as files_of
 from . import tiny
 
 
@@ -38,11 +43,46 @@ def test_targets_by_name(gpt2):
     assert lora.resolve_targets(model, "transformer.h.1.attn.c_attn") == ["1.attn.c_attn"]
 
 
-@pytest.mark.parametrize("name", ["lm_head", "wte", "q_proj", "embed_tokens", ""])
+CANNOT = (
+    "targets: {} cannot be adapted; auto, attention, all-linear, or any of {} can (embeddings and the output head cannot: "
+    "where they share weights, an update would not survive a merge)."
+)
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head", "wte", "q_proj", "embed_tokens", "", "attn", "C_ATTN", "h.9.attn.c_attn", ".*"]
+)
 def test_what_cannot_be_adapted_is_refused_with_the_names_that_can(gpt2, name):
-    with pytest.raises(ConfigError, match="any of c_attn, c_fc, c_proj can") as error:
+    with pytest.raises(ConfigError) as error:
         lora.resolve_targets(load(gpt2).model, name)
-    assert f"targets: {name} cannot be adapted" in str(error.value)
+    assert str(error.value) == CANNOT.format(name, "c_attn, c_fc, c_proj")
+
+
+def test_of_several_names_those_that_cannot_be_adapted_are_refused(llama):
+    with pytest.raises(ConfigError) as error:
+        lora.resolve_targets(load(llama).model, "q_proj, lm_head,wte ,v_proj")
+    names = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert str(error.value) == CANNOT.format("lm_head, wte", names)
+
+
+def test_a_base_without_attention():
+    model = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=8, num_hidden_layers=1, state_size=2))
+    with pytest.raises(ConfigError) as error:
+        lora.resolve_targets(model, "attention")
+    assert str(error.value) == (
+        "No layer of this base is called attention; its layers are dt_proj, in_proj, out_proj, x_proj."
+    )
+    assert lora.resolve_targets(model, "all-linear") == ["dt_proj", "in_proj", "out_proj", "x_proj"]
+
+
+def test_what_peft_refuses_is_a_setting_that_is_wrong(gpt2, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("Target module Linear()\n  is not   supported.")
+
+    monkeypatch.setattr(lora, "get_peft_model", refuse)
+    with pytest.raises(ConfigError) as error:
+        lora.wrap(load(gpt2), TrainConfig())
+    assert str(error.value) == "targets: Target module Linear() is not supported."
 
 
 def test_only_the_update_is_trained_and_it_starts_as_nothing(model_folder):
@@ -88,33 +128,201 @@ def test_the_config_names_the_base_and_no_initialiser(model_folder, stored):
     assert config["target_modules"] == sorted(config["target_modules"])
 
 
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # those of the other base
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True, "lora_alpha": 3},
+        {"use_dora": True},
+        {"use_dora": True, "use_rslora": True, "alpha_pattern": {"c_attn": 5, "q_proj": 5}},
+        {"rank_pattern": {r"^transformer\.h\.0\.mlp\.c_fc": 7, "c_fc": 2, r"layers.\d.mlp.up_proj": 6, "k_proj": 1}},
+        {"alpha_pattern": {"attn.c_attn": 1, "h.1.mlp.c_proj": 16, "0.self_attn.v_proj": 0, "v_proj": 9}},
+    ],
+)
+def test_what_plain_peft_saves_is_read_and_gives_the_same_logits(model_folder, tmp_path, settings):
+    torch.manual_seed(2)
+    transposed = "gpt2" in str(model_folder)
+    plain = AutoModelForCausalLM.from_pretrained(model_folder)
+    settings = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear", "init_lora_weights": False} | settings
+    plain = get_peft_model(plain, LoraConfig(**settings, fan_in_fan_out=transposed)).eval()
+    plain.save_pretrained(tmp_path / "plain")
+    adapter = store.read(tmp_path / "plain")
+    assert store.verify(adapter) == []
+    ours = lora.attach(load(model_folder).model, adapter, "slot0")
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(ours(ids).logits, plain(ids).logits, atol=0, rtol=0)
+    scales = {
+        name.removeprefix("base_model.model."): layer.scaling["slot0"]
+        for name, layer in ours.named_modules()
+        if hasattr(layer, "lora_A")
+    }
+    assert {module: adapter.scale_of(module) for module in adapter.modules} == scales
+
+
+def spoil(adapter, count):
+    """Put a number that is not finite into some of the tensors; the names of all."""
+    tensors = load_file(adapter.path / store.WEIGHTS)
+    for name in sorted(tensors)[:count]:
+        tensors[name][0, 0] = float("nan")
+    save_file(tensors, adapter.path / store.WEIGHTS)
+    return sorted(tensors)
+
+
+@pytest.mark.parametrize("wrong", [1, 3, 5])
+def test_a_damaged_adapter_is_refused_and_the_base_stays(stored, model_folder, wrong):
+    names = spoil(stored, wrong)
+    base = load(model_folder)
+    before = [name for name, _ in base.model.named_modules()]
+    said = "; ".join(f"{name} holds numbers that are not finite" for name in names[: min(wrong, 3)])
+    for put_on in (lambda: lora.attach(base.model, stored, "slot0"), lambda: lora.wrap(base, TrainConfig(), stored)):
+        with pytest.raises(AdapterError) as error:
+            put_on()
+        assert str(error.value) == f"{stored.path} is damaged: {said}."
+    assert [name for name, _ in base.model.named_modules()] == before
+
+
+def test_weights_that_the_manifest_does_not_know_are_refused(known, model_folder):
+    tensors = load_file(known.path / store.WEIGHTS)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, known.path / store.WEIGHTS)
+    with pytest.raises(AdapterError) as error:
+        lora.attach(load(model_folder).model, store.read(known.path), "slot0")
+    assert str(error.value) == (
+        f"{known.path} is damaged: adapter_model.safetensors is not the file that manifest.json was written for."
+    )
+
+
 def test_an_adapter_of_another_shape_is_refused_and_the_base_stays(tmp_path, stored, model_folder):
-    kind = "gpt2" if "gpt2" in str(model_folder) else "llama"
-    wider = load(tiny.save_model(tmp_path / "wider", kind, width=48))
+    gpt2 = "gpt2" in str(model_folder)
+    wider = load(tiny.save_model(tmp_path / "wider", "gpt2" if gpt2 else "llama", width=48))
     names = [name for name, _ in wider.model.named_modules()]
-    with pytest.raises(AdapterError, match=r"does not fit the base: .* in the base, .* in the adapter; .* more"):
+    with pytest.raises(AdapterError) as error:
         lora.attach(wider.model, stored, "slot0")
+    said = (
+        "transformer.h.0.attn.c_attn is 48 -> 144 in the base, 32 -> 96 in the adapter; "
+        "transformer.h.0.attn.c_proj is 48 -> 48 in the base, 32 -> 32 in the adapter; "
+        "transformer.h.0.mlp.c_fc is 48 -> 192 in the base, 32 -> 128 in the adapter, and 5 more"
+        if gpt2
+        else "model.layers.0.mlp.down_proj is 96 -> 48 in the base, 64 -> 32 in the adapter; "
+        "model.layers.0.mlp.gate_proj is 48 -> 96 in the base, 32 -> 64 in the adapter; "
+        "model.layers.0.mlp.up_proj is 48 -> 96 in the base, 32 -> 64 in the adapter, and 11 more"
+    )
+    assert str(error.value) == f"{stored.path} does not fit the base: {said}."
     assert [name for name, _ in wider.model.named_modules()] == names
 
 
 def test_an_adapter_with_more_layers_than_the_base_is_refused(tmp_path, stored, model_folder):
-    kind = "gpt2" if "gpt2" in str(model_folder) else "llama"
-    shallow = load(tiny.save_model(tmp_path / "shallow", kind, layers=1))
-    with pytest.raises(AdapterError, match="is no linear layer of the base"):
+    gpt2 = "gpt2" in str(model_folder)
+    shallow = load(tiny.save_model(tmp_path / "shallow", "gpt2" if gpt2 else "llama", layers=1))
+    with pytest.raises(AdapterError) as error:
         lora.attach(shallow.model, stored, "slot0")
+    lacking = [module for module in stored.modules if ".1." in module]
+    said = "; ".join(f"{module} is no linear layer of the base" for module in lacking[:3])
+    assert str(error.value) == f"{stored.path} does not fit the base: {said}, and {len(lacking) - 3} more."
     assert not any("lora" in name for name, _ in shallow.model.named_modules())
 
 
-def test_the_wrong_base_is_refused_unless_forced(adapter, tmp_path):
-    other = load(tiny.save_model(tmp_path / "other", "gpt2", seed=7))
+# The base that an adapter was trained on
+
+
+@pytest.fixture
+def known(stored, model_folder):
+    """That adapter with a manifest that says it was trained on that base."""
+    base = load(model_folder)
+    weights = stored.path / store.WEIGHTS
+    manifest = Manifest(
+        created=now(),
+        base=base.source.facts(base.tokenizer_hash),
+        weights=Weights(sha256=files.sha256_file(weights), bytes=weights.stat().st_size, parameters=stored.parameters),
+    )
+    (stored.path / store.MANIFEST).write_text(manifest.to_json())
+    return store.read(stored.path)
+
+
+@pytest.fixture
+def other_weights(model_folder, tmp_path):
+    kind = "gpt2" if "gpt2" in str(model_folder) else "llama"
+    return load(tiny.save_model(tmp_path / "other", kind, seed=7))
+
+
+@pytest.fixture
+def other_tokenizer(model_folder, tmp_path):
+    """The same base, but for one token."""
+    folder = shutil.copytree(model_folder, tmp_path / "retokenised")
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<one more>"])
+    tokenizer.save_pretrained(folder)
+    return load(folder)
+
+
+def refused(adapter, base):
     with pytest.raises(WrongBaseError) as error:
-        lora.check_base(adapter, other)
-    assert "reviews was trained on" in str(error.value)
-    assert "Give the right one with --base, or try all the same with --force." in str(error.value)
+        lora.check_base(adapter, base, notify=pytest.fail)
+    return str(error.value)
+
+
+def forced(adapter, base):
     notices = []
-    lora.check_base(adapter, other, force=True, notify=notices.append)
-    assert [notice.text[:30] for notice in notices] == ["FORCED: reviews was trained on"]
+    lora.check_base(adapter, base, force=True, notify=notices.append)
+    return notices
+
+
+def test_the_right_base_is_taken_without_a_word(known, model_folder):
+    lora.check_base(known, load(model_folder), notify=pytest.fail)
+    assert forced(known, load(model_folder)) == []
+
+
+def test_the_wrong_base_is_refused_unless_forced(known, model_folder, other_weights):
+    own, others = load(model_folder).source, other_weights.source
+    assert own.fingerprint != others.fingerprint
+    what = (
+        f"stored was trained on {model_folder} (fingerprint {own.fingerprint[:12]}, a local folder), not on {others.name} "
+        f"(fingerprint {others.fingerprint[:12]}, a local folder)"
+    )
+    assert refused(known, other_weights) == (
+        f"{what}. Give the right one with --base, or try all the same with --force."
+    )
+    assert forced(known, other_weights) == [Notice(f"FORCED: {what}. What it writes may mean nothing.")]
+
+
+def test_the_wrong_tokenizer_is_refused_unless_forced(known, model_folder, other_tokenizer):
+    assert other_tokenizer.source.fingerprint == load(model_folder).source.fingerprint
+    what = f"stored was trained with another tokenizer than that of {other_tokenizer.source.name}"
+    assert refused(known, other_tokenizer) == (
+        f"{what}. Give the right one with --base, or try all the same with --force."
+    )
+    assert forced(known, other_tokenizer) == [Notice(f"FORCED: {what}. What it writes may mean nothing.")]
+
+
+def test_where_no_tokenizer_is_known_none_is_refused(known, other_tokenizer):
+    facts = known.manifest.model_copy(update={"base": known.manifest.base.model_copy(update={"tokenizer": None})})
+    (known.path / store.MANIFEST).write_text(facts.to_json())
+    lora.check_base(store.read(known.path), other_tokenizer, notify=pytest.fail)
+
+
+def test_without_a_manifest_any_base_is_taken_with_a_word(stored, other_weights):
+    notice = Notice(f"stored has no manifest, so only its shapes can be compared with {other_weights.source.name}.")
+    assert forced(stored, other_weights) == [notice]
+    notices = []
+    lora.check_base(stored, other_weights, notify=notices.append)
+    assert notices == [notice]
 
 
 def test_the_base_is_found_from_the_manifest(adapter, gpt2):
     assert lora.open_base(Library().get("reviews"), device="cpu").source.folder == gpt2
+
+
+def test_the_order_of_patterns_survives_saving(gpt2, tmp_path):
+    """Of several keys that match, PEFT takes the first."""
+    shapes = {"A": (4, 32), "B": (96, 4)}
+    weights = {
+        f"base_model.model.transformer.h.{number}.attn.c_attn.lora_{part}.weight": np.ones(shape, np.float32)
+        for number in (0, 1)
+        for part, shape in shapes.items()
+    }
+    patterns = {"alpha_pattern": {"h.0.attn.c_attn": 64, "c_attn": 2}}
+    parent = store.read(files_of.write(tmp_path / "parent", patterns, weights))
+    model = lora.wrap(load(gpt2), TrainConfig(rank=4), parent)
+    lora.save(lora.weights(model), model.peft_config["default"], tmp_path / "child")
+    child = store.read(tmp_path / "child")
+    assert [child.scale_of(module) for module in child.modules] == [16.0, 0.5]

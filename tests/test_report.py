@@ -1,14 +1,19 @@
 import json
 import math
+import re
 import warnings
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from PIL import Image
+from transformers import AutoModelForCausalLM
 
-from lora_tuner import report, store
+from lora_tuner import GainMatrix, RowSet, report, store
+from lora_tuner.manifest import Result
 
 from . import stored
 
@@ -70,6 +75,10 @@ def plot(tmp_path, history=HISTORY, manifest=None):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report.plot_loss(history, manifest or stored.manifest(), path)
+    return pixels_of(path)
+
+
+def pixels_of(path):
     with Image.open(path) as image:
         assert image.format == "PNG"
         image.load()
@@ -129,6 +138,118 @@ def test_the_same_run_gives_the_same_picture(tmp_path):
     first = (tmp_path / "loss.png").read_bytes()
     plot(tmp_path)
     assert (tmp_path / "loss.png").read_bytes() == first
+
+
+# The gain matrix
+
+
+def result(gain):
+    return Result(base_loss=4, loss=4 - gain, gain=gain, standard_error=0.01, rows=8, tokens=90)
+
+
+def gains(*lines, adapters=None, sets=None, base="distilgpt2"):
+    """A matrix with these gains; None is a cell without rows."""
+    return GainMatrix(
+        base,
+        adapters or [f"adapter{number}" for number in range(len(lines))],
+        [RowSet(name, ["a row"]) for name in sets or [f"set{number}" for number in range(len(lines[0]))]],
+        [[None if gain is None else result(gain) for gain in line] for line in lines],
+    )
+
+
+def plot_gains(tmp_path, matrix, name="gains.png"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report.plot_gains(matrix, tmp_path / name)
+    return pixels_of(tmp_path / name)
+
+
+# The ends of the scale, its middle, and the background.
+HELPS, FORGOTTEN, NOTHING, MISSING = (5, 48, 97), (103, 0, 31), (246, 247, 247), (217, 217, 217)
+
+
+def where(pixels, colour):
+    """The middle (across, down) of all that has this colour."""
+    found = np.argwhere((np.abs(pixels - colour) < 3).all(axis=-1))
+    assert len(found) > 0.05 * pixels[..., 0].size
+    down, across = found.mean(axis=0)
+    return across, down
+
+
+def test_gains_are_blue_losses_red_and_what_is_missing_grey(tmp_path):
+    pixels = plot_gains(tmp_path, gains([0.5, None], [-0.5, 0.0]))
+    helps, forgotten, nothing, missing = (where(pixels, it) for it in (HELPS, FORGOTTEN, NOTHING, MISSING))
+    # An adapter a row, a set of rows a column. (The bar beside it draws them a little apart.)
+    assert helps[0] == pytest.approx(forgotten[0], abs=30)
+    assert nothing[0] == pytest.approx(missing[0], abs=30)
+    assert helps[1] == pytest.approx(missing[1], abs=30)
+    assert forgotten[1] == pytest.approx(nothing[1], abs=30)
+    assert missing[0] - helps[0] > 100
+    assert forgotten[1] - helps[1] > 100
+
+
+@pytest.mark.parametrize("matrix", [gains([0.0]), gains([0.0, None]), gains([1e-12, 1.0])])
+def test_no_gain_has_no_colour(tmp_path, matrix):
+    where(plot_gains(tmp_path, matrix), NOTHING)
+
+
+def test_the_figures_of_each_cell_are_in_the_picture(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    texts, write = {}, Axes.text
+
+    def record(self, x, y, text, **style):
+        texts[y, x] = text
+        return write(self, x, y, text, **style)
+
+    monkeypatch.setattr(Axes, "text", record)
+    plot_gains(tmp_path, gains([0.5, None], [-0.25, 0.0]))
+    assert texts == {
+        (0, 0): "+0.500\n± 0.010",
+        (0, 1): "missing",
+        (1, 0): "-0.250\n± 0.010",
+        (1, 1): "+0.000\n± 0.010",
+    }
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        gains([0.1]),
+        gains([-0.1]),
+        gains([None]),
+        gains([None, None], [None, None]),
+        gains([0.0, 0.0], [0.0, 0.0]),
+        gains([1e-9, 1e9]),
+        gains([0.1], sets=["$_{$"], base="$^{$"),
+        gains([0.1, 0.2], sets=["$a_b{c", r"\frac{$"], adapters=["a_b"], base="/models/my_$base$"),
+        gains([0.1], [0.2], adapters=["a_b-1", "A" * 12]),
+        gains(*[[0.01 * i * j for i in range(12)] for j in range(12)]),
+    ],
+    ids=["one", "loss", "missing", "all-missing", "zero", "far", "formula", "names", "column", "many"],
+)
+def test_every_matrix_has_a_picture(tmp_path, matrix):
+    height, width, _ = plot_gains(tmp_path, matrix).shape
+    assert width >= 120 * (2.2 + 1.1 * len(matrix.sets))
+    assert height >= 120 * (1.8 + 0.6 * len(matrix.adapters))
+
+
+def test_the_same_gains_give_the_same_picture(tmp_path):
+    for name in ("a.png", "b.png"):
+        plot_gains(tmp_path, gains([0.5, None], [-0.5, 0.25]), name)
+    plot_gains(tmp_path, gains([0.5, None], [-0.5, 0.24]), "c.png")
+    first, second, other = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png", "c.png"))
+    assert first == second != other
+
+
+def test_the_picture_names_no_path_of_this_machine(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    shown = []
+    monkeypatch.setattr(Axes, "set_xticks", lambda self, ticks, labels, **_: shown.append(labels))
+    monkeypatch.setattr(Axes, "set_title", lambda self, title, **_: shown.append(title))
+    plot_gains(tmp_path, gains([0.1], sets=[str(tmp_path / "films.csv")], base=str(tmp_path / "mine")))
+    assert shown == [["films.csv"], "Gain over mine (nats per token)"]
 
 
 # The model card
@@ -214,3 +335,171 @@ def test_the_program_in_the_card_is_python(card):
     program = card().split("```python\n")[1].split("```")[0]
     compile(program, "card", "exec")
     assert 'PeftModel.from_pretrained(base, "path/to/imdb")' in program
+
+
+# How other tools load it
+
+
+def use(text):
+    return text.split("## Use\n")[1]
+
+
+MERGE = "merge it first: `python cli.py merge path/to/imdb --out merged/imdb`."
+MAGNITUDES = {f"base_model.model.{module}.lora_magnitude_vector": np.ones(18, np.float32) for module in stored.MODULES}
+
+
+@pytest.mark.parametrize(
+    ("config", "rank", "vllm", "llama_cpp"),
+    [
+        ({}, 4, "--max-lora-rank 8 ", True),
+        ({}, 1, "--max-lora-rank 8 ", True),
+        ({}, 8, "--max-lora-rank 8 ", True),
+        ({}, 12, "--max-lora-rank 16 ", True),
+        ({}, 321, "--max-lora-rank 512 ", True),
+        ({}, 1000, f"vLLM takes ranks up to 512: {MERGE}", True),
+        (
+            {"use_rslora": True},
+            12,
+            "--max-lora-rank 16 ",
+            f"llama.cpp would scale it wrongly, as it knows neither rsLoRA nor alphas of single layers: {MERGE}",
+        ),
+        (
+            {"alpha_pattern": {"c_attn": 3}},
+            4,
+            "--max-lora-rank 8 ",
+            f"llama.cpp would scale it wrongly, as it knows neither rsLoRA nor alphas of single layers: {MERGE}",
+        ),
+        ({"use_rslora": True}, 1000, f"vLLM takes ranks up to 512: {MERGE}", "llama.cpp would scale it wrongly"),
+    ],
+)
+def test_the_card_says_which_tools_can_load_it(tmp_path, config, rank, vllm, llama_cpp):
+    folder = stored.write(tmp_path / "imdb", {"r": rank} | config, stored.tensors(rank), stored.manifest())
+    text = use(report.model_card(store.read(folder), "imdb"))
+    assert vllm in text
+    assert ("vllm serve distilbert/distilgpt2 --enable-lora" in text) is vllm.startswith("--")
+    assert ("--lora-modules imdb=path/to/imdb" in text) is vllm.startswith("--")
+    loaded = "python convert_lora_to_gguf.py --base path/to/base --outfile imdb.gguf path/to/imdb" in text
+    assert loaded is (llama_cpp is True)
+    assert llama_cpp is True or llama_cpp in text
+    assert MERGE not in text or vllm.endswith(MERGE) or llama_cpp is not True
+
+
+def test_vllm_is_told_the_largest_rank_of_any_layer(tmp_path):
+    weights = stored.tensors(4) | {
+        name: tensor for name, tensor in stored.tensors(20).items() if stored.MODULES[1] in name
+    }
+    folder = stored.write(tmp_path / "imdb", {"rank_pattern": {"h.1.attn.c_attn": 20}}, weights, stored.manifest())
+    assert "--max-lora-rank 32 " in report.model_card(store.read(folder), "imdb")
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "kind"),
+    [
+        ({"fan_in_fan_out": True}, {}, "adapters on this kind of layer (GPT-2's)"),
+        ({"use_dora": True}, MAGNITUDES, "DoRA"),
+        ({"use_dora": True, "fan_in_fan_out": True}, MAGNITUDES, "DoRA"),
+    ],
+)
+def test_what_only_peft_can_load_is_to_be_merged(tmp_path, config, weights, kind):
+    folder = stored.write(tmp_path / "imdb", config, stored.tensors() | weights, stored.manifest())
+    text = use(report.model_card(store.read(folder), "imdb"))
+    assert text.endswith(f"```\n\nvLLM and llama.cpp load no {kind}: {MERGE}\n")
+    assert "vllm serve" not in text
+    assert "convert_lora_to_gguf" not in text
+
+
+def test_the_card_of_a_child_names_its_parent_and_what_it_was_measured_on(card, tmp_path):
+    grandparent = {"name": "old", "sha256": "12" * 32}
+    parents = [{"name": "noir", "sha256": "ab" * 32, "parents": [grandparent]}, {"name": "verse", "sha256": "cd" * 32}]
+    facts = stored.manifest().data.model_copy(update={"eval_dataset": "owner/films"})
+    rows = table(card(stored.manifest(parents=parents, data=facts.model_dump())))
+    assert rows["Made from"] == "noir (abababababab), verse (cdcdcdcdcdcd)"
+    assert rows["Measured on"] == "owner/films"
+    assert list(rows)[2:6] == ["Size", "Made from", "Data", "Rows"]
+    facts = facts.model_copy(update={"eval_dataset": str(tmp_path / "films.csv")})
+    assert table(card(stored.manifest(data=facts.model_dump())))["Measured on"] == "films.csv"
+    assert {"Made from", "Measured on"} & table(card()).keys() == set()
+
+
+def peft_folder(place, base, **settings):
+    """An adapter with random weights as plain PEFT writes it."""
+    torch.manual_seed(1)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", lora_alpha=7, **settings)
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("gpt2", {"r": 4, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+        ("gpt2", {"r": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True}),
+        ("llama", {"r": 12, "target_modules": ["q_proj", "down_proj"]}),
+        (
+            "llama",
+            {"r": 4, "target_modules": ["q_proj"], "use_rslora": True, "rank_pattern": {"0.self_attn.q_proj": 1000}},
+        ),
+        ("llama", {"r": 4, "target_modules": ["v_proj"], "use_dora": True}),
+    ],
+)
+def test_the_programs_of_the_card_run_and_agree(tmp_path, capsys, request, kind, settings):
+    base = request.getfixturevalue(kind)
+    folder = peft_folder(tmp_path / "path" / "to" / "noir", base, **settings)
+    (tmp_path / "path" / "to" / kind).symlink_to(base)
+    facts = based_on(name=str(base), repo=str(base), **LOCAL)
+    (folder / store.MANIFEST).write_text(facts.to_json())
+    text = report.model_card(store.read(folder), "noir")
+    assert ModelCard(text).data.library_name == "peft"
+    by_peft, by_transformers = {}, {}
+    peft_program, transformers_program = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(peft_program, by_peft)
+    assert capsys.readouterr().out.startswith("Once")
+    exec(transformers_program, by_transformers)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(base)(ids).logits
+        first, second = (program["model"].eval()(ids).logits for program in (by_peft, by_transformers))
+    torch.testing.assert_close(first, second, atol=1e-6, rtol=0)
+    assert (first - plain).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("base", "repo"),
+    [
+        ({}, "distilbert/distilgpt2"),
+        ({"name": "a/b", "repo": "a/b"}, "a/b"),
+        ({"name": "m", "repo": "m", **LOCAL}, None),
+    ],
+)
+def test_the_metadata_of_a_child_is_what_the_hub_reads(card, base, repo):
+    facts = based_on(**base).model_copy(
+        update={"parents": stored.manifest(parents=[{"name": "noir", "sha256": "ab" * 32}]).parents}
+    )
+    parsed = ModelCard(card(facts))
+    assert parsed.data.to_dict() == {
+        **({"base_model": repo} if repo else {}),
+        "datasets": ["stanfordnlp/imdb"],
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "lora_tuner"],
+    }
+
+
+@pytest.mark.parametrize("name", ["reviews", "$_{$", "a" * 64])
+def test_names_of_any_length_stay_in_the_picture(tmp_path, monkeypatch, name):
+    from matplotlib.figure import Figure
+
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (save(self, *a, **k), saved.append(self)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report.plot_gains(gains([0.1], adapters=[name], sets=[name]), tmp_path / "x.png")
+    box, (width, height) = saved[0].get_tightbbox(), saved[0].get_size_inches()
+    assert min(box.x0, box.y0) >= 0
+    assert box.x1 <= width
+    assert box.y1 <= height

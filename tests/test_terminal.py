@@ -1,6 +1,18 @@
-import pytest
+import datetime
+import json
+from types import SimpleNamespace
 
-from lora_tuner import Notice, Progress, terminal
+import pytest
+from rich.console import Console
+
+from lora_tuner import Library, Notice, Progress, store, terminal
+
+from . import stored
+
+CONTROL = {chr(code) for code in (*range(32), *range(127, 160))} - {"\t", "\n"}
+# What a stranger may put where a name is expected: colours, a window title, a cursor that goes up; markup of rich.
+EVIL = "\x1b[31mred\x1b]0;title\x07\x9b2A\x00\r\b\x7f[red]x[/red][/nope]"
+SHOWN = "\ufffd[31mred\ufffd]0;title\ufffd\ufffd2A\ufffd\ufffd\ufffd\ufffd[red]x[/red][/nope]"
 
 
 @pytest.mark.parametrize(
@@ -44,3 +56,239 @@ def test_time_left_counts_from_where_the_stage_went_on(capsys, monkeypatch):
     for done, now in ((500, 0.0), (510, 20.0)):  # noqa: B007 - the clock reads it
         show(Progress("training", done, 1000))
     assert capsys.readouterr().err == "training 510/1000  16 min left\n"
+
+
+# What strangers have written
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+
+
+def seen(capsys):
+    """All that went to the terminal, which obeys nothing in it."""
+    captured = capsys.readouterr()
+    shown = captured.out + captured.err
+    assert not CONTROL & set(shown)
+    return shown
+
+
+def test_nothing_in_plain_text_is_obeyed():
+    every = "".join(map(chr, range(0x300)))
+    shown = terminal.plain(every)
+    assert len(shown) == len(every)
+    assert {a for a, b in zip(every, shown, strict=True) if a != b} == CONTROL
+    assert set(shown) & {"\t", "\n"} == {"\t", "\n"}
+    assert terminal.plain(EVIL) == SHOWN
+    assert terminal.plain("plaîn — text 😀") == "plaîn — text 😀"
+
+
+def test_a_line_shows_what_it_was_given_and_no_more(capsys):
+    terminal.say(EVIL)
+    terminal.Display()(Notice(EVIL))
+    assert seen(capsys) == f"{SHOWN}\n{SHOWN}\n"
+
+
+def test_progress_off_a_terminal_shows_what_it_was_given_and_no_more(capsys):
+    terminal.Display()(Progress(EVIL, 1, 1, EVIL))
+    assert seen(capsys) == f"{SHOWN} 1/1  {SHOWN}\n"
+
+
+def test_cells_and_facts_show_what_they_were_given_and_no_more(capsys, wide):
+    terminal.table([(EVIL, "b")], ("name", "other"))
+    terminal.show_facts({EVIL: EVIL, "many": [EVIL, EVIL], "deep": {EVIL: EVIL}})
+    lines = [line.split() for line in seen(capsys).splitlines()]
+    assert lines[0] == ["name", "other"]
+    assert lines[1] == [SHOWN, "b"]
+    assert lines[2] == [SHOWN, SHOWN]
+    assert lines[3] == ["many", f"{SHOWN},", SHOWN]
+    assert lines[4] == ["deep", f"{SHOWN}:", SHOWN]
+
+
+@pytest.fixture
+def evil(tmp_path):
+    """An adapter whose manifest says what it likes, wherever the schema has text."""
+    facts = stored.manifest().model_dump() | {"created": EVIL, "versions": {EVIL: EVIL}, "weights": None}
+    facts["base"] = dict.fromkeys(facts["base"], EVIL)
+    texts = dict.fromkeys(("name", "source", "hash", "split_salt", "eval_dataset", "held_out_hash"), EVIL)
+    facts["data"] |= texts | {"where": [EVIL], "counts": {EVIL: 3}}
+    facts["run"] |= {"device": EVIL, "dtype": EVIL}
+    facts["parents"] = [{"name": EVIL, "sha256": EVIL, "parents": [{"name": EVIL, "sha256": EVIL}]}]
+    return store.read(stored.write(tmp_path / "adapters" / "evil", facts=stored.Manifest.model_validate(facts)))
+
+
+def test_a_hostile_manifest_is_shown_in_the_list_and_obeyed_by_nothing(capsys, wide, evil):
+    terminal.show_adapters(Library().entries())
+    header, line = seen(capsys).splitlines()
+    assert header.split() == ["name", "base", "rank", "targets", "data", "size", "gain", "age", "parent"]
+    assert line.split() == [
+        "evil",
+        SHOWN,
+        "4",
+        "c_attn",
+        "nope]",
+        *terminal.size(evil.bytes).split(),
+        "0.250",
+        "±",
+        "0.013",
+        "?",
+        SHOWN,
+    ]
+
+
+def test_a_hostile_manifest_is_shown_on_the_card_and_obeyed_by_nothing(capsys, wide, evil):
+    terminal.show_adapter_card(evil, Library().ancestors(evil))
+    shown = {" ".join(line.split()) for line in seen(capsys).splitlines()}
+    assert {
+        f"base {SHOWN}: {SHOWN}",
+        f"revision {SHOWN}",
+        f"fingerprint {SHOWN}",
+        f"lineage from {SHOWN} ({terminal.plain(EVIL[:12])}, not in this library)",
+        f"from {SHOWN} ({terminal.plain(EVIL[:12])}, not in this library)",
+        f"data {SHOWN}",
+        f"where {SHOWN}",
+        f"rows 3 {SHOWN}",
+        f"measured on {SHOWN}",
+        f"run 40 steps, 20,480 tokens, 1.5 min on {SHOWN} in {SHOWN}",
+        f"made {SHOWN} with {SHOWN} {SHOWN}",
+    } <= shown
+
+
+def test_a_hostile_config_is_shown_and_obeyed_by_nothing(capsys, wide, tmp_path):
+    bare = store.read(stored.write(tmp_path / "adapters" / "bare", {"base_model_name_or_path": EVIL}))
+    stored.write(tmp_path / "adapters" / "broken", {EVIL: 1, "bias": EVIL})
+    terminal.show_adapters(Library().entries())
+    terminal.show_adapter_card(bare, [])
+    lines = [" ".join(line.split()) for line in seen(capsys).splitlines()]
+    assert f"bare {SHOWN} 4 c_attn ? {terminal.size(bare.bytes)} ? ? ?" in lines
+    assert f"base {SHOWN}" in lines
+    assert "made by another tool: it has no manifest (`adapters adopt` gives it one)" in lines
+    (broken,) = (line for line in lines if line.startswith("broken is broken: "))
+    assert broken == (
+        f"broken is broken: adapters/broken/adapter_config.json: bias is {EVIL!r}, and only 'none' is accepted; "
+        f"{SHOWN} is set, which is not supported."
+    )
+
+
+def test_answers_side_by_side_and_one_under_another_obey_nothing(capsys, monkeypatch):
+    answers = [SimpleNamespace(adapter=name, prompt="p" + EVIL, text=EVIL) for name in (None, "a")]
+    for columns in ("1000", "40"):
+        monkeypatch.setenv("COLUMNS", columns)
+        terminal.show_compared(answers)
+        assert seen(capsys).replace("\n", "").replace(" ", "").count(f"p{SHOWN}{SHOWN}") == 2
+
+
+def test_json_holds_what_it_was_given(capsys):
+    terminal.show_json({"name": EVIL, "ü": "😀"})
+    shown = capsys.readouterr().out
+    assert json.loads(shown) == {"name": EVIL, "ü": "😀"}
+    assert '"ü": "😀"' in shown
+    assert not {chr(code) for code in range(32)} - {"\n"} & set(shown)
+
+
+# Ages and lineage
+
+
+@pytest.mark.parametrize(
+    "created", ["", "yesterday", "2025-01-02", "2025-01-02T03:04:05", "2025-13-02T03:04:05+00:00", "9" * 5000]
+)
+def test_what_is_no_time_has_no_age(created):
+    assert terminal._age(created) == "?"
+
+
+def test_ages():
+    now = datetime.datetime.now(datetime.UTC)
+    assert terminal._age((now - datetime.timedelta(hours=3)).isoformat()) == "3.0 h"
+    assert terminal._age((now - datetime.timedelta(days=400)).isoformat()) == "400 d"
+    assert terminal._age((now + datetime.timedelta(days=2)).isoformat()) == "0 s"  # the clock of another machine
+    for extreme in ("0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"):
+        assert terminal._age(extreme).endswith((" d", " s"))
+
+
+def test_the_lines_of_a_lineage():
+    parent = {"name": "a", "sha256": "ab" * 32, "generation": 1, "here": "a"}
+    assert terminal._ancestor(parent) == "from a (abababababab)"
+    assert terminal._ancestor(parent | {"generation": 2, "here": "b"}) == "  from a (abababababab, now called b)"
+    assert (
+        terminal._ancestor(parent | {"generation": 3, "here": None}) == "    from a (abababababab, not in this library)"
+    )
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"result": {"base_loss": float("-inf"), "loss": float("nan"), "gain": float("inf")}},
+        {"result": {"base_loss": 1e308, "loss": -1e308, "rows": -5}},
+        {"run": {"seconds": float("nan"), "steps": 10**4000, "tokens": -1}},
+        {"run": {"seconds": float("inf")}},
+        {"data": {"name": "", "counts": {"": 10**4200}, "where": [""]}},
+        {"data": {"name": "/"}},
+    ],
+)
+def test_figures_that_cannot_be_are_shown_all_the_same(capsys, tmp_path, facts):
+    changed = {name: getattr(stored.manifest(), name).model_dump() | change for name, change in facts.items()}
+    folder = stored.write(tmp_path / "odd", facts=stored.manifest())
+    manifest = json.loads((folder / store.MANIFEST).read_text()) | changed
+    (folder / store.MANIFEST).write_text(json.dumps(manifest))
+    adapter = store.read(folder)
+    terminal.show_adapters([("odd", adapter)])
+    terminal.show_adapter_card(adapter, [])
+    terminal.show_json(adapter.facts())
+    assert "odd" in seen(capsys)
+
+
+def test_an_adapter_that_was_adopted_and_one_without_figures(capsys, wide, tmp_path):
+    facts = stored.manifest(data=None, run=None, result=None, versions={})
+    adapter = store.read(stored.write(tmp_path / "adopted", facts=facts))
+    terminal.show_adapters([("adopted", adapter)])
+    terminal.show_adapter_card(adapter, [])
+    shown = seen(capsys)
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert lines[1].startswith(f"adopted distilgpt2 4 c_attn ? {terminal.size(adapter.bytes)} ? ")
+    assert "worth not measured" in lines
+    assert "made by another tool; adopted 2025-01-02T03:04:05+00:00" in lines
+    for absent in ("lineage", "data", "rows", "run", "where"):
+        assert not any(line.startswith(f"{absent} ") for line in lines[2:])
+
+
+@pytest.mark.parametrize("columns", ["40", "1000"])
+def test_compared_names_are_obeyed_by_nothing(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    names = (None, "a\x1b[5m[red]b[/nope]")
+    terminal.show_compared([SimpleNamespace(adapter=name, prompt="p", text="t") for name in names])
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "[red]b" in shown
+
+
+def test_names_in_the_gain_matrix_are_obeyed_by_nothing(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    result = SimpleNamespace(base_loss=1.0, loss=1.0, gain=0.1, standard_error=0.1, perplexities=(1.0, 1.0))
+    sets = [SimpleNamespace(name="re[/b]views\x1b[5m.csv", texts=["a"], missing="")]
+    terminal.show_gains(SimpleNamespace(adapters=["a"], sets=sets, cells=[[result]], base="b\x1b[5m"))
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_stages_are_obeyed_by_nothing(capsys):
+    show = terminal.Display()
+    show.console = Console(force_terminal=True, stderr=True, highlight=False, width=100)
+    show(Progress("a on re[/b]views\x1b[5m", 1, 1, "[red]"))
+    assert "\x1b[5m" not in capsys.readouterr().err
+
+
+def test_json_holds_no_control_characters(capsys):
+    terminal.show_json({"name": "\x9b2J\x7f\ud800"})
+    assert json.loads(capsys.readouterr().out) == {"name": "\x9b2J\x7f\ud800"}
+    terminal.show_json({"name": "\x9b2J\x7f"})
+    assert "\\u009b2J\\u007f" in capsys.readouterr().out
+
+
+def test_notices_are_no_emoji(capsys):
+    terminal.Display()(Notice("C:key:base"))
+    assert capsys.readouterr().err == "C:key:base\n"
+
+
+def test_what_is_said_is_one_line(capsys):
+    terminal.say("x\ngood: whole")
+    assert capsys.readouterr().err == "x good: whole\n"

@@ -25,7 +25,7 @@ from lora_tuner import (
 )
 from lora_tuner.base_model import find_base, load_base
 from lora_tuner.config import TrainConfig, resolve
-from lora_tuner.data import load_corpus
+from lora_tuner.data import content_hash, load_corpus
 from lora_tuner.errors import AdapterError, BaseModelError, DataError, DivergedError, TrainingError
 from lora_tuner.job import prepare, preview
 
@@ -494,3 +494,64 @@ def test_a_model_that_looks_ahead_is_refused(settings, tmp_path):
     base = other_model(tmp_path / "roberta", "roberta")
     with pytest.raises(BaseModelError, match="roberta looks at the text ahead: it is no causal language model"):
         train(settings(base=str(base)))
+
+
+# Rows to measure on that are not its own
+
+
+@pytest.fixture
+def films(tmp_path):
+    """Twenty rows to measure on; four of them are rows of the training data too."""
+    texts = [*tiny.reviews(120)[:4], *tiny.reviews(16, seed=3)]
+    (tmp_path / "films.csv").write_text("text,label\n" + "".join(f"{text},1\n" for text in texts))
+    return texts
+
+
+def test_other_data_are_measured_on_and_none_of_them_is_trained_on(settings, films, tmp_path):
+    alone, job = prepare(settings()), prepare(settings(eval_dataset="films.csv"))
+    assert alone.manifest.data.eval_dataset is None
+    measured, held_out = set(films), set(alone.corpus.held_out)
+    trained = {job.base.tokenizer.decode(row[:-1]) for row in job.sequences.rows}
+    assert set(alone.corpus.train) & measured
+    assert set(job.corpus.train) == set(alone.corpus.train) - measured
+    assert not set(job.corpus.train) & (measured | held_out)
+    assert not trained & measured
+    assert set(job.corpus.held_out) == measured
+    assert job.held_out_texts == job.corpus.held_out[:8]
+    adapter = train(settings(eval_dataset="films.csv"))
+    facts, result = adapter.manifest.data, adapter.manifest.result
+    assert facts.eval_dataset == "films.csv"
+    assert facts.held_out_hash == content_hash(job.held_out_texts) != alone.manifest.data.held_out_hash
+    assert facts.held_out_rows == result.rows == 8
+    assert facts.counts["in_eval_dataset"] == len(set(alone.corpus.train) & measured)
+    assert facts.counts["held_out"] == len(held_out)
+    assert facts.counts["read"] == sum(facts.counts.values()) - facts.counts["read"]
+    assert evaluation.kept_rows(adapter) == evaluation.RowSet("reviews", job.held_out_texts)
+    assert result.base_loss == pytest.approx(evaluation.measure(job.base.model, job.base, job.held_out).loss, abs=1e-6)
+    assert "\neval_dataset: films.csv\n" in (adapter.path / store.RUN).read_text()
+    assert "| Measured on | films.csv |" in (adapter.path / store.CARD).read_text()
+    again = train(resolve(TrainConfig, {"name": "again"}, adapter.path / store.RUN))
+    assert weights(again) == weights(adapter)
+
+
+def test_a_resume_with_other_rows_to_measure_on_is_refused(settings, films, tmp_path):
+    text = (tmp_path / "films.csv").read_text()
+    with pytest.raises(Interrupted):
+        train(settings(eval_dataset="films.csv", eval_rows=100), StopAt(2))
+    (tmp_path / "films.csv").write_text(text + "one more row,1\n")
+    with pytest.raises(TrainingError, match=r"changed since it stopped: data \(was .*\), held-out rows \(was "):
+        resume("reviews")
+    (tmp_path / "films.csv").write_text(text)
+    assert resume("reviews").manifest.result.rows == 20
+
+
+def test_rows_to_measure_on_that_are_wrong_leave_no_run(settings, tmp_path):
+    (tmp_path / "empty.csv").write_text("text,label\n")
+    for name, why in (
+        ("empty.csv", r"^empty\.csv holds no rows\.$"),
+        ("none.csv", r"^There is no dataset 'none\.csv'"),
+    ):
+        with pytest.raises(DataError, match=why):
+            train(settings(eval_dataset=name))
+    assert list((tmp_path / "runs").iterdir()) == []
+    assert Library().names() == []

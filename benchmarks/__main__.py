@@ -1,0 +1,58 @@
+"""Runs benchmarks and prints a table: `make bench`, or `python -m benchmarks adapters --json figures.json`.
+
+Every figure is a median over rounds in which the things compared take turns, for machines are noisy; what counts is the
+ratio of two figures of one run.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from . import adapters
+
+PARTS = {"adapters": adapters.run}
+PACKAGES = ("lora_tuner", "torch", "transformers", "peft")
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure this tool beside others.")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all when none is named")
+    parser.add_argument("--json", type=Path, help="write the figures and the machine into this file as well")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - PARTS.keys():
+        parser.error(f"there is no part {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
+    facts = machine()
+    figures = {}
+    for name in options.parts or PARTS:
+        figures[name] = PARTS[name]()
+        grid = Table("what", "figure", "", "in other words", title=name, box=None, title_justify="left")
+        for figure in figures[name]:
+            grid.add_row(figure["what"], f"{figure['value']:,.4g}", figure["unit"], figure.get("note", ""))
+        Console(width=120 if sys.stdout.isatty() else 200, highlight=False).print(grid)
+    print(json.dumps(facts))
+    if options.json:
+        options.json.write_text(json.dumps({"machine": facts, "figures": figures}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
