@@ -1,9 +1,9 @@
 """Many adapters beside one base: each row of a batch goes through its own.
 
-PEFT does this too, but what it costs to load and to swap grows with all that is loaded (`benchmarks/adapters.py`: with 20 on
-SmolLM2 a second and 60 ms). Here an adapter is no part of the model: its tensors lie beside it, and a hook on each layer adds
-B A x while a batch runs, so that the hundredth loads like the first. Surprise: the base is never changed, not even
-wrapped. Limits: one batch at a time; rows of different adapters copy their tensors once a call.
+PEFT does this too, but what it costs to load and to swap grows with all that is loaded (benchmarks/RESULTS.md). Here an
+adapter is no part of the model: its tensors lie beside it, and a hook on each layer adds B A x while a batch runs, so that
+the hundredth loads like the first. Surprise: the base is never changed, not even wrapped. Limits: one batch at a time; rows
+of different adapters copy their tensors once a call.
 """
 
 import contextlib
@@ -42,15 +42,13 @@ class AdapterBank:
         self._layers = linear_layers(base.model)
         self.updates: dict[str, dict[str, _Update]] = {}  # adapter -> layer -> update
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.updates
-
     def add(self, name: str, adapter: Adapter) -> None:
         """Read an adapter into memory, in place of one of that name. Raises AdapterError, and changes nothing, if it is
         damaged or does not fit."""
         tensors = read_tensors(adapter, self._layers)
-        # In float32, whatever the base is: so they were trained, and so PEFT applies them.
-        tensors = {key: tensor.to(self._base.device, torch.float32) for key, tensor in tensors.items()}
+        # In float32, whatever the base is: so they were trained, and so PEFT applies them. A copy: what was read is
+        # mapped, and whoever writes into the file would change it here.
+        tensors = {key: tensor.to(self._base.device, torch.float32, copy=True) for key, tensor in tensors.items()}
         updates = {}
         for module in adapter.modules:
             prefix = f"base_model.model.{module}.lora_"

@@ -56,8 +56,7 @@ class Source:
 
     def _fingerprint(self) -> str:
         shards = sorted(self.folder.glob("*.safetensors"))
-        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        config = {key: value for key, value in config.items() if _FIGURES.search(key)}
+        config = {key: value for key, value in self._config().items() if _FIGURES.search(key)}
         identity = [[s.name, s.stat().st_size, s.stat().st_mtime_ns, s.stat().st_ino] for s in shards]
         place = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()
         cache = files.cache_dir() / "fingerprints" / f"{place}.json"
@@ -77,6 +76,15 @@ class Source:
         with _loading(self):
             headers = [files.safetensors_header(shard)[0] for shard in sorted(self.folder.glob("*.safetensors"))]
         return {name: tuple(shape) for header in headers for name, (_, shape, _, _) in header.items()}
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Tokens that the model knows, where its config says so."""
+        with _loading(self):
+            return self._config().get("vocab_size")
+
+    def _config(self) -> dict[str, Any]:
+        return dict(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
 
     def facts(self, tokenizer: str | None = None) -> BaseFacts:
         """What a manifest says of it. `tokenizer` is the hash of the one that an adapter was trained with, where known."""

@@ -73,6 +73,7 @@ adapters_app = typer.Typer(help="The adapters in the library.", no_args_is_help=
 app.add_typer(adapters_app, name="adapters")
 
 AdapterArgument = Annotated[str, typer.Argument(help="An adapter, by name or path.", show_default=False)]
+OwnArgument = Annotated[str, typer.Argument(help="An adapter of the library, by name.", show_default=False)]
 AdaptersDir = Annotated[Path, typer.Option(help="Where adapters are kept.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Answer with JSON on stdout.")]
 Base = Annotated[str | None, typer.Option(help="Another base than the one that the adapter names.", show_default=False)]
@@ -443,7 +444,12 @@ def verify_adapters(
         for name, problems in found.items():
             print(one_line(f"{name}: {'; '.join(problems) or 'whole'}"))
         if not all(found.values()):
-            say("Whole: it is, byte for byte, what was made. How good it is, only `evaluate` can say.")
+            say(
+                "Whole: well-formed, finite and, where there is a manifest, the weights and settings it was written for. How "
+                "good it is, only `evaluate` can say."
+            )
+        if not found:
+            say(f"No adapters in {adapters_dir} yet: train one.")
     if any(found.values()):
         raise typer.Exit(1)
 
@@ -457,24 +463,29 @@ def _problems(library: Library, name: str) -> list[str]:
 
 @adapters_app.command("rename")
 def rename_adapter(
-    old: AdapterArgument,
+    old: OwnArgument,
     new: Annotated[str, typer.Argument(help="Its new name.", show_default=False)],
     adapters_dir: AdaptersDir = LIBRARY,
+    as_json: AsJson = False,
 ) -> None:
-    """Give an adapter another name."""
-    print(Library(adapters_dir).rename(old, new).path)
+    """Give an adapter another name. Its card and run.yaml keep the old one."""
+    renamed = Library(adapters_dir).rename(old, new)
+    show_json(renamed.facts()) if as_json else print(renamed.path)
 
 
 @adapters_app.command("remove")
 def remove_adapter(
-    name: Annotated[str, typer.Argument(help="An adapter of the library.", show_default=False)],
+    name: OwnArgument,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     adapters_dir: AdaptersDir = LIBRARY,
+    as_json: AsJson = False,
 ) -> None:
     """Delete an adapter for good."""
     if not yes:
         typer.confirm(f"Delete {adapters_dir / name} for good?", abort=True, err=True)
     Library(adapters_dir).remove(name)
+    if as_json:
+        show_json({"removed": name})
 
 
 @adapters_app.command("adopt")
@@ -484,9 +495,11 @@ def adopt_adapter(
     base: Base = None,
     revision: Revision = None,
     adapters_dir: AdaptersDir = LIBRARY,
+    as_json: AsJson = False,
 ) -> None:
     """Take in an adapter of another tool: check it against its base, and give it a manifest that holds it to that."""
-    print(Library(adapters_dir).adopt(folder, name, base=base, revision=revision, notify=show).path)
+    adopted = Library(adapters_dir).adopt(folder, name, base=base, revision=revision, notify=show)
+    show_json(adopted.facts()) if as_json else print(adopted.path)
 
 
 @app.command()

@@ -4,6 +4,7 @@
 same fields, the command line last. Unknown keys are errors, and all problems are reported together.
 """
 
+import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -19,6 +20,7 @@ HELD_OUT_LENGTH = 512  # tokens: held-out rows are cut here whatever `max_length
 BATCH_SIZE_CPU, BATCH_SIZE_GPU = 1, 8  # in few minutes many small steps teach more; a GPU wants more at once
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 MAX_RANK = 4096
+NAME = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)$)[A-Za-z][A-Za-z0-9_-]{0,63}")  # not Windows' devices
 STOPS = ("epochs", "max_steps", "minutes")
 PATIENCE_MINUTES = 10  # with no stop rule, an epoch that takes longer than this is cut to it
 
@@ -70,7 +72,7 @@ class TrainConfig(_Settings):
     eval_rows: int = _option(200, "Held-out rows that are measured, at the most.", "Data", ge=2)
     eval_dataset: str | None = _option(
         None,
-        "Measure on all rows of this data, read with the settings of the other, and train on none of them.",
+        "Measure on --eval-rows of this data, read with the settings of the other; none of its rows is trained on.",
         "Data",
         "the rows held out",
     )

@@ -25,7 +25,7 @@ from typing import Any
 import datasets
 
 from . import hub
-from .config import TrainConfig
+from .config import NAME, TrainConfig
 from .errors import DataError, HubError, Listener, Notice, ignore
 
 HELD_OUT_SHARE = 0.2
@@ -126,7 +126,7 @@ def default_name(dataset: str) -> str:
     """A name for an adapter after its dataset: the last part, with what names may not hold replaced."""
     stem = Path(dataset).stem if Path(dataset).suffix.lower() in _KINDS else dataset.rstrip("/").rpartition("/")[2]
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-")[:64]
-    return name if name[:1].isalpha() else f"data-{name}"[:64].rstrip("-")
+    return name if NAME.fullmatch(name) else f"data-{name}"[:64].rstrip("-")
 
 
 def load_corpus(config: TrainConfig, notify: Listener = ignore) -> Corpus:
@@ -179,7 +179,7 @@ def load_held_out(config: TrainConfig, notify: Listener = ignore) -> dict[bytes,
     rows = _read(other, corpus, notify)
     if not rows:
         raise DataError(f"{corpus.source} holds no row with text to measure on.")
-    notify(Notice(f"Measured on rows of {corpus.source}: {len(rows):,} of {corpus.counts.read:,}."))
+    notify(Notice(f"To measure on: {len(rows):,} usable rows of the {corpus.counts.read:,} of {corpus.source}."))
     return {digest: text for digest, (text, _) in sorted(rows.items())}
 
 

@@ -170,6 +170,7 @@ def kept_rows(adapter: Adapter) -> RowSet:
 def rows_of(config: TrainConfig, notify: Listener = ignore) -> RowSet:
     """The rows of `config.eval_dataset`, the first `config.eval_rows` by their hash."""
     texts = list(load_held_out(config, notify).values())
+    notify(Notice(f"Rows of {config.eval_dataset} that an adapter was trained on count as held out here."))
     return RowSet(str(config.eval_dataset), texts[: config.eval_rows])
 
 
@@ -222,7 +223,8 @@ def evaluate(
     """
     check_distinct(adapters)
     sets = [kept_rows(adapter) for adapter in adapters] if sets is None else list(sets)
-    sets = [it if it.texts or it.missing else replace(it, missing="it holds no rows") for it in sets]
+    few = "a standard error needs two rows"
+    sets = [it if len(it.texts) > 1 or it.missing else replace(it, texts=[], missing=few) for it in sets]
     if all(it.missing for it in sets):
         reasons = "; ".join(f"{it.name}: {it.missing}" for it in sets)
         raise AdapterError(f"There is nothing to measure on. {reasons}. Name data with --eval-dataset.")
@@ -230,7 +232,10 @@ def evaluate(
     opened = lora.open_base(adapters[0], base, revision, device=device, dtype=dtype, notify=notify)
     for adapter in adapters:
         lora.check_base(adapter, opened, force=force, notify=notify)
-    if len({it.manifest.data.split_salt for it in adapters if it.manifest and it.manifest.data}) > 1:
+    known = [it.manifest.data for it in adapters if it.manifest and it.manifest.data]
+    for name in dict.fromkeys(data.eval_dataset for data in known if data.eval_dataset):
+        notify(Notice(f"Rows of {name} that an adapter was trained on count as held out here."))
+    if len({data.split_salt for data in known}) > 1:
         notify(
             Notice("The adapters differ in --split-salt, so one may have been trained on rows that another holds out.")
         )

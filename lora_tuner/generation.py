@@ -157,7 +157,8 @@ class Generator:
         """Prompts, each with the adapter that answers it (None: the plain base), in one batch; answers in that order.
 
         Adapters that are not in memory are loaded; the one in use stays the one in use. Every answer is the one that its
-        prompt and adapter get alone. Raises AdapterError or GenerationError, and gives no answer, when one is wrong.
+        prompt and adapter get alone with the seed, which all share: asked twice, the same is answered twice. Raises
+        AdapterError or GenerationError, and gives no answer, when one is wrong.
         """
         with self._lock:
             loaded, updates = dict(self._loaded), dict(self._bank.updates)
@@ -174,7 +175,7 @@ class Generator:
         sampling: Sampling,
         on_text: Callable[[str], None] | None = None,
     ) -> list[Answer]:
-        """`sampling.answers` for each, in order. With a seed given, each asked gets the same luck."""
+        """`sampling.answers` for each, in order; all share a seed."""
         seed = None
         if not (sampling.greedy or sampling.temperature == 0):
             seed = sampling.seed if sampling.seed is not None else secrets.randbits(48)

@@ -94,6 +94,8 @@ def prepare(config: TrainConfig, notify: Listener = ignore) -> Job:
     parent = Library(config.adapters_dir).get(config.parent) if config.parent else None
     if parent is not None:
         config = _like_parent(config, parent)
+    if parent is not None and config.eval_dataset:
+        notify(Notice(f"Rows of {config.eval_dataset} that {parent.name} was trained on count as held out here."))
     corpus = load_corpus(config, notify)  # before the base: it may be wrong, and the base may be long in coming
     base = lora.open_base(parent, config.base, config.revision, device=config.device, dtype=config.dtype, notify=notify)
     source = base.source
@@ -243,6 +245,7 @@ def save_adapter(job: Job, tensors: dict[str, torch.Tensor], manifest: Manifest,
         sha256=files.sha256_file(weights),
         bytes=weights.stat().st_size,
         parameters=sum(tensor.numel() for tensor in tensors.values()),
+        config=files.sha256_file(folder / store.CONFIG),
     )
     (folder / store.MANIFEST).write_text(manifest.model_copy(update={"weights": facts}).to_json(), encoding="utf-8")
     # Repeating a run must not silently replace what it repeats.

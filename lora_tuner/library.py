@@ -14,9 +14,10 @@ from typing import Any
 
 from . import files
 from .base_model import Source, find_base
+from .config import NAME
 from .errors import AdapterError, Listener, Notice, ignore
 from .manifest import Manifest, Parent, Weights, now
-from .store import CARD, CONFIG, MANIFEST, NAME, WEIGHTS, Adapter, read, valid_name, verify_weights
+from .store import CARD, CONFIG, MANIFEST, WEIGHTS, Adapter, read, valid_name, verify_weights
 
 
 @dataclass(frozen=True)
@@ -124,15 +125,22 @@ class Library:
         manifest = Manifest(
             created=now(),
             base=source.facts(),
-            weights=Weights(sha256=adapter.sha256, bytes=weights.stat().st_size, parameters=adapter.parameters),
+            weights=Weights(
+                sha256=adapter.sha256,
+                bytes=weights.stat().st_size,
+                parameters=adapter.parameters,
+                config=files.sha256_file(adapter.path / CONFIG),
+            ),
         )
         if here:
             files.write_text(adapter.path / MANIFEST, manifest.to_json())
         else:
             with self.writing(target) as work:
-                for file in (WEIGHTS, CONFIG, CARD):
-                    if (adapter.path / file).is_file():
-                        shutil.copyfile(adapter.path / file, work / file)
+                shutil.copyfile(weights, work / WEIGHTS)
+                shutil.copyfile(adapter.path / CONFIG, work / CONFIG)
+                card = adapter.path / CARD
+                if card.is_file() and not card.is_symlink():  # it is not looked into, and might be any file
+                    shutil.copyfile(card, work / CARD)
                 (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         notify(Notice(f"{target} fits {source.name} in its sizes; that it was trained on it cannot be proven."))
         return self.get(target)
@@ -194,7 +202,7 @@ def _sizes(adapter: Adapter, source: Source) -> dict[str, tuple[int, int]]:
         parts = module.split(".")
         names = (".".join([*parts[start:], "weight"]) for start in range(len(parts)))
         shape = next((source.shapes[name] for name in names if name in source.shapes), ())
-        if len(shape) == 2:
+        if len(shape) == 2 and source.vocabulary not in shape:  # else embeddings, or the output head
             either = (shape, shape[::-1])
             guess = either[not adapter.config.get("fan_in_fan_out")]
             sizes[module] = adapter.size(module) if adapter.size(module) in either else guess

@@ -124,10 +124,10 @@ def counts(model: PeftModel) -> tuple[int, int]:
     return trained, sum(p.numel() for p in model.parameters()) - trained
 
 
-def weights(model: PeftModel, slot: str = TRAINED) -> dict[str, torch.Tensor]:
-    """The tensors of one adapter as PEFT names them on disk, on the CPU."""
+def weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The tensors of the adapter that is trained, as PEFT names them on disk, on the CPU."""
     # "auto" would ask the Hub whether the vocabulary has grown.
-    state = get_peft_model_state_dict(model, adapter_name=slot, save_embedding_layers=False)
+    state = get_peft_model_state_dict(model, adapter_name=TRAINED, save_embedding_layers=False)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(state.items())}
 
 
@@ -197,7 +197,12 @@ def read_tensors(adapter: Adapter, layers: dict[str, Any]) -> dict[str, torch.Te
     adapter.check_fit(layer_sizes(layers))
     if problems := store.verify_weights(adapter):
         raise AdapterError(f"{adapter.path} is damaged: {'; '.join(problems[:3])}.")
-    return load_file(adapter.path / store.WEIGHTS)
+    tensors = load_file(adapter.path / store.WEIGHTS)
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != {
+        name: shape for name, (_, shape) in adapter.tensors.items()
+    }:
+        raise AdapterError(f"{adapter.path} has changed since it was read: read it again.")
+    return tensors
 
 
 def attach(model: Any, adapter: Adapter, slot: str, **settings: Any) -> PeftModel:

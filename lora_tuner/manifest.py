@@ -5,12 +5,15 @@ Limit: `schema_version` 1 is the only one; a manifest that says more, or less, i
 
 import datetime
 import math
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # a sha256; one of them names a file in the cache
+
 
 class _Facts(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class BaseFacts(_Facts):
@@ -21,8 +24,8 @@ class BaseFacts(_Facts):
     repo: str
     revision: str | None
     weights: str
-    fingerprint: str
-    tokenizer: str | None
+    fingerprint: Digest
+    tokenizer: Digest | None
 
 
 class DataFacts(_Facts):
@@ -30,12 +33,12 @@ class DataFacts(_Facts):
 
     name: str
     source: str
-    hash: str
+    hash: Digest
     where: list[str]
     split_salt: str
     counts: dict[str, int]
     eval_dataset: str | None = None  # where those it was measured on come from, when they are not its own held-out rows
-    held_out_hash: str
+    held_out_hash: Digest
     held_out_rows: int
 
 
@@ -71,9 +74,12 @@ class RunFacts(_Facts):
 
 
 class Weights(_Facts):
-    sha256: str
+    """Of the tensors' file. `config` is the sha256 of adapter_config.json, which decides what the tensors do."""
+
+    sha256: Digest
     bytes: int
     parameters: int
+    config: Digest | None = None
 
 
 class Parent(_Facts):
@@ -81,7 +87,7 @@ class Parent(_Facts):
     they may be gone by now."""
 
     name: str
-    sha256: str
+    sha256: Digest
     parents: list["Parent"] = []
 
 

@@ -103,6 +103,7 @@ def model_card(adapter: Adapter, name: str) -> str:
         ("Size", f"{adapter.parameters:,} parameters, {adapter.bytes / 1e6:.1f} MB"),
         ("Made from", ", ".join(f"{parent.name} ({parent.sha256[:12]})" for parent in manifest.parents)),
         ("Data", _shown(manifest.data.source)),
+        ("Only", ", ".join(manifest.data.where)),
         ("Rows", ", ".join(f"{count:,} {key.replace('_', ' ')}" for key, count in counts.items() if count)),
         (
             "Run",

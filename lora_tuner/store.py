@@ -7,6 +7,7 @@ harmless ones, and layers are taken from the tensors' names instead of from the 
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from . import files
-from .config import MAX_RANK
+from .config import MAX_RANK, NAME
 from .errors import AdapterError
 from .manifest import Manifest, Parent
 
@@ -31,13 +32,12 @@ WEIGHTS, CONFIG, MANIFEST, RUN, METRICS, PLOT, CARD = (
     "README.md",
 )
 SCALES = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # decide what the tensors do
-NAME = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)$)[A-Za-z][A-Za-z0-9_-]{0,63}")  # not Windows' devices
 _TENSOR = re.compile(
     r"base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)"
 )
 _PATTERN_KEY = re.compile(r"[\^A-Za-z0-9_.\\$]+")
 _DTYPES = ("F16", "BF16", "F32", "F64")
-MAX_ALPHA = 1_000_000
+MAX_ALPHA, MAX_PATTERNS = 1_000_000, 1_000
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Adapter:
 
     @property
     def name(self) -> str:
-        return self.path.resolve().name
+        return Path(os.path.abspath(self.path)).name  # of a link its own, and not that of what it points to
 
     @property
     def bytes(self) -> int:
@@ -222,6 +222,8 @@ def verify_weights(adapter: Adapter) -> list[str]:
         weights = adapter.manifest.weights
         if weights is None or weights.sha256 != files.sha256_file(path):
             problems.append(f"{WEIGHTS} is not the file that {MANIFEST} was written for")
+        if weights and weights.config not in (None, files.sha256_file(adapter.path / CONFIG)):
+            problems.append(f"{CONFIG} is not the file that {MANIFEST} was written for")
     return problems
 
 
@@ -287,6 +289,10 @@ def _config_problems(config: Any) -> list[str]:
             problems.append(f"{key} is set, which is not supported")
         elif not isinstance(value, expected[key]) or (isinstance(value, bool) and bool not in expected[key]):
             problems.append(f"{key} is {value!r}, a {type(value).__name__}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if len(_pattern(config, key)) > MAX_PATTERNS:  # each is tried on each layer
+            problems.append(f"{key} has {len(_pattern(config, key)):,} keys, and {MAX_PATTERNS:,} are accepted")
+            return problems
     ranks = {"r": config.get("r")} | _pattern(config, "rank_pattern")
     problems += [
         f"{key} is {rank!r}, not a rank from 1 to {MAX_RANK}" for key, rank in ranks.items() if not _is_rank(rank)

@@ -5,10 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from lora_tuner import Adapter, TrainConfig, train
 
 from . import tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Models this small gain nothing from more, and on a busy machine they wait for them."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from lora_tuner import Library, evaluate, evaluation, report, store, train
+from lora_tuner import Library, evaluate, evaluation, files, report, store, train
 from lora_tuner.base_model import find_base
 from lora_tuner.cli import app
 from lora_tuner.config import Sampling, TrainConfig
@@ -156,7 +156,11 @@ def test_a_file_of_settings_with_options_over_it(quick, tmp_path, gpt2, reviews_
         ),
         (["train", "--resume", "imdb"], 1, "Error: There is no unfinished run runs/imdb"),
         (["train", "--plan", "--preview", "1"], 1, "Error: --plan and --preview are two questions"),
-        (["train", "--name", "../up"], 1, "Error: '../up' is no adapter name: a letter, then up to 63 letters"),
+        (
+            ["train", "--name", "../up"],
+            1,
+            "Error: '../up' is no adapter name: a letter, then up to 63 letters, digits, '-' or '_', and no device of Windows.",
+        ),
         (["train", "--dataset", "nothing.csv"], 1, "Error: "),
         (
             ["generate", "--adapter", "nothing", "x"],
@@ -175,8 +179,16 @@ def test_a_file_of_settings_with_options_over_it(quick, tmp_path, gpt2, reviews_
         ),
         (["generate", "--force", "x"], 1, "Error: --force is for an adapter on another base"),
         (["generate", "--json"], 1, "Error: --json needs its prompts at once"),
-        (["adapters", "show", "nothing"], 1, "Error: There is no adapter 'nothing'"),
-        (["merge", "nothing", "--out", "x"], 1, "Error: There is no adapter 'nothing'"),
+        (
+            ["adapters", "show", "nothing"],
+            1,
+            "Error: There is no adapter 'nothing', neither in adapters (none yet) nor as a path.",
+        ),
+        (
+            ["merge", "nothing", "--out", "x"],
+            1,
+            "Error: There is no adapter 'nothing', neither in adapters (none yet) nor as a path.",
+        ),
         (["merge", "nothing"], 2, "Missing option '--out'"),
         (["nonsense"], 2, "No such command 'nonsense'"),
     ],
@@ -498,7 +510,7 @@ def test_evaluate_on_other_data(two, tmp_path, columns):
     (tmp_path / "films.csv").write_text("\n".join(["body,label", *lines]))
     given = ["--eval-dataset", "films.csv", "--text-column", "body", "--where", "label=1"]
     result = run("evaluate", "noir", "verse", *given)
-    assert "Measured on rows of films.csv: 15 of 30." in result.stderr.splitlines()
+    assert "To measure on: 15 usable rows of the 30 of films.csv." in result.stderr.splitlines()
     assert [line.split() for line in result.stdout.splitlines()[1:3]] == [["films.csv"], ["15", "rows"]]
     some = json.loads(run("evaluate", "verse", *given, "--eval-rows", 4, "--json").stdout)
     assert some["sets"] == [{"name": "films.csv", "rows": 4, "missing": None}]
@@ -639,7 +651,10 @@ def test_the_age_of_an_adapter(two, columns):
 def test_verify_says_what_whole_means(two):
     result = run("adapters", "verify")
     assert result.stdout == "noir: whole\nverse: whole\n"
-    assert result.stderr == "Whole: it is, byte for byte, what was made. How good it is, only `evaluate` can say.\n"
+    assert result.stderr == (
+        "Whole: well-formed, finite and, where there is a manifest, the weights and settings it was written for. How good it "
+        "is, only `evaluate` can say.\n"
+    )
     assert run("adapters", "verify", "--json").stderr == ""
 
 
@@ -683,3 +698,12 @@ def test_names_with_brackets_are_no_markup(adapter, tmp_path, monkeypatch):
 def test_verify_calls_nothing_whole_that_is_not(adapter):
     (adapter.path / "run.yaml").unlink()
     assert "Whole: " not in run("adapters", "verify", "reviews", exit_code=1).stderr
+
+
+def test_what_changes_an_adapter_answers_with_json_too(adapter, tmp_path):
+    assert json.loads(run("adapters", "rename", "reviews", "old", "--json").stdout)["name"] == "old"
+    (tmp_path / "adapters" / "old" / store.MANIFEST).unlink()
+    adopted = json.loads(run("adapters", "adopt", "old", "--json").stdout)
+    assert adopted["weights"]["config"] == files.sha256_file(tmp_path / "adapters" / "old" / store.CONFIG)
+    assert json.loads(run("adapters", "remove", "old", "--yes", "--json").stdout) == {"removed": "old"}
+    assert run("adapters", "verify").stderr == "No adapters in adapters yet: train one.\n"

@@ -4,6 +4,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_tuner import Generator, Library, Sampling, merge, train
+from lora_tuner.base_model import find_base
 from lora_tuner.errors import AdapterError, WrongBaseError
 
 from . import tiny
@@ -41,15 +42,22 @@ def test_the_base_on_disk_stays(adapter, gpt2, tmp_path):
 
 def test_nothing_is_replaced_or_half_written(adapter, tmp_path, monkeypatch):
     merge(adapter, tmp_path / "merged")
-    with pytest.raises(AdapterError, match="merged exists: choose another --out, or replace it with --overwrite"):
+    with pytest.raises(AdapterError) as error:
         merge(adapter, tmp_path / "merged")
+    assert str(error.value) == f"{tmp_path}/merged exists: choose another --out, or replace it with --overwrite."
     (tmp_path / "notes").mkdir()
-    with pytest.raises(AdapterError, match="notes is no model folder, so it is not replaced"):
+    with pytest.raises(AdapterError) as error:
         merge(adapter, tmp_path / "notes", overwrite=True)
+    assert str(error.value) == f"{tmp_path}/notes is no model folder, so it is not replaced: choose another --out."
     merge(adapter, tmp_path / "merged", overwrite=True)
     other = tiny.save_model(tmp_path / "other", "gpt2", seed=5)
-    with pytest.raises(WrongBaseError):
+    with pytest.raises(WrongBaseError) as error:
         merge(adapter, tmp_path / "wrong", base=str(other))
+    theirs, ours = adapter.manifest.base.fingerprint[:12], find_base(str(other)).fingerprint[:12]
+    assert str(error.value) == (
+        f"reviews was trained on {adapter.base} (fingerprint {theirs}, a local folder), not on {other} (fingerprint {ours}, a "
+        "local folder). Give the right one with --base, or try all the same with --force."
+    )
     assert not (tmp_path / "wrong").exists()
 
 

@@ -20,6 +20,7 @@ from .test_hub import repos  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "adapters/README.md"]
+PAGES += ["docs/measuring.md", "benchmarks/RESULTS.md"]
 
 
 def text(page):
@@ -38,7 +39,7 @@ def test_the_reference_is_made_from_the_commands():
     assert text("docs/commands.md") == reference(), "run `make docs`"
 
 
-@pytest.mark.parametrize("line", commands("README.md") + commands("adapters/README.md"))
+@pytest.mark.parametrize("line", commands("README.md") + commands("adapters/README.md") + commands("docs/measuring.md"))
 def test_each_command_of_the_readme_can_be_typed(line):
     command, arguments = typer.main.get_command(app), shlex.split(line)
     while hasattr(command, "commands"):
@@ -61,6 +62,11 @@ def test_the_python_example_of_the_readme_runs(repos, tmp_path):  # noqa: F811
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "['noir']"
     assert float(done.stdout.splitlines()[0]) > 0
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_nothing_is_left_to_be_filled_in(page):
+    assert not re.search(r"^[A-Z]{4,}$|TODO|TBD|XXX", text(page), re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -278,13 +278,13 @@ def test_what_was_measured_is_not_taken_for_something_else(adapters, measured, g
 
     seen = [anew(2), anew(2, dtype="bfloat16"), anew(2, texts=texts[:4]), anew(2, texts=texts[::-1][:4])]
     config = json.loads((adapters[0].path / store.CONFIG).read_text())
+    (adapters[0].path / store.MANIFEST).unlink()  # it would tell that these are not its weights and settings
     (adapters[0].path / store.CONFIG).write_text(json.dumps(config | {"lora_alpha": 3}))
     seen.append(anew(1))
     (adapters[0].path / store.CONFIG).write_text(json.dumps(config | {"use_rslora": True}))
     seen.append(anew(1))
     assert seen[-1].model_dump() == close(by_plain_peft(gpt2, adapters[0], texts))
     (adapters[0].path / store.CONFIG).write_text(json.dumps(config))
-    (adapters[0].path / store.MANIFEST).unlink()  # it would tell that the weights are not its own
     tensors = load_file(adapters[0].path / store.WEIGHTS)
     save_file({name: 0.5 * tensor for name, tensor in tensors.items()}, adapters[0].path / store.WEIGHTS)
     seen.append(anew(1))
@@ -317,7 +317,10 @@ def test_rows_of_other_data(adapters, tmp_path):
     everything = evaluation.rows_of(TrainConfig(eval_dataset="other.json"))
     assert sorted(everything.texts) == sorted(texts)
     assert rows == RowSet("other.json", everything.texts[:5])
-    assert told == [Notice("Measured on rows of other.json: 20 of 22.")]
+    assert [it.text for it in told] == [
+        "To measure on: 20 usable rows of the 22 of other.json.",
+        "Rows of other.json that an adapter was trained on count as held out here.",
+    ]
     matrix = evaluate(adapters[:2], [rows], device="cpu")
     assert [[cell.rows for cell in line] for line in matrix.cells] == [[5], [5]]
 
@@ -429,10 +432,10 @@ def test_rows_in_the_cache_that_never_end_are_missing(adapters, tmp_path):
     assert "cannot be read" in evaluate(adapters[:2], device="cpu").sets[0].missing
 
 
-def test_a_set_without_rows_says_so(adapters):
-    sets = [RowSet("x", []), RowSet("y", tiny.reviews(3))]
+def test_a_set_of_one_row_says_why_it_is_not_measured(adapters):
+    sets = [RowSet("x", tiny.reviews(1)), RowSet("y", tiny.reviews(3))]
     matrix = evaluate(adapters[:1], sets, device="cpu")
-    assert [it.missing for it in matrix.sets] == ["it holds no rows", None]
+    assert [it.missing for it in matrix.sets] == ["a standard error needs two rows", None]
     assert [cell is None for cell in matrix.cells[0]] == [True, False]
 
 

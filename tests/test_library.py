@@ -471,6 +471,7 @@ def test_an_adapter_of_plain_peft_is_copied_whole_and_gets_a_manifest(theirs, mo
             "sha256": files.sha256_file(theirs / WEIGHTS),
             "bytes": (theirs / WEIGHTS).stat().st_size,
             "parameters": adapter.parameters,
+            "config": files.sha256_file(theirs / CONFIG),
         },
         "versions": {},
     }
@@ -625,12 +626,6 @@ def is_given_what_is_no_name(shelf):
     return {"name": "../mine"}, f"'../mine' {NO_NAME}"
 
 
-def lies_in_a_folder_that_is_no_name(shelf):
-    (shelf / "theirs").rename(shelf / "their.own")
-    (shelf / "theirs").symlink_to(shelf / "their.own")
-    return {}, f"'their.own' {NO_NAME}"
-
-
 def has_other_sizes(shelf):
     modules = [f"transformer.h.{number}.attn.c_attn" for number in range(5)]
     stored.write_base(shelf / "wider", {f"{module}.weight": (8, 24) for module in modules})
@@ -662,7 +657,6 @@ def changes_what_is_no_matrix(shelf):
         has_a_name_that_is_taken,
         is_given_a_name_that_is_taken,
         is_given_what_is_no_name,
-        lies_in_a_folder_that_is_no_name,
         has_other_sizes,
         has_a_layer_that_the_base_lacks,
         changes_what_is_no_matrix,
@@ -825,7 +819,7 @@ def nested(folder, generations):
     stored.write(folder, facts=stored.manifest())
     text = (folder / MANIFEST).read_text()
     assert '"parents": []' in text
-    before = "".join(f'[{{"name": "p{number}", "sha256": "x", "parents": ' for number in range(generations))
+    before = "".join(f'[{{"name": "p{number}", "sha256": "{"ab" * 32}", "parents": ' for number in range(generations))
     (folder / MANIFEST).write_text(text.replace('"parents": []', f'"parents": {before}[]{"}]" * generations}'))
     return folder
 
@@ -973,3 +967,22 @@ def test_the_sizes_of_a_base_are_told_the_way_the_layers_lie(gpt2, library, thei
     wider = tiny.save_model(tmp_path / "wider", kind, width=48)
     module = {"gpt2": "c_attn is 48 -> 144", "llama": "down_proj is 96 -> 48"}[kind]
     assert f"{module} in the base" in refusal(library.adopt, theirs, base=str(wider))
+
+
+def test_a_card_that_is_a_link_is_not_copied(shelf, library):
+    (shelf / "secret").write_text("SECRET")
+    (shelf / "theirs" / CARD).unlink(missing_ok=True)
+    (shelf / "theirs" / CARD).symlink_to(shelf / "secret")
+    assert not (library.adopt("theirs").path / CARD).exists()
+
+
+def test_an_adapter_on_the_output_head_is_not_adopted(gpt2, library, tmp_path):
+    weights = stored.tensors(4, ["lm_head"])
+    stored.write(tmp_path / "head", weights=weights)
+    width = next(iter(weights.values())).shape[1]
+    stored.write_base(tmp_path / "untied", {"lm_head.weight": (18, width)})
+    config = json.loads((tmp_path / "untied" / "config.json").read_text())
+    (tmp_path / "untied" / "config.json").write_text(json.dumps(config | {"vocab_size": 18}))
+    assert refusal(library.adopt, tmp_path / "head", base=str(tmp_path / "untied")) == (
+        f"{tmp_path}/head does not fit the base: lm_head is no linear layer of the base."
+    )

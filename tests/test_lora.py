@@ -326,3 +326,11 @@ def test_the_order_of_patterns_survives_saving(gpt2, tmp_path):
     lora.save(lora.weights(model), model.peft_config["default"], tmp_path / "child")
     child = store.read(tmp_path / "child")
     assert [child.scale_of(module) for module in child.modules] == [16.0, 0.5]
+
+
+def test_an_adapter_that_has_changed_since_it_was_read_is_refused(model_folder, stored, tmp_path):
+    other = lora.wrap(load(model_folder), TrainConfig(rank=2))
+    lora.save(lora.weights(other), other.peft_config["default"], stored.path)
+    with pytest.raises(AdapterError) as error:
+        lora.attach(load(model_folder).model, stored, "slot0")
+    assert str(error.value) == f"{stored.path} has changed since it was read: read it again."

@@ -503,3 +503,8 @@ def test_names_of_any_length_stay_in_the_picture(tmp_path, monkeypatch, name):
     assert min(box.x0, box.y0) >= 0
     assert box.x1 <= width
     assert box.y1 <= height
+
+
+def test_the_card_names_the_rows_that_were_chosen(card):
+    facts = stored.manifest().data.model_copy(update={"where": ["label=1"]})
+    assert table(card(stored.manifest(data=facts.model_dump())))["Only"] == "label=1"

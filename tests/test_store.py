@@ -407,9 +407,51 @@ def test_a_rank_other_than_the_pattern_says(tmp_path):
     )
 
 
-def test_thousands_of_pattern_keys_are_read_at_once(tmp_path):
+def test_more_pattern_keys_than_a_model_has_layers_are_refused(tmp_path):
+    keys = {f"h.{number}": 4 for number in range(1001)}
+    assert refusal(stored.write(tmp_path / "a", {"alpha_pattern": keys})) == (
+        f"a/{CONFIG}: alpha_pattern has 1,001 keys, and 1,000 are accepted."
+    )
+
+
+def test_settings_that_were_edited_are_found_out(tmp_path):
+    folder = stored.write(tmp_path / "a", facts=stored.manifest(run=None))
+    assert store.verify(store.read(folder)) == []
+    manifest = json.loads((folder / store.MANIFEST).read_text())
+    manifest["weights"]["config"] = files.sha256_file(folder / CONFIG)
+    (folder / store.MANIFEST).write_text(json.dumps(manifest))
+    assert store.verify(store.read(folder)) == []
+    (folder / CONFIG).write_text((folder / CONFIG).read_text().replace('"lora_alpha": 8', '"lora_alpha": 800'))
+    assert store.verify(store.read(folder)) == [f"{CONFIG} is not the file that {store.MANIFEST} was written for"]
+
+
+@pytest.mark.parametrize("digest", ["../../secret", "/etc/passwd", "AB" * 32, "ab" * 31])
+def test_a_hash_that_is_none_is_refused(tmp_path, digest):
+    """It becomes the name of a file in the cache."""
+    folder = stored.write(tmp_path / "a", facts=stored.manifest())
+    manifest = json.loads((folder / store.MANIFEST).read_text())
+    manifest["data"]["held_out_hash"] = digest
+    (folder / store.MANIFEST).write_text(json.dumps(manifest))
+    assert refusal(folder).startswith(f"a/{store.MANIFEST}: data.held_out_hash: String should match pattern")
+
+
+@pytest.mark.parametrize("figure", [float("nan"), float("inf")])
+def test_a_figure_that_is_not_finite_is_refused(tmp_path, figure):
+    folder = stored.write(tmp_path / "a", facts=stored.manifest())
+    manifest = json.loads((folder / store.MANIFEST).read_text())
+    manifest["result"]["gain"] = figure
+    (folder / store.MANIFEST).write_text(json.dumps(manifest))
+    assert refusal(folder) == f"a/{store.MANIFEST}: result.gain: Input should be a finite number."
+
+
+def test_a_link_has_a_name_of_its_own(tmp_path):
+    (tmp_path / "noir").symlink_to(stored.write(tmp_path / "v3"))
+    assert store.read(tmp_path / "noir").name == "noir"
+
+
+def test_a_thousand_pattern_keys_are_read_at_once(tmp_path):
     modules = [f"transformer.h.{number}.attn.c_attn" for number in range(20)]
-    keys = {f"model.layers.{number}.self_attn.q_proj": 4 for number in range(2000)} | {"19.attn.c_attn": 4}
+    keys = {f"model.layers.{number}.self_attn.q_proj": 4 for number in range(999)} | {"19.attn.c_attn": 4}
     folder = stored.write(tmp_path / "a", {"rank_pattern": keys, "alpha_pattern": keys}, stored.tensors(4, modules))
     start = time.process_time()
     adapter = store.read(folder)
@@ -488,11 +530,13 @@ def test_what_an_adapter_is_to_its_children(tmp_path):
     assert json.loads(json.dumps(child.facts()))["parents"] == [{"name": "bare", "sha256": bare.sha256, "parents": []}]
 
 
-@pytest.mark.parametrize("parent", [{"name": "a"}, {"name": "a", "sha256": 1}, {"name": "a", "sha256": "b", "age": 3}])
+@pytest.mark.parametrize(
+    "parent", [{"name": "a"}, {"name": "a", "sha256": 1}, {"name": "a", "sha256": "b" * 64, "age": 3}]
+)
 def test_parents_that_are_none(tmp_path, parent):
     folder = stored.write(tmp_path / "a", facts=stored.manifest())
     manifest = json.loads((folder / MANIFEST).read_text()) | {
-        "parents": [{"name": "x", "sha256": "y", "parents": [parent]}]
+        "parents": [{"name": "x", "sha256": "c" * 64, "parents": [parent]}]
     }
     (folder / MANIFEST).write_text(json.dumps(manifest))
     assert refusal(folder).startswith(f"a/{MANIFEST}: parents.0.parents.0.")

@@ -110,11 +110,11 @@ def test_cells_and_facts_show_what_they_were_given_and_no_more(capsys, wide):
 def evil(tmp_path):
     """An adapter whose manifest says what it likes, wherever the schema has text."""
     facts = stored.manifest().model_dump() | {"created": EVIL, "versions": {EVIL: EVIL}, "weights": None}
-    facts["base"] = dict.fromkeys(facts["base"], EVIL)
-    texts = dict.fromkeys(("name", "source", "hash", "split_salt", "eval_dataset", "held_out_hash"), EVIL)
+    facts["base"] |= dict.fromkeys(("name", "repo", "revision", "weights"), EVIL)
+    texts = dict.fromkeys(("name", "source", "split_salt", "eval_dataset"), EVIL)
     facts["data"] |= texts | {"where": [EVIL], "counts": {EVIL: 3}}
     facts["run"] |= {"device": EVIL, "dtype": EVIL}
-    facts["parents"] = [{"name": EVIL, "sha256": EVIL, "parents": [{"name": EVIL, "sha256": EVIL}]}]
+    facts["parents"] = [{"name": EVIL, "sha256": "ab" * 32, "parents": [{"name": EVIL, "sha256": "cd" * 32}]}]
     return store.read(stored.write(tmp_path / "adapters" / "evil", facts=stored.Manifest.model_validate(facts)))
 
 
@@ -143,9 +143,8 @@ def test_a_hostile_manifest_is_shown_on_the_card_and_obeyed_by_nothing(capsys, w
     assert {
         f"base {SHOWN}: {SHOWN}",
         f"revision {SHOWN}",
-        f"fingerprint {SHOWN}",
-        f"lineage from {SHOWN} ({terminal.plain(EVIL[:12])}, not in this library)",
-        f"from {SHOWN} ({terminal.plain(EVIL[:12])}, not in this library)",
+        f"lineage from {SHOWN} (abababababab, not in this library)",
+        f"from {SHOWN} (cdcdcdcdcdcd, not in this library)",
         f"data {SHOWN}",
         f"where {SHOWN}",
         f"rows 3 {SHOWN}",
@@ -218,10 +217,9 @@ def test_the_lines_of_a_lineage():
 @pytest.mark.parametrize(
     "facts",
     [
-        {"result": {"base_loss": float("-inf"), "loss": float("nan"), "gain": float("inf")}},
         {"result": {"base_loss": 1e308, "loss": -1e308, "rows": -5}},
-        {"run": {"seconds": float("nan"), "steps": 10**4000, "tokens": -1}},
-        {"run": {"seconds": float("inf")}},
+        {"run": {"seconds": 0.5, "steps": 10**4000, "tokens": -1}},
+        {"run": {"seconds": 1e300}},
         {"data": {"name": "", "counts": {"": 10**4200}, "where": [""]}},
         {"data": {"name": "/"}},
     ],
