@@ -33,7 +33,7 @@ from .base_model import quiet
 from .config import Sampling
 from .errors import GenerationError, Listener, MixedBatchError, Notice, ignore
 from .library import Library
-from .store import CONFIG, WEIGHTS, Adapter
+from .store import CONFIG, MANIFEST, WEIGHTS, Adapter
 
 
 @dataclass(frozen=True)
@@ -251,10 +251,12 @@ class Generator:
 def _identity(folder: Path) -> Any:
     """What tells one version of an adapter from the next; None when it is gone."""
     try:
-        found = [(folder / name).stat() for name in (WEIGHTS, CONFIG)]
+        names = [WEIGHTS, CONFIG, *([MANIFEST] if (folder / MANIFEST).exists() else [])]
+        found = [(folder / name).stat() for name in names]
     except OSError:
         return None
-    return [(facts.st_ino, facts.st_size, facts.st_mtime_ns) for facts in found]
+    # The time of change too: a file that takes another's place may have its number, size and age.
+    return [(facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns) for facts in found]
 
 
 @dataclass

@@ -804,3 +804,11 @@ def test_the_last_seed_has_answers_too(gpt2):
     for answer in answers:
         again = resolve(Sampling, {"seed": answer.seed, "max_new_tokens": 4})
         assert generator.generate("so", again) == answer
+
+
+def test_a_manifest_that_names_another_base_by_now_is_read_again(stock):
+    put(stock, "v1", Path("adapters/a"))
+    generator = Generator("a", device="cpu")
+    put(stock, "other base", Path("adapters/a"))
+    with pytest.raises(WrongBaseError):
+        generator.use("a")
