@@ -120,6 +120,30 @@ def _option(name: str, field: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
+def _place(
+    base: Base = None,
+    revision: Revision = None,
+    adapters_dir: AdaptersDir = LIBRARY,
+    device: Device = "auto",
+    dtype: Numbers = "auto",
+    force: Force = False,
+) -> None:
+    """The options of a command that puts adapters on a base."""
+
+
+def _on_a_base(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `_place`; it receives them as `place`."""
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != "place"]
+    added = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(_place).parameters.values()]
+
+    @functools.wraps(command)
+    def wrapper(**options: Any) -> None:
+        command(place={p.name: options.pop(p.name) for p in added}, **options)
+
+    wrapper.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+    return wrapper
+
+
 @app.callback(invoke_without_command=True)
 def _main(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
     for stream in (sys.stdout, sys.stderr):
@@ -172,6 +196,7 @@ def train(
 
 @app.command()
 @_settings(Sampling)
+@_on_a_base
 def generate(
     given: dict[str, Any],
     prompt: Annotated[
@@ -185,31 +210,22 @@ def generate(
         str | None, typer.Option(help="An adapter, by name or path.", show_default="the plain base")
     ] = None,
     file: Annotated[Path | None, typer.Option(help="A file with a prompt on each line.", show_default=False)] = None,
-    base: Base = None,
-    revision: Revision = None,
-    adapters_dir: AdaptersDir = LIBRARY,
-    device: Device = "auto",
-    dtype: Numbers = "auto",
-    force: Force = False,
     as_json: AsJson = False,
+    *,
+    place: dict[str, Any],
 ) -> None:
     """Write on from a prompt, with an adapter or with the plain base."""
     sampling = resolve(Sampling, given)
     prompts = _prompts(prompt, file)
     if prompts is None and as_json:
         raise ConfigError("--json needs its prompts at once: as an argument, in --file, or - for standard input.")
-    if force and adapter is None:
+    if place["force"] and adapter is None:
         raise ConfigError("--force is for an adapter on another base: name one with --adapter.")
     from .generation import Generator
 
     generator = Generator(
         *([adapter] if adapter else []),
-        base=base,
-        revision=revision,
-        adapters_dir=adapters_dir,
-        device=device,
-        dtype=dtype,
-        force=force,
+        **place,
         notify=show,
     )
     if prompts is None:
@@ -243,6 +259,7 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str] | None:
 
 @app.command()
 @_settings(Sampling)
+@_on_a_base
 def compare(
     given: dict[str, Any],
     adapter: Annotated[
@@ -253,30 +270,21 @@ def compare(
         typer.Argument(help="The text to go on from; - reads standard input, a prompt a line.", show_default=False),
     ] = None,
     file: Annotated[Path | None, typer.Option(help="A file with a prompt on each line.", show_default=False)] = None,
-    base: Base = None,
-    revision: Revision = None,
-    adapters_dir: AdaptersDir = LIBRARY,
-    device: Device = "auto",
-    dtype: Numbers = "auto",
-    force: Force = False,
     as_json: AsJson = False,
+    *,
+    place: dict[str, Any],
 ) -> None:
     """The same prompt answered by the base and by adapters, in one batch and with the same luck."""
     sampling = resolve(Sampling, given)
     prompts = _prompts(prompt, file)
     if prompts is None:
         raise ConfigError("There is nothing to go on from: give a prompt, --file, or - for standard input.")
-    found = Library(adapters_dir).several(adapter)
+    found = Library(place["adapters_dir"]).several(adapter)
     from .generation import Generator
 
     generator = Generator(
         *(it.path for it in found),
-        base=base,
-        revision=revision,
-        adapters_dir=adapters_dir,
-        device=device,
-        dtype=dtype,
-        force=force,
+        **place,
         notify=show,
     )
     answering = (None, *(it.name for it in found))
@@ -290,6 +298,7 @@ def compare(
 
 @app.command()
 @_settings(TrainConfig, "eval_dataset", "eval_split", "text_column", "where", "txt_rows", "keep_lines")
+@_on_a_base
 def evaluate(
     given: dict[str, Any],
     adapters: Annotated[list[str], typer.Argument(help="Adapters, by name or path.", show_default=False)],
@@ -302,13 +311,9 @@ def evaluate(
         ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the gains into this PNG file.", show_default=False)] = None,
-    base: Base = None,
-    revision: Revision = None,
-    adapters_dir: AdaptersDir = LIBRARY,
-    device: Device = "auto",
-    dtype: Numbers = "auto",
-    force: Force = False,
     as_json: AsJson = False,
+    *,
+    place: dict[str, Any],
 ) -> None:
     """Held-out loss of the base and of each adapter, on its own rows and on those of the others."""
     if given and "eval_dataset" not in given:
@@ -318,18 +323,14 @@ def evaluate(
         raise ConfigError(f"--plot {plot}: the picture is a .png file.")
     if plot and not plot.parent.is_dir():
         raise ConfigError(f"--plot {plot}: there is no folder {plot.parent}.")
-    found = Library(adapters_dir).several(adapters)
+    found = Library(place.pop("adapters_dir")).several(adapters)
     from . import evaluation, report
 
     matrix = evaluation.evaluate(
         found,
         [evaluation.rows_of(settings, show)] if settings.eval_dataset else None,
-        base=base,
-        revision=revision,
         eval_rows=eval_rows,
-        device=device,
-        dtype=dtype,
-        force=force,
+        **place,
         notify=show,
     )
     if plot:
