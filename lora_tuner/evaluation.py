@@ -167,10 +167,15 @@ def kept_rows(adapter: Adapter) -> RowSet:
     return RowSet(adapter.name, [], why)
 
 
+def as_held_out(name: str) -> Notice:
+    """What is to be said of data that is measured as a whole: no adapter remembers its training rows."""
+    return Notice(f"Rows of {name} that an adapter was trained on count as held out here.")
+
+
 def rows_of(config: TrainConfig, notify: Listener = ignore) -> RowSet:
     """The rows of `config.eval_dataset`, the first `config.eval_rows` by their hash."""
     texts = list(load_held_out(config, notify).values())
-    notify(Notice(f"Rows of {config.eval_dataset} that an adapter was trained on count as held out here."))
+    notify(as_held_out(str(config.eval_dataset)))
     return RowSet(str(config.eval_dataset), texts[: config.eval_rows])
 
 
@@ -223,18 +228,18 @@ def evaluate(
     """
     check_distinct(adapters)
     sets = [kept_rows(adapter) for adapter in adapters] if sets is None else list(sets)
+    sets = [replace(rows, texts=rows.texts[:eval_rows]) for rows in sets]
     few = "a standard error needs two rows"
     sets = [it if len(it.texts) > 1 or it.missing else replace(it, texts=[], missing=few) for it in sets]
     if all(it.missing for it in sets):
         reasons = "; ".join(f"{it.name}: {it.missing}" for it in sets)
         raise AdapterError(f"There is nothing to measure on. {reasons}. Name data with --eval-dataset.")
-    sets = [replace(rows, texts=rows.texts[:eval_rows]) for rows in sets]
     opened = lora.open_base(adapters[0], base, revision, device=device, dtype=dtype, notify=notify)
     for adapter in adapters:
         lora.check_base(adapter, opened, force=force, notify=notify)
     known = [it.manifest.data for it in adapters if it.manifest and it.manifest.data]
     for name in dict.fromkeys(data.eval_dataset for data in known if data.eval_dataset):
-        notify(Notice(f"Rows of {name} that an adapter was trained on count as held out here."))
+        notify(as_held_out(name))
     if len({data.split_salt for data in known}) > 1:
         notify(
             Notice("The adapters differ in --split-salt, so one may have been trained on rows that another holds out.")

@@ -91,11 +91,9 @@ class Job:
 
 def prepare(config: TrainConfig, notify: Listener = ignore) -> Job:
     """Base, data and update in memory, seeded: the same configuration gives the same job."""
-    parent = Library(config.adapters_dir).get(config.parent) if config.parent else None
-    if parent is not None:
-        config = _like_parent(config, parent)
+    config, parent = _with_parent(config)
     if parent is not None and config.eval_dataset:
-        notify(Notice(f"Rows of {config.eval_dataset} that {parent.name} was trained on count as held out here."))
+        notify(evaluation.as_held_out(config.eval_dataset))
     corpus = load_corpus(config, notify)  # before the base: it may be wrong, and the base may be long in coming
     base = lora.open_base(parent, config.base, config.revision, device=config.device, dtype=config.dtype, notify=notify)
     source = base.source
@@ -147,11 +145,14 @@ def prepare(config: TrainConfig, notify: Listener = ignore) -> Job:
     )
 
 
-def _like_parent(config: TrainConfig, parent: Adapter) -> TrainConfig:
-    """The configuration with what an adapter that goes on from another shares with it.
+def _with_parent(config: TrainConfig) -> tuple[TrainConfig, Adapter | None]:
+    """The adapter to go on from, where there is one, and the configuration with what the new one shares with it.
 
     Its split salt too: with another, rows that the parent was trained on would be held out.
     """
+    if config.parent is None:
+        return config, None
+    parent = Library(config.adapters_dir).get(config.parent)
     if config.parent_sha256 not in (None, parent.sha256):
         raise ConfigError(
             f"{parent.path} has other weights (sha256 {parent.sha256[:12]}) than those to go on from "
@@ -165,7 +166,8 @@ def _like_parent(config: TrainConfig, parent: Adapter) -> TrainConfig:
         shared += [("split_salt", config.split_salt, data.split_salt, "split_salt" in given)]
     _refuse_other(parent, [(name, ours, theirs) for name, ours, theirs, chosen in shared if chosen and ours != theirs])
     salt = data.split_salt if data else config.split_salt
-    return config.model_copy(update={"rank": parent.rank, "split_salt": salt, "parent_sha256": parent.sha256})
+    same = {"rank": parent.rank, "split_salt": salt, "parent_sha256": parent.sha256}
+    return config.model_copy(update=same), parent
 
 
 def _with_targets(config: TrainConfig, parent: Adapter, base: Base) -> TrainConfig:
@@ -194,9 +196,7 @@ class PreviewedRow:
 
 def preview(config: TrainConfig, count: int, notify: Listener = ignore) -> list[PreviewedRow]:
     """The first `count` training rows, cleaned, tokenised and cut as a run would. Loads no weights."""
-    parent = Library(config.adapters_dir).get(config.parent) if config.parent else None
-    if parent is not None:
-        config = _like_parent(config, parent)
+    config, parent = _with_parent(config)
     tokenizer = load_tokenizer(lora.base_of(parent, config.base, config.revision, notify))
     rows = []
     for before, after in load_corpus(config, notify).previews[:count]:

@@ -17,7 +17,7 @@ from .base_model import Source, find_base
 from .config import NAME
 from .errors import AdapterError, Listener, Notice, ignore
 from .manifest import Manifest, Parent, Weights, now
-from .store import CARD, CONFIG, MANIFEST, WEIGHTS, Adapter, read, valid_name, verify_weights
+from .store import CARD, CONFIG, MANIFEST, WEIGHTS, Adapter, check_weights, read, valid_name
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,7 @@ class Library:
         target = valid_name(name or adapter.name)
         if not here:
             self.check_free(target, advice="choose another --name")
-        if problems := verify_weights(adapter):
-            raise AdapterError(f"{adapter.path} is damaged: {'; '.join(problems[:3])}.")
+        check_weights(adapter)
         if base is None:
             base, revision = adapter.base, revision or adapter.revision
         if not base:
@@ -197,12 +196,12 @@ def _sizes(adapter: Adapter, source: Source) -> dict[str, tuple[int, int]]:
 
     Files may leave out the first parts of a layer's name, and hold a layer either way round: GPT-2's are transposed.
     """
-    sizes = {}
+    sizes, vocabulary = {}, source.vocabulary
     for module in adapter.modules:
         parts = module.split(".")
         names = (".".join([*parts[start:], "weight"]) for start in range(len(parts)))
         shape = next((source.shapes[name] for name in names if name in source.shapes), ())
-        if len(shape) == 2 and source.vocabulary not in shape:  # else embeddings, or the output head
+        if len(shape) == 2 and vocabulary not in shape:  # else embeddings, or the output head
             either = (shape, shape[::-1])
             guess = either[not adapter.config.get("fan_in_fan_out")]
             sizes[module] = adapter.size(module) if adapter.size(module) in either else guess

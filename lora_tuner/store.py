@@ -209,6 +209,12 @@ def verify(adapter: Adapter) -> list[str]:
     return problems
 
 
+def check_weights(adapter: Adapter) -> None:
+    """Raise AdapterError unless the numbers are finite and those that the manifest knows."""
+    if problems := verify_weights(adapter):
+        raise AdapterError(f"{adapter.path} is damaged: {'; '.join(problems[:3])}.")
+
+
 def verify_weights(adapter: Adapter) -> list[str]:
     """What is wrong with the numbers alone: not finite, or not those that the manifest knows."""
     path, problems = adapter.path / WEIGHTS, []

@@ -444,3 +444,11 @@ def test_adapters_of_one_name_are_refused(adapters, tmp_path):
     with pytest.raises(AdapterError) as error:
         evaluate([adapters[0], store.read(tmp_path / "elsewhere" / adapters[0].name)], device="cpu")
     assert str(error.value) == "Two of these adapters are called noir: name each once, or rename one."
+
+
+def test_one_row_of_a_set_is_too_few(adapters):
+    with pytest.raises(AdapterError) as error:
+        evaluate(adapters[:1], [RowSet("x", tiny.reviews(5))], eval_rows=1, device="cpu")
+    assert str(error.value) == (
+        "There is nothing to measure on. x: a standard error needs two rows. Name data with --eval-dataset."
+    )
