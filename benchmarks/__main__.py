@@ -16,10 +16,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import adapters
+from . import adapters, data, generation, quality, training
 
-PARTS = {"adapters": adapters.run}
-PACKAGES = ("lora_tuner", "torch", "transformers", "peft")
+PARTS = {
+    "training": training.run,
+    "quality": quality.run,
+    "generation": generation.run,
+    "adapters": adapters.run,
+    "data": data.run,
+}
+PACKAGES = ("lora_tuner", "torch", "transformers", "peft", "trl", "llama_cpp_python")
 
 
 def machine() -> dict[str, object]:
@@ -30,7 +36,7 @@ def machine() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {it.name: it.version for it in importlib.metadata.distributions() if it.name in PACKAGES},
     }
 
 
@@ -38,13 +44,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure this tool beside others.")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all when none is named")
     parser.add_argument("--json", type=Path, help="write the figures and the machine into this file as well")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="turns that each thing takes; figures are medians over them"
+    )
     options = parser.parse_args()
     if unknown := set(options.parts) - PARTS.keys():
         parser.error(f"there is no part {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
     facts = machine()
     figures = {}
     for name in options.parts or PARTS:
-        figures[name] = PARTS[name]()
+        figures[name] = PARTS[name](options.rounds)
         grid = Table("what", "figure", "", "in other words", title=name, box=None, title_justify="left")
         for figure in figures[name]:
             grid.add_row(figure["what"], f"{figure['value']:,.4g}", figure["unit"], figure.get("note", ""))

@@ -5,7 +5,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,19 +18,21 @@ from lora_tuner.base_model import find_base, load_base, quiet
 from lora_tuner.config import EMBEDDED_BASE
 from lora_tuner.manifest import Manifest, Weights, now
 
+from .measure import Figure, figure, in_turns, seconds
+
 CLI = Path(__file__).parents[1] / "cli.py"
-RESIDENT = (1, 20, 100)
-ROWS, NEW_TOKENS, ROUNDS = 8, 24, 5
+RESIDENT = (1, 10, 20, 100)
+ROWS, NEW_TOKENS = 8, 24
 GREEDY = Sampling(greedy=True, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0)
 PROMPT = "This film is about a man who"
 
 
-def run() -> list[dict[str, Any]]:
+def run(rounds: int) -> list[Figure]:
     """Takes some minutes, and 1 GB of disk for a hundred adapters."""
     with tempfile.TemporaryDirectory() as place:
         shelf = Path(place) / "adapters"
-        _make(shelf, max(RESIDENT) + ROUNDS + 1)
-        return [*_listing(shelf), *_loading(shelf), *_peft(shelf), *_batches(shelf)]
+        _make(shelf, max(RESIDENT) + rounds)
+        return [part for measure in (_listing, _loading, _peft, _batches) for part in measure(shelf, rounds)]
 
 
 def _make(shelf: Path, count: int) -> None:
@@ -50,82 +51,74 @@ def _make(shelf: Path, count: int) -> None:
         (folder / store.MANIFEST).write_text(manifest.to_json())
 
 
-def _seconds(work: Callable[[], Any]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def _figure(what: str, value: float, unit: str, note: str = "") -> dict[str, Any]:
-    return {"what": what, "value": value, "unit": unit, "note": note}
-
-
-def _listing(shelf: Path) -> list[dict[str, Any]]:
+def _listing(shelf: Path, rounds: int) -> list[Figure]:
     twenty = shelf.parent / "twenty"
     twenty.mkdir()
     for number in range(20):
         (twenty / f"a{number}").symlink_to(shelf / f"a{number}")
     command = [sys.executable, str(CLI), "adapters", "list", "--adapters-dir", str(twenty)]
     env = os.environ | {"PYTHONPATH": str(CLI.parent)}
-    times = [_seconds(lambda: subprocess.run(command, check=True, capture_output=True, env=env)) for _ in range(ROUNDS)]
-    return [_figure("cli.py adapters list, 20 adapters", statistics.median(times), "s", "the whole process")]
+    times = [seconds(lambda: subprocess.run(command, check=True, capture_output=True, env=env)) for _ in range(rounds)]
+    return [figure("cli.py adapters list, 20 adapters", statistics.median(times), "s", "the whole process")]
 
 
-def _loading(shelf: Path) -> list[dict[str, Any]]:
+def _loading(shelf: Path, rounds: int) -> list[Figure]:
     figures = []
     generator = Generator(base=EMBEDDED_BASE, adapters_dir=shelf)
     for resident in RESIDENT:
         for number in range(len(generator.loaded), resident):
             generator.use(f"a{number}")
         loads, swaps = [], []
-        for turn in range(ROUNDS):
+        for turn in range(rounds):
             extra = f"a{max(RESIDENT) + turn}"
-            loads.append(_seconds(partial(generator.use, extra)))
+            loads.append(seconds(partial(generator.use, extra)))
             generator.unload(extra)
-            swaps.append(_seconds(partial(_swap, generator, f"a{turn % resident}")))
+            _swap(generator, None)
+            swaps.append(seconds(partial(_swap, generator, f"a{turn % resident}")))
         beside = f"{resident} resident"
         figures += [
-            _figure(f"load an adapter, {beside}", statistics.median(loads) * 1e3, "ms", "read, hash, check, copy"),
-            _figure(f"swap to a resident one, {beside}", statistics.median(swaps) * 1e3, "ms", "hooks on and off too"),
+            figure(f"load an adapter, {beside}", statistics.median(loads) * 1e3, "ms", "read, hash, check, copy"),
+            figure(
+                f"swap to a resident one, {beside}",
+                statistics.median(swaps) * 1e3,
+                "ms",
+                "its tensors joined for the layers",
+            ),
         ]
     return figures
 
 
-def _swap(generator: Generator, name: str) -> None:
+def _swap(generator: Generator, name: str | None) -> None:
     """All that changes between the answers of two adapters."""
     generator.use(name)
-    with generator._bank.applied([name]):
-        pass
+    assert generator._decoder is not None
+    generator._decoder.use(generator._bank, [name])
 
 
-def _peft(shelf: Path) -> list[dict[str, Any]]:
+def _peft(shelf: Path, rounds: int) -> list[Figure]:
     """The same with PEFT alone, which neither hashes nor checks; up to 20, for it takes longer with each."""
     figures = []
     model = load_base(find_base(EMBEDDED_BASE)).model
     with quiet():
         wrapped = PeftModel.from_pretrained(model, shelf / "a0", adapter_name="a0")
-        for resident in RESIDENT[:2]:
+        for resident in RESIDENT[:-1]:
             for number in range(len(wrapped.peft_config), resident):
                 wrapped.load_adapter(shelf / f"a{number}", adapter_name=f"a{number}")
             loads, swaps = [], []
-            for turn in range(ROUNDS):
+            for turn in range(rounds):
                 extra = f"a{max(RESIDENT) + turn}"
-                loads.append(_seconds(partial(wrapped.load_adapter, shelf / extra, adapter_name=extra)))
+                loads.append(seconds(partial(wrapped.load_adapter, shelf / extra, adapter_name=extra)))
                 wrapped.delete_adapter(extra)
-                swaps.append(_seconds(partial(wrapped.set_adapter, f"a{turn % resident}")))
+                swaps.append(seconds(partial(wrapped.set_adapter, f"a{turn % resident}")))
             beside = f"{resident} resident"
             figures += [
-                _figure(f"PEFT: load_adapter, {beside}", statistics.median(loads) * 1e3, "ms"),
-                _figure(f"PEFT: set_adapter, {beside}", statistics.median(swaps) * 1e3, "ms"),
+                figure(f"PEFT: load_adapter, {beside}", statistics.median(loads) * 1e3, "ms"),
+                figure(f"PEFT: set_adapter, {beside}", statistics.median(swaps) * 1e3, "ms"),
             ]
     return figures
 
 
-def _batches(shelf: Path) -> list[dict[str, Any]]:
+def _batches(shelf: Path, rounds: int) -> list[Figure]:
     """Eight rows: eight adapters, one adapter, the plain base, one after another; and PEFT's `adapter_names`."""
     names = [f"a{number}" for number in range(ROWS)]
     generator = Generator(*names, base=EMBEDDED_BASE, adapters_dir=shelf)
@@ -152,15 +145,9 @@ def _batches(shelf: Path) -> list[dict[str, Any]]:
         f"PEFT: {ROWS} rows, {ROWS} adapters": with_peft,
     }
     assert not any(answer.finished for answer in ways[f"{ROWS} rows, {ROWS} adapters"]()), "all rows write to the end"
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(ROUNDS + 1):
-        for name, way in ways.items():
-            seconds = _seconds(way)
-            if turn:  # the first round warms up
-                times[name].append(seconds)
-    medians = {name: statistics.median(found) for name, found in times.items()}
+    medians = in_turns(ways, rounds)
     one = medians[f"{ROWS} rows, one adapter"]
     return [
-        _figure(name, ROWS * NEW_TOKENS / seconds, "tokens/s", f"{one / seconds:.2f} of one adapter's speed")
-        for name, seconds in medians.items()
+        figure(name, ROWS * NEW_TOKENS / taken, "tokens/s", f"{one / taken:.2f} of one adapter's speed")
+        for name, taken in medians.items()
     ]

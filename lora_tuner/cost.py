@@ -53,11 +53,14 @@ def measure(job: Job) -> Plan:
         start, count = time.perf_counter(), 0
         for micro in range(config.accumulation):
             first = step * per_step + micro * batch_size
-            batch = tokens.collate(items[first : first + batch_size], base.tokenizer.pad_token_id)
-            labels = batch.pop("labels").to(base.device)
-            output = model(**{name: tensor.to(base.device) for name, tensor in batch.items()}, use_cache=False)
+            batch = {
+                name: tensor.to(base.device) for name, tensor in job.collate(items[first : first + batch_size]).items()
+            }
+            labels = batch.pop("labels")
             found = int((labels != tokens.NO_LABEL).sum())
-            (evaluation.causal_nll(output.logits, labels).sum() / max(found, 1)).backward()
+            with base.head.left_out():
+                output = model(**batch, use_cache=False)
+            (base.head.nll(output.logits, labels).sum() / max(found, 1)).backward()
             count += found
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from . import files, lora, store, tokens
 from .bank import AdapterBank
@@ -43,19 +42,6 @@ class HeldOut:
         return math.fsum(self.nll) / sum(self.predictions)
 
 
-def causal_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of each next token, (batch, length), 0 where there is no label.
-
-    `logits` is (batch, length, vocabulary), `labels` (batch, length), not shifted.
-    """
-    # The labels are shifted, not the logits: slicing those would copy the largest tensor of the step.
-    following = F.pad(labels[:, 1:], (0, 1), value=tokens.NO_LABEL)
-    flat = F.cross_entropy(
-        logits.flatten(0, 1).float(), following.flatten(), ignore_index=tokens.NO_LABEL, reduction="none"
-    )
-    return flat.view(labels.shape)
-
-
 def encode_held_out(base: Base, texts: Sequence[str]) -> list[tokens.Row]:
     return tokens.cut(tokens.encode(base.tokenizer, texts), min(HELD_OUT_LENGTH, base.context))[0]
 
@@ -75,14 +61,13 @@ def measure(
     done, training = 0, model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), base.head.left_out():
             for batch in _batches(rows, batch_tokens):
                 inputs = tokens.collate([[rows[index]] for index in batch], base.tokenizer.pad_token_id)
                 labels = inputs.pop("labels").to(base.device)
-                logits = model(
-                    **{name: tensor.to(base.device) for name, tensor in inputs.items()}, use_cache=False
-                ).logits
-                for index, value in zip(batch, causal_nll(logits, labels).cpu().double().sum(1).tolist(), strict=True):
+                output = model(**{name: tensor.to(base.device) for name, tensor in inputs.items()}, use_cache=False)
+                each = base.head.nll(output.logits, labels).cpu().double().sum(1).tolist()
+                for index, value in zip(batch, each, strict=True):
                     nll[index] = value
                 done += len(batch)
                 notify(Progress(stage, done, len(rows)))
@@ -111,6 +96,7 @@ def _once(base: Base, rows: Sequence[tokens.Row], adapter: Adapter | None, now: 
         base.source.fingerprint,
         base.tokenizer_hash,
         str(base.dtype),
+        type(base.head.module).__name__,  # int8 weights compute in float32 too
         base.device.type,
         [row.tolist() for row in rows],
     ]

@@ -18,22 +18,21 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 from transformers.generation.streamers import BaseStreamer
 
-from . import lora, tokens
+from . import drawing, lora, tokens
 from .bank import AdapterBank
 from .base_model import quiet
 from .config import Sampling
+from .decoder import Cache, Decoder
 from .errors import GenerationError, Listener, MixedBatchError, Notice, ignore
 from .library import Library
 from .store import CONFIG, MANIFEST, WEIGHTS, Adapter
+
+WORTH_GUESSING = 24  # tokens; for fewer, the draft is not worth making
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,7 @@ class Generator:
         )
         self.base.model.generation_config = GenerationConfig()  # a base's own would fill in what we leave open
         self._bank = AdapterBank(self.base)
+        self._decoder = Decoder.of(self.base)
         self._loaded: dict[str, tuple[Path, Any]] = {}  # adapter name -> (its folder, what its file was)
         self._lock = threading.RLock()
         names = [self._load(adapter) for adapter in found]
@@ -132,6 +132,8 @@ class Generator:
                 )
             self._bank.remove(name)
             del self._loaded[name]
+            if self._decoder is not None:
+                self._decoder.rest(self._bank)
             if self.current == name:
                 self.current = None
 
@@ -216,7 +218,7 @@ class Generator:
                 f"The prompt has {len(ids):,} tokens, and {self.base.source.name} looks back on {self.base.context:,}: cut it."
             )
         text = _Text(tokenizer, ids, sampling.stop, on_text)
-        return _Row(prompt, adapter, text, min(sampling.max_new_tokens, room), seed, _drawing(sampling, seed))
+        return _Row(prompt, adapter, text, min(sampling.max_new_tokens, room), seed, drawing.steps(sampling, seed))
 
     def _write(self, rows: list["_Row"]) -> None:
         """Continue these rows, which have one limit, as one batch."""
@@ -228,6 +230,8 @@ class Generator:
             inputs[line, longest - len(row.text.prompt) :] = torch.tensor(row.text.prompt, device=device)
             mask[line, longest - len(row.text.prompt) :] = 1
         streamed = rows[0].text if len(rows) == 1 and rows[0].text.on_text else None
+        if self._decoder is not None and self._decode(self._decoder, rows, inputs, streamed):
+            return
         with self._bank.applied([row.adapter for row in rows]):
             output = self.base.model.generate(
                 input_ids=inputs,
@@ -246,6 +250,71 @@ class Generator:
             row.new, row.ended = line[longest:], tokenizer.eos_token_id in line[longest:]
             if row.ended:
                 row.new = row.new[: row.new.index(tokenizer.eos_token_id)]
+
+    def _decode(self, decoder: Decoder, rows: list["_Row"], inputs: torch.Tensor, streamed: "_Text | None") -> bool:
+        """The same by our own way through the base; False, and nothing done, for adapters that it does not take."""
+        try:
+            decoder.use(self._bank, [row.adapter for row in rows])
+        except MixedBatchError:
+            return False
+        eos, width, limit = self.base.tokenizer.eos_token_id, inputs.shape[1], rows[0].limit
+        written = torch.cat([inputs, inputs.new_full((len(rows), limit), self.base.tokenizer.pad_token_id)], 1)
+        cache = Cache(decoder, len(rows), width + limit, [width - len(row.text.prompt) for row in rows])
+        guesser = _Guesser(decoder, self._bank, rows[0], cache) if len(rows) == 1 and limit >= WORTH_GUESSING else None
+        for row in rows:
+            row.new = []
+        if streamed:
+            streamed.put(inputs[0])
+        end, guessed = width, 0
+        logits = decoder.step(inputs, cache, last=True)
+        while True:
+            for number in range(guessed + 1):
+                guess = int(written[0, end])
+                for line, row in enumerate(rows):
+                    if row.done:
+                        continue
+                    best = row.best(written[line : line + 1, width - len(row.text.prompt) : end], logits[line, number])
+                    written[line, end] = best
+                    row.take(best, eos)
+                    if streamed:
+                        streamed.put(written[line, end])
+                end += 1
+                if end == width + limit or all(row.done for row in rows):
+                    if streamed:
+                        streamed.end()
+                    return True
+                if number < guessed and written[0, end - 1] != guess:
+                    break
+            cache.used = end - 1
+            guessed = guesser.guess(written, end, number + 1) if guesser else 0
+            logits = decoder.step(written[:, end - 1 : end + guessed], cache)
+
+
+class _Guesser:
+    """Writes ahead with the draft of a decoder, for one row. The decoder has the last word on every token, so the text is its
+    own; it only reads its weights once for several tokens. Stops for good where it guesses badly."""
+
+    def __init__(self, decoder: Decoder, bank: AdapterBank, row: "_Row", cache: Cache) -> None:
+        self.decoder = decoder
+        self.bank = bank
+        self.row = row
+        self.cache = cache
+        self.rounds, self.taken = 0, 0
+
+    def guess(self, written: torch.Tensor, end: int, taken: int) -> int:
+        """Put guesses into `written` from `end` on, and say how many. `taken` tokens came of the last ones."""
+        draft = self.decoder.draft  # made when it is first asked for, so after the first token
+        if draft is None or (self.rounds > 8 and self.taken < 2 * self.rounds):
+            return 0
+        if self.rounds == 0:
+            draft.use(self.bank, [self.row.adapter])
+        self.rounds, self.taken = self.rounds + 1, self.taken + taken
+        count = min(self.decoder.guesses, written.shape[1] - end - 1)
+        for place in range(end, end + count):
+            logits = draft.step(written[:, place - 1 : place], self.cache)[0, -1]
+            written[0, place] = self.row.best(written[:, :place], logits)
+        self.cache.used = end - 1
+        return count
 
 
 def _identity(folder: Path) -> Any:
@@ -270,38 +339,29 @@ class _Row:
     seed: int | None
     drawing: LogitsProcessorList
     new: list[int] | None = None
-    ended: bool = False
+    ended: bool = False  # by an end of text
+    stopped: bool = False  # by a stop string
+
+    @property
+    def done(self) -> bool:
+        return self.ended or self.stopped
+
+    def best(self, seen: Any, logits: torch.Tensor) -> int:
+        """The token that follows `seen` (1, tokens), given its logits (vocabulary,)."""
+        return int(self.drawing(seen, logits[None]).argmax())
+
+    def take(self, token: int, eos: int) -> None:
+        assert self.new is not None
+        if token == eos:
+            self.ended = True
+        else:
+            self.new.append(token)
+            self.stopped = bool(self.text.stop) and self.text.cut(self.new)[1]
 
     def answer(self) -> Answer:
         assert self.new is not None
         written, stopped = self.text.cut(self.new)
         return Answer(self.prompt, written, self.adapter, len(self.new), self.ended or stopped, self.seed)
-
-
-def _drawing(sampling: Sampling, seed: int | None) -> LogitsProcessorList:
-    """From a row's logits to those whose best is the token it takes."""
-    steps = LogitsProcessorList()
-    if sampling.repetition_penalty != 1:
-        steps.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-    if seed is not None:
-        steps.append(TemperatureLogitsWarper(sampling.temperature))
-        if sampling.top_k:
-            steps.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            steps.append(TopPLogitsWarper(sampling.top_p))
-        steps.append(_Draw(seed))
-    return steps
-
-
-class _Draw(LogitsProcessor):
-    """Makes the best token a random one: the Gumbel-max trick (Gumbel, 1954; Maddison et al., 2014, arXiv:1411.0030)."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)  # on the CPU: the same numbers on every device
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        waiting = torch.empty(scores.shape).exponential_(generator=self.generator)
-        return scores.float() - waiting.clamp_(min=torch.finfo(torch.float32).tiny).log_().to(scores.device)
 
 
 class _EachRow(LogitsProcessor):

@@ -4,7 +4,9 @@ Surprise: preparing is part of what is repeated. The same configuration gives th
 the fresh update, whatever was measured or trained in this process before.
 """
 
+import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from transformers import set_seed
 
-from . import evaluation, files, lora, store, tokens
+from . import evaluation, fast, files, lora, store, tokens
 from .base_model import Base, load_tokenizer
 from .config import BATCH_SIZE_CPU, BATCH_SIZE_GPU, TrainConfig, to_yaml
 from .data import Corpus, content_hash, load_corpus
@@ -37,12 +39,16 @@ class Job:
     held_out_texts: list[str]
     truncated_rows: int
     parent: Adapter | None
+    by_row: bool  # packed rows attend by themselves, told where they begin
     notify: Listener
 
     @property
     def batch_size(self) -> int:
         assert self.config.batch_size is not None
         return self.config.batch_size
+
+    def collate(self, items: Sequence[Sequence[tokens.Row]]) -> dict[str, torch.Tensor]:
+        return tokens.collate(items, self.base.tokenizer.pad_token_id, bounds=self.by_row)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -112,6 +118,7 @@ def prepare(config: TrainConfig, notify: Listener = ignore) -> Job:
             f"max_length is {config.max_length}, and {source.name} looks back on {base.context} tokens at the most."
         )
     isolated = _rows_are_isolated(base)
+    by_row = base.device.type == "cpu" and isolated and _attends_by_row(base)
     if config.packing and not isolated:
         if "packing" in config.model_fields_set:
             raise TrainingError(f"{source.name} cannot tell packed rows apart: leave --packing out.")
@@ -141,6 +148,7 @@ def prepare(config: TrainConfig, notify: Listener = ignore) -> Job:
         held_out_texts=held_out_texts,
         truncated_rows=truncated,
         parent=parent,
+        by_row=by_row,
         notify=notify,
     )
 
@@ -212,29 +220,51 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def _probe(base: Base) -> tuple[tokens.Row, tokens.Row]:
+    """Two different rows of 16 plain tokens, from the middle of the vocabulary: special ones stand at its ends."""
+    middle = len(base.tokenizer) // 2
+    ids = np.arange(middle - 8, middle + 8, dtype=np.int32)
+    return ids, ids[::-1].copy()
+
+
+def _logits(base: Base, *rows: tokens.Row, bounds: bool = False) -> torch.Tensor:
+    """(tokens, vocabulary) of rows in one sequence."""
+    batch = tokens.collate([rows], base.tokenizer.pad_token_id, bounds=bounds)
+    batch.pop("labels")
+    with torch.inference_mode():
+        found = base.model(**{name: tensor.to(base.device) for name, tensor in batch.items()}, use_cache=False).logits
+    alone: torch.Tensor = found[0].float().cpu()
+    return alone
+
+
+def _differ(base: Base, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    tolerance = (1e-3 if base.dtype == torch.float32 else 5e-2) * float(theirs.abs().max())
+    return bool((ours - theirs).abs().max() > tolerance)
+
+
 def _rows_are_isolated(base: Base) -> bool:
     """Whether packed rows have the logits that they have alone: asked of the model itself, for some kinds never look at
     position ids. Raises BaseModelError for a model that looks ahead, of which no loss would mean anything."""
-    ids = [token for token in range(40) if token not in base.tokenizer.all_special_ids][:16]
-    first, second = np.array(ids, dtype=np.int32), np.array(ids[::-1], dtype=np.int32)
-
-    def logits(*rows: tokens.Row) -> torch.Tensor:
-        batch = tokens.collate([rows], base.tokenizer.pad_token_id)
-        batch.pop("labels")
-        with torch.inference_mode():
-            found = base.model(
-                **{name: tensor.to(base.device) for name, tensor in batch.items()}, use_cache=False
-            ).logits
-        alone: torch.Tensor = found[0].float().cpu()
-        return alone
-
-    alone = logits(second)
-    tolerance = (1e-3 if base.dtype == torch.float32 else 5e-2) * float(alone.abs().max())
+    first, second = _probe(base)
+    alone = _logits(base, second)
     changed = second.copy()
     changed[-1] = first[-1]
-    if (logits(changed)[:-1] - alone[:-1]).abs().max() > tolerance:
+    if _differ(base, _logits(base, changed)[:-1], alone[:-1]):
         raise BaseModelError(f"{base.source.name} looks at the text ahead: it is no causal language model.")
-    return bool((logits(first, second)[len(first) :] - alone).abs().max() <= tolerance)
+    return not _differ(base, _logits(base, first, second)[len(first) :], alone)
+
+
+def _attends_by_row(base: Base) -> bool:
+    """Have packed rows attend by themselves, told where they begin, if that gives this model the logits it had."""
+    rows = _probe(base)
+    before = _logits(base, *rows)
+    if not fast.attend_by_row(base.model):
+        return False
+    with contextlib.suppress(TypeError):  # a model that cannot be told
+        if not _differ(base, _logits(base, *rows, bounds=True), before):
+            return True
+    fast.attend_by_row(base.model, on=False)
+    return False
 
 
 def save_adapter(job: Job, tensors: dict[str, torch.Tensor], manifest: Manifest, folder: Path) -> None:

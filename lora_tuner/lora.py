@@ -5,20 +5,25 @@ compared with the base first, all of them, and one error lists what does not fit
 linear layers (`nn.Linear`, and GPT-2's transposed `Conv1D`); embeddings and the output head stay as they are.
 """
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
-from . import store
+from . import fast, store
 from .base_model import Base, Source, find_base, load_base, quiet
 from .config import TrainConfig
 from .errors import AdapterError, ConfigError, Listener, Notice, WrongBaseError, ignore
+from .lowbit import Int8Linear
 from .store import Adapter
+
+if TYPE_CHECKING:  # importing it takes as long as reading a small base, and writing does without
+    from peft import LoraConfig, PeftModel
 
 TRAINED = "default"  # Trainer reloads the best checkpoint only into an adapter of this name
 
@@ -29,7 +34,7 @@ def linear_layers(model: Any) -> dict[str, Any]:
     return {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, torch.nn.Linear | Conv1D) and layer is not head
+        if isinstance(layer, torch.nn.Linear | Conv1D | Int8Linear) and layer is not head
     }
 
 
@@ -87,6 +92,8 @@ def wrap(base: Base, config: TrainConfig, parent: Adapter | None = None) -> Peft
 
     Raises ConfigError for targets that do not exist, AdapterError for a parent that is damaged or does not fit.
     """
+    from peft.tuners.lora import LoraLayer
+
     if parent is not None:
         targets = short_targets(base.model, parent.modules)
         model = attach(
@@ -97,10 +104,15 @@ def wrap(base: Base, config: TrainConfig, parent: Adapter | None = None) -> Peft
     # PEFT has put the folder on this machine there.
     model.peft_config[TRAINED].base_model_name_or_path = base.source.repo
     model.peft_config[TRAINED].revision = base.source.revision
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            fast.add_in_place(layer, TRAINED)
     return model
 
 
 def _fresh(base: Base, config: TrainConfig) -> PeftModel:
+    from peft import LoraConfig, get_peft_model
+
     targets = resolve_targets(base.model, config.targets)
     layers = linear_layers(base.model)
     settings = LoraConfig(
@@ -126,6 +138,8 @@ def counts(model: PeftModel) -> tuple[int, int]:
 
 def weights(model: PeftModel) -> dict[str, torch.Tensor]:
     """The tensors of the adapter that is trained, as PEFT names them on disk, on the CPU."""
+    from peft import get_peft_model_state_dict
+
     # "auto" would ask the Hub whether the vocabulary has grown.
     state = get_peft_model_state_dict(model, adapter_name=TRAINED, save_embedding_layers=False)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(state.items())}
@@ -183,13 +197,17 @@ def check_base(adapter: Adapter, base: Base, *, force: bool = False, notify: Lis
 
 def load(model: PeftModel, folder: Path) -> None:
     """Put the weights of a checkpoint into the update that is being trained."""
+    from peft import set_peft_model_state_dict
+
     set_peft_model_state_dict(model, load_file(folder / store.WEIGHTS), adapter_name=TRAINED)
 
 
 def layer_sizes(layers: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """(in, out) of each layer."""
-    shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
-    return {name: shape if isinstance(layers[name], Conv1D) else shape[::-1] for name, shape in shapes.items()}
+    return {
+        name: (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+        for name, layer in layers.items()
+    }
 
 
 def read_tensors(adapter: Adapter, layers: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -209,6 +227,8 @@ def attach(model: Any, adapter: Adapter, slot: str, **settings: Any) -> PeftMode
 
     Raises AdapterError, and leaves the base as it was, when the adapter does not fit.
     """
+    from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+
     tensors = read_tensors(adapter, linear_layers(model))
     own: dict[str, Any] = {
         key: adapter.config[key] for key in (*store.SCALES, "fan_in_fan_out") if adapter.config.get(key) is not None

@@ -81,8 +81,10 @@ class Sequences(torch.utils.data.Dataset[list[Row]]):
         return [self[index] for index in sorted(range(len(lengths)), key=lambda i: -lengths[i])]
 
 
-def collate(items: Sequence[Sequence[Row]], pad_id: int) -> dict[str, torch.Tensor]:
+def collate(items: Sequence[Sequence[Row]], pad_id: int, *, bounds: bool = False) -> dict[str, torch.Tensor]:
     """`input_ids`, `position_ids` and `labels`, each (items, longest), int64.
+
+    With `bounds` also `cu_seq_lens_q` (rows + 1,), where rows begin in the items laid end to end, and the end of all.
 
     The first token of a row has no label: nothing predicts it, and so Trainer, which counts labels before they are
     shifted, divides the loss by the number of real predictions (for GPT-2 it would not).
@@ -92,6 +94,7 @@ def collate(items: Sequence[Sequence[Row]], pad_id: int) -> dict[str, torch.Tens
     ids = torch.full(shape, pad_id, dtype=torch.int64)
     positions = torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, NO_LABEL, dtype=torch.int64)
+    starts = []
     for line, item in enumerate(items):
         start = 0
         for row in item:
@@ -99,5 +102,7 @@ def collate(items: Sequence[Sequence[Row]], pad_id: int) -> dict[str, torch.Tens
             ids[line, start:end] = torch.from_numpy(row.astype(np.int64))
             labels[line, start + 1 : end] = ids[line, start + 1 : end]
             positions[line, start:] = torch.arange(longest - start)  # padding counts on as part of the last row
+            starts.append(line * longest + start)
             start = end
-    return {"input_ids": ids, "position_ids": positions, "labels": labels}
+    batch = {"input_ids": ids, "position_ids": positions, "labels": labels}
+    return batch | {"cu_seq_lens_q": torch.tensor([*starts, ids.numel()])} if bounds else batch

@@ -27,7 +27,7 @@ from transformers import (
     set_seed,
 )
 
-from . import evaluation, files, lora, store, tokens
+from . import evaluation, files, lora, store
 from .errors import DivergedError, Interrupted, Listener, Notice, Progress
 from .job import Job, save_adapter
 
@@ -108,12 +108,6 @@ def _arguments(job: Job, folder: Path) -> TrainingArguments:
     return arguments
 
 
-def _loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
-    """Mean negative log-likelihood over the predictions of the whole step, of which this may be one micro-batch."""
-    loss: torch.Tensor = evaluation.causal_nll(outputs.logits, labels).sum() / num_items_in_batch
-    return loss
-
-
 def _rate(step: int, schedule: str, warmup: float, steps: int) -> float:
     """The share of the peak learning rate that a step has, counted from 0."""
     rising = int(warmup * steps)
@@ -137,8 +131,8 @@ class _LoraTrainer(Trainer):
             args=_arguments(job, folder),
             train_dataset=job.sequences,
             eval_dataset=job.held_out,
-            data_collator=partial(tokens.collate, pad_id=job.base.tokenizer.pad_token_id),
-            compute_loss_func=_loss,
+            data_collator=job.collate,
+            compute_loss_func=self._loss,
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
@@ -151,7 +145,13 @@ class _LoraTrainer(Trainer):
         self.last_good: dict[str, torch.Tensor] = {}
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+        with self.job.base.head.left_out():
+            return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+
+    def _loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+        """Mean negative log-likelihood over the predictions of the whole step, of which this may be one micro-batch."""
+        loss: torch.Tensor = self.job.base.head.nll(outputs.logits, labels).sum() / num_items_in_batch
+        return loss
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         first = self.state.global_step != self.step_seen

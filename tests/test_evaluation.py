@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import shutil
@@ -48,8 +49,8 @@ def test_packing_and_padding_do_not_change_it_either(base):
         sequences = tokens.Sequences(rows, tiny.CONTEXT, packing=packing)
         batch = tokens.collate([sequences[i] for i in range(len(sequences))], 0)
         labels = batch.pop("labels")
-        with torch.no_grad():
-            nll = evaluation.causal_nll(base.model(**batch, use_cache=False).logits, labels)
+        with torch.no_grad(), base.head.left_out():
+            nll = base.head.nll(base.model(**batch, use_cache=False).logits, labels)
         assert (nll.sum() / (labels != tokens.NO_LABEL).sum()).item() == pytest.approx(expected, abs=1e-4)
 
 
@@ -167,7 +168,8 @@ def by_plain_peft(folder, adapter, texts):
     base = load_base(find_base(str(folder)), "cpu")
     rows = evaluation.encode_held_out(base, texts)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter.path)
-    return evaluation.compare(evaluation.measure(base.model, base, rows), evaluation.measure(model, base, rows))
+    theirs = dataclasses.replace(base, model=model)
+    return evaluation.compare(evaluation.measure(base.model, base, rows), evaluation.measure(model, theirs, rows))
 
 
 def close(result):
@@ -452,3 +454,12 @@ def test_one_row_of_a_set_is_too_few(adapters):
     assert str(error.value) == (
         "There is nothing to measure on. x: a standard error needs two rows. Name data with --eval-dataset."
     )
+
+
+def test_int8_and_float32_are_not_taken_for_each_other(model_folder):
+    """Both compute in float32, so a cache that knew the dtype alone would mix them up."""
+    losses = []
+    for dtype in ("float32", "int8", "float32"):
+        base = load_base(find_base(str(model_folder)), "cpu", dtype)
+        losses.append(evaluation.measure_base(base, evaluation.encode_held_out(base, tiny.reviews(9))).loss)
+    assert losses[0] == losses[2] != losses[1]

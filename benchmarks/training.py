@@ -1,0 +1,182 @@
+"""Training speed and peak memory: this tool, the plain recipes and TRL, one process each, taking turns; and the floor, which
+is what the bare matrix products of the same step take."""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lora_tuner import TrainConfig, fast, lora, train
+from lora_tuner.base_model import find_base, load_tokenizer, quiet
+from lora_tuner.config import EMBEDDED_BASE
+from lora_tuner.data import load_corpus
+from lora_tuner.job import prepare
+
+from . import recipes
+from .measure import Figure, figure
+
+LENGTH, BATCH, STEPS, ROWS = 512, 8, 2, 600
+SHAPES = ("distilgpt2", EMBEDDED_BASE)
+WAYS = {
+    "ours": "rank 8 on all linear layers, float32, 8 x 512 a step in micro-batches of 1",
+    "ours, bfloat16": "the same with --dtype bfloat16",
+    "plain": "stock Trainer and PEFT, the same update, every review padded to 512, batch 8",
+    "trl": "TRL's SFTTrainer, packing, the same update, batch 8",
+    "trl, micro-batches": "the same in micro-batches of 1",
+    "full": "full fine-tuning at 128 tokens, as in tutorials",
+}
+
+
+def run(rounds: int) -> list[Figure]:
+    """Takes about half an hour on two cores, half of it TRL's."""
+    figures = []
+    for shape in SHAPES:
+        ways = {way: what for way, what in WAYS.items() if shape == SHAPES[0] or way != "trl"}  # there 5 minutes a step
+        found: dict[str, list[dict[str, Any]]] = {way: [] for way in (*ways, "floor")}
+        for _ in range(rounds):
+            for way, results in found.items():
+                results.append(_in_a_process(way, shape))
+        speed = {way: statistics.median(it["speed"] for it in results) for way, results in found.items()}
+        memory = {way: statistics.median(it["peak"] for it in results) for way, results in found.items()}
+        for way, what in ways.items():
+            beside = f"{speed['ours'] / speed[way]:.2f} x of it is ours" if not way.startswith("ours") else what
+            figures += [
+                figure(f"{shape}: {way}", speed[way], "tokens/s", beside),
+                figure(f"{shape}: {way}, peak memory", memory[way] / 1e9, "GB", what),
+            ]
+        share = speed["ours"] / speed["floor"]
+        figures.append(figure(f"{shape}: bare products", speed["floor"], "tokens/s", f"ours gets {share:.2f} of it"))
+        share = memory["ours"] / memory["plain"]
+        figures.append(figure(f"{shape}: memory, ours of plain", share, "", "must be at most 0.25"))
+    return figures
+
+
+def _in_a_process(way: str, shape: str) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-m", __name__, way, shape], check=True, stdout=subprocess.PIPE, text=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def base_of(shape: str, place: Path) -> str:
+    """The embedded base; or distilgpt2's shape with random weights, made on the spot."""
+    if shape == EMBEDDED_BASE:
+        return shape
+    torch.manual_seed(0)
+    with quiet():
+        GPT2LMHeadModel(GPT2Config(n_layer=6)).save_pretrained(place)
+        load_tokenizer(find_base(EMBEDDED_BASE)).save_pretrained(place)
+    return str(place)
+
+
+def _ours(name: str, place: Path, dtype: str, steps: int = STEPS, **changes: Any) -> tuple[list[float], list[int]]:
+    """Seconds and predictions of each step of a real run."""
+    settings: dict[str, Any] = {"batch_size": 1, "accumulation": BATCH, "max_length": LENGTH, "rows": ROWS} | changes
+    config = TrainConfig(
+        base=name,
+        dtype=dtype,
+        max_steps=steps,
+        eval_rows=2,
+        name="speed",
+        adapters_dir=place / "adapters",
+        runs_dir=place / "runs",
+        overwrite=True,
+        **settings,
+    )
+    adapter = train(config)
+    lines = [json.loads(line) for line in (adapter.path / "metrics.jsonl").read_text().splitlines()]
+    return [it["seconds"] for it in lines if "loss" in it], [it["tokens"] for it in lines if "loss" in it]
+
+
+def _theirs(way: str, name: str) -> tuple[list[float], list[int]]:
+    texts = load_corpus(TrainConfig(rows=ROWS)).train
+    known: dict[str, Callable[..., recipes.Clock]] = {
+        "plain": recipes.plain,
+        "trl": recipes.with_trl,
+        "trl, micro-batches": partial(recipes.with_trl, accumulation=8),
+        "full": recipes.tutorial,
+    }
+    recipe = known[way]
+    clock = recipe(*recipes.stock(name), texts, STEPS)
+    return clock.seconds, clock.tokens
+
+
+def _floor(name: str) -> tuple[list[float], list[int]]:
+    """The products of one packed sequence, forward and backward, with nothing between them. Real weights, so that the
+    caches are as cold as in a step."""
+    job = prepare(TrainConfig(base=name, max_length=LENGTH, max_steps=1, rows=ROWS, eval_rows=2, dtype="float32"))
+    model, config, rank = job.base.model, job.base.model.config, job.config.rank
+    rows = max((job.sequences[i] for i in range(len(job.sequences))), key=lambda it: sum(map(len, it)))
+    count = sum(map(len, rows))
+    heads = config.num_attention_heads
+    layers = [layer.base_layer for layer in model.modules() if hasattr(layer, "base_layer")]
+    sizes = lora.layer_sizes({str(number): layer for number, layer in enumerate(layers)}).values()
+    head = model.get_output_embeddings().weight
+    products: list[Callable[[], Any]] = []
+
+    filled = lru_cache(None)(torch.randn)
+    room = lru_cache(None)(torch.empty)
+
+    def product(a: tuple[int, ...], b: tuple[int, ...] | torch.Tensor) -> None:
+        left, right = filled(a), b if isinstance(b, torch.Tensor) else filled(b)
+        products.append(partial(torch.matmul, left, right, out=room((*a[:-1], right.shape[-1]))))
+
+    for number, (layer, (into, out)) in enumerate(zip(layers, sizes, strict=True)):
+        weight = layer.weight if layer.weight.shape == (into, out) and into != out else layer.weight.T
+        product((count, into), weight)
+        if number:  # nothing below the first layer learns
+            product((count, out), weight.T)
+        for left, right in (
+            ((rank, into), (into, count)),
+            ((count, rank), (rank, out)),
+            ((rank, out), (out, count)),
+            ((rank, count), (count, into)),
+            ((rank, count), (count, out)),
+            ((count, rank), (rank, into)),
+        ):
+            product(left, right)
+    for row in map(len, rows):
+        size = config.hidden_size // heads
+        for _ in range(config.num_hidden_layers):
+            for _ in range(2):  # scores forward and backward; then the other four
+                product((heads, row, size), (heads, size, row))
+            for _ in range(4):
+                product((heads, row, row), (heads, row, size))
+    product((count, head.shape[1]), head.T)
+    product((count, head.shape[0]), head)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        with torch.inference_mode():
+            for it in products:
+                it()
+        times.append(time.perf_counter() - start)
+    return times, [count] * len(times)
+
+
+def _worker(way: str, shape: str) -> None:
+    fast.keep_memory()  # as the command line does
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        name = base_of(shape, place / "base")
+        with quiet():
+            if way == "floor":
+                seconds, tokens = _floor(name)
+            elif way.startswith("ours"):
+                seconds, tokens = _ours(name, place, "bfloat16" if "bfloat16" in way else "float32")
+            else:
+                seconds, tokens = _theirs(way, name)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(json.dumps({"speed": sum(tokens[1:]) / sum(seconds[1:]), "peak": peak}))  # the first step warms up
+
+
+if __name__ == "__main__":
+    _worker(*sys.argv[1:])

@@ -1,0 +1,282 @@
+"""The forward pass of writing, for the commonest kinds of model on a CPU, with as little as possible between its products.
+
+To write a token takes as long as to read the weights once, if nothing else takes time; in transformers' layers a third of
+the time is other things. Here a layer is four products and a dozen small operations over a cache of fixed size. Surprise:
+it is a second description of what transformers knows already, so it asks the model itself, for a few tokens, and steps back
+where the figures differ. Limits: a CPU, float32 or int8, Llama's and GPT-2's kind; all else is left to transformers.
+"""
+
+import copy
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers.pytorch_utils import Conv1D
+
+from .bank import AdapterBank
+from .base_model import Base
+from .fast import full_attention
+from .lowbit import Int8Linear, times_int4, times_int8, to_int4, to_int8
+
+DRAFTED = 10_000_000  # weights of the head; below, reading them takes no time that guessing could save
+_LLAMAS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+
+
+class _Product:
+    """Linear layers that share their input, as one. `names` are those of its layers, in the order of their outputs."""
+
+    def __init__(self, layers: dict[str, Any]) -> None:
+        parts = list(layers.values())
+        self.names = list(layers)
+        self.bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+        self.int8 = isinstance(parts[0], Int8Linear)
+        self.exact = not self.int8
+        if self.int8:
+            self.weight, scale = (_joined(parts, name) for name in ("rounded", "scale"))
+            self.multiply = partial(times_int8, rounded=self.weight, scale=scale, bias=self.bias)
+        else:
+            self.weight = parts[0].weight.T if isinstance(parts[0], Conv1D) else _joined(parts, "weight")
+            self.multiply = partial(F.linear, weight=self.weight, bias=self.bias)
+        self.down: torch.Tensor | None = None  # of the adapters in use; see AdapterBank.joined
+        self.up: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor, rows: int) -> torch.Tensor:
+        """(tokens, in) -> (tokens, out), of `rows` texts one after another; bfloat16 where the weights are rounded."""
+        out = self.multiply(x)
+        if self.down is None or self.up is None:
+            return out
+        if self.down.dim() == 3:
+            added = torch.bmm(torch.bmm(x.float().view(rows, -1, x.shape[-1]), self.down), self.up)
+            return out.add_(added.view(out.shape))
+        return out.addmm_(x @ self.down, self.up) if self.exact else out.add_((x.float() @ self.down) @ self.up)
+
+    def draft(self, *, int4: bool = True) -> "_Product":
+        """The same with int4 weights, or int8 for sizes that have no int4, and where it is not wanted."""
+        other = copy.copy(self)
+        other.exact = False
+        weight = self.weight * self.multiply.keywords["scale"][:, None] if self.int8 else self.weight
+        if int4 and (found := to_int4(weight)) is not None:
+            other.multiply = partial(times_int4, packed=found[0], scales=found[1], bias=self.bias)
+        elif not self.int8:
+            rounded, scale = to_int8(weight)
+            other.multiply = partial(times_int8, rounded=rounded, scale=scale, bias=self.bias)
+        return other
+
+
+def _joined(parts: list[Any], name: str) -> torch.Tensor:
+    """The tensors of that name as one; each layer keeps its share of it, so that nothing is in memory twice."""
+    tensors = [getattr(part, name) for part in parts]
+    if len(tensors) == 1:
+        only: torch.Tensor = tensors[0].detach()
+        return only
+    whole = torch.cat([tensor.detach() for tensor in tensors])
+    for tensor, share in zip(tensors, whole.split([len(tensor) for tensor in tensors]), strict=True):
+        tensor.data = share
+    return whole
+
+
+@dataclass
+class _Layer:
+    before_attention: Any
+    attention: _Product
+    out: _Product
+    before_mlp: Any
+    up: _Product
+    down: _Product
+
+
+class Cache:
+    """Keys and values of `rows` texts, with room for `length` tokens each; `padding` (rows,) are on the left of each."""
+
+    def __init__(self, decoder: "Decoder", rows: int, length: int, padding: Sequence[int]) -> None:
+        shape = len(decoder.layers), 2, rows, decoder.key_heads, length, decoder.size
+        self.entries = torch.empty(shape)
+        self.used = 0
+        self.padding = torch.tensor(padding) if any(padding) else None
+        self.turns = decoder.turns(length)
+
+
+class Decoder:
+    """Another way through the layers of a base. `step` takes tokens and gives logits, as the model does."""
+
+    def __init__(self, base: Base) -> None:
+        model = base.model
+        config, names = model.config, {module: name for name, module in model.named_modules()}
+        self.llama = type(model).__name__ in _LLAMAS
+        self.heads = config.num_attention_heads
+        self.key_heads = getattr(config, "num_key_value_heads", self.heads)
+        self.size = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.head = _Product({"head": model.get_output_embeddings()})
+        self.in_use: list[Any] = [None]  # the adapters of a batch's rows, as the bank holds them
+        # A float32 product of four rows takes half as long again as one of three; of int8 hardly longer.
+        self.guesses = 3 if self.head.int8 else 2
+
+        def one(*layers: Any) -> _Product:
+            return _Product({names[layer]: layer for layer in layers})
+
+        if self.llama:
+            inner = model.model
+            self.embed, self.norm, self.rotary = inner.embed_tokens, _Norm(inner.norm), inner.rotary_emb
+            self.layers = [
+                _Layer(
+                    _Norm(it.input_layernorm),
+                    one(it.self_attn.q_proj, it.self_attn.k_proj, it.self_attn.v_proj),
+                    one(it.self_attn.o_proj),
+                    _Norm(it.post_attention_layernorm),
+                    one(it.mlp.gate_proj, it.mlp.up_proj),
+                    one(it.mlp.down_proj),
+                )
+                for it in inner.layers
+            ]
+        else:
+            inner = model.transformer
+            self.embed, self.norm, self.places = inner.wte, inner.ln_f, inner.wpe.weight
+            self.layers = [
+                _Layer(it.ln_1, one(it.attn.c_attn), one(it.attn.c_proj), it.ln_2, one(it.mlp.c_fc), one(it.mlp.c_proj))
+                for it in inner.h
+            ]
+            self.activation = inner.h[0].mlp.act
+
+    @classmethod
+    def of(cls, base: Base) -> "Decoder | None":
+        """A decoder for this base, or None where transformers must do it: other kinds, other devices, other figures."""
+        known = type(base.model).__name__ in (*_LLAMAS, "GPT2LMHeadModel")
+        if not known or base.device.type != "cpu" or base.dtype != torch.float32 or not full_attention(base.model):
+            return None
+        rotary = getattr(base.model.base_model, "rotary_emb", None)
+        if getattr(rotary, "rope_type", "default") in ("dynamic", "longrope"):  # which turn by the length of the text
+            return None
+        decoder = cls(base)
+        ids = torch.arange(6)[None] + base.model.config.vocab_size // 2
+        with torch.inference_mode():
+            expected = base.model(input_ids=ids, use_cache=False).logits[0]
+            cache = Cache(decoder, 1, 6, [0])
+            found = torch.cat([decoder.step(ids[:, :4], cache)[0], decoder.step(ids[:, 4:], cache)[0]])
+        tolerance = 5e-2 if decoder.head.int8 else 1e-3
+        return decoder if (found - expected).abs().max() <= tolerance * expected.abs().max() else None
+
+    @cached_property
+    def draft(self) -> "Decoder | None":
+        """The same base with int4 weights, over the same cache, to guess what this one will say (speculative decoding, Leviathan
+        et al., 2022, arXiv:2211.17192). None where a guess would cost more than it saves. Price: 0.6 bytes a weight."""
+        if self.head.weight.numel() < DRAFTED or torch.backends.cpu.get_cpu_capability() != "AVX512":
+            return None
+        other = copy.copy(self)
+        other.head = self.head.draft(int4=False)  # what it rounds away decides between tokens
+        other.layers = [
+            replace(
+                it,
+                attention=it.attention.draft(),
+                out=it.out.draft(),
+                up=it.up.draft(),
+                down=it.down.draft(),
+            )
+            for it in self.layers
+        ]
+        return other
+
+    def use(self, bank: AdapterBank, rows: Sequence[str | None]) -> None:
+        """Put row i of each batch through the adapter `rows[i]`, or the plain base. Raises MixedBatchError for DoRA."""
+        wanted = [bank.updates[name] if name is not None else None for name in rows]
+        if len(wanted) == len(self.in_use) and all(map(operator.is_, wanted, self.in_use)):
+            return
+        self.in_use = [{}]  # of a call that raises, nothing is in use
+        for layer in self.layers:
+            for it in (layer.attention, layer.out, layer.up, layer.down):
+                it.down, it.up = bank.joined(it.names, rows)
+        self.in_use = wanted
+
+    def rest(self, bank: AdapterBank) -> None:
+        """Hold on to no adapter."""
+        self.use(bank, [None])
+        if (draft := vars(self).get("draft")) is not None:  # if it has been made
+            draft.use(bank, [None])
+
+    def turns(self, length: int) -> torch.Tensor | None:
+        """(length, size / 2) complex: by how much each place turns a pair of a head's numbers. None without rotation."""
+        if not self.llama:
+            return None
+        cos, sin = self.rotary(torch.empty(1), torch.arange(length)[None])
+        half = self.size // 2
+        return torch.complex(cos[0, :, :half].float(), sin[0, :, :half].float())
+
+    def step(self, ids: torch.Tensor, cache: Cache, *, last: bool = False) -> torch.Tensor:
+        """(rows, new tokens) -> logits (rows, new tokens, vocabulary), or with `last` those of the last token alone, (rows, 1,
+        vocabulary). The cache grows by them."""
+        rows, count = ids.shape
+        start, end = cache.used, cache.used + count
+        places, mask = _places(cache, start, end)
+        causal = mask is None and count > 1
+        hidden = self.embed(ids)
+        if not self.llama:
+            hidden = hidden + self.places[places]
+        hidden = hidden.view(-1, hidden.shape[-1])
+        turns = cache.turns[places].unsqueeze(-2) if cache.turns is not None else None  # ([rows,] new tokens, 1, half)
+        new, known = cache.entries[..., start:end, :].unbind(), cache.entries[..., :end, :].unbind()
+        for layer, (new_keys, new_values), (keys, values) in zip(self.layers, new, known, strict=True):
+            heads = layer.attention(layer.before_attention(hidden), rows).view(rows, count, -1, self.size)
+            query, key, value = heads.split([self.heads, self.key_heads, self.key_heads], 2)
+            if turns is not None:
+                both = _turn(heads[:, :, : -self.key_heads], turns)
+                query, key = both.split([self.heads, self.key_heads], 2)
+            new_keys.copy_(key.transpose(1, 2))
+            new_values.copy_(value.transpose(1, 2))
+            query = query.transpose(1, 2)
+            attended = F.scaled_dot_product_attention(
+                query.float(), keys, values, mask, is_causal=causal, enable_gqa=self.heads != self.key_heads
+            )
+            hidden = hidden + layer.out(attended.transpose(1, 2).reshape(len(hidden), -1), rows)
+            inner = layer.up(layer.before_mlp(hidden), rows)
+            if self.llama:
+                gate, up = inner.chunk(2, -1)
+                inner = F.silu(gate).mul_(up)
+            else:
+                inner = self.activation(inner)
+            hidden = hidden + layer.down(inner, rows)
+        cache.used = end
+        if last:
+            hidden = hidden.view(rows, count, -1)[:, -1]
+        logits: torch.Tensor = self.head(self.norm(hidden), rows).view(rows, len(hidden) // rows, -1)
+        return logits
+
+
+class _Norm:
+    """RMSNorm (arXiv:1910.07467). For a single token, in four light steps in place of torch's one of many passes."""
+
+    def __init__(self, norm: Any) -> None:
+        self.norm, self.weight, self.eps = norm, norm.weight, norm.eps
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > 1:
+            whole: torch.Tensor = self.norm(x)
+            return whole
+        flat = x.view(-1)
+        single: torch.Tensor = (x * self.weight).mul_((float(flat.dot(flat)) / len(flat) + self.eps) ** -0.5)
+        return single
+
+
+def _turn(heads: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding (arXiv:2104.09864). Pairs come out side by side: in a product of two, order is the same."""
+    half = heads.shape[-1] // 2
+    heads = heads.float()
+    pairs = torch.complex(heads[..., :half], heads[..., half:]).mul_(turns)
+    turned: torch.Tensor = torch.view_as_real(pairs).flatten(-2)
+    return turned
+
+
+def _places(cache: Cache, start: int, end: int) -> tuple[Any, torch.Tensor | None]:
+    """The places of the new tokens in their texts, and which of all tokens each may look at (True); None where that is all
+    before it, the first tokens included."""
+    now = torch.arange(start, end)
+    mask = None if end - start == 1 else torch.arange(end) <= now[:, None]
+    if cache.padding is None:
+        return slice(start, end), mask if start else None
+    real = torch.arange(end) >= cache.padding[:, None, None]  # (rows, 1, all)
+    mask = real if mask is None else real & mask
+    # A row's padding may look at itself, for to look at nothing gives no numbers.
+    mask = mask | (torch.arange(end) == now[:, None])
+    return (now - cache.padding[:, None]).clamp(min=0), mask[:, None]

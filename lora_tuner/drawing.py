@@ -1,0 +1,65 @@
+"""From the logits of a row to the token it takes, one step after another, the last by chance.
+
+Every row has a generator of its own, so that what else is in its batch does not change it. Surprise: a token is not drawn from
+the shares that logits mean, but noise is added to the logits and the best taken, which comes to the same; so one place can
+be asked about twice, for a guess and for the decision, with the same luck.
+"""
+
+import torch
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+)
+
+from .config import Sampling
+
+
+def steps(sampling: Sampling, seed: int | None) -> LogitsProcessorList:
+    """From a row's logits to those whose best is the token it takes."""
+    chain = LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        chain.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if seed is not None:
+        chain.append(TemperatureLogitsWarper(sampling.temperature))
+        chain.append(Likeliest(sampling.top_k, sampling.top_p))
+        chain.append(Draw(seed))
+    return chain
+
+
+class Likeliest(LogitsProcessor):
+    """Leaves the `top_k` likeliest tokens (0: all), and of these the fewest that make up the share `top_p`; at least one.
+
+    transformers' own, one after the other, sort the whole vocabulary for the second, which takes as long as a small layer.
+    """
+
+    def __init__(self, top_k: int, top_p: float) -> None:
+        self.top_k = top_k
+        self.top_p = top_p
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        vocabulary = scores.shape[-1]
+        if not self.top_k and self.top_p == 1:
+            return scores
+        found, places = scores.topk(min(self.top_k or vocabulary, vocabulary))  # the likeliest first
+        left = found.softmax(-1).flip(-1).cumsum(-1).flip(-1)  # the share of each and all less likely
+        left[:, 0] = 1
+        found = found.masked_fill(left <= 1 - self.top_p, -torch.inf)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, places, found)
+
+
+class Draw(LogitsProcessor):
+    """Makes the best token a random one: the Gumbel-max trick (Gumbel, 1954; Maddison et al., 2014, arXiv:1411.0030)."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)  # on the CPU: the same numbers on every device
+        self.waiting: dict[int, torch.Tensor] = {}
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        place = input_ids.shape[1]
+        if place not in self.waiting:  # a place may be asked for again, after a guess
+            drawn = torch.empty(scores.shape).exponential_(generator=self.generator)
+            self.waiting[place] = drawn.clamp_(min=torch.finfo(torch.float32).tiny).log_()
+            self.waiting.pop(place - 16, None)  # further back than any guess
+        return scores.float() - self.waiting[place].to(scores.device)
