@@ -96,7 +96,7 @@ def _once(base: Base, rows: Sequence[tokens.Row], adapter: Adapter | None, now: 
         base.source.fingerprint,
         base.tokenizer_hash,
         str(base.dtype),
-        type(base.head.module).__name__,  # int8 weights compute in float32 too
+        type(base.model.get_output_embeddings()).__name__,  # int8 weights compute in float32 too
         base.device.type,
         [row.tolist() for row in rows],
     ]

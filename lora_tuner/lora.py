@@ -22,7 +22,7 @@ from .errors import AdapterError, ConfigError, Listener, Notice, WrongBaseError,
 from .lowbit import Int8Linear
 from .store import Adapter
 
-if TYPE_CHECKING:  # importing it takes as long as reading a small base, and writing does without
+if TYPE_CHECKING:  # imported where it is used: writing does without
     from peft import LoraConfig, PeftModel
 
 TRAINED = "default"  # Trainer reloads the best checkpoint only into an adapter of this name
