@@ -7,7 +7,8 @@
 - Norms and activations that transformers computes in many passes are replaced by torch's own.
 
 Surprise: what a model does beyond these is not known here, so each is tried on the model first and left out where the
-figures are not the same. Limit: every path is written for the forward pass of transformers' own models.
+figures are not the same; but for the updates, which are for plain layers alone. Limit: every path is written for the
+forward pass of transformers' own models.
 """
 
 import contextlib
