@@ -22,7 +22,7 @@ from .measure import Figure, figure
 SECONDS, ROWS = 480, 100
 CLI = Path(__file__).parents[1] / "cli.py"
 WAYS = {"float32": [], "bfloat16": ["--dtype", "bfloat16"]}
-MINUTES = (0.4, 1.0, 2.0, 4.0)
+MINUTES = (0.4, 1.5, 3.0)
 
 
 def run(rounds: int) -> list[Figure]:
