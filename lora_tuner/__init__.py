@@ -8,14 +8,16 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .combine import merge
+    from .combine import Blended, Merged, Slimmed, blend, merge, slim
     from .config import Sampling, TrainConfig
     from .cost import Plan
     from .errors import Interrupted, LoraTunerError, Notice, Progress
     from .evaluation import GainMatrix, RowSet, evaluate
+    from .export import to_gguf
     from .generation import Answer, Generator
     from .library import Library
     from .manifest import Manifest
+    from .share import pull, push
     from .store import Adapter
     from .training import plan, resume, train
 
@@ -27,44 +29,60 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 _HOMES = {
     "Adapter": "store",
     "Answer": "generation",
+    "Blended": "combine",
     "GainMatrix": "evaluation",
     "Generator": "generation",
     "Interrupted": "errors",
     "Library": "library",
     "LoraTunerError": "errors",
     "Manifest": "manifest",
+    "Merged": "combine",
     "Notice": "errors",
     "Plan": "cost",
     "Progress": "errors",
     "RowSet": "evaluation",
     "Sampling": "config",
+    "Slimmed": "combine",
     "TrainConfig": "config",
+    "blend": "combine",
     "evaluate": "evaluation",
     "merge": "combine",
     "plan": "training",
+    "pull": "share",
+    "push": "share",
     "resume": "training",
+    "slim": "combine",
+    "to_gguf": "export",
     "train": "training",
 }
 
 __all__ = [
     "Adapter",
     "Answer",
+    "Blended",
     "GainMatrix",
     "Generator",
     "Interrupted",
     "Library",
     "LoraTunerError",
     "Manifest",
+    "Merged",
     "Notice",
     "Plan",
     "Progress",
     "RowSet",
     "Sampling",
+    "Slimmed",
     "TrainConfig",
+    "blend",
     "evaluate",
     "merge",
     "plan",
+    "pull",
+    "push",
     "resume",
+    "slim",
+    "to_gguf",
     "train",
 ]
 

@@ -18,16 +18,15 @@ from transformers.pytorch_utils import Conv1D
 
 from .base_model import Base
 from .errors import MixedBatchError
-from .lora import layer_sizes, linear_layers, read_tensors
+from .lora import layer_sizes, linear_layers
 from .store import Adapter
+from .updates import read
 
 
 @dataclass(frozen=True)
 class _Update:
-    """The low-rank update of one layer: `down` (rank, in), `up` (out, rank) with its scale in it.
-
-    With DoRA the base's own output is stretched as well, by 1 + `stretch` (out,) (Liu et al., 2024, arXiv:2402.09353).
-    """
+    """The update of one layer as it is applied: `down` (rank, in), `up` (out, rank). With DoRA the base's own output is
+    stretched as well, by 1 + `stretch` (out,)."""
 
     down: torch.Tensor
     up: torch.Tensor
@@ -45,19 +44,13 @@ class AdapterBank:
     def add(self, name: str, adapter: Adapter) -> None:
         """Read an adapter into memory, in place of one of that name. Raises AdapterError, and changes nothing, if it is
         damaged or does not fit."""
-        tensors = read_tensors(adapter, self._layers)
-        # In float32, whatever the base is: so they were trained, and so PEFT applies them. A copy: what was read is
-        # mapped, and whoever writes into the file would change it here.
-        tensors = {key: tensor.to(self._base.device, torch.float32, copy=True) for key, tensor in tensors.items()}
-        updates = {}
-        for module in adapter.modules:
-            prefix = f"base_model.model.{module}.lora_"
-            down, up = tensors[f"{prefix}A.weight"], tensors[f"{prefix}B.weight"] * adapter.scale_of(module)
-            magnitude = tensors.get(f"{prefix}magnitude_vector")
-            if magnitude is None:
+        updates, device = {}, self._base.device
+        for module, update in read(adapter, self._layers).items():
+            down, up = update.down.to(device), update.up.to(device)
+            if update.magnitude is None:
                 updates[module] = _Update(down, up)
             else:
-                factor = magnitude / (_weight(self._layers[module]).float() + up @ down).norm(dim=1)
+                factor = update.magnitude.to(device) / (_weight(self._layers[module]).float() + up @ down).norm(dim=1)
                 updates[module] = _Update(down, factor[:, None] * up, factor - 1)
         self.updates[name] = updates
 

@@ -1,32 +1,26 @@
 """The command line. Each command turns options into settings, calls the library, and shows what comes back.
 
-Options that set something are made from the fields of config.py, so that a default, a bound or a help text has one home.
-What loads torch is imported inside the command that needs it.
+Options that commands share are in options.py; `adapters ...` is in cli_adapters.py, `merge` to `pull` in cli_combine.py. What
+loads torch is imported inside the command that needs it.
 """
 
 import dataclasses
-import functools
-import inspect
 import io
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import BaseModel
 from typer.core import TyperGroup
 
-from . import __version__, store
-from .config import Dtype, ReadDtype, Sampling, TrainConfig, resolve
-from .errors import AdapterError, ConfigError, Interrupted, LoraTunerError
+from . import __version__, cli_combine
+from .cli_adapters import adapters_app
+from .config import Sampling, TrainConfig, resolve
+from .errors import ConfigError, Interrupted, LoraTunerError
 from .library import Library
+from .options import ROWS, AsJson, on_a_base, options_of, rows_given, show
 from .terminal import (
-    Display,
-    one_line,
     say,
-    show_adapter_card,
-    show_adapters,
     show_compared,
     show_facts,
     show_gains,
@@ -36,7 +30,6 @@ from .terminal import (
     show_trained,
 )
 
-show = Display()
 PROMPT = "Enter a prompt for text generation: "
 ANSWER = "Generated text: "
 
@@ -69,82 +62,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-adapters_app = typer.Typer(help="The adapters in the library.", no_args_is_help=True)
-app.add_typer(adapters_app, name="adapters")
-
-AdapterArgument = Annotated[str, typer.Argument(help="An adapter, by name or path.", show_default=False)]
-OwnArgument = Annotated[str, typer.Argument(help="An adapter of the library, by name.", show_default=False)]
-AdaptersDir = Annotated[Path, typer.Option(help="Where adapters are kept.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Answer with JSON on stdout.")]
-Base = Annotated[str | None, typer.Option(help="Another base than the one that the adapter names.", show_default=False)]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the base on the Hub.", show_default=False)]
-Force = Annotated[bool, typer.Option("--force", help="Put an adapter on a base that it was not trained on.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-Numbers = Annotated[
-    ReadDtype,
-    typer.Option(help="Numbers of the base. auto: bfloat16 on CUDA, else float32; int8: least to read, on a CPU."),
-]
-LIBRARY = TrainConfig().adapters_dir
-
-
-def _settings(kind: type[BaseModel], *only: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one option for each field of `kind`, or for some; it receives those that were set, as `given`."""
-    fields = {name: field for name, field in kind.model_fields.items() if name in only or not only}
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        parameters = [p for p in inspect.signature(command).parameters.values() if p.name != "given"]
-        parameters += [_option(name, field) for name, field in fields.items()]
-
-        @functools.wraps(command)
-        def wrapper(**options: Any) -> None:
-            given = {name: options.pop(name) for name in fields}
-            command(given={name: value for name, value in given.items() if value not in (None, [])}, **options)
-
-        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
-        return wrapper
-
-    return decorate
-
-
-def _option(name: str, field: Any) -> inspect.Parameter:
-    """A field as an option that is None until it is given, so that a YAML file can come in between."""
-    default = field.json_schema_extra["shown"] if field.default in (None, []) else field.default
-    if isinstance(default, bool):
-        default = "on" if default else "off"
-    flag = field.json_schema_extra["flag"]
-    option = typer.Option(
-        *([flag] if flag else []),
-        help=field.description,
-        show_default=False if default is None else str(default),
-        rich_help_panel=field.json_schema_extra["panel"],
-    )
-    annotation = Annotated[field.annotation | None, option]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-
-
-def _place(
-    base: Base = None,
-    revision: Revision = None,
-    adapters_dir: AdaptersDir = LIBRARY,
-    device: Device = "auto",
-    dtype: Numbers = "auto",
-    force: Force = False,
-) -> None:
-    """The options of a command that puts adapters on a base."""
-
-
-def _on_a_base(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of `_place`; it receives them as `place`."""
-    own = [p for p in inspect.signature(command).parameters.values() if p.name != "place"]
-    added = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(_place).parameters.values()]
-
-    @functools.wraps(command)
-    def wrapper(**options: Any) -> None:
-        command(place={p.name: options.pop(p.name) for p in added}, **options)
-
-    wrapper.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
-    return wrapper
 
 
 @app.callback(invoke_without_command=True)
@@ -158,7 +75,7 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Show the vers
 
 
 @app.command()
-@_settings(TrainConfig)
+@options_of(TrainConfig)
 def train(
     given: dict[str, Any],
     config: Annotated[
@@ -199,8 +116,8 @@ def train(
 
 
 @app.command()
-@_settings(Sampling)
-@_on_a_base
+@options_of(Sampling)
+@on_a_base
 def generate(
     given: dict[str, Any],
     prompt: Annotated[
@@ -262,8 +179,8 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str] | None:
 
 
 @app.command()
-@_settings(Sampling)
-@_on_a_base
+@options_of(Sampling)
+@on_a_base
 def compare(
     given: dict[str, Any],
     adapter: Annotated[
@@ -301,8 +218,8 @@ def compare(
 
 
 @app.command()
-@_settings(TrainConfig, "eval_dataset", "eval_split", "text_column", "where", "txt_rows", "keep_lines")
-@_on_a_base
+@options_of(TrainConfig, *ROWS)
+@on_a_base
 def evaluate(
     given: dict[str, Any],
     adapters: Annotated[list[str], typer.Argument(help="Adapters, by name or path.", show_default=False)],
@@ -320,19 +237,17 @@ def evaluate(
     place: dict[str, Any],
 ) -> None:
     """Held-out loss of the base and of each adapter, on its own rows and on those of the others."""
-    if given and "eval_dataset" not in given:
-        raise ConfigError(f"{', '.join(given)}: only --eval-dataset is read with that.")
-    settings = resolve(TrainConfig, given | ({"eval_rows": eval_rows} if eval_rows else {}))
     if plot and plot.suffix.lower() != ".png":
         raise ConfigError(f"--plot {plot}: the picture is a .png file.")
     if plot and not plot.parent.is_dir():
         raise ConfigError(f"--plot {plot}: there is no folder {plot.parent}.")
     found = Library(place.pop("adapters_dir")).several(adapters)
+    sets = rows_given(given, eval_rows)
     from . import evaluation, report
 
     matrix = evaluation.evaluate(
         found,
-        [evaluation.rows_of(settings, show)] if settings.eval_dataset else None,
+        sets,
         eval_rows=eval_rows,
         **place,
         notify=show,
@@ -384,127 +299,16 @@ def _converse(generator: Any, sampling: Sampling) -> None:
             say(f"Error: {error}")
 
 
-@app.command()
-def merge(
-    adapter: AdapterArgument,
-    out: Annotated[Path, typer.Option(help="The model folder to write.", show_default=False)],
-    base: Base = None,
-    revision: Revision = None,
-    dtype: Annotated[Dtype, typer.Option(help="Numbers of the merged model; it is merged in float32.")] = "float32",
-    adapters_dir: AdaptersDir = LIBRARY,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model of that name.")] = False,
-    force: Force = False,
-) -> None:
-    """Write base and adapter as one plain model, for tools that know no adapters."""
-    found = Library(adapters_dir).get(adapter)
-    from . import combine
-
-    print(
-        combine.merge(
-            found, out, base=base, revision=revision, dtype=dtype, overwrite=overwrite, force=force, notify=show
-        )
-    )
-
-
-@adapters_app.command("list")
-def list_adapters(adapters_dir: AdaptersDir = LIBRARY, as_json: AsJson = False) -> None:
-    """All adapters: base, rank, targets, data, size, held-out gain, age, parent."""
-    found = list(Library(adapters_dir).entries())
-    if as_json:
-        show_json(
-            [
-                {"name": name} | (it.facts() if isinstance(it, store.Adapter) else {"broken": str(it)})
-                for name, it in found
-            ]
-        )
-    elif found:
-        show_adapters(found)
-    else:
-        say(f"No adapters in {adapters_dir} yet: train one.")
-
-
-@adapters_app.command("show")
-def show_adapter(adapter: AdapterArgument, adapters_dir: AdaptersDir = LIBRARY, as_json: AsJson = False) -> None:
-    """One adapter: what it was made from, and what it gives."""
-    library = Library(adapters_dir)
-    found = library.get(adapter)
-    ancestors = library.ancestors(found)
-    show_json(found.facts() | {"ancestors": ancestors}) if as_json else show_adapter_card(found, ancestors)
-
-
-@adapters_app.command("verify")
-def verify_adapters(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Adapters, by name or path; all when none is named.")
-    ] = None,
-    adapters_dir: AdaptersDir = LIBRARY,
-    as_json: AsJson = False,
-) -> None:
-    """Read every byte: hashes, shapes, settings, finite numbers. Proves that it is whole, not that it is good."""
-    library = Library(adapters_dir)
-    found = {name: _problems(library, name) for name in names or library.names()}
-    if as_json:
-        show_json([{"name": name, "problems": problems} for name, problems in found.items()])
-    else:
-        for name, problems in found.items():
-            print(one_line(f"{name}: {'; '.join(problems) or 'whole'}"))
-        if not all(found.values()):
-            say(
-                "Whole: well-formed, finite and, where there is a manifest, the weights and settings it was written for. How "
-                "good it is, only `evaluate` can say."
-            )
-        if not found:
-            say(f"No adapters in {adapters_dir} yet: train one.")
-    if any(found.values()):
-        raise typer.Exit(1)
-
-
-def _problems(library: Library, name: str) -> list[str]:
-    try:
-        return store.verify(library.get(name))
-    except AdapterError as error:
-        return [str(error)]
-
-
-@adapters_app.command("rename")
-def rename_adapter(
-    old: OwnArgument,
-    new: Annotated[str, typer.Argument(help="Its new name.", show_default=False)],
-    adapters_dir: AdaptersDir = LIBRARY,
-    as_json: AsJson = False,
-) -> None:
-    """Give an adapter another name. Its card and run.yaml keep the old one."""
-    renamed = Library(adapters_dir).rename(old, new)
-    show_json(renamed.facts()) if as_json else print(renamed.path)
-
-
-@adapters_app.command("remove")
-def remove_adapter(
-    name: OwnArgument,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    adapters_dir: AdaptersDir = LIBRARY,
-    as_json: AsJson = False,
-) -> None:
-    """Delete an adapter for good."""
-    if not yes:
-        typer.confirm(f"Delete {adapters_dir / name} for good?", abort=True, err=True)
-    Library(adapters_dir).remove(name)
-    if as_json:
-        show_json({"removed": name})
-
-
-@adapters_app.command("adopt")
-def adopt_adapter(
-    folder: Annotated[str, typer.Argument(help="The folder of an adapter that another tool made.", show_default=False)],
-    name: Annotated[str | None, typer.Option(help="Its name here.", show_default="the folder's")] = None,
-    base: Base = None,
-    revision: Revision = None,
-    adapters_dir: AdaptersDir = LIBRARY,
-    as_json: AsJson = False,
-) -> None:
-    """Take in an adapter of another tool: check it against its base, and give it a manifest that holds it to that."""
-    adopted = Library(adapters_dir).adopt(folder, name, base=base, revision=revision, notify=show)
-    show_json(adopted.facts()) if as_json else print(adopted.path)
+for command in (
+    cli_combine.merge,
+    cli_combine.blend,
+    cli_combine.slim,
+    cli_combine.export,
+    cli_combine.push,
+    cli_combine.pull,
+):
+    app.command()(command)
+app.add_typer(adapters_app, name="adapters")
 
 
 @app.command()

@@ -27,11 +27,11 @@ import datasets
 from . import hub
 from .config import NAME, TrainConfig
 from .errors import DataError, HubError, Listener, Notice, ignore
+from .files import DATA_FILES
 
 HELD_OUT_SHARE = 0.2
 IMDB = "stanfordnlp/imdb"
 PREVIEWED = 50  # rows of which the text before cleaning is kept
-_KINDS = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet")
 # Tags by name, and what follows the name must be an attribute, so that "if a <b and c> d" stays.
 _WITHIN_A_LINE = "a abbr b cite code del em font i ins label mark q s small span strike strong sub sup tt u"
 _PARTING = (
@@ -124,7 +124,7 @@ class _Table:
 
 def default_name(dataset: str) -> str:
     """A name for an adapter after its dataset: the last part, with what names may not hold replaced."""
-    stem = Path(dataset).stem if Path(dataset).suffix.lower() in _KINDS else dataset.rstrip("/").rpartition("/")[2]
+    stem = Path(dataset).stem if Path(dataset).suffix.lower() in DATA_FILES else dataset.rstrip("/").rpartition("/")[2]
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-")[:64]
     return name if NAME.fullmatch(name) else f"data-{name}"[:64].rstrip("-")
 
@@ -240,7 +240,7 @@ def _open(config: TrainConfig, notify: Listener) -> tuple[str, list[_Table]]:
         if config.split != "train" or config.subset is not None:
             raise DataError(f"{path} is on this machine, where data has no --split and no --subset: leave them out.")
         return str(path), _local(path, config, notify)
-    if path.suffix.lower() in _KINDS or len(Path(name).parts) != 2 or name.startswith((".", "/", "~")):
+    if path.suffix.lower() in DATA_FILES or len(Path(name).parts) != 2 or name.startswith((".", "/", "~")):
         raise DataError(
             f"There is no dataset '{name}': give imdb, an existing file or folder, or a Hub id (owner/name)."
         )
@@ -304,11 +304,11 @@ def _local(path: Path, config: TrainConfig, notify: Listener) -> list[_Table]:
     files = [path]
     if path.is_dir():
         visible = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
-        files = sorted(file for file in visible if file.suffix.lower() in _KINDS and file.is_file())
+        files = sorted(file for file in visible if file.suffix.lower() in DATA_FILES and file.is_file())
         if not files:
-            raise DataError(f"The folder {path} holds none of {' '.join(_KINDS)}.")
-    elif path.suffix.lower() not in _KINDS:
-        raise DataError(f"{path} is of no known kind: give {' '.join(_KINDS)}, or a folder of these.")
+            raise DataError(f"The folder {path} holds none of {' '.join(DATA_FILES)}.")
+    elif path.suffix.lower() not in DATA_FILES:
+        raise DataError(f"{path} is of no known kind: give {' '.join(DATA_FILES)}, or a folder of these.")
     rules: Counter[str] = Counter()
     tables = [_read_file(file, config, rules) for file in files]
     if empty := [file for file, table in zip(files, tables, strict=True) if not len(table.rows)]:

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -101,9 +101,10 @@ def _once(base: Base, rows: Sequence[tokens.Row], adapter: Adapter | None, now: 
         [row.tolist() for row in rows],
     ]
     if adapter is not None:
-        settings = {key: value for key, value in adapter.config.items() if key in store.SCALES}
+        # In the order that they have: of a pattern's keys the first that matches counts.
+        settings = [adapter.config.get(key) for key in store.SCALES]
         facts.append([files.sha256_file(adapter.path / store.WEIGHTS), settings])
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     path = files.cache_dir() / "losses" / f"{key}.json"
     # No cache, or a broken one: measure again.
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -130,10 +131,10 @@ def _place(content_hash: str) -> Path:
     return files.cache_dir() / "held-out" / f"{content_hash}.json"
 
 
-def keep_rows(texts: Sequence[str], content_hash: str) -> None:
+def keep_rows(texts: Sequence[str]) -> None:
     """Keep measured rows in the user's cache under their hash, so that they can be measured when the data has moved."""
     with contextlib.suppress(OSError):  # a full cache must not end a run
-        files.write_text(_place(content_hash), json.dumps(list(texts), ensure_ascii=False))
+        files.write_text(_place(content_hash(list(texts))), json.dumps(list(texts), ensure_ascii=False))
 
 
 def kept_rows(adapter: Adapter) -> RowSet:
@@ -141,6 +142,8 @@ def kept_rows(adapter: Adapter) -> RowSet:
     data = adapter.manifest.data if adapter.manifest else None
     if data is None:
         return RowSet(adapter.name, [], "it was trained by another tool, so nobody knows its held-out rows")
+    if data.held_out_hash is None:
+        return RowSet(adapter.name, [], "it was made of adapters whose held-out rows were missing")
     try:
         texts = json.loads(_place(data.held_out_hash).read_text(encoding="utf-8"))
         if content_hash(texts) == data.held_out_hash:
@@ -213,16 +216,28 @@ def evaluate(
     `eval_rows` takes the first so many of each set. Raises AdapterError when the adapters do not share one base.
     """
     check_distinct(adapters)
-    sets = [kept_rows(adapter) for adapter in adapters] if sets is None else list(sets)
-    sets = [replace(rows, texts=rows.texts[:eval_rows]) for rows in sets]
-    few = "a standard error needs two rows"
-    sets = [it if len(it.texts) > 1 or it.missing else replace(it, texts=[], missing=few) for it in sets]
+    sets = ready([kept_rows(adapter) for adapter in adapters] if sets is None else sets, eval_rows)
     if all(it.missing for it in sets):
         reasons = "; ".join(f"{it.name}: {it.missing}" for it in sets)
         raise AdapterError(f"There is nothing to measure on. {reasons}. Name data with --eval-dataset.")
     opened = lora.open_base(adapters[0], base, revision, device=device, dtype=dtype, notify=notify)
     for adapter in adapters:
         lora.check_base(adapter, opened, force=force, notify=notify)
+    say_what_counts(adapters, notify)
+    measured = losses(opened, {it.name: it for it in adapters}, sets, notify)
+    cells = [[compare(*pair) if pair else None for pair in line] for line in measured]
+    return GainMatrix(opened.source.name, [adapter.name for adapter in adapters], sets, cells)
+
+
+def ready(sets: Sequence[RowSet], eval_rows: int | None = None) -> list[RowSet]:
+    """The first `eval_rows` of each set; none, with the reason, of a set too small for a standard error."""
+    sets = [replace(rows, texts=rows.texts[:eval_rows]) for rows in sets]
+    few = "a standard error needs two rows"
+    return [it if len(it.texts) > 1 or it.missing else replace(it, texts=[], missing=few) for it in sets]
+
+
+def say_what_counts(adapters: Sequence[Adapter], notify: Listener) -> None:
+    """Notices of what may have been trained on by one adapter and counts as held out for another."""
     known = [it.manifest.data for it in adapters if it.manifest and it.manifest.data]
     for name in dict.fromkeys(data.eval_dataset for data in known if data.eval_dataset):
         notify(as_held_out(name))
@@ -230,21 +245,28 @@ def evaluate(
         notify(
             Notice("The adapters differ in --split-salt, so one may have been trained on rows that another holds out.")
         )
-    encoded = [encode_held_out(opened, rows.texts) for rows in sets]
-    bases = [measure_base(opened, rows, notify) if rows else None for rows in encoded]
-    bank = AdapterBank(opened)
-    cells: list[list[Result | None]] = []
-    for number, adapter in enumerate(adapters, 1):
-        bank.add(adapter.name, adapter)
-        line: list[Result | None] = []
+
+
+def losses(
+    base: Base, adapters: Mapping[str, Adapter], sets: Sequence[RowSet], notify: Listener = ignore
+) -> list[list[tuple[HeldOut, HeldOut] | None]]:
+    """For each adapter, by what it is called, and each set: the loss of the base and that with the adapter; None where there
+    are no rows."""
+    encoded = [encode_held_out(base, rows.texts) for rows in sets]
+    bases = [measure_base(base, rows, notify) if rows else None for rows in encoded]
+    bank = AdapterBank(base)
+    found: list[list[tuple[HeldOut, HeldOut] | None]] = []
+    for number, (name, adapter) in enumerate(adapters.items(), 1):
+        bank.add(name, adapter)
+        line: list[tuple[HeldOut, HeldOut] | None] = []
         for rows, of_base, it in zip(encoded, bases, sets, strict=True):
-            stage = f"{adapter.name} on {it.name} (adapter {number} of {len(adapters)})"
-            with bank.applied([adapter.name]):
-                now = partial(measure, opened.model, opened, rows, notify, stage=stage)
-                line.append(compare(of_base, _once(opened, rows, adapter, now)) if of_base is not None else None)
-        bank.remove(adapter.name)
-        cells.append(line)
-    return GainMatrix(opened.source.name, [adapter.name for adapter in adapters], sets, cells)
+            stage = f"{name} on {it.name} (adapter {number} of {len(adapters)})"
+            with bank.applied([name]):
+                now = partial(measure, base.model, base, rows, notify, stage=stage)
+                line.append((of_base, _once(base, rows, adapter, now)) if of_base is not None else None)
+        bank.remove(name)
+        found.append(line)
+    return found
 
 
 def compare(base: HeldOut, adapter: HeldOut) -> Result:

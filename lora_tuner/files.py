@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 _OLD = ".lora_tuner-old"  # no ending that anyone else gives to a folder of theirs
+DATA_FILES = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet")
 _BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I8": 1, "I16": 2, "I32": 4, "I64": 8, "U8": 1, "BOOL": 1}
 
 
@@ -27,6 +28,18 @@ def cache_dir() -> Path:
     if os.name == "nt":
         return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "lora_tuner" / "cache"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_tuner"
+
+
+def shown(name: str) -> str:
+    """A name for strangers: of a path on this machine, its last part. Of `a + b` each by itself."""
+
+    def last(part: str) -> str:
+        path = Path(os.path.expanduser(part))
+        # An id on the Hub has two parts at the most, and begins with no dot: what looks otherwise was a path once.
+        local = path.is_absolute() or len(path.parts) > 2 or part.startswith((".", "~")) or os.path.exists(path)
+        return os.path.basename(os.path.abspath(path)) if part and (local or path.suffix in DATA_FILES) else part
+
+    return " + ".join(last(part) for part in name.split(" + "))
 
 
 def sha256_file(path: Path) -> str:
@@ -85,19 +98,28 @@ def _sync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all; its folder is made where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    with new_file(path) as work:
+        work.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """Yield an empty sibling file to fill; at the end it is synced and renamed to `target`, replacing what is there.
+
+    When the block raises, the sibling is removed and `target` is as it was. Its folder is made where it is missing.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    os.close(descriptor)
+    work = Path(temporary)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp's are for their owner alone
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        yield work
+        work.chmod(0o644)  # mkstemp's are for their owner alone
+        _sync(work)
+        os.replace(work, target)
+        _sync(target.parent)
+    finally:
+        work.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ deadline, and from then on they are told to be offline. `HF_ENDPOINT` and `HF_HU
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from .errors import HubError
@@ -52,7 +52,7 @@ def offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
-def reason(error: Exception, repo: str) -> str:
+def reason(error: Exception, repo: str, *, writing: bool = False) -> str:
     """One sentence about what the Hub's refusal means, with what to do."""
     from huggingface_hub import errors
 
@@ -62,15 +62,20 @@ def reason(error: Exception, repo: str) -> str:
         return f"{repo} is gated: accept its terms on its Hub page, then run `hf auth login`."
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repo} has no such revision: leave --revision out, or name one of its branches, tags or commits."
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    if writing and (status in (401, 403) or isinstance(error, errors.LocalTokenNotFoundError)):
+        return f"{repo} may not be written with the token in use: run `hf auth login` with one that may write there."
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"the Hub has no {repo} that you may read: check the spelling, or run `hf auth login` if it is private."
-    return f"{repo} could not be fetched from the Hub: {str(error).splitlines()[0] if str(error) else error!r}"
+    what = "written to" if writing else "fetched from"
+    lines = str(error).splitlines() or [repr(error)]
+    return f"{repo} could not be {what} the Hub: {' '.join(lines[: 2 if lines[0].endswith(':') else 1])}"
 
 
-def require(repo: str) -> None:
+def require(repo: str, needed: str = "is not cached") -> None:
     """Raise HubError unless the Hub can be asked for a repo."""
     if why := unreachable():
-        raise HubError(f"{repo} is not cached, and the Hub is out of reach: {why}.")
+        raise HubError(f"{repo} {needed}, and the Hub is out of reach: {why}.")
 
 
 def cached_model(repo: str, revision: str | None) -> Path | None:
@@ -107,3 +112,49 @@ def _snapshot(repo: str, revision: str | None, *, cached_only: bool) -> Path:
             local_files_only=cached_only,
         )
     )
+
+
+def files_of(repo: str, revision: str | None) -> tuple[str | None, dict[str, int]]:
+    """The commit that a revision of a model repo is now, and name and bytes of each file of it. Raises HubError."""
+    from huggingface_hub import HfApi
+
+    require(repo, "cannot be fetched")
+    try:
+        found = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    except Exception as error:  # the HTTP library's own come through as well
+        raise HubError(reason(error, repo)) from error
+    return found.sha or revision, {it.rfilename: it.size or 0 for it in found.siblings or []}
+
+
+def fetch_files(repo: str, revision: str | None, names: Iterable[str]) -> Path:
+    """A folder with these files of a model repo, and no others. Raises HubError."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(names)))
+    except Exception as error:
+        raise HubError(reason(error, repo)) from error
+
+
+def upload(folder: Path, repo: str, names: Sequence[str], *, private: bool, message: str) -> str:
+    """Put all files of a folder into a model repo, which is made where it is missing; the address of the commit.
+
+    One commit, on top of what is there: the Hub keeps what it replaces. Of `names` those go that the folder lacks. Raises
+    HubError, also for a public repo when it is to be private.
+    """
+    from huggingface_hub import HfApi
+
+    require(repo, "cannot be written")
+    api = HfApi()
+    try:
+        # A repo that is there stays as public or private as it is.
+        full = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
+        if private and not api.model_info(full).private:
+            raise HubError(f"{repo} is public: make it private on its Hub page first, or leave --private out.")
+        return str(
+            api.upload_folder(repo_id=full, folder_path=folder, commit_message=message, delete_patterns=list(names))
+        )
+    except HubError:
+        raise
+    except Exception as error:
+        raise HubError(reason(error, repo, writing=True)) from error

@@ -12,17 +12,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import set_seed
 
-from . import evaluation, fast, files, lora, store, tokens
+from . import evaluation, fast, lora, store, tokens
 from .base_model import Base, load_tokenizer
 from .config import BATCH_SIZE_CPU, BATCH_SIZE_GPU, TrainConfig, to_yaml
 from .data import Corpus, content_hash, load_corpus
 from .errors import BaseModelError, ConfigError, Listener, Notice, Progress, TrainingError, ignore
 from .library import Library
-from .manifest import DataFacts, Manifest, RunFacts, Weights, now
+from .manifest import DataFacts, Manifest, RunFacts, now
 from .store import Adapter
 
 
@@ -57,11 +56,6 @@ class Job:
     @cached_property
     def manifest(self) -> Manifest:
         """What is known before the first step."""
-        import accelerate
-        import datasets
-        import peft
-        import transformers
-
         config, corpus = self.config, self.corpus
         return Manifest(
             created=now(),
@@ -89,9 +83,7 @@ class Job:
                 dtype=str(self.base.dtype).removeprefix("torch."),
                 threads=torch.get_num_threads(),
             ),
-            versions={
-                module.__name__: module.__version__ for module in (torch, transformers, peft, datasets, accelerate)
-            },
+            versions=lora.versions(),
         )
 
 
@@ -170,10 +162,15 @@ def _with_parent(config: TrainConfig) -> tuple[TrainConfig, Adapter | None]:
     given = config.model_fields_set
     shared: list[tuple[str, Any, Any, bool]] = [("rank", config.rank, parent.rank, "rank" in given)]
     shared += [("alpha", config.alpha, parent.config["lora_alpha"], config.alpha is not None)]
-    if data is not None:
+    if data is not None and data.split_salt is not None:
         shared += [("split_salt", config.split_salt, data.split_salt, "split_salt" in given)]
     _refuse_other(parent, [(name, ours, theirs) for name, ours, theirs, chosen in shared if chosen and ours != theirs])
-    salt = data.split_salt if data else config.split_salt
+    if data is not None and data.split_salt is None and config.eval_dataset is None:
+        raise ConfigError(
+            f"{parent.name} was blended from adapters with different --split-salt, so no rows are held out for all of it: name "
+            "others to measure on with --eval-dataset."
+        )
+    salt = (data and data.split_salt) or config.split_salt
     same = {"rank": parent.rank, "split_salt": salt, "parent_sha256": parent.sha256}
     return config.model_copy(update=same), parent
 
@@ -220,13 +217,6 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _probe(base: Base) -> tuple[tokens.Row, tokens.Row]:
-    """Two different rows of 16 plain tokens, from the middle of the vocabulary: special ones stand at its ends."""
-    middle = len(base.tokenizer) // 2
-    ids = np.arange(middle - 8, middle + 8, dtype=np.int32)
-    return ids, ids[::-1].copy()
-
-
 def _logits(base: Base, *rows: tokens.Row, bounds: bool = False) -> torch.Tensor:
     """(tokens, vocabulary) of rows in one sequence."""
     batch = tokens.collate([rows], base.tokenizer.pad_token_id, bounds=bounds)
@@ -245,7 +235,7 @@ def _differ(base: Base, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 def _rows_are_isolated(base: Base) -> bool:
     """Whether packed rows have the logits that they have alone: asked of the model itself, for some kinds never look at
     position ids. Raises BaseModelError for a model that looks ahead, of which no loss would mean anything."""
-    first, second = _probe(base)
+    first, second = tokens.probe(len(base.tokenizer))
     alone = _logits(base, second)
     changed = second.copy()
     changed[-1] = first[-1]
@@ -256,7 +246,7 @@ def _rows_are_isolated(base: Base) -> bool:
 
 def _attends_by_row(base: Base) -> bool:
     """Have packed rows attend by themselves, told where they begin, if that gives this model the logits it had."""
-    rows = _probe(base)
+    rows = tokens.probe(len(base.tokenizer))
     before = _logits(base, *rows)
     if not fast.attend_by_row(base.model):
         return False
@@ -270,13 +260,8 @@ def _attends_by_row(base: Base) -> bool:
 def save_adapter(job: Job, tensors: dict[str, torch.Tensor], manifest: Manifest, folder: Path) -> None:
     """Weights, config, manifest and run.yaml into a folder that nobody reads yet."""
     lora.save(tensors, job.model.peft_config[lora.TRAINED], folder)
-    weights = folder / store.WEIGHTS
-    facts = Weights(
-        sha256=files.sha256_file(weights),
-        bytes=weights.stat().st_size,
-        parameters=sum(tensor.numel() for tensor in tensors.values()),
-        config=files.sha256_file(folder / store.CONFIG),
+    (folder / store.MANIFEST).write_text(
+        manifest.model_copy(update={"weights": store.weights_of(store.read(folder))}).to_json(), encoding="utf-8"
     )
-    (folder / store.MANIFEST).write_text(manifest.model_copy(update={"weights": facts}).to_json(), encoding="utf-8")
     # Repeating a run must not silently replace what it repeats.
     (folder / store.RUN).write_text(to_yaml(job.config.model_copy(update={"overwrite": False})), encoding="utf-8")

@@ -16,8 +16,8 @@ from . import files
 from .base_model import Source, find_base
 from .config import NAME
 from .errors import AdapterError, Listener, Notice, ignore
-from .manifest import Manifest, Parent, Weights, now
-from .store import CARD, CONFIG, MANIFEST, WEIGHTS, Adapter, check_weights, read, valid_name
+from .manifest import Manifest, Parent, now
+from .store import CARD, CONFIG, MANIFEST, WEIGHTS, Adapter, check_weights, read, valid_name, weights_of
 
 
 @dataclass(frozen=True)
@@ -120,22 +120,16 @@ class Library:
             raise AdapterError(f"{adapter.path} names no base: give it with --base.")
         source = find_base(base, revision, notify)
         adapter.check_fit(_sizes(adapter, source))
-        weights = adapter.path / WEIGHTS
         manifest = Manifest(
             created=now(),
             base=source.facts(),
-            weights=Weights(
-                sha256=adapter.sha256,
-                bytes=weights.stat().st_size,
-                parameters=adapter.parameters,
-                config=files.sha256_file(adapter.path / CONFIG),
-            ),
+            weights=weights_of(adapter),
         )
         if here:
             files.write_text(adapter.path / MANIFEST, manifest.to_json())
         else:
             with self.writing(target) as work:
-                shutil.copyfile(weights, work / WEIGHTS)
+                shutil.copyfile(adapter.path / WEIGHTS, work / WEIGHTS)
                 shutil.copyfile(adapter.path / CONFIG, work / CONFIG)
                 card = adapter.path / CARD
                 if card.is_file() and not card.is_symlink():  # it is not looked into, and might be any file

@@ -130,6 +130,16 @@ def _fresh(base: Base, config: TrainConfig) -> PeftModel:
         raise ConfigError(f"targets: {' '.join(str(error).split())}") from error
 
 
+def versions() -> dict[str, str]:
+    """Of the libraries that decide what an adapter becomes."""
+    import accelerate
+    import datasets
+    import peft
+    import transformers
+
+    return {it.__name__: it.__version__ for it in (torch, transformers, peft, datasets, accelerate)}
+
+
 def counts(model: PeftModel) -> tuple[int, int]:
     """(parameters that are trained, parameters of the base)."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -177,17 +187,24 @@ def base_of(adapter: Adapter | None, base: str | None, revision: str | None, not
 
 def check_base(adapter: Adapter, base: Base, *, force: bool = False, notify: Listener = ignore) -> None:
     """Raise WrongBaseError unless the adapter was trained on this base; one without a manifest is taken with a notice."""
+    check_source(adapter, base.source, base.tokenizer_hash, force=force, notify=notify)
+
+
+def check_source(
+    adapter: Adapter, source: Source, tokenizer: str | None, *, force: bool = False, notify: Listener = ignore
+) -> None:
+    """The same of a base that is not in memory; `tokenizer` is the hash of its tokenizer, None where that does not matter."""
     if adapter.manifest is None:
-        notify(Notice(f"{adapter.name} has no manifest, so only its shapes can be compared with {base.source.name}."))
+        notify(Notice(f"{adapter.name} has no manifest, so only its shapes can be compared with {source.name}."))
         return
     facts = adapter.manifest.base
-    if facts.fingerprint != base.source.fingerprint:
+    if facts.fingerprint != source.fingerprint:
         what = (
             f"{adapter.name} was trained on {facts.name} (fingerprint {facts.fingerprint[:12]}, {facts.weights}), not on "
-            f"{base.source.name} (fingerprint {base.source.fingerprint[:12]}, {base.source.weights})"
+            f"{source.name} (fingerprint {source.fingerprint[:12]}, {source.weights})"
         )
-    elif facts.tokenizer not in (None, base.tokenizer_hash):
-        what = f"{adapter.name} was trained with another tokenizer than that of {base.source.name}"
+    elif tokenizer is not None and facts.tokenizer not in (None, tokenizer):
+        what = f"{adapter.name} was trained with another tokenizer than that of {source.name}"
     else:
         return
     if not force:

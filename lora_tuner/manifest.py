@@ -29,16 +29,16 @@ class BaseFacts(_Facts):
 
 
 class DataFacts(_Facts):
-    """The rows it was trained on, and those it was measured on."""
+    """The rows it was trained on, and those it was measured on. A blend of adapters with different salts has none."""
 
     name: str
     source: str
     hash: Digest
     where: list[str]
-    split_salt: str
+    split_salt: str | None
     counts: dict[str, int]
     eval_dataset: str | None = None  # where those it was measured on come from, when they are not its own held-out rows
-    held_out_hash: Digest
+    held_out_hash: Digest | None  # None when there were no rows to measure
     held_out_rows: int
 
 
@@ -92,13 +92,17 @@ class Parent(_Facts):
 
 
 class Manifest(_Facts):
-    """`manifest.json`. What a run does not know yet is None, and so is what is not known of an adapter of another tool."""
+    """`manifest.json`. What a run does not know yet is None, and so is what is not known of an adapter of another tool.
+
+    `made_by` is the command that made an adapter out of its parents without a run, such as `blend a=0.7 b=0.3`.
+    """
 
     schema_version: int = Field(default=1, ge=1, le=1)
     created: str
     base: BaseFacts
     data: DataFacts | None = None
     run: RunFacts | None = None
+    made_by: str | None = None
     parents: list[Parent] = []
     result: Result | None = None
     weights: Weights | None = None

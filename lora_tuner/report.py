@@ -1,19 +1,18 @@
 """What people look at: the loss curve as a picture, and the model card."""
 
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import portable
 from .config import HELD_OUT_LENGTH
-from .manifest import BaseFacts, Manifest
-from .store import Adapter
+from .files import shown
+from .manifest import BaseFacts, DataFacts, Manifest, RunFacts
+from .store import PLOT, SPECTRUM, Adapter
 
 if TYPE_CHECKING:
     from .evaluation import GainMatrix
-
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
 
 
 def write_metrics(history: Sequence[dict[str, Any]], path: Path) -> None:
@@ -44,7 +43,7 @@ def plot_loss(history: Sequence[dict[str, Any]], manifest: Manifest, path: Path)
         axes.plot(*zip(*sorted(held_out.items()), strict=True), "o-", color="tab:orange", label="held out")
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     # A "$" in a file's name is no formula.
-    axes.set_title(f"{_shown(manifest.data.name)} on {_shown(manifest.base.name)}", parse_math=False)
+    axes.set_title(f"{shown(manifest.data.name)} on {shown(manifest.base.name)}", parse_math=False)
     if steps or held_out:
         axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -58,8 +57,8 @@ def plot_gains(matrix: "GainMatrix", path: Path) -> None:
 
     gains = np.array([[np.nan if cell is None else cell.gain for cell in line] for line in matrix.cells])
     most = float(np.nanmax(np.abs(gains))) if np.isfinite(gains).any() else 0.0
-    title = f"Gain over {_shown(matrix.base)} (nats per token)"
-    longest = 0.1 * max(map(len, [*matrix.adapters, *(_shown(it.name) for it in matrix.sets)]))  # inches, about
+    title = f"Gain over {shown(matrix.base)} (nats per token)"
+    longest = 0.1 * max(map(len, [*matrix.adapters, *(shown(it.name) for it in matrix.sets)]))  # inches, about
     size = 2.2 + longest + max(1.1 * len(matrix.sets), 0.08 * len(title)), 1.8 + longest + 0.6 * len(matrix.adapters)
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     axes = figure.subplots()
@@ -71,7 +70,7 @@ def plot_gains(matrix: "GainMatrix", path: Path) -> None:
             strong = cell is not None and abs(cell.gain) > 0.6 * most
             axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if strong else "black")
     axes.set_xticks(
-        range(len(matrix.sets)), [_shown(it.name) for it in matrix.sets], rotation=30, ha="right", parse_math=False
+        range(len(matrix.sets)), [shown(it.name) for it in matrix.sets], rotation=30, ha="right", parse_math=False
     )
     axes.set_yticks(range(len(matrix.adapters)), matrix.adapters, parse_math=False)
     axes.set(xlabel="measured on the held-out rows of", ylabel="adapter")
@@ -80,36 +79,53 @@ def plot_gains(matrix: "GainMatrix", path: Path) -> None:
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
+def plot_spectra(spectra: Mapping[str, Any], ranks: Mapping[str, int], path: Path) -> None:
+    """The squared singular values of each layer's update, as shares of their sum, largest first; a kind of layer a colour, and
+    a dot where the layer was cut. `spectra` holds (rank,) of each layer."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    kinds = sorted({module.rpartition(".")[2] for module in spectra})
+    colours = {kind: colormaps["tab10"](number % 10) for number, kind in enumerate(kinds)}
+    named: set[str] = set()
+    for module, squares in spectra.items():
+        kind, shares = module.rpartition(".")[2], (squares / squares.sum()).tolist()
+        label = None if kind in named else kind
+        axes.plot(range(1, len(shares) + 1), shares, color=colours[kind], label=label, linewidth=0.7, alpha=0.6)
+        axes.plot(ranks[module], shares[ranks[module] - 1], "o", markersize=2.5, color=colours[kind])
+        named.add(kind)
+    axes.set(xlabel="singular value", ylabel="share of the layer's energy", yscale="log")
+    axes.set_title("Spectra of the updates; a dot is where a layer is cut")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, metadata={"Software": None})
+
+
 def model_card(adapter: Adapter, name: str) -> str:
     """The README.md of an adapter: Hub metadata, then what it is, how well it does, and how to load it."""
     from huggingface_hub import ModelCardData
 
     manifest = adapter.manifest
     assert manifest is not None
-    assert manifest.data is not None
-    assert manifest.run is not None
+    data, run, result = manifest.data, manifest.run, manifest.result
     metadata = ModelCardData(
         base_model=_hub_id(manifest.base),
-        datasets=["stanfordnlp/imdb"] if manifest.data.name == "imdb" else None,
+        datasets=["stanfordnlp/imdb"] if data and data.name == "imdb" else None,
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["lora", "lora_tuner"],
     )
-    counts, run, result = manifest.data.counts, manifest.run, manifest.result
-    base, config = _shown(manifest.base.name), adapter.config
+    base = _plain(shown(manifest.base.name))
     rows = [
         ("Base", f"{base} ({manifest.base.weights})"),
-        ("Update", f"LoRA, rank {config['r']}, alpha {config['lora_alpha']}, on {', '.join(adapter.targets)}"),
+        ("Update", f"LoRA, {_ranks(adapter)}, {_alphas(adapter)}, on {', '.join(adapter.targets)}"),
         ("Size", f"{adapter.parameters:,} parameters, {adapter.bytes / 1e6:.1f} MB"),
         ("Made from", ", ".join(f"{parent.name} ({parent.sha256[:12]})" for parent in manifest.parents)),
-        ("Data", _shown(manifest.data.source)),
-        ("Only", ", ".join(manifest.data.where)),
-        ("Rows", ", ".join(f"{count:,} {key.replace('_', ' ')}" for key, count in counts.items() if count)),
-        (
-            "Run",
-            f"{run.steps:,} steps, {run.tokens:,} tokens, {run.seconds / 60:.1f} minutes on {run.device} in {run.dtype}",
-        ),
-        ("Measured on", _shown(manifest.data.eval_dataset) if manifest.data.eval_dataset else ""),
+        ("Made by", f"`{manifest.made_by}`" if manifest.made_by else ""),
+        *(_of_data(data) if data else []),
+        ("Run", _of_run(run) if run else ""),
     ]
     if result:
         rows += [
@@ -117,31 +133,61 @@ def model_card(adapter: Adapter, name: str) -> str:
             ("Gain", f"{result.gain:.4f} ± {result.standard_error:.4f} (standard error, {result.rows} rows, paired)"),
             ("Perplexity", "{1:.2f}; the base has {0:.2f}".format(*result.perplexities)),
         ]
-    table = "\n".join("| {} | {} |".format(key, value.replace("|", "\\|")) for key, value in rows if value)
+    table = "\n".join("| {} | {} |".format(key, _plain(value).replace("|", "\\|")) for key, value in rows if value)
     return f"""---
 {metadata.to_yaml().strip()}
 ---
 
 # {name}
 
-A LoRA adapter: it makes {base} write like {_shown(manifest.data.name)}.
+A LoRA adapter: it makes {base} write like {_plain(shown(data.name)) if data else "the text it was trained on"}.
 
 | | |
 | --- | --- |
 {table}
 
 The loss is summed over tokens, each held-out row alone and cut at {HELD_OUT_LENGTH} tokens at the most, its end of text included.
-`run.yaml` repeats the run; `manifest.json` holds these figures, and the hashes of base, data and weights.
-
-![Loss](loss.png)
-
+{"`run.yaml` repeats the run; " if run else ""}`manifest.json` holds these figures, and the hashes of base, data and weights.
+{_pictures(adapter)}
 ## Use
 {_use(adapter, name, _hub_id(manifest.base) or f"path/to/{base}")}"""
 
 
+def _plain(text: str) -> str:
+    """On one line and without HTML: a manifest may come from strangers."""
+    return " ".join(text.split()).replace("<", "&lt;")
+
+
+def _ranks(adapter: Adapter) -> str:
+    ranks = {adapter.rank_of(module) for module in adapter.modules}
+    return f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
+
+
+def _alphas(adapter: Adapter) -> str:
+    return "alphas by layer" if adapter.config.get("alpha_pattern") else f"alpha {adapter.config['lora_alpha']}"
+
+
+def _of_data(data: DataFacts) -> list[tuple[str, str]]:
+    return [
+        ("Data", shown(data.source)),
+        ("Only", ", ".join(data.where)),
+        ("Rows", ", ".join(f"{count:,} {key.replace('_', ' ')}" for key, count in data.counts.items() if count)),
+        ("Measured on", shown(data.eval_dataset) if data.eval_dataset else ""),
+    ]
+
+
+def _of_run(run: RunFacts) -> str:
+    minutes = run.seconds / 60
+    return f"{run.steps:,} steps, {run.tokens:,} tokens, {minutes:.1f} minutes on {run.device} in {run.dtype}"
+
+
+def _pictures(adapter: Adapter) -> str:
+    shown = [("Loss", PLOT), ("Singular values", SPECTRUM)]
+    return "".join(f"\n![{what}]({name})\n" for what, name in shown if (adapter.path / name).is_file())
+
+
 def _use(adapter: Adapter, name: str, repo: str) -> str:
-    """How other tools load it. vLLM 0.33 and llama.cpp's converter of November 2026 were read for what they cannot."""
-    config = adapter.config
+    """How other tools load it."""
     text = f"""
 With PEFT:
 
@@ -165,41 +211,29 @@ model = AutoModelForCausalLM.from_pretrained({repo!r})
 model.load_adapter("path/to/{name}")
 ```
 """
-    merge = f"merge it first: `python cli.py merge path/to/{name} --out merged/{name}`."
-    if config.get("fan_in_fan_out") or config.get("use_dora"):
-        kind = "DoRA" if config.get("use_dora") else "adapters on this kind of layer (GPT-2's)"
-        return f"{text}\nvLLM and llama.cpp load no {kind}: {merge}\n"
-    ranks = {adapter.rank_of(module) for module in adapter.modules}
-    largest = next((rank for rank in VLLM_RANKS if rank >= max(ranks)), None)
-    text += (
-        f"""
+    vllm, llama_cpp = (portable.check(adapter, tool, name) for tool in ("vllm", "llama.cpp"))
+    if vllm.accepted:
+        text += f"""
 With vLLM, where `{name}` is then the name of a model beside the base:
 
 ```bash
-vllm serve {repo} --enable-lora --max-lora-rank {largest} --lora-modules {name}=path/to/{name}
+vllm serve {repo} --enable-lora --max-lora-rank {portable.vllm_rank(adapter)} --lora-modules {name}=path/to/{name}
 ```
 """
-        if largest
-        else f"\nvLLM takes ranks up to {VLLM_RANKS[-1]}: {merge}\n"
-    )
-    if config.get("use_rslora") or config.get("alpha_pattern"):
-        return f"{text}\nllama.cpp would scale it wrongly, as it knows neither rsLoRA nor alphas of single layers: {merge}\n"
-    return f"""{text}
-With llama.cpp, over the base as GGUF; `path/to/base` needs the base's config.json alone:
+    if llama_cpp.accepted:
+        text += f"""
+With llama.cpp, over the base as GGUF:
 
 ```bash
-python convert_lora_to_gguf.py --base path/to/base --outfile {name}.gguf path/to/{name}
+python cli.py export path/to/{name} --to gguf --out {name}.gguf
 llama-completion -m base.gguf --lora {name}.gguf -no-cnv -n 60 -p "Once"
 ```
 """
+    for verdict in (vllm, llama_cpp):
+        text += "".join(f"\n{obstacle}.\n" for obstacle in verdict.obstacles)
+    return text
 
 
 def _hub_id(base: BaseFacts) -> str | None:
     """The base's id on the Hub; None for a folder, which is called as it was given and has no revision."""
     return base.repo if base.revision or base.repo != base.name else None
-
-
-def _shown(name: str) -> str:
-    """A name for strangers: of a path on this machine, its last part."""
-    path = Path(os.path.expanduser(name))
-    return path.resolve().name if path.is_absolute() or path.exists() else name

@@ -20,15 +20,16 @@ from pydantic import ValidationError
 from . import files
 from .config import MAX_RANK, NAME
 from .errors import AdapterError
-from .manifest import Manifest, Parent
+from .manifest import Manifest, Parent, Weights
 
-WEIGHTS, CONFIG, MANIFEST, RUN, METRICS, PLOT, CARD = (
+WEIGHTS, CONFIG, MANIFEST, RUN, METRICS, PLOT, SPECTRUM, CARD = (
     "adapter_model.safetensors",
     "adapter_config.json",
     "manifest.json",
     "run.yaml",
     "metrics.jsonl",
     "loss.png",
+    "spectrum.png",
     "README.md",
 )
 SCALES = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # decide what the tensors do
@@ -195,6 +196,17 @@ def read(path: Path) -> Adapter:
     if problems := _tensor_problems(adapter):
         raise AdapterError(f"{path / WEIGHTS}: {'; '.join(problems[:5])}.")
     return adapter
+
+
+def weights_of(adapter: Adapter) -> Weights:
+    """What a manifest says of the two files that PEFT reads."""
+    weights = adapter.path / WEIGHTS
+    return Weights(
+        sha256=files.sha256_file(weights),
+        bytes=weights.stat().st_size,
+        parameters=adapter.parameters,
+        config=files.sha256_file(adapter.path / CONFIG),
+    )
 
 
 def verify(adapter: Adapter) -> list[str]:

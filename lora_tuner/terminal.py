@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import os
 import re
 import sys
@@ -19,10 +20,14 @@ from .manifest import Manifest
 from .store import Adapter
 
 if TYPE_CHECKING:
+    from .combine import Blended, Merged, Slimmed
     from .cost import Plan
     from .evaluation import GainMatrix
+    from .export import Exported
     from .generation import Answer
     from .job import PreviewedRow
+    from .portable import Verdict
+    from .share import Parcel
 
 _CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")  # and halves of characters
 BASE = "(base)"  # no adapter can be called that
@@ -197,6 +202,7 @@ def show_adapter_card(adapter: Adapter, ancestors: Sequence[dict[str, Any]]) -> 
             facts["run"] = (
                 f"{run.steps:,} steps, {run.tokens:,} tokens, {duration(run.seconds)} on {run.device} in {run.dtype}"
             )
+        facts["made by"] = manifest.made_by
         versions = ", ".join(f"{name} {it}" for name, it in manifest.versions.items())
         facts["made"] = (
             f"{manifest.created} with {versions}" if versions else f"by another tool; adopted {manifest.created}"
@@ -331,6 +337,76 @@ def _matrix(rows: Sequence[Sequence[str]], columns: Sequence[str]) -> None:
         table(((row[0], *(row[i + 1] for i in present)) for row in rows), ("", *(columns[i] for i in present)))
     else:
         table((row[0], f"on {names[i]}", row[i + 1]) for row in rows for i in present)
+
+
+def show_merged(merged: "Merged") -> None:
+    """Where the model is, and how near it is to base and adapter."""
+    proof = merged.proof
+    print(merged.path)
+    print(
+        f"read back, beside base and adapter: logits differ by {proof.difference:.2g} at the most, best tokens are the same at "
+        f"{proof.agreement:.2%} of positions"
+    )
+    if proof.losses:
+        before, after = (math.exp(min(loss, 700.0)) for loss in proof.losses)
+        print(f"perplexity {before:.4f} -> {after:.4f} ({proof.rows} held-out rows)")
+
+
+def show_blended(blended: "Blended") -> None:
+    adapter, proof = blended.adapter, blended.proof
+    assert adapter.manifest is not None
+    print(f"{adapter.path}  {size(adapter.bytes)}, rank {_ranks(adapter)}: {adapter.manifest.made_by}")
+    print(f"read back, beside its update in the base's weights: logits differ by {proof.difference:.2g} at the most")
+    if any(blended.lost.values()):
+        print(
+            f"rank cut from {blended.full_rank}: {blended.lost_in_all:.2%} of the energy is lost; {_most(blended.lost)}"
+        )
+    for line in _result(adapter.manifest):
+        print(line)
+    if len(blended.sets) > 1:
+        for name, it in blended.sets.items():
+            print(one_line(f"  on {name}: gain {it.gain:.4f} ± {it.standard_error:.4f}, {it.rows} rows"))
+
+
+def show_slimmed(slimmed: "Slimmed") -> None:
+    before, after = slimmed.bytes
+    ranks = [sorted(it) for it in zip(*slimmed.ranks.values(), strict=True)]
+    was, now = (f"{it[0]}" if it[0] == it[-1] else f"{it[0]} to {it[-1]}" for it in ranks)
+    print(f"{slimmed.adapter.path}  {size(after)} of {size(before)} ({after / before:.0%}), rank {now}; it was {was}")
+    print(f"{slimmed.lost_in_all:.2%} of the energy is lost; {_most(slimmed.lost)}")
+    if slimmed.results is None:
+        print("not measured")
+        return
+    full, slim = slimmed.results
+    print(f"held-out loss {full.loss:.4f} -> {slim.loss:.4f}; the base has {full.base_loss:.4f} ({full.rows} rows)")
+
+
+def _ranks(adapter: Adapter) -> str:
+    ranks = {adapter.rank_of(module) for module in adapter.modules}
+    return f"{min(ranks)}" if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
+
+
+def _most(lost: dict[str, float]) -> str:
+    worst = sorted(lost, key=lambda module: -lost[module])[:3]
+    return "most in " + ", ".join(f"{module} ({lost[module]:.2%})" for module in worst) + "; --json has each layer"
+
+
+def show_exported(exported: "Exported") -> None:
+    print(
+        f"{exported.path}  {size(exported.bytes)}, {exported.tensors} tensors, read back: {exported.error:.1e} off at most"
+    )
+
+
+def show_verdict(name: str, verdict: "Verdict") -> None:
+    print(one_line(f"{name}: {verdict.tool} {'takes it' if verdict.accepted else 'does not take it'}"))
+    for line in [*verdict.obstacles, *verdict.notes]:
+        print(one_line(f"- {line}"))
+
+
+def show_parcel(parcel: "Parcel") -> None:
+    table([(name, size(count)) for name, count in parcel.files.items()])
+    if parcel.url or parcel.adapter:
+        print(parcel.url or (parcel.adapter and parcel.adapter.path))
 
 
 def show_facts(facts: dict[str, Any]) -> None:

@@ -81,6 +81,12 @@ class Sequences(torch.utils.data.Dataset[list[Row]]):
         return [self[index] for index in sorted(range(len(lengths)), key=lambda i: -lengths[i])]
 
 
+def probe(vocabulary: int) -> tuple[Row, Row]:
+    """Two different rows of 16 plain tokens, from the middle of the vocabulary: special ones stand at its ends."""
+    ids = np.arange(vocabulary // 2 - 8, vocabulary // 2 + 8, dtype=np.int32)
+    return ids, ids[::-1].copy()
+
+
 def collate(items: Sequence[Sequence[Row]], pad_id: int, *, bounds: bool = False) -> dict[str, torch.Tensor]:
     """`input_ids`, `position_ids` and `labels`, each (items, longest), int64.
 

@@ -145,7 +145,7 @@ def _decisive(manifest: Manifest) -> dict[str, str]:
         "base weights": manifest.base.fingerprint,
         "tokenizer": str(manifest.base.tokenizer),
         "data": data.hash,
-        "held-out rows": data.held_out_hash,
+        "held-out rows": str(data.held_out_hash),
         "device": run.device,
         "dtype": run.dtype,
         "threads": str(run.threads),
@@ -170,7 +170,7 @@ def _run(job: Job, library: Library, checkpoint: Path | None) -> Adapter:
     assert started is not None
     with job.model.disable_adapter():
         base_held_out = evaluation.measure_base(job.base, job.held_out, job.notify)
-    evaluation.keep_rows(job.held_out_texts, data.held_out_hash)
+    evaluation.keep_rows(job.held_out_texts)
     if checkpoint is None:
         shutil.rmtree(folder, ignore_errors=True)
         files.write_text(folder / store.MANIFEST, job.manifest.to_json())

@@ -1,11 +1,13 @@
-"""A local stand-in for the Hugging Face Hub: serves folders as model and dataset repositories over HTTP."""
+"""A local stand-in for the Hugging Face Hub: serves folders as model and dataset repos over HTTP, and takes commits."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,10 +20,10 @@ DATE = "2024-01-01T00:00:00.000Z"
 
 
 class Repo:
-    """A folder as one repository with the single branch `main`; the folder must not change afterwards."""
+    """A folder as one commit of a repository with the single branch `main`; the folder must not change afterwards."""
 
-    def __init__(self, key: str, folder: Path) -> None:
-        self.id = key.partition("/")[2]
+    def __init__(self, key: str, folder: Path, private: bool = False) -> None:
+        self.id, self.private = key.partition("/")[2], private
         self.lines: dict[str, dict[str, Any]] = {}  # every file and folder, as in the Hub's tree listing
         self.files: dict[str, Path] = {}
         for path in sorted(folder.rglob("*")):
@@ -51,7 +53,7 @@ class Repo:
             if lfs := line.get("lfs"):
                 sibling["lfs"] = {**lfs, "sha256": lfs["oid"]}
         data: dict[str, Any] = {"_id": self.sha[:24], "id": self.id, "sha": self.sha}
-        data |= {"author": self.id.partition("/")[0], "private": False, "gated": False, "disabled": False}
+        data |= {"author": self.id.partition("/")[0], "private": self.private, "gated": False, "disabled": False}
         data |= {"tags": [], "likes": 0, "downloads": 0}
         data |= {"lastModified": DATE, "createdAt": DATE, "siblings": siblings}
         return {k: v for k, v in data.items() if k in ("_id", "id", *expand)} if expand else data
@@ -100,29 +102,102 @@ class _Handler(BaseHTTPRequestHandler):
         parts = [unquote(part) for part in path.strip("/").split("/")]
         if path == "/":
             reply(self, 200)
+        elif path == "/api/validate-yaml":
+            reply(self, 200, {"errors": [], "warnings": []})
+        elif path == "/api/repos/create":
+            if self._may_write():
+                self._create(json.loads(body))
         elif parts[0] == "api" and len(parts) > 2 and parts[1] in ("models", "datasets"):
             key = "/".join(parts[1:4])
-            if self._known(key, parts[5] if len(parts) > 5 else "main"):
-                self._api(hub.repos[key], parts[4:], parse_qs(query), body)
+            if (repo := self._known(key, parts[5] if len(parts) > 5 else "main")) is None:
+                return
+            if parts[4:5] not in (["preupload"], ["commit"]):
+                self._api(repo, parts[4:], parse_qs(query), body)
+            elif self._may_write():
+                self._preupload(repo, json.loads(body)) if parts[4] == "preupload" else self._commit(key, body)
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            if self._may_write():
+                self._batch(json.loads(body))
+        elif parts[0] == "lfs" and self.command == "PUT":
+            hub.blobs[hashlib.sha256(body).hexdigest()] = body
+            reply(self, 200)
         elif "resolve" in parts[1:-2]:
             at = parts.index("resolve")
             key = "/".join(parts[:at] if parts[0] == "datasets" else ["models", *parts[:at]])
-            if self._known(key, parts[at + 1]):
-                self._file(hub.repos[key], "/".join(parts[at + 2 :]))
+            if repo := self._known(key, parts[at + 1]):
+                self._file(repo, "/".join(parts[at + 2 :]))
         else:
             fail(self, 404, "", "Not found")
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
 
-    def _known(self, key: str, revision: str) -> bool:
-        repo = self.server.hub.repos.get(key)
-        if repo is None:
+    def _token(self) -> str:
+        return (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+
+    def _known(self, key: str, revision: str) -> Repo | None:
+        """The repository at that revision; None where there is none, which is answered then."""
+        hub = self.server.hub
+        found, last = None, hub.repos.get(key)
+        if last is None or (last.private and not self._token()):
             fail(self, 404, "RepoNotFound", "Repository not found")
-        elif revision not in ("main", "refs/heads/main", repo.sha):
+        elif (found := last if revision in ("main", "refs/heads/main") else hub.commits.get((key, revision))) is None:
             fail(self, 404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        else:
-            return True
-        return False
+        return found
+
+    def _may_write(self) -> bool:
+        """Whether the token allows it; if not, that is answered."""
+        token = self._token()
+        if not token:
+            fail(self, 401, "", "Invalid username or password.")
+        elif token == "read-only":
+            fail(self, 403, "", "You don't have the rights to write here")
+        return token not in ("", "read-only")
+
+    def _create(self, wanted: dict[str, Any]) -> None:
+        hub = self.server.hub
+        name = f"{wanted.get('organization') or 'user'}/{wanted['name']}"
+        there = f"models/{name}" in hub.repos
+        if not there:
+            hub.commit(f"models/{name}", {}, wanted.get("visibility") == "private" or wanted.get("private") is True)
+        answer = {"url": f"{hub.url}/{name}", "name": name}
+        reply(self, 409 if there else 200, answer | ({"error": "You already created this model repo"} if there else {}))
+
+    def _preupload(self, repo: Repo, wanted: dict[str, Any]) -> None:
+        files = []
+        for name in (file["path"] for file in wanted["files"]):
+            mode = "lfs" if PurePosixPath(name).suffix in LFS_SUFFIXES else "regular"
+            line = repo.lines.get(name, {})
+            oid = line.get("lfs", line).get("oid")
+            files.append({"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        reply(self, 200, {"files": files})
+
+    def _batch(self, wanted: dict[str, Any]) -> None:
+        """Where to put the blobs of large files that are not here yet."""
+        hub = self.server.hub
+        objects = [{"oid": it["oid"], "size": it["size"]} for it in wanted["objects"]]
+        for it in objects:
+            if it["oid"] not in hub.blobs:
+                it["actions"] = {"upload": {"href": f"{hub.url}/lfs/{it['oid']}"}}
+        reply(self, 200, {"transfer": "basic", "objects": objects})
+
+    def _commit(self, key: str, body: bytes) -> None:
+        hub = self.server.hub
+        new: dict[str, bytes | None] = {}
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                new[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                if value["oid"] not in hub.blobs:
+                    return fail(self, 400, "", f"{value['path']} was not uploaded")
+                new[value["path"]] = hub.blobs[value["oid"]]
+            elif line["key"] == "deletedFile":
+                new[value["path"]] = None
+            elif line["key"] != "header":
+                return fail(self, 400, "", f"{line['key']} is not understood here")
+        repo = hub.commit(key, new)
+        url = f"{hub.url}/{repo.id}/commit/{repo.sha}"
+        reply(self, 200, {"success": True, "commitOid": repo.sha, "commitUrl": url, "hookOutput": ""})
 
     def _api(self, repo: Repo, rest: list[str], query: dict[str, list[str]], body: bytes) -> None:
         what = rest[0] if rest else "revision"
@@ -179,10 +254,16 @@ class _Server(ThreadingHTTPServer):
 
 
 class Hub:
-    """Context manager: serves `repos`, e.g. {"models/distilbert/distilgpt2": folder}, while it is open."""
+    """Context manager: serves `repos`, e.g. {"models/distilbert/distilgpt2": folder}, while it is open.
+
+    Who writes needs a token, any but `read-only`, and a client without hf_xet, as `env` makes it.
+    """
 
     def __init__(self, repos: Mapping[str, Path]) -> None:
-        self.repos = {key: Repo(key, folder) for key, folder in repos.items()}
+        self.repos = {key: Repo(key, folder) for key, folder in repos.items()}  # as of their last commits
+        self.commits = {(key, repo.sha): repo for key, repo in self.repos.items()}
+        self.blobs: dict[str, bytes] = {}  # large files by their sha256, uploaded and perhaps in no commit yet
+        self._place = tempfile.TemporaryDirectory()
         self.requests: list[str] = []  # "GET /path" without the query, in order of arrival
         self.fault: Callable[[BaseHTTPRequestHandler], bool] | None = None  # True: it has answered itself
         self.closed = threading.Event()  # set at the end; a fault that hangs: lambda _: hub.closed.wait(60)
@@ -200,10 +281,25 @@ class Hub:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+        self._place.cleanup()
+
+    def commit(self, key: str, new: Mapping[str, bytes | None], private: bool = False) -> Repo:
+        """Put files into a repository, over those that are there, None for one to delete; it is made where it is missing."""
+        if last := self.repos.get(key):
+            new, private = {name: path.read_bytes() for name, path in last.files.items()} | dict(new), last.private
+        folder = Path(tempfile.mkdtemp(dir=self._place.name))
+        for name, blob in new.items():
+            if blob is None:
+                continue
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(blob)
+        repo = self.repos[key] = Repo(key, folder, private)
+        self.commits[key, repo.sha] = repo
+        return repo
 
     def env(self, home: Path) -> dict[str, str]:
         """The environment of a subprocess that knows this hub only and keeps its caches under `home`."""
         drop = ("HF_", "HUGGING", "TRANSFORMERS_OFFLINE", "TRANSFORMERS_CACHE")
         env = {k: v for k, v in os.environ.items() if not k.startswith(drop) and "_PROXY" not in k.upper()}
         env |= {"HF_ENDPOINT": self.url, "HF_HOME": str(home / "huggingface")}
-        return env | {"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1,localhost"}
+        return env | {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1,localhost"}

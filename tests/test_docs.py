@@ -20,7 +20,7 @@ from .test_hub import repos  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "adapters/README.md"]
-PAGES += ["docs/measuring.md", "benchmarks/RESULTS.md"]
+PAGES += ["docs/measuring.md", "docs/other-tools.md", "benchmarks/RESULTS.md"]
 
 
 def text(page):
@@ -39,7 +39,7 @@ def test_the_reference_is_made_from_the_commands():
     assert text("docs/commands.md") == reference(), "run `make docs`"
 
 
-@pytest.mark.parametrize("line", commands("README.md") + commands("adapters/README.md") + commands("docs/measuring.md"))
+@pytest.mark.parametrize("line", [line for page in PAGES for line in commands(page)])
 def test_each_command_of_the_readme_can_be_typed(line):
     command, arguments = typer.main.get_command(app), shlex.split(line)
     while hasattr(command, "commands"):

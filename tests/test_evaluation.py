@@ -463,3 +463,19 @@ def test_int8_and_float32_are_not_taken_for_each_other(model_folder):
         base = load_base(find_base(str(model_folder)), "cpu", dtype)
         losses.append(evaluation.measure_base(base, evaluation.encode_held_out(base, tiny.reviews(9))).loss)
     assert losses[0] == losses[2] != losses[1]
+
+
+def test_what_is_cached_for_one_order_of_patterns_is_not_taken_for_another(gpt2, tmp_path):
+    """Of a pattern's keys the first that matches counts, so their order decides the scale."""
+    from .test_bank import written
+
+    patterns = {"c_attn": 1, "0.attn.c_attn": 60}
+    both = (patterns, dict(reversed(patterns.items())))
+    made = [written(gpt2, tmp_path / str(i) / "one", target_modules=["c_attn"]) for i in range(2)]
+    for adapter, pattern in zip(made, both, strict=True):
+        config = json.loads((adapter.path / store.CONFIG).read_text()) | {"alpha_pattern": pattern}
+        (adapter.path / store.CONFIG).write_text(json.dumps(config))
+    base = load_base(find_base(str(gpt2)), "cpu")
+    rows = [RowSet("some", tiny.reviews(6, seed=9))]
+    first, second = (evaluation.losses(base, {"one": store.read(it.path)}, rows)[0][0][1].loss for it in made)
+    assert abs(first - second) > 1e-3

@@ -304,3 +304,22 @@ def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     if os.name != "nt":
         assert files.cache_dir() == tmp_path / "xdg" / "lora_tuner"
+
+
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [
+        ("/home/me/reviews.csv", "reviews.csv"),
+        ("~/films", "films"),
+        ("../private/x.parquet", "x.parquet"),
+        ("some/where/else", "else"),
+        ("owner/reviews.jsonl", "reviews.jsonl"),
+        ("stanfordnlp/imdb", "stanfordnlp/imdb"),
+        ("imdb", "imdb"),
+        ("imdb + /home/me/reviews.csv", "imdb + reviews.csv"),
+        ("x" * 5000, "x" * 5000),
+        ("", ""),
+    ],
+)
+def test_of_a_path_strangers_see_the_last_part(name, last):
+    assert files.shown(name) == last

@@ -465,6 +465,7 @@ def test_an_adapter_of_plain_peft_is_copied_whole_and_gets_a_manifest(theirs, mo
         },
         "data": None,
         "run": None,
+        "made_by": None,
         "parents": [],
         "result": None,
         "weights": {

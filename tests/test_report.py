@@ -344,68 +344,76 @@ def use(text):
     return text.split("## Use\n")[1]
 
 
-MERGE = "merge it first: `python cli.py merge path/to/imdb --out merged/imdb`."
-MAGNITUDES = {f"base_model.model.{module}.lora_magnitude_vector": np.ones(18, np.float32) for module in stored.MODULES}
+MERGE = "merge it (`python cli.py merge imdb --out merged/imdb`)"
+LLAMA = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
 
 
-@pytest.mark.parametrize(
-    ("config", "rank", "vllm", "llama_cpp"),
-    [
-        ({}, 4, "--max-lora-rank 8 ", True),
-        ({}, 1, "--max-lora-rank 8 ", True),
-        ({}, 8, "--max-lora-rank 8 ", True),
-        ({}, 12, "--max-lora-rank 16 ", True),
-        ({}, 321, "--max-lora-rank 512 ", True),
-        ({}, 1000, f"vLLM takes ranks up to 512: {MERGE}", True),
-        (
-            {"use_rslora": True},
-            12,
-            "--max-lora-rank 16 ",
-            f"llama.cpp would scale it wrongly, as it knows neither rsLoRA nor alphas of single layers: {MERGE}",
-        ),
-        (
-            {"alpha_pattern": {"c_attn": 3}},
-            4,
-            "--max-lora-rank 8 ",
-            f"llama.cpp would scale it wrongly, as it knows neither rsLoRA nor alphas of single layers: {MERGE}",
-        ),
-        ({"use_rslora": True}, 1000, f"vLLM takes ranks up to 512: {MERGE}", "llama.cpp would scale it wrongly"),
-    ],
-)
-def test_the_card_says_which_tools_can_load_it(tmp_path, config, rank, vllm, llama_cpp):
-    folder = stored.write(tmp_path / "imdb", {"r": rank} | config, stored.tensors(rank), stored.manifest())
-    text = use(report.model_card(store.read(folder), "imdb"))
-    assert vllm in text
-    assert ("vllm serve distilbert/distilgpt2 --enable-lora" in text) is vllm.startswith("--")
-    assert ("--lora-modules imdb=path/to/imdb" in text) is vllm.startswith("--")
-    loaded = "python convert_lora_to_gguf.py --base path/to/base --outfile imdb.gguf path/to/imdb" in text
-    assert loaded is (llama_cpp is True)
-    assert llama_cpp is True or llama_cpp in text
-    assert MERGE not in text or vllm.endswith(MERGE) or llama_cpp is not True
+def used(tmp_path, config=None, weights=None):
+    """The last part of the card of an adapter; of Llama's kind where no weights are given."""
+    weights = stored.tensors(modules=LLAMA) if weights is None else weights
+    folder = stored.write(tmp_path / ".work.tmp", config, weights, stored.manifest())
+    return use(report.model_card(store.read(folder), "imdb"))
+
+
+@pytest.mark.parametrize(("rank", "largest"), [(1, 8), (8, 8), (12, 16), (321, 512)])
+def test_the_card_says_how_other_tools_load_it(tmp_path, rank, largest):
+    text = used(tmp_path, {"r": rank, "target_modules": ["q_proj"]}, stored.tensors(rank, LLAMA))
+    assert (
+        "vllm serve distilbert/distilgpt2 --enable-lora "
+        f"--max-lora-rank {largest} --lora-modules imdb=path/to/imdb\n" in text
+    )
+    assert "python cli.py export path/to/imdb --to gguf --out imdb.gguf\n" in text
+    assert MERGE not in text
 
 
 def test_vllm_is_told_the_largest_rank_of_any_layer(tmp_path):
-    weights = stored.tensors(4) | {
-        name: tensor for name, tensor in stored.tensors(20).items() if stored.MODULES[1] in name
+    weights = stored.tensors(4, LLAMA) | {
+        name: tensor for name, tensor in stored.tensors(20, LLAMA).items() if LLAMA[1] in name
     }
-    folder = stored.write(tmp_path / "imdb", {"rank_pattern": {"h.1.attn.c_attn": 20}}, weights, stored.manifest())
-    assert "--max-lora-rank 32 " in report.model_card(store.read(folder), "imdb")
+    assert "--max-lora-rank 32 " in used(tmp_path, {"rank_pattern": {"layers.1.self_attn.q_proj": 20}}, weights)
 
 
-@pytest.mark.parametrize(
-    ("config", "weights", "kind"),
-    [
-        ({"fan_in_fan_out": True}, {}, "adapters on this kind of layer (GPT-2's)"),
-        ({"use_dora": True}, MAGNITUDES, "DoRA"),
-        ({"use_dora": True, "fan_in_fan_out": True}, MAGNITUDES, "DoRA"),
-    ],
-)
-def test_what_only_peft_can_load_is_to_be_merged(tmp_path, config, weights, kind):
-    folder = stored.write(tmp_path / "imdb", config, stored.tensors() | weights, stored.manifest())
-    text = use(report.model_card(store.read(folder), "imdb"))
-    assert text.endswith(f"```\n\nvLLM and llama.cpp load no {kind}: {MERGE}\n")
-    assert "vllm serve" not in text
-    assert "convert_lora_to_gguf" not in text
+def test_the_card_says_what_other_tools_do_not_take(tmp_path):
+    gpt2 = used(tmp_path, {"fan_in_fan_out": True}, stored.tensors())
+    assert gpt2.endswith(f"```\n\nvLLM has no LoRA for GPT-2: {MERGE}.\n")
+    assert "vllm serve" not in gpt2
+    assert "cli.py export" in gpt2
+    magnitudes = {f"base_model.model.{module}.lora_magnitude_vector": np.ones(18, np.float32) for module in LLAMA}
+    dora = used(tmp_path, {"use_dora": True}, stored.tensors(modules=LLAMA) | magnitudes)
+    assert dora.endswith(f"```\n\nvLLM has no DoRA: {MERGE}.\n\nllama.cpp has no DoRA: {MERGE}.\n")
+    assert "cli.py export" not in dora
+
+
+def test_the_card_of_one_that_no_run_made_says_how_it_was_made(card):
+    facts = stored.manifest(run=None, data=None, result=None, made_by="slim imdb --energy 0.9")
+    rows = table(card(facts))
+    assert list(rows) == ["Base", "Update", "Size", "Made by"]
+    assert rows["Made by"] == "`slim imdb --energy 0.9`"
+    assert "run.yaml" not in card(facts)
+
+
+def test_the_card_holds_a_strangers_words_on_one_line_and_without_html(card):
+    facts = stored.manifest().data.model_copy(update={"name": "x" * 300, "source": "a\n\n# b <script>"})
+    text = card(stored.manifest(data=facts.model_dump()))
+    assert table(text)["Data"] == "a # b &lt;script>"
+
+
+def test_the_card_shows_the_pictures_that_there_are(tmp_path):
+    folder = stored.write(tmp_path / "imdb", facts=stored.manifest())
+    for name, picture in (("loss.png", "![Loss](loss.png)"), ("spectrum.png", "![Singular values](spectrum.png)")):
+        assert picture not in report.model_card(store.read(folder), "imdb")
+        (folder / name).touch()
+        assert picture in report.model_card(store.read(folder), "imdb")
+
+
+def test_spectra_are_a_picture_with_a_dot_for_each_cut(tmp_path):
+    import torch
+
+    spectra = {"h.0.c_attn": torch.tensor([4.0, 1.0, 0.0]), "h.0.c_fc": torch.tensor([2.0])}
+    report.plot_spectra(spectra, {"h.0.c_attn": 2, "h.0.c_fc": 1}, tmp_path / "spectrum.png")
+    pixels = pixels_of(tmp_path / "spectrum.png")
+    assert share(pixels, BLUE) > 0.00003
+    assert share(pixels, ORANGE) > 0.00001
 
 
 def test_the_card_of_a_child_names_its_parent_and_what_it_was_measured_on(card, tmp_path):

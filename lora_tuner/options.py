@@ -1,0 +1,105 @@
+"""Options that commands share. Those that set something are made from the fields of config.py, so that a default, a bound or
+a help text has one home."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+
+from .config import ReadDtype, TrainConfig, resolve
+from .errors import ConfigError
+from .terminal import Display
+
+show = Display()
+AdapterArgument = Annotated[str, typer.Argument(help="An adapter, by name or path.", show_default=False)]
+OwnArgument = Annotated[str, typer.Argument(help="An adapter of the library, by name.", show_default=False)]
+AdaptersDir = Annotated[Path, typer.Option(help="Where adapters are kept.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Answer with JSON on stdout.")]
+Base = Annotated[str | None, typer.Option(help="Another base than the one that the adapter names.", show_default=False)]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the base on the Hub.", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Put an adapter on a base that it was not trained on.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Numbers = Annotated[
+    ReadDtype,
+    typer.Option(help="Numbers of the base. auto: bfloat16 on CUDA, else float32; int8: least to read, on a CPU."),
+]
+LIBRARY = TrainConfig().adapters_dir
+
+
+def options_of(kind: type[BaseModel], *only: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option for each field of `kind`, or for some; it receives those that were set, as `given`."""
+    fields = {name: field for name, field in kind.model_fields.items() if name in only or not only}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        parameters = [p for p in inspect.signature(command).parameters.values() if p.name != "given"]
+        parameters += [_option(name, field) for name, field in fields.items()]
+
+        @functools.wraps(command)
+        def wrapper(**options: Any) -> None:
+            given = {name: options.pop(name) for name in fields}
+            command(given={name: value for name, value in given.items() if value not in (None, [])}, **options)
+
+        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+        return wrapper
+
+    return decorate
+
+
+def _option(name: str, field: Any) -> inspect.Parameter:
+    """A field as an option that is None until it is given, so that a YAML file can come in between."""
+    default = field.json_schema_extra["shown"] if field.default in (None, []) else field.default
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    flag = field.json_schema_extra["flag"]
+    option = typer.Option(
+        *([flag] if flag else []),
+        help=field.description,
+        show_default=False if default is None else str(default),
+        rich_help_panel=field.json_schema_extra["panel"],
+    )
+    annotation = Annotated[field.annotation | None, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _place(
+    base: Base = None,
+    revision: Revision = None,
+    adapters_dir: AdaptersDir = LIBRARY,
+    device: Device = "auto",
+    dtype: Numbers = "auto",
+    force: Force = False,
+) -> None:
+    """The options of a command that puts adapters on a base."""
+
+
+def on_a_base(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `_place`; it receives them as `place`."""
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != "place"]
+    added = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(_place).parameters.values()]
+
+    @functools.wraps(command)
+    def wrapper(**options: Any) -> None:
+        command(place={p.name: options.pop(p.name) for p in added}, **options)
+
+    wrapper.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+    return wrapper
+
+
+ROWS = ("eval_dataset", "eval_split", "text_column", "where", "txt_rows", "keep_lines")  # what `rows_given` reads
+
+
+def rows_given(given: dict[str, Any], eval_rows: int | None) -> Any:
+    """The held-out rows that the user names with --eval-dataset, as sets to measure on; None where they name none."""
+    if not given:
+        return None
+    if "eval_dataset" not in given:
+        raise ConfigError(f"{', '.join(given)}: only --eval-dataset is read with that.")
+    settings = resolve(TrainConfig, given | ({"eval_rows": eval_rows} if eval_rows else {}))
+    from . import evaluation
+
+    return [evaluation.rows_of(settings, show)]

@@ -1,0 +1,104 @@
+"""What a model says, beside what it should say: the logits of a few rows, the best tokens and the loss of all.
+
+Limit: it compares what it is given. On rows of another kind two models that agree here might differ.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers.pytorch_utils import Conv1D
+
+from . import lora, tokens
+from .bank import AdapterBank
+from .base_model import Base
+from .errors import Listener, Progress
+from .evaluation import HeldOut
+from .store import Adapter
+from .updates import Updates
+
+TOLERANCE = 1e-4  # of logits in float32, beside the largest of them where that is over 1
+LOSS_TOLERANCE, AGREEMENT = 0.02, 0.9  # of a merged model in fewer bits: nats a token, share of equal best tokens
+PROOF_ROWS, PROOF_TOKENS = 4, 64  # whose logits are compared one by one
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was written, read back, beside what it should do: the largest difference of the logits of the first few rows, the
+    share of positions of all rows with the same best token, and their losses in nats a token (should, does); None where there
+    are no held-out rows."""
+
+    difference: float
+    agreement: float
+    losses: tuple[float, float] | None
+    rows: int
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a model says to rows: logits of a few positions, (positions, words), the best word of each, the loss of all."""
+
+    logits: torch.Tensor
+    best: torch.Tensor
+    losses: HeldOut
+
+
+def look(model: Any, rows: Sequence[tokens.Row], notify: Listener, stage: str) -> Look:
+    logits, best, nll = [], [], []
+    for number, row in enumerate(rows):
+        ids = torch.from_numpy(row.astype("int64"))[None].to(model.device)
+        with torch.inference_mode():
+            said = model(input_ids=ids, use_cache=False).logits[0].float()
+            nll.append(float(F.cross_entropy(said[:-1], ids[0, 1:], reduction="none").cpu().double().sum()))
+        best.append(said.argmax(-1).cpu())
+        if number < PROOF_ROWS:
+            logits.append(said[:PROOF_TOKENS].cpu().clone())
+        notify(Progress(stage, number + 1, len(rows)))
+    return Look(torch.cat(logits), torch.cat(best), HeldOut(nll, [len(row) - 1 for row in rows]))
+
+
+def look_with_peft(base: Base, adapter: Adapter, rows: Sequence[tokens.Row], notify: Listener) -> Look:
+    """As PEFT reads the adapter, by its own way with names, ranks and scales."""
+    wrapped = lora.attach(base.model, adapter, "proof")
+    try:
+        return look(wrapped, rows, notify, "read back, by PEFT")
+    finally:
+        wrapped.unload()
+
+
+def look_with(base: Base, adapter: Adapter, rows: Sequence[tokens.Row], notify: Listener) -> Look:
+    bank = AdapterBank(base)
+    bank.add(adapter.name, adapter)
+    with bank.applied([adapter.name]):
+        return look(base.model, rows, notify, "the adapter beside its base")
+
+
+def add_to_weights(base: Base, sums: Updates) -> None:
+    layers = lora.linear_layers(base.model)
+    for module, update in sums.items():
+        delta = (update.up.double() @ update.down.double()).float().to(base.device)
+        layer = layers[module]
+        layer.weight.data += delta.T if isinstance(layer, Conv1D) else delta
+
+
+def compare(should: Look, does: Look, *, measured: bool) -> Proof:
+    return Proof(
+        difference=float((should.logits - does.logits).abs().max()),
+        agreement=float((should.best == does.best).double().mean()),
+        losses=(should.losses.loss, does.losses.loss) if measured else None,
+        rows=len(should.losses.nll),
+    )
+
+
+def problem(proof: Proof, should: Look, *, exact: bool) -> str | None:
+    """What is wrong with it, if anything. In fewer bits than float32 logits differ, and what it is worth is compared."""
+    accepted = TOLERANCE * max(1.0, float(should.logits.abs().max()))
+    if exact and not proof.difference <= accepted:  # NaN is none
+        return f"has logits that differ by {proof.difference:.2g}, and {accepted:.2g} is accepted"
+    if not exact and proof.agreement < AGREEMENT:
+        return f"has the same best token at {proof.agreement:.0%} of positions, and {AGREEMENT:.0%} are asked for"
+    if proof.losses and not abs(proof.losses[1] - proof.losses[0]) <= LOSS_TOLERANCE:
+        return f"has a held-out loss of {proof.losses[1]:.4f}, and {proof.losses[0]:.4f} is right"
+    return None
