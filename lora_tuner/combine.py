@@ -136,9 +136,13 @@ def blend(
     """An adapter whose update is the weighted sum of others' updates; a negative weight takes away.
 
     The sum is exact, its rank in each layer the sum of theirs; `rank` cuts that to the nearest update of the rank. Read
-    back, it must do on the base what the base does with the sum added to its weights. Raises AdapterError when the adapters
+    back by PEFT, it must say what the base says with the update added to its weights. Raises AdapterError when the adapters
     do not share a base, one is DoRA, or the two disagree.
     """
+    if not parts:
+        raise ConfigError("There is nothing to blend: name adapters with their weights.")
+    if rank is not None and not 1 <= rank <= MAX_RANK:
+        raise ConfigError(f"rank is {rank}: it is a whole number from 1 to {MAX_RANK}.")
     library.check_free(name, overwrite=overwrite)
     if wrong := [f"{it.name}={weight:g}" for it, weight in parts if not weight or not math.isfinite(weight)]:
         raise ConfigError(f"{', '.join(wrong)}: a weight is a number other than 0.")
@@ -248,7 +252,7 @@ def _ranks(spectra: dict[str, torch.Tensor], energy: float) -> dict[str, int]:
 
 
 def _bytes(exact: Updates, ranks: dict[str, int]) -> int:
-    """What the weights take on disk, or a little less: each tensor's numbers, and about its entry in the header."""
+    """What the weights take on disk at the most: each tensor's numbers, and its entry in the header."""
     sizes = {module: update.down.shape[1] + len(update.up) for module, update in exact.items()}
     return sum(4 * rank * sizes[module] + 2 * (len(module) + 140) for module, rank in ranks.items())
 

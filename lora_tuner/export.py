@@ -14,8 +14,8 @@ import numpy as np
 from safetensors.torch import load_file
 
 from . import files, lora, portable, store
-from .base_model import Source
 from .errors import AdapterError, ConfigError, Listener, ignore
+from .library import sizes_in
 from .store import Adapter
 
 _KINDS = {"llama": "llama", "mistral": "llama", "gpt2": "gpt2", "qwen2": "qwen2"}  # model_type -> llama.cpp's name
@@ -70,7 +70,7 @@ def to_gguf(
         )
     if dtype not in _ROUNDING:
         raise ConfigError(f"dtype is {dtype}: {', '.join(_ROUNDING)} can be written.")
-    adapter.check_fit(_sizes(source, kind, adapter.modules))
+    adapter.check_fit(sizes_in(source, adapter))
     tensors = _tensors(adapter, kind, config)
     number = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
     raw = gguf.GGMLQuantizationType[number]
@@ -93,17 +93,6 @@ def to_gguf(
                 f"{adapter.name} has numbers that {dtype} cannot hold: export it as bfloat16 or float32."
             )
     return Exported(out, out.stat().st_size, len(tensors), max(errors))
-
-
-def _sizes(source: Source, kind: str, modules: list[str]) -> dict[str, tuple[int, int]]:
-    """(in, out) of the base's layers. The first part of a name is not in all files: GPT-2's on the Hub leave it out."""
-    sizes = {}
-    for module in modules:
-        names = (f"{module}.weight", f"{module.partition('.')[2]}.weight")
-        shape = next((source.shapes[name] for name in names if name in source.shapes), ())
-        if len(shape) == 2:
-            sizes[module] = (shape[0], shape[1]) if kind == "gpt2" else (shape[1], shape[0])
-    return sizes
 
 
 def _is_gguf(path: Path) -> bool:

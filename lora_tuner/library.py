@@ -119,7 +119,7 @@ class Library:
         if not base:
             raise AdapterError(f"{adapter.path} names no base: give it with --base.")
         source = find_base(base, revision, notify)
-        adapter.check_fit(_sizes(adapter, source))
+        adapter.check_fit(sizes_in(source, adapter))
         manifest = Manifest(
             created=now(),
             base=source.facts(),
@@ -185,7 +185,7 @@ def check_distinct(adapters: Sequence[Adapter]) -> None:
         raise AdapterError(f"Two of these adapters are called {twice[0]}: name each once, or rename one.")
 
 
-def _sizes(adapter: Adapter, source: Source) -> dict[str, tuple[int, int]]:
+def sizes_in(source: Source, adapter: Adapter) -> dict[str, tuple[int, int]]:
     """(in, out) of the base's layers that the adapter names, as far as the headers of the base's files tell them.
 
     Files may leave out the first parts of a layer's name, and hold a layer either way round: GPT-2's are transposed.

@@ -127,6 +127,8 @@ def size(count: float) -> str:
         else f"{count / 1e6:.1f} MB"
         if count >= 1e5
         else f"{count / 1e3:.0f} kB"
+        if count >= 1e3
+        else f"{count:.0f} bytes"
     )
 
 

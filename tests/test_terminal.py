@@ -23,7 +23,9 @@ def test_durations(seconds, text):
     assert terminal.duration(seconds) == text
 
 
-@pytest.mark.parametrize(("count", "text"), [(900, "1 kB"), (2_000_000, "2.0 MB"), (4.3e9, "4.3 GB")])
+@pytest.mark.parametrize(
+    ("count", "text"), [(900, "900 bytes"), (9_400, "9 kB"), (2_000_000, "2.0 MB"), (4.3e9, "4.3 GB")]
+)
 def test_sizes(count, text):
     assert terminal.size(count) == text
 
