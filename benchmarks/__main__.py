@@ -59,9 +59,11 @@ def main() -> None:
         for figure in figures[name]:
             grid.add_row(figure["what"], f"{figure['value']:,.4g}", figure["unit"], figure.get("note", ""))
         Console(width=120 if sys.stdout.isatty() else 200, highlight=False).print(grid)
+        if options.json:  # after each part: the whole takes an hour
+            options.json.write_text(
+                json.dumps({"machine": facts, "figures": figures}, indent=2) + "\n", encoding="utf-8"
+            )
     print(json.dumps(facts))
-    if options.json:
-        options.json.write_text(json.dumps({"machine": facts, "figures": figures}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

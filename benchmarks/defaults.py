@@ -1,6 +1,7 @@
 """Why the defaults are what they are: the same number of tokens with one setting changed, and the held-out loss after it. The
 embedded base, real reviews; what this tool has no setting for (LoRA+, other initialisations) is PEFT's own."""
 
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,7 @@ def _eva(job: Job) -> None:
         del batch["labels"]
         batches.append(batch)
     initialize_lora_eva_weights(job.model, batches, show_progress_bar=False)
+    settings.init_lora_weights, settings.eva_config = True, None  # a saved adapter names no initialiser
 
 
 LORA_PLUS = "LoRA+, B at {} x the rate of A"
@@ -81,6 +83,7 @@ def run(rounds: int) -> list[Figure]:
     for name, (changes, initialise, ratio) in SETTINGS.items():
         with tempfile.TemporaryDirectory() as folder, quiet():
             figures.append(_train(name, Path(folder), changes, initialise, ratio))
+        print(name, figures[-1]["value"], figures[-1]["note"], file=sys.stderr, flush=True)
     return figures
 
 
