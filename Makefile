@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo test test-slow check docs bench clean
 .SILENT: $(READY)
 
 demo: adapters/imdb/manifest.json
@@ -17,6 +17,9 @@ adapters/imdb/manifest.json: | $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow -n auto --maxprocesses 4
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import math
 import os
 import re
 import warnings
@@ -181,6 +182,12 @@ def load_base(source: Source, device: str = "auto", dtype: str = "auto") -> Base
     if dtype == "int8" and place.type != "cpu":
         raise BaseModelError(f"int8 is for writing on a CPU, and this would run on {place}: leave --dtype out there.")
     tokenizer = load_tokenizer(source)
+    needed, free = sum(map(math.prod, source.shapes.values())) * kind.itemsize, free_memory(place)
+    if needed > free:
+        raise BaseModelError(
+            f"The base {source.name} takes {needed / 1e9:.1f} GB in {str(kind).removeprefix('torch.')}, and {free / 1e9:.1f} GB "
+            "of memory are free: choose --dtype bfloat16, or a smaller base."
+        )
     with quiet(), _loading(source):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder, dtype=kind, use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -238,6 +245,22 @@ def choose_device(name: str) -> torch.device:
             f"There is no device '{name}' here: choose {', '.join(['auto', 'cpu', *here])}."
         ) from error
     return device
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on a device without anything being put out; on a CPU within the limit of a container too."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no Linux, no limit
+        group = Path("/sys/fs/cgroup")
+        facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(facts["inactive_file"])
+        free = min(free, int((group / "memory.max").read_text()) - used)
+    return max(free, 0)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -4,9 +4,14 @@ Options that commands share are in options.py; `adapters ...` is in cli_adapters
 loads torch is imported inside the command that needs it.
 """
 
+import contextlib
 import dataclasses
 import io
+import re
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +21,7 @@ from typer.core import TyperGroup
 from . import __version__, cli_combine
 from .cli_adapters import adapters_app
 from .config import Sampling, TrainConfig, resolve
-from .errors import ConfigError, Interrupted, LoraTunerError
+from .errors import ConfigError, GenerationError, Interrupted, LoraTunerError, reason
 from .library import Library
 from .options import ROWS, AsJson, on_a_base, options_of, rows_given, show
 from .terminal import (
@@ -32,27 +37,66 @@ from .terminal import (
 
 PROMPT = "Enter a prompt for text generation: "
 ANSWER = "Generated text: "
+OUT_OF_MEMORY = (
+    "Out of memory: lower --batch-size or --max-length to train, --answers to write, or choose --dtype bfloat16."
+)
+
+
+_UsageError: Any = typer.BadParameter.__base__  # Typer brings its own, and does not name it
 
 
 class _Commands(TyperGroup):
-    """Turns this package's errors into one line and an exit status: 1 an error, 130 interrupted."""
+    """Turns errors into one line and an exit status: 1 an error, 2 wrong usage, 130 interrupted."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _one_line():
+            return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
-        cause: BaseException
-        try:
+        with _one_line(), _terminated():
             return super().invoke(ctx)
-        except LoraTunerError as error:
-            text, status, cause = f"Error: {error}", 1, error
-        except BrokenPipeError:  # the reader has seen enough, as `head` does
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    cause: BaseException
+    try:
+        yield
+        return
+    except LoraTunerError as error:
+        text, status, cause = f"Error: {error}", 1, error
+    except BrokenPipeError:  # the reader has seen enough, as `head` does
+        raise
+    except OSError as error:
+        text, status, cause = f"Error: {reason(error)}", 1, error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate", str(error)):
             raise
-        except OSError as error:
-            text, status, cause = f"Error: {error.filename or 'A file'}: {error.strerror or error}.", 1, error
-        except (Interrupted, KeyboardInterrupt) as stopped:
-            text, status, cause = str(stopped) or "Interrupted.", 130, stopped
-        finally:
-            show.close()
-        say(text)
-        raise typer.Exit(status) from cause
+        text, status, cause = f"Error: {OUT_OF_MEMORY}", 1, error
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        where = f" {error.ctx.command_path} --help lists what there is." if error.ctx else ""
+        text, status, cause = f"Error: {' '.join(error.format_message().split()).rstrip('.')}.{where}", 2, error
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        text, status, cause = str(stopped) or "Interrupted.", 130, stopped
+    finally:
+        show.close()
+    say(text)
+    raise typer.Exit(status) from cause
+
+
+@contextlib.contextmanager
+def _terminated() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does: what is half-written goes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 app = typer.Typer(
@@ -151,7 +195,9 @@ def generate(
     )
     if prompts is None:
         _converse(generator, sampling)
-    elif as_json:
+        return
+    _check(generator, prompts)
+    if as_json:
         show_json([dataclasses.asdict(answer) for text in prompts for answer in generator.generate_all(text, sampling)])
     else:
         for text in prompts:
@@ -166,16 +212,29 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str] | None:
         return None
     if prompt is not None and prompt != "-":
         return [prompt]
+    data = b""
     try:
-        text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
+        data = sys.stdin.buffer.read() if file is None else file.read_bytes()
+        lines = [line for line in data.decode("utf-8-sig").replace("\r\n", "\n").split("\n") if line.strip()]
     except FileNotFoundError as error:
         raise ConfigError(f"There is no file {file}.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file or 'Standard input'} cannot be read as UTF-8 text: {error}") from error
-    lines = [line for line in text.splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{file or 'Standard input'} is not UTF-8 in line {line:,}: save it as UTF-8.") from error
     if not lines:
         raise ConfigError(f"{file or 'Standard input'} holds no prompt: one a line is expected.")
     return lines
+
+
+def _check(generator: Any, prompts: list[str]) -> None:
+    """Before the first of many is answered: none of them may be too long."""
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            generator.check(prompt)
+        except LoraTunerError as error:
+            raise GenerationError(
+                f"Prompt {number:,} of {len(prompts):,}: {error}" if len(prompts) > 1 else str(error)
+            ) from error
 
 
 @app.command()
@@ -208,6 +267,7 @@ def compare(
         **place,
         notify=show,
     )
+    _check(generator, prompts)
     answering = (None, *(it.name for it in found))
     compared = [generator.generate_batch([(text, name) for name in answering], sampling) for text in prompts]
     if as_json:

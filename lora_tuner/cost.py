@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from . import evaluation, lora, tokens
+from .base_model import free_memory
 from .config import PATIENCE_MINUTES
-from .errors import Notice, Progress
+from .errors import Notice, Progress, TrainingError
 from .job import Job
 
 MEASURED_STEPS = 4  # the first warms up and is not counted
@@ -35,6 +36,40 @@ class Plan:
     trained_parameters: int
     base_parameters: int
     adapter_bytes: int
+
+
+def check_memory(job: Job) -> None:
+    """Raise TrainingError when a step will not fit into the memory that is free, before it is tried.
+
+    What a step keeps for its way back grows with its tokens, so it is counted on a few; the rest (the optimizer's two
+    copies, the gradients) is known. A lower bound: what is refused could not have run.
+    """
+    model, base = job.model, job.base
+    batch = job.collate([list(tokens.probe(len(base.tokenizer)))])
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), base.head.left_out():
+        inputs = {name: tensor.to(base.device) for name, tensor in batch.items() if name != "labels"}
+        output = model(**inputs, use_cache=False)
+    few = batch["input_ids"].numel()
+    del output
+    longest = max(sum(map(len, job.sequences[index])) for index in range(len(job.sequences)))
+    many = job.batch_size * longest
+    trained = lora.counts(model)[0]
+    needed, free = sum(kept.values()) * many // few + 3 * 4 * trained, free_memory(base.device)
+    if needed > free:
+        raise TrainingError(
+            f"A step with {many:,} tokens takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: lower "
+            "--batch-size (--accumulation makes up for it) or --max-length."
+        )
 
 
 def measure(job: Job) -> Plan:

@@ -16,6 +16,7 @@
 Messages are complete sentences for people: what is wrong, where, and what to do.
 """
 
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,6 +57,22 @@ class MixedBatchError(GenerationError): ...
 
 class Interrupted(Exception):  # noqa: N818 - it is not an error
     """A run was asked to stop and did, with its work saved; the message says how to go on."""
+
+
+_ADVICE = {
+    errno.ENOSPC: "free some space and try again",
+    errno.EDQUOT: "free some space and try again",
+    errno.EACCES: "choose another place, or have its owner let you in",
+    errno.EPERM: "choose another place, or have its owner let you in",
+    errno.EROFS: "choose another place",
+    errno.ENOTDIR: "choose another place",
+}
+
+
+def reason(error: OSError) -> str:
+    """One sentence about what the system refused, where, and what to do."""
+    what = f"{error.filename or 'A file'}: {error.strerror or error}".rstrip(".")
+    return f"{what}: {_ADVICE[error.errno]}." if error.errno in _ADVICE else f"{what}."
 
 
 @dataclass(frozen=True)

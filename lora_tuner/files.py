@@ -1,22 +1,33 @@
 """Safe writing: a folder or file appears whole or not at all, and survives a power cut once it has appeared.
 
-Surprise: a rename cannot replace a folder that is not empty, so replacing one takes two renames. In the moment between
-them the old folder waits as `.NAME.lora_tuner-old`; whoever next lists, reads or writes puts it back (`recover`).
+What is being written lies beside its place as `.NAME.*.lora_tuner-new`, locked; what a process that was killed has left has
+no lock any more, and the next writer there removes it (`sweep`). Surprise: a rename cannot replace a folder that is not
+empty. Linux and macOS swap two names in one step; elsewhere it takes two renames, and in the moment between them the old
+folder waits as `.NAME.lora_tuner-old`: whoever next lists, reads or writes puts it back (`recover`).
 """
 
 import contextlib
+import ctypes
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import struct
+import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-_OLD = ".lora_tuner-old"  # no ending that anyone else gives to a folder of theirs
+if sys.platform != "win32":
+    import fcntl
+
+_OLD, _WORK = ".lora_tuner-old", ".lora_tuner-new"  # no ending that anyone else gives to a folder of theirs
+_ABANDONED = 24 * 3600.0  # seconds, where there are no locks
 DATA_FILES = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet")
 _BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I8": 1, "I16": 2, "I32": 4, "I64": 8, "U8": 1, "BOOL": 1}
 
@@ -86,7 +97,8 @@ def _tensor_entry(entry: Any) -> tuple[str, list[int], int, int]:
     return str(entry["dtype"]), list(shape), begin, end
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk keep a file, or what is in a folder under which name, before anything else is done."""
     if os.name == "nt" and path.is_dir():
         return  # Windows cannot sync a folder
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -108,49 +120,112 @@ def new_file(target: Path) -> Iterator[Path]:
 
     When the block raises, the sibling is removed and `target` is as it was. Its folder is made where it is missing.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    os.close(descriptor)
-    work = Path(temporary)
-    try:
+    with _sibling(target, _empty_file) as work:
         yield work
         work.chmod(0o644)  # mkstemp's are for their owner alone
-        _sync(work)
+        sync(work)
         os.replace(work, target)
-        _sync(target.parent)
-    finally:
-        work.unlink(missing_ok=True)
+        sync(target.parent)
 
 
 @contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty sibling folder to fill; at the end it is synced and renamed to `target`, replacing what is there.
+def new_folder(target: Path, *, overwrite: bool = True) -> Iterator[Path]:
+    """Yield an empty sibling folder to fill; at the end it is synced and becomes `target`, replacing what is there.
 
-    When the block raises, the sibling is removed and `target` is as it was.
+    When the block raises, the sibling is removed and `target` is as it was. Without `overwrite`, a folder that is there by
+    then raises OSError.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    old = target.with_name(f".{target.name}{_OLD}")
-    try:
+    with _sibling(target, tempfile.mkdtemp) as work:
         yield work
         for path in sorted(work.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files that only the owner can read
-            _sync(path)
+            sync(path)
         work.chmod(0o755)
-        _sync(work)
+        sync(work)
         recover(target.parent)
-        if os.path.lexists(target):
-            os.rename(target, old)
-        try:
+        if not (overwrite and os.path.lexists(target)):
             os.rename(work, target)
-        except OSError:
-            if os.path.lexists(old):
-                os.rename(old, target)
-            raise
-        _sync(target.parent)
-        remove(old)
+        elif not _exchange(work, target):
+            _replace(work, target)
+        sync(target.parent)
+
+
+def as_os_error(error: Exception, path: Path) -> OSError:
+    """What torch and safetensors say in words of their own when a file cannot be written."""
+    found = re.search(r"os error (\d+)", str(error))
+    number = int(found[1]) if found else errno.EIO
+    return OSError(number, os.strerror(number) if found else " ".join(str(error).split())[:200], str(path))
+
+
+def _empty_file(**place: Any) -> str:
+    descriptor, path = tempfile.mkstemp(**place)
+    os.close(descriptor)
+    return str(path)
+
+
+@contextlib.contextmanager
+def _sibling(target: Path, make: Callable[..., str]) -> Iterator[Path]:
+    """A new file or folder beside `target`, held by a lock for as long as this process works on it, and then gone."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sweep(target.parent)
+    while True:
+        work = Path(make(prefix=f".{target.name}.", suffix=_WORK, dir=target.parent))
+        with _locked(work):
+            if not os.path.lexists(work):
+                continue  # in the moment before the lock another process took it for one that was left
+            try:
+                yield work
+            except Exception as error:
+                if type(error).__name__ == "SafetensorError":  # its writer's, for a full disk; importing it loads much
+                    raise as_os_error(error, target) from error
+                raise
+            finally:
+                remove(work)  # after an exchange this is what was there before
+            return
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold a lock on a file or folder; says whether it could be had. It ends with the process, however that ends."""
+    if sys.platform == "win32":  # which locks no folders
+        yield False
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its other end
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except OSError:  # another process has it, or this file system knows no locks
+            held = False
+        yield held
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step, so that nobody ever sees neither; False where the system or the disk cannot."""
+    if sys.platform == "win32":
+        return False
+    libc = ctypes.CDLL(None)
+    names = os.fsencode(one), os.fsencode(other)
+    try:
+        if sys.platform == "darwin":
+            return bool(libc.renamex_np(*names, 2) == 0)  # RENAME_SWAP
+        return bool(libc.renameat2(-100, names[0], -100, names[1], 2) == 0)  # AT_FDCWD, RENAME_EXCHANGE
+    except AttributeError:
+        return False
+
+
+def _replace(work: Path, target: Path) -> None:
+    """The same in two steps; `recover` finishes what is cut off between them."""
+    old = target.with_name(f".{target.name}{_OLD}")
+    os.rename(target, old)
+    try:
+        os.rename(work, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    remove(old)
 
 
 def recover(parent: Path) -> None:
@@ -164,8 +239,35 @@ def recover(parent: Path) -> None:
                 os.rename(old, target)
 
 
+def sweep(parent: Path) -> None:
+    """Remove what processes that are no more have left half-written in a folder."""
+    recover(parent)
+    for left in parent.glob(f".*{_WORK}"):
+        with contextlib.suppress(OSError):  # another process was faster
+            if left.is_symlink():
+                remove(left)
+            elif sys.platform == "win32":
+                if time.time() - left.stat().st_mtime > _ABANDONED:
+                    remove(left)
+            else:
+                with _locked(left) as dead:
+                    if dead:
+                        remove(left)
+
+
+def take_away(path: Path) -> None:
+    """Delete a folder that others may be reading: it is gone from its name at once. Raises OSError where it cannot be."""
+    gone = path.with_name(f".{path.name}.{os.getpid()}{_WORK}")
+    os.rename(path, gone)
+    sync(path.parent)
+    if gone.is_symlink():
+        gone.unlink()
+    else:
+        shutil.rmtree(gone)
+
+
 def remove(path: Path) -> None:
-    """Remove a folder or, where it was a link, the link alone."""
+    """Remove a folder or, where it was a link, the link alone, as far as that is possible."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

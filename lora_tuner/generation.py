@@ -137,6 +137,18 @@ class Generator:
             if self.current == name:
                 self.current = None
 
+    def check(self, prompt: str) -> list[int]:
+        """The tokens of a prompt. Raises GenerationError when it leaves no room in the model's context."""
+        tokenizer = self.base.tokenizer
+        (encoded,) = tokens.encode(tokenizer, [prompt], end=False)
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        ids: list[int] = encoded.tolist() or [start]
+        if len(ids) >= self.base.context:
+            raise GenerationError(
+                f"The prompt has {len(ids):,} tokens, and {self.base.source.name} looks back on {self.base.context:,}: cut it."
+            )
+        return ids
+
     def generate(
         self, prompt: str, sampling: Sampling | None = None, on_text: Callable[[str], None] | None = None
     ) -> Answer:
@@ -207,18 +219,10 @@ class Generator:
         seed: int | None,
         on_text: Callable[[str], None] | None,
     ) -> "_Row":
-        tokenizer = self.base.tokenizer
-        (encoded,) = tokens.encode(tokenizer, [prompt], end=False)
-        ids = encoded.tolist() or [
-            tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        ]
-        room = self.base.context - len(ids)
-        if room < 1:
-            raise GenerationError(
-                f"The prompt has {len(ids):,} tokens, and {self.base.source.name} looks back on {self.base.context:,}: cut it."
-            )
-        text = _Text(tokenizer, ids, sampling.stop, on_text)
-        return _Row(prompt, adapter, text, min(sampling.max_new_tokens, room), seed, drawing.steps(sampling, seed))
+        ids = self.check(prompt)
+        text = _Text(self.base.tokenizer, ids, sampling.stop, on_text)
+        limit = min(sampling.max_new_tokens, self.base.context - len(ids))
+        return _Row(prompt, adapter, text, limit, seed, drawing.steps(sampling, seed))
 
     def _write(self, rows: list["_Row"]) -> None:
         """Continue these rows, which have one limit, as one batch."""

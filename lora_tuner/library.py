@@ -27,6 +27,9 @@ class Library:
     path: Path = Path("adapters")
 
     def names(self) -> list[str]:
+        """Of what lies in the library and could be an adapter by its name. Raises AdapterError where it is no folder."""
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            raise AdapterError(f"{self.path} is no folder, so no adapters are in it: choose another --adapters-dir.")
         if not self.path.is_dir():
             return []
         files.recover(self.path)
@@ -36,18 +39,19 @@ class Library:
         """Every folder of the library with what it is: an adapter, or the reason why it is none."""
         for name in self.names():
             try:
-                yield name, read(self.path / name)
+                yield name, _read(self.path / name)
             except AdapterError as error:
-                yield name, error
+                if os.path.lexists(self.path / name):  # else it was removed meanwhile
+                    yield name, error
 
     def get(self, name: str | Path) -> Adapter:
         """The adapter of that name here or, failing that, at that path."""
         text = str(name)
         files.recover(self.path)
         if NAME.fullmatch(text) and (self.path / text).is_dir():
-            return read(self.path / text)
+            return _read(self.path / text)
         if Path(text).is_dir():
-            return read(Path(text))
+            return _read(Path(text))
         known = ", ".join(self.names()) or "none yet"
         raise AdapterError(f"There is no adapter '{text}', neither in {self.path} ({known}) nor as a path.")
 
@@ -77,6 +81,7 @@ class Library:
         self.check_free(new, advice="choose another name")
         adapter = read(self._own(old))
         os.rename(adapter.path, self.path / new)
+        files.sync(self.path)
         return read(self.path / new)
 
     def remove(self, name: str) -> None:
@@ -84,9 +89,7 @@ class Library:
         target = self._own(name)
         if not target.is_symlink() and not (target / CONFIG).is_file() and not (target / WEIGHTS).is_file():
             raise AdapterError(f"{target} is no adapter, so it is not removed.")
-        gone = self.path / f".{name}.{os.getpid()}.tmp"
-        os.rename(target, gone)  # who lists meanwhile sees all of it or nothing
-        files.remove(gone)
+        files.take_away(target)
 
     def adopt(
         self,
@@ -166,7 +169,7 @@ class Library:
     def writing(self, name: str, *, overwrite: bool = False) -> Iterator[Path]:
         """Yield a folder to fill; then it is checked and becomes `name`, or nothing changes and the error comes out."""
         self.check_free(name, overwrite=overwrite)
-        with files.new_folder(self.path / name) as work:
+        with files.new_folder(self.path / name, overwrite=overwrite) as work:
             yield work
             adapter = read(work)
             if adapter.manifest and adapter.manifest.weights:
@@ -176,6 +179,27 @@ class Library:
                         f"{self.path / name} was not written as it should be: the disk gave back other weights."
                     )
             self.check_free(name, overwrite=overwrite)
+
+
+def _read(folder: Path) -> Adapter:
+    """`read`, once more where another process has replaced the folder meanwhile: its files would be of two adapters."""
+
+    def identity() -> int:
+        try:
+            return folder.stat().st_ino
+        except OSError:
+            return 0
+
+    while True:
+        before = identity()
+        try:
+            adapter = read(folder)
+        except AdapterError:
+            if identity() == before:
+                raise
+            continue
+        if identity() == before:
+            return adapter
 
 
 def check_distinct(adapters: Sequence[Adapter]) -> None:

@@ -185,17 +185,20 @@ def read(path: Path) -> Adapter:
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path / WEIGHTS}: {error}. Restore it from where it came from.") from error
     tensors = {name: (dtype, tuple(shape)) for name, (dtype, shape, _, _) in header.items()}
-    manifest = None
-    if (path / MANIFEST).exists():
-        try:
-            manifest = Manifest.model_validate(_read_json(path / MANIFEST))
-        except ValidationError as error:
-            problems = [f"{'.'.join(map(str, it['loc'])) or 'it'}: {it['msg']}" for it in error.errors()]
-            raise AdapterError(f"{path / MANIFEST}: {'; '.join(problems)}.") from error
+    manifest = read_manifest(path) if (path / MANIFEST).exists() else None
     adapter = Adapter(path, config, manifest, tensors)
     if problems := _tensor_problems(adapter):
         raise AdapterError(f"{path / WEIGHTS}: {'; '.join(problems[:5])}.")
     return adapter
+
+
+def read_manifest(path: Path) -> Manifest:
+    """`manifest.json` of a folder. Raises AdapterError for one that says too much, too little, or nothing."""
+    try:
+        return Manifest.model_validate(_read_json(path / MANIFEST))
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, it['loc'])) or 'it'}: {it['msg']}" for it in error.errors()]
+        raise AdapterError(f"{path / MANIFEST}: {'; '.join(problems)}.") from error
 
 
 def weights_of(adapter: Adapter) -> Weights:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -28,10 +29,11 @@ from transformers import (
 )
 
 from . import evaluation, files, lora, store
-from .errors import DivergedError, Interrupted, Listener, Notice, Progress
+from .errors import DivergedError, Interrupted, Listener, Notice, Progress, TrainingError, reason
 from .job import Job, save_adapter
 
-WHOLE = "whole.json"
+WHOLE, KEPT = "whole.json", 2  # what marks a checkpoint, and how many of them stay
+_PREFIX = "checkpoint-"
 _PIECES = {store.WEIGHTS, store.CONFIG, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 
 
@@ -45,6 +47,9 @@ def run(job: Job, folder: Path, checkpoint: Path | None) -> tuple[TrainerState, 
         kept = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else checkpoint.name
         lora.load(job.model, folder / kept)
     else:
+        for broken in _checkpoints(folder):
+            if checkpoint is None or _step(broken) > _step(checkpoint):
+                files.remove(broken)
         trainer = _LoraTrainer(job, folder)
         set_seed(job.config.seed)
         with _stopping() as stop:
@@ -85,7 +90,6 @@ def _arguments(job: Job, folder: Path) -> TrainingArguments:
         eval_steps=config.eval_every,
         # The best can only be kept where it was saved.
         save_steps=config.eval_every if config.patience and config.eval_every else config.save_every,
-        save_total_limit=2,
         load_best_model_at_end=config.patience is not None,
         metric_for_best_model="eval_loss" if config.patience else None,
         greater_is_better=False if config.patience else None,
@@ -123,7 +127,7 @@ class _LoraTrainer(Trainer):
     """Trainer with the loss, the held-out measure and the checkpoints of this package."""
 
     def __init__(self, job: Job, folder: Path) -> None:
-        callbacks: list[TrainerCallback] = [_CheckGradients(self), _MarkWhole(folder)]
+        callbacks: list[TrainerCallback] = [_CheckGradients(self)]
         if job.config.patience:
             callbacks.append(EarlyStoppingCallback(job.config.patience))
         super().__init__(
@@ -211,6 +215,26 @@ class _LoraTrainer(Trainer):
         assert output_dir is not None
         save_adapter(self.job, lora.weights(self.job.model), self.job.manifest, Path(output_dir))
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A checkpoint that names each of its files with its hash, and only then the older ones go."""
+        checkpoint = self.folder / f"{_PREFIX}{self.state.global_step}"
+        try:
+            files.remove(checkpoint)  # one that was cut off here before
+            super()._save_checkpoint(model, trial)
+            hashes = {path.name: files.sha256_file(path) for path in sorted(checkpoint.iterdir())}
+            files.write_text(checkpoint / WHOLE, json.dumps(hashes, indent=2))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            files.remove(checkpoint)
+            problem = error if isinstance(error, OSError) else files.as_os_error(error, checkpoint)
+            raise TrainingError(
+                f"The checkpoint of step {self.state.global_step} could not be written. {reason(problem)} Then go on with: "
+                f"python cli.py train --resume {self.job.config.name}"
+            ) from error
+        best = Path(self.state.best_model_checkpoint or "").name
+        for old in _checkpoints(self.folder)[KEPT:]:
+            if old.name != best:
+                files.remove(old)
+
 
 class _CheckGradients(TrainerCallback):
     """Stops before the optimizer takes a step that would ruin the weights. Price: one look at the adapter's gradients."""
@@ -222,18 +246,6 @@ class _CheckGradients(TrainerCallback):
         gradients = [p.grad for p in self.trainer.job.model.parameters() if p.grad is not None]
         if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
             raise self.trainer.diverged("A gradient is not finite")
-
-
-class _MarkWhole(TrainerCallback):
-    """Names every file of a checkpoint with its hash once all are written: one cut off half-way lacks it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        checkpoint = self.folder / f"checkpoint-{state.global_step}"
-        hashes = {path.name: files.sha256_file(path) for path in sorted(checkpoint.iterdir()) if path.name != WHOLE}
-        files.write_text(checkpoint / WHOLE, json.dumps(hashes, indent=2))
 
 
 class _StopWhenAsked(TrainerCallback):
@@ -266,18 +278,38 @@ def _stopping() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+def _checkpoints(folder: Path) -> list[Path]:
+    """Newest first."""
+    found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(_PREFIX))
+
+
 def newest_whole(folder: Path, notify: Listener) -> Path | None:
     """The newest checkpoint of which every file is there and unchanged; None where there is none, to start over."""
-    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    for path in sorted(checkpoints, key=lambda path: -int(path.name.rpartition("-")[2])):
-        try:
-            hashes = json.loads((path / WHOLE).read_text(encoding="utf-8"))
-            if hashes.keys() >= _PIECES and all(
-                files.sha256_file(path / name) == digest for name, digest in hashes.items()
-            ):
-                return path
-        except (OSError, ValueError, AttributeError):
-            pass
-        notify(Notice(f"{path} is not whole and is passed over."))
+    for path in _checkpoints(folder):
+        if not (why := _broken(path)):
+            return path
+        notify(Notice(f"{path} is passed over: {why}."))
     notify(Notice(f"{folder} holds no whole checkpoint: the run starts at its first step."))
     return None
+
+
+def _broken(checkpoint: Path) -> str | None:
+    """Why a checkpoint is not taken, in words."""
+    try:
+        hashes = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))
+        if missing := sorted(_PIECES - hashes.keys()):
+            return f"{missing[0]} is missing"
+        for name, digest in hashes.items():
+            if files.sha256_file(checkpoint / name) != digest:
+                return f"{name} is not the one that was written"
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        return None if state["global_step"] == _step(checkpoint) else f"it is of step {state['global_step']}"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        return f"it cannot be read ({error})"

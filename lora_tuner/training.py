@@ -20,11 +20,23 @@ from . import cost, evaluation, files, lora, report, store, trainer
 from .config import TrainConfig, resolve, to_yaml
 from .cost import Plan
 from .data import default_name
-from .errors import DivergedError, Interrupted, Listener, Notice, TrainingError, ignore
+from .errors import (
+    AdapterError,
+    ConfigError,
+    DivergedError,
+    Interrupted,
+    Listener,
+    Notice,
+    TrainingError,
+    ignore,
+    reason,
+)
 from .job import Job, PreviewedRow, prepare, preview, save_adapter
 from .library import Library
 from .manifest import Manifest, now
 from .store import Adapter
+
+_PLACES = {"adapters_dir", "runs_dir", "overwrite", "keep_checkpoints"}  # do not change what a run becomes
 
 __all__ = ["Plan", "PreviewedRow", "plan", "preview", "resume", "train"]
 
@@ -38,6 +50,7 @@ def train(config: TrainConfig, notify: Listener = ignore) -> Adapter:
     with _locked(config):
         library = _check_places(config)
         job = prepare(config, notify)
+        _check_room(job)
         return _run(replace(job, config=_fix_steps(job)), library, checkpoint=None)
 
 
@@ -48,23 +61,30 @@ def resume(name: str, runs_dir: Path = Path("runs"), notify: Listener = ignore) 
     """
     folder = runs_dir / store.valid_name(name)
     if not (folder / store.RUN).is_file():
-        raise TrainingError(
-            f"There is no unfinished run {folder}: it has finished, or never started. Train without --resume."
+        here = Library(TrainConfig().adapters_dir)
+        done = (
+            f"it has finished, as {here.path / name}" if name in here.names() else "it has finished, or never started"
         )
+        raise TrainingError(f"There is no unfinished run {folder}: {done}. Train without --resume.")
     config = resolve(TrainConfig, {}, folder / store.RUN).model_copy(update={"runs_dir": runs_dir})
     with _locked(config):
+        _check_finished(config, folder)
         library = _check_places(config, resuming=True)
         checkpoint = trainer.newest_whole(folder, notify)
+        if checkpoint is not None:
+            _check_settings(config, resolve(TrainConfig, {}, checkpoint / store.RUN), folder)
         job = prepare(config, notify)
-        _check_same(
-            Manifest.model_validate_json((folder / store.MANIFEST).read_text(encoding="utf-8")), job.manifest, folder
-        )
+        for before in (folder, checkpoint or folder):
+            _check_same(store.read_manifest(before), job.manifest, folder)
+        _check_room(job)
         return _run(job, library, checkpoint)
 
 
 def plan(config: TrainConfig, notify: Listener = ignore) -> Plan:
     """Measure a few real steps, the longest batch among them, and say what the run would cost. Trains nothing."""
-    return cost.measure(prepare(config, notify))
+    job = prepare(config, notify)
+    cost.check_memory(job)
+    return cost.measure(job)
 
 
 def _named(config: TrainConfig) -> TrainConfig:
@@ -84,6 +104,7 @@ def _locked(config: TrainConfig) -> Iterator[None]:
     lock = FileLock(path, timeout=0)
     try:
         config.runs_dir.mkdir(parents=True, exist_ok=True)
+        files.sweep(config.runs_dir)
         lock.acquire()
     except Timeout as error:
         raise TrainingError(
@@ -119,6 +140,47 @@ def _check_places(config: TrainConfig, *, resuming: bool = False) -> Library:
             "another --name."
         )
     return library
+
+
+def _check_finished(config: TrainConfig, folder: Path) -> None:
+    """Raise TrainingError when the adapter of this run is there already, and the run was cut off while it cleaned up."""
+    place = config.adapters_dir / str(config.name)
+    with contextlib.suppress(AdapterError, ConfigError):
+        adapter = store.read(place)
+        same = not _different(config, resolve(TrainConfig, {}, place / store.RUN))
+        if same and adapter.manifest and _decisive(adapter.manifest) == _decisive(store.read_manifest(folder)):
+            files.take_away(folder)
+            raise TrainingError(f"The run {config.name} has finished: its adapter is {place}.")
+
+
+def _different(config: TrainConfig, other: TrainConfig) -> list[str]:
+    """The settings that decide what a run becomes and are not the same."""
+    return [
+        name
+        for name in TrainConfig.model_fields
+        if name not in _PLACES and getattr(config, name) != getattr(other, name)
+    ]
+
+
+def _check_settings(now: TrainConfig, then: TrainConfig, folder: Path) -> None:
+    """Refuse to go on with other settings than those that the checkpoint was made with."""
+    if changed := [f"{name} (was {getattr(then, name)}, is {getattr(now, name)})" for name in _different(now, then)]:
+        raise TrainingError(
+            f"{folder / store.RUN} is not what the run was started with: {', '.join(changed)}. Restore that, or train anew with "
+            "--overwrite."
+        )
+
+
+def _check_room(job: Job) -> None:
+    """Raise TrainingError when the disk cannot hold the checkpoints, or the adapter."""
+    size = lora.counts(job.model)[0] * 4
+    needs = {job.config.runs_dir: (trainer.KEPT + 1) * 3 * size, job.config.adapters_dir: size}  # AdamW keeps two more
+    for place, need in needs.items():
+        if (free := shutil.disk_usage(place).free) < need:
+            raise TrainingError(
+                f"{place} has {free / 1e6:,.0f} MB free, and the run needs {need / 1e6:,.0f}: free some space, or choose another "
+                "--runs-dir and --adapters-dir."
+            )
 
 
 def _check_same(then: Manifest, now: Manifest, folder: Path) -> None:
@@ -157,6 +219,7 @@ def _fix_steps(job: Job) -> TrainConfig:
     """The configuration with `max_steps` as its only stop rule, so that the run can be repeated step for step."""
     config = job.config
     timed = config.max_steps is None and config.epochs is None
+    cost.check_memory(job)
     steps = cost.measure(job).steps if timed else cost.steps_for(job, 0.0)
     job.notify(Notice(f"The run takes {steps:,} steps; one epoch is {job.steps_per_epoch:,}."))
     return config.model_copy(update={"epochs": None, "minutes": None, "max_steps": steps})
@@ -172,7 +235,8 @@ def _run(job: Job, library: Library, checkpoint: Path | None) -> Adapter:
         base_held_out = evaluation.measure_base(job.base, job.held_out, job.notify)
     evaluation.keep_rows(job.held_out_texts)
     if checkpoint is None:
-        shutil.rmtree(folder, ignore_errors=True)
+        if os.path.lexists(folder):
+            files.take_away(folder)
         files.write_text(folder / store.MANIFEST, job.manifest.to_json())
         files.write_text(folder / store.RUN, to_yaml(config))  # last: it makes the folder a run that can be resumed
     try:
@@ -196,11 +260,16 @@ def _run(job: Job, library: Library, checkpoint: Path | None) -> Adapter:
     )
     result = evaluation.compare(base_held_out, held_out)
     manifest = job.manifest.model_copy(update={"created": now(), "run": run, "result": result})
-    adapter = _write(job, library, manifest, history)
+    try:
+        adapter = _write(job, library, manifest, history)
+    except OSError as error:
+        raise TrainingError(
+            f"The adapter could not be written. {reason(error)} Then: python cli.py train --resume {config.name}"
+        ) from error
     if config.keep_checkpoints:
         (folder / store.RUN).unlink()  # without it the folder is no run to be resumed
     else:
-        shutil.rmtree(folder, ignore_errors=True)
+        files.take_away(folder)
     return adapter
 
 

@@ -1,13 +1,20 @@
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from lora_tuner import files
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 def content(folder):
@@ -54,13 +61,44 @@ def test_a_block_that_raises_changes_nothing(tmp_path, kind, before):
     assert content(tmp_path) == before
 
 
+@pytest.fixture
+def no_exchange(monkeypatch):
+    """As on Windows, and on disks that cannot swap two names in one step."""
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+
+
+@pytest.mark.usefixtures("no_exchange")
+def test_where_names_cannot_be_swapped_two_renames_do(tmp_path):
+    (tmp_path / "it").mkdir()
+    (tmp_path / "it" / "old").write_text("old")
+    with files.new_folder(tmp_path / "it") as work:
+        (work / "new").write_text("new")
+    assert content(tmp_path) == {"it": None, "it/new": "new"}
+
+
+@pytest.mark.skipif(not sys.platform.startswith(("linux", "darwin")), reason="the system cannot swap names")
+def test_a_replaced_folder_is_never_missing(tmp_path, monkeypatch):
+    (tmp_path / "it").mkdir()
+    monkeypatch.setattr(os, "rename", None)  # none takes place: there is no moment without `it`
+    with files.new_folder(tmp_path / "it") as work:
+        (work / "new").write_text("new")
+    assert content(tmp_path) == {"it": None, "it/new": "new"}
+
+
+def test_what_has_come_in_the_meantime_is_replaced_only_when_asked(tmp_path):
+    with pytest.raises(OSError, match="it"), files.new_folder(tmp_path / "it", overwrite=False):
+        files.write_text(tmp_path / "it" / "other", "1")
+    assert content(tmp_path) == {"it": None, "it/other": "1"}
+
+
+@pytest.mark.usefixtures("no_exchange")
 def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
     (tmp_path / "it").mkdir()
     (tmp_path / "it" / "old").write_text("old")
     rename = os.rename
 
     def fail_once(source, target):
-        if str(source).endswith(".tmp"):
+        if str(source).endswith(".lora_tuner-new"):
             raise OSError("no")
         rename(source, target)
 
@@ -81,8 +119,8 @@ def test_others_can_read_what_was_written(tmp_path):
 
 
 def test_everything_is_synced_before_it_appears(tmp_path, monkeypatch):
-    synced, sync = [], files._sync
-    monkeypatch.setattr(files, "_sync", lambda path: (synced.append(path), sync(path)))
+    synced, sync = [], files.sync
+    monkeypatch.setattr(files, "sync", lambda path: (synced.append(path), sync(path)))
     with files.new_folder(tmp_path / "it") as work:
         (work / "sub").mkdir()
         (work / "sub" / "a").write_text("1")
@@ -103,7 +141,7 @@ def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
 
 
 @pytest.fixture
-def cut_off(tmp_path, monkeypatch):
+def cut_off(tmp_path, monkeypatch, no_exchange):
     """A replacement that was killed between its two renames: `it` is missing and waits under another name."""
     (tmp_path / "it").mkdir()
     (tmp_path / "it" / "old").write_text("old")
@@ -111,7 +149,7 @@ def cut_off(tmp_path, monkeypatch):
         rename = os.rename
 
         def only_the_first(source, target):
-            if str(source).endswith(".tmp"):
+            if str(source).endswith(".lora_tuner-new"):
                 raise SystemExit
             rename(source, target)
 
@@ -154,6 +192,60 @@ def test_recover_touches_nothing_of_anyone_else(tmp_path):
 def test_recover_where_there_is_nothing(tmp_path):
     files.recover(tmp_path / "none")
     assert content(tmp_path) == {}
+
+
+# sweep
+
+
+def left_behind(folder, killed_in):
+    """What a process leaves that was killed while it wrote."""
+    script = f"import os; from pathlib import Path; from lora_tuner import files\nwith files.{killed_in}: os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=folder, env=ENVIRONMENT).returncode == -9
+    (left,) = folder.glob(".it.*")
+    return left
+
+
+@pytest.mark.parametrize("killed_in", ["new_folder(Path('it'))", "new_file(Path('it'))"])
+def test_the_next_writer_sweeps_what_a_dead_one_has_left(tmp_path, killed_in):
+    left = left_behind(tmp_path, killed_in)
+    assert left.exists()
+    files.write_text(tmp_path / "other", "text")
+    assert content(tmp_path) == {"other": "text"}
+
+
+def test_what_another_process_works_on_is_not_swept(tmp_path):
+    with files.new_folder(tmp_path / "it") as work:
+        files.write_text(tmp_path / "other", "text")
+        script = "from pathlib import Path; from lora_tuner import files; files.sweep(Path())"
+        subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=ENVIRONMENT, check=True)
+        (work / "new").write_text("new")
+    assert content(tmp_path) == {"it": None, "it/new": "new", "other": "text"}
+
+
+def test_a_work_place_that_was_swept_before_its_lock_is_made_again(tmp_path, monkeypatch):
+    locked, seen = files._locked, []
+
+    @contextlib.contextmanager
+    def late(path):
+        seen.append(path)
+        with locked(path) as held:
+            if len(seen) == 1:
+                path.rmdir()
+            yield held
+
+    monkeypatch.setattr(files, "_locked", late)
+    with files.new_folder(tmp_path / "it") as work:
+        (work / "new").write_text("new")
+    assert len(seen) == 2
+    assert content(tmp_path) == {"it": None, "it/new": "new"}
+
+
+def test_what_cannot_be_deleted_is_said(tmp_path, monkeypatch):
+    (tmp_path / "it").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", lambda path: os.rmdir(path / "none"))
+    with pytest.raises(OSError, match="none"):
+        files.take_away(tmp_path / "it")
+    assert not (tmp_path / "it").exists()
 
 
 # write_text

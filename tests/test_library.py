@@ -130,12 +130,15 @@ def test_a_file_is_no_adapter(library):
     assert tree(library.path) == {"file": b"a file"}
 
 
-def test_a_library_that_is_a_file_is_empty(tmp_path):
+def test_a_library_that_is_a_file_is_none(tmp_path):
     (tmp_path / "adapters").write_text("a file")
     library = Library(tmp_path / "adapters")
-    assert library.names() == []
-    assert refusal(library.get, "a") == f"There is no adapter 'a', neither in {library.path} (none yet) nor as a path."
-    assert refusal(library.remove, "a") == f"There is no adapter 'a' in {library.path} (none yet)."
+    for ask in (library.names, lambda: library.get("a"), lambda: library.remove("a")):
+        with pytest.raises(AdapterError) as raised:
+            ask()
+        assert str(raised.value) == (
+            f"{library.path} is no folder, so no adapters are in it: choose another --adapters-dir."
+        )
 
 
 def test_listing_with_broken_entries(library):

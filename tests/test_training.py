@@ -179,8 +179,8 @@ def test_a_broken_checkpoint_is_passed_over(settings, tmp_path):
     notices = []
     resumed = resume("reviews", notify=notices.append)
     said = [event.text for event in notices if isinstance(event, Notice)]
-    assert f"{'runs/reviews/checkpoint-99'} is not whole and is passed over." in said
-    assert f"{'runs/reviews/checkpoint-5'} is not whole and is passed over." in said
+    assert "runs/reviews/checkpoint-99 is passed over: whole.json is missing." in said
+    assert "runs/reviews/checkpoint-5 is passed over: optimizer.pt is not the one that was written." in said
     assert weights(resumed) == weights(whole)
 
 

@@ -1,0 +1,33 @@
+"""Commands in processes of their own, on tiny models."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .process import Command, Ended
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if sys.platform != "linux":
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason="it looks into /proc and forks"))
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., Command]:
+    """A command that runs, in the folder of the test, with a cache of its own."""
+
+    def make(*arguments: str | Path, **more: Any) -> Command:
+        return Command(*arguments, **({"cwd": tmp_path, "cache": tmp_path / ".cache"} | more))
+
+    return make
+
+
+@pytest.fixture
+def run(start: Callable[..., Command]) -> Callable[..., Ended]:
+    """A command that has ended."""
+    return lambda *arguments, **more: start(*arguments, **more).end()
