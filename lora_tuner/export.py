@@ -56,6 +56,8 @@ def to_gguf(
         raise AdapterError(f"{out} exists: choose another --out, or replace it with --overwrite.")
     if out.exists() and not _is_gguf(out):
         raise AdapterError(f"{out} is no GGUF file, so it is not replaced: choose another --out.")
+    if why := files.unwritable(out.parent):
+        raise AdapterError(f"{why}: choose another --out.")
     if obstacles := portable.check(adapter, "llama.cpp").obstacles:
         raise AdapterError(f"{adapter.path}: {'; '.join(obstacles)}.")
     store.check_weights(adapter)

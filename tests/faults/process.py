@@ -53,7 +53,7 @@ class Fault:
     what: str = "crash"
 
     def install(self, events: list[str]) -> None:
-        before = {path: _state(path) for path in _files(self.root)}
+        before = {_state(path) for path in _files(self.root)}
         safe: dict[int, Any] = {}  # inode -> its state when it was last synced
 
         def happen(event: str) -> None:
@@ -68,7 +68,7 @@ class Fault:
             if self.what == "crash":
                 for path in _files(self.root):
                     state = _state(path)
-                    if state not in (before.get(path), safe.get(state[0])):
+                    if state not in before and state != safe.get(state[0]):
                         os.truncate(path, state[1] // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
