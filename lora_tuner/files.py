@@ -277,11 +277,10 @@ def take_away(path: Path) -> None:
     """Delete a folder that others may be reading: it is gone from its name at once. Raises OSError where it cannot be."""
     gone = path.with_name(f".{path.name}.{os.getpid()}{_WORK}")
     os.rename(path, gone)
-    sync(path.parent)
-    if gone.is_symlink():
-        gone.unlink()
-    else:
-        shutil.rmtree(gone)
+    try:
+        sync(path.parent)
+    finally:
+        gone.unlink() if gone.is_symlink() else shutil.rmtree(gone)
 
 
 def remove(path: Path) -> None:

@@ -251,9 +251,10 @@ def _run(job: Job, library: Library, checkpoint: Path | None) -> Adapter:
     manifest = job.manifest.model_copy(update={"created": now(), "run": run, "result": result})
     try:
         adapter = _write(job, library, manifest, history)
-    except OSError as error:
+    except (OSError, AdapterError) as error:
+        why = reason(error) if isinstance(error, OSError) else error
         raise TrainingError(
-            f"The adapter could not be written. {reason(error)} Then: python cli.py train --resume {config.name}"
+            f"The adapter could not be written, and the run is kept. {why} Then: python cli.py train --resume {config.name}"
         ) from error
     if config.keep_checkpoints:
         (folder / store.RUN).unlink()  # without it the folder is no run to be resumed

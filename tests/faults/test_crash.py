@@ -9,99 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from lora_tuner import Adapter, Library, TrainConfig, train
-from lora_tuner.store import verify
-
 from . import process
-from .process import Command, Ended, Fault
+from .process import Command, Fault
+from .worlds import COMMANDS, State, arguments, becomes, litter, old_or_new, run, state
 
 QUICK = 4  # points of each command that are tried by default; `slow` tries all
-TRAIN = ["--max-steps=4", "--save-every=2", "--max-length=64", "--batch-size=2", "--rank=4", "--eval-rows=4"]
-COMMANDS: dict[str, list[str]] = {
-    "train": ["train", "--name", "new", *TRAIN],
-    "train over another": ["train", "--name", "one", "--overwrite", *TRAIN],
-    "merge": ["merge", "one", "--out", "merged/one"],
-    "merge over another": ["merge", "one", "--out", "whole", "--overwrite"],
-    "blend": ["blend", "one=0.5", "two=0.5", "--name", "new"],
-    "blend over another": ["blend", "one=0.5", "two=0.5", "--name", "two", "--overwrite"],
-    "slim": ["slim", "one", "--name", "new", "--energy", "0.5"],
-    "adopt": ["adapters", "adopt", "foreign", "--name", "new"],
-    "adopt in place": ["adapters", "adopt", "stranger"],
-    "rename": ["adapters", "rename", "one", "new"],
-    "remove": ["adapters", "remove", "one", "--yes"],
-    "export": ["export", "one", "--to", "gguf", "--out", "one.gguf"],
-}
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, gpt2: Path) -> Path:
-    """A folder with two adapters, one of another tool in and one beside the library, a merged model, data and a cache."""
-    root = tmp_path_factory.mktemp("world")
-    lines = [f"{number}: the story {'works well' if number % 3 else 'drags on and on'}." for number in range(60)]
-    (root / "reviews.txt").write_text("\n".join(lines))
-    settings = {
-        "base": str(gpt2),
-        "dataset": str(root / "reviews.txt"),
-        "max_steps": 2,
-        "max_length": 64,
-        "rank": 4,
-        "eval_rows": 4,
-        "txt_rows": "line",
-        "adapters_dir": root / "adapters",
-        "runs_dir": root / "runs",
-    }
-    for seed, name in enumerate(("one", "two")):
-        train(TrainConfig.model_validate(settings | {"name": name, "seed": seed}))
-    for target in (root / "foreign", root / "adapters" / "stranger"):
-        shutil.copytree(root / "adapters" / "one", target)
-        (target / "manifest.json").unlink()
-    ended = Command("merge", "one", "--out", "whole", cwd=root, cache=root / "cache").end()
-    assert ended.status == 0, ended.err
-    shutil.rmtree(root / "cache")
-    shutil.rmtree(root / "runs")
-    return root
-
-
-def arguments(name: str, world: Path, gpt2: Path) -> list[str]:
-    data = ["--base", str(gpt2), "--dataset", str(world / "reviews.txt"), "--txt-rows", "line"]
-    if name.startswith("adopt"):
-        return [*COMMANDS[name], "--base", str(gpt2)]
-    return COMMANDS[name] + (data if name.startswith("train") else [])
-
-
-def run(root: Path, *words: str, fault: Fault | None = None) -> Ended:
-    own = {"LORA_TUNER_CACHE": str(root / "cache")}
-    return Command(*words, cwd=root, cache=root.parent / "processes", env=own, fault=fault).end()
-
-
-def state(root: Path) -> dict[str, object]:
-    """What is of value: each adapter, whole, by the hash of its weights; models and exported files by their bytes."""
-    found: dict[str, object] = {}
-    for name, it in Library(root / "adapters").entries():
-        assert isinstance(it, Adapter), it
-        assert verify(it) == []
-        found[name] = (it.sha256, it.manifest is not None)
-    for path in [*root.glob("whole/*"), *root.glob("merged/**/*"), *root.glob("*.gguf")]:
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts):
-            found[str(path.relative_to(root))] = path.read_bytes()
-    return found
-
-
-def litter(root: Path) -> list[str]:
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.name.startswith("."))
-
-
-def old_or_new(now: dict[str, object], old: dict[str, object], new: dict[str, object]) -> bool:
-    """Whether each thing is as it was or as it should become, and a model folder is so as a whole."""
-    models = [
-        {name: it for name, it in facts.items() if name.startswith(("whole", "merged"))} for facts in (now, old, new)
-    ]
-    return models[0] in models[1:] and all(
-        now.get(name, "none") in (old.get(name, "none"), new.get(name, "none")) for name in {*now, *old, *new}
-    )
-
-
-def crash_and_go_on(name: str, words: list[str], world: Path, root: Path, at: int, new: dict[str, object]) -> None:
+def crash_and_go_on(name: str, words: list[str], world: Path, root: Path, at: int, new: State) -> None:
     shutil.copytree(world, root, symlinks=True)
     old = state(root)
     ended = run(root, *words, fault=Fault(root, at))
@@ -110,7 +25,7 @@ def crash_and_go_on(name: str, words: list[str], world: Path, root: Path, at: in
     after_a_crash(name, words, root, new)
 
 
-def after_a_crash(name: str, words: list[str], root: Path, new: dict[str, object]) -> None:
+def after_a_crash(name: str, words: list[str], root: Path, new: State) -> None:
     """What a user does next: go on with the run, or the same again; and then nothing is left of the crash."""
     done = state(root) == new
     run_name = words[words.index("--name") + 1] if words[0] == "train" else None
@@ -127,15 +42,6 @@ def after_a_crash(name: str, words: list[str], root: Path, new: dict[str, object
             assert run(root, *words, *(["--overwrite"] * ("--overwrite" not in words))).status == 0
     assert litter(root) == []
     assert not list((root / "runs").glob("*"))
-
-
-def becomes(words: list[str], world: Path, root: Path) -> tuple[dict[str, object], list[str]]:
-    """What a command makes when nothing goes wrong, and what it does to files on its way."""
-    shutil.copytree(world, root, symlinks=True)
-    ended = run(root, *words, fault=Fault(root))
-    assert ended.status == 0, ended.err
-    assert litter(root) == []
-    return state(root), ended.events
 
 
 @pytest.mark.parametrize("name", COMMANDS)
