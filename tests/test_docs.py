@@ -20,7 +20,7 @@ from .test_hub import repos  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "adapters/README.md"]
-PAGES += ["docs/measuring.md", "docs/other-tools.md", "benchmarks/RESULTS.md"]
+PAGES += ["docs/measuring.md", "docs/other-tools.md", "docs/reliability.md", "SECURITY.md", "benchmarks/RESULTS.md"]
 
 
 def text(page):
@@ -45,6 +45,13 @@ def test_each_command_of_the_readme_can_be_typed(line):
     while hasattr(command, "commands"):
         command = command.commands[arguments.pop(0)]
     command.make_context("cli.py", arguments)  # raises for an option or argument that is not there
+
+
+def test_each_test_that_a_promise_names_is_there():
+    named = re.findall(r"`(test_\w+)`", text("docs/reliability.md"))
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(named) > 30
+    assert [name for name in named if f"def {name}(" not in tests] == []
 
 
 def test_the_readme_has_commands():
