@@ -244,11 +244,7 @@ class _LoraTrainer(Trainer):
                 f"The checkpoint of step {self.state.global_step} could not be written. {reason(problem)} Then go on with: "
                 f"{go_on(self.job.config)}"
             ) from error
-        kept = _checkpoints(self.folder)[:KEPT]
-        needed = {it.name for it in kept} | {_best(it) for it in kept}
-        for old in _checkpoints(self.folder):
-            if old.name not in needed:
-                files.remove(old)
+        _prune(self.folder)
 
 
 class _CheckGradients(TrainerCallback):
@@ -299,6 +295,15 @@ def _checkpoints(folder: Path) -> list[Path]:
     """Newest first."""
     found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
     return sorted(found, key=_step, reverse=True)
+
+
+def _prune(folder: Path) -> None:
+    """Remove all but the newest checkpoints, and those that hold the best step of these."""
+    kept = _checkpoints(folder)[:KEPT]
+    needed = {it.name for it in kept} | {_best(it) for it in kept}
+    for old in _checkpoints(folder)[KEPT:]:
+        if old.name not in needed:
+            files.remove(old)
 
 
 def _step(checkpoint: Path) -> int:
