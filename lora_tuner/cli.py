@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import __version__, cli_combine
+from . import __version__, cli_combine, files
 from .cli_adapters import adapters_app
 from .config import Sampling, TrainConfig, resolve
 from .errors import ConfigError, GenerationError, Interrupted, LoraTunerError, reason
@@ -301,6 +301,8 @@ def evaluate(
         raise ConfigError(f"--plot {plot}: the picture is a .png file.")
     if plot and not plot.parent.is_dir():
         raise ConfigError(f"--plot {plot}: there is no folder {plot.parent}.")
+    if plot and (why := files.unwritable(plot.parent)):
+        raise ConfigError(f"--plot {plot}: {why}.")
     found = Library(place.pop("adapters_dir")).several(adapters)
     sets = rows_given(given, eval_rows)
     from . import evaluation, report
@@ -313,7 +315,8 @@ def evaluate(
         notify=show,
     )
     if plot:
-        report.plot_gains(matrix, plot)
+        with files.new_file(plot) as work:
+            report.plot_gains(matrix, work)
     show_json(matrix.facts()) if as_json else show_gains(matrix)
 
 

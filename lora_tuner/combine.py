@@ -7,7 +7,6 @@ all of it is computed in float32, and only sums can be added and cut, so DoRA is
 
 import math
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +88,7 @@ def merge(
     opened = _open([adapter], base, revision, "cpu", force, notify)
     kind = choose_dtype(dtype, opened.device)
     weights = sum(parameter.numel() for parameter in opened.model.parameters()) * kind.itemsize
-    there = next(place for place in out.absolute().parents if place.exists())
-    if (free := shutil.disk_usage(there).free) < weights:
+    if (free := files.free_space(out.parent)) < weights:
         raise AdapterError(f"{out} needs {weights / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there.")
     sets = _sets([adapter], sets, eval_rows, notify)
     rows = _encoded(opened, sets)
@@ -116,6 +114,8 @@ def check_model_folder(out: Path, *, overwrite: bool) -> None:
         raise AdapterError(f"{out} exists: choose another --out, or replace it with --overwrite.")
     if out.exists() and not (out / "config.json").is_file():
         raise AdapterError(f"{out} is no model folder, so it is not replaced: choose another --out.")
+    if why := files.unwritable(out.parent):
+        raise AdapterError(f"{why}: choose another --out.")
 
 
 def blend(

@@ -56,6 +56,8 @@ def to_gguf(
         raise AdapterError(f"{out} exists: choose another --out, or replace it with --overwrite.")
     if out.exists() and not _is_gguf(out):
         raise AdapterError(f"{out} is no GGUF file, so it is not replaced: choose another --out.")
+    if why := files.unwritable(out.parent):
+        raise AdapterError(f"{why}: choose another --out.")
     if obstacles := portable.check(adapter, "llama.cpp").obstacles:
         raise AdapterError(f"{adapter.path}: {'; '.join(obstacles)}.")
     store.check_weights(adapter)
@@ -87,7 +89,12 @@ def to_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        errors = [_error(tensors[it.name], it) for it in gguf.GGUFReader(work).tensors]
+        try:
+            errors = [_error(tensors[it.name], it) for it in gguf.GGUFReader(work).tensors]
+        except (ValueError, IndexError) as error:  # the writer does not notice all that a disk refuses
+            raise AdapterError(
+                f"{out} is not kept: the disk gave back less than was written. Free some space."
+            ) from error
         if not all(error <= _ROUNDING[dtype] for error in errors):  # it may be no number
             raise AdapterError(
                 f"{adapter.name} has numbers that {dtype} cannot hold: export it as bfloat16 or float32."

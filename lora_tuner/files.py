@@ -97,6 +97,24 @@ def _tensor_entry(entry: Any) -> tuple[str, list[int], int, int]:
     return str(entry["dtype"]), list(shape), begin, end
 
 
+def _nearest(place: Path) -> Path:
+    """The place itself or, where it is not there yet, what it will be made in."""
+    return next(it for it in (place.absolute(), *place.absolute().parents) if os.path.lexists(it))
+
+
+def free_space(place: Path) -> int:
+    """Bytes that can be written there."""
+    return shutil.disk_usage(_nearest(place)).free
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why nothing can be put into a folder, which need not be there yet; None where it can."""
+    there = _nearest(folder)
+    if not there.is_dir():
+        return f"{there} is no folder"
+    return None if os.access(there, os.W_OK | os.X_OK) else f"{there} may not be written to"
+
+
 def sync(path: Path) -> None:
     """Have the disk keep a file, or what is in a folder under which name, before anything else is done."""
     if os.name == "nt" and path.is_dir():
@@ -259,11 +277,10 @@ def take_away(path: Path) -> None:
     """Delete a folder that others may be reading: it is gone from its name at once. Raises OSError where it cannot be."""
     gone = path.with_name(f".{path.name}.{os.getpid()}{_WORK}")
     os.rename(path, gone)
-    sync(path.parent)
-    if gone.is_symlink():
-        gone.unlink()
-    else:
-        shutil.rmtree(gone)
+    try:
+        sync(path.parent)
+    finally:
+        gone.unlink() if gone.is_symlink() else shutil.rmtree(gone)
 
 
 def remove(path: Path) -> None:

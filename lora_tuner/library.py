@@ -75,6 +75,11 @@ class Library:
             raise AdapterError(f"{target} exists: {advice}.")
         if os.path.lexists(target) and not (target / CONFIG).is_file():
             raise AdapterError(f"{target} is no adapter, so it is not replaced: choose another --name.")
+        self._check_writable()
+
+    def _check_writable(self) -> None:
+        if why := files.unwritable(self.path):
+            raise AdapterError(f"{why}: choose another --adapters-dir.")
 
     def rename(self, old: str, new: str) -> Adapter:
         """Give an adapter of this library another name. Raises AdapterError when it is taken."""
@@ -89,6 +94,7 @@ class Library:
         target = self._own(name)
         if not target.is_symlink() and not (target / CONFIG).is_file() and not (target / WEIGHTS).is_file():
             raise AdapterError(f"{target} is no adapter, so it is not removed.")
+        self._check_writable()
         files.take_away(target)
 
     def adopt(

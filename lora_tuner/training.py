@@ -7,7 +7,6 @@ the result another one; to go on training with something else, train again.
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -104,17 +103,15 @@ def _locked(config: TrainConfig) -> Iterator[None]:
     """One process at a time trains under a name."""
     path = config.runs_dir / f".{config.name}.lock"
     lock = FileLock(path, timeout=0)
+    if why := files.unwritable(config.runs_dir):
+        raise TrainingError(f"{why}: choose another --runs-dir.")
+    config.runs_dir.mkdir(parents=True, exist_ok=True)
+    files.sweep(config.runs_dir)
     try:
-        config.runs_dir.mkdir(parents=True, exist_ok=True)
-        files.sweep(config.runs_dir)
         lock.acquire()
     except Timeout as error:
         raise TrainingError(
             f"Another process trains '{config.name}' now: choose another --name, or wait for it."
-        ) from error
-    except OSError as error:
-        raise TrainingError(
-            f"{config.runs_dir} cannot be written to ({error.strerror}): choose another --runs-dir."
         ) from error
     try:
         yield
@@ -128,14 +125,6 @@ def _check_places(config: TrainConfig, *, resuming: bool = False) -> Library:
     assert config.name is not None
     library, folder = Library(config.adapters_dir), _run_folder(config)
     library.check_free(config.name, overwrite=config.overwrite)
-    try:
-        library.path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(
-            f"{library.path} cannot be written to ({error.strerror}): choose another --adapters-dir."
-        ) from error
-    if not os.access(library.path, os.W_OK):
-        raise TrainingError(f"{library.path} cannot be written to: choose another --adapters-dir.")
     if (folder / store.RUN).is_file() and not resuming and not config.overwrite:
         raise TrainingError(
             f"{folder} holds an unfinished run: go on with it by --resume {config.name}, drop it with --overwrite, or choose "
@@ -204,7 +193,7 @@ def _check_room(job: Job) -> None:
     size = lora.counts(job.model)[0] * 4
     needs = {job.config.runs_dir: (trainer.KEPT + 1) * 3 * size, job.config.adapters_dir: size}  # AdamW keeps two more
     for place, need in needs.items():
-        if (free := shutil.disk_usage(place).free) < need:
+        if (free := files.free_space(place)) < need:
             raise TrainingError(
                 f"{place} has {free / 1e6:,.0f} MB free, and the run needs {need / 1e6:,.0f}: free some space, or choose another "
                 "--runs-dir and --adapters-dir."
@@ -294,8 +283,9 @@ def _write(job: Job, library: Library, manifest: Manifest, history: list[dict[st
             report.write_metrics(history, work / store.METRICS)
             report.plot_loss(history, manifest, work / store.PLOT)
             (work / store.CARD).write_text(report.model_card(store.read(work), name), encoding="utf-8")
-    except OSError as error:
+    except (OSError, AdapterError) as error:
+        why = reason(error) if isinstance(error, OSError) else error
         raise TrainingError(
-            f"The adapter could not be written. {reason(error)} Then: {trainer.go_on(job.config)}"
+            f"The adapter could not be written, and the run is kept. {why} Then: {trainer.go_on(job.config)}"
         ) from error
     return library.get(name)

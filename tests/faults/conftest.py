@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from . import worlds
 from .process import Command, Ended
 
 
@@ -15,6 +16,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if Path(__file__).parent in item.path.parents:
                 item.add_marker(pytest.mark.skip(reason="it looks into /proc and forks"))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory, gpt2: Path) -> Path:
+    """What tests copy, to spoil the copy."""
+    return worlds.make(tmp_path_factory.mktemp("world"), gpt2)
 
 
 @pytest.fixture

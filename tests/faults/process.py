@@ -48,14 +48,15 @@ class Ended:
 class Fault:
     """What happens when a command is about to do its `at`th thing (from 0) to files below `root`: make, write, rename,
     remove or sync one. `crash`: the process is gone, and of what no sync has made safe only half is there, as after a
-    power cut. `full`: the disk is, from then on. `kill`: the process alone is gone, as after kill -9."""
+    power cut. `full`: the disk is, from then on. `kill`: the process alone is gone, as after kill -9. `interrupt`: Ctrl-C is pressed,
+    once."""
 
     root: Path
     at: int | None = None
     what: str = "crash"
 
     def install(self, events: list[str]) -> None:
-        before = {path: _state(path) for path in _files(self.root)}
+        before = {_state(path) for path in _files(self.root)}
         safe: dict[int, Any] = {}  # inode -> its state when it was last synced
 
         def happen(event: str) -> None:
@@ -67,10 +68,14 @@ class Fault:
                 if not event.startswith(("os.remove", "os.rmdir")):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), event.partition(" ")[2])
                 return
+            if self.what == "interrupt":
+                if number == self.at:
+                    os.kill(os.getpid(), signal.SIGINT)
+                return
             if self.what == "crash":
                 for path in _files(self.root):
                     state = _state(path)
-                    if state not in (before.get(path), safe.get(state[0])):
+                    if state not in before and state != safe.get(state[0]):
                         os.truncate(path, state[1] // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -1,0 +1,115 @@
+"""A crash at every write, sync and rename: what is there afterwards is the old or the new, and the next run cleans up."""
+
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from . import process
+from .process import Command, Fault
+from .worlds import COMMANDS, State, arguments, becomes, litter, old_or_new, run, state
+
+QUICK = 4  # points of each command that are tried by default; `slow` tries all
+
+
+def crash_and_go_on(name: str, words: list[str], world: Path, root: Path, at: int, new: State) -> None:
+    shutil.copytree(world, root, symlinks=True)
+    old = state(root)
+    ended = run(root, *words, fault=Fault(root, at))
+    assert ended.status == -signal.SIGKILL, ended.err
+    assert old_or_new(state(root), old, new)
+    after_a_crash(name, words, root, new)
+
+
+def after_a_crash(name: str, words: list[str], root: Path, new: State) -> None:
+    """What a user does next: go on with the run, or the same again; and then nothing is left of the crash."""
+    done = state(root) == new
+    run_name = words[words.index("--name") + 1] if words[0] == "train" else None
+    if run_name and (root / "runs" / run_name / "run.yaml").exists():
+        ended = run(root, "train", "--resume", run_name)
+        assert ended.status == 0 or f"The run {run_name} has finished" in ended.line, ended.err
+    elif not done:
+        ended = run(root, *words)
+        assert ended.status == 0, ended.err
+    assert state(root) == new
+    if litter(root):  # what has come to its place before the crash is cleaned up after by the next that writes there
+        run(root, "adapters", "adopt", "foreign", "--name", "next", "--base", str(root / "whole"))
+        if words[0] not in ("adapters", "blend", "slim"):
+            assert run(root, *words, *(["--overwrite"] * ("--overwrite" not in words))).status == 0
+    assert litter(root) == []
+    assert not list((root / "runs").glob("*"))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_crash_leaves_the_old_or_the_new(name: str, world: Path, gpt2: Path, tmp_path: Path) -> None:
+    words = arguments(name, world, gpt2)
+    new, events = becomes(words, world, tmp_path / "clean")
+    draw = random.Random(0)
+    around = [it for it, event in enumerate(events) if event.startswith(("os.rename", "sync adapters"))][-2:]
+    for at in sorted({*around, *draw.sample(range(len(events)), min(QUICK - len(around), len(events)))}):
+        crash_and_go_on(name, words, world, tmp_path / str(at), at, new)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_crash_at_any_point_leaves_the_old_or_the_new(name: str, world: Path, gpt2: Path, tmp_path: Path) -> None:
+    words = arguments(name, world, gpt2)
+    new, events = becomes(words, world, tmp_path / "clean")
+    for at in range(len(events)):
+        crash_and_go_on(name, words, world, tmp_path / str(at), at, new)
+        shutil.rmtree(tmp_path / str(at))
+
+
+@pytest.mark.slow
+def test_kill_9_at_twenty_moments(world: Path, gpt2: Path, tmp_path: Path) -> None:
+    names = ["train", "train over another", "blend over another", "merge over another", "slim"]
+    clean = {name: becomes(arguments(name, world, gpt2), world, tmp_path / name)[0] for name in names}
+    draw, killed = random.Random(0), 0
+    for number in range(200):
+        name = names[number % len(names)]
+        root, words = tmp_path / f"{number}", arguments(name, world, gpt2)
+        shutil.copytree(world, root, symlinks=True)
+        old = state(root)
+        own = {"LORA_TUNER_CACHE": str(root / "cache")}
+        command = Command(*words, cwd=root, cache=tmp_path / "processes", env=own)
+        time.sleep(draw.uniform(0.05, 1.0))
+        os.kill(command.pid, signal.SIGKILL)
+        if command.end().status != -signal.SIGKILL:
+            continue  # it was faster
+        killed += 1
+        assert old_or_new(state(root), old, clean[name])
+        after_a_crash(name, words, root, clean[name])
+        shutil.rmtree(root)
+        if killed == 20:
+            return
+    raise AssertionError(f"only {killed} were killed")
+
+
+def test_the_crash_itself_tears_what_is_not_synced(tmp_path: Path) -> None:
+    """A fault that did nothing would prove nothing."""
+    (tmp_path / "safe").write_text("before")
+
+    child = process.CONTEXT.Process(target=_write_three, args=(tmp_path,))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "safe": "before",
+        "synced": "12345678",
+        "torn": "1234",
+    }
+
+
+def _write_three(root: Path) -> None:
+    Fault(root, at=3).install([])
+    for name in ("synced", "torn"):
+        with (root / name).open("w") as file:
+            file.write("12345678")
+            file.flush()
+            if name == "synced":
+                os.fsync(file.fileno())
+    (root / "never").write_text("")

@@ -1,0 +1,255 @@
+"""A full disk, folders that may not be written to, folders that are files: said beforehand where that can be known, and else
+nothing is lost."""
+
+import ctypes
+import os
+import random
+import re
+import resource
+import shutil
+import struct
+import subprocess
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from lora_tuner import files, trainer
+from lora_tuner.errors import TrainingError
+from lora_tuner.training import train
+
+from .process import Fault, contents
+from .worlds import COMMANDS, arguments, becomes, litter, old_or_new, run, state
+
+QUICK = 4
+READ_ONLY = "may not be written to: choose another"
+
+
+def go_on(words: list[str], root: Path) -> None:
+    """Once there is room again: the run goes on, or the same is asked again."""
+    name = words[words.index("--name") + 1] if words[0] == "train" else ""
+    started = (root / "runs" / name / "run.yaml").exists()
+    ended = run(root, *(["train", "--resume", name] if started else words))
+    assert ended.status == 0, ended.err
+
+
+def full_at(name: str, words: list[str], world: Path, root: Path, at: int, new: dict[str, object]) -> None:
+    shutil.copytree(world, root, symlinks=True)
+    old = state(root)
+    ended = run(root, *words, fault=Fault(root, at, "full"))
+    if ended.status == 0:  # the disk was full for what costs time alone, such as a cache
+        assert state(root) == new
+        return
+    assert ended.status == 1
+    assert "No space left on device" in ended.line, ended.err
+    assert old_or_new(state(root), old, new)
+    if state(root) != new:
+        go_on(words, root)
+    assert state(root) == new
+    assert litter(root) == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_full_disk_costs_nothing_but_the_command(name: str, world: Path, gpt2: Path, tmp_path: Path) -> None:
+    words = arguments(name, world, gpt2)
+    new, events = becomes(words, world, tmp_path / "clean")
+    writes = [number for number, event in enumerate(events) if not event.startswith(("os.remove", "os.rmdir"))]
+    for at in sorted({writes[-1], *random.Random(0).sample(writes, min(QUICK - 1, len(writes)))}):
+        full_at(name, words, world, tmp_path / str(at), at, new)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_disk_that_is_full_at_any_write(name: str, world: Path, gpt2: Path, tmp_path: Path) -> None:
+    words = arguments(name, world, gpt2)
+    new, events = becomes(words, world, tmp_path / "clean")
+    for at in range(len(events)):
+        full_at(name, words, world, tmp_path / str(at), at, new)
+        shutil.rmtree(tmp_path / str(at))
+
+
+def no_file_over(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("train", 2_000),
+        ("train over another", 12_000),
+        ("merge over another", 12_000),
+        ("blend", 12_000),
+        ("slim", 4_000),
+        ("adopt", 12_000),
+        ("export", 2_000),
+    ],
+)
+def test_what_torch_and_safetensors_cannot_write_is_a_line_too(
+    name: str, size: int, world: Path, gpt2: Path, tmp_path: Path
+) -> None:
+    """They write past Python, and say it in words of their own."""
+    words = arguments(name, world, gpt2)
+    new, _ = becomes(words, world, tmp_path / "clean")
+    shutil.copytree(world, tmp_path / "it", symlinks=True)
+    old = state(tmp_path / "it")
+    ended = run(tmp_path / "it", *words, before=partial(no_file_over, size))
+    assert ended.status == 1, ended.err
+    assert re.search("File too large|failed writing|less than was written", ended.line), ended.line
+    assert old_or_new(state(tmp_path / "it"), old, new)
+    go_on(words, tmp_path / "it")
+    assert state(tmp_path / "it") == new
+    assert litter(tmp_path / "it") == []
+
+
+@pytest.fixture
+def tmpfs(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "small"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_small_disk_that_really_is_full(name: str, world: Path, gpt2: Path, tmp_path: Path, tmpfs: Path) -> None:
+    words = arguments(name, world, gpt2)
+    new, _ = becomes(words, world, tmp_path / "clean")
+    for room in (0, 4_096, 16_384, 40_000, 80_000, 160_000, 320_000):
+        root = tmpfs / "it"
+        shutil.copytree(world, root, symlinks=True)
+        old = state(root)
+        ballast = tmpfs / "ballast"
+        free = shutil.disk_usage(tmpfs).free
+        ballast.write_bytes(b"\0" * max(0, free - room))
+        ended = run(root, *words)
+        assert ended.status in (0, 1), ended.err
+        assert old_or_new(state(root), old, new)
+        ballast.unlink()
+        if ended.status:
+            assert ended.line
+            if state(root) != new:
+                go_on(words, root)
+        assert state(root) == new
+        assert litter(root) == []
+        shutil.rmtree(root)
+        shutil.rmtree(tmpfs / "processes", ignore_errors=True)
+
+
+def test_too_little_room_is_said_before_training(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "free_space", lambda place: 1_000)
+    with pytest.raises(TrainingError, match="runs has 0 MB free, and the run needs 0: free some space, or choose"):
+        train(settings())
+    assert not list((tmp_path / "runs").iterdir())
+    assert not (tmp_path / "adapters").exists()
+
+
+# Places
+
+
+def powerless() -> None:
+    """Root may write anywhere; from here on it is held to what the modes of files say."""
+    if os.geteuid():
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = ctypes.create_string_buffer(struct.pack("Ii", 0x20080522, 0))
+    data = ctypes.create_string_buffer(24)
+    assert libc.capget(header, data) == 0
+    sets = list(struct.unpack("6I", data.raw))
+    may_override = 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    for index in range(3):
+        sets[index] &= ~may_override
+    assert libc.capset(header, ctypes.create_string_buffer(struct.pack("6I", *sets))) == 0
+
+
+@pytest.fixture
+def closed(world: Path, tmp_path: Path) -> Iterator[Path]:
+    """A world whose parts tests close; opened again at the end, so that it can be deleted."""
+    root = tmp_path / "it"
+    shutil.copytree(world, root, symlinks=True)
+    (root / "runs").mkdir()
+    (root / "cache").mkdir()
+    (root / "out").mkdir()
+    yield root
+    for path in [root, *root.rglob("*")]:
+        if path.is_dir():
+            path.chmod(0o755)
+
+
+READ_ONLY_PLACES = {
+    "train": "adapters",
+    "train over another": "runs",
+    "blend": "adapters",
+    "blend over another": "adapters",
+    "slim": "adapters",
+    "adopt": "adapters",
+    "rename": "adapters",
+    "remove": "adapters",
+    "merge": ".",
+    "merge over another": ".",
+    "export": ".",
+}
+
+
+@pytest.mark.parametrize("name", READ_ONLY_PLACES)
+def test_a_place_that_may_not_be_written_to_is_said_beforehand(
+    name: str, closed: Path, world: Path, gpt2: Path
+) -> None:
+    (closed / READ_ONLY_PLACES[name]).chmod(0o555)
+    before = contents(closed)
+    ended = run(closed, *arguments(name, world, gpt2), before=powerless)
+    assert ended.status == 1
+    assert READ_ONLY in ended.line
+    assert ended.err.count("\n") == 1  # nothing was loaded or measured before
+    assert contents(closed) == before
+
+
+@pytest.mark.parametrize("name", ["adopt in place", "train", "blend", "slim", "merge", "export"])
+def test_a_cache_that_may_not_be_written_to_costs_time_alone(
+    name: str, closed: Path, world: Path, gpt2: Path, tmp_path: Path
+) -> None:
+    words = arguments(name, world, gpt2)
+    (closed / "cache").chmod(0o555)
+    assert run(closed, *words, before=powerless).status == 0
+    assert state(closed) == becomes(words, world, tmp_path / "clean")[0]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_folder_that_has_become_a_file(name: str, closed: Path, world: Path, gpt2: Path) -> None:
+    place = "merged" if name == "merge" else "adapters"
+    if (closed / place).is_dir():
+        shutil.rmtree(closed / place)
+    (closed / place).write_text("a file")
+    before = contents(closed)
+    ended = run(closed, *arguments(name, world, gpt2))
+    assert ended.status == 1
+    assert f"{place} is no folder" in ended.line
+    assert contents(closed) == before
+
+
+def becomes_a_file(place: Path) -> None:
+    """While the first checkpoint is written, another program puts a file where adapters are kept."""
+    save = trainer._LoraTrainer._save_checkpoint
+
+    def spoil(self, model, trial):
+        save(self, model, trial)
+        if place.is_dir():
+            shutil.rmtree(place)
+            place.write_text("a file")
+
+    trainer._LoraTrainer._save_checkpoint = spoil  # type: ignore[method-assign]
+
+
+def test_a_folder_that_becomes_a_file_while_training(closed: Path, world: Path, gpt2: Path, tmp_path: Path) -> None:
+    words = arguments("train", world, gpt2)
+    ended = run(closed, *words, before=partial(becomes_a_file, closed / "adapters"))
+    assert ended.status == 1
+    assert "adapters is no folder" in ended.line or "adapters: " in ended.line
+    assert "train --resume new" in ended.line
+    (closed / "adapters").unlink()
+    assert run(closed, "train", "--resume", "new").status == 0
+    assert state(closed)["new"] == becomes(words, world, tmp_path / "clean")[0]["new"]
