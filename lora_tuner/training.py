@@ -6,7 +6,6 @@ the result another one; to go on training with something else, train again.
 """
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path

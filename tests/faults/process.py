@@ -48,8 +48,8 @@ class Ended:
 class Fault:
     """What happens when a command is about to do its `at`th thing (from 0) to files below `root`: make, write, rename,
     remove or sync one. `crash`: the process is gone, and of what no sync has made safe only half is there, as after a
-    power cut. `full`: the disk is, from then on. `kill`: the process alone is gone, as after kill -9. `interrupt`: Ctrl-C is pressed,
-    once."""
+    power cut. `full`: the disk is, from then on. `kill`: the process alone is gone, as after kill -9. `interrupt`: Ctrl-C is
+    pressed, once."""
 
     root: Path
     at: int | None = None

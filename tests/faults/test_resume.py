@@ -1,7 +1,6 @@
 """A run that was stopped, or killed, and resumed is bitwise the run that was not; what cannot be resumed so says why."""
 
 import json
-import shlex
 import shutil
 import signal
 from collections.abc import Callable
@@ -19,49 +18,9 @@ from lora_tuner.errors import ConfigError, TrainingError
 from .. import tiny
 from .moments import replaced, signalled, threads
 from .process import Ended, Fault, contents, unchanged
+from .runs import ADAPTER, HARD, MICRO_BATCH, PATIENT, RUN, STEP_END, cases, left, outcome, said_to_go_on, slow
 
-HARD = ("--dropout", "0.1", "--accumulation", "2", "--max-steps", "9", "--save-every", "2", "--schedule", "cosine")
-# Of its measurements that of step 6 is the best, so that it ends at step 10.
-PATIENT = (
-    "--dropout", "0.1", "--max-steps", "20", "--eval-every", "2", "--patience", "2", "--schedule", "constant",
-    "--learning-rate", "0.5", "--rows", "40",
-)  # fmt: skip
-STEP_END, MICRO_BATCH = "lora_tuner.trainer:_StopWhenAsked.on_step_end", "lora_tuner.trainer:_LoraTrainer.training_step"
-RUN, ADAPTER = Path("runs/reviews"), Path("adapters/reviews")
 PIECES = sorted({*trainer._PIECES, trainer.WHOLE})
-slow = partial(pytest.param, marks=pytest.mark.slow)
-
-
-def cases(quick: list[Any], all_of_them: list[Any]) -> list[Any]:
-    """All of them, of which the quick ones are always tried."""
-    return [it if it in quick else slow(*it) for it in all_of_them]
-
-
-@pytest.fixture
-def arguments(gpt2: Path, reviews_csv: Path) -> list[str]:
-    shutil.copytree(gpt2, "base")
-    small = "--max-length 64 --batch-size 2 --rank 4 --learning-rate 1e-2 --eval-rows 8 --device cpu"
-    return ["train", "--base", "base", "--dataset", reviews_csv.name, *small.split()]
-
-
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
-    """What is made once for all tests."""
-    return {"place": tmp_path_factory.mktemp("kept")}
-
-
-@pytest.fixture
-def whole(kept: dict[Any, Any], run: Callable[..., Ended], arguments: list[str]) -> Callable[..., Any]:
-    """What a run that nobody disturbs comes to."""
-
-    def of(*how: str) -> Any:
-        if how not in kept:
-            assert run(*arguments, *how, "--name", "whole").status == 0
-            kept[how] = outcome(Path("adapters/whole"))
-            shutil.rmtree("adapters/whole")
-        return kept[how]
-
-    return of
 
 
 @pytest.fixture
@@ -79,28 +38,6 @@ def killed(kept: dict[Any, Any], run: Callable[..., Ended], arguments: list[str]
         return place
 
     return of
-
-
-def outcome(adapter: Path) -> Any:
-    """Everything that a run decides: the weights, and each loss on the way."""
-    curve = [json.loads(line) for line in (adapter / store.METRICS).read_text().splitlines()]
-    run = store.read_manifest(adapter).run
-    assert run is not None
-    return (adapter / store.WEIGHTS).read_bytes(), [(it["step"], it.get("loss"), it.get("eval_loss")) for it in curve], (
-        run.steps, run.kept_step, run.tokens,
-    )  # fmt: skip
-
-
-def said_to_go_on(ended: Ended) -> list[str]:
-    """The arguments of the command that the last line gives, as a shell reads them."""
-    python, cli, *rest = shlex.split(ended.err.splitlines()[-1].partition("Go on with: ")[2])
-    assert (python, cli) == ("python", "cli.py")
-    return rest
-
-
-def left() -> set[str]:
-    """What is in the library, and where runs are, hidden things too."""
-    return {str(path) for place in ("adapters", "runs") for path in Path(place).glob("*")}
 
 
 # Stopped and killed
