@@ -49,7 +49,7 @@ def arguments(gpt2: Path, reviews_csv: Path) -> list[str]:
     return ["train", "--base", "base", "--dataset", reviews_csv.name, *small.split()]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     """What is made once for all tests."""
     return {"place": tmp_path_factory.mktemp("kept")}

@@ -25,7 +25,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
 
 def cases(quick: list[Any], all_of_them: list[Any]) -> list[Any]:
     """All of them, of which the quick ones are always tried."""
-    return [it if it in quick else slow(*it) for it in all_of_them]
+    return [pytest.param(*it) if it in quick else slow(*it) for it in all_of_them]
 
 
 def outcome(adapter: Path) -> Any:

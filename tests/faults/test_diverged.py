@@ -20,15 +20,13 @@ LAST = RUN / "last-good"
     ("kind", "rate", "dtype"),
     [
         ("gpt2", "1000", "float32"),
-        ("llama", "1e30", "float16"),
         *(
             pytest.param(kind, rate, dtype, marks=pytest.mark.slow)
             for kind in ("gpt2", "llama")
             for rate in ("1000", "1e30")
             for dtype in ("float32", "float16", "bfloat16")
             # bfloat16 holds larger numbers than float16, and a Llama's norms bring them back
-            if (kind, rate, dtype)
-            not in {("gpt2", "1000", "float32"), ("llama", "1e30", "float16"), ("llama", "1000", "bfloat16")}
+            if (kind, rate, dtype) not in {("gpt2", "1000", "float32"), ("llama", "1000", "bfloat16")}
         ),
     ],
 )
@@ -46,7 +44,6 @@ def test_it_stops_at_the_first_figure_that_is_no_number(run, arguments, request,
     )
     assert f"{float(rate):g} (--learning-rate)" in ended.line
     assert store.verify_weights(store.read(LAST)) == []
-    assert run("adapters", "list", "--adapters-dir", RUN).out.startswith("name")
     told = run("generate", "--adapter", LAST, "the", "--max-new-tokens", "2", "--greedy")
     assert told.status == 0, told.err
     # And again, from its start: there is no other way.
@@ -54,13 +51,16 @@ def test_it_stops_at_the_first_figure_that_is_no_number(run, arguments, request,
         assert run("train", "--resume", "reviews").line == ended.line
 
 
-def test_it_stops_before_the_first_step_that_ruins_the_last_good_adapter(run, arguments):
-    """What is kept gave a finite loss and a finite gradient: it learnt from step 1 and not from the step after the last."""
-    assert run(*arguments, "--learning-rate", "1000", "--max-steps", "8").line.startswith(
-        "Error: A gradient is not finite in"
-    )
-    moved = load_file(LAST / store.WEIGHTS)
-    assert all(0 < np.abs(it).max() < 1e6 for it in moved.values())
+@pytest.mark.slow
+def test_what_is_kept_gave_a_finite_gradient_too(run, arguments):
+    """Those of step 3 give a finite loss, and the gradient is not."""
+    assert "A gradient is not finite in step 3," in run(*arguments, "--learning-rate", "1000", "--max-steps", "8").line
+    kept = load_file(LAST / store.WEIGHTS)
+    shutil.rmtree(RUN)
+    how = ["--schedule", "constant", "--max-steps", "1"]
+    assert run(*arguments, "--learning-rate", "1000", "--warmup", "0", *how).status == 0
+    assert kept.keys() == load_file(ADAPTER / store.WEIGHTS).keys()
+    assert all((it == kept[name]).all() for name, it in load_file(ADAPTER / store.WEIGHTS).items())
 
 
 def test_figures_that_are_no_numbers_after_the_last_step_make_no_adapter(run, arguments):
@@ -74,6 +74,7 @@ def test_figures_that_are_no_numbers_after_the_last_step_make_no_adapter(run, ar
     assert run("train", "--resume", "reviews").line == ended.line
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_worse_than_its_base_says_so(run, arguments):
     good = run(*arguments, "--max-steps", "40")
     assert "worse" not in good.err
@@ -85,7 +86,11 @@ def test_an_adapter_that_is_worse_than_its_base_says_so(run, arguments):
 
 
 @pytest.mark.parametrize(
-    "command", [["evaluate", "one"], ["blend", "one=2", "--name", "b"], ["slim", "one", "--name", "b"]]
+    "command",
+    [
+        ["evaluate", "one"],
+        *(pytest.param([*it, "--name", "b"], marks=pytest.mark.slow) for it in (["blend", "one=2"], ["slim", "one"])),
+    ],
 )
 def test_an_adapter_that_gives_no_number_is_one_line(run, world, tmp_path, command):
     shutil.copytree(world, tmp_path / "root")
