@@ -172,10 +172,8 @@ def test_a_checkpoint_with_a_piece_that_is_not_its_own_is_passed_over(killed, ho
     assert trainer.newest_whole(RUN, told.append) == RUN / "checkpoint-6"
 
 
-@pytest.mark.parametrize(
-    ("piece", "how"),
-    cases([("optimizer.pt", "of another run")], [(piece, HOW[n % len(HOW)]) for n, piece in enumerate(PIECES)]),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("piece", "how"), [(piece, HOW[n % len(HOW)]) for n, piece in enumerate(PIECES)])
 def test_from_the_checkpoint_before_it_comes_to_the_same(run, killed, whole, arguments, piece, how):
     other = killed(*OTHER, place=Path("other")) / "checkpoint-6"
     killed()
