@@ -13,7 +13,7 @@ import yaml
 
 from lora_tuner import resume, store, trainer, training
 from lora_tuner.config import TrainConfig
-from lora_tuner.errors import ConfigError, TrainingError
+from lora_tuner.errors import ConfigError, Notice, TrainingError
 
 from .. import tiny
 from .moments import replaced, signalled, threads
@@ -170,6 +170,16 @@ def test_a_checkpoint_with_a_piece_that_is_not_its_own_is_passed_over(killed, ho
             assert f": {piece} is {'missing' if how == 'missing' else 'not the one that was written'}." in notice.text
         path.write_bytes(before)
     assert trainer.newest_whole(RUN, told.append) == RUN / "checkpoint-6"
+
+
+def test_a_checkpoint_that_does_not_vouch_for_a_piece_is_passed_over(killed):
+    path = killed() / "checkpoint-6" / trainer.WHOLE
+    hashes = json.loads(path.read_text())
+    for piece in trainer._PIECES:
+        told: list[Any] = []
+        path.write_text(json.dumps({name: it for name, it in hashes.items() if name != piece}))
+        assert trainer.newest_whole(RUN, told.append) == RUN / "checkpoint-4"
+        assert told == [Notice(f"{RUN}/checkpoint-6 is passed over: {piece} is missing.")]
 
 
 @pytest.mark.slow
