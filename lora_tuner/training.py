@@ -44,7 +44,7 @@ def train(config: TrainConfig, notify: Listener = ignore) -> Adapter:
     Raises a LoraTunerError, or Interrupted when it was asked to stop and left a checkpoint to resume from.
     """
     config = _named(config)
-    with _locked(config):
+    with _locked(config.runs_dir, str(config.name)):
         library = _check_places(config)
         job = prepare(config, notify)
         _check_room(job)
@@ -57,16 +57,17 @@ def resume(name: str, runs_dir: Path = Path("runs"), notify: Listener = ignore) 
     Raises TrainingError when there is nothing to resume, or when data, base or threads are not what they were.
     """
     folder = runs_dir / store.valid_name(name)
-    files.sweep(runs_dir)
-    if not (folder / store.RUN).is_file():
-        raise TrainingError(f"There is no unfinished run {folder}: {_why_not(folder)}. Train without --resume.")
-    config = resolve(TrainConfig, {}, folder / store.RUN).model_copy(update={"runs_dir": runs_dir})
-    if config.name != name or config.max_steps is None:
-        raise TrainingError(
-            f"{folder / store.RUN} is not what the run was started with: its name is {config.name}, its max_steps "
-            f"{config.max_steps}. {_ANEW}"
-        )
-    with _locked(config):
+    if not runs_dir.is_dir():
+        raise _nothing_to_resume(folder)
+    with _locked(runs_dir, name):
+        if not (folder / store.RUN).is_file():
+            raise _nothing_to_resume(folder)
+        config = resolve(TrainConfig, {}, folder / store.RUN).model_copy(update={"runs_dir": runs_dir})
+        if config.name != name or config.max_steps is None:
+            raise TrainingError(
+                f"{folder / store.RUN} is not what the run was started with: its name is {config.name}, its max_steps "
+                f"{config.max_steps}. {_ANEW}"
+            )
         _check_finished(config, folder)
         library = _check_places(config, resuming=True)
         checkpoint = trainer.newest_whole(folder, notify)
@@ -98,20 +99,18 @@ def _run_folder(config: TrainConfig) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(config: TrainConfig) -> Iterator[None]:
+def _locked(runs_dir: Path, name: str) -> Iterator[None]:
     """One process at a time trains under a name."""
-    path = config.runs_dir / f".{config.name}.lock"
+    path = runs_dir / f".{name}.lock"
     lock = FileLock(path, timeout=0)
-    if why := files.unwritable(config.runs_dir):
+    if why := files.unwritable(runs_dir):
         raise TrainingError(f"{why}: choose another --runs-dir.")
-    config.runs_dir.mkdir(parents=True, exist_ok=True)
-    files.sweep(config.runs_dir)
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    files.sweep(runs_dir)
     try:
         lock.acquire()
     except Timeout as error:
-        raise TrainingError(
-            f"Another process trains '{config.name}' now: choose another --name, or wait for it."
-        ) from error
+        raise TrainingError(f"Another process trains '{name}' now: choose another --name, or wait for it.") from error
     try:
         yield
     finally:
@@ -132,14 +131,14 @@ def _check_places(config: TrainConfig, *, resuming: bool = False) -> Library:
     return library
 
 
-def _why_not(folder: Path) -> str:
-    """Why a folder holds no run that can be resumed."""
-    here = Library(TrainConfig().adapters_dir)
+def _nothing_to_resume(folder: Path) -> TrainingError:
+    """The error that says why a folder holds no run that can be resumed."""
+    here, why = Library(TrainConfig().adapters_dir), "it has finished, or never started"
     if folder.name in here.names():
-        return f"it has finished, as {here.path / folder.name}"
-    if copies := sorted(folder.glob(f"*/{store.RUN}")):
-        return f"it has finished, or {folder / store.RUN} was removed; {copies[0]} is a copy to go on with"
-    return "it has finished, or never started"
+        why = f"it has finished, as {here.path / folder.name}"
+    elif copies := sorted(folder.glob(f"*/{store.RUN}")):
+        why = f"it has finished, or {folder / store.RUN} was removed; {copies[0]} is a copy to go on with"
+    return TrainingError(f"There is no unfinished run {folder}: {why}. Train without --resume.")
 
 
 def _check_finished(config: TrainConfig, folder: Path) -> None:
