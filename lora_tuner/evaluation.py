@@ -22,7 +22,7 @@ from .bank import AdapterBank
 from .base_model import Base
 from .config import HELD_OUT_LENGTH, TrainConfig
 from .data import content_hash, load_held_out
-from .errors import AdapterError, Listener, Notice, Progress, ignore
+from .errors import AdapterError, BaseModelError, Listener, Notice, Progress, ignore
 from .library import check_distinct
 from .manifest import Result
 from .store import Adapter
@@ -86,8 +86,17 @@ def _batches(rows: Sequence[tokens.Row], batch_tokens: int) -> Iterator[list[int
 
 
 def measure_base(base: Base, rows: Sequence[tokens.Row], notify: Listener = ignore) -> HeldOut:
-    """`measure` on the plain base, kept in the user's cache: it costs as much as the adapter's and never changes."""
-    return _once(base, rows, None, lambda: measure(base.model, base, rows, notify, stage="held-out loss of the base"))
+    """`measure` on the plain base, kept in the user's cache: it costs as much as the adapter's and never changes.
+
+    Raises BaseModelError when that is no number.
+    """
+    held = _once(base, rows, None, lambda: measure(base.model, base, rows, notify, stage="held-out loss of the base"))
+    if not math.isfinite(held.loss):
+        raise BaseModelError(
+            f"{base.source.name} has a held-out loss of {held.loss} in {str(base.dtype).removeprefix('torch.')}: its weights are "
+            "damaged, or too large for that. Try --dtype float32, or another --base."
+        )
+    return held
 
 
 def _once(base: Base, rows: Sequence[tokens.Row], adapter: Adapter | None, now: Callable[[], HeldOut]) -> HeldOut:
@@ -263,7 +272,13 @@ def losses(
             stage = f"{name} on {it.name} (adapter {number} of {len(adapters)})"
             with bank.applied([name]):
                 now = partial(measure, base.model, base, rows, notify, stage=stage)
-                line.append((of_base, _once(base, rows, adapter, now)) if of_base is not None else None)
+                held = _once(base, rows, adapter, now) if of_base is not None else None
+            if held is not None and not math.isfinite(held.loss):
+                raise AdapterError(
+                    f"{name} has a held-out loss of {held.loss} on {it.name}: its numbers are too large to be of use. Train it "
+                    "with a lower --learning-rate, or leave it out."
+                )
+            line.append((of_base, held) if of_base is not None and held is not None else None)
         bank.remove(name)
         found.append(line)
     return found

@@ -280,13 +280,22 @@ def take_away(path: Path) -> None:
     try:
         sync(path.parent)
     finally:
-        gone.unlink() if gone.is_symlink() else shutil.rmtree(gone)
+        gone.unlink() if gone.is_symlink() else _delete(gone)
 
 
 def remove(path: Path) -> None:
     """Remove a folder or, where it was a link, the link alone, as far as that is possible."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        _delete(path, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def _delete(folder: Path, *, ignore_errors: bool = False) -> None:
+    """Delete a folder and all in it; who presses Ctrl-C meanwhile waits for that."""
+    try:
+        shutil.rmtree(folder, ignore_errors=ignore_errors)
+    except KeyboardInterrupt:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

@@ -8,6 +8,7 @@ and counts only then (`whole.json`), and the last ends the step and saves. Limit
 import contextlib
 import json
 import math
+import shlex
 import signal
 import threading
 import time
@@ -29,28 +30,42 @@ from transformers import (
 )
 
 from . import evaluation, files, lora, store
+from .config import TrainConfig
 from .errors import DivergedError, Interrupted, Listener, Notice, Progress, TrainingError, reason
 from .job import Job, save_adapter
 
 WHOLE, KEPT = "whole.json", 2  # what marks a checkpoint, and how many of them stay
 _PREFIX = "checkpoint-"
-_PIECES = {store.WEIGHTS, store.CONFIG, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+_PIECES = {
+    store.WEIGHTS, store.CONFIG, store.MANIFEST, store.RUN,
+    "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+}  # fmt: skip
 
 
-def run(job: Job, folder: Path, checkpoint: Path | None) -> tuple[TrainerState, list[dict[str, Any]]]:
-    """Train `job.model`, from its start or from a checkpoint. Gives Trainer's state, and the log of all steps.
+def go_on(config: TrainConfig) -> str:
+    """The command line that resumes a run."""
+    place = "" if config.runs_dir == TrainConfig().runs_dir else f" --runs-dir {shlex.quote(str(config.runs_dir))}"
+    return f"python cli.py train --resume {config.name}{place}"
+
+
+def run(
+    job: Job, folder: Path, checkpoint: Path | None
+) -> tuple[TrainerState, list[dict[str, Any]], evaluation.HeldOut]:
+    """Train `job.model`, from its start or from a checkpoint, and measure it. Gives Trainer's state, the log of all steps,
+    and the held-out loss.
 
     Raises Interrupted, with a checkpoint saved, after Ctrl-C or SIGTERM; DivergedError when a figure is not finite.
     """
+    trainer = _LoraTrainer(job, folder)
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
     if checkpoint and state and _finished(job, state):  # Trainer would take one step more
         kept = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else checkpoint.name
         lora.load(job.model, folder / kept)
+        trainer.step_seen = state.global_step - 1
     else:
         for broken in _checkpoints(folder):
             if checkpoint is None or _step(broken) > _step(checkpoint):
                 files.remove(broken)
-        trainer = _LoraTrainer(job, folder)
         set_seed(job.config.seed)
         with _stopping() as stop:
             trainer.add_callback(_StopWhenAsked(stop))
@@ -60,10 +75,12 @@ def run(job: Job, folder: Path, checkpoint: Path | None) -> tuple[TrainerState, 
             raise trainer.diverged("A weight is not finite")
         if stop.is_set():
             raise Interrupted(
-                f"Stopped at step {state.global_step} of {state.max_steps}, saved. "
-                f"Go on with: python cli.py train --resume {job.config.name}"
+                f"Stopped at step {state.global_step} of {state.max_steps}, saved. Go on with: {go_on(job.config)}"
             )
-    return state, [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
+    held_out = evaluation.measure(job.model, job.base, job.held_out, job.notify)
+    if not math.isfinite(held_out.loss):
+        raise trainer.diverged(f"The held-out loss is {held_out.loss}")
+    return state, [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry], held_out
 
 
 def _finished(job: Job, state: TrainerState) -> bool:
@@ -165,8 +182,6 @@ class _LoraTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise self.diverged(f"The loss is {loss.item()}")
-        if first:  # these weights have just given a finite loss
-            self.last_good = {name: tensor.clone() for name, tensor in lora.weights(self.job.model).items()}
         return loss
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -180,11 +195,10 @@ class _LoraTrainer(Trainer):
 
     def diverged(self, what: str) -> DivergedError:
         folder = self.folder / "last-good"
-        kept = "There is no good adapter to keep."
         if self.last_good:
             with files.new_folder(folder) as work:
                 save_adapter(self.job, self.last_good, self.job.manifest, work)
-            kept = f"The last good adapter is in {folder}."
+        kept = f"The last good adapter is in {folder}." if folder.is_dir() else "There is no good adapter to keep."
         return DivergedError(
             f"{what} in step {self.step_seen + 1}, so the run has stopped. {kept} Try a lower learning rate than "
             f"{self.job.config.learning_rate:g} (--learning-rate), or a lower --clip."
@@ -228,16 +242,14 @@ class _LoraTrainer(Trainer):
             problem = error if isinstance(error, OSError) else files.as_os_error(error, checkpoint)
             raise TrainingError(
                 f"The checkpoint of step {self.state.global_step} could not be written. {reason(problem)} Then go on with: "
-                f"python cli.py train --resume {self.job.config.name}"
+                f"{go_on(self.job.config)}"
             ) from error
-        best = Path(self.state.best_model_checkpoint or "").name
-        for old in _checkpoints(self.folder)[KEPT:]:
-            if old.name != best:
-                files.remove(old)
+        _prune(self.folder)
 
 
 class _CheckGradients(TrainerCallback):
-    """Stops before the optimizer takes a step that would ruin the weights. Price: one look at the adapter's gradients."""
+    """Stops before the optimizer takes a step that would ruin the weights, and remembers those that have just given a finite
+    loss and gradient. Price: one look at the adapter's gradients, one copy of its weights."""
 
     def __init__(self, trainer: _LoraTrainer) -> None:
         self.trainer = trainer
@@ -246,6 +258,7 @@ class _CheckGradients(TrainerCallback):
         gradients = [p.grad for p in self.trainer.job.model.parameters() if p.grad is not None]
         if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
             raise self.trainer.diverged("A gradient is not finite")
+        self.trainer.last_good = {name: it.clone() for name, it in lora.weights(self.trainer.job.model).items()}
 
 
 class _StopWhenAsked(TrainerCallback):
@@ -284,6 +297,15 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=_step, reverse=True)
 
 
+def _prune(folder: Path) -> None:
+    """Remove all but the newest checkpoints, and those that hold the best step of these."""
+    kept = _checkpoints(folder)[:KEPT]
+    needed = {it.name for it in kept} | {_best(it) for it in kept}
+    for old in _checkpoints(folder)[KEPT:]:
+        if old.name not in needed:
+            files.remove(old)
+
+
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(_PREFIX))
 
@@ -300,6 +322,24 @@ def newest_whole(folder: Path, notify: Listener) -> Path | None:
 
 def _broken(checkpoint: Path) -> str | None:
     """Why a checkpoint is not taken, in words."""
+    if why := _torn(checkpoint):
+        return why
+    best = _best(checkpoint)
+    why = _torn(checkpoint.with_name(best)) if best else None
+    return f"its best step is that of {best}, where {why}" if why else None
+
+
+def _best(checkpoint: Path) -> str | None:
+    """The name of the checkpoint whose weights were the best until this one; None without `patience`, or if it is broken."""
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        return Path(state["best_model_checkpoint"]).name if state["best_model_checkpoint"] else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _torn(checkpoint: Path) -> str | None:
+    """What of a checkpoint is missing, or is not what was written."""
     try:
         hashes = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))
         if missing := sorted(_PIECES - hashes.keys()):
@@ -311,5 +351,5 @@ def _broken(checkpoint: Path) -> str | None:
         return None if state["global_step"] == _step(checkpoint) else f"it is of step {state['global_step']}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         return f"it cannot be read ({error})"

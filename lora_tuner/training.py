@@ -6,8 +6,6 @@ the result another one; to go on training with something else, train again.
 """
 
 import contextlib
-import math
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +20,6 @@ from .data import default_name
 from .errors import (
     AdapterError,
     ConfigError,
-    DivergedError,
     Interrupted,
     Listener,
     Notice,
@@ -35,6 +32,7 @@ from .library import Library
 from .manifest import Manifest, now
 from .store import Adapter
 
+_ANEW = "Restore that, or train anew with --overwrite."
 _PLACES = {"adapters_dir", "runs_dir", "overwrite", "keep_checkpoints"}  # do not change what a run becomes
 
 __all__ = ["Plan", "PreviewedRow", "plan", "preview", "resume", "train"]
@@ -46,7 +44,7 @@ def train(config: TrainConfig, notify: Listener = ignore) -> Adapter:
     Raises a LoraTunerError, or Interrupted when it was asked to stop and left a checkpoint to resume from.
     """
     config = _named(config)
-    with _locked(config):
+    with _locked(config.runs_dir, str(config.name)):
         library = _check_places(config)
         job = prepare(config, notify)
         _check_room(job)
@@ -59,22 +57,26 @@ def resume(name: str, runs_dir: Path = Path("runs"), notify: Listener = ignore) 
     Raises TrainingError when there is nothing to resume, or when data, base or threads are not what they were.
     """
     folder = runs_dir / store.valid_name(name)
-    if not (folder / store.RUN).is_file():
-        here = Library(TrainConfig().adapters_dir)
-        done = (
-            f"it has finished, as {here.path / name}" if name in here.names() else "it has finished, or never started"
-        )
-        raise TrainingError(f"There is no unfinished run {folder}: {done}. Train without --resume.")
-    config = resolve(TrainConfig, {}, folder / store.RUN).model_copy(update={"runs_dir": runs_dir})
-    with _locked(config):
+    if not runs_dir.is_dir():
+        raise _nothing_to_resume(folder)
+    with _locked(runs_dir, name):
+        if not (folder / store.RUN).is_file():
+            raise _nothing_to_resume(folder)
+        config = resolve(TrainConfig, {}, folder / store.RUN).model_copy(update={"runs_dir": runs_dir})
+        if config.name != name or config.max_steps is None:
+            raise TrainingError(
+                f"{folder / store.RUN} is not what the run was started with: its name is {config.name}, its max_steps "
+                f"{config.max_steps}. {_ANEW}"
+            )
         _check_finished(config, folder)
         library = _check_places(config, resuming=True)
         checkpoint = trainer.newest_whole(folder, notify)
         if checkpoint is not None:
-            _check_settings(config, resolve(TrainConfig, {}, checkpoint / store.RUN), folder)
+            _check_settings(config, resolve(TrainConfig, {}, checkpoint / store.RUN), folder, checkpoint)
+        then = {place: _manifest(place) for place in (folder, checkpoint or folder)}
         job = prepare(config, notify)
-        for before in (folder, checkpoint or folder):
-            _check_same(store.read_manifest(before), job.manifest, folder)
+        for place, manifest in then.items():
+            _check_same(manifest, job.manifest, place)
         _check_room(job)
         return _run(job, library, checkpoint)
 
@@ -97,20 +99,18 @@ def _run_folder(config: TrainConfig) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(config: TrainConfig) -> Iterator[None]:
+def _locked(runs_dir: Path, name: str) -> Iterator[None]:
     """One process at a time trains under a name."""
-    path = config.runs_dir / f".{config.name}.lock"
+    path = runs_dir / f".{name}.lock"
     lock = FileLock(path, timeout=0)
-    if why := files.unwritable(config.runs_dir):
+    if why := files.unwritable(runs_dir):
         raise TrainingError(f"{why}: choose another --runs-dir.")
-    config.runs_dir.mkdir(parents=True, exist_ok=True)
-    files.sweep(config.runs_dir)
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    files.sweep(runs_dir)
     try:
         lock.acquire()
     except Timeout as error:
-        raise TrainingError(
-            f"Another process trains '{config.name}' now: choose another --name, or wait for it."
-        ) from error
+        raise TrainingError(f"Another process trains '{name}' now: choose another --name, or wait for it.") from error
     try:
         yield
     finally:
@@ -131,15 +131,34 @@ def _check_places(config: TrainConfig, *, resuming: bool = False) -> Library:
     return library
 
 
+def _nothing_to_resume(folder: Path) -> TrainingError:
+    """The error that says why a folder holds no run that can be resumed."""
+    here, why = Library(TrainConfig().adapters_dir), "it has finished, or never started"
+    if folder.name in here.names():
+        why = f"it has finished, as {here.path / folder.name}"
+    elif copies := sorted(folder.glob(f"*/{store.RUN}")):
+        why = f"it has finished, or {folder / store.RUN} was removed; {copies[0]} is a copy to go on with"
+    return TrainingError(f"There is no unfinished run {folder}: {why}. Train without --resume.")
+
+
 def _check_finished(config: TrainConfig, folder: Path) -> None:
     """Raise TrainingError when the adapter of this run is there already, and the run was cut off while it cleaned up."""
     place = config.adapters_dir / str(config.name)
     with contextlib.suppress(AdapterError, ConfigError):
         adapter = store.read(place)
         same = not _different(config, resolve(TrainConfig, {}, place / store.RUN))
+        same = same and not store.verify(adapter)  # else the run is the only whole one
         if same and adapter.manifest and _decisive(adapter.manifest) == _decisive(store.read_manifest(folder)):
-            files.take_away(folder)
+            _clear(config, folder)
             raise TrainingError(f"The run {config.name} has finished: its adapter is {place}.")
+
+
+def _clear(config: TrainConfig, folder: Path) -> None:
+    """What is done with the folder of a run that has finished."""
+    if config.keep_checkpoints:
+        (folder / store.RUN).unlink()  # without it the folder is no run to be resumed
+    else:
+        files.take_away(folder)
 
 
 def _different(config: TrainConfig, other: TrainConfig) -> list[str]:
@@ -151,12 +170,19 @@ def _different(config: TrainConfig, other: TrainConfig) -> list[str]:
     ]
 
 
-def _check_settings(now: TrainConfig, then: TrainConfig, folder: Path) -> None:
+def _manifest(folder: Path) -> Manifest:
+    """What was known when the run was started."""
+    try:
+        return store.read_manifest(folder)
+    except AdapterError as error:
+        raise TrainingError(f"{folder} cannot be resumed exactly: {error} {_ANEW}") from error
+
+
+def _check_settings(now: TrainConfig, then: TrainConfig, folder: Path, checkpoint: Path) -> None:
     """Refuse to go on with other settings than those that the checkpoint was made with."""
     if changed := [f"{name} (was {getattr(then, name)}, is {getattr(now, name)})" for name in _different(now, then)]:
         raise TrainingError(
-            f"{folder / store.RUN} is not what the run was started with: {', '.join(changed)}. Restore that, or train anew with "
-            "--overwrite."
+            f"{folder / store.RUN} is not what {checkpoint} was made with: {', '.join(changed)}. {_ANEW}"
         )
 
 
@@ -182,26 +208,18 @@ def _check_same(then: Manifest, now: Manifest, folder: Path) -> None:
     ]
     if changed:
         raise TrainingError(
-            f"{folder} cannot be resumed exactly: changed since it stopped: {', '.join(changed)}. Restore that, or train anew "
-            "with --overwrite."
+            f"{folder} cannot be resumed exactly: changed since it stopped: {', '.join(changed)}. {_ANEW}"
         )
 
 
 def _decisive(manifest: Manifest) -> dict[str, str]:
     """What a run's result depends on besides its configuration."""
-    data, run = manifest.data, manifest.run
-    assert data is not None
-    assert run is not None
-    return {
-        "base weights": manifest.base.fingerprint,
-        "tokenizer": str(manifest.base.tokenizer),
-        "data": data.hash,
-        "held-out rows": str(data.held_out_hash),
-        "device": run.device,
-        "dtype": run.dtype,
-        "threads": str(run.threads),
-        **manifest.versions,
-    }
+    facts = {"base weights": manifest.base.fingerprint, "tokenizer": str(manifest.base.tokenizer), **manifest.versions}
+    if data := manifest.data:
+        facts |= {"data": data.hash, "held-out rows": str(data.held_out_hash)}
+    if run := manifest.run:
+        facts |= {"device": run.device, "dtype": run.dtype, "threads": str(run.threads)}
+    return facts
 
 
 def _fix_steps(job: Job) -> TrainConfig:
@@ -224,51 +242,48 @@ def _run(job: Job, library: Library, checkpoint: Path | None) -> Adapter:
         base_held_out = evaluation.measure_base(job.base, job.held_out, job.notify)
     evaluation.keep_rows(job.held_out_texts)
     if checkpoint is None:
-        if os.path.lexists(folder):
-            files.take_away(folder)
-        files.write_text(folder / store.MANIFEST, job.manifest.to_json())
-        files.write_text(folder / store.RUN, to_yaml(config))  # last: it makes the folder a run that can be resumed
+        with files.new_folder(folder) as work:
+            (work / store.MANIFEST).write_text(job.manifest.to_json(), encoding="utf-8")
+            (work / store.RUN).write_text(to_yaml(config), encoding="utf-8")
     try:
-        state, history = trainer.run(job, folder, checkpoint)
-        held_out = evaluation.measure(job.model, job.base, job.held_out, job.notify)
-    except KeyboardInterrupt as error:
-        raise Interrupted(f"Stopped at once. Go on with: python cli.py train --resume {config.name}") from error
-    if not math.isfinite(held_out.loss):
-        raise DivergedError(
-            f"The held-out loss is {held_out.loss} after training, so no adapter is made; the last checkpoint is in {folder}. "
-            f"Try a lower learning rate than {config.learning_rate:g} (--learning-rate)."
+        state, history, held_out = trainer.run(job, folder, checkpoint)
+        steps = [entry for entry in history if "loss" in entry]
+        run = started.model_copy(
+            update={
+                "steps": state.global_step,
+                "kept_step": state.best_global_step or state.global_step,
+                "tokens": sum(entry["tokens"] for entry in steps),
+                "seconds": round(sum(entry["seconds"] for entry in steps), 3),
+            }
         )
-    steps = [entry for entry in history if "loss" in entry]
-    run = started.model_copy(
-        update={
-            "steps": state.global_step,
-            "kept_step": state.best_global_step or state.global_step,
-            "tokens": sum(entry["tokens"] for entry in steps),
-            "seconds": round(sum(entry["seconds"] for entry in steps), 3),
-        }
-    )
-    result = evaluation.compare(base_held_out, held_out)
-    manifest = job.manifest.model_copy(update={"created": now(), "run": run, "result": result})
-    try:
+        result = evaluation.compare(base_held_out, held_out)
+        manifest = job.manifest.model_copy(update={"created": now(), "run": run, "result": result})
         adapter = _write(job, library, manifest, history)
-    except (OSError, AdapterError) as error:
-        why = reason(error) if isinstance(error, OSError) else error
-        raise TrainingError(
-            f"The adapter could not be written, and the run is kept. {why} Then: python cli.py train --resume {config.name}"
-        ) from error
-    if config.keep_checkpoints:
-        (folder / store.RUN).unlink()  # without it the folder is no run to be resumed
-    else:
-        files.take_away(folder)
+        _clear(config, folder)
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"Stopped at once. Go on with: {trainer.go_on(config)}") from error
+    if result.gain < -2 * result.standard_error:
+        job.notify(
+            Notice(
+                f"{config.name} is worse than its base: held-out loss {result.base_loss:.4f} -> {result.loss:.4f}. Try a lower "
+                f"learning rate than {config.learning_rate:g} (--learning-rate), or fewer steps."
+            )
+        )
     return adapter
 
 
 def _write(job: Job, library: Library, manifest: Manifest, history: list[dict[str, Any]]) -> Adapter:
     name = job.config.name
     assert name is not None
-    with library.writing(name, overwrite=job.config.overwrite) as work:
-        save_adapter(job, lora.weights(job.model), manifest, work)
-        report.write_metrics(history, work / store.METRICS)
-        report.plot_loss(history, manifest, work / store.PLOT)
-        (work / store.CARD).write_text(report.model_card(store.read(work), name), encoding="utf-8")
+    try:
+        with library.writing(name, overwrite=job.config.overwrite) as work:
+            save_adapter(job, lora.weights(job.model), manifest, work)
+            report.write_metrics(history, work / store.METRICS)
+            report.plot_loss(history, manifest, work / store.PLOT)
+            (work / store.CARD).write_text(report.model_card(store.read(work), name), encoding="utf-8")
+    except (OSError, AdapterError) as error:
+        why = reason(error) if isinstance(error, OSError) else error
+        raise TrainingError(
+            f"The adapter could not be written, and the run is kept. {why} Then: {trainer.go_on(job.config)}"
+        ) from error
     return library.get(name)

@@ -86,7 +86,8 @@ def spectrum(update: Update) -> torch.Tensor:
     """The singular values of the update, largest first, in float64: (min(rank, in, out),). What is within float32's rounding
     of its two sides, as where an adapter is taken from itself, is 0."""
     values = _factored(update)[1]
-    return torch.where(values > _ROUNDING * update.up.norm() * update.down.norm(), values, 0.0)
+    # In float32 the squares of large numbers are not finite.
+    return torch.where(values > _ROUNDING * update.up.double().norm() * update.down.double().norm(), values, 0.0)
 
 
 def energy(update: Update) -> float:

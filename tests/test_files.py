@@ -242,7 +242,7 @@ def test_a_work_place_that_was_swept_before_its_lock_is_made_again(tmp_path, mon
 
 def test_what_cannot_be_deleted_is_said(tmp_path, monkeypatch):
     (tmp_path / "it").mkdir()
-    monkeypatch.setattr(shutil, "rmtree", lambda path: os.rmdir(path / "none"))
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **how: os.rmdir(path / "none"))
     with pytest.raises(OSError, match="none"):
         files.take_away(tmp_path / "it")
     assert not (tmp_path / "it").exists()

@@ -157,7 +157,7 @@ def test_interrupted_while_measuring_the_end_nothing_is_trained_again(settings, 
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "compare", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted, match=r"Stopped at once\. Go on with"):
             train(settings(**how))
     told = []
     resumed = resume("reviews", notify=told.append)

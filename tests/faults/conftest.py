@@ -1,5 +1,6 @@
 """Commands in processes of their own, on tiny models."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from . import worlds
 from .process import Command, Ended
+from .runs import outcome
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,3 +40,30 @@ def start(tmp_path: Path) -> Callable[..., Command]:
 def run(start: Callable[..., Command]) -> Callable[..., Ended]:
     """A command that has ended."""
     return lambda *arguments, **more: start(*arguments, **more).end()
+
+
+@pytest.fixture
+def arguments(gpt2: Path, reviews_csv: Path) -> list[str]:
+    shutil.copytree(gpt2, "base")
+    small = "--max-length 64 --batch-size 2 --rank 4 --learning-rate 1e-2 --eval-rows 8 --device cpu"
+    return ["train", "--base", "base", "--dataset", reviews_csv.name, *small.split()]
+
+
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """What is made once for all tests."""
+    return {"place": tmp_path_factory.mktemp("kept")}
+
+
+@pytest.fixture
+def whole(kept: dict[Any, Any], run: Callable[..., Ended], arguments: list[str]) -> Callable[..., Any]:
+    """What a run that nobody disturbs comes to."""
+
+    def of(*how: str) -> Any:
+        if how not in kept:
+            assert run(*arguments, *how, "--name", "whole").status == 0
+            kept[how] = outcome(Path("adapters/whole"))
+            shutil.rmtree("adapters/whole")
+        return kept[how]
+
+    return of

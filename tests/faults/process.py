@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.faults.preload"])
 LIMIT = 120.0  # seconds, after which a command hangs
@@ -46,7 +48,8 @@ class Ended:
 class Fault:
     """What happens when a command is about to do its `at`th thing (from 0) to files below `root`: make, write, rename,
     remove or sync one. `crash`: the process is gone, and of what no sync has made safe only half is there, as after a
-    power cut. `full`: the disk is, from then on. `kill`: the process alone is gone, as after kill -9."""
+    power cut. `full`: the disk is, from then on. `kill`: the process alone is gone, as after kill -9. `interrupt`: Ctrl-C is
+    pressed, once."""
 
     root: Path
     at: int | None = None
@@ -64,6 +67,10 @@ class Fault:
             if self.what == "full":
                 if not event.startswith(("os.remove", "os.rmdir")):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), event.partition(" ")[2])
+                return
+            if self.what == "interrupt":
+                if number == self.at:
+                    os.kill(os.getpid(), signal.SIGINT)
                 return
             if self.what == "crash":
                 for path in _files(self.root):
@@ -125,7 +132,9 @@ class Command:
         self.process = CONTEXT.Process(
             target=_run, args=([str(it) for it in arguments], cwd, environment, self.folder, fault, before)
         )
-        self.process.start()
+        with pytest.MonkeyPatch.context() as patch:  # the server knows our environment, but not our sys.path
+            patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+            self.process.start()
 
     @property
     def pid(self) -> int:

@@ -1,0 +1,125 @@
+"""A learning rate that is far too high: the run stops at the first figure that is no number, and nothing good is lost."""
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from lora_tuner import store
+
+from .. import stored
+from .process import unchanged
+from .runs import ADAPTER, RUN
+
+LAST = RUN / "last-good"
+
+
+@pytest.mark.parametrize(
+    ("kind", "rate", "dtype"),
+    [
+        ("gpt2", "1000", "float32"),
+        *(
+            pytest.param(kind, rate, dtype, marks=pytest.mark.slow)
+            for kind in ("gpt2", "llama")
+            for rate in ("1000", "1e30")
+            for dtype in ("float32", "float16", "bfloat16")
+            # bfloat16 holds larger numbers than float16, and a Llama's norms bring them back
+            if (kind, rate, dtype) not in {("gpt2", "1000", "float32"), ("llama", "1000", "bfloat16")}
+        ),
+    ],
+)
+def test_it_stops_at_the_first_figure_that_is_no_number(run, arguments, request, kind, rate, dtype):
+    shutil.rmtree("base")
+    shutil.copytree(request.getfixturevalue(kind), "base")
+    old = stored.write(ADAPTER, facts=stored.manifest())
+    how = ["--learning-rate", rate, "--dtype", dtype, "--max-steps", "8", "--overwrite"]
+    with unchanged(old):
+        ended = run(*arguments, *how)
+    assert ended.status == 1
+    what = (
+        r"The loss is nan in step 2" if rate == "1e30" else r"(The loss is nan|A gradient is not finite) in step [23]"
+    )
+    assert re.match(rf"Error: {what}, so the run has stopped\.", ended.line)
+    assert f" The last good adapter is in {LAST}. Try a lower learning rate than " in ended.line
+    assert f"{float(rate):g} (--learning-rate)" in ended.line
+    assert store.verify_weights(store.read(LAST)) == []
+    # And again, from its start: there is no other way.
+    with unchanged(old):
+        assert run("train", "--resume", "reviews").line == ended.line
+
+
+@pytest.mark.slow
+def test_what_is_kept_gave_a_finite_gradient_too(run, arguments):
+    """Those of step 3 give a finite loss, and the gradient is not."""
+    assert "A gradient is not finite in step 3," in run(*arguments, "--learning-rate", "1000", "--max-steps", "8").line
+    kept = load_file(LAST / store.WEIGHTS)
+    shutil.rmtree(RUN)
+    how = ["--schedule", "constant", "--max-steps", "1"]
+    assert run(*arguments, "--learning-rate", "1000", "--warmup", "0", *how).status == 0
+    assert kept.keys() == load_file(ADAPTER / store.WEIGHTS).keys()
+    assert all((it == kept[name]).all() for name, it in load_file(ADAPTER / store.WEIGHTS).items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rate", "what"), [("1e30", "The held-out loss is nan"), ("1e39", "A weight is not finite")])
+def test_figures_that_are_no_numbers_after_the_last_step_make_no_adapter(run, arguments, rate, what):
+    ended = run(*arguments, "--learning-rate", rate, "--max-steps", "1")
+    assert ended.status == 1
+    assert ended.line.startswith(
+        f"Error: {what} in step 1, so the run has stopped. The last good adapter is in {LAST}."
+    )
+    assert not ADAPTER.exists()
+    told = run("generate", "--adapter", LAST, "the", "--max-new-tokens", "2", "--greedy")
+    assert told.status == 0, told.err
+    assert store.verify_weights(store.read(LAST)) == []
+    if rate == "1e30":  # there is a checkpoint of its last step
+        with unchanged(LAST):
+            assert run("train", "--resume", "reviews").line == ended.line
+
+
+@pytest.mark.slow
+def test_an_adapter_that_is_worse_than_its_base_says_so(run, arguments):
+    good = run(*arguments, "--max-steps", "40")
+    assert "worse" not in good.err
+    assert run("merge", "reviews", "--out", "learnt").status == 0
+    ended = run(*arguments, "--base", "learnt", "--name", "bad", "--learning-rate", "30", "--max-steps", "1")
+    assert ended.status == 0
+    assert "bad is worse than its base: held-out loss " in ended.err
+    assert "Try a lower learning rate than 30 (--learning-rate), or fewer steps." in ended.err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "one"],
+        *(pytest.param([*it, "--name", "b"], marks=pytest.mark.slow) for it in (["blend", "one=2"], ["slim", "one"])),
+    ],
+)
+def test_an_adapter_that_gives_no_number_is_one_line(run, world, tmp_path, command):
+    shutil.copytree(world, tmp_path / "root")
+    place = tmp_path / "root" / "adapters" / "one"
+    tensors = load_file(place / store.WEIGHTS)
+    save_file({name: np.full_like(it, 1e37) for name, it in tensors.items()}, place / store.WEIGHTS)
+    (place / store.MANIFEST).unlink()
+    how = ["--adapters-dir", place.parent, "--eval-dataset", world / "reviews.txt"]
+    with unchanged(place.parent):
+        ended = run(*command, *how)
+    assert ended.status == 1
+    assert "has a held-out loss of nan on" in ended.line
+
+
+def test_a_base_that_gives_no_number_is_one_line(run, arguments):
+    path = Path("base/model.safetensors")
+    tensors = load_file(path)
+    save_file(
+        tensors | {name: np.full_like(it, np.nan) for name, it in tensors.items() if "ln_f" in name},
+        path,
+        {"format": "pt"},
+    )
+    ended = run(*arguments)
+    assert ended.status == 1
+    assert ended.line.startswith("Error: base has a held-out loss of nan in float32: its weights are damaged")
+    assert not RUN.exists()

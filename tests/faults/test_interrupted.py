@@ -1,0 +1,219 @@
+"""Ctrl-C and SIGTERM, at any moment: status 130, one line, nothing half-written, and what can be resumed says how."""
+
+import shutil
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from .. import stored
+from . import worlds
+from .moments import signalled
+from .process import Ended, Fault, contents, unchanged
+from .runs import ADAPTER, HARD, RUN, STEP_END, cases, left, outcome, said_to_go_on
+
+INT, TERM = signal.SIGINT, signal.SIGTERM
+BEFORE_IT_RUNS = {  # nothing is there yet that could be resumed
+    "reading": "lora_tuner.job:load_corpus",
+    "loading": "lora_tuner.lora:load_base",
+    "tokenising": "lora_tuner.tokens:encode",
+    "wrapping": "lora_tuner.lora:wrap",
+    "counting memory": "lora_tuner.cost:check_memory",
+    "measuring the base": "lora_tuner.evaluation:measure",
+    "keeping rows": "lora_tuner.evaluation:keep_rows",
+    "starting": "lora_tuner.training:to_yaml",
+}
+AFTER_ITS_STEPS: dict[str, tuple[str, int]] = {
+    "measuring": ("lora_tuner.evaluation:measure", 2),
+    "writing weights": ("lora_tuner.training:save_adapter", 1),
+    "writing the curve": ("lora_tuner.report:write_metrics", 1),
+    "drawing": ("lora_tuner.report:plot_loss", 1),
+    "writing the card": ("lora_tuner.report:model_card", 1),
+    "checking": ("lora_tuner.library:read", 2),
+}
+
+
+def stopped(ended: Ended, line: str = "Interrupted.") -> bool:
+    assert (ended.status, ended.err.splitlines()[-1]) == (130, line), (ended.status, ended.err)
+    return True
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """An adapter that is to be replaced."""
+    return stored.write(tmp_path / ADAPTER, facts=stored.manifest())
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    cases([("measuring the base", TERM)], [(it, (INT, TERM)[n % 2]) for n, it in enumerate(BEFORE_IT_RUNS)]),
+)
+def test_before_it_runs_there_is_nothing_left(run, arguments, old, moment, number):
+    with unchanged(old):
+        ended = run(*arguments, "--overwrite", before=partial(signalled, (BEFORE_IT_RUNS[moment], 1, number)))
+    assert stopped(ended)
+    assert left() == {str(ADAPTER)}
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    cases([("drawing", TERM)], [(it, (INT, TERM)[n % 2]) for n, it in enumerate(AFTER_ITS_STEPS)]),
+)
+def test_after_its_steps_only_the_end_is_done_again(run, arguments, old, whole, moment, number):
+    name, nth = AFTER_ITS_STEPS[moment]
+    with unchanged(old):
+        ended = run(*arguments, *HARD, "--overwrite", before=partial(signalled, (name, nth, number)))
+    assert stopped(ended, "Stopped at once. Go on with: python cli.py train --resume reviews")
+    assert left() == {str(ADAPTER), str(RUN)}
+    ended = run(
+        *said_to_go_on(ended), before=partial(signalled, ("lora_tuner.trainer:_LoraTrainer.training_step", 1, 9))
+    )
+    assert ended.status == 0
+    assert outcome(ADAPTER) == whole(*HARD)
+    assert left() == {str(ADAPTER)}
+
+
+@pytest.mark.parametrize(
+    "moments",
+    [
+        pytest.param([(STEP_END, 3, INT), (STEP_END, 3, INT)], id="at once"),
+        *(
+            pytest.param(moments, id=name, marks=pytest.mark.slow)
+            for name, moments in {
+                "in the next step": [(STEP_END, 3, TERM), ("lora_tuner.trainer:save_adapter", 2, INT)],
+                "in the checkpoint": [(STEP_END, 4, INT), ("lora_tuner.trainer:TrainerState.save_to_json", 2, TERM)],
+                "after the checkpoint": [(STEP_END, 6, INT), ("lora_tuner.trainer:_prune", 3, INT)],
+                "at the end": [(STEP_END, 9, INT), ("lora_tuner.trainer:_prune", 5, INT)],
+            }.items()
+        ),
+    ],
+)
+def test_asked_twice_it_stops_at_once_and_can_go_on(run, arguments, whole, moments):
+    ended = run(*arguments, *HARD, before=partial(signalled, *moments))
+    assert stopped(ended, "Stopped at once. Go on with: python cli.py train --resume reviews")
+    assert left() == {str(RUN)}
+    assert run(*said_to_go_on(ended)).status == 0
+    assert outcome(ADAPTER) == whole(*HARD)
+    assert left() == {str(ADAPTER)}
+
+
+@pytest.mark.slow
+def test_asked_while_it_prepares_to_go_on_the_run_is_as_it_was(run, arguments, whole):
+    assert run(*arguments, *HARD, before=partial(signalled, (STEP_END, 5, INT))).status == 130
+    with unchanged(RUN):
+        assert stopped(
+            run("train", "--resume", "reviews", before=partial(signalled, ("lora_tuner.lora:wrap", 1, TERM)))
+        )
+    assert run("train", "--resume", "reviews").status == 0
+    assert outcome(ADAPTER) == whole(*HARD)
+
+
+def test_a_real_ctrl_c_from_outside(start, arguments):
+    """From another process, whenever it comes."""
+    command = start(
+        *arguments,
+        *HARD,
+        before=partial(signalled, ("lora_tuner.trainer:_LoraTrainer.training_step", 6, signal.SIGSTOP)),
+    )
+    command.wait_for(lambda: _state(command.pid) == "T")
+    command.send(INT)
+    command.send(signal.SIGCONT)
+    ended = command.end()
+    assert stopped(ended, "Stopped at step 3 of 9, saved. Go on with: python cli.py train --resume reviews")
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+# The other commands
+
+READERS: dict[str, tuple[list[str], list[str]]] = {
+    "generate": (
+        ["generate", "--adapter", "one", "Acting"],
+        ["lora_tuner.lora:load_base", "lora_tuner.generation:Generator._load", "lora_tuner.generation:_Row.take"],
+    ),
+    "compare": (["compare", "--adapter", "one", "Acting"], ["lora_tuner.generation:Generator._write"]),
+    "evaluate": (
+        ["evaluate", "one", "--plot", "gains.png", "--eval-dataset", "reviews.txt"],
+        ["lora_tuner.evaluation:measure", "lora_tuner.report:plot_gains"],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "moment", "number"),
+    cases(
+        [("generate", "lora_tuner.generation:_Row.take", INT)],
+        [
+            *((name, it, INT) for name, (_, moments) in READERS.items() for it in moments),
+            ("evaluate", "lora_tuner.report:plot_gains", TERM),
+        ],
+    ),
+)
+def test_what_only_reads_ends_with_one_line(world, tmp_path, command, moment, number):
+    root = tmp_path / "root"
+    shutil.copytree(world, root)
+    (root / "gains.png").write_bytes(b"an older picture")
+    before = contents(root, skip=["cache"])
+    ended = worlds.run(root, *READERS[command][0], before=partial(signalled, (moment, 1, number)))
+    assert stopped(ended)
+    assert contents(root, skip=["cache"]) == before
+
+
+@pytest.mark.slow
+def test_asked_while_it_waits_for_a_prompt(start, world, tmp_path):
+    ended = start(
+        "generate", "--adapter", "one", "--adapters-dir", world / "adapters",
+        before=partial(signalled, ("builtins:input", 1, INT)),
+    ).end()  # fmt: skip
+    assert stopped(ended)
+
+
+WRITERS = [name for name in worlds.COMMANDS if name.startswith(("merge", "blend", "slim", "export", "adopt"))]
+
+
+def interrupted_at(name: str, world: Path, base: Path, tmp_path: Path, chosen: Callable[[int], list[int]]) -> None:
+    """Ctrl-C at some of the things that a command does to files: all is as it was, or as it should become."""
+    words = worlds.arguments(name, world, base)
+    new, events = worlds.becomes(words, world, tmp_path / "clean")
+    for at in chosen(len(events)):
+        root = tmp_path / str(at)
+        shutil.copytree(world, root)
+        old = worlds.state(root)
+        ended = worlds.run(root, *words, fault=Fault(root, at, "interrupt"))
+        assert stopped(ended), events[at]
+        assert worlds.state(root) in (old, new), events[at]
+        assert worlds.litter(root) == [], events[at]
+
+
+def test_asked_as_it_clears_up_it_leaves_the_new(world, gpt2, tmp_path):
+    interrupted_at("blend over another", world, gpt2, tmp_path, lambda count: [count - 2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*WRITERS, "rename", "remove"])
+def test_asked_at_any_moment_of_writing_it_leaves_the_old_or_the_new(name, world, gpt2, tmp_path):
+    interrupted_at(name, world, gpt2, tmp_path, lambda count: list(range(0, count, 1 if "over" in name else 3)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train", "train over another"])
+def test_training_asked_at_any_moment_of_writing_can_go_on(name, world, gpt2, tmp_path):
+    words = worlds.arguments(name, world, gpt2)
+    new, events = worlds.becomes(words, world, tmp_path / "clean")
+    for at in range(0, len(events), 4):
+        root = tmp_path / str(at)
+        shutil.copytree(world, root)
+        old = worlds.state(root)
+        ended = worlds.run(root, *words, fault=Fault(root, at, "interrupt"))
+        assert ended.status == 130, (events[at], ended.err)
+        assert worlds.state(root) in (old, new)
+        assert worlds.litter(root) == [], events[at]
+        if "Go on with: " in ended.err:
+            ended = worlds.run(root, *said_to_go_on(ended))
+            assert ended.status == 0 or "has finished" in ended.line, (events[at], ended.err)
+            assert worlds.state(root) == new
+            assert list((root / "runs").iterdir()) == []

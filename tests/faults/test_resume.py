@@ -1,0 +1,438 @@
+"""A run that was stopped, or killed, and resumed is bitwise the run that was not; what cannot be resumed so says why."""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lora_tuner import resume, store, trainer, training
+from lora_tuner.config import TrainConfig
+from lora_tuner.errors import ConfigError, Notice, TrainingError
+
+from .. import tiny
+from .moments import replaced, signalled, threads
+from .process import Ended, Fault, contents, unchanged
+from .runs import ADAPTER, HARD, MICRO_BATCH, PATIENT, RUN, STEP_END, cases, left, outcome, said_to_go_on, slow
+
+PIECES = sorted({*trainer._PIECES, trainer.WHOLE})
+
+
+@pytest.fixture
+def killed(kept: dict[Any, Any], run: Callable[..., Ended], arguments: list[str]) -> Callable[..., Path]:
+    """The folder of a run that was killed in its 8th step: checkpoints of its 4th and 6th are there."""
+
+    def of(*how: str, place: Path = RUN) -> Path:
+        if ("killed", how) not in kept:
+            ended = run(*arguments, *HARD, *how, before=partial(signalled, (MICRO_BATCH, 15, signal.SIGKILL)))
+            assert ended.status == -signal.SIGKILL
+            kept["killed", how] = kept["place"] / str(len(kept))
+            shutil.move(RUN, kept["killed", how])
+            Path("runs/.reviews.lock").unlink()
+        shutil.copytree(kept["killed", how], place)
+        return place
+
+    return of
+
+
+# Stopped and killed
+
+
+@pytest.mark.parametrize(
+    ("step", "number"),
+    cases(
+        [(3, signal.SIGINT)],
+        [*((step, signal.SIGINT) for step in range(1, 10)), (4, signal.SIGTERM), (9, signal.SIGTERM)],
+    ),
+)
+def test_stopped_at_any_step_it_goes_on_as_if_it_had_not(run, arguments, whole, step, number):
+    ended = run(*arguments, *HARD, before=partial(signalled, (STEP_END, step, number)))
+    assert ended.status == 130
+    assert ended.err.splitlines()[-1] == (
+        f"Stopped at step {step} of 9, saved. Go on with: python cli.py train --resume reviews"
+    )
+    assert left() == {str(RUN)}
+    assert run(*said_to_go_on(ended)).status == 0
+    assert outcome(ADAPTER) == whole(*HARD)
+    assert left() == {str(ADAPTER)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batch", [*range(1, 19, 2), 18])
+def test_killed_in_any_micro_batch_it_goes_on_as_if_it_had_not(run, arguments, whole, micro_batch):
+    ended = run(*arguments, *HARD, before=partial(signalled, (MICRO_BATCH, micro_batch, signal.SIGKILL)))
+    assert ended.status == -signal.SIGKILL
+    assert run("train", "--resume", "reviews").status == 0
+    assert outcome(ADAPTER) == whole(*HARD)
+    assert left() == {str(ADAPTER)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("step", "number"), [(step, (signal.SIGINT, signal.SIGKILL)[step % 2]) for step in range(1, 11)]
+)
+def test_stopped_while_it_waits_for_a_better_measurement_it_goes_on_as_if_it_had_not(
+    run, arguments, whole, step, number
+):
+    expected = whole(*PATIENT)
+    assert expected[2][:2] == (10, 6)
+    ended = run(*arguments, *PATIENT, before=partial(signalled, (STEP_END, step, number)))
+    assert ended.status in (130, -signal.SIGKILL)
+    assert run("train", "--resume", "reviews").status == 0
+    assert outcome(ADAPTER) == expected
+    assert left() == {str(ADAPTER)}
+
+
+@pytest.mark.slow
+def test_stopped_after_each_step_it_comes_to_the_same(run, arguments, whole):
+    command = [*arguments, *HARD]
+    for step in range(1, 10):
+        ended = run(*command, before=partial(signalled, (STEP_END, 1, signal.SIGINT)))
+        assert f"Stopped at step {step} of 9" in ended.err
+        command = said_to_go_on(ended)
+    assert run(*command).status == 0
+    assert outcome(ADAPTER) == whole(*HARD)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "part"), [*(("crash", at / 12) for at in range(12)), *(("kill", at / 4) for at in range(4))]
+)
+def test_cut_off_while_it_writes_a_checkpoint_it_goes_on_as_if_it_had_not(
+    run, arguments, whole, kept, tmp_path, what, part
+):
+    """Killed, or without power: then of what was not synced half is there."""
+    if "events" not in kept:
+        counted = run(*arguments, *HARD, fault=Fault(tmp_path / "runs"))
+        kept["events"] = counted.events
+        shutil.rmtree("adapters")
+    first = next(i for i, event in enumerate(kept["events"]) if "checkpoint" in event)
+    at = first + int(part * (len(kept["events"]) - first))
+    ended = run(*arguments, *HARD, fault=Fault(tmp_path / "runs", at, what))
+    assert ended.status == -signal.SIGKILL
+    resumed = run("train", "--resume", "reviews")
+    if ADAPTER.exists() and resumed.status == 1:  # it was cleaning up
+        assert "has finished" in resumed.line
+    else:
+        assert resumed.status == 0
+    assert outcome(ADAPTER) == whole(*HARD)
+    assert left() == {str(ADAPTER)}
+
+
+@pytest.mark.slow
+def test_the_line_that_is_said_works_where_runs_are_kept_elsewhere(run, arguments, whole):
+    ended = run(*arguments, *HARD, "--runs-dir", "my runs", before=partial(signalled, (STEP_END, 5, signal.SIGINT)))
+    assert ended.err.endswith("Go on with: python cli.py train --resume reviews --runs-dir 'my runs'\n")
+    assert run(*said_to_go_on(ended)).status == 0
+    assert outcome(ADAPTER) == whole(*HARD)
+    assert list(Path("my runs").iterdir()) == []
+
+
+# Checkpoints that are not whole, or not its own
+
+
+def damage(path: Path, how: str, other: Path) -> None:
+    if how == "missing":
+        path.unlink()
+    elif how == "cut off":
+        path.write_bytes(path.read_bytes()[:-7])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "of another run":
+        shutil.copyfile(other / path.name, path)
+    else:
+        *before, last = path.read_bytes()
+        path.write_bytes(bytes([*before, last ^ 1]))
+
+
+HOW = ("missing", "cut off", "empty", "of another run", "one byte is another")
+OTHER = ("--rank", "8", "--seed", "1", "--learning-rate", "1e-3", "--max-steps", "12", "--dropout", "0.3")
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_checkpoint_with_a_piece_that_is_not_its_own_is_passed_over(killed, how):
+    other = killed(*OTHER, place=Path("other")) / "checkpoint-6"
+    killed()
+    for piece in PIECES:
+        told: list[Any] = []
+        path = RUN / "checkpoint-6" / piece
+        before = path.read_bytes()
+        damage(path, how, other)
+        assert trainer.newest_whole(RUN, told.append) == RUN / "checkpoint-4"
+        (notice,) = told
+        assert notice.text.startswith(f"{RUN}/checkpoint-6 is passed over: ")
+        if piece != trainer.WHOLE or how == "missing":
+            assert f": {piece} is {'missing' if how == 'missing' else 'not the one that was written'}." in notice.text
+        path.write_bytes(before)
+    assert trainer.newest_whole(RUN, told.append) == RUN / "checkpoint-6"
+
+
+def test_a_checkpoint_that_does_not_vouch_for_a_piece_is_passed_over(killed):
+    path = killed() / "checkpoint-6" / trainer.WHOLE
+    hashes = json.loads(path.read_text())
+    for piece in trainer._PIECES:
+        told: list[Any] = []
+        path.write_text(json.dumps({name: it for name, it in hashes.items() if name != piece}))
+        assert trainer.newest_whole(RUN, told.append) == RUN / "checkpoint-4"
+        assert told == [Notice(f"{RUN}/checkpoint-6 is passed over: {piece} is missing.")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("piece", "how"), [(piece, HOW[n % len(HOW)]) for n, piece in enumerate(PIECES)])
+def test_from_the_checkpoint_before_it_comes_to_the_same(run, killed, whole, arguments, piece, how):
+    other = killed(*OTHER, place=Path("other")) / "checkpoint-6"
+    killed()
+    damage(RUN / "checkpoint-6" / piece, how, other)
+    ended = run("train", "--resume", "reviews")
+    assert ended.status == 0
+    assert f"{RUN}/checkpoint-6 is passed over: " in ended.err
+    assert outcome(ADAPTER) == whole(*HARD)
+
+
+def test_without_any_whole_checkpoint_it_starts_over_and_says_so(run, killed, whole):
+    killed()
+    (RUN / "checkpoint-6").rename(RUN / "checkpoint-8")
+    damage(RUN / "checkpoint-4" / "rng_state.pth", "missing", RUN)
+    ended = run("train", "--resume", "reviews")
+    assert f"{RUN}/checkpoint-8 is passed over: it is of step 6." in ended.err
+    assert f"{RUN}/checkpoint-4 is passed over: rng_state.pth is missing." in ended.err
+    assert f"{RUN} holds no whole checkpoint: the run starts at its first step." in ended.err
+    assert outcome(ADAPTER) == whole(*HARD)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["missing", "of another run"])
+def test_a_checkpoint_whose_best_step_is_broken_is_passed_over(run, arguments, whole, how):
+    """Trainer would keep the last weights for the best ones."""
+    expected = whole(*PATIENT)
+    run(*arguments, *PATIENT, before=partial(signalled, (STEP_END, 9, signal.SIGINT)))
+    assert sorted(path.name for path in RUN.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8", "checkpoint-9"]
+    damage(RUN / "checkpoint-6" / store.WEIGHTS, how, RUN / "checkpoint-8")
+    ended = run("train", "--resume", "reviews")
+    for step in (9, 8):
+        assert (
+            f"{RUN}/checkpoint-{step} is passed over: its best step is that of checkpoint-6, where {store.WEIGHTS}"
+            in (ended.err)
+        )
+    assert outcome(ADAPTER) == expected
+
+
+def test_the_best_step_of_each_checkpoint_that_is_kept_stays(tmp_path):
+    """Also of the one before the newest: if that breaks, it is needed."""
+    for step, best in ((2, 2), (4, 2), (6, 2), (8, 8)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": f"runs/x/checkpoint-{best}"}))
+    trainer._prune(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-6", "checkpoint-8"]
+
+
+def test_a_whole_checkpoint_of_a_run_with_other_settings_is_refused(run, killed):
+    other = killed(*OTHER, place=Path("other")) / "checkpoint-6"
+    killed()
+    shutil.rmtree(RUN / "checkpoint-6")
+    shutil.copytree(other, RUN / "checkpoint-6")
+    with unchanged(RUN):
+        ended = run("train", "--resume", "reviews")
+    assert ended.status == 1
+    assert ended.line.startswith(
+        f"Error: {RUN}/run.yaml is not what {RUN}/checkpoint-6 was made with: rank (was 8, is 4)"
+    )
+    assert "seed (was 1, is 0)" in ended.line
+    assert left() == {str(RUN)}
+
+
+@pytest.mark.slow
+def test_a_whole_checkpoint_of_a_run_on_other_data_is_refused(run, killed, reviews_csv):
+    text = reviews_csv.read_text()
+    reviews_csv.write_text(text + "one more row,1\n")
+    other = killed("--seed", "0", place=Path("other")) / "checkpoint-6"
+    reviews_csv.write_text(text)
+    killed()
+    shutil.rmtree(RUN / "checkpoint-6")
+    shutil.copytree(other, RUN / "checkpoint-6")
+    ended = run("train", "--resume", "reviews")
+    assert ended.status == 1
+    assert ended.line.startswith(
+        f"Error: {RUN}/checkpoint-6 cannot be resumed exactly: changed since it stopped: data (was "
+    )
+
+
+# Something has changed since it stopped
+
+CHANGED: dict[str, Any] = {
+    "dataset": "other.csv", "subset": "plain", "split": "test", "text_column": "text", "where": ["label=1"], "rows": 50,
+    "txt_rows": "line", "keep_lines": True, "max_length": 32, "long_rows": "chunk", "packing": False, "split_salt": "x",
+    "eval_rows": 7, "eval_dataset": "reviews.csv", "base": "elsewhere", "revision": "main", "parent": "x",
+    "rank": 2, "alpha": 3, "dropout": 0.2, "targets": "all-linear", "max_steps": 10, "batch_size": 3, "accumulation": 1,
+    "learning_rate": 0.02, "schedule": "linear", "warmup": 0.1, "weight_decay": 0.1, "clip": 2.0, "eval_every": 3,
+    "save_every": 3, "seed": 1, "name": "other", "device": "auto", "dtype": "bfloat16",
+}  # fmt: skip
+TOGETHER: dict[str, dict[str, Any]] = {
+    "eval_split": {"eval_dataset": "reviews.csv", "eval_split": "test"},
+    "parent_sha256": {"parent": "x", "parent_sha256": "ab"},
+    "force": {"parent": "x", "force": True},
+    "patience": {"eval_every": 2, "patience": 2},
+    "epochs": {"max_steps": None, "epochs": 1.0},
+    "minutes": {"max_steps": None, "minutes": 1.0},
+}
+
+
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_another_setting_is_refused_by_name(killed, checkpoints):
+    killed()
+    text = (RUN / store.RUN).read_text()
+    if not checkpoints:  # what decides where the run is, and when it ends, is known without them
+        shutil.rmtree(RUN / "checkpoint-4")
+        shutil.rmtree(RUN / "checkpoint-6")
+    changes = {name: {name: value} for name, value in CHANGED.items()} | TOGETHER
+    assert changes.keys() == TrainConfig.model_fields.keys() - training._PLACES
+    for name in changes if checkpoints else ("name", "epochs", "minutes"):
+        settings = {key: it for key, it in (yaml.safe_load(text) | changes[name]).items() if it is not None}
+        (RUN / store.RUN).write_text(yaml.safe_dump(settings))
+        with pytest.raises(
+            TrainingError, match=rf"^runs/reviews/run\.yaml is not what .*\b{name}\b|its max_steps None"
+        ):
+            resume("reviews")
+    assert left() == {str(RUN)}
+
+
+@pytest.mark.parametrize(
+    ("what", "before"),
+    [
+        ("data", None),
+        slow("base weights", None),
+        slow("tokenizer", None),
+        slow("held-out rows", None),
+        slow("threads", partial(threads, 2)),
+        slow("torch", partial(replaced, "torch:__version__", "0.0.1")),
+        slow("peft", partial(replaced, "peft:__version__", "0.0.1")),
+        slow("transformers", partial(replaced, "transformers:__version__", "0.0.1")),
+    ],
+)
+def test_anything_else_that_has_changed_is_refused_by_name(run, killed, reviews_csv, what, before):
+    killed()
+    if what == "data":
+        reviews_csv.write_text(reviews_csv.read_text().replace("the actor", "an actor", 1))
+    elif what == "held-out rows":
+        reviews_csv.write_text(reviews_csv.read_text().replace("the", "a"))
+    elif what == "base weights":
+        shutil.rmtree("base")
+        tiny.save_model(Path("base"), "gpt2", seed=1)
+    elif what == "tokenizer":
+        path = Path("base/tokenizer_config.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"add_prefix_space": True}))
+        path = Path("base/tokenizer.json")
+        path.write_text(path.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true'))
+    with unchanged(RUN):
+        ended = run("train", "--resume", "reviews", before=before)
+    assert ended.status == 1
+    assert ended.line.startswith(f"Error: {RUN} cannot be resumed exactly: changed since it stopped: ")
+    assert f"{what} (was " in ended.line
+    assert ended.line.endswith("Restore that, or train anew with --overwrite.")
+    assert left() == {str(RUN)}
+
+
+BROKEN = [None, b"", b"{", b"[]", b"\xff\xfe", b"name: [", b'{"nothing": "known"}']
+
+
+@pytest.mark.parametrize("name", [store.RUN, store.MANIFEST])
+def test_a_run_folder_with_a_broken_file_is_one_line(run, killed, name):
+    killed()
+    for number, content in enumerate(BROKEN):
+        (RUN / name).unlink(missing_ok=True)
+        if content is not None:
+            (RUN / name).write_bytes(content)
+        before = contents(RUN)
+        if number == 0 and name == store.RUN:
+            ended = run("train", "--resume", "reviews")
+            assert (ended.status, ended.err.count("\n")) == (1, 1)
+            assert f"{RUN}/{name}" in ended.line
+        else:
+            with pytest.raises((TrainingError, ConfigError), match=rf"runs/reviews(/| has no ){name}"):
+                resume("reviews")
+        assert contents(RUN) == before
+
+
+@pytest.mark.parametrize("part", ["data", "run"])
+def test_a_manifest_of_no_run_is_refused(killed, part):
+    killed()
+    facts = json.loads((RUN / store.MANIFEST).read_text())
+    (RUN / store.MANIFEST).write_text(json.dumps(facts | {part: None}))
+    with pytest.raises(TrainingError, match=r"^runs/reviews cannot be resumed exactly: changed .* \(was none, is "):
+        resume("reviews")
+
+
+@pytest.mark.slow
+def test_without_its_run_yaml_it_says_where_a_copy_is(run, killed, whole):
+    killed()
+    (RUN / store.RUN).unlink()
+    copy = RUN / "checkpoint-4" / store.RUN
+    assert run("train", "--resume", "reviews").line == (
+        f"Error: There is no unfinished run {RUN}: it has finished, or {RUN}/run.yaml was removed; {copy} is a copy to go on "
+        "with. Train without --resume."
+    )
+    shutil.copyfile(copy, RUN / store.RUN)
+    assert run("train", "--resume", "reviews").status == 0
+    assert outcome(ADAPTER) == whole(*HARD)
+
+
+# It has finished
+
+SHORT = ("--max-steps", "2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [(), ("--keep-checkpoints",)])
+def test_a_run_that_has_finished_says_so(run, arguments, how):
+    assert run(*arguments, *SHORT, *how).status == 0
+    with unchanged(Path("runs")), unchanged(Path("adapters")):
+        ended = run("train", "--resume", "reviews")
+    assert ended.status == 1
+    assert ended.line == (
+        f"Error: There is no unfinished run {RUN}: it has finished, as {ADAPTER}. Train without --resume."
+    )
+
+
+@pytest.mark.parametrize(
+    ("moment", "how"),
+    [
+        ("lora_tuner.training:_clear", ()),
+        slow("lora_tuner.training:_clear", ("--keep-checkpoints",)),
+        slow("lora_tuner.files:shutil.rmtree", ()),
+    ],
+)
+def test_killed_before_it_has_cleaned_up_nothing_is_trained_again(run, arguments, moment, how):
+    ended = run(*arguments, *SHORT, *how, before=partial(signalled, (moment, 1, signal.SIGKILL)))
+    assert ended.status == -signal.SIGKILL
+    checkpoint = contents(RUN / "checkpoint-2")
+    with unchanged(Path("adapters")):
+        ended = run("train", "--resume", "reviews")
+    assert ended.status == 1
+    assert ended.err.count("\n") == 1
+    assert ended.line.startswith("Error: The run reviews has finished: its adapter is") or "as adapters/reviews" in (
+        ended.line
+    )
+    if how:
+        assert left() == {str(ADAPTER), str(RUN)}
+        assert contents(RUN / "checkpoint-2") == checkpoint != {}
+        assert "There is no unfinished run" in run("train", "--resume", "reviews").line
+    else:
+        assert left() == {str(ADAPTER)}
+
+
+@pytest.mark.slow
+def test_the_run_that_replaces_a_damaged_adapter_has_not_finished(run, arguments):
+    """The same settings and data make the same adapter, but the one that is there is not whole."""
+    assert run(*arguments, *SHORT).status == 0
+    expected = outcome(ADAPTER)
+    weights = ADAPTER / store.WEIGHTS
+    damage(weights, "one byte is another", ADAPTER)
+    ended = run(*arguments, *SHORT, "--overwrite", before=partial(signalled, (STEP_END, 1, signal.SIGINT)))
+    assert run(*said_to_go_on(ended)).status == 0
+    assert outcome(ADAPTER) == expected
