@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
+from typer.core import TyperCommand
 
-from .config import ReadDtype, TrainConfig, resolve
+from .config import NO_TEXT, ReadDtype, TrainConfig, resolve
 from .errors import ConfigError
 from .terminal import Display
 
@@ -28,6 +29,25 @@ Numbers = Annotated[
     typer.Option(help="Numbers of the base. auto: bfloat16 on CUDA, else float32; int8: least to read, on a CPU."),
 ]
 LIBRARY = TrainConfig().adapters_dir
+
+
+class Strict(TyperCommand):
+    """A command that ignores nothing. An option given twice would lose its first value; an empty one, of a variable that the
+    shell does not know, would mean this folder or no adapter. A prompt alone may be empty."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for param in () if "help" in given else order:
+            value = given.get(param.name)
+            values = value if isinstance(value, list | tuple) else [value]
+            if order.count(param) > 1 and value is not values:
+                raise typer.BadParameter("it is given twice", ctx, param)
+            if any(isinstance(text, str) and NO_TEXT.search(text) for text in values):
+                raise typer.BadParameter("it is no text in UTF-8", ctx, param)
+            if "" in values and param.name != "prompt":
+                raise typer.BadParameter("it is empty: give a value, or leave it out", ctx, param)
+        rest: list[str] = super().parse_args(ctx, args)
+        return rest
 
 
 def options_of(kind: type[BaseModel], *only: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
