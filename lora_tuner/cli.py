@@ -24,7 +24,7 @@ from .cli_adapters import adapters_app
 from .config import NO_TEXT, Sampling, TrainConfig, resolve
 from .errors import ConfigError, GenerationError, Interrupted, LoraTunerError, reason
 from .library import Library
-from .options import ROWS, AsJson, Strict, on_a_base, options_of, rows_given, show
+from .options import LIBRARY, ROWS, AsJson, Strict, on_a_base, options_of, rows_given, show
 from .terminal import (
     say,
     show_compared,
@@ -191,6 +191,8 @@ def generate(
         raise ConfigError("--json needs its prompts at once: as an argument, in --file, or - for standard input.")
     if place["force"] and adapter is None:
         raise ConfigError("--force is for an adapter on another base: name one with --adapter.")
+    if place["adapters_dir"] != LIBRARY and adapter is None and prompts is not None:
+        raise ConfigError("--adapters-dir is where adapters are: name one with --adapter.")
     from .generation import Generator
 
     generator = Generator(

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from . import portable, store
-from .errors import AdapterError
+from .errors import AdapterError, reason
 from .library import Library
 from .options import LIBRARY, AdapterArgument, AdaptersDir, AsJson, Base, OwnArgument, Revision, Strict, show
 from .terminal import one_line, say, show_adapter_card, show_adapters, show_json, show_verdict
@@ -71,6 +71,8 @@ def _problems(library: Library, name: str) -> list[str]:
         return store.verify(library.get(name))
     except AdapterError as error:
         return [str(error)]
+    except OSError as error:
+        return [reason(error)]
 
 
 @adapters_app.command("rename", cls=Strict)

@@ -23,7 +23,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ReadDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]  # where nothing is trained
 MAX_RANK, MAX_ALPHA = 4096, 1_000_000
 MOST = 1_000_000_000  # of what is counted while training; beyond it a number is a slip
-MAX_FILE = 1_000_000  # characters of a file of settings
+MAX_FILE, MAX_TEXT = 1_000_000, 10_000  # characters of a file of settings, and of one of them
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # null bytes, and bytes of a command line that are no UTF-8
 NAME = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)$)[A-Za-z][A-Za-z0-9_-]{0,63}")  # not Windows' devices
 STOPS = ("epochs", "max_steps", "minutes")
@@ -50,6 +50,8 @@ class _Settings(BaseModel):
             isinstance(text, str) and NO_TEXT.search(text) for text in (value if isinstance(value, list) else [value])
         ):
             raise ValueError("null bytes and halves of characters are no text")
+        if isinstance(value, str) and len(value) > MAX_TEXT:
+            raise ValueError(f"it is longer than {MAX_TEXT:,} characters")
         if value == "":
             raise ValueError("it is empty: give a value, or leave it out")
         return value

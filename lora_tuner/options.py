@@ -18,7 +18,7 @@ from .terminal import Display
 show = Display()
 AdapterArgument = Annotated[str, typer.Argument(help="An adapter, by name or path.", show_default=False)]
 OwnArgument = Annotated[str, typer.Argument(help="An adapter of the library, by name.", show_default=False)]
-AdaptersDir = Annotated[Path, typer.Option(help="Where adapters are kept.")]
+AdaptersDir = Annotated[Path, typer.Option(help="Where adapters are kept.", file_okay=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Answer with JSON on stdout.")]
 Base = Annotated[str | None, typer.Option(help="Another base than the one that the adapter names.", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the base on the Hub.", show_default=False)]
@@ -81,6 +81,7 @@ def _option(name: str, field: Any) -> inspect.Parameter:
         help=field.description,
         show_default=False if default is None else str(default),
         rich_help_panel=field.json_schema_extra["panel"],
+        file_okay=False,  # of those that are paths, all are folders
     )
     annotation = Annotated[field.annotation | None, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

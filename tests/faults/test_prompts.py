@@ -75,7 +75,7 @@ def test_a_prompt_that_is_no_utf8_is_refused(write_on, run, tmp_path):
         for command in (("generate", *GREEDY), ("compare", "--adapter", "x")):
             ended = run(*command, "caf\udce9", cache=tmp_path.parent / f"{tmp_path.name}-cache")
             assert (ended.status, ended.out) == (2, "")
-            assert ended.line.startswith("Error: Invalid value for '[PROMPT]': it is no text in UTF-8.")
+            assert ended.line.startswith("Error: Invalid value for 'prompt': it is no text in UTF-8.")
 
 
 MANY = [f"{number}: the actor" for number in range(10_000)]
@@ -124,7 +124,7 @@ def test_prompts_are_the_lines_of_a_file_whatever_ends_them(write_on, tmp_path, 
     ("content", "why"),
     [
         (b"", "Standard input holds no prompt: one a line is expected."),
-        (b"\n \r\n\xef\xbb\xbf", "Standard input holds no prompt"),
+        (b"\xef\xbb\xbf\n \r\n", "Standard input holds no prompt"),
         (b"the actor\ncaf\xe9\n", "Standard input is not UTF-8 in line 2: save it as UTF-8."),
         ("the actor\n".encode("utf-16-le"), "Standard input holds null bytes in line 1, as UTF-16 does"),
         (f"the actor\n\n{TOO_LONG}\n".encode(), "Prompt 2 of 2: The prompt has "),
