@@ -116,8 +116,6 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Show the vers
             stream.reconfigure(encoding="utf-8")  # a pipe on Windows is not, and text of models holds anything
     if sys.stdin is None:  # closed: there is nothing to read
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115 - until the process ends
-    elif isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 is a line to be refused like others
     if version:
         print(f"lora_tuner {__version__}")
         raise typer.Exit
@@ -346,6 +344,9 @@ def _converse(generator: Any, sampling: Sampling) -> None:
     say(
         f"{generator.current or 'The plain base'} answers. /adapter NAME or /base: another does. An empty line: the end."
     )
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        with contextlib.suppress(io.UnsupportedOperation):  # where it has been read from already
+            sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 is a line to be refused like others
     while True:
         try:
             line = input(PROMPT).removeprefix("\ufeff")

@@ -337,7 +337,8 @@ def _in_folder(folder: Path) -> tuple[list[Path], list[Path]]:
     def refuse(error: OSError) -> None:
         raise DataError(reason(error)) from error
 
-    files, others = [], []
+    files: list[Path] = []
+    others: list[Path] = []
     for place, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         others += [Path(place, name) for name in folders if os.path.islink(os.path.join(place, name))]

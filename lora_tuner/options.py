@@ -37,7 +37,8 @@ class Strict(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given, _, order = self.make_parser(ctx).parse_args(args=list(args))
-        for param in () if "help" in given else order:
+        for parameter in () if "help" in given else order:
+            param: Any = parameter
             value = given.get(param.name)
             values = value if isinstance(value, list | tuple) else [value]
             if order.count(param) > 1 and value is not values:
