@@ -7,6 +7,7 @@ loads torch is imported inside the command that needs it.
 import contextlib
 import dataclasses
 import io
+import os
 import re
 import signal
 import sys
@@ -20,10 +21,10 @@ from typer.core import TyperGroup
 
 from . import __version__, cli_combine, files
 from .cli_adapters import adapters_app
-from .config import Sampling, TrainConfig, resolve
+from .config import NO_TEXT, Sampling, TrainConfig, resolve
 from .errors import ConfigError, GenerationError, Interrupted, LoraTunerError, reason
 from .library import Library
-from .options import ROWS, AsJson, on_a_base, options_of, rows_given, show
+from .options import LIBRARY, ROWS, AsJson, Strict, on_a_base, options_of, rows_given, show
 from .terminal import (
     say,
     show_compared,
@@ -113,12 +114,14 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Show the vers
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8")  # a pipe on Windows is not, and text of models holds anything
+    if sys.stdin is None:  # closed: there is nothing to read
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115 - until the process ends
     if version:
         print(f"lora_tuner {__version__}")
         raise typer.Exit
 
 
-@app.command()
+@app.command(cls=Strict)
 @options_of(TrainConfig)
 def train(
     given: dict[str, Any],
@@ -159,7 +162,7 @@ def train(
         show_json(adapter.facts()) if as_json else show_trained(adapter)
 
 
-@app.command()
+@app.command(cls=Strict)
 @options_of(Sampling)
 @on_a_base
 def generate(
@@ -186,6 +189,8 @@ def generate(
         raise ConfigError("--json needs its prompts at once: as an argument, in --file, or - for standard input.")
     if place["force"] and adapter is None:
         raise ConfigError("--force is for an adapter on another base: name one with --adapter.")
+    if place["adapters_dir"] != LIBRARY and adapter is None and prompts is not None:
+        raise ConfigError("--adapters-dir is where adapters are: name one with --adapter.")
     from .generation import Generator
 
     generator = Generator(
@@ -215,12 +220,18 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str] | None:
     data = b""
     try:
         data = sys.stdin.buffer.read() if file is None else file.read_bytes()
-        lines = [line for line in data.decode("utf-8-sig").replace("\r\n", "\n").split("\n") if line.strip()]
+        text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        lines = [line for line in text.split("\n") if line.strip()]
     except FileNotFoundError as error:
         raise ConfigError(f"There is no file {file}.") from error
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise ConfigError(f"{file or 'Standard input'} is not UTF-8 in line {line:,}: save it as UTF-8.") from error
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise ConfigError(
+            f"{file or 'Standard input'} holds null bytes in line {line:,}, as UTF-16 does: save it as UTF-8."
+        )
     if not lines:
         raise ConfigError(f"{file or 'Standard input'} holds no prompt: one a line is expected.")
     return lines
@@ -237,7 +248,7 @@ def _check(generator: Any, prompts: list[str]) -> None:
             ) from error
 
 
-@app.command()
+@app.command(cls=Strict)
 @options_of(Sampling)
 @on_a_base
 def compare(
@@ -277,7 +288,7 @@ def compare(
             show_compared(answers)
 
 
-@app.command()
+@app.command(cls=Strict)
 @options_of(TrainConfig, *ROWS)
 @on_a_base
 def evaluate(
@@ -336,15 +347,20 @@ def _converse(generator: Any, sampling: Sampling) -> None:
     say(
         f"{generator.current or 'The plain base'} answers. /adapter NAME or /base: another does. An empty line: the end."
     )
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        with contextlib.suppress(io.UnsupportedOperation):  # where it has been read from already
+            sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 is a line to be refused like others
     while True:
         try:
-            line = input(PROMPT)
+            line = input(PROMPT).removeprefix("\ufeff")
         except EOFError:
             line = ""
         if not line.strip():
             return
         command, _, name = line.strip().partition(" ")
         try:
+            if NO_TEXT.search(line):
+                raise ConfigError("What was typed is no text in UTF-8: type it anew.")
             if command == "/base":
                 generator.use(None)
                 say("The plain base answers now.")
@@ -356,6 +372,7 @@ def _converse(generator: Any, sampling: Sampling) -> None:
                     "line to end."
                 )
             else:
+                generator.check(line)
                 print(ANSWER, end="", flush=True)
                 _answer(generator, line, sampling)
         except LoraTunerError as error:
@@ -370,11 +387,11 @@ for command in (
     cli_combine.push,
     cli_combine.pull,
 ):
-    app.command()(command)
+    app.command(cls=Strict)(command)
 app.add_typer(adapters_app, name="adapters")
 
 
-@app.command()
+@app.command(cls=Strict)
 def doctor(as_json: AsJson = False) -> None:
     """What this machine has, and what to do about what is missing."""
     from .doctor import examine

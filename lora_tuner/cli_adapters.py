@@ -5,15 +5,15 @@ from typing import Annotated
 import typer
 
 from . import portable, store
-from .errors import AdapterError
+from .errors import AdapterError, reason
 from .library import Library
-from .options import LIBRARY, AdapterArgument, AdaptersDir, AsJson, Base, OwnArgument, Revision, show
+from .options import LIBRARY, AdapterArgument, AdaptersDir, AsJson, Base, OwnArgument, Revision, Strict, show
 from .terminal import one_line, say, show_adapter_card, show_adapters, show_json, show_verdict
 
 adapters_app = typer.Typer(help="The adapters in the library.", no_args_is_help=True)
 
 
-@adapters_app.command("list")
+@adapters_app.command("list", cls=Strict)
 def list_adapters(adapters_dir: AdaptersDir = LIBRARY, as_json: AsJson = False) -> None:
     """All adapters: base, rank, targets, data, size, held-out gain, age, parent."""
     found = list(Library(adapters_dir).entries())
@@ -30,7 +30,7 @@ def list_adapters(adapters_dir: AdaptersDir = LIBRARY, as_json: AsJson = False) 
         say(f"No adapters in {adapters_dir} yet: train one.")
 
 
-@adapters_app.command("show")
+@adapters_app.command("show", cls=Strict)
 def show_adapter(adapter: AdapterArgument, adapters_dir: AdaptersDir = LIBRARY, as_json: AsJson = False) -> None:
     """One adapter: what it was made from, and what it gives."""
     library = Library(adapters_dir)
@@ -39,7 +39,7 @@ def show_adapter(adapter: AdapterArgument, adapters_dir: AdaptersDir = LIBRARY, 
     show_json(found.facts() | {"ancestors": ancestors}) if as_json else show_adapter_card(found, ancestors)
 
 
-@adapters_app.command("verify")
+@adapters_app.command("verify", cls=Strict)
 def verify_adapters(
     names: Annotated[
         list[str] | None, typer.Argument(help="Adapters, by name or path; all when none is named.")
@@ -71,9 +71,11 @@ def _problems(library: Library, name: str) -> list[str]:
         return store.verify(library.get(name))
     except AdapterError as error:
         return [str(error)]
+    except OSError as error:
+        return [reason(error)]
 
 
-@adapters_app.command("rename")
+@adapters_app.command("rename", cls=Strict)
 def rename_adapter(
     old: OwnArgument,
     new: Annotated[str, typer.Argument(help="Its new name.", show_default=False)],
@@ -85,7 +87,7 @@ def rename_adapter(
     show_json(renamed.facts()) if as_json else print(renamed.path)
 
 
-@adapters_app.command("remove")
+@adapters_app.command("remove", cls=Strict)
 def remove_adapter(
     name: OwnArgument,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
@@ -100,7 +102,7 @@ def remove_adapter(
         show_json({"removed": name})
 
 
-@adapters_app.command("adopt")
+@adapters_app.command("adopt", cls=Strict)
 def adopt_adapter(
     folder: Annotated[str, typer.Argument(help="The folder of an adapter that another tool made.", show_default=False)],
     name: Annotated[str | None, typer.Option(help="Its name here.", show_default="the folder's")] = None,
@@ -114,7 +116,7 @@ def adopt_adapter(
     show_json(adopted.facts()) if as_json else print(adopted.path)
 
 
-@adapters_app.command("check")
+@adapters_app.command("check", cls=Strict)
 def check_adapter(
     adapter: AdapterArgument,
     tool: Annotated[portable.Tool, typer.Option("--for", help="The tool that is to take it.", show_default=False)],

@@ -5,6 +5,7 @@ same fields, the command line last. Unknown keys are errors, and all problems ar
 """
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,7 +21,10 @@ HELD_OUT_LENGTH = 512  # tokens: held-out rows are cut here whatever `max_length
 BATCH_SIZE_CPU, BATCH_SIZE_GPU = 1, 8  # in few minutes many small steps teach more; a GPU wants more at once
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ReadDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]  # where nothing is trained
-MAX_RANK = 4096
+MAX_RANK, MAX_ALPHA = 4096, 1_000_000
+MOST = 1_000_000_000  # of what is counted while training; beyond it a number is a slip
+MAX_FILE, MAX_TEXT = 1_000_000, 10_000  # characters of a file of settings, and of one of them
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # null bytes, and bytes of a command line that are no UTF-8
 NAME = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)$)[A-Za-z][A-Za-z0-9_-]{0,63}")  # not Windows' devices
 STOPS = ("epochs", "max_steps", "minutes")
 PATIENCE_MINUTES = 10  # with no stop rule, an epoch that takes longer than this is cut to it
@@ -39,9 +43,17 @@ class _Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_numbers_from_truth(cls, value: Any, info: Any) -> Any:
+    def _plausible(cls, value: Any, info: Any) -> Any:
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
             raise ValueError("yes or no is not a value here")
+        if any(
+            isinstance(text, str) and NO_TEXT.search(text) for text in (value if isinstance(value, list) else [value])
+        ):
+            raise ValueError("null bytes and halves of characters are no text")
+        if isinstance(value, str) and len(value) > MAX_TEXT:
+            raise ValueError(f"it is longer than {MAX_TEXT:,} characters")
+        if value == "":
+            raise ValueError("it is empty: give a value, or leave it out")
         return value
 
 
@@ -97,7 +109,7 @@ class TrainConfig(_Settings):
     )
     force: bool = _option(False, "With --from: on a base that the adapter was not trained on.", "Model")
     rank: int = _option(8, "Rank of the update: its size and its power.", "Model", ge=1, le=MAX_RANK)
-    alpha: int | None = _option(None, "The update is scaled by alpha / rank.", "Model", "2 x rank", ge=1)
+    alpha: int | None = _option(None, "The update is scaled by alpha / rank.", "Model", "2 x rank", ge=1, le=MAX_ALPHA)
     dropout: float = _option(0.0, "Dropout on the input of the update.", "Model", ge=0, lt=1)
     targets: str = _option(
         "auto",
@@ -107,14 +119,15 @@ class TrainConfig(_Settings):
     )
 
     epochs: float | None = _option(
-        None, "Stop after so many passes over the training rows.", "Training", gt=0, allow_inf_nan=False
+        None, "Stop after so many passes over the training rows.", "Training", gt=0, le=MOST, allow_inf_nan=False
     )
-    max_steps: int | None = _option(None, "Stop after so many steps.", "Training", ge=1)
+    max_steps: int | None = _option(None, "Stop after so many steps.", "Training", ge=1, le=MOST)
     minutes: float | None = _option(
         None,
         "Stop after so many minutes of training, turned into steps by a measurement before it starts.",
         "Training",
         gt=0,
+        le=MOST,
         allow_inf_nan=False,
         validate_default=True,  # by its validator, which looks at all stop rules
     )
@@ -124,8 +137,9 @@ class TrainConfig(_Settings):
         "Training",
         f"{BATCH_SIZE_CPU} on a CPU, {BATCH_SIZE_GPU} on a GPU",
         ge=1,
+        le=MOST,
     )
-    accumulation: int = _option(1, "Batches whose gradients are summed for one step.", "Training", ge=1)
+    accumulation: int = _option(1, "Batches whose gradients are summed for one step.", "Training", ge=1, le=MOST)
     learning_rate: float = _option(2e-3, "Peak learning rate.", "Training", gt=0, allow_inf_nan=False)
     schedule: Literal["linear", "cosine", "constant"] = _option(
         "linear", "How the learning rate falls after the warm-up.", "Training"
@@ -134,7 +148,7 @@ class TrainConfig(_Settings):
     weight_decay: float = _option(0.0, "AdamW's weight decay.", "Training", ge=0, allow_inf_nan=False)
     clip: float = _option(1.0, "Gradients are scaled down to this norm.", "Training", gt=0, allow_inf_nan=False)
     eval_every: int | None = _option(
-        None, "Measure the held-out loss every so many steps.", "Training", "before and after", ge=1
+        None, "Measure the held-out loss every so many steps.", "Training", "before and after", ge=1, le=MOST
     )
     patience: int | None = _option(
         None,
@@ -142,7 +156,7 @@ class TrainConfig(_Settings):
         "Training",
         ge=1,
     )
-    save_every: int = _option(100, "Checkpoint every so many steps.", "Training", ge=1)
+    save_every: int = _option(100, "Checkpoint every so many steps.", "Training", ge=1, le=MOST)
     seed: int = _option(0, "Same seed, same machine: bitwise the same adapter.", "Training", ge=0, lt=2**32)
 
     name: str | None = _option(None, "Name of the adapter.", "Output", "the dataset's", min_length=1)
@@ -227,6 +241,13 @@ class Sampling(_Settings):
             raise _contradiction("greedy draws nothing: leave temperature, top_p and top_k out")
         return value
 
+    @field_validator("seed")
+    @classmethod
+    def _of_a_draw(cls, value: int | None, info: Any) -> int | None:
+        if value is not None and (info.data.get("greedy") or info.data.get("temperature") == 0):
+            raise _contradiction("greedy draws nothing: leave seed out")
+        return value
+
     @field_validator("answers")
     @classmethod
     def _different(cls, value: int, info: Any) -> int:
@@ -257,19 +278,28 @@ def _problems(error: ValidationError) -> str:
         elif problem["type"] == "extra_forbidden":
             text = "there is no such setting"
         elif where:
-            text = f"{text[0].lower()}{text[1:]} (got {problem['input']!r})"
+            got = repr(problem["input"])
+            text = f"{text[0].lower()}{text[1:]} (got {got if len(got) <= 200 else f'{got[:200]} ...'})"
         lines.append(f"{where}: {text}" if where else text)
     return "; ".join(lines)
 
 
 class _Once(yaml.SafeLoader):
-    """YAML in which a name is given once: of several, PyYAML takes the last without a word."""
+    """YAML in which a name is given once: of several, PyYAML takes the last without a word. And without aliases: settings need
+    none, and few of them can stand for more than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise ValueError(
+                f"line {event.start_mark.line + 1}: *{event.anchor} is an alias: write out what it stands for"
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"{name} is given twice")
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if names and names.most_common(1)[0][1] > 1:
+            raise ValueError(f"{names.most_common(1)[0][0]} is given twice")
         return super().construct_mapping(node, deep)
 
 
@@ -281,7 +311,11 @@ def resolve(kind: type[S], given: dict[str, Any], file: Path | None = None) -> S
     settings: dict[str, Any] = {}
     if file is not None:
         try:
-            loaded = yaml.load(file.read_text(encoding="utf-8-sig"), _Once)
+            with file.open(encoding="utf-8-sig") as opened:
+                text = opened.read(MAX_FILE + 1)
+            if len(text) > MAX_FILE:
+                raise ValueError(f"it is longer than {MAX_FILE:,} characters, and settings are not")
+            loaded = yaml.load(text, _Once)
         except FileNotFoundError as error:
             raise ConfigError(f"There is no file {file}.") from error
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date such as 2024-13-45

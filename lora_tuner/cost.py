@@ -62,7 +62,7 @@ def check_memory(job: Job) -> None:
     few = batch["input_ids"].numel()
     del output
     longest = max(sum(map(len, job.sequences[index])) for index in range(len(job.sequences)))
-    many = job.batch_size * longest
+    many = min(job.batch_size, len(job.sequences)) * longest
     trained = lora.counts(model)[0]
     needed, free = sum(kept.values()) * many // few + 3 * 4 * trained, free_memory(base.device)
     if needed > free:

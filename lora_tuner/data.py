@@ -3,7 +3,8 @@
 Surprise: the split needs no seed. A row is held out when the hash of its cleaned text says so, hence the same row is on
 the same side in every run and file, and a copy of it can never be trained on. Local csv, json and txt are read with the
 standard library: the readers of `datasets` turn "NA" into nothing and dates into times, and take a path for a pattern.
-Limit: a local file is held in memory as a whole, and so is all cleaned text (the 25,000 IMDb reviews are 33 MB).
+A file that changes while it is read, a name given twice in a JSON object, and null bytes are errors: none of them is text
+that anyone wrote. Limit: a local file is held in memory as a whole, and so is all cleaned text (IMDb's reviews are 33 MB).
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import html
 import importlib.metadata
 import io
 import json
+import math
 import os
 import re
 import unicodedata
@@ -26,7 +28,7 @@ import datasets
 
 from . import hub
 from .config import NAME, TrainConfig
-from .errors import DataError, HubError, Listener, Notice, ignore
+from .errors import DataError, HubError, Listener, Notice, ignore, reason
 from .files import DATA_FILES
 
 HELD_OUT_SHARE = 0.2
@@ -169,7 +171,7 @@ def load_corpus(config: TrainConfig, notify: Listener = ignore) -> Corpus:
 def load_held_out(config: TrainConfig, notify: Listener = ignore) -> dict[bytes, str]:
     """All rows of `config.eval_dataset`, cleaned and without copies: hash -> text, in the order of the hashes."""
     name = str(config.eval_dataset)
-    local = name != "imdb" and os.path.exists(os.path.expanduser(name))
+    local = name != "imdb" and os.path.lexists(os.path.expanduser(name))
     if local and config.eval_split is not None:
         raise DataError(f"{name} is on this machine, where data has no --eval-split: leave it out.")
     split = "train" if local else config.eval_split or "test"
@@ -199,10 +201,9 @@ def _read(config: TrainConfig, corpus: Corpus, notify: Listener) -> dict[bytes, 
                 counts.filtered += 1
                 continue
             value = row.get(column)
-            if value is not None and not isinstance(value, str | int | float):
+            if value is not None and (wrong := _no_text(value)):
                 raise DataError(
-                    f"{table.source}: column '{column}' holds a {type(value).__name__}, not text: "
-                    "name another with --text-column."
+                    f"{table.source}: column '{column}' holds {wrong}, not text: name another with --text-column."
                 )
             raw = "" if value is None else str(value)
             text = clean(raw, keep_lines=config.keep_lines)
@@ -217,6 +218,13 @@ def _read(config: TrainConfig, corpus: Corpus, notify: Listener) -> dict[bytes, 
     if config.where and counts.filtered == counts.read:
         raise DataError(f"{corpus.source}: no row has {' and '.join(config.where)}; {_seen(tables, config.where)}.")
     return rows
+
+
+def _no_text(value: Any) -> str:
+    """What a value is that is neither text nor a number; nothing for those."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return "" if isinstance(value, str | int | float) and not isinstance(value, bool) else f"a {type(value).__name__}"
 
 
 def at_hand() -> list[str]:
@@ -236,7 +244,7 @@ def _open(config: TrainConfig, notify: Listener) -> tuple[str, list[_Table]]:
     if name == "imdb":
         return _imdb(config, notify)
     path = Path(os.path.expanduser(name))
-    if path.exists():
+    if os.path.lexists(path):
         if config.split != "train" or config.subset is not None:
             raise DataError(f"{path} is on this machine, where data has no --split and no --subset: leave them out.")
         return str(path), _local(path, config, notify)
@@ -303,10 +311,13 @@ def _from_datasets(source: str, data: Any) -> _Table:
 def _local(path: Path, config: TrainConfig, notify: Listener) -> list[_Table]:
     files = [path]
     if path.is_dir():
-        visible = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
-        files = sorted(file for file in visible if file.suffix.lower() in DATA_FILES and file.is_file())
+        files, others = _in_folder(path)
         if not files:
             raise DataError(f"The folder {path} holds none of {' '.join(DATA_FILES)}.")
+        if others:
+            notify(
+                Notice(f"{len(others)} other files of {path} are passed over, such as {others[0].relative_to(path)}.")
+            )
     elif path.suffix.lower() not in DATA_FILES:
         raise DataError(f"{path} is of no known kind: give {' '.join(DATA_FILES)}, or a folder of these.")
     rules: Counter[str] = Counter()
@@ -320,25 +331,61 @@ def _local(path: Path, config: TrainConfig, notify: Listener) -> list[_Table]:
     return [table for table in tables if len(table.rows)]
 
 
+def _in_folder(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files to read, at any depth, and the others: of other kinds, and links to folders. What is hidden is neither."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(reason(error)) from error
+
+    files: list[Path] = []
+    others: list[Path] = []
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        others += [Path(place, name) for name in folders if os.path.islink(os.path.join(place, name))]
+        for path in (Path(place, name) for name in names if not name.startswith(".")):
+            (files if path.suffix.lower() in DATA_FILES else others).append(path)
+    return sorted(files), sorted(others)
+
+
+def _content(path: Path) -> bytes:
+    """All of a file, as it was at one moment."""
+    if not path.is_file():  # a pipe would wait for its other end, and a device may have none
+        raise ValueError("it is a link to nothing" if not path.exists() else "it is no file")
+    with path.open("rb") as file:
+        before = os.fstat(file.fileno())
+        content = file.read()
+        after = os.fstat(file.fileno())
+    if (before.st_size, before.st_mtime_ns) != (len(content), after.st_mtime_ns):
+        raise ValueError("it changed while it was read: try again when it is complete")
+    return content
+
+
 def _read_file(path: Path, config: TrainConfig, rules: Counter[str]) -> _Table:
     kind = path.suffix.lower()
     try:
+        content = _content(path)
         if kind == ".parquet":
-            return _parquet(path)
-        text = path.read_text(encoding="utf-8-sig")
+            return _parquet(path, content)
+        if content.startswith(b"\x1f\x8b"):
+            raise ValueError("it is compressed: unpack it first")
+        if b"\0" in content:
+            raise ValueError(f"byte {content.index(0)} is null, as in UTF-16 or a packed file: save it as UTF-8 text")
+        text = content.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+        del content
         if kind == ".txt":
             return _txt(path, text, config.txt_rows, rules)
         return _json(path, text) if kind.startswith(".json") else _csv(path, text, "," if kind == ".csv" else "\t")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8 and try again.") from error
     except (ValueError, TypeError, NotImplementedError, OSError, RecursionError) as error:  # Arrow's are among these
-        raise DataError(f"{path} cannot be read: {' '.join(str(error).split()).rstrip('.')}.") from error
+        why = getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".")
+        raise DataError(f"{path} cannot be read: {why}.") from error
 
 
-def _parquet(path: Path) -> _Table:
+def _parquet(path: Path, content: bytes) -> _Table:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    return _from_datasets(str(path), datasets.Dataset(pyarrow.parquet.read_table(path)))
+    return _from_datasets(str(path), datasets.Dataset(pyarrow.parquet.read_table(pyarrow.BufferReader(content))))
 
 
 def _csv(path: Path, text: str, separator: str) -> _Table:
@@ -367,19 +414,41 @@ def _csv(path: Path, text: str, separator: str) -> _Table:
 def _json(path: Path, text: str) -> _Table:
     """An array, or one value a line; each is an object, or a text alone."""
     if text.lstrip().startswith("["):
-        values = json.loads(text)
+        values = _JSON.decode(text)
     else:
         values = []
         for number, line in enumerate(text.split("\n"), 1):
             try:
-                values += [json.loads(line)] if line.strip() else []
-            except ValueError as error:
+                values += [_JSON.decode(line)] if line.strip() else []
+            except json.JSONDecodeError as error:
                 raise ValueError(f"line {number}: {error}; give an array, or an object a line") from error
-    rows = [{"text": value} if isinstance(value, str) else value for value in values]
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+    rows = [{"text": value} if type(value) is str else value for value in values]
     if wrong := [number for number, row in enumerate(rows, 1) if not isinstance(row, dict)]:
         raise ValueError(f"row {wrong[0]} is neither an object nor a text")
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    return _Table(str(path), rows, columns, [c for c in columns if any(isinstance(row.get(c), str) for row in rows)])
+    texts = [name for name in columns if any(type(row.get(name)) is str for row in rows)]
+    return _Table(str(path), rows, columns, texts)
+
+
+class _Number(str):
+    """A number as it is written: 1.50 stays 1.50, however large or long it is."""
+
+    __slots__ = ()
+    __repr__ = str.__str__  # in a list, no text
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object in which a name is given once: of several, Python would take the last without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice in an object")
+    return found
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_once, parse_int=_Number, parse_float=_Number)
 
 
 def _txt(path: Path, text: str, by: str, rules: Counter[str]) -> _Table:

@@ -66,6 +66,7 @@ _ADVICE = {
     errno.EPERM: "choose another place, or have its owner let you in",
     errno.EROFS: "choose another place",
     errno.ENOTDIR: "choose another place",
+    errno.ENAMETOOLONG: "choose a shorter one",
 }
 
 

@@ -433,7 +433,8 @@ class _Text(BaseStreamer):
         text, stopped = self.cut(self.new or [])
         if not (final or stopped):
             # A stop string may have begun, and the last character may still lack bytes.
-            text = text[: len(text) - max((len(stop) - 1 for stop in self.stop), default=0)].removesuffix("\ufffd")
+            held = max((len(stop) - 1 for stop in self.stop), default=0)
+            text = text[: max(len(text) - held, 0)].removesuffix("\ufffd")
         if self.on_text and len(text) > self.shown:
             self.on_text(text[self.shown :])
             self.shown = len(text)

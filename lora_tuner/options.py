@@ -9,15 +9,16 @@ from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
+from typer.core import TyperCommand
 
-from .config import ReadDtype, TrainConfig, resolve
+from .config import NO_TEXT, ReadDtype, TrainConfig, resolve
 from .errors import ConfigError
 from .terminal import Display
 
 show = Display()
 AdapterArgument = Annotated[str, typer.Argument(help="An adapter, by name or path.", show_default=False)]
 OwnArgument = Annotated[str, typer.Argument(help="An adapter of the library, by name.", show_default=False)]
-AdaptersDir = Annotated[Path, typer.Option(help="Where adapters are kept.")]
+AdaptersDir = Annotated[Path, typer.Option(help="Where adapters are kept.", file_okay=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Answer with JSON on stdout.")]
 Base = Annotated[str | None, typer.Option(help="Another base than the one that the adapter names.", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the base on the Hub.", show_default=False)]
@@ -28,6 +29,26 @@ Numbers = Annotated[
     typer.Option(help="Numbers of the base. auto: bfloat16 on CUDA, else float32; int8: least to read, on a CPU."),
 ]
 LIBRARY = TrainConfig().adapters_dir
+
+
+class Strict(TyperCommand):
+    """A command that ignores nothing. An option given twice would lose its first value; an empty one, of a variable that the
+    shell does not know, would mean this folder or no adapter. A prompt alone may be empty."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter in () if "help" in given else order:
+            param: Any = parameter
+            value = given.get(param.name)
+            values = value if isinstance(value, list | tuple) else [value]
+            if order.count(param) > 1 and value is not values:
+                raise typer.BadParameter("it is given twice", ctx, param)
+            if any(isinstance(text, str) and NO_TEXT.search(text) for text in values):
+                raise typer.BadParameter("it is no text in UTF-8", ctx, param)
+            if "" in values and param.name != "prompt":
+                raise typer.BadParameter("it is empty: give a value, or leave it out", ctx, param)
+        rest: list[str] = super().parse_args(ctx, args)
+        return rest
 
 
 def options_of(kind: type[BaseModel], *only: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -61,6 +82,7 @@ def _option(name: str, field: Any) -> inspect.Parameter:
         help=field.description,
         show_default=False if default is None else str(default),
         rich_help_panel=field.json_schema_extra["panel"],
+        file_okay=False,  # of those that are paths, all are folders
     )
     annotation = Annotated[field.annotation | None, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from . import files
-from .config import MAX_RANK, NAME
+from .config import MAX_ALPHA, MAX_RANK, NAME
 from .errors import AdapterError
 from .manifest import Manifest, Parent, Weights
 
@@ -38,7 +38,7 @@ _TENSOR = re.compile(
 )
 _PATTERN_KEY = re.compile(r"[\^A-Za-z0-9_.\\$]+")
 _DTYPES = ("F16", "BF16", "F32", "F64")
-MAX_ALPHA, MAX_PATTERNS = 1_000_000, 1_000
+MAX_PATTERNS = 1_000
 
 
 @dataclass(frozen=True)

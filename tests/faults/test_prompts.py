@@ -1,0 +1,199 @@
+"""Prompts that are not what a prompt should be: on the command line, in files, and typed one after another."""
+
+import json
+import sys
+
+import pytest
+
+from lora_tuner import tokens
+from lora_tuner.base_model import find_base, load_tokenizer
+from lora_tuner.cli import ANSWER, PROMPT
+
+from .. import tiny
+from .process import unchanged
+
+GREEDY = ("--greedy", "--repetition-penalty", "1")
+TOO_LONG = "the actor never works. " * 60
+END = tiny.END
+
+
+@pytest.fixture
+def write_on(run, gpt2):
+    """`generate` over the plain base, greedily, with 8 tokens unless said."""
+
+    def call(*arguments, base=gpt2, status=0, **more):
+        room = () if "--max-new-tokens" in arguments else ("--max-new-tokens", 8)
+        ended = run("generate", "--base", base, *GREEDY, *room, *arguments, **more)
+        assert ended.status == status, ended.err
+        return ended
+
+    return call
+
+
+def length(base, prompt):
+    """Tokens of a prompt; of one without any, that of the beginning."""
+    (row,) = tokens.encode(load_tokenizer(find_base(str(base))), [prompt], end=False)
+    return max(len(row), 1)
+
+
+ODD = ["", " ", "   \n\t ", END, f"the {END} actor", "\U0001f600" * 5, "\u202e\u200b", "a\x07b\x1b[31m", "e\u0301" * 9]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_an_answer_ends_where_the_context_does_and_says_so(write_on, request, kind):
+    """Which also shows that what spells a special token is read as the text that it is."""
+    base = request.getfixturevalue(kind)
+    for prompt in ODD if kind == "gpt2" else ODD[:4]:
+        ended = write_on("--max-new-tokens", 10_000, "--json", "--", prompt, base=base)
+        (answer,) = json.loads(ended.out)
+        assert answer["prompt"] == prompt
+        if not answer["finished"]:
+            assert answer["tokens"] == tiny.CONTEXT - length(base, prompt)
+        assert answer["tokens"] <= tiny.CONTEXT - length(base, prompt)
+    assert length(base, END) > 5
+
+
+def test_an_odd_prompt_is_shown_as_it_is(write_on):
+    for prompt in ODD[4:]:
+        assert write_on("--", prompt).out.startswith(prompt)
+
+
+@pytest.mark.parametrize("more", [0, 1, 1000])
+def test_a_prompt_that_leaves_no_room_is_refused_before_anything_is_written(write_on, gpt2, more):
+    fits = "a" * (tiny.CONTEXT - 1)
+    assert length(gpt2, fits) == tiny.CONTEXT - 1
+    assert json.loads(write_on("--json", fits).out)[0]["tokens"] <= 1
+    if more:
+        ended = write_on("--json", fits + "a" * more, status=1)
+        assert ended.out == ""
+        assert f"The prompt has {tiny.CONTEXT - 1 + more:,} tokens, and " in ended.line
+        assert ended.line.endswith(f"looks back on {tiny.CONTEXT}: cut it.")
+
+
+def test_a_prompt_that_is_no_utf8_is_refused(write_on, run, tmp_path):
+    with unchanged(tmp_path / "."):
+        for command in (("generate", *GREEDY), ("compare", "--adapter", "x")):
+            ended = run(*command, "caf\udce9", cache=tmp_path.parent / f"{tmp_path.name}-cache")
+            assert (ended.status, ended.out) == (2, "")
+            assert ended.line.startswith("Error: Invalid value for 'prompt': it is no text in UTF-8.")
+
+
+MANY = [f"{number}: the actor" for number in range(10_000)]
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (TOO_LONG.encode(), "Prompt 7,000 of 10,000: The prompt has "),
+        (b"caf\xe9", "is not UTF-8 in line 7,000: save it as UTF-8."),
+        (b"a\0b", "holds null bytes in line 7,000, as UTF-16 does: save it as UTF-8."),
+        (b"x" * 1_000_000, "Prompt 7,000 of 10,000: The prompt has "),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "compare"])
+def test_of_many_prompts_the_bad_one_is_named_before_the_first_is_answered(
+    run, gpt2, adapter, tmp_path, line, why, command
+):
+    lines = [text.encode() for text in MANY]
+    lines[6999] = line
+    (tmp_path / "prompts.txt").write_bytes(b"\n".join(lines))
+    given = ("--adapter", "reviews") if command == "compare" else ("--base", gpt2, "--json")
+    ended = run(command, *given, "--file", "prompts.txt")
+    assert (ended.status, ended.out) == (1, "")
+    assert why in ended.line
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"the actor\nthis film\n",
+        b"the actor\r\nthis film",
+        b"\xef\xbb\xbfthe actor\r\n\r\n  \r\nthis film\r\n",
+        b"the actor\rthis film\r",
+    ],
+)
+def test_prompts_are_the_lines_of_a_file_whatever_ends_them(write_on, tmp_path, content):
+    (tmp_path / "prompts.txt").write_bytes(content)
+    answers = json.loads(write_on("--file", "prompts.txt", "--json").out)
+    assert [answer["prompt"] for answer in answers] == ["the actor", "this film"]
+    piped = write_on("-", "--json", before=_stdin(content))
+    assert json.loads(piped.out) == answers
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "Standard input holds no prompt: one a line is expected."),
+        (b"\xef\xbb\xbf\n \r\n", "Standard input holds no prompt"),
+        (b"the actor\ncaf\xe9\n", "Standard input is not UTF-8 in line 2: save it as UTF-8."),
+        ("the actor\n".encode("utf-16-le"), "Standard input holds null bytes in line 1, as UTF-16 does"),
+        (f"the actor\n\n{TOO_LONG}\n".encode(), "Prompt 2 of 2: The prompt has "),
+    ],
+)
+def test_what_is_piped_in_is_refused_in_a_line(write_on, content, why):
+    ended = write_on("-", before=_stdin(content), status=1)
+    assert ended.out == ""
+    assert why in ended.line
+
+
+class _stdin:
+    """Other bytes on standard input; None closes it."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def __call__(self):
+        import io
+
+        if self.content is None:
+            sys.stdin = None
+        else:
+            sys.stdin = io.TextIOWrapper(io.BytesIO(self.content), encoding="utf-8")
+
+
+def test_a_closed_standard_input_holds_nothing(write_on):
+    assert "Standard input holds no prompt" in write_on("-", before=_stdin(None), status=1).line
+    assert write_on(before=_stdin(None)).out == PROMPT + "\n" * 0
+
+
+def test_asked_for_prompts_a_bad_one_is_refused_and_the_next_is_answered(write_on):
+    good = write_on("the actor").out
+    bad = {
+        b"caf\xe9": "Error: What was typed is no text in UTF-8: type it anew.",
+        b"a\0b": "Error: What was typed is no text in UTF-8: type it anew.",
+        TOO_LONG.encode(): "Error: The prompt has ",
+        b"/adapter ../x": "Error: There is no adapter '../x'",
+        b"/adapter caf\xe9": "Error: What was typed is no text in UTF-8: type it anew.",
+        b"/nonsense": "Error: There is no /nonsense: ",
+    }
+    typed = (
+        b"\xef\xbb\xbfthe actor\r\n" + b"".join(line + b"\r\nthe actor\r\n" for line in bad) + b" \t\r\nnever asked\n"
+    )
+    ended = write_on(before=_stdin(typed))
+    said = [line for line in ended.err.splitlines() if line.startswith("Error: ")]
+    assert len(said) == len(bad)
+    assert all(line.startswith(why) for line, why in zip(said, bad.values(), strict=True)), said
+    answers = [part for part in ended.out.split(PROMPT) if part]
+    assert answers == [ANSWER + good] * (len(bad) + 1)
+
+
+def test_odd_texts_end_an_answer_where_they_stand_and_nowhere_else(write_on):
+    (whole,) = json.loads(write_on("--max-new-tokens", 40, "--json", "the actor").out)
+    text = whole["text"]
+    assert len(text) > 20
+    for stop in (text[0], text[:2], text[7:9], text[-1], text):
+        (answer,) = json.loads(write_on("--max-new-tokens", 40, "--json", "--stop", stop, "the actor").out)
+        assert answer["text"] == text[: text.index(stop)]
+        assert answer["finished"]
+        shown = write_on("--max-new-tokens", 40, "--stop", stop, "the actor").out
+        assert shown == f"the actor{answer['text']}\n"
+    odd = [it for it in (".*", "\\", "the actor", END, "\u202e", "\U0001f600", "x" * 5000) if it not in text]
+    stops = sum((("--stop", it) for it in odd), ())
+    assert json.loads(write_on("--max-new-tokens", 40, "--json", *stops, "the actor").out) == [whole]
+
+
+@pytest.mark.parametrize("stop", ["", "\udcff"])
+def test_a_stop_that_is_no_text_is_refused(write_on, stop):
+    ended = write_on("--stop", stop, "x", status=2)
+    assert ended.line.startswith("Error: Invalid value for '--stop': it is ")
+    assert ended.out == ""
