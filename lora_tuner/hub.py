@@ -9,7 +9,6 @@ and `HF_HUB_OFFLINE` are respected. Limit: hf_xet, where it is installed, has ti
 import contextlib
 import functools
 import hashlib
-import json
 import math
 import re
 import threading
@@ -36,6 +35,7 @@ class _Patience:
     def __init__(self) -> None:
         self.since = math.inf  # when something of use came last; nobody waits yet
         self.bytes = 0
+        self.why = ""  # it is given up, where it says so
 
     def before(self, request: Any) -> None:
         self._check()
@@ -52,6 +52,8 @@ class _Patience:
         if response.status_code >= 500 and wait.isdigit() and int(wait) > STALLED:
             raise HubError(f"it answers with status {response.status_code}. Try again after {wait} seconds.")
         read, useful = response.iter_raw, response.status_code < 300
+        if response.status_code >= 500:
+            self.why = f"it answers with status {response.status_code}. Try again later."
 
         def watched(chunk_size: int | None = None) -> Iterator[bytes]:
             for chunk in read(chunk_size):
@@ -67,17 +69,16 @@ class _Patience:
 
     def renew(self) -> None:
         if self.since < math.inf:
-            self.since, self.bytes = time.monotonic(), 0
+            self.since, self.bytes, self.why = time.monotonic(), 0, ""
 
     def _check(self) -> None:
         if time.monotonic() - self.since > STALLED:
-            raise HubError(
-                f"next to nothing came for {STALLED:g} seconds. Try again when the Hub or the network is faster."
-            )
+            slow = f"next to nothing came for {STALLED:g} seconds. Try again when the Hub or the network is faster."
+            raise HubError(self.why or slow)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        self.since, self.bytes = time.monotonic(), 0
+        self.since, self.bytes, self.why = time.monotonic(), 0, ""
         try:
             yield
         finally:
@@ -189,10 +190,12 @@ def reason(error: Exception, repo: str, *, writing: bool = False) -> str:
     from huggingface_hub import errors, get_token
 
     chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__) is not None:
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     # What the Hub said itself says more than what the libraries make of it.
-    first = next((it for it in chain if isinstance(it, HubError | errors.HfHubHTTPError)), chain[-1])
+    said = next((it for it in chain if isinstance(it, HubError | errors.HfHubHTTPError)), None)
+    made = error.__cause__ if type(error).__name__ == "DatasetGenerationError" else None
+    first = said or made or error
     if isinstance(error, errors.HFValidationError):
         return f"'{repo}' is neither a local folder nor a Hub id (owner/name)."
     if isinstance(first, errors.GatedRepoError):
@@ -204,7 +207,8 @@ def reason(error: Exception, repo: str, *, writing: bool = False) -> str:
         return f"{repo} may not be written with the token in use: run `hf auth login` with one that may write there."
     if isinstance(first, errors.RepositoryNotFoundError):
         return f"the Hub has no {repo} that you may read: check the spelling, or run `hf auth login` if it is private."
-    kinds = {kind.__name__ for kind in type(first).__mro__}  # the HTTP library's are not ours to import
+    # The HTTP library's own are known by name: which library it is changes.
+    kinds = set() if said else {kind.__name__ for it in chain for kind in type(it).__mro__}
     if status == 401:
         what = "it does not take the token in use. Run `hf auth login` with a valid one."
     elif status >= 500:
@@ -212,10 +216,10 @@ def reason(error: Exception, repo: str, *, writing: bool = False) -> str:
     elif "TimeoutException" in kinds:
         what = f"it was silent for {WRITING if writing else SILENCE:g} seconds. Try again later."
     elif "TransportError" in kinds:
-        what = f"the connection broke off ({first or type(first).__name__}). Try again."
+        what = f"the connection broke off ({str(first).rstrip('.') or type(first).__name__}). Try again."
     elif "TooManyRedirects" in kinds:
         what = f"it sends from one address to the next without end: {_PORTAL}."
-    elif isinstance(first, json.JSONDecodeError | AssertionError | KeyError | TypeError | errors.FileMetadataError):
+    elif kinds & {"JSONDecodeError", "FileMetadataError"} or isinstance(error, AssertionError | KeyError | TypeError):
         what = f"what answers is not the Hub: {_PORTAL}."
     else:
         lines = str(first).splitlines() or [repr(first)]
