@@ -198,7 +198,7 @@ def reason(error: Exception, repo: str, *, writing: bool = False) -> str:
     first = said or made or error
     if isinstance(error, errors.HFValidationError):
         return f"'{repo}' is neither a local folder nor a Hub id (owner/name)."
-    if isinstance(first, errors.GatedRepoError):
+    if isinstance(first, errors.GatedRepoError) or "is a gated dataset" in str(error):  # datasets drops the cause
         return f"{repo} is gated: accept its terms on its Hub page, then run `hf auth login`."
     if isinstance(first, errors.RevisionNotFoundError):
         return f"{repo} has no such revision: leave --revision out, or name one of its branches, tags or commits."
