@@ -44,6 +44,10 @@ class AdapterBank:
     def add(self, name: str, adapter: Adapter) -> None:
         """Read an adapter into memory, in place of one of that name. Raises AdapterError, and changes nothing, if it is
         damaged or does not fit."""
+        self.updates[name] = self.read(adapter)
+
+    def read(self, adapter: Adapter) -> "dict[str, _Update]":
+        """The updates of an adapter, to be put into `updates`."""
         updates, device = {}, self._base.device
         for module, update in read(adapter, self._layers).items():
             down, up = update.down.to(device), update.up.to(device)
@@ -52,7 +56,7 @@ class AdapterBank:
             else:
                 factor = update.magnitude.to(device) / (_weight(self._layers[module]).float() + up @ down).norm(dim=1)
                 updates[module] = _Update(down, factor[:, None] * up, factor - 1)
-        self.updates[name] = updates
+        return updates
 
     def remove(self, name: str) -> None:
         del self.updates[name]

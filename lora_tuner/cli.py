@@ -43,6 +43,9 @@ OUT_OF_MEMORY = (
 )
 
 
+_NO_MEMORY = (
+    "out of memory|can't allocate|[Cc]annot allocate|not enough memory|bad_alloc"  # as torch says it, by device
+)
 _UsageError: Any = typer.BadParameter.__base__  # Typer brings its own, and does not name it
 
 
@@ -71,7 +74,7 @@ def _one_line() -> Iterator[None]:
     except OSError as error:
         text, status, cause = f"Error: {reason(error)}", 1, error
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate", str(error)):
+        if not isinstance(error, MemoryError) and not re.search(_NO_MEMORY, str(error)):
             raise
         text, status, cause = f"Error: {OUT_OF_MEMORY}", 1, error
     except _UsageError as error:

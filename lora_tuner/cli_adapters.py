@@ -68,7 +68,7 @@ def verify_adapters(
 
 def _problems(library: Library, name: str) -> list[str]:
     try:
-        return store.verify(library.get(name))
+        return library.look(name, store.verify)
     except AdapterError as error:
         return [str(error)]
     except OSError as error:

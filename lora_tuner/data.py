@@ -29,7 +29,7 @@ import datasets
 from . import hub
 from .config import NAME, TrainConfig
 from .errors import DataError, HubError, Listener, Notice, ignore, reason
-from .files import DATA_FILES
+from .files import DATA_FILES, remove
 
 HELD_OUT_SHARE = 0.2
 IMDB = "stanfordnlp/imdb"
@@ -285,12 +285,15 @@ def _from_hub(repo: str, config: TrainConfig) -> Any:
         raise
     except Exception:  # whatever datasets raises for what it has not cached
         hub.require(repo)
+    data = None
     try:
-        return _load_split(repo, config)
-    except DataError:
+        with hub.asking(repo):
+            data = _load_split(repo, config)
+    except HubError:
+        for made in data.cache_files if data is not None else []:  # from a file that came damaged
+            remove(Path(made["filename"]).parent)
         raise
-    except Exception as error:  # datasets raises whatever its readers and the HTTP library raise
-        raise HubError(hub.reason(error, repo)) from error
+    return data
 
 
 def _load_split(repo: str, config: TrainConfig) -> Any:

@@ -29,7 +29,7 @@ from .base_model import quiet
 from .config import Sampling
 from .decoder import Cache, Decoder
 from .errors import GenerationError, Listener, MixedBatchError, Notice, ignore
-from .library import Library
+from .library import Library, steady
 from .store import CONFIG, MANIFEST, WEIGHTS, Adapter
 
 WORTH_GUESSING = 24  # tokens; for fewer, the draft is not worth making
@@ -110,18 +110,19 @@ class Generator:
         return self._load(self.library.get(self._loaded[name][0] if name in self._loaded else adapter))
 
     def _load(self, adapter: Adapter) -> str:
-        folder = adapter.path.resolve()
-        identity = _identity(folder)
-        known = self._loaded.get(adapter.name)
+        folder, name = adapter.path.resolve(), adapter.name
+        known = self._loaded.get(name)
         if known is not None and known[0] != folder:
-            raise GenerationError(
-                f"An adapter named {adapter.name} is loaded already, from {known[0]}: unload it first."
-            )
-        if known is None or known[1] != identity:
-            lora.check_base(adapter, self.base, force=self.force, notify=self.notify)
-            self._bank.add(adapter.name, adapter)
-            self._loaded[adapter.name] = folder, identity
-        return adapter.name
+            raise GenerationError(f"An adapter named {name} is loaded already, from {known[0]}: unload it first.")
+        if known is None or known[1] != _identity(folder):
+
+            def look(adapter: Adapter) -> tuple[Any, Any]:
+                lora.check_base(adapter, self.base, force=self.force, notify=self.notify)
+                return _identity(folder), self._bank.read(adapter)
+
+            identity, self._bank.updates[name] = steady(adapter.path, look)
+            self._loaded[name] = folder, identity
+        return name
 
     def unload(self, name: str) -> None:
         """Take an adapter out of memory."""

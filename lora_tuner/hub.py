@@ -1,18 +1,151 @@
 """The Hugging Face Hub: is it there, and fetch from it.
 
-Surprise: the libraries below retry an unreachable Hub for up to half a minute. So it is asked once per process, with a
-deadline, and from then on they are told to be offline. `HF_ENDPOINT` and `HF_HUB_OFFLINE` are respected.
+Surprise: the libraries below retry an unreachable Hub for up to half a minute, wait for an answer as long as it takes, and
+keep what has come without a look at its hash. So the Hub is asked once per process whether it is there, with a deadline;
+every request has the limits below; and what has come is held to the hash by which the Hub names it, or goes. `HF_ENDPOINT`
+and `HF_HUB_OFFLINE` are respected. Limit: hf_xet, where it is installed, has time-outs and checks of its own.
 """
 
 import contextlib
 import functools
+import hashlib
+import math
+import re
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from .errors import HubError
+from .errors import HubError, LoraTunerError
 
 DEADLINE = 4.0  # seconds until the Hub counts as out of reach
+SILENCE = 10.0  # seconds without a byte until a connection is given up; it is tried again while it is not stalled
+WRITING = 60.0  # the same where something is written: the Hub may be long in taking it
+STALLED, LEAST = (
+    30.0,
+    16_000,
+)  # a Hub that in so many seconds neither ends an answer nor sends so many bytes is given up
+_PORTAL = "check HF_ENDPOINT and the proxy, and whether this network wants you to log in first"
+
+
+class _Patience:
+    """The limits of all requests to the Hub: called before each, after each, and for each piece of an answer."""
+
+    def __init__(self) -> None:
+        self.since = math.inf  # when something of use came last; nobody waits yet
+        self.bytes = 0
+        self.why = ""  # it is given up, where it says so
+
+    def before(self, request: Any) -> None:
+        self._check()
+        limit = SILENCE if request.method in ("GET", "HEAD") else WRITING
+        given = request.extensions.get("timeout") or {}
+        kinds = ("connect", "read", "write", "pool")
+        request.extensions["timeout"] = {kind: min(given.get(kind) or limit, limit) for kind in kinds}
+
+    def after(self, response: Any) -> None:
+        wait = response.headers.get("Retry-After", "")
+        if response.status_code == 429:  # it would be waited for, without a word
+            after = f" after {wait} seconds" if wait.isdigit() else " later"
+            raise HubError(f"it was asked too often. Try again{after}, or log in by `hf auth login` to be let in more.")
+        if response.status_code >= 500 and wait.isdigit() and int(wait) > STALLED:
+            raise HubError(f"it answers with status {response.status_code}. Try again after {wait} seconds.")
+        read, useful = response.iter_raw, response.status_code < 300
+        if response.status_code >= 500:
+            self.why = f"it answers with status {response.status_code}. Try again later."
+
+        def watched(chunk_size: int | None = None) -> Iterator[bytes]:
+            for chunk in read(chunk_size):
+                self.bytes += len(chunk) if useful else 0
+                if self.bytes >= LEAST:
+                    self.renew()
+                self._check()
+                yield chunk
+            if useful:
+                self.renew()
+
+        response.iter_raw = watched  # everything that reads an answer goes through it
+
+    def renew(self) -> None:
+        if self.since < math.inf:
+            self.since, self.bytes, self.why = time.monotonic(), 0, ""
+
+    def _check(self) -> None:
+        if time.monotonic() - self.since > STALLED:
+            slow = f"next to nothing came for {STALLED:g} seconds. Try again when the Hub or the network is faster."
+            raise HubError(self.why or slow)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        self.since, self.bytes, self.why = time.monotonic(), 0, ""
+        try:
+            yield
+        finally:
+            self.since = math.inf
+
+
+_patience = _Patience()
+
+
+@functools.cache
+def _limit_requests() -> None:
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    def client() -> Any:
+        made = default_client_factory()
+        made.event_hooks["request"].append(_patience.before)
+        made.event_hooks["response"].append(_patience.after)
+        return made
+
+    set_client_factory(client)
+
+
+@contextlib.contextmanager
+def asking(repo: str, *, writing: bool = False) -> Iterator[None]:
+    """In the block the Hub is asked about a repo, within the limits above. What goes wrong is raised as HubError, and of what
+    came damaged nothing stays in the cache."""
+    from huggingface_hub.utils import logging
+
+    _limit_requests()
+    start, verbosity = time.time(), logging.get_verbosity()
+    logging.set_verbosity_error()  # what it says of its attempts is not what came of them
+    try:
+        with _patience.waiting():
+            yield
+    except Exception as error:  # the HTTP library's own come through as well
+        if isinstance(error, LoraTunerError) and not isinstance(error, HubError):
+            raise
+        raise HubError(_damaged(repo, start) or reason(error, repo, writing=writing)) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if why := _damaged(repo, start):
+        raise HubError(why)
+
+
+def _damaged(repo: str, start: float) -> str | None:
+    """Remove what has come into the cache since `start` and is not what its name says; that, in words, or None.
+
+    A file there is called by its sha256 or, if it is small, by its hash in git. Price: a second for each gigabyte.
+    """
+    from huggingface_hub import constants
+
+    found = []
+    for blob in Path(constants.HF_HUB_CACHE).glob(f"*s--{repo.replace('/', '--')}/blobs/*"):
+        with contextlib.suppress(FileNotFoundError):  # another process removes it
+            size, changed = blob.stat().st_size, blob.stat().st_mtime
+            if blob.is_symlink() or changed < start - 2 or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
+                continue
+            digest = hashlib.sha256() if len(blob.name) == 64 else hashlib.sha1(b"blob %d\0" % size)
+            with blob.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+            if digest.hexdigest() != blob.name:
+                blob.unlink()
+                found.append(blob.name)
+    what = "a file" if len(found) == 1 else f"{len(found)} files"
+    return f"{repo} came damaged from the Hub: {what} had another hash and went. Try again." if found else None
 
 
 @functools.cache
@@ -53,23 +186,47 @@ def offline() -> Iterator[None]:
 
 
 def reason(error: Exception, repo: str, *, writing: bool = False) -> str:
-    """One sentence about what the Hub's refusal means, with what to do."""
-    from huggingface_hub import errors
+    """One sentence about what the Hub's refusal means, with what to do. A token is never part of it."""
+    from huggingface_hub import errors, get_token
 
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    # What the Hub said itself says more than what the libraries make of it.
+    said = next((it for it in chain if isinstance(it, HubError | errors.HfHubHTTPError)), None)
+    made = error.__cause__ if type(error).__name__ == "DatasetGenerationError" else None
+    first = said or made or error
     if isinstance(error, errors.HFValidationError):
         return f"'{repo}' is neither a local folder nor a Hub id (owner/name)."
-    if isinstance(error, errors.GatedRepoError):
+    if isinstance(first, errors.GatedRepoError) or "is a gated dataset" in str(error):  # datasets drops the cause
         return f"{repo} is gated: accept its terms on its Hub page, then run `hf auth login`."
-    if isinstance(error, errors.RevisionNotFoundError):
+    if isinstance(first, errors.RevisionNotFoundError):
         return f"{repo} has no such revision: leave --revision out, or name one of its branches, tags or commits."
-    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    status = first.response.status_code if isinstance(first, errors.HfHubHTTPError) else 0
     if writing and (status in (401, 403) or isinstance(error, errors.LocalTokenNotFoundError)):
         return f"{repo} may not be written with the token in use: run `hf auth login` with one that may write there."
-    if isinstance(error, errors.RepositoryNotFoundError):
+    if isinstance(first, errors.RepositoryNotFoundError):
         return f"the Hub has no {repo} that you may read: check the spelling, or run `hf auth login` if it is private."
-    what = "written to" if writing else "fetched from"
-    lines = str(error).splitlines() or [repr(error)]
-    return f"{repo} could not be {what} the Hub: {' '.join(lines[: 2 if lines[0].endswith(':') else 1])}"
+    # The HTTP library's own are known by name: which library it is changes.
+    kinds = set() if said else {kind.__name__ for it in chain for kind in type(it).__mro__}
+    if status == 401:
+        what = "it does not take the token in use. Run `hf auth login` with a valid one."
+    elif status >= 500:
+        what = f"it answers with status {status}. Try again later."
+    elif "TimeoutException" in kinds:
+        what = f"it was silent for {WRITING if writing else SILENCE:g} seconds. Try again later."
+    elif "TransportError" in kinds:
+        what = f"the connection broke off ({str(first).rstrip('.') or type(first).__name__}). Try again."
+    elif "TooManyRedirects" in kinds:
+        what = f"it sends from one address to the next without end: {_PORTAL}."
+    elif kinds & {"JSONDecodeError", "FileMetadataError"} or isinstance(error, AssertionError | KeyError | TypeError):
+        what = f"what answers is not the Hub: {_PORTAL}."
+    else:
+        lines = str(first).splitlines() or [repr(first)]
+        what = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    text = f"{repo} could not be {'written to' if writing else 'fetched from'} the Hub: {what}"
+    token = get_token()
+    return text.replace(token, "***") if token else text  # the Hub may have said it
 
 
 def require(repo: str, needed: str = "is not cached") -> None:
@@ -93,10 +250,8 @@ def cached_model(repo: str, revision: str | None) -> Path | None:
 def fetch_model(repo: str, revision: str | None) -> Path:
     """The snapshot folder of a model repo, downloaded where the cache lacks it. Raises HubError."""
     require(repo)
-    try:
+    with asking(repo):
         return _snapshot(repo, revision, cached_only=False)
-    except Exception as error:  # the HTTP library's own come through as well
-        raise HubError(reason(error, repo)) from error
 
 
 def _snapshot(repo: str, revision: str | None, *, cached_only: bool) -> Path:
@@ -119,21 +274,17 @@ def files_of(repo: str, revision: str | None) -> tuple[str | None, dict[str, int
     from huggingface_hub import HfApi
 
     require(repo, "cannot be fetched")
-    try:
+    with asking(repo):
         found = HfApi().model_info(repo, revision=revision, files_metadata=True)
-    except Exception as error:  # the HTTP library's own come through as well
-        raise HubError(reason(error, repo)) from error
-    return found.sha or revision, {it.rfilename: it.size or 0 for it in found.siblings or []}
+        return found.sha or revision, {it.rfilename: it.size or 0 for it in found.siblings or []}
 
 
 def fetch_files(repo: str, revision: str | None, names: Iterable[str]) -> Path:
     """A folder with these files of a model repo, and no others. Raises HubError."""
     from huggingface_hub import snapshot_download
 
-    try:
+    with asking(repo):
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(names)))
-    except Exception as error:
-        raise HubError(reason(error, repo)) from error
 
 
 def upload(folder: Path, repo: str, names: Sequence[str], *, private: bool, message: str) -> str:
@@ -146,15 +297,13 @@ def upload(folder: Path, repo: str, names: Sequence[str], *, private: bool, mess
 
     require(repo, "cannot be written")
     api = HfApi()
-    try:
+    with asking(repo, writing=True):
         # A repo that is there stays as public or private as it is.
         full = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
-        if private and not api.model_info(full).private:
-            raise HubError(f"{repo} is public: make it private on its Hub page first, or leave --private out.")
+        public = private and not api.model_info(full).private
+    if public:
+        raise HubError(f"{repo} is public: make it private on its Hub page first, or leave --private out.")
+    with asking(repo, writing=True):
         return str(
             api.upload_folder(repo_id=full, folder_path=folder, commit_message=message, delete_patterns=list(names))
         )
-    except HubError:
-        raise
-    except Exception as error:
-        raise HubError(reason(error, repo, writing=True)) from error

@@ -7,10 +7,10 @@ not at all. Limit: an adapter of another tool names its base and no more; adopti
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from . import files
 from .base_model import Source, find_base
@@ -18,6 +18,8 @@ from .config import NAME
 from .errors import AdapterError, Listener, Notice, ignore
 from .manifest import Manifest, Parent, now
 from .store import CARD, CONFIG, MANIFEST, WEIGHTS, Adapter, check_weights, read, valid_name, weights_of
+
+Seen = TypeVar("Seen")
 
 
 @dataclass(frozen=True)
@@ -39,19 +41,23 @@ class Library:
         """Every folder of the library with what it is: an adapter, or the reason why it is none."""
         for name in self.names():
             try:
-                yield name, _read(self.path / name)
+                yield name, steady(self.path / name, lambda adapter: adapter)
             except AdapterError as error:
                 if os.path.lexists(self.path / name):  # else it was removed meanwhile
                     yield name, error
 
     def get(self, name: str | Path) -> Adapter:
         """The adapter of that name here or, failing that, at that path."""
+        return self.look(name, lambda adapter: adapter)
+
+    def look(self, name: str | Path, look: Callable[[Adapter], Seen]) -> Seen:
+        """What `look` makes of that adapter, which may read its files: none is replaced meanwhile."""
         text = str(name)
         files.recover(self.path)
         if NAME.fullmatch(text) and (self.path / text).is_dir():
-            return _read(self.path / text)
+            return steady(self.path / text, look)
         if Path(text).is_dir():
-            return _read(Path(text))
+            return steady(Path(text), look)
         known = ", ".join(self.names()) or "none yet"
         raise AdapterError(f"There is no adapter '{text}', neither in {self.path} ({known}) nor as a path.")
 
@@ -85,7 +91,11 @@ class Library:
         """Give an adapter of this library another name. Raises AdapterError when it is taken."""
         self.check_free(new, advice="choose another name")
         adapter = read(self._own(old))
-        os.rename(adapter.path, self.path / new)
+        try:
+            os.rename(adapter.path, self.path / new)
+        except OSError:
+            self.check_free(new, advice="choose another name")  # taken in the last moment
+            raise
         files.sync(self.path)
         return read(self.path / new)
 
@@ -175,37 +185,43 @@ class Library:
     def writing(self, name: str, *, overwrite: bool = False) -> Iterator[Path]:
         """Yield a folder to fill; then it is checked and becomes `name`, or nothing changes and the error comes out."""
         self.check_free(name, overwrite=overwrite)
-        with files.new_folder(self.path / name, overwrite=overwrite) as work:
-            yield work
-            adapter = read(work)
-            if adapter.manifest and adapter.manifest.weights:
-                written = files.sha256_file(work / WEIGHTS)
-                if written != adapter.manifest.weights.sha256:
-                    raise AdapterError(
-                        f"{self.path / name} was not written as it should be: the disk gave back other weights."
-                    )
-            self.check_free(name, overwrite=overwrite)
-
-
-def _read(folder: Path) -> Adapter:
-    """`read`, once more where another process has replaced the folder meanwhile: its files would be of two adapters."""
-
-    def identity() -> int:
         try:
-            return folder.stat().st_ino
+            with files.new_folder(self.path / name, overwrite=overwrite) as work:
+                yield work
+                adapter = read(work)
+                if adapter.manifest and adapter.manifest.weights:
+                    written = files.sha256_file(work / WEIGHTS)
+                    if written != adapter.manifest.weights.sha256:
+                        raise AdapterError(
+                            f"{self.path / name} was not written as it should be: the disk gave back other weights."
+                        )
+                self.check_free(name, overwrite=overwrite)
         except OSError:
-            return 0
+            self.check_free(name, overwrite=overwrite)  # if it was taken in the last moment, that is what is wrong
+            raise
+
+
+def steady(folder: Path, look: Callable[[Adapter], Seen]) -> Seen:
+    """What `look` makes of the adapter in a folder; once more where another process has replaced the folder meanwhile, for what
+    was read would be of two adapters."""
+
+    def identity() -> tuple[int, ...]:
+        try:
+            facts = folder.stat()
+        except OSError:
+            return ()
+        return facts.st_ino, facts.st_ctime_ns  # a number is given again when a folder has gone
 
     while True:
         before = identity()
         try:
-            adapter = read(folder)
-        except AdapterError:
+            found = look(read(folder))
+        except (AdapterError, OSError):
             if identity() == before:
                 raise
             continue
         if identity() == before:
-            return adapter
+            return found
 
 
 def check_distinct(adapters: Sequence[Adapter]) -> None:

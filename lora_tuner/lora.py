@@ -230,13 +230,20 @@ def layer_sizes(layers: dict[str, Any]) -> dict[str, tuple[int, int]]:
 def read_tensors(adapter: Adapter, layers: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The adapter's tensors, by their names in the file. Raises AdapterError unless they are whole and fit these layers."""
     adapter.check_fit(layer_sizes(layers))
+    path = adapter.path / store.WEIGHTS
+    before = _version(path)
     store.check_weights(adapter)
-    tensors = load_file(adapter.path / store.WEIGHTS)
-    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != {
+    tensors = load_file(path)
+    if _version(path) != before or {name: tuple(tensor.shape) for name, tensor in tensors.items()} != {
         name: shape for name, (_, shape) in adapter.tensors.items()
     }:
         raise AdapterError(f"{adapter.path} has changed since it was read: read it again.")
     return tensors
+
+
+def _version(path: Path) -> tuple[int, int, int]:
+    facts = path.stat()
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 def attach(model: Any, adapter: Adapter, slot: str, **settings: Any) -> PeftModel:

@@ -49,14 +49,11 @@ class Adapter:
     config: dict[str, Any]
     manifest: Manifest | None
     tensors: dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape)
+    bytes: int = 0  # of weights and config
 
     @property
     def name(self) -> str:
         return Path(os.path.abspath(self.path)).name  # of a link its own, and not that of what it points to
-
-    @property
-    def bytes(self) -> int:
-        return sum((self.path / name).stat().st_size for name in (WEIGHTS, CONFIG))
 
     @property
     def rank(self) -> int:
@@ -178,6 +175,7 @@ def read(path: Path) -> Adapter:
         raise AdapterError(f"{path / CONFIG}: {'; '.join(problems[:10])}.")
     try:
         header, _ = files.safetensors_header(path / WEIGHTS)
+        size = sum((path / name).stat().st_size for name in (WEIGHTS, CONFIG))
     except FileNotFoundError as error:
         raise AdapterError(
             f"{path} has no {WEIGHTS}: it is incomplete, or no adapter (pickled weights are not read)."
@@ -186,7 +184,7 @@ def read(path: Path) -> Adapter:
         raise AdapterError(f"{path / WEIGHTS}: {error}. Restore it from where it came from.") from error
     tensors = {name: (dtype, tuple(shape)) for name, (dtype, shape, _, _) in header.items()}
     manifest = read_manifest(path) if (path / MANIFEST).exists() else None
-    adapter = Adapter(path, config, manifest, tensors)
+    adapter = Adapter(path, config, manifest, tensors, size)
     if problems := _tensor_problems(adapter):
         raise AdapterError(f"{path / WEIGHTS}: {'; '.join(problems[:5])}.")
     return adapter

@@ -1,0 +1,336 @@
+"""The Hub in all the ways in which it can fail, played by the local one: a clear line within the limits that hub.py states,
+nothing half-written, nothing damaged kept, and the same command works once the Hub is well."""
+
+import functools
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_tuner import store
+
+from .. import stored, tiny
+from ..hub import Hub, fail, reply
+from .process import contents
+
+CLI = Path(__file__).parents[2] / "cli.py"
+MODEL, TEXTS, ADAPTER = "owner/model", "owner/texts", "owner/reviews"
+TOKEN = "hf_whoEverReadsThisHasIt"
+HTML = b"<html><body>Welcome to the guest network</body></html>"
+
+
+@pytest.fixture(scope="session")
+def repos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    import datasets
+
+    root = tmp_path_factory.mktemp("hub")
+    tiny.save_model(root / "model", "llama", seed=5)
+    (root / "texts").mkdir()
+    datasets.Dataset.from_dict({"text": tiny.reviews(60)}).to_parquet(str(root / "texts" / "train.parquet"))
+    stored.write(root / "adapter", facts=stored.manifest(run=None))
+    return {
+        f"models/{MODEL}": root / "model",
+        f"datasets/{TEXTS}": root / "texts",
+        f"models/{ADAPTER}": root / "adapter",
+    }
+
+
+def know(url: str, home: str, limits: dict[str, float]) -> None:
+    """In the process of a command: this hub is the only one there is, and patience may be short."""
+    import datasets.config
+    from huggingface_hub import constants
+
+    from lora_tuner import hub
+
+    changes: list[tuple[Any, dict[str, Any]]] = [
+        (
+            constants,
+            {
+                "ENDPOINT": url,
+                "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
+                "HF_HUB_OFFLINE": False,
+                "HF_HUB_DISABLE_XET": True,
+                "HF_HUB_CACHE": f"{home}/hub",
+                "HF_TOKEN_PATH": f"{home}/token",
+            },
+        ),
+        (
+            datasets.config,
+            {
+                "HF_ENDPOINT": url,
+                "HF_HUB_OFFLINE": False,
+                "HF_DATASETS_CACHE": Path(home, "datasets"),
+                "DOWNLOADED_DATASETS_PATH": f"{home}/datasets/downloads",
+            },
+        ),
+        (hub, limits),
+    ]
+    for module, values in changes:
+        for name, value in values.items():
+            setattr(module, name, value)
+
+
+@pytest.fixture
+def hub(repos: dict[str, Path]) -> Any:
+    with Hub(repos) as server:
+        yield server
+
+
+@pytest.fixture
+def ask(hub: Hub, start: Callable[..., Any], tmp_path: Path, gpt2: Path, reviews_csv: Path) -> Callable[..., Any]:
+    """Runs one of the commands that ask the Hub."""
+    stored.write(tmp_path / "adapters" / "small", facts=stored.manifest(run=None))
+    quick = ("--max-steps", "1", "--eval-rows", "2", "--batch-size", "1", "--max-length", "32")
+    commands: dict[str, tuple[str | Path, ...]] = {
+        "generate": ("generate", "--base", MODEL, "--greedy", "--max-new-tokens", "5", "the actor"),
+        "base": ("train", "--base", MODEL, "--dataset", reviews_csv, "--name", "new", *quick),
+        "dataset": ("train", "--base", gpt2, "--dataset", TEXTS, "--name", "new", *quick),
+        "pull": ("pull", ADAPTER, "--name", "new"),
+        "push": ("push", "small", "owner/new"),
+    }
+
+    def run(what: str, token: str = TOKEN, **limits: float) -> Any:
+        short = {"SILENCE": 1.0, "WRITING": 1.0, "STALLED": 1.5} | limits
+        before = functools.partial(know, hub.url, str(tmp_path / ".home"), short)
+        return start(*commands[what], before=before, env={"HF_TOKEN": token}).end()
+
+    return run
+
+
+def asked_for_a_file(handler: BaseHTTPRequestHandler) -> bool:
+    return "/resolve/" in handler.path and handler.command == "GET"
+
+
+def large(handler: BaseHTTPRequestHandler) -> bool:
+    return asked_for_a_file(handler) and handler.path.endswith((".safetensors", ".parquet"))
+
+
+def front_page(handler: BaseHTTPRequestHandler) -> bool:
+    return handler.path == "/"
+
+
+Fault = Callable[[Hub, BaseHTTPRequestHandler], bool]
+
+
+def everywhere(play: Callable[[Hub, BaseHTTPRequestHandler], Any]) -> Fault:
+    """But for the front page: the Hub is there."""
+    return lambda hub, handler: not front_page(handler) and bool([play(hub, handler)])
+
+
+def on(which: Callable[[BaseHTTPRequestHandler], bool], play: Callable[[Hub, BaseHTTPRequestHandler], Any]) -> Fault:
+    return lambda hub, handler: which(handler) and bool([play(hub, handler)])
+
+
+def begin(hub: Hub, handler: BaseHTTPRequestHandler) -> bytes:
+    """The headers of a file that the hub has; its body is still to be sent."""
+    name = handler.path.partition("?")[0].rpartition("/")[2]
+    body = next(repo.files[name].read_bytes() for repo in hub.repos.values() if name in repo.files)
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    return body
+
+
+def half_then(more: Callable[[Hub, BaseHTTPRequestHandler], None]) -> Callable[[Hub, BaseHTTPRequestHandler], None]:
+    def play(hub: Hub, handler: BaseHTTPRequestHandler) -> None:
+        body = begin(hub, handler)
+        handler.wfile.write(body[: len(body) // 2])
+        handler.wfile.flush()
+        more(hub, handler)
+
+    return play
+
+
+def drip(hub: Hub, handler: BaseHTTPRequestHandler) -> None:
+    for byte in begin(hub, handler):
+        handler.wfile.write(bytes([byte]))
+        handler.wfile.flush()
+        if hub.closed.wait(0.1):
+            return
+
+
+def another_file(hub: Hub, handler: BaseHTTPRequestHandler) -> None:
+    body = begin(hub, handler)
+    handler.wfile.write(body[:-1] + bytes([body[-1] ^ 1]))
+
+
+def redirect(hub: Hub, handler: BaseHTTPRequestHandler) -> None:
+    reply(handler, 302, b"", {"Location": f"{hub.url}{handler.path}"})
+
+
+def html(hub: Hub, handler: BaseHTTPRequestHandler) -> None:
+    reply(handler, 200, HTML, {"Content-Type": "text/html"})
+
+
+def status(number: int, **headers: str) -> Callable[[Hub, BaseHTTPRequestHandler], None]:
+    return lambda hub, handler: reply(handler, number, {"error": "no"}, headers)
+
+
+GATED = everywhere(lambda hub, handler: fail(handler, 403, "GatedRepo", "ask for access"))
+LOGIN = "run `hf auth login`"
+PORTAL = "whether this network wants you to log in first"
+FAULTS: dict[str, tuple[Fault, str]] = {
+    "silent": (everywhere(lambda hub, _: hub.closed.wait(60)), "Try again"),
+    "silent within a file": (on(large, half_then(lambda hub, _: hub.closed.wait(60))), "Try again"),
+    "drip": (on(large, drip), "next to nothing came for 1.5 seconds"),
+    "cut off": (on(large, half_then(lambda hub, _: None)), "Try again"),
+    "another file": (
+        on(large, another_file),
+        "came damaged from the Hub: a file had another hash and went. Try again.",
+    ),
+    "a page in place of a file": (on(asked_for_a_file, html), ""),
+    "a page in place of all": (everywhere(html), PORTAL),
+    "redirects": (everywhere(redirect), "it sends from one address to the next without end"),
+    "gated": (GATED, "is gated: accept its terms on its Hub page, then run `hf auth login`."),
+    "401": (everywhere(status(401)), "`hf auth login`"),
+    "403": (everywhere(status(403)), "403 Forbidden"),
+    "404": (everywhere(status(404)), ""),
+    "429": (everywhere(status(429, **{"Retry-After": "3600"})), "asked too often. Try again after 3600 seconds"),
+    "500": (everywhere(status(500)), "it answers with status 500. Try again later."),
+    "503": (everywhere(status(503, **{"Retry-After": "3600"})), "status 503. Try again after 3600 seconds."),
+}
+REPO = {"generate": MODEL, "base": MODEL, "dataset": TEXTS, "pull": ADAPTER, "push": "owner/new"}
+QUICK = {
+    ("generate", "another file"),
+    ("pull", "cut off"),
+    ("base", "429"),
+    ("dataset", "another file"),
+    ("push", "500"),
+}
+CASES = [(what, how) for what in ("generate", "dataset", "pull") for how in FAULTS]
+CASES += [
+    ("base", how) for how in ("silent within a file", "another file", "gated", "429")
+]  # `generate` fetches it too
+CASES += [("push", how) for how in ("silent", "a page in place of all", "redirects", "401", "403", "429", "500", "503")]
+
+
+@pytest.mark.parametrize(
+    ("what", "how"),
+    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow, id="-".join(case)) for case in CASES],
+)
+def test_a_hub_that_fails_is_a_line_and_leaves_nothing(
+    hub: Hub, ask: Callable[..., Any], tmp_path: Path, what: str, how: str
+) -> None:
+    play, said = FAULTS[how]
+    if what == "push" and how in ("401", "403"):
+        said = f"may not be written with the token in use: {LOGIN}"
+    before = contents(tmp_path / "adapters")
+    hub.fault = lambda handler: play(hub, handler)
+    failed = ask(what)
+    assert failed.status == 1, failed.err
+    assert REPO[what] in failed.line
+    assert said in failed.line, failed.line
+    assert failed.seconds < 60
+    assert "in place of" not in failed.err
+    assert contents(tmp_path / "adapters") == before
+    hub.fault = None
+    done = ask(what, STALLED=30.0, SILENCE=10.0, WRITING=10.0)
+    assert done.status == 0, done.err
+    _is_right(hub, tmp_path, what, done)
+
+
+def _is_right(hub: Hub, root: Path, what: str, done: Any) -> None:
+    """What the command has fetched or sent is what the Hub has."""
+    if what == "pull":
+        theirs = hub.repos[f"models/{ADAPTER}"].files
+        assert {p.name: p.read_bytes() for p in (root / "adapters" / "new").iterdir()} == {
+            name: path.read_bytes() for name, path in theirs.items()
+        }
+    elif what == "push":
+        assert (
+            hub.repos["models/owner/new"].files[store.WEIGHTS].read_bytes()
+            == (root / "adapters" / "small" / store.WEIGHTS).read_bytes()
+        )
+    elif what == "generate":
+        from lora_tuner import Generator, Sampling
+
+        folder = hub.repos[f"models/{MODEL}"].files["config.json"].parent
+        greedy = Sampling(greedy=True, max_new_tokens=5)
+        text = Generator(base=str(folder), device="cpu").generate("the actor", greedy).text
+        assert done.out == f"the actor{text}\n"
+    else:
+        facts = json.loads((root / "adapters" / "new" / store.MANIFEST).read_text())
+        if what == "base":
+            assert facts["base"]["repo"] == MODEL
+        else:
+            assert facts["data"]["source"] == TEXTS
+            assert facts["data"]["counts"]["read"] == 60
+
+
+def test_a_fetch_that_ends_early_is_not_taken_for_whole(hub: Hub, ask: Callable[..., Any]) -> None:
+    """All but one small file came, and now the Hub is gone."""
+    hub.fault = lambda handler: asked_for_a_file(handler) and "generation_config" in handler.path and _hang_up(handler)
+    assert ask("generate").status == 1
+    hub.fault = lambda handler: bool([reply(handler, 503)])
+    failed = ask("generate")
+    assert failed.status == 1
+    assert f"{MODEL} is not cached, and the Hub is out of reach" in failed.line
+
+
+def _hang_up(handler: BaseHTTPRequestHandler) -> bool:
+    handler.close_connection = True
+    return True
+
+
+def test_what_is_cached_is_used_while_the_hub_fails(hub: Hub, ask: Callable[..., Any]) -> None:
+    well = ask("generate")
+    assert well.status == 0, well.err
+    hub.fault = lambda handler: bool([reply(handler, 503)])
+    asked = len(hub.requests)
+    assert ask("generate").out == well.out
+    assert len(hub.requests) == asked
+
+
+@pytest.mark.parametrize(
+    "what", ["pull", *(pytest.param(it, marks=pytest.mark.slow) for it in ("generate", "base", "dataset", "push"))]
+)
+def test_a_token_is_nowhere_even_when_the_hub_says_it(
+    hub: Hub, ask: Callable[..., Any], tmp_path: Path, what: str
+) -> None:
+    warning = {"X-HF-Warning": f"token; {TOKEN} is old"}
+    answers = [
+        lambda handler: fail(handler, 403, "", f"the token {TOKEN} is not enough"),
+        lambda handler: reply(handler, 401, {"error": f"Invalid token {TOKEN}"}, {"X-Error-Message": f"bad {TOKEN}"}),
+        lambda handler: reply(handler, 400, {"error": f"{TOKEN}?"}, warning),
+        lambda handler: reply(handler, 302, b"", {"Location": f"{hub.url}/{TOKEN}{handler.path}"[:900]}),
+    ]
+    said = ""
+    for answer in answers:
+        hub.fault = lambda handler, answer=answer: not front_page(handler) and bool([answer(handler)])
+        failed = ask(what)
+        assert failed.status == 1
+        said += failed.out + failed.err
+    hub.fault = None
+    done = ask(what)
+    assert done.status == 0, done.err
+    assert TOKEN not in said + done.out + done.err
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert not [path for path, content in kept.items() if TOKEN.encode() in content]
+    assert not [
+        name for repo in hub.repos.values() for name, it in repo.files.items() if TOKEN.encode() in it.read_bytes()
+    ]
+
+
+@pytest.mark.slow
+def test_the_limits_hold_as_they_are_stated(hub: Hub, tmp_path: Path) -> None:
+    """In a process of its own, with nothing shortened: a Hub that goes silent within a file."""
+    play, _ = FAULTS["silent within a file"]
+    hub.fault = lambda handler: play(hub, handler)
+    env = hub.env(tmp_path / "home") | {"LORA_TUNER_CACHE": str(tmp_path / "own"), "HF_TOKEN": TOKEN}
+    command = [sys.executable, str(CLI), "generate", "--base", MODEL, "the actor"]
+    begun = time.monotonic()
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"Error: {MODEL} could not be fetched from the Hub: ")
+    assert time.monotonic() - begun < 120
+    hub.fault = None
+    shutil.rmtree(tmp_path / "own", ignore_errors=True)
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
