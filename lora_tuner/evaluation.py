@@ -263,7 +263,12 @@ def losses(
             stage = f"{name} on {it.name} (adapter {number} of {len(adapters)})"
             with bank.applied([name]):
                 now = partial(measure, base.model, base, rows, notify, stage=stage)
-                line.append((of_base, _once(base, rows, adapter, now)) if of_base is not None else None)
+                measured = (of_base, _once(base, rows, adapter, now)) if of_base is not None else None
+            if measured and not math.isfinite(measured[1].loss):
+                raise AdapterError(
+                    f"{adapter.path} has no finite loss on {it.name}: its numbers are too large for this base."
+                )
+            line.append(measured)
         bank.remove(name)
         found.append(line)
     return found

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
@@ -231,12 +232,20 @@ def read_tensors(adapter: Adapter, layers: dict[str, Any]) -> dict[str, torch.Te
     """The adapter's tensors, by their names in the file. Raises AdapterError unless they are whole and fit these layers."""
     adapter.check_fit(layer_sizes(layers))
     store.check_weights(adapter)
-    tensors = load_file(adapter.path / store.WEIGHTS)
+    tensors = load_tensors(adapter)
     if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != {
         name: shape for name, (_, shape) in adapter.tensors.items()
     }:
         raise AdapterError(f"{adapter.path} has changed since it was read: read it again.")
     return tensors
+
+
+def load_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter as they are in its file. Raises AdapterError where safetensors does not take it."""
+    try:
+        return load_file(adapter.path / store.WEIGHTS)
+    except SafetensorError as error:
+        raise AdapterError(f"{adapter.path / store.WEIGHTS} is not readable as safetensors: {error}.") from error
 
 
 def attach(model: Any, adapter: Adapter, slot: str, **settings: Any) -> PeftModel:
