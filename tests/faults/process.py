@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.faults.preload"])
 LIMIT = 120.0  # seconds, after which a command hangs
@@ -125,7 +127,9 @@ class Command:
         self.process = CONTEXT.Process(
             target=_run, args=([str(it) for it in arguments], cwd, environment, self.folder, fault, before)
         )
-        self.process.start()
+        with pytest.MonkeyPatch.context() as patch:  # the server knows our environment, but not our sys.path
+            patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+            self.process.start()
 
     @property
     def pid(self) -> int:

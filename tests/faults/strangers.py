@@ -34,13 +34,22 @@ HTML = "<!DOCTYPE html><html><head><title>404</title></head><body>Not found</bod
 
 def write_good(folder: Path, base: Path) -> Path:
     """A good one on a tiny GPT-2, with all that a trained one has beside it."""
+    return write_on(folder, base)
+
+
+def write_on(
+    folder: Path, base: Path, tokenizer: str | None = None, module: str = "transformer.h.{}.attn.c_attn", out: int = 96
+) -> Path:
+    """One that was trained on the base, its manifest says, on one layer of the first two blocks: 32 -> `out`."""
     draw = np.random.default_rng(0)
+    blocks = min(2, json.loads((base / "config.json").read_text()).get("n_layer", 2))
+    width = 64 if "wide" in base.name else 32
     tensors = {
-        f"base_model.model.{module}.lora_{part}.weight": draw.normal(0, 0.1, shape).astype(np.float32)
-        for module in stored.MODULES
-        for part, shape in (("A", (4, 32)), ("B", (96, 4)))
+        f"base_model.model.{module.format(block)}.lora_{part}.weight": draw.normal(0, 0.1, shape).astype(np.float32)
+        for block in range(blocks)
+        for part, shape in (("A", (4, width)), ("B", (out * width // 32, 4)))
     }
-    facts = stored.manifest(base=find_base(str(base)).facts())
+    facts = stored.manifest(base=find_base(str(base)).facts(tokenizer))
     stored.write(folder, {"base_model_name_or_path": str(base)}, tensors, facts)
     (folder / RUN).write_text("base: gpt2\nrank: 4\n")
     for name in (METRICS, PLOT, CARD):
@@ -54,7 +63,7 @@ Spoil = Callable[[Path], None]
 @dataclass(frozen=True)
 class Stranger:
     """What is done to a good one, and who refuses it then: `all` who open it; `numbers`, who look at its numbers; `base`, who
-    put it on one; `push`; or nobody. `why` is in the line that they say."""
+    put it on one; `push`; or nobody. `why` is found in the line that they say."""
 
     spoil: Spoil
     refused_by: str
@@ -187,19 +196,16 @@ def one_number(value: float) -> Callable[[dict[str, Any]], None]:
 
 
 class _Bomb:
-    """Unpickled, it makes a folder beside the adapter."""
-
-    def __init__(self, place: Path) -> None:
-        self.place = str(place)
+    """Unpickled, it makes a folder."""
 
     def __reduce__(self) -> Any:
-        return os.mkdir, (self.place,)
+        return os.mkdir, ("it-ran",)
 
 
 def pickled(name: str) -> Spoil:
     def spoil(folder: Path) -> None:
         (folder / WEIGHTS).unlink()
-        (folder / name).write_bytes(pickle.dumps(_Bomb(folder / "it-ran")))
+        (folder / name).write_bytes(pickle.dumps(_Bomb()))
 
     return bare(spoil)
 
@@ -245,6 +251,7 @@ NO_LORA = "is no part of a LoRA update"
 CUT_OFF = "it is cut off, or no safetensors file"
 NOT_JSON = "is not readable as JSON"
 HEADER = "its header"
+LARGE = "not finite|no finite loss|The loss is nan|cannot hold"
 
 BY_HAND: dict[str, Stranger] = {
     # Files
@@ -264,7 +271,7 @@ BY_HAND: dict[str, Stranger] = {
     "a pickle in disguise": Stranger(pickled(WEIGHTS), "all", CUT_OFF),
     # Tensors
     "a tensor renamed": Stranger(tensors(rename(A, "base_model.model.lora_A")), "all", NO_LORA),
-    "a tensor missing": Stranger(tensors(lambda found: {name: it for name, it in found.items() if name != A}), "all", "lacks lora_A"),
+    "a tensor missing": Stranger(tensors(lambda found: {n: it for n, it in found.items() if n != A}), "all", "lacks lora_A"),
     "half an adapter": Stranger(
         tensors(lambda found: {name: it for name, it in found.items() if MODULE in name}, known=True), "nobody"
     ),
@@ -280,7 +287,6 @@ BY_HAND: dict[str, Stranger] = {
     "a tensor that writes": Stranger(tensors(rename(A, ESCAPE)), "all", NO_LORA),
     "nan": Stranger(tensors(one_number(math.nan), known=True), "numbers", "not finite"),
     "infinity": Stranger(tensors(one_number(-math.inf)), "numbers", "not finite"),
-    "other numbers": Stranger(lambda it: tensors(one_number(1.0), known=True)(it) or manifest()(it), "nobody"),
     "another shape": Stranger(tensors(lambda found: {n: it[:, :-1] for n, it in found.items()}), "all", "no rank"),
     "other sizes": Stranger(
         tensors(lambda found: {n: it[:, :-1] if n[-8] == "A" else it for n, it in found.items()}), "base", "31 -> 96"
@@ -290,8 +296,8 @@ BY_HAND: dict[str, Stranger] = {
     ),
     "whole numbers": Stranger(tensors(cast(np.int32)), "all", "holds I32"),
     "nothing": Stranger(tensors(lambda found: {"empty": np.zeros(0, np.float32)}), "all", NO_LORA),
-    "large numbers": Stranger(tensors(cast(np.float32, 1e37)), "base", "not finite"),
-    "numbers beyond float32": Stranger(tensors(cast(np.float64, 1e300)), "base", "not finite"),
+    "large numbers": Stranger(tensors(cast(np.float32, 1e37)), "base", LARGE),
+    "numbers beyond float32": Stranger(tensors(cast(np.float64, 1e300)), "base", LARGE),
     # Headers
     "a header of gigabytes": Stranger(header(lambda _: None) and sparse(100, 1 << 40), "all", CUT_OFF),
     "a header beyond all numbers": Stranger(sparse(100, (1 << 64) - 1), "all", CUT_OFF),
@@ -357,7 +363,7 @@ BY_HAND: dict[str, Stranger] = {
     "targets that hang": Stranger(config(target_modules="(.*.*)*(a+)+$"), "nobody"),
     "other targets": Stranger(config(target_modules=["../x", ESCAPE, "lm_head"]), "nobody"),
     "many layers": Stranger(many_layers(2_000, 1_000, 1), "all", "too many for the 1,000 keys"),
-    "layers enough": Stranger(many_layers(450, 1_000, 1), "base", "is no linear layer"),
+    "layers enough": Stranger(many_layers(100, 1_000, 1), "base", "a.h.0.attn.c_attn"),
     "long names": Stranger(many_layers(40, 0, 200), "all", NO_LORA),
     # Manifests
     "a manifest that is none": Stranger(partial(replace, MANIFEST, "[]"), "all", MANIFEST),
