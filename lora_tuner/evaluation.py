@@ -272,13 +272,13 @@ def losses(
             stage = f"{name} on {it.name} (adapter {number} of {len(adapters)})"
             with bank.applied([name]):
                 now = partial(measure, base.model, base, rows, notify, stage=stage)
-                held = _once(base, rows, adapter, now) if of_base is not None else None
-            if held is not None and not math.isfinite(held.loss):
+                measured = (of_base, _once(base, rows, adapter, now)) if of_base is not None else None
+            if measured and not math.isfinite(measured[1].loss):
                 raise AdapterError(
-                    f"{name} has a held-out loss of {held.loss} on {it.name}: its numbers are too large to be of use. Train it "
-                    "with a lower --learning-rate, or leave it out."
+                    f"{name} has a held-out loss of {measured[1].loss} on {it.name}: its numbers are too large for this base. Train "
+                    "it with a lower --learning-rate, or leave it out."
                 )
-            line.append((of_base, held) if of_base is not None and held is not None else None)
+            line.append(measured)
         bank.remove(name)
         found.append(line)
     return found

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file
 
 from . import files, lora, portable, store
 from .errors import AdapterError, ConfigError, Listener, ignore
@@ -128,7 +127,7 @@ def _tensors(adapter: Adapter, kind: str, config: dict[str, Any]) -> dict[str, _
 
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
     names = gguf.get_tensor_name_map(architecture, config["n_layer"] if kind == "gpt2" else config["num_hidden_layers"])
-    loaded = {name: tensor.float().numpy() for name, tensor in load_file(adapter.path / store.WEIGHTS).items()}
+    loaded = {name: tensor.float().numpy() for name, tensor in lora.load_tensors(adapter).items()}
     tensors = {}
     for module in adapter.modules:
         name = names.get_name(module)

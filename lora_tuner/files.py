@@ -29,6 +29,8 @@ if sys.platform != "win32":
 _OLD, _WORK = ".lora_tuner-old", ".lora_tuner-new"  # no ending that anyone else gives to a folder of theirs
 _ABANDONED = 24 * 3600.0  # seconds, where there are no locks
 DATA_FILES = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet")
+LFS = b"version https://git-lfs"  # so begins what lies in a clone where git-lfs has not fetched the file
+_HEADER = 5_000_000  # bytes: 15,000 adapted layers; in memory it can become thirty times as much
 _BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I8": 1, "I16": 2, "I32": 4, "I64": 8, "U8": 1, "BOOL": 1}
 
 
@@ -65,15 +67,19 @@ def safetensors_header(path: Path) -> tuple[dict[str, tuple[str, list[int], int,
     Raises ValueError for anything that is no whole safetensors file.
     """
     total = path.stat().st_size
+    if not path.is_file():  # a pipe would never end
+        raise ValueError("it is no file")
     with path.open("rb") as file:
         prefix = file.read(8)
+        if prefix == LFS[:8] and file.read(len(LFS) - 8) == LFS[8:]:
+            raise ValueError("it is a pointer of Git LFS, and `git lfs pull` fetches the file")
         size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else total
-        if size > min(total - 8, 100_000_000):
+        if size > total - 8:
             raise ValueError("it is cut off, or no safetensors file")
+        if size > _HEADER:
+            raise ValueError(f"its header has {size:,} bytes, and {_HEADER:,} are read")
         try:
-            header = json.loads(file.read(size))
-            header.pop("__metadata__", None)
-            entries = {name: _tensor_entry(entry) for name, entry in header.items()}
+            entries = _tensor_entries(file.read(size))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError("its header is no safetensors header") from error
     start = 8 + size
@@ -89,10 +95,27 @@ def safetensors_header(path: Path) -> tuple[dict[str, tuple[str, list[int], int,
     return entries, start
 
 
+def _tensor_entries(data: bytes) -> dict[str, tuple[str, list[int], int, int]]:
+    """As strict as safetensors, which loads the file later: JSON in UTF-8, each name once, text alone as metadata."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a name is given twice")
+        return found
+
+    if not data.startswith(b"{"):
+        raise ValueError("it is no JSON object")
+    header = json.loads(data.decode("utf-8"), object_pairs_hook=once)
+    for key, value in (header.pop("__metadata__", None) or {}).items():
+        f"{key}{value + ''}".encode()  # half a character is none
+    return {name: _tensor_entry(entry) for name, entry in header.items()}
+
+
 def _tensor_entry(entry: Any) -> tuple[str, list[int], int, int]:
     begin, end = entry["data_offsets"]
     shape = entry["shape"]
-    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+    if not all(type(number) is int and 0 <= number < 1 << 63 for number in (begin, end, *shape)):
         raise ValueError("a size is no whole number")
     return str(entry["dtype"]), list(shape), begin, end
 

@@ -280,6 +280,7 @@ class Generator:
                         continue
                     best = row.best(written[line : line + 1, width - len(row.text.prompt) : end], logits[line, number])
                     written[line, end] = best
+                    row.check(logits[line, number, best])
                     row.take(best, eos)
                     if streamed:
                         streamed.put(written[line, end])
@@ -355,6 +356,14 @@ class _Row:
         """The token that follows `seen` (1, tokens), given its logits (vocabulary,)."""
         return int(self.drawing(seen, logits[None]).argmax())
 
+    def check(self, logit: torch.Tensor) -> None:
+        """Of the token that is taken: of logits that are no numbers the first would be, without a word."""
+        if not logit.isfinite():
+            raise GenerationError(
+                f"{self.adapter or 'The base'} gives logits that are not finite, so it writes nothing: its numbers are too large, "
+                "or it needs --dtype float32."
+            )
+
     def take(self, token: int, eos: int) -> None:
         assert self.new is not None
         if token == eos:
@@ -381,6 +390,7 @@ class _EachRow(LogitsProcessor):
         for line, row in enumerate(self.rows):
             start = self.width - len(row.text.prompt)
             lines.append(row.drawing(input_ids[line : line + 1, start:], scores[line : line + 1]))
+            row.check(scores[line, lines[-1].argmax()])
         return torch.cat(lines)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
@@ -233,7 +234,7 @@ def read_tensors(adapter: Adapter, layers: dict[str, Any]) -> dict[str, torch.Te
     path = adapter.path / store.WEIGHTS
     before = _version(path)
     store.check_weights(adapter)
-    tensors = load_file(path)
+    tensors = load_tensors(adapter)
     if _version(path) != before or {name: tuple(tensor.shape) for name, tensor in tensors.items()} != {
         name: shape for name, (_, shape) in adapter.tensors.items()
     }:
@@ -244,6 +245,14 @@ def read_tensors(adapter: Adapter, layers: dict[str, Any]) -> dict[str, torch.Te
 def _version(path: Path) -> tuple[int, int, int]:
     facts = path.stat()
     return facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+def load_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter as they are in its file. Raises AdapterError where safetensors does not take it."""
+    try:
+        return load_file(adapter.path / store.WEIGHTS)
+    except SafetensorError as error:
+        raise AdapterError(f"{adapter.path / store.WEIGHTS} is not readable as safetensors: {error}.") from error
 
 
 def attach(model: Any, adapter: Adapter, slot: str, **settings: Any) -> PeftModel:

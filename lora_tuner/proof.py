@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from . import lora, tokens
 from .bank import AdapterBank
 from .base_model import Base
-from .errors import Listener, Progress
+from .errors import AdapterError, Listener, Progress
 from .evaluation import HeldOut
 from .store import Adapter
 from .updates import Updates
@@ -72,7 +72,10 @@ def look_with(base: Base, adapter: Adapter, rows: Sequence[tokens.Row], notify: 
     bank = AdapterBank(base)
     bank.add(adapter.name, adapter)
     with bank.applied([adapter.name]):
-        return look(base.model, rows, notify, "the adapter beside its base")
+        found = look(base.model, rows, notify, "the adapter beside its base")
+    if not found.logits.isfinite().all():
+        raise AdapterError(f"{adapter.path} gives logits that are not finite: its numbers are too large for this base.")
+    return found
 
 
 def add_to_weights(base: Base, sums: Updates) -> None:

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -90,13 +91,25 @@ def _without_paths(folder: Path, manifest: Manifest) -> None:
     (folder / store.MANIFEST).write_text(public.to_json(), encoding="utf-8")
     if (folder / store.RUN).is_file():
         try:
-            settings = yaml.safe_load((folder / store.RUN).read_text(encoding="utf-8"))
+            settings = _settings((folder / store.RUN).read_bytes())
         except (ValueError, yaml.YAMLError):
             settings = None
         if not isinstance(settings, dict):
             raise AdapterError(f"{folder.name} is not pushed: its {store.RUN} holds no settings.")
         plain = {key: shown(it) if key in _PATHS and isinstance(it, str) else it for key, it in settings.items()}
         (folder / store.RUN).write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _settings(data: bytes) -> Any:
+    """What a run.yaml holds. Raises ValueError for one that would take long: it may come from strangers."""
+    depth, text = 0, data.decode("utf-8")
+    if len(text) > 100_000:
+        raise ValueError("it is too large to be what it is called")
+    for event in yaml.parse(text):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > 9 or isinstance(event, yaml.AliasEvent):
+            raise ValueError("it is deep, or holds parts of itself again and again")
+    return yaml.safe_load(text)
 
 
 def pull(

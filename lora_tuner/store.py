@@ -9,7 +9,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,11 +35,16 @@ WEIGHTS, CONFIG, MANIFEST, RUN, METRICS, PLOT, SPECTRUM, CARD = (
 )
 SCALES = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # decide what the tensors do
 _TENSOR = re.compile(
-    r"base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)"
+    r"base_model\.model\.(?P<module>(?=.{1,260}$)\w+(?:\.\w+){0,19})\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)",
+    re.ASCII,
 )
-_PATTERN_KEY = re.compile(r"[\^A-Za-z0-9_.\\$]+")
+_PATTERN_KEY = re.compile(r"[\^A-Za-z0-9_.\\$]{1,200}")
 _DTYPES = ("F16", "BF16", "F32", "F64")
 MAX_PATTERNS = 1_000
+_TRIED = 500_000  # keys times layers: each key is tried on each layer
+_JSON = 1_000_000  # bytes of a config or a manifest; in memory it can become thirty times as much
+_repr = reprlib.Repr()  # of values that can be long, and deeper than repr can go
+_repr.maxstring, _repr.maxother, _repr.maxlong = 200, 200, 420
 
 
 @dataclass(frozen=True)
@@ -106,9 +112,16 @@ class Adapter:
 
     def _by_pattern(self, name: str, module: str) -> Any:
         """The value of the first key that means this layer, as PEFT reads it: an ending of its name, as a pattern."""
-        expression, values = self._patterns[name]
-        match = expression.match(module)
-        return values[int(str(match.lastgroup)[1:])] if match else None
+        if (name, module) not in self._found:
+            expression, values = self._patterns[name]
+            match = expression.match(module)
+            self._found[name, module] = values[int(str(match.lastgroup)[1:])] if match else None
+        return self._found[name, module]
+
+    @cached_property
+    def _found(self) -> dict[tuple[str, str], Any]:
+        """What `_by_pattern` has found: a thousand keys take their time."""
+        return {}
 
     @cached_property
     def _patterns(self) -> dict[str, tuple[re.Pattern[str], list[Any]]]:
@@ -172,7 +185,7 @@ def read(path: Path) -> Adapter:
         raise AdapterError(f"There is no adapter folder {path}.")
     config = _read_json(path / CONFIG)
     if problems := _config_problems(config):
-        raise AdapterError(f"{path / CONFIG}: {'; '.join(problems[:10])}.")
+        raise AdapterError(f"{path / CONFIG}: {_joined(problems, 10)}.")
     try:
         header, _ = files.safetensors_header(path / WEIGHTS)
         size = sum((path / name).stat().st_size for name in (WEIGHTS, CONFIG))
@@ -183,11 +196,17 @@ def read(path: Path) -> Adapter:
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path / WEIGHTS}: {error}. Restore it from where it came from.") from error
     tensors = {name: (dtype, tuple(shape)) for name, (dtype, shape, _, _) in header.items()}
-    manifest = read_manifest(path) if (path / MANIFEST).exists() else None
+    manifest = read_manifest(path) if os.path.lexists(path / MANIFEST) else None
     adapter = Adapter(path, config, manifest, tensors, size)
     if problems := _tensor_problems(adapter):
-        raise AdapterError(f"{path / WEIGHTS}: {'; '.join(problems[:5])}.")
+        raise AdapterError(f"{path / WEIGHTS}: {_joined(problems, 5)}.")
     return adapter
+
+
+def _joined(problems: Sequence[str], most: int) -> str:
+    """The first of them, in a line that somebody can read."""
+    text = "; ".join(problems[:most])
+    return text if len(text) <= 1500 else f"{text[:1500]}..."
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -196,7 +215,7 @@ def read_manifest(path: Path) -> Manifest:
         return Manifest.model_validate(_read_json(path / MANIFEST))
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, it['loc'])) or 'it'}: {it['msg']}" for it in error.errors()]
-        raise AdapterError(f"{path / MANIFEST}: {'; '.join(problems)}.") from error
+        raise AdapterError(f"{path / MANIFEST}: {_joined(problems, 10)}.") from error
 
 
 def weights_of(adapter: Adapter) -> Weights:
@@ -260,9 +279,14 @@ def _read_json(path: Path) -> Any:
     try:
         if path.exists() and not path.is_file():  # a pipe would never end
             raise AdapterError(f"{path} is no file.")
-        if path.stat().st_size > 10_000_000:
+        if path.stat().st_size > _JSON:
             raise AdapterError(f"{path} is too large to be what it is called.")
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        if data.startswith(files.LFS):
+            raise AdapterError(f"{path} is a pointer of Git LFS: `git lfs pull` fetches the file.")
+        found = json.loads(data.decode("utf-8"))
+        json.dumps(found, ensure_ascii=False).encode()  # half a character cannot be written again
+        return found
     except FileNotFoundError as error:
         raise AdapterError(f"{path.parent} has no {path.name}: it is incomplete, or no adapter.") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -303,35 +327,43 @@ def _config_problems(config: Any) -> list[str]:
             continue  # says nothing, which is always harmless
         if key in values:
             if value not in values[key]:
-                problems.append(f"{key} is {value!r}, and only {' or '.join(map(repr, values[key]))} is accepted")
+                problems.append(
+                    f"{key} is {_repr.repr(value)}, and only {' or '.join(map(repr, values[key]))} is accepted"
+                )
         elif key not in expected:
             problems.append(f"{key} is set, which is not supported")
         elif not isinstance(value, expected[key]) or (isinstance(value, bool) and bool not in expected[key]):
-            problems.append(f"{key} is {value!r}, a {type(value).__name__}")
+            problems.append(f"{key} is {_repr.repr(value)}, a {type(value).__name__}")
     for key in ("rank_pattern", "alpha_pattern"):
         if len(_pattern(config, key)) > MAX_PATTERNS:  # each is tried on each layer
             problems.append(f"{key} has {len(_pattern(config, key)):,} keys, and {MAX_PATTERNS:,} are accepted")
             return problems
     ranks = {"r": config.get("r")} | _pattern(config, "rank_pattern")
     problems += [
-        f"{key} is {rank!r}, not a rank from 1 to {MAX_RANK}" for key, rank in ranks.items() if not _is_rank(rank)
+        f"{key} is {_repr.repr(rank)}, not a rank from 1 to {MAX_RANK}"
+        for key, rank in ranks.items()
+        if not _is_rank(rank)
     ]
     alphas = {"lora_alpha": config.get("lora_alpha")} | _pattern(config, "alpha_pattern")
-    problems += [f"{key} is {alpha!r}, which is no scale" for key, alpha in alphas.items() if not _is_alpha(alpha)]
+    problems += [
+        f"{key} is {_repr.repr(alpha)}, which is no scale" for key, alpha in alphas.items() if not _is_alpha(alpha)
+    ]
     for key in ranks | alphas:
         pattern, dot, name = key.partition(".")
         if dot and not _is_pattern(name):
-            problems.append(f"{pattern} has the key {name!r}, which is no layer name")
+            problems.append(f"{pattern} has the key {_repr.repr(name)}, which is no layer name")
     return problems
 
 
 def _is_pattern(name: str) -> bool:
     """Whether a layer name may go to PEFT, which takes it for a regular expression: nothing in it may repeat."""
+    if not _PATTERN_KEY.fullmatch(name):
+        return False
     try:
         re.compile(name)
     except re.error:
         return False
-    return _PATTERN_KEY.fullmatch(name) is not None
+    return True
 
 
 def _is_rank(value: Any) -> bool:
@@ -353,6 +385,9 @@ def _tensor_problems(adapter: Adapter) -> list[str]:
     problems += [f"{name} holds {dtype}" for name, (dtype, _) in adapter.tensors.items() if dtype not in _DTYPES]
     if not adapter.modules:
         problems.append("it holds no LoRA update")
+    keys = max(len(adapter.config.get(key) or {}) for key in ("rank_pattern", "alpha_pattern"))
+    if keys * len(adapter.modules) > _TRIED:
+        return [f"{len(adapter.modules):,} layers are too many for the {keys:,} keys of a pattern in {CONFIG}"]
     dora = bool(adapter.config.get("use_dora"))
     for module in adapter.modules:
         prefix = f"base_model.model.{module}.lora_"

@@ -51,6 +51,10 @@ def read(adapter: Adapter, layers: dict[str, Any]) -> Updates:
         prefix = f"base_model.model.{module}.lora_"
         down, up = tensors[f"{prefix}A.weight"], tensors[f"{prefix}B.weight"] * adapter.scale_of(module)
         updates[module] = Update(down, up, tensors.get(f"{prefix}magnitude_vector"))
+        if not all(part.isfinite().all() for part in (down, up)):
+            raise AdapterError(
+                f"{adapter.path} has numbers in {module} that are not finite in float32: it is of no use."
+            )
     return updates
 
 

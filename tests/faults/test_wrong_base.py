@@ -1,0 +1,226 @@
+"""An adapter on another base than its own: refused by whatever would put it there, with both named and nothing written."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+from typer.testing import CliRunner
+
+from lora_tuner import Generator, Library
+from lora_tuner.base_model import find_base, load_base
+from lora_tuner.cli import app
+from lora_tuner.config import Sampling
+from lora_tuner.errors import WrongBaseError
+from lora_tuner.store import MANIFEST
+
+from .. import tiny
+from . import strangers
+from .process import contents
+
+NAME = "x"
+ROWS = ["--eval-dataset", "rows.txt", "--eval-rows", "2"]
+PROMPT = ["the actor", "--greedy", "--max-new-tokens", "2"]
+COMMANDS: dict[str, list[str]] = {
+    "generate": ["generate", *PROMPT, "--adapter", NAME],
+    "compare": ["compare", *PROMPT, "--adapter", NAME],
+    "evaluate": ["evaluate", NAME, *ROWS],
+    "merge": ["merge", NAME, "--out", "merged", *ROWS],
+    "blend": ["blend", f"{NAME}=0.5", "--name", "blended", *ROWS],
+    "slim": ["slim", NAME, "--name", "slimmed", *ROWS],
+    "export": ["export", NAME, "--out", "out.gguf"],
+    "train": [
+        "train",
+        "--from",
+        NAME,
+        "--name",
+        "next",
+        "--dataset",
+        "rows.csv",
+        "--max-steps",
+        "1",
+        "--eval-rows",
+        "2",
+    ],
+}
+SAME_SIZES = ("gpt2", "gpt2 of another seed", "gpt2 with other heads")
+SAME_LLAMAS = ("llama", "llama of another seed")
+RETOKENISED = "gpt2 with another tokenizer"
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory, gpt2: Path, llama: Path) -> dict[str, Path]:
+    """By what is different in them."""
+    place = tmp_path_factory.mktemp("bases")
+    heads, words = (Path(shutil.copytree(gpt2, place / name)) for name in ("heads", "words"))
+    config = AutoConfig.from_pretrained(heads)
+    config.n_head = 2
+    config.save_pretrained(heads)
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<one more>"])
+    tokenizer.save_pretrained(words)
+    return {
+        "gpt2": gpt2,
+        "gpt2 of another seed": tiny.save_model(place / "seed", "gpt2", seed=7),
+        "gpt2 with other heads": heads,
+        RETOKENISED: words,
+        "wider gpt2": tiny.save_model(place / "wide", "gpt2", width=64),
+        "deeper gpt2": tiny.save_model(place / "deep", "gpt2", layers=3),
+        "shallower gpt2": tiny.save_model(place / "shallow", "gpt2", layers=1),
+        "llama": llama,
+        "llama of another seed": tiny.save_model(place / "llama", "llama", seed=7),
+    }
+
+
+@pytest.fixture(autouse=True)
+def _place(tmp_path: Path) -> None:
+    texts = tiny.reviews(30)
+    (tmp_path / "rows.txt").write_text("\n".join(texts))
+    (tmp_path / "rows.csv").write_text("text\n" + "\n".join(texts))
+    for name in ("adapters", "runs"):
+        (tmp_path / name).mkdir()
+
+
+@pytest.fixture
+def trained_on(tmp_path: Path, bases: dict[str, Path]) -> Callable[..., Path]:
+    """An adapter whose manifest says that it was trained on that base."""
+
+    def write(name: str, called: str = NAME) -> Path:
+        base = load_base(find_base(str(bases[name])), "cpu")
+        folder = tmp_path / "adapters" / called
+        if name.startswith("llama"):
+            return strangers.write_on(folder, bases[name], base.tokenizer_hash, "model.layers.{}.self_attn.q_proj", 32)
+        return strangers.write_on(folder, bases[name], base.tokenizer_hash)
+
+    return write
+
+
+def run(*arguments: Any) -> Any:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def refusal(*arguments: Any) -> str:
+    """The one line of a command that ends with status 1 and writes nothing."""
+    before = contents(Path.cwd())
+    result = run(*arguments)
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert errors == result.stderr.splitlines()[-1:], result.stderr
+    assert contents(Path.cwd()) == before
+    return errors[0]
+
+
+PAIRS = [
+    *((one, other) for one in SAME_SIZES for other in SAME_SIZES if one != other),
+    *((one, other) for one in SAME_LLAMAS for other in SAME_LLAMAS if one != other),
+    *(("gpt2", other) for other in (RETOKENISED, "wider gpt2", "deeper gpt2", "shallower gpt2", "llama")),
+    *((one, "gpt2") for one in (RETOKENISED, "deeper gpt2", "llama")),
+]
+
+
+@pytest.mark.parametrize(("own", "other"), PAIRS)
+def test_another_base_is_refused_by_every_command_and_nothing_is_written(own, other, bases, trained_on):
+    trained_on(own)
+    for name, arguments in COMMANDS.items():
+        if name == "export" and RETOKENISED in (own, other):
+            continue  # the file holds no words: a tokenizer does not matter to it
+        line = refusal(*arguments, "--base", bases[other])
+        if RETOKENISED in (own, other):
+            assert line.startswith(f"Error: {NAME} was trained with another tokenizer than that of {bases[other]}."), (
+                name
+            )
+        else:
+            assert line.startswith(f"Error: {NAME} was trained on {bases[own]} (fingerprint "), name
+            assert f"not on {bases[other]} (fingerprint " in line, name
+        assert "Give the right one with --base" in line, name
+
+
+def test_its_own_base_is_taken_by_every_command(bases, trained_on):
+    trained_on("gpt2")
+    for arguments in COMMANDS.values():
+        result = run(*arguments, "--base", bases["gpt2"])
+        assert result.exit_code == 0, result.output
+        assert "FORCED" not in result.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_forced_onto_another_base_it_says_so(name, bases, trained_on):
+    trained_on("gpt2")
+    result = run(*COMMANDS[name], "--base", bases["gpt2 of another seed"], "--force")
+    assert result.exit_code == 0, result.output
+    said = [line for line in result.stderr.splitlines() if "FORCED" in line]
+    assert said
+    assert said[0].startswith(f"FORCED: {NAME} was trained on {bases['gpt2']} (fingerprint ")
+    assert f"not on {bases['gpt2 of another seed']} (fingerprint " in said[0]
+
+
+@pytest.mark.parametrize("other", ["wider gpt2", "shallower gpt2", "llama"])
+@pytest.mark.parametrize("name", [*COMMANDS, "adopt"])
+def test_what_does_not_fit_is_refused_even_forced_or_unknown(name, other, bases, trained_on):
+    """Its sizes tell, where no manifest does."""
+    folder = trained_on("gpt2")
+    forced = ["--force"]
+    if name == "adopt":
+        (folder / MANIFEST).unlink()
+        forced = []
+    arguments = COMMANDS.get(name, ["adapters", "adopt", NAME])
+    line = refusal(*arguments, "--base", bases[other], *forced)
+    assert line.startswith(f"Error: adapters/{NAME} does not fit the base: transformer.h."), line
+    if name == "adopt":
+        assert not (folder / MANIFEST).exists()
+
+
+@pytest.mark.parametrize("other", [name for name in (*SAME_SIZES[1:], RETOKENISED, "wider gpt2", "llama")])
+def test_a_generator_refuses_it_and_writes_on_as_before(other, bases, trained_on, tmp_path):
+    trained_on("gpt2")
+    trained_on(other, "own")
+    generator = Generator("own", adapters_dir=tmp_path / "adapters", device="cpu")
+    greedy = Sampling(greedy=True, max_new_tokens=5)
+    before = generator.generate("the actor", greedy)
+    with pytest.raises(WrongBaseError, match=f"^{NAME} was trained "):
+        generator.use(NAME)
+    with pytest.raises(WrongBaseError):
+        generator.generate_batch([("the actor", "own"), ("the actor", NAME)], greedy)
+    assert (generator.current, generator.loaded) == ("own", ["own"])
+    assert generator.generate("the actor", greedy) == before
+
+
+@pytest.mark.parametrize("other", [*SAME_SIZES[1:], RETOKENISED, "llama"])
+@pytest.mark.parametrize("command", ["blend", "evaluate", "compare", "merge"])
+def test_adapters_of_two_bases_do_not_go_together(command, other, bases, trained_on):
+    trained_on("gpt2")
+    trained_on(other, "y")
+    each = {
+        "blend": ["blend", "x=0.5", "y=0.5", "--name", "both", *ROWS],
+        "evaluate": ["evaluate", "x", "y", *ROWS],
+        "compare": ["compare", *PROMPT, "--adapter", "x", "--adapter", "y"],
+        "merge": ["merge", "x", "y", "--out", "merged", "--base", bases["gpt2"], *ROWS],
+    }
+    if command == "merge":  # one after another, each proven: what is whole stays
+        result = run(*each[command])
+        assert result.exit_code == 1
+        assert result.stderr.splitlines()[-1].startswith("Error: y was trained ")
+        assert [path.name for path in Path("merged").iterdir()] == ["x"]
+    else:
+        assert refusal(*each[command]).startswith("Error: y was trained ")
+    assert Library().names() == ["x", "y"]
+
+
+def test_a_base_that_has_changed_behind_its_path_is_another(bases, trained_on, tmp_path):
+    base = Path(shutil.copytree(bases["gpt2"], tmp_path / "base"))
+    folder = trained_on("gpt2")
+    facts = json.loads((folder / MANIFEST).read_text())
+    facts["base"] |= {"name": "base", "repo": "base"}
+    (folder / MANIFEST).write_text(json.dumps(facts))
+    assert run(*COMMANDS["generate"]).exit_code == 0
+    shutil.rmtree(base)
+    shutil.copytree(bases["gpt2 of another seed"], base)
+    for arguments in COMMANDS.values():
+        assert refusal(*arguments).startswith(f"Error: {NAME} was trained on base (fingerprint ")
