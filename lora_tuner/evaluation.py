@@ -275,8 +275,8 @@ def losses(
                 measured = (of_base, _once(base, rows, adapter, now)) if of_base is not None else None
             if measured and not math.isfinite(measured[1].loss):
                 raise AdapterError(
-                    f"{name} has a held-out loss of {measured[1].loss} on {it.name}: its numbers are too large for this base. Train "
-                    "it with a lower --learning-rate, or leave it out."
+                    f"{name} has a held-out loss of {measured[1].loss} on {it.name}: its numbers are too large for this base. "
+                    "Train it with a lower --learning-rate, or leave it out."
                 )
             line.append(measured)
         bank.remove(name)

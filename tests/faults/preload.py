@@ -2,7 +2,7 @@
 
 import torch
 
-import lora_tuner
+import lora_tuner.cli
 import lora_tuner.combine
 import lora_tuner.doctor
 import lora_tuner.export
