@@ -359,7 +359,7 @@ class _Row:
         """Of the token that is taken: of logits that are no numbers the first would be, without a word."""
         if not logit.isfinite():
             raise GenerationError(
-                f"{self.adapter or 'The base'} gives logits that are not finite, so it writes nothing: its numbers are too large, "
+                f"{self.adapter or 'The base'} gives logits that are not finite, and writes nothing: its numbers are too large, "
                 "or it needs --dtype float32."
             )
 

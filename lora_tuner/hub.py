@@ -6,12 +6,14 @@ deadline, and from then on they are told to be offline. `HF_ENDPOINT` and `HF_HU
 
 import contextlib
 import functools
+import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from .errors import HubError
 
+_REVISION = re.compile(r"(?!.*\.\.)\w[\w.+/-]{0,250}", re.ASCII)
 DEADLINE = 4.0  # seconds until the Hub counts as out of reach
 
 
@@ -78,10 +80,17 @@ def require(repo: str, needed: str = "is not cached") -> None:
         raise HubError(f"{repo} {needed}, and the Hub is out of reach: {why}.")
 
 
+def _check_revision(repo: str, revision: str | None) -> None:
+    """Raise HubError for what would be a path out of the cache, in which a revision is a file's name."""
+    if revision is not None and not _REVISION.fullmatch(revision):
+        raise HubError(f"{repo} has no revision '{revision[:100]}': name one of its branches, tags or commits.")
+
+
 def cached_model(repo: str, revision: str | None) -> Path | None:
     """The snapshot folder of a model repo in the cache, or None. Asks nobody. Raises HubError for what is no repo name."""
     from huggingface_hub import errors
 
+    _check_revision(repo, revision)
     try:
         return _snapshot(repo, revision, cached_only=True)
     except errors.HFValidationError as error:
@@ -118,6 +127,7 @@ def files_of(repo: str, revision: str | None) -> tuple[str | None, dict[str, int
     """The commit that a revision of a model repo is now, and name and bytes of each file of it. Raises HubError."""
     from huggingface_hub import HfApi
 
+    _check_revision(repo, revision)
     require(repo, "cannot be fetched")
     try:
         found = HfApi().model_info(repo, revision=revision, files_metadata=True)
