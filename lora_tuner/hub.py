@@ -19,6 +19,7 @@ from typing import Any
 
 from .errors import HubError, LoraTunerError
 
+_REVISION = re.compile(r"(?!.*\.\.)\w[\w.+/-]{0,250}", re.ASCII)
 DEADLINE = 4.0  # seconds until the Hub counts as out of reach
 SILENCE = 10.0  # seconds without a byte until a connection is given up; it is tried again while it is not stalled
 WRITING = 60.0  # the same where something is written: the Hub may be long in taking it
@@ -235,10 +236,17 @@ def require(repo: str, needed: str = "is not cached") -> None:
         raise HubError(f"{repo} {needed}, and the Hub is out of reach: {why}.")
 
 
+def _check_revision(repo: str, revision: str | None) -> None:
+    """Raise HubError for what would be a path out of the cache, in which a revision is a file's name."""
+    if revision is not None and not _REVISION.fullmatch(revision):
+        raise HubError(f"{repo} has no revision '{revision[:100]}': name one of its branches, tags or commits.")
+
+
 def cached_model(repo: str, revision: str | None) -> Path | None:
     """The snapshot folder of a model repo in the cache, or None. Asks nobody. Raises HubError for what is no repo name."""
     from huggingface_hub import errors
 
+    _check_revision(repo, revision)
     try:
         return _snapshot(repo, revision, cached_only=True)
     except errors.HFValidationError as error:
@@ -273,6 +281,7 @@ def files_of(repo: str, revision: str | None) -> tuple[str | None, dict[str, int
     """The commit that a revision of a model repo is now, and name and bytes of each file of it. Raises HubError."""
     from huggingface_hub import HfApi
 
+    _check_revision(repo, revision)
     require(repo, "cannot be fetched")
     with asking(repo):
         found = HfApi().model_info(repo, revision=revision, files_metadata=True)

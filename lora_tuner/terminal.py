@@ -357,7 +357,7 @@ def show_merged(merged: "Merged") -> None:
 def show_blended(blended: "Blended") -> None:
     adapter, proof = blended.adapter, blended.proof
     assert adapter.manifest is not None
-    print(f"{adapter.path}  {size(adapter.bytes)}, rank {_ranks(adapter)}: {adapter.manifest.made_by}")
+    print(one_line(f"{adapter.path}  {size(adapter.bytes)}, rank {_ranks(adapter)}: {adapter.manifest.made_by}"))
     print(f"read back, beside its update in the base's weights: logits differ by {proof.difference:.2g} at the most")
     if any(blended.lost.values()):
         print(

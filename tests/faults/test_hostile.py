@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -131,8 +132,9 @@ def _do_all(libraries: list[tuple[str, Path]], commands: dict[str, list[str]], a
 
     sys.dont_write_bytecode = True
     tempfile.tempdir = os.environ["MPLCONFIGDIR"] = str(here / ".tmp")
-    (here / ".tmp").mkdir()
+    (here / ".tmp").mkdir(exist_ok=True)
     sys.addaudithook(watch)
+    resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + 10 * MEMORY,) * 2)  # before the machine suffers
     signal.signal(signal.SIGALRM, _hang)
     outcomes = []
     adapter = here / "adapters" / NAME
@@ -230,7 +232,7 @@ def check(it: Outcome) -> None:
     else:
         runs = "runs/" if it.command == "train" else "."  # a run that fails on its way may leave its checkpoints
         assert not [path for path in it.left if not path.startswith(runs)], f"{it.left} {where}"
-        if it.command == "verify" or (it.command.startswith("check") and not errors):
+        if it.command.startswith("verify") or (it.command.startswith("check") and not errors):
             return
         assert len(errors) == 1, where
         assert len(errors[0]) < 2_000, where
@@ -259,7 +261,7 @@ def check_refused(it: Outcome, stranger: Stranger) -> None:
 
 
 BROKEN = {name: it for name, it in BY_HAND.items() if it.refused_by in ("all", "numbers", "base")}
-QUICK = {name: CHEAP[name] for name in ("list", "show --json", "verify", "check peft", "adopt", "rename", "push")}
+QUICK = {name: CHEAP[name] for name in ("list", "verify", "rename", "push")}
 
 
 def test_what_is_wrong_with_a_stranger_is_said_by_all_who_open_it(do):
@@ -269,21 +271,22 @@ def test_what_is_wrong_with_a_stranger_is_said_by_all_who_open_it(do):
 
 
 def test_a_good_one_is_taken_and_so_are_facts_that_nobody_obeys(do):
-    harmless = ("half an adapter", "targets that hang", "a manifest that writes", "facts that climb")
-    done = do([("good", nothing), *((name, BY_HAND[name].spoil) for name in harmless)], ALL)
+    done = do([("good", nothing), ("writes", BY_HAND["a manifest that writes"].spoil)], ALL)
+    harmless = [(name, BY_HAND[name].spoil) for name in ("half an adapter", "targets that hang", "facts that climb")]
+    done += do(harmless, {name: ALL[name] for name in ("list", "show", "generate", "blend")})
     refused = {"check vllm": "vLLM has no LoRA for GPT-2", "adopt": "has a manifest", "push": "no manifest"}
     for it in done:
         check(it)
         assert it.status == 0 or refused[it.command] in it.text, it.text
     wrote = {it.stranger: it.out for it in done if it.command == "generate"}
-    assert wrote["targets that hang"] == wrote["a manifest that writes"] == wrote["good"] != wrote["half an adapter"]
+    assert wrote["targets that hang"] == wrote["writes"] == wrote["good"]
 
 
 def nothing(folder: Path) -> None:
     pass
 
 
-@pytest.mark.parametrize("seeds", [range(12, 20)])
+@pytest.mark.parametrize("seeds", [range(12, 18)])
 def test_what_chance_makes_of_an_adapter_is_taken_or_refused_in_a_line(do, seeds):
     for it in do([(f"seed {seed}", partial(strangers.spoil_by_chance, seed=seed)) for seed in seeds], ALL):
         check(it)
@@ -331,7 +334,7 @@ PLACES = [
     "/dev/zero",
     "../../..",
     "~root/x",
-    "x" * 5_000,
+    "x" * 300,
     "a b/c",
     "https://example.org/x",
     f"x{strangers.ESCAPE}",
@@ -355,18 +358,22 @@ def test_a_base_that_a_stranger_names_is_no_way_out(do):
 NAMES = ["../y", "/y", "y/../../z", "..", ".", "", "~", f"y{strangers.ESCAPE}", "y\n", "con", "é", "-y", "y" * 300]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_name_that_climbs_out_is_refused(do, name):
-    target = f"{name}" if not name.startswith("-") else f"./{name}"
-    commands = {
-        "rename": ["adapters", "rename", NAME, target],
-        "adopt": [*CHEAP["adopt"], "--name", target],
-        "blend": ["blend", f"{NAME}=1", "--name", target, *BASE],
-        "slim": ["slim", NAME, "--name", target, *BASE] if target else ["slim", NAME, "--name", "..", *BASE],
-        "remove": ["adapters", "remove", target, "--yes"],
-        "rename of": ["adapters", "rename", target, "y"],
-        "pull": ["pull", "me/mine", "--name", target or ".."],
-    }
+def test_a_name_that_climbs_out_is_refused(do):
+    commands = {}
+    for number, name in enumerate(NAMES):
+        commands |= {
+            f"rename to {number}": ["adapters", "rename", "--", NAME, name],
+            f"rename of {number}": ["adapters", "rename", "--", name, "y"],
+            f"remove {number}": ["adapters", "remove", "--yes", "--", name],
+            f"adopt {number}": [*CHEAP["adopt"], f"--name={name}"],
+            f"pull {number}": ["pull", "me/mine", f"--name={name}"],
+        }
+    for name in ("../y", "/y", ODD):
+        commands |= {
+            f"blend {name!r}": ["blend", f"{NAME}=1", "--name", name, *BASE],
+            f"slim {name!r}": ["slim", NAME, "--name", name, *BASE],
+            f"train {name!r}": [name if it == "trained" else it for it in ALL["train"]],
+        }
     for it in do([("good", nothing)], commands):
         check(it)
         assert it.status == 1, it.text

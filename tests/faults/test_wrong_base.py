@@ -118,10 +118,17 @@ def refusal(*arguments: Any) -> str:
 
 
 PAIRS = [
-    *((one, other) for one in SAME_SIZES for other in SAME_SIZES if one != other),
-    *((one, other) for one in SAME_LLAMAS for other in SAME_LLAMAS if one != other),
-    *(("gpt2", other) for other in (RETOKENISED, "wider gpt2", "deeper gpt2", "shallower gpt2", "llama")),
-    *((one, "gpt2") for one in (RETOKENISED, "deeper gpt2", "llama")),
+    *(("gpt2", other) for other in (*SAME_SIZES[1:], RETOKENISED, "wider gpt2")),
+    SAME_LLAMAS,
+    *(
+        pytest.param(one, other, marks=pytest.mark.slow)
+        for one, other in [
+            *((one, other) for one in SAME_SIZES[1:] for other in SAME_SIZES if one != other),
+            *(("gpt2", other) for other in ("deeper gpt2", "shallower gpt2", "llama")),
+            *((other, "gpt2") for other in (RETOKENISED, "wider gpt2", "deeper gpt2", "shallower gpt2", "llama")),
+            SAME_LLAMAS[::-1],
+        ]
+    ),
 ]
 
 
@@ -161,7 +168,9 @@ def test_forced_onto_another_base_it_says_so(name, bases, trained_on):
     assert f"not on {bases['gpt2 of another seed']} (fingerprint " in said[0]
 
 
-@pytest.mark.parametrize("other", ["wider gpt2", "shallower gpt2", "llama"])
+@pytest.mark.parametrize(
+    "other", ["shallower gpt2", *(pytest.param(other, marks=pytest.mark.slow) for other in ("wider gpt2", "llama"))]
+)
 @pytest.mark.parametrize("name", [*COMMANDS, "adopt"])
 def test_what_does_not_fit_is_refused_even_forced_or_unknown(name, other, bases, trained_on):
     """Its sizes tell, where no manifest does."""
@@ -177,7 +186,7 @@ def test_what_does_not_fit_is_refused_even_forced_or_unknown(name, other, bases,
         assert not (folder / MANIFEST).exists()
 
 
-@pytest.mark.parametrize("other", [*SAME_SIZES[1:], RETOKENISED, "wider gpt2", "llama"])
+@pytest.mark.parametrize("other", [*SAME_SIZES[1:], RETOKENISED, "llama"])
 def test_a_generator_refuses_it_and_writes_on_as_before(other, bases, trained_on, tmp_path):
     trained_on("gpt2")
     trained_on(other, "own")
@@ -192,7 +201,10 @@ def test_a_generator_refuses_it_and_writes_on_as_before(other, bases, trained_on
     assert generator.generate("the actor", greedy) == before
 
 
-@pytest.mark.parametrize("other", [*SAME_SIZES[1:], RETOKENISED, "llama"])
+@pytest.mark.parametrize(
+    "other",
+    [SAME_SIZES[1], *(pytest.param(it, marks=pytest.mark.slow) for it in (SAME_SIZES[2], RETOKENISED, "llama"))],
+)
 @pytest.mark.parametrize("command", ["blend", "evaluate", "compare", "merge"])
 def test_adapters_of_two_bases_do_not_go_together(command, other, bases, trained_on):
     trained_on("gpt2")
