@@ -341,3 +341,28 @@ def test_what_is_trained_on_is_what_is_in_the_file(run, gpt2, tmp_path):
     rows, _ = tokens.cut(tokens.encode(load_tokenizer(find_base(str(gpt2))), corpus.train), 128)
     assert facts["run"]["tokens"] == sum(len(row) - 1 for row in rows)  # nothing predicts the first
     assert facts["run"]["sequences"] < len(rows)
+
+
+@pytest.mark.parametrize("text", ["the actor never works. " * 2000, "works" * 9000, "\U0001f600" * 20_000])
+def test_a_row_that_is_cut_has_the_tokens_that_it_has_when_all_of_it_is_read(text):
+    tokenizer = tiny.tokenizer()
+    (whole,), (read,) = (tokens.encode(tokenizer, [text], most=most) for most in (None, 64))
+    assert len(read) < len(whole)
+    (one,), cut = tokens.cut([read], 64)
+    assert cut == 1
+    assert one.tolist() == whole[:64].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["txt", "csv", "jsonl"])
+def test_a_line_of_50_megabytes_takes_no_memory_beyond_its_own(run, gpt2, tmp_path, ending):
+    long = "the actor never works. " * 2_200_000
+    header = {"csv": "text\n"}.get(ending, "")
+    line = json.dumps if ending == "jsonl" else str
+    written(tmp_path / f"x.{ending}", header + "".join(f"{line(text)}\n" for text in (*TEXTS, long)))
+    ended = run("train", "--base", gpt2, "--dataset", f"x.{ending}", "--max-length", 64, "--max-steps", 1, "--json")
+    assert ended.status == 0, ended.err
+    facts = json.loads(ended.out)
+    assert facts["data"]["counts"]["read"] == 61
+    assert facts["run"]["truncated_rows"] >= 1
+    assert ended.peak < 2e9
