@@ -230,7 +230,7 @@ def test_what_contradicts_itself_is_refused(place, line, why):
 
 
 def test_a_command_in_a_process_of_its_own_says_the_same(run, place):
-    for line, why in BETWEEN[::6]:
+    for line, why in BETWEEN[::9]:
         ended = run(*line.split())
         assert (ended.status in (1, 2), ended.out, ended.err.count("\n")) == (True, "", 1)
         assert why in ended.line
@@ -251,7 +251,9 @@ LATE = [  # seen when the base is there
 ]
 
 
-@pytest.mark.parametrize(("option", "value", "why"), LATE)
+@pytest.mark.parametrize(
+    ("option", "value", "why"), [*LATE[:4], *(pytest.param(*it, marks=pytest.mark.slow) for it in LATE[4:])]
+)
 def test_nonsense_that_only_the_base_can_tell_is_refused(run, place, gpt2, option, value, why):
     given = {"--max-length": "64"} | {option: value}
     with unchanged_files(place):
