@@ -43,7 +43,8 @@ class HeldOut:
 
 
 def encode_held_out(base: Base, texts: Sequence[str]) -> list[tokens.Row]:
-    return tokens.cut(tokens.encode(base.tokenizer, texts), min(HELD_OUT_LENGTH, base.context))[0]
+    most = min(HELD_OUT_LENGTH, base.context)
+    return tokens.cut(tokens.encode(base.tokenizer, texts, most=most), most)[0]
 
 
 def measure(

@@ -117,8 +117,9 @@ def prepare(config: TrainConfig, notify: Listener = ignore) -> Job:
         notify(Notice(f"Rows are padded, not packed: {source.name} cannot tell packed rows apart."))
         config = config.model_copy(update={"packing": False})
     notify(Progress("tokenising", 0, 1))
-    encoded = tokens.encode(base.tokenizer, corpus.train)
-    rows, truncated = tokens.cut(encoded, config.max_length, chunk=config.long_rows == "chunk")
+    chunk = config.long_rows == "chunk"
+    encoded = tokens.encode(base.tokenizer, corpus.train, most=None if chunk else config.max_length)
+    rows, truncated = tokens.cut(encoded, config.max_length, chunk=chunk)
     notify(Progress("tokenising", 1, 1))
     held_out_texts = corpus.held_out[: config.eval_rows]
     set_seed(config.seed)
@@ -203,9 +204,11 @@ def preview(config: TrainConfig, count: int, notify: Listener = ignore) -> list[
     """The first `count` training rows, cleaned, tokenised and cut as a run would. Loads no weights."""
     config, parent = _with_parent(config)
     tokenizer = load_tokenizer(lora.base_of(parent, config.base, config.revision, notify))
+    chunk = config.long_rows == "chunk"
     rows = []
     for before, after in load_corpus(config, notify).previews[:count]:
-        pieces, _ = tokens.cut(tokens.encode(tokenizer, [after]), config.max_length, chunk=config.long_rows == "chunk")
+        encoded = tokens.encode(tokenizer, [after], most=None if chunk else config.max_length)
+        pieces, _ = tokens.cut(encoded, config.max_length, chunk=chunk)
         batches = [tokens.collate([[piece]], tokenizer.pad_token_id) for piece in pieces]
         ids = [token for batch in batches for token in batch["input_ids"][0].tolist()]
         labels = [label != tokens.NO_LABEL for batch in batches for label in batch["labels"][0].tolist()]
