@@ -334,3 +334,21 @@ def test_the_limits_hold_as_they_are_stated(hub: Hub, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "own", ignore_errors=True)
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_hub_that_is_long_in_taking_what_is_sent_gets_it(hub: Hub, ask: Callable[..., Any]) -> None:
+    hub.fault = lambda handler: "/commit/" in handler.path and hub.closed.wait(3)
+    done = ask("push", WRITING=30.0)
+    assert done.status == 0, done.err
+    assert "models/owner/new" in hub.repos
+
+
+@pytest.mark.parametrize("repo", ["**", "owner/[a", "a/b/c", "owner/"])
+def test_what_is_no_name_of_a_repo_is_a_line(hub: Hub, start: Callable[..., Any], tmp_path: Path, repo: str) -> None:
+    before = functools.partial(know, hub.url, str(tmp_path / ".home"), {})
+    refused = start("pull", repo, "--name", "new", before=before).end()
+    assert (refused.status, refused.line) == (
+        1,
+        f"Error: '{repo}' is neither a local folder nor a Hub id (owner/name).",
+    )
