@@ -14,6 +14,7 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,8 @@ _REVISION = re.compile(r"(?!.*\.\.)\w[\w.+/-]{0,250}", re.ASCII)
 DEADLINE = 4.0  # seconds until the Hub counts as out of reach
 SILENCE = 10.0  # seconds without a byte until a connection is given up; it is tried again while it is not stalled
 WRITING = 60.0  # the same where something is written: the Hub may be long in taking it
-STALLED, LEAST = (
-    30.0,
-    16_000,
-)  # a Hub that in so many seconds neither ends an answer nor sends so many bytes is given up
+STALLED = 30.0  # seconds in which the Hub ends no answer and sends fewer than LEAST bytes, until it is given up
+LEAST = 16_000
 _PORTAL = "check HF_ENDPOINT and the proxy, and whether this network wants you to log in first"
 
 
@@ -41,6 +40,7 @@ class _Patience:
     def before(self, request: Any) -> None:
         self._check()
         limit = SILENCE if request.method in ("GET", "HEAD") else WRITING
+        self.since += int(request.headers.get("Content-Length") or 0) / LEAST * STALLED  # and so long to send it
         given = request.extensions.get("timeout") or {}
         kinds = ("connect", "read", "write", "pool")
         request.extensions["timeout"] = {kind: min(given.get(kind) or limit, limit) for kind in kinds}
@@ -53,6 +53,8 @@ class _Patience:
         if response.status_code >= 500 and wait.isdigit() and int(wait) > STALLED:
             raise HubError(f"it answers with status {response.status_code}. Try again after {wait} seconds.")
         read, useful = response.iter_raw, response.status_code < 300
+        if useful and response.request.method not in ("GET", "HEAD"):
+            self.renew()  # what was sent may have been long on its way
         if response.status_code >= 500:
             self.why = f"it answers with status {response.status_code}. Try again later."
 
@@ -133,7 +135,7 @@ def _damaged(repo: str, start: float) -> str | None:
     from huggingface_hub import constants
 
     found = []
-    for blob in Path(constants.HF_HUB_CACHE).glob(f"*s--{repo.replace('/', '--')}/blobs/*"):
+    for blob in Path(constants.HF_HUB_CACHE).glob(f"*s--{escape(repo.replace('/', '--'))}/blobs/*"):
         with contextlib.suppress(FileNotFoundError):  # another process removes it
             size, changed = blob.stat().st_size, blob.stat().st_mtime
             if blob.is_symlink() or changed < start - 2 or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):

@@ -197,13 +197,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "503": (everywhere(status(503, **{"Retry-After": "3600"})), "status 503. Try again after 3600 seconds."),
 }
 REPO = {"generate": MODEL, "base": MODEL, "dataset": TEXTS, "pull": ADAPTER, "push": "owner/new"}
-QUICK = {
-    ("generate", "another file"),
-    ("pull", "cut off"),
-    ("base", "429"),
-    ("dataset", "another file"),
-    ("push", "500"),
-}
+QUICK = {("generate", "another file"), ("base", "429"), ("push", "500")}
 CASES = [(what, how) for what in ("generate", "dataset", "pull") for how in FAULTS]
 CASES += [
     ("base", how) for how in ("silent within a file", "another file", "gated", "429")
@@ -334,3 +328,21 @@ def test_the_limits_hold_as_they_are_stated(hub: Hub, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "own", ignore_errors=True)
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_hub_that_is_long_in_taking_what_is_sent_gets_it(hub: Hub, ask: Callable[..., Any]) -> None:
+    hub.fault = lambda handler: "/commit/" in handler.path and hub.closed.wait(3)
+    done = ask("push", WRITING=30.0)
+    assert done.status == 0, done.err
+    assert "models/owner/new" in hub.repos
+
+
+@pytest.mark.parametrize("repo", ["**", "owner/[a", "a/b/c", "owner/"])
+def test_what_is_no_name_of_a_repo_is_a_line(hub: Hub, start: Callable[..., Any], tmp_path: Path, repo: str) -> None:
+    before = functools.partial(know, hub.url, str(tmp_path / ".home"), {})
+    refused = start("pull", repo, "--name", "new", before=before).end()
+    assert (refused.status, refused.line) == (
+        1,
+        f"Error: '{repo}' is neither a local folder nor a Hub id (owner/name).",
+    )

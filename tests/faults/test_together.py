@@ -121,7 +121,7 @@ def test_of_two_trainings_into_one_name_one_is_refused(
         pytest.param("train", marks=pytest.mark.slow),
         pytest.param("blend", marks=pytest.mark.slow),
         pytest.param("adopt", marks=pytest.mark.slow),
-        "rename",
+        pytest.param("rename", marks=pytest.mark.slow),
     ],
 )
 def test_a_name_that_is_taken_during_a_training_is_not_overwritten_and_no_step_is_lost(
@@ -226,7 +226,7 @@ def test_who_lists_and_reads_during_saves_gets_the_one_or_the_other(
     library = Library(world / "adapters")
     either = {facts_of(library.get(name)) for name in ("one", "two")}
     assert len(either) == 2
-    seen, before, end = set(), turns(), time.monotonic() + 3
+    seen, before, end = set(), turns(), time.monotonic() + 1.5
     while time.monotonic() < end or len(seen) < 2:
         found = dict(library.entries())
         assert sorted(found) == ["one", "turns", "two"]
@@ -235,7 +235,7 @@ def test_who_lists_and_reads_during_saves_gets_the_one_or_the_other(
             seen.add(facts_of(answer))
         assert library.look("turns", store.verify) == []
     assert seen == either
-    assert turns() > before + 10
+    assert turns() > before + 2
     listed = run("adapters", "list", "--json")
     assert [it["name"] for it in json.loads(listed.out)] == ["one", "turns", "two"]
     assert not [it for it in json.loads(listed.out) if "broken" in it]
@@ -264,7 +264,7 @@ def test_who_writes_during_saves_writes_with_the_one_or_the_other(
 ) -> None:
     either = {texts[name, "the actor"] for name in ("one", "two")}
     generator = Generator("turns", adapters_dir=world / "adapters", device="cpu")
-    seen, end = set(), time.monotonic() + 3
+    seen, end = set(), time.monotonic() + 1.5
     while time.monotonic() < end or len(seen) < 2:
         seen.add(generator.generate_batch([("the actor", "turns")], GREEDY)[0].text)
         generator.use("turns")
