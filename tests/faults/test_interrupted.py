@@ -31,7 +31,7 @@ AFTER_ITS_STEPS: dict[str, tuple[str, int]] = {
     "writing the curve": ("lora_tuner.report:write_metrics", 1),
     "drawing": ("lora_tuner.report:plot_loss", 1),
     "writing the card": ("lora_tuner.report:model_card", 1),
-    "checking": ("lora_tuner.library:read", 2),
+    "checking": ("lora_tuner.library:read", 1),
 }
 
 
