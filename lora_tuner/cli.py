@@ -33,6 +33,7 @@ from .terminal import (
     show_json,
     show_plan,
     show_preview,
+    show_text,
     show_trained,
 )
 
@@ -337,12 +338,12 @@ def evaluate(
 def _answer(generator: Any, prompt: str, sampling: Sampling) -> None:
     """Prompt and text on stdout; a single answer as it is made."""
     if sampling.answers == 1:
-        print(prompt, end="", flush=True)
-        generator.generate(prompt, sampling, on_text=lambda text: print(text, end="", flush=True))
+        show_text(prompt)
+        generator.generate(prompt, sampling, on_text=show_text)
         print()
     else:
         for answer in generator.generate_all(prompt, sampling):
-            print(f"{prompt}{answer.text}\n")
+            show_text(f"{prompt}{answer.text}\n\n")
 
 
 def _converse(generator: Any, sampling: Sampling) -> None:

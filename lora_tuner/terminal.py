@@ -102,6 +102,11 @@ def say(text: str) -> None:
     print(one_line(text), file=sys.stderr)
 
 
+def show_text(text: str) -> None:
+    """What a model writes, as it is; on a terminal without what that would obey, for an adapter may be a stranger's."""
+    print(plain(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
 def show_json(data: Any) -> None:
     text = json.dumps(data, indent=2, ensure_ascii=False)
     print(_CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text))

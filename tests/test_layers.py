@@ -22,7 +22,7 @@ ROWS = [
     {"lora", "library", "portable"},
     {"data", "base_model", "store"},
     {"fast", "lowbit", "drawing"},
-    {"tokens", "hub", "files", "manifest"},
+    {"tokens", "hub", "files", "manifest", "tables"},
     {"config"},
     {"errors"},
 ]

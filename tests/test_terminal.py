@@ -1,5 +1,6 @@
 import datetime
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -292,3 +293,10 @@ def test_notices_are_no_emoji(capsys):
 def test_what_is_said_is_one_line(capsys):
     terminal.say("x\ngood: whole")
     assert capsys.readouterr().err == "x good: whole\n"
+
+
+@pytest.mark.parametrize(("is_one", "shown"), [(True, "a\ufffd[2Jb\n"), (False, "a\x1b[2Jb\n")])
+def test_a_terminal_obeys_no_model(capsys, monkeypatch, is_one, shown):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_one)
+    terminal.show_text("a\x1b[2Jb\n")
+    assert capsys.readouterr().out == shown

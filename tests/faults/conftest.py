@@ -1,5 +1,6 @@
 """Commands in processes of their own, on tiny models."""
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -44,9 +45,18 @@ def run(start: Callable[..., Command]) -> Callable[..., Ended]:
 
 @pytest.fixture
 def arguments(gpt2: Path, reviews_csv: Path) -> list[str]:
+    """Of a run of a few seconds; options after it come last."""
     shutil.copytree(gpt2, "base")
-    small = "--max-length 64 --batch-size 2 --rank 4 --learning-rate 1e-2 --eval-rows 8 --device cpu"
-    return ["train", "--base", "base", "--dataset", reviews_csv.name, *small.split()]
+    small = {
+        "base": "base",
+        "dataset": reviews_csv.name,
+        "max_length": 64,
+        "batch_size": 2,
+        "rank": 4,
+        "learning_rate": 0.01,
+    }
+    Path("small.yaml").write_text(json.dumps(small | {"eval_rows": 8, "device": "cpu"}))
+    return ["train", "--config", "small.yaml"]
 
 
 @pytest.fixture(scope="session")

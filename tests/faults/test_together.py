@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lora_tuner import Generator, Library, Sampling, TrainConfig, store, train
+from lora_tuner import Generator, Library, Sampling, TrainConfig, files, store, train
 from lora_tuner.decoder import Decoder
 from lora_tuner.errors import AdapterError, GenerationError
 
@@ -201,7 +201,7 @@ def saving_by_turns(stop: Path) -> None:
             for file in (Path("adapters") / name).iterdir():
                 shutil.copyfile(file, work / file.name)
         turns += 1
-        Path("turns").write_text(str(turns))
+        files.write_text(Path("turns"), str(turns))
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def turns(world: Path, start: Start) -> Any:
     stop = world / "stop"
     command = start("adapters", "list", before=functools.partial(saving_by_turns, stop))
     command.wait_for((world / "turns").exists)
-    yield lambda: int((world / "turns").read_text() or 0)
+    yield lambda: int((world / "turns").read_text())
     stop.touch()
     assert command.end().status == 0
 

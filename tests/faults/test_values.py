@@ -289,8 +289,8 @@ def test_numbers_that_are_large_but_fine_are_taken(run, place, gpt2):
     ("where", "status", "why"),
     [
         ("some.txt", 2, "'some.txt' is a file."),
-        ("some.txt/below", 1, "some.txt/below cannot be written to (Not a directory): choose another"),
-        ("locked/below", 1, "locked/below cannot be written to (Permission denied): choose another"),
+        ("some.txt/below", 1, "some.txt is no folder: choose another"),
+        ("locked/below", 1, "locked may not be written to: choose another"),
     ],
 )
 def test_a_place_where_nothing_can_be_written_is_refused(run, place, gpt2, option, where, status, why):

@@ -1,0 +1,181 @@
+"""One file as rows, as it is written: csv, json, txt with the standard library, parquet with pyarrow.
+
+Surprise: the readers of `datasets` turn "NA" into nothing, dates into times and 1.50 into 1.5. Here a value is the text that
+stands in the file, and a file that is no text, has a name twice, or changes while it is read is refused. Limit: a file is
+held in memory as a whole.
+"""
+
+import csv
+import io
+import json
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from .config import TrainConfig
+from .errors import DataError
+
+
+@dataclass
+class Table:
+    """The rows of one file or split. `texts` are the columns of text, `labels` the names of the numbers in a column."""
+
+    source: str
+    rows: Any  # of dicts, in which a column may be missing
+    columns: list[str]
+    texts: list[str]
+    plain: bool = False  # a txt file: its text has no column name to ask for
+    labels: dict[str, list[str]] = field(default_factory=dict)
+
+
+def from_datasets(source: str, data: Any) -> Table:
+    texts = [name for name, kind in data.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
+    labels = {name: kind.names for name, kind in data.features.items() if getattr(kind, "names", None)}
+    return Table(source, data, data.column_names, texts, labels=labels)
+
+
+def _content(path: Path) -> bytes:
+    """All of a file, as it was at one moment."""
+    if not path.is_file():  # a pipe would wait for its other end, and a device may have none
+        raise ValueError("it is a link to nothing" if not path.exists() else "it is no file")
+    with path.open("rb") as file:
+        before = os.fstat(file.fileno())
+        content = file.read()
+        after = os.fstat(file.fileno())
+    if (before.st_size, before.st_mtime_ns) != (len(content), after.st_mtime_ns):
+        raise ValueError("it changed while it was read: try again when it is complete")
+    return content
+
+
+def read_file(path: Path, config: TrainConfig, rules: Counter[str]) -> Table:
+    kind = path.suffix.lower()
+    try:
+        content = _content(path)
+        if kind == ".parquet":
+            return _parquet(path, content)
+        if content.startswith(b"\x1f\x8b"):
+            raise ValueError("it is compressed: unpack it first")
+        if b"\0" in content:
+            raise ValueError(f"byte {content.index(0)} is null, as in UTF-16 or a packed file: save it as UTF-8 text")
+        text = content.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+        del content
+        if kind == ".txt":
+            return _txt(path, text, config.txt_rows, rules)
+        return _json(path, text) if kind.startswith(".json") else _csv(path, text, "," if kind == ".csv" else "\t")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8 and try again.") from error
+    except (ValueError, TypeError, NotImplementedError, OSError, RecursionError) as error:  # Arrow's are among these
+        why = getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".")
+        raise DataError(f"{path} cannot be read: {why}.") from error
+
+
+def _parquet(path: Path, content: bytes) -> Table:
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    return from_datasets(str(path), datasets.Dataset(pyarrow.parquet.read_table(pyarrow.BufferReader(content))))
+
+
+def _csv(path: Path, text: str, separator: str) -> Table:
+    first = text.lstrip().split("\n", 1)[0]
+    if separator not in first and (found := [mark for mark in ",;\t|" if mark in first]):
+        raise ValueError(
+            f"its fields are parted by {found[0]!r}, where {separator!r} is expected in a {path.suffix} file"
+        )
+    csv.field_size_limit(2**31 - 1)
+    lines = csv.reader(io.StringIO(text), delimiter=separator, strict=True)
+    try:
+        rows = [(lines.line_num, row) for row in lines if row]
+    except csv.Error as error:
+        raise ValueError(
+            f"line {lines.line_num}: {error}; a field that begins with a quote must end with one"
+        ) from error
+    header = rows[0][1] if rows else []
+    if len(set(header)) < len(header):
+        raise ValueError(f"its header names a column twice: {', '.join(header)}")
+    if uneven := [(line, len(row)) for line, row in rows if len(row) != len(header)]:
+        line, length = uneven[0]
+        raise ValueError(f"its header has {len(header)} fields, line {line} has {length}")
+    return Table(str(path), [dict(zip(header, row, strict=True)) for _, row in rows[1:]], header, header)
+
+
+def _json(path: Path, text: str) -> Table:
+    """An array, or one value a line; each is an object, or a text alone."""
+    if text.lstrip().startswith("["):
+        values = _JSON.decode(text)
+    else:
+        values = []
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                values += [_JSON.decode(line)] if line.strip() else []
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}: {error}; give an array, or an object a line") from error
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+    rows = [{"text": value} if type(value) is str else value for value in values]
+    if wrong := [number for number, row in enumerate(rows, 1) if not isinstance(row, dict)]:
+        raise ValueError(f"row {wrong[0]} is neither an object nor a text")
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    texts = [name for name in columns if any(type(row.get(name)) is str for row in rows)]
+    return Table(str(path), rows, columns, texts)
+
+
+class _Number(str):
+    """A number as it is written: 1.50 stays 1.50, however large or long it is."""
+
+    __slots__ = ()
+    __repr__ = str.__str__  # in a list, no text
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object in which a name is given once: of several, Python would take the last without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice in an object")
+    return found
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_once, parse_int=_Number, parse_float=_Number)
+
+
+def _txt(path: Path, text: str, by: str, rules: Counter[str]) -> Table:
+    rows = {"file": [text], "line": text.split("\n"), "paragraph": re.split(r"\n\s*\n", text.strip())}
+    if by == "auto" and text.strip():
+        by = "paragraph" if len(rows["paragraph"]) > 1 else "line"
+        rules[
+            "a blank line ends a row" if by == "paragraph" else "each line is a row, as no blank line parts them"
+        ] += 1
+    found = [{"text": row} for row in rows.get(by, []) if row.strip()]
+    return Table(str(path), found, ["text"], ["text"], plain=True)
+
+
+def text_column(table: Table, wanted: str | None) -> str:
+    columns = ", ".join(table.columns)
+    if wanted is not None and not table.plain:
+        if wanted not in table.columns:
+            raise DataError(f"{table.source} has no column '{wanted}': its columns are {columns}.")
+        return wanted
+    if "text" in table.columns:
+        return "text"
+    if len(table.texts) == 1:
+        return table.texts[0]
+    raise DataError(f"{table.source}: which column is the text? Name one with --text-column: {columns}.")
+
+
+def conditions(table: Table, where: list[str]) -> list[tuple[str, set[str]]]:
+    """(column, accepted values as text) of each condition; a class label is accepted by number and by name."""
+    found = []
+    for condition in where:
+        column, _, value = condition.partition("=")
+        if column not in table.columns:
+            raise DataError(
+                f"{table.source} has no column '{column}' to choose rows by: its columns are {', '.join(table.columns)}."
+            )
+        names = table.labels.get(column, [])
+        found.append((column, {value, str(names.index(value))} if value in names else {value}))
+    return found
