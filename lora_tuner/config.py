@@ -306,25 +306,28 @@ class _Once(yaml.SafeLoader):
 S = TypeVar("S", bound=_Settings)
 
 
+def settings_in(file: Path) -> dict[str, Any]:
+    """What a YAML file of settings holds, whosever it is. Raises ConfigError."""
+    try:
+        with file.open(encoding="utf-8-sig") as opened:
+            text = opened.read(MAX_FILE + 1)
+        if len(text) > MAX_FILE:
+            raise ValueError(f"it is longer than {MAX_FILE:,} characters, and settings are not")
+        loaded = yaml.load(text, _Once)
+    except FileNotFoundError as error:
+        raise ConfigError(f"There is no file {file}.") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date such as 2024-13-45
+        raise ConfigError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{file} holds no settings: one `name: value` a line is expected.")
+    return loaded
+
+
 def resolve(kind: type[S], given: dict[str, Any], file: Path | None = None) -> S:
     """Settings from a YAML file, where there is one, with `given` laid over it. ConfigError names every problem."""
-    settings: dict[str, Any] = {}
-    if file is not None:
-        try:
-            with file.open(encoding="utf-8-sig") as opened:
-                text = opened.read(MAX_FILE + 1)
-            if len(text) > MAX_FILE:
-                raise ValueError(f"it is longer than {MAX_FILE:,} characters, and settings are not")
-            loaded = yaml.load(text, _Once)
-        except FileNotFoundError as error:
-            raise ConfigError(f"There is no file {file}.") from error
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date such as 2024-13-45
-            raise ConfigError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(loaded, dict):
-            raise ConfigError(f"{file} holds no settings: one `name: value` a line is expected.")
-        settings = loaded
-        if any(name in given for name in STOPS):  # another stop rule on the command line takes the place of the file's
-            settings = {key: value for key, value in settings.items() if key not in STOPS}
+    settings = settings_in(file) if file is not None else {}
+    if any(name in given for name in STOPS):  # another stop rule on the command line takes the place of the file's
+        settings = {key: value for key, value in settings.items() if key not in STOPS}
     try:
         return kind.model_validate(settings | given)
     except ValidationError as error:

@@ -91,18 +91,14 @@ class _Patience:
 _patience = _Patience()
 
 
-@functools.cache
 def _limit_requests() -> None:
-    from huggingface_hub import set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
+    """Have the client that huggingface_hub and datasets share ask us about each request."""
+    from huggingface_hub import get_session
 
-    def client() -> Any:
-        made = default_client_factory()
-        made.event_hooks["request"].append(_patience.before)
-        made.event_hooks["response"].append(_patience.after)
-        return made
-
-    set_client_factory(client)
+    hooks = get_session().event_hooks
+    if _patience.before not in hooks["request"]:
+        hooks["request"].append(_patience.before)
+        hooks["response"].append(_patience.after)
 
 
 @contextlib.contextmanager

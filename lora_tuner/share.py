@@ -9,13 +9,13 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from . import files, hub, report, store
+from .config import settings_in
 from .data import default_name
-from .errors import AdapterError, HubError, Listener, Notice, ignore
+from .errors import AdapterError, ConfigError, HubError, Listener, Notice, ignore
 from .files import shown
 from .library import Library
 from .manifest import Manifest
@@ -91,25 +91,11 @@ def _without_paths(folder: Path, manifest: Manifest) -> None:
     (folder / store.MANIFEST).write_text(public.to_json(), encoding="utf-8")
     if (folder / store.RUN).is_file():
         try:
-            settings = _settings((folder / store.RUN).read_bytes())
-        except (ValueError, yaml.YAMLError):
-            settings = None
-        if not isinstance(settings, dict):
-            raise AdapterError(f"{folder.name} is not pushed: its {store.RUN} holds no settings.")
+            settings = settings_in(folder / store.RUN)
+        except ConfigError as error:
+            raise AdapterError(f"{folder.name} is not pushed: its {store.RUN} holds no settings.") from error
         plain = {key: shown(it) if key in _PATHS and isinstance(it, str) else it for key, it in settings.items()}
         (folder / store.RUN).write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-def _settings(data: bytes) -> Any:
-    """What a run.yaml holds. Raises ValueError for one that would take long: it may come from strangers."""
-    depth, text = 0, data.decode("utf-8")
-    if len(text) > 100_000:
-        raise ValueError("it is too large to be what it is called")
-    for event in yaml.parse(text):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > 9 or isinstance(event, yaml.AliasEvent):
-            raise ValueError("it is deep, or holds parts of itself again and again")
-    return yaml.safe_load(text)
 
 
 def pull(
