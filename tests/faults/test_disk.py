@@ -22,7 +22,7 @@ from lora_tuner.training import train
 from .process import Fault, contents
 from .worlds import COMMANDS, arguments, becomes, litter, old_or_new, run, state
 
-QUICK = 4
+QUICK = 2
 READ_ONLY = "may not be written to: choose another"
 
 
