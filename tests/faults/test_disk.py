@@ -126,7 +126,7 @@ def test_a_small_disk_that_really_is_full(name: str, world: Path, gpt2: Path, tm
         ballast = tmpfs / "ballast"
         free = shutil.disk_usage(tmpfs).free
         ballast.write_bytes(b"\0" * max(0, free - room))
-        ended = run(root, *words)
+        ended = run(root, *words, cache=tmp_path)  # what it says has another disk
         assert ended.status in (0, 1), ended.err
         assert old_or_new(state(root), old, new)
         ballast.unlink()

@@ -66,7 +66,8 @@ def arguments(name: str, world: Path, base: Path) -> list[str]:
 def run(root: Path, *words: str, fault: Fault | None = None, **more: object) -> Ended:
     """A command in a world, whose cache is a part of it."""
     own = {"LORA_TUNER_CACHE": str(root / "cache")}
-    return Command(*words, cwd=root, cache=root.parent / "processes", env=own, fault=fault, **more).end()  # type: ignore[arg-type]
+    given = {"cache": root.parent / "processes"} | more
+    return Command(*words, cwd=root, env=own, fault=fault, **given).end()  # type: ignore[arg-type]
 
 
 def state(root: Path) -> State:
