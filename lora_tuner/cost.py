@@ -7,6 +7,7 @@ number, so that every run can be repeated step for step. Price: some seconds bef
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +54,20 @@ def step_memory(job: Job) -> tuple[int, int]:
     """Tokens of the longest batch, and bytes that its step takes at least beyond what is in memory.
 
     What a step keeps for its way back grows with its tokens, so it is counted on a few; the rest (the optimizer's two
-    copies, the gradients) is known. A lower bound: what is refused could not have run.
+    copies, the gradients) is known.
     """
+    rows = tokens.probe(len(job.base.tokenizer))
+    once, twice = _kept(job, rows[:1]), _kept(job, rows)
+    growing = max(twice - once, 0) / len(rows[1])  # bytes a token; masks and the like are there once
+    longest = max(sum(map(len, job.sequences[index])) for index in range(len(job.sequences)))
+    many = min(job.batch_size, len(job.sequences)) * longest
+    return many, int(SLACK * growing * many) + 3 * 4 * lora.counts(job.model)[0]
+
+
+def _kept(job: Job, rows: Sequence[tokens.Row]) -> int:
+    """Bytes that a step on one sequence of these rows keeps for its way back, beside the weights."""
     model, base = job.model, job.base
-    batch = job.collate([list(tokens.probe(len(base.tokenizer)))])
+    batch = job.collate([rows])
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -70,12 +81,8 @@ def step_memory(job: Job) -> tuple[int, int]:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), base.head.left_out():
         inputs = {name: tensor.to(base.device) for name, tensor in batch.items() if name != "labels"}
         output = model(**inputs, use_cache=False)
-    few = batch["input_ids"].numel()
     del output
-    longest = max(sum(map(len, job.sequences[index])) for index in range(len(job.sequences)))
-    many = min(job.batch_size, len(job.sequences)) * longest
-    trained = lora.counts(model)[0]
-    return many, int(SLACK * sum(kept.values()) * many / few) + 3 * 4 * trained
+    return sum(kept.values())
 
 
 def measure(job: Job) -> Plan:

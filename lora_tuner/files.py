@@ -26,7 +26,7 @@ from typing import Any
 if sys.platform != "win32":
     import fcntl
 
-_OLD, _WORK = ".lora_tuner-old", ".lora_tuner-new"  # no ending that anyone else gives to a folder of theirs
+_OLD, WORK = ".lora_tuner-old", ".lora_tuner-new"  # no ending that anyone else gives to a folder of theirs
 _ABANDONED = 24 * 3600.0  # seconds, where there are no locks
 DATA_FILES = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet")
 LFS = b"version https://git-lfs"  # so begins what lies in a clone where git-lfs has not fetched the file
@@ -122,7 +122,8 @@ def _tensor_entry(entry: Any) -> tuple[str, list[int], int, int]:
 
 def _nearest(place: Path) -> Path:
     """The place itself or, where it is not there yet, what it will be made in."""
-    return next(it for it in (place.absolute(), *place.absolute().parents) if os.path.lexists(it))
+    places = (place.absolute(), *place.absolute().parents)
+    return next((it for it in places if os.path.lexists(it)), places[-1])  # of a drive that is not there the drive
 
 
 def free_space(place: Path) -> int:
@@ -145,6 +146,8 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
+        if sys.platform == "darwin":  # where fsync leaves it to the drive
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
     finally:
         os.close(descriptor)
 
@@ -210,9 +213,9 @@ def _sibling(target: Path, make: Callable[..., str]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target.parent)
     while True:
-        work = Path(make(prefix=f".{target.name}.", suffix=_WORK, dir=target.parent))
-        with _locked(work):
-            if not os.path.lexists(work):
+        work = Path(make(prefix=f".{target.name}.", suffix=WORK, dir=target.parent))
+        with _locked(work) as held:
+            if held is False or not os.path.lexists(work):
                 continue  # in the moment before the lock another process took it for one that was left
             try:
                 yield work
@@ -226,18 +229,21 @@ def _sibling(target: Path, make: Callable[..., str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Hold a lock on a file or folder; says whether it could be had. It ends with the process, however that ends."""
+def _locked(path: Path) -> Iterator[bool | None]:
+    """Hold a lock on a file or folder, which ends with the process, however that ends. Says whether it could be had: False
+    where another process has it, None where there are no locks."""
     if sys.platform == "win32":  # which locks no folders
-        yield False
+        yield None
         return
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its other end
     try:
+        held: bool | None = True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = True
-        except OSError:  # another process has it, or this file system knows no locks
+        except BlockingIOError:
             held = False
+        except OSError:  # of a file system without locks
+            held = None
         yield held
     finally:
         os.close(descriptor)
@@ -260,12 +266,17 @@ def _exchange(one: Path, other: Path) -> bool:
 def _replace(work: Path, target: Path) -> None:
     """The same in two steps; `recover` finishes what is cut off between them."""
     old = target.with_name(f".{target.name}{_OLD}")
-    os.rename(target, old)
-    try:
-        os.rename(work, target)
-    except OSError:
-        os.rename(old, target)
-        raise
+    for left in reversed(range(3)):
+        os.rename(target, old)
+        try:
+            os.rename(work, target)
+            break
+        except OSError:
+            if os.path.lexists(old):
+                os.rename(old, target)
+                raise
+            if not left:  # each time somebody who read has put it back
+                raise
     remove(old)
 
 
@@ -283,7 +294,7 @@ def recover(parent: Path) -> None:
 def sweep(parent: Path) -> None:
     """Remove what processes that are no more have left half-written in a folder."""
     recover(parent)
-    for left in parent.glob(f".*{_WORK}"):
+    for left in parent.glob(f".*{WORK}"):
         with contextlib.suppress(OSError):  # another process was faster
             if left.is_symlink():
                 remove(left)
@@ -298,12 +309,13 @@ def sweep(parent: Path) -> None:
 
 def take_away(path: Path) -> None:
     """Delete a folder that others may be reading: it is gone from its name at once. Raises OSError where it cannot be."""
-    gone = path.with_name(f".{path.name}.{os.getpid()}{_WORK}")
+    gone = path.with_name(f".{path.name}.{os.getpid()}-{time.time_ns()}{WORK}")
     os.rename(path, gone)
     try:
         sync(path.parent)
     finally:
-        gone.unlink() if gone.is_symlink() else _delete(gone)
+        with contextlib.suppress(FileNotFoundError):  # whoever sweeps here helps
+            gone.unlink() if gone.is_symlink() else _delete(gone)
 
 
 def remove(path: Path) -> None:

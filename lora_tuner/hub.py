@@ -34,10 +34,13 @@ class _Patience:
 
     def __init__(self) -> None:
         self.since = math.inf  # when something of use came last; nobody waits yet
+        self.last = 0.0  # when anything was heard
         self.bytes = 0
         self.why = ""  # it is given up, where it says so
 
     def before(self, request: Any) -> None:
+        if time.monotonic() - self.last > 1.5 * SILENCE:  # nobody waited for an answer: hf_xet has its own way
+            self.renew()
         self._check()
         limit = SILENCE if request.method in ("GET", "HEAD") else WRITING
         self.since += int(request.headers.get("Content-Length") or 0) / LEAST * STALLED  # and so long to send it
@@ -75,7 +78,8 @@ class _Patience:
             self.since, self.bytes, self.why = time.monotonic(), 0, ""
 
     def _check(self) -> None:
-        if time.monotonic() - self.since > STALLED:
+        self.last = time.monotonic()
+        if self.last - self.since > STALLED:
             slow = f"next to nothing came for {STALLED:g} seconds. Try again when the Hub or the network is faster."
             raise HubError(self.why or slow)
 
@@ -160,6 +164,8 @@ def unreachable() -> str | None:
         try:
             status = get_session().head(constants.ENDPOINT, timeout=DEADLINE).status_code
             answer.append(f"{constants.ENDPOINT} answers with status {status}" if status >= 500 else None)
+        except HubError as error:
+            answer.append(str(error).rstrip("."))
         except Exception as error:  # whatever the HTTP library raises means the same here
             answer.append(f"{constants.ENDPOINT} does not answer ({type(error).__name__})")
 

@@ -73,13 +73,13 @@ class Library:
         name: str,
         *,
         overwrite: bool = False,
-        advice: str = "choose another --name, or replace it with --overwrite",
+        advice: str | None = None,
     ) -> None:
-        """Raise AdapterError unless an adapter of that name may be written."""
+        """Raise AdapterError, with `advice` for a name that is taken, unless an adapter of that name may be written."""
         target = self.path / valid_name(name)
         files.recover(self.path)
         if os.path.lexists(target) and not overwrite:
-            raise AdapterError(f"{target} exists: {advice}.")
+            raise AdapterError(f"{target} exists: {advice or 'choose another --name, or replace it with --overwrite'}.")
         if os.path.lexists(target) and not (target / CONFIG).is_file():
             raise AdapterError(f"{target} is no adapter, so it is not replaced: choose another --name.")
         self._check_writable()
@@ -183,9 +183,9 @@ class Library:
         return self.path / name
 
     @contextlib.contextmanager
-    def writing(self, name: str, *, overwrite: bool = False) -> Iterator[Path]:
+    def writing(self, name: str, *, overwrite: bool = False, advice: str | None = None) -> Iterator[Path]:
         """Yield a folder to fill; then it is checked and becomes `name`, or nothing changes and the error comes out."""
-        self.check_free(name, overwrite=overwrite)
+        self.check_free(name, overwrite=overwrite, advice=advice)
         try:
             with files.new_folder(self.path / name, overwrite=overwrite) as work:
                 yield work
@@ -196,10 +196,10 @@ class Library:
                         raise AdapterError(
                             f"{self.path / name} was not written as it should be: the disk gave back other weights."
                         )
-                self.check_free(name, overwrite=overwrite)
+                self.check_free(name, overwrite=overwrite, advice=advice)
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # it was taken in the last moment
-                self.check_free(name, overwrite=overwrite)
+                self.check_free(name, overwrite=overwrite, advice=advice)
             raise
 
 

@@ -81,8 +81,8 @@ def _parquet(path: Path, content: bytes) -> Table:
 
 
 def _csv(path: Path, text: str, separator: str) -> Table:
-    first = text.lstrip().split("\n", 1)[0]
-    if separator not in first and (found := [mark for mark in ",;\t|" if mark in first]):
+    first, second, *_ = [*text.lstrip().split("\n", 2), "", ""]
+    if separator not in first and (found := [mark for mark in ",;\t|" if mark in first and mark in second]):
         raise ValueError(
             f"its fields are parted by {found[0]!r}, where {separator!r} is expected in a {path.suffix} file"
         )

@@ -196,7 +196,7 @@ class _LoraTrainer(Trainer):
     def diverged(self, what: str) -> DivergedError:
         folder = self.folder / "last-good"
         if self.last_good:
-            with files.new_folder(folder) as work:
+            with contextlib.suppress(OSError), files.new_folder(folder) as work:  # a full disk is not what is wrong
                 save_adapter(self.job, self.last_good, self.job.manifest, work)
         kept = f"The last good adapter is in {folder}." if folder.is_dir() else "There is no good adapter to keep."
         return DivergedError(
@@ -236,7 +236,10 @@ class _LoraTrainer(Trainer):
             files.remove(checkpoint)  # one that was cut off here before
             super()._save_checkpoint(model, trial)
             hashes = {path.name: files.sha256_file(path) for path in sorted(checkpoint.iterdir())}
+            for path in checkpoint.iterdir():
+                files.sync(path)
             files.write_text(checkpoint / WHOLE, json.dumps(hashes, indent=2))
+            files.sync(self.folder)
         except (OSError, RuntimeError, SafetensorError) as error:
             files.remove(checkpoint)
             problem = error if isinstance(error, OSError) else files.as_os_error(error, checkpoint)
@@ -289,6 +292,12 @@ def _stopping() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether all that is in a folder is of a run, unfinished or with its checkpoints kept."""
+    own = {store.MANIFEST, store.RUN, "last-good"} | {it.name for it in _checkpoints(folder)}
+    return folder.is_dir() and not folder.is_symlink() and all(it.name in own for it in folder.iterdir())
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ the result another one; to go on training with something else, train again.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from .library import Library
 from .manifest import Manifest, now
 from .store import Adapter
 
+_TAKEN = "rename or remove that one first (`adapters rename`, `adapters remove`)"
 _ANEW = "Restore that, or train anew with --overwrite."
 _PLACES = {"adapters_dir", "runs_dir", "overwrite", "keep_checkpoints"}  # do not change what a run becomes
 
@@ -101,7 +103,7 @@ def _run_folder(config: TrainConfig) -> Path:
 @contextlib.contextmanager
 def _locked(runs_dir: Path, name: str) -> Iterator[None]:
     """One process at a time trains under a name."""
-    path = runs_dir / f".{name}.lock"
+    path = runs_dir / f".{name}.lock{files.WORK}"  # swept when its process is no more
     lock = FileLock(path, timeout=0)
     if why := files.unwritable(runs_dir):
         raise TrainingError(f"{why}: choose another --runs-dir.")
@@ -114,26 +116,34 @@ def _locked(runs_dir: Path, name: str) -> Iterator[None]:
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):  # Windows does not delete what is open
+            path.unlink()  # before its release: who is let in afterwards makes a new one
         lock.release()
-        with contextlib.suppress(OSError):  # Windows does not delete what another process has just opened
-            path.unlink()
 
 
 def _check_places(config: TrainConfig, *, resuming: bool = False) -> Library:
     assert config.name is not None
     library, folder = Library(config.adapters_dir), _run_folder(config)
-    library.check_free(config.name, overwrite=config.overwrite)
-    if (folder / store.RUN).is_file() and not resuming and not config.overwrite:
+    library.check_free(config.name, overwrite=config.overwrite, advice=_TAKEN if resuming else None)
+    if resuming or not os.path.lexists(folder):
+        return library
+    if config.runs_dir.resolve() == config.adapters_dir.resolve() or not trainer.is_run(folder):
+        raise TrainingError(f"{folder} is no run, so it is not replaced: choose another --runs-dir or --name.")
+    if (folder / store.RUN).is_file() and not config.overwrite:
         raise TrainingError(
             f"{folder} holds an unfinished run: go on with it by --resume {config.name}, drop it with --overwrite, or choose "
             "another --name."
+        )
+    if any(folder.iterdir()) and not config.overwrite:
+        raise TrainingError(
+            f"{folder} holds the checkpoints of a run that has finished: drop them with --overwrite, or choose another --name."
         )
     return library
 
 
 def _nothing_to_resume(folder: Path) -> TrainingError:
     """The error that says why a folder holds no run that can be resumed."""
-    here, why = Library(TrainConfig().adapters_dir), "it has finished, or never started"
+    here, why = Library(TrainConfig().adapters_dir), "it has finished (into another --adapters-dir?), or never started"
     if folder.name in here.names():
         why = f"it has finished, as {here.path / folder.name}"
     elif copies := sorted(folder.glob(f"*/{store.RUN}")):
@@ -189,7 +199,9 @@ def _check_settings(now: TrainConfig, then: TrainConfig, folder: Path, checkpoin
 def _check_room(job: Job) -> None:
     """Raise TrainingError when the disk cannot hold the checkpoints, or the adapter."""
     size = lora.counts(job.model)[0] * 4
-    needs = {job.config.runs_dir: (trainer.KEPT + 1) * 3 * size, job.config.adapters_dir: size}  # AdamW keeps two more
+    there = sum(it.stat().st_size for it in _run_folder(job.config).rglob("*") if it.is_file())
+    checkpoints = (trainer.KEPT + 1) * 3 * size - there  # AdamW keeps two more
+    needs = {job.config.runs_dir: checkpoints, job.config.adapters_dir: size}
     for place, need in needs.items():
         if (free := files.free_space(place)) < need:
             raise TrainingError(
@@ -276,7 +288,7 @@ def _write(job: Job, library: Library, manifest: Manifest, history: list[dict[st
     name = job.config.name
     assert name is not None
     try:
-        with library.writing(name, overwrite=job.config.overwrite) as work:
+        with library.writing(name, overwrite=job.config.overwrite, advice=_TAKEN) as work:
             save_adapter(job, lora.weights(job.model), manifest, work)
             report.write_metrics(history, work / store.METRICS)
             report.plot_loss(history, manifest, work / store.PLOT)

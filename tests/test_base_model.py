@@ -196,3 +196,13 @@ def test_a_gpu_gets_a_number_and_becomes_the_current_one(monkeypatch, name, inde
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
     assert base_model.choose_device(name) == torch.device("cuda", index)
     assert chosen == [index]
+
+
+def test_of_weights_that_lie_there_twice_those_that_are_loaded_count(gpt2, tmp_path):
+    shutil.copytree(gpt2, tmp_path / "base")
+    once = find_base(str(tmp_path / "base")).shapes
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    save_file(
+        {f"again.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "base" / "consolidated.safetensors"
+    )
+    assert find_base(str(tmp_path / "base")).shapes == once

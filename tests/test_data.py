@@ -671,6 +671,11 @@ def test_a_txt_file_beside_others_needs_no_column(load, tmp_path):
     assert load(folder, text_column="body").counts.read == 40
 
 
+def test_a_name_of_a_single_column_may_hold_other_marks(tmp_path):
+    (tmp_path / "one.tsv").write_text("text, cleaned\n" + "\n".join(tiny.reviews(60)))
+    assert load_corpus(TrainConfig(dataset=str(tmp_path / "one.tsv"))).counts.read == 60
+
+
 def test_a_csv_with_semicolons_is_told(tmp_path):
     (tmp_path / "semi.csv").write_text('text;kind\n"one; two";a\n')
     with pytest.raises(DataError, match=r"its fields are parted by ';', where ',' is expected in a \.csv file"):

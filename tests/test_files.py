@@ -92,6 +92,24 @@ def test_what_has_come_in_the_meantime_is_replaced_only_when_asked(tmp_path):
 
 
 @pytest.mark.usefixtures("no_exchange")
+def test_who_reads_between_the_two_renames_does_not_undo_the_save(tmp_path, monkeypatch):
+    (tmp_path / "it").mkdir()
+    (tmp_path / "it" / "old").write_text("old")
+    rename, read = os.rename, []
+
+    def read_between(source, target):
+        rename(source, target)
+        if str(target).endswith(".lora_tuner-old") and not read:
+            read.append(target)
+            files.recover(tmp_path)
+
+    monkeypatch.setattr(os, "rename", read_between)
+    with files.new_folder(tmp_path / "it") as work:
+        (work / "new").write_text("new")
+    assert content(tmp_path) == {"it": None, "it/new": "new"}
+
+
+@pytest.mark.usefixtures("no_exchange")
 def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
     (tmp_path / "it").mkdir()
     (tmp_path / "it" / "old").write_text("old")
@@ -240,10 +258,35 @@ def test_a_work_place_that_was_swept_before_its_lock_is_made_again(tmp_path, mon
     assert content(tmp_path) == {"it": None, "it/new": "new"}
 
 
-def test_what_cannot_be_deleted_is_said(tmp_path, monkeypatch):
+def test_a_work_place_that_is_being_swept_is_left_to_that(tmp_path, monkeypatch):
+    locked, seen = files._locked, []
+
+    @contextlib.contextmanager
+    def taken(path):
+        seen.append(path)
+        with locked(path) as held:
+            yield held and len(seen) > 1  # first another process has it
+
+    monkeypatch.setattr(files, "_locked", taken)
+    with files.new_folder(tmp_path / "it") as work:
+        assert work == seen[1]
+    assert (tmp_path / "it").is_dir()
+
+
+def test_where_others_sweep_too_what_is_taken_away_is_gone(tmp_path, monkeypatch):
     (tmp_path / "it").mkdir()
-    monkeypatch.setattr(shutil, "rmtree", lambda path, **how: os.rmdir(path / "none"))
-    with pytest.raises(OSError, match="none"):
+    monkeypatch.setattr(files, "sync", files.sweep)
+    files.take_away(tmp_path / "it")
+    assert content(tmp_path) == {}
+
+
+def test_what_cannot_be_deleted_is_said(tmp_path, monkeypatch):
+    def refuse(path, **how):
+        raise PermissionError("not yours")
+
+    (tmp_path / "it").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(PermissionError, match="not yours"):
         files.take_away(tmp_path / "it")
     assert not (tmp_path / "it").exists()
 

@@ -216,7 +216,8 @@ def test_a_resume_with_something_changed_is_refused(settings, reviews_csv, gpt2,
 
 def test_what_cannot_be_resumed(settings):
     with pytest.raises(
-        TrainingError, match="There is no unfinished run runs/reviews: it has finished, or never started"
+        TrainingError,
+        match=r"There is no unfinished run runs/reviews: it has finished \(into another --adapters-dir\?\), or never started",
     ):
         resume("reviews")
 
@@ -244,7 +245,7 @@ def test_an_existing_adapter_is_replaced_only_when_asked(adapter, settings):
 def test_two_runs_under_one_name_at_once_are_refused(settings, tmp_path):
     (tmp_path / "runs").mkdir()
     with (
-        FileLock(tmp_path / "runs" / ".reviews.lock"),
+        FileLock(tmp_path / "runs" / ".reviews.lock.lora_tuner-new"),
         pytest.raises(TrainingError, match="Another process trains 'reviews'"),
     ):
         train(settings())
@@ -378,6 +379,34 @@ def test_places_that_cannot_be_written_are_said_before_training(settings, tmp_pa
         train(settings(adapters_dir="file"))
     with pytest.raises(TrainingError, match="file is no folder: choose another --runs-dir"):
         train(settings(runs_dir="file"))
+
+
+def test_a_folder_that_is_no_run_is_never_replaced(settings, tmp_path):
+    (tmp_path / "work" / "docs").mkdir(parents=True)
+    (tmp_path / "work" / "docs" / "thesis.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(
+            TrainingError, match="work/docs is no run, so it is not replaced: choose another --runs-dir or"
+        ):
+            train(settings(name="docs", runs_dir="work", overwrite=overwrite))
+    assert (tmp_path / "work" / "docs" / "thesis.txt").read_text() == "mine"
+
+
+def test_runs_are_not_kept_among_adapters(settings, tmp_path):
+    before = weights(train(settings(name="one")))
+    with pytest.raises(TrainingError, match="adapters/one is no run, so it is not replaced"):
+        train(settings(name="one", runs_dir="adapters", overwrite=True))
+    assert weights(store.read(tmp_path / "adapters" / "one")) == before
+
+
+def test_checkpoints_that_were_kept_are_dropped_only_when_asked(settings, tmp_path):
+    train(settings(keep_checkpoints=True))
+    (tmp_path / "adapters" / "reviews").rename(tmp_path / "adapters" / "other")
+    with pytest.raises(TrainingError, match="runs/reviews holds the checkpoints of a run that has finished: drop them"):
+        train(settings())
+    assert list((tmp_path / "runs" / "reviews").glob("checkpoint-*"))
+    train(settings(overwrite=True))
+    assert not (tmp_path / "runs" / "reviews").exists()
 
 
 def test_bad_data_leaves_no_run(settings, tmp_path):

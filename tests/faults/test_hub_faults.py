@@ -10,11 +10,14 @@ import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from lora_tuner import hub as hub_module
 from lora_tuner import store
+from lora_tuner.errors import HubError
 
 from .. import stored, tiny
 from ..hub import Hub, fail, reply
@@ -346,3 +349,18 @@ def test_what_is_no_name_of_a_repo_is_a_line(hub: Hub, start: Callable[..., Any]
         1,
         f"Error: '{repo}' is neither a local folder nor a Hub id (owner/name).",
     )
+
+
+def test_a_time_in_which_nobody_asks_is_no_silence_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """hf_xet fetches large files by a way of its own, and the next question comes when it is done."""
+    now = [100.0]
+    monkeypatch.setattr("lora_tuner.hub.time", SimpleNamespace(monotonic=lambda: now[0]))
+    patience, request = hub_module._Patience(), SimpleNamespace(method="GET", extensions={})
+    with patience.waiting():
+        patience.before(request)
+        now[0] += 2 * hub_module.STALLED
+        for _ in range(3):  # who is asked again and again, and says nothing, is silent
+            patience.before(request)
+            now[0] += hub_module.SILENCE + 0.1
+        with pytest.raises(HubError, match="next to nothing came for 30 seconds"):
+            patience.before(request)

@@ -115,11 +115,11 @@ def test_what_a_step_is_said_to_take_is_what_it_takes_at_least(
 
 
 GROUPS = {
-    "second version": ("0::/outer/inner\n", "", ("memory.max", "memory.current", "inactive_file")),
+    "second version": ("0::/outer/inner\n", "", ("memory.max", "memory.current", "")),
     "first version": (
         "4:memory:/outer/inner\n1:cpu:/\n0::/\n",
         "memory",
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     ),
 }
 
@@ -129,13 +129,13 @@ GROUPS = {
 def test_the_limit_of_a_container_counts_wherever_it_is_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, where: str
 ) -> None:
-    line, root, (limit, used, cached) = GROUPS[version]
+    line, root, (limit, used, total) = GROUPS[version]
     for group in ("outer/inner", "outer", ""):
         folder = tmp_path / "limits" / root / group
         folder.mkdir(parents=True, exist_ok=True)
         (folder / limit).write_text("1000000\n" if group == where else "max\n")
         (folder / used).write_text("700000\n")
-        (folder / "memory.stat").write_text(f"anon 5\n{cached} 100000\n")
+        (folder / "memory.stat").write_text(f"anon 5\n{total}inactive_file 60000\n{total}active_file 40000\n")
     (tmp_path / "groups").write_text(line)
     monkeypatch.setattr(base_model, "_GROUPS", tmp_path / "groups")
     monkeypatch.setattr(base_model, "_LIMITS", tmp_path / "limits")

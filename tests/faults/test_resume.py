@@ -33,7 +33,7 @@ def killed(kept: dict[Any, Any], run: Callable[..., Ended], arguments: list[str]
             assert ended.status == -signal.SIGKILL
             kept["killed", how] = kept["place"] / str(len(kept))
             shutil.move(RUN, kept["killed", how])
-            Path("runs/.reviews.lock").unlink()
+            Path("runs/.reviews.lock.lora_tuner-new").unlink()
         shutil.copytree(kept["killed", how], place)
         return place
 

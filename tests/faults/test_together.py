@@ -141,7 +141,10 @@ def test_a_name_that_is_taken_during_a_training_is_not_overwritten_and_no_step_i
     (world / "go").touch()
     refused = first.end()
     assert refused.status == 1
-    assert refused.line.startswith("Error: adapters/new exists")
+    assert "adapters/new exists: rename or remove that one first" in refused.line
+    assert run("train", "--resume", "new").line.startswith(
+        "Error: adapters/new exists: rename or remove that one first"
+    )
     assert contents(world / "adapters" / "new") == theirs
     is_whole(world, "new")
     assert run("adapters", "rename", "new", "theirs").status == 0
