@@ -355,7 +355,7 @@ def test_a_time_in_which_nobody_asks_is_no_silence_of_the_hub(monkeypatch: pytes
     """hf_xet fetches large files by a way of its own, and the next question comes when it is done."""
     now = [100.0]
     monkeypatch.setattr("lora_tuner.hub.time", SimpleNamespace(monotonic=lambda: now[0]))
-    patience, request = hub_module._Patience(), SimpleNamespace(method="GET", extensions={})
+    patience, request = hub_module._Patience(), SimpleNamespace(method="GET", headers={}, extensions={})
     with patience.waiting():
         patience.before(request)
         now[0] += 2 * hub_module.STALLED
