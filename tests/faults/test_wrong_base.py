@@ -1,5 +1,6 @@
 """An adapter on another base than its own: refused by whatever would put it there, with both named and nothing written."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -117,29 +118,20 @@ def refusal(*arguments: Any) -> str:
     return errors[0]
 
 
-PAIRS = [
-    *(("gpt2", other) for other in (*SAME_SIZES[1:], RETOKENISED, "wider gpt2")),
-    SAME_LLAMAS,
-    *(
-        pytest.param(one, other, marks=pytest.mark.slow)
-        for one, other in [
-            *((one, other) for one in SAME_SIZES[1:] for other in SAME_SIZES if one != other),
-            *(("gpt2", other) for other in ("deeper gpt2", "shallower gpt2", "llama")),
-            *((other, "gpt2") for other in (RETOKENISED, "wider gpt2", "deeper gpt2", "shallower gpt2", "llama")),
-            SAME_LLAMAS[::-1],
-        ]
-    ),
-]
+ALL = [*SAME_SIZES, RETOKENISED, "wider gpt2", "deeper gpt2", "shallower gpt2", *SAME_LLAMAS]
+QUICK = [*(("gpt2", other) for other in (*SAME_SIZES[1:], RETOKENISED, "wider gpt2")), SAME_LLAMAS]
+PAIRS = [pytest.param(*pair, marks=[pytest.mark.slow] * (pair not in QUICK)) for pair in itertools.permutations(ALL, 2)]
 
 
 @pytest.mark.parametrize(("own", "other"), PAIRS)
 def test_another_base_is_refused_by_every_command_and_nothing_is_written(own, other, bases, trained_on):
     trained_on(own)
     for name, arguments in COMMANDS.items():
-        if name == "export" and RETOKENISED in (own, other):
+        same_weights = {own, other} == {"gpt2", RETOKENISED}
+        if name == "export" and same_weights:
             continue  # the file holds no words: a tokenizer does not matter to it
         line = refusal(*arguments, "--base", bases[other])
-        if RETOKENISED in (own, other):
+        if same_weights:
             assert line.startswith(f"Error: {NAME} was trained with another tokenizer than that of {bases[other]}."), (
                 name
             )
