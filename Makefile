@@ -16,7 +16,7 @@ adapters/imdb/manifest.json: | $(READY)
 	$(BIN)/python cli.py train --rank 8 --minutes 3
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile  # one more than two cores: many wait for a disk or a process
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow -n auto --maxprocesses 4

@@ -19,6 +19,7 @@ from lora_tuner import files, trainer
 from lora_tuner.errors import TrainingError
 from lora_tuner.training import train
 
+from . import worlds
 from .process import Fault, contents
 from .worlds import COMMANDS, arguments, becomes, litter, old_or_new, run, state
 
@@ -50,7 +51,7 @@ def full_at(name: str, words: list[str], world: Path, root: Path, at: int, new: 
     assert litter(root) == []
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", worlds.QUICK)
 def test_a_full_disk_costs_nothing_but_the_command(name: str, world: Path, gpt2: Path, tmp_path: Path) -> None:
     words = arguments(name, world, gpt2)
     new, events = becomes(words, world, tmp_path / "clean")

@@ -23,6 +23,7 @@ COMMANDS: dict[str, list[str]] = {
     "remove": ["adapters", "remove", "one", "--yes"],
     "export": ["export", "one", "--to", "gguf", "--out", "one.gguf"],
 }
+QUICK = [name for name in COMMANDS if f"{name} over another" not in COMMANDS]  # of two of a kind the harder one
 State = dict[str, object]
 
 
