@@ -8,7 +8,7 @@ of different adapters copy their tensors once a call.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .base_model import Base
-from .errors import MixedBatchError
+from .errors import AdapterError, MixedBatchError
 from .lora import layer_sizes, linear_layers
 from .store import Adapter
 from .updates import read
@@ -33,86 +33,95 @@ class _Update:
     stretch: torch.Tensor | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """An adapter in memory, by layer. It never changes: one that is replaced on disk is loaded anew, beside what still runs."""
+
+    layers: dict[str, _Update]
+    joined: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict
+    )  # made when asked for
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether all that it does is to add; DoRA stretches."""
+        return all(update.stretch is None for update in self.layers.values())
+
+
+def blend(parts: Sequence[tuple[float, Loaded]]) -> Loaded:
+    """The weighted sum of adapters in memory, exactly. Raises AdapterError for DoRA, whose update is no sum."""
+    if not all(loaded.is_sum for _, loaded in parts):
+        raise AdapterError(
+            "A DoRA adapter also rescales the base's weights, so it is no part of a sum: merge it instead."
+        )
+    layers = {}
+    for module in dict.fromkeys(module for _, loaded in parts for module in loaded.layers):
+        own = [(weight, loaded.layers[module]) for weight, loaded in parts if module in loaded.layers]
+        layers[module] = _Update(
+            torch.cat([update.down for _, update in own]), torch.cat([weight * update.up for weight, update in own], 1)
+        )
+    return Loaded(layers)
+
+
 class AdapterBank:
-    """The adapters that are in memory beside a base."""
+    """Puts adapters beside a base, for the time of a batch."""
 
     def __init__(self, base: Base) -> None:
         self._base = base
-        self._layers = linear_layers(base.model)
-        self.updates: dict[str, dict[str, _Update]] = {}  # adapter -> layer -> update
+        self.layers = linear_layers(base.model)
 
-    def add(self, name: str, adapter: Adapter) -> None:
-        """Read an adapter into memory, in place of one of that name. Raises AdapterError, and changes nothing, if it is
-        damaged or does not fit."""
-        self.updates[name] = self.read(adapter)
-
-    def read(self, adapter: Adapter) -> "dict[str, _Update]":
-        """The updates of an adapter, to be put into `updates`."""
+    def read(self, adapter: Adapter) -> Loaded:
+        """An adapter into memory. Raises AdapterError if it is damaged or does not fit."""
         updates, device = {}, self._base.device
-        for module, update in read(adapter, self._layers).items():
+        for module, update in read(adapter, self.layers).items():
             down, up = update.down.to(device), update.up.to(device)
             if update.magnitude is None:
                 updates[module] = _Update(down, up)
             else:
-                factor = update.magnitude.to(device) / (_weight(self._layers[module]).float() + up @ down).norm(dim=1)
+                factor = update.magnitude.to(device) / (_weight(self.layers[module]).float() + up @ down).norm(dim=1)
                 updates[module] = _Update(down, factor[:, None] * up, factor - 1)
-        return updates
+        return Loaded(updates)
 
-    def remove(self, name: str) -> None:
-        del self.updates[name]
+    def hooks(self, rows: Sequence[Loaded | None]) -> "list[tuple[Any, Callable[..., torch.Tensor]]]":
+        """Layers, each with what it does in a batch whose row i goes through the adapter `rows[i]`, or through the plain base
+        for None. One entry stands for all rows of batches of any size."""
+        found = []
+        for module, layer in self.layers.items():
+            if hook := _hook([loaded.layers.get(module) if loaded is not None else None for loaded in rows]):
+                found.append((layer, hook))
+        return found
 
     @contextlib.contextmanager
-    def applied(self, rows: Sequence[str | None]) -> Iterator[None]:
-        """In the block, row i of each batch goes through the adapter `rows[i]`, or through the plain base for None.
-
-        One entry stands for all rows of batches of any size. A batch raises MixedBatchError where a layer cannot tell which
-        row is which.
-        """
-        hooks = []
+    def applied(self, hooks: "Sequence[tuple[Any, Callable[..., torch.Tensor]]]") -> Iterator[None]:
+        """In the block, each batch goes through these `hooks`. It raises MixedBatchError where a layer cannot tell which row
+        is which."""
+        handles = []
         try:
-            for module, layer in self._layers.items():
-                updates = [self.updates[name].get(module) if name is not None else None for name in rows]
-                if hook := _hook(updates):
-                    hooks.append(layer.register_forward_hook(hook))
+            for layer, hook in hooks:
+                handles.append(layer.register_forward_hook(hook))
             yield
         finally:
-            for handle in hooks:
+            for handle in handles:
                 handle.remove()
 
-    def joined(
-        self, modules: Sequence[str], rows: Sequence[str | None]
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The updates of layers that share their input as one, for a batch whose rows go through these adapters.
-
-        Of one adapter for all rows (in, ranks) and (ranks, outs), of several (rows, in, ranks) and (rows, ranks, outs);
-        None for both where there is nothing to add. Raises MixedBatchError for DoRA, whose update is no sum.
-        """
-        each = {name: self._joined(modules, self.updates[name] if name is not None else {}) for name in set(rows)}
-        if all(len(down) == 0 for down, _ in each.values()):
-            return None, None
-        if len(each) == 1:
-            ((down, up),) = each.values()
-            return down.T, up
-        ranks = max(len(down) for down, _ in each.values())
-        filled = {name: [F.pad(part, (0, 0, 0, ranks - len(part))) for part in parts] for name, parts in each.items()}
-        return (
-            torch.stack([filled[name][0] for name in rows]).transpose(1, 2),
-            torch.stack([filled[name][1] for name in rows]),
-        )
-
-    def _joined(self, modules: Sequence[str], updates: dict[str, _Update]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(ranks, in) and (ranks, outs): each layer's update reaches its own outputs alone."""
-        sizes = layer_sizes({module: self._layers[module] for module in modules})
+    def joined(self, modules: Sequence[str], loaded: Loaded | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The updates of layers that share their input as one: (ranks, in) and (ranks, outs), each reaching its own layer's
+        outputs alone; no ranks for the plain base."""
+        known = loaded.joined.get(tuple(modules)) if loaded is not None else None
+        if known is not None:
+            return known
+        sizes = layer_sizes({module: self.layers[module] for module in modules})
         outs = [out for _, out in sizes.values()]
         downs, ups, start = [torch.empty(0, sizes[modules[0]][0])], [torch.empty(0, sum(outs))], 0
         for module, out in zip(modules, outs, strict=True):
-            if (update := updates.get(module)) is not None:
-                if update.stretch is not None:
-                    raise MixedBatchError("DoRA stretches what the base puts out.")
+            if loaded is not None and (update := loaded.layers.get(module)) is not None:
                 downs.append(update.down)
                 ups.append(F.pad(update.up.T, (start, sum(outs) - start - out)))
             start += out
-        return torch.cat(downs), torch.cat(ups)
+        both = torch.cat(downs), torch.cat(ups)
+        if loaded is not None:
+            loaded.joined[tuple(modules)] = both
+        return both
 
 
 def _weight(layer: Any) -> torch.Tensor:

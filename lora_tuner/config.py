@@ -263,6 +263,22 @@ class Sampling(_Settings):
         return value
 
 
+class Serving(_Settings):
+    """How the server answers: where it listens, and how much it takes on."""
+
+    host: str = _option("127.0.0.1", "The address to listen on; any but this machine's own needs --api-key.", "Serving")
+    port: int = _option(8000, "The port to listen on; 0 for any that is free.", "Serving", ge=0, le=65535)
+    api_key: str | None = _option(
+        None, "What clients must send as their API key.", "Serving", "LORA_TUNER_API_KEY, if that is set", min_length=8
+    )
+    max_batch: int = _option(32, "Answers that are written at once.", "Serving", ge=1, le=1024)
+    max_waiting: int = _option(256, "Answers that may wait; beyond that, 429.", "Serving", ge=1, le=100_000)
+    max_resident: int = _option(64, "Adapters in memory; of more, those not used for longest leave.", "Serving", ge=1)
+    max_tokens: int = _option(2048, "Tokens that a request may ask for.", "Serving", ge=1, le=MOST)
+    timeout: float = _option(300.0, "Seconds that a request may take, waiting included.", "Serving", gt=0, le=86_400)
+    log_prompts: bool = _option(False, "Write prompts and answers into the log as well.", "Serving")
+
+
 def _contradiction(text: str) -> PydanticCustomError:
     """Wrong in view of the settings before it. Said per field, so that it is reported beside the other problems."""
     return PydanticCustomError("contradiction", "{text}", {"text": text})

@@ -267,11 +267,11 @@ def losses(
     bank = AdapterBank(base)
     found: list[list[tuple[HeldOut, HeldOut] | None]] = []
     for number, (name, adapter) in enumerate(adapters.items(), 1):
-        bank.add(name, adapter)
+        hooks = bank.hooks([bank.read(adapter)])
         line: list[tuple[HeldOut, HeldOut] | None] = []
         for rows, of_base, it in zip(encoded, bases, sets, strict=True):
             stage = f"{name} on {it.name} (adapter {number} of {len(adapters)})"
-            with bank.applied([name]):
+            with bank.applied(hooks):
                 now = partial(measure, base.model, base, rows, notify, stage=stage)
                 measured = (of_base, _once(base, rows, adapter, now)) if of_base is not None else None
             if measured and not math.isfinite(measured[1].loss):
@@ -280,7 +280,6 @@ def losses(
                     "Train it with a lower --learning-rate, or leave it out."
                 )
             line.append(measured)
-        bank.remove(name)
         found.append(line)
     return found
 

@@ -1,0 +1,156 @@
+"""From a model's name and a prompt to a job for the worker, and back to text as it comes.
+
+Reading adapters and tokenising happen in a thread of their own, so that neither the model nor other connections wait.
+Surprise: a model's name is looked up in a listing, never made into a path, so that no request reaches the disk. Limit: one
+base; adapters of the library that were trained on another are listed with the reason why they do not answer.
+"""
+
+import asyncio
+import copy
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from .. import lora
+from ..bank import Loaded
+from ..base_model import free_memory
+from ..config import Sampling, Serving
+from ..errors import AdapterError, GenerationError, UnknownModelError
+from ..generation import Generator, after, seed_of
+from ..library import steady
+from ..row import Row
+from ..store import Adapter
+from .worker import Job, Worker
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a client may name: the base, or an adapter; `broken` says why it does not answer."""
+
+    id: str
+    path: Path | None = None  # of an adapter
+    adapter: Adapter | None = None
+    broken: str | None = None
+
+
+class Desk:
+    """The one place that knows which models there are, and hands work to the worker.
+
+    `only` are the adapters that are served, by path; with none all of the library are, as they come and go.
+    """
+
+    def __init__(self, generator: Generator, settings: Serving, only: Sequence[Path] = ()) -> None:
+        self.generator = generator
+        self.settings = settings
+        self.base = generator.base
+        self.only = {path.name: path for path in only}
+        self.began = int(time.time())
+        room = free_memory(self.base.device) // 2 // generator.writer.bytes_a_token
+        self.worker = Worker(
+            generator.writer, max_batch=settings.max_batch, max_waiting=settings.max_waiting, room=room
+        )
+        self._tokenizer = copy.deepcopy(self.base.tokenizer)  # one is not for two threads
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lora_tuner-desk")
+
+    async def aside(self, work: Callable[[], Found]) -> Found:
+        """Done in the desk's own thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def models(self) -> list[Model]:
+        """The base first, then adapters by name. Reads the library as it is now."""
+        name = self.base.source.name
+        return [Model(name), *(self._model(name, path) for name, path in sorted(self._places().items()))]
+
+    def _places(self) -> dict[str, Path]:
+        library = self.generator.library
+        return self.only or {name: library.path / name for name in library.names()}
+
+    def _model(self, name: str, path: Path) -> Model:
+        if name == self.base.source.name:
+            return Model(name, path, broken="It has the name of the base: rename it.")
+        try:
+            adapter = steady(path, lambda adapter: adapter)
+            lora.check_base(adapter, self.base, force=self.generator.force)
+        except AdapterError as error:
+            return Model(name, path, broken=str(error))
+        return Model(name, path, adapter)
+
+    def find(self, model: str) -> tuple[str | None, Loaded | None]:
+        """The adapter of that name in memory; None and None for the base. Raises UnknownModelError, or AdapterError with the
+        reason for one that is broken."""
+        if model == self.base.source.name:
+            return None, None
+        path = self._places().get(model)
+        if path is None:
+            raise UnknownModelError(f"There is no model '{model}': GET /v1/models lists what there is.")
+        return self.generator.find(path)
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """The tokens of a prompt. Raises GenerationError when there is no room behind them, or they are no tokens."""
+        if isinstance(prompt, str):
+            return self.generator.check(prompt, self._tokenizer)
+        vocabulary = self.base.model.get_input_embeddings().weight.shape[0]
+        if not prompt or not all(0 <= token < vocabulary for token in prompt):
+            raise GenerationError(f"A prompt of tokens has at least one, each from 0 to {vocabulary - 1:,}.")
+        return self.generator.fits(list(prompt))
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The tokens of a conversation, up to where the answer begins. Raises GenerationError where there is no template."""
+        if not self._tokenizer.chat_template:
+            raise GenerationError(f"{self.base.source.name} has no chat template: ask for a completion instead.")
+        try:
+            ids = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # a template says what it does not take with errors of its own
+            raise GenerationError(f"The chat template does not take these messages: {error}") from error
+        return self.generator.fits(list(ids))
+
+    async def ask(
+        self,
+        model: str,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        *,
+        answers: int = 1,
+        likeliest: int | None = None,
+        loaded: Loaded | None = None,
+    ) -> Job:
+        """A job with so many answers to each prompt, in this order; with `loaded`, by an adapter that has no folder. Raises what
+        `find` and `Worker.submit` raise."""
+        name, found = (model, loaded) if loaded is not None else await self.aside(lambda: self.find(model))
+        seed = seed_of(sampling)
+        rows = [
+            Row(self.base, prompt, sampling, after(seed, number), name, found, likeliest=likeliest)
+            for prompt in prompts
+            for number in range(answers)
+        ]
+        job = Job(model, rows, self.settings.timeout)
+        self.worker.submit(job)
+        return job
+
+    async def follow(self, job: Job) -> AsyncIterator[None]:
+        """Comes back whenever there is more of the job, the last time when it is complete. Who leaves, cancels it."""
+        news, loop = asyncio.Event(), asyncio.get_running_loop()
+        job.wake = partial(loop.call_soon_threadsafe, news.set)
+        try:
+            while True:
+                news.clear()
+                complete = job.complete
+                yield
+                if complete:
+                    return
+                await news.wait()
+        finally:
+            self.worker.cancel(job)
+
+    def start(self) -> None:
+        self.worker.start()
+
+    def stop(self) -> None:
+        self.worker.stop()
+        self._thread.shutdown(wait=False, cancel_futures=True)
