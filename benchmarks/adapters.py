@@ -90,9 +90,9 @@ def _loading(shelf: Path, rounds: int) -> list[Figure]:
 
 def _swap(generator: Generator, name: str | None) -> None:
     """All that changes between the answers of two adapters."""
-    generator.use(name)
-    assert generator._decoder is not None
-    generator._decoder.use(generator._bank, [name])
+    _, loaded = generator.find(name)
+    assert generator.writer.decoder is not None
+    generator.writer.decoder.mix(generator.writer.bank).use([loaded])
 
 
 def _peft(shelf: Path, rounds: int) -> list[Figure]:

@@ -56,14 +56,16 @@ class Writer:
 
     def join(self, rows: Sequence[Row]) -> None:
         """Rows that are written from now on."""
+        before = len(self._batches)
         for row in rows:
             own = self.decoder is not None and (row.loaded is None or row.loaded.is_sum)
             key = (own, None if own or self.stock.mixes else row.loaded)
             if key not in self._batches:
-                if any(not theirs for theirs, _ in self._batches) and not own:
-                    self.notify(Notice("This base does not keep the rows of a batch apart: each adapter has its own."))
                 self._batches[key] = Batch(self.decoder if own else self.stock, self.bank)
             self._batches[key].join(row)
+        if len(self._batches) > before and sum(not own for own, _ in self._batches) > 1:
+            text = "This base does not keep the rows of a batch apart, so each adapter has a batch of its own."
+            self.notify(Notice(text))
 
     def step(self) -> None:
         """A token more for each row, or several; those that are done leave."""
