@@ -20,7 +20,15 @@ from .test_hub import repos  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "adapters/README.md"]
-PAGES += ["docs/measuring.md", "docs/other-tools.md", "docs/reliability.md", "docs/scale.md", "docs/serving.md", "SECURITY.md", "benchmarks/RESULTS.md"]
+PAGES += [
+    "docs/measuring.md",
+    "docs/other-tools.md",
+    "docs/reliability.md",
+    "docs/scale.md",
+    "docs/serving.md",
+    "SECURITY.md",
+    "benchmarks/RESULTS.md",
+]
 
 
 def text(page):
