@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -118,7 +119,17 @@ def _expected(shelves: list[Path]) -> Expected:
 
 @contextlib.contextmanager
 def _server(adapters: Path) -> Iterator[tuple[str, psutil.Process]]:
-    command = [sys.executable, CLI, "serve", "--base", EMBEDDED_BASE, "--dtype", "float32", "--port", "0"]
+    command: list[str | Path] = [
+        sys.executable,
+        CLI,
+        "serve",
+        "--base",
+        EMBEDDED_BASE,
+        "--dtype",
+        "float32",
+        "--port",
+        "0",
+    ]
     command += ["--adapters-dir", adapters, "--max-waiting", str(CLIENTS)]
     env = os.environ | {"PYTHONPATH": str(CLI.parent)}
     with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stderr=log, env=env) as server:
@@ -179,7 +190,7 @@ async def _ask(http: httpx.AsyncClient, model: str, prompt: str, expected: Expec
     seen.first.append(first or time.monotonic() - began)
 
 
-async def _events(answer: httpx.Response) -> AsyncIterator[dict[str, object]]:
+async def _events(answer: httpx.Response) -> AsyncIterator[Any]:
     async for line in answer.aiter_lines():
         if line.startswith("data: ") and line != "data: [DONE]":
             yield json.loads(line.removeprefix("data: "))

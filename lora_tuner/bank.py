@@ -63,6 +63,9 @@ def blend(parts: Sequence[tuple[float, Loaded]]) -> Loaded:
     return Loaded(layers)
 
 
+Hook = tuple[Any, Callable[..., torch.Tensor | None]]  # a layer, and what it does to its output
+
+
 class AdapterBank:
     """Puts adapters beside a base, for the time of a batch."""
 
@@ -82,7 +85,7 @@ class AdapterBank:
                 updates[module] = _Update(down, factor[:, None] * up, factor - 1)
         return Loaded(updates)
 
-    def hooks(self, rows: Sequence[Loaded | None]) -> "list[tuple[Any, Callable[..., torch.Tensor]]]":
+    def hooks(self, rows: Sequence[Loaded | None]) -> list[Hook]:
         """Layers, each with what it does in a batch whose row i goes through the adapter `rows[i]`, or through the plain base
         for None. One entry stands for all rows of batches of any size."""
         found = []
@@ -92,7 +95,7 @@ class AdapterBank:
         return found
 
     @contextlib.contextmanager
-    def applied(self, hooks: "Sequence[tuple[Any, Callable[..., torch.Tensor]]]") -> Iterator[None]:
+    def applied(self, hooks: Sequence[Hook]) -> Iterator[None]:
         """In the block, each batch goes through these `hooks`. It raises MixedBatchError where a layer cannot tell which row
         is which."""
         handles = []

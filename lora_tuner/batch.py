@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .bank import AdapterBank
+from .bank import AdapterBank, Mix
 from .base_model import Base, quiet
-from .decoder import Cache, Decoder, Mix
+from .decoder import Cache, Decoder
 from .errors import Listener, Notice, ignore
 from .row import Row
 from .stock import Stock
@@ -95,7 +95,8 @@ class Batch:
 
     def __init__(self, way: Decoder | Stock, bank: AdapterBank) -> None:
         self.way: Any = way
-        self.mix, self.mix_of_new = way.mix(bank), way.mix(bank)
+        self.mix: Any = way.mix(bank)
+        self.mix_of_new: Any = way.mix(bank)
         self.writing: list[Row] = []
         self.cache: Any = None  # of the rows that are written, without their last tokens
         self.waiting: list[Row] = []
@@ -236,7 +237,7 @@ class _Guesser:
             return 0
         self.rounds += 1
         used, end = cache.used, self.row.length
-        count = min(self.decoder.guesses, self.row.limit - len(self.row.new) - 1)
+        count: int = min(self.decoder.guesses, self.row.limit - len(self.row.new) - 1)
         for place in range(end, end + count):
             logits = draft.step(self.row.ids[:, place - 1 : place], cache, self.mix)[0, -1]
             self.row.put(place, self.row.best(place, logits))

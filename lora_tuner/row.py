@@ -90,7 +90,7 @@ class Row:
     def __post_init__(self) -> None:
         self.limit = min(self.sampling.max_new_tokens, self.base.context - len(self.prompt))
         self.text = Text(self.base.tokenizer, self.prompt, self.sampling.stop)
-        self.ids = torch.tensor([self.prompt], device=self.base.device)  # with room for what comes
+        self.ids: Any = torch.tensor([self.prompt], device=self.base.device)  # with room for what comes
         self.drawing = drawing.steps(self.sampling, self.seed)
         self._shown = 0
 

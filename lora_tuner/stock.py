@@ -101,7 +101,8 @@ class Stock:
         try:
             with quiet(), torch.inference_mode():
                 expected = self.base.model(input_ids=ids[None], use_cache=False).logits[0].float()
-                cache, later = self.cache(2, 6, [0, 2]), self.cache(1, 6, [0])
+                cache: Any = self.cache(2, 6, [0, 2])
+                later: Any = self.cache(1, 6, [0])
                 for part in torch.stack([ids[:4], F.pad(ids[:2], (2, 0))]).split(2 if self.in_pieces else 4, 1):
                     self.step(part, cache)
                 found = self.step(ids[[4, 2], None], cache)[:, -1]
@@ -136,7 +137,7 @@ class StockCache:
     """What transformers keeps of rows of text, all ending in one column, each beginning after its padding."""
 
     def __init__(self, base: Base, padding: Sequence[int]) -> None:
-        self.entries = DynamicCache(config=base.model.config)
+        self.entries: Any = DynamicCache(config=base.model.config)
         # One that keeps a window alone cannot take in rows; the mask says what is looked at.
         self.entries.layers = [
             DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in self.entries.layers
@@ -149,7 +150,7 @@ class StockCache:
         self.padding = [self.padding[line] for line in lines]
         first = min(self.padding)
         for layer in self.entries.layers:
-            rows = torch.tensor(lines, device=layer.device)
+            rows: Any = torch.tensor(lines, device=layer.device)
             if isinstance(layer, LinearAttentionCacheLayerMixin):
                 LinearAttentionCacheLayerMixin.reorder_cache(layer, rows)
             if getattr(layer, "keys", None) is not None:
