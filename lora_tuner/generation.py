@@ -19,7 +19,7 @@ from . import lora, tokens
 from .bank import Loaded
 from .batch import Writer
 from .config import Sampling
-from .errors import GenerationError, Listener, ignore
+from .errors import GenerationError, Listener, TooLongError, ignore
 from .library import Library, steady
 from .row import Row
 from .store import CONFIG, MANIFEST, WEIGHTS, Adapter
@@ -149,7 +149,7 @@ class Generator:
                 self.current = None
 
     def check(self, prompt: str, tokenizer: Any = None) -> list[int]:
-        """The tokens of a prompt. Raises GenerationError when it leaves no room in the model's context.
+        """The tokens of a prompt. Raises TooLongError when it leaves no room in the model's context.
 
         A tokenizer is not for two threads at once, so another may bring its own.
         """
@@ -159,9 +159,9 @@ class Generator:
         return self.fits(encoded.tolist() or [start])
 
     def fits(self, ids: list[int]) -> list[int]:
-        """These tokens of a prompt, or GenerationError when they leave no room."""
+        """These tokens of a prompt, or TooLongError when they leave no room."""
         if len(ids) >= self.base.context:
-            raise GenerationError(
+            raise TooLongError(
                 f"The prompt has {len(ids):,} tokens, and {self.base.source.name} looks back on {self.base.context:,}: cut it."
             )
         return ids
