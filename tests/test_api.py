@@ -481,8 +481,24 @@ def test_what_is_refused_is_named(served, body, param, message):
 
 @pytest.mark.parametrize(
     "field",
-    "n temperature top_p top_k repetition_penalty seed stop stream stream_options user max_tokens logprobs best_of echo "
-    "presence_penalty frequency_penalty".split(),
+    [
+        "n",
+        "temperature",
+        "top_p",
+        "top_k",
+        "repetition_penalty",
+        "seed",
+        "stop",
+        "stream",
+        "stream_options",
+        "user",
+        "max_tokens",
+        "logprobs",
+        "best_of",
+        "echo",
+        "presence_penalty",
+        "frequency_penalty",
+    ],
 )
 def test_null_is_as_left_out(served, field):
     assert served.post("/v1/completions", model="a", prompt=PROMPT, **{field: None}).status_code == 200
