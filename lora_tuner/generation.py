@@ -6,6 +6,7 @@ transformers is not safe for two threads on one model, so calls take turns. Limi
 done; rows that come and go are the server's (`batch`).
 """
 
+import os
 import secrets
 import threading
 from collections.abc import Callable, Sequence
@@ -116,7 +117,10 @@ class Generator:
             return name, self._loaded[name].loaded if name is not None else None
 
     def _load(self, adapter: Adapter) -> str:
-        folder, name = adapter.path.resolve(), adapter.name
+        folder, name = (
+            Path(os.path.abspath(adapter.path)),
+            adapter.name,
+        )  # not resolved: a link may lead elsewhere later
         known = self._loaded.get(name)
         if known is not None and known.folder != folder:
             raise GenerationError(f"An adapter named {name} is loaded already, from {known.folder}: unload it first.")

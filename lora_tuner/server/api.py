@@ -113,7 +113,9 @@ def create_app(desk: Desk) -> FastAPI:
     @app.get("/health", response_model=Health)
     async def health() -> Response | Health:
         """Whether requests are taken."""
-        return Health(status="ok") if desk.worker.answers else refusal(503, "The server is stopping.", code="stopping")
+        if not desk.worker.answers:
+            return refusal(503, "The server is stopping.", code="stopping")
+        return Health(status="ok", base=desk.name)
 
     @routes.get("/metrics", response_class=PlainTextResponse)
     async def figures() -> Response:

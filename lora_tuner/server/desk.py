@@ -157,6 +157,7 @@ class Desk:
                     return
                 await news.wait()
         finally:
+            job.wake = lambda: None  # the loop may be gone when the worker comes to it
             self.worker.cancel(job)
 
     def start(self) -> None:

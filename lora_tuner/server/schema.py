@@ -286,7 +286,8 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    status: Literal["ok", "stopping"]
+    status: Literal["ok"]
+    base: str
 
 
 class Problem(BaseModel):
