@@ -80,10 +80,11 @@ class Writer:
 
     def leave(self, row: Row) -> None:
         """A row that nobody waits for any more."""
-        for key, batch in list(self._batches.items()):
-            batch.leave(row)
-            if not batch.rows:
-                del self._batches[key]
+        with torch.inference_mode():  # as the caches were made
+            for key, batch in list(self._batches.items()):
+                batch.leave(row)
+                if not batch.rows:
+                    del self._batches[key]
 
     def clear(self) -> None:
         self._batches.clear()

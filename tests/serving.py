@@ -26,7 +26,7 @@ TEMPLATE = (
 )
 
 
-def write_adapter(shelf, name, base, seed, **facts):
+def write_adapter(shelf, name, base, seed, facts=None):
     """An adapter with random weights, which says other things than the base; one of that name is replaced."""
     draw = np.random.default_rng(seed)
     shapes = {"A": (4, 32), "B": (96, 4)}
@@ -37,7 +37,7 @@ def write_adapter(shelf, name, base, seed, **facts):
         for layer in (0, 1)
         for part, shape in shapes.items()
     }
-    manifest = stored.manifest(base=find_base(str(base)).facts().model_dump(), **facts)
+    manifest = stored.manifest(base=facts or find_base(str(base)).facts().model_dump())
     with Library(shelf).writing(name, overwrite=True) as work:
         stored.write(work, {"fan_in_fan_out": True}, weights, manifest)
     return shelf / name

@@ -16,6 +16,7 @@ import pytest
 from lora_tuner import Generator, Sampling
 from lora_tuner.config import Serving
 from lora_tuner.errors import Notice
+from lora_tuner.library import Library
 from lora_tuner.server import serve as module
 from lora_tuner.server.serve import serve
 
@@ -51,7 +52,8 @@ def shelf(gpt2, tmp_path):
     ],
 )  # fmt: skip
 def test_what_cannot_be_served_gets_a_line(shelf, arguments, message):
-    result = run("serve", "--port", 0, *arguments, exit_code=1)
+    port = [] if "--port" in arguments else ["--port", 0]
+    result = run("serve", *port, *arguments, exit_code=1)
     assert result.stderr.splitlines()[-1].startswith(message)
 
 
@@ -125,7 +127,7 @@ def test_the_base_is_the_one_that_most_adapters_name(gpt2, llama, shelf, started
     )
     assert [it.id for it in desk.models() if it.broken] == ["broken", "odd"]
     desk, said = started(adapters_dir=shelf, base=str(llama))
-    assert [it.id for it in desk.models() if it.broken] == ["a", "b", "broken"]
+    assert [it.id for it in desk.models() if it.broken] == ["a", "b", "broken", "odd"]  # odd has layers of another kind
     assert len(said) == 1
 
 
@@ -139,9 +141,8 @@ def test_the_adapters_that_are_named_alone_on_the_base_of_the_first(gpt2, shelf,
     assert desk.generator.current is None  # so that either may leave memory
 
 
-def test_a_library_without_adapters_leaves_the_default_base(tmp_path, started):
-    with pytest.raises(Exception, match="distilgpt2"):
-        started(adapters_dir=tmp_path / "none")
+def test_a_library_without_adapters_leaves_the_default_base(tmp_path):
+    assert module._base_of_most(Library(tmp_path / "none"), None, print) == (None, None)
 
 
 def test_a_browser_opens_when_it_listens(gpt2, shelf, started, monkeypatch):
@@ -170,7 +171,7 @@ def test_asked_to_stop_it_finishes_what_runs_and_refuses_what_is_new(gpt2, shelf
         assert (health.status_code, health.json()["error"]["code"]) == (503, "stopping")
         let(1000)
         assert text + "".join(it.choices[0].text for it in stream) == greedy(gpt2, shelf, "a").text
-    assert not served.server.force_exit
+    assert not served.server.cut_off
 
 
 def test_a_second_signal_cuts_off(gpt2, shelf):
@@ -181,9 +182,9 @@ def test_a_second_signal_cuts_off(gpt2, shelf):
         served.server.handle_exit(signal.SIGTERM, None)
         served.wait(lambda: not served.worker.answers)
         served.server.handle_exit(signal.SIGTERM, None)
-        with pytest.raises(httpx.RemoteProtocolError):
+        with pytest.raises(openai.APIConnectionError):
             list(stream)
-    assert served.server.force_exit
+    assert served.server.cut_off
 
 
 def test_a_connection_that_never_ends_does_not_hold_up_the_end(gpt2, shelf):
@@ -198,11 +199,12 @@ def test_a_connection_that_never_ends_does_not_hold_up_the_end(gpt2, shelf):
 
         served.app.mount("/page", forever)
         with httpx.stream("GET", f"{served.url}/page/events") as response:
-            assert next(response.iter_raw()) == b"data"
+            data = response.iter_raw()
+            assert next(data) == b"data"
             begun = time.monotonic()
             served.server.handle_exit(signal.SIGTERM, None)
             with pytest.raises(httpx.RemoteProtocolError):
-                response.read()
+                next(data)
         assert time.monotonic() - begun < 4
 
 
@@ -233,7 +235,7 @@ class Process:
 @pytest.fixture
 def long(tmp_path):
     """A base that writes for seconds."""
-    return tiny.save_model(tmp_path / "long", "gpt2", width=256, layers=8, context=2048)
+    return tiny.save_model(tmp_path / "long", "gpt2", width=192, layers=6, context=2048)
 
 
 def test_a_process_listens_answers_and_ends_a_running_stream_whole(long):
@@ -242,7 +244,7 @@ def test_a_process_listens_answers_and_ends_a_running_stream_whole(long):
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{process.url}/v1", api_key="none", max_retries=0).models.list()
         client = openai.OpenAI(base_url=f"{process.url}/v1", api_key="12345678", max_retries=0)
-        asked = {"model": "long", "prompt": PROMPT, "temperature": 0, "max_tokens": 600}
+        asked = {"model": "long", "prompt": PROMPT, "temperature": 0, "max_tokens": 400}
         stream = client.completions.create(stream=True, **asked)
         pieces = [next(iter(stream))]
         process.process.send_signal(signal.SIGTERM)
@@ -251,7 +253,7 @@ def test_a_process_listens_answers_and_ends_a_running_stream_whole(long):
     finally:
         process.process.kill()
     expected = Generator(base=str(long), device="cpu").generate(
-        PROMPT, Sampling(temperature=0, max_new_tokens=600, repetition_penalty=1.0)
+        PROMPT, Sampling(temperature=0, max_new_tokens=400, repetition_penalty=1.0)
     )
     assert "".join(it.choices[0].text for it in pieces) == expected.text
     assert process.process.stdout.read() == ""

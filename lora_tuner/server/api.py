@@ -22,7 +22,7 @@ from fastapi.responses import PlainTextResponse
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
-from starlette.routing import Match
+from starlette.routing import BaseRoute, Match
 from starlette.types import Receive, Scope, Send
 
 from .. import __version__, files
@@ -148,14 +148,14 @@ def create_app(desk: Desk) -> FastAPI:
         return await _answer(desk, CHAT, ask, [messages], ask.max_completion_tokens or ask.max_tokens, request)
 
     app.include_router(routes)
-    app.mount("/v1", partial(_nothing, app))  # else the playground would answer for what is not there
+    app.mount("/v1", partial(_nothing, routes.routes))  # else the playground would answer for what is not there
     return app
 
 
-async def _nothing(app: FastAPI, scope: Scope, receive: Receive, send: Send) -> None:
+async def _nothing(routes: Sequence[BaseRoute], scope: Scope, receive: Receive, send: Send) -> None:
     """No route fits: 405 where another method would, else 404."""
     asked = dict(scope, root_path=scope.get("app_root_path", ""))
-    near = [it for it in app.routes if it.matches(asked)[0] is Match.PARTIAL]
+    near = [it for it in routes if it.matches(asked)[0] is Match.PARTIAL]
     methods = sorted({method for route in near for method in getattr(route, "methods", ())})
     raise HTTPException(405, headers={"Allow": ", ".join(methods)}) if methods else HTTPException(404)
 

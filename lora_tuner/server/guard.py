@@ -81,7 +81,7 @@ async def _body(headers: Headers, receive: Receive) -> bytes | Response | None:
     """The whole body, or why it is not taken; None where the client has gone."""
     length = headers.get("content-length", "0")
     too_large = refusal(413, f"The body has more than {MAX_BODY:,} bytes.", _CLOSE, code="request_too_large")
-    if length.isdecimal() and int(length) > MAX_BODY:
+    if length.isdecimal() and int(length[:20]) > MAX_BODY:
         return too_large
     body = bytearray()
     try:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..config import MAX_TEXT, MOST, NO_TEXT, Sampling
@@ -26,7 +26,7 @@ Text = Annotated[str, AfterValidator(_text)]
 Name = Annotated[Text, Field(max_length=256)]
 Stop = Annotated[Text, Field(min_length=1, max_length=MAX_TEXT)]
 Count = Annotated[int, Field(ge=1, le=MOST)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0, le=MOST)]], Field(min_length=1), FailFast()]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, le=MOST)]], Field(min_length=1, fail_fast=True)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 
 
@@ -96,7 +96,10 @@ class _Request(_Asked):
 
 class CompletionRequest(_Request):
     prompt: (
-        Text | Annotated[list[Text], Field(min_length=1), FailFast()] | Tokens | Annotated[list[Tokens], FailFast()]
+        Text
+        | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
+        | Tokens
+        | Annotated[list[Tokens], Field(min_length=1, fail_fast=True)]
     ) = Field(description="A text, several, its tokens, or those of several.")
     max_tokens: Count = 16
     logprobs: int | None = Field(None, ge=0, le=5)
@@ -127,7 +130,7 @@ class Part(_Asked):
 
 class Message(_Asked):
     role: Literal["system", "user", "assistant"]
-    content: Text | Annotated[list[Part], Field(min_length=1), FailFast()]
+    content: Text | Annotated[list[Part], Field(min_length=1, fail_fast=True)]
 
     @property
     def said(self) -> dict[str, str]:
@@ -137,7 +140,7 @@ class Message(_Asked):
 
 
 class ChatRequest(_Request):
-    messages: Annotated[list[Message], Field(min_length=1), FailFast()]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_tokens: Count | None = Field(None, description="What there is room for, when it is left out.")
     max_completion_tokens: Count | None = None
     logprobs: bool = False

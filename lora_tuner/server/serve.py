@@ -90,7 +90,7 @@ def serve(
             server.run(sockets=[listener])
         finally:
             desk.stop()
-    if server.force_exit:
+    if server.cut_off:
         raise Interrupted("Stopped at once: answers that were being written are cut off.")
 
 
@@ -132,8 +132,9 @@ def _listener(host: str, port: int) -> socket.socket:
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
         )
     except OSError as error:
+        why = str(error.strerror or error).partition(" (")[0]
         raise ConfigError(
-            f"{host}, port {port}, is not to be had: {error.strerror or error}. Choose another --port, or 0 for any that is free."
+            f"{host}, port {port}, is not to be had: {why}. Choose another --port, or 0 for any that is free."
         ) from error
 
 
@@ -170,9 +171,10 @@ class _Server(uvicorn.Server):
         self.desk = desk
         self.metrics = metrics
         self.listening = listening
+        self.cut_off = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.force_exit, self.should_exit = self.should_exit, True  # the signal is not raised again: it was obeyed
+        self.cut_off, self.should_exit = self.should_exit, True  # the signal is not raised again: it was obeyed
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -181,7 +183,7 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.desk.worker.close()
         late = time.monotonic() + self.desk.settings.timeout
-        while not self.force_exit and time.monotonic() < late and (self.metrics.open or not self.desk.worker.idle):
+        while not self.cut_off and time.monotonic() < late and (self.metrics.open or not self.desk.worker.idle):
             await asyncio.sleep(TICK)
         for connection in list(self.server_state.connections):  # pages hold streams of events open for ever
             connection.transport.close()
