@@ -10,7 +10,7 @@ import copy
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -144,7 +144,7 @@ class Desk:
         self.worker.submit(job)
         return job
 
-    async def follow(self, job: Job) -> AsyncIterator[None]:
+    async def follow(self, job: Job) -> AsyncGenerator[None, None]:
         """Comes back whenever there is more of the job, the last time when it is complete. Who leaves, cancels it."""
         news, loop = asyncio.Event(), asyncio.get_running_loop()
         job.wake = partial(loop.call_soon_threadsafe, news.set)

@@ -27,7 +27,7 @@ class Job:
     model: str
     rows: list[Row]
     seconds: float  # that it may take
-    wake: Callable[[], None] = lambda: None
+    wake: Callable[[], object] = lambda: None
     begun: float = field(default_factory=time.monotonic)
     first_token: float | None = None  # when it came
     error: Exception | None = None  # why there will be no more
