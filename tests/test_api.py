@@ -756,4 +756,4 @@ def test_any_request_gets_an_answer_that_is_described(description, mode):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", list(GenerationMode))
 def test_very_many_requests_get_answers_that_are_described(description, mode):
-    any_requests(description, mode, 500)
+    any_requests(description, mode, 1000)

@@ -85,7 +85,7 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
     "5XX": {"model": Failure, "description": "The server is at fault, or stops."},
 }
 _STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The answer."}
+    200: {"content": {"text/event-stream": {}}, "description": "The answer."}
 }
 
 Spell = Callable[[int], tuple[str, list[int] | None]]
