@@ -88,7 +88,7 @@ class AdapterBank:
     def hooks(self, rows: Sequence[Loaded | None]) -> list[Hook]:
         """Layers, each with what it does in a batch whose row i goes through the adapter `rows[i]`, or through the plain base
         for None. One entry stands for all rows of batches of any size."""
-        found = []
+        found: list[Hook] = []
         for module, layer in self.layers.items():
             if hook := _hook([loaded.layers.get(module) if loaded is not None else None for loaded in rows]):
                 found.append((layer, hook))
