@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -136,12 +137,12 @@ def _server(adapters: Path) -> Iterator[tuple[str, psutil.Process]]:
         try:
             while True:
                 log.seek(0)
-                if url := next((word for word in log.read().split() if word.startswith("http://")), None):
+                if url := re.search(r"http://[\d.]+:\d+", log.read()):
                     break
                 if server.poll() is not None:
                     raise RuntimeError(f"The server ended at once with status {server.returncode}.")
                 time.sleep(0.2)
-            yield url.rstrip(".,/"), psutil.Process(server.pid)
+            yield url[0], psutil.Process(server.pid)
         finally:
             server.terminate()
 

@@ -84,9 +84,7 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": Failure, "description": "The request is at fault."},
     "5XX": {"model": Failure, "description": "The server is at fault, or stops."},
 }
-_STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {}}, "description": "The answer."}
-}
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}, "description": "The answer."}}
 
 Spell = Callable[[int], tuple[str, list[int] | None]]
 
