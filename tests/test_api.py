@@ -1,4 +1,5 @@
 import concurrent.futures
+import itertools
 import json
 import os
 import shutil
@@ -288,8 +289,7 @@ def test_every_kind_of_prompt(client, base, alone):
 
 def test_stop_strings_end_the_text_and_are_not_in_it(client, alone, base, shelf):
     whole = alone["a"]
-    stop = whole[7:9]
-    expected = whole[: whole.find(stop)]
+    stop, expected = two_tokens(client, whole)
     for wanted in (stop, ["never written", stop]):
         answer = client.completions.create(model="a", stop=wanted, **GREEDY)
         assert (answer.choices[0].text, answer.choices[0].finish_reason) == (expected, "stop")
@@ -297,6 +297,15 @@ def test_stop_strings_end_the_text_and_are_not_in_it(client, alone, base, shelf)
         assert "".join(it.choices[0].text for it in pieces) == expected
         assert pieces[-1].choices[0].finish_reason == "stop"
     assert greedy(base, shelf, "a", stop=[stop]).text == expected
+
+
+def two_tokens(client, whole):
+    """A stop string that two tokens of the text make up, and the text before it."""
+    found = client.completions.create(model="a", logprobs=0, **GREEDY).choices[0].logprobs
+    for first, second in itertools.pairwise(found.tokens):
+        if "bytes:" not in first + second and (end := whole.find(first + second)) in found.text_offset[2:]:
+            return first + second, whole[:end]
+    raise AssertionError(found.tokens)
 
 
 def test_usage_counts_tokens(client, base):
@@ -334,10 +343,11 @@ def test_logprobs_are_those_of_the_model(client, base):
 
 
 def test_logprobs_end_where_the_text_is_cut(client, alone):
-    stop = alone["a"][7:9]
+    stop, expected = two_tokens(client, alone["a"])
     choice = client.completions.create(model="a", stop=stop, logprobs=0, **GREEDY).choices[0]
-    assert all(start < len(choice.text) for start in choice.logprobs.text_offset)
-    assert "".join(choice.logprobs.tokens).startswith(choice.text)
+    assert choice.text == expected == "".join(choice.logprobs.tokens)
+    pieces = list(client.completions.create(model="a", stop=stop, logprobs=0, stream=True, **GREEDY))
+    assert [token for it in pieces for token in it.choices[0].logprobs.tokens] == choice.logprobs.tokens
 
 
 def test_tokens_are_spelt_with_the_bytes_that_they_stand_for(base):
@@ -560,6 +570,19 @@ def test_no_route(served, method, path, status):
     error_of(response, status)
     if status == 405:
         assert response.headers["allow"] == ("GET" if "models" in path or "health" in path else "POST")
+
+
+def test_a_page_at_the_root_answers_for_nothing_of_the_api(own):
+    async def page(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"page"})
+
+    with own() as served:
+        served.app.mount("/", page)
+        assert served.get("/nothing").text == "page"
+        error_of(served.get("/v1/nothing"), 404)
+        error_of(served.post("/v1/models"), 405)
+        assert served.get("/v1/models/a").json()["id"] == "a"
 
 
 # Load, and ends before the end
