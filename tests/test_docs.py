@@ -93,10 +93,11 @@ def test_links_and_make_targets_exist(page):
         assert target in targets, target
 
 
-def test_the_tree_in_architecture_is_the_tree():
-    tree = re.search(r"lora_tuner/\n((?:  \w+\.py .*\n)+)", text("ARCHITECTURE.md"))[1]
+@pytest.mark.parametrize("folder", ["lora_tuner", "lora_tuner/server"])
+def test_the_tree_in_architecture_is_the_tree(folder):
+    tree = re.search(rf"^{folder}/ *.*\n((?:  \w+\.py .*\n)+)", text("ARCHITECTURE.md"), re.MULTILINE)[1]
     named = {line.split()[0] for line in tree.splitlines()}
-    assert named == {path.name for path in (ROOT / "lora_tuner").glob("*.py")} - {"__init__.py"}
+    assert named == {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
 
 
 def test_run_yaml_holds_every_setting_that_has_a_value():
