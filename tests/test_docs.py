@@ -13,7 +13,7 @@ import yaml
 from lora_tuner.cli import app
 from lora_tuner.config import TrainConfig, to_yaml
 
-from . import tiny
+from . import serving, tiny
 from .hub import Hub
 from .reference import reference
 from .test_hub import repos  # noqa: F401 - a fixture
@@ -77,6 +77,14 @@ def test_the_python_example_of_the_readme_runs(repos, tmp_path):  # noqa: F811
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "['noir']"
     assert float(done.stdout.splitlines()[0]) > 0
+
+
+def test_the_openai_example_of_the_readme_runs(gpt2, tmp_path, capsys):
+    (example,) = re.findall(r"```python\n(from openai .*?)```", text("README.md"), re.DOTALL)
+    serving.write_adapter(tmp_path / "adapters", "praise", gpt2, 0)
+    with serving.serving(gpt2, tmp_path / "adapters") as served:
+        exec(example.replace("http://localhost:8000", served.url))
+    assert capsys.readouterr().out == serving.greedy(gpt2, tmp_path / "adapters", "praise", "This film", 40).text + "\n"
 
 
 @pytest.mark.parametrize("page", PAGES)
