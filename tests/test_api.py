@@ -18,7 +18,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_tuner import Generator, Sampling, store
-from lora_tuner.server.api import _spell
+from lora_tuner.server.form import spell
 
 from . import serving, stored
 from .serving import PROMPT, TEMPLATE, greedy, read, write_adapter
@@ -325,11 +325,11 @@ def test_logprobs_are_those_of_the_model(client, base):
     for token, logprob, top in zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True):
         with torch.no_grad():
             expected = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-        (chosen,) = [it for it in range(len(expected)) if _spell(tokenizer, it)[0] == token and it != 0] or [0]
+        (chosen,) = [it for it in range(len(expected)) if spell(tokenizer, it)[0] == token and it != 0] or [0]
         assert logprob == pytest.approx(float(expected[chosen]), abs=1e-4)
         best = expected.topk(4)
         assert sorted(top.values(), reverse=True)[:4] == pytest.approx(best.values.tolist(), abs=1e-4)
-        assert set(top) == {_spell(tokenizer, it)[0] for it in best.indices.tolist()} | {token}
+        assert set(top) == {spell(tokenizer, it)[0] for it in best.indices.tolist()} | {token}
         ids.append(chosen)
     whole = [place for place in range(1, 15) if not "".join(found.tokens[place - 1 : place + 1]).count("bytes:")]
     assert whole
@@ -353,7 +353,7 @@ def test_logprobs_end_where_the_text_is_cut(client, alone):
 def test_tokens_are_spelt_with_the_bytes_that_they_stand_for(base):
     tokenizer = AutoTokenizer.from_pretrained(base)
     text = " the actor ☕ naïve 日本 \t\n"
-    spelt = [_spell(tokenizer, token) for token in tokenizer(text)["input_ids"]]
+    spelt = [spell(tokenizer, token) for token in tokenizer(text)["input_ids"]]
     assert b"".join(bytes(data) for _, data in spelt).decode() == text
     assert ("bytes:\\xe2", [0xE2]) in spelt
 

@@ -15,7 +15,7 @@ ROWS = [
     {"options"},
     {"server.serve"},
     {"server.api"},
-    {"server.metrics"},
+    {"server.metrics", "server.form"},
     {"server.guard", "server.desk"},
     {"server.schema", "server.worker"},
     {"training", "combine", "export", "share", "generation", "doctor"},

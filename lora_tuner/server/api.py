@@ -8,11 +8,9 @@ since its status has been sent.
 import asyncio
 import datetime
 import logging
-import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -36,31 +34,20 @@ from ..errors import (
     TooLongError,
     UnknownModelError,
 )
-from ..row import Chance, Row
 from .desk import Desk, Model
+from .form import CHAT, COMPLETION, Form, Reader, Spell, spell
 from .guard import Guard
 from .metrics import CONTENT_TYPE, GONE, Journal, Metrics, Record
 from .schema import (
-    Alternative,
     Chat,
-    ChatChoice,
-    ChatChunk,
-    ChatLogprob,
-    ChatLogprobs,
-    ChatPiece,
     ChatRequest,
     Completion,
-    CompletionChoice,
     CompletionRequest,
-    Delta,
-    Ending,
     Facts,
     Failure,
     Health,
-    Logprobs,
     ModelCard,
     ModelList,
-    Said,
     Usage,
     problem,
     refusal,
@@ -68,7 +55,6 @@ from .schema import (
 from .worker import Job
 
 log = logging.getLogger("lora_tuner.server")
-NEVER = -9999.0  # as OpenAI writes the logarithm of nothing
 STOPPING_SECONDS = 5  # after which another server may answer
 
 _STATUS: tuple[tuple[type[LoraTunerError], int, str | None], ...] = (  # the first that fits
@@ -85,8 +71,6 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
     "5XX": {"model": Failure, "description": "The server is at fault, or stops."},
 }
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}, "description": "The answer."}}
-
-Spell = Callable[[int], tuple[str, list[int] | None]]
 
 
 def create_app(desk: Desk) -> FastAPI:
@@ -230,123 +214,9 @@ def _card(desk: Desk, model: Model) -> ModelCard:
     )
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """What is new of an answer: text, the chances of its tokens where they were asked for, and how it ended."""
-
-    text: str
-    chances: list[Chance] | None
-    finish: Ending | None
-    first: bool
-
-
-@dataclass
-class _Reader:
-    """How far a row has been told."""
-
-    row: Row
-    characters: int = 0
-    tokens: int = 0
-    ended: bool = False
-    begun: bool = False
-
-    def more(self) -> _Piece | None:
-        """What is new, if anything is. Another thread writes: the end is looked at first, so that nothing comes after it."""
-        if self.ended:
-            return None
-        complete = self.row.complete
-        said = self.row.said
-        text = said[self.characters :]
-        chances = None
-        if self.row.likeliest is not None:
-            whole = complete and not self.row.text.stopped  # else tokens beyond the end have no place in the text
-            chances = [it for it in self.row.chances[self.tokens :] if whole or it.start < len(said)]
-        if not (text or chances or complete):
-            return None
-        first, self.begun, self.ended = not self.begun, True, complete
-        self.characters, self.tokens = len(said), self.tokens + len(chances or ())
-        finish: Ending | None = ("stop" if self.row.finished else "length") if complete else None
-        return _Piece(text, chances, finish, first)
-
-
-@dataclass(frozen=True)
-class _Form:
-    """How an endpoint puts its answers, whole and in pieces. `prompts` gives the tokens of what was asked."""
-
-    prefix: str
-    prompt: Callable[[Desk, Any], list[int]]
-    whole: Callable[..., Any]
-    choice: Callable[[int, _Piece, Spell], Any]
-    part: Callable[..., Any]
-    part_choice: Callable[[int, _Piece, Spell], Any]
-
-
-def _completion(index: int, piece: _Piece, spell: Spell) -> CompletionChoice:
-    return CompletionChoice(index=index, text=piece.text, logprobs=_logprobs(piece, spell), finish_reason=piece.finish)
-
-
-def _logprobs(piece: _Piece, spell: Spell) -> Logprobs | None:
-    if piece.chances is None:
-        return None
-    best: list[dict[str, float]] = []
-    for it in piece.chances:
-        best.append({})
-        for token, logprob in [*it.likeliest, (it.token, it.logprob)]:
-            best[-1].setdefault(spell(token)[0], max(logprob, NEVER))
-    return Logprobs(
-        tokens=[spell(it.token)[0] for it in piece.chances],
-        token_logprobs=[max(it.logprob, NEVER) for it in piece.chances],
-        top_logprobs=best,
-        text_offset=[it.start for it in piece.chances],
-    )
-
-
-def _chat(index: int, piece: _Piece, spell: Spell) -> ChatChoice:
-    assert piece.finish is not None
-    said = Said(role="assistant", content=piece.text)
-    return ChatChoice(index=index, message=said, logprobs=_chances(piece, spell), finish_reason=piece.finish)
-
-
-def _chat_piece(index: int, piece: _Piece, spell: Spell) -> ChatPiece:
-    delta = Delta(role="assistant", content=piece.text) if piece.first else Delta(content=piece.text)
-    return ChatPiece(index=index, delta=delta, logprobs=_chances(piece, spell), finish_reason=piece.finish)
-
-
-def _chances(piece: _Piece, spell: Spell) -> ChatLogprobs | None:
-    if piece.chances is None:
-        return None
-
-    def facts(token: int, logprob: float) -> dict[str, Any]:
-        text, data = spell(token)
-        return {"token": text, "logprob": max(logprob, NEVER), "bytes": data}
-
-    return ChatLogprobs(
-        content=[
-            ChatLogprob(
-                **facts(it.token, it.logprob), top_logprobs=[Alternative(**facts(*best)) for best in it.likeliest]
-            )
-            for it in piece.chances
-        ]
-    )
-
-
-COMPLETION = _Form(
-    "cmpl-",
-    Desk.encode,
-    *(partial(Completion, object="text_completion"), _completion),
-    *(partial(Completion, object="text_completion"), _completion),
-)
-CHAT = _Form(
-    "chatcmpl-",
-    Desk.chat,
-    *(partial(Chat, object="chat.completion"), _chat),
-    *(partial(ChatChunk, object="chat.completion.chunk"), _chat_piece),
-)
-
-
 async def _answer(
     desk: Desk,
-    form: _Form,
+    form: Form,
     ask: CompletionRequest | ChatRequest,
     prompts: Sequence[Any],
     max_tokens: int | None,
@@ -372,15 +242,15 @@ async def _answer(
         "model": ask.model,
         "system_fingerprint": f"fp_{desk.base.source.fingerprint[:12]}",
     }
-    spell = partial(_spell, desk.base.tokenizer)
+    spelt = partial(spell, desk.base.tokenizer)
     if ask.stream:
-        return _Stream(_events(desk, form, job, facts, spell, record, usage=ask.usage_at_the_end), desk, job)
+        return _Stream(_events(desk, form, job, facts, spelt, record, usage=ask.usage_at_the_end), desk, job)
     if not await _written(desk, job, request):
         return Response(status_code=GONE)
     if job.error is not None:
         raise job.error
-    pieces = [piece for row in job.rows if (piece := _Reader(row).more())]
-    choices = [form.choice(index, piece, spell) for index, piece in enumerate(pieces)]
+    pieces = [piece for row in job.rows if (piece := Reader(row).more())]
+    choices = [form.choice(index, piece, spelt) for index, piece in enumerate(pieces)]
     answer = form.whole(**facts, choices=choices, usage=_usage(record))
     return Response(answer.model_dump_json(), media_type="application/json")
 
@@ -422,7 +292,7 @@ async def _written(desk: Desk, job: Job, request: Request) -> bool:
 
 
 async def _events(
-    desk: Desk, form: _Form, job: Job, facts: dict[str, Any], spell: Spell, record: Record, *, usage: bool
+    desk: Desk, form: Form, job: Job, facts: dict[str, Any], spelt: Spell, record: Record, *, usage: bool
 ) -> AsyncIterator[str]:
     """Server-sent events: pieces of answers as they come, the usage where it is wanted, and [DONE]."""
 
@@ -430,7 +300,7 @@ async def _events(
         part = form.part(**facts, choices=choices, **({"usage": None} | more if usage else {}))
         return f"data: {part.model_dump_json(exclude_unset=True)}\n\n"
 
-    readers = [_Reader(row) for row in job.rows]
+    readers = [Reader(row) for row in job.rows]
     try:
         async with aclosing(desk.follow(job)) as news:
             async for _ in news:
@@ -438,7 +308,7 @@ async def _events(
                     raise job.error
                 for index, reader in enumerate(readers):
                     if piece := reader.more():
-                        yield event([form.part_choice(index, piece, spell)])
+                        yield event([form.part_choice(index, piece, spelt)])
     except Exception as error:
         status, failure, _ = _explain(desk, error, record)
         if status == 500:
@@ -468,27 +338,3 @@ class _Stream(StreamingResponse):
 def _usage(record: Record) -> Usage:
     before, after = record.prompt_tokens, record.new_tokens
     return Usage(prompt_tokens=before, completion_tokens=after, total_tokens=before + after)
-
-
-_PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that GPT-2's vocabulary writes as themselves
-_REST = [byte for byte in range(256) if byte not in _PLAIN]
-_BYTES = {chr(byte): byte for byte in _PLAIN} | {chr(256 + place): byte for place, byte in enumerate(_REST)}
-
-
-def _spell(tokenizer: Any, token: int) -> tuple[str, list[int] | None]:
-    """A token as text, and its bytes; of one that is a part of a character, the bytes in place of text, as OpenAI writes them."""
-
-    def text(*tokens: int) -> str:
-        return str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
-
-    found = text(token, token)[len(text(token)) :]  # alone, some lose the space before them
-    if "\ufffd" not in found:
-        return found, list(found.encode())
-    piece = str(tokenizer.convert_ids_to_tokens(token))
-    if match := re.fullmatch("<0x([0-9A-F]{2})>", piece):
-        data = [int(match[1], 16)]
-    elif all(letter in _BYTES for letter in piece):
-        data = [_BYTES[letter] for letter in piece]
-    else:
-        return found, None
-    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), data
