@@ -378,6 +378,8 @@ def test_a_chat_is_the_completion_of_its_template(client, base, shelf):
         client.chat.completions.create(messages=parts, **settings).choices
         == client.chat.completions.create(messages=messages[1:], **settings).choices
     )
+    newer = [{"role": "developer", "content": "be brief"}, messages[1]]
+    assert client.chat.completions.create(messages=newer, **settings).choices == answer.choices
     turn = [*messages, answer.choices[0].message, {"role": "user", "content": "and?"}]
     assert client.chat.completions.create(messages=turn, **settings).usage.prompt_tokens > answer.usage.prompt_tokens
 

@@ -8,6 +8,8 @@ from lora_tuner.errors import BusyError, ClosedError, LateError, TooLongError
 from lora_tuner.row import Row
 from lora_tuner.server.worker import Job, Worker
 
+from .test_bank import written
+
 GREEDY = Sampling(temperature=0, max_new_tokens=8, repetition_penalty=1.0)
 
 
@@ -192,3 +194,17 @@ def test_a_batch_that_fails_takes_only_itself_along(generator, start):
     worker.submit(two)
     wait(lambda: two.complete)
     assert two.error is None
+
+
+def test_a_job_whose_row_cannot_be_written_fails_alone(generator, start, gpt2, tmp_path):
+    adapter = written(gpt2, tmp_path / "one", target_modules=["c_attn"])
+    whole = generator.find(adapter.path)[1]
+    none = {name: type(it)(it.down, it.up * float("nan")) for name, it in whole.layers.items()}
+    worker, bad, good = start(), job(generator, count=3), job(generator)
+    bad.rows[1].loaded, bad.rows[1].adapter = type(whole)(none), "one"
+    for it in (bad, good):
+        worker.submit(it)
+    wait(lambda: bad.complete and good.complete)
+    assert str(bad.error).startswith("one gives logits that are not finite")
+    assert (good.error, good.rows[0].said) == (None, generator.generate("the actor", GREEDY).text)
+    wait(lambda: worker.idle)

@@ -129,14 +129,15 @@ class Part(_Asked):
 
 
 class Message(_Asked):
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[Part], Field(min_length=1, fail_fast=True)]
 
     @property
     def said(self) -> dict[str, str]:
         """As chat templates take it."""
         parts = self.content
-        return {"role": self.role, "content": parts if isinstance(parts, str) else "".join(it.text for it in parts)}
+        role = "system" if self.role == "developer" else self.role  # as OpenAI calls it by now; templates do not
+        return {"role": role, "content": parts if isinstance(parts, str) else "".join(it.text for it in parts)}
 
 
 class ChatRequest(_Request):

@@ -30,9 +30,14 @@ class Job:
     wake: Callable[[], object] = lambda: None
     begun: float = field(default_factory=time.monotonic)
     first_token: float | None = None  # when it came
-    error: Exception | None = None  # why there will be no more
+    failure: Exception | None = None  # of the job as a whole
     closed: bool = False  # nobody waits for it any more
     _next: int = 0  # the row that is written next
+
+    @property
+    def error(self) -> Exception | None:
+        """Why there will be no more. A row has its own before it is complete, so nobody takes it for a finished one."""
+        return self.failure or next((row.error for row in self.rows if row.error is not None), None)
 
     @property
     def complete(self) -> bool:
@@ -145,15 +150,16 @@ class Worker:
                     self._wake.wait()
                 if self._closed and not (self._queue or self._running or self._chores):
                     return
-                self._sweep()
-                new = self._admit()
                 chore = self._chores.popleft() if self._chores else None
             try:
+                with self._wake:
+                    self._sweep()
+                    new = self._admit()
                 self.writer.join(new)
                 self.writer.step()
+                self._report()
             except Exception as error:  # the batch is lost; what comes next is not
                 self._break(error)
-            self._report()
             if chore is not None:
                 chore()
 
@@ -173,7 +179,7 @@ class Worker:
                 del self._queue[model]
 
     def _fail(self, job: Job, error: Exception) -> None:
-        job.error, job.closed = error, True
+        job.failure, job.closed = error, True
         job.wake()
 
     def _admit(self) -> list[Row]:
@@ -207,8 +213,7 @@ class Worker:
             job.wake()
         with self._wake:
             for row, job in list(self._running.items()):
-                if row.error is not None and job.error is None:
-                    self._fail(job, row.error)
+                job.closed |= row.error is not None  # its other rows need not be written
                 if row.complete:
                     self._pace += 0.1 * ((now - job.begun) / len(job.rows) - self._pace)
                     del self._running[row]
