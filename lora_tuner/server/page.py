@@ -105,7 +105,9 @@ class Page:
         card = gr.HTML(panels.note("Choose an adapter to see its card."), apply_default_css=False)
         fresh = [tab.select, refresh.click]
         gr.on(fresh, self.library, None, table, **QUIET)
-        table.select(self.card, None, card, scroll_to_output=True, **QUIET | {"show_progress": "minimal"})
+        table.select(
+            self.card, None, card, scroll_to_output=True, concurrency_limit=1, **QUIET | {"show_progress": "minimal"}
+        )  # one at a time: matplotlib is not for two threads
         return fresh
 
     def _gains_tab(self) -> gr.Dropdown:
@@ -255,7 +257,7 @@ class Page:
             if model.adapter is None:
                 raise AdapterError(f"{model.id} does not answer. {model.broken}")
             return steady(model.path, self._card)
-        except LoraTunerError as error:
+        except (LoraTunerError, OSError) as error:
             return panels.failure(error)
 
     def _card(self, adapter: Adapter) -> str:
