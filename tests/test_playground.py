@@ -34,6 +34,28 @@ EVIL = (
     '<img src="http://elsewhere.example/x.png" onerror="window.run=1"><script>window.run=1</script>${window.run=1}{{1}}'
 )
 KEY = "a key of the tests"
+CONTRASTS = """() => {
+    const numbers = text => {
+        const [r, g, b, alpha] = text.match(/[\\d.]+/g).map(Number);
+        return text.startsWith("color(srgb") ? [r * 255, g * 255, b * 255, alpha ?? 1] : [r, g, b, alpha ?? 1];
+    };
+    const light = rgb => [0.2126, 0.7152, 0.0722].reduce((sum, part, place) => {
+        const value = rgb[place] / 255;
+        return sum + part * (value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+    }, 0);
+    const behind = it => {
+        for (; it; it = it.parentElement) {
+            const found = numbers(getComputedStyle(it).backgroundColor);
+            if (found[3] > 0.5) return found;
+        }
+        return [255, 255, 255, 1];
+    };
+    const all = document.querySelectorAll("h1, h2, .text, .prompt, .note, .facts, td, th, dt, dd, pre, summary");
+    return [...all].filter(it => it.offsetParent && it.innerText.trim()).map(it => {
+        const [less, more] = [light(numbers(getComputedStyle(it).color)), light(behind(it))].sort((x, y) => x - y);
+        return [(more + 0.05) / (less + 0.05), it.className || it.tagName];
+    });
+}"""
 ENVIRONMENT = dict(os.environ)  # as it was before each test got a home of its own
 SCREENSHOT = ENVIRONMENT.get("LORA_TUNER_SCREENSHOT")
 
@@ -117,7 +139,7 @@ def visit(browser, served):
         if request.failure != "net::ERR_ABORTED":  # what the page itself has left
             complaints.append(f"{request.url}: {request.failure}")
 
-    def open(path="/", **options):
+    def load(path="/", **options):
         contexts.append(browser.new_context(base_url=address, **options))
         page = contexts[-1].new_page()
         page.set_default_timeout(10_000)
@@ -130,7 +152,7 @@ def visit(browser, served):
         page.get_by_role("button", name="Write").wait_for()
         return page
 
-    yield open
+    yield load
     for context in contexts:
         context.close()
     assert complaints == []
@@ -511,20 +533,7 @@ def test_text_stands_out_in_light_and_dark(visit, scheme):
     """By the ratio of WCAG 2, section 1.4.3."""
     page = visit(color_scheme=scheme)
     for name in everything(page):
-        ratios = page.evaluate(
-            """() => {
-                const parse = text => { const n = text.match(/[\\d.]+/g).map(Number);
-                    return text.startsWith('color(srgb') ? [n[0] * 255, n[1] * 255, n[2] * 255, n[3] ?? 1] : [n[0], n[1], n[2], n[3] ?? 1] };
-                const light = rgb => rgb.slice(0, 3).map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-                    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-                const behind = it => { for (; it; it = it.parentElement) {
-                    const found = parse(getComputedStyle(it).backgroundColor); if (found[3] > 0.5) return found } return [255, 255, 255, 1] };
-                return [...document.querySelectorAll('h1, h2, .text, .prompt, .note, .facts, .wide td, .wide th, dt, dd, pre, summary')]
-                    .filter(it => it.offsetParent && it.innerText.trim()).map(it => {
-                        const [a, b] = [light(parse(getComputedStyle(it).color)), light(behind(it))].sort((x, y) => y - x);
-                        return [(a + 0.05) / (b + 0.05), it.className || it.tagName] });
-            }"""
-        )
+        ratios = page.evaluate(CONTRASTS)
         assert ratios
         assert min(ratio for ratio, _ in ratios) >= 4.5, (name, min(ratios))
     assert (page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)") == (
