@@ -529,8 +529,21 @@ def test_metrics_come_back_as_they_are_drawn(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["[]", "7", '"step"', "{", "{}", '{"step": "x"}', '{"step": -1}', '{"step": 1, "loss": NaN}', '{"step": 1e300}']
-    + ['{"step": %d}' % 10**400, "[" * 100_000, '{"step": [1]}', None],
+    [
+        "[]",
+        "7",
+        '"step"',
+        "{",
+        "{}",
+        '{"step": "x"}',
+        '{"step": [1]}',
+        '{"step": -1}',
+        '{"step": 1e300}',
+        f'{{"step": 1{"0" * 400}}}',
+        '{"step": 1, "loss": NaN}',
+        "[" * 100_000,
+        None,
+    ],
 )
 def test_what_nobody_can_draw_is_no_curve(tmp_path, text):
     path = tmp_path / "metrics.jsonl"
