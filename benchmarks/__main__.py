@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import adapters, data, defaults, generation, quality, training
+from . import adapters, data, defaults, generation, quality, serving, training
 
 PARTS = {
     "training": training.run,
@@ -24,6 +24,7 @@ PARTS = {
     "generation": generation.run,
     "adapters": adapters.run,
     "data": data.run,
+    "serving": serving.run,
     "defaults": defaults.run,
 }
 PACKAGES = ("lora_tuner", "torch", "transformers", "peft", "trl", "llama_cpp_python")

@@ -31,17 +31,17 @@ def run(rounds: int) -> list[Figure]:
     """Takes some minutes, and 1 GB of disk for a hundred adapters."""
     with tempfile.TemporaryDirectory() as place:
         shelf = Path(place) / "adapters"
-        _make(shelf, max(RESIDENT) + rounds)
+        make(shelf, max(RESIDENT) + rounds)
         return [part for measure in (_listing, _loading, _peft, _batches) for part in measure(shelf, rounds)]
 
 
-def _make(shelf: Path, count: int) -> None:
+def make(shelf: Path, count: int, seed: int = 0) -> None:
     """Adapters of rank 8 on all linear layers with random weights, each with its manifest."""
     base = load_base(find_base(EMBEDDED_BASE))
     model: Any = lora.wrap(base, TrainConfig())
     tensors = lora.weights(model)
     for number in range(count):
-        torch.manual_seed(number)
+        torch.manual_seed(seed * count + number)
         folder = shelf / f"a{number}"
         own = {name: torch.randn_like(tensor) * 0.02 for name, tensor in tensors.items()}
         lora.save(own, model.peft_config[lora.TRAINED], folder)
@@ -90,9 +90,9 @@ def _loading(shelf: Path, rounds: int) -> list[Figure]:
 
 def _swap(generator: Generator, name: str | None) -> None:
     """All that changes between the answers of two adapters."""
-    generator.use(name)
-    assert generator._decoder is not None
-    generator._decoder.use(generator._bank, [name])
+    _, loaded = generator.find(name)
+    assert generator.writer.decoder is not None
+    generator.writer.decoder.mix(generator.writer.bank).use([loaded])
 
 
 def _peft(shelf: Path, rounds: int) -> list[Figure]:

@@ -124,6 +124,93 @@ class AdapterBank:
         return both
 
 
+class _Groups:
+    """Which rows of a batch go through which of the adapters that it has; each adapter's rows are multiplied together."""
+
+    def __init__(self, rows: Sequence[Loaded | None], places: Sequence[Loaded]) -> None:
+        groups = [[row for row, loaded in enumerate(rows) if loaded is place] for place in places]
+        most = max(map(len, groups))
+        self.rows, self.adapters = len(rows), len(places)
+        self.one_each = groups == [[row] for row in range(len(rows))]
+        self.taken = torch.tensor([row for group in groups for row in group + group[:1] * (most - len(group))])
+        self.real = torch.tensor([place * most + i for place, group in enumerate(groups) for i in range(len(group))])
+        self.order = torch.tensor([row for group in groups for row in group])
+
+    def add(self, out: torch.Tensor, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """To `out` (tokens, out), for each row its own `down` (in, ranks) and `up` (ranks, out) of `x` (tokens, in)."""
+        each = x.float().view(self.rows, -1, x.shape[-1])
+        if self.one_each:
+            return out.add_(torch.bmm(torch.bmm(each, down), up).view(out.shape))
+        grouped = each[self.taken].view(self.adapters, -1, x.shape[-1])
+        added = torch.bmm(torch.bmm(grouped, down), up).view(len(self.taken), -1, out.shape[-1])
+        out.view(self.rows, -1, out.shape[-1]).index_add_(0, self.order, added[self.real].to(out.dtype))
+        return out
+
+
+Part = tuple[torch.Tensor, torch.Tensor, _Groups | None]  # (in, ranks), (ranks, outs); of several one above the other
+
+
+class Mix:
+    """The updates of a batch's rows, as the products of a decoder add them; `names` are the layers of each product. Where rows
+    come and go, only adapters that were not there are copied."""
+
+    def __init__(self, bank: AdapterBank, names: Sequence[Sequence[str]]) -> None:
+        self.bank = bank
+        self.names = list(names)
+        self.rows: list[Loaded | None] = [None]
+        self.parts: list[Part | None] = [None] * len(self.names)
+        self._stacks: list[tuple[torch.Tensor, torch.Tensor]] = []  # (places, ranks, in) and (places, ranks, outs)
+        self._places: list[Loaded] = []  # whose updates lie there
+
+    def use(self, rows: Sequence[Loaded | None]) -> None:
+        """Put row i of each batch through `rows[i]`, or the plain base. One entry stands for all rows of batches of any size."""
+        rows = list(rows)
+        if len(rows) == len(self.rows) and all(new is old for new, old in zip(rows, self.rows, strict=True)):
+            return
+        self.rows = rows
+        if all(loaded is rows[0] for loaded in rows):
+            self.parts, self._stacks, self._places = [self._single(names, rows[0]) for names in self.names], [], []
+            return
+        self._stack([loaded for loaded in dict.fromkeys(rows) if loaded is not None])
+        groups, count = _Groups(rows, self._places), len(self._places)
+        self.parts = [
+            (downs[:count].transpose(1, 2), ups[:count], groups) if downs.shape[1] else None
+            for downs, ups in self._stacks
+        ]
+
+    def _single(self, names: Sequence[str], loaded: Loaded | None) -> Part | None:
+        if loaded is None:
+            return None
+        down, up = self.bank.joined(names, loaded)
+        return (down.T, up, None) if len(down) else None
+
+    def _stack(self, wanted: list[Loaded]) -> None:
+        """Their updates one above the other; who is there already stays where it is, if that is within their number."""
+        joined = {loaded: [self.bank.joined(names, loaded) for names in self.names] for loaded in wanted}
+        ranks = [max(len(parts[number][0]) for parts in joined.values()) for number in range(len(self.names))]
+        if not self._stacks or any(
+            len(downs) < len(wanted) or downs.shape[1] < rank
+            for rank, (downs, _) in zip(ranks, self._stacks, strict=True)
+        ):
+            room = max(len(wanted), 2 * len(self._places))
+            sizes = [(down.shape[1], up.shape[1]) for down, up in joined[wanted[0]]]
+            self._stacks = [
+                (torch.zeros(room, rank, into), torch.zeros(room, rank, out))
+                for rank, (into, out) in zip(ranks, sizes, strict=True)
+            ]
+            self._places = []
+        here = self._places[: len(wanted)]
+        new = [loaded for loaded in wanted if loaded not in here]
+        self._places = [loaded if loaded in wanted else new.pop(0) for loaded in here] + new
+        for place, loaded in enumerate(self._places):
+            if place < len(here) and here[place] is loaded:
+                continue
+            for stacks, parts in zip(self._stacks, joined[loaded], strict=True):
+                for stack, part in zip(stacks, parts, strict=True):
+                    stack[place, : len(part)] = part
+                    stack[place, len(part) :] = 0
+
+
 def _weight(layer: Any) -> torch.Tensor:
     """(out, in)."""
     weight: torch.Tensor = layer.weight.T if isinstance(layer, Conv1D) else layer.weight

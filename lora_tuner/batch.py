@@ -56,14 +56,19 @@ class Writer:
 
     def join(self, rows: Sequence[Row]) -> None:
         """Rows that are written from now on."""
+        before = len(self._batches)
         for row in rows:
-            own = self.decoder is not None and (row.loaded is None or row.loaded.is_sum)
-            key = (own, None if own or self.stock.mixes else row.loaded)
-            if key not in self._batches:
-                if any(not theirs for theirs, _ in self._batches) and not own:
-                    self.notify(Notice("This base does not keep the rows of a batch apart: each adapter has its own."))
-                self._batches[key] = Batch(self.decoder if own else self.stock, self.bank)
-            self._batches[key].join(row)
+            way: Decoder | Stock
+            if self.decoder is not None and (row.loaded is None or row.loaded.is_sum):
+                way, alone = self.decoder, None
+            else:
+                way, alone = self.stock, None if self.stock.mixes else row.loaded
+            if (way, alone) not in self._batches:
+                self._batches[way, alone] = Batch(way, self.bank)
+            self._batches[way, alone].join(row)
+        if len(self._batches) > before and sum(way is not self.decoder for way, _ in self._batches) > 1:
+            text = "This base does not keep the rows of a batch apart, so each adapter has a batch of its own."
+            self.notify(Notice(text))
 
     def step(self) -> None:
         """A token more for each row, or several; those that are done leave."""
@@ -75,10 +80,11 @@ class Writer:
 
     def leave(self, row: Row) -> None:
         """A row that nobody waits for any more."""
-        for key, batch in list(self._batches.items()):
-            batch.leave(row)
-            if not batch.rows:
-                del self._batches[key]
+        with torch.inference_mode():
+            for key, batch in list(self._batches.items()):
+                batch.leave(row)
+                if not batch.rows:
+                    del self._batches[key]
 
     def clear(self) -> None:
         self._batches.clear()
@@ -87,7 +93,7 @@ class Writer:
 class Batch:
     """Rows on one way through a base."""
 
-    def __init__(self, way: "Decoder | Stock | None", bank: AdapterBank) -> None:
+    def __init__(self, way: Decoder | Stock, bank: AdapterBank) -> None:
         self.way: Any = way
         self.mix, self.mix_of_new = way.mix(bank), way.mix(bank)
         self.writing: list[Row] = []

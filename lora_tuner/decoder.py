@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
-from .bank import AdapterBank, Loaded
+from .bank import AdapterBank, Mix, Part
 from .base_model import Base
 from .fast import full_attention
 from .lowbit import Int8Linear, times_int4, times_int8, to_int4, to_int8
@@ -41,15 +41,14 @@ class _Product:
             self.weight = parts[0].weight.T if isinstance(parts[0], Conv1D) else _joined(parts, "weight")
             self.multiply = partial(F.linear, weight=self.weight, bias=self.bias)
 
-    def __call__(self, x: torch.Tensor, update: "_Joined" = None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, update: Part | None = None) -> torch.Tensor:
         """(tokens, in) -> (tokens, out), texts one after another; bfloat16 where the weights are rounded."""
         out = self.multiply(x)
         if update is None:
             return out
-        down, up = update
-        if down.dim() == 3:
-            added = torch.bmm(torch.bmm(x.float().view(len(down), -1, x.shape[-1]), down), up)
-            return out.add_(added.view(out.shape))
+        down, up, groups = update
+        if groups is not None:
+            return groups.add(out, x, down, up)
         return out.addmm_(x @ down, up) if self.exact else out.add_((x.float() @ down) @ up)
 
     def draft(self, *, int4: bool = True) -> "_Product":
@@ -85,64 +84,6 @@ class _Layer:
     before_mlp: Any
     up: _Product
     down: _Product
-
-
-_Joined = tuple[torch.Tensor, torch.Tensor] | None  # (in, ranks) and (ranks, outs), or one of each for each row
-
-
-class Mix:
-    """The updates of a batch's rows, as the products of a decoder add them. Where rows come and go, only theirs are copied."""
-
-    def __init__(self, bank: AdapterBank, products: Sequence[_Product]) -> None:
-        self.bank = bank
-        self.names = [product.names for product in products]
-        self.rows: list[Loaded | None] = [None]
-        self.parts: list[_Joined] = [None] * len(self.names)
-        self._stacks: list[tuple[torch.Tensor, torch.Tensor]] = []  # (places, ranks, in) and (places, ranks, outs)
-        self._places: list[Loaded | None] = []  # whose updates lie there
-
-    def use(self, rows: Sequence[Loaded | None]) -> None:
-        """Put row i of each batch through `rows[i]`, or the plain base. One entry stands for all rows of batches of any size."""
-        rows = list(rows)
-        if len(rows) == len(self.rows) and all(new is old for new, old in zip(rows, self.rows, strict=True)):
-            return
-        self.rows = rows
-        if all(loaded is rows[0] for loaded in rows):
-            self.parts, self._stacks, self._places = [self._single(names, rows[0]) for names in self.names], [], []
-            return
-        joined = {loaded: [self.bank.joined(names, loaded) for names in self.names] for loaded in dict.fromkeys(rows)}
-        self._make_room(rows, joined)
-        for place, loaded in enumerate(rows):
-            if self._places[place] is not loaded:
-                for stacks, parts in zip(self._stacks, joined[loaded], strict=True):
-                    for stack, part in zip(stacks, parts, strict=True):
-                        stack[place, : len(part)] = part
-                        stack[place, len(part) :] = 0
-                self._places[place] = loaded
-        count = len(rows)
-        self.parts = [
-            (downs[:count].transpose(1, 2), ups[:count]) if downs.shape[1] else None for downs, ups in self._stacks
-        ]
-
-    def _single(self, names: Sequence[str], loaded: Loaded | None) -> _Joined:
-        down, up = self.bank.joined(names, loaded) if loaded is not None else ([], [])
-        return (down.T, up) if len(down) else None
-
-    def _make_room(
-        self, rows: list[Loaded | None], joined: dict[Loaded | None, list[tuple[torch.Tensor, torch.Tensor]]]
-    ) -> None:
-        ranks = [max(len(parts[number][0]) for parts in joined.values()) for number in range(len(self.names))]
-        if len(rows) <= len(self._places) and all(
-            rank <= downs.shape[1] for rank, (downs, _) in zip(ranks, self._stacks, strict=True)
-        ):
-            return
-        sizes = [(down.shape[1], up.shape[1]) for down, up in joined[rows[0]]]
-        room = max(len(rows), 2 * len(self._places))
-        self._stacks = [
-            (torch.zeros(room, rank, into), torch.zeros(room, rank, out))
-            for rank, (into, out) in zip(ranks, sizes, strict=True)
-        ]
-        self._places = [None] * room
 
 
 class Cache:
@@ -283,7 +224,9 @@ class Decoder:
 
     def mix(self, bank: AdapterBank) -> Mix:
         """Room for the updates of a batch's rows, as `step` takes them."""
-        return Mix(bank, [it for layer in self.layers for it in (layer.attention, layer.out, layer.up, layer.down)])
+        return Mix(
+            bank, [it.names for layer in self.layers for it in (layer.attention, layer.out, layer.up, layer.down)]
+        )
 
     def cache(self, rows: int, length: int, padding: Sequence[int]) -> Cache:
         return Cache(self, rows, length, padding)
@@ -309,7 +252,7 @@ class Decoder:
         first, start, end = cache.first, cache.used, cache.used + count
         places, mask = _places(cache, start, end)
         table = self.turns(end - first)
-        updates: Iterator[_Joined] = iter(mix.parts if mix is not None else [None] * 4 * len(self.layers))
+        updates: Iterator[Part | None] = iter(mix.parts if mix is not None else [None] * 4 * len(self.layers))
         causal = mask is None and count > 1
         hidden = self.embed(ids)
         if not self.llama:

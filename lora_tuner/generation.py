@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
-
 from . import lora, tokens
 from .bank import Loaded
 from .batch import Writer
@@ -79,7 +77,6 @@ class Generator:
         self.base = lora.open_base(
             found[0] if found else None, base, revision, device=device, dtype=dtype, notify=notify
         )
-        self.base.model.generation_config = GenerationConfig()  # a base's own would fill in what we leave open
         self.writer = Writer(self.base, notify)
         self.max_resident = max_resident
         self._loaded: dict[str, _Resident] = {}  # by name, the one used last at the end

@@ -20,7 +20,15 @@ from .test_hub import repos  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "adapters/README.md"]
-PAGES += ["docs/measuring.md", "docs/other-tools.md", "docs/reliability.md", "SECURITY.md", "benchmarks/RESULTS.md"]
+PAGES += [
+    "docs/measuring.md",
+    "docs/other-tools.md",
+    "docs/reliability.md",
+    "docs/scale.md",
+    "docs/serving.md",
+    "SECURITY.md",
+    "benchmarks/RESULTS.md",
+]
 
 
 def text(page):
@@ -59,7 +67,7 @@ def test_the_readme_has_commands():
 
 
 def test_the_python_example_of_the_readme_runs(repos, tmp_path):  # noqa: F811
-    (example,) = re.findall(r"```python\n(.*?)```", text("README.md"), re.DOTALL)
+    (example,) = re.findall(r"```python\n(from lora_tuner .*?)```", text("README.md"), re.DOTALL)
     (tmp_path / "reviews.csv").write_text("text\n" + "\n".join(tiny.reviews(60)))
     with Hub(repos) as hub:
         env = hub.env(tmp_path / "home") | {"LORA_TUNER_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}

