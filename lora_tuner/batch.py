@@ -80,7 +80,7 @@ class Writer:
 
     def leave(self, row: Row) -> None:
         """A row that nobody waits for any more."""
-        with torch.inference_mode():
+        with torch.inference_mode():  # as the caches were made
             for key, batch in list(self._batches.items()):
                 batch.leave(row)
                 if not batch.rows:

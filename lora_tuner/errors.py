@@ -12,6 +12,8 @@
     │   └── DivergedError      the loss or a gradient is not finite any more
     └── GenerationError        a prompt or a sampling setting cannot be answered
         ├── MixedBatchError    a base on which different adapters cannot share a batch
+        ├── TooLongError       a prompt leaves no room for what is to follow
+        ├── RequestError       a request asks for more than the server gives
         ├── BusyError          too many requests wait already
         ├── LateError          a request took longer than it may
         └── ClosedError        the server is stopping
@@ -60,6 +62,17 @@ class GenerationError(LoraTunerError): ...
 
 
 class MixedBatchError(GenerationError): ...
+
+
+class TooLongError(GenerationError): ...
+
+
+class RequestError(GenerationError):
+    """`param` is the field of the request that is at fault."""
+
+    def __init__(self, text: str, param: str) -> None:
+        super().__init__(text)
+        self.param = param
 
 
 class BusyError(GenerationError):

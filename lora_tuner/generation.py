@@ -6,6 +6,7 @@ transformers is not safe for two threads on one model, so calls take turns. Limi
 done; rows that come and go are the server's (`batch`).
 """
 
+import os
 import secrets
 import threading
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from . import lora, tokens
 from .bank import Loaded
 from .batch import Writer
 from .config import Sampling
-from .errors import GenerationError, Listener, ignore
+from .errors import GenerationError, Listener, TooLongError, ignore
 from .library import Library, steady
 from .row import Row
 from .store import CONFIG, MANIFEST, WEIGHTS, Adapter
@@ -116,7 +117,10 @@ class Generator:
             return name, self._loaded[name].loaded if name is not None else None
 
     def _load(self, adapter: Adapter) -> str:
-        folder, name = adapter.path.resolve(), adapter.name
+        folder, name = (
+            Path(os.path.abspath(adapter.path)),
+            adapter.name,
+        )  # not resolved: a link may lead elsewhere later
         known = self._loaded.get(name)
         if known is not None and known.folder != folder:
             raise GenerationError(f"An adapter named {name} is loaded already, from {known.folder}: unload it first.")
@@ -146,7 +150,7 @@ class Generator:
                 self.current = None
 
     def check(self, prompt: str, tokenizer: Any = None) -> list[int]:
-        """The tokens of a prompt. Raises GenerationError when it leaves no room in the model's context.
+        """The tokens of a prompt. Raises TooLongError when it leaves no room in the model's context.
 
         A tokenizer is not for two threads at once, so another may bring its own.
         """
@@ -156,9 +160,9 @@ class Generator:
         return self.fits(encoded.tolist() or [start])
 
     def fits(self, ids: list[int]) -> list[int]:
-        """These tokens of a prompt, or GenerationError when they leave no room."""
+        """These tokens of a prompt, or TooLongError when they leave no room."""
         if len(ids) >= self.base.context:
-            raise GenerationError(
+            raise TooLongError(
                 f"The prompt has {len(ids):,} tokens, and {self.base.source.name} looks back on {self.base.context:,}: cut it."
             )
         return ids

@@ -26,15 +26,16 @@ class Chance:
     token: int
     logprob: float
     likeliest: list[tuple[int, float]]
+    start: int  # where it begins in the text
 
 
 class Text:
-    """Token ids to text, as they come. `whole` is all that is certain; `finish` says the rest."""
+    """Token ids to text, as they come. `sure` is what no stop string can take back, and all that another thread may read."""
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
         self.tokenizer = tokenizer
         self.stop = list(stop)
-        self.whole = ""
+        self.whole = self.sure = ""
         self.stopped = False
         self._known = list(prompt[-LOOK_BACK:])
         self._before = self._decode(self._known)
@@ -55,18 +56,14 @@ class Text:
             self._settle(self._decode(self._known + self._open))
 
     def _settle(self, found: str) -> None:
-        start = len(self.whole)
-        self.whole += found[len(self._before) :]
+        start, whole = len(self.whole), self.whole + found[len(self._before) :]
         self._known = [*self._known, *self._open][-LOOK_BACK:]
         self._before, self._open = self._decode(self._known), []
-        ends = [self.whole.find(stop, max(0, start - len(stop) + 1)) for stop in self.stop]
+        ends = [whole.find(stop, max(0, start - len(stop) + 1)) for stop in self.stop]
         if ends := [end for end in ends if end >= 0]:
-            self.whole, self.stopped = self.whole[: min(ends)], True
-
-    def certain(self) -> str:
-        """What no stop string can take back."""
-        held = max((len(stop) - 1 for stop in self.stop), default=0)
-        return self.whole if self.stopped else self.whole[: max(len(self.whole) - held, 0)]
+            whole, self.stopped = whole[: min(ends)], True
+        held = 0 if self.stopped else max((len(stop) - 1 for stop in self.stop), default=0)
+        self.whole, self.sure = whole, whole[: max(len(whole) - held, 0)]
 
 
 @dataclass(eq=False)
@@ -132,9 +129,9 @@ class Row:
         else:
             self.put(self.length, token)
             self.new.append(token)
-            self.text.take(token)
-            if self.likeliest is not None:
+            if self.likeliest is not None:  # before its text, so that who reads both finds no text without
                 self.chances.append(self._chance(token, logits))
+            self.text.take(token)
         if self.done:
             self.text.finish()
             self.complete = True
@@ -146,9 +143,10 @@ class Row:
     @property
     def said(self) -> str:
         """The text as far as it is certain."""
-        return self.text.whole if self.complete else self.text.certain()
+        return self.text.whole if self.complete else self.text.sure
 
     def _chance(self, token: int, logits: torch.Tensor) -> Chance:
         found = logits.float().log_softmax(-1)
         best = found.topk(min(self.likeliest or 0, len(found)))
-        return Chance(token, float(found[token]), list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+        likeliest = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        return Chance(token, float(found[token]), likeliest, len(self.text.whole))

@@ -33,10 +33,10 @@ def test_text_that_comes_in_tokens_is_the_text_of_all_of_them(prompt, text):
     new = ids_of(text)
     made = Text(BYTES, ids_of(prompt))
     for token in new:
-        before = made.certain()
+        before = made.sure
         made.take(token)
-        assert made.certain().startswith(before)
-        assert "\ufffd" in text or "\ufffd" not in made.certain()
+        assert made.sure.startswith(before)
+        assert "\ufffd" in text or "\ufffd" not in made.sure
     made.finish()
     assert made.whole == whole(BYTES, ids_of(prompt), new) == text
 
@@ -46,14 +46,14 @@ def test_characters_that_stay_halves_are_said_at_the_end_or_when_others_follow()
     made = Text(BYTES, ids_of("so"))
     for token in half:
         made.take(token)
-    assert made.certain() == ""
+    assert made.sure == ""
     made.finish()
     assert made.whole == whole(BYTES, ids_of("so"), half)
     assert set(made.whole) == {"\ufffd"}
     made = Text(BYTES, ids_of("so"))
     for token in [*half, *ids_of("abc")]:
         made.take(token)
-    assert made.certain() == whole(BYTES, ids_of("so"), half + ids_of("abc"))
+    assert made.sure == whole(BYTES, ids_of("so"), half + ids_of("abc"))
 
 
 def test_a_tokenizer_that_drops_a_leading_space_keeps_those_between_tokens():
@@ -78,7 +78,7 @@ def test_a_stop_string_ends_the_text_before_itself_wherever_tokens_begin(stop):
     made = Text(BYTES, ids_of("actor"), stop)
     for token in ids_of(text):
         made.take(token)
-        assert expected.startswith(made.certain())
+        assert expected.startswith(made.sure)
         if made.stopped:
             break
     made.finish()

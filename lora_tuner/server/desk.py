@@ -7,15 +7,17 @@ base; adapters of the library that were trained on another are listed with the r
 
 import asyncio
 import copy
+import os
+import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from .. import lora
+from .. import files, lora
 from ..bank import Loaded
 from ..base_model import free_memory
 from ..config import Sampling, Serving
@@ -27,6 +29,7 @@ from ..store import Adapter
 from .worker import Job, Worker
 
 Found = TypeVar("Found")
+_FOLDERS = re.compile(r"""(?<![\w./~-])(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?=[^\s/\\])(?:[^\s/\\:;,'"()]+[/\\])*""")
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,14 @@ class Desk:
         self.generator = generator
         self.settings = settings
         self.base = generator.base
+        self.name = files.shown(self.base.source.name)  # it may be a path
         self.only = {path.name: path for path in only}
         self.began = int(time.time())
         room = free_memory(self.base.device) // 2 // generator.writer.bytes_a_token
         self.worker = Worker(
             generator.writer, max_batch=settings.max_batch, max_waiting=settings.max_waiting, room=room
         )
+        self._sizes = lora.layer_sizes(generator.writer.bank.layers)
         self._tokenizer = copy.deepcopy(self.base.tokenizer)  # one is not for two threads
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lora_tuner-desk")
 
@@ -64,19 +69,19 @@ class Desk:
 
     def models(self) -> list[Model]:
         """The base first, then adapters by name. Reads the library as it is now."""
-        name = self.base.source.name
-        return [Model(name), *(self._model(name, path) for name, path in sorted(self._places().items()))]
+        return [Model(self.name), *(self._model(name, path) for name, path in sorted(self._places().items()))]
 
     def _places(self) -> dict[str, Path]:
         library = self.generator.library
         return self.only or {name: library.path / name for name in library.names()}
 
     def _model(self, name: str, path: Path) -> Model:
-        if name == self.base.source.name:
+        if name == self.name:
             return Model(name, path, broken="It has the name of the base: rename it.")
         try:
             adapter = steady(path, lambda adapter: adapter)
             lora.check_base(adapter, self.base, force=self.generator.force)
+            adapter.check_fit(self._sizes)
         except AdapterError as error:
             return Model(name, path, broken=str(error))
         return Model(name, path, adapter)
@@ -84,7 +89,7 @@ class Desk:
     def find(self, model: str) -> tuple[str | None, Loaded | None]:
         """The adapter of that name in memory; None and None for the base. Raises UnknownModelError, or AdapterError with the
         reason for one that is broken."""
-        if model == self.base.source.name:
+        if model == self.name:
             return None, None
         path = self._places().get(model)
         if path is None:
@@ -103,12 +108,18 @@ class Desk:
     def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """The tokens of a conversation, up to where the answer begins. Raises GenerationError where there is no template."""
         if not self._tokenizer.chat_template:
-            raise GenerationError(f"{self.base.source.name} has no chat template: ask for a completion instead.")
+            raise GenerationError(f"{self.name} has no chat template: ask for a completion instead.")
         try:
             ids = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
         except Exception as error:  # a template says what it does not take with errors of its own
             raise GenerationError(f"The chat template does not take these messages: {error}") from error
-        return self.generator.fits(list(ids))
+        return self.encode(ids)
+
+    def public(self, text: str) -> str:
+        """The same without where things lie on this machine."""
+        for folder in (self.generator.library.path, *(path.parent for path in self.only.values())):
+            text = text.replace(f"{folder}{os.sep}", "")
+        return _FOLDERS.sub("", text.replace(self.base.source.name, self.name))
 
     async def ask(
         self,
@@ -133,7 +144,7 @@ class Desk:
         self.worker.submit(job)
         return job
 
-    async def follow(self, *jobs: Job) -> AsyncIterator[None]:
+    async def follow(self, *jobs: Job) -> AsyncGenerator[None, None]:
         """Comes back whenever there is more of any of them, the last time when all are complete. Who leaves, cancels them."""
         news, loop = asyncio.Event(), asyncio.get_running_loop()
         for job in jobs:
@@ -148,6 +159,7 @@ class Desk:
                 await news.wait()
         finally:
             for job in jobs:
+                job.wake = lambda: None  # the loop may be gone when the worker comes to it
                 self.worker.cancel(job)
 
     def start(self) -> None:

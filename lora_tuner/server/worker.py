@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ..batch import Writer
-from ..errors import BusyError, ClosedError, GenerationError, LateError
+from ..errors import BusyError, ClosedError, LateError, TooLongError
 from ..row import Row
 
 Found = TypeVar("Found")
@@ -27,7 +27,7 @@ class Job:
     model: str
     rows: list[Row]
     seconds: float  # that it may take
-    wake: Callable[[], None] = lambda: None
+    wake: Callable[[], object] = lambda: None
     begun: float = field(default_factory=time.monotonic)
     first_token: float | None = None  # when it came
     error: Exception | None = None  # why there will be no more
@@ -72,17 +72,20 @@ class Worker:
         return len(self._running)
 
     @property
+    def answers(self) -> bool:
+        """Whether it takes on work."""
+        return self._thread.is_alive() and not self._closed
+
+    @property
     def idle(self) -> bool:
         with self._wake:
             return not (self._queue or self._running)
 
     def submit(self, job: Job) -> None:
-        """Raises BusyError when too many wait, ClosedError when the server stops, GenerationError when a row is too long."""
+        """Raises BusyError when too many wait, ClosedError when the server stops, TooLongError for a row that is."""
         longest = max(len(row.prompt) + row.limit for row in job.rows)
         if longest > self.room:
-            raise GenerationError(
-                f"Prompt and answer may have {self.room:,} tokens here: ask for fewer than {longest:,}."
-            )
+            raise TooLongError(f"Prompt and answer may have {self.room:,} tokens here: ask for fewer than {longest:,}.")
         with self._wake:
             if self._closed:
                 raise ClosedError("The server is stopping.")
