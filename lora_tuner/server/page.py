@@ -7,12 +7,14 @@ their browser's page, so to load that anew forgets it.
 import asyncio
 import contextlib
 import shlex
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from typing import Any
 
 import gradio as gr
+from markupsafe import Markup
 
 from .. import evaluation, report, updates
 from ..bank import Loaded, blend
@@ -43,11 +45,11 @@ class Page:
 
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
-        self.base = desk.base.source.name
 
     def blocks(self) -> gr.Blocks:
+        page: gr.Blocks
         with gr.Blocks(title="lora_tuner", analytics_enabled=False) as page:
-            gr.HTML(panels.head(self.base), apply_default_css=False)
+            gr.HTML(panels.head(self.desk.name), apply_default_css=False)
             with gr.Tabs():
                 with gr.Tab("Write"):
                     chosen = [self._write_tab()]
@@ -67,10 +69,10 @@ class Page:
                 "The story", label="Prompt", info="Enter writes, Shift+Enter begins a line.", max_lines=12, scale=3
             )
             names = self._several("They answer beside the base.", scale=2)
-        with gr.Accordion("How the text is drawn", open=False), gr.Row():
+        with gr.Accordion("How the text is drawn", open=False), gr.Row(elem_classes="settings"):
             settings = [self._setting(name) for name in SETTINGS]
         with gr.Row():
-            write, stop = gr.Button("Write", variant="primary"), gr.Button("Stop")
+            write, stop = _buttons("Write")
         out = gr.HTML(
             panels.note("Press Write: the base and each adapter go on from the prompt, side by side."),
             apply_default_css=False,
@@ -113,16 +115,9 @@ class Page:
     def _gains_tab(self) -> gr.Dropdown:
         with gr.Row():
             names = self._several("Each is measured on the held-out rows of each.", scale=3)
-            rows = gr.Number(
-                None,
-                label="Rows",
-                info="The first so many of each.",
-                placeholder="all",
-                precision=0,
-                **_bounds(TrainConfig, "eval_rows"),
-            )
+            rows = gr.Textbox(label="Rows", info="So many of each, the first.", placeholder="all")
         with gr.Row():
-            measure, stop = gr.Button("Measure", variant="primary"), gr.Button("Stop")
+            measure, stop = _buttons("Measure")
         out = gr.HTML(
             panels.note(
                 "Press Measure: what each adapter gains over the base, on its own held-out rows and on those of the others. "
@@ -141,18 +136,19 @@ class Page:
         """A field of `Sampling` as a control: its default, its bounds, its help."""
         field = Sampling.model_fields[name]
         more: Any = field.json_schema_extra
-        label = name.replace("_", " ").capitalize()
+        label, info = name.replace("_", " ").capitalize(), str(field.description).replace("--", "")
         if field.annotation is bool:
-            return gr.Checkbox(field.default, label=label, info=field.description)
-        bounds = _bounds(Sampling, name)
+            return gr.Checkbox(field.default, label=label, info=info)
+        bounds = _bounds(name)
         if name == "max_new_tokens":
             bounds["maximum"] = self.desk.settings.max_tokens
+        if field.default is None:  # a number of Gradio's would begin at 0
+            return gr.Textbox(label=label, info=info, placeholder=more["shown"])
         real = field.annotation is float
         return gr.Number(
             field.default,
             label=label,
-            info=field.description,
-            placeholder=more["shown"],
+            info=info,
             precision=None if real else 0,
             step=0.05 if real else 1,
             **bounds,
@@ -160,7 +156,10 @@ class Page:
 
     def _models(self) -> list[Model]:
         """The adapters as they are now, broken ones too."""
-        return [model for model in self.desk.models() if model.path is not None]
+        said = self.desk.public
+        return [
+            replace(model, broken=model.broken and said(model.broken)) for model in self.desk.models() if model.path
+        ]
 
     def _names(self) -> list[str]:
         return [model.id for model in self._models() if model.broken is None]
@@ -174,9 +173,9 @@ class Page:
         ]
         return [gr.update(choices=names, value=value) for value in kept]
 
-    async def write(self, prompt: str, names: Sequence[str], *settings: Any) -> AsyncIterator[str]:
+    async def write(self, prompt: str, names: Sequence[str], *settings: Any) -> AsyncGenerator[str, None]:
         """The base's answer and the adapters' as they come, side by side, all with one seed."""
-        given = {name: value for name, value in zip(SETTINGS, settings, strict=True) if value is not None}
+        given = {name: value for name, value in zip(SETTINGS, settings, strict=True) if value not in (None, "")}
         if given["greedy"]:
             given = {name: value for name, value in given.items() if name not in DRAWN}
         try:
@@ -185,18 +184,20 @@ class Page:
                 raise ConfigError(f"max_new_tokens: this server writes {self.desk.settings.max_tokens:,} at the most.")
             ids = await self.desk.aside(lambda: self.desk.encode(prompt))
         except LoraTunerError as error:
-            yield panels.failure(error)
+            yield self._failure(error)
             return
         seed = seed_of(sampling)
         sampling = sampling.model_copy(update={"seed": seed})
         more = "Greedy: the same every time." if seed is None else f"Seed {seed}: with it, the same is written again."
-        models = [self.base, *names]
+        models = [self.desk.name, *names]
         questions = [partial(self.desk.ask, name, [ids], sampling) for name in models]
         async with contextlib.aclosing(self._written(questions)) as frames:
             async for jobs in frames:
                 yield panels.answers(prompt, list(zip(models, jobs, strict=True)), more)
 
-    async def blend(self, prompt: str, first: str | None, second: str | None, share: float) -> AsyncIterator[str]:
+    async def blend(
+        self, prompt: str, first: str | None, second: str | None, share: float
+    ) -> AsyncGenerator[str, None]:
         """What two adapters write together: the likeliest tokens, so that nothing but their shares changes it."""
         if not first or not second:
             yield panels.note("Choose two adapters to see what they write together.")
@@ -211,32 +212,25 @@ class Page:
         try:
             ids, loaded = await self.desk.aside(prepare)
         except LoraTunerError as error:
-            yield panels.failure(error)
+            yield self._failure(error)
             return
         sampling = Sampling(greedy=True, max_new_tokens=BLEND_TOKENS)
         question = partial(self.desk.ask, title, [ids], sampling, loaded=loaded)
         async with contextlib.aclosing(self._written([question])) as frames:
             async for jobs in frames:
-                yield panels.answers(prompt, [(title, jobs[0])]) + panels.command(self._command(parts))
-
-    def _command(self, parts: Sequence[tuple[float, str]]) -> str:
-        """What makes the blend an adapter of the library."""
-        weights = [f"{self.desk.only.get(name, name)}={weight:g}" for weight, name in parts]
-        folder = self.desk.generator.library.path
-        place = [] if folder == TrainConfig().adapters_dir else ["--adapters-dir", str(folder)]
-        return shlex.join(["python", "cli.py", "blend", *weights, "--name", "NAME", *place])
+                yield panels.answers(prompt, [(title, jobs[0])]) + panels.command(_command(parts))
 
     async def _written(
         self, questions: Sequence[Callable[[], Awaitable[Job]]]
-    ) -> AsyncIterator[list[Job | LoraTunerError]]:
+    ) -> AsyncGenerator[list[Job | str], None]:
         """The jobs, or why there is none, whenever there is more of them. Who leaves, cancels them."""
-        jobs: list[Job | LoraTunerError] = []
+        jobs: list[Job | str] = []
         try:
             for ask in questions:
                 try:
                     jobs.append(await ask())
                 except LoraTunerError as error:
-                    jobs.append(error)
+                    jobs.append(self.desk.public(str(error)))
             async for _ in self.desk.follow(*(job for job in jobs if isinstance(job, Job))):
                 yield jobs
                 await asyncio.sleep(FRAME)
@@ -244,6 +238,9 @@ class Page:
             for job in jobs:
                 if isinstance(job, Job):
                     self.desk.worker.cancel(job)
+
+    def _failure(self, error: Exception) -> str:
+        return panels.failure(self.desk.public(str(error)))
 
     def library(self) -> str:
         return panels.library(self._models())
@@ -258,11 +255,22 @@ class Page:
                 raise AdapterError(f"{model.id} does not answer. {model.broken}")
             return steady(model.path, self._card)
         except (LoraTunerError, OSError) as error:
-            return panels.failure(error)
+            return self._failure(error)
 
     def _card(self, adapter: Adapter) -> str:
-        pictures = [_picture(partial(draw, adapter)) for draw in (_curve, self._spectrum)]
+        pictures = [self._picture(partial(draw, adapter)) for draw in (_curve, self._spectrum)]
         return panels.card(adapter, pictures, _readme(adapter))
+
+    def _picture(self, draw: Callable[[BytesIO], tuple[str, str]]) -> Markup:
+        """What `draw` draws, with what it says of it; or why there is no picture."""
+        to = BytesIO()
+        try:
+            said = draw(to)
+        except LoraTunerError as error:
+            return panels.no_picture(self.desk.public(str(error)))
+        except Exception as error:  # a stranger's figures can be such that nobody can draw them
+            return panels.no_picture(f"It cannot be drawn: {self.desk.public(str(error))}")
+        return panels.picture(to.getvalue(), *said)
 
     def _spectrum(self, adapter: Adapter, to: BytesIO) -> tuple[str, str]:
         updates.check_sum(adapter)
@@ -276,7 +284,7 @@ class Page:
         said = f"{len(squares)} layers; in the middle one the largest singular value has {first:.0%} of the energy."
         return "Spectrum: what share of its layer's update each singular value has", said
 
-    async def gains(self, names: Sequence[str], rows: int | None) -> AsyncIterator[str]:
+    async def gains(self, names: Sequence[str], rows: str) -> AsyncGenerator[str, None]:
         """The gain matrix, with the base that is in memory: a batch of rows at a time, between the tokens of others."""
         seen: Progress | None = None
         left = False
@@ -292,10 +300,11 @@ class Page:
             adapters = [model.adapter for model in self._models() if model.id in names and model.adapter]
             if not adapters:
                 raise GenerationError("Choose adapters: there is nothing to measure yet.")
+            most = resolve(TrainConfig, {"eval_rows": rows}).eval_rows if rows else None
             matrix = evaluation.evaluate_on(
                 self.desk.base,
                 adapters,
-                eval_rows=rows,
+                eval_rows=most,
                 force=self.desk.generator.force,
                 notify=notify,
                 turn=self.desk.worker.do,
@@ -310,9 +319,14 @@ class Page:
                 await asyncio.wait([work], timeout=0.2)
             yield work.result()
         except LoraTunerError as error:
-            yield panels.failure(error)
+            yield self._failure(error)
         finally:
             left = True
+
+
+def _buttons(name: str) -> tuple[gr.Button, gr.Button]:
+    """One that begins, one that ends."""
+    return gr.Button(name, variant="primary", scale=0, min_width=140), gr.Button("Stop", scale=0, min_width=140)
 
 
 def _stoppable(event: Any, stop: gr.Button, out: gr.HTML) -> None:
@@ -320,23 +334,18 @@ def _stoppable(event: Any, stop: gr.Button, out: gr.HTML) -> None:
     event.then(None, out, out, js=AT_REST, **QUIET)
 
 
-def _bounds(kind: type[Sampling] | type[TrainConfig], name: str) -> dict[str, Any]:
+def _command(parts: Sequence[tuple[float, str]]) -> str:
+    """What makes a blend an adapter of the library."""
+    return shlex.join(
+        ["python", "cli.py", "blend", *(f"{name}={weight:g}" for weight, name in parts), "--name", "NAME"]
+    )
+
+
+def _bounds(name: str) -> dict[str, Any]:
     """Of a field, as Gradio calls them. One that is not itself allowed is refused later, by the field."""
     sides = {"ge": "minimum", "gt": "minimum", "le": "maximum", "lt": "maximum"}
-    bounds = kind.model_fields[name].metadata
+    bounds = Sampling.model_fields[name].metadata
     return {side: getattr(it, sign) for it in bounds for sign, side in sides.items() if hasattr(it, sign)}
-
-
-def _picture(draw: Callable[[BytesIO], tuple[str, str]]) -> str:
-    """What `draw` draws, with what it says of it; or why there is no picture."""
-    to = BytesIO()
-    try:
-        said = draw(to)
-    except LoraTunerError as error:
-        return panels.no_picture(str(error))
-    except Exception as error:  # a stranger's figures can be such that nobody can draw them
-        return panels.no_picture(f"It cannot be drawn: {error}")
-    return panels.picture(to.getvalue(), *said)
 
 
 def _curve(adapter: Adapter, to: BytesIO) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from ..errors import LoraTunerError, Progress
+from ..errors import Progress
 from ..evaluation import GainMatrix
 from ..files import shown
 from ..report import facts
@@ -31,12 +31,12 @@ def note(text: str) -> Markup:
     return Markup('<p class="note">{}</p>').format(text)
 
 
-def failure(error: Exception) -> Markup:
+def failure(text: str) -> Markup:
     """An error as one line."""
-    return Markup('<p class="failure" role="alert">{}</p>').format(" ".join(str(error).split()))
+    return Markup('<p class="failure" role="alert">{}</p>').format(" ".join(text.split()))
 
 
-def answers(prompt: str, asked: Sequence[tuple[str, Job | LoraTunerError]], more: str = "") -> Markup:
+def answers(prompt: str, asked: Sequence[tuple[str, Job | str]], more: str = "") -> Markup:
     """What the first row of each job says by now, side by side, the prompt in front; `more` is said below."""
     busy = any(isinstance(job, Job) and not job.complete for _, job in asked)
     columns = Markup("").join(_answer(name, prompt, job) for name, job in asked)
@@ -45,13 +45,12 @@ def answers(prompt: str, asked: Sequence[tuple[str, Job | LoraTunerError]], more
     )
 
 
-def _answer(name: str, prompt: str, job: Job | LoraTunerError) -> Markup:
-    error = job if isinstance(job, LoraTunerError) else job.error
-    if isinstance(job, LoraTunerError):
-        text, below = "", Markup("")
+def _answer(name: str, prompt: str, job: Job | str) -> Markup:
+    if isinstance(job, str):
+        text, below, error = "", Markup(""), job
     else:
         (row,) = job.rows
-        text, count = row.said, len(row.new)
+        text, count, error = row.said, len(row.new), str(job.error or "")
         end = "" if not row.complete or error else ", the end" if row.finished else ", cut off"
         below = Markup('<p class="facts">{} token{}{}</p>').format(count, "" if count == 1 else "s", end)
     writing = isinstance(job, Job) and not job.complete
@@ -60,15 +59,15 @@ def _answer(name: str, prompt: str, job: Job | LoraTunerError) -> Markup:
     )
 
 
-def library(models: Sequence[Model], chosen: str | None = None) -> Markup:
+def library(models: Sequence[Model]) -> Markup:
     """A row for each adapter: a button with its name, and its figures or the reason why it does not answer."""
     if not models:
         return note("There are no adapters yet. python cli.py train makes one; it appears here as soon as it is there.")
     header = ("name", "gain", "held-out loss", "rank", "size", "data", "rows", "made")
     cells = Markup("").join(Markup('<th scope="col">{}</th>').format(name) for name in header)
     lines = Markup("").join(
-        Markup('<tr{}><th scope="row"><button type="button" data-name="{}">{}</button></th>{}</tr>').format(
-            Markup(' class="chosen"') if model.id == chosen else "", model.id, model.id, _figures(model)
+        Markup('<tr><th scope="row"><button type="button" data-name="{}">{}</button></th>{}</tr>').format(
+            model.id, model.id, _figures(model)
         )
         for model in models
     )
@@ -88,7 +87,7 @@ def _figures(model: Model) -> Markup:
         f"{result.loss:.3f}" if result else _NONE,
         str(adapter.rank),
         size(adapter.bytes),
-        shown(data.name) if data else _NONE,
+        ", ".join([shown(data.name), *data.where]) if data else _NONE,
         f"{data.counts['train']:,}" if data and "train" in data.counts else _NONE,
         manifest.created[:10] if manifest else _NONE,
     )
@@ -165,4 +164,6 @@ def gains(matrix: GainMatrix) -> Markup:
 
 def command(text: str) -> Markup:
     """What to type to keep a blend."""
-    return Markup('<p class="note">To keep this blend:</p><pre class="command" tabindex="0">{}</pre>').format(text)
+    return Markup(
+        '<p class="note">To keep this blend in the library:</p><pre class="command" tabindex="0">{}</pre>'
+    ).format(text)

@@ -52,6 +52,11 @@ def mount(app: FastAPI, desk: Desk, api_key: str | None) -> FastAPI:
         ssr_mode=False,
         theme=gr.themes.Default(
             primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        ).set(  # Gradio's own greys are too pale to be read by all
+            body_text_color_subdued="*neutral_600",
+            body_text_color_subdued_dark="*neutral_400",
+            block_info_text_color="*neutral_600",
+            block_info_text_color_dark="*neutral_400",
         ),
     )
     (page,) = (route for route in app.routes if isinstance(route, Mount) and route.path == "")
@@ -86,18 +91,18 @@ class _Narrow:
                 return
             page = ELSEWHERE.sub(b"", bytes(body))
             kept = [header for header in start["headers"] if header[0] != b"content-length"]
-            await guarded(start | {"headers": [*kept, (b"content-length", b"%d" % len(page))]})
+            await guarded({**start, "headers": [*kept, (b"content-length", b"%d" % len(page))]})
             await send({"type": "http.response.body", "body": page})
 
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 # Gradio lets pages of any origin read its answers.
                 own = [header for header in message["headers"] if not header[0].startswith(b"access-control-")]
-                message = message | {"headers": own + HEADERS}
+                message = {**message, "headers": own + HEADERS}
             await send(message)
 
         if path == "/":  # it is changed, so it must not come compressed
             plain = [header for header in scope["headers"] if header[0] != b"accept-encoding"]
-            await self.app(scope | {"headers": plain}, receive, rewritten)
+            await self.app({**scope, "headers": plain}, receive, rewritten)
         else:
             await self.app(scope, receive, guarded)
