@@ -98,7 +98,9 @@ def test_an_adapter_with_numbers_beyond_bounds_ends_its_own_row_alone(generator)
     """What it leaves in the cache must not reach the rows that come after."""
     writer = generator.writer
     loud = generator.find("one")[1]
-    broken = type(loud)({name: type(update)(update.down, update.up * float("nan")) for name, update in loud.layers.items()})
+    broken = type(loud)(
+        {name: type(update)(update.down, update.up * float("nan")) for name, update in loud.layers.items()}
+    )
     good, bad = row_of(generator, PROMPTS[2], "two", 20, None), row_of(generator, PROMPTS[2], None, 20, None)
     bad.adapter, bad.loaded = "loud", broken
     writer.join([good, bad])
