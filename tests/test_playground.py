@@ -167,6 +167,16 @@ def prompt_of(page):
     return page.get_by_label("Prompt").locator("visible=true")
 
 
+def watch_text(page):
+    """What stands in the answers from now on, each time that it changes."""
+    page.evaluate(
+        """() => { window.seen = []; new MutationObserver(() => {
+            const it = [...document.querySelectorAll(".answers")].find(it => it.offsetParent);
+            if (it) window.seen.push(it.textContent);
+        }).observe(document.body, {subtree: true, childList: true, characterData: true}) }"""
+    )
+
+
 def settle(page):
     """Until all is written."""
     expect(page.locator(".answers:visible")).to_have_attribute("aria-busy", "false")
@@ -202,12 +212,7 @@ def test_base_and_adapters_answer_side_by_side_as_they_would_alone(visit, genera
     page = visit()
     prompt_of(page).fill(PROMPT)
     set_greedy(page, 60)
-    page.evaluate(
-        """() => { window.lengths = []; new MutationObserver(() => {
-            const it = document.querySelector('.answers');
-            if (it) window.lengths.push(it.textContent.length);
-        }).observe(document.body, {subtree: true, childList: true, characterData: true}) }"""
-    )
+    watch_text(page)
     page.get_by_role("button", name="Write").click()
     settle(page)
     expected = generator.generate_batch(
@@ -215,7 +220,8 @@ def test_base_and_adapters_answer_side_by_side_as_they_would_alone(visit, genera
     )
     names = ["gpt2", "noir", "verse"]
     assert answers(page) == {name: plain(it.text) for name, it in zip(names, expected, strict=True)}
-    lengths = page.evaluate("window.lengths")
+    lengths = [len(text) for text in page.evaluate("window.seen")]
+    assert lengths == sorted(lengths)
     assert len(set(lengths)) > 3, "the text does not come bit by bit"
 
 
@@ -339,14 +345,16 @@ def test_the_text_follows_the_slider(visit, generator, served, monkeypatch):
     ]
     assert {plain(text) for text in alone} <= seen
     expect(page.locator(".command")).to_have_text("python cli.py blend noir=0.05 verse=0.95 --name NAME")
-    # While one is written the slider goes on: what comes last is what stands there.
+    # While one is written the slider goes on: there is always something to see, and in the end what belongs to its place.
     slowly(served[1], monkeypatch)
-    for _ in range(6):
+    watch_text(page)
+    for _ in range(12):
         slider.press("ArrowLeft")
         page.wait_for_timeout(60)
-    expect(page.locator(".answers h2:visible")).to_have_text("0.35 noir + 0.65 verse")
+    expect(page.locator(".answers h2:visible")).to_have_text("0.65 noir + 0.35 verse")
     settle(page)
-    assert answers(page) == {"0.35 noir + 0.65 verse": written(generator, PROMPT, ("noir", 0.35), ("verse", 0.65))}
+    assert answers(page) == {"0.65 noir + 0.35 verse": written(generator, PROMPT, ("noir", 0.65), ("verse", 0.35))}
+    assert len(set(page.evaluate("window.seen.map(it => it.split('verse')[0])"))) > 4
     until(lambda: served[1].worker.idle)
 
 

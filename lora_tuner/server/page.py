@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import shlex
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
 from typing import Any
@@ -38,6 +38,14 @@ CHOOSE = """element.addEventListener("click", event => {
     const button = event.target.closest("button[data-name]");
     if (button) trigger("select", {name: button.dataset.name});
 })"""
+
+
+@dataclass
+class _Slide:
+    """A visitor's slider: how often it was moved, and after which move came what is shown."""
+
+    moved: int = 0
+    shown: int = 0
 
 
 class Page:
@@ -95,9 +103,8 @@ class Page:
         )
         out = gr.HTML(apply_default_css=False)
         events = [share.input, first.input, second.input, prompt.input, prompt.submit, tab.select]
-        inputs = [prompt, first, second, share]
-        writing = gr.on(events, self.blend, inputs, out, trigger_mode="always_last", **QUIET)
-        gr.on(events, None, cancels=[writing])  # what is still written is of another share
+        inputs = [prompt, first, second, share, gr.State(_Slide())]
+        gr.on(events, self.blend, inputs, out, trigger_mode="multiple", **QUIET)
         return [first, second]
 
     def _library_tab(self, tab: gr.Tab) -> list[Any]:
@@ -196,24 +203,41 @@ class Page:
                 yield panels.answers(prompt, list(zip(models, jobs, strict=True)), more)
 
     async def blend(
-        self, prompt: str, first: str | None, second: str | None, share: float
+        self, prompt: str, first: str | None, second: str | None, share: float, slide: _Slide
     ) -> AsyncGenerator[str, None]:
-        """What two adapters write together: the likeliest tokens, so that nothing but their shares changes it."""
+        """What two adapters write together, until there is something to show for a later move of the same slider."""
+        slide.moved = move = slide.moved + 1
+        async with contextlib.aclosing(self._blend(prompt, first, second, share, lambda: move < slide.moved)) as frames:
+            async for frame in frames:
+                if move < slide.shown:
+                    return
+                slide.shown = move
+                yield frame
+
+    async def _blend(
+        self, prompt: str, first: str | None, second: str | None, share: float, late: Callable[[], bool]
+    ) -> AsyncGenerator[Markup, None]:
+        """The likeliest tokens, so that nothing but the shares changes them. Moves that are `late` already are left out."""
         if not first or not second:
             yield panels.note("Choose two adapters to see what they write together.")
             return
         parts = [(round(1 - share, 2), first), (round(share, 2), second)]
         title = " + ".join(f"{weight:g} {name}" for weight, name in parts)
 
-        def prepare() -> tuple[list[int], Loaded]:
+        def prepare() -> tuple[list[int], Loaded] | None:
+            if late():
+                return None
             found = [(weight, self.desk.find(name)[1]) for weight, name in parts]
             return self.desk.encode(prompt), blend([(weight, loaded) for weight, loaded in found if loaded])
 
         try:
-            ids, loaded = await self.desk.aside(prepare)
+            prepared = await self.desk.aside(prepare)
         except LoraTunerError as error:
             yield self._failure(error)
             return
+        if prepared is None:
+            return
+        ids, loaded = prepared
         sampling = Sampling(greedy=True, max_new_tokens=BLEND_TOKENS)
         question = partial(self.desk.ask, title, [ids], sampling, loaded=loaded)
         async with contextlib.aclosing(self._written([question])) as frames:
@@ -239,7 +263,7 @@ class Page:
                 if isinstance(job, Job):
                     self.desk.worker.cancel(job)
 
-    def _failure(self, error: Exception) -> str:
+    def _failure(self, error: Exception) -> Markup:
         return panels.failure(self.desk.public(str(error)))
 
     def library(self) -> str:
