@@ -298,7 +298,7 @@ def test_who_stops_or_leaves_is_not_written_for_any_more(visit, served, monkeypa
     page = visit()
     for leave in (lambda: page.get_by_role("button", name="Stop").click(), page.close):
         page.get_by_role("button", name="Write").click()
-        expect(page.locator(".writing .facts").first).to_have_text(re.compile("[1-9][0-9]* tokens"))
+        expect(page.locator("[aria-busy=true] .writing .facts").first).to_have_text(re.compile("[1-9][0-9]* tokens"))
         assert not desk.worker.idle
         leave()
         until(lambda: desk.worker.idle)
@@ -635,6 +635,7 @@ def test_a_picture_of_it(browser, monkeypatch):
         prompt_of(page).fill("This film")
         page.get_by_role("button", name="How the text is drawn").click()
         page.get_by_label("Seed").fill("1")
+        page.get_by_label("Max new tokens").fill("66")
         page.get_by_role("button", name="How the text is drawn").click()
         page.get_by_role("button", name="Write").click()
         expect(page.locator(".answers")).to_have_attribute("aria-busy", "false", timeout=120_000)
