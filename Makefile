@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check docs bench clean
+.PHONY: demo test test-slow check docs screenshot bench clean
 .SILENT: $(READY)
 
 demo: adapters/imdb/manifest.json
@@ -28,6 +28,9 @@ check: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m tests.reference > docs/commands.md
+
+screenshot: $(READY)  # with the adapters pan and praise of the library
+	LORA_TUNER_SCREENSHOT=docs/playground.png $(BIN)/python -m pytest tests/test_playground.py -k picture
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'

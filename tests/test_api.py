@@ -476,7 +476,7 @@ CHAT = {"messages": [{"role": "user", "content": "so?"}]}
         (CHAT | {"top_logprobs": 2}, "top_logprobs", "it needs logprobs"),
         (CHAT | {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"messages": []}, "messages", "at least 1"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "'system', 'user' or 'assistant'"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "'system', 'developer', 'user' or 'assistant'"),
         ({"messages": [{"role": "user"}]}, "messages", "Field required"),
         ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages", "no such setting"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]}, "messages", "'text'"),
@@ -637,6 +637,7 @@ def test_a_short_request_is_done_before_a_long_one_that_came_first(own):
             first = pool.submit(client.completions.create, model="a", prompt=long, max_tokens=60, temperature=0)
             served.wait(lambda: served.worker.running == 1)
             second = pool.submit(client.completions.create, model="b", prompt="x", max_tokens=2, temperature=0)
+            served.wait(lambda: served.worker.waiting == 1)
             let(10)
             assert second.result(10).usage.completion_tokens == 2
             assert not first.done()

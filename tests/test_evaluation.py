@@ -479,3 +479,26 @@ def test_what_is_cached_for_one_order_of_patterns_is_not_taken_for_another(gpt2,
     rows = [RowSet("some", tiny.reviews(6, seed=9))]
     first, second = (evaluation.losses(base, {"one": store.read(it.path)}, rows)[0][0][1].loss for it in made)
     assert abs(first - second) > 1e-3
+
+
+def test_on_a_base_that_is_used_meanwhile_each_batch_has_a_turn_of_its_own(adapters, gpt2, monkeypatch):
+    """Between two turns the base is the plain one, head and all, for whoever writes with it."""
+    monkeypatch.setattr(evaluation, "BATCH_TOKENS_CPU", 64)
+    base = load_base(find_base(str(gpt2)), "cpu")
+    ids = torch.arange(9)[None]
+    turns = []
+
+    def plain():
+        with torch.inference_mode():
+            return base.model(ids).logits
+
+    def turn(work):
+        assert plain().equal(before)
+        turns.append(work)
+        return work()
+
+    before = plain()
+    found = evaluation.evaluate_on(base, adapters, eval_rows=4, turn=turn)
+    assert plain().equal(before)
+    assert len(turns) > 3 + 3 * 2 + 9  # encoding, the base, and the cells: more than a batch each
+    assert found == evaluate(adapters, eval_rows=4, device="cpu")

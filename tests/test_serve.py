@@ -103,7 +103,7 @@ def started(monkeypatch):
 
     monkeypatch.setattr(module, "_Server", Stopped)
     monkeypatch.setattr(module, "_log_lines", lambda: None)
-    monkeypatch.setattr(module, "_with_playground", lambda app, desk: app)
+    monkeypatch.setattr(module, "mount", lambda app, desk, key: app)
 
     def start(adapters=(), **settings):
         said.clear()

@@ -144,21 +144,23 @@ class Desk:
         self.worker.submit(job)
         return job
 
-    async def follow(self, job: Job) -> AsyncGenerator[None, None]:
-        """Comes back whenever there is more of the job, the last time when it is complete. Who leaves, cancels it."""
+    async def follow(self, *jobs: Job) -> AsyncGenerator[None, None]:
+        """Comes back whenever there is more of any of them, the last time when all are complete. Who leaves, cancels them."""
         news, loop = asyncio.Event(), asyncio.get_running_loop()
-        job.wake = partial(loop.call_soon_threadsafe, news.set)
+        for job in jobs:
+            job.wake = partial(loop.call_soon_threadsafe, news.set)
         try:
             while True:
                 news.clear()
-                complete = job.complete
+                complete = all(job.complete for job in jobs)
                 yield
                 if complete:
                     return
                 await news.wait()
         finally:
-            job.wake = lambda: None  # the loop may be gone when the worker comes to it
-            self.worker.cancel(job)
+            for job in jobs:
+                job.wake = lambda: None  # the loop may be gone when the worker comes to it
+                self.worker.cancel(job)
 
     def start(self) -> None:
         self.worker.start()

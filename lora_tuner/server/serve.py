@@ -5,8 +5,6 @@ still listens, to say 503, until the last answer has been sent. Limit: one proce
 """
 
 import asyncio
-import importlib
-import importlib.util
 import logging
 import os
 import re
@@ -21,7 +19,6 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
 
 from ..config import Serving
 from ..errors import ConfigError, Interrupted, Listener, Notice, ignore
@@ -32,6 +29,7 @@ from .api import create_app
 from .desk import Desk
 from .guard import is_local
 from .metrics import JsonLines, Metrics
+from .playground import mount
 
 TICK = 0.05  # seconds between looks at what is left
 
@@ -86,20 +84,12 @@ def serve(
         _log_lines()
         desk.start()
         try:
-            server = _Server(_with_playground(app, desk), desk, app.state.metrics, listening)
+            server = _Server(mount(app, desk, settings.api_key), desk, app.state.metrics, listening)
             server.run(sockets=[listener])
         finally:
             desk.stop()
     if server.cut_off:
         raise Interrupted("Stopped at once: answers that were being written are cut off.")
-
-
-def _with_playground(app: FastAPI, desk: Desk) -> FastAPI:
-    """The app, and a page for people where it has no route."""
-    if importlib.util.find_spec(".playground", __package__) is None:
-        return app
-    mounted: FastAPI = importlib.import_module(".playground", __package__).mount(app, desk, desk.settings.api_key)
-    return mounted
 
 
 def _check_address(settings: Serving) -> None:
