@@ -54,6 +54,7 @@ def serve(
     """
     _check_address(settings)
     library = Library(adapters_dir)
+    library.names()  # a place that cannot be read is said at once
     only = [adapter.path for adapter in library.several(adapters)]
     if not only and base is None:
         base, revision = _base_of_most(library, revision, notify)
