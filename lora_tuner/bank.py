@@ -127,30 +127,30 @@ class AdapterBank:
         return both
 
 
-class _Groups:
-    """Which rows of a batch go through which of the adapters that it has; each adapter's rows are multiplied together."""
+class _Rows:
+    """Which rows of a batch go through which of the adapters that it has: those of each are multiplied together. None is the
+    plain base."""
 
     def __init__(self, rows: Sequence[Loaded | None], places: Sequence[Loaded]) -> None:
         groups = [[row for row, loaded in enumerate(rows) if loaded is place] for place in places]
         most = max(map(len, groups))
-        self.rows, self.adapters = len(rows), len(places)
-        self.one_each = groups == [[row] for row in range(len(rows))]
+        self.count, self.adapters = len(rows), len(places)
         self.taken = torch.tensor([row for group in groups for row in group + group[:1] * (most - len(group))])
-        self.real = torch.tensor([place * most + i for place, group in enumerate(groups) for i in range(len(group))])
-        self.order = torch.tensor([row for group in groups for row in group])
+        where = {row: place * most + i for place, group in enumerate(groups) for i, row in enumerate(group)}
+        self.back = torch.tensor([where.get(row, 0) for row in range(len(rows))])
+        self.adapted = torch.tensor([[[float(loaded is not None)]] for loaded in rows])
 
     def add(self, out: torch.Tensor, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """To `out` (tokens, out), for each row its own `down` (in, ranks) and `up` (ranks, out) of `x` (tokens, in)."""
-        each = x.float().view(self.rows, -1, x.shape[-1])
-        if self.one_each:
-            return out.add_(torch.bmm(torch.bmm(each, down), up).view(out.shape))
-        grouped = each[self.taken].view(self.adapters, -1, x.shape[-1])
-        added = torch.bmm(torch.bmm(grouped, down), up).view(len(self.taken), -1, out.shape[-1])
-        out.view(self.rows, -1, out.shape[-1]).index_add_(0, self.order, added[self.real].to(out.dtype))
-        return out
+        """To `out` (tokens, out), for each row its own part of `down` (adapters, ranks, in) and `up` (adapters, ranks, out) of
+        `x` (tokens, in)."""
+        each = x.float().view(self.count, -1, x.shape[1])
+        grouped = each.index_select(0, self.taken).view(self.adapters, -1, x.shape[1])
+        added = torch.bmm(torch.bmm(grouped, down.transpose(1, 2)), up).view(len(self.taken), -1, up.shape[2])
+        return out.add_((added.index_select(0, self.back) * self.adapted).view(out.shape))
 
 
-Part = tuple[torch.Tensor, torch.Tensor, _Groups | None]  # (in, ranks), (ranks, outs); of several one above the other
+# (in, ranks) and (ranks, outs) of one adapter; of several (adapters, ranks, in) and (adapters, ranks, outs), and whose rows
+Part = tuple[torch.Tensor, torch.Tensor, _Rows | None]
 
 
 class Mix:
@@ -175,11 +175,8 @@ class Mix:
             self.parts, self._stacks, self._places = [self._single(names, rows[0]) for names in self.names], [], []
             return
         self._stack([loaded for loaded in dict.fromkeys(rows) if loaded is not None])
-        groups, count = _Groups(rows, self._places), len(self._places)
-        self.parts = [
-            (downs[:count].transpose(1, 2), ups[:count], groups) if downs.shape[1] else None
-            for downs, ups in self._stacks
-        ]
+        own, count = _Rows(rows, self._places), len(self._places)
+        self.parts = [(downs[:count], ups[:count], own) if downs.shape[1] else None for downs, ups in self._stacks]
 
     def _single(self, names: Sequence[str], loaded: Loaded | None) -> Part | None:
         if loaded is None:

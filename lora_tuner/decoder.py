@@ -46,9 +46,9 @@ class _Product:
         out = self.multiply(x)
         if update is None:
             return out
-        down, up, groups = update
-        if groups is not None:
-            return groups.add(out, x, down, up)
+        down, up, own = update
+        if own is not None:
+            return own.add(out, x, down, up)
         return out.addmm_(x @ down, up) if self.exact else out.add_((x.float() @ down) @ up)
 
     def draft(self, *, int4: bool = True) -> "_Product":
