@@ -236,10 +236,10 @@ class _Guesser:
         if draft is None or (self.rounds > 8 and self.taken < 2 * self.rounds):
             return 0
         self.rounds += 1
-        used, end = cache.used, self.row.length
+        end = self.row.length
         count: int = min(self.decoder.guesses, self.row.limit - len(self.row.new) - 1)
         for place in range(end, end + count):
             logits = draft.step(self.row.ids[:, place - 1 : place], cache, self.mix)[0, -1]
             self.row.put(place, self.row.best(place, logits))
-        cache.used = used
+        cache.used -= count
         return count

@@ -119,9 +119,8 @@ class Cache:
     def join(self, other: "Cache") -> None:
         """Take in the rows of another cache, after those that are here."""
         here, new = len(self.padding), len(other.padding)
+        self.make_room(max(other.used - other.first - (self.used - self.first), 0), new)
         shift = max(other.used - other.first - self.used, 0)  # to the right, where the new ones are longer
-        self.make_room(shift, new)
-        shift = max(other.used - other.first - self.used, 0)
         if shift:
             moved = self.entries[:, :, :here, :, : self.used].clone()
             self.entries[:, :, :here, :, shift : self.used + shift] = moved
