@@ -187,3 +187,36 @@ def test_a_cache_that_rows_join_and_leave_gives_the_logits_that_they_have_alone(
                 cache.keep(kept) if kept else None
                 cache = cache if kept else None
     assert tiny.CONTEXT > 41
+
+
+def test_a_row_that_is_left_alone_at_the_end_of_the_room_guesses_right(model_folder, monkeypatch):
+    """The draft is the first to need more room, and making it moves what is there to the left."""
+    from lora_tuner import batch, decoder
+
+    monkeypatch.setattr(decoder, "DRAFTED", 0)
+    monkeypatch.setattr(batch, "WORTH_GUESSING", 1)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    generator = Generator(base=str(model_folder), device="cpu")
+    expected = generator.generate("so", Sampling(greedy=True, max_new_tokens=30, repetition_penalty=1.2)).text
+    writer, moved = generator.writer, []
+    make_room = Cache.make_room
+
+    def seen(cache, count, rows=0):
+        before = cache.used
+        make_room(cache, count, rows)
+        moved.append(cache.used < before)
+
+    for count in range(1, 5):  # whichever guess it is that finds no room
+        first, late = row_of(generator, PROMPTS[2], None, 12, None), row_of(generator, "so", None, 30, None)
+        writer.join([first])
+        while len(first.new) < 12 - count:
+            writer.step()
+        writer.join([late])
+        writer.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(Cache, "make_room", seen)
+            patch.setattr(Decoder, "entries", lambda self, rows, length: pytest.fail("it grows where it could move"))
+            while writer.rows:
+                writer.step()
+        assert late.text.whole == expected
+    assert any(moved)
