@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from lora_tuner import Generator, Sampling
+from lora_tuner import Generator, Sampling, batch
 from lora_tuner.decoder import Cache, Decoder
 from lora_tuner.row import Row
 
@@ -189,34 +189,28 @@ def test_a_cache_that_rows_join_and_leave_gives_the_logits_that_they_have_alone(
     assert tiny.CONTEXT > 41
 
 
-def test_a_row_that_is_left_alone_at_the_end_of_the_room_guesses_right(model_folder, monkeypatch):
-    """The draft is the first to need more room, and making it moves what is there to the left."""
-    from lora_tuner import batch, decoder
-
-    monkeypatch.setattr(decoder, "DRAFTED", 0)
+@pytest.mark.parametrize("left", [2, 3, 4])
+def test_a_row_left_alone_where_the_room_ends_guesses_right(model_folder, monkeypatch, left):
+    """The draft is then the first to need room, and making it moves what is there to the left."""
+    monkeypatch.setattr(Decoder, "draft", property(lambda self: self))  # its guesses are right, so it goes on to guess
     monkeypatch.setattr(batch, "WORTH_GUESSING", 1)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     generator = Generator(base=str(model_folder), device="cpu")
     expected = generator.generate("so", Sampling(greedy=True, max_new_tokens=30, repetition_penalty=1.2)).text
-    writer, moved = generator.writer, []
-    make_room = Cache.make_room
+    writer, moved, guess = generator.writer, [], batch._Guesser.guess
 
-    def seen(cache, count, rows=0):
+    def seen(guesser, cache):
         before = cache.used
-        make_room(cache, count, rows)
+        count = guess(guesser, cache)
         moved.append(cache.used < before)
+        return count
 
-    for count in range(1, 5):  # whichever guess it is that finds no room
-        first, late = row_of(generator, PROMPTS[2], None, 12, None), row_of(generator, "so", None, 30, None)
-        writer.join([first])
-        while len(first.new) < 12 - count:
-            writer.step()
-        writer.join([late])
+    monkeypatch.setattr(batch._Guesser, "guess", seen)
+    first, late = row_of(generator, PROMPTS[2], None, 12, None), row_of(generator, "so", None, 30, None)
+    writer.join([first])
+    while len(first.new) < 12 - left:
         writer.step()
-        with monkeypatch.context() as patch:
-            patch.setattr(Cache, "make_room", seen)
-            patch.setattr(Decoder, "entries", lambda self, rows, length: pytest.fail("it grows where it could move"))
-            while writer.rows:
-                writer.step()
-        assert late.text.whole == expected
+    writer.join([late])
+    while writer.rows:
+        writer.step()
+    assert late.text.whole == expected
     assert any(moved)
