@@ -1,9 +1,9 @@
 """Many adapters beside one base: each row of a batch goes through its own.
 
 PEFT does this too, but what it costs to load and to swap grows with all that is loaded (benchmarks/RESULTS.md). Here an
-adapter is no part of the model: its tensors lie beside it, and a hook on each layer adds B A x while a batch runs, so that
-the hundredth loads like the first. Surprise: the base is never changed, not even wrapped. Limits: one batch at a time; rows
-of different adapters copy their tensors once a call.
+adapter is no part of the model: its tensors lie beside it, and B A x is added while a batch runs, by our own decoder or by a
+hook on each layer, so that the hundredth loads like the first. Surprise: the base is never changed, not even wrapped. Limit:
+where rows of different adapters share a batch, their tensors are there twice.
 """
 
 import contextlib
@@ -138,7 +138,7 @@ class _Rows:
         self.taken = torch.tensor([row for group in groups for row in group + group[:1] * (most - len(group))])
         where = {row: place * most + i for place, group in enumerate(groups) for i, row in enumerate(group)}
         self.back = torch.tensor([where.get(row, 0) for row in range(len(rows))])
-        self.adapted = torch.tensor([[[float(loaded is not None)]] for loaded in rows])
+        self.plain = torch.tensor([[[loaded is None]] for loaded in rows])
 
     def add(self, out: torch.Tensor, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """To `out` (tokens, out), for each row its own part of `down` (adapters, ranks, in) and `up` (adapters, ranks, out) of
@@ -146,7 +146,7 @@ class _Rows:
         each = x.float().view(self.count, -1, x.shape[1])
         grouped = each.index_select(0, self.taken).view(self.adapters, -1, x.shape[1])
         added = torch.bmm(torch.bmm(grouped, down.transpose(1, 2)), up).view(len(self.taken), -1, up.shape[2])
-        return out.add_((added.index_select(0, self.back) * self.adapted).view(out.shape))
+        return out.add_(added.index_select(0, self.back).masked_fill_(self.plain, 0).view(out.shape))
 
 
 # (in, ranks) and (ranks, outs) of one adapter; of several (adapters, ranks, in) and (adapters, ranks, outs), and whose rows

@@ -1,12 +1,14 @@
 """Rows that are written together: between two tokens some join and others leave, so a long answer holds up no short one.
 
 What a row writes does not depend on the others (continuous batching: Yu et al., Orca, OSDI 2022). Two ways lead through a
-base, our own on a CPU (`decoder`) and transformers' (`stock`). Surprise: a prompt is read beside others in pieces, so that
-they need not wait for the whole of it. Limit: all rows end in one column of the cache, so a short one beside a long one
-takes as much memory.
+base, our own on a CPU (`decoder`) and transformers' (`stock`). Surprise: a prompt is read beside others in pieces, and prompts
+take turns, so that nobody waits for the whole of a long one. Limit: all rows end in one column of the cache, so a short one
+beside a long one takes as much memory.
 """
 
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .bank import AdapterBank, Mix
-from .base_model import Base, quiet
+from .base_model import Base
 from .decoder import Cache, Decoder
 from .errors import Listener, Notice, ignore
 from .row import Row
@@ -34,6 +36,7 @@ class Writer:
         self.notify = notify
         self.decoder = Decoder.of(base)
         self._batches: dict[Any, Batch] = {}
+        self._told = False  # that adapters have batches of their own
 
     @cached_property
     def stock(self) -> "Stock":
@@ -44,10 +47,11 @@ class Writer:
 
     @property
     def bytes_a_token(self) -> int:
-        """What a token of a row takes in the cache."""
+        """What a token of a row takes in the cache, about that where a base keeps its past in a way of its own."""
         config = self.base.model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        queries = getattr(config, "num_attention_heads", None) or 1
+        heads = getattr(config, "num_key_value_heads", None) or queries
+        size = getattr(config, "head_dim", None) or config.hidden_size // queries
         return int(config.num_hidden_layers * 2 * heads * size * self.base.dtype.itemsize)
 
     @property
@@ -56,7 +60,6 @@ class Writer:
 
     def join(self, rows: Sequence[Row]) -> None:
         """Rows that are written from now on."""
-        before = len(self._batches)
         for row in rows:
             way: Decoder | Stock
             if self.decoder is not None and (row.loaded is None or row.loaded.is_sum):
@@ -66,15 +69,24 @@ class Writer:
             if (way, alone) not in self._batches:
                 self._batches[way, alone] = Batch(way, self.bank)
             self._batches[way, alone].join(row)
-        if len(self._batches) > before and sum(way is not self.decoder for way, _ in self._batches) > 1:
+        if not self._told and sum(way is not self.decoder for way, _ in self._batches) > 1:
             text = "This base does not keep the rows of a batch apart, so each adapter has a batch of its own."
             self.notify(Notice(text))
+            self._told = True
 
     def step(self) -> None:
-        """A token more for each row, or several; those that are done leave."""
-        with quiet(), torch.inference_mode():
+        """A token more for each row, or several; those that are done leave. What goes wrong ends the rows of its batch alone, as
+        their `error`."""
+        with torch.inference_mode():
             for key, batch in list(self._batches.items()):
-                batch.step()
+                try:
+                    batch.step()
+                except Exception as error:
+                    for row in batch.rows:
+                        if not row.complete:
+                            row.fail(error)
+                    del self._batches[key]
+                    continue
                 if not batch.rows:
                     del self._batches[key]
 
@@ -95,19 +107,17 @@ class Batch:
 
     def __init__(self, way: Decoder | Stock, bank: AdapterBank) -> None:
         self.way: Any = way
+        self.bank = bank
         self.mix: Any = way.mix(bank)
-        self.mix_of_new: Any = way.mix(bank)
         self.writing: list[Row] = []
         self.cache: Any = None  # of the rows that are written, without their last tokens
         self.waiting: list[Row] = []
-        self.reading: list[Row] = []  # rows whose prompts are being read, into a cache of their own
-        self.prompts = torch.empty(0, 0)
-        self.new_cache: Any = None
+        self.readings: deque[_Reading] = deque()  # the first is next
         self.guesser: _Guesser | None = None
 
     @property
     def rows(self) -> list[Row]:
-        return self.writing + self.reading + self.waiting
+        return [*self.writing, *(row for reading in self.readings for row in reading.rows), *self.waiting]
 
     def join(self, row: Row) -> None:
         self.waiting.append(row)
@@ -115,10 +125,12 @@ class Batch:
     def leave(self, row: Row) -> None:
         if row in self.waiting:
             self.waiting.remove(row)
-        elif row in self.reading:  # its line is read on, to nothing
-            self.reading[self.reading.index(row)].limit = len(row.new)
         elif row in self.writing:
             self._keep([it is not row for it in self.writing])
+        for reading in [it for it in self.readings if row in it.rows]:
+            row.limit = len(row.new)  # its line is read on, to nothing, for the sake of the others
+            if all(it.done for it in reading.rows):
+                self.readings.remove(reading)
 
     def step(self) -> None:
         self._read()
@@ -161,63 +173,73 @@ class Batch:
             self.mix.use([None])
 
     def _read(self) -> None:
-        """Read prompts of rows that wait: as many tokens as one pass may have, the rest in the next step."""
-        most = BESIDE if self.writing else AT_ONCE
-        if not self.reading:
+        """Read prompts: as many tokens as one pass may have. What is left of them comes after those that wait by then."""
+        alone = not self.writing and len(self.readings) + bool(self.waiting) == 1
+        most = AT_ONCE if alone else BESIDE
+        if self.waiting:
             self._begin(most)
-        if not self.reading:
+        if not self.readings:
             return
-        rows, longest = self.prompts.shape
+        reading = self.readings[0]
+        rows, longest = reading.prompts.shape
         count = max(1, most // rows) if self.way.in_pieces else longest
-        part = self.prompts[:, self.new_cache.used : self.new_cache.used + count]
-        logits = self.way.step(part, self.new_cache, self.mix_of_new, last=True)
-        if self.new_cache.used < longest:
+        part = reading.prompts[:, reading.cache.used : reading.cache.used + count]
+        logits = self.way.step(part, reading.cache, reading.mix, last=True)
+        if reading.cache.used < longest:
+            self.readings.rotate(-1)
             return
-        ready, self.reading = self.reading, []
-        for row, each in zip(ready, logits[:, -1], strict=True):
+        for row, each in zip(reading.rows, logits[:, -1], strict=True):
             if not row.done:
                 row.take(each)
-        lines = [line for line, row in enumerate(ready) if not row.done]
+        lines = [line for line, row in enumerate(reading.rows) if not row.done]
         if lines:
-            self.new_cache.keep(lines)
+            reading.cache.keep(lines)
             if self.writing:
-                self.cache.join(self.new_cache)
+                self.cache.join(reading.cache)
             else:
-                self.cache = self.new_cache
-            self.writing += [ready[line] for line in lines]
+                self.cache = reading.cache
+            self.writing += [reading.rows[line] for line in lines]
             self.guesser = None
-        self.new_cache = None
-        self.mix_of_new.use([None])
+        self.readings.popleft()
 
     def _begin(self, most: int) -> None:
         """The next rows to be read: the first that waits, and others while there is room beside it."""
-        longest = 0
-        while self.waiting:
-            both = max(longest, len(self.waiting[0].prompt))
-            if self.reading and both * (len(self.reading) + 1) > most:
+        count, longest = 1, len(self.waiting[0].prompt)
+        for row in self.waiting[1:]:
+            both = max(longest, len(row.prompt))
+            if both * (count + 1) > most:
                 break
-            longest = both
-            self.reading.append(self.waiting.pop(0))
-        if not self.reading:
-            return
-        padding = [longest - len(row.prompt) for row in self.reading]
-        self.prompts = torch.stack(
-            [F.pad(row.ids[0, : len(row.prompt)], (room, 0)) for row, room in zip(self.reading, padding, strict=True)]
-        )
-        limit = 0 if self.writing else min(max(row.limit for row in self.reading), 1024)
-        self.new_cache = self.way.cache(len(self.reading), longest + limit, padding)
-        self.mix_of_new.use([row.loaded for row in self.reading])
+            count, longest = count + 1, both
+        rows = self.waiting[:count]
+        padding = [longest - len(row.prompt) for row in rows]
+        prompts = [F.pad(row.ids[0, : len(row.prompt)], (room, 0)) for row, room in zip(rows, padding, strict=True)]
+        limit = 0 if self.writing else min(max(row.limit for row in rows), 1024)
+        mix = self.way.mix(self.bank)
+        mix.use([row.loaded for row in rows])
+        self.readings.append(_Reading(rows, torch.stack(prompts), self.way.cache(count, longest + limit, padding), mix))
+        del self.waiting[:count]
 
     def _guess(self) -> int:
         """Guesses of what comes, where one row alone is written; how many."""
-        if len(self.writing) != 1 or self.waiting or self.reading or not isinstance(self.way, Decoder):
+        if len(self.writing) != 1 or self.waiting or self.readings or not isinstance(self.way, Decoder):
             return 0
         (row,) = self.writing
         if self.guesser is None:
-            if row.limit < WORTH_GUESSING:
+            if row.limit - len(row.new) < WORTH_GUESSING:
                 return 0
             self.guesser = _Guesser(self.way, self.mix, row)
         return self.guesser.guess(self.cache)
+
+
+@dataclass(eq=False)
+class _Reading:
+    """Rows whose prompts are being read together, into a cache of their own. `prompts` is (rows, longest); what is shorter
+    begins later."""
+
+    rows: list[Row]
+    prompts: torch.Tensor
+    cache: Any
+    mix: Any
 
 
 class _Guesser:

@@ -1,7 +1,7 @@
 """The forward pass of writing, for the commonest kinds of model on a CPU, with as little as possible between its products.
 
 To write a token takes as long as to read the weights once, if nothing else takes time; in transformers' layers a third of
-the time is other things. Here a layer is four products and a dozen small operations over a cache of fixed size. Surprise:
+the time is other things. Here a layer is four products and a dozen small operations over one block of keys and values. Surprise:
 it is a second description of what transformers knows already, so it asks the model itself, for a few tokens, and steps back
 where the figures differ. Limits: a CPU, float32 or int8, Llama's and GPT-2's kind; all else is left to transformers.
 """
@@ -107,9 +107,8 @@ class Cache:
         if rows <= has_rows and self.used + count <= has_length:
             return
         old, first, used = self.entries, self.first, self.used
-        if rows > has_rows or length > has_length:
-            many = rows if rows <= has_rows else max(rows, 2 * has_rows)
-            self.entries = self.decoder.entries(many, max(length + length // 2, has_length))
+        if rows > has_rows or length > has_length:  # with room for some more, so that this is rare
+            self.entries = self.decoder.entries(rows + rows // 4, length + length // 4)
         kept = old[:, :, : len(self.padding), :, first:used]
         if self.entries is old:
             kept = kept.clone()

@@ -72,5 +72,5 @@ class Draw(LogitsProcessor):
         if place not in self.waiting:  # a place may be asked for again, after a guess
             drawn = torch.empty(scores.shape).exponential_(generator=self.generator)
             self.waiting[place] = drawn.clamp_(min=torch.finfo(torch.float32).tiny).log_()
-            self.waiting.pop(place - 16, None)  # further back than any guess
+            self.waiting.pop(place - 4, None)  # further back than any guess
         return scores.float() - self.waiting[place].to(scores.device)

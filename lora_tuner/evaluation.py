@@ -130,8 +130,9 @@ def measure_base(base: Base, rows: Sequence[tokens.Row], notify: Listener = igno
     return held
 
 
-def _once(base: Base, rows: Sequence[tokens.Row], adapter: Adapter | None, now: Callable[[], HeldOut]) -> HeldOut:
-    """What was measured before for these weights, settings and rows, from the user's cache; else it is measured now."""
+def _once(base: Base, rows: Sequence[tokens.Row], adapter: Any, now: Callable[[], HeldOut]) -> HeldOut:
+    """What was measured before for these rows and this `adapter` (its hash and settings, None for the base), from the user's
+    cache; else it is measured now."""
     facts: list[Any] = [
         base.source.fingerprint,
         base.tokenizer_hash,
@@ -141,9 +142,7 @@ def _once(base: Base, rows: Sequence[tokens.Row], adapter: Adapter | None, now: 
         [row.tolist() for row in rows],
     ]
     if adapter is not None:
-        # In the order that they have: of a pattern's keys the first that matches counts.
-        settings = [adapter.config.get(key) for key in store.SCALES]
-        facts.append([files.sha256_file(adapter.path / store.WEIGHTS), settings])
+        facts.append(adapter)
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     path = files.cache_dir() / "losses" / f"{key}.json"
     # No cache, or a broken one: measure again.
@@ -310,6 +309,16 @@ def say_what_counts(adapters: Sequence[Adapter], notify: Listener) -> None:
         )
 
 
+def _identity(adapter: Adapter) -> Any:
+    """The hash of the weights that lie there now, and the settings that scale them."""
+    try:
+        digest = files.sha256_file(adapter.path / store.WEIGHTS)
+    except OSError as error:
+        raise AdapterError(f"{adapter.path / store.WEIGHTS} cannot be read: {error.strerror}.") from error
+    # In the order that they have: of a pattern's keys the first that matches counts.
+    return [digest, [adapter.config.get(key) for key in store.SCALES]]
+
+
 def losses(
     base: Base,
     adapters: Mapping[str, Adapter],
@@ -324,12 +333,15 @@ def losses(
     bank = AdapterBank(base)
     found: list[list[tuple[HeldOut, HeldOut] | None]] = []
     for number, (name, adapter) in enumerate(adapters.items(), 1):
+        identity = _identity(adapter)
         within = partial(bank.applied, bank.hooks([bank.read(adapter)]))
+        if _identity(adapter) != identity:
+            raise AdapterError(f"{name} was replaced while it was read: measure it again.")
         line: list[tuple[HeldOut, HeldOut] | None] = []
         for rows, of_base, it in zip(encoded, bases, sets, strict=True):
             stage = f"{name} on {it.name} (adapter {number} of {len(adapters)})"
             now = partial(measure, base.model, base, rows, notify, stage=stage, within=within, turn=turn)
-            measured = (of_base, _once(base, rows, adapter, now)) if of_base is not None else None
+            measured = (of_base, _once(base, rows, identity, now)) if of_base is not None else None
             if measured and not math.isfinite(measured[1].loss):
                 raise AdapterError(
                     f"{name} has a held-out loss of {measured[1].loss} on {it.name}: its numbers are too large for this base. "

@@ -82,8 +82,9 @@ class Generator:
         self.max_resident = max_resident
         self._loaded: dict[str, _Resident] = {}  # by name, the one used last at the end
         self._lock = threading.RLock()
-        names = [self._load(adapter) for adapter in found]
-        self.current = names[0] if names else None
+        for adapter in found:
+            name = self._load(adapter)
+            self.current = self.current or name
 
     @property
     def loaded(self) -> list[str]:

@@ -16,7 +16,7 @@ from .bank import Loaded
 from .config import Sampling
 from .errors import GenerationError
 
-LOOK_BACK = 6  # tokens that new ones are decoded with: some tokenizers drop a leading space
+LOOK_BACK = 6  # tokens at least that new ones are decoded with: some tokenizers drop a leading space
 
 
 @dataclass(frozen=True)
@@ -37,28 +37,33 @@ class Text:
         self.stop = list(stop)
         self.whole = self.sure = ""
         self.stopped = False
-        self._known = list(prompt[-LOOK_BACK:])
+        self._known = [list(prompt[-LOOK_BACK:])]  # what was decoded together: whole characters
+        while len(self._known[0]) < len(prompt) and self._decode(self._known)[:1] in ("", "\ufffd"):
+            self._known = [list(prompt[-2 * len(self._known[0]) :])]  # it began within a character, or has no text
         self._before = self._decode(self._known)
         self._open: list[int] = []  # tokens whose last character may lack bytes
 
-    def _decode(self, ids: list[int]) -> str:
+    def _decode(self, parts: Sequence[list[int]]) -> str:
+        ids = [token for part in parts for token in part]
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def take(self, token: int) -> None:
         self._open.append(token)
-        found = self._decode(self._known + self._open)
+        found = self._decode([*self._known, self._open])
         if not found.endswith("\ufffd"):
             self._settle(found)
 
     def finish(self) -> None:
         """No token comes any more."""
         if self._open and not self.stopped:
-            self._settle(self._decode(self._known + self._open))
+            self._settle(self._decode([*self._known, self._open]))
 
     def _settle(self, found: str) -> None:
         start, whole = len(self.whole), self.whole + found[len(self._before) :]
-        self._known = [*self._known, *self._open][-LOOK_BACK:]
-        self._before, self._open = self._decode(self._known), []
+        self._known.append(self._open)
+        self._before, self._open = found, []
+        while sum(map(len, self._known[1:])) >= LOOK_BACK and (before := self._decode(self._known[1:])):
+            self._before, self._known = before, self._known[1:]
         ends = [whole.find(stop, max(0, start - len(stop) + 1)) for stop in self.stop]
         if ends := [end for end in ends if end >= 0]:
             whole, self.stopped = whole[: min(ends)], True
@@ -82,7 +87,7 @@ class Row:
     chances: list[Chance] = field(default_factory=list)
     ended: bool = False  # by an end of text
     complete: bool = False  # nothing follows, and all is said; set last, so that another thread may go by it
-    error: GenerationError | None = None
+    error: Exception | None = None
 
     def __post_init__(self) -> None:
         self.limit = min(self.sampling.max_new_tokens, self.base.context - len(self.prompt))
@@ -118,13 +123,13 @@ class Row:
         """Choose the next token by its logits (vocabulary,), and keep it. With `done` set, nothing follows it."""
         token = self.best(self.length, logits)
         if not logits[token].isfinite():  # of logits that are no numbers the first would be taken, without a word
-            self.error = GenerationError(
-                f"{self.adapter or 'The base'} gives logits that are not finite, so it writes nothing: its numbers are too "
-                "large, or it needs --dtype float32."
+            who = self.adapter or "The base"
+            text = (
+                f"{who} gives logits that are not finite, so it writes nothing: its numbers are too large, or it needs"
             )
-            self.complete = True
+            self.fail(GenerationError(f"{text} --dtype float32."))
             return token
-        if token == self.base.tokenizer.eos_token_id:
+        if token in self.base.ends:
             self.ended = True
         else:
             self.put(self.length, token)
@@ -134,11 +139,21 @@ class Row:
             self.text.take(token)
         if self.done:
             self.text.finish()
-            self.complete = True
+            self._end()
         if self.on_text and len(text := self.said) > self._shown:
             shown, self._shown = self._shown, len(text)
             self.on_text(text[shown:])
         return token
+
+    def fail(self, error: Exception) -> None:
+        """It comes to nothing more. Who reads it finds the error before it is complete."""
+        self.error = error
+        self._end()
+
+    def _end(self) -> None:
+        """What it needed to go on leaves memory: a row may be kept until its last reader has it."""
+        self.loaded, self.drawing = None, drawing.steps(self.sampling, None)
+        self.complete = True
 
     @property
     def said(self) -> str:

@@ -57,7 +57,7 @@ class Stock:
         more: dict[str, Any] = dict(self.last_only) if last else {}
         if self.takes_positions:
             more["position_ids"] = (columns[-count:] - padding).clamp(min=0)
-        with self.bank.applied(hooks.all if hooks else []):
+        with quiet(), self.bank.applied(hooks.all if hooks else []):
             output = self.base.model(
                 input_ids=ids,
                 attention_mask=(columns >= padding).long(),
@@ -74,7 +74,7 @@ class Stock:
         logits = []
         for line, padding in enumerate(cache.padding):
             cache.rows[line] = torch.cat([cache.rows[line].to(ids.device), ids[line]])
-            with self.bank.applied(hooks.of(line) if hooks else []):
+            with quiet(), self.bank.applied(hooks.of(line) if hooks else []):
                 whole = self.base.model(input_ids=cache.rows[line][None, padding:], use_cache=False).logits
             logits.append(whole[0, -1:])
         return torch.stack(logits).float()

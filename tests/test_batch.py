@@ -1,6 +1,8 @@
 """Rows that join and leave: what each writes is what it writes alone."""
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -42,8 +44,11 @@ def row_of(generator, prompt, adapter, limit, seed):
 
 
 @pytest.mark.parametrize("order", range(4))
-def test_rows_that_come_and_go_write_what_they_write_alone(generator, order):
+def test_rows_that_come_and_go_write_what_they_write_alone(generator, order, monkeypatch):
     draw = random.Random(order)
+    if order > 1:  # rows that are alone for a while are guessed
+        monkeypatch.setattr(Decoder, "draft", property(lambda self: self))
+        monkeypatch.setattr(batch, "WORTH_GUESSING", 1)
     asked = [
         (draw.choice(PROMPTS), draw.choice(["one", "two", "dora", None]), draw.choice(LIMITS), draw.choice([None, 5]))
         for _ in range(14)
@@ -101,21 +106,84 @@ def test_an_adapter_with_numbers_beyond_bounds_ends_its_own_row_alone(generator)
     broken = type(loud)(
         {name: type(update)(update.down, update.up * float("nan")) for name, update in loud.layers.items()}
     )
-    good, bad = row_of(generator, PROMPTS[2], "two", 20, None), row_of(generator, PROMPTS[2], None, 20, None)
+    bad, good, plain = (row_of(generator, PROMPTS[2], name, 20, None) for name in ("one", "two", None))
     bad.adapter, bad.loaded = "loud", broken
-    writer.join([good, bad])
+    writer.join([bad, good, plain])
     writer.step()
     assert str(bad.error).startswith("loud gives logits that are not finite")
+    assert (good.error, plain.error) == (None, None)
     late = [row_of(generator, "so", "two", 20, None) for _ in range(3)]
     writer.join(late)
     while writer.rows:
         writer.step()
-    for row in (good, *late):
-        again = row_of(generator, PROMPTS[2] if row is good else "so", "two", 20, None)
+    for row in (good, plain, *late):
+        again = row_of(generator, "so" if row in late else PROMPTS[2], row.adapter, 20, None)
         writer.join([again])
         while writer.rows:
             writer.step()
         assert (row.error, row.new) == (None, again.new)
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one(generator, monkeypatch):
+    monkeypatch.setattr("lora_tuner.batch.BESIDE", 4)
+    monkeypatch.setattr("lora_tuner.batch.AT_ONCE", 4)
+    long, short = (
+        row_of(generator, "this film never drags. " * 4, None, 5, None),
+        row_of(generator, "so", None, 5, None),
+    )
+    writer = generator.writer
+    writer.join([long])
+    writer.step()
+    writer.join([short])
+    while not short.complete:
+        writer.step()
+    assert not long.new
+    while writer.rows:
+        writer.step()
+    for row in (long, short):
+        again = Row(generator.base, row.prompt, row.sampling)
+        writer.join([again])
+        while writer.rows:
+            writer.step()
+        assert row.new == again.new
+
+
+def test_a_prompt_that_nobody_waits_for_is_not_read_to_its_end(generator, monkeypatch):
+    monkeypatch.setattr("lora_tuner.batch.AT_ONCE", 4)
+    row, writer = row_of(generator, "this film never drags. " * 4, "one", 5, None), generator.writer
+    writer.join([row])
+    writer.step()
+    writer.leave(row)
+    assert not writer.rows
+    assert not row.new
+
+
+def test_what_goes_wrong_ends_the_rows_of_its_batch_alone(generator, monkeypatch):
+    """DoRA has a batch of its own beside our decoder, and by transformers all rows share one."""
+    writer = generator.writer
+    rows = {name: row_of(generator, "so", name, 5, None) for name in ("one", "dora")}
+    writer.join(list(rows.values()))
+    writer.step()
+    (failing,) = [batch for batch in writer._batches.values() if rows["dora"] in batch.rows]
+    monkeypatch.setattr(failing.way, "step", lambda *args, **more: 1 / 0)
+    while writer.rows:
+        writer.step()
+    assert isinstance(rows["dora"].error, ZeroDivisionError)
+    assert rows["dora"].complete
+    if writer.decoder is not None:
+        assert (rows["one"].error, len(rows["one"].new)) == (None, 5)
+
+
+def test_what_a_row_needed_to_go_on_leaves_memory_with_its_last_token(generator):
+    """It is kept until its reader has it, who may be slow."""
+    row = row_of(generator, "the actor", "one", 5, 5)
+    adapter, luck = weakref.ref(row.loaded), weakref.ref(row.drawing)
+    generator.writer.join([row])
+    while generator.writer.rows:
+        generator.writer.step()
+    generator.unload("one")
+    gc.collect()
+    assert (len(row.new), adapter(), luck()) == (5, None, None)
 
 
 def test_an_adapter_that_leaves_memory_goes_on_in_the_rows_that_have_it(generator):
@@ -140,6 +208,7 @@ def test_of_many_adapters_those_not_used_for_longest_leave_memory(model_folder, 
     generator.find("b")
     generator.find("c")
     assert generator.loaded == ["a", "c"]  # a is in use
+    assert Generator("a", "b", "c", base=str(model_folder), device="cpu", max_resident=2).loaded == ["a", "c"]
     generator.use(None)
     generator.find("a")
     generator.find("d")
@@ -187,6 +256,35 @@ def test_a_cache_that_rows_join_and_leave_gives_the_logits_that_they_have_alone(
                 cache.keep(kept) if kept else None
                 cache = cache if kept else None
     assert tiny.CONTEXT > 41
+
+
+def test_a_cache_takes_little_more_than_what_is_in_it(decoder):
+    """However long the rows were that have gone."""
+    with torch.inference_mode():
+        cache = Cache(decoder, 1, 100, [0])
+        decoder.step(torch.ones(1, 100, dtype=torch.int64), cache)
+        for _ in range(9):
+            new = Cache(decoder, 1, 4, [0])
+            decoder.step(torch.ones(1, 4, dtype=torch.int64), new)
+            cache.join(new)
+        cache.keep(range(1, 10))
+        for _ in range(9):
+            new = Cache(decoder, 1, 4, [0])
+            decoder.step(torch.ones(1, 4, dtype=torch.int64), new)
+            cache.join(new)
+    rows, length = cache.entries.shape[2], cache.entries.shape[4]
+    assert rows * length <= 1.25**2 * 18 * 4
+
+
+def test_no_draft_is_made_for_the_last_tokens_of_a_row(model_folder, monkeypatch):
+    monkeypatch.setattr(Decoder, "draft", property(lambda self: pytest.fail("a draft was made")))
+    generator = Generator(base=str(model_folder), device="cpu")
+    rows = [row_of(generator, "so", None, limit, None) for limit in (20, 40)]
+    generator.writer.join(rows)
+    while len(rows[1].new) < 19:
+        generator.writer.step()
+    while generator.writer.rows:
+        generator.writer.step()
 
 
 @pytest.mark.parametrize("left", [2, 3, 4])

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lora_tuner import Library, Notice, RowSet, TrainConfig, evaluate, evaluation, lora, store, tokens, train
+from lora_tuner.bank import AdapterBank
 from lora_tuner.base_model import find_base, load_base
 from lora_tuner.config import HELD_OUT_LENGTH
 from lora_tuner.data import load_corpus
@@ -291,6 +292,30 @@ def test_what_was_measured_is_not_taken_for_something_else(adapters, measured, g
     save_file({name: 0.5 * tensor for name, tensor in tensors.items()}, adapters[0].path / store.WEIGHTS)
     seen.append(anew(1))
     assert len({result.loss for result in seen}) == len(seen)
+
+
+def test_an_adapter_that_is_replaced_while_it_is_read_is_not_measured_as_another(adapters, monkeypatch):
+    """Its loss would be kept under the hash of the weights that came after."""
+    (adapters[0].path / store.MANIFEST).unlink()
+    tensors, read = load_file(adapters[0].path / store.WEIGHTS), AdapterBank.read
+
+    def replaced(bank, adapter):
+        found = read(bank, adapter)
+        save_file({name: 0.5 * tensor for name, tensor in tensors.items()}, adapter.path / store.WEIGHTS)
+        return found
+
+    monkeypatch.setattr(AdapterBank, "read", replaced)
+    with pytest.raises(AdapterError, match="was replaced while it was read: measure it again"):
+        evaluate([store.read(adapters[0].path)], [RowSet("five", tiny.reviews(5, seed=8))], device="cpu")
+
+    def removed(bank, adapter):
+        found = read(bank, adapter)
+        (adapter.path / store.WEIGHTS).unlink()
+        return found
+
+    monkeypatch.setattr(AdapterBank, "read", removed)
+    with pytest.raises(AdapterError, match="cannot be read"):
+        evaluate([store.read(adapters[0].path)], [RowSet("five", tiny.reviews(5, seed=8))], device="cpu")
 
 
 def test_a_broken_measure_in_the_cache_is_measured_again(adapters, tmp_path, measured):

@@ -71,6 +71,34 @@ def test_a_tokenizer_that_drops_a_leading_space_keeps_those_between_tokens():
     assert made.whole == " actors never never the actor the actors"
 
 
+@pytest.mark.parametrize("prompt", ["", "so ", "😂😂", "a😂😂😂"])
+def test_characters_of_several_byte_tokens_are_whole_wherever_the_last_tokens_begin(prompt):
+    """As in Llama 2 and Mistral: bytes beside each other become text together, or none of them does."""
+    words = {"<unk>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)}
+    backend = Tokenizer(models.BPE(words, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    text = "😂😂😂! ☕👩‍👩‍👧ü x"
+    made = Text(tokenizer, tokenizer(prompt)["input_ids"])
+    for token in tokenizer(text)["input_ids"]:
+        made.take(token)
+        assert text.startswith(made.sure)
+    made.finish()
+    assert made.whole == text
+
+
+def test_special_tokens_before_a_word_do_not_take_its_space():
+    words = {"<unk>": 0, "▁the": 1, "▁actor": 2, "</s>": 3}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    made = Text(tokenizer, [1] + [3] * 8)
+    for token in [2] + [3] * 8 + [1]:
+        made.take(token)
+    made.finish()
+    assert made.whole == " actor the"
+
+
 @pytest.mark.parametrize("stop", [["actor"], ["ctor w", "zzz"], ["or", "actor"], ["☕ b"], [" "], ["a" * 50]])
 def test_a_stop_string_ends_the_text_before_itself_wherever_tokens_begin(stop):
     text = " one actor ☕ but actor works"
@@ -137,6 +165,15 @@ def test_a_row_ends_with_its_limit_with_an_end_of_text_or_with_numbers_that_are_
     row.take(torch.full((320,), float("nan")))
     assert (row.done, row.complete, row.finished) == (True, True, False)
     assert str(row.error).startswith("loud gives logits that are not finite")
+
+
+def test_a_row_ends_with_what_the_model_was_made_to_stop_at(gpt2):
+    """The end of a turn is not always the tokenizer's end of a text."""
+    base = load_base(find_base(str(gpt2)), "cpu")
+    base.model.generation_config.eos_token_id = [0, 7]
+    row = Row(base, ids_of("the"), Sampling(max_new_tokens=9, greedy=True))
+    row.take(torch.nn.functional.one_hot(torch.tensor(7), 320).float())
+    assert (row.finished, row.new) == (True, [])
 
 
 def test_a_row_has_room_for_any_length_and_takes_it_as_it_needs_it(base):

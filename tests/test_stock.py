@@ -99,6 +99,10 @@ def test_every_kind_has_a_cache_but_mamba_whose_own_is_called_otherwise(generato
     assert stock.cached == (type(generator.base.model).__name__ != "MambaForCausalLM")
 
 
+def test_what_a_token_takes_is_told_of_every_kind(generator):
+    assert generator.writer.bytes_a_token > 0
+
+
 def test_a_cache_that_loses_a_row_is_found_out(tmp_path, monkeypatch):
     folder = tiny.save_model(tmp_path / "base", "llama")
     monkeypatch.setattr(Decoder, "of", lambda base: None)
