@@ -1,4 +1,5 @@
 import concurrent.futures
+import contextlib
 import itertools
 import json
 import os
@@ -17,7 +18,8 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_tuner import Generator, Sampling, store
+from lora_tuner import Generator, Library, Sampling, library, store
+from lora_tuner.server import desk
 from lora_tuner.server.form import spell
 
 from . import serving, stored
@@ -190,6 +192,23 @@ def test_only_the_adapters_that_are_named(base, own, alone):
         assert [it.id for it in served.client().models.list()] == ["talker", "a"]
         assert error_of(served.post("/v1/completions", model="b", **GREEDY), 404)["code"] == "model_not_found"
         assert served.post("/v1/completions", model="a", **GREEDY).json()["choices"][0]["text"] == alone["a"]
+
+
+def test_an_adapter_in_memory_that_has_not_changed_is_not_looked_for(own, alone, monkeypatch):
+    with own() as served:
+        asked = [served.client().completions.create(model="a", **GREEDY)]
+        monkeypatch.setattr(Library, "names", None)
+        monkeypatch.setattr(library, "read", None)
+        asked.append(served.client().completions.create(model="a", **GREEDY))
+    assert [it.choices[0].text for it in asked] == [alone["a"]] * 2
+
+
+def test_of_one_model_no_other_is_read(served, monkeypatch):
+    read = []
+    monkeypatch.setattr(desk, "steady", lambda path, look: read.append(path.name) or library.steady(path, look))
+    assert served.get("/v1/models/b").json()["id"] == "b"
+    assert served.get("/v1/models/talker").json()["parent"] is None
+    assert read == ["b"]
 
 
 # Text
@@ -426,6 +445,17 @@ def test_a_base_without_a_chat_template_says_so(gpt2, shelf):
     assert error["message"] == "gpt2 has no chat template: ask for a completion instead."
 
 
+@pytest.mark.parametrize("parts", [["so <|endoftext|>?"], ["so <|endof", "text|>?"]])
+def test_a_message_is_text_and_holds_no_special_token(served, parts):
+    """The template's own are read in the text that it makes, so one in a message would be taken for one of these."""
+    content = [{"type": "text", "text": part} for part in parts]
+    error = error_of(
+        served.post("/v1/chat/completions", model="a", messages=[{"role": "user", "content": content}]), 400
+    )
+    assert error["param"] == "messages"
+    assert error["message"] == "A message has <|endoftext|> in it, a special token of talker: leave that out."
+
+
 # Refusals
 
 CHAT = {"messages": [{"role": "user", "content": "so?"}]}
@@ -607,6 +637,48 @@ def test_too_many_are_told_when_to_come_back(own):
             assert len({it.result().choices[0].text for it in asked}) == 1
         # With retries, as the client does them by itself, it comes through.
         assert served.client(max_retries=2).completions.create(model="b", **GREEDY).choices
+
+
+@contextlib.contextmanager
+def held_up(served):
+    """Within it nothing is found, until what this yields is called."""
+    find, go = served.desk.find, threading.Event()
+    served.desk.find = lambda model: go.wait(10) and find(model)
+    try:
+        yield go.set
+    finally:
+        go.set()
+        served.desk.find = find
+
+
+def test_those_whose_model_is_being_looked_for_have_places_in_the_queue(own, alone):
+    with (
+        own(max_batch=1, max_waiting=2) as served,
+        held_up(served) as go,
+        concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
+        client = served.client()
+        asked = [pool.submit(client.completions.create, model="a", n=n, **GREEDY) for n in (1, 2)]
+        served.wait(lambda: served.worker._held == 3)
+        error = error_of(served.post("/v1/completions", model="a", **GREEDY), 429)
+        assert error["message"].startswith("3 answers are waiting already: try again in ")
+        go()
+        assert {choice.text for it in asked for choice in it.result().choices} == {alone["a"]}
+    assert not served.worker.waiting
+
+
+def test_the_time_in_which_a_model_is_looked_for_counts(own):
+    with own(timeout=0.3) as served, held_up(served) as go:
+        threading.Timer(0.6, go).start()
+        assert error_of(served.post("/v1/completions", model="a", **GREEDY), 504)["code"] == "timeout"
+
+
+@pytest.mark.parametrize("model", ["talker", "a"])
+def test_a_request_waits_once_for_what_is_read(served, monkeypatch, model):
+    times, aside = [], served.desk.aside
+    monkeypatch.setattr(served.desk, "aside", lambda work: times.append(work) or aside(work))
+    served.post("/v1/completions", model=model, **GREEDY)
+    assert len(times) == 1
 
 
 def test_a_flood_on_one_adapter_does_not_hold_up_another(own):

@@ -112,10 +112,7 @@ def create_app(desk: Desk) -> FastAPI:
     @routes.get("/v1/models/{id:path}")
     async def model(id: str) -> ModelCard:
         """One of them."""
-        for it in await desk.aside(desk.models):
-            if it.id == id:
-                return _card(desk, it)
-        raise UnknownModelError(f"There is no model '{id}': GET /v1/models lists what there is.")
+        return _card(desk, await desk.aside(lambda: desk.model(id)))
 
     @routes.post("/v1/completions", response_model=Completion, responses=_STREAM)
     async def completions(ask: CompletionRequest, request: Request) -> Response:
@@ -225,17 +222,20 @@ async def _answer(
     record: Record = request.state.record
     record.user, record.stream = ask.user, ask.stream
     most = desk.settings.max_batch + desk.settings.max_waiting
-    if ask.n * len(prompts) > most:
-        raise RequestError(f"{ask.n * len(prompts):,} answers are asked for, and {most:,} fit in at once.", "n")
+    answers = ask.n * len(prompts)
+    if answers > most:
+        raise RequestError(f"{answers:,} answers are asked for, and {most:,} fit in at once.", "n")
 
     def look() -> tuple[Any, list[list[int]]]:
-        return desk.find(ask.model)[1], [form.prompt(desk, prompt) for prompt in prompts]
+        return desk.find(ask.model), [form.prompt(desk, prompt) for prompt in prompts]
 
-    loaded, encoded = await desk.aside(look)
+    with desk.worker.place(answers):
+        found, encoded = await desk.aside(look)
     record.model = ask.model
     sampling = ask.sampling(_room(desk, max(map(len, encoded)), max_tokens))
-    job = await desk.ask(ask.model, encoded, sampling, answers=ask.n, likeliest=ask.likeliest, loaded=loaded)
-    record.job = job
+    job = record.job = desk.put(
+        ask.model, found, encoded, sampling, begun=record.begun, answers=ask.n, likeliest=ask.likeliest
+    )
     facts = {
         "id": f"{form.prefix}{record.id}",
         "created": int(time.time()),

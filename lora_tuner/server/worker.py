@@ -5,10 +5,11 @@ Surprise: a request is not sent its text, it is woken and takes what is new; so 
 the model that is no writing, such as measuring, has turns of its own between two tokens (`do`).
 """
 
+import contextlib
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -56,6 +57,7 @@ class Worker:
         self.max_waiting = max_waiting
         self.room = room
         self._queue: OrderedDict[str, deque[Job]] = OrderedDict()  # by model; the first is next
+        self._held = 0  # places of answers that are not in the queue yet
         self._running: dict[Row, Job] = {}
         self._chores: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -92,14 +94,30 @@ class Worker:
         if longest > self.room:
             raise TooLongError(f"Prompt and answer may have {self.room:,} tokens here: ask for fewer than {longest:,}.")
         with self._wake:
-            if self._closed:
-                raise ClosedError("The server is stopping.")
-            ahead = self.waiting
-            if ahead + len(job.rows) > self.max_waiting + max(self.max_batch - self.running, 0):
-                seconds = max(1, round(self._pace * (ahead + self.running) / self.max_batch))
-                raise BusyError(f"{ahead:,} answers are waiting already: try again in {seconds} seconds.", seconds)
+            self._check_room(len(job.rows))
             self._queue.setdefault(job.model, deque()).append(job)
             self._wake.notify()
+
+    @contextlib.contextmanager
+    def place(self, answers: int) -> Iterator[None]:
+        """Within it so many answers have places in the queue, while what they need is still being read. Raises BusyError and
+        ClosedError as `submit` does."""
+        with self._wake:
+            self._check_room(answers)
+            self._held += answers
+        try:
+            yield
+        finally:
+            with self._wake:
+                self._held -= answers
+
+    def _check_room(self, answers: int) -> None:
+        if self._closed:
+            raise ClosedError("The server is stopping.")
+        ahead = self.waiting + self._held
+        if ahead + answers > self.max_waiting + max(self.max_batch - self.running, 0):
+            seconds = max(1, round(self._pace * (ahead + self.running) / self.max_batch))
+            raise BusyError(f"{ahead:,} answers are waiting already: try again in {seconds} seconds.", seconds)
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for it any more."""
