@@ -7,7 +7,6 @@ since its status has been sent.
 
 import asyncio
 import datetime
-import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
@@ -54,7 +53,6 @@ from .schema import (
 )
 from .worker import Job
 
-log = logging.getLogger("lora_tuner.server")
 STOPPING_SECONDS = 5  # after which another server may answer
 
 _STATUS: tuple[tuple[type[LoraTunerError], int, str | None], ...] = (  # the first that fits
@@ -88,8 +86,7 @@ def create_app(desk: Desk) -> FastAPI:
     app.add_middleware(Journal, metrics=metrics, log_prompts=desk.settings.log_prompts)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(RequestValidationError, _invalid)
-    for kind in (LoraTunerError, Exception):
-        app.add_exception_handler(kind, partial(_failed, desk))
+    app.add_exception_handler(LoraTunerError, partial(_failed, desk))
     routes = APIRouter(dependencies=[Security(HTTPBearer(auto_error=False))] if desk.settings.api_key else [])
 
     @app.get("/health", response_model=Health)
@@ -159,21 +156,21 @@ async def _invalid(request: Request, error: Any) -> Response:
 
 
 async def _failed(desk: Desk, request: Request, error: Exception) -> Response:
-    record = getattr(request.state, "record", None) or Record()
-    status, failure, headers = _explain(desk, error, record)
+    status, failure, headers = _explain(desk, error, request.state.record)
     return refusal(status, failure.error.message, headers, **failure.error.model_dump(exclude={"message"}))
 
 
 def _explain(desk: Desk, error: Exception, record: Record) -> tuple[int, Failure, dict[str, str]]:
     """Status, body and headers. What went wrong in a way that nobody foresaw is in the log alone."""
     status, code = next(((status, code) for kind, status, code in _STATUS if isinstance(error, kind)), (500, None))
-    headers = {"x-request-id": record.id}
+    headers: dict[str, str] = {}
     if isinstance(error, BusyError | ClosedError):
         headers["Retry-After"] = str(getattr(error, "seconds", STOPPING_SECONDS))
-    text = str(error) if isinstance(error, UnknownModelError) else desk.public(str(error))
     if status == 500:
-        text = f"Something went wrong here; the log has it as request {record.id}."
-    record.code = code or type(error).__name__
+        text = record.failed(error)
+    else:
+        text = str(error) if isinstance(error, UnknownModelError) else desk.public(str(error))
+        record.code = code or type(error).__name__
     param = "model" if isinstance(error, AdapterError) else getattr(error, "param", None)
     kind = "rate_limit_error" if status == 429 else None
     return status, problem(status, text, type=kind, param=param, code=code), headers
@@ -310,9 +307,7 @@ async def _events(
                     if piece := reader.more():
                         yield event([form.part_choice(index, piece, spelt)])
     except Exception as error:
-        status, failure, _ = _explain(desk, error, record)
-        if status == 500:
-            log.exception("request %s", record.id)
+        _, failure, _ = _explain(desk, error, record)
         yield f"data: {failure.model_dump_json()}\n\n"
         return
     if usage:
