@@ -20,7 +20,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_tuner import Generator, Library, Sampling, library, store
-from lora_tuner.server import desk
+from lora_tuner.server import api, desk
 from lora_tuner.server.form import spell
 
 from . import serving, stored
@@ -376,6 +376,19 @@ def test_tokens_are_spelt_with_the_bytes_that_they_stand_for(base):
     spelt = [spell(tokenizer, token) for token in tokenizer(text)["input_ids"]]
     assert b"".join(bytes(data) for _, data in spelt).decode() == text
     assert ("bytes:\\xe2", [0xE2]) in spelt
+
+
+def test_a_token_is_spelt_once_and_beside_the_connections(own, monkeypatch):
+    spelt = []
+    monkeypatch.setattr(
+        api, "spell", lambda *what: spelt.append((what[1], threading.current_thread().name)) or spell(*what)
+    )
+    with own() as served:
+        for _ in range(2):
+            assert served.post("/v1/completions", model="a", logprobs=5, **GREEDY).status_code == 200
+    tokens = [token for token, _ in spelt]
+    assert len(tokens) == len(set(tokens)) > 5
+    assert all(thread.startswith("asyncio_") for _, thread in spelt)
 
 
 # Chats

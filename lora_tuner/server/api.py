@@ -10,7 +10,7 @@ import datetime
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Security
@@ -53,6 +53,7 @@ from .schema import (
 )
 from .worker import Job
 
+SPELT = 16_384  # tokens whose spelling is kept; a few MB
 STOPPING_SECONDS = 5  # after which another server may answer
 
 _STATUS: tuple[tuple[type[LoraTunerError], int, str | None], ...] = (  # the first that fits
@@ -87,6 +88,7 @@ def create_app(desk: Desk) -> FastAPI:
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(LoraTunerError, partial(_failed, desk))
+    spelt = lru_cache(SPELT)(partial(spell, desk.base.tokenizer))
     routes = APIRouter(dependencies=[Security(HTTPBearer(auto_error=False))] if desk.settings.api_key else [])
 
     @app.get("/health", response_model=Health)
@@ -115,13 +117,13 @@ def create_app(desk: Desk) -> FastAPI:
     async def completions(ask: CompletionRequest, request: Request) -> Response:
         """What follows a text, once or several times; as a stream with `stream`."""
         request.state.record.asked = ask.prompt
-        return await _answer(desk, COMPLETION, ask, [*ask.prompts], ask.max_tokens, request)
+        return await _answer(desk, COMPLETION, spelt, ask, [*ask.prompts], ask.max_tokens, request)
 
     @routes.post("/v1/chat/completions", response_model=Chat, responses=_STREAM)
     async def chats(ask: ChatRequest, request: Request) -> Response:
         """What follows a conversation, where the base has a chat template."""
         messages = request.state.record.asked = [message.said for message in ask.messages]
-        return await _answer(desk, CHAT, ask, [messages], ask.max_completion_tokens or ask.max_tokens, request)
+        return await _answer(desk, CHAT, spelt, ask, [messages], ask.max_completion_tokens or ask.max_tokens, request)
 
     app.include_router(routes)
     app.mount("/v1", partial(_nothing, routes.routes))  # else the playground would answer for what is not there
@@ -211,6 +213,7 @@ def _card(desk: Desk, model: Model) -> ModelCard:
 async def _answer(
     desk: Desk,
     form: Form,
+    spelt: Spell,
     ask: CompletionRequest | ChatRequest,
     prompts: Sequence[Any],
     max_tokens: int | None,
@@ -239,17 +242,20 @@ async def _answer(
         "model": ask.model,
         "system_fingerprint": f"fp_{desk.base.source.fingerprint[:12]}",
     }
-    spelt = partial(spell, desk.base.tokenizer)
     if ask.stream:
         return _Stream(_events(desk, form, job, facts, spelt, record, usage=ask.usage_at_the_end), desk, job)
     if not await _written(desk, job, request):
         return Response(status_code=GONE)
     if job.error is not None:
         raise job.error
-    pieces = [piece for row in job.rows if (piece := Reader(row).more())]
-    choices = [form.choice(index, piece, spelt) for index, piece in enumerate(pieces)]
-    answer = form.whole(**facts, choices=choices, usage=_usage(record))
-    return Response(answer.model_dump_json(), media_type="application/json")
+
+    def body() -> str:
+        pieces = [piece for row in job.rows if (piece := Reader(row).more())]
+        choices = [form.choice(index, piece, spelt) for index, piece in enumerate(pieces)]
+        return str(form.whole(**facts, choices=choices, usage=_usage(record)).model_dump_json())
+
+    # The chances of many tokens take long to write, and other connections wait for this thread.
+    return Response(await asyncio.to_thread(body), media_type="application/json")
 
 
 def _room(desk: Desk, longest: int, wanted: int | None) -> int:
