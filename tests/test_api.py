@@ -493,7 +493,7 @@ CHAT = {"messages": [{"role": "user", "content": "so?"}]}
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": 1.5}, "n", "valid integer"),
-        ({"n": 128, "prompt": ["x", "y", "z"]}, "n", "384 answers are asked for, and 288 fit in at once."),
+        ({"n": 128, "prompt": ["x", "y", "z"]}, "n", "384 answers are asked for, and 320 fit in at once."),
         ({"seed": 2**63}, "seed", "less than"),
         ({"stop": ["a"] * 5}, "stop", "at most 4"),
         ({"stop": ""}, "stop", "at least 1"),
