@@ -826,12 +826,25 @@ def test_one_that_leaves_in_the_middle_of_its_body_harms_nobody(served, alone):
     served.wait(lambda: served.app.state.metrics.open == 0)
 
 
-def test_a_slow_reader_gets_all_of_its_stream(served, alone):
-    texts = []
-    for piece in served.client().completions.create(model="a", stream=True, **GREEDY):
-        time.sleep(0.01)
-        texts.append(piece.choices[0].text)
-    assert "".join(texts) == alone["a"]
+def test_a_slow_reader_gets_all_of_its_stream_and_holds_up_nobody(own, alone):
+    """Until it reads no more fits between it and the server, which goes on writing."""
+    small = (socket.SOL_SOCKET, socket.SO_RCVBUF, 32_768)
+    request = {"model": "a", "prompt": PROMPT, "temperature": 0, "max_tokens": 100, "n": 20, "logprobs": 5}
+    with own() as served:
+        served.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32_768)
+        with (
+            httpx.Client(transport=httpx.HTTPTransport(socket_options=[small]), timeout=20) as client,
+            client.stream("POST", f"{served.url}/v1/completions", json=request | {"stream": True}) as response,
+        ):
+            (protocol,) = served.server.server_state.connections
+            served.wait(lambda: protocol.flow.write_paused and served.worker.idle)
+            assert served.post("/v1/completions", model="a", **GREEDY).json()["choices"][0]["text"] == alone["a"]
+            assert protocol.flow.write_paused
+            pieces = [event["choices"][0] for event in events(response.read().decode())]
+        for choice in served.post("/v1/completions", **request).json()["choices"]:
+            its = [piece for piece in pieces if piece["index"] == choice["index"]]
+            assert "".join(piece["text"] for piece in its) == choice["text"]
+            assert [token for piece in its for token in piece["logprobs"]["tokens"]] == choice["logprobs"]["tokens"]
 
 
 # Any request
