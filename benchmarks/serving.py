@@ -80,7 +80,7 @@ def run(rounds: int) -> list[Figure]:
 @dataclass
 class _Seen:
     seconds: float
-    tokens: int = 0
+    tokens: float = 0.0
     answers: int = 0
     wrong: int = 0
     first: list[float] = field(default_factory=list)
@@ -99,7 +99,8 @@ def _p95(values: list[float]) -> float:
 
 
 def _expected(shelves: list[Path]) -> Expected:
-    """What each adapter writes alone, up to the first place that rounding may decide."""
+    """What each adapter writes alone, up to the first place that rounding may decide; without those of which that leaves
+    nothing, for any text would do."""
     found: Expected = {}
     for shelf in shelves:
         generator = Generator(base=EMBEDDED_BASE, adapters_dir=shelf, dtype="float32")
@@ -115,7 +116,7 @@ def _expected(shelves: list[Path]) -> Expected:
                 if sure < len(margins):
                     text = generator.base.tokenizer.decode(row.new[:sure]).removesuffix("\ufffd")
                 found.setdefault((name, prompt), []).append(text)
-    return found
+    return {asked: texts for asked, texts in found.items() if all(texts)}
 
 
 @contextlib.contextmanager
@@ -166,7 +167,7 @@ async def _load(url: str, clients: int, seconds: float, expected: Expected) -> _
 
 async def _ask(http: httpx.AsyncClient, model: str, prompt: str, expected: Expected, seen: _Seen, end: float) -> None:
     body = {"model": model, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "stream": True}
-    began, text, tokens, first = time.monotonic(), "", 0, None
+    began, text, tokens, in_time, first = time.monotonic(), "", 0, 0, None
     async with http.stream(
         "POST", "/v1/completions", json=body | {"stream_options": {"include_usage": True}}
     ) as answer:
@@ -182,12 +183,12 @@ async def _ask(http: httpx.AsyncClient, model: str, prompt: str, expected: Expec
             if event["choices"]:
                 text += event["choices"][0]["text"]
                 first = first or time.monotonic() - began
+                in_time = len(text) if time.monotonic() < end else in_time
             if event.get("usage"):
                 tokens = event["usage"]["completion_tokens"]
     seen.wrong += not any(text.startswith(sure) for sure in expected[model, prompt])
     seen.answers += 1
-    if time.monotonic() < end:  # what is on its way when time is up is no throughput
-        seen.tokens += tokens
+    seen.tokens += tokens * in_time / max(len(text), 1)  # of an answer on its way when time is up, what had come
     seen.first.append(first or time.monotonic() - began)
 
 

@@ -105,11 +105,18 @@ class Generator:
         if adapter is None:
             return None
         name = str(adapter)
-        known = self._loaded.get(name)
-        if known is not None and _identity(known.folder) == known.identity:
-            self._loaded[name] = self._loaded.pop(name)
+        if self.known(name) is not None:
             return name
-        return self._load(self.library.get(known.folder if known is not None else adapter))
+        return self._load(self.library.get(self._loaded[name].folder if name in self._loaded else adapter))
+
+    def known(self, name: str) -> Loaded | None:
+        """The adapter of that name, where it is in memory and its files are as they were when it was read."""
+        with self._lock:
+            known = self._loaded.get(name)
+            if known is None or _identity(known.folder) != known.identity:
+                return None
+            self._loaded[name] = self._loaded.pop(name)
+            return known.loaded
 
     def find(self, adapter: str | Path | None) -> tuple[str | None, Loaded | None]:
         """An adapter as it is on disk by now, with its name; it is loaded where it is not in memory. Raises AdapterError."""
@@ -155,10 +162,19 @@ class Generator:
 
         A tokenizer is not for two threads at once, so another may bring its own.
         """
+        self.check_length(prompt)
         tokenizer = tokenizer or self.base.tokenizer
         (encoded,) = tokens.encode(tokenizer, [prompt], end=False)
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         return self.fits(encoded.tolist() or [start])
+
+    def check_length(self, text: str) -> None:
+        """Raises TooLongError for a text that is too long whatever its tokens are: to make them would be work for nothing."""
+        if len(text) > self.base.context * tokens.LONGEST:
+            raise TooLongError(
+                f"The prompt has {len(text):,} characters, and {self.base.source.name} looks back on {self.base.context:,} "
+                "tokens: cut it."
+            )
 
     def fits(self, ids: list[int]) -> list[int]:
         """These tokens of a prompt, or TooLongError when they leave no room."""

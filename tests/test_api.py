@@ -1,6 +1,8 @@
 import concurrent.futures
+import contextlib
 import itertools
 import json
+import logging
 import os
 import shutil
 import socket
@@ -17,7 +19,8 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_tuner import Generator, Sampling, store
+from lora_tuner import Generator, Library, Sampling, library, store
+from lora_tuner.server import api, desk
 from lora_tuner.server.form import spell
 
 from . import serving, stored
@@ -192,6 +195,23 @@ def test_only_the_adapters_that_are_named(base, own, alone):
         assert served.post("/v1/completions", model="a", **GREEDY).json()["choices"][0]["text"] == alone["a"]
 
 
+def test_an_adapter_in_memory_that_has_not_changed_is_not_looked_for(own, alone, monkeypatch):
+    with own() as served:
+        asked = [served.client().completions.create(model="a", **GREEDY)]
+        monkeypatch.setattr(Library, "names", None)
+        monkeypatch.setattr(library, "read", None)
+        asked.append(served.client().completions.create(model="a", **GREEDY))
+    assert [it.choices[0].text for it in asked] == [alone["a"]] * 2
+
+
+def test_of_one_model_no_other_is_read(served, monkeypatch):
+    read = []
+    monkeypatch.setattr(desk, "steady", lambda path, look: read.append(path.name) or library.steady(path, look))
+    assert served.get("/v1/models/b").json()["id"] == "b"
+    assert served.get("/v1/models/talker").json()["parent"] is None
+    assert read == ["b"]
+
+
 # Text
 
 
@@ -358,6 +378,19 @@ def test_tokens_are_spelt_with_the_bytes_that_they_stand_for(base):
     assert ("bytes:\\xe2", [0xE2]) in spelt
 
 
+def test_a_token_is_spelt_once_and_beside_the_connections(own, monkeypatch):
+    spelt = []
+    monkeypatch.setattr(
+        api, "spell", lambda *what: spelt.append((what[1], threading.current_thread().name)) or spell(*what)
+    )
+    with own() as served:
+        for _ in range(2):
+            assert served.post("/v1/completions", model="a", logprobs=5, **GREEDY).status_code == 200
+    tokens = [token for token, _ in spelt]
+    assert len(tokens) == len(set(tokens)) > 5
+    assert all(thread.startswith("asyncio_") for _, thread in spelt)
+
+
 # Chats
 
 
@@ -426,6 +459,17 @@ def test_a_base_without_a_chat_template_says_so(gpt2, shelf):
     assert error["message"] == "gpt2 has no chat template: ask for a completion instead."
 
 
+@pytest.mark.parametrize("parts", [["so <|endoftext|>?"], ["so <|endof", "text|>?"]])
+def test_a_message_is_text_and_holds_no_special_token(served, parts):
+    """The template's own are read in the text that it makes, so one in a message would be taken for one of these."""
+    content = [{"type": "text", "text": part} for part in parts]
+    error = error_of(
+        served.post("/v1/chat/completions", model="a", messages=[{"role": "user", "content": content}]), 400
+    )
+    assert error["param"] == "messages"
+    assert error["message"] == "A message has <|endoftext|> in it, a special token of talker: leave that out."
+
+
 # Refusals
 
 CHAT = {"messages": [{"role": "user", "content": "so?"}]}
@@ -449,7 +493,7 @@ CHAT = {"messages": [{"role": "user", "content": "so?"}]}
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": 1.5}, "n", "valid integer"),
-        ({"n": 128, "prompt": ["x", "y", "z"]}, "n", "384 answers are asked for, and 288 fit in at once."),
+        ({"n": 128, "prompt": ["x", "y", "z"]}, "n", "384 answers are asked for, and 320 fit in at once."),
         ({"seed": 2**63}, "seed", "less than"),
         ({"stop": ["a"] * 5}, "stop", "at most 4"),
         ({"stop": ""}, "stop", "at least 1"),
@@ -609,6 +653,48 @@ def test_too_many_are_told_when_to_come_back(own):
         assert served.client(max_retries=2).completions.create(model="b", **GREEDY).choices
 
 
+@contextlib.contextmanager
+def held_up(served):
+    """Within it nothing is found, until what this yields is called."""
+    find, go = served.desk.find, threading.Event()
+    served.desk.find = lambda model: go.wait(10) and find(model)
+    try:
+        yield go.set
+    finally:
+        go.set()
+        served.desk.find = find
+
+
+def test_those_whose_model_is_being_looked_for_have_places_in_the_queue(own, alone):
+    with (
+        own(max_batch=1, max_waiting=2) as served,
+        held_up(served) as go,
+        concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
+        client = served.client()
+        asked = [pool.submit(client.completions.create, model="a", n=n, **GREEDY) for n in (1, 2)]
+        served.wait(lambda: served.worker._held == 3)
+        error = error_of(served.post("/v1/completions", model="a", **GREEDY), 429)
+        assert error["message"].startswith("3 answers are waiting already: try again in ")
+        go()
+        assert {choice.text for it in asked for choice in it.result().choices} == {alone["a"]}
+    assert not served.worker.waiting
+
+
+def test_the_time_in_which_a_model_is_looked_for_counts(own):
+    with own(timeout=0.3) as served, held_up(served) as go:
+        threading.Timer(0.6, go).start()
+        assert error_of(served.post("/v1/completions", model="a", **GREEDY), 504)["code"] == "timeout"
+
+
+@pytest.mark.parametrize("model", ["talker", "a"])
+def test_a_request_waits_once_for_what_is_read(served, monkeypatch, model):
+    times, aside = [], served.desk.aside
+    monkeypatch.setattr(served.desk, "aside", lambda work: times.append(work) or aside(work))
+    served.post("/v1/completions", model=model, **GREEDY)
+    assert len(times) == 1
+
+
 def test_a_flood_on_one_adapter_does_not_hold_up_another(own):
     with own(max_batch=2) as served, served.braked() as let:
         client, done = served.client(), []
@@ -705,15 +791,20 @@ def test_a_failure_that_nobody_foresaw_ends_its_batch_alone(own, alone, caplog):
             writer.step = step
             raise RuntimeError("a secret of this machine")
 
-        writer.step = fail
-        error = error_of(served.post("/v1/completions", model="a", **GREEDY), 500)
-        assert (error["type"], error["code"]) == ("server_error", None)
-        assert error["message"].startswith("Something went wrong here; the log has it as request ")
-        served.wait(lambda: "a secret of this machine" in caplog.text)
-        writer.step = fail
-        (event,) = events(served.post("/v1/completions", model="a", stream=True, **GREEDY).text)
-        assert event["error"]["message"].startswith("Something went wrong here")
-        assert "secret" not in str(event)
+        caplog.set_level(logging.INFO, "lora_tuner.server")
+        for place, stream in enumerate((False, True)):
+            writer.step = fail
+            response = served.post("/v1/completions", model="a", stream=stream, **GREEDY)
+            error = events(response.text)[0]["error"] if stream else error_of(response, 500)
+            assert (error["type"], error["code"]) == ("server_error", None)
+            request = response.headers["x-request-id"]
+            assert error["message"] == f"Something went wrong here; the log has it as request {request}."
+            served.wait(lambda count=2 * place + 2: len(caplog.records) >= count)
+            failure, line = caplog.records[2 * place :]
+            assert failure.getMessage() == f"request {request}"
+            assert str(failure.exc_info[1]) == "a secret of this machine"
+            assert (line.msg["id"], line.msg["code"]) == (request, "RuntimeError")
+            assert line.msg["status"] == (200 if stream else 500)
         assert served.post("/v1/completions", model="a", **GREEDY).json()["choices"][0]["text"] == alone["a"]
 
 
@@ -735,12 +826,25 @@ def test_one_that_leaves_in_the_middle_of_its_body_harms_nobody(served, alone):
     served.wait(lambda: served.app.state.metrics.open == 0)
 
 
-def test_a_slow_reader_gets_all_of_its_stream(served, alone):
-    texts = []
-    for piece in served.client().completions.create(model="a", stream=True, **GREEDY):
-        time.sleep(0.01)
-        texts.append(piece.choices[0].text)
-    assert "".join(texts) == alone["a"]
+def test_a_slow_reader_gets_all_of_its_stream_and_holds_up_nobody(own, alone):
+    """Until it reads no more fits between it and the server, which goes on writing."""
+    small = (socket.SOL_SOCKET, socket.SO_RCVBUF, 32_768)
+    request = {"model": "a", "prompt": PROMPT, "temperature": 0, "max_tokens": 100, "n": 20, "logprobs": 5}
+    with own() as served:
+        served.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32_768)
+        with (
+            httpx.Client(transport=httpx.HTTPTransport(socket_options=[small]), timeout=20) as client,
+            client.stream("POST", f"{served.url}/v1/completions", json=request | {"stream": True}) as response,
+        ):
+            (protocol,) = served.server.server_state.connections
+            served.wait(lambda: protocol.flow.write_paused and served.worker.idle)
+            assert served.post("/v1/completions", model="a", **GREEDY).json()["choices"][0]["text"] == alone["a"]
+            assert protocol.flow.write_paused
+            pieces = [event["choices"][0] for event in events(response.read().decode())]
+        for choice in served.post("/v1/completions", **request).json()["choices"]:
+            its = [piece for piece in pieces if piece["index"] == choice["index"]]
+            assert "".join(piece["text"] for piece in its) == choice["text"]
+            assert [token for piece in its for token in piece["logprobs"]["tokens"]] == choice["logprobs"]["tokens"]
 
 
 # Any request

@@ -20,7 +20,7 @@ from lora_tuner import Generator, Sampling, TrainConfig, files, lora, store, tra
 from lora_tuner.base_model import find_base, load_base
 from lora_tuner.config import resolve
 from lora_tuner.decoder import Decoder
-from lora_tuner.errors import AdapterError, ConfigError, GenerationError, WrongBaseError
+from lora_tuner.errors import AdapterError, ConfigError, GenerationError, TooLongError, WrongBaseError
 from lora_tuner.manifest import Weights
 
 from . import stored, tiny
@@ -707,6 +707,13 @@ def test_a_prompt_without_room_is_refused_with_its_length(gpt2):
             generator.generate_all(prompt)
         assert str(error.value) == f"The prompt has {length:,} tokens, and {gpt2} looks back on 128: cut it."
     assert generator.generate(of_length(generator.base.tokenizer, tiny.CONTEXT - 1), GREEDY).tokens <= 1
+
+
+def test_a_prompt_that_is_far_too_long_is_refused_before_it_is_tokenised(gpt2, monkeypatch):
+    generator = Generator(base=str(gpt2), device="cpu")
+    monkeypatch.setattr(generator.base, "tokenizer", None)
+    with pytest.raises(TooLongError, match=f"The prompt has 1,000,000 characters, and {gpt2} looks back on 128 tokens"):
+        generator.check("w" * 1_000_000)
 
 
 def test_what_is_not_loaded_cannot_be_unloaded(gpt2, stock):

@@ -5,8 +5,11 @@ import time
 import httpx
 import pytest
 
+from lora_tuner import Generator
 from lora_tuner.config import Serving
 from lora_tuner.server import guard
+from lora_tuner.server.api import create_app
+from lora_tuner.server.desk import Desk
 from lora_tuner.server.guard import Guard, is_local
 
 
@@ -50,8 +53,10 @@ def test_the_host_is_this_machine(host, status):
         assert ask(path, headers={"Host": host}).status_code == status
 
 
-def test_elsewhere_any_name_is_taken_with_the_key():
-    settings = Serving(host="0.0.0.0", api_key="12345678")
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
+def test_with_a_key_any_name_is_taken(host):
+    """A proxy in front may pass on the name that it was asked by."""
+    settings = Serving(host=host, api_key="12345678")
     assert ask(settings=settings, headers={"Host": "any", "Authorization": "Bearer 12345678"}).status_code == 200
     assert ask(settings=settings, headers={"Host": "any"}).status_code == 401
 
@@ -83,6 +88,22 @@ def test_the_key_is_asked_for_by_the_api_alone(given):
         assert ask(path, settings, headers={"Authorization": "Bearer 12345678"}).status_code == 200
     for path in ("/", "/health", "/assets/page.js"):
         assert ask(path, settings, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/metrics%0A", "/openapi.json%0A", "/health%0A", "/v1/models%0A", "/%1F", "/%7F"])
+def test_a_path_that_routes_and_guard_could_read_differently_leads_nowhere(path, gpt2, tmp_path):
+    """Starlette's patterns end in `$`, which takes a line end."""
+    desk = Desk(Generator(base=str(gpt2), adapters_dir=tmp_path, device="cpu"), Serving(api_key="12345678"))
+
+    async def go():
+        transport = httpx.ASGITransport(create_app(desk))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return await client.get(path)
+
+    response = asyncio.run(go())
+    assert response.status_code == 404
+    error = response.json()["error"]
+    assert (error["message"], error["type"]) == ("There is nothing at this path.", "invalid_request_error")
 
 
 def test_the_time_that_a_key_takes_to_check_does_not_tell_of_it(monkeypatch):

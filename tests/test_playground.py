@@ -610,6 +610,13 @@ def test_with_a_key_nobody_comes_in_without_it(browser, gpt2, adapters):
     with serving(gpt2, adapters, KEY) as (address, _):
         for path in ("/config", "/gradio_api/queue/data?session_hash=x"):
             assert httpx.get(f"{address}{path}").status_code == 401
+        for method, path in (
+            ("GET", "startup-events"), ("GET", "app_id"), ("GET", "app_id/"), ("GET", "heartbeat/x"), ("POST", "cancel"),
+            ("POST", "reset"),
+        ):  # fmt: skip
+            for cookies in ({}, {f"access-token{kind}": "x" for kind in ("", "-unsecure-", "-unsecure-x")}):
+                response = httpx.request(method, f"{address}/gradio_api/{path}", cookies=cookies, json={})
+                assert response.status_code == 401, path
         body = {"data": [], "fn_index": 0, "session_hash": "x"}
         assert httpx.post(f"{address}/gradio_api/queue/join", json=body).status_code == 401
         assert "noir" not in httpx.get(address).text

@@ -43,7 +43,7 @@ def shelf(gpt2, tmp_path):
         (["--host", "0.0.0.0"], "Error: --host 0.0.0.0: others can reach it there, so it needs --api-key, or"),
         (["--host", "::"], "Error: --host ::: others can reach it there, so it needs --api-key, or LORA_TUNER_API_KEY."),
         (["--host", "example.org"], "Error: --host example.org: others can reach it there"),
-        (["--api-key", "short"], "Error: api_key: string should have at least 8 characters"),
+        (["--api-key", "short"], "Error: api_key: string should have at least 8 characters\n"),
         (["--api-key", "with a space"], "Error: --api-key: it is sent in a header"),
         (["--port", "70000"], "Error: port: input should be less than or equal to 65535"),
         (["--adapter", "nothing"], "Error: There is no adapter 'nothing'"),
@@ -54,7 +54,7 @@ def shelf(gpt2, tmp_path):
 def test_what_cannot_be_served_gets_a_line(shelf, arguments, message):
     port = [] if "--port" in arguments else ["--port", 0]
     result = run("serve", *port, *arguments, exit_code=1)
-    assert result.stderr.splitlines()[-1].startswith(message)
+    assert result.stderr.splitlines(keepends=True)[-1].startswith(message)
 
 
 def test_a_port_that_is_taken_gets_a_line(gpt2, shelf):
@@ -70,6 +70,8 @@ def test_a_port_that_is_taken_gets_a_line(gpt2, shelf):
 def test_the_key_can_come_from_the_environment(shelf, monkeypatch):
     monkeypatch.setenv("LORA_TUNER_API_KEY", "")
     assert "api_key: it is empty" in run("serve", exit_code=1).stderr
+    monkeypatch.setenv("LORA_TUNER_API_KEY", "secret")
+    assert "secret" not in run("serve", exit_code=1).stderr
     given = []
     monkeypatch.setattr(module, "serve", lambda adapters, settings, **_: given.append(settings.api_key))
     monkeypatch.setenv("LORA_TUNER_API_KEY", "from-the-environment")

@@ -1,11 +1,13 @@
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from lora_tuner import Generator, Sampling
 from lora_tuner.errors import BusyError, ClosedError, LateError, TooLongError
 from lora_tuner.row import Row
+from lora_tuner.server import worker as module
 from lora_tuner.server.worker import Job, Worker
 
 from .test_bank import written
@@ -114,6 +116,46 @@ def test_only_so_many_wait(generator, start):
     let.release(500)
     wait(lambda: worker.idle)
     worker.submit(job(generator, count=5))
+
+
+def test_who_is_sent_away_is_told_when_there_is_room(generator, start, monkeypatch):
+    """However long the others have waited. Here a step takes a second."""
+    let, clock, step = threading.Semaphore(0), [0.0], generator.writer.step
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def second():
+        clock[0] += bool(generator.writer.rows)
+        step()
+
+    generator.writer.step = second
+    worker, jobs = start(let, max_batch=2, max_waiting=30), []
+
+    def left():
+        return sum(not it.complete for it in jobs)
+
+    def fill():
+        while left() < 32:
+            jobs.append(job(generator, tokens=4, seconds=1e9))
+            jobs[-1].begun = clock[0]
+            worker.submit(jobs[-1])
+
+    def finish(count):
+        """Seconds until so many are done."""
+        begun, end = clock[0], left() - count
+        while left() > end:
+            let.release()
+            wait(lambda now=clock[0]: clock[0] > now)
+        wait(lambda: worker.running + worker.waiting == left())
+        return clock[0] - begun
+
+    fill()
+    finish(20)
+    for beyond in (10, 1):
+        fill()
+        with pytest.raises(BusyError) as busy:
+            worker.submit(job(generator, count=beyond))
+        assert busy.value.seconds == pytest.approx(finish(beyond), rel=0.3, abs=4)
+    let.release(500)
 
 
 def test_what_nobody_waits_for_goes(generator, start):

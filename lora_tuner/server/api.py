@@ -7,11 +7,10 @@ since its status has been sent.
 
 import asyncio
 import datetime
-import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Security
@@ -54,7 +53,7 @@ from .schema import (
 )
 from .worker import Job
 
-log = logging.getLogger("lora_tuner.server")
+SPELT = 16_384  # tokens whose spelling is kept; a few MB
 STOPPING_SECONDS = 5  # after which another server may answer
 
 _STATUS: tuple[tuple[type[LoraTunerError], int, str | None], ...] = (  # the first that fits
@@ -88,8 +87,8 @@ def create_app(desk: Desk) -> FastAPI:
     app.add_middleware(Journal, metrics=metrics, log_prompts=desk.settings.log_prompts)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(RequestValidationError, _invalid)
-    for kind in (LoraTunerError, Exception):
-        app.add_exception_handler(kind, partial(_failed, desk))
+    app.add_exception_handler(LoraTunerError, partial(_failed, desk))
+    spelt = lru_cache(SPELT)(partial(spell, desk.base.tokenizer))
     routes = APIRouter(dependencies=[Security(HTTPBearer(auto_error=False))] if desk.settings.api_key else [])
 
     @app.get("/health", response_model=Health)
@@ -112,22 +111,19 @@ def create_app(desk: Desk) -> FastAPI:
     @routes.get("/v1/models/{id:path}")
     async def model(id: str) -> ModelCard:
         """One of them."""
-        for it in await desk.aside(desk.models):
-            if it.id == id:
-                return _card(desk, it)
-        raise UnknownModelError(f"There is no model '{id}': GET /v1/models lists what there is.")
+        return _card(desk, await desk.aside(lambda: desk.model(id)))
 
     @routes.post("/v1/completions", response_model=Completion, responses=_STREAM)
     async def completions(ask: CompletionRequest, request: Request) -> Response:
         """What follows a text, once or several times; as a stream with `stream`."""
         request.state.record.asked = ask.prompt
-        return await _answer(desk, COMPLETION, ask, [*ask.prompts], ask.max_tokens, request)
+        return await _answer(desk, COMPLETION, spelt, ask, [*ask.prompts], ask.max_tokens, request)
 
     @routes.post("/v1/chat/completions", response_model=Chat, responses=_STREAM)
     async def chats(ask: ChatRequest, request: Request) -> Response:
         """What follows a conversation, where the base has a chat template."""
         messages = request.state.record.asked = [message.said for message in ask.messages]
-        return await _answer(desk, CHAT, ask, [messages], ask.max_completion_tokens or ask.max_tokens, request)
+        return await _answer(desk, CHAT, spelt, ask, [messages], ask.max_completion_tokens or ask.max_tokens, request)
 
     app.include_router(routes)
     app.mount("/v1", partial(_nothing, routes.routes))  # else the playground would answer for what is not there
@@ -162,21 +158,21 @@ async def _invalid(request: Request, error: Any) -> Response:
 
 
 async def _failed(desk: Desk, request: Request, error: Exception) -> Response:
-    record = getattr(request.state, "record", None) or Record()
-    status, failure, headers = _explain(desk, error, record)
+    status, failure, headers = _explain(desk, error, request.state.record)
     return refusal(status, failure.error.message, headers, **failure.error.model_dump(exclude={"message"}))
 
 
 def _explain(desk: Desk, error: Exception, record: Record) -> tuple[int, Failure, dict[str, str]]:
     """Status, body and headers. What went wrong in a way that nobody foresaw is in the log alone."""
     status, code = next(((status, code) for kind, status, code in _STATUS if isinstance(error, kind)), (500, None))
-    headers = {"x-request-id": record.id}
+    headers: dict[str, str] = {}
     if isinstance(error, BusyError | ClosedError):
         headers["Retry-After"] = str(getattr(error, "seconds", STOPPING_SECONDS))
-    text = str(error) if isinstance(error, UnknownModelError) else desk.public(str(error))
     if status == 500:
-        text = f"Something went wrong here; the log has it as request {record.id}."
-    record.code = code or type(error).__name__
+        text = record.failed(error)
+    else:
+        text = str(error) if isinstance(error, UnknownModelError) else desk.public(str(error))
+        record.code = code or type(error).__name__
     param = "model" if isinstance(error, AdapterError) else getattr(error, "param", None)
     kind = "rate_limit_error" if status == 429 else None
     return status, problem(status, text, type=kind, param=param, code=code), headers
@@ -217,6 +213,7 @@ def _card(desk: Desk, model: Model) -> ModelCard:
 async def _answer(
     desk: Desk,
     form: Form,
+    spelt: Spell,
     ask: CompletionRequest | ChatRequest,
     prompts: Sequence[Any],
     max_tokens: int | None,
@@ -225,34 +222,40 @@ async def _answer(
     record: Record = request.state.record
     record.user, record.stream = ask.user, ask.stream
     most = desk.settings.max_batch + desk.settings.max_waiting
-    if ask.n * len(prompts) > most:
-        raise RequestError(f"{ask.n * len(prompts):,} answers are asked for, and {most:,} fit in at once.", "n")
+    answers = ask.n * len(prompts)
+    if answers > most:
+        raise RequestError(f"{answers:,} answers are asked for, and {most:,} fit in at once.", "n")
 
     def look() -> tuple[Any, list[list[int]]]:
-        return desk.find(ask.model)[1], [form.prompt(desk, prompt) for prompt in prompts]
+        return desk.find(ask.model), [form.prompt(desk, prompt) for prompt in prompts]
 
-    loaded, encoded = await desk.aside(look)
+    with desk.worker.place(answers):
+        found, encoded = await desk.aside(look)
     record.model = ask.model
     sampling = ask.sampling(_room(desk, max(map(len, encoded)), max_tokens))
-    job = await desk.ask(ask.model, encoded, sampling, answers=ask.n, likeliest=ask.likeliest, loaded=loaded)
-    record.job = job
+    job = record.job = desk.put(
+        ask.model, found, encoded, sampling, begun=record.begun, answers=ask.n, likeliest=ask.likeliest
+    )
     facts = {
         "id": f"{form.prefix}{record.id}",
         "created": int(time.time()),
         "model": ask.model,
         "system_fingerprint": f"fp_{desk.base.source.fingerprint[:12]}",
     }
-    spelt = partial(spell, desk.base.tokenizer)
     if ask.stream:
         return _Stream(_events(desk, form, job, facts, spelt, record, usage=ask.usage_at_the_end), desk, job)
     if not await _written(desk, job, request):
         return Response(status_code=GONE)
     if job.error is not None:
         raise job.error
-    pieces = [piece for row in job.rows if (piece := Reader(row).more())]
-    choices = [form.choice(index, piece, spelt) for index, piece in enumerate(pieces)]
-    answer = form.whole(**facts, choices=choices, usage=_usage(record))
-    return Response(answer.model_dump_json(), media_type="application/json")
+
+    def body() -> str:
+        pieces = [piece for row in job.rows if (piece := Reader(row).more())]
+        choices = [form.choice(index, piece, spelt) for index, piece in enumerate(pieces)]
+        return str(form.whole(**facts, choices=choices, usage=_usage(record)).model_dump_json())
+
+    # The chances of many tokens take long to write, and other connections wait for this thread.
+    return Response(await asyncio.to_thread(body), media_type="application/json")
 
 
 def _room(desk: Desk, longest: int, wanted: int | None) -> int:
@@ -310,9 +313,7 @@ async def _events(
                     if piece := reader.more():
                         yield event([form.part_choice(index, piece, spelt)])
     except Exception as error:
-        status, failure, _ = _explain(desk, error, record)
-        if status == 500:
-            log.exception("request %s", record.id)
+        _, failure, _ = _explain(desk, error, record)
         yield f"data: {failure.model_dump_json()}\n\n"
         return
     if usage:

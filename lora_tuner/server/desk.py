@@ -21,7 +21,7 @@ from .. import files, lora
 from ..bank import Loaded
 from ..base_model import free_memory
 from ..config import Sampling, Serving
-from ..errors import AdapterError, GenerationError, UnknownModelError
+from ..errors import AdapterError, GenerationError, RequestError, UnknownModelError
 from ..generation import Generator, after, seed_of
 from ..library import steady
 from ..row import Row
@@ -60,6 +60,8 @@ class Desk:
             generator.writer, max_batch=settings.max_batch, max_waiting=settings.max_waiting, room=room
         )
         self._sizes = lora.layer_sizes(generator.writer.bank.layers)
+        added = self.base.tokenizer.added_tokens_decoder.values()
+        self._special = sorted({str(it) for it in added if it.special})
         self._tokenizer = copy.deepcopy(self.base.tokenizer)  # one is not for two threads
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lora_tuner-desk")
 
@@ -70,6 +72,16 @@ class Desk:
     def models(self) -> list[Model]:
         """The base first, then adapters by name. Reads the library as it is now."""
         return [Model(self.name), *(self._model(name, path) for name, path in sorted(self._places().items()))]
+
+    def model(self, id: str) -> Model:
+        """One of them, read alone. Raises UnknownModelError."""
+        return Model(self.name) if id == self.name else self._model(id, self._place(id))
+
+    def _place(self, name: str) -> Path:
+        path = self._places().get(name)
+        if path is None:
+            raise UnknownModelError(f"There is no model '{name}': GET /v1/models lists what there is.")
+        return path
 
     def _places(self) -> dict[str, Path]:
         library = self.generator.library
@@ -91,10 +103,8 @@ class Desk:
         reason for one that is broken."""
         if model == self.name:
             return None, None
-        path = self._places().get(model)
-        if path is None:
-            raise UnknownModelError(f"There is no model '{model}': GET /v1/models lists what there is.")
-        return self.generator.find(path)
+        known = self.generator.known(model)  # it came from the listing, so no request names another
+        return (model, known) if known is not None else self.generator.find(self._place(model))
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """The tokens of a prompt. Raises GenerationError when there is no room behind them, or they are no tokens."""
@@ -106,9 +116,15 @@ class Desk:
         return self.generator.fits(list(prompt))
 
     def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The tokens of a conversation, up to where the answer begins. Raises GenerationError where there is no template."""
+        """The tokens of a conversation, up to where the answer begins. Raises GenerationError where there is no template, and
+        for special tokens in messages: those of the template mean something, and theirs would be taken for these."""
         if not self._tokenizer.chat_template:
             raise GenerationError(f"{self.name} has no chat template: ask for a completion instead.")
+        said = "".join(message["content"] for message in messages)
+        self.generator.check_length(said)
+        if special := next((it for it in self._special if it in said), None):
+            text = f"A message has {special} in it, a special token of {self.name}: leave that out."
+            raise RequestError(text, "messages")
         try:
             ids = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
         except Exception as error:  # a template says what it does not take with errors of its own
@@ -122,25 +138,38 @@ class Desk:
         return _FOLDERS.sub("", text.replace(self.base.source.name, self.name))
 
     async def ask(
+        self, model: str, prompts: Sequence[list[int]], sampling: Sampling, *, loaded: Loaded | None = None
+    ) -> Job:
+        """A job with an answer to each prompt; with `loaded`, by an adapter that has no folder. Raises what `find` and
+        `Worker.submit` raise."""
+        begun = time.monotonic()
+        found: tuple[str | None, Loaded | None] = model, loaded
+        if loaded is None:
+            with self.worker.place(len(prompts)):
+                found = await self.aside(lambda: self.find(model))
+        return self.put(model, found, prompts, sampling, begun=begun)
+
+    def put(
         self,
         model: str,
+        found: tuple[str | None, Loaded | None],
         prompts: Sequence[list[int]],
         sampling: Sampling,
         *,
+        begun: float,
         answers: int = 1,
         likeliest: int | None = None,
-        loaded: Loaded | None = None,
     ) -> Job:
-        """A job with so many answers to each prompt, in this order; with `loaded`, by an adapter that has no folder. Raises what
-        `find` and `Worker.submit` raise."""
-        name, found = (model, loaded) if loaded is not None else await self.aside(lambda: self.find(model))
+        """A job with so many answers to each prompt, in this order, by what `find` has found. It has been under way since
+        `begun`. Raises what `Worker.submit` raises."""
+        name, loaded = found
         seed = seed_of(sampling)
         rows = [
-            Row(self.base, prompt, sampling, after(seed, number), name, found, likeliest=likeliest)
+            Row(self.base, prompt, sampling, after(seed, number), name, loaded, likeliest=likeliest)
             for prompt in prompts
             for number in range(answers)
         ]
-        job = Job(model, rows, self.settings.timeout)
+        job = Job(model, rows, self.settings.timeout, begun=begun)
         self.worker.submit(job)
         return job
 

@@ -1,8 +1,8 @@
 """What a request must pass before anything reads it: who it thinks we are, who it is, how large it is.
 
-On this machine's own address the Host header must name it, for a page elsewhere can have its own name lead here (DNS
-rebinding). Surprise: a body is read as a whole before anything acts on it, so that a slow sender holds up nobody. Limit: how
-long a client takes over its headers is not bounded.
+Without a key the Host header must name this machine, for a page elsewhere can have its own name lead here (DNS rebinding);
+such a page has no key, so with one any name will do, as a proxy may pass it on. Surprise: a body is read as a whole before
+anything acts on it, so that a slow sender holds up nobody. Limit: how long a client takes over its headers is not bounded.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from .schema import refusal
 MAX_BODY = 1_000_000  # bytes
 MAX_SECONDS = 30.0  # for the whole of a body
 _NAMES = ("127.0.0.1", "localhost", "::1")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _CLOSE = {"Connection": "close"}  # what is left of the request is not read
 
 
@@ -41,8 +42,8 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: Serving) -> None:
         self.app = app
-        self.names = {*_NAMES, settings.host} if is_local(settings.host) else None
         self.key = settings.api_key.encode() if settings.api_key else None
+        self.names = {*_NAMES, settings.host} if self.key is None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -64,6 +65,8 @@ class Guard:
         if self.names and _name(headers.get("host", "")) not in self.names:
             text = f"This server is called {' or '.join(sorted(self.names))}, and the request is for another."
             return refusal(403, text, _CLOSE, code="wrong_host")
+        if _CONTROL.search(path):  # a route takes a line end after its path, and `is_api` does not
+            return refusal(404, "There is nothing at this path.", _CLOSE)
         given = headers.get("authorization", "").encode("latin-1")
         if self.key and is_api(path) and path != "/health" and not hmac.compare_digest(given, b"Bearer " + self.key):
             text = "The API key is missing or wrong: send it as `Authorization: Bearer KEY`."

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .desk import Desk
 from .guard import is_api
+from .schema import refusal
 from .worker import Job
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # that of `generate_latest`
@@ -40,6 +41,12 @@ class Record:
     user: str | None = None
     job: Job | None = None
     asked: Any = None  # the prompts or messages
+
+    def failed(self, error: Exception) -> str:
+        """Logs what nobody foresaw. All that a client is told of it."""
+        self.code = type(error).__name__
+        log.error("request %s", self.id, exc_info=error)
+        return f"Something went wrong here; the log has it as request {self.id}."
 
     @property
     def prompt_tokens(self) -> int:
@@ -89,7 +96,8 @@ class Metrics:
 
 
 class Journal:
-    """Around the app: keeps a `Record` of each request to the API, which what answers fills in as `request.state.record`."""
+    """Around the app: keeps a `Record` of each request to the API, which what answers fills in as `request.state.record`, and
+    says where one has failed."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, log_prompts: bool) -> None:
         self.app = app
@@ -111,9 +119,12 @@ class Journal:
         self.metrics.open += 1
         try:
             await self.app(scope, receive, seen)
-        except Exception:
-            record.status = 500
-            raise
+        except Exception as error:
+            begun, record.status = bool(record.status), 500
+            failure = refusal(500, record.failed(error))
+            if begun:  # it can only break off
+                raise
+            await failure(scope, receive, seen)
         finally:
             record.status = record.status or GONE
             self.metrics.open -= 1

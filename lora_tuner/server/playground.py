@@ -12,8 +12,10 @@ from pathlib import Path
 
 import gradio as gr
 from fastapi import FastAPI, HTTPException
+from gradio.routes import App
+from starlette.requests import Request
 from starlette.routing import Mount
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from .desk import Desk
 from .page import Page
@@ -60,6 +62,7 @@ def mount(app: FastAPI, desk: Desk, api_key: str | None) -> FastAPI:
         ),
     )
     (page,) = (route for route in app.routes if isinstance(route, Mount) and route.path == "")
+    assert isinstance(page.app, App)
     page.app = _Narrow(page.app)
     return app
 
@@ -69,15 +72,18 @@ def _is_key(api_key: str, _name: str, password: str) -> bool:
 
 
 class _Narrow:
-    """Gradio's application without what the page does not need. The page names no other host, and a browser asks none."""
+    """Gradio's application without what the page does not need, and what it does only for who has logged in. The page names no
+    other host, and a browser asks none."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: App) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if scope["type"] != "http" or not NEEDED.fullmatch(path):
             raise HTTPException(404)
+        if path.startswith("/gradio_api/") and not self._is_visitor(scope):  # Gradio itself asks at some of them alone
+            raise HTTPException(401, "Log in first.")
         start: Message = {}
         body = bytearray()
 
@@ -106,3 +112,9 @@ class _Narrow:
             await self.app({**scope, "headers": plain}, receive, rewritten)
         else:
             await self.app(scope, receive, guarded)
+
+    def _is_visitor(self, scope: Scope) -> bool:
+        """Whether there is no login, or its cookie is there."""
+        cookies = Request(scope).cookies
+        names = (f"access-token-{self.app.cookie_id}", f"access-token-unsecure-{self.app.cookie_id}")
+        return self.app.auth is None or any(cookies.get(name) in self.app.tokens for name in names)

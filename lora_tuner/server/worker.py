@@ -5,10 +5,12 @@ Surprise: a request is not sent its text, it is woken and takes what is new; so 
 the model that is no writing, such as measuring, has turns of its own between two tokens (`do`).
 """
 
+import contextlib
+import math
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -56,11 +58,13 @@ class Worker:
         self.max_waiting = max_waiting
         self.room = room
         self._queue: OrderedDict[str, deque[Job]] = OrderedDict()  # by model; the first is next
+        self._held = 0  # places of answers that are not in the queue yet
         self._running: dict[Row, Job] = {}
         self._chores: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._closed = False
-        self._pace = 1.0  # seconds that a row takes, lately
+        self._pace = 1.0  # seconds from the end of one row to that of the next, lately
+        self._ended = 0.0  # when a row ended, or the first began
         self._thread = threading.Thread(target=self._run, name="lora_tuner-worker", daemon=True)
 
     def start(self) -> None:
@@ -92,14 +96,31 @@ class Worker:
         if longest > self.room:
             raise TooLongError(f"Prompt and answer may have {self.room:,} tokens here: ask for fewer than {longest:,}.")
         with self._wake:
-            if self._closed:
-                raise ClosedError("The server is stopping.")
-            ahead = self.waiting
-            if ahead + len(job.rows) > self.max_waiting + max(self.max_batch - self.running, 0):
-                seconds = max(1, round(self._pace * (ahead + self.running) / self.max_batch))
-                raise BusyError(f"{ahead:,} answers are waiting already: try again in {seconds} seconds.", seconds)
+            self._check_room(len(job.rows))
             self._queue.setdefault(job.model, deque()).append(job)
             self._wake.notify()
+
+    @contextlib.contextmanager
+    def place(self, answers: int) -> Iterator[None]:
+        """Within it so many answers have places in the queue, while what they need is still being read. Raises BusyError and
+        ClosedError as `submit` does."""
+        with self._wake:
+            self._check_room(answers)
+            self._held += answers
+        try:
+            yield
+        finally:
+            with self._wake:
+                self._held -= answers
+
+    def _check_room(self, answers: int) -> None:
+        if self._closed:
+            raise ClosedError("The server is stopping.")
+        ahead = self.waiting + self._held
+        beyond = ahead + answers - self.max_waiting - max(self.max_batch - self.running, 0)
+        if beyond > 0:  # so many must end first
+            seconds = max(1, math.ceil(self._pace * beyond))
+            raise BusyError(f"{ahead:,} answers are waiting already: try again in {seconds} seconds.", seconds)
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for it any more."""
@@ -185,6 +206,8 @@ class Worker:
     def _admit(self) -> list[Row]:
         """Rows that begin now: of each model in turn, and of its requests in turn."""
         new: list[Row] = []
+        if not self._running:
+            self._ended = time.monotonic()
         longest = max((len(row.prompt) + row.limit for row in self._running), default=0)
         while self._queue and len(self._running) < self.max_batch:
             model, jobs = next(iter(self._queue.items()))
@@ -212,11 +235,14 @@ class Worker:
                 job.first_token = now
             job.wake()
         with self._wake:
-            for row, job in list(self._running.items()):
+            for row, job in self._running.items():
                 job.closed |= row.error is not None  # its other rows need not be written
-                if row.complete:
-                    self._pace += 0.1 * ((now - job.begun) / len(job.rows) - self._pace)
-                    del self._running[row]
+            ended = [row for row in self._running if row.complete]
+            for row in ended:
+                self._pace += 0.1 * ((now - self._ended) / len(ended) - self._pace)
+                del self._running[row]
+            if ended:
+                self._ended = now
 
     def _break(self, error: Exception) -> None:
         self.writer.clear()
