@@ -55,7 +55,8 @@ class Desk:
         self.name = files.shown(self.base.source.name)  # it may be a path
         self.only = {path.name: path for path in only}
         self.began = int(time.time())
-        room = free_memory(self.base.device) // 2 // generator.writer.bytes_a_token
+        # A quarter: a cache that grows is there twice for a moment, with room to spare, and what is read has its own.
+        room = free_memory(self.base.device) // 4 // generator.writer.bytes_a_token
         self.worker = Worker(
             generator.writer, max_batch=settings.max_batch, max_waiting=settings.max_waiting, room=room
         )
