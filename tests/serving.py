@@ -15,6 +15,7 @@ from lora_tuner.config import Serving
 from lora_tuner.library import Library
 from lora_tuner.server.api import create_app
 from lora_tuner.server.desk import Desk
+from lora_tuner.server.playground import mount
 from lora_tuner.server.serve import _Server
 
 from . import stored
@@ -58,8 +59,8 @@ def plain(settings):
 class Served:
     """A server that runs."""
 
-    def __init__(self, desk, app, server, port):
-        self.desk, self.app, self.server = desk, app, server
+    def __init__(self, desk, app, server, thread, port):
+        self.desk, self.app, self.server, self.thread = desk, app, server, thread
         self.worker, self.generator = desk.worker, desk.generator
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
@@ -114,17 +115,19 @@ def read(connection):
 
 
 @contextlib.contextmanager
-def serving(base, shelf, only=(), **settings):
+def serving(base, shelf, only=(), *, page=False, **settings):
     settings = Serving(**{"port": 0, "timeout": 60.0} | settings)
     generator = Generator(base=str(base), adapters_dir=shelf, device="cpu", max_resident=settings.max_resident)
     desk = Desk(generator, settings, only)
     app = create_app(desk)
+    if page:
+        mount(app, desk, settings.api_key)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = _Server(app, desk, app.state.metrics, lambda: None)
         desk.start()
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
-        served = Served(desk, app, server, listener.getsockname()[1])
+        served = Served(desk, app, server, thread, listener.getsockname()[1])
         try:
             served.wait(lambda: server.started)
             yield served

@@ -1,5 +1,6 @@
 import json
 import os
+import queue
 import re
 import signal
 import socket
@@ -147,11 +148,28 @@ def test_a_library_without_adapters_leaves_the_default_base(tmp_path):
     assert module._base_of_most(Library(tmp_path / "none"), None, print) == (None, None)
 
 
-def test_a_browser_opens_when_it_listens(gpt2, shelf, started, monkeypatch):
-    opened = threading.Event()
-    monkeypatch.setattr(module.webbrowser, "open", lambda url: opened.set())
-    started(adapters_dir=shelf, browse=True)
-    assert opened.wait(5)
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [("127.0.0.1", "127.0.0.1"), ("localhost", "localhost"), ("0.0.0.0", "127.0.0.1"), ("::", r"\[::1\]")],
+)
+def test_a_browser_opens_where_it_finds_the_page(gpt2, shelf, started, monkeypatch, host, name):
+    if ":" in host and not socket.has_dualstack_ipv6():
+        pytest.skip("there is no IPv6 here")
+    opened = queue.Queue()
+    monkeypatch.setattr(module.webbrowser, "open", lambda url: opened.put(url) or True)
+    result = run("serve", "--open", "--host", host, "--port", 0, "--base", gpt2, "--api-key", "12345678")
+    url = opened.get(timeout=5)
+    assert re.fullmatch(rf"http://{name}:[1-9]\d*", url)
+    assert f"Listening on {url}: " in result.stderr
+
+
+def test_where_there_is_no_browser_it_says_so(gpt2, shelf, started, monkeypatch):
+    monkeypatch.setattr(module.webbrowser, "open", lambda url: False)
+    said = queue.Queue()
+    serve([], Serving(port=0), adapters_dir=shelf, device="cpu", browse=True, notify=lambda it: said.put(it.text))
+    while not (line := said.get(timeout=5)).startswith("There is no browser"):
+        pass
+    assert re.fullmatch(r"There is no browser to open here: visit http://127.0.0.1:\d+ with one.", line)
 
 
 # The end
@@ -246,7 +264,7 @@ def test_a_process_listens_answers_and_ends_a_running_stream_whole(long):
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{process.url}/v1", api_key="none", max_retries=0).models.list()
         client = openai.OpenAI(base_url=f"{process.url}/v1", api_key="12345678", max_retries=0)
-        asked = {"model": "long", "prompt": PROMPT, "temperature": 0, "max_tokens": 400}
+        asked = {"model": "long", "prompt": PROMPT, "temperature": 0, "max_tokens": 150}
         stream = client.completions.create(stream=True, **asked)
         pieces = [next(iter(stream))]
         process.process.send_signal(signal.SIGTERM)
@@ -255,7 +273,7 @@ def test_a_process_listens_answers_and_ends_a_running_stream_whole(long):
     finally:
         process.process.kill()
     expected = Generator(base=str(long), device="cpu").generate(
-        PROMPT, Sampling(temperature=0, max_new_tokens=400, repetition_penalty=1.0)
+        PROMPT, Sampling(temperature=0, max_new_tokens=150, repetition_penalty=1.0)
     )
     assert "".join(it.choices[0].text for it in pieces) == expected.text
     assert process.process.stdout.read() == ""

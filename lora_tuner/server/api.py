@@ -84,7 +84,7 @@ def create_app(desk: Desk) -> FastAPI:
     )
     metrics = app.state.metrics = Metrics(desk)
     app.add_middleware(Guard, settings=desk.settings)
-    app.add_middleware(Journal, metrics=metrics, log_prompts=desk.settings.log_prompts)
+    app.add_middleware(Journal, metrics=metrics)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(LoraTunerError, partial(_failed, desk))

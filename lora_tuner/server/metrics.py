@@ -30,7 +30,7 @@ log = logging.getLogger("lora_tuner.server")
 
 @dataclass
 class Record:
-    """One request. `model` is set when it was found, `job` when work has begun."""
+    """One request, or one answer on the page. `model` is set when it was found, `job` when work has begun."""
 
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     begun: float = field(default_factory=time.monotonic)
@@ -59,10 +59,12 @@ class Record:
 
 
 class Metrics:
-    """The figures of one server. `open` is how many requests to the API are being answered."""
+    """The figures of one server. `open` is how many requests to the API are being answered, `streams` in how many the page gets
+    its answers."""
 
     def __init__(self, desk: Desk) -> None:
-        self.open = 0
+        self.open = self.streams = 0
+        self.log_prompts = desk.settings.log_prompts
         self.registry = CollectorRegistry()
         self.requests = self._of(Counter, "requests", "Requests that were answered.", ("endpoint", "model", "status"))
         self.tokens = self._of(Counter, "tokens", "Tokens read and written.", ("model", "kind"))
@@ -83,7 +85,14 @@ class Metrics:
         """As Prometheus reads it."""
         return generate_latest(self.registry)
 
-    def count(self, endpoint: str, record: Record) -> None:
+    def done(
+        self, endpoint: str, record: Record, path: str, client: str | None = None, method: str | None = None
+    ) -> None:
+        """Count it, and write its line."""
+        self._count(endpoint, record)
+        log.info(self._line(record, {"client": client, "method": method, "path": path}))
+
+    def _count(self, endpoint: str, record: Record) -> None:
         model = record.model or ""
         self.requests.labels(endpoint, model, str(record.status)).inc()
         if record.job is None:
@@ -94,15 +103,38 @@ class Metrics:
         if record.job.first_token is not None:
             self.first.labels(model).observe(record.job.first_token - record.begun)
 
+    def _line(self, record: Record, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        job = record.job
+        facts = {
+            "id": record.id,
+            **request,
+            "status": record.status,
+            "code": record.code,
+            "model": record.model,
+            "stream": record.stream,
+            "user": record.user,
+            "seconds": round(time.monotonic() - record.begun, 3),
+        }
+        if job is not None:
+            first = round(job.first_token - record.begun, 3) if job.first_token is not None else None
+            facts |= {
+                "first_token_seconds": first,
+                "answers": len(job.rows),
+                "complete": job.complete and not job.error,
+            }
+            facts |= {"prompt_tokens": record.prompt_tokens, "completion_tokens": record.new_tokens}
+        if self.log_prompts:
+            facts |= {"asked": record.asked, "answered": [row.said for row in job.rows] if job else None}
+        return facts
+
 
 class Journal:
     """Around the app: keeps a `Record` of each request to the API, which what answers fills in as `request.state.record`, and
     says where one has failed."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, log_prompts: bool) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
         self.metrics = metrics
-        self.log_prompts = log_prompts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not is_api(scope["path"]):
@@ -129,34 +161,9 @@ class Journal:
             record.status = record.status or GONE
             self.metrics.open -= 1
             route = scope.get("route")  # absent where none fits
-            self.metrics.count(getattr(route, "path", "") or "other", record)
-            log.info(self._line(scope, record))
-
-    def _line(self, scope: Scope, record: Record) -> Mapping[str, Any]:
-        job = record.job
-        facts = {
-            "id": record.id,
-            "client": (scope.get("client") or [None])[0],
-            "method": scope["method"],
-            "path": scope["path"][:200],
-            "status": record.status,
-            "code": record.code,
-            "model": record.model,
-            "stream": record.stream,
-            "user": record.user,
-            "seconds": round(time.monotonic() - record.begun, 3),
-        }
-        if job is not None:
-            first = round(job.first_token - record.begun, 3) if job.first_token is not None else None
-            facts |= {
-                "first_token_seconds": first,
-                "answers": len(job.rows),
-                "complete": job.complete and not job.error,
-            }
-            facts |= {"prompt_tokens": record.prompt_tokens, "completion_tokens": record.new_tokens}
-        if self.log_prompts:
-            facts |= {"asked": record.asked, "answered": [row.said for row in job.rows] if job else None}
-        return facts
+            client, _ = scope.get("client") or (None, None)
+            endpoint = getattr(route, "path", "") or "other"
+            self.metrics.done(endpoint, record, scope["path"][:200], client, scope["method"])
 
 
 class JsonLines(logging.Formatter):

@@ -6,7 +6,10 @@ their browser's page, so to load that anew forgets it.
 
 import asyncio
 import contextlib
+import copy
+import os
 import shlex
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +28,7 @@ from ..library import steady
 from ..store import CARD, METRICS, Adapter
 from . import panels
 from .desk import Desk, Model
+from .metrics import Metrics, Record
 from .worker import Job
 
 BLEND_TOKENS = 48  # few, so that the text follows the slider
@@ -51,10 +55,15 @@ class _Slide:
 class Page:
     """One for all visitors. Nothing of it keeps the loop of the server waiting."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, metrics: Metrics) -> None:
         self.desk = desk
+        self.metrics = metrics
+        # Gains are measured in a thread of their own, and a tokenizer is not for two.
+        self.measured = replace(desk.base, tokenizer=copy.deepcopy(desk.base.tokenizer))
 
     def blocks(self) -> gr.Blocks:
+        # Gradio would go through the last 10,000 events after each, for figures that nobody sees.
+        os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(sys.maxsize)
         page: gr.Blocks
         with gr.Blocks(title="lora_tuner", analytics_enabled=False) as page:
             gr.HTML(panels.head(self.desk.name), apply_default_css=False)
@@ -99,7 +108,14 @@ class Page:
             first = gr.Dropdown(names, value=names[0] if names else None, label="First adapter")
             second = gr.Dropdown(names, value=names[1] if len(names) > 1 else None, label="Second adapter")
         share = gr.Slider(
-            0, 1, 0.5, step=0.05, label="Share of the second adapter", info="The first has the rest.", buttons=[]
+            0,
+            1,
+            0.5,
+            step=0.05,
+            label="Share of the second adapter",
+            info="The first has the rest.",
+            buttons=[],
+            elem_classes="share",
         )
         out = gr.HTML(apply_default_css=False)
         events = [share.input, first.input, second.input, prompt.input, prompt.submit, tab.select]
@@ -140,26 +156,15 @@ class Page:
         return gr.Dropdown(names, value=names[:2], multiselect=True, label="Adapters", info=info, scale=scale)
 
     def _setting(self, name: str) -> Any:
-        """A field of `Sampling` as a control: its default, its bounds, its help."""
+        """A field of `Sampling` as a control: its default and its help. Bounds are the field's: Gradio's would end in a box."""
         field = Sampling.model_fields[name]
         more: Any = field.json_schema_extra
         label, info = name.replace("_", " ").capitalize(), str(field.description).replace("--", "")
         if field.annotation is bool:
             return gr.Checkbox(field.default, label=label, info=info)
-        bounds = _bounds(name)
-        if name == "max_new_tokens":
-            bounds["maximum"] = self.desk.settings.max_tokens
         if field.default is None:  # a number of Gradio's would begin at 0
             return gr.Textbox(label=label, info=info, placeholder=more["shown"])
-        real = field.annotation is float
-        return gr.Number(
-            field.default,
-            label=label,
-            info=info,
-            precision=None if real else 0,
-            step=0.05 if real else 1,
-            **bounds,
-        )
+        return gr.Number(field.default, label=label, info=info, step=0.05 if field.annotation is float else 1)
 
     def _models(self) -> list[Model]:
         """The adapters as they are now, broken ones too."""
@@ -197,8 +202,8 @@ class Page:
         sampling = sampling.model_copy(update={"seed": seed})
         more = "Greedy: the same every time." if seed is None else f"Seed {seed}: with it, the same is written again."
         models = [self.desk.name, *names]
-        questions = [partial(self.desk.ask, name, [ids], sampling) for name in models]
-        async with contextlib.aclosing(self._written(questions)) as frames:
+        questions = [(name, partial(self.desk.ask, name, [ids], sampling)) for name in models]
+        async with contextlib.aclosing(self._written(prompt, questions)) as frames:
             async for jobs in frames:
                 yield panels.answers(prompt, list(zip(models, jobs, strict=True)), more)
 
@@ -239,29 +244,40 @@ class Page:
             return
         ids, loaded = prepared
         sampling = Sampling(greedy=True, max_new_tokens=BLEND_TOKENS)
+        # It is counted for no model: a slider makes very many.
         question = partial(self.desk.ask, title, [ids], sampling, loaded=loaded)
-        async with contextlib.aclosing(self._written([question])) as frames:
+        async with contextlib.aclosing(self._written(prompt, [(None, question)])) as frames:
             async for jobs in frames:
                 yield panels.answers(prompt, [(title, jobs[0])]) + panels.command(_command(parts))
 
     async def _written(
-        self, questions: Sequence[Callable[[], Awaitable[Job]]]
+        self, prompt: str, questions: Sequence[tuple[str | None, Callable[[], Awaitable[Job]]]]
     ) -> AsyncGenerator[list[Job | str], None]:
-        """The jobs, or why there is none, whenever there is more of them. Who leaves, cancels them."""
+        """The jobs, or why there is none, whenever there is more of them. Each is counted for the model that is named beside its
+        question. Who leaves, cancels them."""
         jobs: list[Job | str] = []
+        left: dict[Job, str | None] = {}
         try:
-            for ask in questions:
+            for model, ask in questions:
                 try:
-                    jobs.append(await ask())
+                    jobs.append(job := await ask())
+                    left[job] = model
                 except LoraTunerError as error:
                     jobs.append(self.desk.public(str(error)))
-            async for _ in self.desk.follow(*(job for job in jobs if isinstance(job, Job))):
+            async for _ in self.desk.follow(*left):
+                for job in [job for job in left if job.complete]:
+                    self._count(prompt, job, left.pop(job))
                 yield jobs
                 await asyncio.sleep(FRAME)
         finally:
-            for job in jobs:
-                if isinstance(job, Job):
-                    self.desk.worker.cancel(job)
+            for job, model in left.items():
+                self.desk.worker.cancel(job)
+                self._count(prompt, job, model)
+
+    def _count(self, prompt: str, job: Job, model: str | None) -> None:
+        code = type(job.error).__name__ if job.error else None
+        record = Record(begun=job.begun, status=200, code=code, model=model, stream=True, job=job, asked=prompt)
+        self.metrics.done("page", record, "page")
 
     def _failure(self, error: Exception) -> Markup:
         return panels.failure(self.desk.public(str(error)))
@@ -326,7 +342,7 @@ class Page:
                 raise GenerationError("Choose adapters: there is nothing to measure yet.")
             most = resolve(TrainConfig, {"eval_rows": rows}).eval_rows if rows else None
             matrix = evaluation.evaluate_on(
-                self.desk.base,
+                self.measured,
                 adapters,
                 eval_rows=most,
                 force=self.desk.generator.force,
@@ -365,13 +381,6 @@ def _command(parts: Sequence[tuple[float, str]]) -> str:
     )
 
 
-def _bounds(name: str) -> dict[str, Any]:
-    """Of a field, as Gradio calls them. One that is not itself allowed is refused later, by the field."""
-    sides = {"ge": "minimum", "gt": "minimum", "le": "maximum", "lt": "maximum"}
-    bounds = Sampling.model_fields[name].metadata
-    return {side: getattr(it, sign) for it in bounds for sign, side in sides.items() if hasattr(it, sign)}
-
-
 def _curve(adapter: Adapter, to: BytesIO) -> tuple[str, str]:
     manifest = adapter.manifest
     if manifest is None or manifest.run is None or manifest.data is None:
@@ -382,7 +391,7 @@ def _curve(adapter: Adapter, to: BytesIO) -> tuple[str, str]:
 
 def _readme(adapter: Adapter) -> str:
     path = adapter.path / CARD
-    if not path.is_file():
+    if not path.is_file() or path.is_symlink():  # it is a stranger's, and a link might lead to any file
         return "It has none."
     with path.open(encoding="utf-8", errors="replace") as file:
         return file.read(MAX_CARD)

@@ -18,6 +18,7 @@ from starlette.routing import Mount
 from starlette.types import Message, Receive, Scope, Send
 
 from .desk import Desk
+from .metrics import Metrics
 from .page import Page
 
 NEEDED = re.compile(  # what the page asks for; all else that Gradio would answer is not there
@@ -37,10 +38,11 @@ HEADERS = [
 
 
 def mount(app: FastAPI, desk: Desk, api_key: str | None) -> FastAPI:
-    """Put the page at `/` of an app; routes that it has already come first. With a key, visitors log in with that."""
+    """Put the page at `/` of what `create_app` made; routes that it has already come first. With a key, visitors log in with
+    that."""
     app = gr.mount_gradio_app(
         app,
-        Page(desk).blocks(),
+        Page(desk, app.state.metrics).blocks(),
         "/",
         auth=partial(_is_key, api_key) if api_key else None,
         auth_message="Any name, and the API key of this server as the password." if api_key else None,
@@ -63,7 +65,7 @@ def mount(app: FastAPI, desk: Desk, api_key: str | None) -> FastAPI:
     )
     (page,) = (route for route in app.routes if isinstance(route, Mount) and route.path == "")
     assert isinstance(page.app, App)
-    page.app = _Narrow(page.app)
+    page.app = _Narrow(page.app, app.state.metrics)
     return app
 
 
@@ -75,8 +77,9 @@ class _Narrow:
     """Gradio's application without what the page does not need, and what it does only for who has logged in. The page names no
     other host, and a browser asks none."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, metrics: Metrics) -> None:
         self.app = app
+        self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
@@ -110,8 +113,13 @@ class _Narrow:
         if path == "/":  # it is changed, so it must not come compressed
             plain = [header for header in scope["headers"] if header[0] != b"accept-encoding"]
             await self.app({**scope, "headers": plain}, receive, rewritten)
-        else:
+            return
+        stream = path.startswith("/gradio_api/queue/data")  # of answers: it ends when the last of them has been sent
+        self.metrics.streams += stream
+        try:
             await self.app(scope, receive, guarded)
+        finally:
+            self.metrics.streams -= stream
 
     def _is_visitor(self, scope: Scope) -> bool:
         """Whether there is no login, or its cookie is there."""

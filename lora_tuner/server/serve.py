@@ -5,6 +5,7 @@ still listens, to say 503, until the last answer has been sent. Limit: one proce
 """
 
 import asyncio
+import ipaddress
 import logging
 import os
 import re
@@ -32,6 +33,7 @@ from .metrics import JsonLines, Metrics
 from .playground import mount
 
 TICK = 0.05  # seconds between looks at what is left
+LAST = 2.0  # seconds for what is written to reach the page
 
 
 def serve(
@@ -80,7 +82,7 @@ def serve(
             what = f"the base {desk.name} and {served:,} adapter{'s' if served != 1 else ''}"
             notify(Notice(f"Listening on {url}: {what}. {url}/v1 is for OpenAI's clients."))
             if browse:
-                threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+                threading.Thread(target=_open, args=(url, notify), daemon=True).start()
 
         _log_lines()
         desk.start()
@@ -130,7 +132,16 @@ def _listener(host: str, port: int) -> socket.socket:
 
 
 def _url(host: str, listener: socket.socket) -> str:
-    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    """Where a browser of this machine finds it: what stands for all addresses is none of them."""
+    address, port = listener.getsockname()[:2]
+    if ipaddress.ip_address(address).is_unspecified:
+        host = "::1" if ":" in address else "127.0.0.1"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _open(url: str, notify: Listener) -> None:
+    if not webbrowser.open(url):
+        notify(Notice(f"There is no browser to open here: visit {url} with one."))
 
 
 def _log_lines() -> None:
@@ -175,6 +186,9 @@ class _Server(uvicorn.Server):
         self.desk.worker.close()
         late = time.monotonic() + self.desk.settings.timeout
         while not self.cut_off and time.monotonic() < late and (self.metrics.open or not self.desk.worker.idle):
+            await asyncio.sleep(TICK)
+        late = time.monotonic() + LAST
+        while not self.cut_off and time.monotonic() < late and self.metrics.streams:
             await asyncio.sleep(TICK)
         for connection in list(self.server_state.connections):  # pages hold streams of events open for ever
             connection.transport.close()
