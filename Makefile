@@ -16,7 +16,7 @@ adapters/imdb/manifest.json: | $(READY)
 	$(BIN)/python cli.py train --rank 8 --minutes 3
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 3 --dist loadfile  # one more than two cores: many wait for a disk or a process
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder  # one more than two cores: many wait
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow -n auto --maxprocesses 4

@@ -326,7 +326,7 @@ def decided(model, tokenizer, prompt, sampling):
     return (text.rstrip("\ufffd"), False) if close else (text, True)
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("penalty", [pytest.param(1.0, marks=pytest.mark.slow), 1.3])
 def test_eight_prompts_through_eight_adapters_are_each_as_they_are_alone(model_folder, eight, penalty, way):
     sampling = Sampling(greedy=True, max_new_tokens=10, repetition_penalty=penalty)
     asked = list(itertools.product(PROMPTS, eight))
