@@ -67,7 +67,7 @@ def cli(place, caches):
 
 @pytest.fixture(scope="module")
 def trained(cli):
-    short = ["--max-steps", "6", "--max-length", "96", "--rows", "400", "--eval-rows", "6", "--batch-size", "2"]
+    short = ["--max-steps", "6", "--max-length", "96", "--rows", "400", "--eval-rows", "3", "--batch-size", "2"]
     return cli("train", "--rank", "8", *short)
 
 
