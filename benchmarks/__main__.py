@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import adapters, data, defaults, generation, quality, training
+from . import adapters, data, defaults, generation, quality, serving, training
 
 PARTS = {
     "training": training.run,
@@ -24,6 +24,7 @@ PARTS = {
     "generation": generation.run,
     "adapters": adapters.run,
     "data": data.run,
+    "serving": serving.run,
     "defaults": defaults.run,
 }
 PACKAGES = ("lora_tuner", "torch", "transformers", "peft", "trl", "llama_cpp_python")
@@ -43,7 +44,8 @@ def machine() -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure this tool beside others.")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all when none is named")
+    what = f"of {', '.join(PARTS)}; all but defaults, which is a study of settings, when none is named"
+    parser.add_argument("parts", nargs="*", metavar="PART", help=what)
     parser.add_argument("--json", type=Path, help="write the figures and the machine into this file as well")
     parser.add_argument(
         "--rounds", type=int, default=3, help="turns that each thing takes; figures are medians over them"
@@ -53,13 +55,13 @@ def main() -> None:
         parser.error(f"there is no part {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
     facts = machine()
     figures = {}
-    for name in options.parts or PARTS:
+    for name in options.parts or [name for name in PARTS if name != "defaults"]:
         figures[name] = PARTS[name](options.rounds)
         grid = Table("what", "figure", "", "in other words", title=name, box=None, title_justify="left")
         for figure in figures[name]:
             grid.add_row(figure["what"], f"{figure['value']:,.4g}", figure["unit"], figure.get("note", ""))
         Console(width=120 if sys.stdout.isatty() else 200, highlight=False).print(grid)
-        if options.json:  # after each part: the whole takes an hour
+        if options.json:  # after each part: the whole takes two hours
             options.json.write_text(
                 json.dumps({"machine": facts, "figures": figures}, indent=2) + "\n", encoding="utf-8"
             )

@@ -22,6 +22,7 @@ from .measure import Figure, figure, in_turns, seconds
 
 CLI = Path(__file__).parents[1] / "cli.py"
 RESIDENT = (1, 10, 20, 100)
+RANKS, BATCHES = (2, 32, 128), (1, 2, 16, 32)
 ROWS, NEW_TOKENS = 8, 24
 GREEDY = Sampling(greedy=True, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0)
 PROMPT = "This film is about a man who"
@@ -31,17 +32,17 @@ def run(rounds: int) -> list[Figure]:
     """Takes some minutes, and 1 GB of disk for a hundred adapters."""
     with tempfile.TemporaryDirectory() as place:
         shelf = Path(place) / "adapters"
-        _make(shelf, max(RESIDENT) + rounds)
-        return [part for measure in (_listing, _loading, _peft, _batches) for part in measure(shelf, rounds)]
+        make(shelf, max(RESIDENT) + rounds)
+        return [part for measure in (_listing, _loading, _peft, _batches, _growth) for part in measure(shelf, rounds)]
 
 
-def _make(shelf: Path, count: int) -> None:
-    """Adapters of rank 8 on all linear layers with random weights, each with its manifest."""
+def make(shelf: Path, count: int, seed: int = 0, rank: int = 8) -> None:
+    """Adapters on all linear layers with random weights, each with its manifest."""
     base = load_base(find_base(EMBEDDED_BASE))
-    model: Any = lora.wrap(base, TrainConfig())
+    model: Any = lora.wrap(base, TrainConfig(rank=rank))
     tensors = lora.weights(model)
     for number in range(count):
-        torch.manual_seed(number)
+        torch.manual_seed(seed * count + number)
         folder = shelf / f"a{number}"
         own = {name: torch.randn_like(tensor) * 0.02 for name, tensor in tensors.items()}
         lora.save(own, model.peft_config[lora.TRAINED], folder)
@@ -90,9 +91,9 @@ def _loading(shelf: Path, rounds: int) -> list[Figure]:
 
 def _swap(generator: Generator, name: str | None) -> None:
     """All that changes between the answers of two adapters."""
-    generator.use(name)
-    assert generator._decoder is not None
-    generator._decoder.use(generator._bank, [name])
+    _, loaded = generator.find(name)
+    assert generator.writer.decoder is not None
+    generator.writer.decoder.mix(generator.writer.bank).use([loaded])
 
 
 def _peft(shelf: Path, rounds: int) -> list[Figure]:
@@ -151,3 +152,25 @@ def _batches(shelf: Path, rounds: int) -> list[Figure]:
         figure(name, ROWS * NEW_TOKENS / taken, "tokens/s", f"{one / taken:.2f} of one adapter's speed")
         for name, taken in medians.items()
     ]
+
+
+def _growth(shelf: Path, rounds: int) -> list[Figure]:
+    """Batches of eight adapters with their rank, and of more rows; loading with rank."""
+    names, figures = [f"a{number}" for number in range(ROWS)], []
+    ways: dict[str, Callable[[], Any]] = {}
+    rows_of = {}
+    for rank in RANKS:
+        place = shelf.parent / f"rank{rank}"
+        make(place, ROWS, rank=rank)
+        generator = Generator(base=EMBEDDED_BASE, adapters_dir=place)
+        loads = [seconds(partial(generator.find, name)) for name in names]
+        figures.append(figure(f"load an adapter of rank {rank}", statistics.median(loads) * 1e3, "ms"))
+        what = f"{ROWS} rows, {ROWS} adapters of rank {rank}"
+        ways[what], rows_of[what] = partial(generator.generate_batch, [(PROMPT, it) for it in names], GREEDY), ROWS
+    generator = Generator(base=EMBEDDED_BASE, adapters_dir=shelf)
+    for rows in BATCHES:
+        what = f"{rows} rows, {min(rows, ROWS)} adapters of rank 8"
+        asked = [(PROMPT, names[row % ROWS]) for row in range(rows)]
+        ways[what], rows_of[what] = partial(generator.generate_batch, asked, GREEDY), rows
+    medians = in_turns(ways, rounds)
+    return figures + [figure(name, rows_of[name] * NEW_TOKENS / taken, "tokens/s") for name, taken in medians.items()]

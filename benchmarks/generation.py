@@ -44,7 +44,7 @@ for _ in sys.stdin:
 
 def run(rounds: int) -> list[Figure]:
     """Takes some minutes."""
-    return [*_tokens_a_second(rounds), *_loss_of_int8(), *_cold(rounds)]
+    return [*_tokens_a_second(rounds), *_growth(rounds), *_loss_of_int8(), *_cold(rounds)]
 
 
 def _tokens_a_second(rounds: int) -> list[Figure]:
@@ -71,6 +71,24 @@ def _tokens_a_second(rounds: int) -> list[Figure]:
             note = f"{stock / taken:.2f} x stock" + (f", {same}" if way == "ours, float32" else "")
             figures.append(figure(f"{rows} x {NEW_TOKENS} tokens: {way}", rows * NEW_TOKENS / taken, "tokens/s", note))
     return figures
+
+
+def _growth(rounds: int) -> list[Figure]:
+    """With more prompts at once, and longer answers."""
+    generator = Generator(base=EMBEDDED_BASE, dtype="float32")
+    shapes = [(rows, NEW_TOKENS) for rows in (2, 4, 16, 32)] + [(1, tokens) for tokens in (16, 256, 512)]
+
+    def write(rows: int, tokens: int) -> None:
+        answers = generator.generate_batch(
+            [(PROMPT, None)] * rows, GREEDY.model_copy(update={"max_new_tokens": tokens})
+        )
+        assert all(answer.tokens == tokens for answer in answers), "all rows write to the end"
+
+    times = in_turns({f"{rows} x {tokens}": partial(write, rows, tokens) for rows, tokens in shapes}, rounds)
+    return [
+        figure(f"{rows} x {tokens} tokens, float32", rows * tokens / times[f"{rows} x {tokens}"], "tokens/s")
+        for rows, tokens in shapes
+    ]
 
 
 def _stock(model: Any, tokenizer: Any, rows: int) -> str:

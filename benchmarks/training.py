@@ -38,18 +38,17 @@ WAYS = {
 
 
 def run(rounds: int) -> list[Figure]:
-    """Takes about half an hour on two cores, half of it TRL's."""
+    """Takes ten minutes a round on two cores, most of it TRL's, and ten more."""
     figures = []
     for shape in SHAPES:
-        ways = {way: what for way, what in WAYS.items() if shape == SHAPES[0] or way != "trl"}  # there 5 minutes a step
-        found: dict[str, list[dict[str, Any]]] = {way: [] for way in (*ways, "floor")}
+        found: dict[str, list[dict[str, Any]]] = {way: [] for way in (*WAYS, "floor")}
         for turn in range(rounds):
             for way, results in found.items():
-                if turn == 0 or way != "trl":  # a minute a step, so it takes one turn
+                if turn == 0 or way != "trl" or shape == SHAPES[0]:  # five minutes a step, so it takes one turn
                     results.append(_in_a_process(way, shape))
         speed = {way: statistics.median(it["speed"] for it in results) for way, results in found.items()}
         memory = {way: statistics.median(it["peak"] for it in results) for way, results in found.items()}
-        for way, what in ways.items():
+        for way, what in WAYS.items():
             beside = f"{speed['ours'] / speed[way]:.2f} x of it is ours" if not way.startswith("ours") else what
             figures += [
                 figure(f"{shape}: {way}", speed[way], "tokens/s", beside),

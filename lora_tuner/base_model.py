@@ -130,6 +130,12 @@ class Base:
         return int(getattr(self.model.config, "max_position_embeddings", None) or 2**31)
 
     @cached_property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end a text: the tokenizer's, and those the model was made to stop at, such as the end of a turn."""
+        more = getattr(self.model.generation_config, "eos_token_id", None)
+        return frozenset({self.tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None})
+
+    @cached_property
     def head(self) -> fast.Head:
         from . import fast
 

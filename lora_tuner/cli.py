@@ -1,7 +1,7 @@
 """The command line. Each command turns options into settings, calls the library, and shows what comes back.
 
-Options that commands share are in options.py; `adapters ...` is in cli_adapters.py, `merge` to `pull` in cli_combine.py. What
-loads torch is imported inside the command that needs it.
+Options that commands share are in options.py; `adapters ...` is in cli_adapters.py, `merge` to `pull` in cli_combine.py,
+`serve` in cli_serve.py. What loads torch is imported inside the command that needs it.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import __version__, cli_combine, files
+from . import __version__, cli_combine, cli_serve, files
 from .cli_adapters import adapters_app
 from .config import NO_TEXT, Sampling, TrainConfig, resolve
 from .errors import ConfigError, GenerationError, Interrupted, LoraTunerError, reason
@@ -390,6 +390,7 @@ for command in (
     cli_combine.export,
     cli_combine.push,
     cli_combine.pull,
+    cli_serve.serve,
 ):
     app.command(cls=Strict)(command)
 app.add_typer(adapters_app, name="adapters")

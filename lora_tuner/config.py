@@ -24,6 +24,7 @@ ReadDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]  # where n
 MAX_RANK, MAX_ALPHA = 4096, 1_000_000
 MOST = 1_000_000_000  # of what is counted while training; beyond it a number is a slip
 MAX_FILE, MAX_TEXT = 1_000_000, 10_000  # characters of a file of settings, and of one of them
+SECRET = ("api_key",)  # settings whose values are never said
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # null bytes, and bytes of a command line that are no UTF-8
 NAME = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)$)[A-Za-z][A-Za-z0-9_-]{0,63}")  # not Windows' devices
 STOPS = ("epochs", "max_steps", "minutes")
@@ -263,6 +264,22 @@ class Sampling(_Settings):
         return value
 
 
+class Serving(_Settings):
+    """How the server answers: where it listens, and how much it takes on."""
+
+    host: str = _option("127.0.0.1", "The address to listen on; any but this machine's own needs --api-key.", "Serving")
+    port: int = _option(8000, "The port to listen on; 0 for any that is free.", "Serving", ge=0, le=65535)
+    api_key: str | None = _option(
+        None, "What clients must send as their API key.", "Serving", "LORA_TUNER_API_KEY, if that is set", min_length=8
+    )
+    max_batch: int = _option(64, "Answers that are written at once.", "Serving", ge=1, le=1024)
+    max_waiting: int = _option(256, "Answers that may wait; beyond that, 429.", "Serving", ge=1, le=100_000)
+    max_resident: int = _option(64, "Adapters in memory; of more, those not used for longest leave.", "Serving", ge=1)
+    max_tokens: int = _option(2048, "Tokens that a request may ask for.", "Serving", ge=1, le=MOST)
+    timeout: float = _option(300.0, "Seconds that a request may take, waiting included.", "Serving", gt=0, le=86_400)
+    log_prompts: bool = _option(False, "Write prompts and answers into the log as well.", "Serving")
+
+
 def _contradiction(text: str) -> PydanticCustomError:
     """Wrong in view of the settings before it. Said per field, so that it is reported beside the other problems."""
     return PydanticCustomError("contradiction", "{text}", {"text": text})
@@ -278,8 +295,10 @@ def _problems(error: ValidationError) -> str:
         elif problem["type"] == "extra_forbidden":
             text = "there is no such setting"
         elif where:
-            got = repr(problem["input"])
-            text = f"{text[0].lower()}{text[1:]} (got {got if len(got) <= 200 else f'{got[:200]} ...'})"
+            text = f"{text[0].lower()}{text[1:]}"
+            if where not in SECRET:
+                got = repr(problem["input"])
+                text += f" (got {got if len(got) <= 200 else f'{got[:200]} ...'})"
         lines.append(f"{where}: {text}" if where else text)
     return "; ".join(lines)
 

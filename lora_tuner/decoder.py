@@ -1,14 +1,13 @@
 """The forward pass of writing, for the commonest kinds of model on a CPU, with as little as possible between its products.
 
 To write a token takes as long as to read the weights once, if nothing else takes time; in transformers' layers a third of
-the time is other things. Here a layer is four products and a dozen small operations over a cache of fixed size. Surprise:
+the time is other things. Here a layer is four products and a dozen small operations over one block of keys and values. Surprise:
 it is a second description of what transformers knows already, so it asks the model itself, for a few tokens, and steps back
 where the figures differ. Limits: a CPU, float32 or int8, Llama's and GPT-2's kind; all else is left to transformers.
 """
 
 import copy
-import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
-from .bank import AdapterBank
+from .bank import AdapterBank, Mix, Part
 from .base_model import Base
 from .fast import full_attention
 from .lowbit import Int8Linear, times_int4, times_int8, to_int4, to_int8
@@ -41,18 +40,16 @@ class _Product:
         else:
             self.weight = parts[0].weight.T if isinstance(parts[0], Conv1D) else _joined(parts, "weight")
             self.multiply = partial(F.linear, weight=self.weight, bias=self.bias)
-        self.down: torch.Tensor | None = None  # of the adapters in use; see AdapterBank.joined
-        self.up: torch.Tensor | None = None
 
-    def __call__(self, x: torch.Tensor, rows: int) -> torch.Tensor:
-        """(tokens, in) -> (tokens, out), of `rows` texts one after another; bfloat16 where the weights are rounded."""
+    def __call__(self, x: torch.Tensor, update: Part | None = None) -> torch.Tensor:
+        """(tokens, in) -> (tokens, out), texts one after another; bfloat16 where the weights are rounded."""
         out = self.multiply(x)
-        if self.down is None or self.up is None:
+        if update is None:
             return out
-        if self.down.dim() == 3:
-            added = torch.bmm(torch.bmm(x.float().view(rows, -1, x.shape[-1]), self.down), self.up)
-            return out.add_(added.view(out.shape))
-        return out.addmm_(x @ self.down, self.up) if self.exact else out.add_((x.float() @ self.down) @ self.up)
+        down, up, own = update
+        if own is not None:
+            return own.add(out, x, down, up)
+        return out.addmm_(x @ down, up) if self.exact else out.add_((x.float() @ down) @ up)
 
     def draft(self, *, int4: bool = True) -> "_Product":
         """The same with int4 weights, or int8 for sizes that have no int4, and where it is not wanted."""
@@ -90,18 +87,62 @@ class _Layer:
 
 
 class Cache:
-    """Keys and values of `rows` texts, with room for `length` tokens each; `padding` (rows,) are on the left of each."""
+    """Keys and values of `rows` texts. All end in the same column; what is shorter begins later, after `padding` columns."""
 
     def __init__(self, decoder: "Decoder", rows: int, length: int, padding: Sequence[int]) -> None:
-        shape = len(decoder.layers), 2, rows, decoder.key_heads, length, decoder.size
-        self.entries = torch.empty(shape)
+        self.decoder = decoder
+        self.entries = decoder.entries(rows, length)
+        self.padding = list(padding)
         self.used = 0
-        self.padding = torch.tensor(padding) if any(padding) else None
-        self.turns = decoder.turns(length)
+
+    @property
+    def first(self) -> int:
+        """The column in which the longest text begins."""
+        return min(self.padding)
+
+    def make_room(self, count: int, rows: int = 0) -> None:
+        """So that `count` columns more, and so many rows more, can be written."""
+        rows, length = rows + len(self.padding), self.used - self.first + count
+        _, _, has_rows, _, has_length, _ = self.entries.shape
+        if rows <= has_rows and self.used + count <= has_length:
+            return
+        old, first, used = self.entries, self.first, self.used
+        if rows > has_rows or length > has_length:  # with room for some more, so that this is rare
+            self.entries = self.decoder.entries(rows + rows // 4, length + length // 4)
+        kept = old[:, :, : len(self.padding), :, first:used]
+        if self.entries is old:
+            kept = kept.clone()
+        self.entries[:, :, : len(self.padding), :, : used - first] = kept
+        self.used, self.padding = used - first, [padding - first for padding in self.padding]
+
+    def join(self, other: "Cache") -> None:
+        """Take in the rows of another cache, after those that are here."""
+        here, new = len(self.padding), len(other.padding)
+        self.make_room(max(other.used - other.first - (self.used - self.first), 0), new)
+        shift = max(other.used - other.first - self.used, 0)  # to the right, where the new ones are longer
+        if shift:
+            moved = self.entries[:, :, :here, :, : self.used].clone()
+            self.entries[:, :, :here, :, shift : self.used + shift] = moved
+            self.entries[:, :, :here, :, :shift] = 0
+            self.used, self.padding = self.used + shift, [padding + shift for padding in self.padding]
+        start = self.used - (other.used - other.first)
+        lines = self.entries[:, :, here : here + new]
+        lines[..., :start, :] = 0  # what is masked must be numbers all the same
+        lines[..., start : self.used, :] = other.entries[:, :, :new, :, other.first : other.used]
+        self.padding += [padding - other.first + start for padding in other.padding]
+
+    def keep(self, lines: Sequence[int]) -> None:
+        """Row i is what row `lines[i]` was; rows that are not named go. Rows may move to the front alone."""
+        for place, line in enumerate(lines):
+            if place != line:
+                self.entries[:, :, place, :, : self.used] = self.entries[:, :, line, :, : self.used]
+        self.padding = [self.padding[line] for line in lines]
 
 
 class Decoder:
     """Another way through the layers of a base. `step` takes tokens and gives logits, as the model does."""
+
+    in_pieces = True  # a prompt may be read in several passes
 
     def __init__(self, base: Base) -> None:
         model = base.model
@@ -111,7 +152,7 @@ class Decoder:
         self.key_heads = getattr(config, "num_key_value_heads", self.heads)
         self.size = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.head = _Product({"head": model.get_output_embeddings()})
-        self.in_use: list[Any] = [None]  # the adapters of a batch's rows, as the bank holds them
+        self.table = torch.empty(0)
         # A float32 product of four rows takes half as long again as one of three; of int8 hardly longer.
         self.guesses = 3 if self.head.int8 else 2
 
@@ -179,46 +220,49 @@ class Decoder:
         ]
         return other
 
-    def use(self, bank: AdapterBank, rows: Sequence[str | None]) -> None:
-        """Put row i of each batch through the adapter `rows[i]`, or the plain base. Raises MixedBatchError for DoRA."""
-        wanted = [bank.updates[name] if name is not None else None for name in rows]
-        if len(wanted) == len(self.in_use) and all(map(operator.is_, wanted, self.in_use)):
-            return
-        self.in_use = [{}]  # of a call that raises, nothing is in use
-        for layer in self.layers:
-            for it in (layer.attention, layer.out, layer.up, layer.down):
-                it.down, it.up = bank.joined(it.names, rows)
-        self.in_use = wanted
+    def mix(self, bank: AdapterBank) -> Mix:
+        """Room for the updates of a batch's rows, as `step` takes them."""
+        return Mix(
+            bank, [it.names for layer in self.layers for it in (layer.attention, layer.out, layer.up, layer.down)]
+        )
 
-    def rest(self, bank: AdapterBank) -> None:
-        """Hold on to no adapter."""
-        self.use(bank, [None])
-        if (draft := vars(self).get("draft")) is not None:  # if it has been made
-            draft.use(bank, [None])
+    def cache(self, rows: int, length: int, padding: Sequence[int]) -> Cache:
+        return Cache(self, rows, length, padding)
+
+    def entries(self, rows: int, length: int) -> torch.Tensor:
+        return torch.empty(len(self.layers), 2, rows, self.key_heads, length, self.size)
 
     def turns(self, length: int) -> torch.Tensor | None:
         """(length, size / 2) complex: by how much each place turns a pair of a head's numbers. None without rotation."""
         if not self.llama:
             return None
-        cos, sin = self.rotary(torch.empty(1), torch.arange(length)[None])
-        half = self.size // 2
-        return torch.complex(cos[0, :, :half].float(), sin[0, :, :half].float())
+        if len(self.table) < length:
+            cos, sin = self.rotary(torch.empty(1), torch.arange(2 * length)[None])
+            half = self.size // 2
+            self.table = torch.complex(cos[0, :, :half].float(), sin[0, :, :half].float())
+        return self.table
 
-    def step(self, ids: torch.Tensor, cache: Cache, *, last: bool = False) -> torch.Tensor:
+    def step(self, ids: torch.Tensor, cache: Cache, mix: Mix | None = None, *, last: bool = False) -> torch.Tensor:
         """(rows, new tokens) -> logits (rows, new tokens, vocabulary), or with `last` those of the last token alone, (rows, 1,
         vocabulary). The cache grows by them."""
         rows, count = ids.shape
-        start, end = cache.used, cache.used + count
+        cache.make_room(count)
+        first, start, end = cache.first, cache.used, cache.used + count
         places, mask = _places(cache, start, end)
+        table = self.turns(end - first)
+        updates: Iterator[Part | None] = iter(mix.parts if mix is not None else [None] * 4 * len(self.layers))
         causal = mask is None and count > 1
         hidden = self.embed(ids)
         if not self.llama:
             hidden = hidden + self.places[places]
         hidden = hidden.view(-1, hidden.shape[-1])
-        turns = cache.turns[places].unsqueeze(-2) if cache.turns is not None else None  # ([rows,] new tokens, 1, half)
-        new, known = cache.entries[..., start:end, :].unbind(), cache.entries[..., :end, :].unbind()
+        turns = table[places].unsqueeze(-2) if table is not None else None  # ([rows,] new tokens, 1, half)
+        new, known = (
+            cache.entries[:, :, :rows, :, start:end].unbind(),
+            cache.entries[:, :, :rows, :, first:end].unbind(),
+        )
         for layer, (new_keys, new_values), (keys, values) in zip(self.layers, new, known, strict=True):
-            heads = layer.attention(layer.before_attention(hidden), rows).view(rows, count, -1, self.size)
+            heads = layer.attention(layer.before_attention(hidden), next(updates)).view(rows, count, -1, self.size)
             query, key, value = heads.split([self.heads, self.key_heads, self.key_heads], 2)
             if turns is not None:
                 both = _turn(heads[:, :, : -self.key_heads], turns)
@@ -229,18 +273,18 @@ class Decoder:
             attended = F.scaled_dot_product_attention(
                 query.float(), keys, values, mask, is_causal=causal, enable_gqa=self.heads != self.key_heads
             )
-            hidden = hidden + layer.out(attended.transpose(1, 2).reshape(len(hidden), -1), rows)
-            inner = layer.up(layer.before_mlp(hidden), rows)
+            hidden = hidden + layer.out(attended.transpose(1, 2).reshape(len(hidden), -1), next(updates))
+            inner = layer.up(layer.before_mlp(hidden), next(updates))
             if self.llama:
                 gate, up = inner.chunk(2, -1)
                 inner = F.silu(gate).mul_(up)
             else:
                 inner = self.activation(inner)
-            hidden = hidden + layer.down(inner, rows)
+            hidden = hidden + layer.down(inner, next(updates))
         cache.used = end
         if last:
             hidden = hidden.view(rows, count, -1)[:, -1]
-        logits: torch.Tensor = self.head(self.norm(hidden), rows).view(rows, len(hidden) // rows, -1)
+        logits: torch.Tensor = self.head(self.norm(hidden)).view(rows, len(hidden) // rows, -1)
         return logits
 
 
@@ -269,14 +313,16 @@ def _turn(heads: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
 
 
 def _places(cache: Cache, start: int, end: int) -> tuple[Any, torch.Tensor | None]:
-    """The places of the new tokens in their texts, and which of all tokens each may look at (True); None where that is all
-    before it, the first tokens included."""
-    now = torch.arange(start, end)
-    mask = None if end - start == 1 else torch.arange(end) <= now[:, None]
-    if cache.padding is None:
-        return slice(start, end), mask if start else None
-    real = torch.arange(end) >= cache.padding[:, None, None]  # (rows, 1, all)
+    """The places of the new tokens in their texts, and which of the columns from the first on each may look at (True); None
+    where that is all before it, the first tokens included."""
+    first = cache.first
+    now, known = torch.arange(start, end), torch.arange(first, end)
+    mask = None if end - start == 1 else known <= now[:, None]
+    if max(cache.padding) == first:
+        return slice(start - first, end - first), mask if start > first else None
+    padding = torch.tensor(cache.padding)
+    real = known >= padding[:, None, None]  # (rows, 1, all)
     mask = real if mask is None else real & mask
     # A row's padding may look at itself, for to look at nothing gives no numbers.
-    mask = mask | (torch.arange(end) == now[:, None])
-    return (now - cache.padding[:, None]).clamp(min=0), mask[:, None]
+    mask = mask | (known == now[:, None])
+    return (now - padding[:, None]).clamp(min=0), mask[:, None]

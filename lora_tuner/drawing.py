@@ -28,10 +28,14 @@ def steps(sampling: Sampling, seed: int | None) -> LogitsProcessorList:
     return chain
 
 
+FIRST = 256  # of the likeliest tokens that are looked at first; most often they make up the share
+
+
 class Likeliest(LogitsProcessor):
     """Leaves the `top_k` likeliest tokens (0: all), and of these the fewest that make up the share `top_p`; at least one.
 
-    transformers' own, one after the other, sort the whole vocabulary for the second, which takes as long as a small layer.
+    transformers' own, one after the other, sort the whole vocabulary for the second, which takes as long as a small layer; here
+    that is done only where the first few do not make up the share.
     """
 
     def __init__(self, top_k: int, top_p: float) -> None:
@@ -39,14 +43,21 @@ class Likeliest(LogitsProcessor):
         self.top_p = top_p
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        vocabulary = scores.shape[-1]
         if not self.top_k and self.top_p == 1:
             return scores
-        found, places = scores.topk(min(self.top_k or vocabulary, vocabulary))  # the likeliest first
-        left = found.softmax(-1).flip(-1).cumsum(-1).flip(-1)  # the share of each and all less likely
-        left[:, 0] = 1
-        found = found.masked_fill(left <= 1 - self.top_p, -torch.inf)
+        found, places, left = self._first(scores, self.top_k or FIRST)
+        if not self.top_k and bool((left[:, -1] > 1 - self.top_p).any()):  # more than these make up the share
+            found, places, left = self._first(scores, scores.shape[-1])
+        beyond = left <= 1 - self.top_p
+        beyond[:, 0] = False
+        found = found.masked_fill(beyond, -torch.inf)
         return torch.full_like(scores, -torch.inf).scatter_(-1, places, found)
+
+    def _first(self, scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """So many of the likeliest, their places, and for each the share that it and all less likely ones have."""
+        found, places = scores.topk(min(count, scores.shape[-1]))
+        shares = (found - (found if self.top_k else scores).logsumexp(-1, keepdim=True)).double().exp()
+        return found, places, 1 - (shares.cumsum(-1) - shares)
 
 
 class Draw(LogitsProcessor):
@@ -61,5 +72,5 @@ class Draw(LogitsProcessor):
         if place not in self.waiting:  # a place may be asked for again, after a guess
             drawn = torch.empty(scores.shape).exponential_(generator=self.generator)
             self.waiting[place] = drawn.clamp_(min=torch.finfo(torch.float32).tiny).log_()
-            self.waiting.pop(place - 16, None)  # further back than any guess
+            self.waiting.pop(place - 4, None)  # further back than any guess
         return scores.float() - self.waiting[place].to(scores.device)

@@ -6,11 +6,17 @@
     ├── DataError              the text cannot be read, or nothing usable is in it
     ├── BaseModelError         the base model cannot be found or used
     ├── AdapterError           an adapter folder is missing, broken, or its name is taken
-    │   └── WrongBaseError     the adapter was trained on another base model
+    │   ├── WrongBaseError     the adapter was trained on another base model
+    │   └── UnknownModelError  a request names a model that is not served
     ├── TrainingError          a run cannot start, go on, or be resumed
     │   └── DivergedError      the loss or a gradient is not finite any more
     └── GenerationError        a prompt or a sampling setting cannot be answered
-        └── MixedBatchError    a base on which different adapters cannot share a batch
+        ├── MixedBatchError    a base on which different adapters cannot share a batch
+        ├── TooLongError       a prompt leaves no room for what is to follow
+        ├── RequestError       a request asks for more than the server gives
+        ├── BusyError          too many requests wait already
+        ├── LateError          a request took longer than it may
+        └── ClosedError        the server is stopping
 
 `Interrupted` stands apart: nothing is wrong, the user (or the system) asked the run to stop and its work is saved.
 Messages are complete sentences for people: what is wrong, where, and what to do.
@@ -43,6 +49,9 @@ class AdapterError(LoraTunerError): ...
 class WrongBaseError(AdapterError): ...
 
 
+class UnknownModelError(AdapterError): ...
+
+
 class TrainingError(LoraTunerError): ...
 
 
@@ -53,6 +62,31 @@ class GenerationError(LoraTunerError): ...
 
 
 class MixedBatchError(GenerationError): ...
+
+
+class TooLongError(GenerationError): ...
+
+
+class RequestError(GenerationError):
+    """`param` is the field of the request that is at fault."""
+
+    def __init__(self, text: str, param: str) -> None:
+        super().__init__(text)
+        self.param = param
+
+
+class BusyError(GenerationError):
+    """After `seconds` there may be room."""
+
+    def __init__(self, text: str, seconds: int) -> None:
+        super().__init__(text)
+        self.seconds = seconds
+
+
+class LateError(GenerationError): ...
+
+
+class ClosedError(GenerationError): ...
 
 
 class Interrupted(Exception):  # noqa: N818 - it is not an error

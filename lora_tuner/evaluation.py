@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -28,6 +28,18 @@ from .manifest import Result
 from .store import Adapter
 
 BATCH_TOKENS_CPU, BATCH_TOKENS_GPU = 512, 8192  # positions computed at once; only speed and memory depend on it
+Found = TypeVar("Found")
+
+
+class Turn(Protocol):
+    """Does a piece of work on the base, when nothing else is done with it: between two pieces others may have theirs."""
+
+    def __call__(self, work: Callable[[], Found], /) -> Found: ...
+
+
+def at_once(work: Callable[[], Found], /) -> Found:
+    """The turn of who has the base alone."""
+    return work()
 
 
 @dataclass(frozen=True)
@@ -55,26 +67,43 @@ def measure(
     *,
     batch_tokens: int | None = None,
     stage: str = "held-out loss",
+    within: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    turn: Turn = at_once,
 ) -> HeldOut:
-    """The loss of `model`, which is `base.model` or that with an adapter, on rows of tokens. Leaves its mode as it was."""
+    """The loss of `model`, which is `base.model` or that with an adapter, on rows of tokens. Leaves its mode as it was.
+
+    Each batch is a turn of its own, and is read `within` what is to hold for it alone.
+    """
     nll, predictions = [0.0] * len(rows), [len(row) - 1 for row in rows]
     batch_tokens = batch_tokens or (BATCH_TOKENS_CPU if base.device.type == "cpu" else BATCH_TOKENS_GPU)
-    done, training = 0, model.training
+    done = 0
+    for batch in _batches(rows, batch_tokens):
+        each = turn(partial(_nll, model, base, [rows[index] for index in batch], within))
+        for index, value in zip(batch, each, strict=True):
+            nll[index] = value
+        done += len(batch)
+        notify(Progress(stage, done, len(rows)))
+    return HeldOut(nll, predictions)
+
+
+def _nll(
+    model: Any,
+    base: Base,
+    rows: Sequence[tokens.Row],
+    within: Callable[[], contextlib.AbstractContextManager[None]],
+) -> list[float]:
+    """Of each row, all read as one batch."""
+    training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), base.head.left_out():
-            for batch in _batches(rows, batch_tokens):
-                inputs = tokens.collate([[rows[index]] for index in batch], base.tokenizer.pad_token_id)
-                labels = inputs.pop("labels").to(base.device)
-                output = model(**{name: tensor.to(base.device) for name, tensor in inputs.items()}, use_cache=False)
-                each = base.head.nll(output.logits, labels).cpu().double().sum(1).tolist()
-                for index, value in zip(batch, each, strict=True):
-                    nll[index] = value
-                done += len(batch)
-                notify(Progress(stage, done, len(rows)))
+        with torch.inference_mode(), base.head.left_out(), within():
+            inputs = tokens.collate([[row] for row in rows], base.tokenizer.pad_token_id)
+            labels = inputs.pop("labels").to(base.device)
+            output = model(**{name: tensor.to(base.device) for name, tensor in inputs.items()}, use_cache=False)
+            each: list[float] = base.head.nll(output.logits, labels).cpu().double().sum(1).tolist()
+            return each
     finally:
         model.train(training)
-    return HeldOut(nll, predictions)
 
 
 def _batches(rows: Sequence[tokens.Row], batch_tokens: int) -> Iterator[list[int]]:
@@ -86,12 +115,13 @@ def _batches(rows: Sequence[tokens.Row], batch_tokens: int) -> Iterator[list[int
         order = order[size:]
 
 
-def measure_base(base: Base, rows: Sequence[tokens.Row], notify: Listener = ignore) -> HeldOut:
+def measure_base(base: Base, rows: Sequence[tokens.Row], notify: Listener = ignore, turn: Turn = at_once) -> HeldOut:
     """`measure` on the plain base, kept in the user's cache: it costs as much as the adapter's and never changes.
 
     Raises BaseModelError when that is no number.
     """
-    held = _once(base, rows, None, lambda: measure(base.model, base, rows, notify, stage="held-out loss of the base"))
+    now = partial(measure, base.model, base, rows, notify, stage="held-out loss of the base", turn=turn)
+    held = _once(base, rows, None, now)
     if not math.isfinite(held.loss):
         raise BaseModelError(
             f"{base.source.name} has a held-out loss of {held.loss} in {str(base.dtype).removeprefix('torch.')}: its weights are "
@@ -100,8 +130,9 @@ def measure_base(base: Base, rows: Sequence[tokens.Row], notify: Listener = igno
     return held
 
 
-def _once(base: Base, rows: Sequence[tokens.Row], adapter: Adapter | None, now: Callable[[], HeldOut]) -> HeldOut:
-    """What was measured before for these weights, settings and rows, from the user's cache; else it is measured now."""
+def _once(base: Base, rows: Sequence[tokens.Row], adapter: Any, now: Callable[[], HeldOut]) -> HeldOut:
+    """What was measured before for these rows and this `adapter` (its hash and settings, None for the base), from the user's
+    cache; else it is measured now."""
     facts: list[Any] = [
         base.source.fingerprint,
         base.tokenizer_hash,
@@ -111,9 +142,7 @@ def _once(base: Base, rows: Sequence[tokens.Row], adapter: Adapter | None, now: 
         [row.tolist() for row in rows],
     ]
     if adapter is not None:
-        # In the order that they have: of a pattern's keys the first that matches counts.
-        settings = [adapter.config.get(key) for key in store.SCALES]
-        facts.append([files.sha256_file(adapter.path / store.WEIGHTS), settings])
+        facts.append(adapter)
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     path = files.cache_dir() / "losses" / f"{key}.json"
     # No cache, or a broken one: measure again.
@@ -225,18 +254,41 @@ def evaluate(
     Price: one pass over the rows for each cell, and one for the base; what was measured once is kept in the user's cache.
     `eval_rows` takes the first so many of each set. Raises AdapterError when the adapters do not share one base.
     """
-    check_distinct(adapters)
-    sets = ready([kept_rows(adapter) for adapter in adapters] if sets is None else sets, eval_rows)
-    if all(it.missing for it in sets):
-        reasons = "; ".join(f"{it.name}: {it.missing}" for it in sets)
-        raise AdapterError(f"There is nothing to measure on. {reasons}. Name data with --eval-dataset.")
+    sets = _measurable(adapters, sets, eval_rows)
     opened = lora.open_base(adapters[0], base, revision, device=device, dtype=dtype, notify=notify)
+    return evaluate_on(opened, adapters, sets, force=force, notify=notify)
+
+
+def evaluate_on(
+    base: Base,
+    adapters: Sequence[Adapter],
+    sets: Sequence[RowSet] | None = None,
+    *,
+    eval_rows: int | None = None,
+    force: bool = False,
+    notify: Listener = ignore,
+    turn: Turn = at_once,
+) -> GainMatrix:
+    """`evaluate` on a base that is in memory. Who uses it for something else as well gives the `turn` that parts the two."""
+    sets = _measurable(adapters, sets, eval_rows)
     for adapter in adapters:
-        lora.check_base(adapter, opened, force=force, notify=notify)
+        lora.check_base(adapter, base, force=force, notify=notify)
     say_what_counts(adapters, notify)
-    measured = losses(opened, {it.name: it for it in adapters}, sets, notify)
+    measured = losses(base, {it.name: it for it in adapters}, sets, notify, turn)
     cells = [[compare(*pair) if pair else None for pair in line] for line in measured]
-    return GainMatrix(opened.source.name, [adapter.name for adapter in adapters], sets, cells)
+    return GainMatrix(base.source.name, [adapter.name for adapter in adapters], sets, cells)
+
+
+def _measurable(
+    adapters: Sequence[Adapter], sets: Sequence[RowSet] | None, eval_rows: int | None = None
+) -> list[RowSet]:
+    """The sets as they are measured. Raises AdapterError where there is nothing in any of them."""
+    check_distinct(adapters)
+    found = ready([kept_rows(adapter) for adapter in adapters] if sets is None else sets, eval_rows)
+    if all(it.missing for it in found):
+        reasons = "; ".join(f"{it.name}: {it.missing}" for it in found)
+        raise AdapterError(f"There is nothing to measure on. {reasons}. Name data with --eval-dataset.")
+    return found
 
 
 def ready(sets: Sequence[RowSet], eval_rows: int | None = None) -> list[RowSet]:
@@ -257,30 +309,45 @@ def say_what_counts(adapters: Sequence[Adapter], notify: Listener) -> None:
         )
 
 
+def _identity(adapter: Adapter) -> Any:
+    """The hash of the weights that lie there now, and the settings that scale them."""
+    try:
+        digest = files.sha256_file(adapter.path / store.WEIGHTS)
+    except OSError as error:
+        raise AdapterError(f"{adapter.path / store.WEIGHTS} cannot be read: {error.strerror}.") from error
+    # In the order that they have: of a pattern's keys the first that matches counts.
+    return [digest, [adapter.config.get(key) for key in store.SCALES]]
+
+
 def losses(
-    base: Base, adapters: Mapping[str, Adapter], sets: Sequence[RowSet], notify: Listener = ignore
+    base: Base,
+    adapters: Mapping[str, Adapter],
+    sets: Sequence[RowSet],
+    notify: Listener = ignore,
+    turn: Turn = at_once,
 ) -> list[list[tuple[HeldOut, HeldOut] | None]]:
     """For each adapter, by what it is called, and each set: the loss of the base and that with the adapter; None where there
     are no rows."""
-    encoded = [encode_held_out(base, rows.texts) for rows in sets]
-    bases = [measure_base(base, rows, notify) if rows else None for rows in encoded]
+    encoded = [turn(partial(encode_held_out, base, rows.texts)) for rows in sets]
+    bases = [measure_base(base, rows, notify, turn) if rows else None for rows in encoded]
     bank = AdapterBank(base)
     found: list[list[tuple[HeldOut, HeldOut] | None]] = []
     for number, (name, adapter) in enumerate(adapters.items(), 1):
-        bank.add(name, adapter)
+        identity = _identity(adapter)
+        within = partial(bank.applied, bank.hooks([bank.read(adapter)]))
+        if _identity(adapter) != identity:
+            raise AdapterError(f"{name} was replaced while it was read: measure it again.")
         line: list[tuple[HeldOut, HeldOut] | None] = []
         for rows, of_base, it in zip(encoded, bases, sets, strict=True):
             stage = f"{name} on {it.name} (adapter {number} of {len(adapters)})"
-            with bank.applied([name]):
-                now = partial(measure, base.model, base, rows, notify, stage=stage)
-                measured = (of_base, _once(base, rows, adapter, now)) if of_base is not None else None
+            now = partial(measure, base.model, base, rows, notify, stage=stage, within=within, turn=turn)
+            measured = (of_base, _once(base, rows, identity, now)) if of_base is not None else None
             if measured and not math.isfinite(measured[1].loss):
                 raise AdapterError(
                     f"{name} has a held-out loss of {measured[1].loss} on {it.name}: its numbers are too large for this base. "
                     "Train it with a lower --learning-rate, or leave it out."
                 )
             line.append(measured)
-        bank.remove(name)
         found.append(line)
     return found
 

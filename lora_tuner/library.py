@@ -33,7 +33,9 @@ class Library:
         """Of what lies in the library and could be an adapter by its name. Raises AdapterError where it is no folder."""
         if os.path.lexists(self.path) and not self.path.is_dir():
             raise AdapterError(f"{self.path} is no folder, so no adapters are in it: choose another --adapters-dir.")
-        if not self.path.is_dir():
+        try:
+            self.path.stat()
+        except (FileNotFoundError, NotADirectoryError):
             return []
         files.recover(self.path)
         return sorted(entry.name for entry in self.path.iterdir() if entry.is_dir() and NAME.fullmatch(entry.name))

@@ -70,8 +70,7 @@ def look_with_peft(base: Base, adapter: Adapter, rows: Sequence[tokens.Row], not
 
 def look_with(base: Base, adapter: Adapter, rows: Sequence[tokens.Row], notify: Listener) -> Look:
     bank = AdapterBank(base)
-    bank.add(adapter.name, adapter)
-    with bank.applied([adapter.name]):
+    with bank.applied(bank.hooks([bank.read(adapter)])):
         found = look(base.model, rows, notify, "the adapter beside its base")
     if not found.logits.isfinite().all():
         raise AdapterError(f"{adapter.path} gives logits that are not finite: its numbers are too large for this base.")

@@ -3,10 +3,11 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from . import portable
-from .config import HELD_OUT_LENGTH
+from .config import HELD_OUT_LENGTH, MOST
+from .errors import AdapterError
 from .files import shown
 from .manifest import BaseFacts, DataFacts, Manifest, RunFacts
 from .store import PLOT, SPECTRUM, Adapter
@@ -14,13 +15,29 @@ from .store import PLOT, SPECTRUM, Adapter
 if TYPE_CHECKING:
     from .evaluation import GainMatrix
 
+MAX_METRICS = 50_000_000  # bytes of a curve
+
 
 def write_metrics(history: Sequence[dict[str, Any]], path: Path) -> None:
     """One JSON object a line, as the trainer logged them: `step` with `loss`, or with `eval_loss`."""
     path.write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
 
 
-def plot_loss(history: Sequence[dict[str, Any]], manifest: Manifest, path: Path) -> None:
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The steps and losses of what `write_metrics` wrote. Raises AdapterError for what nobody could draw, whosever it is."""
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_METRICS:  # a pipe would never end
+            raise ValueError("it is missing, or too large to be one")
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found = [{key: float(entry[key]) for key in ("step", "loss", "eval_loss") if key in entry} for entry in entries]
+        if not all("step" in entry and all(0 <= value <= MOST for value in entry.values()) for entry in found):
+            raise ValueError("a step or a loss is no number that can be drawn")
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise AdapterError(f"{path} holds no curve: {error}.") from error
+    return found
+
+
+def plot_loss(history: Sequence[dict[str, Any]], manifest: Manifest, to: Path | IO[bytes]) -> None:
     """Training loss over steps, each step and smoothed, with the held-out losses."""
     from matplotlib.figure import Figure
 
@@ -43,11 +60,11 @@ def plot_loss(history: Sequence[dict[str, Any]], manifest: Manifest, path: Path)
         axes.plot(*zip(*sorted(held_out.items()), strict=True), "o-", color="tab:orange", label="held out")
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     # A "$" in a file's name is no formula.
-    axes.set_title(f"{shown(manifest.data.name)} on {shown(manifest.base.name)}", parse_math=False)
+    axes.set_title(f"{shown(manifest.data.name)[:60]} on {shown(manifest.base.name)[:60]}", parse_math=False)
     if steps or held_out:
         axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, metadata={"Software": None})
+    figure.savefig(to, metadata={"Software": None})
 
 
 def plot_gains(matrix: "GainMatrix", path: Path) -> None:
@@ -79,9 +96,9 @@ def plot_gains(matrix: "GainMatrix", path: Path) -> None:
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
-def plot_spectra(spectra: Mapping[str, Any], ranks: Mapping[str, int], path: Path) -> None:
+def plot_spectra(spectra: Mapping[str, Any], ranks: Mapping[str, int], to: Path | IO[bytes]) -> None:
     """The squared singular values of each layer's update, as shares of their sum, largest first; a kind of layer a colour, and
-    a dot where the layer was cut. `spectra` holds (rank,) of each layer."""
+    a dot where the layer was cut, if it was. `spectra` holds (rank,) of each layer."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -94,34 +111,29 @@ def plot_spectra(spectra: Mapping[str, Any], ranks: Mapping[str, int], path: Pat
         kind, shares = module.rpartition(".")[2], (squares / squares.sum()).tolist()
         label = None if kind in named else kind
         axes.plot(range(1, len(shares) + 1), shares, color=colours[kind], label=label, linewidth=0.7, alpha=0.6)
-        axes.plot(ranks[module], shares[ranks[module] - 1], "o", markersize=2.5, color=colours[kind])
+        if module in ranks:
+            axes.plot(ranks[module], shares[ranks[module] - 1], "o", markersize=2.5, color=colours[kind])
         named.add(kind)
     axes.set(xlabel="singular value", ylabel="share of the layer's energy", yscale="log")
-    axes.set_title("Spectra of the updates; a dot is where a layer is cut")
+    axes.set_title("Spectra of the updates" + ("; a dot is where a layer is cut" if ranks else ""))
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, metadata={"Software": None})
+    figure.savefig(to, metadata={"Software": None})
 
 
-def model_card(adapter: Adapter, name: str) -> str:
-    """The README.md of an adapter: Hub metadata, then what it is, how well it does, and how to load it."""
-    from huggingface_hub import ModelCardData
-
+def facts(adapter: Adapter) -> list[tuple[str, str]]:
+    """What people want to know of an adapter, as name and text. The text may be a stranger's."""
     manifest = adapter.manifest
-    assert manifest is not None
-    data, run, result = manifest.data, manifest.run, manifest.result
-    metadata = ModelCardData(
-        base_model=_hub_id(manifest.base),
-        datasets=["stanfordnlp/imdb"] if data and data.name == "imdb" else None,
-        library_name="peft",
-        pipeline_tag="text-generation",
-        tags=["lora", "lora_tuner"],
-    )
-    base = _plain(shown(manifest.base.name))
+    about = f"{shown(manifest.base.name)} ({manifest.base.weights})" if manifest else adapter.base or "not named"
     rows = [
-        ("Base", f"{base} ({manifest.base.weights})"),
+        ("Base", about),
         ("Update", f"LoRA, {_ranks(adapter)}, {_alphas(adapter)}, on {', '.join(adapter.targets)}"),
         ("Size", f"{adapter.parameters:,} parameters, {adapter.bytes / 1e6:.1f} MB"),
+    ]
+    if manifest is None:
+        return [*rows, ("Made", "by another tool: it has no manifest")]
+    data, run, result = manifest.data, manifest.run, manifest.result
+    rows += [
         ("Made from", ", ".join(f"{parent.name} ({parent.sha256[:12]})" for parent in manifest.parents)),
         ("Made by", f"`{manifest.made_by}`" if manifest.made_by else ""),
         *(_of_data(data) if data else []),
@@ -133,7 +145,25 @@ def model_card(adapter: Adapter, name: str) -> str:
             ("Gain", f"{result.gain:.4f} ± {result.standard_error:.4f} (standard error, {result.rows} rows, paired)"),
             ("Perplexity", "{1:.2f}; the base has {0:.2f}".format(*result.perplexities)),
         ]
-    table = "\n".join("| {} | {} |".format(key, _plain(value).replace("|", "\\|")) for key, value in rows if value)
+    return [(key, value) for key, value in rows if value]
+
+
+def model_card(adapter: Adapter, name: str) -> str:
+    """The README.md of an adapter: Hub metadata, then what it is, how well it does, and how to load it."""
+    from huggingface_hub import ModelCardData
+
+    manifest = adapter.manifest
+    assert manifest is not None
+    data, run = manifest.data, manifest.run
+    metadata = ModelCardData(
+        base_model=_hub_id(manifest.base),
+        datasets=["stanfordnlp/imdb"] if data and data.name == "imdb" else None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", "lora_tuner"],
+    )
+    base = _plain(shown(manifest.base.name))
+    table = "\n".join("| {} | {} |".format(key, _plain(value).replace("|", "\\|")) for key, value in facts(adapter))
     return f"""---
 {metadata.to_yaml().strip()}
 ---

@@ -11,6 +11,20 @@ from lora_tuner import Adapter, TrainConfig, train
 
 from . import tiny
 
+LONGEST = (
+    "test_end_to_end.py",
+    "test_playground.py",
+    "test_training.py",
+    "test_combine.py",
+    "test_hub.py",
+    "test_export.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first: several processes share the files, and none should be left with one alone."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:

@@ -222,8 +222,10 @@ def test_a_blend_of_one_at_full_weight_equals_it(make, library, model_folder, va
     torch.testing.assert_close(peft_logits(model_folder, made), peft_logits(model_folder, one), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("first", "second"), [("plain", "rslora"), ("patterns", "few layers"), ("rslora", "patterns")])
-@pytest.mark.parametrize("weights", [(1, 1), (0.7, -0.3)])
+@pytest.mark.parametrize(
+    ("first", "second", "weights"),
+    [("plain", "rslora", (1, 1)), ("patterns", "few layers", (0.7, -0.3)), ("rslora", "patterns", (0.7, -0.3))],
+)
 def test_a_blend_is_the_weighted_sum_of_the_deltas(make, library, model_folder, first, second, weights):
     parts = list(zip((make("one", first), make("two", second)), weights, strict=True))
     blended = blend(parts, "mixed", library, base=str(model_folder))

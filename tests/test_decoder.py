@@ -107,6 +107,8 @@ def test_what_it_does_not_know_is_left_to_transformers(tmp_path, base, model_fol
     assert Decoder.of(base) is not None
     assert Decoder.of(load_base(find_base(str(model_folder)), "cpu", "bfloat16")) is None
     assert Decoder.of(load_base(find_base(str(save_opt(tmp_path / "opt"))), "cpu", "float32")) is None
-    monkeypatch.setattr(Decoder, "step", lambda self, ids, cache, last=False: torch.zeros(1, ids.shape[1], 320))
+    monkeypatch.setattr(
+        Decoder, "step", lambda self, ids, cache, mix=None, last=False: torch.zeros(1, ids.shape[1], 320)
+    )
     assert Decoder.of(base) is None  # other figures
     assert Generator(base=str(model_folder), device="cpu").generate("so", Sampling(max_new_tokens=2)).tokens <= 2

@@ -13,14 +13,22 @@ import yaml
 from lora_tuner.cli import app
 from lora_tuner.config import TrainConfig, to_yaml
 
-from . import tiny
+from . import serving, tiny
 from .hub import Hub
 from .reference import reference
 from .test_hub import repos  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "adapters/README.md"]
-PAGES += ["docs/measuring.md", "docs/other-tools.md", "docs/reliability.md", "SECURITY.md", "benchmarks/RESULTS.md"]
+PAGES += [
+    "docs/measuring.md",
+    "docs/other-tools.md",
+    "docs/reliability.md",
+    "docs/scale.md",
+    "docs/serving.md",
+    "SECURITY.md",
+    "benchmarks/RESULTS.md",
+]
 
 
 def text(page):
@@ -59,7 +67,7 @@ def test_the_readme_has_commands():
 
 
 def test_the_python_example_of_the_readme_runs(repos, tmp_path):  # noqa: F811
-    (example,) = re.findall(r"```python\n(.*?)```", text("README.md"), re.DOTALL)
+    (example,) = re.findall(r"```python\n(from lora_tuner .*?)```", text("README.md"), re.DOTALL)
     (tmp_path / "reviews.csv").write_text("text\n" + "\n".join(tiny.reviews(60)))
     with Hub(repos) as hub:
         env = hub.env(tmp_path / "home") | {"LORA_TUNER_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
@@ -69,6 +77,14 @@ def test_the_python_example_of_the_readme_runs(repos, tmp_path):  # noqa: F811
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "['noir']"
     assert float(done.stdout.splitlines()[0]) > 0
+
+
+def test_the_openai_example_of_the_readme_runs(gpt2, tmp_path, capsys):
+    (example,) = re.findall(r"```python\n(from openai .*?)```", text("README.md"), re.DOTALL)
+    serving.write_adapter(tmp_path / "adapters", "praise", gpt2, 0)
+    with serving.serving(gpt2, tmp_path / "adapters") as served:
+        exec(example.replace("http://localhost:8000", served.url))
+    assert capsys.readouterr().out == serving.greedy(gpt2, tmp_path / "adapters", "praise", "This film", 40).text + "\n"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -85,10 +101,11 @@ def test_links_and_make_targets_exist(page):
         assert target in targets, target
 
 
-def test_the_tree_in_architecture_is_the_tree():
-    tree = re.search(r"lora_tuner/\n((?:  \w+\.py .*\n)+)", text("ARCHITECTURE.md"))[1]
+@pytest.mark.parametrize("folder", ["lora_tuner", "lora_tuner/server"])
+def test_the_tree_in_architecture_is_the_tree(folder):
+    tree = re.search(rf"^{folder}/ *.*\n((?:  \w+\.py .*\n)+)", text("ARCHITECTURE.md"), re.MULTILINE)[1]
     named = {line.split()[0] for line in tree.splitlines()}
-    assert named == {path.name for path in (ROOT / "lora_tuner").glob("*.py")} - {"__init__.py"}
+    assert named == {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
 
 
 def test_run_yaml_holds_every_setting_that_has_a_value():

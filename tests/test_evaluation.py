@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lora_tuner import Library, Notice, RowSet, TrainConfig, evaluate, evaluation, lora, store, tokens, train
+from lora_tuner.bank import AdapterBank
 from lora_tuner.base_model import find_base, load_base
 from lora_tuner.config import HELD_OUT_LENGTH
 from lora_tuner.data import load_corpus
@@ -293,6 +294,30 @@ def test_what_was_measured_is_not_taken_for_something_else(adapters, measured, g
     assert len({result.loss for result in seen}) == len(seen)
 
 
+def test_an_adapter_that_is_replaced_while_it_is_read_is_not_measured_as_another(adapters, monkeypatch):
+    """Its loss would be kept under the hash of the weights that came after."""
+    (adapters[0].path / store.MANIFEST).unlink()
+    tensors, read = load_file(adapters[0].path / store.WEIGHTS), AdapterBank.read
+
+    def replaced(bank, adapter):
+        found = read(bank, adapter)
+        save_file({name: 0.5 * tensor for name, tensor in tensors.items()}, adapter.path / store.WEIGHTS)
+        return found
+
+    monkeypatch.setattr(AdapterBank, "read", replaced)
+    with pytest.raises(AdapterError, match="was replaced while it was read: measure it again"):
+        evaluate([store.read(adapters[0].path)], [RowSet("five", tiny.reviews(5, seed=8))], device="cpu")
+
+    def removed(bank, adapter):
+        found = read(bank, adapter)
+        (adapter.path / store.WEIGHTS).unlink()
+        return found
+
+    monkeypatch.setattr(AdapterBank, "read", removed)
+    with pytest.raises(AdapterError, match="cannot be read"):
+        evaluate([store.read(adapters[0].path)], [RowSet("five", tiny.reviews(5, seed=8))], device="cpu")
+
+
 def test_a_broken_measure_in_the_cache_is_measured_again(adapters, tmp_path, measured):
     first = evaluate(adapters[:1], device="cpu")
     for file in (tmp_path / "cache" / "losses").iterdir():
@@ -479,3 +504,26 @@ def test_what_is_cached_for_one_order_of_patterns_is_not_taken_for_another(gpt2,
     rows = [RowSet("some", tiny.reviews(6, seed=9))]
     first, second = (evaluation.losses(base, {"one": store.read(it.path)}, rows)[0][0][1].loss for it in made)
     assert abs(first - second) > 1e-3
+
+
+def test_on_a_base_that_is_used_meanwhile_each_batch_has_a_turn_of_its_own(adapters, gpt2, monkeypatch):
+    """Between two turns the base is the plain one, head and all, for whoever writes with it."""
+    monkeypatch.setattr(evaluation, "BATCH_TOKENS_CPU", 64)
+    base = load_base(find_base(str(gpt2)), "cpu")
+    ids = torch.arange(9)[None]
+    turns = []
+
+    def plain():
+        with torch.inference_mode():
+            return base.model(ids).logits
+
+    def turn(work):
+        assert plain().equal(before)
+        turns.append(work)
+        return work()
+
+    before = plain()
+    found = evaluation.evaluate_on(base, adapters, eval_rows=4, turn=turn)
+    assert plain().equal(before)
+    assert len(turns) > 3 + 3 * 2 + 9  # encoding, the base, and the cells: more than a batch each
+    assert found == evaluate(adapters, eval_rows=4, device="cpu")

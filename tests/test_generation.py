@@ -20,7 +20,7 @@ from lora_tuner import Generator, Sampling, TrainConfig, files, lora, store, tra
 from lora_tuner.base_model import find_base, load_base
 from lora_tuner.config import resolve
 from lora_tuner.decoder import Decoder
-from lora_tuner.errors import AdapterError, ConfigError, GenerationError, WrongBaseError
+from lora_tuner.errors import AdapterError, ConfigError, GenerationError, TooLongError, WrongBaseError
 from lora_tuner.manifest import Weights
 
 from . import stored, tiny
@@ -46,9 +46,9 @@ def way(request, monkeypatch):
 
 def disturb(generator, change, monkeypatch):
     """Change the logits of a generator, whichever way they come."""
-    if generator._decoder is not None:
-        step = generator._decoder.step
-        monkeypatch.setattr(generator._decoder, "step", lambda *args, **kwargs: change(step(*args, **kwargs)))
+    if generator.writer.decoder is not None:
+        step = generator.writer.decoder.step
+        monkeypatch.setattr(generator.writer.decoder, "step", lambda *args, **kwargs: change(step(*args, **kwargs)))
     else:
         head = generator.base.model.get_output_embeddings()
         forward = head.forward
@@ -326,7 +326,7 @@ def decided(model, tokenizer, prompt, sampling):
     return (text.rstrip("\ufffd"), False) if close else (text, True)
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("penalty", [pytest.param(1.0, marks=pytest.mark.slow), 1.3])
 def test_eight_prompts_through_eight_adapters_are_each_as_they_are_alone(model_folder, eight, penalty, way):
     sampling = Sampling(greedy=True, max_new_tokens=10, repetition_penalty=penalty)
     asked = list(itertools.product(PROMPTS, eight))
@@ -659,10 +659,7 @@ def test_a_batch_loads_what_it_needs_and_the_one_in_use_stays(stock, texts):
     assert generator.generate_batch([], SHORT) == []
 
 
-ONE_BY_ONE = (
-    "This base does not keep the rows of a batch apart, so each adapter needs its own. "
-    "The answers are made one adapter after another."
-)
+ONE_BY_ONE = "This base does not keep the rows of a batch apart, so each adapter has a batch of its own."
 
 
 def test_dora_shares_a_batch_with_others(model_folder, eight):
@@ -695,8 +692,8 @@ def test_a_base_that_strings_rows_together_answers_one_adapter_after_another(tmp
     assert answers == expected
     assert len({answer.text for answer in answers}) >= 5
     told.clear()
-    generator.generate_batch([("so", "a"), ("the actor", "a")], sampling)
-    assert told == []
+    generator.generate_batch([("so", "a"), ("the actor", "b")], sampling)
+    assert told == []  # it was said
 
 
 # errors
@@ -710,6 +707,13 @@ def test_a_prompt_without_room_is_refused_with_its_length(gpt2):
             generator.generate_all(prompt)
         assert str(error.value) == f"The prompt has {length:,} tokens, and {gpt2} looks back on 128: cut it."
     assert generator.generate(of_length(generator.base.tokenizer, tiny.CONTEXT - 1), GREEDY).tokens <= 1
+
+
+def test_a_prompt_that_is_far_too_long_is_refused_before_it_is_tokenised(gpt2, monkeypatch):
+    generator = Generator(base=str(gpt2), device="cpu")
+    monkeypatch.setattr(generator.base, "tokenizer", None)
+    with pytest.raises(TooLongError, match=f"The prompt has 1,000,000 characters, and {gpt2} looks back on 128 tokens"):
+        generator.check("w" * 1_000_000)
 
 
 def test_what_is_not_loaded_cannot_be_unloaded(gpt2, stock):
@@ -766,16 +770,14 @@ def test_a_manifest_that_names_another_base_by_now_is_read_again(stock):
 @pytest.fixture
 def guessing(monkeypatch):
     """Guess for small models too, and count how often."""
-    from lora_tuner import decoder, generation
+    from lora_tuner import batch, decoder
 
     rounds = []
-    guess = generation._Guesser.guess
+    guess = batch._Guesser.guess
     monkeypatch.setattr(decoder, "DRAFTED", 0)
-    monkeypatch.setattr(generation, "WORTH_GUESSING", 1)
+    monkeypatch.setattr(batch, "WORTH_GUESSING", 1)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(
-        generation._Guesser, "guess", lambda self, *args: rounds.append(guess(self, *args)) or rounds[-1]
-    )
+    monkeypatch.setattr(batch._Guesser, "guess", lambda self, *args: rounds.append(guess(self, *args)) or rounds[-1])
     return rounds
 
 
@@ -792,13 +794,13 @@ def guessing(monkeypatch):
 def test_guesses_change_no_text(model_folder, eight, guessing, monkeypatch, sampling, good):
     """Good ones and bad ones, on the base and on an adapter, streamed and not."""
     slow = Generator(eight[0], device="cpu")
-    monkeypatch.setattr(slow._decoder, "draft", None)
+    monkeypatch.setattr(slow.writer.decoder, "draft", None)
     expected = {name: slow.generate_batch([("the actor", name)], sampling)[0] for name in (None, eight[0])}
     assert not any(guessing)
     guessing.clear()
     generator = Generator(eight[0], device="cpu")
     if not good:
-        draft = generator._decoder.draft
+        draft = generator.writer.decoder.draft
         monkeypatch.setattr(draft, "embed", torch.nn.Embedding.from_pretrained(draft.embed.weight.flip(0)))
     pieces = []
     for name, answer in expected.items():
@@ -827,10 +829,8 @@ def test_an_unloaded_adapter_leaves_memory(eight, guessing):
 
     generator = Generator(eight[0], device="cpu")
     generator.generate("the actor", GREEDY)
-    tensors = [weakref.ref(update.up) for update in generator._bank.updates[eight[0]].values()]
+    tensors = [weakref.ref(update.up) for update in generator.find(eight[0])[1].layers.values()]
     assert any(guessing)
     generator.unload(eight[0])
     gc.collect()
     assert not any(tensor() is not None for tensor in tensors)
-    assert generator._decoder.layers[0].attention.down is None
-    assert generator._decoder.draft.layers[0].attention.down is None

@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from lora_tuner import GainMatrix, RowSet, report, store
+from lora_tuner.errors import AdapterError
 from lora_tuner.manifest import Result
 
 from . import stored
@@ -516,3 +518,52 @@ def test_names_of_any_length_stay_in_the_picture(tmp_path, monkeypatch, name):
 def test_the_card_names_the_rows_that_were_chosen(card):
     facts = stored.manifest().data.model_copy(update={"where": ["label=1"]})
     assert table(card(stored.manifest(data=facts.model_dump())))["Only"] == "label=1"
+
+
+def test_metrics_come_back_as_they_are_drawn(tmp_path):
+    report.write_metrics(HISTORY, tmp_path / "metrics.jsonl")
+    found = report.read_metrics(tmp_path / "metrics.jsonl")
+    assert found == [{key: it[key] for key in ("step", "loss", "eval_loss") if key in it} for it in HISTORY]
+    assert (plot(tmp_path, found) == plot(tmp_path)).all()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "7",
+        '"step"',
+        "{",
+        "{}",
+        '{"step": "x"}',
+        '{"step": [1]}',
+        '{"step": -1}',
+        '{"step": 1e300}',
+        f'{{"step": 1{"0" * 400}}}',
+        '{"step": 1, "loss": NaN}',
+        "[" * 100_000,
+        None,
+    ],
+)
+def test_what_nobody_can_draw_is_no_curve(tmp_path, text):
+    path = tmp_path / "metrics.jsonl"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(AdapterError, match=re.escape(f"{path} holds no curve: ")):
+        report.read_metrics(path)
+
+
+def test_an_adapter_of_another_tool_has_facts_too(tmp_path):
+    found = dict(report.facts(store.read(stored.write(tmp_path / "other"))))
+    assert found == {
+        "Base": "distilbert/distilgpt2",
+        "Update": "LoRA, rank 4, alpha 8, on c_attn",
+        "Size": "192 parameters, 0.0 MB",
+        "Made": "by another tool: it has no manifest",
+    }
+
+
+def test_a_whole_spectrum_has_no_dots(tmp_path):
+    report.plot_spectra({"h.0.c_attn": torch.tensor([4.0, 1.0])}, {}, buffer := io.BytesIO())
+    report.plot_spectra({"h.0.c_attn": torch.tensor([4.0, 1.0])}, {"h.0.c_attn": 2}, tmp_path / "cut.png")
+    assert share(pixels_of(buffer), BLUE) < share(pixels_of(tmp_path / "cut.png"), BLUE)

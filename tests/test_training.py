@@ -110,7 +110,10 @@ class StopAt:
 HARD = {"dropout": 0.1, "accumulation": 2, "max_steps": 30, "rows": 60, "schedule": "cosine"}
 
 
-@pytest.mark.parametrize(("step", "number"), [(2, signal.SIGINT), (13, signal.SIGTERM), (16, signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("step", "number"),
+    [(2, signal.SIGINT), (13, signal.SIGTERM), pytest.param(16, signal.SIGINT, marks=pytest.mark.slow)],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(settings, step, number):
     """Over several epochs, with dropout and accumulation, at a checkpoint's step and between two."""
     whole = train(settings(**HARD, name="whole"))

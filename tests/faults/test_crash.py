@@ -14,7 +14,7 @@ from . import process, worlds
 from .process import Command, Fault
 from .worlds import COMMANDS, State, arguments, becomes, litter, old_or_new, run, state
 
-QUICK = 3  # points of each command that are tried by default; `slow` tries all
+QUICK = 2  # points of each command that are tried by default; `slow` tries all
 
 
 def crash_and_go_on(name: str, words: list[str], world: Path, root: Path, at: int, new: State) -> None:

@@ -78,10 +78,10 @@ def no_file_over(size: int) -> None:
     ("name", "size"),
     [
         ("train", 2_000),
-        ("train over another", 12_000),
-        ("merge over another", 12_000),
+        pytest.param("train over another", 12_000, marks=pytest.mark.slow),
+        pytest.param("merge over another", 12_000, marks=pytest.mark.slow),
         ("blend", 12_000),
-        ("slim", 4_000),
+        pytest.param("slim", 4_000, marks=pytest.mark.slow),
         ("adopt", 12_000),
         ("export", 2_000),
     ],

@@ -133,9 +133,9 @@ def _state(pid: int) -> str:
 READERS: dict[str, tuple[list[str], list[str]]] = {
     "generate": (
         ["generate", "--adapter", "one", "Acting"],
-        ["lora_tuner.lora:load_base", "lora_tuner.generation:Generator._load", "lora_tuner.generation:_Row.take"],
+        ["lora_tuner.lora:load_base", "lora_tuner.generation:Generator._load", "lora_tuner.row:Row.take"],
     ),
-    "compare": (["compare", "--adapter", "one", "Acting"], ["lora_tuner.generation:Generator._write"]),
+    "compare": (["compare", "--adapter", "one", "Acting"], ["lora_tuner.batch:Batch.step"]),
     "evaluate": (
         ["evaluate", "one", "--plot", "gains.png", "--eval-dataset", "reviews.txt"],
         ["lora_tuner.evaluation:measure", "lora_tuner.report:plot_gains"],
@@ -146,7 +146,7 @@ READERS: dict[str, tuple[list[str], list[str]]] = {
 @pytest.mark.parametrize(
     ("command", "moment", "number"),
     cases(
-        [("generate", "lora_tuner.generation:_Row.take", INT)],
+        [("generate", "lora_tuner.row:Row.take", INT)],
         [
             *((name, it, INT) for name, (_, moments) in READERS.items() for it in moments),
             ("evaluate", "lora_tuner.report:plot_gains", TERM),

@@ -94,7 +94,7 @@ def _kilobytes(name: str) -> int:
 @pytest.mark.parametrize(
     ("kind", "more"),
     [
-        ("llama", ()),
+        pytest.param("llama", (), marks=pytest.mark.slow),
         pytest.param("llama", ("--packing",), marks=pytest.mark.slow),
         pytest.param("llama", ("--dtype", "bfloat16"), marks=pytest.mark.slow),
         pytest.param("gpt2", (), marks=pytest.mark.slow),

@@ -23,7 +23,8 @@ COMMANDS: dict[str, list[str]] = {
     "remove": ["adapters", "remove", "one", "--yes"],
     "export": ["export", "one", "--to", "gguf", "--out", "one.gguf"],
 }
-QUICK = [name for name in COMMANDS if f"{name} over another" not in COMMANDS]  # of two of a kind the harder one
+# Of two of a kind the harder one; what slim makes is written as a blend is.
+QUICK = [name for name in COMMANDS if f"{name} over another" not in COMMANDS and name != "slim"]
 State = dict[str, object]
 
 

@@ -1,0 +1,200 @@
+"""From a model's name and a prompt to a job for the worker, and back to text as it comes.
+
+Reading adapters and tokenising happen in a thread of their own, so that neither the model nor other connections wait.
+Surprise: a model's name is looked up in a listing, never made into a path, so that no request reaches the disk. Limit: one
+base; adapters of the library that were trained on another are listed with the reason why they do not answer.
+"""
+
+import asyncio
+import copy
+import os
+import re
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from .. import files, lora
+from ..bank import Loaded
+from ..base_model import free_memory
+from ..config import Sampling, Serving
+from ..errors import AdapterError, GenerationError, RequestError, UnknownModelError
+from ..generation import Generator, after, seed_of
+from ..library import steady
+from ..row import Row
+from ..store import Adapter
+from .worker import Job, Worker
+
+Found = TypeVar("Found")
+_FOLDERS = re.compile(r"""(?<![\w./~-])(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?=[^\s/\\])(?:[^\s/\\:;,'"()]+[/\\])*""")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a client may name: the base, or an adapter; `broken` says why it does not answer."""
+
+    id: str
+    path: Path | None = None  # of an adapter
+    adapter: Adapter | None = None
+    broken: str | None = None
+
+
+class Desk:
+    """The one place that knows which models there are, and hands work to the worker.
+
+    `only` are the adapters that are served, by path; with none all of the library are, as they come and go.
+    """
+
+    def __init__(self, generator: Generator, settings: Serving, only: Sequence[Path] = ()) -> None:
+        self.generator = generator
+        self.settings = settings
+        self.base = generator.base
+        self.name = files.shown(self.base.source.name)  # it may be a path
+        self.only = {path.name: path for path in only}
+        self.began = int(time.time())
+        # A quarter: a cache that grows is there twice for a moment, with room to spare, and what is read has its own.
+        room = free_memory(self.base.device) // 4 // generator.writer.bytes_a_token
+        self.worker = Worker(
+            generator.writer, max_batch=settings.max_batch, max_waiting=settings.max_waiting, room=room
+        )
+        self._sizes = lora.layer_sizes(generator.writer.bank.layers)
+        added = self.base.tokenizer.added_tokens_decoder.values()
+        self._special = sorted({str(it) for it in added if it.special})
+        self._tokenizer = copy.deepcopy(self.base.tokenizer)  # one is not for two threads
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lora_tuner-desk")
+
+    async def aside(self, work: Callable[[], Found]) -> Found:
+        """Done in the desk's own thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def models(self) -> list[Model]:
+        """The base first, then adapters by name. Reads the library as it is now."""
+        return [Model(self.name), *(self._model(name, path) for name, path in sorted(self._places().items()))]
+
+    def model(self, id: str) -> Model:
+        """One of them, read alone. Raises UnknownModelError."""
+        return Model(self.name) if id == self.name else self._model(id, self._place(id))
+
+    def _place(self, name: str) -> Path:
+        path = self._places().get(name)
+        if path is None:
+            raise UnknownModelError(f"There is no model '{name}': GET /v1/models lists what there is.")
+        return path
+
+    def _places(self) -> dict[str, Path]:
+        library = self.generator.library
+        return self.only or {name: library.path / name for name in library.names()}
+
+    def _model(self, name: str, path: Path) -> Model:
+        if name == self.name:
+            return Model(name, path, broken="It has the name of the base: rename it.")
+        try:
+            adapter = steady(path, lambda adapter: adapter)
+            lora.check_base(adapter, self.base, force=self.generator.force)
+            adapter.check_fit(self._sizes)
+        except AdapterError as error:
+            return Model(name, path, broken=str(error))
+        return Model(name, path, adapter)
+
+    def find(self, model: str) -> tuple[str | None, Loaded | None]:
+        """The adapter of that name in memory; None and None for the base. Raises UnknownModelError, or AdapterError with the
+        reason for one that is broken."""
+        if model == self.name:
+            return None, None
+        known = self.generator.known(model)  # it came from the listing, so no request names another
+        return (model, known) if known is not None else self.generator.find(self._place(model))
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """The tokens of a prompt. Raises GenerationError when there is no room behind them, or they are no tokens."""
+        if isinstance(prompt, str):
+            return self.generator.check(prompt, self._tokenizer)
+        vocabulary = self.base.model.get_input_embeddings().weight.shape[0]
+        if not prompt or not all(0 <= token < vocabulary for token in prompt):
+            raise GenerationError(f"A prompt of tokens has at least one, each from 0 to {vocabulary - 1:,}.")
+        return self.generator.fits(list(prompt))
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The tokens of a conversation, up to where the answer begins. Raises GenerationError where there is no template, and
+        for special tokens in messages: those of the template mean something, and theirs would be taken for these."""
+        if not self._tokenizer.chat_template:
+            raise GenerationError(f"{self.name} has no chat template: ask for a completion instead.")
+        said = "".join(message["content"] for message in messages)
+        self.generator.check_length(said)
+        if special := next((it for it in self._special if it in said), None):
+            text = f"A message has {special} in it, a special token of {self.name}: leave that out."
+            raise RequestError(text, "messages")
+        try:
+            ids = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # a template says what it does not take with errors of its own
+            raise GenerationError(f"The chat template does not take these messages: {error}") from error
+        return self.encode(ids)
+
+    def public(self, text: str) -> str:
+        """The same without where things lie on this machine."""
+        for folder in (self.generator.library.path, *(path.parent for path in self.only.values())):
+            text = text.replace(f"{folder}{os.sep}", "")
+        return _FOLDERS.sub("", text.replace(self.base.source.name, self.name))
+
+    async def ask(
+        self, model: str, prompts: Sequence[list[int]], sampling: Sampling, *, loaded: Loaded | None = None
+    ) -> Job:
+        """A job with an answer to each prompt; with `loaded`, by an adapter that has no folder. Raises what `find` and
+        `Worker.submit` raise."""
+        begun = time.monotonic()
+        found: tuple[str | None, Loaded | None] = model, loaded
+        if loaded is None:
+            with self.worker.place(len(prompts)):
+                found = await self.aside(lambda: self.find(model))
+        return self.put(model, found, prompts, sampling, begun=begun)
+
+    def put(
+        self,
+        model: str,
+        found: tuple[str | None, Loaded | None],
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        *,
+        begun: float,
+        answers: int = 1,
+        likeliest: int | None = None,
+    ) -> Job:
+        """A job with so many answers to each prompt, in this order, by what `find` has found. It has been under way since
+        `begun`. Raises what `Worker.submit` raises."""
+        name, loaded = found
+        seed = seed_of(sampling)
+        rows = [
+            Row(self.base, prompt, sampling, after(seed, number), name, loaded, likeliest=likeliest)
+            for prompt in prompts
+            for number in range(answers)
+        ]
+        job = Job(model, rows, self.settings.timeout, begun=begun)
+        self.worker.submit(job)
+        return job
+
+    async def follow(self, *jobs: Job) -> AsyncGenerator[None, None]:
+        """Comes back whenever there is more of any of them, the last time when all are complete. Who leaves, cancels them."""
+        news, loop = asyncio.Event(), asyncio.get_running_loop()
+        for job in jobs:
+            job.wake = partial(loop.call_soon_threadsafe, news.set)
+        try:
+            while True:
+                news.clear()
+                complete = all(job.complete for job in jobs)
+                yield
+                if complete:
+                    return
+                await news.wait()
+        finally:
+            for job in jobs:
+                job.wake = lambda: None  # the loop may be gone when the worker comes to it
+                self.worker.cancel(job)
+
+    def start(self) -> None:
+        self.worker.start()
+
+    def stop(self) -> None:
+        self.worker.stop()
+        self._thread.shutdown(wait=False, cancel_futures=True)
