@@ -23,8 +23,9 @@ COMMANDS: dict[str, list[str]] = {
     "remove": ["adapters", "remove", "one", "--yes"],
     "export": ["export", "one", "--to", "gguf", "--out", "one.gguf"],
 }
-# Of two of a kind the harder one; what slim makes is written as a blend is.
-QUICK = [name for name in COMMANDS if f"{name} over another" not in COMMANDS and name != "slim"]
+# Of two of a kind the harder one; what slim makes is written as a blend is, and a merged model too.
+ALIKE = ("slim", "merge over another")
+QUICK = [name for name in COMMANDS if f"{name} over another" not in COMMANDS and name not in ALIKE]
 State = dict[str, object]
 
 
