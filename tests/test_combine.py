@@ -224,7 +224,14 @@ def test_a_blend_of_one_at_full_weight_equals_it(make, library, model_folder, va
 
 @pytest.mark.parametrize(
     ("first", "second", "weights"),
-    [("plain", "rslora", (1, 1)), ("patterns", "few layers", (0.7, -0.3)), ("rslora", "patterns", (0.7, -0.3))],
+    [
+        ("plain", "rslora", (1, 1)),
+        ("patterns", "few layers", (0.7, -0.3)),
+        ("rslora", "patterns", (0.7, -0.3)),
+        pytest.param("plain", "rslora", (0.7, -0.3), marks=pytest.mark.slow),
+        pytest.param("patterns", "few layers", (1, 1), marks=pytest.mark.slow),
+        pytest.param("rslora", "patterns", (1, 1), marks=pytest.mark.slow),
+    ],
 )
 def test_a_blend_is_the_weighted_sum_of_the_deltas(make, library, model_folder, first, second, weights):
     parts = list(zip((make("one", first), make("two", second)), weights, strict=True))

@@ -1,7 +1,7 @@
 """The one thread that owns the model. Requests of all adapters share its batches, and join them between two tokens.
 
 Fair: adapters take turns, and of one adapter the requests, an answer at a time, so that nobody's many hold up another's one.
-Surprise: a request is not sent its text, it is woken and takes what is new; so a slow reader costs no memory. Limit: work on
+Surprise: a request is not sent its text, it is woken and takes what is new; so a slow reader costs little memory. Limit: work on
 the model that is no writing, such as measuring, has turns of its own between two tokens (`do`).
 """
 
