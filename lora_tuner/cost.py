@@ -115,11 +115,13 @@ def measure(job: Job) -> Plan:
         optimizer.zero_grad()
         _wait_for(base.device)
         seconds.append(time.perf_counter() - start)
-        predictions.append(count)
+        predictions.append(max(count, 1))
         job.notify(Progress("measuring the speed", step + 1, MEASURED_STEPS))
     model.load_state_dict(before, strict=False)
     model.zero_grad(set_to_none=True)
-    per_step_seconds = statistics.fmean(seconds[1:])
+    paces = (taken / count for taken, count in zip(seconds[1:], predictions[1:], strict=True))
+    pace = statistics.median(paces)  # one slow moment of the machine does not count
+    per_step_seconds = pace * statistics.fmean(predictions[1:])
     start = time.perf_counter()
     sample = sorted(job.held_out, key=len)[-4:]
     evaluation.measure(model, base, sample)
@@ -133,7 +135,7 @@ def measure(job: Job) -> Plan:
         training_seconds=steps * per_step_seconds,
         held_out_seconds=held_out_rate * sum(map(len, job.held_out)) * (2 + steps // (config.eval_every or steps + 1)),
         peak_memory_bytes=_peak_memory(base.device),
-        tokens_per_second=sum(predictions[1:]) / sum(seconds[1:]),
+        tokens_per_second=1 / pace,
         truncated_share=job.truncated_rows / len(job.corpus.train),
         trained_parameters=trained,
         base_parameters=frozen,

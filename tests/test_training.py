@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -339,6 +340,16 @@ def test_measuring_the_speed_does_not_change_the_result(settings):
     measured = train(settings(max_steps=None, minutes=0.01, dropout=0.1))
     counted = train(settings(max_steps=measured.manifest.run.steps, dropout=0.1, name="counted"))
     assert weights(measured) == weights(counted)
+
+
+def test_one_slow_moment_of_the_machine_does_not_halve_a_run(settings, monkeypatch):
+    job = prepare(settings(max_steps=None, minutes=1))
+    times = iter(itertools.accumulate([0, 5, 0, 1, 0, 30, 0, 1, 0, 1]))  # of four steps and a held-out batch
+    with monkeypatch.context() as patched:
+        patched.setattr(cost.time, "perf_counter", lambda: next(times))
+        found = cost.measure(job)
+    assert found.seconds_per_step == pytest.approx(1, rel=0.5)
+    assert found.training_seconds == pytest.approx(60, rel=0.05)
 
 
 def test_no_held_out_row_is_trained_on(settings, monkeypatch):
