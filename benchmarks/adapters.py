@@ -75,7 +75,9 @@ def _loading(shelf: Path, rounds: int) -> list[Figure]:
             loads.append(seconds(partial(generator.use, extra)))
             generator.unload(extra)
             name = f"a{turn % resident}"
-            generator.find(name)[1].joined.clear()
+            _, loaded = generator.find(name)
+            assert loaded is not None
+            loaded.joined.clear()  # what was joined stays for the next time
             for times in (firsts, swaps):
                 _swap(generator, None)
                 times.append(seconds(partial(_swap, generator, name)))
@@ -108,7 +110,7 @@ def _peft(shelf: Path, rounds: int) -> list[Figure]:
         for resident in RESIDENT[:-1]:
             for number in range(len(wrapped.peft_config), resident):
                 wrapped.load_adapter(shelf / f"a{number}", adapter_name=f"a{number}")
-            loads, firsts, swaps = [], [], []
+            loads, swaps = [], []
             for turn in range(rounds):
                 extra = f"a{max(RESIDENT) + turn}"
                 loads.append(seconds(partial(wrapped.load_adapter, shelf / extra, adapter_name=extra)))
