@@ -69,7 +69,9 @@ def _loading(shelf: Path, rounds: int) -> list[Figure]:
     for resident in RESIDENT:
         for number in range(len(generator.loaded), resident):
             generator.use(f"a{number}")
-        loads, firsts, swaps = [], [], []
+        loads: list[float] = []
+        firsts: list[float] = []
+        swaps: list[float] = []
         for turn in range(rounds):
             extra = f"a{max(RESIDENT) + turn}"
             loads.append(seconds(partial(generator.use, extra)))
