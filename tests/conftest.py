@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from lora_tuner import Adapter, TrainConfig, train
+from lora_tuner.data import load_corpus
+from lora_tuner.errors import DataError
 
 from . import tiny
 
@@ -102,3 +104,33 @@ def settings(gpt2: Path, reviews_csv: Path) -> Callable[..., TrainConfig]:
 def adapter(settings: Callable[..., TrainConfig]) -> Adapter:
     """A trained adapter on the tiny GPT-2, in `adapters/reviews`."""
     return train(settings())
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Write a file (or take a folder) and load it; `load.notices` has what was said."""
+
+    def call(name, content=None, **given):
+        path = tmp_path / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content is not None:
+            path.write_text(content, encoding="utf-8", newline="")
+        call.notices = []
+        corpus = load_corpus(TrainConfig(dataset=str(path), **given), lambda notice: call.notices.append(notice.text))
+        assert call.notices.pop() == f"Rows: {corpus.counts}."
+        return corpus
+
+    return call
+
+
+@pytest.fixture
+def refusal(load, tmp_path):
+    """The message of the error, without the folder of the test."""
+
+    def call(name, content=None, **given):
+        with pytest.raises(DataError) as error:
+            load(name, content, **given)
+        return str(error.value).replace(f"{tmp_path}/", "")
+
+    return call
