@@ -28,6 +28,7 @@ check: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m tests.reference > docs/commands.md
+	$(BIN)/python -m tests.capabilities
 
 screenshot: $(READY)  # with the adapters pan and praise of the library
 	LORA_TUNER_SCREENSHOT=docs/playground.png $(BIN)/python -m pytest tests/test_playground.py -k picture

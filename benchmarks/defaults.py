@@ -118,7 +118,7 @@ def _trained(job: Job, ratio: float | None = None) -> list[float]:
             trainer.optimizer = create_loraplus_optimizer(
                 job.model,
                 torch.optim.AdamW,
-                lr=job.config.learning_rate,
+                lr=job.learning_rate,
                 loraplus_lr_ratio=ratio,
                 weight_decay=0.0,
             )

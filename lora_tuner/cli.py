@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 
 from . import __version__, cli_combine, cli_serve, files
 from .cli_adapters import adapters_app
-from .config import NO_TEXT, Sampling, TrainConfig, resolve
+from .config import METHODS, NO_TEXT, Sampling, TrainConfig, resolve
 from .errors import ConfigError, GenerationError, Interrupted, LoraTunerError, reason
 from .library import Library
 from .options import LIBRARY, ROWS, AsJson, Strict, on_a_base, options_of, rows_given, show
@@ -35,6 +35,7 @@ from .terminal import (
     show_preview,
     show_text,
     show_trained,
+    table,
 )
 
 PROMPT = "Enter a prompt for text generation: "
@@ -394,6 +395,16 @@ for command in (
 ):
     app.command(cls=Strict)(command)
 app.add_typer(adapters_app, name="adapters")
+
+
+@app.command(cls=Strict)
+def methods(as_json: AsJson = False) -> None:
+    """What `train --method` can be, and when to choose which."""
+    if as_json:
+        show_json([{"name": name, **dataclasses.asdict(method)} for name, method in METHODS.items()])
+    else:
+        rows = [(name, f"{method.learning_rate:g}", method.when) for name, method in METHODS.items()]
+        table(rows, ("method", "learning rate", "when to choose it"))
 
 
 @app.command(cls=Strict)

@@ -6,6 +6,7 @@ same fields, the command line last. Unknown keys are errors, and all problems ar
 
 import re
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,11 +25,36 @@ ReadDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]  # where n
 MAX_RANK, MAX_ALPHA = 4096, 1_000_000
 MOST = 1_000_000_000  # of what is counted while training; beyond it a number is a slip
 MAX_FILE, MAX_TEXT = 1_000_000, 10_000  # characters of a file of settings, and of one of them
+RSLORA_ALPHA = 6  # at rank 8 the scale that the other methods have
+LORA_PLUS_RATIO = 4.0  # B learns so many times as fast as A
 SECRET = ("api_key",)  # settings whose values are never said
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # null bytes, and bytes of a command line that are no UTF-8
 NAME = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)$)[A-Za-z][A-Za-z0-9_-]{0,63}")  # not Windows' devices
 STOPS = ("epochs", "max_steps", "minutes")
 PATIENCE_MINUTES = 10  # with no stop rule, an epoch that takes longer than this is cut to it
+
+
+@dataclass(frozen=True)
+class Method:
+    """A kind of update: the peak learning rate that suits it (benchmarks/RESULTS.md), and when to choose it."""
+
+    learning_rate: float
+    when: str
+
+
+MethodName = Literal["lora", "rslora", "dora", "lora+", "pissa", "eva"]
+METHODS: dict[MethodName, Method] = {
+    "lora": Method(2e-3, "The default: nothing else is as fast, and all that other tools read is this."),
+    "rslora": Method(2e-3, "Ranks of 32 and more, tried side by side: its scale falls with the root of the rank."),
+    "dora": Method(2e-3, "Very low ranks, where time does not matter: it learns each output's size apart."),
+    "lora+": Method(1e-3, "Long runs that learn too slowly: B learns faster than A. What is saved is a plain LoRA."),
+    "pissa": Method(
+        5e-4, "Starts from the base's largest directions. What is saved is a plain LoRA of twice the rank."
+    ),
+    "eva": Method(
+        5e-4, "Text far from what the base knows: starts from how your text excites each layer, ranks by need."
+    ),
+}
 
 
 def _option(
@@ -109,8 +135,16 @@ class TrainConfig(_Settings):
         None, "Refuse --from with other weights than these; `run.yaml` holds it.", "Model", flag="--from-sha256"
     )
     force: bool = _option(False, "With --from: on a base that the adapter was not trained on.", "Model")
+    method: MethodName = _option("lora", "Kind of update; `methods` says when to choose which.", "Model")
     rank: int = _option(8, "Rank of the update: its size and its power.", "Model", ge=1, le=MAX_RANK)
-    alpha: int | None = _option(None, "The update is scaled by alpha / rank.", "Model", "2 x rank", ge=1, le=MAX_ALPHA)
+    alpha: int | None = _option(
+        None,
+        "The update is scaled by alpha / rank; with rslora by alpha / its root.",
+        "Model",
+        f"2 x rank; {RSLORA_ALPHA} with rslora",
+        ge=1,
+        le=MAX_ALPHA,
+    )
     dropout: float = _option(0.0, "Dropout on the input of the update.", "Model", ge=0, lt=1)
     targets: str = _option(
         "auto",
@@ -141,7 +175,14 @@ class TrainConfig(_Settings):
         le=MOST,
     )
     accumulation: int = _option(1, "Batches whose gradients are summed for one step.", "Training", ge=1, le=MOST)
-    learning_rate: float = _option(2e-3, "Peak learning rate.", "Training", gt=0, allow_inf_nan=False)
+    learning_rate: float | None = _option(
+        None,
+        "Peak learning rate; with lora+ that of A, and B's is 4 times as high.",
+        "Training",
+        "by method: " + ", ".join(f"{name} {method.learning_rate:g}" for name, method in METHODS.items()),
+        gt=0,
+        allow_inf_nan=False,
+    )
     schedule: Literal["linear", "cosine", "constant"] = _option(
         "linear", "How the learning rate falls after the warm-up.", "Training"
     )
@@ -203,6 +244,15 @@ class TrainConfig(_Settings):
             raise _contradiction(f"{' and '.join(stops)} contradict each other: give one of them")
         return value
 
+    @field_validator("weight_decay")
+    @classmethod
+    def _whole(cls, value: float, info: Any) -> float:
+        if value and info.data.get("method") == "pissa":
+            raise _contradiction(
+                "weight_decay would wear off the half of the update that stands for the base with pissa"
+            )
+        return value
+
     @field_validator("patience")
     @classmethod
     def _measured(cls, value: int | None, info: Any) -> int | None:
@@ -212,7 +262,9 @@ class TrainConfig(_Settings):
 
     @property
     def scaling_alpha(self) -> int:
-        return self.alpha if self.alpha is not None else 2 * self.rank
+        if self.alpha is not None:
+            return self.alpha
+        return RSLORA_ALPHA if self.method == "rslora" else 2 * self.rank
 
 
 class Sampling(_Settings):

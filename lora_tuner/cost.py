@@ -94,7 +94,7 @@ def measure(job: Job) -> Plan:
     spread = [longest[i * len(longest) // (per_step * MEASURED_STEPS)] for i in range(per_step * MEASURED_STEPS)]
     items = [longest[i % len(longest)] for i in range(per_step)] + spread[per_step:]
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=config.learning_rate)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=job.learning_rate)
     seconds, predictions = [], []
     model.train()
     for step in range(MEASURED_STEPS):

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from . import evaluation, fast, lora, store, tokens
+from . import evaluation, fast, lora, methods, store, tokens
 from .base_model import Base, load_tokenizer
-from .config import BATCH_SIZE_CPU, BATCH_SIZE_GPU, TrainConfig, to_yaml
+from .config import BATCH_SIZE_CPU, BATCH_SIZE_GPU, METHODS, TrainConfig, to_yaml
 from .data import Corpus, content_hash, load_corpus
 from .errors import BaseModelError, ConfigError, Listener, Notice, Progress, TrainingError, ignore
 from .library import Library
@@ -46,6 +46,11 @@ class Job:
         assert self.config.batch_size is not None
         return self.config.batch_size
 
+    @property
+    def learning_rate(self) -> float:
+        assert self.config.learning_rate is not None
+        return self.config.learning_rate
+
     def collate(self, items: Sequence[Sequence[tokens.Row]]) -> dict[str, torch.Tensor]:
         return tokens.collate(items, self.base.tokenizer.pad_token_id, bounds=self.by_row)
 
@@ -73,6 +78,7 @@ class Job:
             ),
             parents=[self.parent.as_parent()] if self.parent else [],
             run=RunFacts(
+                method=config.method,
                 steps=0,
                 kept_step=0,
                 tokens=0,
@@ -102,6 +108,8 @@ def prepare(config: TrainConfig, notify: Listener = ignore) -> Job:
     if config.batch_size is None:
         size = BATCH_SIZE_CPU if base.device.type == "cpu" else BATCH_SIZE_GPU
         config = config.model_copy(update={"batch_size": size})
+    if config.learning_rate is None:
+        config = config.model_copy(update={"learning_rate": METHODS[config.method].learning_rate})
     if config.max_length > base.context and "max_length" not in config.model_fields_set:
         notify(Notice(f"Rows are cut at {base.context} tokens: {source.name} looks back on no more."))
         config = config.model_copy(update={"max_length": base.context})
@@ -122,8 +130,12 @@ def prepare(config: TrainConfig, notify: Listener = ignore) -> Job:
     rows, truncated = tokens.cut(encoded, config.max_length, chunk=chunk)
     notify(Progress("tokenising", 1, 1))
     held_out_texts = corpus.held_out[: config.eval_rows]
+    sequences = tokens.Sequences(rows, config.max_length, packing=config.packing)
     set_seed(config.seed)
     model = lora.wrap(base, config, parent)
+    if config.method == "eva":
+        notify(Progress("looking at how the text excites each layer", 0, 1))
+    methods.start(base, model, config, sequences)
     trained, frozen = lora.counts(model)
     notify(
         Notice(
@@ -136,7 +148,7 @@ def prepare(config: TrainConfig, notify: Listener = ignore) -> Job:
         base=base,
         corpus=corpus,
         model=model,
-        sequences=tokens.Sequences(rows, config.max_length, packing=config.packing),
+        sequences=sequences,
         held_out=evaluation.encode_held_out(base, held_out_texts),
         held_out_texts=held_out_texts,
         truncated_rows=truncated,
@@ -163,6 +175,9 @@ def _with_parent(config: TrainConfig) -> tuple[TrainConfig, Adapter | None]:
     given = config.model_fields_set
     shared: list[tuple[str, Any, Any, bool]] = [("rank", config.rank, parent.rank, "rank" in given)]
     shared += [("alpha", config.alpha, parent.config["lora_alpha"], config.alpha is not None)]
+    theirs = "dora" if parent.config.get("use_dora") else "rslora" if parent.config.get("use_rslora") else "lora"
+    method = "lora+" if config.method == "lora+" and theirs == "lora" else theirs
+    shared += [("method", config.method, method, "method" in given)]
     if data is not None and data.split_salt is not None:
         shared += [("split_salt", config.split_salt, data.split_salt, "split_salt" in given)]
     _refuse_other(parent, [(name, ours, theirs) for name, ours, theirs, chosen in shared if chosen and ours != theirs])
@@ -172,7 +187,7 @@ def _with_parent(config: TrainConfig) -> tuple[TrainConfig, Adapter | None]:
             "others to measure on with --eval-dataset."
         )
     salt = (data and data.split_salt) or config.split_salt
-    same = {"rank": parent.rank, "split_salt": salt, "parent_sha256": parent.sha256}
+    same = {"method": method, "rank": parent.rank, "split_salt": salt, "parent_sha256": parent.sha256}
     return config.model_copy(update=same), parent
 
 

@@ -1,7 +1,7 @@
 """Low-rank updates on a base: choose layers, wrap for training, attach a stored adapter, save, count.
 
 Surprise: PEFT loads an adapter that lacks half of its tensors, or belongs to another model, without a word. So shapes are
-compared with the base first, all of them, and one error lists what does not fit. Limit: one kind of update, LoRA on
+compared with the base first, all of them, and one error lists what does not fit. Limit: updates of
 linear layers (`nn.Linear`, and GPT-2's transposed `Conv1D`); embeddings and the output head stay as they are.
 """
 
@@ -116,10 +116,13 @@ def _fresh(base: Base, config: TrainConfig) -> PeftModel:
 
     targets = resolve_targets(base.model, config.targets)
     layers = linear_layers(base.model)
+    halves = 2 if config.method == "pissa" else 1  # one that learns, and one that stands for the base (`methods`)
     settings = LoraConfig(
         task_type="CAUSAL_LM",
-        r=config.rank,
-        lora_alpha=config.scaling_alpha,
+        r=halves * config.rank,
+        lora_alpha=halves * config.scaling_alpha,
+        use_rslora=config.method == "rslora",
+        use_dora=config.method == "dora",
         lora_dropout=config.dropout,
         target_modules=targets,
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),

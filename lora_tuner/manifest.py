@@ -62,6 +62,7 @@ class Result(_Facts):
 class RunFacts(_Facts):
     """The training run. Seconds are those of its steps alone; tokens are those that were predicted, without padding."""
 
+    method: str = "lora"  # as config.METHODS calls it
     steps: int
     kept_step: int  # the step whose weights were kept: the last, or the best one with `patience`
     tokens: int

@@ -127,7 +127,7 @@ def facts(adapter: Adapter) -> list[tuple[str, str]]:
     about = f"{shown(manifest.base.name)} ({manifest.base.weights})" if manifest else adapter.base or "not named"
     rows = [
         ("Base", about),
-        ("Update", f"LoRA, {_ranks(adapter)}, {_alphas(adapter)}, on {', '.join(adapter.targets)}"),
+        ("Update", f"{_kind(adapter)}, {_ranks(adapter)}, {_alphas(adapter)}, on {', '.join(adapter.targets)}"),
         ("Size", f"{adapter.parameters:,} parameters, {adapter.bytes / 1e6:.1f} MB"),
     ]
     if manifest is None:
@@ -188,6 +188,10 @@ def _plain(text: str) -> str:
     return " ".join(text.split()).replace("<", "&lt;")
 
 
+def _kind(adapter: Adapter) -> str:
+    return "DoRA" if adapter.config.get("use_dora") else "rsLoRA" if adapter.config.get("use_rslora") else "LoRA"
+
+
 def _ranks(adapter: Adapter) -> str:
     ranks = {adapter.rank_of(module) for module in adapter.modules}
     return f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
@@ -208,7 +212,7 @@ def _of_data(data: DataFacts) -> list[tuple[str, str]]:
 
 def _of_run(run: RunFacts) -> str:
     minutes = run.seconds / 60
-    return f"{run.steps:,} steps, {run.tokens:,} tokens, {minutes:.1f} minutes on {run.device} in {run.dtype}"
+    return f"{run.method}, {run.steps:,} steps, {run.tokens:,} tokens, {minutes:.1f} minutes on {run.device} in {run.dtype}"
 
 
 def _pictures(adapter: Adapter) -> str:

@@ -207,7 +207,8 @@ def show_adapter_card(adapter: Adapter, ancestors: Sequence[dict[str, Any]]) -> 
         if manifest.run is not None:
             run = manifest.run
             facts["run"] = (
-                f"{run.steps:,} steps, {run.tokens:,} tokens, {duration(run.seconds)} on {run.device} in {run.dtype}"
+                f"{run.method}, {run.steps:,} steps, {run.tokens:,} tokens, {duration(run.seconds)} on {run.device} "
+                f"in {run.dtype}"
             )
         facts["made by"] = manifest.made_by
         versions = ", ".join(f"{name} {it}" for name, it in manifest.versions.items())

@@ -29,7 +29,7 @@ from transformers import (
     set_seed,
 )
 
-from . import evaluation, files, lora, store
+from . import evaluation, files, lora, methods, store
 from .config import TrainConfig
 from .errors import DivergedError, Interrupted, Listener, Notice, Progress, TrainingError, reason
 from .job import Job, save_adapter
@@ -99,7 +99,7 @@ def _arguments(job: Job, folder: Path) -> TrainingArguments:
         max_steps=config.max_steps,
         per_device_train_batch_size=job.batch_size,
         gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.learning_rate,
+        learning_rate=job.learning_rate,
         weight_decay=config.weight_decay,
         max_grad_norm=config.clip,
         seed=config.seed,
@@ -184,6 +184,14 @@ class _LoraTrainer(Trainer):
             raise self.diverged(f"The loss is {loss.item()}")
         return loss
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None and self.job.config.method == "lora+":
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args)
+            del settings["lr"]
+            decay = self.job.config.weight_decay
+            self.optimizer = methods.optimizer(self.job.model, self.job.learning_rate, decay, kind, **settings)
+        return super().create_optimizer(model)
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As transformers' own, but for the first step, which there has a learning rate of 0 and is lost."""
         factor = partial(
@@ -201,7 +209,7 @@ class _LoraTrainer(Trainer):
         kept = f"The last good adapter is in {folder}." if folder.is_dir() else "There is no good adapter to keep."
         return DivergedError(
             f"{what} in step {self.step_seen + 1}, so the run has stopped. {kept} Try a lower learning rate than "
-            f"{self.job.config.learning_rate:g} (--learning-rate), or a lower --clip."
+            f"{self.job.learning_rate:g} (--learning-rate), or a lower --clip."
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -278,7 +278,7 @@ def _run(job: Job, library: Library, checkpoint: Path | None) -> Adapter:
         job.notify(
             Notice(
                 f"{config.name} is worse than its base: held-out loss {result.base_loss:.4f} -> {result.loss:.4f}. Try a lower "
-                f"learning rate than {config.learning_rate:g} (--learning-rate), or fewer steps."
+                f"learning rate than {job.learning_rate:g} (--learning-rate), or fewer steps."
             )
         )
     return adapter

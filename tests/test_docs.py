@@ -13,7 +13,7 @@ import yaml
 from lora_tuner.cli import app
 from lora_tuner.config import TrainConfig, to_yaml
 
-from . import serving, tiny
+from . import capabilities, serving, tiny
 from .hub import Hub
 from .reference import reference
 from .test_hub import repos  # noqa: F401 - a fixture
@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "adapters/README.md"]
 PAGES += [
     "docs/measuring.md",
+    "docs/methods.md",
     "docs/other-tools.md",
     "docs/reliability.md",
     "docs/scale.md",
@@ -45,6 +46,12 @@ def commands(page):
 
 def test_the_reference_is_made_from_the_commands():
     assert text("docs/commands.md") == reference(), "run `make docs`"
+
+
+def test_the_table_of_methods_is_what_happens(tmp_path):
+    assert capabilities.PAGE.read_text(encoding="utf-8") == capabilities.page(capabilities.table(tmp_path)), (
+        "run `make docs`"
+    )
 
 
 @pytest.mark.parametrize("line", [line for page in PAGES for line in commands(page)])

@@ -26,7 +26,7 @@ ROWS = [
     {"batch"},
     {"evaluation", "report", "terminal", "decoder", "stock", "row"},
     {"bank"},
-    {"updates"},
+    {"updates", "methods"},
     {"lora", "library", "portable"},
     {"data", "base_model", "store"},
     {"fast", "lowbit", "drawing"},

@@ -281,7 +281,7 @@ def test_the_figures(card):
         "Size": "192 parameters, 0.0 MB",
         "Data": "stanfordnlp/imdb",
         "Rows": "25,000 read, 12,500 filtered, 98 duplicates, 10,000 train, 2,402 held out",
-        "Run": "40 steps, 20,480 tokens, 1.5 minutes on cpu in float32",
+        "Run": "lora, 40 steps, 20,480 tokens, 1.5 minutes on cpu in float32",
         "Held-out loss": "3.5000 nats a token; the base has 3.7500",
         "Gain": "0.2500 ± 0.0125 (standard error, 200 rows, paired)",
         "Perplexity": f"{math.exp(3.5):.2f}; the base has {math.exp(3.75):.2f}",

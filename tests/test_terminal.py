@@ -152,7 +152,7 @@ def test_a_hostile_manifest_is_shown_on_the_card_and_obeyed_by_nothing(capsys, w
         f"where {SHOWN}",
         f"rows 3 {SHOWN}",
         f"measured on {SHOWN}",
-        f"run 40 steps, 20,480 tokens, 1.5 min on {SHOWN} in {SHOWN}",
+        f"run lora, 40 steps, 20,480 tokens, 1.5 min on {SHOWN} in {SHOWN}",
         f"made {SHOWN} with {SHOWN} {SHOWN}",
     } <= shown
 

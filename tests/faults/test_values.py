@@ -34,6 +34,7 @@ GIVEN = {
     "pull": ("owner/name", "--name", "new"),
     "serve": ("--port", "0", *NO_BASE),
     "doctor": (),
+    "methods": (),
     "adapters list": (),
     "adapters show": ("a",),
     "adapters verify": ("other",),
@@ -176,7 +177,9 @@ def test_no_option_is_given_twice_and_no_switch_has_a_value(place, name):
 
 @pytest.mark.slow
 @settings(max_examples=2000, derandomize=True, deadline=None, suppress_health_check=[*HealthCheck])
-@given(data=st.data(), name=st.sampled_from([it for it in COMMANDS if it != "doctor"]))  # which takes no value
+@given(
+    data=st.data(), name=st.sampled_from([it for it in COMMANDS if it not in ("doctor", "methods")])
+)  # which take no value
 def test_no_text_whatever_is_too_much_for_an_option(place, data, name):
     command = COMMANDS[name]
     param = data.draw(st.sampled_from([it for it in command.params if not is_flag(it)]))

@@ -1,0 +1,117 @@
+"""What a method does beyond LoRA's own start and optimizer: PiSSA and EVA begin elsewhere, LoRA+ learns at two rates.
+
+Surprise: PEFT's PiSSA takes the base's largest directions out of the base's weights. Here no base is touched: the update has
+twice the rank, and its second half, which never learns, takes off what the first half begins with. So each checkpoint is
+a plain LoRA at any moment. Price: twice the narrow products, and twice the file. Limit: a fresh update alone.
+"""
+
+import math
+from typing import Any
+
+import torch
+from peft import EvaConfig, initialize_lora_eva_weights
+from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+
+from . import tokens
+from .base_model import Base, quiet
+from .config import LORA_PLUS_RATIO, TrainConfig
+from .errors import ConfigError
+from .lora import TRAINED
+from .tokens import Row, Sequences
+
+EVA_BATCHES = 4  # from which EVA learns how the text excites each layer
+
+
+def start(base: Base, model: Any, config: TrainConfig, sequences: Sequences) -> None:
+    """Give a fresh update the beginning that its method wants.
+
+    Raises ConfigError for a rank that the layers have not, or for which there is too little text.
+    """
+    if config.method in ("pissa", "eva"):
+        sizes = [(layer.in_features, layer.out_features) for layer in _layers(model)]
+        most = min(into if config.method == "eva" else min(into, out) for into, out in sizes)
+        if config.rank > most:
+            raise ConfigError(f"rank is {config.rank}, and {config.method} has {most} at the most here: lower --rank.")
+    if config.method == "pissa":
+        for layer in _layers(model):
+            _from_principal(layer, config.rank)
+    elif config.method == "eva":
+        rho = min(EvaConfig().rho, most / config.rank)
+        _from_text(base, model, rho, _batches(base, sequences, math.ceil(rho * config.rank)))
+
+
+def optimizer(model: Any, rate: float, weight_decay: float, kind: Any, **settings: Any) -> Any:
+    """LoRA+ (Hayou et al., 2024, arXiv:2402.12354): an optimizer of this kind for which B learns faster than A."""
+    return create_loraplus_optimizer(
+        model,
+        kind,
+        lr=rate,
+        loraplus_lr_ratio=LORA_PLUS_RATIO,
+        loraplus_weight_decay=weight_decay,
+        **settings,
+    )
+
+
+def _layers(model: Any) -> list[Any]:
+    return [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+
+
+def _from_principal(layer: Any, rank: int) -> None:
+    """PiSSA (Meng et al., 2024, arXiv:2404.02948): learn the `rank` largest directions of the weight itself."""
+    base = layer.get_base_layer()
+    weight = dequantize_module_weight(base).detach().float()
+    if layer.fan_in_fan_out:
+        weight = weight.T
+    more = min(rank + 16, *weight.shape)  # than are kept: the last of those that are found are not exact
+    left, values, right = torch.svd_lowrank(weight, q=more, niter=4)
+    root = (values[:rank] / layer.scaling[TRAINED]).sqrt()
+    down, up = root[:, None] * right.T[:rank], left[:, :rank] * root
+    learnt, stored = layer.lora_A[TRAINED].weight, layer.lora_B[TRAINED].weight
+    with torch.no_grad():
+        learnt.copy_(torch.cat([down, down]))
+        stored.copy_(torch.cat([up, -up], 1))
+    learnt.register_hook(lambda gradient: torch.cat([gradient[:rank], torch.zeros_like(gradient[rank:])]))
+    stored.register_hook(lambda gradient: torch.cat([gradient[:, :rank], torch.zeros_like(gradient[:, rank:])], 1))
+
+
+def _batches(base: Base, sequences: Sequences, least: int) -> list[dict[str, torch.Tensor]]:
+    """A few batches of so many tokens at least: with fewer, PEFT would wait for more without end."""
+    found: list[dict[str, torch.Tensor]] = []
+    items: list[list[Row]] = []
+    for number in range(len(sequences)):
+        items.append(sequences[number])
+        lengths = torch.tensor([sum(map(len, item)) for item in items])
+        if lengths.sum() >= least:
+            batch = tokens.collate(items, base.tokenizer.pad_token_id)
+            del batch["labels"]
+            batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+            found.append({name: it.to(base.device) for name, it in batch.items()})
+            items = []
+        if len(found) == EVA_BATCHES:
+            break
+    if not found:
+        raise ConfigError(f"eva needs {least:,} tokens of text for this rank: give more text, or lower --rank.")
+    return found
+
+
+def _from_text(base: Base, model: Any, rho: float, batches: list[dict[str, torch.Tensor]]) -> None:
+    """EVA (Paischer et al., 2024, arXiv:2410.07170): begin with the directions in which the inputs of each layer vary most, and
+    give more rank to layers of which these explain more."""
+    settings = model.peft_config[TRAINED]
+    settings.init_lora_weights, settings.eva_config = "eva", EvaConfig(rho=rho)
+
+    head = base.head  # found now: it tries the model, and PEFT would take that for text
+
+    def read(model: Any, batch: dict[str, Any]) -> None:  # the mask is for PEFT; rows are told apart without it
+        with head.left_out():
+            model(**{name: it for name, it in batch.items() if name != "attention_mask"}, use_cache=False)
+
+    with quiet():
+        initialize_lora_eva_weights(model, batches, forward_fn=read, show_progress_bar=False)
+    settings = model.peft_config[TRAINED]
+    settings.init_lora_weights, settings.eva_config = True, None
+    for layer in _layers(model):  # where the rank is another one, PEFT has made new tensors, in the base's numbers
+        for part in (layer.lora_A, layer.lora_B):
+            part[TRAINED].to(torch.float32)
