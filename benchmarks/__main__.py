@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import adapters, data, defaults, generation, quality, serving, training
+from . import adapters, data, defaults, generation, methods, quality, serving, training
 
 PARTS = {
     "training": training.run,
@@ -26,7 +26,9 @@ PARTS = {
     "data": data.run,
     "serving": serving.run,
     "defaults": defaults.run,
+    "methods": methods.run,
 }
+STUDIES = ("defaults", "methods")  # of settings: they take long, and say what the defaults should be
 PACKAGES = ("lora_tuner", "torch", "transformers", "peft", "trl", "llama_cpp_python")
 
 
@@ -44,7 +46,7 @@ def machine() -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure this tool beside others.")
-    what = f"of {', '.join(PARTS)}; all but defaults, which is a study of settings, when none is named"
+    what = f"of {', '.join(PARTS)}; all but {' and '.join(STUDIES)}, which are studies of settings, when none is named"
     parser.add_argument("parts", nargs="*", metavar="PART", help=what)
     parser.add_argument("--json", type=Path, help="write the figures and the machine into this file as well")
     parser.add_argument(
@@ -55,7 +57,7 @@ def main() -> None:
         parser.error(f"there is no part {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
     facts = machine()
     figures = {}
-    for name in options.parts or [name for name in PARTS if name != "defaults"]:
+    for name in options.parts or [name for name in PARTS if name not in STUDIES]:
         figures[name] = PARTS[name](options.rounds)
         grid = Table("what", "figure", "", "in other words", title=name, box=None, title_justify="left")
         for figure in figures[name]:

@@ -213,6 +213,10 @@ class Mix:
 
 def _weight(layer: Any) -> torch.Tensor:
     """(out, in)."""
+    if type(layer.weight).__name__ in ("Params4bit", "Int8Params"):  # bitsandbytes'
+        from peft.utils.integrations import dequantize_module_weight
+
+        return dequantize_module_weight(layer)
     weight: torch.Tensor = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
     return weight
 

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,8 @@ _LIMIT_FILES = (  # of the second version, and of the first
     ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
 )
 
+_PACKS = "support_avx512bf16_for_cpu"  # of bitsandbytes' layers of 4 bits
+_EMBEDDING = re.compile(r"embed|wte|wpe|lm_head")
 # What decides a model's figures and cannot be seen in its tensors. Not the whole config: libraries add to it.
 _FIGURES = re.compile(r"head|act|eps|rope|rotary|window|tie_word|attn|attention|scale|scaling|multiplier")
 
@@ -123,6 +126,7 @@ class Base:
     tokenizer: Any
     device: torch.device
     dtype: torch.dtype
+    load_in: str = "full"  # or the bits that its linear layers are in: 8bit, 4bit
 
     @property
     def context(self) -> int:
@@ -190,26 +194,30 @@ def _substitute(why: HubError, notify: Listener) -> Source:
     return source
 
 
-def load_base(source: Source, device: str = "auto", dtype: str = "auto") -> Base:
-    """Read model and tokenizer into memory. Raises BaseModelError when they are no causal language model."""
+def load_base(
+    source: Source, device: str = "auto", dtype: str = "auto", load_in: str = "auto", notify: Listener = ignore
+) -> Base:
+    """Read model and tokenizer into memory; what is left to `auto` takes fewer bits where more do not fit, and says so.
+
+    Raises BaseModelError when they are no causal language model, or do not fit.
+    """
     from transformers import AutoModelForCausalLM
 
     from . import fast, lowbit
 
     place = choose_device(device)
-    kind = choose_dtype(dtype, place)
     if dtype == "int8" and place.type != "cpu":
         raise BaseModelError(f"int8 is for writing on a CPU, and this would run on {place}: leave --dtype out there.")
+    if dtype == "int8" and load_in not in ("auto", "full"):
+        raise BaseModelError("--dtype int8 and --load-in are two ways to read fewer bits: give one.")
     tokenizer = load_tokenizer(source)
-    needed, free = sum(map(math.prod, source.shapes.values())) * kind.itemsize, free_memory(place)
-    if needed > free:
-        raise BaseModelError(
-            f"The base {source.name} takes {needed / 1e9:.1f} GB in {str(kind).removeprefix('torch.')}, and {free / 1e9:.1f} GB "
-            "of memory are free: choose --dtype bfloat16, or a smaller base."
-        )
+    kind, load_in = _what_fits(source, place, dtype, load_in, notify)
+    bits: dict[str, Any] = {}
+    if load_in != "full":
+        bits = {"quantization_config": _in_bits(load_in, kind), "device_map": {"": place}}
     with quiet(), _loading(source):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=kind, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            source.folder, dtype=kind, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **bits
         )
     model, info = loaded
     if absent := sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])]):
@@ -219,7 +227,70 @@ def load_base(source: Source, device: str = "auto", dtype: str = "auto") -> Base
     fast.streamline(model)
     if dtype == "int8":
         lowbit.round_weights(model)
-    return Base(source, model.to(place).eval(), tokenizer, place, kind)
+    if load_in == "full":
+        model.to(place)
+    for layer in model.modules():
+        if hasattr(
+            layer, _PACKS
+        ):  # once it has written, it would turn its weights round, and give no gradients any more
+            setattr(layer, _PACKS, False)
+    return Base(source, model.eval(), tokenizer, place, kind, load_in)
+
+
+def _what_fits(
+    source: Source, place: torch.device, dtype: str, load_in: str, notify: Listener
+) -> tuple[torch.dtype, str]:
+    """Numbers and bits as they were asked for or, where that was left open, the first that fit into the free memory."""
+    import torch
+
+    first = choose_dtype(dtype, place)
+    kinds = [first, torch.bfloat16] if dtype == "auto" and first == torch.float32 else [first]
+    ways = [(kind, "full" if load_in == "auto" else load_in) for kind in kinds]
+    if load_in == "auto" and dtype != "int8" and place.type in ("cuda", "cpu") and find_spec("bitsandbytes"):
+        ways += [(kinds[-1], "8bit"), (kinds[-1], "4bit")]
+    elif load_in not in ("auto", "full") and (place.type not in ("cuda", "cpu") or not find_spec("bitsandbytes")):
+        why = "is for CUDA and CPUs" if find_spec("bitsandbytes") else "needs bitsandbytes: pip install bitsandbytes"
+        raise BaseModelError(f"--load-in {load_in} {why}; or leave it out.")
+    free = free_memory(place)
+    for kind, bits in ways:
+        if _bytes(source, kind, bits) <= free:
+            if (kind, bits) != ways[0]:
+                notify(Notice(f"{_too_large(source, ways[0], free)}, so it is read in {_called(kind, bits)}."))
+            return kind, bits
+    advice = "" if "4bit" in ways[-1] else "choose --dtype bfloat16, or --load-in 4bit (bitsandbytes), or "
+    raise BaseModelError(f"{_too_large(source, ways[-1], free)}: {advice}take a smaller base.")
+
+
+def _too_large(source: Source, way: tuple[torch.dtype, str], free: int) -> str:
+    needed = _bytes(source, *way) / 1e9
+    return (
+        f"The base {source.name} takes {needed:.1f} GB in {_called(*way)}, and {free / 1e9:.1f} GB of memory are free"
+    )
+
+
+def _called(kind: torch.dtype, bits: str) -> str:
+    return str(kind).removeprefix("torch.") if bits == "full" else bits
+
+
+def _bytes(source: Source, kind: torch.dtype, bits: str) -> int:
+    """What the weights take in memory; in 8 and 4 bits all but the embeddings and the head, with a scale for each block."""
+    share = {"full": float(kind.itemsize), "8bit": 1.01, "4bit": 0.52}[bits]
+    total = 0.0
+    for name, shape in source.shapes.items():
+        linear = len(shape) == 2 and not _EMBEDDING.search(name)
+        total += math.prod(shape) * (share if linear else kind.itemsize)
+    return int(total)
+
+
+def _in_bits(load_in: str, kind: torch.dtype) -> Any:
+    """As QLoRA has it (Dettmers et al., 2023, arXiv:2305.14314), or LLM.int8() (2022, arXiv:2208.07339)."""
+    from transformers import BitsAndBytesConfig
+
+    if load_in == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=kind
+    )
 
 
 def load_tokenizer(source: Source) -> Any:

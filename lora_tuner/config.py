@@ -22,6 +22,8 @@ HELD_OUT_LENGTH = 512  # tokens: held-out rows are cut here whatever `max_length
 BATCH_SIZE_CPU, BATCH_SIZE_GPU = 1, 8  # in few minutes many small steps teach more; a GPU wants more at once
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ReadDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]  # where nothing is trained
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
+LoadIn = Literal["auto", "full", "8bit", "4bit"]
 MAX_RANK, MAX_ALPHA = 4096, 1_000_000
 MOST = 1_000_000_000  # of what is counted while training; beyond it a number is a slip
 MAX_FILE, MAX_TEXT = 1_000_000, 10_000  # characters of a file of settings, and of one of them
@@ -204,12 +206,28 @@ class TrainConfig(_Settings):
     name: str | None = _option(None, "Name of the adapter.", "Output", "the dataset's", min_length=1)
     adapters_dir: Path = _option(Path("adapters"), "Where adapters are kept.", "Output")
     runs_dir: Path = _option(Path("runs"), "Where a running job keeps its checkpoints.", "Output")
+    report_to: list[str] = _option(
+        [],
+        f"Hand loss and learning rate on to {' '.join(TRACKERS)}, where that is installed. May be repeated.",
+        "Output",
+    )
     overwrite: bool = _option(False, "Replace an adapter of that name.", "Output")
     keep_checkpoints: bool = _option(False, "Keep the run's folder when it has finished.", "Output")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps.", "Machine")
     dtype: Dtype = _option(
         "auto",
-        "Numbers of the base; auto is bfloat16 on CUDA, else float32. A CPU with AMX is faster in bfloat16.",
+        "Numbers of the base; auto is bfloat16 on CUDA, or where float32 does not fit, else float32. A CPU with AMX is faster in "
+        "bfloat16.",
+        "Machine",
+    )
+    load_in: LoadIn = _option(
+        "auto",
+        "Weights of the base in 8 or 4 bits (QLoRA, by bitsandbytes); auto: where they do not fit in full.",
+        "Machine",
+    )
+    checkpointing: Literal["auto", "on", "off"] = _option(
+        "auto",
+        "Compute activations again in place of keeping them: a third slower, far less memory. auto: where they do not fit.",
         "Machine",
     )
 
@@ -219,6 +237,13 @@ class TrainConfig(_Settings):
         for condition in value:
             if not condition.partition("=")[0] or "=" not in condition:
                 raise ValueError(f"'{condition}' is not of the form COLUMN=VALUE")
+        return value
+
+    @field_validator("report_to")
+    @classmethod
+    def _trackers(cls, value: list[str]) -> list[str]:
+        if unknown := sorted(set(value) - set(TRACKERS)):
+            raise ValueError(f"{unknown[0]} is none of {', '.join(TRACKERS)}")
         return value
 
     @field_validator("eval_split")

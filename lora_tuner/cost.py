@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,27 +38,56 @@ class Plan:
     trained_parameters: int
     base_parameters: int
     adapter_bytes: int
+    dtype: str
+    load_in: str
+    checkpointing: bool
 
 
-def check_memory(job: Job) -> None:
-    """Raise TrainingError when a step will not fit into the memory that is free, before it is tried."""
-    (many, needed), free = step_memory(job), free_memory(job.base.device)
+def fit_memory(job: Job) -> Job:
+    """The job as a step of it fits into the free memory: where `checkpointing` is left open, with it if that is what it takes.
+
+    Raises TrainingError when a step will not fit, before it is tried.
+    """
+    config, free = job.config, free_memory(job.base.device)
+    many, needed = step_memory(job)
+    if config.checkpointing == "auto":
+        again = needed > free
+        if again:
+            job.compute_again()
+            _, less = step_memory(job)
+            job.notify(
+                Notice(
+                    f"A step takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free, so activations are "
+                    f"computed again, which takes {less / 1e9:.1f} GB and longer (--checkpointing)."
+                )
+            )
+            needed = less
+        job = replace(job, config=config.model_copy(update={"checkpointing": "on" if again else "off"}))
     if needed > free:
         raise TrainingError(
             f"A step with {many:,} tokens takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: lower "
-            "--batch-size (--accumulation makes up for it) or --max-length."
+            "--batch-size (--accumulation makes up for it) or --max-length"
+            f"{', or choose --dtype bfloat16' if job.base.dtype == torch.float32 else ''}."
         )
+    return job
 
 
 def step_memory(job: Job) -> tuple[int, int]:
     """Tokens of the longest batch, and bytes that its step takes at least beyond what is in memory.
 
     What a step keeps for its way back grows with its tokens, so it is counted on a few; the rest (the optimizer's two
-    copies, the gradients) is known.
+    copies, the gradients) is known. With checkpointing, it is what goes into each block, and all of one block.
     """
     rows = tokens.probe(len(job.base.tokenizer))
+    blocks = [block for block in job.model.modules() if getattr(block, "gradient_checkpointing", None) is True]
+    for block in blocks:
+        block.gradient_checkpointing = False
     once, twice = _kept(job, rows[:1]), _kept(job, rows)
     growing = max(twice - once, 0) / len(rows[1])  # bytes a token; masks and the like are there once
+    for block in blocks:
+        block.gradient_checkpointing = True
+    if blocks:
+        growing = growing / len(blocks) + len(blocks) * job.model.config.hidden_size * job.base.dtype.itemsize
     longest = max(sum(map(len, job.sequences[index])) for index in range(len(job.sequences)))
     many = min(job.batch_size, len(job.sequences)) * longest
     return many, int(SLACK * growing * many) + 3 * 4 * lora.counts(job.model)[0]
@@ -140,6 +169,9 @@ def measure(job: Job) -> Plan:
         trained_parameters=trained,
         base_parameters=frozen,
         adapter_bytes=trained * 4,
+        dtype=str(base.dtype).removeprefix("torch."),
+        load_in=base.load_in,
+        checkpointing=config.checkpointing == "on",
     )
 
 

@@ -186,7 +186,8 @@ class Decoder:
     def of(cls, base: Base) -> "Decoder | None":
         """A decoder for this base, or None where transformers must do it: other kinds, other devices, other figures."""
         known = type(base.model).__name__ in (*_LLAMAS, "GPT2LMHeadModel")
-        if not known or base.device.type != "cpu" or base.dtype != torch.float32 or not full_attention(base.model):
+        exact = base.dtype == torch.float32 and base.load_in == "full"
+        if not known or base.device.type != "cpu" or not exact or not full_attention(base.model):
             return None
         rotary = getattr(base.model.base_model, "rotary_emb", None)
         if getattr(rotary, "rope_type", "default") in ("dynamic", "longrope"):  # which turn by the length of the text

@@ -141,6 +141,8 @@ def _once(base: Base, rows: Sequence[tokens.Row], adapter: Any, now: Callable[[]
         base.device.type,
         [row.tolist() for row in rows],
     ]
+    if base.load_in != "full":
+        facts.append(base.load_in)
     if adapter is not None:
         facts.append(adapter)
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -246,6 +248,7 @@ def evaluate(
     eval_rows: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    load_in: str = "auto",
     force: bool = False,
     notify: Listener = ignore,
 ) -> GainMatrix:
@@ -255,7 +258,7 @@ def evaluate(
     `eval_rows` takes the first so many of each set. Raises AdapterError when the adapters do not share one base.
     """
     sets = _measurable(adapters, sets, eval_rows)
-    opened = lora.open_base(adapters[0], base, revision, device=device, dtype=dtype, notify=notify)
+    opened = lora.open_base(adapters[0], base, revision, device=device, dtype=dtype, load_in=load_in, notify=notify)
     return evaluate_on(opened, adapters, sets, force=force, notify=notify)
 
 

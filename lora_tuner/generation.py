@@ -66,6 +66,7 @@ class Generator:
         adapters_dir: Path | str = "adapters",
         device: str = "auto",
         dtype: str = "auto",
+        load_in: str = "auto",
         force: bool = False,
         max_resident: int | None = None,
         notify: Listener = ignore,
@@ -76,7 +77,13 @@ class Generator:
         self.current: str | None = None
         found = [self.library.get(adapter) for adapter in adapters]
         self.base = lora.open_base(
-            found[0] if found else None, base, revision, device=device, dtype=dtype, notify=notify
+            found[0] if found else None,
+            base,
+            revision,
+            device=device,
+            dtype=dtype,
+            load_in=load_in,
+            notify=notify,
         )
         self.writer = Writer(self.base, notify)
         self.max_resident = max_resident

@@ -16,7 +16,7 @@ import torch
 from transformers import set_seed
 
 from . import evaluation, fast, lora, methods, store, tokens
-from .base_model import Base, load_tokenizer
+from .base_model import Base, choose_dtype, load_tokenizer
 from .config import BATCH_SIZE_CPU, BATCH_SIZE_GPU, METHODS, TrainConfig, to_yaml
 from .data import Corpus, content_hash, load_corpus
 from .errors import BaseModelError, ConfigError, Listener, Notice, Progress, TrainingError, ignore
@@ -54,6 +54,14 @@ class Job:
     def collate(self, items: Sequence[Sequence[tokens.Row]]) -> dict[str, torch.Tensor]:
         return tokens.collate(items, self.base.tokenizer.pad_token_id, bounds=self.by_row)
 
+    def compute_again(self) -> None:
+        """From now on keep what goes into each block alone, and compute the rest again on the way back (Chen et al., 2016,
+        arXiv:1604.06174). The gradients are the same. Raises TrainingError for a model that cannot."""
+        try:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise TrainingError(f"{self.base.source.name} cannot compute its activations again: {error}") from error
+
     @property
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.sequences) / (self.batch_size * self.config.accumulation))
@@ -87,6 +95,7 @@ class Job:
                 truncated_rows=self.truncated_rows,
                 device=_device_name(self.base.device),
                 dtype=str(self.base.dtype).removeprefix("torch."),
+                load_in=self.base.load_in,
                 threads=torch.get_num_threads(),
             ),
             versions=lora.versions(),
@@ -99,9 +108,13 @@ def prepare(config: TrainConfig, notify: Listener = ignore) -> Job:
     if parent is not None and config.eval_dataset:
         notify(evaluation.as_held_out(config.eval_dataset))
     corpus = load_corpus(config, notify)  # before the base: it may be wrong, and the base may be long in coming
-    base = lora.open_base(parent, config.base, config.revision, device=config.device, dtype=config.dtype, notify=notify)
+    how = {"device": config.device, "dtype": config.dtype, "load_in": config.load_in}
+    base = lora.open_base(parent, config.base, config.revision, **how, notify=notify)
     source = base.source
-    config = config.model_copy(update={"base": source.name, "revision": source.revision})
+    found = {"base": source.name, "revision": source.revision, "load_in": base.load_in}
+    if base.dtype != choose_dtype(config.dtype, base.device):  # the base did not fit
+        found["dtype"] = str(base.dtype).removeprefix("torch.")
+    config = config.model_copy(update=found)
     if parent is not None:
         lora.check_base(parent, base, force=config.force, notify=notify)
         config = _with_targets(config, parent, base)
@@ -143,7 +156,7 @@ def prepare(config: TrainConfig, notify: Listener = ignore) -> Job:
             f"the adapter will take {trained * 4 / 1e6:.1f} MB."
         )
     )
-    return Job(
+    job = Job(
         config=config,
         base=base,
         corpus=corpus,
@@ -156,6 +169,9 @@ def prepare(config: TrainConfig, notify: Listener = ignore) -> Job:
         by_row=by_row,
         notify=notify,
     )
+    if config.checkpointing == "on":
+        job.compute_again()
+    return job
 
 
 def _with_parent(config: TrainConfig) -> tuple[TrainConfig, Adapter | None]:

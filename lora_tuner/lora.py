@@ -8,6 +8,7 @@ linear layers (`nn.Linear`, and GPT-2's transposed `Conv1D`); embeddings and the
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,9 @@ from .store import Adapter
 
 if TYPE_CHECKING:  # imported where it is used: writing does without
     from peft import LoraConfig, PeftModel
+
+# Where it is installed PEFT imports it, and it has advice for everybody.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 TRAINED = "default"  # Trainer reloads the best checkpoint only into an adapter of this name
 
@@ -176,10 +180,11 @@ def open_base(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    load_in: str = "auto",
     notify: Listener = ignore,
 ) -> Base:
     """The base in memory: the one named or, with `base` None, the one that the adapter names, or the default one."""
-    return load_base(base_of(adapter, base, revision, notify), device, dtype)
+    return load_base(base_of(adapter, base, revision, notify), device, dtype, load_in, notify)
 
 
 def base_of(adapter: Adapter | None, base: str | None, revision: str | None, notify: Listener = ignore) -> Source:

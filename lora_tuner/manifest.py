@@ -71,6 +71,7 @@ class RunFacts(_Facts):
     truncated_rows: int
     device: str
     dtype: str
+    load_in: str = "full"  # or the bits that the base's weights were in
     threads: int
 
 

@@ -11,7 +11,7 @@ import typer
 from pydantic import BaseModel
 from typer.core import TyperCommand
 
-from .config import NO_TEXT, ReadDtype, TrainConfig, resolve
+from .config import NO_TEXT, LoadIn, ReadDtype, TrainConfig, resolve
 from .errors import ConfigError
 from .terminal import Display
 
@@ -27,6 +27,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Numbers = Annotated[
     ReadDtype,
     typer.Option(help="Numbers of the base. auto: bfloat16 on CUDA, else float32; int8: least to read, on a CPU."),
+]
+Bits = Annotated[
+    LoadIn, typer.Option(help="Weights of the base in 8 or 4 bits (bitsandbytes); auto: where they do not fit in full.")
 ]
 LIBRARY = TrainConfig().adapters_dir
 
@@ -94,6 +97,7 @@ def _place(
     adapters_dir: AdaptersDir = LIBRARY,
     device: Device = "auto",
     dtype: Numbers = "auto",
+    load_in: Bits = "auto",
     force: Force = False,
 ) -> None:
     """The options of a command that puts adapters on a base."""

@@ -231,6 +231,7 @@ def counted(counts: dict[str, int]) -> str:
 
 def show_plan(plan: "Plan") -> None:
     total = plan.base_parameters + plan.trained_parameters
+    again = ", activations computed again" if plan.checkpointing else ""
     table(
         [
             ("steps", f"{plan.steps:,} (one epoch is {plan.steps_per_epoch:,})"),
@@ -238,6 +239,7 @@ def show_plan(plan: "Plan") -> None:
             ("training", duration(plan.training_seconds)),
             ("measuring held-out loss", duration(plan.held_out_seconds)),
             ("peak memory", size(plan.peak_memory_bytes)),
+            ("base", f"{plan.dtype if plan.load_in == 'full' else plan.load_in}{again}"),
             ("rows cut short", f"{plan.truncated_share:.1%}"),
             ("parameters trained", f"{plan.trained_parameters:,} of {total:,} ({plan.trained_parameters / total:.2%})"),
             ("adapter", size(plan.adapter_bytes)),

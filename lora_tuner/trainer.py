@@ -28,10 +28,11 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations.integration_utils import TensorBoardCallback, get_available_reporting_integrations
 
 from . import evaluation, files, lora, methods, store
 from .config import TrainConfig
-from .errors import DivergedError, Interrupted, Listener, Notice, Progress, TrainingError, reason
+from .errors import ConfigError, DivergedError, Interrupted, Listener, Notice, Progress, TrainingError, reason
 from .job import Job, save_adapter
 
 WHOLE, KEPT = "whole.json", 2  # what marks a checkpoint, and how many of them stay
@@ -119,7 +120,8 @@ def _arguments(job: Job, folder: Path) -> TrainingArguments:
         use_cpu=job.base.device.type == "cpu",
         disable_tqdm=True,
         log_level="error",
-        report_to=[],
+        report_to=[tracker for tracker in config.report_to if tracker != "tensorboard"],
+        run_name=config.name,
     )
     if job.base.device.type == "cuda":
         # Left to itself, Trainer takes the first GPU, or splits batches over all of them by DataParallel.
@@ -127,6 +129,19 @@ def _arguments(job: Job, folder: Path) -> TrainingArguments:
         arguments.__dict__["_setup_devices"] = job.base.device
         torch.cuda.set_device(job.base.device)
     return arguments
+
+
+def check_trackers(config: TrainConfig) -> None:
+    """Raise ConfigError for a tracker that is not installed."""
+    if missing := sorted(set(config.report_to) - set(get_available_reporting_integrations())):
+        raise ConfigError(f"report_to: {missing[0]} is not installed: pip install {missing[0]}.")
+
+
+def _tensorboard(config: TrainConfig) -> TensorBoardCallback:
+    """It writes beside the runs, for the folder of a run goes when that has finished."""
+    callback = TensorBoardCallback()
+    callback.logging_dir = str(config.runs_dir / "tensorboard" / str(config.name))
+    return callback
 
 
 def _rate(step: int, schedule: str, warmup: float, steps: int) -> float:
@@ -147,6 +162,8 @@ class _LoraTrainer(Trainer):
         callbacks: list[TrainerCallback] = [_CheckGradients(self)]
         if job.config.patience:
             callbacks.append(EarlyStoppingCallback(job.config.patience))
+        if "tensorboard" in job.config.report_to:
+            callbacks.append(_tensorboard(job.config))
         super().__init__(
             model=job.model,
             args=_arguments(job, folder),

@@ -35,7 +35,7 @@ from .store import Adapter
 
 _TAKEN = "rename or remove that one first (`adapters rename`, `adapters remove`)"
 _ANEW = "Restore that, or train anew with --overwrite."
-_PLACES = {"adapters_dir", "runs_dir", "overwrite", "keep_checkpoints"}  # do not change what a run becomes
+_PLACES = {"adapters_dir", "runs_dir", "report_to", "overwrite", "keep_checkpoints"}  # do not change what a run becomes
 
 __all__ = ["Plan", "PreviewedRow", "plan", "preview", "resume", "train"]
 
@@ -48,9 +48,10 @@ def train(config: TrainConfig, notify: Listener = ignore) -> Adapter:
     config = _named(config)
     with _locked(config.runs_dir, str(config.name)):
         library = _check_places(config)
+        trainer.check_trackers(config)
         job = prepare(config, notify)
         _check_room(job)
-        return _run(replace(job, config=_fix_steps(job)), library, checkpoint=None)
+        return _run(_fix_steps(cost.fit_memory(job)), library, checkpoint=None)
 
 
 def resume(name: str, runs_dir: Path = Path("runs"), notify: Listener = ignore) -> Adapter:
@@ -85,9 +86,7 @@ def resume(name: str, runs_dir: Path = Path("runs"), notify: Listener = ignore) 
 
 def plan(config: TrainConfig, notify: Listener = ignore) -> Plan:
     """Measure a few real steps, the longest batch among them, and say what the run would cost. Trains nothing."""
-    job = prepare(config, notify)
-    cost.check_memory(job)
-    return cost.measure(job)
+    return cost.measure(cost.fit_memory(prepare(config, notify)))
 
 
 def _named(config: TrainConfig) -> TrainConfig:
@@ -234,14 +233,13 @@ def _decisive(manifest: Manifest) -> dict[str, str]:
     return facts
 
 
-def _fix_steps(job: Job) -> TrainConfig:
-    """The configuration with `max_steps` as its only stop rule, so that the run can be repeated step for step."""
+def _fix_steps(job: Job) -> Job:
+    """The job with `max_steps` as its only stop rule, so that the run can be repeated step for step."""
     config = job.config
     timed = config.max_steps is None and config.epochs is None
-    cost.check_memory(job)
     steps = cost.measure(job).steps if timed else cost.steps_for(job, 0.0)
     job.notify(Notice(f"The run takes {steps:,} steps; one epoch is {job.steps_per_epoch:,}."))
-    return config.model_copy(update={"epochs": None, "minutes": None, "max_steps": steps})
+    return replace(job, config=config.model_copy(update={"epochs": None, "minutes": None, "max_steps": steps}))
 
 
 def _run(job: Job, library: Library, checkpoint: Path | None) -> Adapter:

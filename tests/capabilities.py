@@ -15,6 +15,7 @@ from . import tiny
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 BEGIN, END = "<!-- made by `make docs` -->\n", "<!-- end -->\n"
 ROWS: dict[str, dict[str, object]] = {f"`--method {name}`": {"method": name} for name in METHODS}
+ROWS |= {f"`--load-in {bits}`": {"load_in": bits} for bits in ("8bit", "4bit")}
 
 
 class Tried:
@@ -26,6 +27,7 @@ class Tried:
         short = {"max_steps": 6, "max_length": 64, "batch_size": 2, "rank": 4, "eval_rows": 8, "device": "cpu"}
         self.settings = {"base": self.model, "dataset": str(texts), **places, **short}
         self.given = given
+        self.load_in = str(given.get("load_in", "auto"))
 
     def train(self) -> None:
         self.adapter = train(TrainConfig.model_validate(self.settings | {"name": "one"} | self.given))
@@ -38,19 +40,22 @@ class Tried:
         kept = {key: value for key, value in self.settings.items() if key not in ("rank", "base")}
         train(TrainConfig.model_validate(kept | {"name": "two", "parent": "one", "max_steps": 2}))
 
+    def generator(self) -> Generator:
+        return Generator("one", adapters_dir=self.library.path, device="cpu", load_in=self.load_in)
+
     def generate(self) -> None:
-        generator = Generator("one", adapters_dir=self.library.path, device="cpu")
+        generator = self.generator()
         assert generator.generate("the actor", Sampling(greedy=True, max_new_tokens=8)).tokens
 
     def compare(self) -> None:
         asked = [("the actor", None), ("the actor", "one")]
-        generator = Generator("one", adapters_dir=self.library.path, device="cpu")
+        generator = self.generator()
         both = generator.generate_batch(asked, Sampling(greedy=True, max_new_tokens=8))
         alone = generator.generate("the actor", Sampling(greedy=True, max_new_tokens=8))
         assert both[1].text == alone.text
 
     def evaluate(self) -> None:
-        cell = evaluation.evaluate([self.library.get("one")], device="cpu").cells[0][0]
+        cell = evaluation.evaluate([self.library.get("one")], device="cpu", load_in=self.load_in).cells[0][0]
         assert cell is not None
         assert abs(cell.loss - self.loss) < 1e-3
 
@@ -82,7 +87,7 @@ ACTIONS: dict[str, Callable[[Tried], None]] = {
 
 def table(folder: Path) -> str:
     """Of each row and action: yes, or the number of the reason for which it is refused. `folder` is empty."""
-    model = tiny.save_model(folder / "llama", "llama")
+    model = tiny.save_model(folder / "llama", "llama", width=64)  # blocks of 4 bits have 64 weights
     texts = folder / "reviews.csv"
     texts.write_text("text\n" + "\n".join(tiny.reviews(120)) + "\n", encoding="utf-8")
     lines = ["| | " + " | ".join(f"`{name}`" for name in ACTIONS) + " |", "| --- |" + " --- |" * len(ACTIONS)]

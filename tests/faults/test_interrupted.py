@@ -20,7 +20,7 @@ BEFORE_IT_RUNS = {  # nothing is there yet that could be resumed
     "loading": "lora_tuner.lora:load_base",
     "tokenising": "lora_tuner.tokens:encode",
     "wrapping": "lora_tuner.lora:wrap",
-    "counting memory": "lora_tuner.cost:check_memory",
+    "counting memory": "lora_tuner.cost:fit_memory",
     "measuring the base": "lora_tuner.evaluation:measure",
     "keeping rows": "lora_tuner.evaluation:keep_rows",
     "starting": "lora_tuner.training:to_yaml",

@@ -53,7 +53,8 @@ def test_a_step_that_will_not_fit_is_refused_before_it_is_tried(
     assert ended.status == 1
     assert ended.line.startswith("Error: A step with 8,192 tokens takes ")
     assert ended.line.endswith(
-        "GB of memory, and 0.1 GB are free: lower --batch-size (--accumulation makes up for it) or --max-length."
+        "GB of memory, and 0.1 GB are free: lower --batch-size (--accumulation makes up for it) or --max-length, or choose "
+        "--dtype bfloat16."
     )
     for place in ("adapters", "runs"):
         assert not (tmp_path / place).exists() or contents(tmp_path / place) == {}
@@ -64,8 +65,7 @@ def test_a_base_that_will_not_fit_is_refused_before_it_is_read(run: Run, wide: P
     ended = run("generate", "--base", wide, "the actor", before=before)
     assert ended.status == 1
     assert ended.line == (
-        f"Error: The base {wide} takes 0.0 GB in float32, and 0.0 GB of memory are free: choose --dtype bfloat16, or a smaller "
-        "base."
+        f"Error: The base {wide} takes 0.0 GB in 4bit, and 0.0 GB of memory are free: take a smaller base."
     )
 
 
@@ -148,7 +148,7 @@ def little() -> None:
     """In the process of a command: the system gives little more memory than it has given, and nobody asks beforehand."""
     from lora_tuner import cost
 
-    cost.check_memory = lambda job: None
+    cost.fit_memory = lambda job: job
     limit = _kilobytes("VmSize") * 1024 + 150_000_000
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 

@@ -1,0 +1,71 @@
+"""Which learning rate each method wants, and what it gives for its bytes and seconds: the same steps with each, on film reviews
+and on program code (Python's own library). The embedded base in bfloat16, one sequence of 512 tokens a step.
+
+The losses do not depend on how busy the machine is; the seconds do.
+"""
+
+import statistics
+import sys
+import sysconfig
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lora_tuner import TrainConfig, evaluation, lora, methods
+from lora_tuner.base_model import quiet
+from lora_tuner.config import EMBEDDED_BASE, METHODS
+from lora_tuner.job import prepare
+from lora_tuner.trainer import _LoraTrainer
+
+from .measure import Figure, figure, seconds
+
+STEPS, HELD_OUT = 40, 50
+FACTORS = (0.5, 1.0, 2.0)  # of the learning rate that is a method's default
+REVIEWS: dict[str, Any] = {"dataset": "imdb", "rows": 2_000}
+
+
+def _code(folder: Path) -> dict[str, Any]:
+    """Settings that read the modules of Python's library, each a row."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(library.rglob("*.py")):
+        name = str(path.relative_to(library))
+        if not name.startswith(("test", "site-packages", "idlelib/idle_test", "lib2to3/tests")):
+            (folder / f"{name.replace('/', '.')}.txt").write_bytes(path.read_bytes())
+    return {"dataset": str(folder), "txt_rows": "file", "keep_lines": True}
+
+
+def run(rounds: int) -> list[Figure]:
+    """Takes an hour a round; each has a seed of its own."""
+    figures = []
+    with tempfile.TemporaryDirectory() as place:
+        for text, data in (("reviews", REVIEWS), ("code", _code(Path(place)))):
+            for method, facts in METHODS.items():
+                for factor in FACTORS:
+                    settings = data | {"method": method, "learning_rate": facts.learning_rate * factor}
+                    found = [_train(settings, seed) for seed in range(rounds)]
+                    loss, gain, pace, start, size = (statistics.median(each) for each in zip(*found, strict=True))
+                    name = f"{text}, {method}, {settings['learning_rate']:g}"
+                    note = f"gain {gain:.4f}; {pace:.2f} s a step, {start:.1f} s to begin, {size / 1e6:.1f} MB"
+                    figures.append(figure(name, loss, "nats", note))
+                    print(name, loss, note, file=sys.stderr, flush=True)
+    return figures
+
+
+def _train(settings: dict[str, Any], seed: int) -> tuple[float, float, float, float, int]:
+    """Held-out loss, gain over the base, seconds a step, seconds that the start takes, bytes."""
+    given = {"base": EMBEDDED_BASE, "dtype": "bfloat16", "max_length": 512, "batch_size": 1, "eval_rows": HELD_OUT}
+    begun = methods.start
+    taken: list[float] = []
+    with quiet():
+        methods.start = lambda *of_job: taken.append(seconds(partial(begun, *of_job)))  # type: ignore[assignment]
+        job = prepare(TrainConfig.model_validate(given | settings | {"max_steps": STEPS, "seed": seed}))
+        methods.start = begun
+    with job.model.disable_adapter():
+        before = evaluation.measure_base(job.base, job.held_out).loss
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        trainer = _LoraTrainer(job, Path(folder))
+        trainer.train()
+        paces = [entry["seconds"] for entry in trainer.state.log_history if "loss" in entry]
+    loss = evaluation.measure(job.model, job.base, job.held_out).loss
+    return loss, before - loss, statistics.median(paces), taken[0], lora.counts(job.model)[0] * 4
