@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .evaluation import GainMatrix, RowSet, evaluate
     from .export import to_gguf
     from .generation import Answer, Generator
+    from .ladder import Ladder, climb
     from .library import Library
     from .manifest import Manifest
     from .share import pull, push
@@ -33,6 +34,7 @@ _HOMES = {
     "GainMatrix": "evaluation",
     "Generator": "generation",
     "Interrupted": "errors",
+    "Ladder": "ladder",
     "Library": "library",
     "LoraTunerError": "errors",
     "Manifest": "manifest",
@@ -45,6 +47,7 @@ _HOMES = {
     "Slimmed": "combine",
     "TrainConfig": "config",
     "blend": "combine",
+    "climb": "ladder",
     "evaluate": "evaluation",
     "merge": "combine",
     "plan": "training",
@@ -63,6 +66,7 @@ __all__ = [
     "GainMatrix",
     "Generator",
     "Interrupted",
+    "Ladder",
     "Library",
     "LoraTunerError",
     "Manifest",
@@ -75,6 +79,7 @@ __all__ = [
     "Slimmed",
     "TrainConfig",
     "blend",
+    "climb",
     "evaluate",
     "merge",
     "plan",

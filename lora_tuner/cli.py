@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 
 from . import __version__, cli_combine, cli_serve, files
 from .cli_adapters import adapters_app
-from .config import METHODS, NO_TEXT, Sampling, TrainConfig, resolve
+from .config import METHODS, NO_TEXT, Sampling, TrainConfig, resolve, rungs
 from .errors import ConfigError, GenerationError, Interrupted, LoraTunerError, reason
 from .library import Library
 from .options import LIBRARY, ROWS, AsJson, Strict, on_a_base, options_of, rows_given, show
@@ -31,6 +31,7 @@ from .terminal import (
     show_facts,
     show_gains,
     show_json,
+    show_ladder,
     show_plan,
     show_preview,
     show_text,
@@ -152,11 +153,17 @@ def train(
         )
     if plan and preview:
         raise ConfigError("--plan and --preview are two questions: ask one at a time.")
-    settings = resolve(TrainConfig, given, config)
-    from . import fast, training
+    runs = [resolve(TrainConfig, it, config) for it in rungs(given)]
+    if len(runs) > 1 and (plan or preview):
+        raise ConfigError("--plan and --preview are for one run: give one rank and one learning rate.")
+    settings = runs[0]
+    from . import fast, ladder, training
 
     fast.keep_memory()
-    if preview:
+    if len(runs) > 1 or (resume and ladder.waits(resume, settings.runs_dir)):
+        climbed = ladder.resume(resume, settings.runs_dir, show) if resume else ladder.climb(runs, show)
+        show_json(climbed.facts()) if as_json else show_ladder(climbed)
+    elif preview:
         rows = training.preview(settings, preview, show)
         show_json([dataclasses.asdict(row) for row in rows]) if as_json else show_preview(rows)
     elif plan:

@@ -4,6 +4,7 @@
 same fields, the command line last. Unknown keys are errors, and all problems are reported together.
 """
 
+import itertools
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ LORA_PLUS_RATIO = 4.0  # B learns so many times as fast as A
 SECRET = ("api_key",)  # settings whose values are never said
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # null bytes, and bytes of a command line that are no UTF-8
 NAME = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)$)[A-Za-z][A-Za-z0-9_-]{0,63}")  # not Windows' devices
+LADDER = ("rank", "learning_rate")  # settings of which the command line takes several, one run each
 STOPS = ("epochs", "max_steps", "minutes")
 PATIENCE_MINUTES = 10  # with no stop rule, an epoch that takes longer than this is cut to it
 
@@ -138,7 +140,13 @@ class TrainConfig(_Settings):
     )
     force: bool = _option(False, "With --from: on a base that the adapter was not trained on.", "Model")
     method: MethodName = _option("lora", "Kind of update; `methods` says when to choose which.", "Model")
-    rank: int = _option(8, "Rank of the update: its size and its power.", "Model", ge=1, le=MAX_RANK)
+    rank: int = _option(
+        8,
+        "Rank of the update: its size and its power. Several, with commas, train one after another.",
+        "Model",
+        ge=1,
+        le=MAX_RANK,
+    )
     alpha: int | None = _option(
         None,
         "The update is scaled by alpha / rank; with rslora by alpha / its root.",
@@ -179,7 +187,7 @@ class TrainConfig(_Settings):
     accumulation: int = _option(1, "Batches whose gradients are summed for one step.", "Training", ge=1, le=MOST)
     learning_rate: float | None = _option(
         None,
-        "Peak learning rate; with lora+ that of A, and B's is 4 times as high.",
+        "Peak learning rate; with lora+ that of A, and B's is 4 times as high. Several, with commas, as with --rank.",
         "Training",
         "by method: " + ", ".join(f"{name} {method.learning_rate:g}" for name, method in METHODS.items()),
         gt=0,
@@ -428,6 +436,12 @@ def resolve(kind: type[S], given: dict[str, Any], file: Path | None = None) -> S
         return kind.model_validate(settings | given)
     except ValidationError as error:
         raise ConfigError(f"{file}: {_problems(error)}" if file else _problems(error)) from error
+
+
+def rungs(given: dict[str, Any]) -> list[dict[str, Any]]:
+    """The settings of each run, where some of `LADDER` have several values: every one with every other."""
+    several = {name: given[name] for name in LADDER if isinstance(given.get(name), list)}
+    return [given | dict(zip(several, values, strict=True)) for values in itertools.product(*several.values())]
 
 
 def to_yaml(config: TrainConfig) -> str:

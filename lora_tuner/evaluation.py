@@ -159,6 +159,11 @@ def _once(base: Base, rows: Sequence[tokens.Row], adapter: Any, now: Callable[[]
     return held
 
 
+def remember(base: Base, rows: Sequence[tokens.Row], adapter: Adapter, held: HeldOut) -> None:
+    """Keep what was measured when an adapter was trained, so that it need not be measured again."""
+    _once(base, rows, _identity(adapter), lambda: held)
+
+
 @dataclass(frozen=True)
 class RowSet:
     """Held-out rows under the name of the adapter, or of the data, that they belong to; `missing` says why there are none."""

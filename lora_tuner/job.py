@@ -7,7 +7,7 @@ the fresh update, whatever was measured or trained in this process before.
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,11 @@ class Job:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         except ValueError as error:
             raise TrainingError(f"{self.base.source.name} cannot compute its activations again: {error}") from error
+
+    def release(self) -> None:
+        """Take the update off the base, which is then as it came."""
+        self.model.gradient_checkpointing_disable()
+        self.model.unload()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -121,8 +126,6 @@ def prepare(config: TrainConfig, notify: Listener = ignore) -> Job:
     if config.batch_size is None:
         size = BATCH_SIZE_CPU if base.device.type == "cpu" else BATCH_SIZE_GPU
         config = config.model_copy(update={"batch_size": size})
-    if config.learning_rate is None:
-        config = config.model_copy(update={"learning_rate": METHODS[config.method].learning_rate})
     if config.max_length > base.context and "max_length" not in config.model_fields_set:
         notify(Notice(f"Rows are cut at {base.context} tokens: {source.name} looks back on no more."))
         config = config.model_copy(update={"max_length": base.context})
@@ -143,32 +146,52 @@ def prepare(config: TrainConfig, notify: Listener = ignore) -> Job:
     rows, truncated = tokens.cut(encoded, config.max_length, chunk=chunk)
     notify(Progress("tokenising", 1, 1))
     held_out_texts = corpus.held_out[: config.eval_rows]
-    sequences = tokens.Sequences(rows, config.max_length, packing=config.packing)
+    return _begin(
+        Job(
+            config=config,
+            base=base,
+            corpus=corpus,
+            model=None,
+            sequences=tokens.Sequences(rows, config.max_length, packing=config.packing),
+            held_out=evaluation.encode_held_out(base, held_out_texts),
+            held_out_texts=held_out_texts,
+            truncated_rows=truncated,
+            parent=parent,
+            by_row=by_row,
+            notify=notify,
+        )
+    )
+
+
+def renew(job: Job, config: TrainConfig) -> Job:
+    """The job of another configuration on the same base and rows: it may differ in rank, alpha, learning rate, steps, name.
+
+    The update of `job` is taken off the base, so that job is of no more use.
+    """
+    job.release()
+    kept = ("base", "revision", "dtype", "load_in", "batch_size", "max_length", "packing", "method", "targets")
+    settings = {name: getattr(job.config, name) for name in (*kept, "split_salt", "parent_sha256")}
+    return _begin(replace(job, config=config.model_copy(update=settings)))
+
+
+def _begin(job: Job) -> Job:
+    """The job with a fresh update, seeded."""
+    base, config = job.base, job.config
+    if config.learning_rate is None:
+        config = config.model_copy(update={"learning_rate": METHODS[config.method].learning_rate})
     set_seed(config.seed)
-    model = lora.wrap(base, config, parent)
+    model = lora.wrap(base, config, job.parent)
     if config.method == "eva":
-        notify(Progress("looking at how the text excites each layer", 0, 1))
-    methods.start(base, model, config, sequences)
+        job.notify(Progress("looking at how the text excites each layer", 0, 1))
+    methods.start(base, model, config, job.sequences)
     trained, frozen = lora.counts(model)
-    notify(
+    job.notify(
         Notice(
             f"{trained:,} of {trained + frozen:,} parameters are trained ({trained / (trained + frozen):.2%}); "
             f"the adapter will take {trained * 4 / 1e6:.1f} MB."
         )
     )
-    job = Job(
-        config=config,
-        base=base,
-        corpus=corpus,
-        model=model,
-        sequences=sequences,
-        held_out=evaluation.encode_held_out(base, held_out_texts),
-        held_out_texts=held_out_texts,
-        truncated_rows=truncated,
-        parent=parent,
-        by_row=by_row,
-        notify=notify,
-    )
+    job = replace(job, config=config, model=model)
     if config.checkpointing == "on":
         job.compute_again()
     return job

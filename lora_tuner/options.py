@@ -11,7 +11,7 @@ import typer
 from pydantic import BaseModel
 from typer.core import TyperCommand
 
-from .config import NO_TEXT, LoadIn, ReadDtype, TrainConfig, resolve
+from .config import LADDER, NO_TEXT, LoadIn, ReadDtype, TrainConfig, resolve
 from .errors import ConfigError
 from .terminal import Display
 
@@ -80,15 +80,30 @@ def _option(name: str, field: Any) -> inspect.Parameter:
     if isinstance(default, bool):
         default = "on" if default else "off"
     flag = field.json_schema_extra["flag"]
+    number = (float if name == "learning_rate" else int) if name in LADDER else None
     option = typer.Option(
         *([flag] if flag else []),
         help=field.description,
         show_default=False if default is None else str(default),
         rich_help_panel=field.json_schema_extra["panel"],
         file_okay=False,  # of those that are paths, all are folders
+        parser=functools.partial(_numbers, number) if number else None,
+        metavar=f"{number.__name__.upper()}[,...]" if number else None,
     )
-    annotation = Annotated[field.annotation | None, option]
+    annotation: Any = Annotated[str | None, option] if number else Annotated[field.annotation | None, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _numbers(number: type[int] | type[float], text: str) -> Any:
+    """A number, or a list of those that stand with commas between them."""
+    try:
+        values = [number(part) for part in text.split(",")]
+    except ValueError as error:
+        kind = "a whole number" if number is int else "a number"
+        raise typer.BadParameter(f"{text!r} is not {kind}, nor several with commas between them") from error
+    if len(set(values)) < len(values):
+        raise typer.BadParameter(f"{text!r} has a number twice")
+    return values if len(values) > 1 else values[0]
 
 
 def _place(

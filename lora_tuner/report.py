@@ -121,6 +121,28 @@ def plot_spectra(spectra: Mapping[str, Any], ranks: Mapping[str, int], to: Path 
     figure.savefig(to, metadata={"Software": None})
 
 
+def plot_ladder(
+    rungs: Sequence[tuple[str, int, float, float]], base_loss: float, keep: str, to: Path | IO[bytes]
+) -> None:
+    """Held-out loss of adapters over their bytes, and over the seconds that they took; the one to keep stands out. `rungs` are
+    (name, bytes, seconds, loss)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, place, label in ((panels[0], 1, "megabytes"), (panels[1], 2, "seconds of training")):
+        for rung in rungs:
+            across = float(rung[place]) / (1e6 if place == 1 else 1)
+            axes.plot(across, rung[3], "o", color="tab:orange" if rung[0] == keep else "tab:blue")
+            axes.annotate(rung[0], (across, rung[3]), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes.margins(x=0.15, y=0.15)
+        axes.set(xlabel=label)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set(ylabel="held-out loss (nats per token)")
+    figure.suptitle(f"The base has {base_loss:.4f}; keep {keep}", fontsize=10, parse_math=False)
+    figure.savefig(to, format="png", metadata={"Software": None})
+
+
 def facts(adapter: Adapter) -> list[tuple[str, str]]:
     """What people want to know of an adapter, as name and text. The text may be a stranger's."""
     manifest = adapter.manifest

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .export import Exported
     from .generation import Answer
     from .job import PreviewedRow
+    from .ladder import Ladder
     from .portable import Verdict
     from .share import Parcel
 
@@ -162,6 +163,27 @@ def show_trained(adapter: Adapter) -> None:
     print(f"{adapter.path}  {size(adapter.bytes)}, {run.steps:,} steps in {duration(run.seconds)}")
     for line in _result(manifest):
         print(line)
+
+
+def show_ladder(ladder: "Ladder") -> None:
+    rows = [
+        (
+            it.name,
+            str(it.rank),
+            f"{it.learning_rate:g}",
+            *(
+                (f"{it.loss:.4f}", f"{it.worse:.4f} ± {it.standard_error:.4f}")
+                if it.loss is not None
+                else ("diverged", "")
+            ),
+            size(it.bytes),
+            duration(it.seconds),
+        )
+        for it in ladder.rungs
+    ]
+    table(rows, ("adapter", "rank", "learning rate", "held-out loss", "worse than the best", "size", "training"))
+    print(f"the base has {ladder.base_loss:.4f}; the picture is {ladder.folder / 'ladder.png'}")
+    print(f"keep {ladder.keep}: the smallest that the best does not beat by more than a standard error")
 
 
 def _result(manifest: Manifest) -> list[str]:

@@ -7,7 +7,7 @@ the result another one; to go on training with something else, train again.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,14 @@ _PLACES = {"adapters_dir", "runs_dir", "report_to", "overwrite", "keep_checkpoin
 __all__ = ["Plan", "PreviewedRow", "plan", "preview", "resume", "train"]
 
 
-def train(config: TrainConfig, notify: Listener = ignore) -> Adapter:
+Prepare = Callable[[TrainConfig, Listener], Job]
+
+
+def train(config: TrainConfig, notify: Listener = ignore, prepare: Prepare = prepare) -> Adapter:
     """Train an adapter and put it into the library. What is wrong with the request is said before training starts.
 
-    Raises a LoraTunerError, or Interrupted when it was asked to stop and left a checkpoint to resume from.
+    `prepare` is for who has base and rows in memory. Raises a LoraTunerError, or Interrupted when it was asked to stop and
+    left a checkpoint to resume from.
     """
     config = _named(config)
     with _locked(config.runs_dir, str(config.name)):
@@ -54,7 +58,7 @@ def train(config: TrainConfig, notify: Listener = ignore) -> Adapter:
         return _run(_fix_steps(cost.fit_memory(job)), library, checkpoint=None)
 
 
-def resume(name: str, runs_dir: Path = Path("runs"), notify: Listener = ignore) -> Adapter:
+def resume(name: str, runs_dir: Path = Path("runs"), notify: Listener = ignore, prepare: Prepare = prepare) -> Adapter:
     """Go on with the run in `runs_dir/name` from its newest whole checkpoint, exactly as if it had not stopped.
 
     Raises TrainingError when there is nothing to resume, or when data, base or threads are not what they were.
@@ -269,6 +273,7 @@ def _run(job: Job, library: Library, checkpoint: Path | None) -> Adapter:
         result = evaluation.compare(base_held_out, held_out)
         manifest = job.manifest.model_copy(update={"created": now(), "run": run, "result": result})
         adapter = _write(job, library, manifest, history)
+        evaluation.remember(job.base, job.held_out, adapter, held_out)
         _clear(config, folder)
     except KeyboardInterrupt as error:
         raise Interrupted(f"Stopped at once. Go on with: {trainer.go_on(config)}") from error

@@ -255,9 +255,12 @@ def test_nobody_knows_the_rows_of_an_adapter_of_another_tool(adapters, gpt2):
 
 def test_what_was_measured_once_is_not_measured_again(adapters, measured):
     first = evaluate(adapters, device="cpu")
-    # Each base has been measured when its adapter was trained.
+    # Each base has been measured when its adapter was trained, and each adapter on its own rows.
     assert measured == [
-        f"{one} on {other} (adapter {number} of 3)" for number, one in enumerate(styles(), 1) for other in styles()
+        f"{one} on {other} (adapter {number} of 3)"
+        for number, one in enumerate(styles(), 1)
+        for other in styles()
+        if one != other
     ]
     measured.clear()
     assert evaluate(adapters, device="cpu") == first
@@ -323,7 +326,8 @@ def test_a_broken_measure_in_the_cache_is_measured_again(adapters, tmp_path, mea
     for file in (tmp_path / "cache" / "losses").iterdir():
         file.write_text('{"nll": [1.0], "predictions": [3]}')
     measured.clear()
-    assert evaluate(adapters[:1], device="cpu") == first
+    again = evaluate(adapters[:1], device="cpu").cells[0][0]
+    assert again.loss == pytest.approx(first.cells[0][0].loss, abs=1e-6)  # as training has measured it
     assert measured == ["held-out loss of the base", "noir on noir (adapter 1 of 1)"]
 
 

@@ -20,6 +20,7 @@ ROWS = [
     {"server.metrics", "server.form"},
     {"server.guard", "server.desk"},
     {"server.schema", "server.worker"},
+    {"ladder"},
     {"training", "combine", "export", "share", "generation", "doctor"},
     {"trainer", "cost", "proof"},
     {"job"},
