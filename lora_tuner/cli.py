@@ -174,6 +174,13 @@ def train(
         show_json(adapter.facts()) if as_json else show_trained(adapter)
 
 
+Talk = Annotated[bool, typer.Option("--chat", help="Speak through the base's chat template; asked for, with history.")]
+System = Annotated[
+    str | None,
+    typer.Option(help="With --chat: the message of the system that comes first.", show_default="the template's"),
+]
+
+
 @app.command(cls=Strict)
 @options_of(Sampling)
 @on_a_base
@@ -190,12 +197,14 @@ def generate(
         str | None, typer.Option(help="An adapter, by name or path.", show_default="the plain base")
     ] = None,
     file: Annotated[Path | None, typer.Option(help="A file with a prompt on each line.", show_default=False)] = None,
+    chat: Talk = False,
+    system: System = None,
     as_json: AsJson = False,
     *,
     place: dict[str, Any],
 ) -> None:
     """Write on from a prompt, with an adapter or with the plain base."""
-    sampling = resolve(Sampling, given)
+    sampling, opening = resolve(Sampling, given), _opening(chat, system)
     prompts = _prompts(prompt, file)
     if prompts is None and as_json:
         raise ConfigError("--json needs its prompts at once: as an argument, in --file, or - for standard input.")
@@ -211,14 +220,27 @@ def generate(
         notify=show,
     )
     if prompts is None:
-        _converse(generator, sampling)
+        _converse(generator, sampling, opening)
         return
-    _check(generator, prompts)
+    asked = _asked(prompts, opening)
+    _check(generator, asked)
     if as_json:
-        show_json([dataclasses.asdict(answer) for text in prompts for answer in generator.generate_all(text, sampling)])
+        show_json([dataclasses.asdict(answer) for it in asked for answer in generator.generate_all(it, sampling)])
     else:
-        for text in prompts:
-            _answer(generator, text, sampling)
+        for it in asked:
+            _answer(generator, it, sampling)
+
+
+def _opening(chat: bool, system: str | None) -> list[dict[str, str]] | None:
+    """What a conversation begins with; None for plain text."""
+    if system is not None and not chat:
+        raise ConfigError("--system is for conversations: give --chat too.")
+    return ([{"role": "system", "content": system}] if system else []) if chat else None
+
+
+def _asked(prompts: list[str], opening: list[dict[str, str]] | None) -> list[Any]:
+    """The prompts as they are, or each as the one question of a conversation."""
+    return prompts if opening is None else [[*opening, {"role": "user", "content": text}] for text in prompts]
 
 
 def _prompts(prompt: str | None, file: Path | None) -> list[str] | None:
@@ -249,7 +271,7 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str] | None:
     return lines
 
 
-def _check(generator: Any, prompts: list[str]) -> None:
+def _check(generator: Any, prompts: list[Any]) -> None:
     """Before the first of many is answered: none of them may be too long."""
     for number, prompt in enumerate(prompts, 1):
         try:
@@ -273,12 +295,14 @@ def compare(
         typer.Argument(help="The text to go on from; - reads standard input, a prompt a line.", show_default=False),
     ] = None,
     file: Annotated[Path | None, typer.Option(help="A file with a prompt on each line.", show_default=False)] = None,
+    chat: Talk = False,
+    system: System = None,
     as_json: AsJson = False,
     *,
     place: dict[str, Any],
 ) -> None:
     """The same prompt answered by the base and by adapters, in one batch and with the same luck."""
-    sampling = resolve(Sampling, given)
+    sampling, opening = resolve(Sampling, given), _opening(chat, system)
     prompts = _prompts(prompt, file)
     if prompts is None:
         raise ConfigError("There is nothing to go on from: give a prompt, --file, or - for standard input.")
@@ -290,9 +314,10 @@ def compare(
         **place,
         notify=show,
     )
-    _check(generator, prompts)
+    asked = _asked(prompts, opening)
+    _check(generator, asked)
     answering = (None, *(it.name for it in found))
-    compared = [generator.generate_batch([(text, name) for name in answering], sampling) for text in prompts]
+    compared = [generator.generate_batch([(it, name) for name in answering], sampling) for it in asked]
     if as_json:
         show_json([dataclasses.asdict(answer) for answers in compared for answer in answers])
     else:
@@ -343,21 +368,27 @@ def evaluate(
     show_json(matrix.facts()) if as_json else show_gains(matrix)
 
 
-def _answer(generator: Any, prompt: str, sampling: Sampling) -> None:
-    """Prompt and text on stdout; a single answer as it is made."""
+def _answer(generator: Any, prompt: Any, sampling: Sampling) -> str:
+    """Prompt and text on stdout, of a conversation the answer alone; a single answer as it is made. Gives that."""
+    shown = prompt if isinstance(prompt, str) else ""
     if sampling.answers == 1:
-        show_text(prompt)
-        generator.generate(prompt, sampling, on_text=show_text)
+        show_text(shown)
+        answer = generator.generate(prompt, sampling, on_text=show_text)
         print()
-    else:
-        for answer in generator.generate_all(prompt, sampling):
-            show_text(f"{prompt}{answer.text}\n\n")
+        return str(answer.text)
+    answers = generator.generate_all(prompt, sampling)
+    for answer in answers:
+        show_text(f"{shown}{answer.text}\n\n")
+    return str(answers[0].text)
 
 
-def _converse(generator: Any, sampling: Sampling) -> None:
-    """Ask, answer, ask again, until an empty line. `/adapter NAME` and `/base` choose who answers."""
+def _converse(generator: Any, sampling: Sampling, opening: list[dict[str, str]] | None) -> None:
+    """Ask, answer, ask again, until an empty line. `/adapter NAME` and `/base` choose who answers. With an `opening`, it is one
+    conversation, until `/new`."""
+    again = " /new: a new conversation." if opening is not None else ""
+    said = list(opening or [])
     say(
-        f"{generator.current or 'The plain base'} answers. /adapter NAME or /base: another does. An empty line: the end."
+        f"{generator.current or 'The plain base'} answers. /adapter NAME or /base: another does.{again} An empty line: the end."
     )
     if isinstance(sys.stdin, io.TextIOWrapper):
         with contextlib.suppress(io.UnsupportedOperation):  # where it has been read from already
@@ -378,15 +409,22 @@ def _converse(generator: Any, sampling: Sampling) -> None:
                 say("The plain base answers now.")
             elif command == "/adapter" and name.strip():
                 say(f"{generator.use(name.strip())} answers now.")
+            elif command == "/new" and opening is not None:
+                said = list(opening)
+                say("A new conversation begins.")
             elif command.startswith("/"):
+                new = ", /new" if opening is not None else ""
                 raise ConfigError(
-                    f"There is no {line.strip()}: /adapter NAME ({', '.join(generator.library.names())}), /base, or an empty "
-                    "line to end."
+                    f"There is no {line.strip()}: /adapter NAME ({', '.join(generator.library.names())}), /base{new}, or an "
+                    "empty line to end."
                 )
             else:
-                generator.check(line)
+                question: Any = line if opening is None else [*said, {"role": "user", "content": line}]
+                generator.check(question)
                 print(ANSWER, end="", flush=True)
-                _answer(generator, line, sampling)
+                answer = _answer(generator, question, sampling)
+                if opening is not None:
+                    said = [*question, {"role": "assistant", "content": answer}]
         except LoraTunerError as error:
             say(f"Error: {error}")
 

@@ -15,13 +15,15 @@ import os
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from . import hub
+from . import chat, hub
 from .config import NAME, TrainConfig
 from .errors import DataError, HubError, Listener, Notice, ignore, reason
 from .files import DATA_FILES, remove
@@ -42,6 +44,7 @@ _INLINE_TAG = re.compile(
 )
 _PARTING_TAG = re.compile(rf"</?(?:{'|'.join(_PARTING.split())}){_REST}", re.IGNORECASE)
 _INVISIBLE = re.compile("[\u00ad\u200b\ufeff]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b\ufeff]")
 _SPACE = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
 
 
@@ -57,6 +60,12 @@ def clean(text: str, *, keep_lines: bool = False) -> str:
         return _SPACE.sub(" ", text).strip()
     lines = [_SPACE.sub(" ", line).strip() for line in text.splitlines()]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
+
+
+def tidy(text: str) -> str:
+    """What a message says, as it was written: its lines, indents and tags stay, control characters and outer space go."""
+    text = text.encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n")
+    return unicodedata.normalize("NFC", _CONTROL.sub("", text)).strip()
 
 
 def row_hash(text: str, salt: str) -> bytes:
@@ -99,6 +108,7 @@ class Corpus:
 
     name: str
     source: str
+    format: str = "text"  # or messages, or prompt and completion
     train: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
@@ -176,21 +186,25 @@ def _read(config: TrainConfig, corpus: Corpus, notify: Listener) -> dict[bytes, 
     corpus.source, tables = _open(config, notify)
     counts = corpus.counts
     rows: dict[bytes, tuple[str, str | None]] = {}
+    formats = list(dict.fromkeys(_format(table, config) for table in tables))
+    corpus.format = formats[0]
+    if len(formats) > 1:
+        raise DataError(f"{corpus.source}: some files are {formats[0]} and others {formats[1]}: train on one kind.")
+    if corpus.format != "text":
+        notify(
+            Notice(
+                f"Read as conversations, by their {corpus.format}: answers alone are learnt (or name --text-column)."
+            )
+        )
     for table in tables:
-        column = text_column(table, config.text_column)
+        read = _reader(table, corpus.format, config)
         wanted = conditions(table, config.where)
         for row in table.rows:
             counts.read += 1
             if any(str(row.get(name)) not in values for name, values in wanted):
                 counts.filtered += 1
                 continue
-            value = row.get(column)
-            if value is not None and (wrong := _no_text(value)):
-                raise DataError(
-                    f"{table.source}: column '{column}' holds {wrong}, not text: name another with --text-column."
-                )
-            raw = "" if value is None else str(value)
-            text = clean(raw, keep_lines=config.keep_lines)
+            raw, text = read(row)
             if not text:
                 counts.empty += 1
                 continue
@@ -202,6 +216,44 @@ def _read(config: TrainConfig, corpus: Corpus, notify: Listener) -> dict[bytes, 
     if config.where and counts.filtered == counts.read:
         raise DataError(f"{corpus.source}: no row has {' and '.join(config.where)}; {_seen(tables, config.where)}.")
     return rows
+
+
+def _format(table: Table, config: TrainConfig) -> str:
+    """What a table holds, where no column of text is named."""
+    columns = set() if config.text_column is not None or "text" in table.columns else set(table.columns)
+    if "messages" in columns:
+        return "messages"
+    return "prompt and completion" if {"prompt", "completion"} <= columns else "text"
+
+
+def _reader(table: Table, format: str, config: TrainConfig) -> Callable[[Any], tuple[str, str]]:
+    """What makes of a row its text, before and after cleaning; empty where there is none to learn."""
+    if format != "text":
+        return partial(_conversation, table.source, format)
+    column = text_column(table, config.text_column)
+
+    def read(row: Any) -> tuple[str, str]:
+        value = row.get(column)
+        if value is not None and (wrong := _no_text(value)):
+            raise DataError(
+                f"{table.source}: column '{column}' holds {wrong}, not text: name another with --text-column."
+            )
+        raw = "" if value is None else str(value)
+        return raw, clean(raw, keep_lines=config.keep_lines)
+
+    return read
+
+
+def _conversation(source: str, format: str, row: Any) -> tuple[str, str]:
+    names = ("messages",) if format == "messages" else ("prompt", "completion")
+    values = [row.get(name) for name in names]
+    raw = " ".join(map(str, values))
+    try:
+        if None in values:
+            return raw, ""
+        return raw, chat.of_messages(values[0], tidy) if format == "messages" else chat.of_pair(values, tidy)
+    except ValueError as error:
+        raise DataError(f"{source}: {error}: {raw[:200]}") from error
 
 
 def _no_text(value: Any) -> str:

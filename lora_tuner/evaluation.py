@@ -74,7 +74,7 @@ def measure(
 
     Each batch is a turn of its own, and is read `within` what is to hold for it alone.
     """
-    nll, predictions = [0.0] * len(rows), [len(row) - 1 for row in rows]
+    nll, predictions = [0.0] * len(rows), [tokens.predictions(row) for row in rows]
     batch_tokens = batch_tokens or (BATCH_TOKENS_CPU if base.device.type == "cpu" else BATCH_TOKENS_GPU)
     done = 0
     for batch in _batches(rows, batch_tokens):
@@ -151,7 +151,7 @@ def _once(base: Base, rows: Sequence[tokens.Row], adapter: Any, now: Callable[[]
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         known = json.loads(path.read_text(encoding="utf-8"))
         held = HeldOut([float(value) for value in known["nll"]], [int(value) for value in known["predictions"]])
-        if held.predictions == [len(row) - 1 for row in rows] and len(held.nll) == len(rows):
+        if held.predictions == [tokens.predictions(row) for row in rows] and len(held.nll) == len(rows):
             return held
     held = now()
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone

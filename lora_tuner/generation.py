@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import lora, tokens
+from . import chat, lora, tokens
 from .bank import Loaded
 from .batch import Writer
 from .config import Sampling
@@ -23,10 +23,13 @@ from .library import Library, steady
 from .row import Row
 from .store import CONFIG, MANIFEST, WEIGHTS, Adapter
 
+Prompt = str | Sequence[chat.Message]  # text to go on from, or a conversation to answer
+
 
 @dataclass(frozen=True)
 class Answer:
-    """A prompt with its continuation. `finished`: the model ended the text, or a stop string did; else it was cut off.
+    """A prompt with its continuation; of a conversation the last message. `finished`: the model ended the text, or a stop string
+    did; else it was cut off.
 
     `seed` alone gives this answer again; it is None for a greedy one.
     """
@@ -164,13 +167,18 @@ class Generator:
             if self.current == name:
                 self.current = None
 
-    def check(self, prompt: str, tokenizer: Any = None) -> list[int]:
-        """The tokens of a prompt. Raises TooLongError when it leaves no room in the model's context.
+    def check(self, prompt: Prompt, tokenizer: Any = None) -> list[int]:
+        """The tokens of a prompt, or of a conversation up to where its next answer begins. Raises TooLongError when it leaves no
+        room in the model's context, DataError for a conversation that the chat template does not take.
 
         A tokenizer is not for two threads at once, so another may bring its own.
         """
-        self.check_length(prompt)
         tokenizer = tokenizer or self.base.tokenizer
+        if not isinstance(prompt, str):
+            self.check_length("".join(message["content"] for message in prompt))
+            whole = chat.render(tokenizer, prompt, ask=True)
+            return self.fits(tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"])
+        self.check_length(prompt)
         (encoded,) = tokens.encode(tokenizer, [prompt], end=False)
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         return self.fits(encoded.tolist() or [start])
@@ -192,14 +200,14 @@ class Generator:
         return ids
 
     def generate(
-        self, prompt: str, sampling: Sampling | None = None, on_text: Callable[[str], None] | None = None
+        self, prompt: Prompt, sampling: Sampling | None = None, on_text: Callable[[str], None] | None = None
     ) -> Answer:
         """One continuation of the prompt. `on_text` gets each new piece of it as soon as it is certain."""
         with self._lock:
             one = (sampling or Sampling()).model_copy(update={"answers": 1})
             return self._answer([(prompt, *self._current())], one, on_text)[0]
 
-    def generate_all(self, prompt: str, sampling: Sampling | None = None) -> list[Answer]:
+    def generate_all(self, prompt: Prompt, sampling: Sampling | None = None) -> list[Answer]:
         """`sampling.answers` continuations of the prompt, drawn as one batch.
 
         Raises GenerationError when the prompt leaves no room in the model's context.
@@ -208,7 +216,7 @@ class Generator:
             return self._answer([(prompt, *self._current())], sampling or Sampling())
 
     def generate_batch(
-        self, asked: Sequence[tuple[str, str | Path | None]], sampling: Sampling | None = None
+        self, asked: Sequence[tuple[Prompt, str | Path | None]], sampling: Sampling | None = None
     ) -> list[Answer]:
         """Prompts, each with the adapter that answers it (None: the plain base), in one batch; answers in that order.
 
@@ -227,7 +235,7 @@ class Generator:
 
     def _answer(
         self,
-        asked: Sequence[tuple[str, str | None, Loaded | None]],
+        asked: Sequence[tuple[Prompt, str | None, Loaded | None]],
         sampling: Sampling,
         on_text: Callable[[str], None] | None = None,
     ) -> list[Answer]:
@@ -249,7 +257,15 @@ class Generator:
             self.writer.clear()
             raise
         return [
-            Answer(prompt, row.text.whole, row.adapter, len(row.new), row.finished, row.seed) for prompt, row in rows
+            Answer(
+                prompt if isinstance(prompt, str) else prompt[-1]["content"],
+                row.text.whole,
+                row.adapter,
+                len(row.new),
+                row.finished,
+                row.seed,
+            )
+            for prompt, row in rows
         ]
 
     def _current(self) -> tuple[str | None, Loaded | None]:

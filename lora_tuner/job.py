@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from . import evaluation, fast, lora, methods, store, tokens
+from . import chat, evaluation, fast, lora, methods, store, tokens
 from .base_model import Base, choose_dtype, load_tokenizer
 from .config import BATCH_SIZE_CPU, BATCH_SIZE_GPU, METHODS, TrainConfig, to_yaml
 from .data import Corpus, content_hash, load_corpus
@@ -85,6 +85,7 @@ class Job:
                 where=config.where,
                 split_salt=config.split_salt,
                 counts=asdict(corpus.counts),
+                format=corpus.format,
                 eval_dataset=config.eval_dataset,
                 held_out_hash=content_hash(self.held_out_texts),
                 held_out_rows=len(self.held_out_texts),
@@ -145,6 +146,15 @@ def prepare(config: TrainConfig, notify: Listener = ignore) -> Job:
     encoded = tokens.encode(base.tokenizer, corpus.train, most=None if chunk else config.max_length)
     rows, truncated = tokens.cut(encoded, config.max_length, chunk=chunk)
     notify(Progress("tokenising", 1, 1))
+    if without := sum(not tokens.predictions(row) for row in rows):
+        notify(
+            Notice(
+                f"{without:,} rows are left out: within {config.max_length} tokens there is nothing to learn in them."
+            )
+        )
+        rows = [row for row in rows if tokens.predictions(row)]
+    if not rows:
+        raise TrainingError("No row has anything to learn in it: raise --max-length, or give other data.")
     held_out_texts = corpus.held_out[: config.eval_rows]
     return _begin(
         Job(
@@ -266,7 +276,9 @@ def preview(config: TrainConfig, count: int, notify: Listener = ignore) -> list[
         batches = [tokens.collate([[piece]], tokenizer.pad_token_id) for piece in pieces]
         ids = [token for batch in batches for token in batch["input_ids"][0].tolist()]
         labels = [label != tokens.NO_LABEL for batch in batches for label in batch["labels"][0].tolist()]
-        rows.append(PreviewedRow(before, after, [tokenizer.decode([token]) for token in ids], labels))
+        rows.append(
+            PreviewedRow(before, after.removeprefix(chat.MARK), [tokenizer.decode([token]) for token in ids], labels)
+        )
     return rows
 
 

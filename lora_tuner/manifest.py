@@ -37,6 +37,7 @@ class DataFacts(_Facts):
     where: list[str]
     split_salt: str | None
     counts: dict[str, int]
+    format: str = "text"  # or messages, or prompt and completion, of which the answers alone are learnt
     eval_dataset: str | None = None  # where those it was measured on come from, when they are not its own held-out rows
     held_out_hash: Digest | None  # None when there were no rows to measure
     held_out_rows: int

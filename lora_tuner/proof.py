@@ -48,15 +48,17 @@ class Look:
 def look(model: Any, rows: Sequence[tokens.Row], notify: Listener, stage: str) -> Look:
     logits, best, nll = [], [], []
     for number, row in enumerate(rows):
-        ids = torch.from_numpy(row.astype("int64"))[None].to(model.device)
+        ids = torch.from_numpy(tokens.ids(row).astype("int64"))[None].to(model.device)
+        learnt = torch.from_numpy(row[1:] >= 0).to(model.device)
         with torch.inference_mode():
             said = model(input_ids=ids, use_cache=False).logits[0].float()
-            nll.append(float(F.cross_entropy(said[:-1], ids[0, 1:], reduction="none").cpu().double().sum()))
+            each = F.cross_entropy(said[:-1], ids[0, 1:], reduction="none")
+            nll.append(float(each[learnt].cpu().double().sum()))
         best.append(said.argmax(-1).cpu())
         if number < PROOF_ROWS:
             logits.append(said[:PROOF_TOKENS].cpu().clone())
         notify(Progress(stage, number + 1, len(rows)))
-    return Look(torch.cat(logits), torch.cat(best), HeldOut(nll, [len(row) - 1 for row in rows]))
+    return Look(torch.cat(logits), torch.cat(best), HeldOut(nll, [tokens.predictions(row) for row in rows]))
 
 
 def look_with_peft(base: Base, adapter: Adapter, rows: Sequence[tokens.Row], notify: Listener) -> Look:

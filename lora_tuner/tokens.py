@@ -3,7 +3,8 @@
 Two surprises. Labels are masked by length, never by token id: the pad token is the end of text, and masking by id would
 unlearn where a text ends (transformers#23530). And a batch has no attention mask: padding stands on the right, where a
 causal model never looks, and packed rows are told apart by position ids that start again at 0, which transformers turns
-into isolated attention as long as there is no mask and no cache.
+into isolated attention as long as there is no mask and no cache. In a row a token that is read and not learnt, such as one of a
+question, stands as its complement, ~id, below zero.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from . import chat
 
 NO_LABEL = -100
 LONGEST = 256  # characters that a token stands for at the most, with room: GPT-2's longest has 128
@@ -21,8 +24,13 @@ def encode(tokenizer: Any, texts: Sequence[str], *, end: bool = True, most: int 
     """Token ids of each text, with what the tokenizer puts at the front and, unless `end` is off, one end of text.
 
     Text that spells a special token is read as text, so that no row can end itself. A row that is going to be cut at `most`
-    tokens is not read much further: a tokenizer takes more than a hundred times the memory of its text.
+    tokens is not read much further: a tokenizer takes more than a hundred times the memory of its text. Of conversations
+    (`chat`) the answers alone are learnt; raises DataError for those that the chat template does not take.
     """
+    if any(chat.is_chat(text) for text in texts):
+        talks = iter(_talks(tokenizer, [text for text in texts if chat.is_chat(text)]))
+        plain = iter(encode(tokenizer, [text for text in texts if not chat.is_chat(text)], end=end, most=most))
+        return [next(talks if chat.is_chat(text) else plain) for text in texts]
     if not texts:
         return []
     if most is not None:
@@ -35,6 +43,29 @@ def encode(tokenizer: Any, texts: Sequence[str], *, end: bool = True, most: int 
             ids = ids[:-1]
         rows.append(np.array([*ids, eos] if end else ids, dtype=np.int32))
     return rows
+
+
+def _talks(tokenizer: Any, texts: Sequence[str]) -> list[Row]:
+    found = [chat.pieces(tokenizer, text) for text in texts]
+    encoded = tokenizer(
+        [whole for whole, _ in found], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    rows = []
+    for ids, places, (_, answers) in zip(encoded["input_ids"], encoded["offset_mapping"], found, strict=True):
+        row = np.array(ids, dtype=np.int32)
+        learnt = [any(start <= first < last <= end for start, end in answers) for first, last in places]
+        rows.append(np.where(learnt, row, ~row))
+    return rows
+
+
+def ids(row: Row) -> Row:
+    """The tokens of a row, learnt or not."""
+    return np.where(row < 0, ~row, row)
+
+
+def predictions(row: Row) -> int:
+    """How many tokens of a row are learnt: all but the first, which nothing predicts, and those that are only read."""
+    return int((row[1:] >= 0).sum())
 
 
 def cut(rows: Sequence[Row], max_length: int, *, chunk: bool = False) -> tuple[list[Row], int]:
@@ -101,7 +132,7 @@ def collate(items: Sequence[Sequence[Row]], pad_id: int, *, bounds: bool = False
     """
     longest = max(sum(map(len, item)) for item in items)
     shape = len(items), longest
-    ids = torch.full(shape, pad_id, dtype=torch.int64)
+    inputs = torch.full(shape, pad_id, dtype=torch.int64)
     positions = torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, NO_LABEL, dtype=torch.int64)
     starts = []
@@ -109,10 +140,11 @@ def collate(items: Sequence[Sequence[Row]], pad_id: int, *, bounds: bool = False
         start = 0
         for row in item:
             end = start + len(row)
-            ids[line, start:end] = torch.from_numpy(row.astype(np.int64))
-            labels[line, start + 1 : end] = ids[line, start + 1 : end]
+            values = torch.from_numpy(row.astype(np.int64))
+            inputs[line, start:end] = torch.where(values < 0, ~values, values)
+            labels[line, start + 1 : end] = values[1:].where(values[1:] >= 0, NO_LABEL)
             positions[line, start:] = torch.arange(longest - start)  # padding counts on as part of the last row
             starts.append(line * longest + start)
             start = end
-    batch = {"input_ids": ids, "position_ids": positions, "labels": labels}
-    return batch | {"cu_seq_lens_q": torch.tensor([*starts, ids.numel()])} if bounds else batch
+    batch = {"input_ids": inputs, "position_ids": positions, "labels": labels}
+    return batch | {"cu_seq_lens_q": torch.tensor([*starts, inputs.numel()])} if bounds else batch

@@ -21,6 +21,7 @@ from .test_hub import repos  # noqa: F401 - a fixture
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "adapters/README.md"]
 PAGES += [
+    "docs/chat.md",
     "docs/measuring.md",
     "docs/methods.md",
     "docs/other-tools.md",

@@ -32,7 +32,7 @@ ROWS = [
     {"data", "base_model", "store"},
     {"fast", "lowbit", "drawing"},
     {"tokens", "hub", "files", "manifest", "tables"},
-    {"config"},
+    {"config", "chat"},
     {"errors"},
 ]
 LEVEL = {module: level for level, row in enumerate(ROWS) for module in row}

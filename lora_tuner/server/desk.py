@@ -17,11 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from .. import files, lora
+from .. import chat, files, lora
 from ..bank import Loaded
 from ..base_model import free_memory
 from ..config import Sampling, Serving
-from ..errors import AdapterError, GenerationError, RequestError, UnknownModelError
+from ..errors import AdapterError, DataError, GenerationError, RequestError, UnknownModelError
 from ..generation import Generator, after, seed_of
 from ..library import steady
 from ..row import Row
@@ -61,8 +61,6 @@ class Desk:
             generator.writer, max_batch=settings.max_batch, max_waiting=settings.max_waiting, room=room
         )
         self._sizes = lora.layer_sizes(generator.writer.bank.layers)
-        added = self.base.tokenizer.added_tokens_decoder.values()
-        self._special = sorted({str(it) for it in added if it.special})
         self._tokenizer = copy.deepcopy(self.base.tokenizer)  # one is not for two threads
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lora_tuner-desk")
 
@@ -121,15 +119,12 @@ class Desk:
         for special tokens in messages: those of the template mean something, and theirs would be taken for these."""
         if not self._tokenizer.chat_template:
             raise GenerationError(f"{self.name} has no chat template: ask for a completion instead.")
-        said = "".join(message["content"] for message in messages)
-        self.generator.check_length(said)
-        if special := next((it for it in self._special if it in said), None):
-            text = f"A message has {special} in it, a special token of {self.name}: leave that out."
-            raise RequestError(text, "messages")
+        self.generator.check_length("".join(message["content"] for message in messages))
         try:
-            ids = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # a template says what it does not take with errors of its own
-            raise GenerationError(f"The chat template does not take these messages: {error}") from error
+            whole = chat.render(self._tokenizer, messages, ask=True)
+        except DataError as error:
+            raise RequestError(str(error).replace("this base", self.name), "messages") from error
+        ids = self._tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
         return self.encode(ids)
 
     def public(self, text: str) -> str:
