@@ -24,7 +24,7 @@ from .cli_adapters import adapters_app
 from .config import METHODS, NO_TEXT, Sampling, TrainConfig, resolve, rungs
 from .errors import ConfigError, GenerationError, Interrupted, LoraTunerError, reason
 from .library import Library
-from .options import LIBRARY, ROWS, AsJson, Strict, on_a_base, options_of, rows_given, show
+from .options import LIBRARY, ROWS, AdapterArguments, AsJson, Strict, known, on_a_base, options_of, rows_given, show
 from .terminal import (
     say,
     show_compared,
@@ -194,7 +194,8 @@ def generate(
         ),
     ] = None,
     adapter: Annotated[
-        str | None, typer.Option(help="An adapter, by name or path.", show_default="the plain base")
+        str | None,
+        typer.Option(help="An adapter, by name or path.", show_default="the plain base", autocompletion=known),
     ] = None,
     file: Annotated[Path | None, typer.Option(help="A file with a prompt on each line.", show_default=False)] = None,
     chat: Talk = False,
@@ -288,7 +289,8 @@ def _check(generator: Any, prompts: list[Any]) -> None:
 def compare(
     given: dict[str, Any],
     adapter: Annotated[
-        list[str], typer.Option(help="An adapter, by name or path. May be repeated.", show_default=False)
+        list[str],
+        typer.Option(help="An adapter, by name or path. May be repeated.", show_default=False, autocompletion=known),
     ],
     prompt: Annotated[
         str | None,
@@ -330,7 +332,7 @@ def compare(
 @on_a_base
 def evaluate(
     given: dict[str, Any],
-    adapters: Annotated[list[str], typer.Argument(help="Adapters, by name or path.", show_default=False)],
+    adapters: AdapterArguments,
     eval_rows: Annotated[
         int | None,
         typer.Option(

@@ -7,7 +7,7 @@ import typer
 from . import portable, store
 from .errors import AdapterError, reason
 from .library import Library
-from .options import LIBRARY, AdapterArgument, AdaptersDir, AsJson, Base, OwnArgument, Revision, Strict, show
+from .options import LIBRARY, AdapterArgument, AdaptersDir, AsJson, Base, OwnArgument, Revision, Strict, known, show
 from .terminal import one_line, say, show_adapter_card, show_adapters, show_json, show_verdict
 
 adapters_app = typer.Typer(help="The adapters in the library.", no_args_is_help=True)
@@ -42,7 +42,8 @@ def show_adapter(adapter: AdapterArgument, adapters_dir: AdaptersDir = LIBRARY, 
 @adapters_app.command("verify", cls=Strict)
 def verify_adapters(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Adapters, by name or path; all when none is named.")
+        list[str] | None,
+        typer.Argument(help="Adapters, by name or path; all when none is named.", autocompletion=known),
     ] = None,
     adapters_dir: AdaptersDir = LIBRARY,
     as_json: AsJson = False,

@@ -13,12 +13,14 @@ from .options import (
     LIBRARY,
     ROWS,
     AdapterArgument,
+    AdapterArguments,
     AdaptersDir,
     AsJson,
     Base,
     Device,
     Force,
     Revision,
+    known,
     options_of,
     rows_given,
     show,
@@ -41,7 +43,7 @@ RepoArgument = Annotated[str, typer.Argument(help="A model repo on the Hub, owne
 @options_of(TrainConfig, *ROWS)
 def merge(
     given: dict[str, Any],
-    adapters: Annotated[list[str], typer.Argument(help="Adapters, by name or path.", show_default=False)],
+    adapters: AdapterArguments,
     out: Annotated[
         Path,
         typer.Option(help="The model folder to write; of several adapters, each gets one in it.", show_default=False),
@@ -91,7 +93,11 @@ def blend(
     given: dict[str, Any],
     parts: Annotated[
         list[str],
-        typer.Argument(metavar="NAME=WEIGHT...", help="Adapters and their weights; below 0 one is taken away."),
+        typer.Argument(
+            metavar="NAME=WEIGHT...",
+            help="Adapters and their weights; below 0 one is taken away.",
+            autocompletion=known,
+        ),
     ],
     name: Annotated[str, typer.Option(help="Name of the blend.", show_default=False)],
     rank: Annotated[

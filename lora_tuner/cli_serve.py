@@ -7,7 +7,7 @@ import typer
 
 from .config import Serving, resolve
 from .errors import ConfigError
-from .options import on_a_base, options_of, show
+from .options import known, on_a_base, options_of, show
 
 KEY = "LORA_TUNER_API_KEY"
 NEEDED = ("fastapi", "gradio", "prometheus_client", "uvicorn")
@@ -19,7 +19,11 @@ def serve(
     given: dict[str, Any],
     adapter: Annotated[
         list[str] | None,
-        typer.Option(help="Serve this adapter, by name or path. May be repeated.", show_default="all of the library"),
+        typer.Option(
+            help="Serve this adapter, by name or path. May be repeated.",
+            show_default="all of the library",
+            autocompletion=known,
+        ),
     ] = None,
     browse: Annotated[bool, typer.Option("--open", help="Open the playground in a browser.")] = False,
     *,

@@ -1,6 +1,7 @@
 """Options that commands share. Those that set something are made from the fields of config.py, so that a default, a bound or
 a help text has one home."""
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -12,12 +13,30 @@ from pydantic import BaseModel
 from typer.core import TyperCommand
 
 from .config import LADDER, NO_TEXT, LoadIn, ReadDtype, TrainConfig, resolve
-from .errors import ConfigError
+from .errors import ConfigError, LoraTunerError
+from .library import Library
 from .terminal import Display
 
 show = Display()
-AdapterArgument = Annotated[str, typer.Argument(help="An adapter, by name or path.", show_default=False)]
-OwnArgument = Annotated[str, typer.Argument(help="An adapter of the library, by name.", show_default=False)]
+
+
+def known(ctx: typer.Context, incomplete: str) -> list[str]:
+    """For the shell: the names of adapters that begin so."""
+    with contextlib.suppress(LoraTunerError, OSError):  # where there are none, there is nothing to offer
+        names = Library(ctx.params.get("adapters_dir") or LIBRARY).names()
+        return [name for name in names if name.startswith(incomplete)]
+    return []
+
+
+AdapterArgument = Annotated[
+    str, typer.Argument(help="An adapter, by name or path.", show_default=False, autocompletion=known)
+]
+OwnArgument = Annotated[
+    str, typer.Argument(help="An adapter of the library, by name.", show_default=False, autocompletion=known)
+]
+AdapterArguments = Annotated[
+    list[str], typer.Argument(help="Adapters, by name or path.", show_default=False, autocompletion=known)
+]
 AdaptersDir = Annotated[Path, typer.Option(help="Where adapters are kept.", file_okay=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Answer with JSON on stdout.")]
 Base = Annotated[str | None, typer.Option(help="Another base than the one that the adapter names.", show_default=False)]
@@ -87,6 +106,7 @@ def _option(name: str, field: Any) -> inspect.Parameter:
         show_default=False if default is None else str(default),
         rich_help_panel=field.json_schema_extra["panel"],
         file_okay=False,  # of those that are paths, all are folders
+        autocompletion=known if name == "parent" else None,
         parser=functools.partial(_numbers, number) if number else None,
         metavar=f"{number.__name__.upper()}[,...]" if number else None,
     )

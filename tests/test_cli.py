@@ -684,3 +684,53 @@ def test_what_changes_an_adapter_answers_with_json_too(adapter, tmp_path):
     assert adopted["weights"]["config"] == files.sha256_file(tmp_path / "adapters" / "old" / store.CONFIG)
     assert json.loads(run("adapters", "remove", "old", "--yes", "--json").stdout) == {"removed": "old"}
     assert run("adapters", "verify").stderr == "No adapters in adapters yet: train one.\n"
+
+
+# The shell
+
+
+def completed(line, shell="bash"):
+    """What the shell offers for the last word of a line."""
+    words = line.split(" ")
+    env = os.environ | {
+        "_LORA_TUNER_COMPLETE": f"complete_{shell}",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(len(words) - 1),
+    }
+    env |= {"_TYPER_COMPLETE_ARGS": line}
+    done = subprocess.run(
+        [Path(sys.executable).with_name("lora-tuner")], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("lora-tuner tr", ["train"]),
+        ("lora-tuner adapters re", ["rename", "remove"]),
+        ("lora-tuner train --meth", ["--method"]),
+        ("lora-tuner train --method l", ["lora", "lora+"]),
+        ("lora-tuner generate --adapter no", ["noir", "notes"]),
+        ("lora-tuner compare --adapter noir --adapter not", ["notes"]),
+        ("lora-tuner train --from ve", ["verse"]),
+        *((f"lora-tuner {command} n", ["noir", "notes"]) for command in ("evaluate", "slim", "blend", "adapters show")),
+        ("lora-tuner adapters show --adapters-dir elsewhere n", []),
+    ],
+)
+def test_the_shell_completes_commands_options_and_adapters(tmp_path, line, offered):
+    for name in ("noir", "notes", "verse"):
+        (tmp_path / "adapters" / name).mkdir(parents=True)
+        (tmp_path / "adapters" / name / store.CONFIG).write_text("{}")
+    assert completed(line) == offered
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_set_up_for_the_usual_shells(shell):
+    env = os.environ | {"_LORA_TUNER_COMPLETE": f"source_{shell}"}
+    done = subprocess.run(
+        [Path(sys.executable).with_name("lora-tuner")], env=env, capture_output=True, text=True, check=False
+    )
+    assert "lora-tuner" in done.stdout
+    assert done.returncode == 0

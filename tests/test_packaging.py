@@ -23,13 +23,24 @@ def test_a_wheel_gives_the_command_and_the_types(tmp_path):
     assert done.stdout == f"lora_tuner {version}\n"
 
 
-def test_the_pins_lie_within_the_ranges():
+def test_what_is_claimed_was_tested():
+    """Ranges begin at the versions that the tests run with, and Python is the one that they run on."""
     from packaging.requirements import Requirement
+    from packaging.version import Version
 
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-    pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
+    pins = {name.lower().replace("_", "-"): Version(version) for name, version in pins.items()}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + [line for extra in project["optional-dependencies"].values() for line in extra]
     for line in wanted:
         requirement = Requirement(line)
-        assert pins[requirement.name.lower().replace("_", "-")] in requirement.specifier, line
+        tested = pins[requirement.name.lower().replace("_", "-")]
+        (bound,) = requirement.specifier
+        assert bound.operator == ">=", line
+        least = Version(bound.version).release
+        assert tested.release[: len(least)] == least, line
+    pythons = [
+        it.rpartition(":: ")[2] for it in project["classifiers"] if it.startswith("Programming Language :: Python")
+    ]
+    assert pythons == ["3.11"]
+    assert project["requires-python"] == ">=3.11"
