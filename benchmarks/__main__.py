@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import adapters, data, defaults, generation, methods, quality, serving, training
+from . import adapters, data, defaults, generation, larger, methods, quality, serving, training
 
 PARTS = {
     "training": training.run,
@@ -27,8 +27,9 @@ PARTS = {
     "serving": serving.run,
     "defaults": defaults.run,
     "methods": methods.run,
+    "larger": larger.run,
 }
-STUDIES = ("defaults", "methods")  # of settings: they take long, and say what the defaults should be
+STUDIES = ("defaults", "methods", "larger")  # which take long, and say what the settings should be
 PACKAGES = ("lora_tuner", "torch", "transformers", "peft", "trl", "llama_cpp_python")
 
 

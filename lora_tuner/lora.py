@@ -151,7 +151,9 @@ def versions() -> dict[str, str]:
 def counts(model: PeftModel) -> tuple[int, int]:
     """(parameters that are trained, parameters of the base)."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trained, sum(p.numel() for p in model.parameters()) - trained
+    # Of 4 bits two share a byte, and the byte is what torch counts.
+    every = sum(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1) for p in model.parameters())
+    return trained, every - trained
 
 
 def weights(model: PeftModel) -> dict[str, torch.Tensor]:

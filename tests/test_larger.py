@@ -8,7 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_tuner import Generator, Library, Sampling, base_model, cost, evaluation, lora, plan, resume, train
+from lora_tuner import (
+    Generator,
+    Library,
+    Sampling,
+    TrainConfig,
+    base_model,
+    cost,
+    evaluation,
+    lora,
+    plan,
+    resume,
+    train,
+)
 from lora_tuner.base_model import find_base, load_base
 from lora_tuner.errors import BaseModelError, Interrupted, Notice, TrainingError
 from lora_tuner.job import prepare
@@ -62,6 +74,8 @@ def test_the_linear_layers_and_nothing_else_have_fewer_bits(folder, bits):
     assert lora.layer_sizes(layers) == lora.layer_sizes(
         lora.linear_layers(load_base(find_base(str(folder)), "cpu").model)
     )
+    full = lora.wrap(load_base(find_base(str(folder)), "cpu"), TrainConfig(rank=2))
+    assert lora.counts(lora.wrap(base, TrainConfig(rank=2))) == lora.counts(full)
     for embeddings in (base.model.get_input_embeddings(), base.model.get_output_embeddings()):
         assert embeddings.weight.dtype == torch.bfloat16
 
