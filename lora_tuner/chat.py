@@ -6,8 +6,9 @@ answer and past it. Limit: the template must write on from what it wrote before,
 """
 
 import json
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 from .errors import DataError
@@ -16,6 +17,7 @@ MARK = "\x02"
 Message = dict[str, str]  # role and content, as TRL and OpenAI have them
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 ANSWERING = "assistant"
+DATE = "26 Jul 2024"  # what Llama 3's template falls back on; with today's, a row would be another one tomorrow
 
 
 def is_chat(text: str) -> bool:
@@ -45,42 +47,75 @@ def _messages(value: Any, clean: Callable[[str], str]) -> list[Message]:
         raise ValueError("messages is no list of messages")
     found = []
     for number, message in enumerate(value, 1):
-        role, content = (
-            (message.get(name) for name in ("role", "content")) if isinstance(message, dict) else (None, None)
-        )
+        facts = message if isinstance(message, dict) else {}
+        role, content = facts.get("role"), facts.get("content")
         if role not in _ROLES:
             raise ValueError(f"message {number} has no role out of {', '.join(_ROLES)}")
         if not isinstance(content, str):
             raise ValueError(f"message {number} has no text as its content")
-        found.append({"role": str(role), "content": clean(content)})
+        if facts.get("tool_calls"):
+            raise ValueError(f"message {number} calls a tool, which is no text: leave such conversations out")
+        if str(facts.get("weight", 1)) not in ("1", "1.0", "None"):
+            raise ValueError(f"message {number} has a weight, and every answer counts alike here: leave it out")
+        found.append({"role": "system" if role == "developer" else str(role), "content": clean(content)})
     return found
 
 
-def pieces(tokenizer: Any, text: str) -> tuple[str, list[tuple[int, int]]]:
-    """A row as the model reads it, and where in it the answers stand, (start, end) each.
+@dataclass(frozen=True)
+class Spoken:
+    """A row as the model reads it, and where in it the answers stand, (start, end) each. `by_template`: it is written out, with
+    all special tokens that belong there; else it is text, with an end."""
 
-    By the tokenizer's chat template; without one a prompt and its completion are joined by a space. Raises DataError for what
-    the template does not take, and where there is none for messages.
+    text: str
+    answers: list[tuple[int, int]]
+    by_template: bool
+
+
+def spoken(tokenizer: Any, text: str, most: int | None = None) -> Spoken:
+    """A row by the tokenizer's chat template; without one a prompt and its completion are joined by a space. Of a row of more
+    than `most` characters answers beyond these may be missing.
+
+    Raises DataError for what the template does not take, and where there is none for messages.
     """
     row = json.loads(text.removeprefix(MARK))
     if isinstance(row, dict):
         if not getattr(tokenizer, "chat_template", None):
+            _refuse_special(tokenizer, row.values())
             whole = f"{row['prompt']} {row['completion']}{tokenizer.eos_token}"
-            return whole, [(len(row["prompt"]), len(whole))]
+            return Spoken(whole, [(len(row["prompt"]), len(whole))], by_template=False)
         row = [{"role": "user", "content": row["prompt"]}, {"role": ANSWERING, "content": row["completion"]}]
-    whole, answers = render(tokenizer, row), []
+    while row[-1]["role"] != ANSWERING:  # nothing after the last answer is learnt
+        row.pop()
+    say = partial(render, tokenizer, date_string=DATE)
+    whole, answers = say(row), []
     for number, message in enumerate(row):
-        if message["role"] != ANSWERING:
+        if message["role"] != ANSWERING or not message["content"] or number == 0:  # templates ask for a question first
             continue
-        before, after = render(tokenizer, row[:number], ask=True), render(tokenizer, row[: number + 1])
-        if not whole.startswith(before) or not whole.startswith(after):
+        before = say(row[:number], ask=True)
+        if not whole.startswith(before):
             raise DataError(
                 "The chat template writes a conversation anew as it grows, so what an answer is cannot be told."
             )
-        answers.append((len(before), len(after)))
-    if answers and not any(end in whole[answers[-1][0] :] for end in specials(tokenizer)):
+        if most is not None and len(before) > most:
+            break
+        after = say(row[: number + 1])
+        end = len(after) if whole.startswith(after) else _end(tokenizer, whole, len(before), message["content"])
+        answers.append((len(before), end))
+    if answers and not any(it in whole[answers[-1][0] :] for it in specials(tokenizer)):
         whole, answers[-1] = whole + tokenizer.eos_token, (answers[-1][0], len(whole) + len(tokenizer.eos_token))
-    return whole, answers
+    return Spoken(whole, answers, by_template=True)
+
+
+def _end(tokenizer: Any, whole: str, start: int, content: str) -> int:
+    """Where an answer ends in a template that writes more behind the last one than behind others."""
+    found = whole.find(content, start)
+    after = found + len(content)
+    ends = [place + len(it) for it in specials(tokenizer) if (place := whole.find(it, after)) >= 0]
+    if found < 0 or not ends:
+        raise DataError(
+            "The chat template writes a conversation anew as it grows, so what an answer is cannot be told."
+        )
+    return min(ends)
 
 
 @lru_cache(maxsize=4)
@@ -90,18 +125,22 @@ def specials(tokenizer: Any) -> list[str]:
     return sorted({str(it) for it in added if it.special} | set(tokenizer.all_special_tokens))
 
 
-def render(tokenizer: Any, messages: Sequence[Message], *, ask: bool = False) -> str:
-    """A conversation as the model reads it; with `ask` up to where its next answer begins.
+def _refuse_special(tokenizer: Any, said: Iterable[str]) -> None:
+    """Special tokens mean something, and those in a message would be taken for these."""
+    if special := next((it for text in said for it in specials(tokenizer) if it in text), None):
+        raise DataError(f"A message has {special} in it, a special token of this base: leave that out.")
+
+
+def render(tokenizer: Any, messages: Sequence[Message], *, ask: bool = False, **more: str) -> str:
+    """A conversation as the model reads it; with `ask` up to where its next answer begins. `more` is for the template.
 
     Raises DataError where there is no template, where it does not take these messages, and for messages that spell a special
-    token: those of the template mean something, and theirs would be taken for these.
+    token.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError("This base has no chat template: take one that was taught to talk, such as smollm2-135m.")
-    said = "".join(message["content"] for message in messages)
-    if special := next((it for it in specials(tokenizer) if it in said), None):
-        raise DataError(f"A message has {special} in it, a special token of this base: leave that out.")
+    _refuse_special(tokenizer, [message["content"] for message in messages])
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask, **more))
     except Exception as error:  # a template says what it does not take with errors of its own
         raise DataError(f"The chat template does not take these messages: {' '.join(str(error).split())}") from error

@@ -273,7 +273,7 @@ def _open(
     adapters: Sequence[Adapter], base: str | None, revision: str | None, device: str, force: bool, notify: Listener
 ) -> Base:
     """The base that these adapters share, in float32."""
-    opened = lora.open_base(adapters[0], base, revision, device=device, dtype="float32", notify=notify)
+    opened = lora.open_base(adapters[0], base, revision, device=device, dtype="float32", load_in="full", notify=notify)
     for adapter in adapters:
         lora.check_base(adapter, opened, force=force, notify=notify)
     return opened
@@ -392,6 +392,7 @@ def _data(parents: Sequence[Adapter], sets: Sequence[RowSet], own: bool) -> Data
         where=[f"{name}: {it}" for name, data in known.items() for it in data.where],
         split_salt=salts.pop() if len(salts) == 1 else None,
         counts={},
+        format=" + ".join(dict.fromkeys(it.format for it in known.values())),
         **measured,
     )
 

@@ -71,9 +71,10 @@ def tidy(text: str) -> str:
 def row_hash(text: str, salt: str) -> bytes:
     """The hash by which a cleaned row is known: it decides the side of the split and the order of held-out rows.
 
-    Line breaks count as spaces: with and without `keep_lines` a row is on the same side.
+    Line breaks count as spaces: with and without `keep_lines` a row is on the same side. Of a conversation all counts.
     """
-    return hashlib.sha256(f"{salt}\0{' '.join(text.split())}".encode()).digest()
+    same = text if chat.is_chat(text) else " ".join(text.split())
+    return hashlib.sha256(f"{salt}\0{same}".encode()).digest()
 
 
 def is_held_out(digest: bytes) -> bool:
@@ -191,6 +192,8 @@ def _read(config: TrainConfig, corpus: Corpus, notify: Listener) -> dict[bytes, 
     if len(formats) > 1:
         raise DataError(f"{corpus.source}: some files are {formats[0]} and others {formats[1]}: train on one kind.")
     if corpus.format != "text":
+        if config.keep_lines:
+            raise DataError(f"{corpus.source}: messages keep their lines anyway, so leave --keep-lines out.")
         notify(
             Notice(
                 f"Read as conversations, by their {corpus.format}: answers alone are learnt (or name --text-column)."

@@ -55,8 +55,10 @@ class HeldOut:
 
 
 def encode_held_out(base: Base, texts: Sequence[str]) -> list[tokens.Row]:
+    """Rows as they are measured, without those that have nothing to predict before they are cut, as long questions have."""
     most = min(HELD_OUT_LENGTH, base.context)
-    return tokens.cut(tokens.encode(base.tokenizer, texts, most=most), most)[0]
+    rows = tokens.cut(tokens.encode(base.tokenizer, texts, most=most), most)[0]
+    return [row for row in rows if tokens.predictions(row)]
 
 
 def measure(

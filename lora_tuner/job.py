@@ -16,8 +16,8 @@ import torch
 from transformers import set_seed
 
 from . import chat, evaluation, fast, lora, methods, store, tokens
-from .base_model import Base, choose_dtype, load_tokenizer
-from .config import BATCH_SIZE_CPU, BATCH_SIZE_GPU, METHODS, TrainConfig, to_yaml
+from .base_model import Base, load_tokenizer
+from .config import BATCH_SIZE_CPU, BATCH_SIZE_GPU, HELD_OUT_LENGTH, METHODS, TrainConfig, to_yaml
 from .data import Corpus, content_hash, load_corpus
 from .errors import BaseModelError, ConfigError, Listener, Notice, Progress, TrainingError, ignore
 from .library import Library
@@ -118,9 +118,7 @@ def prepare(config: TrainConfig, notify: Listener = ignore) -> Job:
     base = lora.open_base(parent, config.base, config.revision, **how, notify=notify)
     source = base.source
     found = {"base": source.name, "revision": source.revision, "load_in": base.load_in}
-    if base.dtype != choose_dtype(config.dtype, base.device):  # the base did not fit
-        found["dtype"] = str(base.dtype).removeprefix("torch.")
-    config = config.model_copy(update=found)
+    config = config.model_copy(update=found | {"dtype": str(base.dtype).removeprefix("torch.")})
     if parent is not None:
         lora.check_base(parent, base, force=config.force, notify=notify)
         config = _with_targets(config, parent, base)
@@ -156,6 +154,15 @@ def prepare(config: TrainConfig, notify: Listener = ignore) -> Job:
     if not rows:
         raise TrainingError("No row has anything to learn in it: raise --max-length, or give other data.")
     held_out_texts = corpus.held_out[: config.eval_rows]
+    held_out = evaluation.encode_held_out(base, held_out_texts)
+    if lost := len(held_out_texts) - len(held_out):
+        notify(
+            Notice(
+                f"{lost:,} held-out rows are not measured: within {HELD_OUT_LENGTH} tokens nothing is learnt in them."
+            )
+        )
+    if not held_out:
+        raise TrainingError("No held-out row can be measured: give others with --eval-dataset.")
     return _begin(
         Job(
             config=config,
@@ -163,7 +170,7 @@ def prepare(config: TrainConfig, notify: Listener = ignore) -> Job:
             corpus=corpus,
             model=None,
             sequences=tokens.Sequences(rows, config.max_length, packing=config.packing),
-            held_out=evaluation.encode_held_out(base, held_out_texts),
+            held_out=held_out,
             held_out_texts=held_out_texts,
             truncated_rows=truncated,
             parent=parent,
@@ -180,7 +187,8 @@ def renew(job: Job, config: TrainConfig) -> Job:
     """
     job.release()
     kept = ("base", "revision", "dtype", "load_in", "batch_size", "max_length", "packing", "method", "targets")
-    settings = {name: getattr(job.config, name) for name in (*kept, "split_salt", "parent_sha256")}
+    of_parent = ("rank", "split_salt", "parent_sha256") if job.parent is not None else ()
+    settings = {name: getattr(job.config, name) for name in (*kept, *of_parent)}
     return _begin(replace(job, config=config.model_copy(update=settings)))
 
 

@@ -6,18 +6,17 @@ have become adapters are not trained again. Limit: all rungs take the same steps
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
-from . import evaluation, files, lora, report, store, training
+from . import cost, evaluation, files, lora, report, store, trainer, training
 from .config import LADDER, STOPS, TrainConfig, resolve, settings_in
 from .data import default_name
-from .errors import AdapterError, ConfigError, DivergedError, Interrupted, Listener, Notice, TrainingError, ignore
-from .evaluation import HeldOut
+from .errors import ConfigError, DivergedError, Interrupted, Listener, Notice, TrainingError, ignore
+from .evaluation import HeldOut, RowSet
 from .job import Job, prepare, renew
 from .library import Library
 from .store import Adapter
@@ -63,22 +62,27 @@ def climb(configs: Sequence[TrainConfig], notify: Listener = ignore) -> Ladder:
     if first.parent is not None and len({config.rank for config in configs}) > 1:
         raise ConfigError("--from keeps the rank of its parent: give it several learning rates, not ranks.")
     name = store.valid_name(first.name or default_name(first.dataset))
-    folder = _folder(first.runs_dir, name)
-    library = Library(first.adapters_dir)
     named = [config.model_copy(update={"name": _name(name, config, configs)}) for config in configs]
-    for config in named:
-        library.check_free(str(config.name), overwrite=config.overwrite)
-    if folder.exists() and not first.overwrite:
+    folder = _folder(first.runs_dir, name)
+    if waits(name, first.runs_dir) and not first.overwrite:
+        go_on = trainer.go_on(first.model_copy(update={"name": name}))
         raise TrainingError(
-            f"{folder} is there already: go on with it by --resume {name}, drop it with --overwrite, or choose another --name."
+            f"{folder} holds an unfinished ladder: go on with it ({go_on}), drop it with --overwrite, or choose another --name."
         )
     if why := files.unwritable(first.runs_dir):
         raise TrainingError(f"{why}: choose another --runs-dir.")
+    for config in named:
+        training.check_places(config)
+    trainer.check_trackers(first)
+    job = prepare(named[0], notify)
+    widest = max(named, key=lambda it: it.rank)
+    if widest is not named[0]:
+        job = renew(job, widest)
+    training.check_room(cost.fit_memory(job))  # what fits the widest fits them all
     first.runs_dir.mkdir(parents=True, exist_ok=True)
-    with files.new_folder(folder) as work:
-        rungs = [config.model_dump(mode="json", exclude_none=True, exclude_unset=True) for config in named]
-        (work / STATE).write_text(yaml.safe_dump({"rungs": rungs}, sort_keys=False, allow_unicode=True), "utf-8")
-    return _climb(name, folder, named, notify)
+    state = _State([_asked(config) for config in named], training.decisive(job.manifest))
+    _keep(state, folder)
+    return _climb(name, folder, state, job, notify)
 
 
 def waits(name: str, runs_dir: Path) -> bool:
@@ -87,13 +91,37 @@ def waits(name: str, runs_dir: Path) -> bool:
 
 
 def resume(name: str, runs_dir: Path = Path("runs"), notify: Listener = ignore) -> Ladder:
-    """Go on with the ladder in `runs_dir/name.ladder`. Raises TrainingError where what is known of it is not readable."""
+    """Go on with the ladder in `runs_dir/name.ladder`. Raises TrainingError where data, base or versions are not what they were,
+    and where what is known of it is not readable."""
     folder = _folder(runs_dir, name)
     try:
-        rungs = [TrainConfig.model_validate(rung) for rung in settings_in(folder / STATE)["rungs"]]
-    except (KeyError, TypeError, ValidationError) as error:
+        known = settings_in(folder / STATE)
+        state = _State(known["rungs"], dict(known["facts"]), dict(known["done"]), known["begun"])
+        for rung in state.rungs:
+            TrainConfig.model_validate(rung)
+    except (KeyError, TypeError, ValueError) as error:
         raise TrainingError(f"{folder / STATE} is not what the ladder was started with: start anew.") from error
-    return _climb(name, folder, [rung.model_copy(update={"runs_dir": runs_dir}) for rung in rungs], notify)
+    state.rungs = [rung | {"runs_dir": str(runs_dir)} for rung in state.rungs]
+    return _climb(name, folder, state, None, notify)
+
+
+@dataclass
+class _State:
+    """What is known of a ladder that is not finished: its rungs as they were asked for, what their results depend on besides,
+    the sha256 of those that are adapters (None of one that has diverged), and the one that was begun."""
+
+    rungs: list[dict[str, Any]]
+    facts: dict[str, str]
+    done: dict[str, str | None] = field(default_factory=dict)
+    begun: str | None = None
+
+
+def _asked(config: TrainConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+
+
+def _keep(state: _State, folder: Path) -> None:
+    files.write_text(folder / STATE, yaml.safe_dump(asdict(state), sort_keys=False, allow_unicode=True))
 
 
 def _folder(runs_dir: Path, name: str) -> Path:
@@ -108,32 +136,47 @@ def _name(name: str, config: TrainConfig, all_of_them: Sequence[TrainConfig]) ->
     return store.valid_name(name)
 
 
-def _climb(name: str, folder: Path, configs: list[TrainConfig], notify: Listener) -> Ladder:
-    job: Job | None = None
-
+def _climb(name: str, folder: Path, state: _State, job: Job | None, notify: Listener) -> Ladder:
     def next_job(config: TrainConfig, notify: Listener) -> Job:
         nonlocal job
-        job = prepare(config, notify) if job is None else renew(job, config)
+        if job is None:
+            job = prepare(config, notify)
+            training.check_same(state.facts, training.decisive(job.manifest), folder)
+        else:
+            job = renew(job, config)
         return job
 
-    adapters: dict[str, Adapter | None] = {}
+    configs = [TrainConfig.model_validate(rung) for rung in state.rungs]
+    adapters: dict[str, Adapter] = {}
     for number, config in enumerate(configs, 1):
         rung = str(config.name)
-        config = _with_steps(config, [it for it in adapters.values() if it is not None])
+        if rung in state.done:
+            if state.done[rung] is not None:
+                adapters[rung] = _done(config, state.done[rung])
+            continue
         notify(Notice(f"Rung {number} of {len(configs)}: {rung}."))
+        begun = state.begun == rung and (config.runs_dir / rung / store.RUN).is_file()
+        if not begun:
+            if (config.runs_dir / rung).is_dir():
+                files.take_away(config.runs_dir / rung)  # an earlier run's: it must not be gone on with
+            state.begun = rung
+            _keep(state, folder)
         try:
-            adapters[rung] = _trained(config) or _train(config, notify, next_job)
+            if begun:
+                adapter = training.resume(rung, config.runs_dir, notify, next_job)
+            else:
+                adapter = training.train(_with_steps(config, list(adapters.values())), notify, next_job)
+            adapters[rung], state.done[rung] = adapter, adapter.sha256
         except Interrupted as stopped:
-            raise Interrupted(
-                f"{str(stopped).partition(' Go on with')[0]} Go on with: python cli.py train --resume {name}"
-            ) from stopped
+            go_on = trainer.go_on(config.model_copy(update={"name": name}))
+            raise Interrupted(f"{str(stopped).partition(' Go on with')[0]} Go on with: {go_on}") from stopped
         except DivergedError as error:
             notify(Notice(str(error)))
-            adapters[rung] = None
-    found = {rung: adapter for rung, adapter in adapters.items() if adapter is not None}
-    if not found:
+            state.done[rung] = None
+        _keep(state, folder)
+    if not adapters:
         raise DivergedError(f"No rung of {name} has ended well: try lower learning rates.")
-    ladder = _measured(name, folder, configs, found, job, notify)
+    ladder = _measured(name, folder, configs, adapters, job, notify)
     with files.new_folder(folder) as work:
         (work / FACTS).write_text(json.dumps(ladder.facts(), indent=2) + "\n", encoding="utf-8")
         report.plot_ladder(
@@ -153,21 +196,14 @@ def _with_steps(config: TrainConfig, done: list[Adapter]) -> TrainConfig:
     return config.model_copy(update=dict.fromkeys(STOPS) | {"max_steps": steps})
 
 
-def _trained(config: TrainConfig) -> Adapter | None:
-    """The adapter of a rung that was trained before the ladder was stopped."""
-    try:
-        adapter = Library(config.adapters_dir).get(str(config.name))
-        then = resolve(TrainConfig, {}, adapter.path / store.RUN)
-    except (AdapterError, ConfigError):
-        return None
-    same = all(getattr(then, name) == getattr(config, name) for name in config.model_fields_set - {"overwrite", *STOPS})
-    return adapter if same else None
-
-
-def _train(config: TrainConfig, notify: Listener, next_job: training.Prepare) -> Adapter:
-    if (config.runs_dir / str(config.name) / store.RUN).is_file() and not config.overwrite:
-        return training.resume(str(config.name), config.runs_dir, notify, next_job)
-    return training.train(config, notify, next_job)
+def _done(config: TrainConfig, digest: str | None) -> Adapter:
+    """The adapter of a rung that was trained before the ladder was stopped. Raises TrainingError for another one."""
+    adapter = Library(config.adapters_dir).get(str(config.name))
+    if adapter.sha256 != digest:
+        raise TrainingError(
+            f"{adapter.path} is not the adapter that its ladder has trained: restore that, or start anew."
+        )
+    return adapter
 
 
 def _measured(
@@ -180,25 +216,26 @@ def _measured(
     first = resolve(TrainConfig, {}, some.path / store.RUN)
     how = {"device": first.device, "dtype": first.dtype, "load_in": first.load_in}
     base = job.base if job is not None else lora.open_base(some, **how, notify=notify)
-    losses = evaluation.losses(base, found, [evaluation.kept_rows(some)], notify)
+    rows = RowSet(name, job.held_out_texts) if job is not None else evaluation.kept_rows(some)
+    losses = evaluation.losses(base, found, [rows], notify)
     pairs = {rung: line[0] for rung, line in zip(found, losses, strict=True)}
     if any(pair is None for pair in pairs.values()):
-        raise TrainingError(f"{name}: {evaluation.kept_rows(some).missing}, so the rungs cannot be compared.")
+        raise TrainingError(f"{name}: {rows.missing}, so the rungs cannot be compared.")
     held: dict[str, HeldOut] = {rung: pair[1] for rung, pair in pairs.items() if pair is not None}
     base_loss = next(pair[0].loss for pair in pairs.values() if pair is not None)
     best = min(held, key=lambda rung: held[rung].loss)
     rungs = []
     for config in configs:
         rung = str(config.name)
-        rate = config.learning_rate if config.learning_rate is not None else first.learning_rate
-        assert rate is not None
         if rung not in found:
-            rungs.append(Rung(rung, config.rank, rate, None, 0, 0.0))
+            rate = config.learning_rate if config.learning_rate is not None else first.learning_rate
+            rungs.append(Rung(rung, config.rank, float(rate or 0), None, 0, 0.0))
             continue
-        beside, manifest = evaluation.compare(held[rung], held[best]), found[rung].manifest
+        trained, manifest = resolve(TrainConfig, {}, found[rung].path / store.RUN), found[rung].manifest
+        beside = evaluation.compare(held[rung], held[best])
         seconds = manifest.run.seconds if manifest and manifest.run else 0.0
         facts = found[rung].bytes, seconds, beside.gain, beside.standard_error
-        rungs.append(Rung(rung, config.rank, rate, held[rung].loss, *facts))
+        rungs.append(Rung(rung, trained.rank, float(trained.learning_rate or 0), held[rung].loss, *facts))
     good = [it for it in rungs if it.loss is not None and it.worse <= it.standard_error]
     keep = min(good, key=lambda it: (it.bytes, it.loss))
     return Ladder(name, base_loss, rungs, keep.name, folder)

@@ -202,7 +202,13 @@ The loss is summed over tokens, each held-out row alone and cut at {HELD_OUT_LEN
 {"`run.yaml` repeats the run; " if run else ""}`manifest.json` holds these figures, and the hashes of base, data and weights.
 {_pictures(adapter)}
 ## Use
-{_use(adapter, name, _hub_id(manifest.base) or f"path/to/{base}")}"""
+{_SPEAK if data and data.format != "text" else ""}{_use(adapter, name, _hub_id(manifest.base) or f"path/to/{base}")}"""
+
+
+_SPEAK = """
+It was trained on conversations: give it text in the base's chat template (`tokenizer.apply_chat_template`), not bare prompts as
+below; `python cli.py generate --chat` does so.
+"""
 
 
 def _plain(text: str) -> str:
@@ -226,6 +232,7 @@ def _alphas(adapter: Adapter) -> str:
 def _of_data(data: DataFacts) -> list[tuple[str, str]]:
     return [
         ("Data", shown(data.source)),
+        ("Read as", f"conversations ({data.format}): answers alone are learnt" if data.format != "text" else ""),
         ("Only", ", ".join(data.where)),
         ("Rows", ", ".join(f"{count:,} {key.replace('_', ' ')}" for key, count in data.counts.items() if count)),
         ("Measured on", shown(data.eval_dataset) if data.eval_dataset else ""),

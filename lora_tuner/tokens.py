@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from . import chat
+from .errors import DataError
 
 NO_LABEL = -100
 LONGEST = 256  # characters that a token stands for at the most, with room: GPT-2's longest has 128
@@ -27,8 +28,8 @@ def encode(tokenizer: Any, texts: Sequence[str], *, end: bool = True, most: int 
     tokens is not read much further: a tokenizer takes more than a hundred times the memory of its text. Of conversations
     (`chat`) the answers alone are learnt; raises DataError for those that the chat template does not take.
     """
-    if any(chat.is_chat(text) for text in texts):
-        talks = iter(_talks(tokenizer, [text for text in texts if chat.is_chat(text)]))
+    if end and any(chat.is_chat(text) for text in texts):  # a prompt is text, whatever it begins with
+        talks = iter(_talks(tokenizer, [text for text in texts if chat.is_chat(text)], most))
         plain = iter(encode(tokenizer, [text for text in texts if not chat.is_chat(text)], end=end, most=most))
         return [next(talks if chat.is_chat(text) else plain) for text in texts]
     if not texts:
@@ -45,15 +46,30 @@ def encode(tokenizer: Any, texts: Sequence[str], *, end: bool = True, most: int 
     return rows
 
 
-def _talks(tokenizer: Any, texts: Sequence[str]) -> list[Row]:
-    found = [chat.pieces(tokenizer, text) for text in texts]
-    encoded = tokenizer(
-        [whole for whole, _ in found], add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
+def _talks(tokenizer: Any, texts: Sequence[str], most: int | None) -> list[Row]:
+    """Conversations, their answers learnt."""
+    if not tokenizer.is_fast:
+        raise DataError(
+            "The tokenizer of this base does not say where tokens lie, so no answer can be told: take another."
+        )
+    characters = most * LONGEST if most is not None else None
     rows = []
-    for ids, places, (_, answers) in zip(encoded["input_ids"], encoded["offset_mapping"], found, strict=True):
-        row = np.array(ids, dtype=np.int32)
-        learnt = [any(start <= first < last <= end for start, end in answers) for first, last in places]
+    for text in texts:
+        try:
+            said = chat.spoken(tokenizer, text, characters)
+        except DataError as error:
+            raise DataError(f"{error} It is in: {text[1:200]}") from error
+        found = tokenizer(
+            said.text[:characters],
+            add_special_tokens=not said.by_template,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        row = np.array(found["input_ids"], dtype=np.int32)
+        places = found["offset_mapping"]
+        if not said.by_template and len(row) > 1 and row[-1] == row[-2] == tokenizer.eos_token_id:
+            row, places = row[:-1], places[:-1]  # the tokenizer has put one more behind it
+        learnt = [any(last > start and first < end for start, end in said.answers) for first, last in places]
         rows.append(np.where(learnt, row, ~row))
     return rows
 

@@ -51,10 +51,10 @@ def train(config: TrainConfig, notify: Listener = ignore, prepare: Prepare = pre
     """
     config = _named(config)
     with _locked(config.runs_dir, str(config.name)):
-        library = _check_places(config)
+        library = check_places(config)
         trainer.check_trackers(config)
         job = prepare(config, notify)
-        _check_room(job)
+        check_room(job)
         return _run(_fix_steps(cost.fit_memory(job)), library, checkpoint=None)
 
 
@@ -76,15 +76,16 @@ def resume(name: str, runs_dir: Path = Path("runs"), notify: Listener = ignore, 
                 f"{config.max_steps}. {_ANEW}"
             )
         _check_finished(config, folder)
-        library = _check_places(config, resuming=True)
+        library = check_places(config, resuming=True)
+        trainer.check_trackers(config)
         checkpoint = trainer.newest_whole(folder, notify)
         if checkpoint is not None:
             _check_settings(config, resolve(TrainConfig, {}, checkpoint / store.RUN), folder, checkpoint)
         then = {place: _manifest(place) for place in (folder, checkpoint or folder)}
         job = prepare(config, notify)
         for place, manifest in then.items():
-            _check_same(manifest, job.manifest, place)
-        _check_room(job)
+            check_same(decisive(manifest), decisive(job.manifest), place)
+        check_room(job)
         return _run(job, library, checkpoint)
 
 
@@ -124,7 +125,7 @@ def _locked(runs_dir: Path, name: str) -> Iterator[None]:
         lock.release()
 
 
-def _check_places(config: TrainConfig, *, resuming: bool = False) -> Library:
+def check_places(config: TrainConfig, *, resuming: bool = False) -> Library:
     assert config.name is not None
     library, folder = Library(config.adapters_dir), _run_folder(config)
     library.check_free(config.name, overwrite=config.overwrite, advice=_TAKEN if resuming else None)
@@ -161,7 +162,7 @@ def _check_finished(config: TrainConfig, folder: Path) -> None:
         adapter = store.read(place)
         same = not _different(config, resolve(TrainConfig, {}, place / store.RUN))
         same = same and not store.verify(adapter)  # else the run is the only whole one
-        if same and adapter.manifest and _decisive(adapter.manifest) == _decisive(store.read_manifest(folder)):
+        if same and adapter.manifest and decisive(adapter.manifest) == decisive(store.read_manifest(folder)):
             _clear(config, folder)
             raise TrainingError(f"The run {config.name} has finished: its adapter is {place}.")
 
@@ -199,7 +200,7 @@ def _check_settings(now: TrainConfig, then: TrainConfig, folder: Path, checkpoin
         )
 
 
-def _check_room(job: Job) -> None:
+def check_room(job: Job) -> None:
     """Raise TrainingError when the disk cannot hold the checkpoints, or the adapter."""
     size = lora.counts(job.model)[0] * 4
     there = sum(it.stat().st_size for it in _run_folder(job.config).rglob("*") if it.is_file())
@@ -213,9 +214,8 @@ def _check_room(job: Job) -> None:
             )
 
 
-def _check_same(then: Manifest, now: Manifest, folder: Path) -> None:
+def check_same(before: dict[str, str], after: dict[str, str], folder: Path) -> None:
     """Refuse to resume with anything changed that would make the result another one."""
-    before, after = _decisive(then), _decisive(now)
     changed = [
         f"{what} (was {before.get(what, 'none')[:12]}, is {fact[:12]})"
         for what, fact in after.items()
@@ -227,7 +227,7 @@ def _check_same(then: Manifest, now: Manifest, folder: Path) -> None:
         )
 
 
-def _decisive(manifest: Manifest) -> dict[str, str]:
+def decisive(manifest: Manifest) -> dict[str, str]:
     """What a run's result depends on besides its configuration."""
     facts = {"base weights": manifest.base.fingerprint, "tokenizer": str(manifest.base.tokenizer), **manifest.versions}
     if data := manifest.data:

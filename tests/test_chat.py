@@ -156,6 +156,92 @@ def test_lists_of_messages_are_prompt_and_completion_too(tokenizer):
     assert chat.of_pair([both[:1], both[1:]], plain) == chat.of_messages(both, plain)
 
 
+PHI = (
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+QWEN = (  # it writes thoughts for the last answer alone
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' and loop.last %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("template", "last"), [(PHI, "no{}\n{}"), (QWEN, "<think>\n\n</think>\n\nno{}\n")])
+def test_templates_that_write_more_behind_the_last_answer(tmp_path, template, last):
+    tokenizer = load_tokenizer(find_base(str(talker(tmp_path / "talker", template))))
+    end = tiny.END
+    row = chat.of_messages(conversation("so?", "yes", "and?", "no"), plain)
+    parts = learnt(tokenizer, row)[1]
+    assert parts[0].rstrip("\n") == f"yes{end}"
+    assert parts[1] == last.format(end, end)
+    assert "and" not in "".join(parts)
+
+
+def test_a_date_in_the_template_is_always_the_same(talking, tmp_path):
+    template = "{{ date_string if date_string is defined else 'today' }}" + TEMPLATE
+    tokenizer = load_tokenizer(find_base(str(talker(tmp_path / "dated", template))))
+    assert learnt(tokenizer, chat.of_messages(conversation("so?", "yes"), plain))[0].startswith("26 Jul 2024<|start|>")
+
+
+def test_nothing_after_the_last_answer_and_no_greeting_is_learnt(tokenizer, talking, tmp_path):
+    greeting = [{"role": "assistant", "content": "hello"}, *conversation("so?", "yes", "thanks")]
+    assert learnt(tokenizer, chat.of_messages(greeting, plain))[1] == [f"yes{tiny.END}\n"]
+    endless = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}" + (
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    folder = talker(tmp_path / "endless", endless)
+    parts = learnt(
+        load_tokenizer(find_base(str(folder))), chat.of_messages(conversation("so?", "yes", "thanks"), plain)
+    )[1]
+    assert "".join(parts) == f" yes\n{tiny.END}"
+
+
+def test_a_pair_without_a_template_is_text_with_its_beginning(llama):
+    from tokenizers import processors
+
+    tokenizer = load_tokenizer(find_base(str(llama)))
+    first = tokenizer.convert_tokens_to_ids("a")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="a $A", special_tokens=[("a", first)]
+    )
+    (row,) = tokens.encode(tokenizer, [chat.of_pair(["so?", "yes"], plain)])
+    assert row[0] == ~first
+    asked = tokens.encode(tokenizer, ["so?"], end=False)[0].tolist()
+    assert tokens.ids(row)[: len(asked)].tolist() == asked
+    with pytest.raises(DataError, match="A message has"):
+        tokens.encode(tokenizer, [chat.of_pair([f"so {tiny.END}", "yes"], plain)])
+
+
+def test_a_prompt_is_text_whatever_it_begins_with(talking):
+    generator = Generator(base=str(talking), device="cpu")
+    for prompt in ("\x02hello", "\x02[1]", '\x02{"prompt": "a", "completion": "b"}'):
+        assert min(generator.check(prompt)) >= 0
+
+
+def test_a_long_conversation_is_not_read_much_further_than_it_is_cut(tokenizer, monkeypatch):
+    read = []
+    real = type(tokenizer).__call__
+    monkeypatch.setattr(
+        type(tokenizer), "__call__", lambda self, text, **how: read.append(len(text)) or real(self, text, **how)
+    )
+    row = chat.of_messages(conversation("so?", "yes " * 100_000), plain)
+    tokens.encode(tokenizer, [row], most=16)
+    assert read == [16 * tokens.LONGEST]
+
+
+def test_conversations_that_differ_in_their_indents_are_two(tmp_path):
+    rows = [{"messages": conversation("so?", f"if x:\n{' ' * number}y")} for number in range(1, 30)]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(it) + "\n" for it in rows))
+    assert load_corpus(TrainConfig(dataset="talks.jsonl")).counts.duplicates == 0
+
+
+def test_keep_lines_is_refused_for_conversations(tmp_path):
+    (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": conversation("so?", "yes")}) + "\n")
+    with pytest.raises(DataError, match="messages keep their lines anyway, so leave --keep-lines out"):
+        load_corpus(TrainConfig(dataset="talks.jsonl", keep_lines=True))
+
+
 def test_a_template_that_rewrites_what_was_said_is_refused(talking, tmp_path):
     folder = talker(tmp_path / "counts", "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}")
     with pytest.raises(DataError, match="writes a conversation anew as it grows"):
@@ -165,15 +251,17 @@ def test_a_template_that_rewrites_what_was_said_is_refused(talking, tmp_path):
 def test_messages_without_a_template_are_refused(gpt2):
     with pytest.raises(DataError) as error:
         tokens.encode(load_tokenizer(find_base(str(gpt2))), [chat.of_messages(conversation("so?", "yes"), plain)])
-    assert str(error.value) == (
-        "This base has no chat template: take one that was taught to talk, such as smollm2-135m."
+    assert str(error.value).startswith(
+        "This base has no chat template: take one that was taught to talk, such as smollm2-135m. It is in: ["
     )
 
 
 def test_a_message_that_spells_a_special_token_is_refused(tokenizer):
     with pytest.raises(DataError) as error:
         tokens.encode(tokenizer, [chat.of_messages(conversation("so <|start|>?", "yes"), plain)])
-    assert str(error.value) == "A message has <|start|> in it, a special token of this base: leave that out."
+    assert str(error.value).startswith(
+        "A message has <|start|> in it, a special token of this base: leave that out. It is in: [{"
+    )
 
 
 # Rows
@@ -237,6 +325,11 @@ def test_conversations_in_which_nobody_answers_are_empty(tmp_path):
         (
             [{"role": "boss", "content": "go"}],
             "message 1 has no role out of system, developer, user, assistant, tool: [{'role':",
+        ),
+        ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "message 1 calls a tool, which is no text"),
+        (
+            [{"role": "assistant", "content": "a", "weight": 0}],
+            "message 1 has a weight, and every answer counts alike here",
         ),
         ([*conversation("a"), "b"], "message 2 has no role out of"),
         ([{"role": "user", "content": [{"type": "image"}]}], "message 1 has no text as its content: "),
@@ -326,6 +419,8 @@ def test_rows_cut_before_their_answer_are_left_out_and_said(told, tmp_path):
     job = prepare(told(), lambda it: notices.append(getattr(it, "text", "")))
     assert all(tokens.predictions(row) for row in job.sequences.rows)
     assert [text for text in notices if text.endswith("within 128 tokens there is nothing to learn in them.")]
+    assert len(job.held_out) < 8
+    assert [text for text in notices if text.endswith("within 512 tokens nothing is learnt in them.")]
     assert math.isfinite(evaluation.measure(job.model, job.base, job.held_out).loss)
     with pytest.raises(TrainingError, match="No row has anything to learn in it"):
         prepare(told(max_length=8))

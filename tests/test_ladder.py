@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from lora_tuner import Library, evaluate, job, ladder, train
-from lora_tuner.config import rungs
+from lora_tuner import Library, TrainConfig, evaluate, job, ladder, train
+from lora_tuner.config import resolve, rungs
 from lora_tuner.errors import AdapterError, ConfigError, Interrupted, Notice, TrainingError
 
 from .test_cli import quick, run  # noqa: F401 - a fixture
@@ -76,7 +76,7 @@ def test_the_one_to_keep_is_the_smallest_that_is_not_clearly_worse(settings):
     assert sorted(it.name for it in climbed.folder.iterdir()) == ["ladder.json", "ladder.png"]
 
 
-def stopped_at(monkeypatch, settings, rung, step):
+def stopped_at(monkeypatch, settings, rung, step, **changes):
     """A ladder that Ctrl-C ends in that rung."""
 
     def stop(self, args, state, control, **kwargs):
@@ -87,7 +87,7 @@ def stopped_at(monkeypatch, settings, rung, step):
     with monkeypatch.context() as patched:
         patched.setattr("lora_tuner.trainer._StopWhenAsked.on_step_end", stop)
         with pytest.raises(Interrupted) as stopped:
-            ladder.climb(of(settings, 2, 4, 8))
+            ladder.climb(of(settings, 2, 4, 8, **changes))
     return str(stopped.value)
 
 
@@ -133,8 +133,6 @@ def test_a_rung_that_diverges_does_not_end_the_others(settings):
 
 def test_learning_rates_go_on_from_a_parent_and_ranks_do_not(settings, adapter):
     given = {"dataset": "reviews.csv", "parent": "reviews", "max_steps": 2, "eval_rows": 8, "name": "more"}
-    from lora_tuner import TrainConfig
-
     climbed = ladder.climb([TrainConfig(**given, learning_rate=rate) for rate in (1e-3, 1e-2)])
     assert [Library().get(it.name).manifest.parents[0].name for it in climbed.rungs] == ["reviews", "reviews"]
     with pytest.raises(ConfigError) as error:
@@ -150,13 +148,107 @@ def test_nothing_is_begun_where_a_name_is_taken(settings, adapter):
     assert not (settings().runs_dir / "reviews.ladder").exists()
 
 
+def test_anew_is_anew_whatever_was_trained_before(settings):
+    """Only what a ladder has trained itself is not trained again."""
+    ladder.climb(of(settings, 2, 4, max_steps=None, minutes=0.002, seed=7))
+    before = {name: Library().get(name).sha256 for name in Library().names()}
+    ladder.climb(of(settings, 2, 4, overwrite=True))
+    for rank in (2, 4):
+        alone = train(settings(rank=rank, name="alone", overwrite=True))
+        assert Library().get(f"reviews-r{rank}").sha256 == alone.sha256 != before[f"reviews-r{rank}"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_run_that_was_stopped_goes_on_and_no_other_does(settings, monkeypatch, overwrite):
+    whole = ladder.climb(of(settings, 2, 4, 8, name="whole"))
+    if overwrite:  # an earlier run of a rung's name, stopped, with other settings
+        stopped_at(monkeypatch, settings, 8, 2, seed=5)
+    stopped_at(monkeypatch, settings, 4, 3, overwrite=overwrite)
+    steps = []
+    ladder.resume("reviews", notify=lambda it: steps.append(getattr(it, "done", None)))
+    for one in whole.rungs:
+        assert Library().get(one.name.replace("whole", "reviews")).sha256 == Library().get(one.name).sha256
+    lines = [it for it in steps if it is not None]
+    assert lines.count(1) <= 3  # rung 4 began with its fourth step
+
+
+def test_a_run_of_a_rungs_name_is_in_the_way(settings, monkeypatch):
+    def stop(self, args, state, control, **kwargs):
+        control.should_save = control.should_training_stop = True
+        self.stop.set()
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lora_tuner.trainer._StopWhenAsked.on_step_end", stop)
+        with pytest.raises(Interrupted):
+            train(settings(name="reviews-r4", seed=9))
+    with pytest.raises(TrainingError, match="runs/reviews-r4 holds an unfinished run"):
+        ladder.climb(of(settings, 2, 4))
+    assert Library().names() == []
+
+
+def test_data_that_changed_meanwhile_is_refused(settings, monkeypatch, reviews_csv):
+    stopped_at(monkeypatch, settings, 2, 6)
+    text = reviews_csv.read_text()
+    reviews_csv.write_text(text + "another review,1\n")
+    with pytest.raises(TrainingError, match="changed since it stopped: data"):
+        ladder.resume("reviews")
+    reviews_csv.write_text(text)
+    assert len(ladder.resume("reviews").rungs) == 3
+
+
+def test_an_adapter_that_was_replaced_meanwhile_is_refused(settings, monkeypatch):
+    stopped_at(monkeypatch, settings, 4, 2)
+    train(settings(rank=2, seed=3, name="reviews-r2", overwrite=True))
+    with pytest.raises(TrainingError) as error:
+        ladder.resume("reviews")
+    assert str(error.value) == (
+        "adapters/reviews-r2 is not the adapter that its ladder has trained: restore that, or start anew."
+    )
+
+
+def test_a_mistake_leaves_nothing_in_the_way(settings, tmp_path):
+    with pytest.raises(ConfigError, match="pissa has"):
+        ladder.climb(of(settings, 2, 64, method="pissa"))
+    with pytest.raises(ConfigError, match="targets"):
+        ladder.climb(of(settings, 2, 4, targets="nothing"))
+    assert not ladder.waits("reviews", settings().runs_dir)
+    assert Library().names() == []
+    ladder.climb(of(settings, 2, 4))
+    ladder.climb(of(settings, 8, 16))  # more rungs, beside those that are there
+    assert Library().names() == [f"reviews-r{rank}" for rank in (16, 2, 4, 8)]
+
+
+def test_rungs_from_a_parent_can_be_repeated(settings):
+    train(settings(name="wide", rank=16))
+    given = {
+        "dataset": "reviews.csv",
+        "parent": "wide",
+        "max_steps": 2,
+        "max_length": 64,
+        "eval_rows": 8,
+        "name": "more",
+    }
+    climbed = ladder.climb([TrainConfig(**given, batch_size=2, learning_rate=rate) for rate in (1e-3, 1e-2)])
+    assert [it.rank for it in climbed.rungs] == [16, 16]
+    for rung in climbed.rungs:
+        adapter = Library().get(rung.name)
+        again = resolve(TrainConfig, {"name": "again", "overwrite": True}, adapter.path / "run.yaml")
+        assert train(again).sha256 == adapter.sha256
+
+
+def test_the_way_on_names_the_folder_of_the_runs(settings, monkeypatch, tmp_path):
+    text = stopped_at(monkeypatch, settings, 2, 2, runs_dir=tmp_path / "elsewhere")
+    assert text.endswith(f"Go on with: python cli.py train --resume reviews --runs-dir {tmp_path / 'elsewhere'}")
+    assert len(ladder.resume("reviews", tmp_path / "elsewhere").rungs) == 3
+
+
 def test_a_ladder_that_waits_is_not_begun_again(settings, monkeypatch):
     stopped_at(monkeypatch, settings, 2, 2)
     with pytest.raises(TrainingError) as error:
         ladder.climb(of(settings, 2, 4, 8))
     assert str(error.value) == (
-        "runs/reviews.ladder is there already: go on with it by --resume reviews, drop it with --overwrite, or choose another "
-        "--name."
+        "runs/reviews.ladder holds an unfinished ladder: go on with it (python cli.py train --resume reviews), drop it with "
+        "--overwrite, or choose another --name."
     )
     climbed = ladder.climb(of(settings, 2, 4, overwrite=True))
     assert [it.name for it in climbed.rungs] == ["reviews-r2", "reviews-r4"]
