@@ -22,7 +22,9 @@ def test_every_value_meets_every_other():
     ]
 
 
-def test_each_rung_is_what_it_would_be_alone(settings, model_folder):
+@pytest.mark.parametrize("kind", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
+def test_each_rung_is_what_it_would_be_alone(settings, request, kind):
+    model_folder = request.getfixturevalue(kind)
     climbed = ladder.climb(of(settings, 2, 4, 8, base=str(model_folder)))
     assert [it.name for it in climbed.rungs] == ["reviews-r2", "reviews-r4", "reviews-r8"] == Library().names()
     for rank, rung in zip((2, 4, 8), climbed.rungs, strict=True):
@@ -35,6 +37,7 @@ def test_each_rung_is_what_it_would_be_alone(settings, model_folder):
         assert climbed.base_loss == pytest.approx(adapter.manifest.result.base_loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["pissa", "eva", "dora", "lora+"])
 def test_with_every_method(settings, method):
     ladder.climb(of(settings, 2, 4, method=method))
@@ -54,6 +57,7 @@ def test_base_and_rows_are_read_once(settings, monkeypatch):
 real_corpus, real_base = job.load_corpus, job.lora.open_base
 
 
+@pytest.mark.slow
 def test_minutes_mean_the_same_steps_for_every_rung(settings):
     climbed = ladder.climb(of(settings, 2, 4, max_steps=None, minutes=0.004))
     steps = {Library().get(rung.name).manifest.run.steps for rung in climbed.rungs}
@@ -91,7 +95,7 @@ def stopped_at(monkeypatch, settings, rung, step, **changes):
     return str(stopped.value)
 
 
-@pytest.mark.parametrize("rung", [2, 4, 8])
+@pytest.mark.parametrize("rung", [pytest.param(2, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_stopped_in_the_middle_it_goes_on(settings, monkeypatch, rung):
     whole = ladder.climb(of(settings, 2, 4, 8, name="whole"))
     text = stopped_at(monkeypatch, settings, rung, 3)
@@ -158,7 +162,7 @@ def test_anew_is_anew_whatever_was_trained_before(settings):
         assert Library().get(f"reviews-r{rank}").sha256 == alone.sha256 != before[f"reviews-r{rank}"]
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("overwrite", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_run_that_was_stopped_goes_on_and_no_other_does(settings, monkeypatch, overwrite):
     whole = ladder.climb(of(settings, 2, 4, 8, name="whole"))
     if overwrite:  # an earlier run of a rung's name, stopped, with other settings

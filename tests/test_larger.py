@@ -37,7 +37,7 @@ def wide(tmp_path_factory):
     return {kind: tiny.save_model(root / kind, kind, width=64) for kind in ("gpt2", "llama")}
 
 
-@pytest.fixture(params=["gpt2", "llama"])
+@pytest.fixture(params=["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def folder(request, wide):
     return wide[request.param]
 

@@ -24,9 +24,15 @@ def test_the_table_of_methods_is_whole():
     assert next(iter(METHODS)) == TrainConfig().method == "lora"
 
 
+@pytest.fixture(params=["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
+def model_folder(request):
+    """Each kind of layer in turn, the simpler one slowly."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture
 def on(model_folder, settings):
-    """A configuration on each kind of layer."""
+    """A configuration on it."""
 
     def make(method, **changes):
         return settings(base=str(model_folder), method=method, learning_rate=None, **changes)

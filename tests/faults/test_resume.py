@@ -272,6 +272,7 @@ CHANGED: dict[str, Any] = {
     "rank": 2, "alpha": 3, "dropout": 0.2, "targets": "all-linear", "max_steps": 10, "batch_size": 3, "accumulation": 1,
     "learning_rate": 0.02, "schedule": "linear", "warmup": 0.1, "weight_decay": 0.1, "clip": 2.0, "eval_every": 3,
     "save_every": 3, "seed": 1, "name": "other", "device": "auto", "dtype": "bfloat16",
+    "method": "dora", "load_in": "4bit", "checkpointing": "on",
 }  # fmt: skip
 TOGETHER: dict[str, dict[str, Any]] = {
     "eval_split": {"eval_dataset": "reviews.csv", "eval_split": "test"},
