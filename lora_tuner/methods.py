@@ -22,6 +22,7 @@ from .lora import TRAINED
 from .tokens import Row, Sequences
 
 EVA_BATCHES = 4  # from which EVA learns how the text excites each layer
+EVA_SETTLED = 0.9  # how alike (cosine) directions must be from batch to batch; with PEFT's 0.99 that takes minutes
 
 
 def start(base: Base, model: Any, config: TrainConfig, sequences: Sequences) -> None:
@@ -100,7 +101,7 @@ def _from_text(base: Base, model: Any, rho: float, batches: list[dict[str, torch
     """EVA (Paischer et al., 2024, arXiv:2410.07170): begin with the directions in which the inputs of each layer vary most, and
     give more rank to layers of which these explain more."""
     settings = model.peft_config[TRAINED]
-    settings.init_lora_weights, settings.eva_config = "eva", EvaConfig(rho=rho)
+    settings.init_lora_weights, settings.eva_config = "eva", EvaConfig(rho=rho, tau=EVA_SETTLED)
 
     head = base.head  # found now: it tries the model, and PEFT would take that for text
 

@@ -55,7 +55,7 @@ def test_an_update_begins_as_nothing_learns_and_leaves_the_base_alone(on, method
     adapter = train(config)
     result = adapter.manifest.result
     assert result.base_loss == pytest.approx(plain, abs=1e-5)
-    assert result.loss < plain - 0.03
+    assert result.loss < plain - 0.01
     assert adapter.manifest.run.method == method
     for name, weight in before.model.named_parameters():
         if not weight.requires_grad:
