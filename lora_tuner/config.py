@@ -53,7 +53,7 @@ METHODS: dict[MethodName, Method] = {
     "dora": Method(2e-3, "Very low ranks, where time does not matter: it learns each output's size apart."),
     "lora+": Method(1e-3, "Long runs that learn too slowly: B learns faster than A. What is saved is a plain LoRA."),
     "pissa": Method(
-        5e-4, "Starts from the base's largest directions. What is saved is a plain LoRA of twice the rank."
+        2.5e-4, "Starts from the base's largest directions. What is saved is a plain LoRA of twice the rank."
     ),
     "eva": Method(
         5e-4, "Text far from what the base knows: starts from how your text excites each layer, ranks by need."
