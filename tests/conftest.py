@@ -1,7 +1,8 @@
 """Every test has a home, a cache and a working folder of its own, and no network."""
 
+import contextlib
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from lora_tuner import Adapter, TrainConfig, train
 from lora_tuner.data import load_corpus
-from lora_tuner.errors import DataError
+from lora_tuner.errors import DataError, Interrupted
 
 from . import tiny
 
@@ -134,3 +135,22 @@ def refusal(load, tmp_path):
         return str(error.value).replace(f"{tmp_path}/", "")
 
     return call
+
+
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., contextlib.AbstractContextManager[object]]:
+    """In the block, a run is stopped in that step as Ctrl-C stops it; `within` is a part of its folder's name."""
+
+    @contextlib.contextmanager
+    def stopping(step: int, within: str = "") -> Iterator[object]:
+        def stop(self, args, state, control, **kwargs):
+            if within in args.output_dir and state.global_step == step:
+                control.should_save = control.should_training_stop = True
+                self.stop.set()
+
+        with monkeypatch.context() as patched:
+            patched.setattr("lora_tuner.trainer._StopWhenAsked.on_step_end", stop)
+            with pytest.raises(Interrupted) as stopped:
+                yield stopped
+
+    return stopping

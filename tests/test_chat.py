@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from lora_tuner import Generator, Library, Sampling, TrainConfig, chat, evaluation, resume, tokens, train
 from lora_tuner.base_model import find_base, load_base, load_tokenizer
 from lora_tuner.data import load_corpus
-from lora_tuner.errors import DataError, Interrupted, TrainingError
+from lora_tuner.errors import DataError, TrainingError
 from lora_tuner.job import prepare, preview
 
 from . import tiny
@@ -391,18 +391,11 @@ def test_the_gradient_of_a_question_is_nothing(told):
     assert (labels == tokens.NO_LABEL).sum() > 10
 
 
-def test_an_interrupted_run_goes_on(told, monkeypatch):
+def test_an_interrupted_run_goes_on(told, stop_at):
     whole = train(told(name="whole"))
 
-    def stop(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            control.should_save = control.should_training_stop = True
-            self.stop.set()
-
-    with monkeypatch.context() as patched:
-        patched.setattr("lora_tuner.trainer._StopWhenAsked.on_step_end", stop)
-        with pytest.raises(Interrupted):
-            train(told(name="half"))
+    with stop_at(3):
+        train(told(name="half"))
     assert resume("half").sha256 == whole.sha256
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from lora_tuner import Library, TrainConfig, evaluate, job, ladder, train
 from lora_tuner.config import resolve, rungs
-from lora_tuner.errors import AdapterError, ConfigError, Interrupted, Notice, TrainingError
+from lora_tuner.errors import AdapterError, ConfigError, Notice, TrainingError
 
 from .test_cli import quick, run  # noqa: F401 - a fixture
 
@@ -80,25 +80,22 @@ def test_the_one_to_keep_is_the_smallest_that_is_not_clearly_worse(settings):
     assert sorted(it.name for it in climbed.folder.iterdir()) == ["ladder.json", "ladder.png"]
 
 
-def stopped_at(monkeypatch, settings, rung, step, **changes):
-    """A ladder that Ctrl-C ends in that rung."""
+@pytest.fixture
+def stopped_at(stop_at, settings):
+    """A ladder that Ctrl-C ends in that rung and step, and what it says."""
 
-    def stop(self, args, state, control, **kwargs):
-        if f"-r{rung}" in args.output_dir and state.global_step == step:
-            control.should_save = control.should_training_stop = True
-            self.stop.set()
-
-    with monkeypatch.context() as patched:
-        patched.setattr("lora_tuner.trainer._StopWhenAsked.on_step_end", stop)
-        with pytest.raises(Interrupted) as stopped:
+    def climb(rung, step, **changes):
+        with stop_at(step, f"-r{rung}") as stopped:
             ladder.climb(of(settings, 2, 4, 8, **changes))
-    return str(stopped.value)
+        return str(stopped.value)
+
+    return climb
 
 
 @pytest.mark.parametrize("rung", [pytest.param(2, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)])
-def test_stopped_in_the_middle_it_goes_on(settings, monkeypatch, rung):
+def test_stopped_in_the_middle_it_goes_on(settings, rung, stopped_at):
     whole = ladder.climb(of(settings, 2, 4, 8, name="whole"))
-    text = stopped_at(monkeypatch, settings, rung, 3)
+    text = stopped_at(rung, 3)
     assert text == "Stopped at step 3 of 6, saved. Go on with: python cli.py train --resume reviews"
     assert ladder.waits("reviews", settings().runs_dir)
     before = {name: Library().get(name).manifest.created for name in Library().names()}
@@ -163,11 +160,11 @@ def test_anew_is_anew_whatever_was_trained_before(settings):
 
 
 @pytest.mark.parametrize("overwrite", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_the_run_that_was_stopped_goes_on_and_no_other_does(settings, monkeypatch, overwrite):
+def test_the_run_that_was_stopped_goes_on_and_no_other_does(settings, overwrite, stopped_at):
     whole = ladder.climb(of(settings, 2, 4, 8, name="whole"))
     if overwrite:  # an earlier run of a rung's name, stopped, with other settings
-        stopped_at(monkeypatch, settings, 8, 2, seed=5)
-    stopped_at(monkeypatch, settings, 4, 3, overwrite=overwrite)
+        stopped_at(8, 2, seed=5)
+    stopped_at(4, 3, overwrite=overwrite)
     steps = []
     ladder.resume("reviews", notify=lambda it: steps.append(getattr(it, "done", None)))
     for one in whole.rungs:
@@ -176,22 +173,16 @@ def test_the_run_that_was_stopped_goes_on_and_no_other_does(settings, monkeypatc
     assert lines.count(1) <= 3  # rung 4 began with its fourth step
 
 
-def test_a_run_of_a_rungs_name_is_in_the_way(settings, monkeypatch):
-    def stop(self, args, state, control, **kwargs):
-        control.should_save = control.should_training_stop = True
-        self.stop.set()
-
-    with monkeypatch.context() as patched:
-        patched.setattr("lora_tuner.trainer._StopWhenAsked.on_step_end", stop)
-        with pytest.raises(Interrupted):
-            train(settings(name="reviews-r4", seed=9))
+def test_a_run_of_a_rungs_name_is_in_the_way(settings, stop_at):
+    with stop_at(1):
+        train(settings(name="reviews-r4", seed=9))
     with pytest.raises(TrainingError, match="runs/reviews-r4 holds an unfinished run"):
         ladder.climb(of(settings, 2, 4))
     assert Library().names() == []
 
 
-def test_data_that_changed_meanwhile_is_refused(settings, monkeypatch, reviews_csv):
-    stopped_at(monkeypatch, settings, 2, 6)
+def test_data_that_changed_meanwhile_is_refused(settings, reviews_csv, stopped_at):
+    stopped_at(2, 6)
     text = reviews_csv.read_text()
     reviews_csv.write_text(text + "another review,1\n")
     with pytest.raises(TrainingError, match="changed since it stopped: data"):
@@ -200,8 +191,8 @@ def test_data_that_changed_meanwhile_is_refused(settings, monkeypatch, reviews_c
     assert len(ladder.resume("reviews").rungs) == 3
 
 
-def test_an_adapter_that_was_replaced_meanwhile_is_refused(settings, monkeypatch):
-    stopped_at(monkeypatch, settings, 4, 2)
+def test_an_adapter_that_was_replaced_meanwhile_is_refused(settings, stopped_at):
+    stopped_at(4, 2)
     train(settings(rank=2, seed=3, name="reviews-r2", overwrite=True))
     with pytest.raises(TrainingError) as error:
         ladder.resume("reviews")
@@ -240,14 +231,14 @@ def test_rungs_from_a_parent_can_be_repeated(settings):
         assert train(again).sha256 == adapter.sha256
 
 
-def test_the_way_on_names_the_folder_of_the_runs(settings, monkeypatch, tmp_path):
-    text = stopped_at(monkeypatch, settings, 2, 2, runs_dir=tmp_path / "elsewhere")
+def test_the_way_on_names_the_folder_of_the_runs(settings, tmp_path, stopped_at):
+    text = stopped_at(2, 2, runs_dir=tmp_path / "elsewhere")
     assert text.endswith(f"Go on with: python cli.py train --resume reviews --runs-dir {tmp_path / 'elsewhere'}")
     assert len(ladder.resume("reviews", tmp_path / "elsewhere").rungs) == 3
 
 
-def test_a_ladder_that_waits_is_not_begun_again(settings, monkeypatch):
-    stopped_at(monkeypatch, settings, 2, 2)
+def test_a_ladder_that_waits_is_not_begun_again(settings, stopped_at):
+    stopped_at(2, 2)
     with pytest.raises(TrainingError) as error:
         ladder.climb(of(settings, 2, 4, 8))
     assert str(error.value) == (
@@ -259,8 +250,8 @@ def test_a_ladder_that_waits_is_not_begun_again(settings, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["rungs: 3\n", "rung: []\n", "rungs:\n- rank: many\n"])
-def test_a_ladder_that_cannot_be_read_is_said(settings, monkeypatch, content):
-    stopped_at(monkeypatch, settings, 2, 2)
+def test_a_ladder_that_cannot_be_read_is_said(settings, content, stopped_at):
+    stopped_at(2, 2)
     (settings().runs_dir / "reviews.ladder" / "ladder.yaml").write_text(content)
     with pytest.raises(TrainingError) as error:
         ladder.resume("reviews")
@@ -304,8 +295,8 @@ def test_what_is_no_ladder_is_refused(quick, given, text):  # noqa: F811
     assert done.stderr.startswith(text), done.stderr
 
 
-def test_the_command_goes_on(settings, monkeypatch):
-    stopped_at(monkeypatch, settings, 4, 3)
+def test_the_command_goes_on(settings, stopped_at):
+    stopped_at(4, 3)
     done = run("train", "--resume", "reviews")
     assert done.stdout.splitlines()[-1].startswith("keep reviews-r")
     assert "Rung 2 of 3: reviews-r4." in done.stderr

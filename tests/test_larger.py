@@ -22,7 +22,7 @@ from lora_tuner import (
     train,
 )
 from lora_tuner.base_model import find_base, load_base
-from lora_tuner.errors import BaseModelError, Interrupted, Notice, TrainingError
+from lora_tuner.errors import BaseModelError, Notice, TrainingError
 from lora_tuner.job import prepare
 
 from . import tiny
@@ -107,19 +107,12 @@ def test_methods_that_look_at_the_weights_read_them_in_full(folder, settings, me
     assert again.gain > 0
 
 
-def test_a_resumed_run_in_four_bits_equals_an_uninterrupted_one(settings, wide, monkeypatch):
+def test_a_resumed_run_in_four_bits_equals_an_uninterrupted_one(settings, wide, stop_at):
     four = {"base": str(wide["llama"]), "load_in": "4bit", "save_every": 2}
     whole = train(settings(name="whole", **four))
 
-    def stop(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            control.should_save = control.should_training_stop = True
-            self.stop.set()
-
-    with monkeypatch.context() as patched:
-        patched.setattr("lora_tuner.trainer._StopWhenAsked.on_step_end", stop)
-        with pytest.raises(Interrupted):
-            train(settings(name="half", **four))
+    with stop_at(3):
+        train(settings(name="half", **four))
     assert resume("half").sha256 == whole.sha256
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_tuner import Library, TrainConfig, evaluation, lora, resume, store, train
 from lora_tuner.config import METHODS, MethodName, resolve
-from lora_tuner.errors import ConfigError, Interrupted
+from lora_tuner.errors import ConfigError
 from lora_tuner.evaluation import measure
 from lora_tuner.job import prepare
 from lora_tuner.trainer import _LoraTrainer
@@ -86,18 +86,11 @@ def test_what_is_saved_is_read_by_plain_peft_and_touches_no_base(on, model_folde
 
 
 @pytest.mark.parametrize("method", OTHERS)
-def test_a_resumed_run_equals_an_uninterrupted_one(on, method, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_one(on, method, stop_at):
     whole = train(on(method, name="whole", save_every=2))
 
-    def stop(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            control.should_save = control.should_training_stop = True
-            self.stop.set()
-
-    with monkeypatch.context() as patched:
-        patched.setattr("lora_tuner.trainer._StopWhenAsked.on_step_end", stop)
-        with pytest.raises(Interrupted):
-            train(on(method, name="half", save_every=2))
+    with stop_at(3):
+        train(on(method, name="half", save_every=2))
     half = resume("half")
     assert half.sha256 == whole.sha256
     again = train(resolve(TrainConfig, {"name": "again"}, whole.path / store.RUN))

@@ -6,7 +6,7 @@ import pytest
 
 from lora_tuner import TrainConfig, resume, train
 from lora_tuner.config import resolve
-from lora_tuner.errors import ConfigError, Interrupted
+from lora_tuner.errors import ConfigError
 
 
 def read(folder):
@@ -29,16 +29,9 @@ def test_tensorboard_has_the_curve_of_the_adapter(settings, tmp_path):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tensorboard"]
 
 
-def test_a_run_that_goes_on_writes_on(settings, tmp_path, monkeypatch):
-    def stop(self, args, state, control, **kwargs):
-        if state.global_step == 2:
-            control.should_save = control.should_training_stop = True
-            self.stop.set()
-
-    with monkeypatch.context() as patched:
-        patched.setattr("lora_tuner.trainer._StopWhenAsked.on_step_end", stop)
-        with pytest.raises(Interrupted):
-            train(settings(report_to=["tensorboard"]))
+def test_a_run_that_goes_on_writes_on(settings, tmp_path, stop_at):
+    with stop_at(2):
+        train(settings(report_to=["tensorboard"]))
     assert set(read(tmp_path / "runs" / "tensorboard" / "reviews")["train/loss"]) == {1, 2}
     resume("reviews")
     assert set(read(tmp_path / "runs" / "tensorboard" / "reviews")["train/loss"]) == set(range(1, 7))
