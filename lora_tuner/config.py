@@ -48,15 +48,17 @@ class Method:
 
 MethodName = Literal["lora", "rslora", "dora", "lora+", "pissa", "eva"]
 METHODS: dict[MethodName, Method] = {
-    "lora": Method(2e-3, "The default: nothing else is as fast, and all that other tools read is this."),
-    "rslora": Method(2e-3, "Ranks of 32 and more, tried side by side: its scale falls with the root of the rank."),
-    "dora": Method(2e-3, "Very low ranks, where time does not matter: it learns each output's size apart."),
-    "lora+": Method(1e-3, "Long runs that learn too slowly: B learns faster than A. What is saved is a plain LoRA."),
+    "lora": Method(2e-3, "The default: read by every tool, and on reviews no other gained clearly more."),
+    "rslora": Method(
+        2e-3, "Several ranks beside one another: its scale falls with the root of the rank, not with the rank."
+    ),
+    "dora": Method(2e-3, "Where a little more at the same rank is worth steps that take half as long again."),
+    "lora+": Method(1e-3, "B learns faster than A: on program code it gained most. What is saved is a plain LoRA."),
     "pissa": Method(
-        2.5e-4, "Starts from the base's largest directions. What is saved is a plain LoRA of twice the rank."
+        2.5e-4, "Begins with the base's largest directions. What is saved is a plain LoRA of twice the rank."
     ),
     "eva": Method(
-        5e-4, "Text far from what the base knows: starts from how your text excites each layer, ranks by need."
+        5e-4, "Begins with what your text excites in each layer, ranks by need; that takes a minute or more."
     ),
 }
 
