@@ -220,7 +220,7 @@ def steady(folder: Path, look: Callable[[Adapter], Seen]) -> Seen:
         before = identity()
         try:
             found = look(read(folder))
-        except (AdapterError, OSError):
+        except Exception:  # half of one and half of another may fail in any way
             if identity() == before:
                 raise
             continue

@@ -252,8 +252,11 @@ def read_tensors(adapter: Adapter, layers: dict[str, Any]) -> dict[str, torch.Te
     return tensors
 
 
-def _version(path: Path) -> tuple[int, int, int]:
-    facts = path.stat()
+def _version(path: Path) -> tuple[int, ...]:
+    try:
+        facts = path.stat()
+    except OSError:
+        return ()
     return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
@@ -261,7 +264,7 @@ def load_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
     """The tensors of an adapter as they are in its file. Raises AdapterError where safetensors does not take it."""
     try:
         return load_file(adapter.path / store.WEIGHTS)
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise AdapterError(f"{adapter.path / store.WEIGHTS} is not readable as safetensors: {error}.") from error
 
 

@@ -250,12 +250,15 @@ def check_weights(adapter: Adapter) -> None:
 def verify_weights(adapter: Adapter) -> list[str]:
     """What is wrong with the numbers alone: not finite, or not those that the manifest knows."""
     path, problems = adapter.path / WEIGHTS, []
-    header, start = files.safetensors_header(path)
-    with path.open("rb") as file:
-        for name, (dtype, _, begin, end) in header.items():
-            file.seek(start + begin)
-            if not _finite(file.read(end - begin), dtype):
-                problems.append(f"{name} holds numbers that are not finite")
+    try:
+        header, start = files.safetensors_header(path)
+        with path.open("rb") as file:
+            for name, (dtype, _, begin, end) in header.items():
+                file.seek(start + begin)
+                if not _finite(file.read(end - begin), dtype):
+                    problems.append(f"{name} holds numbers that are not finite")
+    except (OSError, ValueError) as error:  # it is another file by now
+        return [f"{WEIGHTS} cannot be read: {error}"]
     if adapter.manifest is not None:
         weights = adapter.manifest.weights
         if weights is None or weights.sha256 != files.sha256_file(path):

@@ -9,7 +9,7 @@ import pytest
 
 from lora_tuner import files, store
 from lora_tuner.errors import AdapterError
-from lora_tuner.library import Library
+from lora_tuner.library import Library, steady
 from lora_tuner.store import CONFIG, MANIFEST, WEIGHTS
 
 from . import stored
@@ -406,6 +406,34 @@ def test_removing_a_folder_with_a_link_in_it_leaves_what_it_points_to(library, t
     assert tree(tmp_path / "precious") == {"file": b"mine"}
 
 
+# While others write
+
+
+@pytest.mark.parametrize("error", [AdapterError("torn"), FileNotFoundError("gone"), ValueError("half of each")])
+def test_an_adapter_that_is_replaced_while_it_is_read_is_read_again(library, taken, tmp_path, error):
+    """Two folders read as one may fail in any way."""
+    folder, seen = library.path / "imdb", []
+
+    def look(adapter):
+        seen.append(adapter.rank)
+        if len(seen) == 1:
+            folder.rename(tmp_path / "gone")
+            stored.write(folder, config={"r": 2}, weights=stored.tensors(2))
+            raise error
+        return adapter.rank
+
+    assert steady(folder, look) == 2
+    assert seen == [4, 2]
+
+
+def test_what_fails_with_the_folder_as_it_was_fails(library, taken):
+    def look(adapter):
+        raise ValueError("as it is")
+
+    with pytest.raises(ValueError, match="as it is"):
+        steady(library.path / "imdb", look)
+
+
 # Who descends from whom
 
 
@@ -534,7 +562,7 @@ def test_the_library_never_imports_torch(library):
     stored.write(library.path / "imdb", facts=stored.manifest())
     program = """
 from pathlib import Path
-from lora_tuner.library import Library
+from lora_tuner.library import Library, steady
 library = Library(Path(sys.argv[1]))
 (name, adapter), = library.entries()
 adapter.facts(), library.get("imdb").modules, library.ancestors(adapter)

@@ -636,6 +636,20 @@ def test_bfloat16_is_looked_at_too(bits, finite):
     assert store._finite(np.array([0, bits], np.uint16).tobytes(), "BF16") is finite
 
 
+@pytest.mark.parametrize(("end", "why"), [(-1, "it is cut off: "), (20, "it is cut off, or no safetensors file")])
+def test_weights_that_were_cut_off_since_they_were_read(kept, end, why):
+    adapter = store.read(kept)
+    (kept / WEIGHTS).write_bytes((kept / WEIGHTS).read_bytes()[:end])
+    assert store.verify(adapter)[0].startswith(f"{WEIGHTS} cannot be read: {why}")
+
+
+def test_weights_that_are_gone_since_they_were_read(kept):
+    adapter = store.read(kept)
+    (kept / WEIGHTS).unlink()
+    with pytest.raises(AdapterError, match=f"{kept} is damaged: {WEIGHTS} cannot be read: .*No such file"):
+        store.check_weights(adapter)
+
+
 def test_missing_pieces_are_named(kept):
     (kept / store.RUN).unlink()
     assert store.verify(store.read(kept)) == ["run.yaml is missing"]
