@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 from . import __version__, cli_combine, cli_serve, files
 from .cli_adapters import adapters_app
 from .config import METHODS, NO_TEXT, Sampling, TrainConfig, resolve, rungs
-from .errors import ConfigError, GenerationError, Interrupted, LoraTunerError, reason
+from .errors import ConfigError, Elsewhere, GenerationError, Interrupted, LoraTunerError, reason
 from .library import Library
 from .options import LIBRARY, ROWS, AdapterArguments, AsJson, Strict, known, on_a_base, options_of, rows_given, show
 from .terminal import (
@@ -72,6 +72,8 @@ def _one_line() -> Iterator[None]:
         return
     except LoraTunerError as error:
         text, status, cause = f"Error: {error}", 1, error
+    except Elsewhere as error:
+        raise typer.Exit(1) from error
     except BrokenPipeError:  # the reader has seen enough, as `head` does
         raise
     except OSError as error:
@@ -157,8 +159,10 @@ def train(
     if len(runs) > 1 and (plan or preview):
         raise ConfigError("--plan and --preview are for one run: give one rank and one learning rate.")
     settings = runs[0]
-    from . import fast, ladder, training
+    from . import distributed, fast, ladder, training
 
+    if distributed.announced() > 1 and (preview or len(runs) > 1):
+        raise ConfigError("--preview, and several ranks or learning rates, are for one process: leave torchrun out.")
     fast.keep_memory()
     if len(runs) > 1 or (resume and ladder.waits(resume, settings.runs_dir)):
         climbed = ladder.resume(resume, settings.runs_dir, show) if resume else ladder.climb(runs, show)
@@ -168,10 +172,12 @@ def train(
         show_json([dataclasses.asdict(row) for row in rows]) if as_json else show_preview(rows)
     elif plan:
         cost = training.plan(settings, show)
-        show_json(dataclasses.asdict(cost)) if as_json else show_plan(cost)
+        if distributed.rank() == 0:
+            show_json(dataclasses.asdict(cost)) if as_json else show_plan(cost)
     else:
         adapter = training.train(settings, show) if resume is None else training.resume(resume, settings.runs_dir, show)
-        show_json(adapter.facts()) if as_json else show_trained(adapter)
+        if distributed.rank() == 0:
+            show_json(adapter.facts()) if as_json else show_trained(adapter)
 
 
 Talk = Annotated[bool, typer.Option("--chat", help="Speak through the base's chat template; asked for, with history.")]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import evaluation, lora, tokens
+from . import distributed, evaluation, lora, tokens
 from .base_model import free_memory
 from .config import PATIENCE_MINUTES
 from .errors import Notice, Progress, TrainingError
@@ -48,10 +48,12 @@ def fit_memory(job: Job) -> Job:
 
     Raises TrainingError when a step will not fit, before it is tried.
     """
-    config, free = job.config, free_memory(job.base.device)
+    config = job.config
     many, needed = step_memory(job)
+    distributed.most(needed)  # by now all have their base in memory
+    free = free_memory(job.base.device) // (distributed.neighbours() if job.base.device.type == "cpu" else 1)
     if config.checkpointing == "auto":
-        again = needed > free
+        again = bool(distributed.most(needed > free))
         if again:
             job.compute_again()
             _, less = step_memory(job)
@@ -63,12 +65,13 @@ def fit_memory(job: Job) -> Job:
             )
             needed = less
         job = replace(job, config=config.model_copy(update={"checkpointing": "on" if again else "off"}))
-    if needed > free:
-        raise TrainingError(
+    if distributed.most(needed > free):
+        error = TrainingError(
             f"A step with {many:,} tokens takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: lower "
             "--batch-size (--accumulation makes up for it) or --max-length"
             f"{', or choose --dtype bfloat16' if job.base.dtype == torch.float32 else ''}."
         )
+        raise distributed.shared(error)
     return job
 
 
@@ -115,7 +118,8 @@ def _kept(job: Job, rows: Sequence[tokens.Row]) -> int:
 
 
 def measure(job: Job) -> Plan:
-    """A few real steps and one held-out batch against the clock, then everything as it was before."""
+    """A few real steps and one held-out batch against the clock, then everything as it was before. Of several processes the
+    slowest counts, and the memory is that of one."""
     config, model, base = job.config, job.model, job.base
     batch_size = job.batch_size
     per_step = batch_size * config.accumulation
@@ -139,6 +143,7 @@ def measure(job: Job) -> Plan:
                 output = model(**batch, use_cache=False)
             (base.head.nll(output.logits, labels).sum() / max(found, 1)).backward()
             count += found
+        distributed.sum_gradients(model.parameters())
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -149,12 +154,12 @@ def measure(job: Job) -> Plan:
     model.load_state_dict(before, strict=False)
     model.zero_grad(set_to_none=True)
     paces = (taken / count for taken, count in zip(seconds[1:], predictions[1:], strict=True))
-    pace = statistics.median(paces)  # one slow moment of the machine does not count
+    pace = distributed.most(statistics.median(paces))  # one slow moment of the machine does not count
     per_step_seconds = pace * statistics.fmean(predictions[1:])
     start = time.perf_counter()
     sample = sorted(job.held_out, key=len)[-4:]
     evaluation.measure(model, base, sample)
-    held_out_rate = (time.perf_counter() - start) / sum(map(len, sample))
+    held_out_rate = distributed.most(time.perf_counter() - start) / sum(map(len, sample))
     trained, frozen = lora.counts(model)
     steps = steps_for(job, per_step_seconds)
     return Plan(
@@ -164,7 +169,7 @@ def measure(job: Job) -> Plan:
         training_seconds=steps * per_step_seconds,
         held_out_seconds=held_out_rate * sum(map(len, job.held_out)) * (2 + steps // (config.eval_every or steps + 1)),
         peak_memory_bytes=_peak_memory(base.device),
-        tokens_per_second=1 / pace,
+        tokens_per_second=distributed.size() / pace,
         truncated_share=job.truncated_rows / len(job.corpus.train),
         trained_parameters=trained,
         base_parameters=frozen,

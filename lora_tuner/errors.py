@@ -18,7 +18,8 @@
         ├── LateError          a request took longer than it may
         └── ClosedError        the server is stopping
 
-`Interrupted` stands apart: nothing is wrong, the user (or the system) asked the run to stop and its work is saved.
+`Interrupted` stands apart: nothing is wrong, the user (or the system) asked the run to stop and its work is saved. So does
+`Elsewhere`, in the other processes of a run of which the first says what is wrong.
 Messages are complete sentences for people: what is wrong, where, and what to do.
 """
 
@@ -91,6 +92,10 @@ class ClosedError(GenerationError): ...
 
 class Interrupted(Exception):  # noqa: N818 - it is not an error
     """A run was asked to stop and did, with its work saved; the message says how to go on."""
+
+
+class Elsewhere(Exception):  # noqa: N818 - another says it
+    """The first process of a run has failed or was stopped, and says why; this one ends with it."""
 
 
 _ADVICE = {

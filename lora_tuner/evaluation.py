@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from . import files, lora, store, tokens
+from . import distributed, files, lora, store, tokens
 from .bank import AdapterBank
 from .base_model import Base
 from .config import HELD_OUT_LENGTH, TrainConfig
@@ -74,18 +74,23 @@ def measure(
 ) -> HeldOut:
     """The loss of `model`, which is `base.model` or that with an adapter, on rows of tokens. Leaves its mode as it was.
 
-    Each batch is a turn of its own, and is read `within` what is to hold for it alone.
+    Each batch is a turn of its own, and is read `within` what is to hold for it alone. Of several processes each reads its
+    share, and all get the whole.
     """
-    nll, predictions = [0.0] * len(rows), [tokens.predictions(row) for row in rows]
+    share = rows[distributed.rank() :: distributed.size()]
+    nll = [0.0] * len(share)
     batch_tokens = batch_tokens or (BATCH_TOKENS_CPU if base.device.type == "cpu" else BATCH_TOKENS_GPU)
     done = 0
-    for batch in _batches(rows, batch_tokens):
-        each = turn(partial(_nll, model, base, [rows[index] for index in batch], within))
+    for batch in _batches(share, batch_tokens):
+        each = turn(partial(_nll, model, base, [share[index] for index in batch], within))
         for index, value in zip(batch, each, strict=True):
             nll[index] = value
         done += len(batch)
-        notify(Progress(stage, done, len(rows)))
-    return HeldOut(nll, predictions)
+        notify(Progress(stage, done, len(share)))
+    whole = [0.0] * len(rows)
+    for first, part in enumerate(distributed.gather(nll)):
+        whole[first :: distributed.size()] = part
+    return HeldOut(whole, [tokens.predictions(row) for row in rows])
 
 
 def _nll(
@@ -149,16 +154,23 @@ def _once(base: Base, rows: Sequence[tokens.Row], adapter: Any, now: Callable[[]
         facts.append(adapter)
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     path = files.cache_dir() / "losses" / f"{key}.json"
-    # No cache, or a broken one: measure again.
+    if (known := distributed.once(partial(_known, path, rows))) is not None:
+        return known
+    held = now()
+    if distributed.rank() == 0:
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone
+            files.write_text(path, json.dumps({"nll": held.nll, "predictions": held.predictions}))
+    return held
+
+
+def _known(path: Path, rows: Sequence[tokens.Row]) -> HeldOut | None:
+    """What was kept there of these rows; None where nothing was, or it is broken."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         known = json.loads(path.read_text(encoding="utf-8"))
         held = HeldOut([float(value) for value in known["nll"]], [int(value) for value in known["predictions"]])
         if held.predictions == [tokens.predictions(row) for row in rows] and len(held.nll) == len(rows):
             return held
-    held = now()
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone
-        files.write_text(path, json.dumps({"nll": held.nll, "predictions": held.predictions}))
-    return held
+    return None
 
 
 def remember(base: Base, rows: Sequence[tokens.Row], adapter: Adapter, held: HeldOut) -> None:

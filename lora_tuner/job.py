@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from . import chat, evaluation, fast, lora, methods, store, tokens
+from . import chat, distributed, evaluation, fast, lora, methods, store, tokens
 from .base_model import Base, load_tokenizer
 from .config import BATCH_SIZE_CPU, BATCH_SIZE_GPU, HELD_OUT_LENGTH, METHODS, TrainConfig, to_yaml
 from .data import Corpus, content_hash, load_corpus
@@ -68,8 +68,13 @@ class Job:
         self.model.unload()
 
     @property
+    def sequences_per_step(self) -> int:
+        """Of all processes together."""
+        return self.batch_size * self.config.accumulation * distributed.size()
+
+    @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.sequences) / (self.batch_size * self.config.accumulation))
+        return math.ceil(len(self.sequences) / self.sequences_per_step)
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -103,6 +108,7 @@ class Job:
                 dtype=str(self.base.dtype).removeprefix("torch."),
                 load_in=self.base.load_in,
                 threads=torch.get_num_threads(),
+                processes=distributed.size(),
             ),
             versions=lora.versions(),
         )
@@ -113,9 +119,9 @@ def prepare(config: TrainConfig, notify: Listener = ignore) -> Job:
     config, parent = _with_parent(config)
     if parent is not None and config.eval_dataset:
         notify(evaluation.as_held_out(config.eval_dataset))
-    corpus = load_corpus(config, notify)  # before the base: it may be wrong, and the base may be long in coming
-    how = {"device": config.device, "dtype": config.dtype, "load_in": config.load_in}
-    base = lora.open_base(parent, config.base, config.revision, **how, notify=notify)
+    # Before the base: it may be wrong, and the base may be long in coming.
+    corpus = distributed.once(lambda: load_corpus(config, notify))
+    base = _open_base(config, parent, notify)
     source = base.source
     found = {"base": source.name, "revision": source.revision, "load_in": base.load_in}
     config = config.model_copy(update=found | {"dtype": str(base.dtype).removeprefix("torch.")})
@@ -141,8 +147,10 @@ def prepare(config: TrainConfig, notify: Listener = ignore) -> Job:
         config = config.model_copy(update={"packing": False})
     notify(Progress("tokenising", 0, 1))
     chunk = config.long_rows == "chunk"
-    encoded = tokens.encode(base.tokenizer, corpus.train, most=None if chunk else config.max_length)
-    rows, truncated = tokens.cut(encoded, config.max_length, chunk=chunk)
+    most = None if chunk else config.max_length
+    rows, truncated = distributed.once(
+        lambda: tokens.cut(tokens.encode(base.tokenizer, corpus.train, most=most), config.max_length, chunk=chunk)
+    )
     notify(Progress("tokenising", 1, 1))
     if without := sum(not tokens.predictions(row) for row in rows):
         notify(
@@ -178,6 +186,20 @@ def prepare(config: TrainConfig, notify: Listener = ignore) -> Job:
             notify=notify,
         )
     )
+
+
+def _open_base(config: TrainConfig, parent: Adapter | None, notify: Listener) -> Base:
+    """The base in memory. The first process finds it, fetches it where it must, and decides on its numbers; the others follow."""
+    bases: list[Base] = []
+
+    def decide() -> dict[str, Any]:
+        how = {"device": config.device, "dtype": config.dtype, "load_in": config.load_in}
+        bases.append(lora.open_base(parent, config.base, config.revision, **how, notify=notify))
+        source, dtype = bases[0].source, str(bases[0].dtype).removeprefix("torch.")
+        return {"base": source.name, "revision": source.revision, "dtype": dtype, "load_in": bases[0].load_in}
+
+    decided = distributed.once(decide)
+    return bases[0] if bases else lora.open_base(None, **decided, device=config.device)
 
 
 def renew(job: Job, config: TrainConfig) -> Job:

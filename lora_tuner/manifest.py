@@ -74,6 +74,7 @@ class RunFacts(_Facts):
     dtype: str
     load_in: str = "full"  # or the bits that the base's weights were in
     threads: int
+    processes: int = 1  # each with these threads
 
 
 class Weights(_Facts):

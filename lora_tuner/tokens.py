@@ -115,7 +115,8 @@ def pack(rows: Sequence[Row], capacity: int) -> list[list[int]]:
 
 
 class Sequences(torch.utils.data.Dataset[list[Row]]):
-    """Training items: each a list of rows that share one sequence (one row alone without packing)."""
+    """Training items: each a list of rows that share one sequence (one row alone without packing). The item after the last
+    has nothing to learn in it: it stands in where several processes share what cannot be divided."""
 
     def __init__(self, rows: Sequence[Row], max_length: int, *, packing: bool) -> None:
         self.rows = rows
@@ -125,7 +126,7 @@ class Sequences(torch.utils.data.Dataset[list[Row]]):
         return len(self.groups)
 
     def __getitem__(self, index: int) -> list[Row]:
-        return [self.rows[row] for row in self.groups[index]]
+        return [self.rows[row] for row in self.groups[index]] if index < len(self.groups) else [self.rows[0][:1]]
 
     def longest_first(self) -> list[list[Row]]:
         lengths = [sum(len(self.rows[row]) for row in group) for group in self.groups]

@@ -2,7 +2,9 @@
 
 Surprise: Trainer hides what goes wrong. A loss that is not a number is logged as 0, a checkpoint cut off half-way is taken
 for a whole one, and Ctrl-C saves nothing. Here the first stops the run, each checkpoint names the hash of every file in it
-and counts only then (`whole.json`), and the last ends the step and saves. Limit: one process.
+and counts only then (`whole.json`), and the last ends the step and saves.
+
+Of several processes (`distributed`) each takes its batches of the order that one alone would have, and the first alone writes.
 """
 
 import contextlib
@@ -30,16 +32,26 @@ from transformers import (
 )
 from transformers.integrations.integration_utils import TensorBoardCallback, get_available_reporting_integrations
 
-from . import evaluation, files, lora, methods, store
+from . import distributed, evaluation, files, lora, methods, store
 from .config import TrainConfig
-from .errors import ConfigError, DivergedError, Interrupted, Listener, Notice, Progress, TrainingError, reason
+from .errors import (
+    ConfigError,
+    DivergedError,
+    Elsewhere,
+    Interrupted,
+    Listener,
+    Notice,
+    Progress,
+    TrainingError,
+    reason,
+)
 from .job import Job, save_adapter
 
 WHOLE, KEPT = "whole.json", 2  # what marks a checkpoint, and how many of them stay
-_PREFIX = "checkpoint-"
+_PREFIX, _RANDOM = "checkpoint-", "rng_state"  # of several processes each has random numbers of its own
 _PIECES = {
     store.WEIGHTS, store.CONFIG, store.MANIFEST, store.RUN,
-    "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+    "optimizer.pt", "scheduler.pt", "trainer_state.json",
 }  # fmt: skip
 
 
@@ -64,24 +76,33 @@ def run(
         lora.load(job.model, folder / kept)
         trainer.step_seen = state.global_step - 1
     else:
-        for broken in _checkpoints(folder):
-            if checkpoint is None or _step(broken) > _step(checkpoint):
-                files.remove(broken)
-        set_seed(job.config.seed)
+        distributed.once(partial(_remove_after, checkpoint, folder))
+        set_seed(job.config.seed + distributed.rank())  # dropout; the order has a seed of its own
         with _stopping() as stop:
             trainer.add_callback(_StopWhenAsked(stop))
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            except RuntimeError as error:
+                if not distributed.is_loss(error):
+                    raise
+                raise trainer.left_behind() from error
         state = trainer.state
         if not all(bool(torch.isfinite(tensor).all()) for tensor in lora.weights(job.model).values()):
             raise trainer.diverged("A weight is not finite")
         if stop.is_set():
-            raise Interrupted(
-                f"Stopped at step {state.global_step} of {state.max_steps}, saved. Go on with: {go_on(job.config)}"
-            )
+            done = f"Stopped at step {state.global_step} of {state.max_steps}, saved."
+            raise distributed.shared(Interrupted(f"{done} Go on with: {go_on(job.config)}"))
     held_out = evaluation.measure(job.model, job.base, job.held_out, job.notify)
     if not math.isfinite(held_out.loss):
         raise trainer.diverged(f"The held-out loss is {held_out.loss}")
     return state, [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry], held_out
+
+
+def _remove_after(checkpoint: Path | None, folder: Path) -> None:
+    """What is newer than the checkpoint to go on from was not whole."""
+    for broken in _checkpoints(folder):
+        if checkpoint is None or _step(broken) > _step(checkpoint):
+            files.remove(broken)
 
 
 def _finished(job: Job, state: TrainerState) -> bool:
@@ -114,6 +135,8 @@ def _arguments(job: Job, folder: Path) -> TrainingArguments:
         restore_callback_states_from_checkpoint=config.patience is not None,
         logging_steps=1,
         logging_nan_inf_filter=False,  # it logs a loss that is not a number as 0
+        average_tokens_across_devices=True,  # else each process divides by its own predictions
+        ddp_find_unused_parameters=False,  # each step uses them all
         label_names=["labels"],
         remove_unused_columns=False,
         dataloader_pin_memory=job.base.device.type == "cuda",
@@ -155,6 +178,26 @@ def _rate(step: int, schedule: str, warmup: float, steps: int) -> float:
     return left if schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
 
 
+class _Order(torch.utils.data.Sampler[int]):
+    """The sequences of an epoch, shuffled as one process would have them; then empty ones (their index is the count of the
+    sequences) up to a number that all processes can share, for each must have a batch when the others have one."""
+
+    def __init__(self, count: int, multiple: int, seed: int) -> None:
+        self.count, self.seed, self.epoch = count, seed, 0
+        self.empty = -count % multiple
+
+    def __len__(self) -> int:
+        return self.count + self.empty
+
+    def __iter__(self) -> Iterator[int]:
+        shuffle = torch.Generator().manual_seed(self.seed + self.epoch)
+        yield from torch.randperm(self.count, generator=shuffle).tolist()
+        yield from [self.count] * self.empty
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
 class _LoraTrainer(Trainer):
     """Trainer with the loss, the held-out measure and the checkpoints of this package."""
 
@@ -182,6 +225,10 @@ class _LoraTrainer(Trainer):
         self.step_seen = -1
         self.last_good: dict[str, torch.Tensor] = {}
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        multiple = self.job.batch_size * distributed.size() if distributed.size() > 1 else 1
+        return _Order(len(self.job.sequences), multiple, self.job.config.seed)
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         with self.job.base.head.left_out():
             return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
@@ -197,7 +244,7 @@ class _LoraTrainer(Trainer):
             self.step_seen, self.step_start = self.state.global_step, time.perf_counter()
             self.predictions = int(num_items_in_batch)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
+        if not torch.isfinite(loss) and distributed.size() == 1:  # of several, all see it in the gradients
             raise self.diverged(f"The loss is {loss.item()}")
         return loss
 
@@ -218,16 +265,29 @@ class _LoraTrainer(Trainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def diverged(self, what: str) -> DivergedError:
+    def diverged(self, what: str) -> Exception:
         folder = self.folder / "last-good"
-        if self.last_good:
+        if self.last_good and distributed.rank() == 0:
             with contextlib.suppress(OSError), files.new_folder(folder) as work:  # a full disk is not what is wrong
                 save_adapter(self.job, self.last_good, self.job.manifest, work)
         kept = f"The last good adapter is in {folder}." if folder.is_dir() else "There is no good adapter to keep."
-        return DivergedError(
+        error = DivergedError(
             f"{what} in step {self.step_seen + 1}, so the run has stopped. {kept} Try a lower learning rate than "
             f"{self.job.learning_rate:g} (--learning-rate), or a lower --clip."
         )
+        return distributed.shared(error)
+
+    def left_behind(self) -> Exception:
+        """The error of a process that has lost another. The first saves what they have all learnt up to then."""
+        error: Exception = TrainingError(
+            f"Another process of this run has ended, after step {self.state.global_step} of {self.state.max_steps}. Go on with: "
+            f"{go_on(self.job.config)}"
+        )
+        error = distributed.shared(error)
+        distributed.alone()
+        if not isinstance(error, Elsewhere) and self.state.global_step:
+            self._save_checkpoint(self.job.model, None)
+        return error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -250,29 +310,42 @@ class _LoraTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def store_flos(self) -> None:
+        """Nobody reads the figure, and it takes a word with all processes, of which one may be no more."""
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         assert output_dir is not None
+        if not self.args.should_save:
+            return
         save_adapter(self.job, lora.weights(self.job.model), self.job.manifest, Path(output_dir))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint that names each of its files with its hash, and only then the older ones go."""
         checkpoint = self.folder / f"{_PREFIX}{self.state.global_step}"
         try:
-            files.remove(checkpoint)  # one that was cut off here before
+            distributed.once(partial(files.remove, checkpoint))  # one that was cut off here before
             super()._save_checkpoint(model, trial)
-            hashes = {path.name: files.sha256_file(path) for path in sorted(checkpoint.iterdir())}
-            for path in checkpoint.iterdir():
-                files.sync(path)
-            files.write_text(checkpoint / WHOLE, json.dumps(hashes, indent=2))
-            files.sync(self.folder)
+            distributed.gather(None)  # each has written its random numbers
+            distributed.once(partial(_mark, checkpoint))
         except (OSError, RuntimeError, SafetensorError) as error:
+            if distributed.is_loss(error):
+                raise
             files.remove(checkpoint)
             problem = error if isinstance(error, OSError) else files.as_os_error(error, checkpoint)
             raise TrainingError(
                 f"The checkpoint of step {self.state.global_step} could not be written. {reason(problem)} Then go on with: "
                 f"{go_on(self.job.config)}"
             ) from error
-        _prune(self.folder)
+        distributed.once(partial(_prune, self.folder))
+
+
+def _mark(checkpoint: Path) -> None:
+    """Name each file with its hash, by which a checkpoint is known to be whole."""
+    hashes = {path.name: files.sha256_file(path) for path in sorted(checkpoint.iterdir())}
+    for path in checkpoint.iterdir():
+        files.sync(path)
+    files.write_text(checkpoint / WHOLE, json.dumps(hashes, indent=2))
+    files.sync(checkpoint.parent)
 
 
 class _CheckGradients(TrainerCallback):
@@ -286,7 +359,8 @@ class _CheckGradients(TrainerCallback):
         gradients = [p.grad for p in self.trainer.job.model.parameters() if p.grad is not None]
         if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
             raise self.trainer.diverged("A gradient is not finite")
-        self.trainer.last_good = {name: it.clone() for name, it in lora.weights(self.trainer.job.model).items()}
+        if distributed.rank() == 0:
+            self.trainer.last_good = {name: it.clone() for name, it in lora.weights(self.trainer.job.model).items()}
 
 
 class _StopWhenAsked(TrainerCallback):
@@ -294,7 +368,8 @@ class _StopWhenAsked(TrainerCallback):
         self.stop = stop
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stop.is_set():
+        if distributed.most(self.stop.is_set()):
+            self.stop.set()
             control.should_save = control.should_training_stop = True
 
 
@@ -307,7 +382,7 @@ def _stopping() -> Iterator[threading.Event]:
         return
 
     def ask(signum: int, frame: Any) -> None:
-        if stop.is_set():
+        if stop.is_set() and distributed.size() == 1:  # a launcher passes on what they have all had already
             raise KeyboardInterrupt
         stop.set()
 
@@ -378,6 +453,8 @@ def _torn(checkpoint: Path) -> str | None:
         hashes = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))
         if missing := sorted(_PIECES - hashes.keys()):
             return f"{missing[0]} is missing"
+        if not any(name.startswith(_RANDOM) for name in hashes):
+            return f"{_RANDOM}.pth is missing"
         for name, digest in hashes.items():
             if files.sha256_file(checkpoint / name) != digest:
                 return f"{name} is not the one that was written"

@@ -9,12 +9,13 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from . import cost, evaluation, files, lora, report, store, trainer
+from . import cost, distributed, evaluation, files, lora, report, store, trainer
 from .config import TrainConfig, resolve, to_yaml
 from .cost import Plan
 from .data import default_name
@@ -50,11 +51,12 @@ def train(config: TrainConfig, notify: Listener = ignore, prepare: Prepare = pre
     left a checkpoint to resume from.
     """
     config = _named(config)
+    notify = _joined(config, notify)
     with _locked(config.runs_dir, str(config.name)):
-        library = check_places(config)
+        library = distributed.once(partial(check_places, config))
         trainer.check_trackers(config)
         job = prepare(config, notify)
-        check_room(job)
+        distributed.once(partial(check_room, job))
         return _run(_fix_steps(cost.fit_memory(job)), library, checkpoint=None)
 
 
@@ -64,34 +66,83 @@ def resume(name: str, runs_dir: Path = Path("runs"), notify: Listener = ignore, 
     Raises TrainingError when there is nothing to resume, or when data, base or threads are not what they were.
     """
     folder = runs_dir / store.valid_name(name)
-    if not runs_dir.is_dir():
+    if not (folder / store.RUN).is_file():
         raise _nothing_to_resume(folder)
+    config = resolve(TrainConfig, {}, folder / store.RUN).model_copy(update={"runs_dir": runs_dir})
+    notify = _joined(config, notify)
     with _locked(runs_dir, name):
-        if not (folder / store.RUN).is_file():
-            raise _nothing_to_resume(folder)
-        config = resolve(TrainConfig, {}, folder / store.RUN).model_copy(update={"runs_dir": runs_dir})
-        if config.name != name or config.max_steps is None:
-            raise TrainingError(
-                f"{folder / store.RUN} is not what the run was started with: its name is {config.name}, its max_steps "
-                f"{config.max_steps}. {_ANEW}"
-            )
-        _check_finished(config, folder)
-        library = check_places(config, resuming=True)
+        config, checkpoint, then = distributed.once(partial(_stopped, config, folder, notify))
+        library = distributed.once(partial(check_places, config, resuming=True))
         trainer.check_trackers(config)
-        checkpoint = trainer.newest_whole(folder, notify)
-        if checkpoint is not None:
-            _check_settings(config, resolve(TrainConfig, {}, checkpoint / store.RUN), folder, checkpoint)
-        then = {place: _manifest(place) for place in (folder, checkpoint or folder)}
-        job = prepare(config, notify)
+        job = prepare(_shared_out(config, then[folder], notify), notify)
         for place, manifest in then.items():
-            check_same(decisive(manifest), decisive(job.manifest), place)
-        check_room(job)
+            now = decisive(job.manifest)
+            if manifest.run and manifest.run.processes != distributed.size():  # which has been said
+                del now["threads"]
+            check_same(decisive(manifest), now, place)
+        distributed.once(partial(check_room, job))
         return _run(job, library, checkpoint)
+
+
+def _stopped(
+    config: TrainConfig, folder: Path, notify: Listener
+) -> tuple[TrainConfig, Path | None, dict[Path, Manifest]]:
+    """The settings of a run that was stopped, the checkpoint to go on from, and what was known of both."""
+    if not (folder / store.RUN).is_file():  # it has finished meanwhile
+        raise _nothing_to_resume(folder)
+    if config.name != folder.name or config.max_steps is None:
+        raise TrainingError(
+            f"{folder / store.RUN} is not what the run was started with: its name is {config.name}, its max_steps "
+            f"{config.max_steps}. {_ANEW}"
+        )
+    _check_finished(config, folder)
+    checkpoint = trainer.newest_whole(folder, notify)
+    then = {place: _manifest(place) for place in (folder, checkpoint or folder)}
+    if checkpoint is not None:
+        there = resolve(TrainConfig, {}, checkpoint / store.RUN)
+        _check_settings(_alone(config, then[folder]), _alone(there, then[checkpoint]), folder, checkpoint)
+    return config, checkpoint, then
+
+
+def _alone(config: TrainConfig, manifest: Manifest) -> TrainConfig:
+    """The settings with which one process takes the steps that several have taken."""
+    processes = manifest.run.processes if manifest.run else 1
+    return config.model_copy(update={"accumulation": config.accumulation * processes})
+
+
+def _shared_out(config: TrainConfig, then: Manifest, notify: Listener) -> TrainConfig:
+    """The settings with which the processes that there are now take the steps of those that there were."""
+    before, now = then.run.processes if then.run else 1, distributed.size()
+    if before == now:
+        return config
+    each, rest = divmod(config.accumulation * before, now)
+    if rest:
+        batches = config.accumulation * before
+        fit = " or ".join(str(number) for number in range(1, batches + 1) if batches % number == 0)
+        error = TrainingError(
+            f"A step of {config.name} takes {batches} batches, which {now} processes cannot share alike: go on with {fit}."
+        )
+        raise distributed.shared(error)
+    notify(
+        Notice(
+            f"The run was begun by {before} {'processes' if before > 1 else 'process'} and goes on with {now}: --accumulation is "
+            f"{each} in place of {config.accumulation}, so that each step learns the same sequences. What is rounded, and what "
+            "dropout leaves out, is another."
+        )
+    )
+    return config.model_copy(update={"accumulation": each})
 
 
 def plan(config: TrainConfig, notify: Listener = ignore) -> Plan:
     """Measure a few real steps, the longest batch among them, and say what the run would cost. Trains nothing."""
+    notify = _joined(config, notify)
     return cost.measure(cost.fit_memory(prepare(config, notify)))
+
+
+def _joined(config: TrainConfig, notify: Listener) -> Listener:
+    """Who hears of the run: of several processes, the first."""
+    distributed.join(config.device)
+    return notify if distributed.rank() == 0 else ignore
 
 
 def _named(config: TrainConfig) -> TrainConfig:
@@ -106,7 +157,10 @@ def _run_folder(config: TrainConfig) -> Path:
 
 @contextlib.contextmanager
 def _locked(runs_dir: Path, name: str) -> Iterator[None]:
-    """One process at a time trains under a name."""
+    """One run at a time trains under a name."""
+    if distributed.rank() > 0:
+        yield
+        return
     path = runs_dir / f".{name}.lock{files.WORK}"  # swept when its process is no more
     lock = FileLock(path, timeout=0)
     if why := files.unwritable(runs_dir):
@@ -160,9 +214,12 @@ def _check_finished(config: TrainConfig, folder: Path) -> None:
     place = config.adapters_dir / str(config.name)
     with contextlib.suppress(AdapterError, ConfigError):
         adapter = store.read(place)
-        same = not _different(config, resolve(TrainConfig, {}, place / store.RUN))
-        same = same and not store.verify(adapter)  # else the run is the only whole one
-        if same and adapter.manifest and decisive(adapter.manifest) == decisive(store.read_manifest(folder)):
+        then = store.read_manifest(folder)
+        if adapter.manifest is None or decisive(adapter.manifest) != decisive(then):
+            return
+        there = resolve(TrainConfig, {}, place / store.RUN)
+        same = not _different(_alone(config, then), _alone(there, adapter.manifest))
+        if same and not store.verify(adapter):  # else the run is the only whole one
             _clear(config, folder)
             raise TrainingError(f"The run {config.name} has finished: its adapter is {place}.")
 
@@ -254,11 +311,9 @@ def _run(job: Job, library: Library, checkpoint: Path | None) -> Adapter:
     assert started is not None
     with job.model.disable_adapter():
         base_held_out = evaluation.measure_base(job.base, job.held_out, job.notify)
-    evaluation.keep_rows(job.held_out_texts)
+    distributed.once(partial(evaluation.keep_rows, job.held_out_texts))
     if checkpoint is None:
-        with files.new_folder(folder) as work:
-            (work / store.MANIFEST).write_text(job.manifest.to_json(), encoding="utf-8")
-            (work / store.RUN).write_text(to_yaml(config), encoding="utf-8")
+        distributed.once(partial(_begin, job, folder))
     try:
         state, history, held_out = trainer.run(job, folder, checkpoint)
         steps = [entry for entry in history if "loss" in entry]
@@ -272,9 +327,9 @@ def _run(job: Job, library: Library, checkpoint: Path | None) -> Adapter:
         )
         result = evaluation.compare(base_held_out, held_out)
         manifest = job.manifest.model_copy(update={"created": now(), "run": run, "result": result})
-        adapter = _write(job, library, manifest, history)
+        adapter = distributed.once(partial(_write, job, library, manifest, history))
         evaluation.remember(job.base, job.held_out, adapter, held_out)
-        _clear(config, folder)
+        distributed.once(partial(_clear, config, folder))
     except KeyboardInterrupt as error:
         raise Interrupted(f"Stopped at once. Go on with: {trainer.go_on(config)}") from error
     if result.gain < -2 * result.standard_error:
@@ -285,6 +340,12 @@ def _run(job: Job, library: Library, checkpoint: Path | None) -> Adapter:
             )
         )
     return adapter
+
+
+def _begin(job: Job, folder: Path) -> None:
+    with files.new_folder(folder) as work:
+        (work / store.MANIFEST).write_text(job.manifest.to_json(), encoding="utf-8")
+        (work / store.RUN).write_text(to_yaml(job.config), encoding="utf-8")
 
 
 def _write(job: Job, library: Library, manifest: Manifest, history: list[dict[str, Any]]) -> Adapter:

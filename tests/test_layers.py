@@ -31,7 +31,7 @@ ROWS = [
     {"lora", "library", "portable"},
     {"data", "base_model", "store"},
     {"fast", "lowbit", "drawing"},
-    {"tokens", "hub", "files", "manifest", "tables"},
+    {"distributed", "tokens", "hub", "files", "manifest", "tables"},
     {"config", "chat"},
     {"errors"},
 ]

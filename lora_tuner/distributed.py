@@ -1,0 +1,164 @@
+"""One run on several processes, as torchrun or accelerate starts them: who is the first of them, and what all agree on.
+
+Surprise: without a GPU, Trainer takes what torchrun has started for so many single runs, each alone in the same folder, and
+drops a sharding plan without a word. So the group is formed before anything else is done, its size is compared with the one
+that was announced, and sharding is refused. Alone, all of this does nothing. Limit: each process holds the whole base.
+"""
+
+import atexit
+import os
+import re
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from .errors import Elsewhere, LoraTunerError, TrainingError
+
+Found = TypeVar("Found")
+
+_PATIENCE = timedelta(days=7)  # for the first process, which downloads and prepares while the others wait
+_SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+_LAUNCH = "start all of them with torchrun or accelerate launch"
+_group: Any = None  # over gloo, whatever carries the gradients
+
+
+def announced() -> int:
+    """How many processes the launcher says there are."""
+    try:
+        return int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError as error:
+        raise TrainingError(f"WORLD_SIZE is '{os.environ['WORLD_SIZE']}', and should be a number.") from error
+
+
+def size() -> int:
+    return 1 if _group is None else int(_group.size())
+
+
+def rank() -> int:
+    return 0 if _group is None else int(_group.rank())
+
+
+def neighbours() -> int:
+    """How many of the processes are on this machine, this one included."""
+    return 1 if _group is None else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def join(device: str) -> None:
+    """Form the group that the launcher has announced, if it has, for training on `device` ("auto" is each process's own GPU).
+
+    Raises TrainingError when the group is not the announced one, or is to share one GPU, or one model.
+    """
+    global _group
+    if _group is not None or announced() == 1:
+        return
+    import torch
+
+    if device.startswith("cuda:"):
+        raise TrainingError(f"--device {device} is one GPU for all processes: leave it out, and each takes its own.")
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    if asked := [name for name in _SHARDING if os.environ.get(name, "").lower() in ("1", "true")]:
+        raise TrainingError(
+            f"{asked[0]} asks for a sharded model, and each process trains a whole one: leave it out, and where the base is too "
+            "large for one device, choose --load-in 4bit."
+        )
+    if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise TrainingError(
+            f"WORLD_SIZE announces {announced()} processes, and {missing[0]} is not set, so they would not find each other: "
+            f"{_LAUNCH}, or unset WORLD_SIZE to train with one."
+        )
+    from accelerate import PartialState
+
+    try:
+        state = PartialState(cpu=on_cpu)
+    except (ValueError, RuntimeError) as error:
+        raise TrainingError(f"The processes cannot find each other: {str(error).splitlines()[0]}") from error
+    if state.num_processes != announced():
+        raise TrainingError(
+            f"WORLD_SIZE announces {announced()} processes, and this one finds {state.num_processes}, so each would train alone: "
+            f"{_LAUNCH}."
+        )
+    _group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    atexit.register(leave)
+
+
+def leave() -> None:
+    """Dissolve the group; each process is alone again."""
+    global _group
+    import torch
+
+    if _group is not None:
+        _group = None
+        torch.distributed.destroy_process_group()
+
+
+def alone() -> None:
+    """Go on without the others, of which one is no more."""
+    global _group
+    _group = None
+
+
+def once(work: Callable[[], Found]) -> Found:
+    """What the first process makes of `work`, in all of them; the others wait. Its error is raised as Elsewhere in those."""
+    if _group is None:
+        return work()
+    import torch
+
+    found: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            found[0] = work()
+        except (LoraTunerError, OSError) as error:
+            found[1] = error
+    told = [found[0], str(found[1]) if found[1] is not None else None]
+    try:
+        torch.distributed.broadcast_object_list(told, src=0, group=_group)
+    except RuntimeError as error:
+        raise Elsewhere(f"The first process is no more: {error}") from error
+    if rank() == 0 and found[1] is not None:
+        raise found[1]
+    if told[1] is not None:
+        raise Elsewhere(told[1])
+    result: Found = told[0]
+    return result
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether it says that another process is no more."""
+    return size() > 1 and re.search("gloo|NCCL|[Cc]onnection|Broken pipe", str(error)) is not None
+
+
+def shared(error: Exception) -> Exception:
+    """An error that all processes have found: the first says so, and the others end."""
+    return error if rank() == 0 else Elsewhere(str(error))
+
+
+def gather(value: Found) -> list[Found]:
+    """The value of each process, in all of them."""
+    if _group is None:
+        return [value]
+    import torch
+
+    found: list[Any] = [None] * size()
+    torch.distributed.all_gather_object(found, value, group=_group)
+    return found
+
+
+def most(value: float) -> float:
+    """The largest value of all processes."""
+    if _group is None:
+        return value
+    import torch
+
+    found = torch.tensor(float(value), dtype=torch.float64)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=_group)
+    return found.item()
+
+
+def sum_gradients(parameters: Any) -> None:
+    """Add up the gradients of all processes, as a step of training does."""
+    if _group is not None:
+        import torch
+
+        for parameter in parameters:
+            if parameter.grad is not None:
+                torch.distributed.all_reduce(parameter.grad)

@@ -1,0 +1,262 @@
+"""One run on several processes, as torchrun starts them: the adapter is that of one process, and one of them speaks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from safetensors.torch import load_file
+
+from lora_tuner import Library, TrainConfig, distributed, resume, store, train, training
+from lora_tuner.config import resolve
+from lora_tuner.errors import Elsewhere, TrainingError
+from lora_tuner.trainer import _Order
+
+CLI = Path(__file__).parents[1] / "cli.py"
+SHORT = {"rank": 4, "max_length": 64, "batch_size": 2, "eval_rows": 9, "learning_rate": 5e-3, "device": "cpu"}
+DYING = """
+import os
+from lora_tuner import trainer
+from lora_tuner.cli import app
+
+if os.environ["RANK"] == "1":
+    step = trainer._LoraTrainer.training_step
+    def die(self, *given):
+        if self.state.global_step == {at}:
+            os._exit(9)
+        return step(self, *given)
+    trainer._LoraTrainer.training_step = die
+app()
+"""
+
+
+@pytest.fixture
+def settings(gpt2, reviews_csv):
+    return SHORT | {"base": str(gpt2), "dataset": str(reviews_csv)}
+
+
+def start(settings, *more, script=CLI, launcher=("torch.distributed.run", "--standalone", "--nproc-per-node", "2")):
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    return subprocess.Popen(
+        [sys.executable, "-m", *launcher, str(script), "train", *options, *more],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CLI.parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(started):
+    out, said = started.communicate(timeout=300)
+    return SimpleNamespace(status=started.returncode, out=out, said=said)
+
+
+def curve(adapter):
+    entries = [json.loads(line) for line in (adapter.path / store.METRICS).read_text().splitlines()]
+    return [entry["loss"] for entry in entries if "loss" in entry]
+
+
+def test_two_processes_train_the_adapter_of_one(settings):
+    """The same 50 steps, of sequences that do not divide by two: an epoch ends within a batch."""
+    done = finish(start(settings, "--max-steps=50", "--eval-every=20", "--name=two", "--json"))
+    assert done.status == 0, done.said
+    two = Library().get("two")
+    assert json.loads(done.out)["weights"]["sha256"] == two.sha256
+    assert done.said.count("The run takes 50 steps") == 1
+    given = {"max_steps": 50, "accumulation": 2, "eval_every": 20, "name": "one"}
+    one = train(TrainConfig.model_validate(settings | given))
+    assert one.manifest.run.sequences % 4 != 0
+    assert len(curve(two)) == 50
+    assert max(abs(a - b) for a, b in zip(curve(one), curve(two), strict=True)) < 1e-5
+    ours, theirs = (load_file(it.path / store.WEIGHTS) for it in (one, two))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in ours)
+    assert (one.manifest.run.processes, two.manifest.run.processes) == (1, 2)
+    assert two.manifest.run.tokens == one.manifest.run.tokens
+    for figure in ("base_loss", "loss", "gain", "standard_error"):
+        assert getattr(two.manifest.result, figure) == pytest.approx(getattr(one.manifest.result, figure), abs=1e-5)
+    assert two.manifest.data == one.manifest.data
+    assert not Path("runs/two").exists()
+
+
+def test_a_process_that_dies_leaves_a_checkpoint_from_which_one_alone_goes_on(settings, tmp_path):
+    script = tmp_path / "dying.py"
+    script.write_text(DYING.format(at=7))
+    done = finish(start(settings, "--max-steps=12", "--name=cut", script=script))
+    assert done.status != 0
+    assert (
+        "Error: Another process of this run has ended, after step 7 of 12. Go on with: python cli.py train --resume cut"
+        in done.said
+    )
+    assert done.said.count("Error: ") == done.said.count("ChildFailedError: ") + 1
+    told = []
+    cut = resume("cut", notify=told.append)
+    assert (
+        "The run was begun by 2 processes and goes on with 1: --accumulation is 2 in place of 1, so that each step learns the "
+        "same sequences. What is rounded, and what dropout leaves out, is another."
+    ) in [getattr(it, "text", "") for it in told]
+    whole = train(TrainConfig.model_validate(settings | {"max_steps": 12, "accumulation": 2, "name": "whole"}))
+    assert max(abs(a - b) for a, b in zip(curve(whole), curve(cut), strict=True)) < 1e-5
+    assert cut.manifest.result.loss == pytest.approx(whole.manifest.result.loss, abs=1e-5)
+    assert resolve(TrainConfig, {}, cut.path / store.RUN).accumulation == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_all_stop_at_one_step(settings, signum):
+    started = start(settings, "--max-steps=20000", "--save-every=20000", "--name=asked")
+    while not Path("runs/asked/run.yaml").exists():
+        assert started.poll() is None
+        time.sleep(0.1)
+    time.sleep(3)
+    started.send_signal(signum)
+    done = finish(started)
+    assert done.status != 0
+    assert done.said.count("Stopped at step ") == 1
+    assert "saved. Go on with: python cli.py train --resume asked" in done.said
+    assert len([*Path("runs/asked").glob("checkpoint-*/whole.json")]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more", [{"method": name} for name in ("dora", "lora+", "pissa", "rslora")] + [{"dropout": 0.1}]
+)
+def test_each_method_is_trained_by_two(settings, more):
+    done = finish(start(settings | more, "--max-steps=20", "--name=two"))
+    assert done.status == 0, done.said
+    assert Library().get("two").manifest.result.gain > 0
+
+
+@pytest.mark.slow
+def test_minutes_and_patience_mean_the_same_to_all(settings):
+    """One that took other steps than the rest, or stopped earlier, would leave them waiting."""
+    done = finish(
+        start(settings | {"learning_rate": 0.05}, "--minutes=0.1", "--eval-every=2", "--patience=1", "--name=two")
+    )
+    assert done.status == 0, done.said
+    assert 0 < Library().get("two").manifest.run.kept_step <= Library().get("two").manifest.run.steps
+
+
+@pytest.mark.slow
+def test_the_plan_is_told_once_and_counts_all(settings):
+    done = finish(start(settings, "--epochs=1", "--plan", "--json"))
+    assert done.status == 0, done.said
+    alone = training.plan(TrainConfig.model_validate(settings | {"epochs": 1}))
+    assert json.loads(done.out)["steps_per_epoch"] == -(-alone.steps_per_epoch // 2)
+
+
+@pytest.mark.slow
+def test_accelerate_starts_them_too(settings):
+    how = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    done = finish(start(settings, "--max-steps=5", "--name=two", launcher=("accelerate.commands.launch", *how.split())))
+    assert done.status == 0, done.said
+    assert Library().get("two").manifest.run.processes == 2
+
+
+def test_an_error_is_said_once(settings):
+    done = finish(start(settings | {"dataset": "missing.csv"}))
+    assert done.status != 0
+    assert done.said.count("There is no dataset 'missing.csv'") == 1
+
+
+# What is refused
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    places = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in {"WORLD_SIZE": "2", **places}.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+def refused(settings):
+    with pytest.raises(TrainingError) as error:
+        train(TrainConfig.model_validate(settings))
+    assert distributed.size() == 1
+    assert not Path("runs").exists()
+    return str(error.value)
+
+
+def test_a_world_that_is_not_the_announced_one(settings, launched):
+    launched.setattr("accelerate.PartialState", lambda **_: SimpleNamespace(num_processes=1))
+    assert refused(settings) == (
+        "WORLD_SIZE announces 2 processes, and this one finds 1, so each would train alone: start all of them with torchrun or "
+        "accelerate launch."
+    )
+
+
+@pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_a_world_that_nobody_started(settings, launched, missing):
+    launched.delenv(missing)
+    assert refused(settings).startswith(f"WORLD_SIZE announces 2 processes, and {missing} is not set")
+
+
+def test_a_world_of_no_number(settings, launched):
+    launched.setenv("WORLD_SIZE", "two")
+    assert refused(settings) == "WORLD_SIZE is 'two', and should be a number."
+
+
+@pytest.mark.parametrize("plan", ["FSDP", "DEEPSPEED"])
+def test_a_sharded_model(settings, launched, plan):
+    launched.setenv(f"ACCELERATE_USE_{plan}", "true")
+    assert refused(settings) == (
+        f"ACCELERATE_USE_{plan} asks for a sharded model, and each process trains a whole one: leave it out, and where the base "
+        "is too large for one device, choose --load-in 4bit."
+    )
+
+
+def test_one_gpu_for_all(settings, launched):
+    assert refused(settings | {"device": "cuda:0"}) == (
+        "--device cuda:0 is one GPU for all processes: leave it out, and each takes its own."
+    )
+
+
+def test_a_number_of_processes_that_cannot_share_a_step(settings, monkeypatch):
+    config = TrainConfig.model_validate(settings | {"accumulation": 2, "name": "imdb"})
+    then = SimpleNamespace(run=SimpleNamespace(processes=2))
+    monkeypatch.setattr(distributed, "size", lambda: 4)
+    assert training._shared_out(config, then, lambda event: None).accumulation == 1
+    monkeypatch.setattr(distributed, "size", lambda: 3)
+    with pytest.raises(
+        TrainingError, match="takes 4 batches, which 3 processes cannot share alike: go on with 1 or 2 or 4"
+    ):
+        training._shared_out(config, then, lambda event: None)
+
+
+# What all agree on
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_the_order_is_that_of_one_process(epoch):
+    theirs = SeedableRandomSampler(range(11), data_seed=5)
+    theirs.set_epoch(epoch)
+    ours = _Order(11, 1, 5)
+    ours.set_epoch(epoch)
+    expected = [*theirs]
+    assert [*ours] == expected
+    shared = _Order(11, 4, 5)
+    shared.set_epoch(epoch)
+    assert [*shared] == [*expected, 11]
+    assert len(shared) == 12
+
+
+def test_alone_nothing_is_asked_of_others():
+    assert (distributed.size(), distributed.rank(), distributed.neighbours()) == (1, 0, 1)
+    assert distributed.once(lambda: 5) == 5
+    assert distributed.gather("a") == ["a"]
+    assert distributed.most(2) == 2
+    assert not distributed.is_loss(RuntimeError("Connection closed by peer"))
+
+
+def test_of_an_error_that_all_have_found_the_first_speaks(monkeypatch):
+    error = TrainingError("too large")
+    assert distributed.shared(error) is error
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert isinstance(distributed.shared(error), Elsewhere)
