@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import adapters, data, defaults, generation, larger, methods, quality, serving, training
+from . import adapters, data, defaults, generation, larger, methods, quality, serving, sizes, training
 
 PARTS = {
     "training": training.run,
@@ -27,9 +27,10 @@ PARTS = {
     "serving": serving.run,
     "defaults": defaults.run,
     "methods": methods.run,
+    "sizes": sizes.run,
     "larger": larger.run,
 }
-STUDIES = ("defaults", "methods", "larger")  # which take long, and say what the settings should be
+STUDIES = ("defaults", "methods", "sizes", "larger")  # which take long, and say what the settings should be
 PACKAGES = ("lora_tuner", "torch", "transformers", "peft", "trl", "llama_cpp_python")
 
 

@@ -25,9 +25,10 @@ FACTORS = (0.5, 1.0, 2.0)  # of the learning rate that is a method's default
 REVIEWS: dict[str, Any] = {"dataset": "imdb", "rows": 2_000}
 
 
-def _code(folder: Path) -> dict[str, Any]:
+def program_code(folder: Path) -> dict[str, Any]:
     """Settings that read the modules of Python's library, each a row."""
     library = Path(sysconfig.get_paths()["stdlib"])
+    folder.mkdir(exist_ok=True)
     for path in sorted(library.rglob("*.py")):
         name = str(path.relative_to(library))
         if not name.startswith(("test", "site-packages", "idlelib/idle_test", "lib2to3/tests")):
@@ -39,11 +40,11 @@ def run(rounds: int) -> list[Figure]:
     """Takes an hour a round; each has a seed of its own."""
     figures = []
     with tempfile.TemporaryDirectory() as place:
-        for text, data in (("reviews", REVIEWS), ("code", _code(Path(place)))):
+        for text, data in (("reviews", REVIEWS), ("code", program_code(Path(place)))):
             for method, facts in METHODS.items():
                 for factor in FACTORS if text == "reviews" or method == "lora" else (1.0,):
                     settings = data | {"method": method, "learning_rate": facts.learning_rate * factor}
-                    found = [_train(settings, seed) for seed in range(rounds)]
+                    found = [trained(settings, seed) for seed in range(rounds)]
                     loss, gain, pace, start, size = (statistics.median(each) for each in zip(*found, strict=True))
                     name = f"{text}, {method}, {settings['learning_rate']:g}"
                     note = f"gain {gain:.4f}; {pace:.2f} s a step, {start:.1f} s to begin, {size / 1e6:.1f} MB"
@@ -52,7 +53,7 @@ def run(rounds: int) -> list[Figure]:
     return figures
 
 
-def _train(settings: dict[str, Any], seed: int) -> tuple[float, float, float, float, int]:
+def trained(settings: dict[str, Any], seed: int) -> tuple[float, float, float, float, int]:
     """Held-out loss, gain over the base, seconds a step, seconds that the start takes, bytes."""
     given = {"base": EMBEDDED_BASE, "max_length": 512, "batch_size": 1, "eval_rows": HELD_OUT}
     begun = methods.start

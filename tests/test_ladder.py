@@ -46,6 +46,7 @@ def test_with_every_method(settings, method):
         assert Library().get(f"reviews-r{rank}").sha256 == alone.sha256
 
 
+@pytest.mark.slow
 def test_base_and_rows_are_read_once(settings, monkeypatch):
     read = []
     monkeypatch.setattr(job, "load_corpus", lambda *of: read.append("rows") or real_corpus(*of))
@@ -132,6 +133,7 @@ def test_a_rung_that_diverges_does_not_end_the_others(settings):
     assert [text for text in notices if "so the run has stopped" in text]
 
 
+@pytest.mark.slow
 def test_learning_rates_go_on_from_a_parent_and_ranks_do_not(settings, adapter):
     given = {"dataset": "reviews.csv", "parent": "reviews", "max_steps": 2, "eval_rows": 8, "name": "more"}
     climbed = ladder.climb([TrainConfig(**given, learning_rate=rate) for rate in (1e-3, 1e-2)])
@@ -181,6 +183,7 @@ def test_a_run_of_a_rungs_name_is_in_the_way(settings, stop_at):
     assert Library().names() == []
 
 
+@pytest.mark.slow
 def test_data_that_changed_meanwhile_is_refused(settings, reviews_csv, stopped_at):
     stopped_at(2, 6)
     text = reviews_csv.read_text()
@@ -213,6 +216,7 @@ def test_a_mistake_leaves_nothing_in_the_way(settings, tmp_path):
     assert Library().names() == [f"reviews-r{rank}" for rank in (16, 2, 4, 8)]
 
 
+@pytest.mark.slow
 def test_rungs_from_a_parent_can_be_repeated(settings):
     train(settings(name="wide", rank=16))
     given = {
@@ -231,6 +235,7 @@ def test_rungs_from_a_parent_can_be_repeated(settings):
         assert train(again).sha256 == adapter.sha256
 
 
+@pytest.mark.slow
 def test_the_way_on_names_the_folder_of_the_runs(settings, tmp_path, stopped_at):
     text = stopped_at(2, 2, runs_dir=tmp_path / "elsewhere")
     assert text.endswith(f"Go on with: python cli.py train --resume reviews --runs-dir {tmp_path / 'elsewhere'}")
@@ -295,6 +300,7 @@ def test_what_is_no_ladder_is_refused(quick, given, text):  # noqa: F811
     assert done.stderr.startswith(text), done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_goes_on(settings, stopped_at):
     stopped_at(4, 3)
     done = run("train", "--resume", "reviews")

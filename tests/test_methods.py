@@ -85,7 +85,7 @@ def test_what_is_saved_is_read_by_plain_peft_and_touches_no_base(on, model_folde
         assert torch.equal(there.get(name, there.get(name.replace(".weight", ".base_layer.weight"), p)), p)
 
 
-@pytest.mark.parametrize("method", OTHERS)
+@pytest.mark.parametrize("method", ["pissa", "eva", *(pytest.param(it, marks=pytest.mark.slow) for it in OTHERS[:3])])
 def test_a_resumed_run_equals_an_uninterrupted_one(on, method, stop_at):
     whole = train(on(method, name="whole", save_every=2))
 
@@ -236,6 +236,7 @@ def test_weight_decay_is_refused_with_pissa():
     )
 
 
+@pytest.mark.slow
 def test_a_measured_adapter_is_the_one_that_was_trained(on):
     """`evaluate` finds the loss that training found, with every method."""
     for method in METHODS:

@@ -1,0 +1,87 @@
+"""Whether the best learning rate changes with the width of the base: small bases, each taught film reviews from nothing for the
+same steps, then given program code to learn with LoRA at several rates. Float32, rank 8.
+
+No pretrained bases of one family and several widths can be had without a download, and these are poor writers: what counts is
+how the best rate of each compares with the next, not the rate itself.
+"""
+
+import shutil
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lora_tuner import TrainConfig, tokens
+from lora_tuner.base_model import find_base, quiet
+from lora_tuner.config import EMBEDDED_BASE
+from lora_tuner.job import prepare
+
+from .measure import Figure, figure
+from .methods import REVIEWS, program_code, trained
+
+WIDTHS, RATES = (64, 128, 256), (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+STEPS, BATCH, LENGTH, RATE = 400, 4, 256, 3e-3  # of a base's own training
+
+
+def run(rounds: int) -> list[Figure]:
+    """Takes some twenty minutes a round; each has a seed of its own."""
+    figures = []
+    with tempfile.TemporaryDirectory() as place:
+        code = program_code(Path(place, "code"))
+        for width in WIDTHS:
+            found: dict[float, list[tuple[float, float]]] = {rate: [] for rate in RATES}
+            for seed in range(rounds):
+                base = _taught(Path(place, f"{width}-{seed}"), width, seed)
+                for rate in RATES:
+                    settings = code | {"base": base, "method": "lora", "learning_rate": rate}
+                    found[rate].append(trained(settings, seed)[:2])
+            for rate, runs in found.items():
+                loss, gain = (statistics.median(each) for each in zip(*runs, strict=True))
+                figures.append(figure(f"width {width}, {rate:g}", loss, "nats", f"gain {gain:.4f}"))
+                print(width, rate, loss, gain, file=sys.stderr, flush=True)
+    return figures
+
+
+def _taught(folder: Path, width: int, seed: int) -> str:
+    """A folder with a base of four layers that has seen `STEPS` batches of reviews."""
+    source = find_base(EMBEDDED_BASE)
+    given: dict[str, Any] = {"base": EMBEDDED_BASE, "max_length": LENGTH, "max_steps": 1, "eval_rows": 2, "rank": 1}
+    with quiet():
+        job = prepare(TrainConfig.model_validate(REVIEWS | given | {"rows": None, "device": "cpu"}))
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(job.base.tokenizer),
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=4,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        eos_token_id=job.base.tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
+    order = torch.randperm(len(job.sequences), generator=torch.Generator().manual_seed(seed)).tolist()
+    loss = torch.zeros(())
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min((step + 1) / 40, (STEPS - step) / (STEPS - 40))
+        items = [job.sequences[order[(step * BATCH + i) % len(order)]] for i in range(BATCH)]
+        batch = tokens.collate(items, job.base.tokenizer.pad_token_id)
+        labels = batch.pop("labels")
+        logits = model(**batch, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    print(f"width {width}: {loss.item():.3f} nats after {STEPS} steps", file=sys.stderr, flush=True)
+    model.save_pretrained(folder)
+    for file in source.folder.glob("token*"):
+        shutil.copy(file, folder)
+    return str(folder)
