@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import adapters, data, defaults, generation, larger, methods, quality, serving, sizes, training
+from . import adapters, data, defaults, generation, growth, larger, methods, quality, serving, sizes, stream, training
 
 PARTS = {
     "training": training.run,
@@ -28,9 +28,11 @@ PARTS = {
     "defaults": defaults.run,
     "methods": methods.run,
     "sizes": sizes.run,
+    "stream": stream.run,
+    "growth": growth.run,
     "larger": larger.run,
 }
-STUDIES = ("defaults", "methods", "sizes", "larger")  # which take long, and say what the settings should be
+STUDIES = ("defaults", "methods", "sizes", "larger", "stream", "growth")  # which take long
 PACKAGES = ("lora_tuner", "torch", "transformers", "peft", "trl", "llama_cpp_python")
 
 

@@ -22,8 +22,11 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def _shape(folder: Path) -> None:
-    """TinyLlama's shape, in bfloat16, with the embedded base's tokenizer."""
+SHAPE = (2048, 5632, 22, 32, 4)  # TinyLlama's: width, inner width, layers, heads, heads of keys and values
+
+
+def _shape(folder: Path, width: int, inner: int, layers: int, heads: int, of_keys: int) -> None:
+    """A Llama with random weights in bfloat16, and the embedded base's tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from lora_tuner.base_model import find_base, load_tokenizer
@@ -32,11 +35,11 @@ def _shape(folder: Path) -> None:
     torch.set_default_dtype(torch.bfloat16)
     config = LlamaConfig(
         vocab_size=49_152,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=22,
-        num_attention_heads=32,
-        num_key_value_heads=4,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=of_keys,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
@@ -49,17 +52,25 @@ def run(rounds: int) -> list[Figure]:
     """Takes some minutes a way; once each, whatever the rounds: what is measured is memory."""
     figures = []
     with tempfile.TemporaryDirectory() as place:
-        subprocess.run([sys.executable, "-m", __spec__.name, "shape", f"{place}/base"], check=True)
+        make(f"{place}/base", SHAPE)
         for name, how in WAYS.items():
-            asked = json.dumps(how)
-            done = subprocess.run(
-                [sys.executable, "-m", __spec__.name, "train", f"{place}/base", asked], capture_output=True, check=True
-            )
-            found = json.loads(done.stdout.splitlines()[-1])
+            found = step(f"{place}/base", how)
             note = f"{found['seconds']:.0f} s a step, {found['parameters'] / 1e9:.2f} billion parameters"
             figures.append(figure(name, found["peak"] / 1e9, "GB at the most", note))
             print(name, found, file=sys.stderr, flush=True)
     return figures
+
+
+def make(folder: str, shape: tuple[int, ...]) -> None:
+    """A base of that shape, made in a process of its own."""
+    subprocess.run([sys.executable, "-m", __name__, "shape", folder, json.dumps(shape)], check=True)
+
+
+def step(base: str, how: dict[str, Any]) -> dict[str, float]:
+    """Peak bytes, seconds a step and parameters, of a process of its own."""
+    asked = [sys.executable, "-m", __name__, "train", base, json.dumps(how)]
+    found: dict[str, float] = json.loads(subprocess.run(asked, capture_output=True, check=True).stdout.splitlines()[-1])
+    return found
 
 
 def _train(base: str, how: dict[str, Any]) -> None:
@@ -86,4 +97,5 @@ def _train(base: str, how: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    _shape(Path(sys.argv[2])) if sys.argv[1] == "shape" else _train(sys.argv[2], json.loads(sys.argv[3]))
+    asked = json.loads(sys.argv[3])
+    _shape(Path(sys.argv[2]), *asked) if sys.argv[1] == "shape" else _train(sys.argv[2], asked)

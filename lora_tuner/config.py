@@ -107,6 +107,10 @@ class TrainConfig(_Settings):
         "auto", "What a row is in a txt file; auto: blank lines part rows or, where there are none, lines do.", "Data"
     )
     keep_lines: bool = _option(False, "Keep line breaks, as in poems; else each text becomes one line.", "Data")
+    streaming: bool = _option(
+        False, "Read rows as they are needed, for data that neither memory nor disk holds. Copies stay in.", "Data"
+    )
+    buffer: int = _option(10_000, "Rows that are shuffled and packed together with --streaming.", "Data", ge=1, le=MOST)
     max_length: int = _option(512, "Tokens a training row has at the most.", "Data", ge=8)
     long_rows: Literal["truncate", "chunk"] = _option(
         "truncate", "Rows over --max-length: cut their end off, or train on it as rows of its own.", "Data"
@@ -268,6 +272,22 @@ class TrainConfig(_Settings):
     def _of_a_parent(cls, value: Any, info: Any) -> Any:
         if value and info.data.get("parent", "") is None:
             raise _contradiction(f"{info.field_name} is for an adapter to go on from: name it with --from")
+        return value
+
+    @field_validator("streaming")
+    @classmethod
+    def _unseen(cls, value: bool, info: Any) -> bool:
+        if value and info.data.get("rows") is not None:
+            raise _contradiction("streaming never has all rows, of which --rows draws some: give one of the two")
+        if value and info.data.get("txt_rows") == "file":
+            raise _contradiction("streaming reads a line at a time, and txt_rows file all of them: give one of the two")
+        return value
+
+    @field_validator("epochs")
+    @classmethod
+    def _counted(cls, value: float | None, info: Any) -> float | None:
+        if value is not None and info.data.get("streaming"):
+            raise _contradiction("epochs are not known with streaming: give max_steps or minutes")
         return value
 
     @field_validator("minutes")

@@ -28,7 +28,7 @@ class Plan:
     """What a run will cost, from a few real steps. Seconds, bytes, counts."""
 
     steps: int
-    steps_per_epoch: int
+    steps_per_epoch: int | None  # of a stream
     seconds_per_step: float
     training_seconds: float
     held_out_seconds: float
@@ -92,6 +92,8 @@ def step_memory(job: Job) -> tuple[int, int]:
     if blocks:
         growing = growing / len(blocks) + len(blocks) * job.model.config.hidden_size * job.base.dtype.itemsize
     longest = max(sum(map(len, job.sequences[index])) for index in range(len(job.sequences)))
+    if job.config.streaming:  # of which these are the first
+        longest = job.config.max_length
     many = min(job.batch_size, len(job.sequences)) * longest
     return many, int(SLACK * growing * many) + 3 * 4 * lora.counts(job.model)[0]
 
@@ -182,17 +184,24 @@ def measure(job: Job) -> Plan:
 
 def steps_for(job: Job, seconds_per_step: float) -> int:
     """The steps that the stop rule of the configuration means at this speed."""
-    config = job.config
+    config, epoch = job.config, job.steps_per_epoch
     if config.max_steps is not None:
         return config.max_steps
     if config.epochs is not None:
-        return math.ceil(config.epochs * job.steps_per_epoch)
+        assert epoch is not None  # the configuration sees to it
+        return math.ceil(config.epochs * epoch)
     minutes = config.minutes if config.minutes is not None else PATIENCE_MINUTES
     steps = max(1, int(minutes * 60 / seconds_per_step))
-    if config.minutes is None:
-        if steps >= job.steps_per_epoch:
-            return job.steps_per_epoch
-        hours = job.steps_per_epoch * seconds_per_step / 3600
+    if config.minutes is None and epoch is None:
+        job.notify(
+            Notice(
+                f"A stream has no end, so {PATIENCE_MINUTES} minutes of it are trained. Choose with --minutes or --max-steps."
+            )
+        )
+    elif config.minutes is None and epoch is not None:
+        if steps >= epoch:
+            return epoch
+        hours = epoch * seconds_per_step / 3600
         job.notify(
             Notice(
                 f"One epoch would take {hours:.1f} hours, so {PATIENCE_MINUTES} minutes' worth of it is trained. Choose with "

@@ -15,7 +15,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from . import chat, hub
 from .config import NAME, TrainConfig
 from .errors import DataError, HubError, Listener, Notice, ignore, reason
 from .files import DATA_FILES, remove
-from .tables import Table, conditions, from_datasets, read_file, text_column
+from .tables import Table, conditions, from_datasets, lazy_table, read_file, stream_file, text_column
 
 HELD_OUT_SHARE = 0.2
 IMDB = "stanfordnlp/imdb"
@@ -129,11 +129,12 @@ def default_name(dataset: str) -> str:
 def load_corpus(config: TrainConfig, notify: Listener = ignore) -> Corpus:
     """Load, clean, dedupe, choose and split the rows that `config` asks for.
 
-    Raises DataError (what is wrong with the data, and where) and HubError.
+    Of a stream the first rows alone: `config.buffer` to train on, `config.eval_rows` held out. Raises DataError (what is wrong
+    with the data, and where) and HubError.
     """
     corpus = Corpus(config.dataset, "")
     counts = corpus.counts
-    rows = _read(config, corpus, notify)
+    rows = _first(config, corpus, notify) if config.streaming else _read(config, corpus, notify)
     source = corpus.source
     if config.rows is not None and config.rows < len(rows):
         # By a hash of the hash: the digest alone would draw held-out rows first.
@@ -159,7 +160,7 @@ def load_corpus(config: TrainConfig, notify: Listener = ignore) -> Corpus:
             f"{f', {counts.in_eval_dataset} in --eval-dataset' if counts.in_eval_dataset else ''}) leave "
             f"{counts.train} to train on and {counts.held_out} held out: at least one of each is needed, so give more rows."
         )
-    notify(Notice(f"Rows: {counts}."))
+    notify(Notice(f"The first rows of the stream: {counts}." if config.streaming else f"Rows: {counts}."))
     return corpus
 
 
@@ -171,7 +172,7 @@ def load_held_out(config: TrainConfig, notify: Listener = ignore) -> dict[bytes,
         raise DataError(f"{name} is on this machine, where data has no --eval-split: leave it out.")
     split = "train" if local else config.eval_split or "test"
     subset = config.subset if name == config.dataset else None
-    other = config.model_copy(update={"dataset": name, "split": split, "subset": subset})
+    other = config.model_copy(update={"dataset": name, "split": split, "subset": subset, "streaming": False})
     corpus = Corpus(name, "")
     rows = _read(other, corpus, notify)
     if not rows:
@@ -182,11 +183,40 @@ def load_held_out(config: TrainConfig, notify: Listener = ignore) -> dict[bytes,
 
 def _read(config: TrainConfig, corpus: Corpus, notify: Listener) -> dict[bytes, tuple[str, str | None]]:
     """The usable rows, hash -> (text, text before cleaning where it may be shown); what else was read is counted."""
+    rows: dict[bytes, tuple[str, str | None]] = {}
+    for digest, text, raw in usable(config, corpus, notify):
+        if digest in rows:
+            corpus.counts.duplicates += 1
+            continue
+        rows[digest] = (text, raw if len(rows) < PREVIEWED * 10 else None)
+    return rows
+
+
+def _first(config: TrainConfig, corpus: Corpus, notify: Listener) -> dict[bytes, tuple[str, str | None]]:
+    """Of a stream, as many rows as are shuffled together and as are measured."""
+    rows: dict[bytes, tuple[str, str | None]] = {}
+    train = held_out = 0
+    for digest, text, raw in usable(config, corpus, notify):
+        if digest in rows:
+            corpus.counts.duplicates += 1
+        else:
+            rows[digest] = (text, raw if len(rows) < PREVIEWED * 10 else None)
+            held_out += is_held_out(digest)
+            train = len(rows) - held_out
+        if train >= config.buffer and (held_out >= config.eval_rows or config.eval_dataset):
+            break
+    return rows
+
+
+def usable(
+    config: TrainConfig, corpus: Corpus, notify: Listener = ignore, after: int = 0
+) -> Iterator[tuple[bytes, str, str]]:
+    """Hash, text, and text before cleaning, of each row that has text and is wanted, behind the first `after` rows; all that is
+    read is counted in `corpus`."""
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()  # it calls what it has in its cache missing on the Hub
     corpus.source, tables = _open(config, notify)
     counts = corpus.counts
-    rows: dict[bytes, tuple[str, str | None]] = {}
     formats = list(dict.fromkeys(_format(table, config) for table in tables))
     corpus.format = formats[0]
     if len(formats) > 1:
@@ -203,6 +233,9 @@ def _read(config: TrainConfig, corpus: Corpus, notify: Listener) -> dict[bytes, 
         read = _reader(table, corpus.format, config)
         wanted = conditions(table, config.where)
         for row in table.rows:
+            if after > 0:
+                after -= 1
+                continue
             counts.read += 1
             if any(str(row.get(name)) not in values for name, values in wanted):
                 counts.filtered += 1
@@ -211,14 +244,9 @@ def _read(config: TrainConfig, corpus: Corpus, notify: Listener) -> dict[bytes, 
             if not text:
                 counts.empty += 1
                 continue
-            digest = row_hash(text, config.split_salt)
-            if digest in rows:
-                counts.duplicates += 1
-                continue
-            rows[digest] = (text, raw if len(rows) < PREVIEWED * 10 else None)
+            yield row_hash(text, config.split_salt), text, raw
     if config.where and counts.filtered == counts.read:
         raise DataError(f"{corpus.source}: no row has {' and '.join(config.where)}; {_seen(tables, config.where)}.")
-    return rows
 
 
 def _format(table: Table, config: TrainConfig) -> str:
@@ -291,12 +319,28 @@ def _open(config: TrainConfig, notify: Listener) -> tuple[str, list[Table]]:
         raise DataError(
             f"There is no dataset '{name}': give imdb, an existing file or folder, or a Hub id (owner/name)."
         )
-    return name, [from_datasets(name, _from_hub(name, config))]
+    return name, [_hub_table(name, config)]
+
+
+def _hub_table(repo: str, config: TrainConfig) -> Table:
+    if not config.streaming:
+        return from_datasets(repo, _from_hub(repo, config))
+    hub.require(repo)
+    with hub.asking(repo):
+        rows = _load_split(repo, config)
+
+    def read() -> Iterator[dict[str, Any]]:
+        try:
+            yield from rows
+        except Exception as error:  # the HTTP library's own come through as well
+            raise HubError(hub.reason(error, repo)) from error
+
+    return lazy_table(repo, read)
 
 
 def _imdb(config: TrainConfig, notify: Listener) -> tuple[str, list[Table]]:
     try:
-        return IMDB, [from_datasets(IMDB, _from_hub(IMDB, config))]
+        return IMDB, [_hub_table(IMDB, config)]
     except HubError as error:
         why = error
     try:
@@ -337,7 +381,7 @@ def _from_hub(repo: str, config: TrainConfig) -> Any:
 
 def _load_split(repo: str, config: TrainConfig) -> Any:
     try:
-        return datasets.load_dataset(repo, config.subset, split=config.split)
+        return datasets.load_dataset(repo, config.subset, split=config.split, streaming=config.streaming)
     except ValueError as error:
         if "split" in str(error) or "BuilderConfig" in str(error):  # its text lists the known ones
             raise DataError(f"{repo}: {' '.join(str(error).split())}") from error
@@ -357,14 +401,14 @@ def _local(path: Path, config: TrainConfig, notify: Listener) -> list[Table]:
     elif path.suffix.lower() not in DATA_FILES:
         raise DataError(f"{path} is of no known kind: give {' '.join(DATA_FILES)}, or a folder of these.")
     rules: Counter[str] = Counter()
-    tables = [read_file(file, config, rules) for file in files]
-    if empty := [file for file, table in zip(files, tables, strict=True) if not len(table.rows)]:
+    tables = [stream_file(file, config) if config.streaming else read_file(file, config, rules) for file in files]
+    if empty := [file for file, table in zip(files, tables, strict=True) if not any(True for _ in table.rows)]:
         if len(empty) == len(files):
             raise DataError(f"{path} holds no rows.")
         notify(Notice(f"{len(empty)} files without rows are passed over, such as {empty[0]}."))
     for rule, count in rules.items():
         notify(Notice(f"{f'{count} txt files' if count > 1 else path}: {rule}; choose with --txt-rows."))
-    return [table for table in tables if len(table.rows)]
+    return [table for table, file in zip(tables, files, strict=True) if file not in empty]
 
 
 def _in_folder(folder: Path) -> tuple[list[Path], list[Path]]:

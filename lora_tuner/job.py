@@ -27,7 +27,8 @@ from .store import Adapter
 
 @dataclass
 class Job:
-    """A prepared run. `config` is resolved but for its steps until training fixes them."""
+    """A prepared run. `config` is resolved but for its steps until training fixes them. Of a stream, corpus and sequences are
+    those of its first rows."""
 
     config: TrainConfig
     base: Base
@@ -73,7 +74,10 @@ class Job:
         return self.batch_size * self.config.accumulation * distributed.size()
 
     @property
-    def steps_per_epoch(self) -> int:
+    def steps_per_epoch(self) -> int | None:
+        """None of a stream: nobody knows how many rows it has."""
+        if self.config.streaming:
+            return None
         return math.ceil(len(self.sequences) / self.sequences_per_step)
 
     @cached_property

@@ -1,16 +1,19 @@
 """One file as rows, as it is written: csv, json, txt with the standard library, parquet with pyarrow.
 
 Surprise: the readers of `datasets` turn "NA" into nothing, dates into times and 1.50 into 1.5. Here a value is the text that
-stands in the file, and a file that is no text, has a name twice, or changes while it is read is refused. Limit: a file is
-held in memory as a whole.
+stands in the file, and a file that is no text, has a name twice, or changes while it is read is refused. A file is
+held in memory as a whole or, with `stream_file`, read a row at a time; whether that changes meanwhile nobody looks.
 """
 
+import contextlib
 import csv
 import io
+import itertools
 import json
 import os
 import re
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +57,7 @@ def _content(path: Path) -> bytes:
 
 def read_file(path: Path, config: TrainConfig, rules: Counter[str]) -> Table:
     kind = path.suffix.lower()
-    try:
+    with _readable(path):
         content = _content(path)
         if kind == ".parquet":
             return _parquet(path, content)
@@ -66,9 +69,18 @@ def read_file(path: Path, config: TrainConfig, rules: Counter[str]) -> Table:
         del content
         if kind == ".txt":
             return _txt(path, text, config.txt_rows, rules)
-        return _json(path, text) if kind.startswith(".json") else _csv(path, text, "," if kind == ".csv" else "\t")
+        return _json(path, text) if kind.startswith(".json") else _csv(path, text, _separator(path))
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What is wrong with a file, in a line."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8 and try again.") from error
+    except csv.Error as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
     except (ValueError, TypeError, NotImplementedError, OSError, RecursionError) as error:  # Arrow's are among these
         why = getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".")
         raise DataError(f"{path} cannot be read: {why}.") from error
@@ -152,6 +164,113 @@ def _txt(path: Path, text: str, by: str, rules: Counter[str]) -> Table:
         ] += 1
     found = [{"text": row} for row in rows.get(by, []) if row.strip()]
     return Table(str(path), found, ["text"], ["text"], plain=True)
+
+
+class Lazy:
+    """Rows that are read as they are gone through, from the first one each time."""
+
+    def __init__(self, read: Callable[[], Iterator[dict[str, Any]]]) -> None:
+        self.read = read
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.read()
+
+
+_PEEKED = 100  # rows that tell the columns of a stream
+
+
+def lazy_table(source: str, read: Callable[[], Iterator[dict[str, Any]]], *, plain: bool = False) -> Table:
+    """A table of rows that are read when they are needed; its columns are those of the first ones."""
+    first = list(itertools.islice(read(), _PEEKED))
+    columns = list(dict.fromkeys(name for row in first for name in row))
+    texts = [name for name in columns if any(type(row.get(name)) is str for row in first)]
+    return Table(source, Lazy(read), columns, texts, plain=plain)
+
+
+def stream_file(path: Path, config: TrainConfig) -> Table:
+    """`read_file`, of a file larger than memory."""
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        import pyarrow.parquet
+
+        with _readable(path):
+            schema = pyarrow.parquet.ParquetFile(path).schema_arrow
+            table = from_datasets(str(path), datasets.Dataset(schema.empty_table()))
+        table.rows = Lazy(lambda: _parquet_rows(path))
+        return table
+    if kind == ".txt":
+        return lazy_table(str(path), lambda: _txt_rows(path, config.txt_rows), plain=True)
+    return lazy_table(str(path), lambda: _json_rows(path) if kind.startswith(".json") else _csv_rows(path))
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text, each with its end."""
+    if not path.is_file():  # a pipe can be read once, and a stream more often
+        raise ValueError("it is a link to nothing" if not path.exists() else "it is no file")
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if "\0" in line:
+                raise ValueError(f"line {number} holds a null, as UTF-16 and packed files do: save it as UTF-8 text")
+            yield line
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet
+
+    with _readable(path), pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(1000):
+            yield from batch.to_pylist()
+
+
+def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(2**31 - 1)
+    with _readable(path):
+        lines = csv.reader(_lines(path), delimiter=_separator(path), strict=True)
+        header = next((row for row in lines if row), [])
+        if len(set(header)) < len(header):
+            raise ValueError(f"its header names a column twice: {', '.join(header)}")
+        for row in lines:
+            if row and len(row) != len(header):
+                raise ValueError(f"its header has {len(header)} fields, line {lines.line_num} has {len(row)}")
+            if row:
+                yield dict(zip(header, row, strict=True))
+
+
+def _separator(path: Path) -> str:
+    return "," if path.suffix.lower() == ".csv" else "\t"
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with _readable(path):
+        for number, line in enumerate(_lines(path), 1):
+            if not line.strip():
+                continue
+            if number == 1 and line.lstrip().startswith("["):
+                raise ValueError("it is an array, which streaming cannot read: give an object a line")
+            try:
+                value = _JSON.decode(line)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}; give an object a line") from error
+            if type(value) is not str and not isinstance(value, dict):
+                raise ValueError(f"line {number} is neither an object nor a text")
+            yield {"text": value} if isinstance(value, str) else value
+
+
+def _txt_rows(path: Path, by: str) -> Iterator[dict[str, Any]]:
+    """Each line, or all up to a blank one; where that is left open, a blank one among the first thousand decides."""
+    with _readable(path):
+        lines = _lines(path)
+        if by == "auto":
+            first = list(itertools.islice(lines, 1000))
+            blank = re.search(r"\S[^\n]*\n[^\S\n]*\n\s*\S", "".join(first))
+            by, lines = "paragraph" if blank else "line", itertools.chain(first, lines)
+        parts: list[str] = []
+        for line in itertools.chain(lines, [""]):
+            if line.strip():
+                parts.append(line)
+            if parts and (by == "line" or not line.strip()):
+                yield {"text": "".join(parts)}
+                parts = []
 
 
 def text_column(table: Table, wanted: str | None) -> str:

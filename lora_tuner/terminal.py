@@ -256,7 +256,7 @@ def show_plan(plan: "Plan") -> None:
     again = ", activations computed again" if plan.checkpointing else ""
     table(
         [
-            ("steps", f"{plan.steps:,} (one epoch is {plan.steps_per_epoch:,})"),
+            ("steps", f"{plan.steps:,}{f' (one epoch is {plan.steps_per_epoch:,})' if plan.steps_per_epoch else ''}"),
             ("seconds a step", f"{plan.seconds_per_step:.2f} ({plan.tokens_per_second:,.0f} tokens/s)"),
             ("training", duration(plan.training_seconds)),
             ("measuring held-out loss", duration(plan.held_out_seconds)),

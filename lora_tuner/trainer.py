@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback, get
 
 from . import distributed, evaluation, files, lora, methods, store
 from .config import TrainConfig
+from .data import row_hash
 from .errors import (
     ConfigError,
     DivergedError,
@@ -46,9 +48,11 @@ from .errors import (
     reason,
 )
 from .job import Job, save_adapter
+from .stream import Place, Stream
 
 WHOLE, KEPT = "whole.json", 2  # what marks a checkpoint, and how many of them stay
-_PREFIX, _RANDOM = "checkpoint-", "rng_state"  # of several processes each has random numbers of its own
+_PREFIX, _STREAM = "checkpoint-", "stream.json"
+_RANDOM = "rng_state"  # how the files begin: of several processes each has random numbers of its own
 _PIECES = {
     store.WEIGHTS, store.CONFIG, store.MANIFEST, store.RUN,
     "optimizer.pt", "scheduler.pt", "trainer_state.json",
@@ -69,7 +73,7 @@ def run(
 
     Raises Interrupted, with a checkpoint saved, after Ctrl-C or SIGTERM; DivergedError when a figure is not finite.
     """
-    trainer = _LoraTrainer(job, folder)
+    trainer = _LoraTrainer(job, folder, checkpoint)
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
     if checkpoint and state and _finished(job, state):  # Trainer would take one step more
         kept = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else checkpoint.name
@@ -119,6 +123,8 @@ def _arguments(job: Job, folder: Path) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=config.max_steps,
+        ignore_data_skip=config.streaming,  # a stream knows its place
+        accelerator_config={"dispatch_batches": False},  # each process reads for itself
         per_device_train_batch_size=job.batch_size,
         gradient_accumulation_steps=config.accumulation,
         learning_rate=job.learning_rate,
@@ -178,6 +184,16 @@ def _rate(step: int, schedule: str, warmup: float, steps: int) -> float:
     return left if schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
 
 
+def _stream(job: Job, checkpoint: Path | None) -> Stream:
+    """The stream from its beginning, or from where it was when the checkpoint was written."""
+    place = Place()
+    if checkpoint is not None:
+        place = Place(**json.loads((checkpoint / _STREAM).read_text(encoding="utf-8")))
+    held_out = job.corpus.held_out if job.config.eval_dataset else []  # others are known by their hash alone
+    measured = frozenset(row_hash(text, job.config.split_salt) for text in held_out)
+    return Stream(job.config, job.base.tokenizer, measured, job.corpus.counts, place)
+
+
 class _Order(torch.utils.data.Sampler[int]):
     """The sequences of an epoch, shuffled as one process would have them; then empty ones (their index is the count of the
     sequences) up to a number that all processes can share, for each must have a batch when the others have one."""
@@ -201,7 +217,8 @@ class _Order(torch.utils.data.Sampler[int]):
 class _LoraTrainer(Trainer):
     """Trainer with the loss, the held-out measure and the checkpoints of this package."""
 
-    def __init__(self, job: Job, folder: Path) -> None:
+    def __init__(self, job: Job, folder: Path, checkpoint: Path | None = None) -> None:
+        self.stream = _stream(job, checkpoint) if job.config.streaming else None
         callbacks: list[TrainerCallback] = [_CheckGradients(self)]
         if job.config.patience:
             callbacks.append(EarlyStoppingCallback(job.config.patience))
@@ -210,7 +227,7 @@ class _LoraTrainer(Trainer):
         super().__init__(
             model=job.model,
             args=_arguments(job, folder),
-            train_dataset=job.sequences,
+            train_dataset=self.stream or job.sequences,
             eval_dataset=job.held_out,
             data_collator=job.collate,
             compute_loss_func=self._loss,
@@ -224,6 +241,12 @@ class _LoraTrainer(Trainer):
         self.step_start = 0.0
         self.step_seen = -1
         self.last_good: dict[str, torch.Tensor] = {}
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        if self.stream:  # it would draw a number when it begins, wherever in the stream that is
+            getattr(loader, "base_dataloader", loader).generator = torch.Generator()
+        return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         multiple = self.job.batch_size * distributed.size() if distributed.size() > 1 else 1
@@ -326,6 +349,9 @@ class _LoraTrainer(Trainer):
             distributed.once(partial(files.remove, checkpoint))  # one that was cut off here before
             super()._save_checkpoint(model, trial)
             distributed.gather(None)  # each has written its random numbers
+            if self.stream:
+                place = self.stream.place(self.state.global_step * self.job.sequences_per_step)
+                distributed.once(partial(files.write_text, checkpoint / _STREAM, json.dumps(asdict(place))))
             distributed.once(partial(_mark, checkpoint))
         except (OSError, RuntimeError, SafetensorError) as error:
             if distributed.is_loss(error):

@@ -8,7 +8,7 @@ the result another one; to go on training with something else, train again.
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -299,7 +299,8 @@ def _fix_steps(job: Job) -> Job:
     config = job.config
     timed = config.max_steps is None and config.epochs is None
     steps = cost.measure(job).steps if timed else cost.steps_for(job, 0.0)
-    job.notify(Notice(f"The run takes {steps:,} steps; one epoch is {job.steps_per_epoch:,}."))
+    epoch = job.steps_per_epoch
+    job.notify(Notice(f"The run takes {steps:,} steps{f'; one epoch is {epoch:,}' if epoch else ''}."))
     return replace(job, config=config.model_copy(update={"epochs": None, "minutes": None, "max_steps": steps}))
 
 
@@ -325,8 +326,11 @@ def _run(job: Job, library: Library, checkpoint: Path | None) -> Adapter:
                 "seconds": round(sum(entry["seconds"] for entry in steps), 3),
             }
         )
+        if config.streaming:
+            run = run.model_copy(update={"sequences": state.global_step * job.sequences_per_step})
+            data = data.model_copy(update={"counts": asdict(job.corpus.counts)})
         result = evaluation.compare(base_held_out, held_out)
-        manifest = job.manifest.model_copy(update={"created": now(), "run": run, "result": result})
+        manifest = job.manifest.model_copy(update={"created": now(), "data": data, "run": run, "result": result})
         adapter = distributed.once(partial(_write, job, library, manifest, history))
         evaluation.remember(job.base, job.held_out, adapter, held_out)
         distributed.once(partial(_clear, config, folder))
