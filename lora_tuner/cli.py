@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import __version__, cli_combine, cli_serve, files
+from . import __version__, cli_combine, cli_serve, distributed, files
 from .cli_adapters import adapters_app
 from .config import METHODS, NO_TEXT, Sampling, TrainConfig, resolve, rungs
 from .errors import ConfigError, Elsewhere, GenerationError, Interrupted, LoraTunerError, reason
@@ -91,7 +91,8 @@ def _one_line() -> Iterator[None]:
         text, status, cause = str(stopped) or "Interrupted.", 130, stopped
     finally:
         show.close()
-    say(text)
+    if text := distributed.signed(text):
+        say(text)
     raise typer.Exit(status) from cause
 
 
@@ -159,10 +160,10 @@ def train(
     if len(runs) > 1 and (plan or preview):
         raise ConfigError("--plan and --preview are for one run: give one rank and one learning rate.")
     settings = runs[0]
-    from . import distributed, fast, ladder, training
+    from . import fast, ladder, training
 
-    if distributed.announced() > 1 and (preview or len(runs) > 1):
-        raise ConfigError("--preview, and several ranks or learning rates, are for one process: leave torchrun out.")
+    if distributed.announced() > 1 and preview:
+        raise ConfigError("--preview is for one process: leave torchrun out.")
     fast.keep_memory()
     if len(runs) > 1 or (resume and ladder.waits(resume, settings.runs_dir)):
         climbed = ladder.resume(resume, settings.runs_dir, show) if resume else ladder.climb(runs, show)
@@ -178,6 +179,7 @@ def train(
         adapter = training.train(settings, show) if resume is None else training.resume(resume, settings.runs_dir, show)
         if distributed.rank() == 0:
             show_json(adapter.facts()) if as_json else show_trained(adapter)
+    distributed.leave()
 
 
 Talk = Annotated[bool, typer.Option("--chat", help="Speak through the base's chat template; asked for, with history.")]

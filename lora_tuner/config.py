@@ -283,6 +283,13 @@ class TrainConfig(_Settings):
             raise _contradiction("streaming reads a line at a time, and txt_rows file all of them: give one of the two")
         return value
 
+    @field_validator("buffer")
+    @classmethod
+    def _streamed(cls, value: int, info: Any) -> int:
+        if value != cls.model_fields["buffer"].default and not info.data.get("streaming", True):
+            raise _contradiction("buffer is for streaming: give that too, or leave it out")
+        return value
+
     @field_validator("epochs")
     @classmethod
     def _counted(cls, value: float | None, info: Any) -> float | None:

@@ -92,9 +92,10 @@ def step_memory(job: Job) -> tuple[int, int]:
     if blocks:
         growing = growing / len(blocks) + len(blocks) * job.model.config.hidden_size * job.base.dtype.itemsize
     longest = max(sum(map(len, job.sequences[index])) for index in range(len(job.sequences)))
+    count = len(job.sequences)
     if job.config.streaming:  # of which these are the first
-        longest = job.config.max_length
-    many = min(job.batch_size, len(job.sequences)) * longest
+        longest, count = job.config.max_length, job.batch_size
+    many = min(job.batch_size, count) * longest
     return many, int(SLACK * growing * many) + 3 * 4 * lora.counts(job.model)[0]
 
 

@@ -10,6 +10,7 @@ import hashlib
 import heapq
 import html
 import importlib.metadata
+import itertools
 import math
 import os
 import re
@@ -27,11 +28,12 @@ from . import chat, hub
 from .config import NAME, TrainConfig
 from .errors import DataError, HubError, Listener, Notice, ignore, reason
 from .files import DATA_FILES, remove
-from .tables import Table, conditions, from_datasets, lazy_table, read_file, stream_file, text_column
+from .tables import Lazy, Table, conditions, from_datasets, lazy_table, read_file, stream_file, text_column
 
 HELD_OUT_SHARE = 0.2
 IMDB = "stanfordnlp/imdb"
 PREVIEWED = 50  # rows of which the text before cleaning is kept
+_LOOKED_AT = 100_000  # rows, for the values of a column
 # Tags by name, and what follows the name must be an attribute, so that "if a <b and c> d" stays.
 _WITHIN_A_LINE = "a abbr b cite code del em font i ins label mark q s small span strike strong sub sup tt u"
 _PARTING = (
@@ -172,7 +174,9 @@ def load_held_out(config: TrainConfig, notify: Listener = ignore) -> dict[bytes,
         raise DataError(f"{name} is on this machine, where data has no --eval-split: leave it out.")
     split = "train" if local else config.eval_split or "test"
     subset = config.subset if name == config.dataset else None
-    other = config.model_copy(update={"dataset": name, "split": split, "subset": subset, "streaming": False})
+    other = config.model_copy(
+        update={"dataset": name, "split": split, "subset": subset, "streaming": config.streaming and not local}
+    )
     corpus = Corpus(name, "")
     rows = _read(other, corpus, notify)
     if not rows:
@@ -262,9 +266,14 @@ def _reader(table: Table, format: str, config: TrainConfig) -> Callable[[Any], t
     if format != "text":
         return partial(_conversation, table.source, format)
     column = text_column(table, config.text_column)
+    chosen = not table.peeked or config.text_column is not None or column == "text"
 
     def read(row: Any) -> tuple[str, str]:
         value = row.get(column)
+        if not chosen and (other := [name for name in row.keys() - table.columns if type(row[name]) is str]):
+            raise DataError(
+                f"{table.source}: a row has text in '{other[0]}', and the first {column}: name one with --text-column."
+            )
         if value is not None and (wrong := _no_text(value)):
             raise DataError(
                 f"{table.source}: column '{column}' holds {wrong}, not text: name another with --text-column."
@@ -325,7 +334,7 @@ def _open(config: TrainConfig, notify: Listener) -> tuple[str, list[Table]]:
 def _hub_table(repo: str, config: TrainConfig) -> Table:
     if not config.streaming:
         return from_datasets(repo, _from_hub(repo, config))
-    hub.require(repo)
+    hub.require(repo, "is not at hand to be streamed")
     with hub.asking(repo):
         rows = _load_split(repo, config)
 
@@ -335,7 +344,11 @@ def _hub_table(repo: str, config: TrainConfig) -> Table:
         except Exception as error:  # the HTTP library's own come through as well
             raise HubError(hub.reason(error, repo)) from error
 
-    return lazy_table(repo, read)
+    if rows.features is None:
+        return lazy_table(repo, read)
+    table = from_datasets(repo, rows)
+    table.rows = Lazy(read)
+    return table
 
 
 def _imdb(config: TrainConfig, notify: Listener) -> tuple[str, list[Table]]:
@@ -428,9 +441,10 @@ def _in_folder(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _seen(tables: list[Table], where: list[str]) -> str:
-    """The values that the columns of `where` do have, the beginnings of a few of each."""
+    """The values that the columns of `where` do have in the first rows, the beginnings of a few of each."""
     texts = []
     for column in dict.fromkeys(condition.partition("=")[0] for condition in where):
-        values = sorted({clean(str(row.get(column)))[:40] for table in tables for row in table.rows})
+        rows = itertools.islice(itertools.chain.from_iterable(table.rows for table in tables), _LOOKED_AT)
+        values = sorted({clean(str(row.get(column)))[:40] for row in rows})
         texts.append(f"{column} has {', '.join(values[:8])}{' ...' if len(values) > 8 else ''}")
     return "; ".join(texts)

@@ -5,14 +5,14 @@ drops a sharding plan without a word. So the group is formed before anything els
 that was announced, and sharding is refused. Alone, all of this does nothing. Limit: each process holds the whole base.
 """
 
-import atexit
+import contextlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from .errors import Elsewhere, LoraTunerError, TrainingError
+from .errors import Elsewhere, LoraTunerError, LostError, TrainingError
 
 Found = TypeVar("Found")
 
@@ -56,6 +56,11 @@ def join(device: str) -> None:
     if device.startswith("cuda:"):
         raise TrainingError(f"--device {device} is one GPU for all processes: leave it out, and each takes its own.")
     on_cpu = device == "cpu" or not torch.cuda.is_available()
+    if on_cpu and device != "cpu" and torch.backends.mps.is_available():
+        raise TrainingError("Apple's GPU is for one process: leave torchrun out, or train with --device cpu.")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not on_cpu and here > torch.cuda.device_count():
+        raise TrainingError(f"{here} processes would share {torch.cuda.device_count()} GPUs here: start one for each.")
     if asked := [name for name in _SHARDING if os.environ.get(name, "").lower() in ("1", "true")]:
         raise TrainingError(
             f"{asked[0]} asks for a sharded model, and each process trains a whole one: leave it out, and where the base is too "
@@ -70,6 +75,7 @@ def join(device: str) -> None:
 
     try:
         state = PartialState(cpu=on_cpu)
+        group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE) if state.num_processes > 1 else None
     except (ValueError, RuntimeError) as error:
         raise TrainingError(f"The processes cannot find each other: {str(error).splitlines()[0]}") from error
     if state.num_processes != announced():
@@ -77,12 +83,11 @@ def join(device: str) -> None:
             f"WORLD_SIZE announces {announced()} processes, and this one finds {state.num_processes}, so each would train alone: "
             f"{_LAUNCH}."
         )
-    _group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
-    atexit.register(leave)
+    _group = group
 
 
 def leave() -> None:
-    """Dissolve the group; each process is alone again."""
+    """Dissolve the group when all have done their work; one that fails just ends, for here it would wait for the others."""
     global _group
     import torch
 
@@ -111,20 +116,37 @@ def once(work: Callable[[], Found]) -> Found:
             found[1] = error
     told = [found[0], str(found[1]) if found[1] is not None else None]
     try:
-        torch.distributed.broadcast_object_list(told, src=0, group=_group)
-    except RuntimeError as error:
-        raise Elsewhere(f"The first process is no more: {error}") from error
-    if rank() == 0 and found[1] is not None:
-        raise found[1]
+        with _together():
+            torch.distributed.broadcast_object_list(told, src=0, group=_group)
+    finally:
+        if found[1] is not None:
+            raise found[1]
     if told[1] is not None:
         raise Elsewhere(told[1])
     result: Found = told[0]
     return result
 
 
+_LOSS = "[Cc]onnection (closed|reset|refused)|Broken pipe|ncclRemoteError|communicator was aborted"
+
+
 def is_loss(error: Exception) -> bool:
     """Whether it says that another process is no more."""
-    return size() > 1 and re.search("gloo|NCCL|[Cc]onnection|Broken pipe", str(error)) is not None
+    return size() > 1 and re.search(_LOSS, str(error)) is not None
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise shared(LostError("Another process of this run has ended.")) from error
+
+
+def signed(text: str) -> str:
+    """What a process has to say, with its number unless it is the first; nothing where the first says the same."""
+    number = int(os.environ.get("RANK", "0")) if announced() > 1 else 0
+    return text if number == 0 else f"Process {number}: {text}" if _group is not None else ""
 
 
 def shared(error: Exception) -> Exception:
@@ -139,7 +161,8 @@ def gather(value: Found) -> list[Found]:
     import torch
 
     found: list[Any] = [None] * size()
-    torch.distributed.all_gather_object(found, value, group=_group)
+    with _together():
+        torch.distributed.all_gather_object(found, value, group=_group)
     return found
 
 
@@ -150,7 +173,8 @@ def most(value: float) -> float:
     import torch
 
     found = torch.tensor(float(value), dtype=torch.float64)
-    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=_group)
+    with _together():
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=_group)
     return found.item()
 
 

@@ -9,7 +9,8 @@
     │   ├── WrongBaseError     the adapter was trained on another base model
     │   └── UnknownModelError  a request names a model that is not served
     ├── TrainingError          a run cannot start, go on, or be resumed
-    │   └── DivergedError      the loss or a gradient is not finite any more
+    │   ├── DivergedError      the loss or a gradient is not finite any more
+    │   └── LostError          another process of the run is no more
     └── GenerationError        a prompt or a sampling setting cannot be answered
         ├── MixedBatchError    a base on which different adapters cannot share a batch
         ├── TooLongError       a prompt leaves no room for what is to follow
@@ -57,6 +58,9 @@ class TrainingError(LoraTunerError): ...
 
 
 class DivergedError(TrainingError): ...
+
+
+class LostError(TrainingError): ...
 
 
 class GenerationError(LoraTunerError): ...

@@ -50,7 +50,7 @@ class _Patience:
 
     def after(self, response: Any) -> None:
         wait = response.headers.get("Retry-After", "")
-        if response.status_code == 429:  # it would be waited for, without a word
+        if response.status_code == 429 and self.since < math.inf:  # it would be waited for, without a word
             after = f" after {wait} seconds" if wait.isdigit() else " later"
             raise HubError(f"it was asked too often. Try again{after}, or log in by `hf auth login` to be let in more.")
         if response.status_code >= 500 and wait.isdigit() and int(wait) > STALLED:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from . import cost, evaluation, files, lora, report, store, trainer, training
+from . import cost, distributed, evaluation, files, lora, report, store, trainer, training
 from .config import LADDER, STOPS, TrainConfig, resolve, settings_in
 from .data import default_name
 from .errors import ConfigError, DivergedError, Interrupted, Listener, Notice, TrainingError, ignore
@@ -58,6 +58,7 @@ def climb(configs: Sequence[TrainConfig], notify: Listener = ignore) -> Ladder:
 
     Raises a LoraTunerError before anything is trained, or Interrupted, with all that is done saved.
     """
+    _refuse_many()
     first = configs[0]
     if first.parent is not None and len({config.rank for config in configs}) > 1:
         raise ConfigError("--from keeps the rank of its parent: give it several learning rates, not ranks.")
@@ -93,6 +94,7 @@ def waits(name: str, runs_dir: Path) -> bool:
 def resume(name: str, runs_dir: Path = Path("runs"), notify: Listener = ignore) -> Ladder:
     """Go on with the ladder in `runs_dir/name.ladder`. Raises TrainingError where data, base or versions are not what they were,
     and where what is known of it is not readable."""
+    _refuse_many()
     folder = _folder(runs_dir, name)
     try:
         known = settings_in(folder / STATE)
@@ -103,6 +105,13 @@ def resume(name: str, runs_dir: Path = Path("runs"), notify: Listener = ignore) 
         raise TrainingError(f"{folder / STATE} is not what the ladder was started with: start anew.") from error
     state.rungs = [rung | {"runs_dir": str(runs_dir)} for rung in state.rungs]
     return _climb(name, folder, state, None, notify)
+
+
+def _refuse_many() -> None:
+    if distributed.announced() > 1:
+        raise ConfigError(
+            "Several ranks or learning rates are trained by one process: leave torchrun out, or give one of each."
+        )
 
 
 @dataclass

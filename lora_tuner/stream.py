@@ -23,13 +23,15 @@ from .tokens import Row, Sequences
 @dataclass(frozen=True)
 class Place:
     """Where a stream is: `taken` sequences have been given. The rows that the last of them came from begin behind row `row` of
-    the pass `epoch`, and their first sequence is number `first`; `counts` is of all rows before."""
+    the pass `epoch`, and their first sequence is number `first`; `counts` is of all rows before,
+    `read` of those that had been read by then."""
 
     taken: int = 0
     first: int = 0
     epoch: int = 0
     row: int = 0
     counts: dict[str, int] = field(default_factory=dict)
+    read: dict[str, int] = field(default_factory=dict)
 
 
 class Stream(torch.utils.data.IterableDataset[list[Row]]):
@@ -41,13 +43,16 @@ class Stream(torch.utils.data.IterableDataset[list[Row]]):
     ) -> None:
         self.config, self.tokenizer, self.measured, self.counts = config, tokenizer, measured, counts
         self.begun = [place]  # where rows were begun to be read, newest last
-        self._count(Counts(**place.counts), Counts())
 
     def place(self, taken: int) -> Place:
         """Where it was when it had given so many sequences, which may be fewer than it has given by now."""
         while len(self.begun) > 1 and self.begun[1].first <= taken:
             del self.begun[0]
-        return replace(self.begun[0], taken=taken)
+        return replace(self.begun[0], taken=taken, read=asdict(self.counts))
+
+    def recount(self) -> None:
+        """The counts as they were at its place, where nothing more is going to be read."""
+        self._count(Counts(**self.begun[0].read), Counts())
 
     def __iter__(self) -> Iterator[list[Row]]:
         place = self.begun[-1]

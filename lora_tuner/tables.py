@@ -33,6 +33,7 @@ class Table:
     columns: list[str]
     texts: list[str]
     plain: bool = False  # a txt file: its text has no column name to ask for
+    peeked: str = ""  # in which rows these are the columns, where not in all
     labels: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -93,11 +94,7 @@ def _parquet(path: Path, content: bytes) -> Table:
 
 
 def _csv(path: Path, text: str, separator: str) -> Table:
-    first, second, *_ = [*text.lstrip().split("\n", 2), "", ""]
-    if separator not in first and (found := [mark for mark in ",;\t|" if mark in first and mark in second]):
-        raise ValueError(
-            f"its fields are parted by {found[0]!r}, where {separator!r} is expected in a {path.suffix} file"
-        )
+    _check_separator(path, [*text.lstrip().split("\n", 2), "", ""], separator)
     csv.field_size_limit(2**31 - 1)
     lines = csv.reader(io.StringIO(text), delimiter=separator, strict=True)
     try:
@@ -113,6 +110,14 @@ def _csv(path: Path, text: str, separator: str) -> Table:
         line, length = uneven[0]
         raise ValueError(f"its header has {len(header)} fields, line {line} has {length}")
     return Table(str(path), [dict(zip(header, row, strict=True)) for _, row in rows[1:]], header, header)
+
+
+def _check_separator(path: Path, lines: list[str], separator: str) -> None:
+    first, second, *_ = lines
+    if separator not in first and (found := [mark for mark in ",;\t|" if mark in first and mark in second]):
+        raise ValueError(
+            f"its fields are parted by {found[0]!r}, where {separator!r} is expected in a {path.suffix} file"
+        )
 
 
 def _json(path: Path, text: str) -> Table:
@@ -184,7 +189,7 @@ def lazy_table(source: str, read: Callable[[], Iterator[dict[str, Any]]], *, pla
     first = list(itertools.islice(read(), _PEEKED))
     columns = list(dict.fromkeys(name for row in first for name in row))
     texts = [name for name in columns if any(type(row.get(name)) is str for row in first)]
-    return Table(source, Lazy(read), columns, texts, plain=plain)
+    return Table(source, Lazy(read), columns, texts, plain=plain, peeked=f" in its first {_PEEKED} rows")
 
 
 def stream_file(path: Path, config: TrainConfig) -> Table:
@@ -207,11 +212,17 @@ def _lines(path: Path) -> Iterator[str]:
     """The lines of a text, each with its end."""
     if not path.is_file():  # a pipe can be read once, and a stream more often
         raise ValueError("it is a link to nothing" if not path.exists() else "it is no file")
+    number = 0
     with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if "\0" in line:
-                raise ValueError(f"line {number} holds a null, as UTF-16 and packed files do: save it as UTF-8 text")
-            yield line
+        try:
+            for number, line in enumerate(file, 1):
+                if "\0" in line:
+                    raise ValueError(
+                        f"line {number} holds a null, as UTF-16 and packed files do: save it as UTF-8 text"
+                    )
+                yield line
+        except UnicodeDecodeError as error:  # its place is counted from the last piece that was read
+            raise ValueError(f"behind line {number} it is not UTF-8: save it as UTF-8 and try again") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -225,6 +236,8 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(2**31 - 1)
     with _readable(path):
+        first = list(itertools.islice((line for line in _lines(path) if line.strip()), 2))
+        _check_separator(path, [*first, "", ""], _separator(path))
         lines = csv.reader(_lines(path), delimiter=_separator(path), strict=True)
         header = next((row for row in lines if row), [])
         if len(set(header)) < len(header):
@@ -242,11 +255,13 @@ def _separator(path: Path) -> str:
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
     with _readable(path):
+        if path.is_file():
+            with path.open("rb") as file:  # all of an array may stand in one line
+                if file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                    raise ValueError("it is an array, which streaming cannot read: give an object a line")
         for number, line in enumerate(_lines(path), 1):
             if not line.strip():
                 continue
-            if number == 1 and line.lstrip().startswith("["):
-                raise ValueError("it is an array, which streaming cannot read: give an object a line")
             try:
                 value = _JSON.decode(line)
             except ValueError as error:
@@ -262,8 +277,10 @@ def _txt_rows(path: Path, by: str) -> Iterator[dict[str, Any]]:
         lines = _lines(path)
         if by == "auto":
             first = list(itertools.islice(lines, 1000))
-            blank = re.search(r"\S[^\n]*\n[^\S\n]*\n\s*\S", "".join(first))
-            by, lines = "paragraph" if blank else "line", itertools.chain(first, lines)
+            filled = [bool(line.strip()) for line in first]
+            last = len(filled) - filled[::-1].index(True) if any(filled) else 0
+            inner = filled[filled.index(True) : last] if any(filled) else []
+            by, lines = "line" if all(inner) else "paragraph", itertools.chain(first, lines)
         parts: list[str] = []
         for line in itertools.chain(lines, [""]):
             if line.strip():
@@ -277,7 +294,7 @@ def text_column(table: Table, wanted: str | None) -> str:
     columns = ", ".join(table.columns)
     if wanted is not None and not table.plain:
         if wanted not in table.columns:
-            raise DataError(f"{table.source} has no column '{wanted}': its columns are {columns}.")
+            raise DataError(f"{table.source} has no column '{wanted}'{table.peeked}: its columns are {columns}.")
         return wanted
     if "text" in table.columns:
         return "text"
@@ -293,7 +310,8 @@ def conditions(table: Table, where: list[str]) -> list[tuple[str, set[str]]]:
         column, _, value = condition.partition("=")
         if column not in table.columns:
             raise DataError(
-                f"{table.source} has no column '{column}' to choose rows by: its columns are {', '.join(table.columns)}."
+                f"{table.source} has no column '{column}'{table.peeked} to choose rows by: its columns are "
+                f"{', '.join(table.columns)}."
             )
         names = table.labels.get(column, [])
         found.append((column, {value, str(names.index(value))} if value in names else {value}))

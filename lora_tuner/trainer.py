@@ -10,11 +10,12 @@ Of several processes (`distributed`) each takes its batches of the order that on
 import contextlib
 import json
 import math
+import os
 import shlex
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -33,15 +34,17 @@ from transformers import (
 )
 from transformers.integrations.integration_utils import TensorBoardCallback, get_available_reporting_integrations
 
-from . import distributed, evaluation, files, lora, methods, store
+from . import checkpoints, distributed, evaluation, files, lora, methods
 from .config import TrainConfig
 from .data import row_hash
 from .errors import (
     ConfigError,
+    DataError,
     DivergedError,
     Elsewhere,
+    HubError,
     Interrupted,
-    Listener,
+    LostError,
     Notice,
     Progress,
     TrainingError,
@@ -49,14 +52,6 @@ from .errors import (
 )
 from .job import Job, save_adapter
 from .stream import Place, Stream
-
-WHOLE, KEPT = "whole.json", 2  # what marks a checkpoint, and how many of them stay
-_PREFIX, _STREAM = "checkpoint-", "stream.json"
-_RANDOM = "rng_state"  # how the files begin: of several processes each has random numbers of its own
-_PIECES = {
-    store.WEIGHTS, store.CONFIG, store.MANIFEST, store.RUN,
-    "optimizer.pt", "scheduler.pt", "trainer_state.json",
-}  # fmt: skip
 
 
 def go_on(config: TrainConfig) -> str:
@@ -78,35 +73,32 @@ def run(
     if checkpoint and state and _finished(job, state):  # Trainer would take one step more
         kept = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else checkpoint.name
         lora.load(job.model, folder / kept)
+        if trainer.stream:
+            trainer.stream.recount()
         trainer.step_seen = state.global_step - 1
     else:
-        distributed.once(partial(_remove_after, checkpoint, folder))
+        distributed.once(partial(checkpoints.remove_after, checkpoint, folder))
         set_seed(job.config.seed + distributed.rank())  # dropout; the order has a seed of its own
         with _stopping() as stop:
             trainer.add_callback(_StopWhenAsked(stop))
             try:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            except RuntimeError as error:
-                if not distributed.is_loss(error):
+            except (DataError, HubError) as error:  # the stream has broken off
+                raise trainer.broken_off(str(error)) from error
+            except (RuntimeError, LostError) as error:
+                if not isinstance(error, LostError) and not distributed.is_loss(error):
                     raise
-                raise trainer.left_behind() from error
+                raise trainer.broken_off("Another process of this run has ended.") from error
         state = trainer.state
         if not all(bool(torch.isfinite(tensor).all()) for tensor in lora.weights(job.model).values()):
             raise trainer.diverged("A weight is not finite")
-        if stop.is_set():
+        if distributed.most(stop.is_set()):
             done = f"Stopped at step {state.global_step} of {state.max_steps}, saved."
             raise distributed.shared(Interrupted(f"{done} Go on with: {go_on(job.config)}"))
     held_out = evaluation.measure(job.model, job.base, job.held_out, job.notify)
     if not math.isfinite(held_out.loss):
         raise trainer.diverged(f"The held-out loss is {held_out.loss}")
     return state, [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry], held_out
-
-
-def _remove_after(checkpoint: Path | None, folder: Path) -> None:
-    """What is newer than the checkpoint to go on from was not whole."""
-    for broken in _checkpoints(folder):
-        if checkpoint is None or _step(broken) > _step(checkpoint):
-            files.remove(broken)
 
 
 def _finished(job: Job, state: TrainerState) -> bool:
@@ -120,6 +112,7 @@ def _finished(job: Job, state: TrainerState) -> bool:
 def _arguments(job: Job, folder: Path) -> TrainingArguments:
     config = job.config
     assert config.max_steps is not None
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # the numbers are those of the base, whatever the launcher says
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=config.max_steps,
@@ -149,6 +142,7 @@ def _arguments(job: Job, folder: Path) -> TrainingArguments:
         use_cpu=job.base.device.type == "cpu",
         disable_tqdm=True,
         log_level="error",
+        log_level_replica="error",
         report_to=[tracker for tracker in config.report_to if tracker != "tensorboard"],
         run_name=config.name,
     )
@@ -157,6 +151,8 @@ def _arguments(job: Job, folder: Path) -> TrainingArguments:
         arguments._n_gpu = min(1, arguments.n_gpu)
         arguments.__dict__["_setup_devices"] = job.base.device
         torch.cuda.set_device(job.base.device)
+    if arguments.world_size != distributed.size():
+        raise TrainingError(f"Trainer finds {arguments.world_size} processes, and there are {distributed.size()}.")
     return arguments
 
 
@@ -188,7 +184,7 @@ def _stream(job: Job, checkpoint: Path | None) -> Stream:
     """The stream from its beginning, or from where it was when the checkpoint was written."""
     place = Place()
     if checkpoint is not None:
-        place = Place(**json.loads((checkpoint / _STREAM).read_text(encoding="utf-8")))
+        place = Place(**json.loads((checkpoint / checkpoints.STREAM).read_text(encoding="utf-8")))
     held_out = job.corpus.held_out if job.config.eval_dataset else []  # others are known by their hash alone
     measured = frozenset(row_hash(text, job.config.split_salt) for text in held_out)
     return Stream(job.config, job.base.tokenizer, measured, job.corpus.counts, place)
@@ -198,20 +194,17 @@ class _Order(torch.utils.data.Sampler[int]):
     """The sequences of an epoch, shuffled as one process would have them; then empty ones (their index is the count of the
     sequences) up to a number that all processes can share, for each must have a batch when the others have one."""
 
-    def __init__(self, count: int, multiple: int, seed: int) -> None:
-        self.count, self.seed, self.epoch = count, seed, 0
+    def __init__(self, count: int, multiple: int, seed: int, epoch: Callable[[], int]) -> None:
+        self.count, self.seed, self.epoch = count, seed, epoch  # asked each time: launchers wrap what would be told
         self.empty = -count % multiple
 
     def __len__(self) -> int:
         return self.count + self.empty
 
     def __iter__(self) -> Iterator[int]:
-        shuffle = torch.Generator().manual_seed(self.seed + self.epoch)
+        shuffle = torch.Generator().manual_seed(self.seed + self.epoch())
         yield from torch.randperm(self.count, generator=shuffle).tolist()
         yield from [self.count] * self.empty
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
 
 class _LoraTrainer(Trainer):
@@ -236,6 +229,7 @@ class _LoraTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # the loss is computed here, so the model is not told the count
         self.job = job
+        self.per_step = job.sequences_per_step  # kept: others may end before this process
         self.folder = folder
         self.predictions = 0
         self.step_start = 0.0
@@ -250,7 +244,8 @@ class _LoraTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         multiple = self.job.batch_size * distributed.size() if distributed.size() > 1 else 1
-        return _Order(len(self.job.sequences), multiple, self.job.config.seed)
+        count, in_epoch = len(self.job.sequences), self.job.steps_per_epoch or 1
+        return _Order(count, multiple, self.job.config.seed, lambda: self.state.global_step // in_epoch)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         with self.job.base.head.left_out():
@@ -300,17 +295,26 @@ class _LoraTrainer(Trainer):
         )
         return distributed.shared(error)
 
-    def left_behind(self) -> Exception:
-        """The error of a process that has lost another. The first saves what they have all learnt up to then."""
-        error: Exception = TrainingError(
-            f"Another process of this run has ended, after step {self.state.global_step} of {self.state.max_steps}. Go on with: "
-            f"{go_on(self.job.config)}"
-        )
+    def broken_off(self, why: str) -> Exception:
+        """The error of a run that cannot take its next step. The first process saves what all have learnt up to then."""
+        done = f"It was after step {self.state.global_step} of {self.state.max_steps}."
+        error: Exception = TrainingError(f"{why} {done} Go on with: {go_on(self.job.config)}")
         error = distributed.shared(error)
         distributed.alone()
-        if not isinstance(error, Elsewhere) and self.state.global_step:
+        if not isinstance(error, Elsewhere) and self._can_save():
             self._save_checkpoint(self.job.model, None)
         return error
+
+    def _can_save(self) -> bool:
+        """Whether the last step is known with all its figures, and not saved yet. With patience Trainer would ask the others, and
+        each measurement is saved anyway."""
+        step, config = self.state.global_step, self.job.config
+        logged = {
+            kind: entry["step"] for entry in self.state.log_history for kind in entry.keys() & {"loss", "eval_loss"}
+        }
+        due = {"loss"} | ({"eval_loss"} if config.eval_every and step % config.eval_every == 0 else set())
+        saved = (self.folder / f"{checkpoints.PREFIX}{step}").exists()
+        return bool(step) and not saved and config.patience is None and all(logged.get(kind) == step for kind in due)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -344,15 +348,15 @@ class _LoraTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint that names each of its files with its hash, and only then the older ones go."""
-        checkpoint = self.folder / f"{_PREFIX}{self.state.global_step}"
+        checkpoint = self.folder / f"{checkpoints.PREFIX}{self.state.global_step}"
         try:
             distributed.once(partial(files.remove, checkpoint))  # one that was cut off here before
             super()._save_checkpoint(model, trial)
             distributed.gather(None)  # each has written its random numbers
             if self.stream:
-                place = self.stream.place(self.state.global_step * self.job.sequences_per_step)
-                distributed.once(partial(files.write_text, checkpoint / _STREAM, json.dumps(asdict(place))))
-            distributed.once(partial(_mark, checkpoint))
+                place = self.stream.place(self.state.global_step * self.per_step)
+                distributed.once(partial(files.write_text, checkpoint / checkpoints.STREAM, json.dumps(asdict(place))))
+            distributed.once(partial(checkpoints.mark, checkpoint))
         except (OSError, RuntimeError, SafetensorError) as error:
             if distributed.is_loss(error):
                 raise
@@ -362,16 +366,7 @@ class _LoraTrainer(Trainer):
                 f"The checkpoint of step {self.state.global_step} could not be written. {reason(problem)} Then go on with: "
                 f"{go_on(self.job.config)}"
             ) from error
-        distributed.once(partial(_prune, self.folder))
-
-
-def _mark(checkpoint: Path) -> None:
-    """Name each file with its hash, by which a checkpoint is known to be whole."""
-    hashes = {path.name: files.sha256_file(path) for path in sorted(checkpoint.iterdir())}
-    for path in checkpoint.iterdir():
-        files.sync(path)
-    files.write_text(checkpoint / WHOLE, json.dumps(hashes, indent=2))
-    files.sync(checkpoint.parent)
+        distributed.once(partial(checkpoints.prune, self.folder))
 
 
 class _CheckGradients(TrainerCallback):
@@ -418,75 +413,3 @@ def _stopping() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def is_run(folder: Path) -> bool:
-    """Whether all that is in a folder is of a run, unfinished or with its checkpoints kept."""
-    own = {store.MANIFEST, store.RUN, "last-good"} | {it.name for it in _checkpoints(folder)}
-    return folder.is_dir() and not folder.is_symlink() and all(it.name in own for it in folder.iterdir())
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Newest first."""
-    found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
-    return sorted(found, key=_step, reverse=True)
-
-
-def _prune(folder: Path) -> None:
-    """Remove all but the newest checkpoints, and those that hold the best step of these."""
-    kept = _checkpoints(folder)[:KEPT]
-    needed = {it.name for it in kept} | {_best(it) for it in kept}
-    for old in _checkpoints(folder)[KEPT:]:
-        if old.name not in needed:
-            files.remove(old)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix(_PREFIX))
-
-
-def newest_whole(folder: Path, notify: Listener) -> Path | None:
-    """The newest checkpoint of which every file is there and unchanged; None where there is none, to start over."""
-    for path in _checkpoints(folder):
-        if not (why := _broken(path)):
-            return path
-        notify(Notice(f"{path} is passed over: {why}."))
-    notify(Notice(f"{folder} holds no whole checkpoint: the run starts at its first step."))
-    return None
-
-
-def _broken(checkpoint: Path) -> str | None:
-    """Why a checkpoint is not taken, in words."""
-    if why := _torn(checkpoint):
-        return why
-    best = _best(checkpoint)
-    why = _torn(checkpoint.with_name(best)) if best else None
-    return f"its best step is that of {best}, where {why}" if why else None
-
-
-def _best(checkpoint: Path) -> str | None:
-    """The name of the checkpoint whose weights were the best until this one; None without `patience`, or if it is broken."""
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        return Path(state["best_model_checkpoint"]).name if state["best_model_checkpoint"] else None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return None
-
-
-def _torn(checkpoint: Path) -> str | None:
-    """What of a checkpoint is missing, or is not what was written."""
-    try:
-        hashes = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))
-        if missing := sorted(_PIECES - hashes.keys()):
-            return f"{missing[0]} is missing"
-        if not any(name.startswith(_RANDOM) for name in hashes):
-            return f"{_RANDOM}.pth is missing"
-        for name, digest in hashes.items():
-            if files.sha256_file(checkpoint / name) != digest:
-                return f"{name} is not the one that was written"
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        return None if state["global_step"] == _step(checkpoint) else f"it is of step {state['global_step']}"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
-        return f"it cannot be read ({error})"

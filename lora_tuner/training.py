@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from . import cost, distributed, evaluation, files, lora, report, store, trainer
+from . import checkpoints, cost, distributed, evaluation, files, lora, report, store, trainer
 from .config import TrainConfig, resolve, to_yaml
 from .cost import Plan
 from .data import default_name
@@ -76,10 +76,7 @@ def resume(name: str, runs_dir: Path = Path("runs"), notify: Listener = ignore, 
         trainer.check_trackers(config)
         job = prepare(_shared_out(config, then[folder], notify), notify)
         for place, manifest in then.items():
-            now = decisive(job.manifest)
-            if manifest.run and manifest.run.processes != distributed.size():  # which has been said
-                del now["threads"]
-            check_same(decisive(manifest), now, place)
+            check_same(*_comparable(manifest, job.manifest), place)
         distributed.once(partial(check_room, job))
         return _run(job, library, checkpoint)
 
@@ -96,7 +93,7 @@ def _stopped(
             f"{config.max_steps}. {_ANEW}"
         )
     _check_finished(config, folder)
-    checkpoint = trainer.newest_whole(folder, notify)
+    checkpoint = checkpoints.newest_whole(folder, notify)
     then = {place: _manifest(place) for place in (folder, checkpoint or folder)}
     if checkpoint is not None:
         there = resolve(TrainConfig, {}, checkpoint / store.RUN)
@@ -185,7 +182,7 @@ def check_places(config: TrainConfig, *, resuming: bool = False) -> Library:
     library.check_free(config.name, overwrite=config.overwrite, advice=_TAKEN if resuming else None)
     if resuming or not os.path.lexists(folder):
         return library
-    if config.runs_dir.resolve() == config.adapters_dir.resolve() or not trainer.is_run(folder):
+    if config.runs_dir.resolve() == config.adapters_dir.resolve() or not checkpoints.is_run(folder):
         raise TrainingError(f"{folder} is no run, so it is not replaced: choose another --runs-dir or --name.")
     if (folder / store.RUN).is_file() and not config.overwrite:
         raise TrainingError(
@@ -215,7 +212,10 @@ def _check_finished(config: TrainConfig, folder: Path) -> None:
     with contextlib.suppress(AdapterError, ConfigError):
         adapter = store.read(place)
         then = store.read_manifest(folder)
-        if adapter.manifest is None or decisive(adapter.manifest) != decisive(then):
+        if adapter.manifest is None:
+            return
+        facts, others = _comparable(adapter.manifest, then)
+        if facts != others:
             return
         there = resolve(TrainConfig, {}, place / store.RUN)
         same = not _different(_alone(config, then), _alone(there, adapter.manifest))
@@ -261,8 +261,8 @@ def check_room(job: Job) -> None:
     """Raise TrainingError when the disk cannot hold the checkpoints, or the adapter."""
     size = lora.counts(job.model)[0] * 4
     there = sum(it.stat().st_size for it in _run_folder(job.config).rglob("*") if it.is_file())
-    checkpoints = (trainer.KEPT + 1) * 3 * size - there  # AdamW keeps two more
-    needs = {job.config.runs_dir: checkpoints, job.config.adapters_dir: size}
+    kept = (checkpoints.KEPT + 1) * 3 * size - there  # AdamW keeps two more
+    needs = {job.config.runs_dir: kept, job.config.adapters_dir: size}
     for place, need in needs.items():
         if (free := files.free_space(place)) < need:
             raise TrainingError(
@@ -292,6 +292,14 @@ def decisive(manifest: Manifest) -> dict[str, str]:
     if run := manifest.run:
         facts |= {"device": run.device, "dtype": run.dtype, "threads": str(run.threads)}
     return facts
+
+
+def _comparable(one: Manifest, other: Manifest) -> tuple[dict[str, str], dict[str, str]]:
+    """What is decisive of both; threads count where there are as many processes, which is said elsewhere."""
+    facts, others = decisive(one), decisive(other)
+    if one.run and other.run and one.run.processes != other.run.processes:
+        del facts["threads"], others["threads"]
+    return facts, others
 
 
 def _fix_steps(job: Job) -> Job:

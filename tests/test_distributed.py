@@ -14,9 +14,9 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from safetensors.torch import load_file
 
-from lora_tuner import Library, TrainConfig, distributed, resume, store, train, training
+from lora_tuner import Library, TrainConfig, climb, distributed, ladder, resume, store, train, training
 from lora_tuner.config import resolve
-from lora_tuner.errors import Elsewhere, TrainingError
+from lora_tuner.errors import ConfigError, Elsewhere, TrainingError
 from lora_tuner.trainer import _Order
 
 CLI = Path(__file__).parents[1] / "cli.py"
@@ -43,7 +43,8 @@ def settings(gpt2, reviews_csv):
 
 
 def start(settings, *more, script=CLI, launcher=("torch.distributed.run", "--standalone", "--nproc-per-node", "2")):
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    given = {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
+    options = [name if value is True else f"{name}={value}" for name, value in given.items()]
     return subprocess.Popen(
         [sys.executable, "-m", *launcher, str(script), "train", *options, *more],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CLI.parent)},
@@ -85,13 +86,15 @@ def test_two_processes_train_the_adapter_of_one(settings):
     assert not Path("runs/two").exists()
 
 
-def test_a_process_that_dies_leaves_a_checkpoint_from_which_one_alone_goes_on(settings, tmp_path):
+@pytest.mark.parametrize("streaming", [{}, pytest.param({"streaming": True, "buffer": 20}, marks=pytest.mark.slow)])
+def test_a_process_that_dies_leaves_a_checkpoint_from_which_one_alone_goes_on(settings, tmp_path, streaming):
+    settings |= streaming
     script = tmp_path / "dying.py"
     script.write_text(DYING.format(at=7))
     done = finish(start(settings, "--max-steps=12", "--name=cut", script=script))
     assert done.status != 0
     assert (
-        "Error: Another process of this run has ended, after step 7 of 12. Go on with: python cli.py train --resume cut"
+        "Error: Another process of this run has ended. It was after step 7 of 12. Go on with: python cli.py train --resume cut"
         in done.said
     )
     assert done.said.count("Error: ") == done.said.count("ChildFailedError: ") + 1
@@ -105,6 +108,28 @@ def test_a_process_that_dies_leaves_a_checkpoint_from_which_one_alone_goes_on(se
     assert max(abs(a - b) for a, b in zip(curve(whole), curve(cut), strict=True)) < 1e-5
     assert cut.manifest.result.loss == pytest.approx(whole.manifest.result.loss, abs=1e-5)
     assert resolve(TrainConfig, {}, cut.path / store.RUN).accumulation == 2
+
+
+@pytest.mark.slow
+def test_two_go_on_in_a_later_epoch_as_one_would(settings, tmp_path):
+    """An epoch has 16 steps, and the order of the second is another."""
+    script = tmp_path / "dying.py"
+    script.write_text(DYING.format(at=21))
+    finish(start(settings, "--max-steps=40", "--name=cut", script=script))
+    assert Path("runs/cut/checkpoint-21").is_dir()
+    done = finish(start({}, "--resume=cut"))
+    assert done.status == 0, done.said
+    whole = train(TrainConfig.model_validate(settings | {"max_steps": 40, "accumulation": 2, "name": "whole"}))
+    assert max(abs(a - b) for a, b in zip(curve(whole), curve(Library().get("cut")), strict=True)) < 1e-5
+
+
+@pytest.mark.slow
+def test_with_patience_no_checkpoint_is_lost_with_a_process(settings, tmp_path):
+    script = tmp_path / "dying.py"
+    script.write_text(DYING.format(at=10))
+    finish(start(settings, "--max-steps=40", "--name=cut", "--eval-every=5", "--patience=3", script=script))
+    assert Path("runs/cut/checkpoint-10/whole.json").is_file()
+    assert resume("cut").manifest.run.steps == 40
 
 
 @pytest.mark.slow
@@ -125,7 +150,7 @@ def test_asked_to_stop_all_stop_at_one_step(settings, signum):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "more", [{"method": name} for name in ("dora", "lora+", "pissa", "rslora")] + [{"dropout": 0.1}]
+    "more", [{"method": name} for name in ("dora", "eva", "lora+", "pissa", "rslora")] + [{"dropout": 0.1}]
 )
 def test_each_method_is_trained_by_two(settings, more):
     done = finish(start(settings | more, "--max-steps=20", "--name=two"))
@@ -218,6 +243,34 @@ def test_one_gpu_for_all(settings, launched):
     )
 
 
+def test_several_ranks_or_rates_at_once(settings, launched):
+    with pytest.raises(ConfigError, match="are trained by one process: leave torchrun out"):
+        climb([TrainConfig.model_validate(settings | {"rank": rank}) for rank in (2, 4)])
+    with pytest.raises(ConfigError, match="are trained by one process: leave torchrun out"):
+        ladder.resume("reviews")
+
+
+def test_more_processes_than_gpus(settings, launched):
+    launched.setattr("torch.cuda.is_available", lambda: True)
+    launched.setattr("torch.cuda.device_count", lambda: 1)
+    launched.setenv("LOCAL_WORLD_SIZE", "2")
+    assert refused(settings | {"device": "auto"}) == "2 processes would share 1 GPUs here: start one for each."
+
+
+def test_apples_gpu(settings, launched):
+    launched.setattr("torch.cuda.is_available", lambda: False)
+    launched.setattr("torch.backends.mps.is_available", lambda: True)
+    assert refused(settings | {"device": "auto"}).startswith("Apple's GPU is for one process")
+
+
+def test_who_says_what(launched):
+    assert distributed.signed("text") == "text"
+    launched.setenv("RANK", "1")
+    assert distributed.signed("text") == ""  # all find the same before they are together
+    launched.setattr(distributed, "_group", object())
+    assert distributed.signed("text") == "Process 1: text"
+
+
 def test_a_number_of_processes_that_cannot_share_a_step(settings, monkeypatch):
     config = TrainConfig.model_validate(settings | {"accumulation": 2, "name": "imdb"})
     then = SimpleNamespace(run=SimpleNamespace(processes=2))
@@ -237,12 +290,9 @@ def test_a_number_of_processes_that_cannot_share_a_step(settings, monkeypatch):
 def test_the_order_is_that_of_one_process(epoch):
     theirs = SeedableRandomSampler(range(11), data_seed=5)
     theirs.set_epoch(epoch)
-    ours = _Order(11, 1, 5)
-    ours.set_epoch(epoch)
     expected = [*theirs]
-    assert [*ours] == expected
-    shared = _Order(11, 4, 5)
-    shared.set_epoch(epoch)
+    assert [*_Order(11, 1, 5, lambda: epoch)] == expected
+    shared = _Order(11, 4, 5, lambda: epoch)
     assert [*shared] == [*expected, 11]
     assert len(shared) == 12
 

@@ -23,7 +23,7 @@ ROWS = [
     {"ladder"},
     {"training", "combine", "export", "share", "generation", "doctor"},
     {"trainer", "cost", "proof"},
-    {"job", "stream"},
+    {"job", "stream", "checkpoints"},
     {"batch"},
     {"evaluation", "report", "terminal", "decoder", "stock", "row"},
     {"bank"},

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lora_tuner import TrainConfig, resume, store, stream, train, training
 from lora_tuner.config import resolve
 from lora_tuner.data import Corpus, Counts, is_held_out, load_corpus, row_hash, usable
-from lora_tuner.errors import DataError, Notice, TrainingError
+from lora_tuner.errors import DataError, HubError, Notice, TrainingError
 from lora_tuner.stream import Place, Stream
 
 from . import tiny
@@ -156,10 +156,13 @@ def test_a_folder_is_read_file_by_file(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: Expecting value"),
         ("a.jsonl", b'{"text": "a"}\n7\n', "line 2 is neither an object nor a text"),
         ("a.csv", b"text,n\na,1\nb\n", "its header has 2 fields, line 3 has 1"),
+        ("a.jsonl", b'\n ["one",\n"two"]', "it is an array"),
+        ("a.csv", b"text;n\na;1\n", "its fields are parted by ';', where ',' is expected in a .csv file"),
+        ("a.jsonl", b'{"title": "a"}\n' * 100 + b'{"body": "b"}', "a row has text in 'body', and the first title"),
         ("a.csv", b"text,text\na,1\n", "its header names a column twice: text, text"),
         ("a.csv", b'text\n"a" b\n', "',' expected after '\"'"),
         ("a.txt", b"one\n\0\n", "line 2 holds a null"),
-        ("a.txt", b"one\n\xff\n", "is not UTF-8 (byte 4)"),
+        ("a.txt", b"one\n\xff\n", "it is not UTF-8: save it as UTF-8 and try again"),
         ("a.parquet", b"no parquet", "cannot be read"),
     ],
 )
@@ -183,11 +186,18 @@ def test_a_pipe_would_be_waited_for(tmp_path):
         ({"rows": 5}, "streaming never has all rows, of which --rows draws some"),
         ({"txt_rows": "file"}, "streaming reads a line at a time"),
         ({"epochs": 2}, "epochs are not known with streaming"),
+        ({"streaming": False, "buffer": 5}, "buffer is for streaming"),
     ],
 )
-def test_settings_that_need_all_rows(given, why):
+def test_settings_that_contradict_it(given, why):
     with pytest.raises(ValidationError, match=why):
         TrainConfig.model_validate({"streaming": True} | given)
+
+
+@pytest.mark.parametrize("given", [{"text_column": "body"}, {"where": ["body=x"]}])
+def test_columns_are_those_of_the_first_rows(rows_jsonl, given):
+    with pytest.raises(DataError, match="has no column 'body' in its first 100 rows"):
+        load_corpus(TrainConfig.model_validate({"dataset": str(rows_jsonl), "streaming": True} | given))
 
 
 # Training
@@ -233,6 +243,39 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config, stop_at):
     assert cut.manifest.data == whole.manifest.data
 
 
+def test_a_stream_that_breaks_off_leaves_a_checkpoint_to_go_on_from(config, monkeypatch):
+    whole = train(config(name="whole", max_steps=25))
+    real, read = stream.usable, []
+
+    def breaking(*given, **more):
+        for row in real(*given, **more):
+            read.append(row)
+            if len(read) == 70:
+                raise HubError("The line is dead.")
+            yield row
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stream, "usable", breaking)
+        with pytest.raises(
+            TrainingError, match=r"The line is dead\. It was after step \d+ of 25\. Go on with: .* --resume cut"
+        ):
+            train(config(name="cut", max_steps=25))
+    assert resume("cut").sha256 == whole.sha256
+
+
+def test_a_run_that_could_not_be_written_still_counts_its_rows(config, monkeypatch):
+    whole = train(config(name="whole", max_steps=8, save_every=8))
+
+    def fail(*given):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training.report, "plot_loss", fail)
+        with pytest.raises(TrainingError, match="the run is kept"):
+            train(config(name="cut", max_steps=8, save_every=8))
+    assert resume("cut").manifest.data == whole.manifest.data
+
+
 def test_the_held_out_rows_are_the_first_of_the_stream_and_never_trained_on(config, rows_jsonl):
     job = training.prepare(config(eval_rows=8))
     everything = load_corpus(TrainConfig(dataset=str(rows_jsonl)))
@@ -258,7 +301,7 @@ def test_conversations_stream_too(tmp_path, config):
 
 
 def test_from_the_hub(repos, cli):  # noqa: F811
-    short = {"rank": 2, "max-steps": 4, "max-length": 64, "eval-rows": 5, "buffer": 40}
+    short = {"rank": 2, "max-steps": 4, "max-length": 64, "eval-rows": 5, "buffer": 40, "where": "label=pos"}
     with Hub(repos) as hub:
         cli(hub, "train", "--streaming", *(f"--{name}={value}" for name, value in short.items()))
         facts = json.loads(cli(hub, "adapters", "show", "imdb", "--json").stdout)

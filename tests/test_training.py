@@ -16,13 +16,13 @@ from lora_tuner import (
     Library,
     Notice,
     Progress,
+    checkpoints,
     cost,
     evaluation,
     plan,
     resume,
     store,
     train,
-    trainer,
 )
 from lora_tuner.base_model import find_base, load_base
 from lora_tuner.config import TrainConfig, resolve
@@ -433,7 +433,7 @@ def test_checkpoints_can_be_kept(settings, tmp_path):
     train(settings(keep_checkpoints=True, save_every=3))
     checkpoint = tmp_path / "runs" / "reviews" / "checkpoint-6"
     assert store.read(checkpoint).rank == 4
-    assert (checkpoint / trainer.WHOLE).is_file()
+    assert (checkpoint / checkpoints.WHOLE).is_file()
 
 
 def test_it_runs_beside_the_main_thread(settings):

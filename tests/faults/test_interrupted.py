@@ -84,8 +84,8 @@ def test_after_its_steps_only_the_end_is_done_again(run, arguments, old, whole, 
             for name, moments in {
                 "in the next step": [(STEP_END, 3, TERM), ("lora_tuner.trainer:save_adapter", 2, INT)],
                 "in the checkpoint": [(STEP_END, 4, INT), ("lora_tuner.trainer:TrainerState.save_to_json", 2, TERM)],
-                "after the checkpoint": [(STEP_END, 6, INT), ("lora_tuner.trainer:_prune", 3, INT)],
-                "at the end": [(STEP_END, 9, INT), ("lora_tuner.trainer:_prune", 5, INT)],
+                "after the checkpoint": [(STEP_END, 6, INT), ("lora_tuner.checkpoints:prune", 3, INT)],
+                "at the end": [(STEP_END, 9, INT), ("lora_tuner.checkpoints:prune", 5, INT)],
             }.items()
         ),
     ],

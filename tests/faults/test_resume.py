@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lora_tuner import resume, store, trainer, training
+from lora_tuner import checkpoints, resume, store, training
 from lora_tuner.config import TrainConfig
 from lora_tuner.errors import ConfigError, Notice, TrainingError
 
@@ -20,7 +20,7 @@ from .moments import replaced, signalled, threads
 from .process import Ended, Fault, contents, unchanged
 from .runs import ADAPTER, HARD, MICRO_BATCH, PATIENT, RUN, STEP_END, cases, left, outcome, said_to_go_on, slow
 
-PIECES = sorted({*trainer._PIECES, trainer.WHOLE})
+PIECES = sorted({*checkpoints.PIECES, f"{checkpoints.RANDOM}.pth", checkpoints.WHOLE})
 
 
 @pytest.fixture
@@ -163,22 +163,22 @@ def test_a_checkpoint_with_a_piece_that_is_not_its_own_is_passed_over(killed, ho
         path = RUN / "checkpoint-6" / piece
         before = path.read_bytes()
         damage(path, how, other)
-        assert trainer.newest_whole(RUN, told.append) == RUN / "checkpoint-4"
+        assert checkpoints.newest_whole(RUN, told.append) == RUN / "checkpoint-4"
         (notice,) = told
         assert notice.text.startswith(f"{RUN}/checkpoint-6 is passed over: ")
-        if piece != trainer.WHOLE or how == "missing":
+        if piece != checkpoints.WHOLE or how == "missing":
             assert f": {piece} is {'missing' if how == 'missing' else 'not the one that was written'}." in notice.text
         path.write_bytes(before)
-    assert trainer.newest_whole(RUN, told.append) == RUN / "checkpoint-6"
+    assert checkpoints.newest_whole(RUN, told.append) == RUN / "checkpoint-6"
 
 
 def test_a_checkpoint_that_does_not_vouch_for_a_piece_is_passed_over(killed):
-    path = killed() / "checkpoint-6" / trainer.WHOLE
+    path = killed() / "checkpoint-6" / checkpoints.WHOLE
     hashes = json.loads(path.read_text())
-    for piece in trainer._PIECES:
+    for piece in checkpoints.PIECES:
         told: list[Any] = []
         path.write_text(json.dumps({name: it for name, it in hashes.items() if name != piece}))
-        assert trainer.newest_whole(RUN, told.append) == RUN / "checkpoint-4"
+        assert checkpoints.newest_whole(RUN, told.append) == RUN / "checkpoint-4"
         assert told == [Notice(f"{RUN}/checkpoint-6 is passed over: {piece} is missing.")]
 
 
@@ -228,7 +228,7 @@ def test_the_best_step_of_each_checkpoint_that_is_kept_stays(tmp_path):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": f"runs/x/checkpoint-{best}"}))
-    trainer._prune(tmp_path)
+    checkpoints.prune(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-6", "checkpoint-8"]
 
 
@@ -272,11 +272,12 @@ CHANGED: dict[str, Any] = {
     "rank": 2, "alpha": 3, "dropout": 0.2, "targets": "all-linear", "max_steps": 10, "batch_size": 3, "accumulation": 1,
     "learning_rate": 0.02, "schedule": "linear", "warmup": 0.1, "weight_decay": 0.1, "clip": 2.0, "eval_every": 3,
     "save_every": 3, "seed": 1, "name": "other", "device": "auto", "dtype": "bfloat16",
-    "method": "dora", "load_in": "4bit", "checkpointing": "on",
+    "streaming": True, "method": "dora", "load_in": "4bit", "checkpointing": "on",
 }  # fmt: skip
 TOGETHER: dict[str, dict[str, Any]] = {
     "eval_split": {"eval_dataset": "reviews.csv", "eval_split": "test"},
     "parent_sha256": {"parent": "x", "parent_sha256": "ab"},
+    "buffer": {"streaming": True, "buffer": 5},
     "force": {"parent": "x", "force": True},
     "patience": {"eval_every": 2, "patience": 2},
     "epochs": {"max_steps": None, "epochs": 1.0},
