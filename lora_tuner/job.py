@@ -16,7 +16,7 @@ import torch
 from transformers import set_seed
 
 from . import chat, distributed, evaluation, fast, lora, methods, store, tokens
-from .base_model import Base, load_tokenizer
+from .base_model import Base, load_tokenizer, quiet
 from .config import BATCH_SIZE_CPU, BATCH_SIZE_GPU, HELD_OUT_LENGTH, METHODS, TrainConfig, to_yaml
 from .data import Corpus, content_hash, load_corpus
 from .errors import BaseModelError, ConfigError, Listener, Notice, Progress, TrainingError, ignore
@@ -59,14 +59,16 @@ class Job:
         """From now on keep what goes into each block alone, and compute the rest again on the way back (Chen et al., 2016,
         arXiv:1604.06174). The gradients are the same. Raises TrainingError for a model that cannot."""
         try:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            with quiet():
+                self.model.gradient_checkpointing_enable({"use_reentrant": False})
         except ValueError as error:
             raise TrainingError(f"{self.base.source.name} cannot compute its activations again: {error}") from error
 
     def release(self) -> None:
         """Take the update off the base, which is then as it came."""
-        self.model.gradient_checkpointing_disable()
-        self.model.unload()
+        with quiet():
+            self.model.gradient_checkpointing_disable()
+            self.model.unload()
 
     @property
     def sequences_per_step(self) -> int:

@@ -184,6 +184,7 @@ def test_accelerate_starts_them_too(settings):
     assert Library().get("two").manifest.run.processes == 2
 
 
+@pytest.mark.slow
 def test_an_error_is_said_once(settings):
     done = finish(start(settings | {"dataset": "missing.csv"}))
     assert done.status != 0

@@ -209,7 +209,14 @@ def test_a_place_that_may_not_be_written_to_is_said_beforehand(
     assert contents(closed) == before
 
 
-@pytest.mark.parametrize("name", ["adopt in place", "train", "blend", "slim", "merge", "export"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adopt in place",
+        "train",
+        *(pytest.param(it, marks=pytest.mark.slow) for it in ("blend", "slim", "merge", "export")),
+    ],
+)
 def test_a_cache_that_may_not_be_written_to_costs_time_alone(
     name: str, closed: Path, world: Path, gpt2: Path, tmp_path: Path
 ) -> None:

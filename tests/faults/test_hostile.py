@@ -286,7 +286,7 @@ def nothing(folder: Path) -> None:
     pass
 
 
-@pytest.mark.parametrize("seeds", [range(12, 18)])
+@pytest.mark.parametrize("seeds", [range(12, 15), pytest.param(range(15, 18), marks=pytest.mark.slow)])
 def test_what_chance_makes_of_an_adapter_is_taken_or_refused_in_a_line(do, seeds):
     for it in do([(f"seed {seed}", partial(strangers.spoil_by_chance, seed=seed)) for seed in seeds], ALL):
         check(it)
