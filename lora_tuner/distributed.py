@@ -89,9 +89,9 @@ def join(device: str) -> None:
 def leave() -> None:
     """Dissolve the group when all have done their work; one that fails just ends, for here it would wait for the others."""
     global _group
-    import torch
-
     if _group is not None:
+        import torch
+
         _group = None
         torch.distributed.destroy_process_group()
 
@@ -144,9 +144,10 @@ def _together() -> Iterator[None]:
 
 
 def signed(text: str) -> str:
-    """What a process has to say, with its number unless it is the first; nothing where the first says the same."""
-    number = int(os.environ.get("RANK", "0")) if announced() > 1 else 0
-    return text if number == 0 else f"Process {number}: {text}" if _group is not None else ""
+    """What a process that was launched has to say, with its number unless it is the first; nothing before they are together, for
+    the first says the same."""
+    number = os.environ.get("RANK", "0") if "LOCAL_RANK" in os.environ else "0"
+    return text if number == "0" else f"Process {number}: {text}" if _group is not None else ""
 
 
 def shared(error: Exception) -> Exception:

@@ -23,6 +23,7 @@ from .tokens import Row, Sequences
 
 EVA_BATCHES = 4  # from which EVA learns how the text excites each layer
 EVA_SETTLED = 0.9  # how alike (cosine) directions must be from batch to batch; with PEFT's 0.99 that takes minutes
+EVA_PASSES = 12  # after so many batches they are taken as they are: of some texts they never settle
 
 
 def start(base: Base, model: Any, config: TrainConfig, sequences: Sequences) -> None:
@@ -101,11 +102,19 @@ def _from_text(base: Base, model: Any, rho: float, batches: list[dict[str, torch
     """EVA (Paischer et al., 2024, arXiv:2410.07170): begin with the directions in which the inputs of each layer vary most, and
     give more rank to layers of which these explain more."""
     settings = model.peft_config[TRAINED]
-    settings.init_lora_weights, settings.eva_config = "eva", EvaConfig(rho=rho, tau=EVA_SETTLED)
+    settled: Any = torch.tensor(
+        [EVA_SETTLED], device=base.device
+    )  # which PEFT compares with, and waits for without end
+    settings.init_lora_weights, settings.eva_config = "eva", EvaConfig(rho=rho, tau=settled)
+    passes = 0
 
     head = base.head  # found now: it tries the model, and PEFT would take that for text
 
     def read(model: Any, batch: dict[str, Any]) -> None:  # the mask is for PEFT; rows are told apart without it
+        nonlocal passes
+        passes += 1
+        if passes > EVA_PASSES:
+            settled.fill_(-1)
         with head.left_out():
             model(**{name: it for name, it in batch.items() if name != "attention_mask"}, use_cache=False)
 

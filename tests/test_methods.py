@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lora_tuner import Library, TrainConfig, evaluation, lora, resume, store, train
+from lora_tuner import Library, TrainConfig, evaluation, lora, methods, resume, store, train
 from lora_tuner.config import METHODS, MethodName, resolve
 from lora_tuner.errors import ConfigError
 from lora_tuner.evaluation import measure
@@ -187,6 +187,14 @@ def test_a_rank_that_the_layers_have_not_is_refused(on, model_folder, method):
         train(on(method, rank=33))
     assert str(error.value) == f"rank is 33, and {method} has {most} at the most here: lower --rank."
     assert not Library().names()
+
+
+def test_eva_begins_with_what_it_has_where_directions_never_settle(on, monkeypatch):
+    monkeypatch.setattr(methods, "EVA_SETTLED", 1.0)
+    job = prepare(on("eva", rank=4))
+    for layer in methods._layers(job.model):
+        (down,) = layer.lora_A.values()
+        assert torch.linalg.matrix_rank(down.weight) == len(down.weight)
 
 
 def test_eva_on_too_little_text_is_refused(on):
