@@ -58,7 +58,7 @@ METHODS: dict[MethodName, Method] = {
         2.5e-4, "Begins with the base's largest directions. What is saved is a plain LoRA of twice the rank."
     ),
     "eva": Method(
-        5e-4, "Begins with what your text excites in each layer, ranks by need; that takes a minute or more."
+        5e-4, "Begins with what your text excites in each layer, ranks by need; that takes half a minute and more."
     ),
 }
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "adapters/README.md"]
 PAGES += [
     "docs/chat.md",
+    "docs/growth.md",
     "docs/measuring.md",
     "docs/methods.md",
     "docs/other-tools.md",
