@@ -16,7 +16,7 @@ from .measure import Figure, figure
 
 CLI = Path(__file__).parents[1] / "cli.py"
 SHAPES = ((384, 1024, 6, 6, 6), (768, 2048, 12, 12, 12), (1024, 2816, 24, 16, 16))
-PROCESSES = (1, 2)
+PROCESSES = ((1, 1), (1, 2), (2, 1))  # and threads of each
 
 
 def run(rounds: int) -> list[Figure]:
@@ -31,18 +31,18 @@ def run(rounds: int) -> list[Figure]:
             note = f"{peak / 1e9:.2f} GB at the most"
             figures.append(figure(f"{found[0]['parameters'] / 1e6:.0f} million parameters", seconds, "s a step", note))
             print(figures[-1], file=sys.stderr, flush=True)
-        for many in PROCESSES:
-            plans = [_plan(f"{place}/0", many) for _ in range(rounds)]
+        for many, threads in PROCESSES:
+            plans = [_plan(f"{place}/0", many, threads) for _ in range(rounds)]
             speed, size = (
                 statistics.median(it[name] for it in plans) for name in ("tokens_per_second", "adapter_bytes")
             )
-            note = f"each of one thread; a step exchanges {size / 1e6:.1f} MB of gradients"
-            figures.append(figure(f"{many} processes", speed, "tokens/s", note))
+            note = f"a step exchanges {size / 1e6:.1f} MB of gradients" if many > 1 else ""
+            figures.append(figure(f"processes {many}, threads of each {threads}", speed, "tokens/s", note))
             print(figures[-1], file=sys.stderr, flush=True)
     return figures
 
 
-def _plan(base: str, many: int) -> dict[str, float]:
+def _plan(base: str, many: int, threads: int) -> dict[str, float]:
     given = [
         "--base",
         base,
@@ -58,7 +58,7 @@ def _plan(base: str, many: int) -> dict[str, float]:
         "4",
     ]
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(many)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     asked = [sys.executable, *start, str(CLI), "train", "--plan", "--json", *given]
     found: dict[str, float] = json.loads(subprocess.run(asked, env=env, capture_output=True, check=True).stdout)
     return found
