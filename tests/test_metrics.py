@@ -113,7 +113,7 @@ def test_what_clients_send_begins_no_line():
 def test_one_that_left_is_told_from_one_that_was_answered(gpt2, shelf, lines):
     with serving.serving(gpt2, shelf) as served, served.braked() as let:
         let(2)
-        stream = served.client().completions.create(model="a", prompt=PROMPT, max_tokens=50, stream=True)
+        stream = served.client().completions.create(model="a", stream=True, prompt=PROMPT, temperature=0, max_tokens=50)
         next(iter(stream))
         stream.close()
         served.wait(lambda: served.app.state.metrics.open == 0)
