@@ -1,6 +1,6 @@
 """How a step grows with the parameters of the base, and what a second process gives: Llamas with random weights, rank 8 on all
 linear layers, one sequence of 512 tokens a step and process, float32. With rows, tokens and rank: `data`; with
-adapters: `adapters`.
+adapters: `adapters`. A split base is refused on a CPU, and let here for the sake of the figure (`split.py`).
 """
 
 import json
@@ -14,9 +14,9 @@ from pathlib import Path
 from . import larger
 from .measure import Figure, figure
 
-CLI = Path(__file__).parents[1] / "cli.py"
+CLI, SPLIT = Path(__file__).parents[1] / "cli.py", Path(__file__).with_name("split.py")
 SHAPES = ((384, 1024, 6, 6, 6), (768, 2048, 12, 12, 12), (1024, 2816, 24, 16, 16))
-PROCESSES = ((1, 1), (1, 2), (2, 1))  # and threads of each
+PROCESSES = ((1, 1, CLI), (1, 2, CLI), (2, 1, CLI), (2, 1, SPLIT))  # threads of each, and how they begin
 
 
 def run(rounds: int) -> list[Figure]:
@@ -31,18 +31,19 @@ def run(rounds: int) -> list[Figure]:
             note = f"{peak / 1e9:.2f} GB at the most"
             figures.append(figure(f"{found[0]['parameters'] / 1e6:.0f} million parameters", seconds, "s a step", note))
             print(figures[-1], file=sys.stderr, flush=True)
-        for many, threads in PROCESSES:
-            plans = [_plan(f"{place}/0", many, threads) for _ in range(rounds)]
+        for many, threads, script in PROCESSES:
+            plans = [_plan(f"{place}/0", many, threads, script) for _ in range(rounds)]
             speed, size = (
                 statistics.median(it[name] for it in plans) for name in ("tokens_per_second", "adapter_bytes")
             )
             note = f"a step exchanges {size / 1e6:.1f} MB of gradients" if many > 1 else ""
-            figures.append(figure(f"processes {many}, threads of each {threads}", speed, "tokens/s", note))
+            split = ", base split" if script == SPLIT else ""
+            figures.append(figure(f"processes {many}, threads of each {threads}{split}", speed, "tokens/s", note))
             print(figures[-1], file=sys.stderr, flush=True)
     return figures
 
 
-def _plan(base: str, many: int, threads: int) -> dict[str, float]:
+def _plan(base: str, many: int, threads: int, script: Path) -> dict[str, float]:
     given = [
         "--base",
         base,
@@ -58,7 +59,9 @@ def _plan(base: str, many: int, threads: int) -> dict[str, float]:
         "4",
     ]
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(many)]
-    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    asked = [sys.executable, *start, str(CLI), "train", "--plan", "--json", *given]
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(CLI.parent)}
+    if script == SPLIT:
+        env |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    asked = [sys.executable, *start, str(script), "train", "--plan", "--json", *given]
     found: dict[str, float] = json.loads(subprocess.run(asked, env=env, capture_output=True, check=True).stdout)
     return found

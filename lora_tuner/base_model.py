@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import files, hub
+from . import files, hub, sharding
 from .config import DEFAULT_BASE, EMBEDDED_BASE
 from .errors import BaseModelError, HubError, Listener, Notice, ignore
 from .manifest import BaseFacts
@@ -228,7 +228,7 @@ def load_base(
     if dtype == "int8":
         lowbit.round_weights(model)
     if load_in == "full":
-        model.to(place)
+        sharding.settle(model, place)
     for layer in model.modules():
         if hasattr(
             layer, _PACKS
@@ -243,10 +243,13 @@ def _what_fits(
     """Numbers and bits as they were asked for or, where that was left open, the first that fit into the free memory."""
     import torch
 
+    if load_in not in ("auto", "full") and sharding.parts() > 1:
+        raise BaseModelError(f"--load-in {load_in} and a split base (FSDP) are two ways to hold less: choose one.")
     first = choose_dtype(dtype, place)
     kinds = [first, torch.bfloat16] if dtype == "auto" and first == torch.float32 else [first]
     ways = [(kind, "full" if load_in == "auto" else load_in) for kind in kinds]
-    if load_in == "auto" and dtype != "int8" and place.type in ("cuda", "cpu") and find_spec("bitsandbytes"):
+    fewer = load_in == "auto" and dtype != "int8" and sharding.parts() == 1
+    if fewer and place.type in ("cuda", "cpu") and find_spec("bitsandbytes"):
         ways += [(kinds[-1], "8bit"), (kinds[-1], "4bit")]
     elif load_in not in ("auto", "full") and (place.type not in ("cuda", "cpu") or not find_spec("bitsandbytes")):
         why = "is for CUDA and CPUs" if find_spec("bitsandbytes") else "needs bitsandbytes: pip install bitsandbytes"
@@ -258,6 +261,8 @@ def _what_fits(
                 notify(Notice(f"{_too_large(source, ways[0], free)}, so it is read in {_called(kind, bits)}."))
             return kind, bits
     advice = "" if "4bit" in ways[-1] else "choose --dtype bfloat16, or --load-in 4bit (bitsandbytes), or "
+    if sharding.parts() > 1:
+        advice = "choose --dtype bfloat16, or more processes, or "
     raise BaseModelError(f"{_too_large(source, ways[-1], free)}: {advice}take a smaller base.")
 
 
@@ -273,8 +278,8 @@ def _called(kind: torch.dtype, bits: str) -> str:
 
 
 def _bytes(source: Source, kind: torch.dtype, bits: str) -> int:
-    """What the weights take in memory; in 8 and 4 bits all but the embeddings and the head, with a scale for each block."""
-    share = {"full": float(kind.itemsize), "8bit": 1.01, "4bit": 0.52}[bits]
+    """What the weights take in memory; in 8 and 4 bits, or split, all but the embeddings and the head (a scale a block)."""
+    share = {"full": float(kind.itemsize), "8bit": 1.01, "4bit": 0.52}[bits] / sharding.parts()
     total = 0.0
     for name, shape in source.shapes.items():
         linear = len(shape) == 2 and not _EMBEDDING.search(name)

@@ -86,7 +86,7 @@ def step_memory(job: Job) -> tuple[int, int]:
     for block in blocks:
         block.gradient_checkpointing = False
     once, twice = _kept(job, rows[:1]), _kept(job, rows)
-    growing = max(twice - once, 0) / len(rows[1])  # bytes a token; masks and the like are there once
+    growing = max(twice - once, 0) / len(rows[1])  # bytes a token; weights and masks are there once
     for block in blocks:
         block.gradient_checkpointing = True
     if blocks:
@@ -100,24 +100,23 @@ def step_memory(job: Job) -> tuple[int, int]:
 
 
 def _kept(job: Job, rows: Sequence[tokens.Row]) -> int:
-    """Bytes that a step on one sequence of these rows keeps for its way back, beside the weights."""
+    """Bytes that a step on one sequence of these rows keeps for its way back, weights that it needs there included."""
     model, base = job.model, job.base
     batch = job.collate([rows])
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
+    kept: dict[int, tuple[Any, int]] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def keep(tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # Not by address: a split base gathers its blocks in the same place. Not the tensor: one that its own way back
+        # holds is never let go.
+        kept[storage._cdata] = storage, storage.nbytes()
 
     model.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), base.head.left_out():
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing), base.head.left_out():
         inputs = {name: tensor.to(base.device) for name, tensor in batch.items() if name != "labels"}
         output = model(**inputs, use_cache=False)
     del output
-    return sum(kept.values())
+    return sum(size for _, size in kept.values())
 
 
 def measure(job: Job) -> Plan:

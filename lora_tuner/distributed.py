@@ -1,8 +1,8 @@
 """One run on several processes, as torchrun or accelerate starts them: who is the first of them, and what all agree on.
 
-Surprise: without a GPU, Trainer takes what torchrun has started for so many single runs, each alone in the same folder, and
-drops a sharding plan without a word. So the group is formed before anything else is done, its size is compared with the one
-that was announced, and sharding is refused. Alone, all of this does nothing. Limit: each process holds the whole base.
+Surprise: without a GPU, Trainer takes what torchrun has started for so many single runs, each alone in the same folder. So the
+group is formed before anything else is done, and its size is compared with the one that was announced. Alone, all of this does
+nothing. Each process holds the whole base, unless it is split (`sharding`).
 """
 
 import contextlib
@@ -17,7 +17,6 @@ from .errors import Elsewhere, LoraTunerError, LostError, TrainingError
 Found = TypeVar("Found")
 
 _PATIENCE = timedelta(days=7)  # for the first process, which downloads and prepares while the others wait
-_SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 _LAUNCH = "start all of them with torchrun or accelerate launch"
 _group: Any = None  # over gloo, whatever carries the gradients
 
@@ -61,11 +60,6 @@ def join(device: str) -> None:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not on_cpu and here > torch.cuda.device_count():
         raise TrainingError(f"{here} processes would share {torch.cuda.device_count()} GPUs here: start one for each.")
-    if asked := [name for name in _SHARDING if os.environ.get(name, "").lower() in ("1", "true")]:
-        raise TrainingError(
-            f"{asked[0]} asks for a sharded model, and each process trains a whole one: leave it out, and where the base is too "
-            "large for one device, choose --load-in 4bit."
-        )
     if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise TrainingError(
             f"WORLD_SIZE announces {announced()} processes, and {missing[0]} is not set, so they would not find each other: "

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from . import distributed, files, lora, store, tokens
+from . import distributed, files, lora, sharding, store, tokens
 from .bank import AdapterBank
 from .base_model import Base
 from .config import HELD_OUT_LENGTH, TrainConfig
@@ -81,12 +81,17 @@ def measure(
     nll = [0.0] * len(share)
     batch_tokens = batch_tokens or (BATCH_TOKENS_CPU if base.device.type == "cpu" else BATCH_TOKENS_GPU)
     done = 0
-    for batch in _batches(share, batch_tokens):
+    batches = [*_batches(share, batch_tokens)]
+    # A block of a split base is gathered by all or by none, so who is done reads on.
+    idle = int(distributed.most(len(batches))) - len(batches) if sharding.parts() > 1 else 0
+    for batch in batches:
         each = turn(partial(_nll, model, base, [share[index] for index in batch], within))
         for index, value in zip(batch, each, strict=True):
             nll[index] = value
         done += len(batch)
         notify(Progress(stage, done, len(share)))
+    for _ in range(idle):
+        _nll(model, base, rows[:1], within)
     whole = [0.0] * len(rows)
     for first, part in enumerate(distributed.gather(nll)):
         whole[first :: distributed.size()] = part
@@ -103,7 +108,7 @@ def _nll(
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), base.head.left_out(), within():
+        with torch.no_grad(), base.head.left_out(), within():
             inputs = tokens.collate([[row] for row in rows], base.tokenizer.pad_token_id)
             labels = inputs.pop("labels").to(base.device)
             output = model(**{name: tensor.to(base.device) for name, tensor in inputs.items()}, use_cache=False)

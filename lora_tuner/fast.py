@@ -87,7 +87,7 @@ class Head:
             ids = torch.arange(3, device=self.module.weight.device)[None] + len(self.module.weight) // 2
             training = model.training
             model.eval()  # dropout would change the figures, and use up random numbers
-            with torch.inference_mode():
+            with torch.no_grad():  # what a split base gathers in inference mode could not be trained on
                 logits = model(input_ids=ids, use_cache=False).logits
                 with self.left_out():
                     hidden = model(input_ids=ids, use_cache=False).logits

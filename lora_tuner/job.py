@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from . import chat, distributed, evaluation, fast, lora, methods, store, tokens
+from . import chat, distributed, evaluation, fast, lora, methods, sharding, store, tokens
 from .base_model import Base, load_tokenizer, quiet
 from .config import BATCH_SIZE_CPU, BATCH_SIZE_GPU, HELD_OUT_LENGTH, METHODS, TrainConfig, to_yaml
 from .data import Corpus, content_hash, load_corpus
@@ -225,6 +225,11 @@ def _begin(job: Job) -> Job:
     base, config = job.base, job.config
     if config.learning_rate is None:
         config = config.model_copy(update={"learning_rate": METHODS[config.method].learning_rate})
+    if config.method in ("dora", "eva") and sharding.parts() > 1:
+        error = ConfigError(
+            f"{config.method} begins with all of the base, and no process has it: choose another --method."
+        )
+        raise distributed.shared(error)
     set_seed(config.seed)
     model = lora.wrap(base, config, job.parent)
     if config.method == "eva":
@@ -326,7 +331,7 @@ def _logits(base: Base, *rows: tokens.Row, bounds: bool = False) -> torch.Tensor
     """(tokens, vocabulary) of rows in one sequence."""
     batch = tokens.collate([rows], base.tokenizer.pad_token_id, bounds=bounds)
     batch.pop("labels")
-    with torch.inference_mode():
+    with torch.no_grad():
         found = base.model(**{name: tensor.to(base.device) for name, tensor in batch.items()}, use_cache=False).logits
     alone: torch.Tensor = found[0].float().cpu()
     return alone

@@ -160,8 +160,9 @@ def weights(model: PeftModel) -> dict[str, torch.Tensor]:
     """The tensors of the adapter that is trained, as PEFT names them on disk, on the CPU."""
     from peft import get_peft_model_state_dict
 
-    # "auto" would ask the Hub whether the vocabulary has grown.
-    state = get_peft_model_state_dict(model, adapter_name=TRAINED, save_embedding_layers=False)
+    # Not of the whole state: a split base would let go of what others hold. "auto" would ask the Hub for the vocabulary.
+    learnt = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    state = get_peft_model_state_dict(model, learnt, adapter_name=TRAINED, save_embedding_layers=False)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(state.items())}
 
 

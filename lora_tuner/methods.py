@@ -14,7 +14,7 @@ from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 
-from . import tokens
+from . import sharding, tokens
 from .base_model import Base, quiet
 from .config import LORA_PLUS_RATIO, TrainConfig
 from .errors import ConfigError
@@ -63,7 +63,7 @@ def _layers(model: Any) -> list[Any]:
 def _from_principal(layer: Any, rank: int) -> None:
     """PiSSA (Meng et al., 2024, arXiv:2404.02948): learn the `rank` largest directions of the weight itself."""
     base = layer.get_base_layer()
-    weight = dequantize_module_weight(base).detach().float()
+    weight = sharding.whole(dequantize_module_weight(base).detach()).float()
     if layer.fan_in_fan_out:
         weight = weight.T
     more = min(rank + 16, *weight.shape)  # than are kept: the last of those that are found are not exact

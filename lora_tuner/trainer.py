@@ -34,7 +34,7 @@ from transformers import (
 )
 from transformers.integrations.integration_utils import TensorBoardCallback, get_available_reporting_integrations
 
-from . import checkpoints, distributed, evaluation, files, lora, methods
+from . import checkpoints, distributed, evaluation, files, lora, methods, sharding
 from .config import TrainConfig
 from .data import row_hash
 from .errors import (
@@ -246,6 +246,11 @@ class _LoraTrainer(Trainer):
         multiple = self.job.batch_size * distributed.size() if distributed.size() > 1 else 1
         count, in_epoch = len(self.job.sequences), self.job.steps_per_epoch or 1
         return _Order(count, multiple, self.job.config.seed, lambda: self.state.global_step // in_epoch)
+
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        if sharding.parts() > 1 and training:  # accelerate would refuse it
+            return sharding.wrap(model, self.job.base.device)
+        return super()._wrap_model(model, training, dataloader)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         with self.job.base.head.left_out():

@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from . import checkpoints, cost, distributed, evaluation, files, lora, report, store, trainer
+from . import checkpoints, cost, distributed, evaluation, files, lora, report, sharding, store, trainer
 from .config import TrainConfig, resolve, to_yaml
 from .cost import Plan
 from .data import default_name
@@ -138,6 +138,7 @@ def plan(config: TrainConfig, notify: Listener = ignore) -> Plan:
 
 def _joined(config: TrainConfig, notify: Listener) -> Listener:
     """Who hears of the run: of several processes, the first."""
+    sharding.join(config.device)
     distributed.join(config.device)
     return notify if distributed.rank() == 0 else ignore
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -185,6 +186,19 @@ def test_accelerate_starts_them_too(settings):
 
 
 @pytest.mark.slow
+def test_two_machines_with_a_launcher_each(settings):
+    """Both are this one here: what matters is that each process is the first of its machine."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    how = f"torch.distributed.run --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint localhost:{port} --node-rank"
+    both = [start(settings, "--max-steps=20", "--name=two", launcher=(*how.split(), rank)) for rank in "01"]
+    for done in map(finish, both):
+        assert done.status == 0, done.said
+    one = train(TrainConfig.model_validate(settings | {"max_steps": 20, "accumulation": 2, "name": "one"}))
+    assert max(abs(a - b) for a, b in zip(curve(one), curve(Library().get("two")), strict=True)) < 1e-5
+
+
+@pytest.mark.slow
 def test_an_error_is_said_once(settings):
     done = finish(start(settings | {"dataset": "missing.csv"}))
     assert done.status != 0
@@ -227,15 +241,6 @@ def test_a_world_that_nobody_started(settings, launched, missing):
 def test_a_world_of_no_number(settings, launched):
     launched.setenv("WORLD_SIZE", "two")
     assert refused(settings) == "WORLD_SIZE is 'two', and should be a number."
-
-
-@pytest.mark.parametrize("plan", ["FSDP", "DEEPSPEED"])
-def test_a_sharded_model(settings, launched, plan):
-    launched.setenv(f"ACCELERATE_USE_{plan}", "true")
-    assert refused(settings) == (
-        f"ACCELERATE_USE_{plan} asks for a sharded model, and each process trains a whole one: leave it out, and where the base "
-        "is too large for one device, choose --load-in 4bit."
-    )
 
 
 def test_one_gpu_for_all(settings, launched):

@@ -1,5 +1,6 @@
 """Bases that are larger than memory likes: fewer bits, and activations that are computed again."""
 
+import gc
 import json
 import re
 from dataclasses import replace
@@ -187,6 +188,19 @@ def test_activations_computed_again_change_no_bit(folder, settings, bits):
     )
     assert kept.sha256 == again.sha256
     assert "checkpointing: 'on'" in (again.path / "run.yaml").read_text()
+
+
+def test_counting_what_a_step_keeps_keeps_nothing(folder, settings):
+    job = prepare(settings(base=str(folder)))
+
+    def tensors():
+        gc.collect()
+        return sum(isinstance(it, torch.Tensor) for it in gc.get_objects())
+
+    cost.step_memory(job)
+    before = tensors()
+    cost.step_memory(job)
+    assert tensors() == before
 
 
 def test_activations_computed_again_are_not_kept(folder, settings):

@@ -30,7 +30,7 @@ ROWS = [
     {"updates", "methods"},
     {"lora", "library", "portable"},
     {"data", "base_model", "store"},
-    {"fast", "lowbit", "drawing"},
+    {"fast", "lowbit", "drawing", "sharding"},
     {"distributed", "tokens", "hub", "files", "manifest", "tables"},
     {"config", "chat"},
     {"errors"},

@@ -1,0 +1,219 @@
+"""A base that two processes hold together: the adapter is that of a whole base. On a CPU it is refused; here it is let."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_tuner import Library, TrainConfig, distributed, resume, sharding, store, train
+from lora_tuner.base_model import find_base, load_base
+from lora_tuner.errors import BaseModelError, ConfigError, TrainingError
+
+from .test_distributed import DYING, SHORT, curve, finish, start
+
+ON_A_CPU = """
+import sys
+from lora_tuner import evaluation, sharding
+
+def settle(model, place, settle=sharding.settle):
+    settle(model, place)
+    held = sum(getattr(it, "to_local", lambda it=it: it)().numel() for it in model.parameters())
+    print("It holds", held, file=sys.stderr)
+
+sharding.DEVICES, sharding.settle = ("cpu",), settle
+evaluation.BATCH_TOKENS_CPU = 64
+"""
+SPLIT = ON_A_CPU + "from lora_tuner.cli import app\napp()\n"
+PLAN = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+@pytest.fixture
+def settings(model_folder, reviews_csv):
+    return SHORT | {"base": str(model_folder), "dataset": str(reviews_csv)}
+
+
+@pytest.fixture
+def split(tmp_path, monkeypatch):
+    """Start a command on two processes with a split base."""
+    path = tmp_path / "split.py"
+
+    def run(settings, *more, script=SPLIT, **plan):
+        path.write_text(script)
+        with monkeypatch.context() as patch:
+            for name, value in (PLAN | plan).items():
+                patch.setenv(name, value)
+            return finish(start(settings, *more, script=path))
+
+    return run
+
+
+def test_it_trains_the_adapter_of_a_whole_base(settings, split):
+    """The same 50 steps. Of nine held-out rows one process has fewer batches, and must read on with the other."""
+    done = split(settings, "--max-steps=50", "--eval-every=20", "--name=two", "--json")
+    assert done.status == 0, done.said
+    assert "Warning" not in done.said
+    model = load_base(find_base(settings["base"]), "cpu").model
+    blocks = sum(it.numel() for name, it in model.named_parameters() if re.search(r"\.(h|layers)\.", name))
+    held = sum(it.numel() for it in model.parameters()) - blocks // 2
+    assert re.findall(r"It holds (\d+)", done.said) == [str(held)] * 2
+    two = Library().get("two")
+    assert json.loads(done.out)["weights"]["sha256"] == two.sha256
+    given = {"max_steps": 50, "accumulation": 2, "eval_every": 20, "name": "one"}
+    one = train(TrainConfig.model_validate(settings | given))
+    assert max(abs(a - b) for a, b in zip(curve(one), curve(two), strict=True)) < 1e-5
+    ours, theirs = (load_file(it.path / store.WEIGHTS) for it in (one, two))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in ours)
+    for figure in ("base_loss", "loss", "gain", "standard_error"):
+        assert getattr(two.manifest.result, figure) == pytest.approx(getattr(one.manifest.result, figure), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_who_is_left_alone_has_a_checkpoint_and_goes_on_with_a_whole_base(settings, split):
+    done = split(settings, "--max-steps=12", "--name=cut", script=ON_A_CPU + DYING.format(at=7))
+    assert done.status != 0
+    assert "It was after step 7 of 12. Go on with: python cli.py train --resume cut" in done.said
+    cut = resume("cut")
+    whole = train(TrainConfig.model_validate(settings | {"max_steps": 12, "accumulation": 2, "name": "whole"}))
+    assert max(abs(a - b) for a, b in zip(curve(whole), curve(cut), strict=True)) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--method=pissa"],
+        ["--method=lora+", "--accumulation=2"],
+        ["--method=rslora", "--dropout=0.1"],
+        ["--checkpointing=on"],
+        ["--eval-every=5", "--patience=2"],
+        ["--streaming", "--buffer=20"],
+        ["--save-every=4", "--targets=attention"],
+    ],
+    ids=lambda more: more[0],
+)
+def test_what_else_is_asked_of_it(settings, split, more):
+    done = split(settings, "--max-steps=12", "--name=two", *more)
+    assert done.status == 0, done.said
+    assert Library().get("two").manifest.result.gain > 0
+
+
+@pytest.mark.slow
+def test_blocks_may_stay_gathered(settings, split):
+    done = split(settings, "--max-steps=12", "--eval-every=5", "--name=two", FSDP_RESHARD_AFTER_FORWARD="false")
+    assert done.status == 0, done.said
+    assert Library().get("two").manifest.result.gain > 0
+
+
+@pytest.mark.slow
+def test_the_plan_of_the_docs_is_kept(settings, tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "scale.md").read_text()
+    plan = re.search(r"```yaml\n(distributed_type: FSDP.*?)```", text, re.DOTALL)[1]
+    (tmp_path / "fsdp.yaml").write_text(plan.replace("num_processes: 8", "num_processes: 2"))
+    script = tmp_path / "split.py"
+    script.write_text(SPLIT)
+    how = ("accelerate.commands.launch", "--config_file", str(tmp_path / "fsdp.yaml"))
+    done = finish(start(settings, "--max-steps=5", "--name=two", script=script, launcher=how))
+    assert done.status == 0, done.said
+    assert len(re.findall("It holds", done.said)) == 2
+    assert Library().get("two").manifest.run.processes == 2
+
+
+@pytest.mark.slow
+def test_what_was_learnt_is_taken_further(settings, split):
+    train(TrainConfig.model_validate(settings | {"max_steps": 5, "name": "one"}))
+    done = split(settings, "--from=one", "--max-steps=5", "--name=two")
+    assert done.status == 0, done.said
+    assert Library().get("two").manifest.parents[0].name == "one"
+
+
+# What is refused
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(sharding, "_plan", None)
+    for name, value in PLAN.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_on_a_cpu(planned, device):
+    planned.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(TrainingError) as error:
+        sharding.join(device)
+    assert str(error.value) == (
+        "ACCELERATE_USE_FSDP splits the base over GPUs, and these processes run on the CPU: leave it out, and each holds the "
+        "whole base."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("WORLD_SIZE", "1", "ACCELERATE_USE_FSDP splits the base over processes, and there is one: leave it out."),
+        ("FSDP_VERSION", "1", "accelerate's FSDP settings are of version 1: set fsdp_version to 2."),
+        ("FSDP_VERSION", "two", "accelerate cannot read its FSDP settings: invalid literal"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "accelerate's FSDP settings have fsdp_offload_params: leave it out."),
+        (
+            "FSDP_ACTIVATION_CHECKPOINTING",
+            "true",
+            "accelerate's FSDP settings have fsdp_activation_checkpointing: give --checkpointing on in its place.",
+        ),
+        ("FSDP_IGNORED_MODULES", ".*mlp", "accelerate's FSDP settings have fsdp_ignored_modules: leave it out."),
+        ("FSDP_AUTO_WRAP_POLICY", "NO_WRAP", "set fsdp_auto_wrap_policy to TRANSFORMER_BASED_WRAP"),
+        (
+            "ACCELERATE_USE_DEEPSPEED",
+            "true",
+            "ACCELERATE_USE_DEEPSPEED is set, and a base is split by FSDP2 alone here",
+        ),
+        ("ACCELERATE_USE_MEGATRON_LM", "1", "ACCELERATE_USE_MEGATRON_LM is set"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "ACCELERATE_USE_PARALLELISM_CONFIG is set"),
+    ],
+)
+def test_plans_that_cannot_be_kept(planned, name, value, problem):
+    planned.setenv(name, value)
+    with pytest.raises(TrainingError) as error:
+        sharding.join("auto")
+    assert problem in str(error.value)
+    assert sharding.parts() == 1
+
+
+def test_a_plan_is_taken_before_trainer_sees_it(planned):
+    sharding.join("auto")
+    planned.setattr(distributed, "size", lambda: 2)
+    assert sharding.parts() == 2
+    assert "ACCELERATE_USE_FSDP" not in os.environ
+
+
+def test_a_base_without_the_blocks_of_the_plan(planned, gpt2):
+    planned.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaDecoderLayer")
+    sharding.join("auto")
+    planned.setattr(distributed, "size", lambda: 2)
+    with pytest.raises(
+        TrainingError, match="This base has no blocks called LlamaDecoderLayer, by which it could be split"
+    ):
+        load_base(find_base(str(gpt2)), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("more", "kind", "problem"),
+    [
+        ({"method": "dora"}, ConfigError, "dora begins with all of the base"),
+        ({"method": "eva"}, ConfigError, "eva begins with all of the base"),
+        ({"load_in": "4bit"}, BaseModelError, "--load-in 4bit and a split base (FSDP) are two ways to hold less"),
+    ],
+)
+def test_what_needs_a_whole_base(settings, monkeypatch, more, kind, problem):
+    monkeypatch.setattr(sharding, "parts", lambda: 2)
+    monkeypatch.setattr(sharding, "settle", lambda model, place: None)
+    with pytest.raises(kind) as error:
+        train(TrainConfig.model_validate(settings | more))
+    assert problem in str(error.value)
