@@ -173,6 +173,17 @@ def most(value: float) -> float:
     return found.item()
 
 
+def wrap(model: Any, place: Any) -> Any:
+    """A model whose gradients are averaged over all processes. What is frozen is left alone: all have it, and where it is split
+    accelerate would refuse it."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    frozen += [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+    return DistributedDataParallel(model, device_ids=None if place.type == "cpu" else [place])
+
+
 def sum_gradients(parameters: Any) -> None:
     """Add up the gradients of all processes, as a step of training does."""
     if _group is not None:

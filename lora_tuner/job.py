@@ -205,7 +205,13 @@ def _open_base(config: TrainConfig, parent: Adapter | None, notify: Listener) ->
         return {"base": source.name, "revision": source.revision, "dtype": dtype, "load_in": bases[0].load_in}
 
     decided = distributed.once(decide)
-    return bases[0] if bases else lora.open_base(None, **decided, device=config.device)
+    base = bases[0] if bases else lora.open_base(None, **decided, device=config.device)
+    if distributed.size() > 1 and len(set(distributed.gather(base.source.fingerprint))) > 1:
+        error = TrainingError(
+            f"The processes have different weights under the name {base.source.name}: give all the same."
+        )
+        raise distributed.shared(error)
+    return base
 
 
 def renew(job: Job, config: TrainConfig) -> Job:

@@ -100,14 +100,3 @@ def settle(model: Any, place: Any) -> None:
 def whole(weight: Any) -> Any:
     """All of a weight of which this process may hold a part; the others must ask for it too."""
     return weight if parts() == 1 or not hasattr(weight, "full_tensor") else weight.full_tensor()
-
-
-def wrap(model: Any, place: Any) -> Any:
-    """A model on a split base as Trainer should have it: what is trained is the same in each process, and its gradients are
-    averaged, as on a whole base."""
-    from torch.nn.parallel import DistributedDataParallel
-
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    frozen += [name for name, _ in model.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
-    return DistributedDataParallel(model, device_ids=None if place.type == "cpu" else [place])

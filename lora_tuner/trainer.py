@@ -34,7 +34,7 @@ from transformers import (
 )
 from transformers.integrations.integration_utils import TensorBoardCallback, get_available_reporting_integrations
 
-from . import checkpoints, distributed, evaluation, files, lora, methods, sharding
+from . import checkpoints, distributed, evaluation, files, lora, methods
 from .config import TrainConfig
 from .data import row_hash
 from .errors import (
@@ -146,10 +146,11 @@ def _arguments(job: Job, folder: Path) -> TrainingArguments:
         report_to=[tracker for tracker in config.report_to if tracker != "tensorboard"],
         run_name=config.name,
     )
+    # Left to itself, Trainer takes the first GPU, or splits batches over all of them by DataParallel; and of several processes on
+    # a CPU each copies the base to a device of its own.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    arguments.__dict__["_setup_devices"] = job.base.device
     if job.base.device.type == "cuda":
-        # Left to itself, Trainer takes the first GPU, or splits batches over all of them by DataParallel.
-        arguments._n_gpu = min(1, arguments.n_gpu)
-        arguments.__dict__["_setup_devices"] = job.base.device
         torch.cuda.set_device(job.base.device)
     if arguments.world_size != distributed.size():
         raise TrainingError(f"Trainer finds {arguments.world_size} processes, and there are {distributed.size()}.")
@@ -248,8 +249,8 @@ class _LoraTrainer(Trainer):
         return _Order(count, multiple, self.job.config.seed, lambda: self.state.global_step // in_epoch)
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
-        if sharding.parts() > 1 and training:  # accelerate would refuse it
-            return sharding.wrap(model, self.job.base.device)
+        if distributed.size() > 1 and training:
+            return distributed.wrap(model, self.job.base.device)
         return super()._wrap_model(model, training, dataloader)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

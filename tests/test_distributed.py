@@ -243,6 +243,14 @@ def test_a_world_of_no_number(settings, launched):
     assert refused(settings) == "WORLD_SIZE is 'two', and should be a number."
 
 
+def test_different_weights_under_one_name(settings, launched):
+    launched.setattr(distributed, "join", lambda device: None)
+    launched.setattr(distributed, "size", lambda: 2)
+    launched.setattr(distributed, "gather", lambda value: [value, "other"])
+    with pytest.raises(TrainingError, match="The processes have different weights under the name"):
+        train(TrainConfig.model_validate(settings))
+
+
 def test_one_gpu_for_all(settings, launched):
     assert refused(settings | {"device": "cuda:0"}) == (
         "--device cuda:0 is one GPU for all processes: leave it out, and each takes its own."
