@@ -282,8 +282,8 @@ def _bytes(source: Source, kind: torch.dtype, bits: str) -> int:
     share = {"full": float(kind.itemsize), "8bit": 1.01, "4bit": 0.52}[bits] / sharding.parts()
     total = 0.0
     for name, shape in source.shapes.items():
-        linear = len(shape) == 2 and not _EMBEDDING.search(name)
-        total += math.prod(shape) * (share if linear else kind.itemsize)
+        block = not _EMBEDDING.search(name) and (bits == "full" or len(shape) == 2)
+        total += math.prod(shape) * (share if block else kind.itemsize)
     return int(total)
 
 

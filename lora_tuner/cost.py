@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import distributed, evaluation, lora, tokens
+from . import distributed, evaluation, lora, sharding, tokens
 from .base_model import free_memory
 from .config import PATIENCE_MINUTES
 from .errors import Notice, Progress, TrainingError
@@ -79,7 +79,8 @@ def step_memory(job: Job) -> tuple[int, int]:
     """Tokens of the longest batch, and bytes that its step takes at least beyond what is in memory.
 
     What a step keeps for its way back grows with its tokens, so it is counted on a few; the rest (the optimizer's two
-    copies, the gradients) is known. With checkpointing, it is what goes into each block, and all of one block.
+    copies, the gradients, blocks of a split base) is known. With checkpointing, it is what goes into each block, and all of
+    one block.
     """
     rows = tokens.probe(len(job.base.tokenizer))
     blocks = [block for block in job.model.modules() if getattr(block, "gradient_checkpointing", None) is True]
@@ -96,7 +97,7 @@ def step_memory(job: Job) -> tuple[int, int]:
     if job.config.streaming:  # of which these are the first
         longest, count = job.config.max_length, job.batch_size
     many = min(job.batch_size, count) * longest
-    return many, int(SLACK * growing * many) + 3 * 4 * lora.counts(job.model)[0]
+    return many, int(SLACK * growing * many) + 3 * 4 * lora.counts(job.model)[0] + sharding.gathered()
 
 
 def _kept(job: Job, rows: Sequence[tokens.Row]) -> int:

@@ -60,6 +60,10 @@ def join(device: str) -> None:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not on_cpu and here > torch.cuda.device_count():
         raise TrainingError(f"{here} processes would share {torch.cuda.device_count()} GPUs here: start one for each.")
+    if (compiled := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO")).upper() != "NO":
+        raise TrainingError(
+            f"ACCELERATE_DYNAMO_BACKEND={compiled} would not be kept by several processes: set it to no."
+        )
     if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise TrainingError(
             f"WORLD_SIZE announces {announced()} processes, and {missing[0]} is not set, so they would not find each other: "

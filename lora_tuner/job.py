@@ -233,7 +233,7 @@ def _begin(job: Job) -> Job:
         config = config.model_copy(update={"learning_rate": METHODS[config.method].learning_rate})
     if config.method in ("dora", "eva") and sharding.parts() > 1:
         error = ConfigError(
-            f"{config.method} begins with all of the base, and no process has it: choose another --method."
+            f"{config.method} looks at all of the base before it begins, and no process has that: choose another --method."
         )
         raise distributed.shared(error)
     set_seed(config.seed)

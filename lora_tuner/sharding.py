@@ -5,7 +5,8 @@ Adapter, embeddings and head are whole in each process, so that loss, checkpoint
 
 Surprise: Trainer and accelerate would split the adapter as well, and without a GPU drop the plan without a word. So it is
 taken out of the environment before they look. Price: a block is read by all at once or by none, so that all must read alike,
-the held-out rows too. Limit: bases in full numbers, and methods that begin without looking at them.
+the held-out rows too. Limit: bases in full numbers. Main memory is not counted, into which
+each process reads its base before it keeps its part.
 """
 
 import os
@@ -19,12 +20,13 @@ DEVICES = ("cuda",)
 _ASKED = "ACCELERATE_USE_FSDP"
 _OTHERS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
 _UNKNOWN = {  # what accelerate's plan can ask for and is not done here, and what to do
-    "FSDP_OFFLOAD_PARAMS": "leave it out",
-    "FSDP_ACTIVATION_CHECKPOINTING": "give --checkpointing on in its place",
+    "FSDP_OFFLOAD_PARAMS": "set it to false",
+    "FSDP_ACTIVATION_CHECKPOINTING": "set it to false, and give --checkpointing on",
     "FSDP_IGNORED_MODULES": "leave it out",
 }
 _POLICY, _BY_BLOCK = "FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP"
 _plan: Any = None  # accelerate's FullyShardedDataParallelPlugin
+_largest = 0  # bytes of the largest block
 
 
 def join(device: str) -> None:
@@ -52,10 +54,12 @@ def join(device: str) -> None:
         raise TrainingError(f"A base is split by its blocks: set {_POLICY.lower()} to {_BY_BLOCK}.")
     try:
         plan = FullyShardedDataParallelPlugin()
-    except (ValueError, ImportError) as error:
+    except (ValueError, KeyError, ImportError) as error:
         raise TrainingError(f"accelerate cannot read its FSDP settings: {error}") from error
     if plan.fsdp_version != 2:
         raise TrainingError("accelerate's FSDP settings are of version 1: set fsdp_version to 2.")
+    if not plan.reshard_after_forward:
+        raise TrainingError("Without fsdp_reshard_after_forward each GPU would gather the whole base: set it to true.")
     for name, advice in _UNKNOWN.items():
         if _is_on(name):
             raise TrainingError(f"accelerate's FSDP settings have {name.lower()}: {advice}.")
@@ -64,7 +68,7 @@ def join(device: str) -> None:
 
 
 def _is_on(name: str) -> bool:
-    return os.environ.get(name, "").lower() not in ("", "0", "false", "no", "off", "none")
+    return os.environ.get(name, "").lower() not in ("", "0", "f", "false", "n", "no", "off", "none")
 
 
 def parts() -> int:
@@ -75,8 +79,9 @@ def parts() -> int:
 def settle(model: Any, place: Any) -> None:
     """Bring a base in the main memory to its device: whole, or this process's part of it, block by block.
 
-    Raises TrainingError for a base without the blocks that the plan names.
+    Raises TrainingError for a base without the blocks that the plan names, or with some that share weights.
     """
+    global _largest
     if parts() == 1:
         model.to(place)
         return
@@ -85,16 +90,36 @@ def settle(model: Any, place: Any) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    names = _plan.transformer_cls_names_to_wrap or model._no_split_modules or ()
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
-    if not blocks:
-        raise TrainingError(f"This base has no blocks called {', '.join(names) or 'so'}, by which it could be split.")
+    blocks = _blocks(model)
+    held = [parameter for block in blocks for parameter in block.parameters()]
+    if len(set(held)) < len(held):
+        raise TrainingError("The blocks of this base share weights, so it cannot be split: leave FSDP out.")
+    _largest = max(sum(it.numel() * it.itemsize for it in block.parameters()) for block in blocks)
+    others = set(model.parameters()) - set(held)
     mesh = init_device_mesh(place.type, (parts(),))
-    others = set(model.parameters()) - {parameter for block in blocks for parameter in block.parameters()}
     for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=_plan.reshard_after_forward)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
     model.to(place)
     fully_shard(model.base_model, mesh=mesh, ignored_params=others)  # it fetches a block while the one before computes
+
+
+def _blocks(model: Any) -> list[Any]:
+    """The blocks that the plan names, or else the model; of those within each other the outermost."""
+    named = [name.strip() for name in _plan.transformer_cls_names_to_wrap or () if name.strip()]
+    names = named or model._no_split_modules or ()
+    if missing := set(named) - {type(module).__name__ for module in model.modules()}:
+        raise TrainingError(f"This base has no blocks called {sorted(missing)[0]}, by which it could be split.")
+    blocks = {path: module for path, module in model.named_modules() if type(module).__name__ in names}
+    inner = {path for path in blocks for outer in blocks if path.startswith(f"{outer}.")}
+    if not blocks:
+        raise TrainingError("This base does not name its blocks: set fsdp_transformer_layer_cls_to_wrap.")
+    return [block for path, block in blocks.items() if path not in inner]
+
+
+def gathered() -> int:
+    """Bytes of the blocks that a step of a split base has whole at a time: one that computes, the next, which arrives, and what
+    that one is copied from."""
+    return 3 * _largest if parts() > 1 else 0
 
 
 def whole(weight: Any) -> Any:

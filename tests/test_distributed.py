@@ -232,6 +232,13 @@ def test_a_world_that_is_not_the_announced_one(settings, launched):
     )
 
 
+def test_compiling_that_would_not_be_kept(settings, launched):
+    launched.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    assert refused(settings) == (
+        "ACCELERATE_DYNAMO_BACKEND=INDUCTOR would not be kept by several processes: set it to no."
+    )
+
+
 @pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
 def test_a_world_that_nobody_started(settings, launched, missing):
     launched.delenv(missing)

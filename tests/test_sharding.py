@@ -4,25 +4,32 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from lora_tuner import Library, TrainConfig, distributed, resume, sharding, store, train
-from lora_tuner.base_model import find_base, load_base
+from lora_tuner.base_model import _bytes, find_base, load_base
 from lora_tuner.errors import BaseModelError, ConfigError, TrainingError
 
 from .test_distributed import DYING, SHORT, curve, finish, start
 
 ON_A_CPU = """
+import atexit
 import sys
 from lora_tuner import evaluation, sharding
 
 def settle(model, place, settle=sharding.settle):
     settle(model, place)
-    held = sum(getattr(it, "to_local", lambda it=it: it)().numel() for it in model.parameters())
-    print("It holds", held, file=sys.stderr)
+    tell(model)
+    atexit.register(tell, model)
+
+def tell(model):
+    frozen = [it for it in model.parameters() if not it.requires_grad]
+    held = sum(getattr(it, "to_local", lambda it=it: it)().numel() for it in frozen)
+    sys.stderr.write(f"It holds {held}\\n")  # at once: there are two
 
 sharding.DEVICES, sharding.settle = ("cpu",), settle
 evaluation.BATCH_TOKENS_CPU = 64
@@ -51,15 +58,20 @@ def split(tmp_path, monkeypatch):
     return run
 
 
+def check_shares(done, settings):
+    """Each process holds half of the blocks when it begins, and when it ends."""
+    model = load_base(find_base(settings["base"]), "cpu").model
+    blocks = sum(it.numel() for name, it in model.named_parameters() if re.search(r"\.(h|layers)\.", name))
+    held = sum(it.numel() for it in model.parameters()) - blocks // 2
+    assert re.findall(r"It holds (\d+)", done.said) == [str(held)] * 4
+
+
 def test_it_trains_the_adapter_of_a_whole_base(settings, split):
     """The same 50 steps. Of nine held-out rows one process has fewer batches, and must read on with the other."""
     done = split(settings, "--max-steps=50", "--eval-every=20", "--name=two", "--json")
     assert done.status == 0, done.said
     assert "Warning" not in done.said
-    model = load_base(find_base(settings["base"]), "cpu").model
-    blocks = sum(it.numel() for name, it in model.named_parameters() if re.search(r"\.(h|layers)\.", name))
-    held = sum(it.numel() for it in model.parameters()) - blocks // 2
-    assert re.findall(r"It holds (\d+)", done.said) == [str(held)] * 2
+    check_shares(done, settings)
     two = Library().get("two")
     assert json.loads(done.out)["weights"]["sha256"] == two.sha256
     given = {"max_steps": 50, "accumulation": 2, "eval_every": 20, "name": "one"}
@@ -89,7 +101,7 @@ def test_who_is_left_alone_has_a_checkpoint_and_goes_on_with_a_whole_base(settin
         ["--method=pissa"],
         ["--method=lora+", "--accumulation=2"],
         ["--method=rslora", "--dropout=0.1"],
-        ["--checkpointing=on"],
+        ["--checkpointing=on", "--dtype=bfloat16"],
         ["--eval-every=5", "--patience=2"],
         ["--streaming", "--buffer=20"],
         ["--save-every=4", "--targets=attention"],
@@ -100,13 +112,18 @@ def test_what_else_is_asked_of_it(settings, split, more):
     done = split(settings, "--max-steps=12", "--name=two", *more)
     assert done.status == 0, done.said
     assert Library().get("two").manifest.result.gain > 0
+    check_shares(done, settings)
 
 
 @pytest.mark.slow
-def test_blocks_may_stay_gathered(settings, split):
-    done = split(settings, "--max-steps=12", "--eval-every=5", "--name=two", FSDP_RESHARD_AFTER_FORWARD="false")
-    assert done.status == 0, done.said
-    assert Library().get("two").manifest.result.gain > 0
+def test_blocks_of_a_name(settings, split, gpt2):
+    """With spaces, and as `accelerate config` writes a name that was not given."""
+    names = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    for number, asked in enumerate(("", " GPT2Block" if settings["base"] == str(gpt2) else " LlamaDecoderLayer , ")):
+        plan = names | {"FSDP_TRANSFORMER_CLS_TO_WRAP": asked}
+        done = split(settings, "--epochs=1", "--plan", f"--name=n{number}", **plan)
+        assert done.status == 0, done.said
+        check_shares(done, settings)
 
 
 @pytest.mark.slow
@@ -119,7 +136,7 @@ def test_the_plan_of_the_docs_is_kept(settings, tmp_path):
     how = ("accelerate.commands.launch", "--config_file", str(tmp_path / "fsdp.yaml"))
     done = finish(start(settings, "--max-steps=5", "--name=two", script=script, launcher=how))
     assert done.status == 0, done.said
-    assert len(re.findall("It holds", done.said)) == 2
+    check_shares(done, settings)
     assert Library().get("two").manifest.run.processes == 2
 
 
@@ -161,11 +178,17 @@ def test_on_a_cpu(planned, device):
         ("WORLD_SIZE", "1", "ACCELERATE_USE_FSDP splits the base over processes, and there is one: leave it out."),
         ("FSDP_VERSION", "1", "accelerate's FSDP settings are of version 1: set fsdp_version to 2."),
         ("FSDP_VERSION", "two", "accelerate cannot read its FSDP settings: invalid literal"),
-        ("FSDP_OFFLOAD_PARAMS", "true", "accelerate's FSDP settings have fsdp_offload_params: leave it out."),
+        ("FSDP_STATE_DICT_TYPE", "MADE_UP", "accelerate cannot read its FSDP settings: "),
+        (
+            "FSDP_RESHARD_AFTER_FORWARD",
+            "false",
+            "Without fsdp_reshard_after_forward each GPU would gather the whole base",
+        ),
+        ("FSDP_OFFLOAD_PARAMS", "true", "accelerate's FSDP settings have fsdp_offload_params: set it to false."),
         (
             "FSDP_ACTIVATION_CHECKPOINTING",
             "true",
-            "accelerate's FSDP settings have fsdp_activation_checkpointing: give --checkpointing on in its place.",
+            "accelerate's FSDP settings have fsdp_activation_checkpointing: set it to false, and give --checkpointing on.",
         ),
         ("FSDP_IGNORED_MODULES", ".*mlp", "accelerate's FSDP settings have fsdp_ignored_modules: leave it out."),
         ("FSDP_AUTO_WRAP_POLICY", "NO_WRAP", "set fsdp_auto_wrap_policy to TRANSFORMER_BASED_WRAP"),
@@ -203,11 +226,51 @@ def test_a_base_without_the_blocks_of_the_plan(planned, gpt2):
         load_base(find_base(str(gpt2)), "cpu")
 
 
+@pytest.fixture
+def blocks(monkeypatch):
+    """Find the blocks of a model under a plan that names these."""
+
+    def find(model, *names):
+        monkeypatch.setattr(sharding, "_plan", SimpleNamespace(transformer_cls_names_to_wrap=list(names)))
+        return sharding._blocks(model)
+
+    return find
+
+
+def test_of_blocks_within_each_other_the_outermost(gpt2, blocks):
+    model = load_base(find_base(str(gpt2)), "cpu").model
+    assert blocks(model, "GPT2MLP", "GPT2Block") == [*model.transformer.h] == blocks(model, "")
+    model._no_split_modules = None
+    with pytest.raises(TrainingError, match="This base does not name its blocks"):
+        blocks(model)
+
+
+def test_blocks_that_share_weights(planned, gpt2):
+    sharding.join("auto")
+    planned.setattr(distributed, "size", lambda: 2)
+    model = torch.nn.ModuleDict({name: torch.nn.Sequential(torch.nn.Linear(2, 2)) for name in "ab"})
+    model["a"][0].weight = model["b"][0].weight
+    model._no_split_modules = ["Sequential"]
+    with pytest.raises(TrainingError, match="The blocks of this base share weights, so it cannot be split"):
+        sharding.settle(model, torch.device("cpu"))
+
+
+def test_what_it_takes_is_counted(gpt2, monkeypatch):
+    """Experts of a mixture have three dimensions, and are split with their blocks; three blocks are whole at a time."""
+    source = find_base(str(gpt2))
+    source.__dict__["shapes"] = {"h.0.experts": (8, 16, 4), "h.0.norm": (16,), "wte.weight": (100, 16)}
+    assert _bytes(source, torch.float32, "full") == 4 * (512 + 16 + 1600)
+    monkeypatch.setattr(sharding, "parts", lambda: 2)
+    assert _bytes(source, torch.float32, "full") == 4 * ((512 + 16) // 2 + 1600)
+    monkeypatch.setattr(sharding, "_largest", 7)
+    assert sharding.gathered() == 21
+
+
 @pytest.mark.parametrize(
     ("more", "kind", "problem"),
     [
-        ({"method": "dora"}, ConfigError, "dora begins with all of the base"),
-        ({"method": "eva"}, ConfigError, "eva begins with all of the base"),
+        ({"method": "dora"}, ConfigError, "dora looks at all of the base before it begins"),
+        ({"method": "eva"}, ConfigError, "eva looks at all of the base before it begins"),
         ({"load_in": "4bit"}, BaseModelError, "--load-in 4bit and a split base (FSDP) are two ways to hold less"),
     ],
 )
