@@ -81,10 +81,11 @@ def measure(
     nll = [0.0] * len(share)
     batch_tokens = batch_tokens or (BATCH_TOKENS_CPU if base.device.type == "cpu" else BATCH_TOKENS_GPU)
     done = 0
-    batches = [*_batches(share, batch_tokens)]
-    # A block of a split base is gathered by all or by none, so who is done reads on.
-    idle = int(distributed.most(len(batches))) - len(batches) if sharding.parts() > 1 else 0
-    for batch in batches:
+    idle = 0
+    if sharding.parts() > 1:  # a block is gathered by all or by none, so who is done reads on
+        own = sum(1 for _ in _batches(share, batch_tokens))
+        idle = int(distributed.most(own)) - own
+    for batch in _batches(share, batch_tokens):
         each = turn(partial(_nll, model, base, [share[index] for index in batch], within))
         for index, value in zip(batch, each, strict=True):
             nll[index] = value
