@@ -97,7 +97,7 @@ def step_memory(job: Job) -> tuple[int, int]:
     if job.config.streaming:  # of which these are the first
         longest, count = job.config.max_length, job.batch_size
     many = min(job.batch_size, count) * longest
-    return many, int(SLACK * growing * many) + 3 * 4 * lora.counts(job.model)[0] + sharding.gathered()
+    return many, int(SLACK * growing * many) + 3 * 4 * lora.counts(job.model)[0] + sharding.gathered(job.model)
 
 
 def _kept(job: Job, rows: Sequence[tokens.Row]) -> int:

@@ -5,8 +5,8 @@ Adapter, embeddings and head are whole in each process, so that loss, checkpoint
 
 Surprise: Trainer and accelerate would split the adapter as well, and without a GPU drop the plan without a word. So it is
 taken out of the environment before they look. Price: a block is read by all at once or by none, so that all must read alike,
-the held-out rows too. Limit: bases in full numbers. Main memory is not counted, into which
-each process reads its base before it keeps its part.
+the held-out rows too. Limit: bases in full numbers; main memory is not counted, into which each process reads its base before
+it keeps its part.
 """
 
 import os
@@ -26,7 +26,6 @@ _UNKNOWN = {  # what accelerate's plan can ask for and is not done here, and wha
 }
 _POLICY, _BY_BLOCK = "FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP"
 _plan: Any = None  # accelerate's FullyShardedDataParallelPlugin
-_largest = 0  # bytes of the largest block
 
 
 def join(device: str) -> None:
@@ -81,7 +80,6 @@ def settle(model: Any, place: Any) -> None:
 
     Raises TrainingError for a base without the blocks that the plan names, or with some that share weights.
     """
-    global _largest
     if parts() == 1:
         model.to(place)
         return
@@ -94,7 +92,6 @@ def settle(model: Any, place: Any) -> None:
     held = [parameter for block in blocks for parameter in block.parameters()]
     if len(set(held)) < len(held):
         raise TrainingError("The blocks of this base share weights, so it cannot be split: leave FSDP out.")
-    _largest = max(sum(it.numel() * it.itemsize for it in block.parameters()) for block in blocks)
     others = set(model.parameters()) - set(held)
     mesh = init_device_mesh(place.type, (parts(),))
     for block in blocks:
@@ -116,10 +113,16 @@ def _blocks(model: Any) -> list[Any]:
     return [block for path, block in blocks.items() if path not in inner]
 
 
-def gathered() -> int:
+def gathered(model: Any) -> int:
     """Bytes of the blocks that a step of a split base has whole at a time: one that computes, the next, which arrives, and what
     that one is copied from."""
-    return 3 * _largest if parts() > 1 else 0
+    if parts() == 1:
+        return 0
+    from torch.distributed.fsdp import FSDPModule
+
+    blocks: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    sizes = [sum(it.numel() * it.itemsize for it in block.parameters() if not it.requires_grad) for block in blocks]
+    return 3 * int(max(sizes[1:]))  # the first holds them all
 
 
 def whole(weight: Any) -> Any:

@@ -19,19 +19,23 @@ from .test_distributed import DYING, SHORT, curve, finish, start
 ON_A_CPU = """
 import atexit
 import sys
-from lora_tuner import evaluation, sharding
+from lora_tuner import cost, evaluation, sharding
 
 def settle(model, place, settle=sharding.settle):
     settle(model, place)
     tell(model)
     atexit.register(tell, model)
 
+def step_memory(job, count=cost.step_memory):
+    sys.stderr.write(f"It gathers {sharding.gathered(job.model)}\\n")
+    return count(job)
+
 def tell(model):
     frozen = [it for it in model.parameters() if not it.requires_grad]
     held = sum(getattr(it, "to_local", lambda it=it: it)().numel() for it in frozen)
     sys.stderr.write(f"It holds {held}\\n")  # at once: there are two
 
-sharding.DEVICES, sharding.settle = ("cpu",), settle
+sharding.DEVICES, sharding.settle, cost.step_memory = ("cpu",), settle, step_memory
 evaluation.BATCH_TOKENS_CPU = 64
 """
 SPLIT = ON_A_CPU + "from lora_tuner.cli import app\napp()\n"
@@ -59,11 +63,12 @@ def split(tmp_path, monkeypatch):
 
 
 def check_shares(done, settings):
-    """Each process holds half of the blocks when it begins, and when it ends."""
+    """Each process holds half of the blocks when it begins, and when it ends. Gives the parameters of one block."""
     model = load_base(find_base(settings["base"]), "cpu").model
     blocks = sum(it.numel() for name, it in model.named_parameters() if re.search(r"\.(h|layers)\.", name))
     held = sum(it.numel() for it in model.parameters()) - blocks // 2
     assert re.findall(r"It holds (\d+)", done.said) == [str(held)] * 4
+    return blocks // model.config.num_hidden_layers
 
 
 def test_it_trains_the_adapter_of_a_whole_base(settings, split):
@@ -71,7 +76,8 @@ def test_it_trains_the_adapter_of_a_whole_base(settings, split):
     done = split(settings, "--max-steps=50", "--eval-every=20", "--name=two", "--json")
     assert done.status == 0, done.said
     assert "Warning" not in done.said
-    check_shares(done, settings)
+    block = check_shares(done, settings)
+    assert re.findall(r"It gathers (\d+)", done.said) == [str(3 * 4 * block)] * 2
     two = Library().get("two")
     assert json.loads(done.out)["weights"]["sha256"] == two.sha256
     given = {"max_steps": 50, "accumulation": 2, "eval_every": 20, "name": "one"}
@@ -85,11 +91,20 @@ def test_it_trains_the_adapter_of_a_whole_base(settings, split):
 
 
 @pytest.mark.slow
-def test_who_is_left_alone_has_a_checkpoint_and_goes_on_with_a_whole_base(settings, split):
-    done = split(settings, "--max-steps=12", "--name=cut", script=ON_A_CPU + DYING.format(at=7))
+@pytest.mark.parametrize("first", ["split", "whole"])
+def test_a_run_goes_on_with_a_base_that_is_split_or_not(settings, split, first):
+    """One process dies, and the other leaves a checkpoint; what goes on is the other kind."""
+    script, plan = ON_A_CPU + DYING.format(at=7), {} if first == "split" else {"ACCELERATE_USE_FSDP": "false"}
+    done = split(settings, "--max-steps=12", "--name=cut", script=script, **plan)
     assert done.status != 0
     assert "It was after step 7 of 12. Go on with: python cli.py train --resume cut" in done.said
-    cut = resume("cut")
+    if first == "split":
+        resume("cut")
+    else:
+        done = split({}, "--resume=cut")
+        assert done.status == 0, done.said
+        check_shares(done, settings)
+    cut = Library().get("cut")
     whole = train(TrainConfig.model_validate(settings | {"max_steps": 12, "accumulation": 2, "name": "whole"}))
     assert max(abs(a - b) for a, b in zip(curve(whole), curve(cut), strict=True)) < 1e-5
 
@@ -256,14 +271,12 @@ def test_blocks_that_share_weights(planned, gpt2):
 
 
 def test_what_it_takes_is_counted(gpt2, monkeypatch):
-    """Experts of a mixture have three dimensions, and are split with their blocks; three blocks are whole at a time."""
+    """Experts of a mixture have three dimensions, and are split with their blocks."""
     source = find_base(str(gpt2))
     source.__dict__["shapes"] = {"h.0.experts": (8, 16, 4), "h.0.norm": (16,), "wte.weight": (100, 16)}
     assert _bytes(source, torch.float32, "full") == 4 * (512 + 16 + 1600)
     monkeypatch.setattr(sharding, "parts", lambda: 2)
     assert _bytes(source, torch.float32, "full") == 4 * ((512 + 16) // 2 + 1600)
-    monkeypatch.setattr(sharding, "_largest", 7)
-    assert sharding.gathered() == 21
 
 
 @pytest.mark.parametrize(
