@@ -1,4 +1,4 @@
-from lora_tuner.cli import app
+from lora_tuner.cli.app import app
 
 if __name__ == "__main__":
     app()

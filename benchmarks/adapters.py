@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from lora_tuner import Generator, Sampling, TrainConfig, files, lora, store
-from lora_tuner.base_model import find_base, load_base, quiet
+from lora_tuner import Generator, SamplingParams, TrainConfig, atomic_io
+from lora_tuner.adapters import adapter
+from lora_tuner.adapters.manifest import Manifest, WeightsInfo, utc_timestamp
 from lora_tuner.config import EMBEDDED_BASE
-from lora_tuner.manifest import Manifest, Weights, now
+from lora_tuner.models import lora
+from lora_tuner.models.loading import load_base
+from lora_tuner.models.resolve import find_base, quiet_transformers
 
 from .measure import Figure, figure, in_turns, seconds
 
@@ -24,7 +27,7 @@ CLI = Path(__file__).parents[1] / "cli.py"
 RESIDENT = (1, 10, 20, 100)
 RANKS, BATCHES = (2, 32, 128), (1, 2, 16, 32)
 ROWS, NEW_TOKENS = 8, 24
-GREEDY = Sampling(greedy=True, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0)
+GREEDY = SamplingParams(greedy=True, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0)
 PROMPT = "This film is about a man who"
 
 
@@ -39,17 +42,17 @@ def run(rounds: int) -> list[Figure]:
 def make(shelf: Path, count: int, seed: int = 0, rank: int = 8) -> None:
     """Adapters on all linear layers with random weights, each with its manifest."""
     base = load_base(find_base(EMBEDDED_BASE))
-    model: Any = lora.wrap(base, TrainConfig(rank=rank))
-    tensors = lora.weights(model)
+    model: Any = lora.add_lora(base, TrainConfig(rank=rank))
+    tensors = lora.adapter_state_dict(model)
     for number in range(count):
         torch.manual_seed(seed * count + number)
         folder = shelf / f"a{number}"
         own = {name: torch.randn_like(tensor) * 0.02 for name, tensor in tensors.items()}
-        lora.save(own, model.peft_config[lora.TRAINED], folder)
-        weights = folder / store.WEIGHTS
-        facts = Weights(sha256=files.sha256_file(weights), bytes=weights.stat().st_size, parameters=1)
-        manifest = Manifest(created=now(), base=base.source.facts(base.tokenizer_hash), weights=facts)
-        (folder / store.MANIFEST).write_text(manifest.to_json())
+        lora.save_adapter_files(own, model.peft_config[lora.ADAPTER_NAME], folder)
+        weights = folder / adapter.WEIGHTS_FILE
+        facts = WeightsInfo(sha256=atomic_io.sha256_file(weights), bytes=weights.stat().st_size, parameters=1)
+        manifest = Manifest(created=utc_timestamp(), base=base.source.facts(base.tokenizer_hash), weights=facts)
+        (folder / adapter.MANIFEST_FILE).write_text(manifest.to_json())
 
 
 def _listing(shelf: Path, rounds: int) -> list[Figure]:
@@ -107,7 +110,7 @@ def _peft(shelf: Path, rounds: int) -> list[Figure]:
     """The same with PEFT alone, which neither hashes nor checks; up to 20, for it takes longer with each."""
     figures = []
     model = load_base(find_base(EMBEDDED_BASE)).model
-    with quiet():
+    with quiet_transformers():
         wrapped = PeftModel.from_pretrained(model, shelf / "a0", adapter_name="a0")
         for resident in RESIDENT[:-1]:
             for number in range(len(wrapped.peft_config), resident):
@@ -131,14 +134,14 @@ def _batches(shelf: Path, rounds: int) -> list[Figure]:
     names = [f"a{number}" for number in range(ROWS)]
     generator = Generator(*names, base=EMBEDDED_BASE, adapters_dir=shelf)
     plain = load_base(find_base(EMBEDDED_BASE))
-    with quiet():
+    with quiet_transformers():
         wrapped = PeftModel.from_pretrained(plain.model, shelf / "a0", adapter_name="a0").eval()
         for name in names[1:]:
             wrapped.load_adapter(shelf / name, adapter_name=name)
     inputs = plain.tokenizer([PROMPT] * ROWS, return_tensors="pt").to(plain.device)
 
     def with_peft() -> None:
-        with torch.inference_mode(), quiet():
+        with torch.inference_mode(), quiet_transformers():
             wrapped.generate(
                 **inputs, adapter_names=names, do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS
             )

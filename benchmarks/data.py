@@ -6,10 +6,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lora_tuner import TrainConfig, tokens
-from lora_tuner.base_model import find_base, load_tokenizer
+from lora_tuner import TrainConfig
 from lora_tuner.config import EMBEDDED_BASE
-from lora_tuner.data import load_corpus
+from lora_tuner.data import packing, tokenization
+from lora_tuner.data.dataset import load_dataset
+from lora_tuner.models.loading import load_tokenizer
+from lora_tuner.models.resolve import find_base
 
 from .measure import Figure, figure
 from .training import _ours, base_of
@@ -35,13 +37,13 @@ def _rows(rounds: int) -> list[Figure]:
         times: dict[str, list[float]] = {"cleaning and splitting": [], "tokenising": [], "packing": []}
         for _ in range(rounds):
             start = time.perf_counter()
-            texts = load_corpus(TrainConfig(rows=count)).train
+            texts = load_dataset(TrainConfig(rows=count)).train
             times["cleaning and splitting"].append(count / (time.perf_counter() - start))
             start = time.perf_counter()
-            rows, _ = tokens.cut(tokens.encode(tokenizer, texts), LENGTH)
+            rows, _ = tokenization.truncate(tokenization.encode_texts(tokenizer, texts), LENGTH)
             times["tokenising"].append(len(texts) / (time.perf_counter() - start))
             start = time.perf_counter()
-            tokens.pack(rows, LENGTH)
+            packing.pack_rows(rows, LENGTH)
             times["packing"].append(len(texts) / (time.perf_counter() - start))
         for what, speeds in times.items():
             figures.append(figure(f"{what}, {count:,} reviews", statistics.median(speeds), "reviews/s"))

@@ -17,36 +17,37 @@ from peft import EvaConfig, initialize_lora_eva_weights
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 
-from lora_tuner import TrainConfig, evaluation, lora
-from lora_tuner.base_model import quiet
+from lora_tuner import TrainConfig, evaluation
 from lora_tuner.config import EMBEDDED_BASE
-from lora_tuner.job import Job, prepare
-from lora_tuner.trainer import _LoraTrainer
+from lora_tuner.models import lora
+from lora_tuner.models.resolve import quiet_transformers
+from lora_tuner.training.setup import TrainingSetup, prepare_training
+from lora_tuner.training.trainer import _LoraTrainer
 
 from .measure import Figure, figure, seconds
 
 SECONDS, HELD_OUT, CALIBRATION, PROBED = 40.0, 50, 4, 6
 LONGER = ("batch_size", "max_length", "targets")  # what changes how long a step takes
-Initialise = Callable[[Job], None]
+Initialise = Callable[[TrainingSetup], None]
 
 
-def _layers(job: Job) -> list[Any]:
+def _layers(job: TrainingSetup) -> list[Any]:
     return [layer for layer in job.model.modules() if isinstance(layer, LoraLayer)]
 
 
 def _each_layer(how: str, *details: Any) -> Initialise:
-    def initialise(job: Job) -> None:
+    def initialise(job: TrainingSetup) -> None:
         for layer in _layers(job):
-            getattr(layer, how)(lora.TRAINED, *details)
+            getattr(layer, how)(lora.ADAPTER_NAME, *details)
             for part in (layer.lora_A, layer.lora_B):  # some make them in the base's numbers
-                part[lora.TRAINED].weight = torch.nn.Parameter(part[lora.TRAINED].weight.detach().float())
+                part[lora.ADAPTER_NAME].weight = torch.nn.Parameter(part[lora.ADAPTER_NAME].weight.detach().float())
 
     return initialise
 
 
-def _eva(job: Job) -> None:
+def _eva(job: TrainingSetup) -> None:
     """From the directions in which the inputs of each layer vary most, on a few sequences."""
-    settings = job.model.peft_config[lora.TRAINED]
+    settings = job.model.peft_config[lora.ADAPTER_NAME]
     settings.init_lora_weights, settings.eva_config = "eva", EvaConfig(rho=1.0, adjust_scaling_factors=False)
     batches = []
     for number in range(CALIBRATION):
@@ -103,16 +104,16 @@ def run(rounds: int) -> list[Figure]:
     return figures
 
 
-def _job(settings: dict[str, Any], steps: int) -> Job:
-    with quiet():
-        return prepare(
+def _job(settings: dict[str, Any], steps: int) -> TrainingSetup:
+    with quiet_transformers():
+        return prepare_training(
             TrainConfig(base=EMBEDDED_BASE, dtype="bfloat16", max_steps=steps, eval_rows=HELD_OUT, **settings)
         )
 
 
-def _trained(job: Job, ratio: float | None = None) -> list[float]:
+def _trained(job: TrainingSetup, ratio: float | None = None) -> list[float]:
     """Seconds of each step."""
-    with tempfile.TemporaryDirectory() as folder, quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         trainer = _LoraTrainer(job, Path(folder))
         if ratio:
             trainer.optimizer = create_loraplus_optimizer(
@@ -136,7 +137,7 @@ def _train(
     steps = max(1, round(left / pace))
     job.config = job.config.model_copy(update={"max_steps": steps})
     with job.model.disable_adapter():
-        before = evaluation.measure_base(job.base, job.held_out).loss
+        before = evaluation.measure_base_loss(job.base, job.held_out).loss
     _trained(job, ratio)
-    loss = evaluation.measure(job.model, job.base, job.held_out).loss
+    loss = evaluation.measure_loss(job.model, job.base, job.held_out).loss
     return loss, before - loss, steps

@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 
-from lora_tuner import Generator, Sampling, TrainConfig, evaluation
-from lora_tuner.base_model import find_base, load_base, quiet
+from lora_tuner import Generator, SamplingParams, TrainConfig, evaluation
 from lora_tuner.config import EMBEDDED_BASE
-from lora_tuner.data import load_corpus
-from lora_tuner.lora import linear_layers
+from lora_tuner.data.dataset import load_dataset
+from lora_tuner.models.loading import load_base
+from lora_tuner.models.lora import linear_layers
+from lora_tuner.models.resolve import find_base, quiet_transformers
 
 from . import recipes
 from .measure import Figure, figure, in_turns
 
 PROMPT, PROMPTS, NEW_TOKENS, HELD_OUT = "This film is about a man who", 8, 64, 100
-GREEDY = Sampling(greedy=True, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0)
+GREEDY = SamplingParams(greedy=True, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0)
 CLI = Path(__file__).parents[1] / "cli.py"
 BARE = """
 import sys, torch, transformers
@@ -94,7 +95,7 @@ def _growth(rounds: int) -> list[Figure]:
 def _stock(model: Any, tokenizer: Any, rows: int) -> str:
     inputs = tokenizer([PROMPT] * rows, return_tensors="pt")
     settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": tokenizer.eos_token_id}
-    with torch.inference_mode(), quiet():
+    with torch.inference_mode(), quiet_transformers():
         output = model.generate(**inputs, **settings)
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
 
@@ -137,11 +138,11 @@ def _llama() -> Callable[[], Any] | None:
 
 def _loss_of_int8() -> list[Figure]:
     """What rounding the weights costs in held-out loss."""
-    texts = load_corpus(TrainConfig()).held_out[:HELD_OUT]
+    texts = load_dataset(TrainConfig()).held_out[:HELD_OUT]
     losses = []
     for dtype in ("float32", "int8"):
         base = load_base(find_base(EMBEDDED_BASE), dtype=dtype)
-        losses.append(evaluation.measure(base.model, base, evaluation.encode_held_out(base, texts)).loss)
+        losses.append(evaluation.measure_loss(base.model, base, evaluation.encode_held_out(base, texts)).loss)
     what = f"held-out loss, {HELD_OUT} reviews: int8 over float32"
     return [figure(what, losses[1] - losses[0], "nats", f"{losses[0]:.4f} -> {losses[1]:.4f}")]
 

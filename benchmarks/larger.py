@@ -29,7 +29,8 @@ def _shape(folder: Path, width: int, inner: int, layers: int, heads: int, of_key
     """A Llama with random weights in bfloat16, and the embedded base's tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from lora_tuner.base_model import find_base, load_tokenizer
+    from lora_tuner.models.loading import load_tokenizer
+    from lora_tuner.models.resolve import find_base
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
@@ -74,11 +75,12 @@ def step(base: str, how: dict[str, Any]) -> dict[str, float]:
 
 
 def _train(base: str, how: dict[str, Any]) -> None:
-    from lora_tuner import TrainConfig, fast
-    from lora_tuner.cost import fit_memory, measure
-    from lora_tuner.job import prepare
+    from lora_tuner import TrainConfig
+    from lora_tuner.models import kernels
+    from lora_tuner.training.profiling import fit_to_memory, profile_steps
+    from lora_tuner.training.setup import prepare_training
 
-    fast.keep_memory()
+    kernels.tune_malloc()
     given = {
         "base": base,
         "dataset": "imdb",
@@ -88,7 +90,9 @@ def _train(base: str, how: dict[str, Any]) -> None:
         "max_length": 512,
         "batch_size": 1,
     }
-    plan = measure(fit_memory(prepare(TrainConfig.model_validate(given | how | {"max_steps": STEPS}))))
+    plan = profile_steps(
+        fit_to_memory(prepare_training(TrainConfig.model_validate(given | how | {"max_steps": STEPS})))
+    )
     print(
         json.dumps(
             {"peak": plan.peak_memory_bytes, "seconds": plan.seconds_per_step, "parameters": plan.base_parameters}

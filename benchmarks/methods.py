@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_tuner import TrainConfig, evaluation, lora, methods
-from lora_tuner.base_model import quiet
+from lora_tuner import TrainConfig, evaluation
 from lora_tuner.config import EMBEDDED_BASE, METHODS
-from lora_tuner.job import prepare
-from lora_tuner.trainer import _LoraTrainer
+from lora_tuner.models import initialization, lora
+from lora_tuner.models.resolve import quiet_transformers
+from lora_tuner.training.setup import prepare_training
+from lora_tuner.training.trainer import _LoraTrainer
 
 from .measure import Figure, figure, seconds
 
@@ -56,17 +57,17 @@ def run(rounds: int) -> list[Figure]:
 def trained(settings: dict[str, Any], seed: int) -> tuple[float, float, float, float, int]:
     """Held-out loss, gain over the base, seconds a step, seconds that the start takes, bytes."""
     given = {"base": EMBEDDED_BASE, "max_length": 512, "batch_size": 1, "eval_rows": HELD_OUT}
-    begun = methods.start
+    begun = initialization.initialize
     taken: list[float] = []
-    with quiet():
-        methods.start = lambda *of_job: taken.append(seconds(partial(begun, *of_job)))
-        job = prepare(TrainConfig.model_validate(given | settings | {"max_steps": STEPS, "seed": seed}))
-        methods.start = begun
+    with quiet_transformers():
+        initialization.initialize = lambda *of_job: taken.append(seconds(partial(begun, *of_job)))
+        job = prepare_training(TrainConfig.model_validate(given | settings | {"max_steps": STEPS, "seed": seed}))
+        initialization.initialize = begun
     with job.model.disable_adapter():
-        before = evaluation.measure_base(job.base, job.held_out).loss
-    with tempfile.TemporaryDirectory() as folder, quiet():
+        before = evaluation.measure_base_loss(job.base, job.held_out).loss
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         trainer = _LoraTrainer(job, Path(folder))
         trainer.train()
         paces = [entry["seconds"] for entry in trainer.state.log_history if "loss" in entry]
-    loss = evaluation.measure(job.model, job.base, job.held_out).loss
-    return loss, before - loss, statistics.median(paces), taken[0], lora.counts(job.model)[0] * 4
+    loss = evaluation.measure_loss(job.model, job.base, job.held_out).loss
+    return loss, before - loss, statistics.median(paces), taken[0], lora.count_parameters(job.model)[0] * 4

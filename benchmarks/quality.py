@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from lora_tuner import TrainConfig, evaluation
-from lora_tuner.base_model import Base, find_base, quiet
 from lora_tuner.config import EMBEDDED_BASE
-from lora_tuner.data import load_corpus
+from lora_tuner.data.dataset import load_dataset
+from lora_tuner.models.loading import LoadedBase
+from lora_tuner.models.resolve import find_base, quiet_transformers
 
 from . import recipes
 from .measure import Figure, figure
@@ -43,16 +44,16 @@ def run(rounds: int) -> list[Figure]:
 
 def _tutorial() -> tuple[float, float, int]:
     """Held-out loss, seconds and steps. The learning rate falls to 0 in just this time, which is the best case for it."""
-    corpus = load_corpus(TrainConfig())
-    with quiet():
+    corpus = load_dataset(TrainConfig())
+    with quiet_transformers():
         model, tokenizer = recipes.stock(EMBEDDED_BASE)
         probe = recipes.tutorial(model, tokenizer, corpus.train[:400], 6)
         steps = int(SECONDS / statistics.median(probe.seconds[1:]))
         model, tokenizer = recipes.stock(EMBEDDED_BASE)
         clock = recipes.tutorial(model, tokenizer, corpus.train, steps)
-    base = Base(find_base(EMBEDDED_BASE), model, tokenizer, torch.device("cpu"), torch.float32)
+    base = LoadedBase(find_base(EMBEDDED_BASE), model, tokenizer, torch.device("cpu"), torch.float32)
     rows = evaluation.encode_held_out(base, corpus.held_out[:ROWS])
-    return evaluation.measure(model, base, rows).loss, sum(clock.seconds), steps
+    return evaluation.measure_loss(model, base, rows).loss, sum(clock.seconds), steps
 
 
 def _ours(minutes: float, dtype: str) -> tuple[float, float, float]:

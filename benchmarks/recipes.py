@@ -17,7 +17,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from lora_tuner.base_model import find_base, load_tokenizer
+from lora_tuner.models.loading import load_tokenizer
+from lora_tuner.models.resolve import find_base
 
 RANK, ALPHA = 8, 16
 

@@ -23,16 +23,16 @@ from typing import Any
 import httpx
 import psutil
 
-from lora_tuner import Generator, Sampling
+from lora_tuner import Generator, SamplingParams
 from lora_tuner.config import EMBEDDED_BASE
-from lora_tuner.row import Row
+from lora_tuner.inference.sequence import Sequence
 
 from .adapters import make
 from .measure import Figure, figure
 
 CLIENTS, ADAPTERS, NEW_TOKENS, SECONDS, ALONE_SECONDS = 64, 8, 48, 120.0, 40.0
 PROMPTS = ("This film is about a man who", "The acting", "I went to see it because", "What a waste of time: the plot")
-GREEDY = Sampling(greedy=True, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0)
+GREEDY = SamplingParams(greedy=True, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0)
 CLOSE = 1e-3  # between the two best logits; beyond such a place rounding may decide, alone and in a batch
 CLI = Path(__file__).parents[1] / "cli.py"
 Expected = dict[tuple[str, str], list[str]]  # (adapter, prompt) -> beginnings of what either version of it writes
@@ -106,7 +106,9 @@ def _expected(shelves: list[Path]) -> Expected:
         generator = Generator(base=EMBEDDED_BASE, adapters_dir=shelf, dtype="float32")
         for name in generator.library.names():
             for prompt in PROMPTS:
-                row = Row(generator.base, generator.check(prompt), GREEDY, None, *generator.find(name), likeliest=2)
+                row = Sequence(
+                    generator.base, generator.check(prompt), GREEDY, None, *generator.find(name), likeliest=2
+                )
                 generator.writer.join([row])
                 while generator.writer.rows:
                     generator.writer.step()

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_tuner import TrainConfig, tokens
-from lora_tuner.base_model import find_base, quiet
+from lora_tuner import TrainConfig
 from lora_tuner.config import EMBEDDED_BASE
-from lora_tuner.job import prepare
+from lora_tuner.data import packing
+from lora_tuner.models.resolve import find_base, quiet_transformers
+from lora_tuner.training.setup import prepare_training
 
 from .measure import Figure, figure
 from .methods import REVIEWS, program_code, trained
@@ -50,8 +51,8 @@ def _taught(folder: Path, width: int, seed: int) -> str:
     """A folder with a base of four layers that has seen `STEPS` batches of reviews."""
     source = find_base(EMBEDDED_BASE)
     given: dict[str, Any] = {"base": EMBEDDED_BASE, "max_length": LENGTH, "max_steps": 1, "eval_rows": 2, "rank": 1}
-    with quiet():
-        job = prepare(TrainConfig.model_validate(REVIEWS | given | {"rows": None, "device": "cpu"}))
+    with quiet_transformers():
+        job = prepare_training(TrainConfig.model_validate(REVIEWS | given | {"rows": None, "device": "cpu"}))
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(job.base.tokenizer),
@@ -72,7 +73,7 @@ def _taught(folder: Path, width: int, seed: int) -> str:
         for group in optimizer.param_groups:
             group["lr"] = RATE * min((step + 1) / 40, (STEPS - step) / (STEPS - 40))
         items = [job.sequences[order[(step * BATCH + i) % len(order)]] for i in range(BATCH)]
-        batch = tokens.collate(items, job.base.tokenizer.pad_token_id)
+        batch = packing.collate(items, job.base.tokenizer.pad_token_id)
         labels = batch.pop("labels")
         logits = model(**batch, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())

@@ -1,7 +1,7 @@
 """`cli.py` for processes on a CPU that split the base, as GPUs would."""
 
-from lora_tuner import sharding
-from lora_tuner.cli import app
+from lora_tuner.cli.app import app
+from lora_tuner.models import fsdp
 
-sharding.DEVICES = ("cpu",)
+fsdp.DEVICES = ("cpu",)
 app()

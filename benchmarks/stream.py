@@ -10,10 +10,11 @@ from pathlib import Path
 import psutil
 
 from lora_tuner import TrainConfig
-from lora_tuner.base_model import find_base, load_tokenizer
 from lora_tuner.config import EMBEDDED_BASE
-from lora_tuner.data import Counts
-from lora_tuner.stream import Place, Stream
+from lora_tuner.data.dataset import RowCounts
+from lora_tuner.data.streaming import StreamingDataset, StreamState
+from lora_tuner.models.loading import load_tokenizer
+from lora_tuner.models.resolve import find_base
 
 from .measure import Figure, figure
 
@@ -27,8 +28,8 @@ def run(rounds: int) -> list[Figure]:
         path = Path(place, "rows.jsonl")
         _write(path)
         config = TrainConfig(dataset=str(path), streaming=True)
-        counts, process = Counts(), psutil.Process()
-        stream = Stream(config, load_tokenizer(find_base(EMBEDDED_BASE)), frozenset(), counts, Place())
+        counts, process = RowCounts(), psutil.Process()
+        stream = StreamingDataset(config, load_tokenizer(find_base(EMBEDDED_BASE)), frozenset(), counts, StreamState())
         start, mark = time.perf_counter(), MARK
         for taken, _ in enumerate(stream, 1):
             stream.place(taken)  # as checkpoints ask

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lora_tuner import TrainConfig, fast, lora, train
-from lora_tuner.base_model import find_base, load_tokenizer, quiet
+from lora_tuner import TrainConfig, train
 from lora_tuner.config import EMBEDDED_BASE
-from lora_tuner.data import load_corpus
-from lora_tuner.job import prepare
+from lora_tuner.data.dataset import load_dataset
+from lora_tuner.models import kernels, lora
+from lora_tuner.models.loading import load_tokenizer
+from lora_tuner.models.resolve import find_base, quiet_transformers
+from lora_tuner.training.setup import prepare_training
 
 from . import recipes
 from .measure import Figure, figure
@@ -71,7 +73,7 @@ def base_of(shape: str, place: Path) -> str:
     if shape == EMBEDDED_BASE:
         return shape
     torch.manual_seed(0)
-    with quiet():
+    with quiet_transformers():
         GPT2LMHeadModel(GPT2Config(n_layer=6)).save_pretrained(place)
         load_tokenizer(find_base(EMBEDDED_BASE)).save_pretrained(place)
     return str(place)
@@ -97,7 +99,7 @@ def _ours(name: str, place: Path, dtype: str, steps: int = STEPS, **changes: Any
 
 
 def _theirs(way: str, name: str) -> tuple[list[float], list[int]]:
-    texts = load_corpus(TrainConfig(rows=ROWS)).train
+    texts = load_dataset(TrainConfig(rows=ROWS)).train
     known: dict[str, Callable[..., recipes.Clock]] = {
         "plain": recipes.plain,
         "trl": recipes.with_trl,
@@ -112,7 +114,9 @@ def _theirs(way: str, name: str) -> tuple[list[float], list[int]]:
 def _floor(name: str) -> tuple[list[float], list[int]]:
     """The products of one packed sequence, forward and backward, with nothing between them. Real weights, so that the
     caches are as cold as in a step."""
-    job = prepare(TrainConfig(base=name, max_length=LENGTH, max_steps=1, rows=ROWS, eval_rows=2, dtype="float32"))
+    job = prepare_training(
+        TrainConfig(base=name, max_length=LENGTH, max_steps=1, rows=ROWS, eval_rows=2, dtype="float32")
+    )
     model, config, rank = job.base.model, job.base.model.config, job.config.rank
     rows = max((job.sequences[i] for i in range(len(job.sequences))), key=lambda it: sum(map(len, it)))
     count = sum(map(len, rows))
@@ -163,11 +167,11 @@ def _floor(name: str) -> tuple[list[float], list[int]]:
 
 
 def _worker(way: str, shape: str) -> None:
-    fast.keep_memory()  # as the command line does
+    kernels.tune_malloc()  # as the command line does
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         name = base_of(shape, place / "base")
-        with quiet():
+        with quiet_transformers():
             if way == "floor":
                 seconds, tokens = _floor(name)
             elif way.startswith("ours"):

@@ -8,19 +8,21 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .combine import Blended, Merged, Slimmed, blend, merge, slim
-    from .config import Sampling, TrainConfig
-    from .cost import Plan
+    from .adapters.adapter import Adapter
+    from .adapters.hub_sync import pull, push
+    from .adapters.library import Library
+    from .adapters.manifest import Manifest
+    from .config import SamplingParams, TrainConfig
+    from .convert.blend import BlendResult, blend
+    from .convert.compress import CompressResult, compress
+    from .convert.export_gguf import to_gguf
+    from .convert.merge import MergeResult, merge
     from .errors import Interrupted, LoraTunerError, Notice, Progress
-    from .evaluation import GainMatrix, RowSet, evaluate
-    from .export import to_gguf
-    from .generation import Answer, Generator
-    from .ladder import Ladder, climb
-    from .library import Library
-    from .manifest import Manifest
-    from .share import pull, push
-    from .store import Adapter
-    from .training import plan, resume, train
+    from .evaluation import EvalSet, GainMatrix, evaluate
+    from .inference.generator import GenerationOutput, Generator
+    from .training.profiling import RunEstimate
+    from .training.run import plan, resume, train
+    from .training.sweep import SweepResult, run_sweep
 
 try:
     __version__ = version("lora_tuner")
@@ -28,65 +30,65 @@ except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0"
 
 _HOMES = {
-    "Adapter": "store",
-    "Answer": "generation",
-    "Blended": "combine",
+    "Adapter": "adapters.adapter",
+    "BlendResult": "convert.blend",
+    "CompressResult": "convert.compress",
+    "EvalSet": "evaluation",
     "GainMatrix": "evaluation",
-    "Generator": "generation",
+    "GenerationOutput": "inference.generator",
+    "Generator": "inference.generator",
     "Interrupted": "errors",
-    "Ladder": "ladder",
-    "Library": "library",
+    "Library": "adapters.library",
     "LoraTunerError": "errors",
-    "Manifest": "manifest",
-    "Merged": "combine",
+    "Manifest": "adapters.manifest",
+    "MergeResult": "convert.merge",
     "Notice": "errors",
-    "Plan": "cost",
     "Progress": "errors",
-    "RowSet": "evaluation",
-    "Sampling": "config",
-    "Slimmed": "combine",
+    "RunEstimate": "training.profiling",
+    "SamplingParams": "config",
+    "SweepResult": "training.sweep",
     "TrainConfig": "config",
-    "blend": "combine",
-    "climb": "ladder",
+    "blend": "convert.blend",
+    "compress": "convert.compress",
     "evaluate": "evaluation",
-    "merge": "combine",
-    "plan": "training",
-    "pull": "share",
-    "push": "share",
-    "resume": "training",
-    "slim": "combine",
-    "to_gguf": "export",
-    "train": "training",
+    "merge": "convert.merge",
+    "plan": "training.run",
+    "pull": "adapters.hub_sync",
+    "push": "adapters.hub_sync",
+    "resume": "training.run",
+    "run_sweep": "training.sweep",
+    "to_gguf": "convert.export_gguf",
+    "train": "training.run",
 }
 
 __all__ = [
     "Adapter",
-    "Answer",
-    "Blended",
+    "BlendResult",
+    "CompressResult",
+    "EvalSet",
     "GainMatrix",
+    "GenerationOutput",
     "Generator",
     "Interrupted",
-    "Ladder",
     "Library",
     "LoraTunerError",
     "Manifest",
-    "Merged",
+    "MergeResult",
     "Notice",
-    "Plan",
     "Progress",
-    "RowSet",
-    "Sampling",
-    "Slimmed",
+    "RunEstimate",
+    "SamplingParams",
+    "SweepResult",
     "TrainConfig",
     "blend",
-    "climb",
+    "compress",
     "evaluate",
     "merge",
     "plan",
     "pull",
     "push",
     "resume",
-    "slim",
+    "run_sweep",
     "to_gguf",
     "train",
 ]

@@ -12,16 +12,16 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from .errors import Elsewhere, LoraTunerError, LostError, TrainingError
+from .errors import LoraTunerError, ProcessLostError, RaisedOnRankZero, TrainingError
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 
-_PATIENCE = timedelta(days=7)  # for the first process, which downloads and prepares while the others wait
+_TIMEOUT = timedelta(days=7)  # for the first process, which downloads and prepares while the others wait
 _LAUNCH = "start all of them with torchrun or accelerate launch"
 _group: Any = None  # over gloo, whatever carries the gradients
 
 
-def announced() -> int:
+def expected_world_size() -> int:
     """How many processes the launcher says there are."""
     try:
         return int(os.environ.get("WORLD_SIZE", "1"))
@@ -29,7 +29,7 @@ def announced() -> int:
         raise TrainingError(f"WORLD_SIZE is '{os.environ['WORLD_SIZE']}', and should be a number.") from error
 
 
-def size() -> int:
+def world_size() -> int:
     return 1 if _group is None else int(_group.size())
 
 
@@ -37,18 +37,18 @@ def rank() -> int:
     return 0 if _group is None else int(_group.rank())
 
 
-def neighbours() -> int:
+def local_world_size() -> int:
     """How many of the processes are on this machine, this one included."""
     return 1 if _group is None else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def join(device: str) -> None:
+def init_process_group(device: str) -> None:
     """Form the group that the launcher has announced, if it has, for training on `device` ("auto" is each process's own GPU).
 
     Raises TrainingError when the group is not the announced one, or is to share one GPU, or one model.
     """
     global _group
-    if _group is not None or announced() == 1:
+    if _group is not None or expected_world_size() == 1:
         return
     import torch
 
@@ -66,25 +66,25 @@ def join(device: str) -> None:
         )
     if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise TrainingError(
-            f"WORLD_SIZE announces {announced()} processes, and {missing[0]} is not set, so they would not find each other: "
+            f"WORLD_SIZE announces {expected_world_size()} processes, and {missing[0]} is not set, so they would not find each other: "
             f"{_LAUNCH}, or unset WORLD_SIZE to train with one."
         )
     from accelerate import PartialState
 
     try:
         state = PartialState(cpu=on_cpu)
-        group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE) if state.num_processes > 1 else None
+        group = torch.distributed.new_group(backend="gloo", timeout=_TIMEOUT) if state.num_processes > 1 else None
     except (ValueError, RuntimeError) as error:
         raise TrainingError(f"The processes cannot find each other: {str(error).splitlines()[0]}") from error
-    if state.num_processes != announced():
+    if state.num_processes != expected_world_size():
         raise TrainingError(
-            f"WORLD_SIZE announces {announced()} processes, and this one finds {state.num_processes}, so each would train alone: "
+            f"WORLD_SIZE announces {expected_world_size()} processes, and this one finds {state.num_processes}, so each would train alone: "
             f"{_LAUNCH}."
         )
     _group = group
 
 
-def leave() -> None:
+def destroy_process_group() -> None:
     """Dissolve the group when all have done their work; one that fails just ends, for here it would wait for the others."""
     global _group
     if _group is not None:
@@ -94,13 +94,13 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def alone() -> None:
+def drop_process_group() -> None:
     """Go on without the others, of which one is no more."""
     global _group
     _group = None
 
 
-def once(work: Callable[[], Found]) -> Found:
+def run_on_rank_zero(work: Callable[[], T]) -> T:
     """What the first process makes of `work`, in all of them; the others wait. Its error is raised as Elsewhere in those."""
     if _group is None:
         return work()
@@ -114,70 +114,70 @@ def once(work: Callable[[], Found]) -> Found:
             found[1] = error
     told = [found[0], str(found[1]) if found[1] is not None else None]
     try:
-        with _together():
+        with _detect_process_loss():
             torch.distributed.broadcast_object_list(told, src=0, group=_group)
     finally:
         if found[1] is not None:
             raise found[1]
     if told[1] is not None:
-        raise Elsewhere(told[1])
-    result: Found = told[0]
+        raise RaisedOnRankZero(told[1])
+    result: T = told[0]
     return result
 
 
-_LOSS = "[Cc]onnection (closed|reset|refused)|Broken pipe|ncclRemoteError|communicator was aborted"
+_PROCESS_LOSS = "[Cc]onnection (closed|reset|refused)|Broken pipe|ncclRemoteError|communicator was aborted"
 
 
-def is_loss(error: Exception) -> bool:
+def is_process_loss(error: Exception) -> bool:
     """Whether it says that another process is no more."""
-    return size() > 1 and re.search(_LOSS, str(error)) is not None
+    return world_size() > 1 and re.search(_PROCESS_LOSS, str(error)) is not None
 
 
 @contextlib.contextmanager
-def _together() -> Iterator[None]:
+def _detect_process_loss() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise shared(LostError("Another process of this run has ended.")) from error
+        raise share_error(ProcessLostError("Another process of this run has ended.")) from error
 
 
-def signed(text: str) -> str:
+def with_rank_prefix(text: str) -> str:
     """What a process that was launched has to say, with its number unless it is the first; nothing before they are together, for
     the first says the same."""
     number = os.environ.get("RANK", "0") if "LOCAL_RANK" in os.environ else "0"
     return text if number == "0" else f"Process {number}: {text}" if _group is not None else ""
 
 
-def shared(error: Exception) -> Exception:
+def share_error(error: Exception) -> Exception:
     """An error that all processes have found: the first says so, and the others end."""
-    return error if rank() == 0 else Elsewhere(str(error))
+    return error if rank() == 0 else RaisedOnRankZero(str(error))
 
 
-def gather(value: Found) -> list[Found]:
+def all_gather(value: T) -> list[T]:
     """The value of each process, in all of them."""
     if _group is None:
         return [value]
     import torch
 
-    found: list[Any] = [None] * size()
-    with _together():
+    found: list[Any] = [None] * world_size()
+    with _detect_process_loss():
         torch.distributed.all_gather_object(found, value, group=_group)
     return found
 
 
-def most(value: float) -> float:
+def all_reduce_max(value: float) -> float:
     """The largest value of all processes."""
     if _group is None:
         return value
     import torch
 
     found = torch.tensor(float(value), dtype=torch.float64)
-    with _together():
+    with _detect_process_loss():
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=_group)
     return found.item()
 
 
-def wrap(model: Any, place: Any) -> Any:
+def wrap_ddp(model: Any, place: Any) -> Any:
     """A model whose gradients are averaged over all processes. What is frozen is left alone: all have it, and where it is split
     accelerate would refuse it."""
     from torch.nn.parallel import DistributedDataParallel
@@ -188,7 +188,7 @@ def wrap(model: Any, place: Any) -> Any:
     return DistributedDataParallel(model, device_ids=None if place.type == "cpu" else [place])
 
 
-def sum_gradients(parameters: Any) -> None:
+def all_reduce_gradients(parameters: Any) -> None:
     """Add up the gradients of all processes, as a step of training does."""
     if _group is not None:
         import torch

@@ -60,7 +60,7 @@ class TrainingError(LoraTunerError): ...
 class DivergedError(TrainingError): ...
 
 
-class LostError(TrainingError): ...
+class ProcessLostError(TrainingError): ...
 
 
 class GenerationError(LoraTunerError): ...
@@ -69,7 +69,7 @@ class GenerationError(LoraTunerError): ...
 class MixedBatchError(GenerationError): ...
 
 
-class TooLongError(GenerationError): ...
+class ContextLengthError(GenerationError): ...
 
 
 class RequestError(GenerationError):
@@ -80,7 +80,7 @@ class RequestError(GenerationError):
         self.param = param
 
 
-class BusyError(GenerationError):
+class QueueFullError(GenerationError):
     """After `seconds` there may be room."""
 
     def __init__(self, text: str, seconds: int) -> None:
@@ -88,21 +88,21 @@ class BusyError(GenerationError):
         self.seconds = seconds
 
 
-class LateError(GenerationError): ...
+class RequestTimeoutError(GenerationError): ...
 
 
-class ClosedError(GenerationError): ...
+class ServerClosingError(GenerationError): ...
 
 
 class Interrupted(Exception):  # noqa: N818 - it is not an error
     """A run was asked to stop and did, with its work saved; the message says how to go on."""
 
 
-class Elsewhere(Exception):  # noqa: N818 - another says it
+class RaisedOnRankZero(Exception):  # noqa: N818 - another says it
     """The first process of a run has failed or was stopped, and says why; this one ends with it."""
 
 
-_ADVICE = {
+_OS_ERROR_ADVICE = {
     errno.ENOSPC: "free some space and try again",
     errno.EDQUOT: "free some space and try again",
     errno.EACCES: "choose another place, or have its owner let you in",
@@ -113,10 +113,10 @@ _ADVICE = {
 }
 
 
-def reason(error: OSError) -> str:
+def os_error_message(error: OSError) -> str:
     """One sentence about what the system refused, where, and what to do."""
     what = f"{error.filename or 'A file'}: {error.strerror or error}".rstrip(".")
-    return f"{what}: {_ADVICE[error.errno]}." if error.errno in _ADVICE else f"{what}."
+    return f"{what}: {_OS_ERROR_ADVICE[error.errno]}." if error.errno in _OS_ERROR_ADVICE else f"{what}."
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ class Progress:
     detail: str = ""
 
 
-Listener = Callable[[Notice | Progress], None]
+EventHandler = Callable[[Notice | Progress], None]
 
 
-def ignore(event: Notice | Progress) -> None:
+def ignore_events(event: Notice | Progress) -> None:
     """The listener of callers who do not listen."""

@@ -21,15 +21,15 @@ from typing import Any
 from .errors import HubError, LoraTunerError
 
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w.+/-]{0,250}", re.ASCII)
-DEADLINE = 4.0  # seconds until the Hub counts as out of reach
-SILENCE = 10.0  # seconds without a byte until a connection is given up; it is tried again while it is not stalled
-WRITING = 60.0  # the same where something is written: the Hub may be long in taking it
-STALLED = 30.0  # seconds in which the Hub ends no answer and sends fewer than LEAST bytes, until it is given up
-LEAST = 16_000
-_PORTAL = "check HF_ENDPOINT and the proxy, and whether this network wants you to log in first"
+REACHABLE_SECONDS = 4.0  # seconds until the Hub counts as out of reach
+READ_SECONDS = 10.0  # seconds without a byte until a connection is given up; it is tried again while it is not stalled
+WRITE_SECONDS = 60.0  # the same where something is written: the Hub may be long in taking it
+STALLED_SECONDS = 30.0  # seconds in which the Hub ends no answer and sends fewer than LEAST bytes, until it is given up
+MIN_BYTES_PER_SECOND = 16_000
+_CAPTIVE_PORTAL = "check HF_ENDPOINT and the proxy, and whether this network wants you to log in first"
 
 
-class _Patience:
+class RequestLimits:
     """The limits of all requests to the Hub: called before each, after each, and for each piece of an answer."""
 
     def __init__(self) -> None:
@@ -39,11 +39,13 @@ class _Patience:
         self.why = ""  # it is given up, where it says so
 
     def before(self, request: Any) -> None:
-        if time.monotonic() - self.last > 1.5 * SILENCE:  # nobody waited for an answer: hf_xet has its own way
+        if time.monotonic() - self.last > 1.5 * READ_SECONDS:  # nobody waited for an answer: hf_xet has its own way
             self.renew()
         self._check()
-        limit = SILENCE if request.method in ("GET", "HEAD") else WRITING
-        self.since += int(request.headers.get("Content-Length") or 0) / LEAST * STALLED  # and so long to send it
+        limit = READ_SECONDS if request.method in ("GET", "HEAD") else WRITE_SECONDS
+        self.since += (
+            int(request.headers.get("Content-Length") or 0) / MIN_BYTES_PER_SECOND * STALLED_SECONDS
+        )  # and so long to send it
         given = request.extensions.get("timeout") or {}
         kinds = ("connect", "read", "write", "pool")
         request.extensions["timeout"] = {kind: min(given.get(kind) or limit, limit) for kind in kinds}
@@ -53,7 +55,7 @@ class _Patience:
         if response.status_code == 429 and self.since < math.inf:  # it would be waited for, without a word
             after = f" after {wait} seconds" if wait.isdigit() else " later"
             raise HubError(f"it was asked too often. Try again{after}, or log in by `hf auth login` to be let in more.")
-        if response.status_code >= 500 and wait.isdigit() and int(wait) > STALLED:
+        if response.status_code >= 500 and wait.isdigit() and int(wait) > STALLED_SECONDS:
             raise HubError(f"it answers with status {response.status_code}. Try again after {wait} seconds.")
         read, useful = response.iter_raw, response.status_code < 300
         if useful and response.request.method not in ("GET", "HEAD"):
@@ -64,7 +66,7 @@ class _Patience:
         def watched(chunk_size: int | None = None) -> Iterator[bytes]:
             for chunk in read(chunk_size):
                 self.bytes += len(chunk) if useful else 0
-                if self.bytes >= LEAST:
+                if self.bytes >= MIN_BYTES_PER_SECOND:
                     self.renew()
                 self._check()
                 yield chunk
@@ -79,8 +81,8 @@ class _Patience:
 
     def _check(self) -> None:
         self.last = time.monotonic()
-        if self.last - self.since > STALLED:
-            slow = f"next to nothing came for {STALLED:g} seconds. Try again when the Hub or the network is faster."
+        if self.last - self.since > STALLED_SECONDS:
+            slow = f"next to nothing came for {STALLED_SECONDS:g} seconds. Try again when the Hub or the network is faster."
             raise HubError(self.why or slow)
 
     @contextlib.contextmanager
@@ -92,42 +94,42 @@ class _Patience:
             self.since = math.inf
 
 
-_patience = _Patience()
+_request_limits = RequestLimits()
 
 
-def _limit_requests() -> None:
+def _install_request_limits() -> None:
     """Have the client that huggingface_hub and datasets share ask us about each request."""
     from huggingface_hub import get_session
 
     hooks = get_session().event_hooks
-    if _patience.before not in hooks["request"]:
-        hooks["request"].append(_patience.before)
-        hooks["response"].append(_patience.after)
+    if _request_limits.before not in hooks["request"]:
+        hooks["request"].append(_request_limits.before)
+        hooks["response"].append(_request_limits.after)
 
 
 @contextlib.contextmanager
-def asking(repo: str, *, writing: bool = False) -> Iterator[None]:
+def hub_request(repo: str, *, writing: bool = False) -> Iterator[None]:
     """In the block the Hub is asked about a repo, within the limits above. What goes wrong is raised as HubError, and of what
     came damaged nothing stays in the cache."""
     from huggingface_hub.utils import logging
 
-    _limit_requests()
+    _install_request_limits()
     start, verbosity = time.time(), logging.get_verbosity()
     logging.set_verbosity_error()  # what it says of its attempts is not what came of them
     try:
-        with _patience.waiting():
+        with _request_limits.waiting():
             yield
     except Exception as error:  # the HTTP library's own come through as well
         if isinstance(error, LoraTunerError) and not isinstance(error, HubError):
             raise
-        raise HubError(_damaged(repo, start) or reason(error, repo, writing=writing)) from error
+        raise HubError(_damaged_file(repo, start) or hub_error_message(error, repo, writing=writing)) from error
     finally:
         logging.set_verbosity(verbosity)
-    if why := _damaged(repo, start):
+    if why := _damaged_file(repo, start):
         raise HubError(why)
 
 
-def _damaged(repo: str, start: float) -> str | None:
+def _damaged_file(repo: str, start: float) -> str | None:
     """Remove what has come into the cache since `start` and is not what its name says; that, in words, or None.
 
     A file there is called by its sha256 or, if it is small, by its hash in git. Price: a second for each gigabyte.
@@ -152,7 +154,7 @@ def _damaged(repo: str, start: float) -> str | None:
 
 
 @functools.cache
-def unreachable() -> str | None:
+def why_unreachable() -> str | None:
     """None when the Hub answers, else the reason in a few words. Asked once per process; at most `DEADLINE` seconds."""
     from huggingface_hub import constants, get_session
 
@@ -162,7 +164,7 @@ def unreachable() -> str | None:
 
     def ask() -> None:
         try:
-            status = get_session().head(constants.ENDPOINT, timeout=DEADLINE).status_code
+            status = get_session().head(constants.ENDPOINT, timeout=REACHABLE_SECONDS).status_code
             answer.append(f"{constants.ENDPOINT} answers with status {status}" if status >= 500 else None)
         except HubError as error:
             answer.append(str(error).rstrip("."))
@@ -172,12 +174,12 @@ def unreachable() -> str | None:
     # In a thread: name resolution has no time-out of its own.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(DEADLINE)
-    return answer[0] if answer else f"{constants.ENDPOINT} does not answer within {DEADLINE:g} seconds"
+    thread.join(REACHABLE_SECONDS)
+    return answer[0] if answer else f"{constants.ENDPOINT} does not answer within {REACHABLE_SECONDS:g} seconds"
 
 
 @contextlib.contextmanager
-def offline() -> Iterator[None]:
+def offline_mode() -> Iterator[None]:
     """Within the block, huggingface_hub and datasets look at their caches alone and ask nobody."""
     import datasets.config
     from huggingface_hub import constants
@@ -190,7 +192,7 @@ def offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
-def reason(error: Exception, repo: str, *, writing: bool = False) -> str:
+def hub_error_message(error: Exception, repo: str, *, writing: bool = False) -> str:
     """One sentence about what the Hub's refusal means, with what to do. A token is never part of it."""
     from huggingface_hub import errors, get_token
 
@@ -219,13 +221,13 @@ def reason(error: Exception, repo: str, *, writing: bool = False) -> str:
     elif status >= 500:
         what = f"it answers with status {status}. Try again later."
     elif "TimeoutException" in kinds:
-        what = f"it was silent for {WRITING if writing else SILENCE:g} seconds. Try again later."
+        what = f"it was silent for {WRITE_SECONDS if writing else READ_SECONDS:g} seconds. Try again later."
     elif "TransportError" in kinds:
         what = f"the connection broke off ({str(first).rstrip('.') or type(first).__name__}). Try again."
     elif "TooManyRedirects" in kinds:
-        what = f"it sends from one address to the next without end: {_PORTAL}."
+        what = f"it sends from one address to the next without end: {_CAPTIVE_PORTAL}."
     elif kinds & {"JSONDecodeError", "FileMetadataError"} or isinstance(error, AssertionError | KeyError | TypeError):
-        what = f"what answers is not the Hub: {_PORTAL}."
+        what = f"what answers is not the Hub: {_CAPTIVE_PORTAL}."
     else:
         lines = str(first).splitlines() or [repr(first)]
         what = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
@@ -234,9 +236,9 @@ def reason(error: Exception, repo: str, *, writing: bool = False) -> str:
     return text.replace(token, "***") if token else text  # the Hub may have said it
 
 
-def require(repo: str, needed: str = "is not cached") -> None:
+def ensure_reachable(repo: str, needed: str = "is not cached") -> None:
     """Raise HubError unless the Hub can be asked for a repo."""
-    if why := unreachable():
+    if why := why_unreachable():
         raise HubError(f"{repo} {needed}, and the Hub is out of reach: {why}.")
 
 
@@ -246,7 +248,7 @@ def _check_revision(repo: str, revision: str | None) -> None:
         raise HubError(f"{repo} has no revision '{revision[:100]}': name one of its branches, tags or commits.")
 
 
-def cached_model(repo: str, revision: str | None) -> Path | None:
+def cached_snapshot(repo: str, revision: str | None) -> Path | None:
     """The snapshot folder of a model repo in the cache, or None. Asks nobody. Raises HubError for what is no repo name."""
     from huggingface_hub import errors
 
@@ -254,15 +256,15 @@ def cached_model(repo: str, revision: str | None) -> Path | None:
     try:
         return _snapshot(repo, revision, cached_only=True)
     except errors.HFValidationError as error:
-        raise HubError(reason(error, repo)) from error
+        raise HubError(hub_error_message(error, repo)) from error
     except (errors.LocalEntryNotFoundError, OSError, ValueError):
         return None
 
 
-def fetch_model(repo: str, revision: str | None) -> Path:
+def download_model(repo: str, revision: str | None) -> Path:
     """The snapshot folder of a model repo, downloaded where the cache lacks it. Raises HubError."""
-    require(repo)
-    with asking(repo):
+    ensure_reachable(repo)
+    with hub_request(repo):
         return _snapshot(repo, revision, cached_only=False)
 
 
@@ -281,26 +283,26 @@ def _snapshot(repo: str, revision: str | None, *, cached_only: bool) -> Path:
     )
 
 
-def files_of(repo: str, revision: str | None) -> tuple[str | None, dict[str, int]]:
+def list_repo_files(repo: str, revision: str | None) -> tuple[str | None, dict[str, int]]:
     """The commit that a revision of a model repo is now, and name and bytes of each file of it. Raises HubError."""
     from huggingface_hub import HfApi
 
     _check_revision(repo, revision)
-    require(repo, "cannot be fetched")
-    with asking(repo):
+    ensure_reachable(repo, "cannot be fetched")
+    with hub_request(repo):
         found = HfApi().model_info(repo, revision=revision, files_metadata=True)
         return found.sha or revision, {it.rfilename: it.size or 0 for it in found.siblings or []}
 
 
-def fetch_files(repo: str, revision: str | None, names: Iterable[str]) -> Path:
+def download_files(repo: str, revision: str | None, names: Iterable[str]) -> Path:
     """A folder with these files of a model repo, and no others. Raises HubError."""
     from huggingface_hub import snapshot_download
 
-    with asking(repo):
+    with hub_request(repo):
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(names)))
 
 
-def upload(folder: Path, repo: str, names: Sequence[str], *, private: bool, message: str) -> str:
+def upload_files(folder: Path, repo: str, names: Sequence[str], *, private: bool, message: str) -> str:
     """Put all files of a folder into a model repo, which is made where it is missing; the address of the commit.
 
     One commit, on top of what is there: the Hub keeps what it replaces. Of `names` those go that the folder lacks. Raises
@@ -308,15 +310,15 @@ def upload(folder: Path, repo: str, names: Sequence[str], *, private: bool, mess
     """
     from huggingface_hub import HfApi
 
-    require(repo, "cannot be written")
+    ensure_reachable(repo, "cannot be written")
     api = HfApi()
-    with asking(repo, writing=True):
+    with hub_request(repo, writing=True):
         # A repo that is there stays as public or private as it is.
         full = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
         public = private and not api.model_info(full).private
     if public:
         raise HubError(f"{repo} is public: make it private on its Hub page first, or leave --private out.")
-    with asking(repo, writing=True):
+    with hub_request(repo, writing=True):
         return str(
             api.upload_folder(repo_id=full, folder_path=folder, commit_message=message, delete_patterns=list(names))
         )

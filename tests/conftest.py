@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lora_tuner import Adapter, TrainConfig, train
-from lora_tuner.data import load_corpus
+from lora_tuner.data.dataset import load_dataset
 from lora_tuner.errors import DataError, Interrupted
 
-from . import tiny
+from . import tiny_models
 
 LONGEST = (
     "test_end_to_end.py",
@@ -50,18 +50,18 @@ def _alone(caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HOME", str(caches / "hf"))
-    hub.unreachable.cache_clear()
+    hub.why_unreachable.cache_clear()
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="session")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_model(tmp_path_factory.mktemp("models") / "gpt2", "gpt2")
+    return tiny_models.save_model(tmp_path_factory.mktemp("models") / "gpt2", "gpt2")
 
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_model(tmp_path_factory.mktemp("models") / "llama", "llama")
+    return tiny_models.save_model(tmp_path_factory.mktemp("models") / "llama", "llama")
 
 
 @pytest.fixture(params=["gpt2", "llama"])
@@ -76,7 +76,7 @@ def reviews_csv(tmp_path: Path) -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
-        writer.writerows((text, index % 2) for index, text in enumerate(tiny.reviews(120)))
+        writer.writerows((text, index % 2) for index, text in enumerate(tiny_models.reviews(120)))
     return path
 
 
@@ -118,7 +118,7 @@ def load(tmp_path):
         elif content is not None:
             path.write_text(content, encoding="utf-8", newline="")
         call.notices = []
-        corpus = load_corpus(TrainConfig(dataset=str(path), **given), lambda notice: call.notices.append(notice.text))
+        corpus = load_dataset(TrainConfig(dataset=str(path), **given), lambda notice: call.notices.append(notice.text))
         assert call.notices.pop() == f"Rows: {corpus.counts}."
         return corpus
 
@@ -149,7 +149,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., contextlib.Abstrac
                 self.stop.set()
 
         with monkeypatch.context() as patched:
-            patched.setattr("lora_tuner.trainer._StopWhenAsked.on_step_end", stop)
+            patched.setattr("lora_tuner.training.trainer._StopOnSignal.on_step_end", stop)
             with pytest.raises(Interrupted) as stopped:
                 yield stopped
 

@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from lora_tuner import lora
+from lora_tuner.models import lora
 
-from . import tiny
+from . import tiny_models
 
 ARCHITECTURES = {"gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 SEEDS = {"gpt2": 50, "llama": 67, "mistral": 195, "qwen2": 55}  # of adapters; with them no greedy choice is a close one
@@ -32,7 +32,7 @@ SHAPE = {
 def save(folder, kind):
     """A random base whose greedy text is printable ASCII: llama.cpp joins tokens that are parts of a character."""
     if kind in ("gpt2", "llama"):
-        tiny.save_model(folder, kind)
+        tiny_models.save_model(folder, kind)
     else:
         torch.manual_seed(0)
         if kind == "qwen2":
@@ -46,11 +46,11 @@ def save(folder, kind):
                 elif parameter.dim() > 1:
                     parameter.mul_(4)
         model.save_pretrained(folder)
-        tiny.tokenizer().save_pretrained(folder)
+        tiny_models.tokenizer().save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
     heads = ("lm_head.weight", "transformer.wte.weight", "model.embed_tokens.weight")
     head = next(name for name in heads if name in weights)
-    texts = tiny.tokenizer().batch_decode([[number] for number in range(320)])
+    texts = tiny_models.tokenizer().batch_decode([[number] for number in range(320)])
     weights[head][
         [number == 0 or not text.isascii() or not text.isprintable() for number, text in enumerate(texts)]
     ] = 0
@@ -66,14 +66,16 @@ def adapt(folder, out, **settings):
             settings[key] = dict(zip(LAYERS[folder.name], settings[key], strict=False))
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        target_modules=lora.resolve_targets(model, "auto"),
+        target_modules=lora.resolve_target_modules(model, "auto"),
         fan_in_fan_out=folder.name == "gpt2",
         **{"r": 4, "lora_alpha": 8} | settings,
     )
     wrapped = get_peft_model(model, config)
     draw = torch.Generator().manual_seed(SEEDS[folder.name])
-    tensors = {name: 0.2 * torch.randn(it.shape, generator=draw) for name, it in lora.weights(wrapped).items()}
-    lora.save(tensors, wrapped.peft_config[lora.TRAINED], out)
+    tensors = {
+        name: 0.2 * torch.randn(it.shape, generator=draw) for name, it in lora.adapter_state_dict(wrapped).items()
+    }
+    lora.save_adapter_files(tensors, wrapped.peft_config[lora.ADAPTER_NAME], out)
     return out
 
 
@@ -109,7 +111,7 @@ def _shape(writer, config):
         (config["n_embd"], config["n_head"]) if gpt2 else (SHAPE["hidden_size"], SHAPE["num_attention_heads"])
     )
     writer.add_block_count(2)
-    writer.add_context_length(tiny.CONTEXT)
+    writer.add_context_length(tiny_models.CONTEXT)
     writer.add_embedding_length(width)
     writer.add_feed_forward_length(4 * width if gpt2 else config["intermediate_size"])
     writer.add_head_count(heads)
@@ -167,7 +169,7 @@ class LlamaCpp:
 
         params = xllamacpp.CommonParams()
         params.model.path = str(base)
-        params.n_ctx, params.n_parallel, params.verbosity = tiny.CONTEXT, 1, -1
+        params.n_ctx, params.n_parallel, params.verbosity = tiny_models.CONTEXT, 1, -1
         params.warmup = params.fit_params = False
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32

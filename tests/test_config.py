@@ -5,13 +5,13 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from lora_tuner.config import STOPS, Sampling, TrainConfig, resolve, to_yaml
+from lora_tuner.config import STOP_RULES, SamplingParams, TrainConfig, config_to_yaml, resolve_settings
 from lora_tuner.errors import ConfigError
 
 
 def refusal(given, kind=TrainConfig, file=None):
     with pytest.raises(ConfigError) as error:
-        resolve(kind, given, file)
+        resolve_settings(kind, given, file)
     return str(error.value)
 
 
@@ -52,18 +52,18 @@ def run_yaml(tmp_path):
         (TrainConfig, "split_salt", ["x"], [""]),
         (TrainConfig, "targets", ["auto"], [""]),
         (TrainConfig, "where", [["a=b", "a=", "a=b=c"]], [["a"], ["=b"], "a=b"]),
-        (Sampling, "max_new_tokens", [1], [0]),
-        (Sampling, "temperature", [0, 10], [-0.1, 10.1, math.nan]),
-        (Sampling, "top_p", [1e-9, 1], [0, 1.1]),
-        (Sampling, "top_k", [0], [-1]),
-        (Sampling, "repetition_penalty", [1e-9, 10], [0, 10.1]),
-        (Sampling, "answers", [1, 256], [0, 257]),
-        (Sampling, "seed", [0, 2**63 - 1], [-1, 2**63]),
+        (SamplingParams, "max_new_tokens", [1], [0]),
+        (SamplingParams, "temperature", [0, 10], [-0.1, 10.1, math.nan]),
+        (SamplingParams, "top_p", [1e-9, 1], [0, 1.1]),
+        (SamplingParams, "top_k", [0], [-1]),
+        (SamplingParams, "repetition_penalty", [1e-9, 10], [0, 10.1]),
+        (SamplingParams, "answers", [1, 256], [0, 257]),
+        (SamplingParams, "seed", [0, 2**63 - 1], [-1, 2**63]),
     ],
 )
 def test_bounds(kind, name, allowed, refused):
     for value in allowed:
-        assert getattr(resolve(kind, {name: value}), name) == value
+        assert getattr(resolve_settings(kind, {name: value}), name) == value
     for value in refused:
         assert refusal({name: value}, kind).startswith(f"{name}: "), value
 
@@ -81,7 +81,7 @@ def test_all_problems_are_named_at_once():
 
 
 def test_all_problems_of_sampling_are_named_at_once():
-    assert refusal({"top_p": 2, "greedy": True, "answers": 2, "stop": [""]}, Sampling).split("; ") == [
+    assert refusal({"top_p": 2, "greedy": True, "answers": 2, "stop": [""]}, SamplingParams).split("; ") == [
         "top_p: input should be less than or equal to 1 (got 2)",
         "answers above 1 would all be the same: greedy has one answer",
         "stop is empty: it would end every answer at once",
@@ -89,31 +89,32 @@ def test_all_problems_of_sampling_are_named_at_once():
 
 
 def test_a_temperature_of_0_has_one_answer_too():
-    assert "greedy has one answer" in refusal({"temperature": 0, "answers": 2}, Sampling)
-    assert resolve(Sampling, {"temperature": 0.1, "answers": 2}).answers == 2
+    assert "greedy has one answer" in refusal({"temperature": 0, "answers": 2}, SamplingParams)
+    assert resolve_settings(SamplingParams, {"temperature": 0.1, "answers": 2}).answers == 2
 
 
-@pytest.mark.parametrize("given", [{a: 1, b: 1} for a in STOPS for b in STOPS if a < b])
+@pytest.mark.parametrize("given", [{a: 1, b: 1} for a in STOP_RULES for b in STOP_RULES if a < b])
 def test_two_stop_rules_contradict_each_other(given):
-    expected = " and ".join(name for name in STOPS if name in given)
+    expected = " and ".join(name for name in STOP_RULES if name in given)
     assert refusal(given) == f"{expected} contradict each other: give one of them"
 
 
 def test_three_stop_rules_are_one_problem():
     assert (
-        refusal(dict.fromkeys(STOPS, 1)) == "epochs and max_steps and minutes contradict each other: give one of them"
+        refusal(dict.fromkeys(STOP_RULES, 1))
+        == "epochs and max_steps and minutes contradict each other: give one of them"
     )
 
 
 def test_no_stop_rule_is_allowed_and_so_is_one():
-    assert [getattr(TrainConfig(), name) for name in STOPS] == [None] * 3
-    for name in STOPS:
-        assert getattr(resolve(TrainConfig, {name: 3}), name) == 3
+    assert [getattr(TrainConfig(), name) for name in STOP_RULES] == [None] * 3
+    for name in STOP_RULES:
+        assert getattr(resolve_settings(TrainConfig, {name: 3}), name) == 3
 
 
 def test_patience_needs_eval_every():
     assert refusal({"patience": 2}) == "patience needs eval_every: it counts measurements"
-    assert resolve(TrainConfig, {"patience": 2, "eval_every": 5}).patience == 2
+    assert resolve_settings(TrainConfig, {"patience": 2, "eval_every": 5}).patience == 2
     assert refusal({"patience": 2, "eval_every": 0}) == "eval_every: input should be greater than or equal to 1 (got 0)"
 
 
@@ -126,7 +127,7 @@ def test_alpha_is_twice_the_rank_unless_said():
 def test_yes_and_no_are_values_of_switches_alone(name):
     if TrainConfig.model_fields[name].annotation is bool:
         needs = {"parent": "imdb"} if name == "force" else {}
-        assert getattr(resolve(TrainConfig, {name: True} | needs), name) is True
+        assert getattr(resolve_settings(TrainConfig, {name: True} | needs), name) is True
     else:
         assert refusal({name: True}) == f"{name}: yes or no is not a value here (got True)"
 
@@ -137,7 +138,7 @@ def test_a_configuration_cannot_be_changed():
 
 
 def test_every_field_has_a_line_of_help_and_a_panel():
-    for kind in (TrainConfig, Sampling):
+    for kind in (TrainConfig, SamplingParams):
         for name, field in kind.model_fields.items():
             assert field.description, name
             assert field.json_schema_extra["panel"], name
@@ -145,7 +146,7 @@ def test_every_field_has_a_line_of_help_and_a_panel():
 
 def test_yamls_1e_3_is_a_number(run_yaml):
     assert yaml.safe_load("1e-3") == "1e-3"  # the trap
-    assert resolve(TrainConfig, {}, run_yaml("learning_rate: 1e-3")).learning_rate == 0.001
+    assert resolve_settings(TrainConfig, {}, run_yaml("learning_rate: 1e-3")).learning_rate == 0.001
 
 
 def test_yamls_truth_is_no_number_and_no_name(run_yaml):
@@ -165,25 +166,25 @@ def test_problems_of_a_file_name_it(run_yaml):
 
 def test_what_is_given_lies_over_the_file(run_yaml):
     path = run_yaml("rank: 4\nseed: 3\nwhere: [label=1]")
-    config = resolve(TrainConfig, {"rank": 16, "where": ["label=0"]}, path)
+    config = resolve_settings(TrainConfig, {"rank": 16, "where": ["label=0"]}, path)
     assert (config.rank, config.seed, config.where) == (16, 3, ["label=0"])
 
 
-@pytest.mark.parametrize("in_file", STOPS)
-@pytest.mark.parametrize("given", STOPS)
+@pytest.mark.parametrize("in_file", STOP_RULES)
+@pytest.mark.parametrize("given", STOP_RULES)
 def test_a_given_stop_rule_replaces_the_files(run_yaml, in_file, given):
-    config = resolve(TrainConfig, {given: 7}, run_yaml(f"{in_file}: 5"))
-    assert {name: getattr(config, name) for name in STOPS} == dict.fromkeys(STOPS) | {given: 7}
+    config = resolve_settings(TrainConfig, {given: 7}, run_yaml(f"{in_file}: 5"))
+    assert {name: getattr(config, name) for name in STOP_RULES} == dict.fromkeys(STOP_RULES) | {given: 7}
 
 
 def test_the_files_stop_rule_stays_where_none_is_given(run_yaml):
-    assert resolve(TrainConfig, {"rank": 2}, run_yaml("max_steps: 5")).max_steps == 5
+    assert resolve_settings(TrainConfig, {"rank": 2}, run_yaml("max_steps: 5")).max_steps == 5
 
 
 def test_a_file_with_two_stop_rules_is_refused_unless_one_is_given(run_yaml):
     path = run_yaml("max_steps: 5\nminutes: 1")
     assert refusal({}, file=path) == f"{path}: max_steps and minutes contradict each other: give one of them"
-    assert resolve(TrainConfig, {"epochs": 1}, path).epochs == 1
+    assert resolve_settings(TrainConfig, {"epochs": 1}, path).epochs == 1
 
 
 @pytest.mark.parametrize("text", ["", "- rank\n- 8\n", "rank", "# nothing\n"])
@@ -233,16 +234,16 @@ def test_a_key_that_is_no_text(run_yaml):
     ],
 )
 def test_to_yaml_and_back_is_the_same_configuration(run_yaml, given):
-    config = resolve(TrainConfig, given)
-    assert resolve(TrainConfig, {}, run_yaml(to_yaml(config))) == config
+    config = resolve_settings(TrainConfig, given)
+    assert resolve_settings(TrainConfig, {}, run_yaml(config_to_yaml(config))) == config
 
 
 def test_to_yaml_can_be_read_by_people():
-    assert to_yaml(TrainConfig(dataset="кино.csv")).startswith("dataset: кино.csv\n")
+    assert config_to_yaml(TrainConfig(dataset="кино.csv")).startswith("dataset: кино.csv\n")
 
 
 def test_to_yaml_leaves_out_what_is_worked_out_later():
-    settings = yaml.safe_load(to_yaml(TrainConfig(max_steps=3)))
+    settings = yaml.safe_load(config_to_yaml(TrainConfig(max_steps=3)))
     assert settings["max_steps"] == 3
     assert settings["adapters_dir"] == "adapters"
     assert {"alpha", "batch_size", "minutes", "epochs", "name"} & settings.keys() == set()

@@ -10,12 +10,12 @@ import pytest
 import typer
 import yaml
 
-from lora_tuner.cli import app
-from lora_tuner.config import TrainConfig, to_yaml
+from lora_tuner.cli.app import app
+from lora_tuner.config import TrainConfig, config_to_yaml
 
-from . import capabilities, serving, tiny
-from .hub import Hub
-from .reference import reference
+from . import api_server, method_table, tiny_models
+from .command_reference import reference
+from .hub_server import Hub
 from .test_hub import repos  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +51,7 @@ def test_the_reference_is_made_from_the_commands():
 
 
 def test_the_table_of_methods_is_what_happens(tmp_path):
-    assert capabilities.PAGE.read_text(encoding="utf-8") == capabilities.page(capabilities.table(tmp_path)), (
+    assert method_table.PAGE.read_text(encoding="utf-8") == method_table.page(method_table.table(tmp_path)), (
         "run `make docs`"
     )
 
@@ -77,7 +77,7 @@ def test_the_readme_has_commands():
 
 def test_the_python_example_of_the_readme_runs(repos, tmp_path):  # noqa: F811
     (example,) = re.findall(r"```python\n(from lora_tuner .*?)```", text("README.md"), re.DOTALL)
-    (tmp_path / "reviews.csv").write_text("text\n" + "\n".join(tiny.reviews(60)))
+    (tmp_path / "reviews.csv").write_text("text\n" + "\n".join(tiny_models.reviews(60)))
     with Hub(repos) as hub:
         env = hub.env(tmp_path / "home") | {"LORA_TUNER_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
@@ -90,10 +90,12 @@ def test_the_python_example_of_the_readme_runs(repos, tmp_path):  # noqa: F811
 
 def test_the_openai_example_of_the_readme_runs(gpt2, tmp_path, capsys):
     (example,) = re.findall(r"```python\n(from openai .*?)```", text("README.md"), re.DOTALL)
-    serving.write_adapter(tmp_path / "adapters", "praise", gpt2, 0)
-    with serving.serving(gpt2, tmp_path / "adapters") as served:
+    api_server.write_adapter(tmp_path / "adapters", "praise", gpt2, 0)
+    with api_server.serving(gpt2, tmp_path / "adapters") as served:
         exec(example.replace("http://localhost:8000", served.url))
-    assert capsys.readouterr().out == serving.greedy(gpt2, tmp_path / "adapters", "praise", "This film", 40).text + "\n"
+    assert (
+        capsys.readouterr().out == api_server.greedy(gpt2, tmp_path / "adapters", "praise", "This film", 40).text + "\n"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -119,4 +121,4 @@ def test_the_tree_in_architecture_is_the_tree(folder):
 
 def test_run_yaml_holds_every_setting_that_has_a_value():
     config = TrainConfig(base="distilgpt2", max_steps=3, name="a")
-    assert TrainConfig.model_validate(yaml.safe_load(to_yaml(config))) == config
+    assert TrainConfig.model_validate(yaml.safe_load(config_to_yaml(config))) == config

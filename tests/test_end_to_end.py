@@ -13,11 +13,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_tuner import Generator, Library, Sampling, store
-from lora_tuner.base_model import find_base, load_base
-from lora_tuner.export import to_gguf
+from lora_tuner import Generator, Library, SamplingParams
+from lora_tuner.adapters.adapter import load_adapter_folder
+from lora_tuner.convert.export_gguf import to_gguf
+from lora_tuner.models.loading import load_base
+from lora_tuner.models.resolve import find_base
 
-from . import gguf_base, stored
+from . import adapter_files, gguf_base
 
 CLI = Path(__file__).parents[1] / "cli.py"
 PROMPT = "Acting"
@@ -156,10 +158,10 @@ def test_the_embedded_base_in_llama_cpp_writes_what_it_writes_here(user, smollm2
             values = draw.normal(0, 0.05, (4, shapes[f"{name}.weight"][axis])).astype(np.float32)
             weights[f"base_model.model.{name}.lora_{part}.weight"] = values if part == "A" else values.T.copy()
     config = {"base_model_name_or_path": "smollm2-135m", "target_modules": "all-linear", "use_rslora": True}
-    adapter = store.read(stored.write(tmp_path / "small", config, weights))
+    adapter = load_adapter_folder(adapter_files.write(tmp_path / "small", config, weights))
     exported = to_gguf(adapter, tmp_path / "small.gguf")
     quantised, exact = (gguf_base.LlamaCpp(file, exported.path) for file in smollm2)
-    prompt, greedy = "The capital of France is", Sampling(greedy=True, max_new_tokens=8, repetition_penalty=1.0)
+    prompt, greedy = "The capital of France is", SamplingParams(greedy=True, max_new_tokens=8, repetition_penalty=1.0)
     text, _ = exact.greedy(prompt, 8)
     assert text == Generator(adapter.path, device="cpu").generate(prompt, greedy).text
     assert exact.greedy(prompt, 8, scale=0.0)[0] != text

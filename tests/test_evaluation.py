@@ -9,14 +9,18 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lora_tuner import Library, Notice, RowSet, TrainConfig, evaluate, evaluation, lora, store, tokens, train
-from lora_tuner.bank import AdapterBank
-from lora_tuner.base_model import find_base, load_base
-from lora_tuner.config import HELD_OUT_LENGTH
-from lora_tuner.data import load_corpus
+from lora_tuner import EvalSet, Library, Notice, TrainConfig, evaluate, evaluation, train
+from lora_tuner.adapters.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, load_adapter_folder
+from lora_tuner.config import HELD_OUT_MAX_TOKENS
+from lora_tuner.data.dataset import load_dataset
+from lora_tuner.data.packing import IGNORE_INDEX, PackedSequences, collate
 from lora_tuner.errors import AdapterError, WrongBaseError
+from lora_tuner.inference.multi_lora import MultiLora
+from lora_tuner.models import loading
+from lora_tuner.models.loading import load_base
+from lora_tuner.models.resolve import find_base
 
-from . import tiny
+from . import tiny_models
 
 
 @pytest.fixture
@@ -25,8 +29,8 @@ def base(model_folder):
 
 
 def test_the_loss_is_that_of_each_row_alone(base):
-    rows = evaluation.encode_held_out(base, tiny.reviews(7))
-    held_out = evaluation.measure(base.model, base, rows)
+    rows = evaluation.encode_held_out(base, tiny_models.reviews(7))
+    held_out = evaluation.measure_loss(base.model, base, rows)
     total = count = 0.0
     for row in rows:
         ids = torch.tensor([row.tolist()])
@@ -38,55 +42,57 @@ def test_the_loss_is_that_of_each_row_alone(base):
 
 
 def test_the_loss_does_not_change_with_the_batch_size(base):
-    rows = evaluation.encode_held_out(base, tiny.reviews(20))
-    losses = [evaluation.measure(base.model, base, rows, batch_tokens=size).loss for size in (1, 100, 512, 100_000)]
+    rows = evaluation.encode_held_out(base, tiny_models.reviews(20))
+    losses = [
+        evaluation.measure_loss(base.model, base, rows, batch_tokens=size).loss for size in (1, 100, 512, 100_000)
+    ]
     assert max(losses) - min(losses) < 1e-4
 
 
 def test_packing_and_padding_do_not_change_it_either(base):
-    rows = evaluation.encode_held_out(base, tiny.reviews(20))
-    expected = evaluation.measure(base.model, base, rows).loss
+    rows = evaluation.encode_held_out(base, tiny_models.reviews(20))
+    expected = evaluation.measure_loss(base.model, base, rows).loss
     for packing in (True, False):
-        sequences = tokens.Sequences(rows, tiny.CONTEXT, packing=packing)
-        batch = tokens.collate([sequences[i] for i in range(len(sequences))], 0)
+        sequences = PackedSequences(rows, tiny_models.CONTEXT, packing=packing)
+        batch = collate([sequences[i] for i in range(len(sequences))], 0)
         labels = batch.pop("labels")
         with torch.no_grad(), base.head.left_out():
             nll = base.head.nll(base.model(**batch, use_cache=False).logits, labels)
-        assert (nll.sum() / (labels != tokens.NO_LABEL).sum()).item() == pytest.approx(expected, abs=1e-4)
+        assert (nll.sum() / (labels != IGNORE_INDEX).sum()).item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_long_rows_are_cut_at_512_or_the_models_context(base):
     (row,) = evaluation.encode_held_out(base, ["word " * 3000])
-    assert len(row) == min(HELD_OUT_LENGTH, tiny.CONTEXT)
+    assert len(row) == min(HELD_OUT_MAX_TOKENS, tiny_models.CONTEXT)
 
 
 def test_measuring_leaves_the_mode_of_the_model(base):
-    rows = evaluation.encode_held_out(base, tiny.reviews(2))
+    rows = evaluation.encode_held_out(base, tiny_models.reviews(2))
     for training in (True, False):
         base.model.train(training)
-        evaluation.measure(base.model, base, rows)
+        evaluation.measure_loss(base.model, base, rows)
         assert base.model.training is training
 
 
 def test_the_base_is_measured_once(base, monkeypatch):
-    rows = evaluation.encode_held_out(base, tiny.reviews(5, seed=5))
-    first = evaluation.measure_base(base, rows)
-    monkeypatch.setattr(evaluation, "measure", lambda *_, **__: pytest.fail("measured again"))
-    assert evaluation.measure_base(base, rows) == first
+    rows = evaluation.encode_held_out(base, tiny_models.reviews(5, seed=5))
+    first = evaluation.measure_base_loss(base, rows)
+    monkeypatch.setattr(evaluation, "measure_loss", lambda *_, **__: pytest.fail("measured again"))
+    assert evaluation.measure_base_loss(base, rows) == first
 
 
 def test_a_broken_cache_of_losses_is_measured_again(base, caches):
-    rows = evaluation.encode_held_out(base, tiny.reviews(5, seed=6))
-    first = evaluation.measure_base(base, rows)
+    rows = evaluation.encode_held_out(base, tiny_models.reviews(5, seed=6))
+    first = evaluation.measure_base_loss(base, rows)
     for file in (caches / "own" / "losses").iterdir():
         file.write_text("{broken")
-    assert evaluation.measure_base(base, rows) == first
+    assert evaluation.measure_base_loss(base, rows) == first
 
 
 def test_the_gain_and_its_standard_error():
-    base = evaluation.HeldOut([10.0, 40.0, 30.0], [5, 10, 10])
-    adapter = evaluation.HeldOut([8.0, 37.0, 25.0], [5, 10, 10])
-    result = evaluation.compare(base, adapter)
+    base = evaluation.HeldOutLoss([10.0, 40.0, 30.0], [5, 10, 10])
+    adapter = evaluation.HeldOutLoss([8.0, 37.0, 25.0], [5, 10, 10])
+    result = evaluation.paired_gain(base, adapter)
     assert result.base_loss == pytest.approx(80 / 25)
     assert result.loss == pytest.approx(70 / 25)
     assert result.gain == pytest.approx(10 / 25)
@@ -96,7 +102,7 @@ def test_the_gain_and_its_standard_error():
 
 
 def test_perplexity_does_not_overflow():
-    result = evaluation.compare(evaluation.HeldOut([1e6], [1]), evaluation.HeldOut([0.0], [1]))
+    result = evaluation.paired_gain(evaluation.HeldOutLoss([1e6], [1]), evaluation.HeldOutLoss([0.0], [1]))
     assert result.perplexities == (math.exp(700), 1.0)
 
 
@@ -106,9 +112,11 @@ def test_perplexity_does_not_overflow():
 def styles():
     """Texts of three kinds, of which each adapter learns one."""
     return {
-        "noir": tiny.reviews(60),
-        "verse": [f"{text.replace('. ', ', ')} o!" for text in tiny.reviews(50, seed=1)],
-        "notes": [f"{number} - {' '.join(text.split()[::-1])}" for number, text in enumerate(tiny.reviews(40, seed=2))],
+        "noir": tiny_models.reviews(60),
+        "verse": [f"{text.replace('. ', ', ')} o!" for text in tiny_models.reviews(50, seed=1)],
+        "notes": [
+            f"{number} - {' '.join(text.split()[::-1])}" for number, text in enumerate(tiny_models.reviews(40, seed=2))
+        ],
     }
 
 
@@ -146,8 +154,8 @@ def kept(adapter, tmp_path):
 def with_manifest(adapter, **changes):
     """The adapter with other facts in its manifest."""
     text = adapter.manifest.model_copy(update=changes).to_json()
-    (adapter.path / store.MANIFEST).write_text(text)
-    return store.read(adapter.path)
+    (adapter.path / MANIFEST_FILE).write_text(text)
+    return load_adapter_folder(adapter.path)
 
 
 @pytest.fixture
@@ -159,8 +167,8 @@ def measured(monkeypatch):
         stages.append(stage)
         return measure(*args, stage=stage, **kwargs)
 
-    measure = evaluation.measure
-    monkeypatch.setattr(evaluation, "measure", count)
+    measure = evaluation.measure_loss
+    monkeypatch.setattr(evaluation, "measure_loss", count)
     return stages
 
 
@@ -170,7 +178,9 @@ def by_plain_peft(folder, adapter, texts):
     rows = evaluation.encode_held_out(base, texts)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter.path)
     theirs = dataclasses.replace(base, model=model)
-    return evaluation.compare(evaluation.measure(base.model, base, rows), evaluation.measure(model, theirs, rows))
+    return evaluation.paired_gain(
+        evaluation.measure_loss(base.model, base, rows), evaluation.measure_loss(model, theirs, rows)
+    )
 
 
 def close(result):
@@ -207,8 +217,8 @@ def test_the_rows_come_from_the_cache_when_the_data_are_gone(adapters, trained, 
     assert not list(tmp_path.glob("*.json"))
     matrix = evaluate(adapters, device="cpu")
     for number, (adapter, rows) in enumerate(zip(adapters, matrix.sets, strict=True)):
-        held_out = load_corpus(TrainConfig(dataset=str(trained / f"{adapter.name}.json"))).held_out
-        assert rows == RowSet(adapter.name, held_out[: 6 + number])
+        held_out = load_dataset(TrainConfig(dataset=str(trained / f"{adapter.name}.json"))).held_out
+        assert rows == EvalSet(adapter.name, held_out[: 6 + number])
         assert json.loads(kept(adapter, tmp_path).read_text(encoding="utf-8")) == rows.texts
 
 
@@ -232,7 +242,7 @@ def test_rows_that_are_missing_leave_their_cells_empty(adapters, tmp_path, conte
     if content is not None:
         kept(adapters[1], tmp_path).write_text(content)
     matrix = evaluate(adapters[:2], device="cpu")
-    assert matrix.sets[1] == RowSet("verse", [], why)
+    assert matrix.sets[1] == EvalSet("verse", [], why)
     assert [[cell is None for cell in line] for line in matrix.cells] == [[False, True], [False, True]]
     assert matrix.cells[0][0].model_dump() == close(adapters[0].manifest.result)
     with pytest.raises(AdapterError) as error:
@@ -241,11 +251,11 @@ def test_rows_that_are_missing_leave_their_cells_empty(adapters, tmp_path, conte
 
 
 def test_nobody_knows_the_rows_of_an_adapter_of_another_tool(adapters, gpt2):
-    (adapters[1].path / store.MANIFEST).unlink()
+    (adapters[1].path / MANIFEST_FILE).unlink()
     told = []
-    foreign = store.read(adapters[1].path)
+    foreign = load_adapter_folder(adapters[1].path)
     matrix = evaluate([adapters[0], foreign], device="cpu", notify=told.append)
-    assert matrix.sets[1] == RowSet("verse", [], "it was trained by another tool, so nobody knows its held-out rows")
+    assert matrix.sets[1] == EvalSet("verse", [], "it was trained by another tool, so nobody knows its held-out rows")
     assert matrix.cells[1][1] is matrix.cells[0][1] is None
     assert matrix.cells[1][0].model_dump() == close(by_plain_peft(gpt2, foreign, matrix.sets[0].texts))
     assert [it.text for it in told if isinstance(it, Notice)] == [
@@ -270,11 +280,11 @@ def test_what_was_measured_once_is_not_measured_again(adapters, measured):
 
 def test_what_was_measured_is_not_taken_for_something_else(adapters, measured, gpt2):
     """Other weights, settings, rows or numbers of the base are measured anew."""
-    texts = tiny.reviews(5, seed=8)
+    texts = tiny_models.reviews(5, seed=8)
 
     def cell(texts=texts, **options):
-        found = store.read(adapters[0].path)
-        return evaluate([found], [RowSet("five", texts)], device="cpu", **options).cells[0][0]
+        found = load_adapter_folder(adapters[0].path)
+        return evaluate([found], [EvalSet("five", texts)], device="cpu", **options).cells[0][0]
 
     def anew(stages, **options):
         measured.clear()
@@ -283,42 +293,50 @@ def test_what_was_measured_is_not_taken_for_something_else(adapters, measured, g
         return result
 
     seen = [anew(2), anew(2, dtype="bfloat16"), anew(2, texts=texts[:4]), anew(2, texts=texts[::-1][:4])]
-    config = json.loads((adapters[0].path / store.CONFIG).read_text())
-    (adapters[0].path / store.MANIFEST).unlink()  # it would tell that these are not its weights and settings
-    (adapters[0].path / store.CONFIG).write_text(json.dumps(config | {"lora_alpha": 3}))
+    config = json.loads((adapters[0].path / CONFIG_FILE).read_text())
+    (adapters[0].path / MANIFEST_FILE).unlink()  # it would tell that these are not its weights and settings
+    (adapters[0].path / CONFIG_FILE).write_text(json.dumps(config | {"lora_alpha": 3}))
     seen.append(anew(1))
-    (adapters[0].path / store.CONFIG).write_text(json.dumps(config | {"use_rslora": True}))
+    (adapters[0].path / CONFIG_FILE).write_text(json.dumps(config | {"use_rslora": True}))
     seen.append(anew(1))
     assert seen[-1].model_dump() == close(by_plain_peft(gpt2, adapters[0], texts))
-    (adapters[0].path / store.CONFIG).write_text(json.dumps(config))
-    tensors = load_file(adapters[0].path / store.WEIGHTS)
-    save_file({name: 0.5 * tensor for name, tensor in tensors.items()}, adapters[0].path / store.WEIGHTS)
+    (adapters[0].path / CONFIG_FILE).write_text(json.dumps(config))
+    tensors = load_file(adapters[0].path / WEIGHTS_FILE)
+    save_file({name: 0.5 * tensor for name, tensor in tensors.items()}, adapters[0].path / WEIGHTS_FILE)
     seen.append(anew(1))
     assert len({result.loss for result in seen}) == len(seen)
 
 
 def test_an_adapter_that_is_replaced_while_it_is_read_is_not_measured_as_another(adapters, monkeypatch):
     """Its loss would be kept under the hash of the weights that came after."""
-    (adapters[0].path / store.MANIFEST).unlink()
-    tensors, read = load_file(adapters[0].path / store.WEIGHTS), AdapterBank.read
+    (adapters[0].path / MANIFEST_FILE).unlink()
+    tensors, read = load_file(adapters[0].path / WEIGHTS_FILE), MultiLora.read
 
     def replaced(bank, adapter):
         found = read(bank, adapter)
-        save_file({name: 0.5 * tensor for name, tensor in tensors.items()}, adapter.path / store.WEIGHTS)
+        save_file({name: 0.5 * tensor for name, tensor in tensors.items()}, adapter.path / WEIGHTS_FILE)
         return found
 
-    monkeypatch.setattr(AdapterBank, "read", replaced)
+    monkeypatch.setattr(MultiLora, "read", replaced)
     with pytest.raises(AdapterError, match="was replaced while it was read: measure it again"):
-        evaluate([store.read(adapters[0].path)], [RowSet("five", tiny.reviews(5, seed=8))], device="cpu")
+        evaluate(
+            [load_adapter_folder(adapters[0].path)],
+            [EvalSet("five", tiny_models.reviews(5, seed=8))],
+            device="cpu",
+        )
 
     def removed(bank, adapter):
         found = read(bank, adapter)
-        (adapter.path / store.WEIGHTS).unlink()
+        (adapter.path / WEIGHTS_FILE).unlink()
         return found
 
-    monkeypatch.setattr(AdapterBank, "read", removed)
+    monkeypatch.setattr(MultiLora, "read", removed)
     with pytest.raises(AdapterError, match="cannot be read"):
-        evaluate([store.read(adapters[0].path)], [RowSet("five", tiny.reviews(5, seed=8))], device="cpu")
+        evaluate(
+            [load_adapter_folder(adapters[0].path)],
+            [EvalSet("five", tiny_models.reviews(5, seed=8))],
+            device="cpu",
+        )
 
 
 def test_a_broken_measure_in_the_cache_is_measured_again(adapters, tmp_path, measured):
@@ -335,19 +353,19 @@ def test_fewer_rows_are_the_first(adapters):
     whole, some = evaluate(adapters[:2], device="cpu"), evaluate(adapters[:2], eval_rows=3, device="cpu")
     assert [it.texts for it in some.sets] == [it.texts[:3] for it in whole.sets]
     assert [[cell.rows for cell in line] for line in some.cells] == [[3, 3], [3, 3]]
-    named = [RowSet(it.name, it.texts[:3]) for it in whole.sets]
+    named = [EvalSet(it.name, it.texts[:3]) for it in whole.sets]
     assert evaluate(adapters[:2], named, device="cpu") == some
     assert evaluate(adapters[:2], eval_rows=1000, device="cpu") == whole
 
 
 def test_rows_of_other_data(adapters, tmp_path):
-    texts = tiny.reviews(20, seed=9)
+    texts = tiny_models.reviews(20, seed=9)
     (tmp_path / "other.json").write_text(json.dumps([*texts, texts[0], ""]))
     told = []
-    rows = evaluation.rows_of(TrainConfig(eval_dataset="other.json", eval_rows=5), told.append)
-    everything = evaluation.rows_of(TrainConfig(eval_dataset="other.json"))
+    rows = evaluation.load_eval_set(TrainConfig(eval_dataset="other.json", eval_rows=5), told.append)
+    everything = evaluation.load_eval_set(TrainConfig(eval_dataset="other.json"))
     assert sorted(everything.texts) == sorted(texts)
-    assert rows == RowSet("other.json", everything.texts[:5])
+    assert rows == EvalSet("other.json", everything.texts[:5])
     assert [it.text for it in told] == [
         "To measure on: 20 usable rows of the 22 of other.json.",
         "Rows of other.json that an adapter was trained on count as held out here.",
@@ -367,7 +385,7 @@ def test_two_adapters_of_one_name_are_refused(adapters, tmp_path):
 
 @pytest.fixture
 def stranger(tmp_path):
-    return tiny.save_model(tmp_path / "stranger", "gpt2", seed=7)
+    return tiny_models.save_model(tmp_path / "stranger", "gpt2", seed=7)
 
 
 def test_another_base_is_refused_and_both_are_named(adapters, stranger, gpt2, measured):
@@ -414,8 +432,8 @@ def test_the_base_stays_as_it_was(adapters, monkeypatch):
         opened.append(open_base(*args, **kwargs))
         return opened[0]
 
-    open_base = lora.open_base
-    monkeypatch.setattr(lora, "open_base", remember)
+    open_base = loading.open_base
+    monkeypatch.setattr(loading, "open_base", remember)
     first = evaluate(adapters, eval_rows=4, device="cpu")
     (base,) = opened
     plain = AutoModelForCausalLM.from_pretrained(base.source.folder)
@@ -434,7 +452,7 @@ def test_broken_off_it_leaves_no_hook_on_the_base(adapters, monkeypatch):
         seen.append(model)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation, "measure", interrupted)
+    monkeypatch.setattr(evaluation, "measure_loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(adapters, device="cpu")
     assert not any(module._forward_hooks for module in seen[0].modules())
@@ -464,7 +482,7 @@ def test_rows_in_the_cache_that_never_end_are_missing(adapters, tmp_path):
 
 
 def test_a_set_of_one_row_says_why_it_is_not_measured(adapters):
-    sets = [RowSet("x", tiny.reviews(1)), RowSet("y", tiny.reviews(3))]
+    sets = [EvalSet("x", tiny_models.reviews(1)), EvalSet("y", tiny_models.reviews(3))]
     matrix = evaluate(adapters[:1], sets, device="cpu")
     assert [it.missing for it in matrix.sets] == ["a standard error needs two rows", None]
     assert [cell is None for cell in matrix.cells[0]] == [True, False]
@@ -473,13 +491,13 @@ def test_a_set_of_one_row_says_why_it_is_not_measured(adapters):
 def test_adapters_of_one_name_are_refused(adapters, tmp_path):
     shutil.copytree(adapters[1].path, tmp_path / "elsewhere" / adapters[0].name)
     with pytest.raises(AdapterError) as error:
-        evaluate([adapters[0], store.read(tmp_path / "elsewhere" / adapters[0].name)], device="cpu")
+        evaluate([adapters[0], load_adapter_folder(tmp_path / "elsewhere" / adapters[0].name)], device="cpu")
     assert str(error.value) == "Two of these adapters are called noir: name each once, or rename one."
 
 
 def test_one_row_of_a_set_is_too_few(adapters):
     with pytest.raises(AdapterError) as error:
-        evaluate(adapters[:1], [RowSet("x", tiny.reviews(5))], eval_rows=1, device="cpu")
+        evaluate(adapters[:1], [EvalSet("x", tiny_models.reviews(5))], eval_rows=1, device="cpu")
     assert str(error.value) == (
         "There is nothing to measure on. x: a standard error needs two rows. Name data with --eval-dataset."
     )
@@ -490,23 +508,25 @@ def test_int8_and_float32_are_not_taken_for_each_other(model_folder):
     losses = []
     for dtype in ("float32", "int8", "float32"):
         base = load_base(find_base(str(model_folder)), "cpu", dtype)
-        losses.append(evaluation.measure_base(base, evaluation.encode_held_out(base, tiny.reviews(9))).loss)
+        losses.append(evaluation.measure_base_loss(base, evaluation.encode_held_out(base, tiny_models.reviews(9))).loss)
     assert losses[0] == losses[2] != losses[1]
 
 
 def test_what_is_cached_for_one_order_of_patterns_is_not_taken_for_another(gpt2, tmp_path):
     """Of a pattern's keys the first that matches counts, so their order decides the scale."""
-    from .test_bank import written
+    from .inference.test_multi_lora import written
 
     patterns = {"c_attn": 1, "0.attn.c_attn": 60}
     both = (patterns, dict(reversed(patterns.items())))
     made = [written(gpt2, tmp_path / str(i) / "one", target_modules=["c_attn"]) for i in range(2)]
     for adapter, pattern in zip(made, both, strict=True):
-        config = json.loads((adapter.path / store.CONFIG).read_text()) | {"alpha_pattern": pattern}
-        (adapter.path / store.CONFIG).write_text(json.dumps(config))
+        config = json.loads((adapter.path / CONFIG_FILE).read_text()) | {"alpha_pattern": pattern}
+        (adapter.path / CONFIG_FILE).write_text(json.dumps(config))
     base = load_base(find_base(str(gpt2)), "cpu")
-    rows = [RowSet("some", tiny.reviews(6, seed=9))]
-    first, second = (evaluation.losses(base, {"one": store.read(it.path)}, rows)[0][0][1].loss for it in made)
+    rows = [EvalSet("some", tiny_models.reviews(6, seed=9))]
+    first, second = (
+        evaluation.held_out_losses(base, {"one": load_adapter_folder(it.path)}, rows)[0][0][1].loss for it in made
+    )
     assert abs(first - second) > 1e-3
 
 

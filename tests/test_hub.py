@@ -10,8 +10,8 @@ import pytest
 
 from lora_tuner import hub as ours
 
-from . import tiny
-from .hub import Hub, fail
+from . import tiny_models
+from .hub_server import Hub, fail
 
 CLI = Path(__file__).parents[1] / "cli.py"
 DISTILGPT2, IMDB = "models/distilbert/distilgpt2", "datasets/stanfordnlp/imdb"
@@ -23,8 +23,8 @@ def repos(tmp_path_factory):
     import datasets
 
     root = tmp_path_factory.mktemp("repos")
-    tiny.save_model(root / "model", "gpt2", context=1024)
-    texts = tiny.reviews(300)
+    tiny_models.save_model(root / "model", "gpt2", context=1024)
+    texts = tiny_models.reviews(300)
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
     rows = datasets.Dataset.from_dict({"text": texts, "label": [i % 2 for i in range(300)]}, features=features)
     (root / "data" / "plain_text").mkdir(parents=True)
@@ -111,23 +111,23 @@ def endpoint(monkeypatch):
     def use(url):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", url)
-        ours.unreachable.cache_clear()
+        ours.why_unreachable.cache_clear()
 
     yield use
-    ours.unreachable.cache_clear()
+    ours.why_unreachable.cache_clear()
 
 
 def test_a_hub_that_hangs_is_out_of_reach_in_under_five_seconds(repos, endpoint):
     with Hub(repos) as hub:
         endpoint(hub.url)
-        assert ours.unreachable() is None
+        assert ours.why_unreachable() is None
         hub.fault = lambda handler: hub.closed.wait(60)
-        ours.unreachable.cache_clear()
+        ours.why_unreachable.cache_clear()
         start = time.monotonic()
-        assert ours.unreachable() is not None
+        assert ours.why_unreachable() is not None
         assert time.monotonic() - start < 5
         asked = len(hub.requests)
-        assert ours.unreachable() is not None
+        assert ours.why_unreachable() is not None
         assert len(hub.requests) == asked
 
 
@@ -135,10 +135,10 @@ def test_a_hub_that_is_broken_or_absent(repos, endpoint):
     with Hub(repos) as hub:
         hub.fault = lambda handler: not fail(handler, 503, "", "down")
         endpoint(hub.url)
-        assert ours.unreachable() == f"{hub.url} answers with status 503"
-    ours.unreachable.cache_clear()
-    assert ours.unreachable() == f"{hub.url} does not answer (ConnectError)"
+        assert ours.why_unreachable() == f"{hub.url} answers with status 503"
+    ours.why_unreachable.cache_clear()
+    assert ours.why_unreachable() == f"{hub.url} does not answer (ConnectError)"
 
 
 def test_offline_by_choice():
-    assert ours.unreachable() == "HF_HUB_OFFLINE is set"
+    assert ours.why_unreachable() == "HF_HUB_OFFLINE is set"

@@ -17,19 +17,19 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .desk import Desk
-from .guard import is_api
-from .schema import refusal
-from .worker import Job
+from .middleware import is_api_path
+from .protocol import error_response
+from .scheduler import Request
+from .service import ModelService
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # that of `generate_latest`
-GONE = 499  # as nginx calls it: the client left before there was an answer
-SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # bounds of what is counted together
+CLIENT_CLOSED_REQUEST = 499  # as nginx calls it: the client left before there was an answer
+BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # bounds of what is counted together
 log = logging.getLogger("lora_tuner.server")
 
 
 @dataclass
-class Record:
+class RequestRecord:
     """One request, or one answer on the page. `model` is set when it was found, `job` when work has begun."""
 
     id: str = field(default_factory=lambda: secrets.token_hex(12))
@@ -39,7 +39,7 @@ class Record:
     model: str | None = None
     stream: bool = False
     user: str | None = None
-    job: Job | None = None
+    job: Request | None = None
     asked: Any = None  # the prompts or messages
 
     def failed(self, error: Exception) -> str:
@@ -62,16 +62,16 @@ class Metrics:
     """The figures of one server. `open` is how many requests to the API are being answered, `streams` in how many the page gets
     its answers."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: ModelService) -> None:
         self.open = self.streams = 0
         self.log_prompts = desk.settings.log_prompts
         self.registry = CollectorRegistry()
         self.requests = self._of(Counter, "requests", "Requests that were answered.", ("endpoint", "model", "status"))
         self.tokens = self._of(Counter, "tokens", "Tokens read and written.", ("model", "kind"))
         self.seconds = self._of(
-            Histogram, "request_seconds", "From request to the end of its answer.", ("model",), SECONDS
+            Histogram, "request_seconds", "From request to the end of its answer.", ("model",), BUCKETS
         )
-        self.first = self._of(Histogram, "first_token_seconds", "From request to its first token.", ("model",), SECONDS)
+        self.first = self._of(Histogram, "first_token_seconds", "From request to its first token.", ("model",), BUCKETS)
         self._of(Gauge, "answers_waiting", "Answers that wait.").set_function(lambda: desk.worker.waiting)
         self._of(Gauge, "answers_running", "Answers that are being written.").set_function(lambda: desk.worker.running)
         self._of(Gauge, "adapters_resident", "Adapters in memory.").set_function(lambda: len(desk.generator.loaded))
@@ -86,13 +86,13 @@ class Metrics:
         return generate_latest(self.registry)
 
     def done(
-        self, endpoint: str, record: Record, path: str, client: str | None = None, method: str | None = None
+        self, endpoint: str, record: RequestRecord, path: str, client: str | None = None, method: str | None = None
     ) -> None:
         """Count it, and write its line."""
         self._count(endpoint, record)
         log.info(self._line(record, {"client": client, "method": method, "path": path}))
 
-    def _count(self, endpoint: str, record: Record) -> None:
+    def _count(self, endpoint: str, record: RequestRecord) -> None:
         model = record.model or ""
         self.requests.labels(endpoint, model, str(record.status)).inc()
         if record.job is None:
@@ -103,7 +103,7 @@ class Metrics:
         if record.job.first_token is not None:
             self.first.labels(model).observe(record.job.first_token - record.begun)
 
-    def _line(self, record: Record, request: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _line(self, record: RequestRecord, request: Mapping[str, Any]) -> Mapping[str, Any]:
         job = record.job
         facts = {
             "id": record.id,
@@ -128,7 +128,7 @@ class Metrics:
         return facts
 
 
-class Journal:
+class RequestLog:
     """Around the app: keeps a `Record` of each request to the API, which what answers fills in as `request.state.record`, and
     says where one has failed."""
 
@@ -137,10 +137,10 @@ class Journal:
         self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not is_api(scope["path"]):
+        if scope["type"] != "http" or not is_api_path(scope["path"]):
             await self.app(scope, receive, send)
             return
-        record = scope.setdefault("state", {})["record"] = Record()
+        record = scope.setdefault("state", {})["record"] = RequestRecord()
 
         async def seen(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -153,12 +153,12 @@ class Journal:
             await self.app(scope, receive, seen)
         except Exception as error:
             begun, record.status = bool(record.status), 500
-            failure = refusal(500, record.failed(error))
+            failure = error_response(500, record.failed(error))
             if begun:  # it can only break off
                 raise
             await failure(scope, receive, seen)
         finally:
-            record.status = record.status or GONE
+            record.status = record.status or CLIENT_CLOSED_REQUEST
             self.metrics.open -= 1
             route = scope.get("route")  # absent where none fits
             client, _ = scope.get("client") or (None, None)

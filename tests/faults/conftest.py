@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from . import worlds
+from . import workspaces
 from .process import Command, Ended
 from .runs import outcome
 
@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory, gpt2: Path) -> Path:
     """What tests copy, to spoil the copy."""
-    return worlds.make(tmp_path_factory.mktemp("world"), gpt2)
+    return workspaces.make(tmp_path_factory.mktemp("world"), gpt2)
 
 
 @pytest.fixture

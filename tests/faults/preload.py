@@ -2,13 +2,15 @@
 
 import torch
 
-import lora_tuner.cli
-import lora_tuner.combine
-import lora_tuner.doctor
-import lora_tuner.export
-import lora_tuner.generation
-import lora_tuner.report
-import lora_tuner.share
-import lora_tuner.training  # noqa: F401
+import lora_tuner.adapters.hub_sync
+import lora_tuner.adapters.plots
+import lora_tuner.cli.app
+import lora_tuner.cli.doctor
+import lora_tuner.convert.blend
+import lora_tuner.convert.compress
+import lora_tuner.convert.export_gguf
+import lora_tuner.convert.merge
+import lora_tuner.inference.generator
+import lora_tuner.training.run  # noqa: F401
 
 torch.set_num_threads(1)

@@ -204,7 +204,7 @@ def _run(
             before()
         if fault:
             fault.install(events)
-        from lora_tuner.cli import app
+        from lora_tuner.cli.app import app
 
         app()
         status = 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lora_tuner import store
+from lora_tuner.adapters.adapter import METRICS_FILE, WEIGHTS_FILE, read_manifest
 
 from .process import Ended
 
@@ -18,7 +18,10 @@ PATIENT = (
     "--dropout", "0.1", "--max-steps", "20", "--eval-every", "2", "--patience", "2", "--schedule", "constant",
     "--learning-rate", "0.5", "--rows", "40",
 )  # fmt: skip
-STEP_END, MICRO_BATCH = "lora_tuner.trainer:_StopWhenAsked.on_step_end", "lora_tuner.trainer:_LoraTrainer.training_step"
+STEP_END, MICRO_BATCH = (
+    "lora_tuner.training.trainer:_StopOnSignal.on_step_end",
+    "lora_tuner.training.trainer:_LoraTrainer.training_step",
+)
 RUN, ADAPTER = Path("runs/reviews"), Path("adapters/reviews")
 slow = partial(pytest.param, marks=pytest.mark.slow)
 
@@ -30,10 +33,10 @@ def cases(quick: list[Any], all_of_them: list[Any]) -> list[Any]:
 
 def outcome(adapter: Path) -> Any:
     """Everything that a run decides: the weights, and each loss on the way."""
-    curve = [json.loads(line) for line in (adapter / store.METRICS).read_text().splitlines()]
-    run = store.read_manifest(adapter).run
+    curve = [json.loads(line) for line in (adapter / METRICS_FILE).read_text().splitlines()]
+    run = read_manifest(adapter).run
     assert run is not None
-    return (adapter / store.WEIGHTS).read_bytes(), [(it["step"], it.get("loss"), it.get("eval_loss")) for it in curve], (
+    return (adapter / WEIGHTS_FILE).read_bytes(), [(it["step"], it.get("loss"), it.get("eval_loss")) for it in curve], (
         run.steps, run.kept_step, run.tokens,
     )  # fmt: skip
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from . import process, worlds
+from . import process, workspaces
 from .process import Command, Fault
-from .worlds import COMMANDS, State, arguments, becomes, litter, old_or_new, run, state
+from .workspaces import COMMANDS, State, arguments, becomes, litter, old_or_new, run, state
 
 QUICK = 2  # points of each command that are tried by default; `slow` tries all
 
@@ -45,7 +45,7 @@ def after_a_crash(name: str, words: list[str], root: Path, new: State) -> None:
     assert not list((root / "runs").glob("*"))
 
 
-@pytest.mark.parametrize("name", worlds.QUICK)
+@pytest.mark.parametrize("name", workspaces.QUICK)
 def test_a_crash_leaves_the_old_or_the_new(name: str, world: Path, gpt2: Path, tmp_path: Path) -> None:
     words = arguments(name, world, gpt2)
     new, events = becomes(words, world, tmp_path / "clean")

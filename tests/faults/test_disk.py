@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from lora_tuner import files, trainer
+from lora_tuner import atomic_io
 from lora_tuner.errors import TrainingError
-from lora_tuner.training import train
+from lora_tuner.training import trainer
+from lora_tuner.training.run import train
 
-from . import worlds
+from . import workspaces
 from .process import Fault, contents
-from .worlds import COMMANDS, arguments, becomes, litter, old_or_new, run, state
+from .workspaces import COMMANDS, arguments, becomes, litter, old_or_new, run, state
 
 QUICK = 2
 READ_ONLY = "may not be written to: choose another"
@@ -51,7 +52,7 @@ def full_at(name: str, words: list[str], world: Path, root: Path, at: int, new: 
     assert litter(root) == []
 
 
-@pytest.mark.parametrize("name", worlds.QUICK)
+@pytest.mark.parametrize("name", workspaces.QUICK)
 def test_a_full_disk_costs_nothing_but_the_command(name: str, world: Path, gpt2: Path, tmp_path: Path) -> None:
     words = arguments(name, world, gpt2)
     new, events = becomes(words, world, tmp_path / "clean")
@@ -142,7 +143,7 @@ def test_a_small_disk_that_really_is_full(name: str, world: Path, gpt2: Path, tm
 
 
 def test_too_little_room_is_said_before_training(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "free_space", lambda place: 1_000)
+    monkeypatch.setattr(atomic_io, "free_space", lambda place: 1_000)
     with pytest.raises(TrainingError, match="runs has 0 MB free, and the run needs 0: free some space, or choose"):
         train(settings())
     assert not list((tmp_path / "runs").iterdir())

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lora_tuner import store
+from lora_tuner.adapters import adapter
 
-from .. import stored
+from .. import adapter_files
 from .process import unchanged
 from .runs import ADAPTER, RUN
 
@@ -34,7 +34,7 @@ LAST = RUN / "last-good"
 def test_it_stops_at_the_first_figure_that_is_no_number(run, arguments, request, kind, rate, dtype):
     shutil.rmtree("base")
     shutil.copytree(request.getfixturevalue(kind), "base")
-    old = stored.write(ADAPTER, facts=stored.manifest())
+    old = adapter_files.write(ADAPTER, facts=adapter_files.manifest())
     how = ["--learning-rate", rate, "--dtype", dtype, "--max-steps", "8", "--overwrite"]
     with unchanged(old):
         ended = run(*arguments, *how)
@@ -45,7 +45,7 @@ def test_it_stops_at_the_first_figure_that_is_no_number(run, arguments, request,
     assert re.match(rf"Error: {what}, so the run has stopped\.", ended.line)
     assert f" The last good adapter is in {LAST}. Try a lower learning rate than " in ended.line
     assert f"{float(rate):g} (--learning-rate)" in ended.line
-    assert store.verify_weights(store.read(LAST)) == []
+    assert adapter.verify_weights(adapter.load_adapter_folder(LAST)) == []
     # And again, from its start: there is no other way.
     with unchanged(old):
         assert run("train", "--resume", "reviews").line == ended.line
@@ -55,12 +55,12 @@ def test_it_stops_at_the_first_figure_that_is_no_number(run, arguments, request,
 def test_what_is_kept_gave_a_finite_gradient_too(run, arguments):
     """Those of step 3 give a finite loss, and the gradient is not."""
     assert "A gradient is not finite in step 3," in run(*arguments, "--learning-rate", "1000", "--max-steps", "8").line
-    kept = load_file(LAST / store.WEIGHTS)
+    kept = load_file(LAST / adapter.WEIGHTS_FILE)
     shutil.rmtree(RUN)
     how = ["--schedule", "constant", "--max-steps", "1"]
     assert run(*arguments, "--learning-rate", "1000", "--warmup", "0", *how).status == 0
-    assert kept.keys() == load_file(ADAPTER / store.WEIGHTS).keys()
-    assert all((it == kept[name]).all() for name, it in load_file(ADAPTER / store.WEIGHTS).items())
+    assert kept.keys() == load_file(ADAPTER / adapter.WEIGHTS_FILE).keys()
+    assert all((it == kept[name]).all() for name, it in load_file(ADAPTER / adapter.WEIGHTS_FILE).items())
 
 
 @pytest.mark.slow
@@ -74,7 +74,7 @@ def test_figures_that_are_no_numbers_after_the_last_step_make_no_adapter(run, ar
     assert not ADAPTER.exists()
     told = run("generate", "--adapter", LAST, "the", "--max-new-tokens", "2", "--greedy")
     assert told.status == 0, told.err
-    assert store.verify_weights(store.read(LAST)) == []
+    assert adapter.verify_weights(adapter.load_adapter_folder(LAST)) == []
     if rate == "1e30":  # there is a checkpoint of its last step
         with unchanged(LAST):
             assert run("train", "--resume", "reviews").line == ended.line
@@ -101,9 +101,9 @@ def test_an_adapter_that_is_worse_than_its_base_says_so(run, arguments):
 def test_an_adapter_that_gives_no_number_is_one_line(run, world, tmp_path, command):
     shutil.copytree(world, tmp_path / "root")
     place = tmp_path / "root" / "adapters" / "one"
-    tensors = load_file(place / store.WEIGHTS)
-    save_file({name: np.full_like(it, 1e37) for name, it in tensors.items()}, place / store.WEIGHTS)
-    (place / store.MANIFEST).unlink()
+    tensors = load_file(place / adapter.WEIGHTS_FILE)
+    save_file({name: np.full_like(it, 1e37) for name, it in tensors.items()}, place / adapter.WEIGHTS_FILE)
+    (place / adapter.MANIFEST_FILE).unlink()
     how = ["--adapters-dir", place.parent, "--eval-dataset", world / "reviews.txt"]
     with unchanged(place.parent):
         ended = run(*command, *how)

@@ -20,20 +20,20 @@ import pytest
 import torch
 
 from lora_tuner import Generator
-from lora_tuner.config import Sampling
+from lora_tuner.config import SamplingParams
 from lora_tuner.errors import LoraTunerError
 
-from .. import tiny
-from . import strangers
+from .. import tiny_models
+from . import hostile_adapters
+from .hostile_adapters import BY_HAND, NAME, Stranger
 from .process import Command
-from .strangers import BY_HAND, NAME, Stranger
 
 MEMORY = 200_000_000  # bytes that a stranger may cost more than a good one does
 SECONDS = 5.0  # of the processor
 HANGS = 20.0  # seconds by the clock
 PROMPT = ["the actor", "--greedy", "--max-new-tokens", "3"]
 ROWS = ["--eval-dataset", "rows.txt", "--eval-rows", "2"]
-ODD = f"x{strangers.ESCAPE}"  # the name of a folder
+ODD = f"x{hostile_adapters.ESCAPE}"  # the name of a folder
 LONG = 1_500_000  # characters of what it says that are kept
 BASE = ["--base", "base"]
 CHEAP: dict[str, list[str]] = {
@@ -115,7 +115,7 @@ def _do_all(libraries: list[tuple[str, Path]], commands: dict[str, list[str]], a
     """In a process of its own: all commands on all of these, each in the place of the good one."""
     from typer.testing import CliRunner
 
-    from lora_tuner.cli import app
+    from lora_tuner.cli.app import app
 
     wrote: list[str] = []
     here = Path.cwd()
@@ -178,7 +178,7 @@ def _do_all(libraries: list[tuple[str, Path]], commands: dict[str, list[str]], a
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory, gpt2: Path) -> Path:
-    return strangers.write_good(tmp_path_factory.mktemp("good") / NAME, gpt2)
+    return hostile_adapters.write_good(tmp_path_factory.mktemp("good") / NAME, gpt2)
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def do(tmp_path: Path, gpt2: Path, good: Path) -> Iterator[Callable[..., list[Ou
     for name in ("runs", "other"):
         (place / name).mkdir(parents=True)
     (place / "base").symlink_to(gpt2)
-    texts = tiny.reviews(40)
+    texts = tiny_models.reviews(40)
     (place / "rows.txt").write_text("\n".join(texts))
     (place / "rows.csv").write_text("text\n" + "\n".join(texts))
 
@@ -196,7 +196,7 @@ def do(tmp_path: Path, gpt2: Path, good: Path) -> Iterator[Callable[..., list[Ou
         libraries = []
         for number, (name, spoil) in enumerate([("warm", nothing), *jobs]):
             libraries.append((name, tmp_path / f"library-{number}"))
-            spoil(strangers.copy(good, libraries[-1][1] / NAME))
+            spoil(hostile_adapters.copy(good, libraries[-1][1] / NAME))
         answer = tmp_path / "answer.json"
         before = Command(cwd=place, cache=place / ".cache", before=partial(_do_all, libraries, commands, answer)).end(
             600
@@ -288,14 +288,14 @@ def nothing(folder: Path) -> None:
 
 @pytest.mark.parametrize("seeds", [range(12, 15), pytest.param(range(15, 18), marks=pytest.mark.slow)])
 def test_what_chance_makes_of_an_adapter_is_taken_or_refused_in_a_line(do, seeds):
-    for it in do([(f"seed {seed}", partial(strangers.spoil_by_chance, seed=seed)) for seed in seeds], ALL):
+    for it in do([(f"seed {seed}", partial(hostile_adapters.spoil_by_chance, seed=seed)) for seed in seeds], ALL):
         check(it)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", [range(1_000, 1_080), range(1_080, 1_160), range(1_160, 1_240), range(1_240, 1_310)])
 def test_what_chance_makes_of_many_adapters_is_taken_or_refused_in_a_line(do, seeds):
-    for it in do([(f"seed {seed}", partial(strangers.spoil_by_chance, seed=seed)) for seed in seeds], ALL):
+    for it in do([(f"seed {seed}", partial(hostile_adapters.spoil_by_chance, seed=seed)) for seed in seeds], ALL):
         check(it)
 
 
@@ -312,10 +312,10 @@ def test_a_refused_stranger_leaves_the_base_in_memory_as_it_was(gpt2, good, tmp_
     with torch.inference_mode():
         before = generator.base.model(tokens).logits
         for number, (name, stranger) in enumerate(BROKEN.items()):
-            folder = strangers.copy(good, tmp_path / f"x{number}")
+            folder = hostile_adapters.copy(good, tmp_path / f"x{number}")
             stranger.spoil(folder)
             with pytest.raises(LoraTunerError):  # large numbers are found out when it writes
-                generator.use(folder) and generator.generate("the actor", Sampling(max_new_tokens=2, greedy=True))
+                generator.use(folder) and generator.generate("the actor", SamplingParams(max_new_tokens=2, greedy=True))
             if generator.current is not None:
                 generator.unload(generator.current)
             assert not generator.loaded, name
@@ -323,7 +323,7 @@ def test_a_refused_stranger_leaves_the_base_in_memory_as_it_was(gpt2, good, tmp_
 
 
 def test_a_pickle_would_run_if_it_were_read(good, tmp_path):
-    folder = strangers.copy(good, tmp_path / NAME)
+    folder = hostile_adapters.copy(good, tmp_path / NAME)
     BY_HAND["pickled"].spoil(folder)
     pickle.loads((folder / "adapter_model.bin").read_bytes())
     assert (tmp_path / "it-ran").is_dir()
@@ -337,16 +337,16 @@ PLACES = [
     "x" * 300,
     "a b/c",
     "https://example.org/x",
-    f"x{strangers.ESCAPE}",
+    f"x{hostile_adapters.ESCAPE}",
 ]
 
 
 def test_a_base_that_a_stranger_names_is_no_way_out(do):
     """Places for a base, and revisions, by which the cache would be left."""
-    jobs = [(f"config {n}", strangers.config(base_model_name_or_path=place)) for n, place in enumerate(PLACES)]
-    jobs += [(f"manifest {n}", strangers.manifest(base__name=place)) for n, place in enumerate(PLACES)]
+    jobs = [(f"config {n}", hostile_adapters.config(base_model_name_or_path=place)) for n, place in enumerate(PLACES)]
+    jobs += [(f"manifest {n}", hostile_adapters.manifest(base__name=place)) for n, place in enumerate(PLACES)]
     jobs += [
-        (f"revision {n}", strangers.manifest(base__name="me/mine", base__revision=place))
+        (f"revision {n}", hostile_adapters.manifest(base__name="me/mine", base__revision=place))
         for n, place in enumerate(PLACES)
     ]
     own = {name: [it for it in ALL[name] if it not in BASE] for name in ("generate", "export", "adopt", "merge")}
@@ -355,7 +355,21 @@ def test_a_base_that_a_stranger_names_is_no_way_out(do):
         assert it.status == (it.command in own), it.text
 
 
-NAMES = ["../y", "/y", "y/../../z", "..", ".", "", "~", f"y{strangers.ESCAPE}", "y\n", "con", "é", "-y", "y" * 300]
+NAMES = [
+    "../y",
+    "/y",
+    "y/../../z",
+    "..",
+    ".",
+    "",
+    "~",
+    f"y{hostile_adapters.ESCAPE}",
+    "y\n",
+    "con",
+    "é",
+    "-y",
+    "y" * 300,
+]
 
 
 def test_a_name_that_climbs_out_is_refused(do):
@@ -391,7 +405,7 @@ def test_folders_that_are_links_or_have_odd_names(do, tmp_path):
             (folder.parent / name).symlink_to(to)
         os.mkfifo(folder.parent / "pipe")
         (folder.parent / "twice").symlink_to(NAME)
-        strangers.copy(folder, folder.parent / ODD)
+        hostile_adapters.copy(folder, folder.parent / ODD)
 
     names = ["loop", "nowhere", "zero", "up", "etc", "pipe"]
     commands: dict[str, list[str]] = {"list": CHEAP["list"], "verify all": ["adapters", "verify"]}

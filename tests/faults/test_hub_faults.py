@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from lora_tuner import hub as hub_module
-from lora_tuner import store
+from lora_tuner.adapters import adapter
 from lora_tuner.errors import HubError
 
-from .. import stored, tiny
-from ..hub import Hub, fail, reply
+from .. import adapter_files, tiny_models
+from ..hub_server import Hub, fail, reply
 from .process import contents
 
 CLI = Path(__file__).parents[2] / "cli.py"
@@ -34,10 +34,10 @@ def repos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     import datasets
 
     root = tmp_path_factory.mktemp("hub")
-    tiny.save_model(root / "model", "llama", seed=5)
+    tiny_models.save_model(root / "model", "llama", seed=5)
     (root / "texts").mkdir()
-    datasets.Dataset.from_dict({"text": tiny.reviews(60)}).to_parquet(str(root / "texts" / "train.parquet"))
-    stored.write(root / "adapter", facts=stored.manifest(run=None))
+    datasets.Dataset.from_dict({"text": tiny_models.reviews(60)}).to_parquet(str(root / "texts" / "train.parquet"))
+    adapter_files.write(root / "adapter", facts=adapter_files.manifest(run=None))
     return {
         f"models/{MODEL}": root / "model",
         f"datasets/{TEXTS}": root / "texts",
@@ -50,7 +50,7 @@ def know(url: str, home: str, limits: dict[str, float]) -> None:
     import datasets.config
     from huggingface_hub import constants
 
-    from lora_tuner import hub
+    from lora_tuner import hub as hub_module
 
     changes: list[tuple[Any, dict[str, Any]]] = [
         (
@@ -73,7 +73,7 @@ def know(url: str, home: str, limits: dict[str, float]) -> None:
                 "DOWNLOADED_DATASETS_PATH": f"{home}/datasets/downloads",
             },
         ),
-        (hub, limits),
+        (hub_module, limits),
     ]
     for module, values in changes:
         for name, value in values.items():
@@ -89,7 +89,7 @@ def hub(repos: dict[str, Path]) -> Any:
 @pytest.fixture
 def ask(hub: Hub, start: Callable[..., Any], tmp_path: Path, gpt2: Path, reviews_csv: Path) -> Callable[..., Any]:
     """Runs one of the commands that ask the Hub."""
-    stored.write(tmp_path / "adapters" / "small", facts=stored.manifest(run=None))
+    adapter_files.write(tmp_path / "adapters" / "small", facts=adapter_files.manifest(run=None))
     quick = ("--max-steps", "1", "--eval-rows", "2", "--batch-size", "1", "--max-length", "32")
     commands: dict[str, tuple[str | Path, ...]] = {
         "generate": ("generate", "--base", MODEL, "--greedy", "--max-new-tokens", "5", "the actor"),
@@ -242,18 +242,18 @@ def _is_right(hub: Hub, root: Path, what: str, done: Any) -> None:
         }
     elif what == "push":
         assert (
-            hub.repos["models/owner/new"].files[store.WEIGHTS].read_bytes()
-            == (root / "adapters" / "small" / store.WEIGHTS).read_bytes()
+            hub.repos["models/owner/new"].files[adapter.WEIGHTS_FILE].read_bytes()
+            == (root / "adapters" / "small" / adapter.WEIGHTS_FILE).read_bytes()
         )
     elif what == "generate":
-        from lora_tuner import Generator, Sampling
+        from lora_tuner import Generator, SamplingParams
 
         folder = hub.repos[f"models/{MODEL}"].files["config.json"].parent
-        greedy = Sampling(greedy=True, max_new_tokens=5)
+        greedy = SamplingParams(greedy=True, max_new_tokens=5)
         text = Generator(base=str(folder), device="cpu").generate("the actor", greedy).text
         assert done.out == f"the actor{text}\n"
     else:
-        facts = json.loads((root / "adapters" / "new" / store.MANIFEST).read_text())
+        facts = json.loads((root / "adapters" / "new" / adapter.MANIFEST_FILE).read_text())
         if what == "base":
             assert facts["base"]["repo"] == MODEL
         else:
@@ -355,12 +355,12 @@ def test_a_time_in_which_nobody_asks_is_no_silence_of_the_hub(monkeypatch: pytes
     """hf_xet fetches large files by a way of its own, and the next question comes when it is done."""
     now = [100.0]
     monkeypatch.setattr("lora_tuner.hub.time", SimpleNamespace(monotonic=lambda: now[0]))
-    patience, request = hub_module._Patience(), SimpleNamespace(method="GET", headers={}, extensions={})
+    patience, request = hub_module.RequestLimits(), SimpleNamespace(method="GET", headers={}, extensions={})
     with patience.waiting():
         patience.before(request)
-        now[0] += 2 * hub_module.STALLED
+        now[0] += 2 * hub_module.STALLED_SECONDS
         for _ in range(3):  # who is asked again and again, and says nothing, is silent
             patience.before(request)
-            now[0] += hub_module.SILENCE + 0.1
+            now[0] += hub_module.READ_SECONDS + 0.1
         with pytest.raises(HubError, match="next to nothing came for 30 seconds"):
             patience.before(request)

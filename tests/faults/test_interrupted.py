@@ -8,30 +8,30 @@ from pathlib import Path
 
 import pytest
 
-from .. import stored
-from . import worlds
-from .moments import signalled
+from .. import adapter_files
+from . import workspaces
+from .injected_signals import signalled
 from .process import Ended, Fault, contents, unchanged
 from .runs import ADAPTER, HARD, RUN, STEP_END, cases, left, outcome, said_to_go_on
 
 INT, TERM = signal.SIGINT, signal.SIGTERM
 BEFORE_IT_RUNS = {  # nothing is there yet that could be resumed
-    "reading": "lora_tuner.job:load_corpus",
-    "loading": "lora_tuner.lora:load_base",
-    "tokenising": "lora_tuner.tokens:encode",
-    "wrapping": "lora_tuner.lora:wrap",
-    "counting memory": "lora_tuner.cost:fit_memory",
-    "measuring the base": "lora_tuner.evaluation:measure",
-    "keeping rows": "lora_tuner.evaluation:keep_rows",
-    "starting": "lora_tuner.training:to_yaml",
+    "reading": "lora_tuner.training.setup:load_dataset",
+    "loading": "lora_tuner.models.lora:load_base",
+    "tokenising": "lora_tuner.data.tokenization:encode_texts",
+    "wrapping": "lora_tuner.models.lora:add_lora",
+    "counting memory": "lora_tuner.training.profiling:fit_to_memory",
+    "measuring the base": "lora_tuner.evaluation:measure_loss",
+    "keeping rows": "lora_tuner.evaluation:cache_rows",
+    "starting": "lora_tuner.training.run:config_to_yaml",
 }
 AFTER_ITS_STEPS: dict[str, tuple[str, int]] = {
-    "measuring": ("lora_tuner.evaluation:measure", 2),
-    "writing weights": ("lora_tuner.training:save_adapter", 1),
-    "writing the curve": ("lora_tuner.report:write_metrics", 1),
-    "drawing": ("lora_tuner.report:plot_loss", 1),
-    "writing the card": ("lora_tuner.report:model_card", 1),
-    "checking": ("lora_tuner.library:read", 1),
+    "measuring": ("lora_tuner.evaluation:measure_loss", 2),
+    "writing weights": ("lora_tuner.training.run:save_adapter", 1),
+    "writing the curve": ("lora_tuner.adapters.plots:write_metrics", 1),
+    "drawing": ("lora_tuner.adapters.plots:plot_loss", 1),
+    "writing the card": ("lora_tuner.adapters.model_card:model_card", 1),
+    "checking": ("lora_tuner.adapters.library:load_adapter_folder", 1),
 }
 
 
@@ -43,7 +43,7 @@ def stopped(ended: Ended, line: str = "Interrupted.") -> bool:
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
     """An adapter that is to be replaced."""
-    return stored.write(tmp_path / ADAPTER, facts=stored.manifest())
+    return adapter_files.write(tmp_path / ADAPTER, facts=adapter_files.manifest())
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,8 @@ def test_after_its_steps_only_the_end_is_done_again(run, arguments, old, whole, 
     assert stopped(ended, "Stopped at once. Go on with: python cli.py train --resume reviews")
     assert left() == {str(ADAPTER), str(RUN)}
     ended = run(
-        *said_to_go_on(ended), before=partial(signalled, ("lora_tuner.trainer:_LoraTrainer.training_step", 1, 9))
+        *said_to_go_on(ended),
+        before=partial(signalled, ("lora_tuner.training.trainer:_LoraTrainer.training_step", 1, 9)),
     )
     assert ended.status == 0
     assert outcome(ADAPTER) == whole(*HARD)
@@ -82,10 +83,16 @@ def test_after_its_steps_only_the_end_is_done_again(run, arguments, old, whole, 
         *(
             pytest.param(moments, id=name, marks=pytest.mark.slow)
             for name, moments in {
-                "in the next step": [(STEP_END, 3, TERM), ("lora_tuner.trainer:save_adapter", 2, INT)],
-                "in the checkpoint": [(STEP_END, 4, INT), ("lora_tuner.trainer:TrainerState.save_to_json", 2, TERM)],
-                "after the checkpoint": [(STEP_END, 6, INT), ("lora_tuner.checkpoints:prune", 3, INT)],
-                "at the end": [(STEP_END, 9, INT), ("lora_tuner.checkpoints:prune", 5, INT)],
+                "in the next step": [(STEP_END, 3, TERM), ("lora_tuner.training.trainer:save_adapter", 2, INT)],
+                "in the checkpoint": [
+                    (STEP_END, 4, INT),
+                    ("lora_tuner.training.trainer:TrainerState.save_to_json", 2, TERM),
+                ],
+                "after the checkpoint": [
+                    (STEP_END, 6, INT),
+                    ("lora_tuner.training.checkpoints:prune_checkpoints", 3, INT),
+                ],
+                "at the end": [(STEP_END, 9, INT), ("lora_tuner.training.checkpoints:prune_checkpoints", 5, INT)],
             }.items()
         ),
     ],
@@ -104,7 +111,7 @@ def test_asked_while_it_prepares_to_go_on_the_run_is_as_it_was(run, arguments, w
     assert run(*arguments, *HARD, before=partial(signalled, (STEP_END, 5, INT))).status == 130
     with unchanged(RUN):
         assert stopped(
-            run("train", "--resume", "reviews", before=partial(signalled, ("lora_tuner.lora:wrap", 1, TERM)))
+            run("train", "--resume", "reviews", before=partial(signalled, ("lora_tuner.models.lora:add_lora", 1, TERM)))
         )
     assert run("train", "--resume", "reviews").status == 0
     assert outcome(ADAPTER) == whole(*HARD)
@@ -115,7 +122,7 @@ def test_a_real_ctrl_c_from_outside(start, arguments):
     command = start(
         *arguments,
         *HARD,
-        before=partial(signalled, ("lora_tuner.trainer:_LoraTrainer.training_step", 6, signal.SIGSTOP)),
+        before=partial(signalled, ("lora_tuner.training.trainer:_LoraTrainer.training_step", 6, signal.SIGSTOP)),
     )
     command.wait_for(lambda: _state(command.pid) == "T")
     command.send(INT)
@@ -133,12 +140,16 @@ def _state(pid: int) -> str:
 READERS: dict[str, tuple[list[str], list[str]]] = {
     "generate": (
         ["generate", "--adapter", "one", "Acting"],
-        ["lora_tuner.lora:load_base", "lora_tuner.generation:Generator._load", "lora_tuner.row:Row.take"],
+        [
+            "lora_tuner.models.lora:load_base",
+            "lora_tuner.inference.generator:Generator._load",
+            "lora_tuner.inference.sequence:Sequence.take",
+        ],
     ),
-    "compare": (["compare", "--adapter", "one", "Acting"], ["lora_tuner.batch:Batch.step"]),
+    "compare": (["compare", "--adapter", "one", "Acting"], ["lora_tuner.inference.batch:RunningBatch.step"]),
     "evaluate": (
         ["evaluate", "one", "--plot", "gains.png", "--eval-dataset", "reviews.txt"],
-        ["lora_tuner.evaluation:measure", "lora_tuner.report:plot_gains"],
+        ["lora_tuner.evaluation:measure_loss", "lora_tuner.adapters.plots:plot_gains"],
     ),
 }
 
@@ -146,10 +157,10 @@ READERS: dict[str, tuple[list[str], list[str]]] = {
 @pytest.mark.parametrize(
     ("command", "moment", "number"),
     cases(
-        [("generate", "lora_tuner.row:Row.take", INT)],
+        [("generate", "lora_tuner.inference.sequence:Sequence.take", INT)],
         [
             *((name, it, INT) for name, (_, moments) in READERS.items() for it in moments),
-            ("evaluate", "lora_tuner.report:plot_gains", TERM),
+            ("evaluate", "lora_tuner.adapters.plots:plot_gains", TERM),
         ],
     ),
 )
@@ -158,7 +169,7 @@ def test_what_only_reads_ends_with_one_line(world, tmp_path, command, moment, nu
     shutil.copytree(world, root)
     (root / "gains.png").write_bytes(b"an older picture")
     before = contents(root, skip=["cache"])
-    ended = worlds.run(root, *READERS[command][0], before=partial(signalled, (moment, 1, number)))
+    ended = workspaces.run(root, *READERS[command][0], before=partial(signalled, (moment, 1, number)))
     assert stopped(ended)
     assert contents(root, skip=["cache"]) == before
 
@@ -172,21 +183,21 @@ def test_asked_while_it_waits_for_a_prompt(start, world, tmp_path):
     assert stopped(ended)
 
 
-WRITERS = [name for name in worlds.COMMANDS if name.startswith(("merge", "blend", "slim", "export", "adopt"))]
+WRITERS = [name for name in workspaces.COMMANDS if name.startswith(("merge", "blend", "slim", "export", "adopt"))]
 
 
 def interrupted_at(name: str, world: Path, base: Path, tmp_path: Path, chosen: Callable[[int], list[int]]) -> None:
     """Ctrl-C at some of the things that a command does to files: all is as it was, or as it should become."""
-    words = worlds.arguments(name, world, base)
-    new, events = worlds.becomes(words, world, tmp_path / "clean")
+    words = workspaces.arguments(name, world, base)
+    new, events = workspaces.becomes(words, world, tmp_path / "clean")
     for at in chosen(len(events)):
         root = tmp_path / str(at)
         shutil.copytree(world, root)
-        old = worlds.state(root)
-        ended = worlds.run(root, *words, fault=Fault(root, at, "interrupt"))
+        old = workspaces.state(root)
+        ended = workspaces.run(root, *words, fault=Fault(root, at, "interrupt"))
         assert stopped(ended), events[at]
-        assert worlds.state(root) in (old, new), events[at]
-        assert worlds.litter(root) == [], events[at]
+        assert workspaces.state(root) in (old, new), events[at]
+        assert workspaces.litter(root) == [], events[at]
 
 
 def test_asked_as_it_clears_up_it_leaves_the_new(world, gpt2, tmp_path):
@@ -202,19 +213,19 @@ def test_asked_at_any_moment_of_writing_it_leaves_the_old_or_the_new(name, world
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["train", "train over another"])
 def test_training_asked_at_any_moment_of_writing_can_go_on(name, world, gpt2, tmp_path):
-    words = worlds.arguments(name, world, gpt2)
-    new, events = worlds.becomes(words, world, tmp_path / "clean")
+    words = workspaces.arguments(name, world, gpt2)
+    new, events = workspaces.becomes(words, world, tmp_path / "clean")
     for at in range(0, len(events), 4):
         root = tmp_path / str(at)
         shutil.copytree(world, root)
-        old = worlds.state(root)
-        ended = worlds.run(root, *words, fault=Fault(root, at, "interrupt"))
+        old = workspaces.state(root)
+        ended = workspaces.run(root, *words, fault=Fault(root, at, "interrupt"))
         assert ended.status == 130, (events[at], ended.err)
-        assert worlds.state(root) in (old, new)
+        assert workspaces.state(root) in (old, new)
         lock = f"runs/.{words[2]}.lock.lora_tuner-new"  # asked while it removed that: the next training does
-        assert worlds.litter(root) == [lock] * events[at].endswith(lock), events[at]
+        assert workspaces.litter(root) == [lock] * events[at].endswith(lock), events[at]
         if "Go on with: " in ended.err:
-            ended = worlds.run(root, *said_to_go_on(ended))
+            ended = workspaces.run(root, *said_to_go_on(ended))
             assert ended.status == 0 or "has finished" in ended.line, (events[at], ended.err)
-            assert worlds.state(root) == new
+            assert workspaces.state(root) == new
             assert list((root / "runs").iterdir()) == []

@@ -5,16 +5,17 @@ import sys
 
 import pytest
 
-from lora_tuner import tokens
-from lora_tuner.base_model import find_base, load_tokenizer
-from lora_tuner.cli import ANSWER, PROMPT
+from lora_tuner.cli.generate import ANSWER, PROMPT
+from lora_tuner.data import tokenization
+from lora_tuner.models.loading import load_tokenizer
+from lora_tuner.models.resolve import find_base
 
-from .. import tiny
+from .. import tiny_models
 from .process import unchanged
 
 GREEDY = ("--greedy", "--repetition-penalty", "1")
 TOO_LONG = "the actor never works. " * 60
-END = tiny.END
+END = tiny_models.END
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def write_on(run, gpt2):
 
 def length(base, prompt):
     """Tokens of a prompt; of one without any, that of the beginning."""
-    (row,) = tokens.encode(load_tokenizer(find_base(str(base))), [prompt], end=False)
+    (row,) = tokenization.encode_texts(load_tokenizer(find_base(str(base))), [prompt], end=False)
     return max(len(row), 1)
 
 
@@ -48,8 +49,8 @@ def test_an_answer_ends_where_the_context_does_and_says_so(write_on, request, ki
         (answer,) = json.loads(ended.out)
         assert answer["prompt"] == prompt
         if not answer["finished"]:
-            assert answer["tokens"] == tiny.CONTEXT - length(base, prompt)
-        assert answer["tokens"] <= tiny.CONTEXT - length(base, prompt)
+            assert answer["tokens"] == tiny_models.CONTEXT - length(base, prompt)
+        assert answer["tokens"] <= tiny_models.CONTEXT - length(base, prompt)
     assert length(base, END) > 5
 
 
@@ -60,14 +61,14 @@ def test_an_odd_prompt_is_shown_as_it_is(write_on):
 
 @pytest.mark.parametrize("more", [0, 1, 1000])
 def test_a_prompt_that_leaves_no_room_is_refused_before_anything_is_written(write_on, gpt2, more):
-    fits = "a" * (tiny.CONTEXT - 1)
-    assert length(gpt2, fits) == tiny.CONTEXT - 1
+    fits = "a" * (tiny_models.CONTEXT - 1)
+    assert length(gpt2, fits) == tiny_models.CONTEXT - 1
     assert json.loads(write_on("--json", fits).out)[0]["tokens"] <= 1
     if more:
         ended = write_on("--json", fits + "a" * more, status=1)
         assert ended.out == ""
-        assert f"The prompt has {tiny.CONTEXT - 1 + more:,} tokens, and " in ended.line
-        assert ended.line.endswith(f"looks back on {tiny.CONTEXT}: cut it.")
+        assert f"The prompt has {tiny_models.CONTEXT - 1 + more:,} tokens, and " in ended.line
+        assert ended.line.endswith(f"looks back on {tiny_models.CONTEXT}: cut it.")
 
 
 def test_a_prompt_that_is_no_utf8_is_refused(write_on, run, tmp_path):

@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 import yaml
 
-from lora_tuner import checkpoints, resume, store, training
+from lora_tuner import resume
+from lora_tuner.adapters import adapter
 from lora_tuner.config import TrainConfig
 from lora_tuner.errors import ConfigError, Notice, TrainingError
+from lora_tuner.training.checkpoints import HASHES_FILE, REQUIRED_FILES, RNG_PREFIX, latest_valid, prune_checkpoints
+from lora_tuner.training.run import _NOT_DECISIVE
 
-from .. import tiny
-from .moments import replaced, signalled, threads
+from .. import tiny_models
+from .injected_signals import replaced, signalled, threads
 from .process import Ended, Fault, contents, unchanged
 from .runs import ADAPTER, HARD, MICRO_BATCH, PATIENT, RUN, STEP_END, cases, left, outcome, said_to_go_on, slow
 
-PIECES = sorted({*checkpoints.PIECES, f"{checkpoints.RANDOM}.pth", checkpoints.WHOLE})
+PIECES = sorted({*REQUIRED_FILES, f"{RNG_PREFIX}.pth", HASHES_FILE})
 
 
 @pytest.fixture
@@ -163,22 +166,22 @@ def test_a_checkpoint_with_a_piece_that_is_not_its_own_is_passed_over(killed, ho
         path = RUN / "checkpoint-6" / piece
         before = path.read_bytes()
         damage(path, how, other)
-        assert checkpoints.newest_whole(RUN, told.append) == RUN / "checkpoint-4"
+        assert latest_valid(RUN, told.append) == RUN / "checkpoint-4"
         (notice,) = told
         assert notice.text.startswith(f"{RUN}/checkpoint-6 is passed over: ")
-        if piece != checkpoints.WHOLE or how == "missing":
+        if piece != HASHES_FILE or how == "missing":
             assert f": {piece} is {'missing' if how == 'missing' else 'not the one that was written'}." in notice.text
         path.write_bytes(before)
-    assert checkpoints.newest_whole(RUN, told.append) == RUN / "checkpoint-6"
+    assert latest_valid(RUN, told.append) == RUN / "checkpoint-6"
 
 
 def test_a_checkpoint_that_does_not_vouch_for_a_piece_is_passed_over(killed):
-    path = killed() / "checkpoint-6" / checkpoints.WHOLE
+    path = killed() / "checkpoint-6" / HASHES_FILE
     hashes = json.loads(path.read_text())
-    for piece in checkpoints.PIECES:
+    for piece in REQUIRED_FILES:
         told: list[Any] = []
         path.write_text(json.dumps({name: it for name, it in hashes.items() if name != piece}))
-        assert checkpoints.newest_whole(RUN, told.append) == RUN / "checkpoint-4"
+        assert latest_valid(RUN, told.append) == RUN / "checkpoint-4"
         assert told == [Notice(f"{RUN}/checkpoint-6 is passed over: {piece} is missing.")]
 
 
@@ -212,11 +215,11 @@ def test_a_checkpoint_whose_best_step_is_broken_is_passed_over(run, arguments, w
     expected = whole(*PATIENT)
     run(*arguments, *PATIENT, before=partial(signalled, (STEP_END, 9, signal.SIGINT)))
     assert sorted(path.name for path in RUN.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8", "checkpoint-9"]
-    damage(RUN / "checkpoint-6" / store.WEIGHTS, how, RUN / "checkpoint-8")
+    damage(RUN / "checkpoint-6" / adapter.WEIGHTS_FILE, how, RUN / "checkpoint-8")
     ended = run("train", "--resume", "reviews")
     for step in (9, 8):
         assert (
-            f"{RUN}/checkpoint-{step} is passed over: its best step is that of checkpoint-6, where {store.WEIGHTS}"
+            f"{RUN}/checkpoint-{step} is passed over: its best step is that of checkpoint-6, where {adapter.WEIGHTS_FILE}"
             in (ended.err)
         )
     assert outcome(ADAPTER) == expected
@@ -228,7 +231,7 @@ def test_the_best_step_of_each_checkpoint_that_is_kept_stays(tmp_path):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": f"runs/x/checkpoint-{best}"}))
-    checkpoints.prune(tmp_path)
+    prune_checkpoints(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-6", "checkpoint-8"]
 
 
@@ -288,15 +291,15 @@ TOGETHER: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("checkpoints", [True, False])
 def test_another_setting_is_refused_by_name(killed, checkpoints):
     killed()
-    text = (RUN / store.RUN).read_text()
+    text = (RUN / adapter.RUN_FILE).read_text()
     if not checkpoints:  # what decides where the run is, and when it ends, is known without them
         shutil.rmtree(RUN / "checkpoint-4")
         shutil.rmtree(RUN / "checkpoint-6")
     changes = {name: {name: value} for name, value in CHANGED.items()} | TOGETHER
-    assert changes.keys() == TrainConfig.model_fields.keys() - training._PLACES
+    assert changes.keys() == TrainConfig.model_fields.keys() - _NOT_DECISIVE
     for name in changes if checkpoints else ("name", "epochs", "minutes"):
         settings = {key: it for key, it in (yaml.safe_load(text) | changes[name]).items() if it is not None}
-        (RUN / store.RUN).write_text(yaml.safe_dump(settings))
+        (RUN / adapter.RUN_FILE).write_text(yaml.safe_dump(settings))
         with pytest.raises(
             TrainingError, match=rf"^runs/reviews/run\.yaml is not what .*\b{name}\b|its max_steps None"
         ):
@@ -325,7 +328,7 @@ def test_anything_else_that_has_changed_is_refused_by_name(run, killed, reviews_
         reviews_csv.write_text(reviews_csv.read_text().replace("the", "a"))
     elif what == "base weights":
         shutil.rmtree("base")
-        tiny.save_model(Path("base"), "gpt2", seed=1)
+        tiny_models.save_model(Path("base"), "gpt2", seed=1)
     elif what == "tokenizer":
         path = Path("base/tokenizer.json")
         parts = json.loads(path.read_text())
@@ -344,7 +347,7 @@ def test_anything_else_that_has_changed_is_refused_by_name(run, killed, reviews_
 BROKEN = [None, b"", b"{", b"[]", b"\xff\xfe", b"name: [", b'{"nothing": "known"}']
 
 
-@pytest.mark.parametrize("name", [store.RUN, store.MANIFEST])
+@pytest.mark.parametrize("name", [adapter.RUN_FILE, adapter.MANIFEST_FILE])
 def test_a_run_folder_with_a_broken_file_is_one_line(run, killed, name):
     killed()
     for number, content in enumerate(BROKEN):
@@ -352,7 +355,7 @@ def test_a_run_folder_with_a_broken_file_is_one_line(run, killed, name):
         if content is not None:
             (RUN / name).write_bytes(content)
         before = contents(RUN)
-        if number == 0 and name == store.RUN:
+        if number == 0 and name == adapter.RUN_FILE:
             ended = run("train", "--resume", "reviews")
             assert (ended.status, ended.err.count("\n")) == (1, 1)
             assert f"{RUN}/{name}" in ended.line
@@ -365,8 +368,8 @@ def test_a_run_folder_with_a_broken_file_is_one_line(run, killed, name):
 @pytest.mark.parametrize("part", ["data", "run"])
 def test_a_manifest_of_no_run_is_refused(killed, part):
     killed()
-    facts = json.loads((RUN / store.MANIFEST).read_text())
-    (RUN / store.MANIFEST).write_text(json.dumps(facts | {part: None}))
+    facts = json.loads((RUN / adapter.MANIFEST_FILE).read_text())
+    (RUN / adapter.MANIFEST_FILE).write_text(json.dumps(facts | {part: None}))
     with pytest.raises(TrainingError, match=r"^runs/reviews cannot be resumed exactly: changed .* \(was none, is "):
         resume("reviews")
 
@@ -374,13 +377,13 @@ def test_a_manifest_of_no_run_is_refused(killed, part):
 @pytest.mark.slow
 def test_without_its_run_yaml_it_says_where_a_copy_is(run, killed, whole):
     killed()
-    (RUN / store.RUN).unlink()
-    copy = RUN / "checkpoint-4" / store.RUN
+    (RUN / adapter.RUN_FILE).unlink()
+    copy = RUN / "checkpoint-4" / adapter.RUN_FILE
     assert run("train", "--resume", "reviews").line == (
         f"Error: There is no unfinished run {RUN}: it has finished, or {RUN}/run.yaml was removed; {copy} is a copy to go on "
         "with. Train without --resume."
     )
-    shutil.copyfile(copy, RUN / store.RUN)
+    shutil.copyfile(copy, RUN / adapter.RUN_FILE)
     assert run("train", "--resume", "reviews").status == 0
     assert outcome(ADAPTER) == whole(*HARD)
 
@@ -405,9 +408,9 @@ def test_a_run_that_has_finished_says_so(run, arguments, how):
 @pytest.mark.parametrize(
     ("moment", "how"),
     [
-        ("lora_tuner.training:_clear", ()),
-        slow("lora_tuner.training:_clear", ("--keep-checkpoints",)),
-        slow("lora_tuner.files:shutil.rmtree", ()),
+        ("lora_tuner.training.run:_remove_run_folder", ()),
+        slow("lora_tuner.training.run:_remove_run_folder", ("--keep-checkpoints",)),
+        slow("lora_tuner.atomic_io:shutil.rmtree", ()),
     ],
 )
 def test_killed_before_it_has_cleaned_up_nothing_is_trained_again(run, arguments, moment, how):
@@ -434,7 +437,7 @@ def test_the_run_that_replaces_a_damaged_adapter_has_not_finished(run, arguments
     """The same settings and data make the same adapter, but the one that is there is not whole."""
     assert run(*arguments, *SHORT).status == 0
     expected = outcome(ADAPTER)
-    weights = ADAPTER / store.WEIGHTS
+    weights = ADAPTER / adapter.WEIGHTS_FILE
     damage(weights, "one byte is another", ADAPTER)
     ended = run(*arguments, *SHORT, "--overwrite", before=partial(signalled, (STEP_END, 1, signal.SIGINT)))
     assert run(*said_to_go_on(ended)).status == 0

@@ -12,14 +12,15 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from lora_tuner import Generator, Library
-from lora_tuner.base_model import find_base, load_base
-from lora_tuner.cli import app
-from lora_tuner.config import Sampling
+from lora_tuner.adapters.adapter import MANIFEST_FILE
+from lora_tuner.cli.app import app
+from lora_tuner.config import SamplingParams
 from lora_tuner.errors import WrongBaseError
-from lora_tuner.store import MANIFEST
+from lora_tuner.models.loading import load_base
+from lora_tuner.models.resolve import find_base
 
-from .. import tiny
-from . import strangers
+from .. import tiny_models
+from . import hostile_adapters
 from .process import contents
 
 NAME = "x"
@@ -60,25 +61,25 @@ def bases(tmp_path_factory: pytest.TempPathFactory, gpt2: Path, llama: Path) -> 
     config = AutoConfig.from_pretrained(heads)
     config.n_head = 2
     config.save_pretrained(heads)
-    tokenizer = tiny.tokenizer()
+    tokenizer = tiny_models.tokenizer()
     tokenizer.add_tokens(["<one more>"])
     tokenizer.save_pretrained(words)
     return {
         "gpt2": gpt2,
-        "gpt2 of another seed": tiny.save_model(place / "seed", "gpt2", seed=7),
+        "gpt2 of another seed": tiny_models.save_model(place / "seed", "gpt2", seed=7),
         "gpt2 with other heads": heads,
         RETOKENISED: words,
-        "wider gpt2": tiny.save_model(place / "wide", "gpt2", width=64),
-        "deeper gpt2": tiny.save_model(place / "deep", "gpt2", layers=3),
-        "shallower gpt2": tiny.save_model(place / "shallow", "gpt2", layers=1),
+        "wider gpt2": tiny_models.save_model(place / "wide", "gpt2", width=64),
+        "deeper gpt2": tiny_models.save_model(place / "deep", "gpt2", layers=3),
+        "shallower gpt2": tiny_models.save_model(place / "shallow", "gpt2", layers=1),
         "llama": llama,
-        "llama of another seed": tiny.save_model(place / "llama", "llama", seed=7),
+        "llama of another seed": tiny_models.save_model(place / "llama", "llama", seed=7),
     }
 
 
 @pytest.fixture(autouse=True)
 def _place(tmp_path: Path) -> None:
-    texts = tiny.reviews(30)
+    texts = tiny_models.reviews(30)
     (tmp_path / "rows.txt").write_text("\n".join(texts))
     (tmp_path / "rows.csv").write_text("text\n" + "\n".join(texts))
     for name in ("adapters", "runs"):
@@ -93,8 +94,10 @@ def trained_on(tmp_path: Path, bases: dict[str, Path]) -> Callable[..., Path]:
         base = load_base(find_base(str(bases[name])), "cpu")
         folder = tmp_path / "adapters" / called
         if name.startswith("llama"):
-            return strangers.write_on(folder, bases[name], base.tokenizer_hash, "model.layers.{}.self_attn.q_proj", 32)
-        return strangers.write_on(folder, bases[name], base.tokenizer_hash)
+            return hostile_adapters.write_on(
+                folder, bases[name], base.tokenizer_hash, "model.layers.{}.self_attn.q_proj", 32
+            )
+        return hostile_adapters.write_on(folder, bases[name], base.tokenizer_hash)
 
     return write
 
@@ -169,13 +172,13 @@ def test_what_does_not_fit_is_refused_even_forced_or_unknown(name, other, bases,
     folder = trained_on("gpt2")
     forced = ["--force"]
     if name == "adopt":
-        (folder / MANIFEST).unlink()
+        (folder / MANIFEST_FILE).unlink()
         forced = []
     arguments = COMMANDS.get(name, ["adapters", "adopt", NAME])
     line = refusal(*arguments, "--base", bases[other], *forced)
     assert line.startswith(f"Error: adapters/{NAME} does not fit the base: transformer.h."), line
     if name == "adopt":
-        assert not (folder / MANIFEST).exists()
+        assert not (folder / MANIFEST_FILE).exists()
 
 
 @pytest.mark.parametrize("other", [*SAME_SIZES[1:], RETOKENISED, "llama"])
@@ -183,7 +186,7 @@ def test_a_generator_refuses_it_and_writes_on_as_before(other, bases, trained_on
     trained_on("gpt2")
     trained_on(other, "own")
     generator = Generator("own", adapters_dir=tmp_path / "adapters", device="cpu")
-    greedy = Sampling(greedy=True, max_new_tokens=5)
+    greedy = SamplingParams(greedy=True, max_new_tokens=5)
     before = generator.generate("the actor", greedy)
     with pytest.raises(WrongBaseError, match=f"^{NAME} was trained "):
         generator.use(NAME)
@@ -220,9 +223,9 @@ def test_adapters_of_two_bases_do_not_go_together(command, other, bases, trained
 def test_a_base_that_has_changed_behind_its_path_is_another(bases, trained_on, tmp_path):
     base = Path(shutil.copytree(bases["gpt2"], tmp_path / "base"))
     folder = trained_on("gpt2")
-    facts = json.loads((folder / MANIFEST).read_text())
+    facts = json.loads((folder / MANIFEST_FILE).read_text())
     facts["base"] |= {"name": "base", "repo": "base"}
-    (folder / MANIFEST).write_text(json.dumps(facts))
+    (folder / MANIFEST_FILE).write_text(json.dumps(facts))
     assert run(*COMMANDS["generate"]).exit_code == 0
     shutil.rmtree(base)
     shutil.copytree(bases["gpt2 of another seed"], base)

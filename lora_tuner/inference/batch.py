@@ -1,0 +1,244 @@
+"""Rows that are written together: between two tokens some join and others leave, so a long answer holds up no short one.
+
+What a row writes does not depend on the others (continuous batching: Yu et al., Orca, OSDI 2022). Two ways lead through a
+base, our own on a CPU (`decoder`) and transformers' (`stock`). Surprise: a prompt is read beside others in pieces, and prompts
+take turns, so that nobody waits for the whole of a long one. Limit: all rows end in one column of the cache, so a short one
+beside a long one takes as much memory.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import EventHandler, Notice, ignore_events
+from ..models.loading import LoadedBase
+from .cpu_decoder import CpuDecoder
+from .hf_decoder import HFDecoder
+from .multi_lora import MultiLora
+from .sequence import Sequence
+from .speculative import DraftDecoder
+
+PREFILL_TOKENS = 4096  # tokens of prompts that are read in one pass
+PREFILL_CHUNK = 256  # the same where others wait for their next token
+MIN_DRAFT_TOKENS = 24  # tokens; for fewer, the draft is not worth making
+
+
+class GenerationEngine:
+    """All that is being written beside one base. Rows that cannot share a batch make several, which take turns."""
+
+    def __init__(self, base: LoadedBase, notify: EventHandler = ignore_events) -> None:
+        self.base = base
+        self.bank = MultiLora(base)
+        self.notify = notify
+        self.decoder = CpuDecoder.of(base)
+        self._batches: dict[Any, RunningBatch] = {}
+        self._told = False  # that adapters have batches of their own
+
+    @cached_property
+    def stock(self) -> "HFDecoder":
+        stock = HFDecoder(self.base, self.bank)
+        if not stock.cached:
+            self.notify(Notice(f"{self.base.source.name} keeps its past in a way of its own, so each token is slow."))
+        return stock
+
+    @property
+    def bytes_a_token(self) -> int:
+        """What a token of a row takes in the cache, about that where a base keeps its past in a way of its own."""
+        config = self.base.model.config.get_text_config()
+        queries = getattr(config, "num_attention_heads", None) or 1
+        heads = getattr(config, "num_key_value_heads", None) or queries
+        size = getattr(config, "head_dim", None) or config.hidden_size // queries
+        return int(config.num_hidden_layers * 2 * heads * size * self.base.dtype.itemsize)
+
+    @property
+    def rows(self) -> list[Sequence]:
+        return [row for batch in self._batches.values() for row in batch.rows]
+
+    def join(self, rows: list[Sequence]) -> None:
+        """Rows that are written from now on."""
+        for row in rows:
+            way: CpuDecoder | HFDecoder
+            if self.decoder is not None and (row.loaded is None or row.loaded.is_sum):
+                way, alone = self.decoder, None
+            else:
+                way, alone = self.stock, None if self.stock.mixes else row.loaded
+            if (way, alone) not in self._batches:
+                self._batches[way, alone] = RunningBatch(way, self.bank)
+            self._batches[way, alone].join(row)
+        if not self._told and sum(way is not self.decoder for way, _ in self._batches) > 1:
+            text = "This base does not keep the rows of a batch apart, so each adapter has a batch of its own."
+            self.notify(Notice(text))
+            self._told = True
+
+    def step(self) -> None:
+        """A token more for each row, or several; those that are done leave. What goes wrong ends the rows of its batch alone, as
+        their `error`."""
+        with torch.inference_mode():
+            for key, batch in list(self._batches.items()):
+                try:
+                    batch.step()
+                except Exception as error:
+                    for row in batch.rows:
+                        if not row.complete:
+                            row.fail(error)
+                    del self._batches[key]
+                    continue
+                if not batch.rows:
+                    del self._batches[key]
+
+    def leave(self, row: Sequence) -> None:
+        """A row that nobody waits for any more."""
+        with torch.inference_mode():  # as the caches were made
+            for key, batch in list(self._batches.items()):
+                batch.leave(row)
+                if not batch.rows:
+                    del self._batches[key]
+
+    def clear(self) -> None:
+        self._batches.clear()
+
+
+class RunningBatch:
+    """Rows on one way through a base."""
+
+    def __init__(self, way: CpuDecoder | HFDecoder, bank: MultiLora) -> None:
+        self.way: Any = way
+        self.bank = bank
+        self.mix: Any = way.mix(bank)
+        self.writing: list[Sequence] = []
+        self.cache: Any = None  # of the rows that are written, without their last tokens
+        self.waiting: list[Sequence] = []
+        self.readings: deque[PrefillBatch] = deque()  # the first is next
+        self.guesser: DraftDecoder | None = None
+
+    @property
+    def rows(self) -> list[Sequence]:
+        return [*self.writing, *(row for reading in self.readings for row in reading.rows), *self.waiting]
+
+    def join(self, row: Sequence) -> None:
+        self.waiting.append(row)
+
+    def leave(self, row: Sequence) -> None:
+        if row in self.waiting:
+            self.waiting.remove(row)
+        elif row in self.writing:
+            self._keep([it is not row for it in self.writing])
+        for reading in [it for it in self.readings if row in it.rows]:
+            row.limit = len(row.new)  # its line is read on, to nothing, for the sake of the others
+            if all(it.done for it in reading.rows):
+                self.readings.remove(reading)
+
+    def step(self) -> None:
+        self._read()
+        if not self.writing:
+            return
+        self.mix.use([row.loaded for row in self.writing])
+        guessed = self._guess()
+        places = [row.length - 1 for row in self.writing]
+        ids = torch.cat(
+            [row.ids[:, place : place + 1 + guessed] for row, place in zip(self.writing, places, strict=True)]
+        )
+        logits = self.way.step(ids, self.cache, self.mix)
+        number = 0
+        for line, row in enumerate(self.writing):
+            for number in range(guessed + 1):
+                guess = int(ids[line, number + 1]) if number < guessed else None
+                if row.take(logits[line, number]) != guess or row.done:
+                    break
+        if guessed:
+            self.cache.used -= guessed - number
+            if self.guesser is not None:
+                self.guesser.taken += number + 1
+        self._keep([not row.done for row in self.writing])
+
+    def _keep(self, stay: list[bool]) -> None:
+        """Rows that go give their lines to the last ones."""
+        if all(stay):
+            return
+        lines = [line for line, it in enumerate(stay) if it]
+        holes = [line for line in range(len(lines)) if not stay[line]]
+        moved = [lines.pop() for _ in holes]
+        for hole, line in zip(holes, moved, strict=True):
+            lines.insert(hole, line)
+        self.writing = [self.writing[line] for line in lines]
+        self.guesser = None
+        if lines:
+            self.cache.keep(lines)
+        else:
+            self.cache = None
+            self.mix.use([None])
+
+    def _read(self) -> None:
+        """Read prompts: as many tokens as one pass may have. What is left of them comes after those that wait by then."""
+        alone = not self.writing and len(self.readings) + bool(self.waiting) == 1
+        most = PREFILL_TOKENS if alone else PREFILL_CHUNK
+        if self.waiting:
+            self._begin(most)
+        if not self.readings:
+            return
+        reading = self.readings[0]
+        rows, longest = reading.prompts.shape
+        count = max(1, most // rows) if self.way.in_pieces else longest
+        part = reading.prompts[:, reading.cache.used : reading.cache.used + count]
+        logits = self.way.step(part, reading.cache, reading.mix, last=True)
+        if reading.cache.used < longest:
+            self.readings.rotate(-1)
+            return
+        for row, each in zip(reading.rows, logits[:, -1], strict=True):
+            if not row.done:
+                row.take(each)
+        lines = [line for line, row in enumerate(reading.rows) if not row.done]
+        if lines:
+            reading.cache.keep(lines)
+            if self.writing:
+                self.cache.join(reading.cache)
+            else:
+                self.cache = reading.cache
+            self.writing += [reading.rows[line] for line in lines]
+            self.guesser = None
+        self.readings.popleft()
+
+    def _begin(self, most: int) -> None:
+        """The next rows to be read: the first that waits, and others while there is room beside it."""
+        count, longest = 1, len(self.waiting[0].prompt)
+        for row in self.waiting[1:]:
+            both = max(longest, len(row.prompt))
+            if both * (count + 1) > most:
+                break
+            count, longest = count + 1, both
+        rows = self.waiting[:count]
+        padding = [longest - len(row.prompt) for row in rows]
+        prompts = [F.pad(row.ids[0, : len(row.prompt)], (room, 0)) for row, room in zip(rows, padding, strict=True)]
+        limit = 0 if self.writing else min(max(row.limit for row in rows), 1024)
+        mix = self.way.mix(self.bank)
+        mix.use([row.loaded for row in rows])
+        self.readings.append(
+            PrefillBatch(rows, torch.stack(prompts), self.way.cache(count, longest + limit, padding), mix)
+        )
+        del self.waiting[:count]
+
+    def _guess(self) -> int:
+        """Guesses of what comes, where one row alone is written; how many."""
+        if len(self.writing) != 1 or self.waiting or self.readings or not isinstance(self.way, CpuDecoder):
+            return 0
+        (row,) = self.writing
+        if self.guesser is None:
+            if row.limit - len(row.new) < MIN_DRAFT_TOKENS:
+                return 0
+            self.guesser = DraftDecoder(self.way, self.mix, row)
+        return self.guesser.guess(self.cache)
+
+
+@dataclass(eq=False)
+class PrefillBatch:
+    """Rows whose prompts are being read together, into a cache of their own. `prompts` is (rows, longest); what is shorter
+    begins later."""
+
+    rows: list[Sequence]
+    prompts: torch.Tensor
+    cache: Any
+    mix: Any

@@ -1,0 +1,300 @@
+"""Text from one resident base and many adapters.
+
+`Generator` holds the base once; adapters are loaded beside it, and choosing another one moves no weights. Each row of a
+batch is drawn by itself, with random numbers of its own: what else is in the batch does not change it. Surprise:
+transformers is not safe for two threads on one model, so calls take turns. Limit: a call returns when its last row is
+done; rows that come and go are the server's (`batch`).
+"""
+
+import os
+import secrets
+import threading
+from collections import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..adapters.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, Adapter
+from ..adapters.library import Library, read_consistently
+from ..config import SamplingParams
+from ..data import chat, tokenization
+from ..errors import ContextLengthError, EventHandler, GenerationError, ignore_events
+from ..models import loading, lora
+from .batch import GenerationEngine
+from .multi_lora import LoadedAdapter
+from .sequence import Sequence
+
+Prompt = str | abc.Sequence[chat.Message]  # text to go on from, or a conversation to answer
+
+
+@dataclass(frozen=True)
+class GenerationOutput:
+    """A prompt with its continuation; of a conversation the last message. `finished`: the model ended the text, or a stop string
+    did; else it was cut off.
+
+    `seed` alone gives this answer again; it is None for a greedy one.
+    """
+
+    prompt: str
+    text: str  # the continuation alone
+    adapter: str | None
+    tokens: int
+    finished: bool
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class _ResidentAdapter:
+    """An adapter in memory, and what its files were when it was read."""
+
+    folder: Path
+    identity: Any
+    loaded: LoadedAdapter
+
+
+class Generator:
+    """One base in memory, and adapters beside it.
+
+    >>> generator = Generator("adapters/imdb")
+    >>> generator.generate("Acting").text
+
+    Without an adapter the base is the default one. The adapter given first is the one in use until `use` says otherwise. Of
+    more than `max_resident` adapters those that were not used for longest leave memory, and are read again when they are.
+    """
+
+    def __init__(
+        self,
+        *adapters: str | Path,
+        base: str | None = None,
+        revision: str | None = None,
+        adapters_dir: Path | str = "adapters",
+        device: str = "auto",
+        dtype: str = "auto",
+        load_in: str = "auto",
+        force: bool = False,
+        max_resident: int | None = None,
+        notify: EventHandler = ignore_events,
+    ) -> None:
+        self.library = Library(Path(adapters_dir))
+        self.force = force
+        self.notify = notify
+        self.current: str | None = None
+        found = [self.library.get(adapter) for adapter in adapters]
+        self.base = loading.open_base(
+            found[0] if found else None,
+            base,
+            revision,
+            device=device,
+            dtype=dtype,
+            load_in=load_in,
+            notify=notify,
+        )
+        self.writer = GenerationEngine(self.base, notify)
+        self.max_resident = max_resident
+        self._loaded: dict[str, _ResidentAdapter] = {}  # by name, the one used last at the end
+        self._lock = threading.RLock()
+        for adapter in found:
+            name = self._load(adapter)
+            self.current = self.current or name
+
+    @property
+    def loaded(self) -> list[str]:
+        """The names of the adapters in memory."""
+        return sorted(self._loaded)
+
+    def use(self, adapter: str | Path | None) -> str | None:
+        """Choose an adapter by name or path, loading it when it is not in memory yet, or the plain base with None.
+
+        Raises AdapterError, and leaves things as they are, when it does not fit this base.
+        """
+        with self._lock:
+            self.current = self._resident(adapter)
+            return self.current
+
+    def _resident(self, adapter: str | Path | None) -> str | None:
+        """The name of an adapter that is in memory by now, as it is on disk by now."""
+        if adapter is None:
+            return None
+        name = str(adapter)
+        if self.known(name) is not None:
+            return name
+        return self._load(self.library.get(self._loaded[name].folder if name in self._loaded else adapter))
+
+    def known(self, name: str) -> LoadedAdapter | None:
+        """The adapter of that name, where it is in memory and its files are as they were when it was read."""
+        with self._lock:
+            known = self._loaded.get(name)
+            if known is None or _folder_identity(known.folder) != known.identity:
+                return None
+            self._loaded[name] = self._loaded.pop(name)
+            return known.loaded
+
+    def find(self, adapter: str | Path | None) -> tuple[str | None, LoadedAdapter | None]:
+        """An adapter as it is on disk by now, with its name; it is loaded where it is not in memory. Raises AdapterError."""
+        with self._lock:
+            name = self._resident(adapter)
+            return name, self._loaded[name].loaded if name is not None else None
+
+    def _load(self, adapter: Adapter) -> str:
+        folder, name = (
+            Path(os.path.abspath(adapter.path)),
+            adapter.name,
+        )  # not resolved: a link may lead elsewhere later
+        known = self._loaded.get(name)
+        if known is not None and known.folder != folder:
+            raise GenerationError(f"An adapter named {name} is loaded already, from {known.folder}: unload it first.")
+        if known is None or known.identity != _folder_identity(folder):
+
+            def look(adapter: Adapter) -> _ResidentAdapter:
+                lora.check_base(adapter, self.base, force=self.force, notify=self.notify)
+                return _ResidentAdapter(folder, _folder_identity(folder), self.writer.bank.read(adapter))
+
+            known = read_consistently(adapter.path, look)
+        self._loaded.pop(name, None)
+        self._loaded[name] = known
+        others = [it for it in self._loaded if it not in (name, self.current)]
+        for longest_ago in others[: max(len(self._loaded) - (self.max_resident or len(self._loaded)), 0)]:
+            del self._loaded[longest_ago]
+        return name
+
+    def unload(self, name: str) -> None:
+        """Take an adapter out of memory."""
+        with self._lock:
+            if name not in self._loaded:
+                raise GenerationError(
+                    f"No adapter named {name} is loaded: there are {', '.join(self.loaded) or 'none'}."
+                )
+            del self._loaded[name]
+            if self.current == name:
+                self.current = None
+
+    def check(self, prompt: Prompt, tokenizer: Any = None) -> list[int]:
+        """The tokens of a prompt, or of a conversation up to where its next answer begins. Raises TooLongError when it leaves no
+        room in the model's context, DataError for a conversation that the chat template does not take.
+
+        A tokenizer is not for two threads at once, so another may bring its own.
+        """
+        tokenizer = tokenizer or self.base.tokenizer
+        if not isinstance(prompt, str):
+            self.check_length("".join(message["content"] for message in prompt))
+            whole = chat.render_prompt(tokenizer, prompt, ask=True)
+            return self.fits(tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"])
+        self.check_length(prompt)
+        (encoded,) = tokenization.encode_texts(tokenizer, [prompt], end=False)
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        return self.fits(encoded.tolist() or [start])
+
+    def check_length(self, text: str) -> None:
+        """Raises TooLongError for a text that is too long whatever its tokens are: to make them would be work for nothing."""
+        if len(text) > self.base.context * tokenization.MAX_TOKEN_CHARS:
+            raise ContextLengthError(
+                f"The prompt has {len(text):,} characters, and {self.base.source.name} looks back on {self.base.context:,} "
+                "tokens: cut it."
+            )
+
+    def fits(self, ids: list[int]) -> list[int]:
+        """These tokens of a prompt, or TooLongError when they leave no room."""
+        if len(ids) >= self.base.context:
+            raise ContextLengthError(
+                f"The prompt has {len(ids):,} tokens, and {self.base.source.name} looks back on {self.base.context:,}: cut it."
+            )
+        return ids
+
+    def generate(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, on_text: Callable[[str], None] | None = None
+    ) -> GenerationOutput:
+        """One continuation of the prompt. `on_text` gets each new piece of it as soon as it is certain."""
+        with self._lock:
+            one = (sampling or SamplingParams()).model_copy(update={"answers": 1})
+            return self._answer([(prompt, *self._current())], one, on_text)[0]
+
+    def generate_all(self, prompt: Prompt, sampling: SamplingParams | None = None) -> list[GenerationOutput]:
+        """`sampling.answers` continuations of the prompt, drawn as one batch.
+
+        Raises GenerationError when the prompt leaves no room in the model's context.
+        """
+        with self._lock:
+            return self._answer([(prompt, *self._current())], sampling or SamplingParams())
+
+    def generate_batch(
+        self, asked: abc.Sequence[tuple[Prompt, str | Path | None]], sampling: SamplingParams | None = None
+    ) -> list[GenerationOutput]:
+        """Prompts, each with the adapter that answers it (None: the plain base), in one batch; answers in that order.
+
+        Adapters that are not in memory are loaded; the one in use stays the one in use. Every answer is the one that its
+        prompt and adapter get alone with the seed, which all share: asked twice, the same is answered twice. Raises
+        AdapterError or GenerationError, and gives no answer, when one is wrong.
+        """
+        with self._lock:
+            loaded = dict(self._loaded)
+            try:
+                rows = [(prompt, *self.find(adapter)) for prompt, adapter in asked]
+                return self._answer(rows, sampling or SamplingParams())
+            except BaseException:
+                self._loaded = loaded
+                raise
+
+    def _answer(
+        self,
+        asked: abc.Sequence[tuple[Prompt, str | None, LoadedAdapter | None]],
+        sampling: SamplingParams,
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[GenerationOutput]:
+        """`sampling.answers` for each, in order; all share a seed."""
+        seed = choose_seed(sampling)
+        rows = [
+            (
+                prompt,
+                Sequence(self.base, self.check(prompt), sampling, sequence_seed(seed, number), name, loaded, on_text),
+            )
+            for prompt, name, loaded in asked
+            for number in range(sampling.answers)
+        ]
+        try:
+            self.writer.join([row for _, row in rows])
+            while self.writer.rows:
+                self.writer.step()
+                for _, row in rows:
+                    if row.error:
+                        raise row.error
+        except BaseException:
+            self.writer.clear()
+            raise
+        return [
+            GenerationOutput(
+                prompt if isinstance(prompt, str) else prompt[-1]["content"],
+                row.text.whole,
+                row.adapter,
+                len(row.new),
+                row.finished,
+                row.seed,
+            )
+            for prompt, row in rows
+        ]
+
+    def _current(self) -> tuple[str | None, LoadedAdapter | None]:
+        return self.current, self._loaded[self.current].loaded if self.current is not None else None
+
+
+def choose_seed(sampling: SamplingParams) -> int | None:
+    """The seed of what is drawn with these settings, by chance where they name none; None where nothing is drawn."""
+    if sampling.greedy or sampling.temperature == 0:
+        return None
+    return sampling.seed if sampling.seed is not None else secrets.randbits(48)
+
+
+def sequence_seed(seed: int | None, number: int) -> int | None:
+    """The seed of the answer of that number, where the first has `seed`."""
+    return None if seed is None else (seed + number) % 2**63
+
+
+def _folder_identity(folder: Path) -> Any:
+    """What tells one version of an adapter from the next; None when it is gone."""
+    try:
+        names = [WEIGHTS_FILE, CONFIG_FILE, *([MANIFEST_FILE] if (folder / MANIFEST_FILE).exists() else [])]
+        found = [(folder / name).stat() for name in names]
+    except OSError:
+        return None
+    # The time of change too: a file that takes another's place may have its number, size and age.
+    return [(facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns) for facts in found]

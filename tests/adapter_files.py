@@ -1,0 +1,124 @@
+"""An adapter folder written by hand, with numpy: what the store should take, to be spoilt one part at a time."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from lora_tuner import atomic_io
+from lora_tuner.adapters import adapter
+from lora_tuner.adapters.manifest import Manifest, WeightsInfo
+
+MODULES = ("transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn")
+CONFIG: dict[str, Any] = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": "distilbert/distilgpt2",
+    "r": 4,
+    "lora_alpha": 8,
+    "target_modules": ["c_attn"],
+    "bias": "none",
+    "init_lora_weights": True,
+    "modules_to_save": None,
+}
+
+
+def tensors(rank: int = 4, modules: Sequence[str] = MODULES, value: float = 1.0) -> dict[str, Any]:
+    return {
+        f"base_model.model.{module}.lora_{part}.weight": np.full(shape, value, np.float32)
+        for module in modules
+        for part, shape in (("A", (rank, 6)), ("B", (18, rank)))
+    }
+
+
+def manifest(**changes: Any) -> Manifest:
+    return Manifest.model_validate(
+        {
+            "created": "2025-01-02T03:04:05+00:00",
+            "base": {
+                "name": "distilgpt2",
+                "repo": "distilbert/distilgpt2",
+                "revision": "2290a62682d06624634c1f46a6ad5be0f47f38aa",
+                "weights": "distilbert/distilgpt2 on the Hub",
+                "fingerprint": "ab" * 32,
+                "tokenizer": "cd" * 32,
+            },
+            "data": {
+                "name": "imdb",
+                "source": "stanfordnlp/imdb",
+                "hash": "ef" * 32,
+                "where": [],
+                "split_salt": "lora_tuner",
+                "counts": {
+                    "read": 25_000,
+                    "filtered": 12_500,
+                    "empty": 0,
+                    "duplicates": 98,
+                    "not_drawn": 0,
+                    "train": 10_000,
+                    "held_out": 2_402,
+                },
+                "held_out_hash": "01" * 32,
+                "held_out_rows": 200,
+            },
+            "run": {
+                "steps": 40,
+                "kept_step": 30,
+                "tokens": 20_480,
+                "seconds": 90.5,
+                "sequences": 500,
+                "truncated_rows": 3,
+                "device": "cpu",
+                "dtype": "float32",
+                "threads": 2,
+            },
+            "result": {
+                "base_loss": 3.75,
+                "loss": 3.5,
+                "gain": 0.25,
+                "standard_error": 0.0125,
+                "rows": 200,
+                "tokens": 40_000,
+            },
+            "versions": {"torch": "2.13.0"},
+        }
+        | changes
+    )
+
+
+def write(
+    folder: Path,
+    config: dict[str, Any] | None = None,
+    weights: dict[str, Any] | None = None,
+    facts: Manifest | None = None,
+) -> Path:
+    """An adapter folder; `config` is laid over CONFIG. A manifest gets the facts of the weights where it has none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / adapter.CONFIG_FILE).write_text(json.dumps(CONFIG | (config or {})))
+    save_file(tensors() if weights is None else weights, folder / adapter.WEIGHTS_FILE)
+    if facts is not None:
+        size, digest = (
+            (folder / adapter.WEIGHTS_FILE).stat().st_size,
+            atomic_io.sha256_file(folder / adapter.WEIGHTS_FILE),
+        )
+        facts = facts.model_copy(
+            update={"weights": facts.weights or WeightsInfo(sha256=digest, bytes=size, parameters=192)}
+        )
+        (folder / adapter.MANIFEST_FILE).write_text(facts.to_json())
+    return folder
+
+
+def write_base(folder: Path, *shards: dict[str, tuple[int, ...]]) -> Path:
+    """A base for what reads no more of it than its files: tensors of these names and shapes, in as many files."""
+    folder.mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    for number, shard in enumerate(shards, 1):
+        save_file(
+            {name: np.zeros(shape, np.float32) for name, shape in shard.items()},
+            folder / f"model-{number}.safetensors",
+        )
+    return folder

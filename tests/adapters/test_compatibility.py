@@ -1,0 +1,222 @@
+"""What other tools take. PEFT itself is asked; what is said of vLLM and llama.cpp is held to what was read of them."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lora_tuner.adapters import compatibility
+from lora_tuner.adapters.adapter import WEIGHTS_FILE, load_adapter_folder
+
+from .. import adapter_files
+from ..cli.test_commands import run
+
+SIZES = {"self_attn.q_proj": (32, 32), "self_attn.v_proj": (32, 16), "mlp.up_proj": (32, 64)}
+LLAMA = {f"model.layers.{block}.{name}": size for block in (0, 1) for name, size in SIZES.items()}
+GPT2 = {"transformer.h.0.attn.c_attn": (32, 96), "transformer.h.1.mlp.c_proj": (128, 32)}
+QUERY = {"model.layers.0.self_attn.q_proj": (32, 32)}
+NAMES = ["q_proj", "v_proj", "up_proj"]
+MERGE = "merge it (`python cli.py merge mine --out merged/mine`)"
+EXPORT = (
+    "it takes a GGUF file (`python cli.py export mine --to gguf --out mine.gguf`), over a base of the kind of GPT-2, Llama, "
+    "Mistral or Qwen2"
+)
+OWN_CONVERTER = "llama.cpp's own converter would get this one wrong without a word: use `export`"
+DIFFER = "its layers differ in rank or scale, which vLLM 0.33 reads; older ones may ignore it"
+ANEW = "write it anew (`python cli.py blend mine=1 --name NEW`)"
+NOT_NAMED = f"which target_modules does not name: {ANEW}"
+
+pytestmark = pytest.mark.filterwarnings(
+    *("ignore:fan_in_fan_out is set", "ignore:Found missing adapter keys"),
+    *("ignore:`init_lora_weights` is 'eva'", "ignore:Model has .tie_word_embeddings"),
+)
+
+
+@pytest.fixture
+def write(tmp_path, llama, gpt2):
+    """An adapter of random numbers in the library, over a tiny base."""
+
+    def written(modules=LLAMA, **config):
+        draw, tensors = np.random.default_rng(0), {}
+        for module, (into, out) in modules.items():
+            rank = config.get("rank_pattern", {}).get(module, config.get("r", 4))
+            for part, size in (("A", (rank, into)), ("B", (out, rank))):
+                tensors[f"base_model.model.{module}.lora_{part}.weight"] = draw.normal(size=size).astype(np.float32)
+            if config.get("use_dora"):
+                tensors[f"base_model.model.{module}.lora_magnitude_vector"] = np.ones(out, np.float32)
+        base, targets = (gpt2, ["c_attn", "mlp.c_proj"]) if modules is GPT2 else (llama, NAMES)
+        settings = {"base_model_name_or_path": str(base), "target_modules": targets} | config
+        return load_adapter_folder(adapter_files.write(tmp_path / "adapters" / "mine", settings, tensors))
+
+    return written
+
+
+def judged(adapter, tool):
+    found = compatibility.check_compatibility(adapter, tool)
+    assert (found.tool, found.accepted) == (tool, found.obstacles == [])
+    return found.obstacles, found.notes
+
+
+def in_peft(adapter):
+    """The tensors that PEFT leaves out, and the most that it adds to a layer that has none."""
+    base = AutoModelForCausalLM.from_pretrained(adapter.base)
+    model = PeftModel.from_pretrained(base, adapter.path)
+    state = {name.replace(".default", ""): it for name, it in model.state_dict().items() if ".lora_" in name}
+    tensors = load_file(adapter.path / WEIGHTS_FILE)
+    left_out = [
+        name
+        for name, values in tensors.items()
+        if not torch.equal(state.get(name, state.get(f"{name}.weight", torch.empty(0))), values)
+    ]
+    others = [name for name in state if ".lora_A." in name and name not in tensors]
+    added = [float((state[name.replace("lora_A", "lora_B")] @ state[name]).abs().max()) for name in others]
+    return left_out, max(added, default=0.0)
+
+
+TAKEN_BY_PEFT = {
+    "last names": (LLAMA, {}),
+    "names in full": (LLAMA, {"target_modules": list(LLAMA)}),
+    "names of more layers": (QUERY, {}),
+    "all-linear": (LLAMA, {"target_modules": "all-linear"}),
+    "the output head, by its name": (QUERY | {"lm_head": (32, 320)}, {"target_modules": ["q_proj", "lm_head"]}),
+    "patterns": (LLAMA, {"rank_pattern": dict.fromkeys(QUERY, 2), "alpha_pattern": {"up_proj": 3}, "use_rslora": True}),
+    "DoRA": (LLAMA, {"use_dora": True}),
+    "gaussian": (QUERY, {"init_lora_weights": "gaussian"}),
+    "eva": (QUERY, {"init_lora_weights": "eva"}),
+    "orthogonal": (QUERY, {"init_lora_weights": "orthogonal"}),
+    "GPT-2": (GPT2, {}),
+    "GPT-2, turned": (GPT2, {"fan_in_fan_out": True}),
+}
+
+
+@pytest.mark.parametrize("way", TAKEN_BY_PEFT)
+def test_what_is_said_to_be_taken_by_peft_is_loaded_whole_and_adds_nothing_else(write, way):
+    modules, config = TAKEN_BY_PEFT[way]
+    adapter = write(modules, **config)
+    assert judged(adapter, "peft") == ([], [])
+    left_out, added = in_peft(adapter)
+    assert left_out == []
+    assert added < 1e-6
+
+
+def test_peft_drops_the_layers_that_target_modules_leaves_out_without_a_word(write, recwarn):
+    for targets, first in (
+        (["q_proj", "up_proj"], "model.layers.0.self_attn.v_proj"),
+        ([*(name for name in LLAMA if name.startswith("model.layers.0.")), "q_proj"], "model.layers.1.mlp.up_proj"),
+        (None, "model.layers.0.mlp.up_proj"),  # of Llama's layers PEFT then takes q_proj and v_proj
+    ):
+        adapter = write(target_modules=targets)
+        left_out, _ = in_peft(adapter)
+        assert f"base_model.model.{first}.lora_B.weight" in left_out
+        assert len(left_out) < len(adapter.tensors)
+        obstacle = f"PEFT would leave out {first}, {NOT_NAMED}"
+        assert judged(adapter, "peft") == ([obstacle], [])
+    assert not [it for it in recwarn if "adapter" in str(it.message)]
+
+
+def test_peft_drops_the_output_head_under_all_linear(write):
+    adapter = write(QUERY | {"lm_head": (32, 320)}, target_modules="all-linear")
+    obstacle = "PEFT would leave out lm_head, which is not in all-linear: name each layer in adapter_config.json"
+    assert judged(adapter, "peft") == ([obstacle], [])
+    assert in_peft(adapter)[0] == [f"base_model.model.lm_head.lora_{part}.weight" for part in "AB"]
+
+
+@pytest.mark.parametrize("targets", [NAMES, "all-linear"])
+@pytest.mark.parametrize("start", [False, None])
+def test_peft_fills_layers_that_have_no_tensors_at_random_where_it_is_told_to(write, start, targets):
+    adapter = write(QUERY, init_lora_weights=start, target_modules=targets)
+    obstacle = f"init_lora_weights is {json.dumps(start)}, and PEFT would fill layers without tensors at random: {ANEW}"
+    assert judged(adapter, "peft") == ([obstacle], [])
+    assert in_peft(adapter)[1] > 0.1
+
+
+def test_peft_stops_at_an_orthogonal_start_of_an_odd_rank(write):
+    adapter = write(init_lora_weights="orthogonal", rank_pattern=dict.fromkeys(QUERY, 3))
+    assert judged(adapter, "peft") == (
+        [f"init_lora_weights is orthogonal, which PEFT has not for an odd rank: {ANEW}"],
+        [],
+    )
+    with pytest.raises(ValueError, match="even"):
+        in_peft(adapter)
+
+
+def test_a_pattern_for_peft_is_not_tried(write):
+    assert judged(write(target_modules=".*_proj"), "peft") == (
+        [],
+        ["target_modules is the pattern '.*_proj', which was not tried"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("rank", "least"),
+    [*((1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (65, 128), (129, 256)), *((257, 320), (512, 512), (513, None))],
+)
+def test_vllm_is_started_with_the_least_of_its_ranks_that_is_enough(write, rank, least):
+    for adapter in (write(QUERY, r=rank), write(LLAMA, r=1, rank_pattern=dict.fromkeys(QUERY, rank))):
+        assert compatibility.vllm_rank(adapter) == least
+        obstacles, notes = judged(adapter, "vllm")
+        cut = "vLLM takes ranks up to 512: cut it (`python cli.py blend mine=1 --rank 512 --name NEW`)"
+        assert obstacles == ([cut] if least is None else [])
+        told = f"start vLLM with --max-lora-rank {least}: by itself it takes 16"
+        differ = [DIFFER] if adapter.config.get("rank_pattern") else []
+        assert notes == ([told] if least and least > 16 else []) + differ
+
+
+def test_vllm_has_no_lora_for_gpt2_and_no_dora(write):
+    assert judged(write(), "vllm") == ([], [])
+    assert judged(write(alpha_pattern={"q_proj": 3}), "vllm") == ([], [DIFFER])
+    assert judged(write(GPT2), "vllm") == ([f"vLLM has no LoRA for GPT-2: {MERGE}"], [])
+    assert judged(write(use_dora=True), "vllm") == ([f"vLLM has no DoRA: {MERGE}"], [])
+
+
+def test_llama_cpp_takes_a_gguf_of_layers_that_are_known_without_dora(write):
+    for config in ({}, {"target_modules": "all-linear"}, {"rank_pattern": dict.fromkeys(QUERY, 2)}):
+        assert judged(write(**config), "llama.cpp") == ([], [EXPORT])
+    for config in ({"use_rslora": True}, {"alpha_pattern": {"q_proj": 3}}):
+        assert judged(write(**config), "llama.cpp") == ([], [EXPORT, OWN_CONVERTER])
+    assert judged(write(GPT2), "llama.cpp") == ([], [EXPORT, OWN_CONVERTER])
+    assert judged(write(use_dora=True), "llama.cpp") == ([f"llama.cpp has no DoRA: {MERGE}"], [EXPORT])
+    for layer in ("lm_head", "model.layers.0.mlp.c_proj", "transformer.h.0.mlp", "gpt_neox.layers.0.attention.dense"):
+        unknown = f"how llama.cpp calls and turns layers such as {layer} is not known here: {MERGE}"
+        assert judged(write(QUERY | {layer: (32, 32)}), "llama.cpp") == ([unknown], [EXPORT])
+
+
+def test_the_advice_calls_it_what_it_is_to_be_called(write):
+    assert compatibility.check_compatibility(write(), "llama.cpp", "other").notes == [EXPORT.replace("mine", "other")]
+    assert compatibility.check_compatibility(write(use_dora=True), "vllm", "other").obstacles == [
+        f"vLLM has no DoRA: {MERGE.replace('mine', 'other')}"
+    ]
+
+
+def test_the_weights_are_not_read(write):
+    adapter = write()
+    (adapter.path / WEIGHTS_FILE).unlink()
+    for tool in ("vllm", "llama.cpp", "peft"):
+        assert compatibility.check_compatibility(adapter, tool).accepted
+
+
+def test_the_commands_that_it_advises_work(write, tmp_path):
+    for dora, made in ((False, "mine.gguf"), (True, "merged/mine/model.safetensors")):
+        verdict = compatibility.check_compatibility(write(use_dora=dora), "llama.cpp")
+        command = re.search("`python cli.py (.*)`", [*verdict.obstacles, *verdict.notes][0])
+        run(*command[1].split())
+        assert (tmp_path / made).is_file()
+
+
+def test_the_command_tells_what_to_change_and_fails_where_it_is_not_taken(write):
+    write(target_modules=["q_proj"])
+    assert run("adapters", "check", "mine", "--for", "vllm").stdout == "mine: vllm takes it\n"
+    assert run("adapters", "check", "mine", "--for", "llama.cpp").stdout == f"mine: llama.cpp takes it\n- {EXPORT}\n"
+    obstacle = f"PEFT would leave out model.layers.0.mlp.up_proj, {NOT_NAMED}"
+    told = run("adapters", "check", "mine", "--for", "peft", exit_code=1).stdout
+    assert told == f"mine: peft does not take it\n- {obstacle}\n"
+    for tool, obstacles in (("vllm", []), ("peft", [obstacle])):
+        answer = run("adapters", "check", "mine", "--for", tool, "--json", exit_code=len(obstacles)).stdout
+        assert json.loads(answer) == {"tool": tool, "obstacles": obstacles, "notes": [], "accepted": not obstacles}
+    run("adapters", "check", "mine", exit_code=2)
+    run("adapters", "check", "mine", "--for", "ollama", exit_code=2)

@@ -1,0 +1,355 @@
+"""Adapters to and from a local server that speaks the Hub's protocol, through huggingface_hub itself."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from lora_tuner import Library, atomic_io
+from lora_tuner import hub as ours
+from lora_tuner.adapters import hub_sync
+from lora_tuner.adapters.adapter import (
+    CARD_FILE,
+    CONFIG_FILE,
+    LOSS_PLOT_FILE,
+    MANIFEST_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    WEIGHTS_FILE,
+    load_adapter_folder,
+    verify_adapter,
+)
+from lora_tuner.errors import AdapterError, HubError
+
+from .. import adapter_files
+from ..cli.test_commands import run
+from ..hub_server import Hub, fail
+
+REPO, KEY = "owner/reviews", "models/owner/reviews"
+OTHER = "is not the file that manifest.json was written for"
+REFUSED = "owner/reviews may not be written with the token in use: run `hf auth login` with one that may write there."
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty hub, the only one that this process knows, and a token that may write."""
+    from huggingface_hub import constants
+
+    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    monkeypatch.setenv("HF_TOKEN", "writer")
+    with Hub({}) as server:
+        known = {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_CACHE": str(tmp_path / "home" / "hub"),
+            "HF_TOKEN_PATH": str(tmp_path / "home" / "token"),
+        }
+        for name, value in known.items():
+            monkeypatch.setattr(constants, name, value)
+        ours.why_unreachable.cache_clear()
+        yield server
+    ours.why_unreachable.cache_clear()
+
+
+@pytest.fixture
+def small(tmp_path):
+    """An adapter of the library that no run has made: its files are few."""
+    return load_adapter_folder(
+        adapter_files.write(tmp_path / "adapters" / "small", facts=adapter_files.manifest(run=None))
+    )
+
+
+def config(**changes):
+    return json.dumps(adapter_files.CONFIG | changes).encode()
+
+
+def put(hub, folder, **more):
+    """What another tool has pushed."""
+    return hub.commit(KEY, {path.name: path.read_bytes() for path in folder.iterdir()} | more)
+
+
+def push(adapter, **options):
+    return hub_sync.push(adapter, REPO, **options)
+
+
+def pull(*arguments, **options):
+    return hub_sync.pull(REPO, Library(), *arguments, **options)
+
+
+def refusal(kind, call, *arguments, **options):
+    with pytest.raises(kind) as error:
+        call(*arguments, **options)
+    return str(error.value)
+
+
+def sizes(folder):
+    return {path.name: path.stat().st_size for path in folder.iterdir()}
+
+
+def served(hub, name):
+    return hub.repos[KEY].files[name].read_bytes()
+
+
+def test_what_is_pulled_is_the_adapter_that_was_pushed(hub, adapter):
+    sent = push(adapter)
+    assert sent.url == f"{hub.url}/{REPO}/commit/{hub.repos[KEY].sha}"
+    assert list(sent.files) == sorted(path.name for path in adapter.path.iterdir())
+    pulled = pull("again")
+    again = pulled.adapter
+    assert again.path == Library().path / "again"
+    assert pulled.files == sent.files == sizes(again.path)
+    assert verify_adapter(again) == []
+    for name in (
+        WEIGHTS_FILE,
+        CARD_FILE,
+        METRICS_FILE,
+        LOSS_PLOT_FILE,
+    ):
+        assert (again.path / name).read_bytes() == (adapter.path / name).read_bytes()
+    assert again.manifest.result == adapter.manifest.result
+
+
+def test_of_paths_only_the_last_part_leaves(hub, adapter, gpt2, tmp_path_factory):
+    push(adapter)
+    manifest = json.loads(served(hub, MANIFEST_FILE))
+    assert (manifest["base"]["name"], manifest["base"]["repo"]) == ("gpt2", "gpt2")
+    assert manifest["data"]["source"] == "reviews.csv"
+    assert json.loads(served(hub, CONFIG_FILE))["base_model_name_or_path"] == "gpt2"
+    settings = yaml.safe_load(served(hub, RUN_FILE))
+    assert (settings["base"], settings["dataset"], settings["rank"]) == ("gpt2", "reviews.csv", 4)
+    root = str(tmp_path_factory.getbasetemp()).encode()
+    assert root in (adapter.path / MANIFEST_FILE).read_bytes()
+    assert not [name for name in hub.repos[KEY].files if root in served(hub, name)]
+
+
+def test_a_config_that_names_no_base_is_pushed_as_it_is(hub, tmp_path):
+    folder = adapter_files.write(tmp_path / "adapters" / "nameless", facts=adapter_files.manifest(run=None))
+    nameless = {key: it for key, it in adapter_files.CONFIG.items() if key != "base_model_name_or_path"}
+    for bare in (nameless, nameless | {"base_model_name_or_path": None}):
+        (folder / CONFIG_FILE).write_text(json.dumps(bare))
+        push(load_adapter_folder(folder))
+        assert json.loads(served(hub, CONFIG_FILE)) == bare
+    assert verify_adapter(pull().adapter) == []
+
+
+def test_a_link_is_not_followed_to_a_file_that_is_no_part_of_the_adapter(hub, small, tmp_path):
+    (tmp_path / "secret").write_text("mine")
+    (small.path / CARD_FILE).symlink_to(tmp_path / "secret")
+    push(small)
+    assert served(hub, CARD_FILE).startswith(b"---\nbase_model: ")
+
+
+def test_settings_of_a_run_that_cannot_be_read_are_not_pushed(hub, small):
+    for text in ("base: [", "- base\n"):
+        (small.path / RUN_FILE).write_text(text)
+        assert refusal(AdapterError, push, small) == "small is not pushed: its run.yaml holds no settings."
+    assert not hub.repos
+
+
+def test_private_is_for_a_repo_that_is_made(hub, small):
+    push(small, private=True)
+    hub_sync.push(small, "owner/open")
+    assert (hub.repos[KEY].private, hub.repos["models/owner/open"].private) == (True, False)
+
+
+def test_a_repo_that_is_there_gets_a_commit_and_stays_as_public_as_it_was(hub, small):
+    hub.commit(KEY, {"notes.txt": b"kept", CARD_FILE: b"old"})
+    assert refusal(HubError, push, small, private=True) == (
+        f"{REPO} is public: make it private on its Hub page first, or leave --private out."
+    )
+    url = push(small).url
+    assert url == f"{hub.url}/{REPO}/commit/{hub.repos[KEY].sha}"
+    assert not hub.repos[KEY].private
+    assert set(hub.repos[KEY].files) == {
+        "notes.txt",
+        CARD_FILE,
+        CONFIG_FILE,
+        MANIFEST_FILE,
+        WEIGHTS_FILE,
+    }
+    assert push(small).url == url  # nothing has changed
+    assert len(hub.commits) == 2
+
+
+def test_files_that_the_adapter_has_no_more_go(hub, small):
+    hub.commit(KEY, {RUN_FILE: b"base: old\n", LOSS_PLOT_FILE: b"old", "notes.txt": b"kept"})
+    push(small)
+    assert set(hub.repos[KEY].files) == {
+        "notes.txt",
+        CARD_FILE,
+        CONFIG_FILE,
+        MANIFEST_FILE,
+        WEIGHTS_FILE,
+    }
+
+
+def test_a_dry_run_of_push_asks_nobody(hub, small):
+    parcel = push(small, dry_run=True)
+    assert (parcel.url, hub.requests) == (None, [])
+    assert parcel.files == push(small).files == {it: len(served(hub, it)) for it in hub.repos[KEY].files}
+
+
+def test_a_dry_run_of_pull_fetches_and_writes_nothing(hub, small, tmp_path):
+    put(hub, small.path, **{"evil.py": b"1"})
+    shutil.rmtree(small.path.parent)
+    parcel = pull(dry_run=True)
+    assert parcel.files == {it: len(served(hub, it)) for it in (CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE)}
+    assert (parcel.adapter, hub.requests) == (None, ["HEAD /", f"GET /api/{KEY}"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", ["", "read-only"])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_token_that_may_not_write(hub, small, monkeypatch, value, there):
+    if there:
+        hub.commit(KEY, {})
+    monkeypatch.setenv("HF_TOKEN", value)
+    assert refusal(HubError, push, small) == REFUSED
+    assert len(hub.commits) == there
+
+
+def test_a_private_repo_is_none_to_strangers(hub, small, monkeypatch):
+    push(small, private=True)
+    monkeypatch.setenv("HF_TOKEN", "")
+    assert refusal(HubError, pull) == (
+        "the Hub has no owner/reviews that you may read: check the spelling, or run `hf auth login` if it is private."
+    )
+
+
+def test_what_else_the_hub_says_comes_through(hub, small):
+    hub.fault = lambda handler: bool("/commit/" in handler.path and not fail(handler, 400, "", "too many files"))
+    said = "could not be written to the Hub: Bad request for commit endpoint: too many files"
+    assert refusal(HubError, push, small) == f"owner/reviews {said}"
+    hub.fault = lambda handler: bool("/api/" in handler.path and not fail(handler, 403, "", "policy"))
+    said = "could not be fetched from the Hub: 403 Forbidden: policy."
+    assert refusal(HubError, pull) == f"owner/reviews {said}"
+
+
+def test_a_hub_out_of_reach(small):
+    said = "the Hub is out of reach: HF_HUB_OFFLINE is set."
+    assert refusal(HubError, push, small) == f"owner/reviews cannot be written, and {said}"
+    assert refusal(HubError, pull) == f"owner/reviews cannot be fetched, and {said}"
+    assert push(small, dry_run=True).files
+
+
+@pytest.mark.parametrize("missing", [WEIGHTS_FILE, CONFIG_FILE])
+def test_a_repo_that_holds_no_adapter(hub, small, missing):
+    hub.commit(KEY, {it.name: it.read_bytes() for it in small.path.iterdir() if it.name != missing})
+    said = f"owner/reviews holds no adapter that is read here: it has no {missing}."
+    assert refusal(HubError, pull) == refusal(HubError, pull, dry_run=True) == said
+
+
+def flipped(weights):
+    return weights[:-1] + bytes([weights[-1] ^ 1])
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "why"),
+    [
+        (
+            CONFIG_FILE,
+            lambda _: config(init_lora_weights="pissa"),
+            "init_lora_weights is 'pissa', and only True",
+        ),
+        (CONFIG_FILE, lambda _: config(lora_alpha=9), f"adapter_config.json {OTHER}"),
+        (WEIGHTS_FILE, lambda weights: weights[:-8], "it is cut off"),
+        (WEIGHTS_FILE, flipped, f"adapter_model.safetensors {OTHER}"),
+    ],
+)
+def test_a_hostile_or_damaged_adapter_leaves_the_library_as_it_was(hub, small, name, spoil, why):
+    push(small)
+    hub.commit(KEY, {name: spoil((small.path / name).read_bytes())})
+    before = {path: path.read_bytes() for path in small.path.iterdir()}
+    assert why in refusal(AdapterError, pull)
+    assert why in refusal(AdapterError, pull, "small", overwrite=True)
+    assert [path.name for path in small.path.parent.iterdir()] == ["small"]
+    assert {path: path.read_bytes() for path in small.path.iterdir()} == before
+
+
+def test_a_name_that_is_taken_is_replaced_on_demand_alone(hub, small, tmp_path):
+    first = put(hub, small.path)
+    other = adapter_files.write(
+        tmp_path / "other", weights=adapter_files.tensors(value=2.0), facts=adapter_files.manifest(run=None)
+    )
+    second = put(hub, other)
+    digests = [atomic_io.sha256_file(it.files[WEIGHTS_FILE]) for it in (first, second)]
+    hub.requests.clear()
+    said = "adapters/small exists: choose another --name, or replace it with --overwrite."
+    assert refusal(AdapterError, pull, "small") == said
+    assert hub.requests == []
+    assert pull("small", overwrite=True).adapter.sha256 == digests[1]
+    assert pull("old", revision=first.sha).adapter.sha256 == digests[0]
+    assert pull(revision="main").adapter.path.name == "reviews"
+    assert "has no such revision: leave --revision out" in refusal(HubError, pull, "new", revision="v9")
+    assert "'v1.0' is no adapter name" in refusal(AdapterError, pull, "v1.0")
+
+
+def test_a_commit_that_comes_between_is_not_mixed_in(hub, small):
+    first = put(hub, small.path)
+    hub.fault = lambda _: len(hub.requests) == 3 and not hub.commit(KEY, {CARD_FILE: b"x", CONFIG_FILE: b"{}"})
+    pulled = pull()
+    assert pulled.files == sizes(pulled.adapter.path) == {name: it.stat().st_size for name, it in first.files.items()}
+
+
+def test_an_adapter_without_manifest_comes_with_a_notice_and_does_not_go(hub, tmp_path):
+    put(hub, adapter_files.write(tmp_path / "peft"))
+    heard = []
+    adapter = pull(notify=heard.append).adapter
+    assert [it.text for it in heard] == [
+        "reviews was made by another tool: `adapters adopt reviews` holds it to its base from now on."
+    ]
+    assert refusal(AdapterError, push, adapter) == (
+        "adapters/reviews has no manifest: `adapters adopt` gives it one, and with it a base."
+    )
+
+
+def test_a_damaged_adapter_does_not_go(hub, small):
+    (small.path / WEIGHTS_FILE).write_bytes(flipped((small.path / WEIGHTS_FILE).read_bytes()))
+    assert refusal(AdapterError, push, small) == f"{small.path} is not pushed: adapter_model.safetensors {OTHER}."
+    assert hub.requests == []
+
+
+def test_only_the_files_of_an_adapter_are_fetched(hub, small, monkeypatch):
+    monkeypatch.setattr(hub_sync, "MAX_SIDE_FILE_BYTES", 5_000)
+    strange = {
+        "evil.py": b"1",
+        "adapter_model.bin": b"2",
+        "sub/manifest.json": b"3",
+        CARD_FILE: b"x" * 5_001,
+    }
+    put(hub, small.path, **strange)
+    pulled = pull()
+    wanted = {CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE}
+    assert {path.name for path in pulled.adapter.path.iterdir()} == set(pulled.files) == wanted
+    assert {it.rpartition("/")[2] for it in hub.requests if "/resolve/" in it} == wanted
+
+
+def test_the_commands(hub, small, monkeypatch):
+    tried = run("push", "small", REPO, "--dry-run")
+    assert [line.split()[0] for line in tried.stdout.splitlines()] == [
+        CARD_FILE,
+        CONFIG_FILE,
+        WEIGHTS_FILE,
+        MANIFEST_FILE,
+    ]
+    assert (tried.stderr, hub.requests) == ("Nothing was sent: a dry run.\n", [])
+    sent = json.loads(run("push", "small", REPO, "--private", "--json").stdout)
+    sha = hub.repos[KEY].sha
+    assert sent == {"repo": REPO, "files": sent["files"], "url": f"{hub.url}/{REPO}/commit/{sha}"}
+    assert hub.repos[KEY].private
+    assert run("push", "small", REPO).stdout.splitlines()[-1] == sent["url"]
+    tried = run("pull", REPO, "--dry-run", "--json")
+    assert json.loads(tried.stdout) == {"repo": REPO, "files": sent["files"]}
+    assert tried.stderr == "Nothing was fetched: a dry run.\n"
+    assert run("pull", REPO).stdout.splitlines()[-1] == "adapters/reviews"
+    assert run("pull", REPO, exit_code=1).stderr == (
+        "Error: adapters/reviews exists: choose another --name, or replace it with --overwrite.\n"
+    )
+    facts = json.loads(run("pull", REPO, "--name", "reviews", "--revision", sha, "--overwrite", "--json").stdout)
+    assert (facts["name"], facts["rank"], facts["files"]) == ("reviews", 4, sent["files"])
+    assert run("push", "small", "a/b/c", exit_code=1).stderr.startswith("Error: 'a/b/c' is ")
+    monkeypatch.setenv("HF_TOKEN", "")
+    assert run("push", "small", REPO, exit_code=1).stderr.splitlines()[-1] == f"Error: {REFUSED}"

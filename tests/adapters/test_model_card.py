@@ -1,0 +1,577 @@
+import io
+import json
+import math
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from transformers import AutoModelForCausalLM
+
+from lora_tuner import EvalSet, GainMatrix
+from lora_tuner.adapters import model_card, plots
+from lora_tuner.adapters.adapter import MANIFEST_FILE, load_adapter_folder
+from lora_tuner.adapters.manifest import EvalResult
+from lora_tuner.errors import AdapterError
+
+from .. import adapter_files
+
+HISTORY = [
+    {"step": 1, "loss": 4.0, "learning_rate": 1e-3},
+    {"step": 2, "loss": 3.5, "learning_rate": 5e-4},
+    {"step": 2, "eval_loss": 3.625},
+    {"step": 3, "loss": 3.25, "learning_rate": 0.0},
+]
+
+
+def based_on(**changes):
+    """A manifest whose base differs from distilgpt2 on the Hub."""
+    base = adapter_files.manifest().base.model_copy(update=changes)
+    return adapter_files.manifest(base=base.model_dump())
+
+
+LOCAL = {"revision": None, "weights": "a local folder"}
+
+
+@pytest.fixture
+def card(tmp_path):
+    """The model card of an adapter with this manifest."""
+
+    def write(manifest=None, **config):
+        adapter = load_adapter_folder(
+            adapter_files.write(tmp_path / "imdb", config, facts=manifest or adapter_files.manifest())
+        )
+        return model_card.model_card(adapter, "imdb")
+
+    return write
+
+
+def table(card):
+    """The rows of the card's table."""
+    lines = [line for line in card.splitlines() if line.startswith("| ")]
+    return dict(line.removeprefix("| ").removesuffix(" |").split(" | ", 1) for line in lines[2:])
+
+
+# Metrics
+
+
+def test_metrics_are_one_json_object_a_line(tmp_path):
+    plots.write_metrics(HISTORY, tmp_path / "metrics.jsonl")
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text.startswith('{"step": 1, "loss": 4.0, "learning_rate": 0.001}\n')
+    assert text.endswith("}\n")
+    assert [json.loads(line) for line in text.splitlines()] == HISTORY
+
+
+def test_no_metrics_are_an_empty_file(tmp_path):
+    plots.write_metrics([], tmp_path / "metrics.jsonl")
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+# The picture
+
+
+def plot(tmp_path, history=HISTORY, manifest=None):
+    path = tmp_path / "loss.png"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots.plot_loss(history, manifest or adapter_files.manifest(), path)
+    return pixels_of(path)
+
+
+def pixels_of(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        image.load()
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def share(pixels, colour):
+    """How much of the picture is about this colour."""
+    return (np.abs(pixels - colour).max(axis=-1) < 40).mean()
+
+
+BLUE, ORANGE = (31, 119, 180), (255, 127, 14)
+
+
+def test_the_picture_is_a_png_with_both_curves(tmp_path):
+    pixels = plot(tmp_path)
+    assert pixels.shape == (480, 840, 3)
+    assert share(pixels, BLUE) > 0.0003
+    assert share(pixels, ORANGE) > 0.0003
+
+
+def test_a_run_without_a_held_out_loss_has_a_picture(tmp_path):
+    pixels = plot(tmp_path, [HISTORY[0], HISTORY[1]], adapter_files.manifest(result=None))
+    assert share(pixels, BLUE) > 0.0003
+    assert share(pixels, ORANGE) == 0
+
+
+def test_a_run_without_steps_has_a_picture(tmp_path):
+    pixels = plot(tmp_path, [], adapter_files.manifest(result=None))
+    assert share(pixels, BLUE) == share(pixels, ORANGE) == 0
+
+
+def test_held_out_losses_before_and_after_are_in_the_picture(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    lines, draw = {}, Axes.plot
+
+    def record(self, x, y, *rest, label, **style):
+        lines[label] = list(zip(x, y, strict=True))
+        return draw(self, x, y, *rest, label=label, **style)
+
+    monkeypatch.setattr(Axes, "plot", record)
+    plot(tmp_path)
+    assert lines["held out"] == [(0, 3.75), (2, 3.625), (30, 3.5)]  # base, evaluation, the step that was kept
+    assert lines["training, each step"] == [(1, 4.0), (2, 3.5), (3, 3.25)]
+    assert [loss for _, loss in lines["training, smoothed"]] == pytest.approx([4.0, 3.95, 3.88])
+
+
+@pytest.mark.parametrize("name", ["$a$.csv", "a_$b.csv", r"$\frac$.csv", "{x}^2.csv"])
+def test_the_name_of_the_data_is_no_formula(tmp_path, name):
+    facts = adapter_files.manifest().data.model_copy(update={"name": name})
+    plot(tmp_path, manifest=adapter_files.manifest(data=facts.model_dump()))
+
+
+def test_the_same_run_gives_the_same_picture(tmp_path):
+    plot(tmp_path)
+    first = (tmp_path / "loss.png").read_bytes()
+    plot(tmp_path)
+    assert (tmp_path / "loss.png").read_bytes() == first
+
+
+# The gain matrix
+
+
+def result(gain):
+    return EvalResult(base_loss=4, loss=4 - gain, gain=gain, standard_error=0.01, rows=8, tokens=90)
+
+
+def gains(*lines, adapters=None, sets=None, base="distilgpt2"):
+    """A matrix with these gains; None is a cell without rows."""
+    return GainMatrix(
+        base,
+        adapters or [f"adapter{number}" for number in range(len(lines))],
+        [EvalSet(name, ["a row"]) for name in sets or [f"set{number}" for number in range(len(lines[0]))]],
+        [[None if gain is None else result(gain) for gain in line] for line in lines],
+    )
+
+
+def draw(matrix, path):
+    plots.plot_gains(matrix.base, matrix.adapters, [rows.name for rows in matrix.sets], matrix.cells, path)
+
+
+def plot_gains(tmp_path, matrix, name="gains.png"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw(matrix, tmp_path / name)
+    return pixels_of(tmp_path / name)
+
+
+# The ends of the scale, its middle, and the background.
+HELPS, FORGOTTEN, NOTHING, MISSING = (5, 48, 97), (103, 0, 31), (246, 247, 247), (217, 217, 217)
+
+
+def where(pixels, colour):
+    """The middle (across, down) of all that has this colour."""
+    found = np.argwhere((np.abs(pixels - colour) < 3).all(axis=-1))
+    assert len(found) > 0.05 * pixels[..., 0].size
+    down, across = found.mean(axis=0)
+    return across, down
+
+
+def test_gains_are_blue_losses_red_and_what_is_missing_grey(tmp_path):
+    pixels = plot_gains(tmp_path, gains([0.5, None], [-0.5, 0.0]))
+    helps, forgotten, nothing, missing = (where(pixels, it) for it in (HELPS, FORGOTTEN, NOTHING, MISSING))
+    # An adapter a row, a set of rows a column. (The bar beside it draws them a little apart.)
+    assert helps[0] == pytest.approx(forgotten[0], abs=30)
+    assert nothing[0] == pytest.approx(missing[0], abs=30)
+    assert helps[1] == pytest.approx(missing[1], abs=30)
+    assert forgotten[1] == pytest.approx(nothing[1], abs=30)
+    assert missing[0] - helps[0] > 100
+    assert forgotten[1] - helps[1] > 100
+
+
+@pytest.mark.parametrize("matrix", [gains([0.0]), gains([0.0, None]), gains([1e-12, 1.0])])
+def test_no_gain_has_no_colour(tmp_path, matrix):
+    where(plot_gains(tmp_path, matrix), NOTHING)
+
+
+def test_the_figures_of_each_cell_are_in_the_picture(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    texts, write = {}, Axes.text
+
+    def record(self, x, y, text, **style):
+        texts[y, x] = text
+        return write(self, x, y, text, **style)
+
+    monkeypatch.setattr(Axes, "text", record)
+    plot_gains(tmp_path, gains([0.5, None], [-0.25, 0.0]))
+    assert texts == {
+        (0, 0): "+0.500\n± 0.010",
+        (0, 1): "missing",
+        (1, 0): "-0.250\n± 0.010",
+        (1, 1): "+0.000\n± 0.010",
+    }
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        gains([0.1]),
+        gains([-0.1]),
+        gains([None]),
+        gains([None, None], [None, None]),
+        gains([0.0, 0.0], [0.0, 0.0]),
+        gains([1e-9, 1e9]),
+        gains([0.1], sets=["$_{$"], base="$^{$"),
+        gains([0.1, 0.2], sets=["$a_b{c", r"\frac{$"], adapters=["a_b"], base="/models/my_$base$"),
+        gains([0.1], [0.2], adapters=["a_b-1", "A" * 12]),
+        gains(*[[0.01 * i * j for i in range(12)] for j in range(12)]),
+    ],
+    ids=["one", "loss", "missing", "all-missing", "zero", "far", "formula", "names", "column", "many"],
+)
+def test_every_matrix_has_a_picture(tmp_path, matrix):
+    height, width, _ = plot_gains(tmp_path, matrix).shape
+    assert width >= 120 * (2.2 + 1.1 * len(matrix.sets))
+    assert height >= 120 * (1.8 + 0.6 * len(matrix.adapters))
+
+
+def test_the_same_gains_give_the_same_picture(tmp_path):
+    for name in ("a.png", "b.png"):
+        plot_gains(tmp_path, gains([0.5, None], [-0.5, 0.25]), name)
+    plot_gains(tmp_path, gains([0.5, None], [-0.5, 0.24]), "c.png")
+    first, second, other = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png", "c.png"))
+    assert first == second != other
+
+
+def test_the_picture_names_no_path_of_this_machine(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    shown = []
+    monkeypatch.setattr(Axes, "set_xticks", lambda self, ticks, labels, **_: shown.append(labels))
+    monkeypatch.setattr(Axes, "set_title", lambda self, title, **_: shown.append(title))
+    plot_gains(tmp_path, gains([0.1], sets=[str(tmp_path / "films.csv")], base=str(tmp_path / "mine")))
+    assert shown == [["films.csv"], "Gain over mine (nats per token)"]
+
+
+# The model card
+
+
+def test_the_metadata_is_what_the_hub_reads(card):
+    text = card()
+    assert yaml.safe_load(text.split("---\n")[1]) == {
+        "base_model": "distilbert/distilgpt2",
+        "datasets": ["stanfordnlp/imdb"],
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "lora_tuner"],
+    }
+    parsed = ModelCard(text)
+    assert parsed.data.base_model == "distilbert/distilgpt2"
+    assert parsed.data.library_name == "peft"
+    assert parsed.data.pipeline_tag == "text-generation"
+    assert parsed.data.tags == ["lora", "lora_tuner"]
+    assert parsed.text.strip().startswith("# imdb\n\nA LoRA adapter: it makes distilgpt2 write like imdb.\n")
+
+
+def test_the_figures(card):
+    assert table(card()) == {
+        "Base": "distilgpt2 (distilbert/distilgpt2 on the Hub)",
+        "Update": "LoRA, rank 4, alpha 8, on c_attn",
+        "Size": "192 parameters, 0.0 MB",
+        "Data": "stanfordnlp/imdb",
+        "Rows": "25,000 read, 12,500 filtered, 98 duplicates, 10,000 train, 2,402 held out",
+        "Run": "lora, 40 steps, 20,480 tokens, 1.5 minutes on cpu in float32",
+        "Held-out loss": "3.5000 nats a token; the base has 3.7500",
+        "Gain": "0.2500 ± 0.0125 (standard error, 200 rows, paired)",
+        "Perplexity": f"{math.exp(3.5):.2f}; the base has {math.exp(3.75):.2f}",
+    }
+
+
+def test_a_card_without_a_result_says_nothing_of_it(card):
+    rows = table(card(adapter_files.manifest(result=None)))
+    assert {"Held-out loss", "Gain", "Perplexity"} & rows.keys() == set()
+    assert "Run" in rows
+
+
+def test_the_embedded_base_is_named_as_on_the_hub(card):
+    text = card(based_on(name="smollm2-135m", repo="HuggingFaceTB/SmolLM2-135M-Instruct", revision=None))
+    assert ModelCard(text).data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert "AutoModelForCausalLM.from_pretrained('HuggingFaceTB/SmolLM2-135M-Instruct')" in text
+
+
+def test_a_base_without_an_owner_is_named_when_it_is_on_the_hub(card):
+    assert ModelCard(card(based_on(name="gpt2", repo="gpt2"))).data.base_model == "gpt2"
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("kind", ["absolute", "relative"])
+def test_a_local_base_is_no_base_on_the_hub(card, tmp_path, there, kind):
+    """Whether the folder is still there or not: a card may be written again elsewhere."""
+    if there:
+        (tmp_path / "models" / "mine").mkdir(parents=True)
+    path = str(tmp_path / "models" / "mine") if kind == "absolute" else "models/mine"
+    text = card(based_on(name=path, repo=path, **LOCAL))
+    assert ModelCard(text).data.base_model is None
+    assert str(tmp_path) not in text
+    assert "AutoModelForCausalLM.from_pretrained('path/to/" in text
+
+
+def test_a_local_dataset_is_called_by_its_last_part(card, tmp_path):
+    path = str(tmp_path / "my|reviews.csv")
+    facts = adapter_files.manifest().data.model_copy(update={"name": path, "source": path})
+    text = card(adapter_files.manifest(data=facts.model_dump()))
+    assert str(tmp_path) not in text
+    assert "it makes distilgpt2 write like my|reviews.csv." in text
+    assert table(text)["Data"] == r"my\|reviews.csv"
+
+
+def test_every_row_of_the_table_has_two_cells(card):
+    facts = adapter_files.manifest().data.model_copy(update={"source": "a|b\\|c"})
+    for line in card(adapter_files.manifest(data=facts.model_dump())).splitlines():
+        if line.startswith("|"):
+            assert line.replace(r"\|", "").count("|") == 3, line
+
+
+def test_the_program_in_the_card_is_python(card):
+    program = card().split("```python\n")[1].split("```")[0]
+    compile(program, "card", "exec")
+    assert 'PeftModel.from_pretrained(base, "path/to/imdb")' in program
+
+
+# How other tools load it
+
+
+def use(text):
+    return text.split("## Use\n")[1]
+
+
+MERGE = "merge it (`python cli.py merge imdb --out merged/imdb`)"
+LLAMA = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
+
+
+def used(tmp_path, config=None, weights=None):
+    """The last part of the card of an adapter; of Llama's kind where no weights are given."""
+    weights = adapter_files.tensors(modules=LLAMA) if weights is None else weights
+    folder = adapter_files.write(tmp_path / ".work.tmp", config, weights, adapter_files.manifest())
+    return use(model_card.model_card(load_adapter_folder(folder), "imdb"))
+
+
+@pytest.mark.parametrize(("rank", "largest"), [(1, 8), (8, 8), (12, 16), (321, 512)])
+def test_the_card_says_how_other_tools_load_it(tmp_path, rank, largest):
+    text = used(tmp_path, {"r": rank, "target_modules": ["q_proj"]}, adapter_files.tensors(rank, LLAMA))
+    assert (
+        "vllm serve distilbert/distilgpt2 --enable-lora "
+        f"--max-lora-rank {largest} --lora-modules imdb=path/to/imdb\n" in text
+    )
+    assert "python cli.py export path/to/imdb --to gguf --out imdb.gguf\n" in text
+    assert MERGE not in text
+
+
+def test_vllm_is_told_the_largest_rank_of_any_layer(tmp_path):
+    weights = adapter_files.tensors(4, LLAMA) | {
+        name: tensor for name, tensor in adapter_files.tensors(20, LLAMA).items() if LLAMA[1] in name
+    }
+    assert "--max-lora-rank 32 " in used(tmp_path, {"rank_pattern": {"layers.1.self_attn.q_proj": 20}}, weights)
+
+
+def test_the_card_says_what_other_tools_do_not_take(tmp_path):
+    gpt2 = used(tmp_path, {"fan_in_fan_out": True}, adapter_files.tensors())
+    assert gpt2.endswith(f"```\n\nvLLM has no LoRA for GPT-2: {MERGE}.\n")
+    assert "vllm serve" not in gpt2
+    assert "cli.py export" in gpt2
+    magnitudes = {f"base_model.model.{module}.lora_magnitude_vector": np.ones(18, np.float32) for module in LLAMA}
+    dora = used(tmp_path, {"use_dora": True}, adapter_files.tensors(modules=LLAMA) | magnitudes)
+    assert dora.endswith(f"```\n\nvLLM has no DoRA: {MERGE}.\n\nllama.cpp has no DoRA: {MERGE}.\n")
+    assert "cli.py export" not in dora
+
+
+def test_the_card_of_one_that_no_run_made_says_how_it_was_made(card):
+    facts = adapter_files.manifest(run=None, data=None, result=None, made_by="slim imdb --energy 0.9")
+    rows = table(card(facts))
+    assert list(rows) == ["Base", "Update", "Size", "Made by"]
+    assert rows["Made by"] == "`slim imdb --energy 0.9`"
+    assert "run.yaml" not in card(facts)
+
+
+def test_the_card_holds_a_strangers_words_on_one_line_and_without_html(card):
+    facts = adapter_files.manifest().data.model_copy(update={"name": "x" * 300, "source": "a\n\n# b <script>"})
+    text = card(adapter_files.manifest(data=facts.model_dump()))
+    assert table(text)["Data"] == "a # b &lt;script>"
+
+
+def test_the_card_shows_the_pictures_that_there_are(tmp_path):
+    folder = adapter_files.write(tmp_path / "imdb", facts=adapter_files.manifest())
+    for name, picture in (("loss.png", "![Loss](loss.png)"), ("spectrum.png", "![Singular values](spectrum.png)")):
+        assert picture not in model_card.model_card(load_adapter_folder(folder), "imdb")
+        (folder / name).touch()
+        assert picture in model_card.model_card(load_adapter_folder(folder), "imdb")
+
+
+def test_spectra_are_a_picture_with_a_dot_for_each_cut(tmp_path):
+    import torch
+
+    spectra = {"h.0.c_attn": torch.tensor([4.0, 1.0, 0.0]), "h.0.c_fc": torch.tensor([2.0])}
+    plots.plot_spectra(spectra, {"h.0.c_attn": 2, "h.0.c_fc": 1}, tmp_path / "spectrum.png")
+    pixels = pixels_of(tmp_path / "spectrum.png")
+    assert share(pixels, BLUE) > 0.00003
+    assert share(pixels, ORANGE) > 0.00001
+
+
+def test_the_card_of_a_child_names_its_parent_and_what_it_was_measured_on(card, tmp_path):
+    grandparent = {"name": "old", "sha256": "12" * 32}
+    parents = [{"name": "noir", "sha256": "ab" * 32, "parents": [grandparent]}, {"name": "verse", "sha256": "cd" * 32}]
+    facts = adapter_files.manifest().data.model_copy(update={"eval_dataset": "owner/films"})
+    rows = table(card(adapter_files.manifest(parents=parents, data=facts.model_dump())))
+    assert rows["Made from"] == "noir (abababababab), verse (cdcdcdcdcdcd)"
+    assert rows["Measured on"] == "owner/films"
+    assert list(rows)[2:6] == ["Size", "Made from", "Data", "Rows"]
+    facts = facts.model_copy(update={"eval_dataset": str(tmp_path / "films.csv")})
+    assert table(card(adapter_files.manifest(data=facts.model_dump())))["Measured on"] == "films.csv"
+    assert {"Made from", "Measured on"} & table(card()).keys() == set()
+
+
+def peft_folder(place, base, **settings):
+    """An adapter with random weights as plain PEFT writes it."""
+    torch.manual_seed(1)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", lora_alpha=7, **settings)
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("gpt2", {"r": 4, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+        ("gpt2", {"r": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True}),
+        ("llama", {"r": 12, "target_modules": ["q_proj", "down_proj"]}),
+        (
+            "llama",
+            {"r": 4, "target_modules": ["q_proj"], "use_rslora": True, "rank_pattern": {"0.self_attn.q_proj": 1000}},
+        ),
+        ("llama", {"r": 4, "target_modules": ["v_proj"], "use_dora": True}),
+    ],
+)
+def test_the_programs_of_the_card_run_and_agree(tmp_path, capsys, request, kind, settings):
+    base = request.getfixturevalue(kind)
+    folder = peft_folder(tmp_path / "path" / "to" / "noir", base, **settings)
+    (tmp_path / "path" / "to" / kind).symlink_to(base)
+    facts = based_on(name=str(base), repo=str(base), **LOCAL)
+    (folder / MANIFEST_FILE).write_text(facts.to_json())
+    text = model_card.model_card(load_adapter_folder(folder), "noir")
+    assert ModelCard(text).data.library_name == "peft"
+    by_peft, by_transformers = {}, {}
+    peft_program, transformers_program = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(peft_program, by_peft)
+    assert capsys.readouterr().out.startswith("Once")
+    exec(transformers_program, by_transformers)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(base)(ids).logits
+        first, second = (program["model"].eval()(ids).logits for program in (by_peft, by_transformers))
+    torch.testing.assert_close(first, second, atol=1e-6, rtol=0)
+    assert (first - plain).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("base", "repo"),
+    [
+        ({}, "distilbert/distilgpt2"),
+        ({"name": "a/b", "repo": "a/b"}, "a/b"),
+        ({"name": "m", "repo": "m", **LOCAL}, None),
+    ],
+)
+def test_the_metadata_of_a_child_is_what_the_hub_reads(card, base, repo):
+    facts = based_on(**base).model_copy(
+        update={"parents": adapter_files.manifest(parents=[{"name": "noir", "sha256": "ab" * 32}]).parents}
+    )
+    parsed = ModelCard(card(facts))
+    assert parsed.data.to_dict() == {
+        **({"base_model": repo} if repo else {}),
+        "datasets": ["stanfordnlp/imdb"],
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "lora_tuner"],
+    }
+
+
+@pytest.mark.parametrize("name", ["reviews", "$_{$", "a" * 64])
+def test_names_of_any_length_stay_in_the_picture(tmp_path, monkeypatch, name):
+    from matplotlib.figure import Figure
+
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (save(self, *a, **k), saved.append(self)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw(gains([0.1], adapters=[name], sets=[name]), tmp_path / "x.png")
+    box, (width, height) = saved[0].get_tightbbox(), saved[0].get_size_inches()
+    assert min(box.x0, box.y0) >= 0
+    assert box.x1 <= width
+    assert box.y1 <= height
+
+
+def test_the_card_names_the_rows_that_were_chosen(card):
+    facts = adapter_files.manifest().data.model_copy(update={"where": ["label=1"]})
+    assert table(card(adapter_files.manifest(data=facts.model_dump())))["Only"] == "label=1"
+
+
+def test_metrics_come_back_as_they_are_drawn(tmp_path):
+    plots.write_metrics(HISTORY, tmp_path / "metrics.jsonl")
+    found = plots.read_metrics(tmp_path / "metrics.jsonl")
+    assert found == [{key: it[key] for key in ("step", "loss", "eval_loss") if key in it} for it in HISTORY]
+    assert (plot(tmp_path, found) == plot(tmp_path)).all()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "7",
+        '"step"',
+        "{",
+        "{}",
+        '{"step": "x"}',
+        '{"step": [1]}',
+        '{"step": -1}',
+        '{"step": 1e300}',
+        f'{{"step": 1{"0" * 400}}}',
+        '{"step": 1, "loss": NaN}',
+        "[" * 100_000,
+        None,
+    ],
+)
+def test_what_nobody_can_draw_is_no_curve(tmp_path, text):
+    path = tmp_path / "metrics.jsonl"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(AdapterError, match=re.escape(f"{path} holds no curve: ")):
+        plots.read_metrics(path)
+
+
+def test_an_adapter_of_another_tool_has_facts_too(tmp_path):
+    found = dict(model_card.summary_rows(load_adapter_folder(adapter_files.write(tmp_path / "other"))))
+    assert found == {
+        "Base": "distilbert/distilgpt2",
+        "Update": "LoRA, rank 4, alpha 8, on c_attn",
+        "Size": "192 parameters, 0.0 MB",
+        "Made": "by another tool: it has no manifest",
+    }
+
+
+def test_a_whole_spectrum_has_no_dots(tmp_path):
+    plots.plot_spectra({"h.0.c_attn": torch.tensor([4.0, 1.0])}, {}, buffer := io.BytesIO())
+    plots.plot_spectra({"h.0.c_attn": torch.tensor([4.0, 1.0])}, {"h.0.c_attn": 2}, tmp_path / "cut.png")
+    assert share(pixels_of(buffer), BLUE) < share(pixels_of(tmp_path / "cut.png"), BLUE)

@@ -1,0 +1,308 @@
+import datetime
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from lora_tuner import Library, Notice, Progress
+from lora_tuner.adapters.adapter import MANIFEST_FILE, load_adapter_folder
+from lora_tuner.cli import display
+from lora_tuner.text import escape_control, format_bytes, format_duration
+
+from .. import adapter_files
+
+CONTROL = {chr(code) for code in (*range(32), *range(127, 160))} - {"\t", "\n"}
+# What a stranger may put where a name is expected: colours, a window title, a cursor that goes up; markup of rich.
+EVIL = "\x1b[31mred\x1b]0;title\x07\x9b2A\x00\r\b\x7f[red]x[/red][/nope]"
+SHOWN = "\ufffd[31mred\ufffd]0;title\ufffd\ufffd2A\ufffd\ufffd\ufffd\ufffd[red]x[/red][/nope]"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (89, "89 s"), (143, "2.4 min"), (3000, "50 min"), (5400, "1.5 h"), (166_000, "46 h")],
+)
+def test_durations(seconds, text):
+    assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(900, "900 bytes"), (9_400, "9 kB"), (2_000_000, "2.0 MB"), (4.3e9, "4.3 GB")]
+)
+def test_sizes(count, text):
+    assert format_bytes(count) == text
+
+
+def test_off_a_terminal_progress_is_a_line_now_and_then_with_the_time_left(capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(display.time, "monotonic", lambda: now)
+    show = display.Display()
+    for done, now in ((0, 0.0), (1, 5.0), (2, 20.0), (3, 25.0), (4, 40.0)):  # noqa: B007 - the clock reads it
+        show(Progress("training", done, 4, "loss 3.1"))
+    show(Notice("[not markup] said"))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "training 2/4  loss 3.1  20 s left\ntraining 4/4  loss 3.1\n[not markup] said\n"
+
+
+def test_unknown_facts_are_not_shown(capsys):
+    display.show_facts({"name": "a", "data": None, "base": {"repo": "b", "revision": None}, "targets": ["q", "v"]})
+    shown = capsys.readouterr().out
+    assert "repo: b" in shown
+    assert "q, v" in shown
+    assert "revision" not in shown
+    assert "data" not in shown
+
+
+def test_time_left_counts_from_where_the_stage_went_on(capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(display.time, "monotonic", lambda: now)
+    show = display.Display()
+    for done, now in ((500, 0.0), (510, 20.0)):  # noqa: B007 - the clock reads it
+        show(Progress("training", done, 1000))
+    assert capsys.readouterr().err == "training 510/1000  16 min left\n"
+
+
+# What strangers have written
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+
+
+def seen(capsys):
+    """All that went to the terminal, which obeys nothing in it."""
+    captured = capsys.readouterr()
+    shown = captured.out + captured.err
+    assert not CONTROL & set(shown)
+    return shown
+
+
+def test_nothing_in_plain_text_is_obeyed():
+    every = "".join(map(chr, range(0x300)))
+    shown = escape_control(every)
+    assert len(shown) == len(every)
+    assert {a for a, b in zip(every, shown, strict=True) if a != b} == CONTROL
+    assert set(shown) & {"\t", "\n"} == {"\t", "\n"}
+    assert escape_control(EVIL) == SHOWN
+    assert escape_control("plaîn — text 😀") == "plaîn — text 😀"
+
+
+def test_a_line_shows_what_it_was_given_and_no_more(capsys):
+    display.print_stderr(EVIL)
+    display.Display()(Notice(EVIL))
+    assert seen(capsys) == f"{SHOWN}\n{SHOWN}\n"
+
+
+def test_progress_off_a_terminal_shows_what_it_was_given_and_no_more(capsys):
+    display.Display()(Progress(EVIL, 1, 1, EVIL))
+    assert seen(capsys) == f"{SHOWN} 1/1  {SHOWN}\n"
+
+
+def test_cells_and_facts_show_what_they_were_given_and_no_more(capsys, wide):
+    display.print_table([(EVIL, "b")], ("name", "other"))
+    display.show_facts({EVIL: EVIL, "many": [EVIL, EVIL], "deep": {EVIL: EVIL}})
+    lines = [line.split() for line in seen(capsys).splitlines()]
+    assert lines[0] == ["name", "other"]
+    assert lines[1] == [SHOWN, "b"]
+    assert lines[2] == [SHOWN, SHOWN]
+    assert lines[3] == ["many", f"{SHOWN},", SHOWN]
+    assert lines[4] == ["deep", f"{SHOWN}:", SHOWN]
+
+
+@pytest.fixture
+def evil(tmp_path):
+    """An adapter whose manifest says what it likes, wherever the schema has text."""
+    facts = adapter_files.manifest().model_dump() | {"created": EVIL, "versions": {EVIL: EVIL}, "weights": None}
+    facts["base"] |= dict.fromkeys(("name", "repo", "revision", "weights"), EVIL)
+    texts = dict.fromkeys(("name", "source", "split_salt", "eval_dataset"), EVIL)
+    facts["data"] |= texts | {"where": [EVIL], "counts": {EVIL: 3}}
+    facts["run"] |= {"device": EVIL, "dtype": EVIL}
+    facts["parents"] = [{"name": EVIL, "sha256": "ab" * 32, "parents": [{"name": EVIL, "sha256": "cd" * 32}]}]
+    return load_adapter_folder(
+        adapter_files.write(tmp_path / "adapters" / "evil", facts=adapter_files.Manifest.model_validate(facts))
+    )
+
+
+def test_a_hostile_manifest_is_shown_in_the_list_and_obeyed_by_nothing(capsys, wide, evil):
+    display.show_adapters(Library().entries())
+    header, line = seen(capsys).splitlines()
+    assert header.split() == ["name", "base", "rank", "targets", "data", "size", "gain", "age", "parent"]
+    assert line.split() == [
+        "evil",
+        SHOWN,
+        "4",
+        "c_attn",
+        "nope]",
+        *format_bytes(evil.bytes).split(),
+        "0.250",
+        "±",
+        "0.013",
+        "?",
+        SHOWN,
+    ]
+
+
+def test_a_hostile_manifest_is_shown_on_the_card_and_obeyed_by_nothing(capsys, wide, evil):
+    display.show_adapter_card(evil, Library().ancestors(evil))
+    shown = {" ".join(line.split()) for line in seen(capsys).splitlines()}
+    assert {
+        f"base {SHOWN}: {SHOWN}",
+        f"revision {SHOWN}",
+        f"lineage from {SHOWN} (abababababab, not in this library)",
+        f"from {SHOWN} (cdcdcdcdcdcd, not in this library)",
+        f"data {SHOWN}",
+        f"where {SHOWN}",
+        f"rows 3 {SHOWN}",
+        f"measured on {SHOWN}",
+        f"run lora, 40 steps, 20,480 tokens, 1.5 min on {SHOWN} in {SHOWN}",
+        f"made {SHOWN} with {SHOWN} {SHOWN}",
+    } <= shown
+
+
+def test_a_hostile_config_is_shown_and_obeyed_by_nothing(capsys, wide, tmp_path):
+    bare = load_adapter_folder(adapter_files.write(tmp_path / "adapters" / "bare", {"base_model_name_or_path": EVIL}))
+    adapter_files.write(tmp_path / "adapters" / "broken", {EVIL: 1, "bias": EVIL})
+    display.show_adapters(Library().entries())
+    display.show_adapter_card(bare, [])
+    lines = [" ".join(line.split()) for line in seen(capsys).splitlines()]
+    assert f"bare {SHOWN} 4 c_attn ? {format_bytes(bare.bytes)} ? ? ?" in lines
+    assert f"base {SHOWN}" in lines
+    assert "made by another tool: it has no manifest (`adapters adopt` gives it one)" in lines
+    (broken,) = (line for line in lines if line.startswith("broken is broken: "))
+    assert broken == (
+        f"broken is broken: adapters/broken/adapter_config.json: bias is {EVIL!r}, and only 'none' is accepted; "
+        f"{SHOWN} is set, which is not supported."
+    )
+
+
+def test_answers_side_by_side_and_one_under_another_obey_nothing(capsys, monkeypatch):
+    answers = [SimpleNamespace(adapter=name, prompt="p" + EVIL, text=EVIL) for name in (None, "a")]
+    for columns in ("1000", "40"):
+        monkeypatch.setenv("COLUMNS", columns)
+        display.show_compared(answers)
+        assert seen(capsys).replace("\n", "").replace(" ", "").count(f"p{SHOWN}{SHOWN}") == 2
+
+
+def test_json_holds_what_it_was_given(capsys):
+    display.show_json({"name": EVIL, "ü": "😀"})
+    shown = capsys.readouterr().out
+    assert json.loads(shown) == {"name": EVIL, "ü": "😀"}
+    assert '"ü": "😀"' in shown
+    assert not {chr(code) for code in range(32)} - {"\n"} & set(shown)
+
+
+# Ages and lineage
+
+
+@pytest.mark.parametrize(
+    "created", ["", "yesterday", "2025-01-02", "2025-01-02T03:04:05", "2025-13-02T03:04:05+00:00", "9" * 5000]
+)
+def test_what_is_no_time_has_no_age(created):
+    assert display._format_age(created) == "?"
+
+
+def test_ages():
+    now = datetime.datetime.now(datetime.UTC)
+    assert display._format_age((now - datetime.timedelta(hours=3)).isoformat()) == "3.0 h"
+    assert display._format_age((now - datetime.timedelta(days=400)).isoformat()) == "400 d"
+    assert display._format_age((now + datetime.timedelta(days=2)).isoformat()) == "0 s"  # the clock of another machine
+    for extreme in ("0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"):
+        assert display._format_age(extreme).endswith((" d", " s"))
+
+
+def test_the_lines_of_a_lineage():
+    parent = {"name": "a", "sha256": "ab" * 32, "generation": 1, "here": "a"}
+    assert display._format_ancestor(parent) == "from a (abababababab)"
+    assert display._format_ancestor(parent | {"generation": 2, "here": "b"}) == "  from a (abababababab, now called b)"
+    assert (
+        display._format_ancestor(parent | {"generation": 3, "here": None})
+        == "    from a (abababababab, not in this library)"
+    )
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"result": {"base_loss": 1e308, "loss": -1e308, "rows": -5}},
+        {"run": {"seconds": 0.5, "steps": 10**4000, "tokens": -1}},
+        {"run": {"seconds": 1e300}},
+        {"data": {"name": "", "counts": {"": 10**4200}, "where": [""]}},
+        {"data": {"name": "/"}},
+    ],
+)
+def test_figures_that_cannot_be_are_shown_all_the_same(capsys, tmp_path, facts):
+    changed = {name: getattr(adapter_files.manifest(), name).model_dump() | change for name, change in facts.items()}
+    folder = adapter_files.write(tmp_path / "odd", facts=adapter_files.manifest())
+    manifest = json.loads((folder / MANIFEST_FILE).read_text()) | changed
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+    adapter = load_adapter_folder(folder)
+    display.show_adapters([("odd", adapter)])
+    display.show_adapter_card(adapter, [])
+    display.show_json(adapter.facts())
+    assert "odd" in seen(capsys)
+
+
+def test_an_adapter_that_was_adopted_and_one_without_figures(capsys, wide, tmp_path):
+    facts = adapter_files.manifest(data=None, run=None, result=None, versions={})
+    adapter = load_adapter_folder(adapter_files.write(tmp_path / "adopted", facts=facts))
+    display.show_adapters([("adopted", adapter)])
+    display.show_adapter_card(adapter, [])
+    shown = seen(capsys)
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert lines[1].startswith(f"adopted distilgpt2 4 c_attn ? {format_bytes(adapter.bytes)} ? ")
+    assert "worth not measured" in lines
+    assert "made by another tool; adopted 2025-01-02T03:04:05+00:00" in lines
+    for absent in ("lineage", "data", "rows", "run", "where"):
+        assert not any(line.startswith(f"{absent} ") for line in lines[2:])
+
+
+@pytest.mark.parametrize("columns", ["40", "1000"])
+def test_compared_names_are_obeyed_by_nothing(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    names = (None, "a\x1b[5m[red]b[/nope]")
+    display.show_compared([SimpleNamespace(adapter=name, prompt="p", text="t") for name in names])
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "[red]b" in shown
+
+
+def test_names_in_the_gain_matrix_are_obeyed_by_nothing(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    result = SimpleNamespace(base_loss=1.0, loss=1.0, gain=0.1, standard_error=0.1, perplexities=(1.0, 1.0))
+    sets = [SimpleNamespace(name="re[/b]views\x1b[5m.csv", texts=["a"], missing="")]
+    display.show_gains(SimpleNamespace(adapters=["a"], sets=sets, cells=[[result]], base="b\x1b[5m"))
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_stages_are_obeyed_by_nothing(capsys):
+    show = display.Display()
+    show.console = Console(force_terminal=True, stderr=True, highlight=False, width=100)
+    show(Progress("a on re[/b]views\x1b[5m", 1, 1, "[red]"))
+    assert "\x1b[5m" not in capsys.readouterr().err
+
+
+def test_json_holds_no_control_characters(capsys):
+    display.show_json({"name": "\x9b2J\x7f\ud800"})
+    assert json.loads(capsys.readouterr().out) == {"name": "\x9b2J\x7f\ud800"}
+    display.show_json({"name": "\x9b2J\x7f"})
+    assert "\\u009b2J\\u007f" in capsys.readouterr().out
+
+
+def test_notices_are_no_emoji(capsys):
+    display.Display()(Notice("C:key:base"))
+    assert capsys.readouterr().err == "C:key:base\n"
+
+
+def test_what_is_said_is_one_line(capsys):
+    display.print_stderr("x\ngood: whole")
+    assert capsys.readouterr().err == "x good: whole\n"
+
+
+@pytest.mark.parametrize(("is_one", "shown"), [(True, "a\ufffd[2Jb\n"), (False, "a\x1b[2Jb\n")])
+def test_a_terminal_obeys_no_model(capsys, monkeypatch, is_one, shown):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_one)
+    display.show_text("a\x1b[2Jb\n")
+    assert capsys.readouterr().out == shown

@@ -1,0 +1,455 @@
+"""An adapter of another tool is copied in whole, held to its base, or left as it was."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lora_tuner import atomic_io
+from lora_tuner.adapters.adapter import (
+    CARD_FILE,
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    WEIGHTS_FILE,
+    load_adapter_folder,
+    verify_adapter,
+)
+from lora_tuner.adapters.library import Library
+from lora_tuner.convert.adopt import adopt
+from lora_tuner.errors import BaseModelError, HubError, Notice, WrongBaseError
+from lora_tuner.models.loading import load_base
+from lora_tuner.models.resolve import BaseModelFiles, find_base
+
+from .. import adapter_files, tiny_models
+from ..adapters.test_library import HEAVY, NO_NAME, loaded_by, refusal, tree
+
+
+@pytest.fixture
+def library(tmp_path):
+    return Library(tmp_path / "adapters")
+
+
+def peft_adapter(base, folder):
+    """What plain PEFT writes of an update with numbers of its own."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    gpt2 = model.config.model_type == "gpt2"
+    settings = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        target_modules=["c_attn", "mlp.c_proj"] if gpt2 else ["q_proj", "v_proj", "down_proj"],
+        fan_in_fan_out=gpt2,
+        init_lora_weights=False,
+    )
+    get_peft_model(model, settings).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def theirs(model_folder, tmp_path):
+    return peft_adapter(model_folder, tmp_path / "elsewhere" / "theirs")
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    """Hand-made files, quick to make: a base, and an adapter for it that names it."""
+    adapter_files.write_base(tmp_path / "base", {f"{module}.weight": (6, 18) for module in adapter_files.MODULES})
+    adapter_files.write(tmp_path / "theirs", {"base_model_name_or_path": "base"})
+    return tmp_path
+
+
+def test_an_adapter_of_plain_peft_is_copied_whole_and_gets_a_manifest(theirs, model_folder, library):
+    before = tree(theirs)
+    notices = []
+    adapter = adopt(library, theirs, notify=notices.append)
+    assert adapter.path == library.path / "theirs"
+    assert tree(theirs) == before
+    assert set(before) == {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE}
+    assert tree(library.path) == {"theirs": None} | {
+        f"theirs/{name}": data
+        for name, data in (before | {MANIFEST_FILE: (adapter.path / MANIFEST_FILE).read_bytes()}).items()
+    }
+    manifest = json.loads((adapter.path / MANIFEST_FILE).read_text())
+    assert len(manifest.pop("created")) == len("2025-01-02T03:04:05+00:00")
+    source = find_base(str(model_folder))
+    assert manifest == {
+        "schema_version": 1,
+        "base": {
+            "name": str(model_folder),
+            "repo": str(model_folder),
+            "revision": None,
+            "weights": "a local folder",
+            "fingerprint": source.fingerprint,
+            "tokenizer": None,
+        },
+        "data": None,
+        "run": None,
+        "made_by": None,
+        "parents": [],
+        "result": None,
+        "weights": {
+            "sha256": atomic_io.sha256_file(theirs / WEIGHTS_FILE),
+            "bytes": (theirs / WEIGHTS_FILE).stat().st_size,
+            "parameters": adapter.parameters,
+            "config": atomic_io.sha256_file(theirs / CONFIG_FILE),
+        },
+        "versions": {},
+    }
+    assert verify_adapter(adapter) == []
+    assert notices == [
+        Notice("theirs fits " + str(model_folder) + " in its sizes; that it was trained on it cannot be proven.")
+    ]
+
+
+def test_an_adopted_adapter_is_held_to_its_base(theirs, model_folder, library, tmp_path):
+    from lora_tuner.models import lora
+
+    right = load_base(find_base(str(model_folder)), "cpu")
+    kind = "gpt2" if "gpt2" in str(model_folder) else "llama"
+    other = load_base(find_base(str(tiny_models.save_model(tmp_path / "other", kind, seed=7))), "cpu")
+    notices = []
+    lora.check_base(load_adapter_folder(theirs), other, notify=notices.append)
+    assert notices == [Notice(f"theirs has no manifest, so only its shapes can be compared with {tmp_path / 'other'}.")]
+    adapter = adopt(library, theirs)
+    lora.check_base(adapter, right, notify=pytest.fail)
+    assert refusal(lora.check_base, adapter, other, kind=WrongBaseError) == (
+        f"theirs was trained on {model_folder} (fingerprint {right.source.fingerprint[:12]}, a local folder), not on "
+        f"{tmp_path / 'other'} (fingerprint {other.source.fingerprint[:12]}, a local folder). "
+        "Give the right one with --base, or try all the same with --force."
+    )
+
+
+def test_an_adapter_of_the_library_is_adopted_where_it_is(shelf, library):
+    for number, folder in enumerate(("one", library.path / "two", "adapters/three")):
+        name = ("one", "two", "three")[number]
+        shutil.copytree(shelf / "theirs", library.path / name)
+        before = tree(library.path)
+        adapter = adopt(library, folder)
+        assert adapter.path == library.path / name
+        assert adapter.manifest.base.name == "base"
+        after = tree(library.path)
+        assert json.loads(after.pop(f"{name}/{MANIFEST_FILE}"))["weights"]["sha256"] == adapter.sha256
+        assert after == before
+
+
+def test_an_adopted_adapter_gets_the_name_that_is_asked_for(shelf, library):
+    assert adopt(library, "theirs", "mine").name == "mine"
+    assert adopt(library, shelf / "theirs").name == "theirs"
+    assert library.names() == ["mine", "theirs"]
+    (shelf / "theirs").rename(shelf / "their.adapter")
+    assert adopt(library, "their.adapter", "ours").name == "ours"
+
+
+def test_the_base_that_is_given_comes_before_the_one_that_is_named(shelf, library):
+    adapter_files.write(shelf / "theirs", {"base_model_name_or_path": "nobody/nothing"})
+    assert adopt(library, "theirs", "other", base="base").manifest.base.name == "base"
+    adapter_files.write(shelf / "theirs", {"base_model_name_or_path": None})
+    assert adopt(library, "theirs", "silent", base=str(shelf / "base")).manifest.base.name == str(shelf / "base")
+
+
+def test_the_card_comes_along_and_nothing_else(shelf, library):
+    adopt(library, "theirs", "bare")
+    assert {path.name for path in (library.path / "bare").iterdir()} == {CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE}
+    (shelf / "theirs" / CARD_FILE).write_text("# Theirs")
+    for name in ("optimizer.pt", "training_args.bin", "tokenizer.json"):
+        (shelf / "theirs" / name).write_text(name)
+    (shelf / "theirs" / "checkpoint-1").mkdir()
+    adopt(library, "theirs", "carded")
+    assert {path.name for path in (library.path / "carded").iterdir()} == {
+        CONFIG_FILE,
+        WEIGHTS_FILE,
+        MANIFEST_FILE,
+        CARD_FILE,
+    }
+    assert (library.path / "carded" / CARD_FILE).read_text() == "# Theirs"
+
+
+def test_the_links_of_the_hubs_cache_become_files(shelf, library):
+    snapshot = shelf / "snapshots" / "theirs"
+    snapshot.mkdir(parents=True)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        (snapshot / name).symlink_to(shelf / "theirs" / name)
+    adapter = adopt(library, snapshot)
+    assert not any(path.is_symlink() for path in adapter.path.iterdir())
+    shutil.rmtree(shelf / "theirs")
+    assert verify_adapter(library.get("theirs")) == []
+
+
+@pytest.mark.parametrize("shape", [(6, 18), (18, 6)])
+@pytest.mark.parametrize("first", ["transformer.", ""])
+def test_the_files_of_a_base_may_shorten_its_names_and_hold_a_layer_either_way(tmp_path, library, first, shape):
+    """The files of the Hub's GPT-2 call transformer.h.0.attn.c_attn h.0.attn.c_attn."""
+    names = [module.replace("transformer.", first) for module in adapter_files.MODULES]
+    others = {f"{first}wte.weight": (50, 6), f"{first}h.0.attn.c_attn.bias": (18,), f"{first}h.0.ln_1.weight": (6,)}
+    adapter_files.write_base(tmp_path / "base", {f"{names[0]}.weight": shape} | others, {f"{names[1]}.weight": shape})
+    adapter_files.write(tmp_path / "theirs", {"base_model_name_or_path": "base"})
+    adapter = adopt(library, "theirs")
+    assert adapter.manifest.base.fingerprint == BaseModelFiles("", "", tmp_path / "base", None, "").fingerprint
+
+
+def test_a_base_whose_files_shorten_its_names_takes_what_it_is_adopted_on(tmp_path, gpt2, library):
+    from safetensors.numpy import load_file, save_file
+
+    from lora_tuner.models import lora
+
+    headless = Path(shutil.copytree(gpt2, tmp_path / "headless"))
+    tensors = load_file(headless / "model.safetensors")
+    save_file(
+        {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()},
+        headless / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    adapter = adopt(library, peft_adapter(headless, tmp_path / "theirs"))
+    base = load_base(find_base(str(headless)), "cpu")
+    lora.check_base(adapter, base, notify=pytest.fail)
+    assert lora.load_lora(base.model, adapter, "slot0").active_adapters == ["slot0"]
+
+
+# What is not adopted
+
+
+def has_a_manifest(shelf):
+    adapter_files.write(shelf / "theirs", facts=adapter_files.manifest())
+    return {}, "theirs has a manifest: there is nothing to adopt."
+
+
+def is_in_the_library_and_a_name_is_given(shelf):
+    (shelf / "adapters").mkdir()
+    (shelf / "theirs").rename(shelf / "adapters" / "theirs")
+    return {"folder": "theirs", "name": "mine"}, (
+        f"{shelf}/adapters/theirs is in the library: it keeps its name; `adapters rename` gives another."
+    )
+
+
+def is_damaged(shelf):
+    weights = adapter_files.tensors()
+    for tensor in weights.values():
+        tensor[0, 0] = np.nan
+    adapter_files.write(shelf / "theirs", {"base_model_name_or_path": "base"}, weights)
+    said = "; ".join(f"{name} holds numbers that are not finite" for name in sorted(weights)[:3])
+    return {}, f"theirs is damaged: {said}."
+
+
+def names_no_base(shelf):
+    adapter_files.write(shelf / "theirs", {"base_model_name_or_path": None})
+    return {}, "theirs names no base: give it with --base."
+
+
+def has_a_name_that_is_taken(shelf):
+    """Which is said before a base is looked for."""
+    adapter_files.write(shelf / "adapters" / "theirs")
+    adapter_files.write(shelf / "theirs", {"base_model_name_or_path": "nobody/nothing"})
+    return {}, f"{shelf}/adapters/theirs exists: choose another --name."
+
+
+def is_given_a_name_that_is_taken(shelf):
+    (shelf / "adapters" / "photos").mkdir(parents=True)
+    return {"name": "photos"}, f"{shelf}/adapters/photos exists: choose another --name."
+
+
+def is_given_what_is_no_name(shelf):
+    return {"name": "../mine"}, f"'../mine' {NO_NAME}"
+
+
+def has_other_sizes(shelf):
+    modules = [f"transformer.h.{number}.attn.c_attn" for number in range(5)]
+    adapter_files.write_base(shelf / "wider", {f"{module}.weight": (8, 24) for module in modules})
+    adapter_files.write(shelf / "theirs", weights=adapter_files.tensors(4, modules))
+    said = "; ".join(f"{module} is 24 -> 8 in the base, 6 -> 18 in the adapter" for module in modules[:3])
+    return {"base": "wider"}, f"theirs does not fit the base: {said}, and 2 more."
+
+
+def has_a_layer_that_the_base_lacks(shelf):
+    adapter_files.write(
+        shelf / "theirs", weights=adapter_files.tensors(4, [*adapter_files.MODULES, "transformer.h.2.attn.c_attn"])
+    )
+    return {"base": "base"}, (
+        "theirs does not fit the base: transformer.h.2.attn.c_attn is no linear layer of the base."
+    )
+
+
+def changes_what_is_no_matrix(shelf):
+    adapter_files.write_base(shelf / "odd", {f"{module}.weight": (18,) for module in adapter_files.MODULES})
+    said = "; ".join(f"{module} is no linear layer of the base" for module in adapter_files.MODULES)
+    return {"base": "odd"}, f"theirs does not fit the base: {said}."
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        has_a_manifest,
+        is_in_the_library_and_a_name_is_given,
+        is_damaged,
+        names_no_base,
+        has_a_name_that_is_taken,
+        is_given_a_name_that_is_taken,
+        is_given_what_is_no_name,
+        has_other_sizes,
+        has_a_layer_that_the_base_lacks,
+        changes_what_is_no_matrix,
+    ],
+)
+def test_what_is_not_adopted_leaves_nothing(shelf, library, spoil):
+    options, message = spoil(shelf)
+    before = tree(shelf)
+    options = {"folder": "./theirs"} | options  # a name alone would mean the one of the library
+    assert refusal(adopt, library, **options, notify=pytest.fail) == message
+    assert tree(shelf) == before
+
+
+@pytest.mark.parametrize(
+    ("base", "kind", "message"),
+    [
+        (
+            "nobody/nothing",
+            HubError,
+            "nobody/nothing is not cached, and the Hub is out of reach: HF_HUB_OFFLINE is set. `doctor` lists the bases that "
+            "need no Hub; a local folder needs none.",
+        ),
+        (
+            "distilgpt2",  # named, so no other takes its place
+            HubError,
+            "distilbert/distilgpt2 is not cached, and the Hub is out of reach: HF_HUB_OFFLINE is set. `doctor` lists the bases "
+            "that need no Hub; a local folder needs none.",
+        ),
+        ("/nowhere/base", HubError, "'/nowhere/base' is neither a local folder nor a Hub id (owner/name)."),
+        ("theirs", BaseModelError, "The folder theirs is no model: it has no config.json."),
+    ],
+)
+@pytest.mark.parametrize("how", ["named", "given"])
+def test_a_base_that_is_not_found_leaves_nothing(shelf, library, base, kind, message, how):
+    adapter_files.write(shelf / "theirs", {"base_model_name_or_path": base if how == "named" else "base"})
+    before = tree(shelf)
+    assert refusal(adopt, library, "theirs", base=base if how == "given" else None, kind=kind) == message
+    assert tree(shelf) == before
+
+
+def test_a_revision_is_for_the_hub(shelf, library):
+    before = tree(shelf)
+    assert refusal(adopt, library, "theirs", revision="main", kind=BaseModelError) == (
+        "base is not on the Hub, so it has no revision 'main': leave --revision out."
+    )
+    assert tree(shelf) == before
+
+
+@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("file", [WEIGHTS_FILE, CONFIG_FILE, CARD_FILE])
+def test_a_copy_that_breaks_off_leaves_nothing(shelf, library, monkeypatch, file, kind):
+    (shelf / "theirs" / CARD_FILE).write_text("# Theirs")
+    library.path.mkdir()
+    copy = shutil.copyfile
+
+    def fail(source, target):
+        if Path(source).name == file:
+            raise kind
+        return copy(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", fail)
+    before = tree(shelf)
+    with pytest.raises(kind):
+        adopt(library, "theirs")
+    assert tree(shelf) == before
+
+
+def test_a_copy_that_is_not_the_original_does_not_appear(shelf, library, monkeypatch):
+    library.path.mkdir()
+    before = tree(shelf)
+
+    def flip_a_bit(source, target):
+        data = bytearray(source.read_bytes())
+        data[-1] ^= source.name == WEIGHTS_FILE
+        target.write_bytes(data)
+
+    monkeypatch.setattr(shutil, "copyfile", flip_a_bit)
+    assert refusal(adopt, library, "theirs") == (
+        f"{library.path / 'theirs'} was not written as it should be: the disk gave back other weights."
+    )
+    assert tree(shelf) == before
+
+
+def test_adopting_never_imports_torch(theirs, library):
+    program = """
+from pathlib import Path
+from lora_tuner.adapters.adapter import verify_adapter
+from lora_tuner.adapters.library import Library
+from lora_tuner.convert.adopt import adopt
+adapter = adopt(Library(Path(sys.argv[1])), sys.argv[2])
+assert verify_adapter(adapter) == []
+assert Library(Path(sys.argv[1])).ancestors(adapter) == []
+"""
+    loaded = loaded_by(program, library.path, theirs)
+    assert "numpy" in loaded
+    assert not loaded & HEAVY - {"safetensors"}
+    assert library.names() == ["theirs"]
+
+
+def test_a_link_in_the_library_is_not_adopted_in_place(shelf, library):
+    library.path.mkdir()
+    (library.path / "linked").symlink_to(shelf / "theirs")
+    before = tree(shelf)
+    assert refusal(adopt, library, "linked") == (
+        f"{library.path}/linked is a link: adopt {shelf}/theirs under another --name."
+    )
+    assert tree(shelf) == before
+
+
+def test_a_folder_of_the_library_that_has_no_valid_name_is_left_alone(shelf, library):
+    shutil.copytree(shelf / "theirs", library.path / "no.name")
+    before = tree(shelf)
+    assert refusal(adopt, library, library.path / "no.name") == f"'no.name' {NO_NAME}"
+    assert tree(shelf) == before
+
+
+def test_the_revision_in_the_config_is_that_of_the_base_in_the_config(shelf, library):
+    adapter_files.write(shelf / "theirs", {"base_model_name_or_path": "someone/base", "revision": "main"})
+    assert adopt(library, "theirs", base="base").manifest.base.revision is None
+
+
+def test_others_can_read_the_manifest_of_what_was_adopted_in_place(shelf, library):
+    shutil.copytree(shelf / "theirs", library.path / "a")
+    assert (adopt(library, "a").path / MANIFEST_FILE).stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize(
+    ("file", "text"), [("model-1.safetensors", "x"), ("config.json", "{"), ("model.safetensors.index.json", "{")]
+)
+def test_a_broken_base_is_an_error_of_ours(shelf, library, file, text):
+    (shelf / "base" / file).write_text(text)
+    with pytest.raises(BaseModelError):
+        adopt(library, "theirs")
+
+
+def test_a_home_that_does_not_exist(shelf, library):
+    adapter_files.write(shelf / "theirs", {"base_model_name_or_path": "~nosuchuser/base"})
+    with pytest.raises(HubError):
+        adopt(library, "theirs")
+
+
+def test_the_sizes_of_a_base_are_told_the_way_the_layers_lie(gpt2, library, theirs, tmp_path):
+    kind = "gpt2" if "transformer" in load_adapter_folder(theirs).modules[0] else "llama"
+    wider = tiny_models.save_model(tmp_path / "wider", kind, width=48)
+    module = {"gpt2": "c_attn is 48 -> 144", "llama": "down_proj is 96 -> 48"}[kind]
+    assert f"{module} in the base" in refusal(adopt, library, theirs, base=str(wider))
+
+
+def test_a_card_that_is_a_link_is_not_copied(shelf, library):
+    (shelf / "secret").write_text("SECRET")
+    (shelf / "theirs" / CARD_FILE).unlink(missing_ok=True)
+    (shelf / "theirs" / CARD_FILE).symlink_to(shelf / "secret")
+    assert not (adopt(library, "theirs").path / CARD_FILE).exists()
+
+
+def test_an_adapter_on_the_output_head_is_not_adopted(gpt2, library, tmp_path):
+    weights = adapter_files.tensors(4, ["lm_head"])
+    adapter_files.write(tmp_path / "head", weights=weights)
+    width = next(iter(weights.values())).shape[1]
+    adapter_files.write_base(tmp_path / "untied", {"lm_head.weight": (18, width)})
+    config = json.loads((tmp_path / "untied" / "config.json").read_text())
+    (tmp_path / "untied" / "config.json").write_text(json.dumps(config | {"vocab_size": 18}))
+    assert refusal(adopt, library, tmp_path / "head", base=str(tmp_path / "untied")) == (
+        f"{tmp_path}/head does not fit the base: lm_head is no linear layer of the base."
+    )

@@ -1,0 +1,604 @@
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_tuner import (
+    Generator,
+    Library,
+    SamplingParams,
+    TrainConfig,
+    blend,
+    compress,
+    evaluate,
+    evaluation,
+    merge,
+    train,
+)
+from lora_tuner.adapters.adapter import CARD_FILE, WEIGHTS_FILE, load_adapter_folder, verify_adapter
+from lora_tuner.convert import common
+from lora_tuner.errors import AdapterError, ConfigError, Notice, WrongBaseError
+from lora_tuner.evaluation import EvalSet
+from lora_tuner.models import lora
+from lora_tuner.models.resolve import find_base
+
+from .. import tiny_models
+from ..cli.test_commands import run
+from ..inference.test_multi_lora import ALL, ALPHAS, RANKS, SOME, written
+
+IDS = torch.arange(7, 307).reshape(15, 20)
+VARIANTS = {
+    "plain": {},
+    "rslora": {"use_rslora": True, "r": 3},
+    "patterns": {"rank_pattern": RANKS, "alpha_pattern": ALPHAS, "target_modules": ALL},
+    "few layers": {"target_modules": SOME, "r": 7, "lora_alpha": 3},
+}
+
+
+@pytest.fixture
+def kind(model_folder):
+    return model_folder.name
+
+
+@pytest.fixture
+def library(tmp_path):
+    return Library(tmp_path / "adapters")
+
+
+@pytest.fixture
+def make(model_folder, kind, library):
+    """An adapter that real PEFT has written, with random weights throughout."""
+
+    def write(name, variant="plain", **settings):
+        chosen = {"target_modules": ALL} | VARIANTS[variant] | settings
+        chosen = {key: it[kind] if isinstance(it, dict) else it for key, it in chosen.items()}
+        return written(model_folder, library.path / name, **chosen)
+
+    return write
+
+
+@pytest.fixture
+def rows():
+    return [EvalSet("some reviews", tiny_models.reviews(12, seed=7))]
+
+
+def peft_logits(folder, adapter):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter.path).eval()
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def deltas(folder, adapter):
+    """What PEFT itself adds to each weight."""
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter.path)
+    found = {}
+    for name, layer in model.get_base_model().named_modules():
+        if hasattr(layer, "lora_A") and layer.lora_A:
+            found[name] = layer.get_delta_weight("default").detach().double()
+    return found
+
+
+def dense_logits(folder, *parts):
+    """The base with the weighted sum of PEFT's deltas added to its weights."""
+    model = AutoModelForCausalLM.from_pretrained(folder).double()
+    layers = dict(model.named_modules())
+    with torch.no_grad():
+        for adapter, weight in parts:
+            for name, delta in deltas(folder, adapter).items():
+                layers[name].weight += weight * delta
+        return model(IDS).logits.float()
+
+
+def left_over(library):
+    return sorted(path.name for path in library.path.iterdir())
+
+
+# Merge
+
+
+def test_merged_saved_and_reloaded_agree(settings, model_folder, tmp_path):
+    adapter = train(settings(base=str(model_folder)))
+    merged = merge(adapter, tmp_path / "merged")
+    found = AutoModelForCausalLM.from_pretrained(merged.path)
+    with torch.no_grad():
+        logits = found(IDS).logits
+    torch.testing.assert_close(logits, peft_logits(model_folder, adapter), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits, peft_logits(model_folder, None), atol=1e-2)
+
+
+def test_a_merge_says_how_near_it_is(settings, model_folder, tmp_path):
+    adapter = train(settings(base=str(model_folder)))
+    found = merge(adapter, tmp_path / "merged").proof
+    assert 0 < found.difference < 1e-4
+    assert found.agreement == 1
+    assert found.rows == 8
+    assert found.losses == pytest.approx((adapter.manifest.result.loss,) * 2, abs=1e-5)
+    rounded = merge(adapter, tmp_path / "rounded", dtype="bfloat16").proof
+    assert rounded.difference > 1e-3
+    assert rounded.losses[1] == pytest.approx(rounded.losses[0], abs=0.02)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dora", [False, True])
+def test_all_kinds_are_merged(make, model_folder, tmp_path, variant, dora):
+    adapter = make("one", variant, use_dora=dora)
+    merged = merge(adapter, tmp_path / "merged", base=str(model_folder))
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(merged.path)(IDS).logits
+    torch.testing.assert_close(logits, peft_logits(model_folder, adapter), atol=1e-4, rtol=1e-4)
+    assert merged.proof.losses is None
+
+
+def test_the_merged_model_is_plain_and_writes_the_same(adapter, tmp_path):
+    out = merge(adapter, tmp_path / "merged").path
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    inputs = tokenizer("the actor", return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(out)
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=20, pad_token_id=0)
+    sampling = SamplingParams(greedy=True, max_new_tokens=20, repetition_penalty=1.0)
+    answer = Generator(adapter.path, device="cpu").generate("the actor", sampling)
+    assert tokenizer.decode(output[0], skip_special_tokens=True) == "the actor" + answer.text
+
+
+def test_the_base_on_disk_stays(adapter, gpt2, tmp_path):
+    before = {path.name: path.read_bytes() for path in gpt2.iterdir()}
+    merge(adapter, tmp_path / "merged", dtype="bfloat16")
+    assert {path.name: path.read_bytes() for path in gpt2.iterdir()} == before
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
+
+
+def test_a_large_model_becomes_several_files(adapter, tmp_path):
+    found = merge(adapter, tmp_path / "merged", shard_size="40KB")
+    assert len(list(found.path.glob("*.safetensors"))) > 1
+    assert found.proof.difference < 1e-4
+
+
+def test_nothing_is_replaced_or_half_written(adapter, tmp_path):
+    merge(adapter, tmp_path / "merged")
+    with pytest.raises(AdapterError) as error:
+        merge(adapter, tmp_path / "merged")
+    assert str(error.value) == f"{tmp_path}/merged exists: choose another --out, or replace it with --overwrite."
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(AdapterError) as error:
+        merge(adapter, tmp_path / "notes", overwrite=True)
+    assert str(error.value) == f"{tmp_path}/notes is no model folder, so it is not replaced: choose another --out."
+    merge(adapter, tmp_path / "merged", overwrite=True)
+    other = tiny_models.save_model(tmp_path / "other", "gpt2", seed=5)
+    with pytest.raises(WrongBaseError) as error:
+        merge(adapter, tmp_path / "wrong", base=str(other))
+    theirs, ours = adapter.manifest.base.fingerprint[:12], find_base(str(other)).fingerprint[:12]
+    assert str(error.value) == (
+        f"reviews was trained on {adapter.base} (fingerprint {theirs}, a local folder), not on {other} (fingerprint {ours}, a "
+        "local folder). Give the right one with --base, or try all the same with --force."
+    )
+    assert not (tmp_path / "wrong").exists()
+    with pytest.raises(ConfigError, match="'5XB' is no size of a file, such as 5GB or 500MB"):
+        merge(adapter, tmp_path / "deep" / "er", shard_size="5XB")
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.fixture
+def wrong_merge(monkeypatch):
+    """A merge that forgets a part of the update, as PEFT's has done."""
+    attach = lora.load_lora
+
+    def half(model, adapter, slot, **settings):
+        return attach(model, adapter, slot, lora_alpha=1)
+
+    monkeypatch.setattr(lora, "load_lora", half)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_merge_is_found_and_removed(make, model_folder, tmp_path, wrong_merge, dtype):
+    adapter, before = make("one", lora_alpha=64), sorted(tmp_path.iterdir())
+    with pytest.raises(AdapterError, match="merged is not kept: read back, the merged model has"):
+        merge(adapter, tmp_path / "merged", base=str(model_folder), dtype=dtype)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_wrong_merge_leaves_the_model_that_was_there(make, model_folder, tmp_path, request):
+    adapter = make("one")
+    merge(adapter, tmp_path / "merged", base=str(model_folder))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()}
+    request.getfixturevalue("wrong_merge")
+    with pytest.raises(AdapterError):
+        merge(adapter, tmp_path / "merged", base=str(model_folder), overwrite=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()} == before
+
+
+# Blend
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_blend_of_one_at_full_weight_equals_it(make, library, model_folder, variant):
+    one = make("one", variant)
+    made = blend([(one, 1.0)], "same", library, base=str(model_folder)).adapter
+    torch.testing.assert_close(peft_logits(model_folder, made), peft_logits(model_folder, one), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "weights"),
+    [
+        ("plain", "rslora", (1, 1)),
+        ("patterns", "few layers", (0.7, -0.3)),
+        ("rslora", "patterns", (0.7, -0.3)),
+        pytest.param("plain", "rslora", (0.7, -0.3), marks=pytest.mark.slow),
+        pytest.param("patterns", "few layers", (1, 1), marks=pytest.mark.slow),
+        pytest.param("rslora", "patterns", (1, 1), marks=pytest.mark.slow),
+    ],
+)
+def test_a_blend_is_the_weighted_sum_of_the_deltas(make, library, model_folder, first, second, weights):
+    parts = list(zip((make("one", first), make("two", second)), weights, strict=True))
+    blended = blend(parts, "mixed", library, base=str(model_folder))
+    found = deltas(model_folder, blended.adapter)
+    for name, delta in found.items():
+        whole = sum(weight * deltas(model_folder, it).get(name, torch.zeros(())) for it, weight in parts)
+        torch.testing.assert_close(delta, whole, atol=1e-5, rtol=1e-5)
+    assert found.keys() == {name for it, _ in parts for name in deltas(model_folder, it)}
+    torch.testing.assert_close(
+        peft_logits(model_folder, blended.adapter), dense_logits(model_folder, *parts), atol=1e-4, rtol=1e-4
+    )
+    assert blended.proof.difference < 1e-4
+    assert blended.lost_in_all < 1e-9
+
+
+def test_an_adapter_less_itself_is_the_base(make, library, model_folder):
+    one = make("one", "patterns")
+    made = blend([(one, 1), (one, -1)], "nothing", library, base=str(model_folder)).adapter
+    torch.testing.assert_close(peft_logits(model_folder, made), peft_logits(model_folder, None), atol=1e-4, rtol=1e-5)
+
+
+def test_a_cut_blend_says_what_it_lost(make, library, model_folder):
+    one, two = make("one"), make("two", "rslora")
+    blended = blend([(one, 0.5), (two, 0.5)], "cut", library, rank=4, base=str(model_folder))
+    assert blended.full_rank == 7
+    assert {blended.adapter.rank_of(module) for module in blended.adapter.modules} == {4}
+    ours, theirs = deltas(model_folder, one), deltas(model_folder, two)
+    lost = kept = 0.0
+    for name, delta in deltas(model_folder, blended.adapter).items():
+        whole = 0.5 * ours[name] + 0.5 * theirs[name]
+        squares = torch.linalg.svdvals(whole).square()
+        assert blended.lost[name] == pytest.approx(float(squares[4:].sum() / squares.sum()), abs=1e-6)
+        assert float((whole - delta).square().sum()) == pytest.approx(float(squares[4:].sum()), rel=1e-3)
+        lost, kept = lost + float(squares[4:].sum()), kept + float(squares.sum())
+    assert blended.lost_in_all == pytest.approx(lost / kept, abs=1e-6)
+    assert blended.proof.difference < 1e-4
+
+
+def test_what_cannot_be_blended_is_refused_and_leaves_nothing(make, library, model_folder, tmp_path):
+    one, dora = make("one"), make("dora", use_dora=True)
+    base = str(model_folder)
+    before = left_over(library)
+    with pytest.raises(AdapterError) as error:
+        blend([(one, 1), (dora, 1)], "mixed", library, base=base)
+    assert str(error.value) == (
+        "dora is a DoRA adapter, which also rescales the base's weights, so its updates are no sums: merge it instead."
+    )
+    for weight in (0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="a weight is a number other than 0"):
+            blend([(one, weight)], "mixed", library, base=base)
+    with pytest.raises(AdapterError, match="not finite"):
+        blend([(one, 1e39)], "mixed", library, base=base)
+    with pytest.raises(AdapterError, match="one exists: choose another --name"):
+        blend([(one, 1)], "one", library, base=base)
+    twin = shutil.copytree(one.path, tmp_path / "elsewhere" / "one")
+    with pytest.raises(AdapterError, match="Two of these adapters are called one"):
+        blend([(one, 1), (load_adapter_folder(twin), 1)], "mixed", library, base=base)
+    deeper = tiny_models.save_model(tmp_path / "deeper", model_folder.name, layers=1)
+    with pytest.raises(AdapterError, match="does not fit the base"):
+        blend([(one, 1)], "mixed", library, base=str(deeper))
+    assert left_over(library) == before
+
+
+@pytest.fixture
+def half_way(monkeypatch):
+    """The last step fails."""
+
+    def fail(*anything, **more):
+        raise OSError(28, "No space left on device", "README.md")
+
+    monkeypatch.setattr(common, "model_card", fail)
+
+
+def test_a_failure_half_way_leaves_nothing(make, library, model_folder, half_way):
+    one = make("one")
+    for attempt in (
+        lambda: blend([(one, 0.5)], "mixed", library, base=str(model_folder)),
+        lambda: compress(one, "less", library, base=str(model_folder)),
+    ):
+        with pytest.raises(OSError, match="No space left"):
+            attempt()
+    assert left_over(library) == ["one"]
+
+
+def test_a_blend_that_does_something_else_is_not_kept(make, library, model_folder, monkeypatch):
+    one, settings = make("one"), common.lora_settings
+
+    def without_scales(*arguments):
+        config = settings(*arguments)
+        config.lora_alpha *= 2
+        return config
+
+    monkeypatch.setattr(common, "lora_settings", without_scales)
+    with pytest.raises(AdapterError, match="mixed is not kept: read back, beside its update in the base's weights, it"):
+        blend([(one, 1.0)], "mixed", library, base=str(model_folder))
+    assert left_over(library) == ["one"]
+
+
+def test_a_rank_that_cuts_nothing_gives_the_exact_sum(make, library, model_folder):
+    one = make("one")
+    blended = blend([(one, 0.5), (one, 0.5)], "whole", library, rank=64, base=str(model_folder))
+    assert blended.adapter.rank == blended.full_rank == 8
+    assert set(blended.lost.values()) == {0.0}
+    assert blended.adapter.manifest.made_by == "blend one=0.5 one=0.5"
+
+
+def test_weights_that_cancel_are_no_loss(make, library, model_folder):
+    one = make("one")
+    blended = blend([(one, 0.1), (one, 0.2), (one, -0.3)], "nothing", library, rank=8, base=str(model_folder))
+    assert blended.lost_in_all == 0.0
+    assert blended.adapter.manifest.made_by == "blend one=0.1 one=0.2 one=-0.3 --rank 8"
+
+
+def test_a_weight_is_recorded_as_it_was_given(make, library, model_folder):
+    one = make("one")
+    made = blend([(one, 1 / 3), (one, 2.0)], "thirds", library, base=str(model_folder)).adapter
+    assert made.manifest.made_by == f"blend one={1 / 3!r} one=2"
+
+
+def test_a_link_and_what_it_points_to_are_one_adapter(make, library, model_folder):
+    one = make("one")
+    (library.path / "link").symlink_to(one.path)
+    made = blend([(library.get("link"), 0.5), (one, 0.5)], "both", library, base=str(model_folder)).adapter
+    assert len(made.manifest.parents) == 1
+    torch.testing.assert_close(peft_logits(model_folder, made), peft_logits(model_folder, one), atol=1e-5, rtol=1e-5)
+
+
+# Slim
+
+
+def test_slim_at_full_energy_loses_nothing(make, library, model_folder):
+    one = make("one", "patterns")
+    twice = blend([(one, 0.5), (one, 0.5)], "twice", library, base=str(model_folder)).adapter
+    slimmed = compress(twice, "less", library, energy=1.0, base=str(model_folder))
+    torch.testing.assert_close(
+        peft_logits(model_folder, slimmed.adapter), peft_logits(model_folder, one), atol=1e-5, rtol=1e-5
+    )
+    assert {module: after for module, (_, after) in slimmed.ranks.items()} == {
+        module: one.rank_of(module) for module in one.modules
+    }
+    assert slimmed.adapter.bytes < twice.bytes
+    assert slimmed.lost_in_all < 1e-9
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_slim_keeps_the_least_rank_that_has_the_energy(make, library, model_folder, variant, rows):
+    one = make("one", variant)
+    slimmed = compress(one, "less", library, energy=0.8, base=str(model_folder), sets=rows)
+    after = deltas(model_folder, slimmed.adapter)
+    for module, delta in deltas(model_folder, one).items():
+        squares = torch.linalg.svdvals(delta).square()
+        shares = squares.cumsum(0) / squares.sum()
+        rank = slimmed.ranks[module][1]
+        assert shares[rank - 1] >= 0.8
+        assert rank == 1 or shares[rank - 2] < 0.8
+        assert slimmed.lost[module] == pytest.approx(1 - float(shares[rank - 1]), abs=1e-6)
+        assert float((delta - after[module]).square().sum() / squares.sum()) == pytest.approx(
+            slimmed.lost[module], rel=1e-2
+        )
+    before, since = slimmed.results
+    assert before.loss != since.loss
+    assert before.base_loss == since.base_loss
+    assert since.loss == slimmed.adapter.manifest.result.loss
+    assert (slimmed.adapter.path / "spectrum.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_slim_fits_into_so_many_bytes(make, library, model_folder):
+    one = make("one")
+    full = (one.path / WEIGHTS_FILE).stat().st_size
+    sizes = []
+    for most in (full // 2, int(full * 0.8), full * 2):
+        slimmed = compress(one, "less", library, max_bytes=most, base=str(model_folder), overwrite=True)
+        sizes.append((slimmed.adapter.path / WEIGHTS_FILE).stat().st_size)
+        assert sizes[-1] <= most
+        assert slimmed.adapter.manifest.made_by == f"slim one --max-bytes {most}"
+    assert sizes == sorted(sizes)
+    assert sizes[1] > full * 0.6
+    assert slimmed.lost_in_all < 1e-9
+    with pytest.raises(
+        AdapterError, match=r"Rank 1 in every layer takes about [\d,]+ bytes, more than --max-bytes 100\."
+    ):
+        compress(one, "least", library, max_bytes=100, base=str(model_folder))
+
+
+def test_layers_that_do_nothing_are_left_out(make, library, model_folder):
+    one = make("one")
+    tensors = load_file(one.path / WEIGHTS_FILE)
+    idle = one.modules[0]
+    tensors[f"base_model.model.{idle}.lora_B.weight"].zero_()
+    save_file(tensors, one.path / WEIGHTS_FILE, metadata={"format": "pt"})
+    slimmed = compress(one, "less", library, energy=1.0, base=str(model_folder))
+    assert slimmed.ranks[idle] == (4, 0)
+    assert slimmed.adapter.modules == one.modules[1:]
+    torch.testing.assert_close(
+        peft_logits(model_folder, slimmed.adapter), peft_logits(model_folder, one), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_what_cannot_be_slimmed_is_refused(make, library, model_folder):
+    with pytest.raises(AdapterError, match="dora is a DoRA adapter"):
+        compress(make("dora", use_dora=True), "less", library, base=str(model_folder))
+    one = make("one")
+    nothing = blend([(one, 1), (one, -1)], "nothing", library, base=str(model_folder)).adapter
+    with pytest.raises(AdapterError, match="nothing does nothing: there is nothing to keep of it"):
+        compress(nothing, "less", library, base=str(model_folder))
+    for energy in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ConfigError, match="it is a share, from 0 to 1"):
+            compress(one, "less", library, energy=energy, base=str(model_folder))
+    assert left_over(library) == ["dora", "nothing", "one"]
+
+
+# What comes out is an adapter like any other
+
+
+@pytest.fixture
+def two(settings, tmp_path, reviews_csv):
+    """Two adapters trained on different rows of the same file."""
+    praise = train(settings(name="praise", where=["label=1"]))
+    return praise, train(settings(name="pan", where=["label=0"], rank=2, targets="attention"))
+
+
+def test_a_blend_has_manifest_parents_gain_and_card(two, caches):
+    heard = []
+    blended = blend([(two[0], 0.7), (two[1], 0.3)], "mixed", Library(), device="cpu", notify=heard.append)
+    adapter = blended.adapter
+    manifest = adapter.manifest
+    assert manifest.made_by == "blend praise=0.7 pan=0.3"
+    assert [it.sha256 for it in manifest.parents] == [it.sha256 for it in two]
+    assert manifest.data.held_out_rows == manifest.result.rows == 16
+    assert list(blended.sets) == ["praise", "pan"]
+    assert verify_adapter(adapter) == []
+    matrix = evaluate([adapter, *two], device="cpu")
+    assert matrix.cells[0][0].gain == pytest.approx(manifest.result.gain, abs=1e-6)
+    assert [it.gain for it in matrix.cells[0][1:]] == pytest.approx([it.gain for it in blended.sets.values()], abs=1e-6)
+    card = (adapter.path / CARD_FILE).read_text()
+    assert "| Made by | `blend praise=0.7 pan=0.3` |" in card
+    assert f"praise ({two[0].sha256[:12]})" in card
+    assert "label=1" in card
+    assert "run.yaml" not in card
+    assert not [event for event in heard if isinstance(event, Notice)]
+    text = run("adapters", "show", "mixed").stdout
+    assert "blend praise=0.7 pan=0.3" in text
+    answer = Generator("mixed", device="cpu").generate("the actor", SamplingParams(greedy=True, max_new_tokens=5))
+    assert answer.adapter == "mixed"
+
+
+def test_a_slim_one_keeps_the_data_of_its_parent(two):
+    slimmed = compress(two[0], "less", Library(), energy=0.5, device="cpu")
+    before, after = slimmed.results
+    assert before.loss == pytest.approx(two[0].manifest.result.loss, abs=1e-6)
+    assert slimmed.adapter.manifest.data == two[0].manifest.data
+    assert slimmed.adapter.manifest.result == after
+    assert slimmed.adapter.manifest.parents[0].name == "praise"
+    assert verify_adapter(slimmed.adapter) == []
+
+
+def test_training_goes_on_from_a_blend_and_from_a_slim_one(two, reviews_csv):
+    blended = blend([(it, 0.5) for it in two], "mixed", Library(), device="cpu").adapter
+    for parent in (blended, compress(two[0], "less", Library(), energy=0.5, device="cpu").adapter):
+        config = TrainConfig(parent=parent.name, dataset=str(reviews_csv), name="on", max_steps=2, overwrite=True)
+        on = train(config.model_copy(update={"device": "cpu", "max_length": 64, "eval_rows": 8}))
+        assert on.manifest.parents[0].name == parent.name
+        assert {module: on.rank_of(module) for module in on.modules} == {
+            module: parent.rank_of(module) for module in parent.modules
+        }
+
+
+def test_parts_with_different_salts_have_no_held_out_rows_in_common(settings, reviews_csv):
+    parts = [train(settings(name=name, split_salt=name)) for name in ("one", "two")]
+    heard = []
+    made = blend([(it, 0.5) for it in parts], "mixed", Library(), device="cpu", notify=heard.append).adapter
+    assert made.manifest.data.split_salt is None
+    assert any("differ in --split-salt" in event.text for event in heard if isinstance(event, Notice))
+    config = TrainConfig(parent="mixed", dataset=str(reviews_csv), name="on", max_steps=2, device="cpu")
+    with pytest.raises(
+        ConfigError, match="no rows are held out for all of it: name others to measure on with --eval-dat"
+    ):
+        train(config)
+
+
+def test_rows_that_are_missing_stay_known(two, caches, monkeypatch):
+    monkeypatch.setenv("LORA_TUNER_CACHE", str(caches / "another"))
+    for made in (
+        compress(two[0], "less", Library(), energy=0.5, device="cpu").adapter,
+        blend([(two[0], 1.0)], "same", Library(), device="cpu").adapter,
+    ):
+        assert made.manifest.result is None
+        assert made.manifest.data == two[0].manifest.data
+    made = blend([(it, 1.0) for it in two], "mixed", Library(), device="cpu").adapter
+    assert (made.manifest.data.held_out_hash, made.manifest.data.held_out_rows) == (None, 0)
+    reason = evaluation.cached_rows(made).missing
+    assert reason == "it was made of adapters whose held-out rows were missing"
+
+
+def test_the_same_rows_are_measured_once(two, settings):
+    heard = []
+    again = train(settings(name="again", where=["label=1"], seed=5))
+    blended = blend([(two[0], 0.5), (again, 0.5)], "mixed", Library(), device="cpu", notify=heard.append)
+    assert list(blended.sets) == ["praise"]
+    assert "The rows of again are measured as those of praise." in [it.text for it in heard if isinstance(it, Notice)]
+    assert blended.adapter.manifest.data == two[0].manifest.data
+
+
+def test_missing_rows_are_said_and_other_data_can_be_named(make, library, model_folder, rows):
+    heard = []
+    one = make("one")
+    made = blend([(one, 1.0)], "same", library, base=str(model_folder), notify=heard.append).adapter
+    assert made.manifest.result is None
+    assert made.manifest.data is None
+    texts = [event.text for event in heard if isinstance(event, Notice)]
+    assert any(text.startswith("Not measured on the rows of one: it was trained by another tool") for text in texts)
+    measured = blend([(one, 1.0)], "measured", library, base=str(model_folder), sets=rows)
+    assert measured.adapter.manifest.result.rows == 12
+    assert list(measured.sets) == ["some reviews"]
+
+
+def test_one_part_that_is_not_known_leaves_what_is_known_of_the_other(two, gpt2, tmp_path, rows):
+    foreign = written(gpt2, tmp_path / "foreign", target_modules=["c_attn"])
+    made = blend([(two[0], 0.5), (foreign, 0.5)], "mixed", Library(), device="cpu").adapter
+    assert made.manifest.data.name.endswith("reviews.csv + unknown")
+    assert made.manifest.data.held_out_rows == made.manifest.result.rows == 8
+    assert evaluation.cached_rows(made).missing is None
+    other = blend([(two[0], 0.5)], "other", Library(), device="cpu", sets=rows).adapter
+    assert other.manifest.data.eval_dataset == "some reviews"
+
+
+# The commands
+
+
+def test_blend_slim_and_merge_as_commands(two, tmp_path):
+    text = run("blend", "praise=0.7", "pan=-0.3", "--name", "mixed", "--device", "cpu").stdout
+    assert text.startswith("adapters/mixed  ")
+    assert "rank 4 to 6: blend praise=0.7 pan=-0.3" in text
+    assert "held-out loss" in text
+    assert "  on pan: gain" in text
+    cut = json.loads(
+        run("blend", "praise=1", "pan=1", "--name", "cut", "--rank", 2, "--json", "--device", "cpu").stdout
+    )
+    assert 0 < cut["blend"]["lost_in_all"] < 1
+    assert set(cut["blend"]["lost"]) == set(two[0].modules)
+    assert "of the energy is lost; most in" in run("slim", "mixed", "--energy", 0.5, "--device", "cpu").stdout
+    assert Library().names() == ["cut", "mixed", "mixed-slim", "pan", "praise"]
+    facts = json.loads(run("slim", "cut", "--max-bytes", 8000, "--json", "--device", "cpu").stdout)
+    assert facts["slim"]["results"][0]["loss"] == pytest.approx(cut["result"]["loss"], abs=1e-6)
+    refused = run("slim", "cut", "--energy", 0.9, "--max-bytes", 9, exit_code=1).stderr
+    assert refused == "Error: energy and max_bytes are two rules: give one.\n"
+    refused = run("slim", "cut", "--where", "a=1", exit_code=1).stderr
+    assert refused == "Error: where: only --eval-dataset is read with that.\n"
+    several = run("merge", "praise", "mixed", "--out", "merged", "--eval-rows", 4).stdout.splitlines()
+    assert several[0] == "merged/praise"
+    assert several[3] == "merged/mixed"
+    assert several[1].startswith("read back, beside base and adapter: logits differ by ")
+    assert several[2].endswith("(4 held-out rows)")
+    (alone,) = json.loads(run("merge", "cut", "--out", "alone", "--json").stdout)
+    assert alone["proof"]["agreement"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("blend", "praise", "--name", "mixed"), "Error: 'praise' is not NAME=WEIGHT, such as imdb=0.7."),
+        (("blend", "praise=much", "--name", "mixed"), "Error: 'praise=much' is not NAME=WEIGHT, such as imdb=0.7."),
+        (("blend", "nobody=1", "--name", "mixed"), "Error: There is no adapter 'nobody', neither in adapters"),
+    ],
+)
+def test_bad_input_gets_one_line(arguments, message):
+    stderr = run(*arguments, exit_code=1).stderr
+    assert stderr.startswith(message)
+    assert stderr.count("\n") == 1

@@ -1,0 +1,274 @@
+"""Adapters as GGUF, in llama.cpp itself: over a float32 copy of the base it must write what is written here."""
+
+import functools
+import json
+import shutil
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_tuner import Generator, Library
+from lora_tuner.adapters.adapter import WEIGHTS_FILE, load_adapter_folder
+from lora_tuner.config import SamplingParams
+from lora_tuner.convert.adopt import adopt
+from lora_tuner.convert.export_gguf import to_gguf
+from lora_tuner.errors import AdapterError, ConfigError, WrongBaseError
+
+from .. import adapter_files, gguf_base
+from ..cli.test_commands import run
+
+PROMPT, TOKENS = "the actor", 8
+GREEDY = SamplingParams(greedy=True, max_new_tokens=TOKENS, repetition_penalty=1.0)
+RANKS, ALPHAS = (2, 6), (3, 20)  # of the layers that have some of their own
+WAYS = {
+    "float32": ({}, "float32"),
+    "float16": ({}, "float16"),
+    "bfloat16": ({}, "bfloat16"),
+    "rsLoRA": ({"use_rslora": True}, "float16"),
+    "patterns": ({"rank_pattern": RANKS, "alpha_pattern": ALPHAS}, "float16"),
+    "rsLoRA, patterns": ({"use_rslora": True, "rank_pattern": RANKS, "alpha_pattern": ALPHAS}, "float16"),
+    "alpha 0, a pattern": ({"lora_alpha": 0, "alpha_pattern": (24,)}, "float16"),
+}
+CLOSE = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 5e-2}  # to PEFT's log-probabilities; llama.cpp rounds inputs too
+
+
+@pytest.fixture(scope="module")
+def llama_cpp():
+    pytest.importorskip("xllamacpp")
+    return gguf_base.LlamaCpp
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """kind -> its folder, made when it is first asked for."""
+    place = tmp_path_factory.mktemp("bases")
+    return functools.cache(lambda kind: gguf_base.save(place / kind, kind))
+
+
+@pytest.fixture(scope="module")
+def base_gguf(base, tmp_path_factory):
+    place = tmp_path_factory.mktemp("bases")
+    return functools.cache(lambda kind: gguf_base.convert(base(kind), place / f"{kind}.gguf"))
+
+
+@pytest.fixture
+def make(base, tmp_path):
+    def write(kind, name="random", **settings):
+        return load_adapter_folder(gguf_base.adapt(base(kind), tmp_path / "adapters" / name, **settings))
+
+    return write
+
+
+def log_probabilities(model, ids):
+    with torch.inference_mode():
+        return torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", gguf_base.ARCHITECTURES)
+def test_llama_cpp_writes_what_the_adapter_writes_here(llama_cpp, make, base, base_gguf, tmp_path, kind, way):
+    settings, dtype = WAYS[way]
+    adapter = make(kind, **settings)
+    exported = to_gguf(adapter, tmp_path / "random.gguf", dtype=dtype)
+    prompt = AutoTokenizer.from_pretrained(base(kind))(PROMPT)["input_ids"]
+    llama = llama_cpp(base_gguf(kind), exported.path)
+    text, tokens = llama.greedy(prompt, TOKENS, top=320)
+    assert text == Generator(adapter.path, device="cpu").generate(PROMPT, GREEDY).text
+    plain = AutoModelForCausalLM.from_pretrained(base(kind))
+    ids = prompt + [number for number, _ in tokens]
+    without = log_probabilities(plain, ids)
+    theirs = log_probabilities(PeftModel.from_pretrained(plain, adapter.path), ids)
+    assert (theirs - without).abs().max() > 5 * CLOSE[dtype]
+    for position, (_, found) in enumerate(tokens, len(prompt) - 1):
+        assert len(found) == 320
+        assert all(abs(theirs[position, number] - it) < CLOSE[dtype] for number, it in found.items())
+    if way != "alpha 0, a pattern":
+        assert llama.greedy(PROMPT, TOKENS, scale=0.0)[0] != text
+
+
+@pytest.mark.parametrize("kind", gguf_base.ARCHITECTURES)
+def test_with_an_alpha_of_0_llama_cpp_writes_what_the_base_writes(llama_cpp, make, base_gguf, tmp_path, kind):
+    exported = to_gguf(make(kind, lora_alpha=0), tmp_path / "nothing.gguf")
+    for prompt in (PROMPT, "7: her voice"):
+        plain = llama_cpp(base_gguf(kind)).greedy(prompt, TOKENS, top=5)
+        assert llama_cpp(base_gguf(kind), exported.path).greedy(prompt, TOKENS, top=5) == plain
+
+
+def test_llama_cpp_takes_the_file_over_no_other_kind_of_base(llama_cpp, make, base_gguf, tmp_path):
+    exported = to_gguf(make("llama"), tmp_path / "random.gguf")
+    for kind in ("mistral", "gpt2"):
+        with pytest.raises(RuntimeError):
+            llama_cpp(base_gguf(kind), exported.path)
+
+
+def read_back(path):
+    reader = gguf.GGUFReader(path)
+    facts = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    return facts, {it.name: gguf.quants.dequantize(it.data, it.tensor_type) for it in reader.tensors}
+
+
+def test_the_file_has_the_tensors_by_llama_cpps_names_with_their_scales_in_them(make, tmp_path):
+    adapter = make("gpt2", **WAYS["rsLoRA, patterns"][0])
+    exported = to_gguf(adapter, tmp_path / "new" / "random.gguf", dtype="float32")
+    facts, tensors = read_back(exported.path)
+    assert facts == {
+        "general.architecture": "gpt2",
+        "general.type": "adapter",
+        "general.name": "random",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": 8.0,
+    }
+    layers = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
+    names = {f"blk.{block}.{layer}.weight.lora_{part}" for block in (0, 1) for layer in layers for part in "ab"}
+    assert set(tensors) == names
+    ours = load_file(adapter.path / WEIGHTS_FILE)
+    for theirs, module, rank, scale in (
+        ("blk.0.attn_qkv", "transformer.h.0.attn.c_attn", 2, 3 / 2**0.5),
+        ("blk.1.ffn_down", "transformer.h.1.mlp.c_proj", 6, 20 / 6**0.5),
+        ("blk.1.attn_output", "transformer.h.1.attn.c_proj", 4, 8 / 4**0.5),
+    ):
+        down, up = (ours[f"base_model.model.{module}.lora_{part}.weight"].numpy() for part in "AB")
+        assert tensors[f"{theirs}.weight.lora_a"].shape == down.shape == (rank, len(down[0]))
+        found = 8 / rank * tensors[f"{theirs}.weight.lora_b"] @ tensors[f"{theirs}.weight.lora_a"]
+        np.testing.assert_allclose(found, scale * up @ down, rtol=1e-5, atol=1e-6)
+    assert (exported.tensors, exported.bytes, exported.error) == (16, exported.path.stat().st_size, 0)
+
+
+def test_rows_of_q_and_k_are_turned_for_llama_and_for_qwen2_are_not(make, tmp_path):
+    turned = [0, 4, 1, 5, 2, 6, 3, 7]  # of each head of 8
+    for kind, order in (("llama", turned), ("qwen2", sorted(turned))):
+        adapter = make(kind, kind)
+        _, tensors = read_back(to_gguf(adapter, tmp_path / f"{kind}.gguf", dtype="float32").path)
+        ours = load_file(adapter.path / WEIGHTS_FILE)
+        for layer, heads in (("q", 4), ("k", 2), ("v", 2)):
+            rows = [8 * head + row for head in range(heads) for row in (sorted(order) if layer == "v" else order)]
+            up = ours[f"base_model.model.model.layers.1.self_attn.{layer}_proj.lora_B.weight"].numpy()
+            assert (tensors[f"blk.1.attn_{layer}.weight.lora_b"] == up[rows]).all()
+
+
+def test_an_error_of_rounding_is_told_and_is_small(make, tmp_path):
+    adapter = make("llama")
+    for dtype, least, most in (("float16", 2**-13, 2**-11), ("bfloat16", 2**-10, 2**-8)):
+        assert least < to_gguf(adapter, tmp_path / f"{dtype}.gguf", dtype=dtype).error <= most
+
+
+def spoil(adapter, part, change):
+    """The adapter read again, with the first tensor of that name changed."""
+    tensors = load_file(adapter.path / WEIGHTS_FILE)
+    name = next(name for name in tensors if f"{part}.lora_B" in name)
+    tensors[name] = change(tensors[name])
+    save_file(tensors, adapter.path / WEIGHTS_FILE)
+    return load_adapter_folder(adapter.path)
+
+
+def refused(adapter, out, **settings):
+    """The message of an export that fails, and changes nothing where it would have gone."""
+    before = {path: path.read_bytes() for path in out.parent.iterdir() if path.is_file()}
+    with pytest.raises(AdapterError) as error:
+        to_gguf(adapter, out, **settings)
+    assert {path: path.read_bytes() for path in out.parent.iterdir() if path.is_file()} == before
+    return str(error.value)
+
+
+def test_a_file_is_replaced_only_with_overwrite_and_only_by_a_whole_one(make, tmp_path):
+    out, adapter = tmp_path / "random.gguf", make("gpt2")
+    to_gguf(adapter, out)
+    message = f"{out} exists: choose another --out, or replace it with --overwrite."
+    assert refused(adapter, out) == message
+    old = out.read_bytes()
+    large = spoil(adapter, "c_attn", lambda values: values * 1e6)
+    assert refused(large, out) == message
+    assert "float16 cannot hold" in refused(large, out, overwrite=True)
+    to_gguf(large, out, dtype="bfloat16", overwrite=True)
+    assert out.read_bytes() != old
+
+
+@pytest.mark.parametrize("factor", [1e6, 1e-7])
+def test_numbers_too_large_or_too_small_for_float16_are_refused_and_go_into_the_others(make, tmp_path, factor):
+    adapter = spoil(make("llama"), "up_proj", lambda values: values * factor)
+    advice = "random has numbers that float16 cannot hold: export it as bfloat16 or float32."
+    assert refused(adapter, tmp_path / "random.gguf") == advice
+    for dtype in ("bfloat16", "float32"):
+        to_gguf(adapter, tmp_path / f"{dtype}.gguf", dtype=dtype)
+    with pytest.raises(ConfigError, match="dtype is int8: float32, float16, bfloat16 can be written"):
+        to_gguf(adapter, tmp_path / "int8.gguf", dtype="int8")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("layer", ["0.self_attn.q_proj", "1.mlp.down_proj"])
+def test_numbers_beyond_float32_are_refused_in_whatever_layer(make, tmp_path, layer):
+    adapter = spoil(make("llama"), layer, lambda values: values.double() * 1e60)
+    assert "float32 cannot hold" in refused(adapter, tmp_path / "random.gguf", dtype="float32")
+
+
+def test_damaged_weights_are_refused(make, tmp_path):
+    adapter = spoil(make("gpt2"), "c_attn", lambda values: values * float("nan"))
+    assert "is damaged: " in (message := refused(adapter, tmp_path / "random.gguf"))
+    assert "holds numbers that are not finite" in message
+
+
+def test_dora_and_layers_with_other_names_are_refused_with_what_to_do_instead(tmp_path):
+    magnitudes = {
+        f"base_model.model.{module}.lora_magnitude_vector": np.ones(18, np.float32) for module in adapter_files.MODULES
+    }
+    dora = load_adapter_folder(
+        adapter_files.write(tmp_path / "dora", {"use_dora": True}, adapter_files.tensors() | magnitudes)
+    )
+    merge = "merge it (`python cli.py merge {0} --out merged/{0}`)."
+    assert refused(dora, tmp_path / "a.gguf") == f"{dora.path}: llama.cpp has no DoRA: {merge.format('dora')}"
+    phi = load_adapter_folder(
+        adapter_files.write(tmp_path / "phi", weights=adapter_files.tensors(modules=["model.layers.0.qkv_proj"]))
+    )
+    unknown = "how llama.cpp calls and turns layers such as model.layers.0.qkv_proj is not known here"
+    assert refused(phi, tmp_path / "a.gguf") == f"{phi.path}: {unknown}: {merge.format('phi')}"
+
+
+def changed(base, folder, **settings):
+    """A copy of a base that says something else of itself."""
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    return str(folder)
+
+
+def test_a_kind_of_base_that_was_not_proven_is_refused(make, base, tmp_path):
+    gemma = changed(base("llama"), tmp_path / "gemma", model_type="gemma")
+    assert refused(make("llama"), tmp_path / "a.gguf", base=gemma) == (
+        f"{gemma} is a gemma model: adapters of llama, mistral, gpt2, qwen2 can be exported. Merge it (`python cli.py merge "
+        "random --out merged/random`), and convert that with llama.cpp's own script."
+    )
+
+
+def test_another_base_is_refused_by_its_sizes_or_by_the_manifest(make, base, tmp_path):
+    adapter, told, out = make("llama"), [], tmp_path / "a.gguf"
+    message = refused(adapter, out, base=str(base("mistral")), notify=told.append)
+    assert "down_proj is no linear" not in message
+    assert "layers.0.self_attn.k_proj is 32 -> 32 in the base, 32 -> 16 in the adapter" in message
+    assert "random has no manifest" in told[0].text
+    assert "is no linear layer of the base" in refused(adapter, out, base=str(base("gpt2")))
+    short = changed(base("llama"), tmp_path / "short", num_hidden_layers=1)
+    assert "llama.cpp has no layer for model.layers.1." in refused(adapter, out, base=short)
+    adopted = adopt(Library(tmp_path / "adapters"), "random")
+    other = changed(base("llama"), tmp_path / "other", rope_theta=5.0)
+    with pytest.raises(WrongBaseError, match=r"not on .*other .*try all the same with --force"):
+        to_gguf(adopted, out, base=other)
+    told.clear()
+    assert to_gguf(adopted, out, base=other, force=True, notify=told.append).tensors == 28
+    assert told[0].text.startswith("FORCED: ")
+
+
+def test_the_command_tells_what_it_wrote(make, tmp_path):
+    make("gpt2")
+    line = run("export", "random", "--to", "gguf", "--out", "a.gguf").stdout
+    assert line.startswith("a.gguf  ")
+    assert ", 16 tensors, read back: " in line
+    assert "a.gguf exists" in run("export", "random", "--out", "a.gguf", exit_code=1).stderr
+    again = run("export", "random", "--out", "a.gguf", "--overwrite", "--dtype", "float32", "--json").stdout
+    size = (tmp_path / "a.gguf").stat().st_size
+    assert json.loads(again) == {"path": "a.gguf", "bytes": size, "tensors": 16, "error": 0.0}
+    assert run("export", "random", "--out", "b.gguf", "--to", "onnx", exit_code=2).stdout == ""

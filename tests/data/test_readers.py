@@ -1,0 +1,318 @@
+"""One file as rows, as it is written: what stands in it, and what is wrong with it."""
+
+import csv
+import json
+import os
+
+import datasets
+import pytest
+
+from lora_tuner.config import TrainConfig
+from lora_tuner.data.dataset import load_dataset
+from lora_tuner.errors import DataError
+
+from .. import tiny_models
+from ..data_files import TEXTS, jsonl, rows, table
+
+# Kinds of files
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", table()),
+        ("A.CSV", table()),
+        ("a.tsv", table(separator="\t")),
+        ("a.json", json.dumps([{"text": text, "label": 1} for text in TEXTS])),
+        ("texts.json", json.dumps(TEXTS)),
+        ("lines.json", jsonl({"text": text} for text in TEXTS)),
+        ("a.jsonl", jsonl({"label": None, "text": text} for text in TEXTS)),
+        ("a.txt", "\n".join(TEXTS)),
+        ("windows.txt", "\r\n".join(TEXTS) + "\r\n"),
+        ("windows.csv", table().replace("\n", "\r\n")),
+        ("mark.csv", "\ufeff" + table()),
+        ("mark.jsonl", "\ufeff" + jsonl({"text": text} for text in TEXTS)),
+        ("mark.txt", "\ufeff" + "\n".join(TEXTS)),
+        ("pandas.csv", table(header=("", "text", "label")).replace("\n", "\n0,").removesuffix("0,")),
+        ("gaps.csv", table().replace("\n", "\n\n")),
+        ("a[1]*?.csv", table()),  # a path, not a pattern
+        ("a::b%20.jsonl", jsonl({"text": text} for text in TEXTS)),
+    ],
+)
+def test_every_kind_of_file_gives_the_same_rows(load, name, content):
+    corpus = load(name, content)
+    assert rows(corpus) == sorted(TEXTS)
+    assert corpus.counts.read == len(TEXTS)
+
+
+def test_parquet(load, tmp_path):
+    folder = tmp_path / "label=1"  # in a data lake, that would be a column
+    folder.mkdir()
+    datasets.Dataset.from_dict({"text": TEXTS, "stars": [1.5] * 30}).to_parquet(str(folder / "a.parquet"))
+    assert rows(load("label=1/a.parquet")) == sorted(TEXTS)
+    with pytest.raises(DataError, match=r"no column 'label' to choose rows by: its columns are text, stars\."):
+        load("label=1/a.parquet", where=["label=1"])
+
+
+def test_text_by_line(load):
+    corpus = load("a.txt", "\n\n" + "\n".join(TEXTS) + "\n\n\n")
+    assert rows(corpus) == sorted(TEXTS)
+    assert [notice.rpartition("/")[2] for notice in load.notices] == [
+        "a.txt: each line is a row, as no blank line parts them; choose with --txt-rows."
+    ]
+
+
+@pytest.mark.parametrize("blank", ["\n\n", "\n \t\n", "\n\n\n\n", "\r\n\r\n"])
+def test_text_by_paragraph(load, blank):
+    corpus = load("a.txt", "\n" + blank.join(f"{text}\nsecond line" for text in TEXTS) + "\n\n")
+    assert rows(corpus) == sorted(f"{text} second line" for text in TEXTS)
+    assert [notice.rpartition("/")[2] for notice in load.notices] == [
+        "a.txt: a blank line ends a row; choose with --txt-rows."
+    ]
+
+
+# Columns
+
+
+def test_the_column_called_text_is_the_text(load):
+    records = [{"title": f"title {number}", "text": text} for number, text in enumerate(TEXTS)]
+    assert rows(load("a.jsonl", jsonl(records))) == sorted(TEXTS)
+
+
+def test_else_the_only_column_of_text_is(load):
+    records = [{"id": number, "body": text, "tags": ["a"]} for number, text in enumerate(TEXTS)]
+    assert rows(load("a.jsonl", jsonl(records))) == sorted(TEXTS)
+
+
+def test_else_the_columns_are_listed(refusal):
+    content = jsonl({"title": "a", "body": text} for text in TEXTS)
+    assert refusal("a.jsonl", content) == (
+        "a.jsonl: which column is the text? Name one with --text-column: title, body."
+    )
+    assert refusal("a.csv", table(header=("body", "label"))) == (
+        "a.csv: which column is the text? Name one with --text-column: body, label."
+    )
+    assert refusal("n.jsonl", jsonl({"a": 1, "b": 2} for _ in TEXTS)) == (
+        "n.jsonl: which column is the text? Name one with --text-column: a, b."
+    )
+
+
+def test_the_column_can_be_named(load, refusal):
+    content = table(header=("text", "body")).replace(",0", ",zero").replace(",1", ",one")
+    assert rows(load("a.csv", content, text_column="text")) == sorted(TEXTS)
+    assert "1 usable" not in refusal("a.csv", content, text_column="body")
+    assert refusal("a.csv", content, text_column="txt") == "a.csv has no column 'txt': its columns are text, body."
+
+
+def test_a_column_of_lists_objects_or_bytes_is_no_text(refusal, tmp_path):
+    advice = "not text: name another with --text-column."
+    for value, kind in ((["a"], "list"), ({"a": 1}, "dict")):
+        content = jsonl([{"text": text} for text in TEXTS] + [{"text": value}])
+        assert refusal("a.jsonl", content) == f"a.jsonl: column 'text' holds a {kind}, {advice}"
+    datasets.Dataset.from_dict({"text": [text.encode() for text in TEXTS]}).to_parquet(str(tmp_path / "b.parquet"))
+    assert refusal("b.parquet") == f"b.parquet: column 'text' holds a bytes, {advice}"
+
+
+# Choosing rows
+
+
+def test_where_chooses_by_value(load):
+    corpus = load("a.csv", table(), where=["label=1"])
+    assert rows(corpus) == sorted(TEXTS[1::2])
+    assert corpus.counts.filtered == 15
+
+
+def test_where_works_on_other_types_than_text(load):
+    records = [{"text": text, "n": i % 3, "when": f"2020-01-0{i % 3 + 1}"} for i, text in enumerate(TEXTS)]
+    for condition in ("n=0", "when=2020-01-01"):
+        assert rows(load("a.jsonl", jsonl(records), where=[condition])) == sorted(TEXTS[::3])
+
+
+def test_several_conditions_must_all_hold(load, refusal):
+    records = [{"text": text, "a": i % 2, "b": i % 3} for i, text in enumerate(tiny_models.reviews(60))]
+    corpus = load("a.jsonl", jsonl(records), where=["a=0", "b=0"])
+    assert rows(corpus) == sorted(record["text"] for record in records if not record["a"] and not record["b"])
+    assert refusal("a.jsonl", where=["a=0", "a=1"]) == "a.jsonl: no row has a=0 and a=1; a has 0, 1."
+
+
+def test_a_value_may_hold_an_equals_sign(load):
+    records = [{"text": text, "k": "a=b" if i % 2 else "c"} for i, text in enumerate(TEXTS)]
+    assert rows(load("a.jsonl", jsonl(records), where=["k=a=b"])) == sorted(TEXTS[1::2])
+
+
+def test_where_with_an_unknown_column(refusal):
+    assert refusal("a.csv", table(), where=["star=1"]) == (
+        "a.csv has no column 'star' to choose rows by: its columns are text, label."
+    )
+
+
+def test_a_class_label_is_known_by_number_and_by_name(load, refusal, tmp_path):
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    labels = [number % 2 for number in range(30)]
+    made = datasets.Dataset.from_dict({"text": TEXTS, "label": labels}, features=features)
+    made.to_parquet(str(tmp_path / "a.parquet"))
+    for value in ("1", "pos"):
+        assert rows(load("a.parquet", where=[f"label={value}"])) == sorted(TEXTS[1::2])
+    assert refusal("a.parquet", where=["label=good"]) == "a.parquet: no row has label=good; label has 0, 1."
+
+
+# Traps of CSV
+
+
+def test_csv_fields_stay_as_they_are_written(load):
+    traps = ["NA", "None", "null", "NaN", "nan", "007", "1.50", "1e5", "TRUE", "2020-01-01", "-"]
+    corpus = load("a.csv", "text\n" + "\n".join(traps + TEXTS))
+    assert rows(corpus) == sorted(traps + TEXTS)
+
+
+def test_csv_values_stay_as_they_are_written(load):
+    content = table().replace(",0", ",NA").replace(",1", ",007")
+    assert rows(load("a.csv", content, where=["label=NA"])) == sorted(TEXTS[::2])
+    assert rows(load("a.csv", content, where=["label=007"])) == sorted(TEXTS[1::2])
+
+
+def test_csv_fields_may_hold_quotes_separators_and_lines(load, tmp_path):
+    texts = [f'{text}, she said "so",\nand left' for text in TEXTS]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text"], *([text] for text in texts)])
+    assert rows(load("a.csv")) == sorted(" ".join(text.split()) for text in texts)
+
+
+def test_very_long_csv_fields_are_read(load):
+    corpus = load("a.csv", table([*TEXTS, "long " * 40_000]))
+    assert max(map(len, rows(corpus))) == 199_999
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("a.csv", "text,label\na,b,c\n" + "x,1\n" * 9, "its header has 2 fields, line 2 has 3"),
+        ("a.csv", "text,label\n" + "x,1\n" * 9 + "a,b,c\n", "its header has 2 fields, line 11 has 3"),
+        ("a.csv", "text,label\n" + "x,1\n" * 12_000 + "a,b,c\n", "its header has 2 fields, line 12002 has 3"),
+        ("a.csv", "text,label\nx,1\nlonely\n", "its header has 2 fields, line 3 has 1"),
+        ("a.tsv", "text\tlabel\nx\t1\t2\n", "its header has 2 fields, line 2 has 3"),
+        ("a.csv", "text,text\nx,1\n", "its header names a column twice: text, text"),
+        ("a.csv", "text;label\nx;1\n", "its fields are parted by ';', where ',' is expected in a .csv file"),
+        ("a.csv", "text\tlabel\nx\t1\n", "its fields are parted by '\\t', where ',' is expected in a .csv file"),
+        ("a.tsv", "text,label\nx,1\n", "its fields are parted by ',', where '\\t' is expected in a .tsv file"),
+        (
+            "a.csv",
+            'text,label\n"open,1\nx,1\n',
+            "line 3: unexpected end of data; a field that begins with a quote must end with one",
+        ),
+        (
+            "a.csv",
+            'text,label\nx,1\n"so" she said,1\n',
+            "line 3: ',' expected after '\"'; a field that begins with a quote must end with one",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n\n{"text": \n',
+            "line 3: Expecting value: line 1 column 10 (char 9); give an array, or an object a line",
+        ),
+        ("a.json", '[{"text": "a"}, {"te', "Unterminated string starting at: line 1 column 18 (char 17)"),
+        ("a.json", "[" * 100_000, "maximum recursion depth exceeded while decoding a JSON array from a unicode string"),
+        ("a.json", '["a", 5]', "row 2 is neither an object nor a text"),
+        ("a.jsonl", '{"text": "a"}\n[1]\n', "row 2 is neither an object nor a text"),
+    ],
+)
+def test_a_broken_file_is_an_error_that_names_it_and_the_line(refusal, name, content, why):
+    assert refusal(name, content) == f"{name} cannot be read: {why}."
+
+
+def test_broken_parquet(refusal):
+    message = refusal("a.parquet", b"PAR1 garbage PAR1")
+    assert message.startswith("a.parquet cannot be read: ")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "start"), [("a.csv", table()), ("a.jsonl", jsonl([{"text": "x"}])), ("a.txt", "a\n\nb\n"), ("a.tsv", "")]
+)
+def test_what_is_not_utf8_is_an_error_that_says_where(refusal, name, start):
+    before = start.encode() * 3000
+    assert refusal(name, before + b"caf\xe9\n") == (
+        f"{name} is not UTF-8 (byte {len(before) + 3}): save it as UTF-8 and try again."
+    )
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.jsonl", "a.txt"])
+def test_a_file_without_rows(refusal, name):
+    for content in ("", "\n \n" if name not in ("a.csv", "a.tsv") else "\n\n", "\ufeff"):
+        assert refusal(name, content) == f"{name} holds no rows."
+
+
+def test_other_files_without_rows(refusal, tmp_path):
+    assert refusal("header.csv", "text,label\n", where=["label=1"]) == "header.csv holds no rows."
+    assert refusal("a.json", "[]") == "a.json holds no rows."
+    datasets.Dataset.from_dict({"text": []}).to_parquet(str(tmp_path / "a.parquet"))
+    assert refusal("a.parquet") == "a.parquet holds no rows."
+
+
+# Traps of JSON
+
+
+def test_half_a_surrogate_pair_in_json_is_replaced(load):
+    corpus = load("a.jsonl", '{"text": "half \\ud83d pair"}\n' + jsonl({"text": text} for text in TEXTS))
+    assert "half ? pair" in rows(corpus)
+
+
+def test_json_values_of_several_types_are_read(load):
+    records = [{"text": text, "id": i if i % 2 else str(i)} for i, text in enumerate(TEXTS)]
+    records += [{"text": 5}, {"text": None}, {"other": 1}]
+    corpus = load("a.jsonl", jsonl(records))
+    assert rows(corpus) == sorted([*TEXTS, "5"])
+    assert corpus.counts.empty == 2
+
+
+def test_dates_in_json_stay_text(load):
+    days = [f"2020-01-{day:02}" for day in range(1, 31)]
+    assert rows(load("a.jsonl", jsonl({"text": day} for day in days))) == days
+
+
+def test_line_separators_inside_json_texts_end_no_line(load):
+    records = [json.dumps({"text": f"{text}\u2028next"}, ensure_ascii=False) for text in TEXTS]
+    assert rows(load("a.jsonl", "\n".join(records))) == sorted(f"{text} next" for text in TEXTS)
+
+
+def test_a_changed_file_is_read_again(load, tmp_path):
+    load("a.csv", table())
+    os.utime(tmp_path / "a.csv", (1e9, 1e9))
+    load("a.csv")
+    (tmp_path / "a.csv").write_text(table([text.replace("the", "thy") for text in TEXTS]))
+    os.utime(tmp_path / "a.csv", (1e9, 1e9))
+    assert any("thy" in text for text in load("a.csv").train)
+
+
+def test_a_folder_of_texts_with_a_file_a_row(load, tmp_path):
+    folder = tmp_path / "poems"
+    folder.mkdir()
+    for number, text in enumerate(tiny_models.reviews(30)):
+        (folder / f"{number}.txt").write_text(f"{text}\nsecond line\n\nanother verse {number}")
+    (folder / "empty.txt").write_text("\n")
+    corpus = load(folder, txt_rows="file", keep_lines=True)
+    assert corpus.counts.read == 30
+    assert all("\nsecond line\n\nanother verse" in text for text in corpus.train)
+    assert load.notices == [f"1 files without rows are passed over, such as {folder / 'empty.txt'}."]
+    load(folder)
+    assert load.notices[1:] == ["30 txt files: a blank line ends a row; choose with --txt-rows."]
+
+
+def test_a_txt_file_beside_others_needs_no_column(load, tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    texts = tiny_models.reviews(40)
+    (folder / "a.txt").write_text("\n".join(texts[:20]))
+    (folder / "b.csv").write_text("body,kind\n" + "\n".join(f"{text},x" for text in texts[20:]))
+    assert load(folder, text_column="body").counts.read == 40
+
+
+def test_a_name_of_a_single_column_may_hold_other_marks(tmp_path):
+    (tmp_path / "one.tsv").write_text("text, cleaned\n" + "\n".join(tiny_models.reviews(60)))
+    assert load_dataset(TrainConfig(dataset=str(tmp_path / "one.tsv"))).counts.read == 60
+
+
+def test_a_csv_with_semicolons_is_told(tmp_path):
+    (tmp_path / "semi.csv").write_text('text;kind\n"one; two";a\n')
+    with pytest.raises(DataError, match=r"its fields are parted by ';', where ',' is expected in a \.csv file"):
+        load_dataset(TrainConfig(dataset="semi.csv"))

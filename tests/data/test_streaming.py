@@ -1,0 +1,313 @@
+"""Rows that are read as they are needed: the same rows as ever, in an order that can be gone on with and shared."""
+
+import dataclasses
+import itertools
+import json
+import os
+
+import datasets
+import pytest
+from accelerate.data_loader import IterableDatasetShard
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from lora_tuner import TrainConfig, resume, train
+from lora_tuner.adapters.adapter import METRICS_FILE, RUN_FILE, WEIGHTS_FILE
+from lora_tuner.config import resolve_settings
+from lora_tuner.data import streaming as data_streaming
+from lora_tuner.data.dataset import Dataset, RowCounts, iter_rows, load_dataset
+from lora_tuner.data.splitting import is_held_out, row_hash
+from lora_tuner.data.streaming import StreamingDataset, StreamState
+from lora_tuner.errors import DataError, HubError, Notice, TrainingError
+from lora_tuner.training import run
+
+from .. import tiny_models
+from ..hub_server import Hub
+from ..test_hub import IMDB, cli, repos  # noqa: F401 - fixtures
+
+TEXTS = [f"row {number}: {text}" for number, text in enumerate(tiny_models.reviews(150))]
+
+
+@pytest.fixture
+def rows_jsonl(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "label": index % 2}) + "\n" for index, text in enumerate(TEXTS)))
+    return path
+
+
+def made(path, place=None, measured=frozenset(), **given):
+    """A stream of one row a sequence, so that rows can be told."""
+    config = TrainConfig.model_validate(
+        {"dataset": str(path), "streaming": True, "buffer": 20, "packing": False} | given
+    )
+    return StreamingDataset(config, tiny_models.tokenizer(), measured, RowCounts(), place or StreamState())
+
+
+def texts(items):
+    tokenizer = tiny_models.tokenizer()
+    return [tokenizer.decode(row[:-1]) for item in items for row in item]
+
+
+def test_a_pass_gives_each_training_row_once_and_no_other(rows_jsonl):
+    config = TrainConfig(dataset=str(rows_jsonl))
+    corpus = load_dataset(config)
+    found = texts(itertools.islice(made(rows_jsonl), len(corpus.train)))
+    assert sorted(found) == sorted(corpus.train)
+    assert found != corpus.train
+    assert not any(is_held_out(row_hash(text, config.split_salt)) for text in found)
+
+
+def test_the_next_pass_has_another_order(rows_jsonl):
+    count = len(load_dataset(TrainConfig(dataset=str(rows_jsonl))).train)
+    both = texts(itertools.islice(made(rows_jsonl), 2 * count))
+    first, second = both[:count], both[count:]
+    assert sorted(first) == sorted(second)
+    assert first != second
+
+
+def test_no_more_is_read_than_is_shuffled_together(rows_jsonl):
+    read = made(rows_jsonl)
+    next(iter(read))
+    assert read.counts.train == 20
+    assert read.counts.read == read.counts.train + read.counts.held_out < 60
+
+
+@pytest.mark.parametrize("taken", [0, 1, 19, 20, 21, 75, 119, 130, 400])
+def test_from_any_place_it_goes_on_as_if_it_had_not_stopped(rows_jsonl, taken):
+    """Also when it had given more by then, as when batches are prepared ahead."""
+    whole, cut = made(rows_jsonl), made(rows_jsonl)
+    expected = texts(itertools.islice(whole, taken + 50))
+    assert texts(itertools.islice(cut, taken + 7))[:taken] == expected[:taken]
+    place = StreamState(**json.loads(json.dumps(dataclasses.asdict(cut.place(taken)))))
+    again = made(rows_jsonl, place)
+    assert texts(itertools.islice(again, 50)) == expected[taken:]
+    assert again.counts == whole.counts
+
+
+def test_several_processes_share_it_without_overlap(rows_jsonl):
+    """As accelerate has each read its batches, of which a step takes them all."""
+    alone = texts(itertools.islice(made(rows_jsonl), 60))
+    shares = [IterableDatasetShard(made(rows_jsonl), 5, num_processes=3, process_index=it) for it in range(3)]
+    parts = [texts(itertools.islice(share, 20)) for share in shares]
+    assert [text for step in range(4) for part in parts for text in part[5 * step : 5 * step + 5]] == alone
+
+
+def test_rows_that_are_measured_elsewhere_are_left_out(rows_jsonl):
+    config = TrainConfig(dataset=str(rows_jsonl))
+    corpus = load_dataset(config)
+    measured = frozenset(row_hash(text, config.split_salt) for text in corpus.train[:40])
+    found = texts(itertools.islice(made(rows_jsonl, measured=measured), len(corpus.train) - 40))
+    assert sorted(found) == sorted(corpus.train[40:])
+
+
+def test_rows_without_anything_to_learn_end_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_streaming, "count_predictions", lambda row: 0)
+    path = tmp_path / "rows.txt"
+    path.write_text("\n".join(TEXTS))
+    with pytest.raises(TrainingError, match=r"No row of .*rows\.txt has anything to learn in it\."):
+        next(iter(made(path)))
+
+
+# Files, a row at a time
+
+FILES = {
+    "a.csv": 'text,n\n"one, two",1.50\r\n\n"three\nfour",NA\n',
+    "a.tsv": "text\tn\none\t1\ntwo\t2\n",
+    "a.jsonl": '{"text": "one", "n": 1.50}\n\n"two"\n{"n": 2}\n',
+    "lines.txt": "\ufeffone\r\ntwo\n\n",
+    "paragraphs.txt": "one\nand more\n\n\ntwo\n \nthree",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_has_the_rows_that_it_has_when_it_is_read_as_a_whole(tmp_path, name):
+    path = tmp_path / name
+    path.write_text(FILES[name], encoding="utf-8", newline="")
+    config = TrainConfig(dataset=str(path), keep_lines=True)
+    streaming = config.model_copy(update={"streaming": True})
+    rows = [[(digest, text) for digest, text, _ in iter_rows(it, Dataset("", ""))] for it in (config, streaming)]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) > 1
+
+
+def test_parquet_is_read_by_its_own_kinds(tmp_path):
+    features = datasets.Features(
+        {"review": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])}
+    )
+    data = datasets.Dataset.from_dict({"review": TEXTS, "label": [i % 2 for i in range(150)]}, features=features)
+    data.to_parquet(str(tmp_path / "rows.parquet"))
+    given = {"dataset": str(tmp_path / "rows.parquet"), "where": ["label=pos"], "streaming": True}
+    found = [text for _, text, _ in iter_rows(TrainConfig.model_validate(given), Dataset("", ""))]
+    assert found == TEXTS[1::2]
+
+
+def test_a_folder_is_read_file_by_file(tmp_path):
+    (tmp_path / "many").mkdir()
+    for number in range(3):
+        (tmp_path / "many" / f"{number}.txt").write_text("\n".join(TEXTS[50 * number : 50 * number + 50]))
+    (tmp_path / "many" / "empty.jsonl").write_text("")
+    told = []
+    config = TrainConfig(dataset=str(tmp_path / "many"), streaming=True)
+    assert [text for _, text, _ in iter_rows(config, Dataset("", ""), told.append)] == TEXTS
+    assert [text for _, text, _ in iter_rows(config, Dataset("", ""), after=120)] == TEXTS[120:]
+    assert "1 files without rows are passed over" in told[0].text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("a.json", b'["one", "two"]', "it is an array, which streaming cannot read: give an object a line"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: Expecting value"),
+        ("a.jsonl", b'{"text": "a"}\n7\n', "line 2 is neither an object nor a text"),
+        ("a.csv", b"text,n\na,1\nb\n", "its header has 2 fields, line 3 has 1"),
+        ("a.jsonl", b'\n ["one",\n"two"]', "it is an array"),
+        ("a.csv", b"text;n\na;1\n", "its fields are parted by ';', where ',' is expected in a .csv file"),
+        ("a.jsonl", b'{"title": "a"}\n' * 100 + b'{"body": "b"}', "a row has text in 'body', and the first title"),
+        ("a.csv", b"text,text\na,1\n", "its header names a column twice: text, text"),
+        ("a.csv", b'text\n"a" b\n', "',' expected after '\"'"),
+        ("a.txt", b"one\n\0\n", "line 2 holds a null"),
+        ("a.txt", b"one\n\xff\n", "it is not UTF-8: save it as UTF-8 and try again"),
+        ("a.parquet", b"no parquet", "cannot be read"),
+    ],
+)
+def test_what_is_wrong_with_a_file(tmp_path, name, content, why):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as error:
+        load_dataset(TrainConfig(dataset=str(tmp_path / name), streaming=True))
+    assert str(error.value).startswith(f"{tmp_path / name}")
+    assert why in str(error.value)
+
+
+def test_a_pipe_would_be_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(DataError, match="it is no file"):
+        load_dataset(TrainConfig(dataset=str(tmp_path / "a.txt"), streaming=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"rows": 5}, "streaming never has all rows, of which --rows draws some"),
+        ({"txt_rows": "file"}, "streaming reads a line at a time"),
+        ({"epochs": 2}, "epochs are not known with streaming"),
+        ({"streaming": False, "buffer": 5}, "buffer is for streaming"),
+    ],
+)
+def test_settings_that_contradict_it(given, why):
+    with pytest.raises(ValidationError, match=why):
+        TrainConfig.model_validate({"streaming": True} | given)
+
+
+@pytest.mark.parametrize("given", [{"text_column": "body"}, {"where": ["body=x"]}])
+def test_columns_are_those_of_the_first_rows(rows_jsonl, given):
+    with pytest.raises(DataError, match="has no column 'body' in its first 100 rows"):
+        load_dataset(TrainConfig.model_validate({"dataset": str(rows_jsonl), "streaming": True} | given))
+
+
+# Training
+
+
+@pytest.fixture
+def config(settings, rows_jsonl):
+    return lambda **given: settings(dataset=str(rows_jsonl), streaming=True, buffer=30, **given)
+
+
+def settings_of(adapter):
+    return resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE)
+
+
+def losses(adapter):
+    lines = (adapter.path / METRICS_FILE).read_text().splitlines()
+    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+
+@pytest.mark.parametrize("method", ["lora", "eva"])
+def test_a_run_is_trained_measured_and_repeated(config, method):
+    told = []
+    adapter = train(config(name="one", max_steps=20, method=method), told.append)
+    facts = adapter.manifest
+    assert facts.result.gain > 0
+    assert facts.data.counts["read"] == sum(count for name, count in facts.data.counts.items() if name != "read")
+    assert facts.run.sequences == 20 * settings_of(adapter).batch_size
+    assert Notice("The run takes 20 steps.") in told
+    assert any(it.text.startswith("The first rows of the stream: ") for it in told if isinstance(it, Notice))
+    again = train(config(name="two", max_steps=20, method=method))
+    assert again.sha256 == adapter.sha256
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(config, stop_at):
+    given = {"max_steps": 30, "dropout": 0.1, "accumulation": 2}
+    whole = train(config(name="whole", **given))
+    with stop_at(11):
+        train(config(name="cut", save_every=4, **given))
+    cut = resume("cut")
+    assert losses(cut) == losses(whole)
+    ours, theirs = (load_file(it.path / WEIGHTS_FILE) for it in (cut, whole))
+    assert all(bool((ours[name] == theirs[name]).all()) for name in ours)
+    assert cut.manifest.data == whole.manifest.data
+
+
+def test_a_stream_that_breaks_off_leaves_a_checkpoint_to_go_on_from(config, monkeypatch):
+    whole = train(config(name="whole", max_steps=25))
+    real, read = data_streaming.iter_rows, []
+
+    def breaking(*given, **more):
+        for row in real(*given, **more):
+            read.append(row)
+            if len(read) == 70:
+                raise HubError("The line is dead.")
+            yield row
+
+    with monkeypatch.context() as patched:
+        patched.setattr(data_streaming, "iter_rows", breaking)
+        with pytest.raises(
+            TrainingError, match=r"The line is dead\. It was after step \d+ of 25\. Go on with: .* --resume cut"
+        ):
+            train(config(name="cut", max_steps=25))
+    assert resume("cut").sha256 == whole.sha256
+
+
+def test_a_run_that_could_not_be_written_still_counts_its_rows(config, monkeypatch):
+    whole = train(config(name="whole", max_steps=8, save_every=8))
+
+    def fail(*given):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run.report, "plot_loss", fail)
+        with pytest.raises(TrainingError, match="the run is kept"):
+            train(config(name="cut", max_steps=8, save_every=8))
+    assert resume("cut").manifest.data == whole.manifest.data
+
+
+def test_the_held_out_rows_are_the_first_of_the_stream_and_never_trained_on(config, rows_jsonl):
+    job = run.prepare_training(config(eval_rows=8))
+    everything = load_dataset(TrainConfig(dataset=str(rows_jsonl)))
+    assert len(job.held_out_texts) == 8
+    assert set(job.held_out_texts) <= set(everything.held_out)
+
+
+def test_minutes_a_plan_and_no_rule_at_all(config):
+    plan = run.plan(config(max_steps=None, minutes=0.05))
+    assert plan.steps_per_epoch is None
+    assert plan.steps > 0
+    told = []
+    assert run.plan(config(max_steps=None), told.append).steps > plan.steps
+    assert any("A stream has no end, so 10 minutes of it are trained." in getattr(it, "text", "") for it in told)
+
+
+def test_conversations_stream_too(tmp_path, config):
+    path = tmp_path / "talks.jsonl"
+    pairs = ({"prompt": f"Is {number} good?", "completion": text} for number, text in enumerate(TEXTS))
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    adapter = train(config().model_copy(update={"dataset": str(path)}))
+    assert adapter.manifest.data.format == "prompt and completion"
+
+
+def test_from_the_hub(repos, cli):  # noqa: F811
+    short = {"rank": 2, "max-steps": 4, "max-length": 64, "eval-rows": 5, "buffer": 40, "where": "label=pos"}
+    with Hub(repos) as hub:
+        cli(hub, "train", "--streaming", *(f"--{name}={value}" for name, value in short.items()))
+        facts = json.loads(cli(hub, "adapters", "show", "imdb", "--json").stdout)
+    assert facts["data"]["source"] == "stanfordnlp/imdb"
+    assert facts["run"]["steps"] == 4

@@ -1,0 +1,381 @@
+"""Nonsense for every option of every command, and in files of settings: a line that says what is wrong, and nothing written."""
+
+import contextlib
+import io
+import json
+import sys
+
+import pytest
+import typer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lora_tuner.cli.app import app
+
+from .. import adapter_files
+from .process import contents
+from .test_broken_data import no_more_than_others, table
+
+ROOT = typer.main.get_command(app)
+HUGE = "9" * 30
+NONSENSE = ["", " ", "nonsense", "-1", "0", "nan", "inf", "1e999", "-0.5", HUGE, "x" * 5000]
+NONSENSE += ["a\0b", "\u202e\u00fc\n", "\udcff", "some.txt", "folder", "folder/up"]
+NO_BASE = ("--base", "nowhere/base")  # what is not refused before gets to this, which is always the same line
+GIVEN = {
+    "train": ("--dataset", "x.csv", *NO_BASE),
+    "generate": ("x", *NO_BASE),
+    "compare": ("x", "--adapter", "a", *NO_BASE),
+    "evaluate": ("a", "--eval-dataset", "x.csv", *NO_BASE),
+    "merge": ("a", "--out", "out", *NO_BASE),
+    "blend": ("a=1", "b=2", "--name", "new", *NO_BASE),
+    "slim": ("a", "--name", "new", *NO_BASE),
+    "export": ("a", "--out", "a.gguf", *NO_BASE),
+    "push": ("a", "owner/name"),
+    "pull": ("owner/name", "--name", "new"),
+    "serve": ("--port", "0", *NO_BASE),
+    "doctor": (),
+    "methods": (),
+    "adapters list": (),
+    "adapters show": ("a",),
+    "adapters verify": ("other",),
+    "adapters check": ("a", "--for", "vllm"),
+    "adapters rename": ("nothing", "new"),
+    "adapters remove": ("nothing", "--yes"),
+    "adapters adopt": ("other", *NO_BASE),
+}
+NAMES = {"nonsense", "nan", "inf", "folder"}  # names like others, as far as they are free
+TEXTS = {*NONSENSE} - {"", "a\0b", "\udcff"}
+PATHS = TEXTS - {"x" * 5000, "some.txt"}
+ACCEPTED = {  # the others are refused
+    **dict.fromkeys(["--split-salt", "--stop"], TEXTS),
+    **dict.fromkeys(["--targets", "--device", "--revision"], TEXTS),  # these are looked at when the base is there
+    **dict.fromkeys(["--adapters-dir", "--runs-dir"], PATHS),  # made where they are missing
+    **dict.fromkeys(["--name", "new"], NAMES),
+    **{
+        option: {HUGE}
+        for option in ["--preview", "--rows", "--max-length", "--eval-rows", "--max-new-tokens", "--max-bytes"]
+    },
+    **{option: {HUGE} for option in ["--learning-rate", "--clip"]},
+    **{option: {"0"} for option in ["--dropout", "--warmup", "--seed", "--temperature", "--energy"]},
+    **{option: {"0", HUGE} for option in ["--top-k", "--weight-decay"]},
+    "--port": {"0"},
+    "--max-resident": {HUGE},
+    "--api-key": {"nonsense", "some.txt", "folder/up", HUGE, "x" * 5000},
+    "--eval-dataset": {"some.txt"},
+    "--out": PATHS - {"folder"},
+    "prompt": TEXTS | {""},
+    "repo": TEXTS,  # whether it is a repo, the Hub says
+}
+
+
+def commands(command=ROOT, path=()):
+    for name, it in getattr(command, "commands", {}).items():
+        yield from commands(it, (*path, name))
+    if not hasattr(command, "commands"):
+        yield " ".join(path), command
+
+
+COMMANDS = dict(commands())
+
+
+@pytest.fixture
+def place(tmp_path):
+    """What the arguments of GIVEN name."""
+    (tmp_path / "x.csv").write_text(table())
+    (tmp_path / "some.txt").write_text("one\ntwo\n")
+    (tmp_path / "folder").mkdir()
+    for name in "ab":
+        adapter_files.write(tmp_path / "adapters" / name, facts=adapter_files.manifest())
+    adapter_files.write(tmp_path / "other")
+    return tmp_path
+
+
+def invoke(*arguments):
+    """The command line in this process: status, stdout, stderr."""
+    out, err, status, before = io.StringIO(), io.StringIO(), 0, sys.stdin
+    sys.stdin = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            ROOT.main(args=[*arguments], prog_name="cli.py")
+    except SystemExit as error:
+        status = error.code
+    finally:
+        sys.stdin = before
+    return status, out.getvalue(), err.getvalue()
+
+
+def with_one(given, param, value, command):
+    """The arguments with another value for one of them."""
+    given = list(given)
+    if param.param_type_name == "option":
+        if param.opts[0] in given:
+            at = given.index(param.opts[0])
+            del given[at : at + 2]
+        return [*given, param.opts[0], value]
+    arguments = [it.name for it in command.params if it.param_type_name == "argument"]
+    given[arguments.index(param.name)] = value
+    return given
+
+
+def is_flag(param):
+    return param.param_type_name == "option" and param.is_flag
+
+
+def files_of(folder):
+    return {name: content for name, content in contents(folder).items() if content is not None}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_nonsense_is_refused_in_a_line_that_names_it(place, name):
+    command, given = COMMANDS[name], GIVEN[name]
+    usual = invoke(*name.split(), *given)
+    before, wrong = files_of(place), []
+    for param in command.params:
+        if is_flag(param):
+            continue
+        called = param.opts[0] if param.param_type_name == "option" else param.name
+        for value in NONSENSE:
+            status, out, err = found = invoke(*name.split(), *with_one(given, param, value, command))
+            accepted = status == 0 or (status, out, last(err)) == (usual[0], usual[1], last(usual[2]))
+            lines = [line for line in err.splitlines() if line.startswith("Error: ")]
+            if name == "adapters verify" and status == 1:
+                lines = lines or out.splitlines()  # of each what is wrong with it
+            if accepted:
+                fine = value in ACCEPTED.get(called, ())
+            else:
+                fine = status in (1, 2) and len(lines) == 1 and (not out or lines == out.splitlines())
+                fine = fine and any(it and it in lines[0] for it in (called, param.name, param.metavar, shown(value)))
+            if not fine:
+                wrong.append((called, value[:20], found))
+    assert not wrong, "\n".join(map(str, wrong))
+    assert files_of(place) == before
+
+
+def last(text):
+    return text.splitlines()[-1:]
+
+
+def shown(value):
+    """A value as a line shows it; of what click takes for several short options, the first."""
+    return "-0" if value == "-0.5" else value.replace("\n", " ")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_option_is_given_twice_and_no_switch_has_a_value(place, name):
+    for param in COMMANDS[name].params:
+        if param.param_type_name == "argument" or param.multiple or "--help" in param.opts:
+            continue
+        twice = [*param.opts] * 2 if is_flag(param) else [param.opts[0], "1", param.opts[0], "2"]
+        status, _, err = invoke(*name.split(), *with_one(GIVEN[name], param, "", COMMANDS[name])[:-2], *twice)
+        assert (status, err.count("\n")) == (2, 1)
+        assert err.startswith(f"Error: Invalid value for '{param.opts[0]}'"), err
+        if is_flag(param):
+            status, _, err = invoke(*name.split(), *GIVEN[name], f"{param.opts[0]}=1")
+            assert (status, err.count("\n")) == (2, 1)
+            assert param.opts[0] in err
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, derandomize=True, deadline=None, suppress_health_check=[*HealthCheck])
+@given(
+    data=st.data(), name=st.sampled_from([it for it in COMMANDS if it not in ("doctor", "methods")])
+)  # which take no value
+def test_no_text_whatever_is_too_much_for_an_option(place, data, name):
+    command = COMMANDS[name]
+    param = data.draw(st.sampled_from([it for it in command.params if not is_flag(it)]))
+    value = data.draw(st.one_of(st.text(max_size=30), st.floats().map(str), st.integers().map(str)))
+    if (name, param.name) in (("adapters list", "adapters_dir"), ("adapters verify", "names")):
+        return  # these say of each what it is
+    status, _, err = invoke(*name.split(), *with_one(GIVEN[name], param, value, command))
+    assert status in (0, 1, 2)
+    assert status == 0 or name == "adapters check" or err.count("Error: ") == 1 == last(err)[0].count("Error: ")
+    assert sorted(it.name for it in place.iterdir() if it.is_file()) == ["some.txt", "x.csv"]
+
+
+BETWEEN = [
+    ("train --epochs 1 --max-steps 5", "epochs and max_steps contradict each other: give one of them"),
+    ("train --minutes 1 --epochs 1 --max-steps 1", "epochs and max_steps and minutes contradict each other"),
+    ("train --patience 2", "patience needs eval_every: it counts measurements"),
+    ("train --force", "force is for an adapter to go on from: name it with --from"),
+    ("train --eval-split test", "eval_split needs eval_dataset: it is a split of that"),
+    ("train --from nothing", "There is no adapter 'nothing', neither in adapters (a, b) nor as a path."),
+    ("train --dtype int4", "Invalid value for '--dtype'"),
+    ("train --resume x --json --plan", "--resume takes its settings from the run it goes on with"),
+    ("generate x --greedy --seed 1", "greedy draws nothing: leave seed out"),
+    ("generate x --temperature 0 --seed 1", "greedy draws nothing: leave seed out"),
+    ("generate x --greedy --top-k 5", "greedy draws nothing: leave temperature, top_p and top_k out"),
+    ("generate x --greedy --answers 2", "answers above 1 would all be the same: greedy has one answer"),
+    ("generate x --file some.txt", "A prompt and --file are two sources: give one."),
+    ("generate x --file folder", "Error: "),
+    ("generate --file folder", "folder: Is a directory."),
+    ("generate --file nowhere.txt", "There is no file nowhere.txt."),
+    ("blend a=nan b=1 --name x", "a=nan: a weight is a number other than 0."),
+    ("blend a=0 b=inf --name x", "a=0, b=inf: a weight is a number other than 0."),
+    ("blend a=1 a=1e999 --name x", "a=inf: a weight is a number other than 0."),
+    ("blend a --name x", "'a' is not NAME=WEIGHT, such as imdb=0.7."),
+    ("slim a --energy 0.5 --max-bytes 9", "energy and max_bytes are two rules: give one."),
+    ("slim a --energy nan", "energy"),
+    ("merge a --out folder", "folder exists: choose another --out, or replace it with --overwrite."),
+    ("merge a --out folder --overwrite", "folder is no model folder, so it is not replaced: choose another --out."),
+    ("export a --out some.txt --overwrite", "some.txt is no GGUF file, so it is not replaced: choose another --out."),
+    ("evaluate a --plot x.jpg", "--plot x.jpg: the picture is a .png file."),
+    ("evaluate a --where label=1", "where: only --eval-dataset is read with that."),
+    ("merge a --out x --text-column body", "text_column: only --eval-dataset is read with that."),
+    ("adapters rename a b", "adapters/b exists: choose another name."),
+    ("adapters list --adapters-dir some.txt", "Invalid value for '--adapters-dir'"),
+    ("pull owner/name --name a", "adapters/a exists: choose another --name, or replace it with --overwrite."),
+]
+
+
+@pytest.mark.parametrize(("line", "why"), BETWEEN)
+def test_what_contradicts_itself_is_refused(place, line, why):
+    before = files_of(place)
+    status, out, err = invoke(*line.split())
+    assert files_of(place) == before
+    assert (status in (1, 2), out, err.count("\n")) == (True, "", 1)
+    assert why in err
+
+
+def test_a_command_in_a_process_of_its_own_says_the_same(run, place):
+    for line, why in BETWEEN[::9]:
+        ended = run(*line.split())
+        assert (ended.status in (1, 2), ended.out, ended.err.count("\n")) == (True, "", 1)
+        assert why in ended.line
+
+
+LATE = [  # seen when the base is there
+    ("--device", "nonsense", "There is no device 'nonsense' here: choose auto, cpu"),
+    ("--device", "cuda:99", "There is no device 'cuda:99' here"),
+    ("--device", "cpu:7", "There is no device 'cpu:7' here"),
+    ("--device", "meta", "There is no device 'meta' here"),
+    ("--targets", "nonsense", "nonsense"),
+    ("--targets", " , ", "targets"),
+    ("--targets", "lm_head", "lm_head"),
+    ("--max-length", "129", "max_length is 129, and "),
+    ("--revision", "main", "revision"),
+    ("--learning-rate", HUGE, "The loss is nan in step 2, so the run has stopped."),
+    ("--weight-decay", HUGE, "The loss is nan in step 2, so the run has stopped."),
+]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "why"), [*LATE[:4], *(pytest.param(*it, marks=pytest.mark.slow) for it in LATE[4:])]
+)
+def test_nonsense_that_only_the_base_can_tell_is_refused(run, place, gpt2, option, value, why):
+    given = {"--max-length": "64"} | {option: value}
+    with unchanged_files(place):
+        ended = run("train", "--dataset", "x.csv", "--base", gpt2, "--max-steps", 3, *sum(given.items(), ()))
+    assert (ended.status, ended.out) == (1, ""), ended.err
+    assert why in ended.line
+
+
+@contextlib.contextmanager
+def unchanged_files(folder):
+    skip = (".cache", "runs")  # a run that has begun can be looked at
+    before = {name: it for name, it in contents(folder, skip).items() if it is not None}
+    yield
+    assert {name: it for name, it in contents(folder, skip).items() if it is not None} == before
+
+
+def test_numbers_that_are_large_but_fine_are_taken(run, place, gpt2):
+    most = {"--batch-size", "--accumulation", "--save-every", "--eval-every"}
+    given = sum(((option, 1_000_000_000) for option in sorted(most)), ())
+    given += ("--rows", HUGE, "--eval-rows", HUGE, "--clip", HUGE, "--alpha", 1_000_000)
+    quick = ("--max-steps", 1, "--max-length", 64, "--learning-rate", 1e-9)
+    ended = run("train", "--dataset", "x.csv", "--base", gpt2, *given, *quick, "--json")
+    assert ended.status == 0, ended.err
+    facts = json.loads(ended.out)
+    assert (facts["run"]["steps"], facts["alpha"]) == (1, 1_000_000)
+    assert facts["result"]["rows"] == facts["data"]["counts"]["held_out"]
+    written = run("generate", "--adapter", "x", "--max-new-tokens", HUGE, "--top-k", HUGE, "--json", "x")
+    assert written.status == 0, written.err
+
+
+@pytest.mark.parametrize("option", ["--adapters-dir", "--runs-dir"])
+@pytest.mark.parametrize(
+    ("where", "status", "why"),
+    [
+        ("some.txt", 2, "'some.txt' is a file."),
+        ("some.txt/below", 1, "some.txt is no folder: choose another"),
+        ("locked/below", 1, "locked may not be written to: choose another"),
+    ],
+)
+def test_a_place_where_nothing_can_be_written_is_refused(run, place, gpt2, option, where, status, why):
+    (place / "locked").mkdir()
+    (place / "locked").chmod(0o555)
+    ended = run("train", "--dataset", "x.csv", "--base", gpt2, option, where, before=no_more_than_others)
+    assert (ended.status, ended.out) == (status, ""), ended.err
+    assert why in ended.line
+    assert not (place / "adapters" / "x").exists()
+
+
+# Files of settings
+
+
+DEEP = "where: " + "[" * 2000 + "]" * 2000
+LAUGHS = "a: &a [x, x]\n" + "".join(
+    f"{chr(98 + n)}: &{chr(98 + n)} [*{chr(97 + n)}, *{chr(97 + n)}]\n" for n in range(24)
+)
+FILES = [
+    ("", "x.yaml holds no settings"),
+    ("# nothing\n", "x.yaml holds no settings"),
+    ("- rank: 4\n", "x.yaml holds no settings"),
+    ("rank", "x.yaml holds no settings"),
+    ("rank: eight\n", "rank: input should be a valid integer"),
+    ("rank: [8]\n", "rank: input should be a valid integer"),
+    ("rank: true\n", "rank: yes or no is not a value here (got True)"),
+    ("rank: .nan\n", "rank: input should be"),
+    ("learning_rate: .inf\n", "learning_rate: input should be a finite number"),
+    ("learning_rate: {peak: 1}\n", "learning_rate: input should be a valid number"),
+    (f"alpha: {HUGE}\n", "alpha: input should be less than or equal to 1000000"),
+    ("dataset: 5\n", "dataset: input should be a valid string (got 5)"),
+    ("dataset: ''\n", "dataset: it is empty: give a value, or leave it out"),
+    ("adapters_dir: ''\n", "adapters_dir: it is empty: give a value, or leave it out"),
+    ('dataset: "a\\0b"\n', "dataset: null bytes and halves of characters are no text"),
+    ('where: ["a=\\ud800"]\n', "where: null bytes and halves of characters are no text"),
+    ("where: label=1\n", "where: input should be a valid list"),
+    ("keep_lines: maybe\n", "keep_lines: input should be a valid boolean"),
+    ("packing: no\nrnak: 8\n", "rnak: there is no such setting"),
+    ("1: 2\n", "1: keys should be strings"),
+    ("? [a, b]\n: 2\n", "found unhashable key"),
+    ("rank: 4\nrank: 8\n", "rank is given twice"),
+    ("rank: &r 4\nalpha: *r\n", "line 2: *r is an alias: write out what it stands for"),
+    ("<<: *x\n", "line 1: *x is an alias"),
+    (LAUGHS, "line 2: *a is an alias"),
+    ("rank: !!python/object/apply:os.system ['touch hacked']\n", "could not determine a constructor for the tag"),
+    ("rank: !!python/name:os.system\n", "could not determine a constructor for the tag"),
+    ("rank: !mine 4\n", "could not determine a constructor for the tag"),
+    ("rank: 4\n---\nrank: 8\n", "expected a single document in the stream"),
+    ("rank: {\n", "cannot be read as YAML"),
+    ("\trank: 4\n", "cannot be read as YAML"),
+    ("name: 2024-13-45\n", "cannot be read as YAML"),
+    (DEEP, "cannot be read as YAML"),
+    (b"\xff\xfe\0rank", "cannot be read as YAML"),
+    (b"\0" * 100, "cannot be read as YAML"),
+    ("rank: 4\n".encode("utf-16"), "cannot be read as YAML"),
+    (f"name: {'x' * 900_000}\n", "name: it is longer than 10,000 characters"),
+    ("#" * 1_000_001, "it is longer than 1,000,000 characters, and settings are not"),
+    ("".join(f"x{n}: 1\n" for n in range(5_000)), "x0: there is no such setting"),
+    ("epochs: 1\nmax_steps: 1\n", "epochs and max_steps contradict each other"),
+]
+
+
+@pytest.mark.parametrize(("content", "why"), FILES)
+def test_a_file_of_nonsense_is_refused_in_a_line(place, content, why):
+    (place / "x.yaml").write_bytes(content.encode() if isinstance(content, str) else content)
+    before = files_of(place)
+    others = NO_BASE if b"dataset" in (place / "x.yaml").read_bytes() else GIVEN["train"]
+    status, out, err = invoke("train", *others, "--config", "x.yaml")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert why in err
+    assert files_of(place) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("folder", "Is a directory"), ("/dev/zero", "longer than"), ("no", "no file")]
+)
+def test_settings_in_no_file_are_refused(run, place, name, why):
+    ended = run("train", "--config", name)
+    assert (ended.status, ended.out) == (1, "")
+    assert why in ended.line
+    assert ended.peak < 3e9

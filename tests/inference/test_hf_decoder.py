@@ -1,0 +1,112 @@
+"""The way through transformers, for kinds of models that keep their past in different ways."""
+
+import pytest
+import torch
+import transformers
+
+from lora_tuner import Generator, SamplingParams
+from lora_tuner.inference.cpu_decoder import CpuDecoder
+from lora_tuner.inference.sequence import Sequence
+
+from .. import tiny_models
+from .test_multi_lora import save_opt
+
+GREEDY = SamplingParams(greedy=True, max_new_tokens=12, repetition_penalty=1.0)
+PROMPTS = ["the actor never works", "so", "this film drags somehow. the story", "her"]
+SIZE = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = WIDTH | {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 128, "head_dim": 8}
+KINDS = {
+    "Bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},  # alibi in place of positions
+    "GPTNeoX": WIDTH | {"intermediate_size": 64, "max_position_embeddings": 128},
+    "Mistral": LLAMA | {"sliding_window": 5},
+    "Gemma2": LLAMA | {"sliding_window": 4, "query_pre_attn_scalar": 8},
+    "Lfm2": LLAMA | {"full_attn_idxs": [1], "conv_L_cache": 3, "block_ff_dim": 64},
+    "Qwen3Next": LLAMA
+    | {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "mlp_only_layers": [0, 1],
+    },
+    "Mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+}
+
+
+def save(kind, folder):
+    if kind == "OPT":
+        return save_opt(folder)
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**SIZE | KINDS[kind])
+    name = f"{kind}LMHeadModel" if hasattr(transformers, f"{kind}LMHeadModel") else f"{kind}ForCausalLM"
+    model = getattr(transformers, name)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["OPT", *KINDS])
+def generator(request, tmp_path):
+    return Generator(base=str(save(request.param, tmp_path / request.param)), device="cpu")
+
+
+def alone(generator, prompt):
+    """What transformers writes by itself."""
+    inputs = generator.base.tokenizer(prompt, return_tensors="pt")
+    model = generator.base.model
+    output = model.generate(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=12, pad_token_id=0
+    )
+    return output[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_rows_of_one_batch_write_what_transformers_writes_for_each(generator):
+    assert generator.writer.decoder is None
+    rows = [Sequence(generator.base, generator.check(prompt), GREEDY) for prompt in PROMPTS]
+    for number in range(4):  # each comes when others are under way
+        generator.writer.join([rows[number]])
+        generator.writer.step()
+    while generator.writer.rows:
+        generator.writer.step()
+    for prompt, row in zip(PROMPTS, rows, strict=True):
+        expected = alone(generator, prompt)
+        assert row.new == (expected[: expected.index(0)] if 0 in expected else expected)
+
+
+def test_a_base_without_a_cache_that_is_known_is_read_anew_for_each_token(tmp_path):
+    told = []
+    folder = save("Mistral", tmp_path / "base")
+    expected = Generator(base=str(folder), device="cpu").generate("the actor", GREEDY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora_tuner.inference.hf_decoder.HFDecoder._right", lambda self: False)
+        generator = Generator(base=str(folder), device="cpu", notify=lambda event: told.append(event.text))
+        assert generator.generate("the actor", GREEDY) == expected
+    assert told == [f"{folder} keeps its past in a way of its own, so each token is slow."]
+
+
+def test_every_kind_has_a_cache_but_mamba_whose_own_is_called_otherwise(generator):
+    stock = generator.writer.stock
+    assert stock.cached == (type(generator.base.model).__name__ != "MambaForCausalLM")
+
+
+def test_what_a_token_takes_is_told_of_every_kind(generator):
+    assert generator.writer.bytes_a_token > 0
+
+
+def test_a_cache_that_loses_a_row_is_found_out(tmp_path, monkeypatch):
+    folder = tiny_models.save_model(tmp_path / "base", "llama")
+    monkeypatch.setattr(CpuDecoder, "of", lambda base: None)
+    from lora_tuner.inference.hf_decoder import HFCache
+
+    monkeypatch.setattr(HFCache, "keep", lambda self, lines: None)
+    assert not Generator(base=str(folder), device="cpu").writer.stock.cached

@@ -1,0 +1,532 @@
+import json
+import zlib
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+
+from lora_tuner import atomic_io
+from lora_tuner.adapters.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, load_adapter_folder
+from lora_tuner.adapters.manifest import WeightsInfo
+from lora_tuner.errors import AdapterError, MixedBatchError
+from lora_tuner.inference.multi_lora import MultiLora, blend_loaded
+from lora_tuner.models.loading import load_base
+from lora_tuner.models.resolve import find_base
+
+from .. import adapter_files, tiny_models
+
+STRUNG = "This base does not keep the rows of a batch apart, so each adapter needs its own."
+IDS = torch.arange(7, 307).reshape(15, 20)  # each test takes as many rows as it needs
+SOME = {"gpt2": ["c_attn", "mlp.c_proj"], "llama": ["q_proj", "v_proj", "down_proj"]}
+ALL = {
+    "gpt2": ["c_attn", "c_fc", "c_proj"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+ONE = {"gpt2": "transformer.h.0.attn.c_attn", "llama": "model.layers.0.self_attn.q_proj"}
+# In the order in which PEFT saves them, so that the first that matches is the same before and after.
+RANKS = {
+    "gpt2": {"0.attn.c_attn": 2, "^transformer.h.1.mlp.c_proj": 5, "c_attn": 7, r"h\.1\.attn\.c_proj": 3},
+    "llama": {"0.self_attn.q_proj": 2, "^model.layers.1.mlp.down_proj": 5, r"layers\.1\.mlp\.up_proj": 3, "q_proj": 7},
+}
+ALPHAS = {
+    "gpt2": {"^transformer.h.0.attn.c_attn$": 1, "h.0.mlp.c_fc": 30, r"mlp\.c_proj": 2.5},
+    "llama": {"^model.layers.0.self_attn.q_proj$": 1, "0.mlp.up_proj": 30, r"mlp\.down_proj": 2.5},
+}
+
+
+@pytest.fixture
+def kind(model_folder):
+    return model_folder.name
+
+
+@pytest.fixture
+def base(model_folder):
+    return load(model_folder)
+
+
+@pytest.fixture
+def make(model_folder, kind, tmp_path):
+    """A folder that real PEFT has written, with random weights throughout."""
+
+    def write(name, **settings):
+        return written(model_folder, tmp_path / name, **{"target_modules": SOME[kind]} | settings)
+
+    return write
+
+
+def load(folder, dtype="float32"):
+    return load_base(find_base(str(folder)), "cpu", dtype)
+
+
+def written(base_folder, folder, dtype=torch.float32, **settings):
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    settings = {"r": 4, "lora_alpha": 8, "fan_in_fan_out": model.config.model_type == "gpt2"} | settings
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    torch.manual_seed(zlib.crc32(folder.name.encode()))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_magnitude" in name:
+                parameter.mul_(torch.rand_like(parameter) + 0.5)
+            elif "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.15)
+            if "lora_" in name:
+                parameter.data = parameter.data.to(dtype)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return load_adapter_folder(folder)
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+class Bank(MultiLora):
+    """Adapters by name; None is the plain base."""
+
+    def __init__(self, base):
+        super().__init__(base)
+        self.loaded = {None: None}
+
+    def add(self, name, adapter):
+        self.loaded[name] = self.read(adapter)
+
+    def on(self, rows):
+        return self.applied(self.hooks([self.loaded[name] for name in rows]))
+
+
+def through(base, bank, rows, ids=IDS[:3]):
+    with bank.on(rows):
+        return logits(base.model, ids)
+
+
+def alone(base_folder, adapter, ids):
+    """What plain PEFT, or plain transformers, gives on a model of its own."""
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    return logits(PeftModel.from_pretrained(model, adapter.path).eval() if adapter else model, ids)
+
+
+def same(ours, expected):
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+def hooks(model):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+# as plain PEFT
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True, "r": 9},
+        {"use_dora": True},
+        {"use_dora": True, "use_rslora": True, "lora_alpha": 3},
+        {"lora_alpha": -5},
+        {"dtype": torch.float16},
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.bfloat16, "use_dora": True},
+        {"target_modules": "all-linear"},
+    ],
+    ids=str,
+)
+def test_an_adapter_gives_the_logits_of_plain_peft(base, make, model_folder, settings):
+    adapter = make("it", **settings)
+    assert {dtype for dtype, _ in adapter.tensors.values()} == {
+        {torch.float16: "F16", torch.bfloat16: "BF16"}.get(settings.get("dtype"), "F32")
+    }
+    bank = Bank(base)
+    bank.add("it", adapter)
+    ours = through(base, bank, ["it"])
+    same(ours, alone(model_folder, adapter, IDS[:3]))
+    assert (ours - logits(base.model, IDS[:3])).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
+def test_ranks_and_alphas_by_pattern_are_read_as_peft_reads_them(base, make, kind, model_folder, settings):
+    adapter = make("it", target_modules=ALL[kind], rank_pattern=RANKS[kind], alpha_pattern=ALPHAS[kind], **settings)
+    assert {adapter.rank_of(module) for module in adapter.modules} == {2, 3, 4, 5, 7}
+    over = 2**0.5 if settings == {"use_rslora": True} else 2
+    assert adapter.scale_of(ONE[kind]) == 1 / over
+    bank = Bank(base)
+    bank.add("it", adapter)
+    same(through(base, bank, ["it"]), alone(model_folder, adapter, IDS[:3]))
+
+
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning")
+def test_a_key_that_could_mean_a_part_of_a_name_means_whole_names(base, make, kind, model_folder):
+    part = {"gpt2": "attn", "llama": "proj"}[kind]
+    adapter = make("it", rank_pattern={part: 2, ".": 3}, alpha_pattern={part: 99, "_proj": 77})
+    assert {adapter.rank_of(module) for module in adapter.modules} == {4}
+    bank = Bank(base)
+    bank.add("it", adapter)
+    same(through(base, bank, ["it"]), alone(model_folder, adapter, IDS[:3]))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_base_in_half_precision_is_rounded_as_plain_peft_rounds_it(make, model_folder, dora):
+    adapter = make("it", use_dora=dora)
+    half = load(model_folder, "bfloat16")
+    bank = Bank(half)
+    bank.add("it", adapter)
+    ours = through(half, bank, ["it"])
+    assert ours.dtype == torch.bfloat16
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model_folder, dtype="bfloat16"), adapter.path
+    )
+    peft, exact = logits(model.eval(), IDS[:3]), alone(model_folder, adapter, IDS[:3])
+    assert (ours - exact).abs().mean() < 1.2 * (peft - exact).abs().mean()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_dora_leaves_the_bias_of_a_layer_alone(tmp_path, gpt2, kind):
+    folder = save_opt(tmp_path / "opt") if kind == "opt" else gpt2
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(0)
+    with torch.no_grad():  # a fresh model has none
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    model.save_pretrained(tmp_path / "base")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "base")
+    target = {"gpt2": "c_attn", "opt": "q_proj"}[kind]
+    adapter = written(tmp_path / "base", tmp_path / "it", target_modules=[target], use_dora=True)
+    base = load(tmp_path / "base")
+    bank = Bank(base)
+    bank.add("it", adapter)
+    expected = alone(tmp_path / "base", adapter, IDS[:3])
+    same(through(base, bank, ["it"]), expected)
+    same(through(base, bank, ["it", None, "it"])[::2], expected[::2])
+
+
+# rows of a batch
+
+
+@pytest.fixture
+def mixed(base, make, kind):
+    """A bank of adapters of every sort, and their folders by name; None is the plain base."""
+    adapters = {
+        "plain": make("plain"),
+        "wide": make("wide", r=11, use_rslora=True, target_modules=ALL[kind]),
+        "single": make("single", r=1, target_modules=[ONE[kind]]),
+        "patterns": make("patterns", target_modules=ALL[kind], rank_pattern=RANKS[kind], alpha_pattern=ALPHAS[kind]),
+        "dora": make("dora", use_dora=True, r=6),
+        "half": make("half", dtype=torch.bfloat16, r=3),
+        None: None,
+    }
+    bank = Bank(base)
+    for name, adapter in adapters.items():
+        if adapter:
+            bank.add(name, adapter)
+    return bank, adapters
+
+
+def test_each_row_of_a_mixed_batch_is_as_it_is_alone(base, mixed, model_folder):
+    bank, adapters = mixed
+    names = [*adapters, "dora", None, "single"]
+    expected = [alone(model_folder, adapters[name], IDS[row : row + 1]) for row, name in enumerate(names)]
+    same(through(base, bank, names, IDS[: len(names)]), torch.cat(expected))
+    assert min((a - b).abs().max() for a in expected for b in expected if a is not b) > 0.1
+
+
+def test_pairs_of_rows_do_not_mix(base, mixed, model_folder):
+    bank, adapters = mixed
+    expected = {name: alone(model_folder, adapter, IDS[:2]) for name, adapter in adapters.items()}
+    for first in adapters:
+        for second in adapters:
+            ours = through(base, bank, [first, second], IDS[:2])
+            same(ours, torch.stack([expected[first][0], expected[second][1]]))
+
+
+def test_one_entry_stands_for_batches_of_any_size(base, mixed, model_folder):
+    bank, adapters = mixed
+    for name in ("plain", "dora", None):
+        with bank.on([name]):
+            for rows in (1, 5, 2):
+                same(logits(base.model, IDS[:rows]), alone(model_folder, adapters[name], IDS[:rows]))
+
+
+def test_a_batch_of_another_size_than_its_rows_is_refused(base, mixed):
+    bank, _ = mixed
+    for rows in (1, 3):
+        with pytest.raises(MixedBatchError) as error:
+            through(base, bank, ["plain", "dora"], IDS[:rows])
+        assert str(error.value) == STRUNG
+
+
+# the base
+
+
+def test_the_base_stays_as_it_is(base, mixed):
+    bank, _ = mixed
+    fresh = load(base.source.folder).model
+    expected, names = logits(fresh, IDS[:2]), [name for name, _ in fresh.named_modules()]
+    for rows in (["plain"], ["dora"], ["plain", "dora"], [None, "wide"], [None], [None, None]):
+        through(base, bank, rows, IDS[:2])
+        assert hooks(base.model) == 0
+        assert torch.equal(logits(base.model, IDS[:2]), expected)
+    assert [name for name, _ in base.model.named_modules()] == names
+    assert not any("lora" in name for name in names)
+    assert [name for name, _ in base.model.named_parameters()] == [name for name, _ in fresh.named_parameters()]
+    weights = base.model.state_dict()
+    assert list(weights) == list(fresh.state_dict())
+    assert all(torch.equal(weights[name], tensor) for name, tensor in fresh.state_dict().items())
+
+
+@pytest.mark.parametrize("rows", [["plain"], ["plain", "dora"]])
+def test_the_base_is_plain_again_after_an_error(base, mixed, rows):
+    bank, _ = mixed
+    before = logits(base.model, IDS[:2])
+
+    def interrupted():
+        with bank.on(rows):
+            assert not torch.equal(logits(base.model, IDS[:2]), before)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert hooks(base.model) == 0
+    assert torch.equal(logits(base.model, IDS[:2]), before)
+
+
+def test_an_update_of_nothing_changes_no_bit(base, make):
+    bank = Bank(base)
+    adapter = make("it")
+    weights = load_file(adapter.path / WEIGHTS_FILE)
+    save_file(
+        {name: torch.zeros_like(tensor) for name, tensor in weights.items()},
+        adapter.path / WEIGHTS_FILE,
+    )
+    bank.add("it", adapter)
+    assert torch.equal(through(base, bank, ["it"]), logits(base.model, IDS[:3]))
+    assert torch.equal(through(base, bank, ["it", None, None]), logits(base.model, IDS[:3]))
+
+
+# read
+
+
+def spoil(adapter, change):
+    path = adapter.path / WEIGHTS_FILE
+    weights = load_file(path)
+    change(weights[sorted(weights)[0]])
+    save_file(weights, path)
+    return f"{adapter.path} is damaged: "
+
+
+def test_an_adapter_that_is_read_again_leaves_the_first_as_it_was(base, make, model_folder):
+    bank = Bank(base)
+    first, second = make("one"), make("another", r=2, use_rslora=True)
+    bank.add("it", first)
+    before = bank.loaded["it"]
+    bank.add("it", second)
+    same(through(base, bank, ["it"]), alone(model_folder, second, IDS[:3]))
+    bank.loaded["before"] = before
+    same(through(base, bank, ["before"]), alone(model_folder, first, IDS[:3]))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_that_are_not_finite_are_refused_and_what_was_there_stays(base, make, number, dtype):
+    bank = Bank(base)
+    bank.add("it", make("good"))
+    before = through(base, bank, ["it"])
+    bad = make("bad", dtype=dtype)
+    start = spoil(bad, lambda tensor: tensor[-1, -1].fill_(number))
+    with pytest.raises(AdapterError) as error:
+        bank.add("it", bad)
+    assert str(error.value) == f"{start}{sorted(bad.tensors)[0]} holds numbers that are not finite."
+    assert torch.equal(through(base, bank, ["it"]), before)
+
+
+def test_weights_that_the_manifest_does_not_know_are_refused_and_what_was_there_stays(base, make):
+    bank = Bank(base)
+    adapter = make("it")
+    path = adapter.path / WEIGHTS_FILE
+    facts = WeightsInfo(sha256=atomic_io.sha256_file(path), bytes=path.stat().st_size, parameters=adapter.parameters)
+    (adapter.path / MANIFEST_FILE).write_text(adapter_files.manifest(weights=facts).to_json())
+    bank.add("it", load_adapter_folder(adapter.path))
+    before = through(base, bank, ["it"])
+    start = spoil(adapter, lambda tensor: tensor[0, 0].add_(1e-6))
+    with pytest.raises(AdapterError) as error:
+        bank.add("it", load_adapter_folder(adapter.path))
+    assert str(error.value) == f"{start}{WEIGHTS_FILE} is not the file that {MANIFEST_FILE} was written for."
+    assert torch.equal(through(base, bank, ["it"]), before)
+
+
+def test_an_adapter_of_another_width_is_refused_and_what_was_there_stays(base, make, kind, tmp_path):
+    bank = Bank(base)
+    bank.add("it", make("good"))
+    before = through(base, bank, ["it"])
+    wider = written(
+        tiny_models.save_model(tmp_path / "wider", kind, width=48), tmp_path / "wide", target_modules=[ONE[kind]]
+    )
+    sizes = {"gpt2": "32 -> 96 in the base, 48 -> 144", "llama": "32 -> 32 in the base, 48 -> 48"}[kind]
+    with pytest.raises(AdapterError) as error:
+        bank.add("it", wider)
+    assert str(error.value) == f"{wider.path} does not fit the base: {ONE[kind]} is {sizes} in the adapter."
+    assert torch.equal(through(base, bank, ["it"]), before)
+
+
+def test_an_adapter_of_a_deeper_base_is_refused_and_what_was_there_stays(base, make, kind, tmp_path):
+    bank = Bank(base)
+    bank.add("it", make("good"))
+    before = through(base, bank, ["it"])
+    target = ONE[kind].rpartition(".")[2]
+    deeper = written(
+        tiny_models.save_model(tmp_path / "deeper", kind, layers=6), tmp_path / "deep", target_modules=[target]
+    )
+    beyond = [f"{ONE[kind].replace('0', str(layer))} is no linear layer of the base" for layer in (2, 3, 4)]
+    with pytest.raises(AdapterError) as error:
+        bank.add("it", deeper)
+    assert str(error.value) == f"{deeper.path} does not fit the base: {'; '.join(beyond)}, and 1 more."
+    assert torch.equal(through(base, bank, ["it"]), before)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True:UserWarning")
+def test_an_update_of_the_output_head_is_refused(base, make, kind):
+    adapter = make("it", target_modules=[ONE[kind], "lm_head"])
+    with pytest.raises(AdapterError) as error:
+        Bank(base).add("it", adapter)
+    assert str(error.value) == f"{adapter.path} does not fit the base: lm_head is no linear layer of the base."
+
+
+def test_the_model_does_not_grow_with_what_is_loaded(base, make):
+    bank = Bank(base)
+    adapter = make("it")
+    modules, parameters = list(base.model.modules()), list(base.model.parameters())
+    counts = set()
+    for number in range(10):
+        bank.add(f"it{number}", adapter)
+        with bank.on(["it0"]):
+            counts.add(hooks(base.model))
+        assert hooks(base.model) == 0
+    assert counts == {len(adapter.modules)}
+    assert [id(module) for module in base.model.modules()] == [id(module) for module in modules]
+    assert [id(parameter) for parameter in base.model.parameters()] == [id(parameter) for parameter in parameters]
+
+
+def test_the_stored_settings_decide_not_the_targets_in_the_config(base, make, model_folder):
+    adapter = make("it")
+    config = json.loads((adapter.path / CONFIG_FILE).read_text())
+    (adapter.path / CONFIG_FILE).write_text(json.dumps(config | {"lora_alpha": 16, "target_modules": ["nothing"]}))
+    bank = Bank(base)
+    bank.add("as_written", adapter)
+    bank.add("doubled", load_adapter_folder(adapter.path))
+    (adapter.path / CONFIG_FILE).write_text(json.dumps(config | {"lora_alpha": 16}))
+    expected = alone(model_folder, adapter, IDS[:3])
+    same(through(base, bank, ["doubled"]), expected)
+    assert (through(base, bank, ["as_written"]) - expected).abs().max() > 0.1
+
+
+# a base that strings the rows of a batch together
+
+
+def save_opt(folder):
+    """A random OPT, which flattens rows and tokens into one dimension before its feed-forward layers."""
+    torch.manual_seed(0)
+    width = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_attention_heads": 4}
+    size = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    model = OPTForCausalLM(
+        OPTConfig(num_hidden_layers=2, max_position_embeddings=tiny_models.CONTEXT, init_std=0.08, **width, **size)
+    )
+    model.save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def opt(tmp_path):
+    return save_opt(tmp_path / "opt")
+
+
+def test_a_base_that_strings_rows_together_takes_one_adapter_for_all_of_them(opt, tmp_path):
+    base = load(opt)
+    shapes = {}
+
+    def look(name):
+        return lambda layer, inputs: shapes.update({name: inputs[0].shape})
+
+    layers = base.model.model.decoder.layers[0]
+    seen = [getattr(layers, name).register_forward_pre_hook(look(name)) for name in ("fc1", "fc2")]
+    plain = logits(base.model, IDS[:2])
+    for hook in seen:
+        hook.remove()
+    assert shapes == {"fc1": (40, 32), "fc2": (40, 64)}  # 2 rows of 20 tokens; or else OPT proves nothing here
+
+    adapters = {
+        "one": written(opt, tmp_path / "one", target_modules=["q_proj", "fc1"]),
+        "two": written(opt, tmp_path / "other", target_modules=["fc2"], use_dora=True),
+    }
+    bank = Bank(base)
+    for name, adapter in adapters.items():
+        bank.add(name, adapter)
+    for rows in (["one", "two"], ["one", None], [None, "two"]):
+        with pytest.raises(MixedBatchError) as error:
+            through(base, bank, rows, IDS[:2])
+        assert str(error.value) == STRUNG
+        assert hooks(base.model) == 0
+        assert torch.equal(logits(base.model, IDS[:2]), plain)
+    for name, adapter in adapters.items():
+        expected = alone(opt, adapter, IDS[:2])
+        same(through(base, bank, [name], IDS[:2]), expected)
+        same(through(base, bank, [name, name], IDS[:2]), expected)
+        assert (expected - plain).abs().max() > 0.01
+
+
+def test_such_a_base_mixes_adapters_of_layers_that_keep_rows_apart(opt, tmp_path):
+    one = written(opt, tmp_path / "one", target_modules=["q_proj", "v_proj"])
+    two = written(opt, tmp_path / "other", target_modules=["out_proj"], use_dora=True)
+    base = load(opt)
+    bank = Bank(base)
+    bank.add("one", one)
+    bank.add("two", two)
+    expected = [alone(opt, adapter, IDS[row : row + 1]) for row, adapter in enumerate((one, two, None))]
+    same(through(base, bank, ["one", "two", None]), torch.cat(expected))
+
+
+def test_what_is_in_memory_does_not_change_with_the_file(kind, model_folder, tmp_path):
+    """safetensors maps a file: written into, it would change the adapter; cut off, it would end the process."""
+    one, two = (written(model_folder, tmp_path / name) for name in ("one", "two"))
+    base = load(model_folder)
+    bank = Bank(base)
+    bank.add("one", one)
+    before = through(base, bank, ["one"])
+    other = (two.path / WEIGHTS_FILE).read_bytes()
+    with (one.path / WEIGHTS_FILE).open("r+b") as file:
+        file.write(other)
+    assert torch.equal(through(base, bank, ["one"]), before)
+    with (one.path / WEIGHTS_FILE).open("r+b") as file:
+        file.truncate(100)
+    assert torch.equal(through(base, bank, ["one"]), before)
+
+
+# the sum of several
+
+
+def test_a_blend_in_memory_is_the_weighted_sum_of_the_updates(base, make, kind):
+    bank = Bank(base)
+    bank.add("one", make("one", target_modules=ALL[kind]))
+    bank.add("two", make("two", r=2, target_modules=[ONE[kind]]))
+    one, two = bank.loaded["one"], bank.loaded["two"]
+    both = blend_loaded([(0.25, one), (-2.0, two)])
+    for module, update in one.layers.items():
+        expected = 0.25 * (update.up @ update.down)
+        if module in two.layers:
+            expected = expected - 2 * (two.layers[module].up @ two.layers[module].down)
+        torch.testing.assert_close(both.layers[module].up @ both.layers[module].down, expected)
+    assert both.layers.keys() == one.layers.keys() | two.layers.keys()
+    bank.loaded["both"] = both
+    with bank.on(["both"]):
+        assert hooks(base.model) == len(both.layers)
+
+
+def test_dora_is_no_part_of_a_blend(base, make):
+    bank = Bank(base)
+    bank.add("dora", make("dora", use_dora=True))
+    assert not bank.loaded["dora"].is_sum
+    with pytest.raises(AdapterError, match="also rescales the base's weights"):
+        blend_loaded([(1.0, bank.loaded["dora"])])

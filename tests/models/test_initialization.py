@@ -1,0 +1,255 @@
+"""Each method does what its paper says, and leaves a plain adapter behind."""
+
+import json
+from typing import get_args
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from lora_tuner import Library, TrainConfig, evaluation, resume, train
+from lora_tuner.adapters.adapter import CONFIG_FILE, RUN_FILE
+from lora_tuner.config import METHODS, MethodName, resolve_settings
+from lora_tuner.errors import ConfigError
+from lora_tuner.evaluation import measure_loss
+from lora_tuner.models import initialization, lora
+from lora_tuner.training.setup import prepare_training
+from lora_tuner.training.trainer import _LoraTrainer
+
+OTHERS = [name for name in METHODS if name != "lora"]
+
+
+def test_the_table_of_methods_is_whole():
+    assert set(METHODS) == set(get_args(MethodName))
+    assert next(iter(METHODS)) == TrainConfig().method == "lora"
+
+
+@pytest.fixture(params=["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
+def model_folder(request):
+    """Each kind of layer in turn, the simpler one slowly."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def on(model_folder, settings):
+    """A configuration on it."""
+
+    def make(method, **changes):
+        return settings(base=str(model_folder), method=method, learning_rate=None, **changes)
+
+    return make
+
+
+def loss(job):
+    return measure_loss(job.model, job.base, job.held_out).loss
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_update_begins_as_nothing_learns_and_leaves_the_base_alone(on, method):
+    config = on(method, max_steps=12)
+    before = prepare_training(config)
+    weights = {name: p.clone() for name, p in before.model.named_parameters() if not p.requires_grad}
+    with before.model.disable_adapter():
+        plain = loss(before)
+    assert loss(before) == pytest.approx(plain, abs=2e-5)
+    adapter = train(config)
+    result = adapter.manifest.result
+    assert result.base_loss == pytest.approx(plain, abs=1e-5)
+    assert result.loss < plain - 0.01
+    assert adapter.manifest.run.method == method
+    for name, weight in before.model.named_parameters():
+        if not weight.requires_grad:
+            assert torch.equal(weight, weights[name])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_saved_is_read_by_plain_peft_and_touches_no_base(on, model_folder, method):
+    """The measured loss is that of the files, with PEFT alone; and no initialiser is named."""
+    adapter = train(on(method))
+    config = json.loads((adapter.path / CONFIG_FILE).read_text())
+    assert config["init_lora_weights"] is True
+    assert config["eva_config"] is None
+    stock = AutoModelForCausalLM.from_pretrained(model_folder)
+    before = {name: p.clone() for name, p in stock.named_parameters()}
+    wrapped = PeftModel.from_pretrained(stock, adapter.path)
+    job = prepare_training(on("lora"))
+    nll, count = 0.0, 0
+    with torch.inference_mode():
+        for row in job.held_out:
+            ids = torch.from_numpy(row).long()
+            nll += F.cross_entropy(wrapped(ids[None]).logits[0, :-1], ids[1:], reduction="sum").item()
+            count += len(ids) - 1
+    assert nll / count == pytest.approx(adapter.manifest.result.loss, abs=1e-4)
+    for name, p in before.items():
+        there = stock.state_dict()
+        assert torch.equal(there.get(name, there.get(name.replace(".weight", ".base_layer.weight"), p)), p)
+
+
+@pytest.mark.parametrize("method", ["pissa", "eva", *(pytest.param(it, marks=pytest.mark.slow) for it in OTHERS[:3])])
+def test_a_resumed_run_equals_an_uninterrupted_one(on, method, stop_at):
+    whole = train(on(method, name="whole", save_every=2))
+
+    with stop_at(3):
+        train(on(method, name="half", save_every=2))
+    half = resume("half")
+    assert half.sha256 == whole.sha256
+    again = train(resolve_settings(TrainConfig, {"name": "again"}, whole.path / RUN_FILE))
+    assert again.sha256 == whole.sha256
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_going_on_from_it_keeps_its_kind(on, method):
+    parent = train(on(method, name="parent"))
+    again = {"dataset": "reviews.csv", "max_length": 64, "eval_rows": 8}
+    child = train(TrainConfig(parent="parent", name="child", max_steps=3, batch_size=2, **again))
+    assert child.rank == parent.rank
+    for key in ("use_dora", "use_rslora"):
+        assert child.config[key] == parent.config[key]
+    kind = method if method in ("dora", "rslora") else "lora"
+    assert child.manifest.run.method == kind
+
+
+def test_a_fresh_start_is_refused_on_a_parent(settings, adapter):
+    with pytest.raises(ConfigError) as error:
+        train(TrainConfig(dataset="reviews.csv", name="child", method="pissa", parent="reviews", max_steps=2))
+    assert str(error.value) == (
+        "method is pissa, and that of reviews lora: an adapter that goes on from another keeps these, so leave them out."
+    )
+
+
+def test_lora_plus_may_go_on_from_a_plain_adapter(settings, adapter):
+    child = train(settings(name="child", method="lora+", parent="reviews", max_steps=2))
+    assert child.manifest.run.method == "lora+"
+
+
+def test_pissa_learns_one_half_and_begins_with_the_largest_directions(on):
+    job = prepare_training(on("pissa", rank=3))
+    layer = next(it for it in job.model.modules() if hasattr(it, "lora_A"))
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    weight = layer.base_layer.weight.T if layer.fan_in_fan_out else layer.base_layer.weight
+    values = torch.linalg.svdvals(weight)
+    half = layer.scaling["default"] * up[:, :3] @ down[:3]
+    torch.testing.assert_close(torch.linalg.svdvals(half.detach())[:3], values[:3], atol=1e-3, rtol=1e-3)
+    adapter = train(on("pissa", rank=3))
+    tensors = lora.read_weights_file(adapter)
+    assert adapter.rank == 6
+    ups = {key: t for key, t in tensors.items() if "lora_B" in key}
+    downs = {key: t for key, t in tensors.items() if "lora_A" in key}
+    start = lora.adapter_state_dict(job.model)
+    for key in ups:
+        assert torch.equal(ups[key][:, 3:], start[key][:, 3:])
+        assert not torch.equal(ups[key][:, :3], start[key][:, :3])
+    for key in downs:
+        assert torch.equal(downs[key][3:], start[key][3:])
+
+
+def test_pissa_is_that_of_peft(on, model_folder):
+    """What learns begins as in PEFT's own, which changes the base."""
+    from peft import LoraConfig, get_peft_model
+
+    job = prepare_training(on("pissa", rank=2))
+    layers = {name: it for name, it in job.model.named_modules() if hasattr(it, "lora_A")}
+    stock = AutoModelForCausalLM.from_pretrained(model_folder)
+    settings = LoraConfig(
+        r=2, lora_alpha=4, init_lora_weights="pissa", target_modules=job.model.peft_config["default"].target_modules
+    )
+    theirs = get_peft_model(stock, settings)
+    for name, layer in layers.items():
+        other = theirs.get_submodule(name)
+        ours = layer.lora_B["default"].weight[:, :2] @ layer.lora_A["default"].weight[:2]
+        torch.testing.assert_close(
+            ours, other.lora_B["default"].weight @ other.lora_A["default"].weight, atol=2e-3, rtol=0
+        )
+
+
+def test_eva_gives_more_rank_where_the_text_has_more_directions(on):
+    adapter = train(on("eva", rank=4))
+    ranks = {adapter.rank_of(module) for module in adapter.modules}
+    assert len(ranks) > 1
+    plain = train(on("lora", rank=4, name="plain"))
+    assert sum(map(adapter.rank_of, adapter.modules)) == sum(map(plain.rank_of, plain.modules))
+    assert {adapter.scale_of(module) for module in adapter.modules} == {2.0}
+
+
+def test_eva_begins_with_directions_of_the_inputs(on):
+    job = prepare_training(on("eva", rank=4))
+    for name, tensor in lora.adapter_state_dict(job.model).items():
+        if "lora_A" in name:
+            torch.testing.assert_close(tensor @ tensor.T, torch.eye(len(tensor)), atol=1e-4, rtol=0)
+        else:
+            assert not tensor.any()
+
+
+@pytest.mark.parametrize("method", ["pissa", "eva"])
+def test_a_rank_that_the_layers_have_not_is_refused(on, model_folder, method):
+    most = 16 if method == "pissa" and model_folder.name == "llama" else 32  # Llama's keys and values
+    with pytest.raises(ConfigError) as error:
+        train(on(method, rank=33))
+    assert str(error.value) == f"rank is 33, and {method} has {most} at the most here: lower --rank."
+    assert not Library().names()
+
+
+def test_eva_begins_with_what_it_has_where_directions_never_settle(on, monkeypatch):
+    monkeypatch.setattr(initialization, "EVA_SETTLED", 1.0)
+    job = prepare_training(on("eva", rank=4))
+    for layer in initialization._lora_layers(job.model):
+        (down,) = layer.lora_A.values()
+        assert torch.linalg.matrix_rank(down.weight) == len(down.weight)
+
+
+def test_eva_on_too_little_text_is_refused(on):
+    with pytest.raises(ConfigError) as error:
+        prepare_training(on("eva", rank=32, rows=2, dataset=_short(), eval_dataset=_short("held"), eval_rows=2))
+    assert str(error.value) == "eva needs 32 tokens of text for this rank: give more text, or lower --rank."
+
+
+def _short(name="short"):
+    from pathlib import Path
+
+    path = Path(f"{name}.csv").resolve()
+    path.write_text("text\n" + "\n".join(f"{name} {number}" for number in range(4)) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def test_lora_plus_has_two_learning_rates(on, tmp_path):
+    job = prepare_training(on("lora+", weight_decay=0.1))
+    trainer = _LoraTrainer(job, tmp_path)
+    groups = trainer.create_optimizer().param_groups
+    names = {id(p): name for name, p in job.model.named_parameters()}
+    rates = {
+        ("lora_B" in names[id(p)], group["lr"], group["weight_decay"]) for group in groups for p in group["params"]
+    }
+    assert rates == {(False, 1e-3, 0.1), (True, 4e-3, 0.1)}
+    assert sum(len(group["params"]) for group in groups) == len(lora.adapter_state_dict(job.model))
+
+
+def test_rslora_scales_by_the_root_of_the_rank(on):
+    small, large = (prepare_training(on("rslora", rank=rank)).model.peft_config["default"] for rank in (8, 32))
+    assert small.lora_alpha == large.lora_alpha == 6
+    adapter = train(on("rslora", rank=4))
+    assert {adapter.scale_of(module) for module in adapter.modules} == {3.0}
+
+
+def test_each_method_has_its_learning_rate(on):
+    for method, facts in METHODS.items():
+        assert prepare_training(on(method)).config.learning_rate == facts.learning_rate
+    assert prepare_training(on("dora").model_copy(update={"learning_rate": 0.5})).config.learning_rate == 0.5
+
+
+def test_weight_decay_is_refused_with_pissa():
+    with pytest.raises(ConfigError) as error:
+        resolve_settings(TrainConfig, {"method": "pissa", "weight_decay": 0.1})
+    assert str(error.value) == (
+        "weight_decay would wear off the half of the update that stands for the base with pissa"
+    )
+
+
+@pytest.mark.slow
+def test_a_measured_adapter_is_the_one_that_was_trained(on):
+    """`evaluate` finds the loss that training found, with every method."""
+    for method in METHODS:
+        adapter = train(on(method, name=method.replace("+", "plus")))
+        cell = evaluation.evaluate([adapter], device="cpu").cells[0][0]
+        assert cell.loss == pytest.approx(adapter.manifest.result.loss, abs=1e-4)

@@ -1,0 +1,321 @@
+"""The fast path is the plain path: what transformers and PEFT compute, within rounding."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM, MistralConfig, MistralForCausalLM
+
+from lora_tuner import TrainConfig
+from lora_tuner.data import packing
+from lora_tuner.models import kernels, lora
+from lora_tuner.models.loading import load_base
+from lora_tuner.models.resolve import find_base
+from lora_tuner.training.setup import prepare_training
+
+STEPS = 50
+
+
+@pytest.fixture
+def base(model_folder):
+    return load_base(find_base(str(model_folder)), "cpu", "float32")
+
+
+def rows(count, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return [
+        torch.randint(1, 300, (int(torch.randint(3, 30, (1,), generator=draw)),), generator=draw).int().numpy()
+        for _ in range(count)
+    ]
+
+
+def test_the_loss_curve_is_that_of_the_plain_path(model_folder, reviews_csv):
+    """The same batches through transformers and PEFT as they are; both learn."""
+    config = TrainConfig(
+        base=str(model_folder), dataset=str(reviews_csv), max_length=64, rank=4, batch_size=2, max_steps=1, eval_rows=8
+    )
+    job = prepare_training(config)
+    assert job.by_row
+    assert job.base.head.skipped
+    lora.save_adapter_files(
+        lora.adapter_state_dict(job.model), job.model.peft_config[lora.ADAPTER_NAME], reviews_csv.parent / "start"
+    )
+    stock = AutoModelForCausalLM.from_pretrained(model_folder)
+    for module in stock.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    plain = PeftModel.from_pretrained(stock, reviews_csv.parent / "start", is_trainable=True).train()
+    model = job.model.train()
+    items = [job.sequences[i] for i in range(len(job.sequences))]
+    curves = []
+    for trained in (model, plain):
+        optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=5e-3)
+        curve = []
+        for step in range(STEPS):
+            chosen = [items[(2 * step + i) % len(items)] for i in range(2)]
+            batch = job.collate(chosen) if trained is model else packing.collate(chosen, 0)
+            labels = batch.pop("labels")
+            if trained is model:
+                with job.base.head.left_out():
+                    output = trained(**batch, use_cache=False).logits
+                nll = job.base.head.nll(output, labels)
+            else:
+                logits = trained(**batch, use_cache=False).logits
+                nll = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+            loss = nll.sum() / (labels != packing.IGNORE_INDEX).sum()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            curve.append(loss.item())
+        curves.append(torch.tensor(curve))
+    ours, theirs = curves
+    assert ours[-5:].mean() < ours[:5].mean() - 0.1
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [7, 64, 512])
+def test_the_loss_and_its_gradient_in_chunks_are_those_of_the_whole(base, monkeypatch, chunk):
+    monkeypatch.setattr(kernels, "CHUNK", chunk)
+    torch.manual_seed(0)
+    head = kernels.ChunkedLMHead(base.model)
+    weight = head.module.weight
+    labels = torch.randint(0, len(weight), (3, 25))
+    labels[:, 0] = labels[1, 10:] = packing.IGNORE_INDEX
+    share = torch.rand(3, 25)  # each loss may count differently
+    ours = torch.randn(3, 25, weight.shape[1], requires_grad=True)
+    theirs = ours.detach().clone().requires_grad_()
+    nll = head.nll(ours, labels)
+    (nll * share).sum().backward()
+    following = F.pad(labels[:, 1:], (0, 1), value=packing.IGNORE_INDEX)
+    expected = F.cross_entropy((theirs @ weight.T).flatten(0, 1), following.flatten(), reduction="none").view(3, 25)
+    (expected * share).sum().backward()
+    torch.testing.assert_close(nll, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-5)
+    assert (nll == 0).sum() >= (following == packing.IGNORE_INDEX).sum()
+
+
+def test_a_probability_too_small_for_float32_has_a_loss_all_the_same(base):
+    head = kernels.ChunkedLMHead(base.model)
+    hidden = (head.module.weight[7] * 1e5)[None, None].repeat(1, 2, 1)
+    logits = hidden[0, 0] @ head.module.weight.T
+    worst = int(logits.argmin())
+    nll = head.nll(hidden, torch.tensor([[packing.IGNORE_INDEX, worst]]))
+    assert nll[0, 0].item() == pytest.approx((logits.max() - logits.min()).item(), rel=1e-5)
+    assert nll[0, 0] > 200
+
+
+def test_a_model_that_does_more_than_a_product_keeps_its_head(base):
+    class Louder(nn.Linear):
+        def forward(self, hidden):
+            return super().forward(hidden) * 2
+
+    head = base.model.get_output_embeddings()
+    louder = Louder(head.in_features, head.out_features, bias=False)
+    louder.weight = head.weight
+    ids = torch.arange(1, 20)[None]
+    for other in (louder, nn.Linear(head.in_features, head.out_features)):
+        base.model.set_output_embeddings(other)
+        kept = kernels.ChunkedLMHead(base.model)
+        assert not kept.skipped
+        with kept.left_out(), torch.no_grad():
+            nll = kept.nll(base.model(ids).logits, ids)
+        logits = base.model(ids).logits[0, :-1]
+        torch.testing.assert_close(nll[0, :-1], F.cross_entropy(logits, ids[0, 1:], reduction="none"))
+
+
+def test_what_follows_the_head_is_noticed(base, monkeypatch):
+    """Soft caps, as Gemma 2 has them, and scaled logits, as Cohere's."""
+    kind = type(base.model)
+    forward = kind.forward
+
+    def capped(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits = 3 * torch.tanh(output.logits / 3)
+        return output
+
+    monkeypatch.setattr(kind, "forward", capped)
+    assert not kernels.ChunkedLMHead(base.model).skipped
+
+
+def test_the_head_is_back_after_an_error(base):
+    head = kernels.ChunkedLMHead(base.model)
+    with pytest.raises(KeyError), head.left_out():
+        raise KeyError
+    assert base.model(torch.tensor([[1, 2]])).logits.shape[-1] == 320
+
+
+def test_asking_for_the_head_uses_no_random_numbers_and_leaves_the_mode(model_folder):
+    model = AutoModelForCausalLM.from_pretrained(model_folder).train()  # with its dropout
+    torch.manual_seed(3)
+    assert kernels.ChunkedLMHead(model).skipped
+    assert model.training
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
+    assert drawn == torch.rand(1)
+
+
+def test_packed_rows_attend_as_they_do_alone(model_folder):
+    """Several to a line, several lines, forward and backward, beside the mask that transformers makes."""
+    config = TrainConfig(base=str(model_folder), rank=4)
+    lines = [rows(3), rows(2, seed=1), rows(4, seed=2)]
+    found = []
+    for by_row in (True, False):
+        base = load_base(find_base(str(model_folder)), "cpu", "float32")
+        torch.manual_seed(0)
+        model = lora.add_lora(base, config)
+        assert not by_row or kernels.enable_varlen_attention(base.model)
+        batch = packing.collate(lines, 0, bounds=by_row)
+        labels = batch.pop("labels")
+        logits = model(**batch, use_cache=False).logits
+        logits[labels != packing.IGNORE_INDEX].logsumexp(-1).sum().backward()
+        gradients = [p.grad for name, p in model.named_parameters() if "lora_B" in name]
+        found.append((logits[labels != packing.IGNORE_INDEX], gradients))
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+
+
+def test_the_bounds_of_rows_in_a_batch():
+    batch = packing.collate([rows(2), rows(3, seed=1)], 0, bounds=True)
+    lengths = [len(row) for row in (*rows(2), *rows(3, seed=1))]
+    width = batch["input_ids"].shape[1]
+    starts = [0, lengths[0], width, width + lengths[2], width + lengths[2] + lengths[3], 2 * width]
+    assert batch["cu_seq_lens_q"].tolist() == starts
+    assert batch["position_ids"].flatten()[starts[:-1]].tolist() == [0] * 5
+
+
+def test_a_model_that_looks_through_a_window_attends_its_own_way():
+    size = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    assert not kernels.enable_varlen_attention(MistralForCausalLM(MistralConfig(sliding_window=8, **size, **heads)))
+    model = MistralForCausalLM(MistralConfig(sliding_window=None, **size, **heads))
+    assert kernels.enable_varlen_attention(model)
+    kernels.enable_varlen_attention(model, on=False)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_base_is_streamlined_and_says_the_same(model_folder):
+    stock = AutoModelForCausalLM.from_pretrained(model_folder)
+    ours = load_base(find_base(str(model_folder)), "cpu", "float32").model
+    kinds = {type(module).__name__ for module in ours.modules()}
+    assert not kinds & {"LlamaRMSNorm", "NewGELUActivation"}
+    ids = torch.arange(1, 40)[None]
+    torch.testing.assert_close(ours(ids).logits, stock.eval()(ids).logits, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.train()(ids).logits, ours.eval()(ids).logits, atol=0, rtol=0)  # no dropout
+    assert {name for name, _ in ours.named_parameters()} == {name for name, _ in stock.named_parameters()}
+
+
+def test_a_norm_that_counts_otherwise_is_left_alone():
+    """Gemma's multiplies by one more than its weight."""
+    size = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8}
+    model = GemmaForCausalLM(GemmaConfig(num_attention_heads=4, num_key_value_heads=2, **size)).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    ids = torch.arange(1, 20)[None]
+    before = model(ids).logits
+    kernels.fuse_modules(model)
+    torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_an_update_in_place_is_pefts(model_folder, dropout):
+    config = TrainConfig(base=str(model_folder), rank=4, dropout=dropout)
+    ids = torch.arange(1, 30)[None]
+    found = []
+    for ours in (True, False):
+        base = load_base(find_base(str(model_folder)), "cpu", "float32")
+        torch.manual_seed(0)
+        model = lora.add_lora(base, config).train()
+        patched = [layer for layer in model.modules() if "forward" in vars(layer)]
+        assert bool(patched) == (dropout == 0)
+        for layer in patched if not ours else []:
+            del layer.forward
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.05)
+        torch.manual_seed(1)
+        logits = model(ids).logits
+        logits.square().mean().backward()
+        found.append((logits, [p.grad for p in model.parameters() if p.requires_grad]))
+        with model.disable_adapter():
+            plain = model(ids).logits
+        torch.testing.assert_close(plain, load_base(base.source, "cpu", "float32").model(ids).logits)
+        assert (plain - logits).abs().max() > 1e-3
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
+
+
+def test_in_bfloat16_it_is_the_plain_path_within_its_rounding(model_folder):
+    """Loss, and the direction of every gradient."""
+    lines = [rows(3), rows(2, seed=1)]
+    found = []
+    for dtype in ("bfloat16", "float32"):
+        base = load_base(find_base(str(model_folder)), "cpu", dtype)
+        torch.manual_seed(0)
+        model = lora.add_lora(base, TrainConfig(base=str(model_folder), rank=4)).train()
+        assert kernels.enable_varlen_attention(base.model)
+        batch = packing.collate(lines, 0, bounds=True)
+        labels = batch.pop("labels")
+        with base.head.left_out():
+            output = model(**batch, use_cache=False).logits
+        loss = base.head.nll(output, labels).sum() / (labels != packing.IGNORE_INDEX).sum()
+        loss.backward()
+        found.append((loss.item(), [p.grad.flatten() for n, p in model.named_parameters() if "lora_B" in n]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=0.02)
+    for ours, theirs in zip(found[0][1], found[1][1], strict=True):
+        assert ours.dtype == torch.float32
+        assert F.cosine_similarity(ours, theirs, 0) > 0.98
+
+
+def test_a_job_knows_whether_rows_are_told_apart(model_folder, reviews_csv):
+    job = prepare_training(
+        TrainConfig(base=str(model_folder), dataset=str(reviews_csv), max_length=64, max_steps=1, eval_rows=4)
+    )
+    assert "cu_seq_lens_q" in job.collate([job.sequences[0]])
+    assert "cu_seq_lens_q" not in dataclasses.replace(job, by_row=False).collate([job.sequences[0]])
+
+
+def test_norms_that_take_more_than_one_input_or_each_head_apart_are_left_alone():
+    class Gated(nn.Module):
+        def __init__(self, shape):
+            super().__init__()
+            self.weight, self.variance_epsilon = nn.Parameter(torch.ones(shape)), 1e-6
+
+        def forward(self, hidden, gate=None):
+            return F.rms_norm(hidden, (hidden.shape[-1],), eps=self.variance_epsilon) * (1 if gate is None else gate)
+
+    class Heads(Gated):
+        def forward(self, hidden):
+            return F.rms_norm(hidden, (hidden.shape[-1],), eps=self.variance_epsilon) * self.weight
+
+    for norm in (Gated(8), Heads((2, 8))):
+        model = nn.Sequential(norm)
+        kernels.fuse_modules(model)
+        assert model[0] is norm
+
+
+def test_dropout_is_off_wherever_a_model_keeps_its_share(tmp_path):
+    from ..inference.test_multi_lora import save_opt
+
+    model = load_base(find_base(str(save_opt(tmp_path / "opt"))), "cpu", "float32").model.train()
+    ids = torch.arange(1, 20)[None]
+    torch.testing.assert_close(model(ids).logits, model(ids).logits, atol=0, rtol=0)
+
+
+def test_a_head_whose_output_is_widened_is_skipped_in_bfloat16(model_folder, monkeypatch):
+    base = load_base(find_base(str(model_folder)), "cpu", "bfloat16")
+    kind = type(base.model)
+    forward = kind.forward
+
+    def widened(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits.float()
+        return output
+
+    monkeypatch.setattr(kind, "forward", widened)
+    head, ids = kernels.ChunkedLMHead(base.model), torch.arange(1, 20)[None]
+    with head.left_out(), torch.no_grad():
+        nll = head.nll(base.model(ids).logits, ids)
+    expected = F.cross_entropy(base.model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+    torch.testing.assert_close(nll[0, :-1], expected, atol=0.1, rtol=0.02)

@@ -1,0 +1,344 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
+
+from lora_tuner import Library, Manifest, TrainConfig, atomic_io
+from lora_tuner.adapters.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, load_adapter_folder, verify_adapter
+from lora_tuner.adapters.manifest import WeightsInfo, utc_timestamp
+from lora_tuner.errors import AdapterError, ConfigError, Notice, WrongBaseError
+from lora_tuner.models import loading, lora
+from lora_tuner.models.loading import load_base
+from lora_tuner.models.resolve import find_base
+
+from .. import adapter_files as files_of
+from .. import tiny_models
+
+
+def load(folder):
+    return load_base(find_base(str(folder)), "cpu")
+
+
+GPT2 = {"auto": ["c_attn", "c_fc", "c_proj"], "attention": ["attn.c_proj", "c_attn"]}
+LLAMA = {
+    "auto": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+    "attention": ["k_proj", "o_proj", "q_proj", "v_proj"],
+}
+
+
+@pytest.mark.parametrize("wanted", ["auto", "all-linear", "attention"])
+def test_targets_by_kind(gpt2, llama, wanted):
+    for folder, expected in ((gpt2, GPT2), (llama, LLAMA)):
+        assert (
+            lora.resolve_target_modules(load(folder).model, wanted)
+            == expected["attention" if wanted == "attention" else "auto"]
+        )
+
+
+def test_targets_by_name(gpt2):
+    model = load(gpt2).model
+    assert lora.resolve_target_modules(model, "c_attn, mlp.c_proj") == ["c_attn", "mlp.c_proj"]
+    assert lora.resolve_target_modules(model, "transformer.h.1.attn.c_attn") == ["1.attn.c_attn"]
+
+
+CANNOT = (
+    "targets: {} cannot be adapted; auto, attention, all-linear, or any of {} can (embeddings and the output head cannot: "
+    "where they share weights, an update would not survive a merge)."
+)
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head", "wte", "q_proj", "embed_tokens", "", "attn", "C_ATTN", "h.9.attn.c_attn", ".*"]
+)
+def test_what_cannot_be_adapted_is_refused_with_the_names_that_can(gpt2, name):
+    with pytest.raises(ConfigError) as error:
+        lora.resolve_target_modules(load(gpt2).model, name)
+    assert str(error.value) == CANNOT.format(name, "c_attn, c_fc, c_proj")
+
+
+def test_of_several_names_those_that_cannot_be_adapted_are_refused(llama):
+    with pytest.raises(ConfigError) as error:
+        lora.resolve_target_modules(load(llama).model, "q_proj, lm_head,wte ,v_proj")
+    names = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert str(error.value) == CANNOT.format("lm_head, wte", names)
+
+
+def test_a_base_without_attention():
+    model = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=8, num_hidden_layers=1, state_size=2))
+    with pytest.raises(ConfigError) as error:
+        lora.resolve_target_modules(model, "attention")
+    assert str(error.value) == (
+        "No layer of this base is called attention; its layers are dt_proj, in_proj, out_proj, x_proj."
+    )
+    assert lora.resolve_target_modules(model, "all-linear") == ["dt_proj", "in_proj", "out_proj", "x_proj"]
+
+
+def test_what_peft_refuses_is_a_setting_that_is_wrong(gpt2, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("Target module Linear()\n  is not   supported.")
+
+    monkeypatch.setattr("peft.get_peft_model", refuse)
+    with pytest.raises(ConfigError) as error:
+        lora.add_lora(load(gpt2), TrainConfig())
+    assert str(error.value) == "targets: Target module Linear() is not supported."
+
+
+def test_only_the_update_is_trained_and_it_starts_as_nothing(model_folder):
+    base = load(model_folder)
+    ids = torch.arange(12)[None]
+    before = base.model(ids).logits
+    model = lora.add_lora(base, TrainConfig(rank=3))
+    assert all(("lora_" in name) == p.requires_grad for name, p in model.named_parameters())
+    torch.testing.assert_close(model(ids).logits, before, atol=0, rtol=0)
+    trained, frozen = lora.count_parameters(model)
+    assert trained == sum(t.numel() for t in lora.adapter_state_dict(model).values())
+    assert frozen == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(model_folder).parameters())
+
+
+def test_alpha_is_twice_the_rank_unless_given(gpt2):
+    assert lora.add_lora(load(gpt2), TrainConfig(rank=3)).peft_config["default"].lora_alpha == 6
+    assert lora.add_lora(load(gpt2), TrainConfig(rank=3, alpha=5)).peft_config["default"].lora_alpha == 5
+
+
+@pytest.fixture
+def stored(model_folder, tmp_path):
+    """An adapter with random weights, as a folder, on each kind of base."""
+    base = load(model_folder)
+    model = lora.add_lora(base, TrainConfig(rank=3))
+    torch.manual_seed(1)
+    tensors = {name: torch.randn_like(tensor) * 0.1 for name, tensor in lora.adapter_state_dict(model).items()}
+    lora.save_adapter_files(tensors, model.peft_config["default"], tmp_path / "stored")
+    return load_adapter_folder(tmp_path / "stored")
+
+
+def test_a_saved_adapter_gives_plain_peft_the_same_logits(model_folder, stored):
+    ids = torch.arange(20)[None]
+    ours = lora.load_lora(load(model_folder).model, stored, "slot0")
+    ours.set_adapter("slot0")
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), stored.path)
+    torch.testing.assert_close(ours(ids).logits, plain(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_the_config_names_the_base_and_no_initialiser(model_folder, stored):
+    config = json.loads((stored.path / CONFIG_FILE).read_text())
+    assert config["base_model_name_or_path"] == str(model_folder)
+    assert config["init_lora_weights"] is True
+    assert config["target_modules"] == sorted(config["target_modules"])
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # those of the other base
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True, "lora_alpha": 3},
+        {"use_dora": True},
+        {"use_dora": True, "use_rslora": True, "alpha_pattern": {"c_attn": 5, "q_proj": 5}},
+        {"rank_pattern": {r"^transformer\.h\.0\.mlp\.c_fc": 7, "c_fc": 2, r"layers.\d.mlp.up_proj": 6, "k_proj": 1}},
+        {"alpha_pattern": {"attn.c_attn": 1, "h.1.mlp.c_proj": 16, "0.self_attn.v_proj": 0, "v_proj": 9}},
+    ],
+)
+def test_what_plain_peft_saves_is_read_and_gives_the_same_logits(model_folder, tmp_path, settings):
+    torch.manual_seed(2)
+    transposed = "gpt2" in str(model_folder)
+    plain = AutoModelForCausalLM.from_pretrained(model_folder)
+    settings = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear", "init_lora_weights": False} | settings
+    plain = get_peft_model(plain, LoraConfig(**settings, fan_in_fan_out=transposed)).eval()
+    plain.save_pretrained(tmp_path / "plain")
+    adapter = load_adapter_folder(tmp_path / "plain")
+    assert verify_adapter(adapter) == []
+    ours = lora.load_lora(load(model_folder).model, adapter, "slot0")
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(ours(ids).logits, plain(ids).logits, atol=1e-5, rtol=0)
+    scales = {
+        name.removeprefix("base_model.model."): layer.scaling["slot0"]
+        for name, layer in ours.named_modules()
+        if hasattr(layer, "lora_A")
+    }
+    assert {module: adapter.scale_of(module) for module in adapter.modules} == scales
+
+
+def spoil(adapter, count):
+    """Put a number that is not finite into some of the tensors; the names of all."""
+    tensors = load_file(adapter.path / WEIGHTS_FILE)
+    for name in sorted(tensors)[:count]:
+        tensors[name][0, 0] = float("nan")
+    save_file(tensors, adapter.path / WEIGHTS_FILE)
+    return sorted(tensors)
+
+
+@pytest.mark.parametrize("wrong", [1, 3, 5])
+def test_a_damaged_adapter_is_refused_and_the_base_stays(stored, model_folder, wrong):
+    names = spoil(stored, wrong)
+    base = load(model_folder)
+    before = [name for name, _ in base.model.named_modules()]
+    said = "; ".join(f"{name} holds numbers that are not finite" for name in names[: min(wrong, 3)])
+    for put_on in (
+        lambda: lora.load_lora(base.model, stored, "slot0"),
+        lambda: lora.add_lora(base, TrainConfig(), stored),
+    ):
+        with pytest.raises(AdapterError) as error:
+            put_on()
+        assert str(error.value) == f"{stored.path} is damaged: {said}."
+    assert [name for name, _ in base.model.named_modules()] == before
+
+
+def test_weights_that_the_manifest_does_not_know_are_refused(known, model_folder):
+    tensors = load_file(known.path / WEIGHTS_FILE)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, known.path / WEIGHTS_FILE)
+    with pytest.raises(AdapterError) as error:
+        lora.load_lora(load(model_folder).model, load_adapter_folder(known.path), "slot0")
+    assert str(error.value) == (
+        f"{known.path} is damaged: adapter_model.safetensors is not the file that manifest.json was written for."
+    )
+
+
+def test_an_adapter_of_another_shape_is_refused_and_the_base_stays(tmp_path, stored, model_folder):
+    gpt2 = "gpt2" in str(model_folder)
+    wider = load(tiny_models.save_model(tmp_path / "wider", "gpt2" if gpt2 else "llama", width=48))
+    names = [name for name, _ in wider.model.named_modules()]
+    with pytest.raises(AdapterError) as error:
+        lora.load_lora(wider.model, stored, "slot0")
+    said = (
+        "transformer.h.0.attn.c_attn is 48 -> 144 in the base, 32 -> 96 in the adapter; "
+        "transformer.h.0.attn.c_proj is 48 -> 48 in the base, 32 -> 32 in the adapter; "
+        "transformer.h.0.mlp.c_fc is 48 -> 192 in the base, 32 -> 128 in the adapter, and 5 more"
+        if gpt2
+        else "model.layers.0.mlp.down_proj is 96 -> 48 in the base, 64 -> 32 in the adapter; "
+        "model.layers.0.mlp.gate_proj is 48 -> 96 in the base, 32 -> 64 in the adapter; "
+        "model.layers.0.mlp.up_proj is 48 -> 96 in the base, 32 -> 64 in the adapter, and 11 more"
+    )
+    assert str(error.value) == f"{stored.path} does not fit the base: {said}."
+    assert [name for name, _ in wider.model.named_modules()] == names
+
+
+def test_an_adapter_with_more_layers_than_the_base_is_refused(tmp_path, stored, model_folder):
+    gpt2 = "gpt2" in str(model_folder)
+    shallow = load(tiny_models.save_model(tmp_path / "shallow", "gpt2" if gpt2 else "llama", layers=1))
+    with pytest.raises(AdapterError) as error:
+        lora.load_lora(shallow.model, stored, "slot0")
+    lacking = [module for module in stored.modules if ".1." in module]
+    said = "; ".join(f"{module} is no linear layer of the base" for module in lacking[:3])
+    assert str(error.value) == f"{stored.path} does not fit the base: {said}, and {len(lacking) - 3} more."
+    assert not any("lora" in name for name, _ in shallow.model.named_modules())
+
+
+# The base that an adapter was trained on
+
+
+@pytest.fixture
+def known(stored, model_folder):
+    """That adapter with a manifest that says it was trained on that base."""
+    base = load(model_folder)
+    weights = stored.path / WEIGHTS_FILE
+    manifest = Manifest(
+        created=utc_timestamp(),
+        base=base.source.facts(base.tokenizer_hash),
+        weights=WeightsInfo(
+            sha256=atomic_io.sha256_file(weights), bytes=weights.stat().st_size, parameters=stored.parameters
+        ),
+    )
+    (stored.path / MANIFEST_FILE).write_text(manifest.to_json())
+    return load_adapter_folder(stored.path)
+
+
+@pytest.fixture
+def other_weights(model_folder, tmp_path):
+    kind = "gpt2" if "gpt2" in str(model_folder) else "llama"
+    return load(tiny_models.save_model(tmp_path / "other", kind, seed=7))
+
+
+@pytest.fixture
+def other_tokenizer(model_folder, tmp_path):
+    """The same base, but for one token."""
+    folder = shutil.copytree(model_folder, tmp_path / "retokenised")
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.add_tokens(["<one more>"])
+    tokenizer.save_pretrained(folder)
+    return load(folder)
+
+
+def refused(adapter, base):
+    with pytest.raises(WrongBaseError) as error:
+        lora.check_base(adapter, base, notify=pytest.fail)
+    return str(error.value)
+
+
+def forced(adapter, base):
+    notices = []
+    lora.check_base(adapter, base, force=True, notify=notices.append)
+    return notices
+
+
+def test_the_right_base_is_taken_without_a_word(known, model_folder):
+    lora.check_base(known, load(model_folder), notify=pytest.fail)
+    assert forced(known, load(model_folder)) == []
+
+
+def test_the_wrong_base_is_refused_unless_forced(known, model_folder, other_weights):
+    own, others = load(model_folder).source, other_weights.source
+    assert own.fingerprint != others.fingerprint
+    what = (
+        f"stored was trained on {model_folder} (fingerprint {own.fingerprint[:12]}, a local folder), not on {others.name} "
+        f"(fingerprint {others.fingerprint[:12]}, a local folder)"
+    )
+    assert refused(known, other_weights) == (
+        f"{what}. Give the right one with --base, or try all the same with --force."
+    )
+    assert forced(known, other_weights) == [Notice(f"FORCED: {what}. What it writes may mean nothing.")]
+
+
+def test_the_wrong_tokenizer_is_refused_unless_forced(known, model_folder, other_tokenizer):
+    assert other_tokenizer.source.fingerprint == load(model_folder).source.fingerprint
+    what = f"stored was trained with another tokenizer than that of {other_tokenizer.source.name}"
+    assert refused(known, other_tokenizer) == (
+        f"{what}. Give the right one with --base, or try all the same with --force."
+    )
+    assert forced(known, other_tokenizer) == [Notice(f"FORCED: {what}. What it writes may mean nothing.")]
+
+
+def test_where_no_tokenizer_is_known_none_is_refused(known, other_tokenizer):
+    facts = known.manifest.model_copy(update={"base": known.manifest.base.model_copy(update={"tokenizer": None})})
+    (known.path / MANIFEST_FILE).write_text(facts.to_json())
+    lora.check_base(load_adapter_folder(known.path), other_tokenizer, notify=pytest.fail)
+
+
+def test_without_a_manifest_any_base_is_taken_with_a_word(stored, other_weights):
+    notice = Notice(f"stored has no manifest, so only its shapes can be compared with {other_weights.source.name}.")
+    assert forced(stored, other_weights) == [notice]
+    notices = []
+    lora.check_base(stored, other_weights, notify=notices.append)
+    assert notices == [notice]
+
+
+def test_the_base_is_found_from_the_manifest(adapter, gpt2):
+    assert loading.open_base(Library().get("reviews"), device="cpu").source.folder == gpt2
+
+
+def test_the_order_of_patterns_survives_saving(gpt2, tmp_path):
+    """Of several keys that match, PEFT takes the first."""
+    shapes = {"A": (4, 32), "B": (96, 4)}
+    weights = {
+        f"base_model.model.transformer.h.{number}.attn.c_attn.lora_{part}.weight": np.ones(shape, np.float32)
+        for number in (0, 1)
+        for part, shape in shapes.items()
+    }
+    patterns = {"alpha_pattern": {"h.0.attn.c_attn": 64, "c_attn": 2}}
+    parent = load_adapter_folder(files_of.write(tmp_path / "parent", patterns, weights))
+    model = lora.add_lora(load(gpt2), TrainConfig(rank=4), parent)
+    lora.save_adapter_files(lora.adapter_state_dict(model), model.peft_config["default"], tmp_path / "child")
+    child = load_adapter_folder(tmp_path / "child")
+    assert [child.scale_of(module) for module in child.modules] == [16.0, 0.5]
+
+
+def test_an_adapter_that_has_changed_since_it_was_read_is_refused(model_folder, stored, tmp_path):
+    other = lora.add_lora(load(model_folder), TrainConfig(rank=2))
+    lora.save_adapter_files(lora.adapter_state_dict(other), other.peft_config["default"], stored.path)
+    with pytest.raises(AdapterError) as error:
+        lora.load_lora(load(model_folder).model, stored, "slot0")
+    assert str(error.value) == f"{stored.path} has changed since it was read: read it again."

@@ -1,0 +1,230 @@
+"""Bases that are larger than memory likes: fewer bits, and activations that are computed again."""
+
+import gc
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_tuner import Generator, Library, SamplingParams, TrainConfig, evaluation, plan, resume, train
+from lora_tuner.errors import BaseModelError, Notice, TrainingError
+from lora_tuner.models import lora, memory
+from lora_tuner.models.loading import load_base
+from lora_tuner.models.resolve import find_base
+from lora_tuner.training import profiling
+from lora_tuner.training.setup import prepare_training
+
+from .. import tiny_models
+
+BITS = ["8bit", "4bit"]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Blocks of 4 bits have 64 weights, so the layers are not the very smallest."""
+    root = tmp_path_factory.mktemp("wide")
+    return {kind: tiny_models.save_model(root / kind, kind, width=64) for kind in ("gpt2", "llama")}
+
+
+@pytest.fixture(params=["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+def folder(request, wide):
+    return wide[request.param]
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_an_adapter_is_trained_saved_and_read_on_a_base_of_fewer_bits(folder, settings, bits):
+    adapter = train(settings(base=str(folder), load_in=bits))
+    manifest = adapter.manifest
+    assert manifest.run.load_in == bits
+    assert manifest.result.gain > 2 * manifest.result.standard_error
+    assert all(
+        tensor.dtype == torch.float32 for tensor in load_file(adapter.path / "adapter_model.safetensors").values()
+    )
+    again = evaluation.evaluate([adapter], device="cpu", load_in=bits).cells[0][0]
+    assert again.loss == pytest.approx(manifest.result.loss, abs=1e-3)
+    full = evaluation.evaluate([adapter], device="cpu").cells[0][0]
+    assert full.base_loss != pytest.approx(
+        again.base_loss, abs=1e-7
+    )  # another base, and it is not taken from the cache
+    assert full.gain > 0
+    generator = Generator("reviews", device="cpu", load_in=bits)
+    greedy = SamplingParams(greedy=True, max_new_tokens=6)
+    both = generator.generate_batch([("the actor", None), ("the actor", "reviews")], greedy)
+    assert both[1].text == generator.generate("the actor", greedy).text
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_linear_layers_and_nothing_else_have_fewer_bits(folder, bits):
+    base = load_base(find_base(str(folder)), "cpu", "bfloat16", bits)
+    assert base.load_in == bits
+    kind = {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}[bits]
+    layers = lora.linear_layers(base.model)
+    assert {type(layer).__name__ for layer in layers.values()} == {kind}
+    assert lora.layer_sizes(layers) == lora.layer_sizes(
+        lora.linear_layers(load_base(find_base(str(folder)), "cpu").model)
+    )
+    full = lora.add_lora(load_base(find_base(str(folder)), "cpu"), TrainConfig(rank=2))
+    assert lora.count_parameters(lora.add_lora(base, TrainConfig(rank=2))) == lora.count_parameters(full)
+    for embeddings in (base.model.get_input_embeddings(), base.model.get_output_embeddings()):
+        assert embeddings.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_gradients_reach_the_lowest_layer_after_something_was_written(folder, settings, bits):
+    """On a CPU with AVX-512 bitsandbytes packs the weights of 4 bits when they are first read without a gradient, and what it
+    then computes has none."""
+    base = load_base(find_base(str(folder)), "cpu", load_in=bits)
+    ids = torch.arange(1, 20)[None]
+    with torch.inference_mode():
+        before = base.model(ids).logits
+    model = lora.add_lora(base, settings()).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    model(ids).logits.float().logsumexp(-1).sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(it is not None and it.abs().max() > 0 for it in gradients.values())
+    with torch.inference_mode(), model.eval().disable_adapter():
+        torch.testing.assert_close(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("method", ["dora", "pissa", "eva"])
+def test_methods_that_look_at_the_weights_read_them_in_full(folder, settings, method):
+    adapter = train(settings(base=str(folder), load_in="4bit", method=method))
+    again = evaluation.evaluate([adapter], device="cpu", load_in="4bit").cells[0][0]
+    assert again.loss == pytest.approx(adapter.manifest.result.loss, abs=2e-3)
+    assert again.gain > 0
+
+
+def test_a_resumed_run_in_four_bits_equals_an_uninterrupted_one(settings, wide, stop_at):
+    four = {"base": str(wide["llama"]), "load_in": "4bit", "save_every": 2}
+    whole = train(settings(name="whole", **four))
+
+    with stop_at(3):
+        train(settings(name="half", **four))
+    assert resume("half").sha256 == whole.sha256
+
+
+def free(monkeypatch, folder, share):
+    """So much of what the base takes in float32 is free."""
+    shapes = find_base(str(folder)).shapes.values()
+    room = int(share * 4 * sum(torch.Size(shape).numel() for shape in shapes))
+    monkeypatch.setattr(memory, "free_memory", lambda device: room)
+
+
+@pytest.mark.parametrize(
+    ("share", "dtype", "bits"),
+    [
+        (1.01, torch.float32, "full"),
+        (0.51, torch.bfloat16, "full"),
+        (0.4, torch.bfloat16, "8bit"),
+        (0.3, torch.bfloat16, "4bit"),
+    ],
+)
+def test_what_is_left_open_takes_the_most_that_fits(wide, monkeypatch, share, dtype, bits):
+    free(monkeypatch, wide["gpt2"], share)
+    notices = []
+    base = load_base(find_base(str(wide["gpt2"])), "cpu", notify=lambda it: notices.append(it.text))
+    assert (base.dtype, base.load_in) == (dtype, bits)
+    if share > 1:
+        assert notices == []
+    else:
+        called = bits if bits != "full" else "bfloat16"
+        (text,) = notices
+        assert text.endswith(f"GB of memory are free, so it is read in {called}.")
+
+
+def test_what_was_chosen_for_want_of_memory_is_in_run_yaml(settings, wide, monkeypatch):
+    free(monkeypatch, wide["gpt2"], 0.3)
+    adapter = train(settings(base=str(wide["gpt2"])))
+    text = (adapter.path / "run.yaml").read_text()
+    assert "dtype: bfloat16\nload_in: 4bit\n" in text
+    monkeypatch.undo()
+    assert adapter.manifest.run.load_in == "4bit"
+
+
+def test_nothing_is_chosen_against_what_was_asked_for(wide, monkeypatch):
+    free(monkeypatch, wide["gpt2"], 0.3)
+    source = find_base(str(wide["gpt2"]))
+    with pytest.raises(BaseModelError) as error:
+        load_base(source, "cpu", "float32", "full")
+    assert str(error.value).endswith(
+        "GB of memory are free: choose --dtype bfloat16, or --load-in 4bit (bitsandbytes), or take a smaller base."
+    )
+    free(monkeypatch, wide["gpt2"], 0.01)
+    with pytest.raises(BaseModelError) as error:
+        load_base(source, "cpu")
+    assert " GB in 4bit, and " in str(error.value)
+    assert str(error.value).endswith("GB of memory are free: take a smaller base.")
+
+
+def test_fewer_bits_without_bitsandbytes_or_twice_are_refused(gpt2, monkeypatch):
+    source = find_base(str(gpt2))
+    with pytest.raises(BaseModelError, match="two ways to read fewer bits: give one"):
+        load_base(source, "cpu", "int8", "4bit")
+    monkeypatch.setattr(memory, "find_spec", lambda name: None)
+    with pytest.raises(BaseModelError) as error:
+        load_base(source, "cpu", load_in="4bit")
+    assert str(error.value) == "--load-in 4bit needs bitsandbytes: pip install bitsandbytes; or leave it out."
+
+
+@pytest.mark.parametrize("bits", ["full", "4bit"])
+def test_activations_computed_again_change_no_bit(folder, settings, bits):
+    kept, again = (
+        train(settings(base=str(folder), name=name, checkpointing=mode, dropout=0.1, load_in=bits))
+        for name, mode in (("kept", "off"), ("again", "on"))
+    )
+    assert kept.sha256 == again.sha256
+    assert "checkpointing: 'on'" in (again.path / "run.yaml").read_text()
+
+
+def test_counting_what_a_step_keeps_keeps_nothing(folder, settings):
+    job = prepare_training(settings(base=str(folder)))
+
+    def tensors():
+        gc.collect()
+        return sum(issubclass(type(it), torch.Tensor) for it in gc.get_objects())
+
+    profiling.step_memory(job)
+    before = tensors()
+    profiling.step_memory(job)
+    assert tensors() == before
+
+
+def test_activations_computed_again_are_not_kept(folder, settings):
+    job = prepare_training(settings(base=str(folder), max_length=128))
+    _, all_kept = profiling.step_memory(job)
+    job.compute_again()
+    _, few = profiling.step_memory(job)
+    weights = 12 * lora.count_parameters(job.model)[0]
+    assert few - weights < 0.7 * (all_kept - weights)
+
+
+def test_they_are_computed_again_where_they_do_not_fit(settings, monkeypatch):
+    job = prepare_training(settings())
+    (_, kept), notices = profiling.step_memory(job), []
+    monkeypatch.setattr(profiling, "free_memory", lambda device: kept - 1)
+    adapter = train(settings(), lambda it: notices.append(it.text) if isinstance(it, Notice) else None)
+    assert "checkpointing: 'on'" in (adapter.path / "run.yaml").read_text()
+    assert [text for text in notices if text.endswith("and longer (--checkpointing).")]
+    found = plan(settings(name="planned"))
+    assert found.checkpointing
+    assert (found.dtype, found.load_in) == ("float32", "full")
+    with pytest.raises(TrainingError, match="A step with"):
+        plan(settings(name="planned", checkpointing="off"))
+    assert Library().names() == ["reviews"]
+
+
+def test_a_plan_says_what_it_has_chosen(settings, capsys):
+    from lora_tuner.cli.display import show_plan
+
+    found = plan(settings())
+    assert not found.checkpointing
+    less = replace(found, load_in="4bit", checkpointing=True)
+    for shown, text in ((found, "float32"), (less, "4bit, activations computed again")):
+        show_plan(shown)
+        assert re.search(rf"^base +{text} *$", capsys.readouterr().out, re.MULTILINE)
+    assert json.dumps(vars(found))

@@ -1,0 +1,78 @@
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_tuner import Generator, SamplingParams, evaluation
+from lora_tuner.errors import BaseModelError
+from lora_tuner.models.loading import load_base
+from lora_tuner.models.quantization import MAX_INT8_ROWS, Int8Linear
+from lora_tuner.models.resolve import find_base
+
+from .. import tiny_models
+
+GREEDY = SamplingParams(greedy=True, max_new_tokens=20, repetition_penalty=1.0)
+
+
+@pytest.mark.parametrize(
+    "kind", [lambda: nn.Linear(64, 48), lambda: nn.Linear(64, 48, bias=False), lambda: Conv1D(48, 64)]
+)
+@pytest.mark.parametrize("rows", [1, MAX_INT8_ROWS, MAX_INT8_ROWS + 1, 100])
+def test_a_layer_is_itself_within_the_rounding_of_its_weights(kind, rows):
+    torch.manual_seed(0)
+    layer = kind()
+    with torch.no_grad():
+        layer.weight.normal_(std=0.1)
+    x = torch.randn(2, rows, 64) if rows > MAX_INT8_ROWS else torch.randn(rows, 64)
+    small = Int8Linear(layer)
+    weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+    assert (small.in_features, small.out_features) == (64, 48)
+    assert small.weight.shape == (48, 64)
+    # Half a step of rounding, and what bfloat16 makes of the scale.
+    steps = weight.abs().amax(1, keepdim=True) / 127
+    assert ((small.weight - weight).abs() <= 1.05 * steps).all()
+    difference = (small(x) - layer(x)).norm() / layer(x).norm()
+    assert 0 < difference < 0.02
+
+
+def test_a_layer_of_zeros_stays_zero():
+    layer = nn.Linear(32, 16, bias=False)
+    nn.init.zeros_(layer.weight)
+    assert not Int8Linear(layer)(torch.randn(3, 32)).any()
+
+
+def test_the_held_out_loss_hardly_changes(model_folder):
+    exact, small = (load_base(find_base(str(model_folder)), "cpu", dtype) for dtype in ("float32", "int8"))
+    rows = evaluation.encode_held_out(exact, tiny_models.reviews(20))
+    losses = [evaluation.measure_loss(base.model, base, rows).loss for base in (exact, small)]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], abs=0.05)  # random weights, which are worse than trained ones
+
+
+def test_adapters_go_on_int8_as_on_float32(adapter, gpt2):
+    """One of all rows, several in a batch, and what they write is near what the exact base writes."""
+    small = Generator("reviews", device="cpu", dtype="int8")
+    exact = Generator("reviews", device="cpu")
+    answers = small.generate_batch([("the actor", "reviews"), ("this film", None), ("the actor", None)], GREEDY)
+    assert [answer.text for answer in answers] == [
+        small.generate_batch([(prompt, name)], GREEDY)[0].text
+        for prompt, name in (("the actor", "reviews"), ("this film", None), ("the actor", None))
+    ]
+    assert answers[0].text != answers[2].text
+    ids = torch.arange(12)[None]
+    for name in ("reviews", None):
+        found = []
+        for it in (exact, small):
+            bank = it.writer.bank
+            with bank.applied(bank.hooks([it.find(name)[1]])), torch.inference_mode():
+                found.append(it.base.model(ids).logits)
+        theirs, ours = found
+        assert 0 < (ours - theirs).norm() / theirs.norm() < 0.1
+
+
+def test_int8_is_for_a_cpu(gpt2, monkeypatch):
+    monkeypatch.setattr("lora_tuner.models.loading.choose_device", lambda name: torch.device("meta"))
+    with pytest.raises(
+        BaseModelError, match=r"^int8 is for writing on a CPU, and this would run on meta: leave --dtype"
+    ):
+        load_base(find_base(str(gpt2)), "auto", "int8")

@@ -1,0 +1,460 @@
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from lora_tuner import atomic_io, safetensors_header, text
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+def content(folder):
+    """Everything under a folder, as relative path -> text; folders are None."""
+    return {
+        str(path.relative_to(folder)): None if path.is_dir() else path.read_text() for path in sorted(folder.rglob("*"))
+    }
+
+
+def raise_after_writing(work, error):
+    (work / "new").write_text("new")
+    raise error
+
+
+# new_folder
+
+
+def test_a_new_folder_appears_whole(tmp_path):
+    with atomic_io.atomic_folder(tmp_path / "deep" / "new") as work:
+        (work / "sub").mkdir()
+        (work / "sub" / "a").write_text("1")
+        assert not (tmp_path / "deep" / "new").exists()
+        assert work.parent == tmp_path / "deep"  # on the same disk, so that a rename is enough
+    assert content(tmp_path) == {"deep": None, "deep/new": None, "deep/new/sub": None, "deep/new/sub/a": "1"}
+
+
+def test_it_replaces_what_was_there_as_a_whole(tmp_path):
+    (tmp_path / "it").mkdir()
+    (tmp_path / "it" / "old").write_text("old")
+    with atomic_io.atomic_folder(tmp_path / "it") as work:
+        (work / "new").write_text("new")
+        assert (tmp_path / "it" / "old").read_text() == "old"
+    assert content(tmp_path) == {"it": None, "it/new": "new"}
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("before", [{}, {"it": None, "it/old": "old"}])
+def test_a_block_that_raises_changes_nothing(tmp_path, kind, before):
+    if before:
+        (tmp_path / "it").mkdir()
+        (tmp_path / "it" / "old").write_text("old")
+    with pytest.raises(kind), atomic_io.atomic_folder(tmp_path / "it") as work:
+        raise_after_writing(work, kind)
+    assert content(tmp_path) == before
+
+
+@pytest.fixture
+def no_exchange(monkeypatch):
+    """As on Windows, and on disks that cannot swap two names in one step."""
+    monkeypatch.setattr(atomic_io, "_swap_names", lambda one, other: False)
+
+
+@pytest.mark.usefixtures("no_exchange")
+def test_where_names_cannot_be_swapped_two_renames_do(tmp_path):
+    (tmp_path / "it").mkdir()
+    (tmp_path / "it" / "old").write_text("old")
+    with atomic_io.atomic_folder(tmp_path / "it") as work:
+        (work / "new").write_text("new")
+    assert content(tmp_path) == {"it": None, "it/new": "new"}
+
+
+@pytest.mark.skipif(not sys.platform.startswith(("linux", "darwin")), reason="the system cannot swap names")
+def test_a_replaced_folder_is_never_missing(tmp_path, monkeypatch):
+    (tmp_path / "it").mkdir()
+    monkeypatch.setattr(os, "rename", None)  # none takes place: there is no moment without `it`
+    with atomic_io.atomic_folder(tmp_path / "it") as work:
+        (work / "new").write_text("new")
+    assert content(tmp_path) == {"it": None, "it/new": "new"}
+
+
+def test_what_has_come_in_the_meantime_is_replaced_only_when_asked(tmp_path):
+    with pytest.raises(OSError, match="it"), atomic_io.atomic_folder(tmp_path / "it", overwrite=False):
+        atomic_io.atomic_write_text(tmp_path / "it" / "other", "1")
+    assert content(tmp_path) == {"it": None, "it/other": "1"}
+
+
+@pytest.mark.usefixtures("no_exchange")
+def test_who_reads_between_the_two_renames_does_not_undo_the_save(tmp_path, monkeypatch):
+    (tmp_path / "it").mkdir()
+    (tmp_path / "it" / "old").write_text("old")
+    rename, read = os.rename, []
+
+    def read_between(source, target):
+        rename(source, target)
+        if str(target).endswith(".lora_tuner-old") and not read:
+            read.append(target)
+            atomic_io.finish_replacement(tmp_path)
+
+    monkeypatch.setattr(os, "rename", read_between)
+    with atomic_io.atomic_folder(tmp_path / "it") as work:
+        (work / "new").write_text("new")
+    assert content(tmp_path) == {"it": None, "it/new": "new"}
+
+
+@pytest.mark.usefixtures("no_exchange")
+def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
+    (tmp_path / "it").mkdir()
+    (tmp_path / "it" / "old").write_text("old")
+    rename = os.rename
+
+    def fail_once(source, target):
+        if str(source).endswith(".lora_tuner-new"):
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail_once)
+    with pytest.raises(OSError, match="no"), atomic_io.atomic_folder(tmp_path / "it") as work:
+        (work / "new").write_text("new")
+    assert content(tmp_path) == {"it": None, "it/old": "old"}
+
+
+def test_others_can_read_what_was_written(tmp_path):
+    with atomic_io.atomic_folder(tmp_path / "it") as work:
+        (work / "weights").write_text("")
+        (work / "weights").chmod(0o600)  # as safetensors leaves its files
+        (work / "sub").mkdir(0o700)
+    for folder in (tmp_path / "it", tmp_path / "it" / "sub"):
+        assert folder.stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "it" / "weights").stat().st_mode & 0o777 == 0o644
+
+
+def test_everything_is_synced_before_it_appears(tmp_path, monkeypatch):
+    synced, sync = [], atomic_io.fsync_path
+    monkeypatch.setattr(atomic_io, "fsync_path", lambda path: (synced.append(path), sync(path)))
+    with atomic_io.atomic_folder(tmp_path / "it") as work:
+        (work / "sub").mkdir()
+        (work / "sub" / "a").write_text("1")
+    assert synced == [work / "sub", work / "sub" / "a", work, tmp_path]
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a").write_text("1")
+    (tmp_path / "it").symlink_to(tmp_path / "elsewhere")
+    with atomic_io.atomic_folder(tmp_path / "it") as work:
+        (work / "new").write_text("new")
+    assert not (tmp_path / "it").is_symlink()
+    assert content(tmp_path) == {"elsewhere": None, "elsewhere/a": "1", "it": None, "it/new": "new"}
+
+
+# recover
+
+
+@pytest.fixture
+def cut_off(tmp_path, monkeypatch, no_exchange):
+    """A replacement that was killed between its two renames: `it` is missing and waits under another name."""
+    (tmp_path / "it").mkdir()
+    (tmp_path / "it" / "old").write_text("old")
+    with monkeypatch.context() as patch:
+        rename = os.rename
+
+        def only_the_first(source, target):
+            if str(source).endswith(".lora_tuner-new"):
+                raise SystemExit
+            rename(source, target)
+
+        patch.setattr(os, "rename", only_the_first)
+        with pytest.raises(SystemExit), atomic_io.atomic_folder(tmp_path / "it"):
+            pass
+    assert not (tmp_path / "it").exists()
+    return tmp_path
+
+
+def test_recover_brings_the_old_folder_back(cut_off):
+    atomic_io.finish_replacement(cut_off)
+    assert content(cut_off) == {"it": None, "it/old": "old"}
+    atomic_io.finish_replacement(cut_off)
+    assert content(cut_off) == {"it": None, "it/old": "old"}
+
+
+def test_recover_removes_the_old_folder_where_the_new_one_is_there(cut_off):
+    (cut_off / "it").mkdir()
+    (cut_off / "it" / "new").write_text("new")
+    atomic_io.finish_replacement(cut_off)
+    assert content(cut_off) == {"it": None, "it/new": "new"}
+
+
+def test_the_next_writer_recovers_too(cut_off):
+    with atomic_io.atomic_folder(cut_off / "other"):
+        pass
+    assert content(cut_off) == {"it": None, "it/old": "old", "other": None}
+
+
+def test_recover_touches_nothing_of_anyone_else(tmp_path):
+    for name in (".config.old", "config", ".lost.old", ".it.abc.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text(name)
+    before = content(tmp_path)
+    atomic_io.finish_replacement(tmp_path)
+    assert content(tmp_path) == before
+
+
+def test_recover_where_there_is_nothing(tmp_path):
+    atomic_io.finish_replacement(tmp_path / "none")
+    assert content(tmp_path) == {}
+
+
+# sweep
+
+
+def left_behind(folder, killed_in):
+    """What a process leaves that was killed while it wrote."""
+    script = f"import os; from pathlib import Path; from lora_tuner import atomic_io\nwith atomic_io.{killed_in}: os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=folder, env=ENVIRONMENT).returncode == -9
+    (left,) = folder.glob(".it.*")
+    return left
+
+
+@pytest.mark.parametrize("killed_in", ["atomic_folder(Path('it'))", "atomic_file(Path('it'))"])
+def test_the_next_writer_sweeps_what_a_dead_one_has_left(tmp_path, killed_in):
+    left = left_behind(tmp_path, killed_in)
+    assert left.exists()
+    atomic_io.atomic_write_text(tmp_path / "other", "text")
+    assert content(tmp_path) == {"other": "text"}
+
+
+def test_what_another_process_works_on_is_not_swept(tmp_path):
+    with atomic_io.atomic_folder(tmp_path / "it") as work:
+        atomic_io.atomic_write_text(tmp_path / "other", "text")
+        script = "from pathlib import Path; from lora_tuner import atomic_io; atomic_io.remove_abandoned(Path())"
+        subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=ENVIRONMENT, check=True)
+        (work / "new").write_text("new")
+    assert content(tmp_path) == {"it": None, "it/new": "new", "other": "text"}
+
+
+def test_a_work_place_that_was_swept_before_its_lock_is_made_again(tmp_path, monkeypatch):
+    locked, seen = atomic_io._file_lock, []
+
+    @contextlib.contextmanager
+    def late(path):
+        seen.append(path)
+        with locked(path) as held:
+            if len(seen) == 1:
+                path.rmdir()
+            yield held
+
+    monkeypatch.setattr(atomic_io, "_file_lock", late)
+    with atomic_io.atomic_folder(tmp_path / "it") as work:
+        (work / "new").write_text("new")
+    assert len(seen) == 2
+    assert content(tmp_path) == {"it": None, "it/new": "new"}
+
+
+def test_a_work_place_that_is_being_swept_is_left_to_that(tmp_path, monkeypatch):
+    locked, seen = atomic_io._file_lock, []
+
+    @contextlib.contextmanager
+    def taken(path):
+        seen.append(path)
+        with locked(path) as held:
+            yield held and len(seen) > 1  # first another process has it
+
+    monkeypatch.setattr(atomic_io, "_file_lock", taken)
+    with atomic_io.atomic_folder(tmp_path / "it") as work:
+        assert work == seen[1]
+    assert (tmp_path / "it").is_dir()
+
+
+def test_where_others_sweep_too_what_is_taken_away_is_gone(tmp_path, monkeypatch):
+    (tmp_path / "it").mkdir()
+    monkeypatch.setattr(atomic_io, "fsync_path", atomic_io.remove_abandoned)
+    atomic_io.delete_atomically(tmp_path / "it")
+    assert content(tmp_path) == {}
+
+
+def test_what_cannot_be_deleted_is_said(tmp_path, monkeypatch):
+    def refuse(path, **how):
+        raise PermissionError("not yours")
+
+    (tmp_path / "it").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(PermissionError, match="not yours"):
+        atomic_io.delete_atomically(tmp_path / "it")
+    assert not (tmp_path / "it").exists()
+
+
+# write_text
+
+
+def test_write_text_makes_its_folder_and_leaves_nothing_else(tmp_path):
+    atomic_io.atomic_write_text(tmp_path / "a" / "b.txt", "кино\n")
+    assert (tmp_path / "a" / "b.txt").read_bytes() == "кино\n".encode()
+    atomic_io.atomic_write_text(tmp_path / "a" / "b.txt", "other")
+    assert content(tmp_path) == {"a": None, "a/b.txt": "other"}
+
+
+def test_write_text_is_whole_or_not_at_all(tmp_path):
+    atomic_io.atomic_write_text(tmp_path / "a", "old")
+    with pytest.raises(UnicodeEncodeError):
+        atomic_io.atomic_write_text(tmp_path / "a", "x" * 100_000 + "\ud83d")
+    assert content(tmp_path) == {"a": "old"}
+
+
+def test_write_text_that_cannot_replace_leaves_no_litter(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(OSError, match="a"):
+        atomic_io.atomic_write_text(tmp_path / "a", "text")
+    assert content(tmp_path) == {"a": None}
+
+
+def test_write_text_syncs_the_file_and_then_its_folder(tmp_path, monkeypatch):
+    events, replace, sync = [], os.replace, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append("sync"), sync(fd)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("replace"), replace(*paths)))
+    atomic_io.atomic_write_text(tmp_path / "a", "text")
+    assert events == ["sync", "replace", "sync"]
+
+
+# safetensors_header
+
+
+def written(path, header, payload=b""):
+    head = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(head)) + head + payload)
+    return path
+
+
+def entry(begin, end, shape=None, dtype="F32"):
+    return {"dtype": dtype, "shape": [(end - begin) // 4] if shape is None else shape, "data_offsets": [begin, end]}
+
+
+def test_the_header_of_a_real_file(tmp_path):
+    tensors = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.zeros((4, 0), np.float16), "c": np.int64(7)}
+    tensors = {name: np.asarray(value) for name, value in tensors.items()}
+    path = tmp_path / "x.safetensors"
+    save_file(tensors, path, metadata={"format": "pt"})
+    header, start = safetensors_header.read_safetensors_header(path)
+    raw = path.read_bytes()[start:]
+    assert {name: (dtype, shape) for name, (dtype, shape, _, _) in header.items()} == {
+        "a": ("F16", [4, 0]),
+        "b": ("F32", [2, 3]),
+        "c": ("I64", []),
+    }
+    for name, (_, _, begin, end) in header.items():
+        assert raw[begin:end] == tensors[name].tobytes()
+
+
+CUT = "it is cut off, or no safetensors file"
+NO_HEADER = "its header is no safetensors header"
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", CUT),
+        (b"\x10\0\0", CUT),
+        (struct.pack("<Q", 3), CUT),
+        (struct.pack("<Q", 2**63) + b"{}", CUT),
+        (struct.pack("<Q", 5_000_000_000) + b"{}" * 50, CUT),
+        (b"<!DOCTYPE html><html></html>", CUT),
+        (struct.pack("<Q", 2) + b"[]", NO_HEADER),
+        (struct.pack("<Q", 2) + b"{x", NO_HEADER),
+        (struct.pack("<Q", 2) + b"\xff\xff", NO_HEADER),
+        (struct.pack("<Q", 4) + b"null", NO_HEADER),
+    ],
+)
+def test_what_is_no_safetensors_file(tmp_path, data, why):
+    (tmp_path / "x").write_bytes(data)
+    with pytest.raises(ValueError, match=f"^{why}$"):
+        safetensors_header.read_safetensors_header(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("header", "why"),
+    [
+        ({"a": entry(0, 12)}, "it is cut off: a ends beyond the file"),
+        ({"a": entry(0, 2**62)}, "it is cut off: a ends beyond the file"),
+        ({"a": entry(0, 8, [2**40, 2**40])}, "its header is wrong about a"),
+        ({"a": entry(0, 8, [3])}, "its header is wrong about a"),
+        ({"a": entry(0, 8, dtype="F16")}, "its header is wrong about a"),
+        ({"a": entry(0, 4), "b": entry(0, 8)}, "its header is wrong about b"),
+        ({"a": entry(4, 8)}, "its header is wrong about a"),
+        ({"a": entry(8, 4, [1])}, "its header is wrong about a"),
+        ({"a": entry(0, 4)}, "it holds more than its header says"),
+        ({}, "it holds more than its header says"),
+        ({"a": entry(-8, 0)}, NO_HEADER),
+        ({"a": entry(0, 8, [-2])}, NO_HEADER),
+        ({"a": entry(0, 8, [2.0])}, NO_HEADER),
+        ({"a": entry(0, 8, ["2"])}, NO_HEADER),
+        ({"a": entry(0, 8, 2)}, NO_HEADER),
+        ({"a": {"dtype": "F32", "shape": [2]}}, NO_HEADER),
+        ({"a": {"shape": [2], "data_offsets": [0, 8]}}, NO_HEADER),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0]}}, NO_HEADER),
+        ({"a": [1]}, NO_HEADER),
+        (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 1e999]}}', NO_HEADER),
+        (b'{"a":' * 20_000, NO_HEADER),
+    ],
+)
+def test_a_header_that_does_not_add_up(tmp_path, header, why):
+    path = written(tmp_path / "x", header, b"\0" * 8)
+    with pytest.raises(ValueError, match=f"^{why}$"):
+        safetensors_header.read_safetensors_header(path)
+
+
+def test_every_cut_of_a_real_file_is_noticed(tmp_path):
+    save_file({"a": np.ones((3, 5), np.float32), "b": np.ones(7, np.float16)}, tmp_path / "x")
+    whole = (tmp_path / "x").read_bytes()
+    safetensors_header.read_safetensors_header(tmp_path / "x")
+    for length in range(len(whole)):
+        (tmp_path / "x").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="it is cut off"):
+            safetensors_header.read_safetensors_header(tmp_path / "x")
+
+
+def test_a_dtype_that_is_not_known_is_taken_at_its_word(tmp_path):
+    path = written(tmp_path / "x", {"a": entry(0, 8, [16], "F4")}, b"\0" * 8)
+    assert safetensors_header.read_safetensors_header(path)[0]["a"] == ("F4", [16], 0, 8)
+
+
+# The rest
+
+
+def test_sha256_file(tmp_path):
+    (tmp_path / "x").write_bytes(b"text" * 100_000)
+    assert atomic_io.sha256_file(tmp_path / "x") == hashlib.sha256(b"text" * 100_000).hexdigest()
+
+
+def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_TUNER_CACHE", str(tmp_path / "own"))
+    assert atomic_io.cache_dir() == tmp_path / "own"
+    monkeypatch.delenv("LORA_TUNER_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    if os.name != "nt":
+        assert atomic_io.cache_dir() == tmp_path / "xdg" / "lora_tuner"
+
+
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [
+        ("/home/me/reviews.csv", "reviews.csv"),
+        ("~/films", "films"),
+        ("../private/x.parquet", "x.parquet"),
+        ("some/where/else", "else"),
+        ("owner/reviews.jsonl", "reviews.jsonl"),
+        ("stanfordnlp/imdb", "stanfordnlp/imdb"),
+        ("imdb", "imdb"),
+        ("imdb + /home/me/reviews.csv", "imdb + reviews.csv"),
+        ("x" * 5000, "x" * 5000),
+        ("", ""),
+    ],
+)
+def test_of_a_path_strangers_see_the_last_part(name, last):
+    assert text.display_name(name) == last

@@ -1,0 +1,335 @@
+"""One run on several processes, as torchrun starts them: the adapter is that of one process, and one of them speaks."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from safetensors.torch import load_file
+
+from lora_tuner import Library, TrainConfig, distributed, resume, run_sweep, train
+from lora_tuner.adapters.adapter import METRICS_FILE, RUN_FILE, WEIGHTS_FILE
+from lora_tuner.config import resolve_settings
+from lora_tuner.errors import ConfigError, RaisedOnRankZero, TrainingError
+from lora_tuner.training import run, sweep
+from lora_tuner.training.trainer import _EpochOrder
+
+CLI = Path(__file__).parents[2] / "cli.py"
+SHORT = {"rank": 4, "max_length": 64, "batch_size": 2, "eval_rows": 9, "learning_rate": 5e-3, "device": "cpu"}
+DYING = """
+import os
+from lora_tuner.training import trainer
+from lora_tuner.cli.app import app
+
+if os.environ["RANK"] == "1":
+    step = trainer._LoraTrainer.training_step
+    def die(self, *given):
+        if self.state.global_step == {at}:
+            os._exit(9)
+        return step(self, *given)
+    trainer._LoraTrainer.training_step = die
+app()
+"""
+
+
+@pytest.fixture
+def settings(gpt2, reviews_csv):
+    return SHORT | {"base": str(gpt2), "dataset": str(reviews_csv)}
+
+
+def start(settings, *more, script=CLI, launcher=("torch.distributed.run", "--standalone", "--nproc-per-node", "2")):
+    given = {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
+    options = [name if value is True else f"{name}={value}" for name, value in given.items()]
+    return subprocess.Popen(
+        [sys.executable, "-m", *launcher, str(script), "train", *options, *more],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CLI.parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(started):
+    out, said = started.communicate(timeout=300)
+    return SimpleNamespace(status=started.returncode, out=out, said=said)
+
+
+def curve(adapter):
+    entries = [json.loads(line) for line in (adapter.path / METRICS_FILE).read_text().splitlines()]
+    return [entry["loss"] for entry in entries if "loss" in entry]
+
+
+def test_two_processes_train_the_adapter_of_one(settings):
+    """The same 50 steps, of sequences that do not divide by two: an epoch ends within a batch."""
+    done = finish(start(settings, "--max-steps=50", "--eval-every=20", "--name=two", "--json"))
+    assert done.status == 0, done.said
+    two = Library().get("two")
+    assert json.loads(done.out)["weights"]["sha256"] == two.sha256
+    assert done.said.count("The run takes 50 steps") == 1
+    given = {"max_steps": 50, "accumulation": 2, "eval_every": 20, "name": "one"}
+    one = train(TrainConfig.model_validate(settings | given))
+    assert one.manifest.run.sequences % 4 != 0
+    assert len(curve(two)) == 50
+    assert max(abs(a - b) for a, b in zip(curve(one), curve(two), strict=True)) < 1e-5
+    ours, theirs = (load_file(it.path / WEIGHTS_FILE) for it in (one, two))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in ours)
+    assert (one.manifest.run.processes, two.manifest.run.processes) == (1, 2)
+    assert two.manifest.run.tokens == one.manifest.run.tokens
+    for figure in ("base_loss", "loss", "gain", "standard_error"):
+        assert getattr(two.manifest.result, figure) == pytest.approx(getattr(one.manifest.result, figure), abs=1e-5)
+    assert two.manifest.data == one.manifest.data
+    assert not Path("runs/two").exists()
+
+
+@pytest.mark.parametrize("streaming", [{}, pytest.param({"streaming": True, "buffer": 20}, marks=pytest.mark.slow)])
+def test_a_process_that_dies_leaves_a_checkpoint_from_which_one_alone_goes_on(settings, tmp_path, streaming):
+    settings |= streaming
+    script = tmp_path / "dying.py"
+    script.write_text(DYING.format(at=7))
+    done = finish(start(settings, "--max-steps=12", "--name=cut", script=script))
+    assert done.status != 0
+    assert (
+        "Error: Another process of this run has ended. It was after step 7 of 12. Go on with: python cli.py train --resume cut"
+        in done.said
+    )
+    assert done.said.count("Error: ") == done.said.count("ChildFailedError: ") + 1
+    told = []
+    cut = resume("cut", notify=told.append)
+    assert (
+        "The run was begun by 2 processes and goes on with 1: --accumulation is 2 in place of 1, so that each step learns the "
+        "same sequences. What is rounded, and what dropout leaves out, is another."
+    ) in [getattr(it, "text", "") for it in told]
+    whole = train(TrainConfig.model_validate(settings | {"max_steps": 12, "accumulation": 2, "name": "whole"}))
+    assert max(abs(a - b) for a, b in zip(curve(whole), curve(cut), strict=True)) < 1e-5
+    assert cut.manifest.result.loss == pytest.approx(whole.manifest.result.loss, abs=1e-5)
+    assert resolve_settings(TrainConfig, {}, cut.path / RUN_FILE).accumulation == 2
+
+
+@pytest.mark.slow
+def test_two_go_on_in_a_later_epoch_as_one_would(settings, tmp_path):
+    """An epoch has 16 steps, and the order of the second is another."""
+    script = tmp_path / "dying.py"
+    script.write_text(DYING.format(at=21))
+    finish(start(settings, "--max-steps=40", "--name=cut", script=script))
+    assert Path("runs/cut/checkpoint-21").is_dir()
+    done = finish(start({}, "--resume=cut"))
+    assert done.status == 0, done.said
+    whole = train(TrainConfig.model_validate(settings | {"max_steps": 40, "accumulation": 2, "name": "whole"}))
+    assert max(abs(a - b) for a, b in zip(curve(whole), curve(Library().get("cut")), strict=True)) < 1e-5
+
+
+@pytest.mark.slow
+def test_with_patience_no_checkpoint_is_lost_with_a_process(settings, tmp_path):
+    script = tmp_path / "dying.py"
+    script.write_text(DYING.format(at=10))
+    finish(start(settings, "--max-steps=40", "--name=cut", "--eval-every=5", "--patience=3", script=script))
+    assert Path("runs/cut/checkpoint-10/whole.json").is_file()
+    assert resume("cut").manifest.run.steps == 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_all_stop_at_one_step(settings, signum):
+    started = start(settings, "--max-steps=20000", "--save-every=20000", "--name=asked")
+    while not Path("runs/asked/run.yaml").exists():
+        assert started.poll() is None
+        time.sleep(0.1)
+    time.sleep(3)
+    started.send_signal(signum)
+    done = finish(started)
+    assert done.status != 0
+    assert done.said.count("Stopped at step ") == 1
+    assert "saved. Go on with: python cli.py train --resume asked" in done.said
+    assert len([*Path("runs/asked").glob("checkpoint-*/whole.json")]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more", [{"method": name} for name in ("dora", "eva", "lora+", "pissa", "rslora")] + [{"dropout": 0.1}]
+)
+def test_each_method_is_trained_by_two(settings, more):
+    done = finish(start(settings | more, "--max-steps=20", "--name=two"))
+    assert done.status == 0, done.said
+    assert Library().get("two").manifest.result.gain > 0
+
+
+@pytest.mark.slow
+def test_minutes_and_patience_mean_the_same_to_all(settings):
+    """One that took other steps than the rest, or stopped earlier, would leave them waiting."""
+    done = finish(
+        start(settings | {"learning_rate": 0.05}, "--minutes=0.1", "--eval-every=2", "--patience=1", "--name=two")
+    )
+    assert done.status == 0, done.said
+    assert 0 < Library().get("two").manifest.run.kept_step <= Library().get("two").manifest.run.steps
+
+
+@pytest.mark.slow
+def test_the_plan_is_told_once_and_counts_all(settings):
+    done = finish(start(settings, "--epochs=1", "--plan", "--json"))
+    assert done.status == 0, done.said
+    alone = run.plan(TrainConfig.model_validate(settings | {"epochs": 1}))
+    assert json.loads(done.out)["steps_per_epoch"] == -(-alone.steps_per_epoch // 2)
+
+
+@pytest.mark.slow
+def test_accelerate_starts_them_too(settings):
+    how = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    done = finish(start(settings, "--max-steps=5", "--name=two", launcher=("accelerate.commands.launch", *how.split())))
+    assert done.status == 0, done.said
+    assert Library().get("two").manifest.run.processes == 2
+
+
+@pytest.mark.slow
+def test_two_machines_with_a_launcher_each(settings):
+    """Both are this one here: what matters is that each process is the first of its machine."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    how = f"torch.distributed.run --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint localhost:{port} --node-rank"
+    both = [start(settings, "--max-steps=20", "--name=two", launcher=(*how.split(), rank)) for rank in "01"]
+    for done in map(finish, both):
+        assert done.status == 0, done.said
+    one = train(TrainConfig.model_validate(settings | {"max_steps": 20, "accumulation": 2, "name": "one"}))
+    assert max(abs(a - b) for a, b in zip(curve(one), curve(Library().get("two")), strict=True)) < 1e-5
+
+
+@pytest.mark.slow
+def test_an_error_is_said_once(settings):
+    done = finish(start(settings | {"dataset": "missing.csv"}))
+    assert done.status != 0
+    assert done.said.count("There is no dataset 'missing.csv'") == 1
+
+
+# What is refused
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    places = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in {"WORLD_SIZE": "2", **places}.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+def refused(settings):
+    with pytest.raises(TrainingError) as error:
+        train(TrainConfig.model_validate(settings))
+    assert distributed.world_size() == 1
+    assert not Path("runs").exists()
+    return str(error.value)
+
+
+def test_a_world_that_is_not_the_announced_one(settings, launched):
+    launched.setattr("accelerate.PartialState", lambda **_: SimpleNamespace(num_processes=1))
+    assert refused(settings) == (
+        "WORLD_SIZE announces 2 processes, and this one finds 1, so each would train alone: start all of them with torchrun or "
+        "accelerate launch."
+    )
+
+
+def test_compiling_that_would_not_be_kept(settings, launched):
+    launched.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    assert refused(settings) == (
+        "ACCELERATE_DYNAMO_BACKEND=INDUCTOR would not be kept by several processes: set it to no."
+    )
+
+
+@pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_a_world_that_nobody_started(settings, launched, missing):
+    launched.delenv(missing)
+    assert refused(settings).startswith(f"WORLD_SIZE announces 2 processes, and {missing} is not set")
+
+
+def test_a_world_of_no_number(settings, launched):
+    launched.setenv("WORLD_SIZE", "two")
+    assert refused(settings) == "WORLD_SIZE is 'two', and should be a number."
+
+
+def test_different_weights_under_one_name(settings, launched):
+    launched.setattr(distributed, "init_process_group", lambda device: None)
+    launched.setattr(distributed, "world_size", lambda: 2)
+    launched.setattr(distributed, "all_gather", lambda value: [value, "other"])
+    with pytest.raises(TrainingError, match="The processes have different weights under the name"):
+        train(TrainConfig.model_validate(settings))
+
+
+def test_one_gpu_for_all(settings, launched):
+    assert refused(settings | {"device": "cuda:0"}) == (
+        "--device cuda:0 is one GPU for all processes: leave it out, and each takes its own."
+    )
+
+
+def test_several_ranks_or_rates_at_once(settings, launched):
+    with pytest.raises(ConfigError, match="are trained by one process: leave torchrun out"):
+        run_sweep([TrainConfig.model_validate(settings | {"rank": rank}) for rank in (2, 4)])
+    with pytest.raises(ConfigError, match="are trained by one process: leave torchrun out"):
+        sweep.resume_sweep("reviews")
+
+
+def test_more_processes_than_gpus(settings, launched):
+    launched.setattr("torch.cuda.is_available", lambda: True)
+    launched.setattr("torch.cuda.device_count", lambda: 1)
+    launched.setenv("LOCAL_WORLD_SIZE", "2")
+    assert refused(settings | {"device": "auto"}) == "2 processes would share 1 GPUs here: start one for each."
+
+
+def test_apples_gpu(settings, launched):
+    launched.setattr("torch.cuda.is_available", lambda: False)
+    launched.setattr("torch.backends.mps.is_available", lambda: True)
+    assert refused(settings | {"device": "auto"}).startswith("Apple's GPU is for one process")
+
+
+def test_who_says_what(launched):
+    assert distributed.with_rank_prefix("text") == "text"
+    launched.setenv("RANK", "1")
+    assert distributed.with_rank_prefix("text") == ""  # all find the same before they are together
+    launched.setattr(distributed, "_group", object())
+    assert distributed.with_rank_prefix("text") == "Process 1: text"
+
+
+def test_a_number_of_processes_that_cannot_share_a_step(settings, monkeypatch):
+    config = TrainConfig.model_validate(settings | {"accumulation": 2, "name": "imdb"})
+    then = SimpleNamespace(run=SimpleNamespace(processes=2))
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    assert run._for_world_size(config, then, lambda event: None).accumulation == 1
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    with pytest.raises(
+        TrainingError, match="takes 4 batches, which 3 processes cannot share alike: go on with 1 or 2 or 4"
+    ):
+        run._for_world_size(config, then, lambda event: None)
+
+
+# What all agree on
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_the_order_is_that_of_one_process(epoch):
+    theirs = SeedableRandomSampler(range(11), data_seed=5)
+    theirs.set_epoch(epoch)
+    expected = [*theirs]
+    assert [*_EpochOrder(11, 1, 5, lambda: epoch)] == expected
+    shared = _EpochOrder(11, 4, 5, lambda: epoch)
+    assert [*shared] == [*expected, 11]
+    assert len(shared) == 12
+
+
+def test_alone_nothing_is_asked_of_others():
+    assert (distributed.world_size(), distributed.rank(), distributed.local_world_size()) == (1, 0, 1)
+    assert distributed.run_on_rank_zero(lambda: 5) == 5
+    assert distributed.all_gather("a") == ["a"]
+    assert distributed.all_reduce_max(2) == 2
+    assert not distributed.is_process_loss(RuntimeError("Connection closed by peer"))
+
+
+def test_of_an_error_that_all_have_found_the_first_speaks(monkeypatch):
+    error = TrainingError("too large")
+    assert distributed.share_error(error) is error
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert isinstance(distributed.share_error(error), RaisedOnRankZero)

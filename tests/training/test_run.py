@@ -1,0 +1,597 @@
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from filelock import FileLock
+
+from lora_tuner import Interrupted, Library, Notice, Progress, evaluation, plan, resume, train
+from lora_tuner.adapters import adapter as adapters_adapter
+from lora_tuner.config import TrainConfig, resolve_settings
+from lora_tuner.data.dataset import load_dataset
+from lora_tuner.data.splitting import content_hash
+from lora_tuner.errors import AdapterError, BaseModelError, DataError, DivergedError, TrainingError
+from lora_tuner.models.loading import load_base
+from lora_tuner.models.resolve import find_base
+from lora_tuner.training import checkpoints, profiling
+from lora_tuner.training.setup import prepare_training, preview
+
+from .. import tiny_models
+
+
+def weights(adapter):
+    return (adapter.path / adapters_adapter.WEIGHTS_FILE).read_bytes()
+
+
+def history(adapter):
+    return [json.loads(line) for line in (adapter.path / adapters_adapter.METRICS_FILE).read_text().splitlines()]
+
+
+def test_a_run_leaves_a_whole_adapter_and_nothing_else(adapter, tmp_path):
+    assert {path.name for path in adapter.path.iterdir()} == {
+        adapters_adapter.WEIGHTS_FILE, adapters_adapter.CONFIG_FILE, adapters_adapter.MANIFEST_FILE, adapters_adapter.RUN_FILE, adapters_adapter.METRICS_FILE, adapters_adapter.LOSS_PLOT_FILE, adapters_adapter.CARD_FILE,
+    }  # fmt: skip
+    assert [path.name for path in (tmp_path / "adapters").iterdir()] == ["reviews"]
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_training_helps_and_says_by_how_much(settings, model_folder):
+    adapter = train(settings(base=str(model_folder), max_steps=40, eval_rows=20))
+    result = adapter.manifest.result
+    assert result.gain > 3 * result.standard_error > 0
+    assert result.gain == pytest.approx(result.base_loss - result.loss)
+    base = load_base(find_base(str(model_folder)), "cpu")
+    corpus = load_dataset(settings())
+    rows = evaluation.encode_held_out(base, corpus.held_out[:20])
+    assert result.base_loss == pytest.approx(evaluation.measure_loss(base.model, base, rows).loss, abs=1e-6)
+    assert (result.rows, result.tokens) == (len(rows), sum(len(row) - 1 for row in rows))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_logged_loss_is_the_true_one_for_each_kind_of_model(settings, model_folder, tmp_path, packing):
+    """Trainer's own figure is too low for GPT-2: it divides by labels that nothing predicts."""
+    shutil.copytree(model_folder, tmp_path / "base")
+    config = json.loads((model_folder / "config.json").read_text())
+    still = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)  # else the loss in training is another one
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | still))
+    # One step over all rows, in micro-batches of unequal length: there is one true figure for it.
+    job = prepare_training(settings(base="base", rows=40, packing=packing))
+    accumulation = -(-len(job.sequences) // 3)
+    logged = history(
+        train(job.config.model_copy(update={"batch_size": 3, "accumulation": accumulation, "max_steps": 1}))
+    )
+    base = load_base(find_base("base"), "cpu")
+    true = evaluation.measure_loss(base.model, base, job.sequences.rows)
+    assert len(logged) == 1
+    assert logged[0]["tokens"] == sum(true.predictions)
+    assert logged[0]["loss"] == pytest.approx(true.loss, abs=1e-4)
+
+
+def test_the_same_configuration_gives_bitwise_the_same_adapter(settings):
+    first = train(settings(dropout=0.1, accumulation=2))
+    again = train(settings(dropout=0.1, accumulation=2, name="again"))
+    other = train(settings(dropout=0.1, accumulation=2, name="other", seed=1))
+    assert weights(first) == weights(again) != weights(other)
+
+
+def test_run_yaml_repeats_the_run_step_for_step(settings):
+    first = train(settings(max_steps=None, minutes=0.01))
+    saved = yaml.safe_load((first.path / adapters_adapter.RUN_FILE).read_text())
+    assert saved["max_steps"] == first.manifest.run.steps
+    assert "minutes" not in saved
+    again = train(resolve_settings(TrainConfig, {"name": "again"}, first.path / adapters_adapter.RUN_FILE))
+    assert weights(first) == weights(again)
+
+
+class StopAt:
+    """Presses Ctrl-C just before a step is computed."""
+
+    def __init__(self, step, number=signal.SIGINT):
+        self.step, self.number = step, number
+
+    def __call__(self, event):
+        if isinstance(event, Progress) and event.stage == "training" and event.done == self.step - 1:
+            os.kill(os.getpid(), self.number)
+
+
+HARD = {"dropout": 0.1, "accumulation": 2, "max_steps": 30, "rows": 60, "schedule": "cosine"}
+
+
+@pytest.mark.parametrize(
+    ("step", "number"),
+    [(2, signal.SIGINT), (13, signal.SIGTERM), pytest.param(16, signal.SIGINT, marks=pytest.mark.slow)],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(settings, step, number):
+    """Over several epochs, with dropout and accumulation, at a checkpoint's step and between two."""
+    whole = train(settings(**HARD, name="whole"))
+    assert whole.manifest.run.sequences * 3 < 30 * 4  # more than three epochs
+    with pytest.raises(
+        Interrupted, match=rf"Stopped at step {step} of 30, saved\. Go on with: python cli\.py train --resume r"
+    ):
+        train(settings(**HARD, save_every=8), StopAt(step, number))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not (Library().path / "reviews").exists()
+    resumed = resume("reviews")
+    assert weights(resumed) == weights(whole)
+    assert [entry["loss"] for entry in history(resumed)] == [entry["loss"] for entry in history(whole)]
+    assert resumed.manifest.run.tokens == whole.manifest.run.tokens
+    assert not (Library().path.parent / "runs" / "reviews").exists()
+
+
+def test_interrupted_twice_it_stops_at_once_and_can_go_on(settings):
+    whole = train(settings(name="whole"))
+
+    def twice(event):
+        if isinstance(event, Progress) and event.stage == "training" and event.done == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match=r"Stopped at once\. Go on with: python cli\.py train --resume"):
+        train(settings(save_every=2), twice)
+    assert weights(resume("reviews")) == weights(whole)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"schedule": "constant"},
+        {"schedule": "constant", "learning_rate": 0.2, "max_steps": 60, "eval_every": 2, "patience": 2, "rows": 40},
+    ],
+)
+def test_interrupted_while_measuring_the_end_nothing_is_trained_again(settings, monkeypatch, how):
+    """Trainer, resumed at its last step, would take one more."""
+    whole = train(settings(name="whole", **how))
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "paired_gain", interrupted)
+        with pytest.raises(Interrupted, match=r"Stopped at once\. Go on with"):
+            train(settings(**how))
+    told = []
+    resumed = resume("reviews", notify=told.append)
+    assert not [event for event in told if isinstance(event, Progress) and event.stage == "training"]
+    assert weights(resumed) == weights(whole)
+    assert resumed.manifest.run.model_copy(update={"seconds": 0}) == whole.manifest.run.model_copy(
+        update={"seconds": 0}
+    )
+
+
+def test_a_broken_checkpoint_is_passed_over(settings, tmp_path):
+    whole = train(settings(name="whole", max_steps=9))
+    with pytest.raises(Interrupted):
+        train(settings(save_every=2, max_steps=9), StopAt(5))
+    run = tmp_path / "runs" / "reviews"
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
+    (run / "checkpoint-5" / "optimizer.pt").write_bytes(b"half")
+    (run / "checkpoint-99").mkdir()
+    notices = []
+    resumed = resume("reviews", notify=notices.append)
+    said = [event.text for event in notices if isinstance(event, Notice)]
+    assert "runs/reviews/checkpoint-99 is passed over: whole.json is missing." in said
+    assert "runs/reviews/checkpoint-5 is passed over: optimizer.pt is not the one that was written." in said
+    assert weights(resumed) == weights(whole)
+
+
+def test_without_a_whole_checkpoint_it_starts_over(settings, tmp_path):
+    whole = train(settings(name="whole"))
+    with pytest.raises(Interrupted):
+        train(settings(), StopAt(2))
+    shutil.rmtree(tmp_path / "runs" / "reviews" / "checkpoint-2")
+    notices = []
+    assert weights(resume("reviews", notify=notices.append)) == weights(whole)
+    assert Notice("runs/reviews holds no whole checkpoint: the run starts at its first step.") in notices
+
+
+def test_a_resume_with_something_changed_is_refused(settings, reviews_csv, gpt2, tmp_path, monkeypatch):
+    with pytest.raises(Interrupted):
+        train(settings(), StopAt(2))
+    text = reviews_csv.read_text()
+    reviews_csv.write_text(text + "one more row,1\n")
+    with pytest.raises(
+        TrainingError, match=r"runs/reviews cannot be resumed exactly: changed since it stopped: data \(was "
+    ):
+        resume("reviews")
+    reviews_csv.write_text(text)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.raises(TrainingError, match=rf"threads \(was {threads}, is {threads + 1}\)"):
+            resume("reviews")
+    finally:
+        torch.set_num_threads(threads)
+    resume("reviews")
+
+
+def test_what_cannot_be_resumed(settings):
+    with pytest.raises(
+        TrainingError,
+        match=r"There is no unfinished run runs/reviews: it has finished \(into another --adapters-dir\?\), or never started",
+    ):
+        resume("reviews")
+
+
+def test_an_unfinished_run_is_neither_resumed_nor_dropped_by_accident(settings):
+    with pytest.raises(Interrupted):
+        train(settings(), StopAt(2))
+    with pytest.raises(TrainingError, match="runs/reviews holds an unfinished run: go on with it by --resume reviews"):
+        train(settings())
+    assert train(settings(overwrite=True)).manifest.run.steps == 6
+
+
+def test_an_existing_adapter_is_replaced_only_when_asked(adapter, settings):
+    before = weights(adapter)
+    with pytest.raises(
+        AdapterError, match="adapters/reviews exists: choose another --name, or replace it with --overwrite"
+    ):
+        train(settings(seed=4))
+    assert weights(adapter) == before
+    replaced = train(settings(seed=4, overwrite=True))
+    assert weights(replaced) != before
+    assert "overwrite: false" in (replaced.path / adapters_adapter.RUN_FILE).read_text()
+
+
+def test_two_runs_under_one_name_at_once_are_refused(settings, tmp_path):
+    (tmp_path / "runs").mkdir()
+    with (
+        FileLock(tmp_path / "runs" / ".reviews.lock.lora_tuner-new"),
+        pytest.raises(TrainingError, match="Another process trains 'reviews'"),
+    ):
+        train(settings())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_adapter(settings):
+    with pytest.raises(DivergedError) as error:
+        train(settings(learning_rate=1e20, clip=1e20, warmup=0, max_steps=20))
+    assert "The last good adapter is in runs/reviews/last-good. Try a lower learning rate than 1e+20" in str(
+        error.value
+    )
+    kept = adapters_adapter.load_adapter_folder(Path("runs/reviews/last-good"))
+    from safetensors.torch import load_file
+
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(kept.path / adapters_adapter.WEIGHTS_FILE).values())
+    assert not (Library().path / "reviews").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_it_too(settings, monkeypatch):
+    from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
+
+    forward = GPT2LMHeadModel.forward
+
+    def poison(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        if output.logits.requires_grad:
+            output.logits.register_hook(lambda gradient: gradient * float("nan"))
+        return output
+
+    monkeypatch.setattr(GPT2LMHeadModel, "forward", poison)
+    with pytest.raises(DivergedError, match="A gradient is not finite in step 1"):
+        train(settings())
+
+
+def test_patience_stops_early_and_keeps_the_best(settings):
+    notices = []
+    adapter = train(
+        settings(learning_rate=0.2, schedule="constant", max_steps=60, eval_every=2, patience=2, rows=40),
+        notices.append,
+    )
+    run, measured = adapter.manifest.run, {e["step"]: e["eval_loss"] for e in history(adapter) if "eval_loss" in e}
+    best = min(measured, key=measured.get)
+    assert run.steps == best + 4 < 60
+    assert run.kept_step == best
+    assert adapter.manifest.result.loss == pytest.approx(measured[best], abs=1e-6)
+
+
+def test_minutes_become_steps_by_measuring(settings, monkeypatch):
+    told = []
+    config = settings(max_steps=None, minutes=0.02)
+    adapter = train(config, told.append)
+    assert Progress("measuring the speed", 4, 4) in told
+    assert (
+        Notice(f"The run takes {adapter.manifest.run.steps} steps; one epoch is {plan(config).steps_per_epoch}.")
+        in told
+    )
+
+
+def test_without_a_stop_rule_one_epoch_unless_it_takes_too_long(settings, monkeypatch):
+    job = prepare_training(settings(max_steps=None))
+    told = []
+    job = dataclasses.replace(job, notify=told.append)
+    assert profiling.steps_for_stop_rule(job, 0.001) == job.steps_per_epoch
+    assert told == []
+    assert profiling.steps_for_stop_rule(job, 600.0) == 1
+    assert "One epoch would take" in told[0].text
+    assert "10 minutes' worth of it is trained" in told[0].text
+
+
+def test_epochs_become_steps(settings):
+    adapter = train(settings(max_steps=None, epochs=1.5, batch_size=4))
+    per_epoch = -(-adapter.manifest.run.sequences // 4)
+    assert adapter.manifest.run.steps == -(-3 * per_epoch // 2)
+
+
+def test_a_plan_trains_and_writes_nothing(settings, tmp_path):
+    cost = plan(settings(max_steps=None, epochs=3, eval_every=5))
+    assert cost.steps == 3 * cost.steps_per_epoch
+    assert cost.training_seconds == pytest.approx(cost.steps * cost.seconds_per_step)
+    assert min(cost.held_out_seconds, cost.peak_memory_bytes, cost.tokens_per_second) > 0
+    adapter = train(settings())
+    assert abs(adapter.path.joinpath(adapters_adapter.WEIGHTS_FILE).stat().st_size - cost.adapter_bytes) < 4096
+    assert cost.trained_parameters == adapter.parameters
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapters", "reviews.csv", "runs"]
+
+
+def test_measuring_the_speed_does_not_change_the_result(settings):
+    measured = train(settings(max_steps=None, minutes=0.01, dropout=0.1))
+    counted = train(settings(max_steps=measured.manifest.run.steps, dropout=0.1, name="counted"))
+    assert weights(measured) == weights(counted)
+
+
+def test_one_slow_moment_of_the_machine_does_not_halve_a_run(settings, monkeypatch):
+    job = prepare_training(settings(max_steps=None, minutes=1))
+    times = iter(itertools.accumulate([0, 5, 0, 1, 0, 30, 0, 1, 0, 1]))  # of four steps and a held-out batch
+    with monkeypatch.context() as patched:
+        patched.setattr(profiling.time, "perf_counter", lambda: next(times))
+        found = profiling.profile_steps(job)
+    assert found.seconds_per_step == pytest.approx(1, rel=0.5)
+    assert found.training_seconds == pytest.approx(60, rel=0.05)
+
+
+def test_no_held_out_row_is_trained_on(settings, monkeypatch):
+    config = settings()
+    job = prepare_training(config)
+    trained = {job.base.tokenizer.decode(row[:-1]) for row in job.sequences.rows}
+    held_out = {job.base.tokenizer.decode(row[:-1]) for row in job.held_out}
+    assert trained
+    assert held_out
+    assert not trained & held_out
+
+
+def test_chunks_of_long_rows_are_trained_on(settings, tmp_path):
+    (tmp_path / "long.csv").write_text("text\n" + "\n".join(f"{i} " + "word " * 60 for i in range(40)))
+    cut = train(settings(dataset="long.csv", max_length=32, packing=False, max_steps=1, name="cut"))
+    chunked = train(
+        settings(dataset="long.csv", max_length=32, packing=False, max_steps=1, name="chunked", long_rows="chunk")
+    )
+    assert cut.manifest.run.truncated_rows == cut.manifest.data.counts["train"] == cut.manifest.run.sequences
+    assert chunked.manifest.run.sequences > 2 * cut.manifest.run.sequences
+
+
+def test_without_a_length_rows_are_cut_where_the_model_looks_back_no_further(settings):
+    config = settings()
+    told = []
+    adapter = train(TrainConfig(**config.model_dump(exclude_unset=True, exclude={"max_length"})), told.append)
+    assert f"max_length: {tiny_models.CONTEXT}" in (adapter.path / adapters_adapter.RUN_FILE).read_text()
+    assert any(
+        f"Rows are cut at {tiny_models.CONTEXT} tokens" in event.text for event in told if isinstance(event, Notice)
+    )
+
+
+def test_rows_longer_than_the_model_looks_back(settings):
+    with pytest.raises(
+        TrainingError, match=f"max_length is 512, and .* looks back on {tiny_models.CONTEXT} tokens at the most"
+    ):
+        train(settings(max_length=512))
+
+
+def test_places_that_cannot_be_written_are_said_before_training(settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AdapterError, match="file is no folder: choose another --adapters-dir"):
+        train(settings(adapters_dir="file"))
+    with pytest.raises(TrainingError, match="file is no folder: choose another --runs-dir"):
+        train(settings(runs_dir="file"))
+
+
+def test_a_folder_that_is_no_run_is_never_replaced(settings, tmp_path):
+    (tmp_path / "work" / "docs").mkdir(parents=True)
+    (tmp_path / "work" / "docs" / "thesis.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(
+            TrainingError, match="work/docs is no run, so it is not replaced: choose another --runs-dir or"
+        ):
+            train(settings(name="docs", runs_dir="work", overwrite=overwrite))
+    assert (tmp_path / "work" / "docs" / "thesis.txt").read_text() == "mine"
+
+
+def test_runs_are_not_kept_among_adapters(settings, tmp_path):
+    before = weights(train(settings(name="one")))
+    with pytest.raises(TrainingError, match="adapters/one is no run, so it is not replaced"):
+        train(settings(name="one", runs_dir="adapters", overwrite=True))
+    assert weights(adapters_adapter.load_adapter_folder(tmp_path / "adapters" / "one")) == before
+
+
+def test_checkpoints_that_were_kept_are_dropped_only_when_asked(settings, tmp_path):
+    train(settings(keep_checkpoints=True))
+    (tmp_path / "adapters" / "reviews").rename(tmp_path / "adapters" / "other")
+    with pytest.raises(TrainingError, match="runs/reviews holds the checkpoints of a run that has finished: drop them"):
+        train(settings())
+    assert list((tmp_path / "runs" / "reviews").glob("checkpoint-*"))
+    train(settings(overwrite=True))
+    assert not (tmp_path / "runs" / "reviews").exists()
+
+
+def test_bad_data_leaves_no_run(settings, tmp_path):
+    with pytest.raises(DataError):
+        train(settings(dataset="nothing.csv"))
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_checkpoints_can_be_kept(settings, tmp_path):
+    train(settings(keep_checkpoints=True, save_every=3))
+    checkpoint = tmp_path / "runs" / "reviews" / "checkpoint-6"
+    assert adapters_adapter.load_adapter_folder(checkpoint).rank == 4
+    assert (checkpoint / checkpoints.HASHES_FILE).is_file()
+
+
+def test_it_runs_beside_the_main_thread(settings):
+    done = []
+    thread = threading.Thread(target=lambda: done.append(train(settings())))
+    thread.start()
+    thread.join()
+    assert done[0].manifest.run.steps == 6
+
+
+def test_the_preview_shows_what_is_learnt(settings):
+    (row,) = preview(settings(max_length=tiny_models.CONTEXT), 1)
+    assert row.tokens[-1] == tiny_models.END
+    assert row.labels == [False] + [True] * (len(row.tokens) - 1)
+    assert "".join(row.tokens[:-1]) == row.after == row.before
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 4), (8, 2), (1, 8)])
+def test_little_data_can_be_measured_too(settings, batch_size, accumulation):
+    cost = plan(settings(rows=20, batch_size=batch_size, accumulation=accumulation, minutes=0.01, max_steps=None))
+    assert cost.steps >= 1
+
+
+def test_the_first_step_learns(settings):
+    assert train(settings(max_steps=1)).manifest.result.gain != 0
+
+
+def test_the_learning_rate_rises_then_falls(settings):
+    rates = [entry["learning_rate"] for entry in history(train(settings(max_steps=8, warmup=0.3)))]
+    assert rates == pytest.approx([1e-2 * share for share in (1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)])
+    rates = [entry["learning_rate"] for entry in history(train(settings(max_steps=3, schedule="constant", name="c")))]
+    assert rates == pytest.approx([1e-2] * 3)
+    rates = [entry["learning_rate"] for entry in history(train(settings(max_steps=2, schedule="cosine", name="d")))]
+    assert rates == pytest.approx([1e-2, 5e-3])
+
+
+def test_a_run_that_diverges_in_its_last_step_makes_no_adapter(settings):
+    with pytest.raises(DivergedError):
+        train(settings(learning_rate=1e30, clip=1e30, warmup=0, max_steps=2))
+    assert Library().names() == []
+    with pytest.raises(DivergedError):
+        train(settings(learning_rate=1e30, clip=1e30, warmup=0, max_steps=6, eval_every=1, name="b"))
+    assert Library().names() == []
+
+
+def test_kept_checkpoints_are_no_unfinished_run(settings):
+    train(settings(keep_checkpoints=True))
+    with pytest.raises(TrainingError, match="There is no unfinished run"):
+        resume("reviews")
+    assert train(settings(overwrite=True)).manifest.run.steps == 6
+
+
+def test_resuming_with_other_versions_is_refused(settings, monkeypatch):
+    with pytest.raises(Interrupted):
+        train(settings(), StopAt(2))
+    monkeypatch.setattr("peft.__version__", "0.0.1")
+    with pytest.raises(TrainingError, match=r"changed since it stopped: peft \(was .*, is 0\.0\.1\)"):
+        resume("reviews")
+
+
+def test_a_run_can_be_resumed_after_its_folder_has_moved(settings, tmp_path):
+    how = {"learning_rate": 0.2, "schedule": "constant", "eval_every": 2, "patience": 2, "rows": 40, "max_steps": 20}
+    whole = train(settings(name="whole", **how))
+    with pytest.raises(Interrupted):
+        train(settings(**how), StopAt(4))
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    assert weights(resume("reviews", tmp_path / "moved")) == weights(whole)
+
+
+def other_model(folder, kind):
+    from transformers import OPTConfig, OPTForCausalLM, RobertaConfig, RobertaForCausalLM
+
+    torch.manual_seed(0)
+    size = {"vocab_size": 320, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+    if kind == "opt":
+        extra = {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 128}
+        model = OPTForCausalLM(OPTConfig(bos_token_id=0, eos_token_id=0, pad_token_id=1, **size, **extra))
+    else:
+        model = RobertaForCausalLM(RobertaConfig(intermediate_size=64, max_position_embeddings=130, **size))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_base_that_cannot_tell_packed_rows_apart_gets_padded_ones(settings, tmp_path):
+    base = other_model(tmp_path / "opt", "opt")
+    told = []
+    adapter = train(settings(base=str(base)), told.append)
+    assert any("Rows are padded, not packed" in event.text for event in told if isinstance(event, Notice))
+    assert "packing: false" in (adapter.path / adapters_adapter.RUN_FILE).read_text()
+    assert adapter.manifest.run.sequences == adapter.manifest.data.counts["train"]
+    with pytest.raises(TrainingError, match="cannot tell packed rows apart: leave --packing out"):
+        train(settings(base=str(base), packing=True, name="b"))
+
+
+def test_a_model_that_looks_ahead_is_refused(settings, tmp_path):
+    base = other_model(tmp_path / "roberta", "roberta")
+    with pytest.raises(BaseModelError, match="roberta looks at the text ahead: it is no causal language model"):
+        train(settings(base=str(base)))
+
+
+# Rows to measure on that are not its own
+
+
+@pytest.fixture
+def films(tmp_path):
+    """Twenty rows to measure on; four of them are rows of the training data too."""
+    texts = [*tiny_models.reviews(120)[:4], *tiny_models.reviews(16, seed=3)]
+    (tmp_path / "films.csv").write_text("text,label\n" + "".join(f"{text},1\n" for text in texts))
+    return texts
+
+
+def test_other_data_are_measured_on_and_none_of_them_is_trained_on(settings, films, tmp_path):
+    alone, job = prepare_training(settings()), prepare_training(settings(eval_dataset="films.csv"))
+    assert alone.manifest.data.eval_dataset is None
+    measured, held_out = set(films), set(alone.corpus.held_out)
+    trained = {job.base.tokenizer.decode(row[:-1]) for row in job.sequences.rows}
+    assert set(alone.corpus.train) & measured
+    assert set(job.corpus.train) == set(alone.corpus.train) - measured
+    assert not set(job.corpus.train) & (measured | held_out)
+    assert not trained & measured
+    assert set(job.corpus.held_out) == measured
+    assert job.held_out_texts == job.corpus.held_out[:8]
+    adapter = train(settings(eval_dataset="films.csv"))
+    facts, result = adapter.manifest.data, adapter.manifest.result
+    assert facts.eval_dataset == "films.csv"
+    assert facts.held_out_hash == content_hash(job.held_out_texts) != alone.manifest.data.held_out_hash
+    assert facts.held_out_rows == result.rows == 8
+    assert facts.counts["in_eval_dataset"] == len(set(alone.corpus.train) & measured)
+    assert facts.counts["held_out"] == len(held_out)
+    assert facts.counts["read"] == sum(facts.counts.values()) - facts.counts["read"]
+    assert evaluation.cached_rows(adapter) == evaluation.EvalSet("reviews", job.held_out_texts)
+    assert result.base_loss == pytest.approx(
+        evaluation.measure_loss(job.base.model, job.base, job.held_out).loss, abs=1e-6
+    )
+    assert "\neval_dataset: films.csv\n" in (adapter.path / adapters_adapter.RUN_FILE).read_text()
+    assert "| Measured on | films.csv |" in (adapter.path / adapters_adapter.CARD_FILE).read_text()
+    again = train(resolve_settings(TrainConfig, {"name": "again"}, adapter.path / adapters_adapter.RUN_FILE))
+    assert weights(again) == weights(adapter)
+
+
+def test_a_resume_with_other_rows_to_measure_on_is_refused(settings, films, tmp_path):
+    text = (tmp_path / "films.csv").read_text()
+    with pytest.raises(Interrupted):
+        train(settings(eval_dataset="films.csv", eval_rows=100), StopAt(2))
+    (tmp_path / "films.csv").write_text(text + "one more row,1\n")
+    with pytest.raises(TrainingError, match=r"changed since it stopped: data \(was .*\), held-out rows \(was "):
+        resume("reviews")
+    (tmp_path / "films.csv").write_text(text)
+    assert resume("reviews").manifest.result.rows == 20
+
+
+def test_rows_to_measure_on_that_are_wrong_leave_no_run(settings, tmp_path):
+    (tmp_path / "empty.csv").write_text("text,label\n")
+    for name, why in (
+        ("empty.csv", r"^empty\.csv holds no rows\.$"),
+        ("none.csv", r"^There is no dataset 'none\.csv'"),
+    ):
+        with pytest.raises(DataError, match=why):
+            train(settings(eval_dataset=name))
+    assert list((tmp_path / "runs").iterdir()) == []
+    assert Library().names() == []

@@ -1,0 +1,67 @@
+"""What a run hands on to trackers is what it writes down itself."""
+
+import json
+
+import pytest
+
+from lora_tuner import TrainConfig, resume, train
+from lora_tuner.config import resolve_settings
+from lora_tuner.errors import ConfigError
+
+
+def read(folder):
+    """Tag -> step -> value, of all files of a folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: {it.step: it.value for it in found.Scalars(tag)} for tag in found.Tags()["scalars"]}
+
+
+def test_tensorboard_has_the_curve_of_the_adapter(settings, tmp_path):
+    adapter = train(settings(report_to=["tensorboard"], eval_every=3))
+    lines = [json.loads(line) for line in (adapter.path / "metrics.jsonl").read_text().splitlines()]
+    found = read(tmp_path / "runs" / "tensorboard" / "reviews")
+    for name, tag in (("loss", "train/loss"), ("eval_loss", "eval/loss"), ("learning_rate", "train/learning_rate")):
+        ours = {line["step"]: line[name] for line in lines if name in line}
+        assert found[tag] == pytest.approx(ours, rel=1e-6), name
+    assert len(found["train/loss"]) == 6
+    assert set(found["eval/loss"]) == {3, 6}
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tensorboard"]
+
+
+def test_a_run_that_goes_on_writes_on(settings, tmp_path, stop_at):
+    with stop_at(2):
+        train(settings(report_to=["tensorboard"]))
+    assert set(read(tmp_path / "runs" / "tensorboard" / "reviews")["train/loss"]) == {1, 2}
+    resume("reviews")
+    assert set(read(tmp_path / "runs" / "tensorboard" / "reviews")["train/loss"]) == set(range(1, 7))
+
+
+def test_the_adapter_is_the_same_with_a_tracker_and_without(settings):
+    told = train(settings(name="told", report_to=["tensorboard"]))
+    assert told.sha256 == train(settings(name="alone")).sha256
+
+
+def test_a_tracker_that_is_not_installed_is_said_before_anything_is_read(settings):
+    with pytest.raises(ConfigError) as error:
+        train(settings(report_to=["tensorboard", "wandb"], base="nowhere/nothing"))
+    assert str(error.value) == "report_to: wandb is not installed: pip install wandb."
+
+
+def test_an_unknown_tracker_is_refused():
+    with pytest.raises(ConfigError) as error:
+        resolve_settings(TrainConfig, {"report_to": ["paper"]})
+    assert str(error.value) == ("report_to: paper is none of tensorboard, trackio, wandb, mlflow (got ['paper'])")
+
+
+def test_others_go_to_trainer_under_the_name_of_the_adapter(settings, monkeypatch):
+    """Trainer's own integrations are asked for, by the names that it knows."""
+    from lora_tuner.training import trainer
+
+    asked = []
+    monkeypatch.setattr(trainer, "check_trackers", lambda config: None)
+    monkeypatch.setattr(
+        "transformers.trainer.get_reporting_integration_callbacks", lambda names: asked.append(list(names)) or []
+    )
+    train(settings(name="one", report_to=["mlflow", "trackio"]))
+    assert asked == [["mlflow", "trackio"]]
