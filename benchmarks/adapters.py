@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from lora_tuner import Generator, SamplingParams, TrainConfig, atomic_io
+from lora_tuner import Generator, ModelOptions, SamplingParams, TrainConfig, atomic_io
 from lora_tuner.adapters import adapter
 from lora_tuner.adapters.manifest import Manifest, WeightsInfo, utc_timestamp
 from lora_tuner.config import EMBEDDED_BASE
@@ -51,7 +51,7 @@ def make(shelf: Path, count: int, seed: int = 0, rank: int = 8) -> None:
         lora.save_adapter_files(own, model.peft_config[lora.ADAPTER_NAME], folder)
         weights = folder / adapter.WEIGHTS_FILE
         facts = WeightsInfo(sha256=atomic_io.sha256_file(weights), bytes=weights.stat().st_size, parameters=1)
-        manifest = Manifest(created=utc_timestamp(), base=base.source.facts(base.tokenizer_hash), weights=facts)
+        manifest = Manifest(created=utc_timestamp(), base=base.files.base_info(base.tokenizer_hash), weights=facts)
         (folder / adapter.MANIFEST_FILE).write_text(manifest.to_json())
 
 
@@ -68,21 +68,21 @@ def _listing(shelf: Path, rounds: int) -> list[Figure]:
 
 def _loading(shelf: Path, rounds: int) -> list[Figure]:
     figures = []
-    generator = Generator(base=EMBEDDED_BASE, adapters_dir=shelf)
+    generator = Generator(adapters_dir=shelf, options=ModelOptions(base=EMBEDDED_BASE))
     for resident in RESIDENT:
-        for number in range(len(generator.loaded), resident):
-            generator.use(f"a{number}")
+        for number in range(len(generator.loaded_adapters), resident):
+            generator.set_adapter(f"a{number}")
         loads: list[float] = []
         firsts: list[float] = []
         swaps: list[float] = []
         for turn in range(rounds):
             extra = f"a{max(RESIDENT) + turn}"
-            loads.append(seconds(partial(generator.use, extra)))
+            loads.append(seconds(partial(generator.set_adapter, extra)))
             generator.unload(extra)
             name = f"a{turn % resident}"
-            _, loaded = generator.find(name)
+            _, loaded = generator.get_or_load(name)
             assert loaded is not None
-            loaded.joined.clear()  # what was joined stays for the next time
+            loaded.stacked.clear()  # what was joined stays for the next time
             for times in (firsts, swaps):
                 _swap(generator, None)
                 times.append(seconds(partial(_swap, generator, name)))
@@ -101,9 +101,9 @@ def _loading(shelf: Path, rounds: int) -> list[Figure]:
 
 def _swap(generator: Generator, name: str | None) -> None:
     """All that changes between the answers of two adapters."""
-    _, loaded = generator.find(name)
-    assert generator.writer.decoder is not None
-    generator.writer.decoder.mix(generator.writer.bank).use([loaded])
+    _, loaded = generator.get_or_load(name)
+    assert generator.engine.cpu_decoder is not None
+    generator.engine.cpu_decoder.new_lora(generator.engine.multi_lora).set_rows([loaded])
 
 
 def _peft(shelf: Path, rounds: int) -> list[Figure]:
@@ -132,7 +132,7 @@ def _peft(shelf: Path, rounds: int) -> list[Figure]:
 def _batches(shelf: Path, rounds: int) -> list[Figure]:
     """Eight rows: eight adapters, one adapter, the plain base, one after another; and PEFT's `adapter_names`."""
     names = [f"a{number}" for number in range(ROWS)]
-    generator = Generator(*names, base=EMBEDDED_BASE, adapters_dir=shelf)
+    generator = Generator(*names, adapters_dir=shelf, options=ModelOptions(base=EMBEDDED_BASE))
     plain = load_base(find_base(EMBEDDED_BASE))
     with quiet_transformers():
         wrapped = PeftModel.from_pretrained(plain.model, shelf / "a0", adapter_name="a0").eval()
@@ -172,12 +172,12 @@ def _growth(shelf: Path, rounds: int) -> list[Figure]:
     for rank in RANKS:
         place = shelf.parent / f"rank{rank}"
         make(place, ROWS, rank=rank)
-        generator = Generator(base=EMBEDDED_BASE, adapters_dir=place)
-        loads = [seconds(partial(generator.find, name)) for name in names]
+        generator = Generator(adapters_dir=place, options=ModelOptions(base=EMBEDDED_BASE))
+        loads = [seconds(partial(generator.get_or_load, name)) for name in names]
         figures.append(figure(f"load an adapter of rank {rank}", statistics.median(loads) * 1e3, "ms"))
         what = f"{ROWS} rows, {ROWS} adapters of rank {rank}"
         ways[what], rows_of[what] = partial(generator.generate_batch, [(PROMPT, it) for it in names], GREEDY), ROWS
-    generator = Generator(base=EMBEDDED_BASE, adapters_dir=shelf)
+    generator = Generator(adapters_dir=shelf, options=ModelOptions(base=EMBEDDED_BASE))
     for rows in BATCHES:
         what = f"{rows} rows, {min(rows, ROWS)} adapters of rank 8"
         asked = [(PROMPT, names[row % ROWS]) for row in range(rows)]

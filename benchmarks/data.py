@@ -37,7 +37,7 @@ def _rows(rounds: int) -> list[Figure]:
         times: dict[str, list[float]] = {"cleaning and splitting": [], "tokenising": [], "packing": []}
         for _ in range(rounds):
             start = time.perf_counter()
-            texts = load_dataset(TrainConfig(rows=count)).train
+            texts = load_dataset(TrainConfig(max_rows=count)).train
             times["cleaning and splitting"].append(count / (time.perf_counter() - start))
             start = time.perf_counter()
             rows, _ = tokenization.truncate(tokenization.encode_texts(tokenizer, texts), LENGTH)
@@ -59,7 +59,9 @@ def _growth(rounds: int) -> list[Figure]:
         for _ in range(rounds):
             for setting, values in GROWTH.items():
                 for value in values:
-                    seconds, predictions = _ours(name, place, "float32", steps=5, accumulation=1, **{setting: value})
+                    seconds, predictions = _ours(
+                        name, place, "float32", steps=5, gradient_accumulation=1, **{setting: value}
+                    )
                     speed = sum(predictions[1:]) / sum(seconds[1:])
                     speeds.setdefault(f"training, {setting} {value}", []).append(speed)
     return [figure(what, statistics.median(found), "tokens/s") for what, found in speeds.items()]

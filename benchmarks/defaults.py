@@ -27,7 +27,7 @@ from lora_tuner.training.trainer import _LoraTrainer
 from .measure import Figure, figure, seconds
 
 SECONDS, HELD_OUT, CALIBRATION, PROBED = 40.0, 50, 4, 6
-LONGER = ("batch_size", "max_length", "targets")  # what changes how long a step takes
+LONGER = ("batch_size", "max_length", "target_modules")  # what changes how long a step takes
 Initialise = Callable[[TrainingSetup], None]
 
 
@@ -70,7 +70,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], Initialise | None, float | None]] = {
     "2 sequences a step": ({"batch_size": 2}, None, None),
     "4 sequences a step, 4e-3": ({"batch_size": 4, "learning_rate": 4e-3}, None, None),
     "sequences of 256": ({"max_length": 256}, None, None),
-    "attention alone, 4e-3": ({"targets": "attention", "learning_rate": 4e-3}, None, None),
+    "attention alone, 4e-3": ({"target_modules": "attention", "learning_rate": 4e-3}, None, None),
     "rsLoRA's scale (alpha 45)": ({"alpha": 45}, None, None),
     "rsLoRA's scale, 7e-4": ({"alpha": 45, "learning_rate": 7e-4}, None, None),
     f"{LORA_PLUS.format(4)}, 1e-3": ({"learning_rate": 1e-3}, None, 4.0),

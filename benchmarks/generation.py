@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lora_tuner import Generator, SamplingParams, TrainConfig, evaluation
+from lora_tuner import Generator, ModelOptions, SamplingParams, TrainConfig, evaluation
 from lora_tuner.config import EMBEDDED_BASE
 from lora_tuner.data.dataset import load_dataset
 from lora_tuner.models.loading import load_base
@@ -49,7 +49,7 @@ def run(rounds: int) -> list[Figure]:
 
 
 def _tokens_a_second(rounds: int) -> list[Figure]:
-    exact, small = (Generator(base=EMBEDDED_BASE, dtype=dtype) for dtype in ("float32", "int8"))
+    exact, small = (Generator(options=ModelOptions(base=EMBEDDED_BASE, dtype=dtype)) for dtype in ("float32", "int8"))
     model, tokenizer = recipes.stock(EMBEDDED_BASE)
     theirs = {rows: partial(_stock, model, tokenizer, rows) for rows in (1, PROMPTS)}
     ours = {rows: partial(exact.generate_batch, [(PROMPT, None)] * rows, GREEDY) for rows in (1, PROMPTS)}
@@ -76,7 +76,7 @@ def _tokens_a_second(rounds: int) -> list[Figure]:
 
 def _growth(rounds: int) -> list[Figure]:
     """With more prompts at once, and longer answers."""
-    generator = Generator(base=EMBEDDED_BASE, dtype="float32")
+    generator = Generator(options=ModelOptions(base=EMBEDDED_BASE, dtype="float32"))
     shapes = [(rows, NEW_TOKENS) for rows in (2, 4, 16, 32)] + [(1, tokens) for tokens in (16, 256, 512)]
 
     def write(rows: int, tokens: int) -> None:
@@ -141,7 +141,7 @@ def _loss_of_int8() -> list[Figure]:
     texts = load_dataset(TrainConfig()).held_out[:HELD_OUT]
     losses = []
     for dtype in ("float32", "int8"):
-        base = load_base(find_base(EMBEDDED_BASE), dtype=dtype)
+        base = load_base(find_base(EMBEDDED_BASE), options=ModelOptions(dtype=dtype))
         losses.append(evaluation.measure_loss(base.model, base, evaluation.encode_held_out(base, texts)).loss)
     what = f"held-out loss, {HELD_OUT} reviews: int8 over float32"
     return [figure(what, losses[1] - losses[0], "nats", f"{losses[0]:.4f} -> {losses[1]:.4f}")]

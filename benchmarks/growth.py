@@ -26,7 +26,7 @@ def run(rounds: int) -> list[Figure]:
         for number, shape in enumerate(SHAPES):
             base = f"{place}/{number}"
             larger.make(base, shape)
-            found = [larger.step(base, {"dtype": "float32", "checkpointing": "off"}) for _ in range(rounds)]
+            found = [larger.step(base, {"dtype": "float32", "gradient_checkpointing": "off"}) for _ in range(rounds)]
             seconds, peak = (statistics.median(it[name] for it in found) for name in ("seconds", "peak"))
             note = f"{peak / 1e9:.2f} GB at the most"
             figures.append(figure(f"{found[0]['parameters'] / 1e6:.0f} million parameters", seconds, "s a step", note))
@@ -49,7 +49,7 @@ def _plan(base: str, many: int, threads: int, script: Path) -> dict[str, float]:
         base,
         "--device",
         "cpu",
-        "--rows",
+        "--max-rows",
         "300",
         "--eval-rows",
         "2",

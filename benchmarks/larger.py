@@ -15,10 +15,10 @@ from .measure import Figure, figure
 
 STEPS = 3
 WAYS: dict[str, dict[str, Any]] = {
-    "bfloat16, activations computed again": {"dtype": "bfloat16", "checkpointing": "on"},
-    "bfloat16": {"dtype": "bfloat16", "checkpointing": "off"},
-    "8 bits, activations computed again": {"dtype": "bfloat16", "load_in": "8bit", "checkpointing": "on"},
-    "4 bits, activations computed again": {"dtype": "bfloat16", "load_in": "4bit", "checkpointing": "on"},
+    "bfloat16, activations computed again": {"dtype": "bfloat16", "gradient_checkpointing": "on"},
+    "bfloat16": {"dtype": "bfloat16", "gradient_checkpointing": "off"},
+    "8 bits, activations computed again": {"dtype": "bfloat16", "load_in": "8bit", "gradient_checkpointing": "on"},
+    "4 bits, activations computed again": {"dtype": "bfloat16", "load_in": "4bit", "gradient_checkpointing": "on"},
 }
 
 
@@ -84,7 +84,7 @@ def _train(base: str, how: dict[str, Any]) -> None:
     given = {
         "base": base,
         "dataset": "imdb",
-        "rows": 300,
+        "max_rows": 300,
         "eval_rows": 2,
         "rank": 8,
         "max_length": 512,

@@ -23,7 +23,7 @@ from .measure import Figure, figure, seconds
 
 STEPS, HELD_OUT = 30, 40
 FACTORS = (0.5, 1.0, 2.0)  # of the learning rate that is a method's default
-REVIEWS: dict[str, Any] = {"dataset": "imdb", "rows": 2_000}
+REVIEWS: dict[str, Any] = {"dataset": "imdb", "max_rows": 2_000}
 
 
 def program_code(folder: Path) -> dict[str, Any]:

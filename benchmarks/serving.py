@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 import psutil
 
-from lora_tuner import Generator, SamplingParams
+from lora_tuner import Generator, ModelOptions, SamplingParams
 from lora_tuner.config import EMBEDDED_BASE
 from lora_tuner.inference.sequence import Sequence
 
@@ -103,20 +103,25 @@ def _expected(shelves: list[Path]) -> Expected:
     nothing, for any text would do."""
     found: Expected = {}
     for shelf in shelves:
-        generator = Generator(base=EMBEDDED_BASE, adapters_dir=shelf, dtype="float32")
+        generator = Generator(adapters_dir=shelf, options=ModelOptions(base=EMBEDDED_BASE, dtype="float32"))
         for name in generator.library.names():
             for prompt in PROMPTS:
                 row = Sequence(
-                    generator.base, generator.check(prompt), GREEDY, None, *generator.find(name), likeliest=2
+                    generator.base,
+                    generator.encode_prompt(prompt),
+                    GREEDY,
+                    None,
+                    *generator.get_or_load(name),
+                    top_logprobs=2,
                 )
-                generator.writer.join([row])
-                while generator.writer.rows:
-                    generator.writer.step()
-                margins = [chance.likeliest[0][1] - chance.likeliest[1][1] for chance in row.chances]
+                generator.engine.add([row])
+                while generator.engine.sequences:
+                    generator.engine.step()
+                margins = [chance.top[0][1] - chance.top[1][1] for chance in row.logprobs]
                 sure = next((place for place, margin in enumerate(margins) if margin < CLOSE), len(margins))
-                text = row.text.whole
+                text = row.detokenizer.text
                 if sure < len(margins):
-                    text = generator.base.tokenizer.decode(row.new[:sure]).removesuffix("\ufffd")
+                    text = generator.base.tokenizer.decode(row.output_ids[:sure]).removesuffix("\ufffd")
                 found.setdefault((name, prompt), []).append(text)
     return {asked: texts for asked, texts in found.items() if all(texts)}
 

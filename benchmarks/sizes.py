@@ -52,7 +52,7 @@ def _taught(folder: Path, width: int, seed: int) -> str:
     source = find_base(EMBEDDED_BASE)
     given: dict[str, Any] = {"base": EMBEDDED_BASE, "max_length": LENGTH, "max_steps": 1, "eval_rows": 2, "rank": 1}
     with quiet_transformers():
-        job = prepare_training(TrainConfig.model_validate(REVIEWS | given | {"rows": None, "device": "cpu"}))
+        job = prepare_training(TrainConfig.model_validate(REVIEWS | given | {"max_rows": None, "device": "cpu"}))
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(job.base.tokenizer),

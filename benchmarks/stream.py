@@ -32,14 +32,14 @@ def run(rounds: int) -> list[Figure]:
         stream = StreamingDataset(config, load_tokenizer(find_base(EMBEDDED_BASE)), frozenset(), counts, StreamState())
         start, mark = time.perf_counter(), MARK
         for taken, _ in enumerate(stream, 1):
-            stream.place(taken)  # as checkpoints ask
+            stream.state_at(taken)  # as checkpoints ask
             if counts.read >= mark:
                 rate = counts.read / (time.perf_counter() - start)
                 figures.append(
                     figure(f"after {mark:,} rows", process.memory_info().rss / 1e6, "MB", f"{rate:,.0f} rows/s")
                 )
                 mark += MARK
-            if mark > ROWS or stream.place(taken).epoch:
+            if mark > ROWS or stream.state_at(taken).epoch:
                 break
     return figures
 

@@ -81,7 +81,12 @@ def base_of(shape: str, place: Path) -> str:
 
 def _ours(name: str, place: Path, dtype: str, steps: int = STEPS, **changes: Any) -> tuple[list[float], list[int]]:
     """Seconds and predictions of each step of a real run."""
-    settings: dict[str, Any] = {"batch_size": 1, "accumulation": BATCH, "max_length": LENGTH, "rows": ROWS} | changes
+    settings: dict[str, Any] = {
+        "batch_size": 1,
+        "gradient_accumulation": BATCH,
+        "max_length": LENGTH,
+        "max_rows": ROWS,
+    } | changes
     config = TrainConfig(
         base=name,
         dtype=dtype,
@@ -99,7 +104,7 @@ def _ours(name: str, place: Path, dtype: str, steps: int = STEPS, **changes: Any
 
 
 def _theirs(way: str, name: str) -> tuple[list[float], list[int]]:
-    texts = load_dataset(TrainConfig(rows=ROWS)).train
+    texts = load_dataset(TrainConfig(max_rows=ROWS)).train
     known: dict[str, Callable[..., recipes.Clock]] = {
         "plain": recipes.plain,
         "trl": recipes.with_trl,
@@ -115,7 +120,7 @@ def _floor(name: str) -> tuple[list[float], list[int]]:
     """The products of one packed sequence, forward and backward, with nothing between them. Real weights, so that the
     caches are as cold as in a step."""
     job = prepare_training(
-        TrainConfig(base=name, max_length=LENGTH, max_steps=1, rows=ROWS, eval_rows=2, dtype="float32")
+        TrainConfig(base=name, max_length=LENGTH, max_steps=1, max_rows=ROWS, eval_rows=2, dtype="float32")
     )
     model, config, rank = job.base.model, job.base.model.config, job.config.rank
     rows = max((job.sequences[i] for i in range(len(job.sequences))), key=lambda it: sum(map(len, it)))

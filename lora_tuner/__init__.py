@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .adapters.hub_sync import pull, push
     from .adapters.library import Library
     from .adapters.manifest import Manifest
-    from .config import SamplingParams, TrainConfig
+    from .config import ModelOptions, SamplingParams, TrainConfig
     from .convert.blend import BlendResult, blend
     from .convert.compress import CompressResult, compress
     from .convert.export_gguf import to_gguf
@@ -42,6 +42,7 @@ _HOMES = {
     "LoraTunerError": "errors",
     "Manifest": "adapters.manifest",
     "MergeResult": "convert.merge",
+    "ModelOptions": "config",
     "Notice": "errors",
     "Progress": "errors",
     "RunEstimate": "training.profiling",
@@ -74,6 +75,7 @@ __all__ = [
     "LoraTunerError",
     "Manifest",
     "MergeResult",
+    "ModelOptions",
     "Notice",
     "Progress",
     "RunEstimate",

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
-from .errors import ConfigError
+from .errors import ConfigError, EventHandler, ignore_events
 
 DEFAULT_BASE = "distilgpt2"
 EMBEDDED_BASE = "smollm2-135m"
@@ -103,7 +103,9 @@ class TrainConfig(_Settings):
         None, "The column that holds the text.", "Data", "text, or the only column of text"
     )
     where: list[str] = _setting([], "Only rows with this value, as COLUMN=VALUE. May be repeated.", "Data")
-    rows: int | None = _setting(None, "So many rows, drawn always alike: 1000 are among the 2000.", "Data", "all", ge=2)
+    max_rows: int | None = _setting(
+        None, "So many rows, drawn always alike: 1000 are among the 2000.", "Data", "all", ge=2
+    )
     txt_rows: Literal["auto", "line", "paragraph", "file"] = _setting(
         "auto", "What a row is in a txt file; auto: blank lines part rows or, where there are none, lines do.", "Data"
     )
@@ -111,7 +113,7 @@ class TrainConfig(_Settings):
     streaming: bool = _setting(
         False, "Read rows as they are needed, for data that neither memory nor disk holds. Copies stay in.", "Data"
     )
-    buffer: int = _setting(
+    shuffle_buffer: int = _setting(
         10_000, "Rows that are shuffled and packed together with --streaming.", "Data", ge=1, le=MAX_COUNT
     )
     max_length: int = _setting(512, "Tokens a training row has at the most.", "Data", ge=8)
@@ -165,7 +167,7 @@ class TrainConfig(_Settings):
         le=MAX_ALPHA,
     )
     dropout: float = _setting(0.0, "Dropout on the input of the update.", "Model", ge=0, lt=1)
-    targets: str = _setting(
+    target_modules: str = _setting(
         "auto",
         "Layers that get an update: auto, attention, all-linear, or names with commas between them.",
         "Model",
@@ -193,7 +195,9 @@ class TrainConfig(_Settings):
         ge=1,
         le=MAX_COUNT,
     )
-    accumulation: int = _setting(1, "Batches whose gradients are summed for one step.", "Training", ge=1, le=MAX_COUNT)
+    gradient_accumulation: int = _setting(
+        1, "Batches whose gradients are summed for one step.", "Training", ge=1, le=MAX_COUNT
+    )
     learning_rate: float | None = _setting(
         None,
         "Peak learning rate; with lora+ that of A, and B's is 4 times as high. Several, with commas, as with --rank.",
@@ -207,7 +211,9 @@ class TrainConfig(_Settings):
     )
     warmup: float = _setting(0.05, "Share of the steps in which the learning rate rises.", "Training", ge=0, lt=1)
     weight_decay: float = _setting(0.0, "AdamW's weight decay.", "Training", ge=0, allow_inf_nan=False)
-    clip: float = _setting(1.0, "Gradients are scaled down to this norm.", "Training", gt=0, allow_inf_nan=False)
+    max_grad_norm: float = _setting(
+        1.0, "Gradients are scaled down to this norm.", "Training", gt=0, allow_inf_nan=False
+    )
     eval_every: int | None = _setting(
         None, "Measure the held-out loss every so many steps.", "Training", "before and after", ge=1, le=MAX_COUNT
     )
@@ -242,7 +248,7 @@ class TrainConfig(_Settings):
         "Weights of the base in 8 or 4 bits (QLoRA, by bitsandbytes); auto: where they do not fit in full.",
         "Machine",
     )
-    checkpointing: Literal["auto", "on", "off"] = _setting(
+    gradient_checkpointing: Literal["auto", "on", "off"] = _setting(
         "auto",
         "Compute activations again in place of keeping them: a third slower, far less memory. auto: where they do not fit.",
         "Machine",
@@ -280,17 +286,17 @@ class TrainConfig(_Settings):
     @field_validator("streaming")
     @classmethod
     def _unseen(cls, value: bool, info: Any) -> bool:
-        if value and info.data.get("rows") is not None:
-            raise _contradiction("streaming never has all rows, of which --rows draws some: give one of the two")
+        if value and info.data.get("max_rows") is not None:
+            raise _contradiction("streaming never has all rows, of which --max-rows draws some: give one of the two")
         if value and info.data.get("txt_rows") == "file":
             raise _contradiction("streaming reads a line at a time, and txt_rows file all of them: give one of the two")
         return value
 
-    @field_validator("buffer")
+    @field_validator("shuffle_buffer")
     @classmethod
     def _streamed(cls, value: int, info: Any) -> int:
-        if value != cls.model_fields["buffer"].default and not info.data.get("streaming", True):
-            raise _contradiction("buffer is for streaming: give that too, or leave it out")
+        if value != cls.model_fields["shuffle_buffer"].default and not info.data.get("streaming", True):
+            raise _contradiction("shuffle_buffer is for streaming: give that too, or leave it out")
         return value
 
     @field_validator("epochs")
@@ -346,7 +352,7 @@ class SamplingParams(_Settings):
     seed: int | None = _setting(
         None, "Same seed, same settings, same text.", "Sampling", "another every time", ge=0, lt=2**63
     )
-    answers: int = _setting(1, "So many answers to each prompt.", "Sampling", ge=1, le=256)
+    n: int = _setting(1, "So many answers to each prompt.", "Sampling", ge=1, le=256)
     stop: list[str] = _setting([], "End the answer before this text. May be repeated.", "Sampling")
 
     @field_validator("greedy")
@@ -366,11 +372,11 @@ class SamplingParams(_Settings):
             raise _contradiction("greedy draws nothing: leave seed out")
         return value
 
-    @field_validator("answers")
+    @field_validator("n")
     @classmethod
     def _different(cls, value: int, info: Any) -> int:
         if value > 1 and (info.data.get("greedy") or info.data.get("temperature") == 0):
-            raise _contradiction("answers above 1 would all be the same: greedy has one answer")
+            raise _contradiction("n above 1 would all be the same: greedy has one answer")
         return value
 
     @field_validator("stop")
@@ -397,6 +403,35 @@ class ServerConfig(_Settings):
     max_tokens: int = _setting(2048, "Tokens that a request may ask for.", "Serving", ge=1, le=MAX_COUNT)
     timeout: float = _setting(300.0, "Seconds that a request may take, waiting included.", "Serving", gt=0, le=86_400)
     log_prompts: bool = _setting(False, "Write prompts and answers into the log as well.", "Serving")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Select the base model and how it is loaded.
+
+    Args:
+        base: a local folder or a Hub id; None means the base that the adapter names, else the default.
+        revision: branch, tag or commit on the Hub.
+        device: auto, cpu, cuda, cuda:N or mps.
+        dtype: auto, float32, bfloat16, float16 or int8 (inference on a CPU).
+        load_in: auto, full, 8bit or 4bit (bitsandbytes).
+        force: accept an adapter on a base that it was not trained on.
+        notify: receives Notice and Progress events.
+    """
+
+    base: str | None = None
+    revision: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    load_in: str = "auto"
+    force: bool = False
+    notify: EventHandler = ignore_events
+
+    def require_default(self, *names: str, why: str) -> None:
+        """Raise ConfigError when one of these options is set: it would have no effect."""
+        for name in names:
+            if getattr(self, name) != getattr(ModelOptions, name):
+                raise ConfigError(f"{name} is {getattr(self, name)}: {why}, so leave it out.")
 
 
 def _contradiction(text: str) -> PydanticCustomError:

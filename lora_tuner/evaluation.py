@@ -21,7 +21,7 @@ from . import atomic_io, distributed
 from .adapters.adapter import SCALING_KEYS, WEIGHTS_FILE, Adapter
 from .adapters.library import check_distinct_names
 from .adapters.manifest import EvalResult
-from .config import HELD_OUT_MAX_TOKENS, TrainConfig
+from .config import HELD_OUT_MAX_TOKENS, ModelOptions, TrainConfig
 from .data import packing, tokenization
 from .data.dataset import load_eval_dataset
 from .data.splitting import content_hash
@@ -59,7 +59,7 @@ class HeldOutLoss:
 
 def encode_held_out(base: LoadedBase, texts: Sequence[str]) -> list[tokenization.TokenIds]:
     """Rows as they are measured, without those that have nothing to predict before they are cut, as long questions have."""
-    most = min(HELD_OUT_MAX_TOKENS, base.context)
+    most = min(HELD_OUT_MAX_TOKENS, base.max_context)
     rows = tokenization.truncate(tokenization.encode_texts(base.tokenizer, texts, most=most), most)[0]
     return [row for row in rows if tokenization.count_predictions(row)]
 
@@ -112,11 +112,11 @@ def _nll(
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), base.head.left_out(), within():
+        with torch.no_grad(), base.lm_head.skip_lm_head(), within():
             inputs = packing.collate([[row] for row in rows], base.tokenizer.pad_token_id)
             labels = inputs.pop("labels").to(base.device)
             output = model(**{name: tensor.to(base.device) for name, tensor in inputs.items()}, use_cache=False)
-            each: list[float] = base.head.nll(output.logits, labels).cpu().double().sum(1).tolist()
+            each: list[float] = base.lm_head.nll(output.logits, labels).cpu().double().sum(1).tolist()
             return each
     finally:
         model.train(training)
@@ -145,7 +145,7 @@ def measure_base_loss(
     held = _measure_cached(base, rows, None, now)
     if not math.isfinite(held.loss):
         raise BaseModelError(
-            f"{base.source.name} has a held-out loss of {held.loss} in {str(base.dtype).removeprefix('torch.')}: its weights are "
+            f"{base.files.name} has a held-out loss of {held.loss} in {str(base.dtype).removeprefix('torch.')}: its weights are "
             "damaged, or too large for that. Try --dtype float32, or another --base."
         )
     return held
@@ -157,7 +157,7 @@ def _measure_cached(
     """What was measured before for these rows and this `adapter` (its hash and settings, None for the base), from the user's
     cache; else it is measured now."""
     facts: list[Any] = [
-        base.source.fingerprint,
+        base.files.fingerprint,
         base.tokenizer_hash,
         str(base.dtype),
         type(base.model.get_output_embeddings()).__name__,  # int8 weights compute in float32 too
@@ -258,7 +258,7 @@ class GainMatrix:
     sets: list[EvalSet]
     cells: list[list[EvalResult | None]]
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it: the texts of the rows stay out."""
         return {
             "base": self.base,
@@ -280,14 +280,8 @@ def evaluate(
     adapters: Sequence[Adapter],
     sets: Sequence[EvalSet] | None = None,
     *,
-    base: str | None = None,
-    revision: str | None = None,
     eval_rows: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    load_in: str = "auto",
-    force: bool = False,
-    notify: EventHandler = ignore_events,
+    options: ModelOptions = ModelOptions(),
 ) -> GainMatrix:
     """Every adapter on every set of rows, by default those that each was measured on when it was trained.
 
@@ -295,8 +289,7 @@ def evaluate(
     `eval_rows` takes the first so many of each set. Raises AdapterError when the adapters do not share one base.
     """
     sets = _eval_sets(adapters, sets, eval_rows)
-    opened = loading.open_base(adapters[0], base, revision, device=device, dtype=dtype, load_in=load_in, notify=notify)
-    return evaluate_on(opened, adapters, sets, force=force, notify=notify)
+    return evaluate_on(loading.open_base(adapters[0], options), adapters, sets, options=options)
 
 
 def evaluate_on(
@@ -305,18 +298,17 @@ def evaluate_on(
     sets: Sequence[EvalSet] | None = None,
     *,
     eval_rows: int | None = None,
-    force: bool = False,
-    notify: EventHandler = ignore_events,
+    options: ModelOptions = ModelOptions(),
     turn: ModelAccess = direct_access,
 ) -> GainMatrix:
     """`evaluate` on a base that is in memory. Who uses it for something else as well gives the `turn` that parts the two."""
     sets = _eval_sets(adapters, sets, eval_rows)
     for adapter in adapters:
-        lora.check_base(adapter, base, force=force, notify=notify)
-    notify_eval_rows(adapters, notify)
-    measured = held_out_losses(base, {it.name: it for it in adapters}, sets, notify, turn)
+        lora.check_base(adapter, base, options)
+    notify_eval_rows(adapters, options.notify)
+    measured = held_out_losses(base, {it.name: it for it in adapters}, sets, options.notify, turn)
     cells = [[paired_gain(*pair) if pair else None for pair in line] for line in measured]
-    return GainMatrix(base.source.name, [adapter.name for adapter in adapters], sets, cells)
+    return GainMatrix(base.files.name, [adapter.name for adapter in adapters], sets, cells)
 
 
 def _eval_sets(
@@ -374,7 +366,7 @@ def held_out_losses(
     found: list[list[tuple[HeldOutLoss, HeldOutLoss] | None]] = []
     for number, (name, adapter) in enumerate(adapters.items(), 1):
         identity = _loss_key(adapter)
-        within = partial(bank.applied, bank.hooks([bank.read(adapter)]))
+        within = partial(bank.apply_hooks, bank.hooks([bank.load(adapter)]))
         if _loss_key(adapter) != identity:
             raise AdapterError(f"{name} was replaced while it was read: measure it again.")
         line: list[tuple[HeldOutLoss, HeldOutLoss] | None] = []

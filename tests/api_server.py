@@ -9,7 +9,7 @@ import httpx
 import numpy as np
 import openai
 
-from lora_tuner import Generator, SamplingParams
+from lora_tuner import Generator, ModelOptions, SamplingParams
 from lora_tuner.adapters.library import Library
 from lora_tuner.config import ServerConfig
 from lora_tuner.models.resolve import find_base
@@ -38,8 +38,8 @@ def write_adapter(shelf, name, base, seed, facts=None):
         for layer in (0, 1)
         for part, shape in shapes.items()
     }
-    manifest = adapter_files.manifest(base=facts or find_base(str(base)).facts().model_dump())
-    with Library(shelf).writing(name, overwrite=True) as work:
+    manifest = adapter_files.manifest(base=facts or find_base(str(base)).base_info().model_dump())
+    with Library(shelf).create(name, overwrite=True) as work:
         adapter_files.write(work, {"fan_in_fan_out": True}, weights, manifest)
     return shelf / name
 
@@ -47,7 +47,7 @@ def write_adapter(shelf, name, base, seed, facts=None):
 def greedy(base, shelf, name, prompt=PROMPT, tokens=20, **settings):
     """What `generate` writes, alone."""
     adapters = [shelf / name] if name else []
-    generator = Generator(*adapters, base=str(base), adapters_dir=shelf, device="cpu")
+    generator = Generator(*adapters, adapters_dir=shelf, options=ModelOptions(base=str(base), device="cpu"))
     return generator.generate(prompt, SamplingParams(temperature=0, max_new_tokens=tokens, **plain(settings)))
 
 
@@ -84,7 +84,7 @@ class Served:
     @contextlib.contextmanager
     def braked(self, pause=None):
         """Within it the model makes a step only when it is let, or with `pause` one every so many seconds."""
-        writer, brake = self.generator.writer, threading.Semaphore(0)
+        writer, brake = self.generator.engine, threading.Semaphore(0)
         step = writer.step
 
         def slow():
@@ -117,7 +117,9 @@ def read(connection):
 @contextlib.contextmanager
 def serving(base, shelf, only=(), *, page=False, **settings):
     settings = ServerConfig(**{"port": 0, "timeout": 60.0} | settings)
-    generator = Generator(base=str(base), adapters_dir=shelf, device="cpu", max_resident=settings.max_resident)
+    generator = Generator(
+        adapters_dir=shelf, max_resident=settings.max_resident, options=ModelOptions(base=str(base), device="cpu")
+    )
     desk = ModelService(generator, settings, only)
     app = create_app(desk)
     if page:

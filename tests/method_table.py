@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from lora_tuner import Generator, Library, SamplingParams, TrainConfig, evaluation, train
+from lora_tuner import Generator, Library, ModelOptions, SamplingParams, TrainConfig, evaluation, train
 from lora_tuner.config import METHODS
 from lora_tuner.convert import blend as convert_blend
 from lora_tuner.convert import compress, export_gguf
@@ -44,7 +44,9 @@ class Tried:
         train(TrainConfig.model_validate(kept | {"name": "two", "parent": "one", "max_steps": 2}))
 
     def generator(self) -> Generator:
-        return Generator("one", adapters_dir=self.library.path, device="cpu", load_in=self.load_in)
+        return Generator(
+            "one", adapters_dir=self.library.path, options=ModelOptions(device="cpu", load_in=self.load_in)
+        )
 
     def generate(self) -> None:
         generator = self.generator()
@@ -58,7 +60,9 @@ class Tried:
         assert both[1].text == alone.text
 
     def evaluate(self) -> None:
-        cell = evaluation.evaluate([self.library.get("one")], device="cpu", load_in=self.load_in).cells[0][0]
+        cell = evaluation.evaluate(
+            [self.library.get("one")], options=ModelOptions(device="cpu", load_in=self.load_in)
+        ).cells[0][0]
         assert cell is not None
         assert abs(cell.loss - self.loss) < 1e-3
 
@@ -66,10 +70,10 @@ class Tried:
         convert_merge.merge(self.adapter, self.folder / "merged")
 
     def blend(self) -> None:
-        convert_blend.blend([(self.adapter, 0.5)], "blended", self.library, device="cpu")
+        convert_blend.blend([(self.adapter, 0.5)], "blended", self.library, options=ModelOptions(device="cpu"))
 
-    def slim(self) -> None:
-        compress.compress(self.adapter, "slimmed", self.library, energy=0.9, device="cpu")
+    def compress_it(self) -> None:
+        compress.compress(self.adapter, "compressed", self.library, energy=0.9, options=ModelOptions(device="cpu"))
 
     def export(self) -> None:
         export_gguf.to_gguf(self.adapter, self.folder / "one.gguf")
@@ -83,7 +87,7 @@ ACTIONS: dict[str, Callable[[Tried], None]] = {
     "evaluate": Tried.evaluate,
     "merge": Tried.merge,
     "blend": Tried.blend,
-    "slim": Tried.slim,
+    "compress": Tried.compress_it,
     "export": Tried.export,
 }
 

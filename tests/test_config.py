@@ -30,7 +30,7 @@ def run_yaml(tmp_path):
     [
         (TrainConfig, "rank", [1, 4096], [0, -1, 4097, 1.5]),
         (TrainConfig, "alpha", [1], [0, 2.5]),
-        (TrainConfig, "rows", [2], [1, 0, -5]),
+        (TrainConfig, "max_rows", [2], [1, 0, -5]),
         (TrainConfig, "eval_rows", [2], [1]),
         (TrainConfig, "max_length", [8], [7]),
         (TrainConfig, "dropout", [0, 0.99], [1, -0.1, math.nan]),
@@ -39,10 +39,10 @@ def run_yaml(tmp_path):
         (TrainConfig, "minutes", [0.01], [0, -1, math.inf, math.nan]),
         (TrainConfig, "max_steps", [1], [0, 1.5]),
         (TrainConfig, "batch_size", [1], [0]),
-        (TrainConfig, "accumulation", [1], [0]),
+        (TrainConfig, "gradient_accumulation", [1], [0]),
         (TrainConfig, "learning_rate", [1e-9], [0, -1, math.inf, math.nan]),
         (TrainConfig, "weight_decay", [0], [-0.1, math.inf]),
-        (TrainConfig, "clip", [0.1], [0, math.inf]),
+        (TrainConfig, "max_grad_norm", [0.1], [0, math.inf]),
         (TrainConfig, "eval_every", [1], [0]),
         (TrainConfig, "save_every", [1], [0]),
         (TrainConfig, "seed", [0, 2**32 - 1], [-1, 2**32]),
@@ -50,14 +50,14 @@ def run_yaml(tmp_path):
         (TrainConfig, "long_rows", ["truncate", "chunk"], ["drop"]),
         (TrainConfig, "dtype", ["auto", "float32", "bfloat16", "float16"], ["float64"]),
         (TrainConfig, "split_salt", ["x"], [""]),
-        (TrainConfig, "targets", ["auto"], [""]),
+        (TrainConfig, "target_modules", ["auto"], [""]),
         (TrainConfig, "where", [["a=b", "a=", "a=b=c"]], [["a"], ["=b"], "a=b"]),
         (SamplingParams, "max_new_tokens", [1], [0]),
         (SamplingParams, "temperature", [0, 10], [-0.1, 10.1, math.nan]),
         (SamplingParams, "top_p", [1e-9, 1], [0, 1.1]),
         (SamplingParams, "top_k", [0], [-1]),
         (SamplingParams, "repetition_penalty", [1e-9, 10], [0, 10.1]),
-        (SamplingParams, "answers", [1, 256], [0, 257]),
+        (SamplingParams, "n", [1, 256], [0, 257]),
         (SamplingParams, "seed", [0, 2**63 - 1], [-1, 2**63]),
     ],
 )
@@ -81,7 +81,7 @@ def test_all_problems_are_named_at_once():
 
 
 def test_all_problems_of_sampling_are_named_at_once():
-    assert refusal({"top_p": 2, "greedy": True, "answers": 2, "stop": [""]}, SamplingParams).split("; ") == [
+    assert refusal({"top_p": 2, "greedy": True, "n": 2, "stop": [""]}, SamplingParams).split("; ") == [
         "top_p: input should be less than or equal to 1 (got 2)",
         "answers above 1 would all be the same: greedy has one answer",
         "stop is empty: it would end every answer at once",
@@ -89,8 +89,8 @@ def test_all_problems_of_sampling_are_named_at_once():
 
 
 def test_a_temperature_of_0_has_one_answer_too():
-    assert "greedy has one answer" in refusal({"temperature": 0, "answers": 2}, SamplingParams)
-    assert resolve_settings(SamplingParams, {"temperature": 0.1, "answers": 2}).answers == 2
+    assert "greedy has one answer" in refusal({"temperature": 0, "n": 2}, SamplingParams)
+    assert resolve_settings(SamplingParams, {"temperature": 0.1, "n": 2}).n == 2
 
 
 @pytest.mark.parametrize("given", [{a: 1, b: 1} for a in STOP_RULES for b in STOP_RULES if a < b])
@@ -228,7 +228,7 @@ def test_a_key_that_is_no_text(run_yaml):
     [
         {},
         {"max_steps": 7, "where": ["label=1", "source=a: b"], "learning_rate": 1e-7, "packing": False},
-        {"dataset": "кино.csv", "name": "n", "adapters_dir": Path("a b") / "c", "rows": 5, "minutes": 0.1},
+        {"dataset": "кино.csv", "name": "n", "adapters_dir": Path("a b") / "c", "max_rows": 5, "minutes": 0.1},
         {"dataset": "a\n b: #c", "split_salt": "1e-3", "text_column": "null", "base": "~", "revision": "2024-01-01"},
         {"split_salt": "yes", "text_column": " padded ", "where": ["x='\"\t", "y=[]"], "seed": 2**32 - 1},
     ],

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_tuner import Generator, Library, SamplingParams
+from lora_tuner import Generator, Library, ModelOptions, SamplingParams
 from lora_tuner.adapters.adapter import load_adapter_folder
 from lora_tuner.convert.export_gguf import to_gguf
 from lora_tuner.models.loading import load_base
@@ -69,7 +69,7 @@ def cli(place, caches):
 
 @pytest.fixture(scope="module")
 def trained(cli):
-    short = ["--max-steps", "6", "--max-length", "96", "--rows", "400", "--eval-rows", "3", "--batch-size", "2"]
+    short = ["--max-steps", "6", "--max-length", "96", "--max-rows", "400", "--eval-rows", "3", "--batch-size", "2"]
     return cli("train", "--rank", "8", *short)
 
 
@@ -133,7 +133,7 @@ def test_the_embedded_base_is_unpacked_once_and_is_the_real_model(user):
     told = []
     source = find_base("smollm2-135m", notify=told.append)
     assert told == []
-    base = load_base(source, "cpu")
+    base = load_base(source, ModelOptions(device="cpu"))
     assert sum(p.numel() for p in base.model.parameters()) == 134_515_008
     ids = base.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.inference_mode():
@@ -163,6 +163,6 @@ def test_the_embedded_base_in_llama_cpp_writes_what_it_writes_here(user, smollm2
     quantised, exact = (gguf_base.LlamaCpp(file, exported.path) for file in smollm2)
     prompt, greedy = "The capital of France is", SamplingParams(greedy=True, max_new_tokens=8, repetition_penalty=1.0)
     text, _ = exact.greedy(prompt, 8)
-    assert text == Generator(adapter.path, device="cpu").generate(prompt, greedy).text
+    assert text == Generator(adapter.path, options=ModelOptions(device="cpu")).generate(prompt, greedy).text
     assert exact.greedy(prompt, 8, scale=0.0)[0] != text
     assert quantised.greedy(prompt, 8)[0] != quantised.greedy(prompt, 8, scale=0.0)[0]

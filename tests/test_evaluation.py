@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lora_tuner import EvalSet, Library, Notice, TrainConfig, evaluate, evaluation, train
+from lora_tuner import EvalSet, Library, ModelOptions, Notice, TrainConfig, evaluate, evaluation, train
 from lora_tuner.adapters.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, load_adapter_folder
 from lora_tuner.config import HELD_OUT_MAX_TOKENS
 from lora_tuner.data.dataset import load_dataset
@@ -25,7 +25,7 @@ from . import tiny_models
 
 @pytest.fixture
 def base(model_folder):
-    return load_base(find_base(str(model_folder)), "cpu")
+    return load_base(find_base(str(model_folder)), ModelOptions(device="cpu"))
 
 
 def test_the_loss_is_that_of_each_row_alone(base):
@@ -174,7 +174,7 @@ def measured(monkeypatch):
 
 def by_plain_peft(folder, adapter, texts):
     """What one cell should be."""
-    base = load_base(find_base(str(folder)), "cpu")
+    base = load_base(find_base(str(folder)), ModelOptions(device="cpu"))
     rows = evaluation.encode_held_out(base, texts)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter.path)
     theirs = dataclasses.replace(base, model=model)
@@ -188,7 +188,7 @@ def close(result):
 
 
 def test_each_cell_is_what_plain_peft_gives_on_those_rows(adapters, gpt2):
-    matrix = evaluate(adapters, device="cpu")
+    matrix = evaluate(adapters, options=ModelOptions(device="cpu"))
     assert matrix.base == str(gpt2)
     assert matrix.adapters == [it.name for it in matrix.sets] == ["noir", "verse", "notes"]
     for adapter, line in zip(adapters, matrix.cells, strict=True):
@@ -200,14 +200,14 @@ def test_each_cell_is_what_plain_peft_gives_on_those_rows(adapters, gpt2):
 def test_so_it_is_on_a_llama(llama, tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_TUNER_CACHE", str(train_in(tmp_path, llama, ["noir", "verse"]) / "cache"))
     found = [Library().get("noir"), Library().get("verse")]
-    matrix = evaluate(found, device="cpu")
+    matrix = evaluate(found, options=ModelOptions(device="cpu"))
     for number, adapter in enumerate(found):
         cell = matrix.cells[number][1 - number]
         assert cell.model_dump() == close(by_plain_peft(llama, adapter, matrix.sets[1 - number].texts))
 
 
 def test_on_its_own_rows_an_adapter_gets_the_result_of_its_training(adapters):
-    matrix = evaluate(adapters, device="cpu")
+    matrix = evaluate(adapters, options=ModelOptions(device="cpu"))
     for number, adapter in enumerate(adapters):
         assert matrix.cells[number][number].model_dump() == close(adapter.manifest.result)
         assert matrix.cells[number][number].rows == 6 + number
@@ -215,7 +215,7 @@ def test_on_its_own_rows_an_adapter_gets_the_result_of_its_training(adapters):
 
 def test_the_rows_come_from_the_cache_when_the_data_are_gone(adapters, trained, tmp_path):
     assert not list(tmp_path.glob("*.json"))
-    matrix = evaluate(adapters, device="cpu")
+    matrix = evaluate(adapters, options=ModelOptions(device="cpu"))
     for number, (adapter, rows) in enumerate(zip(adapters, matrix.sets, strict=True)):
         held_out = load_dataset(TrainConfig(dataset=str(trained / f"{adapter.name}.json"))).held_out
         assert rows == EvalSet(adapter.name, held_out[: 6 + number])
@@ -241,12 +241,12 @@ def test_rows_that_are_missing_leave_their_cells_empty(adapters, tmp_path, conte
     kept(adapters[1], tmp_path).unlink()
     if content is not None:
         kept(adapters[1], tmp_path).write_text(content)
-    matrix = evaluate(adapters[:2], device="cpu")
+    matrix = evaluate(adapters[:2], options=ModelOptions(device="cpu"))
     assert matrix.sets[1] == EvalSet("verse", [], why)
     assert [[cell is None for cell in line] for line in matrix.cells] == [[False, True], [False, True]]
     assert matrix.cells[0][0].model_dump() == close(adapters[0].manifest.result)
     with pytest.raises(AdapterError) as error:
-        evaluate(adapters[1:2], device="cpu")
+        evaluate(adapters[1:2], options=ModelOptions(device="cpu"))
     assert str(error.value) == f"There is nothing to measure on. verse: {why}. Name data with --eval-dataset."
 
 
@@ -254,7 +254,7 @@ def test_nobody_knows_the_rows_of_an_adapter_of_another_tool(adapters, gpt2):
     (adapters[1].path / MANIFEST_FILE).unlink()
     told = []
     foreign = load_adapter_folder(adapters[1].path)
-    matrix = evaluate([adapters[0], foreign], device="cpu", notify=told.append)
+    matrix = evaluate([adapters[0], foreign], options=ModelOptions(device="cpu", notify=told.append))
     assert matrix.sets[1] == EvalSet("verse", [], "it was trained by another tool, so nobody knows its held-out rows")
     assert matrix.cells[1][1] is matrix.cells[0][1] is None
     assert matrix.cells[1][0].model_dump() == close(by_plain_peft(gpt2, foreign, matrix.sets[0].texts))
@@ -264,7 +264,7 @@ def test_nobody_knows_the_rows_of_an_adapter_of_another_tool(adapters, gpt2):
 
 
 def test_what_was_measured_once_is_not_measured_again(adapters, measured):
-    first = evaluate(adapters, device="cpu")
+    first = evaluate(adapters, options=ModelOptions(device="cpu"))
     # Each base has been measured when its adapter was trained, and each adapter on its own rows.
     assert measured == [
         f"{one} on {other} (adapter {number} of 3)"
@@ -273,8 +273,10 @@ def test_what_was_measured_once_is_not_measured_again(adapters, measured):
         if one != other
     ]
     measured.clear()
-    assert evaluate(adapters, device="cpu") == first
-    assert evaluate(adapters[::-1], device="cpu").cells == [line[::-1] for line in first.cells[::-1]]
+    assert evaluate(adapters, options=ModelOptions(device="cpu")) == first
+    assert evaluate(adapters[::-1], options=ModelOptions(device="cpu")).cells == [
+        line[::-1] for line in first.cells[::-1]
+    ]
     assert measured == []
 
 
@@ -284,7 +286,9 @@ def test_what_was_measured_is_not_taken_for_something_else(adapters, measured, g
 
     def cell(texts=texts, **options):
         found = load_adapter_folder(adapters[0].path)
-        return evaluate([found], [EvalSet("five", texts)], device="cpu", **options).cells[0][0]
+        return evaluate([found], [EvalSet("five", texts)], options=ModelOptions(**{"device": "cpu"} | options)).cells[
+            0
+        ][0]
 
     def anew(stages, **options):
         measured.clear()
@@ -310,19 +314,19 @@ def test_what_was_measured_is_not_taken_for_something_else(adapters, measured, g
 def test_an_adapter_that_is_replaced_while_it_is_read_is_not_measured_as_another(adapters, monkeypatch):
     """Its loss would be kept under the hash of the weights that came after."""
     (adapters[0].path / MANIFEST_FILE).unlink()
-    tensors, read = load_file(adapters[0].path / WEIGHTS_FILE), MultiLora.read
+    tensors, read = load_file(adapters[0].path / WEIGHTS_FILE), MultiLora.load
 
     def replaced(bank, adapter):
         found = read(bank, adapter)
         save_file({name: 0.5 * tensor for name, tensor in tensors.items()}, adapter.path / WEIGHTS_FILE)
         return found
 
-    monkeypatch.setattr(MultiLora, "read", replaced)
+    monkeypatch.setattr(MultiLora, "load", replaced)
     with pytest.raises(AdapterError, match="was replaced while it was read: measure it again"):
         evaluate(
             [load_adapter_folder(adapters[0].path)],
             [EvalSet("five", tiny_models.reviews(5, seed=8))],
-            device="cpu",
+            options=ModelOptions(device="cpu"),
         )
 
     def removed(bank, adapter):
@@ -330,32 +334,35 @@ def test_an_adapter_that_is_replaced_while_it_is_read_is_not_measured_as_another
         (adapter.path / WEIGHTS_FILE).unlink()
         return found
 
-    monkeypatch.setattr(MultiLora, "read", removed)
+    monkeypatch.setattr(MultiLora, "load", removed)
     with pytest.raises(AdapterError, match="cannot be read"):
         evaluate(
             [load_adapter_folder(adapters[0].path)],
             [EvalSet("five", tiny_models.reviews(5, seed=8))],
-            device="cpu",
+            options=ModelOptions(device="cpu"),
         )
 
 
 def test_a_broken_measure_in_the_cache_is_measured_again(adapters, tmp_path, measured):
-    first = evaluate(adapters[:1], device="cpu")
+    first = evaluate(adapters[:1], options=ModelOptions(device="cpu"))
     for file in (tmp_path / "cache" / "losses").iterdir():
         file.write_text('{"nll": [1.0], "predictions": [3]}')
     measured.clear()
-    again = evaluate(adapters[:1], device="cpu").cells[0][0]
+    again = evaluate(adapters[:1], options=ModelOptions(device="cpu")).cells[0][0]
     assert again.loss == pytest.approx(first.cells[0][0].loss, abs=1e-6)  # as training has measured it
     assert measured == ["held-out loss of the base", "noir on noir (adapter 1 of 1)"]
 
 
 def test_fewer_rows_are_the_first(adapters):
-    whole, some = evaluate(adapters[:2], device="cpu"), evaluate(adapters[:2], eval_rows=3, device="cpu")
+    whole, some = (
+        evaluate(adapters[:2], options=ModelOptions(device="cpu")),
+        evaluate(adapters[:2], eval_rows=3, options=ModelOptions(device="cpu")),
+    )
     assert [it.texts for it in some.sets] == [it.texts[:3] for it in whole.sets]
     assert [[cell.rows for cell in line] for line in some.cells] == [[3, 3], [3, 3]]
     named = [EvalSet(it.name, it.texts[:3]) for it in whole.sets]
-    assert evaluate(adapters[:2], named, device="cpu") == some
-    assert evaluate(adapters[:2], eval_rows=1000, device="cpu") == whole
+    assert evaluate(adapters[:2], named, options=ModelOptions(device="cpu")) == some
+    assert evaluate(adapters[:2], eval_rows=1000, options=ModelOptions(device="cpu")) == whole
 
 
 def test_rows_of_other_data(adapters, tmp_path):
@@ -370,7 +377,7 @@ def test_rows_of_other_data(adapters, tmp_path):
         "To measure on: 20 usable rows of the 22 of other.json.",
         "Rows of other.json that an adapter was trained on count as held out here.",
     ]
-    matrix = evaluate(adapters[:2], [rows], device="cpu")
+    matrix = evaluate(adapters[:2], [rows], options=ModelOptions(device="cpu"))
     assert [[cell.rows for cell in line] for line in matrix.cells] == [[5], [5]]
 
 
@@ -378,9 +385,9 @@ def test_two_adapters_of_one_name_are_refused(adapters, tmp_path):
     shutil.copytree(adapters[1].path, tmp_path / "elsewhere" / "noir")
     for names in (["noir", "verse", "elsewhere/noir"], ["noir", "noir"], ["noir", tmp_path / "adapters" / "noir"]):
         with pytest.raises(AdapterError) as error:
-            Library().several(names)
+            Library().get_all(names)
         assert str(error.value) == "Two of these adapters are called noir: name each once, or rename one."
-    assert [it.name for it in Library().several(["verse", "elsewhere/noir"])] == ["verse", "noir"]
+    assert [it.name for it in Library().get_all(["verse", "elsewhere/noir"])] == ["verse", "noir"]
 
 
 @pytest.fixture
@@ -390,22 +397,24 @@ def stranger(tmp_path):
 
 def test_another_base_is_refused_and_both_are_named(adapters, stranger, gpt2, measured):
     with pytest.raises(WrongBaseError) as error:
-        evaluate(adapters, base=str(stranger), device="cpu")
+        evaluate(adapters, options=ModelOptions(base=str(stranger), device="cpu"))
     prints = [find_base(str(folder)).fingerprint[:12] for folder in (gpt2, stranger)]
     assert str(error.value) == (
         f"noir was trained on {gpt2} (fingerprint {prints[0]}, a local folder), not on {stranger} (fingerprint "
         f"{prints[1]}, a local folder). Give the right one with --base, or try all the same with --force."
     )
-    other = find_base(str(stranger)).facts()
+    other = find_base(str(stranger)).base_info()
     adapters[2] = with_manifest(adapters[2], base=other)
     with pytest.raises(WrongBaseError, match=r"^notes was trained on .*/stranger .* not on .*/gpt2 "):
-        evaluate(adapters, device="cpu")
+        evaluate(adapters, options=ModelOptions(device="cpu"))
     assert measured == []
 
 
 def test_another_base_can_be_forced_with_a_notice_for_each(adapters, stranger):
     told = []
-    matrix = evaluate(adapters[:2], base=str(stranger), device="cpu", force=True, notify=told.append)
+    matrix = evaluate(
+        adapters[:2], options=ModelOptions(base=str(stranger), device="cpu", force=True, notify=told.append)
+    )
     notices = [it.text for it in told if isinstance(it, Notice)]
     assert [text.partition(" was ")[0] for text in notices] == ["FORCED: noir", "FORCED: verse"]
     assert all(text.endswith("What it writes may mean nothing.") for text in notices)
@@ -416,10 +425,12 @@ def test_another_base_can_be_forced_with_a_notice_for_each(adapters, stranger):
 
 def test_adapters_of_different_splits_are_told(adapters):
     told = []
-    evaluate(adapters, device="cpu", notify=told.append)
+    evaluate(adapters, options=ModelOptions(device="cpu", notify=told.append))
     assert not [it for it in told if isinstance(it, Notice)]
     data = adapters[1].manifest.data.model_copy(update={"split_salt": "x"})
-    evaluate([adapters[0], with_manifest(adapters[1], data=data)], device="cpu", notify=told.append)
+    evaluate(
+        [adapters[0], with_manifest(adapters[1], data=data)], options=ModelOptions(device="cpu", notify=told.append)
+    )
     assert [it.text for it in told if isinstance(it, Notice)] == [
         "The adapters differ in --split-salt, so one may have been trained on rows that another holds out."
     ]
@@ -434,9 +445,9 @@ def test_the_base_stays_as_it_was(adapters, monkeypatch):
 
     open_base = loading.open_base
     monkeypatch.setattr(loading, "open_base", remember)
-    first = evaluate(adapters, eval_rows=4, device="cpu")
+    first = evaluate(adapters, eval_rows=4, options=ModelOptions(device="cpu"))
     (base,) = opened
-    plain = AutoModelForCausalLM.from_pretrained(base.source.folder)
+    plain = AutoModelForCausalLM.from_pretrained(base.files.folder)
     assert [name for name, _ in base.model.named_modules()] == [name for name, _ in plain.named_modules()]
     for name, tensor in plain.state_dict().items():
         assert torch.equal(base.model.state_dict()[name], tensor), name
@@ -454,14 +465,14 @@ def test_broken_off_it_leaves_no_hook_on_the_base(adapters, monkeypatch):
 
     monkeypatch.setattr(evaluation, "measure_loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(adapters, device="cpu")
+        evaluate(adapters, options=ModelOptions(device="cpu"))
     assert not any(module._forward_hooks for module in seen[0].modules())
 
 
 def test_the_facts_are_json_and_hold_no_row(adapters, tmp_path):
     kept(adapters[1], tmp_path).unlink()
-    matrix = evaluate(adapters, device="cpu")
-    text = json.dumps(matrix.facts(), allow_nan=False)
+    matrix = evaluate(adapters, options=ModelOptions(device="cpu"))
+    text = json.dumps(matrix.to_dict(), allow_nan=False)
     facts = json.loads(text)
     assert not any(row in text for it in matrix.sets for row in it.texts)
     assert facts["base"] == matrix.base
@@ -478,12 +489,12 @@ def test_the_facts_are_json_and_hold_no_row(adapters, tmp_path):
 
 def test_rows_in_the_cache_that_never_end_are_missing(adapters, tmp_path):
     kept(adapters[0], tmp_path).write_text("[" * 200_000)
-    assert "cannot be read" in evaluate(adapters[:2], device="cpu").sets[0].missing
+    assert "cannot be read" in evaluate(adapters[:2], options=ModelOptions(device="cpu")).sets[0].missing
 
 
 def test_a_set_of_one_row_says_why_it_is_not_measured(adapters):
     sets = [EvalSet("x", tiny_models.reviews(1)), EvalSet("y", tiny_models.reviews(3))]
-    matrix = evaluate(adapters[:1], sets, device="cpu")
+    matrix = evaluate(adapters[:1], sets, options=ModelOptions(device="cpu"))
     assert [it.missing for it in matrix.sets] == ["a standard error needs two rows", None]
     assert [cell is None for cell in matrix.cells[0]] == [True, False]
 
@@ -491,13 +502,16 @@ def test_a_set_of_one_row_says_why_it_is_not_measured(adapters):
 def test_adapters_of_one_name_are_refused(adapters, tmp_path):
     shutil.copytree(adapters[1].path, tmp_path / "elsewhere" / adapters[0].name)
     with pytest.raises(AdapterError) as error:
-        evaluate([adapters[0], load_adapter_folder(tmp_path / "elsewhere" / adapters[0].name)], device="cpu")
+        evaluate(
+            [adapters[0], load_adapter_folder(tmp_path / "elsewhere" / adapters[0].name)],
+            options=ModelOptions(device="cpu"),
+        )
     assert str(error.value) == "Two of these adapters are called noir: name each once, or rename one."
 
 
 def test_one_row_of_a_set_is_too_few(adapters):
     with pytest.raises(AdapterError) as error:
-        evaluate(adapters[:1], [EvalSet("x", tiny_models.reviews(5))], eval_rows=1, device="cpu")
+        evaluate(adapters[:1], [EvalSet("x", tiny_models.reviews(5))], eval_rows=1, options=ModelOptions(device="cpu"))
     assert str(error.value) == (
         "There is nothing to measure on. x: a standard error needs two rows. Name data with --eval-dataset."
     )
@@ -507,7 +521,7 @@ def test_int8_and_float32_are_not_taken_for_each_other(model_folder):
     """Both compute in float32, so a cache that knew the dtype alone would mix them up."""
     losses = []
     for dtype in ("float32", "int8", "float32"):
-        base = load_base(find_base(str(model_folder)), "cpu", dtype)
+        base = load_base(find_base(str(model_folder)), ModelOptions(device="cpu", dtype=dtype))
         losses.append(evaluation.measure_base_loss(base, evaluation.encode_held_out(base, tiny_models.reviews(9))).loss)
     assert losses[0] == losses[2] != losses[1]
 
@@ -522,7 +536,7 @@ def test_what_is_cached_for_one_order_of_patterns_is_not_taken_for_another(gpt2,
     for adapter, pattern in zip(made, both, strict=True):
         config = json.loads((adapter.path / CONFIG_FILE).read_text()) | {"alpha_pattern": pattern}
         (adapter.path / CONFIG_FILE).write_text(json.dumps(config))
-    base = load_base(find_base(str(gpt2)), "cpu")
+    base = load_base(find_base(str(gpt2)), ModelOptions(device="cpu"))
     rows = [EvalSet("some", tiny_models.reviews(6, seed=9))]
     first, second = (
         evaluation.held_out_losses(base, {"one": load_adapter_folder(it.path)}, rows)[0][0][1].loss for it in made
@@ -533,7 +547,7 @@ def test_what_is_cached_for_one_order_of_patterns_is_not_taken_for_another(gpt2,
 def test_on_a_base_that_is_used_meanwhile_each_batch_has_a_turn_of_its_own(adapters, gpt2, monkeypatch):
     """Between two turns the base is the plain one, head and all, for whoever writes with it."""
     monkeypatch.setattr(evaluation, "BATCH_TOKENS_CPU", 64)
-    base = load_base(find_base(str(gpt2)), "cpu")
+    base = load_base(find_base(str(gpt2)), ModelOptions(device="cpu"))
     ids = torch.arange(9)[None]
     turns = []
 
@@ -550,4 +564,4 @@ def test_on_a_base_that_is_used_meanwhile_each_batch_has_a_turn_of_its_own(adapt
     found = evaluation.evaluate_on(base, adapters, eval_rows=4, turn=turn)
     assert plain().equal(before)
     assert len(turns) > 3 + 3 * 2 + 9  # encoding, the base, and the cells: more than a batch each
-    assert found == evaluate(adapters, eval_rows=4, device="cpu")
+    assert found == evaluate(adapters, eval_rows=4, options=ModelOptions(device="cpu"))

@@ -102,7 +102,7 @@ class Adapter:
         known = self.manifest.weights if self.manifest else None
         return known.sha256 if known else atomic_io.sha256_file(self.path / WEIGHTS_FILE)
 
-    def as_parent(self) -> ParentInfo:
+    def parent_info(self) -> ParentInfo:
         """What an adapter that is made from this one remembers of it."""
         return ParentInfo(name=self.name, sha256=self.sha256, parents=self.manifest.parents if self.manifest else [])
 
@@ -140,18 +140,18 @@ class Adapter:
             found[name] = re.compile("|".join(keys) or "(?!)"), list(pattern.values())
         return found
 
-    def size(self, module: str) -> tuple[int, int]:
+    def layer_size(self, module: str) -> tuple[int, int]:
         """(in, out) of the layer that the update of `module` was made for."""
         down, up = (self.tensors[f"base_model.model.{module}.lora_{part}.weight"][1] for part in "AB")
         return down[1], up[0]
 
-    def check_fit(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+    def check_shapes(self, sizes: Mapping[str, tuple[int, int]]) -> None:
         """Raise AdapterError unless a base with these layers, name -> (in, out), can carry the update."""
         problems = []
         for module in self.modules:
             if module not in sizes:
                 problems.append(f"{module} is no linear layer of the base")
-            elif (ours := self.size(module)) != (theirs := sizes[module]):
+            elif (ours := self.layer_size(module)) != (theirs := sizes[module]):
                 problems.append(
                     f"{module} is {theirs[0]} -> {theirs[1]} in the base, {ours[0]} -> {ours[1]} in the adapter"
                 )
@@ -159,7 +159,7 @@ class Adapter:
             more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise AdapterError(f"{self.path} does not fit the base: {'; '.join(problems[:3])}{more}.")
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Everything known, as JSON can hold it."""
         manifest = self.manifest.model_dump() if self.manifest else {"base": {"name": self.base}}
         return {

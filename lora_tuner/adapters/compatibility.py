@@ -23,12 +23,12 @@ class CompatibilityReport:
     """`obstacles` say what is not taken and what to change; `notes` what to know where it is taken."""
 
     tool: Tool
-    obstacles: list[str]
+    errors: list[str]
     notes: list[str]
 
     @property
     def accepted(self) -> bool:
-        return not self.obstacles
+        return not self.errors
 
 
 def check_compatibility(adapter: Adapter, tool: Tool, name: str | None = None) -> CompatibilityReport:
@@ -64,12 +64,12 @@ def _advise_retrain(name: str) -> str:
 
 def _vllm(adapter: Adapter, name: str, found: CompatibilityReport) -> None:
     if is_gpt2(adapter):
-        found.obstacles.append(f"vLLM has no LoRA for GPT-2: {_advise_merge(name)}")
+        found.errors.append(f"vLLM has no LoRA for GPT-2: {_advise_merge(name)}")
     if adapter.config.get("use_dora"):
-        found.obstacles.append(f"vLLM has no DoRA: {_advise_merge(name)}")
+        found.errors.append(f"vLLM has no DoRA: {_advise_merge(name)}")
     if (rank := vllm_rank(adapter)) is None:
         most = VLLM_RANKS[-1]
-        found.obstacles.append(
+        found.errors.append(
             f"vLLM takes ranks up to {most}: cut it (`python cli.py blend {name}=1 --rank {most} --name NEW`)"
         )
     elif rank > 16:
@@ -80,10 +80,10 @@ def _vllm(adapter: Adapter, name: str, found: CompatibilityReport) -> None:
 
 def _llama_cpp(adapter: Adapter, name: str, found: CompatibilityReport) -> None:
     if adapter.config.get("use_dora"):
-        found.obstacles.append(f"llama.cpp has no DoRA: {_advise_merge(name)}")
+        found.errors.append(f"llama.cpp has no DoRA: {_advise_merge(name)}")
     unknown = [it for it in adapter.modules if not _LLAMA.fullmatch(it) and not _GPT2.fullmatch(it)]
     if unknown:
-        found.obstacles.append(
+        found.errors.append(
             f"how llama.cpp calls and turns layers such as {unknown[0]} is not known here: {_advise_merge(name)}"
         )
     found.notes.append(
@@ -99,7 +99,7 @@ def _peft(adapter: Adapter, name: str, found: CompatibilityReport) -> None:
     targets = adapter.config.get("target_modules")
     if targets == "all-linear":
         if left_out := [it for it in adapter.modules if it.rpartition(".")[2] == "lm_head"]:
-            found.obstacles.append(
+            found.errors.append(
                 f"PEFT would leave out {left_out[0]}, which is not in all-linear: name each layer in adapter_config.json"
             )
     elif isinstance(targets, str):
@@ -108,15 +108,15 @@ def _peft(adapter: Adapter, name: str, found: CompatibilityReport) -> None:
         named = [str(target) for target in targets or []]
         left_out = [it for it in adapter.modules if not any(f".{it}".endswith(f".{last}") for last in named)]
         if left_out:
-            found.obstacles.append(
+            found.errors.append(
                 f"PEFT would leave out {left_out[0]}, which target_modules does not name: {_advise_retrain(name)}"
             )
     start = adapter.config.get("init_lora_weights", True)
     if not start:  # null as well
-        found.obstacles.append(
+        found.errors.append(
             f"init_lora_weights is {json.dumps(start)}, and PEFT would fill layers without tensors at random: {_advise_retrain(name)}"
         )
     if start == "orthogonal" and any(adapter.rank_of(it) % 2 for it in adapter.modules):
-        found.obstacles.append(
+        found.errors.append(
             f"init_lora_weights is orthogonal, which PEFT has not for an odd rank: {_advise_retrain(name)}"
         )

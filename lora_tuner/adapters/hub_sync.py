@@ -140,7 +140,7 @@ def pull(
     the adapter is damaged, or would do more than add low-rank updates.
     """
     name = validate_name(name) if name else default_adapter_name(repo)
-    library.check_free(name, overwrite=overwrite)
+    library.check_name_free(name, overwrite=overwrite)
     commit, there = hub.list_repo_files(repo, revision)
     if missing := [it for it in (CONFIG_FILE, WEIGHTS_FILE) if it not in there]:
         raise HubError(f"{repo} holds no adapter that is read here: it has no {missing[0]}.")
@@ -156,7 +156,7 @@ def pull(
         check_weights_hash(load_adapter_folder(fetched))
     except AdapterError as error:
         raise AdapterError(str(error).replace(str(fetched), repo)) from error
-    with library.writing(name, overwrite=overwrite) as work:
+    with library.create(name, overwrite=overwrite) as work:
         for file in wanted:
             shutil.copyfile(fetched / file, work / file)
     adapter = library.get(name)

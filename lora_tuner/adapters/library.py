@@ -57,9 +57,9 @@ class Library:
 
     def get(self, name: str | Path) -> Adapter:
         """The adapter of that name here or, failing that, at that path."""
-        return self.look(name, lambda adapter: adapter)
+        return self.inspect(name, lambda adapter: adapter)
 
-    def look(self, name: str | Path, look: Callable[[Adapter], T]) -> T:
+    def inspect(self, name: str | Path, look: Callable[[Adapter], T]) -> T:
         """What `look` makes of that adapter, which may read its files: none is replaced meanwhile."""
         text = str(name)
         atomic_io.finish_replacement(self.path)
@@ -70,13 +70,13 @@ class Library:
         known = ", ".join(self.names()) or "none yet"
         raise AdapterError(f"There is no adapter '{text}', neither in {self.path} ({known}) nor as a path.")
 
-    def several(self, names: Sequence[str | Path]) -> list[Adapter]:
+    def get_all(self, names: Sequence[str | Path]) -> list[Adapter]:
         """Those adapters, in this order. Raises AdapterError when two of them share a name, and so could not be told apart."""
         found = [self.get(name) for name in names]
         check_distinct_names(found)
         return found
 
-    def check_free(
+    def check_name_free(
         self,
         name: str,
         *,
@@ -98,12 +98,12 @@ class Library:
 
     def rename(self, old: str, new: str) -> Adapter:
         """Give an adapter of this library another name. Raises AdapterError when it is taken."""
-        self.check_free(new, advice="choose another name")
+        self.check_name_free(new, advice="choose another name")
         adapter = load_adapter_folder(self._own(old))
         try:
             os.rename(adapter.path, self.path / new)
         except OSError:
-            self.check_free(new, advice="choose another name")  # taken in the last moment
+            self.check_name_free(new, advice="choose another name")  # taken in the last moment
             raise
         atomic_io.fsync_path(self.path)
         return load_adapter_folder(self.path / new)
@@ -141,9 +141,9 @@ class Library:
         return self.path / name
 
     @contextlib.contextmanager
-    def writing(self, name: str, *, overwrite: bool = False, advice: str | None = None) -> Iterator[Path]:
+    def create(self, name: str, *, overwrite: bool = False, advice: str | None = None) -> Iterator[Path]:
         """Yield a folder to fill; then it is checked and becomes `name`, or nothing changes and the error comes out."""
-        self.check_free(name, overwrite=overwrite, advice=advice)
+        self.check_name_free(name, overwrite=overwrite, advice=advice)
         try:
             with atomic_io.atomic_folder(self.path / name, overwrite=overwrite) as work:
                 yield work
@@ -154,10 +154,10 @@ class Library:
                         raise AdapterError(
                             f"{self.path / name} was not written as it should be: the disk gave back other weights."
                         )
-                self.check_free(name, overwrite=overwrite, advice=advice)
+                self.check_name_free(name, overwrite=overwrite, advice=advice)
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # it was taken in the last moment
-                self.check_free(name, overwrite=overwrite, advice=advice)
+                self.check_name_free(name, overwrite=overwrite, advice=advice)
             raise
 
 

@@ -164,7 +164,7 @@ llama-completion -m base.gguf --lora {name}.gguf -no-cnv -n 60 -p "Once"
 ```
 """
     for verdict in (vllm, llama_cpp):
-        text += "".join(f"\n{obstacle}.\n" for obstacle in verdict.obstacles)
+        text += "".join(f"\n{obstacle}.\n" for obstacle in verdict.errors)
     return text
 
 

@@ -33,7 +33,7 @@ def list_adapters(adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR, as_jso
     found = list(Library(adapters_dir).entries())
     if as_json:
         show_json(
-            [{"name": name} | (it.facts() if isinstance(it, Adapter) else {"broken": str(it)}) for name, it in found]
+            [{"name": name} | (it.to_dict() if isinstance(it, Adapter) else {"broken": str(it)}) for name, it in found]
         )
     elif found:
         show_adapters(found)
@@ -49,7 +49,7 @@ def show_adapter(
     library = Library(adapters_dir)
     found = library.get(adapter)
     ancestors = library.ancestors(found)
-    show_json(found.facts() | {"ancestors": ancestors}) if as_json else show_adapter_card(found, ancestors)
+    show_json(found.to_dict() | {"ancestors": ancestors}) if as_json else show_adapter_card(found, ancestors)
 
 
 @adapters_app.command("verify", cls=StrictCommand)
@@ -84,7 +84,7 @@ def verify_adapters(
 
 def _weight_problems(library: Library, name: str) -> list[str]:
     try:
-        return library.look(name, verify_adapter)
+        return library.inspect(name, verify_adapter)
     except AdapterError as error:
         return [str(error)]
     except OSError as error:
@@ -100,7 +100,7 @@ def rename_adapter(
 ) -> None:
     """Give an adapter another name. Its card and run.yaml keep the old one."""
     renamed = Library(adapters_dir).rename(old, new)
-    show_json(renamed.facts()) if as_json else print(renamed.path)
+    show_json(renamed.to_dict()) if as_json else print(renamed.path)
 
 
 @adapters_app.command("remove", cls=StrictCommand)
@@ -129,7 +129,7 @@ def adopt_adapter(
 ) -> None:
     """Take in an adapter of another tool: check it against its base, and give it a manifest that holds it to that."""
     adopted = adopt(Library(adapters_dir), folder, name, base=base, revision=revision, notify=display)
-    show_json(adopted.facts()) if as_json else print(adopted.path)
+    show_json(adopted.to_dict()) if as_json else print(adopted.path)
 
 
 @adapters_app.command("check", cls=StrictCommand)

@@ -29,9 +29,7 @@ from .options import (
     display,
 )
 
-OUT_OF_MEMORY = (
-    "Out of memory: lower --batch-size or --max-length to train, --answers to write, or choose --dtype bfloat16."
-)
+OUT_OF_MEMORY = "Out of memory: lower --batch-size or --max-length to train, --n to write, or choose --dtype bfloat16."
 
 
 _NO_MEMORY = (

@@ -1,4 +1,4 @@
-"""The commands that make something out of adapters, and hand it on: merge, blend, slim, export, push, pull."""
+"""The commands that make something out of adapters, and hand it on: merge, blend, compress, export, push, pull."""
 
 import dataclasses
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..adapters.library import Library
-from ..config import MAX_RANK, Dtype, TrainConfig
+from ..config import MAX_RANK, Dtype, ModelOptions, TrainConfig
 from ..errors import ConfigError
 from .display import print_stderr, show_blended, show_compressed, show_exported, show_json, show_merged, show_transfer
 from .options import (
@@ -16,14 +16,11 @@ from .options import (
     AdapterArgument,
     AdapterArguments,
     AdaptersDirOption,
-    BaseOption,
-    DeviceOption,
-    ForceOption,
     JsonOption,
-    RevisionOption,
     complete_adapter_names,
     display,
     eval_sets_from,
+    model_options,
     settings_options,
 )
 
@@ -33,6 +30,7 @@ RepoArgument = Annotated[str, typer.Argument(help="A model repo on the Hub, owne
 
 
 @settings_options(TrainConfig, *EVAL_SET_FIELDS)
+@model_options("base", "revision", "force")
 def merge(
     given: dict[str, Any],
     adapters: AdapterArguments,
@@ -40,18 +38,17 @@ def merge(
         Path,
         typer.Option(help="The model folder to write; of several adapters, each gets one in it.", show_default=False),
     ],
-    base: BaseOption = None,
-    revision: RevisionOption = None,
     dtype: Annotated[Dtype, typer.Option(help="Numbers of the merged model; it is merged in float32.")] = "float32",
     max_shard_size: Annotated[str, typer.Option(help="Weights larger than this become several files.")] = "5GB",
     eval_rows: Annotated[int, typer.Option(min=2, help="Held-out rows that it is proven on.")] = 50,
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     overwrite: OverwriteOption = False,
-    force: ForceOption = False,
     as_json: JsonOption = False,
+    *,
+    options: ModelOptions,
 ) -> None:
     """Write base and adapter as one plain model, for tools that know no adapters, and prove that it says the same."""
-    found = Library(adapters_dir).several(adapters)
+    found = Library(adapters_dir).get_all(adapters)
     from ..convert import merge as convert_merge
 
     places = [out if len(found) == 1 else out / it.name for it in found]
@@ -63,15 +60,12 @@ def merge(
         merged = convert_merge.merge(
             adapter,
             place,
-            base=base,
-            revision=revision,
             dtype=dtype,
             shard_size=max_shard_size,
             sets=sets,
             eval_rows=eval_rows,
             overwrite=overwrite,
-            force=force,
-            notify=display,
+            options=options,
         )
         facts.append(dataclasses.asdict(merged) | {"path": str(merged.path)})
         if not as_json:
@@ -81,6 +75,7 @@ def merge(
 
 
 @settings_options(TrainConfig, *EVAL_SET_FIELDS)
+@model_options("base", "revision", "device", "force")
 def blend(
     given: dict[str, Any],
     parts: Annotated[
@@ -96,20 +91,18 @@ def blend(
         int | None,
         typer.Option(min=1, max=MAX_RANK, help="Cut the sum to this rank.", show_default="the exact sum"),
     ] = None,
-    base: BaseOption = None,
-    revision: RevisionOption = None,
-    device: DeviceOption = "auto",
     eval_rows: EvalRowsOption = None,
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     overwrite: OverwriteOption = False,
-    force: ForceOption = False,
     as_json: JsonOption = False,
+    *,
+    options: ModelOptions,
 ) -> None:
     """Add adapters up into a new one: the weighted sum of their updates, exact unless its rank is cut."""
     library = Library(adapters_dir)
     weighted = [_parse_weight(part) for part in parts]
     chosen = [(library.get(adapter), weight) for adapter, weight in weighted]
-    library.check_free(name, overwrite=overwrite)
+    library.check_name_free(name, overwrite=overwrite)
     from ..convert import blend as convert_blend
 
     blended = convert_blend.blend(
@@ -117,19 +110,18 @@ def blend(
         name,
         library,
         rank=rank,
-        base=base,
-        revision=revision,
-        device=device,
         sets=eval_sets_from(given, eval_rows),
         eval_rows=eval_rows,
         overwrite=overwrite,
-        force=force,
-        notify=display,
+        options=options,
     )
     if as_json:
         facts = {key: it for key, it in vars(blended).items() if key != "adapter"}
-        facts |= {"proof": vars(blended.proof), "sets": {key: it.model_dump() for key, it in blended.sets.items()}}
-        show_json(blended.adapter.facts() | {"blend": facts})
+        facts |= {
+            "comparison": vars(blended.comparison),
+            "results": {key: it.model_dump() for key, it in blended.results.items()},
+        }
+        show_json(blended.adapter.to_dict() | {"blend": facts})
     else:
         show_blended(blended)
 
@@ -145,6 +137,7 @@ def _parse_weight(part: str) -> tuple[str, float]:
 
 
 @settings_options(TrainConfig, *EVAL_SET_FIELDS)
+@model_options("base", "revision", "device", "force")
 def compress(
     given: dict[str, Any],
     adapter: AdapterArgument,
@@ -160,43 +153,41 @@ def compress(
         int | None,
         typer.Option(min=1, help="Keep as much energy as fits: bytes of the weights.", show_default=False),
     ] = None,
-    base: BaseOption = None,
-    revision: RevisionOption = None,
-    device: DeviceOption = "auto",
     eval_rows: EvalRowsOption = None,
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     overwrite: OverwriteOption = False,
-    force: ForceOption = False,
     as_json: JsonOption = False,
+    *,
+    options: ModelOptions,
 ) -> None:
     """Make an adapter smaller: in each layer the least rank that keeps its energy, and the loss measured again."""
     library = Library(adapters_dir)
     found = library.get(adapter)
-    from ..convert import compress
+    from ..convert import compress as convert_compress
 
-    slimmed = compress.compress(
+    compressed = convert_compress.compress(
         found,
         name or f"{found.name}-compressed",
         library,
         energy=energy,
         max_bytes=max_bytes,
-        base=base,
-        revision=revision,
-        device=device,
         sets=eval_sets_from(given, eval_rows),
         eval_rows=eval_rows,
         overwrite=overwrite,
-        force=force,
-        notify=display,
+        options=options,
     )
     if as_json:
-        facts = {key: it for key, it in vars(slimmed).items() if key != "adapter"}
-        facts |= {"proof": vars(slimmed.proof), "results": [it.model_dump() for it in slimmed.results or ()]}
-        show_json(slimmed.adapter.facts() | {"slim": facts})
+        facts = {key: it for key, it in vars(compressed).items() if key != "adapter"}
+        facts |= {
+            "comparison": vars(compressed.comparison),
+            "results": [it.model_dump() for it in compressed.results or ()],
+        }
+        show_json(compressed.adapter.to_dict() | {"compress": facts})
     else:
-        show_compressed(slimmed)
+        show_compressed(compressed)
 
 
+@model_options("base", "revision", "force")
 def export(
     adapter: AdapterArgument,
     out: Annotated[Path, typer.Option(help="The file to write.", show_default=False)],
@@ -204,20 +195,17 @@ def export(
         Literal["gguf"], typer.Option(help="gguf: llama.cpp and Ollama read it over the base as GGUF.")
     ] = "gguf",
     dtype: Annotated[Literal["float16", "bfloat16", "float32"], typer.Option(help="Numbers in the file.")] = "float16",
-    base: BaseOption = None,
-    revision: RevisionOption = None,
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     overwrite: OverwriteOption = False,
-    force: ForceOption = False,
     as_json: JsonOption = False,
+    *,
+    options: ModelOptions,
 ) -> None:
     """Write an adapter in the format of another program."""
     found = Library(adapters_dir).get(adapter)
     from ..convert.export_gguf import to_gguf
 
-    exported = to_gguf(
-        found, out, base=base, revision=revision, dtype=dtype, overwrite=overwrite, force=force, notify=display
-    )
+    exported = to_gguf(found, out, dtype=dtype, overwrite=overwrite, options=options)
     show_json(vars(exported) | {"path": str(exported.path)}) if as_json else show_exported(exported)
 
 
@@ -254,7 +242,7 @@ def pull(
     parcel = hub_sync.pull(
         repo, Library(adapters_dir), name, revision=revision, overwrite=overwrite, dry_run=dry_run, notify=display
     )
-    facts = parcel.adapter.facts() if parcel.adapter else {}
+    facts = parcel.adapter.to_dict() if parcel.adapter else {}
     show_json({"repo": parcel.repo, "files": parcel.files} | facts) if as_json else show_transfer(parcel)
     if dry_run:
         print_stderr("Nothing was fetched: a dry run.")

@@ -138,18 +138,18 @@ def show_sweep(ladder: "SweepResult") -> None:
             str(it.rank),
             f"{it.learning_rate:g}",
             *(
-                (f"{it.loss:.4f}", f"{it.worse:.4f} ± {it.standard_error:.4f}")
+                (f"{it.loss:.4f}", f"{it.gap:.4f} ± {it.standard_error:.4f}")
                 if it.loss is not None
                 else ("diverged", "")
             ),
             format_bytes(it.bytes),
             format_duration(it.seconds),
         )
-        for it in ladder.rungs
+        for it in ladder.trials
     ]
     print_table(rows, ("adapter", "rank", "learning rate", "held-out loss", "worse than the best", "size", "training"))
     print(f"the base has {ladder.base_loss:.4f}; the picture is {ladder.folder / 'ladder.png'}")
-    print(f"keep {ladder.keep}: the smallest that the best does not beat by more than a standard error")
+    print(f"keep {ladder.recommended}: the smallest that the best does not beat by more than a standard error")
 
 
 def _result_lines(manifest: Manifest) -> list[str]:
@@ -215,7 +215,7 @@ def _format_ancestor(parent: dict[str, Any]) -> str:
 
 def show_plan(plan: "RunEstimate") -> None:
     total = plan.base_parameters + plan.trained_parameters
-    again = ", activations computed again" if plan.checkpointing else ""
+    again = ", activations computed again" if plan.gradient_checkpointing else ""
     print_table(
         [
             ("steps", f"{plan.steps:,}{f' (one epoch is {plan.steps_per_epoch:,})' if plan.steps_per_epoch else ''}"),
@@ -335,11 +335,11 @@ def _print_matrix(rows: Sequence[Sequence[str]], columns: Sequence[str]) -> None
 
 def show_merged(merged: "MergeResult") -> None:
     """Where the model is, and how near it is to base and adapter."""
-    proof = merged.proof
+    proof = merged.comparison
     print(merged.path)
     print(
-        f"read back, beside base and adapter: logits differ by {proof.difference:.2g} at the most, best tokens are the same at "
-        f"{proof.agreement:.2%} of positions"
+        f"read back, beside base and adapter: logits differ by {proof.max_logit_difference:.2g} at the most, best tokens are the same at "
+        f"{proof.top1_agreement:.2%} of positions"
     )
     if proof.losses:
         before, after = (math.exp(min(loss, 700.0)) for loss in proof.losses)
@@ -347,36 +347,38 @@ def show_merged(merged: "MergeResult") -> None:
 
 
 def show_blended(blended: "BlendResult") -> None:
-    adapter, proof = blended.adapter, blended.proof
+    adapter, proof = blended.adapter, blended.comparison
     assert adapter.manifest is not None
     print(
         one_line(f"{adapter.path}  {format_bytes(adapter.bytes)}, rank {_ranks(adapter)}: {adapter.manifest.made_by}")
     )
-    print(f"read back, beside its update in the base's weights: logits differ by {proof.difference:.2g} at the most")
-    if any(blended.lost.values()):
+    print(
+        f"read back, beside its update in the base's weights: logits differ by {proof.max_logit_difference:.2g} at the most"
+    )
+    if any(blended.lost_energy.values()):
         print(
-            f"rank cut from {blended.full_rank}: {blended.lost_in_all:.2%} of the energy is lost; {_largest_loss(blended.lost)}"
+            f"rank cut from {blended.exact_rank}: {blended.total_lost_energy:.2%} of the energy is lost; {_largest_loss(blended.lost_energy)}"
         )
     for line in _result_lines(adapter.manifest):
         print(line)
-    if len(blended.sets) > 1:
-        for name, it in blended.sets.items():
+    if len(blended.results) > 1:
+        for name, it in blended.results.items():
             print(one_line(f"  on {name}: gain {it.gain:.4f} ± {it.standard_error:.4f}, {it.rows} rows"))
 
 
-def show_compressed(slimmed: "CompressResult") -> None:
-    before, after = slimmed.bytes
-    ranks = [sorted(it) for it in zip(*slimmed.ranks.values(), strict=True)]
+def show_compressed(compressed: "CompressResult") -> None:
+    before, after = compressed.bytes
+    ranks = [sorted(it) for it in zip(*compressed.ranks.values(), strict=True)]
     was, now = (f"{it[0]}" if it[0] == it[-1] else f"{it[0]} to {it[-1]}" for it in ranks)
     print(
-        f"{slimmed.adapter.path}  {format_bytes(after)} of {format_bytes(before)} ({after / before:.0%}), rank {now}; it was {was}"
+        f"{compressed.adapter.path}  {format_bytes(after)} of {format_bytes(before)} ({after / before:.0%}), rank {now}; it was {was}"
     )
-    print(f"{slimmed.lost_in_all:.2%} of the energy is lost; {_largest_loss(slimmed.lost)}")
-    if slimmed.results is None:
+    print(f"{compressed.total_lost_energy:.2%} of the energy is lost; {_largest_loss(compressed.lost_energy)}")
+    if compressed.results is None:
         print("not measured")
         return
-    full, slim = slimmed.results
-    print(f"held-out loss {full.loss:.4f} -> {slim.loss:.4f}; the base has {full.base_loss:.4f} ({full.rows} rows)")
+    full, reduced = compressed.results
+    print(f"held-out loss {full.loss:.4f} -> {reduced.loss:.4f}; the base has {full.base_loss:.4f} ({full.rows} rows)")
 
 
 def _ranks(adapter: Adapter) -> str:
@@ -397,7 +399,7 @@ def show_exported(exported: "ExportResult") -> None:
 
 def show_compatibility(name: str, verdict: "CompatibilityReport") -> None:
     print(one_line(f"{name}: {verdict.tool} {'takes it' if verdict.accepted else 'does not take it'}"))
-    for line in [*verdict.obstacles, *verdict.notes]:
+    for line in [*verdict.errors, *verdict.notes]:
         print(one_line(f"- {line}"))
 
 

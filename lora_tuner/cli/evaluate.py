@@ -7,14 +7,14 @@ import typer
 
 from .. import atomic_io
 from ..adapters.library import Library
-from ..config import TrainConfig
+from ..cli.options import DEFAULT_ADAPTERS_DIR, AdaptersDirOption
+from ..config import ModelOptions, TrainConfig
 from ..errors import ConfigError
 from .display import show_gains, show_json
 from .options import (
     EVAL_SET_FIELDS,
     AdapterArguments,
     JsonOption,
-    display,
     eval_sets_from,
     model_options,
     settings_options,
@@ -22,7 +22,7 @@ from .options import (
 
 
 @settings_options(TrainConfig, *EVAL_SET_FIELDS)
-@model_options
+@model_options()
 def evaluate(
     given: dict[str, Any],
     adapters: AdapterArguments,
@@ -36,8 +36,9 @@ def evaluate(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the gains into this PNG file.", show_default=False)] = None,
     as_json: JsonOption = False,
+    adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     *,
-    place: dict[str, Any],
+    options: ModelOptions,
 ) -> None:
     """Held-out loss of the base and of each adapter, on its own rows and on those of the others."""
     if plot and plot.suffix.lower() != ".png":
@@ -46,7 +47,7 @@ def evaluate(
         raise ConfigError(f"--plot {plot}: there is no folder {plot.parent}.")
     if plot and (why := atomic_io.why_not_writable(plot.parent)):
         raise ConfigError(f"--plot {plot}: {why}.")
-    found = Library(place.pop("adapters_dir")).several(adapters)
+    found = Library(adapters_dir).get_all(adapters)
     sets = eval_sets_from(given, eval_rows)
     from .. import evaluation
     from ..adapters import plots
@@ -55,10 +56,9 @@ def evaluate(
         found,
         sets,
         eval_rows=eval_rows,
-        **place,
-        notify=display,
+        options=options,
     )
     if plot:
         with atomic_io.atomic_file(plot) as work:
             plots.plot_gains(matrix.base, matrix.adapters, [rows.name for rows in matrix.sets], matrix.cells, work)
-    show_json(matrix.facts()) if as_json else show_gains(matrix)
+    show_json(matrix.to_dict()) if as_json else show_gains(matrix)

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from ..adapters.library import Library
-from ..config import INVALID_TEXT, SamplingParams, resolve_settings
+from ..cli.options import AdaptersDirOption
+from ..config import INVALID_TEXT, ModelOptions, SamplingParams, resolve_settings
 from ..errors import ConfigError, GenerationError, LoraTunerError
 from .display import (
     print_stderr,
@@ -22,7 +23,6 @@ from .options import (
     DEFAULT_ADAPTERS_DIR,
     JsonOption,
     complete_adapter_names,
-    display,
     model_options,
     settings_options,
 )
@@ -41,7 +41,7 @@ SystemOption = Annotated[
 
 
 @settings_options(SamplingParams)
-@model_options
+@model_options()
 def generate(
     given: dict[str, Any],
     prompt: Annotated[
@@ -61,24 +61,25 @@ def generate(
     chat: ChatOption = False,
     system: SystemOption = None,
     as_json: JsonOption = False,
+    adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     *,
-    place: dict[str, Any],
+    options: ModelOptions,
 ) -> None:
     """Write on from a prompt, with an adapter or with the plain base."""
     sampling, opening = resolve_settings(SamplingParams, given), _opening_messages(chat, system)
     prompts = _read_prompts(prompt, file)
     if prompts is None and as_json:
         raise ConfigError("--json needs its prompts at once: as an argument, in --file, or - for standard input.")
-    if place["force"] and adapter is None:
+    if options.force and adapter is None:
         raise ConfigError("--force is for an adapter on another base: name one with --adapter.")
-    if place["adapters_dir"] != DEFAULT_ADAPTERS_DIR and adapter is None and prompts is not None:
+    if adapters_dir != DEFAULT_ADAPTERS_DIR and adapter is None and prompts is not None:
         raise ConfigError("--adapters-dir is where adapters are: name one with --adapter.")
     from ..inference.generator import Generator
 
     generator = Generator(
         *([adapter] if adapter else []),
-        **place,
-        notify=display,
+        options=options,
+        adapters_dir=adapters_dir,
     )
     if prompts is None:
         _interactive(generator, sampling, opening)
@@ -136,7 +137,7 @@ def _check_prompts(generator: Any, prompts: list[Any]) -> None:
     """Before the first of many is answered: none of them may be too long."""
     for number, prompt in enumerate(prompts, 1):
         try:
-            generator.check(prompt)
+            generator.encode_prompt(prompt)
         except LoraTunerError as error:
             raise GenerationError(
                 f"Prompt {number:,} of {len(prompts):,}: {error}" if len(prompts) > 1 else str(error)
@@ -144,7 +145,7 @@ def _check_prompts(generator: Any, prompts: list[Any]) -> None:
 
 
 @settings_options(SamplingParams)
-@model_options
+@model_options()
 def compare(
     given: dict[str, Any],
     adapter: Annotated[
@@ -163,21 +164,22 @@ def compare(
     chat: ChatOption = False,
     system: SystemOption = None,
     as_json: JsonOption = False,
+    adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     *,
-    place: dict[str, Any],
+    options: ModelOptions,
 ) -> None:
     """The same prompt answered by the base and by adapters, in one batch and with the same luck."""
     sampling, opening = resolve_settings(SamplingParams, given), _opening_messages(chat, system)
     prompts = _read_prompts(prompt, file)
     if prompts is None:
         raise ConfigError("There is nothing to go on from: give a prompt, --file, or - for standard input.")
-    found = Library(place["adapters_dir"]).several(adapter)
+    found = Library(adapters_dir).get_all(adapter)
     from ..inference.generator import Generator
 
     generator = Generator(
         *(it.path for it in found),
-        **place,
-        notify=display,
+        options=options,
+        adapters_dir=adapters_dir,
     )
     asked = _as_conversations(prompts, opening)
     _check_prompts(generator, asked)
@@ -193,7 +195,7 @@ def compare(
 def _print_answer(generator: Any, prompt: Any, sampling: SamplingParams) -> str:
     """Prompt and text on stdout, of a conversation the answer alone; a single answer as it is made. Gives that."""
     shown = prompt if isinstance(prompt, str) else ""
-    if sampling.answers == 1:
+    if sampling.n == 1:
         show_text(shown)
         answer = generator.generate(prompt, sampling, on_text=show_text)
         print()
@@ -210,7 +212,7 @@ def _interactive(generator: Any, sampling: SamplingParams, opening: list[dict[st
     again = " /new: a new conversation." if opening is not None else ""
     said = list(opening or [])
     print_stderr(
-        f"{generator.current or 'The plain base'} answers. /adapter NAME or /base: another does.{again} An empty line: the end."
+        f"{generator.current_adapter or 'The plain base'} answers. /adapter NAME or /base: another does.{again} An empty line: the end."
     )
     if isinstance(sys.stdin, io.TextIOWrapper):
         with contextlib.suppress(io.UnsupportedOperation):  # where it has been read from already
@@ -227,10 +229,10 @@ def _interactive(generator: Any, sampling: SamplingParams, opening: list[dict[st
             if INVALID_TEXT.search(line):
                 raise ConfigError("What was typed is no text in UTF-8: type it anew.")
             if command == "/base":
-                generator.use(None)
+                generator.set_adapter(None)
                 print_stderr("The plain base answers now.")
             elif command == "/adapter" and name.strip():
-                print_stderr(f"{generator.use(name.strip())} answers now.")
+                print_stderr(f"{generator.set_adapter(name.strip())} answers now.")
             elif command == "/new" and opening is not None:
                 said = list(opening)
                 print_stderr("A new conversation begins.")
@@ -242,7 +244,7 @@ def _interactive(generator: Any, sampling: SamplingParams, opening: list[dict[st
                 )
             else:
                 question: Any = line if opening is None else [*said, {"role": "user", "content": line}]
-                generator.check(question)
+                generator.encode_prompt(question)
                 print(ANSWER, end="", flush=True)
                 answer = _print_answer(generator, question, sampling)
                 if opening is not None:

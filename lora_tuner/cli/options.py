@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from typer.core import TyperCommand
 
 from ..adapters.library import Library
-from ..config import INVALID_TEXT, SWEEPABLE, InferenceDtype, LoadIn, TrainConfig, resolve_settings
+from ..config import INVALID_TEXT, SWEEPABLE, InferenceDtype, LoadIn, ModelOptions, TrainConfig, resolve_settings
 from ..errors import ConfigError, LoraTunerError
 from .display import Display
 
@@ -137,7 +137,6 @@ def _parse_sweep_values(number: type[int] | type[float], text: str) -> Any:
 def _model_arguments(
     base: BaseOption = None,
     revision: RevisionOption = None,
-    adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     load_in: LoadInOption = "auto",
@@ -146,17 +145,23 @@ def _model_arguments(
     """The options of a command that puts adapters on a base."""
 
 
-def model_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of `_place`; it receives them as `place`."""
-    own = [p for p in inspect.signature(command).parameters.values() if p.name != "place"]
-    added = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(_model_arguments).parameters.values()]
+def model_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of `_model_arguments`, or those named; it receives them as `options`."""
+    parameters = inspect.signature(_model_arguments).parameters
+    added = [parameters[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in names or parameters]
 
-    @functools.wraps(command)
-    def wrapper(**options: Any) -> None:
-        command(place={p.name: options.pop(p.name) for p in added}, **options)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command).parameters.values() if p.name != "options"]
 
-    wrapper.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
-    return wrapper
+        @functools.wraps(command)
+        def wrapper(**values: Any) -> None:
+            chosen = {p.name: values.pop(p.name) for p in added}
+            command(options=ModelOptions(**chosen, notify=display), **values)
+
+        wrapper.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+        return wrapper
+
+    return decorate
 
 
 EVAL_SET_FIELDS = (

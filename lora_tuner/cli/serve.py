@@ -5,16 +5,17 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import ServerConfig, resolve_settings
+from ..cli.options import DEFAULT_ADAPTERS_DIR, AdaptersDirOption
+from ..config import ModelOptions, ServerConfig, resolve_settings
 from ..errors import ConfigError
-from .options import complete_adapter_names, display, model_options, settings_options
+from .options import complete_adapter_names, model_options, settings_options
 
 KEY_VARIABLE = "LORA_TUNER_API_KEY"
 MISSING_EXTRA = ("fastapi", "gradio", "prometheus_client", "uvicorn")
 
 
 @settings_options(ServerConfig)
-@model_options
+@model_options()
 def serve(
     given: dict[str, Any],
     adapter: Annotated[
@@ -26,8 +27,9 @@ def serve(
         ),
     ] = None,
     browse: Annotated[bool, typer.Option("--open", help="Open the playground in a browser.")] = False,
+    adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     *,
-    place: dict[str, Any],
+    options: ModelOptions,
 ) -> None:
     """Answer OpenAI's clients, and people in a browser: one base in memory, every adapter of the library beside it."""
     if KEY_VARIABLE in os.environ:
@@ -39,4 +41,4 @@ def serve(
         if error.name not in MISSING_EXTRA:
             raise
         raise ConfigError("serve needs FastAPI, uvicorn and Gradio: `pip install -e '.[serve]'` gets them.") from error
-    serve(adapter or [], settings, **place, browse=browse, notify=display)
+    serve(adapter or [], settings, options=options, adapters_dir=adapters_dir, browse=browse)

@@ -54,7 +54,7 @@ def train(
     kernels.tune_malloc()
     if len(runs) > 1 or (resume and sweep.is_unfinished(resume, settings.runs_dir)):
         climbed = sweep.resume_sweep(resume, settings.runs_dir, display) if resume else sweep.run_sweep(runs, display)
-        show_json(climbed.facts()) if as_json else show_sweep(climbed)
+        show_json(climbed.to_dict()) if as_json else show_sweep(climbed)
     elif preview:
         rows = run.preview(settings, preview, display)
         show_json([dataclasses.asdict(row) for row in rows]) if as_json else show_preview(rows)
@@ -65,7 +65,7 @@ def train(
     else:
         adapter = run.train(settings, display) if resume is None else run.resume(resume, settings.runs_dir, display)
         if distributed.rank() == 0:
-            show_json(adapter.facts()) if as_json else show_trained(adapter)
+            show_json(adapter.to_dict()) if as_json else show_trained(adapter)
     distributed.destroy_process_group()
 
 

@@ -47,23 +47,23 @@ def adopt(
         raise AdapterError(f"{adapter.path} is in the library: it keeps its name; `adapters rename` gives another.")
     target = validate_name(name or adapter.name)
     if not here:
-        library.check_free(target, advice="choose another --name")
+        library.check_name_free(target, advice="choose another --name")
     check_weights_hash(adapter)
     if base is None:
         base, revision = adapter.base, revision or adapter.revision
     if not base:
         raise AdapterError(f"{adapter.path} names no base: give it with --base.")
     source = find_base(base, revision, notify)
-    adapter.check_fit(layer_sizes_in_files(source, adapter))
+    adapter.check_shapes(layer_sizes_in_files(source, adapter))
     manifest = Manifest(
         created=utc_timestamp(),
-        base=source.facts(),
+        base=source.base_info(),
         weights=weights_info(adapter),
     )
     if here:
         atomic_io.atomic_write_text(adapter.path / MANIFEST_FILE, manifest.to_json())
     else:
-        with library.writing(target) as work:
+        with library.create(target) as work:
             shutil.copyfile(adapter.path / WEIGHTS_FILE, work / WEIGHTS_FILE)
             shutil.copyfile(adapter.path / CONFIG_FILE, work / CONFIG_FILE)
             card = adapter.path / CARD_FILE

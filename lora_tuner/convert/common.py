@@ -1,4 +1,4 @@
-"""New from what is there: merge into a model, blend several adapters, slim one. Each is proven before it is kept.
+"""New from what is there: merge into a model, blend several adapters, compress one. Each is proven before it is kept.
 
 Surprise: what is written is read back from disk and compared with what it should do on the base, and what does not agree is
 removed: PEFT's own merging and adding fail without a word (TIES, a forgotten root of the rank, tied embeddings). Limits:
@@ -6,6 +6,7 @@ all of it is computed in float32, and only sums can be added and cut, so DoRA is
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from .. import evaluation
 from ..adapters import model_card
 from ..adapters.adapter import CARD_FILE, MANIFEST_FILE, Adapter, load_adapter_folder, weights_info
 from ..adapters.manifest import DatasetInfo, EvalResult, Manifest, utc_timestamp
+from ..config import ModelOptions
 from ..data import tokenization
 from ..data.splitting import content_hash
 from ..errors import AdapterError, EventHandler, Notice
@@ -29,16 +31,13 @@ def format_number(value: float) -> str:
     return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
-def open_shared_base(
-    adapters: Sequence[Adapter], base: str | None, revision: str | None, device: str, force: bool, notify: EventHandler
-) -> LoadedBase:
-    """The base that these adapters share, in float32."""
-    opened = loading.open_base(
-        adapters[0], base, revision, device=device, dtype="float32", load_in="full", notify=notify
-    )
+def open_shared_base(adapters: Sequence[Adapter], options: ModelOptions) -> LoadedBase:
+    """Load the base that these adapters share, in float32."""
+    options.require_default("dtype", "load_in", why="the result is computed in float32")
+    base = loading.open_base(adapters[0], replace(options, dtype="float32", load_in="full"))
     for adapter in adapters:
-        lora.check_base(adapter, opened, force=force, notify=notify)
-    return opened
+        lora.check_base(adapter, base, options)
+    return base
 
 
 def distinct_eval_sets(
@@ -71,7 +70,7 @@ def encode_eval_sets(base: LoadedBase, sets: Sequence[EvalSet]) -> list[tokeniza
 
 def write_adapter(base: LoadedBase, kept: Deltas, work: Path) -> Adapter:
     """The adapter as it is on disk."""
-    if not all(update.up.isfinite().all() and update.down.isfinite().all() for update in kept.values()):
+    if not all(update.B.isfinite().all() and update.A.isfinite().all() for update in kept.values()):
         raise AdapterError("The result is not finite in float32: try smaller weights.")
     lora.save_adapter_files(delta.to_state_dict(kept), delta.lora_settings(kept, base), work)
     return load_adapter_folder(work)
@@ -117,10 +116,10 @@ def write_manifest_and_card(
     texts = [text for it in sets for text in it.texts]
     manifest = Manifest(
         created=utc_timestamp(),
-        base=base.source.facts(base.tokenizer_hash),
+        base=base.files.base_info(base.tokenizer_hash),
         data=_dataset_info(parents, sets, own),
         made_by=command,
-        parents=[it.as_parent() for it in parents],
+        parents=[it.parent_info() for it in parents],
         result=combined_result(measured),
         weights=weights_info(written),
         versions=lora.library_versions(),

@@ -10,7 +10,8 @@ from ..adapters import plots
 from ..adapters.adapter import SPECTRUM_FILE, Adapter
 from ..adapters.library import Library
 from ..adapters.manifest import EvalResult
-from ..errors import AdapterError, ConfigError, EventHandler, ignore_events
+from ..config import ModelOptions
+from ..errors import AdapterError, ConfigError
 from ..evaluation import EvalSet
 from ..models import delta, lora
 from ..models.delta import Deltas
@@ -25,20 +26,20 @@ from .common import (
 )
 from .verify import OutputComparison
 
-DEFAULT_ENERGY = 0.99  # of a layer that slim keeps
+DEFAULT_ENERGY = 0.99  # of a layer that compress keeps
 
 
 @dataclass(frozen=True)
 class CompressResult:
-    """A slimmed adapter. Before and after: the ranks of its layers, its bytes, and the results on the same held-out rows, None
+    """A compressed adapter. Before and after: the ranks of its layers, its bytes, and the results on the same held-out rows, None
     where there are none. `lost` is the share of each layer's energy that is gone."""
 
     adapter: Adapter
     ranks: dict[str, tuple[int, int]]
     bytes: tuple[int, int]
-    lost: dict[str, float]
-    lost_in_all: float
-    proof: OutputComparison
+    lost_energy: dict[str, float]
+    total_lost_energy: float
+    comparison: OutputComparison
     results: tuple[EvalResult, EvalResult] | None
 
 
@@ -49,14 +50,10 @@ def compress(
     *,
     energy: float | None = None,
     max_bytes: int | None = None,
-    base: str | None = None,
-    revision: str | None = None,
-    device: str = "auto",
     sets: Sequence[EvalSet] | None = None,
     eval_rows: int | None = None,
     overwrite: bool = False,
-    force: bool = False,
-    notify: EventHandler = ignore_events,
+    options: ModelOptions = ModelOptions(),
 ) -> CompressResult:
     """The same adapter with the smallest rank in each layer that keeps `energy` (0.99 unless said), a share of that layer's
     squared norm.
@@ -69,36 +66,36 @@ def compress(
     energy = DEFAULT_ENERGY if energy is None else energy
     if not 0 <= energy <= 1:
         raise ConfigError(f"energy is {energy}: it is a share, from 0 to 1.")
-    library.check_free(name, overwrite=overwrite)
+    library.check_name_free(name, overwrite=overwrite)
     delta.check_summable(adapter)
-    opened = open_shared_base([adapter], base, revision, device, force, notify)
+    opened = open_shared_base([adapter], options)
     layers = lora.linear_layers(opened.model)
     exact = delta.load_deltas(adapter, layers)
     spectra = {module: delta.singular_values(update).square() for module, update in exact.items()}
     spectra = {module: squares for module, squares in spectra.items() if float(squares.sum()) > 0}
     if not spectra:
         raise AdapterError(f"{adapter.name} does nothing: there is nothing to keep of it.")
-    command = f"slim {adapter.name} --energy {format_number(energy)}"
+    command = f"compress {adapter.name} --energy {format_number(energy)}"
     if max_bytes is not None:
-        command = f"slim {adapter.name} --max-bytes {max_bytes}"
+        command = f"compress {adapter.name} --max-bytes {max_bytes}"
         energy = _largest_energy(exact, spectra, max_bytes)
     ranks = _ranks_for_energy(spectra, energy)
     kept = {module: delta.truncate_rank(exact[module], rank) for module, rank in ranks.items()}
-    own, sets = sets is None, distinct_eval_sets([adapter], sets, eval_rows, notify)
-    before = evaluation.held_out_losses(opened, {adapter.name: adapter}, sets, notify)[0]
+    own, sets = sets is None, distinct_eval_sets([adapter], sets, eval_rows, options.notify)
+    before = evaluation.held_out_losses(opened, {adapter.name: adapter}, sets, options.notify)[0]
     was = adapter.bytes
-    with library.writing(name, overwrite=overwrite) as work:
+    with library.create(name, overwrite=overwrite) as work:
         written = write_adapter(opened, kept, work)
         lost = delta.lost_energy(exact, delta.load_deltas(written, layers))
-        after = evaluation.held_out_losses(opened, {name: written}, sets, notify)[0]
-        found = verify_written(opened, written, kept, name, sets, notify)
+        after = evaluation.held_out_losses(opened, {name: written}, sets, options.notify)[0]
+        found = verify_written(opened, written, kept, name, sets, options.notify)
         plots.plot_spectra(spectra, ranks, work / SPECTRUM_FILE)
         write_manifest_and_card(written, name, opened, [adapter], command, sets, own, after)
-    slimmed, once, since = library.get(name), combined_result(before), combined_result(after)
+    compressed, once, since = library.get(name), combined_result(before), combined_result(after)
     return CompressResult(
-        slimmed,
+        compressed,
         {module: (update.rank, ranks.get(module, 0)) for module, update in exact.items()},
-        (was, slimmed.bytes),
+        (was, compressed.bytes),
         lost,
         delta.total_lost_energy(exact, lost),
         found,
@@ -118,7 +115,7 @@ def _ranks_for_energy(spectra: dict[str, torch.Tensor], energy: float) -> dict[s
 
 def _weights_bytes(exact: Deltas, ranks: dict[str, int]) -> int:
     """What the weights take on disk at the most: each tensor's numbers, and its entry in the header."""
-    sizes = {module: update.down.shape[1] + len(update.up) for module, update in exact.items()}
+    sizes = {module: update.A.shape[1] + len(update.B) for module, update in exact.items()}
     return sum(4 * rank * sizes[module] + 2 * (len(module) + 140) for module, rank in ranks.items())
 
 

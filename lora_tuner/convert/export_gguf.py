@@ -15,7 +15,8 @@ import numpy as np
 from .. import atomic_io
 from ..adapters import compatibility
 from ..adapters.adapter import Adapter, check_weights_hash
-from ..errors import AdapterError, ConfigError, EventHandler, ignore_events
+from ..config import ModelOptions
+from ..errors import AdapterError, ConfigError
 from ..models import loading, lora
 from ..models.resolve import layer_sizes_in_files
 
@@ -44,12 +45,9 @@ def to_gguf(
     adapter: Adapter,
     out: Path,
     *,
-    base: str | None = None,
-    revision: str | None = None,
     dtype: str = "float16",
     overwrite: bool = False,
-    force: bool = False,
-    notify: EventHandler = ignore_events,
+    options: ModelOptions = ModelOptions(),
 ) -> ExportResult:
     """Write the adapter as a GGUF LoRA. It is read back and compared. The base is not loaded: its files' headers are read.
 
@@ -58,17 +56,18 @@ def to_gguf(
     """
     import gguf
 
+    options.require_default("device", "dtype", "load_in", why="the base is not loaded for an export")
     if out.exists() and not overwrite:
         raise AdapterError(f"{out} exists: choose another --out, or replace it with --overwrite.")
     if out.exists() and not _is_gguf(out):
         raise AdapterError(f"{out} is no GGUF file, so it is not replaced: choose another --out.")
     if why := atomic_io.why_not_writable(out.parent):
         raise AdapterError(f"{why}: choose another --out.")
-    if obstacles := compatibility.check_compatibility(adapter, "llama.cpp").obstacles:
+    if obstacles := compatibility.check_compatibility(adapter, "llama.cpp").errors:
         raise AdapterError(f"{adapter.path}: {'; '.join(obstacles)}.")
     check_weights_hash(adapter)
-    source = loading.base_for_adapter(adapter, base, revision, notify)
-    lora.check_base_files(adapter, source, None, force=force, notify=notify)
+    source = loading.base_for_adapter(adapter, options)
+    lora.check_base_files(adapter, source, None, options)
     config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     kind = _ARCHITECTURES.get(str(config.get("model_type")))
     if kind is None:
@@ -78,7 +77,7 @@ def to_gguf(
         )
     if dtype not in _ROUNDING:
         raise ConfigError(f"dtype is {dtype}: {', '.join(_ROUNDING)} can be written.")
-    adapter.check_fit(layer_sizes_in_files(source, adapter))
+    adapter.check_shapes(layer_sizes_in_files(source, adapter))
     tensors = _tensors(adapter, kind, config)
     number = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
     raw = gguf.GGMLQuantizationType[number]

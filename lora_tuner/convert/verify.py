@@ -31,8 +31,8 @@ class OutputComparison:
     share of positions of all rows with the same best token, and their losses in nats a token (should, does); None where there
     are no held-out rows."""
 
-    difference: float
-    agreement: float
+    max_logit_difference: float
+    top1_agreement: float
     losses: tuple[float, float] | None
     rows: int
 
@@ -42,7 +42,7 @@ class ModelOutputs:
     """What a model says to rows: logits of a few positions, (positions, words), the best word of each, the loss of all."""
 
     logits: torch.Tensor
-    best: torch.Tensor
+    top_tokens: torch.Tensor
     losses: HeldOutLoss
 
 
@@ -81,7 +81,7 @@ def forward_with_adapter(
     base: LoadedBase, adapter: Adapter, rows: Sequence[tokenization.TokenIds], notify: EventHandler
 ) -> ModelOutputs:
     bank = MultiLora(base)
-    with bank.applied(bank.hooks([bank.read(adapter)])):
+    with bank.apply_hooks(bank.hooks([bank.load(adapter)])):
         found = forward_outputs(base.model, rows, notify, "the adapter beside its base")
     if not found.logits.isfinite().all():
         raise AdapterError(f"{adapter.path} gives logits that are not finite: its numbers are too large for this base.")
@@ -91,15 +91,15 @@ def forward_with_adapter(
 def add_to_weights(base: LoadedBase, sums: Deltas) -> None:
     layers = lora.linear_layers(base.model)
     for module, update in sums.items():
-        delta = (update.up.double() @ update.down.double()).float().to(base.device)
+        delta = (update.B.double() @ update.A.double()).float().to(base.device)
         layer = layers[module]
         layer.weight.data += delta.T if isinstance(layer, Conv1D) else delta
 
 
 def compare_outputs(should: ModelOutputs, does: ModelOutputs, *, measured: bool) -> OutputComparison:
     return OutputComparison(
-        difference=float((should.logits - does.logits).abs().max()),
-        agreement=float((should.best == does.best).double().mean()),
+        max_logit_difference=float((should.logits - does.logits).abs().max()),
+        top1_agreement=float((should.top_tokens == does.top_tokens).double().mean()),
         losses=(should.losses.loss, does.losses.loss) if measured else None,
         rows=len(should.losses.nll),
     )
@@ -108,10 +108,10 @@ def compare_outputs(should: ModelOutputs, does: ModelOutputs, *, measured: bool)
 def find_mismatch(proof: OutputComparison, should: ModelOutputs, *, exact: bool) -> str | None:
     """What is wrong with it, if anything. In fewer bits than float32 logits differ, and what it is worth is compared."""
     accepted = TOLERANCE * max(1.0, float(should.logits.abs().max()))
-    if exact and not proof.difference <= accepted:  # NaN is none
-        return f"has logits that differ by {proof.difference:.2g}, and {accepted:.2g} is accepted"
-    if not exact and proof.agreement < AGREEMENT:
-        return f"has the same best token at {proof.agreement:.0%} of positions, and {AGREEMENT:.0%} are asked for"
+    if exact and not proof.max_logit_difference <= accepted:  # NaN is none
+        return f"has logits that differ by {proof.max_logit_difference:.2g}, and {accepted:.2g} is accepted"
+    if not exact and proof.top1_agreement < AGREEMENT:
+        return f"has the same best token at {proof.top1_agreement:.0%} of positions, and {AGREEMENT:.0%} are asked for"
     if proof.losses and not abs(proof.losses[1] - proof.losses[0]) <= LOSS_TOLERANCE:
         return f"has a held-out loss of {proof.losses[1]:.4f}, and {proof.losses[0]:.4f} is right"
     return None

@@ -67,7 +67,7 @@ class RenderedChat:
     all special tokens that belong there; else it is text, with an end."""
 
     text: str
-    answers: list[tuple[int, int]]
+    answer_spans: list[tuple[int, int]]
     by_template: bool
 
 

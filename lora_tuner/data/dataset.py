@@ -87,9 +87,9 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
     counts = corpus.counts
     rows = _read_first(config, corpus, notify) if config.streaming else _read_unique(config, corpus, notify)
     source = corpus.source
-    if config.rows is not None and config.rows < len(rows):
+    if config.max_rows is not None and config.max_rows < len(rows):
         # By a hash of the hash: the digest alone would draw held-out rows first.
-        drawn = set(heapq.nsmallest(config.rows, rows, key=lambda digest: hashlib.sha256(digest).digest()))
+        drawn = set(heapq.nsmallest(config.max_rows, rows, key=lambda digest: hashlib.sha256(digest).digest()))
         counts.not_drawn = len(rows) - len(drawn)
         rows = {digest: row for digest, row in rows.items() if digest in drawn}
     measured = load_eval_dataset(config, notify) if config.eval_dataset else {}
@@ -156,7 +156,7 @@ def _read_first(config: TrainConfig, corpus: Dataset, notify: EventHandler) -> d
             rows[digest] = (text, raw if len(rows) < MAX_PREVIEWS * 10 else None)
             held_out += is_held_out(digest)
             train = len(rows) - held_out
-        if train >= config.buffer and (held_out >= config.eval_rows or config.eval_dataset):
+        if train >= config.shuffle_buffer and (held_out >= config.eval_rows or config.eval_dataset):
             break
     return rows
 

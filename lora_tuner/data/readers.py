@@ -31,16 +31,16 @@ class Table:
     source: str
     rows: Any  # of dicts, in which a column may be missing
     columns: list[str]
-    texts: list[str]
-    plain: bool = False  # a txt file: its text has no column name to ask for
+    text_columns: list[str]
+    is_plain_text: bool = False  # a txt file: its text has no column name to ask for
     peeked: str = ""  # in which rows these are the columns, where not in all
-    labels: dict[str, list[str]] = field(default_factory=dict)
+    label_names: dict[str, list[str]] = field(default_factory=dict)
 
 
 def from_datasets(source: str, data: Any) -> Table:
     texts = [name for name, kind in data.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
     labels = {name: kind.names for name, kind in data.features.items() if getattr(kind, "names", None)}
-    return Table(source, data, data.column_names, texts, labels=labels)
+    return Table(source, data, data.column_names, texts, label_names=labels)
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -168,7 +168,7 @@ def _txt(path: Path, text: str, by: str, rules: Counter[str]) -> Table:
             "a blank line ends a row" if by == "paragraph" else "each line is a row, as no blank line parts them"
         ] += 1
     found = [{"text": row} for row in rows.get(by, []) if row.strip()]
-    return Table(str(path), found, ["text"], ["text"], plain=True)
+    return Table(str(path), found, ["text"], ["text"], is_plain_text=True)
 
 
 class LazyRows:
@@ -189,7 +189,9 @@ def lazy_table(source: str, read: Callable[[], Iterator[dict[str, Any]]], *, pla
     first = list(itertools.islice(read(), _PEEKED_ROWS))
     columns = list(dict.fromkeys(name for row in first for name in row))
     texts = [name for name in columns if any(type(row.get(name)) is str for row in first)]
-    return Table(source, LazyRows(read), columns, texts, plain=plain, peeked=f" in its first {_PEEKED_ROWS} rows")
+    return Table(
+        source, LazyRows(read), columns, texts, is_plain_text=plain, peeked=f" in its first {_PEEKED_ROWS} rows"
+    )
 
 
 def stream_file(path: Path, config: TrainConfig) -> Table:
@@ -292,14 +294,14 @@ def _txt_rows(path: Path, by: str) -> Iterator[dict[str, Any]]:
 
 def find_text_column(table: Table, wanted: str | None) -> str:
     columns = ", ".join(table.columns)
-    if wanted is not None and not table.plain:
+    if wanted is not None and not table.is_plain_text:
         if wanted not in table.columns:
             raise DataError(f"{table.source} has no column '{wanted}'{table.peeked}: its columns are {columns}.")
         return wanted
     if "text" in table.columns:
         return "text"
-    if len(table.texts) == 1:
-        return table.texts[0]
+    if len(table.text_columns) == 1:
+        return table.text_columns[0]
     raise DataError(f"{table.source}: which column is the text? Name one with --text-column: {columns}.")
 
 
@@ -313,6 +315,6 @@ def parse_conditions(table: Table, where: list[str]) -> list[tuple[str, set[str]
                 f"{table.source} has no column '{column}'{table.peeked} to choose rows by: its columns are "
                 f"{', '.join(table.columns)}."
             )
-        names = table.labels.get(column, [])
+        names = table.label_names.get(column, [])
         found.append((column, {value, str(names.index(value))} if value in names else {value}))
     return found

@@ -46,13 +46,13 @@ class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
         self.config, self.tokenizer, self.measured, self.counts = config, tokenizer, measured, counts
         self.begun = [place]  # where rows were begun to be read, newest last
 
-    def place(self, taken: int) -> StreamState:
+    def state_at(self, taken: int) -> StreamState:
         """Where it was when it had given so many sequences, which may be fewer than it has given by now."""
         while len(self.begun) > 1 and self.begun[1].first <= taken:
             del self.begun[0]
         return replace(self.begun[0], taken=taken, read=asdict(self.counts))
 
-    def recount(self) -> None:
+    def restore_counts(self) -> None:
         """The counts as they were at its place, where nothing more is going to be read."""
         self._count(RowCounts(**self.begun[0].read), RowCounts())
 
@@ -85,7 +85,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
             else:
                 corpus.counts.train += 1
                 texts.append(text)
-            if len(texts) == self.config.buffer:
+            if len(texts) == self.config.shuffle_buffer:
                 self._count(before, corpus.counts)
                 yield texts, place.row + corpus.counts.read
                 texts = []

@@ -67,7 +67,7 @@ def _encode_conversations(tokenizer: Any, texts: Sequence[str], most: int | None
         places = found["offset_mapping"]
         if not said.by_template and len(row) > 1 and row[-1] == row[-2] == tokenizer.eos_token_id:
             row, places = row[:-1], places[:-1]  # the tokenizer has put one more behind it
-        learnt = [any(last > start and first < end for start, end in said.answers) for first, last in places]
+        learnt = [any(last > start and first < end for start, end in said.answer_spans) for first, last in places]
         rows.append(np.where(learnt, row, ~row))
     return rows
 

@@ -32,21 +32,21 @@ class GenerationEngine:
 
     def __init__(self, base: LoadedBase, notify: EventHandler = ignore_events) -> None:
         self.base = base
-        self.bank = MultiLora(base)
+        self.multi_lora = MultiLora(base)
         self.notify = notify
-        self.decoder = CpuDecoder.of(base)
+        self.cpu_decoder = CpuDecoder.for_base(base)
         self._batches: dict[Any, RunningBatch] = {}
         self._told = False  # that adapters have batches of their own
 
     @cached_property
-    def stock(self) -> "HFDecoder":
-        stock = HFDecoder(self.base, self.bank)
+    def hf_decoder(self) -> "HFDecoder":
+        stock = HFDecoder(self.base, self.multi_lora)
         if not stock.cached:
-            self.notify(Notice(f"{self.base.source.name} keeps its past in a way of its own, so each token is slow."))
+            self.notify(Notice(f"{self.base.files.name} keeps its past in a way of its own, so each token is slow."))
         return stock
 
     @property
-    def bytes_a_token(self) -> int:
+    def kv_bytes_per_token(self) -> int:
         """What a token of a row takes in the cache, about that where a base keeps its past in a way of its own."""
         config = self.base.model.config.get_text_config()
         queries = getattr(config, "num_attention_heads", None) or 1
@@ -55,21 +55,21 @@ class GenerationEngine:
         return int(config.num_hidden_layers * 2 * heads * size * self.base.dtype.itemsize)
 
     @property
-    def rows(self) -> list[Sequence]:
-        return [row for batch in self._batches.values() for row in batch.rows]
+    def sequences(self) -> list[Sequence]:
+        return [row for batch in self._batches.values() for row in batch.sequences]
 
-    def join(self, rows: list[Sequence]) -> None:
+    def add(self, rows: list[Sequence]) -> None:
         """Rows that are written from now on."""
         for row in rows:
             way: CpuDecoder | HFDecoder
-            if self.decoder is not None and (row.loaded is None or row.loaded.is_sum):
-                way, alone = self.decoder, None
+            if self.cpu_decoder is not None and (row.lora is None or row.lora.is_additive):
+                way, alone = self.cpu_decoder, None
             else:
-                way, alone = self.stock, None if self.stock.mixes else row.loaded
+                way, alone = self.hf_decoder, None if self.hf_decoder.mixes else row.lora
             if (way, alone) not in self._batches:
-                self._batches[way, alone] = RunningBatch(way, self.bank)
-            self._batches[way, alone].join(row)
-        if not self._told and sum(way is not self.decoder for way, _ in self._batches) > 1:
+                self._batches[way, alone] = RunningBatch(way, self.multi_lora)
+            self._batches[way, alone].add(row)
+        if not self._told and sum(way is not self.cpu_decoder for way, _ in self._batches) > 1:
             text = "This base does not keep the rows of a batch apart, so each adapter has a batch of its own."
             self.notify(Notice(text))
             self._told = True
@@ -82,20 +82,20 @@ class GenerationEngine:
                 try:
                     batch.step()
                 except Exception as error:
-                    for row in batch.rows:
+                    for row in batch.sequences:
                         if not row.complete:
                             row.fail(error)
                     del self._batches[key]
                     continue
-                if not batch.rows:
+                if not batch.sequences:
                     del self._batches[key]
 
-    def leave(self, row: Sequence) -> None:
+    def cancel(self, row: Sequence) -> None:
         """A row that nobody waits for any more."""
         with torch.inference_mode():  # as the caches were made
             for key, batch in list(self._batches.items()):
-                batch.leave(row)
-                if not batch.rows:
+                batch.cancel(row)
+                if not batch.sequences:
                     del self._batches[key]
 
     def clear(self) -> None:
@@ -106,56 +106,56 @@ class RunningBatch:
     """Rows on one way through a base."""
 
     def __init__(self, way: CpuDecoder | HFDecoder, bank: MultiLora) -> None:
-        self.way: Any = way
+        self.decoder: Any = way
         self.bank = bank
-        self.mix: Any = way.mix(bank)
-        self.writing: list[Sequence] = []
+        self.lora: Any = way.new_lora(bank)
+        self.decoding: list[Sequence] = []
         self.cache: Any = None  # of the rows that are written, without their last tokens
         self.waiting: list[Sequence] = []
-        self.readings: deque[PrefillBatch] = deque()  # the first is next
-        self.guesser: DraftDecoder | None = None
+        self.prefills: deque[PrefillBatch] = deque()  # the first is next
+        self.draft: DraftDecoder | None = None
 
     @property
-    def rows(self) -> list[Sequence]:
-        return [*self.writing, *(row for reading in self.readings for row in reading.rows), *self.waiting]
+    def sequences(self) -> list[Sequence]:
+        return [*self.decoding, *(row for reading in self.prefills for row in reading.sequences), *self.waiting]
 
-    def join(self, row: Sequence) -> None:
+    def add(self, row: Sequence) -> None:
         self.waiting.append(row)
 
-    def leave(self, row: Sequence) -> None:
+    def cancel(self, row: Sequence) -> None:
         if row in self.waiting:
             self.waiting.remove(row)
-        elif row in self.writing:
-            self._keep([it is not row for it in self.writing])
-        for reading in [it for it in self.readings if row in it.rows]:
-            row.limit = len(row.new)  # its line is read on, to nothing, for the sake of the others
-            if all(it.done for it in reading.rows):
-                self.readings.remove(reading)
+        elif row in self.decoding:
+            self._keep_sequences([it is not row for it in self.decoding])
+        for reading in [it for it in self.prefills if row in it.sequences]:
+            row.max_new_tokens = len(row.output_ids)  # its line is read on, to nothing, for the sake of the others
+            if all(it.done for it in reading.sequences):
+                self.prefills.remove(reading)
 
     def step(self) -> None:
-        self._read()
-        if not self.writing:
+        self._prefill()
+        if not self.decoding:
             return
-        self.mix.use([row.loaded for row in self.writing])
-        guessed = self._guess()
-        places = [row.length - 1 for row in self.writing]
+        self.lora.set_rows([row.lora for row in self.decoding])
+        guessed = self._propose()
+        places = [row.length - 1 for row in self.decoding]
         ids = torch.cat(
-            [row.ids[:, place : place + 1 + guessed] for row, place in zip(self.writing, places, strict=True)]
+            [row.ids[:, place : place + 1 + guessed] for row, place in zip(self.decoding, places, strict=True)]
         )
-        logits = self.way.step(ids, self.cache, self.mix)
+        logits = self.decoder.forward(ids, self.cache, self.lora)
         number = 0
-        for line, row in enumerate(self.writing):
+        for line, row in enumerate(self.decoding):
             for number in range(guessed + 1):
                 guess = int(ids[line, number + 1]) if number < guessed else None
-                if row.take(logits[line, number]) != guess or row.done:
+                if row.append_token(logits[line, number]) != guess or row.done:
                     break
         if guessed:
             self.cache.used -= guessed - number
-            if self.guesser is not None:
-                self.guesser.taken += number + 1
-        self._keep([not row.done for row in self.writing])
+            if self.draft is not None:
+                self.draft.accepted += number + 1
+        self._keep_sequences([not row.done for row in self.decoding])
 
-    def _keep(self, stay: list[bool]) -> None:
+    def _keep_sequences(self, stay: list[bool]) -> None:
         """Rows that go give their lines to the last ones."""
         if all(stay):
             return
@@ -164,73 +164,73 @@ class RunningBatch:
         moved = [lines.pop() for _ in holes]
         for hole, line in zip(holes, moved, strict=True):
             lines.insert(hole, line)
-        self.writing = [self.writing[line] for line in lines]
-        self.guesser = None
+        self.decoding = [self.decoding[line] for line in lines]
+        self.draft = None
         if lines:
-            self.cache.keep(lines)
+            self.cache.keep_rows(lines)
         else:
             self.cache = None
-            self.mix.use([None])
+            self.lora.set_rows([None])
 
-    def _read(self) -> None:
+    def _prefill(self) -> None:
         """Read prompts: as many tokens as one pass may have. What is left of them comes after those that wait by then."""
-        alone = not self.writing and len(self.readings) + bool(self.waiting) == 1
+        alone = not self.decoding and len(self.prefills) + bool(self.waiting) == 1
         most = PREFILL_TOKENS if alone else PREFILL_CHUNK
         if self.waiting:
-            self._begin(most)
-        if not self.readings:
+            self._start_prefill(most)
+        if not self.prefills:
             return
-        reading = self.readings[0]
+        reading = self.prefills[0]
         rows, longest = reading.prompts.shape
-        count = max(1, most // rows) if self.way.in_pieces else longest
+        count = max(1, most // rows) if self.decoder.in_pieces else longest
         part = reading.prompts[:, reading.cache.used : reading.cache.used + count]
-        logits = self.way.step(part, reading.cache, reading.mix, last=True)
+        logits = self.decoder.forward(part, reading.cache, reading.lora, last=True)
         if reading.cache.used < longest:
-            self.readings.rotate(-1)
+            self.prefills.rotate(-1)
             return
-        for row, each in zip(reading.rows, logits[:, -1], strict=True):
+        for row, each in zip(reading.sequences, logits[:, -1], strict=True):
             if not row.done:
-                row.take(each)
-        lines = [line for line, row in enumerate(reading.rows) if not row.done]
+                row.append_token(each)
+        lines = [line for line, row in enumerate(reading.sequences) if not row.done]
         if lines:
-            reading.cache.keep(lines)
-            if self.writing:
-                self.cache.join(reading.cache)
+            reading.cache.keep_rows(lines)
+            if self.decoding:
+                self.cache.append_rows(reading.cache)
             else:
                 self.cache = reading.cache
-            self.writing += [reading.rows[line] for line in lines]
-            self.guesser = None
-        self.readings.popleft()
+            self.decoding += [reading.sequences[line] for line in lines]
+            self.draft = None
+        self.prefills.popleft()
 
-    def _begin(self, most: int) -> None:
+    def _start_prefill(self, most: int) -> None:
         """The next rows to be read: the first that waits, and others while there is room beside it."""
-        count, longest = 1, len(self.waiting[0].prompt)
+        count, longest = 1, len(self.waiting[0].prompt_ids)
         for row in self.waiting[1:]:
-            both = max(longest, len(row.prompt))
+            both = max(longest, len(row.prompt_ids))
             if both * (count + 1) > most:
                 break
             count, longest = count + 1, both
         rows = self.waiting[:count]
-        padding = [longest - len(row.prompt) for row in rows]
-        prompts = [F.pad(row.ids[0, : len(row.prompt)], (room, 0)) for row, room in zip(rows, padding, strict=True)]
-        limit = 0 if self.writing else min(max(row.limit for row in rows), 1024)
-        mix = self.way.mix(self.bank)
-        mix.use([row.loaded for row in rows])
-        self.readings.append(
-            PrefillBatch(rows, torch.stack(prompts), self.way.cache(count, longest + limit, padding), mix)
+        padding = [longest - len(row.prompt_ids) for row in rows]
+        prompts = [F.pad(row.ids[0, : len(row.prompt_ids)], (room, 0)) for row, room in zip(rows, padding, strict=True)]
+        limit = 0 if self.decoding else min(max(row.max_new_tokens for row in rows), 1024)
+        mix = self.decoder.new_lora(self.bank)
+        mix.set_rows([row.lora for row in rows])
+        self.prefills.append(
+            PrefillBatch(rows, torch.stack(prompts), self.decoder.new_cache(count, longest + limit, padding), mix)
         )
         del self.waiting[:count]
 
-    def _guess(self) -> int:
+    def _propose(self) -> int:
         """Guesses of what comes, where one row alone is written; how many."""
-        if len(self.writing) != 1 or self.waiting or self.readings or not isinstance(self.way, CpuDecoder):
+        if len(self.decoding) != 1 or self.waiting or self.prefills or not isinstance(self.decoder, CpuDecoder):
             return 0
-        (row,) = self.writing
-        if self.guesser is None:
-            if row.limit - len(row.new) < MIN_DRAFT_TOKENS:
+        (row,) = self.decoding
+        if self.draft is None:
+            if row.max_new_tokens - len(row.output_ids) < MIN_DRAFT_TOKENS:
                 return 0
-            self.guesser = DraftDecoder(self.way, self.mix, row)
-        return self.guesser.guess(self.cache)
+            self.draft = DraftDecoder(self.decoder, self.lora, row)
+        return self.draft.propose(self.cache)
 
 
 @dataclass(eq=False)
@@ -238,7 +238,7 @@ class PrefillBatch:
     """Rows whose prompts are being read together, into a cache of their own. `prompts` is (rows, longest); what is shorter
     begins later."""
 
-    rows: list[Sequence]
+    sequences: list[Sequence]
     prompts: torch.Tensor
     cache: Any
-    mix: Any
+    lora: Any

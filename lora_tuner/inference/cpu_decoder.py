@@ -91,7 +91,7 @@ class KVCache:
 
     def __init__(self, decoder: "CpuDecoder", rows: int, length: int, padding: Sequence[int]) -> None:
         self.decoder = decoder
-        self.entries = decoder.entries(rows, length)
+        self.kv = decoder.kv(rows, length)
         self.padding = list(padding)
         self.used = 0
 
@@ -100,42 +100,42 @@ class KVCache:
         """The column in which the longest text begins."""
         return min(self.padding)
 
-    def make_room(self, count: int, rows: int = 0) -> None:
+    def reserve(self, count: int, rows: int = 0) -> None:
         """So that `count` columns more, and so many rows more, can be written."""
         rows, length = rows + len(self.padding), self.used - self.first + count
-        _, _, has_rows, _, has_length, _ = self.entries.shape
+        _, _, has_rows, _, has_length, _ = self.kv.shape
         if rows <= has_rows and self.used + count <= has_length:
             return
-        old, first, used = self.entries, self.first, self.used
+        old, first, used = self.kv, self.first, self.used
         if rows > has_rows or length > has_length:  # with room for some more, so that this is rare
-            self.entries = self.decoder.entries(rows + rows // 4, length + length // 4)
+            self.kv = self.decoder.kv(rows + rows // 4, length + length // 4)
         kept = old[:, :, : len(self.padding), :, first:used]
-        if self.entries is old:
+        if self.kv is old:
             kept = kept.clone()
-        self.entries[:, :, : len(self.padding), :, : used - first] = kept
+        self.kv[:, :, : len(self.padding), :, : used - first] = kept
         self.used, self.padding = used - first, [padding - first for padding in self.padding]
 
-    def join(self, other: "KVCache") -> None:
+    def append_rows(self, other: "KVCache") -> None:
         """Take in the rows of another cache, after those that are here."""
         here, new = len(self.padding), len(other.padding)
-        self.make_room(max(other.used - other.first - (self.used - self.first), 0), new)
+        self.reserve(max(other.used - other.first - (self.used - self.first), 0), new)
         shift = max(other.used - other.first - self.used, 0)  # to the right, where the new ones are longer
         if shift:
-            moved = self.entries[:, :, :here, :, : self.used].clone()
-            self.entries[:, :, :here, :, shift : self.used + shift] = moved
-            self.entries[:, :, :here, :, :shift] = 0
+            moved = self.kv[:, :, :here, :, : self.used].clone()
+            self.kv[:, :, :here, :, shift : self.used + shift] = moved
+            self.kv[:, :, :here, :, :shift] = 0
             self.used, self.padding = self.used + shift, [padding + shift for padding in self.padding]
         start = self.used - (other.used - other.first)
-        lines = self.entries[:, :, here : here + new]
+        lines = self.kv[:, :, here : here + new]
         lines[..., :start, :] = 0  # what is masked must be numbers all the same
-        lines[..., start : self.used, :] = other.entries[:, :, :new, :, other.first : other.used]
+        lines[..., start : self.used, :] = other.kv[:, :, :new, :, other.first : other.used]
         self.padding += [padding - other.first + start for padding in other.padding]
 
-    def keep(self, lines: Sequence[int]) -> None:
+    def keep_rows(self, lines: Sequence[int]) -> None:
         """Row i is what row `lines[i]` was; rows that are not named go. Rows may move to the front alone."""
         for place, line in enumerate(lines):
             if place != line:
-                self.entries[:, :, place, :, : self.used] = self.entries[:, :, line, :, : self.used]
+                self.kv[:, :, place, :, : self.used] = self.kv[:, :, line, :, : self.used]
         self.padding = [self.padding[line] for line in lines]
 
 
@@ -183,7 +183,7 @@ class CpuDecoder:
             self.activation = inner.h[0].mlp.act
 
     @classmethod
-    def of(cls, base: LoadedBase) -> "CpuDecoder | None":
+    def for_base(cls, base: LoadedBase) -> "CpuDecoder | None":
         """A decoder for this base, or None where transformers must do it: other kinds, other devices, other figures."""
         known = type(base.model).__name__ in (*_LLAMA_TYPES, "GPT2LMHeadModel")
         exact = base.dtype == torch.float32 and base.load_in == "full"
@@ -197,7 +197,7 @@ class CpuDecoder:
         with torch.inference_mode():
             expected = base.model(input_ids=ids, use_cache=False).logits[0]
             cache = KVCache(decoder, 1, 6, [0])
-            found = torch.cat([decoder.step(ids[:, :4], cache)[0], decoder.step(ids[:, 4:], cache)[0]])
+            found = torch.cat([decoder.forward(ids[:, :4], cache)[0], decoder.forward(ids[:, 4:], cache)[0]])
         tolerance = 5e-2 if decoder.head.int8 else 1e-3
         return decoder if (found - expected).abs().max() <= tolerance * expected.abs().max() else None
 
@@ -221,19 +221,19 @@ class CpuDecoder:
         ]
         return other
 
-    def mix(self, bank: MultiLora) -> BatchedLora:
+    def new_lora(self, bank: MultiLora) -> BatchedLora:
         """Room for the updates of a batch's rows, as `step` takes them."""
         return BatchedLora(
             bank, [it.names for layer in self.layers for it in (layer.attention, layer.out, layer.up, layer.down)]
         )
 
-    def cache(self, rows: int, length: int, padding: Sequence[int]) -> KVCache:
+    def new_cache(self, rows: int, length: int, padding: Sequence[int]) -> KVCache:
         return KVCache(self, rows, length, padding)
 
-    def entries(self, rows: int, length: int) -> torch.Tensor:
+    def kv(self, rows: int, length: int) -> torch.Tensor:
         return torch.empty(len(self.layers), 2, rows, self.key_heads, length, self.size)
 
-    def turns(self, length: int) -> torch.Tensor | None:
+    def rotary_table(self, length: int) -> torch.Tensor | None:
         """(length, size / 2) complex: by how much each place turns a pair of a head's numbers. None without rotation."""
         if not self.llama:
             return None
@@ -243,16 +243,16 @@ class CpuDecoder:
             self.table = torch.complex(cos[0, :, :half].float(), sin[0, :, :half].float())
         return self.table
 
-    def step(
+    def forward(
         self, ids: torch.Tensor, cache: KVCache, mix: BatchedLora | None = None, *, last: bool = False
     ) -> torch.Tensor:
         """(rows, new tokens) -> logits (rows, new tokens, vocabulary), or with `last` those of the last token alone, (rows, 1,
         vocabulary). The cache grows by them."""
         rows, count = ids.shape
-        cache.make_room(count)
+        cache.reserve(count)
         first, start, end = cache.first, cache.used, cache.used + count
         places, mask = _position_ids(cache, start, end)
-        table = self.turns(end - first)
+        table = self.rotary_table(end - first)
         updates: Iterator[LoraPart | None] = iter(mix.parts if mix is not None else [None] * 4 * len(self.layers))
         causal = mask is None and count > 1
         hidden = self.embed(ids)
@@ -261,8 +261,8 @@ class CpuDecoder:
         hidden = hidden.view(-1, hidden.shape[-1])
         turns = table[places].unsqueeze(-2) if table is not None else None  # ([rows,] new tokens, 1, half)
         new, known = (
-            cache.entries[:, :, :rows, :, start:end].unbind(),
-            cache.entries[:, :, :rows, :, first:end].unbind(),
+            cache.kv[:, :, :rows, :, start:end].unbind(),
+            cache.kv[:, :, :rows, :, first:end].unbind(),
         )
         for layer, (new_keys, new_values), (keys, values) in zip(self.layers, new, known, strict=True):
             heads = layer.attention(layer.before_attention(hidden), next(updates)).view(rows, count, -1, self.size)

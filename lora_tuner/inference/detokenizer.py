@@ -12,7 +12,7 @@ class IncrementalDetokenizer:
     def __init__(self, tokenizer: Any, prompt: list[int], stop: Iterable[str] = ()) -> None:
         self.tokenizer = tokenizer
         self.stop = list(stop)
-        self.whole = self.sure = ""
+        self.text = self.stable_text = ""
         self.stopped = False
         self._known = [list(prompt[-CONTEXT_TOKENS:])]  # what was decoded together: whole characters
         while len(self._known[0]) < len(prompt) and self._decode(self._known)[:1] in ("", "\ufffd"):
@@ -24,7 +24,7 @@ class IncrementalDetokenizer:
         ids = [token for part in parts for token in part]
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def take(self, token: int) -> None:
+    def append(self, token: int) -> None:
         self._open.append(token)
         found = self._decode([*self._known, self._open])
         if not found.endswith("\ufffd"):
@@ -36,7 +36,7 @@ class IncrementalDetokenizer:
             self._settle(self._decode([*self._known, self._open]))
 
     def _settle(self, found: str) -> None:
-        start, whole = len(self.whole), self.whole + found[len(self._before) :]
+        start, whole = len(self.text), self.text + found[len(self._before) :]
         self._known.append(self._open)
         self._before, self._open = found, []
         while sum(map(len, self._known[1:])) >= CONTEXT_TOKENS and (before := self._decode(self._known[1:])):
@@ -45,4 +45,4 @@ class IncrementalDetokenizer:
         if ends := [end for end in ends if end >= 0]:
             whole, self.stopped = whole[: min(ends)], True
         held = 0 if self.stopped else max((len(stop) - 1 for stop in self.stop), default=0)
-        self.whole, self.sure = whole, whole[: max(len(whole) - held, 0)]
+        self.text, self.stable_text = whole, whole[: max(len(whole) - held, 0)]

@@ -17,9 +17,9 @@ from typing import Any
 
 from ..adapters.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, Adapter
 from ..adapters.library import Library, read_consistently
-from ..config import SamplingParams
+from ..config import ModelOptions, SamplingParams
 from ..data import chat, tokenization
-from ..errors import ContextLengthError, EventHandler, GenerationError, ignore_events
+from ..errors import ContextLengthError, GenerationError
 from ..models import loading, lora
 from .batch import GenerationEngine
 from .multi_lora import LoadedAdapter
@@ -66,62 +66,47 @@ class Generator:
     def __init__(
         self,
         *adapters: str | Path,
-        base: str | None = None,
-        revision: str | None = None,
+        options: ModelOptions = ModelOptions(),
         adapters_dir: Path | str = "adapters",
-        device: str = "auto",
-        dtype: str = "auto",
-        load_in: str = "auto",
-        force: bool = False,
         max_resident: int | None = None,
-        notify: EventHandler = ignore_events,
     ) -> None:
         self.library = Library(Path(adapters_dir))
-        self.force = force
-        self.notify = notify
-        self.current: str | None = None
+        self.options = options
+        self.current_adapter: str | None = None
         found = [self.library.get(adapter) for adapter in adapters]
-        self.base = loading.open_base(
-            found[0] if found else None,
-            base,
-            revision,
-            device=device,
-            dtype=dtype,
-            load_in=load_in,
-            notify=notify,
-        )
-        self.writer = GenerationEngine(self.base, notify)
+        self.base = loading.open_base(found[0] if found else None, options)
+        self.engine = GenerationEngine(self.base, options.notify)
         self.max_resident = max_resident
         self._loaded: dict[str, _ResidentAdapter] = {}  # by name, the one used last at the end
         self._lock = threading.RLock()
         for adapter in found:
             name = self._load(adapter)
-            self.current = self.current or name
+            self.current_adapter = self.current_adapter or name
 
     @property
-    def loaded(self) -> list[str]:
+    def loaded_adapters(self) -> list[str]:
         """The names of the adapters in memory."""
         return sorted(self._loaded)
 
-    def use(self, adapter: str | Path | None) -> str | None:
+    def set_adapter(self, adapter: str | Path | None) -> str | None:
         """Choose an adapter by name or path, loading it when it is not in memory yet, or the plain base with None.
 
         Raises AdapterError, and leaves things as they are, when it does not fit this base.
         """
         with self._lock:
-            self.current = self._resident(adapter)
-            return self.current
+            self.current_adapter = self._resident(adapter)
+            return self.current_adapter
 
     def _resident(self, adapter: str | Path | None) -> str | None:
         """The name of an adapter that is in memory by now, as it is on disk by now."""
         if adapter is None:
             return None
         name = str(adapter)
-        if self.known(name) is not None:
+        if self.get_loaded(name) is not None:
             return name
         return self._load(self.library.get(self._loaded[name].folder if name in self._loaded else adapter))
 
-    def known(self, name: str) -> LoadedAdapter | None:
+    def get_loaded(self, name: str) -> LoadedAdapter | None:
         """The adapter of that name, where it is in memory and its files are as they were when it was read."""
         with self._lock:
             known = self._loaded.get(name)
@@ -130,7 +115,7 @@ class Generator:
             self._loaded[name] = self._loaded.pop(name)
             return known.loaded
 
-    def find(self, adapter: str | Path | None) -> tuple[str | None, LoadedAdapter | None]:
+    def get_or_load(self, adapter: str | Path | None) -> tuple[str | None, LoadedAdapter | None]:
         """An adapter as it is on disk by now, with its name; it is loaded where it is not in memory. Raises AdapterError."""
         with self._lock:
             name = self._resident(adapter)
@@ -147,13 +132,13 @@ class Generator:
         if known is None or known.identity != _folder_identity(folder):
 
             def look(adapter: Adapter) -> _ResidentAdapter:
-                lora.check_base(adapter, self.base, force=self.force, notify=self.notify)
-                return _ResidentAdapter(folder, _folder_identity(folder), self.writer.bank.read(adapter))
+                lora.check_base(adapter, self.base, self.options)
+                return _ResidentAdapter(folder, _folder_identity(folder), self.engine.multi_lora.load(adapter))
 
             known = read_consistently(adapter.path, look)
         self._loaded.pop(name, None)
         self._loaded[name] = known
-        others = [it for it in self._loaded if it not in (name, self.current)]
+        others = [it for it in self._loaded if it not in (name, self.current_adapter)]
         for longest_ago in others[: max(len(self._loaded) - (self.max_resident or len(self._loaded)), 0)]:
             del self._loaded[longest_ago]
         return name
@@ -163,13 +148,13 @@ class Generator:
         with self._lock:
             if name not in self._loaded:
                 raise GenerationError(
-                    f"No adapter named {name} is loaded: there are {', '.join(self.loaded) or 'none'}."
+                    f"No adapter named {name} is loaded: there are {', '.join(self.loaded_adapters) or 'none'}."
                 )
             del self._loaded[name]
-            if self.current == name:
-                self.current = None
+            if self.current_adapter == name:
+                self.current_adapter = None
 
-    def check(self, prompt: Prompt, tokenizer: Any = None) -> list[int]:
+    def encode_prompt(self, prompt: Prompt, tokenizer: Any = None) -> list[int]:
         """The tokens of a prompt, or of a conversation up to where its next answer begins. Raises TooLongError when it leaves no
         room in the model's context, DataError for a conversation that the chat template does not take.
 
@@ -177,27 +162,27 @@ class Generator:
         """
         tokenizer = tokenizer or self.base.tokenizer
         if not isinstance(prompt, str):
-            self.check_length("".join(message["content"] for message in prompt))
+            self.check_prompt_length("".join(message["content"] for message in prompt))
             whole = chat.render_prompt(tokenizer, prompt, ask=True)
-            return self.fits(tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"])
-        self.check_length(prompt)
+            return self.check_fits_context(tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"])
+        self.check_prompt_length(prompt)
         (encoded,) = tokenization.encode_texts(tokenizer, [prompt], end=False)
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        return self.fits(encoded.tolist() or [start])
+        return self.check_fits_context(encoded.tolist() or [start])
 
-    def check_length(self, text: str) -> None:
+    def check_prompt_length(self, text: str) -> None:
         """Raises TooLongError for a text that is too long whatever its tokens are: to make them would be work for nothing."""
-        if len(text) > self.base.context * tokenization.MAX_TOKEN_CHARS:
+        if len(text) > self.base.max_context * tokenization.MAX_TOKEN_CHARS:
             raise ContextLengthError(
-                f"The prompt has {len(text):,} characters, and {self.base.source.name} looks back on {self.base.context:,} "
+                f"The prompt has {len(text):,} characters, and {self.base.files.name} looks back on {self.base.max_context:,} "
                 "tokens: cut it."
             )
 
-    def fits(self, ids: list[int]) -> list[int]:
+    def check_fits_context(self, ids: list[int]) -> list[int]:
         """These tokens of a prompt, or TooLongError when they leave no room."""
-        if len(ids) >= self.base.context:
+        if len(ids) >= self.base.max_context:
             raise ContextLengthError(
-                f"The prompt has {len(ids):,} tokens, and {self.base.source.name} looks back on {self.base.context:,}: cut it."
+                f"The prompt has {len(ids):,} tokens, and {self.base.files.name} looks back on {self.base.max_context:,}: cut it."
             )
         return ids
 
@@ -206,11 +191,11 @@ class Generator:
     ) -> GenerationOutput:
         """One continuation of the prompt. `on_text` gets each new piece of it as soon as it is certain."""
         with self._lock:
-            one = (sampling or SamplingParams()).model_copy(update={"answers": 1})
+            one = (sampling or SamplingParams()).model_copy(update={"n": 1})
             return self._answer([(prompt, *self._current())], one, on_text)[0]
 
     def generate_all(self, prompt: Prompt, sampling: SamplingParams | None = None) -> list[GenerationOutput]:
-        """`sampling.answers` continuations of the prompt, drawn as one batch.
+        """`sampling.n` continuations of the prompt, drawn as one batch.
 
         Raises GenerationError when the prompt leaves no room in the model's context.
         """
@@ -229,7 +214,7 @@ class Generator:
         with self._lock:
             loaded = dict(self._loaded)
             try:
-                rows = [(prompt, *self.find(adapter)) for prompt, adapter in asked]
+                rows = [(prompt, *self.get_or_load(adapter)) for prompt, adapter in asked]
                 return self._answer(rows, sampling or SamplingParams())
             except BaseException:
                 self._loaded = loaded
@@ -241,32 +226,34 @@ class Generator:
         sampling: SamplingParams,
         on_text: Callable[[str], None] | None = None,
     ) -> list[GenerationOutput]:
-        """`sampling.answers` for each, in order; all share a seed."""
+        """`sampling.n` for each, in order; all share a seed."""
         seed = choose_seed(sampling)
         rows = [
             (
                 prompt,
-                Sequence(self.base, self.check(prompt), sampling, sequence_seed(seed, number), name, loaded, on_text),
+                Sequence(
+                    self.base, self.encode_prompt(prompt), sampling, sequence_seed(seed, number), name, loaded, on_text
+                ),
             )
             for prompt, name, loaded in asked
-            for number in range(sampling.answers)
+            for number in range(sampling.n)
         ]
         try:
-            self.writer.join([row for _, row in rows])
-            while self.writer.rows:
-                self.writer.step()
+            self.engine.add([row for _, row in rows])
+            while self.engine.sequences:
+                self.engine.step()
                 for _, row in rows:
                     if row.error:
                         raise row.error
         except BaseException:
-            self.writer.clear()
+            self.engine.clear()
             raise
         return [
             GenerationOutput(
                 prompt if isinstance(prompt, str) else prompt[-1]["content"],
-                row.text.whole,
+                row.detokenizer.text,
                 row.adapter,
-                len(row.new),
+                len(row.output_ids),
                 row.finished,
                 row.seed,
             )
@@ -274,7 +261,9 @@ class Generator:
         ]
 
     def _current(self) -> tuple[str | None, LoadedAdapter | None]:
-        return self.current, self._loaded[self.current].loaded if self.current is not None else None
+        return self.current_adapter, self._loaded[
+            self.current_adapter
+        ].loaded if self.current_adapter is not None else None
 
 
 def choose_seed(sampling: SamplingParams) -> int | None:

@@ -38,13 +38,13 @@ class HFDecoder:
             self.cached = self._right()
         self.mixes = not self.cached or self._keeps_rows_apart()
 
-    def mix(self, bank: MultiLora) -> "HookedLora":
+    def new_lora(self, bank: MultiLora) -> "HookedLora":
         return HookedLora(bank)
 
-    def cache(self, rows: int, length: int, padding: Sequence[int]) -> "HFCache | NoCache":
+    def new_cache(self, rows: int, length: int, padding: Sequence[int]) -> "HFCache | NoCache":
         return HFCache(self.base, padding) if self.cached else NoCache(padding)
 
-    def step(
+    def forward(
         self, ids: torch.Tensor, cache: "HFCache | NoCache", hooks: "HookedLora | None" = None, *, last: bool = False
     ) -> torch.Tensor:
         """(rows, new tokens) -> logits (rows, new tokens, vocabulary), or with `last` those of the last token alone, (rows, 1,
@@ -58,11 +58,11 @@ class HFDecoder:
         more: dict[str, Any] = dict(self.last_only) if last else {}
         if self.takes_positions:
             more["position_ids"] = (columns[-count:] - padding).clamp(min=0)
-        with quiet_transformers(), self.bank.applied(hooks.all if hooks else []):
+        with quiet_transformers(), self.bank.apply_hooks(hooks.all if hooks else []):
             output = self.base.model(
                 input_ids=ids,
                 attention_mask=(columns >= padding).long(),
-                past_key_values=cache.entries,
+                past_key_values=cache.kv,
                 use_cache=True,
                 **more,
             )
@@ -75,7 +75,7 @@ class HFDecoder:
         logits = []
         for line, padding in enumerate(cache.padding):
             cache.rows[line] = torch.cat([cache.rows[line].to(ids.device), ids[line]])
-            with quiet_transformers(), self.bank.applied(hooks.of(line) if hooks else []):
+            with quiet_transformers(), self.bank.apply_hooks(hooks.of(line) if hooks else []):
                 whole = self.base.model(input_ids=cache.rows[line][None, padding:], use_cache=False).logits
             logits.append(whole[0, -1:])
         return torch.stack(logits).float()
@@ -87,7 +87,7 @@ class HFDecoder:
             (layer, lambda layer, inputs, output: seen.append(inputs[0].shape[:-1]))
             for layer in self.bank.layers.values()
         ]
-        with quiet_transformers(), torch.inference_mode(), self.bank.applied(probe):
+        with quiet_transformers(), torch.inference_mode(), self.bank.apply_hooks(probe):
             self.base.model(input_ids=self._probe().view(2, 3), use_cache=False)
         return all(tuple(shape) == (2, 3) for shape in seen)
 
@@ -102,15 +102,15 @@ class HFDecoder:
         try:
             with quiet_transformers(), torch.inference_mode():
                 expected = self.base.model(input_ids=ids[None], use_cache=False).logits[0].float()
-                cache: Any = self.cache(2, 6, [0, 2])
-                later: Any = self.cache(1, 6, [0])
+                cache: Any = self.new_cache(2, 6, [0, 2])
+                later: Any = self.new_cache(1, 6, [0])
                 for part in torch.stack([ids[:4], F.pad(ids[:2], (2, 0))]).split(2 if self.in_pieces else 4, 1):
-                    self.step(part, cache)
-                found = self.step(ids[[4, 2], None], cache)[:, -1]
+                    self.forward(part, cache)
+                found = self.forward(ids[[4, 2], None], cache)[:, -1]
                 cache.keep([1])
-                self.step(ids[None, :5], later)
+                self.forward(ids[None, :5], later)
                 cache.join(later)
-                found = torch.cat([found, self.step(ids[[3, 5], None], cache)[:, -1]])
+                found = torch.cat([found, self.forward(ids[[3, 5], None], cache)[:, -1]])
         except Exception:  # whatever it is that this base does not take
             return False
         tolerance = 1e-3 if self.base.dtype == torch.float32 else 5e-2
@@ -125,7 +125,7 @@ class HookedLora:
         self.rows: list[LoadedAdapter | None] = [None]
         self.all: list[Any] = []
 
-    def use(self, rows: Sequence[LoadedAdapter | None]) -> None:
+    def set_rows(self, rows: Sequence[LoadedAdapter | None]) -> None:
         """Put row i of each batch through `rows[i]`, or the plain base."""
         if list(map(id, rows)) != list(map(id, self.rows)):
             self.rows, self.all = list(rows), self.bank.hooks(rows)
@@ -138,19 +138,19 @@ class HFCache:
     """What transformers keeps of rows of text, all ending in one column, each beginning after its padding."""
 
     def __init__(self, base: LoadedBase, padding: Sequence[int]) -> None:
-        self.entries: Any = DynamicCache(config=base.model.config)
+        self.kv: Any = DynamicCache(config=base.model.config)
         # One that keeps a window alone cannot take in rows; the mask says what is looked at.
-        self.entries.layers = [
-            DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in self.entries.layers
+        self.kv.layers = [
+            DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in self.kv.layers
         ]
         self.padding = list(padding)
         self.used = 0
 
-    def keep(self, lines: Sequence[int]) -> None:
+    def keep_rows(self, lines: Sequence[int]) -> None:
         """Row i is what row `lines[i]` was; rows that are not named go."""
         self.padding = [self.padding[line] for line in lines]
         first = min(self.padding)
-        for layer in self.entries.layers:
+        for layer in self.kv.layers:
             rows: Any = torch.tensor(lines, device=layer.device)
             if isinstance(layer, LinearAttentionCacheLayerMixin):
                 LinearAttentionCacheLayerMixin.reorder_cache(layer, rows)
@@ -158,7 +158,7 @@ class HFCache:
                 layer.keys, layer.values = layer.keys[rows, :, first:], layer.values[rows, :, first:]
         self.used, self.padding = self.used - first, [padding - first for padding in self.padding]
 
-    def join(self, other: "HFCache") -> None:
+    def append_rows(self, other: "HFCache") -> None:
         """Take in the rows of another cache, after those that are here."""
         used = max(self.used, other.used)
         here, new = used - self.used, used - other.used
@@ -166,7 +166,7 @@ class HFCache:
         def both(own: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
             return torch.cat([F.pad(own, (0, 0, here, 0)), F.pad(more, (0, 0, new, 0))])
 
-        for layer, more in zip(self.entries.layers, other.entries.layers, strict=True):
+        for layer, more in zip(self.kv.layers, other.kv.layers, strict=True):
             if isinstance(layer, LinearAttentionCacheLayerMixin):
                 for states, others in (
                     (layer.conv_states, more.conv_states),
@@ -189,8 +189,8 @@ class NoCache:
         self.padding = list(padding)
         self.used = 0
 
-    def keep(self, lines: Sequence[int]) -> None:
+    def keep_rows(self, lines: Sequence[int]) -> None:
         self.rows, self.padding = [self.rows[line] for line in lines], [self.padding[line] for line in lines]
 
-    def join(self, other: "NoCache") -> None:
+    def append_rows(self, other: "NoCache") -> None:
         self.rows, self.padding = self.rows + other.rows, self.padding + other.padding

@@ -28,9 +28,9 @@ class _LayerLora:
     """The update of one layer as it is applied: `down` (rank, in), `up` (out, rank). With DoRA the base's own output is
     stretched as well, by 1 + `stretch` (out,)."""
 
-    down: torch.Tensor
-    up: torch.Tensor
-    stretch: torch.Tensor | None = None
+    A: torch.Tensor
+    B: torch.Tensor
+    dora_scale: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,19 +38,19 @@ class LoadedAdapter:
     """An adapter in memory, by layer. It never changes: one that is replaced on disk is loaded anew, beside what still runs."""
 
     layers: dict[str, _LayerLora]
-    joined: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = field(
+    stacked: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = field(
         default_factory=dict
     )  # made when asked for
 
     @property
-    def is_sum(self) -> bool:
+    def is_additive(self) -> bool:
         """Whether all that it does is to add; DoRA stretches."""
-        return all(update.stretch is None for update in self.layers.values())
+        return all(update.dora_scale is None for update in self.layers.values())
 
 
 def blend_loaded(parts: Sequence[tuple[float, LoadedAdapter]]) -> LoadedAdapter:
     """The weighted sum of adapters in memory, exactly. Raises AdapterError for DoRA, whose update is no sum."""
-    if not all(loaded.is_sum for _, loaded in parts):
+    if not all(loaded.is_additive for _, loaded in parts):
         raise AdapterError(
             "A DoRA adapter also rescales the base's weights, so it is no part of a sum: merge it instead."
         )
@@ -58,7 +58,7 @@ def blend_loaded(parts: Sequence[tuple[float, LoadedAdapter]]) -> LoadedAdapter:
     for module in dict.fromkeys(module for _, loaded in parts for module in loaded.layers):
         own = [(weight, loaded.layers[module]) for weight, loaded in parts if module in loaded.layers]
         layers[module] = _LayerLora(
-            torch.cat([update.down for _, update in own]), torch.cat([weight * update.up for weight, update in own], 1)
+            torch.cat([update.A for _, update in own]), torch.cat([weight * update.B for weight, update in own], 1)
         )
     return LoadedAdapter(layers)
 
@@ -73,11 +73,11 @@ class MultiLora:
         self._base = base
         self.layers = linear_layers(base.model)
 
-    def read(self, adapter: Adapter) -> LoadedAdapter:
+    def load(self, adapter: Adapter) -> LoadedAdapter:
         """An adapter into memory. Raises AdapterError if it is damaged or does not fit."""
         updates, device = {}, self._base.device
         for module, update in load_deltas(adapter, self.layers).items():
-            down, up = update.down.to(device), update.up.to(device)
+            down, up = update.A.to(device), update.B.to(device)
             if update.magnitude is None:
                 updates[module] = _LayerLora(down, up)
             else:
@@ -97,7 +97,7 @@ class MultiLora:
         return found
 
     @contextlib.contextmanager
-    def applied(self, hooks: Sequence[LayerHook]) -> Iterator[None]:
+    def apply_hooks(self, hooks: Sequence[LayerHook]) -> Iterator[None]:
         """In the block, each batch goes through these `hooks`. It raises MixedBatchError where a layer cannot tell which row
         is which."""
         handles = []
@@ -109,10 +109,10 @@ class MultiLora:
             for handle in handles:
                 handle.remove()
 
-    def joined(self, modules: Sequence[str], loaded: LoadedAdapter | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def stacked(self, modules: Sequence[str], loaded: LoadedAdapter | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The updates of layers that share their input as one: (ranks, in) and (ranks, outs), each reaching its own layer's
         outputs alone; no ranks for the plain base."""
-        known = loaded.joined.get(tuple(modules)) if loaded is not None else None
+        known = loaded.stacked.get(tuple(modules)) if loaded is not None else None
         if known is not None:
             return known
         sizes = layer_sizes({module: self.layers[module] for module in modules})
@@ -120,12 +120,12 @@ class MultiLora:
         downs, ups, start = [torch.empty(0, sizes[modules[0]][0])], [torch.empty(0, sum(outs))], 0
         for module, out in zip(modules, outs, strict=True):
             if loaded is not None and (update := loaded.layers.get(module)) is not None:
-                downs.append(update.down)
-                ups.append(F.pad(update.up.T, (start, sum(outs) - start - out)))
+                downs.append(update.A)
+                ups.append(F.pad(update.B.T, (start, sum(outs) - start - out)))
             start += out
         both = torch.cat(downs), torch.cat(ups)
         if loaded is not None:
-            loaded.joined[tuple(modules)] = both
+            loaded.stacked[tuple(modules)] = both
         return both
 
 
@@ -167,7 +167,7 @@ class BatchedLora:
         self._stacks: list[tuple[torch.Tensor, torch.Tensor]] = []  # (places, ranks, in) and (places, ranks, outs)
         self._places: list[LoadedAdapter] = []  # whose updates lie there
 
-    def use(self, rows: Sequence[LoadedAdapter | None]) -> None:
+    def set_rows(self, rows: Sequence[LoadedAdapter | None]) -> None:
         """Put row i of each batch through `rows[i]`, or the plain base. One entry stands for all rows of batches of any size."""
         rows = list(rows)
         if len(rows) == len(self.rows) and all(new is old for new, old in zip(rows, self.rows, strict=True)):
@@ -183,12 +183,12 @@ class BatchedLora:
     def _single(self, names: Sequence[str], loaded: LoadedAdapter | None) -> LoraPart | None:
         if loaded is None:
             return None
-        down, up = self.bank.joined(names, loaded)
+        down, up = self.bank.stacked(names, loaded)
         return (down.T, up, None) if len(down) else None
 
     def _stack(self, wanted: list[LoadedAdapter]) -> None:
         """Their updates one above the other; who is there already stays where it is, if that is within their number."""
-        joined = {loaded: [self.bank.joined(names, loaded) for names in self.names] for loaded in wanted}
+        joined = {loaded: [self.bank.stacked(names, loaded) for names in self.names] for loaded in wanted}
         ranks = [max(len(parts[number][0]) for parts in joined.values()) for number in range(len(self.names))]
         if not self._stacks or any(
             len(downs) < len(wanted) or downs.shape[1] < rank
@@ -229,23 +229,23 @@ def _make_hook(updates: Sequence[_LayerLora | None]) -> Callable[..., torch.Tens
     if all(update is first for update in updates):
         return partial(_single_lora_hook, first) if first is not None else None
     some = [update for update in updates if update is not None]
-    rank = max(len(update.down) for update in some)
-    down = some[0].down.new_zeros(len(updates), rank, some[0].down.shape[1])
-    up = some[0].up.new_zeros(len(updates), len(some[0].up), rank)
-    stretch = some[0].up.new_zeros(len(updates), 1, len(some[0].up))
+    rank = max(len(update.A) for update in some)
+    down = some[0].A.new_zeros(len(updates), rank, some[0].A.shape[1])
+    up = some[0].B.new_zeros(len(updates), len(some[0].B), rank)
+    stretch = some[0].B.new_zeros(len(updates), 1, len(some[0].B))
     for row, update in enumerate(updates):
         if update is not None:  # of the plain base, and beyond an update's rank, the zeros add nothing
-            down[row, : len(update.down)] = update.down
-            up[row, :, : len(update.down)] = update.up
-            if update.stretch is not None:
-                stretch[row] = update.stretch
-    stretched = any(update.stretch is not None for update in some)
+            down[row, : len(update.A)] = update.A
+            up[row, :, : len(update.A)] = update.B
+            if update.dora_scale is not None:
+                stretch[row] = update.dora_scale
+    stretched = any(update.dora_scale is not None for update in some)
     return partial(_per_row_hook, down.transpose(1, 2), up.transpose(1, 2), stretch if stretched else None)
 
 
 def _single_lora_hook(update: _LayerLora, layer: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-    added = F.linear(F.linear(inputs[0].to(update.down.dtype), update.down), update.up)
-    return _add_delta(layer, output, added, update.stretch)
+    added = F.linear(F.linear(inputs[0].to(update.A.dtype), update.A), update.B)
+    return _add_delta(layer, output, added, update.dora_scale)
 
 
 def _per_row_hook(

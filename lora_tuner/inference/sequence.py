@@ -24,8 +24,8 @@ class TokenLogprobs:
 
     token: int
     logprob: float
-    likeliest: list[tuple[int, float]]
-    start: int  # where it begins in the text
+    top: list[tuple[int, float]]
+    text_offset: int  # where it begins in the text
 
 
 @dataclass(eq=False)
@@ -33,52 +33,52 @@ class Sequence:
     """One continuation. `adapter` is the name, `loaded` the adapter itself; both None for the plain base."""
 
     base: Any
-    prompt: list[int]
+    prompt_ids: list[int]
     sampling: SamplingParams
     seed: int | None = None  # None: greedy
     adapter: str | None = None
-    loaded: LoadedAdapter | None = None
+    lora: LoadedAdapter | None = None
     on_text: Callable[[str], None] | None = None
-    likeliest: int | None = None  # keep the log-probabilities of tokens, and of so many of the likeliest
-    new: list[int] = field(default_factory=list)
-    chances: list[TokenLogprobs] = field(default_factory=list)
-    ended: bool = False  # by an end of text
+    top_logprobs: int | None = None  # keep the log-probabilities of tokens, and of so many of the likeliest
+    output_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    hit_eos: bool = False  # by an end of text
     complete: bool = False  # nothing follows, and all is said; set last, so that another thread may go by it
     error: Exception | None = None
 
     def __post_init__(self) -> None:
-        self.limit = min(self.sampling.max_new_tokens, self.base.context - len(self.prompt))
-        self.text = IncrementalDetokenizer(self.base.tokenizer, self.prompt, self.sampling.stop)
-        self.ids: Any = torch.tensor([self.prompt], device=self.base.device)  # with room for what comes
-        self.drawing = make_logits_processors(self.sampling, self.seed)
+        self.max_new_tokens = min(self.sampling.max_new_tokens, self.base.max_context - len(self.prompt_ids))
+        self.detokenizer = IncrementalDetokenizer(self.base.tokenizer, self.prompt_ids, self.sampling.stop)
+        self.ids: Any = torch.tensor([self.prompt_ids], device=self.base.device)  # with room for what comes
+        self.logits_processors = make_logits_processors(self.sampling, self.seed)
         self._shown = 0
 
     @property
     def finished(self) -> bool:
         """The model ended the text, or a stop string did; else it was cut off."""
-        return self.ended or self.text.stopped
+        return self.hit_eos or self.detokenizer.stopped
 
     @property
     def done(self) -> bool:
-        return self.finished or len(self.new) == self.limit or self.error is not None
+        return self.finished or len(self.output_ids) == self.max_new_tokens or self.error is not None
 
     @property
     def length(self) -> int:
-        return len(self.prompt) + len(self.new)
+        return len(self.prompt_ids) + len(self.output_ids)
 
-    def put(self, place: int, token: int) -> None:
+    def set_token(self, place: int, token: int) -> None:
         """What stands there, for sure or as a guess."""
         if place == self.ids.shape[1]:
             self.ids = torch.cat([self.ids, torch.empty_like(self.ids)], 1)
         self.ids[0, place] = token
 
-    def best(self, place: int, logits: torch.Tensor) -> int:
+    def choose_token(self, place: int, logits: torch.Tensor) -> int:
         """The token that stands there, given its logits (vocabulary,) and all before it."""
-        return int(self.drawing(self.ids[:, :place], logits[None]).argmax())
+        return int(self.logits_processors(self.ids[:, :place], logits[None]).argmax())
 
-    def take(self, logits: torch.Tensor) -> int:
+    def append_token(self, logits: torch.Tensor) -> int:
         """Choose the next token by its logits (vocabulary,), and keep it. With `done` set, nothing follows it."""
-        token = self.best(self.length, logits)
+        token = self.choose_token(self.length, logits)
         if not logits[token].isfinite():  # of logits that are no numbers the first would be taken, without a word
             who = self.adapter or "The base"
             text = (
@@ -86,18 +86,18 @@ class Sequence:
             )
             self.fail(GenerationError(f"{text} --dtype float32."))
             return token
-        if token in self.base.ends:
-            self.ended = True
+        if token in self.base.eos_token_ids:
+            self.hit_eos = True
         else:
-            self.put(self.length, token)
-            self.new.append(token)
-            if self.likeliest is not None:  # before its text, so that who reads both finds no text without
-                self.chances.append(self._chance(token, logits))
-            self.text.take(token)
+            self.set_token(self.length, token)
+            self.output_ids.append(token)
+            if self.top_logprobs is not None:  # before its text, so that who reads both finds no text without
+                self.logprobs.append(self._chance(token, logits))
+            self.detokenizer.append(token)
         if self.done:
-            self.text.finish()
+            self.detokenizer.finish()
             self._end()
-        if self.on_text and len(text := self.said) > self._shown:
+        if self.on_text and len(text := self.settled_text) > self._shown:
             shown, self._shown = self._shown, len(text)
             self.on_text(text[shown:])
         return token
@@ -109,16 +109,16 @@ class Sequence:
 
     def _end(self) -> None:
         """What it needed to go on leaves memory: a row may be kept until its last reader has it."""
-        self.loaded, self.drawing = None, make_logits_processors(self.sampling, None)
+        self.lora, self.logits_processors = None, make_logits_processors(self.sampling, None)
         self.complete = True
 
     @property
-    def said(self) -> str:
+    def settled_text(self) -> str:
         """The text as far as it is certain."""
-        return self.text.whole if self.complete else self.text.sure
+        return self.detokenizer.text if self.complete else self.detokenizer.stable_text
 
     def _chance(self, token: int, logits: torch.Tensor) -> TokenLogprobs:
         found = logits.float().log_softmax(-1)
-        best = found.topk(min(self.likeliest or 0, len(found)))
+        best = found.topk(min(self.top_logprobs or 0, len(found)))
         likeliest = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        return TokenLogprobs(token, float(found[token]), likeliest, len(self.text.whole))
+        return TokenLogprobs(token, float(found[token]), likeliest, len(self.detokenizer.text))

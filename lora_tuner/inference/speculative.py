@@ -13,18 +13,18 @@ class DraftDecoder:
         self.decoder = decoder
         self.mix = mix
         self.row = row
-        self.rounds, self.taken = 0, 0
+        self.rounds, self.accepted = 0, 0
 
-    def guess(self, cache: KVCache) -> int:
+    def propose(self, cache: KVCache) -> int:
         """Put guesses behind the tokens of the row, and say how many."""
         draft = self.decoder.draft  # made when it is first asked for, so after the first token
-        if draft is None or (self.rounds > 8 and self.taken < 2 * self.rounds):
+        if draft is None or (self.rounds > 8 and self.accepted < 2 * self.rounds):
             return 0
         self.rounds += 1
         end = self.row.length
-        count: int = min(self.decoder.guesses, self.row.limit - len(self.row.new) - 1)
+        count: int = min(self.decoder.guesses, self.row.max_new_tokens - len(self.row.output_ids) - 1)
         for place in range(end, end + count):
-            logits = draft.step(self.row.ids[:, place - 1 : place], cache, self.mix)[0, -1]
-            self.row.put(place, self.row.best(place, logits))
+            logits = draft.forward(self.row.ids[:, place - 1 : place], cache, self.mix)[0, -1]
+            self.row.set_token(place, self.row.choose_token(place, logits))
         cache.used -= count
         return count

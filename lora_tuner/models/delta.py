@@ -27,13 +27,13 @@ class LoraDelta:
     """The update of one layer in float32: `down` (rank, in), `up` (out, rank). With DoRA (Liu et al., 2024,
     arXiv:2402.09353) a `magnitude` (out,) as well."""
 
-    down: torch.Tensor
-    up: torch.Tensor
+    A: torch.Tensor
+    B: torch.Tensor
     magnitude: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
-        return len(self.down)
+        return len(self.A)
 
 
 _ROUNDING = 1e-7  # of float32
@@ -74,15 +74,15 @@ def sum_deltas(parts: Sequence[tuple[float, Deltas]]) -> Deltas:
     total = {}
     for module in sorted({module for _, updates in parts for module in updates}):
         own = [(weight, updates[module]) for weight, updates in parts if module in updates]
-        down = torch.cat([update.down for _, update in own])
-        total[module] = LoraDelta(down, torch.cat([weight * update.up for weight, update in own], dim=1))
+        down = torch.cat([update.A for _, update in own])
+        total[module] = LoraDelta(down, torch.cat([weight * update.B for weight, update in own], dim=1))
     return total
 
 
 def _thin_factors(update: LoraDelta) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Singular vectors and values of up @ down in float64: (out, k), (k,), (k, in), k at most the rank."""
-    left, upper = torch.linalg.qr(update.up.double())
-    right, lower = torch.linalg.qr(update.down.double().T)
+    left, upper = torch.linalg.qr(update.B.double())
+    right, lower = torch.linalg.qr(update.A.double().T)
     inner_left, values, inner_right = torch.linalg.svd(upper @ lower.T)
     count = len(values)
     return left @ inner_left[:, :count], values, inner_right[:count] @ right.T
@@ -93,12 +93,12 @@ def singular_values(update: LoraDelta) -> torch.Tensor:
     of its two sides, as where an adapter is taken from itself, is 0."""
     values = _thin_factors(update)[1]
     # In float32 the squares of large numbers are not finite.
-    return torch.where(values > _ROUNDING * update.up.double().norm() * update.down.double().norm(), values, 0.0)
+    return torch.where(values > _ROUNDING * update.B.double().norm() * update.A.double().norm(), values, 0.0)
 
 
 def squared_norm(update: LoraDelta) -> float:
     """The squared Frobenius norm of the update: the sum of its squared singular values; 0 within float32's rounding."""
-    up, down = update.up.double(), update.down.double()
+    up, down = update.B.double(), update.A.double()
     found = float(((up.T @ up) * (down @ down.T)).sum())
     return found if found > float(_ROUNDING * up.norm() * down.norm()) ** 2 else 0.0
 
@@ -133,8 +133,8 @@ def to_state_dict(updates: Deltas) -> dict[str, torch.Tensor]:
     """As PEFT names them on disk."""
     named = {}
     for module, update in sorted(updates.items()):
-        named[f"base_model.model.{module}.lora_A.weight"] = update.down.contiguous()
-        named[f"base_model.model.{module}.lora_B.weight"] = update.up.contiguous()
+        named[f"base_model.model.{module}.lora_A.weight"] = update.A.contiguous()
+        named[f"base_model.model.{module}.lora_B.weight"] = update.B.contiguous()
     return named
 
 
@@ -156,6 +156,6 @@ def lora_settings(updates: Deltas, base: LoadedBase) -> "LoraConfig":
         fan_in_fan_out=transposed,
         inference_mode=True,
     )
-    config.base_model_name_or_path = base.source.repo
-    config.revision = base.source.revision
+    config.base_model_name_or_path = base.files.repo
+    config.revision = base.files.revision
     return config

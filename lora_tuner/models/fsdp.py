@@ -21,7 +21,7 @@ _ASKED = "ACCELERATE_USE_FSDP"
 _OTHERS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
 _UNKNOWN = {  # what accelerate's plan can ask for and is not done here, and what to do
     "FSDP_OFFLOAD_PARAMS": "set it to false",
-    "FSDP_ACTIVATION_CHECKPOINTING": "set it to false, and give --checkpointing on",
+    "FSDP_ACTIVATION_CHECKPOINTING": "set it to false, and give --gradient-checkpointing on",
     "FSDP_IGNORED_MODULES": "leave it out",
 }
 _POLICY, _BY_BLOCK = "FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP"

@@ -111,14 +111,14 @@ def init_eva(base: LoadedBase, model: Any, rho: float, batches: list[dict[str, t
     settings.init_lora_weights, settings.eva_config = "eva", EvaConfig(rho=rho, tau=settled)
     passes = 0
 
-    head = base.head  # found now: it tries the model, and PEFT would take that for text
+    head = base.lm_head  # found now: it tries the model, and PEFT would take that for text
 
     def read(model: Any, batch: dict[str, Any]) -> None:  # the mask is for PEFT; rows are told apart without it
         nonlocal passes
         passes += 1
         if passes > EVA_PASSES:
             settled.fill_(-1)
-        with head.left_out():
+        with head.skip_lm_head():
             model(**{name: it for name, it in batch.items() if name != "attention_mask"}, use_cache=False)
 
     with quiet_transformers():

@@ -89,13 +89,13 @@ class ChunkedLMHead:
             model.eval()  # dropout would change the figures, and use up random numbers
             with torch.no_grad():  # what a split base gathers in inference mode could not be trained on
                 logits = model(input_ids=ids, use_cache=False).logits
-                with self.left_out():
+                with self.skip_lm_head():
                     hidden = model(input_ids=ids, use_cache=False).logits
                 self.skipped = _same_outputs(self.module(hidden.to(self.module.weight.dtype)), logits)
             model.train(training)
 
     @contextlib.contextmanager
-    def left_out(self) -> Iterator[None]:
+    def skip_lm_head(self) -> Iterator[None]:
         """In the block, the model stops before its head."""
         if not self.skipped:
             yield

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ..adapters.adapter import Adapter
-from ..errors import BaseModelError, EventHandler, ignore_events
+from ..config import ModelOptions
+from ..errors import BaseModelError
 from . import fsdp, kernels, quantization
 from .memory import choose_precision
 from .resolve import BaseModelFiles, find_base, loading_errors, quiet_transformers
@@ -21,7 +22,7 @@ _CPU_4BIT_PACKING = "support_avx512bf16_for_cpu"  # of bitsandbytes' layers of 4
 class LoadedBase:
     """A base in memory. `model` is a transformers causal language model in evaluation mode."""
 
-    source: BaseModelFiles
+    files: BaseModelFiles
     model: Any
     tokenizer: Any
     device: torch.device
@@ -29,18 +30,18 @@ class LoadedBase:
     load_in: str = "full"  # or the bits that its linear layers are in: 8bit, 4bit
 
     @property
-    def context(self) -> int:
+    def max_context(self) -> int:
         """Tokens that the model can look back on, or a very large number where its config does not say."""
         return int(getattr(self.model.config, "max_position_embeddings", None) or 2**31)
 
     @cached_property
-    def ends(self) -> frozenset[int]:
+    def eos_token_ids(self) -> frozenset[int]:
         """The tokens that end a text: the tokenizer's, and those the model was made to stop at, such as the end of a turn."""
         more = getattr(self.model.generation_config, "eos_token_id", None)
         return frozenset({self.tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None})
 
     @cached_property
-    def head(self) -> kernels.ChunkedLMHead:
+    def lm_head(self) -> kernels.ChunkedLMHead:
         return kernels.ChunkedLMHead(self.model)
 
     @cached_property
@@ -51,26 +52,21 @@ class LoadedBase:
         return hashlib.sha256(json.dumps([vocabulary, special]).encode()).hexdigest()
 
 
-def load_base(
-    source: BaseModelFiles,
-    device: str = "auto",
-    dtype: str = "auto",
-    load_in: str = "auto",
-    notify: EventHandler = ignore_events,
-) -> LoadedBase:
+def load_base(source: BaseModelFiles, options: ModelOptions = ModelOptions()) -> LoadedBase:
     """Read model and tokenizer into memory; what is left to `auto` takes fewer bits where more do not fit, and says so.
 
     Raises BaseModelError when they are no causal language model, or do not fit.
     """
     from transformers import AutoModelForCausalLM
 
-    place = choose_device(device)
+    dtype, load_in = options.dtype, options.load_in
+    place = choose_device(options.device)
     if dtype == "int8" and place.type != "cpu":
         raise BaseModelError(f"int8 is for writing on a CPU, and this would run on {place}: leave --dtype out there.")
     if dtype == "int8" and load_in not in ("auto", "full"):
         raise BaseModelError("--dtype int8 and --load-in are two ways to read fewer bits: give one.")
     tokenizer = load_tokenizer(source)
-    kind, load_in = choose_precision(source, place, dtype, load_in, notify)
+    kind, load_in = choose_precision(source, place, dtype, load_in, options.notify)
     bits: dict[str, Any] = {}
     if load_in != "full":
         bits = {"quantization_config": _quantization_config(load_in, kind), "device_map": {"": place}}
@@ -141,24 +137,14 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def open_base(
-    adapter: Adapter | None,
-    base: str | None = None,
-    revision: str | None = None,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    load_in: str = "auto",
-    notify: EventHandler = ignore_events,
-) -> LoadedBase:
-    """The base in memory: the one named or, with `base` None, the one that the adapter names, or the default one."""
-    return load_base(base_for_adapter(adapter, base, revision, notify), device, dtype, load_in, notify)
+def open_base(adapter: Adapter | None, options: ModelOptions = ModelOptions()) -> LoadedBase:
+    """Load the base that the options name, else the one that the adapter names, else the default."""
+    return load_base(base_for_adapter(adapter, options), options)
 
 
-def base_for_adapter(
-    adapter: Adapter | None, base: str | None, revision: str | None, notify: EventHandler = ignore_events
-) -> BaseModelFiles:
-    """Where that base is."""
+def base_for_adapter(adapter: Adapter | None, options: ModelOptions = ModelOptions()) -> BaseModelFiles:
+    """Find the files of that base."""
+    base, revision = options.base, options.revision
     if base is None and adapter is not None:
         base, revision = adapter.base or None, revision or adapter.revision
-    return find_base(base, revision, notify)
+    return find_base(base, revision, options.notify)

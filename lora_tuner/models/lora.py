@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.adapter import CONFIG_FILE, SCALING_KEYS, WEIGHTS_FILE, Adapter, check_weights_hash
-from ..config import TrainConfig
-from ..errors import AdapterError, ConfigError, EventHandler, Notice, WrongBaseError, ignore_events
+from ..config import ModelOptions, TrainConfig
+from ..errors import AdapterError, ConfigError, Notice, WrongBaseError
 from . import kernels
 from .loading import LoadedBase
 from .quantization import Int8Linear
@@ -62,7 +62,7 @@ def resolve_target_modules(model: Any, wanted: str) -> list[str]:
         wrong = [name for name in names if not any(_matches_target(layer, name) for layer in layers)]
         if wrong:
             raise ConfigError(
-                f"targets: {', '.join(wrong)} cannot be adapted; auto, attention, all-linear, or any of {_layer_kinds(layers)} can "
+                f"target_modules: {', '.join(wrong)} cannot be adapted; auto, attention, all-linear, or any of {_layer_kinds(layers)} can "
                 "(embeddings and the output head cannot: where they share weights, an update would not survive a merge)."
             )
         chosen = {layer for layer in layers if any(_matches_target(layer, name) for name in names)}
@@ -109,8 +109,8 @@ def add_lora(base: LoadedBase, config: TrainConfig, parent: Adapter | None = Non
     else:
         model = _new_lora(base, config)
     # PEFT has put the folder on this machine there.
-    model.peft_config[ADAPTER_NAME].base_model_name_or_path = base.source.repo
-    model.peft_config[ADAPTER_NAME].revision = base.source.revision
+    model.peft_config[ADAPTER_NAME].base_model_name_or_path = base.files.repo
+    model.peft_config[ADAPTER_NAME].revision = base.files.revision
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             kernels.fuse_lora_add(layer, ADAPTER_NAME)
@@ -120,7 +120,7 @@ def add_lora(base: LoadedBase, config: TrainConfig, parent: Adapter | None = Non
 def _new_lora(base: LoadedBase, config: TrainConfig) -> PeftModel:
     from peft import LoraConfig, get_peft_model
 
-    targets = resolve_target_modules(base.model, config.targets)
+    targets = resolve_target_modules(base.model, config.target_modules)
     layers = linear_layers(base.model)
     halves = 2 if config.method == "pissa" else 1  # one that learns, and one that stands for the base (`methods`)
     settings = LoraConfig(
@@ -137,7 +137,7 @@ def _new_lora(base: LoadedBase, config: TrainConfig) -> PeftModel:
         with quiet_transformers():
             return get_peft_model(base.model, settings, adapter_name=ADAPTER_NAME)
     except ValueError as error:
-        raise ConfigError(f"targets: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"target_modules: {' '.join(str(error).split())}") from error
 
 
 def library_versions() -> dict[str, str]:
@@ -178,38 +178,36 @@ def save_adapter_files(tensors: dict[str, torch.Tensor], config: LoraConfig, fol
     (folder / CONFIG_FILE).write_text(json.dumps(dict(sorted(settings.items())), indent=2) + "\n", encoding="utf-8")
 
 
-def check_base(
-    adapter: Adapter, base: LoadedBase, *, force: bool = False, notify: EventHandler = ignore_events
-) -> None:
+def check_base(adapter: Adapter, base: LoadedBase, options: ModelOptions = ModelOptions()) -> None:
     """Raise WrongBaseError unless the adapter was trained on this base; one without a manifest is taken with a notice."""
-    check_base_files(adapter, base.source, base.tokenizer_hash, force=force, notify=notify)
+    check_base_files(adapter, base.files, base.tokenizer_hash, options)
 
 
 def check_base_files(
     adapter: Adapter,
     source: BaseModelFiles,
     tokenizer: str | None,
-    *,
-    force: bool = False,
-    notify: EventHandler = ignore_events,
+    options: ModelOptions = ModelOptions(),
 ) -> None:
     """The same of a base that is not in memory; `tokenizer` is the hash of its tokenizer, None where that does not matter."""
     if adapter.manifest is None:
-        notify(Notice(f"{adapter.name} has no manifest, so only its shapes can be compared with {source.name}."))
+        options.notify(
+            Notice(f"{adapter.name} has no manifest, so only its shapes can be compared with {source.name}.")
+        )
         return
     facts = adapter.manifest.base
     if facts.fingerprint != source.fingerprint:
         what = (
             f"{adapter.name} was trained on {facts.name} (fingerprint {facts.fingerprint[:12]}, {facts.weights}), not on "
-            f"{source.name} (fingerprint {source.fingerprint[:12]}, {source.weights})"
+            f"{source.name} (fingerprint {source.fingerprint[:12]}, {source.weights_source})"
         )
     elif tokenizer is not None and facts.tokenizer not in (None, tokenizer):
         what = f"{adapter.name} was trained with another tokenizer than that of {source.name}"
     else:
         return
-    if not force:
+    if not options.force:
         raise WrongBaseError(f"{what}. Give the right one with --base, or try all the same with --force.")
-    notify(Notice(f"FORCED: {what}. What it writes may mean nothing."))
+    options.notify(Notice(f"FORCED: {what}. What it writes may mean nothing."))
 
 
 def load_checkpoint_weights(model: PeftModel, folder: Path) -> None:
@@ -229,7 +227,7 @@ def layer_sizes(layers: dict[str, Any]) -> dict[str, tuple[int, int]]:
 
 def read_checked_tensors(adapter: Adapter, layers: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The adapter's tensors, by their names in the file. Raises AdapterError unless they are whole and fit these layers."""
-    adapter.check_fit(layer_sizes(layers))
+    adapter.check_shapes(layer_sizes(layers))
     path = adapter.path / WEIGHTS_FILE
     before = _file_identity(path)
     check_weights_hash(adapter)

@@ -51,7 +51,7 @@ class BaseModelFiles:
     repo: str  # a Hub id, or the local folder as it was given
     folder: Path
     revision: str | None  # the commit on the Hub
-    weights: str  # where the numbers come from, in words
+    weights_source: str  # where the numbers come from, in words
 
     @cached_property
     def fingerprint(self) -> str:
@@ -90,7 +90,7 @@ class BaseModelFiles:
         return {name: tuple(shape) for header in headers for name, (_, shape, _, _) in header.items()}
 
     @property
-    def vocabulary(self) -> int | None:
+    def vocab_size(self) -> int | None:
         """Tokens that the model knows, where its config says so."""
         with loading_errors(self):
             return self._config().get("vocab_size")
@@ -98,13 +98,13 @@ class BaseModelFiles:
     def _config(self) -> dict[str, Any]:
         return dict(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
 
-    def facts(self, tokenizer: str | None = None) -> BaseInfo:
+    def base_info(self, tokenizer: str | None = None) -> BaseInfo:
         """What a manifest says of it. `tokenizer` is the hash of the one that an adapter was trained with, where known."""
         return BaseInfo(
             name=self.name,
             repo=self.repo,
             revision=self.revision,
-            weights=self.weights,
+            weights=self.weights_source,
             fingerprint=self.fingerprint,
             tokenizer=tokenizer,
         )
@@ -300,7 +300,7 @@ def layer_sizes_in_files(source: BaseModelFiles, adapter: Adapter) -> dict[str, 
 
     Files may leave out the first parts of a layer's name, and hold a layer either way round: GPT-2's are transposed.
     """
-    sizes, vocabulary = {}, source.vocabulary
+    sizes, vocabulary = {}, source.vocab_size
     for module in adapter.modules:
         parts = module.split(".")
         names = (".".join([*parts[start:], "weight"]) for start in range(len(parts)))
@@ -308,5 +308,5 @@ def layer_sizes_in_files(source: BaseModelFiles, adapter: Adapter) -> dict[str, 
         if len(shape) == 2 and vocabulary not in shape:  # else embeddings, or the output head
             either = (shape, shape[::-1])
             guess = either[not adapter.config.get("fan_in_fan_out")]
-            sizes[module] = adapter.size(module) if adapter.size(module) in either else guess
+            sizes[module] = adapter.layer_size(module) if adapter.layer_size(module) in either else guess
     return sizes

@@ -33,14 +33,14 @@ class RequestRecord:
     """One request, or one answer on the page. `model` is set when it was found, `job` when work has begun."""
 
     id: str = field(default_factory=lambda: secrets.token_hex(12))
-    begun: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.monotonic)
     status: int = 0
     code: str | None = None  # of the error
     model: str | None = None
     stream: bool = False
     user: str | None = None
-    job: Request | None = None
-    asked: Any = None  # the prompts or messages
+    request: Request | None = None
+    prompts: Any = None  # the prompts or messages
 
     def failed(self, error: Exception) -> str:
         """Logs what nobody foresaw. All that a client is told of it."""
@@ -51,11 +51,15 @@ class RequestRecord:
     @property
     def prompt_tokens(self) -> int:
         """Of each prompt once, however many answers it gets."""
-        return sum({id(row.prompt): len(row.prompt) for row in self.job.rows}.values()) if self.job else 0
+        return (
+            sum({id(row.prompt_ids): len(row.prompt_ids) for row in self.request.sequences}.values())
+            if self.request
+            else 0
+        )
 
     @property
     def new_tokens(self) -> int:
-        return sum(len(row.new) for row in self.job.rows) if self.job else 0
+        return sum(len(row.output_ids) for row in self.request.sequences) if self.request else 0
 
 
 class Metrics:
@@ -64,7 +68,7 @@ class Metrics:
 
     def __init__(self, desk: ModelService) -> None:
         self.open = self.streams = 0
-        self.log_prompts = desk.settings.log_prompts
+        self.log_prompts = desk.config.log_prompts
         self.registry = CollectorRegistry()
         self.requests = self._of(Counter, "requests", "Requests that were answered.", ("endpoint", "model", "status"))
         self.tokens = self._of(Counter, "tokens", "Tokens read and written.", ("model", "kind"))
@@ -72,9 +76,13 @@ class Metrics:
             Histogram, "request_seconds", "From request to the end of its answer.", ("model",), BUCKETS
         )
         self.first = self._of(Histogram, "first_token_seconds", "From request to its first token.", ("model",), BUCKETS)
-        self._of(Gauge, "answers_waiting", "Answers that wait.").set_function(lambda: desk.worker.waiting)
-        self._of(Gauge, "answers_running", "Answers that are being written.").set_function(lambda: desk.worker.running)
-        self._of(Gauge, "adapters_resident", "Adapters in memory.").set_function(lambda: len(desk.generator.loaded))
+        self._of(Gauge, "answers_waiting", "Answers that wait.").set_function(lambda: desk.scheduler.waiting)
+        self._of(Gauge, "answers_running", "Answers that are being written.").set_function(
+            lambda: desk.scheduler.running
+        )
+        self._of(Gauge, "adapters_resident", "Adapters in memory.").set_function(
+            lambda: len(desk.generator.loaded_adapters)
+        )
 
     def _of(self, kind: Any, name: str, text: str, labels: tuple[str, ...] = (), bounds: Any = None) -> Any:
         return kind(
@@ -85,7 +93,7 @@ class Metrics:
         """As Prometheus reads it."""
         return generate_latest(self.registry)
 
-    def done(
+    def record(
         self, endpoint: str, record: RequestRecord, path: str, client: str | None = None, method: str | None = None
     ) -> None:
         """Count it, and write its line."""
@@ -95,16 +103,16 @@ class Metrics:
     def _count(self, endpoint: str, record: RequestRecord) -> None:
         model = record.model or ""
         self.requests.labels(endpoint, model, str(record.status)).inc()
-        if record.job is None:
+        if record.request is None:
             return
         self.tokens.labels(model, "prompt").inc(record.prompt_tokens)
         self.tokens.labels(model, "completion").inc(record.new_tokens)
-        self.seconds.labels(model).observe(time.monotonic() - record.begun)
-        if record.job.first_token is not None:
-            self.first.labels(model).observe(record.job.first_token - record.begun)
+        self.seconds.labels(model).observe(time.monotonic() - record.started)
+        if record.request.first_token is not None:
+            self.first.labels(model).observe(record.request.first_token - record.started)
 
     def _line(self, record: RequestRecord, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        job = record.job
+        job = record.request
         facts = {
             "id": record.id,
             **request,
@@ -113,18 +121,18 @@ class Metrics:
             "model": record.model,
             "stream": record.stream,
             "user": record.user,
-            "seconds": round(time.monotonic() - record.begun, 3),
+            "seconds": round(time.monotonic() - record.started, 3),
         }
         if job is not None:
-            first = round(job.first_token - record.begun, 3) if job.first_token is not None else None
+            first = round(job.first_token - record.started, 3) if job.first_token is not None else None
             facts |= {
                 "first_token_seconds": first,
-                "answers": len(job.rows),
+                "answers": len(job.sequences),
                 "complete": job.complete and not job.error,
             }
             facts |= {"prompt_tokens": record.prompt_tokens, "completion_tokens": record.new_tokens}
         if self.log_prompts:
-            facts |= {"asked": record.asked, "answered": [row.said for row in job.rows] if job else None}
+            facts |= {"asked": record.prompts, "answered": [row.settled_text for row in job.sequences] if job else None}
         return facts
 
 
@@ -163,7 +171,7 @@ class RequestLog:
             route = scope.get("route")  # absent where none fits
             client, _ = scope.get("client") or (None, None)
             endpoint = getattr(route, "path", "") or "other"
-            self.metrics.done(endpoint, record, scope["path"][:200], client, scope["method"])
+            self.metrics.record(endpoint, record, scope["path"][:200], client, scope["method"])
 
 
 class JsonLines(logging.Formatter):

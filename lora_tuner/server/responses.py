@@ -37,8 +37,8 @@ class OutputDelta:
     """What is new of an answer: text, the chances of its tokens where they were asked for, and how it ended."""
 
     text: str
-    chances: list[TokenLogprobs] | None
-    finish: FinishReason | None
+    logprobs: list[TokenLogprobs] | None
+    finish_reason: FinishReason | None
     first: bool
 
 
@@ -46,28 +46,30 @@ class OutputDelta:
 class OutputReader:
     """How far a row has been told."""
 
-    row: Sequence
+    sequence: Sequence
     characters: int = 0
     tokens: int = 0
     ended: bool = False
     begun: bool = False
 
-    def more(self) -> OutputDelta | None:
+    def next_delta(self) -> OutputDelta | None:
         """What is new, if anything is. Another thread writes: the end is looked at first, so that nothing comes after it."""
         if self.ended:
             return None
-        complete = self.row.complete
-        said = self.row.said
+        complete = self.sequence.complete
+        said = self.sequence.settled_text
         text = said[self.characters :]
         chances = None
-        if self.row.likeliest is not None:
-            whole = complete and not self.row.text.stopped  # else tokens beyond the end have no place in the text
-            chances = [it for it in self.row.chances[self.tokens :] if whole or it.start < len(said)]
+        if self.sequence.top_logprobs is not None:
+            whole = (
+                complete and not self.sequence.detokenizer.stopped
+            )  # else tokens beyond the end have no place in the text
+            chances = [it for it in self.sequence.logprobs[self.tokens :] if whole or it.text_offset < len(said)]
         if not (text or chances or complete):
             return None
         first, self.begun, self.ended = not self.begun, True, complete
         self.characters, self.tokens = len(said), self.tokens + len(chances or ())
-        finish: FinishReason | None = ("stop" if self.row.finished else "length") if complete else None
+        finish: FinishReason | None = ("stop" if self.sequence.finished else "length") if complete else None
         return OutputDelta(text, chances, finish, first)
 
 
@@ -77,45 +79,51 @@ class EndpointFormat:
 
     prefix: str
     prompt: Callable[[ModelService, Any], list[int]]
-    whole: Callable[..., Any]
+    response: Callable[..., Any]
     choice: Callable[[int, OutputDelta, TokenSpeller], Any]
-    part: Callable[..., Any]
-    part_choice: Callable[[int, OutputDelta, TokenSpeller], Any]
+    chunk: Callable[..., Any]
+    chunk_choice: Callable[[int, OutputDelta, TokenSpeller], Any]
 
 
 def _completion_choice(index: int, piece: OutputDelta, spell: TokenSpeller) -> CompletionChoice:
-    return CompletionChoice(index=index, text=piece.text, logprobs=_logprobs(piece, spell), finish_reason=piece.finish)
+    return CompletionChoice(
+        index=index, text=piece.text, logprobs=_logprobs(piece, spell), finish_reason=piece.finish_reason
+    )
 
 
 def _logprobs(piece: OutputDelta, spell: TokenSpeller) -> Logprobs | None:
-    if piece.chances is None:
+    if piece.logprobs is None:
         return None
     best: list[dict[str, float]] = []
-    for it in piece.chances:
+    for it in piece.logprobs:
         best.append({})
-        for token, logprob in [*it.likeliest, (it.token, it.logprob)]:
+        for token, logprob in [*it.top, (it.token, it.logprob)]:
             best[-1].setdefault(spell(token)[0], max(logprob, MIN_LOGPROB))
     return Logprobs(
-        tokens=[spell(it.token)[0] for it in piece.chances],
-        token_logprobs=[max(it.logprob, MIN_LOGPROB) for it in piece.chances],
+        tokens=[spell(it.token)[0] for it in piece.logprobs],
+        token_logprobs=[max(it.logprob, MIN_LOGPROB) for it in piece.logprobs],
         top_logprobs=best,
-        text_offset=[it.start for it in piece.chances],
+        text_offset=[it.text_offset for it in piece.logprobs],
     )
 
 
 def _chat_choice(index: int, piece: OutputDelta, spell: TokenSpeller) -> ChatChoice:
-    assert piece.finish is not None
+    assert piece.finish_reason is not None
     said = ChatMessage(role="assistant", content=piece.text)
-    return ChatChoice(index=index, message=said, logprobs=_chat_logprobs(piece, spell), finish_reason=piece.finish)
+    return ChatChoice(
+        index=index, message=said, logprobs=_chat_logprobs(piece, spell), finish_reason=piece.finish_reason
+    )
 
 
 def _chat_chunk_choice(index: int, piece: OutputDelta, spell: TokenSpeller) -> ChatChunkChoice:
     delta = Delta(role="assistant", content=piece.text) if piece.first else Delta(content=piece.text)
-    return ChatChunkChoice(index=index, delta=delta, logprobs=_chat_logprobs(piece, spell), finish_reason=piece.finish)
+    return ChatChunkChoice(
+        index=index, delta=delta, logprobs=_chat_logprobs(piece, spell), finish_reason=piece.finish_reason
+    )
 
 
 def _chat_logprobs(piece: OutputDelta, spell: TokenSpeller) -> ChatLogprobs | None:
-    if piece.chances is None:
+    if piece.logprobs is None:
         return None
 
     def facts(token: int, logprob: float) -> dict[str, Any]:
@@ -124,23 +132,21 @@ def _chat_logprobs(piece: OutputDelta, spell: TokenSpeller) -> ChatLogprobs | No
 
     return ChatLogprobs(
         content=[
-            TokenLogprob(
-                **facts(it.token, it.logprob), top_logprobs=[TopLogprob(**facts(*best)) for best in it.likeliest]
-            )
-            for it in piece.chances
+            TokenLogprob(**facts(it.token, it.logprob), top_logprobs=[TopLogprob(**facts(*best)) for best in it.top])
+            for it in piece.logprobs
         ]
     )
 
 
 COMPLETION = EndpointFormat(
     "cmpl-",
-    ModelService.encode,
+    ModelService.encode_prompt,
     *(partial(Completion, object="text_completion"), _completion_choice),
     *(partial(Completion, object="text_completion"), _completion_choice),
 )
 CHAT = EndpointFormat(
     "chatcmpl-",
-    ModelService.chat,
+    ModelService.encode_chat,
     *(partial(ChatCompletion, object="chat.completion"), _chat_choice),
     *(partial(ChatCompletionChunk, object="chat.completion.chunk"), _chat_chunk_choice),
 )

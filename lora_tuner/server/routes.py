@@ -85,46 +85,48 @@ def create_app(desk: ModelService) -> FastAPI:
         responses=_ERROR_RESPONSES,
     )
     metrics = app.state.metrics = Metrics(desk)
-    app.add_middleware(SecurityMiddleware, settings=desk.settings)
+    app.add_middleware(SecurityMiddleware, settings=desk.config)
     app.add_middleware(RequestLog, metrics=metrics)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(LoraTunerError, partial(_lora_tuner_error, desk))
     spelt = lru_cache(TOKEN_TEXT_CACHE)(partial(token_text, desk.base.tokenizer))
-    routes = APIRouter(dependencies=[Security(HTTPBearer(auto_error=False))] if desk.settings.api_key else [])
+    routes = APIRouter(dependencies=[Security(HTTPBearer(auto_error=False))] if desk.config.api_key else [])
 
     @app.get("/health", response_model=Health)
     async def health() -> Response | Health:
         """Whether requests are taken."""
-        if not desk.worker.answers:
+        if not desk.scheduler.accepting:
             return error_response(503, "The server is stopping.", code="stopping")
         return Health(status="ok", base=desk.name)
 
     @routes.get("/metrics", response_class=PlainTextResponse)
     async def figures() -> Response:
         """Counts, queue and times, for Prometheus."""
-        return Response(await desk.aside(metrics.text), media_type=CONTENT_TYPE)
+        return Response(await desk.run_in_thread(metrics.text), media_type=CONTENT_TYPE)
 
     @routes.get("/v1/models")
     async def models() -> ModelList:
         """The base and every adapter, with what is known of it; also those that are broken, and why."""
-        return ModelList(object="list", data=[_model_card(desk, it) for it in await desk.aside(desk.models)])
+        return ModelList(
+            object="list", data=[_model_card(desk, it) for it in await desk.run_in_thread(desk.list_models)]
+        )
 
     @routes.get("/v1/models/{id:path}")
     async def model(id: str) -> ModelCard:
         """One of them."""
-        return _model_card(desk, await desk.aside(lambda: desk.model(id)))
+        return _model_card(desk, await desk.run_in_thread(lambda: desk.get_model(id)))
 
     @routes.post("/v1/completions", response_model=Completion, responses=_STREAM)
     async def completions(ask: CompletionRequest, request: HTTPRequest) -> Response:
         """What follows a text, once or several times; as a stream with `stream`."""
-        request.state.record.asked = ask.prompt
+        request.state.record.prompts = ask.prompt
         return await _complete(desk, COMPLETION, spelt, ask, [*ask.prompts], ask.max_tokens, request)
 
     @routes.post("/v1/chat/completions", response_model=ChatCompletion, responses=_STREAM)
     async def chats(ask: ChatRequest, request: HTTPRequest) -> Response:
         """What follows a conversation, where the base has a chat template."""
-        messages = request.state.record.asked = [message.said for message in ask.messages]
+        messages = request.state.record.prompts = [message.said for message in ask.messages]
         return await _complete(desk, CHAT, spelt, ask, [messages], ask.max_completion_tokens or ask.max_tokens, request)
 
     app.include_router(routes)
@@ -175,7 +177,7 @@ def _describe_error(
     if status == 500:
         text = record.failed(error)
     else:
-        text = str(error) if isinstance(error, UnknownModelError) else desk.public(str(error))
+        text = str(error) if isinstance(error, UnknownModelError) else desk.hide_paths(str(error))
         record.code = code or type(error).__name__
     param = "model" if isinstance(error, AdapterError) else getattr(error, "param", None)
     kind = "rate_limit_error" if status == 429 else None
@@ -199,7 +201,7 @@ def _model_card(desk: ModelService, model: ServedModel) -> ModelCard:
         created=manifest.created if manifest else None,
         dataset=display_name(manifest.data.name) if manifest and manifest.data else None,
         rows=manifest.data.counts if manifest and manifest.data else None,
-        made_by=desk.public(manifest.made_by) if manifest and manifest.made_by else None,
+        made_by=desk.hide_paths(manifest.made_by) if manifest and manifest.made_by else None,
         parents=[it.name for it in manifest.parents] if manifest else [],
         result=manifest.result if manifest else None,
     )
@@ -209,7 +211,7 @@ def _model_card(desk: ModelService, model: ServedModel) -> ModelCard:
         created=created,
         owned_by="lora_tuner",
         parent=desk.name if model.path else None,
-        broken=desk.public(model.broken) if model.broken else None,
+        broken=desk.hide_paths(model.broken) if model.broken else None,
         lora_tuner=facts,
     )
 
@@ -225,26 +227,26 @@ async def _complete(
 ) -> Response:
     record: RequestRecord = request.state.record
     record.user, record.stream = ask.user, ask.stream
-    most = desk.settings.max_batch + desk.settings.max_waiting
+    most = desk.config.max_batch + desk.config.max_waiting
     answers = ask.n * len(prompts)
     if answers > most:
         raise RequestError(f"{answers:,} answers are asked for, and {most:,} fit in at once.", "n")
 
     def look() -> tuple[Any, list[list[int]]]:
-        return desk.find(ask.model), [form.prompt(desk, prompt) for prompt in prompts]
+        return desk.find_adapter(ask.model), [form.prompt(desk, prompt) for prompt in prompts]
 
-    with desk.worker.place(answers):
-        found, encoded = await desk.aside(look)
+    with desk.scheduler.reserve(answers):
+        found, encoded = await desk.run_in_thread(look)
     record.model = ask.model
     sampling = ask.sampling(_max_new_tokens(desk, max(map(len, encoded)), max_tokens))
-    job = record.job = desk.put(
-        ask.model, found, encoded, sampling, begun=record.begun, answers=ask.n, likeliest=ask.likeliest
+    job = record.request = desk.submit(
+        ask.model, found, encoded, sampling, begun=record.started, answers=ask.n, likeliest=ask.likeliest
     )
     facts = {
         "id": f"{form.prefix}{record.id}",
         "created": int(time.time()),
         "model": ask.model,
-        "system_fingerprint": f"fp_{desk.base.source.fingerprint[:12]}",
+        "system_fingerprint": f"fp_{desk.base.files.fingerprint[:12]}",
     }
     if ask.stream:
         return _EventStream(
@@ -256,9 +258,9 @@ async def _complete(
         raise job.error
 
     def body() -> str:
-        pieces = [piece for row in job.rows if (piece := OutputReader(row).more())]
+        pieces = [piece for row in job.sequences if (piece := OutputReader(row).next_delta())]
         choices = [form.choice(index, piece, spelt) for index, piece in enumerate(pieces)]
-        return str(form.whole(**facts, choices=choices, usage=_usage(record)).model_dump_json())
+        return str(form.response(**facts, choices=choices, usage=_usage(record)).model_dump_json())
 
     # The chances of many tokens take long to write, and other connections wait for this thread.
     return Response(await asyncio.to_thread(body), media_type="application/json")
@@ -266,7 +268,7 @@ async def _complete(
 
 def _max_new_tokens(desk: ModelService, longest: int, wanted: int | None) -> int:
     """How many tokens may be written: as many as wanted, or what there is room for. Raises RequestError, TooLongError."""
-    most, context = desk.settings.max_tokens, desk.base.context
+    most, context = desk.config.max_tokens, desk.base.max_context
     if wanted is None:
         return min(context - longest, most)
     if wanted > most:
@@ -282,7 +284,7 @@ async def _wait_for(desk: ModelService, job: Request, request: HTTPRequest) -> b
     """Waits until the job is complete, or the client has gone: then it is given up. Whether it is complete."""
 
     async def follow() -> None:
-        async with aclosing(desk.follow(job)) as news:
+        async with aclosing(desk.watch(job)) as news:
             async for _ in news:
                 pass
 
@@ -313,18 +315,18 @@ async def _server_sent_events(
     """Server-sent events: pieces of answers as they come, the usage where it is wanted, and [DONE]."""
 
     def event(choices: list[Any], **more: Any) -> str:
-        part = form.part(**facts, choices=choices, **({"usage": None} | more if usage else {}))
+        part = form.chunk(**facts, choices=choices, **({"usage": None} | more if usage else {}))
         return f"data: {part.model_dump_json(exclude_unset=True)}\n\n"
 
-    readers = [OutputReader(row) for row in job.rows]
+    readers = [OutputReader(row) for row in job.sequences]
     try:
-        async with aclosing(desk.follow(job)) as news:
+        async with aclosing(desk.watch(job)) as news:
             async for _ in news:
                 if job.error is not None:
                     raise job.error
                 for index, reader in enumerate(readers):
-                    if piece := reader.more():
-                        yield event([form.part_choice(index, piece, spelt)])
+                    if piece := reader.next_delta():
+                        yield event([form.chunk_choice(index, piece, spelt)])
     except Exception as error:
         _, failure, _ = _describe_error(desk, error, record)
         yield f"data: {failure.model_dump_json()}\n\n"
@@ -340,7 +342,7 @@ class _EventStream(StreamingResponse):
     def __init__(self, events: AsyncIterator[str], desk: ModelService, job: Request) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would keep them back
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self.leave = partial(desk.worker.cancel, job)
+        self.leave = partial(desk.scheduler.cancel, job)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -15,6 +15,7 @@ import time
 import webbrowser
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,8 +24,8 @@ import uvicorn
 
 from ..adapters.adapter import Adapter
 from ..adapters.library import Library
-from ..config import ServerConfig
-from ..errors import ConfigError, EventHandler, Interrupted, Notice, ignore_events
+from ..config import ModelOptions, ServerConfig
+from ..errors import ConfigError, EventHandler, Interrupted, Notice
 from ..inference.generator import Generator
 from .metrics import JsonLines, Metrics
 from .middleware import is_loopback
@@ -40,15 +41,9 @@ def serve(
     adapters: Sequence[str | Path],
     settings: ServerConfig,
     *,
-    base: str | None = None,
-    revision: str | None = None,
+    options: ModelOptions = ModelOptions(),
     adapters_dir: Path = Path("adapters"),
-    device: str = "auto",
-    dtype: str = "auto",
-    load_in: str = "auto",
-    force: bool = False,
     browse: bool = False,
-    notify: EventHandler = ignore_events,
 ) -> None:
     """Serve these adapters or, with none, all of the library, until a signal says to stop. With `browse` a browser opens.
 
@@ -56,31 +51,21 @@ def serve(
     answers off.
     """
     _check_address(settings)
+    notify = options.notify
     library = Library(adapters_dir)
     library.names()  # a place that cannot be read is said at once
-    only = [adapter.path for adapter in library.several(adapters)]
-    if not only and base is None:
-        base, revision = _most_common_base(library, revision, notify)
+    only = [adapter.path for adapter in library.get_all(adapters)]
+    if not only and options.base is None:
+        options = _with_most_common_base(library, options)
     with _bind_socket(settings.host, settings.port) as listener:
-        generator = Generator(
-            *only,
-            base=base,
-            revision=revision,
-            adapters_dir=adapters_dir,
-            device=device,
-            dtype=dtype,
-            load_in=load_in,
-            force=force,
-            max_resident=settings.max_resident,
-            notify=notify,
-        )
-        generator.use(None)  # else the first would never leave memory
+        generator = Generator(*only, options=options, adapters_dir=adapters_dir, max_resident=settings.max_resident)
+        generator.set_adapter(None)  # else the first would never leave memory
         desk = ModelService(generator, settings, [Path(os.path.abspath(path)) for path in only])
         app = create_app(desk)
         url = _url(settings.host, listener)
 
         def listening() -> None:
-            served = sum(not it.broken for it in desk.models()) - 1
+            served = sum(not it.broken for it in desk.list_models()) - 1
             what = f"the base {desk.name} and {served:,} adapter{'s' if served != 1 else ''}"
             notify(Notice(f"Listening on {url}: {what}. {url}/v1 is for OpenAI's clients."))
             if browse:
@@ -108,16 +93,16 @@ def _check_address(settings: ServerConfig) -> None:
         )
 
 
-def _most_common_base(library: Library, revision: str | None, notify: EventHandler) -> tuple[str | None, str | None]:
-    """The base that most adapters of the library name, and its revision; None where they name none."""
+def _with_most_common_base(library: Library, options: ModelOptions) -> ModelOptions:
+    """Select the base that most adapters of the library name."""
     named = Counter((it.base, it.revision) for _, it in library.entries() if isinstance(it, Adapter) and it.base)
     if not named:
-        return None, revision
+        return options
     (base, commit), count = named.most_common(1)[0]
     others = named.total() - count
     text = f"The base is {base}, as {count:,} of {named.total():,} adapters in {library.path} name it"
-    notify(Notice(f"{text}; {others:,} are not served. --base chooses another." if others else f"{text}."))
-    return base, revision or commit
+    options.notify(Notice(f"{text}; {others:,} are not served. --base chooses another." if others else f"{text}."))
+    return replace(options, base=base, revision=options.revision or commit)
 
 
 def _bind_socket(host: str, port: int) -> socket.socket:
@@ -185,9 +170,9 @@ class _Server(uvicorn.Server):
         self.listening()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.desk.worker.close()
-        late = time.monotonic() + self.desk.settings.timeout
-        while not self.cut_off and time.monotonic() < late and (self.metrics.open or not self.desk.worker.idle):
+        self.desk.scheduler.close()
+        late = time.monotonic() + self.desk.config.timeout
+        while not self.cut_off and time.monotonic() < late and (self.metrics.open or not self.desk.scheduler.idle):
             await asyncio.sleep(POLL_SECONDS)
         late = time.monotonic() + DRAIN_SECONDS
         while not self.cut_off and time.monotonic() < late and self.metrics.streams:

@@ -27,10 +27,10 @@ class Request:
     """The answers to one request. `wake` is called, in the worker's thread, whenever there is more of them."""
 
     model: str
-    rows: list[Sequence]
-    seconds: float  # that it may take
+    sequences: list[Sequence]
+    timeout: float  # that it may take
     wake: Callable[[], object] = lambda: None
-    begun: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.monotonic)
     first_token: float | None = None  # when it came
     failure: Exception | None = None  # of the job as a whole
     closed: bool = False  # nobody waits for it any more
@@ -39,11 +39,11 @@ class Request:
     @property
     def error(self) -> Exception | None:
         """Why there will be no more. A row has its own before it is complete, so nobody takes it for a finished one."""
-        return self.failure or next((row.error for row in self.rows if row.error is not None), None)
+        return self.failure or next((row.error for row in self.sequences if row.error is not None), None)
 
     @property
     def complete(self) -> bool:
-        return self.error is not None or all(row.complete for row in self.rows)
+        return self.error is not None or all(row.complete for row in self.sequences)
 
 
 class Scheduler:
@@ -53,10 +53,10 @@ class Scheduler:
     """
 
     def __init__(self, writer: GenerationEngine, *, max_batch: int, max_waiting: int, room: int) -> None:
-        self.writer = writer
+        self.engine = writer
         self.max_batch = max_batch
         self.max_waiting = max_waiting
-        self.room = room
+        self.max_cache_tokens = room
         self._queue: OrderedDict[str, deque[Request]] = OrderedDict()  # by model; the first is next
         self._held = 0  # places of answers that are not in the queue yet
         self._running: dict[Sequence, Request] = {}
@@ -74,14 +74,14 @@ class Scheduler:
     def waiting(self) -> int:
         """Rows that are not being written yet."""
         with self._wake:
-            return sum(len(job.rows) - job._next for jobs in self._queue.values() for job in jobs)
+            return sum(len(job.sequences) - job._next for jobs in self._queue.values() for job in jobs)
 
     @property
     def running(self) -> int:
         return len(self._running)
 
     @property
-    def answers(self) -> bool:
+    def accepting(self) -> bool:
         """Whether it takes on work."""
         return self._thread.is_alive() and not self._closed
 
@@ -92,18 +92,18 @@ class Scheduler:
 
     def submit(self, job: Request) -> None:
         """Raises BusyError when too many wait, ClosedError when the server stops, TooLongError for a row that is."""
-        longest = max(len(row.prompt) + row.limit for row in job.rows)
-        if longest > self.room:
+        longest = max(len(row.prompt_ids) + row.max_new_tokens for row in job.sequences)
+        if longest > self.max_cache_tokens:
             raise ContextLengthError(
-                f"Prompt and answer may have {self.room:,} tokens here: ask for fewer than {longest:,}."
+                f"Prompt and answer may have {self.max_cache_tokens:,} tokens here: ask for fewer than {longest:,}."
             )
         with self._wake:
-            self._check_room(len(job.rows))
+            self._check_room(len(job.sequences))
             self._queue.setdefault(job.model, deque()).append(job)
             self._wake.notify()
 
     @contextlib.contextmanager
-    def place(self, answers: int) -> Iterator[None]:
+    def reserve(self, answers: int) -> Iterator[None]:
         """Within it so many answers have places in the queue, while what they need is still being read. Raises BusyError and
         ClosedError as `submit` does."""
         with self._wake:
@@ -130,7 +130,7 @@ class Scheduler:
             job.closed = True
             self._wake.notify()
 
-    def do(self, chore: Callable[[], T]) -> T:
+    def run_between_steps(self, chore: Callable[[], T]) -> T:
         """What the chore gives, done in the worker's thread between two tokens."""
         future: Future[T] = Future()
 
@@ -176,25 +176,25 @@ class Scheduler:
                 chore = self._chores.popleft() if self._chores else None
             try:
                 with self._wake:
-                    self._sweep()
+                    self._drop_closed()
                     new = self._admit()
-                self.writer.join(new)
-                self.writer.step()
-                self._report()
+                self.engine.add(new)
+                self.engine.step()
+                self._wake_requests()
             except Exception as error:  # the batch is lost; what comes next is not
-                self._break(error)
+                self._fail_running(error)
             if chore is not None:
                 chore()
 
-    def _sweep(self) -> None:
+    def _drop_closed(self) -> None:
         """What nobody waits for, and what has taken too long, goes."""
         now = time.monotonic()
         for job in self._jobs():
-            if not job.closed and now - job.begun > job.seconds:
-                self._fail(job, RequestTimeoutError(f"It took longer than {job.seconds:g} seconds."))
+            if not job.closed and now - job.started > job.timeout:
+                self._fail(job, RequestTimeoutError(f"It took longer than {job.timeout:g} seconds."))
             if job.closed:
                 for row in [row for row, its in self._running.items() if its is job]:
-                    self.writer.leave(row)
+                    self.engine.cancel(row)
                     del self._running[row]
         for model in list(self._queue):
             self._queue[model] = deque(job for job in self._queue[model] if not job.closed)
@@ -210,17 +210,17 @@ class Scheduler:
         new: list[Sequence] = []
         if not self._running:
             self._ended = time.monotonic()
-        longest = max((len(row.prompt) + row.limit for row in self._running), default=0)
+        longest = max((len(row.prompt_ids) + row.max_new_tokens for row in self._running), default=0)
         while self._queue and len(self._running) < self.max_batch:
             model, jobs = next(iter(self._queue.items()))
             job = jobs[0]
-            row = job.rows[job._next]
-            longest = max(longest, len(row.prompt) + row.limit)
-            if self._running and longest * (len(self._running) + 1) > self.room:
+            row = job.sequences[job._next]
+            longest = max(longest, len(row.prompt_ids) + row.max_new_tokens)
+            if self._running and longest * (len(self._running) + 1) > self.max_cache_tokens:
                 break
             jobs.popleft()
             job._next += 1
-            if job._next < len(job.rows):
+            if job._next < len(job.sequences):
                 jobs.append(job)
             self._queue.move_to_end(model)
             if not jobs:
@@ -229,11 +229,11 @@ class Scheduler:
             new.append(row)
         return new
 
-    def _report(self) -> None:
+    def _wake_requests(self) -> None:
         """Wake those who have something new; rows that are complete are theirs alone."""
         now = time.monotonic()
         for job in dict.fromkeys(self._running.values()):
-            if job.first_token is None and any(row.new or row.complete for row in job.rows):
+            if job.first_token is None and any(row.output_ids or row.complete for row in job.sequences):
                 job.first_token = now
             job.wake()
         with self._wake:
@@ -246,8 +246,8 @@ class Scheduler:
             if ended:
                 self._ended = now
 
-    def _break(self, error: Exception) -> None:
-        self.writer.clear()
+    def _fail_running(self, error: Exception) -> None:
+        self.engine.clear()
         with self._wake:
             for job in dict.fromkeys(self._running.values()):
                 self._fail(job, error)

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -21,7 +21,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.library import read_consistently
 from ..config import SamplingParams, ServerConfig
 from ..data.chat import render_prompt
-from ..errors import AdapterError, DataError, GenerationError, RequestError, UnknownModelError
+from ..errors import AdapterError, DataError, GenerationError, RequestError, UnknownModelError, ignore_events
 from ..inference.generator import Generator, choose_seed, sequence_seed
 from ..inference.multi_lora import LoadedAdapter
 from ..inference.sequence import Sequence
@@ -52,29 +52,29 @@ class ModelService:
 
     def __init__(self, generator: Generator, settings: ServerConfig, only: Iterable[Path] = ()) -> None:
         self.generator = generator
-        self.settings = settings
+        self.config = settings
         self.base = generator.base
-        self.name = display_name(self.base.source.name)  # it may be a path
+        self.name = display_name(self.base.files.name)  # it may be a path
         self.only = {path.name: path for path in only}
         self.began = int(time.time())
         # A quarter: a cache that grows is there twice for a moment, with room to spare, and what is read has its own.
-        room = free_memory(self.base.device) // 4 // generator.writer.bytes_a_token
-        self.worker = Scheduler(
-            generator.writer, max_batch=settings.max_batch, max_waiting=settings.max_waiting, room=room
+        room = free_memory(self.base.device) // 4 // generator.engine.kv_bytes_per_token
+        self.scheduler = Scheduler(
+            generator.engine, max_batch=settings.max_batch, max_waiting=settings.max_waiting, room=room
         )
-        self._sizes = lora.layer_sizes(generator.writer.bank.layers)
+        self._sizes = lora.layer_sizes(generator.engine.multi_lora.layers)
         self._tokenizer = copy.deepcopy(self.base.tokenizer)  # one is not for two threads
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lora_tuner-desk")
 
-    async def aside(self, work: Callable[[], T]) -> T:
+    async def run_in_thread(self, work: Callable[[], T]) -> T:
         """Done in the desk's own thread."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    def models(self) -> list[ServedModel]:
+    def list_models(self) -> list[ServedModel]:
         """The base first, then adapters by name. Reads the library as it is now."""
         return [ServedModel(self.name), *(self._model(name, path) for name, path in sorted(self._places().items()))]
 
-    def model(self, id: str) -> ServedModel:
+    def get_model(self, id: str) -> ServedModel:
         """One of them, read alone. Raises UnknownModelError."""
         return ServedModel(self.name) if id == self.name else self._model(id, self._place(id))
 
@@ -93,49 +93,49 @@ class ModelService:
             return ServedModel(name, path, broken="It has the name of the base: rename it.")
         try:
             adapter = read_consistently(path, lambda adapter: adapter)
-            lora.check_base(adapter, self.base, force=self.generator.force)
-            adapter.check_fit(self._sizes)
+            lora.check_base(adapter, self.base, replace(self.generator.options, notify=ignore_events))
+            adapter.check_shapes(self._sizes)
         except AdapterError as error:
             return ServedModel(name, path, broken=str(error))
         return ServedModel(name, path, adapter)
 
-    def find(self, model: str) -> tuple[str | None, LoadedAdapter | None]:
+    def find_adapter(self, model: str) -> tuple[str | None, LoadedAdapter | None]:
         """The adapter of that name in memory; None and None for the base. Raises UnknownModelError, or AdapterError with the
         reason for one that is broken."""
         if model == self.name:
             return None, None
-        known = self.generator.known(model)  # it came from the listing, so no request names another
-        return (model, known) if known is not None else self.generator.find(self._place(model))
+        known = self.generator.get_loaded(model)  # it came from the listing, so no request names another
+        return (model, known) if known is not None else self.generator.get_or_load(self._place(model))
 
-    def encode(self, prompt: str | list[int]) -> list[int]:
+    def encode_prompt(self, prompt: str | list[int]) -> list[int]:
         """The tokens of a prompt. Raises GenerationError when there is no room behind them, or they are no tokens."""
         if isinstance(prompt, str):
-            return self.generator.check(prompt, self._tokenizer)
+            return self.generator.encode_prompt(prompt, self._tokenizer)
         vocabulary = self.base.model.get_input_embeddings().weight.shape[0]
         if not prompt or not all(0 <= token < vocabulary for token in prompt):
             raise GenerationError(f"A prompt of tokens has at least one, each from 0 to {vocabulary - 1:,}.")
-        return self.generator.fits(list(prompt))
+        return self.generator.check_fits_context(list(prompt))
 
-    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """The tokens of a conversation, up to where the answer begins. Raises GenerationError where there is no template, and
         for special tokens in messages: those of the template mean something, and theirs would be taken for these."""
         if not self._tokenizer.chat_template:
             raise GenerationError(f"{self.name} has no chat template: ask for a completion instead.")
-        self.generator.check_length("".join(message["content"] for message in messages))
+        self.generator.check_prompt_length("".join(message["content"] for message in messages))
         try:
             whole = render_prompt(self._tokenizer, messages, ask=True)
         except DataError as error:
             raise RequestError(str(error).replace("this base", self.name), "messages") from error
         ids = self._tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
-        return self.encode(ids)
+        return self.encode_prompt(ids)
 
-    def public(self, text: str) -> str:
+    def hide_paths(self, text: str) -> str:
         """The same without where things lie on this machine."""
         for folder in (self.generator.library.path, *(path.parent for path in self.only.values())):
             text = text.replace(f"{folder}{os.sep}", "")
-        return _FOLDER_PATHS.sub("", text.replace(self.base.source.name, self.name))
+        return _FOLDER_PATHS.sub("", text.replace(self.base.files.name, self.name))
 
-    async def ask(
+    async def generate(
         self, model: str, prompts: list[list[int]], sampling: SamplingParams, *, loaded: LoadedAdapter | None = None
     ) -> Request:
         """A job with an answer to each prompt; with `loaded`, by an adapter that has no folder. Raises what `find` and
@@ -143,11 +143,11 @@ class ModelService:
         begun = time.monotonic()
         found: tuple[str | None, LoadedAdapter | None] = model, loaded
         if loaded is None:
-            with self.worker.place(len(prompts)):
-                found = await self.aside(lambda: self.find(model))
-        return self.put(model, found, prompts, sampling, begun=begun)
+            with self.scheduler.reserve(len(prompts)):
+                found = await self.run_in_thread(lambda: self.find_adapter(model))
+        return self.submit(model, found, prompts, sampling, begun=begun)
 
-    def put(
+    def submit(
         self,
         model: str,
         found: tuple[str | None, LoadedAdapter | None],
@@ -163,15 +163,15 @@ class ModelService:
         name, loaded = found
         seed = choose_seed(sampling)
         rows = [
-            Sequence(self.base, prompt, sampling, sequence_seed(seed, number), name, loaded, likeliest=likeliest)
+            Sequence(self.base, prompt, sampling, sequence_seed(seed, number), name, loaded, top_logprobs=likeliest)
             for prompt in prompts
             for number in range(answers)
         ]
-        job = Request(model, rows, self.settings.timeout, begun=begun)
-        self.worker.submit(job)
+        job = Request(model, rows, self.config.timeout, started=begun)
+        self.scheduler.submit(job)
         return job
 
-    async def follow(self, *jobs: Request) -> AsyncGenerator[None, None]:
+    async def watch(self, *jobs: Request) -> AsyncGenerator[None, None]:
         """Comes back whenever there is more of any of them, the last time when all are complete. Who leaves, cancels them."""
         news, loop = asyncio.Event(), asyncio.get_running_loop()
         for job in jobs:
@@ -187,11 +187,11 @@ class ModelService:
         finally:
             for job in jobs:
                 job.wake = lambda: None  # the loop may be gone when the worker comes to it
-                self.worker.cancel(job)
+                self.scheduler.cancel(job)
 
     def start(self) -> None:
-        self.worker.start()
+        self.scheduler.start()
 
     def stop(self) -> None:
-        self.worker.stop()
+        self.scheduler.stop()
         self._thread.shutdown(wait=False, cancel_futures=True)

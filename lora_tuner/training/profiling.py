@@ -42,7 +42,7 @@ class RunEstimate:
     adapter_bytes: int
     dtype: str
     load_in: str
-    checkpointing: bool
+    gradient_checkpointing: bool
 
 
 def fit_to_memory(job: TrainingSetup) -> TrainingSetup:
@@ -54,23 +54,23 @@ def fit_to_memory(job: TrainingSetup) -> TrainingSetup:
     many, needed = step_memory(job)
     distributed.all_reduce_max(needed)  # by now all have their base in memory
     free = free_memory(job.base.device) // (distributed.local_world_size() if job.base.device.type == "cpu" else 1)
-    if config.checkpointing == "auto":
+    if config.gradient_checkpointing == "auto":
         again = bool(distributed.all_reduce_max(needed > free))
         if again:
-            job.compute_again()
+            job.enable_gradient_checkpointing()
             _, less = step_memory(job)
             job.notify(
                 Notice(
                     f"A step takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free, so activations are "
-                    f"computed again, which takes {less / 1e9:.1f} GB and longer (--checkpointing)."
+                    f"computed again, which takes {less / 1e9:.1f} GB and longer (--gradient-checkpointing)."
                 )
             )
             needed = less
-        job = replace(job, config=config.model_copy(update={"checkpointing": "on" if again else "off"}))
+        job = replace(job, config=config.model_copy(update={"gradient_checkpointing": "on" if again else "off"}))
     if distributed.all_reduce_max(needed > free):
         error = TrainingError(
             f"A step with {many:,} tokens takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: lower "
-            "--batch-size (--accumulation makes up for it) or --max-length"
+            "--batch-size (--gradient-accumulation makes up for it) or --max-length"
             f"{', or choose --dtype bfloat16' if job.base.dtype == torch.float32 else ''}."
         )
         raise distributed.share_error(error)
@@ -117,7 +117,7 @@ def _activation_bytes(job: TrainingSetup, rows: Sequence[tokenization.TokenIds])
         kept[storage._cdata] = storage, storage.nbytes()
 
     model.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing), base.head.left_out():
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing), base.lm_head.skip_lm_head():
         inputs = {name: tensor.to(base.device) for name, tensor in batch.items() if name != "labels"}
         output = model(**inputs, use_cache=False)
     del output
@@ -129,7 +129,7 @@ def profile_steps(job: TrainingSetup) -> RunEstimate:
     slowest counts, and the memory is that of one."""
     config, model, base = job.config, job.model, job.base
     batch_size = job.batch_size
-    per_step = batch_size * config.accumulation
+    per_step = batch_size * config.gradient_accumulation
     longest = job.sequences.longest_first()
     spread = [longest[i * len(longest) // (per_step * MEASURED_STEPS)] for i in range(per_step * MEASURED_STEPS)]
     items = [longest[i % len(longest)] for i in range(per_step)] + spread[per_step:]
@@ -139,19 +139,19 @@ def profile_steps(job: TrainingSetup) -> RunEstimate:
     model.train()
     for step in range(MEASURED_STEPS):
         start, count = time.perf_counter(), 0
-        for micro in range(config.accumulation):
+        for micro in range(config.gradient_accumulation):
             first = step * per_step + micro * batch_size
             batch = {
                 name: tensor.to(base.device) for name, tensor in job.collate(items[first : first + batch_size]).items()
             }
             labels = batch.pop("labels")
             found = int((labels != packing.IGNORE_INDEX).sum())
-            with base.head.left_out():
+            with base.lm_head.skip_lm_head():
                 output = model(**batch, use_cache=False)
-            (base.head.nll(output.logits, labels).sum() / max(found, 1)).backward()
+            (base.lm_head.nll(output.logits, labels).sum() / max(found, 1)).backward()
             count += found
         distributed.all_reduce_gradients(model.parameters())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         _synchronize(base.device)
@@ -177,13 +177,13 @@ def profile_steps(job: TrainingSetup) -> RunEstimate:
         held_out_seconds=held_out_rate * sum(map(len, job.held_out)) * (2 + steps // (config.eval_every or steps + 1)),
         peak_memory_bytes=_peak_memory(base.device),
         tokens_per_second=distributed.world_size() / pace,
-        truncated_share=job.truncated_rows / len(job.corpus.train),
+        truncated_share=job.truncated_rows / len(job.dataset.train),
         trained_parameters=trained,
         base_parameters=frozen,
         adapter_bytes=trained * 4,
         dtype=str(base.dtype).removeprefix("torch."),
         load_in=base.load_in,
-        checkpointing=config.checkpointing == "on",
+        gradient_checkpointing=config.gradient_checkpointing == "on",
     )
 
 

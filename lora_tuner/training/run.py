@@ -128,7 +128,7 @@ def _load_stopped_run(
 def _as_one_process(config: TrainConfig, manifest: Manifest) -> TrainConfig:
     """The settings with which one process takes the steps that several have taken."""
     processes = manifest.run.processes if manifest.run else 1
-    return config.model_copy(update={"accumulation": config.accumulation * processes})
+    return config.model_copy(update={"gradient_accumulation": config.gradient_accumulation * processes})
 
 
 def _for_world_size(config: TrainConfig, then: Manifest, notify: EventHandler) -> TrainConfig:
@@ -136,9 +136,9 @@ def _for_world_size(config: TrainConfig, then: Manifest, notify: EventHandler) -
     before, now = then.run.processes if then.run else 1, distributed.world_size()
     if before == now:
         return config
-    each, rest = divmod(config.accumulation * before, now)
+    each, rest = divmod(config.gradient_accumulation * before, now)
     if rest:
-        batches = config.accumulation * before
+        batches = config.gradient_accumulation * before
         fit = " or ".join(str(number) for number in range(1, batches + 1) if batches % number == 0)
         error = TrainingError(
             f"A step of {config.name} takes {batches} batches, which {now} processes cannot share alike: go on with {fit}."
@@ -146,12 +146,12 @@ def _for_world_size(config: TrainConfig, then: Manifest, notify: EventHandler) -
         raise distributed.share_error(error)
     notify(
         Notice(
-            f"The run was begun by {before} {'processes' if before > 1 else 'process'} and goes on with {now}: --accumulation is "
-            f"{each} in place of {config.accumulation}, so that each step learns the same sequences. What is rounded, and what "
+            f"The run was begun by {before} {'processes' if before > 1 else 'process'} and goes on with {now}: --gradient-accumulation is "
+            f"{each} in place of {config.gradient_accumulation}, so that each step learns the same sequences. What is rounded, and what "
             "dropout leaves out, is another."
         )
     )
-    return config.model_copy(update={"accumulation": each})
+    return config.model_copy(update={"gradient_accumulation": each})
 
 
 def plan(config: TrainConfig, notify: EventHandler = ignore_events) -> RunEstimate:
@@ -204,7 +204,7 @@ def _run_lock(runs_dir: Path, name: str) -> Iterator[None]:
 def check_output_paths(config: TrainConfig, *, resuming: bool = False) -> Library:
     assert config.name is not None
     library, folder = Library(config.adapters_dir), _run_folder(config)
-    library.check_free(config.name, overwrite=config.overwrite, advice=_NAME_TAKEN_ADVICE if resuming else None)
+    library.check_name_free(config.name, overwrite=config.overwrite, advice=_NAME_TAKEN_ADVICE if resuming else None)
     if resuming or not os.path.lexists(folder):
         return library
     if config.runs_dir.resolve() == config.adapters_dir.resolve() or not checkpoints.is_run(folder):
@@ -363,7 +363,7 @@ def _train_and_write(job: TrainingSetup, library: Library, checkpoint: Path | No
         )
         if config.streaming:
             run = run.model_copy(update={"sequences": state.global_step * job.sequences_per_step})
-            data = data.model_copy(update={"counts": asdict(job.corpus.counts)})
+            data = data.model_copy(update={"counts": asdict(job.dataset.counts)})
         result = evaluation.paired_gain(base_held_out, held_out)
         manifest = job.manifest.model_copy(
             update={"created": utc_timestamp(), "data": data, "run": run, "result": result}
@@ -393,7 +393,7 @@ def _write_adapter(job: TrainingSetup, library: Library, manifest: Manifest, his
     name = job.config.name
     assert name is not None
     try:
-        with library.writing(name, overwrite=job.config.overwrite, advice=_NAME_TAKEN_ADVICE) as work:
+        with library.create(name, overwrite=job.config.overwrite, advice=_NAME_TAKEN_ADVICE) as work:
             save_adapter(job, lora.adapter_state_dict(job.model), manifest, work)
             plots.write_metrics(history, work / METRICS_FILE)
             plots.plot_loss(history, manifest, work / LOSS_PLOT_FILE)

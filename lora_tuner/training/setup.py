@@ -18,7 +18,7 @@ from .. import distributed, evaluation
 from ..adapters.adapter import Adapter
 from ..adapters.library import Library
 from ..adapters.manifest import DatasetInfo, Manifest, RunInfo, utc_timestamp
-from ..config import BATCH_SIZE_CPU, BATCH_SIZE_GPU, HELD_OUT_MAX_TOKENS, METHODS, TrainConfig
+from ..config import BATCH_SIZE_CPU, BATCH_SIZE_GPU, HELD_OUT_MAX_TOKENS, METHODS, ModelOptions, TrainConfig
 from ..data import chat, packing, tokenization
 from ..data.dataset import Dataset, load_dataset
 from ..data.splitting import content_hash
@@ -35,14 +35,14 @@ class TrainingSetup:
 
     config: TrainConfig
     base: LoadedBase
-    corpus: Dataset
+    dataset: Dataset
     model: Any  # a PeftModel
     sequences: packing.PackedSequences
     held_out: list[tokenization.TokenIds]
     held_out_texts: list[str]
     truncated_rows: int
     parent: Adapter | None
-    by_row: bool  # packed rows attend by themselves, told where they begin
+    varlen_attention: bool  # packed rows attend by themselves, told where they begin
     notify: EventHandler
 
     @property
@@ -56,18 +56,18 @@ class TrainingSetup:
         return self.config.learning_rate
 
     def collate(self, items: Sequence[Sequence[tokenization.TokenIds]]) -> dict[str, torch.Tensor]:
-        return packing.collate(items, self.base.tokenizer.pad_token_id, bounds=self.by_row)
+        return packing.collate(items, self.base.tokenizer.pad_token_id, bounds=self.varlen_attention)
 
-    def compute_again(self) -> None:
+    def enable_gradient_checkpointing(self) -> None:
         """From now on keep what goes into each block alone, and compute the rest again on the way back (Chen et al., 2016,
         arXiv:1604.06174). The gradients are the same. Raises TrainingError for a model that cannot."""
         try:
             with quiet_transformers():
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
         except ValueError as error:
-            raise TrainingError(f"{self.base.source.name} cannot compute its activations again: {error}") from error
+            raise TrainingError(f"{self.base.files.name} cannot compute its activations again: {error}") from error
 
-    def release(self) -> None:
+    def remove_lora(self) -> None:
         """Take the update off the base, which is then as it came."""
         with quiet_transformers():
             self.model.gradient_checkpointing_disable()
@@ -76,7 +76,7 @@ class TrainingSetup:
     @property
     def sequences_per_step(self) -> int:
         """Of all processes together."""
-        return self.batch_size * self.config.accumulation * distributed.world_size()
+        return self.batch_size * self.config.gradient_accumulation * distributed.world_size()
 
     @property
     def steps_per_epoch(self) -> int | None:
@@ -88,10 +88,10 @@ class TrainingSetup:
     @cached_property
     def manifest(self) -> Manifest:
         """What is known before the first step."""
-        config, corpus = self.config, self.corpus
+        config, corpus = self.config, self.dataset
         return Manifest(
             created=utc_timestamp(),
-            base=self.base.source.facts(self.base.tokenizer_hash),
+            base=self.base.files.base_info(self.base.tokenizer_hash),
             data=DatasetInfo(
                 name=corpus.name,
                 source=corpus.source,
@@ -104,7 +104,7 @@ class TrainingSetup:
                 held_out_hash=content_hash(self.held_out_texts),
                 held_out_rows=len(self.held_out_texts),
             ),
-            parents=[self.parent.as_parent()] if self.parent else [],
+            parents=[self.parent.parent_info()] if self.parent else [],
             run=RunInfo(
                 method=config.method,
                 steps=0,
@@ -131,21 +131,21 @@ def prepare_training(config: TrainConfig, notify: EventHandler = ignore_events) 
     # Before the base: it may be wrong, and the base may be long in coming.
     corpus = distributed.run_on_rank_zero(lambda: load_dataset(config, notify))
     base = _load_base_everywhere(config, parent, notify)
-    source = base.source
+    source = base.files
     found = {"base": source.name, "revision": source.revision, "load_in": base.load_in}
     config = config.model_copy(update=found | {"dtype": str(base.dtype).removeprefix("torch.")})
     if parent is not None:
-        lora.check_base(parent, base, force=config.force, notify=notify)
+        lora.check_base(parent, base, _model_options(config, notify))
         config = _with_targets(config, parent, base)
     if config.batch_size is None:
         size = BATCH_SIZE_CPU if base.device.type == "cpu" else BATCH_SIZE_GPU
         config = config.model_copy(update={"batch_size": size})
-    if config.max_length > base.context and "max_length" not in config.model_fields_set:
-        notify(Notice(f"Rows are cut at {base.context} tokens: {source.name} looks back on no more."))
-        config = config.model_copy(update={"max_length": base.context})
-    if config.max_length > base.context:
+    if config.max_length > base.max_context and "max_length" not in config.model_fields_set:
+        notify(Notice(f"Rows are cut at {base.max_context} tokens: {source.name} looks back on no more."))
+        config = config.model_copy(update={"max_length": base.max_context})
+    if config.max_length > base.max_context:
         raise TrainingError(
-            f"max_length is {config.max_length}, and {source.name} looks back on {base.context} tokens at the most."
+            f"max_length is {config.max_length}, and {source.name} looks back on {base.max_context} tokens at the most."
         )
     isolated = _packing_is_isolated(base)
     by_row = base.device.type == "cpu" and isolated and _try_varlen_attention(base)
@@ -186,17 +186,22 @@ def prepare_training(config: TrainConfig, notify: EventHandler = ignore_events) 
         TrainingSetup(
             config=config,
             base=base,
-            corpus=corpus,
+            dataset=corpus,
             model=None,
             sequences=packing.PackedSequences(rows, config.max_length, packing=config.packing),
             held_out=held_out,
             held_out_texts=held_out_texts,
             truncated_rows=truncated,
             parent=parent,
-            by_row=by_row,
+            varlen_attention=by_row,
             notify=notify,
         )
     )
+
+
+def _model_options(config: TrainConfig, notify: EventHandler) -> ModelOptions:
+    names = ("base", "revision", "device", "dtype", "load_in", "force")
+    return ModelOptions(**{name: getattr(config, name) for name in names}, notify=notify)
 
 
 def _load_base_everywhere(config: TrainConfig, parent: Adapter | None, notify: EventHandler) -> LoadedBase:
@@ -204,16 +209,15 @@ def _load_base_everywhere(config: TrainConfig, parent: Adapter | None, notify: E
     bases: list[LoadedBase] = []
 
     def decide() -> dict[str, Any]:
-        how = {"device": config.device, "dtype": config.dtype, "load_in": config.load_in}
-        bases.append(loading.open_base(parent, config.base, config.revision, **how, notify=notify))
-        source, dtype = bases[0].source, str(bases[0].dtype).removeprefix("torch.")
+        bases.append(loading.open_base(parent, _model_options(config, notify)))
+        source, dtype = bases[0].files, str(bases[0].dtype).removeprefix("torch.")
         return {"base": source.name, "revision": source.revision, "dtype": dtype, "load_in": bases[0].load_in}
 
     decided = distributed.run_on_rank_zero(decide)
-    base = bases[0] if bases else loading.open_base(None, **decided, device=config.device)
-    if distributed.world_size() > 1 and len(set(distributed.all_gather(base.source.fingerprint))) > 1:
+    base = bases[0] if bases else loading.open_base(None, ModelOptions(**decided, device=config.device))
+    if distributed.world_size() > 1 and len(set(distributed.all_gather(base.files.fingerprint))) > 1:
         error = TrainingError(
-            f"The processes have different weights under the name {base.source.name}: give all the same."
+            f"The processes have different weights under the name {base.files.name}: give all the same."
         )
         raise distributed.share_error(error)
     return base
@@ -224,8 +228,8 @@ def reconfigure(job: TrainingSetup, config: TrainConfig) -> TrainingSetup:
 
     The update of `job` is taken off the base, so that job is of no more use.
     """
-    job.release()
-    kept = ("base", "revision", "dtype", "load_in", "batch_size", "max_length", "packing", "method", "targets")
+    job.remove_lora()
+    kept = ("base", "revision", "dtype", "load_in", "batch_size", "max_length", "packing", "method", "target_modules")
     of_parent = ("rank", "split_salt", "parent_sha256") if job.parent is not None else ()
     settings = {name: getattr(job.config, name) for name in (*kept, *of_parent)}
     return _with_fresh_lora(replace(job, config=config.model_copy(update=settings)))
@@ -254,8 +258,8 @@ def _with_fresh_lora(job: TrainingSetup) -> TrainingSetup:
         )
     )
     job = replace(job, config=config, model=model)
-    if config.checkpointing == "on":
-        job.compute_again()
+    if config.gradient_checkpointing == "on":
+        job.enable_gradient_checkpointing()
     return job
 
 
@@ -297,9 +301,12 @@ def _with_parent(config: TrainConfig) -> tuple[TrainConfig, Adapter | None]:
 def _with_targets(config: TrainConfig, parent: Adapter, base: LoadedBase) -> TrainConfig:
     """The configuration with the targets of the parent, as this base calls them."""
     theirs = lora.shortest_target_names(base.model, parent.modules)
-    if "targets" in config.model_fields_set and lora.resolve_target_modules(base.model, config.targets) != theirs:
-        _refuse_conflicts(parent, [("targets", config.targets, ", ".join(theirs))])
-    return config.model_copy(update={"targets": ",".join(theirs)})
+    if (
+        "target_modules" in config.model_fields_set
+        and lora.resolve_target_modules(base.model, config.target_modules) != theirs
+    ):
+        _refuse_conflicts(parent, [("target_modules", config.target_modules, ", ".join(theirs))])
+    return config.model_copy(update={"target_modules": ",".join(theirs)})
 
 
 def _refuse_conflicts(parent: Adapter, different: list[tuple[str, Any, Any]]) -> None:
@@ -321,7 +328,7 @@ class PreviewedRow:
 def preview(config: TrainConfig, count: int, notify: EventHandler = ignore_events) -> list[PreviewedRow]:
     """The first `count` training rows, cleaned, tokenised and cut as a run would. Loads no weights."""
     config, parent = _with_parent(config)
-    tokenizer = load_tokenizer(loading.base_for_adapter(parent, config.base, config.revision, notify))
+    tokenizer = load_tokenizer(loading.base_for_adapter(parent, _model_options(config, notify)))
     chunk = config.long_rows == "chunk"
     rows = []
     for before, after in load_dataset(config, notify).previews[:count]:
@@ -365,7 +372,7 @@ def _packing_is_isolated(base: LoadedBase) -> bool:
     changed = second.copy()
     changed[-1] = first[-1]
     if _logits_differ(base, _packed_logits(base, changed)[:-1], alone[:-1]):
-        raise BaseModelError(f"{base.source.name} looks at the text ahead: it is no causal language model.")
+        raise BaseModelError(f"{base.files.name} looks at the text ahead: it is no causal language model.")
     return not _logits_differ(base, _packed_logits(base, first, second)[len(first) :], alone)
 
 

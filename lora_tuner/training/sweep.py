@@ -16,7 +16,15 @@ from .. import atomic_io, distributed, evaluation
 from ..adapters import plots
 from ..adapters.adapter import RUN_FILE, Adapter, validate_name
 from ..adapters.library import Library
-from ..config import STOP_RULES, SWEEPABLE, TrainConfig, default_adapter_name, read_settings, resolve_settings
+from ..config import (
+    STOP_RULES,
+    SWEEPABLE,
+    ModelOptions,
+    TrainConfig,
+    default_adapter_name,
+    read_settings,
+    resolve_settings,
+)
 from ..errors import ConfigError, DivergedError, EventHandler, Interrupted, Notice, TrainingError, ignore_events
 from ..evaluation import EvalSet, HeldOutLoss
 from ..models import loading
@@ -37,7 +45,7 @@ class Trial:
     loss: float | None
     bytes: int
     seconds: float
-    worse: float = 0.0
+    gap: float = 0.0
     standard_error: float = 0.0
 
 
@@ -47,11 +55,11 @@ class SweepResult:
 
     name: str
     base_loss: float
-    rungs: list[Trial]
-    keep: str
+    trials: list[Trial]
+    recommended: str
     folder: Path
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"folder": str(self.folder)}
 
 
@@ -191,11 +199,11 @@ def _run_trials(
         raise DivergedError(f"No rung of {name} has ended well: try lower learning rates.")
     ladder = _measure_trials(name, folder, configs, adapters, job, notify)
     with atomic_io.atomic_folder(folder) as work:
-        (work / RESULT_FILE).write_text(json.dumps(ladder.facts(), indent=2) + "\n", encoding="utf-8")
+        (work / RESULT_FILE).write_text(json.dumps(ladder.to_dict(), indent=2) + "\n", encoding="utf-8")
         plots.plot_sweep(
-            [(it.name, it.bytes, it.seconds, it.loss) for it in ladder.rungs if it.loss is not None],
+            [(it.name, it.bytes, it.seconds, it.loss) for it in ladder.trials if it.loss is not None],
             ladder.base_loss,
-            ladder.keep,
+            ladder.recommended,
             work / PLOT_FILE,
         )
     return ladder
@@ -229,11 +237,11 @@ def _measure_trials(
 ) -> SweepResult:
     """What the rungs are worth, beside the best of them, on the rows that all were measured on."""
     if job is not None:
-        job.release()
+        job.remove_lora()
     some = next(iter(found.values()))
     first = resolve_settings(TrainConfig, {}, some.path / RUN_FILE)
-    how = {"device": first.device, "dtype": first.dtype, "load_in": first.load_in}
-    base = job.base if job is not None else loading.open_base(some, **how, notify=notify)
+    options = ModelOptions(device=first.device, dtype=first.dtype, load_in=first.load_in, notify=notify)
+    base = job.base if job is not None else loading.open_base(some, options)
     rows = EvalSet(name, job.held_out_texts) if job is not None else evaluation.cached_rows(some)
     losses = evaluation.held_out_losses(base, found, [rows], notify)
     pairs = {rung: line[0] for rung, line in zip(found, losses, strict=True)}
@@ -257,6 +265,6 @@ def _measure_trials(
         seconds = manifest.run.seconds if manifest and manifest.run else 0.0
         facts = found[rung].bytes, seconds, beside.gain, beside.standard_error
         rungs.append(Trial(rung, trained.rank, float(trained.learning_rate or 0), held[rung].loss, *facts))
-    good = [it for it in rungs if it.loss is not None and it.worse <= it.standard_error]
+    good = [it for it in rungs if it.loss is not None and it.gap <= it.standard_error]
     keep = min(good, key=lambda it: (it.bytes, it.loss))
     return SweepResult(name, base_loss, rungs, keep.name, folder)

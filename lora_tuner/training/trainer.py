@@ -77,7 +77,7 @@ def run_trainer(
         kept = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else checkpoint.name
         lora.load_checkpoint_weights(job.model, folder / kept)
         if trainer.stream:
-            trainer.stream.recount()
+            trainer.stream.restore_counts()
         trainer.step_seen = state.global_step - 1
     else:
         distributed.run_on_rank_zero(partial(checkpoints.remove_newer_than, checkpoint, folder))
@@ -87,20 +87,20 @@ def run_trainer(
             try:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             except (DataError, HubError) as error:  # the stream has broken off
-                raise trainer.broken_off(str(error)) from error
+                raise trainer.save_and_raise(str(error)) from error
             except (RuntimeError, ProcessLostError) as error:
                 if not isinstance(error, ProcessLostError) and not distributed.is_process_loss(error):
                     raise
-                raise trainer.broken_off("Another process of this run has ended.") from error
+                raise trainer.save_and_raise("Another process of this run has ended.") from error
         state = trainer.state
         if not all(bool(torch.isfinite(tensor).all()) for tensor in lora.adapter_state_dict(job.model).values()):
-            raise trainer.diverged("A weight is not finite")
+            raise trainer.diverged_error("A weight is not finite")
         if distributed.all_reduce_max(stop.is_set()):
             done = f"Stopped at step {state.global_step} of {state.max_steps}, saved."
             raise distributed.share_error(Interrupted(f"{done} Go on with: {resume_command(job.config)}"))
     held_out = evaluation.measure_loss(job.model, job.base, job.held_out, job.notify)
     if not math.isfinite(held_out.loss):
-        raise trainer.diverged(f"The held-out loss is {held_out.loss}")
+        raise trainer.diverged_error(f"The held-out loss is {held_out.loss}")
     return state, [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry], held_out
 
 
@@ -122,10 +122,10 @@ def _training_arguments(job: TrainingSetup, folder: Path) -> TrainingArguments:
         ignore_data_skip=config.streaming,  # a stream knows its place
         accelerator_config={"dispatch_batches": False},  # each process reads for itself
         per_device_train_batch_size=job.batch_size,
-        gradient_accumulation_steps=config.accumulation,
+        gradient_accumulation_steps=config.gradient_accumulation,
         learning_rate=job.learning_rate,
         weight_decay=config.weight_decay,
-        max_grad_norm=config.clip,
+        max_grad_norm=config.max_grad_norm,
         seed=config.seed,
         eval_strategy="steps" if config.eval_every else "no",
         eval_steps=config.eval_every,
@@ -191,9 +191,9 @@ def _training_stream(job: TrainingSetup, checkpoint: Path | None) -> StreamingDa
     place = StreamState()
     if checkpoint is not None:
         place = StreamState(**json.loads((checkpoint / checkpoints.STREAM_FILE).read_text(encoding="utf-8")))
-    held_out = job.corpus.held_out if job.config.eval_dataset else []  # others are known by their hash alone
+    held_out = job.dataset.held_out if job.config.eval_dataset else []  # others are known by their hash alone
     measured = frozenset(row_hash(text, job.config.split_salt) for text in held_out)
-    return StreamingDataset(job.config, job.base.tokenizer, measured, job.corpus.counts, place)
+    return StreamingDataset(job.config, job.base.tokenizer, measured, job.dataset.counts, place)
 
 
 class _EpochOrder(torch.utils.data.Sampler[int]):
@@ -259,12 +259,12 @@ class _LoraTrainer(Trainer):
         return super()._wrap_model(model, training, dataloader)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        with self.job.base.head.left_out():
+        with self.job.base.lm_head.skip_lm_head():
             return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
 
     def _loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
         """Mean negative log-likelihood over the predictions of the whole step, of which this may be one micro-batch."""
-        loss: torch.Tensor = self.job.base.head.nll(outputs.logits, labels).sum() / num_items_in_batch
+        loss: torch.Tensor = self.job.base.lm_head.nll(outputs.logits, labels).sum() / num_items_in_batch
         return loss
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -274,7 +274,7 @@ class _LoraTrainer(Trainer):
             self.predictions = int(num_items_in_batch)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss) and distributed.world_size() == 1:  # of several, all see it in the gradients
-            raise self.diverged(f"The loss is {loss.item()}")
+            raise self.diverged_error(f"The loss is {loss.item()}")
         return loss
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -299,7 +299,7 @@ class _LoraTrainer(Trainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def diverged(self, what: str) -> Exception:
+    def diverged_error(self, what: str) -> Exception:
         folder = self.folder / "last-good"
         if self.last_good and distributed.rank() == 0:
             with (
@@ -310,11 +310,11 @@ class _LoraTrainer(Trainer):
         kept = f"The last good adapter is in {folder}." if folder.is_dir() else "There is no good adapter to keep."
         error = DivergedError(
             f"{what} in step {self.step_seen + 1}, so the run has stopped. {kept} Try a lower learning rate than "
-            f"{self.job.learning_rate:g} (--learning-rate), or a lower --clip."
+            f"{self.job.learning_rate:g} (--learning-rate), or a lower --max-grad-norm."
         )
         return distributed.share_error(error)
 
-    def broken_off(self, why: str) -> Exception:
+    def save_and_raise(self, why: str) -> Exception:
         """The error of a run that cannot take its next step. The first process saves what all have learnt up to then."""
         done = f"It was after step {self.state.global_step} of {self.state.max_steps}."
         error: Exception = TrainingError(f"{why} {done} Go on with: {resume_command(self.job.config)}")
@@ -349,7 +349,7 @@ class _LoraTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         held_out = evaluation.measure_loss(self.job.model, self.job.base, self.job.held_out, self.job.notify)
         if not math.isfinite(held_out.loss):
-            raise self.diverged(f"The held-out loss is {held_out.loss}")
+            raise self.diverged_error(f"The held-out loss is {held_out.loss}")
         metrics = {"eval_loss": held_out.loss}
         self.log(metrics)
         self.job.notify(Notice(f"Step {self.state.global_step}: held-out loss {held_out.loss:.4f}."))
@@ -373,7 +373,7 @@ class _LoraTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             distributed.all_gather(None)  # each has written its random numbers
             if self.stream:
-                place = self.stream.place(self.state.global_step * self.per_step)
+                place = self.stream.state_at(self.state.global_step * self.per_step)
                 distributed.run_on_rank_zero(
                     partial(
                         atomic_io.atomic_write_text, checkpoint / checkpoints.STREAM_FILE, json.dumps(asdict(place))
@@ -402,7 +402,7 @@ class _CheckGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         gradients = [p.grad for p in self.trainer.job.model.parameters() if p.grad is not None]
         if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
-            raise self.trainer.diverged("A gradient is not finite")
+            raise self.trainer.diverged_error("A gradient is not finite")
         if distributed.rank() == 0:
             self.trainer.last_good = {
                 name: it.clone() for name, it in lora.adapter_state_dict(self.trainer.job.model).items()

@@ -54,7 +54,7 @@ def test_an_adapter_with_its_facts(tmp_path):
     assert adapter.parameters == 2 * (4 * 6 + 18 * 4)
     assert adapter.bytes == sum((tmp_path / "imdb" / name).stat().st_size for name in (WEIGHTS_FILE, CONFIG_FILE))
     assert adapter.tensors[A] == ("F32", (4, 6))
-    facts = json.loads(json.dumps(adapter.facts()))
+    facts = json.loads(json.dumps(adapter.to_dict()))
     assert {key: facts[key] for key in ("name", "path", "rank", "alpha", "targets", "parameters", "bytes")} == {
         "name": "imdb",
         "path": str(tmp_path / "imdb"),
@@ -77,7 +77,7 @@ def test_an_adapter_of_another_tool_has_no_manifest(tmp_path):
     adapter = load_adapter_folder(adapter_files.write(tmp_path / "theirs"))
     assert adapter.manifest is None
     assert adapter.base == "distilbert/distilgpt2"
-    assert adapter.facts()["base"] == {"name": "distilbert/distilgpt2"}
+    assert adapter.to_dict()["base"] == {"name": "distilbert/distilgpt2"}
 
 
 def test_a_manifest_and_back(tmp_path):
@@ -505,8 +505,8 @@ def test_a_thousand_pattern_keys_are_read_at_once(tmp_path):
 
 def test_a_base_that_fits(tmp_path):
     adapter = load_adapter_folder(adapter_files.write(tmp_path / "a"))
-    assert adapter.size(MODULE) == (6, 18)
-    adapter.check_fit(dict.fromkeys(adapter_files.MODULES, (6, 18)) | {"another": (1, 1)})
+    assert adapter.layer_size(MODULE) == (6, 18)
+    adapter.check_shapes(dict.fromkeys(adapter_files.MODULES, (6, 18)) | {"another": (1, 1)})
 
 
 @pytest.mark.parametrize(
@@ -527,7 +527,7 @@ def test_a_base_that_fits(tmp_path):
 def test_a_base_that_does_not_fit(tmp_path, sizes, why):
     adapter = load_adapter_folder(adapter_files.write(tmp_path / "a"))
     with pytest.raises(AdapterError) as error:
-        adapter.check_fit(sizes)
+        adapter.check_shapes(sizes)
     assert str(error.value) == f"{adapter.path} does not fit the base: {why}."
 
 
@@ -536,7 +536,7 @@ def test_of_many_layers_that_do_not_fit_three_are_named(tmp_path, count, more):
     modules = [f"h.{number}.c_attn" for number in range(count)]
     adapter = load_adapter_folder(adapter_files.write(tmp_path / "a", weights=adapter_files.tensors(4, modules)))
     with pytest.raises(AdapterError) as error:
-        adapter.check_fit({})
+        adapter.check_shapes({})
     first = "; ".join(f"{module} is no linear layer of the base" for module in modules[:3])
     assert str(error.value) == f"{adapter.path} does not fit the base: {first}{more}."
 
@@ -553,7 +553,7 @@ def test_a_manifest_of_before_there_were_parents(tmp_path):
     assert adapter.manifest.parents == []
     assert adapter.manifest.data.eval_dataset is None
     assert adapter.manifest.result.gain == 0.25
-    assert adapter.as_parent() == ParentInfo(name="a", sha256=atomic_io.sha256_file(folder / WEIGHTS_FILE))
+    assert adapter.parent_info() == ParentInfo(name="a", sha256=atomic_io.sha256_file(folder / WEIGHTS_FILE))
 
 
 def test_the_hash_of_the_weights_is_the_one_that_the_manifest_knows(tmp_path):
@@ -568,12 +568,14 @@ def test_the_hash_of_the_weights_is_the_one_that_the_manifest_knows(tmp_path):
 
 def test_what_an_adapter_is_to_its_children(tmp_path):
     bare = load_adapter_folder(adapter_files.write(tmp_path / "bare"))
-    assert bare.as_parent() == ParentInfo(name="bare", sha256=atomic_io.sha256_file(tmp_path / "bare" / WEIGHTS_FILE))
+    assert bare.parent_info() == ParentInfo(name="bare", sha256=atomic_io.sha256_file(tmp_path / "bare" / WEIGHTS_FILE))
     child = load_adapter_folder(
-        adapter_files.write(tmp_path / "child", facts=adapter_files.manifest(parents=[bare.as_parent()]))
+        adapter_files.write(tmp_path / "child", facts=adapter_files.manifest(parents=[bare.parent_info()]))
     )
-    assert child.as_parent().parents == [bare.as_parent()]
-    assert json.loads(json.dumps(child.facts()))["parents"] == [{"name": "bare", "sha256": bare.sha256, "parents": []}]
+    assert child.parent_info().parents == [bare.parent_info()]
+    assert json.loads(json.dumps(child.to_dict()))["parents"] == [
+        {"name": "bare", "sha256": bare.sha256, "parents": []}
+    ]
 
 
 @pytest.mark.parametrize(

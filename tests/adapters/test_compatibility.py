@@ -58,8 +58,8 @@ def write(tmp_path, llama, gpt2):
 
 def judged(adapter, tool):
     found = compatibility.check_compatibility(adapter, tool)
-    assert (found.tool, found.accepted) == (tool, found.obstacles == [])
-    return found.obstacles, found.notes
+    assert (found.tool, found.accepted) == (tool, found.errors == [])
+    return found.errors, found.notes
 
 
 def in_peft(adapter):
@@ -188,7 +188,7 @@ def test_llama_cpp_takes_a_gguf_of_layers_that_are_known_without_dora(write):
 
 def test_the_advice_calls_it_what_it_is_to_be_called(write):
     assert compatibility.check_compatibility(write(), "llama.cpp", "other").notes == [EXPORT.replace("mine", "other")]
-    assert compatibility.check_compatibility(write(use_dora=True), "vllm", "other").obstacles == [
+    assert compatibility.check_compatibility(write(use_dora=True), "vllm", "other").errors == [
         f"vLLM has no DoRA: {MERGE.replace('mine', 'other')}"
     ]
 
@@ -203,7 +203,7 @@ def test_the_weights_are_not_read(write):
 def test_the_commands_that_it_advises_work(write, tmp_path):
     for dora, made in ((False, "mine.gguf"), (True, "merged/mine/model.safetensors")):
         verdict = compatibility.check_compatibility(write(use_dora=dora), "llama.cpp")
-        command = re.search("`python cli.py (.*)`", [*verdict.obstacles, *verdict.notes][0])
+        command = re.search("`python cli.py (.*)`", [*verdict.errors, *verdict.notes][0])
         run(*command[1].split())
         assert (tmp_path / made).is_file()
 

@@ -523,8 +523,8 @@ def nested(folder, generations):
 def test_two_hundred_generations(library):
     adapter = load_adapter_folder(nested(library.path / "a", 200))
     assert lineage(library, adapter) == [(f"p{number}", number + 1, None) for number in range(200)]
-    assert adapter.as_parent().parents == adapter.manifest.parents
-    assert len(json.dumps(adapter.facts())) > 200 * len('{"name": "p0", "sha256": "x"}')
+    assert adapter.parent_info().parents == adapter.manifest.parents
+    assert len(json.dumps(adapter.to_dict())) > 200 * len('{"name": "p0", "sha256": "x"}')
 
 
 @pytest.mark.parametrize("generations", [*range(240, 262), 500, 100_000])

@@ -395,10 +395,10 @@ def test_the_card_says_what_other_tools_do_not_take(tmp_path):
 
 
 def test_the_card_of_one_that_no_run_made_says_how_it_was_made(card):
-    facts = adapter_files.manifest(run=None, data=None, result=None, made_by="slim imdb --energy 0.9")
+    facts = adapter_files.manifest(run=None, data=None, result=None, made_by="compress imdb --energy 0.9")
     rows = table(card(facts))
     assert list(rows) == ["Base", "Update", "Size", "Made by"]
-    assert rows["Made by"] == "`slim imdb --energy 0.9`"
+    assert rows["Made by"] == "`compress imdb --energy 0.9`"
     assert "run.yaml" not in card(facts)
 
 

@@ -12,7 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from lora_tuner import Library, atomic_io, evaluate, evaluation, train
+from lora_tuner import Library, ModelOptions, atomic_io, evaluate, evaluation, train
 from lora_tuner.adapters import plots
 from lora_tuner.adapters.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE
 from lora_tuner.cli.app import app
@@ -116,7 +116,7 @@ def test_the_asking_mode_answers_swaps_and_ends(adapter, gpt2):
 
 
 def test_answers_as_json(adapter):
-    answers = json.loads(run("generate", "--adapter", "reviews", "--answers", 3, "--seed", 5, "--json", "the").stdout)
+    answers = json.loads(run("generate", "--adapter", "reviews", "--n", 3, "--seed", 5, "--json", "the").stdout)
     assert [answer["prompt"] for answer in answers] == ["the"] * 3
     assert [answer["seed"] for answer in answers] == [5, 6, 7]
 
@@ -326,7 +326,7 @@ def test_compare_is_one_under_another_where_there_is_none(two, columns):
 
 
 def test_compare_gives_each_the_answer_that_it_gives_alone(two, gpt2):
-    drawn = ["--seed", "4", "--answers", "2", "--json", "the actor"]
+    drawn = ["--seed", "4", "--n", "2", "--json", "the actor"]
     answers = json.loads(run("compare", *BOTH, *drawn).stdout)
     assert [(answer["adapter"], answer["seed"]) for answer in answers] == [
         (who, seed) for who in (None, "noir", "verse") for seed in (4, 5)
@@ -340,7 +340,7 @@ def test_compare_gives_each_the_answer_that_it_gives_alone(two, gpt2):
 def test_compare_shows_all_answers_to_all_prompts(two, tmp_path, columns):
     (tmp_path / "prompts.txt").write_text("the actor\n\nthis film\n")
     columns(50)
-    how = [*BOTH, "--seed", "1", "--answers", "2"]
+    how = [*BOTH, "--seed", "1", "--n", "2"]
     shown = run("compare", *how, "--file", "prompts.txt").stdout
     heads = [line.removeprefix("--- ") for line in shown.splitlines() if line.startswith("--- ")]
     assert heads == [who for _ in range(2) for who in WHO for _ in range(2)]
@@ -355,7 +355,7 @@ def test_compare_shows_all_answers_to_all_prompts(two, tmp_path, columns):
 
 
 def test_compare_with_drawn_answers_gives_all_the_same_luck(two):
-    answers = json.loads(run("compare", *BOTH, "--answers", "2", "--json", "the").stdout)
+    answers = json.loads(run("compare", *BOTH, "--n", "2", "--json", "the").stdout)
     seeds = [answer["seed"] for answer in answers]
     assert seeds == seeds[:2] * 3
     assert seeds[1] == seeds[0] + 1
@@ -380,7 +380,7 @@ def test_what_compare_refuses(two, gpt2, tmp_path):
     assert error("compare", *BOTH, "--adapter", "nobody", "x") == (
         "Error: There is no adapter 'nobody', neither in adapters (noir, verse) nor as a path."
     )
-    assert error("compare", *BOTH, "--answers", "2", "--greedy", "x") == (
+    assert error("compare", *BOTH, "--n", "2", "--greedy", "x") == (
         "Error: answers above 1 would all be the same: greedy has one answer"
     )
     prints = [find_base(str(folder)).fingerprint[:12] for folder in (gpt2, stranger)]
@@ -408,7 +408,7 @@ def gain(cell):
 def test_evaluate_shows_losses_and_gains(two, gpt2, columns):
     columns(150)
     facts = json.loads(run("evaluate", "noir", "verse", "--json").stdout)
-    assert facts == json.loads(json.dumps(evaluate(two, device="cpu").facts()))
+    assert facts == json.loads(json.dumps(evaluate(two, options=ModelOptions(device="cpu")).to_dict()))
     (first, second), (third, fourth) = (it["results"] for it in facts["adapters"])
     base = [
         f"{cell['base_loss']:.4f} ({evaluation.EvalResult(**_figures(cell)).perplexities[0]:.2f})"
@@ -459,7 +459,7 @@ def test_evaluate_draws_the_gains(two, tmp_path):
     shown = run("evaluate", "noir", "verse", "--plot", "gains.png").stdout
     assert shown.startswith("held-out loss, in nats a token")
     drawn = (tmp_path / "gains.png").read_bytes()
-    matrix = evaluate(two, device="cpu")
+    matrix = evaluate(two, options=ModelOptions(device="cpu"))
     names = [rows.name for rows in matrix.sets]
     plots.plot_gains(matrix.base, matrix.adapters, names, matrix.cells, tmp_path / "again.png")
     assert drawn == (tmp_path / "again.png").read_bytes()
@@ -719,7 +719,10 @@ def completed(line, shell="bash"):
         ("lora-tuner generate --adapter no", ["noir", "notes"]),
         ("lora-tuner compare --adapter noir --adapter not", ["notes"]),
         ("lora-tuner train --from ve", ["verse"]),
-        *((f"lora-tuner {command} n", ["noir", "notes"]) for command in ("evaluate", "slim", "blend", "adapters show")),
+        *(
+            (f"lora-tuner {command} n", ["noir", "notes"])
+            for command in ("evaluate", "compress", "blend", "adapters show")
+        ),
         ("lora-tuner adapters show --adapters-dir elsewhere n", []),
     ],
 )

@@ -241,7 +241,7 @@ def test_figures_that_cannot_be_are_shown_all_the_same(capsys, tmp_path, facts):
     adapter = load_adapter_folder(folder)
     display.show_adapters([("odd", adapter)])
     display.show_adapter_card(adapter, [])
-    display.show_json(adapter.facts())
+    display.show_json(adapter.to_dict())
     assert "odd" in seen(capsys)
 
 

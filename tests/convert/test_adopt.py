@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_tuner import atomic_io
+from lora_tuner import ModelOptions, atomic_io
 from lora_tuner.adapters.adapter import (
     CARD_FILE,
     CONFIG_FILE,
@@ -108,17 +108,19 @@ def test_an_adapter_of_plain_peft_is_copied_whole_and_gets_a_manifest(theirs, mo
 def test_an_adopted_adapter_is_held_to_its_base(theirs, model_folder, library, tmp_path):
     from lora_tuner.models import lora
 
-    right = load_base(find_base(str(model_folder)), "cpu")
+    right = load_base(find_base(str(model_folder)), ModelOptions(device="cpu"))
     kind = "gpt2" if "gpt2" in str(model_folder) else "llama"
-    other = load_base(find_base(str(tiny_models.save_model(tmp_path / "other", kind, seed=7))), "cpu")
+    other = load_base(
+        find_base(str(tiny_models.save_model(tmp_path / "other", kind, seed=7))), ModelOptions(device="cpu")
+    )
     notices = []
-    lora.check_base(load_adapter_folder(theirs), other, notify=notices.append)
+    lora.check_base(load_adapter_folder(theirs), other, options=ModelOptions(notify=notices.append))
     assert notices == [Notice(f"theirs has no manifest, so only its shapes can be compared with {tmp_path / 'other'}.")]
     adapter = adopt(library, theirs)
-    lora.check_base(adapter, right, notify=pytest.fail)
+    lora.check_base(adapter, right, options=ModelOptions(notify=pytest.fail))
     assert refusal(lora.check_base, adapter, other, kind=WrongBaseError) == (
-        f"theirs was trained on {model_folder} (fingerprint {right.source.fingerprint[:12]}, a local folder), not on "
-        f"{tmp_path / 'other'} (fingerprint {other.source.fingerprint[:12]}, a local folder). "
+        f"theirs was trained on {model_folder} (fingerprint {right.files.fingerprint[:12]}, a local folder), not on "
+        f"{tmp_path / 'other'} (fingerprint {other.files.fingerprint[:12]}, a local folder). "
         "Give the right one with --base, or try all the same with --force."
     )
 
@@ -204,8 +206,8 @@ def test_a_base_whose_files_shorten_its_names_takes_what_it_is_adopted_on(tmp_pa
         metadata={"format": "pt"},
     )
     adapter = adopt(library, peft_adapter(headless, tmp_path / "theirs"))
-    base = load_base(find_base(str(headless)), "cpu")
-    lora.check_base(adapter, base, notify=pytest.fail)
+    base = load_base(find_base(str(headless)), ModelOptions(device="cpu"))
+    lora.check_base(adapter, base, options=ModelOptions(notify=pytest.fail))
     assert lora.load_lora(base.model, adapter, "slot0").active_adapters == ["slot0"]
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_tuner import (
     Generator,
     Library,
+    ModelOptions,
     SamplingParams,
     TrainConfig,
     blend,
@@ -114,13 +115,13 @@ def test_merged_saved_and_reloaded_agree(settings, model_folder, tmp_path):
 
 def test_a_merge_says_how_near_it_is(settings, model_folder, tmp_path):
     adapter = train(settings(base=str(model_folder)))
-    found = merge(adapter, tmp_path / "merged").proof
-    assert 0 < found.difference < 1e-4
-    assert found.agreement == 1
+    found = merge(adapter, tmp_path / "merged").comparison
+    assert 0 < found.max_logit_difference < 1e-4
+    assert found.top1_agreement == 1
     assert found.rows == 8
     assert found.losses == pytest.approx((adapter.manifest.result.loss,) * 2, abs=1e-5)
-    rounded = merge(adapter, tmp_path / "rounded", dtype="bfloat16").proof
-    assert rounded.difference > 1e-3
+    rounded = merge(adapter, tmp_path / "rounded", dtype="bfloat16").comparison
+    assert rounded.max_logit_difference > 1e-3
     assert rounded.losses[1] == pytest.approx(rounded.losses[0], abs=0.02)
 
 
@@ -128,11 +129,11 @@ def test_a_merge_says_how_near_it_is(settings, model_folder, tmp_path):
 @pytest.mark.parametrize("dora", [False, True])
 def test_all_kinds_are_merged(make, model_folder, tmp_path, variant, dora):
     adapter = make("one", variant, use_dora=dora)
-    merged = merge(adapter, tmp_path / "merged", base=str(model_folder))
+    merged = merge(adapter, tmp_path / "merged", options=ModelOptions(base=str(model_folder)))
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(merged.path)(IDS).logits
     torch.testing.assert_close(logits, peft_logits(model_folder, adapter), atol=1e-4, rtol=1e-4)
-    assert merged.proof.losses is None
+    assert merged.comparison.losses is None
 
 
 def test_the_merged_model_is_plain_and_writes_the_same(adapter, tmp_path):
@@ -142,7 +143,7 @@ def test_the_merged_model_is_plain_and_writes_the_same(adapter, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(out)
     output = model.generate(**inputs, do_sample=False, max_new_tokens=20, pad_token_id=0)
     sampling = SamplingParams(greedy=True, max_new_tokens=20, repetition_penalty=1.0)
-    answer = Generator(adapter.path, device="cpu").generate("the actor", sampling)
+    answer = Generator(adapter.path, options=ModelOptions(device="cpu")).generate("the actor", sampling)
     assert tokenizer.decode(output[0], skip_special_tokens=True) == "the actor" + answer.text
 
 
@@ -156,7 +157,7 @@ def test_the_base_on_disk_stays(adapter, gpt2, tmp_path):
 def test_a_large_model_becomes_several_files(adapter, tmp_path):
     found = merge(adapter, tmp_path / "merged", shard_size="40KB")
     assert len(list(found.path.glob("*.safetensors"))) > 1
-    assert found.proof.difference < 1e-4
+    assert found.comparison.max_logit_difference < 1e-4
 
 
 def test_nothing_is_replaced_or_half_written(adapter, tmp_path):
@@ -171,7 +172,7 @@ def test_nothing_is_replaced_or_half_written(adapter, tmp_path):
     merge(adapter, tmp_path / "merged", overwrite=True)
     other = tiny_models.save_model(tmp_path / "other", "gpt2", seed=5)
     with pytest.raises(WrongBaseError) as error:
-        merge(adapter, tmp_path / "wrong", base=str(other))
+        merge(adapter, tmp_path / "wrong", options=ModelOptions(base=str(other)))
     theirs, ours = adapter.manifest.base.fingerprint[:12], find_base(str(other)).fingerprint[:12]
     assert str(error.value) == (
         f"reviews was trained on {adapter.base} (fingerprint {theirs}, a local folder), not on {other} (fingerprint {ours}, a "
@@ -198,17 +199,17 @@ def wrong_merge(monkeypatch):
 def test_a_wrong_merge_is_found_and_removed(make, model_folder, tmp_path, wrong_merge, dtype):
     adapter, before = make("one", lora_alpha=64), sorted(tmp_path.iterdir())
     with pytest.raises(AdapterError, match="merged is not kept: read back, the merged model has"):
-        merge(adapter, tmp_path / "merged", base=str(model_folder), dtype=dtype)
+        merge(adapter, tmp_path / "merged", dtype=dtype, options=ModelOptions(base=str(model_folder)))
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_wrong_merge_leaves_the_model_that_was_there(make, model_folder, tmp_path, request):
     adapter = make("one")
-    merge(adapter, tmp_path / "merged", base=str(model_folder))
+    merge(adapter, tmp_path / "merged", options=ModelOptions(base=str(model_folder)))
     before = {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()}
     request.getfixturevalue("wrong_merge")
     with pytest.raises(AdapterError):
-        merge(adapter, tmp_path / "merged", base=str(model_folder), overwrite=True)
+        merge(adapter, tmp_path / "merged", overwrite=True, options=ModelOptions(base=str(model_folder)))
     assert {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()} == before
 
 
@@ -218,7 +219,7 @@ def test_a_wrong_merge_leaves_the_model_that_was_there(make, model_folder, tmp_p
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_blend_of_one_at_full_weight_equals_it(make, library, model_folder, variant):
     one = make("one", variant)
-    made = blend([(one, 1.0)], "same", library, base=str(model_folder)).adapter
+    made = blend([(one, 1.0)], "same", library, options=ModelOptions(base=str(model_folder))).adapter
     torch.testing.assert_close(peft_logits(model_folder, made), peft_logits(model_folder, one), atol=1e-5, rtol=1e-5)
 
 
@@ -235,7 +236,7 @@ def test_a_blend_of_one_at_full_weight_equals_it(make, library, model_folder, va
 )
 def test_a_blend_is_the_weighted_sum_of_the_deltas(make, library, model_folder, first, second, weights):
     parts = list(zip((make("one", first), make("two", second)), weights, strict=True))
-    blended = blend(parts, "mixed", library, base=str(model_folder))
+    blended = blend(parts, "mixed", library, options=ModelOptions(base=str(model_folder)))
     found = deltas(model_folder, blended.adapter)
     for name, delta in found.items():
         whole = sum(weight * deltas(model_folder, it).get(name, torch.zeros(())) for it, weight in parts)
@@ -244,31 +245,31 @@ def test_a_blend_is_the_weighted_sum_of_the_deltas(make, library, model_folder, 
     torch.testing.assert_close(
         peft_logits(model_folder, blended.adapter), dense_logits(model_folder, *parts), atol=1e-4, rtol=1e-4
     )
-    assert blended.proof.difference < 1e-4
-    assert blended.lost_in_all < 1e-9
+    assert blended.comparison.max_logit_difference < 1e-4
+    assert blended.total_lost_energy < 1e-9
 
 
 def test_an_adapter_less_itself_is_the_base(make, library, model_folder):
     one = make("one", "patterns")
-    made = blend([(one, 1), (one, -1)], "nothing", library, base=str(model_folder)).adapter
+    made = blend([(one, 1), (one, -1)], "nothing", library, options=ModelOptions(base=str(model_folder))).adapter
     torch.testing.assert_close(peft_logits(model_folder, made), peft_logits(model_folder, None), atol=1e-4, rtol=1e-5)
 
 
 def test_a_cut_blend_says_what_it_lost(make, library, model_folder):
     one, two = make("one"), make("two", "rslora")
-    blended = blend([(one, 0.5), (two, 0.5)], "cut", library, rank=4, base=str(model_folder))
-    assert blended.full_rank == 7
+    blended = blend([(one, 0.5), (two, 0.5)], "cut", library, rank=4, options=ModelOptions(base=str(model_folder)))
+    assert blended.exact_rank == 7
     assert {blended.adapter.rank_of(module) for module in blended.adapter.modules} == {4}
     ours, theirs = deltas(model_folder, one), deltas(model_folder, two)
     lost = kept = 0.0
     for name, delta in deltas(model_folder, blended.adapter).items():
         whole = 0.5 * ours[name] + 0.5 * theirs[name]
         squares = torch.linalg.svdvals(whole).square()
-        assert blended.lost[name] == pytest.approx(float(squares[4:].sum() / squares.sum()), abs=1e-6)
+        assert blended.lost_energy[name] == pytest.approx(float(squares[4:].sum() / squares.sum()), abs=1e-6)
         assert float((whole - delta).square().sum()) == pytest.approx(float(squares[4:].sum()), rel=1e-3)
         lost, kept = lost + float(squares[4:].sum()), kept + float(squares.sum())
-    assert blended.lost_in_all == pytest.approx(lost / kept, abs=1e-6)
-    assert blended.proof.difference < 1e-4
+    assert blended.total_lost_energy == pytest.approx(lost / kept, abs=1e-6)
+    assert blended.comparison.max_logit_difference < 1e-4
 
 
 def test_what_cannot_be_blended_is_refused_and_leaves_nothing(make, library, model_folder, tmp_path):
@@ -276,23 +277,23 @@ def test_what_cannot_be_blended_is_refused_and_leaves_nothing(make, library, mod
     base = str(model_folder)
     before = left_over(library)
     with pytest.raises(AdapterError) as error:
-        blend([(one, 1), (dora, 1)], "mixed", library, base=base)
+        blend([(one, 1), (dora, 1)], "mixed", library, options=ModelOptions(base=base))
     assert str(error.value) == (
         "dora is a DoRA adapter, which also rescales the base's weights, so its updates are no sums: merge it instead."
     )
     for weight in (0, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="a weight is a number other than 0"):
-            blend([(one, weight)], "mixed", library, base=base)
+            blend([(one, weight)], "mixed", library, options=ModelOptions(base=base))
     with pytest.raises(AdapterError, match="not finite"):
-        blend([(one, 1e39)], "mixed", library, base=base)
+        blend([(one, 1e39)], "mixed", library, options=ModelOptions(base=base))
     with pytest.raises(AdapterError, match="one exists: choose another --name"):
-        blend([(one, 1)], "one", library, base=base)
+        blend([(one, 1)], "one", library, options=ModelOptions(base=base))
     twin = shutil.copytree(one.path, tmp_path / "elsewhere" / "one")
     with pytest.raises(AdapterError, match="Two of these adapters are called one"):
-        blend([(one, 1), (load_adapter_folder(twin), 1)], "mixed", library, base=base)
+        blend([(one, 1), (load_adapter_folder(twin), 1)], "mixed", library, options=ModelOptions(base=base))
     deeper = tiny_models.save_model(tmp_path / "deeper", model_folder.name, layers=1)
     with pytest.raises(AdapterError, match="does not fit the base"):
-        blend([(one, 1)], "mixed", library, base=str(deeper))
+        blend([(one, 1)], "mixed", library, options=ModelOptions(base=str(deeper)))
     assert left_over(library) == before
 
 
@@ -303,14 +304,14 @@ def half_way(monkeypatch):
     def fail(*anything, **more):
         raise OSError(28, "No space left on device", "README.md")
 
-    monkeypatch.setattr(common, "model_card", fail)
+    monkeypatch.setattr(common.model_card, "model_card", fail)
 
 
 def test_a_failure_half_way_leaves_nothing(make, library, model_folder, half_way):
     one = make("one")
     for attempt in (
-        lambda: blend([(one, 0.5)], "mixed", library, base=str(model_folder)),
-        lambda: compress(one, "less", library, base=str(model_folder)),
+        lambda: blend([(one, 0.5)], "mixed", library, options=ModelOptions(base=str(model_folder))),
+        lambda: compress(one, "less", library, options=ModelOptions(base=str(model_folder))),
     ):
         with pytest.raises(OSError, match="No space left"):
             attempt()
@@ -318,44 +319,48 @@ def test_a_failure_half_way_leaves_nothing(make, library, model_folder, half_way
 
 
 def test_a_blend_that_does_something_else_is_not_kept(make, library, model_folder, monkeypatch):
-    one, settings = make("one"), common.lora_settings
+    one, settings = make("one"), common.delta.lora_settings
 
     def without_scales(*arguments):
         config = settings(*arguments)
         config.lora_alpha *= 2
         return config
 
-    monkeypatch.setattr(common, "lora_settings", without_scales)
+    monkeypatch.setattr(common.delta, "lora_settings", without_scales)
     with pytest.raises(AdapterError, match="mixed is not kept: read back, beside its update in the base's weights, it"):
-        blend([(one, 1.0)], "mixed", library, base=str(model_folder))
+        blend([(one, 1.0)], "mixed", library, options=ModelOptions(base=str(model_folder)))
     assert left_over(library) == ["one"]
 
 
 def test_a_rank_that_cuts_nothing_gives_the_exact_sum(make, library, model_folder):
     one = make("one")
-    blended = blend([(one, 0.5), (one, 0.5)], "whole", library, rank=64, base=str(model_folder))
-    assert blended.adapter.rank == blended.full_rank == 8
-    assert set(blended.lost.values()) == {0.0}
+    blended = blend([(one, 0.5), (one, 0.5)], "whole", library, rank=64, options=ModelOptions(base=str(model_folder)))
+    assert blended.adapter.rank == blended.exact_rank == 8
+    assert set(blended.lost_energy.values()) == {0.0}
     assert blended.adapter.manifest.made_by == "blend one=0.5 one=0.5"
 
 
 def test_weights_that_cancel_are_no_loss(make, library, model_folder):
     one = make("one")
-    blended = blend([(one, 0.1), (one, 0.2), (one, -0.3)], "nothing", library, rank=8, base=str(model_folder))
-    assert blended.lost_in_all == 0.0
+    blended = blend(
+        [(one, 0.1), (one, 0.2), (one, -0.3)], "nothing", library, rank=8, options=ModelOptions(base=str(model_folder))
+    )
+    assert blended.total_lost_energy == 0.0
     assert blended.adapter.manifest.made_by == "blend one=0.1 one=0.2 one=-0.3 --rank 8"
 
 
 def test_a_weight_is_recorded_as_it_was_given(make, library, model_folder):
     one = make("one")
-    made = blend([(one, 1 / 3), (one, 2.0)], "thirds", library, base=str(model_folder)).adapter
+    made = blend([(one, 1 / 3), (one, 2.0)], "thirds", library, options=ModelOptions(base=str(model_folder))).adapter
     assert made.manifest.made_by == f"blend one={1 / 3!r} one=2"
 
 
 def test_a_link_and_what_it_points_to_are_one_adapter(make, library, model_folder):
     one = make("one")
     (library.path / "link").symlink_to(one.path)
-    made = blend([(library.get("link"), 0.5), (one, 0.5)], "both", library, base=str(model_folder)).adapter
+    made = blend(
+        [(library.get("link"), 0.5), (one, 0.5)], "both", library, options=ModelOptions(base=str(model_folder))
+    ).adapter
     assert len(made.manifest.parents) == 1
     torch.testing.assert_close(peft_logits(model_folder, made), peft_logits(model_folder, one), atol=1e-5, rtol=1e-5)
 
@@ -365,38 +370,38 @@ def test_a_link_and_what_it_points_to_are_one_adapter(make, library, model_folde
 
 def test_slim_at_full_energy_loses_nothing(make, library, model_folder):
     one = make("one", "patterns")
-    twice = blend([(one, 0.5), (one, 0.5)], "twice", library, base=str(model_folder)).adapter
-    slimmed = compress(twice, "less", library, energy=1.0, base=str(model_folder))
+    twice = blend([(one, 0.5), (one, 0.5)], "twice", library, options=ModelOptions(base=str(model_folder))).adapter
+    compressed = compress(twice, "less", library, energy=1.0, options=ModelOptions(base=str(model_folder)))
     torch.testing.assert_close(
-        peft_logits(model_folder, slimmed.adapter), peft_logits(model_folder, one), atol=1e-5, rtol=1e-5
+        peft_logits(model_folder, compressed.adapter), peft_logits(model_folder, one), atol=1e-5, rtol=1e-5
     )
-    assert {module: after for module, (_, after) in slimmed.ranks.items()} == {
+    assert {module: after for module, (_, after) in compressed.ranks.items()} == {
         module: one.rank_of(module) for module in one.modules
     }
-    assert slimmed.adapter.bytes < twice.bytes
-    assert slimmed.lost_in_all < 1e-9
+    assert compressed.adapter.bytes < twice.bytes
+    assert compressed.total_lost_energy < 1e-9
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_slim_keeps_the_least_rank_that_has_the_energy(make, library, model_folder, variant, rows):
     one = make("one", variant)
-    slimmed = compress(one, "less", library, energy=0.8, base=str(model_folder), sets=rows)
-    after = deltas(model_folder, slimmed.adapter)
+    compressed = compress(one, "less", library, energy=0.8, sets=rows, options=ModelOptions(base=str(model_folder)))
+    after = deltas(model_folder, compressed.adapter)
     for module, delta in deltas(model_folder, one).items():
         squares = torch.linalg.svdvals(delta).square()
         shares = squares.cumsum(0) / squares.sum()
-        rank = slimmed.ranks[module][1]
+        rank = compressed.ranks[module][1]
         assert shares[rank - 1] >= 0.8
         assert rank == 1 or shares[rank - 2] < 0.8
-        assert slimmed.lost[module] == pytest.approx(1 - float(shares[rank - 1]), abs=1e-6)
+        assert compressed.lost_energy[module] == pytest.approx(1 - float(shares[rank - 1]), abs=1e-6)
         assert float((delta - after[module]).square().sum() / squares.sum()) == pytest.approx(
-            slimmed.lost[module], rel=1e-2
+            compressed.lost_energy[module], rel=1e-2
         )
-    before, since = slimmed.results
+    before, since = compressed.results
     assert before.loss != since.loss
     assert before.base_loss == since.base_loss
-    assert since.loss == slimmed.adapter.manifest.result.loss
-    assert (slimmed.adapter.path / "spectrum.png").read_bytes().startswith(b"\x89PNG")
+    assert since.loss == compressed.adapter.manifest.result.loss
+    assert (compressed.adapter.path / "spectrum.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_slim_fits_into_so_many_bytes(make, library, model_folder):
@@ -404,17 +409,19 @@ def test_slim_fits_into_so_many_bytes(make, library, model_folder):
     full = (one.path / WEIGHTS_FILE).stat().st_size
     sizes = []
     for most in (full // 2, int(full * 0.8), full * 2):
-        slimmed = compress(one, "less", library, max_bytes=most, base=str(model_folder), overwrite=True)
-        sizes.append((slimmed.adapter.path / WEIGHTS_FILE).stat().st_size)
+        compressed = compress(
+            one, "less", library, max_bytes=most, overwrite=True, options=ModelOptions(base=str(model_folder))
+        )
+        sizes.append((compressed.adapter.path / WEIGHTS_FILE).stat().st_size)
         assert sizes[-1] <= most
-        assert slimmed.adapter.manifest.made_by == f"slim one --max-bytes {most}"
+        assert compressed.adapter.manifest.made_by == f"compress one --max-bytes {most}"
     assert sizes == sorted(sizes)
     assert sizes[1] > full * 0.6
-    assert slimmed.lost_in_all < 1e-9
+    assert compressed.total_lost_energy < 1e-9
     with pytest.raises(
         AdapterError, match=r"Rank 1 in every layer takes about [\d,]+ bytes, more than --max-bytes 100\."
     ):
-        compress(one, "least", library, max_bytes=100, base=str(model_folder))
+        compress(one, "least", library, max_bytes=100, options=ModelOptions(base=str(model_folder)))
 
 
 def test_layers_that_do_nothing_are_left_out(make, library, model_folder):
@@ -423,24 +430,24 @@ def test_layers_that_do_nothing_are_left_out(make, library, model_folder):
     idle = one.modules[0]
     tensors[f"base_model.model.{idle}.lora_B.weight"].zero_()
     save_file(tensors, one.path / WEIGHTS_FILE, metadata={"format": "pt"})
-    slimmed = compress(one, "less", library, energy=1.0, base=str(model_folder))
-    assert slimmed.ranks[idle] == (4, 0)
-    assert slimmed.adapter.modules == one.modules[1:]
+    compressed = compress(one, "less", library, energy=1.0, options=ModelOptions(base=str(model_folder)))
+    assert compressed.ranks[idle] == (4, 0)
+    assert compressed.adapter.modules == one.modules[1:]
     torch.testing.assert_close(
-        peft_logits(model_folder, slimmed.adapter), peft_logits(model_folder, one), atol=1e-5, rtol=1e-5
+        peft_logits(model_folder, compressed.adapter), peft_logits(model_folder, one), atol=1e-5, rtol=1e-5
     )
 
 
 def test_what_cannot_be_slimmed_is_refused(make, library, model_folder):
     with pytest.raises(AdapterError, match="dora is a DoRA adapter"):
-        compress(make("dora", use_dora=True), "less", library, base=str(model_folder))
+        compress(make("dora", use_dora=True), "less", library, options=ModelOptions(base=str(model_folder)))
     one = make("one")
-    nothing = blend([(one, 1), (one, -1)], "nothing", library, base=str(model_folder)).adapter
+    nothing = blend([(one, 1), (one, -1)], "nothing", library, options=ModelOptions(base=str(model_folder))).adapter
     with pytest.raises(AdapterError, match="nothing does nothing: there is nothing to keep of it"):
-        compress(nothing, "less", library, base=str(model_folder))
+        compress(nothing, "less", library, options=ModelOptions(base=str(model_folder)))
     for energy in (-0.1, 1.1, float("nan")):
         with pytest.raises(ConfigError, match="it is a share, from 0 to 1"):
-            compress(one, "less", library, energy=energy, base=str(model_folder))
+            compress(one, "less", library, energy=energy, options=ModelOptions(base=str(model_folder)))
     assert left_over(library) == ["dora", "nothing", "one"]
 
 
@@ -451,22 +458,26 @@ def test_what_cannot_be_slimmed_is_refused(make, library, model_folder):
 def two(settings, tmp_path, reviews_csv):
     """Two adapters trained on different rows of the same file."""
     praise = train(settings(name="praise", where=["label=1"]))
-    return praise, train(settings(name="pan", where=["label=0"], rank=2, targets="attention"))
+    return praise, train(settings(name="pan", where=["label=0"], rank=2, target_modules="attention"))
 
 
 def test_a_blend_has_manifest_parents_gain_and_card(two, caches):
     heard = []
-    blended = blend([(two[0], 0.7), (two[1], 0.3)], "mixed", Library(), device="cpu", notify=heard.append)
+    blended = blend(
+        [(two[0], 0.7), (two[1], 0.3)], "mixed", Library(), options=ModelOptions(device="cpu", notify=heard.append)
+    )
     adapter = blended.adapter
     manifest = adapter.manifest
     assert manifest.made_by == "blend praise=0.7 pan=0.3"
     assert [it.sha256 for it in manifest.parents] == [it.sha256 for it in two]
     assert manifest.data.held_out_rows == manifest.result.rows == 16
-    assert list(blended.sets) == ["praise", "pan"]
+    assert list(blended.results) == ["praise", "pan"]
     assert verify_adapter(adapter) == []
-    matrix = evaluate([adapter, *two], device="cpu")
+    matrix = evaluate([adapter, *two], options=ModelOptions(device="cpu"))
     assert matrix.cells[0][0].gain == pytest.approx(manifest.result.gain, abs=1e-6)
-    assert [it.gain for it in matrix.cells[0][1:]] == pytest.approx([it.gain for it in blended.sets.values()], abs=1e-6)
+    assert [it.gain for it in matrix.cells[0][1:]] == pytest.approx(
+        [it.gain for it in blended.results.values()], abs=1e-6
+    )
     card = (adapter.path / CARD_FILE).read_text()
     assert "| Made by | `blend praise=0.7 pan=0.3` |" in card
     assert f"praise ({two[0].sha256[:12]})" in card
@@ -475,23 +486,28 @@ def test_a_blend_has_manifest_parents_gain_and_card(two, caches):
     assert not [event for event in heard if isinstance(event, Notice)]
     text = run("adapters", "show", "mixed").stdout
     assert "blend praise=0.7 pan=0.3" in text
-    answer = Generator("mixed", device="cpu").generate("the actor", SamplingParams(greedy=True, max_new_tokens=5))
+    answer = Generator("mixed", options=ModelOptions(device="cpu")).generate(
+        "the actor", SamplingParams(greedy=True, max_new_tokens=5)
+    )
     assert answer.adapter == "mixed"
 
 
 def test_a_slim_one_keeps_the_data_of_its_parent(two):
-    slimmed = compress(two[0], "less", Library(), energy=0.5, device="cpu")
-    before, after = slimmed.results
+    compressed = compress(two[0], "less", Library(), energy=0.5, options=ModelOptions(device="cpu"))
+    before, after = compressed.results
     assert before.loss == pytest.approx(two[0].manifest.result.loss, abs=1e-6)
-    assert slimmed.adapter.manifest.data == two[0].manifest.data
-    assert slimmed.adapter.manifest.result == after
-    assert slimmed.adapter.manifest.parents[0].name == "praise"
-    assert verify_adapter(slimmed.adapter) == []
+    assert compressed.adapter.manifest.data == two[0].manifest.data
+    assert compressed.adapter.manifest.result == after
+    assert compressed.adapter.manifest.parents[0].name == "praise"
+    assert verify_adapter(compressed.adapter) == []
 
 
 def test_training_goes_on_from_a_blend_and_from_a_slim_one(two, reviews_csv):
-    blended = blend([(it, 0.5) for it in two], "mixed", Library(), device="cpu").adapter
-    for parent in (blended, compress(two[0], "less", Library(), energy=0.5, device="cpu").adapter):
+    blended = blend([(it, 0.5) for it in two], "mixed", Library(), options=ModelOptions(device="cpu")).adapter
+    for parent in (
+        blended,
+        compress(two[0], "less", Library(), energy=0.5, options=ModelOptions(device="cpu")).adapter,
+    ):
         config = TrainConfig(parent=parent.name, dataset=str(reviews_csv), name="on", max_steps=2, overwrite=True)
         on = train(config.model_copy(update={"device": "cpu", "max_length": 64, "eval_rows": 8}))
         assert on.manifest.parents[0].name == parent.name
@@ -503,7 +519,9 @@ def test_training_goes_on_from_a_blend_and_from_a_slim_one(two, reviews_csv):
 def test_parts_with_different_salts_have_no_held_out_rows_in_common(settings, reviews_csv):
     parts = [train(settings(name=name, split_salt=name)) for name in ("one", "two")]
     heard = []
-    made = blend([(it, 0.5) for it in parts], "mixed", Library(), device="cpu", notify=heard.append).adapter
+    made = blend(
+        [(it, 0.5) for it in parts], "mixed", Library(), options=ModelOptions(device="cpu", notify=heard.append)
+    ).adapter
     assert made.manifest.data.split_salt is None
     assert any("differ in --split-salt" in event.text for event in heard if isinstance(event, Notice))
     config = TrainConfig(parent="mixed", dataset=str(reviews_csv), name="on", max_steps=2, device="cpu")
@@ -516,12 +534,12 @@ def test_parts_with_different_salts_have_no_held_out_rows_in_common(settings, re
 def test_rows_that_are_missing_stay_known(two, caches, monkeypatch):
     monkeypatch.setenv("LORA_TUNER_CACHE", str(caches / "another"))
     for made in (
-        compress(two[0], "less", Library(), energy=0.5, device="cpu").adapter,
-        blend([(two[0], 1.0)], "same", Library(), device="cpu").adapter,
+        compress(two[0], "less", Library(), energy=0.5, options=ModelOptions(device="cpu")).adapter,
+        blend([(two[0], 1.0)], "same", Library(), options=ModelOptions(device="cpu")).adapter,
     ):
         assert made.manifest.result is None
         assert made.manifest.data == two[0].manifest.data
-    made = blend([(it, 1.0) for it in two], "mixed", Library(), device="cpu").adapter
+    made = blend([(it, 1.0) for it in two], "mixed", Library(), options=ModelOptions(device="cpu")).adapter
     assert (made.manifest.data.held_out_hash, made.manifest.data.held_out_rows) == (None, 0)
     reason = evaluation.cached_rows(made).missing
     assert reason == "it was made of adapters whose held-out rows were missing"
@@ -530,8 +548,10 @@ def test_rows_that_are_missing_stay_known(two, caches, monkeypatch):
 def test_the_same_rows_are_measured_once(two, settings):
     heard = []
     again = train(settings(name="again", where=["label=1"], seed=5))
-    blended = blend([(two[0], 0.5), (again, 0.5)], "mixed", Library(), device="cpu", notify=heard.append)
-    assert list(blended.sets) == ["praise"]
+    blended = blend(
+        [(two[0], 0.5), (again, 0.5)], "mixed", Library(), options=ModelOptions(device="cpu", notify=heard.append)
+    )
+    assert list(blended.results) == ["praise"]
     assert "The rows of again are measured as those of praise." in [it.text for it in heard if isinstance(it, Notice)]
     assert blended.adapter.manifest.data == two[0].manifest.data
 
@@ -539,23 +559,25 @@ def test_the_same_rows_are_measured_once(two, settings):
 def test_missing_rows_are_said_and_other_data_can_be_named(make, library, model_folder, rows):
     heard = []
     one = make("one")
-    made = blend([(one, 1.0)], "same", library, base=str(model_folder), notify=heard.append).adapter
+    made = blend(
+        [(one, 1.0)], "same", library, options=ModelOptions(base=str(model_folder), notify=heard.append)
+    ).adapter
     assert made.manifest.result is None
     assert made.manifest.data is None
     texts = [event.text for event in heard if isinstance(event, Notice)]
     assert any(text.startswith("Not measured on the rows of one: it was trained by another tool") for text in texts)
-    measured = blend([(one, 1.0)], "measured", library, base=str(model_folder), sets=rows)
+    measured = blend([(one, 1.0)], "measured", library, sets=rows, options=ModelOptions(base=str(model_folder)))
     assert measured.adapter.manifest.result.rows == 12
-    assert list(measured.sets) == ["some reviews"]
+    assert list(measured.results) == ["some reviews"]
 
 
 def test_one_part_that_is_not_known_leaves_what_is_known_of_the_other(two, gpt2, tmp_path, rows):
     foreign = written(gpt2, tmp_path / "foreign", target_modules=["c_attn"])
-    made = blend([(two[0], 0.5), (foreign, 0.5)], "mixed", Library(), device="cpu").adapter
+    made = blend([(two[0], 0.5), (foreign, 0.5)], "mixed", Library(), options=ModelOptions(device="cpu")).adapter
     assert made.manifest.data.name.endswith("reviews.csv + unknown")
     assert made.manifest.data.held_out_rows == made.manifest.result.rows == 8
     assert evaluation.cached_rows(made).missing is None
-    other = blend([(two[0], 0.5)], "other", Library(), device="cpu", sets=rows).adapter
+    other = blend([(two[0], 0.5)], "other", Library(), sets=rows, options=ModelOptions(device="cpu")).adapter
     assert other.manifest.data.eval_dataset == "some reviews"
 
 
@@ -573,13 +595,13 @@ def test_blend_slim_and_merge_as_commands(two, tmp_path):
     )
     assert 0 < cut["blend"]["lost_in_all"] < 1
     assert set(cut["blend"]["lost"]) == set(two[0].modules)
-    assert "of the energy is lost; most in" in run("slim", "mixed", "--energy", 0.5, "--device", "cpu").stdout
-    assert Library().names() == ["cut", "mixed", "mixed-slim", "pan", "praise"]
-    facts = json.loads(run("slim", "cut", "--max-bytes", 8000, "--json", "--device", "cpu").stdout)
-    assert facts["slim"]["results"][0]["loss"] == pytest.approx(cut["result"]["loss"], abs=1e-6)
-    refused = run("slim", "cut", "--energy", 0.9, "--max-bytes", 9, exit_code=1).stderr
+    assert "of the energy is lost; most in" in run("compress", "mixed", "--energy", 0.5, "--device", "cpu").stdout
+    assert Library().names() == ["cut", "mixed", "mixed-compressed", "pan", "praise"]
+    facts = json.loads(run("compress", "cut", "--max-bytes", 8000, "--json", "--device", "cpu").stdout)
+    assert facts["compress"]["results"][0]["loss"] == pytest.approx(cut["result"]["loss"], abs=1e-6)
+    refused = run("compress", "cut", "--energy", 0.9, "--max-bytes", 9, exit_code=1).stderr
     assert refused == "Error: energy and max_bytes are two rules: give one.\n"
-    refused = run("slim", "cut", "--where", "a=1", exit_code=1).stderr
+    refused = run("compress", "cut", "--where", "a=1", exit_code=1).stderr
     assert refused == "Error: where: only --eval-dataset is read with that.\n"
     several = run("merge", "praise", "mixed", "--out", "merged", "--eval-rows", 4).stdout.splitlines()
     assert several[0] == "merged/praise"
@@ -587,7 +609,7 @@ def test_blend_slim_and_merge_as_commands(two, tmp_path):
     assert several[1].startswith("read back, beside base and adapter: logits differ by ")
     assert several[2].endswith("(4 held-out rows)")
     (alone,) = json.loads(run("merge", "cut", "--out", "alone", "--json").stdout)
-    assert alone["proof"]["agreement"] == 1
+    assert alone["comparison"]["agreement"] == 1
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_tuner import Generator, Library
+from lora_tuner import Generator, Library, ModelOptions
 from lora_tuner.adapters.adapter import WEIGHTS_FILE, load_adapter_folder
 from lora_tuner.config import SamplingParams
 from lora_tuner.convert.adopt import adopt
@@ -78,7 +78,7 @@ def test_llama_cpp_writes_what_the_adapter_writes_here(llama_cpp, make, base, ba
     prompt = AutoTokenizer.from_pretrained(base(kind))(PROMPT)["input_ids"]
     llama = llama_cpp(base_gguf(kind), exported.path)
     text, tokens = llama.greedy(prompt, TOKENS, top=320)
-    assert text == Generator(adapter.path, device="cpu").generate(PROMPT, GREEDY).text
+    assert text == Generator(adapter.path, options=ModelOptions(device="cpu")).generate(PROMPT, GREEDY).text
     plain = AutoModelForCausalLM.from_pretrained(base(kind))
     ids = prompt + [number for number, _ in tokens]
     without = log_probabilities(plain, ids)
@@ -166,11 +166,11 @@ def spoil(adapter, part, change):
     return load_adapter_folder(adapter.path)
 
 
-def refused(adapter, out, **settings):
+def refused(adapter, out, *, dtype="float16", overwrite=False, **options):
     """The message of an export that fails, and changes nothing where it would have gone."""
     before = {path: path.read_bytes() for path in out.parent.iterdir() if path.is_file()}
     with pytest.raises(AdapterError) as error:
-        to_gguf(adapter, out, **settings)
+        to_gguf(adapter, out, dtype=dtype, overwrite=overwrite, options=ModelOptions(**options))
     assert {path: path.read_bytes() for path in out.parent.iterdir() if path.is_file()} == before
     return str(error.value)
 
@@ -256,9 +256,9 @@ def test_another_base_is_refused_by_its_sizes_or_by_the_manifest(make, base, tmp
     adopted = adopt(Library(tmp_path / "adapters"), "random")
     other = changed(base("llama"), tmp_path / "other", rope_theta=5.0)
     with pytest.raises(WrongBaseError, match=r"not on .*other .*try all the same with --force"):
-        to_gguf(adopted, out, base=other)
+        to_gguf(adopted, out, options=ModelOptions(base=other))
     told.clear()
-    assert to_gguf(adopted, out, base=other, force=True, notify=told.append).tensors == 28
+    assert to_gguf(adopted, out, options=ModelOptions(base=other, force=True, notify=told.append)).tensors == 28
     assert told[0].text.startswith("FORCED: ")
 
 

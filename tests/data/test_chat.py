@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer
 
-from lora_tuner import Generator, Library, SamplingParams, TrainConfig, evaluation, resume, train
+from lora_tuner import Generator, Library, ModelOptions, SamplingParams, TrainConfig, evaluation, resume, train
 from lora_tuner.data import chat, packing, tokenization
 from lora_tuner.data.dataset import load_dataset
 from lora_tuner.errors import DataError, TrainingError
@@ -222,9 +222,9 @@ def test_a_pair_without_a_template_is_text_with_its_beginning(llama):
 
 
 def test_a_prompt_is_text_whatever_it_begins_with(talking):
-    generator = Generator(base=str(talking), device="cpu")
+    generator = Generator(options=ModelOptions(base=str(talking), device="cpu"))
     for prompt in ("\x02hello", "\x02[1]", '\x02{"prompt": "a", "completion": "b"}'):
-        assert min(generator.check(prompt)) >= 0
+        assert min(generator.encode_prompt(prompt)) >= 0
 
 
 def test_a_long_conversation_is_not_read_much_further_than_it_is_cut(tokenizer, monkeypatch):
@@ -380,7 +380,7 @@ def test_a_run_learns_answers_and_measures_answers(told, talking):
     assert adapter.manifest.result.tokens == sum(tokenization.count_predictions(row) for row in job.held_out)
     assert adapter.manifest.result.gain > 0
     nll, count = 0.0, 0
-    model = load_base(find_base(str(talking)), "cpu").model
+    model = load_base(find_base(str(talking)), ModelOptions(device="cpu")).model
     for row in job.held_out:  # by hand, with transformers alone
         ids = torch.from_numpy(tokenization.token_ids(row)).long()
         with torch.inference_mode():
@@ -388,7 +388,7 @@ def test_a_run_learns_answers_and_measures_answers(told, talking):
         answers = torch.from_numpy(row[1:] >= 0)
         nll, count = nll + each[answers].sum().item(), count + int(answers.sum())
     assert adapter.manifest.result.base_loss == pytest.approx(nll / count, abs=1e-5)
-    again = evaluation.evaluate([adapter], device="cpu").cells[0][0]
+    again = evaluation.evaluate([adapter], options=ModelOptions(device="cpu")).cells[0][0]
     assert again.loss == pytest.approx(adapter.manifest.result.loss, abs=1e-5)
 
 
@@ -396,9 +396,9 @@ def test_the_gradient_of_a_question_is_nothing(told):
     """Other questions of the same length, masked: the same labels, and only they are counted."""
     job = prepare_training(told(packing=False))
     batch = job.collate([job.sequences[0], job.sequences[1]])
-    with torch.inference_mode(), job.base.head.left_out():
+    with torch.inference_mode(), job.base.lm_head.skip_lm_head():
         labels = batch.pop("labels")
-        nll = job.base.head.nll(job.model(**batch, use_cache=False).logits, labels)
+        nll = job.base.lm_head.nll(job.model(**batch, use_cache=False).logits, labels)
     assert ((nll != 0).sum(1) == (labels != packing.IGNORE_INDEX).sum(1)).all()
     assert (labels == packing.IGNORE_INDEX).sum() > 10
 
@@ -456,9 +456,9 @@ GREEDY = SamplingParams(greedy=True, max_new_tokens=8)
 
 def test_generate_speaks_through_the_template(speaker, tokenizer):
     messages = [{"role": "system", "content": "be brief"}, *conversation("so?")]
-    generator = Generator("speaker", device="cpu")
+    generator = Generator("speaker", options=ModelOptions(device="cpu"))
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert generator.check(messages) == ids
+    assert generator.encode_prompt(messages) == ids
     answer = generator.generate(messages, GREEDY)
     assert answer.prompt == "so?"
     shown = run(*speaker, "--chat", "--system", "be brief", "so?").stdout
@@ -471,7 +471,7 @@ def test_generate_speaks_through_the_template(speaker, tokenizer):
 
 
 def test_asked_one_after_another_it_is_a_conversation_until_a_new_one(speaker):
-    generator = Generator("speaker", device="cpu")
+    generator = Generator("speaker", options=ModelOptions(device="cpu"))
     first = generator.generate(conversation("so?"), GREEDY).text
     second = generator.generate(conversation("so?", first, "and?"), GREEDY).text
     done = run(*speaker, "--chat", stdin="so?\nand?\n/new\nso?\n\n")

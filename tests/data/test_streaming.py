@@ -38,7 +38,7 @@ def rows_jsonl(tmp_path):
 def made(path, place=None, measured=frozenset(), **given):
     """A stream of one row a sequence, so that rows can be told."""
     config = TrainConfig.model_validate(
-        {"dataset": str(path), "streaming": True, "buffer": 20, "packing": False} | given
+        {"dataset": str(path), "streaming": True, "shuffle_buffer": 20, "packing": False} | given
     )
     return StreamingDataset(config, tiny_models.tokenizer(), measured, RowCounts(), place or StreamState())
 
@@ -78,7 +78,7 @@ def test_from_any_place_it_goes_on_as_if_it_had_not_stopped(rows_jsonl, taken):
     whole, cut = made(rows_jsonl), made(rows_jsonl)
     expected = texts(itertools.islice(whole, taken + 50))
     assert texts(itertools.islice(cut, taken + 7))[:taken] == expected[:taken]
-    place = StreamState(**json.loads(json.dumps(dataclasses.asdict(cut.place(taken)))))
+    place = StreamState(**json.loads(json.dumps(dataclasses.asdict(cut.state_at(taken)))))
     again = made(rows_jsonl, place)
     assert texts(itertools.islice(again, 50)) == expected[taken:]
     assert again.counts == whole.counts
@@ -187,10 +187,10 @@ def test_a_pipe_would_be_waited_for(tmp_path):
 @pytest.mark.parametrize(
     ("given", "why"),
     [
-        ({"rows": 5}, "streaming never has all rows, of which --rows draws some"),
+        ({"max_rows": 5}, "streaming never has all rows, of which --max-rows draws some"),
         ({"txt_rows": "file"}, "streaming reads a line at a time"),
         ({"epochs": 2}, "epochs are not known with streaming"),
-        ({"streaming": False, "buffer": 5}, "buffer is for streaming"),
+        ({"streaming": False, "shuffle_buffer": 5}, "shuffle_buffer is for streaming"),
     ],
 )
 def test_settings_that_contradict_it(given, why):
@@ -209,7 +209,7 @@ def test_columns_are_those_of_the_first_rows(rows_jsonl, given):
 
 @pytest.fixture
 def config(settings, rows_jsonl):
-    return lambda **given: settings(dataset=str(rows_jsonl), streaming=True, buffer=30, **given)
+    return lambda **given: settings(dataset=str(rows_jsonl), streaming=True, shuffle_buffer=30, **given)
 
 
 def settings_of(adapter):
@@ -236,7 +236,7 @@ def test_a_run_is_trained_measured_and_repeated(config, method):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(config, stop_at):
-    given = {"max_steps": 30, "dropout": 0.1, "accumulation": 2}
+    given = {"max_steps": 30, "dropout": 0.1, "gradient_accumulation": 2}
     whole = train(config(name="whole", **given))
     with stop_at(11):
         train(config(name="cut", save_every=4, **given))
@@ -305,7 +305,7 @@ def test_conversations_stream_too(tmp_path, config):
 
 
 def test_from_the_hub(repos, cli):  # noqa: F811
-    short = {"rank": 2, "max-steps": 4, "max-length": 64, "eval-rows": 5, "buffer": 40, "where": "label=pos"}
+    short = {"rank": 2, "max-steps": 4, "max-length": 64, "eval-rows": 5, "shuffle-buffer": 40, "where": "label=pos"}
     with Hub(repos) as hub:
         cli(hub, "train", "--streaming", *(f"--{name}={value}" for name, value in short.items()))
         facts = json.loads(cli(hub, "adapters", "show", "imdb", "--json").stdout)

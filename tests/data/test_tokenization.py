@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from lora_tuner import ModelOptions
 from lora_tuner.data import tokenization
 from lora_tuner.data.packing import IGNORE_INDEX, PackedSequences, collate, pack_rows
 from lora_tuner.models.loading import load_base
@@ -16,12 +17,12 @@ def rows(*lengths):
 
 @pytest.fixture
 def base(model_folder):
-    return load_base(find_base(str(model_folder)), "cpu")
+    return load_base(find_base(str(model_folder)), ModelOptions(device="cpu"))
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_the_end_of_every_row_is_a_label(gpt2, packing):
-    base = load_base(find_base(str(gpt2)), "cpu")
+    base = load_base(find_base(str(gpt2)), ModelOptions(device="cpu"))
     assert base.tokenizer.pad_token_id == base.tokenizer.eos_token_id  # the trap: masking by id would lose it
     encoded = tokenization.encode_texts(base.tokenizer, tiny_models.reviews(9))
     sequences = PackedSequences(encoded, tiny_models.CONTEXT, packing=packing)
@@ -33,7 +34,7 @@ def test_the_end_of_every_row_is_a_label(gpt2, packing):
 
 
 def test_text_that_spells_the_end_of_text_does_not_end_the_row(gpt2):
-    tokenizer = load_base(find_base(str(gpt2)), "cpu").tokenizer
+    tokenizer = load_base(find_base(str(gpt2)), ModelOptions(device="cpu")).tokenizer
     (row,) = tokenization.encode_texts(tokenizer, [f"one {tiny_models.END} two"])
     assert row.tolist().count(tokenizer.eos_token_id) == 1
     assert tokenizer.decode(row[:-1]) == f"one {tiny_models.END} two"

@@ -57,7 +57,7 @@ def write_on(
         for block in range(blocks)
         for part, shape in (("A", (4, width)), ("B", (out * width // 32, 4)))
     }
-    facts = adapter_files.manifest(base=find_base(str(base)).facts(tokenizer))
+    facts = adapter_files.manifest(base=find_base(str(base)).base_info(tokenizer))
     adapter_files.write(folder, {"base_model_name_or_path": str(base)}, tensors, facts)
     (folder / RUN_FILE).write_text("base: gpt2\nrank: 4\n")
     for name in (METRICS_FILE, LOSS_PLOT_FILE, CARD_FILE):

@@ -12,11 +12,22 @@ from lora_tuner.adapters.adapter import METRICS_FILE, WEIGHTS_FILE, read_manifes
 
 from .process import Ended
 
-HARD = ("--dropout", "0.1", "--accumulation", "2", "--max-steps", "9", "--save-every", "2", "--schedule", "cosine")
+HARD = (
+    "--dropout",
+    "0.1",
+    "--gradient-accumulation",
+    "2",
+    "--max-steps",
+    "9",
+    "--save-every",
+    "2",
+    "--schedule",
+    "cosine",
+)
 # Of its measurements that of step 6 is the best, so that it ends at step 10.
 PATIENT = (
     "--dropout", "0.1", "--max-steps", "20", "--eval-every", "2", "--patience", "2", "--schedule", "constant",
-    "--learning-rate", "0.5", "--rows", "40",
+    "--learning-rate", "0.5", "--max-rows", "40",
 )  # fmt: skip
 STEP_END, MICRO_BATCH = (
     "lora_tuner.training.trainer:_StopOnSignal.on_step_end",

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lora_tuner import Generator, Library, SamplingParams, TrainConfig, atomic_io, train
+from lora_tuner import Generator, Library, ModelOptions, SamplingParams, TrainConfig, atomic_io, train
 from lora_tuner.adapters.adapter import MANIFEST_FILE, WEIGHTS_FILE, Adapter, verify_adapter
 from lora_tuner.errors import AdapterError, GenerationError
 from lora_tuner.inference.cpu_decoder import CpuDecoder
@@ -179,13 +179,13 @@ def test_a_name_that_is_taken_during_a_blend_is_not_overwritten(
 
 def blind(times: int) -> None:
     """In the process of a command: the first times that it asks, no name is taken."""
-    looked, asked = Library.check_free, iter(range(times))
+    looked, asked = Library.check_name_free, iter(range(times))
 
     def look(*arguments: Any, **more: Any) -> None:
         if next(asked, None) is None:
             looked(*arguments, **more)
 
-    Library.check_free = look  # type: ignore[method-assign]
+    Library.check_name_free = look  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("command", ["adopt", "rename"])
@@ -203,7 +203,7 @@ def saving_by_turns(stop: Path) -> None:
     library, turns = Library(Path("adapters")), 0
     while not stop.exists():
         name = ("one", "two")[turns % 2]
-        with library.writing("turns", overwrite=True) as work:
+        with library.create("turns", overwrite=True) as work:
             for file in (Path("adapters") / name).iterdir():
                 shutil.copyfile(file, work / file.name)
         turns += 1
@@ -223,7 +223,7 @@ def turns(world: Path, start: Start) -> Any:
 
 
 def facts_of(adapter: Adapter) -> str:
-    return json.dumps(adapter.facts() | {"name": "", "path": ""}, sort_keys=True, default=str)
+    return json.dumps(adapter.to_dict() | {"name": "", "path": ""}, sort_keys=True, default=str)
 
 
 def test_who_lists_and_reads_during_saves_gets_the_one_or_the_other(
@@ -239,7 +239,7 @@ def test_who_lists_and_reads_during_saves_gets_the_one_or_the_other(
         for answer in (found["turns"], library.get("turns")):
             assert isinstance(answer, Adapter), answer
             seen.add(facts_of(answer))
-        assert library.look("turns", verify_adapter) == []
+        assert library.inspect("turns", verify_adapter) == []
     assert seen == either
     assert turns() > before + 2
     listed = run("adapters", "list", "--json")
@@ -259,7 +259,9 @@ def texts(stock: Path, gpt2: Path) -> dict[tuple[str | None, str], str]:
     for name in ("one", "two", None):
         for prompt in ("the actor", "the story never", "42: her voice"):
             chosen = [name] if name else []
-            fresh = Generator(*chosen, base=str(gpt2), adapters_dir=stock / "adapters", device="cpu")
+            fresh = Generator(
+                *chosen, adapters_dir=stock / "adapters", options=ModelOptions(base=str(gpt2), device="cpu")
+            )
             found[name, prompt] = fresh.generate(prompt, GREEDY).text
     assert len({found[name, "the actor"] for name in ("one", "two", None)}) == 3
     return found
@@ -269,11 +271,11 @@ def test_who_writes_during_saves_writes_with_the_one_or_the_other(
     turns: Callable[[], int], run: Run, world: Path, texts: dict[tuple[str | None, str], str]
 ) -> None:
     either = {texts[name, "the actor"] for name in ("one", "two")}
-    generator = Generator("turns", adapters_dir=world / "adapters", device="cpu")
+    generator = Generator("turns", adapters_dir=world / "adapters", options=ModelOptions(device="cpu"))
     seen, end = set(), time.monotonic() + 1.5
     while time.monotonic() < end or len(seen) < 2:
         seen.add(generator.generate_batch([("the actor", "turns")], GREEDY)[0].text)
-        generator.use("turns")
+        generator.set_adapter("turns")
         seen.add(generator.generate("the actor", GREEDY).text)
     assert seen == either
     for _ in range(2):
@@ -286,13 +288,13 @@ def test_who_writes_during_saves_writes_with_the_one_or_the_other(
 
 def slowly() -> None:
     """In the process of a command: each token takes a while."""
-    step = CpuDecoder.step
+    step = CpuDecoder.forward
 
     def slow(*arguments: Any, **more: Any) -> Any:
         time.sleep(0.03)
         return step(*arguments, **more)
 
-    CpuDecoder.step = slow  # type: ignore[method-assign]
+    CpuDecoder.forward = slow  # type: ignore[method-assign]
 
 
 def test_an_answer_goes_on_when_its_adapter_is_removed(start: Start, run: Run, world: Path) -> None:
@@ -322,8 +324,8 @@ def test_threads_on_one_generator_get_what_each_would_get_alone(
     way: str,
 ) -> None:
     if way == "transformers":
-        monkeypatch.setattr(CpuDecoder, "of", lambda base: None)
-    generator = Generator(base=str(gpt2), adapters_dir=world / "adapters", device="cpu")
+        monkeypatch.setattr(CpuDecoder, "for_base", lambda base: None)
+    generator = Generator(adapters_dir=world / "adapters", options=ModelOptions(base=str(gpt2), device="cpu"))
     asked, wrong, answered = list(texts), [], []
 
     def check(prompt: str, answer: Any) -> None:
@@ -344,7 +346,7 @@ def test_threads_on_one_generator_get_what_each_would_get_alone(
                         for (_, prompt), answer in zip(rows, answers, strict=True):
                             check(prompt, answer)
                     case 1:
-                        generator.use(name)
+                        generator.set_adapter(name)
                         check(prompt, generator.generate(prompt, GREEDY))
                     case 2:
                         pieces: list[str] = []
@@ -355,7 +357,7 @@ def test_threads_on_one_generator_get_what_each_would_get_alone(
                         with contextlib.suppress(GenerationError):  # it was not loaded
                             generator.unload(name or "base")
                         with pytest.raises(AdapterError, match="There is no adapter 'nobody'"):
-                            generator.use("nobody")
+                            generator.set_adapter("nobody")
                         with pytest.raises(GenerationError, match="cut it"):
                             generator.generate(prompt * 60, GREEDY)
         except BaseException as error:
@@ -402,7 +404,7 @@ def test_two_processes_that_unpack_the_base_at_once_both_write(start: Start, gpt
     ended = [command.end() for command in both]
     assert [it.status for it in ended] == [0, 0], ended[0].err + ended[1].err
     text = (
-        Generator(base=str(gpt2), device="cpu")
+        Generator(options=ModelOptions(base=str(gpt2), device="cpu"))
         .generate("the actor", SamplingParams(greedy=True, max_new_tokens=8))
         .text
     )

@@ -39,7 +39,7 @@ def after_a_crash(name: str, words: list[str], root: Path, new: State) -> None:
     assert state(root) == new
     if litter(root):  # what has come to its place before the crash is cleaned up after by the next that writes there
         run(root, "adapters", "adopt", "foreign", "--name", "next", "--base", str(root / "whole"))
-        if words[0] not in ("adapters", "blend", "slim"):
+        if words[0] not in ("adapters", "blend", "compress"):
             assert run(root, *words, *(["--overwrite"] * ("--overwrite" not in words))).status == 0
     assert litter(root) == []
     assert not list((root / "runs").glob("*"))
@@ -67,7 +67,7 @@ def test_a_crash_at_any_point_leaves_the_old_or_the_new(name: str, world: Path, 
 
 @pytest.mark.slow
 def test_kill_9_at_twenty_moments(world: Path, gpt2: Path, tmp_path: Path) -> None:
-    names = ["train", "train over another", "blend over another", "merge over another", "slim"]
+    names = ["train", "train over another", "blend over another", "merge over another", "compress"]
     clean = {name: becomes(arguments(name, world, gpt2), world, tmp_path / name)[0] for name in names}
     draw, killed = random.Random(0), 0
     for number in range(200):

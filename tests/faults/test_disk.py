@@ -82,7 +82,7 @@ def no_file_over(size: int) -> None:
         pytest.param("train over another", 12_000, marks=pytest.mark.slow),
         pytest.param("merge over another", 12_000, marks=pytest.mark.slow),
         ("blend", 12_000),
-        pytest.param("slim", 4_000, marks=pytest.mark.slow),
+        pytest.param("compress", 4_000, marks=pytest.mark.slow),
         ("adopt", 12_000),
         ("export", 2_000),
     ],
@@ -187,7 +187,7 @@ READ_ONLY_PLACES = {
     "train over another": "runs",
     "blend": "adapters",
     "blend over another": "adapters",
-    "slim": "adapters",
+    "compress": "adapters",
     "adopt": "adapters",
     "rename": "adapters",
     "remove": "adapters",
@@ -215,7 +215,7 @@ def test_a_place_that_may_not_be_written_to_is_said_beforehand(
     [
         "adopt in place",
         "train",
-        *(pytest.param(it, marks=pytest.mark.slow) for it in ("blend", "slim", "merge", "export")),
+        *(pytest.param(it, marks=pytest.mark.slow) for it in ("blend", "compress", "merge", "export")),
     ],
 )
 def test_a_cache_that_may_not_be_written_to_costs_time_alone(

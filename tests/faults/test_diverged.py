@@ -95,7 +95,10 @@ def test_an_adapter_that_is_worse_than_its_base_says_so(run, arguments):
     "command",
     [
         ["evaluate", "one"],
-        *(pytest.param([*it, "--name", "b"], marks=pytest.mark.slow) for it in (["blend", "one=2"], ["slim", "one"])),
+        *(
+            pytest.param([*it, "--name", "b"], marks=pytest.mark.slow)
+            for it in (["blend", "one=2"], ["compress", "one"])
+        ),
     ],
 )
 def test_an_adapter_that_gives_no_number_is_one_line(run, world, tmp_path, command):

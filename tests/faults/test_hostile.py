@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_tuner import Generator
+from lora_tuner import Generator, ModelOptions
 from lora_tuner.config import SamplingParams
 from lora_tuner.errors import LoraTunerError
 
@@ -55,7 +55,7 @@ ON_A_BASE: dict[str, list[str]] = {
     "evaluate": ["evaluate", NAME, *ROWS, *BASE],
     "merge": ["merge", NAME, "--out", "merged", *ROWS, *BASE],
     "blend": ["blend", f"{NAME}=0.5", "--name", "blended", *ROWS, *BASE],
-    "slim": ["slim", NAME, "--name", "slimmed", *ROWS, *BASE],
+    "compress": ["compress", NAME, "--name", "compressed", *ROWS, *BASE],
     "export": ["export", NAME, "--out", "out.gguf", *BASE],
     "train": [
         *("train", "--from", NAME, "--name", "trained", "--dataset", "rows.csv", "--max-steps", "1"),
@@ -307,7 +307,7 @@ def test_what_is_wrong_with_a_stranger_is_said_by_every_command(do):
 
 
 def test_a_refused_stranger_leaves_the_base_in_memory_as_it_was(gpt2, good, tmp_path):
-    generator = Generator(base=str(gpt2), device="cpu")
+    generator = Generator(options=ModelOptions(base=str(gpt2), device="cpu"))
     tokens = torch.arange(1, 30)[None]
     with torch.inference_mode():
         before = generator.base.model(tokens).logits
@@ -315,10 +315,12 @@ def test_a_refused_stranger_leaves_the_base_in_memory_as_it_was(gpt2, good, tmp_
             folder = hostile_adapters.copy(good, tmp_path / f"x{number}")
             stranger.spoil(folder)
             with pytest.raises(LoraTunerError):  # large numbers are found out when it writes
-                generator.use(folder) and generator.generate("the actor", SamplingParams(max_new_tokens=2, greedy=True))
-            if generator.current is not None:
-                generator.unload(generator.current)
-            assert not generator.loaded, name
+                generator.set_adapter(folder) and generator.generate(
+                    "the actor", SamplingParams(max_new_tokens=2, greedy=True)
+                )
+            if generator.current_adapter is not None:
+                generator.unload(generator.current_adapter)
+            assert not generator.loaded_adapters, name
             assert torch.equal(generator.base.model(tokens).logits, before), name
 
 
@@ -385,7 +387,7 @@ def test_a_name_that_climbs_out_is_refused(do):
     for name in ("../y", "/y", ODD):
         commands |= {
             f"blend {name!r}": ["blend", f"{NAME}=1", "--name", name, *BASE],
-            f"slim {name!r}": ["slim", NAME, "--name", name, *BASE],
+            f"compress {name!r}": ["compress", NAME, "--name", name, *BASE],
             f"train {name!r}": [name if it == "trained" else it for it in ALL["train"]],
         }
     for it in do([("good", nothing)], commands):

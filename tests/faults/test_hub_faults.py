@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from lora_tuner import ModelOptions
 from lora_tuner import hub as hub_module
 from lora_tuner.adapters import adapter
 from lora_tuner.errors import HubError
@@ -250,7 +251,7 @@ def _is_right(hub: Hub, root: Path, what: str, done: Any) -> None:
 
         folder = hub.repos[f"models/{MODEL}"].files["config.json"].parent
         greedy = SamplingParams(greedy=True, max_new_tokens=5)
-        text = Generator(base=str(folder), device="cpu").generate("the actor", greedy).text
+        text = Generator(options=ModelOptions(base=str(folder), device="cpu")).generate("the actor", greedy).text
         assert done.out == f"the actor{text}\n"
     else:
         facts = json.loads((root / "adapters" / "new" / adapter.MANIFEST_FILE).read_text())

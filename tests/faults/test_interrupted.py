@@ -183,7 +183,7 @@ def test_asked_while_it_waits_for_a_prompt(start, world, tmp_path):
     assert stopped(ended)
 
 
-WRITERS = [name for name in workspaces.COMMANDS if name.startswith(("merge", "blend", "slim", "export", "adopt"))]
+WRITERS = [name for name in workspaces.COMMANDS if name.startswith(("merge", "blend", "compress", "export", "adopt"))]
 
 
 def interrupted_at(name: str, world: Path, base: Path, tmp_path: Path, chosen: Callable[[int], list[int]]) -> None:

@@ -28,7 +28,7 @@ GIVEN = {
     "evaluate": ("a", "--eval-dataset", "x.csv", *NO_BASE),
     "merge": ("a", "--out", "out", *NO_BASE),
     "blend": ("a=1", "b=2", "--name", "new", *NO_BASE),
-    "slim": ("a", "--name", "new", *NO_BASE),
+    "compress": ("a", "--name", "new", *NO_BASE),
     "export": ("a", "--out", "a.gguf", *NO_BASE),
     "push": ("a", "owner/name"),
     "pull": ("owner/name", "--name", "new"),
@@ -48,14 +48,16 @@ TEXTS = {*NONSENSE} - {"", "a\0b", "\udcff"}
 PATHS = TEXTS - {"x" * 5000, "some.txt"}
 ACCEPTED = {  # the others are refused
     **dict.fromkeys(["--split-salt", "--stop"], TEXTS),
-    **dict.fromkeys(["--targets", "--device", "--revision"], TEXTS),  # these are looked at when the base is there
+    **dict.fromkeys(
+        ["--target-modules", "--device", "--revision"], TEXTS
+    ),  # these are looked at when the base is there
     **dict.fromkeys(["--adapters-dir", "--runs-dir"], PATHS),  # made where they are missing
     **dict.fromkeys(["--name", "new"], NAMES),
     **{
         option: {HUGE}
-        for option in ["--preview", "--rows", "--max-length", "--eval-rows", "--max-new-tokens", "--max-bytes"]
+        for option in ["--preview", "--max-rows", "--max-length", "--eval-rows", "--max-new-tokens", "--max-bytes"]
     },
-    **{option: {HUGE} for option in ["--learning-rate", "--clip"]},
+    **{option: {HUGE} for option in ["--learning-rate", "--max-grad-norm"]},
     **{option: {"0"} for option in ["--dropout", "--warmup", "--seed", "--temperature", "--energy"]},
     **{option: {"0", HUGE} for option in ["--top-k", "--weight-decay"]},
     "--port": {"0"},
@@ -204,7 +206,7 @@ BETWEEN = [
     ("generate x --greedy --seed 1", "greedy draws nothing: leave seed out"),
     ("generate x --temperature 0 --seed 1", "greedy draws nothing: leave seed out"),
     ("generate x --greedy --top-k 5", "greedy draws nothing: leave temperature, top_p and top_k out"),
-    ("generate x --greedy --answers 2", "answers above 1 would all be the same: greedy has one answer"),
+    ("generate x --greedy --n 2", "n above 1 would all be the same: greedy has one answer"),
     ("generate x --file some.txt", "A prompt and --file are two sources: give one."),
     ("generate x --file folder", "Error: "),
     ("generate --file folder", "folder: Is a directory."),
@@ -213,8 +215,8 @@ BETWEEN = [
     ("blend a=0 b=inf --name x", "a=0, b=inf: a weight is a number other than 0."),
     ("blend a=1 a=1e999 --name x", "a=inf: a weight is a number other than 0."),
     ("blend a --name x", "'a' is not NAME=WEIGHT, such as imdb=0.7."),
-    ("slim a --energy 0.5 --max-bytes 9", "energy and max_bytes are two rules: give one."),
-    ("slim a --energy nan", "energy"),
+    ("compress a --energy 0.5 --max-bytes 9", "energy and max_bytes are two rules: give one."),
+    ("compress a --energy nan", "energy"),
     ("merge a --out folder", "folder exists: choose another --out, or replace it with --overwrite."),
     ("merge a --out folder --overwrite", "folder is no model folder, so it is not replaced: choose another --out."),
     ("export a --out some.txt --overwrite", "some.txt is no GGUF file, so it is not replaced: choose another --out."),
@@ -248,9 +250,9 @@ LATE = [  # seen when the base is there
     ("--device", "cuda:99", "There is no device 'cuda:99' here"),
     ("--device", "cpu:7", "There is no device 'cpu:7' here"),
     ("--device", "meta", "There is no device 'meta' here"),
-    ("--targets", "nonsense", "nonsense"),
-    ("--targets", " , ", "targets"),
-    ("--targets", "lm_head", "lm_head"),
+    ("--target-modules", "nonsense", "nonsense"),
+    ("--target-modules", " , ", "target_modules"),
+    ("--target-modules", "lm_head", "lm_head"),
     ("--max-length", "129", "max_length is 129, and "),
     ("--revision", "main", "revision"),
     ("--learning-rate", HUGE, "The loss is nan in step 2, so the run has stopped."),
@@ -278,9 +280,9 @@ def unchanged_files(folder):
 
 
 def test_numbers_that_are_large_but_fine_are_taken(run, place, gpt2):
-    most = {"--batch-size", "--accumulation", "--save-every", "--eval-every"}
+    most = {"--batch-size", "--gradient-accumulation", "--save-every", "--eval-every"}
     given = sum(((option, 1_000_000_000) for option in sorted(most)), ())
-    given += ("--rows", HUGE, "--eval-rows", HUGE, "--clip", HUGE, "--alpha", 1_000_000)
+    given += ("--max-rows", HUGE, "--eval-rows", HUGE, "--max-grad-norm", HUGE, "--alpha", 1_000_000)
     quick = ("--max-steps", 1, "--max-length", 64, "--learning-rate", 1e-9)
     ended = run("train", "--dataset", "x.csv", "--base", gpt2, *given, *quick, "--json")
     assert ended.status == 0, ended.err

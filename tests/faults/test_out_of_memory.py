@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_tuner import Generator, Library, SamplingParams, TrainConfig, train
+from lora_tuner import Generator, Library, ModelOptions, SamplingParams, TrainConfig, train
 from lora_tuner.models import memory
 
 from .. import tiny_models
@@ -54,7 +54,7 @@ def test_a_step_that_will_not_fit_is_refused_before_it_is_tried(
     assert ended.status == 1
     assert ended.line.startswith("Error: A step with 8,192 tokens takes ")
     assert ended.line.endswith(
-        "GB of memory, and 0.1 GB are free: lower --batch-size (--accumulation makes up for it) or --max-length, or choose "
+        "GB of memory, and 0.1 GB are free: lower --batch-size (--gradient-accumulation makes up for it) or --max-length, or choose "
         "--dtype bfloat16."
     )
     for place in ("adapters", "runs"):
@@ -160,7 +160,7 @@ def test_memory_that_runs_out_all_the_same_is_a_line(run: Run, wide: Path, novel
     ended = run("train", "--base", wide, "--dataset", novels, "--name", "new", *WIDE, before=little)
     assert ended.status == 1
     assert ended.line == (
-        "Error: Out of memory: lower --batch-size or --max-length to train, --answers to write, or choose --dtype bfloat16."
+        "Error: Out of memory: lower --batch-size or --max-length to train, --n to write, or choose --dtype bfloat16."
     )
     assert contents(tmp_path / "adapters") == {}
 
@@ -182,7 +182,7 @@ def test_two_thousand_prompts_take_no_more_memory_than_two_hundred(
 
 def loading(base: Path, report: Path) -> None:
     """In the process of a command: the memory while adapters come and go beside one base."""
-    generator, found = Generator(base=str(base), device="cpu"), []
+    generator, found = Generator(options=ModelOptions(base=str(base), device="cpu")), []
     greedy = SamplingParams(greedy=True, max_new_tokens=2)
     for turn in range(501):
         name = ("one", "two")[turn % 2]
@@ -195,13 +195,13 @@ def loading(base: Path, report: Path) -> None:
 
 def swapping(base: Path, report: Path) -> None:
     """In the process of a command: the memory while the adapter in use is replaced on disk again and again."""
-    library, generator, found = Library(), Generator("turns", device="cpu"), []
+    library, generator, found = Library(), Generator("turns", options=ModelOptions(device="cpu")), []
     greedy = SamplingParams(greedy=True, max_new_tokens=2)
     for turn in range(301):
-        with library.writing("turns", overwrite=True) as work:
+        with library.create("turns", overwrite=True) as work:
             for file in (library.path / ("one", "two")[turn % 2]).iterdir():
                 shutil.copyfile(file, work / file.name)
-        generator.use("turns")
+        generator.set_adapter("turns")
         generator.generate("the actor", greedy)
         if turn in (60, 300):
             found.append(_resident())

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from lora_tuner import Generator, Library
+from lora_tuner import Generator, Library, ModelOptions
 from lora_tuner.adapters.adapter import MANIFEST_FILE
 from lora_tuner.cli.app import app
 from lora_tuner.config import SamplingParams
@@ -32,7 +32,7 @@ COMMANDS: dict[str, list[str]] = {
     "evaluate": ["evaluate", NAME, *ROWS],
     "merge": ["merge", NAME, "--out", "merged", *ROWS],
     "blend": ["blend", f"{NAME}=0.5", "--name", "blended", *ROWS],
-    "slim": ["slim", NAME, "--name", "slimmed", *ROWS],
+    "compress": ["compress", NAME, "--name", "compressed", *ROWS],
     "export": ["export", NAME, "--out", "out.gguf"],
     "train": [
         "train",
@@ -91,7 +91,7 @@ def trained_on(tmp_path: Path, bases: dict[str, Path]) -> Callable[..., Path]:
     """An adapter whose manifest says that it was trained on that base."""
 
     def write(name: str, called: str = NAME) -> Path:
-        base = load_base(find_base(str(bases[name])), "cpu")
+        base = load_base(find_base(str(bases[name])), ModelOptions(device="cpu"))
         folder = tmp_path / "adapters" / called
         if name.startswith("llama"):
             return hostile_adapters.write_on(
@@ -185,14 +185,14 @@ def test_what_does_not_fit_is_refused_even_forced_or_unknown(name, other, bases,
 def test_a_generator_refuses_it_and_writes_on_as_before(other, bases, trained_on, tmp_path):
     trained_on("gpt2")
     trained_on(other, "own")
-    generator = Generator("own", adapters_dir=tmp_path / "adapters", device="cpu")
+    generator = Generator("own", adapters_dir=tmp_path / "adapters", options=ModelOptions(device="cpu"))
     greedy = SamplingParams(greedy=True, max_new_tokens=5)
     before = generator.generate("the actor", greedy)
     with pytest.raises(WrongBaseError, match=f"^{NAME} was trained "):
-        generator.use(NAME)
+        generator.set_adapter(NAME)
     with pytest.raises(WrongBaseError):
         generator.generate_batch([("the actor", "own"), ("the actor", NAME)], greedy)
-    assert (generator.current, generator.loaded) == ("own", ["own"])
+    assert (generator.current_adapter, generator.loaded_adapters) == ("own", ["own"])
     assert generator.generate("the actor", greedy) == before
 
 

@@ -16,15 +16,15 @@ COMMANDS: dict[str, list[str]] = {
     "merge over another": ["merge", "one", "--out", "whole", "--overwrite"],
     "blend": ["blend", "one=0.5", "two=0.5", "--name", "new"],
     "blend over another": ["blend", "one=0.5", "two=0.5", "--name", "two", "--overwrite"],
-    "slim": ["slim", "one", "--name", "new", "--energy", "0.5"],
+    "compress": ["compress", "one", "--name", "new", "--energy", "0.5"],
     "adopt": ["adapters", "adopt", "foreign", "--name", "new"],
     "adopt in place": ["adapters", "adopt", "stranger"],
     "rename": ["adapters", "rename", "one", "new"],
     "remove": ["adapters", "remove", "one", "--yes"],
     "export": ["export", "one", "--to", "gguf", "--out", "one.gguf"],
 }
-# Of two of a kind the harder one; what slim makes is written as a blend is, and a merged model too.
-ALIKE = ("slim", "merge over another")
+# Of two of a kind the harder one; what compress makes is written as a blend is, and a merged model too.
+ALIKE = ("compress", "merge over another")
 QUICK = [name for name in COMMANDS if f"{name} over another" not in COMMANDS and name not in ALIKE]
 State = dict[str, object]
 

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from lora_tuner import Generator, SamplingParams
+from lora_tuner import Generator, ModelOptions, SamplingParams
 from lora_tuner.inference import batch as inference_batch
 from lora_tuner.inference import speculative
 from lora_tuner.inference.cpu_decoder import CpuDecoder, KVCache
@@ -28,7 +28,7 @@ LIMITS = [1, 3, 9, 17, 30]
 @pytest.fixture(params=["our own way", "transformers"])
 def way(request, monkeypatch):
     if request.param == "transformers":
-        monkeypatch.setattr(CpuDecoder, "of", lambda base: None)
+        monkeypatch.setattr(CpuDecoder, "for_base", lambda base: None)
 
 
 @pytest.fixture
@@ -37,12 +37,12 @@ def generator(model_folder, tmp_path, way):
     written(model_folder, tmp_path / "adapters" / "one", target_modules=targets)
     written(model_folder, tmp_path / "adapters" / "two", target_modules=targets[:1], r=2)
     written(model_folder, tmp_path / "adapters" / "dora", target_modules=targets, use_dora=True)
-    return Generator(base=str(model_folder), device="cpu")
+    return Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
 
 
 def row_of(generator, prompt, adapter, limit, seed):
     sampling = SamplingParams(max_new_tokens=limit, greedy=seed is None, repetition_penalty=1.2)
-    return Sequence(generator.base, generator.check(prompt), sampling, seed, *generator.find(adapter))
+    return Sequence(generator.base, generator.encode_prompt(prompt), sampling, seed, *generator.find(adapter))
 
 
 @pytest.mark.parametrize("order", range(4))
@@ -55,7 +55,7 @@ def test_rows_that_come_and_go_write_what_they_write_alone(generator, order, mon
         (draw.choice(PROMPTS), draw.choice(["one", "two", "dora", None]), draw.choice(LIMITS), draw.choice([None, 5]))
         for _ in range(14)
     ]
-    writer, rows, left = generator.writer, [], []
+    writer, rows, left = generator.engine, [], []
     waiting = [row_of(generator, *it) for it in asked]
     most = 0
     while waiting or writer.rows:
@@ -85,31 +85,31 @@ def test_a_long_prompt_is_read_in_pieces_beside_others(generator, monkeypatch):
     expected = {prompt: generator.generate(prompt, shared).text for prompt in ("so", long)}
     monkeypatch.setattr("lora_tuner.inference.batch.PREFILL_CHUNK", 8)
     short, slow = (row_of(generator, prompt, None, 20, None) for prompt in ("so", long))
-    writer = generator.writer
+    writer = generator.engine
     writer.join([short])
     writer.step()
     writer.join([slow])
     steps = 0
-    while not slow.new:
-        before = len(short.new)
+    while not slow.output_ids:
+        before = len(short.output_ids)
         writer.step()
         steps += 1
-        assert len(short.new) == before + 1  # it does not wait
-    assert steps == -(-len(slow.prompt) // 8) == 3
+        assert len(short.output_ids) == before + 1  # it does not wait
+    assert steps == -(-len(slow.prompt_ids) // 8) == 3
     while writer.rows:
         writer.step()
-    assert (short.text.whole, slow.text.whole) == (expected["so"], expected[long])
+    assert (short.detokenizer.text, slow.detokenizer.text) == (expected["so"], expected[long])
 
 
 def test_an_adapter_with_numbers_beyond_bounds_ends_its_own_row_alone(generator):
     """What it leaves in the cache must not reach the rows that come after."""
-    writer = generator.writer
+    writer = generator.engine
     loud = generator.find("one")[1]
     broken = type(loud)(
         {name: type(update)(update.down, update.up * float("nan")) for name, update in loud.layers.items()}
     )
     bad, good, plain = (row_of(generator, PROMPTS[2], name, 20, None) for name in ("one", "two", None))
-    bad.adapter, bad.loaded = "loud", broken
+    bad.adapter, bad.lora = "loud", broken
     writer.join([bad, good, plain])
     writer.step()
     assert str(bad.error).startswith("loud gives logits that are not finite")
@@ -123,7 +123,7 @@ def test_an_adapter_with_numbers_beyond_bounds_ends_its_own_row_alone(generator)
         writer.join([again])
         while writer.rows:
             writer.step()
-        assert (row.error, row.new) == (None, again.new)
+        assert (row.error, row.output_ids) == (None, again.output_ids)
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one(generator, monkeypatch):
@@ -133,36 +133,36 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(generator, monkeypatch):
         row_of(generator, "this film never drags. " * 4, None, 5, None),
         row_of(generator, "so", None, 5, None),
     )
-    writer = generator.writer
+    writer = generator.engine
     writer.join([long])
     writer.step()
     writer.join([short])
     while not short.complete:
         writer.step()
-    assert not long.new
+    assert not long.output_ids
     while writer.rows:
         writer.step()
     for row in (long, short):
-        again = Sequence(generator.base, row.prompt, row.sampling)
+        again = Sequence(generator.base, row.prompt_ids, row.sampling)
         writer.join([again])
         while writer.rows:
             writer.step()
-        assert row.new == again.new
+        assert row.output_ids == again.output_ids
 
 
 def test_a_prompt_that_nobody_waits_for_is_not_read_to_its_end(generator, monkeypatch):
     monkeypatch.setattr("lora_tuner.inference.batch.PREFILL_TOKENS", 4)
-    row, writer = row_of(generator, "this film never drags. " * 4, "one", 5, None), generator.writer
+    row, writer = row_of(generator, "this film never drags. " * 4, "one", 5, None), generator.engine
     writer.join([row])
     writer.step()
     writer.leave(row)
     assert not writer.rows
-    assert not row.new
+    assert not row.output_ids
 
 
 def test_what_goes_wrong_ends_the_rows_of_its_batch_alone(generator, monkeypatch):
     """DoRA has a batch of its own beside our decoder, and by transformers all rows share one."""
-    writer = generator.writer
+    writer = generator.engine
     rows = {name: row_of(generator, "so", name, 5, None) for name in ("one", "dora")}
     writer.join(list(rows.values()))
     writer.step()
@@ -173,66 +173,68 @@ def test_what_goes_wrong_ends_the_rows_of_its_batch_alone(generator, monkeypatch
     assert isinstance(rows["dora"].error, ZeroDivisionError)
     assert rows["dora"].complete
     if writer.decoder is not None:
-        assert (rows["one"].error, len(rows["one"].new)) == (None, 5)
+        assert (rows["one"].error, len(rows["one"].output_ids)) == (None, 5)
 
 
 def test_what_a_row_needed_to_go_on_leaves_memory_with_its_last_token(generator):
     """It is kept until its reader has it, who may be slow."""
     row = row_of(generator, "the actor", "one", 5, 5)
-    adapter, luck = weakref.ref(row.loaded), weakref.ref(row.drawing)
-    generator.writer.join([row])
-    while generator.writer.rows:
-        generator.writer.step()
+    adapter, luck = weakref.ref(row.lora), weakref.ref(row.logits_processors)
+    generator.engine.join([row])
+    while generator.engine.rows:
+        generator.engine.step()
     generator.unload("one")
     gc.collect()
-    assert (len(row.new), adapter(), luck()) == (5, None, None)
+    assert (len(row.output_ids), adapter(), luck()) == (5, None, None)
 
 
 def test_an_adapter_that_leaves_memory_goes_on_in_the_rows_that_have_it(generator):
     row, expected = (row_of(generator, "the actor", "one", 20, None) for _ in range(2))
-    generator.writer.join([row])
-    generator.writer.step()
+    generator.engine.join([row])
+    generator.engine.step()
     generator.unload("one")
-    while generator.writer.rows:
-        generator.writer.step()
-    generator.writer.join([expected])
-    while generator.writer.rows:
-        generator.writer.step()
-    assert row.new == expected.new
+    while generator.engine.rows:
+        generator.engine.step()
+    generator.engine.join([expected])
+    while generator.engine.rows:
+        generator.engine.step()
+    assert row.output_ids == expected.output_ids
 
 
 def test_of_many_adapters_those_not_used_for_longest_leave_memory(model_folder, tmp_path):
     target = {"gpt2": ["c_attn"], "llama": ["q_proj"]}[model_folder.name]
     for name in "abcd":
         written(model_folder, tmp_path / "adapters" / name, target_modules=target)
-    generator = Generator(base=str(model_folder), device="cpu", max_resident=2)
-    generator.use("a")
-    generator.find("b")
-    generator.find("c")
-    assert generator.loaded == ["a", "c"]  # a is in use
-    assert Generator("a", "b", "c", base=str(model_folder), device="cpu", max_resident=2).loaded == ["a", "c"]
-    generator.use(None)
-    generator.find("a")
-    generator.find("d")
-    assert generator.loaded == ["a", "d"]
+    generator = Generator(max_resident=2, options=ModelOptions(base=str(model_folder), device="cpu"))
+    generator.set_adapter("a")
+    generator.get_or_load("b")
+    generator.get_or_load("c")
+    assert generator.loaded_adapters == ["a", "c"]  # a is in use
+    assert Generator(
+        "a", "b", "c", max_resident=2, options=ModelOptions(base=str(model_folder), device="cpu")
+    ).loaded_adapters == ["a", "c"]
+    generator.set_adapter(None)
+    generator.get_or_load("a")
+    generator.get_or_load("d")
+    assert generator.loaded_adapters == ["a", "d"]
     names, shared = list("abcd"), SamplingParams(greedy=True, max_new_tokens=20)
     answers = generator.generate_batch([("so", name) for name in names], shared)
-    assert len(generator.loaded) == 2
+    assert len(generator.loaded_adapters) == 2
     for name, answer in zip(names, answers, strict=True):
-        generator.use(name)
+        generator.set_adapter(name)
         assert generator.generate("so", shared) == answer
 
 
 @pytest.fixture
 def decoder(model_folder):
-    return Generator(base=str(model_folder), device="cpu").writer.decoder
+    return Generator(options=ModelOptions(base=str(model_folder), device="cpu")).engine.cpu_decoder
 
 
 def test_a_cache_that_rows_join_and_leave_gives_the_logits_that_they_have_alone(decoder):
     draw, ids = random.Random(0), torch.randint(1, 300, (12, 100), generator=torch.Generator().manual_seed(0))
 
     def alone(line, count):
-        return decoder.step(ids[line : line + 1, :count], KVCache(decoder, 1, count, [0]))[0, -1]
+        return decoder.forward(ids[line : line + 1, :count], KVCache(decoder, 1, count, [0]))[0, -1]
 
     with torch.inference_mode():
         lines, counts, cache, joins = [], [], None, iter(range(12))
@@ -240,12 +242,12 @@ def test_a_cache_that_rows_join_and_leave_gives_the_logits_that_they_have_alone(
             if (turn % 5 == 0 or not lines) and (line := next(joins, None)) is not None:
                 count = draw.choice([1, 2, 30])
                 new = KVCache(decoder, 1, count, [0])
-                decoder.step(ids[line : line + 1, :count], new)
-                cache = new if cache is None else cache.join(new) or cache
+                decoder.forward(ids[line : line + 1, :count], new)
+                cache = new if cache is None else cache.append_rows(new) or cache
                 lines, counts = [*lines, line], [*counts, count]
             if not lines:
                 break
-            logits = decoder.step(
+            logits = decoder.forward(
                 torch.stack([ids[line, [count]] for line, count in zip(lines, counts, strict=True)]), cache
             )
             counts = [count + 1 for count in counts]
@@ -255,7 +257,7 @@ def test_a_cache_that_rows_join_and_leave_gives_the_logits_that_they_have_alone(
             if gone:
                 kept = [place for place in range(len(lines)) if place not in gone]
                 lines, counts = [lines[place] for place in kept], [counts[place] for place in kept]
-                cache.keep(kept) if kept else None
+                cache.keep_rows(kept) if kept else None
                 cache = cache if kept else None
     assert tiny_models.CONTEXT > 41
 
@@ -264,29 +266,29 @@ def test_a_cache_takes_little_more_than_what_is_in_it(decoder):
     """However long the rows were that have gone."""
     with torch.inference_mode():
         cache = KVCache(decoder, 1, 100, [0])
-        decoder.step(torch.ones(1, 100, dtype=torch.int64), cache)
+        decoder.forward(torch.ones(1, 100, dtype=torch.int64), cache)
         for _ in range(9):
             new = KVCache(decoder, 1, 4, [0])
-            decoder.step(torch.ones(1, 4, dtype=torch.int64), new)
-            cache.join(new)
-        cache.keep(range(1, 10))
+            decoder.forward(torch.ones(1, 4, dtype=torch.int64), new)
+            cache.append_rows(new)
+        cache.keep_rows(range(1, 10))
         for _ in range(9):
             new = KVCache(decoder, 1, 4, [0])
-            decoder.step(torch.ones(1, 4, dtype=torch.int64), new)
-            cache.join(new)
+            decoder.forward(torch.ones(1, 4, dtype=torch.int64), new)
+            cache.append_rows(new)
     rows, length = cache.entries.shape[2], cache.entries.shape[4]
     assert rows * length <= 1.25**2 * 18 * 4
 
 
 def test_no_draft_is_made_for_the_last_tokens_of_a_row(model_folder, monkeypatch):
     monkeypatch.setattr(CpuDecoder, "draft", property(lambda self: pytest.fail("a draft was made")))
-    generator = Generator(base=str(model_folder), device="cpu")
+    generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     rows = [row_of(generator, "so", None, limit, None) for limit in (20, 40)]
-    generator.writer.join(rows)
-    while len(rows[1].new) < 19:
-        generator.writer.step()
-    while generator.writer.rows:
-        generator.writer.step()
+    generator.engine.add(rows)
+    while len(rows[1].output_ids) < 19:
+        generator.engine.step()
+    while generator.engine.sequences:
+        generator.engine.step()
 
 
 @pytest.mark.parametrize("left", [2, 3, 4])
@@ -296,9 +298,9 @@ def test_a_row_left_alone_where_the_room_ends_guesses_right(model_folder, monkey
         CpuDecoder, "draft", property(lambda self: self)
     )  # its guesses are right, so it goes on to guess
     monkeypatch.setattr(inference_batch, "MIN_DRAFT_TOKENS", 1)
-    generator = Generator(base=str(model_folder), device="cpu")
+    generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     expected = generator.generate("so", SamplingParams(greedy=True, max_new_tokens=30, repetition_penalty=1.2)).text
-    writer, moved, guess = generator.writer, [], speculative.DraftDecoder.guess
+    writer, moved, guess = generator.engine, [], speculative.DraftDecoder.propose
 
     def seen(guesser, cache):
         before = cache.used
@@ -308,11 +310,11 @@ def test_a_row_left_alone_where_the_room_ends_guesses_right(model_folder, monkey
 
     monkeypatch.setattr(speculative.DraftDecoder, "guess", seen)
     first, late = row_of(generator, PROMPTS[2], None, 12, None), row_of(generator, "so", None, 30, None)
-    writer.join([first])
-    while len(first.new) < 12 - left:
+    writer.add([first])
+    while len(first.output_ids) < 12 - left:
         writer.step()
-    writer.join([late])
-    while writer.rows:
+    writer.add([late])
+    while writer.sequences:
         writer.step()
-    assert late.text.whole == expected
+    assert late.detokenizer.text == expected
     assert any(moved)

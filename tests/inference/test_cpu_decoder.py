@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from lora_tuner import Generator, SamplingParams
+from lora_tuner import Generator, ModelOptions, SamplingParams
 from lora_tuner.inference.cpu_decoder import CpuDecoder, KVCache
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
@@ -15,48 +15,50 @@ from .test_multi_lora import save_opt
 
 @pytest.fixture
 def base(model_folder):
-    return load_base(find_base(str(model_folder)), "cpu", "float32")
+    return load_base(find_base(str(model_folder)), ModelOptions(device="cpu", dtype="float32"))
 
 
 def test_tokens_at_once_and_one_by_one_have_the_logits_of_transformers(base):
     ids = torch.randint(1, 300, (3, 20), generator=torch.Generator().manual_seed(0))
-    decoder = CpuDecoder.of(base)
+    decoder = CpuDecoder.for_base(base)
     with torch.inference_mode():
         expected = base.model(ids, use_cache=False).logits
         cache = KVCache(decoder, 3, 20, [0, 0, 0])
-        found = [decoder.step(ids[:, :7], cache), *(decoder.step(ids[:, i : i + 1], cache) for i in range(7, 20))]
+        found = [decoder.forward(ids[:, :7], cache), *(decoder.forward(ids[:, i : i + 1], cache) for i in range(7, 20))]
     torch.testing.assert_close(torch.cat(found, 1), expected, atol=2e-5, rtol=1e-5)
     assert cache.used == 20
 
 
 def test_padding_on_the_left_changes_nothing(base):
     ids = torch.randint(1, 300, (1, 12), generator=torch.Generator().manual_seed(0))
-    decoder = CpuDecoder.of(base)
+    decoder = CpuDecoder.for_base(base)
     padded = torch.cat([torch.cat([torch.zeros(1, 5, dtype=torch.int64), ids[:, :7]], 1), ids])
     with torch.inference_mode():
         both, alone = KVCache(decoder, 2, 13, [5, 0]), KVCache(decoder, 1, 8, [0])
-        found = [decoder.step(padded, both)[:1, -1], decoder.step(ids[:1, 7:8].repeat(2, 1), both)[:1, -1]]
-        expected = [decoder.step(ids[:, :7], alone)[:, -1], decoder.step(ids[:, 7:8], alone)[:, -1]]
+        found = [decoder.forward(padded, both)[:1, -1], decoder.forward(ids[:1, 7:8].repeat(2, 1), both)[:1, -1]]
+        expected = [decoder.forward(ids[:, :7], alone)[:, -1], decoder.forward(ids[:, 7:8], alone)[:, -1]]
     torch.testing.assert_close(torch.cat(found), torch.cat(expected), atol=2e-5, rtol=1e-5)
 
 
 def test_one_token_is_as_it_is_among_others(base):
     """A single token takes a way of its own through the norms."""
-    decoder = CpuDecoder.of(base)
+    decoder = CpuDecoder.for_base(base)
     with torch.inference_mode():
         together, single = KVCache(decoder, 2, 4, [0, 0]), KVCache(decoder, 1, 4, [0])
         for token in (5, 17, 230):
-            both = decoder.step(torch.tensor([[token], [token]]), together)
-            torch.testing.assert_close(decoder.step(torch.tensor([[token]]), single)[0], both[0], atol=2e-5, rtol=1e-5)
+            both = decoder.forward(torch.tensor([[token], [token]]), together)
+            torch.testing.assert_close(
+                decoder.forward(torch.tensor([[token]]), single)[0], both[0], atol=2e-5, rtol=1e-5
+            )
 
 
 def test_the_base_is_still_what_it_was(model_folder, base):
     """Layers that are joined share their memory with the model's own."""
     ids = torch.arange(10)[None]
     before = base.model(ids).logits
-    CpuDecoder.of(base)
+    CpuDecoder.for_base(base)
     torch.testing.assert_close(base.model(ids).logits, before, atol=0, rtol=0)
-    fresh = load_base(find_base(str(model_folder)), "cpu", "float32").model.state_dict()
+    fresh = load_base(find_base(str(model_folder)), ModelOptions(device="cpu", dtype="float32")).model.state_dict()
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in base.model.state_dict().items())
 
 
@@ -70,20 +72,20 @@ def test_biases_and_heads_that_share_keys(tmp_path):
             torch.nn.init.normal_(parameter)
     model.save_pretrained(tmp_path / "qwen")
     tiny_models.tokenizer().save_pretrained(tmp_path / "qwen")
-    base = load_base(find_base(str(tmp_path / "qwen")), "cpu", "float32")
-    decoder = CpuDecoder.of(base)
+    base = load_base(find_base(str(tmp_path / "qwen")), ModelOptions(device="cpu", dtype="float32"))
+    decoder = CpuDecoder.for_base(base)
     ids = torch.arange(1, 15)[None]
     with torch.inference_mode():
-        found = decoder.step(ids, KVCache(decoder, 1, 14, [0]))
+        found = decoder.forward(ids, KVCache(decoder, 1, 14, [0]))
         torch.testing.assert_close(found, base.model(ids).logits, atol=2e-5, rtol=1e-5)
 
 
 def test_the_last_token_alone(base):
     ids = torch.randint(1, 300, (2, 9), generator=torch.Generator().manual_seed(0))
-    decoder = CpuDecoder.of(base)
+    decoder = CpuDecoder.for_base(base)
     with torch.inference_mode():
-        whole = decoder.step(ids, KVCache(decoder, 2, 9, [0, 0]))
-        last = decoder.step(ids, KVCache(decoder, 2, 9, [0, 0]), last=True)
+        whole = decoder.forward(ids, KVCache(decoder, 2, 9, [0, 0]))
+        last = decoder.forward(ids, KVCache(decoder, 2, 9, [0, 0]), last=True)
     assert last.shape == (2, 1, 320)
     torch.testing.assert_close(last[:, 0], whole[:, -1], atol=2e-5, rtol=1e-5)
 
@@ -100,16 +102,29 @@ def test_windows_and_turns_that_depend_on_the_length_are_left_to_transformers(tm
         model = MistralForCausalLM(MistralConfig(**size, **heads, **settings))
         model.save_pretrained(tmp_path / "mistral")
         tiny_models.tokenizer().save_pretrained(tmp_path / "mistral")
-        base = load_base(find_base(str(tmp_path / "mistral")), "cpu", "float32")
-        assert (CpuDecoder.of(base) is not None) == expected
+        base = load_base(find_base(str(tmp_path / "mistral")), ModelOptions(device="cpu", dtype="float32"))
+        assert (CpuDecoder.for_base(base) is not None) == expected
 
 
 def test_what_it_does_not_know_is_left_to_transformers(tmp_path, base, model_folder, monkeypatch):
-    assert CpuDecoder.of(base) is not None
-    assert CpuDecoder.of(load_base(find_base(str(model_folder)), "cpu", "bfloat16")) is None
-    assert CpuDecoder.of(load_base(find_base(str(save_opt(tmp_path / "opt"))), "cpu", "float32")) is None
+    assert CpuDecoder.for_base(base) is not None
+    assert (
+        CpuDecoder.for_base(load_base(find_base(str(model_folder)), ModelOptions(device="cpu", dtype="bfloat16")))
+        is None
+    )
+    assert (
+        CpuDecoder.for_base(
+            load_base(find_base(str(save_opt(tmp_path / "opt"))), ModelOptions(device="cpu", dtype="float32"))
+        )
+        is None
+    )
     monkeypatch.setattr(
         CpuDecoder, "step", lambda self, ids, cache, mix=None, last=False: torch.zeros(1, ids.shape[1], 320)
     )
-    assert CpuDecoder.of(base) is None  # other figures
-    assert Generator(base=str(model_folder), device="cpu").generate("so", SamplingParams(max_new_tokens=2)).tokens <= 2
+    assert CpuDecoder.for_base(base) is None  # other figures
+    assert (
+        Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
+        .generate("so", SamplingParams(max_new_tokens=2))
+        .tokens
+        <= 2
+    )

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_tuner import Generator, SamplingParams, TrainConfig, atomic_io, train
+from lora_tuner import Generator, ModelOptions, SamplingParams, TrainConfig, atomic_io, train
 from lora_tuner.adapters.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE
 from lora_tuner.adapters.manifest import WeightsInfo
 from lora_tuner.config import resolve_settings
@@ -44,14 +44,16 @@ def plain(model, folder, prompt, **options):
 def way(request, monkeypatch):
     """Both ways through a base, in turn."""
     if request.param == "transformers":
-        monkeypatch.setattr(CpuDecoder, "of", lambda base: None)
+        monkeypatch.setattr(CpuDecoder, "for_base", lambda base: None)
 
 
 def disturb(generator, change, monkeypatch):
     """Change the logits of a generator, whichever way they come."""
-    if generator.writer.decoder is not None:
-        step = generator.writer.decoder.step
-        monkeypatch.setattr(generator.writer.decoder, "step", lambda *args, **kwargs: change(step(*args, **kwargs)))
+    if generator.engine.cpu_decoder is not None:
+        step = generator.engine.cpu_decoder.forward
+        monkeypatch.setattr(
+            generator.engine.cpu_decoder, "forward", lambda *args, **kwargs: change(step(*args, **kwargs))
+        )
     else:
         head = generator.base.model.get_output_embeddings()
         forward = head.forward
@@ -59,54 +61,61 @@ def disturb(generator, change, monkeypatch):
 
 
 def test_the_base_alone_writes_what_transformers_writes(model_folder, way):
-    generator = Generator(base=str(model_folder), device="cpu")
+    generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     expected = plain(AutoModelForCausalLM.from_pretrained(model_folder), model_folder, "the actor")
     assert generator.generate("the actor", GREEDY).text == expected
 
 
 def test_an_adapter_writes_what_plain_peft_writes(adapter, gpt2, way):
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(gpt2), adapter.path)
-    answer = Generator("reviews", device="cpu").generate("the actor", GREEDY)
+    answer = Generator("reviews", options=ModelOptions(device="cpu")).generate("the actor", GREEDY)
     assert answer.text == plain(model, gpt2, "the actor")
-    assert answer.text != Generator(base=str(gpt2), device="cpu").generate("the actor", GREEDY).text
+    assert (
+        answer.text != Generator(options=ModelOptions(base=str(gpt2), device="cpu")).generate("the actor", GREEDY).text
+    )
     assert answer.adapter == "reviews"
 
 
 def test_adapters_and_base_swap_without_reloading(settings):
     for name, rate in (("a", 1e-2), ("a2", 3e-2)):
         train(settings(name=name, learning_rate=rate))
-    alone = {name: Generator(name, device="cpu").generate("the actor", GREEDY).text for name in ("a", "a2")}
-    generator = Generator("a", "a2", device="cpu")
-    assert generator.current == "a"
-    alone[None] = Generator(base=generator.base.source.name, device="cpu").generate("the actor", GREEDY).text
+    alone = {
+        name: Generator(name, options=ModelOptions(device="cpu")).generate("the actor", GREEDY).text
+        for name in ("a", "a2")
+    }
+    generator = Generator("a", "a2", options=ModelOptions(device="cpu"))
+    assert generator.current_adapter == "a"
+    alone[None] = (
+        Generator(options=ModelOptions(base=generator.base.files.name, device="cpu")).generate("the actor", GREEDY).text
+    )
     weights = generator.base.model.get_input_embeddings().weight.data_ptr()
     for name in ("a", None, "a2", "a", "a2", None, None, "a"):
-        generator.use(name)
+        generator.set_adapter(name)
         assert generator.generate("the actor", GREEDY).text == alone[name]
     assert generator.base.model.get_input_embeddings().weight.data_ptr() == weights
     generator.unload("a")
-    assert generator.current is None
+    assert generator.current_adapter is None
     assert generator.generate("the actor", GREEDY).text == alone[None]
-    generator.use("a2")
+    generator.set_adapter("a2")
     generator.unload("a2")
     assert generator.generate("the actor", GREEDY).text == alone[None]
-    generator.use("a")
+    generator.set_adapter("a")
     assert generator.generate("the actor", GREEDY).text == alone["a"]
 
 
 def test_a_failed_swap_changes_nothing(adapter, tmp_path):
-    generator = Generator("reviews", device="cpu")
+    generator = Generator("reviews", options=ModelOptions(device="cpu"))
     before = generator.generate("the actor", GREEDY).text
     with pytest.raises(
         AdapterError, match=r"There is no adapter 'nothing', neither in adapters .reviews. nor as a path"
     ):
-        generator.use("nothing")
-    assert generator.current == "reviews"
+        generator.set_adapter("nothing")
+    assert generator.current_adapter == "reviews"
     assert generator.generate("the actor", GREEDY).text == before
 
 
 def test_text_streams_in_pieces_that_make_up_the_answer(adapter, way):
-    generator = Generator("reviews", device="cpu")
+    generator = Generator("reviews", options=ModelOptions(device="cpu"))
     for sampling in (
         GREEDY,
         SamplingParams(seed=3, max_new_tokens=30),
@@ -119,7 +128,7 @@ def test_text_streams_in_pieces_that_make_up_the_answer(adapter, way):
 
 
 def test_the_same_seed_gives_the_same_text_and_leaves_the_callers_random_state(model_folder):
-    generator = Generator(base=str(model_folder), device="cpu")
+    generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     state = torch.random.get_rng_state()
     texts = [generator.generate("so", SamplingParams(seed=seed)).text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
@@ -130,7 +139,7 @@ def test_the_same_seed_gives_the_same_text_and_leaves_the_callers_random_state(m
 
 
 def test_a_stop_string_ends_the_answer_before_itself(model_folder, way):
-    generator = Generator(base=str(model_folder), device="cpu")
+    generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     whole = generator.generate("the actor", GREEDY).text
     stop = whole[8:10]
     answer = generator.generate("the actor", GREEDY.model_copy(update={"stop": [stop]}))
@@ -139,7 +148,7 @@ def test_a_stop_string_ends_the_answer_before_itself(model_folder, way):
 
 
 def test_the_answer_ends_with_the_text(model_folder, monkeypatch, way):
-    generator = Generator(base=str(model_folder), device="cpu")
+    generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     eos = generator.base.tokenizer.eos_token_id
 
     def favour_the_end(logits):
@@ -154,18 +163,20 @@ def test_the_answer_ends_with_the_text(model_folder, monkeypatch, way):
 
 
 def test_several_answers_differ(model_folder):
-    answers = Generator(base=str(model_folder), device="cpu").generate_all("the", SamplingParams(seed=1, answers=4))
+    answers = Generator(options=ModelOptions(base=str(model_folder), device="cpu")).generate_all(
+        "the", SamplingParams(seed=1, n=4)
+    )
     assert len({answer.text for answer in answers}) == 4
 
 
 def test_temperature_zero_is_greedy(model_folder):
-    generator = Generator(base=str(model_folder), device="cpu")
+    generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     cold = GREEDY.model_copy(update={"greedy": False, "temperature": 0.0})
     assert generator.generate("the", cold).text == generator.generate("the", GREEDY).text
 
 
 def test_prompts_at_the_edge_of_the_context(model_folder, way):
-    generator = Generator(base=str(model_folder), device="cpu")
+    generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     with pytest.raises(GenerationError, match=f"tokens, and .* looks back on {tiny_models.CONTEXT}: cut it"):
         generator.generate("w " * 400)
     assert generator.generate("", GREEDY).prompt == ""
@@ -177,16 +188,16 @@ def test_prompts_at_the_edge_of_the_context(model_folder, way):
 
 def test_sampling_settings_that_contradict_each_other():
     with pytest.raises(ConfigError, match="answers above 1 would all be the same"):
-        resolve_settings(SamplingParams, {"greedy": True, "answers": 2})
+        resolve_settings(SamplingParams, {"greedy": True, "n": 2})
 
 
 def test_threads_take_turns(settings):
     for name, rate in (("a", 1e-2), ("b", 3e-2)):
         train(settings(name=name, learning_rate=rate))
-    generator = Generator("a", "b", device="cpu")
+    generator = Generator("a", "b", options=ModelOptions(device="cpu"))
     expected = {}
     for name in ("a", "b"):
-        generator.use(name)
+        generator.set_adapter(name)
         expected[name] = generator.generate("the actor", GREEDY).text
     wrong = []
 
@@ -195,7 +206,7 @@ def test_threads_take_turns(settings):
             answer = generator.generate("the actor", GREEDY)
             if answer.text != expected[answer.adapter]:
                 wrong.append(answer)
-            generator.use(name)
+            generator.set_adapter(name)
 
     threads = [threading.Thread(target=ask, args=(name,)) for name in "abab"]
     for thread in threads:
@@ -206,7 +217,7 @@ def test_threads_take_turns(settings):
 
 
 def test_a_stop_string_that_begins_in_the_prompt_does_not_end_the_answer(model_folder, way):
-    generator = Generator(base=str(model_folder), device="cpu")
+    generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     whole = generator.generate("the actor", GREEDY).text
     across = "r" + whole[:1]
     answer = generator.generate("the actor", GREEDY.model_copy(update={"stop": [across]}))
@@ -214,12 +225,17 @@ def test_a_stop_string_that_begins_in_the_prompt_does_not_end_the_answer(model_f
 
 
 def test_the_bases_own_generation_settings_do_not_mix_in(tmp_path, gpt2):
-    expected = Generator(base=str(gpt2), device="cpu").generate("the actor", GREEDY).text
+    expected = Generator(options=ModelOptions(base=str(gpt2), device="cpu")).generate("the actor", GREEDY).text
     shutil.copytree(gpt2, tmp_path / "base")
     own = {"num_beams": 3, "no_repeat_ngram_size": 1, "min_new_tokens": 5, "eos_token_id": 0}
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps(own))
     pieces = []
-    assert Generator(base="base", device="cpu").generate("the actor", GREEDY, on_text=pieces.append).text == expected
+    assert (
+        Generator(options=ModelOptions(base="base", device="cpu"))
+        .generate("the actor", GREEDY, on_text=pieces.append)
+        .text
+        == expected
+    )
     assert "".join(pieces) == expected
 
 
@@ -231,21 +247,21 @@ def test_a_damaged_adapter_is_not_used(adapter):
     with pytest.raises(
         AdapterError, match=r"reviews is damaged: adapter_model\.safetensors is not the file that manifest"
     ):
-        Generator("reviews", device="cpu")
+        Generator("reviews", options=ModelOptions(device="cpu"))
     (adapter.path / MANIFEST_FILE).unlink()
     tensors = load_file(path)
     tensors[sorted(tensors)[0]][0, 0] = float("nan")
     save_file(tensors, path)
     with pytest.raises(AdapterError, match=r"reviews is damaged: .* holds numbers that are not finite"):
-        Generator("reviews", device="cpu")
+        Generator("reviews", options=ModelOptions(device="cpu"))
 
 
 def test_the_wrong_base_is_refused_and_forced_with_one_notice(adapter, tmp_path):
     other = tiny_models.save_model(tmp_path / "other", "gpt2", seed=7)
     with pytest.raises(WrongBaseError, match=r"reviews was trained on .*, not on .*other"):
-        Generator("reviews", base=str(other), device="cpu")
+        Generator("reviews", options=ModelOptions(base=str(other), device="cpu"))
     told = []
-    Generator("reviews", base=str(other), device="cpu", force=True, notify=told.append)
+    Generator("reviews", options=ModelOptions(base=str(other), device="cpu", force=True, notify=told.append))
     assert len([notice for notice in told if notice.text.startswith("FORCED: ")]) == 1
 
 
@@ -254,13 +270,13 @@ def test_the_wrong_base_is_refused_and_forced_with_one_notice(adapter, tmp_path)
 
 def write(base_folder, name, rank=4, targets="auto", seed=0, dora=False, folder="adapters"):
     """An adapter with random weights, which nobody had to train."""
-    base = load_base(find_base(str(base_folder)), "cpu")
+    base = load_base(find_base(str(base_folder)), ModelOptions(device="cpu"))
     if dora:
         names = lora.resolve_target_modules(base.model, targets)
         kind = {"task_type": "CAUSAL_LM", "use_dora": True, "fan_in_fan_out": "gpt2" in str(base_folder)}
         model = get_peft_model(base.model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, **kind))
     else:
-        model = lora.add_lora(base, TrainConfig(rank=rank, targets=targets))
+        model = lora.add_lora(base, TrainConfig(rank=rank, target_modules=targets))
     torch.manual_seed(seed)
     tensors = {
         name: tensor * (torch.rand_like(tensor) + 0.5) if "magnitude" in name else torch.randn_like(tensor) * 0.3
@@ -338,11 +354,11 @@ def test_eight_prompts_through_eight_adapters_are_each_as_they_are_alone(model_f
     sampling = SamplingParams(greedy=True, max_new_tokens=10, repetition_penalty=penalty)
     asked = list(itertools.product(PROMPTS, eight))
     random.Random(0).shuffle(asked)
-    answers = Generator(base=str(model_folder), device="cpu").generate_batch(asked, sampling)
+    answers = Generator(options=ModelOptions(base=str(model_folder), device="cpu")).generate_batch(asked, sampling)
     together = dict(zip(asked, answers, strict=True))
     certain = 0
     for name in eight:
-        fresh = Generator(name, device="cpu")
+        fresh = Generator(name, options=ModelOptions(device="cpu"))
         plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), f"adapters/{name}")
         for prompt in PROMPTS:
             alone = fresh.generate(prompt, sampling)
@@ -357,7 +373,7 @@ def test_eight_prompts_through_eight_adapters_are_each_as_they_are_alone(model_f
 
 
 def test_padding_is_no_repetition(model_folder, monkeypatch, way):
-    generator = Generator(base=str(model_folder), device="cpu")
+    generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     eos = generator.base.tokenizer.eos_token_id  # which is what rows are padded with
 
     def end_by_a_little(logits):
@@ -376,14 +392,14 @@ def test_padding_is_no_repetition(model_folder, monkeypatch, way):
 
 
 def test_rows_with_different_room_are_each_as_they_are_alone(model_folder, eight):
-    generator = Generator(*eight[:3], device="cpu")
+    generator = Generator(*eight[:3], options=ModelOptions(device="cpu"))
     sampling = SamplingParams(greedy=True, max_new_tokens=12, repetition_penalty=1.0)
     lengths = [3, *(tiny_models.CONTEXT - room for room in (13, 12, 11, 4, 1))]
     prompts = [of_length(generator.base.tokenizer, length) for length in lengths]
     asked = list(itertools.product(prompts, [*eight[:3], None]))
     answers = dict(zip(asked, generator.generate_batch(asked, sampling), strict=True))
     for name in (*eight[:3], None):
-        fresh = Generator(*[name] if name else [], base=str(model_folder), device="cpu")
+        fresh = Generator(*[name] if name else [], options=ModelOptions(base=str(model_folder), device="cpu"))
         for prompt in prompts:
             assert answers[prompt, name] == fresh.generate(prompt, sampling)
     assert {answer.tokens for answer in answers.values() if not answer.finished} == {12, 11, 4, 1}
@@ -397,9 +413,11 @@ def test_a_drawn_row_does_not_depend_on_what_else_is_drawn(model_folder, eight):
     asked = [("so", "one"), (PROMPTS[5], "six"), ("the actor", None), ("so", "nine"), ("so", None), ("", "two")]
     alone = {}
     for pair in asked:
-        (alone[pair],) = Generator(base=str(model_folder), device="cpu").generate_batch([pair], sampling)
+        (alone[pair],) = Generator(options=ModelOptions(base=str(model_folder), device="cpu")).generate_batch(
+            [pair], sampling
+        )
     assert len({answer.text for answer in alone.values()}) == 6
-    generator = Generator(base=str(model_folder), device="cpu")
+    generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     draw = random.Random(0)
     for size in (1, 2, 3, 6, 6, 9):
         batch = draw.sample(asked, min(size, 6)) + draw.choices(asked, k=max(size - 6, 0))
@@ -407,30 +425,30 @@ def test_a_drawn_row_does_not_depend_on_what_else_is_drawn(model_folder, eight):
 
 
 def test_several_answers_are_those_of_the_seeds_that_follow(model_folder, eight):
-    generator = Generator("one", device="cpu")
+    generator = Generator("one", options=ModelOptions(device="cpu"))
     sampling = SamplingParams(seed=5, max_new_tokens=10)
     expected = {}
     for prompt, name in (("so", "one"), ("the actor", "six"), ("the actor", None)):
-        generator.use(name)
+        generator.set_adapter(name)
         answers = [generator.generate(prompt, SamplingParams(seed=seed, max_new_tokens=10)) for seed in (5, 6, 7)]
         assert [answer.seed for answer in answers] == [5, 6, 7]
         assert len({answer.text for answer in answers}) == 3
-        assert generator.generate_all(prompt, sampling.model_copy(update={"answers": 3})) == answers
+        assert generator.generate_all(prompt, sampling.model_copy(update={"n": 3})) == answers
         expected[prompt, name] = answers
-    together = generator.generate_batch(list(expected), sampling.model_copy(update={"answers": 3}))
+    together = generator.generate_batch(list(expected), sampling.model_copy(update={"n": 3}))
     assert together == list(itertools.chain(*expected.values()))
 
 
 def test_every_answer_names_the_seed_that_gives_it_again(model_folder, eight):
-    generator = Generator("one", device="cpu")
+    generator = Generator("one", options=ModelOptions(device="cpu"))
     free = SamplingParams(max_new_tokens=10)
     answers = [
         generator.generate("so", free),
-        *generator.generate_all("so", free.model_copy(update={"answers": 3})),
-        *generator.generate_batch([("so", "one"), (PROMPTS[5], "six")], free.model_copy(update={"answers": 2})),
+        *generator.generate_all("so", free.model_copy(update={"n": 3})),
+        *generator.generate_batch([("so", "one"), (PROMPTS[5], "six")], free.model_copy(update={"n": 2})),
     ]
     for answer in answers:
-        generator.use(answer.adapter)
+        generator.set_adapter(answer.adapter)
         assert generator.generate(answer.prompt, free.model_copy(update={"seed": answer.seed})) == answer
     seeds = [answer.seed for answer in answers]
     assert len({*seeds[:4], *seeds[4:6]}) == 6
@@ -440,9 +458,9 @@ def test_every_answer_names_the_seed_that_gives_it_again(model_folder, eight):
 
 
 def test_loading_and_drawing_leave_every_random_state(model_folder, eight):
-    generator = Generator("one", device="cpu")
+    generator = Generator("one", options=ModelOptions(device="cpu"))
     before = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    generator.generate_batch([("so", name) for name in eight], SamplingParams(max_new_tokens=4, answers=2))
+    generator.generate_batch([("so", name) for name in eight], SamplingParams(max_new_tokens=4, n=2))
     assert torch.equal(torch.random.get_rng_state(), before[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
 
@@ -490,7 +508,11 @@ def texts(gpt2, stock):
     """What each version writes in a fresh generator, by its name; None is the plain base."""
     found = {}
     for version in ("v1", "v2", "v3", None):
-        fresh = Generator(*[stock / version] if version else [], base=str(gpt2), adapters_dir=stock, device="cpu")
+        fresh = Generator(
+            *[stock / version] if version else [],
+            adapters_dir=stock,
+            options=ModelOptions(base=str(gpt2), device="cpu"),
+        )
         found[version] = fresh.generate("the actor", SHORT).text
     assert len(set(found.values())) == 4
     return found
@@ -506,34 +528,34 @@ def put(stock, what, path):
 def test_a_replaced_adapter_is_read_again_and_a_broken_one_is_not(stock, texts):
     path = Path("adapters/a")
     put(stock, "v1", path)
-    generator = Generator("a", device="cpu")
+    generator = Generator("a", options=ModelOptions(device="cpu"))
     put(stock, "v2", path)
     assert generator.generate("the actor", SHORT).text == texts["v1"]  # until it is asked for
-    generator.use("a")
+    generator.set_adapter("a")
     assert generator.generate("the actor", SHORT).text == texts["v2"]
     put(stock, "v3", path)
     assert generator.generate_batch([("the actor", "a")], SHORT)[0].text == texts["v3"]
     for how in (*DAMAGE, "missing"):
         put(stock, how, path)
         with pytest.raises(AdapterError):
-            generator.use("a")
+            generator.set_adapter("a")
         with pytest.raises(AdapterError):
             generator.generate_batch([("the actor", None), ("the actor", "a")], SHORT)
-        assert (generator.current, generator.loaded) == ("a", ["a"])
+        assert (generator.current_adapter, generator.loaded_adapters) == ("a", ["a"])
         assert generator.generate("the actor", SHORT).text == texts["v3"]
     put(stock, "v1", path)
-    generator.use("a")
+    generator.set_adapter("a")
     assert generator.generate("the actor", SHORT).text == texts["v1"]
 
 
 def test_settings_that_were_edited_in_place_are_read_again(stock, texts):
     put(stock, "v1", Path("adapters/a"))
-    generator = Generator("a", device="cpu")
+    generator = Generator("a", options=ModelOptions(device="cpu"))
     config = Path("adapters/a") / CONFIG_FILE
     config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 1}))
-    expected = Generator("a", device="cpu").generate("the actor", SHORT).text
+    expected = Generator("a", options=ModelOptions(device="cpu")).generate("the actor", SHORT).text
     assert expected != texts["v1"]
-    generator.use("a")
+    generator.set_adapter("a")
     assert generator.generate("the actor", SHORT).text == expected
 
 
@@ -541,26 +563,26 @@ def test_settings_that_were_edited_in_place_are_read_again(stock, texts):
 def test_a_failed_batch_with_a_broken_adapter_loads_nothing(stock, texts, how):
     for name, what in (("a", "v1"), ("b", "v2"), ("c", how)):
         put(stock, what, Path("adapters") / name)
-    generator = Generator("a", device="cpu")
+    generator = Generator("a", options=ModelOptions(device="cpu"))
     with pytest.raises(AdapterError):
         generator.generate_batch([("the actor", name) for name in (None, "b", "c", "a")], SHORT)
-    assert (generator.current, generator.loaded) == ("a", ["a"])
+    assert (generator.current_adapter, generator.loaded_adapters) == ("a", ["a"])
     assert generator.generate("the actor", SHORT).text == texts["v1"]
 
 
 def test_a_failed_batch_with_a_prompt_that_is_too_long_loads_nothing(stock):
     for name in "ab":
         put(stock, "v1", Path("adapters") / name)
-    generator = Generator("a", device="cpu")
+    generator = Generator("a", options=ModelOptions(device="cpu"))
     with pytest.raises(GenerationError, match="cut it"):
         generator.generate_batch([("the actor", "b"), ("w " * 400, None)], SHORT)
-    assert (generator.current, generator.loaded) == ("a", ["a"])
+    assert (generator.current_adapter, generator.loaded_adapters) == ("a", ["a"])
 
 
 @pytest.mark.parametrize("wrong", [("w " * 400, None), ("the actor", "nothing")])
 def test_a_failed_batch_leaves_the_weights_that_were_in_use(stock, texts, wrong):
     put(stock, "v1", Path("adapters/a"))
-    generator = Generator("a", device="cpu")
+    generator = Generator("a", options=ModelOptions(device="cpu"))
     put(stock, "v2", Path("adapters/a"))
     with pytest.raises((AdapterError, GenerationError)):
         generator.generate_batch([("the actor", "a"), wrong], SHORT)
@@ -573,7 +595,7 @@ class History:
     def __init__(self, base, stock, texts, adapters):
         self.stock, self.texts, self.adapters = stock, texts, adapters
         self.on_disk, self.in_memory, self.current = {}, {}, None
-        self.generator = Generator(base=str(base), adapters_dir=adapters, device="cpu")
+        self.generator = Generator(adapters_dir=adapters, options=ModelOptions(base=str(base), device="cpu"))
 
     def usable(self, name):
         return name is None or self.on_disk.get(name) in ("v1", "v2", "v3")
@@ -585,13 +607,13 @@ class History:
     def use(self, name, by_path):
         adapter = self.adapters / name if name and by_path else name
         if self.usable(name):
-            assert self.generator.use(adapter) == name
+            assert self.generator.set_adapter(adapter) == name
             self.current = name
             if name:
                 self.in_memory[name] = self.on_disk[name]
         else:
             with pytest.raises(AdapterError):
-                self.generator.use(adapter)
+                self.generator.set_adapter(adapter)
 
     def unload(self, name):
         if name in self.in_memory:
@@ -613,8 +635,8 @@ class History:
                 self.generator.generate_batch(asked, SHORT)
 
     def check(self):
-        assert self.generator.loaded == sorted(self.in_memory)
-        assert self.generator.current == self.current
+        assert self.generator.loaded_adapters == sorted(self.in_memory)
+        assert self.generator.current_adapter == self.current
         answer = self.generator.generate("the actor", SHORT)
         assert (answer.text, answer.adapter) == (self.texts[self.in_memory.get(self.current)], self.current)
 
@@ -651,7 +673,7 @@ def test_text_after_any_history_is_that_of_a_fresh_generator(gpt2, stock, texts,
 def test_a_batch_loads_what_it_needs_and_the_one_in_use_stays(stock, texts):
     for name, what in (("a", "v1"), ("b", "v2"), ("c", "v3")):
         put(stock, what, Path("adapters") / name)
-    generator = Generator("a", device="cpu")
+    generator = Generator("a", options=ModelOptions(device="cpu"))
     asked = [("the actor", adapter) for adapter in ("b", None, Path("adapters/c"), "a", "b")]
     answers = generator.generate_batch(asked, SHORT)
     assert [(answer.adapter, answer.text) for answer in answers] == [
@@ -661,7 +683,7 @@ def test_a_batch_loads_what_it_needs_and_the_one_in_use_stays(stock, texts):
         ("a", texts["v1"]),
         ("b", texts["v2"]),
     ]
-    assert (generator.current, generator.loaded) == ("a", ["a", "b", "c"])
+    assert (generator.current_adapter, generator.loaded_adapters) == ("a", ["a", "b", "c"])
     assert generator.generate("the actor", SHORT).text == texts["v1"]
     assert generator.generate_batch([], SHORT) == []
 
@@ -671,32 +693,34 @@ ONE_BY_ONE = "This base does not keep the rows of a batch apart, so each adapter
 
 def test_dora_shares_a_batch_with_others(model_folder, eight):
     told = []
-    generator = Generator(base=str(model_folder), device="cpu", notify=lambda notice: told.append(notice.text))
+    generator = Generator(
+        options=ModelOptions(base=str(model_folder), device="cpu", notify=lambda notice: told.append(notice.text))
+    )
     answers = generator.generate_batch([("the actor", name) for name in ("six", "two", None, "six")], SHORT)
     assert told == [
         f"{name} has no manifest, so only its shapes can be compared with {model_folder}." for name in ("six", "two")
     ]
     for answer in answers:
-        generator.use(answer.adapter)
+        generator.set_adapter(answer.adapter)
         assert generator.generate("the actor", SHORT) == answer
 
 
-@pytest.mark.parametrize(
-    "sampling", [SHORT, SamplingParams(seed=3, max_new_tokens=6, answers=2)], ids=["greedy", "drawn"]
-)
+@pytest.mark.parametrize("sampling", [SHORT, SamplingParams(seed=3, max_new_tokens=6, n=2)], ids=["greedy", "drawn"])
 def test_a_base_that_strings_rows_together_answers_one_adapter_after_another(tmp_path, sampling):
     opt = save_opt(tmp_path / "opt")
     write(opt, "a", 3, seed=1)
     write(opt, "b", 2, "fc1,fc2", seed=2, dora=True)
     told = []
-    generator = Generator(base=str(opt), device="cpu", notify=lambda notice: told.append(notice.text))
+    generator = Generator(
+        options=ModelOptions(base=str(opt), device="cpu", notify=lambda notice: told.append(notice.text))
+    )
     asked = [(prompt, name) for name in ("a", None, "b", "a") for prompt in ("the actor", "so")]
     answers = generator.generate_batch(asked, sampling)
     assert [text for text in told if "no manifest" not in text] == [ONE_BY_ONE]
-    assert (generator.current, generator.loaded) == (None, ["a", "b"])
+    assert (generator.current_adapter, generator.loaded_adapters) == (None, ["a", "b"])
     expected = []
     for prompt, name in asked:
-        fresh = Generator(*[name] if name else [], base=str(opt), device="cpu")
+        fresh = Generator(*[name] if name else [], options=ModelOptions(base=str(opt), device="cpu"))
         expected += fresh.generate_all(prompt, sampling)
     assert answers == expected
     assert len({answer.text for answer in answers}) >= 5
@@ -709,7 +733,7 @@ def test_a_base_that_strings_rows_together_answers_one_adapter_after_another(tmp
 
 
 def test_a_prompt_without_room_is_refused_with_its_length(gpt2):
-    generator = Generator(base=str(gpt2), device="cpu")
+    generator = Generator(options=ModelOptions(base=str(gpt2), device="cpu"))
     for length in (tiny_models.CONTEXT, 1000):
         prompt = of_length(generator.base.tokenizer, length)
         with pytest.raises(GenerationError) as error:
@@ -719,25 +743,25 @@ def test_a_prompt_without_room_is_refused_with_its_length(gpt2):
 
 
 def test_a_prompt_that_is_far_too_long_is_refused_before_it_is_tokenised(gpt2, monkeypatch):
-    generator = Generator(base=str(gpt2), device="cpu")
+    generator = Generator(options=ModelOptions(base=str(gpt2), device="cpu"))
     monkeypatch.setattr(generator.base, "tokenizer", None)
     with pytest.raises(
         ContextLengthError, match=f"The prompt has 1,000,000 characters, and {gpt2} looks back on 128 tokens"
     ):
-        generator.check("w" * 1_000_000)
+        generator.encode_prompt("w" * 1_000_000)
 
 
 def test_what_is_not_loaded_cannot_be_unloaded(gpt2, stock):
-    generator = Generator(base=str(gpt2), device="cpu")
+    generator = Generator(options=ModelOptions(base=str(gpt2), device="cpu"))
     with pytest.raises(GenerationError) as error:
         generator.unload("nothing")
     assert str(error.value) == "No adapter named nothing is loaded: there are none."
-    generator.use(stock / "v1")
-    generator.use(stock / "v2")
+    generator.set_adapter(stock / "v1")
+    generator.set_adapter(stock / "v2")
     with pytest.raises(GenerationError) as error:
         generator.unload("nothing")
     assert str(error.value) == "No adapter named nothing is loaded: there are v1, v2."
-    assert (generator.current, generator.loaded) == ("v2", ["v1", "v2"])
+    assert (generator.current_adapter, generator.loaded_adapters) == ("v2", ["v1", "v2"])
 
 
 def test_two_adapters_of_one_name_are_not_loaded_together(stock, texts, tmp_path):
@@ -746,22 +770,22 @@ def test_two_adapters_of_one_name_are_not_loaded_together(stock, texts, tmp_path
     put(stock, "v2", there)
     message = f"An adapter named a is loaded already, from {here.resolve()}: unload it first."
     with pytest.raises(GenerationError) as error:
-        Generator("a", there, device="cpu")
+        Generator("a", there, options=ModelOptions(device="cpu"))
     assert str(error.value) == message
-    generator = Generator("a", device="cpu")
-    for call in (generator.use, lambda it: generator.generate_batch([("the actor", it)], SHORT)):
+    generator = Generator("a", options=ModelOptions(device="cpu"))
+    for call in (generator.set_adapter, lambda it: generator.generate_batch([("the actor", it)], SHORT)):
         with pytest.raises(GenerationError) as error:
             call(there)
         assert str(error.value) == message
         assert generator.generate("the actor", SHORT).text == texts["v1"]
     generator.unload("a")
-    assert generator.use(there) == "a"
+    assert generator.set_adapter(there) == "a"
     assert generator.generate("the actor", SHORT).text == texts["v2"]
 
 
 def test_the_last_seed_has_answers_too(gpt2):
-    generator = Generator(base=str(gpt2), device="cpu")
-    answers = generator.generate_all("so", SamplingParams(seed=2**63 - 1, answers=2, max_new_tokens=4))
+    generator = Generator(options=ModelOptions(base=str(gpt2), device="cpu"))
+    answers = generator.generate_all("so", SamplingParams(seed=2**63 - 1, n=2, max_new_tokens=4))
     for answer in answers:
         again = resolve_settings(SamplingParams, {"seed": answer.seed, "max_new_tokens": 4})
         assert generator.generate("so", again) == answer
@@ -769,10 +793,10 @@ def test_the_last_seed_has_answers_too(gpt2):
 
 def test_a_manifest_that_names_another_base_by_now_is_read_again(stock):
     put(stock, "v1", Path("adapters/a"))
-    generator = Generator("a", device="cpu")
+    generator = Generator("a", options=ModelOptions(device="cpu"))
     put(stock, "other base", Path("adapters/a"))
     with pytest.raises(WrongBaseError):
-        generator.use("a")
+        generator.set_adapter("a")
 
 
 # Written ahead, and then decided
@@ -785,7 +809,7 @@ def guessing(monkeypatch):
     from lora_tuner.inference import cpu_decoder, speculative
 
     rounds = []
-    guess = speculative.DraftDecoder.guess
+    guess = speculative.DraftDecoder.propose
     monkeypatch.setattr(cpu_decoder, "DRAFT_TOKENS", 0)
     monkeypatch.setattr(inference_batch, "MIN_DRAFT_TOKENS", 1)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
@@ -807,18 +831,18 @@ def guessing(monkeypatch):
 @pytest.mark.parametrize("good", [True, False])
 def test_guesses_change_no_text(model_folder, eight, guessing, monkeypatch, sampling, good):
     """Good ones and bad ones, on the base and on an adapter, streamed and not."""
-    slow = Generator(eight[0], device="cpu")
-    monkeypatch.setattr(slow.writer.decoder, "draft", None)
+    slow = Generator(eight[0], options=ModelOptions(device="cpu"))
+    monkeypatch.setattr(slow.engine.cpu_decoder, "draft", None)
     expected = {name: slow.generate_batch([("the actor", name)], sampling)[0] for name in (None, eight[0])}
     assert not any(guessing)
     guessing.clear()
-    generator = Generator(eight[0], device="cpu")
+    generator = Generator(eight[0], options=ModelOptions(device="cpu"))
     if not good:
-        draft = generator.writer.decoder.draft
+        draft = generator.engine.cpu_decoder.draft
         monkeypatch.setattr(draft, "embed", torch.nn.Embedding.from_pretrained(draft.embed.weight.flip(0)))
     pieces = []
     for name, answer in expected.items():
-        generator.use(name)
+        generator.set_adapter(name)
         assert generator.generate("the actor", sampling, pieces.append) == answer
         assert "".join(pieces) == answer.text
         pieces.clear()
@@ -827,7 +851,7 @@ def test_guesses_change_no_text(model_folder, eight, guessing, monkeypatch, samp
 
 
 def test_guesses_end_with_the_text_and_with_the_room(model_folder, guessing):
-    generator = Generator(base=str(model_folder), device="cpu")
+    generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     whole = generator.generate("the actor", GREEDY).text
     for length in range(1, 8):
         answer = generator.generate("the actor", GREEDY.model_copy(update={"max_new_tokens": length}))
@@ -841,9 +865,9 @@ def test_an_unloaded_adapter_leaves_memory(eight, guessing):
     import gc
     import weakref
 
-    generator = Generator(eight[0], device="cpu")
+    generator = Generator(eight[0], options=ModelOptions(device="cpu"))
     generator.generate("the actor", GREEDY)
-    tensors = [weakref.ref(update.up) for update in generator.find(eight[0])[1].layers.values()]
+    tensors = [weakref.ref(update.B) for update in generator.get_or_load(eight[0])[1].layers.values()]
     assert any(guessing)
     generator.unload(eight[0])
     gc.collect()

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from lora_tuner import Generator, SamplingParams
+from lora_tuner import Generator, ModelOptions, SamplingParams
 from lora_tuner.inference.cpu_decoder import CpuDecoder
 from lora_tuner.inference.sequence import Sequence
 
@@ -57,7 +57,7 @@ def save(kind, folder):
 
 @pytest.fixture(params=["OPT", *KINDS])
 def generator(request, tmp_path):
-    return Generator(base=str(save(request.param, tmp_path / request.param)), device="cpu")
+    return Generator(options=ModelOptions(base=str(save(request.param, tmp_path / request.param)), device="cpu"))
 
 
 def alone(generator, prompt):
@@ -71,42 +71,44 @@ def alone(generator, prompt):
 
 
 def test_rows_of_one_batch_write_what_transformers_writes_for_each(generator):
-    assert generator.writer.decoder is None
-    rows = [Sequence(generator.base, generator.check(prompt), GREEDY) for prompt in PROMPTS]
+    assert generator.engine.cpu_decoder is None
+    rows = [Sequence(generator.base, generator.encode_prompt(prompt), GREEDY) for prompt in PROMPTS]
     for number in range(4):  # each comes when others are under way
-        generator.writer.join([rows[number]])
-        generator.writer.step()
-    while generator.writer.rows:
-        generator.writer.step()
+        generator.engine.join([rows[number]])
+        generator.engine.step()
+    while generator.engine.rows:
+        generator.engine.step()
     for prompt, row in zip(PROMPTS, rows, strict=True):
         expected = alone(generator, prompt)
-        assert row.new == (expected[: expected.index(0)] if 0 in expected else expected)
+        assert row.output_ids == (expected[: expected.index(0)] if 0 in expected else expected)
 
 
 def test_a_base_without_a_cache_that_is_known_is_read_anew_for_each_token(tmp_path):
     told = []
     folder = save("Mistral", tmp_path / "base")
-    expected = Generator(base=str(folder), device="cpu").generate("the actor", GREEDY)
+    expected = Generator(options=ModelOptions(base=str(folder), device="cpu")).generate("the actor", GREEDY)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lora_tuner.inference.hf_decoder.HFDecoder._right", lambda self: False)
-        generator = Generator(base=str(folder), device="cpu", notify=lambda event: told.append(event.text))
+        generator = Generator(
+            options=ModelOptions(base=str(folder), device="cpu", notify=lambda event: told.append(event.text))
+        )
         assert generator.generate("the actor", GREEDY) == expected
     assert told == [f"{folder} keeps its past in a way of its own, so each token is slow."]
 
 
 def test_every_kind_has_a_cache_but_mamba_whose_own_is_called_otherwise(generator):
-    stock = generator.writer.stock
+    stock = generator.engine.stock
     assert stock.cached == (type(generator.base.model).__name__ != "MambaForCausalLM")
 
 
 def test_what_a_token_takes_is_told_of_every_kind(generator):
-    assert generator.writer.bytes_a_token > 0
+    assert generator.engine.bytes_a_token > 0
 
 
 def test_a_cache_that_loses_a_row_is_found_out(tmp_path, monkeypatch):
     folder = tiny_models.save_model(tmp_path / "base", "llama")
-    monkeypatch.setattr(CpuDecoder, "of", lambda base: None)
+    monkeypatch.setattr(CpuDecoder, "for_base", lambda base: None)
     from lora_tuner.inference.hf_decoder import HFCache
 
     monkeypatch.setattr(HFCache, "keep", lambda self, lines: None)
-    assert not Generator(base=str(folder), device="cpu").writer.stock.cached
+    assert not Generator(options=ModelOptions(base=str(folder), device="cpu")).engine.hf_decoder.cached

@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
-from lora_tuner import atomic_io
+from lora_tuner import ModelOptions, atomic_io
 from lora_tuner.adapters.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, load_adapter_folder
 from lora_tuner.adapters.manifest import WeightsInfo
 from lora_tuner.errors import AdapterError, MixedBatchError
@@ -57,7 +57,7 @@ def make(model_folder, kind, tmp_path):
 
 
 def load(folder, dtype="float32"):
-    return load_base(find_base(str(folder)), "cpu", dtype)
+    return load_base(find_base(str(folder)), ModelOptions(device="cpu", dtype=dtype))
 
 
 def written(base_folder, folder, dtype=torch.float32, **settings):
@@ -90,10 +90,10 @@ class Bank(MultiLora):
         self.loaded = {None: None}
 
     def add(self, name, adapter):
-        self.loaded[name] = self.read(adapter)
+        self.loaded[name] = self.load(adapter)
 
     def on(self, rows):
-        return self.applied(self.hooks([self.loaded[name] for name in rows]))
+        return self.apply_hooks(self.hooks([self.loaded[name] for name in rows]))
 
 
 def through(base, bank, rows, ids=IDS[:3]):
@@ -262,7 +262,7 @@ def test_a_batch_of_another_size_than_its_rows_is_refused(base, mixed):
 
 def test_the_base_stays_as_it_is(base, mixed):
     bank, _ = mixed
-    fresh = load(base.source.folder).model
+    fresh = load(base.files.folder).model
     expected, names = logits(fresh, IDS[:2]), [name for name, _ in fresh.named_modules()]
     for rows in (["plain"], ["dora"], ["plain", "dora"], [None, "wide"], [None], [None, None]):
         through(base, bank, rows, IDS[:2])
@@ -517,7 +517,7 @@ def test_a_blend_in_memory_is_the_weighted_sum_of_the_updates(base, make, kind):
         expected = 0.25 * (update.up @ update.down)
         if module in two.layers:
             expected = expected - 2 * (two.layers[module].up @ two.layers[module].down)
-        torch.testing.assert_close(both.layers[module].up @ both.layers[module].down, expected)
+        torch.testing.assert_close(both.layers[module].B @ both.layers[module].A, expected)
     assert both.layers.keys() == one.layers.keys() | two.layers.keys()
     bank.loaded["both"] = both
     with bank.on(["both"]):

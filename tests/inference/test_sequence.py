@@ -5,7 +5,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lora_tuner import SamplingParams
+from lora_tuner import ModelOptions, SamplingParams
 from lora_tuner.inference.detokenizer import IncrementalDetokenizer
 from lora_tuner.inference.sequence import Sequence
 from lora_tuner.models.loading import load_base
@@ -35,27 +35,27 @@ def test_text_that_comes_in_tokens_is_the_text_of_all_of_them(prompt, text):
     new = ids_of(text)
     made = IncrementalDetokenizer(BYTES, ids_of(prompt))
     for token in new:
-        before = made.sure
-        made.take(token)
-        assert made.sure.startswith(before)
-        assert "\ufffd" in text or "\ufffd" not in made.sure
+        before = made.stable_text
+        made.append(token)
+        assert made.stable_text.startswith(before)
+        assert "\ufffd" in text or "\ufffd" not in made.stable_text
     made.finish()
-    assert made.whole == whole(BYTES, ids_of(prompt), new) == text
+    assert made.text == whole(BYTES, ids_of(prompt), new) == text
 
 
 def test_characters_that_stay_halves_are_said_at_the_end_or_when_others_follow():
     half = ids_of("☕")[:-1]
     made = IncrementalDetokenizer(BYTES, ids_of("so"))
     for token in half:
-        made.take(token)
-    assert made.sure == ""
+        made.append(token)
+    assert made.stable_text == ""
     made.finish()
-    assert made.whole == whole(BYTES, ids_of("so"), half)
-    assert set(made.whole) == {"\ufffd"}
+    assert made.text == whole(BYTES, ids_of("so"), half)
+    assert set(made.text) == {"\ufffd"}
     made = IncrementalDetokenizer(BYTES, ids_of("so"))
     for token in [*half, *ids_of("abc")]:
-        made.take(token)
-    assert made.sure == whole(BYTES, ids_of("so"), half + ids_of("abc"))
+        made.append(token)
+    assert made.stable_text == whole(BYTES, ids_of("so"), half + ids_of("abc"))
 
 
 def test_a_tokenizer_that_drops_a_leading_space_keeps_those_between_tokens():
@@ -68,9 +68,9 @@ def test_a_tokenizer_that_drops_a_leading_space_keeps_those_between_tokens():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     made = IncrementalDetokenizer(tokenizer, [1])
     for token in (2, 3, 4, 4, 1, 2, 1, 2, 3):
-        made.take(token)
+        made.append(token)
     made.finish()
-    assert made.whole == " actors never never the actor the actors"
+    assert made.text == " actors never never the actor the actors"
 
 
 @pytest.mark.parametrize("prompt", ["", "so ", "😂😂", "a😂😂😂"])
@@ -83,10 +83,10 @@ def test_characters_of_several_byte_tokens_are_whole_wherever_the_last_tokens_be
     text = "😂😂😂! ☕👩‍👩‍👧ü x"
     made = IncrementalDetokenizer(tokenizer, tokenizer(prompt)["input_ids"])
     for token in tokenizer(text)["input_ids"]:
-        made.take(token)
-        assert text.startswith(made.sure)
+        made.append(token)
+        assert text.startswith(made.stable_text)
     made.finish()
-    assert made.whole == text
+    assert made.text == text
 
 
 def test_special_tokens_before_a_word_do_not_take_its_space():
@@ -96,9 +96,9 @@ def test_special_tokens_before_a_word_do_not_take_its_space():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
     made = IncrementalDetokenizer(tokenizer, [1] + [3] * 8)
     for token in [2] + [3] * 8 + [1]:
-        made.take(token)
+        made.append(token)
     made.finish()
-    assert made.whole == " actor the"
+    assert made.text == " actor the"
 
 
 @pytest.mark.parametrize("stop", [["actor"], ["ctor w", "zzz"], ["or", "actor"], ["☕ b"], [" "], ["a" * 50]])
@@ -107,27 +107,27 @@ def test_a_stop_string_ends_the_text_before_itself_wherever_tokens_begin(stop):
     expected = text[: min([text.find(it) for it in stop if it in text], default=len(text))]
     made = IncrementalDetokenizer(BYTES, ids_of("actor"), stop)
     for token in ids_of(text):
-        made.take(token)
-        assert expected.startswith(made.sure)
+        made.append(token)
+        assert expected.startswith(made.stable_text)
         if made.stopped:
             break
     made.finish()
-    assert made.whole == expected
+    assert made.text == expected
     assert made.stopped == any(it in text for it in stop)
 
 
 def test_a_stop_string_at_the_very_end_counts():
     made = IncrementalDetokenizer(BYTES, ids_of("so"), ["\ufffd"])
     for token in ids_of("ab") + ids_of("☕")[:-1]:
-        made.take(token)
+        made.append(token)
     assert not made.stopped
     made.finish()
-    assert (made.whole, made.stopped) == ("ab", True)
+    assert (made.text, made.stopped) == ("ab", True)
 
 
 @pytest.fixture
 def base(gpt2):
-    return load_base(find_base(str(gpt2)), "cpu")
+    return load_base(find_base(str(gpt2)), ModelOptions(device="cpu"))
 
 
 def spread(seed):
@@ -135,52 +135,52 @@ def spread(seed):
 
 
 def test_chances_are_the_log_softmax_of_the_logits(base):
-    row = Sequence(base, ids_of("the"), SamplingParams(max_new_tokens=3, temperature=0.7), seed=4, likeliest=3)
-    taken = [row.take(spread(number)) for number in range(3)]
-    for number, (token, chance) in enumerate(zip(taken, row.chances, strict=True)):
+    row = Sequence(base, ids_of("the"), SamplingParams(max_new_tokens=3, temperature=0.7), seed=4, top_logprobs=3)
+    taken = [row.append_token(spread(number)) for number in range(3)]
+    for number, (token, chance) in enumerate(zip(taken, row.logprobs, strict=True)):
         found = spread(number).log_softmax(-1)
         assert chance.token == token
         assert chance.logprob == pytest.approx(float(found[token]))
-        assert [place for place, _ in chance.likeliest] == found.topk(3).indices.tolist()
-        assert [value for _, value in chance.likeliest] == pytest.approx(found.topk(3).values.tolist())
+        assert [place for place, _ in chance.top] == found.topk(3).indices.tolist()
+        assert [value for _, value in chance.top] == pytest.approx(found.topk(3).values.tolist())
 
 
 def test_no_chances_are_kept_unless_they_are_asked_for(base):
     row = Sequence(base, ids_of("the"), SamplingParams(max_new_tokens=3, greedy=True))
-    row.take(spread(0))
-    assert row.chances == []
-    none = Sequence(base, ids_of("the"), SamplingParams(max_new_tokens=3, greedy=True), likeliest=0)
-    none.take(spread(0))
-    assert none.chances[0].likeliest == []
+    row.append_token(spread(0))
+    assert row.logprobs == []
+    none = Sequence(base, ids_of("the"), SamplingParams(max_new_tokens=3, greedy=True), top_logprobs=0)
+    none.append_token(spread(0))
+    assert none.logprobs[0].top == []
 
 
 def test_a_row_ends_with_its_limit_with_an_end_of_text_or_with_numbers_that_are_none(base):
     row = Sequence(base, ids_of("the"), SamplingParams(max_new_tokens=2, greedy=True))
     for number in range(2):
         assert not row.done
-        row.take(spread(number))
+        row.append_token(spread(number))
     assert (row.done, row.complete, row.finished) == (True, True, False)
     row = Sequence(base, ids_of("the"), SamplingParams(max_new_tokens=9, greedy=True))
-    row.take(torch.nn.functional.one_hot(torch.tensor(0), 320).float())
-    assert (row.done, row.complete, row.finished, row.new) == (True, True, True, [])
+    row.append_token(torch.nn.functional.one_hot(torch.tensor(0), 320).float())
+    assert (row.done, row.complete, row.finished, row.output_ids) == (True, True, True, [])
     row = Sequence(base, ids_of("the"), SamplingParams(max_new_tokens=9, greedy=True), adapter="loud")
-    row.take(torch.full((320,), float("nan")))
+    row.append_token(torch.full((320,), float("nan")))
     assert (row.done, row.complete, row.finished) == (True, True, False)
     assert str(row.error).startswith("loud gives logits that are not finite")
 
 
 def test_a_row_ends_with_what_the_model_was_made_to_stop_at(gpt2):
     """The end of a turn is not always the tokenizer's end of a text."""
-    base = load_base(find_base(str(gpt2)), "cpu")
+    base = load_base(find_base(str(gpt2)), ModelOptions(device="cpu"))
     base.model.generation_config.eos_token_id = [0, 7]
     row = Sequence(base, ids_of("the"), SamplingParams(max_new_tokens=9, greedy=True))
-    row.take(torch.nn.functional.one_hot(torch.tensor(7), 320).float())
-    assert (row.finished, row.new) == (True, [])
+    row.append_token(torch.nn.functional.one_hot(torch.tensor(7), 320).float())
+    assert (row.finished, row.output_ids) == (True, [])
 
 
 def test_a_row_has_room_for_any_length_and_takes_it_as_it_needs_it(base):
     row = Sequence(base, ids_of("the"), SamplingParams(max_new_tokens=10**9, greedy=True, repetition_penalty=2.0))
-    assert row.limit == tiny_models.CONTEXT - len(row.prompt)
-    assert row.ids.numel() == len(row.prompt)
-    taken = [row.take(spread(number)) for number in range(30)]
-    assert row.ids[0, : row.length].tolist() == row.prompt + row.new == ids_of("the") + taken
+    assert row.max_new_tokens == tiny_models.CONTEXT - len(row.prompt_ids)
+    assert row.ids.numel() == len(row.prompt_ids)
+    taken = [row.append_token(spread(number)) for number in range(30)]
+    assert row.ids[0, : row.length].tolist() == row.prompt_ids + row.output_ids == ids_of("the") + taken

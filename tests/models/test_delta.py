@@ -37,7 +37,7 @@ def test_a_cut_update_is_the_nearest_of_its_rank(sizes, rank):
     nearest = (left[:, :rank] * values[:rank]) @ right[:rank]
     kept = delta.truncate_rank(update, rank)
     assert kept.rank <= rank
-    assert kept.up.dtype == kept.down.dtype == torch.float32
+    assert kept.B.dtype == kept.A.dtype == torch.float32
     torch.testing.assert_close(wide(kept), nearest, atol=1e-5, rtol=1e-5)
     lost = delta.lost_energy({"layer": update}, {"layer": kept})["layer"]
     assert lost == pytest.approx(float(values[rank:].square().sum() / values.square().sum()), abs=1e-9)
@@ -55,7 +55,7 @@ def test_a_sum_is_exact_for_layers_that_some_lack_and_ranks_that_differ():
 
 def test_what_is_lost_is_said_of_each_layer_and_of_all_by_their_weight():
     large, small = made(2, 6, 6, 1), made(2, 6, 6, 2)
-    exact = {"large": LoraDelta(large.down, large.up * 10), "small": small, "none": LoraDelta(small.down, small.up * 0)}
+    exact = {"large": LoraDelta(large.A, large.B * 10), "small": small, "none": LoraDelta(small.A, small.B * 0)}
     shares = delta.lost_energy(exact, {"large": exact["large"]})
     assert shares == {"large": 0.0, "small": pytest.approx(1.0), "none": 0.0}
     share = delta.squared_norm(small) / (delta.squared_norm(small) + delta.squared_norm(exact["large"]))

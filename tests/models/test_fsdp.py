@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_tuner import Library, TrainConfig, distributed, resume, train
+from lora_tuner import Library, ModelOptions, TrainConfig, distributed, resume, train
 from lora_tuner.adapters import adapter
 from lora_tuner.errors import BaseModelError, ConfigError, TrainingError
 from lora_tuner.models import fsdp
@@ -70,7 +70,7 @@ def split(tmp_path, monkeypatch):
 
 def check_shares(done, settings):
     """Each process holds half of the blocks when it begins, and when it ends. Gives the parameters of one block."""
-    model = load_base(find_base(settings["base"]), "cpu").model
+    model = load_base(find_base(settings["base"]), ModelOptions(device="cpu")).model
     blocks = sum(it.numel() for name, it in model.named_parameters() if re.search(r"\.(h|layers)\.", name))
     held = sum(it.numel() for it in model.parameters()) - blocks // 2
     assert re.findall(r"It holds (\d+)", done.said) == [str(held)] * 4
@@ -86,7 +86,7 @@ def test_it_trains_the_adapter_of_a_whole_base(settings, split):
     assert re.findall(r"It gathers (\d+)", done.said) == [str(3 * 4 * block)] * 2
     two = Library().get("two")
     assert json.loads(done.out)["weights"]["sha256"] == two.sha256
-    given = {"max_steps": 50, "accumulation": 2, "eval_every": 20, "name": "one"}
+    given = {"max_steps": 50, "gradient_accumulation": 2, "eval_every": 20, "name": "one"}
     one = train(TrainConfig.model_validate(settings | given))
     assert max(abs(a - b) for a, b in zip(curve(one), curve(two), strict=True)) < 1e-5
     ours, theirs = (load_file(it.path / adapter.WEIGHTS_FILE) for it in (one, two))
@@ -111,7 +111,7 @@ def test_a_run_goes_on_with_a_base_that_is_split_or_not(settings, split, first):
         assert done.status == 0, done.said
         check_shares(done, settings)
     cut = Library().get("cut")
-    whole = train(TrainConfig.model_validate(settings | {"max_steps": 12, "accumulation": 2, "name": "whole"}))
+    whole = train(TrainConfig.model_validate(settings | {"max_steps": 12, "gradient_accumulation": 2, "name": "whole"}))
     assert max(abs(a - b) for a, b in zip(curve(whole), curve(cut), strict=True)) < 1e-5
 
 
@@ -120,12 +120,12 @@ def test_a_run_goes_on_with_a_base_that_is_split_or_not(settings, split, first):
     "more",
     [
         ["--method=pissa"],
-        ["--method=lora+", "--accumulation=2"],
+        ["--method=lora+", "--gradient-accumulation=2"],
         ["--method=rslora", "--dropout=0.1"],
-        ["--checkpointing=on", "--dtype=bfloat16"],
+        ["--gradient-checkpointing=on", "--dtype=bfloat16"],
         ["--eval-every=5", "--patience=2"],
-        ["--streaming", "--buffer=20"],
-        ["--save-every=4", "--targets=attention"],
+        ["--streaming", "--shuffle-buffer=20"],
+        ["--save-every=4", "--target-modules=attention"],
     ],
     ids=lambda more: more[0],
 )
@@ -209,7 +209,7 @@ def test_on_a_cpu(planned, device):
         (
             "FSDP_ACTIVATION_CHECKPOINTING",
             "true",
-            "accelerate's FSDP settings have fsdp_activation_checkpointing: set it to false, and give --checkpointing on.",
+            "accelerate's FSDP settings have fsdp_activation_checkpointing: set it to false, and give --gradient-checkpointing on.",
         ),
         ("FSDP_IGNORED_MODULES", ".*mlp", "accelerate's FSDP settings have fsdp_ignored_modules: leave it out."),
         ("FSDP_AUTO_WRAP_POLICY", "NO_WRAP", "set fsdp_auto_wrap_policy to TRANSFORMER_BASED_WRAP"),
@@ -244,7 +244,7 @@ def test_a_base_without_the_blocks_of_the_plan(planned, gpt2):
     with pytest.raises(
         TrainingError, match="This base has no blocks called LlamaDecoderLayer, by which it could be split"
     ):
-        load_base(find_base(str(gpt2)), "cpu")
+        load_base(find_base(str(gpt2)), ModelOptions(device="cpu"))
 
 
 @pytest.fixture
@@ -259,7 +259,7 @@ def blocks(monkeypatch):
 
 
 def test_of_blocks_within_each_other_the_outermost(gpt2, blocks):
-    model = load_base(find_base(str(gpt2)), "cpu").model
+    model = load_base(find_base(str(gpt2)), ModelOptions(device="cpu")).model
     assert blocks(model, "GPT2MLP", "GPT2Block") == [*model.transformer.h] == blocks(model, "")
     model._no_split_modules = None
     with pytest.raises(TrainingError, match="This base does not name its blocks"):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lora_tuner import Library, TrainConfig, evaluation, resume, train
+from lora_tuner import Library, ModelOptions, TrainConfig, evaluation, resume, train
 from lora_tuner.adapters.adapter import CONFIG_FILE, RUN_FILE
 from lora_tuner.config import METHODS, MethodName, resolve_settings
 from lora_tuner.errors import ConfigError
@@ -201,7 +201,7 @@ def test_eva_begins_with_what_it_has_where_directions_never_settle(on, monkeypat
 
 def test_eva_on_too_little_text_is_refused(on):
     with pytest.raises(ConfigError) as error:
-        prepare_training(on("eva", rank=32, rows=2, dataset=_short(), eval_dataset=_short("held"), eval_rows=2))
+        prepare_training(on("eva", rank=32, max_rows=2, dataset=_short(), eval_dataset=_short("held"), eval_rows=2))
     assert str(error.value) == "eva needs 32 tokens of text for this rank: give more text, or lower --rank."
 
 
@@ -251,5 +251,5 @@ def test_a_measured_adapter_is_the_one_that_was_trained(on):
     """`evaluate` finds the loss that training found, with every method."""
     for method in METHODS:
         adapter = train(on(method, name=method.replace("+", "plus")))
-        cell = evaluation.evaluate([adapter], device="cpu").cells[0][0]
+        cell = evaluation.evaluate([adapter], options=ModelOptions(device="cpu")).cells[0][0]
         assert cell.loss == pytest.approx(adapter.manifest.result.loss, abs=1e-4)

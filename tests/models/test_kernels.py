@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM, MistralConfig, MistralForCausalLM
 
-from lora_tuner import TrainConfig
+from lora_tuner import ModelOptions, TrainConfig
 from lora_tuner.data import packing
 from lora_tuner.models import kernels, lora
 from lora_tuner.models.loading import load_base
@@ -21,7 +21,7 @@ STEPS = 50
 
 @pytest.fixture
 def base(model_folder):
-    return load_base(find_base(str(model_folder)), "cpu", "float32")
+    return load_base(find_base(str(model_folder)), ModelOptions(device="cpu", dtype="float32"))
 
 
 def rows(count, seed=0):
@@ -38,8 +38,8 @@ def test_the_loss_curve_is_that_of_the_plain_path(model_folder, reviews_csv):
         base=str(model_folder), dataset=str(reviews_csv), max_length=64, rank=4, batch_size=2, max_steps=1, eval_rows=8
     )
     job = prepare_training(config)
-    assert job.by_row
-    assert job.base.head.skipped
+    assert job.varlen_attention
+    assert job.base.lm_head.skipped
     lora.save_adapter_files(
         lora.adapter_state_dict(job.model), job.model.peft_config[lora.ADAPTER_NAME], reviews_csv.parent / "start"
     )
@@ -59,9 +59,9 @@ def test_the_loss_curve_is_that_of_the_plain_path(model_folder, reviews_csv):
             batch = job.collate(chosen) if trained is model else packing.collate(chosen, 0)
             labels = batch.pop("labels")
             if trained is model:
-                with job.base.head.left_out():
+                with job.base.lm_head.skip_lm_head():
                     output = trained(**batch, use_cache=False).logits
-                nll = job.base.head.nll(output, labels)
+                nll = job.base.lm_head.nll(output, labels)
             else:
                 logits = trained(**batch, use_cache=False).logits
                 nll = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
@@ -121,7 +121,7 @@ def test_a_model_that_does_more_than_a_product_keeps_its_head(base):
         base.model.set_output_embeddings(other)
         kept = kernels.ChunkedLMHead(base.model)
         assert not kept.skipped
-        with kept.left_out(), torch.no_grad():
+        with kept.skip_lm_head(), torch.no_grad():
             nll = kept.nll(base.model(ids).logits, ids)
         logits = base.model(ids).logits[0, :-1]
         torch.testing.assert_close(nll[0, :-1], F.cross_entropy(logits, ids[0, 1:], reduction="none"))
@@ -143,7 +143,7 @@ def test_what_follows_the_head_is_noticed(base, monkeypatch):
 
 def test_the_head_is_back_after_an_error(base):
     head = kernels.ChunkedLMHead(base.model)
-    with pytest.raises(KeyError), head.left_out():
+    with pytest.raises(KeyError), head.skip_lm_head():
         raise KeyError
     assert base.model(torch.tensor([[1, 2]])).logits.shape[-1] == 320
 
@@ -164,7 +164,7 @@ def test_packed_rows_attend_as_they_do_alone(model_folder):
     lines = [rows(3), rows(2, seed=1), rows(4, seed=2)]
     found = []
     for by_row in (True, False):
-        base = load_base(find_base(str(model_folder)), "cpu", "float32")
+        base = load_base(find_base(str(model_folder)), ModelOptions(device="cpu", dtype="float32"))
         torch.manual_seed(0)
         model = lora.add_lora(base, config)
         assert not by_row or kernels.enable_varlen_attention(base.model)
@@ -198,7 +198,7 @@ def test_a_model_that_looks_through_a_window_attends_its_own_way():
 
 def test_a_base_is_streamlined_and_says_the_same(model_folder):
     stock = AutoModelForCausalLM.from_pretrained(model_folder)
-    ours = load_base(find_base(str(model_folder)), "cpu", "float32").model
+    ours = load_base(find_base(str(model_folder)), ModelOptions(device="cpu", dtype="float32")).model
     kinds = {type(module).__name__ for module in ours.modules()}
     assert not kinds & {"LlamaRMSNorm", "NewGELUActivation"}
     ids = torch.arange(1, 40)[None]
@@ -225,7 +225,7 @@ def test_an_update_in_place_is_pefts(model_folder, dropout):
     ids = torch.arange(1, 30)[None]
     found = []
     for ours in (True, False):
-        base = load_base(find_base(str(model_folder)), "cpu", "float32")
+        base = load_base(find_base(str(model_folder)), ModelOptions(device="cpu", dtype="float32"))
         torch.manual_seed(0)
         model = lora.add_lora(base, config).train()
         patched = [layer for layer in model.modules() if "forward" in vars(layer)]
@@ -241,7 +241,9 @@ def test_an_update_in_place_is_pefts(model_folder, dropout):
         found.append((logits, [p.grad for p in model.parameters() if p.requires_grad]))
         with model.disable_adapter():
             plain = model(ids).logits
-        torch.testing.assert_close(plain, load_base(base.source, "cpu", "float32").model(ids).logits)
+        torch.testing.assert_close(
+            plain, load_base(base.files, ModelOptions(device="cpu", dtype="float32")).model(ids).logits
+        )
         assert (plain - logits).abs().max() > 1e-3
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
 
@@ -251,15 +253,15 @@ def test_in_bfloat16_it_is_the_plain_path_within_its_rounding(model_folder):
     lines = [rows(3), rows(2, seed=1)]
     found = []
     for dtype in ("bfloat16", "float32"):
-        base = load_base(find_base(str(model_folder)), "cpu", dtype)
+        base = load_base(find_base(str(model_folder)), ModelOptions(device="cpu", dtype=dtype))
         torch.manual_seed(0)
         model = lora.add_lora(base, TrainConfig(base=str(model_folder), rank=4)).train()
         assert kernels.enable_varlen_attention(base.model)
         batch = packing.collate(lines, 0, bounds=True)
         labels = batch.pop("labels")
-        with base.head.left_out():
+        with base.lm_head.skip_lm_head():
             output = model(**batch, use_cache=False).logits
-        loss = base.head.nll(output, labels).sum() / (labels != packing.IGNORE_INDEX).sum()
+        loss = base.lm_head.nll(output, labels).sum() / (labels != packing.IGNORE_INDEX).sum()
         loss.backward()
         found.append((loss.item(), [p.grad.flatten() for n, p in model.named_parameters() if "lora_B" in n]))
     assert found[0][0] == pytest.approx(found[1][0], rel=0.02)
@@ -273,7 +275,7 @@ def test_a_job_knows_whether_rows_are_told_apart(model_folder, reviews_csv):
         TrainConfig(base=str(model_folder), dataset=str(reviews_csv), max_length=64, max_steps=1, eval_rows=4)
     )
     assert "cu_seq_lens_q" in job.collate([job.sequences[0]])
-    assert "cu_seq_lens_q" not in dataclasses.replace(job, by_row=False).collate([job.sequences[0]])
+    assert "cu_seq_lens_q" not in dataclasses.replace(job, varlen_attention=False).collate([job.sequences[0]])
 
 
 def test_norms_that_take_more_than_one_input_or_each_head_apart_are_left_alone():
@@ -298,13 +300,15 @@ def test_norms_that_take_more_than_one_input_or_each_head_apart_are_left_alone()
 def test_dropout_is_off_wherever_a_model_keeps_its_share(tmp_path):
     from ..inference.test_multi_lora import save_opt
 
-    model = load_base(find_base(str(save_opt(tmp_path / "opt"))), "cpu", "float32").model.train()
+    model = load_base(
+        find_base(str(save_opt(tmp_path / "opt"))), ModelOptions(device="cpu", dtype="float32")
+    ).model.train()
     ids = torch.arange(1, 20)[None]
     torch.testing.assert_close(model(ids).logits, model(ids).logits, atol=0, rtol=0)
 
 
 def test_a_head_whose_output_is_widened_is_skipped_in_bfloat16(model_folder, monkeypatch):
-    base = load_base(find_base(str(model_folder)), "cpu", "bfloat16")
+    base = load_base(find_base(str(model_folder)), ModelOptions(device="cpu", dtype="bfloat16"))
     kind = type(base.model)
     forward = kind.forward
 
@@ -315,7 +319,7 @@ def test_a_head_whose_output_is_widened_is_skipped_in_bfloat16(model_folder, mon
 
     monkeypatch.setattr(kind, "forward", widened)
     head, ids = kernels.ChunkedLMHead(base.model), torch.arange(1, 20)[None]
-    with head.left_out(), torch.no_grad():
+    with head.skip_lm_head(), torch.no_grad():
         nll = head.nll(base.model(ids).logits, ids)
     expected = F.cross_entropy(base.model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
     torch.testing.assert_close(nll[0, :-1], expected, atol=0.1, rtol=0.02)

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
-from lora_tuner import Library, Manifest, TrainConfig, atomic_io
+from lora_tuner import Library, Manifest, ModelOptions, TrainConfig, atomic_io
 from lora_tuner.adapters.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, load_adapter_folder, verify_adapter
 from lora_tuner.adapters.manifest import WeightsInfo, utc_timestamp
 from lora_tuner.errors import AdapterError, ConfigError, Notice, WrongBaseError
@@ -21,7 +21,7 @@ from .. import tiny_models
 
 
 def load(folder):
-    return load_base(find_base(str(folder)), "cpu")
+    return load_base(find_base(str(folder)), ModelOptions(device="cpu"))
 
 
 GPT2 = {"auto": ["c_attn", "c_fc", "c_proj"], "attention": ["attn.c_proj", "c_attn"]}
@@ -238,7 +238,7 @@ def known(stored, model_folder):
     weights = stored.path / WEIGHTS_FILE
     manifest = Manifest(
         created=utc_timestamp(),
-        base=base.source.facts(base.tokenizer_hash),
+        base=base.files.base_info(base.tokenizer_hash),
         weights=WeightsInfo(
             sha256=atomic_io.sha256_file(weights), bytes=weights.stat().st_size, parameters=stored.parameters
         ),
@@ -265,23 +265,23 @@ def other_tokenizer(model_folder, tmp_path):
 
 def refused(adapter, base):
     with pytest.raises(WrongBaseError) as error:
-        lora.check_base(adapter, base, notify=pytest.fail)
+        lora.check_base(adapter, base, options=ModelOptions(notify=pytest.fail))
     return str(error.value)
 
 
 def forced(adapter, base):
     notices = []
-    lora.check_base(adapter, base, force=True, notify=notices.append)
+    lora.check_base(adapter, base, options=ModelOptions(force=True, notify=notices.append))
     return notices
 
 
 def test_the_right_base_is_taken_without_a_word(known, model_folder):
-    lora.check_base(known, load(model_folder), notify=pytest.fail)
+    lora.check_base(known, load(model_folder), options=ModelOptions(notify=pytest.fail))
     assert forced(known, load(model_folder)) == []
 
 
 def test_the_wrong_base_is_refused_unless_forced(known, model_folder, other_weights):
-    own, others = load(model_folder).source, other_weights.source
+    own, others = load(model_folder).files, other_weights.source
     assert own.fingerprint != others.fingerprint
     what = (
         f"stored was trained on {model_folder} (fingerprint {own.fingerprint[:12]}, a local folder), not on {others.name} "
@@ -294,7 +294,7 @@ def test_the_wrong_base_is_refused_unless_forced(known, model_folder, other_weig
 
 
 def test_the_wrong_tokenizer_is_refused_unless_forced(known, model_folder, other_tokenizer):
-    assert other_tokenizer.source.fingerprint == load(model_folder).source.fingerprint
+    assert other_tokenizer.source.fingerprint == load(model_folder).files.fingerprint
     what = f"stored was trained with another tokenizer than that of {other_tokenizer.source.name}"
     assert refused(known, other_tokenizer) == (
         f"{what}. Give the right one with --base, or try all the same with --force."
@@ -305,19 +305,19 @@ def test_the_wrong_tokenizer_is_refused_unless_forced(known, model_folder, other
 def test_where_no_tokenizer_is_known_none_is_refused(known, other_tokenizer):
     facts = known.manifest.model_copy(update={"base": known.manifest.base.model_copy(update={"tokenizer": None})})
     (known.path / MANIFEST_FILE).write_text(facts.to_json())
-    lora.check_base(load_adapter_folder(known.path), other_tokenizer, notify=pytest.fail)
+    lora.check_base(load_adapter_folder(known.path), other_tokenizer, options=ModelOptions(notify=pytest.fail))
 
 
 def test_without_a_manifest_any_base_is_taken_with_a_word(stored, other_weights):
     notice = Notice(f"stored has no manifest, so only its shapes can be compared with {other_weights.source.name}.")
     assert forced(stored, other_weights) == [notice]
     notices = []
-    lora.check_base(stored, other_weights, notify=notices.append)
+    lora.check_base(stored, other_weights, options=ModelOptions(notify=notices.append))
     assert notices == [notice]
 
 
 def test_the_base_is_found_from_the_manifest(adapter, gpt2):
-    assert loading.open_base(Library().get("reviews"), device="cpu").source.folder == gpt2
+    assert loading.open_base(Library().get("reviews"), options=ModelOptions(device="cpu")).files.folder == gpt2
 
 
 def test_the_order_of_patterns_survives_saving(gpt2, tmp_path):

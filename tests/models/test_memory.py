@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_tuner import Generator, Library, SamplingParams, TrainConfig, evaluation, plan, resume, train
+from lora_tuner import Generator, Library, ModelOptions, SamplingParams, TrainConfig, evaluation, plan, resume, train
 from lora_tuner.errors import BaseModelError, Notice, TrainingError
 from lora_tuner.models import lora, memory
 from lora_tuner.models.loading import load_base
@@ -43,14 +43,14 @@ def test_an_adapter_is_trained_saved_and_read_on_a_base_of_fewer_bits(folder, se
     assert all(
         tensor.dtype == torch.float32 for tensor in load_file(adapter.path / "adapter_model.safetensors").values()
     )
-    again = evaluation.evaluate([adapter], device="cpu", load_in=bits).cells[0][0]
+    again = evaluation.evaluate([adapter], options=ModelOptions(device="cpu", load_in=bits)).cells[0][0]
     assert again.loss == pytest.approx(manifest.result.loss, abs=1e-3)
-    full = evaluation.evaluate([adapter], device="cpu").cells[0][0]
+    full = evaluation.evaluate([adapter], options=ModelOptions(device="cpu")).cells[0][0]
     assert full.base_loss != pytest.approx(
         again.base_loss, abs=1e-7
     )  # another base, and it is not taken from the cache
     assert full.gain > 0
-    generator = Generator("reviews", device="cpu", load_in=bits)
+    generator = Generator("reviews", options=ModelOptions(device="cpu", load_in=bits))
     greedy = SamplingParams(greedy=True, max_new_tokens=6)
     both = generator.generate_batch([("the actor", None), ("the actor", "reviews")], greedy)
     assert both[1].text == generator.generate("the actor", greedy).text
@@ -58,15 +58,15 @@ def test_an_adapter_is_trained_saved_and_read_on_a_base_of_fewer_bits(folder, se
 
 @pytest.mark.parametrize("bits", BITS)
 def test_the_linear_layers_and_nothing_else_have_fewer_bits(folder, bits):
-    base = load_base(find_base(str(folder)), "cpu", "bfloat16", bits)
+    base = load_base(find_base(str(folder)), ModelOptions(device="cpu", dtype="bfloat16", load_in=bits))
     assert base.load_in == bits
     kind = {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}[bits]
     layers = lora.linear_layers(base.model)
     assert {type(layer).__name__ for layer in layers.values()} == {kind}
     assert lora.layer_sizes(layers) == lora.layer_sizes(
-        lora.linear_layers(load_base(find_base(str(folder)), "cpu").model)
+        lora.linear_layers(load_base(find_base(str(folder)), ModelOptions(device="cpu")).model)
     )
-    full = lora.add_lora(load_base(find_base(str(folder)), "cpu"), TrainConfig(rank=2))
+    full = lora.add_lora(load_base(find_base(str(folder)), ModelOptions(device="cpu")), TrainConfig(rank=2))
     assert lora.count_parameters(lora.add_lora(base, TrainConfig(rank=2))) == lora.count_parameters(full)
     for embeddings in (base.model.get_input_embeddings(), base.model.get_output_embeddings()):
         assert embeddings.weight.dtype == torch.bfloat16
@@ -76,7 +76,7 @@ def test_the_linear_layers_and_nothing_else_have_fewer_bits(folder, bits):
 def test_gradients_reach_the_lowest_layer_after_something_was_written(folder, settings, bits):
     """On a CPU with AVX-512 bitsandbytes packs the weights of 4 bits when they are first read without a gradient, and what it
     then computes has none."""
-    base = load_base(find_base(str(folder)), "cpu", load_in=bits)
+    base = load_base(find_base(str(folder)), ModelOptions(device="cpu", load_in=bits))
     ids = torch.arange(1, 20)[None]
     with torch.inference_mode():
         before = base.model(ids).logits
@@ -94,7 +94,7 @@ def test_gradients_reach_the_lowest_layer_after_something_was_written(folder, se
 @pytest.mark.parametrize("method", ["dora", "pissa", "eva"])
 def test_methods_that_look_at_the_weights_read_them_in_full(folder, settings, method):
     adapter = train(settings(base=str(folder), load_in="4bit", method=method))
-    again = evaluation.evaluate([adapter], device="cpu", load_in="4bit").cells[0][0]
+    again = evaluation.evaluate([adapter], options=ModelOptions(device="cpu", load_in="4bit")).cells[0][0]
     assert again.loss == pytest.approx(adapter.manifest.result.loss, abs=2e-3)
     assert again.gain > 0
 
@@ -127,7 +127,9 @@ def free(monkeypatch, folder, share):
 def test_what_is_left_open_takes_the_most_that_fits(wide, monkeypatch, share, dtype, bits):
     free(monkeypatch, wide["gpt2"], share)
     notices = []
-    base = load_base(find_base(str(wide["gpt2"])), "cpu", notify=lambda it: notices.append(it.text))
+    base = load_base(
+        find_base(str(wide["gpt2"])), "cpu", options=ModelOptions(notify=lambda it: notices.append(it.text))
+    )
     assert (base.dtype, base.load_in) == (dtype, bits)
     if share > 1:
         assert notices == []
@@ -150,13 +152,13 @@ def test_nothing_is_chosen_against_what_was_asked_for(wide, monkeypatch):
     free(monkeypatch, wide["gpt2"], 0.3)
     source = find_base(str(wide["gpt2"]))
     with pytest.raises(BaseModelError) as error:
-        load_base(source, "cpu", "float32", "full")
+        load_base(source, ModelOptions(device="cpu", dtype="float32", load_in="full"))
     assert str(error.value).endswith(
         "GB of memory are free: choose --dtype bfloat16, or --load-in 4bit (bitsandbytes), or take a smaller base."
     )
     free(monkeypatch, wide["gpt2"], 0.01)
     with pytest.raises(BaseModelError) as error:
-        load_base(source, "cpu")
+        load_base(source, ModelOptions(device="cpu"))
     assert " GB in 4bit, and " in str(error.value)
     assert str(error.value).endswith("GB of memory are free: take a smaller base.")
 
@@ -164,17 +166,17 @@ def test_nothing_is_chosen_against_what_was_asked_for(wide, monkeypatch):
 def test_fewer_bits_without_bitsandbytes_or_twice_are_refused(gpt2, monkeypatch):
     source = find_base(str(gpt2))
     with pytest.raises(BaseModelError, match="two ways to read fewer bits: give one"):
-        load_base(source, "cpu", "int8", "4bit")
+        load_base(source, ModelOptions(device="cpu", dtype="int8", load_in="4bit"))
     monkeypatch.setattr(memory, "find_spec", lambda name: None)
     with pytest.raises(BaseModelError) as error:
-        load_base(source, "cpu", load_in="4bit")
+        load_base(source, ModelOptions(device="cpu", load_in="4bit"))
     assert str(error.value) == "--load-in 4bit needs bitsandbytes: pip install bitsandbytes; or leave it out."
 
 
 @pytest.mark.parametrize("bits", ["full", "4bit"])
 def test_activations_computed_again_change_no_bit(folder, settings, bits):
     kept, again = (
-        train(settings(base=str(folder), name=name, checkpointing=mode, dropout=0.1, load_in=bits))
+        train(settings(base=str(folder), name=name, gradient_checkpointing=mode, dropout=0.1, load_in=bits))
         for name, mode in (("kept", "off"), ("again", "on"))
     )
     assert kept.sha256 == again.sha256
@@ -197,7 +199,7 @@ def test_counting_what_a_step_keeps_keeps_nothing(folder, settings):
 def test_activations_computed_again_are_not_kept(folder, settings):
     job = prepare_training(settings(base=str(folder), max_length=128))
     _, all_kept = profiling.step_memory(job)
-    job.compute_again()
+    job.enable_gradient_checkpointing()
     _, few = profiling.step_memory(job)
     weights = 12 * lora.count_parameters(job.model)[0]
     assert few - weights < 0.7 * (all_kept - weights)
@@ -209,12 +211,12 @@ def test_they_are_computed_again_where_they_do_not_fit(settings, monkeypatch):
     monkeypatch.setattr(profiling, "free_memory", lambda device: kept - 1)
     adapter = train(settings(), lambda it: notices.append(it.text) if isinstance(it, Notice) else None)
     assert "checkpointing: 'on'" in (adapter.path / "run.yaml").read_text()
-    assert [text for text in notices if text.endswith("and longer (--checkpointing).")]
+    assert [text for text in notices if text.endswith("and longer (--gradient-checkpointing).")]
     found = plan(settings(name="planned"))
-    assert found.checkpointing
+    assert found.gradient_checkpointing
     assert (found.dtype, found.load_in) == ("float32", "full")
     with pytest.raises(TrainingError, match="A step with"):
-        plan(settings(name="planned", checkpointing="off"))
+        plan(settings(name="planned", gradient_checkpointing="off"))
     assert Library().names() == ["reviews"]
 
 
@@ -222,8 +224,8 @@ def test_a_plan_says_what_it_has_chosen(settings, capsys):
     from lora_tuner.cli.display import show_plan
 
     found = plan(settings())
-    assert not found.checkpointing
-    less = replace(found, load_in="4bit", checkpointing=True)
+    assert not found.gradient_checkpointing
+    less = replace(found, load_in="4bit", gradient_checkpointing=True)
     for shown, text in ((found, "float32"), (less, "4bit, activations computed again")):
         show_plan(shown)
         assert re.search(rf"^base +{text} *$", capsys.readouterr().out, re.MULTILINE)

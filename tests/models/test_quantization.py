@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_tuner import Generator, SamplingParams, evaluation
+from lora_tuner import Generator, ModelOptions, SamplingParams, evaluation
 from lora_tuner.errors import BaseModelError
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.quantization import MAX_INT8_ROWS, Int8Linear
@@ -42,7 +42,10 @@ def test_a_layer_of_zeros_stays_zero():
 
 
 def test_the_held_out_loss_hardly_changes(model_folder):
-    exact, small = (load_base(find_base(str(model_folder)), "cpu", dtype) for dtype in ("float32", "int8"))
+    exact, small = (
+        load_base(find_base(str(model_folder)), ModelOptions(device="cpu", dtype=dtype))
+        for dtype in ("float32", "int8")
+    )
     rows = evaluation.encode_held_out(exact, tiny_models.reviews(20))
     losses = [evaluation.measure_loss(base.model, base, rows).loss for base in (exact, small)]
     assert losses[0] != losses[1]
@@ -51,8 +54,8 @@ def test_the_held_out_loss_hardly_changes(model_folder):
 
 def test_adapters_go_on_int8_as_on_float32(adapter, gpt2):
     """One of all rows, several in a batch, and what they write is near what the exact base writes."""
-    small = Generator("reviews", device="cpu", dtype="int8")
-    exact = Generator("reviews", device="cpu")
+    small = Generator("reviews", options=ModelOptions(device="cpu", dtype="int8"))
+    exact = Generator("reviews", options=ModelOptions(device="cpu"))
     answers = small.generate_batch([("the actor", "reviews"), ("this film", None), ("the actor", None)], GREEDY)
     assert [answer.text for answer in answers] == [
         small.generate_batch([(prompt, name)], GREEDY)[0].text
@@ -63,8 +66,8 @@ def test_adapters_go_on_int8_as_on_float32(adapter, gpt2):
     for name in ("reviews", None):
         found = []
         for it in (exact, small):
-            bank = it.writer.bank
-            with bank.applied(bank.hooks([it.find(name)[1]])), torch.inference_mode():
+            bank = it.engine.multi_lora
+            with bank.apply_hooks(bank.hooks([it.get_or_load(name)[1]])), torch.inference_mode():
                 found.append(it.base.model(ids).logits)
         theirs, ours = found
         assert 0 < (ours - theirs).norm() / theirs.norm() < 0.1
@@ -75,4 +78,4 @@ def test_int8_is_for_a_cpu(gpt2, monkeypatch):
     with pytest.raises(
         BaseModelError, match=r"^int8 is for writing on a CPU, and this would run on meta: leave --dtype"
     ):
-        load_base(find_base(str(gpt2)), "auto", "int8")
+        load_base(find_base(str(gpt2)), ModelOptions(device="auto", dtype="int8"))

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_tuner import Notice
+from lora_tuner import ModelOptions, Notice
 from lora_tuner.errors import BaseModelError, HubError
 from lora_tuner.models import loading, resolve
 from lora_tuner.models.loading import load_base
@@ -21,12 +21,12 @@ WEIGHTS = "model.safetensors"
 
 def test_a_local_folder_is_a_base(gpt2):
     source = find_base(str(gpt2))
-    base = load_base(source, "cpu")
+    base = load_base(source, ModelOptions(device="cpu"))
     assert (source.name, source.repo, source.revision) == (str(gpt2), str(gpt2), None)
     assert base.tokenizer.pad_token_id == base.tokenizer.eos_token_id
     assert not base.model.training
     assert not any(p.requires_grad for p in base.model.parameters())
-    assert base.context == tiny_models.CONTEXT
+    assert base.max_context == tiny_models.CONTEXT
     assert (base.device.type, base.dtype) == ("cpu", torch.float32)
 
 
@@ -77,7 +77,7 @@ def test_folders_that_are_no_model(tmp_path, gpt2):
     data = (tmp_path / "cut" / WEIGHTS).read_bytes()
     (tmp_path / "cut" / WEIGHTS).write_bytes(data[: len(data) // 2])
     with pytest.raises(BaseModelError, match="The base cut cannot be loaded"):
-        load_base(find_base("cut"), "cpu")
+        load_base(find_base("cut"), ModelOptions(device="cpu"))
 
 
 def test_a_name_that_is_nothing():
@@ -116,14 +116,14 @@ def test_the_fingerprint_is_computed_once_until_the_files_change(tmp_path, gpt2,
 
 
 def test_the_tokenizer_hash_knows_the_vocabulary(tmp_path, gpt2):
-    base = load_base(find_base(str(gpt2)), "cpu")
-    again = load_base(find_base(str(gpt2)), "cpu")
+    base = load_base(find_base(str(gpt2)), ModelOptions(device="cpu"))
+    again = load_base(find_base(str(gpt2)), ModelOptions(device="cpu"))
     assert base.tokenizer_hash == again.tokenizer_hash
     shutil.copytree(gpt2, tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(gpt2)
     tokenizer.add_tokens(["extraordinary"])
     tokenizer.save_pretrained(tmp_path / "base")
-    assert load_base(find_base("base"), "cpu").tokenizer_hash != base.tokenizer_hash
+    assert load_base(find_base("base"), ModelOptions(device="cpu")).tokenizer_hash != base.tokenizer_hash
 
 
 def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path, gpt2):
@@ -132,7 +132,7 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path, gpt2):
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "base")
     with pytest.raises(BaseModelError, match="The tokenizer of base has no end-of-text token"):
-        load_base(find_base("base"), "cpu")
+        load_base(find_base("base"), ModelOptions(device="cpu"))
 
 
 @pytest.mark.parametrize("name", ["quantum", "cuda:99", "meta2", ""])
@@ -163,7 +163,7 @@ def test_a_base_that_lacks_a_tensor_is_refused(tmp_path, gpt2):
     with pytest.raises(
         BaseModelError, match=r"The base base lacks weights, such as transformer\.h\.1\.mlp\.c_fc\.weight"
     ):
-        load_base(find_base("base"), "cpu")
+        load_base(find_base("base"), ModelOptions(device="cpu"))
 
 
 def test_the_fingerprint_knows_what_tensors_do_not_tell(tmp_path, gpt2):
@@ -183,7 +183,7 @@ def test_no_code_of_a_base_is_run(tmp_path, gpt2, monkeypatch):
     (tmp_path / "base" / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     with pytest.raises(BaseModelError, match="The base base cannot be loaded"):
-        load_base(find_base("base"), "cpu")
+        load_base(find_base("base"), ModelOptions(device="cpu"))
     assert not (tmp_path / "ran").exists()
 
 

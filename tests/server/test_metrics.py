@@ -37,7 +37,7 @@ def samples(served):
 
 def test_the_figures_add_up(gpt2, shelf):
     with api_server.serving(gpt2, shelf) as served:
-        before = len(served.desk.encode(PROMPT))
+        before = len(served.desk.encode_prompt(PROMPT))
         for model, count in (("a", 2), ("gpt2", 1)):
             for _ in range(count):
                 served.post("/v1/completions", model=model, prompt=PROMPT, n=2, temperature=0, max_tokens=5)
@@ -80,7 +80,7 @@ def test_a_line_for_each_request_without_what_was_asked(gpt2, shelf, lines):
         served.post("/v1/completions", stream=True, **asked)
         served.post("/v1/completions", **asked | {"n": 0})
         served.post("/v1/completions", **asked | {"model": "nobody"})
-        tokens = len(served.desk.encode(SECRET))
+        tokens = len(served.desk.encode_prompt(SECRET))
     good, streamed, bad, unknown = lines()
     assert good["id"] == answer.headers["x-request-id"] == answer.json()["id"].removeprefix("cmpl-")
     expected = {"method": "POST", "path": "/v1/completions", "status": 200, "model": "a", "stream": False, "user": "u1"}

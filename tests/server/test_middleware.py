@@ -5,7 +5,7 @@ import time
 import httpx
 import pytest
 
-from lora_tuner import Generator
+from lora_tuner import Generator, ModelOptions
 from lora_tuner.config import ServerConfig
 from lora_tuner.server import middleware
 from lora_tuner.server.middleware import SecurityMiddleware, is_loopback
@@ -94,7 +94,8 @@ def test_the_key_is_asked_for_by_the_api_alone(given):
 def test_a_path_that_routes_and_guard_could_read_differently_leads_nowhere(path, gpt2, tmp_path):
     """Starlette's patterns end in `$`, which takes a line end."""
     desk = ModelService(
-        Generator(base=str(gpt2), adapters_dir=tmp_path, device="cpu"), ServerConfig(api_key="12345678")
+        Generator(adapters_dir=tmp_path, options=ModelOptions(base=str(gpt2), device="cpu")),
+        ServerConfig(api_key="12345678"),
     )
 
     async def go():

@@ -19,7 +19,7 @@ from gradio.queueing import Queue
 from playwright.sync_api import Error, expect, sync_playwright
 from safetensors.numpy import load_file
 
-from lora_tuner import Generator, Library, SamplingParams, evaluate, evaluation
+from lora_tuner import Generator, Library, ModelOptions, SamplingParams, evaluate, evaluation
 from lora_tuner.adapters import adapter
 from lora_tuner.errors import Interrupted, QueueFullError
 from lora_tuner.inference.multi_lora import blend_loaded
@@ -228,7 +228,7 @@ def set_greedy(page, tokens):
 
 @pytest.fixture
 def generator(gpt2, adapters):
-    return Generator(base=str(gpt2), adapters_dir=adapters, device="cpu")
+    return Generator(adapters_dir=adapters, options=ModelOptions(base=str(gpt2), device="cpu"))
 
 
 def test_base_and_adapters_answer_side_by_side_as_they_would_alone(visit, generator):
@@ -326,11 +326,11 @@ def written(generator, prompt, *parts):
     """What the weighted sum of adapters writes, greedily."""
     loaded = blend_loaded([(weight, generator.find(name)[1]) for name, weight in parts])
     sampling = SamplingParams(greedy=True, max_new_tokens=BLEND_TOKENS)
-    row = Sequence(generator.base, generator.check(prompt), sampling, loaded=loaded)
-    generator.writer.join([row])
-    while generator.writer.rows:
-        generator.writer.step()
-    return plain(row.said)
+    row = Sequence(generator.base, generator.encode_prompt(prompt), sampling, lora=loaded)
+    generator.engine.join([row])
+    while generator.engine.rows:
+        generator.engine.step()
+    return plain(row.settled_text)
 
 
 def choose(page, label, name):
@@ -487,7 +487,9 @@ def test_gains_are_a_heat_map_of_what_evaluate_measures(visit, adapters, served,
     table.wait_for()
     assert tokenizers
     assert not any(it is served.desk.base.tokenizer for it in tokenizers)  # others write with that meanwhile
-    matrix = evaluate([Library(adapters).get(name) for name in ("noir", "verse")], eval_rows=4, device="cpu")
+    matrix = evaluate(
+        [Library(adapters).get(name) for name in ("noir", "verse")], eval_rows=4, options=ModelOptions(device="cpu")
+    )
     shown = table.locator("tbody tr").evaluate_all(
         "all => all.map(row => [...row.cells].map(cell => cell.textContent))"
     )

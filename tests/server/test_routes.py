@@ -19,7 +19,7 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_tuner import Generator, Library, SamplingParams
+from lora_tuner import Generator, Library, ModelOptions, SamplingParams
 from lora_tuner.adapters import adapter, library
 from lora_tuner.server import routes, service
 from lora_tuner.server.responses import token_text
@@ -266,8 +266,8 @@ def test_it_stays_so_among_twenty_others(client, served, alone):
 
 def test_several_answers_are_those_of_generate_with_that_seed(client, base, shelf):
     sampling = {"temperature": 0.9, "top_p": 0.9, "top_k": 30, "repetition_penalty": 1.2, "seed": 11}
-    generator = Generator(shelf / "a", base=str(base), device="cpu")
-    expected = generator.generate_all(PROMPT, SamplingParams(answers=3, max_new_tokens=12, **sampling))
+    generator = Generator(shelf / "a", options=ModelOptions(base=str(base), device="cpu"))
+    expected = generator.generate_all(PROMPT, SamplingParams(n=3, max_new_tokens=12, **sampling))
     more = {"top_k": sampling.pop("top_k"), "repetition_penalty": sampling.pop("repetition_penalty")}
     asked = {"model": "a", "prompt": PROMPT, "n": 3, "max_tokens": 12, "extra_body": more, **sampling}
     for _ in range(2):
@@ -756,7 +756,7 @@ def test_a_client_that_leaves_frees_its_place(own, alone):
             served.wait(lambda: served.worker.idle)
         let(1000)
         assert served.client().completions.create(model="a", **GREEDY).choices[0].text == alone["a"]
-        assert not served.generator.writer.rows
+        assert not served.generator.engine.rows
 
 
 def test_one_that_waits_and_leaves_is_never_begun(own):
@@ -790,7 +790,7 @@ def test_what_takes_too_long_ends_with_504_or_an_event(own):
 
 def test_a_failure_that_nobody_foresaw_ends_its_batch_alone(own, alone, caplog):
     with own() as served:
-        writer = served.generator.writer
+        writer = served.generator.engine
         step = writer.step
 
         def fail():

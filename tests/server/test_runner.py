@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 
-from lora_tuner import Generator, SamplingParams
+from lora_tuner import Generator, ModelOptions, SamplingParams
 from lora_tuner.adapters.library import Library
 from lora_tuner.config import ServerConfig
 from lora_tuner.errors import Notice
@@ -108,11 +108,10 @@ def started(monkeypatch):
     monkeypatch.setattr(module, "_configure_logging", lambda: None)
     monkeypatch.setattr(module, "mount", lambda app, desk, key: app)
 
-    def start(adapters=(), **settings):
+    def start(adapters=(), settings={}, adapters_dir=Path("adapters"), **options):  # noqa: B006 - it is only read
         said.clear()
-        serve(
-            adapters, ServerConfig(port=0, **settings.pop("settings", {})), device="cpu", notify=said.append, **settings
-        )
+        chosen = ModelOptions(**{"device": "cpu", "notify": said.append} | options)
+        serve(adapters, ServerConfig(port=0, **settings), options=chosen, adapters_dir=adapters_dir)
         return desks[-1], [event.text for event in said if isinstance(event, Notice)]
 
     return start
@@ -168,7 +167,13 @@ def test_a_browser_opens_where_it_finds_the_page(gpt2, shelf, started, monkeypat
 def test_where_there_is_no_browser_it_says_so(gpt2, shelf, started, monkeypatch):
     monkeypatch.setattr(module.webbrowser, "open", lambda url: False)
     said = queue.Queue()
-    serve([], ServerConfig(port=0), adapters_dir=shelf, device="cpu", browse=True, notify=lambda it: said.put(it.text))
+    serve(
+        [],
+        ServerConfig(port=0),
+        adapters_dir=shelf,
+        browse=True,
+        options=ModelOptions(device="cpu", notify=lambda it: said.put(it.text)),
+    )
     while not (line := said.get(timeout=5)).startswith("There is no browser"):
         pass
     assert re.fullmatch(r"There is no browser to open here: visit http://127.0.0.1:\d+ with one.", line)
@@ -274,7 +279,7 @@ def test_a_process_listens_answers_and_ends_a_running_stream_whole(long):
         assert process.wait() == 0
     finally:
         process.process.kill()
-    expected = Generator(base=str(long), device="cpu").generate(
+    expected = Generator(options=ModelOptions(base=str(long), device="cpu")).generate(
         PROMPT, SamplingParams(temperature=0, max_new_tokens=150, repetition_penalty=1.0)
     )
     assert "".join(it.choices[0].text for it in pieces) == expected.text

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lora_tuner import Generator, SamplingParams
+from lora_tuner import Generator, ModelOptions, SamplingParams
 from lora_tuner.errors import ContextLengthError, QueueFullError, RequestTimeoutError, ServerClosingError
 from lora_tuner.inference.sequence import Sequence
 from lora_tuner.server import scheduler as module
@@ -17,7 +17,7 @@ GREEDY = SamplingParams(temperature=0, max_new_tokens=8, repetition_penalty=1.0)
 
 @pytest.fixture
 def generator(gpt2):
-    return Generator(base=str(gpt2), device="cpu")
+    return Generator(options=ModelOptions(base=str(gpt2), device="cpu"))
 
 
 @pytest.fixture
@@ -26,16 +26,16 @@ def start(generator):
     workers = []
 
     def start(let=None, **settings):
-        worker = Scheduler(generator.writer, **{"max_batch": 4, "max_waiting": 8, "room": 10_000} | settings)
+        worker = Scheduler(generator.engine, **{"max_batch": 4, "max_waiting": 8, "room": 10_000} | settings)
         if let is not None:
-            step = generator.writer.step
+            step = generator.engine.step
 
             def slow():
-                if generator.writer.rows:
+                if generator.engine.rows:
                     let.acquire()
                 step()
 
-            generator.writer.step = slow
+            generator.engine.step = slow
         workers.append(worker)
         worker.start()
         return worker
@@ -47,7 +47,9 @@ def start(generator):
 
 def job(generator, prompt="the actor", count=1, model="a", seconds=60.0, tokens=8):
     sampling = GREEDY.model_copy(update={"max_new_tokens": tokens})
-    return Request(model, [Sequence(generator.base, generator.check(prompt), sampling) for _ in range(count)], seconds)
+    return Request(
+        model, [Sequence(generator.base, generator.encode_prompt(prompt), sampling) for _ in range(count)], seconds
+    )
 
 
 def wait(condition, seconds=10):
@@ -63,8 +65,8 @@ def test_rows_are_written_as_the_generator_writes_them(generator, start):
     one.wake = lambda: woken.set() if one.complete else None
     worker.submit(one)
     assert woken.wait(10)
-    assert [row.said for row in one.rows] == [expected] * 6
-    assert one.begun < one.first_token < time.monotonic()
+    assert [row.settled_text for row in one.sequences] == [expected] * 6
+    assert one.started < one.first_token < time.monotonic()
     wait(lambda: worker.idle)
 
 
@@ -92,7 +94,7 @@ def test_requests_of_one_model_take_turns_and_so_do_models(generator, start):
 def test_what_has_no_room_waits_and_what_never_has_is_refused(generator, start):
     let = threading.Semaphore(0)
     worker = start(let, room=60)
-    long = len(generator.check("the actor")) + 40
+    long = len(generator.encode_prompt("the actor")) + 40
     worker.submit(job(generator, tokens=40))
     worker.submit(job(generator, tokens=40))
     wait(lambda: worker.running == 1)
@@ -120,14 +122,14 @@ def test_only_so_many_wait(generator, start):
 
 def test_who_is_sent_away_is_told_when_there_is_room(generator, start, monkeypatch):
     """However long the others have waited. Here a step takes a second."""
-    let, clock, step = threading.Semaphore(0), [0.0], generator.writer.step
+    let, clock, step = threading.Semaphore(0), [0.0], generator.engine.step
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
     def second():
-        clock[0] += bool(generator.writer.rows)
+        clock[0] += bool(generator.engine.rows)
         step()
 
-    generator.writer.step = second
+    generator.engine.step = second
     worker, jobs = start(let, max_batch=2, max_waiting=30), []
 
     def left():
@@ -172,7 +174,7 @@ def test_what_nobody_waits_for_goes(generator, start):
     assert not jobs[0].complete
     assert not jobs[1].complete
     wait(lambda: worker.idle)
-    assert generator.writer.rows == []
+    assert generator.engine.rows == []
 
 
 def test_what_takes_too_long_ends_whether_it_runs_or_waits(generator, start):
@@ -222,13 +224,13 @@ def test_closed_it_finishes_and_stopped_it_ends(generator, start):
 
 
 def test_a_batch_that_fails_takes_only_itself_along(generator, start):
-    worker, step = start(), generator.writer.step
+    worker, step = start(), generator.engine.step
 
     def fail():
-        generator.writer.step = step
+        generator.engine.step = step
         raise RuntimeError("out of luck")
 
-    generator.writer.step = fail
+    generator.engine.step = fail
     one, two = job(generator), job(generator)
     worker.submit(one)
     wait(lambda: one.complete)
@@ -243,10 +245,10 @@ def test_a_job_whose_row_cannot_be_written_fails_alone(generator, start, gpt2, t
     whole = generator.find(adapter.path)[1]
     none = {name: type(it)(it.down, it.up * float("nan")) for name, it in whole.layers.items()}
     worker, bad, good = start(), job(generator, count=3), job(generator)
-    bad.rows[1].loaded, bad.rows[1].adapter = type(whole)(none), "one"
+    bad.sequences[1].lora, bad.sequences[1].adapter = type(whole)(none), "one"
     for it in (bad, good):
         worker.submit(it)
     wait(lambda: bad.complete and good.complete)
     assert str(bad.error).startswith("one gives logits that are not finite")
-    assert (good.error, good.rows[0].said) == (None, generator.generate("the actor", GREEDY).text)
+    assert (good.error, good.sequences[0].settled_text) == (None, generator.generate("the actor", GREEDY).text)
     wait(lambda: worker.idle)

@@ -74,7 +74,7 @@ def test_two_processes_train_the_adapter_of_one(settings):
     two = Library().get("two")
     assert json.loads(done.out)["weights"]["sha256"] == two.sha256
     assert done.said.count("The run takes 50 steps") == 1
-    given = {"max_steps": 50, "accumulation": 2, "eval_every": 20, "name": "one"}
+    given = {"max_steps": 50, "gradient_accumulation": 2, "eval_every": 20, "name": "one"}
     one = train(TrainConfig.model_validate(settings | given))
     assert one.manifest.run.sequences % 4 != 0
     assert len(curve(two)) == 50
@@ -89,7 +89,9 @@ def test_two_processes_train_the_adapter_of_one(settings):
     assert not Path("runs/two").exists()
 
 
-@pytest.mark.parametrize("streaming", [{}, pytest.param({"streaming": True, "buffer": 20}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "streaming", [{}, pytest.param({"streaming": True, "shuffle_buffer": 20}, marks=pytest.mark.slow)]
+)
 def test_a_process_that_dies_leaves_a_checkpoint_from_which_one_alone_goes_on(settings, tmp_path, streaming):
     settings |= streaming
     script = tmp_path / "dying.py"
@@ -104,13 +106,13 @@ def test_a_process_that_dies_leaves_a_checkpoint_from_which_one_alone_goes_on(se
     told = []
     cut = resume("cut", notify=told.append)
     assert (
-        "The run was begun by 2 processes and goes on with 1: --accumulation is 2 in place of 1, so that each step learns the "
+        "The run was begun by 2 processes and goes on with 1: --gradient-accumulation is 2 in place of 1, so that each step learns the "
         "same sequences. What is rounded, and what dropout leaves out, is another."
     ) in [getattr(it, "text", "") for it in told]
-    whole = train(TrainConfig.model_validate(settings | {"max_steps": 12, "accumulation": 2, "name": "whole"}))
+    whole = train(TrainConfig.model_validate(settings | {"max_steps": 12, "gradient_accumulation": 2, "name": "whole"}))
     assert max(abs(a - b) for a, b in zip(curve(whole), curve(cut), strict=True)) < 1e-5
     assert cut.manifest.result.loss == pytest.approx(whole.manifest.result.loss, abs=1e-5)
-    assert resolve_settings(TrainConfig, {}, cut.path / RUN_FILE).accumulation == 2
+    assert resolve_settings(TrainConfig, {}, cut.path / RUN_FILE).gradient_accumulation == 2
 
 
 @pytest.mark.slow
@@ -122,7 +124,7 @@ def test_two_go_on_in_a_later_epoch_as_one_would(settings, tmp_path):
     assert Path("runs/cut/checkpoint-21").is_dir()
     done = finish(start({}, "--resume=cut"))
     assert done.status == 0, done.said
-    whole = train(TrainConfig.model_validate(settings | {"max_steps": 40, "accumulation": 2, "name": "whole"}))
+    whole = train(TrainConfig.model_validate(settings | {"max_steps": 40, "gradient_accumulation": 2, "name": "whole"}))
     assert max(abs(a - b) for a, b in zip(curve(whole), curve(Library().get("cut")), strict=True)) < 1e-5
 
 
@@ -196,7 +198,7 @@ def test_two_machines_with_a_launcher_each(settings):
     both = [start(settings, "--max-steps=20", "--name=two", launcher=(*how.split(), rank)) for rank in "01"]
     for done in map(finish, both):
         assert done.status == 0, done.said
-    one = train(TrainConfig.model_validate(settings | {"max_steps": 20, "accumulation": 2, "name": "one"}))
+    one = train(TrainConfig.model_validate(settings | {"max_steps": 20, "gradient_accumulation": 2, "name": "one"}))
     assert max(abs(a - b) for a, b in zip(curve(one), curve(Library().get("two")), strict=True)) < 1e-5
 
 
@@ -295,10 +297,10 @@ def test_who_says_what(launched):
 
 
 def test_a_number_of_processes_that_cannot_share_a_step(settings, monkeypatch):
-    config = TrainConfig.model_validate(settings | {"accumulation": 2, "name": "imdb"})
+    config = TrainConfig.model_validate(settings | {"gradient_accumulation": 2, "name": "imdb"})
     then = SimpleNamespace(run=SimpleNamespace(processes=2))
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
-    assert run._for_world_size(config, then, lambda event: None).accumulation == 1
+    assert run._for_world_size(config, then, lambda event: None).gradient_accumulation == 1
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     with pytest.raises(
         TrainingError, match="takes 4 batches, which 3 processes cannot share alike: go on with 1 or 2 or 4"

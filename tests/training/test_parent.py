@@ -10,7 +10,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lora_tuner import Interrupted, Library, Notice, TrainConfig, atomic_io, evaluation, plan, resume, train
+from lora_tuner import (
+    Interrupted,
+    Library,
+    ModelOptions,
+    Notice,
+    TrainConfig,
+    atomic_io,
+    evaluation,
+    plan,
+    resume,
+    train,
+)
 from lora_tuner.adapters.adapter import (
     CARD_FILE,
     RUN_FILE,
@@ -31,7 +42,7 @@ from .. import tiny_models
 from .test_run import StopAt, weights
 
 QUICK = {"max_steps": 3, "max_length": 64, "batch_size": 4, "learning_rate": 0.02, "eval_rows": 6, "device": "cpu"}
-PARENT = {"rank": 3, "alpha": 5, "targets": "attention", "split_salt": "pepper"}  # nothing that is so by default
+PARENT = {"rank": 3, "alpha": 5, "target_modules": "attention", "split_salt": "pepper"}  # nothing that is so by default
 
 
 @pytest.fixture(scope="module")
@@ -133,19 +144,19 @@ def test_it_has_the_rank_alpha_layers_base_and_split_of_its_parent(parent, gpt2)
 def test_no_row_that_its_parent_held_out_is_trained_on(parent):
     alone = TrainConfig(**QUICK, **PARENT, dataset="noir.json", base=parent.base)
     first, second = prepare_training(alone), prepare_training(child(dataset="noir.json"))
-    assert second.corpus.held_out == first.corpus.held_out
-    assert not set(second.corpus.train) & set(first.corpus.held_out)
+    assert second.dataset.held_out == first.dataset.held_out
+    assert not set(second.dataset.train) & set(first.dataset.held_out)
 
 
 def test_what_is_the_same_may_be_said(parent, gpt2):
     silent = train(child())
     said = train(child(**PARENT, base=str(gpt2), name="said"))
     assert weights(said) == weights(silent)
-    assert weights(train(child(targets="c_attn, attn.c_proj", name="other-words"))) == weights(silent)
+    assert weights(train(child(target_modules="c_attn, attn.c_proj", name="other-words"))) == weights(silent)
 
 
 def test_all_that_differs_is_refused_at_once(parent):
-    assert refusal(ConfigError, child(rank=8, alpha=16, split_salt="salt", targets="attention")) == (
+    assert refusal(ConfigError, child(rank=8, alpha=16, split_salt="salt", target_modules="attention")) == (
         "rank is 8, and that of noir 3; alpha is 16, and that of noir 5; split_salt is salt, and that of noir pepper: an "
         "adapter that goes on from another keeps these, so leave them out."
     )
@@ -153,11 +164,13 @@ def test_all_that_differs_is_refused_at_once(parent):
         "split_salt is lora_tuner, and that of noir pepper: an adapter that goes on from another keeps these, so leave "
         "them out."
     )
-    assert refusal(ConfigError, child(targets="auto")) == (
+    assert refusal(ConfigError, child(target_modules="auto")) == (
         "targets is auto, and that of noir attn.c_proj, c_attn: an adapter that goes on from another keeps these, so leave "
         "them out."
     )
-    assert refusal(ConfigError, child(targets="nonsense")).startswith("targets: nonsense cannot be adapted; ")
+    assert refusal(ConfigError, child(target_modules="nonsense")).startswith(
+        "target_modules: nonsense cannot be adapted; "
+    )
     with pytest.raises(ConfigError, match=r"^rank is 8, and that of noir 3: an adapter that goes on"):
         preview(child(rank=8), 1)
 
@@ -238,7 +251,7 @@ def test_another_base_is_refused_unless_forced(parent, gpt2, tmp_path):
     forced = train(child(base=str(other), force=True), told.append)
     assert Notice(f"FORCED: {what}. What it writes may mean nothing.") in told
     assert forced.manifest.base.fingerprint == find_base(str(other)).fingerprint
-    base = load_base(find_base(str(other)), "cpu")
+    base = load_base(find_base(str(other)), ModelOptions(device="cpu"))
     assert lora.check_base(forced, base) is None
     wider = tiny_models.save_model(tmp_path / "wider", "gpt2", width=48)
     with pytest.raises(
@@ -275,11 +288,11 @@ def test_it_knows_its_parents_and_theirs(parent):
 
 
 def test_run_yaml_repeats_a_child_bit_for_bit(parent):
-    first = train(child(dropout=0.1, seed=5, accumulation=2))
+    first = train(child(dropout=0.1, seed=5, gradient_accumulation=2))
     again = train(resolve_settings(TrainConfig, {"name": "again"}, first.path / RUN_FILE))
     assert weights(again) == weights(first)
     assert again.manifest.parents == first.manifest.parents
-    assert weights(train(child(dropout=0.1, accumulation=2, name="other"))) != weights(first)
+    assert weights(train(child(dropout=0.1, gradient_accumulation=2, name="other"))) != weights(first)
 
 
 def test_a_child_can_take_the_place_of_its_parent(parent):
@@ -344,7 +357,7 @@ def test_a_child_is_not_resumed_without_its_parent_as_it_was(interrupted, parent
 def test_a_preview_shows_the_rows_of_the_parents_split(parent):
     told = []
     rows = preview(child(), 3, told.append)
-    corpus = prepare_training(child()).corpus
+    corpus = prepare_training(child()).dataset
     assert [row.after for row in rows] == corpus.train[:3]
     assert told == [Notice(f"Rows: {corpus.counts}.")]
     assert all(len(row.tokens) <= 64 for row in rows)

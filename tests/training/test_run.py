@@ -12,7 +12,7 @@ import torch
 import yaml
 from filelock import FileLock
 
-from lora_tuner import Interrupted, Library, Notice, Progress, evaluation, plan, resume, train
+from lora_tuner import Interrupted, Library, ModelOptions, Notice, Progress, evaluation, plan, resume, train
 from lora_tuner.adapters import adapter as adapters_adapter
 from lora_tuner.config import TrainConfig, resolve_settings
 from lora_tuner.data.dataset import load_dataset
@@ -47,7 +47,7 @@ def test_training_helps_and_says_by_how_much(settings, model_folder):
     result = adapter.manifest.result
     assert result.gain > 3 * result.standard_error > 0
     assert result.gain == pytest.approx(result.base_loss - result.loss)
-    base = load_base(find_base(str(model_folder)), "cpu")
+    base = load_base(find_base(str(model_folder)), ModelOptions(device="cpu"))
     corpus = load_dataset(settings())
     rows = evaluation.encode_held_out(base, corpus.held_out[:20])
     assert result.base_loss == pytest.approx(evaluation.measure_loss(base.model, base, rows).loss, abs=1e-6)
@@ -62,12 +62,12 @@ def test_the_logged_loss_is_the_true_one_for_each_kind_of_model(settings, model_
     still = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)  # else the loss in training is another one
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | still))
     # One step over all rows, in micro-batches of unequal length: there is one true figure for it.
-    job = prepare_training(settings(base="base", rows=40, packing=packing))
+    job = prepare_training(settings(base="base", max_rows=40, packing=packing))
     accumulation = -(-len(job.sequences) // 3)
     logged = history(
-        train(job.config.model_copy(update={"batch_size": 3, "accumulation": accumulation, "max_steps": 1}))
+        train(job.config.model_copy(update={"batch_size": 3, "gradient_accumulation": accumulation, "max_steps": 1}))
     )
-    base = load_base(find_base("base"), "cpu")
+    base = load_base(find_base("base"), ModelOptions(device="cpu"))
     true = evaluation.measure_loss(base.model, base, job.sequences.rows)
     assert len(logged) == 1
     assert logged[0]["tokens"] == sum(true.predictions)
@@ -75,9 +75,9 @@ def test_the_logged_loss_is_the_true_one_for_each_kind_of_model(settings, model_
 
 
 def test_the_same_configuration_gives_bitwise_the_same_adapter(settings):
-    first = train(settings(dropout=0.1, accumulation=2))
-    again = train(settings(dropout=0.1, accumulation=2, name="again"))
-    other = train(settings(dropout=0.1, accumulation=2, name="other", seed=1))
+    first = train(settings(dropout=0.1, gradient_accumulation=2))
+    again = train(settings(dropout=0.1, gradient_accumulation=2, name="again"))
+    other = train(settings(dropout=0.1, gradient_accumulation=2, name="other", seed=1))
     assert weights(first) == weights(again) != weights(other)
 
 
@@ -101,7 +101,7 @@ class StopAt:
             os.kill(os.getpid(), self.number)
 
 
-HARD = {"dropout": 0.1, "accumulation": 2, "max_steps": 30, "rows": 60, "schedule": "cosine"}
+HARD = {"dropout": 0.1, "gradient_accumulation": 2, "max_steps": 30, "max_rows": 60, "schedule": "cosine"}
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_interrupted_twice_it_stops_at_once_and_can_go_on(settings):
     "how",
     [
         {"schedule": "constant"},
-        {"schedule": "constant", "learning_rate": 0.2, "max_steps": 60, "eval_every": 2, "patience": 2, "rows": 40},
+        {"schedule": "constant", "learning_rate": 0.2, "max_steps": 60, "eval_every": 2, "patience": 2, "max_rows": 40},
     ],
 )
 def test_interrupted_while_measuring_the_end_nothing_is_trained_again(settings, monkeypatch, how):
@@ -250,7 +250,7 @@ def test_two_runs_under_one_name_at_once_are_refused(settings, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_adapter(settings):
     with pytest.raises(DivergedError) as error:
-        train(settings(learning_rate=1e20, clip=1e20, warmup=0, max_steps=20))
+        train(settings(learning_rate=1e20, max_grad_norm=1e20, warmup=0, max_steps=20))
     assert "The last good adapter is in runs/reviews/last-good. Try a lower learning rate than 1e+20" in str(
         error.value
     )
@@ -280,7 +280,7 @@ def test_a_gradient_that_is_not_finite_stops_it_too(settings, monkeypatch):
 def test_patience_stops_early_and_keeps_the_best(settings):
     notices = []
     adapter = train(
-        settings(learning_rate=0.2, schedule="constant", max_steps=60, eval_every=2, patience=2, rows=40),
+        settings(learning_rate=0.2, schedule="constant", max_steps=60, eval_every=2, patience=2, max_rows=40),
         notices.append,
     )
     run, measured = adapter.manifest.run, {e["step"]: e["eval_loss"] for e in history(adapter) if "eval_loss" in e}
@@ -446,9 +446,11 @@ def test_the_preview_shows_what_is_learnt(settings):
     assert "".join(row.tokens[:-1]) == row.after == row.before
 
 
-@pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 4), (8, 2), (1, 8)])
+@pytest.mark.parametrize(("batch_size", "gradient_accumulation"), [(2, 4), (8, 2), (1, 8)])
 def test_little_data_can_be_measured_too(settings, batch_size, accumulation):
-    cost = plan(settings(rows=20, batch_size=batch_size, accumulation=accumulation, minutes=0.01, max_steps=None))
+    cost = plan(
+        settings(max_rows=20, batch_size=batch_size, gradient_accumulation=accumulation, minutes=0.01, max_steps=None)
+    )
     assert cost.steps >= 1
 
 
@@ -467,10 +469,10 @@ def test_the_learning_rate_rises_then_falls(settings):
 
 def test_a_run_that_diverges_in_its_last_step_makes_no_adapter(settings):
     with pytest.raises(DivergedError):
-        train(settings(learning_rate=1e30, clip=1e30, warmup=0, max_steps=2))
+        train(settings(learning_rate=1e30, max_grad_norm=1e30, warmup=0, max_steps=2))
     assert Library().names() == []
     with pytest.raises(DivergedError):
-        train(settings(learning_rate=1e30, clip=1e30, warmup=0, max_steps=6, eval_every=1, name="b"))
+        train(settings(learning_rate=1e30, max_grad_norm=1e30, warmup=0, max_steps=6, eval_every=1, name="b"))
     assert Library().names() == []
 
 
@@ -490,7 +492,14 @@ def test_resuming_with_other_versions_is_refused(settings, monkeypatch):
 
 
 def test_a_run_can_be_resumed_after_its_folder_has_moved(settings, tmp_path):
-    how = {"learning_rate": 0.2, "schedule": "constant", "eval_every": 2, "patience": 2, "rows": 40, "max_steps": 20}
+    how = {
+        "learning_rate": 0.2,
+        "schedule": "constant",
+        "eval_every": 2,
+        "patience": 2,
+        "max_rows": 40,
+        "max_steps": 20,
+    }
     whole = train(settings(name="whole", **how))
     with pytest.raises(Interrupted):
         train(settings(**how), StopAt(4))
@@ -548,20 +557,20 @@ def films(tmp_path):
 def test_other_data_are_measured_on_and_none_of_them_is_trained_on(settings, films, tmp_path):
     alone, job = prepare_training(settings()), prepare_training(settings(eval_dataset="films.csv"))
     assert alone.manifest.data.eval_dataset is None
-    measured, held_out = set(films), set(alone.corpus.held_out)
+    measured, held_out = set(films), set(alone.dataset.held_out)
     trained = {job.base.tokenizer.decode(row[:-1]) for row in job.sequences.rows}
-    assert set(alone.corpus.train) & measured
-    assert set(job.corpus.train) == set(alone.corpus.train) - measured
-    assert not set(job.corpus.train) & (measured | held_out)
+    assert set(alone.dataset.train) & measured
+    assert set(job.dataset.train) == set(alone.dataset.train) - measured
+    assert not set(job.dataset.train) & (measured | held_out)
     assert not trained & measured
-    assert set(job.corpus.held_out) == measured
-    assert job.held_out_texts == job.corpus.held_out[:8]
+    assert set(job.dataset.held_out) == measured
+    assert job.held_out_texts == job.dataset.held_out[:8]
     adapter = train(settings(eval_dataset="films.csv"))
     facts, result = adapter.manifest.data, adapter.manifest.result
     assert facts.eval_dataset == "films.csv"
     assert facts.held_out_hash == content_hash(job.held_out_texts) != alone.manifest.data.held_out_hash
     assert facts.held_out_rows == result.rows == 8
-    assert facts.counts["in_eval_dataset"] == len(set(alone.corpus.train) & measured)
+    assert facts.counts["in_eval_dataset"] == len(set(alone.dataset.train) & measured)
     assert facts.counts["held_out"] == len(held_out)
     assert facts.counts["read"] == sum(facts.counts.values()) - facts.counts["read"]
     assert evaluation.cached_rows(adapter) == evaluation.EvalSet("reviews", job.held_out_texts)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lora_tuner import Library, TrainConfig, evaluate, train
+from lora_tuner import Library, ModelOptions, TrainConfig, evaluate, train
 from lora_tuner.config import expand_sweep, resolve_settings
 from lora_tuner.errors import AdapterError, ConfigError, Notice, TrainingError
 from lora_tuner.training import setup, sweep
@@ -27,8 +27,8 @@ def test_every_value_meets_every_other():
 def test_each_rung_is_what_it_would_be_alone(settings, request, kind):
     model_folder = request.getfixturevalue(kind)
     climbed = sweep.run_sweep(of(settings, 2, 4, 8, base=str(model_folder)))
-    assert [it.name for it in climbed.rungs] == ["reviews-r2", "reviews-r4", "reviews-r8"] == Library().names()
-    for rank, rung in zip((2, 4, 8), climbed.rungs, strict=True):
+    assert [it.name for it in climbed.trials] == ["reviews-r2", "reviews-r4", "reviews-r8"] == Library().names()
+    for rank, rung in zip((2, 4, 8), climbed.trials, strict=True):
         alone = train(settings(rank=rank, base=str(model_folder), name="alone", overwrite=True))
         adapter = Library().get(rung.name)
         assert adapter.sha256 == alone.sha256
@@ -62,22 +62,22 @@ real_corpus, real_base = setup.load_dataset, setup.loading.open_base
 @pytest.mark.slow
 def test_minutes_mean_the_same_steps_for_every_rung(settings):
     climbed = sweep.run_sweep(of(settings, 2, 4, max_steps=None, minutes=0.004))
-    steps = {Library().get(rung.name).manifest.run.steps for rung in climbed.rungs}
+    steps = {Library().get(rung.name).manifest.run.steps for rung in climbed.trials}
     assert len(steps) == 1
 
 
 def test_the_one_to_keep_is_the_smallest_that_is_not_clearly_worse(settings):
     climbed = sweep.run_sweep(of(settings, 1, 4, 16, learning_rate=3e-2, max_steps=20, eval_rows=20))
-    best = min(climbed.rungs, key=lambda it: it.loss)
+    best = min(climbed.trials, key=lambda it: it.loss)
     assert best.worse == best.standard_error == 0
-    good = [it for it in climbed.rungs if it.worse <= it.standard_error]
-    assert climbed.keep == min(good, key=lambda it: it.bytes).name
-    pair = evaluate([Library().get(it.name) for it in climbed.rungs], device="cpu")
-    for rung, line in zip(climbed.rungs, pair.cells, strict=True):
+    good = [it for it in climbed.trials if it.gap <= it.standard_error]
+    assert climbed.recommended == min(good, key=lambda it: it.bytes).name
+    pair = evaluate([Library().get(it.name) for it in climbed.trials], options=ModelOptions(device="cpu"))
+    for rung, line in zip(climbed.trials, pair.cells, strict=True):
         assert rung.loss == pytest.approx(line[0].loss, abs=1e-6)
-        assert rung.worse == pytest.approx(rung.loss - best.loss, abs=1e-9)
+        assert rung.gap == pytest.approx(rung.loss - best.loss, abs=1e-9)
     facts = json.loads((climbed.folder / "ladder.json").read_text())
-    assert facts == json.loads(json.dumps(climbed.facts()))
+    assert facts == json.loads(json.dumps(climbed.to_dict()))
     assert (climbed.folder / "ladder.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(it.name for it in climbed.folder.iterdir()) == ["ladder.json", "ladder.png"]
 
@@ -104,12 +104,12 @@ def test_stopped_in_the_middle_it_goes_on(settings, rung, stopped_at):
     trained = []
     climbed = sweep.resume_sweep("reviews", notify=lambda it: trained.append(it) if isinstance(it, Notice) else None)
     assert not sweep.is_unfinished("reviews", settings().runs_dir)
-    for one, other in zip(climbed.rungs, whole.rungs, strict=True):
+    for one, other in zip(climbed.trials, whole.trials, strict=True):
         assert Library().get(one.name).sha256 == Library().get(other.name).sha256
         assert one.loss == pytest.approx(other.loss)
     for name, created in before.items():
         assert Library().get(name).manifest.created == created  # not trained again
-    assert climbed.keep.removeprefix("reviews") == whole.keep.removeprefix("whole")
+    assert climbed.recommended.removeprefix("reviews") == whole.recommended.removeprefix("whole")
 
 
 def test_stopped_after_its_last_rung_it_is_only_measured(settings, monkeypatch):
@@ -119,18 +119,18 @@ def test_stopped_after_its_last_rung_it_is_only_measured(settings, monkeypatch):
             sweep.run_sweep(of(settings, 2, 4))
     monkeypatch.setattr(setup, "load_dataset", None)
     climbed = sweep.resume_sweep("reviews")
-    assert [it.name for it in climbed.rungs] == ["reviews-r2", "reviews-r4"]
-    assert all(it.loss < climbed.base_loss for it in climbed.rungs)
+    assert [it.name for it in climbed.trials] == ["reviews-r2", "reviews-r4"]
+    assert all(it.loss < climbed.base_loss for it in climbed.trials)
 
 
 def test_a_rung_that_diverges_does_not_end_the_others(settings):
     notices = []
     configs = [settings(rank=4, learning_rate=rate) for rate in (1e-2, 1e30)]
     climbed = sweep.run_sweep(configs, lambda it: notices.append(it.text) if isinstance(it, Notice) else None)
-    good, bad = climbed.rungs
+    good, bad = climbed.trials
     assert bad.name == "reviews-lr1e30"
     assert bad.loss is None
-    assert climbed.keep == good.name == "reviews-lr0p01"
+    assert climbed.recommended == good.name == "reviews-lr0p01"
     assert [text for text in notices if "so the run has stopped" in text]
 
 
@@ -138,7 +138,7 @@ def test_a_rung_that_diverges_does_not_end_the_others(settings):
 def test_learning_rates_go_on_from_a_parent_and_ranks_do_not(settings, adapter):
     given = {"dataset": "reviews.csv", "parent": "reviews", "max_steps": 2, "eval_rows": 8, "name": "more"}
     climbed = sweep.run_sweep([TrainConfig(**given, learning_rate=rate) for rate in (1e-3, 1e-2)])
-    assert [Library().get(it.name).manifest.parents[0].name for it in climbed.rungs] == ["reviews", "reviews"]
+    assert [Library().get(it.name).manifest.parents[0].name for it in climbed.trials] == ["reviews", "reviews"]
     with pytest.raises(ConfigError) as error:
         sweep.run_sweep([TrainConfig(**given, rank=rank) for rank in (2, 4)])
     assert str(error.value) == "--from keeps the rank of its parent: give it several learning rates, not ranks."
@@ -170,7 +170,7 @@ def test_the_run_that_was_stopped_goes_on_and_no_other_does(settings, overwrite,
     stopped_at(4, 3, overwrite=overwrite)
     steps = []
     sweep.resume_sweep("reviews", notify=lambda it: steps.append(getattr(it, "done", None)))
-    for one in whole.rungs:
+    for one in whole.trials:
         assert Library().get(one.name.replace("whole", "reviews")).sha256 == Library().get(one.name).sha256
     lines = [it for it in steps if it is not None]
     assert lines.count(1) <= 3  # rung 4 began with its fourth step
@@ -192,7 +192,7 @@ def test_data_that_changed_meanwhile_is_refused(settings, reviews_csv, stopped_a
     with pytest.raises(TrainingError, match="changed since it stopped: data"):
         sweep.resume_sweep("reviews")
     reviews_csv.write_text(text)
-    assert len(sweep.resume_sweep("reviews").rungs) == 3
+    assert len(sweep.resume_sweep("reviews").trials) == 3
 
 
 def test_an_adapter_that_was_replaced_meanwhile_is_refused(settings, stopped_at):
@@ -208,8 +208,8 @@ def test_an_adapter_that_was_replaced_meanwhile_is_refused(settings, stopped_at)
 def test_a_mistake_leaves_nothing_in_the_way(settings, tmp_path):
     with pytest.raises(ConfigError, match="pissa has"):
         sweep.run_sweep(of(settings, 2, 64, method="pissa"))
-    with pytest.raises(ConfigError, match="targets"):
-        sweep.run_sweep(of(settings, 2, 4, targets="nothing"))
+    with pytest.raises(ConfigError, match="target_modules"):
+        sweep.run_sweep(of(settings, 2, 4, target_modules="nothing"))
     assert not sweep.is_unfinished("reviews", settings().runs_dir)
     assert Library().names() == []
     sweep.run_sweep(of(settings, 2, 4))
@@ -229,8 +229,8 @@ def test_rungs_from_a_parent_can_be_repeated(settings):
         "name": "more",
     }
     climbed = sweep.run_sweep([TrainConfig(**given, batch_size=2, learning_rate=rate) for rate in (1e-3, 1e-2)])
-    assert [it.rank for it in climbed.rungs] == [16, 16]
-    for rung in climbed.rungs:
+    assert [it.rank for it in climbed.trials] == [16, 16]
+    for rung in climbed.trials:
         adapter = Library().get(rung.name)
         again = resolve_settings(TrainConfig, {"name": "again", "overwrite": True}, adapter.path / "run.yaml")
         assert train(again).sha256 == adapter.sha256
@@ -240,7 +240,7 @@ def test_rungs_from_a_parent_can_be_repeated(settings):
 def test_the_way_on_names_the_folder_of_the_runs(settings, tmp_path, stopped_at):
     text = stopped_at(2, 2, runs_dir=tmp_path / "elsewhere")
     assert text.endswith(f"Go on with: python cli.py train --resume reviews --runs-dir {tmp_path / 'elsewhere'}")
-    assert len(sweep.resume_sweep("reviews", tmp_path / "elsewhere").rungs) == 3
+    assert len(sweep.resume_sweep("reviews", tmp_path / "elsewhere").trials) == 3
 
 
 def test_a_ladder_that_waits_is_not_begun_again(settings, stopped_at):
@@ -252,7 +252,7 @@ def test_a_ladder_that_waits_is_not_begun_again(settings, stopped_at):
         "--overwrite, or choose another --name."
     )
     climbed = sweep.run_sweep(of(settings, 2, 4, overwrite=True))
-    assert [it.name for it in climbed.rungs] == ["reviews-r2", "reviews-r4"]
+    assert [it.name for it in climbed.trials] == ["reviews-r2", "reviews-r4"]
 
 
 @pytest.mark.parametrize("content", ["rungs: 3\n", "rung: []\n", "rungs:\n- rank: many\n"])

@@ -48,8 +48,8 @@ def _answer(name: str, prompt: str, job: Request | str) -> Markup:
     if isinstance(job, str):
         text, below, error = "", Markup(""), job
     else:
-        (row,) = job.rows
-        text, count, error = row.said, len(row.new), str(job.error or "")
+        (row,) = job.sequences
+        text, count, error = row.settled_text, len(row.output_ids), str(job.error or "")
         end = "" if not row.complete or error else ", the end" if row.finished else ", cut off"
         below = Markup('<p class="facts">{} token{}{}</p>').format(count, "" if count == 1 else "s", end)
     writing = isinstance(job, Request) and not job.complete

@@ -170,9 +170,11 @@ class Page:
 
     def _models(self) -> list[ServedModel]:
         """The adapters as they are now, broken ones too."""
-        said = self.desk.public
+        said = self.desk.hide_paths
         return [
-            replace(model, broken=model.broken and said(model.broken)) for model in self.desk.models() if model.path
+            replace(model, broken=model.broken and said(model.broken))
+            for model in self.desk.list_models()
+            if model.path
         ]
 
     def _names(self) -> list[str]:
@@ -194,9 +196,9 @@ class Page:
             given = {name: value for name, value in given.items() if name not in SAMPLING_SETTINGS}
         try:
             sampling = resolve_settings(SamplingParams, given)
-            if sampling.max_new_tokens > self.desk.settings.max_tokens:
-                raise ConfigError(f"max_new_tokens: this server writes {self.desk.settings.max_tokens:,} at the most.")
-            ids = await self.desk.aside(lambda: self.desk.encode(prompt))
+            if sampling.max_new_tokens > self.desk.config.max_tokens:
+                raise ConfigError(f"max_new_tokens: this server writes {self.desk.config.max_tokens:,} at the most.")
+            ids = await self.desk.run_in_thread(lambda: self.desk.encode_prompt(prompt))
         except LoraTunerError as error:
             yield self._failure(error)
             return
@@ -204,7 +206,7 @@ class Page:
         sampling = sampling.model_copy(update={"seed": seed})
         more = "Greedy: the same every time." if seed is None else f"Seed {seed}: with it, the same is written again."
         models = [self.desk.name, *names]
-        questions = [(name, partial(self.desk.ask, name, [ids], sampling)) for name in models]
+        questions = [(name, partial(self.desk.generate, name, [ids], sampling)) for name in models]
         async with contextlib.aclosing(self._written(prompt, questions)) as frames:
             async for jobs in frames:
                 yield html.answers(prompt, list(zip(models, jobs, strict=True)), more)
@@ -234,11 +236,13 @@ class Page:
         def prepare() -> tuple[list[int], LoadedAdapter] | None:
             if late():
                 return None
-            found = [(weight, self.desk.find(name)[1]) for weight, name in parts]
-            return self.desk.encode(prompt), blend_loaded([(weight, loaded) for weight, loaded in found if loaded])
+            found = [(weight, self.desk.find_adapter(name)[1]) for weight, name in parts]
+            return self.desk.encode_prompt(prompt), blend_loaded(
+                [(weight, loaded) for weight, loaded in found if loaded]
+            )
 
         try:
-            prepared = await self.desk.aside(prepare)
+            prepared = await self.desk.run_in_thread(prepare)
         except LoraTunerError as error:
             yield self._failure(error)
             return
@@ -247,7 +251,7 @@ class Page:
         ids, loaded = prepared
         sampling = SamplingParams(greedy=True, max_new_tokens=BLEND_TOKENS)
         # It is counted for no model: a slider makes very many.
-        question = partial(self.desk.ask, title, [ids], sampling, loaded=loaded)
+        question = partial(self.desk.generate, title, [ids], sampling, loaded=loaded)
         async with contextlib.aclosing(self._written(prompt, [(None, question)])) as frames:
             async for jobs in frames:
                 yield html.answers(prompt, [(title, jobs[0])]) + html.command(_command(parts))
@@ -265,24 +269,26 @@ class Page:
                     jobs.append(job := await ask())
                     left[job] = model
                 except LoraTunerError as error:
-                    jobs.append(self.desk.public(str(error)))
-            async for _ in self.desk.follow(*left):
+                    jobs.append(self.desk.hide_paths(str(error)))
+            async for _ in self.desk.watch(*left):
                 for job in [job for job in left if job.complete]:
                     self._count(prompt, job, left.pop(job))
                 yield jobs
                 await asyncio.sleep(FRAME_SECONDS)
         finally:
             for job, model in left.items():
-                self.desk.worker.cancel(job)
+                self.desk.scheduler.cancel(job)
                 self._count(prompt, job, model)
 
     def _count(self, prompt: str, job: Request, model: str | None) -> None:
         code = type(job.error).__name__ if job.error else None
-        record = RequestRecord(begun=job.begun, status=200, code=code, model=model, stream=True, job=job, asked=prompt)
-        self.metrics.done("page", record, "page")
+        record = RequestRecord(
+            started=job.started, status=200, code=code, model=model, stream=True, request=job, prompts=prompt
+        )
+        self.metrics.record("page", record, "page")
 
     def _failure(self, error: Exception) -> Markup:
-        return html.failure(self.desk.public(str(error)))
+        return html.failure(self.desk.hide_paths(str(error)))
 
     def library(self) -> str:
         return html.library(self._models())
@@ -309,14 +315,14 @@ class Page:
         try:
             said = draw(to)
         except LoraTunerError as error:
-            return html.no_picture(self.desk.public(str(error)))
+            return html.no_picture(self.desk.hide_paths(str(error)))
         except Exception as error:  # a stranger's figures can be such that nobody can draw them
-            return html.no_picture(f"It cannot be drawn: {self.desk.public(str(error))}")
+            return html.no_picture(f"It cannot be drawn: {self.desk.hide_paths(str(error))}")
         return html.picture(to.getvalue(), *said)
 
     def _spectrum(self, adapter: Adapter, to: BytesIO) -> tuple[str, str]:
         delta.check_summable(adapter)
-        found = delta.load_deltas(adapter, self.desk.generator.writer.bank.layers)
+        found = delta.load_deltas(adapter, self.desk.generator.engine.multi_lora.layers)
         squares = {module: delta.singular_values(update).square() for module, update in found.items()}
         squares = {module: each for module, each in squares.items() if float(each.sum()) > 0}
         if not squares:
@@ -347,9 +353,8 @@ class Page:
                 self.measured,
                 adapters,
                 eval_rows=most,
-                force=self.desk.generator.force,
-                notify=notify,
-                turn=self.desk.worker.do,
+                options=replace(self.desk.generator.options, notify=notify),
+                turn=self.desk.scheduler.run_between_steps,
             )
             return html.gains(matrix)
 
