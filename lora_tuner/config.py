@@ -35,6 +35,14 @@ INVALID_TEXT = re.compile("[\0\ud800-\udfff]")  # null bytes, and bytes of a com
 NAME_PATTERN = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)$)[A-Za-z][A-Za-z0-9_-]{0,63}")  # not Windows' devices
 SWEEPABLE = ("rank", "learning_rate")  # settings of which the command line takes several, one run each
 STOP_RULES = ("epochs", "max_steps", "minutes")
+RENAMED_SETTINGS = {  # old key in the run.yaml of existing adapters and runs -> the key that replaced it
+    "rows": "max_rows",
+    "buffer": "shuffle_buffer",
+    "targets": "target_modules",
+    "accumulation": "gradient_accumulation",
+    "clip": "max_grad_norm",
+    "checkpointing": "gradient_checkpointing",
+}
 DEFAULT_MAX_MINUTES = 10  # with no stop rule, an epoch that takes longer than this is cut to it
 
 
@@ -493,7 +501,18 @@ def read_settings(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{file} holds no settings: one `name: value` a line is expected.")
-    return loaded
+    try:
+        return rename_old_keys(loaded)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+
+
+def rename_old_keys(settings: dict[str, Any]) -> dict[str, Any]:
+    """Replace old keys (RENAMED_SETTINGS). Raises ConfigError where the old and the new key are both given."""
+    for old, new in RENAMED_SETTINGS.items():
+        if old in settings and new in settings:
+            raise ConfigError(f"{old} is the old name of {new}: give one of them.")
+    return {RENAMED_SETTINGS.get(key, key): value for key, value in settings.items()}
 
 
 def resolve_settings(kind: type[S], given: dict[str, Any], file: Path | None = None) -> S:

@@ -1,12 +1,26 @@
+import json
 import math
 from pathlib import Path
 
 import pytest
 import yaml
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
-from lora_tuner.config import STOP_RULES, SamplingParams, TrainConfig, config_to_yaml, resolve_settings
+from lora_tuner import Generator, Library, ModelOptions, hub, push, resume, run_sweep, train
+from lora_tuner.adapters.adapter import MANIFEST_FILE, RUN_FILE, WEIGHTS_FILE, verify_adapter
+from lora_tuner.cli.app import app
+from lora_tuner.config import (
+    RENAMED_SETTINGS,
+    STOP_RULES,
+    SamplingParams,
+    TrainConfig,
+    config_to_yaml,
+    resolve_settings,
+)
 from lora_tuner.errors import ConfigError
+from lora_tuner.training.checkpoints import HASHES_FILE, finalize, list_checkpoints
+from lora_tuner.training.sweep import STATE_FILE, resume_sweep
 
 
 def refusal(given, kind=TrainConfig, file=None):
@@ -83,7 +97,7 @@ def test_all_problems_are_named_at_once():
 def test_all_problems_of_sampling_are_named_at_once():
     assert refusal({"top_p": 2, "greedy": True, "n": 2, "stop": [""]}, SamplingParams).split("; ") == [
         "top_p: input should be less than or equal to 1 (got 2)",
-        "answers above 1 would all be the same: greedy has one answer",
+        "n above 1 would all be the same: greedy has one answer",
         "stop is empty: it would end every answer at once",
     ]
 
@@ -247,3 +261,129 @@ def test_to_yaml_leaves_out_what_is_worked_out_later():
     assert settings["max_steps"] == 3
     assert settings["adapters_dir"] == "adapters"
     assert {"alpha", "batch_size", "minutes", "epochs", "name"} & settings.keys() == set()
+
+
+# Files of earlier versions
+
+OLD_KEYS = "rows: 50\nbuffer: 7\nstreaming: false\ntargets: c_attn\naccumulation: 3\nclip: 0.5\ncheckpointing: 'on'\n"
+
+
+def test_old_run_yaml_resolves_to_new_settings(run_yaml):
+    path = run_yaml(OLD_KEYS.replace("buffer: 7\nstreaming: false", "buffer: 10000"))
+    new = {"max_rows": 50, "target_modules": "c_attn", "gradient_accumulation": 3, "max_grad_norm": 0.5}
+    new |= {"gradient_checkpointing": "on"}
+    assert resolve_settings(TrainConfig, {}, path) == TrainConfig(**new)
+    streamed = run_yaml("buffer: 7\nstreaming: true")
+    assert resolve_settings(TrainConfig, {}, streamed) == TrainConfig(streaming=True, shuffle_buffer=7)
+    assert resolve_settings(TrainConfig, {"max_rows": 9}, run_yaml("rows: 50")).max_rows == 9
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_SETTINGS.items())
+def test_old_and_new_key_together_are_refused(run_yaml, old, new):
+    path = run_yaml(f"{old}: 4\n{new}: 4\n")
+    assert refusal({}, file=path) == f"{path}: {old} is the old name of {new}: give one of them."
+
+
+@pytest.mark.parametrize("old", RENAMED_SETTINGS)
+def test_old_command_line_option_is_unknown(old):
+    result = CliRunner().invoke(app, ["train", f"--{old}", "4"])
+    assert result.exit_code == 2
+    assert f"No such option: --{old}" in result.stderr
+    assert refusal({old: 4}) == f"{old}: there is no such setting"
+
+
+def write_old_keys(file):
+    settings = yaml.safe_load(file.read_text())
+    to_old = {new: old for old, new in RENAMED_SETTINGS.items()}
+    file.write_text(yaml.safe_dump({to_old.get(key, key): value for key, value in settings.items()}))
+    assert settings.keys() & to_old.keys()
+
+
+def test_stopped_run_with_old_keys_resumes_bitwise(settings, stop_at):
+    changes = {"max_rows": 60, "gradient_accumulation": 2, "max_grad_norm": 0.5, "dropout": 0.1, "save_every": 2}
+    expected = train(settings(**changes, name="whole"))
+    with stop_at(4):
+        train(settings(**changes, name="stopped"))
+    folder = Path("runs/stopped")
+    write_old_keys(folder / RUN_FILE)
+    for checkpoint in list_checkpoints(folder):
+        write_old_keys(checkpoint / RUN_FILE)
+        (checkpoint / HASHES_FILE).unlink()
+        finalize(checkpoint)
+    resumed = resume("stopped")
+    assert (resumed.path / WEIGHTS_FILE).read_bytes() == (expected.path / WEIGHTS_FILE).read_bytes()
+    assert resumed.manifest.result == expected.manifest.result
+    assert not RENAMED_SETTINGS.keys() & yaml.safe_load((resumed.path / RUN_FILE).read_text()).keys()
+    write_old_keys(resumed.path / RUN_FILE)
+    repeated = train(resolve_settings(TrainConfig, {"name": "repeated"}, resumed.path / RUN_FILE))
+    assert repeated.sha256 == expected.sha256
+
+
+def test_stopped_sweep_with_old_keys_resumes_bitwise(settings, stop_at):
+    def trials(name):
+        return [settings(rank=rank, max_grad_norm=0.5, name=name) for rank in (2, 4)]
+
+    run_sweep(trials("whole"))
+    with stop_at(3, within="stopped-r4"):
+        run_sweep(trials("stopped"))
+    state_file = Path("runs/stopped.ladder", STATE_FILE)
+    assert "max_grad_norm: 0.5" in state_file.read_text()
+    state_file.write_text(state_file.read_text().replace("max_grad_norm:", "clip:"))
+    resume_sweep("stopped")
+    library = Library(Path("adapters"))
+    for trial in ("r2", "r4"):
+        assert library.get(f"stopped-{trial}").sha256 == library.get(f"whole-{trial}").sha256
+
+
+def test_old_run_yaml_is_pushed_with_new_keys(adapter, monkeypatch):
+    write_old_keys(adapter.path / RUN_FILE)
+    pushed = {}
+
+    def upload(folder, repo, names, **_):
+        pushed.update(yaml.safe_load((folder / RUN_FILE).read_text()))
+        return "url"
+
+    monkeypatch.setattr(hub, "upload_files", upload)
+    push(adapter, "owner/reviews")
+    assert pushed["max_grad_norm"] == 1.0
+    assert not RENAMED_SETTINGS.keys() & pushed.keys()
+
+
+MANIFEST_SCHEMA_1 = """{
+  "schema_version": 1,
+  "created": "2025-01-02T03:04:05+00:00",
+  "base": {"name": "gpt2", "repo": "gpt2", "revision": null, "weights": "gpt2", "fingerprint": "", "tokenizer": ""},
+  "data": {
+    "name": "reviews", "source": "reviews.csv", "hash": "", "where": [], "split_salt": "lora_tuner",
+    "counts": {"read": 120, "train": 108, "held_out": 12}, "format": "text", "eval_dataset": null,
+    "held_out_hash": "", "held_out_rows": 8
+  },
+  "run": {
+    "method": "lora", "steps": 6, "kept_step": 6, "tokens": 700, "seconds": 0.5, "sequences": 12,
+    "truncated_rows": 3, "device": "cpu", "dtype": "float32", "load_in": "full", "threads": 1, "processes": 1
+  },
+  "made_by": null,
+  "parents": [],
+  "result": {
+    "base_loss": 7.5, "loss": 5.25, "gain": 2.25, "standard_error": 0.125, "rows": 8, "tokens": 400
+  },
+  "weights": {"sha256": "", "bytes": 0, "parameters": 0, "config": ""},
+  "versions": {"torch": "2.13.0"}
+}"""
+
+
+def test_manifest_schema_1_stays_readable(adapter):
+    manifest, path = json.loads(MANIFEST_SCHEMA_1), adapter.path / MANIFEST_FILE
+    today = json.loads(path.read_text())
+    assert manifest.keys() == today.keys()
+    for part in ("base", "data", "run", "result", "weights"):
+        assert manifest[part].keys() == today[part].keys()
+    manifest |= {"weights": today["weights"], "base": today["base"]}
+    manifest["data"] |= {"hash": today["data"]["hash"], "held_out_hash": today["data"]["held_out_hash"]}
+    sampling, options = SamplingParams(greedy=True, max_new_tokens=5), ModelOptions(device="cpu")
+    expected = Generator(adapter.path, options=options).generate("the actor", sampling)
+    path.write_text(json.dumps(manifest))
+    ((name, listed),) = Library(Path("adapters")).entries()
+    assert (name, listed.manifest.result.gain) == ("reviews", 2.25)
+    assert verify_adapter(listed) == []
+    assert Generator(listed.path, options=options).generate("the actor", sampling) == expected

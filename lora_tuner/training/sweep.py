@@ -23,6 +23,7 @@ from ..config import (
     TrainConfig,
     default_adapter_name,
     read_settings,
+    rename_old_keys,
     resolve_settings,
 )
 from ..errors import ConfigError, DivergedError, EventHandler, Interrupted, Notice, TrainingError, ignore_events
@@ -108,7 +109,8 @@ def resume_sweep(name: str, runs_dir: Path = Path("runs"), notify: EventHandler 
     folder = _sweep_folder(runs_dir, name)
     try:
         known = read_settings(folder / STATE_FILE)
-        state = _SweepState(known["rungs"], dict(known["facts"]), dict(known["done"]), known["begun"])
+        rungs = [rename_old_keys(dict(rung)) for rung in known["rungs"]]
+        state = _SweepState(rungs, dict(known["facts"]), dict(known["done"]), known["begun"])
         for rung in state.rungs:
             TrainConfig.model_validate(rung)
     except (KeyError, TypeError, ValueError) as error:
