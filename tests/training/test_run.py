@@ -447,9 +447,15 @@ def test_the_preview_shows_what_is_learnt(settings):
 
 
 @pytest.mark.parametrize(("batch_size", "gradient_accumulation"), [(2, 4), (8, 2), (1, 8)])
-def test_little_data_can_be_measured_too(settings, batch_size, accumulation):
+def test_little_data_can_be_measured_too(settings, batch_size, gradient_accumulation):
     cost = plan(
-        settings(max_rows=20, batch_size=batch_size, gradient_accumulation=accumulation, minutes=0.01, max_steps=None)
+        settings(
+            max_rows=20,
+            batch_size=batch_size,
+            gradient_accumulation=gradient_accumulation,
+            minutes=0.01,
+            max_steps=None,
+        )
     )
     assert cost.steps >= 1
 
