@@ -1,4 +1,4 @@
-# make demo: set everything up, train on real reviews, write with it.   make test: set everything up, run all tests.
+# make demo: set up everything, train on real reviews, generate.   make test: set up everything, run all tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -27,11 +27,11 @@ check: $(READY)
 	$(BIN)/mypy
 
 docs: $(READY)
-	$(BIN)/python -m tests.reference > docs/commands.md
-	$(BIN)/python -m tests.capabilities
+	$(BIN)/python -m tests.command_reference > docs/commands.md
+	$(BIN)/python -m tests.method_table
 
 screenshot: $(READY)  # with the adapters pan and praise of the library
-	LORA_TUNER_SCREENSHOT=docs/playground.png $(BIN)/python -m pytest tests/test_playground.py -k picture
+	LORA_TUNER_SCREENSHOT=docs/playground.png $(BIN)/python -m pytest tests/server/test_playground.py -k picture
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'

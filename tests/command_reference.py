@@ -1,4 +1,4 @@
-"""Writes docs/commands.md from the commands themselves: `python -m tests.reference`."""
+"""Writes docs/commands.md from the commands themselves: `python -m tests.command_reference`."""
 
 import typer
 

@@ -1,4 +1,4 @@
-"""What works with each method, tried on a tiny model: `python -m tests.capabilities` writes the table of docs/methods.md."""
+"""What works with each method, tried on a tiny model: `python -m tests.method_table` writes the table of docs/methods.md."""
 
 import os
 import re
