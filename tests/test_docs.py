@@ -1,4 +1,4 @@
-"""What the documents say is run, parsed or looked up."""
+"""The documents are executed, parsed, or compared with the code."""
 
 import re
 import shlex
@@ -19,64 +19,77 @@ from .hub_server import Hub
 from .test_hub import repos  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "adapters/README.md"]
-PAGES += [
-    "docs/chat.md",
-    "docs/growth.md",
-    "docs/measuring.md",
-    "docs/methods.md",
-    "docs/other-tools.md",
-    "docs/reliability.md",
-    "docs/scale.md",
-    "docs/serving.md",
-    "SECURITY.md",
-    "benchmarks/RESULTS.md",
-]
+PACKAGE = ROOT / "lora_tuner"
+GENERATED = "docs/commands.md"
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for folder in (".", "docs", "adapters", "benchmarks")
+    for path in (ROOT / folder).glob("*.md")
+    if path != ROOT / GENERATED
+)
 
 
-def text(page):
+def read_page(page):
     return (ROOT / page).read_text(encoding="utf-8")
 
 
 def commands(page):
-    """Each `python cli.py ...` of a page: in code blocks, and in back-ticks within a line."""
-    lines = re.findall(r"^python cli\.py (.*)$", text(page), re.MULTILINE) + re.findall(
-        r"`python cli\.py ([^`]+)`", text(page)
-    )
-    return [line.split("  #")[0].strip() for line in lines]
+    """Each `python cli.py ...` of a page, in code blocks and in back-ticks."""
+    text = read_page(page)
+    blocks = re.findall(r"^python cli\.py (.*)$", text, re.MULTILINE)
+    inline = re.findall(r"`python cli\.py ([^`]+)`", text)
+    return [line.split("  #")[0].strip() for line in [*blocks, *inline]]
 
 
-def test_the_reference_is_made_from_the_commands():
-    assert text("docs/commands.md") == reference(), "run `make docs`"
+def architecture_tree():
+    """The modules in the tree of ARCHITECTURE.md, as paths relative to the package."""
+    paths, room = set(), ""
+    for line in read_page("ARCHITECTURE.md").splitlines():
+        if folder := re.match(r"lora_tuner/(\w*)", line):
+            room = folder[1]
+        elif modules := re.match(r"  ((?:[\w/]+\.py ?)+) ", line):
+            paths |= {f"{room}/{name}".strip("/") for name in modules[1].split()}
+    return paths
 
 
-def test_the_table_of_methods_is_what_happens(tmp_path):
+def test_command_reference_is_current():
+    assert read_page(GENERATED) == reference(), "run `make docs`"
+
+
+def test_method_table_is_current(tmp_path):
     assert method_table.PAGE.read_text(encoding="utf-8") == method_table.page(method_table.table(tmp_path)), (
         "run `make docs`"
     )
 
 
-@pytest.mark.parametrize("line", [line for page in PAGES for line in commands(page)])
-def test_each_command_of_the_readme_can_be_typed(line):
+@pytest.mark.parametrize("line", sorted({line for page in PAGES for line in commands(page)}))
+def test_documented_command_parses(line):
     command, arguments = typer.main.get_command(app), shlex.split(line)
     while hasattr(command, "commands"):
         command = command.commands[arguments.pop(0)]
-    command.make_context("cli.py", arguments)  # raises for an option or argument that is not there
+    command.make_context("cli.py", arguments)  # raises for an unknown option or argument
 
 
-def test_each_test_that_a_promise_names_is_there():
-    named = re.findall(r"`(test_\w+)`", text("docs/reliability.md"))
+def test_readme_lists_every_command():
+    table = re.findall(r"^\| (`.*?`) \|", read_page("README.md"), re.MULTILINE)
+    listed = {name for cell in table for name in re.findall(r"`([a-z]+)`", cell)}
+    assert listed == set(typer.main.get_command(app).commands)
+
+
+def test_tests_named_in_reliability_exist():
+    named = re.findall(r"`(test_\w+)`", read_page("docs/reliability.md"))
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     assert len(named) > 30
     assert [name for name in named if f"def {name}(" not in tests] == []
 
 
-def test_the_readme_has_commands():
-    assert len(commands("README.md")) > 12
+@pytest.mark.parametrize("page", ["README.md", "docs/tour.md"])
+def test_page_has_commands(page):
+    assert len(commands(page)) > 12
 
 
-def test_the_python_example_of_the_readme_runs(repos, tmp_path):  # noqa: F811
-    (example,) = re.findall(r"```python\n(from lora_tuner .*?)```", text("README.md"), re.DOTALL)
+def test_readme_python_example_runs(repos, tmp_path):  # noqa: F811
+    (example,) = re.findall(r"```python\n(from lora_tuner .*?)```", read_page("README.md"), re.DOTALL)
     (tmp_path / "reviews.csv").write_text("text\n" + "\n".join(tiny_models.reviews(60)))
     with Hub(repos) as hub:
         env = hub.env(tmp_path / "home") | {"LORA_TUNER_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
@@ -88,8 +101,8 @@ def test_the_python_example_of_the_readme_runs(repos, tmp_path):  # noqa: F811
     assert float(done.stdout.splitlines()[0]) > 0
 
 
-def test_the_openai_example_of_the_readme_runs(gpt2, tmp_path, capsys):
-    (example,) = re.findall(r"```python\n(from openai .*?)```", text("README.md"), re.DOTALL)
+def test_openai_example_runs(gpt2, tmp_path, capsys):
+    (example,) = re.findall(r"```python\n(from openai .*?)```", read_page("docs/tour.md"), re.DOTALL)
     api_server.write_adapter(tmp_path / "adapters", "praise", gpt2, 0)
     with api_server.serving(gpt2, tmp_path / "adapters") as served:
         exec(example.replace("http://localhost:8000", served.url))
@@ -99,24 +112,28 @@ def test_the_openai_example_of_the_readme_runs(gpt2, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_nothing_is_left_to_be_filled_in(page):
-    assert not re.search(r"^[A-Z]{4,}$|TODO|TBD|XXX", text(page), re.MULTILINE)
+def test_page_has_no_placeholders(page):
+    assert not re.search(r"^[A-Z]{4,}$|TODO|TBD|XXX", read_page(page), re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_make_targets_exist(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", text(page)):
+    for target in re.findall(r"\]\(([^)#]+)\)", read_page(page)):
         assert target.startswith("https://") or (ROOT / page).parent.joinpath(target).exists(), target
-    targets = set(re.findall(r"^([a-z]+):", text("Makefile"), re.MULTILINE))
-    for target in re.findall(r"\bmake ([a-z]+)\b(?=[`\s]*(?:#|`|$))", text(page), re.MULTILINE):
+    targets = set(re.findall(r"^([a-z-]+):", read_page("Makefile"), re.MULTILINE))
+    for target in re.findall(r"\bmake ([a-z-]+)\b(?=[`\s]*(?:#|`|$))", read_page(page), re.MULTILINE):
         assert target in targets, target
 
 
-@pytest.mark.parametrize("folder", ["lora_tuner", "lora_tuner/server"])
-def test_the_tree_in_architecture_is_the_tree(folder):
-    tree = re.search(rf"^{folder}/ *.*\n((?:  \w+\.py .*\n)+)", text("ARCHITECTURE.md"), re.MULTILINE)[1]
-    named = {line.split()[0] for line in tree.splitlines()}
-    assert named == {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
+def test_architecture_names_every_module():
+    modules = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
+    assert architecture_tree() == modules
+
+
+@pytest.mark.parametrize("page", ["docs/upstream-issues.md", "ARCHITECTURE.md"])
+def test_named_files_exist(page):
+    for name in re.findall(r"`([\w/]+\.py)`", read_page(page)):
+        assert any((root / name).is_file() for root in (ROOT, PACKAGE, ROOT / "tests")), name
 
 
 def test_run_yaml_holds_every_setting_that_has_a_value():
