@@ -108,7 +108,7 @@ def _expected(shelves: list[Path]) -> Expected:
             for prompt in PROMPTS:
                 row = Sequence(
                     generator.base,
-                    generator.encode_prompt(prompt),
+                    generator.encode_prompt(prompt).token_ids,
                     GREEDY,
                     None,
                     *generator.get_or_load(name),

@@ -5,7 +5,7 @@ import dataclasses
 import io
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +26,9 @@ from .options import (
     model_options,
     settings_options,
 )
+
+if TYPE_CHECKING:
+    from ..inference.generator import EncodedPrompt, Generator, Prompt
 
 PROMPT = "Enter a prompt for text generation: "
 ANSWER = "Generated text: "
@@ -84,13 +87,13 @@ def generate(
     if prompts is None:
         _interactive(generator, sampling, opening)
         return
-    asked = _as_conversations(prompts, opening)
-    _check_prompts(generator, asked)
+    encoded_prompts = _encode_prompts(generator, prompts, opening)
     if as_json:
-        show_json([dataclasses.asdict(answer) for it in asked for answer in generator.generate_all(it, sampling)])
+        outputs = [output for encoded in encoded_prompts for output in generator.generate_all(encoded, sampling)]
+        show_json([dataclasses.asdict(output) for output in outputs])
     else:
-        for it in asked:
-            _print_answer(generator, it, sampling)
+        for encoded in encoded_prompts:
+            _print_answer(generator, encoded, sampling, chat=chat)
 
 
 def _opening_messages(chat: bool, system: str | None) -> list[dict[str, str]] | None:
@@ -100,9 +103,9 @@ def _opening_messages(chat: bool, system: str | None) -> list[dict[str, str]] | 
     return ([{"role": "system", "content": system}] if system else []) if chat else None
 
 
-def _as_conversations(prompts: list[str], opening: list[dict[str, str]] | None) -> list[Any]:
-    """The prompts as they are, or each as the one question of a conversation."""
-    return prompts if opening is None else [[*opening, {"role": "user", "content": text}] for text in prompts]
+def _as_conversation(text: str, messages: list[dict[str, str]] | None) -> "Prompt":
+    """The text as it is, or as the next question of a conversation."""
+    return text if messages is None else [*messages, {"role": "user", "content": text}]
 
 
 def _read_prompts(prompt: str | None, file: Path | None) -> list[str] | None:
@@ -133,15 +136,18 @@ def _read_prompts(prompt: str | None, file: Path | None) -> list[str] | None:
     return lines
 
 
-def _check_prompts(generator: Any, prompts: list[Any]) -> None:
-    """Before the first of many is answered: none of them may be too long."""
+def _encode_prompts(
+    generator: "Generator", prompts: list[str], opening: list[dict[str, str]] | None
+) -> "list[EncodedPrompt]":
+    """Tokenize all prompts before the first is answered. Raises GenerationError for one that is too long."""
+    encoded_prompts = []
     for number, prompt in enumerate(prompts, 1):
         try:
-            generator.encode_prompt(prompt)
+            encoded_prompts.append(generator.encode_prompt(_as_conversation(prompt, opening)))
         except LoraTunerError as error:
-            raise GenerationError(
-                f"Prompt {number:,} of {len(prompts):,}: {error}" if len(prompts) > 1 else str(error)
-            ) from error
+            prefix = f"Prompt {number:,} of {len(prompts):,}: " if len(prompts) > 1 else ""
+            raise GenerationError(f"{prefix}{error}") from error
+    return encoded_prompts
 
 
 @settings_options(SamplingParams)
@@ -181,10 +187,10 @@ def compare(
         options=options,
         adapters_dir=adapters_dir,
     )
-    asked = _as_conversations(prompts, opening)
-    _check_prompts(generator, asked)
-    answering = (None, *(it.name for it in found))
-    compared = [generator.generate_batch([(it, name) for name in answering], sampling) for it in asked]
+    names = (None, *(it.name for it in found))
+    compared = []
+    for encoded in _encode_prompts(generator, prompts, opening):
+        compared.append(generator.generate_batch([(encoded, name) for name in names], sampling))
     if as_json:
         show_json([dataclasses.asdict(answer) for answers in compared for answer in answers])
     else:
@@ -192,27 +198,28 @@ def compare(
             show_compared(answers)
 
 
-def _print_answer(generator: Any, prompt: Any, sampling: SamplingParams) -> str:
-    """Prompt and text on stdout, of a conversation the answer alone; a single answer as it is made. Gives that."""
-    shown = prompt if isinstance(prompt, str) else ""
+def _print_answer(generator: "Generator", prompt: "EncodedPrompt", sampling: SamplingParams, *, chat: bool) -> str:
+    """Print prompt and text on stdout, of a conversation the answer alone; a single answer is streamed. Returns its text."""
+    prefix = "" if chat else prompt.text
     if sampling.n == 1:
-        show_text(shown)
-        answer = generator.generate(prompt, sampling, on_text=show_text)
+        show_text(prefix)
+        output = generator.generate(prompt, sampling, on_text=show_text)
         print()
-        return str(answer.text)
-    answers = generator.generate_all(prompt, sampling)
-    for answer in answers:
-        show_text(f"{shown}{answer.text}\n\n")
-    return str(answers[0].text)
+        return output.text
+    outputs = generator.generate_all(prompt, sampling)
+    for output in outputs:
+        show_text(f"{prefix}{output.text}\n\n")
+    return outputs[0].text
 
 
-def _interactive(generator: Any, sampling: SamplingParams, opening: list[dict[str, str]] | None) -> None:
+def _interactive(generator: "Generator", sampling: SamplingParams, opening: list[dict[str, str]] | None) -> None:
     """Ask, answer, ask again, until an empty line. `/adapter NAME` and `/base` choose who answers. With an `opening`, it is one
     conversation, until `/new`."""
     again = " /new: a new conversation." if opening is not None else ""
-    said = list(opening or [])
+    messages = None if opening is None else list(opening)
     print_stderr(
-        f"{generator.current_adapter or 'The plain base'} answers. /adapter NAME or /base: another does.{again} An empty line: the end."
+        f"{generator.current_adapter or 'The plain base'} answers. /adapter NAME or /base: another does.{again} "
+        "An empty line: the end."
     )
     if isinstance(sys.stdin, io.TextIOWrapper):
         with contextlib.suppress(io.UnsupportedOperation):  # where it has been read from already
@@ -234,7 +241,7 @@ def _interactive(generator: Any, sampling: SamplingParams, opening: list[dict[st
             elif command == "/adapter" and name.strip():
                 print_stderr(f"{generator.set_adapter(name.strip())} answers now.")
             elif command == "/new" and opening is not None:
-                said = list(opening)
+                messages = list(opening)
                 print_stderr("A new conversation begins.")
             elif command.startswith("/"):
                 new = ", /new" if opening is not None else ""
@@ -243,11 +250,10 @@ def _interactive(generator: Any, sampling: SamplingParams, opening: list[dict[st
                     "empty line to end."
                 )
             else:
-                question: Any = line if opening is None else [*said, {"role": "user", "content": line}]
-                generator.encode_prompt(question)
+                encoded = generator.encode_prompt(_as_conversation(line, messages))
                 print(ANSWER, end="", flush=True)
-                answer = _print_answer(generator, question, sampling)
-                if opening is not None:
-                    said = [*question, {"role": "assistant", "content": answer}]
+                answer = _print_answer(generator, encoded, sampling, chat=messages is not None)
+                if messages is not None:
+                    messages += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
         except LoraTunerError as error:
             print_stderr(f"Error: {error}")

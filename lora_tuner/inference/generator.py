@@ -25,7 +25,16 @@ from .batch import GenerationEngine
 from .multi_lora import LoadedAdapter
 from .sequence import Sequence
 
-Prompt = str | abc.Sequence[chat.Message]  # text to go on from, or a conversation to answer
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A tokenized prompt. `text` is what outputs show as the prompt: of a conversation the last message."""
+
+    text: str
+    token_ids: list[int]
+
+
+Prompt = str | abc.Sequence[chat.Message] | EncodedPrompt  # text to continue, or a conversation to answer
 
 
 @dataclass(frozen=True)
@@ -154,116 +163,128 @@ class Generator:
             if self.current_adapter == name:
                 self.current_adapter = None
 
-    def encode_prompt(self, prompt: Prompt, tokenizer: Any = None) -> list[int]:
-        """The tokens of a prompt, or of a conversation up to where its next answer begins. Raises TooLongError when it leaves no
-        room in the model's context, DataError for a conversation that the chat template does not take.
+    def encode_prompt(self, prompt: Prompt, tokenizer: Any = None) -> EncodedPrompt:
+        """Tokenize a prompt; a conversation up to the start of the next assistant message.
 
-        A tokenizer is not for two threads at once, so another may bring its own.
+        Args:
+            prompt: text or messages; an encoded prompt is returned as it is.
+            tokenizer: another copy of the base's tokenizer. One copy must not be shared by two threads.
+
+        Raises:
+            ContextLengthError: the prompt leaves no room in the context.
+            DataError: the chat template does not accept the conversation.
         """
+        if isinstance(prompt, EncodedPrompt):
+            return prompt
         tokenizer = tokenizer or self.base.tokenizer
-        if not isinstance(prompt, str):
-            self.check_prompt_length("".join(message["content"] for message in prompt))
-            whole = chat.render_prompt(tokenizer, prompt, ask=True)
-            return self.check_fits_context(tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"])
-        self.check_prompt_length(prompt)
-        (encoded,) = tokenization.encode_texts(tokenizer, [prompt], end=False)
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        return self.check_fits_context(encoded.tolist() or [start])
+        if isinstance(prompt, str):
+            self.check_prompt_length(prompt)
+            (encoded,) = tokenization.encode_texts(tokenizer, [prompt], end=False)
+            start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+            return EncodedPrompt(prompt, self.check_fits_context(encoded.tolist() or [start]))
+        self.check_prompt_length("".join(message["content"] for message in prompt))
+        rendered = chat.render_prompt(tokenizer, prompt, ask=True)
+        token_ids = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
+        return EncodedPrompt(prompt[-1]["content"], self.check_fits_context(token_ids))
 
     def check_prompt_length(self, text: str) -> None:
-        """Raises TooLongError for a text that is too long whatever its tokens are: to make them would be work for nothing."""
+        """Raise ContextLengthError for text that cannot fit, whatever its tokens are, before it is tokenized."""
         if len(text) > self.base.max_context * tokenization.MAX_TOKEN_CHARS:
             raise ContextLengthError(
                 f"The prompt has {len(text):,} characters, and {self.base.files.name} looks back on {self.base.max_context:,} "
                 "tokens: cut it."
             )
 
-    def check_fits_context(self, ids: list[int]) -> list[int]:
-        """These tokens of a prompt, or TooLongError when they leave no room."""
-        if len(ids) >= self.base.max_context:
+    def check_fits_context(self, token_ids: list[int]) -> list[int]:
+        """Return the tokens of a prompt. Raises ContextLengthError when they leave no room in the context."""
+        if len(token_ids) >= self.base.max_context:
             raise ContextLengthError(
-                f"The prompt has {len(ids):,} tokens, and {self.base.files.name} looks back on {self.base.max_context:,}: cut it."
+                f"The prompt has {len(token_ids):,} tokens, and {self.base.files.name} looks back on "
+                f"{self.base.max_context:,}: cut it."
             )
-        return ids
+        return token_ids
 
     def generate(
         self, prompt: Prompt, sampling: SamplingParams | None = None, on_text: Callable[[str], None] | None = None
     ) -> GenerationOutput:
-        """One continuation of the prompt. `on_text` gets each new piece of it as soon as it is certain."""
+        """Generate one continuation with the current adapter. `on_text` receives each new piece of text once it is final."""
         with self._lock:
-            one = (sampling or SamplingParams()).model_copy(update={"n": 1})
-            return self._answer([(prompt, *self._current())], one, on_text)[0]
+            single = (sampling or SamplingParams()).model_copy(update={"n": 1})
+            return self._generate_outputs([(prompt, *self._current())], single, on_text)[0]
 
     def generate_all(self, prompt: Prompt, sampling: SamplingParams | None = None) -> list[GenerationOutput]:
-        """`sampling.n` continuations of the prompt, drawn as one batch.
+        """Generate `sampling.n` continuations in one batch.
 
-        Raises GenerationError when the prompt leaves no room in the model's context.
+        Raises ContextLengthError when the prompt leaves no room in the context.
         """
         with self._lock:
-            return self._answer([(prompt, *self._current())], sampling or SamplingParams())
+            return self._generate_outputs([(prompt, *self._current())], sampling or SamplingParams())
 
     def generate_batch(
-        self, asked: abc.Sequence[tuple[Prompt, str | Path | None]], sampling: SamplingParams | None = None
+        self, requests: abc.Sequence[tuple[Prompt, str | Path | None]], sampling: SamplingParams | None = None
     ) -> list[GenerationOutput]:
-        """Prompts, each with the adapter that answers it (None: the plain base), in one batch; answers in that order.
+        """Generate for pairs of prompt and adapter (None: the plain base) in one batch; outputs keep the order of requests.
 
-        Adapters that are not in memory are loaded; the one in use stays the one in use. Every answer is the one that its
-        prompt and adapter get alone with the seed, which all share: asked twice, the same is answered twice. Raises
-        AdapterError or GenerationError, and gives no answer, when one is wrong.
+        Missing adapters are loaded; the current adapter stays current. All requests share one seed, and each output equals
+        that of the request run alone with this seed. Raises AdapterError or GenerationError, and generates nothing, when any
+        request is invalid.
         """
         with self._lock:
             loaded = dict(self._loaded)
             try:
-                rows = [(prompt, *self.get_or_load(adapter)) for prompt, adapter in asked]
-                return self._answer(rows, sampling or SamplingParams())
+                resolved = [(prompt, *self.get_or_load(adapter)) for prompt, adapter in requests]
+                return self._generate_outputs(resolved, sampling or SamplingParams())
             except BaseException:
                 self._loaded = loaded
                 raise
 
-    def _answer(
+    def _generate_outputs(
         self,
-        asked: abc.Sequence[tuple[Prompt, str | None, LoadedAdapter | None]],
+        requests: abc.Sequence[tuple[Prompt, str | None, LoadedAdapter | None]],
         sampling: SamplingParams,
         on_text: Callable[[str], None] | None = None,
     ) -> list[GenerationOutput]:
-        """`sampling.n` for each, in order; all share a seed."""
+        """Generate `sampling.n` outputs per request, in order, all from one seed."""
         seed = choose_seed(sampling)
-        rows = [
-            (
+        prompts: list[str] = []
+        sequences: list[Sequence] = []
+        for prompt, name, loaded in requests:
+            encoded = self.encode_prompt(prompt)
+            for number in range(sampling.n):
+                sequence = Sequence(
+                    self.base, encoded.token_ids, sampling, sequence_seed(seed, number), name, loaded, on_text
+                )
+                prompts.append(encoded.text)
+                sequences.append(sequence)
+        self._run_to_end(sequences)
+        return [
+            GenerationOutput(
                 prompt,
-                Sequence(
-                    self.base, self.encode_prompt(prompt), sampling, sequence_seed(seed, number), name, loaded, on_text
-                ),
+                sequence.detokenizer.text,
+                sequence.adapter,
+                len(sequence.output_ids),
+                sequence.finished,
+                sequence.seed,
             )
-            for prompt, name, loaded in asked
-            for number in range(sampling.n)
+            for prompt, sequence in zip(prompts, sequences, strict=True)
         ]
+
+    def _run_to_end(self, sequences: list[Sequence]) -> None:
         try:
-            self.engine.add([row for _, row in rows])
+            self.engine.add(sequences)
             while self.engine.sequences:
                 self.engine.step()
-                for _, row in rows:
-                    if row.error:
-                        raise row.error
+                for sequence in sequences:
+                    if sequence.error:
+                        raise sequence.error
         except BaseException:
             self.engine.clear()
             raise
-        return [
-            GenerationOutput(
-                prompt if isinstance(prompt, str) else prompt[-1]["content"],
-                row.detokenizer.text,
-                row.adapter,
-                len(row.output_ids),
-                row.finished,
-                row.seed,
-            )
-            for prompt, row in rows
-        ]
 
     def _current(self) -> tuple[str | None, LoadedAdapter | None]:
-        return self.current_adapter, self._loaded[
-            self.current_adapter
-        ].loaded if self.current_adapter is not None else None
+        if self.current_adapter is None:
+            return None, None
+        return self.current_adapter, self._loaded[self.current_adapter].loaded
 
 
 def choose_seed(sampling: SamplingParams) -> int | None:

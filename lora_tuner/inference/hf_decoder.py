@@ -107,9 +107,9 @@ class HFDecoder:
                 for part in torch.stack([ids[:4], F.pad(ids[:2], (2, 0))]).split(2 if self.in_pieces else 4, 1):
                     self.forward(part, cache)
                 found = self.forward(ids[[4, 2], None], cache)[:, -1]
-                cache.keep([1])
+                cache.keep_rows([1])
                 self.forward(ids[None, :5], later)
-                cache.join(later)
+                cache.append_rows(later)
                 found = torch.cat([found, self.forward(ids[[3, 5], None], cache)[:, -1]])
         except Exception:  # whatever it is that this base does not take
             return False

@@ -110,7 +110,7 @@ class ModelService:
     def encode_prompt(self, prompt: str | list[int]) -> list[int]:
         """The tokens of a prompt. Raises GenerationError when there is no room behind them, or they are no tokens."""
         if isinstance(prompt, str):
-            return self.generator.encode_prompt(prompt, self._tokenizer)
+            return self.generator.encode_prompt(prompt, self._tokenizer).token_ids
         vocabulary = self.base.model.get_input_embeddings().weight.shape[0]
         if not prompt or not all(0 <= token < vocabulary for token in prompt):
             raise GenerationError(f"A prompt of tokens has at least one, each from 0 to {vocabulary - 1:,}.")

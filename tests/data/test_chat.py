@@ -224,7 +224,7 @@ def test_a_pair_without_a_template_is_text_with_its_beginning(llama):
 def test_a_prompt_is_text_whatever_it_begins_with(talking):
     generator = Generator(options=ModelOptions(base=str(talking), device="cpu"))
     for prompt in ("\x02hello", "\x02[1]", '\x02{"prompt": "a", "completion": "b"}'):
-        assert min(generator.encode_prompt(prompt)) >= 0
+        assert min(generator.encode_prompt(prompt).token_ids) >= 0
 
 
 def test_a_long_conversation_is_not_read_much_further_than_it_is_cut(tokenizer, monkeypatch):
@@ -458,7 +458,7 @@ def test_generate_speaks_through_the_template(speaker, tokenizer):
     messages = [{"role": "system", "content": "be brief"}, *conversation("so?")]
     generator = Generator("speaker", options=ModelOptions(device="cpu"))
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert generator.encode_prompt(messages) == ids
+    assert generator.encode_prompt(messages).token_ids == ids
     answer = generator.generate(messages, GREEDY)
     assert answer.prompt == "so?"
     shown = run(*speaker, "--chat", "--system", "be brief", "so?").stdout

@@ -143,7 +143,7 @@ READERS: dict[str, tuple[list[str], list[str]]] = {
         [
             "lora_tuner.models.lora:load_base",
             "lora_tuner.inference.generator:Generator._load",
-            "lora_tuner.inference.sequence:Sequence.take",
+            "lora_tuner.inference.sequence:Sequence.append_token",
         ],
     ),
     "compare": (["compare", "--adapter", "one", "Acting"], ["lora_tuner.inference.batch:RunningBatch.step"]),
@@ -157,7 +157,7 @@ READERS: dict[str, tuple[list[str], list[str]]] = {
 @pytest.mark.parametrize(
     ("command", "moment", "number"),
     cases(
-        [("generate", "lora_tuner.inference.sequence:Sequence.take", INT)],
+        [("generate", "lora_tuner.inference.sequence:Sequence.append_token", INT)],
         [
             *((name, it, INT) for name, (_, moments) in READERS.items() for it in moments),
             ("evaluate", "lora_tuner.adapters.plots:plot_gains", TERM),

@@ -137,6 +137,34 @@ def test_what_is_piped_in_is_refused_in_a_line(write_on, content, why):
     assert why in ended.line
 
 
+@pytest.mark.parametrize("count", [("--greedy",), ("--n", "2")])
+def test_command_tokenizes_each_prompt_once(run, gpt2, tmp_path, count):
+    counts = tmp_path / "counts"
+    ended = run(*("generate", "--base", gpt2, "--max-new-tokens", 2, *count, "-"), before=_CountTokenizer(counts))
+    assert ended.status == 0, ended.err
+    assert counts.read_text().splitlines() == ["the actor", "this film"]
+
+
+class _CountTokenizer:
+    """Write each text that is tokenized to a file, and put two prompts on standard input."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __call__(self):
+        from transformers import PreTrainedTokenizerBase
+
+        tokenize = PreTrainedTokenizerBase.__call__
+
+        def counted(tokenizer, text, **options):
+            with self.path.open("a") as file:
+                file.write("".join(f"{each}\n" for each in text))
+            return tokenize(tokenizer, text, **options)
+
+        PreTrainedTokenizerBase.__call__ = counted
+        _stdin(b"the actor\nthis film\n")()
+
+
 class _stdin:
     """Other bytes on standard input; None closes it."""
 

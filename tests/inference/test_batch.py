@@ -42,7 +42,9 @@ def generator(model_folder, tmp_path, way):
 
 def row_of(generator, prompt, adapter, limit, seed):
     sampling = SamplingParams(max_new_tokens=limit, greedy=seed is None, repetition_penalty=1.2)
-    return Sequence(generator.base, generator.encode_prompt(prompt), sampling, seed, *generator.find(adapter))
+    return Sequence(
+        generator.base, generator.encode_prompt(prompt).token_ids, sampling, seed, *generator.get_or_load(adapter)
+    )
 
 
 @pytest.mark.parametrize("order", range(4))
@@ -58,26 +60,30 @@ def test_rows_that_come_and_go_write_what_they_write_alone(generator, order, mon
     writer, rows, left = generator.engine, [], []
     waiting = [row_of(generator, *it) for it in asked]
     most = 0
-    while waiting or writer.rows:
+    while waiting or writer.sequences:
         some = [waiting.pop() for _ in range(min(draw.randint(0, 3), len(waiting)))]
-        writer.join(some)
+        writer.add(some)
         rows += some
-        most = max(most, len(writer.rows))
+        most = max(most, len(writer.sequences))
         writer.step()
-        if draw.random() < 0.1 and writer.rows:
-            left.append(draw.choice(writer.rows))
-            writer.leave(left[-1])
-            assert left[-1] not in [row for row in writer.rows if not row.done]
+        if draw.random() < 0.1 and writer.sequences:
+            left.append(draw.choice(writer.sequences))
+            writer.cancel(left[-1])
+            assert left[-1] not in [row for row in writer.sequences if not row.done]
     assert most > 3
     for row, it in zip(reversed(rows), asked, strict=True):
-        (expected,) = generator._answer(
-            [(it[0], *generator.find(it[1]))],
+        (expected,) = generator._generate_outputs(
+            [(it[0], *generator.get_or_load(it[1]))],
             SamplingParams(max_new_tokens=it[2], greedy=it[3] is None, seed=it[3], repetition_penalty=1.2),
         )
         if row in left:
-            assert expected.text.startswith(row.said)
+            assert expected.text.startswith(row.settled_text)
         else:
-            assert (row.text.whole, len(row.new), row.finished) == (expected.text, expected.tokens, expected.finished)
+            assert (row.detokenizer.text, len(row.output_ids), row.finished) == (
+                expected.text,
+                expected.tokens,
+                expected.finished,
+            )
 
 
 def test_a_long_prompt_is_read_in_pieces_beside_others(generator, monkeypatch):
@@ -86,9 +92,9 @@ def test_a_long_prompt_is_read_in_pieces_beside_others(generator, monkeypatch):
     monkeypatch.setattr("lora_tuner.inference.batch.PREFILL_CHUNK", 8)
     short, slow = (row_of(generator, prompt, None, 20, None) for prompt in ("so", long))
     writer = generator.engine
-    writer.join([short])
+    writer.add([short])
     writer.step()
-    writer.join([slow])
+    writer.add([slow])
     steps = 0
     while not slow.output_ids:
         before = len(short.output_ids)
@@ -96,7 +102,7 @@ def test_a_long_prompt_is_read_in_pieces_beside_others(generator, monkeypatch):
         steps += 1
         assert len(short.output_ids) == before + 1  # it does not wait
     assert steps == -(-len(slow.prompt_ids) // 8) == 3
-    while writer.rows:
+    while writer.sequences:
         writer.step()
     assert (short.detokenizer.text, slow.detokenizer.text) == (expected["so"], expected[long])
 
@@ -104,24 +110,22 @@ def test_a_long_prompt_is_read_in_pieces_beside_others(generator, monkeypatch):
 def test_an_adapter_with_numbers_beyond_bounds_ends_its_own_row_alone(generator):
     """What it leaves in the cache must not reach the rows that come after."""
     writer = generator.engine
-    loud = generator.find("one")[1]
-    broken = type(loud)(
-        {name: type(update)(update.down, update.up * float("nan")) for name, update in loud.layers.items()}
-    )
+    loud = generator.get_or_load("one")[1]
+    broken = type(loud)({name: type(update)(update.A, update.B * float("nan")) for name, update in loud.layers.items()})
     bad, good, plain = (row_of(generator, PROMPTS[2], name, 20, None) for name in ("one", "two", None))
     bad.adapter, bad.lora = "loud", broken
-    writer.join([bad, good, plain])
+    writer.add([bad, good, plain])
     writer.step()
     assert str(bad.error).startswith("loud gives logits that are not finite")
     assert (good.error, plain.error) == (None, None)
     late = [row_of(generator, "so", "two", 20, None) for _ in range(3)]
-    writer.join(late)
-    while writer.rows:
+    writer.add(late)
+    while writer.sequences:
         writer.step()
     for row in (good, plain, *late):
         again = row_of(generator, "so" if row in late else PROMPTS[2], row.adapter, 20, None)
-        writer.join([again])
-        while writer.rows:
+        writer.add([again])
+        while writer.sequences:
             writer.step()
         assert (row.error, row.output_ids) == (None, again.output_ids)
 
@@ -134,18 +138,18 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(generator, monkeypatch):
         row_of(generator, "so", None, 5, None),
     )
     writer = generator.engine
-    writer.join([long])
+    writer.add([long])
     writer.step()
-    writer.join([short])
+    writer.add([short])
     while not short.complete:
         writer.step()
     assert not long.output_ids
-    while writer.rows:
+    while writer.sequences:
         writer.step()
     for row in (long, short):
         again = Sequence(generator.base, row.prompt_ids, row.sampling)
-        writer.join([again])
-        while writer.rows:
+        writer.add([again])
+        while writer.sequences:
             writer.step()
         assert row.output_ids == again.output_ids
 
@@ -153,10 +157,10 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(generator, monkeypatch):
 def test_a_prompt_that_nobody_waits_for_is_not_read_to_its_end(generator, monkeypatch):
     monkeypatch.setattr("lora_tuner.inference.batch.PREFILL_TOKENS", 4)
     row, writer = row_of(generator, "this film never drags. " * 4, "one", 5, None), generator.engine
-    writer.join([row])
+    writer.add([row])
     writer.step()
-    writer.leave(row)
-    assert not writer.rows
+    writer.cancel(row)
+    assert not writer.sequences
     assert not row.output_ids
 
 
@@ -164,15 +168,15 @@ def test_what_goes_wrong_ends_the_rows_of_its_batch_alone(generator, monkeypatch
     """DoRA has a batch of its own beside our decoder, and by transformers all rows share one."""
     writer = generator.engine
     rows = {name: row_of(generator, "so", name, 5, None) for name in ("one", "dora")}
-    writer.join(list(rows.values()))
+    writer.add(list(rows.values()))
     writer.step()
-    (failing,) = [batch for batch in writer._batches.values() if rows["dora"] in batch.rows]
-    monkeypatch.setattr(failing.way, "step", lambda *args, **more: 1 / 0)
-    while writer.rows:
+    (failing,) = [batch for batch in writer._batches.values() if rows["dora"] in batch.sequences]
+    monkeypatch.setattr(failing.decoder, "forward", lambda *args, **more: 1 / 0)
+    while writer.sequences:
         writer.step()
     assert isinstance(rows["dora"].error, ZeroDivisionError)
     assert rows["dora"].complete
-    if writer.decoder is not None:
+    if writer.cpu_decoder is not None:
         assert (rows["one"].error, len(rows["one"].output_ids)) == (None, 5)
 
 
@@ -180,8 +184,8 @@ def test_what_a_row_needed_to_go_on_leaves_memory_with_its_last_token(generator)
     """It is kept until its reader has it, who may be slow."""
     row = row_of(generator, "the actor", "one", 5, 5)
     adapter, luck = weakref.ref(row.lora), weakref.ref(row.logits_processors)
-    generator.engine.join([row])
-    while generator.engine.rows:
+    generator.engine.add([row])
+    while generator.engine.sequences:
         generator.engine.step()
     generator.unload("one")
     gc.collect()
@@ -190,13 +194,13 @@ def test_what_a_row_needed_to_go_on_leaves_memory_with_its_last_token(generator)
 
 def test_an_adapter_that_leaves_memory_goes_on_in_the_rows_that_have_it(generator):
     row, expected = (row_of(generator, "the actor", "one", 20, None) for _ in range(2))
-    generator.engine.join([row])
+    generator.engine.add([row])
     generator.engine.step()
     generator.unload("one")
-    while generator.engine.rows:
+    while generator.engine.sequences:
         generator.engine.step()
-    generator.engine.join([expected])
-    while generator.engine.rows:
+    generator.engine.add([expected])
+    while generator.engine.sequences:
         generator.engine.step()
     assert row.output_ids == expected.output_ids
 
@@ -276,7 +280,7 @@ def test_a_cache_takes_little_more_than_what_is_in_it(decoder):
             new = KVCache(decoder, 1, 4, [0])
             decoder.forward(torch.ones(1, 4, dtype=torch.int64), new)
             cache.append_rows(new)
-    rows, length = cache.entries.shape[2], cache.entries.shape[4]
+    rows, length = cache.kv.shape[2], cache.kv.shape[4]
     assert rows * length <= 1.25**2 * 18 * 4
 
 
@@ -308,7 +312,7 @@ def test_a_row_left_alone_where_the_room_ends_guesses_right(model_folder, monkey
         moved.append(cache.used < before)
         return count
 
-    monkeypatch.setattr(speculative.DraftDecoder, "guess", seen)
+    monkeypatch.setattr(speculative.DraftDecoder, "propose", seen)
     first, late = row_of(generator, PROMPTS[2], None, 12, None), row_of(generator, "so", None, 30, None)
     writer.add([first])
     while len(first.output_ids) < 12 - left:

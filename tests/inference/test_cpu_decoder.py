@@ -119,7 +119,7 @@ def test_what_it_does_not_know_is_left_to_transformers(tmp_path, base, model_fol
         is None
     )
     monkeypatch.setattr(
-        CpuDecoder, "step", lambda self, ids, cache, mix=None, last=False: torch.zeros(1, ids.shape[1], 320)
+        CpuDecoder, "forward", lambda self, ids, cache, mix=None, last=False: torch.zeros(1, ids.shape[1], 320)
     )
     assert CpuDecoder.for_base(base) is None  # other figures
     assert (

@@ -187,8 +187,26 @@ def test_prompts_at_the_edge_of_the_context(model_folder, way):
 
 
 def test_sampling_settings_that_contradict_each_other():
-    with pytest.raises(ConfigError, match="answers above 1 would all be the same"):
+    with pytest.raises(ConfigError, match="n above 1 would all be the same"):
         resolve_settings(SamplingParams, {"greedy": True, "n": 2})
+
+
+def test_each_prompt_is_tokenized_once(gpt2, monkeypatch):
+    generator = Generator(options=ModelOptions(base=str(gpt2), device="cpu"))
+    kind = type(generator.base.tokenizer)
+    tokenize, texts = kind.__call__, []
+    monkeypatch.setattr(
+        kind, "__call__", lambda self, text, **options: texts.extend(text) or tokenize(self, text, **options)
+    )
+    sampling = SamplingParams(greedy=False, n=3, max_new_tokens=2)
+    generator.generate("one", sampling)
+    generator.generate_all("two", sampling)
+    generator.generate_batch([("three", None), ("four", None)], sampling)
+    encoded = generator.encode_prompt("five")
+    for name in (None, None):
+        generator.generate_batch([(encoded, name)], sampling)
+    assert generator.generate(encoded, GREEDY) == generator.generate("five", GREEDY)
+    assert texts == ["one", "two", "three", "four", "five", "five"]
 
 
 def test_threads_take_turns(settings):
@@ -814,7 +832,7 @@ def guessing(monkeypatch):
     monkeypatch.setattr(inference_batch, "MIN_DRAFT_TOKENS", 1)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(
-        speculative.DraftDecoder, "guess", lambda self, *args: rounds.append(guess(self, *args)) or rounds[-1]
+        speculative.DraftDecoder, "propose", lambda self, *args: rounds.append(guess(self, *args)) or rounds[-1]
     )
     return rounds
 

@@ -72,11 +72,11 @@ def alone(generator, prompt):
 
 def test_rows_of_one_batch_write_what_transformers_writes_for_each(generator):
     assert generator.engine.cpu_decoder is None
-    rows = [Sequence(generator.base, generator.encode_prompt(prompt), GREEDY) for prompt in PROMPTS]
+    rows = [Sequence(generator.base, generator.encode_prompt(prompt).token_ids, GREEDY) for prompt in PROMPTS]
     for number in range(4):  # each comes when others are under way
-        generator.engine.join([rows[number]])
+        generator.engine.add([rows[number]])
         generator.engine.step()
-    while generator.engine.rows:
+    while generator.engine.sequences:
         generator.engine.step()
     for prompt, row in zip(PROMPTS, rows, strict=True):
         expected = alone(generator, prompt)
@@ -97,12 +97,12 @@ def test_a_base_without_a_cache_that_is_known_is_read_anew_for_each_token(tmp_pa
 
 
 def test_every_kind_has_a_cache_but_mamba_whose_own_is_called_otherwise(generator):
-    stock = generator.engine.stock
+    stock = generator.engine.hf_decoder
     assert stock.cached == (type(generator.base.model).__name__ != "MambaForCausalLM")
 
 
 def test_what_a_token_takes_is_told_of_every_kind(generator):
-    assert generator.engine.bytes_a_token > 0
+    assert generator.engine.kv_bytes_per_token > 0
 
 
 def test_a_cache_that_loses_a_row_is_found_out(tmp_path, monkeypatch):
@@ -110,5 +110,5 @@ def test_a_cache_that_loses_a_row_is_found_out(tmp_path, monkeypatch):
     monkeypatch.setattr(CpuDecoder, "for_base", lambda base: None)
     from lora_tuner.inference.hf_decoder import HFCache
 
-    monkeypatch.setattr(HFCache, "keep", lambda self, lines: None)
+    monkeypatch.setattr(HFCache, "keep_rows", lambda self, lines: None)
     assert not Generator(options=ModelOptions(base=str(folder), device="cpu")).engine.hf_decoder.cached

@@ -514,9 +514,9 @@ def test_a_blend_in_memory_is_the_weighted_sum_of_the_updates(base, make, kind):
     one, two = bank.loaded["one"], bank.loaded["two"]
     both = blend_loaded([(0.25, one), (-2.0, two)])
     for module, update in one.layers.items():
-        expected = 0.25 * (update.up @ update.down)
+        expected = 0.25 * (update.B @ update.A)
         if module in two.layers:
-            expected = expected - 2 * (two.layers[module].up @ two.layers[module].down)
+            expected = expected - 2 * (two.layers[module].B @ two.layers[module].A)
         torch.testing.assert_close(both.layers[module].B @ both.layers[module].A, expected)
     assert both.layers.keys() == one.layers.keys() | two.layers.keys()
     bank.loaded["both"] = both
@@ -527,6 +527,6 @@ def test_a_blend_in_memory_is_the_weighted_sum_of_the_updates(base, make, kind):
 def test_dora_is_no_part_of_a_blend(base, make):
     bank = Bank(base)
     bank.add("dora", make("dora", use_dora=True))
-    assert not bank.loaded["dora"].is_sum
+    assert not bank.loaded["dora"].is_additive
     with pytest.raises(AdapterError, match="also rescales the base's weights"):
         blend_loaded([(1.0, bank.loaded["dora"])])

@@ -326,7 +326,7 @@ def written(generator, prompt, *parts):
     """What the weighted sum of adapters writes, greedily."""
     loaded = blend_loaded([(weight, generator.find(name)[1]) for name, weight in parts])
     sampling = SamplingParams(greedy=True, max_new_tokens=BLEND_TOKENS)
-    row = Sequence(generator.base, generator.encode_prompt(prompt), sampling, lora=loaded)
+    row = Sequence(generator.base, generator.encode_prompt(prompt).token_ids, sampling, lora=loaded)
     generator.engine.join([row])
     while generator.engine.rows:
         generator.engine.step()

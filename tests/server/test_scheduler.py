@@ -48,7 +48,9 @@ def start(generator):
 def job(generator, prompt="the actor", count=1, model="a", seconds=60.0, tokens=8):
     sampling = GREEDY.model_copy(update={"max_new_tokens": tokens})
     return Request(
-        model, [Sequence(generator.base, generator.encode_prompt(prompt), sampling) for _ in range(count)], seconds
+        model,
+        [Sequence(generator.base, generator.encode_prompt(prompt).token_ids, sampling) for _ in range(count)],
+        seconds,
     )
 
 
@@ -94,7 +96,7 @@ def test_requests_of_one_model_take_turns_and_so_do_models(generator, start):
 def test_what_has_no_room_waits_and_what_never_has_is_refused(generator, start):
     let = threading.Semaphore(0)
     worker = start(let, room=60)
-    long = len(generator.encode_prompt("the actor")) + 40
+    long = len(generator.encode_prompt("the actor").token_ids) + 40
     worker.submit(job(generator, tokens=40))
     worker.submit(job(generator, tokens=40))
     wait(lambda: worker.running == 1)
