@@ -1,4 +1,6 @@
-"""What the server imports once for all commands."""
+"""Imports of the fork server, done once for all commands."""
+
+import gc
 
 import torch
 
@@ -14,3 +16,5 @@ import lora_tuner.inference.generator
 import lora_tuner.training.run  # noqa: F401
 
 torch.set_num_threads(1)
+gc.collect()
+gc.freeze()  # a forked command collects only its own objects, and copies no pages for the rest
