@@ -76,8 +76,8 @@ def test_readme_lists_every_command():
     assert listed == set(typer.main.get_command(app).commands)
 
 
-def test_tests_named_in_reliability_exist():
-    named = re.findall(r"`(test_\w+)`", read_page("docs/reliability.md"))
+def test_named_tests_exist():
+    named = [name for page in PAGES for name in re.findall(r"`(test_\w+)`", read_page(page))]
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     assert len(named) > 30
     assert [name for name in named if f"def {name}(" not in tests] == []
@@ -128,6 +128,19 @@ def test_links_and_make_targets_exist(page):
 def test_architecture_names_every_module():
     modules = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
     assert architecture_tree() == modules
+
+
+def test_flows_name_existing_functions():
+    flows = read_page("ARCHITECTURE.md").partition("## Flows")[2].partition("## ")[0]
+    sources = {f"/{path.relative_to(PACKAGE).with_suffix('')}": path.read_text() for path in PACKAGE.rglob("*.py")}
+    names = re.findall(r"\b(?:\w+\.)+(?!yaml)\w+", flows)
+    assert len(names) > 20
+    for name in names:
+        *_, owner, last = name.split(".")
+        if any(module.endswith("/" + name.replace(".", "/")) for module in sources):
+            continue
+        homes = [text for module, text in sources.items() if module.endswith(f"/{owner}") or f"\nclass {owner}" in text]
+        assert any(re.search(rf"(def|class) {last}\b", text) for text in homes), name
 
 
 @pytest.mark.parametrize("page", ["docs/upstream-issues.md", "ARCHITECTURE.md"])
