@@ -386,7 +386,7 @@ def test_two_adapters_of_one_name_are_refused(adapters, tmp_path):
     for names in (["noir", "verse", "elsewhere/noir"], ["noir", "noir"], ["noir", tmp_path / "adapters" / "noir"]):
         with pytest.raises(AdapterError) as error:
             Library().get_all(names)
-        assert str(error.value) == "Two of these adapters are called noir: name each once, or rename one."
+        assert str(error.value) == "Two of these adapters have the name noir: list each once, or rename one."
     assert [it.name for it in Library().get_all(["verse", "elsewhere/noir"])] == ["verse", "noir"]
 
 
@@ -506,7 +506,7 @@ def test_adapters_of_one_name_are_refused(adapters, tmp_path):
             [adapters[0], load_adapter_folder(tmp_path / "elsewhere" / adapters[0].name)],
             options=ModelOptions(device="cpu"),
         )
-    assert str(error.value) == "Two of these adapters are called noir: name each once, or rename one."
+    assert str(error.value) == "Two of these adapters have the name noir: list each once, or rename one."
 
 
 def test_one_row_of_a_set_is_too_few(adapters):

@@ -1,7 +1,7 @@
-"""Whether other tools take an adapter, judged by its config and by the header of its weights alone.
+"""Check whether other tools can load an adapter, from its config and the header of its weights.
 
-What is said of vLLM and llama.cpp was read in their sources of November 2026 (vLLM 0.33). Limit: the base is not looked at,
-nor is the version of the tool that somebody has.
+The rules for vLLM and llama.cpp come from their sources of November 2026 (vLLM 0.33). The base is not examined, nor is
+the installed version of the tool.
 """
 
 import json
@@ -13,14 +13,20 @@ from typing import Literal
 from .adapter import Adapter
 
 Tool = Literal["vllm", "llama.cpp", "peft"]
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be; 1 as well, for which 8 does
-_LLAMA = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
-_GPT2 = re.compile(r"transformer\.h\.\d+\.(attn\.(c_attn|c_proj)|mlp\.(c_fc|c_proj))")
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of vLLM's --max-lora-rank (and 1, for which 8 works too)
+_LLAMA_LAYER = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
+_GPT2_LAYER = re.compile(r"transformer\.h\.\d+\.(attn\.(c_attn|c_proj)|mlp\.(c_fc|c_proj))")
 
 
 @dataclass(frozen=True)
 class CompatibilityReport:
-    """`obstacles` say what is not taken and what to change; `notes` what to know where it is taken."""
+    """Result of a check.
+
+    Args:
+        tool: the tool that is to load the adapter.
+        errors: reasons why it cannot, each with a remedy.
+        notes: advice for loading it.
+    """
 
     tool: Tool
     errors: list[str]
@@ -32,91 +38,92 @@ class CompatibilityReport:
 
 
 def check_compatibility(adapter: Adapter, tool: Tool, name: str | None = None) -> CompatibilityReport:
-    """`name` is what the advice calls it, where that is not its folder's name."""
-    found = CompatibilityReport(tool, [], [])
-    judges: dict[str, Callable[[Adapter, str, CompatibilityReport], None]] = {
-        "vllm": _vllm,
-        "llama.cpp": _llama_cpp,
-        "peft": _peft,
+    """Check an adapter against a tool. `name` is used in the advice in place of the folder's name."""
+    report = CompatibilityReport(tool, [], [])
+    checks: dict[str, Callable[[Adapter, str, CompatibilityReport], None]] = {
+        "vllm": _check_vllm,
+        "llama.cpp": _check_llama_cpp,
+        "peft": _check_peft,
     }
-    judges[tool](adapter, name or adapter.name, found)
-    return found
+    checks[tool](adapter, name or adapter.name, report)
+    return report
 
 
 def is_gpt2(adapter: Adapter) -> bool:
-    """Whether its layers are GPT-2's, which are stored transposed."""
-    return any(_GPT2.fullmatch(module) for module in adapter.modules)
+    """Check for layers of GPT-2, whose weights are stored transposed."""
+    return any(_GPT2_LAYER.fullmatch(module) for module in adapter.modules)
 
 
 def vllm_rank(adapter: Adapter) -> int | None:
-    """The least --max-lora-rank with which vLLM takes it; None where there is none."""
-    most = max(adapter.rank_of(module) for module in adapter.modules)
-    return next((rank for rank in VLLM_RANKS if rank >= most), None)
+    """The smallest --max-lora-rank for this adapter in vLLM; None if its rank is too large."""
+    largest = max(adapter.rank_of(module) for module in adapter.modules)
+    return next((rank for rank in VLLM_RANKS if rank >= largest), None)
 
 
 def _advise_merge(name: str) -> str:
     return f"merge it (`python cli.py merge {name} --out merged/{name}`)"
 
 
-def _advise_retrain(name: str) -> str:
-    return f"write it anew (`python cli.py blend {name}=1 --name NEW`)"
+def _advise_rewrite(name: str) -> str:
+    return f"rewrite it (`python cli.py blend {name}=1 --name NEW`)"
 
 
-def _vllm(adapter: Adapter, name: str, found: CompatibilityReport) -> None:
+def _check_vllm(adapter: Adapter, name: str, report: CompatibilityReport) -> None:
     if is_gpt2(adapter):
-        found.errors.append(f"vLLM has no LoRA for GPT-2: {_advise_merge(name)}")
+        report.errors.append(f"vLLM does not support LoRA on GPT-2: {_advise_merge(name)}")
     if adapter.config.get("use_dora"):
-        found.errors.append(f"vLLM has no DoRA: {_advise_merge(name)}")
+        report.errors.append(f"vLLM does not support DoRA: {_advise_merge(name)}")
     if (rank := vllm_rank(adapter)) is None:
-        most = VLLM_RANKS[-1]
-        found.errors.append(
-            f"vLLM takes ranks up to {most}: cut it (`python cli.py blend {name}=1 --rank {most} --name NEW`)"
+        limit = VLLM_RANKS[-1]
+        report.errors.append(
+            f"vLLM supports ranks up to {limit}: reduce it (`python cli.py blend {name}=1 --rank {limit} --name NEW`)"
         )
     elif rank > 16:
-        found.notes.append(f"start vLLM with --max-lora-rank {rank}: by itself it takes 16")
+        report.notes.append(f"start vLLM with --max-lora-rank {rank}: the default is 16")
     if adapter.config.get("rank_pattern") or adapter.config.get("alpha_pattern"):
-        found.notes.append("its layers differ in rank or scale, which vLLM 0.33 reads; older ones may ignore it")
+        report.notes.append("its layers differ in rank or scale: vLLM 0.33 supports that, older versions may ignore it")
 
 
-def _llama_cpp(adapter: Adapter, name: str, found: CompatibilityReport) -> None:
+def _check_llama_cpp(adapter: Adapter, name: str, report: CompatibilityReport) -> None:
     if adapter.config.get("use_dora"):
-        found.errors.append(f"llama.cpp has no DoRA: {_advise_merge(name)}")
-    unknown = [it for it in adapter.modules if not _LLAMA.fullmatch(it) and not _GPT2.fullmatch(it)]
+        report.errors.append(f"llama.cpp does not support DoRA: {_advise_merge(name)}")
+    known_layers = (_LLAMA_LAYER, _GPT2_LAYER)
+    unknown = [module for module in adapter.modules if not any(layer.fullmatch(module) for layer in known_layers)]
     if unknown:
-        found.errors.append(
-            f"how llama.cpp calls and turns layers such as {unknown[0]} is not known here: {_advise_merge(name)}"
-        )
-    found.notes.append(
-        f"it takes a GGUF file (`python cli.py export {name} --to gguf --out {name}.gguf`), over a base of the kind of GPT-2, "
-        "Llama, Mistral or Qwen2"
+        report.errors.append(f"layers such as {unknown[0]} cannot be converted for llama.cpp: {_advise_merge(name)}")
+    report.notes.append(
+        f"llama.cpp loads a GGUF file (`python cli.py export {name} --to gguf --out {name}.gguf`), on a GPT-2, Llama, "
+        "Mistral or Qwen2 base"
     )
     if is_gpt2(adapter) or adapter.config.get("use_rslora") or adapter.config.get("alpha_pattern"):
-        found.notes.append("llama.cpp's own converter would get this one wrong without a word: use `export`")
+        report.notes.append("llama.cpp's own converter silently gets this adapter wrong: use `export`")
 
 
-def _peft(adapter: Adapter, name: str, found: CompatibilityReport) -> None:
-    """PEFT adapts the layers that `target_modules` names, and drops the tensors of others without a word."""
+def _check_peft(adapter: Adapter, name: str, report: CompatibilityReport) -> None:
+    """PEFT adapts the layers that `target_modules` names, and silently drops the tensors of others."""
     targets = adapter.config.get("target_modules")
     if targets == "all-linear":
-        if left_out := [it for it in adapter.modules if it.rpartition(".")[2] == "lm_head"]:
-            found.errors.append(
-                f"PEFT would leave out {left_out[0]}, which is not in all-linear: name each layer in adapter_config.json"
+        if "lm_head" in {module.rpartition(".")[2] for module in adapter.modules}:
+            report.errors.append(
+                "PEFT would skip lm_head, which all-linear does not include: list the layers by name in "
+                "adapter_config.json"
             )
     elif isinstance(targets, str):
-        found.notes.append(f"target_modules is the pattern {targets!r}, which was not tried")
+        report.notes.append(f"target_modules is the pattern {targets!r}, which was not checked")
     else:
-        named = [str(target) for target in targets or []]
-        left_out = [it for it in adapter.modules if not any(f".{it}".endswith(f".{last}") for last in named)]
-        if left_out:
-            found.errors.append(
-                f"PEFT would leave out {left_out[0]}, which target_modules does not name: {_advise_retrain(name)}"
+        endings = tuple(f".{target}" for target in targets or [])
+        skipped = [module for module in adapter.modules if not f".{module}".endswith(endings)]
+        if skipped:
+            report.errors.append(
+                f"PEFT would skip {skipped[0]}, which target_modules does not name: {_advise_rewrite(name)}"
             )
-    start = adapter.config.get("init_lora_weights", True)
-    if not start:  # null as well
-        found.errors.append(
-            f"init_lora_weights is {json.dumps(start)}, and PEFT would fill layers without tensors at random: {_advise_retrain(name)}"
+    initialization = adapter.config.get("init_lora_weights", True)
+    if not initialization:  # null as well
+        report.errors.append(
+            f"init_lora_weights is {json.dumps(initialization)}, so PEFT would give layers without tensors random "
+            f"weights: {_advise_rewrite(name)}"
         )
-    if start == "orthogonal" and any(adapter.rank_of(it) % 2 for it in adapter.modules):
-        found.errors.append(
-            f"init_lora_weights is orthogonal, which PEFT has not for an odd rank: {_advise_retrain(name)}"
+    if initialization == "orthogonal" and any(adapter.rank_of(module) % 2 for module in adapter.modules):
+        report.errors.append(
+            f"init_lora_weights is orthogonal, which PEFT does not support for odd ranks: {_advise_rewrite(name)}"
         )

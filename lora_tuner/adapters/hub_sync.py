@@ -1,7 +1,7 @@
-"""Adapters to and from the Hugging Face Hub.
+"""Push adapters to the Hugging Face Hub and pull them from it.
 
-Surprise: what is pushed is not quite what lies in the library: of paths on this machine only the last part goes along. What
-is pulled comes from strangers, so nothing but the files of an adapter is fetched, and they are checked as any adapter is.
+Local paths are removed before an upload: only their last part is kept. A download fetches only the files of an adapter,
+and checks them like any other adapter.
 """
 
 import json
@@ -45,13 +45,20 @@ SYNCED_FILES = (
     SPECTRUM_FILE,
     CARD_FILE,
 )
-_PATH_SETTINGS = ("dataset", "eval_dataset", "base", "parent", "adapters_dir", "runs_dir")  # settings that may be paths
-MAX_SIDE_FILE_BYTES = 10_000_000  # bytes of a file that is not the weights
+_PATH_SETTINGS = ("dataset", "eval_dataset", "base", "parent", "adapters_dir", "runs_dir")  # may be local paths
+MAX_SIDE_FILE_BYTES = 10_000_000  # of each file except the weights
 
 
 @dataclass(frozen=True)
 class TransferResult:
-    """What goes to or comes from a repo: bytes of each file; where the commit is, and the adapter it became."""
+    """Result of a push or pull.
+
+    Args:
+        repo: the repo on the Hub.
+        files: name -> bytes.
+        url: of the commit that was pushed.
+        adapter: the adapter that was pulled.
+    """
 
     repo: str
     files: dict[str, int]
@@ -60,54 +67,45 @@ class TransferResult:
 
 
 def push(adapter: Adapter, repo: str, *, private: bool = False, dry_run: bool = False) -> TransferResult:
-    """Put an adapter with its model card into a repo on the Hub (`owner/name`), as one commit.
+    """Upload an adapter with its model card to a repo on the Hub (`owner/name`), as one commit.
 
-    With `dry_run` nobody is asked, and nothing leaves. Raises AdapterError unless it is whole and has a manifest, HubError
-    when the Hub refuses.
+    With `dry_run`, list the files without contacting the Hub. Raises AdapterError if the adapter is damaged or has no
+    manifest, HubError if the Hub refuses.
     """
     if adapter.manifest is None:
-        raise AdapterError(f"{adapter.path} has no manifest: `adapters adopt` gives it one, and with it a base.")
+        raise AdapterError(f"{adapter.path} has no manifest: run `adapters adopt` first.")
     if problems := verify_adapter(adapter):
         raise AdapterError(f"{adapter.path} is not pushed: {'; '.join(problems[:3])}.")
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / adapter.name
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / adapter.name
         folder.mkdir()
         for name in SYNCED_FILES:
             file = adapter.path / name
-            hidden = file.is_symlink() and name not in (
-                CONFIG_FILE,
-                WEIGHTS_FILE,
-            )  # not looked into: it might be any
-            if file.is_file() and not hidden:
+            trusted = name in (CONFIG_FILE, WEIGHTS_FILE) or not file.is_symlink()  # others could link to any file
+            if file.is_file() and trusted:
                 shutil.copyfile(file, folder / name)
-        _without_paths(folder, adapter.manifest)
+        _strip_local_paths(folder, adapter.manifest)
         if not (folder / CARD_FILE).is_file():
-            (folder / CARD_FILE).write_text(
-                model_card.model_card(load_adapter_folder(folder), adapter.name), encoding="utf-8"
-            )
+            card = model_card.model_card(load_adapter_folder(folder), adapter.name)
+            (folder / CARD_FILE).write_text(card, encoding="utf-8")
         sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
         if dry_run:
             return TransferResult(repo, sizes)
-        return TransferResult(
-            repo, sizes, url=hub.upload_files(folder, repo, SYNCED_FILES, private=private, message=adapter.name)
-        )
+        url = hub.upload_files(folder, repo, SYNCED_FILES, private=private, message=adapter.name)
+        return TransferResult(repo, sizes, url=url)
 
 
-def _without_paths(folder: Path, manifest: Manifest) -> None:
-    """Of paths on this machine leave the last part, in all files that hold some."""
+def _strip_local_paths(folder: Path, manifest: Manifest) -> None:
+    """Replace local paths by their last part in every file of a folder that holds some."""
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     if base_name := config.get("base_model_name_or_path"):
         config["base_model_name_or_path"] = display_name(base_name)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    base = manifest.base.model_copy(
-        update={"name": display_name(manifest.base.name), "repo": display_name(manifest.base.repo)}
-    )
-    data, weights = manifest.data, manifest.weights
+    base, data, weights = manifest.base, manifest.data, manifest.weights
+    base = base.model_copy(update={"name": display_name(base.name), "repo": display_name(base.repo)})
     if data is not None:
-        measured = display_name(data.eval_dataset) if data.eval_dataset else None
-        data = data.model_copy(
-            update={"name": display_name(data.name), "source": display_name(data.source), "eval_dataset": measured}
-        )
+        names = {"name": data.name, "source": data.source, "eval_dataset": data.eval_dataset}
+        data = data.model_copy(update={key: display_name(name) for key, name in names.items() if name is not None})
     if weights is not None:
         weights = weights.model_copy(update={"config": atomic_io.sha256_file(folder / CONFIG_FILE)})
     public = manifest.model_copy(update={"base": base, "data": data, "weights": weights})
@@ -116,12 +114,11 @@ def _without_paths(folder: Path, manifest: Manifest) -> None:
         try:
             settings = read_settings(folder / RUN_FILE)
         except ConfigError as error:
-            raise AdapterError(f"{folder.name} is not pushed: its {RUN_FILE} holds no settings.") from error
-        plain = {
-            key: display_name(it) if key in _PATH_SETTINGS and isinstance(it, str) else it
-            for key, it in settings.items()
-        }
-        (folder / RUN_FILE).write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+            raise AdapterError(f"{folder.name} is not pushed: its {RUN_FILE} has no valid settings.") from error
+        for key in _PATH_SETTINGS:
+            if isinstance(settings.get(key), str):
+                settings[key] = display_name(settings[key])
+        (folder / RUN_FILE).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def pull(
@@ -134,32 +131,36 @@ def pull(
     dry_run: bool = False,
     notify: EventHandler = ignore_events,
 ) -> TransferResult:
-    """Take an adapter from a repo on the Hub into the library, under `name` or the repo's.
+    """Download an adapter from a repo on the Hub into the library, under `name` or the repo's name.
 
-    With `dry_run` it is only listed. Raises HubError when the Hub refuses or the repo holds no adapter, AdapterError when
-    the adapter is damaged, or would do more than add low-rank updates.
+    With `dry_run`, only list its files. Raises HubError if the Hub refuses or the repo holds no adapter, AdapterError
+    if the adapter is damaged or unsafe.
     """
     name = validate_name(name) if name else default_adapter_name(repo)
     library.check_name_free(name, overwrite=overwrite)
-    commit, there = hub.list_repo_files(repo, revision)
-    if missing := [it for it in (CONFIG_FILE, WEIGHTS_FILE) if it not in there]:
-        raise HubError(f"{repo} holds no adapter that is read here: it has no {missing[0]}.")
-    if large := [it for it in (CONFIG_FILE, MANIFEST_FILE) if there.get(it, 0) > MAX_SIDE_FILE_BYTES]:
-        raise HubError(f"{repo} holds no adapter that is read here: its {large[0]} has {there[large[0]]:,} bytes.")
-    wanted = {
-        it: there[it] for it in SYNCED_FILES if it in there and (it == WEIGHTS_FILE or there[it] <= MAX_SIDE_FILE_BYTES)
+    commit, sizes = hub.list_repo_files(repo, revision)
+    for required in (CONFIG_FILE, WEIGHTS_FILE):
+        if required not in sizes:
+            raise HubError(f"{repo} holds no adapter in PEFT's format: it has no {required}.")
+    for small in (CONFIG_FILE, MANIFEST_FILE):
+        if sizes.get(small, 0) > MAX_SIDE_FILE_BYTES:
+            raise HubError(f"{repo} holds no valid adapter: its {small} has {sizes[small]:,} bytes.")
+    files = {
+        file: sizes[file]
+        for file in SYNCED_FILES
+        if file in sizes and (file == WEIGHTS_FILE or sizes[file] <= MAX_SIDE_FILE_BYTES)
     }
     if dry_run:
-        return TransferResult(repo, wanted)
-    fetched = hub.download_files(repo, commit, wanted)
+        return TransferResult(repo, files)
+    downloaded = hub.download_files(repo, commit, files)
     try:
-        check_weights_hash(load_adapter_folder(fetched))
+        check_weights_hash(load_adapter_folder(downloaded))
     except AdapterError as error:
-        raise AdapterError(str(error).replace(str(fetched), repo)) from error
-    with library.create(name, overwrite=overwrite) as work:
-        for file in wanted:
-            shutil.copyfile(fetched / file, work / file)
+        raise AdapterError(str(error).replace(str(downloaded), repo)) from error
+    with library.create(name, overwrite=overwrite) as folder:
+        for file in files:
+            shutil.copyfile(downloaded / file, folder / file)
     adapter = library.get(name)
     if adapter.manifest is None:
-        notify(Notice(f"{name} was made by another tool: `adapters adopt {name}` holds it to its base from now on."))
-    return TransferResult(repo, wanted, adapter=adapter)
+        notify(Notice(f"{name} was made by another tool: run `adapters adopt {name}` to tie it to its base."))
+    return TransferResult(repo, files, adapter=adapter)

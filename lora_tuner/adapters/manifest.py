@@ -1,6 +1,6 @@
-"""`manifest.json`: what an adapter was made from, on what, and what it was worth. The schema, and nothing else.
+"""Schema of `manifest.json`: the base, the data, the run and the evaluation of an adapter.
 
-Limit: `schema_version` 1 is the only one; a manifest that says more, or less, is refused as a whole.
+`schema_version` 1 is the only one; a manifest with unknown or missing fields is rejected.
 """
 
 import datetime
@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # a sha256; one of them names a file in the cache
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # strict: one of them becomes a file name in the cache
 
 
 class _ManifestModel(BaseModel):
@@ -17,8 +17,8 @@ class _ManifestModel(BaseModel):
 
 
 class BaseInfo(_ManifestModel):
-    """The base it was trained on. `fingerprint` and `tokenizer` are the sha256 of base_model.py; the tokenizer with which
-    another tool has trained is not known."""
+    """The base model. `fingerprint` and `tokenizer` are hashes (models/resolve.py); `tokenizer` is None for an adopted
+    adapter."""
 
     name: str
     repo: str
@@ -29,7 +29,7 @@ class BaseInfo(_ManifestModel):
 
 
 class DatasetInfo(_ManifestModel):
-    """The rows it was trained on, and those it was measured on. A blend of adapters with different salts has none."""
+    """The training rows and the held-out rows. `split_salt` is None for a blend of adapters with different salts."""
 
     name: str
     source: str
@@ -37,14 +37,14 @@ class DatasetInfo(_ManifestModel):
     where: list[str]
     split_salt: str | None
     counts: dict[str, int]
-    format: str = "text"  # or messages, or prompt and completion, of which the answers alone are learnt
-    eval_dataset: str | None = None  # where those it was measured on come from, when they are not its own held-out rows
-    held_out_hash: Digest | None  # None when there were no rows to measure
+    format: str = "text"  # or messages, or prompt and completion; those are trained on the answers alone
+    eval_dataset: str | None = None  # dataset of the held-out rows, if it is another one
+    held_out_hash: Digest | None  # None without held-out rows
     held_out_rows: int
 
 
 class EvalResult(_ManifestModel):
-    """Held-out loss in nats a token, with the base and with the adapter; `gain` is the fall and its standard error."""
+    """Held-out loss in nats per token of the base and of the adapter; `gain` is the paired difference."""
 
     base_loss: float
     loss: float
@@ -55,30 +55,30 @@ class EvalResult(_ManifestModel):
 
     @property
     def perplexities(self) -> tuple[float, float]:
-        """Of the base, and with the adapter."""
+        """Perplexity of the base and of the adapter."""
         before, after = (math.exp(min(loss, 700.0)) for loss in (self.base_loss, self.loss))  # exp(710) overflows
         return before, after
 
 
 class RunInfo(_ManifestModel):
-    """The training run. Seconds are those of its steps alone; tokens are those that were predicted, without padding."""
+    """The training run. `seconds` covers the steps alone; `tokens` counts predicted tokens, without padding."""
 
-    method: str = "lora"  # as config.METHODS calls it
+    method: str = "lora"  # a key of config.METHODS
     steps: int
-    kept_step: int  # the step whose weights were kept: the last, or the best one with `patience`
+    kept_step: int  # step of the saved weights: the last one, or the best one with `patience`
     tokens: int
     seconds: float
     sequences: int
     truncated_rows: int
     device: str
     dtype: str
-    load_in: str = "full"  # or the bits that the base's weights were in
-    threads: int
-    processes: int = 1  # each with these threads
+    load_in: str = "full"  # or 8bit, 4bit
+    threads: int  # per process
+    processes: int = 1
 
 
 class WeightsInfo(_ManifestModel):
-    """Of the tensors' file. `config` is the sha256 of adapter_config.json, which decides what the tensors do."""
+    """The weights file. `config` is the hash of adapter_config.json."""
 
     sha256: Digest
     bytes: int
@@ -87,8 +87,8 @@ class WeightsInfo(_ManifestModel):
 
 
 class ParentInfo(_ManifestModel):
-    """An adapter that this one was made from: what it was called, and the sha256 of its weights; its own parents too, for
-    they may be gone by now."""
+    """An adapter that this one was made from: its name, the hash of its weights, and its own parents, in case it is
+    removed."""
 
     name: str
     sha256: Digest
@@ -96,9 +96,9 @@ class ParentInfo(_ManifestModel):
 
 
 class Manifest(_ManifestModel):
-    """`manifest.json`. What a run does not know yet is None, and so is what is not known of an adapter of another tool.
+    """`manifest.json`. Fields are None before a run has ended, and for an adopted adapter.
 
-    `made_by` is the command that made an adapter out of its parents without a run, such as `blend a=0.7 b=0.3`.
+    `made_by` is the command that made the adapter without training, such as `blend a=0.7 b=0.3`.
     """
 
     schema_version: int = Field(default=1, ge=1, le=1)
@@ -117,5 +117,5 @@ class Manifest(_ManifestModel):
 
 
 def utc_timestamp() -> str:
-    """The time as manifests hold it: ISO 8601, UTC, to the second."""
+    """Current time as in manifests: ISO 8601, UTC, in seconds."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -49,7 +49,10 @@ def show_adapter(
     library = Library(adapters_dir)
     found = library.get(adapter)
     ancestors = library.ancestors(found)
-    show_json(found.to_dict() | {"ancestors": ancestors}) if as_json else show_adapter_card(found, ancestors)
+    if as_json:
+        show_json(found.to_dict() | {"ancestors": [vars(ancestor) for ancestor in ancestors]})
+    else:
+        show_adapter_card(found, ancestors)
 
 
 @adapters_app.command("verify", cls=StrictCommand)
@@ -140,8 +143,12 @@ def check_adapter(
     as_json: JsonOption = False,
 ) -> None:
     """Will another tool take it? Judged by its settings and sizes; with what to change where not, and exit status 1."""
-    found = Library(adapters_dir).get(adapter)
-    verdict = compatibility.check_compatibility(found, tool)
-    show_json(vars(verdict) | {"accepted": verdict.accepted}) if as_json else show_compatibility(found.name, verdict)
-    if not verdict.accepted:
+    checked = Library(adapters_dir).get(adapter)
+    report = compatibility.check_compatibility(checked, tool)
+    if as_json:
+        result = {"tool": tool, "obstacles": report.errors, "notes": report.notes, "accepted": report.accepted}
+        show_json(result)
+    else:
+        show_compatibility(checked.name, report)
+    if not report.accepted:
         raise typer.Exit(1)

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..adapters.adapter import Adapter
+from ..adapters.library import Ancestor
 from ..adapters.manifest import Manifest
 from ..errors import AdapterError, Notice, Progress
 
@@ -164,7 +165,7 @@ def _result_lines(manifest: Manifest) -> list[str]:
     ]
 
 
-def show_adapter_card(adapter: Adapter, ancestors: Sequence[dict[str, Any]]) -> None:
+def show_adapter_card(adapter: Adapter, ancestors: Sequence[Ancestor]) -> None:
     """One adapter, what people ask first coming first. `--json` has all that is known."""
     manifest, config = adapter.manifest, adapter.config
     update = f"rank {adapter.rank}, alpha {config['lora_alpha']}, on {', '.join(adapter.targets)}"
@@ -206,11 +207,12 @@ def show_adapter_card(adapter: Adapter, ancestors: Sequence[dict[str, Any]]) -> 
     show_facts(facts)
 
 
-def _format_ancestor(parent: dict[str, Any]) -> str:
-    """A line of the chain, further in for each generation."""
-    name, here = parent["name"], parent["here"]
-    place = "" if here == name else f", now called {here}" if here else ", not in this library"
-    return f"{'  ' * (parent['generation'] - 1)}from {name} ({parent['sha256'][:12]}{place})"
+def _format_ancestor(ancestor: Ancestor) -> str:
+    """One line of the lineage, indented by generation."""
+    location = "" if ancestor.here == ancestor.name else f", now named {ancestor.here}"
+    if ancestor.here is None:
+        location = ", not in this library"
+    return f"{'  ' * (ancestor.generation - 1)}from {ancestor.name} ({ancestor.sha256[:12]}{location})"
 
 
 def show_plan(plan: "RunEstimate") -> None:

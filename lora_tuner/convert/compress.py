@@ -89,7 +89,7 @@ def compress(
         lost = delta.lost_energy(exact, delta.load_deltas(written, layers))
         after = evaluation.held_out_losses(opened, {name: written}, sets, options.notify)[0]
         found = verify_written(opened, written, kept, name, sets, options.notify)
-        plots.plot_spectra(spectra, ranks, work / SPECTRUM_FILE)
+        plots.plot_spectra({module: each.tolist() for module, each in spectra.items()}, ranks, work / SPECTRUM_FILE)
         write_manifest_and_card(written, name, opened, [adapter], command, sets, own, after)
     compressed, once, since = library.get(name), combined_result(before), combined_result(after)
     return CompressResult(

@@ -20,7 +20,7 @@ from lora_tuner.adapters.adapter import (
     RUN_FILE,
     WEIGHTS_FILE,
     Adapter,
-    _finite,
+    _all_finite,
     _is_pattern,
     check_weights_hash,
     load_adapter_folder,
@@ -46,7 +46,7 @@ def refusal(folder):
 # Reading
 
 
-def test_an_adapter_with_its_facts(tmp_path):
+def test_load_adapter_with_manifest(tmp_path):
     adapter = load_adapter_folder(adapter_files.write(tmp_path / "imdb", facts=adapter_files.manifest()))
     assert (adapter.name, adapter.base, adapter.rank) == ("imdb", "distilgpt2", 4)
     assert adapter.modules == list(adapter_files.MODULES)
@@ -68,19 +68,19 @@ def test_an_adapter_with_its_facts(tmp_path):
     assert facts["weights"]["sha256"] == atomic_io.sha256_file(tmp_path / "imdb" / WEIGHTS_FILE)
 
 
-def test_the_name_of_the_folder_one_is_in(tmp_path, monkeypatch):
+def test_name_of_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(adapter_files.write(tmp_path / "imdb"))
     assert load_adapter_folder(Path(".")).name == "imdb"
 
 
-def test_an_adapter_of_another_tool_has_no_manifest(tmp_path):
+def test_load_adapter_without_manifest(tmp_path):
     adapter = load_adapter_folder(adapter_files.write(tmp_path / "theirs"))
     assert adapter.manifest is None
     assert adapter.base == "distilbert/distilgpt2"
     assert adapter.to_dict()["base"] == {"name": "distilbert/distilgpt2"}
 
 
-def test_a_manifest_and_back(tmp_path):
+def test_manifest_round_trip(tmp_path):
     manifest = adapter_files.manifest()
     assert Manifest.model_validate_json(manifest.to_json()) == manifest
     assert load_adapter_folder(adapter_files.write(tmp_path / "a", facts=manifest)).manifest == manifest.model_copy(
@@ -94,23 +94,23 @@ def test_a_manifest_and_back(tmp_path):
     )
 
 
-def test_the_time_in_manifests():
+def test_utc_timestamp_format():
     assert len(utc_timestamp()) == len("2025-01-02T03:04:05+00:00")
     assert utc_timestamp().endswith("+00:00")
 
 
-def test_a_folder_that_is_missing_or_incomplete(tmp_path):
+def test_load_incomplete_folder_fails(tmp_path):
     assert refusal(tmp_path / "none") == "There is no adapter folder none."
     (tmp_path / "empty").mkdir()
-    assert refusal(tmp_path / "empty") == "empty has no adapter_config.json: it is incomplete, or no adapter."
+    assert refusal(tmp_path / "empty") == "empty has no adapter_config.json: it is incomplete or not an adapter."
     folder = adapter_files.write(tmp_path / "pickled")
     (folder / WEIGHTS_FILE).rename(folder / "adapter_model.bin")
     assert refusal(folder) == (
-        "pickled has no adapter_model.safetensors: it is incomplete, or no adapter (pickled weights are not read)."
+        "pickled has no adapter_model.safetensors: it is incomplete or not an adapter (pickled weights are not read)."
     )
 
 
-# The config of a stranger
+# Untrusted configs
 
 
 @pytest.mark.parametrize(
@@ -124,11 +124,11 @@ def test_a_folder_that_is_missing_or_incomplete(tmp_path):
         {"r": 4, "lora_alpha": 0.5},
     ],
 )
-def test_harmless_settings_are_taken(tmp_path, config):
+def test_safe_config_is_accepted(tmp_path, config):
     assert load_adapter_folder(adapter_files.write(tmp_path / "a", config)).rank == 4
 
 
-def test_the_config_that_peft_writes_is_taken(tmp_path):
+def test_config_written_by_peft_is_accepted(tmp_path):
     from peft import LoraConfig
 
     LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["c_attn"]).save_pretrained(tmp_path / "own")
@@ -161,120 +161,133 @@ def test_the_config_that_peft_writes_is_taken(tmp_path):
         ({"peft_type": "IA3"}, "peft_type is 'IA3', and only 'LORA' is accepted"),
         ({"peft_type": None}, "peft_type is missing"),
         ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS', and only 'CAUSAL_LM' is accepted"),
-        ({"r": 0}, "r is 0, not a rank from 1 to 4096"),
-        ({"r": 4_000_000}, "r is 4000000, not a rank from 1 to 4096"),
-        ({"r": True}, "r is True, a bool; r is True, not a rank from 1 to 4096"),
-        ({"r": 4.0}, "r is 4.0, a float; r is 4.0, not a rank from 1 to 4096"),
-        ({"r": None}, "r is missing; r is None, not a rank from 1 to 4096"),
-        ({"lora_alpha": None}, "lora_alpha is missing; lora_alpha is None, which is no scale"),
-        ({"lora_alpha": float("nan")}, "lora_alpha is nan, which is no scale"),
-        ({"lora_alpha": float("inf")}, "lora_alpha is inf, which is no scale"),
-        ({"lora_alpha": 10**400}, f"lora_alpha is {10**400}, which is no scale"),
-        ({"lora_alpha": True}, "lora_alpha is True, a bool; lora_alpha is True, which is no scale"),
-        ({"use_rslora": 1}, "use_rslora is 1, a int"),
-        ({"target_modules": {"c_attn": 1}}, "target_modules is {'c_attn': 1}, a dict"),
-        ({"rank_pattern": [4]}, "rank_pattern is [4], a list"),
-        ({"rank_pattern": {"h.0": 0}}, "rank_pattern.h.0 is 0, not a rank from 1 to 4096"),
-        ({"rank_pattern": {"h.0": 9_999_999}}, "rank_pattern.h.0 is 9999999, not a rank from 1 to 4096"),
-        ({"alpha_pattern": {"h.0": "8"}}, "alpha_pattern.h.0 is '8', which is no scale"),
-        ({"rank_pattern": {"(a+)+$": 4}}, "rank_pattern has the key '(a+)+$', which is no layer name"),
-        ({"alpha_pattern": {".*": 4}}, "alpha_pattern has the key '.*', which is no layer name"),
-        ({"alpha_pattern": {"": 4}}, "alpha_pattern has the key '', which is no layer name"),
-        ({"rank_pattern": {"h[0]|x": 4}}, "rank_pattern has the key 'h[0]|x', which is no layer name"),
+        ({"r": 0}, "r is 0, and a rank is a whole number from 1 to 4096"),
+        ({"r": 4_000_000}, "r is 4000000, and a rank is a whole number from 1 to 4096"),
+        (
+            {"r": True},
+            "r is True, which has the wrong type bool; r is True, and a rank is a whole number from 1 to 4096",
+        ),
+        ({"r": 4.0}, "r is 4.0, which has the wrong type float; r is 4.0, and a rank is a whole number from 1 to 4096"),
+        ({"r": None}, "r is missing; r is None, and a rank is a whole number from 1 to 4096"),
+        ({"lora_alpha": None}, "lora_alpha is missing; lora_alpha is None, and an alpha is a number up to 1000000"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan, and an alpha is a number up to 1000000"),
+        ({"lora_alpha": float("inf")}, "lora_alpha is inf, and an alpha is a number up to 1000000"),
+        ({"lora_alpha": 10**400}, f"lora_alpha is {10**400}, and an alpha is a number up to 1000000"),
+        (
+            {"lora_alpha": True},
+            "lora_alpha is True, which has the wrong type bool; lora_alpha is True, and an alpha is a number up to 1000000",
+        ),
+        ({"use_rslora": 1}, "use_rslora is 1, which has the wrong type int"),
+        ({"target_modules": {"c_attn": 1}}, "target_modules is {'c_attn': 1}, which has the wrong type dict"),
+        ({"rank_pattern": [4]}, "rank_pattern is [4], which has the wrong type list"),
+        ({"rank_pattern": {"h.0": 0}}, "rank_pattern.h.0 is 0, and a rank is a whole number from 1 to 4096"),
+        (
+            {"rank_pattern": {"h.0": 9_999_999}},
+            "rank_pattern.h.0 is 9999999, and a rank is a whole number from 1 to 4096",
+        ),
+        ({"alpha_pattern": {"h.0": "8"}}, "alpha_pattern.h.0 is '8', and an alpha is a number up to 1000000"),
+        ({"rank_pattern": {"(a+)+$": 4}}, "rank_pattern has the key '(a+)+$', which is not a layer name"),
+        ({"alpha_pattern": {".*": 4}}, "alpha_pattern has the key '.*', which is not a layer name"),
+        ({"alpha_pattern": {"": 4}}, "alpha_pattern has the key '', which is not a layer name"),
+        ({"rank_pattern": {"h[0]|x": 4}}, "rank_pattern has the key 'h[0]|x', which is not a layer name"),
         (
             {"peft_type": "ADALORA", "r": 0, "x": 1},
             "peft_type is 'ADALORA', and only 'LORA' is accepted; x is set, which is not supported; "
-            "r is 0, not a rank from 1 to 4096",
+            "r is 0, and a rank is a whole number from 1 to 4096",
         ),
     ],
 )
-def test_settings_that_could_do_harm_are_refused(tmp_path, config, why):
+def test_unsafe_config_is_rejected(tmp_path, config, why):
     assert refusal(adapter_files.write(tmp_path / "a", config)) == f"a/{CONFIG_FILE}: {why}."
 
 
 @pytest.mark.parametrize("key", ["peft_type", "r", "lora_alpha"])
-def test_settings_that_must_be_there(tmp_path, key):
+def test_config_missing_key_is_rejected(tmp_path, key):
     folder = adapter_files.write(tmp_path / "a")
     (folder / CONFIG_FILE).write_text(
         json.dumps({name: value for name, value in adapter_files.CONFIG.items() if name != key})
     )
-    more = {"r": "; r is None, not a rank from 1 to 4096", "lora_alpha": "; lora_alpha is None, which is no scale"}
+    more = {
+        "r": "; r is None, and a rank is a whole number from 1 to 4096",
+        "lora_alpha": "; lora_alpha is None, and an alpha is a number up to 1000000",
+    }
     assert refusal(folder) == f"a/{CONFIG_FILE}: {key} is missing{more.get(key, '')}."
 
 
 @pytest.mark.parametrize("text", ["", "{", "nonsense", "[" * 100_000, '{"r": \ud83d}', "9" * 5000])
-def test_a_config_that_is_no_json(tmp_path, text):
+def test_config_invalid_json_is_rejected(tmp_path, text):
     folder = adapter_files.write(tmp_path / "a")
     (folder / CONFIG_FILE).write_bytes(text.encode("utf-8", "surrogatepass"))
     assert refusal(folder).startswith(f"a/{CONFIG_FILE} is not readable as JSON: ")
 
 
-def test_a_config_that_holds_no_settings_or_far_too_many(tmp_path):
+def test_config_wrong_type_or_too_large(tmp_path):
     folder = adapter_files.write(tmp_path / "a")
     (folder / CONFIG_FILE).write_text("[]")
-    assert refusal(folder) == f"a/{CONFIG_FILE}: it holds no settings."
+    assert refusal(folder) == f"a/{CONFIG_FILE}: it is not a JSON object."
     (folder / CONFIG_FILE).write_text("")
     assert refusal(folder) == f"a/{CONFIG_FILE} is not readable as JSON: Expecting value: line 1 column 1 (char 0)."
     (folder / CONFIG_FILE).write_text(" " * 10_000_001)
-    assert refusal(folder) == f"a/{CONFIG_FILE} is too large to be what it is called."
+    assert refusal(folder) == f"a/{CONFIG_FILE} is too large: at most 1,000,000 bytes are read."
 
 
 # Weights
 
 
-def test_weights_that_are_empty_or_cut_off(tmp_path):
+def test_truncated_weights_are_rejected(tmp_path):
     folder = adapter_files.write(tmp_path / "a")
     whole = (folder / WEIGHTS_FILE).read_bytes()
     for data in (b"", whole[:5], whole[:300], b"\x80\x04pickle" * 10):
         (folder / WEIGHTS_FILE).write_bytes(data)
         assert refusal(folder) == (
-            f"a/{WEIGHTS_FILE}: it is cut off, or no safetensors file. Restore it from where it came from."
+            f"a/{WEIGHTS_FILE}: it is cut off, or no safetensors file. Copy it again from its source."
         )
     (folder / WEIGHTS_FILE).write_bytes(whole[:-1])
     assert refusal(folder) == (
         f"a/{WEIGHTS_FILE}: it is cut off: base_model.model.{adapter_files.MODULES[1]}.lora_B.weight ends beyond the file. "
-        "Restore it from where it came from."
+        "Copy it again from its source."
     )
 
 
-def test_a_header_that_claims_gigabytes(tmp_path):
+def test_header_with_false_sizes_is_rejected(tmp_path):
     folder = adapter_files.write(tmp_path / "a")
     whole = (folder / WEIGHTS_FILE).read_bytes()
     (folder / WEIGHTS_FILE).write_bytes(struct.pack("<Q", 8_000_000_000) + whole[8:])
     assert refusal(folder) == (
-        f"a/{WEIGHTS_FILE}: it is cut off, or no safetensors file. Restore it from where it came from."
+        f"a/{WEIGHTS_FILE}: it is cut off, or no safetensors file. Copy it again from its source."
     )
     size = struct.unpack("<Q", whole[:8])[0]
     header = json.loads(whole[8 : 8 + size])
     header[A]["shape"] = [4, 6_000_000_000]
     head = json.dumps(header).encode()
     (folder / WEIGHTS_FILE).write_bytes(struct.pack("<Q", len(head)) + head + whole[8 + size :])
-    assert refusal(folder) == (f"a/{WEIGHTS_FILE}: its header is wrong about {A}. Restore it from where it came from.")
+    assert refusal(folder) == (f"a/{WEIGHTS_FILE}: its header is wrong about {A}. Copy it again from its source.")
 
 
-def test_tensors_without_a_partner(tmp_path):
+def test_tensor_without_counterpart_is_rejected(tmp_path):
     for missing, letter in ((A, "A"), (B, "B")):
         weights = {name: tensor for name, tensor in adapter_files.tensors().items() if name != missing}
         assert (
             refusal(adapter_files.write(tmp_path / "a", weights=weights))
-            == f"a/{WEIGHTS_FILE}: {MODULE} lacks lora_{letter}."
+            == f"a/{WEIGHTS_FILE}: {MODULE} has no lora_{letter}."
         )
 
 
-def test_tensors_that_share_no_rank(tmp_path):
+def test_tensors_with_different_ranks_are_rejected(tmp_path):
     weights = adapter_files.tensors() | {B: np.ones((18, 5), np.float32)}
     assert refusal(adapter_files.write(tmp_path / "a", weights=weights)) == (
-        f"a/{WEIGHTS_FILE}: {MODULE} has shapes (4, 6) and (18, 5), which share no rank."
+        f"a/{WEIGHTS_FILE}: {MODULE} has shapes (4, 6) and (18, 5), which do not share a rank."
     )
     weights = adapter_files.tensors() | {B: np.ones(18, np.float32)}
     assert refusal(adapter_files.write(tmp_path / "a", weights=weights)) == (
-        f"a/{WEIGHTS_FILE}: {MODULE} has shapes (4, 6) and (18,), which share no rank."
+        f"a/{WEIGHTS_FILE}: {MODULE} has shapes (4, 6) and (18,), which do not share a rank."
     )
 
 
-def test_tensors_of_another_rank_than_the_config_says(tmp_path):
+def test_tensor_rank_must_match_config(tmp_path):
     assert refusal(adapter_files.write(tmp_path / "a", {"r": 8})) == (
-        f"a/{WEIGHTS_FILE}: {MODULE} has rank 4, and {CONFIG_FILE} says 8; {adapter_files.MODULES[1]} has rank 4, and {CONFIG_FILE} says 8."
+        f"a/{WEIGHTS_FILE}: {MODULE} has rank 4, but {CONFIG_FILE} says 8; "
+        f"{adapter_files.MODULES[1]} has rank 4, but {CONFIG_FILE} says 8."
     )
     assert load_adapter_folder(adapter_files.write(tmp_path / "a", {"r": 8, "rank_pattern": {"c_attn": 4}})).rank == 8
 
@@ -292,54 +305,54 @@ def test_tensors_of_another_rank_than_the_config_says(tmp_path):
         f"base_model.model.{MODULE}.lora_A.weight\n",
     ],
 )
-def test_foreign_tensors(tmp_path, name):
+def test_non_lora_tensor_is_rejected(tmp_path, name):
     weights = adapter_files.tensors() | {name: np.ones((4, 6), np.float32)}
     assert (
         refusal(adapter_files.write(tmp_path / "a", weights=weights))
-        == f"a/{WEIGHTS_FILE}: {name} is no part of a LoRA update."
+        == f"a/{WEIGHTS_FILE}: {name} is not a LoRA tensor."
     )
 
 
-def test_tensors_that_hold_no_fractions(tmp_path):
+def test_integer_tensors_are_rejected(tmp_path):
     weights = adapter_files.tensors() | {A: np.ones((4, 6), np.int64)}
-    assert refusal(adapter_files.write(tmp_path / "a", weights=weights)) == f"a/{WEIGHTS_FILE}: {A} holds I64."
+    assert refusal(adapter_files.write(tmp_path / "a", weights=weights)) == f"a/{WEIGHTS_FILE}: {A} has dtype I64."
 
 
-def test_of_many_wrong_tensors_five_are_named(tmp_path):
+def test_error_lists_five_tensors(tmp_path):
     weights = {f"x{number}": np.ones(2, np.float32) for number in range(9)}
-    said = "; ".join(f"x{number} is no part of a LoRA update" for number in range(5))
+    said = "; ".join(f"x{number} is not a LoRA tensor" for number in range(5))
     assert (
         refusal(adapter_files.write(tmp_path / "a", weights=adapter_files.tensors() | weights))
         == f"a/{WEIGHTS_FILE}: {said}."
     )
 
 
-def test_weights_that_are_a_folder(tmp_path):
+def test_weights_folder_is_rejected(tmp_path):
     folder = adapter_files.write(tmp_path / "a")
     (folder / WEIGHTS_FILE).unlink()
     (folder / WEIGHTS_FILE).mkdir()
-    assert refusal(folder) == f"a/{WEIGHTS_FILE}: it is no file. Restore it from where it came from."
+    assert refusal(folder) == f"a/{WEIGHTS_FILE}: it is no file. Copy it again from its source."
 
 
 def dora(magnitude):
-    """The tensors of an adapter that has a magnitude of this shape in each layer."""
+    """Tensors with a magnitude of this shape in each layer."""
     return adapter_files.tensors() | {
         f"base_model.model.{module}.lora_magnitude_vector": np.ones(magnitude, np.float32)
         for module in adapter_files.MODULES
     }
 
 
-def test_a_magnitude_for_each_output_goes_with_dora(tmp_path):
+def test_dora_adapter_is_accepted(tmp_path):
     adapter = load_adapter_folder(adapter_files.write(tmp_path / "a", {"use_dora": True}, dora(18)))
     assert adapter.parameters == 2 * (4 * 6 + 18 * 4 + 18)
     assert adapter.modules == list(adapter_files.MODULES)
 
 
 @pytest.mark.parametrize("use_dora", [False, None])
-def test_magnitudes_without_dora(tmp_path, use_dora):
+def test_magnitude_without_dora_is_rejected(tmp_path, use_dora):
     assert refusal(adapter_files.write(tmp_path / "a", {"use_dora": use_dora}, dora(18))) == (
-        f"a/{WEIGHTS_FILE}: {MODULE} has a magnitude of (18,), and {CONFIG_FILE} says use_dora: false; "
-        f"{adapter_files.MODULES[1]} has a magnitude of (18,), and {CONFIG_FILE} says use_dora: false."
+        f"a/{WEIGHTS_FILE}: {MODULE} has a magnitude of shape (18,), but {CONFIG_FILE} says use_dora: false; "
+        f"{adapter_files.MODULES[1]} has a magnitude of shape (18,), but {CONFIG_FILE} says use_dora: false."
     )
 
 
@@ -347,30 +360,30 @@ def test_magnitudes_without_dora(tmp_path, use_dora):
     ("weights", "has"),
     [(adapter_files.tensors(), "None"), (dora(17), "(17,)"), (dora((18, 1)), "(18, 1)"), (dora(6), "(6,)")],
 )
-def test_dora_without_a_magnitude_for_each_output(tmp_path, weights, has):
+def test_dora_wrong_magnitude_is_rejected(tmp_path, weights, has):
     assert refusal(adapter_files.write(tmp_path / "a", {"use_dora": True}, weights)) == (
-        f"a/{WEIGHTS_FILE}: {MODULE} has a magnitude of {has}, and {CONFIG_FILE} says use_dora: true; "
-        f"{adapter_files.MODULES[1]} has a magnitude of {has}, and {CONFIG_FILE} says use_dora: true."
+        f"a/{WEIGHTS_FILE}: {MODULE} has a magnitude of shape {has}, but {CONFIG_FILE} says use_dora: true; "
+        f"{adapter_files.MODULES[1]} has a magnitude of shape {has}, but {CONFIG_FILE} says use_dora: true."
     )
 
 
-def test_a_magnitude_alone(tmp_path):
+def test_magnitude_without_matrices_is_rejected(tmp_path):
     weights = {f"base_model.model.{MODULE}.lora_magnitude_vector": np.ones(18, np.float32)}
     assert (
         refusal(adapter_files.write(tmp_path / "a", {"use_dora": True}, weights))
-        == f"a/{WEIGHTS_FILE}: {MODULE} lacks lora_A."
+        == f"a/{WEIGHTS_FILE}: {MODULE} has no lora_A."
     )
 
 
-def test_no_tensors_at_all(tmp_path):
-    assert refusal(adapter_files.write(tmp_path / "a", weights={})) == f"a/{WEIGHTS_FILE}: it holds no LoRA update."
+def test_empty_weights_are_rejected(tmp_path):
+    assert refusal(adapter_files.write(tmp_path / "a", weights={})) == f"a/{WEIGHTS_FILE}: it has no LoRA tensors."
 
 
 # Ranks and scales
 
 
 def adapter_of(**config):
-    """An adapter of no more than its config."""
+    """An adapter that consists of its config alone."""
     return Adapter(Path("a"), adapter_files.CONFIG | config, None, {})
 
 
@@ -382,7 +395,7 @@ KEYS = st.lists(st.sampled_from(PIECES), min_size=1, max_size=5).map("".join).fi
 
 @settings(deadline=None)
 @given(LAYERS, st.lists(KEYS | LAYERS, min_size=1, max_size=4, unique=True), st.booleans())
-def test_patterns_mean_what_peft_takes_them_for(layer, keys, rslora):
+def test_patterns_match_as_in_peft(layer, keys, rslora):
     from peft.utils.other import get_pattern_key
 
     ranks = {key: number for number, key in enumerate(keys, 5)}
@@ -415,11 +428,11 @@ def test_patterns_mean_what_peft_takes_them_for(layer, keys, rslora):
         ({"h.0": 2}, 4),
     ],
 )
-def test_the_rank_of_a_layer(pattern, rank):
+def test_rank_of_layer_by_pattern(pattern, rank):
     assert adapter_of(rank_pattern=pattern).rank_of("transformer.h.0.attn.c_attn") == rank
 
 
-def test_the_scale_of_a_layer():
+def test_scale_of_layer():
     layer = adapter_files.MODULES[0]
     assert adapter_of().scale_of(layer) == 2.0
     assert adapter_of(use_rslora=True).scale_of(layer) == 4.0
@@ -430,26 +443,26 @@ def test_the_scale_of_a_layer():
     assert adapter_of(rank_pattern=None, alpha_pattern=None, lora_alpha=-1).scale_of(layer) == -0.25
 
 
-def test_a_rank_other_than_the_pattern_says(tmp_path):
+def test_rank_must_match_pattern(tmp_path):
     assert refusal(adapter_files.write(tmp_path / "a", {"rank_pattern": {"h.1.attn.c_attn": 3}})) == (
-        f"a/{WEIGHTS_FILE}: {adapter_files.MODULES[1]} has rank 4, and {CONFIG_FILE} says 3."
+        f"a/{WEIGHTS_FILE}: {adapter_files.MODULES[1]} has rank 4, but {CONFIG_FILE} says 3."
     )
     mixed = adapter_files.tensors(4, adapter_files.MODULES[:1]) | adapter_files.tensors(3, adapter_files.MODULES[1:])
     adapter = load_adapter_folder(adapter_files.write(tmp_path / "b", {"rank_pattern": {"h.1.attn.c_attn": 3}}, mixed))
     assert [adapter.rank_of(module) for module in adapter.modules] == [4, 3]
     assert refusal(adapter_files.write(tmp_path / "c", weights=mixed)) == (
-        f"c/{WEIGHTS_FILE}: {adapter_files.MODULES[1]} has rank 3, and {CONFIG_FILE} says 4."
+        f"c/{WEIGHTS_FILE}: {adapter_files.MODULES[1]} has rank 3, but {CONFIG_FILE} says 4."
     )
 
 
-def test_more_pattern_keys_than_a_model_has_layers_are_refused(tmp_path):
+def test_too_many_pattern_keys_are_rejected(tmp_path):
     keys = {f"h.{number}": 4 for number in range(1001)}
     assert refusal(adapter_files.write(tmp_path / "a", {"alpha_pattern": keys})) == (
-        f"a/{CONFIG_FILE}: alpha_pattern has 1,001 keys, and 1,000 are accepted."
+        f"a/{CONFIG_FILE}: alpha_pattern has 1,001 keys, and at most 1,000 are accepted."
     )
 
 
-def test_settings_that_were_edited_are_found_out(tmp_path):
+def test_verify_detects_edited_config(tmp_path):
     folder = adapter_files.write(tmp_path / "a", facts=adapter_files.manifest(run=None))
     assert verify_adapter(load_adapter_folder(folder)) == []
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
@@ -459,14 +472,12 @@ def test_settings_that_were_edited_are_found_out(tmp_path):
     (folder / CONFIG_FILE).write_text(
         (folder / CONFIG_FILE).read_text().replace('"lora_alpha": 8', '"lora_alpha": 800')
     )
-    assert verify_adapter(load_adapter_folder(folder)) == [
-        f"{CONFIG_FILE} is not the file that {MANIFEST_FILE} was written for"
-    ]
+    assert verify_adapter(load_adapter_folder(folder)) == [f"{CONFIG_FILE} does not match its hash in {MANIFEST_FILE}"]
 
 
 @pytest.mark.parametrize("digest", ["../../secret", "/etc/passwd", "AB" * 32, "ab" * 31])
-def test_a_hash_that_is_none_is_refused(tmp_path, digest):
-    """It becomes the name of a file in the cache."""
+def test_manifest_invalid_hash_is_rejected(tmp_path, digest):
+    """The hash becomes a file name in the cache."""
     folder = adapter_files.write(tmp_path / "a", facts=adapter_files.manifest())
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
     manifest["data"]["held_out_hash"] = digest
@@ -475,7 +486,7 @@ def test_a_hash_that_is_none_is_refused(tmp_path, digest):
 
 
 @pytest.mark.parametrize("figure", [float("nan"), float("inf")])
-def test_a_figure_that_is_not_finite_is_refused(tmp_path, figure):
+def test_manifest_non_finite_number_is_rejected(tmp_path, figure):
     folder = adapter_files.write(tmp_path / "a", facts=adapter_files.manifest())
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
     manifest["result"]["gain"] = figure
@@ -483,12 +494,12 @@ def test_a_figure_that_is_not_finite_is_refused(tmp_path, figure):
     assert refusal(folder) == f"a/{MANIFEST_FILE}: result.gain: Input should be a finite number."
 
 
-def test_a_link_has_a_name_of_its_own(tmp_path):
+def test_name_of_symlink(tmp_path):
     (tmp_path / "noir").symlink_to(adapter_files.write(tmp_path / "v3"))
     assert load_adapter_folder(tmp_path / "noir").name == "noir"
 
 
-def test_a_thousand_pattern_keys_are_read_at_once(tmp_path):
+def test_thousand_pattern_keys_are_fast(tmp_path):
     modules = [f"transformer.h.{number}.attn.c_attn" for number in range(20)]
     keys = {f"model.layers.{number}.self_attn.q_proj": 4 for number in range(999)} | {"19.attn.c_attn": 4}
     folder = adapter_files.write(
@@ -500,10 +511,10 @@ def test_a_thousand_pattern_keys_are_read_at_once(tmp_path):
     assert time.process_time() - start < 3  # 0.5 s; with the function of PEFT it is 5 s
 
 
-# The base that it fits
+# Shapes of the base
 
 
-def test_a_base_that_fits(tmp_path):
+def test_check_shapes_accepts_matching_base(tmp_path):
     adapter = load_adapter_folder(adapter_files.write(tmp_path / "a"))
     assert adapter.layer_size(MODULE) == (6, 18)
     adapter.check_shapes(dict.fromkeys(adapter_files.MODULES, (6, 18)) | {"another": (1, 1)})
@@ -512,19 +523,19 @@ def test_a_base_that_fits(tmp_path):
 @pytest.mark.parametrize(
     ("sizes", "why"),
     [
-        ({adapter_files.MODULES[0]: (6, 18)}, f"{adapter_files.MODULES[1]} is no linear layer of the base"),
+        ({adapter_files.MODULES[0]: (6, 18)}, f"the base has no linear layer {adapter_files.MODULES[1]}"),
         (
             {adapter_files.MODULES[0]: (6, 18), adapter_files.MODULES[1]: (18, 6)},
             f"{adapter_files.MODULES[1]} is 18 -> 6 in the base, 6 -> 18 in the adapter",
         ),
         (
             {adapter_files.MODULES[1]: (768, 2304)},
-            f"{adapter_files.MODULES[0]} is no linear layer of the base; "
+            f"the base has no linear layer {adapter_files.MODULES[0]}; "
             f"{adapter_files.MODULES[1]} is 768 -> 2304 in the base, 6 -> 18 in the adapter",
         ),
     ],
 )
-def test_a_base_that_does_not_fit(tmp_path, sizes, why):
+def test_check_shapes_rejects_other_base(tmp_path, sizes, why):
     adapter = load_adapter_folder(adapter_files.write(tmp_path / "a"))
     with pytest.raises(AdapterError) as error:
         adapter.check_shapes(sizes)
@@ -532,19 +543,19 @@ def test_a_base_that_does_not_fit(tmp_path, sizes, why):
 
 
 @pytest.mark.parametrize(("count", "more"), [(3, ""), (4, ", and 1 more"), (9, ", and 6 more")])
-def test_of_many_layers_that_do_not_fit_three_are_named(tmp_path, count, more):
+def test_check_shapes_lists_three_layers(tmp_path, count, more):
     modules = [f"h.{number}.c_attn" for number in range(count)]
     adapter = load_adapter_folder(adapter_files.write(tmp_path / "a", weights=adapter_files.tensors(4, modules)))
     with pytest.raises(AdapterError) as error:
         adapter.check_shapes({})
-    first = "; ".join(f"{module} is no linear layer of the base" for module in modules[:3])
+    first = "; ".join(f"the base has no linear layer {module}" for module in modules[:3])
     assert str(error.value) == f"{adapter.path} does not fit the base: {first}{more}."
 
 
 # Manifests
 
 
-def test_a_manifest_of_before_there_were_parents(tmp_path):
+def test_old_manifest_without_parents_loads(tmp_path):
     folder = adapter_files.write(tmp_path / "a", facts=adapter_files.manifest())
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
     del manifest["parents"], manifest["data"]["eval_dataset"]
@@ -556,7 +567,7 @@ def test_a_manifest_of_before_there_were_parents(tmp_path):
     assert adapter.parent_info() == ParentInfo(name="a", sha256=atomic_io.sha256_file(folder / WEIGHTS_FILE))
 
 
-def test_the_hash_of_the_weights_is_the_one_that_the_manifest_knows(tmp_path):
+def test_sha256_comes_from_manifest(tmp_path):
     known = WeightsInfo(sha256="ab" * 32, bytes=1, parameters=1)
     assert (
         load_adapter_folder(adapter_files.write(tmp_path / "a", facts=adapter_files.manifest(weights=known))).sha256
@@ -566,7 +577,7 @@ def test_the_hash_of_the_weights_is_the_one_that_the_manifest_knows(tmp_path):
     assert load_adapter_folder(bare).sha256 == atomic_io.sha256_file(bare / WEIGHTS_FILE)
 
 
-def test_what_an_adapter_is_to_its_children(tmp_path):
+def test_parent_info_includes_ancestors(tmp_path):
     bare = load_adapter_folder(adapter_files.write(tmp_path / "bare"))
     assert bare.parent_info() == ParentInfo(name="bare", sha256=atomic_io.sha256_file(tmp_path / "bare" / WEIGHTS_FILE))
     child = load_adapter_folder(
@@ -581,7 +592,7 @@ def test_what_an_adapter_is_to_its_children(tmp_path):
 @pytest.mark.parametrize(
     "parent", [{"name": "a"}, {"name": "a", "sha256": 1}, {"name": "a", "sha256": "b" * 64, "age": 3}]
 )
-def test_parents_that_are_none(tmp_path, parent):
+def test_manifest_invalid_parents_are_rejected(tmp_path, parent):
     folder = adapter_files.write(tmp_path / "a", facts=adapter_files.manifest())
     manifest = json.loads((folder / MANIFEST_FILE).read_text()) | {
         "parents": [{"name": "x", "sha256": "c" * 64, "parents": [parent]}]
@@ -590,7 +601,7 @@ def test_parents_that_are_none(tmp_path, parent):
     assert refusal(folder).startswith(f"a/{MANIFEST_FILE}: parents.0.parents.0.")
 
 
-def test_a_manifest_with_several_problems_names_them_all(tmp_path):
+def test_manifest_error_lists_all_problems(tmp_path):
     folder = adapter_files.write(tmp_path / "a", facts=adapter_files.manifest())
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
     del manifest["base"]["fingerprint"]
@@ -601,15 +612,17 @@ def test_a_manifest_with_several_problems_names_them_all(tmp_path):
         "extra: Extra inputs are not permitted."
     )
     (folder / MANIFEST_FILE).write_text("[]")
-    assert refusal(folder) == f"a/{MANIFEST_FILE}: it: Input should be a valid dictionary or instance of Manifest."
+    assert (
+        refusal(folder) == f"a/{MANIFEST_FILE}: manifest: Input should be a valid dictionary or instance of Manifest."
+    )
     (folder / MANIFEST_FILE).write_text("")
     assert refusal(folder) == f"a/{MANIFEST_FILE} is not readable as JSON: Expecting value: line 1 column 1 (char 0)."
     (folder / MANIFEST_FILE).write_text(" " * 10_000_001)
-    assert refusal(folder) == f"a/{MANIFEST_FILE} is too large to be what it is called."
+    assert refusal(folder) == f"a/{MANIFEST_FILE} is too large: at most 1,000,000 bytes are read."
 
 
 @pytest.mark.parametrize("name", ["a", "Imdb-2_x", "a" * 64])
-def test_names(name):
+def test_validate_name_accepts_valid_names(name):
     assert validate_name(name) == name
 
 
@@ -617,25 +630,26 @@ def test_names(name):
     "name",
     ["", "2x", "-a", "_a", ".a", "..", "a.b", "a/b", "../a", "/tmp/a", "a\\b", "a b", "a\n", "a\0", "é", "a" * 65],
 )
-def test_what_is_no_name(name):
+def test_validate_name_rejects_invalid_names(name):
     with pytest.raises(AdapterError) as error:
         validate_name(name)
     assert str(error.value) == (
-        f"'{name}' is no adapter name: a letter, then up to 63 letters, digits, '-' or '_', and no device of Windows."
+        f"'{name}' is not a valid adapter name: use a letter, then up to 63 letters, digits, '-' or '_'; names of "
+        "Windows devices are reserved."
     )
 
 
 # Start-up
 
 
-def test_the_store_never_imports_torch(tmp_path):
+def test_adapter_never_imports_torch(tmp_path):
     adapter_files.write(tmp_path / "imdb", facts=adapter_files.manifest())
     program = """
 import sys
 from pathlib import Path
 from lora_tuner.adapters.adapter import load_adapter_folder
 adapter = load_adapter_folder(Path(sys.argv[1]))
-adapter.facts(), adapter.modules, adapter.scale_of(adapter.modules[0]), adapter.as_parent(), adapter.sha256
+adapter.to_dict(), adapter.modules, adapter.scale_of(adapter.modules[0]), adapter.parent_info(), adapter.sha256
 print(*sorted({module.partition(".")[0] for module in sys.modules}))
 """
     command = [sys.executable, "-c", program, tmp_path / "imdb"]
@@ -646,11 +660,11 @@ print(*sorted({module.partition(".")[0] for module in sys.modules}))
     assert not loaded & {"torch", "transformers", "peft", "datasets", "numpy", "safetensors", "accelerate"}
 
 
-# What is in an adapter
+# Verification
 
 
 @pytest.fixture
-def kept(tmp_path):
+def complete(tmp_path):
     folder = adapter_files.write(tmp_path / "imdb", facts=adapter_files.manifest())
     for name in (
         RUN_FILE,
@@ -662,62 +676,62 @@ def kept(tmp_path):
     return folder
 
 
-def test_a_whole_adapter_has_no_problems(kept):
-    assert verify_adapter(load_adapter_folder(kept)) == []
+def test_verify_intact_adapter(complete):
+    assert verify_adapter(load_adapter_folder(complete)) == []
 
 
-def test_other_weights_than_the_manifest_knows(kept):
-    data = bytearray((kept / WEIGHTS_FILE).read_bytes())
+def test_verify_detects_changed_weights(complete):
+    data = bytearray((complete / WEIGHTS_FILE).read_bytes())
     data[-1] ^= 1
-    (kept / WEIGHTS_FILE).write_bytes(data)
-    assert verify_adapter(load_adapter_folder(kept)) == [
-        f"{WEIGHTS_FILE} is not the file that {MANIFEST_FILE} was written for"
+    (complete / WEIGHTS_FILE).write_bytes(data)
+    assert verify_adapter(load_adapter_folder(complete)) == [
+        f"{WEIGHTS_FILE} does not match its hash in {MANIFEST_FILE}"
     ]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
-def test_numbers_that_are_not_finite(tmp_path, value, kind):
+def test_verify_detects_non_finite_values(tmp_path, value, kind):
     weights = {name: tensor.astype(kind) for name, tensor in adapter_files.tensors().items()}
     name = sorted(weights)[1]
     weights[name][0, 0] = value
     adapter = load_adapter_folder(adapter_files.write(tmp_path / "a", weights=weights))
-    assert verify_adapter(adapter) == [f"{name} holds numbers that are not finite"]
+    assert verify_adapter(adapter) == [f"{name} has values that are not finite"]
 
 
 @pytest.mark.parametrize(
     ("bits", "finite"), [(0x7F80, False), (0xFF80, False), (0x7FC0, False), (0x7F7F, True), (0, True)]
 )
-def test_bfloat16_is_looked_at_too(bits, finite):
-    assert _finite(np.array([0, bits], np.uint16).tobytes(), "BF16") is finite
+def test_verify_checks_bfloat16(bits, finite):
+    assert _all_finite(np.array([0, bits], np.uint16).tobytes(), "BF16") is finite
 
 
 @pytest.mark.parametrize(("end", "why"), [(-1, "it is cut off: "), (20, "it is cut off, or no safetensors file")])
-def test_weights_that_were_cut_off_since_they_were_read(kept, end, why):
-    adapter = load_adapter_folder(kept)
-    (kept / WEIGHTS_FILE).write_bytes((kept / WEIGHTS_FILE).read_bytes()[:end])
+def test_verify_detects_truncated_weights(complete, end, why):
+    adapter = load_adapter_folder(complete)
+    (complete / WEIGHTS_FILE).write_bytes((complete / WEIGHTS_FILE).read_bytes()[:end])
     assert verify_adapter(adapter)[0].startswith(f"{WEIGHTS_FILE} cannot be read: {why}")
 
 
-def test_weights_that_are_gone_since_they_were_read(kept):
-    adapter = load_adapter_folder(kept)
-    (kept / WEIGHTS_FILE).unlink()
-    with pytest.raises(AdapterError, match=f"{kept} is damaged: {WEIGHTS_FILE} cannot be read: .*No such file"):
+def test_verify_detects_deleted_weights(complete):
+    adapter = load_adapter_folder(complete)
+    (complete / WEIGHTS_FILE).unlink()
+    with pytest.raises(AdapterError, match=f"{complete} is damaged: {WEIGHTS_FILE} cannot be read: .*No such file"):
         check_weights_hash(adapter)
 
 
-def test_missing_pieces_are_named(kept):
-    (kept / RUN_FILE).unlink()
-    assert verify_adapter(load_adapter_folder(kept)) == ["run.yaml is missing"]
+def test_verify_lists_missing_files(complete):
+    (complete / RUN_FILE).unlink()
+    assert verify_adapter(load_adapter_folder(complete)) == ["run.yaml is missing"]
     for name in (METRICS_FILE, LOSS_PLOT_FILE, CARD_FILE):
-        (kept / name).unlink()
-    assert verify_adapter(load_adapter_folder(kept)) == [
+        (complete / name).unlink()
+    assert verify_adapter(load_adapter_folder(complete)) == [
         f"{name} is missing" for name in ("run.yaml", "metrics.jsonl", "loss.png", "README.md")
     ]
 
 
 @pytest.mark.parametrize("key", ["\\", "\\8", "a*", "(a+)+b", "["])
-def test_pattern_keys_that_are_no_layer_names(tmp_path, key):
+def test_invalid_pattern_key_is_rejected(tmp_path, key):
     assert refusal(adapter_files.write(tmp_path / "a", {"rank_pattern": {key: 4}})) == (
-        f"a/{CONFIG_FILE}: rank_pattern has the key {key!r}, which is no layer name."
+        f"a/{CONFIG_FILE}: rank_pattern has the key {key!r}, which is not a layer name."
     )

@@ -1,4 +1,4 @@
-"""What other tools take. PEFT itself is asked; what is said of vLLM and llama.cpp is held to what was read of them."""
+"""Compatibility reports: checked against PEFT itself; for vLLM and llama.cpp against the rules in their sources."""
 
 import json
 import re
@@ -23,13 +23,13 @@ QUERY = {"model.layers.0.self_attn.q_proj": (32, 32)}
 NAMES = ["q_proj", "v_proj", "up_proj"]
 MERGE = "merge it (`python cli.py merge mine --out merged/mine`)"
 EXPORT = (
-    "it takes a GGUF file (`python cli.py export mine --to gguf --out mine.gguf`), over a base of the kind of GPT-2, Llama, "
-    "Mistral or Qwen2"
+    "llama.cpp loads a GGUF file (`python cli.py export mine --to gguf --out mine.gguf`), on a GPT-2, Llama, "
+    "Mistral or Qwen2 base"
 )
-OWN_CONVERTER = "llama.cpp's own converter would get this one wrong without a word: use `export`"
-DIFFER = "its layers differ in rank or scale, which vLLM 0.33 reads; older ones may ignore it"
-ANEW = "write it anew (`python cli.py blend mine=1 --name NEW`)"
-NOT_NAMED = f"which target_modules does not name: {ANEW}"
+CONVERTER_NOTE = "llama.cpp's own converter silently gets this adapter wrong: use `export`"
+LAYERS_DIFFER = "its layers differ in rank or scale: vLLM 0.33 supports that, older versions may ignore it"
+REWRITE = "rewrite it (`python cli.py blend mine=1 --name NEW`)"
+NOT_NAMED = f"which target_modules does not name: {REWRITE}"
 
 pytestmark = pytest.mark.filterwarnings(
     *("ignore:fan_in_fan_out is set", "ignore:Found missing adapter keys"),
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture
 def write(tmp_path, llama, gpt2):
-    """An adapter of random numbers in the library, over a tiny base."""
+    """Write an adapter with random weights for a tiny base into the library."""
 
     def written(modules=LLAMA, **config):
         draw, tensors = np.random.default_rng(0), {}
@@ -56,29 +56,29 @@ def write(tmp_path, llama, gpt2):
     return written
 
 
-def judged(adapter, tool):
-    found = compatibility.check_compatibility(adapter, tool)
-    assert (found.tool, found.accepted) == (tool, found.errors == [])
-    return found.errors, found.notes
+def check(adapter, tool):
+    report = compatibility.check_compatibility(adapter, tool)
+    assert (report.tool, report.accepted) == (tool, report.errors == [])
+    return report.errors, report.notes
 
 
-def in_peft(adapter):
-    """The tensors that PEFT leaves out, and the most that it adds to a layer that has none."""
+def load_in_peft(adapter):
+    """The tensors that PEFT skips, and the largest update that it adds to a layer without tensors."""
     base = AutoModelForCausalLM.from_pretrained(adapter.base)
     model = PeftModel.from_pretrained(base, adapter.path)
     state = {name.replace(".default", ""): it for name, it in model.state_dict().items() if ".lora_" in name}
     tensors = load_file(adapter.path / WEIGHTS_FILE)
-    left_out = [
+    skipped = [
         name
         for name, values in tensors.items()
         if not torch.equal(state.get(name, state.get(f"{name}.weight", torch.empty(0))), values)
     ]
     others = [name for name in state if ".lora_A." in name and name not in tensors]
     added = [float((state[name.replace("lora_A", "lora_B")] @ state[name]).abs().max()) for name in others]
-    return left_out, max(added, default=0.0)
+    return skipped, max(added, default=0.0)
 
 
-TAKEN_BY_PEFT = {
+ACCEPTED_BY_PEFT = {
     "last names": (LLAMA, {}),
     "names in full": (LLAMA, {"target_modules": list(LLAMA)}),
     "names of more layers": (QUERY, {}),
@@ -90,65 +90,69 @@ TAKEN_BY_PEFT = {
     "eva": (QUERY, {"init_lora_weights": "eva"}),
     "orthogonal": (QUERY, {"init_lora_weights": "orthogonal"}),
     "GPT-2": (GPT2, {}),
-    "GPT-2, turned": (GPT2, {"fan_in_fan_out": True}),
+    "GPT-2, fan_in_fan_out": (GPT2, {"fan_in_fan_out": True}),
 }
 
 
-@pytest.mark.parametrize("way", TAKEN_BY_PEFT)
-def test_what_is_said_to_be_taken_by_peft_is_loaded_whole_and_adds_nothing_else(write, way):
-    modules, config = TAKEN_BY_PEFT[way]
+@pytest.mark.parametrize("way", ACCEPTED_BY_PEFT)
+def test_accepted_adapter_loads_fully_in_peft(write, way):
+    modules, config = ACCEPTED_BY_PEFT[way]
     adapter = write(modules, **config)
-    assert judged(adapter, "peft") == ([], [])
-    left_out, added = in_peft(adapter)
-    assert left_out == []
+    assert check(adapter, "peft") == ([], [])
+    skipped, added = load_in_peft(adapter)
+    assert skipped == []
     assert added < 1e-6
 
 
-def test_peft_drops_the_layers_that_target_modules_leaves_out_without_a_word(write, recwarn):
+def test_peft_check_reports_skipped_layers(write, recwarn):
     for targets, first in (
         (["q_proj", "up_proj"], "model.layers.0.self_attn.v_proj"),
         ([*(name for name in LLAMA if name.startswith("model.layers.0.")), "q_proj"], "model.layers.1.mlp.up_proj"),
         (None, "model.layers.0.mlp.up_proj"),  # of Llama's layers PEFT then takes q_proj and v_proj
     ):
         adapter = write(target_modules=targets)
-        left_out, _ = in_peft(adapter)
-        assert f"base_model.model.{first}.lora_B.weight" in left_out
-        assert len(left_out) < len(adapter.tensors)
-        obstacle = f"PEFT would leave out {first}, {NOT_NAMED}"
-        assert judged(adapter, "peft") == ([obstacle], [])
+        skipped, _ = load_in_peft(adapter)
+        assert f"base_model.model.{first}.lora_B.weight" in skipped
+        assert len(skipped) < len(adapter.tensors)
+        obstacle = f"PEFT would skip {first}, {NOT_NAMED}"
+        assert check(adapter, "peft") == ([obstacle], [])
     assert not [it for it in recwarn if "adapter" in str(it.message)]
 
 
-def test_peft_drops_the_output_head_under_all_linear(write):
+def test_peft_check_reports_skipped_lm_head(write):
     adapter = write(QUERY | {"lm_head": (32, 320)}, target_modules="all-linear")
-    obstacle = "PEFT would leave out lm_head, which is not in all-linear: name each layer in adapter_config.json"
-    assert judged(adapter, "peft") == ([obstacle], [])
-    assert in_peft(adapter)[0] == [f"base_model.model.lm_head.lora_{part}.weight" for part in "AB"]
+    obstacle = (
+        "PEFT would skip lm_head, which all-linear does not include: list the layers by name in adapter_config.json"
+    )
+    assert check(adapter, "peft") == ([obstacle], [])
+    assert load_in_peft(adapter)[0] == [f"base_model.model.lm_head.lora_{part}.weight" for part in "AB"]
 
 
 @pytest.mark.parametrize("targets", [NAMES, "all-linear"])
 @pytest.mark.parametrize("start", [False, None])
-def test_peft_fills_layers_that_have_no_tensors_at_random_where_it_is_told_to(write, start, targets):
+def test_peft_check_reports_random_initialization(write, start, targets):
     adapter = write(QUERY, init_lora_weights=start, target_modules=targets)
-    obstacle = f"init_lora_weights is {json.dumps(start)}, and PEFT would fill layers without tensors at random: {ANEW}"
-    assert judged(adapter, "peft") == ([obstacle], [])
-    assert in_peft(adapter)[1] > 0.1
+    obstacle = (
+        f"init_lora_weights is {json.dumps(start)}, so PEFT would give layers without tensors random weights: {REWRITE}"
+    )
+    assert check(adapter, "peft") == ([obstacle], [])
+    assert load_in_peft(adapter)[1] > 0.1
 
 
-def test_peft_stops_at_an_orthogonal_start_of_an_odd_rank(write):
+def test_peft_check_reports_odd_orthogonal_rank(write):
     adapter = write(init_lora_weights="orthogonal", rank_pattern=dict.fromkeys(QUERY, 3))
-    assert judged(adapter, "peft") == (
-        [f"init_lora_weights is orthogonal, which PEFT has not for an odd rank: {ANEW}"],
+    assert check(adapter, "peft") == (
+        [f"init_lora_weights is orthogonal, which PEFT does not support for odd ranks: {REWRITE}"],
         [],
     )
     with pytest.raises(ValueError, match="even"):
-        in_peft(adapter)
+        load_in_peft(adapter)
 
 
-def test_a_pattern_for_peft_is_not_tried(write):
-    assert judged(write(target_modules=".*_proj"), "peft") == (
+def test_peft_check_notes_target_pattern(write):
+    assert check(write(target_modules=".*_proj"), "peft") == (
         [],
-        ["target_modules is the pattern '.*_proj', which was not tried"],
+        ["target_modules is the pattern '.*_proj', which was not checked"],
     )
 
 
@@ -156,51 +160,51 @@ def test_a_pattern_for_peft_is_not_tried(write):
     ("rank", "least"),
     [*((1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (65, 128), (129, 256)), *((257, 320), (512, 512), (513, None))],
 )
-def test_vllm_is_started_with_the_least_of_its_ranks_that_is_enough(write, rank, least):
+def test_vllm_rank_is_smallest_sufficient(write, rank, least):
     for adapter in (write(QUERY, r=rank), write(LLAMA, r=1, rank_pattern=dict.fromkeys(QUERY, rank))):
         assert compatibility.vllm_rank(adapter) == least
-        obstacles, notes = judged(adapter, "vllm")
-        cut = "vLLM takes ranks up to 512: cut it (`python cli.py blend mine=1 --rank 512 --name NEW`)"
+        obstacles, notes = check(adapter, "vllm")
+        cut = "vLLM supports ranks up to 512: reduce it (`python cli.py blend mine=1 --rank 512 --name NEW`)"
         assert obstacles == ([cut] if least is None else [])
-        told = f"start vLLM with --max-lora-rank {least}: by itself it takes 16"
-        differ = [DIFFER] if adapter.config.get("rank_pattern") else []
+        told = f"start vLLM with --max-lora-rank {least}: the default is 16"
+        differ = [LAYERS_DIFFER] if adapter.config.get("rank_pattern") else []
         assert notes == ([told] if least and least > 16 else []) + differ
 
 
-def test_vllm_has_no_lora_for_gpt2_and_no_dora(write):
-    assert judged(write(), "vllm") == ([], [])
-    assert judged(write(alpha_pattern={"q_proj": 3}), "vllm") == ([], [DIFFER])
-    assert judged(write(GPT2), "vllm") == ([f"vLLM has no LoRA for GPT-2: {MERGE}"], [])
-    assert judged(write(use_dora=True), "vllm") == ([f"vLLM has no DoRA: {MERGE}"], [])
+def test_vllm_check_rejects_gpt2_and_dora(write):
+    assert check(write(), "vllm") == ([], [])
+    assert check(write(alpha_pattern={"q_proj": 3}), "vllm") == ([], [LAYERS_DIFFER])
+    assert check(write(GPT2), "vllm") == ([f"vLLM does not support LoRA on GPT-2: {MERGE}"], [])
+    assert check(write(use_dora=True), "vllm") == ([f"vLLM does not support DoRA: {MERGE}"], [])
 
 
-def test_llama_cpp_takes_a_gguf_of_layers_that_are_known_without_dora(write):
+def test_llama_cpp_check_by_layers(write):
     for config in ({}, {"target_modules": "all-linear"}, {"rank_pattern": dict.fromkeys(QUERY, 2)}):
-        assert judged(write(**config), "llama.cpp") == ([], [EXPORT])
+        assert check(write(**config), "llama.cpp") == ([], [EXPORT])
     for config in ({"use_rslora": True}, {"alpha_pattern": {"q_proj": 3}}):
-        assert judged(write(**config), "llama.cpp") == ([], [EXPORT, OWN_CONVERTER])
-    assert judged(write(GPT2), "llama.cpp") == ([], [EXPORT, OWN_CONVERTER])
-    assert judged(write(use_dora=True), "llama.cpp") == ([f"llama.cpp has no DoRA: {MERGE}"], [EXPORT])
+        assert check(write(**config), "llama.cpp") == ([], [EXPORT, CONVERTER_NOTE])
+    assert check(write(GPT2), "llama.cpp") == ([], [EXPORT, CONVERTER_NOTE])
+    assert check(write(use_dora=True), "llama.cpp") == ([f"llama.cpp does not support DoRA: {MERGE}"], [EXPORT])
     for layer in ("lm_head", "model.layers.0.mlp.c_proj", "transformer.h.0.mlp", "gpt_neox.layers.0.attention.dense"):
-        unknown = f"how llama.cpp calls and turns layers such as {layer} is not known here: {MERGE}"
-        assert judged(write(QUERY | {layer: (32, 32)}), "llama.cpp") == ([unknown], [EXPORT])
+        unknown = f"layers such as {layer} cannot be converted for llama.cpp: {MERGE}"
+        assert check(write(QUERY | {layer: (32, 32)}), "llama.cpp") == ([unknown], [EXPORT])
 
 
-def test_the_advice_calls_it_what_it_is_to_be_called(write):
+def test_check_uses_given_name(write):
     assert compatibility.check_compatibility(write(), "llama.cpp", "other").notes == [EXPORT.replace("mine", "other")]
     assert compatibility.check_compatibility(write(use_dora=True), "vllm", "other").errors == [
-        f"vLLM has no DoRA: {MERGE.replace('mine', 'other')}"
+        f"vLLM does not support DoRA: {MERGE.replace('mine', 'other')}"
     ]
 
 
-def test_the_weights_are_not_read(write):
+def test_check_reads_no_weights(write):
     adapter = write()
     (adapter.path / WEIGHTS_FILE).unlink()
     for tool in ("vllm", "llama.cpp", "peft"):
         assert compatibility.check_compatibility(adapter, tool).accepted
 
 
-def test_the_commands_that_it_advises_work(write, tmp_path):
+def test_advised_commands_work(write, tmp_path):
     for dora, made in ((False, "mine.gguf"), (True, "merged/mine/model.safetensors")):
         verdict = compatibility.check_compatibility(write(use_dora=dora), "llama.cpp")
         command = re.search("`python cli.py (.*)`", [*verdict.errors, *verdict.notes][0])
@@ -208,11 +212,11 @@ def test_the_commands_that_it_advises_work(write, tmp_path):
         assert (tmp_path / made).is_file()
 
 
-def test_the_command_tells_what_to_change_and_fails_where_it_is_not_taken(write):
+def test_check_command_output_and_status(write):
     write(target_modules=["q_proj"])
     assert run("adapters", "check", "mine", "--for", "vllm").stdout == "mine: vllm takes it\n"
     assert run("adapters", "check", "mine", "--for", "llama.cpp").stdout == f"mine: llama.cpp takes it\n- {EXPORT}\n"
-    obstacle = f"PEFT would leave out model.layers.0.mlp.up_proj, {NOT_NAMED}"
+    obstacle = f"PEFT would skip model.layers.0.mlp.up_proj, {NOT_NAMED}"
     told = run("adapters", "check", "mine", "--for", "peft", exit_code=1).stdout
     assert told == f"mine: peft does not take it\n- {obstacle}\n"
     for tool, obstacles in (("vllm", []), ("peft", [obstacle])):

@@ -60,7 +60,7 @@ def table(card):
 # Metrics
 
 
-def test_metrics_are_one_json_object_a_line(tmp_path):
+def test_write_metrics_as_jsonl(tmp_path):
     plots.write_metrics(HISTORY, tmp_path / "metrics.jsonl")
     text = (tmp_path / "metrics.jsonl").read_text()
     assert text.startswith('{"step": 1, "loss": 4.0, "learning_rate": 0.001}\n')
@@ -68,7 +68,7 @@ def test_metrics_are_one_json_object_a_line(tmp_path):
     assert [json.loads(line) for line in text.splitlines()] == HISTORY
 
 
-def test_no_metrics_are_an_empty_file(tmp_path):
+def test_write_empty_metrics(tmp_path):
     plots.write_metrics([], tmp_path / "metrics.jsonl")
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
@@ -99,25 +99,25 @@ def share(pixels, colour):
 BLUE, ORANGE = (31, 119, 180), (255, 127, 14)
 
 
-def test_the_picture_is_a_png_with_both_curves(tmp_path):
+def test_loss_plot_has_both_curves(tmp_path):
     pixels = plot(tmp_path)
     assert pixels.shape == (480, 840, 3)
     assert share(pixels, BLUE) > 0.0003
     assert share(pixels, ORANGE) > 0.0003
 
 
-def test_a_run_without_a_held_out_loss_has_a_picture(tmp_path):
+def test_loss_plot_without_held_out_loss(tmp_path):
     pixels = plot(tmp_path, [HISTORY[0], HISTORY[1]], adapter_files.manifest(result=None))
     assert share(pixels, BLUE) > 0.0003
     assert share(pixels, ORANGE) == 0
 
 
-def test_a_run_without_steps_has_a_picture(tmp_path):
+def test_loss_plot_without_steps(tmp_path):
     pixels = plot(tmp_path, [], adapter_files.manifest(result=None))
     assert share(pixels, BLUE) == share(pixels, ORANGE) == 0
 
 
-def test_held_out_losses_before_and_after_are_in_the_picture(tmp_path, monkeypatch):
+def test_loss_plot_values(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
     lines, draw = {}, Axes.plot
@@ -134,12 +134,12 @@ def test_held_out_losses_before_and_after_are_in_the_picture(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("name", ["$a$.csv", "a_$b.csv", r"$\frac$.csv", "{x}^2.csv"])
-def test_the_name_of_the_data_is_no_formula(tmp_path, name):
+def test_loss_plot_title_is_plain_text(tmp_path, name):
     facts = adapter_files.manifest().data.model_copy(update={"name": name})
     plot(tmp_path, manifest=adapter_files.manifest(data=facts.model_dump()))
 
 
-def test_the_same_run_gives_the_same_picture(tmp_path):
+def test_loss_plot_is_reproducible(tmp_path):
     plot(tmp_path)
     first = (tmp_path / "loss.png").read_bytes()
     plot(tmp_path)
@@ -186,7 +186,7 @@ def where(pixels, colour):
     return across, down
 
 
-def test_gains_are_blue_losses_red_and_what_is_missing_grey(tmp_path):
+def test_gain_plot_colors(tmp_path):
     pixels = plot_gains(tmp_path, gains([0.5, None], [-0.5, 0.0]))
     helps, forgotten, nothing, missing = (where(pixels, it) for it in (HELPS, FORGOTTEN, NOTHING, MISSING))
     # An adapter a row, a set of rows a column. (The bar beside it draws them a little apart.)
@@ -199,11 +199,11 @@ def test_gains_are_blue_losses_red_and_what_is_missing_grey(tmp_path):
 
 
 @pytest.mark.parametrize("matrix", [gains([0.0]), gains([0.0, None]), gains([1e-12, 1.0])])
-def test_no_gain_has_no_colour(tmp_path, matrix):
+def test_zero_gain_is_neutral(tmp_path, matrix):
     where(plot_gains(tmp_path, matrix), NOTHING)
 
 
-def test_the_figures_of_each_cell_are_in_the_picture(tmp_path, monkeypatch):
+def test_gain_plot_cell_texts(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
     texts, write = {}, Axes.text
@@ -238,13 +238,13 @@ def test_the_figures_of_each_cell_are_in_the_picture(tmp_path, monkeypatch):
     ],
     ids=["one", "loss", "missing", "all-missing", "zero", "far", "formula", "names", "column", "many"],
 )
-def test_every_matrix_has_a_picture(tmp_path, matrix):
+def test_gain_plot_of_any_matrix(tmp_path, matrix):
     height, width, _ = plot_gains(tmp_path, matrix).shape
     assert width >= 120 * (2.2 + 1.1 * len(matrix.sets))
     assert height >= 120 * (1.8 + 0.6 * len(matrix.adapters))
 
 
-def test_the_same_gains_give_the_same_picture(tmp_path):
+def test_gain_plot_is_reproducible(tmp_path):
     for name in ("a.png", "b.png"):
         plot_gains(tmp_path, gains([0.5, None], [-0.5, 0.25]), name)
     plot_gains(tmp_path, gains([0.5, None], [-0.5, 0.24]), "c.png")
@@ -252,7 +252,7 @@ def test_the_same_gains_give_the_same_picture(tmp_path):
     assert first == second != other
 
 
-def test_the_picture_names_no_path_of_this_machine(tmp_path, monkeypatch):
+def test_gain_plot_hides_local_paths(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
     shown = []
@@ -265,7 +265,7 @@ def test_the_picture_names_no_path_of_this_machine(tmp_path, monkeypatch):
 # The model card
 
 
-def test_the_metadata_is_what_the_hub_reads(card):
+def test_card_metadata(card):
     text = card()
     assert yaml.safe_load(text.split("---\n")[1]) == {
         "base_model": "distilbert/distilgpt2",
@@ -279,42 +279,42 @@ def test_the_metadata_is_what_the_hub_reads(card):
     assert parsed.data.library_name == "peft"
     assert parsed.data.pipeline_tag == "text-generation"
     assert parsed.data.tags == ["lora", "lora_tuner"]
-    assert parsed.text.strip().startswith("# imdb\n\nA LoRA adapter: it makes distilgpt2 write like imdb.\n")
+    assert parsed.text.strip().startswith("# imdb\n\nA LoRA adapter for distilgpt2, trained on imdb.\n")
 
 
-def test_the_figures(card):
+def test_card_summary_table(card):
     assert table(card()) == {
         "Base": "distilgpt2 (distilbert/distilgpt2 on the Hub)",
-        "Update": "LoRA, rank 4, alpha 8, on c_attn",
+        "Adapter": "LoRA, rank 4, alpha 8, on c_attn",
         "Size": "192 parameters, 0.0 MB",
         "Data": "stanfordnlp/imdb",
         "Rows": "25,000 read, 12,500 filtered, 98 duplicates, 10,000 train, 2,402 held out",
         "Run": "lora, 40 steps, 20,480 tokens, 1.5 minutes on cpu in float32",
-        "Held-out loss": "3.5000 nats a token; the base has 3.7500",
+        "Held-out loss": "3.5000 nats per token (base: 3.7500)",
         "Gain": "0.2500 ± 0.0125 (standard error, 200 rows, paired)",
-        "Perplexity": f"{math.exp(3.5):.2f}; the base has {math.exp(3.75):.2f}",
+        "Perplexity": f"{math.exp(3.5):.2f} (base: {math.exp(3.75):.2f})",
     }
 
 
-def test_a_card_without_a_result_says_nothing_of_it(card):
+def test_card_without_result(card):
     rows = table(card(adapter_files.manifest(result=None)))
     assert {"Held-out loss", "Gain", "Perplexity"} & rows.keys() == set()
     assert "Run" in rows
 
 
-def test_the_embedded_base_is_named_as_on_the_hub(card):
+def test_card_of_embedded_base(card):
     text = card(based_on(name="smollm2-135m", repo="HuggingFaceTB/SmolLM2-135M-Instruct", revision=None))
     assert ModelCard(text).data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert "AutoModelForCausalLM.from_pretrained('HuggingFaceTB/SmolLM2-135M-Instruct')" in text
 
 
-def test_a_base_without_an_owner_is_named_when_it_is_on_the_hub(card):
+def test_card_of_base_without_owner(card):
     assert ModelCard(card(based_on(name="gpt2", repo="gpt2"))).data.base_model == "gpt2"
 
 
 @pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize("kind", ["absolute", "relative"])
-def test_a_local_base_is_no_base_on_the_hub(card, tmp_path, there, kind):
+def test_card_hides_local_base(card, tmp_path, there, kind):
     """Whether the folder is still there or not: a card may be written again elsewhere."""
     if there:
         (tmp_path / "models" / "mine").mkdir(parents=True)
@@ -325,23 +325,23 @@ def test_a_local_base_is_no_base_on_the_hub(card, tmp_path, there, kind):
     assert "AutoModelForCausalLM.from_pretrained('path/to/" in text
 
 
-def test_a_local_dataset_is_called_by_its_last_part(card, tmp_path):
+def test_card_hides_local_dataset_path(card, tmp_path):
     path = str(tmp_path / "my|reviews.csv")
     facts = adapter_files.manifest().data.model_copy(update={"name": path, "source": path})
     text = card(adapter_files.manifest(data=facts.model_dump()))
     assert str(tmp_path) not in text
-    assert "it makes distilgpt2 write like my|reviews.csv." in text
+    assert "A LoRA adapter for distilgpt2, trained on my|reviews.csv." in text
     assert table(text)["Data"] == r"my\|reviews.csv"
 
 
-def test_every_row_of_the_table_has_two_cells(card):
+def test_card_table_escapes_pipes(card):
     facts = adapter_files.manifest().data.model_copy(update={"source": "a|b\\|c"})
     for line in card(adapter_files.manifest(data=facts.model_dump())).splitlines():
         if line.startswith("|"):
             assert line.replace(r"\|", "").count("|") == 3, line
 
 
-def test_the_program_in_the_card_is_python(card):
+def test_card_example_compiles(card):
     program = card().split("```python\n")[1].split("```")[0]
     compile(program, "card", "exec")
     assert 'PeftModel.from_pretrained(base, "path/to/imdb")' in program
@@ -366,7 +366,7 @@ def used(tmp_path, config=None, weights=None):
 
 
 @pytest.mark.parametrize(("rank", "largest"), [(1, 8), (8, 8), (12, 16), (321, 512)])
-def test_the_card_says_how_other_tools_load_it(tmp_path, rank, largest):
+def test_card_shows_commands_of_other_tools(tmp_path, rank, largest):
     text = used(tmp_path, {"r": rank, "target_modules": ["q_proj"]}, adapter_files.tensors(rank, LLAMA))
     assert (
         "vllm serve distilbert/distilgpt2 --enable-lora "
@@ -376,39 +376,39 @@ def test_the_card_says_how_other_tools_load_it(tmp_path, rank, largest):
     assert MERGE not in text
 
 
-def test_vllm_is_told_the_largest_rank_of_any_layer(tmp_path):
+def test_card_vllm_rank_is_largest(tmp_path):
     weights = adapter_files.tensors(4, LLAMA) | {
         name: tensor for name, tensor in adapter_files.tensors(20, LLAMA).items() if LLAMA[1] in name
     }
     assert "--max-lora-rank 32 " in used(tmp_path, {"rank_pattern": {"layers.1.self_attn.q_proj": 20}}, weights)
 
 
-def test_the_card_says_what_other_tools_do_not_take(tmp_path):
+def test_card_names_incompatible_tools(tmp_path):
     gpt2 = used(tmp_path, {"fan_in_fan_out": True}, adapter_files.tensors())
-    assert gpt2.endswith(f"```\n\nvLLM has no LoRA for GPT-2: {MERGE}.\n")
+    assert gpt2.endswith(f"```\n\nvLLM does not support LoRA on GPT-2: {MERGE}.\n")
     assert "vllm serve" not in gpt2
     assert "cli.py export" in gpt2
     magnitudes = {f"base_model.model.{module}.lora_magnitude_vector": np.ones(18, np.float32) for module in LLAMA}
     dora = used(tmp_path, {"use_dora": True}, adapter_files.tensors(modules=LLAMA) | magnitudes)
-    assert dora.endswith(f"```\n\nvLLM has no DoRA: {MERGE}.\n\nllama.cpp has no DoRA: {MERGE}.\n")
+    assert dora.endswith(f"```\n\nvLLM does not support DoRA: {MERGE}.\n\nllama.cpp does not support DoRA: {MERGE}.\n")
     assert "cli.py export" not in dora
 
 
-def test_the_card_of_one_that_no_run_made_says_how_it_was_made(card):
+def test_card_of_adapter_without_run(card):
     facts = adapter_files.manifest(run=None, data=None, result=None, made_by="compress imdb --energy 0.9")
     rows = table(card(facts))
-    assert list(rows) == ["Base", "Update", "Size", "Made by"]
-    assert rows["Made by"] == "`compress imdb --energy 0.9`"
+    assert list(rows) == ["Base", "Adapter", "Size", "Command"]
+    assert rows["Command"] == "`compress imdb --energy 0.9`"
     assert "run.yaml" not in card(facts)
 
 
-def test_the_card_holds_a_strangers_words_on_one_line_and_without_html(card):
+def test_card_escapes_untrusted_text(card):
     facts = adapter_files.manifest().data.model_copy(update={"name": "x" * 300, "source": "a\n\n# b <script>"})
     text = card(adapter_files.manifest(data=facts.model_dump()))
     assert table(text)["Data"] == "a # b &lt;script>"
 
 
-def test_the_card_shows_the_pictures_that_there_are(tmp_path):
+def test_card_links_existing_plots(tmp_path):
     folder = adapter_files.write(tmp_path / "imdb", facts=adapter_files.manifest())
     for name, picture in (("loss.png", "![Loss](loss.png)"), ("spectrum.png", "![Singular values](spectrum.png)")):
         assert picture not in model_card.model_card(load_adapter_folder(folder), "imdb")
@@ -416,27 +416,25 @@ def test_the_card_shows_the_pictures_that_there_are(tmp_path):
         assert picture in model_card.model_card(load_adapter_folder(folder), "imdb")
 
 
-def test_spectra_are_a_picture_with_a_dot_for_each_cut(tmp_path):
-    import torch
-
-    spectra = {"h.0.c_attn": torch.tensor([4.0, 1.0, 0.0]), "h.0.c_fc": torch.tensor([2.0])}
+def test_spectrum_plot_marks_truncation(tmp_path):
+    spectra = {"h.0.c_attn": [4.0, 1.0, 0.0], "h.0.c_fc": [2.0]}
     plots.plot_spectra(spectra, {"h.0.c_attn": 2, "h.0.c_fc": 1}, tmp_path / "spectrum.png")
     pixels = pixels_of(tmp_path / "spectrum.png")
     assert share(pixels, BLUE) > 0.00003
     assert share(pixels, ORANGE) > 0.00001
 
 
-def test_the_card_of_a_child_names_its_parent_and_what_it_was_measured_on(card, tmp_path):
+def test_card_of_child_names_parents(card, tmp_path):
     grandparent = {"name": "old", "sha256": "12" * 32}
     parents = [{"name": "noir", "sha256": "ab" * 32, "parents": [grandparent]}, {"name": "verse", "sha256": "cd" * 32}]
     facts = adapter_files.manifest().data.model_copy(update={"eval_dataset": "owner/films"})
     rows = table(card(adapter_files.manifest(parents=parents, data=facts.model_dump())))
-    assert rows["Made from"] == "noir (abababababab), verse (cdcdcdcdcdcd)"
-    assert rows["Measured on"] == "owner/films"
-    assert list(rows)[2:6] == ["Size", "Made from", "Data", "Rows"]
+    assert rows["Parents"] == "noir (abababababab), verse (cdcdcdcdcdcd)"
+    assert rows["Evaluated on"] == "owner/films"
+    assert list(rows)[2:6] == ["Size", "Parents", "Data", "Rows"]
     facts = facts.model_copy(update={"eval_dataset": str(tmp_path / "films.csv")})
-    assert table(card(adapter_files.manifest(data=facts.model_dump())))["Measured on"] == "films.csv"
-    assert {"Made from", "Measured on"} & table(card()).keys() == set()
+    assert table(card(adapter_files.manifest(data=facts.model_dump())))["Evaluated on"] == "films.csv"
+    assert {"Parents", "Evaluated on"} & table(card()).keys() == set()
 
 
 def peft_folder(place, base, **settings):
@@ -465,7 +463,7 @@ def peft_folder(place, base, **settings):
         ("llama", {"r": 4, "target_modules": ["v_proj"], "use_dora": True}),
     ],
 )
-def test_the_programs_of_the_card_run_and_agree(tmp_path, capsys, request, kind, settings):
+def test_card_examples_run_and_agree(tmp_path, capsys, request, kind, settings):
     base = request.getfixturevalue(kind)
     folder = peft_folder(tmp_path / "path" / "to" / "noir", base, **settings)
     (tmp_path / "path" / "to" / kind).symlink_to(base)
@@ -494,7 +492,7 @@ def test_the_programs_of_the_card_run_and_agree(tmp_path, capsys, request, kind,
         ({"name": "m", "repo": "m", **LOCAL}, None),
     ],
 )
-def test_the_metadata_of_a_child_is_what_the_hub_reads(card, base, repo):
+def test_card_metadata_of_child(card, base, repo):
     facts = based_on(**base).model_copy(
         update={"parents": adapter_files.manifest(parents=[{"name": "noir", "sha256": "ab" * 32}]).parents}
     )
@@ -509,7 +507,7 @@ def test_the_metadata_of_a_child_is_what_the_hub_reads(card, base, repo):
 
 
 @pytest.mark.parametrize("name", ["reviews", "$_{$", "a" * 64])
-def test_names_of_any_length_stay_in_the_picture(tmp_path, monkeypatch, name):
+def test_gain_plot_fits_long_names(tmp_path, monkeypatch, name):
     from matplotlib.figure import Figure
 
     saved, save = [], Figure.savefig
@@ -523,12 +521,12 @@ def test_names_of_any_length_stay_in_the_picture(tmp_path, monkeypatch, name):
     assert box.y1 <= height
 
 
-def test_the_card_names_the_rows_that_were_chosen(card):
+def test_card_shows_row_filter(card):
     facts = adapter_files.manifest().data.model_copy(update={"where": ["label=1"]})
-    assert table(card(adapter_files.manifest(data=facts.model_dump())))["Only"] == "label=1"
+    assert table(card(adapter_files.manifest(data=facts.model_dump())))["Filter"] == "label=1"
 
 
-def test_metrics_come_back_as_they_are_drawn(tmp_path):
+def test_metrics_round_trip(tmp_path):
     plots.write_metrics(HISTORY, tmp_path / "metrics.jsonl")
     found = plots.read_metrics(tmp_path / "metrics.jsonl")
     assert found == [{key: it[key] for key in ("step", "loss", "eval_loss") if key in it} for it in HISTORY]
@@ -553,25 +551,25 @@ def test_metrics_come_back_as_they_are_drawn(tmp_path):
         None,
     ],
 )
-def test_what_nobody_can_draw_is_no_curve(tmp_path, text):
+def test_read_invalid_metrics_fails(tmp_path, text):
     path = tmp_path / "metrics.jsonl"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(AdapterError, match=re.escape(f"{path} holds no curve: ")):
+    with pytest.raises(AdapterError, match=re.escape(f"{path} has no loss curve: ")):
         plots.read_metrics(path)
 
 
-def test_an_adapter_of_another_tool_has_facts_too(tmp_path):
+def test_summary_without_manifest(tmp_path):
     found = dict(model_card.summary_rows(load_adapter_folder(adapter_files.write(tmp_path / "other"))))
     assert found == {
         "Base": "distilbert/distilgpt2",
-        "Update": "LoRA, rank 4, alpha 8, on c_attn",
+        "Adapter": "LoRA, rank 4, alpha 8, on c_attn",
         "Size": "192 parameters, 0.0 MB",
-        "Made": "by another tool: it has no manifest",
+        "Origin": "another tool (no manifest)",
     }
 
 
-def test_a_whole_spectrum_has_no_dots(tmp_path):
-    plots.plot_spectra({"h.0.c_attn": torch.tensor([4.0, 1.0])}, {}, buffer := io.BytesIO())
-    plots.plot_spectra({"h.0.c_attn": torch.tensor([4.0, 1.0])}, {"h.0.c_attn": 2}, tmp_path / "cut.png")
+def test_spectrum_plot_without_truncation(tmp_path):
+    plots.plot_spectra({"h.0.c_attn": [4.0, 1.0]}, {}, buffer := io.BytesIO())
+    plots.plot_spectra({"h.0.c_attn": [4.0, 1.0]}, {"h.0.c_attn": 2}, tmp_path / "cut.png")
     assert share(pixels_of(buffer), BLUE) < share(pixels_of(tmp_path / "cut.png"), BLUE)

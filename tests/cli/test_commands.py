@@ -73,7 +73,7 @@ def test_train_generate_list_show_merge(quick, tmp_path):
     assert (tmp_path / "merged" / "reviews" / "model.safetensors").is_file()
 
 
-def test_verify_rename_and_remove(adapter, tmp_path):
+def test_verify_rename_remove(adapter, tmp_path):
     assert run("adapters", "verify").stdout == "reviews: whole\n"
     assert json.loads(run("adapters", "verify", "reviews", "--json").stdout) == [{"name": "reviews", "problems": []}]
     assert run("adapters", "rename", "reviews", "old").stdout == "adapters/old\n"
@@ -86,7 +86,7 @@ def test_verify_rename_and_remove(adapter, tmp_path):
     assert Library().names() == []
 
 
-def test_every_way_to_give_a_prompt(adapter, tmp_path):
+def test_generate_prompt_sources(adapter, tmp_path):
     (tmp_path / "prompts.txt").write_text("the actor\n\nthis film\n")
     both = run("generate", "--adapter", "reviews", *GREEDY, "--file", "prompts.txt").stdout.splitlines()
     assert [line[:9] for line in both] == ["the actor", "this film"]
@@ -99,7 +99,7 @@ def test_every_way_to_give_a_prompt(adapter, tmp_path):
     assert "holds no prompt" in run("generate", "--file", "empty.txt", exit_code=1).stderr
 
 
-def test_the_asking_mode_answers_swaps_and_ends(adapter, gpt2):
+def test_interactive_prompt_switches_adapters(adapter, gpt2):
     answer = run("generate", "--adapter", "reviews", *GREEDY, "the actor").stdout
     plain = run("generate", "--base", gpt2, *GREEDY, "the actor").stdout
     assert answer != plain
@@ -115,13 +115,13 @@ def test_the_asking_mode_answers_swaps_and_ends(adapter, gpt2):
     assert "Error: There is no /what: /adapter NAME (reviews), /base, or an empty line to end." in result.stderr
 
 
-def test_answers_as_json(adapter):
+def test_generate_json(adapter):
     answers = json.loads(run("generate", "--adapter", "reviews", "--n", 3, "--seed", 5, "--json", "the").stdout)
     assert [answer["prompt"] for answer in answers] == ["the"] * 3
     assert [answer["seed"] for answer in answers] == [5, 6, 7]
 
 
-def test_plan_and_preview_show_and_train_nothing(quick):
+def test_plan_and_preview_train_nothing(quick):
     assert "seconds a step" in run("train", *quick, "--plan").stdout
     assert json.loads(run("train", *quick, "--plan", "--json").stdout)["steps"] == 3
     shown = run("train", *quick, "--preview", 2).stdout
@@ -130,7 +130,7 @@ def test_plan_and_preview_show_and_train_nothing(quick):
     assert Library().names() == []
 
 
-def test_a_file_of_settings_with_options_over_it(quick, tmp_path, gpt2, reviews_csv):
+def test_train_options_override_config_file(quick, tmp_path, gpt2, reviews_csv):
     (tmp_path / "run.yaml").write_text(f"base: {gpt2}\ndataset: {reviews_csv}\nrank: 2\nmax_length: 64\nepochs: 2\n")
     facts = json.loads(run("train", "--config", "run.yaml", "--rank", 3, "--max-steps", 1, "--json").stdout)
     assert (facts["rank"], facts["run"]["steps"]) == (3, 1)
@@ -161,7 +161,7 @@ def test_a_file_of_settings_with_options_over_it(quick, tmp_path, gpt2, reviews_
         (
             ["train", "--name", "../up"],
             1,
-            "Error: '../up' is no adapter name: a letter, then up to 63 letters, digits, '-' or '_', and no device of Windows.",
+            "Error: '../up' is not a valid adapter name: use a letter, then up to 63 letters, digits, '-' or '_'; ",
         ),
         (["train", "--dataset", "nothing.csv"], 1, "Error: "),
         (
@@ -195,20 +195,20 @@ def test_a_file_of_settings_with_options_over_it(quick, tmp_path, gpt2, reviews_
         (["nonsense"], 2, "No such command 'nonsense'"),
     ],
 )
-def test_bad_input_gets_a_line_and_a_status(arguments, exit_code, message):
+def test_bad_input_error_and_status(arguments, exit_code, message):
     result = run(*arguments, exit_code=exit_code)
     assert message in " ".join(result.stderr.replace("│", " ").split())
     assert result.stdout == ""
 
 
-def test_a_broken_adapter_does_not_hide_the_others(adapter):
+def test_list_shows_broken_adapters(adapter):
     (adapter.path.parent / "broken").mkdir()
     result = run("adapters", "list")
     assert "reviews" in result.stdout
     assert "broken is broken: adapters/broken has no adapter_config.json" in result.stderr
 
 
-def test_each_setting_is_an_option_with_its_help():
+def test_settings_become_options():
     commands = typer.main.get_command(app).commands
     for kind, name in ((TrainConfig, "train"), (SamplingParams, "generate")):
         options = {option.name: option for option in commands[name].params}
@@ -231,7 +231,7 @@ for line in sys.stdin:
 """
 
 
-def test_help_and_list_do_not_load_torch(adapter, tmp_path):
+def test_light_commands_never_import_torch(adapter, tmp_path):
     shutil.copytree(adapter.path, tmp_path / "foreign")
     (tmp_path / "foreign" / MANIFEST_FILE).unlink()
     (tmp_path / "foreign").rename(tmp_path / "adapters" / "guest")
@@ -250,7 +250,7 @@ def test_help_and_list_do_not_load_torch(adapter, tmp_path):
     assert Library().get("guest").manifest.base.fingerprint == adapter.manifest.base.fingerprint
 
 
-def test_the_doctor_says_what_is_there_and_what_to_do(gpt2):
+def test_doctor_reports_environment(gpt2):
     facts = json.loads(run("doctor", "--json").stdout)
     assert facts["hub"] == "out of reach: HF_HUB_OFFLINE is set"
     assert facts["versions"]["torch"] != "not installed"
@@ -258,7 +258,7 @@ def test_the_doctor_says_what_is_there_and_what_to_do(gpt2):
     assert "threads" in run("doctor").stdout
 
 
-def test_the_adapters_folder_can_be_elsewhere(settings, tmp_path):
+def test_adapters_dir_option(settings, tmp_path):
     train(settings(adapters_dir=tmp_path / "shelf", name="a"))
     assert run("adapters", "list", "--adapters-dir", "shelf").stdout.splitlines()[1].startswith("a ")
     assert run("generate", "--adapters-dir", "shelf", "--adapter", "a", *GREEDY, "the").stdout.startswith("the")
@@ -301,7 +301,7 @@ BOTH = ["--adapter", "noir", "--adapter", "verse", "--device", "cpu", "--max-new
 WHO = ["(base)", "noir", "verse"]
 
 
-def test_compare_is_side_by_side_where_there_is_room(two, columns):
+def test_compare_in_columns(two, columns):
     answers = json.loads(run("compare", *BOTH, "--greedy", "--json", "the actor").stdout)
     assert [answer["adapter"] for answer in answers] == [None, "noir", "verse"]
     assert len({answer["text"] for answer in answers}) == 3
@@ -317,7 +317,7 @@ def test_compare_is_side_by_side_where_there_is_room(two, columns):
     assert places[0] == 0
 
 
-def test_compare_is_one_under_another_where_there_is_none(two, columns):
+def test_compare_on_narrow_terminal(two, columns):
     answers = json.loads(run("compare", *BOTH, "--greedy", "--json", "the actor").stdout)
     expected = [f"--- {who}\nthe actor{answer['text']}\n\n" for who, answer in zip(WHO, answers, strict=True)]
     for width in (36 * 3 - 1, 30):
@@ -325,7 +325,7 @@ def test_compare_is_one_under_another_where_there_is_none(two, columns):
         assert run("compare", *BOTH, "--greedy", "the actor").stdout == "".join(expected)
 
 
-def test_compare_gives_each_the_answer_that_it_gives_alone(two, gpt2):
+def test_compare_equals_single_generation(two, gpt2):
     drawn = ["--seed", "4", "--n", "2", "--json", "the actor"]
     answers = json.loads(run("compare", *BOTH, *drawn).stdout)
     assert [(answer["adapter"], answer["seed"]) for answer in answers] == [
@@ -337,7 +337,7 @@ def test_compare_gives_each_the_answer_that_it_gives_alone(two, gpt2):
         assert json.loads(one.stdout) == answers[2 * number : 2 * number + 2]
 
 
-def test_compare_shows_all_answers_to_all_prompts(two, tmp_path, columns):
+def test_compare_several_prompts_and_samples(two, tmp_path, columns):
     (tmp_path / "prompts.txt").write_text("the actor\n\nthis film\n")
     columns(50)
     how = [*BOTH, "--seed", "1", "--n", "2"]
@@ -354,7 +354,7 @@ def test_compare_shows_all_answers_to_all_prompts(two, tmp_path, columns):
     assert [answer["prompt"] for answer in answers] == ["the actor"] * 6 + ["this film"] * 6
 
 
-def test_compare_with_drawn_answers_gives_all_the_same_luck(two):
+def test_compare_uses_same_seed(two):
     answers = json.loads(run("compare", *BOTH, "--n", "2", "--json", "the").stdout)
     seeds = [answer["seed"] for answer in answers]
     assert seeds == seeds[:2] * 3
@@ -365,17 +365,17 @@ def other_base(tmp_path):
     return tiny_models.save_model(tmp_path / "stranger", "gpt2", seed=7)
 
 
-def test_what_compare_refuses(two, gpt2, tmp_path):
+def test_compare_errors(two, gpt2, tmp_path):
     stranger = other_base(tmp_path)
     assert error("compare", *BOTH) == (
         "Error: There is nothing to go on from: give a prompt, --file, or - for standard input."
     )
     assert error("compare", *BOTH, "x", "--file", "y") == "Error: A prompt and --file are two sources: give one."
     assert error("compare", *BOTH, "--adapter", "noir", "x") == (
-        "Error: Two of these adapters are called noir: name each once, or rename one."
+        "Error: Two of these adapters have the name noir: list each once, or rename one."
     )
     assert error("compare", *BOTH, "--adapter", "adapters/noir", "x") == (
-        "Error: Two of these adapters are called noir: name each once, or rename one."
+        "Error: Two of these adapters have the name noir: list each once, or rename one."
     )
     assert error("compare", *BOTH, "--adapter", "nobody", "x") == (
         "Error: There is no adapter 'nobody', neither in adapters (noir, verse) nor as a path."
@@ -405,7 +405,7 @@ def gain(cell):
     return f"{cell['gain']:+.4f} ± {cell['standard_error']:.4f}"
 
 
-def test_evaluate_shows_losses_and_gains(two, gpt2, columns):
+def test_evaluate_output(two, gpt2, columns):
     columns(150)
     facts = json.loads(run("evaluate", "noir", "verse", "--json").stdout)
     assert facts == json.loads(json.dumps(evaluate(two, options=ModelOptions(device="cpu")).to_dict()))
@@ -435,7 +435,7 @@ def _figures(cell):
     return {name: value for name, value in cell.items() if name != "perplexity"}
 
 
-def test_evaluate_shows_a_cell_a_line_where_there_is_no_room(two, columns):
+def test_evaluate_on_narrow_terminal(two, columns):
     columns(38)
     facts = json.loads(run("evaluate", "noir", "verse", "--json").stdout)
     (first, second), (third, fourth) = (it["results"] for it in facts["adapters"])
@@ -455,7 +455,7 @@ def test_evaluate_shows_a_cell_a_line_where_there_is_no_room(two, columns):
     ]
 
 
-def test_evaluate_draws_the_gains(two, tmp_path):
+def test_evaluate_writes_plot(two, tmp_path):
     shown = run("evaluate", "noir", "verse", "--plot", "gains.png").stdout
     assert shown.startswith("held-out loss, in nats a token")
     drawn = (tmp_path / "gains.png").read_bytes()
@@ -467,7 +467,7 @@ def test_evaluate_draws_the_gains(two, tmp_path):
     assert (tmp_path / "other.PNG").read_bytes() == drawn
 
 
-def test_evaluate_says_which_rows_are_missing(two, tmp_path, columns):
+def test_evaluate_reports_missing_rows(two, tmp_path, columns):
     columns(100)
     lost = tmp_path / "cache" / "held-out" / f"{two[1].manifest.data.held_out_hash}.json"
     lost.unlink()
@@ -485,7 +485,7 @@ def test_evaluate_says_which_rows_are_missing(two, tmp_path, columns):
     )
 
 
-def test_evaluate_on_other_data(two, tmp_path, columns):
+def test_evaluate_with_eval_dataset(two, tmp_path, columns):
     columns(100)
     lines = [f"{text},{number % 2}" for number, text in enumerate(tiny_models.reviews(30, seed=9))]
     (tmp_path / "films.csv").write_text("\n".join(["body,label", *lines]))
@@ -500,7 +500,7 @@ def test_evaluate_on_other_data(two, tmp_path, columns):
     assert [it["rows"] for it in fewer["sets"]] == [3, 3]
 
 
-def test_what_evaluate_refuses(two, tmp_path, gpt2):
+def test_evaluate_errors(two, tmp_path, gpt2):
     stranger = other_base(tmp_path)
     for option, name in (
         (["--where", "label=1"], "where"),
@@ -520,7 +520,7 @@ def test_what_evaluate_refuses(two, tmp_path, gpt2):
         "Error: There is no adapter 'nobody', neither in adapters (noir, verse) nor as a path."
     )
     assert error("evaluate", "noir", "verse", "adapters/noir") == (
-        "Error: Two of these adapters are called noir: name each once, or rename one."
+        "Error: Two of these adapters have the name noir: list each once, or rename one."
     )
     assert error("evaluate", "noir", "--eval-dataset", "none.csv") == (
         "Error: There is no dataset 'none.csv': give imdb, an existing file or folder, or a Hub id (owner/name)."
@@ -535,7 +535,7 @@ def test_what_evaluate_refuses(two, tmp_path, gpt2):
 # Where an adapter comes from
 
 
-def test_adopting_an_adapter(two, tmp_path, gpt2, columns):
+def test_adopt_command(two, tmp_path, gpt2, columns):
     columns(200)
     shutil.copytree(two[0].path, tmp_path / "elsewhere" / "guest")
     (tmp_path / "elsewhere" / "guest" / MANIFEST_FILE).unlink()
@@ -578,7 +578,7 @@ def listed():
     return {row[0]: dict(zip(head.split(), row, strict=True)) for row in rows}
 
 
-def test_list_and_show_say_whom_an_adapter_comes_from(two, columns):
+def test_list_and_show_lineage(two, columns):
     columns(250)
     how = ["--max-steps", 1, "--max-length", 64, "--eval-rows", 2, "--device", "cpu"]
     trained = run("train", "--from", "noir", "--dataset", "verse.json", "--name", "child", *how)
@@ -615,7 +615,7 @@ def test_list_and_show_say_whom_an_adapter_comes_from(two, columns):
     assert facts["parents"][0]["parents"][0]["name"] == "noir"
 
 
-def test_the_age_of_an_adapter(two, columns):
+def test_list_shows_age(two, columns):
     columns(250)
     days = two[0].manifest.model_copy(update={"created": "2020-01-01T00:00:00+00:00"})
     (two[0].path / MANIFEST_FILE).write_text(days.to_json())
@@ -629,7 +629,7 @@ def test_the_age_of_an_adapter(two, columns):
     assert (listed()["verse"]["age"], listed()["verse"]["parent"], listed()["verse"]["gain"]) == ("?", "?", "?")
 
 
-def test_verify_says_what_whole_means(two):
+def test_verify_explains_ok(two):
     result = run("adapters", "verify")
     assert result.stdout == "noir: whole\nverse: whole\n"
     assert result.stderr == (
@@ -639,7 +639,7 @@ def test_verify_says_what_whole_means(two):
     assert run("adapters", "verify", "--json").stderr == ""
 
 
-def test_what_train_from_refuses(two, tmp_path, gpt2):
+def test_train_from_errors(two, tmp_path, gpt2):
     assert error("train", "--force") == "Error: force is for an adapter to go on from: name it with --from"
     assert error("train", "--resume", "noir", "--from", "verse").startswith("Error: --resume takes its settings from ")
     assert error("train", "--eval-split", "test") == ("Error: eval_split needs eval_dataset: it is a split of that")
@@ -658,7 +658,7 @@ def test_what_train_from_refuses(two, tmp_path, gpt2):
 
 
 @pytest.mark.parametrize("config", [{"base_model_name_or_path": "\ud800"}, {"\ud800": 1}, {"x\ngood: whole\ny": 1}])
-def test_a_hostile_config_is_a_line_like_any_other(tmp_path, config):
+def test_hostile_config_prints_one_line(tmp_path, config):
     adapter_files.write(tmp_path / "adapters" / "evil", config)
     for command in ("list", "verify"):
         done = process("cli.py", "adapters", command, "--adapters-dir", tmp_path / "adapters")
@@ -666,7 +666,7 @@ def test_a_hostile_config_is_a_line_like_any_other(tmp_path, config):
         assert "good: whole" not in done.stdout.splitlines() + done.stderr.splitlines()
 
 
-def test_names_with_brackets_are_no_markup(adapter, tmp_path, monkeypatch):
+def test_brackets_are_not_markup(adapter, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     adapter.path.rename(tmp_path / "[b]x[")
     assert "[b]x[" in run("compare", "--adapter", "[b]x[", "--max-new-tokens", 2, "x").stdout
@@ -676,12 +676,12 @@ def test_names_with_brackets_are_no_markup(adapter, tmp_path, monkeypatch):
         assert name in run("evaluate", "[b]x[", "--eval-dataset", name).stdout
 
 
-def test_verify_calls_nothing_whole_that_is_not(adapter):
+def test_verify_problem_hides_explanation(adapter):
     (adapter.path / "run.yaml").unlink()
     assert "Whole: " not in run("adapters", "verify", "reviews", exit_code=1).stderr
 
 
-def test_what_changes_an_adapter_answers_with_json_too(adapter, tmp_path):
+def test_adapters_commands_json(adapter, tmp_path):
     assert json.loads(run("adapters", "rename", "reviews", "old", "--json").stdout)["name"] == "old"
     (tmp_path / "adapters" / "old" / MANIFEST_FILE).unlink()
     adopted = json.loads(run("adapters", "adopt", "old", "--json").stdout)
@@ -726,7 +726,7 @@ def completed(line, shell="bash"):
         ("lora-tuner adapters show --adapters-dir elsewhere n", []),
     ],
 )
-def test_the_shell_completes_commands_options_and_adapters(tmp_path, line, offered):
+def test_shell_completion(tmp_path, line, offered):
     for name in ("noir", "notes", "verse"):
         (tmp_path / "adapters" / name).mkdir(parents=True)
         (tmp_path / "adapters" / name / CONFIG_FILE).write_text("{}")
@@ -734,7 +734,7 @@ def test_the_shell_completes_commands_options_and_adapters(tmp_path, line, offer
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_is_set_up_for_the_usual_shells(shell):
+def test_shell_completion_scripts(shell):
     env = os.environ | {"_LORA_TUNER_COMPLETE": f"source_{shell}"}
     done = subprocess.run(
         [Path(sys.executable).with_name("lora-tuner")], env=env, capture_output=True, text=True, check=False

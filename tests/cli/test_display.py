@@ -8,6 +8,7 @@ from rich.console import Console
 
 from lora_tuner import Library, Notice, Progress
 from lora_tuner.adapters.adapter import MANIFEST_FILE, load_adapter_folder
+from lora_tuner.adapters.library import Ancestor
 from lora_tuner.cli import display
 from lora_tuner.text import escape_control, format_bytes, format_duration
 
@@ -23,18 +24,18 @@ SHOWN = "\ufffd[31mred\ufffd]0;title\ufffd\ufffd2A\ufffd\ufffd\ufffd\ufffd[red]x
     ("seconds", "text"),
     [(0.4, "0 s"), (89, "89 s"), (143, "2.4 min"), (3000, "50 min"), (5400, "1.5 h"), (166_000, "46 h")],
 )
-def test_durations(seconds, text):
+def test_format_duration(seconds, text):
     assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize(
     ("count", "text"), [(900, "900 bytes"), (9_400, "9 kB"), (2_000_000, "2.0 MB"), (4.3e9, "4.3 GB")]
 )
-def test_sizes(count, text):
+def test_format_bytes(count, text):
     assert format_bytes(count) == text
 
 
-def test_off_a_terminal_progress_is_a_line_now_and_then_with_the_time_left(capsys, monkeypatch):
+def test_progress_lines_without_terminal(capsys, monkeypatch):
     now = 0.0
     monkeypatch.setattr(display.time, "monotonic", lambda: now)
     show = display.Display()
@@ -46,7 +47,7 @@ def test_off_a_terminal_progress_is_a_line_now_and_then_with_the_time_left(capsy
     assert captured.err == "training 2/4  loss 3.1  20 s left\ntraining 4/4  loss 3.1\n[not markup] said\n"
 
 
-def test_unknown_facts_are_not_shown(capsys):
+def test_show_facts_skips_unknown_values(capsys):
     display.show_facts({"name": "a", "data": None, "base": {"repo": "b", "revision": None}, "targets": ["q", "v"]})
     shown = capsys.readouterr().out
     assert "repo: b" in shown
@@ -55,7 +56,7 @@ def test_unknown_facts_are_not_shown(capsys):
     assert "data" not in shown
 
 
-def test_time_left_counts_from_where_the_stage_went_on(capsys, monkeypatch):
+def test_progress_time_left_after_resume(capsys, monkeypatch):
     now = 0.0
     monkeypatch.setattr(display.time, "monotonic", lambda: now)
     show = display.Display()
@@ -80,7 +81,7 @@ def seen(capsys):
     return shown
 
 
-def test_nothing_in_plain_text_is_obeyed():
+def test_escape_control_replaces_control_characters():
     every = "".join(map(chr, range(0x300)))
     shown = escape_control(every)
     assert len(shown) == len(every)
@@ -90,18 +91,18 @@ def test_nothing_in_plain_text_is_obeyed():
     assert escape_control("plaîn — text 😀") == "plaîn — text 😀"
 
 
-def test_a_line_shows_what_it_was_given_and_no_more(capsys):
+def test_stderr_escapes_control_characters(capsys):
     display.print_stderr(EVIL)
     display.Display()(Notice(EVIL))
     assert seen(capsys) == f"{SHOWN}\n{SHOWN}\n"
 
 
-def test_progress_off_a_terminal_shows_what_it_was_given_and_no_more(capsys):
+def test_progress_escapes_control_characters(capsys):
     display.Display()(Progress(EVIL, 1, 1, EVIL))
     assert seen(capsys) == f"{SHOWN} 1/1  {SHOWN}\n"
 
 
-def test_cells_and_facts_show_what_they_were_given_and_no_more(capsys, wide):
+def test_tables_escape_control_characters(capsys, wide):
     display.print_table([(EVIL, "b")], ("name", "other"))
     display.show_facts({EVIL: EVIL, "many": [EVIL, EVIL], "deep": {EVIL: EVIL}})
     lines = [line.split() for line in seen(capsys).splitlines()]
@@ -126,7 +127,7 @@ def evil(tmp_path):
     )
 
 
-def test_a_hostile_manifest_is_shown_in_the_list_and_obeyed_by_nothing(capsys, wide, evil):
+def test_list_escapes_hostile_manifest(capsys, wide, evil):
     display.show_adapters(Library().entries())
     header, line = seen(capsys).splitlines()
     assert header.split() == ["name", "base", "rank", "targets", "data", "size", "gain", "age", "parent"]
@@ -145,7 +146,7 @@ def test_a_hostile_manifest_is_shown_in_the_list_and_obeyed_by_nothing(capsys, w
     ]
 
 
-def test_a_hostile_manifest_is_shown_on_the_card_and_obeyed_by_nothing(capsys, wide, evil):
+def test_show_escapes_hostile_manifest(capsys, wide, evil):
     display.show_adapter_card(evil, Library().ancestors(evil))
     shown = {" ".join(line.split()) for line in seen(capsys).splitlines()}
     assert {
@@ -162,7 +163,7 @@ def test_a_hostile_manifest_is_shown_on_the_card_and_obeyed_by_nothing(capsys, w
     } <= shown
 
 
-def test_a_hostile_config_is_shown_and_obeyed_by_nothing(capsys, wide, tmp_path):
+def test_list_escapes_hostile_config(capsys, wide, tmp_path):
     bare = load_adapter_folder(adapter_files.write(tmp_path / "adapters" / "bare", {"base_model_name_or_path": EVIL}))
     adapter_files.write(tmp_path / "adapters" / "broken", {EVIL: 1, "bias": EVIL})
     display.show_adapters(Library().entries())
@@ -178,7 +179,7 @@ def test_a_hostile_config_is_shown_and_obeyed_by_nothing(capsys, wide, tmp_path)
     )
 
 
-def test_answers_side_by_side_and_one_under_another_obey_nothing(capsys, monkeypatch):
+def test_compare_escapes_control_characters(capsys, monkeypatch):
     answers = [SimpleNamespace(adapter=name, prompt="p" + EVIL, text=EVIL) for name in (None, "a")]
     for columns in ("1000", "40"):
         monkeypatch.setenv("COLUMNS", columns)
@@ -186,7 +187,7 @@ def test_answers_side_by_side_and_one_under_another_obey_nothing(capsys, monkeyp
         assert seen(capsys).replace("\n", "").replace(" ", "").count(f"p{SHOWN}{SHOWN}") == 2
 
 
-def test_json_holds_what_it_was_given(capsys):
+def test_json_round_trips_control_characters(capsys):
     display.show_json({"name": EVIL, "ü": "😀"})
     shown = capsys.readouterr().out
     assert json.loads(shown) == {"name": EVIL, "ü": "😀"}
@@ -200,11 +201,11 @@ def test_json_holds_what_it_was_given(capsys):
 @pytest.mark.parametrize(
     "created", ["", "yesterday", "2025-01-02", "2025-01-02T03:04:05", "2025-13-02T03:04:05+00:00", "9" * 5000]
 )
-def test_what_is_no_time_has_no_age(created):
+def test_format_invalid_age(created):
     assert display._format_age(created) == "?"
 
 
-def test_ages():
+def test_format_age():
     now = datetime.datetime.now(datetime.UTC)
     assert display._format_age((now - datetime.timedelta(hours=3)).isoformat()) == "3.0 h"
     assert display._format_age((now - datetime.timedelta(days=400)).isoformat()) == "400 d"
@@ -213,14 +214,11 @@ def test_ages():
         assert display._format_age(extreme).endswith((" d", " s"))
 
 
-def test_the_lines_of_a_lineage():
-    parent = {"name": "a", "sha256": "ab" * 32, "generation": 1, "here": "a"}
-    assert display._format_ancestor(parent) == "from a (abababababab)"
-    assert display._format_ancestor(parent | {"generation": 2, "here": "b"}) == "  from a (abababababab, now called b)"
-    assert (
-        display._format_ancestor(parent | {"generation": 3, "here": None})
-        == "    from a (abababababab, not in this library)"
-    )
+def test_format_ancestor():
+    sha256 = "ab" * 32
+    assert display._format_ancestor(Ancestor("a", sha256, 1, "a")) == "from a (abababababab)"
+    assert display._format_ancestor(Ancestor("a", sha256, 2, "b")) == "  from a (abababababab, now named b)"
+    assert display._format_ancestor(Ancestor("a", sha256, 3, None)) == "    from a (abababababab, not in this library)"
 
 
 @pytest.mark.parametrize(
@@ -233,7 +231,7 @@ def test_the_lines_of_a_lineage():
         {"data": {"name": "/"}},
     ],
 )
-def test_figures_that_cannot_be_are_shown_all_the_same(capsys, tmp_path, facts):
+def test_show_impossible_numbers(capsys, tmp_path, facts):
     changed = {name: getattr(adapter_files.manifest(), name).model_dump() | change for name, change in facts.items()}
     folder = adapter_files.write(tmp_path / "odd", facts=adapter_files.manifest())
     manifest = json.loads((folder / MANIFEST_FILE).read_text()) | changed
@@ -245,7 +243,7 @@ def test_figures_that_cannot_be_are_shown_all_the_same(capsys, tmp_path, facts):
     assert "odd" in seen(capsys)
 
 
-def test_an_adapter_that_was_adopted_and_one_without_figures(capsys, wide, tmp_path):
+def test_show_adopted_adapter(capsys, wide, tmp_path):
     facts = adapter_files.manifest(data=None, run=None, result=None, versions={})
     adapter = load_adapter_folder(adapter_files.write(tmp_path / "adopted", facts=facts))
     display.show_adapters([("adopted", adapter)])
@@ -260,7 +258,7 @@ def test_an_adapter_that_was_adopted_and_one_without_figures(capsys, wide, tmp_p
 
 
 @pytest.mark.parametrize("columns", ["40", "1000"])
-def test_compared_names_are_obeyed_by_nothing(capsys, monkeypatch, columns):
+def test_compare_escapes_adapter_names(capsys, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)
     names = (None, "a\x1b[5m[red]b[/nope]")
     display.show_compared([SimpleNamespace(adapter=name, prompt="p", text="t") for name in names])
@@ -269,7 +267,7 @@ def test_compared_names_are_obeyed_by_nothing(capsys, monkeypatch, columns):
     assert "[red]b" in shown
 
 
-def test_names_in_the_gain_matrix_are_obeyed_by_nothing(capsys, monkeypatch):
+def test_gain_matrix_escapes_names(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     result = SimpleNamespace(base_loss=1.0, loss=1.0, gain=0.1, standard_error=0.1, perplexities=(1.0, 1.0))
     sets = [SimpleNamespace(name="re[/b]views\x1b[5m.csv", texts=["a"], missing="")]
@@ -277,32 +275,32 @@ def test_names_in_the_gain_matrix_are_obeyed_by_nothing(capsys, monkeypatch):
     assert "\x1b" not in capsys.readouterr().out
 
 
-def test_stages_are_obeyed_by_nothing(capsys):
+def test_progress_bar_escapes_stage(capsys):
     show = display.Display()
     show.console = Console(force_terminal=True, stderr=True, highlight=False, width=100)
     show(Progress("a on re[/b]views\x1b[5m", 1, 1, "[red]"))
     assert "\x1b[5m" not in capsys.readouterr().err
 
 
-def test_json_holds_no_control_characters(capsys):
+def test_json_escapes_control_characters(capsys):
     display.show_json({"name": "\x9b2J\x7f\ud800"})
     assert json.loads(capsys.readouterr().out) == {"name": "\x9b2J\x7f\ud800"}
     display.show_json({"name": "\x9b2J\x7f"})
     assert "\\u009b2J\\u007f" in capsys.readouterr().out
 
 
-def test_notices_are_no_emoji(capsys):
+def test_notice_is_not_emoji_markup(capsys):
     display.Display()(Notice("C:key:base"))
     assert capsys.readouterr().err == "C:key:base\n"
 
 
-def test_what_is_said_is_one_line(capsys):
+def test_stderr_joins_lines(capsys):
     display.print_stderr("x\ngood: whole")
     assert capsys.readouterr().err == "x good: whole\n"
 
 
 @pytest.mark.parametrize(("is_one", "shown"), [(True, "a\ufffd[2Jb\n"), (False, "a\x1b[2Jb\n")])
-def test_a_terminal_obeys_no_model(capsys, monkeypatch, is_one, shown):
+def test_generated_text_escaped_on_terminal(capsys, monkeypatch, is_one, shown):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: is_one)
     display.show_text("a\x1b[2Jb\n")
     assert capsys.readouterr().out == shown

@@ -23,7 +23,7 @@ from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import BaseModelFiles, find_base
 
 from .. import adapter_files, tiny_models
-from ..adapters.test_library import HEAVY, NO_NAME, loaded_by, refusal, tree
+from ..adapters.test_library import HEAVY, INVALID_NAME, loaded_by, refusal, tree
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def shelf(tmp_path):
     return tmp_path
 
 
-def test_an_adapter_of_plain_peft_is_copied_whole_and_gets_a_manifest(theirs, model_folder, library):
+def test_adopt_copies_and_writes_manifest(theirs, model_folder, library):
     before = tree(theirs)
     notices = []
     adapter = adopt(library, theirs, notify=notices.append)
@@ -105,7 +105,7 @@ def test_an_adapter_of_plain_peft_is_copied_whole_and_gets_a_manifest(theirs, mo
     ]
 
 
-def test_an_adopted_adapter_is_held_to_its_base(theirs, model_folder, library, tmp_path):
+def test_adopted_adapter_rejects_other_base(theirs, model_folder, library, tmp_path):
     from lora_tuner.models import lora
 
     right = load_base(find_base(str(model_folder)), ModelOptions(device="cpu"))
@@ -125,7 +125,7 @@ def test_an_adopted_adapter_is_held_to_its_base(theirs, model_folder, library, t
     )
 
 
-def test_an_adapter_of_the_library_is_adopted_where_it_is(shelf, library):
+def test_adopt_in_place(shelf, library):
     for number, folder in enumerate(("one", library.path / "two", "adapters/three")):
         name = ("one", "two", "three")[number]
         shutil.copytree(shelf / "theirs", library.path / name)
@@ -138,7 +138,7 @@ def test_an_adapter_of_the_library_is_adopted_where_it_is(shelf, library):
         assert after == before
 
 
-def test_an_adopted_adapter_gets_the_name_that_is_asked_for(shelf, library):
+def test_adopt_with_name(shelf, library):
     assert adopt(library, "theirs", "mine").name == "mine"
     assert adopt(library, shelf / "theirs").name == "theirs"
     assert library.names() == ["mine", "theirs"]
@@ -146,14 +146,14 @@ def test_an_adopted_adapter_gets_the_name_that_is_asked_for(shelf, library):
     assert adopt(library, "their.adapter", "ours").name == "ours"
 
 
-def test_the_base_that_is_given_comes_before_the_one_that_is_named(shelf, library):
+def test_adopt_base_option_wins(shelf, library):
     adapter_files.write(shelf / "theirs", {"base_model_name_or_path": "nobody/nothing"})
     assert adopt(library, "theirs", "other", base="base").manifest.base.name == "base"
     adapter_files.write(shelf / "theirs", {"base_model_name_or_path": None})
     assert adopt(library, "theirs", "silent", base=str(shelf / "base")).manifest.base.name == str(shelf / "base")
 
 
-def test_the_card_comes_along_and_nothing_else(shelf, library):
+def test_adopt_copies_only_adapter_files(shelf, library):
     adopt(library, "theirs", "bare")
     assert {path.name for path in (library.path / "bare").iterdir()} == {CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE}
     (shelf / "theirs" / CARD_FILE).write_text("# Theirs")
@@ -170,7 +170,7 @@ def test_the_card_comes_along_and_nothing_else(shelf, library):
     assert (library.path / "carded" / CARD_FILE).read_text() == "# Theirs"
 
 
-def test_the_links_of_the_hubs_cache_become_files(shelf, library):
+def test_adopt_resolves_symlinks(shelf, library):
     snapshot = shelf / "snapshots" / "theirs"
     snapshot.mkdir(parents=True)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -183,7 +183,7 @@ def test_the_links_of_the_hubs_cache_become_files(shelf, library):
 
 @pytest.mark.parametrize("shape", [(6, 18), (18, 6)])
 @pytest.mark.parametrize("first", ["transformer.", ""])
-def test_the_files_of_a_base_may_shorten_its_names_and_hold_a_layer_either_way(tmp_path, library, first, shape):
+def test_adopt_with_shortened_tensor_names(tmp_path, library, first, shape):
     """The files of the Hub's GPT-2 call transformer.h.0.attn.c_attn h.0.attn.c_attn."""
     names = [module.replace("transformer.", first) for module in adapter_files.MODULES]
     others = {f"{first}wte.weight": (50, 6), f"{first}h.0.attn.c_attn.bias": (18,), f"{first}h.0.ln_1.weight": (6,)}
@@ -193,7 +193,7 @@ def test_the_files_of_a_base_may_shorten_its_names_and_hold_a_layer_either_way(t
     assert adapter.manifest.base.fingerprint == BaseModelFiles("", "", tmp_path / "base", None, "").fingerprint
 
 
-def test_a_base_whose_files_shorten_its_names_takes_what_it_is_adopted_on(tmp_path, gpt2, library):
+def test_adopted_adapter_loads_on_headless_base(tmp_path, gpt2, library):
     from safetensors.numpy import load_file, save_file
 
     from lora_tuner.models import lora
@@ -232,7 +232,7 @@ def is_damaged(shelf):
     for tensor in weights.values():
         tensor[0, 0] = np.nan
     adapter_files.write(shelf / "theirs", {"base_model_name_or_path": "base"}, weights)
-    said = "; ".join(f"{name} holds numbers that are not finite" for name in sorted(weights)[:3])
+    said = "; ".join(f"{name} has values that are not finite" for name in sorted(weights)[:3])
     return {}, f"theirs is damaged: {said}."
 
 
@@ -254,7 +254,7 @@ def is_given_a_name_that_is_taken(shelf):
 
 
 def is_given_what_is_no_name(shelf):
-    return {"name": "../mine"}, f"'../mine' {NO_NAME}"
+    return {"name": "../mine"}, f"'../mine' {INVALID_NAME}"
 
 
 def has_other_sizes(shelf):
@@ -269,14 +269,12 @@ def has_a_layer_that_the_base_lacks(shelf):
     adapter_files.write(
         shelf / "theirs", weights=adapter_files.tensors(4, [*adapter_files.MODULES, "transformer.h.2.attn.c_attn"])
     )
-    return {"base": "base"}, (
-        "theirs does not fit the base: transformer.h.2.attn.c_attn is no linear layer of the base."
-    )
+    return {"base": "base"}, ("theirs does not fit the base: the base has no linear layer transformer.h.2.attn.c_attn.")
 
 
 def changes_what_is_no_matrix(shelf):
     adapter_files.write_base(shelf / "odd", {f"{module}.weight": (18,) for module in adapter_files.MODULES})
-    said = "; ".join(f"{module} is no linear layer of the base" for module in adapter_files.MODULES)
+    said = "; ".join(f"the base has no linear layer {module}" for module in adapter_files.MODULES)
     return {"base": "odd"}, f"theirs does not fit the base: {said}."
 
 
@@ -295,7 +293,7 @@ def changes_what_is_no_matrix(shelf):
         changes_what_is_no_matrix,
     ],
 )
-def test_what_is_not_adopted_leaves_nothing(shelf, library, spoil):
+def test_failed_adopt_changes_nothing(shelf, library, spoil):
     options, message = spoil(shelf)
     before = tree(shelf)
     options = {"folder": "./theirs"} | options  # a name alone would mean the one of the library
@@ -323,14 +321,14 @@ def test_what_is_not_adopted_leaves_nothing(shelf, library, spoil):
     ],
 )
 @pytest.mark.parametrize("how", ["named", "given"])
-def test_a_base_that_is_not_found_leaves_nothing(shelf, library, base, kind, message, how):
+def test_adopt_missing_base_changes_nothing(shelf, library, base, kind, message, how):
     adapter_files.write(shelf / "theirs", {"base_model_name_or_path": base if how == "named" else "base"})
     before = tree(shelf)
     assert refusal(adopt, library, "theirs", base=base if how == "given" else None, kind=kind) == message
     assert tree(shelf) == before
 
 
-def test_a_revision_is_for_the_hub(shelf, library):
+def test_adopt_revision_of_local_base_fails(shelf, library):
     before = tree(shelf)
     assert refusal(adopt, library, "theirs", revision="main", kind=BaseModelError) == (
         "base is not on the Hub, so it has no revision 'main': leave --revision out."
@@ -340,7 +338,7 @@ def test_a_revision_is_for_the_hub(shelf, library):
 
 @pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("file", [WEIGHTS_FILE, CONFIG_FILE, CARD_FILE])
-def test_a_copy_that_breaks_off_leaves_nothing(shelf, library, monkeypatch, file, kind):
+def test_adopt_interrupted_copy_leaves_nothing(shelf, library, monkeypatch, file, kind):
     (shelf / "theirs" / CARD_FILE).write_text("# Theirs")
     library.path.mkdir()
     copy = shutil.copyfile
@@ -357,7 +355,7 @@ def test_a_copy_that_breaks_off_leaves_nothing(shelf, library, monkeypatch, file
     assert tree(shelf) == before
 
 
-def test_a_copy_that_is_not_the_original_does_not_appear(shelf, library, monkeypatch):
+def test_adopt_corrupt_copy_fails(shelf, library, monkeypatch):
     library.path.mkdir()
     before = tree(shelf)
 
@@ -368,12 +366,12 @@ def test_a_copy_that_is_not_the_original_does_not_appear(shelf, library, monkeyp
 
     monkeypatch.setattr(shutil, "copyfile", flip_a_bit)
     assert refusal(adopt, library, "theirs") == (
-        f"{library.path / 'theirs'} was not written as it should be: the disk gave back other weights."
+        f"{library.path / 'theirs'} was not saved: the disk returned other weights than were written."
     )
     assert tree(shelf) == before
 
 
-def test_adopting_never_imports_torch(theirs, library):
+def test_adopt_never_imports_torch(theirs, library):
     program = """
 from pathlib import Path
 from lora_tuner.adapters.adapter import verify_adapter
@@ -389,7 +387,7 @@ assert Library(Path(sys.argv[1])).ancestors(adapter) == []
     assert library.names() == ["theirs"]
 
 
-def test_a_link_in_the_library_is_not_adopted_in_place(shelf, library):
+def test_adopt_symlink_in_place_fails(shelf, library):
     library.path.mkdir()
     (library.path / "linked").symlink_to(shelf / "theirs")
     before = tree(shelf)
@@ -399,19 +397,19 @@ def test_a_link_in_the_library_is_not_adopted_in_place(shelf, library):
     assert tree(shelf) == before
 
 
-def test_a_folder_of_the_library_that_has_no_valid_name_is_left_alone(shelf, library):
+def test_adopt_invalid_folder_name_fails(shelf, library):
     shutil.copytree(shelf / "theirs", library.path / "no.name")
     before = tree(shelf)
-    assert refusal(adopt, library, library.path / "no.name") == f"'no.name' {NO_NAME}"
+    assert refusal(adopt, library, library.path / "no.name") == f"'no.name' {INVALID_NAME}"
     assert tree(shelf) == before
 
 
-def test_the_revision_in_the_config_is_that_of_the_base_in_the_config(shelf, library):
+def test_adopt_revision_belongs_to_base(shelf, library):
     adapter_files.write(shelf / "theirs", {"base_model_name_or_path": "someone/base", "revision": "main"})
     assert adopt(library, "theirs", base="base").manifest.base.revision is None
 
 
-def test_others_can_read_the_manifest_of_what_was_adopted_in_place(shelf, library):
+def test_adopted_manifest_is_world_readable(shelf, library):
     shutil.copytree(shelf / "theirs", library.path / "a")
     assert (adopt(library, "a").path / MANIFEST_FILE).stat().st_mode & 0o777 == 0o644
 
@@ -419,33 +417,33 @@ def test_others_can_read_the_manifest_of_what_was_adopted_in_place(shelf, librar
 @pytest.mark.parametrize(
     ("file", "text"), [("model-1.safetensors", "x"), ("config.json", "{"), ("model.safetensors.index.json", "{")]
 )
-def test_a_broken_base_is_an_error_of_ours(shelf, library, file, text):
+def test_adopt_broken_base_fails_cleanly(shelf, library, file, text):
     (shelf / "base" / file).write_text(text)
     with pytest.raises(BaseModelError):
         adopt(library, "theirs")
 
 
-def test_a_home_that_does_not_exist(shelf, library):
+def test_adopt_base_in_missing_home(shelf, library):
     adapter_files.write(shelf / "theirs", {"base_model_name_or_path": "~nosuchuser/base"})
     with pytest.raises(HubError):
         adopt(library, "theirs")
 
 
-def test_the_sizes_of_a_base_are_told_the_way_the_layers_lie(gpt2, library, theirs, tmp_path):
+def test_adopt_error_shows_layer_sizes(gpt2, library, theirs, tmp_path):
     kind = "gpt2" if "transformer" in load_adapter_folder(theirs).modules[0] else "llama"
     wider = tiny_models.save_model(tmp_path / "wider", kind, width=48)
     module = {"gpt2": "c_attn is 48 -> 144", "llama": "down_proj is 96 -> 48"}[kind]
     assert f"{module} in the base" in refusal(adopt, library, theirs, base=str(wider))
 
 
-def test_a_card_that_is_a_link_is_not_copied(shelf, library):
+def test_adopt_ignores_symlinked_card(shelf, library):
     (shelf / "secret").write_text("SECRET")
     (shelf / "theirs" / CARD_FILE).unlink(missing_ok=True)
     (shelf / "theirs" / CARD_FILE).symlink_to(shelf / "secret")
     assert not (adopt(library, "theirs").path / CARD_FILE).exists()
 
 
-def test_an_adapter_on_the_output_head_is_not_adopted(gpt2, library, tmp_path):
+def test_adopt_lm_head_adapter_fails(gpt2, library, tmp_path):
     weights = adapter_files.tensors(4, ["lm_head"])
     adapter_files.write(tmp_path / "head", weights=weights)
     width = next(iter(weights.values())).shape[1]
@@ -453,5 +451,5 @@ def test_an_adapter_on_the_output_head_is_not_adopted(gpt2, library, tmp_path):
     config = json.loads((tmp_path / "untied" / "config.json").read_text())
     (tmp_path / "untied" / "config.json").write_text(json.dumps(config | {"vocab_size": 18}))
     assert refusal(adopt, library, tmp_path / "head", base=str(tmp_path / "untied")) == (
-        f"{tmp_path}/head does not fit the base: lm_head is no linear layer of the base."
+        f"{tmp_path}/head does not fit the base: the base has no linear layer lm_head."
     )

@@ -103,7 +103,7 @@ def left_over(library):
 # Merge
 
 
-def test_merged_saved_and_reloaded_agree(settings, model_folder, tmp_path):
+def test_merged_model_reloads_with_equal_logits(settings, model_folder, tmp_path):
     adapter = train(settings(base=str(model_folder)))
     merged = merge(adapter, tmp_path / "merged")
     found = AutoModelForCausalLM.from_pretrained(merged.path)
@@ -113,7 +113,7 @@ def test_merged_saved_and_reloaded_agree(settings, model_folder, tmp_path):
     assert not torch.allclose(logits, peft_logits(model_folder, None), atol=1e-2)
 
 
-def test_a_merge_says_how_near_it_is(settings, model_folder, tmp_path):
+def test_merge_reports_comparison(settings, model_folder, tmp_path):
     adapter = train(settings(base=str(model_folder)))
     found = merge(adapter, tmp_path / "merged").comparison
     assert 0 < found.max_logit_difference < 1e-4
@@ -127,7 +127,7 @@ def test_a_merge_says_how_near_it_is(settings, model_folder, tmp_path):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dora", [False, True])
-def test_all_kinds_are_merged(make, model_folder, tmp_path, variant, dora):
+def test_merge_every_lora_variant(make, model_folder, tmp_path, variant, dora):
     adapter = make("one", variant, use_dora=dora)
     merged = merge(adapter, tmp_path / "merged", options=ModelOptions(base=str(model_folder)))
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_all_kinds_are_merged(make, model_folder, tmp_path, variant, dora):
     assert merged.comparison.losses is None
 
 
-def test_the_merged_model_is_plain_and_writes_the_same(adapter, tmp_path):
+def test_merged_model_generates_same_text(adapter, tmp_path):
     out = merge(adapter, tmp_path / "merged").path
     tokenizer = AutoTokenizer.from_pretrained(out)
     inputs = tokenizer("the actor", return_tensors="pt")
@@ -147,20 +147,20 @@ def test_the_merged_model_is_plain_and_writes_the_same(adapter, tmp_path):
     assert tokenizer.decode(output[0], skip_special_tokens=True) == "the actor" + answer.text
 
 
-def test_the_base_on_disk_stays(adapter, gpt2, tmp_path):
+def test_merge_keeps_base_files(adapter, gpt2, tmp_path):
     before = {path.name: path.read_bytes() for path in gpt2.iterdir()}
     merge(adapter, tmp_path / "merged", dtype="bfloat16")
     assert {path.name: path.read_bytes() for path in gpt2.iterdir()} == before
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
 
 
-def test_a_large_model_becomes_several_files(adapter, tmp_path):
+def test_merge_shards_weights(adapter, tmp_path):
     found = merge(adapter, tmp_path / "merged", shard_size="40KB")
     assert len(list(found.path.glob("*.safetensors"))) > 1
     assert found.comparison.max_logit_difference < 1e-4
 
 
-def test_nothing_is_replaced_or_half_written(adapter, tmp_path):
+def test_merge_rejects_bad_targets(adapter, tmp_path):
     merge(adapter, tmp_path / "merged")
     with pytest.raises(AdapterError) as error:
         merge(adapter, tmp_path / "merged")
@@ -196,14 +196,14 @@ def wrong_merge(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_wrong_merge_is_found_and_removed(make, model_folder, tmp_path, wrong_merge, dtype):
+def test_wrong_merge_is_not_kept(make, model_folder, tmp_path, wrong_merge, dtype):
     adapter, before = make("one", lora_alpha=64), sorted(tmp_path.iterdir())
     with pytest.raises(AdapterError, match="merged is not kept: read back, the merged model has"):
         merge(adapter, tmp_path / "merged", dtype=dtype, options=ModelOptions(base=str(model_folder)))
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_wrong_merge_leaves_the_model_that_was_there(make, model_folder, tmp_path, request):
+def test_wrong_merge_keeps_old_model(make, model_folder, tmp_path, request):
     adapter = make("one")
     merge(adapter, tmp_path / "merged", options=ModelOptions(base=str(model_folder)))
     before = {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()}
@@ -217,7 +217,7 @@ def test_a_wrong_merge_leaves_the_model_that_was_there(make, model_folder, tmp_p
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_blend_of_one_at_full_weight_equals_it(make, library, model_folder, variant):
+def test_blend_of_one_equals_it(make, library, model_folder, variant):
     one = make("one", variant)
     made = blend([(one, 1.0)], "same", library, options=ModelOptions(base=str(model_folder))).adapter
     torch.testing.assert_close(peft_logits(model_folder, made), peft_logits(model_folder, one), atol=1e-5, rtol=1e-5)
@@ -234,7 +234,7 @@ def test_a_blend_of_one_at_full_weight_equals_it(make, library, model_folder, va
         pytest.param("rslora", "patterns", (1, 1), marks=pytest.mark.slow),
     ],
 )
-def test_a_blend_is_the_weighted_sum_of_the_deltas(make, library, model_folder, first, second, weights):
+def test_blend_is_weighted_sum(make, library, model_folder, first, second, weights):
     parts = list(zip((make("one", first), make("two", second)), weights, strict=True))
     blended = blend(parts, "mixed", library, options=ModelOptions(base=str(model_folder)))
     found = deltas(model_folder, blended.adapter)
@@ -249,13 +249,13 @@ def test_a_blend_is_the_weighted_sum_of_the_deltas(make, library, model_folder, 
     assert blended.total_lost_energy < 1e-9
 
 
-def test_an_adapter_less_itself_is_the_base(make, library, model_folder):
+def test_blend_minus_itself_equals_base(make, library, model_folder):
     one = make("one", "patterns")
     made = blend([(one, 1), (one, -1)], "nothing", library, options=ModelOptions(base=str(model_folder))).adapter
     torch.testing.assert_close(peft_logits(model_folder, made), peft_logits(model_folder, None), atol=1e-4, rtol=1e-5)
 
 
-def test_a_cut_blend_says_what_it_lost(make, library, model_folder):
+def test_truncated_blend_reports_lost_energy(make, library, model_folder):
     one, two = make("one"), make("two", "rslora")
     blended = blend([(one, 0.5), (two, 0.5)], "cut", library, rank=4, options=ModelOptions(base=str(model_folder)))
     assert blended.exact_rank == 7
@@ -272,7 +272,7 @@ def test_a_cut_blend_says_what_it_lost(make, library, model_folder):
     assert blended.comparison.max_logit_difference < 1e-4
 
 
-def test_what_cannot_be_blended_is_refused_and_leaves_nothing(make, library, model_folder, tmp_path):
+def test_blend_rejects_bad_input(make, library, model_folder, tmp_path):
     one, dora = make("one"), make("dora", use_dora=True)
     base = str(model_folder)
     before = left_over(library)
@@ -289,7 +289,7 @@ def test_what_cannot_be_blended_is_refused_and_leaves_nothing(make, library, mod
     with pytest.raises(AdapterError, match="one exists: choose another --name"):
         blend([(one, 1)], "one", library, options=ModelOptions(base=base))
     twin = shutil.copytree(one.path, tmp_path / "elsewhere" / "one")
-    with pytest.raises(AdapterError, match="Two of these adapters are called one"):
+    with pytest.raises(AdapterError, match="Two of these adapters have the name one"):
         blend([(one, 1), (load_adapter_folder(twin), 1)], "mixed", library, options=ModelOptions(base=base))
     deeper = tiny_models.save_model(tmp_path / "deeper", model_folder.name, layers=1)
     with pytest.raises(AdapterError, match="does not fit the base"):
@@ -307,7 +307,7 @@ def half_way(monkeypatch):
     monkeypatch.setattr(common.model_card, "model_card", fail)
 
 
-def test_a_failure_half_way_leaves_nothing(make, library, model_folder, half_way):
+def test_failed_write_leaves_nothing(make, library, model_folder, half_way):
     one = make("one")
     for attempt in (
         lambda: blend([(one, 0.5)], "mixed", library, options=ModelOptions(base=str(model_folder))),
@@ -318,7 +318,7 @@ def test_a_failure_half_way_leaves_nothing(make, library, model_folder, half_way
     assert left_over(library) == ["one"]
 
 
-def test_a_blend_that_does_something_else_is_not_kept(make, library, model_folder, monkeypatch):
+def test_wrong_blend_is_not_kept(make, library, model_folder, monkeypatch):
     one, settings = make("one"), common.delta.lora_settings
 
     def without_scales(*arguments):
@@ -332,7 +332,7 @@ def test_a_blend_that_does_something_else_is_not_kept(make, library, model_folde
     assert left_over(library) == ["one"]
 
 
-def test_a_rank_that_cuts_nothing_gives_the_exact_sum(make, library, model_folder):
+def test_blend_with_sufficient_rank_is_exact(make, library, model_folder):
     one = make("one")
     blended = blend([(one, 0.5), (one, 0.5)], "whole", library, rank=64, options=ModelOptions(base=str(model_folder)))
     assert blended.adapter.rank == blended.exact_rank == 8
@@ -340,7 +340,7 @@ def test_a_rank_that_cuts_nothing_gives_the_exact_sum(make, library, model_folde
     assert blended.adapter.manifest.made_by == "blend one=0.5 one=0.5"
 
 
-def test_weights_that_cancel_are_no_loss(make, library, model_folder):
+def test_blend_of_canceling_weights(make, library, model_folder):
     one = make("one")
     blended = blend(
         [(one, 0.1), (one, 0.2), (one, -0.3)], "nothing", library, rank=8, options=ModelOptions(base=str(model_folder))
@@ -349,13 +349,13 @@ def test_weights_that_cancel_are_no_loss(make, library, model_folder):
     assert blended.adapter.manifest.made_by == "blend one=0.1 one=0.2 one=-0.3 --rank 8"
 
 
-def test_a_weight_is_recorded_as_it_was_given(make, library, model_folder):
+def test_blend_records_exact_weights(make, library, model_folder):
     one = make("one")
     made = blend([(one, 1 / 3), (one, 2.0)], "thirds", library, options=ModelOptions(base=str(model_folder))).adapter
     assert made.manifest.made_by == f"blend one={1 / 3!r} one=2"
 
 
-def test_a_link_and_what_it_points_to_are_one_adapter(make, library, model_folder):
+def test_blend_treats_symlink_as_target(make, library, model_folder):
     one = make("one")
     (library.path / "link").symlink_to(one.path)
     made = blend(
@@ -368,7 +368,7 @@ def test_a_link_and_what_it_points_to_are_one_adapter(make, library, model_folde
 # Slim
 
 
-def test_slim_at_full_energy_loses_nothing(make, library, model_folder):
+def test_compress_full_energy_is_lossless(make, library, model_folder):
     one = make("one", "patterns")
     twice = blend([(one, 0.5), (one, 0.5)], "twice", library, options=ModelOptions(base=str(model_folder))).adapter
     compressed = compress(twice, "less", library, energy=1.0, options=ModelOptions(base=str(model_folder)))
@@ -383,7 +383,7 @@ def test_slim_at_full_energy_loses_nothing(make, library, model_folder):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_slim_keeps_the_least_rank_that_has_the_energy(make, library, model_folder, variant, rows):
+def test_compress_keeps_smallest_sufficient_rank(make, library, model_folder, variant, rows):
     one = make("one", variant)
     compressed = compress(one, "less", library, energy=0.8, sets=rows, options=ModelOptions(base=str(model_folder)))
     after = deltas(model_folder, compressed.adapter)
@@ -404,7 +404,7 @@ def test_slim_keeps_the_least_rank_that_has_the_energy(make, library, model_fold
     assert (compressed.adapter.path / "spectrum.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_slim_fits_into_so_many_bytes(make, library, model_folder):
+def test_compress_respects_max_bytes(make, library, model_folder):
     one = make("one")
     full = (one.path / WEIGHTS_FILE).stat().st_size
     sizes = []
@@ -424,7 +424,7 @@ def test_slim_fits_into_so_many_bytes(make, library, model_folder):
         compress(one, "least", library, max_bytes=100, options=ModelOptions(base=str(model_folder)))
 
 
-def test_layers_that_do_nothing_are_left_out(make, library, model_folder):
+def test_compress_drops_zero_layers(make, library, model_folder):
     one = make("one")
     tensors = load_file(one.path / WEIGHTS_FILE)
     idle = one.modules[0]
@@ -438,7 +438,7 @@ def test_layers_that_do_nothing_are_left_out(make, library, model_folder):
     )
 
 
-def test_what_cannot_be_slimmed_is_refused(make, library, model_folder):
+def test_compress_rejects_bad_input(make, library, model_folder):
     with pytest.raises(AdapterError, match="dora is a DoRA adapter"):
         compress(make("dora", use_dora=True), "less", library, options=ModelOptions(base=str(model_folder)))
     one = make("one")
@@ -461,7 +461,7 @@ def two(settings, tmp_path, reviews_csv):
     return praise, train(settings(name="pan", where=["label=0"], rank=2, target_modules="attention"))
 
 
-def test_a_blend_has_manifest_parents_gain_and_card(two, caches):
+def test_blend_manifest_and_card(two, caches):
     heard = []
     blended = blend(
         [(two[0], 0.7), (two[1], 0.3)], "mixed", Library(), options=ModelOptions(device="cpu", notify=heard.append)
@@ -479,7 +479,7 @@ def test_a_blend_has_manifest_parents_gain_and_card(two, caches):
         [it.gain for it in blended.results.values()], abs=1e-6
     )
     card = (adapter.path / CARD_FILE).read_text()
-    assert "| Made by | `blend praise=0.7 pan=0.3` |" in card
+    assert "| Command | `blend praise=0.7 pan=0.3` |" in card
     assert f"praise ({two[0].sha256[:12]})" in card
     assert "label=1" in card
     assert "run.yaml" not in card
@@ -492,7 +492,7 @@ def test_a_blend_has_manifest_parents_gain_and_card(two, caches):
     assert answer.adapter == "mixed"
 
 
-def test_a_slim_one_keeps_the_data_of_its_parent(two):
+def test_compress_keeps_dataset_info(two):
     compressed = compress(two[0], "less", Library(), energy=0.5, options=ModelOptions(device="cpu"))
     before, after = compressed.results
     assert before.loss == pytest.approx(two[0].manifest.result.loss, abs=1e-6)
@@ -502,7 +502,7 @@ def test_a_slim_one_keeps_the_data_of_its_parent(two):
     assert verify_adapter(compressed.adapter) == []
 
 
-def test_training_goes_on_from_a_blend_and_from_a_slim_one(two, reviews_csv):
+def test_train_from_blended_and_compressed(two, reviews_csv):
     blended = blend([(it, 0.5) for it in two], "mixed", Library(), options=ModelOptions(device="cpu")).adapter
     for parent in (
         blended,
@@ -516,7 +516,7 @@ def test_training_goes_on_from_a_blend_and_from_a_slim_one(two, reviews_csv):
         }
 
 
-def test_parts_with_different_salts_have_no_held_out_rows_in_common(settings, reviews_csv):
+def test_blend_of_different_split_salts(settings, reviews_csv):
     parts = [train(settings(name=name, split_salt=name)) for name in ("one", "two")]
     heard = []
     made = blend(
@@ -531,7 +531,7 @@ def test_parts_with_different_salts_have_no_held_out_rows_in_common(settings, re
         train(config)
 
 
-def test_rows_that_are_missing_stay_known(two, caches, monkeypatch):
+def test_missing_held_out_rows_stay_recorded(two, caches, monkeypatch):
     monkeypatch.setenv("LORA_TUNER_CACHE", str(caches / "another"))
     for made in (
         compress(two[0], "less", Library(), energy=0.5, options=ModelOptions(device="cpu")).adapter,
@@ -545,7 +545,7 @@ def test_rows_that_are_missing_stay_known(two, caches, monkeypatch):
     assert reason == "it was made of adapters whose held-out rows were missing"
 
 
-def test_the_same_rows_are_measured_once(two, settings):
+def test_equal_held_out_rows_evaluated_once(two, settings):
     heard = []
     again = train(settings(name="again", where=["label=1"], seed=5))
     blended = blend(
@@ -556,7 +556,7 @@ def test_the_same_rows_are_measured_once(two, settings):
     assert blended.adapter.manifest.data == two[0].manifest.data
 
 
-def test_missing_rows_are_said_and_other_data_can_be_named(make, library, model_folder, rows):
+def test_blend_without_held_out_rows_notifies(make, library, model_folder, rows):
     heard = []
     one = make("one")
     made = blend(
@@ -571,7 +571,7 @@ def test_missing_rows_are_said_and_other_data_can_be_named(make, library, model_
     assert list(measured.results) == ["some reviews"]
 
 
-def test_one_part_that_is_not_known_leaves_what_is_known_of_the_other(two, gpt2, tmp_path, rows):
+def test_blend_with_unknown_dataset(two, gpt2, tmp_path, rows):
     foreign = written(gpt2, tmp_path / "foreign", target_modules=["c_attn"])
     made = blend([(two[0], 0.5), (foreign, 0.5)], "mixed", Library(), options=ModelOptions(device="cpu")).adapter
     assert made.manifest.data.name.endswith("reviews.csv + unknown")
@@ -584,7 +584,7 @@ def test_one_part_that_is_not_known_leaves_what_is_known_of_the_other(two, gpt2,
 # The commands
 
 
-def test_blend_slim_and_merge_as_commands(two, tmp_path):
+def test_blend_compress_merge_commands(two, tmp_path):
     text = run("blend", "praise=0.7", "pan=-0.3", "--name", "mixed", "--device", "cpu").stdout
     assert text.startswith("adapters/mixed  ")
     assert "rank 4 to 6: blend praise=0.7 pan=-0.3" in text
@@ -620,7 +620,7 @@ def test_blend_slim_and_merge_as_commands(two, tmp_path):
         (("blend", "nobody=1", "--name", "mixed"), "Error: There is no adapter 'nobody', neither in adapters"),
     ],
 )
-def test_bad_input_gets_one_line(arguments, message):
+def test_blend_command_errors(arguments, message):
     stderr = run(*arguments, exit_code=1).stderr
     assert stderr.startswith(message)
     assert stderr.count("\n") == 1

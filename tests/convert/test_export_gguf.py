@@ -71,7 +71,7 @@ def log_probabilities(model, ids):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", gguf_base.ARCHITECTURES)
-def test_llama_cpp_writes_what_the_adapter_writes_here(llama_cpp, make, base, base_gguf, tmp_path, kind, way):
+def test_llama_cpp_output_matches(llama_cpp, make, base, base_gguf, tmp_path, kind, way):
     settings, dtype = WAYS[way]
     adapter = make(kind, **settings)
     exported = to_gguf(adapter, tmp_path / "random.gguf", dtype=dtype)
@@ -92,14 +92,14 @@ def test_llama_cpp_writes_what_the_adapter_writes_here(llama_cpp, make, base, ba
 
 
 @pytest.mark.parametrize("kind", gguf_base.ARCHITECTURES)
-def test_with_an_alpha_of_0_llama_cpp_writes_what_the_base_writes(llama_cpp, make, base_gguf, tmp_path, kind):
+def test_zero_alpha_export_equals_base(llama_cpp, make, base_gguf, tmp_path, kind):
     exported = to_gguf(make(kind, lora_alpha=0), tmp_path / "nothing.gguf")
     for prompt in (PROMPT, "7: her voice"):
         plain = llama_cpp(base_gguf(kind)).greedy(prompt, TOKENS, top=5)
         assert llama_cpp(base_gguf(kind), exported.path).greedy(prompt, TOKENS, top=5) == plain
 
 
-def test_llama_cpp_takes_the_file_over_no_other_kind_of_base(llama_cpp, make, base_gguf, tmp_path):
+def test_llama_cpp_rejects_other_architecture(llama_cpp, make, base_gguf, tmp_path):
     exported = to_gguf(make("llama"), tmp_path / "random.gguf")
     for kind in ("mistral", "gpt2"):
         with pytest.raises(RuntimeError):
@@ -112,7 +112,7 @@ def read_back(path):
     return facts, {it.name: gguf.quants.dequantize(it.data, it.tensor_type) for it in reader.tensors}
 
 
-def test_the_file_has_the_tensors_by_llama_cpps_names_with_their_scales_in_them(make, tmp_path):
+def test_gguf_tensor_names_and_scales(make, tmp_path):
     adapter = make("gpt2", **WAYS["rsLoRA, patterns"][0])
     exported = to_gguf(adapter, tmp_path / "new" / "random.gguf", dtype="float32")
     facts, tensors = read_back(exported.path)
@@ -139,7 +139,7 @@ def test_the_file_has_the_tensors_by_llama_cpps_names_with_their_scales_in_them(
     assert (exported.tensors, exported.bytes, exported.error) == (16, exported.path.stat().st_size, 0)
 
 
-def test_rows_of_q_and_k_are_turned_for_llama_and_for_qwen2_are_not(make, tmp_path):
+def test_gguf_permutes_qk_for_llama(make, tmp_path):
     turned = [0, 4, 1, 5, 2, 6, 3, 7]  # of each head of 8
     for kind, order in (("llama", turned), ("qwen2", sorted(turned))):
         adapter = make(kind, kind)
@@ -151,7 +151,7 @@ def test_rows_of_q_and_k_are_turned_for_llama_and_for_qwen2_are_not(make, tmp_pa
             assert (tensors[f"blk.1.attn_{layer}.weight.lora_b"] == up[rows]).all()
 
 
-def test_an_error_of_rounding_is_told_and_is_small(make, tmp_path):
+def test_export_reports_rounding_error(make, tmp_path):
     adapter = make("llama")
     for dtype, least, most in (("float16", 2**-13, 2**-11), ("bfloat16", 2**-10, 2**-8)):
         assert least < to_gguf(adapter, tmp_path / f"{dtype}.gguf", dtype=dtype).error <= most
@@ -175,7 +175,7 @@ def refused(adapter, out, *, dtype="float16", overwrite=False, **options):
     return str(error.value)
 
 
-def test_a_file_is_replaced_only_with_overwrite_and_only_by_a_whole_one(make, tmp_path):
+def test_export_replaces_file_atomically(make, tmp_path):
     out, adapter = tmp_path / "random.gguf", make("gpt2")
     to_gguf(adapter, out)
     message = f"{out} exists: choose another --out, or replace it with --overwrite."
@@ -189,7 +189,7 @@ def test_a_file_is_replaced_only_with_overwrite_and_only_by_a_whole_one(make, tm
 
 
 @pytest.mark.parametrize("factor", [1e6, 1e-7])
-def test_numbers_too_large_or_too_small_for_float16_are_refused_and_go_into_the_others(make, tmp_path, factor):
+def test_export_out_of_float16_range_fails(make, tmp_path, factor):
     adapter = spoil(make("llama"), "up_proj", lambda values: values * factor)
     advice = "random has numbers that float16 cannot hold: export it as bfloat16 or float32."
     assert refused(adapter, tmp_path / "random.gguf") == advice
@@ -201,18 +201,18 @@ def test_numbers_too_large_or_too_small_for_float16_are_refused_and_go_into_the_
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("layer", ["0.self_attn.q_proj", "1.mlp.down_proj"])
-def test_numbers_beyond_float32_are_refused_in_whatever_layer(make, tmp_path, layer):
+def test_export_out_of_float32_range_fails(make, tmp_path, layer):
     adapter = spoil(make("llama"), layer, lambda values: values.double() * 1e60)
     assert "float32 cannot hold" in refused(adapter, tmp_path / "random.gguf", dtype="float32")
 
 
-def test_damaged_weights_are_refused(make, tmp_path):
+def test_export_damaged_weights_fails(make, tmp_path):
     adapter = spoil(make("gpt2"), "c_attn", lambda values: values * float("nan"))
     assert "is damaged: " in (message := refused(adapter, tmp_path / "random.gguf"))
-    assert "holds numbers that are not finite" in message
+    assert "has values that are not finite" in message
 
 
-def test_dora_and_layers_with_other_names_are_refused_with_what_to_do_instead(tmp_path):
+def test_export_dora_or_unknown_layers_fails(tmp_path):
     magnitudes = {
         f"base_model.model.{module}.lora_magnitude_vector": np.ones(18, np.float32) for module in adapter_files.MODULES
     }
@@ -220,11 +220,11 @@ def test_dora_and_layers_with_other_names_are_refused_with_what_to_do_instead(tm
         adapter_files.write(tmp_path / "dora", {"use_dora": True}, adapter_files.tensors() | magnitudes)
     )
     merge = "merge it (`python cli.py merge {0} --out merged/{0}`)."
-    assert refused(dora, tmp_path / "a.gguf") == f"{dora.path}: llama.cpp has no DoRA: {merge.format('dora')}"
+    assert refused(dora, tmp_path / "a.gguf") == f"{dora.path}: llama.cpp does not support DoRA: {merge.format('dora')}"
     phi = load_adapter_folder(
         adapter_files.write(tmp_path / "phi", weights=adapter_files.tensors(modules=["model.layers.0.qkv_proj"]))
     )
-    unknown = "how llama.cpp calls and turns layers such as model.layers.0.qkv_proj is not known here"
+    unknown = "layers such as model.layers.0.qkv_proj cannot be converted for llama.cpp"
     assert refused(phi, tmp_path / "a.gguf") == f"{phi.path}: {unknown}: {merge.format('phi')}"
 
 
@@ -236,7 +236,7 @@ def changed(base, folder, **settings):
     return str(folder)
 
 
-def test_a_kind_of_base_that_was_not_proven_is_refused(make, base, tmp_path):
+def test_export_unsupported_architecture_fails(make, base, tmp_path):
     gemma = changed(base("llama"), tmp_path / "gemma", model_type="gemma")
     assert refused(make("llama"), tmp_path / "a.gguf", base=gemma) == (
         f"{gemma} is a gemma model: adapters of llama, mistral, gpt2, qwen2 can be exported. Merge it (`python cli.py merge "
@@ -244,7 +244,7 @@ def test_a_kind_of_base_that_was_not_proven_is_refused(make, base, tmp_path):
     )
 
 
-def test_another_base_is_refused_by_its_sizes_or_by_the_manifest(make, base, tmp_path):
+def test_export_wrong_base_fails(make, base, tmp_path):
     adapter, told, out = make("llama"), [], tmp_path / "a.gguf"
     message = refused(adapter, out, base=str(base("mistral")), notify=told.append)
     assert "down_proj is no linear" not in message
@@ -262,7 +262,7 @@ def test_another_base_is_refused_by_its_sizes_or_by_the_manifest(make, base, tmp
     assert told[0].text.startswith("FORCED: ")
 
 
-def test_the_command_tells_what_it_wrote(make, tmp_path):
+def test_export_command_output(make, tmp_path):
     make("gpt2")
     line = run("export", "random", "--to", "gguf", "--out", "a.gguf").stdout
     assert line.startswith("a.gguf  ")

@@ -257,7 +257,7 @@ def growing_yaml() -> str:
     return "\n".join(["a0: &a0 {x: 1}", *lines])
 
 
-NO_LORA = "is no part of a LoRA update"
+NO_LORA = "is not a LoRA tensor"
 CUT_OFF = "it is cut off, or no safetensors file"
 NOT_JSON = "is not readable as JSON"
 HEADER = "its header"
@@ -281,7 +281,7 @@ BY_HAND: dict[str, Stranger] = {
     "a pickle in disguise": Stranger(pickled(WEIGHTS_FILE), "all", CUT_OFF),
     # Tensors
     "a tensor renamed": Stranger(tensors(rename(A, "base_model.model.lora_A")), "all", NO_LORA),
-    "a tensor missing": Stranger(tensors(lambda found: {n: it for n, it in found.items() if n != A}), "all", "lacks lora_A"),
+    "a tensor missing": Stranger(tensors(lambda found: {n: it for n, it in found.items() if n != A}), "all", "has no lora_A"),
     "half an adapter": Stranger(
         tensors(lambda found: {name: it for name, it in found.items() if MODULE in name}, known=True), "nobody"
     ),
@@ -297,14 +297,14 @@ BY_HAND: dict[str, Stranger] = {
     "a tensor that writes": Stranger(tensors(rename(A, ESCAPE)), "all", NO_LORA),
     "nan": Stranger(tensors(one_number(math.nan), known=True), "numbers", "not finite"),
     "infinity": Stranger(tensors(one_number(-math.inf)), "numbers", "not finite"),
-    "another shape": Stranger(tensors(lambda found: {n: it[:, :-1] for n, it in found.items()}), "all", "no rank"),
+    "another shape": Stranger(tensors(lambda found: {n: it[:, :-1] for n, it in found.items()}), "all", "share a rank"),
     "other sizes": Stranger(
         tensors(lambda found: {n: it[:, :-1] if n[-8] == "A" else it for n, it in found.items()}), "base", "31 -> 96"
     ),
     "the other way round": Stranger(
-        tensors(lambda found: {n: it.T for n, it in found.items()}), "all", "share no rank"
+        tensors(lambda found: {n: it.T for n, it in found.items()}), "all", "share a rank"
     ),
-    "whole numbers": Stranger(tensors(cast(np.int32)), "all", "holds I32"),
+    "whole numbers": Stranger(tensors(cast(np.int32)), "all", "has dtype I32"),
     "nothing": Stranger(tensors(lambda found: {"empty": np.zeros(0, np.float32)}), "all", NO_LORA),
     "large numbers": Stranger(tensors(cast(np.float32, 1e37)), "base", LARGE),
     "numbers beyond float32": Stranger(tensors(cast(np.float64, 1e300)), "base", LARGE),
@@ -322,8 +322,8 @@ BY_HAND: dict[str, Stranger] = {
     "a shape in fractions": Stranger(header(put(shape=[4.0, 32.0])), "all", HEADER),
     "offsets that overlap": Stranger(header(put(data_offsets=[512, 1024])), "all", "wrong about"),
     "offsets beyond": Stranger(header(put(data_offsets=[0, 10**15])), "all", "beyond the file"),
-    "no such numbers": Stranger(header(put(dtype="F4096")), "all", "holds F4096"),
-    "a dtype that writes": Stranger(header(put(dtype=ESCAPE)), "all", "holds"),
+    "no such numbers": Stranger(header(put(dtype="F4096")), "all", "has dtype F4096"),
+    "a dtype that writes": Stranger(header(put(dtype=ESCAPE)), "all", "has dtype"),
     "metadata that is no text": Stranger(header(lambda it: {"__metadata__": {"a": 1}, **it}), "all", HEADER),
     "metadata that is no number": Stranger(header(lambda it: {"__metadata__": {"a": math.nan}, **it}), "all", HEADER),
     "a header in utf-16": Stranger(header(lambda it: json.dumps(it).encode("utf-16")), "all", HEADER),
@@ -332,7 +332,7 @@ BY_HAND: dict[str, Stranger] = {
         header(lambda it: json.dumps(it).replace("}}", f'}}, "{A}": {json.dumps(it[A])}}}').encode()), "all", HEADER
     ),
     # Configs
-    "a config of a list": Stranger(raw_config("[]"), "all", "no settings"),
+    "a config of a list": Stranger(raw_config("[]"), "all", "not a JSON object"),
     "a deep config": Stranger(raw_config('{"r": ' + nest(100_000) + "}"), "all", NOT_JSON),
     "a large config": Stranger(raw_config(" " * 20_000_000), "all", "too large"),
     "a config of dictionaries": Stranger(raw_config(huge_json('{"":0}', 9_000_000)), "all", "too large"),
@@ -346,11 +346,11 @@ BY_HAND: dict[str, Stranger] = {
     "a long config": Stranger(config(bias="b" * 900_000), "all", "bias is"),
     "many unknown settings": Stranger(config(**{f"k{n}": n for n in range(50_000)}), "all", "is set"),
     "a rank in words": Stranger(config(r="four"), "all", "r is"),
-    "a rank of millions": Stranger(config(r=4_000_000), "all", "not a rank"),
-    "a rank of digits": Stranger(config(r=10**4000), "all", "not a rank"),
+    "a rank of millions": Stranger(config(r=4_000_000), "all", "a rank is"),
+    "a rank of digits": Stranger(config(r=10**4000), "all", "a rank is"),
     "another rank": Stranger(config(r=4096), "all", "says 4096"),
-    "a scale beyond all": Stranger(config(lora_alpha=1e300), "all", "no scale"),
-    "a scale that is none": Stranger(config(lora_alpha=math.nan), "all", "no scale"),
+    "a scale beyond all": Stranger(config(lora_alpha=1e300), "all", "an alpha is"),
+    "a scale that is none": Stranger(config(lora_alpha=math.nan), "all", "an alpha is"),
     "pissa": Stranger(config(init_lora_weights="pissa"), "all", "init_lora_weights"),
     "pissa, quickly": Stranger(config(init_lora_weights="pissa_niter_4"), "all", "init_lora_weights"),
     "olora": Stranger(config(init_lora_weights="olora"), "all", "init_lora_weights"),

@@ -264,17 +264,17 @@ BROKEN = {name: it for name, it in BY_HAND.items() if it.refused_by in ("all", "
 QUICK = {name: CHEAP[name] for name in ("verify",)}
 
 
-def test_what_is_wrong_with_a_stranger_is_said_by_all_who_open_it(do):
+def test_hostile_adapter_fails_verify(do):
     for it in do([(name, it.spoil) for name, it in BY_HAND.items()], QUICK):
         check(it)
         check_refused(it, BY_HAND[it.stranger])
 
 
-def test_a_good_one_is_taken_and_so_are_facts_that_nobody_obeys(do):
+def test_harmless_adapter_is_accepted(do):
     done = do([("good", nothing), ("writes", BY_HAND["a manifest that writes"].spoil)], ALL)
     harmless = [(name, BY_HAND[name].spoil) for name in ("half an adapter", "targets that hang", "facts that climb")]
     done += do(harmless, {name: ALL[name] for name in ("list", "show", "generate", "blend")})
-    refused = {"check vllm": "vLLM has no LoRA for GPT-2", "adopt": "has a manifest", "push": "no manifest"}
+    refused = {"check vllm": "vLLM does not support LoRA on GPT-2", "adopt": "has a manifest", "push": "no manifest"}
     for it in done:
         check(it)
         assert it.status == 0 or refused[it.command] in it.text, it.text
@@ -287,26 +287,26 @@ def nothing(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("seeds", [range(12, 15), pytest.param(range(15, 18), marks=pytest.mark.slow)])
-def test_what_chance_makes_of_an_adapter_is_taken_or_refused_in_a_line(do, seeds):
+def test_fuzzed_adapter_loads_or_fails_cleanly(do, seeds):
     for it in do([(f"seed {seed}", partial(hostile_adapters.spoil_by_chance, seed=seed)) for seed in seeds], ALL):
         check(it)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", [range(1_000, 1_080), range(1_080, 1_160), range(1_160, 1_240), range(1_240, 1_310)])
-def test_what_chance_makes_of_many_adapters_is_taken_or_refused_in_a_line(do, seeds):
+def test_many_fuzzed_adapters_fail_cleanly(do, seeds):
     for it in do([(f"seed {seed}", partial(hostile_adapters.spoil_by_chance, seed=seed)) for seed in seeds], ALL):
         check(it)
 
 
 @pytest.mark.slow
-def test_what_is_wrong_with_a_stranger_is_said_by_every_command(do):
+def test_hostile_adapter_fails_every_command(do):
     for it in do([(name, it.spoil) for name, it in BY_HAND.items()], ALL):
         check(it)
         check_refused(it, BY_HAND[it.stranger])
 
 
-def test_a_refused_stranger_leaves_the_base_in_memory_as_it_was(gpt2, good, tmp_path):
+def test_rejected_adapter_keeps_base_unchanged(gpt2, good, tmp_path):
     generator = Generator(options=ModelOptions(base=str(gpt2), device="cpu"))
     tokens = torch.arange(1, 30)[None]
     with torch.inference_mode():
@@ -324,7 +324,7 @@ def test_a_refused_stranger_leaves_the_base_in_memory_as_it_was(gpt2, good, tmp_
             assert torch.equal(generator.base.model(tokens).logits, before), name
 
 
-def test_a_pickle_would_run_if_it_were_read(good, tmp_path):
+def test_pickle_fixture_executes_code(good, tmp_path):
     folder = hostile_adapters.copy(good, tmp_path / NAME)
     BY_HAND["pickled"].spoil(folder)
     pickle.loads((folder / "adapter_model.bin").read_bytes())
@@ -343,7 +343,7 @@ PLACES = [
 ]
 
 
-def test_a_base_that_a_stranger_names_is_no_way_out(do):
+def test_hostile_base_name_cannot_escape(do):
     """Places for a base, and revisions, by which the cache would be left."""
     jobs = [(f"config {n}", hostile_adapters.config(base_model_name_or_path=place)) for n, place in enumerate(PLACES)]
     jobs += [(f"manifest {n}", hostile_adapters.manifest(base__name=place)) for n, place in enumerate(PLACES)]
@@ -374,7 +374,7 @@ NAMES = [
 ]
 
 
-def test_a_name_that_climbs_out_is_refused(do):
+def test_path_as_adapter_name_fails(do):
     commands = {}
     for number, name in enumerate(NAMES):
         commands |= {
@@ -395,7 +395,7 @@ def test_a_name_that_climbs_out_is_refused(do):
         assert it.status in (1, 2), it.text
 
 
-def test_folders_that_are_links_or_have_odd_names(do, tmp_path):
+def test_symlinks_and_odd_folder_names(do, tmp_path):
     def odd(folder: Path) -> None:
         for name, to in (
             ("loop", "loop"),

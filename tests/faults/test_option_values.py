@@ -128,7 +128,7 @@ def files_of(folder):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_nonsense_is_refused_in_a_line_that_names_it(place, name):
+def test_invalid_value_error_names_option(place, name):
     command, given = COMMANDS[name], GIVEN[name]
     usual = invoke(*name.split(), *given)
     before, wrong = files_of(place), []
@@ -163,7 +163,7 @@ def shown(value):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_no_option_is_given_twice_and_no_switch_has_a_value(place, name):
+def test_repeated_option_is_rejected(place, name):
     for param in COMMANDS[name].params:
         if param.param_type_name == "argument" or param.multiple or "--help" in param.opts:
             continue
@@ -182,7 +182,7 @@ def test_no_option_is_given_twice_and_no_switch_has_a_value(place, name):
 @given(
     data=st.data(), name=st.sampled_from([it for it in COMMANDS if it not in ("doctor", "methods")])
 )  # which take no value
-def test_no_text_whatever_is_too_much_for_an_option(place, data, name):
+def test_random_option_values_fail_cleanly(place, data, name):
     command = COMMANDS[name]
     param = data.draw(st.sampled_from([it for it in command.params if not is_flag(it)]))
     value = data.draw(st.one_of(st.text(max_size=30), st.floats().map(str), st.integers().map(str)))
@@ -230,7 +230,7 @@ BETWEEN = [
 
 
 @pytest.mark.parametrize(("line", "why"), BETWEEN)
-def test_what_contradicts_itself_is_refused(place, line, why):
+def test_contradicting_options_are_rejected(place, line, why):
     before = files_of(place)
     status, out, err = invoke(*line.split())
     assert files_of(place) == before
@@ -238,7 +238,7 @@ def test_what_contradicts_itself_is_refused(place, line, why):
     assert why in err
 
 
-def test_a_command_in_a_process_of_its_own_says_the_same(run, place):
+def test_errors_in_separate_process(run, place):
     for line, why in BETWEEN[::9]:
         ended = run(*line.split())
         assert (ended.status in (1, 2), ended.out, ended.err.count("\n")) == (True, "", 1)
@@ -263,7 +263,7 @@ LATE = [  # seen when the base is there
 @pytest.mark.parametrize(
     ("option", "value", "why"), [*LATE[:4], *(pytest.param(*it, marks=pytest.mark.slow) for it in LATE[4:])]
 )
-def test_nonsense_that_only_the_base_can_tell_is_refused(run, place, gpt2, option, value, why):
+def test_value_invalid_for_base_fails(run, place, gpt2, option, value, why):
     given = {"--max-length": "64"} | {option: value}
     with unchanged_files(place):
         ended = run("train", "--dataset", "x.csv", "--base", gpt2, "--max-steps", 3, *sum(given.items(), ()))
@@ -279,7 +279,7 @@ def unchanged_files(folder):
     assert {name: it for name, it in contents(folder, skip).items() if it is not None} == before
 
 
-def test_numbers_that_are_large_but_fine_are_taken(run, place, gpt2):
+def test_large_numbers_are_accepted(run, place, gpt2):
     most = {"--batch-size", "--gradient-accumulation", "--save-every", "--eval-every"}
     given = sum(((option, 1_000_000_000) for option in sorted(most)), ())
     given += ("--max-rows", HUGE, "--eval-rows", HUGE, "--max-grad-norm", HUGE, "--alpha", 1_000_000)
@@ -302,7 +302,7 @@ def test_numbers_that_are_large_but_fine_are_taken(run, place, gpt2):
         ("locked/below", 1, "locked may not be written to: choose another"),
     ],
 )
-def test_a_place_where_nothing_can_be_written_is_refused(run, place, gpt2, option, where, status, why):
+def test_unwritable_folder_fails(run, place, gpt2, option, where, status, why):
     (place / "locked").mkdir()
     (place / "locked").chmod(0o555)
     ended = run("train", "--dataset", "x.csv", "--base", gpt2, option, where, before=no_more_than_others)
@@ -363,7 +363,7 @@ FILES = [
 
 
 @pytest.mark.parametrize(("content", "why"), FILES)
-def test_a_file_of_nonsense_is_refused_in_a_line(place, content, why):
+def test_invalid_config_file_fails(place, content, why):
     (place / "x.yaml").write_bytes(content.encode() if isinstance(content, str) else content)
     before = files_of(place)
     others = NO_BASE if b"dataset" in (place / "x.yaml").read_bytes() else GIVEN["train"]
@@ -376,7 +376,7 @@ def test_a_file_of_nonsense_is_refused_in_a_line(place, content, why):
 @pytest.mark.parametrize(
     ("name", "why"), [("folder", "Is a directory"), ("/dev/zero", "longer than"), ("no", "no file")]
 )
-def test_settings_in_no_file_are_refused(run, place, name, why):
+def test_config_not_a_file_fails(run, place, name, why):
     ended = run("train", "--config", name)
     assert (ended.status, ended.out) == (1, "")
     assert why in ended.line

@@ -270,7 +270,7 @@ def test_a_damaged_adapter_is_not_used(adapter):
     tensors = load_file(path)
     tensors[sorted(tensors)[0]][0, 0] = float("nan")
     save_file(tensors, path)
-    with pytest.raises(AdapterError, match=r"reviews is damaged: .* holds numbers that are not finite"):
+    with pytest.raises(AdapterError, match=r"reviews is damaged: .* has values that are not finite"):
         Generator("reviews", options=ModelOptions(device="cpu"))
 
 

@@ -177,7 +177,7 @@ def test_a_damaged_adapter_is_refused_and_the_base_stays(stored, model_folder, w
     names = spoil(stored, wrong)
     base = load(model_folder)
     before = [name for name, _ in base.model.named_modules()]
-    said = "; ".join(f"{name} holds numbers that are not finite" for name in names[: min(wrong, 3)])
+    said = "; ".join(f"{name} has values that are not finite" for name in names[: min(wrong, 3)])
     for put_on in (
         lambda: lora.load_lora(base.model, stored, "slot0"),
         lambda: lora.add_lora(base, TrainConfig(), stored),
@@ -194,7 +194,7 @@ def test_weights_that_the_manifest_does_not_know_are_refused(known, model_folder
     with pytest.raises(AdapterError) as error:
         lora.load_lora(load(model_folder).model, load_adapter_folder(known.path), "slot0")
     assert str(error.value) == (
-        f"{known.path} is damaged: adapter_model.safetensors is not the file that manifest.json was written for."
+        f"{known.path} is damaged: adapter_model.safetensors does not match its hash in manifest.json."
     )
 
 
@@ -223,7 +223,7 @@ def test_an_adapter_with_more_layers_than_the_base_is_refused(tmp_path, stored, 
     with pytest.raises(AdapterError) as error:
         lora.load_lora(shallow.model, stored, "slot0")
     lacking = [module for module in stored.modules if ".1." in module]
-    said = "; ".join(f"{module} is no linear layer of the base" for module in lacking[:3])
+    said = "; ".join(f"the base has no linear layer {module}" for module in lacking[:3])
     assert str(error.value) == f"{stored.path} does not fit the base: {said}, and {len(lacking) - 3} more."
     assert not any("lora" in name for name, _ in shallow.model.named_modules())
 

@@ -461,7 +461,7 @@ def test_a_strangers_words_are_words(visit):
     page.get_by_role("button", name="wicked").click()
     card = page.locator(".card")
     expect(card).to_contain_text(EVIL[:60])
-    expect(card).to_contain_text("holds no curve: could not convert string to float: '<img")
+    expect(card).to_contain_text("has no loss curve: could not convert string to float: '<img")
     card.get_by_text("Model card").click()
     expect(card.locator("pre")).to_contain_text("![x](http://elsewhere.example/y.png)")
     tab(page, "Write")

@@ -127,8 +127,7 @@ def test_adapters_come_go_and_break_while_it_runs(own, base):
         (own.shelf / "b" / adapter.WEIGHTS_FILE).write_bytes(b"nothing")
         broken = client.models.retrieve("b").broken
         assert (
-            broken
-            == f"b/{adapter.WEIGHTS_FILE}: it is cut off, or no safetensors file. Restore it from where it came from."
+            broken == f"b/{adapter.WEIGHTS_FILE}: it is cut off, or no safetensors file. Copy it again from its source."
         )
         with pytest.raises(openai.NotFoundError, match="it is cut off") as error:
             client.completions.create(model="b", **GREEDY)

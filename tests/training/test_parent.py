@@ -30,6 +30,7 @@ from lora_tuner.adapters.adapter import (
     load_adapter_folder,
     verify_adapter,
 )
+from lora_tuner.adapters.library import Ancestor
 from lora_tuner.adapters.manifest import ParentInfo
 from lora_tuner.config import resolve_settings
 from lora_tuner.errors import AdapterError, ConfigError, WrongBaseError
@@ -232,7 +233,7 @@ def test_a_parent_that_is_missing_or_damaged(parent):
     data[-3] ^= 1
     (parent.path / WEIGHTS_FILE).write_bytes(data)
     assert refusal(AdapterError, child()) == (
-        "adapters/noir is damaged: adapter_model.safetensors is not the file that manifest.json was written for."
+        "adapters/noir is damaged: adapter_model.safetensors does not match its hash in manifest.json."
     )
     assert list((parent.path.parent.parent / "runs").iterdir()) == []
 
@@ -278,12 +279,12 @@ def test_it_knows_its_parents_and_theirs(parent):
     assert parent.manifest.parents == []
     assert first.manifest.parents == [noir]
     assert second.manifest.parents == [verse]
-    assert f"| Made from | verse ({verse.sha256[:12]}) |" in (second.path / CARD_FILE).read_text()
+    assert f"| Parents | verse ({verse.sha256[:12]}) |" in (second.path / CARD_FILE).read_text()
     Library().rename("noir", "old")
     shutil.rmtree(first.path)
     assert Library().ancestors(second) == [
-        {"name": "verse", "sha256": verse.sha256, "generation": 1, "here": None},
-        {"name": "noir", "sha256": noir.sha256, "generation": 2, "here": "old"},
+        Ancestor("verse", verse.sha256, generation=1, here=None),
+        Ancestor("noir", noir.sha256, generation=2, here="old"),
     ]
 
 
@@ -307,7 +308,7 @@ def test_a_child_can_take_the_place_of_its_parent(parent):
     assert found.manifest.run.steps == 4
     assert verify_adapter(found) == []
     assert weights(found) == weights(Library().get("noir"))
-    assert Library().ancestors(found) == [{"name": "noir", "sha256": parent.sha256, "generation": 1, "here": None}]
+    assert Library().ancestors(found) == [Ancestor("noir", parent.sha256, generation=1, here=None)]
 
 
 # Resuming

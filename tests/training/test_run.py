@@ -584,7 +584,7 @@ def test_other_data_are_measured_on_and_none_of_them_is_trained_on(settings, fil
         evaluation.measure_loss(job.base.model, job.base, job.held_out).loss, abs=1e-6
     )
     assert "\neval_dataset: films.csv\n" in (adapter.path / adapters_adapter.RUN_FILE).read_text()
-    assert "| Measured on | films.csv |" in (adapter.path / adapters_adapter.CARD_FILE).read_text()
+    assert "| Evaluated on | films.csv |" in (adapter.path / adapters_adapter.CARD_FILE).read_text()
     again = train(resolve_settings(TrainConfig, {"name": "again"}, adapter.path / adapters_adapter.RUN_FILE))
     assert weights(again) == weights(adapter)
 

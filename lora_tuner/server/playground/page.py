@@ -327,7 +327,7 @@ class Page:
         squares = {module: each for module, each in squares.items() if float(each.sum()) > 0}
         if not squares:
             raise AdapterError("No spectrum: all its updates are zero.")
-        plots.plot_spectra(squares, {}, to)
+        plots.plot_spectra({module: each.tolist() for module, each in squares.items()}, {}, to)
         first = sorted(float(each[0] / each.sum()) for each in squares.values())[len(squares) // 2]
         said = f"{len(squares)} layers; in the middle one the largest singular value has {first:.0%} of the energy."
         return "Spectrum: what share of its layer's update each singular value has", said
