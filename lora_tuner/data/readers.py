@@ -1,8 +1,9 @@
-"""One file as rows, as it is written: csv, json, txt with the standard library, parquet with pyarrow.
+"""Read the rows of csv, tsv, json, jsonl, txt and parquet files.
 
-Surprise: the readers of `datasets` turn "NA" into nothing, dates into times and 1.50 into 1.5. Here a value is the text that
-stands in the file, and a file that is no text, has a name twice, or changes while it is read is refused. A file is
-held in memory as a whole or, with `stream_file`, read a row at a time; whether that changes meanwhile nobody looks.
+Each file type has one reader, a generator of rows. With streaming the rows of a `Table` are read anew on each pass, else the
+rows of a text file are held as a list; both give the same rows. Every value is the text in the file: `datasets` would turn "NA"
+into None, dates into timestamps and 1.50 into 1.5. A file is refused if it is not UTF-8, names a column or a key twice, or
+changes during a pass.
 """
 
 import contextlib
@@ -12,309 +13,278 @@ import itertools
 import json
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import datasets
 
-from ..config import TrainConfig
 from ..errors import DataError
 
+Row = Mapping[str, object]
+PEEKED_ROWS = 100  # rows that determine the columns of a stream
+AUTO_LINES = 1000  # lines that determine how a txt file is split into rows
+_CHANGED = "it changed while it was read: try again when it is complete"
 
-@dataclass
+
+class LazyRows:
+    """Rows that are read again, from the first, on each iteration."""
+
+    def __init__(self, read: Callable[[], Iterator[Row]]) -> None:
+        self.read = read
+
+    def __iter__(self) -> Iterator[Row]:
+        return self.read()
+
+
+@dataclass(frozen=True)
 class Table:
-    """The rows of one file or split. `texts` are the columns of text, `labels` the names of the numbers in a column."""
+    """The rows of one file or dataset split, and its columns.
+
+    `label_names` maps a column of class labels to their names. `peeked` is set if the columns are those of the first
+    `PEEKED_ROWS` rows. `split_rule` describes how `--txt-rows auto` split a txt file.
+    """
 
     source: str
-    rows: Any  # of dicts, in which a column may be missing
+    rows: Iterable[Row]  # a row may lack some of the columns
     columns: list[str]
     text_columns: list[str]
-    is_plain_text: bool = False  # a txt file: its text has no column name to ask for
-    peeked: str = ""  # in which rows these are the columns, where not in all
+    is_plain_text: bool = False  # a txt file: --text-column does not apply
+    peeked: bool = False
+    split_rule: str = ""
     label_names: dict[str, list[str]] = field(default_factory=dict)
 
-
-def from_datasets(source: str, data: Any) -> Table:
-    texts = [name for name, kind in data.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
-    labels = {name: kind.names for name, kind in data.features.items() if getattr(kind, "names", None)}
-    return Table(source, data, data.column_names, texts, label_names=labels)
-
-
-def _read_bytes(path: Path) -> bytes:
-    """All of a file, as it was at one moment."""
-    if not path.is_file():  # a pipe would wait for its other end, and a device may have none
-        raise ValueError("it is a link to nothing" if not path.exists() else "it is no file")
-    with path.open("rb") as file:
-        before = os.fstat(file.fileno())
-        content = file.read()
-        after = os.fstat(file.fileno())
-    if (before.st_size, before.st_mtime_ns) != (len(content), after.st_mtime_ns):
-        raise ValueError("it changed while it was read: try again when it is complete")
-    return content
-
-
-def read_file(path: Path, config: TrainConfig, rules: Counter[str]) -> Table:
-    kind = path.suffix.lower()
-    with _readable_errors(path):
-        content = _read_bytes(path)
-        if kind == ".parquet":
-            return _parquet(path, content)
-        if content.startswith(b"\x1f\x8b"):
-            raise ValueError("it is compressed: unpack it first")
-        if b"\0" in content:
-            raise ValueError(f"byte {content.index(0)} is null, as in UTF-16 or a packed file: save it as UTF-8 text")
-        text = content.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-        del content
-        if kind == ".txt":
-            return _txt(path, text, config.txt_rows, rules)
-        return _json(path, text) if kind.startswith(".json") else _csv(path, text, _expected_delimiter(path))
-
-
-@contextlib.contextmanager
-def _readable_errors(path: Path) -> Iterator[None]:
-    """What is wrong with a file, in a line."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8 and try again.") from error
-    except csv.Error as error:
-        raise DataError(f"{path} cannot be read: {error}.") from error
-    except (ValueError, TypeError, NotImplementedError, OSError, RecursionError) as error:  # Arrow's are among these
-        why = getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".")
-        raise DataError(f"{path} cannot be read: {why}.") from error
-
-
-def _parquet(path: Path, content: bytes) -> Table:
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    return from_datasets(str(path), datasets.Dataset(pyarrow.parquet.read_table(pyarrow.BufferReader(content))))
-
-
-def _csv(path: Path, text: str, separator: str) -> Table:
-    _check_delimiter(path, [*text.lstrip().split("\n", 2), "", ""], separator)
-    csv.field_size_limit(2**31 - 1)
-    lines = csv.reader(io.StringIO(text), delimiter=separator, strict=True)
-    try:
-        rows = [(lines.line_num, row) for row in lines if row]
-    except csv.Error as error:
-        raise ValueError(
-            f"line {lines.line_num}: {error}; a field that begins with a quote must end with one"
-        ) from error
-    header = rows[0][1] if rows else []
-    if len(set(header)) < len(header):
-        raise ValueError(f"its header names a column twice: {', '.join(header)}")
-    if uneven := [(line, len(row)) for line, row in rows if len(row) != len(header)]:
-        line, length = uneven[0]
-        raise ValueError(f"its header has {len(header)} fields, line {line} has {length}")
-    return Table(str(path), [dict(zip(header, row, strict=True)) for _, row in rows[1:]], header, header)
-
-
-def _check_delimiter(path: Path, lines: list[str], separator: str) -> None:
-    first, second, *_ = lines
-    if separator not in first and (found := [mark for mark in ",;\t|" if mark in first and mark in second]):
-        raise ValueError(
-            f"its fields are parted by {found[0]!r}, where {separator!r} is expected in a {path.suffix} file"
+    def missing_column(self, column: str, purpose: str = "") -> DataError:
+        scope = f" in its first {PEEKED_ROWS} rows" if self.peeked else ""
+        return DataError(
+            f"{self.source} has no column '{column}'{scope}{purpose}: its columns are {', '.join(self.columns)}."
         )
 
 
-def _json(path: Path, text: str) -> Table:
-    """An array, or one value a line; each is an object, or a text alone."""
-    if text.lstrip().startswith("["):
-        values = _JSON_DECODER.decode(text)
-    else:
-        values = []
-        for number, line in enumerate(text.split("\n"), 1):
-            try:
-                values += [_JSON_DECODER.decode(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number}: {error}; give an array, or an object a line") from error
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from error
-    rows = [{"text": value} if type(value) is str else value for value in values]
-    if wrong := [number for number, row in enumerate(rows, 1) if not isinstance(row, dict)]:
-        raise ValueError(f"row {wrong[0]} is neither an object nor a text")
+def read_file(path: Path, *, txt_rows: str = "auto", streaming: bool = False) -> Table:
+    """Return the rows of a file. Its type is told by the extension.
+
+    Raises:
+        DataError: The file cannot be read. For rows that are read later, the iteration raises it.
+    """
+    extension = path.suffix.lower()
+    if extension == ".parquet":
+        return _parquet_table(path)
+    if extension == ".txt":
+        split_rule = ""
+        if txt_rows == "auto":
+            txt_rows = _detect_txt_rows(path)
+            split_rule = (
+                "blank lines separate rows"
+                if txt_rows == "paragraph"
+                else f"one row per line, as the first {AUTO_LINES:,} lines have no blank line among them"
+            )
+        table = table_from_rows(str(path), partial(_read_txt, path, txt_rows), streaming=streaming)
+        return replace(table, is_plain_text=True, split_rule=split_rule)
+    read = partial(_read_json, path, streaming) if extension.startswith(".json") else partial(_read_csv, path)
+    return table_from_rows(str(path), read, streaming=streaming)
+
+
+def table_from_rows(source: str, read: Callable[[], Iterator[Row]], *, streaming: bool) -> Table:
+    """Return a table of the rows that `read` yields. Its columns are the keys of the rows read at once."""
+    rows = list(itertools.islice(read(), PEEKED_ROWS if streaming else None))
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    texts = [name for name in columns if any(type(row.get(name)) is str for row in rows)]
-    return Table(str(path), rows, columns, texts)
+    text_columns = [name for name in columns if any(type(row.get(name)) is str for row in rows)]
+    return Table(source, LazyRows(read) if streaming else rows, columns, text_columns, peeked=streaming)
+
+
+def table_from_dataset(source: str, data: datasets.Dataset | datasets.IterableDataset) -> Table:
+    features = data.features.items()
+    text_columns = [name for name, kind in features if getattr(kind, "dtype", "") in ("string", "large_string")]
+    label_names = {name: kind.names for name, kind in features if getattr(kind, "names", None)}
+    return Table(source, data, data.column_names, text_columns, label_names=label_names)
+
+
+@contextlib.contextmanager
+def _open_file(path: Path) -> Iterator[io.FileIO]:
+    """Open a file for one pass. Any error in the block becomes a DataError, and so does a change of the file."""
+    changed = False
+    try:
+        if not path.is_file():  # opening a pipe would block
+            raise ValueError("it is a link to nothing" if not path.exists() else "it is not a regular file")
+        with path.open("rb", buffering=0) as file:
+            before = os.fstat(file.fileno())
+            try:
+                yield file
+            finally:  # a change explains any other error
+                after = os.fstat(file.fileno())
+                changed = (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)
+        if changed:
+            raise ValueError(_CHANGED)
+    except (csv.Error, ValueError, TypeError, NotImplementedError, OSError, RecursionError) as error:  # also Arrow's
+        reason = _CHANGED if changed else getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".")
+        raise DataError(f"{path} cannot be read: {reason}.") from error
+
+
+class _TextBytes(io.BufferedReader):
+    """The bytes of a text file. A null byte raises ValueError."""
+
+    def read1(self, size: int = -1) -> bytes:
+        start = self.tell()
+        chunk = super().read1(size)
+        if b"\0" in chunk:
+            place = start + chunk.index(0)
+            raise ValueError(f"byte {place} is null, as in UTF-16 or a binary file: save it as UTF-8 text")
+        return chunk
+
+
+def _text_lines(file: io.FileIO) -> Iterator[str]:
+    """Yield the lines of a UTF-8 file, each with its line break as a newline character."""
+    buffer = _TextBytes(io.FileIO(file.fileno(), closefd=False))
+    if buffer.peek(2).startswith(b"\x1f\x8b"):
+        raise ValueError("it is compressed: unpack it first")
+    text = io.TextIOWrapper(buffer, encoding="utf-8-sig")
+    try:
+        yield from text
+    except UnicodeDecodeError as error:
+        place = buffer.tell() - len(error.object) + error.start
+        raise ValueError(f"byte {place} is not UTF-8: save it as UTF-8 text") from error
+
+
+def _parquet_table(path: Path) -> Table:
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    with _open_file(path) as file, open(file.fileno(), "rb", closefd=False) as buffer:
+        schema = pyarrow.parquet.read_schema(buffer)
+        table = table_from_dataset(str(path), datasets.Dataset(schema.empty_table()))
+    return replace(table, rows=LazyRows(partial(_read_parquet, path, schema)))
+
+
+def _read_parquet(path: Path, schema: object) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    with _open_file(path) as file, open(file.fileno(), "rb", closefd=False) as buffer:
+        parquet = pyarrow.parquet.ParquetFile(buffer)
+        if parquet.schema_arrow != schema:
+            raise ValueError(_CHANGED)
+        for batch in parquet.iter_batches(1000):
+            yield from batch.to_pylist()
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    delimiter = "," if path.suffix.lower() == ".csv" else "\t"
+    csv.field_size_limit(2**31 - 1)
+    with _open_file(path) as file:
+        lines, ahead = itertools.tee(_text_lines(file))
+        first_lines = list(itertools.islice(filter(str.strip, ahead), 2))
+        del ahead  # else tee would hold every line
+        if len(first_lines) == 2 and delimiter not in first_lines[0]:
+            for other in ",;\t|":
+                if all(other in line for line in first_lines):
+                    raise ValueError(f"its delimiter is {other!r}, and a {path.suffix} file needs {delimiter!r}")
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        try:
+            header = next(filter(None, reader), [])
+            if len(set(header)) < len(header):
+                raise ValueError(f"its header names a column twice: {', '.join(header)}")
+            for fields in filter(None, reader):
+                if len(fields) != len(header):
+                    raise ValueError(f"its header has {len(header)} fields, line {reader.line_num} has {len(fields)}")
+                yield dict(zip(header, fields, strict=True))
+        except csv.Error as error:
+            raise ValueError(
+                f"line {reader.line_num}: {error}; a field that begins with a quote must end with one"
+            ) from error
 
 
 class _NumberText(str):
-    """A number as it is written: 1.50 stays 1.50, however large or long it is."""
+    """A JSON number as it is written: 1.50 stays 1.50, and no digit is lost."""
 
     __slots__ = ()
-    __repr__ = str.__str__  # in a list, no text
+    __repr__ = str.__str__  # without quotes inside a list
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object in which a name is given once: of several, Python would take the last without a word."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice in an object")
-    return found
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Build a JSON object. A duplicate key raises ValueError; Python would keep the last value."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is given twice in an object")
+    return result
 
 
 _JSON_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_int=_NumberText, parse_float=_NumberText)
 
 
-def _txt(path: Path, text: str, by: str, rules: Counter[str]) -> Table:
-    rows = {"file": [text], "line": text.split("\n"), "paragraph": re.split(r"\n\s*\n", text.strip())}
-    if by == "auto" and text.strip():
-        by = "paragraph" if len(rows["paragraph"]) > 1 else "line"
-        rules[
-            "a blank line ends a row" if by == "paragraph" else "each line is a row, as no blank line parts them"
-        ] += 1
-    found = [{"text": row} for row in rows.get(by, []) if row.strip()]
-    return Table(str(path), found, ["text"], ["text"], is_plain_text=True)
+def _read_json(path: Path, streaming: bool) -> Iterator[Row]:
+    """Yield the rows of a JSON array, or of one JSON value per line. Each is an object or a string."""
+    with _open_file(path) as file:
+        is_array = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+        file.seek(0)
+        if is_array and streaming:
+            raise ValueError("it is a JSON array, which cannot be streamed: write one object per line")
+        lines = _text_lines(file)
+        values = enumerate(_JSON_DECODER.decode("".join(lines)), 1) if is_array else _json_values(lines)
+        for number, value in values:
+            if type(value) is str:
+                yield {"text": value}
+            elif isinstance(value, dict):
+                yield value
+            else:
+                raise ValueError(f"{'row' if is_array else 'line'} {number} is neither a JSON object nor a string")
 
 
-class LazyRows:
-    """Rows that are read as they are gone through, from the first one each time."""
-
-    def __init__(self, read: Callable[[], Iterator[dict[str, Any]]]) -> None:
-        self.read = read
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self.read()
-
-
-_PEEKED_ROWS = 100  # rows that tell the columns of a stream
-
-
-def lazy_table(source: str, read: Callable[[], Iterator[dict[str, Any]]], *, plain: bool = False) -> Table:
-    """A table of rows that are read when they are needed; its columns are those of the first ones."""
-    first = list(itertools.islice(read(), _PEEKED_ROWS))
-    columns = list(dict.fromkeys(name for row in first for name in row))
-    texts = [name for name in columns if any(type(row.get(name)) is str for row in first)]
-    return Table(
-        source, LazyRows(read), columns, texts, is_plain_text=plain, peeked=f" in its first {_PEEKED_ROWS} rows"
-    )
-
-
-def stream_file(path: Path, config: TrainConfig) -> Table:
-    """`read_file`, of a file larger than memory."""
-    kind = path.suffix.lower()
-    if kind == ".parquet":
-        import pyarrow.parquet
-
-        with _readable_errors(path):
-            schema = pyarrow.parquet.ParquetFile(path).schema_arrow
-            table = from_datasets(str(path), datasets.Dataset(schema.empty_table()))
-        table.rows = LazyRows(lambda: _parquet_rows(path))
-        return table
-    if kind == ".txt":
-        return lazy_table(str(path), lambda: _txt_rows(path, config.txt_rows), plain=True)
-    return lazy_table(str(path), lambda: _json_rows(path) if kind.startswith(".json") else _csv_rows(path))
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a text, each with its end."""
-    if not path.is_file():  # a pipe can be read once, and a stream more often
-        raise ValueError("it is a link to nothing" if not path.exists() else "it is no file")
-    number = 0
-    with path.open(encoding="utf-8-sig") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if "\0" in line:
-                    raise ValueError(
-                        f"line {number} holds a null, as UTF-16 and packed files do: save it as UTF-8 text"
-                    )
-                yield line
-        except UnicodeDecodeError as error:  # its place is counted from the last piece that was read
-            raise ValueError(f"behind line {number} it is not UTF-8: save it as UTF-8 and try again") from error
-
-
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet
-
-    with _readable_errors(path), pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(1000):
-            yield from batch.to_pylist()
-
-
-def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
-    csv.field_size_limit(2**31 - 1)
-    with _readable_errors(path):
-        first = list(itertools.islice((line for line in _lines(path) if line.strip()), 2))
-        _check_delimiter(path, [*first, "", ""], _expected_delimiter(path))
-        lines = csv.reader(_lines(path), delimiter=_expected_delimiter(path), strict=True)
-        header = next((row for row in lines if row), [])
-        if len(set(header)) < len(header):
-            raise ValueError(f"its header names a column twice: {', '.join(header)}")
-        for row in lines:
-            if row and len(row) != len(header):
-                raise ValueError(f"its header has {len(header)} fields, line {lines.line_num} has {len(row)}")
-            if row:
-                yield dict(zip(header, row, strict=True))
-
-
-def _expected_delimiter(path: Path) -> str:
-    return "," if path.suffix.lower() == ".csv" else "\t"
-
-
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with _readable_errors(path):
-        if path.is_file():
-            with path.open("rb") as file:  # all of an array may stand in one line
-                if file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-                    raise ValueError("it is an array, which streaming cannot read: give an object a line")
-        for number, line in enumerate(_lines(path), 1):
-            if not line.strip():
-                continue
+def _json_values(lines: Iterator[str]) -> Iterator[tuple[int, object]]:
+    """Yield line number and value of each line that is not blank."""
+    for number, line in enumerate(lines, 1):
+        if line.strip():
             try:
-                value = _JSON_DECODER.decode(line)
+                yield number, _JSON_DECODER.decode(line.removesuffix("\n"))
             except ValueError as error:
-                raise ValueError(f"line {number}: {error}; give an object a line") from error
-            if type(value) is not str and not isinstance(value, dict):
-                raise ValueError(f"line {number} is neither an object nor a text")
-            yield {"text": value} if isinstance(value, str) else value
+                raise ValueError(f"line {number} is not a JSON object: {error}") from error
 
 
-def _txt_rows(path: Path, by: str) -> Iterator[dict[str, Any]]:
-    """Each line, or all up to a blank one; where that is left open, a blank one among the first thousand decides."""
-    with _readable_errors(path):
-        lines = _lines(path)
-        if by == "auto":
-            first = list(itertools.islice(lines, 1000))
-            filled = [bool(line.strip()) for line in first]
-            last = len(filled) - filled[::-1].index(True) if any(filled) else 0
-            inner = filled[filled.index(True) : last] if any(filled) else []
-            by, lines = "line" if all(inner) else "paragraph", itertools.chain(first, lines)
-        parts: list[str] = []
-        for line in itertools.chain(lines, [""]):
-            if line.strip():
-                parts.append(line)
-            if parts and (by == "line" or not line.strip()):
-                yield {"text": "".join(parts)}
-                parts = []
+def _detect_txt_rows(path: Path) -> str:
+    """Return "paragraph" if there is a blank line between others among the first `AUTO_LINES`, else "line"."""
+    with _open_file(path) as file:
+        text = "".join(itertools.islice(_text_lines(file), AUTO_LINES))
+    return "paragraph" if re.search(r"\n\s*\n", text.strip()) else "line"
+
+
+def _read_txt(path: Path, txt_rows: str) -> Iterator[Row]:
+    with _open_file(path) as file:
+        texts: Iterable[str] = _text_lines(file)
+        if txt_rows == "paragraph":
+            groups = itertools.groupby(texts, key=lambda line: bool(line.strip()))
+            texts = ("".join(lines) for has_text, lines in groups if has_text)
+        elif txt_rows == "file":
+            texts = ["".join(texts)]
+        for text in texts:
+            if text.strip():
+                yield {"text": text.removesuffix("\n")}
 
 
 def find_text_column(table: Table, wanted: str | None) -> str:
-    columns = ", ".join(table.columns)
+    """Return the column to train on: `wanted`, else "text", else the only column of text."""
     if wanted is not None and not table.is_plain_text:
         if wanted not in table.columns:
-            raise DataError(f"{table.source} has no column '{wanted}'{table.peeked}: its columns are {columns}.")
+            raise table.missing_column(wanted)
         return wanted
     if "text" in table.columns:
         return "text"
     if len(table.text_columns) == 1:
         return table.text_columns[0]
-    raise DataError(f"{table.source}: which column is the text? Name one with --text-column: {columns}.")
+    raise DataError(
+        f"{table.source}: which column is the text? Name one with --text-column: {', '.join(table.columns)}."
+    )
 
 
 def parse_conditions(table: Table, where: list[str]) -> list[tuple[str, set[str]]]:
-    """(column, accepted values as text) of each condition; a class label is accepted by number and by name."""
-    found = []
+    """Return column and accepted values of each condition. A class label is accepted by number and by name."""
+    parsed = []
     for condition in where:
         column, _, value = condition.partition("=")
         if column not in table.columns:
-            raise DataError(
-                f"{table.source} has no column '{column}'{table.peeked} to choose rows by: its columns are "
-                f"{', '.join(table.columns)}."
-            )
+            raise table.missing_column(column, " to choose rows by")
+        accepted = {value}
         names = table.label_names.get(column, [])
-        found.append((column, {value, str(names.index(value))} if value in names else {value}))
-    return found
+        if value in names:
+            accepted.add(str(names.index(value)))
+        parsed.append((column, accepted))
+    return parsed

@@ -58,7 +58,7 @@ def test_text_by_line(load):
     corpus = load("a.txt", "\n\n" + "\n".join(TEXTS) + "\n\n\n")
     assert rows(corpus) == sorted(TEXTS)
     assert [notice.rpartition("/")[2] for notice in load.notices] == [
-        "a.txt: each line is a row, as no blank line parts them; choose with --txt-rows."
+        "a.txt: one row per line, as the first 1,000 lines have no blank line among them. Use --txt-rows to change this."
     ]
 
 
@@ -67,7 +67,7 @@ def test_text_by_paragraph(load, blank):
     corpus = load("a.txt", "\n" + blank.join(f"{text}\nsecond line" for text in TEXTS) + "\n\n")
     assert rows(corpus) == sorted(f"{text} second line" for text in TEXTS)
     assert [notice.rpartition("/")[2] for notice in load.notices] == [
-        "a.txt: a blank line ends a row; choose with --txt-rows."
+        "a.txt: blank lines separate rows. Use --txt-rows to change this."
     ]
 
 
@@ -192,9 +192,9 @@ def test_very_long_csv_fields_are_read(load):
         ("a.csv", "text,label\nx,1\nlonely\n", "its header has 2 fields, line 3 has 1"),
         ("a.tsv", "text\tlabel\nx\t1\t2\n", "its header has 2 fields, line 2 has 3"),
         ("a.csv", "text,text\nx,1\n", "its header names a column twice: text, text"),
-        ("a.csv", "text;label\nx;1\n", "its fields are parted by ';', where ',' is expected in a .csv file"),
-        ("a.csv", "text\tlabel\nx\t1\n", "its fields are parted by '\\t', where ',' is expected in a .csv file"),
-        ("a.tsv", "text,label\nx,1\n", "its fields are parted by ',', where '\\t' is expected in a .tsv file"),
+        ("a.csv", "text;label\nx;1\n", "its delimiter is ';', and a .csv file needs ','"),
+        ("a.csv", "text\tlabel\nx\t1\n", "its delimiter is '\\t', and a .csv file needs ','"),
+        ("a.tsv", "text,label\nx,1\n", "its delimiter is ',', and a .tsv file needs '\\t'"),
         (
             "a.csv",
             'text,label\n"open,1\nx,1\n',
@@ -208,12 +208,12 @@ def test_very_long_csv_fields_are_read(load):
         (
             "a.jsonl",
             '{"text": "a"}\n\n{"text": \n',
-            "line 3: Expecting value: line 1 column 10 (char 9); give an array, or an object a line",
+            "line 3 is not a JSON object: Expecting value: line 1 column 10 (char 9)",
         ),
         ("a.json", '[{"text": "a"}, {"te', "Unterminated string starting at: line 1 column 18 (char 17)"),
         ("a.json", "[" * 100_000, "maximum recursion depth exceeded while decoding a JSON array from a unicode string"),
-        ("a.json", '["a", 5]', "row 2 is neither an object nor a text"),
-        ("a.jsonl", '{"text": "a"}\n[1]\n', "row 2 is neither an object nor a text"),
+        ("a.json", '["a", 5]', "row 2 is neither a JSON object nor a string"),
+        ("a.jsonl", '{"text": "a"}\n[1]\n', "line 2 is neither a JSON object nor a string"),
     ],
 )
 def test_a_broken_file_is_an_error_that_names_it_and_the_line(refusal, name, content, why):
@@ -232,7 +232,7 @@ def test_broken_parquet(refusal):
 def test_what_is_not_utf8_is_an_error_that_says_where(refusal, name, start):
     before = start.encode() * 3000
     assert refusal(name, before + b"caf\xe9\n") == (
-        f"{name} is not UTF-8 (byte {len(before) + 3}): save it as UTF-8 and try again."
+        f"{name} cannot be read: byte {len(before) + 3} is not UTF-8: save it as UTF-8 text."
     )
 
 
@@ -295,7 +295,7 @@ def test_a_folder_of_texts_with_a_file_a_row(load, tmp_path):
     assert all("\nsecond line\n\nanother verse" in text for text in corpus.train)
     assert load.notices == [f"1 files without rows are passed over, such as {folder / 'empty.txt'}."]
     load(folder)
-    assert load.notices[1:] == ["30 txt files: a blank line ends a row; choose with --txt-rows."]
+    assert load.notices[1:] == ["30 txt files: blank lines separate rows. Use --txt-rows to change this."]
 
 
 def test_a_txt_file_beside_others_needs_no_column(load, tmp_path):
@@ -314,5 +314,5 @@ def test_a_name_of_a_single_column_may_hold_other_marks(tmp_path):
 
 def test_a_csv_with_semicolons_is_told(tmp_path):
     (tmp_path / "semi.csv").write_text('text;kind\n"one; two";a\n')
-    with pytest.raises(DataError, match=r"its fields are parted by ';', where ',' is expected in a \.csv file"):
+    with pytest.raises(DataError, match=r"its delimiter is ';', and a \.csv file needs ','"):
         load_dataset(TrainConfig(dataset="semi.csv"))

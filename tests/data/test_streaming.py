@@ -15,6 +15,7 @@ from lora_tuner import TrainConfig, resume, train
 from lora_tuner.adapters.adapter import METRICS_FILE, RUN_FILE, WEIGHTS_FILE
 from lora_tuner.config import resolve_settings
 from lora_tuner.data import streaming as data_streaming
+from lora_tuner.data import tokenization
 from lora_tuner.data.dataset import Dataset, RowCounts, iter_rows, load_dataset
 from lora_tuner.data.splitting import is_held_out, row_hash
 from lora_tuner.data.streaming import StreamingDataset, StreamState
@@ -101,7 +102,7 @@ def test_rows_that_are_measured_elsewhere_are_left_out(rows_jsonl):
 
 
 def test_rows_without_anything_to_learn_end_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_streaming, "count_predictions", lambda row: 0)
+    monkeypatch.setattr(tokenization, "count_predictions", lambda row: 0)
     path = tmp_path / "rows.txt"
     path.write_text("\n".join(TEXTS))
     with pytest.raises(TrainingError, match=r"No row of .*rows\.txt has anything to learn in it\."):
@@ -116,6 +117,11 @@ FILES = {
     "a.jsonl": '{"text": "one", "n": 1.50}\n\n"two"\n{"n": 2}\n',
     "lines.txt": "\ufeffone\r\ntwo\n\n",
     "paragraphs.txt": "one\nand more\n\n\ntwo\n \nthree",
+    "indented.txt": "\n\n  one\n  more\n\n  two\n",
+    "blank-at-1000.txt": "one\n" * 999 + "\nother\n",  # the last line that counts has no text behind it
+    "blank-at-999.txt": "one\n" * 998 + "\nother\nmore\n\n",
+    "late-blank.txt": "one\ntwo\n" * 600 + "\nthree\n",
+    "blank-ends.txt": "\n" * 2000 + "one\ntwo\n" + "\n" * 2000,
 }
 
 
@@ -124,10 +130,40 @@ def test_a_file_has_the_rows_that_it_has_when_it_is_read_as_a_whole(tmp_path, na
     path = tmp_path / name
     path.write_text(FILES[name], encoding="utf-8", newline="")
     config = TrainConfig(dataset=str(path), keep_lines=True)
-    streaming = config.model_copy(update={"streaming": True})
-    rows = [[(digest, text) for digest, text, _ in iter_rows(it, Dataset("", ""))] for it in (config, streaming)]
-    assert rows[0] == rows[1]
-    assert len(rows[0]) > 1
+    notices = []
+    whole = list(iter_rows(config, Dataset("", ""), notices.append))
+    expected = notices.copy()
+    streamed = list(iter_rows(config.model_copy(update={"streaming": True}), Dataset("", ""), notices.append))
+    assert streamed == whole
+    assert len(whole) > 1
+    assert notices == expected * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("paragraphs.txt", 3), ("blank-at-1000.txt", 1000), ("blank-at-999.txt", 2), ("late-blank.txt", 1201)],
+)
+def test_txt_rows_follow_first_thousand_lines(tmp_path, name, count):
+    (tmp_path / name).write_text(FILES[name])
+    for streaming in (False, True):
+        config = TrainConfig(dataset=str(tmp_path / name), streaming=streaming)
+        assert len(list(iter_rows(config, Dataset("", "")))) == count
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.txt", "a.parquet"])
+def test_file_changed_during_pass_is_refused(tmp_path, name):
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        datasets.Dataset.from_dict({"text": TEXTS * 10}).to_parquet(str(path))
+    else:
+        path.write_text("text\n" + "".join(json.dumps(f"row {number}") + "\n" for number in range(2000)))
+    if name == "a.jsonl":
+        path.write_text(path.read_text().removeprefix("text\n"))
+    rows = iter_rows(TrainConfig(dataset=str(path), streaming=True), Dataset("", ""))
+    next(rows)
+    os.utime(path, (1e9, 1e9))
+    with pytest.raises(DataError, match="it changed while it was read: try again when it is complete"):
+        list(rows)
 
 
 def test_parquet_is_read_by_its_own_kinds(tmp_path):
@@ -156,17 +192,17 @@ def test_a_folder_is_read_file_by_file(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [
-        ("a.json", b'["one", "two"]', "it is an array, which streaming cannot read: give an object a line"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: Expecting value"),
-        ("a.jsonl", b'{"text": "a"}\n7\n', "line 2 is neither an object nor a text"),
+        ("a.json", b'["one", "two"]', "it is a JSON array, which cannot be streamed: write one object per line"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not a JSON object: Expecting value"),
+        ("a.jsonl", b'{"text": "a"}\n7\n', "line 2 is neither a JSON object nor a string"),
         ("a.csv", b"text,n\na,1\nb\n", "its header has 2 fields, line 3 has 1"),
-        ("a.jsonl", b'\n ["one",\n"two"]', "it is an array"),
-        ("a.csv", b"text;n\na;1\n", "its fields are parted by ';', where ',' is expected in a .csv file"),
+        ("a.jsonl", b'\n ["one",\n"two"]', "it is a JSON array"),
+        ("a.csv", b"text;n\na;1\n", "its delimiter is ';', and a .csv file needs ','"),
         ("a.jsonl", b'{"title": "a"}\n' * 100 + b'{"body": "b"}', "a row has text in 'body', and the first title"),
         ("a.csv", b"text,text\na,1\n", "its header names a column twice: text, text"),
         ("a.csv", b'text\n"a" b\n', "',' expected after '\"'"),
-        ("a.txt", b"one\n\0\n", "line 2 holds a null"),
-        ("a.txt", b"one\n\xff\n", "it is not UTF-8: save it as UTF-8 and try again"),
+        ("a.txt", b"one\n\0\n", "byte 4 is null"),
+        ("a.txt", b"one\n\xff\n", "byte 4 is not UTF-8: save it as UTF-8 text"),
         ("a.parquet", b"no parquet", "cannot be read"),
     ],
 )
@@ -180,7 +216,7 @@ def test_what_is_wrong_with_a_file(tmp_path, name, content, why):
 
 def test_a_pipe_would_be_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.txt")
-    with pytest.raises(DataError, match="it is no file"):
+    with pytest.raises(DataError, match="it is not a regular file"):
         load_dataset(TrainConfig(dataset=str(tmp_path / "a.txt"), streaming=True))
 
 
@@ -274,7 +310,7 @@ def test_a_run_that_could_not_be_written_still_counts_its_rows(config, monkeypat
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(run.report, "plot_loss", fail)
+        patched.setattr(run.plots, "plot_loss", fail)
         with pytest.raises(TrainingError, match="the run is kept"):
             train(config(name="cut", max_steps=8, save_every=8))
     assert resume("cut").manifest.data == whole.manifest.data

@@ -65,15 +65,15 @@ REFUSED = {
     "Latin-1": (
         "x.csv",
         table().encode() + b"caf\xe9,1\n",
-        f"is not UTF-8 (byte {len(table()) + 3}): save it as UTF-8",
+        f"byte {len(table()) + 3} is not UTF-8: save it as UTF-8 text.",
     ),
     "UTF-16": (
         "x.csv",
         table().encode("utf-16"),
-        "byte 3 is null, as in UTF-16 or a packed file: save it as UTF-8 text.",
+        "byte 3 is null, as in UTF-16 or a binary file: save it as UTF-8 text.",
     ),
     "UTF-16 without its mark": ("x.csv", table().encode("utf-16-le"), "byte 1 is null, as in UTF-16"),
-    "UTF-16 without null bytes": ("x.txt", "映画".encode("utf-16"), "is not UTF-8 (byte 0): save it as UTF-8"),
+    "UTF-16 without null bytes": ("x.txt", "映画".encode("utf-16"), "byte 0 is not UTF-8: save it as UTF-8 text."),
     "null bytes": ("x.jsonl", jsonl(TEXTS).encode() + b'"a\0b"\n', f"byte {len(jsonl(TEXTS)) + 2} is null"),
     "an open quote": ("x.csv", table() + '"open,1\n', f"line 62: unexpected end of data{QUOTES}"),
     "a quote too many": ("x.csv", 'text,label\n"so" she said,1\n', f"line 2: ',' expected after '\"'{QUOTES}"),
@@ -87,18 +87,22 @@ REFUSED = {
     "a name twice": (
         "x.jsonl",
         '"a"\n{"text": "a", "n": {"m": 1, "m": 2}}\n',
-        "line 2: 'm' is given twice in an object.",
+        "line 2 is not a JSON object: 'm' is given twice in an object.",
     ),
     "a comma too many": ("x.json", '[{"text": "a",}]', "x.json cannot be read: Expecting property name"),
-    "a line cut short": ("x.jsonl", '{"text": "a"}\n{"te', "line 2: Unterminated string starting at: line 1 column 2"),
+    "a line cut short": (
+        "x.jsonl",
+        '{"text": "a"}\n{"te',
+        "line 2 is not a JSON object: Unterminated string starting at: line 1 column 2",
+    ),
     "too deep": ("x.jsonl", '{"text": "a", "n": ' + "[" * 100_000, "maximum recursion depth exceeded"),
-    "rows of two kinds": ("x.jsonl", '{"text": "a"}\n["a"]\n', "row 2 is neither an object nor a text."),
+    "rows of two kinds": ("x.jsonl", '{"text": "a"}\n["a"]\n', "line 2 is neither a JSON object nor a string."),
     "compressed": (
         "x.csv",
         gzip.compress(table().encode(), mtime=1),
         "cannot be read: it is compressed: unpack it first.",
     ),
-    "a workbook": ("x.csv", b"PK\x03\x04\x14\0\x06\0", "byte 5 is null, as in UTF-16 or a packed file"),
+    "a workbook": ("x.csv", b"PK\x03\x04\x14\0\x06\0", "byte 5 is null, as in UTF-16 or a binary file"),
     "no Parquet": ("x.parquet", table(), "x.parquet cannot be read: "),
     "half of a Parquet": ("x.parquet", parquet(text=TEXTS)[:-40], "x.parquet cannot be read: "),
     "Parquet of lists": ("x.parquet", parquet(text=[["a"]] * 9), f"column 'text' holds a list, {NO_TEXT}"),
@@ -177,8 +181,8 @@ def no_more_than_others():
             (kind, where, why)
             for where in ("", "some/")
             for kind, why in (
-                ("pipe", "x.csv cannot be read: it is no file."),
-                ("device", "x.csv cannot be read: it is no file."),
+                ("pipe", "x.csv cannot be read: it is not a regular file."),
+                ("device", "x.csv cannot be read: it is not a regular file."),
                 ("link", "x.csv cannot be read: it is a link to nothing."),
                 ("unreadable", "x.csv cannot be read: Permission denied."),
                 (
