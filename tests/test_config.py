@@ -88,22 +88,22 @@ def test_all_problems_are_named_at_once():
         "where: 'label' is not of the form COLUMN=VALUE (got ['label'])",
         "rank: input should be greater than or equal to 1 (got 0)",
         "epochs and minutes contradict each other: give one of them",
-        "patience needs eval_every: it counts measurements",
+        "patience needs eval_every: it counts evaluations",
         "dtype: input should be 'auto', 'float32', 'bfloat16' or 'float16' (got 'int8')",
-        "lr: there is no such setting",
+        "lr: unknown setting",
     ]
 
 
 def test_all_problems_of_sampling_are_named_at_once():
     assert refusal({"top_p": 2, "greedy": True, "n": 2, "stop": [""]}, SamplingParams).split("; ") == [
         "top_p: input should be less than or equal to 1 (got 2)",
-        "n above 1 would all be the same: greedy has one answer",
-        "stop is empty: it would end every answer at once",
+        "n above 1 needs sampling: greedy outputs are all the same",
+        "stop is empty: it would end every output at once",
     ]
 
 
 def test_a_temperature_of_0_has_one_answer_too():
-    assert "greedy has one answer" in refusal({"temperature": 0, "n": 2}, SamplingParams)
+    assert "n above 1 needs sampling" in refusal({"temperature": 0, "n": 2}, SamplingParams)
     assert resolve_settings(SamplingParams, {"temperature": 0.1, "n": 2}).n == 2
 
 
@@ -127,7 +127,7 @@ def test_no_stop_rule_is_allowed_and_so_is_one():
 
 
 def test_patience_needs_eval_every():
-    assert refusal({"patience": 2}) == "patience needs eval_every: it counts measurements"
+    assert refusal({"patience": 2}) == "patience needs eval_every: it counts evaluations"
     assert resolve_settings(TrainConfig, {"patience": 2, "eval_every": 5}).patience == 2
     assert refusal({"patience": 2, "eval_every": 0}) == "eval_every: input should be greater than or equal to 1 (got 0)"
 
@@ -143,7 +143,7 @@ def test_yes_and_no_are_values_of_switches_alone(name):
         needs = {"parent": "imdb"} if name == "force" else {}
         assert getattr(resolve_settings(TrainConfig, {name: True} | needs), name) is True
     else:
-        assert refusal({name: True}) == f"{name}: yes or no is not a value here (got True)"
+        assert refusal({name: True}) == f"{name}: true and false are not valid here (got True)"
 
 
 def test_a_configuration_cannot_be_changed():
@@ -166,7 +166,7 @@ def test_yamls_1e_3_is_a_number(run_yaml):
 def test_yamls_truth_is_no_number_and_no_name(run_yaml):
     path = run_yaml("rank: true\nname: no\npacking: off")
     assert refusal({}, file=path) == (
-        f"{path}: rank: yes or no is not a value here (got True); name: yes or no is not a value here (got False)"
+        f"{path}: rank: true and false are not valid here (got True); name: true and false are not valid here (got False)"
     )
 
 
@@ -174,7 +174,7 @@ def test_problems_of_a_file_name_it(run_yaml):
     path = run_yaml("rang: 8\nrank: eight")
     assert refusal({}, file=path) == (
         f"{path}: rank: input should be a valid integer, unable to parse string as an integer (got 'eight'); "
-        "rang: there is no such setting"
+        "rang: unknown setting"
     )
 
 
@@ -204,7 +204,7 @@ def test_a_file_with_two_stop_rules_is_refused_unless_one_is_given(run_yaml):
 @pytest.mark.parametrize("text", ["", "- rank\n- 8\n", "rank", "# nothing\n"])
 def test_a_file_without_settings(run_yaml, text):
     path = run_yaml(text)
-    assert refusal({}, file=path) == f"{path} holds no settings: one `name: value` a line is expected."
+    assert refusal({}, file=path) == f"{path} holds no settings: expected one `name: value` per line."
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_old_command_line_option_is_unknown(old):
     result = CliRunner().invoke(app, ["train", f"--{old}", "4"])
     assert result.exit_code == 2
     assert f"No such option: --{old}" in result.stderr
-    assert refusal({old: 4}) == f"{old}: there is no such setting"
+    assert refusal({old: 4}) == f"{old}: unknown setting"
 
 
 def write_old_keys(file):

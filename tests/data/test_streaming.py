@@ -223,10 +223,10 @@ def test_a_pipe_would_be_waited_for(tmp_path):
 @pytest.mark.parametrize(
     ("given", "why"),
     [
-        ({"max_rows": 5}, "streaming never has all rows, of which --max-rows draws some"),
-        ({"txt_rows": "file"}, "streaming reads a line at a time"),
-        ({"epochs": 2}, "epochs are not known with streaming"),
-        ({"streaming": False, "shuffle_buffer": 5}, "shuffle_buffer is for streaming"),
+        ({"max_rows": 5}, "streaming cannot sample max_rows from all rows"),
+        ({"txt_rows": "file"}, "streaming reads line by line"),
+        ({"epochs": 2}, "epochs is not possible with streaming"),
+        ({"streaming": False, "shuffle_buffer": 5}, "shuffle_buffer needs streaming"),
     ],
 )
 def test_settings_that_contradict_it(given, why):

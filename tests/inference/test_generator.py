@@ -187,7 +187,7 @@ def test_prompts_at_the_edge_of_the_context(model_folder, way):
 
 
 def test_sampling_settings_that_contradict_each_other():
-    with pytest.raises(ConfigError, match="n above 1 would all be the same"):
+    with pytest.raises(ConfigError, match="n above 1 needs sampling"):
         resolve_settings(SamplingParams, {"greedy": True, "n": 2})
 
 

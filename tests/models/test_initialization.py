@@ -242,7 +242,7 @@ def test_weight_decay_is_refused_with_pissa():
     with pytest.raises(ConfigError) as error:
         resolve_settings(TrainConfig, {"method": "pissa", "weight_decay": 0.1})
     assert str(error.value) == (
-        "weight_decay would wear off the half of the update that stands for the base with pissa"
+        "weight_decay is not possible with pissa: it would decay the part of its weights that belongs to the base"
     )
 
 

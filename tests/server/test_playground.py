@@ -274,7 +274,7 @@ def test_settings_have_the_defaults_of_the_command_line(visit):
     open_settings(page)
     for name, value in {"Temperature": "0.8", "Top p": "0.95", "Top k": "50", "Repetition penalty": "1.1"}.items():
         expect(page.get_by_label(name)).to_have_value(value)
-    expect(page.get_by_label("Seed")).to_have_attribute("placeholder", "another every time")
+    expect(page.get_by_label("Seed")).to_have_attribute("placeholder", "random")
     page.get_by_label("Greedy").check()
     expect(page.get_by_label("Temperature")).to_be_disabled()
     page.get_by_label("Greedy").uncheck()

@@ -264,7 +264,7 @@ def test_another_base_is_refused_unless_forced(parent, gpt2, tmp_path):
 def test_force_is_for_a_parent():
     with pytest.raises(ConfigError) as error:
         resolve_settings(TrainConfig, {"force": True})
-    assert str(error.value) == "force is for an adapter to go on from: name it with --from"
+    assert str(error.value) == "force needs an adapter to continue from: give --from"
     assert resolve_settings(TrainConfig, {"force": True, "parent": "noir"}).force
     assert not resolve_settings(TrainConfig, {"force": False}).force
 

@@ -51,7 +51,9 @@ def test_a_tracker_that_is_not_installed_is_said_before_anything_is_read(setting
 def test_an_unknown_tracker_is_refused():
     with pytest.raises(ConfigError) as error:
         resolve_settings(TrainConfig, {"report_to": ["paper"]})
-    assert str(error.value) == ("report_to: paper is none of tensorboard, trackio, wandb, mlflow (got ['paper'])")
+    assert str(error.value) == (
+        "report_to: unknown tracker paper: choose from tensorboard, trackio, wandb, mlflow (got ['paper'])"
+    )
 
 
 def test_others_go_to_trainer_under_the_name_of_the_adapter(settings, monkeypatch):
