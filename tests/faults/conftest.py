@@ -4,13 +4,14 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from . import workspaces
-from .process import Command, Ended
+from .process import Command, CommandResult
 from .runs import outcome
 
 
@@ -27,6 +28,20 @@ def world(tmp_path_factory: pytest.TempPathFactory, gpt2: Path) -> Path:
     return workspaces.make(tmp_path_factory.mktemp("world"), gpt2)
 
 
+@pytest.fixture(scope="session")
+def expected(
+    world: Path, gpt2: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[workspaces.State, list[str]]]:
+    """The state that a command of COMMANDS leaves when nothing goes wrong, and its file events."""
+
+    @cache
+    def run_once(name: str) -> tuple[workspaces.State, list[str]]:
+        words = workspaces.arguments(name, world, gpt2)
+        return workspaces.becomes(words, world, tmp_path_factory.mktemp("expected") / "world")
+
+    return run_once
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Callable[..., Command]:
     """A command that runs, in the folder of the test, with a cache of its own."""
@@ -38,7 +53,7 @@ def start(tmp_path: Path) -> Callable[..., Command]:
 
 
 @pytest.fixture
-def run(start: Callable[..., Command]) -> Callable[..., Ended]:
+def run(start: Callable[..., Command]) -> Callable[..., CommandResult]:
     """A command that has ended."""
     return lambda *arguments, **more: start(*arguments, **more).end()
 
@@ -66,7 +81,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
 
 
 @pytest.fixture
-def whole(kept: dict[Any, Any], run: Callable[..., Ended], arguments: list[str]) -> Callable[..., Any]:
+def whole(kept: dict[Any, Any], run: Callable[..., CommandResult], arguments: list[str]) -> Callable[..., Any]:
     """What a run that nobody disturbs comes to."""
 
     def of(*how: str) -> Any:

@@ -26,7 +26,7 @@ LIMIT = 120.0  # seconds, after which a command hangs
 
 
 @dataclass(frozen=True)
-class Ended:
+class CommandResult:
     """A command that has ended. `status` is below 0 for a signal; `peak` its memory at the most, in bytes."""
 
     status: int
@@ -37,7 +37,7 @@ class Ended:
     events: list[str] = field(default_factory=list)  # what it did to files, where that was counted
 
     @property
-    def line(self) -> str:
+    def error_line(self) -> str:
         """The one line that it says; what is noticed on the way stands before it."""
         lines = [line for line in self.err.splitlines() if line.startswith("Error: ")]
         assert len(lines) == 1, self.err
@@ -158,7 +158,7 @@ class Command:
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
-    def end(self, limit: float = LIMIT) -> Ended:
+    def end(self, limit: float = LIMIT) -> CommandResult:
         self.process.join(limit)
         if self.process.exitcode is None:
             self.process.kill()
@@ -167,7 +167,7 @@ class Command:
         found = self.folder / "found"
         peak, events = json.loads(found.read_text()) if found.exists() else (0, [])
         out = (self.folder / "out").read_text(encoding="utf-8", errors="replace")
-        ended = Ended(self.process.exitcode, out, self.err, time.monotonic() - self.start, peak, events)
+        ended = CommandResult(self.process.exitcode, out, self.err, time.monotonic() - self.start, peak, events)
         assert "Traceback" not in ended.err + ended.out, ended.err
         return ended
 

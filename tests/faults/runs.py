@@ -10,7 +10,7 @@ import pytest
 
 from lora_tuner.adapters.adapter import METRICS_FILE, WEIGHTS_FILE, read_manifest
 
-from .process import Ended
+from .process import CommandResult
 
 HARD = (
     "--dropout",
@@ -52,7 +52,7 @@ def outcome(adapter: Path) -> Any:
     )  # fmt: skip
 
 
-def said_to_go_on(ended: Ended) -> list[str]:
+def said_to_go_on(ended: CommandResult) -> list[str]:
     """The arguments of the command that the last line gives, as a shell reads them."""
     python, cli, *rest = shlex.split(ended.err.splitlines()[-1].partition("Go on with: ")[2])
     assert (python, cli) == ("python", "cli.py")

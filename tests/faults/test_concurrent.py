@@ -19,10 +19,10 @@ from lora_tuner.adapters.adapter import MANIFEST_FILE, WEIGHTS_FILE, Adapter, ve
 from lora_tuner.errors import AdapterError, GenerationError
 from lora_tuner.inference.cpu_decoder import CpuDecoder
 
-from .process import Command, Ended, contents, unchanged
+from .process import Command, CommandResult, contents, unchanged
 
 Start = Callable[..., Command]
-Run = Callable[..., Ended]
+Run = Callable[..., CommandResult]
 QUICK = ("--max-steps", "3", "--eval-rows", "4", "--batch-size", "2", "--max-length", "48", "--rank", "2")
 GREEDY = SamplingParams(greedy=True, max_new_tokens=12, repetition_penalty=1.0)
 
@@ -102,7 +102,7 @@ def test_of_two_trainings_into_one_name_one_is_refused(
     first = start(*training, "--name", "new", **held(world))
     first.wait_for((world / "here").exists)
     second = run(*training, "--name", "new")
-    assert (second.status, second.line) == (
+    assert (second.status, second.error_line) == (
         1,
         "Error: Another process trains 'new' now: choose another --name, or wait for it.",
     )
@@ -142,8 +142,8 @@ def test_a_name_that_is_taken_during_a_training_is_not_overwritten_and_no_step_i
     (world / "go").touch()
     refused = first.end()
     assert refused.status == 1
-    assert "adapters/new exists: rename or remove that one first" in refused.line
-    again = run("train", "--resume", "new").line
+    assert "adapters/new exists: rename or remove that one first" in refused.error_line
+    again = run("train", "--resume", "new").error_line
     if other == "train":  # with the same settings: the same adapter
         assert again == "Error: The run new has finished: its adapter is adapters/new."
         return
@@ -172,7 +172,7 @@ def test_a_name_that_is_taken_during_a_blend_is_not_overwritten(
     (world / "go").touch()
     refused = first.end()
     assert refused.status == 1
-    assert "adapters/new exists" in refused.line
+    assert "adapters/new exists" in refused.error_line
     assert contents(world / "adapters" / "new") == theirs
     is_whole(world, "new")
 
@@ -195,7 +195,7 @@ def test_in_the_last_moment_too_nothing_is_overwritten(run: Run, world: Path, gp
     with unchanged(world / "adapters"):
         refused = run("adapters", *commands[command], before=functools.partial(blind, asked))
     assert refused.status == 1
-    assert refused.line.startswith("Error: adapters/two exists: choose another")
+    assert refused.error_line.startswith("Error: adapters/two exists: choose another")
 
 
 def saving_by_turns(stop: Path) -> None:
@@ -309,7 +309,7 @@ def test_an_answer_goes_on_when_its_adapter_is_removed(start: Start, run: Run, w
     ended = writing.end()
     assert (ended.status, ended.out) == (0, alone.out)
     refused = run(*asked)
-    assert (refused.status, refused.line) == (
+    assert (refused.status, refused.error_line) == (
         1,
         "Error: There is no adapter 'one', neither in adapters (two) nor as a path.",
     )

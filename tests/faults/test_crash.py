@@ -12,7 +12,7 @@ import pytest
 
 from . import process, workspaces
 from .process import Command, Fault
-from .workspaces import COMMANDS, State, arguments, becomes, litter, old_or_new, run, state
+from .workspaces import COMMANDS, State, arguments, litter, old_or_new, run, state
 
 QUICK = 2  # points of each command that are tried by default; `slow` tries all
 
@@ -20,8 +20,8 @@ QUICK = 2  # points of each command that are tried by default; `slow` tries all
 def crash_and_go_on(name: str, words: list[str], world: Path, root: Path, at: int, new: State) -> None:
     shutil.copytree(world, root, symlinks=True)
     old = state(root)
-    ended = run(root, *words, fault=Fault(root, at))
-    assert ended.status == -signal.SIGKILL, ended.err
+    result = run(root, *words, fault=Fault(root, at))
+    assert result.status == -signal.SIGKILL, result.err
     assert old_or_new(state(root), old, new)
     after_a_crash(name, words, root, new)
 
@@ -31,11 +31,11 @@ def after_a_crash(name: str, words: list[str], root: Path, new: State) -> None:
     done = state(root) == new
     run_name = words[words.index("--name") + 1] if words[0] == "train" else None
     if run_name and (root / "runs" / run_name / "run.yaml").exists():
-        ended = run(root, "train", "--resume", run_name)
-        assert ended.status == 0 or f"The run {run_name} has finished" in ended.line, ended.err
+        result = run(root, "train", "--resume", run_name)
+        assert result.status == 0 or f"The run {run_name} has finished" in result.error_line, result.err
     elif not done:
-        ended = run(root, *words)
-        assert ended.status == 0, ended.err
+        result = run(root, *words)
+        assert result.status == 0, result.err
     assert state(root) == new
     if litter(root):  # what has come to its place before the crash is cleaned up after by the next that writes there
         run(root, "adapters", "adopt", "foreign", "--name", "next", "--base", str(root / "whole"))
@@ -46,9 +46,9 @@ def after_a_crash(name: str, words: list[str], root: Path, new: State) -> None:
 
 
 @pytest.mark.parametrize("name", workspaces.QUICK)
-def test_a_crash_leaves_the_old_or_the_new(name: str, world: Path, gpt2: Path, tmp_path: Path) -> None:
+def test_crash_keeps_old_or_new(name: str, expected, world: Path, gpt2: Path, tmp_path: Path) -> None:
     words = arguments(name, world, gpt2)
-    new, events = becomes(words, world, tmp_path / "clean")
+    new, events = expected(name)
     draw = random.Random(0)
     around = [it for it, event in enumerate(events) if event.startswith(("os.rename", "sync adapters"))][-2:]
     for at in sorted({*around, *draw.sample(range(len(events)), min(QUICK - len(around), len(events)))}):
@@ -57,18 +57,18 @@ def test_a_crash_leaves_the_old_or_the_new(name: str, world: Path, gpt2: Path, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_crash_at_any_point_leaves_the_old_or_the_new(name: str, world: Path, gpt2: Path, tmp_path: Path) -> None:
+def test_crash_at_any_point_keeps_old_or_new(name: str, expected, world: Path, gpt2: Path, tmp_path: Path) -> None:
     words = arguments(name, world, gpt2)
-    new, events = becomes(words, world, tmp_path / "clean")
+    new, events = expected(name)
     for at in range(len(events)):
         crash_and_go_on(name, words, world, tmp_path / str(at), at, new)
         shutil.rmtree(tmp_path / str(at))
 
 
 @pytest.mark.slow
-def test_kill_9_at_twenty_moments(world: Path, gpt2: Path, tmp_path: Path) -> None:
+def test_sigkill_keeps_old_or_new(expected, world: Path, gpt2: Path, tmp_path: Path) -> None:
     names = ["train", "train over another", "blend over another", "merge over another", "compress"]
-    clean = {name: becomes(arguments(name, world, gpt2), world, tmp_path / name)[0] for name in names}
+    clean = {name: expected(name)[0] for name in names}
     draw, killed = random.Random(0), 0
     for number in range(200):
         name = names[number % len(names)]
@@ -91,7 +91,7 @@ def test_kill_9_at_twenty_moments(world: Path, gpt2: Path, tmp_path: Path) -> No
     raise AssertionError(f"only {killed} were killed")
 
 
-def test_the_crash_itself_tears_what_is_not_synced(tmp_path: Path) -> None:
+def test_crash_fault_truncates_unsynced_files(tmp_path: Path) -> None:
     """A fault that did nothing would prove nothing."""
     (tmp_path / "safe").write_text("before")
 

@@ -22,7 +22,7 @@ from lora_tuner.training.run import train
 
 from . import workspaces
 from .process import Fault, contents
-from .workspaces import COMMANDS, arguments, becomes, litter, old_or_new, run, state
+from .workspaces import COMMANDS, arguments, litter, old_or_new, run, state
 
 QUICK = 2
 READ_ONLY = "may not be written to: choose another"
@@ -32,19 +32,19 @@ def go_on(words: list[str], root: Path) -> None:
     """Once there is room again: the run goes on, or the same is asked again."""
     name = words[words.index("--name") + 1] if words[0] == "train" else ""
     started = (root / "runs" / name / "run.yaml").exists()
-    ended = run(root, *(["train", "--resume", name] if started else words))
-    assert ended.status == 0, ended.err
+    result = run(root, *(["train", "--resume", name] if started else words))
+    assert result.status == 0, result.err
 
 
 def full_at(name: str, words: list[str], world: Path, root: Path, at: int, new: dict[str, object]) -> None:
     shutil.copytree(world, root, symlinks=True)
     old = state(root)
-    ended = run(root, *words, fault=Fault(root, at, "full"))
-    if ended.status == 0:  # the disk was full for what costs time alone, such as a cache
+    result = run(root, *words, fault=Fault(root, at, "full"))
+    if result.status == 0:  # the disk was full for what costs time alone, such as a cache
         assert state(root) == new
         return
-    assert ended.status == 1
-    assert "No space left on device" in ended.line, ended.err
+    assert result.status == 1
+    assert "No space left on device" in result.error_line, result.err
     assert old_or_new(state(root), old, new)
     if state(root) != new:
         go_on(words, root)
@@ -53,9 +53,9 @@ def full_at(name: str, words: list[str], world: Path, root: Path, at: int, new: 
 
 
 @pytest.mark.parametrize("name", workspaces.QUICK)
-def test_a_full_disk_costs_nothing_but_the_command(name: str, world: Path, gpt2: Path, tmp_path: Path) -> None:
+def test_full_disk_changes_nothing(name: str, expected, world: Path, gpt2: Path, tmp_path: Path) -> None:
     words = arguments(name, world, gpt2)
-    new, events = becomes(words, world, tmp_path / "clean")
+    new, events = expected(name)
     writes = [number for number, event in enumerate(events) if not event.startswith(("os.remove", "os.rmdir"))]
     for at in sorted({writes[-1], *random.Random(0).sample(writes, min(QUICK - 1, len(writes)))}):
         full_at(name, words, world, tmp_path / str(at), at, new)
@@ -63,9 +63,9 @@ def test_a_full_disk_costs_nothing_but_the_command(name: str, world: Path, gpt2:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_disk_that_is_full_at_any_write(name: str, world: Path, gpt2: Path, tmp_path: Path) -> None:
+def test_full_disk_at_any_write(name: str, expected, world: Path, gpt2: Path, tmp_path: Path) -> None:
     words = arguments(name, world, gpt2)
-    new, events = becomes(words, world, tmp_path / "clean")
+    new, events = expected(name)
     for at in range(len(events)):
         full_at(name, words, world, tmp_path / str(at), at, new)
         shutil.rmtree(tmp_path / str(at))
@@ -87,17 +87,17 @@ def no_file_over(size: int) -> None:
         ("export", 2_000),
     ],
 )
-def test_what_torch_and_safetensors_cannot_write_is_a_line_too(
-    name: str, size: int, world: Path, gpt2: Path, tmp_path: Path
+def test_library_write_failure_is_one_line(
+    name: str, size: int, expected, world: Path, gpt2: Path, tmp_path: Path
 ) -> None:
     """They write past Python, and say it in words of their own."""
     words = arguments(name, world, gpt2)
-    new, _ = becomes(words, world, tmp_path / "clean")
+    new, _ = expected(name)
     shutil.copytree(world, tmp_path / "it", symlinks=True)
     old = state(tmp_path / "it")
-    ended = run(tmp_path / "it", *words, before=partial(no_file_over, size))
-    assert ended.status == 1, ended.err
-    assert re.search("File too large|failed writing|less than was written", ended.line), ended.line
+    result = run(tmp_path / "it", *words, before=partial(no_file_over, size))
+    assert result.status == 1, result.err
+    assert re.search("File too large|failed writing|less than was written", result.error_line), result.error_line
     assert old_or_new(state(tmp_path / "it"), old, new)
     go_on(words, tmp_path / "it")
     assert state(tmp_path / "it") == new
@@ -118,9 +118,9 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_small_disk_that_really_is_full(name: str, world: Path, gpt2: Path, tmp_path: Path, tmpfs: Path) -> None:
+def test_small_real_disk_full(name: str, expected, world: Path, gpt2: Path, tmp_path: Path, tmpfs: Path) -> None:
     words = arguments(name, world, gpt2)
-    new, _ = becomes(words, world, tmp_path / "clean")
+    new, _ = expected(name)
     for room in (0, 4_096, 16_384, 40_000, 80_000, 160_000, 320_000):
         root = tmpfs / "it"
         shutil.copytree(world, root, symlinks=True)
@@ -128,12 +128,12 @@ def test_a_small_disk_that_really_is_full(name: str, world: Path, gpt2: Path, tm
         ballast = tmpfs / "ballast"
         free = shutil.disk_usage(tmpfs).free
         ballast.write_bytes(b"\0" * max(0, free - room))
-        ended = run(root, *words, cache=tmp_path)  # what it says has another disk
-        assert ended.status in (0, 1), ended.err
+        result = run(root, *words, cache=tmp_path)  # what it says has another disk
+        assert result.status in (0, 1), result.err
         assert old_or_new(state(root), old, new)
         ballast.unlink()
-        if ended.status:
-            assert ended.line
+        if result.status:
+            assert result.error_line
             if state(root) != new:
                 go_on(words, root)
         assert state(root) == new
@@ -142,7 +142,7 @@ def test_a_small_disk_that_really_is_full(name: str, world: Path, gpt2: Path, tm
         shutil.rmtree(tmpfs / "processes", ignore_errors=True)
 
 
-def test_too_little_room_is_said_before_training(settings, tmp_path, monkeypatch):
+def test_low_disk_space_refused_before_training(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(atomic_io, "free_space", lambda place: 1_000)
     with pytest.raises(TrainingError, match="runs has 0 MB free, and the run needs 0: free some space, or choose"):
         train(settings())
@@ -198,15 +198,13 @@ READ_ONLY_PLACES = {
 
 
 @pytest.mark.parametrize("name", READ_ONLY_PLACES)
-def test_a_place_that_may_not_be_written_to_is_said_beforehand(
-    name: str, closed: Path, world: Path, gpt2: Path
-) -> None:
+def test_read_only_place_refused_early(name: str, closed: Path, world: Path, gpt2: Path) -> None:
     (closed / READ_ONLY_PLACES[name]).chmod(0o555)
     before = contents(closed)
-    ended = run(closed, *arguments(name, world, gpt2), before=powerless)
-    assert ended.status == 1
-    assert READ_ONLY in ended.line
-    assert ended.err.count("\n") == 1  # nothing was loaded or measured before
+    result = run(closed, *arguments(name, world, gpt2), before=powerless)
+    assert result.status == 1
+    assert READ_ONLY in result.error_line
+    assert result.err.count("\n") == 1  # nothing was loaded or measured before
     assert contents(closed) == before
 
 
@@ -218,25 +216,25 @@ def test_a_place_that_may_not_be_written_to_is_said_beforehand(
         *(pytest.param(it, marks=pytest.mark.slow) for it in ("blend", "compress", "merge", "export")),
     ],
 )
-def test_a_cache_that_may_not_be_written_to_costs_time_alone(
-    name: str, closed: Path, world: Path, gpt2: Path, tmp_path: Path
+def test_read_only_cache_still_works(
+    name: str, closed: Path, expected, world: Path, gpt2: Path, tmp_path: Path
 ) -> None:
     words = arguments(name, world, gpt2)
     (closed / "cache").chmod(0o555)
     assert run(closed, *words, before=powerless).status == 0
-    assert state(closed) == becomes(words, world, tmp_path / "clean")[0]
+    assert state(closed) == expected(name)[0]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_folder_that_has_become_a_file(name: str, closed: Path, world: Path, gpt2: Path) -> None:
+def test_output_folder_is_file(name: str, closed: Path, world: Path, gpt2: Path) -> None:
     place = "merged" if name == "merge" else "adapters"
     if (closed / place).is_dir():
         shutil.rmtree(closed / place)
     (closed / place).write_text("a file")
     before = contents(closed)
-    ended = run(closed, *arguments(name, world, gpt2))
-    assert ended.status in (1, 2)
-    assert f"{place} is no folder" in ended.line or f"dir '{place}' is a file" in ended.line
+    result = run(closed, *arguments(name, world, gpt2))
+    assert result.status in (1, 2)
+    assert f"{place} is no folder" in result.error_line or f"dir '{place}' is a file" in result.error_line
     assert contents(closed) == before
 
 
@@ -253,12 +251,12 @@ def becomes_a_file(place: Path) -> None:
     trainer._LoraTrainer._save_checkpoint = spoil  # type: ignore[method-assign]
 
 
-def test_a_folder_that_becomes_a_file_while_training(closed: Path, world: Path, gpt2: Path, tmp_path: Path) -> None:
+def test_folder_becomes_file_while_training(closed: Path, expected, world: Path, gpt2: Path, tmp_path: Path) -> None:
     words = arguments("train", world, gpt2)
-    ended = run(closed, *words, before=partial(becomes_a_file, closed / "adapters"))
-    assert ended.status == 1
-    assert "adapters is no folder" in ended.line or "adapters: " in ended.line
-    assert "train --resume new" in ended.line
+    result = run(closed, *words, before=partial(becomes_a_file, closed / "adapters"))
+    assert result.status == 1
+    assert "adapters is no folder" in result.error_line or "adapters: " in result.error_line
+    assert "train --resume new" in result.error_line
     (closed / "adapters").unlink()
     assert run(closed, "train", "--resume", "new").status == 0
-    assert state(closed)["new"] == becomes(words, world, tmp_path / "clean")[0]["new"]
+    assert state(closed)["new"] == expected("train")[0]["new"]

@@ -11,7 +11,7 @@ import pytest
 from .. import adapter_files
 from . import workspaces
 from .injected_signals import signalled
-from .process import Ended, Fault, contents, unchanged
+from .process import CommandResult, Fault, contents, unchanged
 from .runs import ADAPTER, HARD, RUN, STEP_END, cases, left, outcome, said_to_go_on
 
 INT, TERM = signal.SIGINT, signal.SIGTERM
@@ -35,7 +35,7 @@ AFTER_ITS_STEPS: dict[str, tuple[str, int]] = {
 }
 
 
-def stopped(ended: Ended, line: str = "Interrupted.") -> bool:
+def stopped(ended: CommandResult, line: str = "Interrupted.") -> bool:
     assert (ended.status, ended.err.splitlines()[-1]) == (130, line), (ended.status, ended.err)
     return True
 
@@ -226,6 +226,6 @@ def test_training_asked_at_any_moment_of_writing_can_go_on(name, world, gpt2, tm
         assert workspaces.litter(root) == [lock] * events[at].endswith(lock), events[at]
         if "Go on with: " in ended.err:
             ended = workspaces.run(root, *said_to_go_on(ended))
-            assert ended.status == 0 or "has finished" in ended.line, (events[at], ended.err)
+            assert ended.status == 0 or "has finished" in ended.error_line, (events[at], ended.err)
             assert workspaces.state(root) == new
             assert list((root / "runs").iterdir()) == []

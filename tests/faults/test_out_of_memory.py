@@ -16,9 +16,9 @@ from lora_tuner import Generator, Library, ModelOptions, SamplingParams, TrainCo
 from lora_tuner.models import memory
 
 from .. import tiny_models
-from .process import Ended, contents
+from .process import CommandResult, contents
 
-Run = Callable[..., Ended]
+Run = Callable[..., CommandResult]
 WIDE = ("--batch-size", "16", "--max-length", "512", "--max-steps", "1", "--eval-rows", "2", "--no-packing")
 GROWTH = 4_000_000  # bytes, of what the system gives and takes besides
 
@@ -52,8 +52,8 @@ def test_a_step_that_will_not_fit_is_refused_before_it_is_tried(
     before = functools.partial(only, "cost", 100_000_000)
     ended = run(*command, *(["--plan"] if plan else []), before=before)
     assert ended.status == 1
-    assert ended.line.startswith("Error: A step with 8,192 tokens takes ")
-    assert ended.line.endswith(
+    assert ended.error_line.startswith("Error: A step with 8,192 tokens takes ")
+    assert ended.error_line.endswith(
         "GB of memory, and 0.1 GB are free: lower --batch-size (--gradient-accumulation makes up for it) or --max-length, or choose "
         "--dtype bfloat16."
     )
@@ -65,7 +65,7 @@ def test_a_base_that_will_not_fit_is_refused_before_it_is_read(run: Run, wide: P
     before = functools.partial(only, "base_model", 1_000_000)
     ended = run("generate", "--base", wide, "the actor", before=before)
     assert ended.status == 1
-    assert ended.line == (
+    assert ended.error_line == (
         f"Error: The base {wide} takes 0.0 GB in 4bit, and 0.0 GB of memory are free: take a smaller base."
     )
 
@@ -159,7 +159,7 @@ def little() -> None:
 def test_memory_that_runs_out_all_the_same_is_a_line(run: Run, wide: Path, novels: Path, tmp_path: Path) -> None:
     ended = run("train", "--base", wide, "--dataset", novels, "--name", "new", *WIDE, before=little)
     assert ended.status == 1
-    assert ended.line == (
+    assert ended.error_line == (
         "Error: Out of memory: lower --batch-size or --max-length to train, --n to write, or choose --dtype bfloat16."
     )
     assert contents(tmp_path / "adapters") == {}

@@ -20,14 +20,14 @@ from lora_tuner.training.run import _NOT_DECISIVE
 
 from .. import tiny_models
 from .injected_signals import replaced, signalled, threads
-from .process import Ended, Fault, contents, unchanged
+from .process import CommandResult, Fault, contents, unchanged
 from .runs import ADAPTER, HARD, MICRO_BATCH, PATIENT, RUN, STEP_END, cases, left, outcome, said_to_go_on, slow
 
 PIECES = sorted({*REQUIRED_FILES, f"{RNG_PREFIX}.pth", HASHES_FILE})
 
 
 @pytest.fixture
-def killed(kept: dict[Any, Any], run: Callable[..., Ended], arguments: list[str]) -> Callable[..., Path]:
+def killed(kept: dict[Any, Any], run: Callable[..., CommandResult], arguments: list[str]) -> Callable[..., Path]:
     """The folder of a run that was killed in its 8th step: checkpoints of its 4th and 6th are there."""
 
     def of(*how: str, place: Path = RUN) -> Path:

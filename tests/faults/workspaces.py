@@ -6,7 +6,7 @@ from pathlib import Path
 from lora_tuner import Adapter, Library, TrainConfig, train
 from lora_tuner.adapters.adapter import verify_adapter
 
-from .process import Command, Ended, Fault
+from .process import Command, CommandResult, Fault
 
 TRAIN = ["--max-steps=4", "--save-every=2", "--max-length=64", "--batch-size=2", "--rank=4", "--eval-rows=4"]
 COMMANDS: dict[str, list[str]] = {
@@ -49,8 +49,8 @@ def make(root: Path, base: Path) -> Path:
     for target in (root / "foreign", root / "adapters" / "stranger"):
         shutil.copytree(root / "adapters" / "one", target)
         (target / "manifest.json").unlink()
-    ended = Command("merge", "one", "--out", "whole", cwd=root, cache=root / "cache").end()
-    assert ended.status == 0, ended.err
+    result = Command("merge", "one", "--out", "whole", cwd=root, cache=root / "cache").end()
+    assert result.status == 0, result.err
     shutil.rmtree(root / "cache")
     shutil.rmtree(root / "runs")
     return root
@@ -66,7 +66,7 @@ def arguments(name: str, world: Path, base: Path) -> list[str]:
     return words
 
 
-def run(root: Path, *words: str, fault: Fault | None = None, **more: object) -> Ended:
+def run(root: Path, *words: str, fault: Fault | None = None, **more: object) -> CommandResult:
     """A command in a world, whose cache is a part of it."""
     own = {"LORA_TUNER_CACHE": str(root / "cache")}
     given = {"cache": root.parent / "processes"} | more
@@ -103,7 +103,7 @@ def litter(root: Path) -> list[str]:
 def becomes(words: list[str], world: Path, root: Path) -> tuple[State, list[str]]:
     """What a command makes when nothing goes wrong, and what it does to files on its way."""
     shutil.copytree(world, root, symlinks=True)
-    ended = run(root, *words, fault=Fault(root))
-    assert ended.status == 0, ended.err
+    result = run(root, *words, fault=Fault(root))
+    assert result.status == 0, result.err
     assert litter(root) == []
-    return state(root), ended.events
+    return state(root), result.events
