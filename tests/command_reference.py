@@ -1,4 +1,4 @@
-"""Writes docs/commands.md from the commands themselves: `python -m tests.command_reference`."""
+"""Generate docs/commands.md from the commands: `python -m tests.command_reference`."""
 
 import typer
 
@@ -6,7 +6,7 @@ from lora_tuner.cli.app import app
 
 
 def reference() -> str:
-    lines = ["# Commands", "", "Made from the commands by `make docs`. `python cli.py COMMAND --help` says the same."]
+    lines = ["# Commands", "", "Generated from the commands by `make docs`. `python cli.py COMMAND --help` prints the same."]
     group = typer.main.get_command(app)
     _describe("", group, lines)
     return "\n".join(lines) + "\n"
