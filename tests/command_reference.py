@@ -6,7 +6,11 @@ from lora_tuner.cli.app import app
 
 
 def reference() -> str:
-    lines = ["# Commands", "", "Generated from the commands by `make docs`. `python cli.py COMMAND --help` prints the same."]
+    lines = [
+        "# Commands",
+        "",
+        "Generated from the commands by `make docs`. `python cli.py COMMAND --help` prints the same.",
+    ]
     group = typer.main.get_command(app)
     _describe("", group, lines)
     return "\n".join(lines) + "\n"
