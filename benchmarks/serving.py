@@ -121,7 +121,7 @@ def _expected(shelves: list[Path]) -> Expected:
                 sure = next((place for place, margin in enumerate(margins) if margin < CLOSE), len(margins))
                 text = row.detokenizer.text
                 if sure < len(margins):
-                    text = generator.base.tokenizer.decode(row.output_ids[:sure]).removesuffix("\ufffd")
+                    text = str(generator.base.tokenizer.decode(row.output_ids[:sure])).removesuffix("\ufffd")
                 found.setdefault((name, prompt), []).append(text)
     return {asked: texts for asked, texts in found.items() if all(texts)}
 

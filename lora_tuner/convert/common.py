@@ -72,7 +72,7 @@ def write_adapter(base: LoadedBase, kept: Deltas, work: Path) -> Adapter:
     """The adapter as it is on disk."""
     if not all(update.B.isfinite().all() and update.A.isfinite().all() for update in kept.values()):
         raise AdapterError("The result is not finite in float32: try smaller weights.")
-    lora.save_adapter_files(delta.to_state_dict(kept), delta.lora_settings(kept, base), work)
+    lora.save_adapter_files(delta.to_state_dict(kept), delta.make_lora_config(kept, base), work)
     return load_adapter_folder(work)
 
 

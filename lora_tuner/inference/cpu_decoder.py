@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ..models.kernels import dense_attention
+from ..models.kernels import has_full_attention
 from ..models.loading import LoadedBase
 from ..models.quantization import Int8Linear, int4_linear, int8_linear, pack_int4, pack_int8
 from .multi_lora import BatchedLora, LoraPart, MultiLora
@@ -35,8 +35,8 @@ class FusedLinear:
         self.int8 = isinstance(parts[0], Int8Linear)
         self.exact = not self.int8
         if self.int8:
-            self.weight, scale = (_fuse_linears(parts, name) for name in ("rounded", "scale"))
-            self.multiply = partial(int8_linear, rounded=self.weight, scale=scale, bias=self.bias)
+            self.weight, scale = (_fuse_linears(parts, name) for name in ("int8_weight", "scale"))
+            self.multiply = partial(int8_linear, int8_weight=self.weight, scale=scale, bias=self.bias)
         else:
             self.weight = parts[0].weight.T if isinstance(parts[0], Conv1D) else _fuse_linears(parts, "weight")
             self.multiply = partial(F.linear, weight=self.weight, bias=self.bias)
@@ -59,8 +59,8 @@ class FusedLinear:
         if int4 and (found := pack_int4(weight)) is not None:
             other.multiply = partial(int4_linear, packed=found[0], scales=found[1], bias=self.bias)
         elif not self.int8:
-            rounded, scale = pack_int8(weight)
-            other.multiply = partial(int8_linear, rounded=rounded, scale=scale, bias=self.bias)
+            int8_weight, scale = pack_int8(weight)
+            other.multiply = partial(int8_linear, int8_weight=int8_weight, scale=scale, bias=self.bias)
         return other
 
 
@@ -160,7 +160,7 @@ class CpuDecoder:
             return FusedLinear({names[layer]: layer for layer in layers})
 
         if self.llama:
-            inner = model.model
+            inner: Any = model.model
             self.embed, self.norm, self.rotary = inner.embed_tokens, _Norm(inner.norm), inner.rotary_emb
             self.layers = [
                 _Layer(
@@ -187,7 +187,7 @@ class CpuDecoder:
         """A decoder for this base, or None where transformers must do it: other kinds, other devices, other figures."""
         known = type(base.model).__name__ in (*_LLAMA_TYPES, "GPT2LMHeadModel")
         exact = base.dtype == torch.float32 and base.load_in == "full"
-        if not known or base.device.type != "cpu" or not exact or not dense_attention(base.model):
+        if not known or base.device.type != "cpu" or not exact or not has_full_attention(base.model):
             return None
         rotary = getattr(base.model.base_model, "rotary_emb", None)
         if getattr(rotary, "rope_type", "default") in ("dynamic", "longrope"):  # which turn by the length of the text

@@ -93,8 +93,8 @@ class HFDecoder:
 
     def _probe(self) -> torch.Tensor:
         """Six plain tokens, from the middle of the vocabulary."""
-        vocabulary = self.base.model.get_input_embeddings().weight.shape[0]
-        return torch.arange(vocabulary // 2, vocabulary // 2 + 6, device=self.base.device)
+        middle = self.base.vocab_size // 2
+        return torch.arange(middle, middle + 6, device=self.base.device)
 
     def _right(self) -> bool:
         """Whether rows that join and leave get the logits that they have alone."""

@@ -1,14 +1,14 @@
-"""Low-rank updates as numbers: read those of an adapter, add several, find and cut their rank.
+"""LoRA deltas as tensors: load those of an adapter, sum several, truncate their rank.
 
-An update of a layer is up @ down, its scale in `up`. Surprise: the wide matrix is never made. The QR factors of both sides
-leave a small core, and the singular values of that are those of the update. Limit: DoRA's updates are no sums, so they
-are read, and refused for the rest.
+The delta of a layer is B @ A, with its scale in B. Surprise: the (out, in) product is never computed. QR factors of both
+sides leave a core of size rank, whose singular values are those of the delta. Limit: DoRA also rescales the base's
+weights, so its deltas can be loaded, but not summed or truncated.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.pytorch_utils import Conv1D
@@ -16,16 +16,20 @@ from transformers.pytorch_utils import Conv1D
 from ..adapters.adapter import Adapter
 from ..errors import AdapterError
 from .loading import LoadedBase
-from .lora import linear_layers, read_checked_tensors, shortest_target_names
+from .lora import LinearLayer, linear_layers, read_checked_tensors, shortest_target_names
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+_FLOAT32_ROUNDING = 1e-7  # relative
+
 
 @dataclass(frozen=True)
 class LoraDelta:
-    """The update of one layer in float32: `down` (rank, in), `up` (out, rank). With DoRA (Liu et al., 2024,
-    arXiv:2402.09353) a `magnitude` (out,) as well."""
+    """Delta of one layer in float32: A (rank, in), B (out, rank), scale included.
+
+    `magnitude` (out,) is that of DoRA (Liu et al., 2024, arXiv:2402.09353).
+    """
 
     A: torch.Tensor
     B: torch.Tensor
@@ -36,126 +40,145 @@ class LoraDelta:
         return len(self.A)
 
 
-_ROUNDING = 1e-7  # of float32
-Deltas = dict[str, LoraDelta]  # full name of the layer in the base -> its update
+Deltas = dict[str, LoraDelta]  # full name of the layer in the base -> its delta
 
 
-def load_deltas(adapter: Adapter, layers: dict[str, Any]) -> Deltas:
-    """The updates of a stored adapter, copied out of its file. Raises AdapterError if it is damaged or does not fit these
-    layers of a base."""
-    # In float32, whatever the base is: so they were trained, and so PEFT applies them. A copy: what was read is mapped, and
-    # whoever writes into the file would change it here.
+def load_deltas(adapter: Adapter, layers: Mapping[str, LinearLayer]) -> Deltas:
+    """Copy the deltas of a stored adapter into memory.
+
+    Args:
+        adapter: the stored adapter.
+        layers: the linear layers of its base.
+
+    Raises:
+        AdapterError: the adapter is damaged or does not fit the layers.
+    """
+    # float32 whatever the dtype of the base: PEFT trains and applies adapters so. Copied: the file is memory-mapped,
+    # and tensors would change when somebody writes to it.
     tensors = {
         key: tensor.to(torch.float32, copy=True) for key, tensor in read_checked_tensors(adapter, layers).items()
     }
-    updates = {}
+    deltas = {}
     for module in adapter.modules:
         prefix = f"base_model.model.{module}.lora_"
-        down, up = tensors[f"{prefix}A.weight"], tensors[f"{prefix}B.weight"] * adapter.scale_of(module)
-        updates[module] = LoraDelta(down, up, tensors.get(f"{prefix}magnitude_vector"))
-        if not all(part.isfinite().all() for part in (down, up)):
+        lora_a, lora_b = tensors[f"{prefix}A.weight"], tensors[f"{prefix}B.weight"] * adapter.scale_of(module)
+        if not (lora_a.isfinite().all() and lora_b.isfinite().all()):
             raise AdapterError(
-                f"{adapter.path} has numbers in {module} that are not finite in float32: it is of no use."
+                f"{adapter.path} has weights in {module} that are not finite in float32, so it cannot be used."
             )
-    return updates
+        deltas[module] = LoraDelta(lora_a, lora_b, tensors.get(f"{prefix}magnitude_vector"))
+    return deltas
 
 
 def check_summable(adapter: Adapter) -> None:
-    """Raise AdapterError for DoRA, whose updates cannot be added or cut."""
+    """Raise AdapterError for DoRA, whose deltas cannot be summed or truncated."""
     if adapter.config.get("use_dora"):
         raise AdapterError(
-            f"{adapter.name} is a DoRA adapter, which also rescales the base's weights, so its updates are no sums: merge it "
-            "instead."
+            f"{adapter.name} is a DoRA adapter, which also rescales the base's weights, so it cannot be part of a sum: "
+            "merge it instead."
         )
 
 
 def sum_deltas(parts: Sequence[tuple[float, Deltas]]) -> Deltas:
-    """The weighted sum of updates, exactly: the ranks add up."""
+    """The exact weighted sum of deltas; ranks add up."""
     total = {}
-    for module in sorted({module for _, updates in parts for module in updates}):
-        own = [(weight, updates[module]) for weight, updates in parts if module in updates]
-        down = torch.cat([update.A for _, update in own])
-        total[module] = LoraDelta(down, torch.cat([weight * update.B for weight, update in own], dim=1))
+    for module in sorted({module for _, deltas in parts for module in deltas}):
+        weighted = [(weight, deltas[module]) for weight, deltas in parts if module in deltas]
+        lora_a = torch.cat([delta.A for _, delta in weighted])
+        lora_b = torch.cat([weight * delta.B for weight, delta in weighted], dim=1)
+        total[module] = LoraDelta(lora_a, lora_b)
     return total
 
 
-def _thin_factors(update: LoraDelta) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Singular vectors and values of up @ down in float64: (out, k), (k,), (k, in), k at most the rank."""
-    left, upper = torch.linalg.qr(update.B.double())
-    right, lower = torch.linalg.qr(update.A.double().T)
-    inner_left, values, inner_right = torch.linalg.svd(upper @ lower.T)
-    count = len(values)
-    return left @ inner_left[:, :count], values, inner_right[:count] @ right.T
+def singular_values(delta: LoraDelta) -> torch.Tensor:
+    """Singular values of the delta in float64, largest first: (min(rank, in, out),).
+
+    Values within float32 rounding of A and B are 0, as when an adapter is subtracted from itself.
+    """
+    values = _svd(delta)[1]
+    # float64: squares of large float32 numbers overflow.
+    threshold = _FLOAT32_ROUNDING * delta.B.double().norm() * delta.A.double().norm()
+    return torch.where(values > threshold, values, 0.0)
 
 
-def singular_values(update: LoraDelta) -> torch.Tensor:
-    """The singular values of the update, largest first, in float64: (min(rank, in, out),). What is within float32's rounding
-    of its two sides, as where an adapter is taken from itself, is 0."""
-    values = _thin_factors(update)[1]
-    # In float32 the squares of large numbers are not finite.
-    return torch.where(values > _ROUNDING * update.B.double().norm() * update.A.double().norm(), values, 0.0)
+def squared_norm(delta: LoraDelta) -> float:
+    """Squared Frobenius norm of the delta, its energy: the sum of its squared singular values.
+
+    A norm within float32 rounding of A and B is 0.
+    """
+    lora_a, lora_b = delta.A.double(), delta.B.double()
+    energy = float(((lora_b.T @ lora_b) * (lora_a @ lora_a.T)).sum())
+    return energy if energy > float(_FLOAT32_ROUNDING * lora_b.norm() * lora_a.norm()) ** 2 else 0.0
 
 
-def squared_norm(update: LoraDelta) -> float:
-    """The squared Frobenius norm of the update: the sum of its squared singular values; 0 within float32's rounding."""
-    up, down = update.B.double(), update.A.double()
-    found = float(((up.T @ up) * (down @ down.T)).sum())
-    return found if found > float(_ROUNDING * up.norm() * down.norm()) ** 2 else 0.0
-
-
-def truncate_rank(update: LoraDelta, rank: int) -> LoraDelta:
-    """The nearest update of that rank (Eckart and Young, 1936), its weight shared between both sides."""
-    if rank >= update.rank:
-        return update
-    left, values, right = _thin_factors(update)
+def truncate_rank(delta: LoraDelta, rank: int) -> LoraDelta:
+    """The nearest delta of that rank (Eckart and Young, 1936), with singular values split evenly between A and B."""
+    if rank >= delta.rank:
+        return delta
+    left, values, right = _svd(delta)
     root = values[:rank].sqrt()
-    return LoraDelta((root[:, None] * right[:rank]).float().contiguous(), (left[:, :rank] * root).float().contiguous())
+    lora_a, lora_b = root[:, None] * right[:rank], left[:, :rank] * root
+    return LoraDelta(lora_a.float().contiguous(), lora_b.float().contiguous())
 
 
 def lost_energy(exact: Deltas, kept: Deltas) -> dict[str, float]:
-    """Share of each layer's energy that is not in `kept`, which may lack layers: the energy of the difference."""
+    """Share of each layer's energy that `kept` lacks: energy of the difference over energy of the exact delta.
+
+    Layers that `kept` does not have count as zero deltas.
+    """
     shares = {}
-    for module, update in exact.items():
-        whole = squared_norm(update)
-        parts = [(1.0, {module: update})] + ([(-1.0, {module: kept[module]})] if module in kept else [])
-        shares[module] = squared_norm(sum_deltas(parts)[module]) / whole if whole else 0.0
+    for module, delta in exact.items():
+        energy = squared_norm(delta)
+        difference = [(1.0, {module: delta})]
+        if module in kept:
+            difference.append((-1.0, {module: kept[module]}))
+        shares[module] = squared_norm(sum_deltas(difference)[module]) / energy if energy else 0.0
     return shares
 
 
-def total_lost_energy(exact: Deltas, shares: dict[str, float]) -> float:
-    """Share of the energy of all layers together."""
-    each = {module: squared_norm(update) for module, update in exact.items()}
-    whole = sum(each.values())
-    return sum(shares[module] * each[module] for module in each) / whole if whole else 0.0
+def total_lost_energy(exact: Deltas, shares: Mapping[str, float]) -> float:
+    """Share of the energy of all layers together, from the share of each layer."""
+    energies = {module: squared_norm(delta) for module, delta in exact.items()}
+    total = sum(energies.values())
+    return sum(shares[module] * energy for module, energy in energies.items()) / total if total else 0.0
 
 
-def to_state_dict(updates: Deltas) -> dict[str, torch.Tensor]:
-    """As PEFT names them on disk."""
-    named = {}
-    for module, update in sorted(updates.items()):
-        named[f"base_model.model.{module}.lora_A.weight"] = update.A.contiguous()
-        named[f"base_model.model.{module}.lora_B.weight"] = update.B.contiguous()
-    return named
+def to_state_dict(deltas: Deltas) -> dict[str, torch.Tensor]:
+    """The tensors by the names that PEFT gives them on disk."""
+    tensors = {}
+    for module, delta in sorted(deltas.items()):
+        tensors[f"base_model.model.{module}.lora_A.weight"] = delta.A.contiguous()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = delta.B.contiguous()
+    return tensors
 
 
-def lora_settings(updates: Deltas, base: LoadedBase) -> "LoraConfig":
-    """The config with which PEFT reads `tensors`: scale 1 everywhere, the commonest rank, patterns for other layers."""
+def make_lora_config(deltas: Deltas, base: LoadedBase) -> "LoraConfig":
+    """PEFT config for the tensors of `to_state_dict`: scale 1 everywhere, patterns for ranks that differ."""
     from peft import LoraConfig
 
-    ranks = {module: update.rank for module, update in updates.items()}
-    common = max(Counter(ranks.values()).items(), key=lambda item: (item[1], item[0]))[0]
-    others = {module: rank for module, rank in ranks.items() if rank != common}
+    ranks = {module: delta.rank for module, delta in deltas.items()}
+    common_rank = max(Counter(ranks.values()).items(), key=lambda item: (item[1], item[0]))[0]
+    other_ranks = {module: rank for module, rank in ranks.items() if rank != common_rank}
     transposed = any(isinstance(layer, Conv1D) for layer in linear_layers(base.model).values())
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=common,
-        lora_alpha=common,
-        rank_pattern=dict(others),
-        alpha_pattern=dict(others),
-        target_modules=shortest_target_names(base.model, list(updates)),
+        r=common_rank,
+        lora_alpha=common_rank,
+        rank_pattern=dict(other_ranks),
+        alpha_pattern=dict(other_ranks),
+        target_modules=shortest_target_names(base.model, list(deltas)),
         fan_in_fan_out=transposed,
         inference_mode=True,
     )
     config.base_model_name_or_path = base.files.repo
     config.revision = base.files.revision
     return config
+
+
+def _svd(delta: LoraDelta) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Thin SVD of B @ A in float64: (out, k), (k,), (k, in), k at most the rank."""
+    left, upper = torch.linalg.qr(delta.B.double())
+    right, lower = torch.linalg.qr(delta.A.double().T)
+    core_left, values, core_right = torch.linalg.svd(upper @ lower.T)
+    count = len(values)
+    return left @ core_left[:, :count], values, core_right[:count] @ right.T

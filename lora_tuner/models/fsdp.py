@@ -1,130 +1,153 @@
-"""A base that several GPUs hold together: PyTorch's FSDP2, as `accelerate launch` configures it.
+"""Shard a base model over several GPUs with PyTorch's FSDP2, as `accelerate launch` configures it.
 
-Split are the blocks of the base, nearly all of it and frozen: a block is gathered when its turn comes, and let go again.
-Adapter, embeddings and head are whole in each process, so that loss, checkpoints and resuming are those of whole bases.
+The decoder blocks of the frozen base, nearly all of it, are sharded: each block is gathered for its computation and
+released again. LoRA weights, embeddings and head are whole in every process, so loss, checkpoints and resuming work as
+for an unsharded base.
 
-Surprise: Trainer and accelerate would split the adapter as well, and without a GPU drop the plan without a word. So it is
-taken out of the environment before they look. Price: a block is read by all at once or by none, so that all must read alike,
-the held-out rows too. Limit: bases in full numbers; main memory is not counted, into which each process reads its base before
-it keeps its part.
+Surprise: Trainer and accelerate would shard the adapter too, and on a CPU would silently ignore the settings. So they are
+taken out of the environment before Trainer sees them. Price: gathering is collective, so all processes must run equally
+many forward passes, also on held-out rows. Limit: not for quantized bases; each process first reads the whole base into
+main memory, which is not counted.
 """
+
+from __future__ import annotations
 
 import os
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .. import distributed
 from ..errors import TrainingError
 
+if TYPE_CHECKING:
+    import torch
+    from accelerate import FullyShardedDataParallelPlugin
+    from transformers import PreTrainedModel
+
 DEVICES = ("cuda",)
-_ASKED = "ACCELERATE_USE_FSDP"
-_OTHERS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
-_UNKNOWN = {  # what accelerate's plan can ask for and is not done here, and what to do
+_ENABLED = "ACCELERATE_USE_FSDP"
+_UNSUPPORTED_LAUNCHES = (
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
+)
+_UNSUPPORTED_SETTINGS = {  # name -> advice
     "FSDP_OFFLOAD_PARAMS": "set it to false",
-    "FSDP_ACTIVATION_CHECKPOINTING": "set it to false, and give --gradient-checkpointing on",
-    "FSDP_IGNORED_MODULES": "leave it out",
+    "FSDP_ACTIVATION_CHECKPOINTING": "set it to false, and use --gradient-checkpointing on",
+    "FSDP_IGNORED_MODULES": "remove it",
 }
-_POLICY, _BY_BLOCK = "FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP"
-_plan: Any = None  # accelerate's FullyShardedDataParallelPlugin
+_WRAP_POLICY, _BY_BLOCK = "FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP"
+_plugin: FullyShardedDataParallelPlugin | None = None
 
 
-def read_plan(device: str) -> None:
-    """Take the plan that the launcher hands on, if it does, for processes that train on `device`.
+def read_settings(device: str) -> None:
+    """Read accelerate's FSDP settings from the environment and remove the variable that enables FSDP in Trainer.
 
-    Raises TrainingError for a plan that cannot be kept.
+    Args:
+        device: the setting `device` of this run.
+
+    Raises:
+        TrainingError: settings that are not supported.
     """
-    global _plan
-    if asked := [name for name in _OTHERS if _is_true(name)]:
-        raise TrainingError(f"{asked[0]} is set, and a base is split by FSDP2 alone here: use that, or leave it out.")
-    if _plan is not None or not _is_true(_ASKED):
+    global _plugin
+    if launches := [name for name in _UNSUPPORTED_LAUNCHES if _is_true(name)]:
+        raise TrainingError(f"{launches[0]} is set, but only FSDP2 can shard a base here: use FSDP2, or unset it.")
+    if _plugin is not None or not _is_true(_ENABLED):
         return
     import torch
     from accelerate import FullyShardedDataParallelPlugin
 
     if distributed.expected_world_size() == 1:
-        raise TrainingError(f"{_ASKED} splits the base over processes, and there is one: leave it out.")
-    kind = "cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda"
-    if kind not in DEVICES:
+        raise TrainingError(f"{_ENABLED} shards the base over processes, but there is only one: unset it.")
+    device_type = "cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda"
+    if device_type not in DEVICES:
         raise TrainingError(
-            f"{_ASKED} splits the base over GPUs, and these processes run on the CPU: leave it out, and each holds the whole "
-            "base."
+            f"{_ENABLED} shards the base over GPUs, but these processes run on the CPU: unset it, and each process "
+            "holds the whole base."
         )
-    if os.environ.setdefault(_POLICY, _BY_BLOCK).upper() != _BY_BLOCK:
-        raise TrainingError(f"A base is split by its blocks: set {_POLICY.lower()} to {_BY_BLOCK}.")
+    if os.environ.setdefault(_WRAP_POLICY, _BY_BLOCK).upper() != _BY_BLOCK:
+        raise TrainingError(f"A base is sharded by decoder block: set {_WRAP_POLICY.lower()} to {_BY_BLOCK}.")
     try:
-        plan = FullyShardedDataParallelPlugin()
+        plugin = FullyShardedDataParallelPlugin()
     except (ValueError, KeyError, ImportError) as error:
         raise TrainingError(f"accelerate cannot read its FSDP settings: {error}") from error
-    if plan.fsdp_version != 2:
+    if plugin.fsdp_version != 2:
         raise TrainingError("accelerate's FSDP settings are of version 1: set fsdp_version to 2.")
-    if not plan.reshard_after_forward:
+    if not plugin.reshard_after_forward:
         raise TrainingError("Without fsdp_reshard_after_forward each GPU would gather the whole base: set it to true.")
-    for name, advice in _UNKNOWN.items():
+    for name, advice in _UNSUPPORTED_SETTINGS.items():
         if _is_true(name):
             raise TrainingError(f"accelerate's FSDP settings have {name.lower()}: {advice}.")
-    del os.environ[_ASKED]
-    _plan = plan
-
-
-def _is_true(name: str) -> bool:
-    return os.environ.get(name, "").lower() not in ("", "0", "f", "false", "n", "no", "off", "none")
+    del os.environ[_ENABLED]
+    _plugin = plugin
 
 
 def shard_count() -> int:
-    """Over how many processes a base is split; 1 where each holds it whole."""
-    return 1 if _plan is None else distributed.world_size()
+    """Number of processes that a base is sharded over; 1 where each holds all of it."""
+    return 1 if _plugin is None else distributed.world_size()
 
 
-def place_or_shard(model: Any, place: Any) -> None:
-    """Bring a base in the main memory to its device: whole, or this process's part of it, block by block.
+def place_or_shard(model: PreTrainedModel, device: torch.device) -> None:
+    """Move a base from main memory to its device: all of it, or this process's shard of each block.
 
-    Raises TrainingError for a base without the blocks that the plan names, or with some that share weights.
+    Raises:
+        TrainingError: the base lacks the configured blocks, or its blocks share weights.
     """
     if shard_count() == 1:
-        model.to(place)
+        model.to(device)  # type: ignore[arg-type]
         return
-    # What follows a decoder is its head, or the loss, and neither writes into what it is given.
+    # Harmless: head and loss, which follow the decoder, never write into their inputs.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     blocks = _decoder_blocks(model)
-    held = [parameter for block in blocks for parameter in block.parameters()]
-    if len(set(held)) < len(held):
-        raise TrainingError("The blocks of this base share weights, so it cannot be split: leave FSDP out.")
-    others = set(model.parameters()) - set(held)
-    mesh = init_device_mesh(place.type, (shard_count(),))
+    block_parameters = [parameter for block in blocks for parameter in block.parameters()]
+    if len(set(block_parameters)) < len(block_parameters):
+        raise TrainingError("The blocks of this base share weights, so it cannot be sharded: train without FSDP.")
+    unsharded = set(model.parameters()) - set(block_parameters)
+    mesh = init_device_mesh(device.type, (shard_count(),))
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    model.to(place)
-    fully_shard(model.base_model, mesh=mesh, ignored_params=others)  # it fetches a block while the one before computes
+    model.to(device)  # type: ignore[arg-type]
+    fully_shard(model.base_model, mesh=mesh, ignored_params=unsharded)  # prefetches the next block
 
 
-def _decoder_blocks(model: Any) -> list[Any]:
-    """The blocks that the plan names, or else the model; of those within each other the outermost."""
-    named = [name.strip() for name in _plan.transformer_cls_names_to_wrap or () if name.strip()]
-    names = named or model._no_split_modules or ()
-    if missing := set(named) - {type(module).__name__ for module in model.modules()}:
-        raise TrainingError(f"This base has no blocks called {sorted(missing)[0]}, by which it could be split.")
-    blocks = {path: module for path, module in model.named_modules() if type(module).__name__ in names}
-    inner = {path for path in blocks for outer in blocks if path.startswith(f"{outer}.")}
-    if not blocks:
-        raise TrainingError("This base does not name its blocks: set fsdp_transformer_layer_cls_to_wrap.")
-    return [block for path, block in blocks.items() if path not in inner]
-
-
-def gathered_bytes(model: Any) -> int:
-    """Bytes of the blocks that a step of a split base has whole at a time: one that computes, the next, which arrives, and what
-    that one is copied from."""
+def gathered_bytes(model: torch.nn.Module) -> int:
+    """Bytes of gathered blocks in memory at a time: the current block, the next, and the buffer it is copied from."""
     if shard_count() == 1:
         return 0
     from torch.distributed.fsdp import FSDPModule
 
-    blocks: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    sizes = [sum(it.numel() * it.itemsize for it in block.parameters() if not it.requires_grad) for block in blocks]
-    return 3 * int(max(sizes[1:]))  # the first holds them all
+    sizes = []
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
+            sizes.append(sum(parameter.numel() * parameter.itemsize for parameter in frozen))
+    return 3 * max(sizes[1:])  # the first is the root, which contains all blocks
 
 
-def full_tensor(weight: Any) -> Any:
-    """All of a weight of which this process may hold a part; the others must ask for it too."""
-    return weight if shard_count() == 1 or not hasattr(weight, "full_tensor") else weight.full_tensor()
+def full_tensor(weight: torch.Tensor) -> torch.Tensor:
+    """Gather a weight that may be sharded. Collective: all processes must call it."""
+    if shard_count() == 1 or not hasattr(weight, "full_tensor"):
+        return weight
+    full: torch.Tensor = weight.full_tensor()
+    return full
+
+
+def _decoder_blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """Blocks of the classes that the settings name, else the model itself; of nested blocks the outermost."""
+    assert _plugin is not None
+    configured = [name.strip() for name in _plugin.transformer_cls_names_to_wrap or () if name.strip()]
+    names = configured or model._no_split_modules or ()
+    if missing := set(names) - {type(module).__name__ for module in model.modules()}:
+        raise TrainingError(f"This base has no blocks of class {sorted(missing)[0]} to shard it by.")
+    blocks = {path: module for path, module in model.named_modules() if type(module).__name__ in names}
+    if not blocks:
+        raise TrainingError("This base does not name its blocks: set fsdp_transformer_layer_cls_to_wrap.")
+    nested = {path for path in blocks for outer in blocks if path.startswith(f"{outer}.")}
+    return [block for path, block in blocks.items() if path not in nested]
+
+
+def _is_true(name: str) -> bool:
+    return os.environ.get(name, "").lower() not in ("", "0", "f", "false", "n", "no", "off", "none")

@@ -1,18 +1,19 @@
-"""What a method does beyond LoRA's own start and optimizer: PiSSA and EVA begin elsewhere, LoRA+ learns at two rates.
+"""Initialization and optimizers of LoRA variants: PiSSA and EVA start from other weights, LoRA+ uses two learning rates.
 
-Surprise: PEFT's PiSSA takes the base's largest directions out of the base's weights. Here no base is touched: the update has
-twice the rank, and its second half, which never learns, takes off what the first half begins with. So each checkpoint is
-a plain LoRA at any moment. Price: twice the narrow products, and twice the file. Limit: a fresh update alone.
+Surprise: PEFT's PiSSA subtracts the largest directions from the base's weights. Here the base never changes: the adapter
+has twice the rank, and its second half, which is frozen, cancels what the first half starts with. So every checkpoint is a
+plain LoRA adapter. Price: A and B of twice the size. Limit: new adapters only.
 """
 
 import math
 from typing import Any
 
 import torch
-from peft import EvaConfig, initialize_lora_eva_weights
+from peft import EvaConfig, LoraConfig, PeftModel, initialize_lora_eva_weights
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
+from transformers.pytorch_utils import Conv1D
 
 from ..config import LORA_PLUS_RATIO, TrainConfig
 from ..data import packing
@@ -24,107 +25,138 @@ from .loading import LoadedBase
 from .lora import ADAPTER_NAME
 from .resolve import quiet_transformers
 
-EVA_BATCHES = 4  # from which EVA learns how the text excites each layer
-EVA_SETTLED = 0.9  # how alike (cosine) directions must be from batch to batch; with PEFT's 0.99 that takes minutes
-EVA_PASSES = 12  # after so many batches they are taken as they are: of some texts they never settle
+EVA_BATCHES = 4  # batches of text that EVA takes the inputs of each layer from
+EVA_CONVERGED = 0.9  # cosine similarity of directions between batches; with PEFT's 0.99 it takes minutes
+EVA_MAX_PASSES = 12  # forward passes until directions count as converged: on some texts they never converge
 
 
-def initialize(base: LoadedBase, model: Any, config: TrainConfig, sequences: PackedSequences) -> None:
-    """Give a fresh update the beginning that its method wants.
+def initialize(base: LoadedBase, model: PeftModel, config: TrainConfig, sequences: PackedSequences) -> None:
+    """Initialize a new adapter as the method of the configuration requires.
 
-    Raises ConfigError for a rank that the layers have not, or for which there is too little text.
+    Args:
+        base: the base under `model`.
+        model: the base with new LoRA layers.
+        config: method and rank.
+        sequences: training sequences, which EVA reads.
+
+    Raises:
+        ConfigError: the rank exceeds the size of a layer, or EVA has too little text for it.
     """
-    if config.method in ("pissa", "eva"):
-        sizes = [(layer.in_features, layer.out_features) for layer in _lora_layers(model)]
-        most = min(into if config.method == "eva" else min(into, out) for into, out in sizes)
-        if config.rank > most:
-            raise ConfigError(f"rank is {config.rank}, and {config.method} has {most} at the most here: lower --rank.")
+    if config.method not in ("pissa", "eva"):
+        return
+    layers = _lora_layers(model)
+    weights = [_lora_weights(layer) for layer in layers]
+    max_rank = min(lora_a.shape[1] for lora_a, _ in weights)
     if config.method == "pissa":
-        for layer in _lora_layers(model):
+        max_rank = min(max_rank, *(len(lora_b) for _, lora_b in weights))
+    if config.rank > max_rank:
+        raise ConfigError(f"rank is {config.rank}, but {config.method} allows at most {max_rank} here: lower --rank.")
+    if config.method == "pissa":
+        for layer in layers:
             init_pissa(layer, config.rank)
-    elif config.method == "eva":
-        rho = min(EvaConfig().rho, most / config.rank)
+    else:
+        rho = min(EvaConfig().rho, max_rank / config.rank)
         init_eva(base, model, rho, _eva_batches(base, sequences, math.ceil(rho * config.rank)))
 
 
-def lora_plus_optimizer(model: Any, rate: float, weight_decay: float, kind: Any, **settings: Any) -> Any:
-    """LoRA+ (Hayou et al., 2024, arXiv:2402.12354): an optimizer of this kind for which B learns faster than A."""
+def init_pissa(layer: LoraLayer, rank: int) -> None:
+    """PiSSA (Meng et al., 2024, arXiv:2404.02948): start from the `rank` largest singular directions of the weight."""
+    base_layer = layer.get_base_layer()
+    weight = fsdp.full_tensor(dequantize_module_weight(base_layer).detach()).float()
+    if isinstance(base_layer, Conv1D):
+        weight = weight.T
+    oversampled = min(rank + 16, *weight.shape)  # the last directions of a randomized SVD are inexact
+    left, values, right = torch.svd_lowrank(weight, q=oversampled, niter=4)
+    root = (values[:rank] / layer.scaling[ADAPTER_NAME]).sqrt()
+    a_half, b_half = root[:, None] * right.T[:rank], left[:, :rank] * root
+    lora_a, lora_b = _lora_weights(layer)
+    with torch.no_grad():
+        lora_a.copy_(torch.cat([a_half, a_half]))
+        lora_b.copy_(torch.cat([b_half, -b_half], 1))
+    # The second half gets no gradient, so that it keeps cancelling the start.
+    lora_a.register_hook(lambda grad: torch.cat([grad[:rank], torch.zeros_like(grad[rank:])]))
+    lora_b.register_hook(lambda grad: torch.cat([grad[:, :rank], torch.zeros_like(grad[:, rank:])], 1))
+
+
+def init_eva(base: LoadedBase, model: PeftModel, rho: float, batches: list[dict[str, torch.Tensor]]) -> None:
+    """EVA (Paischer et al., 2024, arXiv:2410.07170): start from the directions in which layer inputs vary most.
+
+    Layers of which these directions explain more get a higher rank, up to `rho` times the configured one.
+    """
+    config = _lora_config(model)
+    # A tensor that can be changed later: PEFT compares with it and has no limit of its own.
+    threshold: Any = torch.tensor([EVA_CONVERGED], device=base.device)
+    config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=rho, tau=threshold)
+    head = base.lm_head  # created before: its probe runs the model, and PEFT would count that as text
+    passes = 0
+
+    def forward(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
+        nonlocal passes
+        passes += 1
+        if passes > EVA_MAX_PASSES:
+            threshold.fill_(-1)
+        # PEFT alone uses the attention mask; the model tells rows apart by position ids.
+        inputs = {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
+        with head.skip_lm_head():
+            model(**inputs, use_cache=False)
+
+    with quiet_transformers():
+        initialize_lora_eva_weights(model, batches, forward_fn=forward, show_progress_bar=False)
+    config = _lora_config(model)
+    config.init_lora_weights, config.eva_config = True, None
+    for layer in _lora_layers(model):  # where ranks changed, PEFT has created tensors in the dtype of the base
+        layer.lora_A[ADAPTER_NAME].to(torch.float32)
+        layer.lora_B[ADAPTER_NAME].to(torch.float32)
+
+
+def lora_plus_optimizer(
+    model: PeftModel,
+    learning_rate: float,
+    weight_decay: float,
+    optimizer_class: type[torch.optim.Optimizer],
+    **settings: Any,
+) -> torch.optim.Optimizer:
+    """LoRA+ (Hayou et al., 2024, arXiv:2402.12354): an optimizer with a higher learning rate for B than for A."""
     return create_loraplus_optimizer(
         model,
-        kind,
-        lr=rate,
+        optimizer_class,
+        lr=learning_rate,
         loraplus_lr_ratio=LORA_PLUS_RATIO,
         loraplus_weight_decay=weight_decay,
         **settings,
     )
 
 
-def _lora_layers(model: Any) -> list[Any]:
+def _lora_layers(model: PeftModel) -> list[LoraLayer]:
     return [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
 
 
-def init_pissa(layer: Any, rank: int) -> None:
-    """PiSSA (Meng et al., 2024, arXiv:2404.02948): learn the `rank` largest directions of the weight itself."""
-    base = layer.get_base_layer()
-    weight = fsdp.full_tensor(dequantize_module_weight(base).detach()).float()
-    if layer.fan_in_fan_out:
-        weight = weight.T
-    more = min(rank + 16, *weight.shape)  # than are kept: the last of those that are found are not exact
-    left, values, right = torch.svd_lowrank(weight, q=more, niter=4)
-    root = (values[:rank] / layer.scaling[ADAPTER_NAME]).sqrt()
-    down, up = root[:, None] * right.T[:rank], left[:, :rank] * root
-    learnt, stored = layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight
-    with torch.no_grad():
-        learnt.copy_(torch.cat([down, down]))
-        stored.copy_(torch.cat([up, -up], 1))
-    learnt.register_hook(lambda gradient: torch.cat([gradient[:rank], torch.zeros_like(gradient[rank:])]))
-    stored.register_hook(lambda gradient: torch.cat([gradient[:, :rank], torch.zeros_like(gradient[:, rank:])], 1))
+def _lora_weights(layer: LoraLayer) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+    """A (rank, in) and B (out, rank)."""
+    return layer.lora_A[ADAPTER_NAME].get_parameter("weight"), layer.lora_B[ADAPTER_NAME].get_parameter("weight")
 
 
-def _eva_batches(base: LoadedBase, sequences: PackedSequences, least: int) -> list[dict[str, torch.Tensor]]:
-    """A few batches of so many tokens at least: with fewer, PEFT would wait for more without end."""
-    found: list[dict[str, torch.Tensor]] = []
+def _lora_config(model: PeftModel) -> LoraConfig:
+    config = model.peft_config[ADAPTER_NAME]
+    assert isinstance(config, LoraConfig)
+    return config
+
+
+def _eva_batches(base: LoadedBase, sequences: PackedSequences, min_tokens: int) -> list[dict[str, torch.Tensor]]:
+    """A few batches of at least `min_tokens` tokens each: with fewer, PEFT would wait for more forever."""
+    batches: list[dict[str, torch.Tensor]] = []
     items: list[list[TokenIds]] = []
-    for number in range(len(sequences)):
-        items.append(sequences[number])
+    for index in range(len(sequences)):
+        items.append(sequences[index])
         lengths = torch.tensor([sum(map(len, item)) for item in items])
-        if lengths.sum() >= least:
+        if lengths.sum() >= min_tokens:
             batch = packing.collate(items, base.tokenizer.pad_token_id)
             del batch["labels"]
             batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
-            found.append({name: it.to(base.device) for name, it in batch.items()})
+            batches.append({name: tensor.to(base.device) for name, tensor in batch.items()})
             items = []
-        if len(found) == EVA_BATCHES:
+        if len(batches) == EVA_BATCHES:
             break
-    if not found:
-        raise ConfigError(f"eva needs {least:,} tokens of text for this rank: give more text, or lower --rank.")
-    return found
-
-
-def init_eva(base: LoadedBase, model: Any, rho: float, batches: list[dict[str, torch.Tensor]]) -> None:
-    """EVA (Paischer et al., 2024, arXiv:2410.07170): begin with the directions in which the inputs of each layer vary most, and
-    give more rank to layers of which these explain more."""
-    settings = model.peft_config[ADAPTER_NAME]
-    settled: Any = torch.tensor(
-        [EVA_SETTLED], device=base.device
-    )  # which PEFT compares with, and waits for without end
-    settings.init_lora_weights, settings.eva_config = "eva", EvaConfig(rho=rho, tau=settled)
-    passes = 0
-
-    head = base.lm_head  # found now: it tries the model, and PEFT would take that for text
-
-    def read(model: Any, batch: dict[str, Any]) -> None:  # the mask is for PEFT; rows are told apart without it
-        nonlocal passes
-        passes += 1
-        if passes > EVA_PASSES:
-            settled.fill_(-1)
-        with head.skip_lm_head():
-            model(**{name: it for name, it in batch.items() if name != "attention_mask"}, use_cache=False)
-
-    with quiet_transformers():
-        initialize_lora_eva_weights(model, batches, forward_fn=read, show_progress_bar=False)
-    settings = model.peft_config[ADAPTER_NAME]
-    settings.init_lora_weights, settings.eva_config = True, None
-    for layer in _lora_layers(model):  # where the rank is another one, PEFT has made new tensors, in the base's numbers
-        for part in (layer.lora_A, layer.lora_B):
-            part[ADAPTER_NAME].to(torch.float32)
+    if not batches:
+        raise ConfigError(f"eva needs {min_tokens:,} tokens of text for this rank: provide more text, or lower --rank.")
+    return batches

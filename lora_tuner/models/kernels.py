@@ -1,29 +1,31 @@
-"""The same sums with fewer passes over memory: what a training step takes beyond its bare matrix products.
+"""Faster equivalents of transformers and PEFT operations for training.
 
-- The head: loss and gradient of the hidden states come from one pass over chunks of positions, so that the logits, by far
-  the largest tensor of a step, never exist as a whole (as Liger does, arXiv:2410.10989, and Cut Cross-Entropy, 2411.09009).
-- The update of a layer is added into the layer's own output, and its gradient likewise, in place.
-- Packed rows attend within themselves alone, so that nothing is computed only to be masked.
-- Norms and activations that transformers computes in many passes are replaced by torch's own.
+- Output head: loss and gradient are computed in chunks of positions, so the logits, by far the largest tensor of a
+  step, never exist as a whole (as in Liger, arXiv:2410.10989, and Cut Cross-Entropy, arXiv:2411.09009).
+- LoRA: the delta and its gradient are added in place to those of the base layer.
+- Packed sequences: attention is computed per row, so nothing is computed only to be masked.
+- Norms and activations: torch's fused modules replace those of transformers.
 
-Surprise: what a model does beyond these is not known here, so each is tried on the model first and left out where the
-figures are not the same; but for the updates, which are for plain layers alone. Limit: every path is written for the
-forward pass of transformers' own models.
+Surprise: models may compute more than these operations cover. So each one is tried on the model first and left out
+where outputs differ; LoRA is fused on plain linear layers only. Limit: written for the forward passes of transformers'
+own models.
 """
+
+from __future__ import annotations
 
 import contextlib
 import ctypes
 import sys
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from inspect import signature
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
@@ -31,63 +33,32 @@ from transformers.pytorch_utils import Conv1D
 
 from ..data.packing import IGNORE_INDEX
 
+if TYPE_CHECKING:
+    from peft.tuners.lora import Linear as LoraLinear
+
 CHUNK = 512  # positions whose logits exist at once
-VARLEN_ATTENTION = "lora_tuner_by_row"  # name of our attention inside transformers
-
-
-def fuse_modules(model: Any) -> None:
-    """Give a base torch's own norms and activations where they say the same, and take its dropout away.
-
-    A frozen base learns nothing, so its dropout would only blur what the update sees.
-    """
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for dropout in ("dropout", "attention_dropout", "hidden_dropout", "activation_dropout", "layerdrop"):
-            if isinstance(getattr(module, dropout, None), float):
-                setattr(module, dropout, 0.0)
-        if (better := _fused_module(module)) is not None:
-            model.set_submodule(name, better)
-
-
-def _fused_module(module: nn.Module) -> nn.Module | None:
-    """A module of torch's that does the same in one pass, or None."""
-    if isinstance(module, NewGELUActivation):
-        return nn.GELU(approximate="tanh")
-    eps, weight = getattr(module, "variance_epsilon", None), getattr(module, "weight", None)
-    alone = [name for name, _ in module.named_parameters()] == ["weight"] and len(
-        signature(module.forward).parameters
-    ) == 1
-    if eps is None or weight is None or not alone or weight.dim() != 1:  # gated norms, and norms of each head
-        return None
-    norm = nn.RMSNorm(weight.shape, eps, device="meta")
-    norm.weight = weight
-    sample = torch.linspace(-2, 3, weight.numel(), device=weight.device, dtype=weight.dtype).expand(2, -1)
-    return norm.eval() if _same_outputs(norm(sample), module(sample)) else None
-
-
-def _same_outputs(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Whether they differ by rounding alone."""
-    tolerance = 1e-5 if theirs.dtype == torch.float32 else 2e-2
-    return bool((ours.float() - theirs.float()).abs().max() <= tolerance * theirs.float().abs().max())
+VARLEN_ATTENTION = "lora_tuner_by_row"  # name of `_varlen_attention` inside transformers
+_DROPOUT_ATTRIBUTES = ("dropout", "attention_dropout", "hidden_dropout", "activation_dropout", "layerdrop")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_MAX_MMAP_THRESHOLD = 2**25  # bytes; glibc accepts no more
 
 
 class ChunkedLMHead:
-    """The output head of a model, and the loss of the next tokens through it.
+    """Output head of a model, with a next-token loss that never holds all logits at once.
 
-    Inside `left_out()` the model's `logits` are the hidden states that its head would have got, and `nll` takes them as such.
-    A model whose logits are more than the product of hidden states and weights keeps its head, at the usual price.
+    Inside `skip_lm_head()` the `logits` of the model are the hidden states before its head, and `nll` expects those.
+    A model whose logits are more than hidden states times weights keeps its head and computes all logits.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.module = model.get_output_embeddings()
-        self._space = torch.empty(0)
         self.skipped = type(self.module) is nn.Linear and self.module.bias is None
+        self._buffer = torch.empty(0)
         if self.skipped:
             ids = torch.arange(3, device=self.module.weight.device)[None] + len(self.module.weight) // 2
             training = model.training
-            model.eval()  # dropout would change the figures, and use up random numbers
-            with torch.no_grad():  # what a split base gathers in inference mode could not be trained on
+            model.eval()  # dropout would change outputs and consume random numbers
+            with torch.no_grad():  # not inference mode: FSDP could not train on parameters gathered in it
                 logits = model(input_ids=ids, use_cache=False).logits
                 with self.skip_lm_head():
                     hidden = model(input_ids=ids, use_cache=False).logits
@@ -96,7 +67,7 @@ class ChunkedLMHead:
 
     @contextlib.contextmanager
     def skip_lm_head(self) -> Iterator[None]:
-        """In the block, the model stops before its head."""
+        """Make the model return hidden states as `logits` inside the block."""
         if not self.skipped:
             yield
             return
@@ -107,95 +78,155 @@ class ChunkedLMHead:
             del self.module.forward
 
     def nll(self, output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Negative log-likelihood of each next token, (batch, length), 0 where there is no label.
+        """Compute the negative log-likelihood of each next token.
 
-        `output` is what the model gave as logits within `left_out()`; `labels` is (batch, length), not shifted.
+        Args:
+            output: `logits` of the model inside `skip_lm_head()`, (batch, length, hidden size or vocabulary).
+            labels: (batch, length), not shifted; IGNORE_INDEX where there is nothing to predict.
+
+        Returns:
+            Nats, (batch, length), 0 where there is no label.
         """
-        # The labels are shifted, not what predicts them: slicing that would copy the largest tensor of the step.
-        following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+        # Labels are shifted instead of outputs: slicing would copy the largest tensor of the step.
+        next_tokens = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
         flat = output.flatten(0, 1)
         if self.skipped:
-            flat = flat.to(self.module.weight.dtype)  # some models widen what comes out of their head
-            nll: torch.Tensor = ChunkedCrossEntropy.apply(flat, self.module.weight, following, self._room(flat))
+            flat = flat.to(self.module.weight.dtype)  # some models upcast the output of their head
+            nll: torch.Tensor = ChunkedCrossEntropy.apply(flat, self.module.weight, next_tokens, self._logits(flat))
         else:
-            nll = F.cross_entropy(flat.float(), following, ignore_index=IGNORE_INDEX, reduction="none")
+            nll = F.cross_entropy(flat.float(), next_tokens, ignore_index=IGNORE_INDEX, reduction="none")
         return nll.view(labels.shape)
 
-    def _room(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Room for the logits of a chunk, kept: to get this much memory anew takes as long as to fill it."""
-        if len(self._space) < min(CHUNK, len(hidden)):
-            with torch.inference_mode(False):  # what is made in that mode could not be used outside it
-                self._space = hidden.new_empty(min(CHUNK, len(hidden)), len(self.module.weight), dtype=torch.float32)
-        return self._space
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Buffer for the logits of a chunk. It is kept: allocating it takes as long as filling it."""
+        if len(self._buffer) < min(CHUNK, len(hidden)):
+            with torch.inference_mode(False):  # a tensor created in that mode could not be used outside it
+                self._buffer = hidden.new_empty(min(CHUNK, len(hidden)), len(self.module.weight), dtype=torch.float32)
+        return self._buffer
 
 
-def _identity(hidden: torch.Tensor) -> torch.Tensor:
-    return hidden
+def fuse_modules(model: PreTrainedModel) -> None:
+    """Replace norms and activations by torch's own where outputs are the same, and turn dropout off.
+
+    A frozen base does not learn, so its dropout would only add noise to what LoRA layers see.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for attribute in _DROPOUT_ATTRIBUTES:
+            if isinstance(getattr(module, attribute, None), float):
+                setattr(module, attribute, 0.0)
+        if (fused := _fused_module(module)) is not None:
+            model.set_submodule(name, fused)
+
+
+def fuse_lora_add(layer: LoraLinear, adapter_name: str) -> None:
+    """Replace the forward pass of a PEFT layer on a CPU by one that adds the delta in place.
+
+    For plain LoRA without dropout on a plain linear layer; other layers stay as they are. On a bfloat16 base the delta
+    is computed in bfloat16, where PEFT uses float32.
+    """
+    base = layer.base_layer
+    if type(base) not in (nn.Linear, Conv1D) or adapter_name in layer.lora_variant:
+        return
+    weight = base.get_parameter("weight")
+    supported = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+    if supported and isinstance(layer.lora_dropout[adapter_name], nn.Identity):
+        forward = partial(_fused_lora_forward, layer, type(layer).forward, adapter_name)
+        layer.forward = forward  # type: ignore[method-assign]
+
+
+def has_full_attention(model: PreTrainedModel) -> bool:
+    """True where every token attends to all before it, through torch's scaled dot-product attention."""
+    config = model.config
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return config._attn_implementation == "sdpa" and layer_types == {"full_attention"} and not any(windows)
+
+
+def enable_varlen_attention(model: PreTrainedModel, *, on: bool = True) -> bool:
+    """Make each packed row attend to itself alone, with boundaries from `cu_seq_lens_q`; `on=False` undoes it.
+
+    Returns:
+        False, with the model unchanged, where attention has windows or is not torch's own.
+    """
+    if on and not has_full_attention(model):
+        return False
+    model.config._attn_implementation = VARLEN_ATTENTION if on else "sdpa"
+    return on
+
+
+@cache
+def tune_malloc() -> None:
+    """Make glibc keep freed memory for this process. Call it once before training; further calls do nothing.
+
+    By default large buffers go back to the system and return with a page fault per 4 kB in every step. Price: memory
+    that was once used is not given back before the process ends. Other C libraries are left alone.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # not glibc
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+            libc.mallopt(_M_MMAP_THRESHOLD, _MAX_MMAP_THRESHOLD)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of `hidden @ weight.T`, per position, for a frozen weight. The gradient is made on the way forward."""
+    """Cross-entropy of `hidden @ weight.T` per position, for a frozen weight.
+
+    The gradient is computed in the forward pass, chunk by chunk.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, space: torch.Tensor
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, buffer: torch.Tensor
     ) -> torch.Tensor:
-        known = labels != IGNORE_INDEX
+        """Cross-entropy in nats.
+
+        Args:
+            ctx: autograd context.
+            hidden: (positions, hidden size).
+            weight: (vocabulary, hidden size).
+            labels: (positions,), IGNORE_INDEX where the result is 0.
+            buffer: (chunk, vocabulary) in float32, overwritten.
+
+        Returns:
+            (positions,) in float32.
+        """
+        has_label = labels != IGNORE_INDEX
         labels = labels.clamp(min=0)
         nll = hidden.new_empty(len(hidden), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(hidden), len(space)):
-            part = slice(start, start + len(space))
-            likely = space[: len(hidden[part])]
-            if hidden.dtype == likely.dtype:
-                torch.mm(hidden[part], weight.T, out=likely)
+        for start in range(0, len(hidden), len(buffer)):
+            chunk = slice(start, start + len(buffer))
+            logits = buffer[: len(hidden[chunk])]
+            if hidden.dtype == logits.dtype:
+                torch.mm(hidden[chunk], weight.T, out=logits)
             else:
-                likely.copy_(hidden[part] @ weight.T)
-            likely = torch.softmax(likely, 1, out=likely)
-            nll[part] = -likely.gather(1, labels[part, None]).squeeze(1).log()
+                logits.copy_(hidden[chunk] @ weight.T)
+            probabilities = torch.softmax(logits, 1, out=logits)
+            nll[chunk] = -probabilities.gather(1, labels[chunk, None]).squeeze(1).log()
             if gradient is not None:
-                torch.mm(likely.to(hidden.dtype), weight, out=gradient[part]).sub_(weight[labels[part]])
-        lost = (nll > 60) & known  # float32 has few digits, and then none, for a probability this small
-        if lost.any():
-            nll[lost] = F.cross_entropy((hidden[lost] @ weight.T).float(), labels[lost], reduction="none")
+                torch.mm(probabilities.to(hidden.dtype), weight, out=gradient[chunk]).sub_(weight[labels[chunk]])
+        imprecise = (nll > 60) & has_label  # a probability this small has few or no digits in float32
+        if imprecise.any():
+            logits = (hidden[imprecise] @ weight.T).float()
+            nll[imprecise] = F.cross_entropy(logits, labels[imprecise], reduction="none")
         if gradient is not None:
-            ctx.save_for_backward(gradient.mul_(known[:, None]))
-        return nll.masked_fill_(~known, 0)
+            ctx.save_for_backward(gradient.mul_(has_label[:, None]))
+        return nll.masked_fill_(~has_label, 0)
 
     @staticmethod
-    def backward(ctx: Any, *of_nll: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * of_nll[0][:, None].to(gradient.dtype), None, None, None
+        (grad_nll,) = grad_outputs
+        return gradient * grad_nll[:, None].to(gradient.dtype), None, None, None
 
 
-def fuse_lora_add(layer: Any, adapter: str) -> None:
-    """Let a PEFT layer on a CPU add its update into its output. Only for a plain update without dropout on a plain layer;
-    others stay as they are. On a bfloat16 base the update is computed in bfloat16, where PEFT takes float32."""
-    base = layer.base_layer
-    plain = type(base) in (nn.Linear, Conv1D) and adapter not in layer.lora_variant
-    known = plain and base.weight.device.type == "cpu" and base.weight.dtype in (torch.float32, torch.bfloat16)
-    if known and isinstance(layer.lora_dropout[adapter], nn.Identity):
-        layer.forward = partial(_fused_lora_forward, layer, type(layer).forward, adapter)
-
-
-def _fused_lora_forward(
-    layer: Any, theirs: Any, adapter: str, x: torch.Tensor, *args: Any, **kwargs: Any
-) -> torch.Tensor:
-    if layer.disable_adapters or layer.merged or layer.active_adapters != [adapter] or args or kwargs:
-        output: torch.Tensor = theirs(layer, x, *args, **kwargs)
-        return output
-    base = layer.base_layer
-    weight = base.weight if isinstance(base, Conv1D) else base.weight.T
-    down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    output = _LoraProduct.apply(x, weight, base.bias, down, up, layer.scaling[adapter])
-    return output
-
-
-class _LoraProduct(torch.autograd.Function):
+class _FusedLora(torch.autograd.Function):
     """x W + b + scale (x A^T) B^T for a frozen W (in, out), A (rank, in), B (out, rank).
 
-    The narrow products stand so that their long side is contiguous, which the libraries are twice as fast at (the choice of
-    graphs is that of RunLoRA, arXiv:2312.03415).
+    Operands of the low-rank products are laid out with the long side contiguous, which is twice as fast (the order of
+    products is that of RunLoRA, arXiv:2312.03415).
     """
 
     @staticmethod
@@ -204,80 +235,111 @@ class _LoraProduct(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        down: torch.Tensor,
-        up: torch.Tensor,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        down, up = down.to(x.dtype), up.to(x.dtype)
+        lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         output = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
-        inner = down @ flat.T
-        output.addmm_(inner.T, up.T, alpha=scale)
-        ctx.save_for_backward(flat, weight, down, up, inner)
+        inner = lora_a @ flat.T  # (rank, tokens)
+        output.addmm_(inner.T, lora_b.T, alpha=scale)
+        ctx.save_for_backward(flat, weight, lora_a, lora_b, inner)
         ctx.scale = scale
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *of_output: Any) -> Any:
-        flat, weight, down, up, inner = ctx.saved_tensors
-        g = of_output[0].reshape(-1, of_output[0].shape[-1])
-        of_inner = (up.T.contiguous() @ g.T).mul_(ctx.scale)
-        of_x = None
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        flat, weight, lora_a, lora_b, inner = ctx.saved_tensors
+        (grad_output,) = grad_outputs
+        grad_flat = grad_output.reshape(-1, grad_output.shape[-1])
+        grad_inner = (lora_b.T.contiguous() @ grad_flat.T).mul_(ctx.scale)
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            of_x = (g @ weight.T).addmm_(of_inner.T, down).view(*of_output[0].shape[:-1], -1)
-        return of_x, None, None, (of_inner @ flat).float(), (inner @ g).mul_(ctx.scale).T.float(), None
+            grad_x = (grad_flat @ weight.T).addmm_(grad_inner.T, lora_a).view(*grad_output.shape[:-1], -1)
+        grad_a = (grad_inner @ flat).float()
+        grad_b = (inner @ grad_flat).mul_(ctx.scale).T.float()
+        return grad_x, None, None, grad_a, grad_b, None
 
 
-def dense_attention(model: Any) -> bool:
-    """Whether every token looks back on all before it, by torch's own attention."""
-    config = model.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return config._attn_implementation == "sdpa" and kinds == {"full_attention"} and not any(windows)
+def _fused_lora_forward(
+    layer: LoraLinear,
+    peft_forward: Callable[..., torch.Tensor],
+    adapter_name: str,
+    x: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    if layer.disable_adapters or layer.merged or layer.active_adapters != [adapter_name] or args or kwargs:
+        return peft_forward(layer, x, *args, **kwargs)
+    base = layer.base_layer
+    weight = base.weight if isinstance(base, Conv1D) else base.weight.T
+    lora_a, lora_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    output: torch.Tensor = _FusedLora.apply(x, weight, base.bias, lora_a, lora_b, layer.scaling[adapter_name])
+    return output
 
 
-def enable_varlen_attention(model: Any, *, on: bool = True) -> bool:
-    """Let packed rows attend within themselves, told apart by `cu_seq_lens_q`, or no more. False, and nothing done, for a
-    model that attends through windows or by means other than torch's own."""
-    if on and not dense_attention(model):
-        return False
-    model.config._attn_implementation = VARLEN_ATTENTION if on else "sdpa"
-    return on
+def _fused_module(module: nn.Module) -> nn.Module | None:
+    """A fused module of torch with the same outputs, or None."""
+    if isinstance(module, NewGELUActivation):
+        return nn.GELU(approximate="tanh")
+    eps, weight = getattr(module, "variance_epsilon", None), getattr(module, "weight", None)
+    if eps is None or weight is None or weight.dim() != 1:  # norms over heads have other shapes
+        return None
+    parameters = [name for name, _ in module.named_parameters()]
+    if parameters != ["weight"] or len(signature(module.forward).parameters) != 1:  # gated norms
+        return None
+    norm = nn.RMSNorm(weight.shape, eps, device="meta")
+    norm.weight = weight
+    sample = torch.linspace(-2, 3, weight.numel(), device=weight.device, dtype=weight.dtype).expand(2, -1)
+    return norm.eval() if _same_outputs(norm(sample), module(sample)) else None
+
+
+def _same_outputs(outputs: torch.Tensor, expected: torch.Tensor) -> bool:
+    """True where outputs differ by rounding at most."""
+    tolerance = 1e-5 if expected.dtype == torch.float32 else 2e-2
+    difference = (outputs.float() - expected.float()).abs().max()
+    return bool(difference <= tolerance * expected.float().abs().max())
+
+
+def _identity(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden
 
 
 def _varlen_attention(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, **kwargs: Any
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
-    """(batch, heads, length, size) each; gives (batch, length, heads, size)."""
-    bounds = kwargs.pop("cu_seq_lens_q", None)
+    """Attention within rows that `cu_seq_lens_q` (rows + 1,) delimits in the batch laid end to end.
+
+    Args:
+        module: the attention layer.
+        query: (batch, heads, length, head size), like key and value.
+        key: see query.
+        value: see query.
+        mask: unused; see `_skip_mask`.
+        **kwargs: `cu_seq_lens_q`, and arguments of transformers' function.
+
+    Returns:
+        (batch, length, heads, head size), and None for the attention weights.
+    """
+    boundaries = kwargs.pop("cu_seq_lens_q", None)
     dtype = query.dtype
-    if dtype == torch.bfloat16:  # torch's own is twice as slow backward in it on a CPU as in float32
+    if dtype == torch.bfloat16:  # on a CPU, torch's backward pass is half as fast in it as in float32
         query, key, value = query.float(), key.float(), value.float()
-    if bounds is None:
+    if boundaries is None:
         return sdpa_attention_forward(module, query, key, value, None, **kwargs)[0].to(dtype), None
     length = query.shape[2]
-    lines: list[list[torch.Tensor]] = [[] for _ in query]
-    ends = bounds.tolist()
-    for start, end in pairwise(ends):
-        line, first = divmod(start, length)
-        part = slice(line, line + 1), slice(None), slice(first, first + end - start)
-        lines[line].append(sdpa_attention_forward(module, query[part], key[part], value[part], None, **kwargs)[0])
-    return torch.cat([torch.cat(parts, 1) for parts in lines]).to(dtype), None
+    outputs: list[list[torch.Tensor]] = [[] for _ in query]
+    for start, end in pairwise(boundaries.tolist()):
+        sequence, first = divmod(start, length)
+        row = slice(sequence, sequence + 1), slice(None), slice(first, first + end - start)
+        outputs[sequence].append(sdpa_attention_forward(module, query[row], key[row], value[row], None, **kwargs)[0])
+    return torch.cat([torch.cat(rows, 1) for rows in outputs]).to(dtype), None
 
 
 def _skip_mask(**kwargs: Any) -> None:
-    """Rows are told apart by where they begin, and padding stands on the right, where no row looks."""
+    """No mask: rows are delimited by `cu_seq_lens_q`, and padding is on the right, where causal rows never attend."""
 
 
 AttentionInterface.register(VARLEN_ATTENTION, _varlen_attention)
 AttentionMaskInterface.register(VARLEN_ATTENTION, _skip_mask)
-
-
-def tune_malloc() -> None:
-    """Let glibc keep what is freed: it would give it back and get it again, a page fault for each 4 kB, in every step."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library, which does as it does
-            libc = ctypes.CDLL("libc.so.6")
-            trim_threshold, mmap_threshold = -1, -3
-            libc.mallopt(trim_threshold, 2**31 - 1)
-            libc.mallopt(mmap_threshold, 2**25)  # the most that it takes

@@ -1,14 +1,15 @@
-"""Low-rank updates on a base: choose layers, wrap for training, attach a stored adapter, save, count.
+"""LoRA layers on a base model: select target modules, add or load an adapter, save and count its weights.
 
-Surprise: PEFT loads an adapter that lacks half of its tensors, or belongs to another model, without a word. So shapes are
-compared with the base first, all of them, and one error lists what does not fit. Limit: updates of
-linear layers (`nn.Linear`, and GPT-2's transposed `Conv1D`); embeddings and the output head stay as they are.
+Surprise: PEFT silently loads an adapter that lacks tensors or belongs to another model. So all shapes are compared with
+the base first, and one error lists what does not fit. Limit: LoRA on linear layers (`nn.Linear`, and GPT-2's transposed
+`Conv1D`); embeddings and the output head cannot be adapted.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,81 +26,81 @@ from .loading import LoadedBase
 from .quantization import Int8Linear
 from .resolve import BaseModelFiles, quiet_transformers
 
-if TYPE_CHECKING:  # imported where it is used: writing does without
+if TYPE_CHECKING:  # PEFT takes long to import, and inference does without
     from peft import LoraConfig, PeftModel
-
-
-# Where it is installed PEFT imports it, and it has advice for everybody.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    from transformers import PreTrainedModel
 
 ADAPTER_NAME = "default"  # Trainer reloads the best checkpoint only into an adapter of this name
+LinearLayer = torch.nn.Linear | Conv1D | Int8Linear
+
+# PEFT imports bitsandbytes where it is installed, which logs advice on every import.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-def linear_layers(model: Any) -> dict[str, Any]:
-    """Full name -> layer, for every linear layer of a plain base that can be adapted: all but the output head."""
+def linear_layers(model: PreTrainedModel) -> dict[str, LinearLayer]:
+    """Full name -> layer, for every linear layer of a plain base except the output head."""
     head = model.get_output_embeddings()
     return {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, torch.nn.Linear | Conv1D | Int8Linear) and layer is not head
+        name: layer for name, layer in model.named_modules() if isinstance(layer, LinearLayer) and layer is not head
     }
 
 
-def resolve_target_modules(model: Any, wanted: str) -> list[str]:
-    """The shortest module names for PEFT's `target_modules` that mean just the layers `wanted` asks for.
+def layer_sizes(layers: Mapping[str, LinearLayer]) -> dict[str, tuple[int, int]]:
+    """(in_features, out_features) of each layer."""
+    sizes = {}
+    for name, layer in layers.items():
+        if isinstance(layer, Conv1D):
+            sizes[name] = (layer.nx, layer.nf)
+        else:
+            sizes[name] = (layer.in_features, layer.out_features)
+    return sizes
 
-    Raises ConfigError, with the names that exist, for a name that matches nothing or must not be adapted.
+
+def resolve_target_modules(model: PreTrainedModel, target_modules: str) -> list[str]:
+    """Translate the setting `target_modules` into the shortest names that PEFT matches with exactly those layers.
+
+    Args:
+        model: a plain base.
+        target_modules: auto or all-linear, attention, or names of layers separated by commas.
+
+    Raises:
+        ConfigError: a name matches no linear layer; the message lists the names that exist.
     """
     layers = linear_layers(model)
-    if wanted in ("auto", "all-linear"):
-        chosen = set(layers)
-    elif wanted == "attention":
-        chosen = {name for name in layers if any("attn" in part or "attention" in part for part in name.split("."))}
-        if not chosen:
-            raise ConfigError(f"No layer of this base is called attention; its layers are {_layer_kinds(layers)}.")
+    if target_modules in ("auto", "all-linear"):
+        selected = set(layers)
+    elif target_modules == "attention":
+        selected = {name for name in layers if any("attn" in part or "attention" in part for part in name.split("."))}
+        if not selected:
+            raise ConfigError(f"This base has no layer named attention; its layers are {_last_names(layers)}.")
     else:
-        names = [name.strip() for name in wanted.split(",")]
-        wrong = [name for name in names if not any(_matches_target(layer, name) for layer in layers)]
-        if wrong:
+        names = [name.strip() for name in target_modules.split(",")]
+        unmatched = [name for name in names if not any(_matches_target(layer, name) for layer in layers)]
+        if unmatched:
             raise ConfigError(
-                f"target_modules: {', '.join(wrong)} cannot be adapted; auto, attention, all-linear, or any of {_layer_kinds(layers)} can "
-                "(embeddings and the output head cannot: where they share weights, an update would not survive a merge)."
+                f"target_modules: {', '.join(unmatched)} cannot be adapted; choose auto, attention, all-linear, or any "
+                f"of {_last_names(layers)} (embeddings and the output head cannot be adapted: where they share "
+                "weights, an update would not survive a merge)."
             )
-        chosen = {layer for layer in layers if any(_matches_target(layer, name) for name in names)}
-    return shortest_target_names(model, sorted(chosen))
+        selected = {layer for layer in layers if any(_matches_target(layer, name) for name in names)}
+    return shortest_target_names(model, sorted(selected))
 
 
-def _matches_target(layer: str, name: str) -> bool:
-    return layer == name or layer.endswith(f".{name}")
-
-
-def _shortest_ending(layer: str, chosen: set[str], names: list[str]) -> str:
-    """The shortest ending of a layer's name that no module outside `chosen` shares."""
-    parts = layer.split(".")
-    for length in range(1, len(parts)):
-        ending = ".".join(parts[-length:])
-        if all(other in chosen for other in names if _matches_target(other, ending)):
-            return ending
-    return layer
-
-
-def _layer_kinds(layers: dict[str, Any]) -> str:
-    last = {layer.rpartition(".")[2] for layer in layers}
-    return ", ".join(sorted(last))
-
-
-def shortest_target_names(model: Any, modules: list[str]) -> list[str]:
-    """The shortest module names that mean just these layers."""
-    names = [name for name, _ in model.named_modules()]
-    return sorted({_shortest_ending(layer, set(modules), names) for layer in modules})
+def shortest_target_names(model: PreTrainedModel, modules: Collection[str]) -> list[str]:
+    """The shortest names for PEFT's `target_modules` that match these modules and no others."""
+    all_modules = [name for name, _ in model.named_modules()]
+    selected = set(modules)
+    return sorted({_shortest_suffix(module, selected, all_modules) for module in selected})
 
 
 def add_lora(base: LoadedBase, config: TrainConfig, parent: Adapter | None = None) -> PeftModel:
-    """The base with a trainable update of float32: a fresh one that does nothing yet, or that of the parent.
+    """Add trainable LoRA layers in float32 to a base: new ones, which change nothing yet, or those of the parent.
 
-    Raises ConfigError for targets that do not exist, AdapterError for a parent that is damaged or does not fit.
+    Raises:
+        ConfigError: target modules do not exist.
+        AdapterError: the parent is damaged or does not fit.
     """
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import Linear as LoraLinear
 
     if parent is not None:
         targets = shortest_target_names(base.model, parent.modules)
@@ -107,26 +108,165 @@ def add_lora(base: LoadedBase, config: TrainConfig, parent: Adapter | None = Non
             base.model, parent, ADAPTER_NAME, target_modules=targets, lora_dropout=config.dropout, inference_mode=False
         )
     else:
-        model = _new_lora(base, config)
-    # PEFT has put the folder on this machine there.
+        model = _add_new_lora(base, config)
+    # PEFT stores the local folder of the base here.
     model.peft_config[ADAPTER_NAME].base_model_name_or_path = base.files.repo
     model.peft_config[ADAPTER_NAME].revision = base.files.revision
     for layer in model.modules():
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, LoraLinear):
             kernels.fuse_lora_add(layer, ADAPTER_NAME)
     return model
 
 
-def _new_lora(base: LoadedBase, config: TrainConfig) -> PeftModel:
+def load_lora(model: PreTrainedModel, adapter: Adapter, adapter_name: str, **overrides: Any) -> PeftModel:
+    """Wrap a plain base with a stored adapter.
+
+    Args:
+        model: a plain base. It is left unchanged on errors.
+        adapter: the stored adapter.
+        adapter_name: its name inside the PEFT model.
+        **overrides: fields of LoraConfig that replace those of the adapter.
+
+    Raises:
+        AdapterError: the adapter is damaged or does not fit.
+    """
+    from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+
+    tensors = read_checked_tensors(adapter, linear_layers(model))
+    settings: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "target_modules": adapter.modules,
+        "inference_mode": True,
+    }
+    for key in (*SCALING_KEYS, "fan_in_fan_out"):
+        if adapter.config.get(key) is not None:
+            settings[key] = adapter.config[key]
+    with quiet_transformers(), torch.random.fork_rng():
+        wrapped = PeftModel(model, LoraConfig(**settings | overrides), adapter_name=adapter_name)
+        set_peft_model_state_dict(wrapped, tensors, adapter_name=adapter_name)
+    return wrapped.eval()
+
+
+def load_checkpoint_weights(model: PeftModel, folder: Path) -> None:
+    """Load the LoRA weights of a checkpoint into the adapter that is being trained."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, load_file(folder / WEIGHTS_FILE), adapter_name=ADAPTER_NAME)
+
+
+def adapter_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Tensors of the adapter that is being trained, on the CPU, by the names that PEFT gives them on disk."""
+    from peft import get_peft_model_state_dict
+
+    # Trained parameters only: FSDP would gather a whole state dict. "auto" would ask the Hub for the vocabulary size.
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    state = get_peft_model_state_dict(model, trained, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(state.items())}
+
+
+def save_adapter_files(tensors: dict[str, torch.Tensor], config: LoraConfig, folder: Path) -> None:
+    """Write the two files of a PEFT adapter. `init_lora_weights` is saved as true, which leaves the base unchanged."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    settings = config.to_dict() | {"inference_mode": True, "init_lora_weights": True}
+    settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+    # Only the top level is sorted: in a pattern the first key that matches counts.
+    (folder / CONFIG_FILE).write_text(json.dumps(dict(sorted(settings.items())), indent=2) + "\n", encoding="utf-8")
+
+
+def count_parameters(model: PeftModel) -> tuple[int, int]:
+    """(trained parameters, parameters of the base)."""
+    trained, total = 0, 0
+    for parameter in model.parameters():
+        # Two 4-bit weights share a byte, which torch counts as one element.
+        total += parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
+        trained += parameter.numel() if parameter.requires_grad else 0
+    return trained, total - trained
+
+
+def check_base(adapter: Adapter, base: LoadedBase, options: ModelOptions = ModelOptions()) -> None:
+    """Check that an adapter was trained on this base and tokenizer.
+
+    Without a manifest that is unknown: a notice says so. `options.force` turns the error into a notice.
+
+    Raises:
+        WrongBaseError: the adapter was trained on another base or with another tokenizer.
+    """
+    check_base_files(adapter, base.files, base.tokenizer_hash, options)
+
+
+def check_base_files(
+    adapter: Adapter,
+    files: BaseModelFiles,
+    tokenizer_hash: str | None,
+    options: ModelOptions = ModelOptions(),
+) -> None:
+    """`check_base` for a base that is not in memory; `tokenizer_hash` is None where the tokenizer does not matter."""
+    if adapter.manifest is None:
+        options.notify(Notice(f"{adapter.name} has no manifest, so only its shapes can be compared with {files.name}."))
+        return
+    trained_on = adapter.manifest.base
+    if trained_on.fingerprint != files.fingerprint:
+        problem = (
+            f"{adapter.name} was trained on {trained_on.name} (fingerprint {trained_on.fingerprint[:12]}, "
+            f"{trained_on.weights}), not on {files.name} (fingerprint {files.fingerprint[:12]}, {files.weights_source})"
+        )
+    elif tokenizer_hash is not None and trained_on.tokenizer not in (None, tokenizer_hash):
+        problem = f"{adapter.name} was trained with another tokenizer than that of {files.name}"
+    else:
+        return
+    if not options.force:
+        raise WrongBaseError(f"{problem}. Name the right base with --base, or use --force to try it anyway.")
+    options.notify(Notice(f"FORCED: {problem}. Its output may be meaningless."))
+
+
+def read_checked_tensors(adapter: Adapter, layers: Mapping[str, LinearLayer]) -> dict[str, torch.Tensor]:
+    """Tensors of an adapter, by their names in the file.
+
+    Raises:
+        AdapterError: they are damaged, do not fit these layers, or the file has changed since the adapter was opened.
+    """
+    adapter.check_shapes(layer_sizes(layers))
+    path = adapter.path / WEIGHTS_FILE
+    before = _file_identity(path)
+    check_weights_hash(adapter)
+    tensors = read_weights_file(adapter)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected_shapes = {name: shape for name, (_, shape) in adapter.tensors.items()}
+    if _file_identity(path) != before or shapes != expected_shapes:
+        raise AdapterError(f"{adapter.path} has changed since it was opened: open it again.")
+    return tensors
+
+
+def read_weights_file(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """Tensors of an adapter exactly as in its file. Raises AdapterError where safetensors cannot read it."""
+    try:
+        return load_file(adapter.path / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{adapter.path / WEIGHTS_FILE} is not readable as safetensors: {error}.") from error
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that determine the weights of an adapter."""
+    import accelerate
+    import datasets
+    import peft
+    import transformers
+
+    return {library.__name__: library.__version__ for library in (torch, transformers, peft, datasets, accelerate)}
+
+
+def _add_new_lora(base: LoadedBase, config: TrainConfig) -> PeftModel:
     from peft import LoraConfig, get_peft_model
 
     targets = resolve_target_modules(base.model, config.target_modules)
     layers = linear_layers(base.model)
-    halves = 2 if config.method == "pissa" else 1  # one that learns, and one that stands for the base (`methods`)
+    # PiSSA needs a second half that cancels what the first begins with (`initialization`).
+    multiple = 2 if config.method == "pissa" else 1
     settings = LoraConfig(
         task_type="CAUSAL_LM",
-        r=halves * config.rank,
-        lora_alpha=halves * config.scaling_alpha,
+        r=multiple * config.rank,
+        lora_alpha=multiple * config.scaling_alpha,
         use_rslora=config.method == "rslora",
         use_dora=config.method == "dora",
         lora_dropout=config.dropout,
@@ -140,134 +280,27 @@ def _new_lora(base: LoadedBase, config: TrainConfig) -> PeftModel:
         raise ConfigError(f"target_modules: {' '.join(str(error).split())}") from error
 
 
-def library_versions() -> dict[str, str]:
-    """Of the libraries that decide what an adapter becomes."""
-    import accelerate
-    import datasets
-    import peft
-    import transformers
-
-    return {it.__name__: it.__version__ for it in (torch, transformers, peft, datasets, accelerate)}
+def _matches_target(layer: str, name: str) -> bool:
+    return layer == name or layer.endswith(f".{name}")
 
 
-def count_parameters(model: PeftModel) -> tuple[int, int]:
-    """(parameters that are trained, parameters of the base)."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # Of 4 bits two share a byte, and the byte is what torch counts.
-    every = sum(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1) for p in model.parameters())
-    return trained, every - trained
+def _shortest_suffix(module: str, selected: set[str], all_modules: list[str]) -> str:
+    """The shortest suffix of a module's name that no module outside `selected` shares."""
+    parts = module.split(".")
+    for length in range(1, len(parts)):
+        suffix = ".".join(parts[-length:])
+        if all(other in selected for other in all_modules if _matches_target(other, suffix)):
+            return suffix
+    return module
 
 
-def adapter_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The tensors of the adapter that is trained, as PEFT names them on disk, on the CPU."""
-    from peft import get_peft_model_state_dict
-
-    # Not of the whole state: a split base would let go of what others hold. "auto" would ask the Hub for the vocabulary.
-    learnt = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
-    state = get_peft_model_state_dict(model, learnt, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(state.items())}
-
-
-def save_adapter_files(tensors: dict[str, torch.Tensor], config: LoraConfig, folder: Path) -> None:
-    """Write the two files of a PEFT adapter. What is written says `init_lora_weights: true`, which touches no base."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    settings = config.to_dict() | {"inference_mode": True, "init_lora_weights": True}
-    settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
-    # Sorted here and not by json: of a pattern's keys the first that matches counts.
-    (folder / CONFIG_FILE).write_text(json.dumps(dict(sorted(settings.items())), indent=2) + "\n", encoding="utf-8")
-
-
-def check_base(adapter: Adapter, base: LoadedBase, options: ModelOptions = ModelOptions()) -> None:
-    """Raise WrongBaseError unless the adapter was trained on this base; one without a manifest is taken with a notice."""
-    check_base_files(adapter, base.files, base.tokenizer_hash, options)
-
-
-def check_base_files(
-    adapter: Adapter,
-    source: BaseModelFiles,
-    tokenizer: str | None,
-    options: ModelOptions = ModelOptions(),
-) -> None:
-    """The same of a base that is not in memory; `tokenizer` is the hash of its tokenizer, None where that does not matter."""
-    if adapter.manifest is None:
-        options.notify(
-            Notice(f"{adapter.name} has no manifest, so only its shapes can be compared with {source.name}.")
-        )
-        return
-    facts = adapter.manifest.base
-    if facts.fingerprint != source.fingerprint:
-        what = (
-            f"{adapter.name} was trained on {facts.name} (fingerprint {facts.fingerprint[:12]}, {facts.weights}), not on "
-            f"{source.name} (fingerprint {source.fingerprint[:12]}, {source.weights_source})"
-        )
-    elif tokenizer is not None and facts.tokenizer not in (None, tokenizer):
-        what = f"{adapter.name} was trained with another tokenizer than that of {source.name}"
-    else:
-        return
-    if not options.force:
-        raise WrongBaseError(f"{what}. Give the right one with --base, or try all the same with --force.")
-    options.notify(Notice(f"FORCED: {what}. What it writes may mean nothing."))
-
-
-def load_checkpoint_weights(model: PeftModel, folder: Path) -> None:
-    """Put the weights of a checkpoint into the update that is being trained."""
-    from peft import set_peft_model_state_dict
-
-    set_peft_model_state_dict(model, load_file(folder / WEIGHTS_FILE), adapter_name=ADAPTER_NAME)
-
-
-def layer_sizes(layers: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """(in, out) of each layer."""
-    return {
-        name: (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
-        for name, layer in layers.items()
-    }
-
-
-def read_checked_tensors(adapter: Adapter, layers: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The adapter's tensors, by their names in the file. Raises AdapterError unless they are whole and fit these layers."""
-    adapter.check_shapes(layer_sizes(layers))
-    path = adapter.path / WEIGHTS_FILE
-    before = _file_identity(path)
-    check_weights_hash(adapter)
-    tensors = read_weights_file(adapter)
-    if _file_identity(path) != before or {name: tuple(tensor.shape) for name, tensor in tensors.items()} != {
-        name: shape for name, (_, shape) in adapter.tensors.items()
-    }:
-        raise AdapterError(f"{adapter.path} has changed since it was read: read it again.")
-    return tensors
+def _last_names(layers: Collection[str]) -> str:
+    return ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
 
 
 def _file_identity(path: Path) -> tuple[int, ...]:
     try:
-        facts = path.stat()
+        status = path.stat()
     except OSError:
         return ()
-    return facts.st_ino, facts.st_size, facts.st_mtime_ns
-
-
-def read_weights_file(adapter: Adapter) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter as they are in its file. Raises AdapterError where safetensors does not take it."""
-    try:
-        return load_file(adapter.path / WEIGHTS_FILE)
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{adapter.path / WEIGHTS_FILE} is not readable as safetensors: {error}.") from error
-
-
-def load_lora(model: Any, adapter: Adapter, slot: str, **settings: Any) -> PeftModel:
-    """Wrap a plain base with a stored adapter under the name `slot`; `settings` are laid over those of its config.
-
-    Raises AdapterError, and leaves the base as it was, when the adapter does not fit.
-    """
-    from peft import LoraConfig, PeftModel, set_peft_model_state_dict
-
-    tensors = read_checked_tensors(adapter, linear_layers(model))
-    own: dict[str, Any] = {
-        key: adapter.config[key] for key in (*SCALING_KEYS, "fan_in_fan_out") if adapter.config.get(key) is not None
-    }
-    plain: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": adapter.modules, "inference_mode": True}
-    with quiet_transformers(), torch.random.fork_rng():
-        wrapped = PeftModel(model, LoraConfig(**plain | own | settings), adapter_name=slot)
-        set_peft_model_state_dict(wrapped, tensors, adapter_name=slot)
-    return wrapped.eval()
+    return status.st_ino, status.st_size, status.st_mtime_ns

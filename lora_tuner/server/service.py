@@ -111,7 +111,7 @@ class ModelService:
         """The tokens of a prompt. Raises GenerationError when there is no room behind them, or they are no tokens."""
         if isinstance(prompt, str):
             return self.generator.encode_prompt(prompt, self._tokenizer).token_ids
-        vocabulary = self.base.model.get_input_embeddings().weight.shape[0]
+        vocabulary = self.base.vocab_size
         if not prompt or not all(0 <= token < vocabulary for token in prompt):
             raise GenerationError(f"A prompt of tokens has at least one, each from 0 to {vocabulary - 1:,}.")
         return self.generator.check_fits_context(list(prompt))

@@ -162,7 +162,7 @@ def plan(config: TrainConfig, notify: EventHandler = ignore_events) -> RunEstima
 
 def _join_processes(config: TrainConfig, notify: EventHandler) -> EventHandler:
     """Who hears of the run: of several processes, the first."""
-    fsdp.read_plan(config.device)
+    fsdp.read_settings(config.device)
     distributed.init_process_group(config.device)
     return notify if distributed.rank() == 0 else ignore_events
 

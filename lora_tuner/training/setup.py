@@ -339,7 +339,7 @@ def preview(config: TrainConfig, count: int, notify: EventHandler = ignore_event
         labels = [label != packing.IGNORE_INDEX for batch in batches for label in batch["labels"][0].tolist()]
         rows.append(
             PreviewedRow(
-                before, after.removeprefix(chat.CHAT_MARK), [tokenizer.decode([token]) for token in ids], labels
+                before, after.removeprefix(chat.CHAT_MARK), tokenizer.batch_decode([[token] for token in ids]), labels
             )
         )
     return rows

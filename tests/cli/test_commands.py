@@ -386,7 +386,7 @@ def test_compare_errors(two, gpt2, tmp_path):
     prints = [find_base(str(folder)).fingerprint[:12] for folder in (gpt2, stranger)]
     assert error("compare", *BOTH, "--base", stranger, "x") == (
         f"Error: noir was trained on {gpt2} (fingerprint {prints[0]}, a local folder), not on {stranger} (fingerprint "
-        f"{prints[1]}, a local folder). Give the right one with --base, or try all the same with --force."
+        f"{prints[1]}, a local folder). Name the right base with --base, or use --force to try it anyway."
     )
     forced = run("compare", *BOTH, "--base", stranger, "--force", "--json", "x")
     assert len(json.loads(forced.stdout)) == 3

@@ -121,7 +121,7 @@ def test_adopted_adapter_rejects_other_base(theirs, model_folder, library, tmp_p
     assert refusal(lora.check_base, adapter, other, kind=WrongBaseError) == (
         f"theirs was trained on {model_folder} (fingerprint {right.files.fingerprint[:12]}, a local folder), not on "
         f"{tmp_path / 'other'} (fingerprint {other.files.fingerprint[:12]}, a local folder). "
-        "Give the right one with --base, or try all the same with --force."
+        "Name the right base with --base, or use --force to try it anyway."
     )
 
 
@@ -307,17 +307,17 @@ def test_failed_adopt_changes_nothing(shelf, library, spoil):
         (
             "nobody/nothing",
             HubError,
-            "nobody/nothing is not cached, and the Hub is out of reach: HF_HUB_OFFLINE is set. `doctor` lists the bases that "
-            "need no Hub; a local folder needs none.",
+            "nobody/nothing is not cached, and the Hub is out of reach: HF_HUB_OFFLINE is set. `doctor` lists the bases "
+            "available without the Hub; a local folder works too.",
         ),
         (
             "distilgpt2",  # named, so no other takes its place
             HubError,
             "distilbert/distilgpt2 is not cached, and the Hub is out of reach: HF_HUB_OFFLINE is set. `doctor` lists the bases "
-            "that need no Hub; a local folder needs none.",
+            "available without the Hub; a local folder works too.",
         ),
         ("/nowhere/base", HubError, "'/nowhere/base' is neither a local folder nor a Hub id (owner/name)."),
-        ("theirs", BaseModelError, "The folder theirs is no model: it has no config.json."),
+        ("theirs", BaseModelError, "The folder theirs is not a model: it has no config.json."),
     ],
 )
 @pytest.mark.parametrize("how", ["named", "given"])

@@ -176,7 +176,7 @@ def test_merge_rejects_bad_targets(adapter, tmp_path):
     theirs, ours = adapter.manifest.base.fingerprint[:12], find_base(str(other)).fingerprint[:12]
     assert str(error.value) == (
         f"reviews was trained on {adapter.base} (fingerprint {theirs}, a local folder), not on {other} (fingerprint {ours}, a "
-        "local folder). Give the right one with --base, or try all the same with --force."
+        "local folder). Name the right base with --base, or use --force to try it anyway."
     )
     assert not (tmp_path / "wrong").exists()
     with pytest.raises(ConfigError, match="'5XB' is no size of a file, such as 5GB or 500MB"):
@@ -279,7 +279,7 @@ def test_blend_rejects_bad_input(make, library, model_folder, tmp_path):
     with pytest.raises(AdapterError) as error:
         blend([(one, 1), (dora, 1)], "mixed", library, options=ModelOptions(base=base))
     assert str(error.value) == (
-        "dora is a DoRA adapter, which also rescales the base's weights, so its updates are no sums: merge it instead."
+        "dora is a DoRA adapter, which also rescales the base's weights, so it cannot be part of a sum: merge it instead."
     )
     for weight in (0, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="a weight is a number other than 0"):
@@ -319,14 +319,14 @@ def test_failed_write_leaves_nothing(make, library, model_folder, half_way):
 
 
 def test_wrong_blend_is_not_kept(make, library, model_folder, monkeypatch):
-    one, settings = make("one"), common.delta.lora_settings
+    one, settings = make("one"), common.delta.make_lora_config
 
     def without_scales(*arguments):
         config = settings(*arguments)
         config.lora_alpha *= 2
         return config
 
-    monkeypatch.setattr(common.delta, "lora_settings", without_scales)
+    monkeypatch.setattr(common.delta, "make_lora_config", without_scales)
     with pytest.raises(AdapterError, match="mixed is not kept: read back, beside its update in the base's weights, it"):
         blend([(one, 1.0)], "mixed", library, options=ModelOptions(base=str(model_folder)))
     assert left_over(library) == ["one"]

@@ -66,7 +66,7 @@ def test_a_base_that_will_not_fit_is_refused_before_it_is_read(run: Run, wide: P
     ended = run("generate", "--base", wide, "the actor", before=before)
     assert ended.status == 1
     assert ended.error_line == (
-        f"Error: The base {wide} takes 0.0 GB in 4bit, and 0.0 GB of memory are free: take a smaller base."
+        f"Error: The base {wide} takes 0.0 GB in 4bit, and 0.0 GB of memory are free: choose a smaller base."
     )
 
 

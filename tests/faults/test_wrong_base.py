@@ -141,7 +141,7 @@ def test_another_base_is_refused_by_every_command_and_nothing_is_written(own, ot
         else:
             assert line.startswith(f"Error: {NAME} was trained on {bases[own]} (fingerprint "), name
             assert f"not on {bases[other]} (fingerprint " in line, name
-        assert "Give the right one with --base" in line, name
+        assert "Name the right base with --base" in line, name
 
 
 def test_its_own_base_is_taken_by_every_command(bases, trained_on):

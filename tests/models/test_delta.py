@@ -15,7 +15,7 @@ def made(rank, into, out, seed=0):
 
 
 def wide(update):
-    return update.up.double() @ update.down.double()
+    return update.B.double() @ update.A.double()
 
 
 @given(SIZES)

@@ -176,7 +176,7 @@ def test_what_was_learnt_is_taken_further(settings, split):
 def planned(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(fsdp, "_plan", None)
+    monkeypatch.setattr(fsdp, "_plugin", None)
     for name, value in PLAN.items():
         monkeypatch.setenv(name, value)
     return monkeypatch
@@ -186,17 +186,17 @@ def planned(monkeypatch):
 def test_on_a_cpu(planned, device):
     planned.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(TrainingError) as error:
-        fsdp.read_plan(device)
+        fsdp.read_settings(device)
     assert str(error.value) == (
-        "ACCELERATE_USE_FSDP splits the base over GPUs, and these processes run on the CPU: leave it out, and each holds the "
-        "whole base."
+        "ACCELERATE_USE_FSDP shards the base over GPUs, but these processes run on the CPU: unset it, and each process "
+        "holds the whole base."
     )
 
 
 @pytest.mark.parametrize(
     ("name", "value", "problem"),
     [
-        ("WORLD_SIZE", "1", "ACCELERATE_USE_FSDP splits the base over processes, and there is one: leave it out."),
+        ("WORLD_SIZE", "1", "ACCELERATE_USE_FSDP shards the base over processes, but there is only one: unset it."),
         ("FSDP_VERSION", "1", "accelerate's FSDP settings are of version 1: set fsdp_version to 2."),
         ("FSDP_VERSION", "two", "accelerate cannot read its FSDP settings: invalid literal"),
         ("FSDP_STATE_DICT_TYPE", "MADE_UP", "accelerate cannot read its FSDP settings: "),
@@ -209,14 +209,14 @@ def test_on_a_cpu(planned, device):
         (
             "FSDP_ACTIVATION_CHECKPOINTING",
             "true",
-            "accelerate's FSDP settings have fsdp_activation_checkpointing: set it to false, and give --gradient-checkpointing on.",
+            "accelerate's FSDP settings have fsdp_activation_checkpointing: set it to false, and use --gradient-checkpointing on.",
         ),
-        ("FSDP_IGNORED_MODULES", ".*mlp", "accelerate's FSDP settings have fsdp_ignored_modules: leave it out."),
+        ("FSDP_IGNORED_MODULES", ".*mlp", "accelerate's FSDP settings have fsdp_ignored_modules: remove it."),
         ("FSDP_AUTO_WRAP_POLICY", "NO_WRAP", "set fsdp_auto_wrap_policy to TRANSFORMER_BASED_WRAP"),
         (
             "ACCELERATE_USE_DEEPSPEED",
             "true",
-            "ACCELERATE_USE_DEEPSPEED is set, and a base is split by FSDP2 alone here",
+            "ACCELERATE_USE_DEEPSPEED is set, but only FSDP2 can shard a base here",
         ),
         ("ACCELERATE_USE_MEGATRON_LM", "1", "ACCELERATE_USE_MEGATRON_LM is set"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "ACCELERATE_USE_PARALLELISM_CONFIG is set"),
@@ -225,13 +225,13 @@ def test_on_a_cpu(planned, device):
 def test_plans_that_cannot_be_kept(planned, name, value, problem):
     planned.setenv(name, value)
     with pytest.raises(TrainingError) as error:
-        fsdp.read_plan("auto")
+        fsdp.read_settings("auto")
     assert problem in str(error.value)
     assert fsdp.shard_count() == 1
 
 
 def test_a_plan_is_taken_before_trainer_sees_it(planned):
-    fsdp.read_plan("auto")
+    fsdp.read_settings("auto")
     planned.setattr(distributed, "world_size", lambda: 2)
     assert fsdp.shard_count() == 2
     assert "ACCELERATE_USE_FSDP" not in os.environ
@@ -239,11 +239,9 @@ def test_a_plan_is_taken_before_trainer_sees_it(planned):
 
 def test_a_base_without_the_blocks_of_the_plan(planned, gpt2):
     planned.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaDecoderLayer")
-    fsdp.read_plan("auto")
+    fsdp.read_settings("auto")
     planned.setattr(distributed, "world_size", lambda: 2)
-    with pytest.raises(
-        TrainingError, match="This base has no blocks called LlamaDecoderLayer, by which it could be split"
-    ):
+    with pytest.raises(TrainingError, match="This base has no blocks of class LlamaDecoderLayer to shard it by"):
         load_base(find_base(str(gpt2)), ModelOptions(device="cpu"))
 
 
@@ -252,7 +250,7 @@ def blocks(monkeypatch):
     """Find the blocks of a model under a plan that names these."""
 
     def find(model, *names):
-        monkeypatch.setattr(fsdp, "_plan", SimpleNamespace(transformer_cls_names_to_wrap=list(names)))
+        monkeypatch.setattr(fsdp, "_plugin", SimpleNamespace(transformer_cls_names_to_wrap=list(names)))
         return fsdp._decoder_blocks(model)
 
     return find
@@ -267,12 +265,12 @@ def test_of_blocks_within_each_other_the_outermost(gpt2, blocks):
 
 
 def test_blocks_that_share_weights(planned, gpt2):
-    fsdp.read_plan("auto")
+    fsdp.read_settings("auto")
     planned.setattr(distributed, "world_size", lambda: 2)
     model = torch.nn.ModuleDict({name: torch.nn.Sequential(torch.nn.Linear(2, 2)) for name in "ab"})
     model["a"][0].weight = model["b"][0].weight
     model._no_split_modules = ["Sequential"]
-    with pytest.raises(TrainingError, match="The blocks of this base share weights, so it cannot be split"):
+    with pytest.raises(TrainingError, match="The blocks of this base share weights, so it cannot be sharded"):
         fsdp.place_or_shard(model, torch.device("cpu"))
 
 
@@ -290,7 +288,7 @@ def test_what_it_takes_is_counted(gpt2, monkeypatch):
     [
         ({"method": "dora"}, ConfigError, "dora looks at all of the base before it begins"),
         ({"method": "eva"}, ConfigError, "eva looks at all of the base before it begins"),
-        ({"load_in": "4bit"}, BaseModelError, "--load-in 4bit and a split base (FSDP) are two ways to hold less"),
+        ({"load_in": "4bit"}, BaseModelError, "--load-in 4bit cannot be combined with FSDP: choose one"),
     ],
 )
 def test_what_needs_a_whole_base(settings, monkeypatch, more, kind, problem):

@@ -187,12 +187,12 @@ def test_a_rank_that_the_layers_have_not_is_refused(on, model_folder, method):
     most = 16 if method == "pissa" and model_folder.name == "llama" else 32  # Llama's keys and values
     with pytest.raises(ConfigError) as error:
         train(on(method, rank=33))
-    assert str(error.value) == f"rank is 33, and {method} has {most} at the most here: lower --rank."
+    assert str(error.value) == f"rank is 33, but {method} allows at most {most} here: lower --rank."
     assert not Library().names()
 
 
 def test_eva_begins_with_what_it_has_where_directions_never_settle(on, monkeypatch):
-    monkeypatch.setattr(initialization, "EVA_SETTLED", 1.0)
+    monkeypatch.setattr(initialization, "EVA_CONVERGED", 1.0)
     job = prepare_training(on("eva", rank=4))
     for layer in initialization._lora_layers(job.model):
         (down,) = layer.lora_A.values()
@@ -202,7 +202,7 @@ def test_eva_begins_with_what_it_has_where_directions_never_settle(on, monkeypat
 def test_eva_on_too_little_text_is_refused(on):
     with pytest.raises(ConfigError) as error:
         prepare_training(on("eva", rank=32, max_rows=2, dataset=_short(), eval_dataset=_short("held"), eval_rows=2))
-    assert str(error.value) == "eva needs 32 tokens of text for this rank: give more text, or lower --rank."
+    assert str(error.value) == "eva needs 32 tokens of text for this rank: provide more text, or lower --rank."
 
 
 def _short(name="short"):

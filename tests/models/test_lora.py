@@ -47,8 +47,8 @@ def test_targets_by_name(gpt2):
 
 
 CANNOT = (
-    "targets: {} cannot be adapted; auto, attention, all-linear, or any of {} can (embeddings and the output head cannot: "
-    "where they share weights, an update would not survive a merge)."
+    "target_modules: {} cannot be adapted; choose auto, attention, all-linear, or any of {} (embeddings and the output "
+    "head cannot be adapted: where they share weights, an update would not survive a merge)."
 )
 
 
@@ -73,7 +73,7 @@ def test_a_base_without_attention():
     with pytest.raises(ConfigError) as error:
         lora.resolve_target_modules(model, "attention")
     assert str(error.value) == (
-        "No layer of this base is called attention; its layers are dt_proj, in_proj, out_proj, x_proj."
+        "This base has no layer named attention; its layers are dt_proj, in_proj, out_proj, x_proj."
     )
     assert lora.resolve_target_modules(model, "all-linear") == ["dt_proj", "in_proj", "out_proj", "x_proj"]
 
@@ -85,7 +85,7 @@ def test_what_peft_refuses_is_a_setting_that_is_wrong(gpt2, monkeypatch):
     monkeypatch.setattr("peft.get_peft_model", refuse)
     with pytest.raises(ConfigError) as error:
         lora.add_lora(load(gpt2), TrainConfig())
-    assert str(error.value) == "targets: Target module Linear() is not supported."
+    assert str(error.value) == "target_modules: Target module Linear() is not supported."
 
 
 def test_only_the_update_is_trained_and_it_starts_as_nothing(model_folder):
@@ -281,25 +281,25 @@ def test_the_right_base_is_taken_without_a_word(known, model_folder):
 
 
 def test_the_wrong_base_is_refused_unless_forced(known, model_folder, other_weights):
-    own, others = load(model_folder).files, other_weights.source
+    own, others = load(model_folder).files, other_weights.files
     assert own.fingerprint != others.fingerprint
     what = (
         f"stored was trained on {model_folder} (fingerprint {own.fingerprint[:12]}, a local folder), not on {others.name} "
         f"(fingerprint {others.fingerprint[:12]}, a local folder)"
     )
     assert refused(known, other_weights) == (
-        f"{what}. Give the right one with --base, or try all the same with --force."
+        f"{what}. Name the right base with --base, or use --force to try it anyway."
     )
-    assert forced(known, other_weights) == [Notice(f"FORCED: {what}. What it writes may mean nothing.")]
+    assert forced(known, other_weights) == [Notice(f"FORCED: {what}. Its output may be meaningless.")]
 
 
 def test_the_wrong_tokenizer_is_refused_unless_forced(known, model_folder, other_tokenizer):
-    assert other_tokenizer.source.fingerprint == load(model_folder).files.fingerprint
-    what = f"stored was trained with another tokenizer than that of {other_tokenizer.source.name}"
+    assert other_tokenizer.files.fingerprint == load(model_folder).files.fingerprint
+    what = f"stored was trained with another tokenizer than that of {other_tokenizer.files.name}"
     assert refused(known, other_tokenizer) == (
-        f"{what}. Give the right one with --base, or try all the same with --force."
+        f"{what}. Name the right base with --base, or use --force to try it anyway."
     )
-    assert forced(known, other_tokenizer) == [Notice(f"FORCED: {what}. What it writes may mean nothing.")]
+    assert forced(known, other_tokenizer) == [Notice(f"FORCED: {what}. Its output may be meaningless.")]
 
 
 def test_where_no_tokenizer_is_known_none_is_refused(known, other_tokenizer):
@@ -309,7 +309,7 @@ def test_where_no_tokenizer_is_known_none_is_refused(known, other_tokenizer):
 
 
 def test_without_a_manifest_any_base_is_taken_with_a_word(stored, other_weights):
-    notice = Notice(f"stored has no manifest, so only its shapes can be compared with {other_weights.source.name}.")
+    notice = Notice(f"stored has no manifest, so only its shapes can be compared with {other_weights.files.name}.")
     assert forced(stored, other_weights) == [notice]
     notices = []
     lora.check_base(stored, other_weights, options=ModelOptions(notify=notices.append))
@@ -341,4 +341,4 @@ def test_an_adapter_that_has_changed_since_it_was_read_is_refused(model_folder, 
     lora.save_adapter_files(lora.adapter_state_dict(other), other.peft_config["default"], stored.path)
     with pytest.raises(AdapterError) as error:
         lora.load_lora(load(model_folder).model, stored, "slot0")
-    assert str(error.value) == f"{stored.path} has changed since it was read: read it again."
+    assert str(error.value) == f"{stored.path} has changed since it was opened: open it again."

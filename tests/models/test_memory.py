@@ -127,16 +127,15 @@ def free(monkeypatch, folder, share):
 def test_what_is_left_open_takes_the_most_that_fits(wide, monkeypatch, share, dtype, bits):
     free(monkeypatch, wide["gpt2"], share)
     notices = []
-    base = load_base(
-        find_base(str(wide["gpt2"])), "cpu", options=ModelOptions(notify=lambda it: notices.append(it.text))
-    )
+    options = ModelOptions(device="cpu", notify=lambda notice: notices.append(notice.text))
+    base = load_base(find_base(str(wide["gpt2"])), options)
     assert (base.dtype, base.load_in) == (dtype, bits)
     if share > 1:
         assert notices == []
     else:
         called = bits if bits != "full" else "bfloat16"
         (text,) = notices
-        assert text.endswith(f"GB of memory are free, so it is read in {called}.")
+        assert text.endswith(f"GB of memory are free, so it is loaded in {called}.")
 
 
 def test_what_was_chosen_for_want_of_memory_is_in_run_yaml(settings, wide, monkeypatch):
@@ -154,18 +153,18 @@ def test_nothing_is_chosen_against_what_was_asked_for(wide, monkeypatch):
     with pytest.raises(BaseModelError) as error:
         load_base(source, ModelOptions(device="cpu", dtype="float32", load_in="full"))
     assert str(error.value).endswith(
-        "GB of memory are free: choose --dtype bfloat16, or --load-in 4bit (bitsandbytes), or take a smaller base."
+        "GB of memory are free: choose --dtype bfloat16, --load-in 4bit (needs bitsandbytes) or a smaller base."
     )
     free(monkeypatch, wide["gpt2"], 0.01)
     with pytest.raises(BaseModelError) as error:
         load_base(source, ModelOptions(device="cpu"))
     assert " GB in 4bit, and " in str(error.value)
-    assert str(error.value).endswith("GB of memory are free: take a smaller base.")
+    assert str(error.value).endswith("GB of memory are free: choose a smaller base.")
 
 
 def test_fewer_bits_without_bitsandbytes_or_twice_are_refused(gpt2, monkeypatch):
     source = find_base(str(gpt2))
-    with pytest.raises(BaseModelError, match="two ways to read fewer bits: give one"):
+    with pytest.raises(BaseModelError, match="both quantize the base: choose one"):
         load_base(source, ModelOptions(device="cpu", dtype="int8", load_in="4bit"))
     monkeypatch.setattr(memory, "find_spec", lambda name: None)
     with pytest.raises(BaseModelError) as error:

@@ -75,7 +75,5 @@ def test_adapters_go_on_int8_as_on_float32(adapter, gpt2):
 
 def test_int8_is_for_a_cpu(gpt2, monkeypatch):
     monkeypatch.setattr("lora_tuner.models.loading.choose_device", lambda name: torch.device("meta"))
-    with pytest.raises(
-        BaseModelError, match=r"^int8 is for writing on a CPU, and this would run on meta: leave --dtype"
-    ):
+    with pytest.raises(BaseModelError, match=r"^int8 is for generation on a CPU, not on meta: leave --dtype"):
         load_base(find_base(str(gpt2)), ModelOptions(device="auto", dtype="int8"))

