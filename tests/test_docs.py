@@ -41,6 +41,11 @@ def commands(page):
     return [line.split("  #")[0].strip() for line in [*blocks, *inline]]
 
 
+def heading_anchors(path):
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def architecture_tree():
     """The modules in the tree of ARCHITECTURE.md, as paths relative to the package."""
     paths, room = set(), ""
@@ -118,8 +123,10 @@ def test_page_has_no_placeholders(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_make_targets_exist(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", read_page(page)):
-        assert target.startswith("https://") or (ROOT / page).parent.joinpath(target).exists(), target
+    for target, anchor in re.findall(r"\]\((https://[^)]+|[^)#]*)#?([^)]*)\)", read_page(page)):
+        linked = (ROOT / page).parent / target if target else ROOT / page
+        assert target.startswith("https://") or linked.exists(), target
+        assert not anchor or anchor in heading_anchors(linked), anchor
     targets = set(re.findall(r"^([a-z-]+):", read_page("Makefile"), re.MULTILINE))
     for target in re.findall(r"\bmake ([a-z-]+)\b(?=[`\s]*(?:#|`|$))", read_page(page), re.MULTILINE):
         assert target in targets, target
@@ -149,6 +156,6 @@ def test_named_files_exist(page):
         assert any((root / name).is_file() for root in (ROOT, PACKAGE, ROOT / "tests")), name
 
 
-def test_run_yaml_holds_every_setting_that_has_a_value():
+def test_run_yaml_keeps_every_set_value():
     config = TrainConfig(base="distilgpt2", max_steps=3, name="a")
     assert TrainConfig.model_validate(yaml.safe_load(config_to_yaml(config))) == config
