@@ -1,4 +1,4 @@
-"""A server in a thread of this process, over a tiny model, and a brake on its worker."""
+"""A server in a thread of this process, over a tiny model, whose steps a test can hold back."""
 
 import contextlib
 import socket
@@ -27,46 +27,43 @@ TEMPLATE = (
 )
 
 
-def write_adapter(shelf, name, base, seed, facts=None):
-    """An adapter with random weights, which says other things than the base; one of that name is replaced."""
-    draw = np.random.default_rng(seed)
+def write_adapter(adapters_dir, name, base, seed, base_info=None):
+    """Write an adapter with random weights, whose text differs from the base's. Replaces one of that name."""
+    random = np.random.default_rng(seed)
     shapes = {"A": (4, 32), "B": (96, 4)}
     weights = {
-        f"base_model.model.transformer.h.{layer}.attn.c_attn.lora_{part}.weight": draw.normal(0, 0.3, shape).astype(
+        f"base_model.model.transformer.h.{layer}.attn.c_attn.lora_{part}.weight": random.normal(0, 0.3, shape).astype(
             "f4"
         )
         for layer in (0, 1)
         for part, shape in shapes.items()
     }
-    manifest = adapter_files.manifest(base=facts or find_base(str(base)).base_info().model_dump())
-    with Library(shelf).create(name, overwrite=True) as work:
-        adapter_files.write(work, {"fan_in_fan_out": True}, weights, manifest)
-    return shelf / name
+    base_info = base_info or find_base(str(base)).base_info().model_dump()
+    with Library(adapters_dir).create(name, overwrite=True) as folder:
+        manifest = adapter_files.manifest(base=base_info)
+        adapter_files.write(folder, {"fan_in_fan_out": True}, weights, manifest)
+    return adapters_dir / name
 
 
-def greedy(base, shelf, name, prompt=PROMPT, tokens=20, **settings):
-    """What `generate` writes, alone."""
-    adapters = [shelf / name] if name else []
-    generator = Generator(*adapters, adapters_dir=shelf, options=ModelOptions(base=str(base), device="cpu"))
-    return generator.generate(prompt, SamplingParams(temperature=0, max_new_tokens=tokens, **plain(settings)))
+def greedy(base, adapters_dir, name, prompt=PROMPT, tokens=20, **sampling):
+    """Return the output of a generator of its own, with the API's default sampling."""
+    adapters = [adapters_dir / name] if name else []
+    options = ModelOptions(base=str(base), device="cpu")
+    generator = Generator(*adapters, adapters_dir=adapters_dir, options=options)
+    settings = {"repetition_penalty": 1.0, "top_p": 1.0, "top_k": 0} | sampling
+    return generator.generate(prompt, SamplingParams(temperature=0, max_new_tokens=tokens, **settings))
 
 
-def plain(settings):
-    """Sampling as clients of OpenAI mean it."""
-    return {"repetition_penalty": 1.0, "top_p": 1.0, "top_k": 0} | settings
-
-
-class Served:
-    """A server that runs."""
-
-    def __init__(self, desk, app, server, thread, port):
-        self.desk, self.app, self.server, self.thread = desk, app, server, thread
-        self.worker, self.generator = desk.worker, desk.generator
+class RunningServer:
+    def __init__(self, service, app, server, thread, port):
+        self.service, self.app, self.server, self.thread = service, app, server, thread
+        self.scheduler, self.generator = service.scheduler, service.generator
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
 
     def client(self, key="none", **settings):
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **{"max_retries": 0, "timeout": 60} | settings)
+        defaults = {"max_retries": 0, "timeout": 60}
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **defaults | settings)
 
     def post(self, path, **body):
         return httpx.post(f"{self.url}{path}", json=body, timeout=60)
@@ -75,38 +72,39 @@ class Served:
         return httpx.get(f"{self.url}{path}", timeout=60, **settings)
 
     def send(self, data):
-        """What comes back for these bytes, until the server closes or is silent for a while."""
+        """Return the response to these bytes, until the server closes or is silent for a second."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
             connection.sendall(data)
             connection.settimeout(1)
-            return read(connection)
+            return read_all(connection)
 
     @contextlib.contextmanager
-    def braked(self, pause=None):
-        """Within it the model makes a step only when it is let, or with `pause` one every so many seconds."""
-        writer, brake = self.generator.engine, threading.Semaphore(0)
-        step = writer.step
+    def held_steps(self, pause=None):
+        """Hold each step until the yielded function releases it; with `pause` steps take that many seconds."""
+        engine, released = self.generator.engine, threading.Semaphore(0)
+        step = engine.step
 
-        def slow():
-            if writer.rows:
-                time.sleep(pause) if pause else brake.acquire()
+        def held_step():
+            if engine.sequences:
+                time.sleep(pause) if pause else released.acquire()
             step()
 
-        writer.step = slow
+        engine.step = held_step
         try:
-            yield lambda steps=1: [brake.release() for _ in range(steps)]
+            yield released.release
         finally:
-            writer.step = step
-            brake.release(100)
+            engine.step = step
+            released.release(100)
 
     def wait(self, condition, seconds=20):
         end = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < end, f"waiting {self.worker.waiting}, running {self.worker.running}"
+            state = f"waiting {self.scheduler.waiting}, running {self.scheduler.running}"
+            assert time.monotonic() < end, state
             time.sleep(0.005)
 
 
-def read(connection):
+def read_all(connection):
     data = b""
     with contextlib.suppress(TimeoutError, ConnectionError):
         while part := connection.recv(65536):
@@ -115,26 +113,28 @@ def read(connection):
 
 
 @contextlib.contextmanager
-def serving(base, shelf, only=(), *, page=False, **settings):
+def serving(base, adapters_dir, only=(), *, page=False, **settings):
     settings = ServerConfig(**{"port": 0, "timeout": 60.0} | settings)
     generator = Generator(
-        adapters_dir=shelf, max_resident=settings.max_resident, options=ModelOptions(base=str(base), device="cpu")
+        adapters_dir=adapters_dir,
+        max_resident=settings.max_resident,
+        options=ModelOptions(base=str(base), device="cpu"),
     )
-    desk = ModelService(generator, settings, only)
-    app = create_app(desk)
+    service = ModelService(generator, settings, only)
+    app = create_app(service)
     if page:
-        mount(app, desk, settings.api_key)
+        mount(app, service, settings.api_key)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = _Server(app, desk, app.state.metrics, lambda: None)
-        desk.start()
+        server = _Server(app, service, app.state.metrics, lambda: None)
+        service.start()
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
-        served = Served(desk, app, server, thread, listener.getsockname()[1])
+        running = RunningServer(service, app, server, thread, listener.getsockname()[1])
         try:
-            served.wait(lambda: server.started)
-            yield served
+            running.wait(lambda: server.started)
+            yield running
         finally:
             server.should_exit = True
             thread.join(30)
-            desk.stop()
+            service.stop()
     assert not thread.is_alive()

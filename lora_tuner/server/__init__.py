@@ -1,1 +1,1 @@
-"""The OpenAI-compatible server and its playground (extra `serve`)."""
+"""OpenAI-compatible server and playground (extra `serve`)."""

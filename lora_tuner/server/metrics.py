@@ -1,7 +1,8 @@
-"""What requests came to: a line of JSON each in the log, and figures for Prometheus.
+"""Access log and Prometheus metrics: one line of JSON for each request, and counters.
 
-Surprise: the label of a request is a model that was found, never the name that it asked for, so that no client fills the
-memory with labels. Limit: prompts and answers are in the log only where that was asked for, and then in full.
+Metrics are labelled with models that exist, never with the name that a request asked for: clients
+cannot fill the memory with labels. Prompts and outputs are logged only with `log_prompts`, and then
+in full.
 """
 
 import datetime
@@ -11,7 +12,6 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.datastructures import MutableHeaders
@@ -22,83 +22,107 @@ from .protocol import error_response
 from .scheduler import Request
 from .service import ModelService
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # that of `generate_latest`
-CLIENT_CLOSED_REQUEST = 499  # as nginx calls it: the client left before there was an answer
-BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # bounds of what is counted together
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # of `generate_latest`
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left before the response
+BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # seconds
 log = logging.getLogger("lora_tuner.server")
 
 
 @dataclass
 class RequestRecord:
-    """One request, or one answer on the page. `model` is set when it was found, `job` when work has begun."""
+    """One HTTP request, or one output on the page."""
 
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     started: float = field(default_factory=time.monotonic)
     status: int = 0
     code: str | None = None  # of the error
-    model: str | None = None
+    model: str | None = None  # once it was found
     stream: bool = False
     user: str | None = None
-    request: Request | None = None
-    prompts: Any = None  # the prompts or messages
+    request: Request | None = None  # once it was queued
+    prompts: object = None  # as the client sent them
 
-    def failed(self, error: Exception) -> str:
-        """Logs what nobody foresaw. All that a client is told of it."""
+    def log_failure(self, error: Exception) -> str:
+        """Log an unexpected error with its traceback, and return a message without details."""
         self.code = type(error).__name__
         log.error("request %s", self.id, exc_info=error)
-        return f"Something went wrong here; the log has it as request {self.id}."
+        return f"Internal error; the server's log has it as request {self.id}."
 
     @property
     def prompt_tokens(self) -> int:
-        """Of each prompt once, however many answers it gets."""
-        return (
-            sum({id(row.prompt_ids): len(row.prompt_ids) for row in self.request.sequences}.values())
-            if self.request
-            else 0
-        )
+        """The number of prompt tokens, each prompt counted once whatever `n` is."""
+        if self.request is None:
+            return 0
+        prompts = {id(sequence.prompt_ids): sequence.prompt_ids for sequence in self.request.sequences}
+        return sum(map(len, prompts.values()))
 
     @property
     def new_tokens(self) -> int:
-        return sum(len(row.output_ids) for row in self.request.sequences) if self.request else 0
+        if self.request is None:
+            return 0
+        return sum(len(sequence.output_ids) for sequence in self.request.sequences)
 
 
 class Metrics:
-    """The figures of one server. `open` is how many requests to the API are being answered, `streams` in how many the page gets
-    its answers."""
+    """Metrics of one server.
 
-    def __init__(self, desk: ModelService) -> None:
+    `open` is the number of API requests in progress, `streams` the number of event streams to
+    pages.
+    """
+
+    def __init__(self, service: ModelService) -> None:
         self.open = self.streams = 0
-        self.log_prompts = desk.config.log_prompts
-        self.registry = CollectorRegistry()
-        self.requests = self._of(Counter, "requests", "Requests that were answered.", ("endpoint", "model", "status"))
-        self.tokens = self._of(Counter, "tokens", "Tokens read and written.", ("model", "kind"))
-        self.seconds = self._of(
-            Histogram, "request_seconds", "From request to the end of its answer.", ("model",), BUCKETS
+        self.log_prompts = service.config.log_prompts
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "lora_tuner_requests",
+            "Completed requests.",
+            ("endpoint", "model", "status"),
+            registry=registry,
         )
-        self.first = self._of(Histogram, "first_token_seconds", "From request to its first token.", ("model",), BUCKETS)
-        self._of(Gauge, "answers_waiting", "Answers that wait.").set_function(lambda: desk.scheduler.waiting)
-        self._of(Gauge, "answers_running", "Answers that are being written.").set_function(
-            lambda: desk.scheduler.running
+        self.tokens = Counter(
+            "lora_tuner_tokens",
+            "Prompt tokens and generated tokens.",
+            ("model", "kind"),
+            registry=registry,
         )
-        self._of(Gauge, "adapters_resident", "Adapters in memory.").set_function(
-            lambda: len(desk.generator.loaded_adapters)
+        self.seconds = Histogram(
+            "lora_tuner_request_seconds",
+            "Time from a request to the end of its output.",
+            ("model",),
+            registry=registry,
+            buckets=BUCKETS,
         )
-
-    def _of(self, kind: Any, name: str, text: str, labels: tuple[str, ...] = (), bounds: Any = None) -> Any:
-        return kind(
-            f"lora_tuner_{name}", text, labels, registry=self.registry, **({"buckets": bounds} if bounds else {})
+        self.first_token_seconds = Histogram(
+            "lora_tuner_first_token_seconds",
+            "Time from a request to its first token.",
+            ("model",),
+            registry=registry,
+            buckets=BUCKETS,
         )
+        scheduler, generator = service.scheduler, service.generator
+        waiting = Gauge("lora_tuner_answers_waiting", "Sequences in the queue.", registry=registry)
+        waiting.set_function(lambda: scheduler.waiting)
+        running = Gauge("lora_tuner_answers_running", "Sequences in the batch.", registry=registry)
+        running.set_function(lambda: scheduler.running)
+        resident = Gauge("lora_tuner_adapters_resident", "Adapters in memory.", registry=registry)
+        resident.set_function(lambda: len(generator.loaded_adapters))
 
     def text(self) -> bytes:
-        """As Prometheus reads it."""
+        """Return the metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def record(
-        self, endpoint: str, record: RequestRecord, path: str, client: str | None = None, method: str | None = None
+        self,
+        endpoint: str,
+        record: RequestRecord,
+        path: str,
+        client: str | None = None,
+        method: str | None = None,
     ) -> None:
-        """Count it, and write its line."""
+        """Count a request and write its log line."""
         self._count(endpoint, record)
-        log.info(self._line(record, {"client": client, "method": method, "path": path}))
+        log.info(self._log_line(record, {"client": client, "method": method, "path": path}))
 
     def _count(self, endpoint: str, record: RequestRecord) -> None:
         model = record.model or ""
@@ -109,13 +133,13 @@ class Metrics:
         self.tokens.labels(model, "completion").inc(record.new_tokens)
         self.seconds.labels(model).observe(time.monotonic() - record.started)
         if record.request.first_token is not None:
-            self.first.labels(model).observe(record.request.first_token - record.started)
+            self.first_token_seconds.labels(model).observe(record.request.first_token - record.started)
 
-    def _line(self, record: RequestRecord, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        job = record.request
-        facts = {
+    def _log_line(self, record: RequestRecord, http: Mapping[str, object]) -> Mapping[str, object]:
+        request = record.request
+        line: dict[str, object] = {
             "id": record.id,
-            **request,
+            **http,
             "status": record.status,
             "code": record.code,
             "model": record.model,
@@ -123,22 +147,29 @@ class Metrics:
             "user": record.user,
             "seconds": round(time.monotonic() - record.started, 3),
         }
-        if job is not None:
-            first = round(job.first_token - record.started, 3) if job.first_token is not None else None
-            facts |= {
-                "first_token_seconds": first,
-                "answers": len(job.sequences),
-                "complete": job.complete and not job.error,
+        if request is not None:
+            first_token = None
+            if request.first_token is not None:
+                first_token = round(request.first_token - record.started, 3)
+            line |= {
+                "first_token_seconds": first_token,
+                "answers": len(request.sequences),
+                "complete": request.complete and not request.error,
+                "prompt_tokens": record.prompt_tokens,
+                "completion_tokens": record.new_tokens,
             }
-            facts |= {"prompt_tokens": record.prompt_tokens, "completion_tokens": record.new_tokens}
         if self.log_prompts:
-            facts |= {"asked": record.prompts, "answered": [row.settled_text for row in job.sequences] if job else None}
-        return facts
+            line |= {"prompts": record.prompts, "outputs": None}
+            if request is not None:
+                line["outputs"] = [sequence.settled_text for sequence in request.sequences]
+        return line
 
 
 class RequestLog:
-    """Around the app: keeps a `Record` of each request to the API, which what answers fills in as `request.state.record`, and
-    says where one has failed."""
+    """ASGI middleware that records each API request, and answers 500 to unexpected errors.
+
+    Routes fill in the record, which is `request.state.record`.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
@@ -150,7 +181,7 @@ class RequestLog:
             return
         record = scope.setdefault("state", {})["record"] = RequestRecord()
 
-        async def seen(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = record.status or message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = record.id
@@ -158,31 +189,32 @@ class RequestLog:
 
         self.metrics.open += 1
         try:
-            await self.app(scope, receive, seen)
+            await self.app(scope, receive, send_with_id)
         except Exception as error:
             begun, record.status = bool(record.status), 500
-            failure = error_response(500, record.failed(error))
-            if begun:  # it can only break off
+            failure = error_response(500, record.log_failure(error))
+            if begun:  # too late for another status: break the connection
                 raise
-            await failure(scope, receive, seen)
+            await failure(scope, receive, send_with_id)
         finally:
             record.status = record.status or CLIENT_CLOSED_REQUEST
             self.metrics.open -= 1
-            route = scope.get("route")  # absent where none fits
+            route = scope.get("route")  # absent where none matched
             client, _ = scope.get("client") or (None, None)
             endpoint = getattr(route, "path", "") or "other"
             self.metrics.record(endpoint, record, scope["path"][:200], client, scope["method"])
 
 
 class JsonLines(logging.Formatter):
-    """A line of JSON for each record, whoever it is from; so what clients send begins no line of its own."""
+    """Formats each log record as one line of JSON, so that nothing a client sent can begin a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        facts: dict[str, Any] = {
-            "time": datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds"),
+        created = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+        line: dict[str, object] = {
+            "time": created.isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
         }
-        facts |= record.msg if isinstance(record.msg, Mapping) else {"message": record.getMessage().strip()}
+        line |= record.msg if isinstance(record.msg, Mapping) else {"message": record.getMessage().strip()}
         if record.exc_info:
-            facts["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(facts)
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)

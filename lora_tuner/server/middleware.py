@@ -1,8 +1,9 @@
-"""What a request must pass before anything reads it: who it thinks we are, who it is, how large it is.
+"""Checks before a request reaches the app: Host header, API key, size of the body.
 
-Without a key the Host header must name this machine, for a page elsewhere can have its own name lead here (DNS rebinding);
-such a page has no key, so with one any name will do, as a proxy may pass it on. Surprise: a body is read as a whole before
-anything acts on it, so that a slow sender holds up nobody. Limit: how long a client takes over its headers is not bounded.
+Without an API key the Host header must name this machine, against DNS rebinding. With a key any
+host is accepted: an attacking page does not know it, and a proxy may pass its own name on. Bodies
+are buffered, so that a slow client holds up nobody. The time a client takes to send its headers is
+not limited.
 """
 
 import asyncio
@@ -18,14 +19,14 @@ from ..config import ServerConfig
 from .protocol import error_response
 
 MAX_BODY = 1_000_000  # bytes
-MAX_SECONDS = 30.0  # for the whole of a body
-_NAMES = ("127.0.0.1", "localhost", "::1")
+MAX_SECONDS = 30.0  # for a whole body
+_LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_CLOSE = {"Connection": "close"}  # what is left of the request is not read
+_CLOSE = {"Connection": "close"}  # the rest of the request stays unread
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nobody but this machine can reach that address."""
+    """Return True for an address that only this machine can reach."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -33,62 +34,59 @@ def is_loopback(host: str) -> bool:
 
 
 def is_api_path(path: str) -> bool:
-    """Whether a path belongs to the API; others belong to the playground."""
+    """Return True for a path of the API; all others belong to the playground."""
     return path.startswith("/v1/") or path in ("/metrics", "/openapi.json", "/health")
 
 
 class SecurityMiddleware:
-    """Around the whole app. The key is asked for by the API alone: the playground has its own login with the same key."""
+    """ASGI middleware around the whole app. The API key is checked for API paths alone."""
 
     def __init__(self, app: ASGIApp, settings: ServerConfig) -> None:
         self.app = app
         self.key = settings.api_key.encode() if settings.api_key else None
-        self.names = {*_NAMES, settings.host} if self.key is None else None
+        self.hosts = {*_LOCAL_HOSTS, settings.host} if self.key is None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        body = self._refused(scope["path"], headers) or await _buffer_body(headers, receive)
+        body = self._check_headers(scope["path"], headers) or await _buffer_body(headers, receive)
         if isinstance(body, Response):
             await body(scope, receive, send)
         elif body is not None:
-            first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+            buffered: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-            async def again() -> Message:
-                return first.pop() if first else await receive()
+            async def receive_buffered() -> Message:
+                return buffered.pop() if buffered else await receive()
 
-            await self.app(scope, again, send)
+            await self.app(scope, receive_buffered, send)
 
-    def _refused(self, path: str, headers: Headers) -> Response | None:
-        if self.names and _name(headers.get("host", "")) not in self.names:
-            text = f"This server is called {' or '.join(sorted(self.names))}, and the request is for another."
+    def _check_headers(self, path: str, headers: Headers) -> Response | None:
+        """Return the error response, or None when the request may pass."""
+        if self.hosts and _host_name(headers.get("host", "")) not in self.hosts:
+            text = f"Wrong Host header: this server is {' or '.join(sorted(self.hosts))}."
             return error_response(403, text, _CLOSE, code="wrong_host")
-        if _CONTROL.search(path):  # a route takes a line end after its path, and `is_api` does not
+        if _CONTROL.search(path):  # routes match a trailing newline, `is_api_path` does not
             return error_response(404, "There is nothing at this path.", _CLOSE)
-        given = headers.get("authorization", "").encode("latin-1")
-        if (
-            self.key
-            and is_api_path(path)
-            and path != "/health"
-            and not hmac.compare_digest(given, b"Bearer " + self.key)
-        ):
-            text = "The API key is missing or wrong: send it as `Authorization: Bearer KEY`."
-            return error_response(401, text, _CLOSE | {"WWW-Authenticate": "Bearer"}, code="invalid_api_key")
+        if self.key and is_api_path(path) and path != "/health":
+            authorization = headers.get("authorization", "").encode("latin-1")
+            if not hmac.compare_digest(authorization, b"Bearer " + self.key):
+                text = "The API key is missing or wrong: send it as `Authorization: Bearer KEY`."
+                return error_response(401, text, _CLOSE | {"WWW-Authenticate": "Bearer"}, code="invalid_api_key")
         return None
 
 
-def _name(host: str) -> str:
-    """The name in a Host header, without its port."""
+def _host_name(host: str) -> str:
+    """Return the name in a Host header, without its port."""
     match = re.fullmatch(r"(?:\[(?P<six>[^\]]*)\]|(?P<name>[^:]*))(?::\d*)?", host)
     return (match["six"] or match["name"] or "").lower() if match else ""
 
 
 async def _buffer_body(headers: Headers, receive: Receive) -> bytes | Response | None:
-    """The whole body, or why it is not taken; None where the client has gone."""
+    """Return the whole body, an error response, or None when the client has disconnected."""
     length = headers.get("content-length", "0")
-    too_large = error_response(413, f"The body has more than {MAX_BODY:,} bytes.", _CLOSE, code="request_too_large")
+    too_large = error_response(413, f"The body is larger than {MAX_BODY:,} bytes.", _CLOSE, code="request_too_large")
     if length.isdecimal() and int(length[:20]) > MAX_BODY:
         return too_large
     body = bytearray()
@@ -105,5 +103,8 @@ async def _buffer_body(headers: Headers, receive: Receive) -> bytes | Response |
                     return bytes(body)
     except TimeoutError:
         return error_response(
-            408, f"The body took longer than {MAX_SECONDS:g} seconds.", _CLOSE, code="request_timeout"
+            408,
+            f"The body took longer than {MAX_SECONDS:g} seconds.",
+            _CLOSE,
+            code="request_timeout",
         )

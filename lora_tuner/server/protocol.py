@@ -1,25 +1,41 @@
-"""What clients ask and what they get, in OpenAI's words: https://platform.openai.com/docs/api-reference.
+"""Request and response schemas of OpenAI's API: https://platform.openai.com/docs/api-reference.
 
-Surprise: null means left out, as it does there. Limit: what OpenAI has and this server has not is refused by name; nothing is
-accepted and ignored, but for `user`, which goes into the log.
+As there, null stands for an omitted field. Fields of OpenAI's API that this server does not support
+are rejected by name. None is accepted and ignored, except `user`, which goes into the log.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, NotRequired, TypedDict
 
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from ..adapters.manifest import EvalResult
 from ..config import INVALID_TEXT, MAX_COUNT, MAX_SETTING_CHARS, SamplingParams
+from ..data.chat import Message
 from ..text import escape_control
 
 
 def _valid_text(value: str) -> str:
     if INVALID_TEXT.search(value):
-        raise PydanticCustomError("no_text", "null bytes are no text")
+        raise PydanticCustomError("invalid_text", "text cannot contain null bytes or lone surrogates")
     return value
+
+
+def _contradiction(text: str) -> PydanticCustomError:
+    """Create an error about a field that contradicts an earlier one."""
+    return PydanticCustomError("contradiction", "{text}", {"text": text})
 
 
 Text = Annotated[str, AfterValidator(_valid_text)]
@@ -35,18 +51,19 @@ class _RequestModel(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_left_out(cls, data: Any) -> Any:
+    def _drop_nulls(cls, data: object) -> object:
         if not isinstance(data, dict):
             return data
         return {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
 
     @classmethod
-    def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> Any:
-        described = handler.resolve_ref_schema(handler(schema))
-        for name, field in described["properties"].items():
-            if name not in described.get("required", ()):
-                described["properties"][name] = {"anyOf": [field, {"type": "null"}]}
-        return described
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Declare that optional fields may be null."""
+        json_schema = handler.resolve_ref_schema(handler(schema))
+        for name, field in json_schema["properties"].items():
+            if name not in json_schema.get("required", ()):
+                json_schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+        return json_schema
 
 
 class StreamOptions(_RequestModel):
@@ -54,7 +71,7 @@ class StreamOptions(_RequestModel):
 
 
 class _GenerationRequest(_RequestModel):
-    """What completions and chats share. `top_k` and `repetition_penalty` are called as in vLLM."""
+    """Fields that both endpoints share. `top_k` and `repetition_penalty` have the names of vLLM."""
 
     model: Name
     n: int = Field(1, ge=1, le=128)
@@ -72,25 +89,25 @@ class _GenerationRequest(_RequestModel):
 
     @field_validator("stream_options")
     @classmethod
-    def _of_a_stream(cls, value: StreamOptions | None, info: Any) -> StreamOptions | None:
+    def _requires_stream(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
         if not info.data.get("stream"):
-            raise PydanticCustomError("contradiction", "it is for a stream: give stream as well")
+            raise _contradiction("only allowed with stream: true")
         return value
 
     def sampling(self, max_tokens: int) -> SamplingParams:
-        drawn = self.temperature > 0
+        seed = None if self.seed is None or self.temperature == 0 else self.seed % 2**63
         return SamplingParams(
             max_new_tokens=max_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
             repetition_penalty=self.repetition_penalty,
-            seed=self.seed % 2**63 if drawn and self.seed is not None else None,
+            seed=seed,
             stop=[self.stop] if isinstance(self.stop, str) else self.stop or [],
         )
 
     @property
-    def usage_at_the_end(self) -> bool:
+    def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
 
@@ -100,7 +117,7 @@ class CompletionRequest(_GenerationRequest):
         | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
         | Tokens
         | Annotated[list[Tokens], Field(min_length=1, fail_fast=True)]
-    ) = Field(description="A text, several, its tokens, or those of several.")
+    ) = Field(description="Text, token ids, or a list of either.")
     max_tokens: Count = 16
     logprobs: int | None = Field(None, ge=0, le=5)
     best_of: int | None = Field(None, ge=1, le=128)
@@ -108,18 +125,25 @@ class CompletionRequest(_GenerationRequest):
 
     @field_validator("best_of")
     @classmethod
-    def _all_of_them(cls, value: int | None, info: Any) -> int | None:
+    def _equals_n(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value != info.data.get("n"):
-            raise PydanticCustomError("contradiction", "it must be n: all answers are given")
+            raise _contradiction("must equal n: all n outputs are returned")
         return value
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        one: Any = self.prompt
-        return one if isinstance(one, list) and isinstance(one[0], str | list) else [one]
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        several = [part for part in self.prompt if not isinstance(part, int)]
+        return several or [[token for token in self.prompt if isinstance(token, int)]]
 
     @property
-    def likeliest(self) -> int | None:
+    def requested_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """The number of alternatives for each token; None without log-probabilities."""
         return self.logprobs
 
 
@@ -133,36 +157,47 @@ class RequestMessage(_RequestModel):
     content: Text | Annotated[list[ContentPart], Field(min_length=1, fail_fast=True)]
 
     @property
-    def said(self) -> dict[str, str]:
-        """As chat templates take it."""
-        parts = self.content
-        role = "system" if self.role == "developer" else self.role  # as OpenAI calls it by now; templates do not
-        return {"role": role, "content": parts if isinstance(parts, str) else "".join(it.text for it in parts)}
+    def message(self) -> Message:
+        """The message as chat templates take it."""
+        # OpenAI's newer name for it, which templates do not know.
+        role = "system" if self.role == "developer" else self.role
+        if isinstance(self.content, str):
+            return {"role": role, "content": self.content}
+        return {"role": role, "content": "".join(part.text for part in self.content)}
 
 
 class ChatRequest(_GenerationRequest):
     messages: Annotated[list[RequestMessage], Field(min_length=1, fail_fast=True)]
-    max_tokens: Count | None = Field(None, description="What there is room for, when it is left out.")
+    max_tokens: Count | None = Field(None, description="Default: as many as fit in the context.")
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
     @field_validator("max_completion_tokens")
     @classmethod
-    def _once(cls, value: int | None, info: Any) -> int | None:
+    def _equals_max_tokens(cls, value: int | None, info: ValidationInfo) -> int | None:
         if info.data.get("max_tokens") not in (None, value):
-            raise PydanticCustomError("contradiction", "max_tokens is another number: give one of them")
+            raise _contradiction("differs from max_tokens: give one of them")
         return value
 
     @field_validator("top_logprobs")
     @classmethod
-    def _of_logprobs(cls, value: int | None, info: Any) -> int | None:
+    def _requires_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
         if not info.data.get("logprobs"):
-            raise PydanticCustomError("contradiction", "it needs logprobs")
+            raise _contradiction("only allowed with logprobs: true")
         return value
 
     @property
-    def likeliest(self) -> int | None:
+    def prompts(self) -> list[tuple[Message, ...]]:
+        return [tuple(message.message for message in self.messages)]
+
+    @property
+    def requested_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """The number of alternatives for each token; None without log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -176,7 +211,7 @@ FinishReason = Literal["stop", "length"]
 
 
 class Logprobs(BaseModel):
-    """Of each token of a completion. `text_offset` counts from the beginning of the answer's text."""
+    """One entry for each token. `text_offset` is where the token begins in the output text."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -191,6 +226,16 @@ class CompletionChoice(BaseModel):
     finish_reason: FinishReason | None
 
 
+class ResponseFields(TypedDict):
+    """Fields that a response and all chunks of a stream share."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    usage: NotRequired[Usage | None]
+
+
 class _ResponseModel(BaseModel):
     id: str
     created: int
@@ -200,14 +245,14 @@ class _ResponseModel(BaseModel):
 
 
 class Completion(_ResponseModel):
-    """An answer, and a piece of one."""
+    """A response of /v1/completions, or a chunk of its stream."""
 
     object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice]
 
 
 class TopLogprob(BaseModel):
-    """`bytes` is null for a token that stands for none."""
+    """`bytes` is null for a token whose bytes are unknown."""
 
     token: str
     logprob: float
@@ -257,7 +302,7 @@ class ChatCompletionChunk(_ResponseModel):
 
 
 class AdapterInfo(BaseModel):
-    """Of an adapter, from its manifest, without where it lies."""
+    """Facts from an adapter's manifest, without its path."""
 
     rank: int
     alpha: float
@@ -273,7 +318,7 @@ class AdapterInfo(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """`broken` says why a model does not answer; `parent` is the base of an adapter."""
+    """`broken` is the reason why a model cannot be used; `parent` is the base of an adapter."""
 
     id: str
     object: Literal["model"] = "model"
@@ -302,24 +347,27 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """Every answer that is no success."""
+    """The body of every response that is not a success."""
 
     error: ErrorDetail
 
 
 def error_body(
-    status: int, message: str, *, type: str | None = None, param: str | None = None, code: str | None = None
+    status: int,
+    message: str,
+    *,
+    type: str | None = None,
+    param: str | None = None,
+    code: str | None = None,
 ) -> ErrorResponse:
-    """An error in OpenAI's shape. What clients sent may be repeated in it, so it is made fit to be written again."""
-    kind = type or ("invalid_request_error" if status < 500 else "server_error")
-    return ErrorResponse(
-        error=ErrorDetail(
-            message=escape_control(message), type=kind, param=escape_control(param) if param else None, code=code
-        )
-    )
+    """Create an error in OpenAI's shape. Control characters are escaped: it may quote input."""
+    default_type = "invalid_request_error" if status < 500 else "server_error"
+    param = escape_control(param) if param else None
+    detail = ErrorDetail(message=escape_control(message), type=type or default_type, param=param, code=code)
+    return ErrorResponse(error=detail)
 
 
 def error_response(
-    status: int, message: str, headers: Mapping[str, str] | None = None, **facts: str | None
+    status: int, message: str, headers: Mapping[str, str] | None = None, **fields: str | None
 ) -> JSONResponse:
-    return JSONResponse(error_body(status, message, **facts).model_dump(), status, headers)
+    return JSONResponse(error_body(status, message, **fields).model_dump(), status, headers)

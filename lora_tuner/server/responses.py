@@ -1,14 +1,16 @@
-"""What rows have written, as OpenAI's two endpoints put it: whole or in pieces, with the chances of tokens.
+"""Format the output of sequences as OpenAI's two endpoints do, whole or as deltas of a stream.
 
-A row is read while another thread writes it. Surprise: a token can be a part of a character, so it is told by its bytes; its text
-comes with the token that completes it. Limit: tokens of one character all begin where the character does.
+Sequences are read while the scheduler's thread extends them. A token may be part of a character: it
+is then spelled by its bytes, and the text follows with the token that completes the character. All
+tokens of one character share its text offset.
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+
+from pydantic import BaseModel
+from transformers import PreTrainedTokenizerBase
 
 from ..inference.sequence import Sequence, TokenLogprobs
 from .protocol import (
@@ -23,18 +25,18 @@ from .protocol import (
     Delta,
     FinishReason,
     Logprobs,
+    ResponseFields,
     TokenLogprob,
     TopLogprob,
 )
-from .service import ModelService
 
-MIN_LOGPROB = -9999.0  # as OpenAI writes the logarithm of nothing
-TokenSpeller = Callable[[int], tuple[str, list[int] | None]]
+MIN_LOGPROB = -9999.0  # OpenAI's value for a probability of zero
+TokenSpeller = Callable[[int], tuple[str, list[int] | None]]  # see `token_text`
 
 
 @dataclass(frozen=True)
 class OutputDelta:
-    """What is new of an answer: text, the chances of its tokens where they were asked for, and how it ended."""
+    """New output of a sequence. `logprobs` is None where the request asked for none."""
 
     text: str
     logprobs: list[TokenLogprobs] | None
@@ -44,139 +46,145 @@ class OutputDelta:
 
 @dataclass
 class OutputReader:
-    """How far a row has been told."""
+    """Reads a sequence piece by piece."""
 
     sequence: Sequence
-    characters: int = 0
+    characters: int = 0  # read so far
     tokens: int = 0
-    ended: bool = False
     begun: bool = False
+    ended: bool = False
 
     def next_delta(self) -> OutputDelta | None:
-        """What is new, if anything is. Another thread writes: the end is looked at first, so that nothing comes after it."""
+        """Return the output since the last call, or None.
+
+        `complete` is read before the text: another thread sets it last, so no output is missed.
+        """
         if self.ended:
             return None
         complete = self.sequence.complete
-        said = self.sequence.settled_text
-        text = said[self.characters :]
-        chances = None
+        settled = self.sequence.settled_text
+        text = settled[self.characters :]
+        logprobs = None
         if self.sequence.top_logprobs is not None:
-            whole = (
-                complete and not self.sequence.detokenizer.stopped
-            )  # else tokens beyond the end have no place in the text
-            chances = [it for it in self.sequence.logprobs[self.tokens :] if whole or it.text_offset < len(said)]
-        if not (text or chances or complete):
+            logprobs = self.sequence.logprobs[self.tokens :]
+            if not complete or self.sequence.detokenizer.stopped:
+                # Held back until their text is settled; beyond a stop sequence it never is.
+                logprobs = [token for token in logprobs if token.text_offset < len(settled)]
+        if not (text or logprobs or complete):
             return None
         first, self.begun, self.ended = not self.begun, True, complete
-        self.characters, self.tokens = len(said), self.tokens + len(chances or ())
-        finish: FinishReason | None = ("stop" if self.sequence.finished else "length") if complete else None
-        return OutputDelta(text, chances, finish, first)
+        self.characters, self.tokens = len(settled), self.tokens + len(logprobs or ())
+        finish_reason: FinishReason | None = None
+        if complete:
+            finish_reason = "stop" if self.sequence.finished else "length"
+        return OutputDelta(text, logprobs, finish_reason, first)
 
 
 @dataclass(frozen=True)
 class EndpointFormat:
-    """How an endpoint puts its answers, whole and in pieces. `prompt` gives the tokens of what was asked."""
+    """Formats outputs by their index: all as one response, or some as a chunk of a stream."""
 
-    prefix: str
-    prompt: Callable[[ModelService, Any], list[int]]
-    response: Callable[..., Any]
-    choice: Callable[[int, OutputDelta, TokenSpeller], Any]
-    chunk: Callable[..., Any]
-    chunk_choice: Callable[[int, OutputDelta, TokenSpeller], Any]
+    id_prefix: str
+    response: Callable[[ResponseFields, dict[int, OutputDelta], TokenSpeller], BaseModel]
+    chunk: Callable[[ResponseFields, dict[int, OutputDelta], TokenSpeller], BaseModel]
 
 
-def _completion_choice(index: int, piece: OutputDelta, spell: TokenSpeller) -> CompletionChoice:
-    return CompletionChoice(
-        index=index, text=piece.text, logprobs=_logprobs(piece, spell), finish_reason=piece.finish_reason
-    )
+def _completion(fields: ResponseFields, outputs: dict[int, OutputDelta], spell: TokenSpeller) -> Completion:
+    choices = [
+        CompletionChoice(
+            index=index,
+            text=output.text,
+            logprobs=_logprobs(output, spell),
+            finish_reason=output.finish_reason,
+        )
+        for index, output in outputs.items()
+    ]
+    return Completion(**fields, object="text_completion", choices=choices)
 
 
-def _logprobs(piece: OutputDelta, spell: TokenSpeller) -> Logprobs | None:
-    if piece.logprobs is None:
+def _logprobs(output: OutputDelta, spell: TokenSpeller) -> Logprobs | None:
+    if output.logprobs is None:
         return None
-    best: list[dict[str, float]] = []
-    for it in piece.logprobs:
-        best.append({})
-        for token, logprob in [*it.top, (it.token, it.logprob)]:
-            best[-1].setdefault(spell(token)[0], max(logprob, MIN_LOGPROB))
+    top_logprobs: list[dict[str, float]] = []
+    for token in output.logprobs:
+        by_text: dict[str, float] = {}
+        for alternative, logprob in [*token.top, (token.token, token.logprob)]:
+            by_text.setdefault(spell(alternative)[0], max(logprob, MIN_LOGPROB))
+        top_logprobs.append(by_text)
     return Logprobs(
-        tokens=[spell(it.token)[0] for it in piece.logprobs],
-        token_logprobs=[max(it.logprob, MIN_LOGPROB) for it in piece.logprobs],
-        top_logprobs=best,
-        text_offset=[it.text_offset for it in piece.logprobs],
+        tokens=[spell(token.token)[0] for token in output.logprobs],
+        token_logprobs=[max(token.logprob, MIN_LOGPROB) for token in output.logprobs],
+        top_logprobs=top_logprobs,
+        text_offset=[token.text_offset for token in output.logprobs],
     )
 
 
-def _chat_choice(index: int, piece: OutputDelta, spell: TokenSpeller) -> ChatChoice:
-    assert piece.finish_reason is not None
-    said = ChatMessage(role="assistant", content=piece.text)
-    return ChatChoice(
-        index=index, message=said, logprobs=_chat_logprobs(piece, spell), finish_reason=piece.finish_reason
-    )
+def _chat_completion(fields: ResponseFields, outputs: dict[int, OutputDelta], spell: TokenSpeller) -> ChatCompletion:
+    choices = []
+    for index, output in outputs.items():
+        assert output.finish_reason is not None
+        message = ChatMessage(role="assistant", content=output.text)
+        logprobs = _chat_logprobs(output, spell)
+        choices.append(ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=output.finish_reason))
+    return ChatCompletion(**fields, object="chat.completion", choices=choices)
 
 
-def _chat_chunk_choice(index: int, piece: OutputDelta, spell: TokenSpeller) -> ChatChunkChoice:
-    delta = Delta(role="assistant", content=piece.text) if piece.first else Delta(content=piece.text)
-    return ChatChunkChoice(
-        index=index, delta=delta, logprobs=_chat_logprobs(piece, spell), finish_reason=piece.finish_reason
-    )
+def _chat_chunk(fields: ResponseFields, outputs: dict[int, OutputDelta], spell: TokenSpeller) -> ChatCompletionChunk:
+    choices = []
+    for index, output in outputs.items():
+        delta = Delta(content=output.text)
+        if output.first:
+            delta = Delta(role="assistant", content=output.text)
+        logprobs = _chat_logprobs(output, spell)
+        choices.append(ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=output.finish_reason))
+    return ChatCompletionChunk(**fields, object="chat.completion.chunk", choices=choices)
 
 
-def _chat_logprobs(piece: OutputDelta, spell: TokenSpeller) -> ChatLogprobs | None:
-    if piece.logprobs is None:
+def _chat_logprobs(output: OutputDelta, spell: TokenSpeller) -> ChatLogprobs | None:
+    if output.logprobs is None:
         return None
-
-    def facts(token: int, logprob: float) -> dict[str, Any]:
-        text, data = spell(token)
-        return {"token": text, "logprob": max(logprob, MIN_LOGPROB), "bytes": data}
-
-    return ChatLogprobs(
-        content=[
-            TokenLogprob(**facts(it.token, it.logprob), top_logprobs=[TopLogprob(**facts(*best)) for best in it.top])
-            for it in piece.logprobs
-        ]
-    )
+    content = []
+    for token in output.logprobs:
+        top = [_top_logprob(*alternative, spell) for alternative in token.top]
+        chosen = _top_logprob(token.token, token.logprob, spell)
+        content.append(TokenLogprob(**chosen.model_dump(), top_logprobs=top))
+    return ChatLogprobs(content=content)
 
 
-COMPLETION = EndpointFormat(
-    "cmpl-",
-    ModelService.encode_prompt,
-    *(partial(Completion, object="text_completion"), _completion_choice),
-    *(partial(Completion, object="text_completion"), _completion_choice),
-)
-CHAT = EndpointFormat(
-    "chatcmpl-",
-    ModelService.encode_chat,
-    *(partial(ChatCompletion, object="chat.completion"), _chat_choice),
-    *(partial(ChatCompletionChunk, object="chat.completion.chunk"), _chat_chunk_choice),
-)
+def _top_logprob(token: int, logprob: float, spell: TokenSpeller) -> TopLogprob:
+    text, data = spell(token)
+    return TopLogprob(token=text, logprob=max(logprob, MIN_LOGPROB), bytes=data)
 
 
-_PRINTABLE_BYTES = [
-    *range(33, 127),
-    *range(161, 173),
-    *range(174, 256),
-]  # bytes that GPT-2's vocabulary writes as themselves
+COMPLETION = EndpointFormat("cmpl-", _completion, _completion)
+CHAT = EndpointFormat("chatcmpl-", _chat_completion, _chat_chunk)
+
+# Bytes that GPT-2's vocabulary writes as themselves; the others become characters from 256 on.
+_PRINTABLE_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHER_BYTES = [byte for byte in range(256) if byte not in _PRINTABLE_BYTES]
-_BYTE_OF_CHAR = {chr(byte): byte for byte in _PRINTABLE_BYTES} | {
-    chr(256 + place): byte for place, byte in enumerate(_OTHER_BYTES)
-}
+_BYTE_OF_CHAR = {chr(byte): byte for byte in _PRINTABLE_BYTES}
+_BYTE_OF_CHAR |= {chr(256 + index): byte for index, byte in enumerate(_OTHER_BYTES)}
 
 
-def token_text(tokenizer: Any, token: int) -> tuple[str, list[int] | None]:
-    """A token as text, and its bytes; of one that is a part of a character, the bytes in place of text, as OpenAI writes them."""
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> tuple[str, list[int] | None]:
+    """Return the text and the bytes of a token.
 
-    def text(*tokens: int) -> str:
-        return str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+    A token that is part of a character is spelled as OpenAI does, such as `bytes:\\xe2`. The bytes
+    are None where the tokenizer does not tell them.
+    """
 
-    found = text(token, token)[len(text(token)) :]  # alone, some lose the space before them
-    if "\ufffd" not in found:
-        return found, list(found.encode())
+    def decode(*ids: int) -> str:
+        return str(tokenizer.decode([*ids], clean_up_tokenization_spaces=False))
+
+    # Decoded alone, some tokens lose their leading space.
+    text = decode(token, token)[len(decode(token)) :]
+    if "\ufffd" not in text:
+        return text, list(text.encode())
     piece = str(tokenizer.convert_ids_to_tokens(token))
     if match := re.fullmatch("<0x([0-9A-F]{2})>", piece):
         data = [int(match[1], 16)]
-    elif all(letter in _BYTE_OF_CHAR for letter in piece):
-        data = [_BYTE_OF_CHAR[letter] for letter in piece]
+    elif all(character in _BYTE_OF_CHAR for character in piece):
+        data = [_BYTE_OF_CHAR[character] for character in piece]
     else:
-        return found, None
+        return text, None
     return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), data

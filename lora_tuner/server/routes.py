@@ -1,8 +1,7 @@
-"""The routes: models, completions, chats, health and figures, as OpenAI's clients call them.
+"""The routes of the API: models, completions, chat completions, health and metrics.
 
-A stream is read from the row that is being written, as far as it has come. Surprise: an adapter that is broken is a model
-that was not found (404), with its reason, for asking again does not help. Limit: an error within a stream comes as an event,
-since its status has been sent.
+A broken adapter is reported as a model that was not found (404, with the reason), so that clients
+do not retry. An error within a stream is sent as an event, since the status is already out.
 """
 
 import asyncio
@@ -11,7 +10,6 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from functools import lru_cache, partial
-from typing import Any
 
 from fastapi import APIRouter, FastAPI, Security
 from fastapi import Request as HTTPRequest
@@ -24,6 +22,7 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import Receive, Scope, Send
 
 from .. import __version__
+from ..adapters.adapter import Adapter
 from ..errors import (
     AdapterError,
     ContextLengthError,
@@ -47,18 +46,27 @@ from .protocol import (
     Health,
     ModelCard,
     ModelList,
+    ResponseFields,
     Usage,
     error_body,
     error_response,
 )
-from .responses import CHAT, COMPLETION, EndpointFormat, OutputReader, TokenSpeller, token_text
+from .responses import (
+    CHAT,
+    COMPLETION,
+    EndpointFormat,
+    OutputDelta,
+    OutputReader,
+    TokenSpeller,
+    token_text,
+)
 from .scheduler import Request
 from .service import ModelService, ServedModel
 
-TOKEN_TEXT_CACHE = 16_384  # tokens whose spelling is kept; a few MB
-STOPPING_SECONDS = 5  # after which another server may answer
+TOKEN_TEXT_CACHE = 16_384  # tokens whose text is cached; a few MB
+CLOSING_RETRY_SECONDS = 5  # by then another server may answer
 
-_STATUS: tuple[tuple[type[LoraTunerError], int, str | None], ...] = (  # the first that fits
+_STATUS: tuple[tuple[type[LoraTunerError], int, str | None], ...] = (  # the first match counts
     (UnknownModelError, 404, "model_not_found"),
     (AdapterError, 404, "model_broken"),
     (QueueFullError, 429, "rate_limit_exceeded"),
@@ -67,290 +75,307 @@ _STATUS: tuple[tuple[type[LoraTunerError], int, str | None], ...] = (  # the fir
     (ContextLengthError, 400, "context_length_exceeded"),
     (LoraTunerError, 400, None),
 )
-_ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorResponse, "description": "The request is at fault."},
-    "5XX": {"model": ErrorResponse, "description": "The server is at fault, or stops."},
-}
-_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}, "description": "The answer."}}
 
 
-def create_app(desk: ModelService) -> FastAPI:
-    """The API over a desk that has been started, or will be."""
+def create_app(service: ModelService) -> FastAPI:
+    """Create the API. The service may be started later."""
     app = FastAPI(
         title="lora_tuner",
         version=__version__,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        responses=_ERROR_RESPONSES,
+        responses={
+            "4XX": {"model": ErrorResponse, "description": "Error in the request."},
+            "5XX": {"model": ErrorResponse, "description": "Error of the server, or shutdown."},
+        },
     )
-    metrics = app.state.metrics = Metrics(desk)
-    app.add_middleware(SecurityMiddleware, settings=desk.config)
+    metrics = app.state.metrics = Metrics(service)
+    app.add_middleware(SecurityMiddleware, settings=service.config)
     app.add_middleware(RequestLog, metrics=metrics)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
-    app.add_exception_handler(LoraTunerError, partial(_lora_tuner_error, desk))
-    spelt = lru_cache(TOKEN_TEXT_CACHE)(partial(token_text, desk.base.tokenizer))
-    routes = APIRouter(dependencies=[Security(HTTPBearer(auto_error=False))] if desk.config.api_key else [])
+    app.add_exception_handler(LoraTunerError, partial(_lora_tuner_error, service))
+    spell = lru_cache(TOKEN_TEXT_CACHE)(partial(token_text, service.base.tokenizer))
+    routes = APIRouter(dependencies=[Security(HTTPBearer(auto_error=False))] if service.config.api_key else [])
+    event_stream = partial(
+        routes.post,
+        responses={200: {"content": {"text/event-stream": {}}, "description": "The output."}},
+    )
 
     @app.get("/health", response_model=Health)
     async def health() -> Response | Health:
-        """Whether requests are taken."""
-        if not desk.scheduler.accepting:
-            return error_response(503, "The server is stopping.", code="stopping")
-        return Health(status="ok", base=desk.name)
+        """Report that requests are accepted."""
+        if not service.scheduler.accepting:
+            return error_response(503, "The server is shutting down.", code="stopping")
+        return Health(status="ok", base=service.name)
 
     @routes.get("/metrics", response_class=PlainTextResponse)
-    async def figures() -> Response:
-        """Counts, queue and times, for Prometheus."""
-        return Response(await desk.run_in_thread(metrics.text), media_type=CONTENT_TYPE)
+    async def prometheus() -> Response:
+        """Counters, queue length and latencies for Prometheus."""
+        return Response(await service.run_in_thread(metrics.text), media_type=CONTENT_TYPE)
 
     @routes.get("/v1/models")
     async def models() -> ModelList:
-        """The base and every adapter, with what is known of it; also those that are broken, and why."""
-        return ModelList(
-            object="list", data=[_model_card(desk, it) for it in await desk.run_in_thread(desk.list_models)]
-        )
+        """List the base and every adapter, broken ones with the reason."""
+        served = await service.run_in_thread(service.list_models)
+        return ModelList(object="list", data=[_model_card(service, model) for model in served])
 
     @routes.get("/v1/models/{id:path}")
     async def model(id: str) -> ModelCard:
-        """One of them."""
-        return _model_card(desk, await desk.run_in_thread(lambda: desk.get_model(id)))
+        """Describe one model."""
+        return _model_card(service, await service.run_in_thread(partial(service.get_model, id)))
 
-    @routes.post("/v1/completions", response_model=Completion, responses=_STREAM)
-    async def completions(ask: CompletionRequest, request: HTTPRequest) -> Response:
-        """What follows a text, once or several times; as a stream with `stream`."""
-        request.state.record.prompts = ask.prompt
-        return await _complete(desk, COMPLETION, spelt, ask, [*ask.prompts], ask.max_tokens, request)
+    @event_stream("/v1/completions", response_model=Completion)
+    async def completions(body: CompletionRequest, http_request: HTTPRequest) -> Response:
+        """Continue one or several prompts; as server-sent events with `stream`."""
+        http_request.state.record.prompts = body.prompt
+        return await _generate(service, COMPLETION, spell, body, http_request)
 
-    @routes.post("/v1/chat/completions", response_model=ChatCompletion, responses=_STREAM)
-    async def chats(ask: ChatRequest, request: HTTPRequest) -> Response:
-        """What follows a conversation, where the base has a chat template."""
-        messages = request.state.record.prompts = [message.said for message in ask.messages]
-        return await _complete(desk, CHAT, spelt, ask, [messages], ask.max_completion_tokens or ask.max_tokens, request)
+    @event_stream("/v1/chat/completions", response_model=ChatCompletion)
+    async def chat_completions(body: ChatRequest, http_request: HTTPRequest) -> Response:
+        """Answer a conversation, if the base has a chat template."""
+        http_request.state.record.prompts = body.prompts[0]
+        return await _generate(service, CHAT, spell, body, http_request)
 
     app.include_router(routes)
-    app.mount("/v1", partial(_not_found, routes.routes))  # else the playground would answer for what is not there
+    app.mount("/v1", partial(_not_found, routes.routes))  # else the playground at / would answer
     return app
 
 
 async def _not_found(routes: Sequence[BaseRoute], scope: Scope, receive: Receive, send: Send) -> None:
-    """No route fits: 405 where another method would, else 404."""
-    asked = dict(scope, root_path=scope.get("app_root_path", ""))
-    near = [it for it in routes if it.matches(asked)[0] is Match.PARTIAL]
-    methods = sorted({method for route in near for method in getattr(route, "methods", ())})
-    raise HTTPException(405, headers={"Allow": ", ".join(methods)}) if methods else HTTPException(404)
+    """Raise 405 for a path that takes another method, else 404."""
+    full_scope = dict(scope, root_path=scope.get("app_root_path", ""))
+    matches = [route for route in routes if route.matches(full_scope)[0] is Match.PARTIAL]
+    methods = sorted({method for route in matches for method in getattr(route, "methods", ())})
+    raise (HTTPException(405, headers={"Allow": ", ".join(methods)}) if methods else HTTPException(404))
 
 
-async def _http_error(request: HTTPRequest, error: Any) -> Response:
-    text = {404: "There is nothing at {path}.", 405: "{path} does not answer to {method}."}.get(error.status_code)
-    message = text.format(path=request.url.path[:200], method=request.method) if text else str(error.detail)
+async def _http_error(request: HTTPRequest, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message, path = str(error.detail), request.url.path[:200]
+    if error.status_code == 404:
+        message = f"There is nothing at {path}."
+    elif error.status_code == 405:
+        message = f"{path} does not support {request.method}."
     return error_response(error.status_code, message, error.headers)
 
 
-async def _validation_error(request: HTTPRequest, error: Any) -> Response:
-    """All problems of a request, a field at a time."""
+async def _validation_error(request: HTTPRequest, error: Exception) -> Response:
+    """Report all problems of a request, grouped by field."""
+    assert isinstance(error, RequestValidationError)
     problems: dict[str, list[str]] = {}
-    for it in error.errors()[:50]:
-        where = it["loc"][1] if len(it["loc"]) > 1 and it["type"] != "json_invalid" else ""
-        text = "there is no such setting here" if it["type"] == "extra_forbidden" else it["msg"]
-        texts = problems.setdefault(str(where)[:100], [])
+    for problem in error.errors()[:50]:
+        location, text = problem["loc"], problem["msg"]
+        field = location[1] if len(location) > 1 and problem["type"] != "json_invalid" else ""
+        if problem["type"] == "extra_forbidden":
+            text = "unknown field"
+        texts = problems.setdefault(str(field)[:100], [])
         if text not in texts:
             texts.append(text)
-    message = "; ".join(f"{name}: {', or '.join(texts)}" if name else texts[0] for name, texts in problems.items())
-    return error_response(400, f"{message}.", param=next(iter(problems)) or None)
+    lines = [f"{field}: {', or '.join(texts)}" if field else texts[0] for field, texts in problems.items()]
+    return error_response(400, f"{'; '.join(lines)}.", param=next(iter(problems)) or None)
 
 
-async def _lora_tuner_error(desk: ModelService, request: HTTPRequest, error: Exception) -> Response:
-    status, failure, headers = _describe_error(desk, error, request.state.record)
+async def _lora_tuner_error(service: ModelService, request: HTTPRequest, error: Exception) -> Response:
+    status, failure, headers = _describe_error(service, error, request.state.record)
     return error_response(status, failure.error.message, headers, **failure.error.model_dump(exclude={"message"}))
 
 
 def _describe_error(
-    desk: ModelService, error: Exception, record: RequestRecord
+    service: ModelService, error: Exception, record: RequestRecord
 ) -> tuple[int, ErrorResponse, dict[str, str]]:
-    """Status, body and headers. What went wrong in a way that nobody foresaw is in the log alone."""
+    """Return status, body and headers. The text of an unexpected error goes into the log alone."""
     status, code = next(((status, code) for kind, status, code in _STATUS if isinstance(error, kind)), (500, None))
     headers: dict[str, str] = {}
-    if isinstance(error, QueueFullError | ServerClosingError):
-        headers["Retry-After"] = str(getattr(error, "seconds", STOPPING_SECONDS))
+    if isinstance(error, QueueFullError):
+        headers["Retry-After"] = str(error.seconds)
+    elif isinstance(error, ServerClosingError):
+        headers["Retry-After"] = str(CLOSING_RETRY_SECONDS)
     if status == 500:
-        text = record.failed(error)
+        text = record.log_failure(error)
     else:
-        text = str(error) if isinstance(error, UnknownModelError) else desk.hide_paths(str(error))
+        text = str(error) if isinstance(error, UnknownModelError) else service.hide_paths(str(error))
         record.code = code or type(error).__name__
     param = "model" if isinstance(error, AdapterError) else getattr(error, "param", None)
-    kind = "rate_limit_error" if status == 429 else None
-    return status, error_body(status, text, type=kind, param=param, code=code), headers
+    error_type = "rate_limit_error" if status == 429 else None
+    return status, error_body(status, text, type=error_type, param=param, code=code), headers
 
 
-def _model_card(desk: ModelService, model: ServedModel) -> ModelCard:
-    adapter, manifest = model.adapter, model.adapter.manifest if model.adapter else None
-    created = desk.began
-    if manifest is not None:
-        try:
-            created = int(datetime.datetime.fromisoformat(manifest.created).timestamp())
-        except (ValueError, OverflowError):  # it was written by hand
-            manifest = manifest.model_copy(update={"created": None})
-    facts = adapter and AdapterInfo(
+def _model_card(service: ModelService, model: ServedModel) -> ModelCard:
+    info = _adapter_info(service, model.adapter) if model.adapter is not None else None
+    created = _timestamp(info.created) if info is not None else None
+    return ModelCard(
+        id=model.id,
+        object="model",
+        created=service.created if created is None else created,
+        owned_by="lora_tuner",
+        parent=service.name if model.path else None,
+        broken=service.hide_paths(model.broken) if model.broken else None,
+        lora_tuner=info,
+    )
+
+
+def _adapter_info(service: ModelService, adapter: Adapter) -> AdapterInfo:
+    info = AdapterInfo(
         rank=adapter.rank,
         alpha=adapter.config["lora_alpha"],
         targets=adapter.targets,
         parameters=adapter.parameters,
         bytes=adapter.bytes,
-        created=manifest.created if manifest else None,
-        dataset=display_name(manifest.data.name) if manifest and manifest.data else None,
-        rows=manifest.data.counts if manifest and manifest.data else None,
-        made_by=desk.hide_paths(manifest.made_by) if manifest and manifest.made_by else None,
-        parents=[it.name for it in manifest.parents] if manifest else [],
-        result=manifest.result if manifest else None,
     )
-    return ModelCard(
-        id=model.id,
-        object="model",
-        created=created,
-        owned_by="lora_tuner",
-        parent=desk.name if model.path else None,
-        broken=desk.hide_paths(model.broken) if model.broken else None,
-        lora_tuner=facts,
-    )
+    manifest = adapter.manifest
+    if manifest is None:
+        return info
+    info.parents = [parent.name for parent in manifest.parents]
+    info.result = manifest.result
+    if manifest.made_by:
+        info.made_by = service.hide_paths(manifest.made_by)
+    if manifest.data:
+        info.dataset, info.rows = display_name(manifest.data.name), manifest.data.counts
+    if _timestamp(manifest.created) is not None:
+        info.created = manifest.created
+    return info
 
 
-async def _complete(
-    desk: ModelService,
-    form: EndpointFormat,
-    spelt: TokenSpeller,
-    ask: CompletionRequest | ChatRequest,
-    prompts: Sequence[Any],
-    max_tokens: int | None,
-    request: HTTPRequest,
+def _timestamp(created: str | None) -> int | None:
+    try:
+        return int(datetime.datetime.fromisoformat(created or "").timestamp())
+    except (ValueError, OverflowError):  # missing, or edited by hand
+        return None
+
+
+async def _generate(
+    service: ModelService,
+    endpoint: EndpointFormat,
+    spell: TokenSpeller,
+    body: CompletionRequest | ChatRequest,
+    http_request: HTTPRequest,
 ) -> Response:
-    record: RequestRecord = request.state.record
-    record.user, record.stream = ask.user, ask.stream
-    most = desk.config.max_batch + desk.config.max_waiting
-    answers = ask.n * len(prompts)
-    if answers > most:
-        raise RequestError(f"{answers:,} answers are asked for, and {most:,} fit in at once.", "n")
-
-    def look() -> tuple[Any, list[list[int]]]:
-        return desk.find_adapter(ask.model), [form.prompt(desk, prompt) for prompt in prompts]
-
-    with desk.scheduler.reserve(answers):
-        found, encoded = await desk.run_in_thread(look)
-    record.model = ask.model
-    sampling = ask.sampling(_max_new_tokens(desk, max(map(len, encoded)), max_tokens))
-    job = record.request = desk.submit(
-        ask.model, found, encoded, sampling, begun=record.started, answers=ask.n, likeliest=ask.likeliest
+    record: RequestRecord = http_request.state.record
+    record.user, record.stream = body.user, body.stream
+    count, capacity = (
+        body.n * len(body.prompts),
+        service.config.max_batch + service.config.max_waiting,
     )
-    facts = {
-        "id": f"{form.prefix}{record.id}",
+    if count > capacity:
+        raise RequestError(f"n: {count:,} outputs were requested, the limit of this server is {capacity:,}.", "n")
+    prepared = await service.prepare(body.model, body.prompts, body.n)
+    record.model = body.model  # only now, so that no client fills the metrics with labels
+    max_tokens = service.max_new_tokens(prepared.prompts, body.requested_tokens)
+    request = record.request = service.submit(
+        prepared,
+        body.sampling(max_tokens),
+        started=record.started,
+        n=body.n,
+        top_logprobs=body.num_top_logprobs,
+    )
+    fields: ResponseFields = {
+        "id": f"{endpoint.id_prefix}{record.id}",
         "created": int(time.time()),
-        "model": ask.model,
-        "system_fingerprint": f"fp_{desk.base.files.fingerprint[:12]}",
+        "model": body.model,
+        "system_fingerprint": f"fp_{service.base.files.fingerprint[:12]}",
     }
-    if ask.stream:
-        return _EventStream(
-            _server_sent_events(desk, form, job, facts, spelt, record, usage=ask.usage_at_the_end), desk, job
-        )
-    if not await _wait_for(desk, job, request):
+    if body.stream:
+        events = _server_sent_events(service, endpoint, spell, request, fields, record, body.include_usage)
+        return _EventStream(events, service, request)
+    if not await _wait_for(service, request, http_request):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    if job.error is not None:
-        raise job.error
+    if request.error is not None:
+        raise request.error
 
-    def body() -> str:
-        pieces = [piece for row in job.sequences if (piece := OutputReader(row).next_delta())]
-        choices = [form.choice(index, piece, spelt) for index, piece in enumerate(pieces)]
-        return str(form.response(**facts, choices=choices, usage=_usage(record)).model_dump_json())
+    def to_json() -> str:
+        outputs = _next_deltas([OutputReader(sequence) for sequence in request.sequences])
+        return endpoint.response({**fields, "usage": _usage(record)}, outputs, spell).model_dump_json()
 
-    # The chances of many tokens take long to write, and other connections wait for this thread.
-    return Response(await asyncio.to_thread(body), media_type="application/json")
-
-
-def _max_new_tokens(desk: ModelService, longest: int, wanted: int | None) -> int:
-    """How many tokens may be written: as many as wanted, or what there is room for. Raises RequestError, TooLongError."""
-    most, context = desk.config.max_tokens, desk.base.max_context
-    if wanted is None:
-        return min(context - longest, most)
-    if wanted > most:
-        raise RequestError(f"max_tokens is {wanted:,}, and this server writes {most:,} at the most.", "max_tokens")
-    if longest + wanted > context:
-        raise ContextLengthError(
-            f"The prompt has {longest:,} tokens and max_tokens is {wanted:,}, and {desk.name} looks back on {context:,} in all."
-        )
-    return wanted
+    # Many log-probabilities take long to format, which would hold up other connections.
+    return Response(await asyncio.to_thread(to_json), media_type="application/json")
 
 
-async def _wait_for(desk: ModelService, job: Request, request: HTTPRequest) -> bool:
-    """Waits until the job is complete, or the client has gone: then it is given up. Whether it is complete."""
+def _next_deltas(readers: list[OutputReader]) -> dict[int, OutputDelta]:
+    deltas = {index: reader.next_delta() for index, reader in enumerate(readers)}
+    return {index: delta for index, delta in deltas.items() if delta is not None}
 
-    async def follow() -> None:
-        async with aclosing(desk.watch(job)) as news:
-            async for _ in news:
+
+async def _wait_for(service: ModelService, request: Request, http_request: HTTPRequest) -> bool:
+    """Wait until the request is complete (True) or the client disconnects, which cancels it."""
+
+    async def follow_output() -> None:
+        async with aclosing(service.watch(request)) as updates:
+            async for _ in updates:
                 pass
 
-    async def leave() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+    async def wait_for_disconnect() -> None:
+        while (await http_request.receive())["type"] != "http.disconnect":
             pass
 
-    both = asyncio.create_task(follow()), asyncio.create_task(leave())
+    tasks = asyncio.create_task(follow_output()), asyncio.create_task(wait_for_disconnect())
     try:
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        return job.complete
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return request.complete
     finally:
-        for task in both:
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*both, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _server_sent_events(
-    desk: ModelService,
-    form: EndpointFormat,
-    job: Request,
-    facts: dict[str, Any],
-    spelt: TokenSpeller,
+    service: ModelService,
+    endpoint: EndpointFormat,
+    spell: TokenSpeller,
+    request: Request,
+    fields: ResponseFields,
     record: RequestRecord,
-    *,
-    usage: bool,
+    include_usage: bool,
 ) -> AsyncIterator[str]:
-    """Server-sent events: pieces of answers as they come, the usage where it is wanted, and [DONE]."""
+    """Yield an event for each delta, then the usage if it is wanted, then [DONE]."""
 
-    def event(choices: list[Any], **more: Any) -> str:
-        part = form.chunk(**facts, choices=choices, **({"usage": None} | more if usage else {}))
-        return f"data: {part.model_dump_json(exclude_unset=True)}\n\n"
+    def event(outputs: dict[int, OutputDelta]) -> str:
+        chunk = endpoint.chunk(fields, outputs, spell)
+        return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
 
-    readers = [OutputReader(row) for row in job.sequences]
+    if include_usage:
+        fields["usage"] = None  # in every chunk but the last
+    readers = [OutputReader(sequence) for sequence in request.sequences]
     try:
-        async with aclosing(desk.watch(job)) as news:
-            async for _ in news:
-                if job.error is not None:
-                    raise job.error
-                for index, reader in enumerate(readers):
-                    if piece := reader.next_delta():
-                        yield event([form.chunk_choice(index, piece, spelt)])
+        async with aclosing(service.watch(request)) as updates:
+            async for _ in updates:
+                if request.error is not None:
+                    raise request.error
+                for index, delta in _next_deltas(readers).items():
+                    yield event({index: delta})
     except Exception as error:
-        _, failure, _ = _describe_error(desk, error, record)
+        _, failure, _ = _describe_error(service, error, record)
         yield f"data: {failure.model_dump_json()}\n\n"
         return
-    if usage:
-        yield event([], usage=_usage(record))
+    if include_usage:
+        fields["usage"] = _usage(record)
+        yield event({})
     yield "data: [DONE]\n\n"
 
 
 class _EventStream(StreamingResponse):
-    """Events for one client; when it has gone, nobody waits for the job."""
+    """Server-sent events for one client; its request is cancelled when the client disconnects."""
 
-    def __init__(self, events: AsyncIterator[str], desk: ModelService, job: Request) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would keep them back
+    def __init__(self, events: AsyncIterator[str], service: ModelService, request: Request) -> None:
+        headers = {
+            "Cache-Control": "no-cache",
+            "X-Accel-Buffering": "no",
+        }  # nginx would buffer them
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self.leave = partial(desk.scheduler.cancel, job)
+        self.cancel = partial(service.scheduler.cancel, request)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.leave()
+            self.cancel()
 
 
 def _usage(record: RequestRecord) -> Usage:
-    before, after = record.prompt_tokens, record.new_tokens
-    return Usage(prompt_tokens=before, completion_tokens=after, total_tokens=before + after)
+    prompt_tokens, new_tokens = record.prompt_tokens, record.new_tokens
+    return Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=new_tokens,
+        total_tokens=prompt_tokens + new_tokens,
+    )

@@ -1,7 +1,8 @@
-"""From settings to a server that listens, and its end.
+"""Start the server, and shut it down when a signal arrives.
 
-The address is taken before the model is read, so that a port in use is said at once. Surprise: when it is asked to stop it
-still listens, to say 503, until the last answer has been sent. Limit: one process; several share no batches.
+The port is bound before the model is loaded, so that a port in use is reported at once. During
+shutdown the server keeps listening, to answer 503, until the last response was sent. One process
+only: several would share no batches.
 """
 
 import asyncio
@@ -18,9 +19,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from ..adapters.adapter import Adapter
 from ..adapters.library import Library
@@ -33,8 +34,8 @@ from .playground.app import mount
 from .routes import create_app
 from .service import ModelService
 
-POLL_SECONDS = 0.05  # seconds between looks at what is left
-DRAIN_SECONDS = 2.0  # seconds for what is written to reach the page
+POLL_SECONDS = 0.05  # between two checks for running requests
+DRAIN_SECONDS = 2.0  # for the last output to reach the page
 
 
 def serve(
@@ -45,94 +46,106 @@ def serve(
     adapters_dir: Path = Path("adapters"),
     browse: bool = False,
 ) -> None:
-    """Serve these adapters or, with none, all of the library, until a signal says to stop. With `browse` a browser opens.
+    """Serve the base and adapters until SIGINT or SIGTERM.
 
-    Raises ConfigError when the address is not to be had, or may not be without a key; Interrupted where a second signal has cut
-    answers off.
+    Args:
+        adapters: names or paths; empty means all of the library, as it is at each request.
+        settings: address and limits.
+        options: base model; by default the one that most adapters name.
+        adapters_dir: the library.
+        browse: open the playground in a browser.
+
+    Raises:
+        ConfigError: the address cannot be used, or needs an API key.
+        Interrupted: a second signal ended the server before all requests were complete.
     """
     _check_address(settings)
     notify = options.notify
     library = Library(adapters_dir)
-    library.names()  # a place that cannot be read is said at once
+    library.names()  # report a folder that cannot be read at once
     only = [adapter.path for adapter in library.get_all(adapters)]
     if not only and options.base is None:
         options = _with_most_common_base(library, options)
     with _bind_socket(settings.host, settings.port) as listener:
         generator = Generator(*only, options=options, adapters_dir=adapters_dir, max_resident=settings.max_resident)
-        generator.set_adapter(None)  # else the first would never leave memory
-        desk = ModelService(generator, settings, [Path(os.path.abspath(path)) for path in only])
-        app = create_app(desk)
+        generator.set_adapter(None)  # the adapter in use never leaves memory
+        service = ModelService(generator, settings, [Path(os.path.abspath(path)) for path in only])
+        app = create_app(service)
         url = _url(settings.host, listener)
 
-        def listening() -> None:
-            served = sum(not it.broken for it in desk.list_models()) - 1
-            what = f"the base {desk.name} and {served:,} adapter{'s' if served != 1 else ''}"
-            notify(Notice(f"Listening on {url}: {what}. {url}/v1 is for OpenAI's clients."))
+        def on_listening() -> None:
+            count = sum(model.broken is None for model in service.list_models()) - 1
+            plural = "" if count == 1 else "s"
+            notify(
+                Notice(
+                    f"Listening on {url}: base {service.name} and {count:,} adapter{plural}. "
+                    f"OpenAI-compatible API: {url}/v1"
+                )
+            )
             if browse:
-                threading.Thread(target=_open, args=(url, notify), daemon=True).start()
+                threading.Thread(target=_open_browser, args=(url, notify), daemon=True).start()
 
         _configure_logging()
-        desk.start()
+        service.start()
         try:
-            server = _Server(mount(app, desk, settings.api_key), desk, app.state.metrics, listening)
+            server = _Server(mount(app, service, settings.api_key), service, app.state.metrics, on_listening)
             server.run(sockets=[listener])
         finally:
-            desk.stop()
-    if server.cut_off:
-        raise Interrupted("Stopped at once: answers that were being written are cut off.")
+            service.stop()
+    if server.interrupted:
+        raise Interrupted("Stopped at once: running requests were cut off.")
 
 
 def _check_address(settings: ServerConfig) -> None:
     if settings.api_key is None and not is_loopback(settings.host):
         raise ConfigError(
-            f"--host {settings.host}: others can reach it there, so it needs --api-key, or LORA_TUNER_API_KEY."
+            f"--host {settings.host} can be reached from other machines: set --api-key or LORA_TUNER_API_KEY."
         )
     if settings.api_key is not None and not re.fullmatch("[!-~]+", settings.api_key):
-        raise ConfigError(
-            "--api-key: it is sent in a header, so it has letters, digits and signs of ASCII, and no spaces."
-        )
+        raise ConfigError("--api-key: use printable ASCII characters without spaces, as it is sent in a header.")
 
 
 def _with_most_common_base(library: Library, options: ModelOptions) -> ModelOptions:
-    """Select the base that most adapters of the library name."""
-    named = Counter((it.base, it.revision) for _, it in library.entries() if isinstance(it, Adapter) and it.base)
-    if not named:
+    """Select the base that most adapters of the library were trained on."""
+    adapters = [adapter for _, adapter in library.entries() if isinstance(adapter, Adapter) and adapter.base]
+    counts = Counter((adapter.base, adapter.revision) for adapter in adapters)
+    if not counts:
         return options
-    (base, commit), count = named.most_common(1)[0]
-    others = named.total() - count
-    text = f"The base is {base}, as {count:,} of {named.total():,} adapters in {library.path} name it"
-    options.notify(Notice(f"{text}; {others:,} are not served. --base chooses another." if others else f"{text}."))
-    return replace(options, base=base, revision=options.revision or commit)
+    (base, revision), count = counts.most_common(1)[0]
+    text = f"Using base {base}, which {count:,} of {len(adapters):,} adapters in {library.path} were trained on"
+    if count < len(adapters):
+        text += "; the others are not served. Use --base to select another"
+    options.notify(Notice(f"{text}."))
+    return replace(options, base=base, revision=options.revision or revision)
 
 
 def _bind_socket(host: str, port: int) -> socket.socket:
-    """A socket that listens there. Raises ConfigError."""
+    """Listen on an address. Raises ConfigError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
-        )
+        return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        why = str(error.strerror or error).partition(" (")[0]
+        reason = str(error.strerror or error).partition(" (")[0]
         raise ConfigError(
-            f"{host}, port {port}, is not to be had: {why}. Choose another --port, or 0 for any that is free."
+            f"Cannot listen on {host}, port {port}: {reason}. Use another --port, or 0 for any free one."
         ) from error
 
 
 def _url(host: str, listener: socket.socket) -> str:
-    """Where a browser of this machine finds it: what stands for all addresses is none of them."""
+    """Return the URL for a browser on this machine, which cannot open a wildcard address."""
     address, port = listener.getsockname()[:2]
     if ipaddress.ip_address(address).is_unspecified:
         host = "::1" if ":" in address else "127.0.0.1"
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _open(url: str, notify: EventHandler) -> None:
+def _open_browser(url: str, notify: EventHandler) -> None:
     if not webbrowser.open(url):
-        notify(Notice(f"There is no browser to open here: visit {url} with one."))
+        notify(Notice(f"No browser found: open {url} yourself."))
 
 
 def _configure_logging() -> None:
-    """What is logged goes to stderr as lines of JSON: requests, and what went wrong in libraries."""
+    """Log as JSON lines on stderr: requests, and warnings of libraries."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     logging.getLogger().addHandler(handler)
@@ -140,10 +153,19 @@ def _configure_logging() -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, but for its end: what runs and waits is finished, in the time that a request may take, unless a second signal
-    cuts it off."""
+    """uvicorn's server with a graceful shutdown.
 
-    def __init__(self, app: Any, desk: ModelService, metrics: Metrics, listening: Callable[[], None]) -> None:
+    Running and waiting requests are completed, within the timeout of a request; a second signal
+    cuts them off.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        service: ModelService,
+        metrics: Metrics,
+        on_listening: Callable[[], None],
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -157,26 +179,29 @@ class _Server(uvicorn.Server):
                 timeout_graceful_shutdown=5,
             )
         )
-        self.desk = desk
+        self.service = service
         self.metrics = metrics
-        self.listening = listening
-        self.cut_off = False
+        self.on_listening = on_listening
+        self.interrupted = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.cut_off, self.should_exit = self.should_exit, True  # the signal is not raised again: it was obeyed
+        # Not uvicorn's: that would raise the signal again after a graceful shutdown.
+        self.interrupted, self.should_exit = self.should_exit, True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self.listening()
+        self.on_listening()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.desk.scheduler.close()
-        late = time.monotonic() + self.desk.config.timeout
-        while not self.cut_off and time.monotonic() < late and (self.metrics.open or not self.desk.scheduler.idle):
-            await asyncio.sleep(POLL_SECONDS)
-        late = time.monotonic() + DRAIN_SECONDS
-        while not self.cut_off and time.monotonic() < late and self.metrics.streams:
-            await asyncio.sleep(POLL_SECONDS)
-        for connection in list(self.server_state.connections):  # pages hold streams of events open for ever
+        scheduler = self.service.scheduler
+        scheduler.close()
+        await self._wait_while(lambda: bool(self.metrics.open) or not scheduler.idle, self.service.config.timeout)
+        await self._wait_while(lambda: bool(self.metrics.streams), DRAIN_SECONDS)
+        for connection in list(self.server_state.connections):  # pages keep event streams open
             connection.transport.close()
         await super().shutdown(sockets)
+
+    async def _wait_while(self, busy: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not self.interrupted and time.monotonic() < deadline and busy():
+            await asyncio.sleep(POLL_SECONDS)

@@ -1,8 +1,8 @@
-"""The one thread that owns the model. Requests of all adapters share its batches, and join them between two tokens.
+"""Continuous batching of all requests on the one thread that owns the model.
 
-Fair: adapters take turns, and of one adapter the requests, an answer at a time, so that nobody's many hold up another's one.
-Surprise: a request is not sent its text, it is woken and takes what is new; so a slow reader costs little memory. Limit: work on
-the model that is no writing, such as measuring, has turns of its own between two tokens (`do`).
+Admission is fair: adapters take turns, and so do the requests of one adapter, one sequence at a
+time. Requests are woken rather than sent their text, so a slow client costs little memory. Other
+work on the model, such as evaluation, runs between two steps (`run_between_steps`).
 """
 
 import contextlib
@@ -24,65 +24,79 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class Request:
-    """The answers to one request. `wake` is called, in the worker's thread, whenever there is more of them."""
+    """One request and its output sequences.
+
+    `wake` is called in the scheduler's thread whenever a sequence has new output.
+    """
 
     model: str
     sequences: list[Sequence]
-    timeout: float  # that it may take
+    timeout: float  # seconds from `started`
     wake: Callable[[], object] = lambda: None
     started: float = field(default_factory=time.monotonic)
-    first_token: float | None = None  # when it came
-    failure: Exception | None = None  # of the job as a whole
-    closed: bool = False  # nobody waits for it any more
-    _next: int = 0  # the row that is written next
+    first_token: float | None = None  # time of the first token of any sequence
+    failure: Exception | None = None  # of the request as a whole
+    cancelled: bool = False  # removed before the next step
+    admitted: int = 0  # sequences that have left the queue
 
     @property
     def error(self) -> Exception | None:
-        """Why there will be no more. A row has its own before it is complete, so nobody takes it for a finished one."""
-        return self.failure or next((row.error for row in self.sequences if row.error is not None), None)
+        """The failure of the request or of its first failed sequence.
+
+        A sequence sets its error before `complete`, so a reader never takes a failed one for a
+        finished one.
+        """
+        if self.failure is not None:
+            return self.failure
+        return next((sequence.error for sequence in self.sequences if sequence.error is not None), None)
 
     @property
     def complete(self) -> bool:
-        return self.error is not None or all(row.complete for row in self.sequences)
+        return self.error is not None or all(sequence.complete for sequence in self.sequences)
 
 
 class Scheduler:
-    """Writes the rows of all jobs, at most `max_batch` at once; at most `max_waiting` more may wait.
+    """Runs the sequences of all requests on a `GenerationEngine`, in a thread of its own.
 
-    `room` is how many tokens the cache may hold, as rows times the longest.
+    Args:
+        engine: used by this scheduler's thread alone once `start` was called.
+        max_batch: sequences that run at once.
+        max_waiting: sequences that may wait beyond those.
+        max_cache_tokens: size of the KV cache, as sequences times the longest one.
     """
 
-    def __init__(self, writer: GenerationEngine, *, max_batch: int, max_waiting: int, room: int) -> None:
-        self.engine = writer
+    def __init__(self, engine: GenerationEngine, *, max_batch: int, max_waiting: int, max_cache_tokens: int) -> None:
+        self.engine = engine
         self.max_batch = max_batch
         self.max_waiting = max_waiting
-        self.max_cache_tokens = room
+        self.max_cache_tokens = max_cache_tokens
         self._queue: OrderedDict[str, deque[Request]] = OrderedDict()  # by model; the first is next
-        self._held = 0  # places of answers that are not in the queue yet
+        self._reserved = 0  # queue slots of requests that are still being prepared
         self._running: dict[Sequence, Request] = {}
-        self._chores: deque[Callable[[], None]] = deque()
+        self._tasks: deque[Callable[[], None]] = deque()  # run between two steps
         self._wake = threading.Condition()
         self._closed = False
-        self._pace = 1.0  # seconds from the end of one row to that of the next, lately
-        self._ended = 0.0  # when a row ended, or the first began
-        self._thread = threading.Thread(target=self._run, name="lora_tuner-worker", daemon=True)
+        self._seconds_per_end = 1.0  # moving average of the time between two finished sequences
+        self._last_end = 0.0  # when a sequence last finished, or the first began
+        self._thread = threading.Thread(target=self._run, name="lora_tuner-scheduler", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     @property
     def waiting(self) -> int:
-        """Rows that are not being written yet."""
+        """Number of sequences in the queue."""
         with self._wake:
-            return sum(len(job.sequences) - job._next for jobs in self._queue.values() for job in jobs)
+            requests = [request for queue in self._queue.values() for request in queue]
+            return sum(len(request.sequences) - request.admitted for request in requests)
 
     @property
     def running(self) -> int:
+        """Number of sequences in the batch."""
         return len(self._running)
 
     @property
     def accepting(self) -> bool:
-        """Whether it takes on work."""
         return self._thread.is_alive() and not self._closed
 
     @property
@@ -90,165 +104,188 @@ class Scheduler:
         with self._wake:
             return not (self._queue or self._running)
 
-    def submit(self, job: Request) -> None:
-        """Raises BusyError when too many wait, ClosedError when the server stops, TooLongError for a row that is."""
-        longest = max(len(row.prompt_ids) + row.max_new_tokens for row in job.sequences)
+    def submit(self, request: Request) -> None:
+        """Put a request in the queue.
+
+        Raises:
+            QueueFullError: too many sequences wait.
+            ServerClosingError: `close` was called.
+            ContextLengthError: a sequence is longer than the KV cache.
+        """
+        longest = max(map(_max_length, request.sequences))
         if longest > self.max_cache_tokens:
             raise ContextLengthError(
-                f"Prompt and answer may have {self.max_cache_tokens:,} tokens here: ask for fewer than {longest:,}."
+                f"Prompt and max_tokens add up to {longest:,} tokens, but the KV cache of this server holds "
+                f"{self.max_cache_tokens:,}: shorten the prompt or lower max_tokens."
             )
         with self._wake:
-            self._check_room(len(job.sequences))
-            self._queue.setdefault(job.model, deque()).append(job)
+            self._check_queue(len(request.sequences))
+            self._queue.setdefault(request.model, deque()).append(request)
             self._wake.notify()
 
     @contextlib.contextmanager
-    def reserve(self, answers: int) -> Iterator[None]:
-        """Within it so many answers have places in the queue, while what they need is still being read. Raises BusyError and
-        ClosedError as `submit` does."""
+    def reserve(self, count: int) -> Iterator[None]:
+        """Hold queue slots for `count` sequences while their request is prepared.
+
+        Raises QueueFullError and ServerClosingError as `submit` does.
+        """
         with self._wake:
-            self._check_room(answers)
-            self._held += answers
+            self._check_queue(count)
+            self._reserved += count
         try:
             yield
         finally:
             with self._wake:
-                self._held -= answers
+                self._reserved -= count
 
-    def _check_room(self, answers: int) -> None:
+    def _check_queue(self, count: int) -> None:
+        self._check_open()
+        ahead = self.waiting + self._reserved
+        excess = ahead + count - self.max_waiting - max(self.max_batch - self.running, 0)
+        if excess > 0:  # that many must finish first
+            seconds = max(1, math.ceil(self._seconds_per_end * excess))
+            raise QueueFullError(
+                f"The queue is full, with {ahead:,} sequences waiting: try again in {seconds} seconds.",
+                seconds,
+            )
+
+    def _check_open(self) -> None:
         if self._closed:
-            raise ServerClosingError("The server is stopping.")
-        ahead = self.waiting + self._held
-        beyond = ahead + answers - self.max_waiting - max(self.max_batch - self.running, 0)
-        if beyond > 0:  # so many must end first
-            seconds = max(1, math.ceil(self._pace * beyond))
-            raise QueueFullError(f"{ahead:,} answers are waiting already: try again in {seconds} seconds.", seconds)
+            raise ServerClosingError("The server is shutting down.")
 
-    def cancel(self, job: Request) -> None:
-        """Nobody waits for it any more."""
+    def cancel(self, request: Request) -> None:
+        """Drop a request before the next step."""
         with self._wake:
-            job.closed = True
+            request.cancelled = True
             self._wake.notify()
 
-    def run_between_steps(self, chore: Callable[[], T]) -> T:
-        """What the chore gives, done in the worker's thread between two tokens."""
+    def run_between_steps(self, work: Callable[[], T]) -> T:
+        """Run `work` in the scheduler's thread between two steps, and return its result.
+
+        Raises what `work` raises, and ServerClosingError after `close`.
+        """
         future: Future[T] = Future()
 
         def run() -> None:
             try:
-                future.set_result(chore())
+                future.set_result(work())
             except BaseException as error:
                 future.set_exception(error)
 
         with self._wake:
-            if self._closed:
-                raise ServerClosingError("The server is stopping.")
-            self._chores.append(run)
+            self._check_open()
+            self._tasks.append(run)
             self._wake.notify()
         return future.result()
 
     def close(self) -> None:
-        """Take on nothing more; what is running and waiting is finished."""
+        """Accept no more requests; those in the queue are still completed."""
         with self._wake:
             self._closed = True
             self._wake.notify()
 
-    def stop(self, why: str = "The server is stopping.") -> None:
-        """End what is left, and the thread."""
+    def stop(self) -> None:
+        """Fail all remaining requests and end the thread."""
         self.close()
         with self._wake:
-            for job in self._jobs():
-                self._fail(job, ServerClosingError(why))
+            for request in self._requests():
+                self._fail(request, ServerClosingError("The server is shutting down."))
             self._wake.notify()
         self._thread.join(timeout=30)
 
-    def _jobs(self) -> list[Request]:
-        waiting = [job for jobs in self._queue.values() for job in jobs]
+    def _requests(self) -> list[Request]:
+        waiting = [request for queue in self._queue.values() for request in queue]
         return list(dict.fromkeys([*self._running.values(), *waiting]))
 
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not (self._queue or self._running or self._chores or self._closed):
+                while not (self._queue or self._running or self._tasks or self._closed):
                     self._wake.wait()
-                if self._closed and not (self._queue or self._running or self._chores):
+                if self._closed and not (self._queue or self._running or self._tasks):
                     return
-                chore = self._chores.popleft() if self._chores else None
+                task = self._tasks.popleft() if self._tasks else None
             try:
                 with self._wake:
-                    self._drop_closed()
+                    self._drop_cancelled()
                     new = self._admit()
                 self.engine.add(new)
                 self.engine.step()
                 self._wake_requests()
-            except Exception as error:  # the batch is lost; what comes next is not
+            except Exception as error:  # fails this batch alone
                 self._fail_running(error)
-            if chore is not None:
-                chore()
+            if task is not None:
+                task()
 
-    def _drop_closed(self) -> None:
-        """What nobody waits for, and what has taken too long, goes."""
+    def _drop_cancelled(self) -> None:
+        """Fail requests that have timed out, and remove cancelled ones."""
         now = time.monotonic()
-        for job in self._jobs():
-            if not job.closed and now - job.started > job.timeout:
-                self._fail(job, RequestTimeoutError(f"It took longer than {job.timeout:g} seconds."))
-            if job.closed:
-                for row in [row for row, its in self._running.items() if its is job]:
-                    self.engine.cancel(row)
-                    del self._running[row]
+        for request in self._requests():
+            if not request.cancelled and now - request.started > request.timeout:
+                text = f"The request took longer than {request.timeout:g} seconds."
+                self._fail(request, RequestTimeoutError(text))
+        for sequence in [sequence for sequence, request in self._running.items() if request.cancelled]:
+            self.engine.cancel(sequence)
+            del self._running[sequence]
         for model in list(self._queue):
-            self._queue[model] = deque(job for job in self._queue[model] if not job.closed)
+            self._queue[model] = deque(request for request in self._queue[model] if not request.cancelled)
             if not self._queue[model]:
                 del self._queue[model]
 
-    def _fail(self, job: Request, error: Exception) -> None:
-        job.failure, job.closed = error, True
-        job.wake()
+    def _fail(self, request: Request, error: Exception) -> None:
+        request.failure, request.cancelled = error, True
+        request.wake()
 
     def _admit(self) -> list[Sequence]:
-        """Rows that begin now: of each model in turn, and of its requests in turn."""
+        """Take sequences from the queue: each model in turn, and each of its requests in turn."""
         new: list[Sequence] = []
         if not self._running:
-            self._ended = time.monotonic()
-        longest = max((len(row.prompt_ids) + row.max_new_tokens for row in self._running), default=0)
+            self._last_end = time.monotonic()
+        longest = max(map(_max_length, self._running), default=0)
         while self._queue and len(self._running) < self.max_batch:
-            model, jobs = next(iter(self._queue.items()))
-            job = jobs[0]
-            row = job.sequences[job._next]
-            longest = max(longest, len(row.prompt_ids) + row.max_new_tokens)
+            model, queue = next(iter(self._queue.items()))
+            request = queue[0]
+            sequence = request.sequences[request.admitted]
+            longest = max(longest, _max_length(sequence))
             if self._running and longest * (len(self._running) + 1) > self.max_cache_tokens:
                 break
-            jobs.popleft()
-            job._next += 1
-            if job._next < len(job.sequences):
-                jobs.append(job)
+            queue.popleft()
+            request.admitted += 1
+            if request.admitted < len(request.sequences):
+                queue.append(request)
             self._queue.move_to_end(model)
-            if not jobs:
+            if not queue:
                 del self._queue[model]
-            self._running[row] = job
-            new.append(row)
+            self._running[sequence] = request
+            new.append(sequence)
         return new
 
     def _wake_requests(self) -> None:
-        """Wake those who have something new; rows that are complete are theirs alone."""
+        """Wake the requests in the batch, and take completed sequences out of it."""
         now = time.monotonic()
-        for job in dict.fromkeys(self._running.values()):
-            if job.first_token is None and any(row.output_ids or row.complete for row in job.sequences):
-                job.first_token = now
-            job.wake()
+        for request in dict.fromkeys(self._running.values()):
+            if request.first_token is None and any(row.output_ids or row.complete for row in request.sequences):
+                request.first_token = now
+            request.wake()
         with self._wake:
-            for row, job in self._running.items():
-                job.closed |= row.error is not None  # its other rows need not be written
-            ended = [row for row in self._running if row.complete]
-            for row in ended:
-                self._pace += 0.1 * ((now - self._ended) / len(ended) - self._pace)
-                del self._running[row]
+            for sequence, request in self._running.items():
+                request.cancelled |= sequence.error is not None  # its other sequences are of no use
+            ended = [sequence for sequence in self._running if sequence.complete]
+            for sequence in ended:
+                seconds = (now - self._last_end) / len(ended)
+                self._seconds_per_end += 0.1 * (seconds - self._seconds_per_end)
+                del self._running[sequence]
             if ended:
-                self._ended = now
+                self._last_end = now
 
     def _fail_running(self, error: Exception) -> None:
         self.engine.clear()
         with self._wake:
-            for job in dict.fromkeys(self._running.values()):
-                self._fail(job, error)
+            for request in dict.fromkeys(self._running.values()):
+                self._fail(request, error)
             self._running.clear()
+
+
+def _max_length(sequence: Sequence) -> int:
+    """The largest number of tokens of a sequence, prompt included."""
+    return len(sequence.prompt_ids) + int(sequence.max_new_tokens)

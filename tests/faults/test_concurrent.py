@@ -96,7 +96,7 @@ def is_whole(root: Path, name: str, adapters: str = "adapters") -> None:
     assert not left
 
 
-def test_of_two_trainings_into_one_name_one_is_refused(
+def test_second_training_of_name_is_refused(
     start: Start, run: Run, world: Path, training: tuple[str | Path, ...]
 ) -> None:
     first = start(*training, "--name", "new", **held(world))
@@ -125,7 +125,7 @@ def test_of_two_trainings_into_one_name_one_is_refused(
         pytest.param("rename", marks=pytest.mark.slow),
     ],
 )
-def test_a_name_that_is_taken_during_a_training_is_not_overwritten_and_no_step_is_lost(
+def test_name_taken_during_training_is_kept(
     start: Start, run: Run, world: Path, training: tuple[str | Path, ...], gpt2: Path, other: str
 ) -> None:
     commands: dict[str, tuple[str | Path, ...]] = {
@@ -160,7 +160,7 @@ def test_a_name_that_is_taken_during_a_training_is_not_overwritten_and_no_step_i
 
 
 @pytest.mark.parametrize("other", ["rename", pytest.param("train", marks=pytest.mark.slow)])
-def test_a_name_that_is_taken_during_a_blend_is_not_overwritten(
+def test_name_taken_during_blend_is_kept(
     start: Start, run: Run, world: Path, training: tuple[str | Path, ...], other: str
 ) -> None:
     waiting = held(world, "lora_tuner.convert.common.verify_written")
@@ -189,7 +189,7 @@ def blind(times: int) -> None:
 
 
 @pytest.mark.parametrize("command", ["adopt", "rename"])
-def test_in_the_last_moment_too_nothing_is_overwritten(run: Run, world: Path, gpt2: Path, command: str) -> None:
+def test_name_taken_at_rename_is_kept(run: Run, world: Path, gpt2: Path, command: str) -> None:
     commands = {"adopt": ("adopt", "foreign", "--name", "two", "--base", gpt2), "rename": ("rename", "one", "two")}
     asked = {"adopt": 3, "rename": 1}[command]
     with unchanged(world / "adapters"):
@@ -226,9 +226,7 @@ def facts_of(adapter: Adapter) -> str:
     return json.dumps(adapter.to_dict() | {"name": "", "path": ""}, sort_keys=True, default=str)
 
 
-def test_who_lists_and_reads_during_saves_gets_the_one_or_the_other(
-    turns: Callable[[], int], run: Run, world: Path
-) -> None:
+def test_reads_during_saves_are_consistent(turns: Callable[[], int], run: Run, world: Path) -> None:
     library = Library(world / "adapters")
     either = {facts_of(library.get(name)) for name in ("one", "two")}
     assert len(either) == 2
@@ -267,7 +265,7 @@ def texts(stock: Path, gpt2: Path) -> dict[tuple[str | None, str], str]:
     return found
 
 
-def test_who_writes_during_saves_writes_with_the_one_or_the_other(
+def test_generation_during_saves_is_consistent(
     turns: Callable[[], int], run: Run, world: Path, texts: dict[tuple[str | None, str], str]
 ) -> None:
     either = {texts[name, "the actor"] for name in ("one", "two")}
@@ -297,7 +295,7 @@ def slowly() -> None:
     CpuDecoder.forward = slow  # type: ignore[method-assign]
 
 
-def test_an_answer_goes_on_when_its_adapter_is_removed(start: Start, run: Run, world: Path) -> None:
+def test_generation_continues_after_adapter_removal(start: Start, run: Run, world: Path) -> None:
     asked = ("generate", "--adapter", "one", "--greedy", "--max-new-tokens", "60", "the actor")
     alone = run(*asked)
     assert alone.status == 0
@@ -316,7 +314,7 @@ def test_an_answer_goes_on_when_its_adapter_is_removed(start: Start, run: Run, w
 
 
 @pytest.mark.parametrize("way", ["our own way", pytest.param("transformers", marks=pytest.mark.slow)])
-def test_threads_on_one_generator_get_what_each_would_get_alone(
+def test_threads_share_one_generator(
     world: Path,
     gpt2: Path,
     texts: dict[tuple[str | None, str], str],
@@ -396,7 +394,7 @@ def unpacking(model: Path, arrived: Path) -> None:
         kind.from_pretrained = load
 
 
-def test_two_processes_that_unpack_the_base_at_once_both_write(start: Start, gpt2: Path, tmp_path: Path) -> None:
+def test_processes_unpack_base_at_once(start: Start, gpt2: Path, tmp_path: Path) -> None:
     model = shutil.copytree(gpt2, tmp_path / "package")
     (model / "tiny.Q4_1.gguf").write_bytes(b"GGUF")
     asked = ("generate", "--base", "smollm2-135m", "--greedy", "--max-new-tokens", "8", "the actor")
@@ -414,9 +412,7 @@ def test_two_processes_that_unpack_the_base_at_once_both_write(start: Start, gpt
 
 
 @pytest.mark.slow
-def test_trainings_that_share_an_empty_cache_are_as_good_as_alone(
-    start: Start, run: Run, world: Path, training: tuple[str | Path, ...]
-) -> None:
+def test_trainings_share_empty_cache(start: Start, run: Run, world: Path, training: tuple[str | Path, ...]) -> None:
     several = [start(*training, "--name", f"new{it}") for it in range(4)]
     assert [command.end().status for command in several] == [0] * 4
     assert run(*training, "--name", "alone", "--adapters-dir", "others").status == 0

@@ -21,7 +21,7 @@ GREEDY = {"max_tokens": TOKENS, "temperature": 0}
 
 
 @pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
-def test_adapters_that_are_replaced_broken_and_removed_under_load(gpt2: Path, tmp_path: Path, seconds: int) -> None:
+def test_load_while_adapters_change(gpt2: Path, tmp_path: Path, seconds: int) -> None:
     """Each text is that of one version of its adapter, whole; what is refused is refused for the state that it was in."""
     for version in (0, 1):
         for number, name in enumerate(NAMES):
@@ -73,7 +73,7 @@ def test_adapters_that_are_replaced_broken_and_removed_under_load(gpt2: Path, tm
         assert seen["right"] > 20
         assert seen["404 model_broken"]
         assert seen["404 model_not_found"]
-        assert len(served.generator.loaded) <= 5
+        assert len(served.generator.loaded_adapters) <= 5
         shutil.rmtree(shelf)
         shutil.copytree(tmp_path / "1", shelf)
         assert (

@@ -1,4 +1,4 @@
-"""The page of the server, in a real browser: what people do with it, what strangers' adapters cannot do, where it goes."""
+"""The playground in a real browser: its tabs, hostile adapters, and the requests it makes."""
 
 import asyncio
 import contextlib
@@ -32,59 +32,66 @@ from ..api_server import serving
 from ..test_evaluation import train_in
 
 PROMPT = "12: the actor"
-DEBIAN = Path("/usr/bin/chromium")
-QUIETLY = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-QUIETLY += ["--disable-component-update", "--disable-sync"]
-EVIL = (
+CHROMIUM = Path("/usr/bin/chromium")
+BROWSER_OPTIONS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+]
+BROWSER_OPTIONS += ["--disable-component-update", "--disable-sync"]
+HOSTILE = (
     '<img src="http://elsewhere.example/x.png" onerror="window.run=1"><script>window.run=1</script>${window.run=1}{{1}}'
 )
 KEY = "a key of the tests"
-CONTRASTS = """() => {
-    const numbers = text => {
+CONTRAST_SCRIPT = """() => {
+    const channels = text => {
         const [r, g, b, alpha] = text.match(/[\\d.]+/g).map(Number);
         return text.startsWith("color(srgb") ? [r * 255, g * 255, b * 255, alpha ?? 1] : [r, g, b, alpha ?? 1];
     };
-    const light = rgb => [0.2126, 0.7152, 0.0722].reduce((sum, part, place) => {
-        const value = rgb[place] / 255;
-        return sum + part * (value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+    const luminance = rgb => [0.2126, 0.7152, 0.0722].reduce((sum, weight, index) => {
+        const value = rgb[index] / 255;
+        return sum + weight * (value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
     }, 0);
-    const behind = it => {
-        for (; it; it = it.parentElement) {
-            const found = numbers(getComputedStyle(it).backgroundColor);
-            if (found[3] > 0.5) return found;
+    const background = element => {
+        for (; element; element = element.parentElement) {
+            const color = channels(getComputedStyle(element).backgroundColor);
+            if (color[3] > 0.5) return color;
         }
         return [255, 255, 255, 1];
     };
     const all = document.querySelectorAll("h1, h2, .text, .prompt, .note, .facts, td, th, dt, dd, pre, summary");
-    return [...all].filter(it => it.offsetParent && it.innerText.trim()).map(it => {
-        const [less, more] = [light(numbers(getComputedStyle(it).color)), light(behind(it))].sort((x, y) => x - y);
-        return [(more + 0.05) / (less + 0.05), it.className || it.tagName];
+    return [...all].filter(element => element.offsetParent && element.innerText.trim()).map(element => {
+        const text = luminance(channels(getComputedStyle(element).color));
+        const [dark, light] = [text, luminance(background(element))].sort((x, y) => x - y);
+        return [(light + 0.05) / (dark + 0.05), element.className || element.tagName];
     });
 }"""
-ENVIRONMENT = dict(os.environ)  # as it was before each test got a home of its own
+ENVIRONMENT = dict(os.environ)  # before fixtures change it
 SCREENSHOT = ENVIRONMENT.get("LORA_TUNER_SCREENSHOT")
 
 
 @pytest.fixture(scope="module")
 def adapters(gpt2, tmp_path_factory):
-    """Two that are well, one of a stranger who means harm, one that is broken. Each test has the cache of their training."""
-    place = train_in(tmp_path_factory.mktemp("playground"), gpt2, ["noir", "verse"])
-    folder = place / "adapters"
+    """Two good adapters, a hostile one and a broken one."""
+    root = train_in(tmp_path_factory.mktemp("playground"), gpt2, ["noir", "verse"])
+    folder = root / "adapters"
     good = adapter.load_adapter_folder(folder / "noir")
-    data = good.manifest.data.model_copy(update={"name": EVIL, "source": EVIL, "where": [EVIL]})
-    (folder / "wicked").mkdir()
+    data = good.manifest.data.model_copy(update={"name": HOSTILE, "source": HOSTILE, "where": [HOSTILE]})
+    (folder / "xss").mkdir()
     for name in (adapter.WEIGHTS_FILE, adapter.CONFIG_FILE):
-        (folder / "wicked" / name).write_bytes((folder / "noir" / name).read_bytes())
-    manifest = good.manifest.model_copy(update={"data": data, "created": EVIL, "made_by": EVIL})
-    (folder / "wicked" / adapter.MANIFEST_FILE).write_text(manifest.to_json())
-    (folder / "wicked" / adapter.CARD_FILE).write_text(f"# {EVIL}\n![x](http://elsewhere.example/y.png)")
-    (folder / "wicked" / adapter.METRICS_FILE).write_text(json.dumps({"step": EVIL, "loss": EVIL}) + "\n")
-    adapter_files.write(folder / "broken", {"peft_type": EVIL})
+        (folder / "xss" / name).write_bytes((folder / "noir" / name).read_bytes())
+    manifest = good.manifest.model_copy(update={"data": data, "created": HOSTILE, "made_by": HOSTILE})
+    (folder / "xss" / adapter.MANIFEST_FILE).write_text(manifest.to_json())
+    (folder / "xss" / adapter.CARD_FILE).write_text(f"# {HOSTILE}\n![x](http://elsewhere.example/y.png)")
+    (folder / "xss" / adapter.METRICS_FILE).write_text(json.dumps({"step": HOSTILE, "loss": HOSTILE}) + "\n")
+    adapter_files.write(folder / "broken", {"peft_type": HOSTILE})
     return folder
 
 
 @pytest.fixture(autouse=True)
-def _cache(adapters, monkeypatch):
+def _training_cache(adapters, monkeypatch):
     monkeypatch.setenv("LORA_TUNER_CACHE", str(adapters.parent / "cache"))
 
 
@@ -96,125 +103,133 @@ def served(gpt2, adapters):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Debian's chromium or, where that is not there, Playwright's own. Where tests must run, so must it."""
+    """Debian's chromium, else Playwright's own. CI requires one of them."""
     with sync_playwright() as playwright:
         try:
-            found = playwright.chromium.launch(executable_path=DEBIAN if DEBIAN.exists() else None, args=QUIETLY)
+            browser = playwright.chromium.launch(
+                executable_path=CHROMIUM if CHROMIUM.exists() else None, args=BROWSER_OPTIONS
+            )
         except Error:
             if os.environ.get("CI"):
                 raise
             pytest.skip("there is no browser: `apt install chromium`, or `playwright install chromium`")
-        yield found
-        found.close()
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="module")
 def context(browser, served):
-    """One for all, which keeps the scripts of the page."""
+    """One context for all tests, which caches the scripts of the page."""
     return browser.new_context(base_url=served.url)
 
 
 @pytest.fixture
 def visit(context, served):
-    """Opens the page; in the end nobody may have complained, and nobody else may have been asked."""
-    address = served.url
-    pages, complaints = [], []
+    """Return a function that opens the page. Fails on console errors and on requests to other hosts."""
+    pages, problems = [], []
 
     def watch(request):
-        if not request.url.startswith((f"{address}/", "data:")):
-            complaints.append(f"asked {request.url}")
+        if not request.url.startswith((f"{served.url}/", "data:")):
+            problems.append(f"requested {request.url}")
 
     def failed(request):
-        if request.failure != "net::ERR_ABORTED":  # what the page itself has left
-            complaints.append(f"{request.url}: {request.failure}")
+        if request.failure != "net::ERR_ABORTED":  # left by the page itself
+            problems.append(f"{request.url}: {request.failure}")
 
     def load():
         page = new_page(context)
         pages.append(page)
-        page.on("console", lambda it: complaints.append(it.text) if it.type in ("error", "warning") else None)
-        page.on("pageerror", lambda it: complaints.append(str(it)))
+        page.on(
+            "console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None
+        )
+        page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", watch)
         page.on("requestfailed", failed)
-        page.on("response", lambda it: complaints.append(f"{it.url}: {it.status}") if it.status >= 400 else None)
-        with asking(page):
+        page.on(
+            "response",
+            lambda response: problems.append(f"{response.url}: {response.status}") if response.status >= 400 else None,
+        )
+        with waiting_for_events(page):
             page.goto("/")
         return page
 
     yield load
     for page in pages:
         page.close()
-    assert complaints == []
+    assert problems == []
 
 
 def new_page(context, **options):
     page = context.new_page(**options)
     page.set_default_timeout(10_000)
-    page.asked = set()
-    page.on("request", lambda it: page.asked.add(it) if "/queue/" in it.url else None)
+    page.pending = set()
+    page.on("request", lambda request: page.pending.add(request) if "/queue/" in request.url else None)
     for ended in ("requestfinished", "requestfailed"):
-        page.on(ended, lambda it: page.asked.discard(it))
+        page.on(ended, lambda request: page.pending.discard(request))
     return page
 
 
-def rest(page):
-    """Until the stream of answers has closed: Gradio's script loses what is asked while it closes. Now and then it stays open."""
+def wait_for_stream_end(page):
+    """Wait at most 2 seconds until the event stream has closed: Gradio loses events sent while it closes."""
     quiet, deadline = 0, time.monotonic() + 2
     while quiet < 3 and time.monotonic() < deadline:
         page.wait_for_timeout(10)
-        quiet = 0 if page.asked else quiet + 1
+        quiet = 0 if page.pending else quiet + 1
 
 
 @contextlib.contextmanager
-def asking(page):
-    """Within it the page asks for something, by the end it has it."""
+def waiting_for_events(page):
+    """Wait for the response to an event that the block triggers."""
     with page.expect_response("**/queue/join*"):
         yield
-    rest(page)
+    wait_for_stream_end(page)
 
 
-def tab(page, name):
-    with asking(page) if name == "Library" else contextlib.nullcontext():
+def open_tab(page, name):
+    with waiting_for_events(page) if name == "Library" else contextlib.nullcontext():
         page.get_by_role("tab", name=name).click()
 
 
 def prompt_of(page):
-    """That of the tab which is open."""
+    """Return the prompt field of the open tab."""
     return page.get_by_label("Prompt").locator("visible=true")
 
 
 def watch_text(page):
-    """What stands in the answers from now on, each time that it changes."""
+    """Record the text of the outputs from now on, at each change."""
     page.evaluate(
         """() => { window.seen = []; new MutationObserver(() => {
-            const it = [...document.querySelectorAll(".answers")].find(it => it.offsetParent);
-            if (it) window.seen.push(it.textContent);
+            const outputs = [...document.querySelectorAll(".answers")].find(div => div.offsetParent);
+            if (outputs) window.seen.push(outputs.textContent);
         }).observe(document.body, {subtree: true, childList: true, characterData: true}) }"""
     )
 
 
-def settle(page):
-    """Until all is written."""
+def wait_for_outputs(page):
+    """Wait until all outputs are complete."""
     expect(page.locator(".answers:visible")).to_have_attribute("aria-busy", "false")
-    rest(page)
+    wait_for_stream_end(page)
 
 
-def answers(page):
-    """What stands in the columns, by the names above them, the prompt left out."""
+def outputs(page):
+    """Return the outputs by title, without the prompt."""
     page.wait_for_function("document.querySelector('.answers') !== null")
-    found = page.locator(".answers:visible article").evaluate_all(
-        """all => all.map(it => [it.querySelector('h2').textContent, it.querySelector('.text').lastChild.textContent])"""
+    columns = page.locator(".answers:visible article").evaluate_all(
+        """articles => articles.map(article => [
+            article.querySelector('h2').textContent, article.querySelector('.text').lastChild.textContent
+        ])"""
     )
-    return {name: plain(text) for name, text in found}
+    return {title: printable(text) for title, text in columns}
 
 
-def plain(text):
-    """Without what a page shows otherwise than as it is."""
+def printable(text):
+    """Remove characters that a page does not show as they are."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\ufffd]", "", text)
 
 
 def open_settings(page):
-    """What is typed while a part of the page is still being built, is lost."""
-    page.get_by_role("button", name="How the text is drawn").click()
+    """Open the settings and wait: input typed while they are being built is lost."""
+    page.get_by_role("button", name="Sampling settings").click()
     expect(page.get_by_label("Top p")).to_have_value("0.95")
     page.wait_for_timeout(300)
 
@@ -231,45 +246,46 @@ def generator(gpt2, adapters):
     return Generator(adapters_dir=adapters, options=ModelOptions(base=str(gpt2), device="cpu"))
 
 
-def test_base_and_adapters_answer_side_by_side_as_they_would_alone(visit, generator):
+def test_generate_tab_equals_generate_batch(visit, generator):
     page = visit()
     prompt_of(page).fill(PROMPT)
     set_greedy(page, 60)
     watch_text(page)
-    page.get_by_role("button", name="Write").click()
-    settle(page)
+    page.get_by_role("button", name="Generate").click()
+    wait_for_outputs(page)
     expected = generator.generate_batch(
         [(PROMPT, None), (PROMPT, "noir"), (PROMPT, "verse")], SamplingParams(greedy=True, max_new_tokens=60)
     )
     names = ["gpt2", "noir", "verse"]
-    assert answers(page) == {name: plain(it.text) for name, it in zip(names, expected, strict=True)}
+    texts = [printable(output.text) for output in expected]
+    assert outputs(page) == dict(zip(names, texts, strict=True))
     lengths = [len(text) for text in page.evaluate("window.seen")]
     assert lengths == sorted(lengths)
-    assert len(set(lengths)) > 3, "the text does not come bit by bit"
+    assert len(set(lengths)) > 3, "the text is not streamed"
 
 
-def test_enter_writes_and_the_seed_that_is_said_writes_the_same_again(visit):
+def test_enter_generates_and_seed_repeats(visit):
     page = visit()
     prompt_of(page).fill(PROMPT)
     prompt_of(page).press("Enter")
-    settle(page)
-    first = answers(page)
+    wait_for_outputs(page)
+    first = outputs(page)
     seed = re.search(r"Seed (\d+)", page.locator(".note:visible").inner_text())[1]
     open_settings(page)
     page.get_by_label("Seed").fill(seed)
-    page.get_by_role("button", name="Write").click()
+    page.get_by_role("button", name="Generate").click()
     page.wait_for_timeout(300)
-    settle(page)
-    assert answers(page) == first
+    wait_for_outputs(page)
+    assert outputs(page) == first
     page.get_by_label("Seed").fill("7")
     page.get_by_label("Temperature").fill("0.1")
-    page.get_by_role("button", name="Write").click()
+    page.get_by_role("button", name="Generate").click()
     expect(page.locator(".note:visible")).to_contain_text("Seed 7")
-    settle(page)
-    assert answers(page) != first
+    wait_for_outputs(page)
+    assert outputs(page) != first
 
 
-def test_settings_have_the_defaults_of_the_command_line(visit):
+def test_settings_have_cli_defaults(visit):
     page = visit()
     open_settings(page)
     for name, value in {"Temperature": "0.8", "Top p": "0.95", "Top k": "50", "Repetition penalty": "1.1"}.items():
@@ -281,10 +297,10 @@ def test_settings_have_the_defaults_of_the_command_line(visit):
     expect(page.get_by_label("Temperature")).to_be_enabled()
 
 
-def test_what_cannot_be_written_is_said_in_a_line(visit, served, monkeypatch):
+def test_invalid_settings_show_one_line(visit, served, monkeypatch):
     page = visit()
     prompt_of(page).fill("word " * 300)
-    page.get_by_role("button", name="Write").click()
+    page.get_by_role("button", name="Generate").click()
     expect(page.get_by_role("alert")).to_contain_text("looks back on 128: cut it.")
     prompt_of(page).fill(PROMPT)
     open_settings(page)
@@ -292,45 +308,45 @@ def test_what_cannot_be_written_is_said_in_a_line(visit, served, monkeypatch):
         ("Top p", "0", "1", "top_p: input should be greater than 0 (got 0)"),
         ("Temperature", "11", "1", "temperature: input should be less than or equal to 10 (got 11)"),
         ("Top k", "1.5", "1", "top_k: input should be a valid integer, got a number with a fractional part (got 1.5)"),
-        ("Max new tokens", "501", "5", "max_new_tokens: this server writes 500 at the most."),
+        ("Max new tokens", "501", "5", "max_new_tokens: the limit of this server is 500."),
     ):
         page.get_by_label(label).fill(wrong)
-        page.get_by_role("button", name="Write").click()
+        page.get_by_role("button", name="Generate").click()
         expect(page.get_by_role("alert")).to_have_text(line)
         page.get_by_label(label).fill(right)
 
-    def busy(job):
-        raise QueueFullError("9 answers are waiting already: try again in 3 seconds.", 3)
+    def reject(request):
+        raise QueueFullError("The queue is full.", 3)
 
-    monkeypatch.setattr(served.worker, "submit", busy)
-    page.get_by_role("button", name="Write").click()
-    expect(page.get_by_role("alert")).to_have_text(["9 answers are waiting already: try again in 3 seconds."] * 3)
+    monkeypatch.setattr(served.scheduler, "submit", reject)
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_role("alert")).to_have_text(["The queue is full."] * 3)
 
 
-def test_who_stops_or_leaves_is_not_written_for_any_more(visit, served):
+def test_stop_or_leave_cancels_generation(visit, served):
     page = visit()
-    with served.braked(pause=0.05):  # as a large model writes
+    with served.held_steps(pause=0.05):  # like a large model
         for leave in (lambda: page.get_by_role("button", name="Stop").click(), page.close):
-            page.get_by_role("button", name="Write").click()
+            page.get_by_role("button", name="Generate").click()
             expect(page.locator("[aria-busy=true] .writing .facts").first).to_have_text(re.compile("[1-9]\\d* tokens"))
-            assert not served.worker.idle
+            assert not served.scheduler.idle
             leave()
-            served.wait(lambda: served.worker.idle)
+            served.wait(lambda: served.scheduler.idle)
             if not page.is_closed():
-                settle(page)
+                wait_for_outputs(page)
                 assert int(page.locator(".facts").first.inner_text().split()[0]) < 120
         served.wait(lambda: served.app.state.metrics.streams == 0)
 
 
-def written(generator, prompt, *parts):
-    """What the weighted sum of adapters writes, greedily."""
-    loaded = blend_loaded([(weight, generator.find(name)[1]) for name, weight in parts])
+def blend_text(generator, prompt, *parts):
+    """Return the greedy output of a weighted sum of adapters."""
+    loaded = blend_loaded([(weight, generator.get_or_load(name)[1]) for name, weight in parts])
     sampling = SamplingParams(greedy=True, max_new_tokens=BLEND_TOKENS)
-    row = Sequence(generator.base, generator.encode_prompt(prompt).token_ids, sampling, lora=loaded)
-    generator.engine.join([row])
-    while generator.engine.rows:
+    sequence = Sequence(generator.base, generator.encode_prompt(prompt).token_ids, sampling, lora=loaded)
+    generator.engine.add([sequence])
+    while generator.engine.sequences:
         generator.engine.step()
-    return plain(row.settled_text)
+    return printable(sequence.settled_text)
 
 
 def choose(page, label, name):
@@ -338,9 +354,9 @@ def choose(page, label, name):
     page.get_by_role("option", name=name).click()
 
 
-def test_the_text_follows_the_slider(visit, generator, served):
+def test_blend_follows_slider(visit, generator, served):
     page = visit()
-    tab(page, "Blend")
+    open_tab(page, "Blend")
     expect(page.get_by_role("combobox", name="First adapter")).to_have_value("noir")
     expect(page.get_by_role("combobox", name="Second adapter")).to_have_value("verse")
     prompt_of(page).fill(PROMPT)
@@ -350,33 +366,33 @@ def test_the_text_follows_the_slider(visit, generator, served):
         slider.press(key)
         title = f"{round(1 - share, 2):g} noir + {share:g} verse"
         expect(page.locator(".answers h2:visible")).to_have_text(title)
-        settle(page)
-        text = written(generator, PROMPT, ("noir", 1 - share), ("verse", share))
-        assert answers(page) == {title: text}
+        wait_for_outputs(page)
+        text = blend_text(generator, PROMPT, ("noir", 1 - share), ("verse", share))
+        assert outputs(page) == {title: text}
         seen.add(text)
     alone = [
         generator.generate_batch([(PROMPT, name)], SamplingParams(greedy=True, max_new_tokens=BLEND_TOKENS))[0].text
         for name in ("noir", "verse")
     ]
-    assert {plain(text) for text in alone} <= seen
+    assert {printable(text) for text in alone} <= seen
     expect(page.locator(".command")).to_have_text("python cli.py blend noir=0.05 verse=0.95 --name NAME")
-    # While one is written the slider goes on: there is always something to see, and in the end what belongs to its place.
+    # During generation the slider moves on: outputs keep appearing, and the last one fits its position.
     watch_text(page)
-    with served.braked(pause=0.02):
+    with served.held_steps(pause=0.02):
         for _ in range(12):
             slider.press("ArrowLeft")
             page.wait_for_timeout(60)
         expect(page.locator(".answers h2:visible")).to_have_text("0.65 noir + 0.35 verse")
-        settle(page)
-    assert answers(page) == {"0.65 noir + 0.35 verse": written(generator, PROMPT, ("noir", 0.65), ("verse", 0.35))}
-    assert len(set(page.evaluate("window.seen.map(it => it.split('verse')[0])"))) > 4
-    served.wait(lambda: served.worker.idle)
-    expect(page.locator("input[type=number]:visible")).to_have_count(0)  # what is typed there could be out of bounds
+        wait_for_outputs(page)
+    assert outputs(page) == {"0.65 noir + 0.35 verse": blend_text(generator, PROMPT, ("noir", 0.65), ("verse", 0.35))}
+    assert len(set(page.evaluate("window.seen.map(text => text.split('verse')[0])"))) > 4
+    served.wait(lambda: served.scheduler.idle)
+    expect(page.locator("input[type=number]:visible")).to_have_count(0)  # a typed number could be out of bounds
 
 
-def test_the_library_shows_each_adapter_and_its_card(visit, adapters):
+def test_library_shows_adapters_and_cards(visit, adapters):
     page = visit()
-    tab(page, "Library")
+    open_tab(page, "Library")
     rows = page.get_by_role("row")
     expect(rows).to_have_count(5)
     assert rows.nth(0).inner_text().split("\t") == [
@@ -387,7 +403,7 @@ def test_the_library_shows_each_adapter_and_its_card(visit, adapters):
         "size",
         "data",
         "rows",
-        "made",
+        "created",
     ]
     noir = adapter.load_adapter_folder(adapters / "noir").manifest
     cells = rows.nth(2).get_by_role("cell").all_inner_texts()
@@ -398,39 +414,39 @@ def test_the_library_shows_each_adapter_and_its_card(visit, adapters):
     page.get_by_role("button", name="noir").click()
     card = page.locator(".card")
     expect(card.get_by_role("heading")).to_have_text("noir")
-    expect(card).to_contain_text(f"{noir.result.loss:.4f} nats a token; the base has {noir.result.base_loss:.4f}")
-    for name in ("Loss over the steps", "Spectrum: what share"):
+    expect(card).to_contain_text(f"{noir.result.loss:.4f} nats per token (base: {noir.result.base_loss:.4f})")
+    for name in ("Loss by training step", "Spectrum: share of"):
         picture = card.get_by_role("img", name=name)
-        assert picture.evaluate("it => it.naturalWidth") == 840
+        assert picture.evaluate("image => image.naturalWidth") == 840
     card.get_by_text("Model card").click()
     assert card.locator("pre").text_content() == (adapters / "noir" / adapter.CARD_FILE).read_text()
     page.get_by_role("button", name="broken").click()
-    expect(page.get_by_role("alert")).to_contain_text("broken does not answer.")
+    expect(page.get_by_role("alert")).to_contain_text("broken cannot be used.")
 
 
-def test_new_adapters_appear(visit, adapters):
+def test_library_changes_appear(visit, adapters):
     page = visit()
     (adapters / "later").symlink_to(adapters / "noir")
     try:
-        tab(page, "Library")
+        open_tab(page, "Library")
         page.get_by_role("button", name="later").wait_for()
-        tab(page, "Blend")
+        open_tab(page, "Blend")
         choose(page, "First adapter", "later")
         expect(page.locator(".answers h2:visible")).to_have_text("0.5 later + 0.5 verse")
-        settle(page)
+        wait_for_outputs(page)
     finally:
         (adapters / "later").unlink()
     page.get_by_role("combobox", name="Second adapter").press("Tab")
     page.locator("input[type=range]:visible").press("ArrowRight")
     expect(page.get_by_role("alert")).to_contain_text("There is no model 'later'")
-    tab(page, "Library")
+    open_tab(page, "Library")
     page.get_by_role("button", name="Refresh").click()
     expect(page.get_by_role("button", name="later")).to_have_count(0)
 
 
-def test_a_card_without_a_picture_says_why(visit, adapters, tmp_path):
-    """And a link in place of a card is not followed: it might lead to any file."""
-    (tmp_path / "secret").write_text("nobody's business")
+def test_card_without_plots_gives_reasons(visit, adapters, tmp_path):
+    """A symlink in place of the card is not followed."""
+    (tmp_path / "secret").write_text("a secret")
     weights = load_file(adapters / "noir" / adapter.WEIGHTS_FILE)
     for name, tensor in list(weights.items()):
         if name.endswith("lora_B.weight"):
@@ -440,83 +456,85 @@ def test_a_card_without_a_picture_says_why(visit, adapters, tmp_path):
     (folder / adapter.CARD_FILE).symlink_to(tmp_path / "secret")
     try:
         page = visit()
-        tab(page, "Library")
+        open_tab(page, "Library")
         page.get_by_role("button", name="rescaled").click()
         card = page.locator(".card")
         expect(card.locator("figcaption")).to_have_text(
             [
-                "No loss curve: it comes from no training run of this tool.",
+                "No loss curve: this adapter was not trained by lora_tuner.",
                 re.compile("^rescaled is a DoRA adapter, .*: merge it instead.$"),
             ]
         )
         assert card.locator("img").count() == 0
-        assert card.locator("pre").text_content() == "It has none."
+        assert card.locator("pre").text_content() == "This adapter has no model card."
     finally:
         shutil.rmtree(folder)
 
 
-def test_a_strangers_words_are_words(visit):
+def test_hostile_text_is_escaped(visit):
     page = visit()
-    tab(page, "Library")
-    page.get_by_role("button", name="wicked").click()
+    open_tab(page, "Library")
+    page.get_by_role("button", name="xss").click()
     card = page.locator(".card")
-    expect(card).to_contain_text(EVIL[:60])
+    expect(card).to_contain_text(HOSTILE[:60])
     expect(card).to_contain_text("has no loss curve: could not convert string to float: '<img")
     card.get_by_text("Model card").click()
     expect(card.locator("pre")).to_contain_text("![x](http://elsewhere.example/y.png)")
-    tab(page, "Write")
-    prompt_of(page).fill(EVIL)
+    open_tab(page, "Generate")
+    prompt_of(page).fill(HOSTILE)
     set_greedy(page, 5)
-    page.get_by_role("button", name="Write").click()
-    settle(page)
-    expect(page.locator(".prompt").first).to_have_text(EVIL)
+    page.get_by_role("button", name="Generate").click()
+    wait_for_outputs(page)
+    expect(page.locator(".prompt").first).to_have_text(HOSTILE)
     assert page.locator("img[src*=elsewhere], .card script, .answers script").count() == 0
     assert page.evaluate("window.run") is None
 
 
-def test_gains_are_a_heat_map_of_what_evaluate_measures(visit, adapters, served, monkeypatch):
+def test_heat_map_equals_evaluate(visit, adapters, served, monkeypatch):
     encode, tokenizers = evaluation.encode_held_out, []
     monkeypatch.setattr(
         evaluation, "encode_held_out", lambda base, texts: (tokenizers.append(base.tokenizer), encode(base, texts))[1]
     )
     page = visit()
-    tab(page, "Gains")
-    page.get_by_label("Rows").fill("4")  # not measured yet
-    page.get_by_role("button", name="Measure").click()
+    open_tab(page, "Evaluate")
+    page.get_by_label("Rows").fill("4")  # not cached
+    page.get_by_role("button", name="Evaluate").click()
     table = page.get_by_role("table", name=re.compile("^Gain over"))
     table.wait_for()
     assert tokenizers
-    assert not any(it is served.desk.base.tokenizer for it in tokenizers)  # others write with that meanwhile
+    assert not any(
+        tokenizer is served.service.base.tokenizer for tokenizer in tokenizers
+    )  # the service uses that one meanwhile
     matrix = evaluate(
         [Library(adapters).get(name) for name in ("noir", "verse")], eval_rows=4, options=ModelOptions(device="cpu")
     )
     shown = table.locator("tbody tr").evaluate_all(
-        "all => all.map(row => [...row.cells].map(cell => cell.textContent))"
+        "rows => rows.map(row => [...row.cells].map(cell => cell.textContent))"
     )
     assert shown == [
         [name, *(f"{cell.gain:+.3f}± {cell.standard_error:.3f}" for cell in line)]
         for name, line in zip(matrix.adapters, matrix.cells, strict=True)
     ]
-    best = max((cell.gain, place) for place, cell in enumerate(matrix.cells[0] + matrix.cells[1]))[1]
+    largest = max((cell.gain, index) for index, cell in enumerate(matrix.cells[0] + matrix.cells[1]))[1]
     shares = table.locator("td[style]").evaluate_all(
-        "all => all.map(it => it.style.getPropertyValue('--share').trim())"
+        "cells => cells.map(cell => cell.style.getPropertyValue('--share').trim())"
     )
-    assert shares[best] == "100%"
+    assert shares[largest] == "100%"
 
 
-def test_what_cannot_be_measured_is_said(visit):
+def test_invalid_evaluation_shows_error(visit):
     page = visit()
-    tab(page, "Gains")
+    open_tab(page, "Evaluate")
     page.get_by_label("Rows").fill("some")
-    page.get_by_role("button", name="Measure").click()
+    page.get_by_role("button", name="Evaluate").click()
     expect(page.get_by_role("alert")).to_contain_text("eval_rows: input should be a valid integer")
     for key in ("Backspace", "Backspace", "Tab"):
         page.get_by_role("combobox", name="Adapters").press(key)
-    page.get_by_role("button", name="Measure").click()
-    expect(page.get_by_role("alert")).to_have_text("Choose adapters: there is nothing to measure yet.")
+    page.get_by_role("button", name="Evaluate").click()
+    expect(page.get_by_role("alert")).to_have_text("Choose at least one adapter to evaluate.")
 
 
-def test_who_stops_or_leaves_is_not_measured_for_any_more(visit, served, monkeypatch):
+def test_stop_or_leave_cancels_evaluation(visit, served, monkeypatch):
     end, ended = time.monotonic() + 30, []
     evaluate_on = evaluation.evaluate_on
 
@@ -534,10 +552,10 @@ def test_who_stops_or_leaves_is_not_measured_for_any_more(visit, served, monkeyp
     monkeypatch.setattr(evaluation, "_length_batches", endless)
     monkeypatch.setattr(evaluation, "evaluate_on", watched)
     page = visit()
-    tab(page, "Gains")
-    page.get_by_label("Rows").fill("3")  # not measured yet
+    open_tab(page, "Evaluate")
+    page.get_by_label("Rows").fill("3")  # not cached
     for count, leave in enumerate((lambda: page.get_by_role("button", name="Stop").click(), page.close), 1):
-        page.get_by_role("button", name="Measure").click()
+        page.get_by_role("button", name="Evaluate").click()
         page.locator("[aria-busy=true] progress").wait_for()
         assert len(ended) < count
         leave()
@@ -548,13 +566,16 @@ def test_who_stops_or_leaves_is_not_measured_for_any_more(visit, served, monkeyp
 
 def focused(page):
     return page.evaluate(
-        """() => { const it = document.activeElement; return (it.getAttribute('aria-label')
-            || (it.labels && it.labels[0] && it.labels[0].innerText) || it.innerText || it.tagName).trim().split('\\n')[0] }"""
+        """() => {
+            const element = document.activeElement, label = element.labels && element.labels[0];
+            const name = element.getAttribute('aria-label') || (label && label.innerText);
+            return (name || element.innerText || element.tagName).trim().split('\\n')[0];
+        }"""
     )
 
 
-def walk(page, until):
-    """Press Tab until that has the focus; what was passed."""
+def tab_to(page, until):
+    """Press Tab until that control has the focus. Return the names of those on the way."""
     passed = []
     while not passed or not passed[-1].startswith(until):
         page.keyboard.press("Tab")
@@ -563,88 +584,88 @@ def walk(page, until):
     return passed
 
 
-def test_a_keyboard_is_enough(visit):
+def test_page_works_by_keyboard(visit):
     page = visit()
-    assert walk(page, "Prompt")[0] == "Write"  # the tab
+    assert tab_to(page, "Prompt")[0] == "Generate"  # the tab
     page.keyboard.type(PROMPT)
     page.keyboard.press("Enter")
-    settle(page)
-    passed = walk(page, "Stop")
-    expected = ["Adapters", "How the text is drawn", "Write", "Stop"]
+    wait_for_outputs(page)
+    passed = tab_to(page, "Stop")
+    expected = ["Adapters", "Sampling settings", "Generate", "Stop"]
     assert [name for name in passed if name in expected] == expected
     first = page.locator(".note:visible").inner_text()  # with its seed
     page.keyboard.press("Shift+Tab")
     page.keyboard.press("Enter")
     expect(page.locator(".note:visible")).not_to_have_text(first)
-    settle(page)
+    wait_for_outputs(page)
     page.get_by_role("tab", name="Library").focus()
     page.keyboard.press("Enter")
     page.get_by_role("button", name="noir").wait_for()
-    rest(page)
-    walk(page, "noir")
+    wait_for_stream_end(page)
+    tab_to(page, "noir")
     page.keyboard.press("Enter")
     expect(page.locator(".card h2")).to_have_text("noir")
-    walk(page, "Model card")
+    tab_to(page, "Model card")
     page.keyboard.press("Enter")
     expect(page.locator(".card pre")).to_be_visible()
 
 
 def test_every_control_has_a_name(visit):
     page = visit()
-    for name in ("Write", "Blend", "Library", "Gains"):
-        tab(page, name)
+    for name in ("Generate", "Blend", "Library", "Evaluate"):
+        open_tab(page, name)
         nameless = page.locator("button:visible, input:visible, textarea:visible, select:visible").evaluate_all(
-            """all => all.filter(it => !(it.getAttribute('aria-label') || it.title || it.innerText.trim()
-                || (it.labels && it.labels.length && it.labels[0].innerText.trim()))).map(it => it.outerHTML)"""
+            """controls => controls.filter(control => !(control.getAttribute('aria-label') || control.title
+                || control.innerText.trim() || (control.labels && control.labels.length
+                && control.labels[0].innerText.trim()))).map(control => control.outerHTML)"""
         )
         assert nameless == []
 
 
-def everything(page):
-    """Each tab in turn, with something in it."""
+def fill_tabs(page):
+    """Fill each tab in turn, and yield its name."""
     prompt_of(page).fill(f"{PROMPT} {'x' * 60}")
     open_settings(page)
-    page.get_by_role("button", name="Write").click()
-    settle(page)
-    yield "write"
-    tab(page, "Blend")
-    settle(page)
+    page.get_by_role("button", name="Generate").click()
+    wait_for_outputs(page)
+    yield "generate"
+    open_tab(page, "Blend")
+    wait_for_outputs(page)
     yield "blend"
-    tab(page, "Library")
+    open_tab(page, "Library")
     page.get_by_role("button", name="noir").click()
     page.get_by_text("Model card").click()
     yield "library"
-    tab(page, "Gains")
-    page.get_by_role("button", name="Measure").click()
+    open_tab(page, "Evaluate")
+    page.get_by_role("button", name="Evaluate").click()
     page.get_by_role("table", name=re.compile("^Gain over")).wait_for()
-    yield "gains"
+    yield "evaluate"
 
 
-def test_it_fits_a_phone_and_text_stands_out_in_light_and_dark(visit):
-    """By the ratio of WCAG 2, section 1.4.3."""
+def test_page_fits_phone_with_enough_contrast(visit):
+    """Contrast ratio of WCAG 2, section 1.4.3."""
     page = visit()
-    wide = page.viewport_size
-    for name in everything(page):
+    desktop_size = page.viewport_size
+    for name in fill_tabs(page):
         page.set_viewport_size({"width": 375, "height": 740})
         assert page.evaluate("document.documentElement.scrollWidth") <= 375, name
-        page.set_viewport_size(wide)
+        page.set_viewport_size(desktop_size)
         for scheme in ("dark", "light"):
             page.emulate_media(color_scheme=scheme)
             page.wait_for_function("name => document.body.classList.contains('dark') == (name == 'dark')", arg=scheme)
-            ratios = page.evaluate(CONTRASTS)
-            assert (page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)") == (
-                scheme == "light"
-            )
+            ratios = page.evaluate(CONTRAST_SCRIPT)
+            background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert (background == "rgb(255, 255, 255)") == (scheme == "light")
             assert ratios
             assert min(ratio for ratio, _ in ratios) >= 4.5, (name, scheme, min(ratios))
 
 
-# What is asked of the server beside the page
+# HTTP requests
 
 
-def test_what_the_page_does_not_need_is_not_there(served):
-    address = served.url
-    with httpx.Client(base_url=address) as client:
+def test_unused_gradio_routes_give_404(served):
+    url = served.url
+    with httpx.Client(base_url=url) as client:
         for path in (
             "upload",
             "file=/etc/passwd",
@@ -677,41 +698,42 @@ def test_what_the_page_does_not_need_is_not_there(served):
         assert client.get("/health").status_code == 200
 
 
-def test_the_page_names_no_other_host_and_lets_browsers_ask_none(served):
-    address = served.url
-    found = httpx.get(address, headers={"Origin": "http://elsewhere.example", "Accept-Encoding": "br"})
-    assert found.status_code == 200
-    assert set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+[\w./-]*", found.text)) <= {address.rpartition(":")[0]}
-    assert "default-src 'self'" in found.headers["content-security-policy"]
-    assert not [name for name in found.headers if name.startswith("access-control")]
-    assert httpx.head(address).status_code == 200
+def test_page_names_no_other_host(served):
+    url = served.url
+    response = httpx.get(url, headers={"Origin": "http://elsewhere.example", "Accept-Encoding": "br"})
+    assert response.status_code == 200
+    assert set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+[\w./-]*", response.text)) <= {url.rpartition(":")[0]}
+    assert "default-src 'self'" in response.headers["content-security-policy"]
+    assert not [name for name in response.headers if name.startswith("access-control")]
+    assert httpx.head(url).status_code == 200
 
 
-def test_what_the_page_writes_is_counted_and_logged(served, caplog):
-    """And who leaves, is seen as one that did."""
+def test_page_outputs_are_counted_and_logged(served, caplog):
+    """A visitor who leaves is logged as incomplete."""
     caplog.set_level(logging.INFO, "lora_tuner.server")
-    metrics = Metrics(served.desk)
-    page = Page(served.desk, metrics)
+    metrics = Metrics(served.service)
+    page = Page(served.service, metrics)
 
-    async def look(frames, at_most):
-        async with contextlib.aclosing(frames):
-            async for _ in frames:
-                if not (at_most := at_most - 1):
+    async def consume(updates, count):
+        async with contextlib.aclosing(updates):
+            async for _ in updates:
+                count -= 1
+                if not count:
                     break
 
     settings = [5, 0.8, 0.95, 50, 1.1, "", False]
-    with ThreadPoolExecutor(1) as pool:  # Playwright has a loop in this thread
-        pool.submit(asyncio.run, look(page.write(PROMPT, ["noir", "verse"], *settings), 1000)).result()
-        pool.submit(asyncio.run, look(page.blend(PROMPT, "noir", "verse", 0.5, _SliderState()), 1000)).result()
-        with served.braked():
-            pool.submit(asyncio.run, look(page.write(PROMPT, [], *settings), 1)).result()
+    with ThreadPoolExecutor(1) as pool:  # Playwright runs an event loop in this thread
+        pool.submit(asyncio.run, consume(page.generate(PROMPT, ["noir", "verse"], *settings), 1000)).result()
+        pool.submit(asyncio.run, consume(page.blend(PROMPT, "noir", "verse", 0.5, _SliderState()), 1000)).result()
+        with served.held_steps():
+            pool.submit(asyncio.run, consume(page.generate(PROMPT, [], *settings), 1)).result()
     text = metrics.text().decode()
     for model, count in (("gpt2", 2), ("noir", 1), ("verse", 1), ("", 1)):
         assert f'lora_tuner_requests_total{{endpoint="page",model="{model}",status="200"}} {count}.0' in text
     assert 'lora_tuner_tokens_total{kind="completion",model="noir"} 5.0' in text
-    lines = [it.msg for it in caplog.records if it.name == "lora_tuner.server"]
-    assert {it["path"] for it in lines} == {"page"}
-    assert sorted((it["model"] or "", it["completion_tokens"], it["complete"]) for it in lines) == [
+    lines = [record.msg for record in caplog.records if record.name == "lora_tuner.server"]
+    assert {line["path"] for line in lines} == {"page"}
+    assert sorted((line["model"] or "", line["completion_tokens"], line["complete"]) for line in lines) == [
         ("", BLEND_TOKENS, True),
         ("gpt2", 0, False),
         ("gpt2", 5, True),
@@ -721,54 +743,54 @@ def test_what_the_page_writes_is_counted_and_logged(served, caplog):
     assert PROMPT not in str(lines)
 
 
-def test_gradio_keeps_no_accounts_that_grow(served, monkeypatch):
-    """It would go through all that has happened, after each thing that happens."""
-    queue = Page(served.desk, Metrics(served.desk)).blocks()._queue
+def test_gradio_computes_no_statistics(served, monkeypatch):
+    """It would go through all past events after each event."""
+    queue = Page(served.service, Metrics(served.service)).blocks()._queue
     monkeypatch.setattr(Queue, "_get_df", None)
     queue.events_recorded = 10_000
     assert queue.compute_analytics_summary([{"function": "write"}]) == {"functions": {}}
 
 
-def test_with_a_key_nobody_comes_in_without_it_and_at_the_end_the_page_gets_all(browser, gpt2, adapters):
+def test_page_requires_key_and_drains_on_shutdown(browser, gpt2, adapters):
     with serving(gpt2, adapters, page=True, api_key=KEY) as served:
-        address = served.url
+        url = served.url
         for path in ("/config", "/gradio_api/queue/data?session_hash=x"):
-            assert httpx.get(f"{address}{path}").status_code == 401
+            assert httpx.get(f"{url}{path}").status_code == 401
         for method, path in (
             ("GET", "startup-events"), ("GET", "app_id"), ("GET", "app_id/"), ("GET", "heartbeat/x"), ("POST", "cancel"),
             ("POST", "reset"),
         ):  # fmt: skip
             for cookies in ({}, {f"access-token{kind}": "x" for kind in ("", "-unsecure-", "-unsecure-x")}):
-                response = httpx.request(method, f"{address}/gradio_api/{path}", cookies=cookies, json={})
+                response = httpx.request(method, f"{url}/gradio_api/{path}", cookies=cookies, json={})
                 assert response.status_code == 401, path
         body = {"data": [], "fn_index": 0, "session_hash": "x"}
-        assert httpx.post(f"{address}/gradio_api/queue/join", json=body).status_code == 401
-        assert "noir" not in httpx.get(address).text
+        assert httpx.post(f"{url}/gradio_api/queue/join", json=body).status_code == 401
+        assert "noir" not in httpx.get(url).text
         page = new_page(browser)
-        page.goto(address)
+        page.goto(url)
         expect(page.get_by_text("the API key of this server as the password")).to_be_visible()
-        for password, then in (("wrong", page.expect_response("**/login")), (KEY, asking(page))):
+        for password, response in (("wrong", page.expect_response("**/login")), (KEY, waiting_for_events(page))):
             page.get_by_label("username").fill("anybody")
             page.get_by_label("password").fill(password)
-            with then:
+            with response:
                 page.get_by_role("button", name="Login").click()
-        with served.braked() as let:
-            let(5)
-            page.get_by_role("button", name="Write").click()
+        with served.held_steps() as release:
+            release(5)
+            page.get_by_role("button", name="Generate").click()
             expect(page.locator(".facts").first).to_have_text(re.compile("[1-9] tokens"))
             served.server.handle_exit(signal.SIGTERM, None)
-            served.wait(lambda: not served.worker.answers)
-            let(1000)
+            served.wait(lambda: not served.scheduler.accepting)
+            release(1000)
             served.wait(lambda: not served.thread.is_alive())
-        assert served.worker.idle
-        settle(page)
-        expect(page.locator(".facts")).to_have_text([re.compile("cut off|the end")] * 3)
+        assert served.scheduler.idle
+        wait_for_outputs(page)
+        expect(page.locator(".facts")).to_have_text([re.compile("cut off|finished")] * 3)
         page.close()
 
 
-@pytest.mark.skipif(not SCREENSHOT, reason="`make screenshot` takes the picture of the README")
-def test_a_picture_of_it(browser, monkeypatch):
-    """With the embedded base, and the adapters praise and pan of the library."""
+@pytest.mark.skipif(not SCREENSHOT, reason="`make screenshot` takes the screenshot of the README")
+def test_screenshot(browser, monkeypatch):
+    """Needs the embedded base, and the adapters praise and pan in the library."""
     monkeypatch.chdir(Path(__file__).parents[2])
     for name in ("LORA_TUNER_CACHE", "HF_HOME"):
         monkeypatch.delenv(name)
@@ -776,14 +798,14 @@ def test_a_picture_of_it(browser, monkeypatch):
             monkeypatch.setenv(name, ENVIRONMENT[name])
     with serving("smollm2-135m", "adapters", page=True) as served:
         page = new_page(browser, base_url=served.url, viewport={"width": 1200, "height": 800}, color_scheme="light")
-        with asking(page):
+        with waiting_for_events(page):
             page.goto("/")
         prompt_of(page).fill("This film")
         open_settings(page)
         page.get_by_label("Seed").fill("1")
         page.get_by_label("Max new tokens").fill("66")
-        page.get_by_role("button", name="How the text is drawn").click()
-        page.get_by_role("button", name="Write").click()
+        page.get_by_role("button", name="Sampling settings").click()
+        page.get_by_role("button", name="Generate").click()
         expect(page.locator(".answers")).to_have_attribute("aria-busy", "false", timeout=120_000)
         page.screenshot(path=SCREENSHOT)
         page.close()

@@ -30,7 +30,7 @@ GREEDY = {"prompt": PROMPT, "temperature": 0, "max_tokens": 20}
 
 
 @pytest.fixture
-def shelf(gpt2, tmp_path):
+def adapters_dir(gpt2, tmp_path):
     write_adapter(tmp_path / "adapters", "a", gpt2, 1)
     return tmp_path / "adapters"
 
@@ -41,49 +41,47 @@ def shelf(gpt2, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--host", "0.0.0.0"], "Error: --host 0.0.0.0: others can reach it there, so it needs --api-key, or"),
-        (["--host", "::"], "Error: --host ::: others can reach it there, so it needs --api-key, or LORA_TUNER_API_KEY."),
-        (["--host", "example.org"], "Error: --host example.org: others can reach it there"),
+        (["--host", "0.0.0.0"], "Error: --host 0.0.0.0 can be reached from other machines: set --api-key or LORA_TUNER_API_KEY.\n"),
+        (["--host", "::"], "Error: --host :: can be reached from other machines: set --api-key or LORA_TUNER_API_KEY.\n"),
+        (["--host", "example.org"], "Error: --host example.org can be reached from other machines: set"),
         (["--api-key", "short"], "Error: api_key: string should have at least 8 characters\n"),
-        (["--api-key", "with a space"], "Error: --api-key: it is sent in a header"),
+        (["--api-key", "with a space"], "Error: --api-key: use printable ASCII characters without spaces"),
         (["--port", "70000"], "Error: port: input should be less than or equal to 65535"),
         (["--adapter", "nothing"], "Error: There is no adapter 'nothing'"),
-        (["--adapter", "a", "--adapter", "adapters/a"], "Error: Two of these adapters are called a"),
+        (["--adapter", "a", "--adapter", "adapters/a"], "Error: Two of these adapters have the name a"),
         (["--host", "127.0.0.1", "--base", "nothing"], "Error: "),
     ],
 )  # fmt: skip
-def test_what_cannot_be_served_gets_a_line(shelf, arguments, message):
+def test_invalid_options_give_one_line(adapters_dir, arguments, message):
     port = [] if "--port" in arguments else ["--port", 0]
     result = run("serve", *port, *arguments, exit_code=1)
     assert result.stderr.splitlines(keepends=True)[-1].startswith(message)
 
 
-def test_a_port_that_is_taken_gets_a_line(gpt2, shelf):
+def test_port_in_use_gives_one_line(gpt2, adapters_dir):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         line = run("serve", "--port", port, "--base", gpt2, exit_code=1).stderr
-    expected = (
-        f"Error: 127.0.0.1, port {port}, is not to be had: Address already in use. Choose another --port, or 0 for any"
-    )
+    expected = f"Error: Cannot listen on 127.0.0.1, port {port}: Address already in use. Use another --port, or 0 for any free one."
     assert line.startswith(expected)
 
 
-def test_the_key_can_come_from_the_environment(shelf, monkeypatch):
+def test_api_key_comes_from_environment(adapters_dir, monkeypatch):
     monkeypatch.setenv("LORA_TUNER_API_KEY", "")
     assert "api_key: it is empty" in run("serve", exit_code=1).stderr
     monkeypatch.setenv("LORA_TUNER_API_KEY", "secret")
     assert "secret" not in run("serve", exit_code=1).stderr
-    given = []
-    monkeypatch.setattr(module, "serve", lambda adapters, settings, **_: given.append(settings.api_key))
+    keys = []
+    monkeypatch.setattr(module, "serve", lambda adapters, settings, **_: keys.append(settings.api_key))
     monkeypatch.setenv("LORA_TUNER_API_KEY", "from-the-environment")
     run("serve")
     run("serve", "--api-key", "from-the-line")
-    assert given == ["from-the-environment", "from-the-line"]
+    assert keys == ["from-the-environment", "from-the-line"]
 
 
-def test_what_is_not_installed_is_named(monkeypatch):
+def test_missing_serve_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lora_tuner.server.runner", None)
-    with pytest.raises(ModuleNotFoundError):  # ours, so it is not the extra
+    with pytest.raises(ModuleNotFoundError):  # of this package, so it is not the extra
         run("serve")
     monkeypatch.delitem(sys.modules, "lora_tuner.server.runner")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
@@ -91,69 +89,74 @@ def test_what_is_not_installed_is_named(monkeypatch):
     assert run("serve", exit_code=1).stderr == error
 
 
-# From settings to a server
+# Startup
 
 
 @pytest.fixture
 def started(monkeypatch):
-    """`serve` up to where it listens: what it says, and the desk that it has set up."""
-    desks, said = [], []
+    """Run `serve` until it would listen. Return its service and notices."""
+    services, events = [], []
 
     class Stopped(module._Server):
         def run(self, sockets):
-            desks.append(self.desk)
-            self.listening()
+            services.append(self.service)
+            self.on_listening()
 
     monkeypatch.setattr(module, "_Server", Stopped)
     monkeypatch.setattr(module, "_configure_logging", lambda: None)
-    monkeypatch.setattr(module, "mount", lambda app, desk, key: app)
+    monkeypatch.setattr(module, "mount", lambda app, service, key: app)
 
     def start(adapters=(), settings={}, adapters_dir=Path("adapters"), **options):  # noqa: B006 - it is only read
-        said.clear()
-        chosen = ModelOptions(**{"device": "cpu", "notify": said.append} | options)
+        events.clear()
+        chosen = ModelOptions(**{"device": "cpu", "notify": events.append} | options)
         serve(adapters, ServerConfig(port=0, **settings), options=chosen, adapters_dir=adapters_dir)
-        return desks[-1], [event.text for event in said if isinstance(event, Notice)]
+        return services[-1], [event.text for event in events if isinstance(event, Notice)]
 
     return start
 
 
-def test_the_base_is_the_one_that_most_adapters_name(gpt2, llama, shelf, started):
-    write_adapter(shelf, "b", gpt2, 2)
-    write_adapter(shelf, "odd", llama, 3)
-    (shelf / "broken").mkdir()
-    desk, said = started(adapters_dir=shelf)
-    assert (
-        said[0]
-        == f"The base is {gpt2}, as 2 of 3 adapters in {shelf} name it; 1 are not served. --base chooses another."
+def test_base_defaults_to_most_common(gpt2, llama, adapters_dir, started):
+    write_adapter(adapters_dir, "b", gpt2, 2)
+    write_adapter(adapters_dir, "odd", llama, 3)
+    (adapters_dir / "broken").mkdir()
+    service, notices = started(adapters_dir=adapters_dir)
+    assert notices[0] == (
+        f"Using base {gpt2}, which 2 of 3 adapters in {adapters_dir} were trained on; the others are not served. "
+        "Use --base to select another."
     )
     assert re.fullmatch(
-        r"Listening on (http://127.0.0.1:\d+): the base gpt2 and 2 adapters. \1/v1 is for OpenAI's clients.", said[1]
+        r"Listening on (http://127.0.0.1:\d+): base gpt2 and 2 adapters. OpenAI-compatible API: \1/v1", notices[1]
     )
-    assert [it.id for it in desk.models() if it.broken] == ["broken", "odd"]
-    desk, said = started(adapters_dir=shelf, base=str(llama))
-    assert [it.id for it in desk.models() if it.broken] == ["a", "b", "broken", "odd"]  # odd has layers of another kind
-    assert len(said) == 1
+    assert [model.id for model in service.list_models() if model.broken] == ["broken", "odd"]
+    service, notices = started(adapters_dir=adapters_dir, base=str(llama))
+    assert [model.id for model in service.list_models() if model.broken] == [
+        "a",
+        "b",
+        "broken",
+        "odd",
+    ]  # odd has other layers
+    assert len(notices) == 1
 
 
-def test_the_adapters_that_are_named_alone_on_the_base_of_the_first(gpt2, shelf, started, tmp_path):
-    write_adapter(shelf, "b", gpt2, 2)
+def test_named_adapters_are_served_alone(gpt2, adapters_dir, started, tmp_path):
+    write_adapter(adapters_dir, "b", gpt2, 2)
     write_adapter(tmp_path / "elsewhere", "c", gpt2, 3)
-    desk, said = started(["b", tmp_path / "elsewhere" / "c"], adapters_dir=shelf)
-    assert [it.id for it in desk.models()] == ["gpt2", "b", "c"]
-    assert "the base gpt2 and 2 adapters" in said[-1]
-    assert desk.generator.loaded == ["b", "c"]
-    assert desk.generator.current is None  # so that either may leave memory
+    service, notices = started(["b", tmp_path / "elsewhere" / "c"], adapters_dir=adapters_dir)
+    assert [model.id for model in service.list_models()] == ["gpt2", "b", "c"]
+    assert "base gpt2 and 2 adapters" in notices[-1]
+    assert service.generator.loaded_adapters == ["b", "c"]
+    assert service.generator.current_adapter is None  # the adapter in use never leaves memory
 
 
-def test_a_library_without_adapters_leaves_the_default_base(tmp_path):
-    assert module._most_common_base(Library(tmp_path / "none"), None, print) == (None, None)
+def test_empty_library_keeps_default_base(tmp_path):
+    assert module._with_most_common_base(Library(tmp_path / "none"), options := ModelOptions()) == options
 
 
 @pytest.mark.parametrize(
     ("host", "name"),
     [("127.0.0.1", "127.0.0.1"), ("localhost", "localhost"), ("0.0.0.0", "127.0.0.1"), ("::", r"\[::1\]")],
 )
-def test_a_browser_opens_where_it_finds_the_page(gpt2, shelf, started, monkeypatch, host, name):
+def test_browser_opens_reachable_url(gpt2, adapters_dir, started, monkeypatch, host, name):
     if ":" in host and not socket.has_dualstack_ipv6():
         pytest.skip("there is no IPv6 here")
     opened = queue.Queue()
@@ -164,59 +167,59 @@ def test_a_browser_opens_where_it_finds_the_page(gpt2, shelf, started, monkeypat
     assert f"Listening on {url}: " in result.stderr
 
 
-def test_where_there_is_no_browser_it_says_so(gpt2, shelf, started, monkeypatch):
+def test_missing_browser_is_reported(gpt2, adapters_dir, started, monkeypatch):
     monkeypatch.setattr(module.webbrowser, "open", lambda url: False)
-    said = queue.Queue()
+    notices = queue.Queue()
     serve(
         [],
         ServerConfig(port=0),
-        adapters_dir=shelf,
+        adapters_dir=adapters_dir,
         browse=True,
-        options=ModelOptions(device="cpu", notify=lambda it: said.put(it.text)),
+        options=ModelOptions(device="cpu", notify=lambda event: notices.put(event.text)),
     )
-    while not (line := said.get(timeout=5)).startswith("There is no browser"):
+    while not (line := notices.get(timeout=5)).startswith("No browser"):
         pass
-    assert re.fullmatch(r"There is no browser to open here: visit http://127.0.0.1:\d+ with one.", line)
+    assert re.fullmatch(r"No browser found: open http://127.0.0.1:\d+ yourself.", line)
 
 
-# The end
+# Shutdown
 
 
-def test_asked_to_stop_it_finishes_what_runs_and_refuses_what_is_new(gpt2, shelf):
-    with api_server.serving(gpt2, shelf) as served, served.braked() as let:
+def test_sigterm_finishes_running_and_rejects_new(gpt2, adapters_dir):
+    with api_server.serving(gpt2, adapters_dir) as served, served.held_steps() as release:
         client = served.client()
-        let(3)
+        release(3)
         stream = client.completions.create(model="a", stream=True, **GREEDY)
         text = next(iter(stream)).choices[0].text
         served.server.handle_exit(signal.SIGTERM, None)
-        served.wait(lambda: not served.worker.answers)
-        with pytest.raises(openai.InternalServerError) as refused:
+        served.wait(lambda: not served.scheduler.accepting)
+        with pytest.raises(openai.InternalServerError) as rejected:
             client.completions.create(model="a", **GREEDY)
-        assert (refused.value.status_code, refused.value.code) == (503, "stopping")
-        assert int(refused.value.response.headers["retry-after"]) > 0
+        assert (rejected.value.status_code, rejected.value.code) == (503, "stopping")
+        assert int(rejected.value.response.headers["retry-after"]) > 0
         health = served.get("/health")
         assert (health.status_code, health.json()["error"]["code"]) == (503, "stopping")
-        let(1000)
-        assert text + "".join(it.choices[0].text for it in stream) == greedy(gpt2, shelf, "a").text
-    assert not served.server.cut_off
+        release(1000)
+        assert text + "".join(chunk.choices[0].text for chunk in stream) == greedy(gpt2, adapters_dir, "a").text
+    assert not served.server.interrupted
 
 
-def test_a_second_signal_cuts_off(gpt2, shelf):
-    with api_server.serving(gpt2, shelf) as served, served.braked() as let:
-        let(3)
+def test_second_signal_cuts_off_stream(gpt2, adapters_dir):
+    with api_server.serving(gpt2, adapters_dir) as served, served.held_steps() as release:
+        release(3)
         stream = served.client().completions.create(model="a", stream=True, **GREEDY)
         next(iter(stream))
         served.server.handle_exit(signal.SIGTERM, None)
-        served.wait(lambda: not served.worker.answers)
+        served.wait(lambda: not served.scheduler.accepting)
         served.server.handle_exit(signal.SIGTERM, None)
         with pytest.raises(openai.APIConnectionError):
             list(stream)
-    assert served.server.cut_off
+    assert served.server.interrupted
 
 
-def test_a_connection_that_never_ends_does_not_hold_up_the_end(gpt2, shelf):
-    """As a page of the playground keeps one."""
-    with api_server.serving(gpt2, shelf) as served:
+def test_endless_connection_does_not_delay_shutdown(gpt2, adapters_dir):
+    """Pages of the playground keep such a connection."""
+    with api_server.serving(gpt2, adapters_dir) as served:
 
         async def forever(scope, receive, send):
             await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -235,11 +238,11 @@ def test_a_connection_that_never_ends_does_not_hold_up_the_end(gpt2, shelf):
         assert time.monotonic() - begun < 4
 
 
-# A process of its own
+# The command
 
 
 class Process:
-    """`cli.py serve`; `url` when it listens."""
+    """Runs `cli.py serve`, and waits until it listens at `url`."""
 
     def __init__(self, *arguments, **env):
         self.process = subprocess.Popen(
@@ -249,51 +252,51 @@ class Process:
         self.lines = []
         threading.Thread(target=lambda: self.lines.extend(self.process.stderr), daemon=True).start()
         end = time.monotonic() + 60
-        while not (found := re.search(r"Listening on (\S+):", "".join(self.lines))):
+        while not (match := re.search(r"Listening on (\S+):", "".join(self.lines))):
             assert time.monotonic() < end
             assert self.process.poll() is None, self.lines
             time.sleep(0.02)
-        self.url = found[1]
+        self.url = match[1]
 
     def wait(self):
         return self.process.wait(30)
 
 
 @pytest.fixture
-def long(tmp_path):
-    """A base that writes for seconds."""
+def long_base(tmp_path):
+    """A base that generates for seconds."""
     return tiny_models.save_model(tmp_path / "long", "gpt2", width=192, layers=6, context=2048)
 
 
-def test_a_process_listens_answers_and_ends_a_running_stream_whole(long):
-    process = Process("--base", long, LORA_TUNER_API_KEY="12345678")
+def test_serve_command_completes_stream_on_sigterm(long_base):
+    process = Process("--base", long_base, LORA_TUNER_API_KEY="12345678")
     try:
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{process.url}/v1", api_key="none", max_retries=0).models.list()
         client = openai.OpenAI(base_url=f"{process.url}/v1", api_key="12345678", max_retries=0)
-        asked = {"model": "long", "prompt": PROMPT, "temperature": 0, "max_tokens": 150}
-        stream = client.completions.create(stream=True, **asked)
-        pieces = [next(iter(stream))]
+        body = {"model": "long", "prompt": PROMPT, "temperature": 0, "max_tokens": 150}
+        stream = client.completions.create(stream=True, **body)
+        chunks = [next(iter(stream))]
         process.process.send_signal(signal.SIGTERM)
-        pieces += list(stream)
+        chunks += list(stream)
         assert process.wait() == 0
     finally:
         process.process.kill()
-    expected = Generator(options=ModelOptions(base=str(long), device="cpu")).generate(
+    expected = Generator(options=ModelOptions(base=str(long_base), device="cpu")).generate(
         PROMPT, SamplingParams(temperature=0, max_new_tokens=150, repetition_penalty=1.0)
     )
-    assert "".join(it.choices[0].text for it in pieces) == expected.text
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected.text
     assert process.process.stdout.read() == ""
     lines = [json.loads(line) for line in process.lines if line.startswith("{")]
-    assert [(it["path"], it["status"]) for it in lines] == [("/v1/models", 401), ("/v1/completions", 200)]
+    assert [(line["path"], line["status"]) for line in lines] == [("/v1/models", 401), ("/v1/completions", 200)]
     assert [line for line in process.lines if not line.startswith("{")] == [
-        f"Listening on {process.url}: the base long and 0 adapters. {process.url}/v1 is for OpenAI's clients.\n"
+        f"Listening on {process.url}: base long and 0 adapters. OpenAI-compatible API: {process.url}/v1\n"
     ]
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_a_process_at_once(long):
-    process = Process("--base", long)
+def test_serve_command_exits_130_on_second_sigterm(long_base):
+    process = Process("--base", long_base)
     try:
         client = openai.OpenAI(base_url=f"{process.url}/v1", api_key="none", max_retries=0)
         stream = client.completions.create(model="long", prompt=PROMPT, temperature=0, max_tokens=2000, stream=True)
@@ -304,4 +307,4 @@ def test_a_second_signal_ends_a_process_at_once(long):
         assert process.wait() == 130
     finally:
         process.process.kill()
-    assert "Stopped at once: answers that were being written are cut off.\n" in process.lines
+    assert "Stopped at once: running requests were cut off.\n" in process.lines

@@ -1,8 +1,8 @@
-"""The playground: Gradio's application at `/`, with the page in it, and without what the page does not need.
+"""Gradio's app at `/`, reduced to the routes that the page uses.
 
-No uploads, no files of this machine, no proxy, no other host, no endpoints of its own: those that a later Gradio adds are not
-there either, for what is there is listed. Limit: Gradio's own scripts need `unsafe-inline` and `unsafe-eval`, so what keeps
-strangers' words from running is that `panels` escapes them.
+Allowed routes are listed, so routes that a later Gradio adds are blocked too: no uploads, local
+files, proxy or API of its own. Gradio's scripts need `unsafe-inline` and `unsafe-eval`, so
+protection against injected scripts rests on the escaping in `html`.
 """
 
 import hmac
@@ -21,13 +21,11 @@ from ..metrics import Metrics
 from ..service import ModelService
 from .page import Page
 
-KEPT_ROUTES = re.compile(  # what the page asks for; all else that Gradio would answer is not there
+ALLOWED_ROUTES = re.compile(
     r"/|/(assets|static)/.+|/(theme\.css|favicon\.ico|manifest\.json|login|logout|config)/?"
     r"|/gradio_api/(queue/join|queue/data|cancel|reset|startup-events|app_id|heartbeat/\w+)/?"
 )
-BLOCKED_ROUTES = re.compile(
-    rb'\s*<meta\s[^>]*"(og|twitter):[^>]*>'
-)  # Gradio's picture and addresses, for social networks
+SOCIAL_TAGS = re.compile(rb'\s*<meta\s[^>]*"(og|twitter):[^>]*>')  # image and URLs for social networks
 HEADERS = [
     (
         b"content-security-policy",
@@ -39,15 +37,14 @@ HEADERS = [
 ]
 
 
-def mount(app: FastAPI, desk: ModelService, api_key: str | None) -> FastAPI:
-    """Put the page at `/` of what `create_app` made; routes that it has already come first. With a key, visitors log in with
-    that."""
+def mount(app: FastAPI, service: ModelService, api_key: str | None) -> FastAPI:
+    """Add the page at `/`, behind the app's own routes. An API key is its password."""
     app = gr.mount_gradio_app(
         app,
-        Page(desk, app.state.metrics).blocks(),
+        Page(service, app.state.metrics).blocks(),
         "/",
         auth=partial(_is_key, api_key) if api_key else None,
-        auth_message="Any name, and the API key of this server as the password." if api_key else None,
+        auth_message="Use any name, and the API key of this server as the password." if api_key else None,
         css_paths=Path(__file__).with_name("playground.css"),
         enable_monitoring=False,
         footer_links=[],
@@ -57,8 +54,10 @@ def mount(app: FastAPI, desk: ModelService, api_key: str | None) -> FastAPI:
         show_error=False,
         ssr_mode=False,
         theme=gr.themes.Default(
-            primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-        ).set(  # Gradio's own greys are too pale to be read by all
+            primary_hue="indigo",
+            font=["system-ui", "sans-serif"],
+            font_mono=["ui-monospace", "monospace"],
+        ).set(  # Gradio's greys have too little contrast
             body_text_color_subdued="*neutral_600",
             body_text_color_subdued_dark="*neutral_400",
             block_info_text_color="*neutral_600",
@@ -76,8 +75,7 @@ def _is_key(api_key: str, _name: str, password: str) -> bool:
 
 
 class _RestrictedRoutes:
-    """Gradio's application without what the page does not need, and what it does only for who has logged in. The page names no
-    other host, and a browser asks none."""
+    """ASGI wrapper: only the page's routes, only after login, and no other host in the browser."""
 
     def __init__(self, app: App, metrics: Metrics) -> None:
         self.app = app
@@ -85,46 +83,49 @@ class _RestrictedRoutes:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if scope["type"] != "http" or not KEPT_ROUTES.fullmatch(path):
+        if scope["type"] != "http" or not ALLOWED_ROUTES.fullmatch(path):
             raise HTTPException(404)
-        if path.startswith("/gradio_api/") and not self._is_visitor(scope):  # Gradio itself asks at some of them alone
+        if path.startswith("/gradio_api/") and not self._is_logged_in(scope):  # Gradio checks some of them only
             raise HTTPException(401, "Log in first.")
         start: Message = {}
         body = bytearray()
 
-        async def rewritten(message: Message) -> None:
-            """The page itself, as a whole."""
+        async def send_page(message: Message) -> None:
+            """Buffer the page, and send it without its social tags."""
             if message["type"] == "http.response.start":
                 start.update(message)
                 return
             body.extend(message.get("body", b""))
             if message.get("more_body"):
                 return
-            page = BLOCKED_ROUTES.sub(b"", bytes(body))
+            page = SOCIAL_TAGS.sub(b"", bytes(body))
             kept = [header for header in start["headers"] if header[0] != b"content-length"]
-            await guarded({**start, "headers": [*kept, (b"content-length", b"%d" % len(page))]})
+            await send_with_headers({**start, "headers": [*kept, (b"content-length", b"%d" % len(page))]})
             await send({"type": "http.response.body", "body": page})
 
-        async def guarded(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # Gradio lets pages of any origin read its answers.
-                own = [header for header in message["headers"] if not header[0].startswith(b"access-control-")]
-                message = {**message, "headers": own + HEADERS}
+                # Gradio's CORS headers let pages of any origin read its responses.
+                kept = [header for header in message["headers"] if not header[0].startswith(b"access-control-")]
+                message = {**message, "headers": kept + HEADERS}
             await send(message)
 
-        if path == "/":  # it is changed, so it must not come compressed
+        if path == "/":  # it is edited, so it must not be compressed
             plain = [header for header in scope["headers"] if header[0] != b"accept-encoding"]
-            await self.app({**scope, "headers": plain}, receive, rewritten)
+            await self.app({**scope, "headers": plain}, receive, send_page)
             return
-        stream = path.startswith("/gradio_api/queue/data")  # of answers: it ends when the last of them has been sent
+        stream = path.startswith("/gradio_api/queue/data")  # ends when the last output was sent
         self.metrics.streams += stream
         try:
-            await self.app(scope, receive, guarded)
+            await self.app(scope, receive, send_with_headers)
         finally:
             self.metrics.streams -= stream
 
-    def _is_visitor(self, scope: Scope) -> bool:
-        """Whether there is no login, or its cookie is there."""
+    def _is_logged_in(self, scope: Scope) -> bool:
+        """Return True without an API key, or with a valid login cookie."""
         cookies = Request(scope).cookies
-        names = (f"access-token-{self.app.cookie_id}", f"access-token-unsecure-{self.app.cookie_id}")
+        names = (
+            f"access-token-{self.app.cookie_id}",
+            f"access-token-unsecure-{self.app.cookie_id}",
+        )
         return self.app.auth is None or any(cookies.get(name) in self.app.tokens for name in names)

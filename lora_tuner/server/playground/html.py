@@ -1,29 +1,36 @@
-"""What the playground shows, as HTML: answers side by side, the library, an adapter's card, the gains as a heat map.
+"""HTML of the playground: outputs, library, details of an adapter, gain matrix.
 
-Surprise: every word may be a stranger's, a model's as well as an adapter's, so all that is put into a template is escaped by
-it (`Markup.format`). Limit: nothing here knows Gradio, its colours come as CSS variables (playground.css).
+Any text may come from a model or from an unknown adapter, so every value is escaped by its template
+(`Markup.format`). Nothing here depends on Gradio; its colours are CSS variables (playground.css).
 """
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from io import BytesIO
 
 from markupsafe import Markup
 
-from ...adapters.adapter import Adapter
+from ...adapters import plots
+from ...adapters.adapter import CARD_FILE, METRICS_FILE, Adapter
+from ...adapters.manifest import EvalResult
 from ...adapters.model_card import summary_rows
-from ...errors import Progress
+from ...errors import AdapterError, LoraTunerError, Progress
 from ...evaluation import GainMatrix
+from ...models import delta
+from ...models.lora import LinearLayer
 from ...text import display_name, format_bytes
 from ..scheduler import Request
 from ..service import ServedModel
 
+MAX_CARD = 100_000  # characters of a model card
 _NONE = Markup('<span class="faint">–</span>')
 
 
 def head(base: str) -> Markup:
-    return Markup(
-        "<h1>lora_tuner</h1><p>One base, <b>{}</b>, and adapters beside it that write in other ways.</p>"
-    ).format(display_name(base))
+    return Markup("<h1>lora_tuner</h1><p>Base model <b>{}</b> and its LoRA adapters, side by side.</p>").format(
+        display_name(base)
+    )
 
 
 def note(text: str) -> Markup:
@@ -31,57 +38,64 @@ def note(text: str) -> Markup:
 
 
 def failure(text: str) -> Markup:
-    """An error as one line."""
+    """Show an error on one line."""
     return Markup('<p class="failure" role="alert">{}</p>').format(" ".join(text.split()))
 
 
-def answers(prompt: str, asked: Sequence[tuple[str, Request | str]], more: str = "") -> Markup:
-    """What the first row of each job says by now, side by side, the prompt in front; `more` is said below."""
-    busy = any(isinstance(job, Request) and not job.complete for _, job in asked)
-    columns = Markup("").join(_answer(name, prompt, job) for name, job in asked)
+def outputs(prompt: str, columns: Sequence[tuple[str, Request | str]], below: str = "") -> Markup:
+    """Show the current outputs side by side, each after the prompt and below its title.
+
+    Each request has one sequence; a str is an error.
+    """
+    busy = any(isinstance(output, Request) and not output.complete for _, output in columns)
+    articles = Markup("").join(_output(title, prompt, output) for title, output in columns)
     return Markup('<div class="answers" aria-live="polite" aria-busy="{}">{}</div>{}').format(
-        str(busy).lower(), columns, note(more) if more else ""
+        str(busy).lower(), articles, note(below) if below else ""
     )
 
 
-def _answer(name: str, prompt: str, job: Request | str) -> Markup:
-    if isinstance(job, str):
-        text, below, error = "", Markup(""), job
+def _output(title: str, prompt: str, output: Request | str) -> Markup:
+    text, error, style, tokens = "", "", Markup(""), Markup("")
+    if isinstance(output, str):
+        error = output
     else:
-        (row,) = job.sequences
-        text, count, error = row.settled_text, len(row.output_ids), str(job.error or "")
-        end = "" if not row.complete or error else ", the end" if row.finished else ", cut off"
-        below = Markup('<p class="facts">{} token{}{}</p>').format(count, "" if count == 1 else "s", end)
-    writing = isinstance(job, Request) and not job.complete
+        (sequence,) = output.sequences
+        text, count, error = (
+            sequence.settled_text,
+            len(sequence.output_ids),
+            str(output.error or ""),
+        )
+        plural, end = "" if count == 1 else "s", ""
+        if sequence.complete and not error:
+            end = ", finished" if sequence.finished else ", cut off"
+        tokens = Markup('<p class="facts">{} token{}{}</p>').format(count, plural, end)
+        if not output.complete:
+            style = Markup(' class="writing"')
     return Markup('<article{}><h2>{}</h2><p class="text"><span class="prompt">{}</span>{}</p>{}{}</article>').format(
-        Markup(' class="writing"') if writing else "", name, prompt, text, failure(error) if error else "", below
+        style, title, prompt, text, failure(error) if error else "", tokens
     )
 
 
 def library(models: Sequence[ServedModel]) -> Markup:
-    """A row for each adapter: a button with its name, and its figures or the reason why it does not answer."""
+    """Show a table of adapters: name, then facts or the reason why one cannot be used."""
     if not models:
-        return note("There are no adapters yet. python cli.py train makes one; it appears here as soon as it is there.")
-    header = ("name", "gain", "held-out loss", "rank", "size", "data", "rows", "made")
+        return note("No adapters yet. Train one with python cli.py train; it appears here once it is saved.")
+    header = ("name", "gain", "held-out loss", "rank", "size", "data", "rows", "created")
     cells = Markup("").join(Markup('<th scope="col">{}</th>').format(name) for name in header)
-    lines = Markup("").join(
-        Markup('<tr><th scope="row"><button type="button" data-name="{}">{}</button></th>{}</tr>').format(
-            model.id, model.id, _figures(model)
-        )
-        for model in models
-    )
+    button = Markup('<tr><th scope="row"><button type="button" data-name="{}">{}</button></th>{}</tr>')
+    lines = Markup("").join(button.format(model.id, model.id, _cells(model)) for model in models)
     return Markup(
         '<div class="wide" tabindex="0"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>'
     ).format(cells, lines)
 
 
-def _figures(model: ServedModel) -> Markup:
+def _cells(model: ServedModel) -> Markup:
     adapter = model.adapter
     if adapter is None:
         return Markup('<td colspan="7" class="broken">{}</td>').format(model.broken or "")
     manifest = adapter.manifest
     data, result = (manifest.data, manifest.result) if manifest else (None, None)
-    figures = (
+    facts = (
         f"{result.gain:.3f} ± {result.standard_error:.3f}" if result else _NONE,
         f"{result.loss:.3f}" if result else _NONE,
         str(adapter.rank),
@@ -90,79 +104,117 @@ def _figures(model: ServedModel) -> Markup:
         f"{data.counts['train']:,}" if data and "train" in data.counts else _NONE,
         manifest.created[:10] if manifest else _NONE,
     )
-    return Markup("").join(Markup("<td>{}</td>").format(it) for it in figures)
+    return Markup("").join(Markup("<td>{}</td>").format(fact) for fact in facts)
 
 
-def card(adapter: Adapter, pictures: Sequence[Markup], readme: str) -> Markup:
-    """All that is known of an adapter. Its own words are shown as they are, never as Markdown: they may name pictures of other
-    hosts."""
+def card(adapter: Adapter, layers: Mapping[str, LinearLayer], hide_paths: Callable[[str], str]) -> Markup:
+    """Show the details of an adapter: facts, loss curve, spectrum, model card.
+
+    The model card is not rendered: Markdown may load images of other hosts.
+    """
     lines = Markup("").join(Markup("<dt>{}</dt><dd>{}</dd>").format(key, value) for key, value in summary_rows(adapter))
+    pictures = [
+        _picture(plot, hide_paths) for plot in (partial(_plot_loss, adapter), partial(_plot_spectrum, adapter, layers))
+    ]
     return Markup(
         '<section class="card"><h2>{}</h2><dl>{}</dl><div class="pictures">{}</div>'
         '<details><summary>Model card</summary><pre tabindex="0">{}</pre></details></section>'
-    ).format(adapter.name, lines, Markup("").join(pictures), readme)
+    ).format(adapter.name, lines, Markup("").join(pictures), _readme(adapter))
 
 
-def picture(png: bytes, alt: str, caption: str) -> Markup:
-    """A picture within the page, so that no file needs an address."""
-    return Markup('<figure><img src="data:image/png;base64,{}" alt="{}"><figcaption>{}</figcaption></figure>').format(
-        base64.b64encode(png).decode(), alt, caption
-    )
+def _picture(plot: Callable[[BytesIO], tuple[str, str]], hide_paths: Callable[[str], str]) -> Markup:
+    """Embed a plot with its alternative text and caption, or the reason why there is none."""
+    png = BytesIO()
+    try:
+        alt, caption = plot(png)
+    except LoraTunerError as error:
+        reason = hide_paths(str(error))
+    except Exception as error:  # the files of an unknown adapter may hold anything
+        reason = f"Cannot plot this: {hide_paths(str(error))}"
+    else:
+        data = base64.b64encode(png.getvalue()).decode()
+        return Markup(
+            '<figure><img src="data:image/png;base64,{}" alt="{}"><figcaption>{}</figcaption></figure>'
+        ).format(data, alt, caption)
+    return Markup('<figure class="none"><figcaption>{}</figcaption></figure>').format(reason)
 
 
-def no_picture(why: str) -> Markup:
-    return Markup('<figure class="none"><figcaption>{}</figcaption></figure>').format(why)
+def _plot_loss(adapter: Adapter, png: BytesIO) -> tuple[str, str]:
+    manifest = adapter.manifest
+    if manifest is None or manifest.run is None or manifest.data is None:
+        raise AdapterError("No loss curve: this adapter was not trained by lora_tuner.")
+    plots.plot_loss(plots.read_metrics(adapter.path / METRICS_FILE), manifest, png)
+    return "Loss by training step", f"{manifest.run.steps:,} steps; lower is better."
+
+
+def _plot_spectrum(adapter: Adapter, layers: Mapping[str, LinearLayer], png: BytesIO) -> tuple[str, str]:
+    delta.check_summable(adapter)
+    deltas = delta.load_deltas(adapter, layers)
+    energies = {module: delta.singular_values(update).square() for module, update in deltas.items()}
+    energies = {module: energy for module, energy in energies.items() if float(energy.sum()) > 0}
+    if not energies:
+        raise AdapterError("No spectrum: the update of every layer is zero.")
+    plots.plot_spectra({module: energy.tolist() for module, energy in energies.items()}, {}, png)
+    shares = sorted(float(energy[0] / energy.sum()) for energy in energies.values())
+    median = shares[len(shares) // 2]
+    caption = f"{len(shares)} layers; median share of the largest singular value: {median:.0%}."
+    return "Spectrum: share of each singular value in the energy of its layer's update", caption
+
+
+def _readme(adapter: Adapter) -> str:
+    path = adapter.path / CARD_FILE
+    if not path.is_file() or path.is_symlink():  # a link may lead to any file
+        return "This adapter has no model card."
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.read(MAX_CARD)
 
 
 def progress(event: Progress | None) -> Markup:
     if event is None:
-        return note("Reading the rows ...")
+        return note("Loading rows ...")
     return Markup(
         '<div aria-busy="true"><p class="note">{}: {} of {} rows</p>'
-        '<progress value="{}" max="{}" aria-label="Rows measured"></progress></div>'
+        '<progress value="{}" max="{}" aria-label="Rows evaluated"></progress></div>'
     ).format(event.stage, event.done, event.total, event.done, max(event.total, 1))
 
 
 def gains(matrix: GainMatrix) -> Markup:
-    """The gain matrix as a heat map: a colour where an adapter helps, another where it has forgotten, and the figures."""
-    most = max((abs(cell.gain) for line in matrix.cells for cell in line if cell), default=0.0) or 1.0
-    columns = Markup("").join(
-        Markup('<th scope="col">{}<small>{} rows</small></th>').format(it.name, len(it.texts)) for it in matrix.sets
-    )
-    lines = []
+    """Show the gain matrix as a heat map, one colour for gains and one for losses."""
+    gains = [abs(cell.gain) for line in matrix.cells for cell in line if cell is not None]
+    largest = max(gains, default=0.0) or 1.0
+    header = Markup('<th scope="col">{}<small>{} rows</small></th>')
+    columns = Markup("").join(header.format(rows.name, len(rows.texts)) for rows in matrix.sets)
+    lines = Markup("")
     for name, line in zip(matrix.adapters, matrix.cells, strict=True):
-        cells = Markup("").join(
-            Markup('<td class="missing">missing</td>')
-            if cell is None
-            else Markup('<td class="{}" style="--share: {}%"><b>{}</b><small>± {}</small></td>').format(
-                "helps" if cell.gain >= 0 else "forgot",
-                f"{abs(cell.gain) / most * 100:.0f}",
-                f"{cell.gain:+.3f}",
-                f"{cell.standard_error:.3f}",
-            )
-            for cell in line
-        )
-        lines.append(Markup('<tr><th scope="row">{}</th>{}</tr>').format(name, cells))
-    missing = Markup("").join(
-        note(f"{it.name} has no column of figures: {it.missing}.") for it in matrix.sets if it.missing
-    )
+        cells = Markup("").join(_gain_cell(cell, largest) for cell in line)
+        lines += Markup('<tr><th scope="row">{}</th>{}</tr>').format(name, cells)
+    missing = [note(f"{rows.name} cannot be evaluated: {rows.missing}.") for rows in matrix.sets if rows.missing]
     return Markup(
-        '<div class="wide" tabindex="0"><table class="heat"><caption>Gain over {} in nats a token: adapters down, the held-out '
-        "rows they are measured on across</caption><thead><tr><td></td>{}</tr></thead><tbody>{}</tbody></table></div>"
-        "{}{}"
+        '<div class="wide" tabindex="0"><table class="heat"><caption>Gain over {} in nats per token. '
+        "Rows: adapters. Columns: their held-out sets.</caption>"
+        "<thead><tr><td></td>{}</tr></thead><tbody>{}</tbody></table></div>{}{}"
     ).format(
         display_name(matrix.base),
         columns,
-        Markup("").join(lines),
-        missing,
-        note(
-            "Above zero an adapter foretells these rows better than the base; below zero it has forgotten how they are written."
-        ),
+        lines,
+        Markup("").join(missing),
+        note("Positive: predicts these rows better than the base. Negative: worse than the base."),
+    )
+
+
+def _gain_cell(cell: EvalResult | None, largest: float) -> Markup:
+    if cell is None:
+        return Markup('<td class="missing">missing</td>')
+    return Markup('<td class="{}" style="--share: {}%"><b>{}</b><small>± {}</small></td>').format(
+        "helps" if cell.gain >= 0 else "forgot",
+        f"{abs(cell.gain) / largest * 100:.0f}",
+        f"{cell.gain:+.3f}",
+        f"{cell.standard_error:.3f}",
     )
 
 
 def command(text: str) -> Markup:
-    """What to type to keep a blend."""
+    """Show a command to copy."""
     return Markup(
-        '<p class="note">To keep this blend in the library:</p><pre class="command" tabindex="0">{}</pre>'
+        '<p class="note">Save this blend in the library:</p><pre class="command" tabindex="0">{}</pre>'
     ).format(text)
