@@ -82,7 +82,7 @@ def _loading(shelf: Path, rounds: int) -> list[Figure]:
             name = f"a{turn % resident}"
             _, loaded = generator.get_or_load(name)
             assert loaded is not None
-            loaded.stacked.clear()  # what was joined stays for the next time
+            loaded.fused.clear()  # what was joined stays for the next time
             for times in (firsts, swaps):
                 _swap(generator, None)
                 times.append(seconds(partial(_swap, generator, name)))

@@ -1,15 +1,15 @@
-"""Rows that are written together: between two tokens some join and others leave, so a long answer holds up no short one.
+"""Continuous batching: between two decode steps sequences join and leave a batch (Yu et al., Orca,
+OSDI 2022).
 
-What a row writes does not depend on the others (continuous batching: Yu et al., Orca, OSDI 2022). Two ways lead through a
-base, our own on a CPU (`decoder`) and transformers' (`stock`). Surprise: a prompt is read beside others in pieces, and prompts
-take turns, so that nobody waits for the whole of a long one. Limit: all rows end in one column of the cache, so a short one
-beside a long one takes as much memory.
+The output of a sequence does not depend on the others. While sequences are decoding, long prompts
+are prefilled in chunks and take turns, so that no sequence waits for all of a long prompt. Limit:
+all rows of a KV cache end in one column, so a short sequence beside a long one takes as much
+memory.
 """
 
 from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,84 +17,93 @@ import torch.nn.functional as F
 from ..errors import EventHandler, Notice, ignore_events
 from ..models.loading import LoadedBase
 from .cpu_decoder import CpuDecoder
+from .decoder import Cache, Decoder, LoraForBatch
 from .hf_decoder import HFDecoder
-from .multi_lora import MultiLora
+from .multi_lora import LoadedAdapter, MultiLora
 from .sequence import Sequence
 from .speculative import DraftDecoder
 
-PREFILL_TOKENS = 4096  # tokens of prompts that are read in one pass
-PREFILL_CHUNK = 256  # the same where others wait for their next token
-MIN_DRAFT_TOKENS = 24  # tokens; for fewer, the draft is not worth making
+PREFILL_TOKENS = 4096  # prompt tokens per prefill pass
+PREFILL_CHUNK = 256  # the same while other sequences wait for their next token
+MIN_DRAFT_TOKENS = 24  # remaining tokens below which the draft model is not created
+MAX_RESERVED_TOKENS = 1024  # output tokens for which a new cache has room; beyond, it grows
 
 
 class GenerationEngine:
-    """All that is being written beside one base. Rows that cannot share a batch make several, which take turns."""
+    """Generates for all sequences of one base. Sequences that cannot share a batch run in several,
+    which take turns."""
 
     def __init__(self, base: LoadedBase, notify: EventHandler = ignore_events) -> None:
         self.base = base
         self.multi_lora = MultiLora(base)
         self.notify = notify
         self.cpu_decoder = CpuDecoder.for_base(base)
-        self._batches: dict[Any, RunningBatch] = {}
-        self._told = False  # that adapters have batches of their own
+        self._batches: dict[tuple[Decoder, LoadedAdapter | None], RunningBatch] = {}
+        self._notified = False  # that each adapter has its own batch
 
     @cached_property
-    def hf_decoder(self) -> "HFDecoder":
-        stock = HFDecoder(self.base, self.multi_lora)
-        if not stock.cached:
-            self.notify(Notice(f"{self.base.files.name} keeps its past in a way of its own, so each token is slow."))
-        return stock
+    def hf_decoder(self) -> HFDecoder:
+        decoder = HFDecoder(self.base, self.multi_lora)
+        if not decoder.has_cache:
+            name = self.base.files.name
+            self.notify(Notice(f"{name} has no standard KV cache: the whole sequence is recomputed for every token."))
+        return decoder
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """What a token of a row takes in the cache, about that where a base keeps its past in a way of its own."""
+        """KV-cache bytes per token (an estimate for custom caches)."""
         config = self.base.model.config.get_text_config()
-        queries = getattr(config, "num_attention_heads", None) or 1
-        heads = getattr(config, "num_key_value_heads", None) or queries
-        size = getattr(config, "head_dim", None) or config.hidden_size // queries
-        return int(config.num_hidden_layers * 2 * heads * size * self.base.dtype.itemsize)
+        heads = getattr(config, "num_attention_heads", None) or 1
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return int(config.num_hidden_layers * 2 * kv_heads * head_dim * self.base.dtype.itemsize)
 
     @property
     def sequences(self) -> list[Sequence]:
-        return [row for batch in self._batches.values() for row in batch.sequences]
+        return [sequence for batch in self._batches.values() for sequence in batch.sequences]
 
-    def add(self, rows: list[Sequence]) -> None:
-        """Rows that are written from now on."""
-        for row in rows:
-            way: CpuDecoder | HFDecoder
-            if self.cpu_decoder is not None and (row.lora is None or row.lora.is_additive):
-                way, alone = self.cpu_decoder, None
-            else:
-                way, alone = self.hf_decoder, None if self.hf_decoder.mixes else row.lora
-            if (way, alone) not in self._batches:
-                self._batches[way, alone] = RunningBatch(way, self.multi_lora)
-            self._batches[way, alone].add(row)
-        if not self._told and sum(way is not self.cpu_decoder for way, _ in self._batches) > 1:
-            text = "This base does not keep the rows of a batch apart, so each adapter has a batch of its own."
+    def add(self, sequences: list[Sequence]) -> None:
+        """Generate for these sequences from the next step on."""
+        for sequence in sequences:
+            decoder = self._choose_decoder(sequence)
+            key = (decoder, None if decoder.mixed_batches else sequence.lora)
+            if key not in self._batches:
+                self._batches[key] = RunningBatch(decoder, self.multi_lora)
+            self._batches[key].add(sequence)
+        if not self._notified and sum(decoder is not self.cpu_decoder for decoder, _ in self._batches) > 1:
+            text = "This base flattens the rows of a batch, so each adapter runs in its own batch."
             self.notify(Notice(text))
-            self._told = True
+            self._notified = True
+
+    def _choose_decoder(self, sequence: Sequence) -> Decoder:
+        if self.cpu_decoder is not None and (sequence.lora is None or sequence.lora.is_additive):
+            return self.cpu_decoder
+        return self.hf_decoder
 
     def step(self) -> None:
-        """A token more for each row, or several; those that are done leave. What goes wrong ends the rows of its batch alone, as
-        their `error`."""
+        """Run one step of each batch: at least one token for each decoding sequence. Complete
+        sequences leave.
+
+        An exception ends the sequences of its batch only, as their `error`.
+        """
         with torch.inference_mode():
             for key, batch in list(self._batches.items()):
                 try:
                     batch.step()
                 except Exception as error:
-                    for row in batch.sequences:
-                        if not row.complete:
-                            row.fail(error)
+                    for sequence in batch.sequences:
+                        if not sequence.complete:
+                            sequence.fail(error)
                     del self._batches[key]
                     continue
                 if not batch.sequences:
                     del self._batches[key]
 
-    def cancel(self, row: Sequence) -> None:
-        """A row that nobody waits for any more."""
-        with torch.inference_mode():  # as the caches were made
+    def cancel(self, sequence: Sequence) -> None:
+        """Stop generating for a sequence."""
+        with torch.inference_mode():  # as the caches were created
             for key, batch in list(self._batches.items()):
-                batch.cancel(row)
+                batch.cancel(sequence)
                 if not batch.sequences:
                     del self._batches[key]
 
@@ -103,142 +112,171 @@ class GenerationEngine:
 
 
 class RunningBatch:
-    """Rows on one way through a base."""
+    """Sequences that run on one decoder: waiting, in prefill, or decoding."""
 
-    def __init__(self, way: CpuDecoder | HFDecoder, bank: MultiLora) -> None:
-        self.decoder: Any = way
-        self.bank = bank
-        self.lora: Any = way.new_lora(bank)
+    def __init__(self, decoder: Decoder, multi_lora: MultiLora) -> None:
+        self.decoder = decoder
+        self.multi_lora = multi_lora
+        self.lora = decoder.new_lora(multi_lora)
         self.decoding: list[Sequence] = []
-        self.cache: Any = None  # of the rows that are written, without their last tokens
+        self.cache: Cache | None = None  # of the decoding sequences, all tokens but the last
         self.waiting: list[Sequence] = []
         self.prefills: deque[PrefillBatch] = deque()  # the first is next
         self.draft: DraftDecoder | None = None
 
     @property
     def sequences(self) -> list[Sequence]:
-        return [*self.decoding, *(row for reading in self.prefills for row in reading.sequences), *self.waiting]
+        prefilling = [sequence for prefill in self.prefills for sequence in prefill.sequences]
+        return [*self.decoding, *prefilling, *self.waiting]
 
-    def add(self, row: Sequence) -> None:
-        self.waiting.append(row)
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
 
-    def cancel(self, row: Sequence) -> None:
-        if row in self.waiting:
-            self.waiting.remove(row)
-        elif row in self.decoding:
-            self._keep_sequences([it is not row for it in self.decoding])
-        for reading in [it for it in self.prefills if row in it.sequences]:
-            row.max_new_tokens = len(row.output_ids)  # its line is read on, to nothing, for the sake of the others
-            if all(it.done for it in reading.sequences):
-                self.prefills.remove(reading)
+    def cancel(self, sequence: Sequence) -> None:
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        elif sequence in self.decoding:
+            self._keep_sequences([other is not sequence for other in self.decoding])
+        for prefill in [prefill for prefill in self.prefills if sequence in prefill.sequences]:
+            sequence.max_new_tokens = len(sequence.output_ids)  # its row stays meanwhile
+            if all(other.done for other in prefill.sequences):
+                self.prefills.remove(prefill)
 
     def step(self) -> None:
-        self._prefill()
-        if not self.decoding:
-            return
-        self.lora.set_rows([row.lora for row in self.decoding])
-        guessed = self._propose()
-        places = [row.length - 1 for row in self.decoding]
-        ids = torch.cat(
-            [row.ids[:, place : place + 1 + guessed] for row, place in zip(self.decoding, places, strict=True)]
-        )
-        logits = self.decoder.forward(ids, self.cache, self.lora)
-        number = 0
-        for line, row in enumerate(self.decoding):
-            for number in range(guessed + 1):
-                guess = int(ids[line, number + 1]) if number < guessed else None
-                if row.append_token(logits[line, number]) != guess or row.done:
-                    break
-        if guessed:
-            self.cache.used -= guessed - number
-            if self.draft is not None:
-                self.draft.accepted += number + 1
-        self._keep_sequences([not row.done for row in self.decoding])
+        """Run one prefill pass over the next prompts, then one decode pass over the decoding
+        sequences."""
+        budget = self._prefill_budget()
+        if self.waiting:
+            self._start_prefill(budget)
+        if self.prefills:
+            self._run_prefill(self.prefills[0], budget)
+        if self.decoding:
+            self._decode()
 
-    def _keep_sequences(self, stay: list[bool]) -> None:
-        """Rows that go give their lines to the last ones."""
-        if all(stay):
+    def _prefill_budget(self) -> int:
+        """Return the prompt tokens of this pass: few while other sequences wait for their next
+        token or prefill."""
+        exclusive = not self.decoding and len(self.prefills) + bool(self.waiting) == 1
+        return PREFILL_TOKENS if exclusive else PREFILL_CHUNK
+
+    def _start_prefill(self, budget: int) -> None:
+        """Schedule the first waiting sequence, and those after it that fit into the budget
+        together."""
+        count, longest = 1, len(self.waiting[0].prompt_ids)
+        for sequence in self.waiting[1:]:
+            longest_with = max(longest, len(sequence.prompt_ids))
+            if longest_with * (count + 1) > budget:
+                break
+            count, longest = count + 1, longest_with
+        sequences = self.waiting[:count]
+        prompts, padding = [], []
+        for sequence in sequences:
+            length = len(sequence.prompt_ids)
+            padding.append(longest - length)
+            prompts.append(F.pad(sequence.token_ids[0, :length], (longest - length, 0)))
+        reserved = min(max(sequence.max_new_tokens for sequence in sequences), MAX_RESERVED_TOKENS)
+        if self.decoding:  # the rows move to the cache of the decoding sequences
+            reserved = 0
+        cache = self.decoder.new_cache(count, longest + reserved, padding)
+        lora = self.decoder.new_lora(self.multi_lora)
+        lora.set_rows([sequence.lora for sequence in sequences])
+        self.prefills.append(PrefillBatch(sequences, torch.stack(prompts), cache, lora))
+        del self.waiting[:count]
+
+    def _run_prefill(self, prefill: "PrefillBatch", budget: int) -> None:
+        """Run the next chunk of a prefill. Unless it was the last chunk, the other prefills come
+        first next time."""
+        rows, longest = prefill.prompts.shape
+        chunk = max(1, budget // rows) if self.decoder.chunked_prefill else longest
+        token_ids = prefill.prompts[:, prefill.cache.used : prefill.cache.used + chunk]
+        logits = self.decoder.forward(token_ids, prefill.cache, prefill.lora, last_only=True)
+        if prefill.cache.used < longest:
+            self.prefills.rotate(-1)
+        else:
+            self._finish_prefill(prefill, logits[:, -1])
+
+    def _finish_prefill(self, prefill: "PrefillBatch", logits: torch.Tensor) -> None:
+        """Choose the first tokens from logits (rows, vocabulary), and move the sequences to the
+        decoding ones."""
+        for sequence, row_logits in zip(prefill.sequences, logits, strict=True):
+            if not sequence.done:
+                sequence.append_token(row_logits)
+        rows = [row for row, sequence in enumerate(prefill.sequences) if not sequence.done]
+        if rows:
+            prefill.cache.keep_rows(rows)
+            if self.cache is None:
+                self.cache = prefill.cache
+            else:
+                self.cache.append_rows(prefill.cache)
+            self.decoding += [prefill.sequences[row] for row in rows]
+            self.draft = None
+        self.prefills.popleft()
+
+    def _decode(self) -> None:
+        """Run the decoder over the last token of each sequence and its draft tokens, and append the
+        tokens it chooses."""
+        assert self.cache is not None
+        self.lora.set_rows([sequence.lora for sequence in self.decoding])
+        draft_count = self._propose_drafts(self.cache)
+        inputs = []
+        for sequence in self.decoding:
+            inputs.append(sequence.token_ids[:, sequence.length - 1 : sequence.length + draft_count])
+        token_ids = torch.cat(inputs)  # (rows, 1 + draft_count)
+        logits = self.decoder.forward(token_ids, self.cache, self.lora)
+        accepted = self._append_tokens(token_ids, logits)
+        if draft_count:
+            self.cache.used -= draft_count - accepted
+            if self.draft is not None:
+                self.draft.accepted += accepted + 1
+        self._keep_sequences([not sequence.done for sequence in self.decoding])
+
+    def _append_tokens(self, token_ids: torch.Tensor, logits: torch.Tensor) -> int:
+        """Append tokens to each sequence until a draft token differs. Returns the accepted draft
+        tokens of the last row."""
+        draft_count = token_ids.shape[1] - 1
+        accepted = 0
+        for row, sequence in enumerate(self.decoding):
+            drafts = [*token_ids[row, 1:].tolist(), None]
+            for accepted in range(draft_count + 1):
+                if sequence.append_token(logits[row, accepted]) != drafts[accepted] or sequence.done:
+                    break
+        return accepted
+
+    def _keep_sequences(self, keep: list[bool]) -> None:
+        """Remove decoding sequences; the last rows move into the rows that become free."""
+        if all(keep):
             return
-        lines = [line for line, it in enumerate(stay) if it]
-        holes = [line for line in range(len(lines)) if not stay[line]]
-        moved = [lines.pop() for _ in holes]
-        for hole, line in zip(holes, moved, strict=True):
-            lines.insert(hole, line)
-        self.decoding = [self.decoding[line] for line in lines]
+        rows = [row for row, kept in enumerate(keep) if kept]
+        free = [row for row in range(len(rows)) if not keep[row]]
+        moved = [rows.pop() for _ in free]
+        for row, last in zip(free, moved, strict=True):
+            rows.insert(row, last)
+        self.decoding = [self.decoding[row] for row in rows]
         self.draft = None
-        if lines:
-            self.cache.keep_rows(lines)
+        if rows and self.cache is not None:
+            self.cache.keep_rows(rows)
         else:
             self.cache = None
             self.lora.set_rows([None])
 
-    def _prefill(self) -> None:
-        """Read prompts: as many tokens as one pass may have. What is left of them comes after those that wait by then."""
-        alone = not self.decoding and len(self.prefills) + bool(self.waiting) == 1
-        most = PREFILL_TOKENS if alone else PREFILL_CHUNK
-        if self.waiting:
-            self._start_prefill(most)
-        if not self.prefills:
-            return
-        reading = self.prefills[0]
-        rows, longest = reading.prompts.shape
-        count = max(1, most // rows) if self.decoder.in_pieces else longest
-        part = reading.prompts[:, reading.cache.used : reading.cache.used + count]
-        logits = self.decoder.forward(part, reading.cache, reading.lora, last=True)
-        if reading.cache.used < longest:
-            self.prefills.rotate(-1)
-            return
-        for row, each in zip(reading.sequences, logits[:, -1], strict=True):
-            if not row.done:
-                row.append_token(each)
-        lines = [line for line, row in enumerate(reading.sequences) if not row.done]
-        if lines:
-            reading.cache.keep_rows(lines)
-            if self.decoding:
-                self.cache.append_rows(reading.cache)
-            else:
-                self.cache = reading.cache
-            self.decoding += [reading.sequences[line] for line in lines]
-            self.draft = None
-        self.prefills.popleft()
-
-    def _start_prefill(self, most: int) -> None:
-        """The next rows to be read: the first that waits, and others while there is room beside it."""
-        count, longest = 1, len(self.waiting[0].prompt_ids)
-        for row in self.waiting[1:]:
-            both = max(longest, len(row.prompt_ids))
-            if both * (count + 1) > most:
-                break
-            count, longest = count + 1, both
-        rows = self.waiting[:count]
-        padding = [longest - len(row.prompt_ids) for row in rows]
-        prompts = [F.pad(row.ids[0, : len(row.prompt_ids)], (room, 0)) for row, room in zip(rows, padding, strict=True)]
-        limit = 0 if self.decoding else min(max(row.max_new_tokens for row in rows), 1024)
-        mix = self.decoder.new_lora(self.bank)
-        mix.set_rows([row.lora for row in rows])
-        self.prefills.append(
-            PrefillBatch(rows, torch.stack(prompts), self.decoder.new_cache(count, longest + limit, padding), mix)
-        )
-        del self.waiting[:count]
-
-    def _propose(self) -> int:
-        """Guesses of what comes, where one row alone is written; how many."""
+    def _propose_drafts(self, cache: Cache) -> int:
+        """Propose draft tokens if a single sequence is running. Returns their number."""
         if len(self.decoding) != 1 or self.waiting or self.prefills or not isinstance(self.decoder, CpuDecoder):
             return 0
-        (row,) = self.decoding
+        (sequence,) = self.decoding
         if self.draft is None:
-            if row.max_new_tokens - len(row.output_ids) < MIN_DRAFT_TOKENS:
+            if sequence.max_new_tokens - len(sequence.output_ids) < MIN_DRAFT_TOKENS:
                 return 0
-            self.draft = DraftDecoder(self.decoder, self.lora, row)
-        return self.draft.propose(self.cache)
+            self.draft = DraftDecoder(self.decoder, self.lora, sequence)
+        return self.draft.propose(cache)
 
 
 @dataclass(eq=False)
 class PrefillBatch:
-    """Rows whose prompts are being read together, into a cache of their own. `prompts` is (rows, longest); what is shorter
-    begins later."""
+    """Sequences whose prompts are prefilled together into a cache. `prompts` (rows, longest) is
+    padded on the left."""
 
     sequences: list[Sequence]
     prompts: torch.Tensor
-    cache: Any
-    lora: Any
+    cache: Cache
+    lora: LoraForBatch

@@ -1,13 +1,15 @@
-"""The forward pass of writing, for the commonest kinds of model on a CPU, with as little as possible between its products.
+"""Fast forward pass for common models on a CPU: few operations between the matrix products, one
+block of keys and values.
 
-To write a token takes as long as to read the weights once, if nothing else takes time; in transformers' layers a third of
-the time is other things. Here a layer is four products and a dozen small operations over one block of keys and values. Surprise:
-it is a second description of what transformers knows already, so it asks the model itself, for a few tokens, and steps back
-where the figures differ. Limits: a CPU, float32 or int8, Llama's and GPT-2's kind; all else is left to transformers.
+Decoding a token takes at least as long as reading all weights once; transformers' layers spend a
+third of the time on other operations. A layer is four products here. The architectures are
+implemented a second time, so the logits of a few tokens are compared with the model's own, and a
+base with different logits is left to HFDecoder. Limits: a CPU, float32 or int8, Llama-like models
+and GPT-2.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -21,94 +23,102 @@ from ..models.loading import LoadedBase
 from ..models.quantization import Int8Linear, int4_linear, int8_linear, pack_int4, pack_int8
 from .multi_lora import BatchedLora, LoraPart, MultiLora
 
-DRAFT_TOKENS = 10_000_000  # weights of the head; below, reading them takes no time that guessing could save
+MIN_DRAFT_HEAD = 10_000_000  # weights of the LM head; drafting does not pay off below
 _LLAMA_TYPES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 
 
 class FusedLinear:
-    """Linear layers that share their input, as one. `names` are those of its layers, in the order of their outputs."""
+    """Linear layers that share their input, as one product. `modules` are the names of the layers,
+    in output order."""
 
     def __init__(self, layers: dict[str, Any]) -> None:
         parts = list(layers.values())
-        self.names = list(layers)
+        self.modules = list(layers)
         self.bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
         self.int8 = isinstance(parts[0], Int8Linear)
         self.exact = not self.int8
         if self.int8:
-            self.weight, scale = (_fuse_linears(parts, name) for name in ("int8_weight", "scale"))
+            self.weight, scale = (_fuse_tensors(parts, name) for name in ("int8_weight", "scale"))
             self.multiply = partial(int8_linear, int8_weight=self.weight, scale=scale, bias=self.bias)
         else:
-            self.weight = parts[0].weight.T if isinstance(parts[0], Conv1D) else _fuse_linears(parts, "weight")
+            self.weight = parts[0].weight.T if isinstance(parts[0], Conv1D) else _fuse_tensors(parts, "weight")
             self.multiply = partial(F.linear, weight=self.weight, bias=self.bias)
 
-    def __call__(self, x: torch.Tensor, update: LoraPart | None = None) -> torch.Tensor:
-        """(tokens, in) -> (tokens, out), texts one after another; bfloat16 where the weights are rounded."""
+    def __call__(self, x: torch.Tensor, lora: LoraPart | None = None) -> torch.Tensor:
+        """(tokens, in) -> (tokens, out), the rows one after another; bfloat16 for quantized
+        weights."""
         out = self.multiply(x)
-        if update is None:
+        if lora is None:
             return out
-        down, up, own = update
-        if own is not None:
-            return own.add(out, x, down, up)
+        down, up, groups = lora
+        if groups is not None:
+            return groups.add_delta(out, x, down, up)
         return out.addmm_(x @ down, up) if self.exact else out.add_((x.float() @ down) @ up)
 
-    def draft(self, *, int4: bool = True) -> "FusedLinear":
-        """The same with int4 weights, or int8 for sizes that have no int4, and where it is not wanted."""
-        other = copy.copy(self)
-        other.exact = False
+    def quantize(self, *, int4: bool = True) -> "FusedLinear":
+        """Copy with int4 weights; with int8 weights if `int4` is off or the sizes do not allow it."""
+        quantized = copy.copy(self)
+        quantized.exact = False
         weight = self.weight * self.multiply.keywords["scale"][:, None] if self.int8 else self.weight
-        if int4 and (found := pack_int4(weight)) is not None:
-            other.multiply = partial(int4_linear, packed=found[0], scales=found[1], bias=self.bias)
+        if int4 and (packed := pack_int4(weight)) is not None:
+            quantized.multiply = partial(int4_linear, packed=packed[0], scales=packed[1], bias=self.bias)
         elif not self.int8:
             int8_weight, scale = pack_int8(weight)
-            other.multiply = partial(int8_linear, int8_weight=int8_weight, scale=scale, bias=self.bias)
-        return other
+            quantized.multiply = partial(int8_linear, int8_weight=int8_weight, scale=scale, bias=self.bias)
+        return quantized
 
 
-def _fuse_linears(parts: list[Any], name: str) -> torch.Tensor:
-    """The tensors of that name as one; each layer keeps its share of it, so that nothing is in memory twice."""
-    tensors = [getattr(part, name) for part in parts]
+def _fuse_tensors(parts: list[Any], name: str) -> torch.Tensor:
+    """Concatenate a tensor of several layers. Each layer then keeps a view of the result, so
+    nothing is in memory twice."""
+    tensors: list[torch.Tensor] = [getattr(part, name) for part in parts]
     if len(tensors) == 1:
-        only: torch.Tensor = tensors[0].detach()
-        return only
-    whole = torch.cat([tensor.detach() for tensor in tensors])
-    for tensor, share in zip(tensors, whole.split([len(tensor) for tensor in tensors]), strict=True):
-        tensor.data = share
-    return whole
+        return tensors[0].detach()
+    fused = torch.cat([tensor.detach() for tensor in tensors])
+    for tensor, view in zip(tensors, fused.split([len(tensor) for tensor in tensors]), strict=True):
+        tensor.data = view
+    return fused
 
 
 @dataclass
 class _Layer:
-    before_attention: Any
-    attention: FusedLinear
-    out: FusedLinear
-    before_mlp: Any
-    up: FusedLinear
-    down: FusedLinear
+    attention_norm: Callable[[torch.Tensor], torch.Tensor]
+    qkv: FusedLinear
+    attention_out: FusedLinear
+    mlp_norm: Callable[[torch.Tensor], torch.Tensor]
+    mlp_up: FusedLinear
+    mlp_down: FusedLinear
+
+    @property
+    def linears(self) -> list[FusedLinear]:
+        """Fused layers in the order in which `forward` applies them."""
+        return [self.qkv, self.attention_out, self.mlp_up, self.mlp_down]
 
 
 class KVCache:
-    """Keys and values of `rows` texts. All end in the same column; what is shorter begins later, after `padding` columns."""
+    """Keys and values of a batch. All rows end in column `used`; row i starts after `padding[i]`
+    columns."""
 
     def __init__(self, decoder: "CpuDecoder", rows: int, length: int, padding: Sequence[int]) -> None:
         self.decoder = decoder
-        self.kv = decoder.kv(rows, length)
+        self.kv = decoder.allocate_kv(rows, length)
         self.padding = list(padding)
         self.used = 0
 
     @property
     def first(self) -> int:
-        """The column in which the longest text begins."""
+        """Column in which the longest row starts."""
         return min(self.padding)
 
-    def reserve(self, count: int, rows: int = 0) -> None:
-        """So that `count` columns more, and so many rows more, can be written."""
-        rows, length = rows + len(self.padding), self.used - self.first + count
-        _, _, has_rows, _, has_length, _ = self.kv.shape
-        if rows <= has_rows and self.used + count <= has_length:
+    def reserve(self, columns: int, rows: int = 0) -> None:
+        """Make room for that many more columns and rows."""
+        rows, length = rows + len(self.padding), self.used - self.first + columns
+        _, _, allocated_rows, _, allocated_length, _ = self.kv.shape
+        if rows <= allocated_rows and self.used + columns <= allocated_length:
             return
         old, first, used = self.kv, self.first, self.used
-        if rows > has_rows or length > has_length:  # with room for some more, so that this is rare
-            self.kv = self.decoder.kv(rows + rows // 4, length + length // 4)
+        if rows > allocated_rows or length > allocated_length:  # grow by a quarter more
+            self.kv = self.decoder.allocate_kv(rows + rows // 4, length + length // 4)
         kept = old[:, :, : len(self.padding), :, first:used]
         if self.kv is old:
             kept = kept.clone()
@@ -116,216 +126,227 @@ class KVCache:
         self.used, self.padding = used - first, [padding - first for padding in self.padding]
 
     def append_rows(self, other: "KVCache") -> None:
-        """Take in the rows of another cache, after those that are here."""
-        here, new = len(self.padding), len(other.padding)
-        self.reserve(max(other.used - other.first - (self.used - self.first), 0), new)
-        shift = max(other.used - other.first - self.used, 0)  # to the right, where the new ones are longer
+        """Add the rows of another cache after the present ones."""
+        old_rows, new_rows = len(self.padding), len(other.padding)
+        other_length = other.used - other.first
+        self.reserve(max(other_length - (self.used - self.first), 0), new_rows)
+        shift = max(other_length - self.used, 0)  # to the right, if the new rows are longer
         if shift:
-            moved = self.kv[:, :, :here, :, : self.used].clone()
-            self.kv[:, :, :here, :, shift : self.used + shift] = moved
-            self.kv[:, :, :here, :, :shift] = 0
+            moved = self.kv[:, :, :old_rows, :, : self.used].clone()
+            self.kv[:, :, :old_rows, :, shift : self.used + shift] = moved
+            self.kv[:, :, :old_rows, :, :shift] = 0
             self.used, self.padding = self.used + shift, [padding + shift for padding in self.padding]
-        start = self.used - (other.used - other.first)
-        lines = self.kv[:, :, here : here + new]
-        lines[..., :start, :] = 0  # what is masked must be numbers all the same
-        lines[..., start : self.used, :] = other.kv[:, :, :new, :, other.first : other.used]
+        start = self.used - other_length
+        added = self.kv[:, :, old_rows : old_rows + new_rows]
+        added[..., :start, :] = 0  # masked values must be finite
+        added[..., start : self.used, :] = other.kv[:, :, :new_rows, :, other.first : other.used]
         self.padding += [padding - other.first + start for padding in other.padding]
 
-    def keep_rows(self, lines: Sequence[int]) -> None:
-        """Row i is what row `lines[i]` was; rows that are not named go. Rows may move to the front alone."""
-        for place, line in enumerate(lines):
-            if place != line:
-                self.kv[:, :, place, :, : self.used] = self.kv[:, :, line, :, : self.used]
-        self.padding = [self.padding[line] for line in lines]
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Make old row `rows[i]` row i, and drop the others. Rows may only move to the front."""
+        for new, old in enumerate(rows):
+            if new != old:
+                self.kv[:, :, new, :, : self.used] = self.kv[:, :, old, :, : self.used]
+        self.padding = [self.padding[row] for row in rows]
 
 
 class CpuDecoder:
-    """Another way through the layers of a base. `step` takes tokens and gives logits, as the model does."""
+    """Forward pass of a Llama-like base or GPT-2 on a CPU. See `Decoder` for the interface."""
 
-    in_pieces = True  # a prompt may be read in several passes
+    chunked_prefill = True
+    mixed_batches = True
 
     def __init__(self, base: LoadedBase) -> None:
         model = base.model
         config, names = model.config, {module: name for name, module in model.named_modules()}
         self.llama = type(model).__name__ in _LLAMA_TYPES
         self.heads = config.num_attention_heads
-        self.key_heads = getattr(config, "num_key_value_heads", self.heads)
-        self.size = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        self.head = FusedLinear({"head": model.get_output_embeddings()})
-        self.table = torch.empty(0)
-        # A float32 product of four rows takes half as long again as one of three; of int8 hardly longer.
-        self.guesses = 3 if self.head.int8 else 2
+        self.kv_heads = getattr(config, "num_key_value_heads", self.heads)
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.lm_head = FusedLinear({"head": model.get_output_embeddings()})
+        self._rotary_cache = torch.empty(0)
+        # A float32 product of four rows costs 1.5 times that of three; in int8 hardly more.
+        self.draft_tokens = 3 if self.lm_head.int8 else 2
 
-        def one(*layers: Any) -> FusedLinear:
+        def fuse(*layers: torch.nn.Module) -> FusedLinear:
             return FusedLinear({names[layer]: layer for layer in layers})
 
+        self.layers: list[_Layer] = []
         if self.llama:
             inner: Any = model.model
             self.embed, self.norm, self.rotary = inner.embed_tokens, _Norm(inner.norm), inner.rotary_emb
-            self.layers = [
-                _Layer(
-                    _Norm(it.input_layernorm),
-                    one(it.self_attn.q_proj, it.self_attn.k_proj, it.self_attn.v_proj),
-                    one(it.self_attn.o_proj),
-                    _Norm(it.post_attention_layernorm),
-                    one(it.mlp.gate_proj, it.mlp.up_proj),
-                    one(it.mlp.down_proj),
+            for layer in inner.layers:
+                attention, mlp = layer.self_attn, layer.mlp
+                self.layers.append(
+                    _Layer(
+                        _Norm(layer.input_layernorm),
+                        fuse(attention.q_proj, attention.k_proj, attention.v_proj),
+                        fuse(attention.o_proj),
+                        _Norm(layer.post_attention_layernorm),
+                        fuse(mlp.gate_proj, mlp.up_proj),
+                        fuse(mlp.down_proj),
+                    )
                 )
-                for it in inner.layers
-            ]
         else:
             inner = model.transformer
-            self.embed, self.norm, self.places = inner.wte, inner.ln_f, inner.wpe.weight
-            self.layers = [
-                _Layer(it.ln_1, one(it.attn.c_attn), one(it.attn.c_proj), it.ln_2, one(it.mlp.c_fc), one(it.mlp.c_proj))
-                for it in inner.h
-            ]
+            self.embed, self.norm, self.position_embeddings = inner.wte, inner.ln_f, inner.wpe.weight
             self.activation = inner.h[0].mlp.act
+            for layer in inner.h:
+                attention, mlp = layer.attn, layer.mlp
+                qkv, attention_out = fuse(attention.c_attn), fuse(attention.c_proj)
+                self.layers.append(_Layer(layer.ln_1, qkv, attention_out, layer.ln_2, fuse(mlp.c_fc), fuse(mlp.c_proj)))
 
     @classmethod
     def for_base(cls, base: LoadedBase) -> "CpuDecoder | None":
-        """A decoder for this base, or None where transformers must do it: other kinds, other devices, other figures."""
-        known = type(base.model).__name__ in (*_LLAMA_TYPES, "GPT2LMHeadModel")
-        exact = base.dtype == torch.float32 and base.load_in == "full"
-        if not known or base.device.type != "cpu" or not exact or not has_full_attention(base.model):
+        """Create the decoder of a base. None for other architectures, devices or dtypes, or if its
+        logits are different."""
+        supported = type(base.model).__name__ in (*_LLAMA_TYPES, "GPT2LMHeadModel")
+        full_precision = base.dtype == torch.float32 and base.load_in == "full"
+        if not supported or base.device.type != "cpu" or not full_precision or not has_full_attention(base.model):
             return None
         rotary = getattr(base.model.base_model, "rotary_emb", None)
-        if getattr(rotary, "rope_type", "default") in ("dynamic", "longrope"):  # which turn by the length of the text
+        if getattr(rotary, "rope_type", "default") in ("dynamic", "longrope"):  # depends on the length
             return None
         decoder = cls(base)
-        ids = torch.arange(6)[None] + base.model.config.vocab_size // 2
+        token_ids = torch.arange(6)[None] + base.model.config.vocab_size // 2
         with torch.inference_mode():
-            expected = base.model(input_ids=ids, use_cache=False).logits[0]
+            expected = base.model(input_ids=token_ids, use_cache=False).logits[0]
             cache = KVCache(decoder, 1, 6, [0])
-            found = torch.cat([decoder.forward(ids[:, :4], cache)[0], decoder.forward(ids[:, 4:], cache)[0]])
-        tolerance = 5e-2 if decoder.head.int8 else 1e-3
-        return decoder if (found - expected).abs().max() <= tolerance * expected.abs().max() else None
+            first = decoder.forward(token_ids[:, :4], cache)[0]
+            logits = torch.cat([first, decoder.forward(token_ids[:, 4:], cache)[0]])
+        tolerance = 5e-2 if decoder.lm_head.int8 else 1e-3
+        return decoder if (logits - expected).abs().max() <= tolerance * expected.abs().max() else None
 
     @cached_property
-    def draft(self) -> "CpuDecoder | None":
-        """The same base with int4 weights, over the same cache, to guess what this one will say (speculative decoding, Leviathan
-        et al., 2022, arXiv:2211.17192). None where a guess would cost more than it saves. Price: 0.6 bytes a weight."""
-        if self.head.weight.numel() < DRAFT_TOKENS or torch.backends.cpu.get_cpu_capability() != "AVX512":
-            return None
-        other = copy.copy(self)
-        other.head = self.head.draft(int4=False)  # what it rounds away decides between tokens
-        other.layers = [
-            replace(
-                it,
-                attention=it.attention.draft(),
-                out=it.out.draft(),
-                up=it.up.draft(),
-                down=it.down.draft(),
-            )
-            for it in self.layers
-        ]
-        return other
+    def draft_model(self) -> "CpuDecoder | None":
+        """Same base with int4 weights, over the same cache, for speculative decoding (Leviathan et
+        al., 2022, arXiv:2211.17192).
 
-    def new_lora(self, bank: MultiLora) -> BatchedLora:
-        """Room for the updates of a batch's rows, as `step` takes them."""
-        return BatchedLora(
-            bank, [it.names for layer in self.layers for it in (layer.attention, layer.out, layer.up, layer.down)]
-        )
+        None where drafting would cost more than it saves. Price: 0.6 bytes per weight.
+        """
+        if self.lm_head.weight.numel() < MIN_DRAFT_HEAD or torch.backends.cpu.get_cpu_capability() != "AVX512":
+            return None
+        draft = copy.copy(self)
+        draft.lm_head = self.lm_head.quantize(int4=False)  # int4 changes too many tokens
+        draft.layers = [
+            replace(
+                layer,
+                qkv=layer.qkv.quantize(),
+                attention_out=layer.attention_out.quantize(),
+                mlp_up=layer.mlp_up.quantize(),
+                mlp_down=layer.mlp_down.quantize(),
+            )
+            for layer in self.layers
+        ]
+        return draft
+
+    def new_lora(self, multi_lora: MultiLora) -> BatchedLora:
+        return BatchedLora(multi_lora, [linear.modules for layer in self.layers for linear in layer.linears])
 
     def new_cache(self, rows: int, length: int, padding: Sequence[int]) -> KVCache:
         return KVCache(self, rows, length, padding)
 
-    def kv(self, rows: int, length: int) -> torch.Tensor:
-        return torch.empty(len(self.layers), 2, rows, self.key_heads, length, self.size)
+    def allocate_kv(self, rows: int, length: int) -> torch.Tensor:
+        """Return uninitialized keys and values (layers, 2, rows, heads, length, head_dim)."""
+        return torch.empty(len(self.layers), 2, rows, self.kv_heads, length, self.head_dim)
 
     def rotary_table(self, length: int) -> torch.Tensor | None:
-        """(length, size / 2) complex: by how much each place turns a pair of a head's numbers. None without rotation."""
+        """Return the rotation per position, (at least length, head_dim / 2) complex; None for a
+        model without rotary embedding."""
         if not self.llama:
             return None
-        if len(self.table) < length:
+        if len(self._rotary_cache) < length:
             cos, sin = self.rotary(torch.empty(1), torch.arange(2 * length)[None])
-            half = self.size // 2
-            self.table = torch.complex(cos[0, :, :half].float(), sin[0, :, :half].float())
-        return self.table
+            half = self.head_dim // 2
+            self._rotary_cache = torch.complex(cos[0, :, :half].float(), sin[0, :, :half].float())
+        return self._rotary_cache
 
     def forward(
-        self, ids: torch.Tensor, cache: KVCache, mix: BatchedLora | None = None, *, last: bool = False
+        self, token_ids: torch.Tensor, cache: KVCache, lora: BatchedLora | None = None, *, last_only: bool = False
     ) -> torch.Tensor:
-        """(rows, new tokens) -> logits (rows, new tokens, vocabulary), or with `last` those of the last token alone, (rows, 1,
-        vocabulary). The cache grows by them."""
-        rows, count = ids.shape
+        """(rows, new tokens) -> logits (rows, new tokens, vocabulary), or (rows, 1, vocabulary)
+        with `last_only`."""
+        rows, count = token_ids.shape
         cache.reserve(count)
         first, start, end = cache.first, cache.used, cache.used + count
-        places, mask = _position_ids(cache, start, end)
+        positions, mask = _positions_and_mask(cache, start, end)
         table = self.rotary_table(end - first)
-        updates: Iterator[LoraPart | None] = iter(mix.parts if mix is not None else [None] * 4 * len(self.layers))
+        parts: Iterator[LoraPart | None] = iter(lora.parts if lora is not None else [None] * 4 * len(self.layers))
         causal = mask is None and count > 1
-        hidden = self.embed(ids)
+        hidden = self.embed(token_ids)
         if not self.llama:
-            hidden = hidden + self.places[places]
+            hidden = hidden + self.position_embeddings[positions]
         hidden = hidden.view(-1, hidden.shape[-1])
-        turns = table[places].unsqueeze(-2) if table is not None else None  # ([rows,] new tokens, 1, half)
-        new, known = (
-            cache.kv[:, :, :rows, :, start:end].unbind(),
-            cache.kv[:, :, :rows, :, first:end].unbind(),
-        )
-        for layer, (new_keys, new_values), (keys, values) in zip(self.layers, new, known, strict=True):
-            heads = layer.attention(layer.before_attention(hidden), next(updates)).view(rows, count, -1, self.size)
-            query, key, value = heads.split([self.heads, self.key_heads, self.key_heads], 2)
-            if turns is not None:
-                both = _rotate(heads[:, :, : -self.key_heads], turns)
-                query, key = both.split([self.heads, self.key_heads], 2)
+        rotation = table[positions].unsqueeze(-2) if table is not None else None  # ([rows,] tokens, 1, half)
+        new_kv = cache.kv[:, :, :rows, :, start:end].unbind()
+        all_kv = cache.kv[:, :, :rows, :, first:end].unbind()
+        for layer, (new_keys, new_values), (keys, values) in zip(self.layers, new_kv, all_kv, strict=True):
+            heads = layer.qkv(layer.attention_norm(hidden), next(parts)).view(rows, count, -1, self.head_dim)
+            query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], 2)
+            if rotation is not None:
+                rotated = _rotate(heads[:, :, : -self.kv_heads], rotation)
+                query, key = rotated.split([self.heads, self.kv_heads], 2)
             new_keys.copy_(key.transpose(1, 2))
             new_values.copy_(value.transpose(1, 2))
             query = query.transpose(1, 2)
             attended = F.scaled_dot_product_attention(
-                query.float(), keys, values, mask, is_causal=causal, enable_gqa=self.heads != self.key_heads
+                query.float(), keys, values, mask, is_causal=causal, enable_gqa=self.heads != self.kv_heads
             )
-            hidden = hidden + layer.out(attended.transpose(1, 2).reshape(len(hidden), -1), next(updates))
-            inner = layer.up(layer.before_mlp(hidden), next(updates))
+            hidden = hidden + layer.attention_out(attended.transpose(1, 2).reshape(len(hidden), -1), next(parts))
+            inner = layer.mlp_up(layer.mlp_norm(hidden), next(parts))
             if self.llama:
                 gate, up = inner.chunk(2, -1)
                 inner = F.silu(gate).mul_(up)
             else:
                 inner = self.activation(inner)
-            hidden = hidden + layer.down(inner, next(updates))
+            hidden = hidden + layer.mlp_down(inner, next(parts))
         cache.used = end
-        if last:
+        if last_only:
             hidden = hidden.view(rows, count, -1)[:, -1]
-        logits: torch.Tensor = self.head(self.norm(hidden)).view(rows, len(hidden) // rows, -1)
+        logits: torch.Tensor = self.lm_head(self.norm(hidden)).view(rows, len(hidden) // rows, -1)
         return logits
 
 
 class _Norm:
-    """RMSNorm (arXiv:1910.07467). For a single token, in four light steps in place of torch's one of many passes."""
+    """RMSNorm (arXiv:1910.07467); a single token takes four cheap operations in place of torch's
+    many passes."""
 
     def __init__(self, norm: Any) -> None:
         self.norm, self.weight, self.eps = norm, norm.weight, norm.eps
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) > 1:
-            whole: torch.Tensor = self.norm(x)
-            return whole
+            normalized: torch.Tensor = self.norm(x)
+            return normalized
         flat = x.view(-1)
         single: torch.Tensor = (x * self.weight).mul_((float(flat.dot(flat)) / len(flat) + self.eps) ** -0.5)
         return single
 
 
-def _rotate(heads: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding (arXiv:2104.09864). Pairs come out side by side: in a product of two, order is the same."""
+def _rotate(heads: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding (arXiv:2104.09864). Pairs come out adjacent; queries and keys
+    alike, so products agree."""
     half = heads.shape[-1] // 2
     heads = heads.float()
-    pairs = torch.complex(heads[..., :half], heads[..., half:]).mul_(turns)
-    turned: torch.Tensor = torch.view_as_real(pairs).flatten(-2)
-    return turned
+    pairs = torch.complex(heads[..., :half], heads[..., half:]).mul_(rotation)
+    rotated: torch.Tensor = torch.view_as_real(pairs).flatten(-2)
+    return rotated
 
 
-def _position_ids(cache: KVCache, start: int, end: int) -> tuple[Any, torch.Tensor | None]:
-    """The places of the new tokens in their texts, and which of the columns from the first on each may look at (True); None
-    where that is all before it, the first tokens included."""
+def _positions_and_mask(cache: KVCache, start: int, end: int) -> tuple[slice | torch.Tensor, torch.Tensor | None]:
+    """Return positions of the new tokens, and the attention mask over the columns from
+    `cache.first` on (True: attend).
+
+    The mask is None for plain causal attention over new tokens, and for a single token that attends
+    to everything.
+    """
     first = cache.first
-    now, known = torch.arange(start, end), torch.arange(first, end)
-    mask = None if end - start == 1 else known <= now[:, None]
+    new, columns = torch.arange(start, end), torch.arange(first, end)
+    mask = None if end - start == 1 else columns <= new[:, None]
     if max(cache.padding) == first:
         return slice(start - first, end - first), mask if start > first else None
     padding = torch.tensor(cache.padding)
-    real = known >= padding[:, None, None]  # (rows, 1, all)
+    real = columns >= padding[:, None, None]  # (rows, 1, columns)
     mask = real if mask is None else real & mask
-    # A row's padding may look at itself, for to look at nothing gives no numbers.
-    mask = mask | (known == now[:, None])
-    return (now - padding[:, None]).clamp(min=0), mask[:, None]
+    mask = mask | (columns == new[:, None])  # padding attends to itself, else NaN
+    return (new - padding[:, None]).clamp(min=0), mask[:, None]

@@ -1,48 +1,57 @@
 """Turn token ids into text one token at a time."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
-CONTEXT_TOKENS = 6  # tokens at least that new ones are decoded with: some tokenizers drop a leading space
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CONTEXT_TOKENS = 6  # decoded before new ones, because some tokenizers drop a leading space
+_INCOMPLETE = "\ufffd"  # decoded in place of a character that lacks bytes
 
 
 class IncrementalDetokenizer:
-    """Token ids to text, as they come. `sure` is what no stop string can take back, and all that another thread may read."""
+    """Text of a growing list of tokens.
 
-    def __init__(self, tokenizer: Any, prompt: list[int], stop: Iterable[str] = ()) -> None:
+    `stable_text` excludes what a stop string may still remove; other threads may read it, and
+    nothing else.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompt_ids: list[int], stop: Iterable[str] = ()) -> None:
         self.tokenizer = tokenizer
         self.stop = list(stop)
         self.text = self.stable_text = ""
         self.stopped = False
-        self._known = [list(prompt[-CONTEXT_TOKENS:])]  # what was decoded together: whole characters
-        while len(self._known[0]) < len(prompt) and self._decode(self._known)[:1] in ("", "\ufffd"):
-            self._known = [list(prompt[-2 * len(self._known[0]) :])]  # it began within a character, or has no text
-        self._before = self._decode(self._known)
-        self._open: list[int] = []  # tokens whose last character may lack bytes
+        self._context = [list(prompt_ids[-CONTEXT_TOKENS:])]  # groups of whole characters
+        while len(self._context[0]) < len(prompt_ids) and self._decode(self._context)[:1] in ("", _INCOMPLETE):
+            self._context = [list(prompt_ids[-2 * len(self._context[0]) :])]  # began inside a character
+        self._context_text = self._decode(self._context)
+        self._pending: list[int] = []  # tokens whose last character may lack bytes
 
-    def _decode(self, parts: list[list[int]]) -> str:
-        ids = [token for part in parts for token in part]
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def _decode(self, groups: list[list[int]]) -> str:
+        token_ids = [token for group in groups for token in group]
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def append(self, token: int) -> None:
-        self._open.append(token)
-        found = self._decode([*self._known, self._open])
-        if not found.endswith("\ufffd"):
-            self._settle(found)
+        self._pending.append(token)
+        decoded = self._decode([*self._context, self._pending])
+        if not decoded.endswith(_INCOMPLETE):
+            self._commit(decoded)
 
     def finish(self) -> None:
-        """No token comes any more."""
-        if self._open and not self.stopped:
-            self._settle(self._decode([*self._known, self._open]))
+        """Flush an incomplete character: no more tokens follow."""
+        if self._pending and not self.stopped:
+            self._commit(self._decode([*self._context, self._pending]))
 
-    def _settle(self, found: str) -> None:
-        start, whole = len(self.text), self.text + found[len(self._before) :]
-        self._known.append(self._open)
-        self._before, self._open = found, []
-        while sum(map(len, self._known[1:])) >= CONTEXT_TOKENS and (before := self._decode(self._known[1:])):
-            self._before, self._known = before, self._known[1:]
-        ends = [whole.find(stop, max(0, start - len(stop) + 1)) for stop in self.stop]
-        if ends := [end for end in ends if end >= 0]:
-            whole, self.stopped = whole[: min(ends)], True
-        held = 0 if self.stopped else max((len(stop) - 1 for stop in self.stop), default=0)
-        self.text, self.stable_text = whole, whole[: max(len(whole) - held, 0)]
+    def _commit(self, decoded: str) -> None:
+        """Add the text of the pending tokens, given that of context and pending tokens."""
+        start, text = len(self.text), self.text + decoded[len(self._context_text) :]
+        self._context.append(self._pending)
+        self._context_text, self._pending = decoded, []
+        while sum(map(len, self._context[1:])) >= CONTEXT_TOKENS and (shorter := self._decode(self._context[1:])):
+            self._context_text, self._context = shorter, self._context[1:]
+        positions = [text.find(stop, max(0, start - len(stop) + 1)) for stop in self.stop]
+        if hits := [position for position in positions if position >= 0]:
+            text, self.stopped = text[: min(hits)], True
+        held_back = 0 if self.stopped else max((len(stop) - 1 for stop in self.stop), default=0)
+        self.text, self.stable_text = text, text[: max(len(text) - held_back, 0)]

@@ -1,8 +1,8 @@
-"""The forward pass of transformers, over a cache whose rows come and go; for a base that keeps its past in a way of its own,
-without a cache.
+"""Forward pass of transformers over a KV cache whose rows come and go; without a cache for bases
+that have a custom one.
 
-Surprise: it is tried on the base first, rows joining and leaving, against the logits that they have alone. Limit: rows that
-come are copied together with those that are there, which takes time with a large cache.
+Each base is probed first: rows that join and leave must get the logits that they have alone. Price:
+adding rows copies the whole cache.
 """
 
 import inspect
@@ -20,177 +20,190 @@ from transformers.cache_utils import (
 
 from ..models.loading import LoadedBase
 from ..models.resolve import quiet_transformers
-from .multi_lora import LoadedAdapter, MultiLora
+from .multi_lora import LayerHook, LoadedAdapter, MultiLora
 
 
 class HFDecoder:
-    """The model's own forward pass, in transformers. `step` takes tokens and gives logits, as the decoder does."""
+    """Forward pass of any transformers model. See `Decoder` for the interface."""
 
-    def __init__(self, base: LoadedBase, bank: MultiLora) -> None:
+    def __init__(self, base: LoadedBase, multi_lora: MultiLora) -> None:
         self.base = base
-        self.bank = bank
-        takes = inspect.signature(base.model.forward).parameters
-        self.takes_positions = "position_ids" in takes
-        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-        self.cached = self.in_pieces = True
-        if not self._right():  # linear attention, for one, takes several tokens at once in the beginning alone
-            self.in_pieces = False
-            self.cached = self._right()
-        self.mixes = not self.cached or self._keeps_rows_apart()
+        self.multi_lora = multi_lora
+        parameters = inspect.signature(base.model.forward).parameters
+        self.takes_positions = "position_ids" in parameters
+        self.last_logits = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self.has_cache = self.chunked_prefill = True
+        if not self._matches_solo_logits():  # linear attention: several tokens only at once
+            self.chunked_prefill = False
+            self.has_cache = self._matches_solo_logits()
+        self.mixed_batches = not self.has_cache or self._keeps_rows_apart()
 
-    def new_lora(self, bank: MultiLora) -> "HookedLora":
-        return HookedLora(bank)
+    def new_lora(self, multi_lora: MultiLora) -> "HookedLora":
+        return HookedLora(multi_lora)
 
     def new_cache(self, rows: int, length: int, padding: Sequence[int]) -> "HFCache | NoCache":
-        return HFCache(self.base, padding) if self.cached else NoCache(padding)
+        return HFCache(self.base, padding) if self.has_cache else NoCache(padding)
 
     def forward(
-        self, ids: torch.Tensor, cache: "HFCache | NoCache", hooks: "HookedLora | None" = None, *, last: bool = False
+        self,
+        token_ids: torch.Tensor,
+        cache: "HFCache | NoCache",
+        lora: "HookedLora | None" = None,
+        *,
+        last_only: bool = False,
     ) -> torch.Tensor:
-        """(rows, new tokens) -> logits (rows, new tokens, vocabulary), or with `last` those of the last token alone, (rows, 1,
-        vocabulary). The cache grows by them."""
+        """(rows, new tokens) -> logits (rows, new tokens, vocabulary), or (rows, 1, vocabulary)
+        with `last_only`."""
         if isinstance(cache, NoCache):
-            return self._anew(ids, cache, hooks)
-        count = ids.shape[1]
+            return self._forward_without_cache(token_ids, cache, lora)
+        count = token_ids.shape[1]
         cache.used += count
-        columns = torch.arange(cache.used, device=ids.device)
-        padding = torch.tensor(cache.padding, device=ids.device)[:, None]
-        more: dict[str, Any] = dict(self.last_only) if last else {}
+        columns = torch.arange(cache.used, device=token_ids.device)
+        padding = torch.tensor(cache.padding, device=token_ids.device)[:, None]
+        options: dict[str, Any] = dict(self.last_logits) if last_only else {}
         if self.takes_positions:
-            more["position_ids"] = (columns[-count:] - padding).clamp(min=0)
-        with quiet_transformers(), self.bank.apply_hooks(hooks.all if hooks else []):
+            options["position_ids"] = (columns[-count:] - padding).clamp(min=0)
+        with quiet_transformers(), self.multi_lora.apply_hooks(lora.hooks if lora else []):
             output = self.base.model(
-                input_ids=ids,
+                input_ids=token_ids,
                 attention_mask=(columns >= padding).long(),
                 past_key_values=cache.kv,
                 use_cache=True,
-                **more,
+                **options,
             )
-        logits: torch.Tensor = output.logits[:, -1:] if last else output.logits
+        logits: torch.Tensor = output.logits[:, -1:] if last_only else output.logits
         return logits.float()
 
-    def _anew(self, ids: torch.Tensor, cache: "NoCache", hooks: "HookedLora | None") -> torch.Tensor:
-        """Each row for itself and from its beginning: as slow as it is general."""
-        cache.used += ids.shape[1]
+    def _forward_without_cache(
+        self, token_ids: torch.Tensor, cache: "NoCache", lora: "HookedLora | None"
+    ) -> torch.Tensor:
+        """Recompute each row from its first token. Returns the logits of the last token, (rows, 1,
+        vocabulary)."""
+        cache.used += token_ids.shape[1]
         logits = []
-        for line, padding in enumerate(cache.padding):
-            cache.rows[line] = torch.cat([cache.rows[line].to(ids.device), ids[line]])
-            with quiet_transformers(), self.bank.apply_hooks(hooks.of(line) if hooks else []):
-                whole = self.base.model(input_ids=cache.rows[line][None, padding:], use_cache=False).logits
-            logits.append(whole[0, -1:])
+        for row, padding in enumerate(cache.padding):
+            cache.rows[row] = torch.cat([cache.rows[row].to(token_ids.device), token_ids[row]])
+            with quiet_transformers(), self.multi_lora.apply_hooks(lora.row_hooks(row) if lora else []):
+                output = self.base.model(input_ids=cache.rows[row][None, padding:], use_cache=False)
+            logits.append(output.logits[0, -1:])
         return torch.stack(logits).float()
 
     def _keeps_rows_apart(self) -> bool:
-        """Whether each layer sees a batch as (rows, tokens, in). OPT, for one, strings its rows together."""
-        seen: list[Any] = []
-        probe = [
-            (layer, lambda layer, inputs, output: seen.append(inputs[0].shape[:-1]))
-            for layer in self.bank.layers.values()
-        ]
-        with quiet_transformers(), torch.inference_mode(), self.bank.apply_hooks(probe):
-            self.base.model(input_ids=self._probe().view(2, 3), use_cache=False)
-        return all(tuple(shape) == (2, 3) for shape in seen)
+        """Check that each layer gets a batch as (rows, tokens, in). OPT, for one, flattens rows and
+        tokens."""
+        shapes: list[tuple[int, ...]] = []
 
-    def _probe(self) -> torch.Tensor:
-        """Six plain tokens, from the middle of the vocabulary."""
+        def record(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            shapes.append(tuple(inputs[0].shape[:-1]))
+
+        hooks: list[LayerHook] = [(layer, record) for layer in self.multi_lora.layers.values()]
+        with quiet_transformers(), torch.inference_mode(), self.multi_lora.apply_hooks(hooks):
+            self.base.model(input_ids=self._probe_tokens().view(2, 3), use_cache=False)
+        return all(shape == (2, 3) for shape in shapes)
+
+    def _probe_tokens(self) -> torch.Tensor:
+        """Return six ordinary tokens, from the middle of the vocabulary."""
         middle = self.base.vocab_size // 2
         return torch.arange(middle, middle + 6, device=self.base.device)
 
-    def _right(self) -> bool:
-        """Whether rows that join and leave get the logits that they have alone."""
-        ids = self._probe()
+    def _matches_solo_logits(self) -> bool:
+        """Check that rows that join and leave a cache get the logits that they have alone."""
+        ids = self._probe_tokens()
+        prompts = torch.stack([ids[:4], F.pad(ids[:2], (2, 0))])
         try:
             with quiet_transformers(), torch.inference_mode():
                 expected = self.base.model(input_ids=ids[None], use_cache=False).logits[0].float()
-                cache: Any = self.new_cache(2, 6, [0, 2])
-                later: Any = self.new_cache(1, 6, [0])
-                for part in torch.stack([ids[:4], F.pad(ids[:2], (2, 0))]).split(2 if self.in_pieces else 4, 1):
-                    self.forward(part, cache)
-                found = self.forward(ids[[4, 2], None], cache)[:, -1]
+                cache, added = HFCache(self.base, [0, 2]), HFCache(self.base, [0])
+                for chunk in prompts.split(2 if self.chunked_prefill else 4, 1):
+                    self.forward(chunk, cache)
+                two_rows = self.forward(ids[[4, 2], None], cache)[:, -1]
                 cache.keep_rows([1])
-                self.forward(ids[None, :5], later)
-                cache.append_rows(later)
-                found = torch.cat([found, self.forward(ids[[3, 5], None], cache)[:, -1]])
-        except Exception:  # whatever it is that this base does not take
+                self.forward(ids[None, :5], added)
+                cache.append_rows(added)
+                logits = torch.cat([two_rows, self.forward(ids[[3, 5], None], cache)[:, -1]])
+        except Exception:  # any error: this base does not support such a cache
             return False
         tolerance = 1e-3 if self.base.dtype == torch.float32 else 5e-2
-        return bool((found - expected[[4, 2, 3, 5]]).abs().max() <= tolerance * expected.abs().max())
+        return bool((logits - expected[[4, 2, 3, 5]]).abs().max() <= tolerance * expected.abs().max())
 
 
 class HookedLora:
-    """The updates of a batch's rows, as hooks."""
+    """LoRA weights of the rows of a batch, as forward hooks."""
 
-    def __init__(self, bank: MultiLora) -> None:
-        self.bank = bank
+    def __init__(self, multi_lora: MultiLora) -> None:
+        self.multi_lora = multi_lora
         self.rows: list[LoadedAdapter | None] = [None]
-        self.all: list[Any] = []
+        self.hooks: list[LayerHook] = []
 
     def set_rows(self, rows: Sequence[LoadedAdapter | None]) -> None:
-        """Put row i of each batch through `rows[i]`, or the plain base."""
+        """Apply `rows[i]` to row i, None for the plain base. A single entry applies to all rows of
+        any batch."""
         if list(map(id, rows)) != list(map(id, self.rows)):
-            self.rows, self.all = list(rows), self.bank.hooks(rows)
+            self.rows, self.hooks = list(rows), self.multi_lora.hooks(rows)
 
-    def of(self, line: int) -> list[Any]:
-        return self.bank.hooks([self.rows[line]])
+    def row_hooks(self, row: int) -> list[LayerHook]:
+        return self.multi_lora.hooks([self.rows[row]])
 
 
 class HFCache:
-    """What transformers keeps of rows of text, all ending in one column, each beginning after its padding."""
+    """Cache of transformers. All rows end in column `used`; row i starts after `padding[i]`
+    columns."""
 
     def __init__(self, base: LoadedBase, padding: Sequence[int]) -> None:
         self.kv: Any = DynamicCache(config=base.model.config)
-        # One that keeps a window alone cannot take in rows; the mask says what is looked at.
+        # A sliding-window layer cannot take in rows; the attention mask applies the window.
         self.kv.layers = [
             DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in self.kv.layers
         ]
         self.padding = list(padding)
         self.used = 0
 
-    def keep_rows(self, lines: Sequence[int]) -> None:
-        """Row i is what row `lines[i]` was; rows that are not named go."""
-        self.padding = [self.padding[line] for line in lines]
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Make old row `rows[i]` row i, and drop the others."""
+        self.padding = [self.padding[row] for row in rows]
         first = min(self.padding)
         for layer in self.kv.layers:
-            rows: Any = torch.tensor(lines, device=layer.device)
+            indices: Any = torch.tensor(rows, device=layer.device)
             if isinstance(layer, LinearAttentionCacheLayerMixin):
-                LinearAttentionCacheLayerMixin.reorder_cache(layer, rows)
+                LinearAttentionCacheLayerMixin.reorder_cache(layer, indices)
             if getattr(layer, "keys", None) is not None:
-                layer.keys, layer.values = layer.keys[rows, :, first:], layer.values[rows, :, first:]
+                layer.keys, layer.values = layer.keys[indices, :, first:], layer.values[indices, :, first:]
         self.used, self.padding = self.used - first, [padding - first for padding in self.padding]
 
     def append_rows(self, other: "HFCache") -> None:
-        """Take in the rows of another cache, after those that are here."""
+        """Add the rows of another cache after the present ones."""
         used = max(self.used, other.used)
-        here, new = used - self.used, used - other.used
+        old_shift, new_shift = used - self.used, used - other.used
 
-        def both(own: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
-            return torch.cat([F.pad(own, (0, 0, here, 0)), F.pad(more, (0, 0, new, 0))])
+        def concatenate(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+            return torch.cat([F.pad(old, (0, 0, old_shift, 0)), F.pad(new, (0, 0, new_shift, 0))])
 
-        for layer, more in zip(self.kv.layers, other.kv.layers, strict=True):
+        for layer, added in zip(self.kv.layers, other.kv.layers, strict=True):
             if isinstance(layer, LinearAttentionCacheLayerMixin):
-                for states, others in (
-                    (layer.conv_states, more.conv_states),
-                    (layer.recurrent_states, more.recurrent_states),
+                for states, added_states in (
+                    (layer.conv_states, added.conv_states),
+                    (layer.recurrent_states, added.recurrent_states),
                 ):
-                    for number, state in states.items():
+                    for index, state in states.items():
                         if state is not None:
-                            states[number] = torch.cat([state, others[number]])
+                            states[index] = torch.cat([state, added_states[index]])
             if getattr(layer, "keys", None) is not None:
-                layer.keys, layer.values = both(layer.keys, more.keys), both(layer.values, more.values)
+                layer.keys, layer.values = concatenate(layer.keys, added.keys), concatenate(layer.values, added.values)
         self.used = used
-        self.padding = [padding + here for padding in self.padding] + [padding + new for padding in other.padding]
+        self.padding = [padding + old_shift for padding in self.padding]
+        self.padding += [padding + new_shift for padding in other.padding]
 
 
 class NoCache:
-    """The rows themselves, padding included."""
+    """Token ids of the rows, padding included, in place of a cache."""
 
     def __init__(self, padding: Sequence[int]) -> None:
         self.rows = [torch.empty(0, dtype=torch.int64)] * len(padding)
         self.padding = list(padding)
         self.used = 0
 
-    def keep_rows(self, lines: Sequence[int]) -> None:
-        self.rows, self.padding = [self.rows[line] for line in lines], [self.padding[line] for line in lines]
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        self.rows, self.padding = [self.rows[row] for row in rows], [self.padding[row] for row in rows]
 
     def append_rows(self, other: "NoCache") -> None:
         self.rows, self.padding = self.rows + other.rows, self.padding + other.padding

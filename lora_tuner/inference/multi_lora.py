@@ -1,9 +1,9 @@
-"""Many adapters beside one base: each row of a batch goes through its own.
+"""Many adapters beside one base: each row of a batch has its own.
 
-PEFT does this too, but what it costs to load and to swap grows with all that is loaded (benchmarks/RESULTS.md). Here an
-adapter is no part of the model: its tensors lie beside it, and B A x is added while a batch runs, by our own decoder or by a
-hook on each layer, so that the hundredth loads like the first. Surprise: the base is never changed, not even wrapped. Limit:
-where rows of different adapters share a batch, their tensors are there twice.
+With PEFT, loading and switching take longer the more adapters are loaded (benchmarks/RESULTS.md).
+Here an adapter is not part of the model: its tensors stay beside it, and B A x is added while a
+batch runs, by CpuDecoder or by forward hooks. The base is never modified or wrapped. Price: a batch
+that mixes adapters holds a second copy of their tensors.
 """
 
 import contextlib
@@ -22,11 +22,13 @@ from ..models.delta import load_deltas
 from ..models.loading import LoadedBase
 from ..models.lora import layer_sizes, linear_layers
 
+LoraFactors = tuple[torch.Tensor, torch.Tensor]  # (ranks, in), (ranks, out)
+
 
 @dataclass(frozen=True)
 class _LayerLora:
-    """The update of one layer as it is applied: `down` (rank, in), `up` (out, rank). With DoRA the base's own output is
-    stretched as well, by 1 + `stretch` (out,)."""
+    """LoRA weights of one layer: A (rank, in), B (out, rank) with the scale. With DoRA the base's
+    own output without bias is added once more, times `dora_scale` (out,)."""
 
     A: torch.Tensor
     B: torch.Tensor
@@ -35,71 +37,76 @@ class _LayerLora:
 
 @dataclass(frozen=True, eq=False)
 class LoadedAdapter:
-    """An adapter in memory, by layer. It never changes: one that is replaced on disk is loaded anew, beside what still runs."""
+    """LoRA weights in memory, by layer name. Immutable: a newer version is loaded beside one that
+    is still in use."""
 
     layers: dict[str, _LayerLora]
-    stacked: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = field(
-        default_factory=dict
-    )  # made when asked for
+    fused: dict[tuple[str, ...], LoraFactors] = field(default_factory=dict)  # a cache
 
     @property
     def is_additive(self) -> bool:
-        """Whether all that it does is to add; DoRA stretches."""
-        return all(update.dora_scale is None for update in self.layers.values())
+        """True if it only adds to outputs; DoRA also rescales them."""
+        return all(layer_lora.dora_scale is None for layer_lora in self.layers.values())
 
 
 def blend_loaded(parts: Sequence[tuple[float, LoadedAdapter]]) -> LoadedAdapter:
-    """The weighted sum of adapters in memory, exactly. Raises AdapterError for DoRA, whose update is no sum."""
+    """Compute the exact weighted sum of loaded adapters. Raises AdapterError for DoRA, whose update
+    is not additive."""
     if not all(loaded.is_additive for _, loaded in parts):
         raise AdapterError(
-            "A DoRA adapter also rescales the base's weights, so it is no part of a sum: merge it instead."
+            "A DoRA adapter also rescales the base's weights, so it cannot be part of a weighted sum: merge it instead."
         )
     layers = {}
     for module in dict.fromkeys(module for _, loaded in parts for module in loaded.layers):
-        own = [(weight, loaded.layers[module]) for weight, loaded in parts if module in loaded.layers]
-        layers[module] = _LayerLora(
-            torch.cat([update.A for _, update in own]), torch.cat([weight * update.B for weight, update in own], 1)
-        )
+        weighted = [(weight, loaded.layers[module]) for weight, loaded in parts if module in loaded.layers]
+        lora_a = torch.cat([layer_lora.A for _, layer_lora in weighted])
+        lora_b = torch.cat([weight * layer_lora.B for weight, layer_lora in weighted], 1)
+        layers[module] = _LayerLora(lora_a, lora_b)
     return LoadedAdapter(layers)
 
 
-LayerHook = tuple[Any, Callable[..., torch.Tensor | None]]  # a layer, and what it does to its output
+HookFunction = Callable[[Any, tuple[Any, ...], torch.Tensor], torch.Tensor | None]  # layer, inputs, output
+LayerHook = tuple[torch.nn.Module, HookFunction]
 
 
 class MultiLora:
-    """Puts adapters beside a base, for the time of a batch."""
+    """Loads adapters for a base and applies them to the rows of a batch."""
 
     def __init__(self, base: LoadedBase) -> None:
         self._base = base
         self.layers = linear_layers(base.model)
 
     def load(self, adapter: Adapter) -> LoadedAdapter:
-        """An adapter into memory. Raises AdapterError if it is damaged or does not fit."""
-        updates, device = {}, self._base.device
-        for module, update in load_deltas(adapter, self.layers).items():
-            down, up = update.A.to(device), update.B.to(device)
-            if update.magnitude is None:
-                updates[module] = _LayerLora(down, up)
+        """Read an adapter into memory. Raises AdapterError if it is damaged or does not fit the
+        base."""
+        layers, device = {}, self._base.device
+        for module, delta in load_deltas(adapter, self.layers).items():
+            lora_a, lora_b = delta.A.to(device), delta.B.to(device)
+            if delta.magnitude is None:
+                layers[module] = _LayerLora(lora_a, lora_b)
             else:
-                factor = update.magnitude.to(device) / (_dense_weight(self.layers[module]).float() + up @ down).norm(
-                    dim=1
-                )
-                updates[module] = _LayerLora(down, factor[:, None] * up, factor - 1)
-        return LoadedAdapter(updates)
+                norm = (_dense_weight(self.layers[module]).float() + lora_b @ lora_a).norm(dim=1)
+                scale = delta.magnitude.to(device) / norm
+                layers[module] = _LayerLora(lora_a, scale[:, None] * lora_b, scale - 1)
+        return LoadedAdapter(layers)
 
     def hooks(self, rows: Sequence[LoadedAdapter | None]) -> list[LayerHook]:
-        """Layers, each with what it does in a batch whose row i goes through the adapter `rows[i]`, or through the plain base
-        for None. One entry stands for all rows of batches of any size."""
-        found: list[LayerHook] = []
+        """Make forward hooks that apply `rows[i]` to row i of a batch, None for the plain base.
+
+        A single entry applies to all rows of batches of any size.
+        """
+        hooks: list[LayerHook] = []
         for module, layer in self.layers.items():
             if hook := _make_hook([loaded.layers.get(module) if loaded is not None else None for loaded in rows]):
-                found.append((layer, hook))
-        return found
+                hooks.append((layer, hook))
+        return hooks
 
     @contextlib.contextmanager
     def apply_hooks(self, hooks: Sequence[LayerHook]) -> Iterator[None]:
-        """In the block, each batch goes through these `hooks`. It raises MixedBatchError where a layer cannot tell which row
-        is which."""
+        """Install forward hooks for the duration of the block.
+
+        A forward pass in it raises MixedBatchError where a layer cannot tell the rows apart.
+        """
         handles = []
         try:
             for layer, hook in hooks:
@@ -109,112 +116,136 @@ class MultiLora:
             for handle in handles:
                 handle.remove()
 
-    def stacked(self, modules: Sequence[str], loaded: LoadedAdapter | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The updates of layers that share their input as one: (ranks, in) and (ranks, outs), each reaching its own layer's
-        outputs alone; no ranks for the plain base."""
-        known = loaded.stacked.get(tuple(modules)) if loaded is not None else None
-        if known is not None:
-            return known
+    def fused_factors(self, modules: Sequence[str], loaded: LoadedAdapter | None) -> LoraFactors:
+        """Concatenate the LoRA weights of layers that share their input; each rank contributes to
+        its own layer's outputs only.
+
+        Returns (ranks, in) and (ranks, outs of all layers); no ranks for the plain base. Cached in
+        the adapter.
+        """
+        key = tuple(modules)
+        if loaded is not None and key in loaded.fused:
+            return loaded.fused[key]
         sizes = layer_sizes({module: self.layers[module] for module in modules})
         outs = [out for _, out in sizes.values()]
         downs, ups, start = [torch.empty(0, sizes[modules[0]][0])], [torch.empty(0, sum(outs))], 0
         for module, out in zip(modules, outs, strict=True):
-            if loaded is not None and (update := loaded.layers.get(module)) is not None:
-                downs.append(update.A)
-                ups.append(F.pad(update.B.T, (start, sum(outs) - start - out)))
+            if loaded is not None and (layer_lora := loaded.layers.get(module)) is not None:
+                downs.append(layer_lora.A)
+                ups.append(F.pad(layer_lora.B.T, (start, sum(outs) - start - out)))
             start += out
-        both = torch.cat(downs), torch.cat(ups)
+        factors = torch.cat(downs), torch.cat(ups)
         if loaded is not None:
-            loaded.stacked[tuple(modules)] = both
-        return both
+            loaded.fused[key] = factors
+        return factors
 
 
 class _RowGroups:
-    """Which rows of a batch go through which of the adapters that it has: those of each are multiplied together. None is the
-    plain base."""
+    """Rows of a batch grouped by adapter, so that the rows of each adapter are multiplied together.
 
-    def __init__(self, rows: Sequence[LoadedAdapter | None], places: Sequence[LoadedAdapter]) -> None:
-        groups = [[row for row, loaded in enumerate(rows) if loaded is place] for place in places]
-        most = max(map(len, groups))
-        self.count, self.adapters = len(rows), len(places)
-        self.taken = torch.tensor([row for group in groups for row in group + group[:1] * (most - len(group))])
-        where = {row: place * most + i for place, group in enumerate(groups) for i, row in enumerate(group)}
-        self.back = torch.tensor([where.get(row, 0) for row in range(len(rows))])
+    `rows` are the adapters of the rows, None for the plain base; `adapters` the distinct ones.
+    """
+
+    def __init__(self, rows: Sequence[LoadedAdapter | None], adapters: Sequence[LoadedAdapter]) -> None:
+        groups = [[row for row, loaded in enumerate(rows) if loaded is adapter] for adapter in adapters]
+        size = max(map(len, groups))
+        grouped: list[int] = []
+        position = [0] * len(rows)  # of each row in `grouped`; of the plain base any
+        for number, group in enumerate(groups):
+            grouped += group + group[:1] * (size - len(group))  # filled up with its first row
+            for offset, row in enumerate(group):
+                position[row] = number * size + offset
+        self.rows, self.adapters = len(rows), len(adapters)
+        self.grouped = torch.tensor(grouped)
+        self.position = torch.tensor(position)
         self.plain = torch.tensor([[[loaded is None]] for loaded in rows])
 
-    def add(self, out: torch.Tensor, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """To `out` (tokens, out), for each row its own part of `down` (adapters, ranks, in) and `up` (adapters, ranks, out) of
-        `x` (tokens, in)."""
-        each = x.float().view(self.count, -1, x.shape[1])
-        grouped = each.index_select(0, self.taken).view(self.adapters, -1, x.shape[1])
-        added = torch.bmm(torch.bmm(grouped, down.transpose(1, 2)), up).view(len(self.taken), -1, up.shape[2])
-        return out.add_(added.index_select(0, self.back).masked_fill_(self.plain, 0).view(out.shape))
+    def add_delta(self, out: torch.Tensor, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Add to each row the delta of its adapter.
+
+        Args:
+            out: (tokens, out), the rows one after another; modified in place.
+            x: (tokens, in).
+            down: (adapters, ranks, in).
+            up: (adapters, ranks, out).
+        """
+        per_row = x.float().view(self.rows, -1, x.shape[1])
+        grouped = per_row.index_select(0, self.grouped).view(self.adapters, -1, x.shape[1])
+        delta = torch.bmm(torch.bmm(grouped, down.transpose(1, 2)), up).view(len(self.grouped), -1, up.shape[2])
+        return out.add_(delta.index_select(0, self.position).masked_fill_(self.plain, 0).view(out.shape))
 
 
-# (in, ranks) and (ranks, outs) of one adapter; of several (adapters, ranks, in) and (adapters, ranks, outs), and whose rows
+# One adapter: (in, ranks), (ranks, outs), None.
+# Several: (adapters, ranks, in), (adapters, ranks, outs), groups of rows.
 LoraPart = tuple[torch.Tensor, torch.Tensor, _RowGroups | None]
 
 
 class BatchedLora:
-    """The updates of a batch's rows, as the products of a decoder add them; `names` are the layers of each product. Where rows
-    come and go, only adapters that were not there are copied."""
+    """LoRA weights of the rows of a batch for CpuDecoder, one LoraPart per fused linear layer.
 
-    def __init__(self, bank: MultiLora, names: Sequence[Sequence[str]]) -> None:
-        self.bank = bank
-        self.names = list(names)
+    `modules` are the names of the layers in each fused layer. When rows change, only the weights of
+    new adapters are copied.
+    """
+
+    def __init__(self, multi_lora: MultiLora, modules: Sequence[Sequence[str]]) -> None:
+        self.multi_lora = multi_lora
+        self.modules = list(modules)
         self.rows: list[LoadedAdapter | None] = [None]
-        self.parts: list[LoraPart | None] = [None] * len(self.names)
-        self._stacks: list[tuple[torch.Tensor, torch.Tensor]] = []  # (places, ranks, in) and (places, ranks, outs)
-        self._places: list[LoadedAdapter] = []  # whose updates lie there
+        self.parts: list[LoraPart | None] = [None] * len(self.modules)
+        self._stacks: list[LoraFactors] = []  # (slots, ranks, in), (slots, ranks, outs)
+        self._slots: list[LoadedAdapter] = []  # the adapter in each slot of the stacks
 
     def set_rows(self, rows: Sequence[LoadedAdapter | None]) -> None:
-        """Put row i of each batch through `rows[i]`, or the plain base. One entry stands for all rows of batches of any size."""
+        """Apply `rows[i]` to row i, None for the plain base. A single entry applies to all rows of
+        any batch."""
         rows = list(rows)
         if len(rows) == len(self.rows) and all(new is old for new, old in zip(rows, self.rows, strict=True)):
             return
         self.rows = rows
         if all(loaded is rows[0] for loaded in rows):
-            self.parts, self._stacks, self._places = [self._single(names, rows[0]) for names in self.names], [], []
+            self.parts = [self._single_adapter(modules, rows[0]) for modules in self.modules]
+            self._stacks, self._slots = [], []
             return
-        self._stack([loaded for loaded in dict.fromkeys(rows) if loaded is not None])
-        own, count = _RowGroups(rows, self._places), len(self._places)
-        self.parts = [(downs[:count], ups[:count], own) if downs.shape[1] else None for downs, ups in self._stacks]
+        self._fill_slots([loaded for loaded in dict.fromkeys(rows) if loaded is not None])
+        groups, count = _RowGroups(rows, self._slots), len(self._slots)
+        self.parts = [(downs[:count], ups[:count], groups) if downs.shape[1] else None for downs, ups in self._stacks]
 
-    def _single(self, names: Sequence[str], loaded: LoadedAdapter | None) -> LoraPart | None:
+    def _single_adapter(self, modules: Sequence[str], loaded: LoadedAdapter | None) -> LoraPart | None:
         if loaded is None:
             return None
-        down, up = self.bank.stacked(names, loaded)
+        down, up = self.multi_lora.fused_factors(modules, loaded)
         return (down.T, up, None) if len(down) else None
 
-    def _stack(self, wanted: list[LoadedAdapter]) -> None:
-        """Their updates one above the other; who is there already stays where it is, if that is within their number."""
-        joined = {loaded: [self.bank.stacked(names, loaded) for names in self.names] for loaded in wanted}
-        ranks = [max(len(parts[number][0]) for parts in joined.values()) for number in range(len(self.names))]
+    def _fill_slots(self, adapters: list[LoadedAdapter]) -> None:
+        """Copy the weights of adapters into slots; one that has a slot within their number keeps
+        it."""
+        factors = {loaded: [self.multi_lora.fused_factors(it, loaded) for it in self.modules] for loaded in adapters}
+        ranks = [max(len(parts[number][0]) for parts in factors.values()) for number in range(len(self.modules))]
         if not self._stacks or any(
-            len(downs) < len(wanted) or downs.shape[1] < rank
+            len(downs) < len(adapters) or downs.shape[1] < rank
             for rank, (downs, _) in zip(ranks, self._stacks, strict=True)
         ):
-            room = max(len(wanted), 2 * len(self._places))
-            sizes = [(down.shape[1], up.shape[1]) for down, up in joined[wanted[0]]]
+            slots = max(len(adapters), 2 * len(self._slots))
+            sizes = [(down.shape[1], up.shape[1]) for down, up in factors[adapters[0]]]
             self._stacks = [
-                (torch.zeros(room, rank, into), torch.zeros(room, rank, out))
-                for rank, (into, out) in zip(ranks, sizes, strict=True)
+                (torch.zeros(slots, rank, size_in), torch.zeros(slots, rank, size_out))
+                for rank, (size_in, size_out) in zip(ranks, sizes, strict=True)
             ]
-            self._places = []
-        here = self._places[: len(wanted)]
-        new = [loaded for loaded in wanted if loaded not in here]
-        self._places = [loaded if loaded in wanted else new.pop(0) for loaded in here] + new
-        for place, loaded in enumerate(self._places):
-            if place < len(here) and here[place] is loaded:
+            self._slots = []
+        old = self._slots[: len(adapters)]
+        new = [loaded for loaded in adapters if loaded not in old]
+        self._slots = [loaded if loaded in adapters else new.pop(0) for loaded in old] + new
+        for slot, loaded in enumerate(self._slots):
+            if slot < len(old) and old[slot] is loaded:
                 continue
-            for stacks, parts in zip(self._stacks, joined[loaded], strict=True):
+            for stacks, parts in zip(self._stacks, factors[loaded], strict=True):
                 for stack, part in zip(stacks, parts, strict=True):
-                    stack[place, : len(part)] = part
-                    stack[place, len(part) :] = 0
+                    stack[slot, : len(part)] = part
+                    stack[slot, len(part) :] = 0
 
 
 def _dense_weight(layer: Any) -> torch.Tensor:
-    """(out, in)."""
+    """Return the weight of a linear layer, dequantized, as (out, in)."""
     if type(layer.weight).__name__ in ("Params4bit", "Int8Params"):  # bitsandbytes'
         from peft.utils.integrations import dequantize_module_weight
 
@@ -223,41 +254,49 @@ def _dense_weight(layer: Any) -> torch.Tensor:
     return weight
 
 
-def _make_hook(updates: Sequence[_LayerLora | None]) -> Callable[..., torch.Tensor] | None:
-    """What a layer does for rows with these updates; None when there is nothing to do."""
-    first = updates[0]
-    if all(update is first for update in updates):
+def _make_hook(rows: Sequence[_LayerLora | None]) -> HookFunction | None:
+    """Make the hook of one layer, given its LoRA weights per row; None if it has nothing to do."""
+    first = rows[0]
+    if all(layer_lora is first for layer_lora in rows):
         return partial(_single_lora_hook, first) if first is not None else None
-    some = [update for update in updates if update is not None]
-    rank = max(len(update.A) for update in some)
-    down = some[0].A.new_zeros(len(updates), rank, some[0].A.shape[1])
-    up = some[0].B.new_zeros(len(updates), len(some[0].B), rank)
-    stretch = some[0].B.new_zeros(len(updates), 1, len(some[0].B))
-    for row, update in enumerate(updates):
-        if update is not None:  # of the plain base, and beyond an update's rank, the zeros add nothing
-            down[row, : len(update.A)] = update.A
-            up[row, :, : len(update.A)] = update.B
-            if update.dora_scale is not None:
-                stretch[row] = update.dora_scale
-    stretched = any(update.dora_scale is not None for update in some)
-    return partial(_per_row_hook, down.transpose(1, 2), up.transpose(1, 2), stretch if stretched else None)
+    present = [layer_lora for layer_lora in rows if layer_lora is not None]
+    rank = max(len(layer_lora.A) for layer_lora in present)
+    down = present[0].A.new_zeros(len(rows), rank, present[0].A.shape[1])
+    up = present[0].B.new_zeros(len(rows), len(present[0].B), rank)
+    dora_scale = present[0].B.new_zeros(len(rows), 1, len(present[0].B))
+    for row, layer_lora in enumerate(rows):
+        if layer_lora is not None:  # zeros elsewhere: the plain base, and ranks below the highest
+            down[row, : len(layer_lora.A)] = layer_lora.A
+            up[row, :, : len(layer_lora.A)] = layer_lora.B
+            if layer_lora.dora_scale is not None:
+                dora_scale[row] = layer_lora.dora_scale
+    any_dora = any(layer_lora.dora_scale is not None for layer_lora in present)
+    return partial(_per_row_hook, down.transpose(1, 2), up.transpose(1, 2), dora_scale if any_dora else None)
 
 
-def _single_lora_hook(update: _LayerLora, layer: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-    added = F.linear(F.linear(inputs[0].to(update.A.dtype), update.A), update.B)
-    return _add_delta(layer, output, added, update.dora_scale)
+def _single_lora_hook(
+    layer_lora: _LayerLora, layer: Any, inputs: tuple[Any, ...], output: torch.Tensor
+) -> torch.Tensor:
+    delta = F.linear(F.linear(inputs[0].to(layer_lora.A.dtype), layer_lora.A), layer_lora.B)
+    return _add_delta(layer, output, delta, layer_lora.dora_scale)
 
 
 def _per_row_hook(
-    down: torch.Tensor, up: torch.Tensor, stretch: torch.Tensor | None, layer: Any, inputs: Any, output: torch.Tensor
+    down: torch.Tensor,
+    up: torch.Tensor,
+    dora_scale: torch.Tensor | None,
+    layer: Any,
+    inputs: tuple[Any, ...],
+    output: torch.Tensor,
 ) -> torch.Tensor:
-    tokens = inputs[0].to(down.dtype)
-    if tokens.dim() != 3 or len(tokens) != len(down):  # OPT, for one, strings the rows of a batch together
-        raise MixedBatchError("This base does not keep the rows of a batch apart, so each adapter needs its own.")
-    return _add_delta(layer, output, torch.bmm(torch.bmm(tokens, down), up), stretch)
+    """Apply `down` (rows, in, rank) and `up` (rows, rank, out) to inputs (rows, tokens, in)."""
+    x = inputs[0].to(down.dtype)
+    if x.dim() != 3 or len(x) != len(down):  # OPT, for one, flattens rows and tokens
+        raise MixedBatchError("This base flattens the rows of a batch, so all rows of a batch must share one adapter.")
+    return _add_delta(layer, output, torch.bmm(torch.bmm(x, down), up), dora_scale)
 
 
-def _add_delta(layer: Any, output: torch.Tensor, added: torch.Tensor, stretch: torch.Tensor | None) -> torch.Tensor:
-    if stretch is not None:
-        added = added + stretch * (output if layer.bias is None else output - layer.bias)
-    return (output + added).to(output.dtype)
+def _add_delta(layer: Any, output: torch.Tensor, delta: torch.Tensor, dora_scale: torch.Tensor | None) -> torch.Tensor:
+    if dora_scale is not None:
+        delta = delta + dora_scale * (output if layer.bias is None else output - layer.bias)
+    return (output + delta).to(output.dtype)

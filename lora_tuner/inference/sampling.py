@@ -1,8 +1,9 @@
-"""From the logits of a row to the token it takes, one step after another, the last by chance.
+"""Logits to tokens: repetition penalty, temperature, top-k, top-p, sampling.
 
-Every row has a generator of its own, so that what else is in its batch does not change it. Surprise: a token is not drawn from
-the shares that logits mean, but noise is added to the logits and the best taken, which comes to the same; so one place can
-be asked about twice, for a guess and for the decision, with the same luck.
+Each sequence has its own random generator, so other sequences of its batch do not change it.
+Sampling adds Gumbel noise to the logits and takes the maximum, which is equivalent to sampling from
+their softmax. The noise belongs to a position, so verifying a draft token uses the same noise as
+proposing it.
 """
 
 import torch
@@ -17,25 +18,28 @@ from ..config import SamplingParams
 
 
 def make_logits_processors(sampling: SamplingParams, seed: int | None) -> LogitsProcessorList:
-    """From a row's logits to those whose best is the token it takes."""
-    chain = LogitsProcessorList()
+    """Build the processors of one sequence; the argmax of their result is its token. `seed` None:
+    greedy."""
+    processors = LogitsProcessorList()
     if sampling.repetition_penalty != 1:
-        chain.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
     if seed is not None:
-        chain.append(TemperatureLogitsWarper(sampling.temperature))
-        chain.append(TopKTopPWarper(sampling.top_k, sampling.top_p))
-        chain.append(GumbelSampler(seed))
-    return chain
+        processors.append(TemperatureLogitsWarper(sampling.temperature))
+        processors.append(TopKTopPWarper(sampling.top_k, sampling.top_p))
+        processors.append(GumbelSampler(seed))
+    return processors
 
 
-_SORTED_FIRST = 256  # of the likeliest tokens that are looked at first; most often they make up the share
+_SORTED_FIRST = 256  # top tokens sorted first; usually they hold the probability `top_p`
 
 
 class TopKTopPWarper(LogitsProcessor):
-    """Leaves the `top_k` likeliest tokens (0: all), and of these the fewest that make up the share `top_p`; at least one.
+    """Keep the `top_k` most likely tokens (0: all), and of these the fewest with a total
+    probability of `top_p`; at least one.
 
-    transformers' own, one after the other, sort the whole vocabulary for the second, which takes as long as a small layer; here
-    that is done only where the first few do not make up the share.
+    The result is that of transformers' TopKLogitsWarper and TopPLogitsWarper, which sort the whole
+    vocabulary: that takes as long as a small layer. Here the whole vocabulary is sorted only if the
+    top tokens hold too little probability.
     """
 
     def __init__(self, top_k: int, top_p: float) -> None:
@@ -45,32 +49,35 @@ class TopKTopPWarper(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if not self.top_k and self.top_p == 1:
             return scores
-        found, places, left = self._first(scores, self.top_k or _SORTED_FIRST)
-        if not self.top_k and bool((left[:, -1] > 1 - self.top_p).any()):  # more than these make up the share
-            found, places, left = self._first(scores, scores.shape[-1])
-        beyond = left <= 1 - self.top_p
-        beyond[:, 0] = False
-        found = found.masked_fill(beyond, -torch.inf)
-        return torch.full_like(scores, -torch.inf).scatter_(-1, places, found)
+        logits, token_ids, tail = self._top_tokens(scores, self.top_k or _SORTED_FIRST)
+        if not self.top_k and bool((tail[:, -1] > 1 - self.top_p).any()):
+            logits, token_ids, tail = self._top_tokens(scores, scores.shape[-1])
+        removed = tail <= 1 - self.top_p
+        removed[:, 0] = False
+        logits = logits.masked_fill(removed, -torch.inf)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token_ids, logits)
 
-    def _first(self, scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """So many of the likeliest, their places, and for each the share that it and all less likely ones have."""
-        found, places = scores.topk(min(count, scores.shape[-1]))
-        shares = (found - (found if self.top_k else scores).logsumexp(-1, keepdim=True)).double().exp()
-        return found, places, 1 - (shares.cumsum(-1) - shares)
+    def _top_tokens(self, scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return logits, ids and tail probabilities (of a token and all less likely ones) of the
+        top tokens, (rows, count)."""
+        logits, token_ids = scores.topk(min(count, scores.shape[-1]))
+        normalizer = (logits if self.top_k else scores).logsumexp(-1, keepdim=True)
+        probabilities = (logits - normalizer).double().exp()
+        return logits, token_ids, 1 - (probabilities.cumsum(-1) - probabilities)
 
 
 class GumbelSampler(LogitsProcessor):
-    """Makes the best token a random one: the Gumbel-max trick (Gumbel, 1954; Maddison et al., 2014, arXiv:1411.0030)."""
+    """Add Gumbel noise, so that the argmax is a sample (Gumbel, 1954; Maddison et al., 2014,
+    arXiv:1411.0030)."""
 
     def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)  # on the CPU: the same numbers on every device
-        self.waiting: dict[int, torch.Tensor] = {}
+        self.generator = torch.Generator().manual_seed(seed)  # on the CPU: device-independent
+        self.noise: dict[int, torch.Tensor] = {}  # by position
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        place = input_ids.shape[1]
-        if place not in self.waiting:  # a place may be asked for again, after a guess
-            drawn = torch.empty(scores.shape).exponential_(generator=self.generator)
-            self.waiting[place] = drawn.clamp_(min=torch.finfo(torch.float32).tiny).log_()
-            self.waiting.pop(place - 4, None)  # further back than any guess
-        return scores.float() - self.waiting[place].to(scores.device)
+        position = input_ids.shape[1]
+        if position not in self.noise:
+            exponential = torch.empty(scores.shape).exponential_(generator=self.generator)
+            self.noise[position] = exponential.clamp_(min=torch.finfo(torch.float32).tiny).log_()
+            self.noise.pop(position - 4, None)  # further back than any draft token
+        return scores.float() - self.noise[position].to(scores.device)

@@ -1,8 +1,8 @@
-"""One continuation in the making: its tokens so far, its own luck, its text, and when it ends.
+"""State of one generation request: token ids, random generator, text, stop conditions.
 
-A row knows nothing of the batch that it is in, so that it is what it would be alone. Surprise: text comes later than tokens,
-for a character may need several, and a stop string may have begun. Limit: text is made from the last tokens alone, so a
-tokenizer whose text depends on what was long before would be read wrongly.
+A sequence does not depend on the batch that it runs in. Its text lags behind its tokens: a
+character may need several tokens, and a stop string may have begun. Limit: text is decoded from the
+last tokens only, which is wrong for a tokenizer whose text depends on tokens far back.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import torch
 
 from ..config import SamplingParams
 from ..errors import GenerationError
+from ..models.loading import LoadedBase
 from .detokenizer import IncrementalDetokenizer
 from .multi_lora import LoadedAdapter
 from .sampling import make_logits_processors
@@ -20,105 +21,106 @@ from .sampling import make_logits_processors
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """How likely a token was, in nats, and the likeliest ones in its place, as (token, log-probability)."""
+    """Log-probability of a generated token, in nats, and the most likely tokens at its position as
+    (token, logprob)."""
 
     token: int
     logprob: float
     top: list[tuple[int, float]]
-    text_offset: int  # where it begins in the text
+    text_offset: int  # where its text begins in the output
 
 
 @dataclass(eq=False)
 class Sequence:
-    """One continuation. `adapter` is the name, `loaded` the adapter itself; both None for the plain base."""
+    """One generation request. `adapter` is the name of `lora`; both are None for the plain base."""
 
-    base: Any
+    base: LoadedBase
     prompt_ids: list[int]
     sampling: SamplingParams
     seed: int | None = None  # None: greedy
     adapter: str | None = None
     lora: LoadedAdapter | None = None
     on_text: Callable[[str], None] | None = None
-    top_logprobs: int | None = None  # keep the log-probabilities of tokens, and of so many of the likeliest
+    top_logprobs: int | None = None  # alternatives recorded per token; None: no log-probabilities
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    hit_eos: bool = False  # by an end of text
-    complete: bool = False  # nothing follows, and all is said; set last, so that another thread may go by it
+    hit_eos: bool = False
+    complete: bool = False  # tokens and text are final; set last, because other threads rely on it
     error: Exception | None = None
 
     def __post_init__(self) -> None:
         self.max_new_tokens = min(self.sampling.max_new_tokens, self.base.max_context - len(self.prompt_ids))
         self.detokenizer = IncrementalDetokenizer(self.base.tokenizer, self.prompt_ids, self.sampling.stop)
-        self.ids: Any = torch.tensor([self.prompt_ids], device=self.base.device)  # with room for what comes
+        self.token_ids: Any = torch.tensor([self.prompt_ids], device=self.base.device)  # (1, capacity)
         self.logits_processors = make_logits_processors(self.sampling, self.seed)
-        self._shown = 0
+        self._streamed = 0  # characters passed to `on_text`
 
     @property
     def finished(self) -> bool:
-        """The model ended the text, or a stop string did; else it was cut off."""
+        """True if the model ended the text or a stop string did; otherwise the output is cut off."""
         return self.hit_eos or self.detokenizer.stopped
 
     @property
     def done(self) -> bool:
+        """True if no token may follow."""
         return self.finished or len(self.output_ids) == self.max_new_tokens or self.error is not None
 
     @property
     def length(self) -> int:
         return len(self.prompt_ids) + len(self.output_ids)
 
-    def set_token(self, place: int, token: int) -> None:
-        """What stands there, for sure or as a guess."""
-        if place == self.ids.shape[1]:
-            self.ids = torch.cat([self.ids, torch.empty_like(self.ids)], 1)
-        self.ids[0, place] = token
+    def set_token(self, position: int, token: int) -> None:
+        """Write an output token or a draft token into `token_ids`."""
+        if position == self.token_ids.shape[1]:
+            self.token_ids = torch.cat([self.token_ids, torch.empty_like(self.token_ids)], 1)
+        self.token_ids[0, position] = token
 
-    def choose_token(self, place: int, logits: torch.Tensor) -> int:
-        """The token that stands there, given its logits (vocabulary,) and all before it."""
-        return int(self.logits_processors(self.ids[:, :place], logits[None]).argmax())
+    def choose_token(self, position: int, logits: torch.Tensor) -> int:
+        """Choose the token at a position from its logits (vocabulary,) and the tokens before it."""
+        return int(self.logits_processors(self.token_ids[:, :position], logits[None]).argmax())
 
     def append_token(self, logits: torch.Tensor) -> int:
-        """Choose the next token by its logits (vocabulary,), and keep it. With `done` set, nothing follows it."""
+        """Choose the next token from its logits (vocabulary,) and append it. With `done` set, no
+        token follows."""
         token = self.choose_token(self.length, logits)
-        if not logits[token].isfinite():  # of logits that are no numbers the first would be taken, without a word
-            who = self.adapter or "The base"
-            text = (
-                f"{who} gives logits that are not finite, so it writes nothing: its numbers are too large, or it needs"
-            )
-            self.fail(GenerationError(f"{text} --dtype float32."))
+        if not logits[token].isfinite():  # argmax of NaN would be the first token
+            name = self.adapter or "The base"
+            reason = "its weights are too large, or it needs --dtype float32"
+            self.fail(GenerationError(f"{name} produces logits that are not finite: {reason}."))
             return token
         if token in self.base.eos_token_ids:
             self.hit_eos = True
         else:
             self.set_token(self.length, token)
             self.output_ids.append(token)
-            if self.top_logprobs is not None:  # before its text, so that who reads both finds no text without
-                self.logprobs.append(self._chance(token, logits))
+            if self.top_logprobs is not None:  # before its text, for concurrent readers
+                self.logprobs.append(self._token_logprobs(token, logits))
             self.detokenizer.append(token)
         if self.done:
             self.detokenizer.finish()
-            self._end()
-        if self.on_text and len(text := self.settled_text) > self._shown:
-            shown, self._shown = self._shown, len(text)
-            self.on_text(text[shown:])
+            self._release()
+        if self.on_text and len(text := self.settled_text) > self._streamed:
+            start, self._streamed = self._streamed, len(text)
+            self.on_text(text[start:])
         return token
 
     def fail(self, error: Exception) -> None:
-        """It comes to nothing more. Who reads it finds the error before it is complete."""
+        """End with an error, which readers find before the sequence is complete."""
         self.error = error
-        self._end()
+        self._release()
 
-    def _end(self) -> None:
-        """What it needed to go on leaves memory: a row may be kept until its last reader has it."""
+    def _release(self) -> None:
+        """Free adapter and random generator: a sequence may be kept until its last reader is done."""
         self.lora, self.logits_processors = None, make_logits_processors(self.sampling, None)
         self.complete = True
 
     @property
     def settled_text(self) -> str:
-        """The text as far as it is certain."""
+        """Text that no later token or stop string changes."""
         return self.detokenizer.text if self.complete else self.detokenizer.stable_text
 
-    def _chance(self, token: int, logits: torch.Tensor) -> TokenLogprobs:
-        found = logits.float().log_softmax(-1)
-        best = found.topk(min(self.top_logprobs or 0, len(found)))
-        likeliest = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        return TokenLogprobs(token, float(found[token]), likeliest, len(self.detokenizer.text))
+    def _token_logprobs(self, token: int, logits: torch.Tensor) -> TokenLogprobs:
+        logprobs = logits.float().log_softmax(-1)
+        best = logprobs.topk(min(self.top_logprobs or 0, len(logprobs)))
+        top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        return TokenLogprobs(token, float(logprobs[token]), top, len(self.detokenizer.text))

@@ -356,7 +356,7 @@ def test_threads_share_one_generator(
                             generator.unload(name or "base")
                         with pytest.raises(AdapterError, match="There is no adapter 'nobody'"):
                             generator.set_adapter("nobody")
-                        with pytest.raises(GenerationError, match="cut it"):
+                        with pytest.raises(GenerationError, match="shorten it"):
                             generator.generate(prompt * 60, GREEDY)
         except BaseException as error:
             wrong.append(error)

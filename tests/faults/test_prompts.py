@@ -67,8 +67,8 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_anything_is_written(writ
     if more:
         ended = write_on("--json", fits + "a" * more, status=1)
         assert ended.out == ""
-        assert f"The prompt has {tiny_models.CONTEXT - 1 + more:,} tokens, and " in ended.line
-        assert ended.line.endswith(f"looks back on {tiny_models.CONTEXT}: cut it.")
+        assert f"The prompt has {tiny_models.CONTEXT - 1 + more:,} tokens, but " in ended.line
+        assert ended.line.endswith(f"has a context of {tiny_models.CONTEXT}: shorten it.")
 
 
 def test_a_prompt_that_is_no_utf8_is_refused(write_on, run, tmp_path):

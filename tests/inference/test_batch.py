@@ -51,7 +51,7 @@ def row_of(generator, prompt, adapter, limit, seed):
 def test_rows_that_come_and_go_write_what_they_write_alone(generator, order, monkeypatch):
     draw = random.Random(order)
     if order > 1:  # rows that are alone for a while are guessed
-        monkeypatch.setattr(CpuDecoder, "draft", property(lambda self: self))
+        monkeypatch.setattr(CpuDecoder, "draft_model", property(lambda self: self))
         monkeypatch.setattr(inference_batch, "MIN_DRAFT_TOKENS", 1)
     asked = [
         (draw.choice(PROMPTS), draw.choice(["one", "two", "dora", None]), draw.choice(LIMITS), draw.choice([None, 5]))
@@ -116,7 +116,7 @@ def test_an_adapter_with_numbers_beyond_bounds_ends_its_own_row_alone(generator)
     bad.adapter, bad.lora = "loud", broken
     writer.add([bad, good, plain])
     writer.step()
-    assert str(bad.error).startswith("loud gives logits that are not finite")
+    assert str(bad.error).startswith("loud produces logits that are not finite")
     assert (good.error, plain.error) == (None, None)
     late = [row_of(generator, "so", "two", 20, None) for _ in range(3)]
     writer.add(late)
@@ -285,7 +285,7 @@ def test_a_cache_takes_little_more_than_what_is_in_it(decoder):
 
 
 def test_no_draft_is_made_for_the_last_tokens_of_a_row(model_folder, monkeypatch):
-    monkeypatch.setattr(CpuDecoder, "draft", property(lambda self: pytest.fail("a draft was made")))
+    monkeypatch.setattr(CpuDecoder, "draft_model", property(lambda self: pytest.fail("a draft was made")))
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     rows = [row_of(generator, "so", None, limit, None) for limit in (20, 40)]
     generator.engine.add(rows)
@@ -299,7 +299,7 @@ def test_no_draft_is_made_for_the_last_tokens_of_a_row(model_folder, monkeypatch
 def test_a_row_left_alone_where_the_room_ends_guesses_right(model_folder, monkeypatch, left):
     """The draft is then the first to need room, and making it moves what is there to the left."""
     monkeypatch.setattr(
-        CpuDecoder, "draft", property(lambda self: self)
+        CpuDecoder, "draft_model", property(lambda self: self)
     )  # its guesses are right, so it goes on to guess
     monkeypatch.setattr(inference_batch, "MIN_DRAFT_TOKENS", 1)
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))

@@ -85,7 +85,7 @@ def test_the_last_token_alone(base):
     decoder = CpuDecoder.for_base(base)
     with torch.inference_mode():
         whole = decoder.forward(ids, KVCache(decoder, 2, 9, [0, 0]))
-        last = decoder.forward(ids, KVCache(decoder, 2, 9, [0, 0]), last=True)
+        last = decoder.forward(ids, KVCache(decoder, 2, 9, [0, 0]), last_only=True)
     assert last.shape == (2, 1, 320)
     torch.testing.assert_close(last[:, 0], whole[:, -1], atol=2e-5, rtol=1e-5)
 
@@ -119,7 +119,7 @@ def test_what_it_does_not_know_is_left_to_transformers(tmp_path, base, model_fol
         is None
     )
     monkeypatch.setattr(
-        CpuDecoder, "forward", lambda self, ids, cache, mix=None, last=False: torch.zeros(1, ids.shape[1], 320)
+        CpuDecoder, "forward", lambda self, ids, cache, lora=None, last_only=False: torch.zeros(1, ids.shape[1], 320)
     )
     assert CpuDecoder.for_base(base) is None  # other figures
     assert (

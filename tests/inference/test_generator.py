@@ -177,7 +177,7 @@ def test_temperature_zero_is_greedy(model_folder):
 
 def test_prompts_at_the_edge_of_the_context(model_folder, way):
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
-    with pytest.raises(GenerationError, match=f"tokens, and .* looks back on {tiny_models.CONTEXT}: cut it"):
+    with pytest.raises(GenerationError, match=f"tokens, but .* has a context of {tiny_models.CONTEXT}: shorten it"):
         generator.generate("w " * 400)
     assert generator.generate("", GREEDY).prompt == ""
     nearly = "w " * 60
@@ -592,7 +592,7 @@ def test_a_failed_batch_with_a_prompt_that_is_too_long_loads_nothing(stock):
     for name in "ab":
         put(stock, "v1", Path("adapters") / name)
     generator = Generator("a", options=ModelOptions(device="cpu"))
-    with pytest.raises(GenerationError, match="cut it"):
+    with pytest.raises(GenerationError, match="shorten it"):
         generator.generate_batch([("the actor", "b"), ("w " * 400, None)], SHORT)
     assert (generator.current_adapter, generator.loaded_adapters) == ("a", ["a"])
 
@@ -706,7 +706,7 @@ def test_a_batch_loads_what_it_needs_and_the_one_in_use_stays(stock, texts):
     assert generator.generate_batch([], SHORT) == []
 
 
-ONE_BY_ONE = "This base does not keep the rows of a batch apart, so each adapter has a batch of its own."
+ONE_BY_ONE = "This base flattens the rows of a batch, so each adapter runs in its own batch."
 
 
 def test_dora_shares_a_batch_with_others(model_folder, eight):
@@ -756,7 +756,7 @@ def test_a_prompt_without_room_is_refused_with_its_length(gpt2):
         prompt = of_length(generator.base.tokenizer, length)
         with pytest.raises(GenerationError) as error:
             generator.generate_all(prompt)
-        assert str(error.value) == f"The prompt has {length:,} tokens, and {gpt2} looks back on 128: cut it."
+        assert str(error.value) == f"The prompt has {length:,} tokens, but {gpt2} has a context of 128: shorten it."
     assert generator.generate(of_length(generator.base.tokenizer, tiny_models.CONTEXT - 1), GREEDY).tokens <= 1
 
 
@@ -764,7 +764,7 @@ def test_a_prompt_that_is_far_too_long_is_refused_before_it_is_tokenised(gpt2, m
     generator = Generator(options=ModelOptions(base=str(gpt2), device="cpu"))
     monkeypatch.setattr(generator.base, "tokenizer", None)
     with pytest.raises(
-        ContextLengthError, match=f"The prompt has 1,000,000 characters, and {gpt2} looks back on 128 tokens"
+        ContextLengthError, match=f"The prompt has 1,000,000 characters, but {gpt2} has a context of 128 tokens"
     ):
         generator.encode_prompt("w" * 1_000_000)
 
@@ -773,12 +773,12 @@ def test_what_is_not_loaded_cannot_be_unloaded(gpt2, stock):
     generator = Generator(options=ModelOptions(base=str(gpt2), device="cpu"))
     with pytest.raises(GenerationError) as error:
         generator.unload("nothing")
-    assert str(error.value) == "No adapter named nothing is loaded: there are none."
+    assert str(error.value) == "No adapter named nothing is loaded. Loaded: none."
     generator.set_adapter(stock / "v1")
     generator.set_adapter(stock / "v2")
     with pytest.raises(GenerationError) as error:
         generator.unload("nothing")
-    assert str(error.value) == "No adapter named nothing is loaded: there are v1, v2."
+    assert str(error.value) == "No adapter named nothing is loaded. Loaded: v1, v2."
     assert (generator.current_adapter, generator.loaded_adapters) == ("v2", ["v1", "v2"])
 
 
@@ -786,7 +786,7 @@ def test_two_adapters_of_one_name_are_not_loaded_together(stock, texts, tmp_path
     here, there = Path("adapters/a"), tmp_path / "elsewhere" / "a"
     put(stock, "v1", here)
     put(stock, "v2", there)
-    message = f"An adapter named a is loaded already, from {here.resolve()}: unload it first."
+    message = f"An adapter named a is already loaded from {here.resolve()}: unload it first."
     with pytest.raises(GenerationError) as error:
         Generator("a", there, options=ModelOptions(device="cpu"))
     assert str(error.value) == message
@@ -828,7 +828,7 @@ def guessing(monkeypatch):
 
     rounds = []
     guess = speculative.DraftDecoder.propose
-    monkeypatch.setattr(cpu_decoder, "DRAFT_TOKENS", 0)
+    monkeypatch.setattr(cpu_decoder, "MIN_DRAFT_HEAD", 0)
     monkeypatch.setattr(inference_batch, "MIN_DRAFT_TOKENS", 1)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(
@@ -850,13 +850,13 @@ def guessing(monkeypatch):
 def test_guesses_change_no_text(model_folder, eight, guessing, monkeypatch, sampling, good):
     """Good ones and bad ones, on the base and on an adapter, streamed and not."""
     slow = Generator(eight[0], options=ModelOptions(device="cpu"))
-    monkeypatch.setattr(slow.engine.cpu_decoder, "draft", None)
+    monkeypatch.setattr(slow.engine.cpu_decoder, "draft_model", None)
     expected = {name: slow.generate_batch([("the actor", name)], sampling)[0] for name in (None, eight[0])}
     assert not any(guessing)
     guessing.clear()
     generator = Generator(eight[0], options=ModelOptions(device="cpu"))
     if not good:
-        draft = generator.engine.cpu_decoder.draft
+        draft = generator.engine.cpu_decoder.draft_model
         monkeypatch.setattr(draft, "embed", torch.nn.Embedding.from_pretrained(draft.embed.weight.flip(0)))
     pieces = []
     for name, answer in expected.items():

@@ -88,17 +88,17 @@ def test_a_base_without_a_cache_that_is_known_is_read_anew_for_each_token(tmp_pa
     folder = save("Mistral", tmp_path / "base")
     expected = Generator(options=ModelOptions(base=str(folder), device="cpu")).generate("the actor", GREEDY)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lora_tuner.inference.hf_decoder.HFDecoder._right", lambda self: False)
+        patch.setattr("lora_tuner.inference.hf_decoder.HFDecoder._matches_solo_logits", lambda self: False)
         generator = Generator(
             options=ModelOptions(base=str(folder), device="cpu", notify=lambda event: told.append(event.text))
         )
         assert generator.generate("the actor", GREEDY) == expected
-    assert told == [f"{folder} keeps its past in a way of its own, so each token is slow."]
+    assert told == [f"{folder} has no standard KV cache: the whole sequence is recomputed for every token."]
 
 
 def test_every_kind_has_a_cache_but_mamba_whose_own_is_called_otherwise(generator):
     stock = generator.engine.hf_decoder
-    assert stock.cached == (type(generator.base.model).__name__ != "MambaForCausalLM")
+    assert stock.has_cache == (type(generator.base.model).__name__ != "MambaForCausalLM")
 
 
 def test_what_a_token_takes_is_told_of_every_kind(generator):
@@ -111,4 +111,4 @@ def test_a_cache_that_loses_a_row_is_found_out(tmp_path, monkeypatch):
     from lora_tuner.inference.hf_decoder import HFCache
 
     monkeypatch.setattr(HFCache, "keep_rows", lambda self, lines: None)
-    assert not Generator(options=ModelOptions(base=str(folder), device="cpu")).engine.hf_decoder.cached
+    assert not Generator(options=ModelOptions(base=str(folder), device="cpu")).engine.hf_decoder.has_cache

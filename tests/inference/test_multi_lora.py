@@ -17,7 +17,7 @@ from lora_tuner.models.resolve import find_base
 
 from .. import adapter_files, tiny_models
 
-STRUNG = "This base does not keep the rows of a batch apart, so each adapter needs its own."
+STRUNG = "This base flattens the rows of a batch, so all rows of a batch must share one adapter."
 IDS = torch.arange(7, 307).reshape(15, 20)  # each test takes as many rows as it needs
 SOME = {"gpt2": ["c_attn", "mlp.c_proj"], "llama": ["q_proj", "v_proj", "down_proj"]}
 ALL = {

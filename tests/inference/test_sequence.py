@@ -166,7 +166,7 @@ def test_a_row_ends_with_its_limit_with_an_end_of_text_or_with_numbers_that_are_
     row = Sequence(base, ids_of("the"), SamplingParams(max_new_tokens=9, greedy=True), adapter="loud")
     row.append_token(torch.full((320,), float("nan")))
     assert (row.done, row.complete, row.finished) == (True, True, False)
-    assert str(row.error).startswith("loud gives logits that are not finite")
+    assert str(row.error).startswith("loud produces logits that are not finite")
 
 
 def test_a_row_ends_with_what_the_model_was_made_to_stop_at(gpt2):
@@ -181,6 +181,6 @@ def test_a_row_ends_with_what_the_model_was_made_to_stop_at(gpt2):
 def test_a_row_has_room_for_any_length_and_takes_it_as_it_needs_it(base):
     row = Sequence(base, ids_of("the"), SamplingParams(max_new_tokens=10**9, greedy=True, repetition_penalty=2.0))
     assert row.max_new_tokens == tiny_models.CONTEXT - len(row.prompt_ids)
-    assert row.ids.numel() == len(row.prompt_ids)
+    assert row.token_ids.numel() == len(row.prompt_ids)
     taken = [row.append_token(spread(number)) for number in range(30)]
-    assert row.ids[0, : row.length].tolist() == row.prompt_ids + row.output_ids == ids_of("the") + taken
+    assert row.token_ids[0, : row.length].tolist() == row.prompt_ids + row.output_ids == ids_of("the") + taken

@@ -301,7 +301,7 @@ def test_invalid_settings_show_one_line(visit, served, monkeypatch):
     page = visit()
     prompt_of(page).fill("word " * 300)
     page.get_by_role("button", name="Generate").click()
-    expect(page.get_by_role("alert")).to_contain_text("looks back on 128: cut it.")
+    expect(page.get_by_role("alert")).to_contain_text("has a context of 128: shorten it.")
     prompt_of(page).fill(PROMPT)
     open_settings(page)
     for label, wrong, right, line in (

@@ -521,7 +521,7 @@ CHAT = {"messages": [{"role": "user", "content": "so?"}]}
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": 127}, None, "The prompt has 3 tokens and max_tokens is 127, but the context length of talker is 128 tokens."),
         ({"max_tokens": 3000}, "max_tokens", "max_tokens is 3,000: the limit of this server is 2,048."),
-        ({"prompt": "so " * 200}, None, "tokens, and talker looks back on 128: cut it."),
+        ({"prompt": "so " * 200}, None, "tokens, but talker has a context of 128: shorten it."),
         ({"logprobs": 6}, "logprobs", "less than or equal to 5"),
         ({"logprobs": True}, "logprobs", "valid integer"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "only allowed with stream: true"),
@@ -544,7 +544,7 @@ CHAT = {"messages": [{"role": "user", "content": "so?"}]}
         ({"messages": [{"role": "user"}]}, "messages", "Field required"),
         ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages", "unknown field"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]}, "messages", "'text'"),
-        ({"messages": [{"role": "user", "content": "so " * 200}]}, None, "looks back on 128: cut it."),
+        ({"messages": [{"role": "user", "content": "so " * 200}]}, None, "has a context of 128: shorten it."),
     ],
 )  # fmt: skip
 def test_invalid_field_is_named(served, body, param, message):

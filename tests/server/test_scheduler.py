@@ -261,7 +261,7 @@ def test_failed_sequence_fails_its_request_alone(generator, start, gpt2, tmp_pat
     for request in (bad, good):
         scheduler.submit(request)
     wait(lambda: bad.complete and good.complete)
-    assert str(bad.error).startswith("one gives logits that are not finite")
+    assert str(bad.error).startswith("one produces logits that are not finite")
     expected = generator.generate("the actor", GREEDY).text
     assert (good.error, good.sequences[0].settled_text) == (None, expected)
     wait(lambda: scheduler.idle)

@@ -1,0 +1,57 @@
+"""Interface of the two decoders: CpuDecoder for common models on a CPU, HFDecoder for everything
+else."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from .multi_lora import LoadedAdapter, MultiLora
+
+
+class Cache(Protocol):
+    """KV cache of a batch. All rows end in column `used`; a shorter row starts after its padding on
+    the left."""
+
+    used: int
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Make row `rows[i]` row i, and drop the rows that are not listed."""
+
+    def append_rows(self, other: Any) -> None:
+        """Add the rows of another cache of the same decoder after the present ones."""
+
+
+class LoraForBatch(Protocol):
+    """LoRA weights of the rows of a batch, in the form that a decoder applies."""
+
+    def set_rows(self, rows: Sequence[LoadedAdapter | None]) -> None:
+        """Apply `rows[i]` to row i, None for the plain base. A single entry applies to all rows of
+        any batch."""
+
+
+class Decoder(Protocol):
+    """Forward pass of a base over a KV cache."""
+
+    chunked_prefill: bool  # a prompt may be prefilled in several passes
+    mixed_batches: bool  # rows of one batch may have different adapters
+
+    def new_lora(self, multi_lora: MultiLora) -> LoraForBatch: ...
+
+    def new_cache(self, rows: int, length: int, padding: Sequence[int]) -> Cache:
+        """Create an empty cache for `rows` rows of about `length` columns, padded on the left."""
+
+    def forward(
+        self, token_ids: torch.Tensor, cache: Any, lora: Any = None, *, last_only: bool = False
+    ) -> torch.Tensor:
+        """Append tokens to each row of the cache and compute their logits.
+
+        Args:
+            token_ids: (rows, new tokens).
+            cache: from `new_cache` of this decoder; it grows by the new tokens.
+            lora: from `new_lora` of this decoder; None for the plain base.
+            last_only: compute the logits of the last token only.
+
+        Returns:
+            (rows, new tokens, vocabulary), or (rows, 1, vocabulary) with `last_only`.
+        """
