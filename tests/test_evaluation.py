@@ -56,8 +56,8 @@ def test_packing_and_padding_do_not_change_it_either(base):
         sequences = PackedSequences(rows, tiny_models.CONTEXT, packing=packing)
         batch = collate([sequences[i] for i in range(len(sequences))], 0)
         labels = batch.pop("labels")
-        with torch.no_grad(), base.head.left_out():
-            nll = base.head.nll(base.model(**batch, use_cache=False).logits, labels)
+        with torch.no_grad(), base.lm_head.skip_lm_head():
+            nll = base.lm_head.nll(base.model(**batch, use_cache=False).logits, labels)
         assert (nll.sum() / (labels != IGNORE_INDEX).sum()).item() == pytest.approx(expected, abs=1e-4)
 
 
@@ -247,7 +247,7 @@ def test_rows_that_are_missing_leave_their_cells_empty(adapters, tmp_path, conte
     assert matrix.cells[0][0].model_dump() == close(adapters[0].manifest.result)
     with pytest.raises(AdapterError) as error:
         evaluate(adapters[1:2], options=ModelOptions(device="cpu"))
-    assert str(error.value) == f"There is nothing to measure on. verse: {why}. Name data with --eval-dataset."
+    assert str(error.value) == f"There are no rows to evaluate on. verse: {why}. Name a dataset with --eval-dataset."
 
 
 def test_nobody_knows_the_rows_of_an_adapter_of_another_tool(adapters, gpt2):
@@ -255,7 +255,7 @@ def test_nobody_knows_the_rows_of_an_adapter_of_another_tool(adapters, gpt2):
     told = []
     foreign = load_adapter_folder(adapters[1].path)
     matrix = evaluate([adapters[0], foreign], options=ModelOptions(device="cpu", notify=told.append))
-    assert matrix.sets[1] == EvalSet("verse", [], "it was trained by another tool, so nobody knows its held-out rows")
+    assert matrix.sets[1] == EvalSet("verse", [], "it was trained by another tool, so its held-out rows are unknown")
     assert matrix.cells[1][1] is matrix.cells[0][1] is None
     assert matrix.cells[1][0].model_dump() == close(by_plain_peft(gpt2, foreign, matrix.sets[0].texts))
     assert [it.text for it in told if isinstance(it, Notice)] == [
@@ -322,7 +322,7 @@ def test_an_adapter_that_is_replaced_while_it_is_read_is_not_measured_as_another
         return found
 
     monkeypatch.setattr(MultiLora, "load", replaced)
-    with pytest.raises(AdapterError, match="was replaced while it was read: measure it again"):
+    with pytest.raises(AdapterError, match="was replaced while it was loaded: evaluate it again"):
         evaluate(
             [load_adapter_folder(adapters[0].path)],
             [EvalSet("five", tiny_models.reviews(5, seed=8))],
@@ -513,7 +513,7 @@ def test_one_row_of_a_set_is_too_few(adapters):
     with pytest.raises(AdapterError) as error:
         evaluate(adapters[:1], [EvalSet("x", tiny_models.reviews(5))], eval_rows=1, options=ModelOptions(device="cpu"))
     assert str(error.value) == (
-        "There is nothing to measure on. x: a standard error needs two rows. Name data with --eval-dataset."
+        "There are no rows to evaluate on. x: a standard error needs two rows. Name a dataset with --eval-dataset."
     )
 
 
@@ -561,7 +561,7 @@ def test_on_a_base_that_is_used_meanwhile_each_batch_has_a_turn_of_its_own(adapt
         return work()
 
     before = plain()
-    found = evaluation.evaluate_on(base, adapters, eval_rows=4, turn=turn)
+    found = evaluation.evaluate_on(base, adapters, eval_rows=4, access=turn)
     assert plain().equal(before)
     assert len(turns) > 3 + 3 * 2 + 9  # encoding, the base, and the cells: more than a batch each
     assert found == evaluate(adapters, eval_rows=4, options=ModelOptions(device="cpu"))

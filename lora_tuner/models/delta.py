@@ -1,8 +1,9 @@
 """LoRA deltas as tensors: load those of an adapter, sum several, truncate their rank.
 
-The delta of a layer is B @ A, with its scale in B. Surprise: the (out, in) product is never computed. QR factors of both
-sides leave a core of size rank, whose singular values are those of the delta. Limit: DoRA also rescales the base's
-weights, so its deltas can be loaded, but not summed or truncated.
+The delta of a layer is B @ A, with its scale in B. Surprise: the (out, in) product is never
+computed. QR factors of both sides leave a core of size rank, whose singular values are those of the
+delta. Limit: DoRA also rescales the base's weights, so its deltas can be loaded, but not summed or
+truncated.
 """
 
 from collections import Counter
@@ -53,8 +54,8 @@ def load_deltas(adapter: Adapter, layers: Mapping[str, LinearLayer]) -> Deltas:
     Raises:
         AdapterError: the adapter is damaged or does not fit the layers.
     """
-    # float32 whatever the dtype of the base: PEFT trains and applies adapters so. Copied: the file is memory-mapped,
-    # and tensors would change when somebody writes to it.
+    # float32 whatever the dtype of the base: PEFT trains and applies adapters so. Copied: the file
+    # is memory-mapped, and tensors would change when somebody writes to it.
     tensors = {
         key: tensor.to(torch.float32, copy=True) for key, tensor in read_checked_tensors(adapter, layers).items()
     }
@@ -112,7 +113,7 @@ def squared_norm(delta: LoraDelta) -> float:
 
 
 def truncate_rank(delta: LoraDelta, rank: int) -> LoraDelta:
-    """The nearest delta of that rank (Eckart and Young, 1936), with singular values split evenly between A and B."""
+    """The nearest delta of that rank (Eckart and Young, 1936)."""
     if rank >= delta.rank:
         return delta
     left, values, right = _svd(delta)
@@ -122,9 +123,10 @@ def truncate_rank(delta: LoraDelta, rank: int) -> LoraDelta:
 
 
 def lost_energy(exact: Deltas, kept: Deltas) -> dict[str, float]:
-    """Share of each layer's energy that `kept` lacks: energy of the difference over energy of the exact delta.
+    """Share of each layer's energy that `kept` lacks.
 
-    Layers that `kept` does not have count as zero deltas.
+    It is the energy of the difference over that of the exact delta. Layers that `kept` does not
+    have count as zero deltas.
     """
     shares = {}
     for module, delta in exact.items():
@@ -153,7 +155,7 @@ def to_state_dict(deltas: Deltas) -> dict[str, torch.Tensor]:
 
 
 def make_lora_config(deltas: Deltas, base: LoadedBase) -> "LoraConfig":
-    """PEFT config for the tensors of `to_state_dict`: scale 1 everywhere, patterns for ranks that differ."""
+    """PEFT config for the tensors of `to_state_dict`: scale 1, patterns for ranks that differ."""
     from peft import LoraConfig
 
     ranks = {module: delta.rank for module, delta in deltas.items()}

@@ -1,13 +1,13 @@
 """Shard a base model over several GPUs with PyTorch's FSDP2, as `accelerate launch` configures it.
 
-The decoder blocks of the frozen base, nearly all of it, are sharded: each block is gathered for its computation and
-released again. LoRA weights, embeddings and head are whole in every process, so loss, checkpoints and resuming work as
-for an unsharded base.
+The decoder blocks of the frozen base, nearly all of it, are sharded: each block is gathered for its
+computation and released again. LoRA weights, embeddings and head are whole in every process, so
+loss, checkpoints and resuming work as for an unsharded base.
 
-Surprise: Trainer and accelerate would shard the adapter too, and on a CPU would silently ignore the settings. So they are
-taken out of the environment before Trainer sees them. Price: gathering is collective, so all processes must run equally
-many forward passes, also on held-out rows. Limit: not for quantized bases; each process first reads the whole base into
-main memory, which is not counted.
+Surprise: Trainer and accelerate would shard the adapter too, and on a CPU would silently ignore the
+settings. So they are taken out of the environment before Trainer sees them. Price: gathering is
+collective, so all processes must run equally many forward passes, also on held-out rows. Limit: not
+for quantized bases; each process first reads the whole base into main memory, which is not counted.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _plugin: FullyShardedDataParallelPlugin | None = None
 
 
 def read_settings(device: str) -> None:
-    """Read accelerate's FSDP settings from the environment and remove the variable that enables FSDP in Trainer.
+    """Read accelerate's FSDP settings from the environment, and disable FSDP in Trainer.
 
     Args:
         device: the setting `device` of this run.
@@ -114,7 +114,10 @@ def place_or_shard(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def gathered_bytes(model: torch.nn.Module) -> int:
-    """Bytes of gathered blocks in memory at a time: the current block, the next, and the buffer it is copied from."""
+    """Bytes of gathered blocks that are in memory at the same time.
+
+    These are the current block, the next one, and the buffer that it is copied from.
+    """
     if shard_count() == 1:
         return 0
     from torch.distributed.fsdp import FSDPModule
@@ -136,7 +139,7 @@ def full_tensor(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _decoder_blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """Blocks of the classes that the settings name, else the model itself; of nested blocks the outermost."""
+    """Blocks of the classes that settings or model name; of nested blocks the outermost."""
     assert _plugin is not None
     configured = [name.strip() for name in _plugin.transformer_cls_names_to_wrap or () if name.strip()]
     names = configured or model._no_split_modules or ()

@@ -1,8 +1,9 @@
-"""Initialization and optimizers of LoRA variants: PiSSA and EVA start from other weights, LoRA+ uses two learning rates.
+"""Initialization and optimizers of LoRA variants: PiSSA, EVA and LoRA+.
 
-Surprise: PEFT's PiSSA subtracts the largest directions from the base's weights. Here the base never changes: the adapter
-has twice the rank, and its second half, which is frozen, cancels what the first half starts with. So every checkpoint is a
-plain LoRA adapter. Price: A and B of twice the size. Limit: new adapters only.
+Surprise: PEFT's PiSSA subtracts the largest directions from the base's weights. Here the base never
+changes: the adapter has twice the rank, and its second half, which is frozen, cancels what the
+first half starts with. So every checkpoint is a plain LoRA adapter. Price: A and B of twice the
+size. Limit: new adapters only.
 """
 
 import math
@@ -26,8 +27,8 @@ from .lora import ADAPTER_NAME
 from .resolve import quiet_transformers
 
 EVA_BATCHES = 4  # batches of text that EVA takes the inputs of each layer from
-EVA_CONVERGED = 0.9  # cosine similarity of directions between batches; with PEFT's 0.99 it takes minutes
-EVA_MAX_PASSES = 12  # forward passes until directions count as converged: on some texts they never converge
+EVA_CONVERGED = 0.9  # cosine similarity between batches; PEFT's 0.99 takes minutes
+EVA_MAX_PASSES = 12  # then directions count as converged: on some texts they never converge
 
 
 def initialize(base: LoadedBase, model: PeftModel, config: TrainConfig, sequences: PackedSequences) -> None:
@@ -60,12 +61,15 @@ def initialize(base: LoadedBase, model: PeftModel, config: TrainConfig, sequence
 
 
 def init_pissa(layer: LoraLayer, rank: int) -> None:
-    """PiSSA (Meng et al., 2024, arXiv:2404.02948): start from the `rank` largest singular directions of the weight."""
+    """PiSSA: start from the `rank` largest singular directions of the weight.
+
+    Source: Meng et al., 2024, arXiv:2404.02948.
+    """
     base_layer = layer.get_base_layer()
     weight = fsdp.full_tensor(dequantize_module_weight(base_layer).detach()).float()
     if isinstance(base_layer, Conv1D):
         weight = weight.T
-    oversampled = min(rank + 16, *weight.shape)  # the last directions of a randomized SVD are inexact
+    oversampled = min(rank + 16, *weight.shape)  # the last directions are inexact
     left, values, right = torch.svd_lowrank(weight, q=oversampled, niter=4)
     root = (values[:rank] / layer.scaling[ADAPTER_NAME]).sqrt()
     a_half, b_half = root[:, None] * right.T[:rank], left[:, :rank] * root
@@ -79,15 +83,16 @@ def init_pissa(layer: LoraLayer, rank: int) -> None:
 
 
 def init_eva(base: LoadedBase, model: PeftModel, rho: float, batches: list[dict[str, torch.Tensor]]) -> None:
-    """EVA (Paischer et al., 2024, arXiv:2410.07170): start from the directions in which layer inputs vary most.
+    """EVA: start from the directions in which the inputs of a layer vary most.
 
-    Layers of which these directions explain more get a higher rank, up to `rho` times the configured one.
+    Layers of which these directions explain more get a higher rank, up to `rho` times the
+    configured one. Source: Paischer et al., 2024, arXiv:2410.07170.
     """
     config = _lora_config(model)
     # A tensor that can be changed later: PEFT compares with it and has no limit of its own.
     threshold: Any = torch.tensor([EVA_CONVERGED], device=base.device)
     config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=rho, tau=threshold)
-    head = base.lm_head  # created before: its probe runs the model, and PEFT would count that as text
+    head = base.lm_head  # created before: PEFT would count its probe of the model as text
     passes = 0
 
     def forward(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
@@ -104,7 +109,7 @@ def init_eva(base: LoadedBase, model: PeftModel, rho: float, batches: list[dict[
         initialize_lora_eva_weights(model, batches, forward_fn=forward, show_progress_bar=False)
     config = _lora_config(model)
     config.init_lora_weights, config.eva_config = True, None
-    for layer in _lora_layers(model):  # where ranks changed, PEFT has created tensors in the dtype of the base
+    for layer in _lora_layers(model):  # PEFT uses the base's dtype where ranks changed
         layer.lora_A[ADAPTER_NAME].to(torch.float32)
         layer.lora_B[ADAPTER_NAME].to(torch.float32)
 
@@ -116,7 +121,10 @@ def lora_plus_optimizer(
     optimizer_class: type[torch.optim.Optimizer],
     **settings: Any,
 ) -> torch.optim.Optimizer:
-    """LoRA+ (Hayou et al., 2024, arXiv:2402.12354): an optimizer with a higher learning rate for B than for A."""
+    """LoRA+: an optimizer with a higher learning rate for B than for A.
+
+    Source: Hayou et al., 2024, arXiv:2402.12354.
+    """
     return create_loraplus_optimizer(
         model,
         optimizer_class,
@@ -143,7 +151,10 @@ def _lora_config(model: PeftModel) -> LoraConfig:
 
 
 def _eva_batches(base: LoadedBase, sequences: PackedSequences, min_tokens: int) -> list[dict[str, torch.Tensor]]:
-    """A few batches of at least `min_tokens` tokens each: with fewer, PEFT would wait for more forever."""
+    """A few batches of at least `min_tokens` tokens each.
+
+    With fewer tokens PEFT would wait for more forever.
+    """
     batches: list[dict[str, torch.Tensor]] = []
     items: list[list[TokenIds]] = []
     for index in range(len(sequences)):

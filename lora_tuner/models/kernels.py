@@ -1,14 +1,15 @@
 """Faster equivalents of transformers and PEFT operations for training.
 
-- Output head: loss and gradient are computed in chunks of positions, so the logits, by far the largest tensor of a
-  step, never exist as a whole (as in Liger, arXiv:2410.10989, and Cut Cross-Entropy, arXiv:2411.09009).
+- Output head: loss and gradient are computed in chunks of positions, so the logits, by far the
+  largest tensor of a step, never exist as a whole (as in Liger, arXiv:2410.10989, and Cut
+  Cross-Entropy, arXiv:2411.09009).
 - LoRA: the delta and its gradient are added in place to those of the base layer.
 - Packed sequences: attention is computed per row, so nothing is computed only to be masked.
 - Norms and activations: torch's fused modules replace those of transformers.
 
-Surprise: models may compute more than these operations cover. So each one is tried on the model first and left out
-where outputs differ; LoRA is fused on plain linear layers only. Limit: written for the forward passes of transformers'
-own models.
+Surprise: models may compute more than these operations cover. So each one is tried on the model
+first and left out where outputs differ; LoRA is fused on plain linear layers only. Limit: written
+for the forward passes of transformers' own models.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ _MAX_MMAP_THRESHOLD = 2**25  # bytes; glibc accepts no more
 class ChunkedLMHead:
     """Output head of a model, with a next-token loss that never holds all logits at once.
 
-    Inside `skip_lm_head()` the `logits` of the model are the hidden states before its head, and `nll` expects those.
-    A model whose logits are more than hidden states times weights keeps its head and computes all logits.
+    Inside `skip_lm_head()` the `logits` of the model are the hidden states before its head, and
+    `nll` expects those. A model whose logits are more than hidden states times weights keeps its
+    head and computes all logits.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -58,7 +60,7 @@ class ChunkedLMHead:
             ids = torch.arange(3, device=self.module.weight.device)[None] + len(self.module.weight) // 2
             training = model.training
             model.eval()  # dropout would change outputs and consume random numbers
-            with torch.no_grad():  # not inference mode: FSDP could not train on parameters gathered in it
+            with torch.no_grad():  # FSDP could not train on parameters gathered in inference mode
                 logits = model(input_ids=ids, use_cache=False).logits
                 with self.skip_lm_head():
                     hidden = model(input_ids=ids, use_cache=False).logits
@@ -81,7 +83,8 @@ class ChunkedLMHead:
         """Compute the negative log-likelihood of each next token.
 
         Args:
-            output: `logits` of the model inside `skip_lm_head()`, (batch, length, hidden size or vocabulary).
+            output: `logits` of the model inside `skip_lm_head()`, (batch, length, hidden size or
+                vocabulary).
             labels: (batch, length), not shifted; IGNORE_INDEX where there is nothing to predict.
 
         Returns:
@@ -98,15 +101,15 @@ class ChunkedLMHead:
         return nll.view(labels.shape)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Buffer for the logits of a chunk. It is kept: allocating it takes as long as filling it."""
+        """Buffer for the logits of a chunk, kept: allocating it takes as long as filling it."""
         if len(self._buffer) < min(CHUNK, len(hidden)):
-            with torch.inference_mode(False):  # a tensor created in that mode could not be used outside it
+            with torch.inference_mode(False):  # else usable in that mode alone
                 self._buffer = hidden.new_empty(min(CHUNK, len(hidden)), len(self.module.weight), dtype=torch.float32)
         return self._buffer
 
 
 def fuse_modules(model: PreTrainedModel) -> None:
-    """Replace norms and activations by torch's own where outputs are the same, and turn dropout off.
+    """Use torch's own norms and activations where outputs are the same, and turn dropout off.
 
     A frozen base does not learn, so its dropout would only add noise to what LoRA layers see.
     """
@@ -123,8 +126,8 @@ def fuse_modules(model: PreTrainedModel) -> None:
 def fuse_lora_add(layer: LoraLinear, adapter_name: str) -> None:
     """Replace the forward pass of a PEFT layer on a CPU by one that adds the delta in place.
 
-    For plain LoRA without dropout on a plain linear layer; other layers stay as they are. On a bfloat16 base the delta
-    is computed in bfloat16, where PEFT uses float32.
+    For plain LoRA without dropout on a plain linear layer; other layers stay as they are. On a
+    bfloat16 base the delta is computed in bfloat16, where PEFT uses float32.
     """
     base = layer.base_layer
     if type(base) not in (nn.Linear, Conv1D) or adapter_name in layer.lora_variant:
@@ -137,7 +140,7 @@ def fuse_lora_add(layer: LoraLinear, adapter_name: str) -> None:
 
 
 def has_full_attention(model: PreTrainedModel) -> bool:
-    """True where every token attends to all before it, through torch's scaled dot-product attention."""
+    """True where every token attends to all before it, through torch's SDPA."""
     config = model.config
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
@@ -145,7 +148,9 @@ def has_full_attention(model: PreTrainedModel) -> bool:
 
 
 def enable_varlen_attention(model: PreTrainedModel, *, on: bool = True) -> bool:
-    """Make each packed row attend to itself alone, with boundaries from `cu_seq_lens_q`; `on=False` undoes it.
+    """Make each packed row attend to itself alone; `on=False` undoes it.
+
+    Batches must then have `cu_seq_lens_q` (`data.packing.collate`).
 
     Returns:
         False, with the model unchanged, where attention has windows or is not torch's own.
@@ -158,10 +163,11 @@ def enable_varlen_attention(model: PreTrainedModel, *, on: bool = True) -> bool:
 
 @cache
 def tune_malloc() -> None:
-    """Make glibc keep freed memory for this process. Call it once before training; further calls do nothing.
+    """Make glibc keep freed memory. Call it once before training; further calls do nothing.
 
-    By default large buffers go back to the system and return with a page fault per 4 kB in every step. Price: memory
-    that was once used is not given back before the process ends. Other C libraries are left alone.
+    By default large buffers go back to the system and return with a page fault per 4 kB in every
+    step. Price: memory that was once used is held until the process ends. Other C libraries are
+    left alone.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # not glibc
@@ -207,7 +213,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             nll[chunk] = -probabilities.gather(1, labels[chunk, None]).squeeze(1).log()
             if gradient is not None:
                 torch.mm(probabilities.to(hidden.dtype), weight, out=gradient[chunk]).sub_(weight[labels[chunk]])
-        imprecise = (nll > 60) & has_label  # a probability this small has few or no digits in float32
+        imprecise = (nll > 60) & has_label  # too small for the precision of float32
         if imprecise.any():
             logits = (hidden[imprecise] @ weight.T).float()
             nll[imprecise] = F.cross_entropy(logits, labels[imprecise], reduction="none")
@@ -225,8 +231,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 class _FusedLora(torch.autograd.Function):
     """x W + b + scale (x A^T) B^T for a frozen W (in, out), A (rank, in), B (out, rank).
 
-    Operands of the low-rank products are laid out with the long side contiguous, which is twice as fast (the order of
-    products is that of RunLoRA, arXiv:2312.03415).
+    Operands of the low-rank products are laid out with the long side contiguous, which is twice as
+    fast (the order of products is that of RunLoRA, arXiv:2312.03415).
     """
 
     @staticmethod
@@ -311,20 +317,14 @@ def _varlen_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention within rows that `cu_seq_lens_q` (rows + 1,) delimits in the batch laid end to end.
 
-    Args:
-        module: the attention layer.
-        query: (batch, heads, length, head size), like key and value.
-        key: see query.
-        value: see query.
-        mask: unused; see `_skip_mask`.
-        **kwargs: `cu_seq_lens_q`, and arguments of transformers' function.
+    Query, key and value are (batch, heads, length, head size).
 
     Returns:
         (batch, length, heads, head size), and None for the attention weights.
     """
     boundaries = kwargs.pop("cu_seq_lens_q", None)
     dtype = query.dtype
-    if dtype == torch.bfloat16:  # on a CPU, torch's backward pass is half as fast in it as in float32
+    if dtype == torch.bfloat16:  # twice as slow backward on a CPU as float32
         query, key, value = query.float(), key.float(), value.float()
     if boundaries is None:
         return sdpa_attention_forward(module, query, key, value, None, **kwargs)[0].to(dtype), None
@@ -338,7 +338,10 @@ def _varlen_attention(
 
 
 def _skip_mask(**kwargs: Any) -> None:
-    """No mask: rows are delimited by `cu_seq_lens_q`, and padding is on the right, where causal rows never attend."""
+    """No mask: rows are delimited by `cu_seq_lens_q`.
+
+    Padding is on the right, where causal rows never attend.
+    """
 
 
 AttentionInterface.register(VARLEN_ATTENTION, _varlen_attention)

@@ -1,7 +1,7 @@
 """Load a base model and its tokenizer onto a device.
 
-Surprise: transformers fills in missing weights at random and only warns. Here an incomplete base is an error.
-Limit: nothing that a repo brings as code is ever run.
+Surprise: transformers fills in missing weights at random and only warns. Here an incomplete base is
+an error. Limit: nothing that a repo brings as code is ever run.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ _BNB_CPU_REPACKING = "support_avx512bf16_for_cpu"  # attribute of bitsandbytes' 
 
 @dataclass
 class LoadedBase:
-    """A base model in memory: a causal language model in evaluation mode, frozen, with its tokenizer."""
+    """A causal language model in memory, frozen and in evaluation mode, with its tokenizer."""
 
     files: BaseModelFiles
     model: PreTrainedModel
@@ -51,7 +51,7 @@ class LoadedBase:
 
     @cached_property
     def eos_token_ids(self) -> frozenset[int]:
-        """Token ids that end a text: those of the tokenizer and of the generation config, such as the end of a turn."""
+        """Token ids that end a text or a turn, of tokenizer and generation config."""
         configured = getattr(self.model.generation_config, "eos_token_id", None)
         token_ids = configured if isinstance(configured, list) else [configured]
         return frozenset({self.tokenizer.eos_token_id, *token_ids} - {None})
@@ -70,7 +70,7 @@ class LoadedBase:
 
 
 def open_base(adapter: Adapter | None, options: ModelOptions = ModelOptions()) -> LoadedBase:
-    """Load the base that the options name, else the one that the adapter names, else the default."""
+    """Load the base that the options name, else that of the adapter, else the default."""
     return load_base(base_for_adapter(adapter, options), options)
 
 
@@ -85,10 +85,12 @@ def base_for_adapter(adapter: Adapter | None, options: ModelOptions = ModelOptio
 def load_base(files: BaseModelFiles, options: ModelOptions = ModelOptions()) -> LoadedBase:
     """Load model and tokenizer into memory.
 
-    A dtype or quantization left at `auto` is reduced, with a notice, where the weights would not fit otherwise.
+    A dtype or quantization left at `auto` is reduced, with a notice, where the weights would not
+    fit otherwise.
 
     Raises:
-        BaseModelError: the files are not a causal language model, lack weights, or do not fit into memory.
+        BaseModelError: the files are not a causal language model, lack weights, or do not fit into
+            memory.
     """
     from transformers import AutoModelForCausalLM
 
@@ -123,7 +125,7 @@ def load_base(files: BaseModelFiles, options: ModelOptions = ModelOptions()) -> 
     if load_in == "full":
         fsdp.place_or_shard(model, device)
     for layer in model.modules():
-        if hasattr(layer, _BNB_CPU_REPACKING):  # repacked weights, after one forward pass, give no gradients
+        if hasattr(layer, _BNB_CPU_REPACKING):  # weights repacked at first use give no gradients
             setattr(layer, _BNB_CPU_REPACKING, False)
     return LoadedBase(files, model.eval(), tokenizer, device, dtype, load_in)
 
@@ -145,7 +147,9 @@ def load_tokenizer(files: BaseModelFiles) -> PreTrainedTokenizerBase:
 
 
 def choose_device(name: str) -> torch.device:
-    """Resolve a device name: `auto` is CUDA, else Apple's MPS, else the CPU. A GPU becomes the current device.
+    """Resolve a device name and make a GPU the current device.
+
+    `auto` is CUDA, else Apple's MPS, else the CPU.
 
     Raises:
         BaseModelError: this machine has no such device.
@@ -173,7 +177,10 @@ def _available_devices() -> list[str]:
 
 
 def _quantization_config(load_in: str, dtype: torch.dtype) -> "BitsAndBytesConfig":
-    """Settings of LLM.int8() (Dettmers et al., 2022, arXiv:2208.07339) or QLoRA's NF4 (2023, arXiv:2305.14314)."""
+    """Settings of LLM.int8() or QLoRA's NF4.
+
+    Source: Dettmers et al., 2022, arXiv:2208.07339, and 2023, arXiv:2305.14314.
+    """
     from transformers import BitsAndBytesConfig
 
     if load_in == "8bit":

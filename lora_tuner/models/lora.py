@@ -1,8 +1,9 @@
-"""LoRA layers on a base model: select target modules, add or load an adapter, save and count its weights.
+"""LoRA layers on a base model: select target modules, add, load, save and check an adapter.
 
-Surprise: PEFT silently loads an adapter that lacks tensors or belongs to another model. So all shapes are compared with
-the base first, and one error lists what does not fit. Limit: LoRA on linear layers (`nn.Linear`, and GPT-2's transposed
-`Conv1D`); embeddings and the output head cannot be adapted.
+Surprise: PEFT silently loads an adapter that lacks tensors or belongs to another model. So all
+shapes are compared with the base first, and one error lists what does not fit. Limit: LoRA on
+linear layers (`nn.Linear`, and GPT-2's transposed `Conv1D`); embeddings and the output head cannot
+be adapted.
 """
 
 from __future__ import annotations
@@ -57,11 +58,14 @@ def layer_sizes(layers: Mapping[str, LinearLayer]) -> dict[str, tuple[int, int]]
 
 
 def resolve_target_modules(model: PreTrainedModel, target_modules: str) -> list[str]:
-    """Translate the setting `target_modules` into the shortest names that PEFT matches with exactly those layers.
+    """Translate the setting `target_modules` into names for PEFT.
 
     Args:
         model: a plain base.
         target_modules: auto or all-linear, attention, or names of layers separated by commas.
+
+    Returns:
+        The shortest names that match exactly those layers.
 
     Raises:
         ConfigError: a name matches no linear layer; the message lists the names that exist.
@@ -94,7 +98,9 @@ def shortest_target_names(model: PreTrainedModel, modules: Collection[str]) -> l
 
 
 def add_lora(base: LoadedBase, config: TrainConfig, parent: Adapter | None = None) -> PeftModel:
-    """Add trainable LoRA layers in float32 to a base: new ones, which change nothing yet, or those of the parent.
+    """Add trainable LoRA layers in float32 to a base.
+
+    Without a parent they are new and change nothing yet.
 
     Raises:
         ConfigError: target modules do not exist.
@@ -155,17 +161,21 @@ def load_checkpoint_weights(model: PeftModel, folder: Path) -> None:
 
 
 def adapter_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Tensors of the adapter that is being trained, on the CPU, by the names that PEFT gives them on disk."""
+    """Tensors of the adapter in training, on the CPU, by the names that PEFT uses on disk."""
     from peft import get_peft_model_state_dict
 
-    # Trained parameters only: FSDP would gather a whole state dict. "auto" would ask the Hub for the vocabulary size.
+    # Trained parameters only: FSDP would gather a whole state dict. "auto" would ask the Hub for
+    # the vocabulary size.
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     state = get_peft_model_state_dict(model, trained, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(state.items())}
 
 
 def save_adapter_files(tensors: dict[str, torch.Tensor], config: LoraConfig, folder: Path) -> None:
-    """Write the two files of a PEFT adapter. `init_lora_weights` is saved as true, which leaves the base unchanged."""
+    """Write the two files of a PEFT adapter.
+
+    `init_lora_weights` is saved as true, which leaves the base unchanged.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     settings = config.to_dict() | {"inference_mode": True, "init_lora_weights": True}
@@ -187,7 +197,8 @@ def count_parameters(model: PeftModel) -> tuple[int, int]:
 def check_base(adapter: Adapter, base: LoadedBase, options: ModelOptions = ModelOptions()) -> None:
     """Check that an adapter was trained on this base and tokenizer.
 
-    Without a manifest that is unknown: a notice says so. `options.force` turns the error into a notice.
+    Without a manifest that is unknown: a notice says so. `options.force` turns the error into a
+    notice.
 
     Raises:
         WrongBaseError: the adapter was trained on another base or with another tokenizer.
@@ -201,7 +212,10 @@ def check_base_files(
     tokenizer_hash: str | None,
     options: ModelOptions = ModelOptions(),
 ) -> None:
-    """`check_base` for a base that is not in memory; `tokenizer_hash` is None where the tokenizer does not matter."""
+    """`check_base` for a base that is not in memory.
+
+    `tokenizer_hash` is None where the tokenizer does not matter.
+    """
     if adapter.manifest is None:
         options.notify(Notice(f"{adapter.name} has no manifest, so only its shapes can be compared with {files.name}."))
         return
@@ -224,7 +238,8 @@ def read_checked_tensors(adapter: Adapter, layers: Mapping[str, LinearLayer]) ->
     """Tensors of an adapter, by their names in the file.
 
     Raises:
-        AdapterError: they are damaged, do not fit these layers, or the file has changed since the adapter was opened.
+        AdapterError: they are damaged, do not fit these layers, or the file has changed since the
+            adapter was opened.
     """
     adapter.check_shapes(layer_sizes(layers))
     path = adapter.path / WEIGHTS_FILE
@@ -239,7 +254,7 @@ def read_checked_tensors(adapter: Adapter, layers: Mapping[str, LinearLayer]) ->
 
 
 def read_weights_file(adapter: Adapter) -> dict[str, torch.Tensor]:
-    """Tensors of an adapter exactly as in its file. Raises AdapterError where safetensors cannot read it."""
+    """Tensors of an adapter as in its file. Raises AdapterError for an unreadable file."""
     try:
         return load_file(adapter.path / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:

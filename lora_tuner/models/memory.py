@@ -1,7 +1,7 @@
 """Choose the precision in which a base model fits into the free memory of a device.
 
-Limit: estimates of the weights alone come from the headers of their files; training steps are measured
-(`training/profiling`).
+Limit: estimates of the weights alone come from the headers of their files; training steps are
+measured (`training/profiling`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CGROUP_V1_FILES = (
 )
 _CGROUP_V2_FILES = ("memory.max", "memory.current", ("inactive_file", "active_file"))
 _EMBEDDING = re.compile(r"embed|wte|wpe|lm_head")
-_WEIGHT_SHARE = {"8bit": 1.01, "4bit": 0.52}  # bytes per quantized weight, with the scales of its block
+_WEIGHT_SHARE = {"8bit": 1.01, "4bit": 0.52}  # bytes per weight, with scales
 
 
 def choose_precision(
@@ -39,8 +39,8 @@ def choose_precision(
 ) -> Precision:
     """Choose dtype and quantization of the weights.
 
-    A setting that is not `auto` is kept. `auto` is the most precise one that fits into the free memory; a notice says
-    so when that is not the first choice.
+    A setting that is not `auto` is kept. `auto` is the most precise one that fits into the free
+    memory; a notice says so when that is not the first choice.
 
     Returns:
         dtype of the weights, or of computation where they are quantized; and full, 8bit or 4bit.
@@ -81,9 +81,10 @@ def choose_precision(
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Resolve the name of a dtype: `auto` is bfloat16 on GPUs that support it natively, else float32.
+    """Resolve the name of a dtype.
 
-    int8 is float32 too: only the weights of linear layers are quantized, after loading.
+    `auto` is bfloat16 on GPUs that support it natively, else float32. int8 is float32 too: only the
+    weights of linear layers are quantized, after loading.
     """
     import torch
 
@@ -132,7 +133,10 @@ def _free_in_cgroups() -> Iterator[int]:
 
 
 def _weight_bytes(files: BaseModelFiles, dtype: torch.dtype, load_in: str) -> int:
-    """Bytes of the weights per process. Quantization and FSDP leave embeddings and head as they are."""
+    """Bytes of the weights per process.
+
+    Quantization and FSDP leave embeddings and head as they are.
+    """
     block_itemsize = _WEIGHT_SHARE.get(load_in, dtype.itemsize) / fsdp.shard_count()
     total = 0.0
     for name, shape in files.shapes.items():

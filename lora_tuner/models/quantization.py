@@ -1,8 +1,9 @@
-"""Linear layers with int8 and int4 weights for generation on a CPU, where reading the weights limits the speed.
+"""Linear layers with int8 and int4 weights for generation on a CPU, which is memory-bound.
 
-int8 is for output: one scale per output channel, inputs in bfloat16. It changes the held-out loss in the third decimal
-(benchmarks/RESULTS.md). int4, with a scale and a zero point per group of 32 weights, is for draft models only, whose
-tokens float32 or int8 verifies. Limit: torch's int8 product is for few rows; for more, weights are dequantized on the fly.
+int8 is for output: one scale per output channel, inputs in bfloat16. It changes the held-out loss
+in the third decimal (benchmarks/RESULTS.md). int4, with a scale and a zero point per group of 32
+weights, is for draft models only, whose tokens float32 or int8 verifies. Limit: torch's int8
+product is for few rows; for more, weights are dequantized on the fly.
 """
 
 import torch
@@ -16,7 +17,7 @@ GROUP_SIZE = 32  # weights that share a scale in int4
 
 
 class Int8Linear(nn.Module):
-    """A linear layer, or GPT-2's Conv1D, with `int8_weight` (out, in) and `scale` (out,) instead of its weight."""
+    """A linear layer, or GPT-2's Conv1D, with `int8_weight` (out, in) and `scale` (out,)."""
 
     int8_weight: torch.Tensor
     scale: torch.Tensor
@@ -41,14 +42,18 @@ class Int8Linear(nn.Module):
 
 
 def quantize_int8(model: PreTrainedModel) -> None:
-    """Replace all linear layers of a model, its head included, by Int8Linear. Embeddings stay as they are."""
+    """Replace all linear layers of a model, its head included, but not its embeddings."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear | Conv1D) and type(module) in (nn.Linear, Conv1D):
             model.set_submodule(name, Int8Linear(module))
 
 
 def pack_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize a weight (out, in) to int8 (out, in) and a scale (out,) in bfloat16, as torch's product requires."""
+    """Quantize a weight (out, in) to int8, as torch's product requires.
+
+    Returns:
+        int8 weight (out, in), and scale (out,) in bfloat16.
+    """
     weight = weight.float().contiguous()
     scale = (weight.abs().amax(1) / 127).clamp_(min=torch.finfo(torch.float32).tiny).bfloat16()
     return (weight / scale[:, None]).round_().clamp_(-128, 127).to(torch.int8), scale
@@ -70,8 +75,8 @@ def pack_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Quantize a weight (out, in) to int4.
 
     Returns:
-        The packed weight, and scales with zero points (in / GROUP_SIZE, out, 2) in bfloat16; None for sizes that torch
-        does not support.
+        The packed weight, and scales with zero points (in / GROUP_SIZE, out, 2) in bfloat16; None
+        for sizes that torch does not support.
     """
     out_features, in_features = weight.shape
     if out_features % 16 or in_features % GROUP_SIZE:

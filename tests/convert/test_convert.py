@@ -542,7 +542,7 @@ def test_missing_held_out_rows_stay_recorded(two, caches, monkeypatch):
     made = blend([(it, 1.0) for it in two], "mixed", Library(), options=ModelOptions(device="cpu")).adapter
     assert (made.manifest.data.held_out_hash, made.manifest.data.held_out_rows) == (None, 0)
     reason = evaluation.cached_rows(made).missing
-    assert reason == "it was made of adapters whose held-out rows were missing"
+    assert reason == "it was made from adapters whose held-out rows were missing"
 
 
 def test_equal_held_out_rows_evaluated_once(two, settings):

@@ -372,7 +372,7 @@ class Page:
                 adapters,
                 eval_rows=eval_rows,
                 options=replace(self.service.generator.options, notify=notify),
-                turn=self.service.scheduler.run_between_steps,
+                access=self.service.scheduler.run_between_steps,
             )
             return html.gains(matrix)
 
