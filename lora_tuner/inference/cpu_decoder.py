@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..models.kernels import has_full_attention
 from ..models.loading import LoadedBase
+from ..models.lora import LinearLayer
 from ..models.quantization import Int8Linear, int4_linear, int8_linear, pack_int4, pack_int8
 from .multi_lora import BatchedLora, LoraPart, MultiLora
 
@@ -31,7 +32,7 @@ class FusedLinear:
     """Linear layers that share their input, as one product. `modules` are the names of the layers,
     in output order."""
 
-    def __init__(self, layers: dict[str, Any]) -> None:
+    def __init__(self, layers: dict[str, LinearLayer]) -> None:
         parts = list(layers.values())
         self.modules = list(layers)
         self.bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
@@ -68,7 +69,7 @@ class FusedLinear:
         return quantized
 
 
-def _fuse_tensors(parts: list[Any], name: str) -> torch.Tensor:
+def _fuse_tensors(parts: Sequence[LinearLayer], name: str) -> torch.Tensor:
     """Concatenate a tensor of several layers. Each layer then keeps a view of the result, so
     nothing is in memory twice."""
     tensors: list[torch.Tensor] = [getattr(part, name) for part in parts]
@@ -168,7 +169,7 @@ class CpuDecoder:
         # A float32 product of four rows costs 1.5 times that of three; in int8 hardly more.
         self.draft_tokens = 3 if self.lm_head.int8 else 2
 
-        def fuse(*layers: torch.nn.Module) -> FusedLinear:
+        def fuse(*layers: LinearLayer) -> FusedLinear:
             return FusedLinear({names[layer]: layer for layer in layers})
 
         self.layers: list[_Layer] = []

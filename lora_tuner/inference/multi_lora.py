@@ -20,7 +20,7 @@ from ..adapters.adapter import Adapter
 from ..errors import AdapterError, MixedBatchError
 from ..models.delta import load_deltas
 from ..models.loading import LoadedBase
-from ..models.lora import layer_sizes, linear_layers
+from ..models.lora import LinearLayer, layer_sizes, linear_layers
 
 LoraFactors = tuple[torch.Tensor, torch.Tensor]  # (ranks, in), (ranks, out)
 
@@ -65,7 +65,8 @@ def blend_loaded(parts: Sequence[tuple[float, LoadedAdapter]]) -> LoadedAdapter:
     return LoadedAdapter(layers)
 
 
-HookFunction = Callable[[Any, tuple[Any, ...], torch.Tensor], torch.Tensor | None]  # layer, inputs, output
+# layer, inputs, output
+HookFunction = Callable[[Any, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor | None]
 LayerHook = tuple[torch.nn.Module, HookFunction]
 
 
@@ -244,7 +245,7 @@ class BatchedLora:
                     stack[slot, len(part) :] = 0
 
 
-def _dense_weight(layer: Any) -> torch.Tensor:
+def _dense_weight(layer: LinearLayer) -> torch.Tensor:
     """Return the weight of a linear layer, dequantized, as (out, in)."""
     if type(layer.weight).__name__ in ("Params4bit", "Int8Params"):  # bitsandbytes'
         from peft.utils.integrations import dequantize_module_weight
@@ -275,7 +276,7 @@ def _make_hook(rows: Sequence[_LayerLora | None]) -> HookFunction | None:
 
 
 def _single_lora_hook(
-    layer_lora: _LayerLora, layer: Any, inputs: tuple[Any, ...], output: torch.Tensor
+    layer_lora: _LayerLora, layer: LinearLayer, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
 ) -> torch.Tensor:
     delta = F.linear(F.linear(inputs[0].to(layer_lora.A.dtype), layer_lora.A), layer_lora.B)
     return _add_delta(layer, output, delta, layer_lora.dora_scale)
@@ -285,8 +286,8 @@ def _per_row_hook(
     down: torch.Tensor,
     up: torch.Tensor,
     dora_scale: torch.Tensor | None,
-    layer: Any,
-    inputs: tuple[Any, ...],
+    layer: LinearLayer,
+    inputs: tuple[torch.Tensor, ...],
     output: torch.Tensor,
 ) -> torch.Tensor:
     """Apply `down` (rows, in, rank) and `up` (rows, rank, out) to inputs (rows, tokens, in)."""
@@ -296,7 +297,9 @@ def _per_row_hook(
     return _add_delta(layer, output, torch.bmm(torch.bmm(x, down), up), dora_scale)
 
 
-def _add_delta(layer: Any, output: torch.Tensor, delta: torch.Tensor, dora_scale: torch.Tensor | None) -> torch.Tensor:
+def _add_delta(
+    layer: LinearLayer, output: torch.Tensor, delta: torch.Tensor, dora_scale: torch.Tensor | None
+) -> torch.Tensor:
     if dora_scale is not None:
         delta = delta + dora_scale * (output if layer.bias is None else output - layer.bias)
     return (output + delta).to(output.dtype)

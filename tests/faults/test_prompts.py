@@ -41,7 +41,7 @@ ODD = ["", " ", "   \n\t ", END, f"the {END} actor", "\U0001f600" * 5, "\u202e\u
 
 
 @pytest.mark.parametrize("kind", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
-def test_an_answer_ends_where_the_context_does_and_says_so(write_on, request, kind):
+def test_output_ends_at_context_limit(write_on, request, kind):
     """Which also shows that what spells a special token is read as the text that it is."""
     base = request.getfixturevalue(kind)
     for prompt in ODD[::2] if kind == "gpt2" else ODD:
@@ -54,13 +54,13 @@ def test_an_answer_ends_where_the_context_does_and_says_so(write_on, request, ki
     assert length(base, END) > 5
 
 
-def test_an_odd_prompt_is_shown_as_it_is(write_on):
+def test_odd_prompts_are_shown_unchanged(write_on):
     for prompt in ODD[4::2]:
         assert write_on("--", prompt).out.startswith(prompt)
 
 
 @pytest.mark.parametrize("more", [0, 1, 1000])
-def test_a_prompt_that_leaves_no_room_is_refused_before_anything_is_written(write_on, gpt2, more):
+def test_prompt_filling_context_is_rejected(write_on, gpt2, more):
     fits = "a" * (tiny_models.CONTEXT - 1)
     assert length(gpt2, fits) == tiny_models.CONTEXT - 1
     assert json.loads(write_on("--json", fits).out)[0]["tokens"] <= 1
@@ -71,7 +71,7 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_anything_is_written(writ
         assert ended.line.endswith(f"has a context of {tiny_models.CONTEXT}: shorten it.")
 
 
-def test_a_prompt_that_is_no_utf8_is_refused(write_on, run, tmp_path):
+def test_non_utf8_prompt_is_rejected(write_on, run, tmp_path):
     with unchanged(tmp_path / "."):
         for command in (("generate", *GREEDY), ("compare", "--adapter", "x")):
             ended = run(*command, "caf\udce9", cache=tmp_path.parent / f"{tmp_path.name}-cache")
@@ -92,9 +92,7 @@ MANY = [f"{number}: the actor" for number in range(10_000)]
     ],
 )
 @pytest.mark.parametrize("command", ["generate", pytest.param("compare", marks=pytest.mark.slow)])
-def test_of_many_prompts_the_bad_one_is_named_before_the_first_is_answered(
-    run, gpt2, adapter, tmp_path, line, why, command
-):
+def test_bad_prompt_stops_before_any_output(run, gpt2, adapter, tmp_path, line, why, command):
     lines = [text.encode() for text in MANY]
     lines[6999] = line
     (tmp_path / "prompts.txt").write_bytes(b"\n".join(lines))
@@ -113,7 +111,7 @@ def test_of_many_prompts_the_bad_one_is_named_before_the_first_is_answered(
         b"the actor\rthis film\r",
     ],
 )
-def test_prompts_are_the_lines_of_a_file_whatever_ends_them(write_on, tmp_path, content):
+def test_prompt_file_accepts_all_line_endings(write_on, tmp_path, content):
     (tmp_path / "prompts.txt").write_bytes(content)
     answers = json.loads(write_on("--file", "prompts.txt", "--json").out)
     assert [answer["prompt"] for answer in answers] == ["the actor", "this film"]
@@ -131,7 +129,7 @@ def test_prompts_are_the_lines_of_a_file_whatever_ends_them(write_on, tmp_path, 
         (f"the actor\n\n{TOO_LONG}\n".encode(), "Prompt 2 of 2: The prompt has "),
     ],
 )
-def test_what_is_piped_in_is_refused_in_a_line(write_on, content, why):
+def test_bad_standard_input_is_rejected(write_on, content, why):
     ended = write_on("-", before=_stdin(content), status=1)
     assert ended.out == ""
     assert why in ended.line
@@ -180,12 +178,12 @@ class _stdin:
             sys.stdin = io.TextIOWrapper(io.BytesIO(self.content), encoding="utf-8")
 
 
-def test_a_closed_standard_input_holds_nothing(write_on):
+def test_closed_standard_input_is_empty(write_on):
     assert "Standard input holds no prompt" in write_on("-", before=_stdin(None), status=1).line
     assert write_on(before=_stdin(None)).out == PROMPT + "\n" * 0
 
 
-def test_asked_for_prompts_a_bad_one_is_refused_and_the_next_is_answered(write_on):
+def test_interactive_mode_survives_bad_lines(write_on):
     good = write_on("the actor").out
     bad = {
         b"caf\xe9": "Error: What was typed is no text in UTF-8: type it anew.",
@@ -206,7 +204,7 @@ def test_asked_for_prompts_a_bad_one_is_refused_and_the_next_is_answered(write_o
     assert answers == [ANSWER + good] * (len(bad) + 1)
 
 
-def test_odd_texts_end_an_answer_where_they_stand_and_nowhere_else(write_on):
+def test_odd_stop_strings_match_literally(write_on):
     (whole,) = json.loads(write_on("--max-new-tokens", 40, "--json", "the actor").out)
     text = whole["text"]
     assert len(text) > 20
@@ -222,7 +220,7 @@ def test_odd_texts_end_an_answer_where_they_stand_and_nowhere_else(write_on):
 
 
 @pytest.mark.parametrize("stop", ["", "\udcff"])
-def test_a_stop_that_is_no_text_is_refused(write_on, stop):
+def test_invalid_stop_string_is_rejected(write_on, stop):
     ended = write_on("--stop", stop, "x", status=2)
     assert ended.line.startswith("Error: Invalid value for '--stop': it is ")
     assert ended.out == ""

@@ -48,7 +48,7 @@ def row_of(generator, prompt, adapter, limit, seed):
 
 
 @pytest.mark.parametrize("order", range(4))
-def test_rows_that_come_and_go_write_what_they_write_alone(generator, order, monkeypatch):
+def test_joining_and_leaving_keeps_solo_output(generator, order, monkeypatch):
     draw = random.Random(order)
     if order > 1:  # rows that are alone for a while are guessed
         monkeypatch.setattr(CpuDecoder, "draft_model", property(lambda self: self))
@@ -86,7 +86,7 @@ def test_rows_that_come_and_go_write_what_they_write_alone(generator, order, mon
             )
 
 
-def test_a_long_prompt_is_read_in_pieces_beside_others(generator, monkeypatch):
+def test_chunked_prefill_does_not_delay_decoding(generator, monkeypatch):
     long, shared = "this film never drags. " * 4, SamplingParams(greedy=True, max_new_tokens=20, repetition_penalty=1.2)
     expected = {prompt: generator.generate(prompt, shared).text for prompt in ("so", long)}
     monkeypatch.setattr("lora_tuner.inference.batch.PREFILL_CHUNK", 8)
@@ -107,7 +107,7 @@ def test_a_long_prompt_is_read_in_pieces_beside_others(generator, monkeypatch):
     assert (short.detokenizer.text, slow.detokenizer.text) == (expected["so"], expected[long])
 
 
-def test_an_adapter_with_numbers_beyond_bounds_ends_its_own_row_alone(generator):
+def test_nonfinite_adapter_fails_only_its_sequence(generator):
     """What it leaves in the cache must not reach the rows that come after."""
     writer = generator.engine
     loud = generator.get_or_load("one")[1]
@@ -130,7 +130,7 @@ def test_an_adapter_with_numbers_beyond_bounds_ends_its_own_row_alone(generator)
         assert (row.error, row.output_ids) == (None, again.output_ids)
 
 
-def test_a_short_prompt_does_not_wait_for_a_long_one(generator, monkeypatch):
+def test_short_prompt_overtakes_long_prefill(generator, monkeypatch):
     monkeypatch.setattr("lora_tuner.inference.batch.PREFILL_CHUNK", 4)
     monkeypatch.setattr("lora_tuner.inference.batch.PREFILL_TOKENS", 4)
     long, short = (
@@ -154,7 +154,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(generator, monkeypatch):
         assert row.output_ids == again.output_ids
 
 
-def test_a_prompt_that_nobody_waits_for_is_not_read_to_its_end(generator, monkeypatch):
+def test_cancel_during_prefill_stops_it(generator, monkeypatch):
     monkeypatch.setattr("lora_tuner.inference.batch.PREFILL_TOKENS", 4)
     row, writer = row_of(generator, "this film never drags. " * 4, "one", 5, None), generator.engine
     writer.add([row])
@@ -164,7 +164,7 @@ def test_a_prompt_that_nobody_waits_for_is_not_read_to_its_end(generator, monkey
     assert not row.output_ids
 
 
-def test_what_goes_wrong_ends_the_rows_of_its_batch_alone(generator, monkeypatch):
+def test_decoder_error_fails_only_its_batch(generator, monkeypatch):
     """DoRA has a batch of its own beside our decoder, and by transformers all rows share one."""
     writer = generator.engine
     rows = {name: row_of(generator, "so", name, 5, None) for name in ("one", "dora")}
@@ -180,7 +180,7 @@ def test_what_goes_wrong_ends_the_rows_of_its_batch_alone(generator, monkeypatch
         assert (rows["one"].error, len(rows["one"].output_ids)) == (None, 5)
 
 
-def test_what_a_row_needed_to_go_on_leaves_memory_with_its_last_token(generator):
+def test_complete_sequence_releases_adapter(generator):
     """It is kept until its reader has it, who may be slow."""
     row = row_of(generator, "the actor", "one", 5, 5)
     adapter, luck = weakref.ref(row.lora), weakref.ref(row.logits_processors)
@@ -192,7 +192,7 @@ def test_what_a_row_needed_to_go_on_leaves_memory_with_its_last_token(generator)
     assert (len(row.output_ids), adapter(), luck()) == (5, None, None)
 
 
-def test_an_adapter_that_leaves_memory_goes_on_in_the_rows_that_have_it(generator):
+def test_unloaded_adapter_finishes_running_sequences(generator):
     row, expected = (row_of(generator, "the actor", "one", 20, None) for _ in range(2))
     generator.engine.add([row])
     generator.engine.step()
@@ -205,7 +205,7 @@ def test_an_adapter_that_leaves_memory_goes_on_in_the_rows_that_have_it(generato
     assert row.output_ids == expected.output_ids
 
 
-def test_of_many_adapters_those_not_used_for_longest_leave_memory(model_folder, tmp_path):
+def test_max_resident_drops_least_recently_used(model_folder, tmp_path):
     target = {"gpt2": ["c_attn"], "llama": ["q_proj"]}[model_folder.name]
     for name in "abcd":
         written(model_folder, tmp_path / "adapters" / name, target_modules=target)
@@ -234,7 +234,7 @@ def decoder(model_folder):
     return Generator(options=ModelOptions(base=str(model_folder), device="cpu")).engine.cpu_decoder
 
 
-def test_a_cache_that_rows_join_and_leave_gives_the_logits_that_they_have_alone(decoder):
+def test_kv_cache_rows_match_solo_logits(decoder):
     draw, ids = random.Random(0), torch.randint(1, 300, (12, 100), generator=torch.Generator().manual_seed(0))
 
     def alone(line, count):
@@ -266,7 +266,7 @@ def test_a_cache_that_rows_join_and_leave_gives_the_logits_that_they_have_alone(
     assert tiny_models.CONTEXT > 41
 
 
-def test_a_cache_takes_little_more_than_what_is_in_it(decoder):
+def test_kv_cache_shrinks_after_long_rows(decoder):
     """However long the rows were that have gone."""
     with torch.inference_mode():
         cache = KVCache(decoder, 1, 100, [0])
@@ -284,7 +284,7 @@ def test_a_cache_takes_little_more_than_what_is_in_it(decoder):
     assert rows * length <= 1.25**2 * 18 * 4
 
 
-def test_no_draft_is_made_for_the_last_tokens_of_a_row(model_folder, monkeypatch):
+def test_no_draft_model_for_last_tokens(model_folder, monkeypatch):
     monkeypatch.setattr(CpuDecoder, "draft_model", property(lambda self: pytest.fail("a draft was made")))
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     rows = [row_of(generator, "so", None, limit, None) for limit in (20, 40)]
@@ -296,7 +296,7 @@ def test_no_draft_is_made_for_the_last_tokens_of_a_row(model_folder, monkeypatch
 
 
 @pytest.mark.parametrize("left", [2, 3, 4])
-def test_a_row_left_alone_where_the_room_ends_guesses_right(model_folder, monkeypatch, left):
+def test_draft_with_full_cache_is_right(model_folder, monkeypatch, left):
     """The draft is then the first to need room, and making it moves what is there to the left."""
     monkeypatch.setattr(
         CpuDecoder, "draft_model", property(lambda self: self)

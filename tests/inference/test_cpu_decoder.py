@@ -18,7 +18,7 @@ def base(model_folder):
     return load_base(find_base(str(model_folder)), ModelOptions(device="cpu", dtype="float32"))
 
 
-def test_tokens_at_once_and_one_by_one_have_the_logits_of_transformers(base):
+def test_prefill_and_decode_match_transformers(base):
     ids = torch.randint(1, 300, (3, 20), generator=torch.Generator().manual_seed(0))
     decoder = CpuDecoder.for_base(base)
     with torch.inference_mode():
@@ -29,7 +29,7 @@ def test_tokens_at_once_and_one_by_one_have_the_logits_of_transformers(base):
     assert cache.used == 20
 
 
-def test_padding_on_the_left_changes_nothing(base):
+def test_left_padding_keeps_logits(base):
     ids = torch.randint(1, 300, (1, 12), generator=torch.Generator().manual_seed(0))
     decoder = CpuDecoder.for_base(base)
     padded = torch.cat([torch.cat([torch.zeros(1, 5, dtype=torch.int64), ids[:, :7]], 1), ids])
@@ -40,7 +40,7 @@ def test_padding_on_the_left_changes_nothing(base):
     torch.testing.assert_close(torch.cat(found), torch.cat(expected), atol=2e-5, rtol=1e-5)
 
 
-def test_one_token_is_as_it_is_among_others(base):
+def test_single_row_matches_batch(base):
     """A single token takes a way of its own through the norms."""
     decoder = CpuDecoder.for_base(base)
     with torch.inference_mode():
@@ -52,7 +52,7 @@ def test_one_token_is_as_it_is_among_others(base):
             )
 
 
-def test_the_base_is_still_what_it_was(model_folder, base):
+def test_decoder_leaves_base_unchanged(model_folder, base):
     """Layers that are joined share their memory with the model's own."""
     ids = torch.arange(10)[None]
     before = base.model(ids).logits
@@ -62,7 +62,7 @@ def test_the_base_is_still_what_it_was(model_folder, base):
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in base.model.state_dict().items())
 
 
-def test_biases_and_heads_that_share_keys(tmp_path):
+def test_biases_and_grouped_query_attention(tmp_path):
     torch.manual_seed(0)
     size = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "max_position_embeddings": 128}
@@ -80,7 +80,7 @@ def test_biases_and_heads_that_share_keys(tmp_path):
         torch.testing.assert_close(found, base.model(ids).logits, atol=2e-5, rtol=1e-5)
 
 
-def test_the_last_token_alone(base):
+def test_last_only_gives_last_logits(base):
     ids = torch.randint(1, 300, (2, 9), generator=torch.Generator().manual_seed(0))
     decoder = CpuDecoder.for_base(base)
     with torch.inference_mode():
@@ -94,7 +94,7 @@ def test_the_last_token_alone(base):
     "changes",
     [{"sliding_window": 4}, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}],
 )
-def test_windows_and_turns_that_depend_on_the_length_are_left_to_transformers(tmp_path, changes):
+def test_sliding_window_and_dynamic_rope_unsupported(tmp_path, changes):
     """A few tokens would not show the difference."""
     size = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -106,7 +106,7 @@ def test_windows_and_turns_that_depend_on_the_length_are_left_to_transformers(tm
         assert (CpuDecoder.for_base(base) is not None) == expected
 
 
-def test_what_it_does_not_know_is_left_to_transformers(tmp_path, base, model_folder, monkeypatch):
+def test_unsupported_bases_use_transformers(tmp_path, base, model_folder, monkeypatch):
     assert CpuDecoder.for_base(base) is not None
     assert (
         CpuDecoder.for_base(load_base(find_base(str(model_folder)), ModelOptions(device="cpu", dtype="bfloat16")))

@@ -60,13 +60,13 @@ def disturb(generator, change, monkeypatch):
         monkeypatch.setattr(head, "forward", lambda hidden: change(forward(hidden)))
 
 
-def test_the_base_alone_writes_what_transformers_writes(model_folder, way):
+def test_plain_base_matches_transformers(model_folder, way):
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     expected = plain(AutoModelForCausalLM.from_pretrained(model_folder), model_folder, "the actor")
     assert generator.generate("the actor", GREEDY).text == expected
 
 
-def test_an_adapter_writes_what_plain_peft_writes(adapter, gpt2, way):
+def test_adapter_matches_peft(adapter, gpt2, way):
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(gpt2), adapter.path)
     answer = Generator("reviews", options=ModelOptions(device="cpu")).generate("the actor", GREEDY)
     assert answer.text == plain(model, gpt2, "the actor")
@@ -76,7 +76,7 @@ def test_an_adapter_writes_what_plain_peft_writes(adapter, gpt2, way):
     assert answer.adapter == "reviews"
 
 
-def test_adapters_and_base_swap_without_reloading(settings):
+def test_swapping_adapters_keeps_base_weights(settings):
     for name, rate in (("a", 1e-2), ("a2", 3e-2)):
         train(settings(name=name, learning_rate=rate))
     alone = {
@@ -103,7 +103,7 @@ def test_adapters_and_base_swap_without_reloading(settings):
     assert generator.generate("the actor", GREEDY).text == alone["a"]
 
 
-def test_a_failed_swap_changes_nothing(adapter, tmp_path):
+def test_failed_swap_changes_nothing(adapter, tmp_path):
     generator = Generator("reviews", options=ModelOptions(device="cpu"))
     before = generator.generate("the actor", GREEDY).text
     with pytest.raises(
@@ -114,7 +114,7 @@ def test_a_failed_swap_changes_nothing(adapter, tmp_path):
     assert generator.generate("the actor", GREEDY).text == before
 
 
-def test_text_streams_in_pieces_that_make_up_the_answer(adapter, way):
+def test_streamed_pieces_join_to_text(adapter, way):
     generator = Generator("reviews", options=ModelOptions(device="cpu"))
     for sampling in (
         GREEDY,
@@ -127,7 +127,7 @@ def test_text_streams_in_pieces_that_make_up_the_answer(adapter, way):
     assert len(pieces) >= 1
 
 
-def test_the_same_seed_gives_the_same_text_and_leaves_the_callers_random_state(model_folder):
+def test_same_seed_gives_same_text(model_folder):
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     state = torch.random.get_rng_state()
     texts = [generator.generate("so", SamplingParams(seed=seed)).text for seed in (1, 1, 2)]
@@ -138,7 +138,7 @@ def test_the_same_seed_gives_the_same_text_and_leaves_the_callers_random_state(m
     assert generator.generate("so", SamplingParams(seed=first.seed)).text == first.text
 
 
-def test_a_stop_string_ends_the_answer_before_itself(model_folder, way):
+def test_stop_string_cuts_text(model_folder, way):
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     whole = generator.generate("the actor", GREEDY).text
     stop = whole[8:10]
@@ -147,7 +147,7 @@ def test_a_stop_string_ends_the_answer_before_itself(model_folder, way):
     assert answer.finished
 
 
-def test_the_answer_ends_with_the_text(model_folder, monkeypatch, way):
+def test_eos_ends_generation(model_folder, monkeypatch, way):
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     eos = generator.base.tokenizer.eos_token_id
 
@@ -162,7 +162,7 @@ def test_the_answer_ends_with_the_text(model_folder, monkeypatch, way):
     assert generator.generate("the actor", GREEDY).finished is False
 
 
-def test_several_answers_differ(model_folder):
+def test_several_outputs_differ(model_folder):
     answers = Generator(options=ModelOptions(base=str(model_folder), device="cpu")).generate_all(
         "the", SamplingParams(seed=1, n=4)
     )
@@ -175,7 +175,7 @@ def test_temperature_zero_is_greedy(model_folder):
     assert generator.generate("the", cold).text == generator.generate("the", GREEDY).text
 
 
-def test_prompts_at_the_edge_of_the_context(model_folder, way):
+def test_prompts_near_context_limit(model_folder, way):
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     with pytest.raises(GenerationError, match=f"tokens, but .* has a context of {tiny_models.CONTEXT}: shorten it"):
         generator.generate("w " * 400)
@@ -186,7 +186,7 @@ def test_prompts_at_the_edge_of_the_context(model_folder, way):
     assert answer.tokens <= tiny_models.CONTEXT - length
 
 
-def test_sampling_settings_that_contradict_each_other():
+def test_greedy_with_several_outputs_is_rejected():
     with pytest.raises(ConfigError, match="n above 1 needs sampling"):
         resolve_settings(SamplingParams, {"greedy": True, "n": 2})
 
@@ -234,7 +234,7 @@ def test_threads_take_turns(settings):
     assert wrong == []
 
 
-def test_a_stop_string_that_begins_in_the_prompt_does_not_end_the_answer(model_folder, way):
+def test_stop_string_across_prompt_is_ignored(model_folder, way):
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     whole = generator.generate("the actor", GREEDY).text
     across = "r" + whole[:1]
@@ -242,7 +242,7 @@ def test_a_stop_string_that_begins_in_the_prompt_does_not_end_the_answer(model_f
     assert answer.text == whole[: whole.index(across)] if across in whole else answer.text == whole
 
 
-def test_the_bases_own_generation_settings_do_not_mix_in(tmp_path, gpt2):
+def test_generation_config_of_base_is_ignored(tmp_path, gpt2):
     expected = Generator(options=ModelOptions(base=str(gpt2), device="cpu")).generate("the actor", GREEDY).text
     shutil.copytree(gpt2, tmp_path / "base")
     own = {"num_beams": 3, "no_repeat_ngram_size": 1, "min_new_tokens": 5, "eos_token_id": 0}
@@ -257,7 +257,7 @@ def test_the_bases_own_generation_settings_do_not_mix_in(tmp_path, gpt2):
     assert "".join(pieces) == expected
 
 
-def test_a_damaged_adapter_is_not_used(adapter):
+def test_damaged_adapter_is_rejected(adapter):
     path = adapter.path / WEIGHTS_FILE
     data = bytearray(path.read_bytes())
     data[-2] ^= 1
@@ -274,7 +274,7 @@ def test_a_damaged_adapter_is_not_used(adapter):
         Generator("reviews", options=ModelOptions(device="cpu"))
 
 
-def test_the_wrong_base_is_refused_and_forced_with_one_notice(adapter, tmp_path):
+def test_wrong_base_needs_force(adapter, tmp_path):
     other = tiny_models.save_model(tmp_path / "other", "gpt2", seed=7)
     with pytest.raises(WrongBaseError, match=r"reviews was trained on .*, not on .*other"):
         Generator("reviews", options=ModelOptions(base=str(other), device="cpu"))
@@ -368,7 +368,7 @@ def decided(model, tokenizer, prompt, sampling):
 
 
 @pytest.mark.parametrize("penalty", [pytest.param(1.0, marks=pytest.mark.slow), 1.3])
-def test_eight_prompts_through_eight_adapters_are_each_as_they_are_alone(model_folder, eight, penalty, way):
+def test_mixed_batch_matches_solo_and_peft(model_folder, eight, penalty, way):
     sampling = SamplingParams(greedy=True, max_new_tokens=10, repetition_penalty=penalty)
     asked = list(itertools.product(PROMPTS, eight))
     random.Random(0).shuffle(asked)
@@ -390,7 +390,7 @@ def test_eight_prompts_through_eight_adapters_are_each_as_they_are_alone(model_f
     assert all(len({together[prompt, name].text for name in eight}) >= 6 for prompt in PROMPTS if prompt)
 
 
-def test_padding_is_no_repetition(model_folder, monkeypatch, way):
+def test_padding_gets_no_repetition_penalty(model_folder, monkeypatch, way):
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     eos = generator.base.tokenizer.eos_token_id  # which is what rows are padded with
 
@@ -409,7 +409,7 @@ def test_padding_is_no_repetition(model_folder, monkeypatch, way):
     ]  # an empty prompt is an end of text, so one is a repetition
 
 
-def test_rows_with_different_room_are_each_as_they_are_alone(model_folder, eight):
+def test_sequences_at_context_limit_match_solo(model_folder, eight):
     generator = Generator(*eight[:3], options=ModelOptions(device="cpu"))
     sampling = SamplingParams(greedy=True, max_new_tokens=12, repetition_penalty=1.0)
     lengths = [3, *(tiny_models.CONTEXT - room for room in (13, 12, 11, 4, 1))]
@@ -426,7 +426,7 @@ def test_rows_with_different_room_are_each_as_they_are_alone(model_folder, eight
 # drawn rows
 
 
-def test_a_drawn_row_does_not_depend_on_what_else_is_drawn(model_folder, eight):
+def test_sampling_is_independent_of_batch(model_folder, eight):
     sampling = SamplingParams(seed=11, max_new_tokens=10)
     asked = [("so", "one"), (PROMPTS[5], "six"), ("the actor", None), ("so", "nine"), ("so", None), ("", "two")]
     alone = {}
@@ -442,7 +442,7 @@ def test_a_drawn_row_does_not_depend_on_what_else_is_drawn(model_folder, eight):
         assert generator.generate_batch(batch, sampling) == [alone[pair] for pair in batch]
 
 
-def test_several_answers_are_those_of_the_seeds_that_follow(model_folder, eight):
+def test_n_outputs_use_consecutive_seeds(model_folder, eight):
     generator = Generator("one", options=ModelOptions(device="cpu"))
     sampling = SamplingParams(seed=5, max_new_tokens=10)
     expected = {}
@@ -457,7 +457,7 @@ def test_several_answers_are_those_of_the_seeds_that_follow(model_folder, eight)
     assert together == list(itertools.chain(*expected.values()))
 
 
-def test_every_answer_names_the_seed_that_gives_it_again(model_folder, eight):
+def test_reported_seed_reproduces_output(model_folder, eight):
     generator = Generator("one", options=ModelOptions(device="cpu"))
     free = SamplingParams(max_new_tokens=10)
     answers = [
@@ -475,7 +475,7 @@ def test_every_answer_names_the_seed_that_gives_it_again(model_folder, eight):
     assert generator.generate("so", GREEDY).seed is None
 
 
-def test_loading_and_drawing_leave_every_random_state(model_folder, eight):
+def test_global_random_states_are_kept(model_folder, eight):
     generator = Generator("one", options=ModelOptions(device="cpu"))
     before = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     generator.generate_batch([("so", name) for name in eight], SamplingParams(max_new_tokens=4, n=2))
@@ -543,7 +543,7 @@ def put(stock, what, path):
         shutil.copytree(stock / what, path)
 
 
-def test_a_replaced_adapter_is_read_again_and_a_broken_one_is_not(stock, texts):
+def test_replaced_adapter_is_reloaded_unless_broken(stock, texts):
     path = Path("adapters/a")
     put(stock, "v1", path)
     generator = Generator("a", options=ModelOptions(device="cpu"))
@@ -566,7 +566,7 @@ def test_a_replaced_adapter_is_read_again_and_a_broken_one_is_not(stock, texts):
     assert generator.generate("the actor", SHORT).text == texts["v1"]
 
 
-def test_settings_that_were_edited_in_place_are_read_again(stock, texts):
+def test_edited_adapter_config_is_reloaded(stock, texts):
     put(stock, "v1", Path("adapters/a"))
     generator = Generator("a", options=ModelOptions(device="cpu"))
     config = Path("adapters/a") / CONFIG_FILE
@@ -578,7 +578,7 @@ def test_settings_that_were_edited_in_place_are_read_again(stock, texts):
 
 
 @pytest.mark.parametrize("how", [*DAMAGE, "missing"])
-def test_a_failed_batch_with_a_broken_adapter_loads_nothing(stock, texts, how):
+def test_batch_with_broken_adapter_loads_nothing(stock, texts, how):
     for name, what in (("a", "v1"), ("b", "v2"), ("c", how)):
         put(stock, what, Path("adapters") / name)
     generator = Generator("a", options=ModelOptions(device="cpu"))
@@ -588,7 +588,7 @@ def test_a_failed_batch_with_a_broken_adapter_loads_nothing(stock, texts, how):
     assert generator.generate("the actor", SHORT).text == texts["v1"]
 
 
-def test_a_failed_batch_with_a_prompt_that_is_too_long_loads_nothing(stock):
+def test_batch_with_long_prompt_loads_nothing(stock):
     for name in "ab":
         put(stock, "v1", Path("adapters") / name)
     generator = Generator("a", options=ModelOptions(device="cpu"))
@@ -598,7 +598,7 @@ def test_a_failed_batch_with_a_prompt_that_is_too_long_loads_nothing(stock):
 
 
 @pytest.mark.parametrize("wrong", [("w " * 400, None), ("the actor", "nothing")])
-def test_a_failed_batch_leaves_the_weights_that_were_in_use(stock, texts, wrong):
+def test_failed_batch_keeps_current_weights(stock, texts, wrong):
     put(stock, "v1", Path("adapters/a"))
     generator = Generator("a", options=ModelOptions(device="cpu"))
     put(stock, "v2", Path("adapters/a"))
@@ -678,7 +678,7 @@ STEPS = st.one_of(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.lists(STEPS, min_size=8, max_size=25))
-def test_text_after_any_history_is_that_of_a_fresh_generator(gpt2, stock, texts, tmp_path, steps):
+def test_random_history_matches_fresh_generator(gpt2, stock, texts, tmp_path, steps):
     history = History(gpt2, stock, texts, Path(tempfile.mkdtemp(dir=tmp_path)))
     for step in (("put", "a", "v1"), ("put", "b", "v2"), ("use", "a", False), *steps):
         getattr(history, step[0])(*step[1:])
@@ -688,7 +688,7 @@ def test_text_after_any_history_is_that_of_a_fresh_generator(gpt2, stock, texts,
 # the adapters of a batch
 
 
-def test_a_batch_loads_what_it_needs_and_the_one_in_use_stays(stock, texts):
+def test_batch_loads_adapters_keeps_current(stock, texts):
     for name, what in (("a", "v1"), ("b", "v2"), ("c", "v3")):
         put(stock, what, Path("adapters") / name)
     generator = Generator("a", options=ModelOptions(device="cpu"))
@@ -709,7 +709,7 @@ def test_a_batch_loads_what_it_needs_and_the_one_in_use_stays(stock, texts):
 ONE_BY_ONE = "This base flattens the rows of a batch, so each adapter runs in its own batch."
 
 
-def test_dora_shares_a_batch_with_others(model_folder, eight):
+def test_dora_in_mixed_batch(model_folder, eight):
     told = []
     generator = Generator(
         options=ModelOptions(base=str(model_folder), device="cpu", notify=lambda notice: told.append(notice.text))
@@ -724,7 +724,7 @@ def test_dora_shares_a_batch_with_others(model_folder, eight):
 
 
 @pytest.mark.parametrize("sampling", [SHORT, SamplingParams(seed=3, max_new_tokens=6, n=2)], ids=["greedy", "drawn"])
-def test_a_base_that_strings_rows_together_answers_one_adapter_after_another(tmp_path, sampling):
+def test_flattened_base_runs_adapters_separately(tmp_path, sampling):
     opt = save_opt(tmp_path / "opt")
     write(opt, "a", 3, seed=1)
     write(opt, "b", 2, "fc1,fc2", seed=2, dora=True)
@@ -750,7 +750,7 @@ def test_a_base_that_strings_rows_together_answers_one_adapter_after_another(tmp
 # errors
 
 
-def test_a_prompt_without_room_is_refused_with_its_length(gpt2):
+def test_long_prompt_error_states_length(gpt2):
     generator = Generator(options=ModelOptions(base=str(gpt2), device="cpu"))
     for length in (tiny_models.CONTEXT, 1000):
         prompt = of_length(generator.base.tokenizer, length)
@@ -760,7 +760,7 @@ def test_a_prompt_without_room_is_refused_with_its_length(gpt2):
     assert generator.generate(of_length(generator.base.tokenizer, tiny_models.CONTEXT - 1), GREEDY).tokens <= 1
 
 
-def test_a_prompt_that_is_far_too_long_is_refused_before_it_is_tokenised(gpt2, monkeypatch):
+def test_huge_prompt_is_rejected_before_tokenizing(gpt2, monkeypatch):
     generator = Generator(options=ModelOptions(base=str(gpt2), device="cpu"))
     monkeypatch.setattr(generator.base, "tokenizer", None)
     with pytest.raises(
@@ -769,7 +769,7 @@ def test_a_prompt_that_is_far_too_long_is_refused_before_it_is_tokenised(gpt2, m
         generator.encode_prompt("w" * 1_000_000)
 
 
-def test_what_is_not_loaded_cannot_be_unloaded(gpt2, stock):
+def test_unload_of_unknown_adapter_fails(gpt2, stock):
     generator = Generator(options=ModelOptions(base=str(gpt2), device="cpu"))
     with pytest.raises(GenerationError) as error:
         generator.unload("nothing")
@@ -782,7 +782,7 @@ def test_what_is_not_loaded_cannot_be_unloaded(gpt2, stock):
     assert (generator.current_adapter, generator.loaded_adapters) == ("v2", ["v1", "v2"])
 
 
-def test_two_adapters_of_one_name_are_not_loaded_together(stock, texts, tmp_path):
+def test_same_name_from_two_folders_fails(stock, texts, tmp_path):
     here, there = Path("adapters/a"), tmp_path / "elsewhere" / "a"
     put(stock, "v1", here)
     put(stock, "v2", there)
@@ -801,7 +801,7 @@ def test_two_adapters_of_one_name_are_not_loaded_together(stock, texts, tmp_path
     assert generator.generate("the actor", SHORT).text == texts["v2"]
 
 
-def test_the_last_seed_has_answers_too(gpt2):
+def test_seeds_wrap_at_maximum(gpt2):
     generator = Generator(options=ModelOptions(base=str(gpt2), device="cpu"))
     answers = generator.generate_all("so", SamplingParams(seed=2**63 - 1, n=2, max_new_tokens=4))
     for answer in answers:
@@ -809,7 +809,7 @@ def test_the_last_seed_has_answers_too(gpt2):
         assert generator.generate("so", again) == answer
 
 
-def test_a_manifest_that_names_another_base_by_now_is_read_again(stock):
+def test_changed_manifest_base_is_rejected(stock):
     put(stock, "v1", Path("adapters/a"))
     generator = Generator("a", options=ModelOptions(device="cpu"))
     put(stock, "other base", Path("adapters/a"))
@@ -847,7 +847,7 @@ def guessing(monkeypatch):
     ],
 )
 @pytest.mark.parametrize("good", [True, False])
-def test_guesses_change_no_text(model_folder, eight, guessing, monkeypatch, sampling, good):
+def test_speculative_decoding_keeps_text(model_folder, eight, guessing, monkeypatch, sampling, good):
     """Good ones and bad ones, on the base and on an adapter, streamed and not."""
     slow = Generator(eight[0], options=ModelOptions(device="cpu"))
     monkeypatch.setattr(slow.engine.cpu_decoder, "draft_model", None)
@@ -868,7 +868,7 @@ def test_guesses_change_no_text(model_folder, eight, guessing, monkeypatch, samp
     assert not good or len(guessing) < 2 * 19
 
 
-def test_guesses_end_with_the_text_and_with_the_room(model_folder, guessing):
+def test_speculative_decoding_respects_limits(model_folder, guessing):
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     whole = generator.generate("the actor", GREEDY).text
     for length in range(1, 8):
@@ -879,7 +879,7 @@ def test_guesses_end_with_the_text_and_with_the_room(model_folder, guessing):
     assert generator.generate("the actor", GREEDY.model_copy(update={"stop": [stop]})).text == whole[: whole.find(stop)]
 
 
-def test_an_unloaded_adapter_leaves_memory(eight, guessing):
+def test_unloaded_adapter_is_freed(eight, guessing):
     import gc
     import weakref
 

@@ -70,7 +70,7 @@ def alone(generator, prompt):
     return output[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-def test_rows_of_one_batch_write_what_transformers_writes_for_each(generator):
+def test_batch_matches_transformers(generator):
     assert generator.engine.cpu_decoder is None
     rows = [Sequence(generator.base, generator.encode_prompt(prompt).token_ids, GREEDY) for prompt in PROMPTS]
     for number in range(4):  # each comes when others are under way
@@ -83,7 +83,7 @@ def test_rows_of_one_batch_write_what_transformers_writes_for_each(generator):
         assert row.output_ids == (expected[: expected.index(0)] if 0 in expected else expected)
 
 
-def test_a_base_without_a_cache_that_is_known_is_read_anew_for_each_token(tmp_path):
+def test_unknown_cache_recomputes_sequence(tmp_path):
     told = []
     folder = save("Mistral", tmp_path / "base")
     expected = Generator(options=ModelOptions(base=str(folder), device="cpu")).generate("the actor", GREEDY)
@@ -96,16 +96,16 @@ def test_a_base_without_a_cache_that_is_known_is_read_anew_for_each_token(tmp_pa
     assert told == [f"{folder} has no standard KV cache: the whole sequence is recomputed for every token."]
 
 
-def test_every_kind_has_a_cache_but_mamba_whose_own_is_called_otherwise(generator):
+def test_all_but_mamba_have_cache(generator):
     stock = generator.engine.hf_decoder
     assert stock.has_cache == (type(generator.base.model).__name__ != "MambaForCausalLM")
 
 
-def test_what_a_token_takes_is_told_of_every_kind(generator):
+def test_kv_bytes_per_token_is_positive(generator):
     assert generator.engine.kv_bytes_per_token > 0
 
 
-def test_a_cache_that_loses_a_row_is_found_out(tmp_path, monkeypatch):
+def test_probe_detects_broken_cache(tmp_path, monkeypatch):
     folder = tiny_models.save_model(tmp_path / "base", "llama")
     monkeypatch.setattr(CpuDecoder, "for_base", lambda base: None)
     from lora_tuner.inference.hf_decoder import HFCache

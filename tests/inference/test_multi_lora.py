@@ -133,7 +133,7 @@ def hooks(model):
     ],
     ids=str,
 )
-def test_an_adapter_gives_the_logits_of_plain_peft(base, make, model_folder, settings):
+def test_logits_match_peft(base, make, model_folder, settings):
     adapter = make("it", **settings)
     assert {dtype for dtype, _ in adapter.tensors.values()} == {
         {torch.float16: "F16", torch.bfloat16: "BF16"}.get(settings.get("dtype"), "F32")
@@ -146,7 +146,7 @@ def test_an_adapter_gives_the_logits_of_plain_peft(base, make, model_folder, set
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
-def test_ranks_and_alphas_by_pattern_are_read_as_peft_reads_them(base, make, kind, model_folder, settings):
+def test_rank_and_alpha_patterns_match_peft(base, make, kind, model_folder, settings):
     adapter = make("it", target_modules=ALL[kind], rank_pattern=RANKS[kind], alpha_pattern=ALPHAS[kind], **settings)
     assert {adapter.rank_of(module) for module in adapter.modules} == {2, 3, 4, 5, 7}
     over = 2**0.5 if settings == {"use_rslora": True} else 2
@@ -157,7 +157,7 @@ def test_ranks_and_alphas_by_pattern_are_read_as_peft_reads_them(base, make, kin
 
 
 @pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning")
-def test_a_key_that_could_mean_a_part_of_a_name_means_whole_names(base, make, kind, model_folder):
+def test_pattern_keys_match_whole_names(base, make, kind, model_folder):
     part = {"gpt2": "attn", "llama": "proj"}[kind]
     adapter = make("it", rank_pattern={part: 2, ".": 3}, alpha_pattern={part: 99, "_proj": 77})
     assert {adapter.rank_of(module) for module in adapter.modules} == {4}
@@ -167,7 +167,7 @@ def test_a_key_that_could_mean_a_part_of_a_name_means_whole_names(base, make, ki
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_a_base_in_half_precision_is_rounded_as_plain_peft_rounds_it(make, model_folder, dora):
+def test_bfloat16_base_rounds_like_peft(make, model_folder, dora):
     adapter = make("it", use_dora=dora)
     half = load(model_folder, "bfloat16")
     bank = Bank(half)
@@ -182,7 +182,7 @@ def test_a_base_in_half_precision_is_rounded_as_plain_peft_rounds_it(make, model
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
-def test_dora_leaves_the_bias_of_a_layer_alone(tmp_path, gpt2, kind):
+def test_dora_does_not_scale_bias(tmp_path, gpt2, kind):
     folder = save_opt(tmp_path / "opt") if kind == "opt" else gpt2
     model = AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(0)
@@ -224,7 +224,7 @@ def mixed(base, make, kind):
     return bank, adapters
 
 
-def test_each_row_of_a_mixed_batch_is_as_it_is_alone(base, mixed, model_folder):
+def test_mixed_batch_rows_match_peft(base, mixed, model_folder):
     bank, adapters = mixed
     names = [*adapters, "dora", None, "single"]
     expected = [alone(model_folder, adapters[name], IDS[row : row + 1]) for row, name in enumerate(names)]
@@ -232,7 +232,7 @@ def test_each_row_of_a_mixed_batch_is_as_it_is_alone(base, mixed, model_folder):
     assert min((a - b).abs().max() for a in expected for b in expected if a is not b) > 0.1
 
 
-def test_pairs_of_rows_do_not_mix(base, mixed, model_folder):
+def test_all_adapter_pairs_match_peft(base, mixed, model_folder):
     bank, adapters = mixed
     expected = {name: alone(model_folder, adapter, IDS[:2]) for name, adapter in adapters.items()}
     for first in adapters:
@@ -241,7 +241,7 @@ def test_pairs_of_rows_do_not_mix(base, mixed, model_folder):
             same(ours, torch.stack([expected[first][0], expected[second][1]]))
 
 
-def test_one_entry_stands_for_batches_of_any_size(base, mixed, model_folder):
+def test_single_entry_applies_to_all_rows(base, mixed, model_folder):
     bank, adapters = mixed
     for name in ("plain", "dora", None):
         with bank.on([name]):
@@ -249,7 +249,7 @@ def test_one_entry_stands_for_batches_of_any_size(base, mixed, model_folder):
                 same(logits(base.model, IDS[:rows]), alone(model_folder, adapters[name], IDS[:rows]))
 
 
-def test_a_batch_of_another_size_than_its_rows_is_refused(base, mixed):
+def test_wrong_batch_size_is_rejected(base, mixed):
     bank, _ = mixed
     for rows in (1, 3):
         with pytest.raises(MixedBatchError) as error:
@@ -260,7 +260,7 @@ def test_a_batch_of_another_size_than_its_rows_is_refused(base, mixed):
 # the base
 
 
-def test_the_base_stays_as_it_is(base, mixed):
+def test_base_is_never_modified(base, mixed):
     bank, _ = mixed
     fresh = load(base.files.folder).model
     expected, names = logits(fresh, IDS[:2]), [name for name, _ in fresh.named_modules()]
@@ -277,7 +277,7 @@ def test_the_base_stays_as_it_is(base, mixed):
 
 
 @pytest.mark.parametrize("rows", [["plain"], ["plain", "dora"]])
-def test_the_base_is_plain_again_after_an_error(base, mixed, rows):
+def test_hooks_are_removed_after_error(base, mixed, rows):
     bank, _ = mixed
     before = logits(base.model, IDS[:2])
 
@@ -292,7 +292,7 @@ def test_the_base_is_plain_again_after_an_error(base, mixed, rows):
     assert torch.equal(logits(base.model, IDS[:2]), before)
 
 
-def test_an_update_of_nothing_changes_no_bit(base, make):
+def test_zero_weights_change_no_bit(base, make):
     bank = Bank(base)
     adapter = make("it")
     weights = load_file(adapter.path / WEIGHTS_FILE)
@@ -316,7 +316,7 @@ def spoil(adapter, change):
     return f"{adapter.path} is damaged: "
 
 
-def test_an_adapter_that_is_read_again_leaves_the_first_as_it_was(base, make, model_folder):
+def test_reload_keeps_earlier_weights(base, make, model_folder):
     bank = Bank(base)
     first, second = make("one"), make("another", r=2, use_rslora=True)
     bank.add("it", first)
@@ -329,7 +329,7 @@ def test_an_adapter_that_is_read_again_leaves_the_first_as_it_was(base, make, mo
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_numbers_that_are_not_finite_are_refused_and_what_was_there_stays(base, make, number, dtype):
+def test_nonfinite_weights_are_rejected(base, make, number, dtype):
     bank = Bank(base)
     bank.add("it", make("good"))
     before = through(base, bank, ["it"])
@@ -341,7 +341,7 @@ def test_numbers_that_are_not_finite_are_refused_and_what_was_there_stays(base, 
     assert torch.equal(through(base, bank, ["it"]), before)
 
 
-def test_weights_that_the_manifest_does_not_know_are_refused_and_what_was_there_stays(base, make):
+def test_weights_not_matching_manifest_are_rejected(base, make):
     bank = Bank(base)
     adapter = make("it")
     path = adapter.path / WEIGHTS_FILE
@@ -356,7 +356,7 @@ def test_weights_that_the_manifest_does_not_know_are_refused_and_what_was_there_
     assert torch.equal(through(base, bank, ["it"]), before)
 
 
-def test_an_adapter_of_another_width_is_refused_and_what_was_there_stays(base, make, kind, tmp_path):
+def test_adapter_of_wider_base_is_rejected(base, make, kind, tmp_path):
     bank = Bank(base)
     bank.add("it", make("good"))
     before = through(base, bank, ["it"])
@@ -370,7 +370,7 @@ def test_an_adapter_of_another_width_is_refused_and_what_was_there_stays(base, m
     assert torch.equal(through(base, bank, ["it"]), before)
 
 
-def test_an_adapter_of_a_deeper_base_is_refused_and_what_was_there_stays(base, make, kind, tmp_path):
+def test_adapter_of_deeper_base_is_rejected(base, make, kind, tmp_path):
     bank = Bank(base)
     bank.add("it", make("good"))
     before = through(base, bank, ["it"])
@@ -387,14 +387,14 @@ def test_an_adapter_of_a_deeper_base_is_refused_and_what_was_there_stays(base, m
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True:UserWarning")
-def test_an_update_of_the_output_head_is_refused(base, make, kind):
+def test_lm_head_adapter_is_rejected(base, make, kind):
     adapter = make("it", target_modules=[ONE[kind], "lm_head"])
     with pytest.raises(AdapterError) as error:
         Bank(base).add("it", adapter)
     assert str(error.value) == f"{adapter.path} does not fit the base: the base has no linear layer lm_head."
 
 
-def test_the_model_does_not_grow_with_what_is_loaded(base, make):
+def test_loading_adds_no_modules(base, make):
     bank = Bank(base)
     adapter = make("it")
     modules, parameters = list(base.model.modules()), list(base.model.parameters())
@@ -409,7 +409,7 @@ def test_the_model_does_not_grow_with_what_is_loaded(base, make):
     assert [id(parameter) for parameter in base.model.parameters()] == [id(parameter) for parameter in parameters]
 
 
-def test_the_stored_settings_decide_not_the_targets_in_the_config(base, make, model_folder):
+def test_target_modules_come_from_weights(base, make, model_folder):
     adapter = make("it")
     config = json.loads((adapter.path / CONFIG_FILE).read_text())
     (adapter.path / CONFIG_FILE).write_text(json.dumps(config | {"lora_alpha": 16, "target_modules": ["nothing"]}))
@@ -443,7 +443,7 @@ def opt(tmp_path):
     return save_opt(tmp_path / "opt")
 
 
-def test_a_base_that_strings_rows_together_takes_one_adapter_for_all_of_them(opt, tmp_path):
+def test_flattened_batch_allows_one_adapter(opt, tmp_path):
     base = load(opt)
     shapes = {}
 
@@ -477,7 +477,7 @@ def test_a_base_that_strings_rows_together_takes_one_adapter_for_all_of_them(opt
         assert (expected - plain).abs().max() > 0.01
 
 
-def test_such_a_base_mixes_adapters_of_layers_that_keep_rows_apart(opt, tmp_path):
+def test_flattened_base_mixes_attention_adapters(opt, tmp_path):
     one = written(opt, tmp_path / "one", target_modules=["q_proj", "v_proj"])
     two = written(opt, tmp_path / "other", target_modules=["out_proj"], use_dora=True)
     base = load(opt)
@@ -488,7 +488,7 @@ def test_such_a_base_mixes_adapters_of_layers_that_keep_rows_apart(opt, tmp_path
     same(through(base, bank, ["one", "two", None]), torch.cat(expected))
 
 
-def test_what_is_in_memory_does_not_change_with_the_file(kind, model_folder, tmp_path):
+def test_loaded_weights_do_not_follow_file(kind, model_folder, tmp_path):
     """safetensors maps a file: written into, it would change the adapter; cut off, it would end the process."""
     one, two = (written(model_folder, tmp_path / name) for name in ("one", "two"))
     base = load(model_folder)
@@ -507,7 +507,7 @@ def test_what_is_in_memory_does_not_change_with_the_file(kind, model_folder, tmp
 # the sum of several
 
 
-def test_a_blend_in_memory_is_the_weighted_sum_of_the_updates(base, make, kind):
+def test_blend_loaded_is_weighted_sum(base, make, kind):
     bank = Bank(base)
     bank.add("one", make("one", target_modules=ALL[kind]))
     bank.add("two", make("two", r=2, target_modules=[ONE[kind]]))
@@ -524,7 +524,7 @@ def test_a_blend_in_memory_is_the_weighted_sum_of_the_updates(base, make, kind):
         assert hooks(base.model) == len(both.layers)
 
 
-def test_dora_is_no_part_of_a_blend(base, make):
+def test_blend_loaded_rejects_dora(base, make):
     bank = Bank(base)
     bank.add("dora", make("dora", use_dora=True))
     assert not bank.loaded["dora"].is_additive

@@ -54,7 +54,7 @@ def surprise(seen, shares):
     ],
     ids=str,
 )
-def test_seeds_draw_tokens_as_often_as_they_are_likely(settings, tokens):
+def test_sampled_frequencies_match_probabilities(settings, tokens):
     settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0} | settings
     sampling, written, logits = SamplingParams(**settings), torch.tensor([[0, 1, 0]]), torch.tensor([LOGITS])
     seen = Counter(
@@ -66,7 +66,7 @@ def test_seeds_draw_tokens_as_often_as_they_are_likely(settings, tokens):
     assert surprise(seen, shares) < 40
 
 
-def test_the_draws_of_one_seed_do_not_hang_together():
+def test_successive_samples_are_independent():
     logits = torch.tensor([[1.0, 0.0, 0.5]])
     chain = inference_sampling.make_logits_processors(
         SamplingParams(temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0), 3
@@ -96,7 +96,7 @@ def _of_pairs(drawn):
     [(50, 0.95), (5, 0.5), (0, 0.9), (0, 0.2), (0, 1e-20), (3, 1.0), (1, 0.01), (1000, 0.3), (0, 1.0)],
 )
 @pytest.mark.parametrize("first", [256, 4])
-def test_the_likeliest_are_those_of_transformers(top_k, top_p, first, monkeypatch):
+def test_top_k_top_p_match_transformers(top_k, top_p, first, monkeypatch):
     monkeypatch.setattr(inference_sampling, "_SORTED_FIRST", first)
     scores = torch.randn(4, 300, generator=torch.Generator().manual_seed(top_k)) * 3
     expected = scores
@@ -107,7 +107,7 @@ def test_the_likeliest_are_those_of_transformers(top_k, top_p, first, monkeypatc
     torch.testing.assert_close(inference_sampling.TopKTopPWarper(top_k, top_p)(None, scores), expected, atol=0, rtol=0)
 
 
-def test_a_place_asked_about_twice_has_the_same_luck():
+def test_repeated_position_reuses_noise():
     """And the places after it have the luck that they would have had."""
     logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(0))
     texts = [torch.zeros(1, length, dtype=torch.int64) for length in range(5, 15)]

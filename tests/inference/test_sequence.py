@@ -31,7 +31,7 @@ def whole(tokenizer, prompt, new):
 
 @pytest.mark.parametrize("prompt", ["the actor", "", "☕", "the actor "])
 @pytest.mark.parametrize("text", [" never works. 👩‍👩‍👧 ☕☕ ü\n\n x", "  ", "\ufffd a \ufffd"])
-def test_text_that_comes_in_tokens_is_the_text_of_all_of_them(prompt, text):
+def test_incremental_text_equals_full_decode(prompt, text):
     new = ids_of(text)
     made = IncrementalDetokenizer(BYTES, ids_of(prompt))
     for token in new:
@@ -43,7 +43,7 @@ def test_text_that_comes_in_tokens_is_the_text_of_all_of_them(prompt, text):
     assert made.text == whole(BYTES, ids_of(prompt), new) == text
 
 
-def test_characters_that_stay_halves_are_said_at_the_end_or_when_others_follow():
+def test_incomplete_characters_are_flushed():
     half = ids_of("☕")[:-1]
     made = IncrementalDetokenizer(BYTES, ids_of("so"))
     for token in half:
@@ -58,7 +58,7 @@ def test_characters_that_stay_halves_are_said_at_the_end_or_when_others_follow()
     assert made.stable_text == whole(BYTES, ids_of("so"), half + ids_of("abc"))
 
 
-def test_a_tokenizer_that_drops_a_leading_space_keeps_those_between_tokens():
+def test_spaces_between_tokens_are_kept():
     """As Llama's first: a word's space is part of its token, and the decoder drops the first one."""
     words = {"<unk>": 0, "▁the": 1, "▁actor": 2, "s": 3, "▁never": 4}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -74,7 +74,7 @@ def test_a_tokenizer_that_drops_a_leading_space_keeps_those_between_tokens():
 
 
 @pytest.mark.parametrize("prompt", ["", "so ", "😂😂", "a😂😂😂"])
-def test_characters_of_several_byte_tokens_are_whole_wherever_the_last_tokens_begin(prompt):
+def test_byte_tokens_form_whole_characters(prompt):
     """As in Llama 2 and Mistral: bytes beside each other become text together, or none of them does."""
     words = {"<unk>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)}
     backend = Tokenizer(models.BPE(words, [], unk_token="<unk>", byte_fallback=True))
@@ -89,7 +89,7 @@ def test_characters_of_several_byte_tokens_are_whole_wherever_the_last_tokens_be
     assert made.text == text
 
 
-def test_special_tokens_before_a_word_do_not_take_its_space():
+def test_special_tokens_keep_following_space():
     words = {"<unk>": 0, "▁the": 1, "▁actor": 2, "</s>": 3}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
@@ -102,7 +102,7 @@ def test_special_tokens_before_a_word_do_not_take_its_space():
 
 
 @pytest.mark.parametrize("stop", [["actor"], ["ctor w", "zzz"], ["or", "actor"], ["☕ b"], [" "], ["a" * 50]])
-def test_a_stop_string_ends_the_text_before_itself_wherever_tokens_begin(stop):
+def test_stop_string_at_any_token_boundary(stop):
     text = " one actor ☕ but actor works"
     expected = text[: min([text.find(it) for it in stop if it in text], default=len(text))]
     made = IncrementalDetokenizer(BYTES, ids_of("actor"), stop)
@@ -116,7 +116,7 @@ def test_a_stop_string_ends_the_text_before_itself_wherever_tokens_begin(stop):
     assert made.stopped == any(it in text for it in stop)
 
 
-def test_a_stop_string_at_the_very_end_counts():
+def test_stop_string_in_flushed_text():
     made = IncrementalDetokenizer(BYTES, ids_of("so"), ["\ufffd"])
     for token in ids_of("ab") + ids_of("☕")[:-1]:
         made.append(token)
@@ -134,7 +134,7 @@ def spread(seed):
     return torch.randn(320, generator=torch.Generator().manual_seed(seed))
 
 
-def test_chances_are_the_log_softmax_of_the_logits(base):
+def test_logprobs_are_log_softmax(base):
     row = Sequence(base, ids_of("the"), SamplingParams(max_new_tokens=3, temperature=0.7), seed=4, top_logprobs=3)
     taken = [row.append_token(spread(number)) for number in range(3)]
     for number, (token, chance) in enumerate(zip(taken, row.logprobs, strict=True)):
@@ -145,7 +145,7 @@ def test_chances_are_the_log_softmax_of_the_logits(base):
         assert [value for _, value in chance.top] == pytest.approx(found.topk(3).values.tolist())
 
 
-def test_no_chances_are_kept_unless_they_are_asked_for(base):
+def test_logprobs_are_optional(base):
     row = Sequence(base, ids_of("the"), SamplingParams(max_new_tokens=3, greedy=True))
     row.append_token(spread(0))
     assert row.logprobs == []
@@ -154,7 +154,7 @@ def test_no_chances_are_kept_unless_they_are_asked_for(base):
     assert none.logprobs[0].top == []
 
 
-def test_a_row_ends_with_its_limit_with_an_end_of_text_or_with_numbers_that_are_none(base):
+def test_sequence_ends_at_limit_eos_nan(base):
     row = Sequence(base, ids_of("the"), SamplingParams(max_new_tokens=2, greedy=True))
     for number in range(2):
         assert not row.done
@@ -169,7 +169,7 @@ def test_a_row_ends_with_its_limit_with_an_end_of_text_or_with_numbers_that_are_
     assert str(row.error).startswith("loud produces logits that are not finite")
 
 
-def test_a_row_ends_with_what_the_model_was_made_to_stop_at(gpt2):
+def test_generation_config_eos_ends_sequence(gpt2):
     """The end of a turn is not always the tokenizer's end of a text."""
     base = load_base(find_base(str(gpt2)), ModelOptions(device="cpu"))
     base.model.generation_config.eos_token_id = [0, 7]
@@ -178,7 +178,7 @@ def test_a_row_ends_with_what_the_model_was_made_to_stop_at(gpt2):
     assert (row.finished, row.output_ids) == (True, [])
 
 
-def test_a_row_has_room_for_any_length_and_takes_it_as_it_needs_it(base):
+def test_token_buffer_grows_on_demand(base):
     row = Sequence(base, ids_of("the"), SamplingParams(max_new_tokens=10**9, greedy=True, repetition_penalty=2.0))
     assert row.max_new_tokens == tiny_models.CONTEXT - len(row.prompt_ids)
     assert row.token_ids.numel() == len(row.prompt_ids)

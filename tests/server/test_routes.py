@@ -555,7 +555,7 @@ def test_invalid_field_is_named(served, body, param, message):
     error = error_of(served.post(path, **required | body), 400)
     assert (error["param"], error["type"]) == (param, "invalid_request_error")
     assert message in error["message"]
-    if "looks back" in message or "context length" in message:
+    if "has a context of" in message or "context length" in message:
         assert error["code"] == "context_length_exceeded"
 
 
