@@ -1,10 +1,13 @@
-"""The Hugging Face Hub: is it there, and fetch from it.
+"""Requests to the Hugging Face Hub, with time limits and checked downloads.
 
-Surprise: the libraries below retry an unreachable Hub for up to half a minute, wait for an answer as long as it takes, and
-keep what has come without a look at its hash. So the Hub is asked once per process whether it is there, with a deadline;
-every request has the limits below; and what has come is held to the hash by which the Hub names it, or goes. `HF_ENDPOINT`
-and `HF_HUB_OFFLINE` are respected. Limit: hf_xet, where it is installed, has time-outs and checks of its own.
+Surprise: the libraries retry an unreachable Hub for up to half a minute, wait without limit for
+slow responses, and do not check the hash of a download. So once per process a request with a
+deadline checks that the Hub is reachable; every request has the limits below; and a file whose hash
+is not the one the Hub names is deleted. `HF_ENDPOINT` and `HF_HUB_OFFLINE` are respected. Limit:
+hf_xet, where installed, has its own timeouts and checks.
 """
+
+from __future__ import annotations
 
 import contextlib
 import functools
@@ -16,89 +19,99 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .errors import HubError, LoraTunerError
 
+if TYPE_CHECKING:
+    import httpx2
+
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w.+/-]{0,250}", re.ASCII)
-REACHABLE_SECONDS = 4.0  # seconds until the Hub counts as out of reach
-READ_SECONDS = 10.0  # seconds without a byte until a connection is given up; it is tried again while it is not stalled
-WRITE_SECONDS = 60.0  # the same where something is written: the Hub may be long in taking it
-STALLED_SECONDS = 30.0  # seconds in which the Hub ends no answer and sends fewer than LEAST bytes, until it is given up
-MIN_BYTES_PER_SECOND = 16_000
-_CAPTIVE_PORTAL = "check HF_ENDPOINT and the proxy, and whether this network wants you to log in first"
+REACHABLE_SECONDS = 4.0  # until the Hub counts as unreachable
+READ_SECONDS = 10.0  # without a byte until a connection is closed; it is retried until STALLED_SECONDS
+WRITE_SECONDS = 60.0  # the same for uploads, which the Hub may take long to process
+STALLED_SECONDS = 30.0  # without a completed response and below MIN_BYTES until the request fails
+MIN_BYTES = 16_000  # per STALLED_SECONDS
+_CAPTIVE_PORTAL = "check HF_ENDPOINT and the proxy, and whether this network requires a login"
 
 
 class RequestLimits:
-    """The limits of all requests to the Hub: called before each, after each, and for each piece of an answer."""
+    """Limits of all requests to the Hub.
+
+    `before` and `after` are hooks of the HTTP client; `after` also watches each chunk of a response.
+    Outside of `limited` blocks nothing is limited but the timeouts.
+    """
 
     def __init__(self) -> None:
-        self.since = math.inf  # when something of use came last; nobody waits yet
-        self.last = 0.0  # when anything was heard
-        self.bytes = 0
-        self.why = ""  # it is given up, where it says so
+        self.last_progress = math.inf  # time; infinite outside of `limited`
+        self.last_activity = 0.0  # time of the last request or chunk
+        self.bytes = 0  # since the last progress
+        self.server_error = ""  # message about the last response with status 5xx, if it is to be reported
 
-    def before(self, request: Any) -> None:
-        if time.monotonic() - self.last > 1.5 * READ_SECONDS:  # nobody waited for an answer: hf_xet has its own way
-            self.renew()
+    def before(self, request: httpx2.Request) -> None:
+        """Set the timeouts of a request; raise HubError if nothing useful came for too long."""
+        if time.monotonic() - self.last_activity > 1.5 * READ_SECONDS:  # meanwhile hf_xet downloaded by itself
+            self.record_progress()
         self._check()
         limit = READ_SECONDS if request.method in ("GET", "HEAD") else WRITE_SECONDS
-        self.since += (
-            int(request.headers.get("Content-Length") or 0) / MIN_BYTES_PER_SECOND * STALLED_SECONDS
-        )  # and so long to send it
-        given = request.extensions.get("timeout") or {}
+        # The body must be sent first, at the lowest accepted rate.
+        self.last_progress += int(request.headers.get("Content-Length") or 0) / MIN_BYTES * STALLED_SECONDS
+        timeouts = request.extensions.get("timeout") or {}
         kinds = ("connect", "read", "write", "pool")
-        request.extensions["timeout"] = {kind: min(given.get(kind) or limit, limit) for kind in kinds}
+        request.extensions["timeout"] = {kind: min(timeouts.get(kind) or limit, limit) for kind in kinds}
 
-    def after(self, response: Any) -> None:
+    def after(self, response: httpx2.Response) -> None:
+        """Fail at once where the libraries would silently wait, and watch the body."""
         wait = response.headers.get("Retry-After", "")
-        if response.status_code == 429 and self.since < math.inf:  # it would be waited for, without a word
-            after = f" after {wait} seconds" if wait.isdigit() else " later"
-            raise HubError(f"it was asked too often. Try again{after}, or log in by `hf auth login` to be let in more.")
+        if response.status_code == 429 and self.last_progress < math.inf:
+            advice = f"after {wait} seconds" if wait.isdigit() else "later"
+            raise HubError(f"too many requests. Try again {advice}, or run `hf auth login` for a higher limit.")
         if response.status_code >= 500 and wait.isdigit() and int(wait) > STALLED_SECONDS:
             raise HubError(f"it answers with status {response.status_code}. Try again after {wait} seconds.")
-        read, useful = response.iter_raw, response.status_code < 300
-        if useful and response.request.method not in ("GET", "HEAD"):
-            self.renew()  # what was sent may have been long on its way
+        read_chunks, success = response.iter_raw, response.status_code < 300
+        if success and response.request.method not in ("GET", "HEAD"):
+            self.record_progress()
         if response.status_code >= 500:
-            self.why = f"it answers with status {response.status_code}. Try again later."
+            self.server_error = f"it answers with status {response.status_code}. Try again later."
 
         def watched(chunk_size: int | None = None) -> Iterator[bytes]:
-            for chunk in read(chunk_size):
-                self.bytes += len(chunk) if useful else 0
-                if self.bytes >= MIN_BYTES_PER_SECOND:
-                    self.renew()
+            for chunk in read_chunks(chunk_size):
+                self.bytes += len(chunk) if success else 0
+                if self.bytes >= MIN_BYTES:
+                    self.record_progress()
                 self._check()
                 yield chunk
-            if useful:
-                self.renew()
+            if success:
+                self.record_progress()
 
-        response.iter_raw = watched  # everything that reads an answer goes through it
+        response.iter_raw = watched  # type: ignore[method-assign]  # every way to read the body uses it
 
-    def renew(self) -> None:
-        if self.since < math.inf:
-            self.since, self.bytes, self.why = time.monotonic(), 0, ""
+    def record_progress(self) -> None:
+        """Restart the time limit, inside of `limited`."""
+        if self.last_progress < math.inf:
+            self.last_progress, self.bytes, self.server_error = time.monotonic(), 0, ""
 
     def _check(self) -> None:
-        self.last = time.monotonic()
-        if self.last - self.since > STALLED_SECONDS:
-            slow = f"next to nothing came for {STALLED_SECONDS:g} seconds. Try again when the Hub or the network is faster."
-            raise HubError(self.why or slow)
+        self.last_activity = time.monotonic()
+        if self.last_activity - self.last_progress > STALLED_SECONDS:
+            stalled = f"almost nothing arrived for {STALLED_SECONDS:g} seconds. Try again when the Hub or the network is faster."
+            raise HubError(self.server_error or stalled)
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        self.since, self.bytes, self.why = time.monotonic(), 0, ""
+    def limited(self) -> Iterator[None]:
+        """Apply the time limit in the block."""
+        self.last_progress, self.bytes, self.server_error = time.monotonic(), 0, ""
         try:
             yield
         finally:
-            self.since = math.inf
+            self.last_progress = math.inf
 
 
 _request_limits = RequestLimits()
 
 
 def _install_request_limits() -> None:
-    """Have the client that huggingface_hub and datasets share ask us about each request."""
+    """Add the limits to the HTTP client that huggingface_hub and datasets share."""
     from huggingface_hub import get_session
 
     hooks = get_session().event_hooks
@@ -109,17 +122,20 @@ def _install_request_limits() -> None:
 
 @contextlib.contextmanager
 def hub_request(repo: str, *, writing: bool = False) -> Iterator[None]:
-    """In the block the Hub is asked about a repo, within the limits above. What goes wrong is raised as HubError, and of what
-    came damaged nothing stays in the cache."""
+    """Apply the limits to requests about a repo in the block, and delete damaged downloads.
+
+    Raises:
+        HubError: for any failure in the block, or a damaged download.
+    """
     from huggingface_hub.utils import logging
 
     _install_request_limits()
     start, verbosity = time.time(), logging.get_verbosity()
-    logging.set_verbosity_error()  # what it says of its attempts is not what came of them
+    logging.set_verbosity_error()  # its warnings about single attempts say nothing about the result
     try:
-        with _request_limits.waiting():
+        with _request_limits.limited():
             yield
-    except Exception as error:  # the HTTP library's own come through as well
+    except Exception as error:  # errors of the HTTP library included
         if isinstance(error, LoraTunerError) and not isinstance(error, HubError):
             raise
         raise HubError(_damaged_file(repo, start) or hub_error_message(error, repo, writing=writing)) from error
@@ -130,15 +146,19 @@ def hub_request(repo: str, *, writing: bool = False) -> Iterator[None]:
 
 
 def _damaged_file(repo: str, start: float) -> str | None:
-    """Remove what has come into the cache since `start` and is not what its name says; that, in words, or None.
+    """Delete files that were downloaded since `start` and whose hash is not their name.
 
-    A file there is called by its sha256 or, if it is small, by its hash in git. Price: a second for each gigabyte.
+    The cache names a file by its sha256 or, if it is small, by its git hash. Takes about a second
+    per gigabyte.
+
+    Returns:
+        A message about the deleted files, or None.
     """
     from huggingface_hub import constants
 
-    found = []
+    deleted = 0
     for blob in Path(constants.HF_HUB_CACHE).glob(f"*s--{escape(repo.replace('/', '--'))}/blobs/*"):
-        with contextlib.suppress(FileNotFoundError):  # another process removes it
+        with contextlib.suppress(FileNotFoundError):  # another process deletes it
             size, changed = blob.stat().st_size, blob.stat().st_mtime
             if blob.is_symlink() or changed < start - 2 or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
                 continue
@@ -148,31 +168,33 @@ def _damaged_file(repo: str, start: float) -> str | None:
                     digest.update(block)
             if digest.hexdigest() != blob.name:
                 blob.unlink()
-                found.append(blob.name)
-    what = "a file" if len(found) == 1 else f"{len(found)} files"
-    return f"{repo} came damaged from the Hub: {what} had another hash and went. Try again." if found else None
+                deleted += 1
+    return f"{repo}: {deleted} damaged file(s) with a wrong hash deleted. Try again." if deleted else None
 
 
 @functools.cache
 def why_unreachable() -> str | None:
-    """None when the Hub answers, else the reason in a few words. Asked once per process; at most `DEADLINE` seconds."""
+    """Return the reason why the Hub is unreachable, or None if it answers.
+
+    Checked once per process, for at most REACHABLE_SECONDS.
+    """
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     answer: list[str | None] = []
 
-    def ask() -> None:
+    def send_request() -> None:
         try:
             status = get_session().head(constants.ENDPOINT, timeout=REACHABLE_SECONDS).status_code
             answer.append(f"{constants.ENDPOINT} answers with status {status}" if status >= 500 else None)
         except HubError as error:
             answer.append(str(error).rstrip("."))
-        except Exception as error:  # whatever the HTTP library raises means the same here
+        except Exception as error:  # any error of the HTTP library means that it does not answer
             answer.append(f"{constants.ENDPOINT} does not answer ({type(error).__name__})")
 
-    # In a thread: name resolution has no time-out of its own.
-    thread = threading.Thread(target=ask, daemon=True)
+    # In a thread, because name resolution has no timeout.
+    thread = threading.Thread(target=send_request, daemon=True)
     thread.start()
     thread.join(REACHABLE_SECONDS)
     return answer[0] if answer else f"{constants.ENDPOINT} does not answer within {REACHABLE_SECONDS:g} seconds"
@@ -180,7 +202,7 @@ def why_unreachable() -> str | None:
 
 @contextlib.contextmanager
 def offline_mode() -> Iterator[None]:
-    """Within the block, huggingface_hub and datasets look at their caches alone and ask nobody."""
+    """Make huggingface_hub and datasets use only their caches in the block."""
     import datasets.config
     from huggingface_hub import constants
 
@@ -193,16 +215,16 @@ def offline_mode() -> Iterator[None]:
 
 
 def hub_error_message(error: Exception, repo: str, *, writing: bool = False) -> str:
-    """One sentence about what the Hub's refusal means, with what to do. A token is never part of it."""
+    """Explain an error of a request in one sentence, with what to do and without the token."""
     from huggingface_hub import errors, get_token
 
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
-    # What the Hub said itself says more than what the libraries make of it.
-    said = next((it for it in chain if isinstance(it, HubError | errors.HfHubHTTPError)), None)
-    made = error.__cause__ if type(error).__name__ == "DatasetGenerationError" else None
-    first = said or made or error
+    # The Hub's own message says more than the exceptions that the libraries raise because of it.
+    from_hub = next((link for link in chain if isinstance(link, HubError | errors.HfHubHTTPError)), None)
+    generation_cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" else None
+    first = from_hub or generation_cause or error
     if isinstance(error, errors.HFValidationError):
         return f"'{repo}' is neither a local folder nor a Hub id (owner/name)."
     if isinstance(first, errors.GatedRepoError) or "is a gated dataset" in str(error):  # datasets drops the cause
@@ -211,45 +233,50 @@ def hub_error_message(error: Exception, repo: str, *, writing: bool = False) -> 
         return f"{repo} has no such revision: leave --revision out, or name one of its branches, tags or commits."
     status = first.response.status_code if isinstance(first, errors.HfHubHTTPError) else 0
     if writing and (status in (401, 403) or isinstance(error, errors.LocalTokenNotFoundError)):
-        return f"{repo} may not be written with the token in use: run `hf auth login` with one that may write there."
+        return f"no permission to write to {repo}: run `hf auth login` with a token that allows it."
     if isinstance(first, errors.RepositoryNotFoundError):
-        return f"the Hub has no {repo} that you may read: check the spelling, or run `hf auth login` if it is private."
-    # The HTTP library's own are known by name: which library it is changes.
-    kinds = set() if said else {kind.__name__ for it in chain for kind in type(it).__mro__}
+        return f"the Hub has no repo {repo}, or you have no access: check the name, or run `hf auth login` if it is private."
+    # Exceptions of the HTTP library are recognized by name, because the library may change.
+    names = set() if from_hub else {kind.__name__ for link in chain for kind in type(link).__mro__}
     if status == 401:
-        what = "it does not take the token in use. Run `hf auth login` with a valid one."
+        reason = "the token is not valid. Run `hf auth login` with a valid one."
     elif status >= 500:
-        what = f"it answers with status {status}. Try again later."
-    elif "TimeoutException" in kinds:
-        what = f"it was silent for {WRITE_SECONDS if writing else READ_SECONDS:g} seconds. Try again later."
-    elif "TransportError" in kinds:
-        what = f"the connection broke off ({str(first).rstrip('.') or type(first).__name__}). Try again."
-    elif "TooManyRedirects" in kinds:
-        what = f"it sends from one address to the next without end: {_CAPTIVE_PORTAL}."
-    elif kinds & {"JSONDecodeError", "FileMetadataError"} or isinstance(error, AssertionError | KeyError | TypeError):
-        what = f"what answers is not the Hub: {_CAPTIVE_PORTAL}."
+        reason = f"it answers with status {status}. Try again later."
+    elif "TimeoutException" in names:
+        reason = f"it did not answer for {WRITE_SECONDS if writing else READ_SECONDS:g} seconds. Try again later."
+    elif "TransportError" in names:
+        reason = f"the connection was lost ({str(first).rstrip('.') or type(first).__name__}). Try again."
+    elif "TooManyRedirects" in names:
+        reason = f"it redirects without end: {_CAPTIVE_PORTAL}."
+    elif names & {"JSONDecodeError", "FileMetadataError"} or isinstance(error, AssertionError | KeyError | TypeError):
+        reason = f"the response is not from the Hub: {_CAPTIVE_PORTAL}."
     else:
         lines = str(first).splitlines() or [repr(first)]
-        what = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
-    text = f"{repo} could not be {'written to' if writing else 'fetched from'} the Hub: {what}"
+        reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    action = "written to" if writing else "fetched from"
+    text = f"{repo} could not be {action} the Hub: {reason}"
     token = get_token()
-    return text.replace(token, "***") if token else text  # the Hub may have said it
+    return text.replace(token, "***") if token else text  # a message of the Hub may contain it
 
 
 def ensure_reachable(repo: str, needed: str = "is not cached") -> None:
-    """Raise HubError unless the Hub can be asked for a repo."""
+    """Raise HubError, naming the repo and the reason, if the Hub is unreachable."""
     if why := why_unreachable():
         raise HubError(f"{repo} {needed}, and the Hub is out of reach: {why}.")
 
 
 def _check_revision(repo: str, revision: str | None) -> None:
-    """Raise HubError for what would be a path out of the cache, in which a revision is a file's name."""
+    """Raise HubError for a revision that could leave the cache folder, where it is a file name."""
     if revision is not None and not _REVISION.fullmatch(revision):
         raise HubError(f"{repo} has no revision '{revision[:100]}': name one of its branches, tags or commits.")
 
 
 def cached_snapshot(repo: str, revision: str | None) -> Path | None:
-    """The snapshot folder of a model repo in the cache, or None. Asks nobody. Raises HubError for what is no repo name."""
+    """Return the snapshot folder of a model repo in the cache, or None. Sends no request.
+
+    Raises:
+        HubError: the name or the revision is not valid.
+    """
     from huggingface_hub import errors
 
     _check_revision(repo, revision)
@@ -262,14 +289,18 @@ def cached_snapshot(repo: str, revision: str | None) -> Path | None:
 
 
 def download_model(repo: str, revision: str | None) -> Path:
-    """The snapshot folder of a model repo, downloaded where the cache lacks it. Raises HubError."""
+    """Return the snapshot folder of a model repo, and download what the cache lacks.
+
+    Raises:
+        HubError: the Hub is unreachable or refuses.
+    """
     ensure_reachable(repo)
     with hub_request(repo):
         return _snapshot(repo, revision, cached_only=False)
 
 
 def _snapshot(repo: str, revision: str | None, *, cached_only: bool) -> Path:
-    """Config, tokenizer and safetensors of a model repo; nothing pickled, nothing in sub-folders."""
+    """Select config, tokenizer and safetensors files: no pickles, no subfolders."""
     from huggingface_hub import snapshot_download
 
     return Path(
@@ -284,18 +315,25 @@ def _snapshot(repo: str, revision: str | None, *, cached_only: bool) -> Path:
 
 
 def list_repo_files(repo: str, revision: str | None) -> tuple[str | None, dict[str, int]]:
-    """The commit that a revision of a model repo is now, and name and bytes of each file of it. Raises HubError."""
+    """List the files of a model repo.
+
+    Returns:
+        The commit of the revision, and the size in bytes of each file by name.
+
+    Raises:
+        HubError: the Hub is unreachable or refuses, or the revision is not valid.
+    """
     from huggingface_hub import HfApi
 
     _check_revision(repo, revision)
     ensure_reachable(repo, "cannot be fetched")
     with hub_request(repo):
-        found = HfApi().model_info(repo, revision=revision, files_metadata=True)
-        return found.sha or revision, {it.rfilename: it.size or 0 for it in found.siblings or []}
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+        return info.sha or revision, {file.rfilename: file.size or 0 for file in info.siblings or []}
 
 
 def download_files(repo: str, revision: str | None, names: Iterable[str]) -> Path:
-    """A folder with these files of a model repo, and no others. Raises HubError."""
+    """Download the named files of a model repo; return their folder. Raises HubError."""
     from huggingface_hub import snapshot_download
 
     with hub_request(repo):
@@ -303,22 +341,29 @@ def download_files(repo: str, revision: str | None, names: Iterable[str]) -> Pat
 
 
 def upload_files(folder: Path, repo: str, names: Sequence[str], *, private: bool, message: str) -> str:
-    """Put all files of a folder into a model repo, which is made where it is missing; the address of the commit.
+    """Upload a folder to a model repo as one commit; the repo is created if it is missing.
 
-    One commit, on top of what is there: the Hub keeps what it replaces. Of `names` those go that the folder lacks. Raises
-    HubError, also for a public repo when it is to be private.
+    Args:
+        names: files to delete from the repo where the folder lacks them.
+        private: create a private repo; an existing repo must be private already.
+
+    Returns:
+        The URL of the commit.
+
+    Raises:
+        HubError: the Hub is unreachable or refuses, or the repo is public but `private` is set.
     """
     from huggingface_hub import HfApi
 
     ensure_reachable(repo, "cannot be written")
     api = HfApi()
     with hub_request(repo, writing=True):
-        # A repo that is there stays as public or private as it is.
-        full = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
-        public = private and not api.model_info(full).private
+        # The visibility of an existing repo does not change.
+        repo_id = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
+        public = private and not api.model_info(repo_id).private
     if public:
         raise HubError(f"{repo} is public: make it private on its Hub page first, or leave --private out.")
     with hub_request(repo, writing=True):
         return str(
-            api.upload_folder(repo_id=full, folder_path=folder, commit_message=message, delete_patterns=list(names))
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns=list(names))
         )

@@ -76,7 +76,7 @@ def test_what_the_hub_refuses_is_said_in_a_line(repos, cli):
     with Hub(repos) as hub:
         line = cli(hub, "train", "--base", "owner/missing", ok=False).stderr.splitlines()[-1]
         assert line == (
-            "Error: the Hub has no owner/missing that you may read: check the spelling, or run `hf auth login` if it is private."
+            "Error: the Hub has no repo owner/missing, or you have no access: check the name, or run `hf auth login` if it is private."
         )
         line = cli(hub, "train", "--revision", "v9", ok=False).stderr.splitlines()[-1]
         assert line.startswith("Error: distilbert/distilgpt2 has no such revision")

@@ -28,7 +28,7 @@ from ..hub_server import Hub, fail
 
 REPO, KEY = "owner/reviews", "models/owner/reviews"
 OTHER = "does not match its hash in manifest.json"
-REFUSED = "owner/reviews may not be written with the token in use: run `hf auth login` with one that may write there."
+REFUSED = "no permission to write to owner/reviews: run `hf auth login` with a token that allows it."
 
 
 @pytest.fixture
@@ -215,7 +215,7 @@ def test_pull_private_repo_fails(hub, small, monkeypatch):
     push(small, private=True)
     monkeypatch.setenv("HF_TOKEN", "")
     assert refusal(HubError, pull) == (
-        "the Hub has no owner/reviews that you may read: check the spelling, or run `hf auth login` if it is private."
+        "the Hub has no repo owner/reviews, or you have no access: check the name, or run `hf auth login` if it is private."
     )
 
 

@@ -78,6 +78,7 @@ def know(url: str, home: str, limits: dict[str, float]) -> None:
     ]
     for module, values in changes:
         for name, value in values.items():
+            assert hasattr(module, name), name
             setattr(module, name, value)
 
 
@@ -101,7 +102,7 @@ def ask(hub: Hub, start: Callable[..., Any], tmp_path: Path, gpt2: Path, reviews
     }
 
     def run(what: str, token: str = TOKEN, **limits: float) -> Any:
-        short = {"SILENCE": 1.0, "WRITING": 1.0, "STALLED": 1.5} | limits
+        short = {"READ_SECONDS": 1.0, "WRITE_SECONDS": 1.0, "STALLED_SECONDS": 1.5} | limits
         before = functools.partial(know, hub.url, str(tmp_path / ".home"), short)
         return start(*commands[what], before=before, env={"HF_TOKEN": token}).end()
 
@@ -179,24 +180,24 @@ def status(number: int, **headers: str) -> Callable[[Hub, BaseHTTPRequestHandler
 
 GATED = everywhere(lambda hub, handler: fail(handler, 403, "GatedRepo", "ask for access"))
 LOGIN = "run `hf auth login`"
-PORTAL = "whether this network wants you to log in first"
+PORTAL = "whether this network requires a login"
 FAULTS: dict[str, tuple[Fault, str]] = {
     "silent": (everywhere(lambda hub, _: hub.closed.wait(60)), "Try again"),
     "silent within a file": (on(large, half_then(lambda hub, _: hub.closed.wait(60))), "Try again"),
-    "drip": (on(large, drip), "next to nothing came for 1.5 seconds"),
+    "drip": (on(large, drip), "almost nothing arrived for 1.5 seconds"),
     "cut off": (on(large, half_then(lambda hub, _: None)), "Try again"),
     "another file": (
         on(large, another_file),
-        "came damaged from the Hub: a file had another hash and went. Try again.",
+        "1 damaged file(s) with a wrong hash deleted. Try again.",
     ),
     "a page in place of a file": (on(asked_for_a_file, html), ""),
     "a page in place of all": (everywhere(html), PORTAL),
-    "redirects": (everywhere(redirect), "it sends from one address to the next without end"),
+    "redirects": (everywhere(redirect), "it redirects without end"),
     "gated": (GATED, "is gated: accept its terms on its Hub page, then run `hf auth login`."),
     "401": (everywhere(status(401)), "`hf auth login`"),
     "403": (everywhere(status(403)), "403 Forbidden"),
     "404": (everywhere(status(404)), ""),
-    "429": (everywhere(status(429, **{"Retry-After": "3600"})), "asked too often. Try again after 3600 seconds"),
+    "429": (everywhere(status(429, **{"Retry-After": "3600"})), "too many requests. Try again after 3600 seconds"),
     "500": (everywhere(status(500)), "it answers with status 500. Try again later."),
     "503": (everywhere(status(503, **{"Retry-After": "3600"})), "status 503. Try again after 3600 seconds."),
 }
@@ -218,7 +219,7 @@ def test_a_hub_that_fails_is_a_line_and_leaves_nothing(
 ) -> None:
     play, said = FAULTS[how]
     if what == "push" and how in ("401", "403"):
-        said = f"may not be written with the token in use: {LOGIN}"
+        said = f"no permission to write to owner/new: {LOGIN}"
     before = contents(tmp_path / "adapters")
     hub.fault = lambda handler: play(hub, handler)
     failed = ask(what)
@@ -229,7 +230,7 @@ def test_a_hub_that_fails_is_a_line_and_leaves_nothing(
     assert "in place of" not in failed.err
     assert contents(tmp_path / "adapters") == before
     hub.fault = None
-    done = ask(what, STALLED=30.0, SILENCE=10.0, WRITING=10.0)
+    done = ask(what, STALLED_SECONDS=30.0, READ_SECONDS=10.0, WRITE_SECONDS=10.0)
     assert done.status == 0, done.err
     _is_right(hub, tmp_path, what, done)
 
@@ -337,7 +338,7 @@ def test_the_limits_hold_as_they_are_stated(hub: Hub, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_hub_that_is_long_in_taking_what_is_sent_gets_it(hub: Hub, ask: Callable[..., Any]) -> None:
     hub.fault = lambda handler: "/commit/" in handler.path and hub.closed.wait(3)
-    done = ask("push", WRITING=30.0)
+    done = ask("push", WRITE_SECONDS=30.0)
     assert done.status == 0, done.err
     assert "models/owner/new" in hub.repos
 
@@ -356,12 +357,12 @@ def test_a_time_in_which_nobody_asks_is_no_silence_of_the_hub(monkeypatch: pytes
     """hf_xet fetches large files by a way of its own, and the next question comes when it is done."""
     now = [100.0]
     monkeypatch.setattr("lora_tuner.hub.time", SimpleNamespace(monotonic=lambda: now[0]))
-    patience, request = hub_module.RequestLimits(), SimpleNamespace(method="GET", headers={}, extensions={})
-    with patience.waiting():
-        patience.before(request)
+    limits, request = hub_module.RequestLimits(), SimpleNamespace(method="GET", headers={}, extensions={})
+    with limits.limited():
+        limits.before(request)
         now[0] += 2 * hub_module.STALLED_SECONDS
         for _ in range(3):  # who is asked again and again, and says nothing, is silent
-            patience.before(request)
+            limits.before(request)
             now[0] += hub_module.READ_SECONDS + 0.1
-        with pytest.raises(HubError, match="next to nothing came for 30 seconds"):
-            patience.before(request)
+        with pytest.raises(HubError, match="almost nothing arrived for 30 seconds"):
+            limits.before(request)
