@@ -231,7 +231,7 @@ def refused(settings):
 def test_a_world_that_is_not_the_announced_one(settings, launched):
     launched.setattr("accelerate.PartialState", lambda **_: SimpleNamespace(num_processes=1))
     assert refused(settings) == (
-        "WORLD_SIZE announces 2 processes, and this one finds 1, so each would train alone: start all of them with torchrun or "
+        "WORLD_SIZE announces 2 processes, but this one finds 1, so each would train alone: start all of them with torchrun or "
         "accelerate launch."
     )
 
@@ -239,14 +239,14 @@ def test_a_world_that_is_not_the_announced_one(settings, launched):
 def test_compiling_that_would_not_be_kept(settings, launched):
     launched.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     assert refused(settings) == (
-        "ACCELERATE_DYNAMO_BACKEND=INDUCTOR would not be kept by several processes: set it to no."
+        "ACCELERATE_DYNAMO_BACKEND=INDUCTOR is not supported with several processes: set it to no."
     )
 
 
 @pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
 def test_a_world_that_nobody_started(settings, launched, missing):
     launched.delenv(missing)
-    assert refused(settings).startswith(f"WORLD_SIZE announces 2 processes, and {missing} is not set")
+    assert refused(settings).startswith(f"WORLD_SIZE announces 2 processes, but {missing} is not set")
 
 
 def test_a_world_of_no_number(settings, launched):
@@ -264,7 +264,7 @@ def test_different_weights_under_one_name(settings, launched):
 
 def test_one_gpu_for_all(settings, launched):
     assert refused(settings | {"device": "cuda:0"}) == (
-        "--device cuda:0 is one GPU for all processes: leave it out, and each takes its own."
+        "--device cuda:0 is one GPU for all processes: leave it out, and each process uses its own."
     )
 
 
@@ -279,13 +279,15 @@ def test_more_processes_than_gpus(settings, launched):
     launched.setattr("torch.cuda.is_available", lambda: True)
     launched.setattr("torch.cuda.device_count", lambda: 1)
     launched.setenv("LOCAL_WORLD_SIZE", "2")
-    assert refused(settings | {"device": "auto"}) == "2 processes would share 1 GPUs here: start one for each."
+    assert refused(settings | {"device": "auto"}) == (
+        "2 processes would share 1 GPUs on this machine: start one per GPU."
+    )
 
 
 def test_apples_gpu(settings, launched):
     launched.setattr("torch.cuda.is_available", lambda: False)
     launched.setattr("torch.backends.mps.is_available", lambda: True)
-    assert refused(settings | {"device": "auto"}).startswith("Apple's GPU is for one process")
+    assert refused(settings | {"device": "auto"}).startswith("MPS supports one process")
 
 
 def test_who_says_what(launched):
