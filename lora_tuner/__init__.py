@@ -1,11 +1,11 @@
-"""Train small LoRA adapters on your own text, keep many beside one base model, and write with them.
+"""Train small LoRA adapters on your own text, and generate text with many of them on one base model.
 
-The names below are loaded when they are first used, so that importing this package costs nothing.
+Public names are imported on first use, so that `import lora_tuner` is fast.
 """
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .adapters.adapter import Adapter
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 try:
     __version__ = version("lora_tuner")
-except PackageNotFoundError:  # run from a checkout that is not installed
+except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0"
 
-_HOMES = {
+_HOMES = {  # public name -> module that defines it
     "Adapter": "adapters.adapter",
     "BlendResult": "convert.blend",
     "CompressResult": "convert.compress",
@@ -96,7 +96,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _HOMES:
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Text for people: sizes, durations, names without local paths, control characters escaped."""
+"""Text for users: sizes, durations, names without local paths, escaped control characters."""
 
 import os
 import re
@@ -6,56 +6,53 @@ from pathlib import Path
 
 from .config import DATA_EXTENSIONS
 
+CONTROL_CHARACTERS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")  # with lone surrogates
+
 
 def display_name(name: str) -> str:
-    """A name for strangers: of a path on this machine, its last part. Of `a + b` each by itself."""
-
-    def last(part: str) -> str:
-        path = Path(os.path.expanduser(part))
-        # An id on the Hub has two parts at the most, and begins with no dot: what looks otherwise was a path once.
-        local = path.is_absolute() or len(path.parts) > 2 or part.startswith((".", "~")) or os.path.exists(path)
-        return os.path.basename(os.path.abspath(path)) if part and (local or path.suffix in DATA_EXTENSIONS) else part
-
-    return " + ".join(last(part) for part in name.split(" + "))
+    """Shorten a local path to its last part, so that it can be published; `a + b` part by part."""
+    return " + ".join(_without_folders(part) for part in name.split(" + "))
 
 
-CONTROL_CHARACTERS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")  # and halves of characters
+def _without_folders(name: str) -> str:
+    path = Path(os.path.expanduser(name))
+    # A Hub id has at most two parts and does not begin with a dot; everything else was a path.
+    is_local = path.is_absolute() or len(path.parts) > 2 or name.startswith((".", "~")) or os.path.exists(path)
+    return os.path.basename(os.path.abspath(path)) if name and (is_local or path.suffix in DATA_EXTENSIONS) else name
 
 
 def escape_control(text: str) -> str:
-    """Text of unknown origin without what a terminal would obey."""
+    """Replace the characters that a terminal would interpret, in text of unknown origin."""
     return CONTROL_CHARACTERS.sub("\ufffd", text)
 
 
 def one_line(text: str) -> str:
-    """The same on one line: nobody's text begins another."""
+    """Escape control characters and replace newlines by spaces."""
     return escape_control(text).replace("\n", " ")
 
 
 def format_duration(seconds: float) -> str:
+    """Format seconds as s, min, h or d."""
     if seconds < 90:
         return f"{seconds:.0f} s"
-    count, unit = (
-        (seconds / 60, "min")
-        if seconds < 5400
-        else (seconds / 3600, "h")
-        if seconds < 48 * 3600
-        else (seconds / 86400, "d")
-    )
+    if seconds < 5400:
+        count, unit = seconds / 60, "min"
+    elif seconds < 48 * 3600:
+        count, unit = seconds / 3600, "h"
+    else:
+        count, unit = seconds / 86400, "d"
     return f"{count:.1f} {unit}" if count < 10 else f"{count:,.0f} {unit}"
 
 
 def format_bytes(count: float) -> str:
-    return (
-        f"{count / 1e9:.1f} GB"
-        if count >= 1e9
-        else f"{count / 1e6:.1f} MB"
-        if count >= 1e5
-        else f"{count / 1e3:.0f} kB"
-        if count >= 1e3
-        else f"{count:.0f} bytes"
-    )
+    """Format bytes with decimal units."""
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} GB"
+    if count >= 1e5:
+        return f"{count / 1e6:.1f} MB"
+    return f"{count / 1e3:.0f} kB" if count >= 1e3 else f"{count:.0f} bytes"
 
 
 def format_counts(counts: dict[str, int]) -> str:
+    """Format the counts that are not 0, such as "3 read, 1 empty"."""
     return ", ".join(f"{count:,} {key.replace('_', ' ')}" for key, count in counts.items() if count)

@@ -331,7 +331,7 @@ def test_weights_folder_is_rejected(tmp_path):
     folder = adapter_files.write(tmp_path / "a")
     (folder / WEIGHTS_FILE).unlink()
     (folder / WEIGHTS_FILE).mkdir()
-    assert refusal(folder) == f"a/{WEIGHTS_FILE}: it is no file. Copy it again from its source."
+    assert refusal(folder) == f"a/{WEIGHTS_FILE}: it is not a file. Copy it again from its source."
 
 
 def dora(magnitude):

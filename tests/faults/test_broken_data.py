@@ -187,7 +187,7 @@ def no_more_than_others():
                 ("unreadable", "x.csv cannot be read: Permission denied."),
                 (
                     "unreadable directory",
-                    "x.csv: Permission denied: choose another place, or have its owner let you in.",
+                    "x.csv: Permission denied: choose another place, or ask its owner for access.",
                 ),
             )
         ),

@@ -1,4 +1,4 @@
-"""A full disk, folders that may not be written to, folders that are files: said beforehand where that can be known, and else
+"""A full disk, folders that are not writable, folders that are files: said beforehand where that can be known, and else
 nothing is lost."""
 
 import ctypes
@@ -25,7 +25,7 @@ from .process import Fault, contents
 from .workspaces import COMMANDS, arguments, litter, old_or_new, run, state
 
 QUICK = 2
-READ_ONLY = "may not be written to: choose another"
+READ_ONLY = "is not writable: choose another"
 
 
 def go_on(words: list[str], root: Path) -> None:
@@ -234,7 +234,7 @@ def test_output_folder_is_file(name: str, closed: Path, world: Path, gpt2: Path)
     before = contents(closed)
     result = run(closed, *arguments(name, world, gpt2))
     assert result.status in (1, 2)
-    assert f"{place} is no folder" in result.error_line or f"dir '{place}' is a file" in result.error_line
+    assert f"{place} is not a folder" in result.error_line or f"dir '{place}' is a file" in result.error_line
     assert contents(closed) == before
 
 
@@ -255,7 +255,7 @@ def test_folder_becomes_file_while_training(closed: Path, expected, world: Path,
     words = arguments("train", world, gpt2)
     result = run(closed, *words, before=partial(becomes_a_file, closed / "adapters"))
     assert result.status == 1
-    assert "adapters is no folder" in result.error_line or "adapters: " in result.error_line
+    assert "adapters is not a folder" in result.error_line or "adapters: " in result.error_line
     assert "train --resume new" in result.error_line
     (closed / "adapters").unlink()
     assert run(closed, "train", "--resume", "new").status == 0

@@ -298,8 +298,8 @@ def test_large_numbers_are_accepted(run, place, gpt2):
     ("where", "status", "why"),
     [
         ("some.txt", 2, "'some.txt' is a file."),
-        ("some.txt/below", 1, "some.txt is no folder: choose another"),
-        ("locked/below", 1, "locked may not be written to: choose another"),
+        ("some.txt/below", 1, "some.txt is not a folder: choose another"),
+        ("locked/below", 1, "locked is not writable: choose another"),
     ],
 )
 def test_unwritable_folder_fails(run, place, gpt2, option, where, status, why):

@@ -384,9 +384,9 @@ def test_rows_longer_than_the_model_looks_back(settings):
 
 def test_places_that_cannot_be_written_are_said_before_training(settings, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(AdapterError, match="file is no folder: choose another --adapters-dir"):
+    with pytest.raises(AdapterError, match="file is not a folder: choose another --adapters-dir"):
         train(settings(adapters_dir="file"))
-    with pytest.raises(TrainingError, match="file is no folder: choose another --runs-dir"):
+    with pytest.raises(TrainingError, match="file is not a folder: choose another --runs-dir"):
         train(settings(runs_dir="file"))
 
 
