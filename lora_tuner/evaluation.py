@@ -206,7 +206,7 @@ def encode_held_out(base: LoadedBase, texts: Sequence[str]) -> list[TokenIds]:
     out.
     """
     max_tokens = min(HELD_OUT_MAX_TOKENS, base.max_context)
-    encoded = tokenization.encode_texts(base.tokenizer, texts, most=max_tokens)
+    encoded = tokenization.encode_texts(base.tokenizer, texts, max_tokens=max_tokens)
     rows, _ = tokenization.truncate(encoded, max_tokens)
     return [row for row in rows if tokenization.count_predictions(row)]
 

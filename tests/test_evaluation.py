@@ -374,7 +374,7 @@ def test_rows_of_other_data(adapters, tmp_path):
     assert sorted(everything.texts) == sorted(texts)
     assert rows == EvalSet("other.json", everything.texts[:5])
     assert [it.text for it in told] == [
-        "To measure on: 20 usable rows of the 22 of other.json.",
+        "Evaluation on other.json: 20 usable rows of 22.",
         "Rows of other.json that an adapter was trained on count as held out here.",
     ]
     matrix = evaluate(adapters[:2], [rows], options=ModelOptions(device="cpu"))

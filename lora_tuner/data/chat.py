@@ -1,150 +1,194 @@
-"""Conversations as rows of text: `messages`, or `prompt` and `completion`, and through a chat template to what is learnt.
+"""Encode conversations as rows of text, and render them with the spans of the answers.
 
-A conversation is a row like any other, a text that begins with a mark no cleaned text has, so that it is split, counted, kept
-and measured in the same way. Surprise: what an answer is, only the template knows, so the text is rendered up to each
-answer and past it. Limit: the template must write on from what it wrote before, and the tokenizer must say where tokens lie.
+A row of `messages`, or of `prompt` and `completion`, becomes one text that begins with a mark which
+no cleaned text has. So it is split, counted, stored and evaluated as any other row. Only the
+template knows where an answer begins and ends, so the conversation is rendered up to each answer
+and past it. Limits: rendering more messages must extend what was rendered before, and the tokenizer
+must return character offsets.
 """
 
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 CHAT_MARK = "\x02"
-Message = dict[str, str]  # role and content, as TRL and OpenAI have them
+Message = dict[str, str]  # keys role and content, as in TRL and OpenAI's API
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-_PROBE_ANSWER = "assistant"
-_FIXED_DATE = "26 Jul 2024"  # what Llama 3's template falls back on; with today's, a row would be another one tomorrow
+_FIXED_DATE = "26 Jul 2024"  # Llama 3's default: today's date would change rows every day
+_NO_SPANS = (
+    "The chat template renders earlier messages differently as the conversation grows, "
+    "so the tokens of an answer cannot be found."
+)
 
 
 def is_chat(text: str) -> bool:
     return text.startswith(CHAT_MARK)
 
 
-def encode_messages(value: Any, clean: Callable[[str], str]) -> str:
-    """A row of a list of messages; empty where nobody answers. Raises ValueError with what is wrong with it."""
+def encode_messages(value: object, clean: Callable[[str], str]) -> str:
+    """Return a list of messages as a row; "" if the assistant says nothing.
+
+    Raises:
+        ValueError: The value is not a valid list of messages.
+    """
     messages = _check_messages(value, clean)
-    answered = any(it["role"] == _PROBE_ANSWER and it["content"] for it in messages)
-    return CHAT_MARK + json.dumps(messages, ensure_ascii=False) if answered else ""
+    has_answer = any(message["role"] == "assistant" and message["content"] for message in messages)
+    return CHAT_MARK + json.dumps(messages, ensure_ascii=False) if has_answer else ""
 
 
-def encode_pair(values: Sequence[Any], clean: Callable[[str], str]) -> str:
-    """A row of a prompt and its completion, each a text or a list of messages; empty where either is."""
-    prompt, completion = values
+def encode_pair(prompt: object, completion: object, clean: Callable[[str], str]) -> str:
+    """Return a prompt and its completion as a row; "" if either is empty.
+
+    Each is a string, or each is a list of messages.
+
+    Raises:
+        ValueError: The two are of other types.
+    """
     if isinstance(prompt, str) and isinstance(completion, str):
         pair = {"prompt": clean(prompt), "completion": clean(completion)}
         return CHAT_MARK + json.dumps(pair, ensure_ascii=False) if all(pair.values()) else ""
     if isinstance(prompt, list) and isinstance(completion, list):
         return encode_messages([*prompt, *completion], clean)
-    raise ValueError("prompt and completion are not two texts, nor two lists of messages")
+    raise ValueError("prompt and completion must be two strings, or two lists of messages")
 
 
-def _check_messages(value: Any, clean: Callable[[str], str]) -> list[Message]:
+def _check_messages(value: object, clean: Callable[[str], str]) -> list[Message]:
     if not isinstance(value, list) or not value:
-        raise ValueError("messages is no list of messages")
-    found = []
+        raise ValueError("messages is not a list of messages")
+    messages = []
     for number, message in enumerate(value, 1):
-        facts = message if isinstance(message, dict) else {}
-        role, content = facts.get("role"), facts.get("content")
+        fields = message if isinstance(message, dict) else {}
+        role, content = fields.get("role"), fields.get("content")
         if role not in _ROLES:
-            raise ValueError(f"message {number} has no role out of {', '.join(_ROLES)}")
+            raise ValueError(f"message {number} needs a role, one of {', '.join(_ROLES)}")
         if not isinstance(content, str):
-            raise ValueError(f"message {number} has no text as its content")
-        if facts.get("tool_calls"):
-            raise ValueError(f"message {number} calls a tool, which is no text: leave such conversations out")
-        if str(facts.get("weight", 1)) not in ("1", "1.0", "None"):
-            raise ValueError(f"message {number} has a weight, and every answer counts alike here: leave it out")
-        found.append({"role": "system" if role == "developer" else str(role), "content": clean(content)})
-    return found
+            raise ValueError(f"the content of message {number} is not a string")
+        if fields.get("tool_calls"):
+            raise ValueError(f"message {number} has tool calls, which are not supported: remove such conversations")
+        if str(fields.get("weight", 1)) not in ("1", "1.0", "None"):
+            raise ValueError(f"message {number} has a weight, which is not supported: all answers count the same")
+        messages.append({"role": "system" if role == "developer" else str(role), "content": clean(content)})
+    return messages
 
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """A row as the model reads it, and where in it the answers stand, (start, end) each. `by_template`: it is written out, with
-    all special tokens that belong there; else it is text, with an end."""
+    """A conversation as the model reads it.
+
+    `answer_spans` are the (start, end) of the answers, in characters. If `by_template`, the text
+    has all the special tokens it needs; else the tokenizer may add those at the front.
+    """
 
     text: str
     answer_spans: list[tuple[int, int]]
     by_template: bool
 
 
-def render_with_spans(tokenizer: Any, text: str, most: int | None = None) -> RenderedChat:
-    """A row by the tokenizer's chat template; without one a prompt and its completion are joined by a space. Of a row of more
-    than `most` characters answers beyond these may be missing.
+def render_with_spans(tokenizer: "PreTrainedTokenizerBase", text: str, max_chars: int | None = None) -> RenderedChat:
+    """Render a row through the chat template.
 
-    Raises DataError for what the template does not take, and where there is none for messages.
+    Without a template, a prompt and its completion are joined by a space.
+
+    Args:
+        max_chars: Answers that begin after so many characters may be missing from `answer_spans`.
+
+    Raises:
+        DataError: The template rejects the messages, or there is none for a list of messages.
     """
     row = json.loads(text.removeprefix(CHAT_MARK))
     if isinstance(row, dict):
+        prompt, completion = row["prompt"], row["completion"]
         if not getattr(tokenizer, "chat_template", None):
-            _refuse_special(tokenizer, row.values())
-            whole = f"{row['prompt']} {row['completion']}{tokenizer.eos_token}"
-            return RenderedChat(whole, [(len(row["prompt"]), len(whole))], by_template=False)
-        row = [{"role": "user", "content": row["prompt"]}, {"role": _PROBE_ANSWER, "content": row["completion"]}]
-    while row[-1]["role"] != _PROBE_ANSWER:  # nothing after the last answer is learnt
+            _refuse_special_tokens(tokenizer, [prompt, completion])
+            rendered = f"{prompt} {completion}{tokenizer.eos_token}"
+            return RenderedChat(rendered, [(len(prompt), len(rendered))], by_template=False)
+        row = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    while row[-1]["role"] != "assistant":  # no loss after the last answer
         row.pop()
-    say = partial(render_prompt, tokenizer, date_string=_FIXED_DATE)
-    whole, answers = say(row), []
+    render = partial(render_prompt, tokenizer, date_string=_FIXED_DATE)
+    rendered, spans = render(row), []
     for number, message in enumerate(row):
-        if (
-            message["role"] != _PROBE_ANSWER or not message["content"] or number == 0
-        ):  # templates ask for a question first
+        if message["role"] != "assistant" or not message["content"]:
             continue
-        before = say(row[:number], ask=True)
-        if not whole.startswith(before):
-            raise DataError(
-                "The chat template writes a conversation anew as it grows, so what an answer is cannot be told."
-            )
-        if most is not None and len(before) > most:
+        if number == 0:  # templates need a question first
+            continue
+        before = render(row[:number], add_generation_prompt=True)
+        if not rendered.startswith(before):
+            raise DataError(_NO_SPANS)
+        if max_chars is not None and len(before) > max_chars:
             break
-        after = say(row[: number + 1])
-        end = (
-            len(after) if whole.startswith(after) else _end_of_answer(tokenizer, whole, len(before), message["content"])
-        )
-        answers.append((len(before), end))
-    if answers and not any(it in whole[answers[-1][0] :] for it in special_tokens(tokenizer)):
-        whole, answers[-1] = whole + tokenizer.eos_token, (answers[-1][0], len(whole) + len(tokenizer.eos_token))
-    return RenderedChat(whole, answers, by_template=True)
+        after = render(row[: number + 1])
+        end = len(after)
+        if not rendered.startswith(after):
+            end = _find_answer_end(tokenizer, rendered, len(before), message["content"])
+        spans.append((len(before), end))
+    if spans:
+        start, _ = spans[-1]
+        if not any(token in rendered[start:] for token in special_tokens(tokenizer)):
+            rendered += tokenizer.eos_token
+            spans[-1] = start, len(rendered)
+    return RenderedChat(rendered, spans, by_template=True)
 
 
-def _end_of_answer(tokenizer: Any, whole: str, start: int, content: str) -> int:
-    """Where an answer ends in a template that writes more behind the last one than behind others."""
-    found = whole.find(content, start)
-    after = found + len(content)
-    ends = [place + len(it) for it in special_tokens(tokenizer) if (place := whole.find(it, after)) >= 0]
-    if found < 0 or not ends:
-        raise DataError(
-            "The chat template writes a conversation anew as it grows, so what an answer is cannot be told."
-        )
+def _find_answer_end(tokenizer: "PreTrainedTokenizerBase", rendered: str, start: int, content: str) -> int:
+    """Find the end of an answer if the template renders the last message unlike the others."""
+    content_start = rendered.find(content, start)
+    content_end = content_start + len(content)
+    ends = []
+    for token in special_tokens(tokenizer):
+        token_start = rendered.find(token, content_end)
+        if token_start >= 0:
+            ends.append(token_start + len(token))
+    if content_start < 0 or not ends:
+        raise DataError(_NO_SPANS)
     return min(ends)
 
 
 @lru_cache(maxsize=4)
-def special_tokens(tokenizer: Any) -> list[str]:
-    """The special tokens, as they are spelled."""
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     added = tokenizer.added_tokens_decoder.values()
-    return sorted({str(it) for it in added if it.special} | set(tokenizer.all_special_tokens))
+    return sorted({str(token) for token in added if token.special} | set(tokenizer.all_special_tokens))
 
 
-def _refuse_special(tokenizer: Any, said: Iterable[str]) -> None:
-    """Special tokens mean something, and those in a message would be taken for these."""
-    if special := next((it for text in said for it in special_tokens(tokenizer) if it in text), None):
-        raise DataError(f"A message has {special} in it, a special token of this base: leave that out.")
+def _refuse_special_tokens(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> None:
+    """Raise DataError if a text spells a special token, which would be encoded as such."""
+    for text in texts:
+        for token in special_tokens(tokenizer):
+            if token in text:
+                raise DataError(f"A message contains {token}, a special token of this base: remove it.")
 
 
-def render_prompt(tokenizer: Any, messages: Sequence[Message], *, ask: bool = False, **more: str) -> str:
-    """A conversation as the model reads it; with `ask` up to where its next answer begins. `more` is for the template.
+def render_prompt(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = False,
+    **template_kwargs: Any,
+) -> str:
+    """Render a conversation through the chat template.
 
-    Raises DataError where there is no template, where it does not take these messages, and for messages that spell a special
-    token.
+    Args:
+        add_generation_prompt: End with the beginning of the assistant's next answer.
+
+    Raises:
+        DataError: There is no template, it rejects the messages, or a message spells a special
+            token.
     """
     if not getattr(tokenizer, "chat_template", None):
-        raise DataError("This base has no chat template: take one that was taught to talk, such as smollm2-135m.")
-    _refuse_special(tokenizer, [message["content"] for message in messages])
+        raise DataError("This base has no chat template: use an instruction-tuned base, such as smollm2-135m.")
+    _refuse_special_tokens(tokenizer, [message["content"] for message in messages])
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask, **more))
-    except Exception as error:  # a template says what it does not take with errors of its own
-        raise DataError(f"The chat template does not take these messages: {' '.join(str(error).split())}") from error
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
+            )
+        )
+    except Exception as error:  # templates raise errors of any type
+        raise DataError(f"The chat template rejects these messages: {' '.join(str(error).split())}") from error

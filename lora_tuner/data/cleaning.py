@@ -1,10 +1,10 @@
-"""Clean the text of a row: HTML tags and entities, control characters, white space."""
+"""Clean the text of a row: HTML tags and entities, control characters, whitespace."""
 
 import html
 import re
 import unicodedata
 
-# Tags by name, and what follows the name must be an attribute, so that "if a <b and c> d" stays.
+# A tag is a known name, then only attributes: "if a <b and c> d" stays.
 _INLINE_TAGS = "a abbr b cite code del em font i ins label mark q s small span strike strong sub sup tt u"
 _BLOCK_TAGS = (
     "article aside blockquote body br center dd div dl dt figure footer h[1-6] head header hr html iframe img li link main "
@@ -21,12 +21,14 @@ _SPACE = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
 
 
 def clean_text(text: str, *, keep_lines: bool = False) -> str:
-    """Plain text: no HTML tags or entities, no control characters, single spaces, Unicode form NFC.
+    """Return text without HTML tags, entities and control characters, with single spaces, in NFC.
 
-    One line, unless lines are kept: then a break stays a break, and several in a row become one blank line.
+    Args:
+        keep_lines: Keep line breaks, and several in a row as one blank line; else the text becomes
+            one line.
     """
     text = html.unescape(_BLOCK_TAG.sub("\n", _INLINE_TAG.sub("", text)))
-    text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair cannot be written to any file
+    text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates cannot be encoded
     text = unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
     if not keep_lines:
         return _SPACE.sub(" ", text).strip()
@@ -35,6 +37,6 @@ def clean_text(text: str, *, keep_lines: bool = False) -> str:
 
 
 def clean_message(text: str) -> str:
-    """What a message says, as it was written: its lines, indents and tags stay, control characters and outer space go."""
+    """Remove control characters and outer whitespace; keep lines, indents and tags."""
     text = text.encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n")
     return unicodedata.normalize("NFC", _CONTROL.sub("", text)).strip()

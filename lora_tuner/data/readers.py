@@ -1,9 +1,10 @@
 """Read the rows of csv, tsv, json, jsonl, txt and parquet files.
 
-Each file type has one reader, a generator of rows. With streaming the rows of a `Table` are read anew on each pass, else the
-rows of a text file are held as a list; both give the same rows. Every value is the text in the file: `datasets` would turn "NA"
-into None, dates into timestamps and 1.50 into 1.5. A file is refused if it is not UTF-8, names a column or a key twice, or
-changes during a pass.
+Each file type has one reader, a generator of rows. With streaming the rows of a `Table` are read
+anew on each pass, else the rows of a text file are held as a list; both give the same rows. Every
+value is the text in the file: `datasets` would turn "NA" into None, dates into timestamps and 1.50
+into 1.5. A file is refused if it is not UTF-8, names a column or a key twice, or changes during a
+pass.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import itertools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +22,8 @@ from pathlib import Path
 
 import datasets
 
-from ..errors import DataError
+from ..config import DATA_EXTENSIONS
+from ..errors import DataError, EventHandler, Notice, os_error_message
 
 Row = Mapping[str, object]
 PEEKED_ROWS = 100  # rows that determine the columns of a stream
@@ -42,8 +45,9 @@ class LazyRows:
 class Table:
     """The rows of one file or dataset split, and its columns.
 
-    `label_names` maps a column of class labels to their names. `peeked` is set if the columns are those of the first
-    `PEEKED_ROWS` rows. `split_rule` describes how `--txt-rows auto` split a txt file.
+    `label_names` maps a column of class labels to their names. `peeked` is set if the columns are
+    those of the first `PEEKED_ROWS` rows. `split_rule` describes how `--txt-rows auto` split a txt
+    file.
     """
 
     source: str
@@ -60,6 +64,55 @@ class Table:
         return DataError(
             f"{self.source} has no column '{column}'{scope}{purpose}: its columns are {', '.join(self.columns)}."
         )
+
+
+def read_path(path: Path, notify: EventHandler, *, txt_rows: str, streaming: bool) -> list[Table]:
+    """Read a file, or each data file in a folder. Files without rows are left out."""
+    files = [path]
+    if path.is_dir():
+        files, others = _find_data_files(path)
+        if not files:
+            raise DataError(f"The folder {path} has no {' '.join(DATA_EXTENSIONS)} file.")
+        if others:
+            notify(Notice(f"Skipped {len(others)} other files in {path}, such as {others[0].relative_to(path)}."))
+    elif path.suffix.lower() not in DATA_EXTENSIONS:
+        raise DataError(
+            f"{path} has an unsupported file type: use {' '.join(DATA_EXTENSIONS)}, or a folder of such files."
+        )
+    tables = [read_file(file, txt_rows=txt_rows, streaming=streaming) for file in files]
+    empty = [table.source for table in tables if not any(True for _ in table.rows)]
+    if len(empty) == len(files):
+        raise DataError(f"{path} has no rows.")
+    if empty:
+        notify(Notice(f"Skipped {len(empty)} files without rows, such as {empty[0]}."))
+    tables = [table for table in tables if table.source not in empty]
+    rules = Counter(table.split_rule for table in tables if table.split_rule)
+    for rule, count in rules.items():
+        subject = f"{count} txt files" if count > 1 else path
+        notify(Notice(f"{subject}: {rule}. Use --txt-rows to change this."))
+    return tables
+
+
+def _find_data_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Find files at any depth, except hidden ones.
+
+    Returns:
+        The data files, and the others: those of other types, and links to folders.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(os_error_message(error)) from error
+
+    files: list[Path] = []
+    others: list[Path] = []
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        others += [Path(root, name) for name in folders if os.path.islink(os.path.join(root, name))]
+        for name in names:
+            if not name.startswith("."):
+                path = Path(root, name)
+                (files if path.suffix.lower() in DATA_EXTENSIONS else others).append(path)
+    return sorted(files), sorted(others)
 
 
 def read_file(path: Path, *, txt_rows: str = "auto", streaming: bool = False) -> Table:
@@ -87,23 +140,26 @@ def read_file(path: Path, *, txt_rows: str = "auto", streaming: bool = False) ->
 
 
 def table_from_rows(source: str, read: Callable[[], Iterator[Row]], *, streaming: bool) -> Table:
-    """Return a table of the rows that `read` yields. Its columns are the keys of the rows read at once."""
+    """Return a table of the rows that `read` yields; streaming reads them again on each pass."""
     rows = list(itertools.islice(read(), PEEKED_ROWS if streaming else None))
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text_columns = [name for name in columns if any(type(row.get(name)) is str for row in rows)]
-    return Table(source, LazyRows(read) if streaming else rows, columns, text_columns, peeked=streaming)
+    if streaming:
+        return Table(source, LazyRows(read), columns, text_columns, peeked=True)
+    return Table(source, rows, columns, text_columns)
 
 
 def table_from_dataset(source: str, data: datasets.Dataset | datasets.IterableDataset) -> Table:
     features = data.features.items()
-    text_columns = [name for name, kind in features if getattr(kind, "dtype", "") in ("string", "large_string")]
+    string_types = ("string", "large_string")
+    text_columns = [name for name, kind in features if getattr(kind, "dtype", "") in string_types]
     label_names = {name: kind.names for name, kind in features if getattr(kind, "names", None)}
     return Table(source, data, data.column_names, text_columns, label_names=label_names)
 
 
 @contextlib.contextmanager
 def _open_file(path: Path) -> Iterator[io.FileIO]:
-    """Open a file for one pass. Any error in the block becomes a DataError, and so does a change of the file."""
+    """Open a file for one pass. An error in the block, or a change of the file, is a DataError."""
     changed = False
     try:
         if not path.is_file():  # opening a pipe would block
@@ -117,7 +173,7 @@ def _open_file(path: Path) -> Iterator[io.FileIO]:
                 changed = (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)
         if changed:
             raise ValueError(_CHANGED)
-    except (csv.Error, ValueError, TypeError, NotImplementedError, OSError, RecursionError) as error:  # also Arrow's
+    except (csv.Error, ValueError, TypeError, NotImplementedError, OSError, RecursionError) as error:
         reason = _CHANGED if changed else getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".")
         raise DataError(f"{path} cannot be read: {reason}.") from error
 
@@ -213,7 +269,7 @@ _JSON_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_int=_Numb
 
 
 def _read_json(path: Path, streaming: bool) -> Iterator[Row]:
-    """Yield the rows of a JSON array, or of one JSON value per line. Each is an object or a string."""
+    """Yield the objects and strings of a JSON array, or of a file with one per line."""
     with _open_file(path) as file:
         is_array = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
         file.seek(0)
@@ -227,7 +283,8 @@ def _read_json(path: Path, streaming: bool) -> Iterator[Row]:
             elif isinstance(value, dict):
                 yield value
             else:
-                raise ValueError(f"{'row' if is_array else 'line'} {number} is neither a JSON object nor a string")
+                unit = "row" if is_array else "line"
+                raise ValueError(f"{unit} {number} is neither a JSON object nor a string")
 
 
 def _json_values(lines: Iterator[str]) -> Iterator[tuple[int, object]]:
@@ -241,7 +298,7 @@ def _json_values(lines: Iterator[str]) -> Iterator[tuple[int, object]]:
 
 
 def _detect_txt_rows(path: Path) -> str:
-    """Return "paragraph" if there is a blank line between others among the first `AUTO_LINES`, else "line"."""
+    """Return "paragraph" if a blank line separates text in the first `AUTO_LINES`, else "line"."""
     with _open_file(path) as file:
         text = "".join(itertools.islice(_text_lines(file), AUTO_LINES))
     return "paragraph" if re.search(r"\n\s*\n", text.strip()) else "line"
@@ -276,7 +333,7 @@ def find_text_column(table: Table, wanted: str | None) -> str:
 
 
 def parse_conditions(table: Table, where: list[str]) -> list[tuple[str, set[str]]]:
-    """Return column and accepted values of each condition. A class label is accepted by number and by name."""
+    """Return column and accepted values of each condition; class labels by number or name."""
     parsed = []
     for condition in where:
         column, _, value = condition.partition("=")

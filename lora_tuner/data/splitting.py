@@ -8,12 +8,13 @@ HELD_OUT_SHARE = 0.2
 
 
 def row_hash(text: str, salt: str) -> bytes:
-    """The hash by which a cleaned row is known: it decides the side of the split and the order of held-out rows.
+    """Return the hash of a cleaned row. It decides the split and the order of held-out rows.
 
-    Line breaks count as spaces: with and without `keep_lines` a row is on the same side. Of a conversation all counts.
+    Line breaks count as spaces, so that `keep_lines` does not move a row. Of a conversation every
+    character counts.
     """
-    same = text if chat.is_chat(text) else " ".join(text.split())
-    return hashlib.sha256(f"{salt}\0{same}".encode()).digest()
+    normalized = text if chat.is_chat(text) else " ".join(text.split())
+    return hashlib.sha256(f"{salt}\0{normalized}".encode()).digest()
 
 
 def is_held_out(digest: bytes) -> bool:
@@ -21,5 +22,5 @@ def is_held_out(digest: bytes) -> bool:
 
 
 def content_hash(texts: list[str]) -> str:
-    """The name of a list of rows, in this order: sha256 over the sha256 of each."""
+    """Return the hash of a list of rows in this order: the sha256 over the sha256 of each."""
     return hashlib.sha256(b"".join(hashlib.sha256(text.encode()).digest() for text in texts)).hexdigest()

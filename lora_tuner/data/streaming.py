@@ -1,15 +1,17 @@
-"""Training sequences from rows that are read when they are needed: without end, in memory that does not grow.
+"""Stream training sequences, without end and in bounded memory.
 
-So many rows (`config.buffer`) are read, shuffled, tokenised and packed together, then the next ones; behind the last row the
-first comes again, shuffled otherwise. Surprise: what a stream gives depends on nothing but its settings and its place, so a run
-goes on exactly, and several processes take turns in one order without a word. Price: each of them reads all rows. Limit: a copy
-of a row stays in, on its side of the split.
+
+`config.shuffle_buffer` training rows are read, shuffled, tokenized and packed together, then the
+next ones. After the last row a new pass begins with another order. The sequences depend on the
+settings and the position alone, so a resumed run continues exactly, and several processes take
+turns in the same order without communication. Each process reads all rows. Duplicates are not
+removed; they are on the same side of the split.
 """
 
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,12 +23,22 @@ from .packing import PackedSequences
 from .splitting import is_held_out
 from .tokenization import TokenIds
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True)
 class StreamState:
-    """Where a stream is: `taken` sequences have been given. The rows that the last of them came from begin behind row `row` of
-    the pass `epoch`, and their first sequence is number `first`; `counts` is of all rows before,
-    `read` of those that had been read by then."""
+    """Position of a stream: the sequences taken, and where the buffer of the last one begins.
+
+    Attributes:
+        taken: Sequences taken from the stream.
+        first: Number of the first sequence of the current buffer.
+        epoch: Current pass, from 0.
+        row: Rows of the pass before the current buffer.
+        counts: `RowCounts` before the current buffer.
+        read: `RowCounts` of all rows read so far.
+    """
 
     taken: int = 0
     first: int = 0
@@ -37,76 +49,84 @@ class StreamState:
 
 
 class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
-    """Training items, as `tokens.Sequences` has them, from a place on. `measured` are hashes of rows that must not be trained on;
-    `counts` is kept up to date."""
+    """Training items, as those of `PackedSequences`, from a position on.
+
+    Args:
+        eval_hashes: Hashes of the rows of the evaluation dataset, which are not trained on.
+        counts: Updated as rows are read.
+        state: Position to continue from.
+    """
 
     def __init__(
-        self, config: TrainConfig, tokenizer: Any, measured: frozenset[bytes], counts: RowCounts, place: StreamState
+        self,
+        config: TrainConfig,
+        tokenizer: "PreTrainedTokenizerBase",
+        eval_hashes: frozenset[bytes],
+        counts: RowCounts,
+        state: StreamState,
     ) -> None:
-        self.config, self.tokenizer, self.measured, self.counts = config, tokenizer, measured, counts
-        self.begun = [place]  # where rows were begun to be read, newest last
+        self.config, self.tokenizer, self.eval_hashes, self.counts = config, tokenizer, eval_hashes, counts
+        self.states = [state]  # the beginning of each buffer, newest last
 
     def state_at(self, taken: int) -> StreamState:
-        """Where it was when it had given so many sequences, which may be fewer than it has given by now."""
-        while len(self.begun) > 1 and self.begun[1].first <= taken:
-            del self.begun[0]
-        return replace(self.begun[0], taken=taken, read=asdict(self.counts))
+        """Return the position after `taken` sequences; more may have been read ahead."""
+        while len(self.states) > 1 and self.states[1].first <= taken:
+            del self.states[0]
+        return replace(self.states[0], taken=taken, read=asdict(self.counts))
 
     def restore_counts(self) -> None:
-        """The counts as they were at its place, where nothing more is going to be read."""
-        self._count(RowCounts(**self.begun[0].read), RowCounts())
+        """Set the counts to those of the position, for a run that reads no more rows."""
+        self._set_counts(RowCounts(**self.states[0].read), RowCounts())
 
     def __iter__(self) -> Iterator[list[TokenIds]]:
-        place = self.begun[-1]
-        skip = place.taken - place.first
+        state = self.states[-1]
+        skip = state.taken - state.first
         while True:
-            found, whole = 0, place.row == 0
-            for texts, behind in self._texts(place):
-                sequences = self._sequences(texts, place)
-                found += len(sequences)
+            is_full_pass, sequence_count = state.row == 0, 0
+            for texts, row in self._read_buffers(state):
+                sequences = self._make_sequences(texts, state)
+                sequence_count += len(sequences)
                 yield from sequences[skip:]
-                skip, first = 0, place.first + len(sequences)
-                place = StreamState(first, first, place.epoch, behind, asdict(self.counts))
-                self.begun.append(place)
-            if whole and not found:
-                raise TrainingError(f"No row of {self.config.dataset} has anything to learn in it.")
-            place = replace(place, epoch=place.epoch + 1, row=0, counts=asdict(self.counts))
-            self.begun.append(place)
+                skip, first = 0, state.first + len(sequences)
+                state = StreamState(first, first, state.epoch, row, asdict(self.counts))
+                self.states.append(state)
+            if is_full_pass and not sequence_count:
+                raise TrainingError(f"No row of {self.config.dataset} has a token to learn.")
+            state = replace(state, epoch=state.epoch + 1, row=0, counts=asdict(self.counts))
+            self.states.append(state)
 
-    def _texts(self, place: StreamState) -> Iterator[tuple[list[str], int]]:
-        """So many training rows, and the number of the row behind the last of them, again and again to the end of a pass."""
-        corpus = Dataset(self.config.dataset, "")
-        before, texts = RowCounts(**place.counts), list[str]()
-        for digest, text, _ in iter_rows(self.config, corpus, after=place.row):
+    def _read_buffers(self, state: StreamState) -> Iterator[tuple[list[str], int]]:
+        """Yield the training texts of each buffer, and the rows read in the pass, until its end."""
+        dataset = Dataset(self.config.dataset, "")
+        before, texts = RowCounts(**state.counts), list[str]()
+        for digest, text, _ in iter_rows(self.config, dataset, skip=state.row):
             if is_held_out(digest):
-                corpus.counts.held_out += 1
-            elif digest in self.measured:
-                corpus.counts.in_eval_dataset += 1
+                dataset.counts.held_out += 1
+            elif digest in self.eval_hashes:
+                dataset.counts.in_eval_dataset += 1
             else:
-                corpus.counts.train += 1
+                dataset.counts.train += 1
                 texts.append(text)
             if len(texts) == self.config.shuffle_buffer:
-                self._count(before, corpus.counts)
-                yield texts, place.row + corpus.counts.read
+                self._set_counts(before, dataset.counts)
+                yield texts, state.row + dataset.counts.read
                 texts = []
-        self._count(before, corpus.counts)
+        self._set_counts(before, dataset.counts)
         if texts:
-            yield texts, place.row + corpus.counts.read
+            yield texts, state.row + dataset.counts.read
 
-    def _count(self, before: RowCounts, since: RowCounts) -> None:
+    def _set_counts(self, before: RowCounts, since: RowCounts) -> None:
         for name, count in asdict(since).items():
             setattr(self.counts, name, getattr(before, name) + count)
 
-    def _sequences(self, texts: list[str], place: StreamState) -> list[list[TokenIds]]:
+    def _make_sequences(self, texts: list[str], state: StreamState) -> list[list[TokenIds]]:
         config = self.config
         chunk = config.long_rows == "chunk"
-        encoded = tokenization.encode_texts(self.tokenizer, texts, most=None if chunk else config.max_length)
-        rows = [
-            row
-            for row in tokenization.truncate(encoded, config.max_length, chunk=chunk)[0]
-            if tokenization.count_predictions(row)
-        ]
+        max_tokens = None if chunk else config.max_length
+        encoded = tokenization.encode_texts(self.tokenizer, texts, max_tokens=max_tokens)
+        rows, _ = tokenization.truncate(encoded, config.max_length, chunk=chunk)
+        rows = [row for row in rows if tokenization.count_predictions(row)]
         packed = PackedSequences(rows, config.max_length, packing=config.packing)
         order = list(range(len(packed)))
-        random.Random(f"{config.seed} {place.epoch} {place.row}").shuffle(order)
+        random.Random(f"{config.seed} {state.epoch} {state.row}").shuffle(order)
         return [packed[index] for index in order]

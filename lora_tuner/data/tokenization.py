@@ -1,103 +1,124 @@
-"""Text to tensors: tokenise with the end of text, cut, pack, collate.
+"""Tokenize texts and conversations, and truncate or chunk long rows.
 
-Two surprises. Labels are masked by length, never by token id: the pad token is the end of text, and masking by id would
-unlearn where a text ends (transformers#23530). And a batch has no attention mask: padding stands on the right, where a
-causal model never looks, and packed rows are told apart by position ids that start again at 0, which transformers turns
-into isolated attention as long as there is no mask and no cache. In a row a token that is read and not learnt, such as one of a
-question, stands as its complement, ~id, below zero.
+Labels are masked by position, never by token id: the pad token often is the end-of-text token, and
+masking by id would unlearn the end of a text (transformers#23530). A batch has no attention mask:
+padding is on the right, where a causal model never looks, and packed rows have position ids that
+restart at 0, which transformers turns into isolated attention as long as there is neither mask nor
+cache. A token that has no label, such as those of a question, is stored as its complement ~id,
+below zero.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import DataError
 from . import chat
 
-MAX_TOKEN_CHARS = 256  # characters that a token stands for at the most, with room: GPT-2's longest has 128
-TokenIds = np.ndarray[Any, np.dtype[np.int32]]  # (tokens,)
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_TOKEN_CHARS = 256  # upper bound of the characters per token: the longest of GPT-2 has 128
+TokenIds = npt.NDArray[np.int32]  # shape (tokens,)
 
 
-def encode_texts(tokenizer: Any, texts: Sequence[str], *, end: bool = True, most: int | None = None) -> list[TokenIds]:
-    """Token ids of each text, with what the tokenizer puts at the front and, unless `end` is off, one end of text.
+def encode_texts(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, add_eos: bool = True, max_tokens: int | None = None
+) -> list[TokenIds]:
+    """Return the token ids of each text, with the tokenizer's prefix and one end-of-text token.
 
-    Text that spells a special token is read as text, so that no row can end itself. A row that is going to be cut at `most`
-    tokens is not read much further: a tokenizer takes more than a hundred times the memory of its text. Of conversations
-    (`chat`) the answers alone are learnt; raises DataError for those that the chat template does not take.
+    Text that spells a special token is encoded as plain text. Of conversations (`chat`) only the
+    answers are labels.
+
+    Args:
+        add_eos: End each row with the end-of-text token. If unset, every text is a plain prompt.
+        max_tokens: Rows will be truncated to so many tokens, so skip most of a longer text: a
+            tokenizer takes over a hundred times the memory of its text.
+
+    Raises:
+        DataError: The chat template rejects a conversation.
     """
-    if end and any(chat.is_chat(text) for text in texts):  # a prompt is text, whatever it begins with
-        talks = iter(_encode_conversations(tokenizer, [text for text in texts if chat.is_chat(text)], most))
-        plain = iter(encode_texts(tokenizer, [text for text in texts if not chat.is_chat(text)], end=end, most=most))
-        return [next(talks if chat.is_chat(text) else plain) for text in texts]
+    if add_eos and any(chat.is_chat(text) for text in texts):
+        chat_texts = [text for text in texts if chat.is_chat(text)]
+        plain_texts = [text for text in texts if not chat.is_chat(text)]
+        chats = iter(_encode_chats(tokenizer, chat_texts, max_tokens))
+        plain = iter(encode_texts(tokenizer, plain_texts, max_tokens=max_tokens))
+        return [next(chats) if chat.is_chat(text) else next(plain) for text in texts]
     if not texts:
         return []
-    if most is not None:
-        texts = [text[: most * MAX_TOKEN_CHARS] for text in texts]
+    if max_tokens is not None:
+        texts = [text[: max_tokens * MAX_TOKEN_CHARS] for text in texts]
     encoded = tokenizer(list(texts), split_special_tokens=True, verbose=False)["input_ids"]
     eos = tokenizer.eos_token_id
     rows = []
     for ids in encoded:
-        while ids and ids[-1] == eos and len(ids) > 1:
+        while len(ids) > 1 and ids[-1] == eos:
             ids = ids[:-1]
-        rows.append(np.array([*ids, eos] if end else ids, dtype=np.int32))
+        rows.append(np.array([*ids, eos] if add_eos else ids, dtype=np.int32))
     return rows
 
 
-def _encode_conversations(tokenizer: Any, texts: Sequence[str], most: int | None) -> list[TokenIds]:
-    """Conversations, their answers learnt."""
+def _encode_chats(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], max_tokens: int | None) -> list[TokenIds]:
     if not tokenizer.is_fast:
         raise DataError(
-            "The tokenizer of this base does not say where tokens lie, so no answer can be told: take another."
+            "The tokenizer of this base gives no character offsets, so the tokens of an answer cannot be found: "
+            "use a base with a fast tokenizer."
         )
-    characters = most * MAX_TOKEN_CHARS if most is not None else None
+    max_chars = max_tokens * MAX_TOKEN_CHARS if max_tokens is not None else None
     rows = []
     for text in texts:
         try:
-            said = chat.render_with_spans(tokenizer, text, characters)
+            rendered = chat.render_with_spans(tokenizer, text, max_chars)
         except DataError as error:
-            raise DataError(f"{error} It is in: {text[1:200]}") from error
-        found = tokenizer(
-            said.text[:characters],
-            add_special_tokens=not said.by_template,
+            raise DataError(f"{error} Conversation: {text[1:200]}") from error
+        encoded = tokenizer(
+            rendered.text[:max_chars],
+            add_special_tokens=not rendered.by_template,
             return_offsets_mapping=True,
             verbose=False,
         )
-        row = np.array(found["input_ids"], dtype=np.int32)
-        places = found["offset_mapping"]
-        if not said.by_template and len(row) > 1 and row[-1] == row[-2] == tokenizer.eos_token_id:
-            row, places = row[:-1], places[:-1]  # the tokenizer has put one more behind it
-        learnt = [any(last > start and first < end for start, end in said.answer_spans) for first, last in places]
-        rows.append(np.where(learnt, row, ~row))
+        row = np.array(encoded["input_ids"], dtype=np.int32)
+        offsets = np.array(encoded["offset_mapping"]).reshape(-1, 2)
+        if not rendered.by_template and len(row) > 1 and row[-1] == row[-2] == tokenizer.eos_token_id:
+            row, offsets = row[:-1], offsets[:-1]  # the tokenizer has added a second end of text
+        is_label = np.zeros(len(row), dtype=bool)
+        for start, end in rendered.answer_spans:
+            is_label |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
+        rows.append(np.where(is_label, row, ~row))
     return rows
 
 
 def token_ids(row: TokenIds) -> TokenIds:
-    """The tokens of a row, learnt or not."""
+    """Return the token ids of a row with and without labels."""
     return np.where(row < 0, ~row, row)
 
 
 def count_predictions(row: TokenIds) -> int:
-    """How many tokens of a row are learnt: all but the first, which nothing predicts, and those that are only read."""
+    """Return the number of labels in a row. The first token has none: nothing predicts it."""
     return int((row[1:] >= 0).sum())
 
 
 def truncate(rows: Sequence[TokenIds], max_length: int, *, chunk: bool = False) -> tuple[list[TokenIds], int]:
-    """Rows of at most `max_length` tokens, and how many were longer. The rest of a long row is dropped, or chunked.
+    """Return rows of at most `max_length` tokens, and the number of rows that were longer.
 
-    A cut row has lost its end of text, rightly: it does not end there. A last chunk of one token has nothing to predict
+    A truncated row has no end of text, as its text goes on. A last chunk of one token has no label
     and is dropped.
+
+    Args:
+        chunk: Keep the rest of a long row as rows of its own.
     """
-    out: list[TokenIds] = []
+    pieces: list[TokenIds] = []
     longer = 0
     for row in rows:
         longer += len(row) > max_length
         starts = range(0, len(row), max_length) if chunk else (0,)
-        out.extend(row[start : start + max_length] for start in starts if start == 0 or len(row) - start > 1)
-    return out, longer
+        pieces.extend(row[start : start + max_length] for start in starts if start == 0 or len(row) - start > 1)
+    return pieces, longer
 
 
-def probe_sequences(vocabulary: int) -> tuple[TokenIds, TokenIds]:
-    """Two different rows of 16 plain tokens, from the middle of the vocabulary: special ones stand at its ends."""
-    ids = np.arange(vocabulary // 2 - 8, vocabulary // 2 + 8, dtype=np.int32)
+def probe_sequences(vocab_size: int) -> tuple[TokenIds, TokenIds]:
+    """Return two rows of 16 tokens from the middle of the vocabulary, without special tokens."""
+    ids = np.arange(vocab_size // 2 - 8, vocab_size // 2 + 8, dtype=np.int32)
     return ids, ids[::-1].copy()

@@ -187,11 +187,11 @@ class Generator:
         tokenizer = tokenizer or self.base.tokenizer
         if isinstance(prompt, str):
             self.check_prompt_length(prompt)
-            (encoded,) = tokenization.encode_texts(tokenizer, [prompt], end=False)
+            (encoded,) = tokenization.encode_texts(tokenizer, [prompt], add_eos=False)
             start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
             return EncodedPrompt(prompt, self.check_fits_context(encoded.tolist() or [start]))
         self.check_prompt_length("".join(message["content"] for message in prompt))
-        rendered = chat.render_prompt(tokenizer, prompt, ask=True)
+        rendered = chat.render_prompt(tokenizer, prompt, add_generation_prompt=True)
         token_ids = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
         return EncodedPrompt(prompt[-1]["content"], self.check_fits_context(token_ids))
 

@@ -56,7 +56,7 @@ class TrainingSetup:
         return self.config.learning_rate
 
     def collate(self, items: Sequence[Sequence[tokenization.TokenIds]]) -> dict[str, torch.Tensor]:
-        return packing.collate(items, self.base.tokenizer.pad_token_id, bounds=self.varlen_attention)
+        return packing.collate(items, self.base.tokenizer.pad_token_id, cu_seqlens=self.varlen_attention)
 
     def enable_gradient_checkpointing(self) -> None:
         """From now on keep what goes into each block alone, and compute the rest again on the way back (Chen et al., 2016,
@@ -159,7 +159,7 @@ def prepare_training(config: TrainConfig, notify: EventHandler = ignore_events) 
     most = None if chunk else config.max_length
     rows, truncated = distributed.run_on_rank_zero(
         lambda: tokenization.truncate(
-            tokenization.encode_texts(base.tokenizer, corpus.train, most=most), config.max_length, chunk=chunk
+            tokenization.encode_texts(base.tokenizer, corpus.train, max_tokens=most), config.max_length, chunk=chunk
         )
     )
     notify(Progress("tokenising", 1, 1))
@@ -332,7 +332,7 @@ def preview(config: TrainConfig, count: int, notify: EventHandler = ignore_event
     chunk = config.long_rows == "chunk"
     rows = []
     for before, after in load_dataset(config, notify).previews[:count]:
-        encoded = tokenization.encode_texts(tokenizer, [after], most=None if chunk else config.max_length)
+        encoded = tokenization.encode_texts(tokenizer, [after], max_tokens=None if chunk else config.max_length)
         pieces, _ = tokenization.truncate(encoded, config.max_length, chunk=chunk)
         batches = [packing.collate([[piece]], tokenizer.pad_token_id) for piece in pieces]
         ids = [token for batch in batches for token in batch["input_ids"][0].tolist()]
@@ -351,7 +351,7 @@ def _device_name(device: torch.device) -> str:
 
 def _packed_logits(base: LoadedBase, *rows: tokenization.TokenIds, bounds: bool = False) -> torch.Tensor:
     """(tokens, vocabulary) of rows in one sequence."""
-    batch = packing.collate([rows], base.tokenizer.pad_token_id, bounds=bounds)
+    batch = packing.collate([rows], base.tokenizer.pad_token_id, cu_seqlens=bounds)
     batch.pop("labels")
     with torch.no_grad():
         found = base.model(**{name: tensor.to(base.device) for name, tensor in batch.items()}, use_cache=False).logits

@@ -491,7 +491,7 @@ def test_evaluate_with_eval_dataset(two, tmp_path, columns):
     (tmp_path / "films.csv").write_text("\n".join(["body,label", *lines]))
     given = ["--eval-dataset", "films.csv", "--text-column", "body", "--where", "label=1"]
     result = run("evaluate", "noir", "verse", *given)
-    assert "To measure on: 15 usable rows of the 30 of films.csv." in result.stderr.splitlines()
+    assert "Evaluation on films.csv: 15 usable rows of 30." in result.stderr.splitlines()
     assert [line.split() for line in result.stdout.splitlines()[1:3]] == [["films.csv"], ["15", "rows"]]
     some = json.loads(run("evaluate", "verse", *given, "--eval-rows", 4, "--json").stdout)
     assert some["sets"] == [{"name": "films.csv", "rows": 4, "missing": None}]

@@ -148,7 +148,7 @@ def test_an_answer_that_the_template_does_not_end_is_ended(talking, tmp_path):
 
 
 def test_prompt_and_completion_go_through_the_template_where_there_is_one(tokenizer, gpt2):
-    row = chat.encode_pair(["so?", "yes"], plain)
+    row = chat.encode_pair("so?", "yes", plain)
     assert (
         learnt(tokenizer, row)[0] == f"<|start|>user\nso?{tiny_models.END}\n<|start|>assistant\nyes{tiny_models.END}\n"
     )
@@ -159,7 +159,7 @@ def test_prompt_and_completion_go_through_the_template_where_there_is_one(tokeni
 
 def test_lists_of_messages_are_prompt_and_completion_too(tokenizer):
     both = conversation("so?", "yes")
-    assert chat.encode_pair([both[:1], both[1:]], plain) == chat.encode_messages(both, plain)
+    assert chat.encode_pair(both[:1], both[1:], plain) == chat.encode_messages(both, plain)
 
 
 PHI = (
@@ -213,12 +213,12 @@ def test_a_pair_without_a_template_is_text_with_its_beginning(llama):
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="a $A", special_tokens=[("a", first)]
     )
-    (row,) = tokenization.encode_texts(tokenizer, [chat.encode_pair(["so?", "yes"], plain)])
+    (row,) = tokenization.encode_texts(tokenizer, [chat.encode_pair("so?", "yes", plain)])
     assert row[0] == ~first
-    asked = tokenization.encode_texts(tokenizer, ["so?"], end=False)[0].tolist()
+    asked = tokenization.encode_texts(tokenizer, ["so?"], add_eos=False)[0].tolist()
     assert tokenization.token_ids(row)[: len(asked)].tolist() == asked
-    with pytest.raises(DataError, match="A message has"):
-        tokenization.encode_texts(tokenizer, [chat.encode_pair([f"so {tiny_models.END}", "yes"], plain)])
+    with pytest.raises(DataError, match="A message contains"):
+        tokenization.encode_texts(tokenizer, [chat.encode_pair(f"so {tiny_models.END}", "yes", plain)])
 
 
 def test_a_prompt_is_text_whatever_it_begins_with(talking):
@@ -234,7 +234,7 @@ def test_a_long_conversation_is_not_read_much_further_than_it_is_cut(tokenizer, 
         type(tokenizer), "__call__", lambda self, text, **how: read.append(len(text)) or real(self, text, **how)
     )
     row = chat.encode_messages(conversation("so?", "yes " * 100_000), plain)
-    tokenization.encode_texts(tokenizer, [row], most=16)
+    tokenization.encode_texts(tokenizer, [row], max_tokens=16)
     assert read == [16 * tokenization.MAX_TOKEN_CHARS]
 
 
@@ -246,13 +246,13 @@ def test_conversations_that_differ_in_their_indents_are_two(tmp_path):
 
 def test_keep_lines_is_refused_for_conversations(tmp_path):
     (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": conversation("so?", "yes")}) + "\n")
-    with pytest.raises(DataError, match="messages keep their lines anyway, so leave --keep-lines out"):
+    with pytest.raises(DataError, match="conversations keep their line breaks, so leave --keep-lines out"):
         load_dataset(TrainConfig(dataset="talks.jsonl", keep_lines=True))
 
 
 def test_a_template_that_rewrites_what_was_said_is_refused(talking, tmp_path):
     folder = talker(tmp_path / "counts", "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    with pytest.raises(DataError, match="writes a conversation anew as it grows"):
+    with pytest.raises(DataError, match="renders earlier messages differently as the conversation grows"):
         tokenization.encode_texts(
             load_tokenizer(find_base(str(folder))), [chat.encode_messages(conversation("so?", "yes"), plain)]
         )
@@ -264,7 +264,7 @@ def test_messages_without_a_template_are_refused(gpt2):
             load_tokenizer(find_base(str(gpt2))), [chat.encode_messages(conversation("so?", "yes"), plain)]
         )
     assert str(error.value).startswith(
-        "This base has no chat template: take one that was taught to talk, such as smollm2-135m. It is in: ["
+        "This base has no chat template: use an instruction-tuned base, such as smollm2-135m. Conversation: ["
     )
 
 
@@ -272,7 +272,7 @@ def test_a_message_that_spells_a_special_token_is_refused(tokenizer):
     with pytest.raises(DataError) as error:
         tokenization.encode_texts(tokenizer, [chat.encode_messages(conversation("so <|start|>?", "yes"), plain)])
     assert str(error.value).startswith(
-        "A message has <|start|> in it, a special token of this base: leave that out. It is in: [{"
+        "A message contains <|start|>, a special token of this base: remove it. Conversation: [{"
     )
 
 
@@ -298,7 +298,9 @@ def test_rows_of_conversations_are_known_by_their_columns(tmp_path, row, format)
     assert corpus.format == format
     assert corpus.counts.duplicates == 2
     assert all(chat.is_chat(text) for text in corpus.train + corpus.held_out)
-    assert notices[0] == f"Read as conversations, by their {format}: answers alone are learnt (or name --text-column)."
+    assert notices[0] == (
+        f"Reading conversations ({format}): only the answers are trained on. Use --text-column to train on plain text."
+    )
     datasets.Dataset.from_list(rows).to_parquet("talks.parquet")
     assert load_dataset(TrainConfig(dataset="talks.parquet")).hash() == corpus.hash()
 
@@ -331,20 +333,23 @@ def test_conversations_in_which_nobody_answers_are_empty(tmp_path):
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        ("hello", "messages is no list of messages: hello"),
-        ([], "messages is no list of messages: []"),
-        ([{"role": "user"}], "message 1 has no text as its content: [{'role': 'user'}]"),
+        ("hello", "messages is not a list of messages: hello"),
+        ([], "messages is not a list of messages: []"),
+        ([{"role": "user"}], "the content of message 1 is not a string: [{'role': 'user'}]"),
         (
             [{"role": "boss", "content": "go"}],
-            "message 1 has no role out of system, developer, user, assistant, tool: [{'role':",
+            "message 1 needs a role, one of system, developer, user, assistant, tool: [{'role':",
         ),
-        ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "message 1 calls a tool, which is no text"),
+        (
+            [{"role": "assistant", "content": "", "tool_calls": [{}]}],
+            "message 1 has tool calls, which are not supported",
+        ),
         (
             [{"role": "assistant", "content": "a", "weight": 0}],
-            "message 1 has a weight, and every answer counts alike here",
+            "message 1 has a weight, which is not supported",
         ),
-        ([*conversation("a"), "b"], "message 2 has no role out of"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "message 1 has no text as its content: "),
+        ([*conversation("a"), "b"], "message 2 needs a role, one of"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "the content of message 1 is not a string: "),
     ],
 )
 def test_what_is_no_conversation_is_refused_with_its_place(tmp_path, value, text):
@@ -356,7 +361,7 @@ def test_what_is_no_conversation_is_refused_with_its_place(tmp_path, value, text
 
 def test_a_prompt_of_text_with_messages_after_it_is_refused(tmp_path):
     (tmp_path / "talks.jsonl").write_text(json.dumps({"prompt": "so?", "completion": conversation("a")}) + "\n")
-    with pytest.raises(DataError, match="prompt and completion are not two texts, nor two lists of messages"):
+    with pytest.raises(DataError, match="prompt and completion must be two strings, or two lists of messages"):
         load_dataset(TrainConfig(dataset="talks.jsonl"))
 
 
@@ -366,7 +371,7 @@ def test_text_and_conversations_in_one_folder_are_refused(tmp_path):
     (tmp_path / "some" / "b.txt").write_text("one\ntwo\n")
     with pytest.raises(DataError) as error:
         load_dataset(TrainConfig(dataset="some"))
-    assert str(error.value) == "some: some files are messages and others text: train on one kind."
+    assert str(error.value) == "some: some files contain messages and others text: use files of one format."
 
 
 # Runs
@@ -495,5 +500,5 @@ def test_a_system_message_without_a_conversation_is_refused(speaker):
 def test_speaking_to_a_base_without_a_template_is_refused(gpt2):
     done = run("generate", "--base", gpt2, "--chat", "so?", exit_code=1)
     assert done.stderr.endswith(
-        "Error: This base has no chat template: take one that was taught to talk, such as smollm2-135m.\n"
+        "Error: This base has no chat template: use an instruction-tuned base, such as smollm2-135m.\n"
     )

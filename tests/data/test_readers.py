@@ -239,14 +239,14 @@ def test_what_is_not_utf8_is_an_error_that_says_where(refusal, name, start):
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.jsonl", "a.txt"])
 def test_a_file_without_rows(refusal, name):
     for content in ("", "\n \n" if name not in ("a.csv", "a.tsv") else "\n\n", "\ufeff"):
-        assert refusal(name, content) == f"{name} holds no rows."
+        assert refusal(name, content) == f"{name} has no rows."
 
 
 def test_other_files_without_rows(refusal, tmp_path):
-    assert refusal("header.csv", "text,label\n", where=["label=1"]) == "header.csv holds no rows."
-    assert refusal("a.json", "[]") == "a.json holds no rows."
+    assert refusal("header.csv", "text,label\n", where=["label=1"]) == "header.csv has no rows."
+    assert refusal("a.json", "[]") == "a.json has no rows."
     datasets.Dataset.from_dict({"text": []}).to_parquet(str(tmp_path / "a.parquet"))
-    assert refusal("a.parquet") == "a.parquet holds no rows."
+    assert refusal("a.parquet") == "a.parquet has no rows."
 
 
 # Traps of JSON
@@ -293,7 +293,7 @@ def test_a_folder_of_texts_with_a_file_a_row(load, tmp_path):
     corpus = load(folder, txt_rows="file", keep_lines=True)
     assert corpus.counts.read == 30
     assert all("\nsecond line\n\nanother verse" in text for text in corpus.train)
-    assert load.notices == [f"1 files without rows are passed over, such as {folder / 'empty.txt'}."]
+    assert load.notices == [f"Skipped 1 files without rows, such as {folder / 'empty.txt'}."]
     load(folder)
     assert load.notices[1:] == ["30 txt files: blank lines separate rows. Use --txt-rows to change this."]
 

@@ -105,7 +105,7 @@ def test_rows_without_anything_to_learn_end_it(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenization, "count_predictions", lambda row: 0)
     path = tmp_path / "rows.txt"
     path.write_text("\n".join(TEXTS))
-    with pytest.raises(TrainingError, match=r"No row of .*rows\.txt has anything to learn in it\."):
+    with pytest.raises(TrainingError, match=r"No row of .*rows\.txt has a token to learn\."):
         next(iter(made(path)))
 
 
@@ -185,8 +185,8 @@ def test_a_folder_is_read_file_by_file(tmp_path):
     told = []
     config = TrainConfig(dataset=str(tmp_path / "many"), streaming=True)
     assert [text for _, text, _ in iter_rows(config, Dataset("", ""), told.append)] == TEXTS
-    assert [text for _, text, _ in iter_rows(config, Dataset("", ""), after=120)] == TEXTS[120:]
-    assert "1 files without rows are passed over" in told[0].text
+    assert [text for _, text, _ in iter_rows(config, Dataset("", ""), skip=120)] == TEXTS[120:]
+    assert "Skipped 1 files without rows" in told[0].text
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,11 @@ def test_a_folder_is_read_file_by_file(tmp_path):
         ("a.csv", b"text,n\na,1\nb\n", "its header has 2 fields, line 3 has 1"),
         ("a.jsonl", b'\n ["one",\n"two"]', "it is a JSON array"),
         ("a.csv", b"text;n\na;1\n", "its delimiter is ';', and a .csv file needs ','"),
-        ("a.jsonl", b'{"title": "a"}\n' * 100 + b'{"body": "b"}', "a row has text in 'body', and the first title"),
+        (
+            "a.jsonl",
+            b'{"title": "a"}\n' * 100 + b'{"body": "b"}',
+            "a row has text in 'body', and the first rows in 'title'",
+        ),
         ("a.csv", b"text,text\na,1\n", "its header names a column twice: text, text"),
         ("a.csv", b'text\n"a" b\n', "',' expected after '\"'"),
         ("a.txt", b"one\n\0\n", "byte 4 is null"),
@@ -266,7 +270,7 @@ def test_a_run_is_trained_measured_and_repeated(config, method):
     assert facts.data.counts["read"] == sum(count for name, count in facts.data.counts.items() if name != "read")
     assert facts.run.sequences == 20 * settings_of(adapter).batch_size
     assert Notice("The run takes 20 steps.") in told
-    assert any(it.text.startswith("The first rows of the stream: ") for it in told if isinstance(it, Notice))
+    assert any(it.text.startswith("First rows of the stream: ") for it in told if isinstance(it, Notice))
     again = train(config(name="two", max_steps=20, method=method))
     assert again.sha256 == adapter.sha256
 

@@ -56,8 +56,8 @@ NO_TEXT = "not text: name another with --text-column."
 TWO_FIELDS = "cannot be read: its header has 2 fields, line 4 has"
 QUOTES = "; a field that begins with a quote must end with one."
 REFUSED = {
-    "empty": ("x.csv", "", "x.csv holds no rows."),
-    "a header alone": ("x.csv", "text,label\n", "x.csv holds no rows."),
+    "empty": ("x.csv", "", "x.csv has no rows."),
+    "a header alone": ("x.csv", "text,label\n", "x.csv has no rows."),
     "one row": ("x.csv", table(TEXTS[:1]), "1 usable rows of 1 (0 empty, 0 duplicates) leave"),
     "one row, often": ("x.csv", table(TEXTS[:1] * 50), "1 usable rows of 50 (0 empty, 49 duplicates) leave"),
     "nothing but space": ("x.csv", table([" ", "<br>", "\u200b"] * 9), "0 usable rows of 27 (27 empty, 0 duplicates)"),
@@ -155,7 +155,7 @@ def test_bad_data_is_refused_in_a_line(refused, tmp_path, case, way):
 
 def test_rows_without_text_are_nothing_to_measure_on(refused, tmp_path):
     _, content, _ = REFUSED["nothing but space"]
-    assert "x.csv holds no row with text to measure on." in refused(written(tmp_path / "x.csv", content), WAYS[3])
+    assert "x.csv has no usable row to evaluate on." in refused(written(tmp_path / "x.csv", content), WAYS[3])
 
 
 @pytest.mark.slow
@@ -191,7 +191,7 @@ def no_more_than_others():
                 ),
             )
         ),
-        ("directory", "", "The folder x.csv holds none of .csv"),
+        ("directory", "", "The folder x.csv has no .csv"),
     ],
 )
 def test_what_is_no_readable_file_is_refused_and_not_waited_for(refused, tmp_path, kind, where, why):
@@ -330,8 +330,8 @@ def test_of_a_folder_all_that_is_passed_over_is_said(run, gpt2, tmp_path):
     (tmp_path / "some" / "link").symlink_to("../elsewhere")
     ended = run("train", "--base", gpt2, "--dataset", "some", "--preview", 1)
     assert ended.status == 0, ended.err
-    assert "1 files without rows are passed over, such as some/empty.csv." in ended.err
-    assert "3 other files of some are passed over, such as deep/notes.md." in ended.err
+    assert "Skipped 1 files without rows, such as some/empty.csv." in ended.err
+    assert "Skipped 3 other files in some, such as deep/notes.md." in ended.err
     counts = re.search(r"Rows: 70 read, 10 duplicates, (\d+) train, (\d+) held out\.", ended.err)
     assert counts, ended.err
     assert int(counts[1]) + int(counts[2]) == 60
@@ -356,7 +356,7 @@ def test_what_is_trained_on_is_what_is_in_the_file(run, gpt2, tmp_path):
 @pytest.mark.parametrize("text", ["the actor never works. " * 2000, "works" * 9000, "\U0001f600" * 20_000])
 def test_a_row_that_is_cut_has_the_tokens_that_it_has_when_all_of_it_is_read(text):
     tokenizer = tiny_models.tokenizer()
-    (whole,), (read,) = (tokenization.encode_texts(tokenizer, [text], most=most) for most in (None, 64))
+    (whole,), (read,) = (tokenization.encode_texts(tokenizer, [text], max_tokens=most) for most in (None, 64))
     assert len(read) < len(whole)
     (one,), cut = tokenization.truncate([read], 64)
     assert cut == 1

@@ -33,7 +33,7 @@ def write_on(run, gpt2):
 
 def length(base, prompt):
     """Tokens of a prompt; of one without any, that of the beginning."""
-    (row,) = tokenization.encode_texts(load_tokenizer(find_base(str(base))), [prompt], end=False)
+    (row,) = tokenization.encode_texts(load_tokenizer(find_base(str(base))), [prompt], add_eos=False)
     return max(len(row), 1)
 
 

@@ -168,7 +168,7 @@ def test_packed_rows_attend_as_they_do_alone(model_folder):
         torch.manual_seed(0)
         model = lora.add_lora(base, config)
         assert not by_row or kernels.enable_varlen_attention(base.model)
-        batch = packing.collate(lines, 0, bounds=by_row)
+        batch = packing.collate(lines, 0, cu_seqlens=by_row)
         labels = batch.pop("labels")
         logits = model(**batch, use_cache=False).logits
         logits[labels != packing.IGNORE_INDEX].logsumexp(-1).sum().backward()
@@ -178,7 +178,7 @@ def test_packed_rows_attend_as_they_do_alone(model_folder):
 
 
 def test_the_bounds_of_rows_in_a_batch():
-    batch = packing.collate([rows(2), rows(3, seed=1)], 0, bounds=True)
+    batch = packing.collate([rows(2), rows(3, seed=1)], 0, cu_seqlens=True)
     lengths = [len(row) for row in (*rows(2), *rows(3, seed=1))]
     width = batch["input_ids"].shape[1]
     starts = [0, lengths[0], width, width + lengths[2], width + lengths[2] + lengths[3], 2 * width]
@@ -257,7 +257,7 @@ def test_in_bfloat16_it_is_the_plain_path_within_its_rounding(model_folder):
         torch.manual_seed(0)
         model = lora.add_lora(base, TrainConfig(base=str(model_folder), rank=4)).train()
         assert kernels.enable_varlen_attention(base.model)
-        batch = packing.collate(lines, 0, bounds=True)
+        batch = packing.collate(lines, 0, cu_seqlens=True)
         labels = batch.pop("labels")
         with base.lm_head.skip_lm_head():
             output = model(**batch, use_cache=False).logits

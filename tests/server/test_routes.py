@@ -487,7 +487,7 @@ def test_special_token_in_message_is_rejected(served, parts):
         served.post("/v1/chat/completions", model="a", messages=[{"role": "user", "content": content}]), 400
     )
     assert error["param"] == "messages"
-    assert error["message"] == "A message has <|endoftext|> in it, a special token of talker: leave that out."
+    assert error["message"] == "A message contains <|endoftext|>, a special token of talker: remove it."
 
 
 # Invalid requests

@@ -603,7 +603,7 @@ def test_a_resume_with_other_rows_to_measure_on_is_refused(settings, films, tmp_
 def test_rows_to_measure_on_that_are_wrong_leave_no_run(settings, tmp_path):
     (tmp_path / "empty.csv").write_text("text,label\n")
     for name, why in (
-        ("empty.csv", r"^empty\.csv holds no rows\.$"),
+        ("empty.csv", r"^empty\.csv has no rows\.$"),
         ("none.csv", r"^There is no dataset 'none\.csv'"),
     ):
         with pytest.raises(DataError, match=why):
