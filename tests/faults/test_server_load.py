@@ -1,4 +1,4 @@
-"""Many clients at once, while adapters are replaced, broken and removed on disk."""
+"""Many clients at once, while adapters change on disk."""
 
 import concurrent.futures
 import random
@@ -22,61 +22,63 @@ GREEDY = {"max_tokens": TOKENS, "temperature": 0}
 
 @pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
 def test_load_while_adapters_change(gpt2: Path, tmp_path: Path, seconds: int) -> None:
-    """Each text is that of one version of its adapter, whole; what is refused is refused for the state that it was in."""
+    """Each output is that of one version of its adapter; each error fits a state that the adapter was in."""
     for version in (0, 1):
         for number, name in enumerate(NAMES):
             api_server.write_adapter(tmp_path / str(version), name, gpt2, 10 * version + number)
-    either = {
+    expected = {
         (name, prompt): {
             api_server.greedy(gpt2, tmp_path / str(version), name, prompt, TOKENS).text for version in (0, 1)
         }
         for name in NAMES
         for prompt in PROMPTS
     }
-    shelf, seen, changes = tmp_path / "adapters", Counter[str](), Counter[str]()
-    shutil.copytree(tmp_path / "0", shelf)
-    with api_server.serving(gpt2, shelf, max_batch=8, max_waiting=24, max_resident=5) as served:
+    adapters_dir, outcomes, changes = tmp_path / "adapters", Counter[str](), Counter[str]()
+    shutil.copytree(tmp_path / "0", adapters_dir)
+    with api_server.serving(gpt2, adapters_dir, max_batch=8, max_waiting=24, max_resident=5) as served:
         end = time.monotonic() + seconds
 
-        def ask(client: int) -> None:
-            draw = random.Random(client)
+        def send_requests(client: int) -> None:
+            chooser = random.Random(client)
             with httpx.Client(base_url=served.url, timeout=60) as http:
                 while time.monotonic() < end:
-                    name, prompt = draw.choice(NAMES), draw.choice(PROMPTS)
-                    answer = http.post("/v1/completions", json={"model": name, "prompt": prompt, **GREEDY})
-                    if answer.status_code == 200:
-                        right = answer.json()["choices"][0]["text"] in either[name, prompt]
-                        seen["right" if right else f"WRONG {name} {prompt}"] += 1
+                    name, prompt = chooser.choice(NAMES), chooser.choice(PROMPTS)
+                    response = http.post("/v1/completions", json={"model": name, "prompt": prompt, **GREEDY})
+                    if response.status_code == 200:
+                        right = response.json()["choices"][0]["text"] in expected[name, prompt]
+                        outcomes["right" if right else f"WRONG {name} {prompt}"] += 1
                     else:
-                        seen[f"{answer.status_code} {answer.json()['error']['code']}"] += 1
+                        outcomes[f"{response.status_code} {response.json()['error']['code']}"] += 1
 
-        def spoil() -> None:
-            draw = random.Random(0)
+        def change_adapters() -> None:
+            chooser = random.Random(0)
             while time.monotonic() < end:
-                name, way = draw.choice(NAMES), draw.choice(["replace", "replace", "break", "remove"])
-                gone, new = tmp_path / f"gone{changes.total()}", shelf / ".new"
-                shutil.copytree(tmp_path / draw.choice("01") / name, new)
-                if way == "break":
+                name, action = chooser.choice(NAMES), chooser.choice(["replace", "replace", "break", "remove"])
+                removed, new = tmp_path / f"gone{changes.total()}", adapters_dir / ".new"
+                shutil.copytree(tmp_path / chooser.choice("01") / name, new)
+                if action == "break":
                     weights = new / adapter.WEIGHTS_FILE
                     weights.write_bytes(weights.read_bytes()[:-100])
-                if (shelf / name).exists():
-                    (shelf / name).rename(gone)
-                shutil.rmtree(new) if way == "remove" else new.rename(shelf / name)
-                changes[way] += 1
+                if (adapters_dir / name).exists():
+                    (adapters_dir / name).rename(removed)
+                shutil.rmtree(new) if action == "remove" else new.rename(adapters_dir / name)
+                changes[action] += 1
                 time.sleep(0.02)
 
         with concurrent.futures.ThreadPoolExecutor(17) as pool:
-            for work in [pool.submit(spoil), *(pool.submit(ask, client) for client in range(16))]:
-                work.result()
+            for future in [pool.submit(change_adapters), *(pool.submit(send_requests, client) for client in range(16))]:
+                future.result()
         assert set(changes) == {"replace", "break", "remove"}
-        assert set(seen) <= {"right", "404 model_broken", "404 model_not_found", "429 rate_limit_exceeded"}, seen
-        assert seen["right"] > 20
-        assert seen["404 model_broken"]
-        assert seen["404 model_not_found"]
+        assert set(outcomes) <= {"right", "404 model_broken", "404 model_not_found", "429 rate_limit_exceeded"}, (
+            outcomes
+        )
+        assert outcomes["right"] > 20
+        assert outcomes["404 model_broken"]
+        assert outcomes["404 model_not_found"]
         assert len(served.generator.loaded_adapters) <= 5
-        shutil.rmtree(shelf)
-        shutil.copytree(tmp_path / "1", shelf)
+        shutil.rmtree(adapters_dir)
+        shutil.copytree(tmp_path / "1", adapters_dir)
         assert (
             served.post("/v1/completions", model="a0", prompt="so", **GREEDY).json()["choices"][0]["text"]
-            in either["a0", "so"]
+            in expected["a0", "so"]
         )
