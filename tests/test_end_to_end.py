@@ -89,7 +89,7 @@ def greedy_text(model, folder):
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
 
-def test_training_on_real_reviews_lowers_the_held_out_loss(user):
+def test_training_on_reviews_lowers_loss(user):
     assert (
         "Using base smollm2-135m instead of distilgpt2: distilbert/distilgpt2 is not cached, and the Hub is out of"
         in user.stderr
@@ -103,14 +103,14 @@ def test_training_on_real_reviews_lowers_the_held_out_loss(user):
     assert "Q4_1" in manifest.base.weights
 
 
-def test_no_path_of_this_machine_is_in_the_adapter(user, place, caches):
+def test_adapter_contains_no_local_path(user, place, caches):
     for file in Library().get("imdb").path.iterdir():
         if file.suffix in (".json", ".yaml", ".md", ".jsonl"):
             for path in (str(place), str(caches), str(Path.home())):
                 assert path not in file.read_text(), file.name
 
 
-def test_generate_gives_what_plain_peft_and_the_merged_model_give(user, cli):
+def test_generate_matches_peft_and_merged_model(user, cli):
     done = cli("generate", "--adapter", "adapters/imdb", *GREEDY, PROMPT)
     text = done.stdout.rstrip("\n")
     assert done.stderr == ""
@@ -124,12 +124,12 @@ def test_generate_gives_what_plain_peft_and_the_merged_model_give(user, cli):
     assert base_text.startswith(PROMPT)
 
 
-def test_listing_and_showing(cli, user):
+def test_adapters_list_and_show(cli, user):
     assert "imdb  smollm2-135m  8 " in cli("adapters", "list").stdout
     assert json.loads(cli("adapters", "show", "imdb", "--json").stdout)["run"]["steps"] == 6
 
 
-def test_the_embedded_base_is_unpacked_once_and_is_the_real_model(user):
+def test_embedded_base_is_the_real_model(user):
     told = []
     source = find_base("smollm2-135m", notify=told.append)
     assert told == []
@@ -149,7 +149,7 @@ def smollm2(tmp_path_factory):
     return file, gguf_base.dequantised(file, tmp_path_factory.mktemp("smollm2") / "float32.gguf")
 
 
-def test_the_embedded_base_in_llama_cpp_writes_what_it_writes_here(user, smollm2, tmp_path):
+def test_embedded_base_matches_llama_cpp(user, smollm2, tmp_path):
     pytest.importorskip("xllamacpp")
     draw = np.random.default_rng(1)
     shapes, weights = find_base("smollm2-135m").shapes, {}

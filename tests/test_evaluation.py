@@ -28,7 +28,7 @@ def base(model_folder):
     return load_base(find_base(str(model_folder)), ModelOptions(device="cpu"))
 
 
-def test_the_loss_is_that_of_each_row_alone(base):
+def test_loss_matches_rows_alone(base):
     rows = evaluation.encode_held_out(base, tiny_models.reviews(7))
     held_out = evaluation.measure_loss(base.model, base, rows)
     total = count = 0.0
@@ -41,7 +41,7 @@ def test_the_loss_is_that_of_each_row_alone(base):
     assert held_out.loss == pytest.approx(total / count, abs=1e-5)
 
 
-def test_the_loss_does_not_change_with_the_batch_size(base):
+def test_loss_is_independent_of_batch_size(base):
     rows = evaluation.encode_held_out(base, tiny_models.reviews(20))
     losses = [
         evaluation.measure_loss(base.model, base, rows, batch_tokens=size).loss for size in (1, 100, 512, 100_000)
@@ -49,7 +49,7 @@ def test_the_loss_does_not_change_with_the_batch_size(base):
     assert max(losses) - min(losses) < 1e-4
 
 
-def test_packing_and_padding_do_not_change_it_either(base):
+def test_loss_is_independent_of_packing(base):
     rows = evaluation.encode_held_out(base, tiny_models.reviews(20))
     expected = evaluation.measure_loss(base.model, base, rows).loss
     for packing in (True, False):
@@ -61,12 +61,12 @@ def test_packing_and_padding_do_not_change_it_either(base):
         assert (nll.sum() / (labels != IGNORE_INDEX).sum()).item() == pytest.approx(expected, abs=1e-4)
 
 
-def test_long_rows_are_cut_at_512_or_the_models_context(base):
+def test_long_rows_are_truncated(base):
     (row,) = evaluation.encode_held_out(base, ["word " * 3000])
     assert len(row) == min(HELD_OUT_MAX_TOKENS, tiny_models.CONTEXT)
 
 
-def test_measuring_leaves_the_mode_of_the_model(base):
+def test_measure_loss_restores_training_mode(base):
     rows = evaluation.encode_held_out(base, tiny_models.reviews(2))
     for training in (True, False):
         base.model.train(training)
@@ -74,14 +74,14 @@ def test_measuring_leaves_the_mode_of_the_model(base):
         assert base.model.training is training
 
 
-def test_the_base_is_measured_once(base, monkeypatch):
+def test_base_loss_is_cached(base, monkeypatch):
     rows = evaluation.encode_held_out(base, tiny_models.reviews(5, seed=5))
     first = evaluation.measure_base_loss(base, rows)
     monkeypatch.setattr(evaluation, "measure_loss", lambda *_, **__: pytest.fail("measured again"))
     assert evaluation.measure_base_loss(base, rows) == first
 
 
-def test_a_broken_cache_of_losses_is_measured_again(base, caches):
+def test_damaged_loss_cache_is_ignored(base, caches):
     rows = evaluation.encode_held_out(base, tiny_models.reviews(5, seed=6))
     first = evaluation.measure_base_loss(base, rows)
     for file in (caches / "own" / "losses").iterdir():
@@ -89,7 +89,7 @@ def test_a_broken_cache_of_losses_is_measured_again(base, caches):
     assert evaluation.measure_base_loss(base, rows) == first
 
 
-def test_the_gain_and_its_standard_error():
+def test_paired_gain_and_standard_error():
     base = evaluation.HeldOutLoss([10.0, 40.0, 30.0], [5, 10, 10])
     adapter = evaluation.HeldOutLoss([8.0, 37.0, 25.0], [5, 10, 10])
     result = evaluation.paired_gain(base, adapter)
@@ -187,7 +187,7 @@ def close(result):
     return pytest.approx(result.model_dump(), abs=1e-5)
 
 
-def test_each_cell_is_what_plain_peft_gives_on_those_rows(adapters, gpt2):
+def test_gain_matrix_matches_plain_peft(adapters, gpt2):
     matrix = evaluate(adapters, options=ModelOptions(device="cpu"))
     assert matrix.base == str(gpt2)
     assert matrix.adapters == [it.name for it in matrix.sets] == ["noir", "verse", "notes"]
@@ -197,7 +197,7 @@ def test_each_cell_is_what_plain_peft_gives_on_those_rows(adapters, gpt2):
     assert len({cell.gain for line in matrix.cells for cell in line}) == 9
 
 
-def test_so_it_is_on_a_llama(llama, tmp_path, monkeypatch):
+def test_gain_matrix_matches_peft_on_llama(llama, tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_TUNER_CACHE", str(train_in(tmp_path, llama, ["noir", "verse"]) / "cache"))
     found = [Library().get("noir"), Library().get("verse")]
     matrix = evaluate(found, options=ModelOptions(device="cpu"))
@@ -206,14 +206,14 @@ def test_so_it_is_on_a_llama(llama, tmp_path, monkeypatch):
         assert cell.model_dump() == close(by_plain_peft(llama, adapter, matrix.sets[1 - number].texts))
 
 
-def test_on_its_own_rows_an_adapter_gets_the_result_of_its_training(adapters):
+def test_own_rows_give_training_result(adapters):
     matrix = evaluate(adapters, options=ModelOptions(device="cpu"))
     for number, adapter in enumerate(adapters):
         assert matrix.cells[number][number].model_dump() == close(adapter.manifest.result)
         assert matrix.cells[number][number].rows == 6 + number
 
 
-def test_the_rows_come_from_the_cache_when_the_data_are_gone(adapters, trained, tmp_path):
+def test_rows_come_from_cache(adapters, trained, tmp_path):
     assert not list(tmp_path.glob("*.json"))
     matrix = evaluate(adapters, options=ModelOptions(device="cpu"))
     for number, (adapter, rows) in enumerate(zip(adapters, matrix.sets, strict=True)):
@@ -237,7 +237,7 @@ def test_the_rows_come_from_the_cache_when_the_data_are_gone(adapters, trained, 
         ("7", "its held-out rows in the cache cannot be read ('int' object is not iterable)"),
     ],
 )
-def test_rows_that_are_missing_leave_their_cells_empty(adapters, tmp_path, content, why):
+def test_missing_rows_leave_cells_empty(adapters, tmp_path, content, why):
     kept(adapters[1], tmp_path).unlink()
     if content is not None:
         kept(adapters[1], tmp_path).write_text(content)
@@ -250,7 +250,7 @@ def test_rows_that_are_missing_leave_their_cells_empty(adapters, tmp_path, conte
     assert str(error.value) == f"There are no rows to evaluate on. verse: {why}. Name a dataset with --eval-dataset."
 
 
-def test_nobody_knows_the_rows_of_an_adapter_of_another_tool(adapters, gpt2):
+def test_foreign_adapter_has_no_rows(adapters, gpt2):
     (adapters[1].path / MANIFEST_FILE).unlink()
     told = []
     foreign = load_adapter_folder(adapters[1].path)
@@ -263,7 +263,7 @@ def test_nobody_knows_the_rows_of_an_adapter_of_another_tool(adapters, gpt2):
     ]
 
 
-def test_what_was_measured_once_is_not_measured_again(adapters, measured):
+def test_losses_are_measured_once(adapters, measured):
     first = evaluate(adapters, options=ModelOptions(device="cpu"))
     # Each base has been measured when its adapter was trained, and each adapter on its own rows.
     assert measured == [
@@ -280,7 +280,7 @@ def test_what_was_measured_once_is_not_measured_again(adapters, measured):
     assert measured == []
 
 
-def test_what_was_measured_is_not_taken_for_something_else(adapters, measured, gpt2):
+def test_changed_inputs_are_measured_anew(adapters, measured, gpt2):
     """Other weights, settings, rows or numbers of the base are measured anew."""
     texts = tiny_models.reviews(5, seed=8)
 
@@ -311,7 +311,7 @@ def test_what_was_measured_is_not_taken_for_something_else(adapters, measured, g
     assert len({result.loss for result in seen}) == len(seen)
 
 
-def test_an_adapter_that_is_replaced_while_it_is_read_is_not_measured_as_another(adapters, monkeypatch):
+def test_adapter_replaced_while_loading_is_refused(adapters, monkeypatch):
     """Its loss would be kept under the hash of the weights that came after."""
     (adapters[0].path / MANIFEST_FILE).unlink()
     tensors, read = load_file(adapters[0].path / WEIGHTS_FILE), MultiLora.load
@@ -343,7 +343,7 @@ def test_an_adapter_that_is_replaced_while_it_is_read_is_not_measured_as_another
         )
 
 
-def test_a_broken_measure_in_the_cache_is_measured_again(adapters, tmp_path, measured):
+def test_loss_cache_of_other_rows_is_ignored(adapters, tmp_path, measured):
     first = evaluate(adapters[:1], options=ModelOptions(device="cpu"))
     for file in (tmp_path / "cache" / "losses").iterdir():
         file.write_text('{"nll": [1.0], "predictions": [3]}')
@@ -353,7 +353,7 @@ def test_a_broken_measure_in_the_cache_is_measured_again(adapters, tmp_path, mea
     assert measured == ["held-out loss of the base", "noir on noir (adapter 1 of 1)"]
 
 
-def test_fewer_rows_are_the_first(adapters):
+def test_eval_rows_takes_the_first(adapters):
     whole, some = (
         evaluate(adapters[:2], options=ModelOptions(device="cpu")),
         evaluate(adapters[:2], eval_rows=3, options=ModelOptions(device="cpu")),
@@ -365,7 +365,7 @@ def test_fewer_rows_are_the_first(adapters):
     assert evaluate(adapters[:2], eval_rows=1000, options=ModelOptions(device="cpu")) == whole
 
 
-def test_rows_of_other_data(adapters, tmp_path):
+def test_eval_dataset_rows_are_used(adapters, tmp_path):
     texts = tiny_models.reviews(20, seed=9)
     (tmp_path / "other.json").write_text(json.dumps([*texts, texts[0], ""]))
     told = []
@@ -381,7 +381,7 @@ def test_rows_of_other_data(adapters, tmp_path):
     assert [[cell.rows for cell in line] for line in matrix.cells] == [[5], [5]]
 
 
-def test_two_adapters_of_one_name_are_refused(adapters, tmp_path):
+def test_get_all_refuses_duplicate_names(adapters, tmp_path):
     shutil.copytree(adapters[1].path, tmp_path / "elsewhere" / "noir")
     for names in (["noir", "verse", "elsewhere/noir"], ["noir", "noir"], ["noir", tmp_path / "adapters" / "noir"]):
         with pytest.raises(AdapterError) as error:
@@ -395,7 +395,7 @@ def stranger(tmp_path):
     return tiny_models.save_model(tmp_path / "stranger", "gpt2", seed=7)
 
 
-def test_another_base_is_refused_and_both_are_named(adapters, stranger, gpt2, measured):
+def test_wrong_base_error_names_both(adapters, stranger, gpt2, measured):
     with pytest.raises(WrongBaseError) as error:
         evaluate(adapters, options=ModelOptions(base=str(stranger), device="cpu"))
     prints = [find_base(str(folder)).fingerprint[:12] for folder in (gpt2, stranger)]
@@ -410,7 +410,7 @@ def test_another_base_is_refused_and_both_are_named(adapters, stranger, gpt2, me
     assert measured == []
 
 
-def test_another_base_can_be_forced_with_a_notice_for_each(adapters, stranger):
+def test_forced_base_gives_notices(adapters, stranger):
     told = []
     matrix = evaluate(
         adapters[:2], options=ModelOptions(base=str(stranger), device="cpu", force=True, notify=told.append)
@@ -423,7 +423,7 @@ def test_another_base_can_be_forced_with_a_notice_for_each(adapters, stranger):
         assert line[0].model_dump() == close(by_plain_peft(stranger, adapter, matrix.sets[0].texts))
 
 
-def test_adapters_of_different_splits_are_told(adapters):
+def test_different_split_salts_give_notice(adapters):
     told = []
     evaluate(adapters, options=ModelOptions(device="cpu", notify=told.append))
     assert not [it for it in told if isinstance(it, Notice)]
@@ -436,7 +436,7 @@ def test_adapters_of_different_splits_are_told(adapters):
     ]
 
 
-def test_the_base_stays_as_it_was(adapters, monkeypatch):
+def test_evaluate_leaves_base_unchanged(adapters, monkeypatch):
     opened = []
 
     def remember(*args, **kwargs):
@@ -456,7 +456,7 @@ def test_the_base_stays_as_it_was(adapters, monkeypatch):
     assert first.cells[0][0].base_loss == first.cells[1][0].base_loss == first.cells[2][0].base_loss
 
 
-def test_broken_off_it_leaves_no_hook_on_the_base(adapters, monkeypatch):
+def test_interrupt_leaves_no_hooks(adapters, monkeypatch):
     seen = []
 
     def interrupted(model, *args, **kwargs):
@@ -469,7 +469,7 @@ def test_broken_off_it_leaves_no_hook_on_the_base(adapters, monkeypatch):
     assert not any(module._forward_hooks for module in seen[0].modules())
 
 
-def test_the_facts_are_json_and_hold_no_row(adapters, tmp_path):
+def test_matrix_json_contains_no_rows(adapters, tmp_path):
     kept(adapters[1], tmp_path).unlink()
     matrix = evaluate(adapters, options=ModelOptions(device="cpu"))
     text = json.dumps(matrix.to_dict(), allow_nan=False)
@@ -487,19 +487,19 @@ def test_the_facts_are_json_and_hold_no_row(adapters, tmp_path):
     assert facts["adapters"][2]["results"][0] == cell.model_dump() | {"perplexity": math.exp(cell.loss)}
 
 
-def test_rows_in_the_cache_that_never_end_are_missing(adapters, tmp_path):
+def test_deeply_nested_row_cache_is_missing(adapters, tmp_path):
     kept(adapters[0], tmp_path).write_text("[" * 200_000)
     assert "cannot be read" in evaluate(adapters[:2], options=ModelOptions(device="cpu")).sets[0].missing
 
 
-def test_a_set_of_one_row_says_why_it_is_not_measured(adapters):
+def test_single_row_set_is_missing(adapters):
     sets = [EvalSet("x", tiny_models.reviews(1)), EvalSet("y", tiny_models.reviews(3))]
     matrix = evaluate(adapters[:1], sets, options=ModelOptions(device="cpu"))
     assert [it.missing for it in matrix.sets] == ["a standard error needs two rows", None]
     assert [cell is None for cell in matrix.cells[0]] == [True, False]
 
 
-def test_adapters_of_one_name_are_refused(adapters, tmp_path):
+def test_evaluate_refuses_duplicate_names(adapters, tmp_path):
     shutil.copytree(adapters[1].path, tmp_path / "elsewhere" / adapters[0].name)
     with pytest.raises(AdapterError) as error:
         evaluate(
@@ -509,7 +509,7 @@ def test_adapters_of_one_name_are_refused(adapters, tmp_path):
     assert str(error.value) == "Two of these adapters have the name noir: list each once, or rename one."
 
 
-def test_one_row_of_a_set_is_too_few(adapters):
+def test_one_eval_row_is_refused(adapters):
     with pytest.raises(AdapterError) as error:
         evaluate(adapters[:1], [EvalSet("x", tiny_models.reviews(5))], eval_rows=1, options=ModelOptions(device="cpu"))
     assert str(error.value) == (
@@ -517,7 +517,7 @@ def test_one_row_of_a_set_is_too_few(adapters):
     )
 
 
-def test_int8_and_float32_are_not_taken_for_each_other(model_folder):
+def test_int8_loss_has_its_own_cache(model_folder):
     """Both compute in float32, so a cache that knew the dtype alone would mix them up."""
     losses = []
     for dtype in ("float32", "int8", "float32"):
@@ -526,7 +526,7 @@ def test_int8_and_float32_are_not_taken_for_each_other(model_folder):
     assert losses[0] == losses[2] != losses[1]
 
 
-def test_what_is_cached_for_one_order_of_patterns_is_not_taken_for_another(gpt2, tmp_path):
+def test_pattern_order_changes_loss_key(gpt2, tmp_path):
     """Of a pattern's keys the first that matches counts, so their order decides the scale."""
     from .inference.test_multi_lora import written
 
@@ -544,7 +544,7 @@ def test_what_is_cached_for_one_order_of_patterns_is_not_taken_for_another(gpt2,
     assert abs(first - second) > 1e-3
 
 
-def test_on_a_base_that_is_used_meanwhile_each_batch_has_a_turn_of_its_own(adapters, gpt2, monkeypatch):
+def test_shared_base_is_clean_between_batches(adapters, gpt2, monkeypatch):
     """Between two turns the base is the plain one, head and all, for whoever writes with it."""
     monkeypatch.setattr(evaluation, "BATCH_TOKENS_CPU", 64)
     base = load_base(find_base(str(gpt2)), ModelOptions(device="cpu"))

@@ -45,9 +45,7 @@ def only(place: str, free: int) -> None:
 
 
 @pytest.mark.parametrize("plan", [True, False])
-def test_a_step_that_will_not_fit_is_refused_before_it_is_tried(
-    run: Run, wide: Path, novels: Path, tmp_path: Path, plan: bool
-) -> None:
+def test_step_exceeding_memory_is_refused(run: Run, wide: Path, novels: Path, tmp_path: Path, plan: bool) -> None:
     command = ("train", "--base", wide, "--dataset", novels, "--name", "new", *WIDE)
     before = functools.partial(only, "cost", 100_000_000)
     ended = run(*command, *(["--plan"] if plan else []), before=before)
@@ -61,7 +59,7 @@ def test_a_step_that_will_not_fit_is_refused_before_it_is_tried(
         assert not (tmp_path / place).exists() or contents(tmp_path / place) == {}
 
 
-def test_a_base_that_will_not_fit_is_refused_before_it_is_read(run: Run, wide: Path) -> None:
+def test_base_exceeding_memory_is_refused(run: Run, wide: Path) -> None:
     before = functools.partial(only, "base_model", 1_000_000)
     ended = run("generate", "--base", wide, "the actor", before=before)
     assert ended.status == 1
@@ -103,7 +101,7 @@ def _kilobytes(name: str) -> int:
     ],
     ids=lambda it: it if isinstance(it, str) else " ".join(it) or "plain",
 )
-def test_what_a_step_is_said_to_take_is_what_it_takes_at_least(
+def test_step_memory_is_a_lower_bound(
     run: Run, wide: Path, novels: Path, tmp_path: Path, kind: str, more: tuple[str, ...]
 ) -> None:
     base = (
@@ -129,7 +127,7 @@ GROUPS = {
 
 @pytest.mark.parametrize("version", GROUPS)
 @pytest.mark.parametrize("where", ["outer/inner", "outer", ""])
-def test_the_limit_of_a_container_counts_wherever_it_is_set(
+def test_free_memory_respects_container_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, where: str
 ) -> None:
     line, root, (limit, used, total) = GROUPS[version]
@@ -156,7 +154,7 @@ def little() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def test_memory_that_runs_out_all_the_same_is_a_line(run: Run, wide: Path, novels: Path, tmp_path: Path) -> None:
+def test_out_of_memory_error_is_one_line(run: Run, wide: Path, novels: Path, tmp_path: Path) -> None:
     ended = run("train", "--base", wide, "--dataset", novels, "--name", "new", *WIDE, before=little)
     assert ended.status == 1
     assert ended.error_line == (
@@ -166,9 +164,7 @@ def test_memory_that_runs_out_all_the_same_is_a_line(run: Run, wide: Path, novel
 
 
 @pytest.mark.slow
-def test_two_thousand_prompts_take_no_more_memory_than_two_hundred(
-    run: Run, settings: Callable[..., TrainConfig], tmp_path: Path
-) -> None:
+def test_memory_is_independent_of_prompt_count(run: Run, settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
     train(settings())
     peaks = {}
     for count in (200, 2_000):
@@ -215,7 +211,7 @@ def _resident() -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("use", [loading, swapping])
-def test_adapters_that_come_and_go_leave_no_memory_behind(
+def test_swapping_adapters_leaks_no_memory(
     run: Run, settings: Callable[..., TrainConfig], gpt2: Path, tmp_path: Path, use: Callable[..., None]
 ) -> None:
     for seed, name in enumerate(("one", "two")):

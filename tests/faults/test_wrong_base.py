@@ -127,7 +127,7 @@ PAIRS = [pytest.param(*pair, marks=[pytest.mark.slow] * (pair not in QUICK)) for
 
 
 @pytest.mark.parametrize(("own", "other"), PAIRS)
-def test_another_base_is_refused_by_every_command_and_nothing_is_written(own, other, bases, trained_on):
+def test_wrong_base_is_refused_by_commands(own, other, bases, trained_on):
     trained_on(own)
     for name, arguments in COMMANDS.items():
         same_weights = {own, other} == {"gpt2", RETOKENISED}
@@ -144,7 +144,7 @@ def test_another_base_is_refused_by_every_command_and_nothing_is_written(own, ot
         assert "Name the right base with --base" in line, name
 
 
-def test_its_own_base_is_taken_by_every_command(bases, trained_on):
+def test_own_base_is_accepted_by_commands(bases, trained_on):
     trained_on("gpt2")
     for arguments in COMMANDS.values():
         result = run(*arguments, "--base", bases["gpt2"])
@@ -153,7 +153,7 @@ def test_its_own_base_is_taken_by_every_command(bases, trained_on):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_forced_onto_another_base_it_says_so(name, bases, trained_on):
+def test_forced_wrong_base_gives_notice(name, bases, trained_on):
     trained_on("gpt2")
     result = run(*COMMANDS[name], "--base", bases["gpt2 of another seed"], "--force")
     assert result.exit_code == 0, result.output
@@ -167,7 +167,7 @@ def test_forced_onto_another_base_it_says_so(name, bases, trained_on):
     "other", ["shallower gpt2", *(pytest.param(other, marks=pytest.mark.slow) for other in ("wider gpt2", "llama"))]
 )
 @pytest.mark.parametrize("name", [*COMMANDS, "adopt"])
-def test_what_does_not_fit_is_refused_even_forced_or_unknown(name, other, bases, trained_on):
+def test_wrong_shapes_are_refused_even_forced(name, other, bases, trained_on):
     """Its sizes tell, where no manifest does."""
     folder = trained_on("gpt2")
     forced = ["--force"]
@@ -182,7 +182,7 @@ def test_what_does_not_fit_is_refused_even_forced_or_unknown(name, other, bases,
 
 
 @pytest.mark.parametrize("other", [*SAME_SIZES[1:], RETOKENISED, "llama"])
-def test_a_generator_refuses_it_and_writes_on_as_before(other, bases, trained_on, tmp_path):
+def test_generator_survives_refused_adapter(other, bases, trained_on, tmp_path):
     trained_on("gpt2")
     trained_on(other, "own")
     generator = Generator("own", adapters_dir=tmp_path / "adapters", options=ModelOptions(device="cpu"))
@@ -201,7 +201,7 @@ def test_a_generator_refuses_it_and_writes_on_as_before(other, bases, trained_on
     [SAME_SIZES[1], *(pytest.param(it, marks=pytest.mark.slow) for it in (SAME_SIZES[2], RETOKENISED, "llama"))],
 )
 @pytest.mark.parametrize("command", ["blend", "evaluate", "compare", "merge"])
-def test_adapters_of_two_bases_do_not_go_together(command, other, bases, trained_on):
+def test_adapters_of_two_bases_are_refused(command, other, bases, trained_on):
     trained_on("gpt2")
     trained_on(other, "y")
     each = {
@@ -220,7 +220,7 @@ def test_adapters_of_two_bases_do_not_go_together(command, other, bases, trained
     assert Library().names() == ["x", "y"]
 
 
-def test_a_base_that_has_changed_behind_its_path_is_another(bases, trained_on, tmp_path):
+def test_replaced_base_folder_is_refused(bases, trained_on, tmp_path):
     base = Path(shutil.copytree(bases["gpt2"], tmp_path / "base"))
     folder = trained_on("gpt2")
     facts = json.loads((folder / MANIFEST_FILE).read_text())

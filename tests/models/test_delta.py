@@ -20,7 +20,7 @@ def wide(update):
 
 @given(SIZES)
 @settings(max_examples=60, deadline=None)
-def test_spectrum_and_energy_are_those_of_the_wide_matrix(sizes):
+def test_singular_values_match_full_svd(sizes):
     update = made(*sizes)
     values = torch.linalg.svdvals(wide(update))
     found = delta.singular_values(update)
@@ -31,7 +31,7 @@ def test_spectrum_and_energy_are_those_of_the_wide_matrix(sizes):
 
 @given(SIZES, st.integers(1, 9))
 @settings(max_examples=60, deadline=None)
-def test_a_cut_update_is_the_nearest_of_its_rank(sizes, rank):
+def test_truncated_delta_is_nearest_of_rank(sizes, rank):
     update = made(*sizes)
     left, values, right = torch.linalg.svd(wide(update), full_matrices=False)
     nearest = (left[:, :rank] * values[:rank]) @ right[:rank]
@@ -43,7 +43,7 @@ def test_a_cut_update_is_the_nearest_of_its_rank(sizes, rank):
     assert lost == pytest.approx(float(values[rank:].square().sum() / values.square().sum()), abs=1e-9)
 
 
-def test_a_sum_is_exact_for_layers_that_some_lack_and_ranks_that_differ():
+def test_sum_with_different_ranks_is_exact():
     first = {"a": made(3, 8, 6, 1), "b": made(2, 5, 7, 2)}
     second = {"b": made(4, 5, 7, 3), "c": made(1, 4, 4, 4)}
     total = delta.sum_deltas([(0.7, first), (-0.3, second)])
@@ -53,7 +53,7 @@ def test_a_sum_is_exact_for_layers_that_some_lack_and_ranks_that_differ():
     torch.testing.assert_close(wide(total["c"]), -0.3 * wide(second["c"]), atol=1e-6, rtol=1e-6)
 
 
-def test_what_is_lost_is_said_of_each_layer_and_of_all_by_their_weight():
+def test_lost_energy_is_weighted_by_layer():
     large, small = made(2, 6, 6, 1), made(2, 6, 6, 2)
     exact = {"large": LoraDelta(large.A, large.B * 10), "small": small, "none": LoraDelta(small.A, small.B * 0)}
     shares = delta.lost_energy(exact, {"large": exact["large"]})

@@ -77,7 +77,7 @@ def check_shares(done, settings):
     return blocks // model.config.num_hidden_layers
 
 
-def test_it_trains_the_adapter_of_a_whole_base(settings, split):
+def test_sharded_training_matches_unsharded(settings, split):
     """The same 50 steps. Of nine held-out rows one process has fewer batches, and must read on with the other."""
     done = split(settings, "--max-steps=50", "--eval-every=20", "--name=two", "--json")
     assert done.status == 0, done.said
@@ -98,7 +98,7 @@ def test_it_trains_the_adapter_of_a_whole_base(settings, split):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["split", "whole"])
-def test_a_run_goes_on_with_a_base_that_is_split_or_not(settings, split, first):
+def test_run_resumes_sharded_or_unsharded(settings, split, first):
     """One process dies, and the other leaves a checkpoint; what goes on is the other kind."""
     script, plan = ON_A_CPU + DYING.format(at=7), {} if first == "split" else {"ACCELERATE_USE_FSDP": "false"}
     done = split(settings, "--max-steps=12", "--name=cut", script=script, **plan)
@@ -129,7 +129,7 @@ def test_a_run_goes_on_with_a_base_that_is_split_or_not(settings, split, first):
     ],
     ids=lambda more: more[0],
 )
-def test_what_else_is_asked_of_it(settings, split, more):
+def test_sharded_training_supports_option(settings, split, more):
     done = split(settings, "--max-steps=12", "--name=two", *more)
     assert done.status == 0, done.said
     assert Library().get("two").manifest.result.gain > 0
@@ -137,7 +137,7 @@ def test_what_else_is_asked_of_it(settings, split, more):
 
 
 @pytest.mark.slow
-def test_blocks_of_a_name(settings, split, gpt2):
+def test_configured_block_names_are_sharded(settings, split, gpt2):
     """With spaces, and as `accelerate config` writes a name that was not given."""
     names = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
     for number, asked in enumerate(("", " GPT2Block" if settings["base"] == str(gpt2) else " LlamaDecoderLayer , ")):
@@ -148,7 +148,7 @@ def test_blocks_of_a_name(settings, split, gpt2):
 
 
 @pytest.mark.slow
-def test_the_plan_of_the_docs_is_kept(settings, tmp_path):
+def test_documented_accelerate_config_shards(settings, tmp_path):
     text = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
     plan = re.search(r"```yaml\n(distributed_type: FSDP.*?)```", text, re.DOTALL)[1]
     (tmp_path / "fsdp.yaml").write_text(plan.replace("num_processes: 8", "num_processes: 2"))
@@ -162,7 +162,7 @@ def test_the_plan_of_the_docs_is_kept(settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_was_learnt_is_taken_further(settings, split):
+def test_sharded_training_continues_from_adapter(settings, split):
     train(TrainConfig.model_validate(settings | {"max_steps": 5, "name": "one"}))
     done = split(settings, "--from=one", "--max-steps=5", "--name=two")
     assert done.status == 0, done.said
@@ -183,7 +183,7 @@ def planned(monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cpu", "auto"])
-def test_on_a_cpu(planned, device):
+def test_fsdp_on_cpu_is_refused(planned, device):
     planned.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(TrainingError) as error:
         fsdp.read_settings(device)
@@ -222,7 +222,7 @@ def test_on_a_cpu(planned, device):
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "ACCELERATE_USE_PARALLELISM_CONFIG is set"),
     ],
 )
-def test_plans_that_cannot_be_kept(planned, name, value, problem):
+def test_unsupported_fsdp_settings_are_refused(planned, name, value, problem):
     planned.setenv(name, value)
     with pytest.raises(TrainingError) as error:
         fsdp.read_settings("auto")
@@ -230,14 +230,14 @@ def test_plans_that_cannot_be_kept(planned, name, value, problem):
     assert fsdp.shard_count() == 1
 
 
-def test_a_plan_is_taken_before_trainer_sees_it(planned):
+def test_read_settings_hides_fsdp_from_trainer(planned):
     fsdp.read_settings("auto")
     planned.setattr(distributed, "world_size", lambda: 2)
     assert fsdp.shard_count() == 2
     assert "ACCELERATE_USE_FSDP" not in os.environ
 
 
-def test_a_base_without_the_blocks_of_the_plan(planned, gpt2):
+def test_missing_block_class_is_refused(planned, gpt2):
     planned.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaDecoderLayer")
     fsdp.read_settings("auto")
     planned.setattr(distributed, "world_size", lambda: 2)
@@ -256,7 +256,7 @@ def blocks(monkeypatch):
     return find
 
 
-def test_of_blocks_within_each_other_the_outermost(gpt2, blocks):
+def test_nested_blocks_give_the_outermost(gpt2, blocks):
     model = load_base(find_base(str(gpt2)), ModelOptions(device="cpu")).model
     assert blocks(model, "GPT2MLP", "GPT2Block") == [*model.transformer.h] == blocks(model, "")
     model._no_split_modules = None
@@ -264,7 +264,7 @@ def test_of_blocks_within_each_other_the_outermost(gpt2, blocks):
         blocks(model)
 
 
-def test_blocks_that_share_weights(planned, gpt2):
+def test_blocks_with_shared_weights_are_refused(planned, gpt2):
     fsdp.read_settings("auto")
     planned.setattr(distributed, "world_size", lambda: 2)
     model = torch.nn.ModuleDict({name: torch.nn.Sequential(torch.nn.Linear(2, 2)) for name in "ab"})
@@ -274,7 +274,7 @@ def test_blocks_that_share_weights(planned, gpt2):
         fsdp.place_or_shard(model, torch.device("cpu"))
 
 
-def test_what_it_takes_is_counted(gpt2, monkeypatch):
+def test_weight_bytes_with_experts_are_sharded(gpt2, monkeypatch):
     """Experts of a mixture have three dimensions, and are split with their blocks."""
     source = find_base(str(gpt2))
     source.__dict__["shapes"] = {"h.0.experts": (8, 16, 4), "h.0.norm": (16,), "wte.weight": (100, 16)}
@@ -291,7 +291,7 @@ def test_what_it_takes_is_counted(gpt2, monkeypatch):
         ({"load_in": "4bit"}, BaseModelError, "--load-in 4bit cannot be combined with FSDP: choose one"),
     ],
 )
-def test_what_needs_a_whole_base(settings, monkeypatch, more, kind, problem):
+def test_options_needing_whole_base_are_refused(settings, monkeypatch, more, kind, problem):
     monkeypatch.setattr(fsdp, "shard_count", lambda: 2)
     monkeypatch.setattr(fsdp, "place_or_shard", lambda model, place: None)
     with pytest.raises(kind) as error:

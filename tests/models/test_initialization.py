@@ -21,7 +21,7 @@ from lora_tuner.training.trainer import _LoraTrainer
 OTHERS = [name for name in METHODS if name != "lora"]
 
 
-def test_the_table_of_methods_is_whole():
+def test_methods_table_is_complete():
     assert set(METHODS) == set(get_args(MethodName))
     assert next(iter(METHODS)) == TrainConfig().method == "lora"
 
@@ -47,7 +47,7 @@ def loss(job):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_update_begins_as_nothing_learns_and_leaves_the_base_alone(on, method):
+def test_training_lowers_loss_and_keeps_base(on, method):
     config = on(method, max_steps=12)
     before = prepare_training(config)
     weights = {name: p.clone() for name, p in before.model.named_parameters() if not p.requires_grad}
@@ -65,7 +65,7 @@ def test_an_update_begins_as_nothing_learns_and_leaves_the_base_alone(on, method
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_saved_is_read_by_plain_peft_and_touches_no_base(on, model_folder, method):
+def test_saved_adapter_loads_in_plain_peft(on, model_folder, method):
     """The measured loss is that of the files, with PEFT alone; and no initialiser is named."""
     adapter = train(on(method))
     config = json.loads((adapter.path / CONFIG_FILE).read_text())
@@ -88,7 +88,7 @@ def test_what_is_saved_is_read_by_plain_peft_and_touches_no_base(on, model_folde
 
 
 @pytest.mark.parametrize("method", ["pissa", "eva", *(pytest.param(it, marks=pytest.mark.slow) for it in OTHERS[:3])])
-def test_a_resumed_run_equals_an_uninterrupted_one(on, method, stop_at):
+def test_resumed_method_equals_uninterrupted_run(on, method, stop_at):
     whole = train(on(method, name="whole", save_every=2))
 
     with stop_at(3):
@@ -100,7 +100,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(on, method, stop_at):
 
 
 @pytest.mark.parametrize("method", OTHERS)
-def test_going_on_from_it_keeps_its_kind(on, method):
+def test_child_adapter_keeps_method(on, method):
     parent = train(on(method, name="parent"))
     again = {"dataset": "reviews.csv", "max_length": 64, "eval_rows": 8}
     child = train(TrainConfig(parent="parent", name="child", max_steps=3, batch_size=2, **again))
@@ -111,7 +111,7 @@ def test_going_on_from_it_keeps_its_kind(on, method):
     assert child.manifest.run.method == kind
 
 
-def test_a_fresh_start_is_refused_on_a_parent(settings, adapter):
+def test_pissa_with_parent_is_refused(settings, adapter):
     with pytest.raises(ConfigError) as error:
         train(TrainConfig(dataset="reviews.csv", name="child", method="pissa", parent="reviews", max_steps=2))
     assert str(error.value) == (
@@ -119,12 +119,12 @@ def test_a_fresh_start_is_refused_on_a_parent(settings, adapter):
     )
 
 
-def test_lora_plus_may_go_on_from_a_plain_adapter(settings, adapter):
+def test_lora_plus_continues_from_plain_lora(settings, adapter):
     child = train(settings(name="child", method="lora+", parent="reviews", max_steps=2))
     assert child.manifest.run.method == "lora+"
 
 
-def test_pissa_learns_one_half_and_begins_with_the_largest_directions(on):
+def test_pissa_trains_only_first_half(on):
     job = prepare_training(on("pissa", rank=3))
     layer = next(it for it in job.model.modules() if hasattr(it, "lora_A"))
     down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -145,7 +145,7 @@ def test_pissa_learns_one_half_and_begins_with_the_largest_directions(on):
         assert torch.equal(downs[key][3:], start[key][3:])
 
 
-def test_pissa_is_that_of_peft(on, model_folder):
+def test_pissa_matches_peft(on, model_folder):
     """What learns begins as in PEFT's own, which changes the base."""
     from peft import LoraConfig, get_peft_model
 
@@ -164,7 +164,7 @@ def test_pissa_is_that_of_peft(on, model_folder):
         )
 
 
-def test_eva_gives_more_rank_where_the_text_has_more_directions(on):
+def test_eva_redistributes_ranks(on):
     adapter = train(on("eva", rank=4))
     ranks = {adapter.rank_of(module) for module in adapter.modules}
     assert len(ranks) > 1
@@ -173,7 +173,7 @@ def test_eva_gives_more_rank_where_the_text_has_more_directions(on):
     assert {adapter.scale_of(module) for module in adapter.modules} == {2.0}
 
 
-def test_eva_begins_with_directions_of_the_inputs(on):
+def test_eva_starts_with_orthonormal_directions(on):
     job = prepare_training(on("eva", rank=4))
     for name, tensor in lora.adapter_state_dict(job.model).items():
         if "lora_A" in name:
@@ -183,7 +183,7 @@ def test_eva_begins_with_directions_of_the_inputs(on):
 
 
 @pytest.mark.parametrize("method", ["pissa", "eva"])
-def test_a_rank_that_the_layers_have_not_is_refused(on, model_folder, method):
+def test_rank_above_layer_size_is_refused(on, model_folder, method):
     most = 16 if method == "pissa" and model_folder.name == "llama" else 32  # Llama's keys and values
     with pytest.raises(ConfigError) as error:
         train(on(method, rank=33))
@@ -191,7 +191,7 @@ def test_a_rank_that_the_layers_have_not_is_refused(on, model_folder, method):
     assert not Library().names()
 
 
-def test_eva_begins_with_what_it_has_where_directions_never_settle(on, monkeypatch):
+def test_eva_without_convergence_stops(on, monkeypatch):
     monkeypatch.setattr(initialization, "EVA_CONVERGED", 1.0)
     job = prepare_training(on("eva", rank=4))
     for layer in initialization._lora_layers(job.model):
@@ -199,7 +199,7 @@ def test_eva_begins_with_what_it_has_where_directions_never_settle(on, monkeypat
         assert torch.linalg.matrix_rank(down.weight) == len(down.weight)
 
 
-def test_eva_on_too_little_text_is_refused(on):
+def test_eva_with_too_little_text_is_refused(on):
     with pytest.raises(ConfigError) as error:
         prepare_training(on("eva", rank=32, max_rows=2, dataset=_short(), eval_dataset=_short("held"), eval_rows=2))
     assert str(error.value) == "eva needs 32 tokens of text for this rank: provide more text, or lower --rank."
@@ -213,7 +213,7 @@ def _short(name="short"):
     return str(path)
 
 
-def test_lora_plus_has_two_learning_rates(on, tmp_path):
+def test_lora_plus_uses_two_learning_rates(on, tmp_path):
     job = prepare_training(on("lora+", weight_decay=0.1))
     trainer = _LoraTrainer(job, tmp_path)
     groups = trainer.create_optimizer().param_groups
@@ -225,20 +225,20 @@ def test_lora_plus_has_two_learning_rates(on, tmp_path):
     assert sum(len(group["params"]) for group in groups) == len(lora.adapter_state_dict(job.model))
 
 
-def test_rslora_scales_by_the_root_of_the_rank(on):
+def test_rslora_scales_by_root_of_rank(on):
     small, large = (prepare_training(on("rslora", rank=rank)).model.peft_config["default"] for rank in (8, 32))
     assert small.lora_alpha == large.lora_alpha == 6
     adapter = train(on("rslora", rank=4))
     assert {adapter.scale_of(module) for module in adapter.modules} == {3.0}
 
 
-def test_each_method_has_its_learning_rate(on):
+def test_method_sets_default_learning_rate(on):
     for method, facts in METHODS.items():
         assert prepare_training(on(method)).config.learning_rate == facts.learning_rate
     assert prepare_training(on("dora").model_copy(update={"learning_rate": 0.5})).config.learning_rate == 0.5
 
 
-def test_weight_decay_is_refused_with_pissa():
+def test_pissa_with_weight_decay_is_refused():
     with pytest.raises(ConfigError) as error:
         resolve_settings(TrainConfig, {"method": "pissa", "weight_decay": 0.1})
     assert str(error.value) == (
@@ -247,7 +247,7 @@ def test_weight_decay_is_refused_with_pissa():
 
 
 @pytest.mark.slow
-def test_a_measured_adapter_is_the_one_that_was_trained(on):
+def test_evaluate_matches_training_for_every_method(on):
     """`evaluate` finds the loss that training found, with every method."""
     for method in METHODS:
         adapter = train(on(method, name=method.replace("+", "plus")))

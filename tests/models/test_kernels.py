@@ -32,7 +32,7 @@ def rows(count, seed=0):
     ]
 
 
-def test_the_loss_curve_is_that_of_the_plain_path(model_folder, reviews_csv):
+def test_loss_curve_matches_transformers_and_peft(model_folder, reviews_csv):
     """The same batches through transformers and PEFT as they are; both learn."""
     config = TrainConfig(
         base=str(model_folder), dataset=str(reviews_csv), max_length=64, rank=4, batch_size=2, max_steps=1, eval_rows=8
@@ -78,7 +78,7 @@ def test_the_loss_curve_is_that_of_the_plain_path(model_folder, reviews_csv):
 
 
 @pytest.mark.parametrize("chunk", [7, 64, 512])
-def test_the_loss_and_its_gradient_in_chunks_are_those_of_the_whole(base, monkeypatch, chunk):
+def test_chunked_loss_matches_full_cross_entropy(base, monkeypatch, chunk):
     monkeypatch.setattr(kernels, "CHUNK", chunk)
     torch.manual_seed(0)
     head = kernels.ChunkedLMHead(base.model)
@@ -98,7 +98,7 @@ def test_the_loss_and_its_gradient_in_chunks_are_those_of_the_whole(base, monkey
     assert (nll == 0).sum() >= (following == packing.IGNORE_INDEX).sum()
 
 
-def test_a_probability_too_small_for_float32_has_a_loss_all_the_same(base):
+def test_tiny_probability_has_exact_loss(base):
     head = kernels.ChunkedLMHead(base.model)
     hidden = (head.module.weight[7] * 1e5)[None, None].repeat(1, 2, 1)
     logits = hidden[0, 0] @ head.module.weight.T
@@ -108,7 +108,7 @@ def test_a_probability_too_small_for_float32_has_a_loss_all_the_same(base):
     assert nll[0, 0] > 200
 
 
-def test_a_model_that_does_more_than_a_product_keeps_its_head(base):
+def test_custom_head_is_not_skipped(base):
     class Louder(nn.Linear):
         def forward(self, hidden):
             return super().forward(hidden) * 2
@@ -127,7 +127,7 @@ def test_a_model_that_does_more_than_a_product_keeps_its_head(base):
         torch.testing.assert_close(nll[0, :-1], F.cross_entropy(logits, ids[0, 1:], reduction="none"))
 
 
-def test_what_follows_the_head_is_noticed(base, monkeypatch):
+def test_capped_logits_keep_the_head(base, monkeypatch):
     """Soft caps, as Gemma 2 has them, and scaled logits, as Cohere's."""
     kind = type(base.model)
     forward = kind.forward
@@ -141,14 +141,14 @@ def test_what_follows_the_head_is_noticed(base, monkeypatch):
     assert not kernels.ChunkedLMHead(base.model).skipped
 
 
-def test_the_head_is_back_after_an_error(base):
+def test_error_restores_lm_head(base):
     head = kernels.ChunkedLMHead(base.model)
     with pytest.raises(KeyError), head.skip_lm_head():
         raise KeyError
     assert base.model(torch.tensor([[1, 2]])).logits.shape[-1] == 320
 
 
-def test_asking_for_the_head_uses_no_random_numbers_and_leaves_the_mode(model_folder):
+def test_head_probe_leaves_model_unchanged(model_folder):
     model = AutoModelForCausalLM.from_pretrained(model_folder).train()  # with its dropout
     torch.manual_seed(3)
     assert kernels.ChunkedLMHead(model).skipped
@@ -158,7 +158,7 @@ def test_asking_for_the_head_uses_no_random_numbers_and_leaves_the_mode(model_fo
     assert drawn == torch.rand(1)
 
 
-def test_packed_rows_attend_as_they_do_alone(model_folder):
+def test_varlen_attention_matches_masked_attention(model_folder):
     """Several to a line, several lines, forward and backward, beside the mask that transformers makes."""
     config = TrainConfig(base=str(model_folder), rank=4)
     lines = [rows(3), rows(2, seed=1), rows(4, seed=2)]
@@ -177,7 +177,7 @@ def test_packed_rows_attend_as_they_do_alone(model_folder):
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
 
 
-def test_the_bounds_of_rows_in_a_batch():
+def test_collate_returns_row_boundaries():
     batch = packing.collate([rows(2), rows(3, seed=1)], 0, cu_seqlens=True)
     lengths = [len(row) for row in (*rows(2), *rows(3, seed=1))]
     width = batch["input_ids"].shape[1]
@@ -186,7 +186,7 @@ def test_the_bounds_of_rows_in_a_batch():
     assert batch["position_ids"].flatten()[starts[:-1]].tolist() == [0] * 5
 
 
-def test_a_model_that_looks_through_a_window_attends_its_own_way():
+def test_sliding_window_disables_varlen_attention():
     size = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     assert not kernels.enable_varlen_attention(MistralForCausalLM(MistralConfig(sliding_window=8, **size, **heads)))
@@ -196,7 +196,7 @@ def test_a_model_that_looks_through_a_window_attends_its_own_way():
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_base_is_streamlined_and_says_the_same(model_folder):
+def test_fused_modules_give_same_logits(model_folder):
     stock = AutoModelForCausalLM.from_pretrained(model_folder)
     ours = load_base(find_base(str(model_folder)), ModelOptions(device="cpu", dtype="float32")).model
     kinds = {type(module).__name__ for module in ours.modules()}
@@ -207,7 +207,7 @@ def test_a_base_is_streamlined_and_says_the_same(model_folder):
     assert {name for name, _ in ours.named_parameters()} == {name for name, _ in stock.named_parameters()}
 
 
-def test_a_norm_that_counts_otherwise_is_left_alone():
+def test_gemma_norm_is_not_fused():
     """Gemma's multiplies by one more than its weight."""
     size = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8}
     model = GemmaForCausalLM(GemmaConfig(num_attention_heads=4, num_key_value_heads=2, **size)).eval()
@@ -220,7 +220,7 @@ def test_a_norm_that_counts_otherwise_is_left_alone():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_an_update_in_place_is_pefts(model_folder, dropout):
+def test_fused_lora_matches_peft(model_folder, dropout):
     config = TrainConfig(base=str(model_folder), rank=4, dropout=dropout)
     ids = torch.arange(1, 30)[None]
     found = []
@@ -248,7 +248,7 @@ def test_an_update_in_place_is_pefts(model_folder, dropout):
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
 
 
-def test_in_bfloat16_it_is_the_plain_path_within_its_rounding(model_folder):
+def test_bfloat16_gradients_match_float32(model_folder):
     """Loss, and the direction of every gradient."""
     lines = [rows(3), rows(2, seed=1)]
     found = []
@@ -270,7 +270,7 @@ def test_in_bfloat16_it_is_the_plain_path_within_its_rounding(model_folder):
         assert F.cosine_similarity(ours, theirs, 0) > 0.98
 
 
-def test_a_job_knows_whether_rows_are_told_apart(model_folder, reviews_csv):
+def test_collate_follows_varlen_setting(model_folder, reviews_csv):
     job = prepare_training(
         TrainConfig(base=str(model_folder), dataset=str(reviews_csv), max_length=64, max_steps=1, eval_rows=4)
     )
@@ -278,7 +278,7 @@ def test_a_job_knows_whether_rows_are_told_apart(model_folder, reviews_csv):
     assert "cu_seq_lens_q" not in dataclasses.replace(job, varlen_attention=False).collate([job.sequences[0]])
 
 
-def test_norms_that_take_more_than_one_input_or_each_head_apart_are_left_alone():
+def test_gated_and_head_norms_stay():
     class Gated(nn.Module):
         def __init__(self, shape):
             super().__init__()
@@ -297,7 +297,7 @@ def test_norms_that_take_more_than_one_input_or_each_head_apart_are_left_alone()
         assert model[0] is norm
 
 
-def test_dropout_is_off_wherever_a_model_keeps_its_share(tmp_path):
+def test_dropout_attributes_are_zeroed(tmp_path):
     from ..inference.test_multi_lora import save_opt
 
     model = load_base(
@@ -307,7 +307,7 @@ def test_dropout_is_off_wherever_a_model_keeps_its_share(tmp_path):
     torch.testing.assert_close(model(ids).logits, model(ids).logits, atol=0, rtol=0)
 
 
-def test_a_head_whose_output_is_widened_is_skipped_in_bfloat16(model_folder, monkeypatch):
+def test_upcast_logits_skip_head_in_bfloat16(model_folder, monkeypatch):
     base = load_base(find_base(str(model_folder)), ModelOptions(device="cpu", dtype="bfloat16"))
     kind = type(base.model)
     forward = kind.forward

@@ -32,7 +32,7 @@ LLAMA = {
 
 
 @pytest.mark.parametrize("wanted", ["auto", "all-linear", "attention"])
-def test_targets_by_kind(gpt2, llama, wanted):
+def test_target_modules_by_group(gpt2, llama, wanted):
     for folder, expected in ((gpt2, GPT2), (llama, LLAMA)):
         assert (
             lora.resolve_target_modules(load(folder).model, wanted)
@@ -40,7 +40,7 @@ def test_targets_by_kind(gpt2, llama, wanted):
         )
 
 
-def test_targets_by_name(gpt2):
+def test_target_modules_by_name(gpt2):
     model = load(gpt2).model
     assert lora.resolve_target_modules(model, "c_attn, mlp.c_proj") == ["c_attn", "mlp.c_proj"]
     assert lora.resolve_target_modules(model, "transformer.h.1.attn.c_attn") == ["1.attn.c_attn"]
@@ -55,20 +55,20 @@ CANNOT = (
 @pytest.mark.parametrize(
     "name", ["lm_head", "wte", "q_proj", "embed_tokens", "", "attn", "C_ATTN", "h.9.attn.c_attn", ".*"]
 )
-def test_what_cannot_be_adapted_is_refused_with_the_names_that_can(gpt2, name):
+def test_unknown_target_lists_valid_names(gpt2, name):
     with pytest.raises(ConfigError) as error:
         lora.resolve_target_modules(load(gpt2).model, name)
     assert str(error.value) == CANNOT.format(name, "c_attn, c_fc, c_proj")
 
 
-def test_of_several_names_those_that_cannot_be_adapted_are_refused(llama):
+def test_only_invalid_targets_are_named(llama):
     with pytest.raises(ConfigError) as error:
         lora.resolve_target_modules(load(llama).model, "q_proj, lm_head,wte ,v_proj")
     names = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
     assert str(error.value) == CANNOT.format("lm_head, wte", names)
 
 
-def test_a_base_without_attention():
+def test_base_without_attention_is_refused():
     model = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=8, num_hidden_layers=1, state_size=2))
     with pytest.raises(ConfigError) as error:
         lora.resolve_target_modules(model, "attention")
@@ -78,7 +78,7 @@ def test_a_base_without_attention():
     assert lora.resolve_target_modules(model, "all-linear") == ["dt_proj", "in_proj", "out_proj", "x_proj"]
 
 
-def test_what_peft_refuses_is_a_setting_that_is_wrong(gpt2, monkeypatch):
+def test_peft_value_error_becomes_config_error(gpt2, monkeypatch):
     def refuse(*_, **__):
         raise ValueError("Target module Linear()\n  is not   supported.")
 
@@ -88,7 +88,7 @@ def test_what_peft_refuses_is_a_setting_that_is_wrong(gpt2, monkeypatch):
     assert str(error.value) == "target_modules: Target module Linear() is not supported."
 
 
-def test_only_the_update_is_trained_and_it_starts_as_nothing(model_folder):
+def test_new_lora_changes_nothing(model_folder):
     base = load(model_folder)
     ids = torch.arange(12)[None]
     before = base.model(ids).logits
@@ -100,7 +100,7 @@ def test_only_the_update_is_trained_and_it_starts_as_nothing(model_folder):
     assert frozen == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(model_folder).parameters())
 
 
-def test_alpha_is_twice_the_rank_unless_given(gpt2):
+def test_alpha_defaults_to_twice_the_rank(gpt2):
     assert lora.add_lora(load(gpt2), TrainConfig(rank=3)).peft_config["default"].lora_alpha == 6
     assert lora.add_lora(load(gpt2), TrainConfig(rank=3, alpha=5)).peft_config["default"].lora_alpha == 5
 
@@ -116,7 +116,7 @@ def stored(model_folder, tmp_path):
     return load_adapter_folder(tmp_path / "stored")
 
 
-def test_a_saved_adapter_gives_plain_peft_the_same_logits(model_folder, stored):
+def test_saved_adapter_matches_plain_peft(model_folder, stored):
     ids = torch.arange(20)[None]
     ours = lora.load_lora(load(model_folder).model, stored, "slot0")
     ours.set_adapter("slot0")
@@ -124,7 +124,7 @@ def test_a_saved_adapter_gives_plain_peft_the_same_logits(model_folder, stored):
     torch.testing.assert_close(ours(ids).logits, plain(ids).logits, atol=1e-5, rtol=0)
 
 
-def test_the_config_names_the_base_and_no_initialiser(model_folder, stored):
+def test_saved_config_names_base(model_folder, stored):
     config = json.loads((stored.path / CONFIG_FILE).read_text())
     assert config["base_model_name_or_path"] == str(model_folder)
     assert config["init_lora_weights"] is True
@@ -143,7 +143,7 @@ def test_the_config_names_the_base_and_no_initialiser(model_folder, stored):
         {"alpha_pattern": {"attn.c_attn": 1, "h.1.mlp.c_proj": 16, "0.self_attn.v_proj": 0, "v_proj": 9}},
     ],
 )
-def test_what_plain_peft_saves_is_read_and_gives_the_same_logits(model_folder, tmp_path, settings):
+def test_plain_peft_adapter_loads_identically(model_folder, tmp_path, settings):
     torch.manual_seed(2)
     transposed = "gpt2" in str(model_folder)
     plain = AutoModelForCausalLM.from_pretrained(model_folder)
@@ -173,7 +173,7 @@ def spoil(adapter, count):
 
 
 @pytest.mark.parametrize("wrong", [1, 3, 5])
-def test_a_damaged_adapter_is_refused_and_the_base_stays(stored, model_folder, wrong):
+def test_damaged_adapter_leaves_base_unchanged(stored, model_folder, wrong):
     names = spoil(stored, wrong)
     base = load(model_folder)
     before = [name for name, _ in base.model.named_modules()]
@@ -188,7 +188,7 @@ def test_a_damaged_adapter_is_refused_and_the_base_stays(stored, model_folder, w
     assert [name for name, _ in base.model.named_modules()] == before
 
 
-def test_weights_that_the_manifest_does_not_know_are_refused(known, model_folder):
+def test_weights_with_wrong_hash_are_refused(known, model_folder):
     tensors = load_file(known.path / WEIGHTS_FILE)
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, known.path / WEIGHTS_FILE)
     with pytest.raises(AdapterError) as error:
@@ -198,7 +198,7 @@ def test_weights_that_the_manifest_does_not_know_are_refused(known, model_folder
     )
 
 
-def test_an_adapter_of_another_shape_is_refused_and_the_base_stays(tmp_path, stored, model_folder):
+def test_wrong_shapes_leave_base_unchanged(tmp_path, stored, model_folder):
     gpt2 = "gpt2" in str(model_folder)
     wider = load(tiny_models.save_model(tmp_path / "wider", "gpt2" if gpt2 else "llama", width=48))
     names = [name for name, _ in wider.model.named_modules()]
@@ -217,7 +217,7 @@ def test_an_adapter_of_another_shape_is_refused_and_the_base_stays(tmp_path, sto
     assert [name for name, _ in wider.model.named_modules()] == names
 
 
-def test_an_adapter_with_more_layers_than_the_base_is_refused(tmp_path, stored, model_folder):
+def test_missing_base_layers_are_refused(tmp_path, stored, model_folder):
     gpt2 = "gpt2" in str(model_folder)
     shallow = load(tiny_models.save_model(tmp_path / "shallow", "gpt2" if gpt2 else "llama", layers=1))
     with pytest.raises(AdapterError) as error:
@@ -275,12 +275,12 @@ def forced(adapter, base):
     return notices
 
 
-def test_the_right_base_is_taken_without_a_word(known, model_folder):
+def test_right_base_passes_silently(known, model_folder):
     lora.check_base(known, load(model_folder), options=ModelOptions(notify=pytest.fail))
     assert forced(known, load(model_folder)) == []
 
 
-def test_the_wrong_base_is_refused_unless_forced(known, model_folder, other_weights):
+def test_wrong_base_is_refused_unless_forced(known, model_folder, other_weights):
     own, others = load(model_folder).files, other_weights.files
     assert own.fingerprint != others.fingerprint
     what = (
@@ -293,7 +293,7 @@ def test_the_wrong_base_is_refused_unless_forced(known, model_folder, other_weig
     assert forced(known, other_weights) == [Notice(f"FORCED: {what}. Its output may be meaningless.")]
 
 
-def test_the_wrong_tokenizer_is_refused_unless_forced(known, model_folder, other_tokenizer):
+def test_wrong_tokenizer_is_refused_unless_forced(known, model_folder, other_tokenizer):
     assert other_tokenizer.files.fingerprint == load(model_folder).files.fingerprint
     what = f"stored was trained with another tokenizer than that of {other_tokenizer.files.name}"
     assert refused(known, other_tokenizer) == (
@@ -302,13 +302,13 @@ def test_the_wrong_tokenizer_is_refused_unless_forced(known, model_folder, other
     assert forced(known, other_tokenizer) == [Notice(f"FORCED: {what}. Its output may be meaningless.")]
 
 
-def test_where_no_tokenizer_is_known_none_is_refused(known, other_tokenizer):
+def test_unknown_tokenizer_hash_passes(known, other_tokenizer):
     facts = known.manifest.model_copy(update={"base": known.manifest.base.model_copy(update={"tokenizer": None})})
     (known.path / MANIFEST_FILE).write_text(facts.to_json())
     lora.check_base(load_adapter_folder(known.path), other_tokenizer, options=ModelOptions(notify=pytest.fail))
 
 
-def test_without_a_manifest_any_base_is_taken_with_a_word(stored, other_weights):
+def test_missing_manifest_gives_a_notice(stored, other_weights):
     notice = Notice(f"stored has no manifest, so only its shapes can be compared with {other_weights.files.name}.")
     assert forced(stored, other_weights) == [notice]
     notices = []
@@ -316,11 +316,11 @@ def test_without_a_manifest_any_base_is_taken_with_a_word(stored, other_weights)
     assert notices == [notice]
 
 
-def test_the_base_is_found_from_the_manifest(adapter, gpt2):
+def test_open_base_uses_manifest(adapter, gpt2):
     assert loading.open_base(Library().get("reviews"), options=ModelOptions(device="cpu")).files.folder == gpt2
 
 
-def test_the_order_of_patterns_survives_saving(gpt2, tmp_path):
+def test_saving_keeps_pattern_order(gpt2, tmp_path):
     """Of several keys that match, PEFT takes the first."""
     shapes = {"A": (4, 32), "B": (96, 4)}
     weights = {
@@ -336,7 +336,7 @@ def test_the_order_of_patterns_survives_saving(gpt2, tmp_path):
     assert [child.scale_of(module) for module in child.modules] == [16.0, 0.5]
 
 
-def test_an_adapter_that_has_changed_since_it_was_read_is_refused(model_folder, stored, tmp_path):
+def test_adapter_changed_on_disk_is_refused(model_folder, stored, tmp_path):
     other = lora.add_lora(load(model_folder), TrainConfig(rank=2))
     lora.save_adapter_files(lora.adapter_state_dict(other), other.peft_config["default"], stored.path)
     with pytest.raises(AdapterError) as error:

@@ -35,7 +35,7 @@ def folder(request, wide):
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_an_adapter_is_trained_saved_and_read_on_a_base_of_fewer_bits(folder, settings, bits):
+def test_quantized_base_trains_and_generates(folder, settings, bits):
     adapter = train(settings(base=str(folder), load_in=bits))
     manifest = adapter.manifest
     assert manifest.run.load_in == bits
@@ -57,7 +57,7 @@ def test_an_adapter_is_trained_saved_and_read_on_a_base_of_fewer_bits(folder, se
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_the_linear_layers_and_nothing_else_have_fewer_bits(folder, bits):
+def test_only_linear_layers_are_quantized(folder, bits):
     base = load_base(find_base(str(folder)), ModelOptions(device="cpu", dtype="bfloat16", load_in=bits))
     assert base.load_in == bits
     kind = {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}[bits]
@@ -73,7 +73,7 @@ def test_the_linear_layers_and_nothing_else_have_fewer_bits(folder, bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_gradients_reach_the_lowest_layer_after_something_was_written(folder, settings, bits):
+def test_gradients_flow_after_quantized_generation(folder, settings, bits):
     """On a CPU with AVX-512 bitsandbytes packs the weights of 4 bits when they are first read without a gradient, and what it
     then computes has none."""
     base = load_base(find_base(str(folder)), ModelOptions(device="cpu", load_in=bits))
@@ -92,14 +92,14 @@ def test_gradients_reach_the_lowest_layer_after_something_was_written(folder, se
 
 
 @pytest.mark.parametrize("method", ["dora", "pissa", "eva"])
-def test_methods_that_look_at_the_weights_read_them_in_full(folder, settings, method):
+def test_methods_dequantize_weights(folder, settings, method):
     adapter = train(settings(base=str(folder), load_in="4bit", method=method))
     again = evaluation.evaluate([adapter], options=ModelOptions(device="cpu", load_in="4bit")).cells[0][0]
     assert again.loss == pytest.approx(adapter.manifest.result.loss, abs=2e-3)
     assert again.gain > 0
 
 
-def test_a_resumed_run_in_four_bits_equals_an_uninterrupted_one(settings, wide, stop_at):
+def test_resumed_4bit_run_equals_uninterrupted_run(settings, wide, stop_at):
     four = {"base": str(wide["llama"]), "load_in": "4bit", "save_every": 2}
     whole = train(settings(name="whole", **four))
 
@@ -124,7 +124,7 @@ def free(monkeypatch, folder, share):
         (0.3, torch.bfloat16, "4bit"),
     ],
 )
-def test_what_is_left_open_takes_the_most_that_fits(wide, monkeypatch, share, dtype, bits):
+def test_auto_precision_takes_largest_that_fits(wide, monkeypatch, share, dtype, bits):
     free(monkeypatch, wide["gpt2"], share)
     notices = []
     options = ModelOptions(device="cpu", notify=lambda notice: notices.append(notice.text))
@@ -138,7 +138,7 @@ def test_what_is_left_open_takes_the_most_that_fits(wide, monkeypatch, share, dt
         assert text.endswith(f"GB of memory are free, so it is loaded in {called}.")
 
 
-def test_what_was_chosen_for_want_of_memory_is_in_run_yaml(settings, wide, monkeypatch):
+def test_chosen_precision_is_in_run_yaml(settings, wide, monkeypatch):
     free(monkeypatch, wide["gpt2"], 0.3)
     adapter = train(settings(base=str(wide["gpt2"])))
     text = (adapter.path / "run.yaml").read_text()
@@ -147,7 +147,7 @@ def test_what_was_chosen_for_want_of_memory_is_in_run_yaml(settings, wide, monke
     assert adapter.manifest.run.load_in == "4bit"
 
 
-def test_nothing_is_chosen_against_what_was_asked_for(wide, monkeypatch):
+def test_explicit_precision_is_never_reduced(wide, monkeypatch):
     free(monkeypatch, wide["gpt2"], 0.3)
     source = find_base(str(wide["gpt2"]))
     with pytest.raises(BaseModelError) as error:
@@ -162,7 +162,7 @@ def test_nothing_is_chosen_against_what_was_asked_for(wide, monkeypatch):
     assert str(error.value).endswith("GB of memory are free: choose a smaller base.")
 
 
-def test_fewer_bits_without_bitsandbytes_or_twice_are_refused(gpt2, monkeypatch):
+def test_impossible_quantization_is_refused(gpt2, monkeypatch):
     source = find_base(str(gpt2))
     with pytest.raises(BaseModelError, match="both quantize the base: choose one"):
         load_base(source, ModelOptions(device="cpu", dtype="int8", load_in="4bit"))
@@ -173,7 +173,7 @@ def test_fewer_bits_without_bitsandbytes_or_twice_are_refused(gpt2, monkeypatch)
 
 
 @pytest.mark.parametrize("bits", ["full", "4bit"])
-def test_activations_computed_again_change_no_bit(folder, settings, bits):
+def test_gradient_checkpointing_is_bitwise_equal(folder, settings, bits):
     kept, again = (
         train(settings(base=str(folder), name=name, gradient_checkpointing=mode, dropout=0.1, load_in=bits))
         for name, mode in (("kept", "off"), ("again", "on"))
@@ -182,7 +182,7 @@ def test_activations_computed_again_change_no_bit(folder, settings, bits):
     assert "checkpointing: 'on'" in (again.path / "run.yaml").read_text()
 
 
-def test_counting_what_a_step_keeps_keeps_nothing(folder, settings):
+def test_step_memory_leaks_no_tensors(folder, settings):
     job = prepare_training(settings(base=str(folder)))
 
     def tensors():
@@ -195,7 +195,7 @@ def test_counting_what_a_step_keeps_keeps_nothing(folder, settings):
     assert tensors() == before
 
 
-def test_activations_computed_again_are_not_kept(folder, settings):
+def test_gradient_checkpointing_saves_memory(folder, settings):
     job = prepare_training(settings(base=str(folder), max_length=128))
     _, all_kept = profiling.step_memory(job)
     job.enable_gradient_checkpointing()
@@ -204,7 +204,7 @@ def test_activations_computed_again_are_not_kept(folder, settings):
     assert few - weights < 0.7 * (all_kept - weights)
 
 
-def test_they_are_computed_again_where_they_do_not_fit(settings, monkeypatch):
+def test_auto_checkpointing_when_memory_is_short(settings, monkeypatch):
     job = prepare_training(settings())
     (_, kept), notices = profiling.step_memory(job), []
     monkeypatch.setattr(profiling, "free_memory", lambda device: kept - 1)
@@ -219,7 +219,7 @@ def test_they_are_computed_again_where_they_do_not_fit(settings, monkeypatch):
     assert Library().names() == ["reviews"]
 
 
-def test_a_plan_says_what_it_has_chosen(settings, capsys):
+def test_plan_shows_chosen_precision(settings, capsys):
     from lora_tuner.cli.display import show_plan
 
     found = plan(settings())

@@ -18,7 +18,7 @@ GREEDY = SamplingParams(greedy=True, max_new_tokens=20, repetition_penalty=1.0)
     "kind", [lambda: nn.Linear(64, 48), lambda: nn.Linear(64, 48, bias=False), lambda: Conv1D(48, 64)]
 )
 @pytest.mark.parametrize("rows", [1, MAX_INT8_ROWS, MAX_INT8_ROWS + 1, 100])
-def test_a_layer_is_itself_within_the_rounding_of_its_weights(kind, rows):
+def test_int8_linear_is_within_rounding(kind, rows):
     torch.manual_seed(0)
     layer = kind()
     with torch.no_grad():
@@ -35,13 +35,13 @@ def test_a_layer_is_itself_within_the_rounding_of_its_weights(kind, rows):
     assert 0 < difference < 0.02
 
 
-def test_a_layer_of_zeros_stays_zero():
+def test_int8_zeros_stay_zero():
     layer = nn.Linear(32, 16, bias=False)
     nn.init.zeros_(layer.weight)
     assert not Int8Linear(layer)(torch.randn(3, 32)).any()
 
 
-def test_the_held_out_loss_hardly_changes(model_folder):
+def test_int8_loss_is_close_to_float32(model_folder):
     exact, small = (
         load_base(find_base(str(model_folder)), ModelOptions(device="cpu", dtype=dtype))
         for dtype in ("float32", "int8")
@@ -52,7 +52,7 @@ def test_the_held_out_loss_hardly_changes(model_folder):
     assert losses[1] == pytest.approx(losses[0], abs=0.05)  # random weights, which are worse than trained ones
 
 
-def test_adapters_go_on_int8_as_on_float32(adapter, gpt2):
+def test_adapters_on_int8_match_float32(adapter, gpt2):
     """One of all rows, several in a batch, and what they write is near what the exact base writes."""
     small = Generator("reviews", options=ModelOptions(device="cpu", dtype="int8"))
     exact = Generator("reviews", options=ModelOptions(device="cpu"))
@@ -73,7 +73,7 @@ def test_adapters_go_on_int8_as_on_float32(adapter, gpt2):
         assert 0 < (ours - theirs).norm() / theirs.norm() < 0.1
 
 
-def test_int8_is_for_a_cpu(gpt2, monkeypatch):
+def test_int8_on_other_devices_is_refused(gpt2, monkeypatch):
     monkeypatch.setattr("lora_tuner.models.loading.choose_device", lambda name: torch.device("meta"))
     with pytest.raises(BaseModelError, match=r"^int8 is for generation on a CPU, not on meta: leave --dtype"):
         load_base(find_base(str(gpt2)), ModelOptions(device="auto", dtype="int8"))

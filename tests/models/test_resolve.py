@@ -19,7 +19,7 @@ from .. import tiny_models
 WEIGHTS = "model.safetensors"
 
 
-def test_a_local_folder_is_a_base(gpt2):
+def test_local_folder_is_a_base(gpt2):
     source = find_base(str(gpt2))
     base = load_base(source, ModelOptions(device="cpu"))
     assert (source.name, source.repo, source.revision) == (str(gpt2), str(gpt2), None)
@@ -30,7 +30,7 @@ def test_a_local_folder_is_a_base(gpt2):
     assert (base.device.type, base.dtype) == ("cpu", torch.float32)
 
 
-def test_a_named_base_is_never_substituted():
+def test_named_base_is_never_substituted():
     with pytest.raises(HubError) as error:
         find_base("distilgpt2")
     assert str(error.value) == (
@@ -39,7 +39,7 @@ def test_a_named_base_is_never_substituted():
     )
 
 
-def test_the_default_base_is_substituted_with_a_notice(monkeypatch):
+def test_default_base_falls_back_with_notice(monkeypatch):
     embedded = resolve.BaseModelFiles("smollm2-135m", "owner/name", Path(), None, "a file")
     monkeypatch.setattr(resolve, "_resolve_embedded", lambda revision, notify: embedded)
     told = []
@@ -54,7 +54,7 @@ def test_the_default_base_is_substituted_with_a_notice(monkeypatch):
         find_base(None, "v1")
 
 
-def test_with_neither_hub_nor_package_it_says_what_to_install(monkeypatch):
+def test_missing_package_error_says_install(monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -67,7 +67,7 @@ def test_with_neither_hub_nor_package_it_says_what_to_install(monkeypatch):
         find_base("smollm2-135m")
 
 
-def test_folders_that_are_no_model(tmp_path, gpt2):
+def test_incomplete_folders_are_refused(tmp_path, gpt2):
     (tmp_path / "empty").mkdir()
     with pytest.raises(BaseModelError, match=r"The folder empty is not a model: it has no config\.json\."):
         find_base("empty")
@@ -82,12 +82,12 @@ def test_folders_that_are_no_model(tmp_path, gpt2):
         load_base(find_base("cut"), ModelOptions(device="cpu"))
 
 
-def test_a_name_that_is_nothing():
+def test_unknown_name_is_refused():
     with pytest.raises(HubError, match="'no/such/thing' is neither a local folder nor a Hub id"):
         find_base("no/such/thing")
 
 
-def test_the_fingerprint_knows_the_tensors_and_nothing_else(tmp_path, gpt2):
+def test_fingerprint_depends_on_tensors_only(tmp_path, gpt2):
     original = find_base(str(gpt2)).fingerprint
     model = AutoModelForCausalLM.from_pretrained(gpt2)
     model.save_pretrained("sharded", max_shard_size="40KB")
@@ -106,7 +106,7 @@ def test_the_fingerprint_knows_the_tensors_and_nothing_else(tmp_path, gpt2):
         assert find_base(name).fingerprint != original
 
 
-def test_the_fingerprint_is_computed_once_until_the_files_change(tmp_path, gpt2, monkeypatch):
+def test_fingerprint_is_cached_until_files_change(tmp_path, gpt2, monkeypatch):
     shutil.copytree(gpt2, tmp_path / "base")
     first = find_base("base").fingerprint
     hash_again = resolve._tensor_hashes
@@ -117,7 +117,7 @@ def test_the_fingerprint_is_computed_once_until_the_files_change(tmp_path, gpt2,
     assert find_base("base").fingerprint != first
 
 
-def test_the_tokenizer_hash_knows_the_vocabulary(tmp_path, gpt2):
+def test_tokenizer_hash_depends_on_vocabulary(tmp_path, gpt2):
     base = load_base(find_base(str(gpt2)), ModelOptions(device="cpu"))
     again = load_base(find_base(str(gpt2)), ModelOptions(device="cpu"))
     assert base.tokenizer_hash == again.tokenizer_hash
@@ -128,7 +128,7 @@ def test_the_tokenizer_hash_knows_the_vocabulary(tmp_path, gpt2):
     assert load_base(find_base("base"), ModelOptions(device="cpu")).tokenizer_hash != base.tokenizer_hash
 
 
-def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path, gpt2):
+def test_tokenizer_without_eos_is_refused(tmp_path, gpt2):
     shutil.copytree(gpt2, tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(gpt2)
     tokenizer.eos_token = None
@@ -138,17 +138,17 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path, gpt2):
 
 
 @pytest.mark.parametrize("name", ["quantum", "cuda:99", "meta2", ""])
-def test_devices_that_are_not_here(name):
+def test_missing_devices_are_refused(name):
     with pytest.raises(BaseModelError, match=f"There is no device '{name}' here"):
         loading.choose_device(name)
 
 
-def test_what_is_not_on_the_hub_has_no_revision(gpt2):
+def test_local_base_with_revision_is_refused(gpt2):
     with pytest.raises(BaseModelError, match="is not on the Hub, so it has no revision 'v1': leave --revision out"):
         find_base(str(gpt2), "v1")
 
 
-def test_a_folder_without_a_tokenizer_is_no_base(tmp_path, gpt2):
+def test_folder_without_tokenizer_is_refused(tmp_path, gpt2):
     """transformers would make up an empty one."""
     shutil.copytree(gpt2, tmp_path / "base")
     (tmp_path / "base" / "tokenizer.json").unlink()
@@ -156,7 +156,7 @@ def test_a_folder_without_a_tokenizer_is_no_base(tmp_path, gpt2):
         find_base("base")
 
 
-def test_a_base_that_lacks_a_tensor_is_refused(tmp_path, gpt2):
+def test_base_with_missing_tensor_is_refused(tmp_path, gpt2):
     """transformers would fill it in at random."""
     shutil.copytree(gpt2, tmp_path / "base")
     tensors = load_file(gpt2 / WEIGHTS)
@@ -168,7 +168,7 @@ def test_a_base_that_lacks_a_tensor_is_refused(tmp_path, gpt2):
         load_base(find_base("base"), ModelOptions(device="cpu"))
 
 
-def test_the_fingerprint_knows_what_tensors_do_not_tell(tmp_path, gpt2):
+def test_fingerprint_depends_on_config_keys(tmp_path, gpt2):
     shutil.copytree(gpt2, tmp_path / "base")
     config = json.loads((gpt2 / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"transformers_version": "9", "note": "mine"}))
@@ -177,7 +177,7 @@ def test_the_fingerprint_knows_what_tensors_do_not_tell(tmp_path, gpt2):
     assert find_base("base").fingerprint != find_base(str(gpt2)).fingerprint
 
 
-def test_no_code_of_a_base_is_run(tmp_path, gpt2, monkeypatch):
+def test_base_code_is_never_run(tmp_path, gpt2, monkeypatch):
     shutil.copytree(gpt2, tmp_path / "base")
     config = json.loads((gpt2 / "config.json").read_text())
     auto = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
@@ -190,7 +190,7 @@ def test_no_code_of_a_base_is_run(tmp_path, gpt2, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
-def test_a_gpu_gets_a_number_and_becomes_the_current_one(monkeypatch, name, index):
+def test_choose_device_sets_current_gpu(monkeypatch, name, index):
     """On a machine without one, with torch's own rule for what may become the current device."""
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -203,7 +203,7 @@ def test_a_gpu_gets_a_number_and_becomes_the_current_one(monkeypatch, name, inde
     assert chosen == [index]
 
 
-def test_of_weights_that_lie_there_twice_those_that_are_loaded_count(gpt2, tmp_path):
+def test_shapes_ignore_duplicate_weight_files(gpt2, tmp_path):
     shutil.copytree(gpt2, tmp_path / "base")
     once = find_base(str(tmp_path / "base")).shapes
     tensors = load_file(tmp_path / "base" / "model.safetensors")
