@@ -8,6 +8,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def _each_layer(how: str, *details: Any) -> Initialise:
 
 def _eva(job: TrainingSetup) -> None:
     """From the directions in which the inputs of each layer vary most, on a few sequences."""
-    settings = job.model.peft_config[lora.ADAPTER_NAME]
+    settings: Any = job.model.peft_config[lora.ADAPTER_NAME]
     settings.init_lora_weights, settings.eva_config = "eva", EvaConfig(rho=1.0, adjust_scaling_factors=False)
     batches = []
     for number in range(CALIBRATION):
@@ -135,7 +136,7 @@ def _train(
     if initialise:
         left -= seconds(partial(initialise, job))
     steps = max(1, round(left / pace))
-    job.config = job.config.model_copy(update={"max_steps": steps})
+    job = replace(job, config=job.config.model_copy(update={"max_steps": steps}))
     with job.model.disable_adapter():
         before = evaluation.measure_base_loss(job.base, job.held_out).loss
     _trained(job, ratio)

@@ -75,12 +75,8 @@ def step(base: str, how: dict[str, Any]) -> dict[str, float]:
 
 
 def _train(base: str, how: dict[str, Any]) -> None:
-    from lora_tuner import TrainConfig
-    from lora_tuner.models import kernels
-    from lora_tuner.training.profiling import fit_to_memory, profile_steps
-    from lora_tuner.training.setup import prepare_training
+    from lora_tuner import TrainConfig, plan
 
-    kernels.tune_malloc()
     given = {
         "base": base,
         "dataset": "imdb",
@@ -90,12 +86,10 @@ def _train(base: str, how: dict[str, Any]) -> None:
         "max_length": 512,
         "batch_size": 1,
     }
-    plan = profile_steps(
-        fit_to_memory(prepare_training(TrainConfig.model_validate(given | how | {"max_steps": STEPS})))
-    )
+    cost = plan(TrainConfig.model_validate(given | how | {"max_steps": STEPS}))
     print(
         json.dumps(
-            {"peak": plan.peak_memory_bytes, "seconds": plan.seconds_per_step, "parameters": plan.base_parameters}
+            {"peak": cost.peak_memory_bytes, "seconds": cost.seconds_per_step, "parameters": cost.base_parameters}
         )
     )
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from ..convert.merge import MergeResult
     from ..evaluation import GainMatrix
     from ..inference.generator import GenerationOutput
+    from ..training.inputs import PreviewedRow
     from ..training.profiling import RunEstimate
-    from ..training.setup import PreviewedRow
     from ..training.sweep import SweepResult
 from ..text import CONTROL_CHARACTERS, escape_control, format_bytes, format_counts, format_duration, one_line
 
@@ -149,7 +149,7 @@ def show_sweep(ladder: "SweepResult") -> None:
         for it in ladder.trials
     ]
     print_table(rows, ("adapter", "rank", "learning rate", "held-out loss", "worse than the best", "size", "training"))
-    print(f"the base has {ladder.base_loss:.4f}; the picture is {ladder.folder / 'ladder.png'}")
+    print(f"the base has {ladder.base_loss:.4f}; the picture is {ladder.folder / 'sweep.png'}")
     print(f"keep {ladder.recommended}: the smallest that the best does not beat by more than a standard error")
 
 

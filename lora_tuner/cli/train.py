@@ -46,12 +46,10 @@ def train(
     if len(runs) > 1 and (plan or preview):
         raise ConfigError("--plan and --preview are for one run: give one rank and one learning rate.")
     settings = runs[0]
-    from ..models import kernels
     from ..training import run, sweep
 
     if distributed.expected_world_size() > 1 and preview:
         raise ConfigError("--preview is for one process: leave torchrun out.")
-    kernels.tune_malloc()
     if len(runs) > 1 or (resume and sweep.is_unfinished(resume, settings.runs_dir)):
         climbed = sweep.resume_sweep(resume, settings.runs_dir, display) if resume else sweep.run_sweep(runs, display)
         show_json(climbed.to_dict()) if as_json else show_sweep(climbed)

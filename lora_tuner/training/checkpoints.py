@@ -1,47 +1,51 @@
-"""The checkpoints of a run, in its folder: which are whole, which is the newest, which go.
+"""The files of an unfinished run: its checkpoints, and what must be unchanged to resume from them.
 
-Surprise: Trainer takes a checkpoint that was cut off half-way for a whole one. Here each names the hash of every file in it
-(`whole.json`), written last, and counts only then.
+Trainer accepts a checkpoint that was interrupted while it was written. Here each checkpoint lists
+the hash of every file in `whole.json`, written last, and is valid only with it.
 """
 
 import json
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 
 from .. import atomic_io
 from ..adapters import adapter
 from ..adapters.manifest import Manifest
-from ..config import config_to_yaml
-from ..errors import EventHandler, Notice
+from ..config import TrainConfig, config_to_yaml
+from ..errors import AdapterError, EventHandler, Notice, TrainingError
 from ..models import lora
 from .setup import TrainingSetup
 
-HASHES_FILE, KEPT_CHECKPOINTS = "whole.json", 2  # what marks a checkpoint, and how many of them stay
+HASHES_FILE, KEPT_CHECKPOINTS = "whole.json", 2
 PREFIX, STREAM_FILE = "checkpoint-", "stream.json"
-RNG_PREFIX = "rng_state"  # how the files begin: of several processes each has random numbers of its own
+RNG_PREFIX = "rng_state"  # each process has a file of its own
 REQUIRED_FILES = {
     adapter.WEIGHTS_FILE, adapter.CONFIG_FILE, adapter.MANIFEST_FILE, adapter.RUN_FILE,
     "optimizer.pt", "scheduler.pt", "trainer_state.json",
 }  # fmt: skip
+RETRAIN_ADVICE = "Restore that, or train anew with --overwrite."
+NOT_DECISIVE = {"adapters_dir", "runs_dir", "report_to", "overwrite", "keep_checkpoints"}  # do not change the result
 
 
 def is_run(folder: Path) -> bool:
-    """Whether all that is in a folder is of a run, unfinished or with its checkpoints kept."""
-    own = {adapter.MANIFEST_FILE, adapter.RUN_FILE, "last-good"} | {it.name for it in list_checkpoints(folder)}
-    return folder.is_dir() and not folder.is_symlink() and all(it.name in own for it in folder.iterdir())
+    """Return whether a folder holds only files of a run, unfinished or with its checkpoints kept."""
+    names = {adapter.MANIFEST_FILE, adapter.RUN_FILE, "last-good"}
+    names |= {path.name for path in list_checkpoints(folder)}
+    return folder.is_dir() and not folder.is_symlink() and all(path.name in names for path in folder.iterdir())
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Newest first."""
+    """Return the checkpoints of a run, newest first."""
     named = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
     return sorted(named, key=step_of, reverse=True)
 
 
 def prune_checkpoints(folder: Path) -> None:
-    """Remove all but the newest checkpoints, and those that hold the best step of these."""
+    """Remove all but the newest checkpoints and those that hold their best step."""
     kept = list_checkpoints(folder)[:KEPT_CHECKPOINTS]
-    needed = {it.name for it in kept} | {_best_checkpoint_name(it) for it in kept}
+    needed = {path.name for path in kept} | {_best_checkpoint_name(path) for path in kept}
     for old in list_checkpoints(folder)[KEPT_CHECKPOINTS:]:
         if old.name not in needed:
             atomic_io.delete(old)
@@ -52,7 +56,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def latest_valid(folder: Path, notify: EventHandler) -> Path | None:
-    """The newest checkpoint of which every file is there and unchanged; None where there is none, to start over."""
+    """Return the newest checkpoint whose files are complete and unchanged, or None."""
     for path in list_checkpoints(folder):
         if not (why := _why_invalid(path)):
             return path
@@ -62,7 +66,7 @@ def latest_valid(folder: Path, notify: EventHandler) -> Path | None:
 
 
 def _why_invalid(checkpoint: Path) -> str | None:
-    """Why a checkpoint is not taken, in words."""
+    """Return what is wrong with a checkpoint or with the one that holds its best step, or None."""
     if why := _why_damaged(checkpoint):
         return why
     best = _best_checkpoint_name(checkpoint)
@@ -71,7 +75,7 @@ def _why_invalid(checkpoint: Path) -> str | None:
 
 
 def _best_checkpoint_name(checkpoint: Path) -> str | None:
-    """The name of the checkpoint whose weights were the best until this one; None without `patience`, or if it is broken."""
+    """Return the name of the checkpoint with the best step so far; None without `patience`, or if unreadable."""
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         return Path(state["best_model_checkpoint"]).name if state["best_model_checkpoint"] else None
@@ -80,7 +84,7 @@ def _best_checkpoint_name(checkpoint: Path) -> str | None:
 
 
 def _why_damaged(checkpoint: Path) -> str | None:
-    """What of a checkpoint is missing, or is not what was written."""
+    """Return which file of a checkpoint is missing or changed, or None."""
     try:
         hashes = json.loads((checkpoint / HASHES_FILE).read_text(encoding="utf-8"))
         if missing := sorted(REQUIRED_FILES - hashes.keys()):
@@ -99,14 +103,14 @@ def _why_damaged(checkpoint: Path) -> str | None:
 
 
 def remove_newer_than(checkpoint: Path | None, folder: Path) -> None:
-    """What is newer than the checkpoint to go on from was not whole."""
-    for broken in list_checkpoints(folder):
-        if checkpoint is None or step_of(broken) > step_of(checkpoint):
-            atomic_io.delete(broken)
+    """Remove the invalid checkpoints that are newer than the one to resume from."""
+    for newer in list_checkpoints(folder):
+        if checkpoint is None or step_of(newer) > step_of(checkpoint):
+            atomic_io.delete(newer)
 
 
 def finalize(checkpoint: Path) -> None:
-    """Name each file with its hash, by which a checkpoint is known to be whole."""
+    """Write the hash of each file, which makes the checkpoint valid."""
     hashes = {path.name: atomic_io.sha256_file(path) for path in sorted(checkpoint.iterdir())}
     for path in checkpoint.iterdir():
         atomic_io.fsync_path(path)
@@ -114,14 +118,86 @@ def finalize(checkpoint: Path) -> None:
     atomic_io.fsync_path(checkpoint.parent)
 
 
-def save_adapter(job: TrainingSetup, tensors: dict[str, torch.Tensor], manifest: Manifest, folder: Path) -> None:
-    """Weights, config, manifest and run.yaml into a folder that nobody reads yet."""
-    lora.save_adapter_files(tensors, job.model.peft_config[lora.ADAPTER_NAME], folder)
-    (folder / adapter.MANIFEST_FILE).write_text(
-        manifest.model_copy(update={"weights": adapter.weights_info(adapter.load_adapter_folder(folder))}).to_json(),
-        encoding="utf-8",
-    )
-    # Repeating a run must not silently replace what it repeats.
-    (folder / adapter.RUN_FILE).write_text(
-        config_to_yaml(job.config.model_copy(update={"overwrite": False})), encoding="utf-8"
-    )
+def save_adapter(setup: TrainingSetup, tensors: dict[str, torch.Tensor], manifest: Manifest, folder: Path) -> None:
+    """Write weights, config, manifest and run.yaml into a work folder."""
+    peft_config = setup.model.peft_config[lora.ADAPTER_NAME]
+    assert isinstance(peft_config, LoraConfig)
+    lora.save_adapter_files(tensors, peft_config, folder)
+    weights = adapter.weights_info(adapter.load_adapter_folder(folder))
+    text = manifest.model_copy(update={"weights": weights}).to_json()
+    (folder / adapter.MANIFEST_FILE).write_text(text, encoding="utf-8")
+    # A repeated run must not silently replace the adapter that it repeats.
+    text = config_to_yaml(setup.config.model_copy(update={"overwrite": False}))
+    (folder / adapter.RUN_FILE).write_text(text, encoding="utf-8")
+
+
+# What a resumed run must have in common with the stopped one
+
+Run = tuple[TrainConfig, Manifest]
+
+
+def read_run_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a run or a checkpoint. Raises TrainingError when it is unreadable."""
+    try:
+        return adapter.read_manifest(folder)
+    except AdapterError as error:
+        raise TrainingError(f"{folder} cannot be resumed exactly: {error} {RETRAIN_ADVICE}") from error
+
+
+def reproducibility_facts(manifest: Manifest) -> dict[str, str]:
+    """Return what the result of a run depends on besides its configuration."""
+    facts = {"base weights": manifest.base.fingerprint, "tokenizer": str(manifest.base.tokenizer), **manifest.versions}
+    if data := manifest.data:
+        facts |= {"data": data.hash, "held-out rows": str(data.held_out_hash)}
+    if run := manifest.run:
+        facts |= {"device": run.device, "dtype": run.dtype, "threads": str(run.threads)}
+    return facts
+
+
+def comparable_facts(before: Manifest, after: Manifest) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the facts of both; with another number of processes the threads may differ."""
+    facts_before, facts_after = reproducibility_facts(before), reproducibility_facts(after)
+    if before.run and after.run and before.run.processes != after.run.processes:
+        del facts_before["threads"], facts_after["threads"]
+    return facts_before, facts_after
+
+
+def check_unchanged(before: dict[str, str], after: dict[str, str], folder: Path) -> None:
+    """Raise TrainingError when a fact has changed that would change the result."""
+    changed = [
+        f"{name} (was {before.get(name, 'none')[:12]}, is {fact[:12]})"
+        for name, fact in after.items()
+        if before.get(name) != fact
+    ]
+    if changed:
+        raise TrainingError(
+            f"{folder} cannot be resumed exactly: changed since it stopped: {', '.join(changed)}. {RETRAIN_ADVICE}"
+        )
+
+
+def check_settings(now: Run, before: Run, folder: Path, checkpoint: Path) -> None:
+    """Raise TrainingError when the checkpoint was made with other settings than those of the run."""
+    if changed := _changed_settings(now, before):
+        text = ", ".join(f"{name} (was {old}, is {new})" for name, (old, new) in changed.items())
+        raise TrainingError(
+            f"{folder / adapter.RUN_FILE} is not what {checkpoint} was made with: {text}. {RETRAIN_ADVICE}"
+        )
+
+
+def same_run(one: Run, other: Run) -> bool:
+    """Return whether two runs must have the same result."""
+    facts, other_facts = comparable_facts(one[1], other[1])
+    return facts == other_facts and not _changed_settings(one, other)
+
+
+def _changed_settings(now: Run, before: Run) -> dict[str, tuple[object, object]]:
+    """Return the settings that change the result and differ: name -> (before, now)."""
+    settings, old_settings = _decisive_settings(*now), _decisive_settings(*before)
+    return {name: (old_settings[name], value) for name, value in settings.items() if old_settings[name] != value}
+
+
+def _decisive_settings(config: TrainConfig, manifest: Manifest) -> dict[str, object]:
+    """Return the settings that change the result, as one process would need them for the same steps."""
+    settings = {name: getattr(config, name) for name in TrainConfig.model_fields if name not in NOT_DECISIVE}
+    settings["gradient_accumulation"] *= manifest.run.processes if manifest.run else 1
+    return settings

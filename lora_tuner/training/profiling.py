@@ -1,28 +1,42 @@
-"""What a run will cost, found by doing a little of it: a few real steps and one held-out batch against the clock.
+"""Measure memory and time of training steps before a run, and estimate what the run costs.
 
-Surprise: minutes are never a stop rule while training runs. They become a number of steps here, and `run.yaml` holds that
-number, so that every run can be repeated step for step. Price: some seconds before training, and nothing it changes.
+A time limit is never a stop rule while training runs: it becomes a number of steps here, and
+`run.yaml` holds that number, so that a run can be repeated step for step. Measuring takes some
+seconds and leaves the weights as they were.
 """
 
 import math
 import statistics
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 
 from .. import distributed, evaluation
-from ..config import DEFAULT_MAX_MINUTES
+from ..config import DEFAULT_MAX_MINUTES, TrainConfig
 from ..data import packing, tokenization
-from ..errors import Notice, Progress, TrainingError
+from ..errors import EventHandler, Notice, Progress, TrainingError
 from ..models import fsdp, lora
 from ..models.memory import free_memory
-from .setup import TrainingSetup
+from ..models.resolve import quiet_transformers
+from .inputs import TrainingInputs, dtype_name
 
-MEMORY_SLACK = 1.15  # what a process takes for each byte that a step keeps; 1.2 to 1.6 were measured (SmolLM2: 1.35)
-MEASURED_STEPS = 4  # the first warms up and is not counted
+MEMORY_SLACK = 1.15  # process memory per byte that a step keeps; 1.2 to 1.6 were measured
+MEASURED_STEPS = 4  # the first one warms up and is not counted
+
+
+@dataclass(frozen=True)
+class StepProfile:
+    """Measured cost of a training step and of held-out tokens; of several processes, the slowest counts."""
+
+    seconds_per_step: float
+    tokens_per_second: float  # of all processes
+    seconds_per_held_out_token: float
+    peak_memory_bytes: int  # of this process
 
 
 @dataclass(frozen=True)
@@ -30,7 +44,7 @@ class RunEstimate:
     """What a run will cost, from a few real steps. Seconds, bytes, counts."""
 
     steps: int
-    steps_per_epoch: int | None  # of a stream
+    steps_per_epoch: int | None  # None for a stream
     seconds_per_step: float
     training_seconds: float
     held_out_seconds: float
@@ -45,174 +59,213 @@ class RunEstimate:
     gradient_checkpointing: bool
 
 
-def fit_to_memory(job: TrainingSetup) -> TrainingSetup:
-    """The job as a step of it fits into the free memory: where `checkpointing` is left open, with it if that is what it takes.
-
-    Raises TrainingError when a step will not fit, before it is tried.
-    """
-    config = job.config
-    many, needed = step_memory(job)
-    distributed.all_reduce_max(needed)  # by now all have their base in memory
-    free = free_memory(job.base.device) // (distributed.local_world_size() if job.base.device.type == "cpu" else 1)
-    if config.gradient_checkpointing == "auto":
-        again = bool(distributed.all_reduce_max(needed > free))
-        if again:
-            job.enable_gradient_checkpointing()
-            _, less = step_memory(job)
-            job.notify(
-                Notice(
-                    f"A step takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free, so activations are "
-                    f"computed again, which takes {less / 1e9:.1f} GB and longer (--gradient-checkpointing)."
-                )
-            )
-            needed = less
-        job = replace(job, config=config.model_copy(update={"gradient_checkpointing": "on" if again else "off"}))
-    if distributed.all_reduce_max(needed > free):
-        error = TrainingError(
-            f"A step with {many:,} tokens takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: lower "
-            "--batch-size (--gradient-accumulation makes up for it) or --max-length"
-            f"{', or choose --dtype bfloat16' if job.base.dtype == torch.float32 else ''}."
-        )
-        raise distributed.share_error(error)
-    return job
-
-
-def step_memory(job: TrainingSetup) -> tuple[int, int]:
-    """Tokens of the longest batch, and bytes that its step takes at least beyond what is in memory.
-
-    What a step keeps for its way back grows with its tokens, so it is counted on a few; the rest (the optimizer's two
-    copies, the gradients, blocks of a split base) is known. With checkpointing, it is what goes into each block, and all of
-    one block.
-    """
-    rows = tokenization.probe_sequences(len(job.base.tokenizer))
-    blocks = [block for block in job.model.modules() if getattr(block, "gradient_checkpointing", None) is True]
-    for block in blocks:
-        block.gradient_checkpointing = False
-    once, twice = _activation_bytes(job, rows[:1]), _activation_bytes(job, rows)
-    growing = max(twice - once, 0) / len(rows[1])  # bytes a token; weights and masks are there once
-    for block in blocks:
-        block.gradient_checkpointing = True
-    if blocks:
-        growing = growing / len(blocks) + len(blocks) * job.model.config.hidden_size * job.base.dtype.itemsize
-    longest = max(sum(map(len, job.sequences[index])) for index in range(len(job.sequences)))
-    count = len(job.sequences)
-    if job.config.streaming:  # of which these are the first
-        longest, count = job.config.max_length, job.batch_size
-    many = min(job.batch_size, count) * longest
-    return many, int(MEMORY_SLACK * growing * many) + 3 * 4 * lora.count_parameters(job.model)[0] + fsdp.gathered_bytes(
-        job.model
-    )
-
-
-def _activation_bytes(job: TrainingSetup, rows: Sequence[tokenization.TokenIds]) -> int:
-    """Bytes that a step on one sequence of these rows keeps for its way back, weights that it needs there included."""
-    model, base = job.model, job.base
-    batch = job.collate([rows])
-    kept: dict[int, tuple[Any, int]] = {}
-
-    def keep(tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        # Not by address: a split base gathers its blocks in the same place. Not the tensor: one that its own way back
-        # holds is never let go.
-        kept[storage._cdata] = storage, storage.nbytes()
-
-    model.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing), base.lm_head.skip_lm_head():
-        inputs = {name: tensor.to(base.device) for name, tensor in batch.items() if name != "labels"}
-        output = model(**inputs, use_cache=False)
-    del output
-    return sum(size for _, size in kept.values())
-
-
-def profile_steps(job: TrainingSetup) -> RunEstimate:
-    """A few real steps and one held-out batch against the clock, then everything as it was before. Of several processes the
-    slowest counts, and the memory is that of one."""
-    config, model, base = job.config, job.model, job.base
-    batch_size = job.batch_size
-    per_step = batch_size * config.gradient_accumulation
-    longest = job.sequences.longest_first()
-    spread = [longest[i * len(longest) // (per_step * MEASURED_STEPS)] for i in range(per_step * MEASURED_STEPS)]
-    items = [longest[i % len(longest)] for i in range(per_step)] + spread[per_step:]
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=job.learning_rate)
-    seconds, predictions = [], []
-    model.train()
-    for step in range(MEASURED_STEPS):
-        start, count = time.perf_counter(), 0
-        for micro in range(config.gradient_accumulation):
-            first = step * per_step + micro * batch_size
-            batch = {
-                name: tensor.to(base.device) for name, tensor in job.collate(items[first : first + batch_size]).items()
-            }
-            labels = batch.pop("labels")
-            found = int((labels != packing.IGNORE_INDEX).sum())
-            with base.lm_head.skip_lm_head():
-                output = model(**batch, use_cache=False)
-            (base.lm_head.nll(output.logits, labels).sum() / max(found, 1)).backward()
-            count += found
-        distributed.all_reduce_gradients(model.parameters())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        _synchronize(base.device)
-        seconds.append(time.perf_counter() - start)
-        predictions.append(max(count, 1))
-        job.notify(Progress("measuring the speed", step + 1, MEASURED_STEPS))
-    model.load_state_dict(before, strict=False)
-    model.zero_grad(set_to_none=True)
-    paces = (taken / count for taken, count in zip(seconds[1:], predictions[1:], strict=True))
-    pace = distributed.all_reduce_max(statistics.median(paces))  # one slow moment of the machine does not count
-    per_step_seconds = pace * statistics.fmean(predictions[1:])
-    start = time.perf_counter()
-    sample = sorted(job.held_out, key=len)[-4:]
-    evaluation.measure_loss(model, base, sample)
-    held_out_rate = distributed.all_reduce_max(time.perf_counter() - start) / sum(map(len, sample))
+def estimate_run(inputs: TrainingInputs, model: PeftModel, config: TrainConfig, profile: StepProfile) -> RunEstimate:
+    """Estimate the cost of the run with this resolved configuration."""
+    assert config.max_steps is not None
     trained, frozen = lora.count_parameters(model)
-    steps = steps_for_stop_rule(job, per_step_seconds)
+    held_out_tokens = sum(map(len, inputs.held_out))
+    measurements = 2 + config.max_steps // (config.eval_every or config.max_steps + 1)
     return RunEstimate(
-        steps=steps,
-        steps_per_epoch=job.steps_per_epoch,
-        seconds_per_step=per_step_seconds,
-        training_seconds=steps * per_step_seconds,
-        held_out_seconds=held_out_rate * sum(map(len, job.held_out)) * (2 + steps // (config.eval_every or steps + 1)),
-        peak_memory_bytes=_peak_memory(base.device),
-        tokens_per_second=distributed.world_size() / pace,
-        truncated_share=job.truncated_rows / len(job.dataset.train),
+        steps=config.max_steps,
+        steps_per_epoch=inputs.steps_per_epoch,
+        seconds_per_step=profile.seconds_per_step,
+        training_seconds=config.max_steps * profile.seconds_per_step,
+        held_out_seconds=profile.seconds_per_held_out_token * held_out_tokens * measurements,
+        peak_memory_bytes=profile.peak_memory_bytes,
+        tokens_per_second=profile.tokens_per_second,
+        truncated_share=inputs.truncated_rows / len(inputs.dataset.train),
         trained_parameters=trained,
         base_parameters=frozen,
         adapter_bytes=trained * 4,
-        dtype=str(base.dtype).removeprefix("torch."),
-        load_in=base.load_in,
+        dtype=dtype_name(inputs.base.dtype),
+        load_in=inputs.base.load_in,
         gradient_checkpointing=config.gradient_checkpointing == "on",
     )
 
 
-def steps_for_stop_rule(job: TrainingSetup, seconds_per_step: float) -> int:
-    """The steps that the stop rule of the configuration means at this speed."""
-    config, epoch = job.config, job.steps_per_epoch
-    if config.max_steps is not None:
-        return config.max_steps
-    if config.epochs is not None:
-        assert epoch is not None  # the configuration sees to it
-        return math.ceil(config.epochs * epoch)
-    minutes = config.minutes if config.minutes is not None else DEFAULT_MAX_MINUTES
+# Memory
+
+
+def fit_to_memory(
+    inputs: TrainingInputs, model: PeftModel, mode: Literal["auto", "on", "off"], notify: EventHandler
+) -> bool:
+    """Enable gradient checkpointing on the model if `mode` or the free memory requires it.
+
+    Returns:
+        Whether it is enabled.
+
+    Raises:
+        TrainingError: a step does not fit into the free memory.
+    """
+    base, enabled = inputs.base, mode == "on"
+    if enabled:
+        enable_gradient_checkpointing(inputs, model)
+    tokens, needed = step_memory(inputs, model)
+    distributed.all_reduce_max(needed)  # now all processes have loaded their base
+    free = free_memory(base.device) // (distributed.local_world_size() if base.device.type == "cpu" else 1)
+    if mode == "auto" and distributed.all_reduce_max(needed > free):
+        enabled = True
+        enable_gradient_checkpointing(inputs, model)
+        _, reduced = step_memory(inputs, model)
+        notify(
+            Notice(
+                f"A step takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free, so activations are "
+                f"computed again, which takes {reduced / 1e9:.1f} GB and longer (--gradient-checkpointing)."
+            )
+        )
+        needed = reduced
+    if distributed.all_reduce_max(needed > free):
+        error = TrainingError(
+            f"A step with {tokens:,} tokens takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: lower "
+            "--batch-size (--gradient-accumulation makes up for it) or --max-length"
+            f"{', or choose --dtype bfloat16' if base.dtype == torch.float32 else ''}."
+        )
+        raise distributed.share_error(error)
+    return enabled
+
+
+def enable_gradient_checkpointing(inputs: TrainingInputs, model: PeftModel) -> None:
+    """Keep only the input of each block, and recompute the rest in the backward pass (Chen et al., 2016, arXiv:1604.06174).
+
+    The gradients are the same.
+
+    Raises:
+        TrainingError: the model does not support it.
+    """
+    try:
+        with quiet_transformers():
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise TrainingError(f"{inputs.base.files.name} cannot compute its activations again: {error}") from error
+
+
+def step_memory(inputs: TrainingInputs, model: PeftModel) -> tuple[int, int]:
+    """Return the tokens of the longest batch, and the bytes its step takes at least beyond what is loaded.
+
+    Activations grow with the tokens, so they are counted on a few and scaled. The optimizer states,
+    the gradients and the gathered blocks of a sharded base are known. With gradient checkpointing
+    the activations are the inputs of all blocks and everything inside one block.
+    """
+    base = inputs.base
+    rows = tokenization.probe_sequences(len(base.tokenizer))
+    blocks: list[Any] = [block for block in model.modules() if getattr(block, "gradient_checkpointing", None) is True]
+    for block in blocks:
+        block.gradient_checkpointing = False
+    one_row, two_rows = _activation_bytes(inputs, model, rows[:1]), _activation_bytes(inputs, model, rows)
+    per_token = max(two_rows - one_row, 0) / len(rows[1])  # the difference leaves out weights and masks
+    for block in blocks:
+        block.gradient_checkpointing = True
+    if blocks:
+        per_token = per_token / len(blocks) + len(blocks) * model.config.hidden_size * base.dtype.itemsize
+    longest = max(sum(map(len, inputs.sequences[index])) for index in range(len(inputs.sequences)))
+    count = len(inputs.sequences)
+    if inputs.streaming:  # the rest of the stream is unknown
+        longest, count = inputs.max_length, inputs.batch_size
+    tokens = min(inputs.batch_size, count) * longest
+    fixed = 3 * 4 * lora.count_parameters(model)[0] + fsdp.gathered_bytes(model)
+    return tokens, int(MEMORY_SLACK * per_token * tokens) + fixed
+
+
+def _activation_bytes(inputs: TrainingInputs, model: PeftModel, rows: Sequence[tokenization.TokenIds]) -> int:
+    """Return the bytes kept for the backward pass of one packed sequence, weights that it needs included."""
+    batch = inputs.collate([rows])
+    kept: dict[int, tuple[torch.UntypedStorage, int]] = {}
+
+    def keep(tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        # Not by address, which the gathered blocks of a sharded base share; not the tensor itself,
+        # which would keep its own graph alive.
+        kept[storage._cdata] = storage, storage.nbytes()
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
+        logits = inputs.forward(model, batch)
+    del logits
+    return sum(size for _, size in kept.values())
+
+
+# Time
+
+
+def profile_steps(
+    inputs: TrainingInputs, model: PeftModel, learning_rate: float, max_grad_norm: float, notify: EventHandler
+) -> StepProfile:
+    """Time a few training steps, the longest batch among them, and one held-out batch; then restore the weights."""
+    batch_size, accumulation, device = inputs.batch_size, inputs.gradient_accumulation, inputs.base.device
+    per_step = batch_size * accumulation
+    longest = inputs.sequences.longest_first()
+    spread = [longest[i * len(longest) // (per_step * MEASURED_STEPS)] for i in range(per_step * MEASURED_STEPS)]
+    items = [longest[i % len(longest)] for i in range(per_step)] + spread[per_step:]
+    weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=learning_rate)
+    seconds, predictions = [], []
+    model.train()
+    for step in range(MEASURED_STEPS):
+        start = time.perf_counter()
+        firsts = range(step * per_step, (step + 1) * per_step, batch_size)
+        batches = [inputs.collate(items[first : first + batch_size]) for first in firsts]
+        count = max(sum(int((batch["labels"] != packing.IGNORE_INDEX).sum()) for batch in batches), 1)
+        for batch in batches:
+            inputs.loss(model, batch, count).backward()
+        distributed.all_reduce_gradients(model.parameters())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        _synchronize(device)
+        seconds.append(time.perf_counter() - start)
+        predictions.append(count)
+        notify(Progress("measuring the speed", step + 1, MEASURED_STEPS))
+    model.load_state_dict(weights, strict=False)
+    model.zero_grad(set_to_none=True)
+    paces = [taken / count for taken, count in zip(seconds[1:], predictions[1:], strict=True)]
+    pace = distributed.all_reduce_max(statistics.median(paces))  # a median ignores one slow step
+    start = time.perf_counter()
+    sample = sorted(inputs.held_out, key=len)[-4:]
+    evaluation.measure_loss(model, inputs.base, sample)
+    held_out_seconds = distributed.all_reduce_max(time.perf_counter() - start)
+    return StepProfile(
+        seconds_per_step=pace * statistics.fmean(predictions[1:]),
+        tokens_per_second=distributed.world_size() / pace,
+        seconds_per_held_out_token=held_out_seconds / sum(map(len, sample)),
+        peak_memory_bytes=_peak_memory(device),
+    )
+
+
+def steps_for_stop_rule(
+    requested: TrainConfig, steps_per_epoch: int | None, seconds_per_step: float | None, notify: EventHandler
+) -> int:
+    """Return the number of steps that the stop rule means.
+
+    Args:
+        steps_per_epoch: None for a stream.
+        seconds_per_step: needed when neither `max_steps` nor `epochs` is set.
+    """
+    if requested.max_steps is not None:
+        return requested.max_steps
+    if requested.epochs is not None:
+        assert steps_per_epoch is not None  # TrainConfig refuses epochs with streaming
+        return math.ceil(requested.epochs * steps_per_epoch)
+    assert seconds_per_step is not None
+    minutes = requested.minutes if requested.minutes is not None else DEFAULT_MAX_MINUTES
     steps = max(1, int(minutes * 60 / seconds_per_step))
-    if config.minutes is None and epoch is None:
-        job.notify(
+    if requested.minutes is not None:
+        return steps
+    if steps_per_epoch is None:
+        notify(
             Notice(
                 f"A stream has no end, so {DEFAULT_MAX_MINUTES} minutes of it are trained. Choose with --minutes or --max-steps."
             )
         )
-    elif config.minutes is None and epoch is not None:
-        if steps >= epoch:
-            return epoch
-        hours = epoch * seconds_per_step / 3600
-        job.notify(
-            Notice(
-                f"One epoch would take {hours:.1f} hours, so {DEFAULT_MAX_MINUTES} minutes' worth of it is trained. Choose with "
-                "--minutes, --epochs or --max-steps."
-            )
+        return steps
+    if steps >= steps_per_epoch:
+        return steps_per_epoch
+    hours = steps_per_epoch * seconds_per_step / 3600
+    notify(
+        Notice(
+            f"One epoch would take {hours:.1f} hours, so {DEFAULT_MAX_MINUTES} minutes' worth of it is trained. Choose with "
+            "--minutes, --epochs or --max-steps."
         )
+    )
     return steps
 
 
@@ -224,16 +277,14 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: on a GPU by torch there, else by this process."""
+    """Return the most bytes held so far: on CUDA by torch, else by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import psutil
+    if sys.platform == "win32":
+        import psutil
 
-    info: Any = psutil.Process().memory_info()
-    if hasattr(info, "peak_wset"):  # Windows
-        return int(info.peak_wset)
+        return int(psutil.Process().memory_info().peak_wset)
     import resource
-    import sys
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,7 +1,8 @@
-"""The same run at several ranks or learning rates, one after another, and which of the adapters to keep.
+"""Train at several ranks or learning rates, one trial after another, and recommend one of the adapters.
 
-Base and rows are read once. Surprise: it is stopped and resumed as one run: `runs/NAME.ladder` knows its rungs, and those that
-have become adapters are not trained again. Limit: all rungs take the same steps, so a time limit is that of the first.
+Base and data are loaded once. A sweep is stopped and resumed like one run: `runs/NAME.sweep` lists
+its trials, and those that have finished are not trained again. All trials take the same number of
+steps, so a time limit is that of the first.
 """
 
 import json
@@ -16,29 +17,19 @@ from .. import atomic_io, distributed, evaluation
 from ..adapters import plots
 from ..adapters.adapter import RUN_FILE, Adapter, validate_name
 from ..adapters.library import Library
-from ..config import (
-    STOP_RULES,
-    SWEEPABLE,
-    ModelOptions,
-    TrainConfig,
-    default_adapter_name,
-    read_settings,
-    rename_old_keys,
-    resolve_settings,
-)
+from ..config import STOP_RULES, SWEEPABLE, ModelOptions, TrainConfig, read_settings, resolve_settings
 from ..errors import ConfigError, DivergedError, EventHandler, Interrupted, Notice, TrainingError, ignore_events
 from ..evaluation import EvalSet, HeldOutLoss
 from ..models import loading
-from . import profiling, run, trainer
-from .setup import TrainingSetup, prepare_training, reconfigure
+from . import arguments, checkpoints, run, trainer
+from .setup import TrainingSetup, adapter_name, prepare_training
 
-STATE_FILE, RESULT_FILE, PLOT_FILE = "ladder.yaml", "ladder.json", "ladder.png"
+STATE_FILE, RESULT_FILE, PLOT_FILE = "sweep.yaml", "sweep.json", "sweep.png"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a ladder. `loss` is None where it has diverged; `worse` is by how much the best is better, with the standard
-    error of that, row by row."""
+    """One run of a sweep. `loss` is None if it diverged; `gap` is how much lower the best loss is, paired by row."""
 
     name: str
     rank: int
@@ -52,7 +43,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """All rungs, and the name of the one to keep: the smallest that the best does not beat by more than a standard error."""
+    """All trials, and the recommended one: the smallest whose gap is within one standard error."""
 
     name: str
     base_loss: float
@@ -64,58 +55,82 @@ class SweepResult:
         return asdict(self) | {"folder": str(self.folder)}
 
 
-def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler = ignore_events) -> SweepResult:
-    """Train one adapter for each configuration; they differ in rank and learning rate alone.
+@dataclass
+class _SweepState:
+    """The state of an unfinished sweep.
 
-    Raises a LoraTunerError before anything is trained, or Interrupted, with all that is done saved.
+    `trials` holds the requested settings, `facts` what the results depend on besides, `done` the
+    sha256 of each finished adapter (None if it diverged), `started` the trial in progress.
+    """
+
+    trials: list[dict[str, Any]]
+    facts: dict[str, str]
+    done: dict[str, str | None] = field(default_factory=dict)
+    started: str | None = None
+
+
+def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler = ignore_events) -> SweepResult:
+    """Train one adapter for each configuration; they differ only in rank and learning rate.
+
+    Raises:
+        LoraTunerError: a request is wrong, before anything is trained.
+        Interrupted: the sweep was stopped, with all finished trials saved.
     """
     _refuse_several_processes()
     first = configs[0]
     if first.parent is not None and len({config.rank for config in configs}) > 1:
         raise ConfigError("--from keeps the rank of its parent: give it several learning rates, not ranks.")
-    name = validate_name(first.name or default_adapter_name(first.dataset))
-    named = [config.model_copy(update={"name": _trial_name(name, config, configs)}) for config in configs]
+    name = adapter_name(first)
+    trials = [config.model_copy(update={"name": _trial_name(name, config, configs)}) for config in configs]
     folder = _sweep_folder(first.runs_dir, name)
-    if is_unfinished(name, first.runs_dir) and not first.overwrite:
-        go_on = trainer.resume_command(first.model_copy(update={"name": name}))
+    if not first.overwrite and is_unfinished(name, first.runs_dir):
         raise TrainingError(
-            f"{folder} holds an unfinished ladder: go on with it ({go_on}), drop it with --overwrite, or choose another --name."
+            f"{folder} holds an unfinished sweep: go on with it ({_resume_command(name, first)}), drop it with --overwrite, "
+            "or choose another --name."
         )
     if why := atomic_io.why_not_writable(first.runs_dir):
         raise TrainingError(f"{why}: choose another --runs-dir.")
-    for config in named:
-        run.check_output_paths(config)
-    trainer.check_trackers(first)
-    job = prepare_training(named[0], notify)
-    widest = max(named, key=lambda it: it.rank)
-    if widest is not named[0]:
-        job = reconfigure(job, widest)
-    run.check_disk_space(profiling.fit_to_memory(job))  # what fits the widest fits them all
+    for trial in trials:
+        run.check_output_paths(trial)
+    arguments.check_trackers(first)
+    widest = max(trials, key=lambda trial: trial.rank)
+    setup = prepare_training(_with_max_steps(widest, 1), notify)  # what fits the widest fits all
+    run.check_disk_space(setup)
     first.runs_dir.mkdir(parents=True, exist_ok=True)
-    state = _SweepState([_requested_settings(config) for config in named], run.reproducibility_facts(job.manifest))
+    facts = checkpoints.reproducibility_facts(setup.manifest)
+    state = _SweepState([_requested_settings(trial) for trial in trials], facts)
     _write_state(state, folder)
-    return _run_trials(name, folder, state, job, notify)
+    return _run_trials(name, folder, state, setup, notify)
 
 
 def is_unfinished(name: str, runs_dir: Path) -> bool:
-    """Whether a ladder of this name was stopped on its way."""
-    return (_sweep_folder(runs_dir, name) / STATE_FILE).is_file()
+    """Return whether there is a sweep of this name to resume. Raises TrainingError for one of an earlier version."""
+    if (_sweep_folder(runs_dir, name) / STATE_FILE).is_file():
+        return True
+    old = runs_dir / f"{name}.ladder"
+    if (old / "ladder.yaml").is_file():
+        raise TrainingError(
+            f"{old} is an unfinished sweep of an earlier version and cannot be resumed: remove it and start the sweep anew."
+        )
+    return False
 
 
 def resume_sweep(name: str, runs_dir: Path = Path("runs"), notify: EventHandler = ignore_events) -> SweepResult:
-    """Go on with the ladder in `runs_dir/name.ladder`. Raises TrainingError where data, base or versions are not what they were,
-    and where what is known of it is not readable."""
+    """Continue the sweep in `runs_dir/NAME.sweep`.
+
+    Raises:
+        TrainingError: data, base or library versions changed, or the state is unreadable.
+    """
     _refuse_several_processes()
     folder = _sweep_folder(runs_dir, name)
     try:
-        known = read_settings(folder / STATE_FILE)
-        rungs = [rename_old_keys(dict(rung)) for rung in known["rungs"]]
-        state = _SweepState(rungs, dict(known["facts"]), dict(known["done"]), known["begun"])
-        for rung in state.rungs:
-            TrainConfig.model_validate(rung)
-    except (KeyError, TypeError, ValueError) as error:
-        raise TrainingError(f"{folder / STATE_FILE} is not what the ladder was started with: start anew.") from error
-    state.rungs = [rung | {"runs_dir": str(runs_dir)} for rung in state.rungs]
+        state = _SweepState(**read_settings(folder / STATE_FILE))
+        state.trials = [dict(settings) | {"runs_dir": str(runs_dir)} for settings in state.trials]
+        state.facts, state.done = dict(state.facts), dict(state.done)
+        for settings in state.trials:
+            TrainConfig.model_validate(settings)
+    except (TypeError, ValueError) as error:
+        raise TrainingError(f"{folder / STATE_FILE} is not what the sweep was started with: start anew.") from error
     return _run_trials(name, folder, state, None, notify)
 
 
@@ -124,17 +139,6 @@ def _refuse_several_processes() -> None:
         raise ConfigError(
             "Several ranks or learning rates are trained by one process: leave torchrun out, or give one of each."
         )
-
-
-@dataclass
-class _SweepState:
-    """What is known of a ladder that is not finished: its rungs as they were asked for, what their results depend on besides,
-    the sha256 of those that are adapters (None of one that has diverged), and the one that was begun."""
-
-    rungs: list[dict[str, Any]]
-    facts: dict[str, str]
-    done: dict[str, str | None] = field(default_factory=dict)
-    begun: str | None = None
 
 
 def _requested_settings(config: TrainConfig) -> dict[str, Any]:
@@ -146,85 +150,94 @@ def _write_state(state: _SweepState, folder: Path) -> None:
 
 
 def _sweep_folder(runs_dir: Path, name: str) -> Path:
-    return runs_dir / f"{name}.ladder"  # no adapter's name has a dot
+    return runs_dir / f"{name}.sweep"  # names of adapters have no dot
 
 
-def _trial_name(name: str, config: TrainConfig, all_of_them: Sequence[TrainConfig]) -> str:
-    """The name of a rung: what it has of its own, after that of the ladder."""
+def _resume_command(name: str, config: TrainConfig) -> str:
+    return trainer.resume_command(config.model_copy(update={"name": name}))
+
+
+def _trial_name(name: str, config: TrainConfig, configs: Sequence[TrainConfig]) -> str:
+    """Make the name of a trial: that of the sweep, and the settings in which the trials differ."""
     for setting, letters in zip(SWEEPABLE, ("r", "lr"), strict=True):
-        if len({getattr(it, setting) for it in all_of_them}) > 1:
+        if len({getattr(other, setting) for other in configs}) > 1:
             name += f"-{letters}{getattr(config, setting):g}".replace(".", "p").replace("+", "")
     return validate_name(name)
 
 
 def _run_trials(
-    name: str, folder: Path, state: _SweepState, job: TrainingSetup | None, notify: EventHandler
+    name: str, folder: Path, state: _SweepState, setup: TrainingSetup | None, notify: EventHandler
 ) -> SweepResult:
-    def next_job(config: TrainConfig, notify: EventHandler) -> TrainingSetup:
-        nonlocal job
-        if job is None:
-            job = prepare_training(config, notify)
-            run.check_unchanged(state.facts, run.reproducibility_facts(job.manifest), folder)
-        else:
-            job = reconfigure(job, config)
-        return job
+    """Train the trials that are not done, compare all of them, and replace the state by the result."""
 
-    configs = [TrainConfig.model_validate(rung) for rung in state.rungs]
+    def prepare_trial(requested: TrainConfig, notify: EventHandler) -> TrainingSetup:
+        nonlocal setup
+        if setup is None:
+            setup = prepare_training(requested, notify)
+            checkpoints.check_unchanged(state.facts, checkpoints.reproducibility_facts(setup.manifest), folder)
+        else:
+            setup.remove_lora()
+            setup = prepare_training(requested, notify, inputs=setup)
+        return setup
+
+    trials = [TrainConfig.model_validate(settings) for settings in state.trials]
     adapters: dict[str, Adapter] = {}
-    for number, config in enumerate(configs, 1):
-        rung = str(config.name)
-        if rung in state.done:
-            if state.done[rung] is not None:
-                adapters[rung] = _finished_adapter(config, state.done[rung])
+    for number, trial in enumerate(trials, 1):
+        trial_name = str(trial.name)
+        if trial_name in state.done:
+            if state.done[trial_name] is not None:
+                adapters[trial_name] = _finished_adapter(trial, state.done[trial_name])
             continue
-        notify(Notice(f"Rung {number} of {len(configs)}: {rung}."))
-        begun = state.begun == rung and (config.runs_dir / rung / RUN_FILE).is_file()
-        if not begun:
-            if (config.runs_dir / rung).is_dir():
-                atomic_io.delete_atomically(config.runs_dir / rung)  # an earlier run's: it must not be gone on with
-            state.begun = rung
+        notify(Notice(f"Trial {number} of {len(trials)}: {trial_name}."))
+        run_folder = trial.runs_dir / trial_name
+        started = state.started == trial_name and (run_folder / RUN_FILE).is_file()
+        if not started:
+            if run_folder.is_dir():
+                atomic_io.delete_atomically(run_folder)  # of an earlier run, which must not be resumed
+            state.started = trial_name
             _write_state(state, folder)
         try:
-            if begun:
-                adapter = run.resume(rung, config.runs_dir, notify, next_job)
+            if started:
+                adapter = run.resume(trial_name, trial.runs_dir, notify, prepare_trial)
             else:
-                adapter = run.train(_with_steps(config, list(adapters.values())), notify, next_job)
-            adapters[rung], state.done[rung] = adapter, adapter.sha256
-        except Interrupted as stopped:
-            go_on = trainer.resume_command(config.model_copy(update={"name": name}))
-            raise Interrupted(f"{str(stopped).partition(' Go on with')[0]} Go on with: {go_on}") from stopped
+                adapter = run.train(_with_same_steps(trial, list(adapters.values())), notify, prepare_trial)
+            adapters[trial_name], state.done[trial_name] = adapter, adapter.sha256
+        except Interrupted as error:
+            text = str(error).partition(" Go on with")[0]
+            raise Interrupted(f"{text} Go on with: {_resume_command(name, trial)}") from error
         except DivergedError as error:
             notify(Notice(str(error)))
-            state.done[rung] = None
+            state.done[trial_name] = None
         _write_state(state, folder)
     if not adapters:
-        raise DivergedError(f"No rung of {name} has ended well: try lower learning rates.")
-    ladder = _measure_trials(name, folder, configs, adapters, job, notify)
+        raise DivergedError(f"No trial of {name} has ended well: try lower learning rates.")
+    result = _measure_trials(name, folder, trials, adapters, setup, notify)
     with atomic_io.atomic_folder(folder) as work:
-        (work / RESULT_FILE).write_text(json.dumps(ladder.to_dict(), indent=2) + "\n", encoding="utf-8")
-        plots.plot_sweep(
-            [(it.name, it.bytes, it.seconds, it.loss) for it in ladder.trials if it.loss is not None],
-            ladder.base_loss,
-            ladder.recommended,
-            work / PLOT_FILE,
-        )
-    return ladder
+        (work / RESULT_FILE).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+        points = [
+            (trial.name, trial.bytes, trial.seconds, trial.loss) for trial in result.trials if trial.loss is not None
+        ]
+        plots.plot_sweep(points, result.base_loss, result.recommended, work / PLOT_FILE)
+    return result
 
 
-def _with_steps(config: TrainConfig, done: list[Adapter]) -> TrainConfig:
-    """The configuration with the steps of the rungs before it: what minutes mean was found for the first."""
-    if not done or config.max_steps is not None or config.epochs is not None:
-        return config
-    steps = resolve_settings(TrainConfig, {}, done[0].path / RUN_FILE).max_steps
-    return config.model_copy(update=dict.fromkeys(STOP_RULES) | {"max_steps": steps})
+def _with_same_steps(trial: TrainConfig, done: list[Adapter]) -> TrainConfig:
+    """Give a trial with a time limit the steps of the trials before it."""
+    if not done or trial.max_steps is not None or trial.epochs is not None:
+        return trial
+    return _with_max_steps(trial, resolve_settings(TrainConfig, {}, done[0].path / RUN_FILE).max_steps)
 
 
-def _finished_adapter(config: TrainConfig, digest: str | None) -> Adapter:
-    """The adapter of a rung that was trained before the ladder was stopped. Raises TrainingError for another one."""
-    adapter = Library(config.adapters_dir).get(str(config.name))
-    if adapter.sha256 != digest:
+def _with_max_steps(trial: TrainConfig, steps: int | None) -> TrainConfig:
+    return trial.model_copy(update=dict.fromkeys(STOP_RULES) | {"max_steps": steps})
+
+
+def _finished_adapter(trial: TrainConfig, sha256: str | None) -> Adapter:
+    """Return the adapter of a finished trial. Raises TrainingError if it was replaced."""
+    adapter = Library(trial.adapters_dir).get(str(trial.name))
+    if adapter.sha256 != sha256:
         raise TrainingError(
-            f"{adapter.path} is not the adapter that its ladder has trained: restore that, or start anew."
+            f"{adapter.path} is not the adapter that its sweep has trained: restore that, or start anew."
         )
     return adapter
 
@@ -232,41 +245,53 @@ def _finished_adapter(config: TrainConfig, digest: str | None) -> Adapter:
 def _measure_trials(
     name: str,
     folder: Path,
-    configs: list[TrainConfig],
-    found: dict[str, Adapter],
-    job: TrainingSetup | None,
+    trials: list[TrainConfig],
+    adapters: dict[str, Adapter],
+    setup: TrainingSetup | None,
     notify: EventHandler,
 ) -> SweepResult:
-    """What the rungs are worth, beside the best of them, on the rows that all were measured on."""
-    if job is not None:
-        job.remove_lora()
-    some = next(iter(found.values()))
-    first = resolve_settings(TrainConfig, {}, some.path / RUN_FILE)
-    options = ModelOptions(device=first.device, dtype=first.dtype, load_in=first.load_in, notify=notify)
-    base = job.base if job is not None else loading.open_base(some, options)
-    rows = EvalSet(name, job.held_out_texts) if job is not None else evaluation.cached_rows(some)
-    losses = evaluation.held_out_losses(base, found, [rows], notify)
-    pairs = {rung: line[0] for rung, line in zip(found, losses, strict=True)}
-    if any(pair is None for pair in pairs.values()):
-        raise TrainingError(f"{name}: {rows.missing}, so the rungs cannot be compared.")
-    held: dict[str, HeldOutLoss] = {rung: pair[1] for rung, pair in pairs.items() if pair is not None}
-    base_loss = next(pair[0].loss for pair in pairs.values() if pair is not None)
-    best = min(held, key=lambda rung: held[rung].loss)
-    rungs = []
-    for config in configs:
-        rung = str(config.name)
-        if rung not in found:
-            rate = config.learning_rate if config.learning_rate is not None else first.learning_rate
-            rungs.append(Trial(rung, config.rank, float(rate or 0), None, 0, 0.0))
+    """Compare the trials on the same held-out rows, each paired with the best.
+
+    Args:
+        setup: that of the last trial, or None when all trials had finished before.
+    """
+    first_adapter = next(iter(adapters.values()))
+    first = resolve_settings(TrainConfig, {}, first_adapter.path / RUN_FILE)
+    if setup is not None:
+        setup.remove_lora()
+        base, rows = setup.base, EvalSet(name, setup.held_out_texts)
+    else:
+        options = ModelOptions(device=first.device, dtype=first.dtype, load_in=first.load_in, notify=notify)
+        base, rows = loading.open_base(first_adapter, options), evaluation.cached_rows(first_adapter)
+    losses = evaluation.held_out_losses(base, adapters, [rows], notify)
+    held_out: dict[str, HeldOutLoss] = {}
+    for trial_name, (pair,) in zip(adapters, losses, strict=True):
+        if pair is None:
+            raise TrainingError(f"{name}: {rows.missing}, so the trials cannot be compared.")
+        base_held_out, held_out[trial_name] = pair
+    best = min(held_out.values(), key=lambda loss: loss.loss)
+    results = []
+    for trial in trials:
+        trial_name = str(trial.name)
+        if trial_name not in adapters:
+            rate = trial.learning_rate if trial.learning_rate is not None else first.learning_rate
+            results.append(Trial(trial_name, trial.rank, float(rate or 0), None, 0, 0.0))
             continue
-        trained, manifest = (
-            resolve_settings(TrainConfig, {}, found[rung].path / RUN_FILE),
-            found[rung].manifest,
+        adapter, loss = adapters[trial_name], held_out[trial_name]
+        config = resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE)
+        gap = evaluation.paired_gain(loss, best)
+        results.append(
+            Trial(
+                name=trial_name,
+                rank=config.rank,
+                learning_rate=float(config.learning_rate or 0),
+                loss=loss.loss,
+                bytes=adapter.bytes,
+                seconds=adapter.manifest.run.seconds if adapter.manifest and adapter.manifest.run else 0.0,
+                gap=gap.gain,
+                standard_error=gap.standard_error,
+            )
         )
-        beside = evaluation.paired_gain(held[rung], held[best])
-        seconds = manifest.run.seconds if manifest and manifest.run else 0.0
-        facts = found[rung].bytes, seconds, beside.gain, beside.standard_error
-        rungs.append(Trial(rung, trained.rank, float(trained.learning_rate or 0), held[rung].loss, *facts))
-    good = [it for it in rungs if it.loss is not None and it.gap <= it.standard_error]
-    keep = min(good, key=lambda it: (it.bytes, it.loss))
-    return SweepResult(name, base_loss, rungs, keep.name, folder)
+    good = [trial for trial in results if trial.loss is not None and trial.gap <= trial.standard_error]
+    recommended = min(good, key=lambda trial: (trial.bytes, trial.loss))
+    return SweepResult(name, base_held_out.loss, results, recommended.name, folder)

@@ -16,8 +16,8 @@ from .runs import ADAPTER, HARD, RUN, STEP_END, cases, left, outcome, said_to_go
 
 INT, TERM = signal.SIGINT, signal.SIGTERM
 BEFORE_IT_RUNS = {  # nothing is there yet that could be resumed
-    "reading": "lora_tuner.training.setup:load_dataset",
-    "loading": "lora_tuner.models.lora:load_base",
+    "reading": "lora_tuner.training.inputs:load_dataset",
+    "loading": "lora_tuner.models.loading:load_base",
     "tokenising": "lora_tuner.data.tokenization:encode_texts",
     "wrapping": "lora_tuner.models.lora:add_lora",
     "counting memory": "lora_tuner.training.profiling:fit_to_memory",
@@ -141,7 +141,7 @@ READERS: dict[str, tuple[list[str], list[str]]] = {
     "generate": (
         ["generate", "--adapter", "one", "Acting"],
         [
-            "lora_tuner.models.lora:load_base",
+            "lora_tuner.models.loading:load_base",
             "lora_tuner.inference.generator:Generator._load",
             "lora_tuner.inference.sequence:Sequence.append_token",
         ],

@@ -74,12 +74,12 @@ def measured(report: Path) -> None:
 
     real = profiling.profile_steps
 
-    def measure(job: Any) -> Any:
-        predicted = profiling.step_memory(job)[1]
+    def measure(inputs: Any, model: Any, *rest: Any) -> Any:
+        predicted = profiling.step_memory(inputs, model)[1]
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # the peak is what it is now
         before = _kilobytes("VmHWM")
-        found = real(job)
+        found = real(inputs, model, *rest)
         report.write_text(json.dumps([predicted, (_kilobytes("VmHWM") - before) * 1024]))
         return found
 
@@ -149,7 +149,7 @@ def little() -> None:
     """In the process of a command: the system gives little more memory than it has given, and nobody asks beforehand."""
     from lora_tuner.training import profiling
 
-    profiling.fit_to_memory = lambda job: job
+    profiling.fit_to_memory = lambda *_: False
     limit = _kilobytes("VmSize") * 1024 + 150_000_000
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 

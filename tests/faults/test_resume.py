@@ -15,8 +15,14 @@ from lora_tuner import resume
 from lora_tuner.adapters import adapter
 from lora_tuner.config import TrainConfig
 from lora_tuner.errors import ConfigError, Notice, TrainingError
-from lora_tuner.training.checkpoints import HASHES_FILE, REQUIRED_FILES, RNG_PREFIX, latest_valid, prune_checkpoints
-from lora_tuner.training.run import _NOT_DECISIVE
+from lora_tuner.training.checkpoints import (
+    HASHES_FILE,
+    NOT_DECISIVE,
+    REQUIRED_FILES,
+    RNG_PREFIX,
+    latest_valid,
+    prune_checkpoints,
+)
 
 from .. import tiny_models
 from .injected_signals import replaced, signalled, threads
@@ -296,7 +302,7 @@ def test_another_setting_is_refused_by_name(killed, checkpoints):
         shutil.rmtree(RUN / "checkpoint-4")
         shutil.rmtree(RUN / "checkpoint-6")
     changes = {name: {name: value} for name, value in CHANGED.items()} | TOGETHER
-    assert changes.keys() == TrainConfig.model_fields.keys() - _NOT_DECISIVE
+    assert changes.keys() == TrainConfig.model_fields.keys() - NOT_DECISIVE
     for name in changes if checkpoints else ("name", "epochs", "minutes"):
         settings = {key: it for key, it in (yaml.safe_load(text) | changes[name]).items() if it is not None}
         (RUN / adapter.RUN_FILE).write_text(yaml.safe_dump(settings))

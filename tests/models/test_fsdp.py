@@ -32,9 +32,9 @@ def place_or_shard(model, place, place_or_shard=fsdp.place_or_shard):
     tell(model)
     atexit.register(tell, model)
 
-def step_memory(job, count=profiling.step_memory):
-    sys.stderr.write(f"It gathers {fsdp.gathered_bytes(job.model)}\\n")
-    return count(job)
+def step_memory(inputs, model, count=profiling.step_memory):
+    sys.stderr.write(f"It gathers {fsdp.gathered_bytes(model)}\\n")
+    return count(inputs, model)
 
 def tell(model):
     frozen = [it for it in model.parameters() if not it.requires_grad]

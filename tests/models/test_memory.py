@@ -189,24 +189,24 @@ def test_step_memory_leaks_no_tensors(folder, settings):
         gc.collect()
         return sum(issubclass(type(it), torch.Tensor) for it in gc.get_objects())
 
-    profiling.step_memory(job)
+    profiling.step_memory(job, job.model)
     before = tensors()
-    profiling.step_memory(job)
+    profiling.step_memory(job, job.model)
     assert tensors() == before
 
 
 def test_gradient_checkpointing_saves_memory(folder, settings):
     job = prepare_training(settings(base=str(folder), max_length=128))
-    _, all_kept = profiling.step_memory(job)
-    job.enable_gradient_checkpointing()
-    _, few = profiling.step_memory(job)
+    _, all_kept = profiling.step_memory(job, job.model)
+    profiling.enable_gradient_checkpointing(job, job.model)
+    _, few = profiling.step_memory(job, job.model)
     weights = 12 * lora.count_parameters(job.model)[0]
     assert few - weights < 0.7 * (all_kept - weights)
 
 
 def test_auto_checkpointing_when_memory_is_short(settings, monkeypatch):
     job = prepare_training(settings())
-    (_, kept), notices = profiling.step_memory(job), []
+    (_, kept), notices = profiling.step_memory(job, job.model), []
     monkeypatch.setattr(profiling, "free_memory", lambda device: kept - 1)
     adapter = train(settings(), lambda it: notices.append(it.text) if isinstance(it, Notice) else None)
     assert "checkpointing: 'on'" in (adapter.path / "run.yaml").read_text()

@@ -20,7 +20,7 @@ from lora_tuner.adapters.adapter import METRICS_FILE, RUN_FILE, WEIGHTS_FILE
 from lora_tuner.config import resolve_settings
 from lora_tuner.errors import ConfigError, RaisedOnRankZero, TrainingError
 from lora_tuner.training import run, sweep
-from lora_tuner.training.trainer import _EpochOrder
+from lora_tuner.training.arguments import EpochOrder
 
 CLI = Path(__file__).parents[2] / "cli.py"
 SHORT = {"rank": 4, "max_length": 64, "batch_size": 2, "eval_rows": 9, "learning_rate": 5e-3, "device": "cpu"}
@@ -318,8 +318,8 @@ def test_the_order_is_that_of_one_process(epoch):
     theirs = SeedableRandomSampler(range(11), data_seed=5)
     theirs.set_epoch(epoch)
     expected = [*theirs]
-    assert [*_EpochOrder(11, 1, 5, lambda: epoch)] == expected
-    shared = _EpochOrder(11, 4, 5, lambda: epoch)
+    assert [*EpochOrder(11, 1, 5, lambda: epoch)] == expected
+    shared = EpochOrder(11, 4, 5, lambda: epoch)
     assert [*shared] == [*expected, 11]
     assert len(shared) == 12
 

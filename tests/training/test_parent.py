@@ -37,7 +37,8 @@ from lora_tuner.errors import AdapterError, ConfigError, WrongBaseError
 from lora_tuner.models import lora
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
-from lora_tuner.training.setup import prepare_training, preview
+from lora_tuner.training.inputs import preview
+from lora_tuner.training.setup import prepare_training
 
 from .. import tiny_models
 from .test_run import StopAt, weights
@@ -137,7 +138,7 @@ def test_it_has_the_rank_alpha_layers_base_and_split_of_its_parent(parent, gpt2)
     assert found.manifest.base == parent.manifest.base
     assert found.manifest.data.split_salt == "pepper"
     saved = yaml.safe_load((found.path / RUN_FILE).read_text())
-    assert (saved["parent"], saved["rank"], saved["split_salt"], saved["targets"], saved["base"]) == (
+    assert (saved["parent"], saved["rank"], saved["split_salt"], saved["target_modules"], saved["base"]) == (
         *("noir", 3, "pepper", "attn.c_proj,c_attn", str(gpt2)),
     )
 
@@ -166,7 +167,7 @@ def test_all_that_differs_is_refused_at_once(parent):
         "them out."
     )
     assert refusal(ConfigError, child(target_modules="auto")) == (
-        "targets is auto, and that of noir attn.c_proj, c_attn: an adapter that goes on from another keeps these, so leave "
+        "target_modules is auto, and that of noir attn.c_proj, c_attn: an adapter that goes on from another keeps these, so leave "
         "them out."
     )
     assert refusal(ConfigError, child(target_modules="nonsense")).startswith(

@@ -1,4 +1,3 @@
-import dataclasses
 import itertools
 import json
 import os
@@ -17,11 +16,12 @@ from lora_tuner.adapters import adapter as adapters_adapter
 from lora_tuner.config import TrainConfig, resolve_settings
 from lora_tuner.data.dataset import load_dataset
 from lora_tuner.data.splitting import content_hash
-from lora_tuner.errors import AdapterError, BaseModelError, DataError, DivergedError, TrainingError
+from lora_tuner.errors import AdapterError, BaseModelError, DataError, DivergedError, TrainingError, ignore_events
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
 from lora_tuner.training import checkpoints, profiling
-from lora_tuner.training.setup import prepare_training, preview
+from lora_tuner.training.inputs import preview
+from lora_tuner.training.setup import prepare_training
 
 from .. import tiny_models
 
@@ -302,12 +302,10 @@ def test_minutes_become_steps_by_measuring(settings, monkeypatch):
 
 
 def test_without_a_stop_rule_one_epoch_unless_it_takes_too_long(settings, monkeypatch):
-    job = prepare_training(settings(max_steps=None))
     told = []
-    job = dataclasses.replace(job, notify=told.append)
-    assert profiling.steps_for_stop_rule(job, 0.001) == job.steps_per_epoch
+    assert profiling.steps_for_stop_rule(settings(max_steps=None), 50, 0.001, told.append) == 50
     assert told == []
-    assert profiling.steps_for_stop_rule(job, 600.0) == 1
+    assert profiling.steps_for_stop_rule(settings(max_steps=None), 50, 600.0, told.append) == 1
     assert "One epoch would take" in told[0].text
     assert "10 minutes' worth of it is trained" in told[0].text
 
@@ -336,13 +334,15 @@ def test_measuring_the_speed_does_not_change_the_result(settings):
 
 
 def test_one_slow_moment_of_the_machine_does_not_halve_a_run(settings, monkeypatch):
-    job = prepare_training(settings(max_steps=None, minutes=1))
+    setup = prepare_training(settings())
     times = iter(itertools.accumulate([0, 5, 0, 1, 0, 30, 0, 1, 0, 1]))  # of four steps and a held-out batch
     with monkeypatch.context() as patched:
         patched.setattr(profiling.time, "perf_counter", lambda: next(times))
-        found = profiling.profile_steps(job)
-    assert found.seconds_per_step == pytest.approx(1, rel=0.5)
-    assert found.training_seconds == pytest.approx(60, rel=0.05)
+        profile = profiling.profile_steps(setup, setup.model, setup.learning_rate, 1.0, ignore_events)
+    assert profile.seconds_per_step == pytest.approx(1, rel=0.5)
+    requested = settings(max_steps=None, minutes=1)
+    steps = profiling.steps_for_stop_rule(requested, setup.steps_per_epoch, profile.seconds_per_step, ignore_events)
+    assert steps * profile.seconds_per_step == pytest.approx(60, rel=0.05)
 
 
 def test_no_held_out_row_is_trained_on(settings, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 from lora_tuner import Library, ModelOptions, TrainConfig, evaluate, train
 from lora_tuner.config import expand_sweep, resolve_settings
 from lora_tuner.errors import AdapterError, ConfigError, Notice, TrainingError
-from lora_tuner.training import setup, sweep
+from lora_tuner.training import inputs, sweep
 
 from ..cli.test_commands import quick, run  # noqa: F401 - a fixture
 
@@ -50,13 +50,13 @@ def test_with_every_method(settings, method):
 @pytest.mark.slow
 def test_base_and_rows_are_read_once(settings, monkeypatch):
     read = []
-    monkeypatch.setattr(setup, "load_dataset", lambda *of: read.append("rows") or real_corpus(*of))
-    monkeypatch.setattr(setup.loading, "open_base", lambda *of, **how: read.append("base") or real_base(*of, **how))
+    monkeypatch.setattr(inputs, "load_dataset", lambda *of: read.append("rows") or real_corpus(*of))
+    monkeypatch.setattr(inputs.loading, "open_base", lambda *of, **how: read.append("base") or real_base(*of, **how))
     sweep.run_sweep(of(settings, 2, 4, 8))
     assert sorted(read) == ["base", "rows"]
 
 
-real_corpus, real_base = setup.load_dataset, setup.loading.open_base
+real_corpus, real_base = inputs.load_dataset, inputs.loading.open_base
 
 
 @pytest.mark.slow
@@ -69,17 +69,17 @@ def test_minutes_mean_the_same_steps_for_every_rung(settings):
 def test_the_one_to_keep_is_the_smallest_that_is_not_clearly_worse(settings):
     climbed = sweep.run_sweep(of(settings, 1, 4, 16, learning_rate=3e-2, max_steps=20, eval_rows=20))
     best = min(climbed.trials, key=lambda it: it.loss)
-    assert best.worse == best.standard_error == 0
+    assert best.gap == best.standard_error == 0
     good = [it for it in climbed.trials if it.gap <= it.standard_error]
     assert climbed.recommended == min(good, key=lambda it: it.bytes).name
     pair = evaluate([Library().get(it.name) for it in climbed.trials], options=ModelOptions(device="cpu"))
     for rung, line in zip(climbed.trials, pair.cells, strict=True):
         assert rung.loss == pytest.approx(line[0].loss, abs=1e-6)
         assert rung.gap == pytest.approx(rung.loss - best.loss, abs=1e-9)
-    facts = json.loads((climbed.folder / "ladder.json").read_text())
+    facts = json.loads((climbed.folder / "sweep.json").read_text())
     assert facts == json.loads(json.dumps(climbed.to_dict()))
-    assert (climbed.folder / "ladder.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(it.name for it in climbed.folder.iterdir()) == ["ladder.json", "ladder.png"]
+    assert (climbed.folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(it.name for it in climbed.folder.iterdir()) == ["sweep.json", "sweep.png"]
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_stopped_after_its_last_rung_it_is_only_measured(settings, monkeypatch):
         patched.setattr(sweep, "_measure_trials", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             sweep.run_sweep(of(settings, 2, 4))
-    monkeypatch.setattr(setup, "load_dataset", None)
+    monkeypatch.setattr(inputs, "load_dataset", None)
     climbed = sweep.resume_sweep("reviews")
     assert [it.name for it in climbed.trials] == ["reviews-r2", "reviews-r4"]
     assert all(it.loss < climbed.base_loss for it in climbed.trials)
@@ -149,7 +149,7 @@ def test_nothing_is_begun_where_a_name_is_taken(settings, adapter):
     with pytest.raises(AdapterError, match="reviews-r4"):
         sweep.run_sweep(of(settings, 2, 4))
     assert Library().names() == ["reviews-r4"]
-    assert not (settings().runs_dir / "reviews.ladder").exists()
+    assert not (settings().runs_dir / "reviews.sweep").exists()
 
 
 def test_anew_is_anew_whatever_was_trained_before(settings):
@@ -201,12 +201,12 @@ def test_an_adapter_that_was_replaced_meanwhile_is_refused(settings, stopped_at)
     with pytest.raises(TrainingError) as error:
         sweep.resume_sweep("reviews")
     assert str(error.value) == (
-        "adapters/reviews-r2 is not the adapter that its ladder has trained: restore that, or start anew."
+        "adapters/reviews-r2 is not the adapter that its sweep has trained: restore that, or start anew."
     )
 
 
 def test_a_mistake_leaves_nothing_in_the_way(settings, tmp_path):
-    with pytest.raises(ConfigError, match="pissa has"):
+    with pytest.raises(ConfigError, match="pissa allows at most"):
         sweep.run_sweep(of(settings, 2, 64, method="pissa"))
     with pytest.raises(ConfigError, match="target_modules"):
         sweep.run_sweep(of(settings, 2, 4, target_modules="nothing"))
@@ -248,20 +248,32 @@ def test_a_ladder_that_waits_is_not_begun_again(settings, stopped_at):
     with pytest.raises(TrainingError) as error:
         sweep.run_sweep(of(settings, 2, 4, 8))
     assert str(error.value) == (
-        "runs/reviews.ladder holds an unfinished ladder: go on with it (python cli.py train --resume reviews), drop it with "
+        "runs/reviews.sweep holds an unfinished sweep: go on with it (python cli.py train --resume reviews), drop it with "
         "--overwrite, or choose another --name."
     )
     climbed = sweep.run_sweep(of(settings, 2, 4, overwrite=True))
     assert [it.name for it in climbed.trials] == ["reviews-r2", "reviews-r4"]
 
 
-@pytest.mark.parametrize("content", ["rungs: 3\n", "rung: []\n", "rungs:\n- rank: many\n"])
+@pytest.mark.parametrize("content", ["trials: 3\nfacts: {}\n", "trial: []\n", "trials:\n- rank: many\nfacts: {}\n"])
 def test_a_ladder_that_cannot_be_read_is_said(settings, content, stopped_at):
     stopped_at(2, 2)
-    (settings().runs_dir / "reviews.ladder" / "ladder.yaml").write_text(content)
+    (settings().runs_dir / "reviews.sweep" / "sweep.yaml").write_text(content)
     with pytest.raises(TrainingError) as error:
         sweep.resume_sweep("reviews")
-    assert str(error.value) == "runs/reviews.ladder/ladder.yaml is not what the ladder was started with: start anew."
+    assert str(error.value) == "runs/reviews.sweep/sweep.yaml is not what the sweep was started with: start anew."
+
+
+def test_sweep_of_an_earlier_version_is_refused(settings):
+    folder = settings().runs_dir / "reviews.ladder"
+    folder.mkdir(parents=True)
+    (folder / "ladder.yaml").write_text("rungs: []\n")
+    with pytest.raises(TrainingError) as error:
+        sweep.is_unfinished("reviews", settings().runs_dir)
+    assert str(error.value) == (
+        "runs/reviews.ladder is an unfinished sweep of an earlier version and cannot be resumed: remove it and start the "
+        "sweep anew."
+    )
 
 
 def test_the_command(quick, monkeypatch):  # noqa: F811
@@ -274,7 +286,7 @@ def test_the_command(quick, monkeypatch):  # noqa: F811
     assert [line.split()[0] for line in lines if line.startswith("reviews-r")] == names
     assert lines[-1].startswith("keep reviews-r")
     again = run("train", *options, "--rank", "2,8", "--overwrite", "--json")
-    assert [it["name"] for it in json.loads(again.stdout)["rungs"]] == ["reviews-r2", "reviews-r8"]
+    assert [it["name"] for it in json.loads(again.stdout)["trials"]] == ["reviews-r2", "reviews-r8"]
 
 
 @pytest.mark.parametrize(
@@ -306,4 +318,4 @@ def test_the_command_goes_on(settings, stopped_at):
     stopped_at(4, 3)
     done = run("train", "--resume", "reviews")
     assert done.stdout.splitlines()[-1].startswith("keep reviews-r")
-    assert "Rung 2 of 3: reviews-r4." in done.stderr
+    assert "Trial 2 of 3: reviews-r4." in done.stderr

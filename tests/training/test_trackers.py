@@ -58,10 +58,10 @@ def test_an_unknown_tracker_is_refused():
 
 def test_others_go_to_trainer_under_the_name_of_the_adapter(settings, monkeypatch):
     """Trainer's own integrations are asked for, by the names that it knows."""
-    from lora_tuner.training import trainer
+    from lora_tuner.training import arguments
 
     asked = []
-    monkeypatch.setattr(trainer, "check_trackers", lambda config: None)
+    monkeypatch.setattr(arguments, "check_trackers", lambda config: None)
     monkeypatch.setattr(
         "transformers.trainer.get_reporting_integration_callbacks", lambda names: asked.append(list(names)) or []
     )

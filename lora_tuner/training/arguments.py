@@ -1,0 +1,119 @@
+"""Translate a configuration into what Trainer takes: arguments, schedule, order of the data, trackers."""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations.integration_utils import (
+    TensorBoardCallback,
+    get_available_reporting_integrations,
+)
+
+from .. import distributed
+from ..config import TrainConfig
+from ..errors import ConfigError, TrainingError
+
+
+def training_arguments(config: TrainConfig, device: torch.device, folder: Path) -> TrainingArguments:
+    """Make the arguments for a run on this device, with its checkpoints in `folder`."""
+    assert config.max_steps is not None
+    assert config.batch_size is not None
+    assert config.learning_rate is not None
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # the dtype is that of the base, whatever the launcher sets
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=config.max_steps,
+        ignore_data_skip=config.streaming,  # a stream resumes by itself
+        accelerator_config={"dispatch_batches": False},  # each process reads its own batches
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        eval_strategy="steps" if config.eval_every else "no",
+        eval_steps=config.eval_every,
+        # The best step can be kept only where a checkpoint was saved.
+        save_steps=config.eval_every if config.patience and config.eval_every else config.save_every,
+        load_best_model_at_end=config.patience is not None,
+        metric_for_best_model="eval_loss" if config.patience else None,
+        greater_is_better=False if config.patience else None,
+        restore_callback_states_from_checkpoint=config.patience is not None,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it logs a NaN loss as 0
+        average_tokens_across_devices=True,  # else each process divides by its own predictions
+        ddp_find_unused_parameters=False,  # each step uses all of them
+        label_names=["labels"],
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        use_cpu=device.type == "cpu",
+        disable_tqdm=True,
+        log_level="error",
+        log_level_replica="error",
+        report_to=[tracker for tracker in config.report_to if tracker != "tensorboard"],
+        run_name=config.name,
+    )
+    # By itself Trainer takes the first GPU, or all of them by DataParallel; and with several
+    # processes on a CPU each copies the base to a device of its own.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    arguments.__dict__["_setup_devices"] = device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if arguments.world_size != distributed.world_size():
+        raise TrainingError(
+            f"Trainer finds {arguments.world_size} processes, and there are {distributed.world_size()}."
+        )
+    return arguments
+
+
+def check_trackers(config: TrainConfig) -> None:
+    """Raise ConfigError for a tracker that is not installed."""
+    if missing := sorted(set(config.report_to) - set(get_available_reporting_integrations())):
+        raise ConfigError(f"report_to: {missing[0]} is not installed: pip install {missing[0]}.")
+
+
+def tensorboard_callback(config: TrainConfig) -> TensorBoardCallback:
+    """Make a callback that writes beside the folder of the run, which is removed at its end."""
+    callback = TensorBoardCallback()
+    callback.logging_dir = str(config.runs_dir / "tensorboard" / str(config.name))
+    return callback
+
+
+def learning_rate_factor(step: int, schedule: str, warmup: float, steps: int) -> float:
+    """Return the share of the peak learning rate at a step, counted from 0.
+
+    The first step already learns; with transformers' own schedules it has a learning rate of 0.
+    """
+    warmup_steps = int(warmup * steps)
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return 1.0
+    left = (steps - step) / (steps - warmup_steps)
+    return left if schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+
+
+class EpochOrder(torch.utils.data.Sampler[int]):
+    """The shuffled sequences of an epoch, the same for any number of processes.
+
+    Indices beyond the last sequence follow, up to a multiple that all processes can share: each
+    must have a batch when the others have one.
+
+    Args:
+        epoch: returns the current epoch; launchers wrap the sampler, so it cannot be set from outside.
+    """
+
+    def __init__(self, count: int, multiple: int, seed: int, epoch: Callable[[], int]) -> None:
+        self.count, self.seed, self.epoch = count, seed, epoch
+        self.padding = -count % multiple
+
+    def __len__(self) -> int:
+        return self.count + self.padding
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        yield from torch.randperm(self.count, generator=generator).tolist()
+        yield from [self.count] * self.padding

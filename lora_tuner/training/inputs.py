@@ -1,0 +1,395 @@
+"""Load what a run trains on: the base model, the data as token sequences, and the parent adapter.
+
+None of it depends on rank, learning rate or number of steps, so the trials of a sweep share it.
+"""
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from .. import distributed, evaluation
+from ..adapters.adapter import Adapter
+from ..adapters.library import Library
+from ..config import (
+    BATCH_SIZE_CPU,
+    BATCH_SIZE_GPU,
+    HELD_OUT_MAX_TOKENS,
+    MethodName,
+    ModelOptions,
+    TrainConfig,
+)
+from ..data import chat, packing, tokenization
+from ..data.dataset import Dataset, load_dataset
+from ..errors import (
+    BaseModelError,
+    ConfigError,
+    EventHandler,
+    Notice,
+    Progress,
+    TrainingError,
+    ignore_events,
+)
+from ..models import kernels, loading, lora
+from ..models.loading import LoadedBase
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """Base model and data of a run, with the settings that follow from them.
+
+    With streaming, `dataset` and `sequences` hold the first rows of the stream.
+    """
+
+    base: LoadedBase
+    parent: Adapter | None
+    dataset: Dataset
+    sequences: packing.PackedSequences
+    held_out: list[tokenization.TokenIds]
+    held_out_texts: list[str]
+    truncated_rows: int
+    varlen_attention: bool  # packed rows are told apart by `cu_seq_lens_q`
+    streaming: bool
+    batch_size: int
+    gradient_accumulation: int
+    max_length: int
+    packing: bool
+    method: MethodName
+    target_modules: str
+    split_salt: str
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences in one optimizer step of all processes together."""
+        return self.batch_size * self.gradient_accumulation * distributed.world_size()
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Optimizer steps in one pass over the rows; None for a stream, whose length is unknown."""
+        return None if self.streaming else math.ceil(len(self.sequences) / self.sequences_per_step)
+
+    def collate(self, items: Sequence[Sequence[tokenization.TokenIds]]) -> dict[str, torch.Tensor]:
+        """Make a batch of sequences, each a list of rows."""
+        return packing.collate(items, self.base.tokenizer.pad_token_id, cu_seqlens=self.varlen_attention)
+
+    def forward(self, model: PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Run the model in front of its LM head: returns what `lm_head.nll` takes as logits."""
+        inputs = {name: tensor.to(self.base.device) for name, tensor in batch.items() if name != "labels"}
+        with self.base.lm_head.skip_lm_head():
+            output: torch.Tensor = model(**inputs, use_cache=False).logits
+        return output
+
+    def loss(self, model: PeftModel, batch: dict[str, torch.Tensor], predictions: torch.Tensor | int) -> torch.Tensor:
+        """Compute the training loss of a batch: mean negative log-likelihood per prediction, in nats.
+
+        Args:
+            predictions: labels in all batches of the optimizer step, of which this is one.
+        """
+        labels = batch["labels"].to(self.base.device)
+        return self.base.lm_head.nll(self.forward(model, batch), labels).sum() / predictions
+
+
+def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
+    """Load parent, data and base model, and tokenize.
+
+    Raises:
+        LoraTunerError: a setting contradicts the parent, the base or the data.
+    """
+    parent = load_parent(requested)
+    if parent is not None and requested.eval_dataset:
+        notify(evaluation.eval_dataset_notice(requested.eval_dataset))
+    # Before the base: errors in the data are found sooner than a base is downloaded.
+    dataset = distributed.run_on_rank_zero(partial(_load_dataset, requested, parent, notify))
+    base = _load_base_on_all_ranks(requested, parent, notify)
+    if parent is not None:
+        lora.check_base(parent, base, model_options(requested, notify))
+    target_modules = _choose_target_modules(requested, parent, base)
+    max_length = _choose_max_length(requested, base, notify)
+    isolated = _packing_is_isolated(base)
+    varlen_attention = base.device.type == "cpu" and isolated and _try_varlen_attention(base)
+    use_packing = requested.packing and isolated
+    if requested.packing and not isolated:
+        if "packing" in requested.model_fields_set:
+            raise TrainingError(f"{base.files.name} cannot tell packed rows apart: leave --packing out.")
+        notify(Notice(f"Rows are padded, not packed: {base.files.name} cannot tell packed rows apart."))
+    rows, truncated_rows = _tokenize(requested, dataset, base, max_length, notify)
+    held_out_texts = dataset.held_out[: requested.eval_rows]
+    return TrainingInputs(
+        base=base,
+        parent=parent,
+        dataset=dataset,
+        sequences=packing.PackedSequences(rows, max_length, packing=use_packing),
+        held_out=_tokenize_held_out(base, held_out_texts, notify),
+        held_out_texts=held_out_texts,
+        truncated_rows=truncated_rows,
+        varlen_attention=varlen_attention,
+        streaming=requested.streaming,
+        batch_size=requested.batch_size or (BATCH_SIZE_CPU if base.device.type == "cpu" else BATCH_SIZE_GPU),
+        gradient_accumulation=requested.gradient_accumulation,
+        max_length=max_length,
+        packing=use_packing,
+        method=_choose_method(requested, parent),
+        target_modules=target_modules,
+        split_salt=_choose_split_salt(requested, parent),
+    )
+
+
+def model_options(requested: TrainConfig, notify: EventHandler) -> ModelOptions:
+    """Return the settings that select the base model."""
+    return ModelOptions(
+        base=requested.base,
+        revision=requested.revision,
+        device=requested.device,
+        dtype=requested.dtype,
+        load_in=requested.load_in,
+        force=requested.force,
+        notify=notify,
+    )
+
+
+def _load_dataset(requested: TrainConfig, parent: Adapter | None, notify: EventHandler) -> Dataset:
+    """Load the rows, split as the parent's were: else rows it was trained on would be held out."""
+    split_salt = _choose_split_salt(requested, parent)
+    return load_dataset(requested.model_copy(update={"split_salt": split_salt}), notify)
+
+
+def _load_base_on_all_ranks(requested: TrainConfig, parent: Adapter | None, notify: EventHandler) -> LoadedBase:
+    """Load the base model. Rank zero finds and downloads it and chooses its precision; the others follow."""
+    bases: list[LoadedBase] = []
+
+    def load_on_rank_zero() -> ModelOptions:
+        base = loading.open_base(parent, model_options(requested, notify))
+        bases.append(base)
+        return ModelOptions(
+            base=base.files.name,
+            revision=base.files.revision,
+            device=requested.device,
+            dtype=dtype_name(base.dtype),
+            load_in=base.load_in,
+        )
+
+    chosen = distributed.run_on_rank_zero(load_on_rank_zero)
+    base = bases[0] if bases else loading.open_base(None, chosen)
+    if distributed.world_size() > 1 and len(set(distributed.all_gather(base.files.fingerprint))) > 1:
+        error = TrainingError(
+            f"The processes have different weights under the name {base.files.name}: give all the same."
+        )
+        raise distributed.share_error(error)
+    return base
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# Settings shared with the parent
+
+
+def load_parent(requested: TrainConfig) -> Adapter | None:
+    """Load the adapter to continue from, if there is one.
+
+    Raises:
+        ConfigError: it has other weights than the expected ones, or other settings than requested.
+    """
+    if requested.parent is None:
+        return None
+    parent = Library(requested.adapters_dir).get(requested.parent)
+    if requested.parent_sha256 not in (None, parent.sha256):
+        raise ConfigError(
+            f"{parent.path} has other weights (sha256 {parent.sha256[:12]}) than those to go on from "
+            f"({str(requested.parent_sha256)[:12]}): restore those, or leave --from-sha256 out to go on from these."
+        )
+    settings: dict[str, object] = {
+        "rank": parent.rank,
+        "alpha": parent.config["lora_alpha"],
+        "method": _choose_method(requested, parent),
+        "split_salt": _choose_split_salt(requested, parent),
+    }
+    conflicts = {
+        name: value
+        for name, value in settings.items()
+        if name in requested.model_fields_set and getattr(requested, name) not in (None, value)
+    }
+    _refuse_conflicts(requested, parent, conflicts)
+    data = parent.manifest.data if parent.manifest else None
+    if data is not None and data.split_salt is None and requested.eval_dataset is None:
+        raise ConfigError(
+            f"{parent.name} was blended from adapters with different --split-salt, so no rows are held out for all of it: name "
+            "others to measure on with --eval-dataset."
+        )
+    return parent
+
+
+def _refuse_conflicts(requested: TrainConfig, parent: Adapter, conflicts: dict[str, object]) -> None:
+    """Raise ConfigError when a requested setting differs from the parent's."""
+    if conflicts:
+        text = "; ".join(
+            f"{name} is {getattr(requested, name)}, and that of {parent.name} {value}"
+            for name, value in conflicts.items()
+        )
+        raise ConfigError(f"{text}: an adapter that goes on from another keeps these, so leave them out.")
+
+
+def _choose_method(requested: TrainConfig, parent: Adapter | None) -> MethodName:
+    if parent is None:
+        return requested.method
+    if parent.config.get("use_dora"):
+        return "dora"
+    if parent.config.get("use_rslora"):
+        return "rslora"
+    return "lora+" if requested.method == "lora+" else "lora"
+
+
+def _choose_split_salt(requested: TrainConfig, parent: Adapter | None) -> str:
+    data = parent.manifest.data if parent and parent.manifest else None
+    if data is None or data.split_salt is None:
+        return requested.split_salt
+    return data.split_salt
+
+
+def _choose_target_modules(requested: TrainConfig, parent: Adapter | None, base: LoadedBase) -> str:
+    """Return the target modules: the parent's, named as in this base, or those that were requested."""
+    if parent is None:
+        return requested.target_modules
+    names = lora.shortest_target_names(base.model, parent.modules)
+    chosen = "target_modules" in requested.model_fields_set
+    if chosen and lora.resolve_target_modules(base.model, requested.target_modules) != names:
+        _refuse_conflicts(requested, parent, {"target_modules": ", ".join(names)})
+    return ",".join(names)
+
+
+# Rows
+
+
+def _choose_max_length(requested: TrainConfig, base: LoadedBase, notify: EventHandler) -> int:
+    """Return the length in tokens at which rows are cut: at most the context of the base."""
+    name, context = base.files.name, base.max_context
+    if requested.max_length <= context:
+        return requested.max_length
+    if "max_length" in requested.model_fields_set:
+        raise TrainingError(
+            f"max_length is {requested.max_length}, and {name} looks back on {context} tokens at the most."
+        )
+    notify(Notice(f"Rows are cut at {context} tokens: {name} looks back on no more."))
+    return context
+
+
+def _tokenize(
+    requested: TrainConfig, dataset: Dataset, base: LoadedBase, max_length: int, notify: EventHandler
+) -> tuple[list[tokenization.TokenIds], int]:
+    """Tokenize the training rows. Returns those with something to predict, and how many were truncated."""
+    notify(Progress("tokenising", 0, 1))
+    rows, truncated_rows = distributed.run_on_rank_zero(
+        partial(_encode, requested, base.tokenizer, dataset.train, max_length)
+    )
+    notify(Progress("tokenising", 1, 1))
+    kept = [row for row in rows if tokenization.count_predictions(row)]
+    if len(kept) < len(rows):
+        notify(
+            Notice(
+                f"{len(rows) - len(kept):,} rows are left out: within {max_length} tokens there is nothing to learn in them."
+            )
+        )
+    if not kept:
+        raise TrainingError("No row has anything to learn in it: raise --max-length, or give other data.")
+    return kept, truncated_rows
+
+
+def _encode(
+    requested: TrainConfig, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int
+) -> tuple[list[tokenization.TokenIds], int]:
+    chunk = requested.long_rows == "chunk"
+    rows = tokenization.encode_texts(tokenizer, texts, max_tokens=None if chunk else max_length)
+    return tokenization.truncate(rows, max_length, chunk=chunk)
+
+
+def _tokenize_held_out(base: LoadedBase, texts: list[str], notify: EventHandler) -> list[tokenization.TokenIds]:
+    """Tokenize the held-out rows. Raises TrainingError when none of them has anything to predict."""
+    held_out = evaluation.encode_held_out(base, texts)
+    if len(held_out) < len(texts):
+        notify(
+            Notice(
+                f"{len(texts) - len(held_out):,} held-out rows are not measured: within {HELD_OUT_MAX_TOKENS} tokens nothing "
+                "is learnt in them."
+            )
+        )
+    if not held_out:
+        raise TrainingError("No held-out row can be measured: give others with --eval-dataset.")
+    return held_out
+
+
+@dataclass(frozen=True)
+class PreviewedRow:
+    """A training row as the model sees it: the texts of its tokens, and which of them are learned."""
+
+    before: str
+    after: str
+    tokens: list[str]
+    labels: list[bool]
+
+
+def preview(requested: TrainConfig, count: int, notify: EventHandler = ignore_events) -> list[PreviewedRow]:
+    """Return the first `count` training rows, cleaned, tokenized and truncated. Loads no weights."""
+    parent = load_parent(requested)
+    tokenizer = loading.load_tokenizer(loading.base_for_adapter(parent, model_options(requested, notify)))
+    previews = []
+    for before, after in _load_dataset(requested, parent, notify).previews[:count]:
+        pieces, _ = _encode(requested, tokenizer, [after], requested.max_length)
+        tokens: list[str] = []
+        labels: list[bool] = []
+        for piece in pieces:
+            batch = packing.collate([[piece]], tokenizer.pad_token_id)
+            tokens += tokenizer.batch_decode(batch["input_ids"][0, :, None])
+            labels += (batch["labels"][0] != packing.IGNORE_INDEX).tolist()
+        previews.append(PreviewedRow(before, after.removeprefix(chat.CHAT_MARK), tokens, labels))
+    return previews
+
+
+# Packed rows
+
+
+def _packed_logits(base: LoadedBase, *rows: tokenization.TokenIds, cu_seqlens: bool = False) -> torch.Tensor:
+    """Return the logits of rows packed into one sequence: (tokens, vocabulary), float32, on the CPU."""
+    batch = packing.collate([rows], base.tokenizer.pad_token_id, cu_seqlens=cu_seqlens)
+    inputs = {name: tensor.to(base.device) for name, tensor in batch.items() if name != "labels"}
+    with torch.no_grad():
+        logits: torch.Tensor = base.model(**inputs, use_cache=False).logits
+    return logits[0].float().cpu()
+
+
+def _logits_differ(base: LoadedBase, logits: torch.Tensor, expected: torch.Tensor) -> bool:
+    tolerance = (1e-3 if base.dtype == torch.float32 else 5e-2) * float(expected.abs().max())
+    return bool((logits - expected).abs().max() > tolerance)
+
+
+def _packing_is_isolated(base: LoadedBase) -> bool:
+    """Return whether packed rows have the logits they have alone. Some models ignore position ids.
+
+    Raises:
+        BaseModelError: the model sees tokens that come later, so a loss would be meaningless.
+    """
+    first, second = tokenization.probe_sequences(len(base.tokenizer))
+    alone = _packed_logits(base, second)
+    changed = second.copy()
+    changed[-1] = first[-1]
+    if _logits_differ(base, _packed_logits(base, changed)[:-1], alone[:-1]):
+        raise BaseModelError(f"{base.files.name} looks at the text ahead: it is no causal language model.")
+    return not _logits_differ(base, _packed_logits(base, first, second)[len(first) :], alone)
+
+
+def _try_varlen_attention(base: LoadedBase) -> bool:
+    """Compute the attention of packed rows row by row, unless that changes the logits of this model."""
+    rows = tokenization.probe_sequences(len(base.tokenizer))
+    before = _packed_logits(base, *rows)
+    if not kernels.enable_varlen_attention(base.model):
+        return False
+    with contextlib.suppress(TypeError):  # a model without `cu_seq_lens_q`
+        if not _logits_differ(base, _packed_logits(base, *rows, cu_seqlens=True), before):
+            return True
+    kernels.enable_varlen_attention(base.model, on=False)
+    return False
