@@ -1,4 +1,4 @@
-"""Millions of synthetic rows through reading, cleaning, tokenising and packing: how much memory is held after each million."""
+"""Memory after each million synthetic rows that are read, cleaned, tokenized and packed."""
 
 import itertools
 import json
@@ -18,37 +18,37 @@ from lora_tuner.models.resolve import find_base
 
 from .measure import Figure, figure
 
-ROWS, MARK = 10_000_000, 1_000_000
+ROWS, REPORT_EVERY = 10_000_000, 1_000_000
 
 
 def run(rounds: int) -> list[Figure]:
-    """One pass, whatever the rounds: half an hour. The file takes 1 GB of the temporary folder."""
+    """Measure one pass, in half an hour; `rounds` is ignored. The temporary file takes 1 GB."""
     figures = []
-    with tempfile.TemporaryDirectory() as place:
-        path = Path(place, "rows.jsonl")
-        _write(path)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "rows.jsonl")
+        _write_rows(path)
         config = TrainConfig(dataset=str(path), streaming=True)
         counts, process = RowCounts(), psutil.Process()
         stream = StreamingDataset(config, load_tokenizer(find_base(EMBEDDED_BASE)), frozenset(), counts, StreamState())
-        start, mark = time.perf_counter(), MARK
+        start, next_report = time.perf_counter(), REPORT_EVERY
         for taken, _ in enumerate(stream, 1):
-            stream.state_at(taken)  # as checkpoints ask
-            if counts.read >= mark:
+            stream.state_at(taken)  # as each checkpoint does
+            if counts.read >= next_report:
                 rate = counts.read / (time.perf_counter() - start)
                 figures.append(
-                    figure(f"after {mark:,} rows", process.memory_info().rss / 1e6, "MB", f"{rate:,.0f} rows/s")
+                    figure(f"after {next_report:,} rows", process.memory_info().rss / 1e6, "MB", f"{rate:,.0f} rows/s")
                 )
-                mark += MARK
-            if mark > ROWS or stream.state_at(taken).epoch:
+                next_report += REPORT_EVERY
+            if next_report > ROWS or stream.state_at(taken).epoch:
                 break
     return figures
 
 
-def _write(path: Path) -> None:
-    """Rows of a few to thirty words, no two alike."""
-    draw = random.Random(0)
-    words = [f"{a}{b}{c}" for a, b, c in itertools.product(("ba", "ko", "ri", "tu", "se"), repeat=3)]
+def _write_rows(path: Path) -> None:
+    """Write different rows of 3 to 30 words."""
+    generator = random.Random(0)
+    words = ["".join(syllables) for syllables in itertools.product(("ba", "ko", "ri", "tu", "se"), repeat=3)]
     with path.open("w", encoding="utf-8") as file:
         for number in range(ROWS):
-            text = " ".join(draw.choices(words, k=draw.randint(3, 30)))
+            text = " ".join(generator.choices(words, k=generator.randint(3, 30)))
             file.write(json.dumps({"text": f"{number} {text}"}) + "\n")
