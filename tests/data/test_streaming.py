@@ -49,7 +49,7 @@ def texts(items):
     return [tokenizer.decode(row[:-1]) for item in items for row in item]
 
 
-def test_a_pass_gives_each_training_row_once_and_no_other(rows_jsonl):
+def test_pass_yields_each_training_row_once(rows_jsonl):
     config = TrainConfig(dataset=str(rows_jsonl))
     corpus = load_dataset(config)
     found = texts(itertools.islice(made(rows_jsonl), len(corpus.train)))
@@ -58,7 +58,7 @@ def test_a_pass_gives_each_training_row_once_and_no_other(rows_jsonl):
     assert not any(is_held_out(row_hash(text, config.split_salt)) for text in found)
 
 
-def test_the_next_pass_has_another_order(rows_jsonl):
+def test_next_pass_has_other_order(rows_jsonl):
     count = len(load_dataset(TrainConfig(dataset=str(rows_jsonl))).train)
     both = texts(itertools.islice(made(rows_jsonl), 2 * count))
     first, second = both[:count], both[count:]
@@ -66,7 +66,7 @@ def test_the_next_pass_has_another_order(rows_jsonl):
     assert first != second
 
 
-def test_no_more_is_read_than_is_shuffled_together(rows_jsonl):
+def test_stream_reads_one_buffer_ahead(rows_jsonl):
     read = made(rows_jsonl)
     next(iter(read))
     assert read.counts.train == 20
@@ -74,7 +74,7 @@ def test_no_more_is_read_than_is_shuffled_together(rows_jsonl):
 
 
 @pytest.mark.parametrize("taken", [0, 1, 19, 20, 21, 75, 119, 130, 400])
-def test_from_any_place_it_goes_on_as_if_it_had_not_stopped(rows_jsonl, taken):
+def test_stream_resumes_exactly_from_any_state(rows_jsonl, taken):
     """Also when it had given more by then, as when batches are prepared ahead."""
     whole, cut = made(rows_jsonl), made(rows_jsonl)
     expected = texts(itertools.islice(whole, taken + 50))
@@ -85,7 +85,7 @@ def test_from_any_place_it_goes_on_as_if_it_had_not_stopped(rows_jsonl, taken):
     assert again.counts == whole.counts
 
 
-def test_several_processes_share_it_without_overlap(rows_jsonl):
+def test_processes_share_stream_without_overlap(rows_jsonl):
     """As accelerate has each read its batches, of which a step takes them all."""
     alone = texts(itertools.islice(made(rows_jsonl), 60))
     shares = [IterableDatasetShard(made(rows_jsonl), 5, num_processes=3, process_index=it) for it in range(3)]
@@ -93,7 +93,7 @@ def test_several_processes_share_it_without_overlap(rows_jsonl):
     assert [text for step in range(4) for part in parts for text in part[5 * step : 5 * step + 5]] == alone
 
 
-def test_rows_that_are_measured_elsewhere_are_left_out(rows_jsonl):
+def test_stream_skips_eval_rows(rows_jsonl):
     config = TrainConfig(dataset=str(rows_jsonl))
     corpus = load_dataset(config)
     measured = frozenset(row_hash(text, config.split_salt) for text in corpus.train[:40])
@@ -101,7 +101,7 @@ def test_rows_that_are_measured_elsewhere_are_left_out(rows_jsonl):
     assert sorted(found) == sorted(corpus.train[40:])
 
 
-def test_rows_without_anything_to_learn_end_it(tmp_path, monkeypatch):
+def test_stream_without_labels_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenization, "count_predictions", lambda row: 0)
     path = tmp_path / "rows.txt"
     path.write_text("\n".join(TEXTS))
@@ -126,7 +126,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_has_the_rows_that_it_has_when_it_is_read_as_a_whole(tmp_path, name):
+def test_streamed_rows_equal_loaded_rows(tmp_path, name):
     path = tmp_path / name
     path.write_text(FILES[name], encoding="utf-8", newline="")
     config = TrainConfig(dataset=str(path), keep_lines=True)
@@ -143,7 +143,7 @@ def test_a_file_has_the_rows_that_it_has_when_it_is_read_as_a_whole(tmp_path, na
     ("name", "count"),
     [("paragraphs.txt", 3), ("blank-at-1000.txt", 1000), ("blank-at-999.txt", 2), ("late-blank.txt", 1201)],
 )
-def test_txt_rows_follow_first_thousand_lines(tmp_path, name, count):
+def test_txt_auto_uses_first_thousand_lines(tmp_path, name, count):
     (tmp_path / name).write_text(FILES[name])
     for streaming in (False, True):
         config = TrainConfig(dataset=str(tmp_path / name), streaming=streaming)
@@ -151,7 +151,7 @@ def test_txt_rows_follow_first_thousand_lines(tmp_path, name, count):
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.txt", "a.parquet"])
-def test_file_changed_during_pass_is_refused(tmp_path, name):
+def test_file_changed_during_pass_fails(tmp_path, name):
     path = tmp_path / name
     if name.endswith("parquet"):
         datasets.Dataset.from_dict({"text": TEXTS * 10}).to_parquet(str(path))
@@ -166,7 +166,7 @@ def test_file_changed_during_pass_is_refused(tmp_path, name):
         list(rows)
 
 
-def test_parquet_is_read_by_its_own_kinds(tmp_path):
+def test_streamed_parquet_keeps_class_labels(tmp_path):
     features = datasets.Features(
         {"review": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])}
     )
@@ -177,7 +177,7 @@ def test_parquet_is_read_by_its_own_kinds(tmp_path):
     assert found == TEXTS[1::2]
 
 
-def test_a_folder_is_read_file_by_file(tmp_path):
+def test_folder_streams_file_by_file(tmp_path):
     (tmp_path / "many").mkdir()
     for number in range(3):
         (tmp_path / "many" / f"{number}.txt").write_text("\n".join(TEXTS[50 * number : 50 * number + 50]))
@@ -210,7 +210,7 @@ def test_a_folder_is_read_file_by_file(tmp_path):
         ("a.parquet", b"no parquet", "cannot be read"),
     ],
 )
-def test_what_is_wrong_with_a_file(tmp_path, name, content, why):
+def test_streaming_invalid_file_fails(tmp_path, name, content, why):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as error:
         load_dataset(TrainConfig(dataset=str(tmp_path / name), streaming=True))
@@ -218,7 +218,7 @@ def test_what_is_wrong_with_a_file(tmp_path, name, content, why):
     assert why in str(error.value)
 
 
-def test_a_pipe_would_be_waited_for(tmp_path):
+def test_streaming_pipe_fails(tmp_path):
     os.mkfifo(tmp_path / "a.txt")
     with pytest.raises(DataError, match="it is not a regular file"):
         load_dataset(TrainConfig(dataset=str(tmp_path / "a.txt"), streaming=True))
@@ -233,13 +233,13 @@ def test_a_pipe_would_be_waited_for(tmp_path):
         ({"streaming": False, "shuffle_buffer": 5}, "shuffle_buffer needs streaming"),
     ],
 )
-def test_settings_that_contradict_it(given, why):
+def test_settings_contradicting_streaming_fail(given, why):
     with pytest.raises(ValidationError, match=why):
         TrainConfig.model_validate({"streaming": True} | given)
 
 
 @pytest.mark.parametrize("given", [{"text_column": "body"}, {"where": ["body=x"]}])
-def test_columns_are_those_of_the_first_rows(rows_jsonl, given):
+def test_streaming_unknown_column_fails(rows_jsonl, given):
     with pytest.raises(DataError, match="has no column 'body' in its first 100 rows"):
         load_dataset(TrainConfig.model_validate({"dataset": str(rows_jsonl), "streaming": True} | given))
 
@@ -262,7 +262,7 @@ def losses(adapter):
 
 
 @pytest.mark.parametrize("method", ["lora", "eva"])
-def test_a_run_is_trained_measured_and_repeated(config, method):
+def test_streamed_run_is_reproducible(config, method):
     told = []
     adapter = train(config(name="one", max_steps=20, method=method), told.append)
     facts = adapter.manifest
@@ -275,7 +275,7 @@ def test_a_run_is_trained_measured_and_repeated(config, method):
     assert again.sha256 == adapter.sha256
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(config, stop_at):
+def test_resumed_stream_equals_uninterrupted_run(config, stop_at):
     given = {"max_steps": 30, "dropout": 0.1, "gradient_accumulation": 2}
     whole = train(config(name="whole", **given))
     with stop_at(11):
@@ -287,7 +287,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config, stop_at):
     assert cut.manifest.data == whole.manifest.data
 
 
-def test_a_stream_that_breaks_off_leaves_a_checkpoint_to_go_on_from(config, monkeypatch):
+def test_failing_stream_leaves_resumable_checkpoint(config, monkeypatch):
     whole = train(config(name="whole", max_steps=25))
     real, read = data_streaming.iter_rows, []
 
@@ -307,7 +307,7 @@ def test_a_stream_that_breaks_off_leaves_a_checkpoint_to_go_on_from(config, monk
     assert resume("cut").sha256 == whole.sha256
 
 
-def test_a_run_that_could_not_be_written_still_counts_its_rows(config, monkeypatch):
+def test_resume_after_failed_save_keeps_counts(config, monkeypatch):
     whole = train(config(name="whole", max_steps=8, save_every=8))
 
     def fail(*given):
@@ -320,14 +320,14 @@ def test_a_run_that_could_not_be_written_still_counts_its_rows(config, monkeypat
     assert resume("cut").manifest.data == whole.manifest.data
 
 
-def test_the_held_out_rows_are_the_first_of_the_stream_and_never_trained_on(config, rows_jsonl):
+def test_stream_holds_out_its_first_rows(config, rows_jsonl):
     job = run.prepare_training(config(eval_rows=8))
     everything = load_dataset(TrainConfig(dataset=str(rows_jsonl)))
     assert len(job.held_out_texts) == 8
     assert set(job.held_out_texts) <= set(everything.held_out)
 
 
-def test_minutes_a_plan_and_no_rule_at_all(config):
+def test_stream_plan_by_minutes_or_default(config):
     plan = run.plan(config(max_steps=None, minutes=0.05))
     assert plan.steps_per_epoch is None
     assert plan.steps > 0
@@ -336,7 +336,7 @@ def test_minutes_a_plan_and_no_rule_at_all(config):
     assert any("A stream has no end, so 10 minutes of it are trained." in getattr(it, "text", "") for it in told)
 
 
-def test_conversations_stream_too(tmp_path, config):
+def test_conversations_can_be_streamed(tmp_path, config):
     path = tmp_path / "talks.jsonl"
     pairs = ({"prompt": f"Is {number} good?", "completion": text} for number, text in enumerate(TEXTS))
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
@@ -344,7 +344,7 @@ def test_conversations_stream_too(tmp_path, config):
     assert adapter.manifest.data.format == "prompt and completion"
 
 
-def test_from_the_hub(repos, cli):  # noqa: F811
+def test_hub_dataset_streams(repos, cli):  # noqa: F811
     short = {"rank": 2, "max-steps": 4, "max-length": 64, "eval-rows": 5, "shuffle-buffer": 40, "where": "label=pos"}
     with Hub(repos) as hub:
         cli(hub, "train", "--streaming", *(f"--{name}={value}" for name, value in short.items()))

@@ -21,7 +21,7 @@ def base(model_folder):
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_the_end_of_every_row_is_a_label(gpt2, packing):
+def test_eos_of_each_row_is_label(gpt2, packing):
     base = load_base(find_base(str(gpt2)), ModelOptions(device="cpu"))
     assert base.tokenizer.pad_token_id == base.tokenizer.eos_token_id  # the trap: masking by id would lose it
     encoded = tokenization.encode_texts(base.tokenizer, tiny_models.reviews(9))
@@ -33,14 +33,14 @@ def test_the_end_of_every_row_is_a_label(gpt2, packing):
     assert torch.all((labels == batch["input_ids"]) | (labels == IGNORE_INDEX))
 
 
-def test_text_that_spells_the_end_of_text_does_not_end_the_row(gpt2):
+def test_text_spelling_eos_is_plain_text(gpt2):
     tokenizer = load_base(find_base(str(gpt2)), ModelOptions(device="cpu")).tokenizer
     (row,) = tokenization.encode_texts(tokenizer, [f"one {tiny_models.END} two"])
     assert row.tolist().count(tokenizer.eos_token_id) == 1
     assert tokenizer.decode(row[:-1]) == f"one {tiny_models.END} two"
 
 
-def test_cut_rows_have_no_end_and_chunks_keep_it():
+def test_truncated_rows_lose_eos_chunks_keep_it():
     long, short = rows(10, 3)
     assert [r.tolist() for r in tokenization.truncate([long, short], 4)[0]] == [[1, 2, 3, 4], [1, 2, 3]]
     chunks, longer = tokenization.truncate([long, short], 4, chunk=True)
@@ -52,7 +52,7 @@ def test_cut_rows_have_no_end_and_chunks_keep_it():
     ]  # one token predicts nothing
 
 
-def test_packing_keeps_every_row_whole_and_fills_the_sequences():
+def test_packing_keeps_rows_whole():
     lengths = [60, 64, 30, 30, 4, 10, 50, 3]
     groups = pack_rows(rows(*lengths), 64)
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
@@ -60,14 +60,14 @@ def test_packing_keeps_every_row_whole_and_fills_the_sequences():
     assert len(groups) == 4  # 251 tokens in 4 x 64
 
 
-def test_padding_goes_only_to_the_longest_of_the_batch():
+def test_collate_pads_to_longest_item():
     batch = collate([[r] for r in rows(3, 5)], pad_id=0)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 0, 0], [1, 2, 3, 4, 5]]
     assert batch["labels"].tolist() == [[-100, 2, 3, -100, -100], [-100, 2, 3, 4, 5]]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_packed_row_has_the_logits_it_has_alone(base, attention):
+def test_packed_row_has_solo_logits(base, attention):
     base.model.set_attn_implementation(attention)
     encoded = tokenization.encode_texts(base.tokenizer, tiny_models.reviews(12))
     sequences = PackedSequences(encoded, tiny_models.CONTEXT, packing=True)

@@ -148,19 +148,19 @@ def in_turn(cases):
 
 
 @pytest.mark.parametrize(("case", "way"), [*in_turn(REFUSED)])
-def test_bad_data_is_refused_in_a_line(refused, tmp_path, case, way):
+def test_invalid_data_fails_with_one_line(refused, tmp_path, case, way):
     name, content, why = REFUSED[case]
     assert why in refused(written(tmp_path / name, content), way)
 
 
-def test_rows_without_text_are_nothing_to_measure_on(refused, tmp_path):
+def test_eval_dataset_without_text_fails(refused, tmp_path):
     _, content, _ = REFUSED["nothing but space"]
     assert "x.csv has no usable row to evaluate on." in refused(written(tmp_path / "x.csv", content), WAYS[3])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_a_broken_file_in_a_folder_is_named(refused, tmp_path, way):
+def test_invalid_file_in_folder_is_named(refused, tmp_path, way):
     written(tmp_path / "some" / "a.csv", table())
     for name, content in (("b.csv", table() + "a,b,c\n"), ("deep/b.jsonl", '"a"\n{'), ("b.txt", b"\xff")):
         broken = written(tmp_path / "some" / name, content)
@@ -194,7 +194,7 @@ def no_more_than_others():
         ("directory", "", "The folder x.csv has no .csv"),
     ],
 )
-def test_what_is_no_readable_file_is_refused_and_not_waited_for(refused, tmp_path, kind, where, why):
+def test_unreadable_path_fails_without_blocking(refused, tmp_path, kind, where, why):
     path = tmp_path / where / "x.csv"
     written(tmp_path / "some" / "a.csv", table())
     if kind == "pipe":
@@ -243,7 +243,7 @@ def changing(path, how):
     ("option", "name"),
     [("--dataset", "x.csv"), pytest.param("--eval-dataset", "x.parquet", marks=pytest.mark.slow)],
 )
-def test_a_file_that_changes_while_it_is_read_is_refused(run, gpt2, tmp_path, reviews_csv, option, name, how):
+def test_file_changed_while_read_fails(run, gpt2, tmp_path, reviews_csv, option, name, how):
     path = written(tmp_path / name, parquet(text=TEXTS) if name.endswith("parquet") else table())
     os.utime(path, (1e9, 1e9))
     given = {"--dataset": reviews_csv.name} | {option: name}
@@ -253,7 +253,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(run, gpt2, tmp_path, re
     assert (ended.status, ended.out, ended.line) == (1, "", f"Error: {name} cannot be read: {why}")
 
 
-def test_a_file_that_is_replaced_while_it_is_read_is_read_as_it_was(run, gpt2, tmp_path):
+def test_file_replaced_while_read_gives_old_rows(run, gpt2, tmp_path):
     path = written(tmp_path / "x.csv", table())
     change = functools.partial(changing, path, "replaced")
     ended = run("train", "--base", gpt2, "--preview", 50, "--dataset", "x.csv", "--json", before=change)
@@ -308,7 +308,7 @@ READ = {  # name, content, the rows that are in it, empty ones, copies
 
 
 @pytest.mark.parametrize("case", READ)
-def test_odd_data_is_read_as_it_is_written_and_each_row_is_counted(run, gpt2, tmp_path, case):
+def test_unusual_data_is_read_and_counted(run, gpt2, tmp_path, case):
     name, content, rows, empty, copies = READ[case]
     written(tmp_path / name, content)
     corpus = load_dataset(TrainConfig(dataset=name))
@@ -321,7 +321,7 @@ def test_odd_data_is_read_as_it_is_written_and_each_row_is_counted(run, gpt2, tm
     assert f"Rows: {corpus.counts}." in ended.err.splitlines()
 
 
-def test_of_a_folder_all_that_is_passed_over_is_said(run, gpt2, tmp_path):
+def test_folder_reports_skipped_files(run, gpt2, tmp_path):
     written(tmp_path / "some" / "a.csv", table(TEXTS[:30]))
     written(tmp_path / "some" / "deep" / "B.TXT", "\n".join(TEXTS[20:]))
     for name in ("empty.csv", "deep/notes.md", "more.csv.gz", ".hidden.csv", ".git/x.csv"):
@@ -337,7 +337,7 @@ def test_of_a_folder_all_that_is_passed_over_is_said(run, gpt2, tmp_path):
     assert int(counts[1]) + int(counts[2]) == 60
 
 
-def test_what_is_trained_on_is_what_is_in_the_file(run, gpt2, tmp_path):
+def test_trained_tokens_equal_file_tokens(run, gpt2, tmp_path):
     """All rows once: the tokens that were trained on are those of the rows that are not held out."""
     written(tmp_path / "x.csv", table([*TEXTS, *TEXTS[:7], " "]))
     ended = run("train", "--base", gpt2, "--dataset", "x.csv", "--epochs", 1, "--max-length", 128, "--json")
@@ -354,7 +354,7 @@ def test_what_is_trained_on_is_what_is_in_the_file(run, gpt2, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["the actor never works. " * 2000, "works" * 9000, "\U0001f600" * 20_000])
-def test_a_row_that_is_cut_has_the_tokens_that_it_has_when_all_of_it_is_read(text):
+def test_partial_tokenization_equals_truncated_full(text):
     tokenizer = tiny_models.tokenizer()
     (whole,), (read,) = (tokenization.encode_texts(tokenizer, [text], max_tokens=most) for most in (None, 64))
     assert len(read) < len(whole)
@@ -365,7 +365,7 @@ def test_a_row_that_is_cut_has_the_tokens_that_it_has_when_all_of_it_is_read(tex
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", ["txt", "csv", "jsonl"])
-def test_a_line_of_50_megabytes_takes_no_memory_beyond_its_own(run, gpt2, tmp_path, ending):
+def test_line_of_50_megabytes_bounds_memory(run, gpt2, tmp_path, ending):
     long = "the actor never works. " * 2_200_000
     header = {"csv": "text\n"}.get(ending, "")
     line = json.dumps if ending == "jsonl" else str
