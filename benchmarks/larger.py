@@ -68,7 +68,7 @@ def make(folder: str, shape: tuple[int, ...]) -> None:
 
 
 def step(base: str, how: dict[str, Any]) -> dict[str, float]:
-    """Peak bytes, seconds a step and parameters, of a process of its own."""
+    """Peak bytes, seconds per step and parameters, of a process of its own."""
     asked = [sys.executable, "-m", __name__, "train", base, json.dumps(how)]
     found: dict[str, float] = json.loads(subprocess.run(asked, capture_output=True, check=True).stdout.splitlines()[-1])
     return found

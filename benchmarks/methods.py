@@ -55,7 +55,7 @@ def run(rounds: int) -> list[Figure]:
 
 
 def trained(settings: dict[str, Any], seed: int) -> tuple[float, float, float, float, int]:
-    """Held-out loss, gain over the base, seconds a step, seconds that the start takes, bytes."""
+    """Held-out loss, gain over the base, seconds per step, seconds that the start takes, bytes."""
     given = {"base": EMBEDDED_BASE, "max_length": 512, "batch_size": 1, "eval_rows": HELD_OUT}
     begun = initialization.initialize
     taken: list[float] = []

@@ -11,7 +11,7 @@ def summary_rows(adapter: Adapter) -> list[tuple[str, str]]:
     """Name and text of each row of the summary table. Texts may come from an untrusted manifest."""
     manifest = adapter.manifest
     base = f"{display_name(manifest.base.name)} ({manifest.base.weights})" if manifest else adapter.base or "unknown"
-    config = f"{_method_name(adapter)}, {_format_ranks(adapter)}, {_format_alphas(adapter)}"
+    config = f"{_method_name(adapter)}, {format_ranks(adapter)}, {_format_alphas(adapter)}"
     rows = [
         ("Base", base),
         ("Adapter", f"{config}, on {', '.join(adapter.targets)}"),
@@ -92,7 +92,7 @@ def _method_name(adapter: Adapter) -> str:
     return "rsLoRA" if adapter.config.get("use_rslora") else "LoRA"
 
 
-def _format_ranks(adapter: Adapter) -> str:
+def format_ranks(adapter: Adapter) -> str:
     ranks = {adapter.rank_of(module) for module in adapter.modules}
     return f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
 

@@ -1,16 +1,19 @@
-"""The commands of `adapters`: what is in the library. None of them loads torch."""
+"""The `adapters` commands, `push` and `pull`. None of them loads torch."""
 
-from typing import Annotated
+import datetime
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..adapters import compatibility
 from ..adapters.adapter import Adapter, verify_adapter
-from ..adapters.library import Library
+from ..adapters.library import Ancestor, Library
 from ..convert.adopt import adopt
 from ..errors import AdapterError, os_error_message
-from ..text import one_line
-from .display import print_stderr, show_adapter_card, show_adapters, show_compatibility, show_json
+from ..text import format_bytes, format_counts, format_duration, one_line
+from .display import format_result, print_stderr, print_table, show_facts, show_json
 from .options import (
     DEFAULT_ADAPTERS_DIR,
     AdapterArgument,
@@ -18,74 +21,161 @@ from .options import (
     BaseOption,
     JsonOption,
     LibraryArgument,
+    OverwriteOption,
     RevisionOption,
     StrictCommand,
     complete_adapter_names,
     display,
 )
 
-adapters_app = typer.Typer(help="The adapters in the library.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from ..adapters.hub_sync import TransferResult
+
+RepoArgument = Annotated[str, typer.Argument(help="A model repo on the Hub, owner/name.", show_default=False)]
+adapters_app = typer.Typer(help="Manage the adapters in the library.", no_args_is_help=True)
 
 
 @adapters_app.command("list", cls=StrictCommand)
 def list_adapters(adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR, as_json: JsonOption = False) -> None:
-    """All adapters: base, rank, targets, data, size, held-out gain, age, parent."""
-    found = list(Library(adapters_dir).entries())
+    """List all adapters: base, rank, targets, data, size, held-out gain, age, parents."""
+    entries = list(Library(adapters_dir).entries())
     if as_json:
-        show_json(
-            [{"name": name} | (it.to_dict() if isinstance(it, Adapter) else {"broken": str(it)}) for name, it in found]
-        )
-    elif found:
-        show_adapters(found)
+        show_json([_entry_dict(name, entry) for name, entry in entries])
+    elif entries:
+        show_adapters(entries)
     else:
         print_stderr(f"No adapters in {adapters_dir} yet: train one.")
+
+
+def _entry_dict(name: str, entry: Adapter | AdapterError) -> dict[str, Any]:
+    return entry.to_dict() if isinstance(entry, Adapter) else {"name": name, "broken": str(entry)}
+
+
+def show_adapters(entries: Iterable[tuple[str, Adapter | AdapterError]]) -> None:
+    rows, broken = [], []
+    for name, adapter in entries:
+        if isinstance(adapter, AdapterError):
+            broken.append(f"{name} is broken: {adapter}")
+            continue
+        manifest, targets = adapter.manifest, adapter.targets
+        data, result = (manifest.data, manifest.result) if manifest else (None, None)
+        rows.append(
+            (
+                name,
+                adapter.base,
+                str(adapter.rank),
+                ", ".join(targets) if len(targets) < 3 else f"{len(targets)} kinds",
+                Path(data.name).name if data else "?",
+                format_bytes(adapter.bytes),
+                f"{result.gain:.3f} ± {result.standard_error:.3f}" if result else "?",
+                format_age(manifest.created) if manifest else "?",
+                ", ".join(parent.name for parent in manifest.parents) if manifest else "?",
+            )
+        )
+    if rows:
+        print_table(rows, ("name", "base", "rank", "targets", "data", "size", "gain", "age", "parent"))
+    for text in broken:
+        print_stderr(text)
+
+
+def format_age(created: str) -> str:
+    """Time since an ISO 8601 timestamp; `?` if it is invalid."""
+    try:
+        then = datetime.datetime.fromisoformat(created)
+        seconds = (datetime.datetime.now(datetime.UTC) - then).total_seconds()
+    except (ValueError, TypeError):  # TypeError: without a time zone
+        return "?"
+    return format_duration(max(seconds, 0.0))
 
 
 @adapters_app.command("show", cls=StrictCommand)
 def show_adapter(
     adapter: AdapterArgument, adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR, as_json: JsonOption = False
 ) -> None:
-    """One adapter: what it was made from, and what it gives."""
+    """Show an adapter: its origin, its training and its held-out gain."""
     library = Library(adapters_dir)
-    found = library.get(adapter)
-    ancestors = library.ancestors(found)
-    if as_json:
-        show_json(found.to_dict() | {"ancestors": [vars(ancestor) for ancestor in ancestors]})
+    loaded = library.get(adapter)
+    ancestors = library.ancestors(loaded)
+    details = loaded.to_dict() | {"ancestors": [vars(ancestor) for ancestor in ancestors]}
+    show_json(details) if as_json else show_details(loaded, ancestors)
+
+
+def show_details(adapter: Adapter, ancestors: Sequence[Ancestor]) -> None:
+    """Print one adapter; `--json` has all of its metadata."""
+    manifest = adapter.manifest
+    lora = f"rank {adapter.rank}, alpha {adapter.config['lora_alpha']}, on {', '.join(adapter.targets)}"
+    facts: dict[str, object] = {
+        "path": str(adapter.path),
+        "lora": f"{lora}; {adapter.parameters:,} parameters, {format_bytes(adapter.bytes)}",
+    }
+    if manifest is None:
+        facts |= {
+            "base": adapter.base or "unknown",
+            "created": "by another tool, without a manifest (run `adapters adopt` to write one)",
+        }
     else:
-        show_adapter_card(found, ancestors)
+        facts |= {
+            "evaluation": "\n".join(format_result(manifest.result)),
+            "base": f"{manifest.base.name}: {manifest.base.weights}",
+            "revision": manifest.base.revision,
+            "fingerprint": manifest.base.fingerprint,
+            "lineage": "\n".join(format_ancestor(ancestor) for ancestor in ancestors) or None,
+        }
+        if manifest.data is not None:
+            facts |= {
+                "data": manifest.data.source,
+                "where": manifest.data.where,
+                "rows": format_counts(manifest.data.counts),
+                "evaluated on": manifest.data.eval_dataset,
+            }
+        if manifest.run is not None:
+            run = manifest.run
+            steps = f"{run.steps:,} steps, {run.tokens:,} tokens, {format_duration(run.seconds)}"
+            facts["run"] = f"{run.method}, {steps} on {run.device} in {run.dtype}"
+        facts["command"] = manifest.made_by
+        versions = ", ".join(f"{package} {version}" for package, version in manifest.versions.items())
+        facts["created"] = (
+            f"{manifest.created} with {versions}" if versions else f"by another tool, adopted {manifest.created}"
+        )
+    show_facts(facts)
+
+
+def format_ancestor(ancestor: Ancestor) -> str:
+    """One line of the lineage, indented by generation."""
+    location = "" if ancestor.here == ancestor.name else f", now named {ancestor.here}"
+    if ancestor.here is None:
+        location = ", not in this library"
+    return f"{'  ' * (ancestor.generation - 1)}from {ancestor.name} ({ancestor.sha256[:12]}{location})"
 
 
 @adapters_app.command("verify", cls=StrictCommand)
 def verify_adapters(
     names: Annotated[
         list[str] | None,
-        typer.Argument(
-            help="Adapters, by name or path; all when none is named.", autocompletion=complete_adapter_names
-        ),
+        typer.Argument(help="Adapters, by name or path. Default: all.", autocompletion=complete_adapter_names),
     ] = None,
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     as_json: JsonOption = False,
 ) -> None:
-    """Read every byte: hashes, shapes, settings, finite numbers. Proves that it is whole, not that it is good."""
+    """Check every byte of adapters: hashes, shapes, settings, finite values. It says nothing about their quality."""
     library = Library(adapters_dir)
-    found = {name: _weight_problems(library, name) for name in names or library.names()}
+    problems = {name: _find_problems(library, name) for name in names or library.names()}
     if as_json:
-        show_json([{"name": name, "problems": problems} for name, problems in found.items()])
+        show_json([{"name": name, "problems": found} for name, found in problems.items()])
     else:
-        for name, problems in found.items():
-            print(one_line(f"{name}: {'; '.join(problems) or 'whole'}"))
-        if not all(found.values()):
-            print_stderr(
-                "Whole: well-formed, finite and, where there is a manifest, the weights and settings it was written for. How "
-                "good it is, only `evaluate` can say."
-            )
-        if not found:
+        for name, found in problems.items():
+            print(one_line(f"{name}: {'; '.join(found) or 'OK'}"))
+        if not problems:
             print_stderr(f"No adapters in {adapters_dir} yet: train one.")
-    if any(found.values()):
+        if not all(problems.values()):
+            print_stderr(
+                "OK: files are valid, values finite, hashes as in the manifest if there is one. Use `evaluate` to measure quality."
+            )
+    if any(problems.values()):
         raise typer.Exit(1)
 
 
-def _weight_problems(library: Library, name: str) -> list[str]:
+def _find_problems(library: Library, name: str) -> list[str]:
     try:
         return library.inspect(name, verify_adapter)
     except AdapterError as error:
@@ -97,11 +187,11 @@ def _weight_problems(library: Library, name: str) -> list[str]:
 @adapters_app.command("rename", cls=StrictCommand)
 def rename_adapter(
     old: LibraryArgument,
-    new: Annotated[str, typer.Argument(help="Its new name.", show_default=False)],
+    new: Annotated[str, typer.Argument(help="The new name.", show_default=False)],
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     as_json: JsonOption = False,
 ) -> None:
-    """Give an adapter another name. Its card and run.yaml keep the old one."""
+    """Rename an adapter. Its model card and run.yaml keep the old name."""
     renamed = Library(adapters_dir).rename(old, new)
     show_json(renamed.to_dict()) if as_json else print(renamed.path)
 
@@ -109,13 +199,13 @@ def rename_adapter(
 @adapters_app.command("remove", cls=StrictCommand)
 def remove_adapter(
     name: LibraryArgument,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete an adapter for good."""
+    """Delete an adapter permanently."""
     if not yes:
-        typer.confirm(f"Delete {adapters_dir / name} for good?", abort=True, err=True)
+        typer.confirm(f"Delete {adapters_dir / name} permanently?", abort=True, err=True)
     Library(adapters_dir).remove(name)
     if as_json:
         show_json({"removed": name})
@@ -123,14 +213,14 @@ def remove_adapter(
 
 @adapters_app.command("adopt", cls=StrictCommand)
 def adopt_adapter(
-    folder: Annotated[str, typer.Argument(help="The folder of an adapter that another tool made.", show_default=False)],
-    name: Annotated[str | None, typer.Option(help="Its name here.", show_default="the folder's")] = None,
+    folder: Annotated[str, typer.Argument(help="The folder of an adapter made by another tool.", show_default=False)],
+    name: Annotated[str | None, typer.Option(help="Name in the library.", show_default="the folder's")] = None,
     base: BaseOption = None,
     revision: RevisionOption = None,
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     as_json: JsonOption = False,
 ) -> None:
-    """Take in an adapter of another tool: check it against its base, and give it a manifest that holds it to that."""
+    """Add an adapter of another tool: check it against its base, and write a manifest that ties it to that base."""
     adopted = adopt(Library(adapters_dir), folder, name, base=base, revision=revision, notify=display)
     show_json(adopted.to_dict()) if as_json else print(adopted.path)
 
@@ -138,17 +228,66 @@ def adopt_adapter(
 @adapters_app.command("check", cls=StrictCommand)
 def check_adapter(
     adapter: AdapterArgument,
-    tool: Annotated[compatibility.Tool, typer.Option("--for", help="The tool that is to take it.", show_default=False)],
+    tool: Annotated[compatibility.Tool, typer.Option("--for", help="The tool to check for.", show_default=False)],
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     as_json: JsonOption = False,
 ) -> None:
-    """Will another tool take it? Judged by its settings and sizes; with what to change where not, and exit status 1."""
+    """Check whether another tool can load an adapter. Exit status 1, with a remedy, if it cannot."""
     checked = Library(adapters_dir).get(adapter)
     report = compatibility.check_compatibility(checked, tool)
     if as_json:
-        result = {"tool": tool, "obstacles": report.errors, "notes": report.notes, "accepted": report.accepted}
-        show_json(result)
+        show_json({"tool": tool, "obstacles": report.errors, "notes": report.notes, "accepted": report.accepted})
     else:
-        show_compatibility(checked.name, report)
+        print(one_line(f"{checked.name}: {'compatible' if report.accepted else 'not compatible'} with {tool}"))
+        for line in [*report.errors, *report.notes]:
+            print(one_line(f"- {line}"))
     if not report.accepted:
         raise typer.Exit(1)
+
+
+def push(
+    adapter: AdapterArgument,
+    repo: RepoArgument,
+    private: Annotated[bool, typer.Option("--private", help="If the repo is created, make it private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files without uploading them.")] = False,
+    adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
+    as_json: JsonOption = False,
+) -> None:
+    """Upload an adapter with its model card to the Hugging Face Hub."""
+    loaded = Library(adapters_dir).get(adapter)
+    from ..adapters import hub_sync
+
+    pushed = hub_sync.push(loaded, repo, private=private, dry_run=dry_run)
+    summary = {"repo": pushed.repo, "files": pushed.files, "url": pushed.url}
+    show_json(summary) if as_json else _show_transfer(pushed)
+    if dry_run:
+        print_stderr("Dry run: nothing was uploaded.")
+
+
+def pull(
+    repo: RepoArgument,
+    name: Annotated[str | None, typer.Option(help="Name in the library.", show_default="the repo's")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default=False)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files without downloading them.")] = False,
+    adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Download an adapter from the Hugging Face Hub into the library."""
+    from ..adapters import hub_sync
+
+    pulled = hub_sync.pull(
+        repo, Library(adapters_dir), name, revision=revision, overwrite=overwrite, dry_run=dry_run, notify=display
+    )
+    metadata = pulled.adapter.to_dict() if pulled.adapter else {}
+    show_json({"repo": pulled.repo, "files": pulled.files} | metadata) if as_json else _show_transfer(pulled)
+    if dry_run:
+        print_stderr("Dry run: nothing was downloaded.")
+
+
+def _show_transfer(transfer: "TransferResult") -> None:
+    print_table([(name, format_bytes(size)) for name, size in transfer.files.items()])
+    if transfer.url:
+        print(transfer.url)
+    if transfer.adapter:
+        print(transfer.adapter.path)

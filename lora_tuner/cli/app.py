@@ -1,7 +1,6 @@
-"""The command line. Each command turns options into settings, calls the library, and shows what comes back.
+"""The command line: all commands, and the translation of errors into one line and an exit status.
 
-Options that commands share are in options.py; `adapters ...` is in cli_adapters.py, `merge` to `pull` in cli_combine.py,
-`serve` in cli_serve.py. What loads torch is imported inside the command that needs it.
+Commands import torch inside their functions, so that `--help` and `adapters` start fast.
 """
 
 import contextlib
@@ -19,27 +18,19 @@ from typer.core import TyperGroup
 
 from .. import __version__, distributed
 from ..errors import Interrupted, LoraTunerError, RaisedOnRankZero, os_error_message
-from . import convert, doctor, evaluate, generate, serve, train
-from .adapters import adapters_app
-from .display import (
-    print_stderr,
-)
-from .options import (
-    StrictCommand,
-    display,
-)
+from . import adapters, convert, doctor, evaluate, generate, serve, train
+from .display import print_stderr
+from .options import StrictCommand, display
 
-OUT_OF_MEMORY = "Out of memory: lower --batch-size or --max-length to train, --n to write, or choose --dtype bfloat16."
-
-
-_NO_MEMORY = (
-    "out of memory|can't allocate|[Cc]annot allocate|not enough memory|bad_alloc"  # as torch says it, by device
+OUT_OF_MEMORY = (
+    "Out of memory: for training lower --batch-size or --max-length, for generation --n; or use --dtype bfloat16."
 )
-_UsageError: Any = typer.BadParameter.__base__  # Typer brings its own, and does not name it
+_OUT_OF_MEMORY_PATTERN = "out of memory|can't allocate|[Cc]annot allocate|not enough memory|bad_alloc"  # of torch
+_UsageError: Any = typer.BadParameter.__base__  # Typer has a copy of its own and does not export it
 
 
 class _Commands(TyperGroup):
-    """Turns errors into one line and an exit status: 1 an error, 2 wrong usage, 130 interrupted."""
+    """Turn errors into one line and an exit status: 1 error, 2 wrong usage, 130 interrupted."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         with _report_errors():
@@ -60,19 +51,19 @@ def _report_errors() -> Iterator[None]:
         text, status, cause = f"Error: {error}", 1, error
     except RaisedOnRankZero as error:
         raise typer.Exit(1) from error
-    except BrokenPipeError:  # the reader has seen enough, as `head` does
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         raise
     except OSError as error:
         text, status, cause = f"Error: {os_error_message(error)}", 1, error
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search(_NO_MEMORY, str(error)):
+        if not isinstance(error, MemoryError) and not re.search(_OUT_OF_MEMORY_PATTERN, str(error)):
             raise
         text, status, cause = f"Error: {OUT_OF_MEMORY}", 1, error
     except _UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             raise
-        where = f" {error.ctx.command_path} --help lists what there is." if error.ctx else ""
-        text, status, cause = f"Error: {' '.join(error.format_message().split()).rstrip('.')}.{where}", 2, error
+        advice = f" See {error.ctx.command_path} --help." if error.ctx else ""
+        text, status, cause = f"Error: {' '.join(error.format_message().split()).rstrip('.')}.{advice}", 2, error
     except (Interrupted, KeyboardInterrupt) as stopped:
         text, status, cause = str(stopped) or "Interrupted.", 130, stopped
     finally:
@@ -84,20 +75,20 @@ def _report_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interrupt_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does: what is half-written goes."""
+    """Let SIGTERM end a command like Ctrl-C, so that incomplete files are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
 app = typer.Typer(
     cls=_Commands,
-    help="Train small LoRA adapters on your own text, keep many beside one base model, and write with them.",
+    help="Train LoRA adapters on your own text, and generate, evaluate, merge, export and serve with them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -108,9 +99,9 @@ app = typer.Typer(
 def _main(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8")  # a pipe on Windows is not, and text of models holds anything
-    if sys.stdin is None:  # closed: there is nothing to read
-        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115 - until the process ends
+            stream.reconfigure(encoding="utf-8")  # pipes on Windows have another encoding
+    if sys.stdin is None:  # it was closed
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115 - open until exit
     if version:
         print(f"lora_tuner {__version__}")
         raise typer.Exit
@@ -125,11 +116,11 @@ for command in (
     convert.blend,
     convert.compress,
     convert.export,
-    convert.push,
-    convert.pull,
+    adapters.push,
+    adapters.pull,
     serve.serve,
 ):
     app.command(cls=StrictCommand)(command)
-app.add_typer(adapters_app, name="adapters")
+app.add_typer(adapters.adapters_app, name="adapters")
 for command in (train.methods, doctor.doctor):
     app.command(cls=StrictCommand)(command)

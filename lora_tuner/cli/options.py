@@ -1,15 +1,15 @@
-"""Options that commands share. Those that set something are made from the fields of config.py, so that a default, a bound or
-a help text has one home."""
+"""Options that commands share. Options for settings are made from the fields of config.py: default, bounds and help."""
 
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
 from ..adapters.library import Library
@@ -17,118 +17,132 @@ from ..config import INVALID_TEXT, SWEEPABLE, InferenceDtype, LoadIn, ModelOptio
 from ..errors import ConfigError, LoraTunerError
 from .display import Display
 
+if TYPE_CHECKING:
+    from ..evaluation import EvalSet
+
+Command = Callable[..., None]
+Overrides = dict[str, Any]  # settings that were set on the command line
+DEFAULT_ADAPTERS_DIR = TrainConfig().adapters_dir
+EVAL_SET_FIELDS = ("eval_dataset", "eval_split", "text_column", "where", "txt_rows", "keep_lines")
 display = Display()
 
 
 def complete_adapter_names(ctx: typer.Context, incomplete: str) -> list[str]:
-    """For the shell: the names of adapters that begin so."""
-    with contextlib.suppress(LoraTunerError, OSError):  # where there are none, there is nothing to offer
+    """Shell completion: names of adapters with this prefix."""
+    with contextlib.suppress(LoraTunerError, OSError):  # nothing to offer without a library
         names = Library(ctx.params.get("adapters_dir") or DEFAULT_ADAPTERS_DIR).names()
         return [name for name in names if name.startswith(incomplete)]
     return []
 
 
 AdapterArgument = Annotated[
-    str, typer.Argument(help="An adapter, by name or path.", show_default=False, autocompletion=complete_adapter_names)
+    str, typer.Argument(help="Adapter, by name or path.", show_default=False, autocompletion=complete_adapter_names)
 ]
 LibraryArgument = Annotated[
     str,
-    typer.Argument(
-        help="An adapter of the library, by name.", show_default=False, autocompletion=complete_adapter_names
-    ),
+    typer.Argument(help="Adapter in the library, by name.", show_default=False, autocompletion=complete_adapter_names),
 ]
 AdapterArguments = Annotated[
     list[str],
     typer.Argument(help="Adapters, by name or path.", show_default=False, autocompletion=complete_adapter_names),
 ]
-AdaptersDirOption = Annotated[Path, typer.Option(help="Where adapters are kept.", file_okay=False)]
-JsonOption = Annotated[bool, typer.Option("--json", help="Answer with JSON on stdout.")]
+AdaptersDirOption = Annotated[Path, typer.Option(help="Folder of the adapters.", file_okay=False)]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 BaseOption = Annotated[
-    str | None, typer.Option(help="Another base than the one that the adapter names.", show_default=False)
+    str | None, typer.Option(help="Base model: a local folder or a Hub id.", show_default="the adapter's")
 ]
 RevisionOption = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of the base on the Hub.", show_default=False)
 ]
-ForceOption = Annotated[bool, typer.Option("--force", help="Put an adapter on a base that it was not trained on.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Accept an adapter that was trained on another base.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 DtypeOption = Annotated[
     InferenceDtype,
-    typer.Option(help="Numbers of the base. auto: bfloat16 on CUDA, else float32; int8: least to read, on a CPU."),
+    typer.Option(
+        help="Precision of the base model. auto: bfloat16 on CUDA, else float32. int8: fastest decoding on a CPU."
+    ),
 ]
 LoadInOption = Annotated[
-    LoadIn, typer.Option(help="Weights of the base in 8 or 4 bits (bitsandbytes); auto: where they do not fit in full.")
+    LoadIn,
+    typer.Option(help="Quantize the base to 8 or 4 bits (bitsandbytes). auto: only if it does not fit into memory."),
 ]
-DEFAULT_ADAPTERS_DIR = TrainConfig().adapters_dir
 
 
 class StrictCommand(TyperCommand):
-    """A command that ignores nothing. An option given twice would lose its first value; an empty one, of a variable that the
-    shell does not know, would mean this folder or no adapter. A prompt alone may be empty."""
+    """A command that rejects repeated options, which would lose a value, and empty values except for a prompt."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        given, _, order = self.make_parser(ctx).parse_args(args=list(args))
-        for parameter in () if "help" in given else order:
-            param: Any = parameter
-            value = given.get(param.name)
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        parsed, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for option in () if "help" in parsed else order:
+            parameter: Any = option
+            value = parsed.get(parameter.name)
             values = value if isinstance(value, list | tuple) else [value]
-            if order.count(param) > 1 and value is not values:
-                raise typer.BadParameter("it is given twice", ctx, param)
+            if order.count(parameter) > 1 and value is not values:
+                raise typer.BadParameter("it is given twice", ctx, parameter)
             if any(isinstance(text, str) and INVALID_TEXT.search(text) for text in values):
-                raise typer.BadParameter("it is no text in UTF-8", ctx, param)
-            if "" in values and param.name != "prompt":
-                raise typer.BadParameter("it is empty: give a value, or leave it out", ctx, param)
-        rest: list[str] = super().parse_args(ctx, args)
-        return rest
+                raise typer.BadParameter("it is not valid UTF-8 text", ctx, parameter)
+            if "" in values and parameter.name != "prompt":
+                raise typer.BadParameter("it is empty: give a value, or leave it out", ctx, parameter)
+        return super().parse_args(ctx, args)
 
 
-def settings_options(kind: type[BaseModel], *only: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one option for each field of `kind`, or for some; it receives those that were set, as `given`."""
-    fields = {name: field for name, field in kind.model_fields.items() if name in only or not only}
+def settings_options(kind: type[BaseModel], *names: str) -> Callable[[Command], Command]:
+    """Give a command an option for each field of a settings class, or for some; it receives those set as `overrides`."""
+    fields = {name: field for name, field in kind.model_fields.items() if name in names or not names}
+    added = [_option(name, field) for name, field in fields.items()]
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        parameters = [p for p in inspect.signature(command).parameters.values() if p.name != "given"]
-        parameters += [_option(name, field) for name, field in fields.items()]
+    def decorate(command: Command) -> Command:
+        def call(**options: Any) -> None:
+            values = {name: options.pop(name) for name in fields}
+            overrides = {name: value for name, value in values.items() if value not in (None, [])}
+            command(overrides=overrides, **options)
 
-        @functools.wraps(command)
-        def wrapper(**options: Any) -> None:
-            given = {name: options.pop(name) for name in fields}
-            command(given={name: value for name, value in given.items() if value not in (None, [])}, **options)
-
-        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
-        return wrapper
+        return _with_parameters(command, call, "overrides", added)
 
     return decorate
 
 
-def _option(name: str, field: Any) -> inspect.Parameter:
-    """A field as an option that is None until it is given, so that a YAML file can come in between."""
-    default = field.json_schema_extra["shown"] if field.default in (None, []) else field.default
+def _with_parameters(command: Command, call: Command, replaced: str, added: Sequence[inspect.Parameter]) -> Command:
+    """Make `call` look like `command` with one parameter replaced by others, for Typer to read."""
+    kept = [p for p in inspect.signature(command).parameters.values() if p.name != replaced]
+    functools.update_wrapper(call, command)
+    call.__signature__ = inspect.Signature([*kept, *added])  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in [*kept, *added]}
+    return call
+
+
+def _option(name: str, field: FieldInfo) -> inspect.Parameter:
+    """A field as an option. It defaults to None, so that a config file can set it."""
+    extra: Any = field.json_schema_extra
+    default = extra["shown"] if field.default in (None, []) else field.default
     if isinstance(default, bool):
         default = "on" if default else "off"
-    flag = field.json_schema_extra["flag"]
-    number = (float if name == "learning_rate" else int) if name in SWEEPABLE else None
+    number = None
+    if name in SWEEPABLE:
+        number = float if name == "learning_rate" else int
     option = typer.Option(
-        *([flag] if flag else []),
+        *([extra["flag"]] if extra["flag"] else []),
         help=field.description,
         show_default=False if default is None else str(default),
-        rich_help_panel=field.json_schema_extra["panel"],
-        file_okay=False,  # of those that are paths, all are folders
+        rich_help_panel=extra["panel"],
+        file_okay=False,  # all path settings are folders
         autocompletion=complete_adapter_names if name == "parent" else None,
         parser=functools.partial(_parse_sweep_values, number) if number else None,
         metavar=f"{number.__name__.upper()}[,...]" if number else None,
     )
-    annotation: Any = Annotated[str | None, option] if number else Annotated[field.annotation | None, option]
+    value_type: Any = str if number else field.annotation
+    annotation = Annotated[value_type | None, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _parse_sweep_values(number: type[int] | type[float], text: str) -> Any:
-    """A number, or a list of those that stand with commas between them."""
+def _parse_sweep_values(number: type[int] | type[float], text: str) -> float | list[float]:
+    """Parse a number, or a list separated by commas."""
     try:
         values = [number(part) for part in text.split(",")]
     except ValueError as error:
         kind = "a whole number" if number is int else "a number"
-        raise typer.BadParameter(f"{text!r} is not {kind}, nor several with commas between them") from error
+        raise typer.BadParameter(f"{text!r} is not {kind} or a list separated by commas") from error
     if len(set(values)) < len(values):
         raise typer.BadParameter(f"{text!r} has a number twice")
     return values if len(values) > 1 else values[0]
@@ -142,45 +156,31 @@ def _model_arguments(
     load_in: LoadInOption = "auto",
     force: ForceOption = False,
 ) -> None:
-    """The options of a command that puts adapters on a base."""
+    """Signature with the options of `ModelOptions`."""
 
 
-def model_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of `_model_arguments`, or those named; it receives them as `options`."""
+def model_options(*names: str) -> Callable[[Command], Command]:
+    """Give a command the options of `_model_arguments`, or some of them; it receives them as `options`."""
     parameters = inspect.signature(_model_arguments).parameters
     added = [parameters[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in names or parameters]
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = [p for p in inspect.signature(command).parameters.values() if p.name != "options"]
-
-        @functools.wraps(command)
-        def wrapper(**values: Any) -> None:
-            chosen = {p.name: values.pop(p.name) for p in added}
+    def decorate(command: Command) -> Command:
+        def call(**values: Any) -> None:
+            chosen = {parameter.name: values.pop(parameter.name) for parameter in added}
             command(options=ModelOptions(**chosen, notify=display), **values)
 
-        wrapper.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
-        return wrapper
+        return _with_parameters(command, call, "options", added)
 
     return decorate
 
 
-EVAL_SET_FIELDS = (
-    "eval_dataset",
-    "eval_split",
-    "text_column",
-    "where",
-    "txt_rows",
-    "keep_lines",
-)  # what `rows_given` reads
-
-
-def eval_sets_from(given: dict[str, Any], eval_rows: int | None) -> Any:
-    """The held-out rows that the user names with --eval-dataset, as sets to measure on; None where they name none."""
-    if not given:
+def eval_sets_from(overrides: Overrides, eval_rows: int | None) -> "list[EvalSet] | None":
+    """Held-out set of --eval-dataset; None without that option."""
+    if not overrides:
         return None
-    if "eval_dataset" not in given:
-        raise ConfigError(f"{', '.join(given)}: only --eval-dataset is read with that.")
-    settings = resolve_settings(TrainConfig, given | ({"eval_rows": eval_rows} if eval_rows else {}))
+    if "eval_dataset" not in overrides:
+        raise ConfigError(f"{', '.join(overrides)}: only valid with --eval-dataset.")
+    settings = resolve_settings(TrainConfig, overrides | ({"eval_rows": eval_rows} if eval_rows else {}))
     from .. import evaluation
 
     return [evaluation.load_eval_set(settings, display)]

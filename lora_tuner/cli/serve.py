@@ -1,28 +1,34 @@
-"""The command that serves adapters to other programs."""
+"""The command `serve`."""
 
 import os
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ..cli.options import DEFAULT_ADAPTERS_DIR, AdaptersDirOption
 from ..config import ModelOptions, ServerConfig, resolve_settings
 from ..errors import ConfigError
-from .options import complete_adapter_names, model_options, settings_options
+from .options import (
+    DEFAULT_ADAPTERS_DIR,
+    AdaptersDirOption,
+    Overrides,
+    complete_adapter_names,
+    model_options,
+    settings_options,
+)
 
-KEY_VARIABLE = "LORA_TUNER_API_KEY"
-MISSING_EXTRA = ("fastapi", "gradio", "prometheus_client", "uvicorn")
+API_KEY_VARIABLE = "LORA_TUNER_API_KEY"
+SERVER_PACKAGES = ("fastapi", "gradio", "prometheus_client", "uvicorn")
 
 
 @settings_options(ServerConfig)
 @model_options()
 def serve(
-    given: dict[str, Any],
+    overrides: Overrides,
     adapter: Annotated[
         list[str] | None,
         typer.Option(
-            help="Serve this adapter, by name or path. May be repeated.",
-            show_default="all of the library",
+            help="Adapter to serve, by name or path. May be repeated.",
+            show_default="all in the library",
             autocompletion=complete_adapter_names,
         ),
     ] = None,
@@ -31,14 +37,14 @@ def serve(
     *,
     options: ModelOptions,
 ) -> None:
-    """Answer OpenAI's clients, and people in a browser: one base in memory, every adapter of the library beside it."""
-    if KEY_VARIABLE in os.environ:
-        given = {"api_key": os.environ[KEY_VARIABLE]} | given
-    settings = resolve_settings(ServerConfig, given)
+    """Start an OpenAI-compatible server and web page for all adapters."""
+    if API_KEY_VARIABLE in os.environ:
+        overrides = {"api_key": os.environ[API_KEY_VARIABLE]} | overrides
+    settings = resolve_settings(ServerConfig, overrides)
     try:
-        from ..server.runner import serve
+        from ..server import runner
     except ModuleNotFoundError as error:
-        if error.name not in MISSING_EXTRA:
+        if error.name not in SERVER_PACKAGES:
             raise
-        raise ConfigError("serve needs FastAPI, uvicorn and Gradio: `pip install -e '.[serve]'` gets them.") from error
-    serve(adapter or [], settings, options=options, adapters_dir=adapters_dir, browse=browse)
+        raise ConfigError("serve needs FastAPI, uvicorn and Gradio: run `pip install -e '.[serve]'`.") from error
+    runner.serve(adapter or [], settings, options=options, adapters_dir=adapters_dir, browse=browse)

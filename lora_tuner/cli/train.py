@@ -1,74 +1,132 @@
 """The commands `train` and `methods`."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import distributed
+from ..adapters.adapter import Adapter
 from ..config import METHODS, TrainConfig, expand_sweep, resolve_settings
 from ..errors import ConfigError
-from .display import print_table, show_json, show_plan, show_preview, show_sweep, show_trained
-from .options import (
-    JsonOption,
-    display,
-    settings_options,
-)
+from ..text import format_bytes, format_duration
+from .display import print_result, print_table, show_json
+from .options import JsonOption, Overrides, display, settings_options
+
+if TYPE_CHECKING:
+    from ..training.inputs import PreviewedRow
+    from ..training.profiling import RunEstimate
+    from ..training.sweep import SweepResult
 
 
 @settings_options(TrainConfig)
 def train(
-    given: dict[str, Any],
+    overrides: Overrides,
     config: Annotated[
-        Path | None, typer.Option(help="A YAML file of settings; options here come last.", show_default=False)
+        Path | None, typer.Option(help="YAML file of settings. Options override it.", show_default=False)
     ] = None,
     resume: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Go on with the unfinished run of that name.", show_default=False)
+        str | None, typer.Option(metavar="NAME", help="Resume the unfinished run of this name.", show_default=False)
     ] = None,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Measure a few steps, say what the run costs, train nothing.")
+        bool, typer.Option("--plan", help="Measure a few steps and print the estimated cost; do not train.")
     ] = False,
     preview: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Show N rows as the model sees them, train nothing.", show_default=False),
+        typer.Option(metavar="N", min=1, help="Show N tokenized rows; do not train.", show_default=False),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train an adapter on your text."""
-    if resume is not None and (given.keys() - {"runs_dir"} or config or plan or preview):
-        raise ConfigError(
-            "--resume takes its settings from the run it goes on with: leave all others but --runs-dir out."
-        )
+    """Train an adapter on your own text."""
+    if resume is not None and (overrides.keys() - {"runs_dir"} or config or plan or preview):
+        raise ConfigError("--resume reuses the run's saved settings; only --runs-dir may be added.")
     if plan and preview:
-        raise ConfigError("--plan and --preview are two questions: ask one at a time.")
-    runs = [resolve_settings(TrainConfig, it, config) for it in expand_sweep(given)]
-    if len(runs) > 1 and (plan or preview):
-        raise ConfigError("--plan and --preview are for one run: give one rank and one learning rate.")
-    settings = runs[0]
+        raise ConfigError("--plan and --preview exclude each other: give one.")
+    configs = [resolve_settings(TrainConfig, settings, config) for settings in expand_sweep(overrides)]
+    if len(configs) > 1 and (plan or preview):
+        raise ConfigError("--plan and --preview are for a single run: give one rank and one learning rate.")
+    settings = configs[0]
     from ..training import run, sweep
 
     if distributed.expected_world_size() > 1 and preview:
-        raise ConfigError("--preview is for one process: leave torchrun out.")
-    if len(runs) > 1 or (resume and sweep.is_unfinished(resume, settings.runs_dir)):
-        climbed = sweep.resume_sweep(resume, settings.runs_dir, display) if resume else sweep.run_sweep(runs, display)
-        show_json(climbed.to_dict()) if as_json else show_sweep(climbed)
+        raise ConfigError("--preview is for a single process: run it without torchrun.")
+    if len(configs) > 1 or (resume and sweep.is_unfinished(resume, settings.runs_dir)):
+        result = sweep.resume_sweep(resume, settings.runs_dir, display) if resume else sweep.run_sweep(configs, display)
+        show_json(result.to_dict()) if as_json else _show_sweep(result)
     elif preview:
         rows = run.preview(settings, preview, display)
-        show_json([dataclasses.asdict(row) for row in rows]) if as_json else show_preview(rows)
+        show_json([dataclasses.asdict(row) for row in rows]) if as_json else _show_preview(rows)
     elif plan:
-        cost = run.plan(settings, display)
+        estimate = run.plan(settings, display)
         if distributed.rank() == 0:
-            show_json(dataclasses.asdict(cost)) if as_json else show_plan(cost)
+            show_json(dataclasses.asdict(estimate)) if as_json else show_plan(estimate)
     else:
         adapter = run.train(settings, display) if resume is None else run.resume(resume, settings.runs_dir, display)
         if distributed.rank() == 0:
-            show_json(adapter.to_dict()) if as_json else show_trained(adapter)
+            show_json(adapter.to_dict()) if as_json else _show_trained(adapter)
     distributed.destroy_process_group()
 
 
+def _show_trained(adapter: Adapter) -> None:
+    assert adapter.manifest is not None
+    assert adapter.manifest.run is not None
+    run = adapter.manifest.run
+    print(f"{adapter.path}  {format_bytes(adapter.bytes)}, {run.steps:,} steps in {format_duration(run.seconds)}")
+    print_result(adapter.manifest.result)
+
+
+def _show_sweep(result: "SweepResult") -> None:
+    rows = []
+    for trial in result.trials:
+        loss, gap = "diverged", ""
+        if trial.loss is not None:
+            loss, gap = f"{trial.loss:.4f}", f"{trial.gap:.4f} ± {trial.standard_error:.4f}"
+        size, seconds = format_bytes(trial.bytes), format_duration(trial.seconds)
+        rows.append((trial.name, str(trial.rank), f"{trial.learning_rate:g}", loss, gap, size, seconds))
+    print_table(rows, ("adapter", "rank", "learning rate", "held-out loss", "gap to the best", "size", "training"))
+    print(f"base: held-out loss {result.base_loss:.4f}; plot: {result.folder / 'sweep.png'}")
+    print(f"recommended: {result.recommended}, the smallest within a standard error of the best")
+
+
+def show_plan(estimate: "RunEstimate") -> None:
+    total = estimate.base_parameters + estimate.trained_parameters
+    steps = f"{estimate.steps:,}"
+    if estimate.steps_per_epoch:
+        steps += f" (one epoch: {estimate.steps_per_epoch:,})"
+    precision = estimate.dtype if estimate.load_in == "full" else estimate.load_in
+    if estimate.gradient_checkpointing:
+        precision += ", gradient checkpointing"
+    trained = f"{estimate.trained_parameters:,} of {total:,} ({estimate.trained_parameters / total:.2%})"
+    print_table(
+        [
+            ("steps", steps),
+            ("seconds per step", f"{estimate.seconds_per_step:.2f} ({estimate.tokens_per_second:,.0f} tokens/s)"),
+            ("training", format_duration(estimate.training_seconds)),
+            ("evaluation", format_duration(estimate.held_out_seconds)),
+            ("peak memory", format_bytes(estimate.peak_memory_bytes)),
+            ("base", precision),
+            ("truncated rows", f"{estimate.truncated_share:.1%}"),
+            ("trained parameters", trained),
+            ("adapter", format_bytes(estimate.adapter_bytes)),
+        ]
+    )
+
+
+def _show_preview(rows: Sequence["PreviewedRow"]) -> None:
+    for number, row in enumerate(rows, 1):
+        pairs = zip(row.tokens, row.labels, strict=True)
+        tokens = [token if trained else f"[{token}]" for token, trained in pairs]
+        partial = "; \ufffd is part of a character" if any("\ufffd" in token for token in tokens) else ""
+        print(f"row {number}\n  before  {row.before!r}\n  after   {row.after!r}")
+        print(
+            f"  {len(tokens)} tokens, {sum(row.labels)} trained on (others in brackets){partial}\n  {'|'.join(tokens)}\n"
+        )
+
+
 def methods(as_json: JsonOption = False) -> None:
-    """What `train --method` can be, and when to choose which."""
+    """List the methods for `train --method`."""
     if as_json:
         show_json([{"name": name, **dataclasses.asdict(method)} for name, method in METHODS.items()])
     else:

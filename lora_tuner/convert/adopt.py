@@ -1,6 +1,6 @@
-"""Adopt an adapter that another tool made: give it a manifest that ties it to a base model. Never imports torch.
+"""Adopt an adapter made by another tool: give it a manifest that ties it to a base model. Never imports torch.
 
-Only the sizes of its layers are compared with the base: whether the adapter was trained on it cannot be proven.
+Only the layer sizes are compared with the base; whether the adapter was trained on it cannot be verified.
 """
 
 import shutil
@@ -32,43 +32,49 @@ def adopt(
     revision: str | None = None,
     notify: EventHandler = ignore_events,
 ) -> Adapter:
-    """Give an adapter of another tool a manifest: from then on it is held to the base that it is adopted on.
+    """Write a manifest for an adapter of another tool; from then on it is rejected on any other base.
 
-    A folder elsewhere is copied into the library, under `name` or its own; one of the library stays where it is. Raises
-    AdapterError when it has a manifest, is damaged, or has other sizes than the base.
+    Args:
+        library: the library.
+        folder: name or path of the adapter. A folder outside the library is copied into it.
+        name: name of the copy; by default the folder's.
+        base: the base model; by default the one in the PEFT config.
+        revision: commit of the base on the Hub.
+        notify: receives a notice.
+
+    Raises:
+        AdapterError: the adapter has a manifest, is damaged, or does not fit the base.
     """
     adapter = library.get(folder)
     if adapter.manifest is not None:
         raise AdapterError(f"{adapter.path} has a manifest: there is nothing to adopt.")
-    here = adapter.path.absolute().parent == library.path.absolute()
-    if here and adapter.path.is_symlink():
-        raise AdapterError(f"{adapter.path} is a link: adopt {adapter.path.resolve()} under another --name.")
-    if here and name is not None:
-        raise AdapterError(f"{adapter.path} is in the library: it keeps its name; `adapters rename` gives another.")
-    target = validate_name(name or adapter.name)
-    if not here:
-        library.check_name_free(target, advice="choose another --name")
+    in_library = adapter.path.absolute().parent == library.path.absolute()
+    if in_library and adapter.path.is_symlink():
+        raise AdapterError(f"{adapter.path} is a symlink: adopt {adapter.path.resolve()} under another --name.")
+    if in_library and name is not None:
+        raise AdapterError(f"{adapter.path} is in the library already: leave out --name, or use `adapters rename`.")
+    name = validate_name(name or adapter.name)
+    if not in_library:
+        library.check_name_free(name, advice="choose another --name")
     check_weights_hash(adapter)
     if base is None:
         base, revision = adapter.base, revision or adapter.revision
     if not base:
-        raise AdapterError(f"{adapter.path} names no base: give it with --base.")
-    source = find_base(base, revision, notify)
-    adapter.check_shapes(layer_sizes_in_files(source, adapter))
-    manifest = Manifest(
-        created=utc_timestamp(),
-        base=source.base_info(),
-        weights=weights_info(adapter),
-    )
-    if here:
+        raise AdapterError(f"{adapter.path} does not name its base: give it with --base.")
+    base_files = find_base(base, revision, notify)
+    adapter.check_shapes(layer_sizes_in_files(base_files, adapter))
+    manifest = Manifest(created=utc_timestamp(), base=base_files.base_info(), weights=weights_info(adapter))
+    if in_library:
         atomic_io.atomic_write_text(adapter.path / MANIFEST_FILE, manifest.to_json())
     else:
-        with library.create(target) as work:
-            shutil.copyfile(adapter.path / WEIGHTS_FILE, work / WEIGHTS_FILE)
-            shutil.copyfile(adapter.path / CONFIG_FILE, work / CONFIG_FILE)
+        with library.create(name) as target:
+            shutil.copyfile(adapter.path / WEIGHTS_FILE, target / WEIGHTS_FILE)
+            shutil.copyfile(adapter.path / CONFIG_FILE, target / CONFIG_FILE)
             card = adapter.path / CARD_FILE
-            if card.is_file() and not card.is_symlink():  # it is not looked into, and might be any file
-                shutil.copyfile(card, work / CARD_FILE)
-            (work / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
-    notify(Notice(f"{target} fits {source.name} in its sizes; that it was trained on it cannot be proven."))
-    return library.get(target)
+            if card.is_file() and not card.is_symlink():  # a symlink could point to any file
+                shutil.copyfile(card, target / CARD_FILE)
+            (target / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    notify(
+        Notice(f"{name} fits {base_files.name} by its layer sizes; it cannot be verified that it was trained on it.")
+    )
+    return library.get(name)

@@ -1,4 +1,4 @@
-"""Blend adapters: one adapter whose update is the weighted sum of others."""
+"""Blend adapters: a new adapter whose update is the weighted sum of others."""
 
 import math
 from collections.abc import Sequence
@@ -25,11 +25,19 @@ from .verify import OutputComparison
 
 @dataclass(frozen=True)
 class BlendResult:
-    """A blend. `lost` is the share of the energy (the squared norm of the exact sum) that a cut rank cost, for each layer;
-    `sets` the gains on the held-out rows of each part."""
+    """A blend.
+
+    Args:
+        adapter: the new adapter.
+        exact_rank: rank of the exact sum in its largest layer.
+        lost_energy: share of each layer's energy (squared norm) lost by truncation.
+        total_lost_energy: share over all layers.
+        comparison: the saved adapter compared with the exact result.
+        results: gain on each held-out set.
+    """
 
     adapter: Adapter
-    exact_rank: int  # of the exact sum, in the layer where it is largest
+    exact_rank: int
     lost_energy: dict[str, float]
     total_lost_energy: float
     comparison: OutputComparison
@@ -47,40 +55,61 @@ def blend(
     overwrite: bool = False,
     options: ModelOptions = ModelOptions(),
 ) -> BlendResult:
-    """An adapter whose update is the weighted sum of others' updates; a negative weight takes away.
+    """Create an adapter that is the weighted sum of others.
 
-    The sum is exact, its rank in each layer the sum of theirs; `rank` cuts that to the nearest update of the rank. Read
-    back by PEFT, it must say what the base says with the update added to its weights. Raises AdapterError when the adapters
-    do not share a base, one is DoRA, or the two disagree.
+    The sum is exact: its rank in each layer is the sum of theirs, unless `rank` truncates it. The saved adapter is loaded
+    by PEFT and compared with the base plus the exact sum.
+
+    Args:
+        parts: adapters and weights; a negative weight subtracts.
+        name: name of the new adapter.
+        library: the library it is saved to.
+        rank: truncate each layer to this rank.
+        sets: held-out sets; None means those of the adapters.
+        eval_rows: largest number of rows per set; None means those of training.
+        overwrite: replace an existing adapter.
+        options: the base model; always loaded in float32.
+
+    Raises:
+        AdapterError: the adapters do not share a base, one is DoRA, or the outputs differ.
+        ConfigError: a weight or the rank is invalid.
     """
     if not parts:
-        raise ConfigError("There is nothing to blend: name adapters with their weights.")
+        raise ConfigError("There is nothing to blend: give adapters and weights.")
     if rank is not None and not 1 <= rank <= MAX_RANK:
-        raise ConfigError(f"rank is {rank}: it is a whole number from 1 to {MAX_RANK}.")
+        raise ConfigError(f"rank is {rank}: it must be a whole number from 1 to {MAX_RANK}.")
     library.check_name_free(name, overwrite=overwrite)
-    if wrong := [f"{it.name}={weight:g}" for it, weight in parts if not weight or not math.isfinite(weight)]:
-        raise ConfigError(f"{', '.join(wrong)}: a weight is a number other than 0.")
-    adapters = list({it.path.resolve(): it for it, _ in parts}.values())
+    invalid = [f"{part.name}={weight:g}" for part, weight in parts if not weight or not math.isfinite(weight)]
+    if invalid:
+        raise ConfigError(f"{', '.join(invalid)}: a weight must be a number other than 0.")
+    adapters = list({part.path.resolve(): part for part, _ in parts}.values())
     check_distinct_names(adapters)
-    for it in adapters:
-        delta.check_summable(it)
-    opened = open_shared_base(adapters, options)
-    layers = lora.linear_layers(opened.model)
-    read = {it.path.resolve(): delta.load_deltas(it, layers) for it in adapters}
-    exact = delta.sum_deltas([(weight, read[it.path.resolve()]) for it, weight in parts])
-    full = max(update.rank for update in exact.values())
-    if rank is None and full > MAX_RANK:
-        raise AdapterError(f"The exact sum has rank {full}, and {MAX_RANK} is accepted: cut it with --rank.")
-    is_cut = rank is not None and rank < full
-    kept = {module: delta.truncate_rank(update, rank or full) for module, update in exact.items()}
-    command = " ".join(["blend", *(f"{it.name}={format_number(weight)}" for it, weight in parts)])
-    command += f" --rank {rank}" if is_cut else ""
-    own, sets = sets is None, distinct_eval_sets(adapters, sets, eval_rows, options.notify)
-    with library.create(name, overwrite=overwrite) as work:
-        written = write_adapter(opened, kept, work)
-        lost = delta.lost_energy(exact, delta.load_deltas(written, layers)) if is_cut else dict.fromkeys(exact, 0.0)
-        measured = evaluation.held_out_losses(opened, {name: written}, sets, options.notify)[0]
-        found = verify_written(opened, written, kept, name, sets, options.notify)
-        write_manifest_and_card(written, name, opened, adapters, command, sets, own, measured)
-    each = {it.name: evaluation.paired_gain(*pair) for it, pair in zip(sets, measured, strict=True) if pair}
-    return BlendResult(library.get(name), full, lost, delta.total_lost_energy(exact, lost), found, each)
+    for adapter in adapters:
+        delta.check_summable(adapter)
+    base = open_shared_base(adapters, options)
+    layers = lora.linear_layers(base.model)
+    deltas = {adapter.path.resolve(): delta.load_deltas(adapter, layers) for adapter in adapters}
+    exact = delta.sum_deltas([(weight, deltas[part.path.resolve()]) for part, weight in parts])
+    exact_rank = max(update.rank for update in exact.values())
+    if rank is None and exact_rank > MAX_RANK:
+        raise AdapterError(
+            f"The exact sum has rank {exact_rank}, above the limit of {MAX_RANK}: truncate it with --rank."
+        )
+    truncated = rank is not None and rank < exact_rank
+    kept = {module: delta.truncate_rank(update, rank or exact_rank) for module, update in exact.items()}
+    command = " ".join(["blend", *(f"{part.name}={format_number(weight)}" for part, weight in parts)])
+    command += f" --rank {rank}" if truncated else ""
+    parents_sets, sets = sets is None, distinct_eval_sets(adapters, sets, eval_rows, options.notify)
+    with library.create(name, overwrite=overwrite) as folder:
+        written = write_adapter(base, kept, folder)
+        lost_energy = dict.fromkeys(exact, 0.0)
+        if truncated:
+            lost_energy = delta.lost_energy(exact, delta.load_deltas(written, layers))
+        losses = evaluation.held_out_losses(base, {name: written}, sets, options.notify)[0]
+        comparison = verify_written(base, written, kept, name, sets, options.notify)
+        write_manifest_and_card(written, name, base, adapters, command, sets, parents_sets, losses)
+    results = {
+        eval_set.name: evaluation.paired_gain(*pair) for eval_set, pair in zip(sets, losses, strict=True) if pair
+    }
+    total = delta.total_lost_energy(exact, lost_energy)
+    return BlendResult(library.get(name), exact_rank, lost_energy, total, comparison, results)

@@ -1,14 +1,8 @@
-"""New from what is there: merge into a model, blend several adapters, compress one. Each is proven before it is kept.
-
-Surprise: what is written is read back from disk and compared with what it should do on the base, and what does not agree is
-removed: PEFT's own merging and adding fail without a word (TIES, a forgotten root of the rank, tied embeddings). Limits:
-all of it is computed in float32, and only sums can be added and cut, so DoRA is merged and no more.
-"""
+"""Steps that blend, compress and merge share: opening the base, held-out sets, saving and verifying an adapter."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from .. import evaluation
 from ..adapters import model_card
@@ -27,12 +21,12 @@ from .verify import OutputComparison
 
 
 def format_number(value: float) -> str:
-    """As short as it can be without becoming another."""
+    """The shortest text that gives the same number."""
     return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
 def open_shared_base(adapters: Sequence[Adapter], options: ModelOptions) -> LoadedBase:
-    """Load the base that these adapters share, in float32."""
+    """Load the base that these adapters share, in float32. Raises an error if one does not belong to it."""
     options.require_default("dtype", "load_in", why="the result is computed in float32")
     base = loading.open_base(adapters[0], replace(options, dtype="float32", load_in="full"))
     for adapter in adapters:
@@ -43,63 +37,76 @@ def open_shared_base(adapters: Sequence[Adapter], options: ModelOptions) -> Load
 def distinct_eval_sets(
     adapters: Sequence[Adapter], sets: Sequence[EvalSet] | None, eval_rows: int | None, notify: EventHandler
 ) -> list[EvalSet]:
-    """The sets of held-out rows that there are, no row in two of them; a notice for those that are missing."""
+    """The given sets, or else the cached held-out rows of each adapter; no row is in two sets.
+
+    Missing and repeated sets are left out, with a notice.
+    """
     if sets is None:
         sets = [evaluation.cached_rows(adapter) for adapter in adapters]
         evaluation.notify_eval_rows(adapters, notify)
-    found: list[EvalSet] = []
-    for it in evaluation.select_rows(sets, eval_rows):
-        before = {text for other in found for text in other.texts}
-        texts = [text for text in it.texts if text not in before]
-        if it.missing:
-            notify(Notice(f"Not measured on the rows of {it.name}: {it.missing}. --eval-dataset names others."))
-        elif len(texts) < 2:
+    distinct: list[EvalSet] = []
+    for eval_set in evaluation.select_rows(sets, eval_rows):
+        seen = {text for previous in distinct for text in previous.texts}
+        texts = [text for text in eval_set.texts if text not in seen]
+        if eval_set.missing:
             notify(
-                Notice(f"The rows of {it.name} are measured as those of {', '.join(other.name for other in found)}.")
+                Notice(f"Not evaluated on {eval_set.name}: {eval_set.missing}. Name other data with --eval-dataset.")
             )
+        elif len(texts) < 2:
+            names = ", ".join(previous.name for previous in distinct)
+            notify(Notice(f"Not evaluated on {eval_set.name}: its held-out rows are among those of {names}."))
         else:
-            found.append(EvalSet(it.name, texts))
-    return found
+            distinct.append(EvalSet(eval_set.name, texts))
+    return distinct
 
 
 def encode_eval_sets(base: LoadedBase, sets: Sequence[EvalSet]) -> list[tokenization.TokenIds]:
-    """The held-out rows of all sets; where there are none, some tokens to compare logits on."""
-    rows = [row for it in sets for row in evaluation.encode_held_out(base, it.texts)]
+    """Token ids of the rows of all sets; without any, some probe sequences to compare logits on."""
+    rows = [row for eval_set in sets for row in evaluation.encode_held_out(base, eval_set.texts)]
     return rows or list(tokenization.probe_sequences(len(base.tokenizer)))
 
 
-def write_adapter(base: LoadedBase, kept: Deltas, work: Path) -> Adapter:
-    """The adapter as it is on disk."""
-    if not all(update.B.isfinite().all() and update.A.isfinite().all() for update in kept.values()):
-        raise AdapterError("The result is not finite in float32: try smaller weights.")
-    lora.save_adapter_files(delta.to_state_dict(kept), delta.make_lora_config(kept, base), work)
-    return load_adapter_folder(work)
+def write_adapter(base: LoadedBase, deltas: Deltas, folder: Path) -> Adapter:
+    """Save LoRA updates as a PEFT adapter and load it again."""
+    if not all(update.B.isfinite().all() and update.A.isfinite().all() for update in deltas.values()):
+        raise AdapterError("The result is not finite in float32: use smaller weights.")
+    lora.save_adapter_files(delta.to_state_dict(deltas), delta.make_lora_config(deltas, base), folder)
+    return load_adapter_folder(folder)
 
 
 def verify_written(
-    base: LoadedBase, written: Adapter, kept: Deltas, name: str, sets: Sequence[EvalSet], notify: EventHandler
+    base: LoadedBase, written: Adapter, deltas: Deltas, name: str, sets: Sequence[EvalSet], notify: EventHandler
 ) -> OutputComparison:
-    """What PEFT makes of the files, beside the base with the update in its weights; from then on it is another base."""
+    """Compare the saved adapter, loaded by PEFT, with the base plus its updates.
+
+    Adds the updates to the base's weights. Raises AdapterError if the logits differ.
+    """
     rows = [row[: verify.COMPARED_TOKENS] for row in encode_eval_sets(base, sets)[: verify.COMPARED_ROWS]]
-    does = verify.forward_with_peft(base, written, rows, notify)
-    verify.add_to_weights(base, kept)
-    should = verify.forward_outputs(base.model, rows, notify, "the update in the base's weights")
-    found = verify.compare_outputs(should, does, measured=False)
-    if wrong := verify.find_mismatch(found, should, exact=True):
-        raise AdapterError(f"{name} is not kept: read back, beside its update in the base's weights, it {wrong}.")
-    return found
+    actual = verify.forward_with_peft(base, written, rows, notify)
+    verify.add_to_weights(base, deltas)
+    expected = verify.forward_outputs(base.model, rows, notify, "running the exact result")
+    comparison = verify.compare_outputs(expected, actual, with_loss=False)
+    if mismatch := verify.find_mismatch(comparison, expected, exact=True):
+        raise AdapterError(f"{name} is not kept: the saved adapter differs from the exact result: {mismatch}.")
+    return comparison
 
 
-def combined_result(measured: Sequence[tuple[HeldOutLoss, HeldOutLoss] | None]) -> EvalResult | None:
-    """One result over the rows of all sets."""
-    pairs = [pair for pair in measured if pair]
+def combined_result(losses: Sequence[tuple[HeldOutLoss, HeldOutLoss] | None]) -> EvalResult | None:
+    """Evaluation over the rows of all sets; None if there are none.
+
+    Args:
+        losses: loss of base and adapter on each set.
+    """
+    pairs = [pair for pair in losses if pair]
     if not pairs:
         return None
-    before, after = (
-        HeldOutLoss([nll for it in side for nll in it.nll], [count for it in side for count in it.predictions])
-        for side in zip(*pairs, strict=True)
-    )
-    return evaluation.paired_gain(before, after)
+    base_losses, adapter_losses = zip(*pairs, strict=True)
+    return evaluation.paired_gain(_concatenate(base_losses), _concatenate(adapter_losses))
+
+
+def _concatenate(losses: Sequence[HeldOutLoss]) -> HeldOutLoss:
+    nll = [value for loss in losses for value in loss.nll]
+    return HeldOutLoss(nll, [count for loss in losses for count in loss.predictions])
 
 
 def write_manifest_and_card(
@@ -109,64 +116,76 @@ def write_manifest_and_card(
     parents: Sequence[Adapter],
     command: str,
     sets: Sequence[EvalSet],
-    own: bool,
-    measured: Sequence[tuple[HeldOutLoss, HeldOutLoss] | None],
+    parents_sets: bool,
+    losses: Sequence[tuple[HeldOutLoss, HeldOutLoss] | None],
 ) -> None:
-    """Manifest and card. `own`: the sets are those that the parents were measured on, and have their names."""
-    texts = [text for it in sets for text in it.texts]
+    """Write manifest and model card, and cache the held-out rows.
+
+    Args:
+        written: the saved adapter.
+        name: its name in the library.
+        base: the base model.
+        parents: the adapters it was made from.
+        command: recorded as `made_by`.
+        sets: the held-out sets.
+        parents_sets: the sets are the parents' own, under their names.
+        losses: loss of base and adapter on each set.
+    """
     manifest = Manifest(
         created=utc_timestamp(),
         base=base.files.base_info(base.tokenizer_hash),
-        data=_dataset_info(parents, sets, own),
+        data=_dataset_info(parents, sets, parents_sets),
         made_by=command,
-        parents=[it.parent_info() for it in parents],
-        result=combined_result(measured),
+        parents=[parent.parent_info() for parent in parents],
+        result=combined_result(losses),
         weights=weights_info(written),
         versions=lora.library_versions(),
     )
     (written.path / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
-    (written.path / CARD_FILE).write_text(
-        model_card.model_card(load_adapter_folder(written.path), name), encoding="utf-8"
-    )
-    if texts:
+    card = model_card.model_card(load_adapter_folder(written.path), name)
+    (written.path / CARD_FILE).write_text(card, encoding="utf-8")
+    if texts := [text for eval_set in sets for text in eval_set.texts]:
         evaluation.cache_rows(texts)
 
 
-def _dataset_info(parents: Sequence[Adapter], sets: Sequence[EvalSet], own: bool) -> DatasetInfo | None:
-    """Of one parent its own data; of several all that is known of theirs; None when nothing is."""
-    known = {it.name: it.manifest.data for it in parents if it.manifest and it.manifest.data}
-    if not known:
+def _dataset_info(parents: Sequence[Adapter], sets: Sequence[EvalSet], parents_sets: bool) -> DatasetInfo | None:
+    """Dataset of one parent, or the combined datasets of several; None if none is known."""
+    datasets = {parent.name: parent.manifest.data for parent in parents if parent.manifest and parent.manifest.data}
+    if not datasets:
         return None
-    first = next(iter(known.values()))
-    if len(parents) == 1 and not sets:  # nothing was measured, and what its rows are stays true
+    first, *others = datasets.values()
+    if len(parents) == 1 and not sets:  # not evaluated: the parent's held-out rows stay recorded
         return first
-    texts = [text for it in sets for text in it.texts]
-    measured: dict[str, Any] = {
+    texts = [text for eval_set in sets for text in eval_set.texts]
+    eval_info = {
         "held_out_hash": content_hash(texts) if texts else None,
         "held_out_rows": len(texts),
-        "eval_dataset": _eval_dataset_name(known, sets, own),
+        "eval_dataset": _eval_dataset_name(datasets, sets, parents_sets),
     }
-    salts = {it.split_salt for it in known.values()}
-    if len(parents) == len(known) and len({it.hash for it in known.values()}) == len(salts) == 1:
-        return first.model_copy(update=measured)
-    names = [it.name for it in known.values()] + ["unknown"] * (len(known) < len(parents))
-    return DatasetInfo(
+    complete = len(datasets) == len(parents)
+    if complete and all((data.hash, data.split_salt) == (first.hash, first.split_salt) for data in others):
+        return first.model_copy(update=eval_info)
+    names = [data.name for data in datasets.values()] + ["unknown"] * (not complete)
+    salts = {data.split_salt for data in datasets.values()}
+    combined = DatasetInfo(
         name=" + ".join(dict.fromkeys(names)),
-        source=" + ".join(dict.fromkeys(it.source for it in known.values())),
-        hash=content_hash([it.hash for it in known.values()]),
-        where=[f"{name}: {it}" for name, data in known.items() for it in data.where],
+        source=" + ".join(dict.fromkeys(data.source for data in datasets.values())),
+        hash=content_hash([data.hash for data in datasets.values()]),
+        where=[f"{name}: {condition}" for name, data in datasets.items() for condition in data.where],
         split_salt=salts.pop() if len(salts) == 1 else None,
         counts={},
-        format=" + ".join(dict.fromkeys(it.format for it in known.values())),
-        **measured,
+        format=" + ".join(dict.fromkeys(data.format for data in datasets.values())),
+        held_out_hash=None,
+        held_out_rows=0,
     )
+    return combined.model_copy(update=eval_info)
 
 
-def _eval_dataset_name(known: dict[str, DatasetInfo], sets: Sequence[EvalSet], own: bool) -> str | None:
-    """Where the measured rows come from, when they are not all held out of the parents' own data."""
-    if not own:
-        return " + ".join(it.name for it in sets) or None
-    theirs = {it.name: known[it.name].eval_dataset for it in sets}
-    if not any(theirs.values()):
+def _eval_dataset_name(datasets: dict[str, DatasetInfo], sets: Sequence[EvalSet], parents_sets: bool) -> str | None:
+    """Source of the held-out rows; None if all are held out of the parents' own training data."""
+    if not parents_sets:
+        return " + ".join(eval_set.name for eval_set in sets) or None
+    sources = {eval_set.name: datasets[eval_set.name].eval_dataset for eval_set in sets}
+    if not any(sources.values()):
         return None
-    return " + ".join(dict.fromkeys(place or f"the held-out rows of {name}" for name, place in theirs.items()))
+    return " + ".join(dict.fromkeys(source or f"the held-out rows of {name}" for name, source in sources.items()))

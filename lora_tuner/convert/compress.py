@@ -1,4 +1,4 @@
-"""Compress an adapter: the smallest rank in each layer that keeps a share of its energy."""
+"""Compress an adapter: keep the smallest rank in each layer that preserves a share of its energy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,13 +26,22 @@ from .common import (
 )
 from .verify import OutputComparison
 
-DEFAULT_ENERGY = 0.99  # of a layer that compress keeps
+DEFAULT_ENERGY = 0.99
 
 
 @dataclass(frozen=True)
 class CompressResult:
-    """A compressed adapter. Before and after: the ranks of its layers, its bytes, and the results on the same held-out rows, None
-    where there are none. `lost` is the share of each layer's energy that is gone."""
+    """A compressed adapter. Pairs are values before and after.
+
+    Args:
+        adapter: the new adapter.
+        ranks: rank of each layer.
+        bytes: size on disk.
+        lost_energy: share of each layer's energy that was lost.
+        total_lost_energy: share over all layers.
+        comparison: the saved adapter compared with the exact result.
+        results: evaluations on the same held-out rows; None without any.
+    """
 
     adapter: Adapter
     ranks: dict[str, tuple[int, int]]
@@ -55,81 +64,108 @@ def compress(
     overwrite: bool = False,
     options: ModelOptions = ModelOptions(),
 ) -> CompressResult:
-    """The same adapter with the smallest rank in each layer that keeps `energy` (0.99 unless said), a share of that layer's
-    squared norm.
+    """Create an adapter with the smallest rank in each layer that keeps a share of its energy (squared norm).
 
-    With `max_bytes`, the largest share whose weights fit into so many bytes. The held-out loss is measured before and
-    after. Raises AdapterError for DoRA, for an adapter that does nothing, and when rank 1 everywhere is too large.
+    Held-out loss is measured before and after.
+
+    Args:
+        adapter: the adapter.
+        name: name of the new adapter.
+        library: the library it is saved to.
+        energy: share to keep, from 0 to 1; 0.99 by default.
+        max_bytes: instead of `energy`, keep as much as fits into this size of weights.
+        sets: held-out sets; None means those of the adapter.
+        eval_rows: largest number of rows per set; None means those of training.
+        overwrite: replace an existing adapter.
+        options: the base model; always loaded in float32.
+
+    Raises:
+        AdapterError: the adapter is DoRA or all zero, or rank 1 everywhere is larger than `max_bytes`.
+        ConfigError: both or invalid limits.
     """
     if energy is not None and max_bytes is not None:
-        raise ConfigError("energy and max_bytes are two rules: give one.")
+        raise ConfigError("energy and max_bytes exclude each other: give one.")
     energy = DEFAULT_ENERGY if energy is None else energy
     if not 0 <= energy <= 1:
-        raise ConfigError(f"energy is {energy}: it is a share, from 0 to 1.")
+        raise ConfigError(f"energy is {energy}: it must be a share from 0 to 1.")
     library.check_name_free(name, overwrite=overwrite)
     delta.check_summable(adapter)
-    opened = open_shared_base([adapter], options)
-    layers = lora.linear_layers(opened.model)
+    base = open_shared_base([adapter], options)
+    layers = lora.linear_layers(base.model)
     exact = delta.load_deltas(adapter, layers)
     spectra = {module: delta.singular_values(update).square() for module, update in exact.items()}
     spectra = {module: squares for module, squares in spectra.items() if float(squares.sum()) > 0}
     if not spectra:
-        raise AdapterError(f"{adapter.name} does nothing: there is nothing to keep of it.")
+        raise AdapterError(f"{adapter.name} cannot be compressed: all its updates are zero.")
     command = f"compress {adapter.name} --energy {format_number(energy)}"
     if max_bytes is not None:
         command = f"compress {adapter.name} --max-bytes {max_bytes}"
         energy = _largest_energy(exact, spectra, max_bytes)
     ranks = _ranks_for_energy(spectra, energy)
     kept = {module: delta.truncate_rank(exact[module], rank) for module, rank in ranks.items()}
-    own, sets = sets is None, distinct_eval_sets([adapter], sets, eval_rows, options.notify)
-    before = evaluation.held_out_losses(opened, {adapter.name: adapter}, sets, options.notify)[0]
-    was = adapter.bytes
-    with library.create(name, overwrite=overwrite) as work:
-        written = write_adapter(opened, kept, work)
-        lost = delta.lost_energy(exact, delta.load_deltas(written, layers))
-        after = evaluation.held_out_losses(opened, {name: written}, sets, options.notify)[0]
-        found = verify_written(opened, written, kept, name, sets, options.notify)
-        plots.plot_spectra({module: each.tolist() for module, each in spectra.items()}, ranks, work / SPECTRUM_FILE)
-        write_manifest_and_card(written, name, opened, [adapter], command, sets, own, after)
-    compressed, once, since = library.get(name), combined_result(before), combined_result(after)
+    parents_sets, sets = sets is None, distinct_eval_sets([adapter], sets, eval_rows, options.notify)
+    losses_before = evaluation.held_out_losses(base, {adapter.name: adapter}, sets, options.notify)[0]
+    bytes_before = adapter.bytes  # the adapter may be overwritten
+    with library.create(name, overwrite=overwrite) as folder:
+        written = write_adapter(base, kept, folder)
+        lost_energy = delta.lost_energy(exact, delta.load_deltas(written, layers))
+        losses_after = evaluation.held_out_losses(base, {name: written}, sets, options.notify)[0]
+        comparison = verify_written(base, written, kept, name, sets, options.notify)
+        plots.plot_spectra(
+            {module: squares.tolist() for module, squares in spectra.items()}, ranks, folder / SPECTRUM_FILE
+        )
+        write_manifest_and_card(written, name, base, [adapter], command, sets, parents_sets, losses_after)
+    compressed = library.get(name)
+    before, after = combined_result(losses_before), combined_result(losses_after)
     return CompressResult(
-        compressed,
-        {module: (update.rank, ranks.get(module, 0)) for module, update in exact.items()},
-        (was, compressed.bytes),
-        lost,
-        delta.total_lost_energy(exact, lost),
-        found,
-        (once, since) if once and since else None,
+        adapter=compressed,
+        ranks={module: (update.rank, ranks.get(module, 0)) for module, update in exact.items()},
+        bytes=(bytes_before, compressed.bytes),
+        lost_energy=lost_energy,
+        total_lost_energy=delta.total_lost_energy(exact, lost_energy),
+        comparison=comparison,
+        results=(before, after) if before and after else None,
     )
 
 
+def _energy_shares(squares: torch.Tensor) -> torch.Tensor:
+    """Share of a layer's energy that each rank keeps, (rank,)."""
+    return squares.cumsum(0) / squares.sum()
+
+
 def _ranks_for_energy(spectra: dict[str, torch.Tensor], energy: float) -> dict[str, int]:
-    """The smallest rank of each layer whose squared singular values make that share of their sum."""
-    ranks = {}
-    for module, squares in spectra.items():
-        shares = squares.cumsum(0) / squares.sum()
-        # What float32 has rounded is none of it, so that all of the energy can be had by the true rank.
-        ranks[module] = min(int((shares < energy * (1 - 1e-12)).sum()) + 1, len(squares))
-    return ranks
+    """The smallest rank of each layer that keeps a share of its energy."""
+    # Allow for float32 rounding, so that the true rank keeps all of the energy.
+    threshold = energy * (1 - 1e-12)
+    return {
+        module: min(int((_energy_shares(squares) < threshold).sum()) + 1, len(squares))
+        for module, squares in spectra.items()
+    }
 
 
 def _weights_bytes(exact: Deltas, ranks: dict[str, int]) -> int:
-    """What the weights take on disk at the most: each tensor's numbers, and its entry in the header."""
+    """Upper bound of the weights file: float32 values and header entries."""
     sizes = {module: update.A.shape[1] + len(update.B) for module, update in exact.items()}
     return sum(4 * rank * sizes[module] + 2 * (len(module) + 140) for module, rank in ranks.items())
 
 
-def _largest_energy(exact: Deltas, spectra: dict[str, torch.Tensor], most: int) -> float:
-    """The largest share of energy whose ranks fit into so many bytes."""
-    if (least := _weights_bytes(exact, _ranks_for_energy(spectra, 0.0))) > most:
-        raise AdapterError(f"Rank 1 in every layer takes about {least:,} bytes, more than --max-bytes {most:,}.")
-    shares = torch.cat([squares.cumsum(0) / squares.sum() for squares in spectra.values()]).unique().tolist()
-    low, high = 0, len(shares)  # the answer is the last that fits: more energy never takes fewer bytes
+def _largest_energy(exact: Deltas, spectra: dict[str, torch.Tensor], max_bytes: int) -> float:
+    """The largest share of energy whose weights fit into `max_bytes`."""
+
+    def fits(energy: float) -> bool:
+        return _weights_bytes(exact, _ranks_for_energy(spectra, energy)) <= max_bytes
+
+    if not fits(0.0):
+        smallest = _weights_bytes(exact, _ranks_for_energy(spectra, 0.0))
+        raise AdapterError(
+            f"Rank 1 in every layer takes about {smallest:,} bytes, more than --max-bytes {max_bytes:,}."
+        )
+    shares = torch.cat([_energy_shares(squares) for squares in spectra.values()]).unique().tolist()
+    low, high = 0, len(shares)  # binary search: size grows with energy
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (
-            (middle, high)
-            if _weights_bytes(exact, _ranks_for_energy(spectra, shares[middle])) <= most
-            else (low, middle)
-        )
-    return float(shares[low]) if _weights_bytes(exact, _ranks_for_energy(spectra, shares[low])) <= most else 0.0
+        if fits(shares[middle]):
+            low = middle
+        else:
+            high = middle
+    return float(shares[low]) if fits(shares[low]) else 0.0

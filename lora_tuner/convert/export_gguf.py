@@ -1,16 +1,17 @@
-"""An adapter in the format of another program: GGUF, as llama.cpp and Ollama read it.
+"""Export an adapter as a GGUF LoRA for llama.cpp and Ollama.
 
-Surprise: llama.cpp scales each layer by alpha over its own rank and knows no other scales, so scales that differ from
-that go into the tensors. It also has Llama's q and k in another order of rows than transformers, and GPT-2's layers the
-usual way round, as PEFT has them too. Limit: the kinds of base in `_KINDS`, on each of which this was proven.
+llama.cpp scales each layer by alpha / rank, so other scales are multiplied into the tensors. It also stores the rows of
+Llama's q and k in another order than transformers. Only the architectures in `_ARCHITECTURES` are supported; each is
+tested against llama.cpp.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import atomic_io
 from ..adapters import compatibility
@@ -20,20 +21,19 @@ from ..errors import AdapterError, ConfigError
 from ..models import loading, lora
 from ..models.resolve import layer_sizes_in_files
 
-_ARCHITECTURES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "gpt2": "gpt2",
-    "qwen2": "qwen2",
-}  # model_type -> llama.cpp's name
-PERMUTED_QK = ("llama",)  # those whose q and k llama.cpp stores in another order
-_Array = np.ndarray[Any, np.dtype[np.float32]]
-_ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+if TYPE_CHECKING:
+    from gguf import ReaderTensor
+
+_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "gpt2": "gpt2", "qwen2": "qwen2"}  # model_type -> llama.cpp
+PERMUTED_QK = ("llama",)  # architectures whose q and k rows llama.cpp stores in another order
+_ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # relative error of each dtype
+_Array = NDArray[np.float32]
+_GGUF_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """`error` is the largest rounding error of a tensor, as a share of its largest number."""
+    """The exported file. `error` is the largest rounding error of a tensor, relative to its largest value."""
 
     path: Path
     bytes: int
@@ -49,10 +49,10 @@ def to_gguf(
     overwrite: bool = False,
     options: ModelOptions = ModelOptions(),
 ) -> ExportResult:
-    """Write the adapter as a GGUF LoRA. It is read back and compared. The base is not loaded: its files' headers are read.
+    """Write the adapter as a GGUF LoRA, read it back and compare it. The base's weights are not loaded.
 
-    Raises AdapterError for DoRA, for a kind of base that is not known, for sizes that are not the base's, and for numbers
-    that the dtype cannot hold.
+    Raises AdapterError for DoRA, for an unsupported architecture, for a base of other sizes, and for values out of the
+    range of the dtype.
     """
     import gguf
 
@@ -60,51 +60,49 @@ def to_gguf(
     if out.exists() and not overwrite:
         raise AdapterError(f"{out} exists: choose another --out, or replace it with --overwrite.")
     if out.exists() and not _is_gguf(out):
-        raise AdapterError(f"{out} is no GGUF file, so it is not replaced: choose another --out.")
+        raise AdapterError(f"{out} is not a GGUF file, so it is not replaced: choose another --out.")
     if why := atomic_io.why_not_writable(out.parent):
         raise AdapterError(f"{why}: choose another --out.")
-    if obstacles := compatibility.check_compatibility(adapter, "llama.cpp").errors:
-        raise AdapterError(f"{adapter.path}: {'; '.join(obstacles)}.")
+    if errors := compatibility.check_compatibility(adapter, "llama.cpp").errors:
+        raise AdapterError(f"{adapter.path}: {'; '.join(errors)}.")
     check_weights_hash(adapter)
-    source = loading.base_for_adapter(adapter, options)
-    lora.check_base_files(adapter, source, None, options)
-    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    kind = _ARCHITECTURES.get(str(config.get("model_type")))
-    if kind is None:
+    base = loading.base_for_adapter(adapter, options)
+    lora.check_base_files(adapter, base, None, options)
+    config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+    architecture = _ARCHITECTURES.get(str(config.get("model_type")))
+    if architecture is None:
         raise AdapterError(
-            f"{source.name} is a {config.get('model_type')} model: adapters of {', '.join(_ARCHITECTURES)} can be exported. Merge it "
-            f"(`python cli.py merge {adapter.name} --out merged/{adapter.name}`), and convert that with llama.cpp's own script."
+            f"{base.name} is a {config.get('model_type')} model, and only adapters of {', '.join(_ARCHITECTURES)} can be "
+            f"exported. Merge it (`python cli.py merge {adapter.name} --out merged/{adapter.name}`), then convert it with "
+            "llama.cpp's script."
         )
     if dtype not in _ROUNDING:
-        raise ConfigError(f"dtype is {dtype}: {', '.join(_ROUNDING)} can be written.")
-    adapter.check_shapes(layer_sizes_in_files(source, adapter))
-    tensors = _tensors(adapter, kind, config)
-    number = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
-    raw = gguf.GGMLQuantizationType[number]
-    with atomic_io.atomic_file(out) as work:
-        writer = gguf.GGUFWriter(work, kind)
+        raise ConfigError(f"dtype is {dtype}: use one of {', '.join(_ROUNDING)}.")
+    adapter.check_shapes(layer_sizes_in_files(base, adapter))
+    tensors = _gguf_tensors(adapter, architecture, config)
+    gguf_type = gguf.GGMLQuantizationType[_GGUF_TYPES[dtype]]
+    with atomic_io.atomic_file(out) as file:
+        writer = gguf.GGUFWriter(file, architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, _alpha(adapter))
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, _gguf_alpha(adapter))
         writer.add_name(adapter.name)
         for name, values in tensors.items():
-            with np.errstate(over="ignore"):  # seen below, when it is read back
-                writer.add_tensor(name, gguf.quants.quantize(values, raw), raw_dtype=raw)
+            with np.errstate(over="ignore"):  # checked below, on the file
+                writer.add_tensor(name, gguf.quants.quantize(values, gguf_type), raw_dtype=gguf_type)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
         try:
-            errors = [_error(tensors[it.name], it) for it in gguf.GGUFReader(work).tensors]
-        except (ValueError, IndexError) as error:  # the writer does not notice all that a disk refuses
-            raise AdapterError(
-                f"{out} is not kept: the disk gave back less than was written. Free some space."
-            ) from error
-        if not all(error <= _ROUNDING[dtype] for error in errors):  # it may be no number
-            raise AdapterError(
-                f"{adapter.name} has numbers that {dtype} cannot hold: export it as bfloat16 or float32."
-            )
-    return ExportResult(out, out.stat().st_size, len(tensors), max(errors))
+            rounding_errors = [
+                _rounding_error(tensors[tensor.name], tensor) for tensor in gguf.GGUFReader(file).tensors
+            ]
+        except (ValueError, IndexError) as error:  # the writer does not report every failed write
+            raise AdapterError(f"{out} is not kept: the file is incomplete on disk. Free some space.") from error
+        if not all(error <= _ROUNDING[dtype] for error in rounding_errors):  # NaN fails too
+            raise AdapterError(f"{adapter.name} has values out of the range of {dtype}: use bfloat16 or float32.")
+    return ExportResult(out, out.stat().st_size, len(tensors), max(rounding_errors))
 
 
 def _is_gguf(path: Path) -> bool:
@@ -114,38 +112,41 @@ def _is_gguf(path: Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
-def _alpha(adapter: Adapter) -> float:
-    """What llama.cpp divides by each layer's rank; 0 would mean a scale of 1 to it."""
+def _gguf_alpha(adapter: Adapter) -> float:
+    """The alpha that llama.cpp divides by each layer's rank. It would read 0 as a scale of 1."""
     return float(adapter.config["lora_alpha"]) or 1.0
 
 
-def _error(meant: _Array, tensor: Any) -> float:
+def _rounding_error(exact: _Array, tensor: "ReaderTensor") -> float:
+    """Largest error of a tensor in the file, relative to its largest value."""
     import gguf
 
-    written = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(meant.shape)
-    largest = float(np.abs(meant).max())
-    return float(np.abs(written - meant).max()) / largest if largest else float(np.abs(written).max())
+    written = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(exact.shape)
+    largest = float(np.abs(exact).max())
+    return float(np.abs(written - exact).max()) / largest if largest else float(np.abs(written).max())
 
 
-def _tensors(adapter: Adapter, kind: str, config: dict[str, Any]) -> dict[str, _Array]:
-    """By llama.cpp's names, in float32: `lora_a` (rank, in), `lora_b` (out, rank)."""
+def _gguf_tensors(adapter: Adapter, architecture: str, config: dict[str, Any]) -> dict[str, _Array]:
+    """Tensors under llama.cpp's names, in float32: `lora_a` (rank, in), `lora_b` (out, rank)."""
     import gguf
 
-    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
-    names = gguf.get_tensor_name_map(architecture, config["n_layer"] if kind == "gpt2" else config["num_hidden_layers"])
-    loaded = {name: tensor.float().numpy() for name, tensor in lora.read_weights_file(adapter).items()}
+    model_arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    blocks = config["n_layer"] if architecture == "gpt2" else config["num_hidden_layers"]
+    names = gguf.get_tensor_name_map(model_arch, blocks)
+    weights = {name: tensor.float().numpy() for name, tensor in lora.read_weights_file(adapter).items()}
     tensors = {}
     for module in adapter.modules:
         name = names.get_name(module)
         if name is None:
             raise AdapterError(f"llama.cpp has no layer for {module}.")
-        down, up = (loaded[f"base_model.model.{module}.lora_{part}.weight"] for part in "AB")
-        up = up * np.float32(adapter.scale_of(module) * len(down) / _alpha(adapter))
-        if kind in PERMUTED_QK and module.endswith(("q_proj", "k_proj")):
+        lora_a, lora_b = (weights[f"base_model.model.{module}.lora_{part}.weight"] for part in "AB")
+        lora_b = lora_b * np.float32(adapter.scale_of(module) * len(lora_a) / _gguf_alpha(adapter))
+        if architecture in PERMUTED_QK and module.endswith(("q_proj", "k_proj")):
             heads = config["num_attention_heads"]
             if module.endswith("k_proj"):
                 heads = config.get("num_key_value_heads") or heads
-            # Rotary pairs lie side by side in llama.cpp, half a head apart in transformers.
-            up = up.reshape(heads, 2, len(up) // heads // 2, -1).swapaxes(1, 2).reshape(up.shape)
-        tensors[f"{name}.weight.lora_a"], tensors[f"{name}.weight.lora_b"] = down, np.ascontiguousarray(up)
+            # Rotary pairs are adjacent in llama.cpp, half a head apart in transformers.
+            lora_b = lora_b.reshape(heads, 2, len(lora_b) // heads // 2, -1).swapaxes(1, 2).reshape(lora_b.shape)
+        tensors[f"{name}.weight.lora_a"] = lora_a
+        tensors[f"{name}.weight.lora_b"] = np.ascontiguousarray(lora_b)
     return tensors

@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,6 +23,8 @@ from .verify import OutputComparison
 
 @dataclass(frozen=True)
 class MergeResult:
+    """The folder of a merged model, and its outputs compared with base and adapter."""
+
     path: Path
     comparison: OutputComparison
 
@@ -39,43 +40,59 @@ def merge(
     overwrite: bool = False,
     options: ModelOptions = ModelOptions(),
 ) -> MergeResult:
-    """Write base and adapter as one plain model folder, tokenizer included, that transformers loads without PEFT.
+    """Save base and adapter as one model folder, tokenizer included.
 
-    Merged in float32 and cast at the end; then it is read back, and must say what base and adapter say. The folder appears
-    whole or not at all. Raises AdapterError when it exists, the adapter does not fit the base, or the two disagree.
+    The weights are merged in float32 and then cast. The saved model is reloaded and compared with base and adapter; the
+    folder appears complete or not at all.
+
+    Args:
+        adapter: the adapter.
+        out: the model folder to write.
+        dtype: dtype of the merged model.
+        shard_size: largest weights file, such as 5GB.
+        sets: held-out sets for the comparison; None means those of the adapter.
+        eval_rows: largest number of rows per set.
+        overwrite: replace an existing model folder.
+        options: the base model; the device is always the CPU.
+
+    Raises:
+        AdapterError: the folder exists, the adapter does not fit the base, or the outputs differ.
+        ConfigError: an option is invalid.
     """
     options.require_default("device", why="an adapter is merged on the CPU")
     check_model_folder(out, overwrite=overwrite)
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]i?B", shard_size):
-        raise ConfigError(f"'{shard_size}' is no size of a file, such as 5GB or 500MB.")
-    opened = open_shared_base([adapter], replace(options, device="cpu"))
-    kind = choose_dtype(dtype, opened.device)
-    weights = sum(parameter.numel() for parameter in opened.model.parameters()) * kind.itemsize
-    if (free := atomic_io.free_space(out.parent)) < weights:
-        raise AdapterError(f"{out} needs {weights / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there.")
+        raise ConfigError(f"'{shard_size}' is not a valid shard size: use a size such as 5GB or 500MB.")
+    base = open_shared_base([adapter], replace(options, device="cpu"))
+    merged_dtype = choose_dtype(dtype, base.device)
+    needed = sum(parameter.numel() for parameter in base.model.parameters()) * merged_dtype.itemsize
+    if (free := atomic_io.free_space(out.parent)) < needed:
+        raise AdapterError(
+            f"{out} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: free some space, or choose another --out."
+        )
     sets = distinct_eval_sets([adapter], sets, eval_rows, options.notify)
-    rows = encode_eval_sets(opened, sets)
-    should = verify.forward_with_adapter(opened, adapter, rows, options.notify)
-    with quiet_transformers(), atomic_io.atomic_folder(out) as work:
-        # PEFT merges in place, and taking a merge back changes the base's last bits: this base is used no more.
-        model = lora.load_lora(opened.model, adapter, "merged").merge_and_unload(safe_merge=True)
-        model.to(kind).save_pretrained(work, max_shard_size=shard_size)
-        model.to("meta")  # gives its memory back
-        # The tokenizer as it came: in memory its pad token has been set.
-        AutoTokenizer.from_pretrained(opened.files.folder, trust_remote_code=False).save_pretrained(work)
-        written: Any = AutoModelForCausalLM.from_pretrained(work, dtype=torch.float32, use_safetensors=True)
-        does = verify.forward_outputs(written.eval(), rows, options.notify, "merged, read back")
-        found = verify.compare_outputs(should, does, measured=bool(sets))
-        if wrong := verify.find_mismatch(found, should, exact=kind == torch.float32):
-            raise AdapterError(f"{out} is not kept: read back, the merged model {wrong}.")
-    return MergeResult(out, found)
+    rows = encode_eval_sets(base, sets)
+    expected = verify.forward_with_adapter(base, adapter, rows, options.notify)
+    with quiet_transformers(), atomic_io.atomic_folder(out) as folder:
+        # PEFT merges in place, and unmerging is not bitwise exact: this base is not used again.
+        model = lora.load_lora(base.model, adapter, "merged").merge_and_unload(safe_merge=True)
+        model.to(merged_dtype).save_pretrained(folder, max_shard_size=shard_size)
+        model.to("meta")  # frees its memory
+        # The original tokenizer: the one in memory has another pad token.
+        AutoTokenizer.from_pretrained(base.files.folder, trust_remote_code=False).save_pretrained(folder)
+        reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        actual = verify.forward_outputs(reloaded.eval(), rows, options.notify, "running the merged model")
+        comparison = verify.compare_outputs(expected, actual, with_loss=bool(sets))
+        if mismatch := verify.find_mismatch(comparison, expected, exact=merged_dtype == torch.float32):
+            raise AdapterError(f"{out} is not kept: the merged model differs from base and adapter: {mismatch}.")
+    return MergeResult(out, comparison)
 
 
 def check_model_folder(out: Path, *, overwrite: bool) -> None:
-    """Raise AdapterError unless a model may be written there."""
+    """Raise AdapterError unless a model may be written to `out`."""
     if out.exists() and not overwrite:
         raise AdapterError(f"{out} exists: choose another --out, or replace it with --overwrite.")
     if out.exists() and not (out / "config.json").is_file():
-        raise AdapterError(f"{out} is no model folder, so it is not replaced: choose another --out.")
+        raise AdapterError(f"{out} is not a model folder, so it is not replaced: choose another --out.")
     if why := atomic_io.why_not_writable(out.parent):
         raise AdapterError(f"{why}: choose another --out.")

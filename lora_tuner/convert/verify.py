@@ -1,6 +1,6 @@
-"""What a model says, beside what it should say: the logits of a few rows, the best tokens and the loss of all.
+"""Compare what a saved model or adapter computes with what it should compute: logits, top tokens and loss.
 
-Limit: it compares what it is given. On rows of another kind two models that agree here might differ.
+The comparison covers the given rows only; models that agree on them may differ elsewhere.
 """
 
 from collections.abc import Sequence
@@ -20,16 +20,21 @@ from ..models import lora
 from ..models.delta import Deltas
 from ..models.loading import LoadedBase
 
-TOLERANCE = 1e-4  # of logits in float32, beside the largest of them where that is over 1
-LOSS_TOLERANCE, AGREEMENT = 0.02, 0.9  # of a merged model in fewer bits: nats a token, share of equal best tokens
-COMPARED_ROWS, COMPARED_TOKENS = 4, 64  # whose logits are compared one by one
+TOLERANCE = 1e-4  # of logits in float32, relative to the largest where that is over 1
+LOSS_TOLERANCE, MIN_AGREEMENT = 0.02, 0.9  # of a model merged in lower precision: nats per token, share of top tokens
+COMPARED_ROWS, COMPARED_TOKENS = 4, 64  # rows and tokens of which all logits are compared
 
 
 @dataclass(frozen=True)
 class OutputComparison:
-    """What was written, read back, beside what it should do: the largest difference of the logits of the first few rows, the
-    share of positions of all rows with the same best token, and their losses in nats a token (should, does); None where there
-    are no held-out rows."""
+    """Differences between expected and actual outputs.
+
+    Args:
+        max_logit_difference: over the first `COMPARED_TOKENS` tokens of the first `COMPARED_ROWS` rows.
+        top1_agreement: share of all positions with the same most likely token.
+        losses: expected and actual loss in nats per token; None without held-out rows.
+        rows: number of rows.
+    """
 
     max_logit_difference: float
     top1_agreement: float
@@ -39,7 +44,13 @@ class OutputComparison:
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """What a model says to rows: logits of a few positions, (positions, words), the best word of each, the loss of all."""
+    """Outputs of a model for some rows.
+
+    Args:
+        logits: (positions, vocabulary) of the first rows.
+        top_tokens: (positions,) of all rows.
+        losses: summed loss of each row.
+    """
 
     logits: torch.Tensor
     top_tokens: torch.Tensor
@@ -49,69 +60,74 @@ class ModelOutputs:
 def forward_outputs(
     model: Any, rows: Sequence[tokenization.TokenIds], notify: EventHandler, stage: str
 ) -> ModelOutputs:
-    logits, best, nll = [], [], []
+    """Run a model on each row alone. `stage` names the progress events."""
+    compared_logits, top_tokens, row_losses = [], [], []
     for number, row in enumerate(rows):
         ids = torch.from_numpy(tokenization.token_ids(row).astype("int64"))[None].to(model.device)
-        learnt = torch.from_numpy(row[1:] >= 0).to(model.device)
+        predicted = torch.from_numpy(row[1:] >= 0).to(model.device)
         with torch.inference_mode():
-            said = model(input_ids=ids, use_cache=False).logits[0].float()
-            each = F.cross_entropy(said[:-1], ids[0, 1:], reduction="none")
-            nll.append(float(each[learnt].cpu().double().sum()))
-        best.append(said.argmax(-1).cpu())
+            logits = model(input_ids=ids, use_cache=False).logits[0].float()
+            losses = F.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")
+            row_losses.append(float(losses[predicted].cpu().double().sum()))
+        top_tokens.append(logits.argmax(-1).cpu())
         if number < COMPARED_ROWS:
-            logits.append(said[:COMPARED_TOKENS].cpu().clone())
+            compared_logits.append(logits[:COMPARED_TOKENS].cpu().clone())
         notify(Progress(stage, number + 1, len(rows)))
-    return ModelOutputs(
-        torch.cat(logits), torch.cat(best), HeldOutLoss(nll, [tokenization.count_predictions(row) for row in rows])
-    )
+    predictions = [tokenization.count_predictions(row) for row in rows]
+    return ModelOutputs(torch.cat(compared_logits), torch.cat(top_tokens), HeldOutLoss(row_losses, predictions))
 
 
 def forward_with_peft(
     base: LoadedBase, adapter: Adapter, rows: Sequence[tokenization.TokenIds], notify: EventHandler
 ) -> ModelOutputs:
-    """As PEFT reads the adapter, by its own way with names, ranks and scales."""
-    wrapped = lora.load_lora(base.model, adapter, "proof")
+    """Run the base with the adapter as loaded by PEFT, which interprets names, ranks and scales itself."""
+    model = lora.load_lora(base.model, adapter, "verify")
     try:
-        return forward_outputs(wrapped, rows, notify, "read back, by PEFT")
+        return forward_outputs(model, rows, notify, "running the saved adapter")
     finally:
-        wrapped.unload()
+        model.unload()
 
 
 def forward_with_adapter(
     base: LoadedBase, adapter: Adapter, rows: Sequence[tokenization.TokenIds], notify: EventHandler
 ) -> ModelOutputs:
-    bank = MultiLora(base)
-    with bank.apply_hooks(bank.hooks([bank.load(adapter)])):
-        found = forward_outputs(base.model, rows, notify, "the adapter beside its base")
-    if not found.logits.isfinite().all():
-        raise AdapterError(f"{adapter.path} gives logits that are not finite: its numbers are too large for this base.")
-    return found
+    """Run the base with the adapter as in inference. Raises AdapterError if the logits are not finite."""
+    multi_lora = MultiLora(base)
+    with multi_lora.apply_hooks(multi_lora.hooks([multi_lora.load(adapter)])):
+        outputs = forward_outputs(base.model, rows, notify, "running base and adapter")
+    if not outputs.logits.isfinite().all():
+        raise AdapterError(f"{adapter.path} gives logits that are not finite: its weights are too large for this base.")
+    return outputs
 
 
-def add_to_weights(base: LoadedBase, sums: Deltas) -> None:
+def add_to_weights(base: LoadedBase, deltas: Deltas) -> None:
+    """Add LoRA updates to the base's weights, in place."""
     layers = lora.linear_layers(base.model)
-    for module, update in sums.items():
+    for module, update in deltas.items():
         delta = (update.B.double() @ update.A.double()).float().to(base.device)
         layer = layers[module]
         layer.weight.data += delta.T if isinstance(layer, Conv1D) else delta
 
 
-def compare_outputs(should: ModelOutputs, does: ModelOutputs, *, measured: bool) -> OutputComparison:
+def compare_outputs(expected: ModelOutputs, actual: ModelOutputs, *, with_loss: bool) -> OutputComparison:
     return OutputComparison(
-        max_logit_difference=float((should.logits - does.logits).abs().max()),
-        top1_agreement=float((should.top_tokens == does.top_tokens).double().mean()),
-        losses=(should.losses.loss, does.losses.loss) if measured else None,
-        rows=len(should.losses.nll),
+        max_logit_difference=float((expected.logits - actual.logits).abs().max()),
+        top1_agreement=float((expected.top_tokens == actual.top_tokens).double().mean()),
+        losses=(expected.losses.loss, actual.losses.loss) if with_loss else None,
+        rows=len(expected.losses.nll),
     )
 
 
-def find_mismatch(proof: OutputComparison, should: ModelOutputs, *, exact: bool) -> str | None:
-    """What is wrong with it, if anything. In fewer bits than float32 logits differ, and what it is worth is compared."""
-    accepted = TOLERANCE * max(1.0, float(should.logits.abs().max()))
-    if exact and not proof.max_logit_difference <= accepted:  # NaN is none
-        return f"has logits that differ by {proof.max_logit_difference:.2g}, and {accepted:.2g} is accepted"
-    if not exact and proof.top1_agreement < AGREEMENT:
-        return f"has the same best token at {proof.top1_agreement:.0%} of positions, and {AGREEMENT:.0%} are asked for"
-    if proof.losses and not abs(proof.losses[1] - proof.losses[0]) <= LOSS_TOLERANCE:
-        return f"has a held-out loss of {proof.losses[1]:.4f}, and {proof.losses[0]:.4f} is right"
+def find_mismatch(comparison: OutputComparison, expected: ModelOutputs, *, exact: bool) -> str | None:
+    """Describe the first difference beyond the tolerance; None if there is none.
+
+    With `exact` (float32), logits must agree; in lower precision only top tokens and loss.
+    """
+    tolerance = TOLERANCE * max(1.0, float(expected.logits.abs().max()))
+    if exact and not comparison.max_logit_difference <= tolerance:  # NaN fails too
+        return f"logits differ by {comparison.max_logit_difference:.2g} (tolerance {tolerance:.2g})"
+    if not exact and comparison.top1_agreement < MIN_AGREEMENT:
+        return f"top tokens agree at {comparison.top1_agreement:.0%} of positions (required: {MIN_AGREEMENT:.0%})"
+    if comparison.losses and not abs(comparison.losses[1] - comparison.losses[0]) <= LOSS_TOLERANCE:
+        return f"held-out loss is {comparison.losses[1]:.4f} (expected: {comparison.losses[0]:.4f})"
     return None

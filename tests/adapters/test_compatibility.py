@@ -214,11 +214,14 @@ def test_advised_commands_work(write, tmp_path):
 
 def test_check_command_output_and_status(write):
     write(target_modules=["q_proj"])
-    assert run("adapters", "check", "mine", "--for", "vllm").stdout == "mine: vllm takes it\n"
-    assert run("adapters", "check", "mine", "--for", "llama.cpp").stdout == f"mine: llama.cpp takes it\n- {EXPORT}\n"
+    assert run("adapters", "check", "mine", "--for", "vllm").stdout == "mine: compatible with vllm\n"
+    assert (
+        run("adapters", "check", "mine", "--for", "llama.cpp").stdout
+        == f"mine: compatible with llama.cpp\n- {EXPORT}\n"
+    )
     obstacle = f"PEFT would skip model.layers.0.mlp.up_proj, {NOT_NAMED}"
     told = run("adapters", "check", "mine", "--for", "peft", exit_code=1).stdout
-    assert told == f"mine: peft does not take it\n- {obstacle}\n"
+    assert told == f"mine: not compatible with peft\n- {obstacle}\n"
     for tool, obstacles in (("vllm", []), ("peft", [obstacle])):
         answer = run("adapters", "check", "mine", "--for", tool, "--json", exit_code=len(obstacles)).stdout
         assert json.loads(answer) == {"tool": tool, "obstacles": obstacles, "notes": [], "accepted": not obstacles}

@@ -333,7 +333,7 @@ def test_push_pull_commands(hub, small, monkeypatch):
         WEIGHTS_FILE,
         MANIFEST_FILE,
     ]
-    assert (tried.stderr, hub.requests) == ("Nothing was sent: a dry run.\n", [])
+    assert (tried.stderr, hub.requests) == ("Dry run: nothing was uploaded.\n", [])
     sent = json.loads(run("push", "small", REPO, "--private", "--json").stdout)
     sha = hub.repos[KEY].sha
     assert sent == {"repo": REPO, "files": sent["files"], "url": f"{hub.url}/{REPO}/commit/{sha}"}
@@ -341,7 +341,7 @@ def test_push_pull_commands(hub, small, monkeypatch):
     assert run("push", "small", REPO).stdout.splitlines()[-1] == sent["url"]
     tried = run("pull", REPO, "--dry-run", "--json")
     assert json.loads(tried.stdout) == {"repo": REPO, "files": sent["files"]}
-    assert tried.stderr == "Nothing was fetched: a dry run.\n"
+    assert tried.stderr == "Dry run: nothing was downloaded.\n"
     assert run("pull", REPO).stdout.splitlines()[-1] == "adapters/reviews"
     assert run("pull", REPO, exit_code=1).stderr == (
         "Error: adapters/reviews exists: choose another --name, or replace it with --overwrite.\n"

@@ -69,12 +69,12 @@ def test_train_generate_list_show_merge(quick, tmp_path):
     assert trained.stdout.splitlines()[1] in " ".join(shown.split()).replace(" (gain", "  (gain")
     assert "fingerprint" in shown
     assert json.loads(run("adapters", "show", "reviews", "--json").stdout)["targets"] == ["c_attn", "c_fc", "c_proj"]
-    assert run("merge", "reviews", "--out", "merged/reviews").stdout.startswith("merged/reviews\nread back, ")
+    assert run("merge", "reviews", "--out", "merged/reviews").stdout.startswith("merged/reviews\nverified against ")
     assert (tmp_path / "merged" / "reviews" / "model.safetensors").is_file()
 
 
 def test_verify_rename_remove(adapter, tmp_path):
-    assert run("adapters", "verify").stdout == "reviews: whole\n"
+    assert run("adapters", "verify").stdout == "reviews: OK\n"
     assert json.loads(run("adapters", "verify", "reviews", "--json").stdout) == [{"name": "reviews", "problems": []}]
     assert run("adapters", "rename", "reviews", "old").stdout == "adapters/old\n"
     (tmp_path / "adapters" / "old" / "run.yaml").unlink()
@@ -96,7 +96,7 @@ def test_generate_prompt_sources(adapter, tmp_path):
     assert alone == both[1:]
     run("generate", "--file", "prompts.txt", "too", exit_code=1)
     (tmp_path / "empty.txt").write_text("\n")
-    assert "holds no prompt" in run("generate", "--file", "empty.txt", exit_code=1).stderr
+    assert "has no prompts" in run("generate", "--file", "empty.txt", exit_code=1).stderr
 
 
 def test_interactive_prompt_switches_adapters(adapter, gpt2):
@@ -109,10 +109,13 @@ def test_interactive_prompt_switches_adapters(adapter, gpt2):
     said = [part for part in result.stdout.split(asked) if part]
     assert said == [f"Generated text: {text}" for text in (answer, plain, answer)]
     assert result.stdout.count(asked) == 8
-    assert "The plain base answers now." in result.stderr
-    assert "reviews answers now." in result.stderr
+    assert "Using the base without an adapter." in result.stderr
+    assert "Using adapter reviews." in result.stderr
     assert "Error: There is no adapter 'nothing'" in result.stderr
-    assert "Error: There is no /what: /adapter NAME (reviews), /base, or an empty line to end." in result.stderr
+    assert (
+        "Error: Unknown command /what. Commands: /adapter NAME, /base; an empty line quits. Adapters: reviews."
+        in result.stderr
+    )
 
 
 def test_generate_json(adapter):
@@ -122,10 +125,10 @@ def test_generate_json(adapter):
 
 
 def test_plan_and_preview_train_nothing(quick):
-    assert "seconds a step" in run("train", *quick, "--plan").stdout
+    assert "seconds per step" in run("train", *quick, "--plan").stdout
     assert json.loads(run("train", *quick, "--plan", "--json").stdout)["steps"] == 3
     shown = run("train", *quick, "--preview", 2).stdout
-    assert shown.count("of them learnt") == 2
+    assert shown.count("trained on (others in brackets)") == 2
     assert len(json.loads(run("train", *quick, "--preview", 2, "--json").stdout)) == 2
     assert Library().names() == []
 
@@ -154,10 +157,10 @@ def test_train_options_override_config_file(quick, tmp_path, gpt2, reviews_csv):
         (
             ["train", "--resume", "imdb", "--rank", "8"],
             1,
-            "Error: --resume takes its settings from the run it goes on with",
+            "Error: --resume reuses the run's saved settings",
         ),
         (["train", "--resume", "imdb"], 1, "Error: There is no unfinished run runs/imdb"),
-        (["train", "--plan", "--preview", "1"], 1, "Error: --plan and --preview are two questions"),
+        (["train", "--plan", "--preview", "1"], 1, "Error: --plan and --preview exclude each other"),
         (
             ["train", "--name", "../up"],
             1,
@@ -179,8 +182,8 @@ def test_train_options_override_config_file(quick, tmp_path, gpt2, reviews_csv):
             1,
             "Error: greedy does not sample: leave temperature, top_p",
         ),
-        (["generate", "--force", "x"], 1, "Error: --force is for an adapter on another base"),
-        (["generate", "--json"], 1, "Error: --json needs its prompts at once"),
+        (["generate", "--force", "x"], 1, "Error: --force needs an adapter"),
+        (["generate", "--json"], 1, "Error: --json needs prompts"),
         (
             ["adapters", "show", "nothing"],
             1,
@@ -252,9 +255,9 @@ def test_light_commands_never_import_torch(adapter, tmp_path):
 
 def test_doctor_reports_environment(gpt2):
     facts = json.loads(run("doctor", "--json").stdout)
-    assert facts["hub"] == "out of reach: HF_HUB_OFFLINE is set"
+    assert facts["hub"] == "unreachable: HF_HUB_OFFLINE is set"
     assert facts["versions"]["torch"] != "not installed"
-    assert any("The Hub is out of reach" in line for line in facts["advice"])
+    assert any("The Hub is unreachable" in line for line in facts["advice"])
     assert "threads" in run("doctor").stdout
 
 
@@ -367,10 +370,8 @@ def other_base(tmp_path):
 
 def test_compare_errors(two, gpt2, tmp_path):
     stranger = other_base(tmp_path)
-    assert error("compare", *BOTH) == (
-        "Error: There is nothing to go on from: give a prompt, --file, or - for standard input."
-    )
-    assert error("compare", *BOTH, "x", "--file", "y") == "Error: A prompt and --file are two sources: give one."
+    assert error("compare", *BOTH) == ("Error: There is no prompt: give one as an argument, --file, or - for stdin.")
+    assert error("compare", *BOTH, "x", "--file", "y") == "Error: A prompt and --file exclude each other: give one."
     assert error("compare", *BOTH, "--adapter", "noir", "x") == (
         "Error: Two of these adapters have the name noir: list each once, or rename one."
     )
@@ -416,14 +417,14 @@ def test_evaluate_output(two, gpt2, columns):
     ]
     shown = [line.rstrip() for line in run("evaluate", "noir", "verse").stdout.splitlines()]
     assert [re.split(r" {2,}", line) for line in shown] == [
-        ["held-out loss, in nats a token (perplexity), on the rows of"],
+        ["held-out loss in nats per token (perplexity) on each held-out set"],
         ["", "noir", "verse"],
         ["", "6 rows", "7 rows"],
         ["(base)", *base],
         ["noir", loss(first), loss(second)],
         ["verse", loss(third), loss(fourth)],
         [""],
-        [f"gain over {gpt2}, with its standard error; below zero it has forgotten"],
+        [f"improvement over {gpt2} (loss, ± standard error); negative: worse than the base"],
         ["", "noir", "verse"],
         ["", "6 rows", "7 rows"],
         ["noir", gain(first), gain(second)],
@@ -457,7 +458,7 @@ def test_evaluate_on_narrow_terminal(two, columns):
 
 def test_evaluate_writes_plot(two, tmp_path):
     shown = run("evaluate", "noir", "verse", "--plot", "gains.png").stdout
-    assert shown.startswith("held-out loss, in nats a token")
+    assert shown.startswith("held-out loss in nats per token")
     drawn = (tmp_path / "gains.png").read_bytes()
     matrix = evaluate(two, options=ModelOptions(device="cpu"))
     names = [rows.name for rows in matrix.sets]
@@ -507,12 +508,12 @@ def test_evaluate_errors(two, tmp_path, gpt2):
         (["--eval-split", "test"], "eval_split"),
         (["--keep-lines"], "keep_lines"),
     ):
-        assert error("evaluate", "noir", *option) == f"Error: {name}: only --eval-dataset is read with that."
+        assert error("evaluate", "noir", *option) == f"Error: {name}: only valid with --eval-dataset."
     assert error("evaluate", "noir", "--where", "a=1", "--text-column", "b") == (
-        "Error: text_column, where: only --eval-dataset is read with that."
+        "Error: text_column, where: only valid with --eval-dataset."
     )
     for name in ("gains.jpg", "gains"):
-        assert error("evaluate", "noir", "--plot", name) == f"Error: --plot {name}: the picture is a .png file."
+        assert error("evaluate", "noir", "--plot", name) == f"Error: --plot {name}: choose a name that ends in .png."
     assert error("evaluate", "noir", "--plot", "none/gains.png") == (
         "Error: --plot none/gains.png: there is no folder none."
     )
@@ -541,21 +542,21 @@ def test_adopt_command(two, tmp_path, gpt2, columns):
     (tmp_path / "elsewhere" / "guest" / MANIFEST_FILE).unlink()
     before = (tmp_path / "elsewhere" / "guest" / WEIGHTS_FILE).read_bytes()
     shown = run("adapters", "show", "elsewhere/guest").stdout
-    assert "by another tool: it has no manifest (`adapters adopt` gives it one)" in shown
+    assert "by another tool, without a manifest (run `adapters adopt` to write one)" in shown
     adopted = run("adapters", "adopt", "elsewhere/guest")
     assert adopted.stdout == "adapters/guest\n"
-    assert adopted.stderr == f"guest fits {gpt2} in its sizes; that it was trained on it cannot be proven.\n"
+    assert adopted.stderr == f"guest fits {gpt2} by its layer sizes; it cannot be verified that it was trained on it.\n"
     assert run("adapters", "adopt", "elsewhere/guest", "--name", "b", "--base", gpt2).stdout == "adapters/b\n"
     assert (tmp_path / "adapters" / "guest" / WEIGHTS_FILE).read_bytes() == before
     assert not (tmp_path / "elsewhere" / "guest" / MANIFEST_FILE).exists()
     lines = dict(
         re.split(r" {2,}", line.strip(), maxsplit=1) for line in run("adapters", "show", "guest").stdout.splitlines()
     )
-    assert lines["worth"] == "not measured"
+    assert lines["evaluation"] == "not evaluated"
     assert lines["fingerprint"] == find_base(str(gpt2)).fingerprint
-    assert lines["made"].startswith("by another tool; adopted 20")
+    assert lines["created"].startswith("by another tool, adopted 20")
     assert "lineage" not in lines
-    assert run("adapters", "verify", "guest", "b").stdout == "guest: whole\nb: whole\n"
+    assert run("adapters", "verify", "guest", "b").stdout == "guest: OK\nb: OK\n"
     assert error("adapters", "adopt", "guest") == "Error: adapters/guest has a manifest: there is nothing to adopt."
     assert error("adapters", "adopt", "elsewhere/guest").startswith(
         "Error: adapters/guest exists: choose another --name"
@@ -604,7 +605,7 @@ def test_list_and_show_lineage(two, columns):
     run("adapters", "rename", "child", "old")
     run("adapters", "remove", "noir", "--yes")
     assert lineage() == [
-        f"from child ({prints['child']}, now called old)",
+        f"from child ({prints['child']}, now named old)",
         f"  from noir ({prints['noir']}, not in this library)",
     ]
     facts = json.loads(run("adapters", "show", "grandchild", "--json").stdout)
@@ -631,17 +632,19 @@ def test_list_shows_age(two, columns):
 
 def test_verify_explains_ok(two):
     result = run("adapters", "verify")
-    assert result.stdout == "noir: whole\nverse: whole\n"
+    assert result.stdout == "noir: OK\nverse: OK\n"
     assert result.stderr == (
-        "Whole: well-formed, finite and, where there is a manifest, the weights and settings it was written for. How good it "
-        "is, only `evaluate` can say.\n"
+        "OK: files are valid, values finite, hashes as in the manifest if there is one. Use `evaluate` to measure "
+        "quality.\n"
     )
     assert run("adapters", "verify", "--json").stderr == ""
 
 
 def test_train_from_errors(two, tmp_path, gpt2):
     assert error("train", "--force") == "Error: force needs an adapter to continue from: give --from"
-    assert error("train", "--resume", "noir", "--from", "verse").startswith("Error: --resume takes its settings from ")
+    assert error("train", "--resume", "noir", "--from", "verse").startswith(
+        "Error: --resume reuses the run's saved settings"
+    )
     assert error("train", "--eval-split", "test") == ("Error: eval_split needs eval_dataset")
     given = ["--from", "noir", "--dataset", "verse.json", "--name", "child"]
     assert error("train", *given, "--rank", 8, "--alpha", 9) == (
@@ -657,13 +660,13 @@ def test_train_from_errors(two, tmp_path, gpt2):
     assert Library().names() == ["noir", "verse"]
 
 
-@pytest.mark.parametrize("config", [{"base_model_name_or_path": "\ud800"}, {"\ud800": 1}, {"x\ngood: whole\ny": 1}])
+@pytest.mark.parametrize("config", [{"base_model_name_or_path": "\ud800"}, {"\ud800": 1}, {"x\ngood: OK\ny": 1}])
 def test_hostile_config_prints_one_line(tmp_path, config):
     adapter_files.write(tmp_path / "adapters" / "evil", config)
     for command in ("list", "verify"):
         done = process("cli.py", "adapters", command, "--adapters-dir", tmp_path / "adapters")
         assert "Traceback" not in done.stderr
-        assert "good: whole" not in done.stdout.splitlines() + done.stderr.splitlines()
+        assert "good: OK" not in done.stdout.splitlines() + done.stderr.splitlines()
 
 
 def test_brackets_are_not_markup(adapter, tmp_path, monkeypatch):
@@ -678,7 +681,7 @@ def test_brackets_are_not_markup(adapter, tmp_path, monkeypatch):
 
 def test_verify_problem_hides_explanation(adapter):
     (adapter.path / "run.yaml").unlink()
-    assert "Whole: " not in run("adapters", "verify", "reviews", exit_code=1).stderr
+    assert "OK: " not in run("adapters", "verify", "reviews", exit_code=1).stderr
 
 
 def test_adapters_commands_json(adapter, tmp_path):

@@ -9,7 +9,7 @@ from rich.console import Console
 from lora_tuner import Library, Notice, Progress
 from lora_tuner.adapters.adapter import MANIFEST_FILE, load_adapter_folder
 from lora_tuner.adapters.library import Ancestor
-from lora_tuner.cli import display
+from lora_tuner.cli import adapters, display, evaluate, generate
 from lora_tuner.text import escape_control, format_bytes, format_duration
 
 from .. import adapter_files
@@ -128,7 +128,7 @@ def evil(tmp_path):
 
 
 def test_list_escapes_hostile_manifest(capsys, wide, evil):
-    display.show_adapters(Library().entries())
+    adapters.show_adapters(Library().entries())
     header, line = seen(capsys).splitlines()
     assert header.split() == ["name", "base", "rank", "targets", "data", "size", "gain", "age", "parent"]
     assert line.split() == [
@@ -147,7 +147,7 @@ def test_list_escapes_hostile_manifest(capsys, wide, evil):
 
 
 def test_show_escapes_hostile_manifest(capsys, wide, evil):
-    display.show_adapter_card(evil, Library().ancestors(evil))
+    adapters.show_details(evil, Library().ancestors(evil))
     shown = {" ".join(line.split()) for line in seen(capsys).splitlines()}
     assert {
         f"base {SHOWN}: {SHOWN}",
@@ -157,21 +157,21 @@ def test_show_escapes_hostile_manifest(capsys, wide, evil):
         f"data {SHOWN}",
         f"where {SHOWN}",
         f"rows 3 {SHOWN}",
-        f"measured on {SHOWN}",
+        f"evaluated on {SHOWN}",
         f"run lora, 40 steps, 20,480 tokens, 1.5 min on {SHOWN} in {SHOWN}",
-        f"made {SHOWN} with {SHOWN} {SHOWN}",
+        f"created {SHOWN} with {SHOWN} {SHOWN}",
     } <= shown
 
 
 def test_list_escapes_hostile_config(capsys, wide, tmp_path):
     bare = load_adapter_folder(adapter_files.write(tmp_path / "adapters" / "bare", {"base_model_name_or_path": EVIL}))
     adapter_files.write(tmp_path / "adapters" / "broken", {EVIL: 1, "bias": EVIL})
-    display.show_adapters(Library().entries())
-    display.show_adapter_card(bare, [])
+    adapters.show_adapters(Library().entries())
+    adapters.show_details(bare, [])
     lines = [" ".join(line.split()) for line in seen(capsys).splitlines()]
     assert f"bare {SHOWN} 4 c_attn ? {format_bytes(bare.bytes)} ? ? ?" in lines
     assert f"base {SHOWN}" in lines
-    assert "made by another tool: it has no manifest (`adapters adopt` gives it one)" in lines
+    assert "created by another tool, without a manifest (run `adapters adopt` to write one)" in lines
     (broken,) = (line for line in lines if line.startswith("broken is broken: "))
     assert broken == (
         f"broken is broken: adapters/broken/adapter_config.json: bias is {EVIL!r}, and only 'none' is accepted; "
@@ -183,7 +183,7 @@ def test_compare_escapes_control_characters(capsys, monkeypatch):
     answers = [SimpleNamespace(adapter=name, prompt="p" + EVIL, text=EVIL) for name in (None, "a")]
     for columns in ("1000", "40"):
         monkeypatch.setenv("COLUMNS", columns)
-        display.show_compared(answers)
+        generate.show_comparison(answers)
         assert seen(capsys).replace("\n", "").replace(" ", "").count(f"p{SHOWN}{SHOWN}") == 2
 
 
@@ -202,23 +202,23 @@ def test_json_round_trips_control_characters(capsys):
     "created", ["", "yesterday", "2025-01-02", "2025-01-02T03:04:05", "2025-13-02T03:04:05+00:00", "9" * 5000]
 )
 def test_format_invalid_age(created):
-    assert display._format_age(created) == "?"
+    assert adapters.format_age(created) == "?"
 
 
 def test_format_age():
     now = datetime.datetime.now(datetime.UTC)
-    assert display._format_age((now - datetime.timedelta(hours=3)).isoformat()) == "3.0 h"
-    assert display._format_age((now - datetime.timedelta(days=400)).isoformat()) == "400 d"
-    assert display._format_age((now + datetime.timedelta(days=2)).isoformat()) == "0 s"  # the clock of another machine
+    assert adapters.format_age((now - datetime.timedelta(hours=3)).isoformat()) == "3.0 h"
+    assert adapters.format_age((now - datetime.timedelta(days=400)).isoformat()) == "400 d"
+    assert adapters.format_age((now + datetime.timedelta(days=2)).isoformat()) == "0 s"  # the clock of another machine
     for extreme in ("0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"):
-        assert display._format_age(extreme).endswith((" d", " s"))
+        assert adapters.format_age(extreme).endswith((" d", " s"))
 
 
 def test_format_ancestor():
     sha256 = "ab" * 32
-    assert display._format_ancestor(Ancestor("a", sha256, 1, "a")) == "from a (abababababab)"
-    assert display._format_ancestor(Ancestor("a", sha256, 2, "b")) == "  from a (abababababab, now named b)"
-    assert display._format_ancestor(Ancestor("a", sha256, 3, None)) == "    from a (abababababab, not in this library)"
+    assert adapters.format_ancestor(Ancestor("a", sha256, 1, "a")) == "from a (abababababab)"
+    assert adapters.format_ancestor(Ancestor("a", sha256, 2, "b")) == "  from a (abababababab, now named b)"
+    assert adapters.format_ancestor(Ancestor("a", sha256, 3, None)) == "    from a (abababababab, not in this library)"
 
 
 @pytest.mark.parametrize(
@@ -237,8 +237,8 @@ def test_show_impossible_numbers(capsys, tmp_path, facts):
     manifest = json.loads((folder / MANIFEST_FILE).read_text()) | changed
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
     adapter = load_adapter_folder(folder)
-    display.show_adapters([("odd", adapter)])
-    display.show_adapter_card(adapter, [])
+    adapters.show_adapters([("odd", adapter)])
+    adapters.show_details(adapter, [])
     display.show_json(adapter.to_dict())
     assert "odd" in seen(capsys)
 
@@ -246,13 +246,13 @@ def test_show_impossible_numbers(capsys, tmp_path, facts):
 def test_show_adopted_adapter(capsys, wide, tmp_path):
     facts = adapter_files.manifest(data=None, run=None, result=None, versions={})
     adapter = load_adapter_folder(adapter_files.write(tmp_path / "adopted", facts=facts))
-    display.show_adapters([("adopted", adapter)])
-    display.show_adapter_card(adapter, [])
+    adapters.show_adapters([("adopted", adapter)])
+    adapters.show_details(adapter, [])
     shown = seen(capsys)
     lines = [" ".join(line.split()) for line in shown.splitlines()]
     assert lines[1].startswith(f"adopted distilgpt2 4 c_attn ? {format_bytes(adapter.bytes)} ? ")
-    assert "worth not measured" in lines
-    assert "made by another tool; adopted 2025-01-02T03:04:05+00:00" in lines
+    assert "evaluation not evaluated" in lines
+    assert "created by another tool, adopted 2025-01-02T03:04:05+00:00" in lines
     for absent in ("lineage", "data", "rows", "run", "where"):
         assert not any(line.startswith(f"{absent} ") for line in lines[2:])
 
@@ -261,7 +261,7 @@ def test_show_adopted_adapter(capsys, wide, tmp_path):
 def test_compare_escapes_adapter_names(capsys, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)
     names = (None, "a\x1b[5m[red]b[/nope]")
-    display.show_compared([SimpleNamespace(adapter=name, prompt="p", text="t") for name in names])
+    generate.show_comparison([SimpleNamespace(adapter=name, prompt="p", text="t") for name in names])
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert "[red]b" in shown
@@ -271,7 +271,7 @@ def test_gain_matrix_escapes_names(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     result = SimpleNamespace(base_loss=1.0, loss=1.0, gain=0.1, standard_error=0.1, perplexities=(1.0, 1.0))
     sets = [SimpleNamespace(name="re[/b]views\x1b[5m.csv", texts=["a"], missing="")]
-    display.show_gains(SimpleNamespace(adapters=["a"], sets=sets, cells=[[result]], base="b\x1b[5m"))
+    evaluate.show_gains(SimpleNamespace(adapters=["a"], sets=sets, cells=[[result]], base="b\x1b[5m"))
     assert "\x1b" not in capsys.readouterr().out
 
 
@@ -295,8 +295,8 @@ def test_notice_is_not_emoji_markup(capsys):
 
 
 def test_stderr_joins_lines(capsys):
-    display.print_stderr("x\ngood: whole")
-    assert capsys.readouterr().err == "x good: whole\n"
+    display.print_stderr("x\ngood: OK")
+    assert capsys.readouterr().err == "x good: OK\n"
 
 
 @pytest.mark.parametrize(("is_one", "shown"), [(True, "a\ufffd[2Jb\n"), (False, "a\x1b[2Jb\n")])

@@ -1,4 +1,4 @@
-"""An adapter of another tool is copied in whole, held to its base, or left as it was."""
+"""Adopting an adapter of another tool copies it and ties it to its base, or changes nothing."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def library(tmp_path):
 
 
 def peft_adapter(base, folder):
-    """What plain PEFT writes of an update with numbers of its own."""
+    """An adapter with random weights, as PEFT writes it."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -55,8 +55,8 @@ def theirs(model_folder, tmp_path):
 
 
 @pytest.fixture
-def shelf(tmp_path):
-    """Hand-made files, quick to make: a base, and an adapter for it that names it."""
+def workspace(tmp_path):
+    """A folder with a minimal base and an adapter that names it."""
     adapter_files.write_base(tmp_path / "base", {f"{module}.weight": (6, 18) for module in adapter_files.MODULES})
     adapter_files.write(tmp_path / "theirs", {"base_model_name_or_path": "base"})
     return tmp_path
@@ -101,7 +101,9 @@ def test_adopt_copies_and_writes_manifest(theirs, model_folder, library):
     }
     assert verify_adapter(adapter) == []
     assert notices == [
-        Notice("theirs fits " + str(model_folder) + " in its sizes; that it was trained on it cannot be proven.")
+        Notice(
+            "theirs fits " + str(model_folder) + " by its layer sizes; it cannot be verified that it was trained on it."
+        )
     ]
 
 
@@ -125,12 +127,12 @@ def test_adopted_adapter_rejects_other_base(theirs, model_folder, library, tmp_p
     )
 
 
-def test_adopt_in_place(shelf, library):
-    for number, folder in enumerate(("one", library.path / "two", "adapters/three")):
+def test_adopt_in_place(workspace, library):
+    for number, source in enumerate(("one", library.path / "two", "adapters/three")):
         name = ("one", "two", "three")[number]
-        shutil.copytree(shelf / "theirs", library.path / name)
+        shutil.copytree(workspace / "theirs", library.path / name)
         before = tree(library.path)
-        adapter = adopt(library, folder)
+        adapter = adopt(library, source)
         assert adapter.path == library.path / name
         assert adapter.manifest.base.name == "base"
         after = tree(library.path)
@@ -138,28 +140,30 @@ def test_adopt_in_place(shelf, library):
         assert after == before
 
 
-def test_adopt_with_name(shelf, library):
+def test_adopt_with_name(workspace, library):
     assert adopt(library, "theirs", "mine").name == "mine"
-    assert adopt(library, shelf / "theirs").name == "theirs"
+    assert adopt(library, workspace / "theirs").name == "theirs"
     assert library.names() == ["mine", "theirs"]
-    (shelf / "theirs").rename(shelf / "their.adapter")
+    (workspace / "theirs").rename(workspace / "their.adapter")
     assert adopt(library, "their.adapter", "ours").name == "ours"
 
 
-def test_adopt_base_option_wins(shelf, library):
-    adapter_files.write(shelf / "theirs", {"base_model_name_or_path": "nobody/nothing"})
+def test_adopt_base_option_wins(workspace, library):
+    adapter_files.write(workspace / "theirs", {"base_model_name_or_path": "nobody/nothing"})
     assert adopt(library, "theirs", "other", base="base").manifest.base.name == "base"
-    adapter_files.write(shelf / "theirs", {"base_model_name_or_path": None})
-    assert adopt(library, "theirs", "silent", base=str(shelf / "base")).manifest.base.name == str(shelf / "base")
+    adapter_files.write(workspace / "theirs", {"base_model_name_or_path": None})
+    assert adopt(library, "theirs", "silent", base=str(workspace / "base")).manifest.base.name == str(
+        workspace / "base"
+    )
 
 
-def test_adopt_copies_only_adapter_files(shelf, library):
+def test_adopt_copies_only_adapter_files(workspace, library):
     adopt(library, "theirs", "bare")
     assert {path.name for path in (library.path / "bare").iterdir()} == {CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE}
-    (shelf / "theirs" / CARD_FILE).write_text("# Theirs")
+    (workspace / "theirs" / CARD_FILE).write_text("# Theirs")
     for name in ("optimizer.pt", "training_args.bin", "tokenizer.json"):
-        (shelf / "theirs" / name).write_text(name)
-    (shelf / "theirs" / "checkpoint-1").mkdir()
+        (workspace / "theirs" / name).write_text(name)
+    (workspace / "theirs" / "checkpoint-1").mkdir()
     adopt(library, "theirs", "carded")
     assert {path.name for path in (library.path / "carded").iterdir()} == {
         CONFIG_FILE,
@@ -170,21 +174,21 @@ def test_adopt_copies_only_adapter_files(shelf, library):
     assert (library.path / "carded" / CARD_FILE).read_text() == "# Theirs"
 
 
-def test_adopt_resolves_symlinks(shelf, library):
-    snapshot = shelf / "snapshots" / "theirs"
+def test_adopt_resolves_symlinks(workspace, library):
+    snapshot = workspace / "snapshots" / "theirs"
     snapshot.mkdir(parents=True)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        (snapshot / name).symlink_to(shelf / "theirs" / name)
+        (snapshot / name).symlink_to(workspace / "theirs" / name)
     adapter = adopt(library, snapshot)
     assert not any(path.is_symlink() for path in adapter.path.iterdir())
-    shutil.rmtree(shelf / "theirs")
+    shutil.rmtree(workspace / "theirs")
     assert verify_adapter(library.get("theirs")) == []
 
 
 @pytest.mark.parametrize("shape", [(6, 18), (18, 6)])
 @pytest.mark.parametrize("first", ["transformer.", ""])
 def test_adopt_with_shortened_tensor_names(tmp_path, library, first, shape):
-    """The files of the Hub's GPT-2 call transformer.h.0.attn.c_attn h.0.attn.c_attn."""
+    """GPT-2 on the Hub names transformer.h.0.attn.c_attn h.0.attn.c_attn."""
     names = [module.replace("transformer.", first) for module in adapter_files.MODULES]
     others = {f"{first}wte.weight": (50, 6), f"{first}h.0.attn.c_attn.bias": (18,), f"{first}h.0.ln_1.weight": (6,)}
     adapter_files.write_base(tmp_path / "base", {f"{names[0]}.weight": shape} | others, {f"{names[1]}.weight": shape})
@@ -211,94 +215,94 @@ def test_adopted_adapter_loads_on_headless_base(tmp_path, gpt2, library):
     assert lora.load_lora(base.model, adapter, "slot0").active_adapters == ["slot0"]
 
 
-# What is not adopted
+# Rejected adapters
 
 
-def has_a_manifest(shelf):
-    adapter_files.write(shelf / "theirs", facts=adapter_files.manifest())
+def with_manifest(workspace):
+    adapter_files.write(workspace / "theirs", facts=adapter_files.manifest())
     return {}, "theirs has a manifest: there is nothing to adopt."
 
 
-def is_in_the_library_and_a_name_is_given(shelf):
-    (shelf / "adapters").mkdir()
-    (shelf / "theirs").rename(shelf / "adapters" / "theirs")
+def in_library_with_name(workspace):
+    (workspace / "adapters").mkdir()
+    (workspace / "theirs").rename(workspace / "adapters" / "theirs")
     return {"folder": "theirs", "name": "mine"}, (
-        f"{shelf}/adapters/theirs is in the library: it keeps its name; `adapters rename` gives another."
+        f"{workspace}/adapters/theirs is in the library already: leave out --name, or use `adapters rename`."
     )
 
 
-def is_damaged(shelf):
+def damaged(workspace):
     weights = adapter_files.tensors()
     for tensor in weights.values():
         tensor[0, 0] = np.nan
-    adapter_files.write(shelf / "theirs", {"base_model_name_or_path": "base"}, weights)
-    said = "; ".join(f"{name} has values that are not finite" for name in sorted(weights)[:3])
-    return {}, f"theirs is damaged: {said}."
+    adapter_files.write(workspace / "theirs", {"base_model_name_or_path": "base"}, weights)
+    problems = "; ".join(f"{name} has values that are not finite" for name in sorted(weights)[:3])
+    return {}, f"theirs is damaged: {problems}."
 
 
-def names_no_base(shelf):
-    adapter_files.write(shelf / "theirs", {"base_model_name_or_path": None})
-    return {}, "theirs names no base: give it with --base."
+def without_base(workspace):
+    adapter_files.write(workspace / "theirs", {"base_model_name_or_path": None})
+    return {}, "theirs does not name its base: give it with --base."
 
 
-def has_a_name_that_is_taken(shelf):
-    """Which is said before a base is looked for."""
-    adapter_files.write(shelf / "adapters" / "theirs")
-    adapter_files.write(shelf / "theirs", {"base_model_name_or_path": "nobody/nothing"})
-    return {}, f"{shelf}/adapters/theirs exists: choose another --name."
+def with_taken_name(workspace):
+    """Checked before the base is looked up."""
+    adapter_files.write(workspace / "adapters" / "theirs")
+    adapter_files.write(workspace / "theirs", {"base_model_name_or_path": "nobody/nothing"})
+    return {}, f"{workspace}/adapters/theirs exists: choose another --name."
 
 
-def is_given_a_name_that_is_taken(shelf):
-    (shelf / "adapters" / "photos").mkdir(parents=True)
-    return {"name": "photos"}, f"{shelf}/adapters/photos exists: choose another --name."
+def renamed_to_taken_name(workspace):
+    (workspace / "adapters" / "photos").mkdir(parents=True)
+    return {"name": "photos"}, f"{workspace}/adapters/photos exists: choose another --name."
 
 
-def is_given_what_is_no_name(shelf):
+def renamed_to_invalid_name(workspace):
     return {"name": "../mine"}, f"'../mine' {INVALID_NAME}"
 
 
-def has_other_sizes(shelf):
+def with_other_sizes(workspace):
     modules = [f"transformer.h.{number}.attn.c_attn" for number in range(5)]
-    adapter_files.write_base(shelf / "wider", {f"{module}.weight": (8, 24) for module in modules})
-    adapter_files.write(shelf / "theirs", weights=adapter_files.tensors(4, modules))
-    said = "; ".join(f"{module} is 24 -> 8 in the base, 6 -> 18 in the adapter" for module in modules[:3])
-    return {"base": "wider"}, f"theirs does not fit the base: {said}, and 2 more."
+    adapter_files.write_base(workspace / "wider", {f"{module}.weight": (8, 24) for module in modules})
+    adapter_files.write(workspace / "theirs", weights=adapter_files.tensors(4, modules))
+    problems = "; ".join(f"{module} is 24 -> 8 in the base, 6 -> 18 in the adapter" for module in modules[:3])
+    return {"base": "wider"}, f"theirs does not fit the base: {problems}, and 2 more."
 
 
-def has_a_layer_that_the_base_lacks(shelf):
+def with_unknown_layer(workspace):
     adapter_files.write(
-        shelf / "theirs", weights=adapter_files.tensors(4, [*adapter_files.MODULES, "transformer.h.2.attn.c_attn"])
+        workspace / "theirs", weights=adapter_files.tensors(4, [*adapter_files.MODULES, "transformer.h.2.attn.c_attn"])
     )
     return {"base": "base"}, ("theirs does not fit the base: the base has no linear layer transformer.h.2.attn.c_attn.")
 
 
-def changes_what_is_no_matrix(shelf):
-    adapter_files.write_base(shelf / "odd", {f"{module}.weight": (18,) for module in adapter_files.MODULES})
-    said = "; ".join(f"the base has no linear layer {module}" for module in adapter_files.MODULES)
-    return {"base": "odd"}, f"theirs does not fit the base: {said}."
+def on_vector_weights(workspace):
+    adapter_files.write_base(workspace / "odd", {f"{module}.weight": (18,) for module in adapter_files.MODULES})
+    problems = "; ".join(f"the base has no linear layer {module}" for module in adapter_files.MODULES)
+    return {"base": "odd"}, f"theirs does not fit the base: {problems}."
 
 
 @pytest.mark.parametrize(
     "spoil",
     [
-        has_a_manifest,
-        is_in_the_library_and_a_name_is_given,
-        is_damaged,
-        names_no_base,
-        has_a_name_that_is_taken,
-        is_given_a_name_that_is_taken,
-        is_given_what_is_no_name,
-        has_other_sizes,
-        has_a_layer_that_the_base_lacks,
-        changes_what_is_no_matrix,
+        with_manifest,
+        in_library_with_name,
+        damaged,
+        without_base,
+        with_taken_name,
+        renamed_to_taken_name,
+        renamed_to_invalid_name,
+        with_other_sizes,
+        with_unknown_layer,
+        on_vector_weights,
     ],
 )
-def test_failed_adopt_changes_nothing(shelf, library, spoil):
-    options, message = spoil(shelf)
-    before = tree(shelf)
+def test_failed_adopt_changes_nothing(workspace, library, spoil):
+    options, message = spoil(workspace)
+    before = tree(workspace)
     options = {"folder": "./theirs"} | options  # a name alone would mean the one of the library
     assert refusal(adopt, library, **options, notify=pytest.fail) == message
-    assert tree(shelf) == before
+    assert tree(workspace) == before
 
 
 @pytest.mark.parametrize(
@@ -320,26 +324,26 @@ def test_failed_adopt_changes_nothing(shelf, library, spoil):
         ("theirs", BaseModelError, "The folder theirs is not a model: it has no config.json."),
     ],
 )
-@pytest.mark.parametrize("how", ["named", "given"])
-def test_adopt_missing_base_changes_nothing(shelf, library, base, kind, message, how):
-    adapter_files.write(shelf / "theirs", {"base_model_name_or_path": base if how == "named" else "base"})
-    before = tree(shelf)
-    assert refusal(adopt, library, "theirs", base=base if how == "given" else None, kind=kind) == message
-    assert tree(shelf) == before
+@pytest.mark.parametrize("source", ["config", "option"])
+def test_adopt_missing_base_changes_nothing(workspace, library, base, kind, message, source):
+    adapter_files.write(workspace / "theirs", {"base_model_name_or_path": base if source == "config" else "base"})
+    before = tree(workspace)
+    assert refusal(adopt, library, "theirs", base=base if source == "option" else None, kind=kind) == message
+    assert tree(workspace) == before
 
 
-def test_adopt_revision_of_local_base_fails(shelf, library):
-    before = tree(shelf)
+def test_adopt_revision_of_local_base_fails(workspace, library):
+    before = tree(workspace)
     assert refusal(adopt, library, "theirs", revision="main", kind=BaseModelError) == (
         "base is not on the Hub, so it has no revision 'main': leave --revision out."
     )
-    assert tree(shelf) == before
+    assert tree(workspace) == before
 
 
 @pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("file", [WEIGHTS_FILE, CONFIG_FILE, CARD_FILE])
-def test_adopt_interrupted_copy_leaves_nothing(shelf, library, monkeypatch, file, kind):
-    (shelf / "theirs" / CARD_FILE).write_text("# Theirs")
+def test_adopt_interrupted_copy_leaves_nothing(workspace, library, monkeypatch, file, kind):
+    (workspace / "theirs" / CARD_FILE).write_text("# Theirs")
     library.path.mkdir()
     copy = shutil.copyfile
 
@@ -349,15 +353,15 @@ def test_adopt_interrupted_copy_leaves_nothing(shelf, library, monkeypatch, file
         return copy(source, target)
 
     monkeypatch.setattr(shutil, "copyfile", fail)
-    before = tree(shelf)
+    before = tree(workspace)
     with pytest.raises(kind):
         adopt(library, "theirs")
-    assert tree(shelf) == before
+    assert tree(workspace) == before
 
 
-def test_adopt_corrupt_copy_fails(shelf, library, monkeypatch):
+def test_adopt_corrupt_copy_fails(workspace, library, monkeypatch):
     library.path.mkdir()
-    before = tree(shelf)
+    before = tree(workspace)
 
     def flip_a_bit(source, target):
         data = bytearray(source.read_bytes())
@@ -368,7 +372,7 @@ def test_adopt_corrupt_copy_fails(shelf, library, monkeypatch):
     assert refusal(adopt, library, "theirs") == (
         f"{library.path / 'theirs'} was not saved: the disk returned other weights than were written."
     )
-    assert tree(shelf) == before
+    assert tree(workspace) == before
 
 
 def test_adopt_never_imports_torch(theirs, library):
@@ -387,44 +391,44 @@ assert Library(Path(sys.argv[1])).ancestors(adapter) == []
     assert library.names() == ["theirs"]
 
 
-def test_adopt_symlink_in_place_fails(shelf, library):
+def test_adopt_symlink_in_place_fails(workspace, library):
     library.path.mkdir()
-    (library.path / "linked").symlink_to(shelf / "theirs")
-    before = tree(shelf)
+    (library.path / "linked").symlink_to(workspace / "theirs")
+    before = tree(workspace)
     assert refusal(adopt, library, "linked") == (
-        f"{library.path}/linked is a link: adopt {shelf}/theirs under another --name."
+        f"{library.path}/linked is a symlink: adopt {workspace}/theirs under another --name."
     )
-    assert tree(shelf) == before
+    assert tree(workspace) == before
 
 
-def test_adopt_invalid_folder_name_fails(shelf, library):
-    shutil.copytree(shelf / "theirs", library.path / "no.name")
-    before = tree(shelf)
+def test_adopt_invalid_folder_name_fails(workspace, library):
+    shutil.copytree(workspace / "theirs", library.path / "no.name")
+    before = tree(workspace)
     assert refusal(adopt, library, library.path / "no.name") == f"'no.name' {INVALID_NAME}"
-    assert tree(shelf) == before
+    assert tree(workspace) == before
 
 
-def test_adopt_revision_belongs_to_base(shelf, library):
-    adapter_files.write(shelf / "theirs", {"base_model_name_or_path": "someone/base", "revision": "main"})
+def test_adopt_revision_belongs_to_base(workspace, library):
+    adapter_files.write(workspace / "theirs", {"base_model_name_or_path": "someone/base", "revision": "main"})
     assert adopt(library, "theirs", base="base").manifest.base.revision is None
 
 
-def test_adopted_manifest_is_world_readable(shelf, library):
-    shutil.copytree(shelf / "theirs", library.path / "a")
+def test_adopted_manifest_is_world_readable(workspace, library):
+    shutil.copytree(workspace / "theirs", library.path / "a")
     assert (adopt(library, "a").path / MANIFEST_FILE).stat().st_mode & 0o777 == 0o644
 
 
 @pytest.mark.parametrize(
     ("file", "text"), [("model-1.safetensors", "x"), ("config.json", "{"), ("model.safetensors.index.json", "{")]
 )
-def test_adopt_broken_base_fails_cleanly(shelf, library, file, text):
-    (shelf / "base" / file).write_text(text)
+def test_adopt_broken_base_fails_cleanly(workspace, library, file, text):
+    (workspace / "base" / file).write_text(text)
     with pytest.raises(BaseModelError):
         adopt(library, "theirs")
 
 
-def test_adopt_base_in_missing_home(shelf, library):
-    adapter_files.write(shelf / "theirs", {"base_model_name_or_path": "~nosuchuser/base"})
+def test_adopt_base_in_missing_home(workspace, library):
+    adapter_files.write(workspace / "theirs", {"base_model_name_or_path": "~nosuchuser/base"})
     with pytest.raises(HubError):
         adopt(library, "theirs")
 
@@ -436,10 +440,10 @@ def test_adopt_error_shows_layer_sizes(gpt2, library, theirs, tmp_path):
     assert f"{module} in the base" in refusal(adopt, library, theirs, base=str(wider))
 
 
-def test_adopt_ignores_symlinked_card(shelf, library):
-    (shelf / "secret").write_text("SECRET")
-    (shelf / "theirs" / CARD_FILE).unlink(missing_ok=True)
-    (shelf / "theirs" / CARD_FILE).symlink_to(shelf / "secret")
+def test_adopt_ignores_symlinked_card(workspace, library):
+    (workspace / "secret").write_text("SECRET")
+    (workspace / "theirs" / CARD_FILE).unlink(missing_ok=True)
+    (workspace / "theirs" / CARD_FILE).symlink_to(workspace / "secret")
     assert not (adopt(library, "theirs").path / CARD_FILE).exists()
 
 

@@ -1,4 +1,4 @@
-"""Adapters as GGUF, in llama.cpp itself: over a float32 copy of the base it must write what is written here."""
+"""GGUF export, tested in llama.cpp itself: on a float32 base it must generate the same text."""
 
 import functools
 import json
@@ -24,8 +24,8 @@ from ..cli.test_commands import run
 
 PROMPT, TOKENS = "the actor", 8
 GREEDY = SamplingParams(greedy=True, max_new_tokens=TOKENS, repetition_penalty=1.0)
-RANKS, ALPHAS = (2, 6), (3, 20)  # of the layers that have some of their own
-WAYS = {
+RANKS, ALPHAS = (2, 6), (3, 20)  # of the layers in the patterns
+VARIANTS = {
     "float32": ({}, "float32"),
     "float16": ({}, "float16"),
     "bfloat16": ({}, "bfloat16"),
@@ -34,7 +34,7 @@ WAYS = {
     "rsLoRA, patterns": ({"use_rslora": True, "rank_pattern": RANKS, "alpha_pattern": ALPHAS}, "float16"),
     "alpha 0, a pattern": ({"lora_alpha": 0, "alpha_pattern": (24,)}, "float16"),
 }
-CLOSE = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 5e-2}  # to PEFT's log-probabilities; llama.cpp rounds inputs too
+TOLERANCE = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 5e-2}  # of log-probabilities; llama.cpp rounds inputs too
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +45,15 @@ def llama_cpp():
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """kind -> its folder, made when it is first asked for."""
-    place = tmp_path_factory.mktemp("bases")
-    return functools.cache(lambda kind: gguf_base.save(place / kind, kind))
+    """Architecture -> model folder, created on first use."""
+    folder = tmp_path_factory.mktemp("bases")
+    return functools.cache(lambda kind: gguf_base.save(folder / kind, kind))
 
 
 @pytest.fixture(scope="module")
 def base_gguf(base, tmp_path_factory):
-    place = tmp_path_factory.mktemp("bases")
-    return functools.cache(lambda kind: gguf_base.convert(base(kind), place / f"{kind}.gguf"))
+    folder = tmp_path_factory.mktemp("bases")
+    return functools.cache(lambda kind: gguf_base.convert(base(kind), folder / f"{kind}.gguf"))
 
 
 @pytest.fixture
@@ -69,10 +69,10 @@ def log_probabilities(model, ids):
         return torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", gguf_base.ARCHITECTURES)
-def test_llama_cpp_output_matches(llama_cpp, make, base, base_gguf, tmp_path, kind, way):
-    settings, dtype = WAYS[way]
+def test_llama_cpp_output_matches(llama_cpp, make, base, base_gguf, tmp_path, kind, variant):
+    settings, dtype = VARIANTS[variant]
     adapter = make(kind, **settings)
     exported = to_gguf(adapter, tmp_path / "random.gguf", dtype=dtype)
     prompt = AutoTokenizer.from_pretrained(base(kind))(PROMPT)["input_ids"]
@@ -82,12 +82,12 @@ def test_llama_cpp_output_matches(llama_cpp, make, base, base_gguf, tmp_path, ki
     plain = AutoModelForCausalLM.from_pretrained(base(kind))
     ids = prompt + [number for number, _ in tokens]
     without = log_probabilities(plain, ids)
-    theirs = log_probabilities(PeftModel.from_pretrained(plain, adapter.path), ids)
-    assert (theirs - without).abs().max() > 5 * CLOSE[dtype]
-    for position, (_, found) in enumerate(tokens, len(prompt) - 1):
-        assert len(found) == 320
-        assert all(abs(theirs[position, number] - it) < CLOSE[dtype] for number, it in found.items())
-    if way != "alpha 0, a pattern":
+    expected = log_probabilities(PeftModel.from_pretrained(plain, adapter.path), ids)
+    assert (expected - without).abs().max() > 5 * TOLERANCE[dtype]
+    for position, (_, top) in enumerate(tokens, len(prompt) - 1):
+        assert len(top) == 320
+        assert all(abs(expected[position, number] - value) < TOLERANCE[dtype] for number, value in top.items())
+    if variant != "alpha 0, a pattern":
         assert llama.greedy(PROMPT, TOKENS, scale=0.0)[0] != text
 
 
@@ -108,15 +108,15 @@ def test_llama_cpp_rejects_other_architecture(llama_cpp, make, base_gguf, tmp_pa
 
 def read_back(path):
     reader = gguf.GGUFReader(path)
-    facts = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    return facts, {it.name: gguf.quants.dequantize(it.data, it.tensor_type) for it in reader.tensors}
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    return fields, {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
 
 
 def test_gguf_tensor_names_and_scales(make, tmp_path):
-    adapter = make("gpt2", **WAYS["rsLoRA, patterns"][0])
+    adapter = make("gpt2", **VARIANTS["rsLoRA, patterns"][0])
     exported = to_gguf(adapter, tmp_path / "new" / "random.gguf", dtype="float32")
-    facts, tensors = read_back(exported.path)
-    assert facts == {
+    fields, tensors = read_back(exported.path)
+    assert fields == {
         "general.architecture": "gpt2",
         "general.type": "adapter",
         "general.name": "random",
@@ -126,39 +126,39 @@ def test_gguf_tensor_names_and_scales(make, tmp_path):
     layers = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
     names = {f"blk.{block}.{layer}.weight.lora_{part}" for block in (0, 1) for layer in layers for part in "ab"}
     assert set(tensors) == names
-    ours = load_file(adapter.path / WEIGHTS_FILE)
-    for theirs, module, rank, scale in (
+    weights = load_file(adapter.path / WEIGHTS_FILE)
+    for name, module, rank, scale in (
         ("blk.0.attn_qkv", "transformer.h.0.attn.c_attn", 2, 3 / 2**0.5),
         ("blk.1.ffn_down", "transformer.h.1.mlp.c_proj", 6, 20 / 6**0.5),
         ("blk.1.attn_output", "transformer.h.1.attn.c_proj", 4, 8 / 4**0.5),
     ):
-        down, up = (ours[f"base_model.model.{module}.lora_{part}.weight"].numpy() for part in "AB")
-        assert tensors[f"{theirs}.weight.lora_a"].shape == down.shape == (rank, len(down[0]))
-        found = 8 / rank * tensors[f"{theirs}.weight.lora_b"] @ tensors[f"{theirs}.weight.lora_a"]
+        down, up = (weights[f"base_model.model.{module}.lora_{part}.weight"].numpy() for part in "AB")
+        assert tensors[f"{name}.weight.lora_a"].shape == down.shape == (rank, len(down[0]))
+        found = 8 / rank * tensors[f"{name}.weight.lora_b"] @ tensors[f"{name}.weight.lora_a"]
         np.testing.assert_allclose(found, scale * up @ down, rtol=1e-5, atol=1e-6)
     assert (exported.tensors, exported.bytes, exported.error) == (16, exported.path.stat().st_size, 0)
 
 
 def test_gguf_permutes_qk_for_llama(make, tmp_path):
-    turned = [0, 4, 1, 5, 2, 6, 3, 7]  # of each head of 8
-    for kind, order in (("llama", turned), ("qwen2", sorted(turned))):
+    permuted = [0, 4, 1, 5, 2, 6, 3, 7]  # of each head of 8
+    for kind, order in (("llama", permuted), ("qwen2", sorted(permuted))):
         adapter = make(kind, kind)
         _, tensors = read_back(to_gguf(adapter, tmp_path / f"{kind}.gguf", dtype="float32").path)
-        ours = load_file(adapter.path / WEIGHTS_FILE)
+        weights = load_file(adapter.path / WEIGHTS_FILE)
         for layer, heads in (("q", 4), ("k", 2), ("v", 2)):
             rows = [8 * head + row for head in range(heads) for row in (sorted(order) if layer == "v" else order)]
-            up = ours[f"base_model.model.model.layers.1.self_attn.{layer}_proj.lora_B.weight"].numpy()
+            up = weights[f"base_model.model.model.layers.1.self_attn.{layer}_proj.lora_B.weight"].numpy()
             assert (tensors[f"blk.1.attn_{layer}.weight.lora_b"] == up[rows]).all()
 
 
 def test_export_reports_rounding_error(make, tmp_path):
     adapter = make("llama")
-    for dtype, least, most in (("float16", 2**-13, 2**-11), ("bfloat16", 2**-10, 2**-8)):
-        assert least < to_gguf(adapter, tmp_path / f"{dtype}.gguf", dtype=dtype).error <= most
+    for dtype, low, high in (("float16", 2**-13, 2**-11), ("bfloat16", 2**-10, 2**-8)):
+        assert low < to_gguf(adapter, tmp_path / f"{dtype}.gguf", dtype=dtype).error <= high
 
 
 def spoil(adapter, part, change):
-    """The adapter read again, with the first tensor of that name changed."""
+    """Change the first tensor of that name and load the adapter again."""
     tensors = load_file(adapter.path / WEIGHTS_FILE)
     name = next(name for name in tensors if f"{part}.lora_B" in name)
     tensors[name] = change(tensors[name])
@@ -167,7 +167,7 @@ def spoil(adapter, part, change):
 
 
 def refused(adapter, out, *, dtype="float16", overwrite=False, **options):
-    """The message of an export that fails, and changes nothing where it would have gone."""
+    """The error message of an export that fails and writes nothing."""
     before = {path: path.read_bytes() for path in out.parent.iterdir() if path.is_file()}
     with pytest.raises(AdapterError) as error:
         to_gguf(adapter, out, dtype=dtype, overwrite=overwrite, options=ModelOptions(**options))
@@ -183,7 +183,7 @@ def test_export_replaces_file_atomically(make, tmp_path):
     old = out.read_bytes()
     large = spoil(adapter, "c_attn", lambda values: values * 1e6)
     assert refused(large, out) == message
-    assert "float16 cannot hold" in refused(large, out, overwrite=True)
+    assert "out of the range of float16" in refused(large, out, overwrite=True)
     to_gguf(large, out, dtype="bfloat16", overwrite=True)
     assert out.read_bytes() != old
 
@@ -191,11 +191,11 @@ def test_export_replaces_file_atomically(make, tmp_path):
 @pytest.mark.parametrize("factor", [1e6, 1e-7])
 def test_export_out_of_float16_range_fails(make, tmp_path, factor):
     adapter = spoil(make("llama"), "up_proj", lambda values: values * factor)
-    advice = "random has numbers that float16 cannot hold: export it as bfloat16 or float32."
+    advice = "random has values out of the range of float16: use bfloat16 or float32."
     assert refused(adapter, tmp_path / "random.gguf") == advice
     for dtype in ("bfloat16", "float32"):
         to_gguf(adapter, tmp_path / f"{dtype}.gguf", dtype=dtype)
-    with pytest.raises(ConfigError, match="dtype is int8: float32, float16, bfloat16 can be written"):
+    with pytest.raises(ConfigError, match="dtype is int8: use one of float32, float16, bfloat16"):
         to_gguf(adapter, tmp_path / "int8.gguf", dtype="int8")
 
 
@@ -203,7 +203,7 @@ def test_export_out_of_float16_range_fails(make, tmp_path, factor):
 @pytest.mark.parametrize("layer", ["0.self_attn.q_proj", "1.mlp.down_proj"])
 def test_export_out_of_float32_range_fails(make, tmp_path, layer):
     adapter = spoil(make("llama"), layer, lambda values: values.double() * 1e60)
-    assert "float32 cannot hold" in refused(adapter, tmp_path / "random.gguf", dtype="float32")
+    assert "out of the range of float32" in refused(adapter, tmp_path / "random.gguf", dtype="float32")
 
 
 def test_export_damaged_weights_fails(make, tmp_path):
@@ -229,7 +229,7 @@ def test_export_dora_or_unknown_layers_fails(tmp_path):
 
 
 def changed(base, folder, **settings):
-    """A copy of a base that says something else of itself."""
+    """A copy of a base with other settings in its config."""
     shutil.copytree(base, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | settings))
@@ -239,34 +239,34 @@ def changed(base, folder, **settings):
 def test_export_unsupported_architecture_fails(make, base, tmp_path):
     gemma = changed(base("llama"), tmp_path / "gemma", model_type="gemma")
     assert refused(make("llama"), tmp_path / "a.gguf", base=gemma) == (
-        f"{gemma} is a gemma model: adapters of llama, mistral, gpt2, qwen2 can be exported. Merge it (`python cli.py merge "
-        "random --out merged/random`), and convert that with llama.cpp's own script."
+        f"{gemma} is a gemma model, and only adapters of llama, mistral, gpt2, qwen2 can be exported. Merge it "
+        "(`python cli.py merge random --out merged/random`), then convert it with llama.cpp's script."
     )
 
 
 def test_export_wrong_base_fails(make, base, tmp_path):
-    adapter, told, out = make("llama"), [], tmp_path / "a.gguf"
-    message = refused(adapter, out, base=str(base("mistral")), notify=told.append)
-    assert "down_proj is no linear" not in message
+    adapter, notices, out = make("llama"), [], tmp_path / "a.gguf"
+    message = refused(adapter, out, base=str(base("mistral")), notify=notices.append)
+    assert "no linear layer" not in message
     assert "layers.0.self_attn.k_proj is 32 -> 32 in the base, 32 -> 16 in the adapter" in message
-    assert "random has no manifest" in told[0].text
-    assert "is no linear layer of the base" in refused(adapter, out, base=str(base("gpt2")))
+    assert "random has no manifest" in notices[0].text
+    assert "the base has no linear layer" in refused(adapter, out, base=str(base("gpt2")))
     short = changed(base("llama"), tmp_path / "short", num_hidden_layers=1)
     assert "llama.cpp has no layer for model.layers.1." in refused(adapter, out, base=short)
     adopted = adopt(Library(tmp_path / "adapters"), "random")
     other = changed(base("llama"), tmp_path / "other", rope_theta=5.0)
     with pytest.raises(WrongBaseError, match=r"not on .*other .*try all the same with --force"):
         to_gguf(adopted, out, options=ModelOptions(base=other))
-    told.clear()
-    assert to_gguf(adopted, out, options=ModelOptions(base=other, force=True, notify=told.append)).tensors == 28
-    assert told[0].text.startswith("FORCED: ")
+    notices.clear()
+    assert to_gguf(adopted, out, options=ModelOptions(base=other, force=True, notify=notices.append)).tensors == 28
+    assert notices[0].text.startswith("FORCED: ")
 
 
 def test_export_command_output(make, tmp_path):
     make("gpt2")
     line = run("export", "random", "--to", "gguf", "--out", "a.gguf").stdout
     assert line.startswith("a.gguf  ")
-    assert ", 16 tensors, read back: " in line
+    assert ", 16 tensors, largest rounding error " in line
     assert "a.gguf exists" in run("export", "random", "--out", "a.gguf", exit_code=1).stderr
     again = run("export", "random", "--out", "a.gguf", "--overwrite", "--dtype", "float32", "--json").stdout
     size = (tmp_path / "a.gguf").stat().st_size

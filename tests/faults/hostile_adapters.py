@@ -261,7 +261,7 @@ NO_LORA = "is not a LoRA tensor"
 CUT_OFF = "it is cut off, or no safetensors file"
 NOT_JSON = "is not readable as JSON"
 HEADER = "its header"
-LARGE = "not finite|no finite loss|The loss is nan|cannot hold"
+LARGE = "not finite|no finite loss|The loss is nan|out of the range"
 
 BY_HAND: dict[str, Stranger] = {
     # Files

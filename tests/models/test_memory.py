@@ -220,12 +220,12 @@ def test_auto_checkpointing_when_memory_is_short(settings, monkeypatch):
 
 
 def test_plan_shows_chosen_precision(settings, capsys):
-    from lora_tuner.cli.display import show_plan
+    from lora_tuner.cli.train import show_plan
 
     found = plan(settings())
     assert not found.gradient_checkpointing
     less = replace(found, load_in="4bit", gradient_checkpointing=True)
-    for shown, text in ((found, "float32"), (less, "4bit, activations computed again")):
+    for shown, text in ((found, "float32"), (less, "4bit, gradient checkpointing")):
         show_plan(shown)
         assert re.search(rf"^base +{text} *$", capsys.readouterr().out, re.MULTILINE)
     assert json.dumps(vars(found))

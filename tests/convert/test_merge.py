@@ -1,0 +1,129 @@
+"""Merging: the saved model equals base and adapter, or nothing is kept."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_tuner import (
+    Generator,
+    ModelOptions,
+    SamplingParams,
+    merge,
+    train,
+)
+from lora_tuner.errors import AdapterError, ConfigError, WrongBaseError
+from lora_tuner.models import lora
+from lora_tuner.models.resolve import find_base
+
+from .. import tiny_models
+from .conftest import IDS, VARIANTS, peft_logits
+
+
+def test_merged_model_reloads_with_equal_logits(settings, model_folder, tmp_path):
+    adapter = train(settings(base=str(model_folder)))
+    merged = merge(adapter, tmp_path / "merged")
+    reloaded = AutoModelForCausalLM.from_pretrained(merged.path)
+    with torch.no_grad():
+        logits = reloaded(IDS).logits
+    torch.testing.assert_close(logits, peft_logits(model_folder, adapter), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits, peft_logits(model_folder, None), atol=1e-2)
+
+
+def test_merge_reports_comparison(settings, model_folder, tmp_path):
+    adapter = train(settings(base=str(model_folder)))
+    comparison = merge(adapter, tmp_path / "merged").comparison
+    assert 0 < comparison.max_logit_difference < 1e-4
+    assert comparison.top1_agreement == 1
+    assert comparison.rows == 8
+    assert comparison.losses == pytest.approx((adapter.manifest.result.loss,) * 2, abs=1e-5)
+    rounded = merge(adapter, tmp_path / "rounded", dtype="bfloat16").comparison
+    assert rounded.max_logit_difference > 1e-3
+    assert rounded.losses[1] == pytest.approx(rounded.losses[0], abs=0.02)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dora", [False, True])
+def test_merge_every_lora_variant(make, model_folder, tmp_path, variant, dora):
+    adapter = make("one", variant, use_dora=dora)
+    merged = merge(adapter, tmp_path / "merged", options=ModelOptions(base=str(model_folder)))
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(merged.path)(IDS).logits
+    torch.testing.assert_close(logits, peft_logits(model_folder, adapter), atol=1e-4, rtol=1e-4)
+    assert merged.comparison.losses is None
+
+
+def test_merged_model_generates_same_text(adapter, tmp_path):
+    out = merge(adapter, tmp_path / "merged").path
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    inputs = tokenizer("the actor", return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(out)
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=20, pad_token_id=0)
+    sampling = SamplingParams(greedy=True, max_new_tokens=20, repetition_penalty=1.0)
+    answer = Generator(adapter.path, options=ModelOptions(device="cpu")).generate("the actor", sampling)
+    assert tokenizer.decode(output[0], skip_special_tokens=True) == "the actor" + answer.text
+
+
+def test_merge_keeps_base_files(adapter, gpt2, tmp_path):
+    before = {path.name: path.read_bytes() for path in gpt2.iterdir()}
+    merge(adapter, tmp_path / "merged", dtype="bfloat16")
+    assert {path.name: path.read_bytes() for path in gpt2.iterdir()} == before
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
+
+
+def test_merge_shards_weights(adapter, tmp_path):
+    merged = merge(adapter, tmp_path / "merged", shard_size="40KB")
+    assert len(list(merged.path.glob("*.safetensors"))) > 1
+    assert merged.comparison.max_logit_difference < 1e-4
+
+
+def test_merge_rejects_bad_targets(adapter, tmp_path):
+    merge(adapter, tmp_path / "merged")
+    with pytest.raises(AdapterError) as error:
+        merge(adapter, tmp_path / "merged")
+    assert str(error.value) == f"{tmp_path}/merged exists: choose another --out, or replace it with --overwrite."
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(AdapterError) as error:
+        merge(adapter, tmp_path / "notes", overwrite=True)
+    assert str(error.value) == f"{tmp_path}/notes is not a model folder, so it is not replaced: choose another --out."
+    merge(adapter, tmp_path / "merged", overwrite=True)
+    other = tiny_models.save_model(tmp_path / "other", "gpt2", seed=5)
+    with pytest.raises(WrongBaseError) as error:
+        merge(adapter, tmp_path / "wrong", options=ModelOptions(base=str(other)))
+    theirs, ours = adapter.manifest.base.fingerprint[:12], find_base(str(other)).fingerprint[:12]
+    assert str(error.value) == (
+        f"reviews was trained on {adapter.base} (fingerprint {theirs}, a local folder), not on {other} (fingerprint {ours}, a "
+        "local folder). Name the right base with --base, or use --force to try it anyway."
+    )
+    assert not (tmp_path / "wrong").exists()
+    with pytest.raises(ConfigError, match="'5XB' is not a valid shard size: use a size such as 5GB or 500MB"):
+        merge(adapter, tmp_path / "deep" / "er", shard_size="5XB")
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.fixture
+def wrong_merge(monkeypatch):
+    """A merge that forgets a part of the update, as PEFT's has done."""
+    attach = lora.load_lora
+
+    def half(model, adapter, slot, **settings):
+        return attach(model, adapter, slot, lora_alpha=1)
+
+    monkeypatch.setattr(lora, "load_lora", half)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_wrong_merge_is_not_kept(make, model_folder, tmp_path, wrong_merge, dtype):
+    adapter, before = make("one", lora_alpha=64), sorted(tmp_path.iterdir())
+    with pytest.raises(AdapterError, match="merged is not kept: the merged model differs from base and adapter: "):
+        merge(adapter, tmp_path / "merged", dtype=dtype, options=ModelOptions(base=str(model_folder)))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_wrong_merge_keeps_old_model(make, model_folder, tmp_path, request):
+    adapter = make("one")
+    merge(adapter, tmp_path / "merged", options=ModelOptions(base=str(model_folder)))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()}
+    request.getfixturevalue("wrong_merge")
+    with pytest.raises(AdapterError):
+        merge(adapter, tmp_path / "merged", overwrite=True, options=ModelOptions(base=str(model_folder)))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()} == before
