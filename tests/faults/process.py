@@ -37,7 +37,7 @@ class CommandResult:
     events: list[str] = field(default_factory=list)  # what it did to files, where that was counted
 
     @property
-    def error_line(self) -> str:
+    def line(self) -> str:
         """The one line that it says; what is noticed on the way stands before it."""
         lines = [line for line in self.err.splitlines() if line.startswith("Error: ")]
         assert len(lines) == 1, self.err

@@ -103,7 +103,7 @@ def test_second_training_of_name_is_refused(
     first = start(*training, "--name", "new", **held_at(workspace))
     first.wait_for((workspace / "reached").exists)
     second = run(*training, "--name", "new")
-    assert (second.status, second.error_line) == (
+    assert (second.status, second.line) == (
         1,
         "Error: Another process trains 'new' now: choose another --name, or wait for it.",
     )
@@ -143,8 +143,8 @@ def test_name_taken_during_training_is_kept(
     (workspace / "released").touch()
     refused = first.end()
     assert refused.status == 1
-    assert "adapters/new exists: rename or remove that one first" in refused.error_line
-    again = run("train", "--resume", "new").error_line
+    assert "adapters/new exists: rename or remove that one first" in refused.line
+    again = run("train", "--resume", "new").line
     if other == "train":  # with the same settings: the same adapter
         assert again == "Error: The run new has finished: its adapter is adapters/new."
         return
@@ -173,7 +173,7 @@ def test_name_taken_during_blend_is_kept(
     (workspace / "released").touch()
     refused = first.end()
     assert refused.status == 1
-    assert "adapters/new exists" in refused.error_line
+    assert "adapters/new exists" in refused.line
     assert contents(workspace / "adapters" / "new") == faster_files
     check_whole(workspace, "new")
 
@@ -196,7 +196,7 @@ def test_name_taken_at_rename_is_kept(run: Run, workspace: Path, gpt2: Path, com
     with unchanged(workspace / "adapters"):
         refused = run("adapters", *commands[command], before=functools.partial(skip_name_checks, checks))
     assert refused.status == 1
-    assert refused.error_line.startswith("Error: adapters/two exists: choose another")
+    assert refused.line.startswith("Error: adapters/two exists: choose another")
 
 
 def save_by_turns(stop: Path) -> None:
@@ -308,7 +308,7 @@ def test_generation_continues_after_adapter_removal(start: Start, run: Run, work
     ended = running.end()
     assert (ended.status, ended.out) == (0, alone.out)
     refused = run(*command)
-    assert (refused.status, refused.error_line) == (
+    assert (refused.status, refused.line) == (
         1,
         "Error: There is no adapter 'one', neither in adapters (two) nor as a path.",
     )

@@ -32,7 +32,7 @@ def after_a_crash(name: str, words: list[str], root: Path, new: State) -> None:
     run_name = words[words.index("--name") + 1] if words[0] == "train" else None
     if run_name and (root / "runs" / run_name / "run.yaml").exists():
         result = run(root, "train", "--resume", run_name)
-        assert result.status == 0 or f"The run {run_name} has finished" in result.error_line, result.err
+        assert result.status == 0 or f"The run {run_name} has finished" in result.line, result.err
     elif not done:
         result = run(root, *words)
         assert result.status == 0, result.err

@@ -44,7 +44,7 @@ def full_at(name: str, words: list[str], world: Path, root: Path, at: int, new: 
         assert state(root) == new
         return
     assert result.status == 1
-    assert "No space left on device" in result.error_line, result.err
+    assert "No space left on device" in result.line, result.err
     assert old_or_new(state(root), old, new)
     if state(root) != new:
         go_on(words, root)
@@ -97,7 +97,7 @@ def test_library_write_failure_is_one_line(
     old = state(tmp_path / "it")
     result = run(tmp_path / "it", *words, before=partial(no_file_over, size))
     assert result.status == 1, result.err
-    assert re.search("File too large|failed writing|less than was written", result.error_line), result.error_line
+    assert re.search("File too large|failed writing|less than was written", result.line), result.line
     assert old_or_new(state(tmp_path / "it"), old, new)
     go_on(words, tmp_path / "it")
     assert state(tmp_path / "it") == new
@@ -133,7 +133,7 @@ def test_small_real_disk_full(name: str, expected, world: Path, gpt2: Path, tmp_
         assert old_or_new(state(root), old, new)
         ballast.unlink()
         if result.status:
-            assert result.error_line
+            assert result.line
             if state(root) != new:
                 go_on(words, root)
         assert state(root) == new
@@ -203,7 +203,7 @@ def test_read_only_place_refused_early(name: str, closed: Path, world: Path, gpt
     before = contents(closed)
     result = run(closed, *arguments(name, world, gpt2), before=powerless)
     assert result.status == 1
-    assert READ_ONLY in result.error_line
+    assert READ_ONLY in result.line
     assert result.err.count("\n") == 1  # nothing was loaded or measured before
     assert contents(closed) == before
 
@@ -234,7 +234,7 @@ def test_output_folder_is_file(name: str, closed: Path, world: Path, gpt2: Path)
     before = contents(closed)
     result = run(closed, *arguments(name, world, gpt2))
     assert result.status in (1, 2)
-    assert f"{place} is not a folder" in result.error_line or f"dir '{place}' is a file" in result.error_line
+    assert f"{place} is not a folder" in result.line or f"dir '{place}' is a file" in result.line
     assert contents(closed) == before
 
 
@@ -255,8 +255,8 @@ def test_folder_becomes_file_while_training(closed: Path, expected, world: Path,
     words = arguments("train", world, gpt2)
     result = run(closed, *words, before=partial(becomes_a_file, closed / "adapters"))
     assert result.status == 1
-    assert "adapters is not a folder" in result.error_line or "adapters: " in result.error_line
-    assert "train --resume new" in result.error_line
+    assert "adapters is not a folder" in result.line or "adapters: " in result.line
+    assert "train --resume new" in result.line
     (closed / "adapters").unlink()
     assert run(closed, "train", "--resume", "new").status == 0
     assert state(closed)["new"] == expected("train")[0]["new"]

@@ -226,6 +226,6 @@ def test_training_asked_at_any_moment_of_writing_can_go_on(name, world, gpt2, tm
         assert workspaces.litter(root) == [lock] * events[at].endswith(lock), events[at]
         if "Go on with: " in ended.err:
             ended = workspaces.run(root, *said_to_go_on(ended))
-            assert ended.status == 0 or "has finished" in ended.error_line, (events[at], ended.err)
+            assert ended.status == 0 or "has finished" in ended.line, (events[at], ended.err)
             assert workspaces.state(root) == new
             assert list((root / "runs").iterdir()) == []

@@ -50,8 +50,8 @@ def test_step_exceeding_memory_is_refused(run: Run, wide: Path, novels: Path, tm
     before = functools.partial(only, "cost", 100_000_000)
     ended = run(*command, *(["--plan"] if plan else []), before=before)
     assert ended.status == 1
-    assert ended.error_line.startswith("Error: A step with 8,192 tokens takes ")
-    assert ended.error_line.endswith(
+    assert ended.line.startswith("Error: A step with 8,192 tokens takes ")
+    assert ended.line.endswith(
         "GB of memory, and 0.1 GB are free: lower --batch-size (--gradient-accumulation makes up for it) or --max-length, or choose "
         "--dtype bfloat16."
     )
@@ -63,7 +63,7 @@ def test_base_exceeding_memory_is_refused(run: Run, wide: Path) -> None:
     before = functools.partial(only, "base_model", 1_000_000)
     ended = run("generate", "--base", wide, "the actor", before=before)
     assert ended.status == 1
-    assert ended.error_line == (
+    assert ended.line == (
         f"Error: The base {wide} takes 0.0 GB in 4bit, and 0.0 GB of memory are free: choose a smaller base."
     )
 
@@ -157,7 +157,7 @@ def little() -> None:
 def test_out_of_memory_error_is_one_line(run: Run, wide: Path, novels: Path, tmp_path: Path) -> None:
     ended = run("train", "--base", wide, "--dataset", novels, "--name", "new", *WIDE, before=little)
     assert ended.status == 1
-    assert ended.error_line == (
+    assert ended.line == (
         "Error: Out of memory: lower --batch-size or --max-length to train, --n to write, or choose --dtype bfloat16."
     )
     assert contents(tmp_path / "adapters") == {}
