@@ -1,4 +1,4 @@
-"""Rows that join and leave: what each writes is what it writes alone."""
+"""Continuous batching: each sequence generates what it generates alone."""
 
 import gc
 import random
@@ -25,14 +25,14 @@ PROMPTS = [
 LIMITS = [1, 3, 9, 17, 30]
 
 
-@pytest.fixture(params=["our own way", "transformers"])
-def way(request, monkeypatch):
+@pytest.fixture(params=["cpu_decoder", "transformers"])
+def decoder_kind(request, monkeypatch):
     if request.param == "transformers":
         monkeypatch.setattr(CpuDecoder, "for_base", lambda base: None)
 
 
 @pytest.fixture
-def generator(model_folder, tmp_path, way):
+def generator(model_folder, tmp_path, decoder_kind):
     targets = {"gpt2": ["c_attn", "c_fc"], "llama": ["q_proj", "up_proj"]}[model_folder.name]
     written(model_folder, tmp_path / "adapters" / "one", target_modules=targets)
     written(model_folder, tmp_path / "adapters" / "two", target_modules=targets[:1], r=2)
@@ -40,169 +40,165 @@ def generator(model_folder, tmp_path, way):
     return Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
 
 
-def row_of(generator, prompt, adapter, limit, seed):
+def make_sequence(generator, prompt, adapter, limit, seed):
     sampling = SamplingParams(max_new_tokens=limit, greedy=seed is None, repetition_penalty=1.2)
     return Sequence(
         generator.base, generator.encode_prompt(prompt).token_ids, sampling, seed, *generator.get_or_load(adapter)
     )
 
 
+def run_to_end(engine):
+    while engine.sequences:
+        engine.step()
+
+
 @pytest.mark.parametrize("order", range(4))
 def test_joining_and_leaving_keeps_solo_output(generator, order, monkeypatch):
     draw = random.Random(order)
-    if order > 1:  # rows that are alone for a while are guessed
+    if order > 1:  # with draft tokens while a sequence is alone
         monkeypatch.setattr(CpuDecoder, "draft_model", property(lambda self: self))
         monkeypatch.setattr(inference_batch, "MIN_DRAFT_TOKENS", 1)
-    asked = [
-        (draw.choice(PROMPTS), draw.choice(["one", "two", "dora", None]), draw.choice(LIMITS), draw.choice([None, 5]))
-        for _ in range(14)
-    ]
-    writer, rows, left = generator.engine, [], []
-    waiting = [row_of(generator, *it) for it in asked]
-    most = 0
-    while waiting or writer.sequences:
-        some = [waiting.pop() for _ in range(min(draw.randint(0, 3), len(waiting)))]
-        writer.add(some)
-        rows += some
-        most = max(most, len(writer.sequences))
-        writer.step()
-        if draw.random() < 0.1 and writer.sequences:
-            left.append(draw.choice(writer.sequences))
-            writer.cancel(left[-1])
-            assert left[-1] not in [row for row in writer.sequences if not row.done]
-    assert most > 3
-    for row, it in zip(reversed(rows), asked, strict=True):
-        (expected,) = generator._generate_outputs(
-            [(it[0], *generator.get_or_load(it[1]))],
-            SamplingParams(max_new_tokens=it[2], greedy=it[3] is None, seed=it[3], repetition_penalty=1.2),
-        )
-        if row in left:
-            assert expected.text.startswith(row.settled_text)
+    requests = []
+    for _ in range(14):
+        prompt, adapter = draw.choice(PROMPTS), draw.choice(["one", "two", "dora", None])
+        requests.append((prompt, adapter, draw.choice(LIMITS), draw.choice([None, 5])))
+    engine, sequences, cancelled = generator.engine, [], []
+    waiting = [make_sequence(generator, *request) for request in requests]
+    largest = 0
+    while waiting or engine.sequences:
+        added = [waiting.pop() for _ in range(min(draw.randint(0, 3), len(waiting)))]
+        engine.add(added)
+        sequences += added
+        largest = max(largest, len(engine.sequences))
+        engine.step()
+        if draw.random() < 0.1 and engine.sequences:
+            cancelled.append(draw.choice(engine.sequences))
+            engine.cancel(cancelled[-1])
+            assert cancelled[-1] not in [sequence for sequence in engine.sequences if not sequence.done]
+    assert largest > 3
+    for sequence, (prompt, adapter, limit, seed) in zip(reversed(sequences), requests, strict=True):
+        sampling = SamplingParams(max_new_tokens=limit, greedy=seed is None, seed=seed, repetition_penalty=1.2)
+        (expected,) = generator.generate_batch([(prompt, adapter)], sampling)
+        if sequence in cancelled:
+            assert expected.text.startswith(sequence.settled_text)
         else:
-            assert (row.detokenizer.text, len(row.output_ids), row.finished) == (
-                expected.text,
-                expected.tokens,
-                expected.finished,
-            )
+            assert sequence.detokenizer.text == expected.text
+            assert (len(sequence.output_ids), sequence.finished) == (expected.tokens, expected.finished)
 
 
 def test_chunked_prefill_does_not_delay_decoding(generator, monkeypatch):
-    long, shared = "this film never drags. " * 4, SamplingParams(greedy=True, max_new_tokens=20, repetition_penalty=1.2)
-    expected = {prompt: generator.generate(prompt, shared).text for prompt in ("so", long)}
+    long, sampling = (
+        "this film never drags. " * 4,
+        SamplingParams(greedy=True, max_new_tokens=20, repetition_penalty=1.2),
+    )
+    expected = {prompt: generator.generate(prompt, sampling).text for prompt in ("so", long)}
     monkeypatch.setattr("lora_tuner.inference.batch.PREFILL_CHUNK", 8)
-    short, slow = (row_of(generator, prompt, None, 20, None) for prompt in ("so", long))
-    writer = generator.engine
-    writer.add([short])
-    writer.step()
-    writer.add([slow])
+    short, slow = (make_sequence(generator, prompt, None, 20, None) for prompt in ("so", long))
+    engine = generator.engine
+    engine.add([short])
+    engine.step()
+    engine.add([slow])
     steps = 0
     while not slow.output_ids:
         before = len(short.output_ids)
-        writer.step()
+        engine.step()
         steps += 1
-        assert len(short.output_ids) == before + 1  # it does not wait
+        assert len(short.output_ids) == before + 1
     assert steps == -(-len(slow.prompt_ids) // 8) == 3
-    while writer.sequences:
-        writer.step()
+    run_to_end(engine)
     assert (short.detokenizer.text, slow.detokenizer.text) == (expected["so"], expected[long])
 
 
 def test_nonfinite_adapter_fails_only_its_sequence(generator):
-    """What it leaves in the cache must not reach the rows that come after."""
-    writer = generator.engine
-    loud = generator.get_or_load("one")[1]
-    broken = type(loud)({name: type(update)(update.A, update.B * float("nan")) for name, update in loud.layers.items()})
-    bad, good, plain = (row_of(generator, PROMPTS[2], name, 20, None) for name in ("one", "two", None))
-    bad.adapter, bad.lora = "loud", broken
-    writer.add([bad, good, plain])
-    writer.step()
+    """Its NaN values in the cache must not reach later sequences."""
+    engine = generator.engine
+    loaded = generator.get_or_load("one")[1]
+    layers = {}
+    for name, layer_lora in loaded.layers.items():
+        layers[name] = type(layer_lora)(layer_lora.A, layer_lora.B * float("nan"))
+    bad, good, plain = (make_sequence(generator, PROMPTS[2], name, 20, None) for name in ("one", "two", None))
+    bad.adapter, bad.lora = "loud", type(loaded)(layers)
+    engine.add([bad, good, plain])
+    engine.step()
     assert str(bad.error).startswith("loud produces logits that are not finite")
     assert (good.error, plain.error) == (None, None)
-    late = [row_of(generator, "so", "two", 20, None) for _ in range(3)]
-    writer.add(late)
-    while writer.sequences:
-        writer.step()
-    for row in (good, plain, *late):
-        again = row_of(generator, "so" if row in late else PROMPTS[2], row.adapter, 20, None)
-        writer.add([again])
-        while writer.sequences:
-            writer.step()
-        assert (row.error, row.output_ids) == (None, again.output_ids)
+    late = [make_sequence(generator, "so", "two", 20, None) for _ in range(3)]
+    engine.add(late)
+    run_to_end(engine)
+    for sequence in (good, plain, *late):
+        again = make_sequence(generator, "so" if sequence in late else PROMPTS[2], sequence.adapter, 20, None)
+        engine.add([again])
+        run_to_end(engine)
+        assert (sequence.error, sequence.output_ids) == (None, again.output_ids)
 
 
 def test_short_prompt_overtakes_long_prefill(generator, monkeypatch):
     monkeypatch.setattr("lora_tuner.inference.batch.PREFILL_CHUNK", 4)
     monkeypatch.setattr("lora_tuner.inference.batch.PREFILL_TOKENS", 4)
     long, short = (
-        row_of(generator, "this film never drags. " * 4, None, 5, None),
-        row_of(generator, "so", None, 5, None),
+        make_sequence(generator, "this film never drags. " * 4, None, 5, None),
+        make_sequence(generator, "so", None, 5, None),
     )
-    writer = generator.engine
-    writer.add([long])
-    writer.step()
-    writer.add([short])
+    engine = generator.engine
+    engine.add([long])
+    engine.step()
+    engine.add([short])
     while not short.complete:
-        writer.step()
+        engine.step()
     assert not long.output_ids
-    while writer.sequences:
-        writer.step()
-    for row in (long, short):
-        again = Sequence(generator.base, row.prompt_ids, row.sampling)
-        writer.add([again])
-        while writer.sequences:
-            writer.step()
-        assert row.output_ids == again.output_ids
+    run_to_end(engine)
+    for sequence in (long, short):
+        again = Sequence(generator.base, sequence.prompt_ids, sequence.sampling)
+        engine.add([again])
+        run_to_end(engine)
+        assert sequence.output_ids == again.output_ids
 
 
 def test_cancel_during_prefill_stops_it(generator, monkeypatch):
     monkeypatch.setattr("lora_tuner.inference.batch.PREFILL_TOKENS", 4)
-    row, writer = row_of(generator, "this film never drags. " * 4, "one", 5, None), generator.engine
-    writer.add([row])
-    writer.step()
-    writer.cancel(row)
-    assert not writer.sequences
-    assert not row.output_ids
+    sequence, engine = make_sequence(generator, "this film never drags. " * 4, "one", 5, None), generator.engine
+    engine.add([sequence])
+    engine.step()
+    engine.cancel(sequence)
+    assert not engine.sequences
+    assert not sequence.output_ids
 
 
 def test_decoder_error_fails_only_its_batch(generator, monkeypatch):
-    """DoRA has a batch of its own beside our decoder, and by transformers all rows share one."""
-    writer = generator.engine
-    rows = {name: row_of(generator, "so", name, 5, None) for name in ("one", "dora")}
-    writer.add(list(rows.values()))
-    writer.step()
-    (failing,) = [batch for batch in writer._batches.values() if rows["dora"] in batch.sequences]
-    monkeypatch.setattr(failing.decoder, "forward", lambda *args, **more: 1 / 0)
-    while writer.sequences:
-        writer.step()
-    assert isinstance(rows["dora"].error, ZeroDivisionError)
-    assert rows["dora"].complete
-    if writer.cpu_decoder is not None:
-        assert (rows["one"].error, len(rows["one"].output_ids)) == (None, 5)
+    """DoRA runs in its own batch beside CpuDecoder; with transformers all sequences share one."""
+    engine = generator.engine
+    sequences = {name: make_sequence(generator, "so", name, 5, None) for name in ("one", "dora")}
+    engine.add(list(sequences.values()))
+    engine.step()
+    (failing,) = [batch for batch in engine._batches.values() if sequences["dora"] in batch.sequences]
+    monkeypatch.setattr(failing.decoder, "forward", lambda *args, **options: 1 / 0)
+    run_to_end(engine)
+    assert isinstance(sequences["dora"].error, ZeroDivisionError)
+    assert sequences["dora"].complete
+    if engine.cpu_decoder is not None:
+        assert (sequences["one"].error, len(sequences["one"].output_ids)) == (None, 5)
 
 
 def test_complete_sequence_releases_adapter(generator):
-    """It is kept until its reader has it, who may be slow."""
-    row = row_of(generator, "the actor", "one", 5, 5)
-    adapter, luck = weakref.ref(row.lora), weakref.ref(row.logits_processors)
-    generator.engine.add([row])
-    while generator.engine.sequences:
-        generator.engine.step()
+    """A sequence may be kept for a slow reader."""
+    sequence = make_sequence(generator, "the actor", "one", 5, 5)
+    adapter, processors = weakref.ref(sequence.lora), weakref.ref(sequence.logits_processors)
+    generator.engine.add([sequence])
+    run_to_end(generator.engine)
     generator.unload("one")
     gc.collect()
-    assert (len(row.output_ids), adapter(), luck()) == (5, None, None)
+    assert (len(sequence.output_ids), adapter(), processors()) == (5, None, None)
 
 
 def test_unloaded_adapter_finishes_running_sequences(generator):
-    row, expected = (row_of(generator, "the actor", "one", 20, None) for _ in range(2))
-    generator.engine.add([row])
+    sequence, expected = (make_sequence(generator, "the actor", "one", 20, None) for _ in range(2))
+    generator.engine.add([sequence])
     generator.engine.step()
     generator.unload("one")
-    while generator.engine.sequences:
-        generator.engine.step()
+    run_to_end(generator.engine)
     generator.engine.add([expected])
-    while generator.engine.sequences:
-        generator.engine.step()
-    assert row.output_ids == expected.output_ids
+    run_to_end(generator.engine)
+    assert sequence.output_ids == expected.output_ids
 
 
 def test_max_resident_drops_least_recently_used(model_folder, tmp_path):
@@ -213,7 +209,7 @@ def test_max_resident_drops_least_recently_used(model_folder, tmp_path):
     generator.set_adapter("a")
     generator.get_or_load("b")
     generator.get_or_load("c")
-    assert generator.loaded_adapters == ["a", "c"]  # a is in use
+    assert generator.loaded_adapters == ["a", "c"]  # a is current
     assert Generator(
         "a", "b", "c", max_resident=2, options=ModelOptions(base=str(model_folder), device="cpu")
     ).loaded_adapters == ["a", "c"]
@@ -221,12 +217,12 @@ def test_max_resident_drops_least_recently_used(model_folder, tmp_path):
     generator.get_or_load("a")
     generator.get_or_load("d")
     assert generator.loaded_adapters == ["a", "d"]
-    names, shared = list("abcd"), SamplingParams(greedy=True, max_new_tokens=20)
-    answers = generator.generate_batch([("so", name) for name in names], shared)
+    names, sampling = list("abcd"), SamplingParams(greedy=True, max_new_tokens=20)
+    outputs = generator.generate_batch([("so", name) for name in names], sampling)
     assert len(generator.loaded_adapters) == 2
-    for name, answer in zip(names, answers, strict=True):
+    for name, output in zip(names, outputs, strict=True):
         generator.set_adapter(name)
-        assert generator.generate("so", shared) == answer
+        assert generator.generate("so", sampling) == output
 
 
 @pytest.fixture
@@ -235,90 +231,89 @@ def decoder(model_folder):
 
 
 def test_kv_cache_rows_match_solo_logits(decoder):
-    draw, ids = random.Random(0), torch.randint(1, 300, (12, 100), generator=torch.Generator().manual_seed(0))
+    draw = random.Random(0)
+    texts = torch.randint(1, 300, (12, 100), generator=torch.Generator().manual_seed(0))
 
-    def alone(line, count):
-        return decoder.forward(ids[line : line + 1, :count], KVCache(decoder, 1, count, [0]))[0, -1]
+    def solo_logits(text, count):
+        return decoder.forward(texts[text : text + 1, :count], KVCache(decoder, 1, count, [0]))[0, -1]
 
     with torch.inference_mode():
-        lines, counts, cache, joins = [], [], None, iter(range(12))
+        rows, counts, cache, remaining = [], [], None, iter(range(12))  # rows: the text in each row
         for turn in range(60):
-            if (turn % 5 == 0 or not lines) and (line := next(joins, None)) is not None:
+            if (turn % 5 == 0 or not rows) and (text := next(remaining, None)) is not None:
                 count = draw.choice([1, 2, 30])
-                new = KVCache(decoder, 1, count, [0])
-                decoder.forward(ids[line : line + 1, :count], new)
-                cache = new if cache is None else cache.append_rows(new) or cache
-                lines, counts = [*lines, line], [*counts, count]
-            if not lines:
+                added = KVCache(decoder, 1, count, [0])
+                decoder.forward(texts[text : text + 1, :count], added)
+                if cache is None:
+                    cache = added
+                else:
+                    cache.append_rows(added)
+                rows, counts = [*rows, text], [*counts, count]
+            if not rows:
                 break
-            logits = decoder.forward(
-                torch.stack([ids[line, [count]] for line, count in zip(lines, counts, strict=True)]), cache
-            )
+            inputs = torch.stack([texts[text, [count]] for text, count in zip(rows, counts, strict=True)])
+            logits = decoder.forward(inputs, cache)
             counts = [count + 1 for count in counts]
-            for place, (line, count) in enumerate(zip(lines, counts, strict=True)):
-                torch.testing.assert_close(logits[place, 0], alone(line, count), atol=1e-4, rtol=1e-4)
-            gone = [place for place, count in enumerate(counts) if count > 40]
-            if gone:
-                kept = [place for place in range(len(lines)) if place not in gone]
-                lines, counts = [lines[place] for place in kept], [counts[place] for place in kept]
-                cache.keep_rows(kept) if kept else None
-                cache = cache if kept else None
+            for row, (text, count) in enumerate(zip(rows, counts, strict=True)):
+                torch.testing.assert_close(logits[row, 0], solo_logits(text, count), atol=1e-4, rtol=1e-4)
+            kept = [row for row, count in enumerate(counts) if count <= 40]
+            if len(kept) < len(rows):
+                rows, counts = [rows[row] for row in kept], [counts[row] for row in kept]
+                if kept:
+                    cache.keep_rows(kept)
+                else:
+                    cache = None
     assert tiny_models.CONTEXT > 41
 
 
 def test_kv_cache_shrinks_after_long_rows(decoder):
-    """However long the rows were that have gone."""
     with torch.inference_mode():
         cache = KVCache(decoder, 1, 100, [0])
         decoder.forward(torch.ones(1, 100, dtype=torch.int64), cache)
         for _ in range(9):
-            new = KVCache(decoder, 1, 4, [0])
-            decoder.forward(torch.ones(1, 4, dtype=torch.int64), new)
-            cache.append_rows(new)
+            added = KVCache(decoder, 1, 4, [0])
+            decoder.forward(torch.ones(1, 4, dtype=torch.int64), added)
+            cache.append_rows(added)
         cache.keep_rows(range(1, 10))
         for _ in range(9):
-            new = KVCache(decoder, 1, 4, [0])
-            decoder.forward(torch.ones(1, 4, dtype=torch.int64), new)
-            cache.append_rows(new)
+            added = KVCache(decoder, 1, 4, [0])
+            decoder.forward(torch.ones(1, 4, dtype=torch.int64), added)
+            cache.append_rows(added)
     rows, length = cache.kv.shape[2], cache.kv.shape[4]
     assert rows * length <= 1.25**2 * 18 * 4
 
 
 def test_no_draft_model_for_last_tokens(model_folder, monkeypatch):
-    monkeypatch.setattr(CpuDecoder, "draft_model", property(lambda self: pytest.fail("a draft was made")))
+    monkeypatch.setattr(CpuDecoder, "draft_model", property(lambda self: pytest.fail("a draft model was created")))
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
-    rows = [row_of(generator, "so", None, limit, None) for limit in (20, 40)]
-    generator.engine.add(rows)
-    while len(rows[1].output_ids) < 19:
+    sequences = [make_sequence(generator, "so", None, limit, None) for limit in (20, 40)]
+    generator.engine.add(sequences)
+    while len(sequences[1].output_ids) < 19:
         generator.engine.step()
-    while generator.engine.sequences:
-        generator.engine.step()
+    run_to_end(generator.engine)
 
 
 @pytest.mark.parametrize("left", [2, 3, 4])
 def test_draft_with_full_cache_is_right(model_folder, monkeypatch, left):
-    """The draft is then the first to need room, and making it moves what is there to the left."""
-    monkeypatch.setattr(
-        CpuDecoder, "draft_model", property(lambda self: self)
-    )  # its guesses are right, so it goes on to guess
+    """The draft model is the first to need more columns, which moves the content to the left."""
+    monkeypatch.setattr(CpuDecoder, "draft_model", property(lambda self: self))  # all draft tokens are accepted
     monkeypatch.setattr(inference_batch, "MIN_DRAFT_TOKENS", 1)
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     expected = generator.generate("so", SamplingParams(greedy=True, max_new_tokens=30, repetition_penalty=1.2)).text
-    writer, moved, guess = generator.engine, [], speculative.DraftDecoder.propose
+    engine, moved, propose = generator.engine, [], speculative.DraftDecoder.propose
 
-    def seen(guesser, cache):
+    def recorded(draft, cache):
         before = cache.used
-        count = guess(guesser, cache)
+        count = propose(draft, cache)
         moved.append(cache.used < before)
         return count
 
-    monkeypatch.setattr(speculative.DraftDecoder, "propose", seen)
-    first, late = row_of(generator, PROMPTS[2], None, 12, None), row_of(generator, "so", None, 30, None)
-    writer.add([first])
+    monkeypatch.setattr(speculative.DraftDecoder, "propose", recorded)
+    first, late = make_sequence(generator, PROMPTS[2], None, 12, None), make_sequence(generator, "so", None, 30, None)
+    engine.add([first])
     while len(first.output_ids) < 12 - left:
-        writer.step()
-    writer.add([late])
-    while writer.sequences:
-        writer.step()
+        engine.step()
+    engine.add([late])
+    run_to_end(engine)
     assert late.detokenizer.text == expected
     assert any(moved)

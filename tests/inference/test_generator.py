@@ -32,75 +32,73 @@ from .test_multi_lora import save_opt
 GREEDY = SamplingParams(greedy=True, max_new_tokens=20, repetition_penalty=1.0)
 
 
-def plain(model, folder, prompt, **options):
-    """What transformers alone writes."""
+def transformers_text(model, folder, prompt, **options):
+    """Generate with transformers' own `generate`."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(prompt, return_tensors="pt")
     output = model.generate(**inputs, do_sample=False, max_new_tokens=20, pad_token_id=0, **options)[0]
     return tokenizer.decode(output[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-@pytest.fixture(params=["our own way", "transformers"])
-def way(request, monkeypatch):
-    """Both ways through a base, in turn."""
+@pytest.fixture(params=["cpu_decoder", "transformers"])
+def decoder_kind(request, monkeypatch):
     if request.param == "transformers":
         monkeypatch.setattr(CpuDecoder, "for_base", lambda base: None)
 
 
-def disturb(generator, change, monkeypatch):
-    """Change the logits of a generator, whichever way they come."""
-    if generator.engine.cpu_decoder is not None:
-        step = generator.engine.cpu_decoder.forward
-        monkeypatch.setattr(
-            generator.engine.cpu_decoder, "forward", lambda *args, **kwargs: change(step(*args, **kwargs))
-        )
+def patch_logits(generator, change, monkeypatch):
+    """Apply `change` to the logits of either decoder."""
+    decoder = generator.engine.cpu_decoder
+    if decoder is not None:
+        forward = decoder.forward
+        monkeypatch.setattr(decoder, "forward", lambda *args, **kwargs: change(forward(*args, **kwargs)))
     else:
         head = generator.base.model.get_output_embeddings()
         forward = head.forward
         monkeypatch.setattr(head, "forward", lambda hidden: change(forward(hidden)))
 
 
-def test_plain_base_matches_transformers(model_folder, way):
+def test_plain_base_matches_transformers(model_folder, decoder_kind):
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
-    expected = plain(AutoModelForCausalLM.from_pretrained(model_folder), model_folder, "the actor")
+    expected = transformers_text(AutoModelForCausalLM.from_pretrained(model_folder), model_folder, "the actor")
     assert generator.generate("the actor", GREEDY).text == expected
 
 
-def test_adapter_matches_peft(adapter, gpt2, way):
+def test_adapter_matches_peft(adapter, gpt2, decoder_kind):
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(gpt2), adapter.path)
-    answer = Generator("reviews", options=ModelOptions(device="cpu")).generate("the actor", GREEDY)
-    assert answer.text == plain(model, gpt2, "the actor")
+    output = Generator("reviews", options=ModelOptions(device="cpu")).generate("the actor", GREEDY)
+    assert output.text == transformers_text(model, gpt2, "the actor")
     assert (
-        answer.text != Generator(options=ModelOptions(base=str(gpt2), device="cpu")).generate("the actor", GREEDY).text
+        output.text != Generator(options=ModelOptions(base=str(gpt2), device="cpu")).generate("the actor", GREEDY).text
     )
-    assert answer.adapter == "reviews"
+    assert output.adapter == "reviews"
 
 
 def test_swapping_adapters_keeps_base_weights(settings):
     for name, rate in (("a", 1e-2), ("a2", 3e-2)):
         train(settings(name=name, learning_rate=rate))
-    alone = {
+    solo = {
         name: Generator(name, options=ModelOptions(device="cpu")).generate("the actor", GREEDY).text
         for name in ("a", "a2")
     }
     generator = Generator("a", "a2", options=ModelOptions(device="cpu"))
     assert generator.current_adapter == "a"
-    alone[None] = (
+    solo[None] = (
         Generator(options=ModelOptions(base=generator.base.files.name, device="cpu")).generate("the actor", GREEDY).text
     )
     weights = generator.base.model.get_input_embeddings().weight.data_ptr()
     for name in ("a", None, "a2", "a", "a2", None, None, "a"):
         generator.set_adapter(name)
-        assert generator.generate("the actor", GREEDY).text == alone[name]
+        assert generator.generate("the actor", GREEDY).text == solo[name]
     assert generator.base.model.get_input_embeddings().weight.data_ptr() == weights
     generator.unload("a")
     assert generator.current_adapter is None
-    assert generator.generate("the actor", GREEDY).text == alone[None]
+    assert generator.generate("the actor", GREEDY).text == solo[None]
     generator.set_adapter("a2")
     generator.unload("a2")
-    assert generator.generate("the actor", GREEDY).text == alone[None]
+    assert generator.generate("the actor", GREEDY).text == solo[None]
     generator.set_adapter("a")
-    assert generator.generate("the actor", GREEDY).text == alone["a"]
+    assert generator.generate("the actor", GREEDY).text == solo["a"]
 
 
 def test_failed_swap_changes_nothing(adapter, tmp_path):
@@ -114,7 +112,7 @@ def test_failed_swap_changes_nothing(adapter, tmp_path):
     assert generator.generate("the actor", GREEDY).text == before
 
 
-def test_streamed_pieces_join_to_text(adapter, way):
+def test_streamed_pieces_join_to_text(adapter, decoder_kind):
     generator = Generator("reviews", options=ModelOptions(device="cpu"))
     for sampling in (
         GREEDY,
@@ -122,8 +120,8 @@ def test_streamed_pieces_join_to_text(adapter, way):
         SamplingParams(seed=3, max_new_tokens=30, stop=["e"]),
     ):
         pieces = []
-        answer = generator.generate("the actor ☕", sampling, on_text=pieces.append)
-        assert "".join(pieces) == answer.text
+        output = generator.generate("the actor ☕", sampling, on_text=pieces.append)
+        assert "".join(pieces) == output.text
     assert len(pieces) >= 1
 
 
@@ -138,35 +136,35 @@ def test_same_seed_gives_same_text(model_folder):
     assert generator.generate("so", SamplingParams(seed=first.seed)).text == first.text
 
 
-def test_stop_string_cuts_text(model_folder, way):
+def test_stop_string_cuts_text(model_folder, decoder_kind):
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
-    whole = generator.generate("the actor", GREEDY).text
-    stop = whole[8:10]
-    answer = generator.generate("the actor", GREEDY.model_copy(update={"stop": [stop]}))
-    assert answer.text == whole[: whole.index(stop)]
-    assert answer.finished
+    full_text = generator.generate("the actor", GREEDY).text
+    stop = full_text[8:10]
+    output = generator.generate("the actor", GREEDY.model_copy(update={"stop": [stop]}))
+    assert output.text == full_text[: full_text.index(stop)]
+    assert output.finished
 
 
-def test_eos_ends_generation(model_folder, monkeypatch, way):
+def test_eos_ends_generation(model_folder, monkeypatch, decoder_kind):
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     eos = generator.base.tokenizer.eos_token_id
 
-    def favour_the_end(logits):
+    def prefer_eos(logits):
         logits[..., eos] = 1e4
         return logits
 
     with monkeypatch.context() as patch:
-        disturb(generator, favour_the_end, patch)
-        answer = generator.generate("the actor", GREEDY)
-    assert (answer.text, answer.tokens, answer.finished) == ("", 0, True)
+        patch_logits(generator, prefer_eos, patch)
+        output = generator.generate("the actor", GREEDY)
+    assert (output.text, output.tokens, output.finished) == ("", 0, True)
     assert generator.generate("the actor", GREEDY).finished is False
 
 
 def test_several_outputs_differ(model_folder):
-    answers = Generator(options=ModelOptions(base=str(model_folder), device="cpu")).generate_all(
+    outputs = Generator(options=ModelOptions(base=str(model_folder), device="cpu")).generate_all(
         "the", SamplingParams(seed=1, n=4)
     )
-    assert len({answer.text for answer in answers}) == 4
+    assert len({output.text for output in outputs}) == 4
 
 
 def test_temperature_zero_is_greedy(model_folder):
@@ -175,15 +173,15 @@ def test_temperature_zero_is_greedy(model_folder):
     assert generator.generate("the", cold).text == generator.generate("the", GREEDY).text
 
 
-def test_prompts_near_context_limit(model_folder, way):
+def test_prompts_near_context_limit(model_folder, decoder_kind):
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     with pytest.raises(GenerationError, match=f"tokens, but .* has a context of {tiny_models.CONTEXT}: shorten it"):
         generator.generate("w " * 400)
     assert generator.generate("", GREEDY).prompt == ""
     nearly = "w " * 60
     length = len(generator.base.tokenizer(nearly)["input_ids"])
-    answer = generator.generate(nearly, GREEDY.model_copy(update={"max_new_tokens": 1000}))
-    assert answer.tokens <= tiny_models.CONTEXT - length
+    output = generator.generate(nearly, GREEDY.model_copy(update={"max_new_tokens": 1000}))
+    assert output.tokens <= tiny_models.CONTEXT - length
 
 
 def test_greedy_with_several_outputs_is_rejected():
@@ -221,9 +219,9 @@ def test_threads_take_turns(settings):
 
     def ask(name):
         for _ in range(4):
-            answer = generator.generate("the actor", GREEDY)
-            if answer.text != expected[answer.adapter]:
-                wrong.append(answer)
+            output = generator.generate("the actor", GREEDY)
+            if output.text != expected[output.adapter]:
+                wrong.append(output)
             generator.set_adapter(name)
 
     threads = [threading.Thread(target=ask, args=(name,)) for name in "abab"]
@@ -234,12 +232,12 @@ def test_threads_take_turns(settings):
     assert wrong == []
 
 
-def test_stop_string_across_prompt_is_ignored(model_folder, way):
+def test_stop_string_across_prompt_is_ignored(model_folder, decoder_kind):
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
-    whole = generator.generate("the actor", GREEDY).text
-    across = "r" + whole[:1]
-    answer = generator.generate("the actor", GREEDY.model_copy(update={"stop": [across]}))
-    assert answer.text == whole[: whole.index(across)] if across in whole else answer.text == whole
+    full_text = generator.generate("the actor", GREEDY).text
+    across = "r" + full_text[:1]
+    output = generator.generate("the actor", GREEDY.model_copy(update={"stop": [across]}))
+    assert output.text == full_text[: full_text.index(across)] if across in full_text else output.text == full_text
 
 
 def test_generation_config_of_base_is_ignored(tmp_path, gpt2):
@@ -278,16 +276,16 @@ def test_wrong_base_needs_force(adapter, tmp_path):
     other = tiny_models.save_model(tmp_path / "other", "gpt2", seed=7)
     with pytest.raises(WrongBaseError, match=r"reviews was trained on .*, not on .*other"):
         Generator("reviews", options=ModelOptions(base=str(other), device="cpu"))
-    told = []
-    Generator("reviews", options=ModelOptions(base=str(other), device="cpu", force=True, notify=told.append))
-    assert len([notice for notice in told if notice.text.startswith("FORCED: ")]) == 1
+    notices = []
+    Generator("reviews", options=ModelOptions(base=str(other), device="cpu", force=True, notify=notices.append))
+    assert len([notice for notice in notices if notice.text.startswith("FORCED: ")]) == 1
 
 
-# rows through adapters of their own
+# mixed batches
 
 
-def write(base_folder, name, rank=4, targets="auto", seed=0, dora=False, folder="adapters"):
-    """An adapter with random weights, which nobody had to train."""
+def save_random_adapter(base_folder, name, rank=4, targets="auto", seed=0, dora=False, folder="adapters"):
+    """Save an adapter with random weights. Returns its folder."""
     base = load_base(find_base(str(base_folder)), ModelOptions(device="cpu"))
     if dora:
         names = lora.resolve_target_modules(base.model, targets)
@@ -306,47 +304,49 @@ def write(base_folder, name, rank=4, targets="auto", seed=0, dora=False, folder=
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """Where adapters are kept that more than one test takes."""
-    return tmp_path_factory.mktemp("written")
+def shared_folder(tmp_path_factory):
+    """Folder of the adapters that several tests use."""
+    return tmp_path_factory.mktemp("shared")
 
 
 @pytest.fixture
-def eight(model_folder, written):
-    """Eight adapters in `adapters`, no two of one rank and targets, one with DoRA."""
-    some, few = {"gpt2": ("c_attn,c_fc", "mlp.c_proj"), "llama": ("q_proj,up_proj", "down_proj")}[model_folder.name]
-    sorts = {
+def eight_adapters(model_folder, shared_folder):
+    """Names of eight_adapters adapters in `adapters` that differ in rank or target modules, one with DoRA."""
+    two_layers, one_layer = {"gpt2": ("c_attn,c_fc", "mlp.c_proj"), "llama": ("q_proj,up_proj", "down_proj")}[
+        model_folder.name
+    ]
+    settings = {
         "one": (1, "auto"),
         "two": (2, "attention"),
-        "three": (3, some),
-        "four": (4, few),
+        "three": (3, two_layers),
+        "four": (4, one_layer),
         "five": (5, "all-linear"),
         "six": (6, "attention"),
-        "eight": (8, some),
+        "eight": (8, two_layers),
         "nine": (9, "auto"),
     }
-    folder = written / model_folder.name
+    folder = shared_folder / model_folder.name
     if not folder.exists():
-        for name, (rank, targets) in sorts.items():
-            write(model_folder, name, rank, targets, seed=rank, dora=name == "six", folder=folder)
+        for name, (rank, targets) in settings.items():
+            save_random_adapter(model_folder, name, rank, targets, seed=rank, dora=name == "six", folder=folder)
     shutil.copytree(folder, "adapters")
-    return list(sorts)
+    return list(settings)
 
 
 LONG = " ".join(tiny_models.reviews(80))
 PROMPTS = ["", "so", "the actor", "71: her voice never", LONG[:60], LONG[:110], LONG[:160], "☕ é"]
 
 
-def of_length(tokenizer, length):
-    """A prompt of so many tokens."""
+def prompt_of_length(tokenizer, length):
+    """Return a prompt of `length` tokens."""
     texts = (LONG[:end] for end in range(length, len(LONG)))
     return next(text for text in texts if len(tokenizer(text)["input_ids"]) == length)
 
 
-def decided(model, tokenizer, prompt, sampling):
-    """The greedy text that plain PEFT writes, up to where its two best tokens are as good as equal; and whether at all.
+def peft_greedy_text(model, tokenizer, prompt, sampling):
+    """Generate with plain PEFT up to the first near tie of the two best tokens.
 
-    There rounding decides, which differs with the shape of a batch.
+    At a tie rounding decides, which depends on the batch shape. Returns the text, and True if there was no tie.
     """
     ids = tokenizer(prompt)["input_ids"] or [tokenizer.bos_token_id]
     output = model.generate(
@@ -368,136 +368,134 @@ def decided(model, tokenizer, prompt, sampling):
 
 
 @pytest.mark.parametrize("penalty", [pytest.param(1.0, marks=pytest.mark.slow), 1.3])
-def test_mixed_batch_matches_solo_and_peft(model_folder, eight, penalty, way):
+def test_mixed_batch_matches_solo_and_peft(model_folder, eight_adapters, penalty, decoder_kind):
     sampling = SamplingParams(greedy=True, max_new_tokens=10, repetition_penalty=penalty)
-    asked = list(itertools.product(PROMPTS, eight))
-    random.Random(0).shuffle(asked)
-    answers = Generator(options=ModelOptions(base=str(model_folder), device="cpu")).generate_batch(asked, sampling)
-    together = dict(zip(asked, answers, strict=True))
-    certain = 0
-    for name in eight:
-        fresh = Generator(name, options=ModelOptions(device="cpu"))
-        plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), f"adapters/{name}")
-        for prompt in PROMPTS:
-            alone = fresh.generate(prompt, sampling)
-            text, whole = decided(plain.eval(), fresh.base.tokenizer, prompt, sampling)
-            if whole:
-                assert (alone.text, together[prompt, name]) == (text, alone)
-            assert alone.text.startswith(text)
-            assert together[prompt, name].text.startswith(text)
-            certain += whole
-    assert certain >= 48
-    assert all(len({together[prompt, name].text for name in eight}) >= 6 for prompt in PROMPTS if prompt)
-
-
-def test_padding_gets_no_repetition_penalty(model_folder, monkeypatch, way):
+    requests = list(itertools.product(PROMPTS, eight_adapters))
+    random.Random(0).shuffle(requests)
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
-    eos = generator.base.tokenizer.eos_token_id  # which is what rows are padded with
+    batched = dict(zip(requests, generator.generate_batch(requests, sampling), strict=True))
+    without_tie = 0
+    for name in eight_adapters:
+        fresh = Generator(name, options=ModelOptions(device="cpu"))
+        peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), f"adapters/{name}")
+        for prompt in PROMPTS:
+            solo = fresh.generate(prompt, sampling)
+            text, complete = peft_greedy_text(peft.eval(), fresh.base.tokenizer, prompt, sampling)
+            if complete:
+                assert (solo.text, batched[prompt, name]) == (text, solo)
+            assert solo.text.startswith(text)
+            assert batched[prompt, name].text.startswith(text)
+            without_tie += complete
+    assert without_tie >= 48
+    for prompt in PROMPTS:
+        assert not prompt or len({batched[prompt, name].text for name in eight_adapters}) >= 6
 
-    def end_by_a_little(logits):
+
+def test_padding_gets_no_repetition_penalty(model_folder, monkeypatch, decoder_kind):
+    generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
+    eos = generator.base.tokenizer.eos_token_id  # also the padding token
+
+    def slightly_prefer_eos(logits):
         logits[:] = 0
         logits[..., 5], logits[..., eos] = 1, 1.15
         return logits
 
-    disturb(generator, end_by_a_little, monkeypatch)
+    patch_logits(generator, slightly_prefer_eos, monkeypatch)
     sampling = SamplingParams(greedy=True, max_new_tokens=3, repetition_penalty=1.3)
-    answers = generator.generate_batch([(PROMPTS[6], None), ("so", None), ("", None)], sampling)
-    assert [answer.tokens for answer in answers] == [
-        0,
-        0,
-        1,
-    ]  # an empty prompt is an end of text, so one is a repetition
+    outputs = generator.generate_batch([(PROMPTS[6], None), ("so", None), ("", None)], sampling)
+    # An empty prompt is one end-of-text token, so here it is repeated.
+    assert [output.tokens for output in outputs] == [0, 0, 1]
 
 
-def test_sequences_at_context_limit_match_solo(model_folder, eight):
-    generator = Generator(*eight[:3], options=ModelOptions(device="cpu"))
+def test_sequences_at_context_limit_match_solo(model_folder, eight_adapters):
+    generator = Generator(*eight_adapters[:3], options=ModelOptions(device="cpu"))
     sampling = SamplingParams(greedy=True, max_new_tokens=12, repetition_penalty=1.0)
     lengths = [3, *(tiny_models.CONTEXT - room for room in (13, 12, 11, 4, 1))]
-    prompts = [of_length(generator.base.tokenizer, length) for length in lengths]
-    asked = list(itertools.product(prompts, [*eight[:3], None]))
-    answers = dict(zip(asked, generator.generate_batch(asked, sampling), strict=True))
-    for name in (*eight[:3], None):
+    prompts = [prompt_of_length(generator.base.tokenizer, length) for length in lengths]
+    requests = list(itertools.product(prompts, [*eight_adapters[:3], None]))
+    outputs = dict(zip(requests, generator.generate_batch(requests, sampling), strict=True))
+    for name in (*eight_adapters[:3], None):
         fresh = Generator(*[name] if name else [], options=ModelOptions(base=str(model_folder), device="cpu"))
         for prompt in prompts:
-            assert answers[prompt, name] == fresh.generate(prompt, sampling)
-    assert {answer.tokens for answer in answers.values() if not answer.finished} == {12, 11, 4, 1}
+            assert outputs[prompt, name] == fresh.generate(prompt, sampling)
+    assert {output.tokens for output in outputs.values() if not output.finished} == {12, 11, 4, 1}
 
 
-# drawn rows
+# sampling
 
 
-def test_sampling_is_independent_of_batch(model_folder, eight):
+def test_sampling_is_independent_of_batch(model_folder, eight_adapters):
     sampling = SamplingParams(seed=11, max_new_tokens=10)
-    asked = [("so", "one"), (PROMPTS[5], "six"), ("the actor", None), ("so", "nine"), ("so", None), ("", "two")]
-    alone = {}
-    for pair in asked:
-        (alone[pair],) = Generator(options=ModelOptions(base=str(model_folder), device="cpu")).generate_batch(
+    requests = [("so", "one"), (PROMPTS[5], "six"), ("the actor", None), ("so", "nine"), ("so", None), ("", "two")]
+    solo = {}
+    for pair in requests:
+        (solo[pair],) = Generator(options=ModelOptions(base=str(model_folder), device="cpu")).generate_batch(
             [pair], sampling
         )
-    assert len({answer.text for answer in alone.values()}) == 6
+    assert len({output.text for output in solo.values()}) == 6
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     draw = random.Random(0)
     for size in (1, 2, 3, 6, 6, 9):
-        batch = draw.sample(asked, min(size, 6)) + draw.choices(asked, k=max(size - 6, 0))
-        assert generator.generate_batch(batch, sampling) == [alone[pair] for pair in batch]
+        batch = draw.sample(requests, min(size, 6)) + draw.choices(requests, k=max(size - 6, 0))
+        assert generator.generate_batch(batch, sampling) == [solo[pair] for pair in batch]
 
 
-def test_n_outputs_use_consecutive_seeds(model_folder, eight):
+def test_n_outputs_use_consecutive_seeds(model_folder, eight_adapters):
     generator = Generator("one", options=ModelOptions(device="cpu"))
     sampling = SamplingParams(seed=5, max_new_tokens=10)
     expected = {}
     for prompt, name in (("so", "one"), ("the actor", "six"), ("the actor", None)):
         generator.set_adapter(name)
-        answers = [generator.generate(prompt, SamplingParams(seed=seed, max_new_tokens=10)) for seed in (5, 6, 7)]
-        assert [answer.seed for answer in answers] == [5, 6, 7]
-        assert len({answer.text for answer in answers}) == 3
-        assert generator.generate_all(prompt, sampling.model_copy(update={"n": 3})) == answers
-        expected[prompt, name] = answers
+        outputs = [generator.generate(prompt, SamplingParams(seed=seed, max_new_tokens=10)) for seed in (5, 6, 7)]
+        assert [output.seed for output in outputs] == [5, 6, 7]
+        assert len({output.text for output in outputs}) == 3
+        assert generator.generate_all(prompt, sampling.model_copy(update={"n": 3})) == outputs
+        expected[prompt, name] = outputs
     together = generator.generate_batch(list(expected), sampling.model_copy(update={"n": 3}))
     assert together == list(itertools.chain(*expected.values()))
 
 
-def test_reported_seed_reproduces_output(model_folder, eight):
+def test_reported_seed_reproduces_output(model_folder, eight_adapters):
     generator = Generator("one", options=ModelOptions(device="cpu"))
     free = SamplingParams(max_new_tokens=10)
-    answers = [
+    outputs = [
         generator.generate("so", free),
         *generator.generate_all("so", free.model_copy(update={"n": 3})),
         *generator.generate_batch([("so", "one"), (PROMPTS[5], "six")], free.model_copy(update={"n": 2})),
     ]
-    for answer in answers:
-        generator.set_adapter(answer.adapter)
-        assert generator.generate(answer.prompt, free.model_copy(update={"seed": answer.seed})) == answer
-    seeds = [answer.seed for answer in answers]
+    for output in outputs:
+        generator.set_adapter(output.adapter)
+        assert generator.generate(output.prompt, free.model_copy(update={"seed": output.seed})) == output
+    seeds = [output.seed for output in outputs]
     assert len({*seeds[:4], *seeds[4:6]}) == 6
     assert seeds[1:4] == [seeds[1], seeds[1] + 1, seeds[1] + 2]
-    assert seeds[4:6] == seeds[6:8]  # each asked gets the same luck
+    assert seeds[4:6] == seeds[6:8]  # each request has the same seeds
     assert generator.generate("so", GREEDY).seed is None
 
 
-def test_global_random_states_are_kept(model_folder, eight):
+def test_global_random_states_are_kept(model_folder, eight_adapters):
     generator = Generator("one", options=ModelOptions(device="cpu"))
     before = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    generator.generate_batch([("so", name) for name in eight], SamplingParams(max_new_tokens=4, n=2))
+    generator.generate_batch([("so", name) for name in eight_adapters], SamplingParams(max_new_tokens=4, n=2))
     assert torch.equal(torch.random.get_rng_state(), before[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
 
 
-# what may go wrong between
+# adapters that change on disk
 
 
-def is_damaged(path, how):
-    """Spoil an adapter in one of the ways in which one can be spoilt."""
+def damage_adapter(path, kind):
+    """Damage an adapter in one of the ways of DAMAGE."""
     weights = path / WEIGHTS_FILE
-    if how == "cut":
+    if kind == "cut":
         weights.write_bytes(weights.read_bytes()[:-5])
-    elif how == "not finite":
+    elif kind == "not finite":
         tensors = load_file(weights)
         next(iter(tensors.values()))[0, 0] = float("nan")
         save_file(tensors, weights)
-    elif how == "no config":
+    elif kind == "no config":
         (path / CONFIG_FILE).unlink()
-    elif how == "other base":
+    elif kind == "other base":
         facts = WeightsInfo(sha256=atomic_io.sha256_file(weights), bytes=weights.stat().st_size, parameters=1)
         (path / MANIFEST_FILE).write_text(adapter_files.manifest(weights=facts).to_json())
 
@@ -506,15 +504,15 @@ DAMAGE = ("cut", "not finite", "no config", "other base", "other width")
 
 
 @pytest.fixture(scope="module")
-def stock(gpt2, written):
-    """Adapters to be put in place: three versions, and one for each kind of damage."""
-    folder = written / "stock"
-    write(gpt2, "v1", 3, seed=1, folder=folder)
-    write(gpt2, "v2", 5, "attention", seed=2, folder=folder)
-    write(gpt2, "v3", 2, seed=3, dora=True, folder=folder)
-    write(tiny_models.save_model(written / "wider", "gpt2", width=48), "other width", folder=folder)
-    for how in DAMAGE[:-1]:
-        is_damaged(shutil.copytree(folder / "v1", folder / how), how)
+def versions(gpt2, shared_folder):
+    """Folder of three versions of an adapter, and one for each kind of damage."""
+    folder = shared_folder / "versions"
+    save_random_adapter(gpt2, "v1", 3, seed=1, folder=folder)
+    save_random_adapter(gpt2, "v2", 5, "attention", seed=2, folder=folder)
+    save_random_adapter(gpt2, "v3", 2, seed=3, dora=True, folder=folder)
+    save_random_adapter(tiny_models.save_model(shared_folder / "wider", "gpt2", width=48), "other width", folder=folder)
+    for kind in DAMAGE[:-1]:
+        damage_adapter(shutil.copytree(folder / "v1", folder / kind), kind)
     return folder
 
 
@@ -522,52 +520,52 @@ SHORT = SamplingParams(greedy=True, max_new_tokens=6, repetition_penalty=1.0)
 
 
 @pytest.fixture(scope="module")
-def texts(gpt2, stock):
-    """What each version writes in a fresh generator, by its name; None is the plain base."""
-    found = {}
+def texts(gpt2, versions):
+    """Text that a fresh generator generates with each version; None is the plain base."""
+    texts = {}
     for version in ("v1", "v2", "v3", None):
         fresh = Generator(
-            *[stock / version] if version else [],
-            adapters_dir=stock,
+            *[versions / version] if version else [],
+            adapters_dir=versions,
             options=ModelOptions(base=str(gpt2), device="cpu"),
         )
-        found[version] = fresh.generate("the actor", SHORT).text
-    assert len(set(found.values())) == 4
-    return found
+        texts[version] = fresh.generate("the actor", SHORT).text
+    assert len(set(texts.values())) == 4
+    return texts
 
 
-def put(stock, what, path):
+def install(versions, version, path):
     if path.exists():
         shutil.rmtree(path)
-    if what != "missing":
-        shutil.copytree(stock / what, path)
+    if version != "missing":
+        shutil.copytree(versions / version, path)
 
 
-def test_replaced_adapter_is_reloaded_unless_broken(stock, texts):
+def test_replaced_adapter_is_reloaded_unless_broken(versions, texts):
     path = Path("adapters/a")
-    put(stock, "v1", path)
+    install(versions, "v1", path)
     generator = Generator("a", options=ModelOptions(device="cpu"))
-    put(stock, "v2", path)
-    assert generator.generate("the actor", SHORT).text == texts["v1"]  # until it is asked for
+    install(versions, "v2", path)
+    assert generator.generate("the actor", SHORT).text == texts["v1"]  # until it is selected again
     generator.set_adapter("a")
     assert generator.generate("the actor", SHORT).text == texts["v2"]
-    put(stock, "v3", path)
+    install(versions, "v3", path)
     assert generator.generate_batch([("the actor", "a")], SHORT)[0].text == texts["v3"]
-    for how in (*DAMAGE, "missing"):
-        put(stock, how, path)
+    for kind in (*DAMAGE, "missing"):
+        install(versions, kind, path)
         with pytest.raises(AdapterError):
             generator.set_adapter("a")
         with pytest.raises(AdapterError):
             generator.generate_batch([("the actor", None), ("the actor", "a")], SHORT)
         assert (generator.current_adapter, generator.loaded_adapters) == ("a", ["a"])
         assert generator.generate("the actor", SHORT).text == texts["v3"]
-    put(stock, "v1", path)
+    install(versions, "v1", path)
     generator.set_adapter("a")
     assert generator.generate("the actor", SHORT).text == texts["v1"]
 
 
-def test_edited_adapter_config_is_reloaded(stock, texts):
-    put(stock, "v1", Path("adapters/a"))
+def test_edited_adapter_config_is_reloaded(versions, texts):
+    install(versions, "v1", Path("adapters/a"))
     generator = Generator("a", options=ModelOptions(device="cpu"))
     config = Path("adapters/a") / CONFIG_FILE
     config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 1}))
@@ -577,10 +575,10 @@ def test_edited_adapter_config_is_reloaded(stock, texts):
     assert generator.generate("the actor", SHORT).text == expected
 
 
-@pytest.mark.parametrize("how", [*DAMAGE, "missing"])
-def test_batch_with_broken_adapter_loads_nothing(stock, texts, how):
-    for name, what in (("a", "v1"), ("b", "v2"), ("c", how)):
-        put(stock, what, Path("adapters") / name)
+@pytest.mark.parametrize("kind", [*DAMAGE, "missing"])
+def test_batch_with_broken_adapter_loads_nothing(versions, texts, kind):
+    for name, version in (("a", "v1"), ("b", "v2"), ("c", kind)):
+        install(versions, version, Path("adapters") / name)
     generator = Generator("a", options=ModelOptions(device="cpu"))
     with pytest.raises(AdapterError):
         generator.generate_batch([("the actor", name) for name in (None, "b", "c", "a")], SHORT)
@@ -588,39 +586,39 @@ def test_batch_with_broken_adapter_loads_nothing(stock, texts, how):
     assert generator.generate("the actor", SHORT).text == texts["v1"]
 
 
-def test_batch_with_long_prompt_loads_nothing(stock):
+def test_batch_with_long_prompt_loads_nothing(versions):
     for name in "ab":
-        put(stock, "v1", Path("adapters") / name)
+        install(versions, "v1", Path("adapters") / name)
     generator = Generator("a", options=ModelOptions(device="cpu"))
     with pytest.raises(GenerationError, match="shorten it"):
         generator.generate_batch([("the actor", "b"), ("w " * 400, None)], SHORT)
     assert (generator.current_adapter, generator.loaded_adapters) == ("a", ["a"])
 
 
-@pytest.mark.parametrize("wrong", [("w " * 400, None), ("the actor", "nothing")])
-def test_failed_batch_keeps_current_weights(stock, texts, wrong):
-    put(stock, "v1", Path("adapters/a"))
+@pytest.mark.parametrize("bad_request", [("w " * 400, None), ("the actor", "nothing")])
+def test_failed_batch_keeps_current_weights(versions, texts, bad_request):
+    install(versions, "v1", Path("adapters/a"))
     generator = Generator("a", options=ModelOptions(device="cpu"))
-    put(stock, "v2", Path("adapters/a"))
+    install(versions, "v2", Path("adapters/a"))
     with pytest.raises((AdapterError, GenerationError)):
-        generator.generate_batch([("the actor", "a"), wrong], SHORT)
+        generator.generate_batch([("the actor", "a"), bad_request], SHORT)
     assert generator.generate("the actor", SHORT).text == texts["v1"]
 
 
 class History:
-    """A generator, and what should be in memory by now: the version of each adapter."""
+    """A generator, with the versions of adapters expected on disk and in memory."""
 
-    def __init__(self, base, stock, texts, adapters):
-        self.stock, self.texts, self.adapters = stock, texts, adapters
+    def __init__(self, base, versions, texts, adapters):
+        self.versions, self.texts, self.adapters = versions, texts, adapters
         self.on_disk, self.in_memory, self.current = {}, {}, None
         self.generator = Generator(adapters_dir=adapters, options=ModelOptions(base=str(base), device="cpu"))
 
     def usable(self, name):
         return name is None or self.on_disk.get(name) in ("v1", "v2", "v3")
 
-    def put(self, name, what):
-        put(self.stock, what, self.adapters / name)
-        self.on_disk[name] = what
+    def install(self, name, version):
+        install(self.versions, version, self.adapters / name)
+        self.on_disk[name] = version
 
     def use(self, name, by_path):
         adapter = self.adapters / name if name and by_path else name
@@ -643,26 +641,26 @@ class History:
                 self.generator.unload(name)
 
     def batch(self, names, too_long):
-        asked = [("the actor", name) for name in names] + [("w " * 400, None)] * too_long
+        requests = [("the actor", name) for name in names] + [("w " * 400, None)] * too_long
         if not too_long and all(map(self.usable, names)):
-            answers = self.generator.generate_batch(asked, SHORT)
+            outputs = self.generator.generate_batch(requests, SHORT)
             self.in_memory |= {name: self.on_disk[name] for name in names if name}
-            assert [answer.text for answer in answers] == [self.texts[self.in_memory.get(name)] for name in names]
+            assert [output.text for output in outputs] == [self.texts[self.in_memory.get(name)] for name in names]
         else:
             with pytest.raises((AdapterError, GenerationError)):
-                self.generator.generate_batch(asked, SHORT)
+                self.generator.generate_batch(requests, SHORT)
 
     def check(self):
         assert self.generator.loaded_adapters == sorted(self.in_memory)
         assert self.generator.current_adapter == self.current
-        answer = self.generator.generate("the actor", SHORT)
-        assert (answer.text, answer.adapter) == (self.texts[self.in_memory.get(self.current)], self.current)
+        output = self.generator.generate("the actor", SHORT)
+        assert (output.text, output.adapter) == (self.texts[self.in_memory.get(self.current)], self.current)
 
 
 NAMES = st.sampled_from("aab")
 STEPS = st.one_of(
-    st.tuples(st.just("put"), NAMES, st.sampled_from(["v1", "v2", "v3"])),
-    st.tuples(st.just("put"), NAMES, st.sampled_from([*DAMAGE, "missing"])),
+    st.tuples(st.just("install"), NAMES, st.sampled_from(["v1", "v2", "v3"])),
+    st.tuples(st.just("install"), NAMES, st.sampled_from([*DAMAGE, "missing"])),
     st.tuples(st.just("use"), NAMES | st.none(), st.booleans()),
     st.tuples(st.just("unload"), NAMES),
     st.tuples(st.just("batch"), st.lists(NAMES | st.none(), min_size=1, max_size=4), st.booleans()),
@@ -673,28 +671,28 @@ STEPS = st.one_of(
     max_examples=20,
     deadline=None,
     database=None,
-    phases=[Phase.generate],  # to shorten a history that fails takes minutes
+    phases=[Phase.generate],  # shrinking a failing history takes minutes
     report_multiple_bugs=False,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.lists(STEPS, min_size=8, max_size=25))
-def test_random_history_matches_fresh_generator(gpt2, stock, texts, tmp_path, steps):
-    history = History(gpt2, stock, texts, Path(tempfile.mkdtemp(dir=tmp_path)))
-    for step in (("put", "a", "v1"), ("put", "b", "v2"), ("use", "a", False), *steps):
+def test_random_history_matches_fresh_generator(gpt2, versions, texts, tmp_path, steps):
+    history = History(gpt2, versions, texts, Path(tempfile.mkdtemp(dir=tmp_path)))
+    for step in (("install", "a", "v1"), ("install", "b", "v2"), ("use", "a", False), *steps):
         getattr(history, step[0])(*step[1:])
         history.check()
 
 
-# the adapters of a batch
+# adapters of a batch
 
 
-def test_batch_loads_adapters_keeps_current(stock, texts):
-    for name, what in (("a", "v1"), ("b", "v2"), ("c", "v3")):
-        put(stock, what, Path("adapters") / name)
+def test_batch_loads_adapters_keeps_current(versions, texts):
+    for name, version in (("a", "v1"), ("b", "v2"), ("c", "v3")):
+        install(versions, version, Path("adapters") / name)
     generator = Generator("a", options=ModelOptions(device="cpu"))
-    asked = [("the actor", adapter) for adapter in ("b", None, Path("adapters/c"), "a", "b")]
-    answers = generator.generate_batch(asked, SHORT)
-    assert [(answer.adapter, answer.text) for answer in answers] == [
+    requests = [("the actor", adapter) for adapter in ("b", None, Path("adapters/c"), "a", "b")]
+    outputs = generator.generate_batch(requests, SHORT)
+    assert [(output.adapter, output.text) for output in outputs] == [
         ("b", texts["v2"]),
         (None, texts[None]),
         ("c", texts["v3"]),
@@ -706,45 +704,45 @@ def test_batch_loads_adapters_keeps_current(stock, texts):
     assert generator.generate_batch([], SHORT) == []
 
 
-ONE_BY_ONE = "This base flattens the rows of a batch, so each adapter runs in its own batch."
+SEPARATE_BATCHES = "This base flattens the rows of a batch, so each adapter runs in its own batch."
 
 
-def test_dora_in_mixed_batch(model_folder, eight):
-    told = []
+def test_dora_in_mixed_batch(model_folder, eight_adapters):
+    notices = []
     generator = Generator(
-        options=ModelOptions(base=str(model_folder), device="cpu", notify=lambda notice: told.append(notice.text))
+        options=ModelOptions(base=str(model_folder), device="cpu", notify=lambda notice: notices.append(notice.text))
     )
-    answers = generator.generate_batch([("the actor", name) for name in ("six", "two", None, "six")], SHORT)
-    assert told == [
+    outputs = generator.generate_batch([("the actor", name) for name in ("six", "two", None, "six")], SHORT)
+    assert notices == [
         f"{name} has no manifest, so only its shapes can be compared with {model_folder}." for name in ("six", "two")
     ]
-    for answer in answers:
-        generator.set_adapter(answer.adapter)
-        assert generator.generate("the actor", SHORT) == answer
+    for output in outputs:
+        generator.set_adapter(output.adapter)
+        assert generator.generate("the actor", SHORT) == output
 
 
-@pytest.mark.parametrize("sampling", [SHORT, SamplingParams(seed=3, max_new_tokens=6, n=2)], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("sampling", [SHORT, SamplingParams(seed=3, max_new_tokens=6, n=2)], ids=["greedy", "sampled"])
 def test_flattened_base_runs_adapters_separately(tmp_path, sampling):
     opt = save_opt(tmp_path / "opt")
-    write(opt, "a", 3, seed=1)
-    write(opt, "b", 2, "fc1,fc2", seed=2, dora=True)
-    told = []
+    save_random_adapter(opt, "a", 3, seed=1)
+    save_random_adapter(opt, "b", 2, "fc1,fc2", seed=2, dora=True)
+    notices = []
     generator = Generator(
-        options=ModelOptions(base=str(opt), device="cpu", notify=lambda notice: told.append(notice.text))
+        options=ModelOptions(base=str(opt), device="cpu", notify=lambda notice: notices.append(notice.text))
     )
-    asked = [(prompt, name) for name in ("a", None, "b", "a") for prompt in ("the actor", "so")]
-    answers = generator.generate_batch(asked, sampling)
-    assert [text for text in told if "no manifest" not in text] == [ONE_BY_ONE]
+    requests = [(prompt, name) for name in ("a", None, "b", "a") for prompt in ("the actor", "so")]
+    outputs = generator.generate_batch(requests, sampling)
+    assert [text for text in notices if "no manifest" not in text] == [SEPARATE_BATCHES]
     assert (generator.current_adapter, generator.loaded_adapters) == (None, ["a", "b"])
     expected = []
-    for prompt, name in asked:
+    for prompt, name in requests:
         fresh = Generator(*[name] if name else [], options=ModelOptions(base=str(opt), device="cpu"))
         expected += fresh.generate_all(prompt, sampling)
-    assert answers == expected
-    assert len({answer.text for answer in answers}) >= 5
-    told.clear()
+    assert outputs == expected
+    assert len({output.text for output in outputs}) >= 5
+    notices.clear()
     generator.generate_batch([("so", "a"), ("the actor", "b")], sampling)
-    assert told == []  # it was said
+    assert notices == []  # sent once only
 
 
 # errors
@@ -753,11 +751,11 @@ def test_flattened_base_runs_adapters_separately(tmp_path, sampling):
 def test_long_prompt_error_states_length(gpt2):
     generator = Generator(options=ModelOptions(base=str(gpt2), device="cpu"))
     for length in (tiny_models.CONTEXT, 1000):
-        prompt = of_length(generator.base.tokenizer, length)
+        prompt = prompt_of_length(generator.base.tokenizer, length)
         with pytest.raises(GenerationError) as error:
             generator.generate_all(prompt)
         assert str(error.value) == f"The prompt has {length:,} tokens, but {gpt2} has a context of 128: shorten it."
-    assert generator.generate(of_length(generator.base.tokenizer, tiny_models.CONTEXT - 1), GREEDY).tokens <= 1
+    assert generator.generate(prompt_of_length(generator.base.tokenizer, tiny_models.CONTEXT - 1), GREEDY).tokens <= 1
 
 
 def test_huge_prompt_is_rejected_before_tokenizing(gpt2, monkeypatch):
@@ -769,29 +767,29 @@ def test_huge_prompt_is_rejected_before_tokenizing(gpt2, monkeypatch):
         generator.encode_prompt("w" * 1_000_000)
 
 
-def test_unload_of_unknown_adapter_fails(gpt2, stock):
+def test_unload_of_unknown_adapter_fails(gpt2, versions):
     generator = Generator(options=ModelOptions(base=str(gpt2), device="cpu"))
     with pytest.raises(GenerationError) as error:
         generator.unload("nothing")
     assert str(error.value) == "No adapter named nothing is loaded. Loaded: none."
-    generator.set_adapter(stock / "v1")
-    generator.set_adapter(stock / "v2")
+    generator.set_adapter(versions / "v1")
+    generator.set_adapter(versions / "v2")
     with pytest.raises(GenerationError) as error:
         generator.unload("nothing")
     assert str(error.value) == "No adapter named nothing is loaded. Loaded: v1, v2."
     assert (generator.current_adapter, generator.loaded_adapters) == ("v2", ["v1", "v2"])
 
 
-def test_same_name_from_two_folders_fails(stock, texts, tmp_path):
+def test_same_name_from_two_folders_fails(versions, texts, tmp_path):
     here, there = Path("adapters/a"), tmp_path / "elsewhere" / "a"
-    put(stock, "v1", here)
-    put(stock, "v2", there)
+    install(versions, "v1", here)
+    install(versions, "v2", there)
     message = f"An adapter named a is already loaded from {here.resolve()}: unload it first."
     with pytest.raises(GenerationError) as error:
         Generator("a", there, options=ModelOptions(device="cpu"))
     assert str(error.value) == message
     generator = Generator("a", options=ModelOptions(device="cpu"))
-    for call in (generator.set_adapter, lambda it: generator.generate_batch([("the actor", it)], SHORT)):
+    for call in (generator.set_adapter, lambda path: generator.generate_batch([("the actor", path)], SHORT)):
         with pytest.raises(GenerationError) as error:
             call(there)
         assert str(error.value) == message
@@ -803,38 +801,38 @@ def test_same_name_from_two_folders_fails(stock, texts, tmp_path):
 
 def test_seeds_wrap_at_maximum(gpt2):
     generator = Generator(options=ModelOptions(base=str(gpt2), device="cpu"))
-    answers = generator.generate_all("so", SamplingParams(seed=2**63 - 1, n=2, max_new_tokens=4))
-    for answer in answers:
-        again = resolve_settings(SamplingParams, {"seed": answer.seed, "max_new_tokens": 4})
-        assert generator.generate("so", again) == answer
+    outputs = generator.generate_all("so", SamplingParams(seed=2**63 - 1, n=2, max_new_tokens=4))
+    for output in outputs:
+        again = resolve_settings(SamplingParams, {"seed": output.seed, "max_new_tokens": 4})
+        assert generator.generate("so", again) == output
 
 
-def test_changed_manifest_base_is_rejected(stock):
-    put(stock, "v1", Path("adapters/a"))
+def test_changed_manifest_base_is_rejected(versions):
+    install(versions, "v1", Path("adapters/a"))
     generator = Generator("a", options=ModelOptions(device="cpu"))
-    put(stock, "other base", Path("adapters/a"))
+    install(versions, "other base", Path("adapters/a"))
     with pytest.raises(WrongBaseError):
         generator.set_adapter("a")
 
 
-# Written ahead, and then decided
+# speculative decoding
 
 
 @pytest.fixture
-def guessing(monkeypatch):
-    """Guess for small models too, and count how often."""
+def draft_counts(monkeypatch):
+    """Draft tokens per round; drafting is enabled for tiny models."""
     from lora_tuner.inference import batch as inference_batch
     from lora_tuner.inference import cpu_decoder, speculative
 
-    rounds = []
-    guess = speculative.DraftDecoder.propose
+    counts = []
+    propose = speculative.DraftDecoder.propose
     monkeypatch.setattr(cpu_decoder, "MIN_DRAFT_HEAD", 0)
     monkeypatch.setattr(inference_batch, "MIN_DRAFT_TOKENS", 1)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(
-        speculative.DraftDecoder, "propose", lambda self, *args: rounds.append(guess(self, *args)) or rounds[-1]
+        speculative.DraftDecoder, "propose", lambda self, *args: counts.append(propose(self, *args)) or counts[-1]
     )
-    return rounds
+    return counts
 
 
 @pytest.mark.parametrize(
@@ -846,47 +844,52 @@ def guessing(monkeypatch):
         SamplingParams(seed=6, max_new_tokens=20, top_k=0, top_p=1.0, temperature=1.5),
     ],
 )
-@pytest.mark.parametrize("good", [True, False])
-def test_speculative_decoding_keeps_text(model_folder, eight, guessing, monkeypatch, sampling, good):
-    """Good ones and bad ones, on the base and on an adapter, streamed and not."""
-    slow = Generator(eight[0], options=ModelOptions(device="cpu"))
-    monkeypatch.setattr(slow.engine.cpu_decoder, "draft_model", None)
-    expected = {name: slow.generate_batch([("the actor", name)], sampling)[0] for name in (None, eight[0])}
-    assert not any(guessing)
-    guessing.clear()
-    generator = Generator(eight[0], options=ModelOptions(device="cpu"))
-    if not good:
+@pytest.mark.parametrize("accurate", [True, False])
+def test_speculative_decoding_keeps_text(model_folder, eight_adapters, draft_counts, monkeypatch, sampling, accurate):
+    """Accurate and wrong draft tokens, on the base and with an adapter."""
+    without_draft = Generator(eight_adapters[0], options=ModelOptions(device="cpu"))
+    monkeypatch.setattr(without_draft.engine.cpu_decoder, "draft_model", None)
+    expected = {
+        name: without_draft.generate_batch([("the actor", name)], sampling)[0] for name in (None, eight_adapters[0])
+    }
+    assert not any(draft_counts)
+    draft_counts.clear()
+    generator = Generator(eight_adapters[0], options=ModelOptions(device="cpu"))
+    if not accurate:
         draft = generator.engine.cpu_decoder.draft_model
         monkeypatch.setattr(draft, "embed", torch.nn.Embedding.from_pretrained(draft.embed.weight.flip(0)))
     pieces = []
-    for name, answer in expected.items():
+    for name, output in expected.items():
         generator.set_adapter(name)
-        assert generator.generate("the actor", sampling, pieces.append) == answer
-        assert "".join(pieces) == answer.text
+        assert generator.generate("the actor", sampling, pieces.append) == output
+        assert "".join(pieces) == output.text
         pieces.clear()
-    assert any(guessing)
-    assert not good or len(guessing) < 2 * 19
+    assert any(draft_counts)
+    assert not accurate or len(draft_counts) < 2 * 19
 
 
-def test_speculative_decoding_respects_limits(model_folder, guessing):
+def test_speculative_decoding_respects_limits(model_folder, draft_counts):
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
-    whole = generator.generate("the actor", GREEDY).text
+    full_text = generator.generate("the actor", GREEDY).text
     for length in range(1, 8):
-        answer = generator.generate("the actor", GREEDY.model_copy(update={"max_new_tokens": length}))
-        assert (answer.tokens, answer.finished) == (length, False)
-        assert whole.startswith(answer.text.removesuffix("\ufffd"))
-    stop = whole[len(whole) // 2 :][:2]
-    assert generator.generate("the actor", GREEDY.model_copy(update={"stop": [stop]})).text == whole[: whole.find(stop)]
+        output = generator.generate("the actor", GREEDY.model_copy(update={"max_new_tokens": length}))
+        assert (output.tokens, output.finished) == (length, False)
+        assert full_text.startswith(output.text.removesuffix("\ufffd"))
+    stop = full_text[len(full_text) // 2 :][:2]
+    assert (
+        generator.generate("the actor", GREEDY.model_copy(update={"stop": [stop]})).text
+        == full_text[: full_text.find(stop)]
+    )
 
 
-def test_unloaded_adapter_is_freed(eight, guessing):
+def test_unloaded_adapter_is_freed(eight_adapters, draft_counts):
     import gc
     import weakref
 
-    generator = Generator(eight[0], options=ModelOptions(device="cpu"))
+    generator = Generator(eight_adapters[0], options=ModelOptions(device="cpu"))
     generator.generate("the actor", GREEDY)
-    tensors = [weakref.ref(update.B) for update in generator.get_or_load(eight[0])[1].layers.values()]
-    assert any(guessing)
-    generator.unload(eight[0])
+    tensors = [weakref.ref(layer_lora.B) for layer_lora in generator.get_or_load(eight_adapters[0])[1].layers.values()]
+    assert any(draft_counts)
+    generator.unload(eight_adapters[0])
     gc.collect()
     assert not any(tensor() is not None for tensor in tensors)
