@@ -528,11 +528,11 @@ def test_int8_loss_has_its_own_cache(model_folder):
 
 def test_pattern_order_changes_loss_key(gpt2, tmp_path):
     """Of a pattern's keys the first that matches counts, so their order decides the scale."""
-    from .inference.test_multi_lora import written
+    from .inference.test_multi_lora import save_peft_adapter
 
     patterns = {"c_attn": 1, "0.attn.c_attn": 60}
     both = (patterns, dict(reversed(patterns.items())))
-    made = [written(gpt2, tmp_path / str(i) / "one", target_modules=["c_attn"]) for i in range(2)]
+    made = [save_peft_adapter(gpt2, tmp_path / str(i) / "one", target_modules=["c_attn"]) for i in range(2)]
     for adapter, pattern in zip(made, both, strict=True):
         config = json.loads((adapter.path / CONFIG_FILE).read_text()) | {"alpha_pattern": pattern}
         (adapter.path / CONFIG_FILE).write_text(json.dumps(config))

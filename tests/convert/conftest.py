@@ -9,7 +9,7 @@ from lora_tuner import Library, train
 from lora_tuner.evaluation import EvalSet
 
 from .. import tiny_models
-from ..inference.test_multi_lora import ALL, ALPHAS, RANKS, SOME, written
+from ..inference.test_multi_lora import ALL, ALPHAS, RANKS, SOME, save_peft_adapter
 
 IDS = torch.arange(7, 307).reshape(15, 20)
 VARIANTS = {
@@ -37,7 +37,7 @@ def make(model_folder, kind, library):
     def write(name, variant="plain", **settings):
         config = {"target_modules": ALL} | VARIANTS[variant] | settings
         config = {key: value[kind] if isinstance(value, dict) else value for key, value in config.items()}
-        return written(model_folder, library.path / name, **config)
+        return save_peft_adapter(model_folder, library.path / name, **config)
 
     return write
 

@@ -25,7 +25,7 @@ from lora_tuner.errors import AdapterError, ConfigError, Notice
 
 from .. import tiny_models
 from ..cli.test_commands import run
-from ..inference.test_multi_lora import written
+from ..inference.test_multi_lora import save_peft_adapter
 from .conftest import IDS, VARIANTS, adapter_deltas, file_names, peft_logits
 
 
@@ -296,7 +296,7 @@ def test_blend_without_held_out_rows_notifies(make, library, model_folder, rows)
 
 
 def test_blend_with_unknown_dataset(two, gpt2, tmp_path, rows):
-    foreign = written(gpt2, tmp_path / "foreign", target_modules=["c_attn"])
+    foreign = save_peft_adapter(gpt2, tmp_path / "foreign", target_modules=["c_attn"])
     made = blend([(two[0], 0.5), (foreign, 0.5)], "mixed", Library(), options=ModelOptions(device="cpu")).adapter
     assert made.manifest.data.name.endswith("reviews.csv + unknown")
     assert made.manifest.data.held_out_rows == made.manifest.result.rows == 8

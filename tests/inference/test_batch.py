@@ -14,7 +14,7 @@ from lora_tuner.inference.cpu_decoder import CpuDecoder, KVCache
 from lora_tuner.inference.sequence import Sequence
 
 from .. import tiny_models
-from .test_multi_lora import written
+from .test_multi_lora import save_peft_adapter
 
 PROMPTS = [
     "the actor",
@@ -34,9 +34,9 @@ def decoder_kind(request, monkeypatch):
 @pytest.fixture
 def generator(model_folder, tmp_path, decoder_kind):
     targets = {"gpt2": ["c_attn", "c_fc"], "llama": ["q_proj", "up_proj"]}[model_folder.name]
-    written(model_folder, tmp_path / "adapters" / "one", target_modules=targets)
-    written(model_folder, tmp_path / "adapters" / "two", target_modules=targets[:1], r=2)
-    written(model_folder, tmp_path / "adapters" / "dora", target_modules=targets, use_dora=True)
+    save_peft_adapter(model_folder, tmp_path / "adapters" / "one", target_modules=targets)
+    save_peft_adapter(model_folder, tmp_path / "adapters" / "two", target_modules=targets[:1], r=2)
+    save_peft_adapter(model_folder, tmp_path / "adapters" / "dora", target_modules=targets, use_dora=True)
     return Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
 
 
@@ -204,7 +204,7 @@ def test_unloaded_adapter_finishes_running_sequences(generator):
 def test_max_resident_drops_least_recently_used(model_folder, tmp_path):
     target = {"gpt2": ["c_attn"], "llama": ["q_proj"]}[model_folder.name]
     for name in "abcd":
-        written(model_folder, tmp_path / "adapters" / name, target_modules=target)
+        save_peft_adapter(model_folder, tmp_path / "adapters" / name, target_modules=target)
     generator = Generator(max_resident=2, options=ModelOptions(base=str(model_folder), device="cpu"))
     generator.set_adapter("a")
     generator.get_or_load("b")

@@ -1,4 +1,4 @@
-"""Our own way through a base gives what transformers gives."""
+"""CpuDecoder gives the logits of transformers."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_left_padding_keeps_logits(base):
 
 
 def test_single_row_matches_batch(base):
-    """A single token takes a way of its own through the norms."""
+    """A single token uses a separate implementation of RMSNorm."""
     decoder = CpuDecoder.for_base(base)
     with torch.inference_mode():
         together, single = KVCache(decoder, 2, 4, [0, 0]), KVCache(decoder, 1, 4, [0])
@@ -53,7 +53,7 @@ def test_single_row_matches_batch(base):
 
 
 def test_decoder_leaves_base_unchanged(model_folder, base):
-    """Layers that are joined share their memory with the model's own."""
+    """Fused layers share memory with the layers of the model."""
     ids = torch.arange(10)[None]
     before = base.model(ids).logits
     CpuDecoder.for_base(base)
@@ -95,7 +95,7 @@ def test_last_only_gives_last_logits(base):
     [{"sliding_window": 4}, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}],
 )
 def test_sliding_window_and_dynamic_rope_unsupported(tmp_path, changes):
-    """A few tokens would not show the difference."""
+    """A short probe would not detect the difference."""
     size = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
     for settings, expected in (({"sliding_window": None}, True), ({"sliding_window": None} | changes, False)):
@@ -121,7 +121,7 @@ def test_unsupported_bases_use_transformers(tmp_path, base, model_folder, monkey
     monkeypatch.setattr(
         CpuDecoder, "forward", lambda self, ids, cache, lora=None, last_only=False: torch.zeros(1, ids.shape[1], 320)
     )
-    assert CpuDecoder.for_base(base) is None  # other figures
+    assert CpuDecoder.for_base(base) is None  # different logits
     assert (
         Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
         .generate("so", SamplingParams(max_new_tokens=2))

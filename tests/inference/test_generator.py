@@ -261,7 +261,7 @@ def test_damaged_adapter_is_rejected(adapter):
     data[-2] ^= 1
     path.write_bytes(data)
     with pytest.raises(
-        AdapterError, match=r"reviews is damaged: adapter_model\.safetensors is not the file that manifest"
+        AdapterError, match=r"reviews is damaged: adapter_model\.safetensors does not match its hash in manifest"
     ):
         Generator("reviews", options=ModelOptions(device="cpu"))
     (adapter.path / MANIFEST_FILE).unlink()

@@ -1,4 +1,4 @@
-"""The way through transformers, for kinds of models that keep their past in different ways."""
+"""HFDecoder with models that have different kinds of caches."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ KINDS = {
 }
 
 
-def save(kind, folder):
+def save_model(kind, folder):
     if kind == "OPT":
         return save_opt(folder)
     torch.manual_seed(0)
@@ -57,11 +57,11 @@ def save(kind, folder):
 
 @pytest.fixture(params=["OPT", *KINDS])
 def generator(request, tmp_path):
-    return Generator(options=ModelOptions(base=str(save(request.param, tmp_path / request.param)), device="cpu"))
+    return Generator(options=ModelOptions(base=str(save_model(request.param, tmp_path / request.param)), device="cpu"))
 
 
-def alone(generator, prompt):
-    """What transformers writes by itself."""
+def transformers_tokens(generator, prompt):
+    """Generate with transformers' own `generate`."""
     inputs = generator.base.tokenizer(prompt, return_tensors="pt")
     model = generator.base.model
     output = model.generate(
@@ -72,33 +72,33 @@ def alone(generator, prompt):
 
 def test_batch_matches_transformers(generator):
     assert generator.engine.cpu_decoder is None
-    rows = [Sequence(generator.base, generator.encode_prompt(prompt).token_ids, GREEDY) for prompt in PROMPTS]
-    for number in range(4):  # each comes when others are under way
-        generator.engine.add([rows[number]])
+    sequences = [Sequence(generator.base, generator.encode_prompt(prompt).token_ids, GREEDY) for prompt in PROMPTS]
+    for number in range(4):  # each joins while others are decoding
+        generator.engine.add([sequences[number]])
         generator.engine.step()
     while generator.engine.sequences:
         generator.engine.step()
-    for prompt, row in zip(PROMPTS, rows, strict=True):
-        expected = alone(generator, prompt)
-        assert row.output_ids == (expected[: expected.index(0)] if 0 in expected else expected)
+    for prompt, sequence in zip(PROMPTS, sequences, strict=True):
+        expected = transformers_tokens(generator, prompt)
+        assert sequence.output_ids == (expected[: expected.index(0)] if 0 in expected else expected)
 
 
 def test_unknown_cache_recomputes_sequence(tmp_path):
-    told = []
-    folder = save("Mistral", tmp_path / "base")
+    notices = []
+    folder = save_model("Mistral", tmp_path / "base")
     expected = Generator(options=ModelOptions(base=str(folder), device="cpu")).generate("the actor", GREEDY)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lora_tuner.inference.hf_decoder.HFDecoder._matches_solo_logits", lambda self: False)
         generator = Generator(
-            options=ModelOptions(base=str(folder), device="cpu", notify=lambda event: told.append(event.text))
+            options=ModelOptions(base=str(folder), device="cpu", notify=lambda event: notices.append(event.text))
         )
         assert generator.generate("the actor", GREEDY) == expected
-    assert told == [f"{folder} has no standard KV cache: the whole sequence is recomputed for every token."]
+    assert notices == [f"{folder} has no standard KV cache: the whole sequence is recomputed for every token."]
 
 
 def test_all_but_mamba_have_cache(generator):
-    stock = generator.engine.hf_decoder
-    assert stock.has_cache == (type(generator.base.model).__name__ != "MambaForCausalLM")
+    decoder = generator.engine.hf_decoder
+    assert decoder.has_cache == (type(generator.base.model).__name__ != "MambaForCausalLM")
 
 
 def test_kv_bytes_per_token_is_positive(generator):

@@ -1,4 +1,4 @@
-"""Tokens come as often as they are likely, whatever is asked twice."""
+"""Sampled tokens follow their probabilities; a position uses the same noise twice."""
 
 import itertools
 import math
@@ -14,8 +14,8 @@ from lora_tuner.inference import sampling as inference_sampling
 LOGITS = [2.0, -1.0, 0.5, 1.9, -3.0, 1.0, 0.4]
 
 
-def likely(temperature, top_k, top_p, repetition_penalty):
-    """The share of each token, by hand: 0 and 1 have been written before."""
+def token_probabilities(temperature, top_k, top_p, repetition_penalty):
+    """Probability of each token, computed in plain Python; tokens 0 and 1 are in the prompt."""
     logits = [
         (logit / repetition_penalty if logit > 0 else logit * repetition_penalty) if token < 2 else logit
         for token, logit in enumerate(LOGITS)
@@ -32,11 +32,14 @@ def likely(temperature, top_k, top_p, repetition_penalty):
     return {token: weights[token] / total for token in kept}
 
 
-def surprise(seen, shares):
-    """Pearson's chi-square; with 12 degrees of freedom it is above 40 once in 15,000 times, with fewer more rarely."""
-    total = sum(seen.values())
-    assert set(seen) <= set(shares)
-    return sum((seen[token] - total * share) ** 2 / (total * share) for token, share in shares.items())
+def chi_square(counts, probabilities):
+    """Pearson's chi-square; with at most 12 degrees of freedom above 40 once in 15,000 times."""
+    total = sum(counts.values())
+    assert set(counts) <= set(probabilities)
+    return sum(
+        (counts[token] - total * probability) ** 2 / (total * probability)
+        for token, probability in probabilities.items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,39 +59,39 @@ def surprise(seen, shares):
 )
 def test_sampled_frequencies_match_probabilities(settings, tokens):
     settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0} | settings
-    sampling, written, logits = SamplingParams(**settings), torch.tensor([[0, 1, 0]]), torch.tensor([LOGITS])
-    seen = Counter(
-        inference_sampling.make_logits_processors(sampling, seed)(written, logits.clone()).argmax().item()
+    sampling, prompt, logits = SamplingParams(**settings), torch.tensor([[0, 1, 0]]), torch.tensor([LOGITS])
+    counts = Counter(
+        inference_sampling.make_logits_processors(sampling, seed)(prompt, logits.clone()).argmax().item()
         for seed in range(4000)
     )
-    shares = likely(**settings)
-    assert len(shares) == tokens
-    assert surprise(seen, shares) < 40
+    probabilities = token_probabilities(**settings)
+    assert len(probabilities) == tokens
+    assert chi_square(counts, probabilities) < 40
 
 
 def test_successive_samples_are_independent():
     logits = torch.tensor([[1.0, 0.0, 0.5]])
-    chain = inference_sampling.make_logits_processors(
+    processors = inference_sampling.make_logits_processors(
         SamplingParams(temperature=1.0, top_p=1.0, top_k=0, repetition_penalty=1.0), 3
     )
     texts = [torch.zeros(1, length, dtype=torch.int64) for length in range(1, 4001)]
-    drawn = [chain(text, logits.clone()).argmax().item() for text in texts]
-    share = torch.softmax(logits[0].double(), 0).tolist()
-    pairs = {(a, b): share[a] * share[b] for a in range(3) for b in range(3)}
-    assert surprise(Counter(itertools.pairwise(drawn)), pairs) < 40
-    neighbours = [
+    samples = [processors(text, logits.clone()).argmax().item() for text in texts]
+    probability = torch.softmax(logits[0].double(), 0).tolist()
+    pairs = {(a, b): probability[a] * probability[b] for a in range(3) for b in range(3)}
+    assert chi_square(Counter(itertools.pairwise(samples)), pairs) < 40
+    first_samples = [
         inference_sampling.make_logits_processors(SamplingParams(seed=0), seed)(torch.tensor([[0]]), logits)
         .argmax()
         .item()
         for seed in range(4000)
     ]
-    assert surprise(Counter(itertools.pairwise(neighbours)), _of_pairs(neighbours)) < 40
+    assert chi_square(Counter(itertools.pairwise(first_samples)), _pair_probabilities(first_samples)) < 40
 
 
-def _of_pairs(drawn):
-    """How often each pair would come if neighbours had nothing to do with each other."""
-    share = {token: count / len(drawn) for token, count in Counter(drawn).items()}
-    return {(a, b): share[a] * share[b] for a in share for b in share}
+def _pair_probabilities(samples):
+    """Probability of each pair if successive samples are independent."""
+    probability = {token: count / len(samples) for token, count in Counter(samples).items()}
+    return {(a, b): probability[a] * probability[b] for a in probability for b in probability}
 
 
 @pytest.mark.parametrize(
@@ -108,15 +111,15 @@ def test_top_k_top_p_match_transformers(top_k, top_p, first, monkeypatch):
 
 
 def test_repeated_position_reuses_noise():
-    """And the places after it have the luck that they would have had."""
+    """Later positions get the noise that they would have had."""
     logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(0))
     texts = [torch.zeros(1, length, dtype=torch.int64) for length in range(5, 15)]
     once, again = (inference_sampling.make_logits_processors(SamplingParams(), 7) for _ in range(2))
     expected = [once(text, logits).argmax().item() for text in texts]
-    found = []
-    for place in range(0, 10, 2):
-        pair = texts[place : place + 2]
-        guesses = [again(text, logits).argmax().item() for text in pair]
-        found += [again(text, logits).argmax().item() for text in pair]
-        assert found[-2:] == guesses
-    assert found == expected
+    repeated = []
+    for position in range(0, 10, 2):
+        pair = texts[position : position + 2]
+        proposed = [again(text, logits).argmax().item() for text in pair]
+        repeated += [again(text, logits).argmax().item() for text in pair]
+        assert repeated[-2:] == proposed
+    assert repeated == expected

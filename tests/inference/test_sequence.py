@@ -1,4 +1,4 @@
-"""Text from tokens, as they come."""
+"""Incremental text, log-probabilities and the end of a sequence."""
 
 import pytest
 import torch
@@ -16,12 +16,12 @@ from .. import tiny_models
 BYTES = tiny_models.tokenizer()
 
 
-def ids_of(text):
+def encode(text):
     return BYTES(text)["input_ids"]
 
 
-def whole(tokenizer, prompt, new):
-    """The text of all tokens at once, without that of the prompt."""
+def decode_all(tokenizer, prompt, new):
+    """Decode all tokens at once, without the text of the prompt."""
 
     def decode(ids):
         return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -32,61 +32,61 @@ def whole(tokenizer, prompt, new):
 @pytest.mark.parametrize("prompt", ["the actor", "", "☕", "the actor "])
 @pytest.mark.parametrize("text", [" never works. 👩‍👩‍👧 ☕☕ ü\n\n x", "  ", "\ufffd a \ufffd"])
 def test_incremental_text_equals_full_decode(prompt, text):
-    new = ids_of(text)
-    made = IncrementalDetokenizer(BYTES, ids_of(prompt))
+    new = encode(text)
+    detokenizer = IncrementalDetokenizer(BYTES, encode(prompt))
     for token in new:
-        before = made.stable_text
-        made.append(token)
-        assert made.stable_text.startswith(before)
-        assert "\ufffd" in text or "\ufffd" not in made.stable_text
-    made.finish()
-    assert made.text == whole(BYTES, ids_of(prompt), new) == text
+        before = detokenizer.stable_text
+        detokenizer.append(token)
+        assert detokenizer.stable_text.startswith(before)
+        assert "\ufffd" in text or "\ufffd" not in detokenizer.stable_text
+    detokenizer.finish()
+    assert detokenizer.text == decode_all(BYTES, encode(prompt), new) == text
 
 
 def test_incomplete_characters_are_flushed():
-    half = ids_of("☕")[:-1]
-    made = IncrementalDetokenizer(BYTES, ids_of("so"))
+    half = encode("☕")[:-1]
+    detokenizer = IncrementalDetokenizer(BYTES, encode("so"))
     for token in half:
-        made.append(token)
-    assert made.stable_text == ""
-    made.finish()
-    assert made.text == whole(BYTES, ids_of("so"), half)
-    assert set(made.text) == {"\ufffd"}
-    made = IncrementalDetokenizer(BYTES, ids_of("so"))
-    for token in [*half, *ids_of("abc")]:
-        made.append(token)
-    assert made.stable_text == whole(BYTES, ids_of("so"), half + ids_of("abc"))
+        detokenizer.append(token)
+    assert detokenizer.stable_text == ""
+    detokenizer.finish()
+    assert detokenizer.text == decode_all(BYTES, encode("so"), half)
+    assert set(detokenizer.text) == {"\ufffd"}
+    detokenizer = IncrementalDetokenizer(BYTES, encode("so"))
+    for token in [*half, *encode("abc")]:
+        detokenizer.append(token)
+    assert detokenizer.stable_text == decode_all(BYTES, encode("so"), half + encode("abc"))
 
 
 def test_spaces_between_tokens_are_kept():
-    """As Llama's first: a word's space is part of its token, and the decoder drops the first one."""
+    """As in Llama 1: a word's space is part of its token, and the decoder drops the first one."""
     words = {"<unk>": 0, "▁the": 1, "▁actor": 2, "s": 3, "▁never": 4}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
-    made = IncrementalDetokenizer(tokenizer, [1])
+    detokenizer = IncrementalDetokenizer(tokenizer, [1])
     for token in (2, 3, 4, 4, 1, 2, 1, 2, 3):
-        made.append(token)
-    made.finish()
-    assert made.text == " actors never never the actor the actors"
+        detokenizer.append(token)
+    detokenizer.finish()
+    assert detokenizer.text == " actors never never the actor the actors"
 
 
 @pytest.mark.parametrize("prompt", ["", "so ", "😂😂", "a😂😂😂"])
 def test_byte_tokens_form_whole_characters(prompt):
-    """As in Llama 2 and Mistral: bytes beside each other become text together, or none of them does."""
+    """As in Llama 2 and Mistral: adjacent byte tokens become text together or not at all."""
     words = {"<unk>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)}
     backend = Tokenizer(models.BPE(words, [], unk_token="<unk>", byte_fallback=True))
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     text = "😂😂😂! ☕👩‍👩‍👧ü x"
-    made = IncrementalDetokenizer(tokenizer, tokenizer(prompt)["input_ids"])
+    detokenizer = IncrementalDetokenizer(tokenizer, tokenizer(prompt)["input_ids"])
     for token in tokenizer(text)["input_ids"]:
-        made.append(token)
-        assert text.startswith(made.stable_text)
-    made.finish()
-    assert made.text == text
+        detokenizer.append(token)
+        assert text.startswith(detokenizer.stable_text)
+    detokenizer.finish()
+    assert detokenizer.text == text
 
 
 def test_special_tokens_keep_following_space():
@@ -94,35 +94,35 @@ def test_special_tokens_keep_following_space():
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
-    made = IncrementalDetokenizer(tokenizer, [1] + [3] * 8)
+    detokenizer = IncrementalDetokenizer(tokenizer, [1] + [3] * 8)
     for token in [2] + [3] * 8 + [1]:
-        made.append(token)
-    made.finish()
-    assert made.text == " actor the"
+        detokenizer.append(token)
+    detokenizer.finish()
+    assert detokenizer.text == " actor the"
 
 
 @pytest.mark.parametrize("stop", [["actor"], ["ctor w", "zzz"], ["or", "actor"], ["☕ b"], [" "], ["a" * 50]])
 def test_stop_string_at_any_token_boundary(stop):
     text = " one actor ☕ but actor works"
-    expected = text[: min([text.find(it) for it in stop if it in text], default=len(text))]
-    made = IncrementalDetokenizer(BYTES, ids_of("actor"), stop)
-    for token in ids_of(text):
-        made.append(token)
-        assert expected.startswith(made.stable_text)
-        if made.stopped:
+    expected = text[: min([text.find(string) for string in stop if string in text], default=len(text))]
+    detokenizer = IncrementalDetokenizer(BYTES, encode("actor"), stop)
+    for token in encode(text):
+        detokenizer.append(token)
+        assert expected.startswith(detokenizer.stable_text)
+        if detokenizer.stopped:
             break
-    made.finish()
-    assert made.text == expected
-    assert made.stopped == any(it in text for it in stop)
+    detokenizer.finish()
+    assert detokenizer.text == expected
+    assert detokenizer.stopped == any(string in text for string in stop)
 
 
 def test_stop_string_in_flushed_text():
-    made = IncrementalDetokenizer(BYTES, ids_of("so"), ["\ufffd"])
-    for token in ids_of("ab") + ids_of("☕")[:-1]:
-        made.append(token)
-    assert not made.stopped
-    made.finish()
-    assert (made.text, made.stopped) == ("ab", True)
+    detokenizer = IncrementalDetokenizer(BYTES, encode("so"), ["\ufffd"])
+    for token in encode("ab") + encode("☕")[:-1]:
+        detokenizer.append(token)
+    assert not detokenizer.stopped
+    detokenizer.finish()
+    assert (detokenizer.text, detokenizer.stopped) == ("ab", True)
 
 
 @pytest.fixture
@@ -130,57 +130,61 @@ def base(gpt2):
     return load_base(find_base(str(gpt2)), ModelOptions(device="cpu"))
 
 
-def spread(seed):
+def random_logits(seed):
     return torch.randn(320, generator=torch.Generator().manual_seed(seed))
 
 
 def test_logprobs_are_log_softmax(base):
-    row = Sequence(base, ids_of("the"), SamplingParams(max_new_tokens=3, temperature=0.7), seed=4, top_logprobs=3)
-    taken = [row.append_token(spread(number)) for number in range(3)]
-    for number, (token, chance) in enumerate(zip(taken, row.logprobs, strict=True)):
-        found = spread(number).log_softmax(-1)
-        assert chance.token == token
-        assert chance.logprob == pytest.approx(float(found[token]))
-        assert [place for place, _ in chance.top] == found.topk(3).indices.tolist()
-        assert [value for _, value in chance.top] == pytest.approx(found.topk(3).values.tolist())
+    sequence = Sequence(base, encode("the"), SamplingParams(max_new_tokens=3, temperature=0.7), seed=4, top_logprobs=3)
+    tokens = [sequence.append_token(random_logits(number)) for number in range(3)]
+    for number, (token, recorded) in enumerate(zip(tokens, sequence.logprobs, strict=True)):
+        logprobs = random_logits(number).log_softmax(-1)
+        assert recorded.token == token
+        assert recorded.logprob == pytest.approx(float(logprobs[token]))
+        assert [token for token, _ in recorded.top] == logprobs.topk(3).indices.tolist()
+        assert [value for _, value in recorded.top] == pytest.approx(logprobs.topk(3).values.tolist())
 
 
 def test_logprobs_are_optional(base):
-    row = Sequence(base, ids_of("the"), SamplingParams(max_new_tokens=3, greedy=True))
-    row.append_token(spread(0))
-    assert row.logprobs == []
-    none = Sequence(base, ids_of("the"), SamplingParams(max_new_tokens=3, greedy=True), top_logprobs=0)
-    none.append_token(spread(0))
+    sequence = Sequence(base, encode("the"), SamplingParams(max_new_tokens=3, greedy=True))
+    sequence.append_token(random_logits(0))
+    assert sequence.logprobs == []
+    none = Sequence(base, encode("the"), SamplingParams(max_new_tokens=3, greedy=True), top_logprobs=0)
+    none.append_token(random_logits(0))
     assert none.logprobs[0].top == []
 
 
 def test_sequence_ends_at_limit_eos_nan(base):
-    row = Sequence(base, ids_of("the"), SamplingParams(max_new_tokens=2, greedy=True))
+    sequence = Sequence(base, encode("the"), SamplingParams(max_new_tokens=2, greedy=True))
     for number in range(2):
-        assert not row.done
-        row.append_token(spread(number))
-    assert (row.done, row.complete, row.finished) == (True, True, False)
-    row = Sequence(base, ids_of("the"), SamplingParams(max_new_tokens=9, greedy=True))
-    row.append_token(torch.nn.functional.one_hot(torch.tensor(0), 320).float())
-    assert (row.done, row.complete, row.finished, row.output_ids) == (True, True, True, [])
-    row = Sequence(base, ids_of("the"), SamplingParams(max_new_tokens=9, greedy=True), adapter="loud")
-    row.append_token(torch.full((320,), float("nan")))
-    assert (row.done, row.complete, row.finished) == (True, True, False)
-    assert str(row.error).startswith("loud produces logits that are not finite")
+        assert not sequence.done
+        sequence.append_token(random_logits(number))
+    assert (sequence.done, sequence.complete, sequence.finished) == (True, True, False)
+    sequence = Sequence(base, encode("the"), SamplingParams(max_new_tokens=9, greedy=True))
+    sequence.append_token(torch.nn.functional.one_hot(torch.tensor(0), 320).float())
+    assert (sequence.done, sequence.complete, sequence.finished, sequence.output_ids) == (True, True, True, [])
+    sequence = Sequence(base, encode("the"), SamplingParams(max_new_tokens=9, greedy=True), adapter="loud")
+    sequence.append_token(torch.full((320,), float("nan")))
+    assert (sequence.done, sequence.complete, sequence.finished) == (True, True, False)
+    assert str(sequence.error).startswith("loud produces logits that are not finite")
 
 
 def test_generation_config_eos_ends_sequence(gpt2):
-    """The end of a turn is not always the tokenizer's end of a text."""
+    """The end of a turn may differ from the end-of-text token of the tokenizer."""
     base = load_base(find_base(str(gpt2)), ModelOptions(device="cpu"))
     base.model.generation_config.eos_token_id = [0, 7]
-    row = Sequence(base, ids_of("the"), SamplingParams(max_new_tokens=9, greedy=True))
-    row.append_token(torch.nn.functional.one_hot(torch.tensor(7), 320).float())
-    assert (row.finished, row.output_ids) == (True, [])
+    sequence = Sequence(base, encode("the"), SamplingParams(max_new_tokens=9, greedy=True))
+    sequence.append_token(torch.nn.functional.one_hot(torch.tensor(7), 320).float())
+    assert (sequence.finished, sequence.output_ids) == (True, [])
 
 
 def test_token_buffer_grows_on_demand(base):
-    row = Sequence(base, ids_of("the"), SamplingParams(max_new_tokens=10**9, greedy=True, repetition_penalty=2.0))
-    assert row.max_new_tokens == tiny_models.CONTEXT - len(row.prompt_ids)
-    assert row.token_ids.numel() == len(row.prompt_ids)
-    taken = [row.append_token(spread(number)) for number in range(30)]
-    assert row.token_ids[0, : row.length].tolist() == row.prompt_ids + row.output_ids == ids_of("the") + taken
+    sequence = Sequence(base, encode("the"), SamplingParams(max_new_tokens=10**9, greedy=True, repetition_penalty=2.0))
+    assert sequence.max_new_tokens == tiny_models.CONTEXT - len(sequence.prompt_ids)
+    assert sequence.token_ids.numel() == len(sequence.prompt_ids)
+    tokens = [sequence.append_token(random_logits(number)) for number in range(30)]
+    assert (
+        sequence.token_ids[0, : sequence.length].tolist()
+        == sequence.prompt_ids + sequence.output_ids
+        == encode("the") + tokens
+    )

@@ -15,7 +15,7 @@ from lora_tuner.inference.sequence import Sequence
 from lora_tuner.server import scheduler as module
 from lora_tuner.server.scheduler import Request, Scheduler
 
-from ..inference.test_multi_lora import written
+from ..inference.test_multi_lora import save_peft_adapter
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=8, repetition_penalty=1.0)
 
@@ -253,7 +253,7 @@ def test_failed_step_fails_its_batch_alone(generator, start):
 
 
 def test_failed_sequence_fails_its_request_alone(generator, start, gpt2, tmp_path):
-    adapter = written(gpt2, tmp_path / "one", target_modules=["c_attn"])
+    adapter = save_peft_adapter(gpt2, tmp_path / "one", target_modules=["c_attn"])
     loaded = generator.get_or_load(adapter.path)[1]
     layers = {name: type(layer)(layer.A, layer.B * float("nan")) for name, layer in loaded.layers.items()}
     scheduler, bad, good = start(), make_request(generator, count=3), make_request(generator)
