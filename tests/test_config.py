@@ -7,7 +7,7 @@ import yaml
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from lora_tuner import Generator, Library, ModelOptions, hub, push, resume, run_sweep, train
+from lora_tuner import Generator, Library, ModelOptions, hub, push, resume, train
 from lora_tuner.adapters.adapter import MANIFEST_FILE, RUN_FILE, WEIGHTS_FILE, verify_adapter
 from lora_tuner.cli.app import app
 from lora_tuner.config import (
@@ -20,7 +20,6 @@ from lora_tuner.config import (
 )
 from lora_tuner.errors import ConfigError
 from lora_tuner.training.checkpoints import HASHES_FILE, finalize, list_checkpoints
-from lora_tuner.training.sweep import STATE_FILE, resume_sweep
 
 
 def refusal(given, kind=TrainConfig, file=None):
@@ -317,22 +316,6 @@ def test_stopped_run_with_old_keys_resumes_bitwise(settings, stop_at):
     write_old_keys(resumed.path / RUN_FILE)
     repeated = train(resolve_settings(TrainConfig, {"name": "repeated"}, resumed.path / RUN_FILE))
     assert repeated.sha256 == expected.sha256
-
-
-def test_stopped_sweep_with_old_keys_resumes_bitwise(settings, stop_at):
-    def trials(name):
-        return [settings(rank=rank, max_grad_norm=0.5, name=name) for rank in (2, 4)]
-
-    run_sweep(trials("whole"))
-    with stop_at(3, within="stopped-r4"):
-        run_sweep(trials("stopped"))
-    state_file = Path("runs/stopped.ladder", STATE_FILE)
-    assert "max_grad_norm: 0.5" in state_file.read_text()
-    state_file.write_text(state_file.read_text().replace("max_grad_norm:", "clip:"))
-    resume_sweep("stopped")
-    library = Library(Path("adapters"))
-    for trial in ("r2", "r4"):
-        assert library.get(f"stopped-{trial}").sha256 == library.get(f"whole-{trial}").sha256
 
 
 def test_old_run_yaml_is_pushed_with_new_keys(adapter, monkeypatch):
