@@ -1,5 +1,5 @@
-"""Writing with one model: this tool, stock `generate`, llama.cpp where its Python package is installed; the floor, which is
-the bare matrix-vector products of a token; and a cold start."""
+"""Generation with one model: lora_tuner, transformers' `generate`, llama.cpp if installed, bare
+matrix products as the lower bound; and a cold start."""
 
 import importlib.metadata
 import importlib.util
@@ -21,7 +21,7 @@ from lora_tuner.models.lora import linear_layers
 from lora_tuner.models.resolve import find_base, quiet_transformers
 
 from . import recipes
-from .measure import Figure, figure, in_turns
+from .measure import Figure, figure, median_seconds
 
 PROMPT, PROMPTS, NEW_TOKENS, HELD_OUT = "This film is about a man who", 8, 64, 100
 GREEDY = SamplingParams(greedy=True, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0)
@@ -45,54 +45,54 @@ for _ in sys.stdin:
 
 def run(rounds: int) -> list[Figure]:
     """Takes some minutes."""
-    return [*_tokens_a_second(rounds), *_growth(rounds), *_loss_of_int8(), *_cold(rounds)]
+    return [*_throughput(rounds), *_scaling(rounds), *_int8_loss(), *_cold_start(rounds)]
 
 
-def _tokens_a_second(rounds: int) -> list[Figure]:
-    exact, small = (Generator(options=ModelOptions(base=EMBEDDED_BASE, dtype=dtype)) for dtype in ("float32", "int8"))
+def _throughput(rounds: int) -> list[Figure]:
+    float32, int8 = (Generator(options=ModelOptions(base=EMBEDDED_BASE, dtype=dtype)) for dtype in ("float32", "int8"))
     model, tokenizer = recipes.stock(EMBEDDED_BASE)
-    theirs = {rows: partial(_stock, model, tokenizer, rows) for rows in (1, PROMPTS)}
-    ours = {rows: partial(exact.generate_batch, [(PROMPT, None)] * rows, GREEDY) for rows in (1, PROMPTS)}
-    int8 = {rows: partial(small.generate_batch, [(PROMPT, None)] * rows, GREEDY) for rows in (1, PROMPTS)}
-    text = theirs[1]()
-    same = "the same text" if ours[1]()[0].text == text else "ANOTHER TEXT"
+    text = float32.generate_batch([(PROMPT, None)], GREEDY)[0].text
+    comparison = "same text" if text == _stock_generate(model, tokenizer, 1) else "DIFFERENT TEXT"
     figures = []
     for rows in (1, PROMPTS):
-        ways: dict[str, Callable[[], Any]] = {
-            "stock generate, float32": theirs[rows],
-            "ours, float32": ours[rows],
-            "ours, int8": int8[rows],
-            "bare products, float32": partial(_floor, model, rows),
+        requests = [(PROMPT, None)] * rows
+        candidates: dict[str, Callable[[], Any]] = {
+            "stock generate, float32": partial(_stock_generate, model, tokenizer, rows),
+            "lora_tuner, float32": partial(float32.generate_batch, requests, GREEDY),
+            "lora_tuner, int8": partial(int8.generate_batch, requests, GREEDY),
+            "bare products, float32": partial(_bare_products, model, rows),
         }
-        if rows == 1 and (llama := _llama()) is not None:
-            ways["llama.cpp, its Q4_1 file"] = llama
-        medians = in_turns(ways, rounds)
+        if rows == 1 and (llama := _llama_cpp()) is not None:
+            candidates["llama.cpp, its Q4_1 file"] = llama
+        medians = median_seconds(candidates, rounds)
         stock = medians["stock generate, float32"]
-        for way, taken in medians.items():
-            note = f"{stock / taken:.2f} x stock" + (f", {same}" if way == "ours, float32" else "")
-            figures.append(figure(f"{rows} x {NEW_TOKENS} tokens: {way}", rows * NEW_TOKENS / taken, "tokens/s", note))
+        for name, duration in medians.items():
+            note = f"{stock / duration:.2f} x stock"
+            if name == "lora_tuner, float32":
+                note += f", {comparison}"
+            label = f"{rows} x {NEW_TOKENS} tokens: {name}"
+            figures.append(figure(label, rows * NEW_TOKENS / duration, "tokens/s", note))
     return figures
 
 
-def _growth(rounds: int) -> list[Figure]:
-    """With more prompts at once, and longer answers."""
+def _scaling(rounds: int) -> list[Figure]:
+    """Throughput with more prompts per batch, and with longer outputs."""
     generator = Generator(options=ModelOptions(base=EMBEDDED_BASE, dtype="float32"))
     shapes = [(rows, NEW_TOKENS) for rows in (2, 4, 16, 32)] + [(1, tokens) for tokens in (16, 256, 512)]
 
-    def write(rows: int, tokens: int) -> None:
-        answers = generator.generate_batch(
-            [(PROMPT, None)] * rows, GREEDY.model_copy(update={"max_new_tokens": tokens})
-        )
-        assert all(answer.tokens == tokens for answer in answers), "all rows write to the end"
+    def generate(rows: int, tokens: int) -> None:
+        sampling = GREEDY.model_copy(update={"max_new_tokens": tokens})
+        outputs = generator.generate_batch([(PROMPT, None)] * rows, sampling)
+        assert all(output.tokens == tokens for output in outputs), "an output ended early"
 
-    times = in_turns({f"{rows} x {tokens}": partial(write, rows, tokens) for rows, tokens in shapes}, rounds)
+    times = median_seconds({f"{rows} x {tokens}": partial(generate, rows, tokens) for rows, tokens in shapes}, rounds)
     return [
         figure(f"{rows} x {tokens} tokens, float32", rows * tokens / times[f"{rows} x {tokens}"], "tokens/s")
         for rows, tokens in shapes
     ]
 
 
-def _stock(model: Any, tokenizer: Any, rows: int) -> str:
+def _stock_generate(model: Any, tokenizer: Any, rows: int) -> str:
     inputs = tokenizer([PROMPT] * rows, return_tensors="pt")
     settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": tokenizer.eos_token_id}
     with torch.inference_mode(), quiet_transformers():
@@ -100,8 +100,8 @@ def _stock(model: Any, tokenizer: Any, rows: int) -> str:
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
 
 
-def _floor(model: Any, rows: int) -> None:
-    """The products of all tokens with nothing between them."""
+def _bare_products(model: Any, rows: int) -> None:
+    """Only the matrix products of all tokens."""
     weights = [layer.weight for layer in linear_layers(model).values()] + [model.get_output_embeddings().weight]
     inputs = {size: torch.randn(rows, size) for size in {weight.shape[1] for weight in weights}}
     with torch.inference_mode():
@@ -110,10 +110,11 @@ def _floor(model: Any, rows: int) -> None:
                 torch.nn.functional.linear(inputs[weight.shape[1]], weight)
 
 
-def _llama() -> Callable[[], Any] | None:
-    """llama.cpp on the very file that the embedded base was made from; None where it is not installed, or does not run.
+def _llama_cpp() -> Callable[[], Any] | None:
+    """llama.cpp with the file that the embedded base was converted from; None if it is not
+    installed or does not run.
 
-    In a process of its own: beside torch's, its threads have hung and crashed.
+    In a separate process: beside torch its threads hang or crash.
     """
     if importlib.util.find_spec("llama_cpp") is None:
         return None
@@ -124,31 +125,32 @@ def _llama() -> Callable[[], Any] | None:
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
     assert process.stdout is not None
-    asked, answers = process.stdin, process.stdout
+    stdin, stdout = process.stdin, process.stdout
 
-    def write() -> bool:
+    def generate() -> bool:
         try:
-            print(file=asked, flush=True)
+            print(file=stdin, flush=True)
         except BrokenPipeError:
             return False
-        return answers.readline() == "done\n"
+        return stdout.readline() == "done\n"
 
-    return write if write() else None
+    return generate if generate() else None
 
 
-def _loss_of_int8() -> list[Figure]:
-    """What rounding the weights costs in held-out loss."""
+def _int8_loss() -> list[Figure]:
+    """Increase of the held-out loss with int8 weights."""
     texts = load_dataset(TrainConfig()).held_out[:HELD_OUT]
     losses = []
     for dtype in ("float32", "int8"):
         base = load_base(find_base(EMBEDDED_BASE), options=ModelOptions(dtype=dtype))
         losses.append(evaluation.measure_loss(base.model, base, evaluation.encode_held_out(base, texts)).loss)
-    what = f"held-out loss, {HELD_OUT} reviews: int8 over float32"
-    return [figure(what, losses[1] - losses[0], "nats", f"{losses[0]:.4f} -> {losses[1]:.4f}")]
+    label = f"held-out loss, {HELD_OUT} reviews: int8 over float32"
+    return [figure(label, losses[1] - losses[0], "nats", f"{losses[0]:.4f} -> {losses[1]:.4f}")]
 
 
-def _cold(rounds: int) -> list[Figure]:
-    """A new process to the first token, beside one that only imports torch and transformers and reads the weights."""
+def _cold_start(rounds: int) -> list[Figure]:
+    """Time of a new process to the first token, and of one that only imports transformers and loads
+    the weights."""
     command = [
         sys.executable,
         str(CLI),
@@ -161,9 +163,9 @@ def _cold(rounds: int) -> list[Figure]:
         PROMPT,
     ]
     bare = [sys.executable, "-c", BARE, str(find_base(EMBEDDED_BASE).folder)]
-    times = in_turns({"ours": partial(_process, command), "bare": partial(_process, bare)}, rounds)
-    ratio = f"{times['ours'] / times['bare']:.2f} x of importing torch and transformers and reading the weights"
-    return [figure("cli.py generate, cold, to the first token", times["ours"], "s", ratio)]
+    times = median_seconds({"command": partial(_process, command), "bare": partial(_process, bare)}, rounds)
+    ratio = f"{times['command'] / times['bare']:.2f} x importing transformers and loading the weights"
+    return [figure("cli.py generate, cold, to the first token", times["command"], "s", ratio)]
 
 
 def _process(command: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What all parts of the benchmarks share: seconds, medians of turns, a figure."""
+"""Timing helpers and the record of one measurement, shared by all benchmarks."""
 
 import statistics
 import time
@@ -11,10 +11,12 @@ Figure = dict[str, Any]
 
 
 def figure(what: str, value: float, unit: str, note: str = "") -> Figure:
+    """Make one row of the table of results."""
     return {"what": what, "value": value, "unit": unit, "note": note}
 
 
 def seconds(work: Callable[[], Any]) -> float:
+    """Return the duration of a call, in seconds."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -24,12 +26,16 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each way; they take turns, and a first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(rounds + 1):
-        for name, way in ways.items():
-            taken = seconds(way)
-            if turn:
-                times[name].append(taken)
-    return {name: statistics.median(found) for name, found in times.items()}
+def median_seconds(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Return the median duration of each candidate, in seconds.
+
+    Candidates alternate, so that noise of the machine affects all alike. A first round warms up and
+    is not counted.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for number in range(rounds + 1):
+        for name, candidate in candidates.items():
+            duration = seconds(candidate)
+            if number:
+                times[name].append(duration)
+    return {name: statistics.median(durations) for name, durations in times.items()}

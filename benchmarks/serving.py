@@ -30,7 +30,7 @@ from lora_tuner import Generator, ModelOptions, SamplingParams
 from lora_tuner.config import EMBEDDED_BASE
 from lora_tuner.inference.sequence import Sequence
 
-from .adapters import make
+from .adapters import save_random_adapters
 from .measure import Figure, figure
 
 CLIENTS, ADAPTERS, NEW_TOKENS, SECONDS, ALONE_SECONDS = 64, 8, 48, 120.0, 40.0
@@ -46,7 +46,7 @@ def run(rounds: int) -> list[Figure]:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         for seed, version in enumerate(("first", "second")):
-            make(root / version, ADAPTERS, seed)
+            save_random_adapters(root / version, ADAPTERS, seed)
         expected = _expected([root / "first", root / "second"])
         shutil.copytree(root / "first", root / "adapters")
         with _server(root / "adapters") as (url, process):
