@@ -1,6 +1,7 @@
 """Many clients at once, while adapters change on disk."""
 
 import concurrent.futures
+import itertools
 import random
 import shutil
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from lora_tuner import Generator, ModelOptions, SamplingParams
 from lora_tuner.adapters import adapter
 
 from .. import api_server
@@ -23,16 +25,17 @@ GREEDY = {"max_tokens": TOKENS, "temperature": 0}
 @pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
 def test_load_while_adapters_change(gpt2: Path, tmp_path: Path, seconds: int) -> None:
     """Each output is that of one version of its adapter; each error fits a state that the adapter was in."""
+    expected: dict[tuple[str, str], set[str]] = {}
+    sampling = SamplingParams(temperature=0, max_new_tokens=TOKENS, repetition_penalty=1.0)
     for version in (0, 1):
+        folder = tmp_path / str(version)
         for number, name in enumerate(NAMES):
-            api_server.write_adapter(tmp_path / str(version), name, gpt2, 10 * version + number)
-    expected = {
-        (name, prompt): {
-            api_server.greedy(gpt2, tmp_path / str(version), name, prompt, TOKENS).text for version in (0, 1)
-        }
-        for name in NAMES
-        for prompt in PROMPTS
-    }
+            api_server.write_adapter(folder, name, gpt2, 10 * version + number)
+        options = ModelOptions(base=str(gpt2), device="cpu")
+        generator = Generator(adapters_dir=folder, options=options)
+        for name, prompt in itertools.product(NAMES, PROMPTS):
+            (output,) = generator.generate_batch([(prompt, name)], sampling)
+            expected.setdefault((name, prompt), set()).add(output.text)
     adapters_dir, outcomes, changes = tmp_path / "adapters", Counter[str](), Counter[str]()
     shutil.copytree(tmp_path / "0", adapters_dir)
     with api_server.serving(gpt2, adapters_dir, max_batch=8, max_waiting=24, max_resident=5) as served:

@@ -12,10 +12,18 @@ from ..api_server import PROMPT, write_adapter
 SECRET = "the actor never told"
 
 
-@pytest.fixture
-def adapters_dir(gpt2, tmp_path):
-    write_adapter(tmp_path / "adapters_dir", "a", gpt2, 1)
-    return tmp_path / "adapters_dir"
+@pytest.fixture(scope="module")
+def adapters_dir(gpt2, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    write_adapter(folder, "a", gpt2, 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(gpt2, adapters_dir):
+    """Shared by tests that do not read the counters."""
+    with api_server.serving(gpt2, adapters_dir) as served:
+        yield served
 
 
 @pytest.fixture
@@ -75,14 +83,14 @@ def test_metrics_show_queue_length(gpt2, adapters_dir):
         assert list(stream)
 
 
-def test_log_line_holds_no_prompt(gpt2, adapters_dir, lines):
-    with api_server.serving(gpt2, adapters_dir) as served:
-        body = {"model": "a", "prompt": SECRET, "temperature": 0, "max_tokens": 5}
-        response = served.post("/v1/completions", user="u1", **body)
-        served.post("/v1/completions", stream=True, **body)
-        served.post("/v1/completions", **body | {"n": 0})
-        served.post("/v1/completions", **body | {"model": "nobody"})
-        tokens = len(served.service.encode(SECRET))
+def test_log_line_holds_no_prompt(served, lines):
+    body = {"model": "a", "prompt": SECRET, "temperature": 0, "max_tokens": 5}
+    response = served.post("/v1/completions", user="u1", **body)
+    served.post("/v1/completions", stream=True, **body)
+    served.post("/v1/completions", **body | {"n": 0})
+    served.post("/v1/completions", **body | {"model": "nobody"})
+    tokens = len(served.service.encode(SECRET))
+    served.wait(lambda: len(lines()) == 4)
     good, streamed, bad, unknown = lines()
     assert good["id"] == response.headers["x-request-id"] == response.json()["id"].removeprefix("cmpl-")
     expected = {"method": "POST", "path": "/v1/completions", "status": 200, "model": "a", "stream": False, "user": "u1"}
@@ -113,12 +121,12 @@ def test_log_line_escapes_client_input():
     assert json.loads(text)["path"] == "/\n{\x1b[2J\u2028"
 
 
-def test_log_marks_disconnected_client(gpt2, adapters_dir, lines):
-    with api_server.serving(gpt2, adapters_dir) as served, served.held_steps() as release:
+def test_log_marks_disconnected_client(served, lines):
+    with served.held_steps() as release:
         release(2)
         stream = served.client().completions.create(model="a", stream=True, prompt=PROMPT, temperature=0, max_tokens=50)
         next(iter(stream))
         stream.close()
-        served.wait(lambda: served.app.state.metrics.open == 0)
+        served.wait(lambda: len(lines()) == 1)
     (line,) = lines()
     assert (line["status"], line["complete"]) == (200, False)

@@ -199,13 +199,14 @@ def test_only_named_adapters_are_served(base, start_server, expected_texts):
         assert served.post("/v1/completions", model="a", **GREEDY).json()["choices"][0]["text"] == expected_texts["a"]
 
 
-def test_resident_adapter_is_not_read_again(start_server, expected_texts, monkeypatch):
-    with start_server() as served:
-        responses = [served.client().completions.create(model="a", **GREEDY)]
-        monkeypatch.setattr(Library, "names", None)
-        monkeypatch.setattr(library, "load_adapter_folder", None)
-        responses.append(served.client().completions.create(model="a", **GREEDY))
-    assert [response.choices[0].text for response in responses] == [expected_texts["a"]] * 2
+def test_resident_adapter_is_not_read_again(served, expected_texts, monkeypatch):
+    client = served.client()
+    responses = [client.completions.create(model="a", **GREEDY)]
+    monkeypatch.setattr(Library, "names", None)
+    monkeypatch.setattr(library, "load_adapter_folder", None)
+    responses.append(client.completions.create(model="a", **GREEDY))
+    texts = [response.choices[0].text for response in responses]
+    assert texts == [expected_texts["a"]] * 2
 
 
 def test_get_model_reads_one_adapter(served, monkeypatch):
