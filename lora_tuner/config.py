@@ -550,18 +550,12 @@ def read_settings(file: Path) -> SettingValues:
         raise ConfigError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{file} holds no settings: expected one `name: value` per line.")
-    try:
-        return rename_old_keys(loaded)
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from error
-
-
-def rename_old_keys(settings: SettingValues) -> SettingValues:
-    """Replace old keys by current ones. Raises ConfigError where both are given."""
     for old, new in RENAMED_SETTINGS.items():
-        if old in settings and new in settings:
-            raise ConfigError(f"{old} is the old name of {new}: give one of them.")
-    return {RENAMED_SETTINGS.get(key, key): value for key, value in settings.items()}
+        if old in loaded and new in loaded:
+            raise ConfigError(f"{file}: {old} is the old name of {new}: give one of them.")
+        if old in loaded:
+            loaded[new] = loaded.pop(old)
+    return loaded
 
 
 S = TypeVar("S", bound=_Settings)

@@ -1,4 +1,4 @@
-"""An adapter folder written by hand, with numpy: what the store should take, to be spoilt one part at a time."""
+"""Write valid adapter folders with numpy, for tests that then damage one part."""
 
 import json
 from collections.abc import Sequence
@@ -95,7 +95,7 @@ def write(
     weights: dict[str, Any] | None = None,
     facts: Manifest | None = None,
 ) -> Path:
-    """An adapter folder; `config` is laid over CONFIG. A manifest gets the facts of the weights where it has none."""
+    """Write an adapter folder; `config` overrides CONFIG. `facts` becomes the manifest, completed by the weights' hash."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / adapter.CONFIG_FILE).write_text(json.dumps(CONFIG | (config or {})))
     save_file(tensors() if weights is None else weights, folder / adapter.WEIGHTS_FILE)
@@ -112,7 +112,7 @@ def write(
 
 
 def write_base(folder: Path, *shards: dict[str, tuple[int, ...]]) -> Path:
-    """A base for what reads no more of it than its files: tensors of these names and shapes, in as many files."""
+    """Write a base without a model: one weights file per shard, with tensors of these names and shapes."""
     folder.mkdir(parents=True)
     for name in ("config.json", "tokenizer.json"):
         (folder / name).write_text("{}")

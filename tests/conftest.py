@@ -1,4 +1,4 @@
-"""Every test has a home, a cache and a working folder of its own, and no network."""
+"""Fixtures for all tests. Each test has its own cache and working folder, and no network."""
 
 import contextlib
 import csv
@@ -15,19 +15,19 @@ from lora_tuner.errors import DataError, Interrupted
 
 from . import tiny_models
 
-LONGEST = (
+SLOWEST_FILES = (
     "test_end_to_end.py",
     "test_playground.py",
-    "test_training.py",
-    "test_combine.py",
+    "test_run.py",
+    "test_convert.py",
     "test_hub.py",
-    "test_export.py",
+    "test_export_gguf.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest come first: several processes share the files, and none should be left with one alone."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    """Run the slowest files first, so that parallel workers finish at about the same time."""
+    items.sort(key=lambda item: item.path.name not in SLOWEST_FILES)
 
 
 def pytest_collection_finish() -> None:
@@ -38,7 +38,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Models this small gain nothing from more, and on a busy machine they wait for them."""
+    """Use one thread: tiny models gain nothing from more."""
     torch.set_num_threads(1)
 
 
@@ -48,7 +48,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _alone(caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _isolated(caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     from lora_tuner import hub
@@ -73,7 +73,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["gpt2", "llama"])
 def model_folder(request: pytest.FixtureRequest) -> Path:
-    """Each kind of layer in turn: GPT-2's transposed Conv1D and Llama's Linear."""
+    """Run a test with both kinds of layers: Conv1D (GPT-2, transposed) and Linear (Llama)."""
     return Path(request.getfixturevalue(request.param))
 
 
@@ -89,7 +89,7 @@ def reviews_csv(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def settings(gpt2: Path, reviews_csv: Path) -> Callable[..., TrainConfig]:
-    """A configuration for a run of a few seconds."""
+    """Make a configuration for a run of a few seconds."""
 
     def make(**changes: object) -> TrainConfig:
         quick = {
@@ -110,35 +110,36 @@ def settings(gpt2: Path, reviews_csv: Path) -> Callable[..., TrainConfig]:
 
 @pytest.fixture
 def adapter(settings: Callable[..., TrainConfig]) -> Adapter:
-    """A trained adapter on the tiny GPT-2, in `adapters/reviews`."""
+    """Train an adapter on the tiny GPT-2, as `adapters/reviews`."""
     return train(settings())
 
 
 @pytest.fixture
 def load(tmp_path):
-    """Write a file (or take a folder) and load it; `load.notices` has what was said."""
+    """Write a file, or use an existing folder, and load it as a dataset; notices are in `load.notices`."""
 
-    def call(name, content=None, **given):
+    def call(name, content=None, **settings):
         path = tmp_path / name
         if isinstance(content, bytes):
             path.write_bytes(content)
         elif content is not None:
             path.write_text(content, encoding="utf-8", newline="")
         call.notices = []
-        corpus = load_dataset(TrainConfig(dataset=str(path), **given), lambda notice: call.notices.append(notice.text))
-        assert call.notices.pop() == f"Rows: {corpus.counts}."
-        return corpus
+        config = TrainConfig(dataset=str(path), **settings)
+        dataset = load_dataset(config, lambda notice: call.notices.append(notice.text))
+        assert call.notices.pop() == f"Rows: {dataset.counts}."
+        return dataset
 
     return call
 
 
 @pytest.fixture
 def refusal(load, tmp_path):
-    """The message of the error, without the folder of the test."""
+    """Load a dataset and return the message of its error, without the folder of the test."""
 
-    def call(name, content=None, **given):
+    def call(name, content=None, **settings):
         with pytest.raises(DataError) as error:
-            load(name, content, **given)
+            load(name, content, **settings)
         return str(error.value).replace(f"{tmp_path}/", "")
 
     return call
@@ -146,7 +147,7 @@ def refusal(load, tmp_path):
 
 @pytest.fixture
 def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., contextlib.AbstractContextManager[object]]:
-    """In the block, a run is stopped in that step as Ctrl-C stops it; `within` is a part of its folder's name."""
+    """Stop a run in the block after a step, as Ctrl-C does; `within` is part of the name of its folder."""
 
     @contextlib.contextmanager
     def stopping(step: int, within: str = "") -> Iterator[object]:

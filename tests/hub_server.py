@@ -1,4 +1,4 @@
-"""A local stand-in for the Hugging Face Hub: serves folders as model and dataset repos over HTTP, and takes commits."""
+"""Local server with the API of the Hugging Face Hub: serves folders as repos over HTTP and accepts commits."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ DATE = "2024-01-01T00:00:00.000Z"
 
 
 class Repo:
-    """A folder as one commit of a repository with the single branch `main`; the folder must not change afterwards."""
+    """One commit of a repository with the single branch `main`: a folder that must not change."""
 
     def __init__(self, key: str, folder: Path, private: bool = False) -> None:
         self.id, self.private = key.partition("/")[2], private
-        self.lines: dict[str, dict[str, Any]] = {}  # every file and folder, as in the Hub's tree listing
+        self.lines: dict[str, dict[str, Any]] = {}  # files and folders, as in the Hub's tree listing
         self.files: dict[str, Path] = {}
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
@@ -34,7 +34,7 @@ class Repo:
                 continue
             blob = path.read_bytes()
             line: dict[str, Any] = {"type": "file", "size": len(blob), "path": name}
-            if path.suffix in LFS_SUFFIXES:  # what git holds of a large file is a pointer to it
+            if path.suffix in LFS_SUFFIXES:  # git stores a pointer to a large file
                 digest, size = hashlib.sha256(blob).hexdigest(), len(blob)
                 pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize {size}\n"
                 blob = pointer.encode()
@@ -45,7 +45,7 @@ class Repo:
         self.sha = hashlib.sha1(f"commit {key}\n{content}".encode()).hexdigest()
 
     def info(self, blobs: bool, expand: list[str]) -> dict[str, Any]:
-        """Answer of `/api/models/ID` and `/api/datasets/ID`, with or without `/revision/REV`."""
+        """Build the response of `/api/models/ID` and `/api/datasets/ID`, with or without `/revision/REV`."""
         siblings: list[dict[str, Any]] = [{"rfilename": name} for name in self.files]
         for sibling in siblings if blobs else ():
             line = self.lines[sibling["rfilename"]]
@@ -59,7 +59,7 @@ class Repo:
         return {k: v for k, v in data.items() if k in ("_id", "id", *expand)} if expand else data
 
     def tree(self, folder: str, recursive: bool) -> list[dict[str, Any]]:
-        """The entries of `folder` ("." for the root) or below it; of a file, the file itself."""
+        """List the entries in or below `folder` ("." for the root); for a file, the file itself."""
         if folder in self.files:
             return [self.lines[folder]]
         at = PurePosixPath(folder)
@@ -71,7 +71,7 @@ class Repo:
 def reply(
     handler: BaseHTTPRequestHandler, status: int, body: object = b"", headers: Mapping[str, str] | None = None
 ) -> None:
-    """Send a whole answer (bytes as they are, anything else as JSON); for fault hooks too."""
+    """Send a complete response: bytes unchanged, anything else as JSON."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     kind = "application/octet-stream" if isinstance(body, bytes) else "application/json; charset=utf-8"
     handler.send_response(status)
@@ -89,7 +89,7 @@ def fail(handler: BaseHTTPRequestHandler, status: int, code: str, message: str, 
 
 
 class _Handler(BaseHTTPRequestHandler):
-    # HTTP/1.0, the default here, closes every connection after its answer: none outlives the hub.
+    # HTTP/1.0, the default, closes each connection after the response, so none outlives the hub.
     server: _Server
 
     def do_GET(self) -> None:
@@ -109,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._create(json.loads(body))
         elif parts[0] == "api" and len(parts) > 2 and parts[1] in ("models", "datasets"):
             key = "/".join(parts[1:4])
-            if (repo := self._known(key, parts[5] if len(parts) > 5 else "main")) is None:
+            if (repo := self._find_repo(key, parts[5] if len(parts) > 5 else "main")) is None:
                 return
             if parts[4:5] not in (["preupload"], ["commit"]):
                 self._api(repo, parts[4:], parse_qs(query), body)
@@ -124,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif "resolve" in parts[1:-2]:
             at = parts.index("resolve")
             key = "/".join(parts[:at] if parts[0] == "datasets" else ["models", *parts[:at]])
-            if repo := self._known(key, parts[at + 1]):
+            if repo := self._find_repo(key, parts[at + 1]):
                 self._file(repo, "/".join(parts[at + 2 :]))
         else:
             fail(self, 404, "", "Not found")
@@ -134,18 +134,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _token(self) -> str:
         return (self.headers.get("Authorization") or "").removeprefix("Bearer ")
 
-    def _known(self, key: str, revision: str) -> Repo | None:
-        """The repository at that revision; None where there is none, which is answered then."""
+    def _find_repo(self, key: str, revision: str) -> Repo | None:
+        """Return the repository at a revision; if it is missing, send the error and return None."""
         hub = self.server.hub
-        found, last = None, hub.repos.get(key)
+        repo, last = None, hub.repos.get(key)
         if last is None or (last.private and not self._token()):
             fail(self, 404, "RepoNotFound", "Repository not found")
-        elif (found := last if revision in ("main", "refs/heads/main") else hub.commits.get((key, revision))) is None:
+        elif (repo := last if revision in ("main", "refs/heads/main") else hub.commits.get((key, revision))) is None:
             fail(self, 404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        return found
+        return repo
 
     def _may_write(self) -> bool:
-        """Whether the token allows it; if not, that is answered."""
+        """Return True if the token allows writing; otherwise send the error."""
         token = self._token()
         if not token:
             fail(self, 401, "", "Invalid username or password.")
@@ -153,31 +153,33 @@ class _Handler(BaseHTTPRequestHandler):
             fail(self, 403, "", "You don't have the rights to write here")
         return token not in ("", "read-only")
 
-    def _create(self, wanted: dict[str, Any]) -> None:
+    def _create(self, request: dict[str, Any]) -> None:
         hub = self.server.hub
-        name = f"{wanted.get('organization') or 'user'}/{wanted['name']}"
-        there = f"models/{name}" in hub.repos
-        if not there:
-            hub.commit(f"models/{name}", {}, wanted.get("visibility") == "private" or wanted.get("private") is True)
+        name = f"{request.get('organization') or 'user'}/{request['name']}"
+        exists = f"models/{name}" in hub.repos
+        if not exists:
+            hub.commit(f"models/{name}", {}, request.get("visibility") == "private" or request.get("private") is True)
         answer = {"url": f"{hub.url}/{name}", "name": name}
-        reply(self, 409 if there else 200, answer | ({"error": "You already created this model repo"} if there else {}))
+        if exists:
+            answer["error"] = "You already created this model repo"
+        reply(self, 409 if exists else 200, answer)
 
-    def _preupload(self, repo: Repo, wanted: dict[str, Any]) -> None:
+    def _preupload(self, repo: Repo, request: dict[str, Any]) -> None:
         files = []
-        for name in (file["path"] for file in wanted["files"]):
+        for name in (file["path"] for file in request["files"]):
             mode = "lfs" if PurePosixPath(name).suffix in LFS_SUFFIXES else "regular"
             line = repo.lines.get(name, {})
             oid = line.get("lfs", line).get("oid")
             files.append({"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         reply(self, 200, {"files": files})
 
-    def _batch(self, wanted: dict[str, Any]) -> None:
-        """Where to put the blobs of large files that are not here yet."""
+    def _batch(self, request: dict[str, Any]) -> None:
+        """Send upload URLs for the large files that are missing here."""
         hub = self.server.hub
-        objects = [{"oid": it["oid"], "size": it["size"]} for it in wanted["objects"]]
-        for it in objects:
-            if it["oid"] not in hub.blobs:
-                it["actions"] = {"upload": {"href": f"{hub.url}/lfs/{it['oid']}"}}
+        objects = [{"oid": blob["oid"], "size": blob["size"]} for blob in request["objects"]]
+        for blob in objects:
+            if blob["oid"] not in hub.blobs:
+                blob["actions"] = {"upload": {"href": f"{hub.url}/lfs/{blob['oid']}"}}
         reply(self, 200, {"transfer": "basic", "objects": objects})
 
     def _commit(self, key: str, body: bytes) -> None:
@@ -248,25 +250,25 @@ class _Server(ThreadingHTTPServer):
     hub: Hub
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Report what went wrong, unless it is only a client that hung up."""
+        """Report errors, unless a client has closed the connection."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
 
 class Hub:
-    """Context manager: serves `repos`, e.g. {"models/distilbert/distilgpt2": folder}, while it is open.
+    """Context manager that serves `repos`, such as {"models/distilbert/distilgpt2": folder}.
 
-    Who writes needs a token, any but `read-only`, and a client without hf_xet, as `env` makes it.
+    Writing needs any token but `read-only`, and a client without hf_xet, as `env` makes it.
     """
 
     def __init__(self, repos: Mapping[str, Path]) -> None:
         self.repos = {key: Repo(key, folder) for key, folder in repos.items()}  # as of their last commits
         self.commits = {(key, repo.sha): repo for key, repo in self.repos.items()}
-        self.blobs: dict[str, bytes] = {}  # large files by their sha256, uploaded and perhaps in no commit yet
+        self.blobs: dict[str, bytes] = {}  # large files by sha256, uploaded but perhaps not committed
         self._place = tempfile.TemporaryDirectory()
         self.requests: list[str] = []  # "GET /path" without the query, in order of arrival
-        self.fault: Callable[[BaseHTTPRequestHandler], bool] | None = None  # True: it has answered itself
-        self.closed = threading.Event()  # set at the end; a fault that hangs: lambda _: hub.closed.wait(60)
+        self.fault: Callable[[BaseHTTPRequestHandler], bool] | None = None  # returns True if it has sent a response
+        self.closed = threading.Event()  # set at the end; hang with: lambda _: hub.closed.wait(60)
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.hub = self
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
@@ -284,7 +286,7 @@ class Hub:
         self._place.cleanup()
 
     def commit(self, key: str, new: Mapping[str, bytes | None], private: bool = False) -> Repo:
-        """Put files into a repository, over those that are there, None for one to delete; it is made where it is missing."""
+        """Add, replace or (None) delete files of a repository, which is created if it is missing."""
         if last := self.repos.get(key):
             new, private = {name: path.read_bytes() for name, path in last.files.items()} | dict(new), last.private
         folder = Path(tempfile.mkdtemp(dir=self._place.name))
@@ -298,7 +300,7 @@ class Hub:
         return repo
 
     def env(self, home: Path) -> dict[str, str]:
-        """The environment of a subprocess that knows this hub only and keeps its caches under `home`."""
+        """Build the environment of a subprocess that uses only this hub, with its caches under `home`."""
         drop = ("HF_", "HUGGING", "TRANSFORMERS_OFFLINE", "TRANSFORMERS_CACHE")
         env = {k: v for k, v in os.environ.items() if not k.startswith(drop) and "_PROXY" not in k.upper()}
         env |= {"HF_ENDPOINT": self.url, "HF_HOME": str(home / "huggingface")}

@@ -18,7 +18,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 def content(folder):
-    """Everything under a folder, as relative path -> text; folders are None."""
+    """Return relative path -> text for everything under a folder; None for folders."""
     return {
         str(path.relative_to(folder)): None if path.is_dir() else path.read_text() for path in sorted(folder.rglob("*"))
     }
@@ -29,10 +29,10 @@ def raise_after_writing(work, error):
     raise error
 
 
-# new_folder
+# atomic_folder
 
 
-def test_a_new_folder_appears_whole(tmp_path):
+def test_atomic_folder_appears_complete(tmp_path):
     with atomic_io.atomic_folder(tmp_path / "deep" / "new") as work:
         (work / "sub").mkdir()
         (work / "sub" / "a").write_text("1")
@@ -41,7 +41,7 @@ def test_a_new_folder_appears_whole(tmp_path):
     assert content(tmp_path) == {"deep": None, "deep/new": None, "deep/new/sub": None, "deep/new/sub/a": "1"}
 
 
-def test_it_replaces_what_was_there_as_a_whole(tmp_path):
+def test_atomic_folder_replaces_old_folder(tmp_path):
     (tmp_path / "it").mkdir()
     (tmp_path / "it" / "old").write_text("old")
     with atomic_io.atomic_folder(tmp_path / "it") as work:
@@ -52,7 +52,7 @@ def test_it_replaces_what_was_there_as_a_whole(tmp_path):
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("before", [{}, {"it": None, "it/old": "old"}])
-def test_a_block_that_raises_changes_nothing(tmp_path, kind, before):
+def test_atomic_folder_error_changes_nothing(tmp_path, kind, before):
     if before:
         (tmp_path / "it").mkdir()
         (tmp_path / "it" / "old").write_text("old")
@@ -62,13 +62,13 @@ def test_a_block_that_raises_changes_nothing(tmp_path, kind, before):
 
 
 @pytest.fixture
-def no_exchange(monkeypatch):
-    """As on Windows, and on disks that cannot swap two names in one step."""
+def no_swap(monkeypatch):
+    """Simulate Windows and file systems that cannot exchange two names in one step."""
     monkeypatch.setattr(atomic_io, "_swap_names", lambda one, other: False)
 
 
-@pytest.mark.usefixtures("no_exchange")
-def test_where_names_cannot_be_swapped_two_renames_do(tmp_path):
+@pytest.mark.usefixtures("no_swap")
+def test_two_renames_replace_folder(tmp_path):
     (tmp_path / "it").mkdir()
     (tmp_path / "it" / "old").write_text("old")
     with atomic_io.atomic_folder(tmp_path / "it") as work:
@@ -77,22 +77,22 @@ def test_where_names_cannot_be_swapped_two_renames_do(tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith(("linux", "darwin")), reason="the system cannot swap names")
-def test_a_replaced_folder_is_never_missing(tmp_path, monkeypatch):
+def test_swap_never_removes_folder(tmp_path, monkeypatch):
     (tmp_path / "it").mkdir()
-    monkeypatch.setattr(os, "rename", None)  # none takes place: there is no moment without `it`
+    monkeypatch.setattr(os, "rename", None)  # no rename is used, so `it` always exists
     with atomic_io.atomic_folder(tmp_path / "it") as work:
         (work / "new").write_text("new")
     assert content(tmp_path) == {"it": None, "it/new": "new"}
 
 
-def test_what_has_come_in_the_meantime_is_replaced_only_when_asked(tmp_path):
+def test_concurrent_folder_kept_without_overwrite(tmp_path):
     with pytest.raises(OSError, match="it"), atomic_io.atomic_folder(tmp_path / "it", overwrite=False):
         atomic_io.atomic_write_text(tmp_path / "it" / "other", "1")
     assert content(tmp_path) == {"it": None, "it/other": "1"}
 
 
-@pytest.mark.usefixtures("no_exchange")
-def test_who_reads_between_the_two_renames_does_not_undo_the_save(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("no_swap")
+def test_reader_between_renames_keeps_new_folder(tmp_path, monkeypatch):
     (tmp_path / "it").mkdir()
     (tmp_path / "it" / "old").write_text("old")
     rename, read = os.rename, []
@@ -109,8 +109,8 @@ def test_who_reads_between_the_two_renames_does_not_undo_the_save(tmp_path, monk
     assert content(tmp_path) == {"it": None, "it/new": "new"}
 
 
-@pytest.mark.usefixtures("no_exchange")
-def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("no_swap")
+def test_failed_rename_restores_old_folder(tmp_path, monkeypatch):
     (tmp_path / "it").mkdir()
     (tmp_path / "it" / "old").write_text("old")
     rename = os.rename
@@ -126,7 +126,7 @@ def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
     assert content(tmp_path) == {"it": None, "it/old": "old"}
 
 
-def test_others_can_read_what_was_written(tmp_path):
+def test_atomic_folder_sets_file_modes(tmp_path):
     with atomic_io.atomic_folder(tmp_path / "it") as work:
         (work / "weights").write_text("")
         (work / "weights").chmod(0o600)  # as safetensors leaves its files
@@ -136,7 +136,7 @@ def test_others_can_read_what_was_written(tmp_path):
     assert (tmp_path / "it" / "weights").stat().st_mode & 0o777 == 0o644
 
 
-def test_everything_is_synced_before_it_appears(tmp_path, monkeypatch):
+def test_atomic_folder_syncs_before_rename(tmp_path, monkeypatch):
     synced, sync = [], atomic_io.fsync_path
     monkeypatch.setattr(atomic_io, "fsync_path", lambda path: (synced.append(path), sync(path)))
     with atomic_io.atomic_folder(tmp_path / "it") as work:
@@ -145,7 +145,7 @@ def test_everything_is_synced_before_it_appears(tmp_path, monkeypatch):
     assert synced == [work / "sub", work / "sub" / "a", work, tmp_path]
 
 
-def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
+def test_atomic_folder_replaces_link_only(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "a").write_text("1")
     (tmp_path / "it").symlink_to(tmp_path / "elsewhere")
@@ -155,12 +155,12 @@ def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
     assert content(tmp_path) == {"elsewhere": None, "elsewhere/a": "1", "it": None, "it/new": "new"}
 
 
-# recover
+# finish_replacement
 
 
 @pytest.fixture
-def cut_off(tmp_path, monkeypatch, no_exchange):
-    """A replacement that was killed between its two renames: `it` is missing and waits under another name."""
+def cut_off(tmp_path, monkeypatch, no_swap):
+    """Kill a replacement between its two renames: `it` is missing, and its content has another name."""
     (tmp_path / "it").mkdir()
     (tmp_path / "it" / "old").write_text("old")
     with monkeypatch.context() as patch:
@@ -178,27 +178,27 @@ def cut_off(tmp_path, monkeypatch, no_exchange):
     return tmp_path
 
 
-def test_recover_brings_the_old_folder_back(cut_off):
+def test_finish_replacement_restores_old_folder(cut_off):
     atomic_io.finish_replacement(cut_off)
     assert content(cut_off) == {"it": None, "it/old": "old"}
     atomic_io.finish_replacement(cut_off)
     assert content(cut_off) == {"it": None, "it/old": "old"}
 
 
-def test_recover_removes_the_old_folder_where_the_new_one_is_there(cut_off):
+def test_finish_replacement_deletes_replaced_folder(cut_off):
     (cut_off / "it").mkdir()
     (cut_off / "it" / "new").write_text("new")
     atomic_io.finish_replacement(cut_off)
     assert content(cut_off) == {"it": None, "it/new": "new"}
 
 
-def test_the_next_writer_recovers_too(cut_off):
+def test_next_writer_finishes_replacement(cut_off):
     with atomic_io.atomic_folder(cut_off / "other"):
         pass
     assert content(cut_off) == {"it": None, "it/old": "old", "other": None}
 
 
-def test_recover_touches_nothing_of_anyone_else(tmp_path):
+def test_finish_replacement_keeps_other_files(tmp_path):
     for name in (".config.old", "config", ".lost.old", ".it.abc.tmp"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a").write_text(name)
@@ -207,31 +207,32 @@ def test_recover_touches_nothing_of_anyone_else(tmp_path):
     assert content(tmp_path) == before
 
 
-def test_recover_where_there_is_nothing(tmp_path):
+def test_finish_replacement_missing_folder(tmp_path):
     atomic_io.finish_replacement(tmp_path / "none")
     assert content(tmp_path) == {}
 
 
-# sweep
+# remove_abandoned, delete_atomically
 
 
-def left_behind(folder, killed_in):
-    """What a process leaves that was killed while it wrote."""
-    script = f"import os; from pathlib import Path; from lora_tuner import atomic_io\nwith atomic_io.{killed_in}: os.kill(os.getpid(), 9)"
+def abandoned_work(folder, killed_in):
+    """Kill a process while it writes, and return the work that it leaves."""
+    script = "import os; from pathlib import Path; from lora_tuner import atomic_io\n"
+    script += f"with atomic_io.{killed_in}: os.kill(os.getpid(), 9)"
     assert subprocess.run([sys.executable, "-c", script], cwd=folder, env=ENVIRONMENT).returncode == -9
-    (left,) = folder.glob(".it.*")
-    return left
+    (work,) = folder.glob(".it.*")
+    return work
 
 
 @pytest.mark.parametrize("killed_in", ["atomic_folder(Path('it'))", "atomic_file(Path('it'))"])
-def test_the_next_writer_sweeps_what_a_dead_one_has_left(tmp_path, killed_in):
-    left = left_behind(tmp_path, killed_in)
-    assert left.exists()
+def test_next_writer_removes_abandoned_work(tmp_path, killed_in):
+    work = abandoned_work(tmp_path, killed_in)
+    assert work.exists()
     atomic_io.atomic_write_text(tmp_path / "other", "text")
     assert content(tmp_path) == {"other": "text"}
 
 
-def test_what_another_process_works_on_is_not_swept(tmp_path):
+def test_remove_abandoned_keeps_locked_work(tmp_path):
     with atomic_io.atomic_folder(tmp_path / "it") as work:
         atomic_io.atomic_write_text(tmp_path / "other", "text")
         script = "from pathlib import Path; from lora_tuner import atomic_io; atomic_io.remove_abandoned(Path())"
@@ -240,48 +241,48 @@ def test_what_another_process_works_on_is_not_swept(tmp_path):
     assert content(tmp_path) == {"it": None, "it/new": "new", "other": "text"}
 
 
-def test_a_work_place_that_was_swept_before_its_lock_is_made_again(tmp_path, monkeypatch):
-    locked, seen = atomic_io._file_lock, []
+def test_work_deleted_before_lock_is_recreated(tmp_path, monkeypatch):
+    lock, locked_paths = atomic_io._file_lock, []
 
     @contextlib.contextmanager
-    def late(path):
-        seen.append(path)
-        with locked(path) as held:
-            if len(seen) == 1:
+    def delete_before_lock(path):
+        locked_paths.append(path)
+        with lock(path) as held:
+            if len(locked_paths) == 1:
                 path.rmdir()
             yield held
 
-    monkeypatch.setattr(atomic_io, "_file_lock", late)
+    monkeypatch.setattr(atomic_io, "_file_lock", delete_before_lock)
     with atomic_io.atomic_folder(tmp_path / "it") as work:
         (work / "new").write_text("new")
-    assert len(seen) == 2
+    assert len(locked_paths) == 2
     assert content(tmp_path) == {"it": None, "it/new": "new"}
 
 
-def test_a_work_place_that_is_being_swept_is_left_to_that(tmp_path, monkeypatch):
-    locked, seen = atomic_io._file_lock, []
+def test_work_locked_by_other_is_recreated(tmp_path, monkeypatch):
+    lock, locked_paths = atomic_io._file_lock, []
 
     @contextlib.contextmanager
-    def taken(path):
-        seen.append(path)
-        with locked(path) as held:
-            yield held and len(seen) > 1  # first another process has it
+    def lock_fails_once(path):
+        locked_paths.append(path)
+        with lock(path) as held:
+            yield held and len(locked_paths) > 1  # the first one is locked by another process
 
-    monkeypatch.setattr(atomic_io, "_file_lock", taken)
+    monkeypatch.setattr(atomic_io, "_file_lock", lock_fails_once)
     with atomic_io.atomic_folder(tmp_path / "it") as work:
-        assert work == seen[1]
+        assert work == locked_paths[1]
     assert (tmp_path / "it").is_dir()
 
 
-def test_where_others_sweep_too_what_is_taken_away_is_gone(tmp_path, monkeypatch):
+def test_delete_atomically_with_concurrent_removal(tmp_path, monkeypatch):
     (tmp_path / "it").mkdir()
     monkeypatch.setattr(atomic_io, "fsync_path", atomic_io.remove_abandoned)
     atomic_io.delete_atomically(tmp_path / "it")
     assert content(tmp_path) == {}
 
 
-def test_what_cannot_be_deleted_is_said(tmp_path, monkeypatch):
-    def refuse(path, **how):
+def test_delete_atomically_reports_failure(tmp_path, monkeypatch):
+    def refuse(path, **options):
         raise PermissionError("not yours")
 
     (tmp_path / "it").mkdir()
@@ -291,31 +292,31 @@ def test_what_cannot_be_deleted_is_said(tmp_path, monkeypatch):
     assert not (tmp_path / "it").exists()
 
 
-# write_text
+# atomic_write_text
 
 
-def test_write_text_makes_its_folder_and_leaves_nothing_else(tmp_path):
+def test_write_text_creates_parent_folder(tmp_path):
     atomic_io.atomic_write_text(tmp_path / "a" / "b.txt", "кино\n")
     assert (tmp_path / "a" / "b.txt").read_bytes() == "кино\n".encode()
     atomic_io.atomic_write_text(tmp_path / "a" / "b.txt", "other")
     assert content(tmp_path) == {"a": None, "a/b.txt": "other"}
 
 
-def test_write_text_is_whole_or_not_at_all(tmp_path):
+def test_write_text_error_keeps_old(tmp_path):
     atomic_io.atomic_write_text(tmp_path / "a", "old")
     with pytest.raises(UnicodeEncodeError):
         atomic_io.atomic_write_text(tmp_path / "a", "x" * 100_000 + "\ud83d")
     assert content(tmp_path) == {"a": "old"}
 
 
-def test_write_text_that_cannot_replace_leaves_no_litter(tmp_path):
+def test_write_text_failed_replace_leaves_nothing(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(OSError, match="a"):
         atomic_io.atomic_write_text(tmp_path / "a", "text")
     assert content(tmp_path) == {"a": None}
 
 
-def test_write_text_syncs_the_file_and_then_its_folder(tmp_path, monkeypatch):
+def test_write_text_syncs_file_and_folder(tmp_path, monkeypatch):
     events, replace, sync = [], os.replace, os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append("sync"), sync(fd)))
     monkeypatch.setattr(os, "replace", lambda *paths: (events.append("replace"), replace(*paths)))
@@ -336,7 +337,7 @@ def entry(begin, end, shape=None, dtype="F32"):
     return {"dtype": dtype, "shape": [(end - begin) // 4] if shape is None else shape, "data_offsets": [begin, end]}
 
 
-def test_the_header_of_a_real_file(tmp_path):
+def test_safetensors_header_of_real_file(tmp_path):
     tensors = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.zeros((4, 0), np.float16), "c": np.int64(7)}
     tensors = {name: np.asarray(value) for name, value in tensors.items()}
     path = tmp_path / "x.safetensors"
@@ -371,7 +372,7 @@ NO_HEADER = "its header is no safetensors header"
         (struct.pack("<Q", 4) + b"null", NO_HEADER),
     ],
 )
-def test_what_is_no_safetensors_file(tmp_path, data, why):
+def test_safetensors_header_invalid_file(tmp_path, data, why):
     (tmp_path / "x").write_bytes(data)
     with pytest.raises(ValueError, match=f"^{why}$"):
         safetensors_header.read_safetensors_header(tmp_path / "x")
@@ -403,28 +404,28 @@ def test_what_is_no_safetensors_file(tmp_path, data, why):
         (b'{"a":' * 20_000, NO_HEADER),
     ],
 )
-def test_a_header_that_does_not_add_up(tmp_path, header, why):
+def test_safetensors_header_inconsistent(tmp_path, header, why):
     path = written(tmp_path / "x", header, b"\0" * 8)
     with pytest.raises(ValueError, match=f"^{why}$"):
         safetensors_header.read_safetensors_header(path)
 
 
-def test_every_cut_of_a_real_file_is_noticed(tmp_path):
+def test_safetensors_header_truncated_file(tmp_path):
     save_file({"a": np.ones((3, 5), np.float32), "b": np.ones(7, np.float16)}, tmp_path / "x")
-    whole = (tmp_path / "x").read_bytes()
+    content = (tmp_path / "x").read_bytes()
     safetensors_header.read_safetensors_header(tmp_path / "x")
-    for length in range(len(whole)):
-        (tmp_path / "x").write_bytes(whole[:length])
+    for length in range(len(content)):
+        (tmp_path / "x").write_bytes(content[:length])
         with pytest.raises(ValueError, match="it is cut off"):
             safetensors_header.read_safetensors_header(tmp_path / "x")
 
 
-def test_a_dtype_that_is_not_known_is_taken_at_its_word(tmp_path):
+def test_safetensors_header_unknown_dtype(tmp_path):
     path = written(tmp_path / "x", {"a": entry(0, 8, [16], "F4")}, b"\0" * 8)
     assert safetensors_header.read_safetensors_header(path)[0]["a"] == ("F4", [16], 0, 8)
 
 
-# The rest
+# Hashes, cache folder, names
 
 
 def test_sha256_file(tmp_path):
@@ -432,7 +433,7 @@ def test_sha256_file(tmp_path):
     assert atomic_io.sha256_file(tmp_path / "x") == hashlib.sha256(b"text" * 100_000).hexdigest()
 
 
-def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
+def test_cache_dir_from_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_TUNER_CACHE", str(tmp_path / "own"))
     assert atomic_io.cache_dir() == tmp_path / "own"
     monkeypatch.delenv("LORA_TUNER_CACHE")
@@ -456,5 +457,5 @@ def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
         ("", ""),
     ],
 )
-def test_of_a_path_strangers_see_the_last_part(name, last):
+def test_display_name_hides_folders(name, last):
     assert text.display_name(name) == last

@@ -74,14 +74,14 @@ def run_yaml(tmp_path):
         (SamplingParams, "seed", [0, 2**63 - 1], [-1, 2**63]),
     ],
 )
-def test_bounds(kind, name, allowed, refused):
+def test_setting_bounds(kind, name, allowed, refused):
     for value in allowed:
         assert getattr(resolve_settings(kind, {name: value}), name) == value
     for value in refused:
         assert refusal({name: value}, kind).startswith(f"{name}: "), value
 
 
-def test_all_problems_are_named_at_once():
+def test_all_problems_reported_together():
     given = {"rank": 0, "lr": 1, "epochs": 1, "minutes": 2, "patience": 3, "where": ["label"], "dtype": "int8"}
     assert refusal(given).split("; ") == [
         "where: 'label' is not of the form COLUMN=VALUE (got ['label'])",
@@ -93,7 +93,7 @@ def test_all_problems_are_named_at_once():
     ]
 
 
-def test_all_problems_of_sampling_are_named_at_once():
+def test_all_sampling_problems_reported_together():
     assert refusal({"top_p": 2, "greedy": True, "n": 2, "stop": [""]}, SamplingParams).split("; ") == [
         "top_p: input should be less than or equal to 1 (got 2)",
         "n above 1 needs sampling: greedy outputs are all the same",
@@ -101,13 +101,13 @@ def test_all_problems_of_sampling_are_named_at_once():
     ]
 
 
-def test_a_temperature_of_0_has_one_answer_too():
+def test_temperature_0_refuses_several_outputs():
     assert "n above 1 needs sampling" in refusal({"temperature": 0, "n": 2}, SamplingParams)
     assert resolve_settings(SamplingParams, {"temperature": 0.1, "n": 2}).n == 2
 
 
 @pytest.mark.parametrize("given", [{a: 1, b: 1} for a in STOP_RULES for b in STOP_RULES if a < b])
-def test_two_stop_rules_contradict_each_other(given):
+def test_two_stop_rules_are_refused(given):
     expected = " and ".join(name for name in STOP_RULES if name in given)
     assert refusal(given) == f"{expected} contradict each other: give one of them"
 
@@ -119,7 +119,7 @@ def test_three_stop_rules_are_one_problem():
     )
 
 
-def test_no_stop_rule_is_allowed_and_so_is_one():
+def test_one_or_no_stop_rule_allowed():
     assert [getattr(TrainConfig(), name) for name in STOP_RULES] == [None] * 3
     for name in STOP_RULES:
         assert getattr(resolve_settings(TrainConfig, {name: 3}), name) == 3
@@ -131,13 +131,13 @@ def test_patience_needs_eval_every():
     assert refusal({"patience": 2, "eval_every": 0}) == "eval_every: input should be greater than or equal to 1 (got 0)"
 
 
-def test_alpha_is_twice_the_rank_unless_said():
+def test_default_alpha_is_twice_rank():
     assert TrainConfig(rank=4).scaling_alpha == 8
     assert TrainConfig(rank=4, alpha=5).scaling_alpha == 5
 
 
 @pytest.mark.parametrize("name", sorted(TrainConfig.model_fields))
-def test_yes_and_no_are_values_of_switches_alone(name):
+def test_booleans_only_for_switches(name):
     if TrainConfig.model_fields[name].annotation is bool:
         needs = {"parent": "imdb"} if name == "force" else {}
         assert getattr(resolve_settings(TrainConfig, {name: True} | needs), name) is True
@@ -145,31 +145,31 @@ def test_yes_and_no_are_values_of_switches_alone(name):
         assert refusal({name: True}) == f"{name}: true and false are not valid here (got True)"
 
 
-def test_a_configuration_cannot_be_changed():
+def test_config_is_frozen():
     with pytest.raises(ValidationError):
         TrainConfig().rank = 9
 
 
-def test_every_field_has_a_line_of_help_and_a_panel():
+def test_fields_have_help_and_panel():
     for kind in (TrainConfig, SamplingParams):
         for name, field in kind.model_fields.items():
             assert field.description, name
             assert field.json_schema_extra["panel"], name
 
 
-def test_yamls_1e_3_is_a_number(run_yaml):
-    assert yaml.safe_load("1e-3") == "1e-3"  # the trap
+def test_yaml_1e_3_is_a_number(run_yaml):
+    assert yaml.safe_load("1e-3") == "1e-3"  # PyYAML reads it as text
     assert resolve_settings(TrainConfig, {}, run_yaml("learning_rate: 1e-3")).learning_rate == 0.001
 
 
-def test_yamls_truth_is_no_number_and_no_name(run_yaml):
+def test_yaml_boolean_is_refused(run_yaml):
     path = run_yaml("rank: true\nname: no\npacking: off")
     assert refusal({}, file=path) == (
         f"{path}: rank: true and false are not valid here (got True); name: true and false are not valid here (got False)"
     )
 
 
-def test_problems_of_a_file_name_it(run_yaml):
+def test_problems_name_the_file(run_yaml):
     path = run_yaml("rang: 8\nrank: eight")
     assert refusal({}, file=path) == (
         f"{path}: rank: input should be a valid integer, unable to parse string as an integer (got 'eight'); "
@@ -177,7 +177,7 @@ def test_problems_of_a_file_name_it(run_yaml):
     )
 
 
-def test_what_is_given_lies_over_the_file(run_yaml):
+def test_given_settings_override_file(run_yaml):
     path = run_yaml("rank: 4\nseed: 3\nwhere: [label=1]")
     config = resolve_settings(TrainConfig, {"rank": 16, "where": ["label=0"]}, path)
     assert (config.rank, config.seed, config.where) == (16, 3, ["label=0"])
@@ -185,23 +185,23 @@ def test_what_is_given_lies_over_the_file(run_yaml):
 
 @pytest.mark.parametrize("in_file", STOP_RULES)
 @pytest.mark.parametrize("given", STOP_RULES)
-def test_a_given_stop_rule_replaces_the_files(run_yaml, in_file, given):
+def test_given_stop_rule_replaces_files(run_yaml, in_file, given):
     config = resolve_settings(TrainConfig, {given: 7}, run_yaml(f"{in_file}: 5"))
     assert {name: getattr(config, name) for name in STOP_RULES} == dict.fromkeys(STOP_RULES) | {given: 7}
 
 
-def test_the_files_stop_rule_stays_where_none_is_given(run_yaml):
+def test_file_stop_rule_stays(run_yaml):
     assert resolve_settings(TrainConfig, {"rank": 2}, run_yaml("max_steps: 5")).max_steps == 5
 
 
-def test_a_file_with_two_stop_rules_is_refused_unless_one_is_given(run_yaml):
+def test_file_with_two_stop_rules(run_yaml):
     path = run_yaml("max_steps: 5\nminutes: 1")
     assert refusal({}, file=path) == f"{path}: max_steps and minutes contradict each other: give one of them"
     assert resolve_settings(TrainConfig, {"epochs": 1}, path).epochs == 1
 
 
 @pytest.mark.parametrize("text", ["", "- rank\n- 8\n", "rank", "# nothing\n"])
-def test_a_file_without_settings(run_yaml, text):
+def test_file_without_settings_is_refused(run_yaml, text):
     path = run_yaml(text)
     assert refusal({}, file=path) == f"{path} holds no settings: expected one `name: value` per line."
 
@@ -217,7 +217,7 @@ def test_a_file_without_settings(run_yaml, text):
         ("a: 1\n---\nb: 2", "but found another document"),
     ],
 )
-def test_a_broken_file_is_an_error_that_names_it(run_yaml, text, why):
+def test_broken_file_is_named(run_yaml, text, why):
     path = run_yaml(text)
     message = refusal({}, file=path)
     assert message.startswith(f"{path} cannot be read as YAML: ")
@@ -225,13 +225,13 @@ def test_a_broken_file_is_an_error_that_names_it(run_yaml, text, why):
     assert "\n" not in message
 
 
-def test_a_file_that_is_missing_or_not_utf8(tmp_path):
+def test_missing_or_non_utf8_file_refused(tmp_path):
     assert refusal({}, file=tmp_path / "none.yaml") == f"There is no file {tmp_path / 'none.yaml'}."
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9")
     assert refusal({}, file=tmp_path / "latin.yaml").startswith(f"{tmp_path / 'latin.yaml'} cannot be read as YAML: ")
 
 
-def test_a_key_that_is_no_text(run_yaml):
+def test_non_text_key_is_refused(run_yaml):
     path = run_yaml("1: 2")
     assert refusal({}, file=path) == f"{path}: 1: keys should be strings (got 1)"
 
@@ -246,16 +246,16 @@ def test_a_key_that_is_no_text(run_yaml):
         {"split_salt": "yes", "text_column": " padded ", "where": ["x='\"\t", "y=[]"], "seed": 2**32 - 1},
     ],
 )
-def test_to_yaml_and_back_is_the_same_configuration(run_yaml, given):
+def test_yaml_round_trip(run_yaml, given):
     config = resolve_settings(TrainConfig, given)
     assert resolve_settings(TrainConfig, {}, run_yaml(config_to_yaml(config))) == config
 
 
-def test_to_yaml_can_be_read_by_people():
+def test_yaml_is_not_escaped():
     assert config_to_yaml(TrainConfig(dataset="кино.csv")).startswith("dataset: кино.csv\n")
 
 
-def test_to_yaml_leaves_out_what_is_worked_out_later():
+def test_yaml_omits_none():
     settings = yaml.safe_load(config_to_yaml(TrainConfig(max_steps=3)))
     assert settings["max_steps"] == 3
     assert settings["adapters_dir"] == "adapters"

@@ -1,4 +1,4 @@
-"""Against a local server that speaks the Hub's protocol, in processes of their own with empty caches."""
+"""Commands in separate processes with empty caches, against a local server that implements the Hub's API."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_tuner import hub as ours
+from lora_tuner import hub as hub_module
 
 from . import tiny_models
 from .hub_server import Hub, fail
@@ -19,7 +19,7 @@ DISTILGPT2, IMDB = "models/distilbert/distilgpt2", "datasets/stanfordnlp/imdb"
 
 @pytest.fixture(scope="session")
 def repos(tmp_path_factory):
-    """A small GPT-2 and a few hundred reviews, laid out as their namesakes on the Hub are."""
+    """Create a small GPT-2 and 300 reviews, with the files that their originals on the Hub have."""
     import datasets
 
     root = tmp_path_factory.mktemp("repos")
@@ -38,7 +38,7 @@ def repos(tmp_path_factory):
 
 @pytest.fixture
 def cli(tmp_path, caches):
-    """Runs the command line against a hub; what one test fetches from it is its own."""
+    """Run the command line against a hub, with a cache for each test."""
 
     def run(hub, *arguments, ok=True):
         env = hub.env(tmp_path / "home") | {"LORA_TUNER_CACHE": str(caches / "own")}
@@ -52,7 +52,7 @@ def cli(tmp_path, caches):
     return run
 
 
-def test_the_plain_command_trains_on_the_hubs_model_and_data(repos, cli):
+def test_train_defaults_from_hub(repos, cli):
     with Hub(repos) as hub:
         cli(hub, "train", "--rank", "8")
         facts = json.loads(cli(hub, "adapters", "show", "imdb", "--json").stdout)
@@ -63,7 +63,7 @@ def test_the_plain_command_trains_on_the_hubs_model_and_data(repos, cli):
         assert facts["data"]["counts"]["read"] == 300
         assert facts["rank"] == 8
         assert facts["result"]["gain"] > 0
-    # The Hub is gone now; what was fetched is enough, and is read without asking.
+    # The Hub is closed now: the cache is enough.
     text = cli(hub, "generate", "--adapter", "adapters/imdb", "--greedy", "--max-new-tokens", "5", "the actor").stdout
     assert text.startswith("the actor")
     again = cli(hub, "train", "--rank", "2", "--max-steps", "2", "--where", "label=pos", "--name", "praise", "--json")
@@ -72,7 +72,7 @@ def test_the_plain_command_trains_on_the_hubs_model_and_data(repos, cli):
 
 
 @pytest.mark.slow
-def test_what_the_hub_refuses_is_said_in_a_line(repos, cli):
+def test_hub_refusals_are_one_line(repos, cli):
     with Hub(repos) as hub:
         line = cli(hub, "train", "--base", "owner/missing", ok=False).stderr.splitlines()[-1]
         assert line == (
@@ -92,8 +92,8 @@ def test_what_the_hub_refuses_is_said_in_a_line(repos, cli):
 
 
 @pytest.mark.slow
-def test_a_hub_behind_a_wall_is_as_good_as_none(repos, cli):
-    """Everything but the front page is refused: the default base and data come from the packages, and that is said."""
+def test_blocked_hub_uses_packages(repos, cli):
+    """Refuse everything but the front page: base and data come from the packages, with a notice."""
     with Hub(repos) as hub:
         hub.fault = lambda handler: bool(handler.path != "/" and not fail(handler, 403, "", "policy"))
         done = cli(hub, "train", "--preview", "1")
@@ -111,34 +111,34 @@ def endpoint(monkeypatch):
     def use(url):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", url)
-        ours.why_unreachable.cache_clear()
+        hub_module.why_unreachable.cache_clear()
 
     yield use
-    ours.why_unreachable.cache_clear()
+    hub_module.why_unreachable.cache_clear()
 
 
-def test_a_hub_that_hangs_is_out_of_reach_in_under_five_seconds(repos, endpoint):
+def test_hanging_hub_is_unreachable(repos, endpoint):
     with Hub(repos) as hub:
         endpoint(hub.url)
-        assert ours.why_unreachable() is None
+        assert hub_module.why_unreachable() is None
         hub.fault = lambda handler: hub.closed.wait(60)
-        ours.why_unreachable.cache_clear()
+        hub_module.why_unreachable.cache_clear()
         start = time.monotonic()
-        assert ours.why_unreachable() is not None
+        assert hub_module.why_unreachable() is not None
         assert time.monotonic() - start < 5
-        asked = len(hub.requests)
-        assert ours.why_unreachable() is not None
-        assert len(hub.requests) == asked
+        requests = len(hub.requests)
+        assert hub_module.why_unreachable() is not None
+        assert len(hub.requests) == requests
 
 
-def test_a_hub_that_is_broken_or_absent(repos, endpoint):
+def test_broken_or_absent_hub_is_unreachable(repos, endpoint):
     with Hub(repos) as hub:
         hub.fault = lambda handler: not fail(handler, 503, "", "down")
         endpoint(hub.url)
-        assert ours.why_unreachable() == f"{hub.url} answers with status 503"
-    ours.why_unreachable.cache_clear()
-    assert ours.why_unreachable() == f"{hub.url} does not answer (ConnectError)"
+        assert hub_module.why_unreachable() == f"{hub.url} answers with status 503"
+    hub_module.why_unreachable.cache_clear()
+    assert hub_module.why_unreachable() == f"{hub.url} does not answer (ConnectError)"
 
 
-def test_offline_by_choice():
-    assert ours.why_unreachable() == "HF_HUB_OFFLINE is set"
+def test_offline_variable_means_unreachable():
+    assert hub_module.why_unreachable() == "HF_HUB_OFFLINE is set"

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_a_wheel_gives_the_command_and_the_types(tmp_path):
+def test_wheel_has_command_and_types(tmp_path):
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True)
     (wheel,) = tmp_path.glob("lora_tuner-*.whl")
@@ -23,24 +23,28 @@ def test_a_wheel_gives_the_command_and_the_types(tmp_path):
     assert done.stdout == f"lora_tuner {version}\n"
 
 
-def test_what_is_claimed_was_tested():
-    """Ranges begin at the versions that the tests run with, and Python is the one that they run on."""
+def test_version_ranges_match_tested_versions():
+    """Version ranges begin at the tested versions, and only the tested Python is claimed."""
     from packaging.requirements import Requirement
     from packaging.version import Version
 
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     pins = {name.lower().replace("_", "-"): Version(version) for name, version in pins.items()}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + [line for extra in project["optional-dependencies"].values() for line in extra]
-    for line in wanted:
+    requirements = project["dependencies"] + [
+        line for extra in project["optional-dependencies"].values() for line in extra
+    ]
+    for line in requirements:
         requirement = Requirement(line)
         tested = pins[requirement.name.lower().replace("_", "-")]
         (bound,) = requirement.specifier
         assert bound.operator == ">=", line
-        least = Version(bound.version).release
-        assert tested.release[: len(least)] == least, line
+        lowest = Version(bound.version).release
+        assert tested.release[: len(lowest)] == lowest, line
     pythons = [
-        it.rpartition(":: ")[2] for it in project["classifiers"] if it.startswith("Programming Language :: Python")
+        name.rpartition(":: ")[2]
+        for name in project["classifiers"]
+        if name.startswith("Programming Language :: Python")
     ]
     assert pythons == ["3.11"]
     assert project["requires-python"] == ">=3.11"

@@ -1,4 +1,4 @@
-"""Tiny but real: models of each kind that is supported, a tokenizer, and text with something to learn in it."""
+"""Tiny but real models, a tokenizer, and text with patterns to learn."""
 
 import random
 from pathlib import Path
@@ -12,7 +12,7 @@ CONTEXT = 128
 
 
 def reviews(count: int, seed: int = 0) -> list[str]:
-    """Different short texts of a few patterns, in the manner of film reviews."""
+    """Generate different short texts with a few patterns, in the style of film reviews."""
     draw = random.Random(seed)
     words = {
         "who": ["the actor", "the director", "this film", "the story", "her voice", "the camera"],
@@ -27,7 +27,7 @@ def reviews(count: int, seed: int = 0) -> list[str]:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 320 tokens, like GPT-2's."""
+    """Train a byte-level BPE tokenizer like that of GPT-2, with 320 tokens."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -42,7 +42,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def save_model(
     folder: Path, kind: str, seed: int = 0, width: int = 32, layers: int = 2, context: int = CONTEXT
 ) -> Path:
-    """A random GPT-2 or Llama with tied embeddings, as a folder that transformers loads."""
+    """Save a random GPT-2 or Llama with tied embeddings as a folder that transformers loads."""
     torch.manual_seed(seed)
     size = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0}
     model: GPT2LMHeadModel | LlamaForCausalLM
@@ -52,7 +52,7 @@ def save_model(
         shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": context}
         model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, pad_token_id=0, **shape, **heads, **size))
-    with torch.no_grad():  # far enough from uniform that greedy text is not decided by rounding
+    with torch.no_grad():  # so that rounding does not decide greedy text
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4)

@@ -1,5 +1,5 @@
-"""The Hub in all the ways in which it can fail, played by the local one: a clear line within the limits that hub.py states,
-nothing half-written, nothing damaged kept, and the same command works once the Hub is well."""
+"""Failures of the Hub, simulated by the local server: one line within the time limits of hub.py, no partial or damaged
+files, and the same command works when the Hub works again."""
 
 import functools
 import json
@@ -46,8 +46,8 @@ def repos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def know(url: str, home: str, limits: dict[str, float]) -> None:
-    """In the process of a command: this hub is the only one there is, and patience may be short."""
+def use_hub(url: str, home: str, limits: dict[str, float]) -> None:
+    """Use only this hub, with shorter time limits, in the process of a command."""
     import datasets.config
     from huggingface_hub import constants
 
@@ -89,8 +89,10 @@ def hub(repos: dict[str, Path]) -> Any:
 
 
 @pytest.fixture
-def ask(hub: Hub, start: Callable[..., Any], tmp_path: Path, gpt2: Path, reviews_csv: Path) -> Callable[..., Any]:
-    """Runs one of the commands that ask the Hub."""
+def run_command(
+    hub: Hub, start: Callable[..., Any], tmp_path: Path, gpt2: Path, reviews_csv: Path
+) -> Callable[..., Any]:
+    """Run one of the commands that send requests to the Hub."""
     adapter_files.write(tmp_path / "adapters" / "small", facts=adapter_files.manifest(run=None))
     quick = ("--max-steps", "1", "--eval-rows", "2", "--batch-size", "1", "--max-length", "32")
     commands: dict[str, tuple[str | Path, ...]] = {
@@ -103,18 +105,18 @@ def ask(hub: Hub, start: Callable[..., Any], tmp_path: Path, gpt2: Path, reviews
 
     def run(what: str, token: str = TOKEN, **limits: float) -> Any:
         short = {"READ_SECONDS": 1.0, "WRITE_SECONDS": 1.0, "STALLED_SECONDS": 1.5} | limits
-        before = functools.partial(know, hub.url, str(tmp_path / ".home"), short)
+        before = functools.partial(use_hub, hub.url, str(tmp_path / ".home"), short)
         return start(*commands[what], before=before, env={"HF_TOKEN": token}).end()
 
     return run
 
 
-def asked_for_a_file(handler: BaseHTTPRequestHandler) -> bool:
+def requests_file(handler: BaseHTTPRequestHandler) -> bool:
     return "/resolve/" in handler.path and handler.command == "GET"
 
 
-def large(handler: BaseHTTPRequestHandler) -> bool:
-    return asked_for_a_file(handler) and handler.path.endswith((".safetensors", ".parquet"))
+def requests_large_file(handler: BaseHTTPRequestHandler) -> bool:
+    return requests_file(handler) and handler.path.endswith((".safetensors", ".parquet"))
 
 
 def front_page(handler: BaseHTTPRequestHandler) -> bool:
@@ -125,16 +127,18 @@ Fault = Callable[[Hub, BaseHTTPRequestHandler], bool]
 
 
 def everywhere(play: Callable[[Hub, BaseHTTPRequestHandler], Any]) -> Fault:
-    """But for the front page: the Hub is there."""
+    """Fail all requests but those for the front page, so that the Hub counts as reachable."""
     return lambda hub, handler: not front_page(handler) and bool([play(hub, handler)])
 
 
-def on(which: Callable[[BaseHTTPRequestHandler], bool], play: Callable[[Hub, BaseHTTPRequestHandler], Any]) -> Fault:
-    return lambda hub, handler: which(handler) and bool([play(hub, handler)])
+def where(
+    matches: Callable[[BaseHTTPRequestHandler], bool], play: Callable[[Hub, BaseHTTPRequestHandler], Any]
+) -> Fault:
+    return lambda hub, handler: matches(handler) and bool([play(hub, handler)])
 
 
 def begin(hub: Hub, handler: BaseHTTPRequestHandler) -> bytes:
-    """The headers of a file that the hub has; its body is still to be sent."""
+    """Send the headers of a file of the hub and return its body."""
     name = handler.path.partition("?")[0].rpartition("/")[2]
     body = next(repo.files[name].read_bytes() for repo in hub.repos.values() if name in repo.files)
     handler.send_response(200)
@@ -183,14 +187,14 @@ LOGIN = "run `hf auth login`"
 PORTAL = "whether this network requires a login"
 FAULTS: dict[str, tuple[Fault, str]] = {
     "silent": (everywhere(lambda hub, _: hub.closed.wait(60)), "Try again"),
-    "silent within a file": (on(large, half_then(lambda hub, _: hub.closed.wait(60))), "Try again"),
-    "drip": (on(large, drip), "almost nothing arrived for 1.5 seconds"),
-    "cut off": (on(large, half_then(lambda hub, _: None)), "Try again"),
+    "silent within a file": (where(requests_large_file, half_then(lambda hub, _: hub.closed.wait(60))), "Try again"),
+    "drip": (where(requests_large_file, drip), "almost nothing arrived for 1.5 seconds"),
+    "cut off": (where(requests_large_file, half_then(lambda hub, _: None)), "Try again"),
     "another file": (
-        on(large, another_file),
+        where(requests_large_file, another_file),
         "1 damaged file(s) with a wrong hash deleted. Try again.",
     ),
-    "a page in place of a file": (on(asked_for_a_file, html), ""),
+    "a page in place of a file": (where(requests_file, html), ""),
     "a page in place of all": (everywhere(html), PORTAL),
     "redirects": (everywhere(redirect), "it redirects without end"),
     "gated": (GATED, "is gated: accept its terms on its Hub page, then run `hf auth login`."),
@@ -206,7 +210,7 @@ QUICK = {("base", "429"), ("push", "500")}
 CASES = [(what, how) for what in ("generate", "dataset", "pull") for how in FAULTS]
 CASES += [
     ("base", how) for how in ("silent within a file", "another file", "gated", "429")
-]  # `generate` fetches it too
+]  # `generate` downloads it too
 CASES += [("push", how) for how in ("silent", "a page in place of all", "redirects", "401", "403", "429", "500", "503")]
 
 
@@ -214,33 +218,33 @@ CASES += [("push", how) for how in ("silent", "a page in place of all", "redirec
     ("what", "how"),
     [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow, id="-".join(case)) for case in CASES],
 )
-def test_a_hub_that_fails_is_a_line_and_leaves_nothing(
-    hub: Hub, ask: Callable[..., Any], tmp_path: Path, what: str, how: str
+def test_failing_hub_leaves_nothing(
+    hub: Hub, run_command: Callable[..., Any], tmp_path: Path, what: str, how: str
 ) -> None:
-    play, said = FAULTS[how]
+    fault, expected = FAULTS[how]
     if what == "push" and how in ("401", "403"):
-        said = f"no permission to write to owner/new: {LOGIN}"
+        expected = f"no permission to write to owner/new: {LOGIN}"
     before = contents(tmp_path / "adapters")
-    hub.fault = lambda handler: play(hub, handler)
-    failed = ask(what)
+    hub.fault = lambda handler: fault(hub, handler)
+    failed = run_command(what)
     assert failed.status == 1, failed.err
-    assert REPO[what] in failed.line
-    assert said in failed.line, failed.line
+    assert REPO[what] in failed.error_line
+    assert expected in failed.error_line, failed.error_line
     assert failed.seconds < 60
     assert "in place of" not in failed.err
     assert contents(tmp_path / "adapters") == before
     hub.fault = None
-    done = ask(what, STALLED_SECONDS=30.0, READ_SECONDS=10.0, WRITE_SECONDS=10.0)
+    done = run_command(what, STALLED_SECONDS=30.0, READ_SECONDS=10.0, WRITE_SECONDS=10.0)
     assert done.status == 0, done.err
-    _is_right(hub, tmp_path, what, done)
+    _check_transfer(hub, tmp_path, what, done)
 
 
-def _is_right(hub: Hub, root: Path, what: str, done: Any) -> None:
-    """What the command has fetched or sent is what the Hub has."""
+def _check_transfer(hub: Hub, root: Path, what: str, done: Any) -> None:
+    """Compare what the command downloaded or uploaded with what the Hub has."""
     if what == "pull":
-        theirs = hub.repos[f"models/{ADAPTER}"].files
+        files = hub.repos[f"models/{ADAPTER}"].files
         assert {p.name: p.read_bytes() for p in (root / "adapters" / "new").iterdir()} == {
-            name: path.read_bytes() for name, path in theirs.items()
+            name: path.read_bytes() for name, path in files.items()
         }
     elif what == "push":
         assert (
@@ -263,14 +267,14 @@ def _is_right(hub: Hub, root: Path, what: str, done: Any) -> None:
             assert facts["data"]["counts"]["read"] == 60
 
 
-def test_a_fetch_that_ends_early_is_not_taken_for_whole(hub: Hub, ask: Callable[..., Any]) -> None:
-    """All but one small file came, and now the Hub is gone."""
-    hub.fault = lambda handler: asked_for_a_file(handler) and "generation_config" in handler.path and _hang_up(handler)
-    assert ask("generate").status == 1
+def test_partial_download_is_not_used(hub: Hub, run_command: Callable[..., Any]) -> None:
+    """All but one small file arrived, and then the Hub is unreachable."""
+    hub.fault = lambda handler: requests_file(handler) and "generation_config" in handler.path and _hang_up(handler)
+    assert run_command("generate").status == 1
     hub.fault = lambda handler: bool([reply(handler, 503)])
-    failed = ask("generate")
+    failed = run_command("generate")
     assert failed.status == 1
-    assert f"{MODEL} is not cached, and the Hub is out of reach" in failed.line
+    assert f"{MODEL} is not cached, and the Hub is out of reach" in failed.error_line
 
 
 def _hang_up(handler: BaseHTTPRequestHandler) -> bool:
@@ -278,21 +282,19 @@ def _hang_up(handler: BaseHTTPRequestHandler) -> bool:
     return True
 
 
-def test_what_is_cached_is_used_while_the_hub_fails(hub: Hub, ask: Callable[..., Any]) -> None:
-    well = ask("generate")
-    assert well.status == 0, well.err
+def test_cached_model_used_without_hub(hub: Hub, run_command: Callable[..., Any]) -> None:
+    first = run_command("generate")
+    assert first.status == 0, first.err
     hub.fault = lambda handler: bool([reply(handler, 503)])
-    asked = len(hub.requests)
-    assert ask("generate").out == well.out
-    assert len(hub.requests) == asked
+    requests = len(hub.requests)
+    assert run_command("generate").out == first.out
+    assert len(hub.requests) == requests
 
 
 @pytest.mark.parametrize(
-    "what", ["pull", *(pytest.param(it, marks=pytest.mark.slow) for it in ("generate", "base", "dataset", "push"))]
+    "what", ["pull", *(pytest.param(name, marks=pytest.mark.slow) for name in ("generate", "base", "dataset", "push"))]
 )
-def test_a_token_is_nowhere_even_when_the_hub_says_it(
-    hub: Hub, ask: Callable[..., Any], tmp_path: Path, what: str
-) -> None:
+def test_token_never_printed_or_stored(hub: Hub, run_command: Callable[..., Any], tmp_path: Path, what: str) -> None:
     warning = {"X-HF-Warning": f"token; {TOKEN} is old"}
     answers = [
         lambda handler: fail(handler, 403, "", f"the token {TOKEN} is not enough"),
@@ -300,28 +302,28 @@ def test_a_token_is_nowhere_even_when_the_hub_says_it(
         lambda handler: reply(handler, 400, {"error": f"{TOKEN}?"}, warning),
         lambda handler: reply(handler, 302, b"", {"Location": f"{hub.url}/{TOKEN}{handler.path}"[:900]}),
     ]
-    said = ""
+    printed = ""
     for answer in answers:
         hub.fault = lambda handler, answer=answer: not front_page(handler) and bool([answer(handler)])
-        failed = ask(what)
+        failed = run_command(what)
         assert failed.status == 1
-        said += failed.out + failed.err
+        printed += failed.out + failed.err
     hub.fault = None
-    done = ask(what)
+    done = run_command(what)
     assert done.status == 0, done.err
-    assert TOKEN not in said + done.out + done.err
+    assert TOKEN not in printed + done.out + done.err
     kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert not [path for path, content in kept.items() if TOKEN.encode() in content]
     assert not [
-        name for repo in hub.repos.values() for name, it in repo.files.items() if TOKEN.encode() in it.read_bytes()
+        name for repo in hub.repos.values() for name, path in repo.files.items() if TOKEN.encode() in path.read_bytes()
     ]
 
 
 @pytest.mark.slow
-def test_the_limits_hold_as_they_are_stated(hub: Hub, tmp_path: Path) -> None:
-    """In a process of its own, with nothing shortened: a Hub that goes silent within a file."""
-    play, _ = FAULTS["silent within a file"]
-    hub.fault = lambda handler: play(hub, handler)
+def test_default_time_limits_hold(hub: Hub, tmp_path: Path) -> None:
+    """Run a command with the default limits against a Hub that stops within a file."""
+    fault, _ = FAULTS["silent within a file"]
+    hub.fault = lambda handler: fault(hub, handler)
     env = hub.env(tmp_path / "home") | {"LORA_TUNER_CACHE": str(tmp_path / "own"), "HF_TOKEN": TOKEN}
     command = [sys.executable, str(CLI), "generate", "--base", MODEL, "the actor"]
     begun = time.monotonic()
@@ -336,32 +338,32 @@ def test_the_limits_hold_as_they_are_stated(hub: Hub, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_hub_that_is_long_in_taking_what_is_sent_gets_it(hub: Hub, ask: Callable[..., Any]) -> None:
+def test_slow_commit_succeeds(hub: Hub, run_command: Callable[..., Any]) -> None:
     hub.fault = lambda handler: "/commit/" in handler.path and hub.closed.wait(3)
-    done = ask("push", WRITE_SECONDS=30.0)
+    done = run_command("push", WRITE_SECONDS=30.0)
     assert done.status == 0, done.err
     assert "models/owner/new" in hub.repos
 
 
 @pytest.mark.parametrize("repo", ["**", "owner/[a", "a/b/c", "owner/"])
-def test_what_is_no_name_of_a_repo_is_a_line(hub: Hub, start: Callable[..., Any], tmp_path: Path, repo: str) -> None:
-    before = functools.partial(know, hub.url, str(tmp_path / ".home"), {})
+def test_invalid_repo_name_is_refused(hub: Hub, start: Callable[..., Any], tmp_path: Path, repo: str) -> None:
+    before = functools.partial(use_hub, hub.url, str(tmp_path / ".home"), {})
     refused = start("pull", repo, "--name", "new", before=before).end()
-    assert (refused.status, refused.line) == (
+    assert (refused.status, refused.error_line) == (
         1,
         f"Error: '{repo}' is neither a local folder nor a Hub id (owner/name).",
     )
 
 
-def test_a_time_in_which_nobody_asks_is_no_silence_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """hf_xet fetches large files by a way of its own, and the next question comes when it is done."""
+def test_pause_between_requests_is_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """hf_xet downloads requests_large_file files by itself; the next request follows when it is done."""
     now = [100.0]
     monkeypatch.setattr("lora_tuner.hub.time", SimpleNamespace(monotonic=lambda: now[0]))
     limits, request = hub_module.RequestLimits(), SimpleNamespace(method="GET", headers={}, extensions={})
     with limits.limited():
         limits.before(request)
         now[0] += 2 * hub_module.STALLED_SECONDS
-        for _ in range(3):  # who is asked again and again, and says nothing, is silent
+        for _ in range(3):  # requests without any response are a stall
             limits.before(request)
             now[0] += hub_module.READ_SECONDS + 0.1
         with pytest.raises(HubError, match="almost nothing arrived for 30 seconds"):

@@ -18,7 +18,7 @@ from lora_tuner.models.loading import load_base
 from lora_tuner.models.memory import _weight_bytes
 from lora_tuner.models.resolve import find_base
 
-from ..training.test_distributed import DYING, SHORT, curve, finish, start
+from ..training.test_distributed import ENDING_PROCESS, SHORT, curve, finish, start
 
 ON_A_CPU = """
 import atexit
@@ -73,17 +73,17 @@ def check_shares(done, settings):
     model = load_base(find_base(settings["base"]), ModelOptions(device="cpu")).model
     blocks = sum(it.numel() for name, it in model.named_parameters() if re.search(r"\.(h|layers)\.", name))
     held = sum(it.numel() for it in model.parameters()) - blocks // 2
-    assert re.findall(r"It holds (\d+)", done.said) == [str(held)] * 4
+    assert re.findall(r"It holds (\d+)", done.err) == [str(held)] * 4
     return blocks // model.config.num_hidden_layers
 
 
 def test_sharded_training_matches_unsharded(settings, split):
     """The same 50 steps. Of nine held-out rows one process has fewer batches, and must read on with the other."""
     done = split(settings, "--max-steps=50", "--eval-every=20", "--name=two", "--json")
-    assert done.status == 0, done.said
-    assert "Warning" not in done.said
+    assert done.status == 0, done.err
+    assert "Warning" not in done.err
     block = check_shares(done, settings)
-    assert re.findall(r"It gathers (\d+)", done.said) == [str(3 * 4 * block)] * 2
+    assert re.findall(r"It gathers (\d+)", done.err) == [str(3 * 4 * block)] * 2
     two = Library().get("two")
     assert json.loads(done.out)["weights"]["sha256"] == two.sha256
     given = {"max_steps": 50, "gradient_accumulation": 2, "eval_every": 20, "name": "one"}
@@ -100,15 +100,15 @@ def test_sharded_training_matches_unsharded(settings, split):
 @pytest.mark.parametrize("first", ["split", "whole"])
 def test_run_resumes_sharded_or_unsharded(settings, split, first):
     """One process dies, and the other leaves a checkpoint; what goes on is the other kind."""
-    script, plan = ON_A_CPU + DYING.format(at=7), {} if first == "split" else {"ACCELERATE_USE_FSDP": "false"}
+    script, plan = ON_A_CPU + ENDING_PROCESS.format(at=7), {} if first == "split" else {"ACCELERATE_USE_FSDP": "false"}
     done = split(settings, "--max-steps=12", "--name=cut", script=script, **plan)
     assert done.status != 0
-    assert "It was after step 7 of 12. Go on with: python cli.py train --resume cut" in done.said
+    assert "It was after step 7 of 12. Go on with: python cli.py train --resume cut" in done.err
     if first == "split":
         resume("cut")
     else:
         done = split({}, "--resume=cut")
-        assert done.status == 0, done.said
+        assert done.status == 0, done.err
         check_shares(done, settings)
     cut = Library().get("cut")
     whole = train(TrainConfig.model_validate(settings | {"max_steps": 12, "gradient_accumulation": 2, "name": "whole"}))
@@ -131,7 +131,7 @@ def test_run_resumes_sharded_or_unsharded(settings, split, first):
 )
 def test_sharded_training_supports_option(settings, split, more):
     done = split(settings, "--max-steps=12", "--name=two", *more)
-    assert done.status == 0, done.said
+    assert done.status == 0, done.err
     assert Library().get("two").manifest.result.gain > 0
     check_shares(done, settings)
 
@@ -143,7 +143,7 @@ def test_configured_block_names_are_sharded(settings, split, gpt2):
     for number, asked in enumerate(("", " GPT2Block" if settings["base"] == str(gpt2) else " LlamaDecoderLayer , ")):
         plan = names | {"FSDP_TRANSFORMER_CLS_TO_WRAP": asked}
         done = split(settings, "--epochs=1", "--plan", f"--name=n{number}", **plan)
-        assert done.status == 0, done.said
+        assert done.status == 0, done.err
         check_shares(done, settings)
 
 
@@ -156,7 +156,7 @@ def test_documented_accelerate_config_shards(settings, tmp_path):
     script.write_text(SPLIT)
     how = ("accelerate.commands.launch", "--config_file", str(tmp_path / "fsdp.yaml"))
     done = finish(start(settings, "--max-steps=5", "--name=two", script=script, launcher=how))
-    assert done.status == 0, done.said
+    assert done.status == 0, done.err
     check_shares(done, settings)
     assert Library().get("two").manifest.run.processes == 2
 
@@ -165,7 +165,7 @@ def test_documented_accelerate_config_shards(settings, tmp_path):
 def test_sharded_training_continues_from_adapter(settings, split):
     train(TrainConfig.model_validate(settings | {"max_steps": 5, "name": "one"}))
     done = split(settings, "--from=one", "--max-steps=5", "--name=two")
-    assert done.status == 0, done.said
+    assert done.status == 0, done.err
     assert Library().get("two").manifest.parents[0].name == "one"
 
 

@@ -1,4 +1,4 @@
-"""One run on several processes, as torchrun starts them: the adapter is that of one process, and one of them speaks."""
+"""One run on several processes, as torchrun starts them: same adapter as one process, one set of messages."""
 
 import json
 import os
@@ -24,17 +24,17 @@ from lora_tuner.training.arguments import EpochOrder
 
 CLI = Path(__file__).parents[2] / "cli.py"
 SHORT = {"rank": 4, "max_length": 64, "batch_size": 2, "eval_rows": 9, "learning_rate": 5e-3, "device": "cpu"}
-DYING = """
+ENDING_PROCESS = """
 import os
 from lora_tuner.training import trainer
 from lora_tuner.cli.app import app
 
 if os.environ["RANK"] == "1":
     step = trainer._LoraTrainer.training_step
-    def die(self, *given):
+    def die(self, *arguments):
         if self.state.global_step == {at}:
             os._exit(9)
-        return step(self, *given)
+        return step(self, *arguments)
     trainer._LoraTrainer.training_step = die
 app()
 """
@@ -45,11 +45,11 @@ def settings(gpt2, reviews_csv):
     return SHORT | {"base": str(gpt2), "dataset": str(reviews_csv)}
 
 
-def start(settings, *more, script=CLI, launcher=("torch.distributed.run", "--standalone", "--nproc-per-node", "2")):
-    given = {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
-    options = [name if value is True else f"{name}={value}" for name, value in given.items()]
+def start(settings, *options, script=CLI, launcher=("torch.distributed.run", "--standalone", "--nproc-per-node", "2")):
+    flags = {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
+    arguments = [name if value is True else f"{name}={value}" for name, value in flags.items()]
     return subprocess.Popen(
-        [sys.executable, "-m", *launcher, str(script), "train", *options, *more],
+        [sys.executable, "-m", *launcher, str(script), "train", *arguments, *options],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CLI.parent)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -58,8 +58,8 @@ def start(settings, *more, script=CLI, launcher=("torch.distributed.run", "--sta
 
 
 def finish(started):
-    out, said = started.communicate(timeout=300)
-    return SimpleNamespace(status=started.returncode, out=out, said=said)
+    out, err = started.communicate(timeout=300)
+    return SimpleNamespace(status=started.returncode, out=out, err=err)
 
 
 def curve(adapter):
@@ -67,20 +67,20 @@ def curve(adapter):
     return [entry["loss"] for entry in entries if "loss" in entry]
 
 
-def test_two_processes_train_the_adapter_of_one(settings):
-    """The same 50 steps, of sequences that do not divide by two: an epoch ends within a batch."""
+def test_two_processes_train_same_adapter(settings):
+    """Train the same 50 steps; the sequences are not divisible by 4, so an epoch ends within a batch."""
     done = finish(start(settings, "--max-steps=50", "--eval-every=20", "--name=two", "--json"))
-    assert done.status == 0, done.said
+    assert done.status == 0, done.err
     two = Library().get("two")
     assert json.loads(done.out)["weights"]["sha256"] == two.sha256
-    assert done.said.count("The run takes 50 steps") == 1
-    given = {"max_steps": 50, "gradient_accumulation": 2, "eval_every": 20, "name": "one"}
-    one = train(TrainConfig.model_validate(settings | given))
+    assert done.err.count("The run takes 50 steps") == 1
+    same = {"max_steps": 50, "gradient_accumulation": 2, "eval_every": 20, "name": "one"}
+    one = train(TrainConfig.model_validate(settings | same))
     assert one.manifest.run.sequences % 4 != 0
     assert len(curve(two)) == 50
     assert max(abs(a - b) for a, b in zip(curve(one), curve(two), strict=True)) < 1e-5
-    ours, theirs = (load_file(it.path / WEIGHTS_FILE) for it in (one, two))
-    assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in ours)
+    weights, weights_of_two = (load_file(adapter.path / WEIGHTS_FILE) for adapter in (one, two))
+    assert all(torch.allclose(weights[name], weights_of_two[name], atol=1e-5) for name in weights)
     assert (one.manifest.run.processes, two.manifest.run.processes) == (1, 2)
     assert two.manifest.run.tokens == one.manifest.run.tokens
     for figure in ("base_loss", "loss", "gain", "standard_error"):
@@ -92,23 +92,23 @@ def test_two_processes_train_the_adapter_of_one(settings):
 @pytest.mark.parametrize(
     "streaming", [{}, pytest.param({"streaming": True, "shuffle_buffer": 20}, marks=pytest.mark.slow)]
 )
-def test_a_process_that_dies_leaves_a_checkpoint_from_which_one_alone_goes_on(settings, tmp_path, streaming):
+def test_lost_process_resumes_on_one(settings, tmp_path, streaming):
     settings |= streaming
     script = tmp_path / "dying.py"
-    script.write_text(DYING.format(at=7))
+    script.write_text(ENDING_PROCESS.format(at=7))
     done = finish(start(settings, "--max-steps=12", "--name=cut", script=script))
     assert done.status != 0
     assert (
         "Error: Another process of this run has ended. It was after step 7 of 12. Go on with: python cli.py train --resume cut"
-        in done.said
+        in done.err
     )
-    assert done.said.count("Error: ") == done.said.count("ChildFailedError: ") + 1
-    told = []
-    cut = resume("cut", notify=told.append)
+    assert done.err.count("Error: ") == done.err.count("ChildFailedError: ") + 1
+    events = []
+    cut = resume("cut", notify=events.append)
     assert (
         "The run was begun by 2 processes and goes on with 1: --gradient-accumulation is 2 in place of 1, so that each step learns the "
         "same sequences. What is rounded, and what dropout leaves out, is another."
-    ) in [getattr(it, "text", "") for it in told]
+    ) in [getattr(event, "text", "") for event in events]
     whole = train(TrainConfig.model_validate(settings | {"max_steps": 12, "gradient_accumulation": 2, "name": "whole"}))
     assert max(abs(a - b) for a, b in zip(curve(whole), curve(cut), strict=True)) < 1e-5
     assert cut.manifest.result.loss == pytest.approx(whole.manifest.result.loss, abs=1e-5)
@@ -116,22 +116,22 @@ def test_a_process_that_dies_leaves_a_checkpoint_from_which_one_alone_goes_on(se
 
 
 @pytest.mark.slow
-def test_two_go_on_in_a_later_epoch_as_one_would(settings, tmp_path):
-    """An epoch has 16 steps, and the order of the second is another."""
+def test_two_processes_resume_later_epoch(settings, tmp_path):
+    """Resume in the second epoch: an epoch has 16 steps and its own order."""
     script = tmp_path / "dying.py"
-    script.write_text(DYING.format(at=21))
+    script.write_text(ENDING_PROCESS.format(at=21))
     finish(start(settings, "--max-steps=40", "--name=cut", script=script))
     assert Path("runs/cut/checkpoint-21").is_dir()
     done = finish(start({}, "--resume=cut"))
-    assert done.status == 0, done.said
+    assert done.status == 0, done.err
     whole = train(TrainConfig.model_validate(settings | {"max_steps": 40, "gradient_accumulation": 2, "name": "whole"}))
     assert max(abs(a - b) for a, b in zip(curve(whole), curve(Library().get("cut")), strict=True)) < 1e-5
 
 
 @pytest.mark.slow
-def test_with_patience_no_checkpoint_is_lost_with_a_process(settings, tmp_path):
+def test_lost_process_with_patience_keeps_checkpoint(settings, tmp_path):
     script = tmp_path / "dying.py"
-    script.write_text(DYING.format(at=10))
+    script.write_text(ENDING_PROCESS.format(at=10))
     finish(start(settings, "--max-steps=40", "--name=cut", "--eval-every=5", "--patience=3", script=script))
     assert Path("runs/cut/checkpoint-10/whole.json").is_file()
     assert resume("cut").manifest.run.steps == 40
@@ -139,7 +139,7 @@ def test_with_patience_no_checkpoint_is_lost_with_a_process(settings, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop_all_stop_at_one_step(settings, signum):
+def test_signal_stops_all_at_same_step(settings, signum):
     started = start(settings, "--max-steps=20000", "--save-every=20000", "--name=asked")
     while not Path("runs/asked/run.yaml").exists():
         assert started.poll() is None
@@ -148,79 +148,81 @@ def test_asked_to_stop_all_stop_at_one_step(settings, signum):
     started.send_signal(signum)
     done = finish(started)
     assert done.status != 0
-    assert done.said.count("Stopped at step ") == 1
-    assert "saved. Go on with: python cli.py train --resume asked" in done.said
+    assert done.err.count("Stopped at step ") == 1
+    assert "saved. Go on with: python cli.py train --resume asked" in done.err
     assert len([*Path("runs/asked").glob("checkpoint-*/whole.json")]) == 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "more", [{"method": name} for name in ("dora", "eva", "lora+", "pissa", "rslora")] + [{"dropout": 0.1}]
+    "changes", [{"method": name} for name in ("dora", "eva", "lora+", "pissa", "rslora")] + [{"dropout": 0.1}]
 )
-def test_each_method_is_trained_by_two(settings, more):
-    done = finish(start(settings | more, "--max-steps=20", "--name=two"))
-    assert done.status == 0, done.said
+def test_two_processes_train_each_method(settings, changes):
+    done = finish(start(settings | changes, "--max-steps=20", "--name=two"))
+    assert done.status == 0, done.err
     assert Library().get("two").manifest.result.gain > 0
 
 
 @pytest.mark.slow
-def test_minutes_and_patience_mean_the_same_to_all(settings):
-    """One that took other steps than the rest, or stopped earlier, would leave them waiting."""
+def test_two_processes_agree_on_stop(settings):
+    """Processes that took other steps, or stopped earlier, would leave the others waiting."""
     done = finish(
         start(settings | {"learning_rate": 0.05}, "--minutes=0.1", "--eval-every=2", "--patience=1", "--name=two")
     )
-    assert done.status == 0, done.said
+    assert done.status == 0, done.err
     assert 0 < Library().get("two").manifest.run.kept_step <= Library().get("two").manifest.run.steps
 
 
 @pytest.mark.slow
-def test_the_plan_is_told_once_and_counts_all(settings):
+def test_plan_printed_once_counts_all(settings):
     done = finish(start(settings, "--epochs=1", "--plan", "--json"))
-    assert done.status == 0, done.said
+    assert done.status == 0, done.err
     alone = run.plan(TrainConfig.model_validate(settings | {"epochs": 1}))
     assert json.loads(done.out)["steps_per_epoch"] == -(-alone.steps_per_epoch // 2)
 
 
 @pytest.mark.slow
-def test_accelerate_starts_them_too(settings):
-    how = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    done = finish(start(settings, "--max-steps=5", "--name=two", launcher=("accelerate.commands.launch", *how.split())))
-    assert done.status == 0, done.said
+def test_accelerate_launch(settings):
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    done = finish(
+        start(settings, "--max-steps=5", "--name=two", launcher=("accelerate.commands.launch", *options.split()))
+    )
+    assert done.status == 0, done.err
     assert Library().get("two").manifest.run.processes == 2
 
 
 @pytest.mark.slow
-def test_two_machines_with_a_launcher_each(settings):
-    """Both are this one here: what matters is that each process is the first of its machine."""
+def test_two_nodes(settings):
+    """Run two launchers on this machine: each process has local rank 0."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
-    how = f"torch.distributed.run --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint localhost:{port} --node-rank"
-    both = [start(settings, "--max-steps=20", "--name=two", launcher=(*how.split(), rank)) for rank in "01"]
+    launcher = f"torch.distributed.run --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint localhost:{port} --node-rank"
+    both = [start(settings, "--max-steps=20", "--name=two", launcher=(*launcher.split(), rank)) for rank in "01"]
     for done in map(finish, both):
-        assert done.status == 0, done.said
+        assert done.status == 0, done.err
     one = train(TrainConfig.model_validate(settings | {"max_steps": 20, "gradient_accumulation": 2, "name": "one"}))
     assert max(abs(a - b) for a, b in zip(curve(one), curve(Library().get("two")), strict=True)) < 1e-5
 
 
 @pytest.mark.slow
-def test_an_error_is_said_once(settings):
+def test_error_reported_once(settings):
     done = finish(start(settings | {"dataset": "missing.csv"}))
     assert done.status != 0
-    assert done.said.count("There is no dataset 'missing.csv'") == 1
+    assert done.err.count("There is no dataset 'missing.csv'") == 1
 
 
-# What is refused
+# Refused launches and settings
 
 
 @pytest.fixture
 def launched(monkeypatch):
-    places = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    for name, value in {"WORLD_SIZE": "2", **places}.items():
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in {"WORLD_SIZE": "2", **variables}.items():
         monkeypatch.setenv(name, value)
     return monkeypatch
 
 
-def refused(settings):
+def refusal(settings):
     with pytest.raises(TrainingError) as error:
         train(TrainConfig.model_validate(settings))
     assert distributed.world_size() == 1
@@ -228,33 +230,33 @@ def refused(settings):
     return str(error.value)
 
 
-def test_a_world_that_is_not_the_announced_one(settings, launched):
+def test_unexpected_world_size_is_refused(settings, launched):
     launched.setattr("accelerate.PartialState", lambda **_: SimpleNamespace(num_processes=1))
-    assert refused(settings) == (
+    assert refusal(settings) == (
         "WORLD_SIZE announces 2 processes, but this one finds 1, so each would train alone: start all of them with torchrun or "
         "accelerate launch."
     )
 
 
-def test_compiling_that_would_not_be_kept(settings, launched):
+def test_dynamo_backend_is_refused(settings, launched):
     launched.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
-    assert refused(settings) == (
+    assert refusal(settings) == (
         "ACCELERATE_DYNAMO_BACKEND=INDUCTOR is not supported with several processes: set it to no."
     )
 
 
 @pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
-def test_a_world_that_nobody_started(settings, launched, missing):
+def test_missing_launcher_variable_is_refused(settings, launched, missing):
     launched.delenv(missing)
-    assert refused(settings).startswith(f"WORLD_SIZE announces 2 processes, but {missing} is not set")
+    assert refusal(settings).startswith(f"WORLD_SIZE announces 2 processes, but {missing} is not set")
 
 
-def test_a_world_of_no_number(settings, launched):
+def test_invalid_world_size_is_refused(settings, launched):
     launched.setenv("WORLD_SIZE", "two")
-    assert refused(settings) == "WORLD_SIZE is 'two', and should be a number."
+    assert refusal(settings) == "WORLD_SIZE is 'two', and should be a number."
 
 
-def test_different_weights_under_one_name(settings, launched):
+def test_different_base_weights_are_refused(settings, launched):
     launched.setattr(distributed, "init_process_group", lambda device: None)
     launched.setattr(distributed, "world_size", lambda: 2)
     launched.setattr(distributed, "all_gather", lambda value: [value, "other"])
@@ -262,43 +264,43 @@ def test_different_weights_under_one_name(settings, launched):
         train(TrainConfig.model_validate(settings))
 
 
-def test_one_gpu_for_all(settings, launched):
-    assert refused(settings | {"device": "cuda:0"}) == (
+def test_single_gpu_device_is_refused(settings, launched):
+    assert refusal(settings | {"device": "cuda:0"}) == (
         "--device cuda:0 is one GPU for all processes: leave it out, and each process uses its own."
     )
 
 
-def test_several_ranks_or_rates_at_once(settings, launched):
+def test_sweep_is_refused(settings, launched):
     with pytest.raises(ConfigError, match="are trained by one process: leave torchrun out"):
         run_sweep([TrainConfig.model_validate(settings | {"rank": rank}) for rank in (2, 4)])
     with pytest.raises(ConfigError, match="are trained by one process: leave torchrun out"):
         sweep.resume_sweep("reviews")
 
 
-def test_more_processes_than_gpus(settings, launched):
+def test_more_processes_than_gpus_refused(settings, launched):
     launched.setattr("torch.cuda.is_available", lambda: True)
     launched.setattr("torch.cuda.device_count", lambda: 1)
     launched.setenv("LOCAL_WORLD_SIZE", "2")
-    assert refused(settings | {"device": "auto"}) == (
+    assert refusal(settings | {"device": "auto"}) == (
         "2 processes would share 1 GPUs on this machine: start one per GPU."
     )
 
 
-def test_apples_gpu(settings, launched):
+def test_mps_is_refused(settings, launched):
     launched.setattr("torch.cuda.is_available", lambda: False)
     launched.setattr("torch.backends.mps.is_available", lambda: True)
-    assert refused(settings | {"device": "auto"}).startswith("MPS supports one process")
+    assert refusal(settings | {"device": "auto"}).startswith("MPS supports one process")
 
 
-def test_who_says_what(launched):
+def test_rank_prefix(launched):
     assert distributed.with_rank_prefix("text") == "text"
     launched.setenv("RANK", "1")
-    assert distributed.with_rank_prefix("text") == ""  # all find the same before they are together
+    assert distributed.with_rank_prefix("text") == ""  # before the group is formed, rank 0 reports the same
     launched.setattr(distributed, "_group", object())
     assert distributed.with_rank_prefix("text") == "Process 1: text"
 
 
-def test_a_number_of_processes_that_cannot_share_a_step(settings, monkeypatch):
+def test_indivisible_accumulation_is_refused(settings, monkeypatch):
     config = TrainConfig.model_validate(settings | {"gradient_accumulation": 2, "name": "imdb"})
     then = SimpleNamespace(run=SimpleNamespace(processes=2))
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
@@ -310,21 +312,21 @@ def test_a_number_of_processes_that_cannot_share_a_step(settings, monkeypatch):
         run._for_world_size(config, then, lambda event: None)
 
 
-# What all agree on
+# Agreement between processes
 
 
 @pytest.mark.parametrize("epoch", [0, 3])
-def test_the_order_is_that_of_one_process(epoch):
-    theirs = SeedableRandomSampler(range(11), data_seed=5)
-    theirs.set_epoch(epoch)
-    expected = [*theirs]
+def test_epoch_order_matches_one_process(epoch):
+    sampler = SeedableRandomSampler(range(11), data_seed=5)
+    sampler.set_epoch(epoch)
+    expected = [*sampler]
     assert [*EpochOrder(11, 1, 5, lambda: epoch)] == expected
     shared = EpochOrder(11, 4, 5, lambda: epoch)
     assert [*shared] == [*expected, 11]
     assert len(shared) == 12
 
 
-def test_alone_nothing_is_asked_of_others():
+def test_single_process_needs_no_group():
     assert (distributed.world_size(), distributed.rank(), distributed.local_world_size()) == (1, 0, 1)
     assert distributed.run_on_rank_zero(lambda: 5) == 5
     assert distributed.all_gather("a") == ["a"]
@@ -332,7 +334,7 @@ def test_alone_nothing_is_asked_of_others():
     assert not distributed.is_process_loss(RuntimeError("Connection closed by peer"))
 
 
-def test_of_an_error_that_all_have_found_the_first_speaks(monkeypatch):
+def test_shared_error_raised_on_rank_zero(monkeypatch):
     error = TrainingError("too large")
     assert distributed.share_error(error) is error
     monkeypatch.setattr(distributed, "rank", lambda: 1)
