@@ -1,8 +1,8 @@
 """The adapter folder: reading it and checking it. Never imports torch.
 
-An adapter is a regular PEFT folder plus `manifest.json`, which records its origin. Some settings of a PEFT config change
-the base model on load, so keys and values are checked against a list of safe ones, and the adapted layers are taken from
-the tensor names instead of the config's patterns.
+An adapter is a regular PEFT folder plus `manifest.json`, which records its origin. Some settings of
+a PEFT config change the base model on load, so keys and values are checked against a list of safe
+ones, and the adapted layers are taken from the tensor names instead of the config's patterns.
 """
 
 import json
@@ -59,7 +59,7 @@ _short_repr.maxstring, _short_repr.maxother, _short_repr.maxlong = 200, 200, 420
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter folder that passed `load_adapter_folder`: well-formed and safe. Its tensors are not in memory."""
+    """An adapter folder that passed `load_adapter_folder`. Its tensors are not in memory."""
 
     path: Path
     config: dict[str, Any]
@@ -136,7 +136,7 @@ class Adapter:
 
     @cached_property
     def _patterns(self) -> dict[str, tuple[re.Pattern[str], list[float]]]:
-        """The keys of each pattern setting as one expression with a group per key, and their values."""
+        """The keys of each pattern setting as one regular expression, and their values."""
         patterns = {}
         for setting in ("rank_pattern", "alpha_pattern"):
             values = self.config.get(setting) or {}
@@ -150,7 +150,7 @@ class Adapter:
         return lora_a[1], lora_b[0]
 
     def check_shapes(self, base_sizes: Mapping[str, tuple[int, int]]) -> None:
-        """Raise AdapterError unless the base has all adapted layers, with these sizes: name -> (in, out)."""
+        """Raise AdapterError unless the base has these layers. `base_sizes`: name -> (in, out)."""
         problems = []
         for module in self.modules:
             size, base_size = self.layer_size(module), base_sizes.get(module)
@@ -180,7 +180,7 @@ class Adapter:
 
 
 def validate_name(name: str) -> str:
-    """Return the name if it is valid as a folder, a PEFT adapter and a served model; else raise AdapterError."""
+    """Return a name that is valid as a folder and as a model; else raise AdapterError."""
     if not NAME_PATTERN.fullmatch(name):
         raise AdapterError(
             f"'{name}' is not a valid adapter name: use a letter, then up to 63 letters, digits, '-' or '_'; names of "
@@ -190,7 +190,7 @@ def validate_name(name: str) -> str:
 
 
 def load_adapter_folder(path: Path) -> Adapter:
-    """Read and check an adapter folder: config, manifest and the header of the weights, not the weights.
+    """Read and check an adapter folder: config, manifest and the header of the weights.
 
     Raises AdapterError with the file, its problems and the remedy.
     """
@@ -225,7 +225,7 @@ def _join_problems(problems: Sequence[str], limit: int) -> str:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read `manifest.json` of a folder. Raises AdapterError with every field that does not fit the schema."""
+    """Read `manifest.json` of a folder. Raises AdapterError with all invalid fields."""
     try:
         return Manifest.model_validate(_read_json(path / MANIFEST_FILE))
     except ValidationError as error:
@@ -247,8 +247,8 @@ def weights_info(adapter: Adapter) -> WeightsInfo:
 def verify_adapter(adapter: Adapter) -> list[str]:
     """Check every byte of an adapter; return its problems.
 
-    Reads the weights twice: for non-finite values and for the hash. An empty list means that the adapter is intact, not
-    that it is any good.
+    Reads the weights twice: for non-finite values and for the hash. An empty list means that the
+    adapter is intact, not that it is any good.
     """
     problems = verify_weights(adapter)
     if adapter.manifest is not None and adapter.manifest.run is not None:
@@ -306,7 +306,7 @@ def _read_json(path: Path) -> object:
         if data.startswith(safetensors_header.LFS_POINTER):
             raise AdapterError(f"{path} is a Git LFS pointer: run `git lfs pull` to fetch the file.")
         value: object = json.loads(data.decode("utf-8"))
-        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate could not be written again
+        json.dumps(value, ensure_ascii=False).encode()  # rejects lone surrogates
         return value
     except FileNotFoundError as error:
         raise AdapterError(f"{path.parent} has no {path.name}: it is incomplete or not an adapter.") from error
@@ -315,7 +315,7 @@ def _read_json(path: Path) -> object:
 
 
 def _config_problems(config: Mapping[str, object]) -> list[str]:
-    """Settings that are invalid, or that would do more than add low-rank updates to the named layers."""
+    """Settings that are invalid, or that do more than add low-rank updates to named layers."""
     problems = [f"{key} is missing" for key in ("peft_type", "r", "lora_alpha") if config.get(key) is None]
     for key, value in config.items():
         if value is None or (value in ({}, [], False) and key not in _CONFIG_TYPES):
@@ -376,7 +376,7 @@ def _pattern_entries(config: Mapping[str, object], key: str) -> dict[str, object
 
 
 def _tensor_problems(adapter: Adapter) -> list[str]:
-    """Tensors that are not LoRA weights, lack their counterpart, or have another rank than the config."""
+    """Tensors that are not LoRA weights, are incomplete, or contradict the config."""
     problems = [f"{name} is not a LoRA tensor" for name in adapter.tensors if not _TENSOR.fullmatch(name)]
     problems += [f"{name} has dtype {dtype}" for name, (dtype, _) in adapter.tensors.items() if dtype not in _DTYPES]
     if not adapter.modules:

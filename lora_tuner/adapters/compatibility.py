@@ -1,7 +1,7 @@
 """Check whether other tools can load an adapter, from its config and the header of its weights.
 
-The rules for vLLM and llama.cpp come from their sources of November 2026 (vLLM 0.33). The base is not examined, nor is
-the installed version of the tool.
+The rules for vLLM and llama.cpp come from their sources of November 2026 (vLLM 0.33). The base is
+not examined, nor is the installed version of the tool.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Literal
 from .adapter import Adapter
 
 Tool = Literal["vllm", "llama.cpp", "peft"]
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of vLLM's --max-lora-rank (and 1, for which 8 works too)
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank; 8 also serves rank 1
 _LLAMA_LAYER = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
 _GPT2_LAYER = re.compile(r"transformer\.h\.\d+\.(attn\.(c_attn|c_proj)|mlp\.(c_fc|c_proj))")
 

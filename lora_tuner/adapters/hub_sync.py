@@ -1,7 +1,7 @@
 """Push adapters to the Hugging Face Hub and pull them from it.
 
-Local paths are removed before an upload: only their last part is kept. A download fetches only the files of an adapter,
-and checks them like any other adapter.
+Local paths are removed before an upload: only their last part is kept. A download fetches only the
+files of an adapter, and checks them like any other adapter.
 """
 
 import json
@@ -69,8 +69,8 @@ class TransferResult:
 def push(adapter: Adapter, repo: str, *, private: bool = False, dry_run: bool = False) -> TransferResult:
     """Upload an adapter with its model card to a repo on the Hub (`owner/name`), as one commit.
 
-    With `dry_run`, list the files without contacting the Hub. Raises AdapterError if the adapter is damaged or has no
-    manifest, HubError if the Hub refuses.
+    With `dry_run`, list the files without contacting the Hub. Raises AdapterError if the adapter is
+    damaged or has no manifest, HubError if the Hub refuses.
     """
     if adapter.manifest is None:
         raise AdapterError(f"{adapter.path} has no manifest: run `adapters adopt` first.")
@@ -81,7 +81,7 @@ def push(adapter: Adapter, repo: str, *, private: bool = False, dry_run: bool = 
         folder.mkdir()
         for name in SYNCED_FILES:
             file = adapter.path / name
-            trusted = name in (CONFIG_FILE, WEIGHTS_FILE) or not file.is_symlink()  # others could link to any file
+            trusted = name in (CONFIG_FILE, WEIGHTS_FILE) or not file.is_symlink()
             if file.is_file() and trusted:
                 shutil.copyfile(file, folder / name)
         _strip_local_paths(folder, adapter.manifest)
@@ -133,8 +133,8 @@ def pull(
 ) -> TransferResult:
     """Download an adapter from a repo on the Hub into the library, under `name` or the repo's name.
 
-    With `dry_run`, only list its files. Raises HubError if the Hub refuses or the repo holds no adapter, AdapterError
-    if the adapter is damaged or unsafe.
+    With `dry_run`, only list its files. Raises HubError if the Hub refuses or the repo holds no
+    adapter, AdapterError if the adapter is damaged or unsafe.
     """
     name = validate_name(name) if name else default_adapter_name(repo)
     library.check_name_free(name, overwrite=overwrite)

@@ -1,7 +1,7 @@
-"""The library: a folder of adapters. List, find, create, rename and remove them. Never imports torch.
+"""The library: a folder of adapters to list, find, create, rename and remove. No torch.
 
-A name becomes a folder, so every name is validated before it is used as a path. New adapters appear complete or not at
-all.
+A name becomes a folder, so every name is validated before it is used as a path. New adapters appear
+complete or not at all.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ class Library:
     path: Path = Path("adapters")
 
     def names(self) -> list[str]:
-        """Names of all subfolders that could be adapters. Raises AdapterError if the library is not a folder."""
+        """Names of all subfolders that could be adapters. Raises AdapterError for a file."""
         if os.path.lexists(self.path) and not self.path.is_dir():
             raise AdapterError(f"{self.path} is not a folder: choose another --adapters-dir.")
         try:
@@ -77,7 +77,7 @@ class Library:
         return self.inspect(name, lambda adapter: adapter)
 
     def inspect(self, name: str | Path, function: Callable[[Adapter], T]) -> T:
-        """Call a function that reads the files of an adapter; repeat it if they were replaced meanwhile."""
+        """Call a function on an adapter; repeat it if its files were replaced meanwhile."""
         text = str(name)
         atomic_io.finish_replacement(self.path)
         if NAME_PATTERN.fullmatch(text) and (self.path / text).is_dir():
@@ -94,7 +94,7 @@ class Library:
         return adapters
 
     def check_name_free(self, name: str, *, overwrite: bool = False, advice: str | None = None) -> None:
-        """Raise AdapterError unless an adapter of this name may be written. `advice` is for a name that is taken."""
+        """Raise AdapterError, with `advice` for a name in use, unless the name can be written."""
         target = self.path / validate_name(name)
         atomic_io.finish_replacement(self.path)
         if os.path.lexists(target) and not overwrite:
@@ -120,7 +120,7 @@ class Library:
         return load_adapter_folder(self.path / new)
 
     def remove(self, name: str) -> None:
-        """Delete an adapter of this library, even a broken one. It disappears from the list at once."""
+        """Delete an adapter of this library, even a broken one."""
         target = self._existing_folder(name)
         if not target.is_symlink() and not (target / CONFIG_FILE).is_file() and not (target / WEIGHTS_FILE).is_file():
             raise AdapterError(f"{target} is not an adapter, so it is not removed.")
@@ -143,7 +143,7 @@ class Library:
         return list(walk(adapter.manifest.parents, 1))
 
     def _existing_folder(self, name: str) -> Path:
-        """Folder of an adapter in this library. Raises AdapterError for a path elsewhere, which is never changed."""
+        """Folder of an adapter in this library. Raises AdapterError for a path elsewhere."""
         atomic_io.finish_replacement(self.path)
         if not NAME_PATTERN.fullmatch(name) or not (self.path / name).is_dir():
             existing = ", ".join(self.names()) or "none yet"
@@ -154,7 +154,7 @@ class Library:
     def create(self, name: str, *, overwrite: bool = False, advice: str | None = None) -> Iterator[Path]:
         """Yield a temporary folder to fill; on exit it is checked and becomes the adapter `name`.
 
-        After an error nothing has changed. `advice` is for a name that is taken.
+        After an error nothing has changed. `advice` is for a name in use.
         """
         self.check_name_free(name, overwrite=overwrite, advice=advice)
         try:

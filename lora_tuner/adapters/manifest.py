@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # strict: one of them becomes a file name in the cache
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # strict: one becomes a file name
 
 
 class _ManifestModel(BaseModel):
@@ -17,8 +17,8 @@ class _ManifestModel(BaseModel):
 
 
 class BaseInfo(_ManifestModel):
-    """The base model. `fingerprint` and `tokenizer` are hashes (models/resolve.py); `tokenizer` is None for an adopted
-    adapter."""
+    """The base model. `fingerprint` and `tokenizer` are hashes (models/resolve.py); `tokenizer` is
+    None for an adopted adapter."""
 
     name: str
     repo: str
@@ -29,7 +29,7 @@ class BaseInfo(_ManifestModel):
 
 
 class DatasetInfo(_ManifestModel):
-    """The training rows and the held-out rows. `split_salt` is None for a blend of adapters with different salts."""
+    """The training rows and the held-out rows. `split_salt` is None if a blend's parents differ."""
 
     name: str
     source: str
@@ -37,14 +37,14 @@ class DatasetInfo(_ManifestModel):
     where: list[str]
     split_salt: str | None
     counts: dict[str, int]
-    format: str = "text"  # or messages, or prompt and completion; those are trained on the answers alone
+    format: str = "text"  # or conversations, of which the answers alone are trained on
     eval_dataset: str | None = None  # dataset of the held-out rows, if it is another one
     held_out_hash: Digest | None  # None without held-out rows
     held_out_rows: int
 
 
 class EvalResult(_ManifestModel):
-    """Held-out loss in nats per token of the base and of the adapter; `gain` is the paired difference."""
+    """Held-out loss of base and adapter in nats per token; `gain` is the paired difference."""
 
     base_loss: float
     loss: float
@@ -61,7 +61,7 @@ class EvalResult(_ManifestModel):
 
 
 class RunInfo(_ManifestModel):
-    """The training run. `seconds` covers the steps alone; `tokens` counts predicted tokens, without padding."""
+    """The training run. `seconds` are of the steps alone; `tokens` are predicted, not padding."""
 
     method: str = "lora"  # a key of config.METHODS
     steps: int
@@ -87,8 +87,8 @@ class WeightsInfo(_ManifestModel):
 
 
 class ParentInfo(_ManifestModel):
-    """An adapter that this one was made from: its name, the hash of its weights, and its own parents, in case it is
-    removed."""
+    """An adapter that this one was made from: its name, the hash of its weights, and its own
+    parents, in case it is removed."""
 
     name: str
     sha256: Digest

@@ -37,7 +37,7 @@ def summary_rows(adapter: Adapter) -> list[tuple[str, str]]:
 
 
 def model_card(adapter: Adapter, name: str) -> str:
-    """The README.md of an adapter: Hub metadata, summary, and examples for loading it with other tools."""
+    """The README.md of an adapter: Hub metadata, summary, and examples for other tools."""
     from huggingface_hub import ModelCardData
 
     manifest = adapter.manifest
@@ -170,5 +170,5 @@ llama-completion -m base.gguf --lora {name}.gguf -no-cnv -n 60 -p "Once"
 
 
 def _hub_id(base: BaseInfo) -> str | None:
-    """Id of the base on the Hub; None for a local folder, which has no revision and is its own name."""
+    """Id of the base on the Hub; None for a local folder, which has no revision."""
     return base.repo if base.revision or base.repo != base.name else None

@@ -1,4 +1,4 @@
-"""The loss curve as numbers (metrics.jsonl), and plots of a run, a gain matrix, a spectrum and a sweep."""
+"""The loss curve as numbers (metrics.jsonl), and plots of runs, gains, spectra and sweeps."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,10 +19,10 @@ def write_metrics(history: Sequence[Mapping[str, float]], path: Path) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Read steps and losses that `write_metrics` wrote. Raises AdapterError for values that cannot be plotted."""
+    """Read steps and losses of a metrics file. Raises AdapterError if they cannot be plotted."""
     keys = ("step", "loss", "eval_loss")
     try:
-        if not path.is_file() or path.stat().st_size > MAX_METRICS_BYTES:  # reading a pipe would block forever
+        if not path.is_file() or path.stat().st_size > MAX_METRICS_BYTES:  # a pipe would block
             raise ValueError("the file is missing or too large")
         entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         history = [{key: float(entry[key]) for key in keys if key in entry} for entry in entries]
@@ -66,7 +66,8 @@ def plot_loss(history: Sequence[Mapping[str, float]], manifest: Manifest, to: Pa
 def plot_gains(
     base: str, adapters: Sequence[str], sets: Sequence[str], cells: Sequence[Sequence[EvalResult | None]], path: Path
 ) -> None:
-    """Plot a gain matrix as a heat map: blue is better than the base, red worse, grey not evaluated.
+    """Plot a gain matrix as a heat map: blue is better than the base, red worse, grey not
+    evaluated.
 
     Args:
         base: name of the base model.
@@ -136,7 +137,8 @@ def plot_spectra(spectra: Mapping[str, Sequence[float]], ranks: Mapping[str, int
 def plot_sweep(
     trials: Sequence[tuple[str, int, float, float]], base_loss: float, recommended: str, to: Path | IO[bytes]
 ) -> None:
-    """Plot held-out loss against size and against training time, with the recommended adapter highlighted.
+    """Plot held-out loss against size and against training time, with the recommended adapter
+    highlighted.
 
     Args:
         trials: (name, bytes, seconds, held-out loss) of each adapter.

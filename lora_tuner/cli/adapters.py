@@ -157,7 +157,7 @@ def verify_adapters(
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     as_json: JsonOption = False,
 ) -> None:
-    """Check every byte of adapters: hashes, shapes, settings, finite values. It says nothing about their quality."""
+    """Check every byte of adapters: hashes, shapes, settings, finite values; not their quality."""
     library = Library(adapters_dir)
     problems = {name: _find_problems(library, name) for name in names or library.names()}
     if as_json:
@@ -220,7 +220,8 @@ def adopt_adapter(
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     as_json: JsonOption = False,
 ) -> None:
-    """Add an adapter of another tool: check it against its base, and write a manifest that ties it to that base."""
+    """Add an adapter of another tool: check it against its base, and write a manifest that ties it
+    to that base."""
     adopted = adopt(Library(adapters_dir), folder, name, base=base, revision=revision, notify=display)
     show_json(adopted.to_dict()) if as_json else print(adopted.path)
 

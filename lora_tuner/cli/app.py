@@ -25,7 +25,7 @@ from .options import StrictCommand, display
 OUT_OF_MEMORY = (
     "Out of memory: for training lower --batch-size or --max-length, for generation --n; or use --dtype bfloat16."
 )
-_OUT_OF_MEMORY_PATTERN = "out of memory|can't allocate|[Cc]annot allocate|not enough memory|bad_alloc"  # of torch
+_OUT_OF_MEMORY_PATTERN = "out of memory|can't allocate|[Cc]annot allocate|not enough memory|bad_alloc"
 _UsageError: Any = typer.BadParameter.__base__  # Typer has a copy of its own and does not export it
 
 

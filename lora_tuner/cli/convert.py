@@ -55,7 +55,8 @@ def merge(
     *,
     options: ModelOptions,
 ) -> None:
-    """Merge adapters into their base: plain model folders, compared with base and adapter before they are kept."""
+    """Merge adapters into their base: plain model folders, compared with base and adapter before
+    they are kept."""
     loaded = Library(adapters_dir).get_all(adapters)
     from ..convert import merge as convert_merge
 

@@ -47,7 +47,7 @@ def evaluate(
     *,
     options: ModelOptions,
 ) -> None:
-    """Measure the held-out loss of the base and of each adapter, on the held-out rows of all of them."""
+    """Measure held-out loss: of the base and each adapter, on the held-out rows of all adapters."""
     if plot and plot.suffix.lower() != ".png":
         raise ConfigError(f"--plot {plot}: choose a name that ends in .png.")
     if plot and not plot.parent.is_dir():

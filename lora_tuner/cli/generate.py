@@ -135,7 +135,7 @@ def _read_prompts(prompt: str | None, file: Path | None) -> list[str] | None:
 def _encode_prompts(
     generator: "Generator", prompts: list[str], opening: "list[Message] | None"
 ) -> "list[EncodedPrompt]":
-    """Tokenize all prompts before generation starts. Raises GenerationError for one that is too long."""
+    """Tokenize all prompts before generation starts. Raises GenerationError for a long prompt."""
     encoded_prompts = []
     for number, prompt in enumerate(prompts, 1):
         try:
@@ -211,7 +211,8 @@ def show_comparison(outputs: Sequence["GenerationOutput"]) -> None:
 
 
 def _print_generated(generator: "Generator", prompt: "EncodedPrompt", sampling: SamplingParams, *, chat: bool) -> str:
-    """Print prompt and text, or only the text of a conversation; a single sample is streamed. Returns the first text."""
+    """Print prompt and text, or only the text of a conversation; a single sample is streamed.
+    Returns the first text."""
     prefix = "" if chat else prompt.text
     if sampling.n == 1:
         show_text(prefix)
@@ -225,7 +226,7 @@ def _print_generated(generator: "Generator", prompt: "EncodedPrompt", sampling: 
 
 
 def _run_interactive(generator: "Generator", sampling: SamplingParams, opening: "list[Message] | None") -> None:
-    """Prompt for input until an empty line. With `opening`, all inputs are one conversation, until `/new`."""
+    """Prompt for input until an empty line. With `opening`, inputs are turns of a conversation."""
     commands = "/adapter NAME, /base" if opening is None else "/adapter NAME, /base, /new"
     messages = None if opening is None else list(opening)
     print_stderr(f"{_active_model(generator)} Commands: {commands}; an empty line quits.")

@@ -1,4 +1,5 @@
-"""Options that commands share. Options for settings are made from the fields of config.py: default, bounds and help."""
+"""Options that commands share. Options for settings are made from the fields of config.py: default,
+bounds and help."""
 
 import contextlib
 import functools
@@ -70,7 +71,8 @@ LoadInOption = Annotated[
 
 
 class StrictCommand(TyperCommand):
-    """A command that rejects repeated options, which would lose a value, and empty values except for a prompt."""
+    """A command that rejects repeated options, which would lose a value, and empty values except
+    for a prompt."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         parsed, _, order = self.make_parser(ctx).parse_args(args=list(args))
@@ -88,7 +90,8 @@ class StrictCommand(TyperCommand):
 
 
 def settings_options(kind: type[BaseModel], *names: str) -> Callable[[Command], Command]:
-    """Give a command an option for each field of a settings class, or for some; it receives those set as `overrides`."""
+    """Give a command an option for each field of a settings class, or for some; it receives those
+    set as `overrides`."""
     fields = {name: field for name, field in kind.model_fields.items() if name in names or not names}
     added = [_option(name, field) for name, field in fields.items()]
 
@@ -160,7 +163,7 @@ def _model_arguments(
 
 
 def model_options(*names: str) -> Callable[[Command], Command]:
-    """Give a command the options of `_model_arguments`, or some of them; it receives them as `options`."""
+    """Give a command some or all options of `_model_arguments`; it receives `options`."""
     parameters = inspect.signature(_model_arguments).parameters
     added = [parameters[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in names or parameters]
 

@@ -1,6 +1,8 @@
-"""Adopt an adapter made by another tool: give it a manifest that ties it to a base model. Never imports torch.
+"""Adopt an adapter made by another tool: give it a manifest that ties it to a base model. Never
+imports torch.
 
-Only the layer sizes are compared with the base; whether the adapter was trained on it cannot be verified.
+Only the layer sizes are compared with the base; whether the adapter was trained on it cannot be
+verified.
 """
 
 import shutil
@@ -32,7 +34,8 @@ def adopt(
     revision: str | None = None,
     notify: EventHandler = ignore_events,
 ) -> Adapter:
-    """Write a manifest for an adapter of another tool; from then on it is rejected on any other base.
+    """Write a manifest for an adapter of another tool; from then on it is rejected on any other
+    base.
 
     Args:
         library: the library.

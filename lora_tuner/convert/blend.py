@@ -57,8 +57,8 @@ def blend(
 ) -> BlendResult:
     """Create an adapter that is the weighted sum of others.
 
-    The sum is exact: its rank in each layer is the sum of theirs, unless `rank` truncates it. The saved adapter is loaded
-    by PEFT and compared with the base plus the exact sum.
+    The sum is exact: its rank in each layer is the sum of theirs, unless `rank` truncates it. The
+    saved adapter is loaded by PEFT and compared with the base plus the exact sum.
 
     Args:
         parts: adapters and weights; a negative weight subtracts.

@@ -1,4 +1,4 @@
-"""Steps that blend, compress and merge share: opening the base, held-out sets, saving and verifying an adapter."""
+"""Shared steps of merge, blend and compress: load the base, save and verify an adapter."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +26,7 @@ def format_number(value: float) -> str:
 
 
 def open_shared_base(adapters: Sequence[Adapter], options: ModelOptions) -> LoadedBase:
-    """Load the base that these adapters share, in float32. Raises an error if one does not belong to it."""
+    """Load the base in float32. Raises AdapterError if an adapter was trained on another."""
     options.require_default("dtype", "load_in", why="the result is computed in float32")
     base = loading.open_base(adapters[0], replace(options, dtype="float32", load_in="full"))
     for adapter in adapters:

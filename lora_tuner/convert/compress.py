@@ -64,7 +64,8 @@ def compress(
     overwrite: bool = False,
     options: ModelOptions = ModelOptions(),
 ) -> CompressResult:
-    """Create an adapter with the smallest rank in each layer that keeps a share of its energy (squared norm).
+    """Create an adapter with the smallest rank in each layer that keeps a share of its energy
+    (squared norm).
 
     Held-out loss is measured before and after.
 
@@ -80,7 +81,8 @@ def compress(
         options: the base model; always loaded in float32.
 
     Raises:
-        AdapterError: the adapter is DoRA or all zero, or rank 1 everywhere is larger than `max_bytes`.
+        AdapterError: the adapter is DoRA or all zero, or rank 1 everywhere is larger than
+            `max_bytes`.
         ConfigError: both or invalid limits.
     """
     if energy is not None and max_bytes is not None:

@@ -1,8 +1,8 @@
 """Export an adapter as a GGUF LoRA for llama.cpp and Ollama.
 
-llama.cpp scales each layer by alpha / rank, so other scales are multiplied into the tensors. It also stores the rows of
-Llama's q and k in another order than transformers. Only the architectures in `_ARCHITECTURES` are supported; each is
-tested against llama.cpp.
+llama.cpp scales each layer by alpha / rank, so other scales are multiplied into the tensors. It
+also stores the rows of Llama's q and k in another order than transformers. Only the architectures
+in `_ARCHITECTURES` are supported; each is tested against llama.cpp.
 """
 
 import json
@@ -24,16 +24,17 @@ from ..models.resolve import layer_sizes_in_files
 if TYPE_CHECKING:
     from gguf import ReaderTensor
 
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "gpt2": "gpt2", "qwen2": "qwen2"}  # model_type -> llama.cpp
+# model_type -> architecture in llama.cpp
+_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "gpt2": "gpt2", "qwen2": "qwen2"}
 PERMUTED_QK = ("llama",)  # architectures whose q and k rows llama.cpp stores in another order
-_ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # relative error of each dtype
+_ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # relative error
 _Array = NDArray[np.float32]
 _GGUF_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The exported file. `error` is the largest rounding error of a tensor, relative to its largest value."""
+    """The exported file. `error` is the largest rounding error, relative to a tensor's maximum."""
 
     path: Path
     bytes: int
@@ -49,10 +50,11 @@ def to_gguf(
     overwrite: bool = False,
     options: ModelOptions = ModelOptions(),
 ) -> ExportResult:
-    """Write the adapter as a GGUF LoRA, read it back and compare it. The base's weights are not loaded.
+    """Write the adapter as a GGUF LoRA, read it back and compare it. The base's weights are not
+    loaded.
 
-    Raises AdapterError for DoRA, for an unsupported architecture, for a base of other sizes, and for values out of the
-    range of the dtype.
+    Raises AdapterError for DoRA, for an unsupported architecture, for a base of other sizes, and
+    for values out of the range of the dtype.
     """
     import gguf
 

@@ -42,8 +42,8 @@ def merge(
 ) -> MergeResult:
     """Save base and adapter as one model folder, tokenizer included.
 
-    The weights are merged in float32 and then cast. The saved model is reloaded and compared with base and adapter; the
-    folder appears complete or not at all.
+    The weights are merged in float32 and then cast. The saved model is reloaded and compared with
+    base and adapter; the folder appears complete or not at all.
 
     Args:
         adapter: the adapter.

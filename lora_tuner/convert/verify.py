@@ -1,4 +1,5 @@
-"""Compare what a saved model or adapter computes with what it should compute: logits, top tokens and loss.
+"""Compare what a saved model or adapter computes with what it should compute: logits, top tokens
+and loss.
 
 The comparison covers the given rows only; models that agree on them may differ elsewhere.
 """
@@ -21,7 +22,8 @@ from ..models.delta import Deltas
 from ..models.loading import LoadedBase
 
 TOLERANCE = 1e-4  # of logits in float32, relative to the largest where that is over 1
-LOSS_TOLERANCE, MIN_AGREEMENT = 0.02, 0.9  # of a model merged in lower precision: nats per token, share of top tokens
+LOSS_TOLERANCE = 0.02  # nats per token, for lower precisions
+MIN_AGREEMENT = 0.9  # share of positions with the same top token, for lower precisions
 COMPARED_ROWS, COMPARED_TOKENS = 4, 64  # rows and tokens of which all logits are compared
 
 
@@ -30,7 +32,8 @@ class OutputComparison:
     """Differences between expected and actual outputs.
 
     Args:
-        max_logit_difference: over the first `COMPARED_TOKENS` tokens of the first `COMPARED_ROWS` rows.
+        max_logit_difference: over the first `COMPARED_TOKENS` tokens of the first `COMPARED_ROWS`
+            rows.
         top1_agreement: share of all positions with the same most likely token.
         losses: expected and actual loss in nats per token; None without held-out rows.
         rows: number of rows.
@@ -80,7 +83,7 @@ def forward_outputs(
 def forward_with_peft(
     base: LoadedBase, adapter: Adapter, rows: Sequence[tokenization.TokenIds], notify: EventHandler
 ) -> ModelOutputs:
-    """Run the base with the adapter as loaded by PEFT, which interprets names, ranks and scales itself."""
+    """Run the base with the adapter as loaded by PEFT."""
     model = lora.load_lora(base.model, adapter, "verify")
     try:
         return forward_outputs(model, rows, notify, "running the saved adapter")
@@ -91,7 +94,7 @@ def forward_with_peft(
 def forward_with_adapter(
     base: LoadedBase, adapter: Adapter, rows: Sequence[tokenization.TokenIds], notify: EventHandler
 ) -> ModelOutputs:
-    """Run the base with the adapter as in inference. Raises AdapterError if the logits are not finite."""
+    """Run the base with the adapter as in inference. Raises AdapterError for non-finite logits."""
     multi_lora = MultiLora(base)
     with multi_lora.apply_hooks(multi_lora.hooks([multi_lora.load(adapter)])):
         outputs = forward_outputs(base.model, rows, notify, "running base and adapter")

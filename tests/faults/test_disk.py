@@ -97,7 +97,7 @@ def test_library_write_failure_is_one_line(
     old = state(tmp_path / "it")
     result = run(tmp_path / "it", *words, before=partial(no_file_over, size))
     assert result.status == 1, result.err
-    assert re.search("File too large|failed writing|less than was written", result.line), result.line
+    assert re.search("File too large|failed writing|incomplete on disk", result.line), result.line
     assert old_or_new(state(tmp_path / "it"), old, new)
     go_on(words, tmp_path / "it")
     assert state(tmp_path / "it") == new

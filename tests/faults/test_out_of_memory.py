@@ -158,7 +158,7 @@ def test_out_of_memory_error_is_one_line(run: Run, wide: Path, novels: Path, tmp
     ended = run("train", "--base", wide, "--dataset", novels, "--name", "new", *WIDE, before=little)
     assert ended.status == 1
     assert ended.line == (
-        "Error: Out of memory: lower --batch-size or --max-length to train, --n to write, or choose --dtype bfloat16."
+        "Error: Out of memory: for training lower --batch-size or --max-length, for generation --n; or use --dtype bfloat16."
     )
     assert contents(tmp_path / "adapters") == {}
 

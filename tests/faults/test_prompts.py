@@ -76,7 +76,7 @@ def test_non_utf8_prompt_is_rejected(generate, run, tmp_path):
         for command in (("generate", *GREEDY), ("compare", "--adapter", "x")):
             result = run(*command, "caf\udce9", cache=tmp_path.parent / f"{tmp_path.name}-cache")
             assert (result.status, result.out) == (2, "")
-            assert result.error_line.startswith("Error: Invalid value for 'prompt': it is no text in UTF-8.")
+            assert result.error_line.startswith("Error: Invalid value for 'prompt': it is not valid UTF-8 text.")
 
 
 MANY = [f"{number}: the actor" for number in range(10_000)]
@@ -122,10 +122,10 @@ def test_prompt_file_accepts_all_line_endings(generate, tmp_path, content):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "Standard input holds no prompt: one a line is expected."),
-        (b"\xef\xbb\xbf\n \r\n", "Standard input holds no prompt"),
-        (b"the actor\ncaf\xe9\n", "Standard input is not UTF-8 in line 2: save it as UTF-8."),
-        ("the actor\n".encode("utf-16-le"), "Standard input holds null bytes in line 1, as UTF-16 does"),
+        (b"", "stdin has no prompts: write one per line."),
+        (b"\xef\xbb\xbf\n \r\n", "stdin has no prompts"),
+        (b"the actor\ncaf\xe9\n", "stdin is not valid UTF-8 in line 2: save it as UTF-8."),
+        ("the actor\n".encode("utf-16-le"), "stdin has null bytes in line 1, as in UTF-16"),
         (f"the actor\n\n{TOO_LONG}\n".encode(), "Prompt 2 of 2: The prompt has "),
     ],
 )
@@ -179,18 +179,18 @@ class _StandardInput:
 
 
 def test_closed_standard_input_is_empty(generate):
-    assert "Standard input holds no prompt" in generate("-", before=_StandardInput(None), status=1).error_line
+    assert "stdin has no prompts" in generate("-", before=_StandardInput(None), status=1).error_line
     assert generate(before=_StandardInput(None)).out == PROMPT + "\n" * 0
 
 
 def test_interactive_mode_survives_bad_lines(generate):
     good = generate("the actor").out
     bad = {
-        b"caf\xe9": "Error: What was typed is no text in UTF-8: type it anew.",
-        b"a\0b": "Error: What was typed is no text in UTF-8: type it anew.",
+        b"caf\xe9": "Error: The input is not valid UTF-8 text: type it again.",
+        b"a\0b": "Error: The input is not valid UTF-8 text: type it again.",
         TOO_LONG.encode(): "Error: The prompt has ",
         b"/adapter ../x": "Error: There is no adapter '../x'",
-        b"/adapter caf\xe9": "Error: What was typed is no text in UTF-8: type it anew.",
+        b"/adapter caf\xe9": "Error: The input is not valid UTF-8 text: type it again.",
         b"/nonsense": "Error: There is no /nonsense: ",
     }
     typed = (
