@@ -1,4 +1,4 @@
-"""Adapters of strangers: one that is good, and what can be wrong with it, by hand and by chance."""
+"""Hostile adapters: an intact one, and ways to damage it, listed by hand or random."""
 
 import contextlib
 import json
@@ -41,14 +41,14 @@ HTML = "<!DOCTYPE html><html><head><title>404</title></head><body>Not found</bod
 
 
 def write_good(folder: Path, base: Path) -> Path:
-    """A good one on a tiny GPT-2, with all that a trained one has beside it."""
+    """Write an intact adapter for a tiny GPT-2, with all files of a trained one."""
     return write_on(folder, base)
 
 
 def write_on(
     folder: Path, base: Path, tokenizer: str | None = None, module: str = "transformer.h.{}.attn.c_attn", out: int = 96
 ) -> Path:
-    """One that was trained on the base, its manifest says, on one layer of the first two blocks: 32 -> `out`."""
+    """Write an adapter whose manifest names the base, on one layer (32 -> `out`) of two blocks."""
     draw = np.random.default_rng(0)
     blocks = min(2, json.loads((base / "config.json").read_text()).get("n_layer", 2))
     width = 64 if "wide" in base.name else 32
@@ -69,12 +69,17 @@ Spoil = Callable[[Path], None]
 
 
 @dataclass(frozen=True)
-class Stranger:
-    """What is done to a good one, and who refuses it then: `all` who open it; `numbers`, who look at its numbers; `base`, who
-    put it on one; `push`; or nobody. `why` is found in the line that they say."""
+class HostileAdapter:
+    """A way to damage an adapter.
+
+    Args:
+        spoil: damages the folder.
+        rejected_by: `all` commands; those that read `weights`; those that load it on a `base`; `push`; or `none`.
+        why: part of the error message.
+    """
 
     spoil: Spoil
-    refused_by: str
+    rejected_by: str
     why: str = ""
 
 
@@ -103,7 +108,7 @@ def pipe(name: str) -> Spoil:
 
 
 def bare(spoil: Spoil) -> Spoil:
-    """The same, with nothing that says what its files were."""
+    """The same without a manifest, which would detect any change."""
 
     def both(folder: Path) -> None:
         (folder / MANIFEST_FILE).unlink()
@@ -125,28 +130,28 @@ def raw_config(text: str) -> Spoil:
 
 
 def manifest(**changes: Any) -> Spoil:
-    """`a__b` is b in a."""
+    """Change fields of the manifest; `a__b` is field b of a."""
 
     def spoil(folder: Path) -> None:
         facts = json.loads((folder / MANIFEST_FILE).read_text())
         for key, value in changes.items():
             *above, last = key.split("__")
-            place = facts
+            section = facts
             for part in above:
-                place = place[part]
-            place[last] = value
+                section = section[part]
+            section[last] = value
         (folder / MANIFEST_FILE).write_text(json.dumps(facts))
 
     return spoil
 
 
 def tensors(change: Callable[[dict[str, Any]], Any], known: bool = False) -> Spoil:
-    """Other tensors; `known`: and a manifest that says that they are the right ones."""
+    """Change the tensors; with `known`, update the manifest to match."""
 
     def spoil(folder: Path) -> None:
-        found = load_file(folder / WEIGHTS_FILE)
-        found = change(found) or found
-        save_file({name: np.ascontiguousarray(tensor) for name, tensor in found.items()}, folder / WEIGHTS_FILE)
+        weights = load_file(folder / WEIGHTS_FILE)
+        weights = change(weights) or weights
+        save_file({name: np.ascontiguousarray(tensor) for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
         if known:
             vouch(folder)
         else:
@@ -156,7 +161,7 @@ def tensors(change: Callable[[dict[str, Any]], Any], known: bool = False) -> Spo
 
 
 def vouch(folder: Path) -> None:
-    """Let the manifest say that these are its files."""
+    """Update the hashes in the manifest."""
     facts = Manifest.model_validate_json((folder / MANIFEST_FILE).read_text())
     weights = WeightsInfo(
         sha256=atomic_io.sha256_file(folder / WEIGHTS_FILE), bytes=(folder / WEIGHTS_FILE).stat().st_size, parameters=1
@@ -165,13 +170,13 @@ def vouch(folder: Path) -> None:
 
 
 def header(change: Callable[[dict[str, Any]], Any]) -> Spoil:
-    """Another header before the same data."""
+    """Change the header and keep the data."""
 
     def spoil(folder: Path) -> None:
         data = (folder / WEIGHTS_FILE).read_bytes()
         size = struct.unpack("<Q", data[:8])[0]
-        found = json.loads(data[8 : 8 + size])
-        new = change(found) or found
+        entries = json.loads(data[8 : 8 + size])
+        new = change(entries) or entries
         head = new if isinstance(new, bytes) else json.dumps(new).encode()
         (folder / WEIGHTS_FILE).write_bytes(struct.pack("<Q", len(head)) + head + data[8 + size :])
 
@@ -179,11 +184,11 @@ def header(change: Callable[[dict[str, Any]], Any]) -> Spoil:
 
 
 def put(**entry: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda found: found[A].update(entry)
+    return lambda weights: weights[A].update(entry)
 
 
 def sparse(size: int, head: int) -> Spoil:
-    """A file that is long and takes no room, of a header of `head` zeros."""
+    """A sparse file of this size whose header has `head` zero bytes."""
 
     def spoil(folder: Path) -> None:
         with (folder / WEIGHTS_FILE).open("wb") as file:
@@ -194,19 +199,19 @@ def sparse(size: int, head: int) -> Spoil:
 
 
 def rename(old: str, new: str) -> Callable[[dict[str, Any]], None]:
-    return lambda found: found.__setitem__(new, found.pop(old))
+    return lambda weights: weights.__setitem__(new, weights.pop(old))
 
 
 def cast(kind: Any, factor: float = 1.0) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda found: {name: (tensor.astype(np.float64) * factor).astype(kind) for name, tensor in found.items()}
+    return lambda weights: {name: (tensor.astype(np.float64) * factor).astype(kind) for name, tensor in weights.items()}
 
 
 def one_number(value: float) -> Callable[[dict[str, Any]], None]:
-    return lambda found: found[A].__setitem__((0, 0), value)
+    return lambda weights: weights[A].__setitem__((0, 0), value)
 
 
 class _Bomb:
-    """Unpickled, it makes a folder."""
+    """Creates a folder when it is unpickled."""
 
     def __reduce__(self) -> Any:
         return os.mkdir, ("it-ran",)
@@ -232,7 +237,7 @@ def ancestry(depth: int) -> list[dict[str, Any]]:
 
 
 def many_layers(count: int, keys: int, length: int) -> Spoil:
-    """As many layers as fit, with long names, and as many patterns as are taken."""
+    """Many layers with long names, and many pattern keys."""
 
     def spoil(folder: Path) -> None:
         modules = [f"{'a.' * length}h.{number}.attn.c_attn" for number in range(count)]
@@ -252,7 +257,7 @@ def huge_json(unit: str, size: int) -> str:
 
 
 def growing_yaml() -> str:
-    """Each line holds the one before it nine times."""
+    """YAML in which each line contains the previous one nine times."""
     lines = [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 9)]
     return "\n".join(["a0: &a0 {x: 1}", *lines])
 
@@ -263,133 +268,133 @@ NOT_JSON = "is not readable as JSON"
 HEADER = "its header"
 LARGE = "not finite|no finite loss|The loss is nan|out of the range"
 
-BY_HAND: dict[str, Stranger] = {
+BY_HAND: dict[str, HostileAdapter] = {
     # Files
-    "empty weights": Stranger(partial(replace, WEIGHTS_FILE, b""), "all", CUT_OFF),
-    "weights cut off": Stranger(lambda it: os.truncate(it / WEIGHTS_FILE, 2000), "all", "cut off"),
-    "a web page for weights": Stranger(partial(replace, WEIGHTS_FILE, HTML), "all", CUT_OFF),
-    "a pointer for weights": Stranger(partial(replace, WEIGHTS_FILE, LFS), "all", "git lfs pull"),
-    "empty config": Stranger(partial(replace, CONFIG_FILE, b""), "all", NOT_JSON),
-    "a web page for a config": Stranger(partial(replace, CONFIG_FILE, HTML), "all", NOT_JSON),
-    "a pointer for a config": Stranger(partial(replace, CONFIG_FILE, LFS), "all", "git lfs pull"),
-    "a pointer for a manifest": Stranger(partial(replace, MANIFEST_FILE, LFS), "all", "git lfs pull"),
-    "no weights": Stranger(delete(WEIGHTS_FILE), "all", f"has no {WEIGHTS_FILE}"),
-    "no config": Stranger(delete(CONFIG_FILE), "all", f"has no {CONFIG_FILE}"),
-    "an empty folder": Stranger(delete(CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE, RUN_FILE, METRICS_FILE, LOSS_PLOT_FILE, CARD_FILE), "all", "has no"),
+    "empty weights": HostileAdapter(partial(replace, WEIGHTS_FILE, b""), "all", CUT_OFF),
+    "weights cut off": HostileAdapter(lambda it: os.truncate(it / WEIGHTS_FILE, 2000), "all", "cut off"),
+    "HTML as weights": HostileAdapter(partial(replace, WEIGHTS_FILE, HTML), "all", CUT_OFF),
+    "LFS pointer as weights": HostileAdapter(partial(replace, WEIGHTS_FILE, LFS), "all", "git lfs pull"),
+    "empty config": HostileAdapter(partial(replace, CONFIG_FILE, b""), "all", NOT_JSON),
+    "HTML as a config": HostileAdapter(partial(replace, CONFIG_FILE, HTML), "all", NOT_JSON),
+    "LFS pointer as a config": HostileAdapter(partial(replace, CONFIG_FILE, LFS), "all", "git lfs pull"),
+    "LFS pointer as a manifest": HostileAdapter(partial(replace, MANIFEST_FILE, LFS), "all", "git lfs pull"),
+    "no weights": HostileAdapter(delete(WEIGHTS_FILE), "all", f"has no {WEIGHTS_FILE}"),
+    "no config": HostileAdapter(delete(CONFIG_FILE), "all", f"has no {CONFIG_FILE}"),
+    "an empty folder": HostileAdapter(delete(CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE, RUN_FILE, METRICS_FILE, LOSS_PLOT_FILE, CARD_FILE), "all", "has no"),
     # Pickles
-    "pickled": Stranger(pickled("adapter_model.bin"), "all", "pickled weights are not read"),
-    "a pickle in disguise": Stranger(pickled(WEIGHTS_FILE), "all", CUT_OFF),
+    "pickled": HostileAdapter(pickled("adapter_model.bin"), "all", "pickled weights are not read"),
+    "pickle named safetensors": HostileAdapter(pickled(WEIGHTS_FILE), "all", CUT_OFF),
     # Tensors
-    "a tensor renamed": Stranger(tensors(rename(A, "base_model.model.lora_A")), "all", NO_LORA),
-    "a tensor missing": Stranger(tensors(lambda found: {n: it for n, it in found.items() if n != A}), "all", "has no lora_A"),
-    "half an adapter": Stranger(
-        tensors(lambda found: {name: it for name, it in found.items() if MODULE in name}, known=True), "nobody"
+    "a tensor renamed": HostileAdapter(tensors(rename(A, "base_model.model.lora_A")), "all", NO_LORA),
+    "a tensor missing": HostileAdapter(tensors(lambda weights: {n: it for n, it in weights.items() if n != A}), "all", "has no lora_A"),
+    "half of the tensors": HostileAdapter(
+        tensors(lambda weights: {name: it for name, it in weights.items() if MODULE in name}, known=True), "none"
     ),
-    "a tensor more": Stranger(tensors(lambda found: {**found, "lm_head.weight": found[A]}), "all", NO_LORA),
-    "an embedding": Stranger(
+    "extra tensor": HostileAdapter(tensors(lambda weights: {**weights, "lm_head.weight": weights[A]}), "all", NO_LORA),
+    "an embedding": HostileAdapter(
         tensors(rename(A, "base_model.model.transformer.wte.lora_embedding_A")), "all", NO_LORA
     ),
-    "the head": Stranger(
-        tensors(lambda found: {name.replace(MODULE, "lm_head"): it for name, it in found.items()}), "base", "lm_head"
+    "the head": HostileAdapter(
+        tensors(lambda weights: {name.replace(MODULE, "lm_head"): it for name, it in weights.items()}), "base", "lm_head"
     ),
-    "a tensor that climbs": Stranger(tensors(rename(A, f"../../{A}")), "all", NO_LORA),
-    "a tensor with a path": Stranger(tensors(rename(A, "/etc/passwd")), "all", NO_LORA),
-    "a tensor that writes": Stranger(tensors(rename(A, ESCAPE)), "all", NO_LORA),
-    "nan": Stranger(tensors(one_number(math.nan), known=True), "numbers", "not finite"),
-    "infinity": Stranger(tensors(one_number(-math.inf)), "numbers", "not finite"),
-    "another shape": Stranger(tensors(lambda found: {n: it[:, :-1] for n, it in found.items()}), "all", "share a rank"),
-    "other sizes": Stranger(
-        tensors(lambda found: {n: it[:, :-1] if n[-8] == "A" else it for n, it in found.items()}), "base", "31 -> 96"
+    "tensor name with ..": HostileAdapter(tensors(rename(A, f"../../{A}")), "all", NO_LORA),
+    "a tensor with a path": HostileAdapter(tensors(rename(A, "/etc/passwd")), "all", NO_LORA),
+    "control characters in tensor name": HostileAdapter(tensors(rename(A, ESCAPE)), "all", NO_LORA),
+    "nan": HostileAdapter(tensors(one_number(math.nan), known=True), "weights", "not finite"),
+    "infinity": HostileAdapter(tensors(one_number(-math.inf)), "weights", "not finite"),
+    "another shape": HostileAdapter(tensors(lambda weights: {n: it[:, :-1] for n, it in weights.items()}), "all", "share a rank"),
+    "other layer sizes": HostileAdapter(
+        tensors(lambda weights: {n: it[:, :-1] if n[-8] == "A" else it for n, it in weights.items()}), "base", "31 -> 96"
     ),
-    "the other way round": Stranger(
-        tensors(lambda found: {n: it.T for n, it in found.items()}), "all", "share a rank"
+    "transposed tensors": HostileAdapter(
+        tensors(lambda weights: {n: it.T for n, it in weights.items()}), "all", "share a rank"
     ),
-    "whole numbers": Stranger(tensors(cast(np.int32)), "all", "has dtype I32"),
-    "nothing": Stranger(tensors(lambda found: {"empty": np.zeros(0, np.float32)}), "all", NO_LORA),
-    "large numbers": Stranger(tensors(cast(np.float32, 1e37)), "base", LARGE),
-    "numbers beyond float32": Stranger(tensors(cast(np.float64, 1e300)), "base", LARGE),
+    "integer tensors": HostileAdapter(tensors(cast(np.int32)), "all", "has dtype I32"),
+    "nothing": HostileAdapter(tensors(lambda weights: {"empty": np.zeros(0, np.float32)}), "all", NO_LORA),
+    "large numbers": HostileAdapter(tensors(cast(np.float32, 1e37)), "base", LARGE),
+    "float64 overflow": HostileAdapter(tensors(cast(np.float64, 1e300)), "base", LARGE),
     # Headers
-    "a header of gigabytes": Stranger(header(lambda _: None) and sparse(100, 1 << 40), "all", CUT_OFF),
-    "a header beyond all numbers": Stranger(sparse(100, (1 << 64) - 1), "all", CUT_OFF),
-    "a header of zeros": Stranger(sparse(95_000_000, 94_000_000), "all", "its header has 94,000,000 bytes"),
-    "a header of dictionaries": Stranger(
+    "gigabyte header": HostileAdapter(header(lambda _: None) and sparse(100, 1 << 40), "all", CUT_OFF),
+    "huge header size": HostileAdapter(sparse(100, (1 << 64) - 1), "all", CUT_OFF),
+    "a header of zeros": HostileAdapter(sparse(95_000_000, 94_000_000), "all", "its header has 94,000,000 bytes"),
+    "a header of dictionaries": HostileAdapter(
         header(lambda _: huge_json('{"":0}', 30_000_000).encode()), "all", "its header has"
     ),
-    "a deep header": Stranger(header(lambda _: nest(1_000_000).encode()), "all", HEADER),
-    "a shape of gigabytes": Stranger(header(put(shape=[4, 10**10])), "all", "wrong about"),
-    "a shape beyond all numbers": Stranger(header(put(shape=[4, 10**4000])), "all", HEADER),
-    "a negative shape": Stranger(header(put(shape=[-4, -32])), "all", HEADER),
-    "a shape in fractions": Stranger(header(put(shape=[4.0, 32.0])), "all", HEADER),
-    "offsets that overlap": Stranger(header(put(data_offsets=[512, 1024])), "all", "wrong about"),
-    "offsets beyond": Stranger(header(put(data_offsets=[0, 10**15])), "all", "beyond the file"),
-    "no such numbers": Stranger(header(put(dtype="F4096")), "all", "has dtype F4096"),
-    "a dtype that writes": Stranger(header(put(dtype=ESCAPE)), "all", "has dtype"),
-    "metadata that is no text": Stranger(header(lambda it: {"__metadata__": {"a": 1}, **it}), "all", HEADER),
-    "metadata that is no number": Stranger(header(lambda it: {"__metadata__": {"a": math.nan}, **it}), "all", HEADER),
-    "a header in utf-16": Stranger(header(lambda it: json.dumps(it).encode("utf-16")), "all", HEADER),
-    "a header after a space": Stranger(header(lambda it: b" " + json.dumps(it).encode()), "all", HEADER),
-    "a tensor twice": Stranger(
+    "a deep header": HostileAdapter(header(lambda _: nest(1_000_000).encode()), "all", HEADER),
+    "gigabyte shape": HostileAdapter(header(put(shape=[4, 10**10])), "all", "wrong about"),
+    "huge shape": HostileAdapter(header(put(shape=[4, 10**4000])), "all", HEADER),
+    "a negative shape": HostileAdapter(header(put(shape=[-4, -32])), "all", HEADER),
+    "fractional shape": HostileAdapter(header(put(shape=[4.0, 32.0])), "all", HEADER),
+    "offsets that overlap": HostileAdapter(header(put(data_offsets=[512, 1024])), "all", "wrong about"),
+    "offsets beyond": HostileAdapter(header(put(data_offsets=[0, 10**15])), "all", "beyond the file"),
+    "unknown dtype": HostileAdapter(header(put(dtype="F4096")), "all", "has dtype F4096"),
+    "control characters in dtype": HostileAdapter(header(put(dtype=ESCAPE)), "all", "has dtype"),
+    "numeric metadata": HostileAdapter(header(lambda entries: {"__metadata__": {"a": 1}, **entries}), "all", HEADER),
+    "NaN metadata": HostileAdapter(header(lambda entries: {"__metadata__": {"a": math.nan}, **entries}), "all", HEADER),
+    "a header in utf-16": HostileAdapter(header(lambda it: json.dumps(it).encode("utf-16")), "all", HEADER),
+    "a header after a space": HostileAdapter(header(lambda it: b" " + json.dumps(it).encode()), "all", HEADER),
+    "a tensor twice": HostileAdapter(
         header(lambda it: json.dumps(it).replace("}}", f'}}, "{A}": {json.dumps(it[A])}}}').encode()), "all", HEADER
     ),
     # Configs
-    "a config of a list": Stranger(raw_config("[]"), "all", "not a JSON object"),
-    "a deep config": Stranger(raw_config('{"r": ' + nest(100_000) + "}"), "all", NOT_JSON),
-    "a large config": Stranger(raw_config(" " * 20_000_000), "all", "too large"),
-    "a config of dictionaries": Stranger(raw_config(huge_json('{"":0}', 9_000_000)), "all", "too large"),
-    "a config of bytes": Stranger(partial(replace, CONFIG_FILE, bytes(range(256))), "all", NOT_JSON),
+    "a config of a list": HostileAdapter(raw_config("[]"), "all", "not a JSON object"),
+    "a deep config": HostileAdapter(raw_config('{"r": ' + nest(100_000) + "}"), "all", NOT_JSON),
+    "a large config": HostileAdapter(raw_config(" " * 20_000_000), "all", "too large"),
+    "a config of dictionaries": HostileAdapter(raw_config(huge_json('{"":0}', 9_000_000)), "all", "too large"),
+    "a config of bytes": HostileAdapter(partial(replace, CONFIG_FILE, bytes(range(256))), "all", NOT_JSON),
     **{
-        f"a config {depth} deep": Stranger(raw_config('{"r": ' + nest(depth) + "}"), "all", CONFIG_FILE)
+        f"a config {depth} deep": HostileAdapter(raw_config('{"r": ' + nest(depth) + "}"), "all", CONFIG_FILE)
         for depth in (300, 500, 700, 800, 900, 950)
     },
-    "a config that writes": Stranger(config(**{ESCAPE: ESCAPE, "r": ESCAPE}), "all", "is set"),
-    "half a character": Stranger(config(**{"\ud800": 1}), "all", NOT_JSON),
-    "a long config": Stranger(config(bias="b" * 900_000), "all", "bias is"),
-    "many unknown settings": Stranger(config(**{f"k{n}": n for n in range(50_000)}), "all", "is set"),
-    "a rank in words": Stranger(config(r="four"), "all", "r is"),
-    "a rank of millions": Stranger(config(r=4_000_000), "all", "a rank is"),
-    "a rank of digits": Stranger(config(r=10**4000), "all", "a rank is"),
-    "another rank": Stranger(config(r=4096), "all", "says 4096"),
-    "a scale beyond all": Stranger(config(lora_alpha=1e300), "all", "an alpha is"),
-    "a scale that is none": Stranger(config(lora_alpha=math.nan), "all", "an alpha is"),
-    "pissa": Stranger(config(init_lora_weights="pissa"), "all", "init_lora_weights"),
-    "pissa, quickly": Stranger(config(init_lora_weights="pissa_niter_4"), "all", "init_lora_weights"),
-    "olora": Stranger(config(init_lora_weights="olora"), "all", "init_lora_weights"),
-    "corda": Stranger(config(init_lora_weights="corda"), "all", "init_lora_weights"),
-    "loftq": Stranger(config(init_lora_weights="loftq", loftq_config={"loftq_bits": 4}), "all", "init_lora_weights"),
-    "modules of its own": Stranger(config(modules_to_save=["lm_head"]), "all", "modules_to_save"),
-    "biases": Stranger(config(bias="all"), "all", "bias"),
-    "layers again": Stranger(config(layer_replication=[[0, 2], [0, 2]]), "all", "layer_replication"),
-    "parameters": Stranger(config(target_parameters=["mlp"]), "all", "target_parameters"),
-    "tokens of its own": Stranger(config(trainable_token_indices=[0]), "all", "trainable_token_indices"),
-    "code": Stranger(config(auto_mapping={"base_model_class": "X", "parent_library": "os"}), "all", "auto_mapping"),
-    "code of its own": Stranger(config(_custom_modules={"a": "b"}), "all", "_custom_modules"),
-    "another library": Stranger(config(megatron_core="os.system"), "all", "megatron_core"),
-    "another kind": Stranger(config(peft_type="ADALORA"), "all", "peft_type"),
-    "another task": Stranger(config(task_type="SEQ_CLS"), "all", "task_type"),
-    "a pattern that hangs": Stranger(config(rank_pattern={"(a+)+b$": 4}), "all", "no layer name"),
-    "a pattern that is none": Stranger(config(alpha_pattern={"(": 4}), "all", "no layer name"),
-    "a long pattern": Stranger(config(rank_pattern={"." * 500_000: 4}), "all", "no layer name"),
-    "many patterns": Stranger(config(alpha_pattern={f"h.{n}": 1 for n in range(2_000)}), "all", "2,000 keys"),
-    "targets that hang": Stranger(config(target_modules="(.*.*)*(a+)+$"), "nobody"),
-    "other targets": Stranger(config(target_modules=["../x", ESCAPE, "lm_head"]), "nobody"),
-    "many layers": Stranger(many_layers(2_000, 1_000, 1), "all", "too many for the 1,000 keys"),
-    "layers enough": Stranger(many_layers(100, 1_000, 1), "base", "a.h.0.attn.c_attn"),
-    "long names": Stranger(many_layers(40, 0, 200), "all", NO_LORA),
+    "control characters in config": HostileAdapter(config(**{ESCAPE: ESCAPE, "r": ESCAPE}), "all", "is set"),
+    "lone surrogate": HostileAdapter(config(**{"\ud800": 1}), "all", NOT_JSON),
+    "a long config": HostileAdapter(config(bias="b" * 900_000), "all", "bias is"),
+    "many unknown settings": HostileAdapter(config(**{f"k{n}": n for n in range(50_000)}), "all", "is set"),
+    "rank as text": HostileAdapter(config(r="four"), "all", "r is"),
+    "rank of millions": HostileAdapter(config(r=4_000_000), "all", "a rank is"),
+    "rank of 4000 digits": HostileAdapter(config(r=10**4000), "all", "a rank is"),
+    "another rank": HostileAdapter(config(r=4096), "all", "says 4096"),
+    "huge alpha": HostileAdapter(config(lora_alpha=1e300), "all", "an alpha is"),
+    "NaN alpha": HostileAdapter(config(lora_alpha=math.nan), "all", "an alpha is"),
+    "pissa": HostileAdapter(config(init_lora_weights="pissa"), "all", "init_lora_weights"),
+    "pissa_niter_4": HostileAdapter(config(init_lora_weights="pissa_niter_4"), "all", "init_lora_weights"),
+    "olora": HostileAdapter(config(init_lora_weights="olora"), "all", "init_lora_weights"),
+    "corda": HostileAdapter(config(init_lora_weights="corda"), "all", "init_lora_weights"),
+    "loftq": HostileAdapter(config(init_lora_weights="loftq", loftq_config={"loftq_bits": 4}), "all", "init_lora_weights"),
+    "modules_to_save": HostileAdapter(config(modules_to_save=["lm_head"]), "all", "modules_to_save"),
+    "biases": HostileAdapter(config(bias="all"), "all", "bias"),
+    "layer replication": HostileAdapter(config(layer_replication=[[0, 2], [0, 2]]), "all", "layer_replication"),
+    "parameters": HostileAdapter(config(target_parameters=["mlp"]), "all", "target_parameters"),
+    "trainable tokens": HostileAdapter(config(trainable_token_indices=[0]), "all", "trainable_token_indices"),
+    "code": HostileAdapter(config(auto_mapping={"base_model_class": "X", "parent_library": "os"}), "all", "auto_mapping"),
+    "custom modules": HostileAdapter(config(_custom_modules={"a": "b"}), "all", "_custom_modules"),
+    "another library": HostileAdapter(config(megatron_core="os.system"), "all", "megatron_core"),
+    "another kind": HostileAdapter(config(peft_type="ADALORA"), "all", "peft_type"),
+    "another task": HostileAdapter(config(task_type="SEQ_CLS"), "all", "task_type"),
+    "catastrophic rank pattern": HostileAdapter(config(rank_pattern={"(a+)+b$": 4}), "all", "not a layer name"),
+    "invalid alpha pattern": HostileAdapter(config(alpha_pattern={"(": 4}), "all", "not a layer name"),
+    "a long pattern": HostileAdapter(config(rank_pattern={"." * 500_000: 4}), "all", "not a layer name"),
+    "many patterns": HostileAdapter(config(alpha_pattern={f"h.{n}": 1 for n in range(2_000)}), "all", "2,000 keys"),
+    "catastrophic target pattern": HostileAdapter(config(target_modules="(.*.*)*(a+)+$"), "none"),
+    "other targets": HostileAdapter(config(target_modules=["../x", ESCAPE, "lm_head"]), "none"),
+    "many layers": HostileAdapter(many_layers(2_000, 1_000, 1), "all", "too many for the 1,000 keys"),
+    "100 layers": HostileAdapter(many_layers(100, 1_000, 1), "base", "a.h.0.attn.c_attn"),
+    "long names": HostileAdapter(many_layers(40, 0, 200), "all", NO_LORA),
     # Manifests
-    "a manifest that is none": Stranger(partial(replace, MANIFEST_FILE, "[]"), "all", MANIFEST_FILE),
-    "a deep manifest": Stranger(partial(replace, MANIFEST_FILE, nest(100_000)), "all", NOT_JSON),
-    "a large manifest": Stranger(partial(replace, MANIFEST_FILE, huge_json("[]", 9_000_000)), "all", "too large"),
-    "a manifest of tomorrow": Stranger(manifest(schema_version=99), "all", "schema_version"),
-    "half a character in a manifest": Stranger(manifest(**{"\ud800": "\ud800"}), "all", MANIFEST_FILE),
-    "half a character in a name": Stranger(manifest(base__name="\ud800"), "all", MANIFEST_FILE),
-    "many unknown facts": Stranger(manifest(**{f"k{n}": n for n in range(30_000)}), "all", MANIFEST_FILE),
-    "rows that climb": Stranger(manifest(data__held_out_hash="../../../etc/passwd"), "all", "held_out_hash"),
-    "no numbers": Stranger(manifest(result__loss=math.nan), "all", "finite"),
-    "other weights": Stranger(manifest(weights__sha256="ab" * 32), "numbers", "is not the file"),
-    "another config": Stranger(manifest(weights__config="ab" * 32), "numbers", "is not the file"),
-    "ancestors for ever": Stranger(manifest(parents=ancestry(300)), "all", MANIFEST_FILE),
-    **{f"{depth} ancestors": Stranger(manifest(parents=ancestry(depth)), "some") for depth in (100, 200, 240, 250, 252)},
-    "a manifest that writes": Stranger(
+    "manifest as list": HostileAdapter(partial(replace, MANIFEST_FILE, "[]"), "all", MANIFEST_FILE),
+    "a deep manifest": HostileAdapter(partial(replace, MANIFEST_FILE, nest(100_000)), "all", NOT_JSON),
+    "a large manifest": HostileAdapter(partial(replace, MANIFEST_FILE, huge_json("[]", 9_000_000)), "all", "too large"),
+    "newer manifest schema": HostileAdapter(manifest(schema_version=99), "all", "schema_version"),
+    "lone surrogate in a manifest": HostileAdapter(manifest(**{"\ud800": "\ud800"}), "all", MANIFEST_FILE),
+    "lone surrogate in a name": HostileAdapter(manifest(base__name="\ud800"), "all", MANIFEST_FILE),
+    "many unknown manifest fields": HostileAdapter(manifest(**{f"k{n}": n for n in range(30_000)}), "all", MANIFEST_FILE),
+    "held-out hash with ..": HostileAdapter(manifest(data__held_out_hash="../../../etc/passwd"), "all", "held_out_hash"),
+    "NaN in result": HostileAdapter(manifest(result__loss=math.nan), "all", "finite"),
+    "other weights": HostileAdapter(manifest(weights__sha256="ab" * 32), "weights", "does not match its hash"),
+    "another config": HostileAdapter(manifest(weights__config="ab" * 32), "weights", "does not match its hash"),
+    "300 generations of parents": HostileAdapter(manifest(parents=ancestry(300)), "all", MANIFEST_FILE),
+    **{f"{depth} ancestors": HostileAdapter(manifest(parents=ancestry(depth)), "some") for depth in (100, 200, 240, 250, 252)},
+    "control characters in manifest": HostileAdapter(
         manifest(
             created=ESCAPE,
             made_by=ESCAPE,
@@ -404,18 +409,18 @@ BY_HAND: dict[str, Stranger] = {
             versions={ESCAPE: ESCAPE},
             parents=[{"name": ESCAPE, "sha256": "ab" * 32}],
         ),
-        "nobody",
+        "none",
     ),
-    "long facts": Stranger(manifest(data__name="n" * 300_000, base__weights="w " * 150_000), "nobody"),
-    "many facts": Stranger(manifest(data__counts={f"c{n}": n for n in range(30_000)}), "nobody"),
-    "large facts": Stranger(manifest(result__loss=1e308, result__base_loss=-1e308, run__steps=10**4000), "nobody"),
-    "facts that climb": Stranger(
+    "long manifest values": HostileAdapter(manifest(data__name="n" * 300_000, base__weights="w " * 150_000), "none"),
+    "many counts": HostileAdapter(manifest(data__counts={f"c{n}": n for n in range(30_000)}), "none"),
+    "huge numbers in manifest": HostileAdapter(manifest(result__loss=1e308, result__base_loss=-1e308, run__steps=10**4000), "none"),
+    "manifest with ..": HostileAdapter(
         manifest(data__name="../../x", data__source="/etc/passwd", parents=[{"name": "../../x", "sha256": "ab" * 32}]),
-        "nobody",
+        "none",
     ),
-    # What is no file
+    # Special files
     **{
-        f"{name} is {what}": Stranger(spoil, "all", f"{name}")
+        f"{name} is {what}": HostileAdapter(spoil, "all", f"{name}")
         for name in (CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE)
         for what, spoil in (
             ("endless", link(name, "/dev/zero")),
@@ -425,18 +430,18 @@ BY_HAND: dict[str, Stranger] = {
             ("a link to nothing", link(name, "nowhere")),
             ("a folder", lambda it, name=name: (it / name).unlink() or (it / name).mkdir()),
             ("a link to a folder", link(name, "/etc")),
-            ("a file of the system", link(name, "/etc/passwd")),
+            ("a link to /etc/passwd", link(name, "/etc/passwd")),
         )
     },
-    **{f"{name} is a pipe": Stranger(pipe(name), "push", name) for name in (METRICS_FILE, LOSS_PLOT_FILE, RUN_FILE, CARD_FILE)},
-    # What push reads as well
-    "yaml with code": Stranger(partial(replace, RUN_FILE, "!!python/object/apply:os.mkdir [it-ran]"), "push", RUN_FILE),
-    "yaml that grows": Stranger(partial(replace, RUN_FILE, growing_yaml()), "push", RUN_FILE),
-    "deep yaml": Stranger(partial(replace, RUN_FILE, nest(5_000)), "push", RUN_FILE),
+    **{f"{name} is a pipe": HostileAdapter(pipe(name), "push", name) for name in (METRICS_FILE, LOSS_PLOT_FILE, RUN_FILE, CARD_FILE)},
+    # Files that push reads
+    "yaml with code": HostileAdapter(partial(replace, RUN_FILE, "!!python/object/apply:os.mkdir [it-ran]"), "push", RUN_FILE),
+    "yaml that grows": HostileAdapter(partial(replace, RUN_FILE, growing_yaml()), "push", RUN_FILE),
+    "deep yaml": HostileAdapter(partial(replace, RUN_FILE, nest(5_000)), "push", RUN_FILE),
 }  # fmt: skip
 
 
-# By chance
+# Random damage
 
 _STRINGS = [
     "",
@@ -472,17 +477,21 @@ _VALUES: list[Any] = [
 ]
 
 
-def _any(draw: random.Random) -> Any:
+def _random_value(draw: random.Random) -> Any:
     kind = draw.randrange(5)
     if kind < 2:
         return draw.choice(_VALUES)
     if kind == 2:
         return draw.choice(_STRINGS)
-    return [_any(draw) for _ in range(draw.randrange(3))] if kind == 3 else {draw.choice(_STRINGS): _any(draw)}
+    return (
+        [_random_value(draw) for _ in range(draw.randrange(3))]
+        if kind == 3
+        else {draw.choice(_STRINGS): _random_value(draw)}
+    )
 
 
 def _spoil_json(draw: random.Random, data: Any) -> Any:
-    """One change somewhere in it."""
+    """Change one random value, key or entry."""
     if isinstance(data, dict | list) and data and draw.random() < 0.8:
         key = draw.choice(list(data) if isinstance(data, dict) else range(len(data)))
         choice = draw.random()
@@ -491,22 +500,22 @@ def _spoil_json(draw: random.Random, data: Any) -> Any:
         elif choice < 0.3 and isinstance(data, dict):
             data[draw.choice(_STRINGS)] = data.pop(key)
         elif choice < 0.4 and isinstance(data, dict):
-            data[draw.choice([*_STRINGS, "some_day"])] = _any(draw)
+            data[draw.choice([*_STRINGS, "some_day"])] = _random_value(draw)
         else:
             data[key] = _spoil_json(draw, data[key])
         return data
-    return _any(draw)
+    return _random_value(draw)
 
 
 def _spoil_bytes(draw: random.Random, data: bytes) -> bytes:
-    place, length = draw.randrange(len(data)), draw.choice([1, 1, 1, 8, 64, 512])
+    position, length = draw.randrange(len(data)), draw.choice([1, 1, 1, 8, 64, 512])
     junk = draw.choice([draw.randbytes(length), bytes(length), b"\xff" * length, data[:length]])
     change = draw.randrange(4)
     if change == 0:
-        return data[:place]
+        return data[:position]
     if change == 1:
-        return data[:place] + junk + data[place:]
-    return data[:place] + junk[: len(data) - place] + data[place + length :]
+        return data[:position] + junk + data[position:]
+    return data[:position] + junk[: len(data) - position] + data[position + length :]
 
 
 def _spoil_header(draw: random.Random, data: bytes) -> bytes:
@@ -519,32 +528,34 @@ def _spoil_header(draw: random.Random, data: bytes) -> bytes:
 
 
 def _spoil_tensors(draw: random.Random, folder: Path) -> None:
-    found = load_file(folder / WEIGHTS_FILE)
-    name = draw.choice(sorted(found))
+    tensors = load_file(folder / WEIGHTS_FILE)
+    name = draw.choice(sorted(tensors))
     change = draw.randrange(6)
     if change == 0:
-        found[name] = found[name].astype(draw.choice([np.float16, np.float64, np.int8, np.uint8, bool]))
+        tensors[name] = tensors[name].astype(draw.choice([np.float16, np.float64, np.int8, np.uint8, bool]))
     elif change == 1:
-        found[name] = np.resize(found[name], draw.choice([(4, 4), (96,), (1, 4, 32), (8, 32), (4, 31), (0, 4)]))
+        tensors[name] = np.resize(tensors[name], draw.choice([(4, 4), (96,), (1, 4, 32), (8, 32), (4, 31), (0, 4)]))
     elif change == 2:
-        found[name].flat[draw.randrange(found[name].size)] = draw.choice([math.nan, math.inf, 3e38, 1e-45])
+        tensors[name].flat[draw.randrange(tensors[name].size)] = draw.choice([math.nan, math.inf, 3e38, 1e-45])
     elif change == 3:
-        del found[name]
+        del tensors[name]
     elif change == 4:
-        found[name.replace("h.0", draw.choice(["h.7", "h.-1", "..", "g.0"]))] = found.pop(name)
+        tensors[name.replace("h.0", draw.choice(["h.7", "h.-1", "..", "g.0"]))] = tensors.pop(name)
     else:
-        found[name + draw.choice(["", ".x", "\n", "/../x"])] = found.pop(name) * np.float32(draw.choice([0, -1, 1e20]))
-    save_file({key: np.ascontiguousarray(tensor) for key, tensor in found.items()}, folder / WEIGHTS_FILE)
+        tensors[name + draw.choice(["", ".x", "\n", "/../x"])] = tensors.pop(name) * np.float32(
+            draw.choice([0, -1, 1e20])
+        )
+    save_file({key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}, folder / WEIGHTS_FILE)
 
 
-def spoil_by_chance(folder: Path, seed: int) -> None:
-    """One change, or two, that the seed decides."""
+def spoil_randomly(folder: Path, seed: int) -> None:
+    """Make one or two random changes."""
     draw = random.Random(seed)
     if draw.random() < 0.5:
         (folder / MANIFEST_FILE).unlink()
     _spoil_once(draw, folder)
     if draw.random() < 0.3:
-        with contextlib.suppress(Exception):  # the first has left nothing that could be spoilt further
+        with contextlib.suppress(Exception):  # the first change may leave nothing to change
             _spoil_once(draw, folder)
     if (folder / MANIFEST_FILE).exists() and draw.random() < 0.5:
         with contextlib.suppress(Exception):
@@ -567,5 +578,5 @@ def _spoil_once(draw: random.Random, folder: Path) -> None:
         _spoil_tensors(draw, folder)
 
 
-def copy(good: Path, folder: Path) -> Path:
-    return Path(shutil.copytree(good, folder))
+def copy(original: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(original, folder))
