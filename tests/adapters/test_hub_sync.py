@@ -1,4 +1,4 @@
-"""Adapters to and from a local server that speaks the Hub's protocol, through huggingface_hub itself."""
+"""Push and pull through huggingface_hub, against a local server with the Hub's protocol."""
 
 import json
 import shutil
@@ -33,13 +33,13 @@ REFUSED = "no permission to write to owner/reviews: run `hf auth login` with a t
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """An empty hub, the only one that this process knows, and a token that may write."""
+    """An empty local Hub that replaces the real one, and a token with write access."""
     from huggingface_hub import constants
 
     monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
     monkeypatch.setenv("HF_TOKEN", "writer")
     with Hub({}) as server:
-        known = {
+        settings = {
             "ENDPOINT": server.url,
             "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
             "HF_HUB_OFFLINE": False,
@@ -47,7 +47,7 @@ def hub(tmp_path, monkeypatch):
             "HF_HUB_CACHE": str(tmp_path / "home" / "hub"),
             "HF_TOKEN_PATH": str(tmp_path / "home" / "token"),
         }
-        for name, value in known.items():
+        for name, value in settings.items():
             monkeypatch.setattr(constants, name, value)
         ours.why_unreachable.cache_clear()
         yield server
@@ -56,7 +56,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small(tmp_path):
-    """An adapter of the library that no run has made: its files are few."""
+    """An adapter in the library without the files of a run."""
     return load_adapter_folder(
         adapter_files.write(tmp_path / "adapters" / "small", facts=adapter_files.manifest(run=None))
     )
@@ -67,7 +67,7 @@ def config(**changes):
 
 
 def put(hub, folder, **more):
-    """What another tool has pushed."""
+    """Commit the files of a folder, as another tool would push them."""
     return hub.commit(KEY, {path.name: path.read_bytes() for path in folder.iterdir()} | more)
 
 
@@ -127,7 +127,7 @@ def test_push_strips_local_paths(hub, adapter, gpt2, tmp_path_factory):
 
 def test_push_config_without_base(hub, tmp_path):
     folder = adapter_files.write(tmp_path / "adapters" / "nameless", facts=adapter_files.manifest(run=None))
-    nameless = {key: it for key, it in adapter_files.CONFIG.items() if key != "base_model_name_or_path"}
+    nameless = {key: value for key, value in adapter_files.CONFIG.items() if key != "base_model_name_or_path"}
     for bare in (nameless, nameless | {"base_model_name_or_path": None}):
         (folder / CONFIG_FILE).write_text(json.dumps(bare))
         push(load_adapter_folder(folder))
@@ -187,17 +187,17 @@ def test_push_deletes_stale_files(hub, small):
 
 
 def test_push_dry_run_sends_nothing(hub, small):
-    parcel = push(small, dry_run=True)
-    assert (parcel.url, hub.requests) == (None, [])
-    assert parcel.files == push(small).files == {it: len(served(hub, it)) for it in hub.repos[KEY].files}
+    transfer = push(small, dry_run=True)
+    assert (transfer.url, hub.requests) == (None, [])
+    assert transfer.files == push(small).files == {name: len(served(hub, name)) for name in hub.repos[KEY].files}
 
 
 def test_pull_dry_run_downloads_nothing(hub, small, tmp_path):
     put(hub, small.path, **{"evil.py": b"1"})
     shutil.rmtree(small.path.parent)
-    parcel = pull(dry_run=True)
-    assert parcel.files == {it: len(served(hub, it)) for it in (CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE)}
-    assert (parcel.adapter, hub.requests) == (None, ["HEAD /", f"GET /api/{KEY}"])
+    transfer = pull(dry_run=True)
+    assert transfer.files == {name: len(served(hub, name)) for name in (CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE)}
+    assert (transfer.adapter, hub.requests) == (None, ["HEAD /", f"GET /api/{KEY}"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -221,25 +221,25 @@ def test_pull_private_repo_fails(hub, small, monkeypatch):
 
 def test_hub_error_message_is_shown(hub, small):
     hub.fault = lambda handler: bool("/commit/" in handler.path and not fail(handler, 400, "", "too many files"))
-    said = "could not be written to the Hub: Bad request for commit endpoint: too many files"
-    assert refusal(HubError, push, small) == f"owner/reviews {said}"
+    message = "could not be written to the Hub: Bad request for commit endpoint: too many files"
+    assert refusal(HubError, push, small) == f"owner/reviews {message}"
     hub.fault = lambda handler: bool("/api/" in handler.path and not fail(handler, 403, "", "policy"))
-    said = "could not be fetched from the Hub: 403 Forbidden: policy."
-    assert refusal(HubError, pull) == f"owner/reviews {said}"
+    message = "could not be fetched from the Hub: 403 Forbidden: policy."
+    assert refusal(HubError, pull) == f"owner/reviews {message}"
 
 
 def test_push_pull_offline_fails(small):
-    said = "the Hub is out of reach: HF_HUB_OFFLINE is set."
-    assert refusal(HubError, push, small) == f"owner/reviews cannot be written, and {said}"
-    assert refusal(HubError, pull) == f"owner/reviews cannot be fetched, and {said}"
+    message = "the Hub is out of reach: HF_HUB_OFFLINE is set."
+    assert refusal(HubError, push, small) == f"owner/reviews cannot be written, and {message}"
+    assert refusal(HubError, pull) == f"owner/reviews cannot be fetched, and {message}"
     assert push(small, dry_run=True).files
 
 
 @pytest.mark.parametrize("missing", [WEIGHTS_FILE, CONFIG_FILE])
 def test_pull_incomplete_repo_fails(hub, small, missing):
-    hub.commit(KEY, {it.name: it.read_bytes() for it in small.path.iterdir() if it.name != missing})
-    said = f"owner/reviews holds no adapter in PEFT's format: it has no {missing}."
-    assert refusal(HubError, pull) == refusal(HubError, pull, dry_run=True) == said
+    hub.commit(KEY, {path.name: path.read_bytes() for path in small.path.iterdir() if path.name != missing})
+    message = f"owner/reviews holds no adapter in PEFT's format: it has no {missing}."
+    assert refusal(HubError, pull) == refusal(HubError, pull, dry_run=True) == message
 
 
 def flipped(weights):
@@ -275,10 +275,10 @@ def test_pull_overwrite_and_revision(hub, small, tmp_path):
         tmp_path / "other", weights=adapter_files.tensors(value=2.0), facts=adapter_files.manifest(run=None)
     )
     second = put(hub, other)
-    digests = [atomic_io.sha256_file(it.files[WEIGHTS_FILE]) for it in (first, second)]
+    digests = [atomic_io.sha256_file(commit.files[WEIGHTS_FILE]) for commit in (first, second)]
     hub.requests.clear()
-    said = "adapters/small exists: choose another --name, or replace it with --overwrite."
-    assert refusal(AdapterError, pull, "small") == said
+    message = "adapters/small exists: choose another --name, or replace it with --overwrite."
+    assert refusal(AdapterError, pull, "small") == message
     assert hub.requests == []
     assert pull("small", overwrite=True).adapter.sha256 == digests[1]
     assert pull("old", revision=first.sha).adapter.sha256 == digests[0]
@@ -291,14 +291,16 @@ def test_pull_during_commit_is_consistent(hub, small):
     first = put(hub, small.path)
     hub.fault = lambda _: len(hub.requests) == 3 and not hub.commit(KEY, {CARD_FILE: b"x", CONFIG_FILE: b"{}"})
     pulled = pull()
-    assert pulled.files == sizes(pulled.adapter.path) == {name: it.stat().st_size for name, it in first.files.items()}
+    assert (
+        pulled.files == sizes(pulled.adapter.path) == {name: path.stat().st_size for name, path in first.files.items()}
+    )
 
 
 def test_pull_without_manifest_notifies(hub, tmp_path):
     put(hub, adapter_files.write(tmp_path / "peft"))
-    heard = []
-    adapter = pull(notify=heard.append).adapter
-    assert [it.text for it in heard] == [
+    notices = []
+    adapter = pull(notify=notices.append).adapter
+    assert [notice.text for notice in notices] == [
         "reviews was made by another tool: run `adapters adopt reviews` to tie it to its base."
     ]
     assert refusal(AdapterError, push, adapter) == ("adapters/reviews has no manifest: run `adapters adopt` first.")
@@ -312,17 +314,17 @@ def test_push_damaged_adapter_fails(hub, small):
 
 def test_pull_downloads_only_adapter_files(hub, small, monkeypatch):
     monkeypatch.setattr(hub_sync, "MAX_SIDE_FILE_BYTES", 5_000)
-    strange = {
+    other_files = {
         "evil.py": b"1",
         "adapter_model.bin": b"2",
         "sub/manifest.json": b"3",
         CARD_FILE: b"x" * 5_001,
     }
-    put(hub, small.path, **strange)
+    put(hub, small.path, **other_files)
     pulled = pull()
     wanted = {CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE}
     assert {path.name for path in pulled.adapter.path.iterdir()} == set(pulled.files) == wanted
-    assert {it.rpartition("/")[2] for it in hub.requests if "/resolve/" in it} == wanted
+    assert {request.rpartition("/")[2] for request in hub.requests if "/resolve/" in request} == wanted
 
 
 def test_push_pull_commands(hub, small, monkeypatch):

@@ -30,7 +30,7 @@ HISTORY = [
 
 
 def based_on(**changes):
-    """A manifest whose base differs from distilgpt2 on the Hub."""
+    """A manifest with another base than distilgpt2 on the Hub."""
     base = adapter_files.manifest().base.model_copy(update=changes)
     return adapter_files.manifest(base=base.model_dump())
 
@@ -40,7 +40,7 @@ LOCAL = {"revision": None, "weights": "a local folder"}
 
 @pytest.fixture
 def card(tmp_path):
-    """The model card of an adapter with this manifest."""
+    """Write an adapter with a manifest and return its model card."""
 
     def write(manifest=None, **config):
         adapter = load_adapter_folder(
@@ -52,7 +52,7 @@ def card(tmp_path):
 
 
 def table(card):
-    """The rows of the card's table."""
+    """Rows of the summary table."""
     lines = [line for line in card.splitlines() if line.startswith("| ")]
     return dict(line.removeprefix("| ").removesuffix(" |").split(" | ", 1) for line in lines[2:])
 
@@ -73,7 +73,7 @@ def test_write_empty_metrics(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
-# The picture
+# Loss plot
 
 
 def plot(tmp_path, history=HISTORY, manifest=None):
@@ -91,9 +91,9 @@ def pixels_of(path):
         return np.asarray(image.convert("RGB")).astype(int)
 
 
-def share(pixels, colour):
-    """How much of the picture is about this colour."""
-    return (np.abs(pixels - colour).max(axis=-1) < 40).mean()
+def share(pixels, color):
+    """Share of the pixels with about this color."""
+    return (np.abs(pixels - color).max(axis=-1) < 40).mean()
 
 
 BLUE, ORANGE = (31, 119, 180), (255, 127, 14)
@@ -154,7 +154,7 @@ def result(gain):
 
 
 def gains(*lines, adapters=None, sets=None, base="distilgpt2"):
-    """A matrix with these gains; None is a cell without rows."""
+    """A gain matrix; None is a cell without rows."""
     return GainMatrix(
         base,
         adapters or [f"adapter{number}" for number in range(len(lines))],
@@ -174,33 +174,33 @@ def plot_gains(tmp_path, matrix, name="gains.png"):
     return pixels_of(tmp_path / name)
 
 
-# The ends of the scale, its middle, and the background.
-HELPS, FORGOTTEN, NOTHING, MISSING = (5, 48, 97), (103, 0, 31), (246, 247, 247), (217, 217, 217)
+# Ends and middle of the color scale, and the background
+GAIN, LOSS, ZERO, MISSING = (5, 48, 97), (103, 0, 31), (246, 247, 247), (217, 217, 217)
 
 
-def where(pixels, colour):
-    """The middle (across, down) of all that has this colour."""
-    found = np.argwhere((np.abs(pixels - colour) < 3).all(axis=-1))
-    assert len(found) > 0.05 * pixels[..., 0].size
-    down, across = found.mean(axis=0)
-    return across, down
+def center_of(pixels, color):
+    """Center (x, y) of all pixels with this color."""
+    positions = np.argwhere((np.abs(pixels - color) < 3).all(axis=-1))
+    assert len(positions) > 0.05 * pixels[..., 0].size
+    y, x = positions.mean(axis=0)
+    return x, y
 
 
 def test_gain_plot_colors(tmp_path):
     pixels = plot_gains(tmp_path, gains([0.5, None], [-0.5, 0.0]))
-    helps, forgotten, nothing, missing = (where(pixels, it) for it in (HELPS, FORGOTTEN, NOTHING, MISSING))
-    # An adapter a row, a set of rows a column. (The bar beside it draws them a little apart.)
-    assert helps[0] == pytest.approx(forgotten[0], abs=30)
-    assert nothing[0] == pytest.approx(missing[0], abs=30)
-    assert helps[1] == pytest.approx(missing[1], abs=30)
-    assert forgotten[1] == pytest.approx(nothing[1], abs=30)
-    assert missing[0] - helps[0] > 100
-    assert forgotten[1] - helps[1] > 100
+    gain, loss, zero, missing = (center_of(pixels, color) for color in (GAIN, LOSS, ZERO, MISSING))
+    # A row per adapter, a column per held-out set; the color bar shifts the centers a little.
+    assert gain[0] == pytest.approx(loss[0], abs=30)
+    assert zero[0] == pytest.approx(missing[0], abs=30)
+    assert gain[1] == pytest.approx(missing[1], abs=30)
+    assert loss[1] == pytest.approx(zero[1], abs=30)
+    assert missing[0] - gain[0] > 100
+    assert loss[1] - gain[1] > 100
 
 
 @pytest.mark.parametrize("matrix", [gains([0.0]), gains([0.0, None]), gains([1e-12, 1.0])])
 def test_zero_gain_is_neutral(tmp_path, matrix):
-    where(plot_gains(tmp_path, matrix), NOTHING)
+    center_of(plot_gains(tmp_path, matrix), ZERO)
 
 
 def test_gain_plot_cell_texts(tmp_path, monkeypatch):
@@ -315,7 +315,7 @@ def test_card_of_base_without_owner(card):
 @pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize("kind", ["absolute", "relative"])
 def test_card_hides_local_base(card, tmp_path, there, kind):
-    """Whether the folder is still there or not: a card may be written again elsewhere."""
+    """The folder may be missing: a card can be rewritten on another machine."""
     if there:
         (tmp_path / "models" / "mine").mkdir(parents=True)
     path = str(tmp_path / "models" / "mine") if kind == "absolute" else "models/mine"
@@ -347,7 +347,7 @@ def test_card_example_compiles(card):
     assert 'PeftModel.from_pretrained(base, "path/to/imdb")' in program
 
 
-# How other tools load it
+# Usage section
 
 
 def use(text):
@@ -359,7 +359,7 @@ LLAMA = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
 
 
 def used(tmp_path, config=None, weights=None):
-    """The last part of the card of an adapter; of Llama's kind where no weights are given."""
+    """Usage section of a card; for Llama layers if no weights are given."""
     weights = adapter_files.tensors(modules=LLAMA) if weights is None else weights
     folder = adapter_files.write(tmp_path / ".work.tmp", config, weights, adapter_files.manifest())
     return use(model_card.model_card(load_adapter_folder(folder), "imdb"))
@@ -437,8 +437,8 @@ def test_card_of_child_names_parents(card, tmp_path):
     assert {"Parents", "Evaluated on"} & table(card()).keys() == set()
 
 
-def peft_folder(place, base, **settings):
-    """An adapter with random weights as plain PEFT writes it."""
+def peft_folder(folder, base, **settings):
+    """Write an adapter with random weights through PEFT."""
     torch.manual_seed(1)
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", lora_alpha=7, **settings)
@@ -446,8 +446,8 @@ def peft_folder(place, base, **settings):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(place)
-    return place
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize(

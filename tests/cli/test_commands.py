@@ -1,4 +1,4 @@
-"""The command line as people type it: in this process where that is enough, in one of its own where it is not."""
+"""The command line, in this process or, where necessary, in a separate one."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def process(*arguments, **options):
 
 @pytest.fixture
 def quick(gpt2, reviews_csv):
-    """Options for a run of a second."""
+    """Options for a run of about a second."""
     return [
         *("--base", gpt2, "--dataset", reviews_csv, "--max-steps", 3, "--max-length", 64, "--eval-rows", 5),
         *("--device", "cpu", "--learning-rate", 0.01),
@@ -217,7 +217,7 @@ def test_settings_become_options():
         options = {option.name: option for option in commands[name].params}
         for field, facts in kind.model_fields.items():
             assert options[field].help == facts.description
-            assert options[field].default is None  # else a file of settings would be overruled
+            assert options[field].default is None  # else it would override a config file
             if facts.default not in (None, [], True, False):
                 assert options[field].show_default == str(facts.default)
 
@@ -272,14 +272,14 @@ def test_adapters_dir_option(settings, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def place(gpt2, tmp_path_factory):
+def trained(gpt2, tmp_path_factory):
     return train_in(tmp_path_factory.mktemp("trained"), gpt2, ["noir", "verse"])
 
 
 @pytest.fixture
-def two(place, tmp_path, monkeypatch):
-    """Two adapters of one base, noir and verse; the cache is the test's own."""
-    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+def two(trained, tmp_path, monkeypatch):
+    """Two adapters of one base, noir and verse, with a cache for this test."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.setenv("LORA_TUNER_CACHE", str(tmp_path / "cache"))
     return [Library().get("noir"), Library().get("verse")]
 
@@ -290,7 +290,7 @@ def columns(monkeypatch):
 
 
 def error(*arguments, **options):
-    """The one line that a wrong command gets."""
+    """The error line of a command that fails."""
     result = run(*arguments, exit_code=1, **options)
     assert result.stdout == ""
     return result.stderr.splitlines()[-1]
@@ -301,7 +301,7 @@ def flat(text):
 
 
 BOTH = ["--adapter", "noir", "--adapter", "verse", "--device", "cpu", "--max-new-tokens", "6"]
-WHO = ["(base)", "noir", "verse"]
+MODELS = ["(base)", "noir", "verse"]
 
 
 def test_compare_in_columns(two, columns):
@@ -311,7 +311,7 @@ def test_compare_in_columns(two, columns):
     for width in (36 * 3, 300):
         columns(width)
         head, *lines = run("compare", *BOTH, "--greedy", "the actor").stdout.splitlines()
-        assert head.split() == WHO
+        assert head.split() == MODELS
         assert max(len(line) for line in lines) <= width
         assert sum(line.count("the actor") for line in lines) == 3
     shown = flat("\n".join(lines))
@@ -322,7 +322,7 @@ def test_compare_in_columns(two, columns):
 
 def test_compare_on_narrow_terminal(two, columns):
     answers = json.loads(run("compare", *BOTH, "--greedy", "--json", "the actor").stdout)
-    expected = [f"--- {who}\nthe actor{answer['text']}\n\n" for who, answer in zip(WHO, answers, strict=True)]
+    expected = [f"--- {model}\nthe actor{answer['text']}\n\n" for model, answer in zip(MODELS, answers, strict=True)]
     for width in (36 * 3 - 1, 30):
         columns(width)
         assert run("compare", *BOTH, "--greedy", "the actor").stdout == "".join(expected)
@@ -346,12 +346,12 @@ def test_compare_several_prompts_and_samples(two, tmp_path, columns):
     how = [*BOTH, "--seed", "1", "--n", "2"]
     shown = run("compare", *how, "--file", "prompts.txt").stdout
     heads = [line.removeprefix("--- ") for line in shown.splitlines() if line.startswith("--- ")]
-    assert heads == [who for _ in range(2) for who in WHO for _ in range(2)]
+    assert heads == [who for _ in range(2) for who in MODELS for _ in range(2)]
     assert shown == run("compare", *how, "-", stdin="the actor\nthis film\n").stdout
     assert shown == "".join(run("compare", *how, prompt).stdout for prompt in ("the actor", "this film"))
     columns(150)
     wide = run("compare", *how, "the actor").stdout
-    assert wide.splitlines()[0].split() == WHO
+    assert wide.splitlines()[0].split() == MODELS
     assert wide.count("the actor") == 6
     answers = json.loads(run("compare", *how, "--file", "prompts.txt", "--json").stdout)
     assert [answer["prompt"] for answer in answers] == ["the actor"] * 6 + ["this film"] * 6
@@ -410,7 +410,7 @@ def test_evaluate_output(two, gpt2, columns):
     columns(150)
     facts = json.loads(run("evaluate", "noir", "verse", "--json").stdout)
     assert facts == json.loads(json.dumps(evaluate(two, options=ModelOptions(device="cpu")).to_dict()))
-    (first, second), (third, fourth) = (it["results"] for it in facts["adapters"])
+    (first, second), (third, fourth) = (row["results"] for row in facts["adapters"])
     base = [
         f"{cell['base_loss']:.4f} ({evaluation.EvalResult(**_figures(cell)).perplexities[0]:.2f})"
         for cell in (first, second)
@@ -439,7 +439,7 @@ def _figures(cell):
 def test_evaluate_on_narrow_terminal(two, columns):
     columns(38)
     facts = json.loads(run("evaluate", "noir", "verse", "--json").stdout)
-    (first, second), (third, fourth) = (it["results"] for it in facts["adapters"])
+    (first, second), (third, fourth) = (row["results"] for row in facts["adapters"])
     shown = [re.split(r" {2,}", line.rstrip()) for line in run("evaluate", "noir", "verse").stdout.splitlines()]
     assert shown[1][:2] == ["(base)", "on noir"]
     assert shown[3:7] == [
@@ -496,9 +496,9 @@ def test_evaluate_with_eval_dataset(two, tmp_path, columns):
     assert [line.split() for line in result.stdout.splitlines()[1:3]] == [["films.csv"], ["15", "rows"]]
     some = json.loads(run("evaluate", "verse", *given, "--eval-rows", 4, "--json").stdout)
     assert some["sets"] == [{"name": "films.csv", "rows": 4, "missing": None}]
-    assert [it["results"][0]["rows"] for it in some["adapters"]] == [4]
+    assert [row["results"][0]["rows"] for row in some["adapters"]] == [4]
     fewer = json.loads(run("evaluate", "noir", "verse", "--eval-rows", 3, "--json").stdout)
-    assert [it["rows"] for it in fewer["sets"]] == [3, 3]
+    assert [eval_set["rows"] for eval_set in fewer["sets"]] == [3, 3]
 
 
 def test_evaluate_errors(two, tmp_path, gpt2):
@@ -533,7 +533,7 @@ def test_evaluate_errors(two, tmp_path, gpt2):
     assert not list(tmp_path.glob("*gains*"))
 
 
-# Where an adapter comes from
+# Origin and lineage
 
 
 def test_adopt_command(two, tmp_path, gpt2, columns):
@@ -571,7 +571,7 @@ def test_adopt_command(two, tmp_path, gpt2, columns):
 
 
 def listed():
-    """The columns of `adapters list`, by the adapter's name."""
+    """Rows of `adapters list`: name -> column -> value."""
     head, *lines = run("adapters", "list").stdout.splitlines()
     starts = [match.start() for match in re.finditer(r"\S+", head)]
     ends = [*starts[1:], None]
@@ -609,7 +609,7 @@ def test_list_and_show_lineage(two, columns):
         f"  from noir ({prints['noir']}, not in this library)",
     ]
     facts = json.loads(run("adapters", "show", "grandchild", "--json").stdout)
-    assert [(it["name"], it["generation"], it["here"]) for it in facts["ancestors"]] == [
+    assert [(parent["name"], parent["generation"], parent["here"]) for parent in facts["ancestors"]] == [
         ("child", 1, "old"),
         ("noir", 2, None),
     ]
@@ -697,7 +697,7 @@ def test_adapters_commands_json(adapter, tmp_path):
 
 
 def completed(line, shell="bash"):
-    """What the shell offers for the last word of a line."""
+    """Completions that the shell offers for the last word of a line."""
     words = line.split(" ")
     env = os.environ | {
         "_LORA_TUNER_COMPLETE": f"complete_{shell}",

@@ -15,7 +15,7 @@ from lora_tuner.text import escape_control, format_bytes, format_duration
 from .. import adapter_files
 
 CONTROL = {chr(code) for code in (*range(32), *range(127, 160))} - {"\t", "\n"}
-# What a stranger may put where a name is expected: colours, a window title, a cursor that goes up; markup of rich.
+# Hostile text in place of a name: colors, a window title, cursor movement, markup of rich.
 EVIL = "\x1b[31mred\x1b]0;title\x07\x9b2A\x00\r\b\x7f[red]x[/red][/nope]"
 SHOWN = "\ufffd[31mred\ufffd]0;title\ufffd\ufffd2A\ufffd\ufffd\ufffd\ufffd[red]x[/red][/nope]"
 
@@ -65,7 +65,7 @@ def test_progress_time_left_after_resume(capsys, monkeypatch):
     assert capsys.readouterr().err == "training 510/1000  16 min left\n"
 
 
-# What strangers have written
+# Untrusted text
 
 
 @pytest.fixture
@@ -73,8 +73,8 @@ def wide(monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
 
 
-def seen(capsys):
-    """All that went to the terminal, which obeys nothing in it."""
+def printed(capsys):
+    """All output, checked for control characters."""
     captured = capsys.readouterr()
     shown = captured.out + captured.err
     assert not CONTROL & set(shown)
@@ -94,18 +94,18 @@ def test_escape_control_replaces_control_characters():
 def test_stderr_escapes_control_characters(capsys):
     display.print_stderr(EVIL)
     display.Display()(Notice(EVIL))
-    assert seen(capsys) == f"{SHOWN}\n{SHOWN}\n"
+    assert printed(capsys) == f"{SHOWN}\n{SHOWN}\n"
 
 
 def test_progress_escapes_control_characters(capsys):
     display.Display()(Progress(EVIL, 1, 1, EVIL))
-    assert seen(capsys) == f"{SHOWN} 1/1  {SHOWN}\n"
+    assert printed(capsys) == f"{SHOWN} 1/1  {SHOWN}\n"
 
 
 def test_tables_escape_control_characters(capsys, wide):
     display.print_table([(EVIL, "b")], ("name", "other"))
     display.show_facts({EVIL: EVIL, "many": [EVIL, EVIL], "deep": {EVIL: EVIL}})
-    lines = [line.split() for line in seen(capsys).splitlines()]
+    lines = [line.split() for line in printed(capsys).splitlines()]
     assert lines[0] == ["name", "other"]
     assert lines[1] == [SHOWN, "b"]
     assert lines[2] == [SHOWN, SHOWN]
@@ -115,7 +115,7 @@ def test_tables_escape_control_characters(capsys, wide):
 
 @pytest.fixture
 def evil(tmp_path):
-    """An adapter whose manifest says what it likes, wherever the schema has text."""
+    """An adapter with hostile text in every text field of its manifest."""
     facts = adapter_files.manifest().model_dump() | {"created": EVIL, "versions": {EVIL: EVIL}, "weights": None}
     facts["base"] |= dict.fromkeys(("name", "repo", "revision", "weights"), EVIL)
     texts = dict.fromkeys(("name", "source", "split_salt", "eval_dataset"), EVIL)
@@ -129,7 +129,7 @@ def evil(tmp_path):
 
 def test_list_escapes_hostile_manifest(capsys, wide, evil):
     adapters.show_adapters(Library().entries())
-    header, line = seen(capsys).splitlines()
+    header, line = printed(capsys).splitlines()
     assert header.split() == ["name", "base", "rank", "targets", "data", "size", "gain", "age", "parent"]
     assert line.split() == [
         "evil",
@@ -148,7 +148,7 @@ def test_list_escapes_hostile_manifest(capsys, wide, evil):
 
 def test_show_escapes_hostile_manifest(capsys, wide, evil):
     adapters.show_details(evil, Library().ancestors(evil))
-    shown = {" ".join(line.split()) for line in seen(capsys).splitlines()}
+    shown = {" ".join(line.split()) for line in printed(capsys).splitlines()}
     assert {
         f"base {SHOWN}: {SHOWN}",
         f"revision {SHOWN}",
@@ -168,7 +168,7 @@ def test_list_escapes_hostile_config(capsys, wide, tmp_path):
     adapter_files.write(tmp_path / "adapters" / "broken", {EVIL: 1, "bias": EVIL})
     adapters.show_adapters(Library().entries())
     adapters.show_details(bare, [])
-    lines = [" ".join(line.split()) for line in seen(capsys).splitlines()]
+    lines = [" ".join(line.split()) for line in printed(capsys).splitlines()]
     assert f"bare {SHOWN} 4 c_attn ? {format_bytes(bare.bytes)} ? ? ?" in lines
     assert f"base {SHOWN}" in lines
     assert "created by another tool, without a manifest (run `adapters adopt` to write one)" in lines
@@ -184,7 +184,7 @@ def test_compare_escapes_control_characters(capsys, monkeypatch):
     for columns in ("1000", "40"):
         monkeypatch.setenv("COLUMNS", columns)
         generate.show_comparison(answers)
-        assert seen(capsys).replace("\n", "").replace(" ", "").count(f"p{SHOWN}{SHOWN}") == 2
+        assert printed(capsys).replace("\n", "").replace(" ", "").count(f"p{SHOWN}{SHOWN}") == 2
 
 
 def test_json_round_trips_control_characters(capsys):
@@ -209,7 +209,7 @@ def test_format_age():
     now = datetime.datetime.now(datetime.UTC)
     assert adapters.format_age((now - datetime.timedelta(hours=3)).isoformat()) == "3.0 h"
     assert adapters.format_age((now - datetime.timedelta(days=400)).isoformat()) == "400 d"
-    assert adapters.format_age((now + datetime.timedelta(days=2)).isoformat()) == "0 s"  # the clock of another machine
+    assert adapters.format_age((now + datetime.timedelta(days=2)).isoformat()) == "0 s"  # clock of another machine
     for extreme in ("0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"):
         assert adapters.format_age(extreme).endswith((" d", " s"))
 
@@ -240,7 +240,7 @@ def test_show_impossible_numbers(capsys, tmp_path, facts):
     adapters.show_adapters([("odd", adapter)])
     adapters.show_details(adapter, [])
     display.show_json(adapter.to_dict())
-    assert "odd" in seen(capsys)
+    assert "odd" in printed(capsys)
 
 
 def test_show_adopted_adapter(capsys, wide, tmp_path):
@@ -248,7 +248,7 @@ def test_show_adopted_adapter(capsys, wide, tmp_path):
     adapter = load_adapter_folder(adapter_files.write(tmp_path / "adopted", facts=facts))
     adapters.show_adapters([("adopted", adapter)])
     adapters.show_details(adapter, [])
-    shown = seen(capsys)
+    shown = printed(capsys)
     lines = [" ".join(line.split()) for line in shown.splitlines()]
     assert lines[1].startswith(f"adopted distilgpt2 4 c_attn ? {format_bytes(adapter.bytes)} ? ")
     assert "evaluation not evaluated" in lines

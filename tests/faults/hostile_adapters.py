@@ -377,7 +377,7 @@ BY_HAND: dict[str, HostileAdapter] = {
     "many patterns": HostileAdapter(config(alpha_pattern={f"h.{n}": 1 for n in range(2_000)}), "all", "2,000 keys"),
     "catastrophic target pattern": HostileAdapter(config(target_modules="(.*.*)*(a+)+$"), "none"),
     "other targets": HostileAdapter(config(target_modules=["../x", ESCAPE, "lm_head"]), "none"),
-    "many layers": HostileAdapter(many_layers(2_000, 1_000, 1), "all", "too many for the 1,000 keys"),
+    "many layers": HostileAdapter(many_layers(2_000, 1_000, 1), "all", "too many for the 1,000 pattern keys"),
     "100 layers": HostileAdapter(many_layers(100, 1_000, 1), "base", "a.h.0.attn.c_attn"),
     "long names": HostileAdapter(many_layers(40, 0, 200), "all", NO_LORA),
     # Manifests

@@ -424,7 +424,9 @@ def test_symlinks_and_odd_folder_names(do, tmp_path):
             f"export {name}": ["export", name, "--out", "out.gguf"],
         }
     path = f"adapters/{ODD}"
-    commands |= {f"{name} odd": [path if word == NAME else word for word in ALL[name]] for name in ALL if name != "rename"}
+    commands |= {
+        f"{name} odd": [path if word == NAME else word for word in ALL[name]] for name in ALL if name != "rename"
+    }
     commands["blend odd"] = ["blend", f"{path}=0.5", "--name", "blended", *ROWS, *BASE]
     commands["show twice"] = ["adapters", "show", "twice"]
     for outcome in do([("odd", odd)], commands):

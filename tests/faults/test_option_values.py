@@ -1,4 +1,4 @@
-"""Nonsense for every option of every command, and in files of settings: a line that says what is wrong, and nothing written."""
+"""Invalid values for every option of every command, and invalid config files: one error line, and nothing written."""
 
 import contextlib
 import io
@@ -18,10 +18,10 @@ from .test_broken_data import no_more_than_others, table
 
 ROOT = typer.main.get_command(app)
 HUGE = "9" * 30
-NONSENSE = ["", " ", "nonsense", "-1", "0", "nan", "inf", "1e999", "-0.5", HUGE, "x" * 5000]
-NONSENSE += ["a\0b", "\u202e\u00fc\n", "\udcff", "some.txt", "folder", "folder/up"]
-NO_BASE = ("--base", "nowhere/base")  # what is not refused before gets to this, which is always the same line
-GIVEN = {
+INVALID = ["", " ", "nonsense", "-1", "0", "nan", "inf", "1e999", "-0.5", HUGE, "x" * 5000]
+INVALID += ["a\0b", "\u202e\u00fc\n", "\udcff", "some.txt", "folder", "folder/up"]
+NO_BASE = ("--base", "nowhere/base")  # accepted values get as far as this error
+ARGUMENTS = {
     "train": ("--dataset", "x.csv", *NO_BASE),
     "generate": ("x", *NO_BASE),
     "compare": ("x", "--adapter", "a", *NO_BASE),
@@ -43,15 +43,13 @@ GIVEN = {
     "adapters remove": ("nothing", "--yes"),
     "adapters adopt": ("other", *NO_BASE),
 }
-NAMES = {"nonsense", "nan", "inf", "folder"}  # names like others, as far as they are free
-TEXTS = {*NONSENSE} - {"", "a\0b", "\udcff"}
+NAMES = {"nonsense", "nan", "inf", "folder"}  # valid adapter names
+TEXTS = {*INVALID} - {"", "a\0b", "\udcff"}
 PATHS = TEXTS - {"x" * 5000, "some.txt"}
-ACCEPTED = {  # the others are refused
+ACCEPTED = {  # all others are rejected
     **dict.fromkeys(["--split-salt", "--stop"], TEXTS),
-    **dict.fromkeys(
-        ["--target-modules", "--device", "--revision"], TEXTS
-    ),  # these are looked at when the base is there
-    **dict.fromkeys(["--adapters-dir", "--runs-dir"], PATHS),  # made where they are missing
+    **dict.fromkeys(["--target-modules", "--device", "--revision"], TEXTS),  # checked against the base
+    **dict.fromkeys(["--adapters-dir", "--runs-dir"], PATHS),  # created if they are missing
     **dict.fromkeys(["--name", "new"], NAMES),
     **{
         option: {HUGE}
@@ -66,13 +64,13 @@ ACCEPTED = {  # the others are refused
     "--eval-dataset": {"some.txt"},
     "--out": PATHS - {"folder"},
     "prompt": TEXTS | {""},
-    "repo": TEXTS,  # whether it is a repo, the Hub says
+    "repo": TEXTS,  # checked by the Hub
 }
 
 
 def commands(command=ROOT, path=()):
-    for name, it in getattr(command, "commands", {}).items():
-        yield from commands(it, (*path, name))
+    for name, subcommand in getattr(command, "commands", {}).items():
+        yield from commands(subcommand, (*path, name))
     if not hasattr(command, "commands"):
         yield " ".join(path), command
 
@@ -81,8 +79,8 @@ COMMANDS = dict(commands())
 
 
 @pytest.fixture
-def place(tmp_path):
-    """What the arguments of GIVEN name."""
+def workspace(tmp_path):
+    """The files and adapters that ARGUMENTS name."""
     (tmp_path / "x.csv").write_text(table())
     (tmp_path / "some.txt").write_text("one\ntwo\n")
     (tmp_path / "folder").mkdir()
@@ -93,7 +91,7 @@ def place(tmp_path):
 
 
 def invoke(*arguments):
-    """The command line in this process: status, stdout, stderr."""
+    """Run a command in this process; return status, stdout and stderr."""
     out, err, status, before = io.StringIO(), io.StringIO(), 0, sys.stdin
     sys.stdin = io.StringIO()
     try:
@@ -106,17 +104,17 @@ def invoke(*arguments):
     return status, out.getvalue(), err.getvalue()
 
 
-def with_one(given, param, value, command):
-    """The arguments with another value for one of them."""
-    given = list(given)
+def with_value(arguments, param, value, command):
+    """The arguments with another value for one parameter."""
+    arguments = list(arguments)
     if param.param_type_name == "option":
-        if param.opts[0] in given:
-            at = given.index(param.opts[0])
-            del given[at : at + 2]
-        return [*given, param.opts[0], value]
-    arguments = [it.name for it in command.params if it.param_type_name == "argument"]
-    given[arguments.index(param.name)] = value
-    return given
+        if param.opts[0] in arguments:
+            position = arguments.index(param.opts[0])
+            del arguments[position : position + 2]
+        return [*arguments, param.opts[0], value]
+    names = [other.name for other in command.params if other.param_type_name == "argument"]
+    arguments[names.index(param.name)] = value
+    return arguments
 
 
 def is_flag(param):
@@ -128,29 +126,31 @@ def files_of(folder):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_invalid_value_error_names_option(place, name):
-    command, given = COMMANDS[name], GIVEN[name]
-    usual = invoke(*name.split(), *given)
-    before, wrong = files_of(place), []
+def test_invalid_value_error_names_option(workspace, name):
+    command, arguments = COMMANDS[name], ARGUMENTS[name]
+    usual = invoke(*name.split(), *arguments)
+    before, wrong = files_of(workspace), []
     for param in command.params:
         if is_flag(param):
             continue
-        called = param.opts[0] if param.param_type_name == "option" else param.name
-        for value in NONSENSE:
-            status, out, err = found = invoke(*name.split(), *with_one(given, param, value, command))
+        option = param.opts[0] if param.param_type_name == "option" else param.name
+        for value in INVALID:
+            status, out, err = result = invoke(*name.split(), *with_value(arguments, param, value, command))
             accepted = status == 0 or (status, out, last(err)) == (usual[0], usual[1], last(usual[2]))
             lines = [line for line in err.splitlines() if line.startswith("Error: ")]
             if name == "adapters verify" and status == 1:
-                lines = lines or out.splitlines()  # of each what is wrong with it
+                lines = lines or out.splitlines()  # it prints the problems of each adapter
             if accepted:
-                fine = value in ACCEPTED.get(called, ())
+                fine = value in ACCEPTED.get(option, ())
             else:
                 fine = status in (1, 2) and len(lines) == 1 and (not out or lines == out.splitlines())
-                fine = fine and any(it and it in lines[0] for it in (called, param.name, param.metavar, shown(value)))
+                fine = fine and any(
+                    text and text in lines[0] for text in (option, param.name, param.metavar, shown(value))
+                )
             if not fine:
-                wrong.append((called, value[:20], found))
+                wrong.append((option, value[:20], result))
     assert not wrong, "\n".join(map(str, wrong))
-    assert files_of(place) == before
+    assert files_of(workspace) == before
 
 
 def last(text):
@@ -158,21 +158,21 @@ def last(text):
 
 
 def shown(value):
-    """A value as a line shows it; of what click takes for several short options, the first."""
+    """A value as shown in an error; click reads -0.5 as several short options."""
     return "-0" if value == "-0.5" else value.replace("\n", " ")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_repeated_option_is_rejected(place, name):
+def test_repeated_option_is_rejected(workspace, name):
     for param in COMMANDS[name].params:
         if param.param_type_name == "argument" or param.multiple or "--help" in param.opts:
             continue
         twice = [*param.opts] * 2 if is_flag(param) else [param.opts[0], "1", param.opts[0], "2"]
-        status, _, err = invoke(*name.split(), *with_one(GIVEN[name], param, "", COMMANDS[name])[:-2], *twice)
+        status, _, err = invoke(*name.split(), *with_value(ARGUMENTS[name], param, "", COMMANDS[name])[:-2], *twice)
         assert (status, err.count("\n")) == (2, 1)
         assert err.startswith(f"Error: Invalid value for '{param.opts[0]}'"), err
         if is_flag(param):
-            status, _, err = invoke(*name.split(), *GIVEN[name], f"{param.opts[0]}=1")
+            status, _, err = invoke(*name.split(), *ARGUMENTS[name], f"{param.opts[0]}=1")
             assert (status, err.count("\n")) == (2, 1)
             assert param.opts[0] in err
 
@@ -180,21 +180,21 @@ def test_repeated_option_is_rejected(place, name):
 @pytest.mark.slow
 @settings(max_examples=2000, derandomize=True, deadline=None, suppress_health_check=[*HealthCheck])
 @given(
-    data=st.data(), name=st.sampled_from([it for it in COMMANDS if it not in ("doctor", "methods")])
+    data=st.data(), name=st.sampled_from([command for command in COMMANDS if command not in ("doctor", "methods")])
 )  # which take no value
-def test_random_option_values_fail_cleanly(place, data, name):
+def test_random_option_values_fail_cleanly(workspace, data, name):
     command = COMMANDS[name]
-    param = data.draw(st.sampled_from([it for it in command.params if not is_flag(it)]))
+    param = data.draw(st.sampled_from([option for option in command.params if not is_flag(option)]))
     value = data.draw(st.one_of(st.text(max_size=30), st.floats().map(str), st.integers().map(str)))
     if (name, param.name) in (("adapters list", "adapters_dir"), ("adapters verify", "names")):
-        return  # these say of each what it is
-    status, _, err = invoke(*name.split(), *with_one(GIVEN[name], param, value, command))
+        return  # these report problems per adapter
+    status, _, err = invoke(*name.split(), *with_value(ARGUMENTS[name], param, value, command))
     assert status in (0, 1, 2)
     assert status == 0 or name == "adapters check" or err.count("Error: ") == 1 == last(err)[0].count("Error: ")
-    assert sorted(it.name for it in place.iterdir() if it.is_file()) == ["some.txt", "x.csv"]
+    assert sorted(path.name for path in workspace.iterdir() if path.is_file()) == ["some.txt", "x.csv"]
 
 
-BETWEEN = [
+CONTRADICTIONS = [
     ("train --epochs 1 --max-steps 5", "epochs and max_steps contradict each other: give one of them"),
     ("train --minutes 1 --epochs 1 --max-steps 1", "epochs and max_steps and minutes contradict each other"),
     ("train --patience 2", "patience needs eval_every: it counts evaluations"),
@@ -232,23 +232,23 @@ BETWEEN = [
 ]
 
 
-@pytest.mark.parametrize(("line", "why"), BETWEEN)
-def test_contradicting_options_are_rejected(place, line, why):
-    before = files_of(place)
+@pytest.mark.parametrize(("line", "why"), CONTRADICTIONS)
+def test_contradicting_options_are_rejected(workspace, line, why):
+    before = files_of(workspace)
     status, out, err = invoke(*line.split())
-    assert files_of(place) == before
+    assert files_of(workspace) == before
     assert (status in (1, 2), out, err.count("\n")) == (True, "", 1)
     assert why in err
 
 
-def test_errors_in_separate_process(run, place):
-    for line, why in BETWEEN[::9]:
+def test_errors_in_separate_process(run, workspace):
+    for line, why in CONTRADICTIONS[::9]:
         ended = run(*line.split())
         assert (ended.status in (1, 2), ended.out, ended.err.count("\n")) == (True, "", 1)
         assert why in ended.line
 
 
-LATE = [  # seen when the base is there
+WRONG_FOR_BASE = [  # detected once the base is loaded
     ("--device", "nonsense", "There is no device 'nonsense' here: choose auto, cpu"),
     ("--device", "cuda:99", "There is no device 'cuda:99' here"),
     ("--device", "cpu:7", "There is no device 'cpu:7' here"),
@@ -264,30 +264,31 @@ LATE = [  # seen when the base is there
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "why"), [*LATE[:4], *(pytest.param(*it, marks=pytest.mark.slow) for it in LATE[4:])]
+    ("option", "value", "why"),
+    [*WRONG_FOR_BASE[:4], *(pytest.param(*case, marks=pytest.mark.slow) for case in WRONG_FOR_BASE[4:])],
 )
-def test_value_invalid_for_base_fails(run, place, gpt2, option, value, why):
-    given = {"--max-length": "64"} | {option: value}
-    with unchanged_files(place):
-        ended = run("train", "--dataset", "x.csv", "--base", gpt2, "--max-steps", 3, *sum(given.items(), ()))
+def test_value_invalid_for_base_fails(run, workspace, gpt2, option, value, why):
+    options = {"--max-length": "64"} | {option: value}
+    with unchanged_files(workspace):
+        ended = run("train", "--dataset", "x.csv", "--base", gpt2, "--max-steps", 3, *sum(options.items(), ()))
     assert (ended.status, ended.out) == (1, ""), ended.err
     assert why in ended.line
 
 
 @contextlib.contextmanager
 def unchanged_files(folder):
-    skip = (".cache", "runs")  # a run that has begun can be looked at
-    before = {name: it for name, it in contents(folder, skip).items() if it is not None}
+    skip = (".cache", "runs")  # a failed run keeps its folder
+    before = {name: content for name, content in contents(folder, skip).items() if content is not None}
     yield
-    assert {name: it for name, it in contents(folder, skip).items() if it is not None} == before
+    assert {name: content for name, content in contents(folder, skip).items() if content is not None} == before
 
 
-def test_large_numbers_are_accepted(run, place, gpt2):
+def test_large_numbers_are_accepted(run, workspace, gpt2):
     most = {"--batch-size", "--gradient-accumulation", "--save-every", "--eval-every"}
-    given = sum(((option, 1_000_000_000) for option in sorted(most)), ())
-    given += ("--max-rows", HUGE, "--eval-rows", HUGE, "--max-grad-norm", HUGE, "--alpha", 1_000_000)
+    options = sum(((option, 1_000_000_000) for option in sorted(most)), ())
+    options += ("--max-rows", HUGE, "--eval-rows", HUGE, "--max-grad-norm", HUGE, "--alpha", 1_000_000)
     quick = ("--max-steps", 1, "--max-length", 64, "--learning-rate", 1e-9)
-    ended = run("train", "--dataset", "x.csv", "--base", gpt2, *given, *quick, "--json")
+    ended = run("train", "--dataset", "x.csv", "--base", gpt2, *options, *quick, "--json")
     assert ended.status == 0, ended.err
     facts = json.loads(ended.out)
     assert (facts["run"]["steps"], facts["alpha"]) == (1, 1_000_000)
@@ -305,23 +306,23 @@ def test_large_numbers_are_accepted(run, place, gpt2):
         ("locked/below", 1, "locked is not writable: choose another"),
     ],
 )
-def test_unwritable_folder_fails(run, place, gpt2, option, where, status, why):
-    (place / "locked").mkdir()
-    (place / "locked").chmod(0o555)
+def test_unwritable_folder_fails(run, workspace, gpt2, option, where, status, why):
+    (workspace / "locked").mkdir()
+    (workspace / "locked").chmod(0o555)
     ended = run("train", "--dataset", "x.csv", "--base", gpt2, option, where, before=no_more_than_others)
     assert (ended.status, ended.out) == (status, ""), ended.err
     assert why in ended.line
-    assert not (place / "adapters" / "x").exists()
+    assert not (workspace / "adapters" / "x").exists()
 
 
-# Files of settings
+# Config files
 
 
-DEEP = "where: " + "[" * 2000 + "]" * 2000
-LAUGHS = "a: &a [x, x]\n" + "".join(
+DEEP_YAML = "where: " + "[" * 2000 + "]" * 2000
+ALIAS_BOMB = "a: &a [x, x]\n" + "".join(
     f"{chr(98 + n)}: &{chr(98 + n)} [*{chr(97 + n)}, *{chr(97 + n)}]\n" for n in range(24)
 )
-FILES = [
+CONFIG_FILES = [
     ("", "x.yaml holds no settings"),
     ("# nothing\n", "x.yaml holds no settings"),
     ("- rank: 4\n", "x.yaml holds no settings"),
@@ -346,7 +347,7 @@ FILES = [
     ("rank: 4\nrank: 8\n", "rank is given twice"),
     ("rank: &r 4\nalpha: *r\n", "line 2: *r is an alias: write its value out"),
     ("<<: *x\n", "line 1: *x is an alias"),
-    (LAUGHS, "line 2: *a is an alias"),
+    (ALIAS_BOMB, "line 2: *a is an alias"),
     ("rank: !!python/object/apply:os.system ['touch hacked']\n", "could not determine a constructor for the tag"),
     ("rank: !!python/name:os.system\n", "could not determine a constructor for the tag"),
     ("rank: !mine 4\n", "could not determine a constructor for the tag"),
@@ -354,7 +355,7 @@ FILES = [
     ("rank: {\n", "cannot be read as YAML"),
     ("\trank: 4\n", "cannot be read as YAML"),
     ("name: 2024-13-45\n", "cannot be read as YAML"),
-    (DEEP, "cannot be read as YAML"),
+    (DEEP_YAML, "cannot be read as YAML"),
     (b"\xff\xfe\0rank", "cannot be read as YAML"),
     (b"\0" * 100, "cannot be read as YAML"),
     ("rank: 4\n".encode("utf-16"), "cannot be read as YAML"),
@@ -365,21 +366,21 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize(("content", "why"), FILES)
-def test_invalid_config_file_fails(place, content, why):
-    (place / "x.yaml").write_bytes(content.encode() if isinstance(content, str) else content)
-    before = files_of(place)
-    others = NO_BASE if b"dataset" in (place / "x.yaml").read_bytes() else GIVEN["train"]
+@pytest.mark.parametrize(("content", "why"), CONFIG_FILES)
+def test_invalid_config_file_fails(workspace, content, why):
+    (workspace / "x.yaml").write_bytes(content.encode() if isinstance(content, str) else content)
+    before = files_of(workspace)
+    others = NO_BASE if b"dataset" in (workspace / "x.yaml").read_bytes() else ARGUMENTS["train"]
     status, out, err = invoke("train", *others, "--config", "x.yaml")
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert why in err
-    assert files_of(place) == before
+    assert files_of(workspace) == before
 
 
 @pytest.mark.parametrize(
     ("name", "why"), [("folder", "Is a directory"), ("/dev/zero", "longer than"), ("no", "no file")]
 )
-def test_config_not_a_file_fails(run, place, name, why):
+def test_config_not_a_file_fails(run, workspace, name, why):
     ended = run("train", "--config", name)
     assert (ended.status, ended.out) == (1, "")
     assert why in ended.line
