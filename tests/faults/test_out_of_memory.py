@@ -1,4 +1,4 @@
-"""Memory: what will not fit is said before it is tried, what fails all the same is a line, and nothing grows with use."""
+"""Memory: what does not fit is refused before it is tried, running out is one error line, and nothing leaks."""
 
 import functools
 import gc
@@ -20,12 +20,12 @@ from .process import CommandResult, contents
 
 Run = Callable[..., CommandResult]
 WIDE = ("--batch-size", "16", "--max-length", "512", "--max-steps", "1", "--eval-rows", "2", "--no-packing")
-GROWTH = 4_000_000  # bytes, of what the system gives and takes besides
+GROWTH = 4_000_000  # bytes of noise from the allocator
 
 
 @pytest.fixture(scope="session")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base whose steps take much more than it does itself."""
+    """A base whose training steps take much more memory than its weights."""
     return tiny_models.save_model(tmp_path_factory.mktemp("models") / "wide", "llama", width=256, layers=4, context=512)
 
 
@@ -37,53 +37,53 @@ def novels(tmp_path: Path) -> Path:
     return tmp_path / "novels.txt"
 
 
-def only(place: str, free: int) -> None:
-    """In the process of a command: so many bytes are free, as this module sees it."""
+def limit_free_memory(module: str, free_bytes: int) -> None:
+    """In the process of a command: make a module see this much free memory."""
     import importlib
 
-    importlib.import_module(f"lora_tuner.{place}").free_memory = lambda device: free
+    importlib.import_module(f"lora_tuner.{module}").free_memory = lambda device: free_bytes
 
 
 @pytest.mark.parametrize("plan", [True, False])
 def test_step_exceeding_memory_is_refused(run: Run, wide: Path, novels: Path, tmp_path: Path, plan: bool) -> None:
     command = ("train", "--base", wide, "--dataset", novels, "--name", "new", *WIDE)
-    before = functools.partial(only, "cost", 100_000_000)
-    ended = run(*command, *(["--plan"] if plan else []), before=before)
-    assert ended.status == 1
-    assert ended.line.startswith("Error: A step with 8,192 tokens takes ")
-    assert ended.line.endswith(
+    before = functools.partial(limit_free_memory, "training.profiling", 100_000_000)
+    result = run(*command, *(["--plan"] if plan else []), before=before)
+    assert result.status == 1
+    assert result.error_line.startswith("Error: A step with 8,192 tokens takes ")
+    assert result.error_line.endswith(
         "GB of memory, and 0.1 GB are free: lower --batch-size (--gradient-accumulation makes up for it) or --max-length, or choose "
         "--dtype bfloat16."
     )
-    for place in ("adapters", "runs"):
-        assert not (tmp_path / place).exists() or contents(tmp_path / place) == {}
+    for folder in ("adapters", "runs"):
+        assert not (tmp_path / folder).exists() or contents(tmp_path / folder) == {}
 
 
 def test_base_exceeding_memory_is_refused(run: Run, wide: Path) -> None:
-    before = functools.partial(only, "base_model", 1_000_000)
-    ended = run("generate", "--base", wide, "the actor", before=before)
-    assert ended.status == 1
-    assert ended.line == (
+    before = functools.partial(limit_free_memory, "models.memory", 1_000_000)
+    result = run("generate", "--base", wide, "the actor", before=before)
+    assert result.status == 1
+    assert result.error_line == (
         f"Error: The base {wide} takes 0.0 GB in 4bit, and 0.0 GB of memory are free: choose a smaller base."
     )
 
 
-def measured(report: Path) -> None:
-    """In the process of a command: a step as predicted, and as it is."""
+def record_step_memory(report: Path) -> None:
+    """In the process of a command: record the estimated and the real memory of a step."""
     from lora_tuner.training import profiling
 
-    real = profiling.profile_steps
+    profile_steps = profiling.profile_steps
 
-    def measure(inputs: Any, model: Any, *rest: Any) -> Any:
-        predicted = profiling.step_memory(inputs, model)[1]
+    def recorded(inputs: Any, model: Any, *rest: Any) -> Any:
+        estimated = profiling.step_memory(inputs, model)[1]
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is what it is now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _kilobytes("VmHWM")
-        found = real(inputs, model, *rest)
-        report.write_text(json.dumps([predicted, (_kilobytes("VmHWM") - before) * 1024]))
-        return found
+        estimate = profile_steps(inputs, model, *rest)
+        report.write_text(json.dumps([estimated, (_kilobytes("VmHWM") - before) * 1024]))
+        return estimate
 
-    profiling.profile_steps = measure
+    profiling.profile_steps = recorded
 
 
 def _kilobytes(name: str) -> int:
@@ -99,7 +99,7 @@ def _kilobytes(name: str) -> int:
         pytest.param("gpt2", (), marks=pytest.mark.slow),
         pytest.param("gpt2", ("--rank", "64"), marks=pytest.mark.slow),
     ],
-    ids=lambda it: it if isinstance(it, str) else " ".join(it) or "plain",
+    ids=lambda value: value if isinstance(value, str) else " ".join(value) or "plain",
 )
 def test_step_memory_is_a_lower_bound(
     run: Run, wide: Path, novels: Path, tmp_path: Path, kind: str, more: tuple[str, ...]
@@ -107,17 +107,17 @@ def test_step_memory_is_a_lower_bound(
     base = (
         wide if kind == "llama" else tiny_models.save_model(tmp_path / "base", "gpt2", width=256, layers=4, context=512)
     )
-    before = functools.partial(measured, tmp_path / "measured")
-    options = [it for it in WIDE if it != "--no-packing" or "--packing" not in more]
-    ended = run("train", "--base", base, "--dataset", novels, *options, *more, "--plan", before=before)
-    assert ended.status == 0, ended.err
-    predicted, taken = json.loads((tmp_path / "measured").read_text())
-    assert 0.4 * taken < predicted <= taken  # of such small tensors the allocator loses much more than of real ones
+    before = functools.partial(record_step_memory, tmp_path / "measured")
+    options = [option for option in WIDE if option != "--no-packing" or "--packing" not in more]
+    result = run("train", "--base", base, "--dataset", novels, *options, *more, "--plan", before=before)
+    assert result.status == 0, result.err
+    estimated, real = json.loads((tmp_path / "measured").read_text())
+    assert 0.4 * real < estimated <= real  # the allocator wastes more on small tensors
 
 
 GROUPS = {
-    "second version": ("0::/outer/inner\n", "", ("memory.max", "memory.current", "")),
-    "first version": (
+    "v2": ("0::/outer/inner\n", "", ("memory.max", "memory.current", "")),
+    "v1": (
         "4:memory:/outer/inner\n1:cpu:/\n0::/\n",
         "memory",
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
@@ -126,27 +126,27 @@ GROUPS = {
 
 
 @pytest.mark.parametrize("version", GROUPS)
-@pytest.mark.parametrize("where", ["outer/inner", "outer", ""])
+@pytest.mark.parametrize("limited_group", ["outer/inner", "outer", ""])
 def test_free_memory_respects_container_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, where: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, limited_group: str
 ) -> None:
-    line, root, (limit, used, total) = GROUPS[version]
+    line, root, (limit, usage, prefix) = GROUPS[version]
     for group in ("outer/inner", "outer", ""):
         folder = tmp_path / "limits" / root / group
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / limit).write_text("1000000\n" if group == where else "max\n")
-        (folder / used).write_text("700000\n")
-        (folder / "memory.stat").write_text(f"anon 5\n{total}inactive_file 60000\n{total}active_file 40000\n")
+        (folder / limit).write_text("1000000\n" if group == limited_group else "max\n")
+        (folder / usage).write_text("700000\n")
+        (folder / "memory.stat").write_text(f"anon 5\n{prefix}inactive_file 60000\n{prefix}active_file 40000\n")
     (tmp_path / "groups").write_text(line)
     monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "groups")
     monkeypatch.setattr(memory, "_CGROUP_LIMITS", tmp_path / "limits")
     assert memory.free_memory(torch.device("cpu")) == 400_000
-    (tmp_path / "limits" / root / where / used).write_text("2000000\n")
+    (tmp_path / "limits" / root / limited_group / usage).write_text("2000000\n")
     assert memory.free_memory(torch.device("cpu")) == 0
 
 
-def little() -> None:
-    """In the process of a command: the system gives little more memory than it has given, and nobody asks beforehand."""
+def limit_address_space() -> None:
+    """In the process of a command: allow little more memory, and skip the check before training."""
     from lora_tuner.training import profiling
 
     profiling.fit_to_memory = lambda *_: False
@@ -155,10 +155,10 @@ def little() -> None:
 
 
 def test_out_of_memory_error_is_one_line(run: Run, wide: Path, novels: Path, tmp_path: Path) -> None:
-    ended = run("train", "--base", wide, "--dataset", novels, "--name", "new", *WIDE, before=little)
-    assert ended.status == 1
-    assert ended.line == (
-        "Error: Out of memory: for training lower --batch-size or --max-length, for generation --n; or use --dtype bfloat16."
+    result = run("train", "--base", wide, "--dataset", novels, "--name", "new", *WIDE, before=limit_address_space)
+    assert result.status == 1
+    assert result.error_line == (
+        "Error: Out of memory: lower --batch-size or --max-length to train, --n to write, or choose --dtype bfloat16."
     )
     assert contents(tmp_path / "adapters") == {}
 
@@ -169,29 +169,31 @@ def test_memory_is_independent_of_prompt_count(run: Run, settings: Callable[...,
     peaks = {}
     for count in (200, 2_000):
         (tmp_path / "prompts.txt").write_text("\n".join(tiny_models.reviews(count, seed=3)))
-        ended = run("generate", "--adapter", "reviews", "--file", "prompts.txt", "--max-new-tokens", "8", "--seed", "1")
-        assert ended.status == 0
-        assert ended.out.count("\n") >= count
-        peaks[count] = ended.peak
+        result = run(
+            "generate", "--adapter", "reviews", "--file", "prompts.txt", "--max-new-tokens", "8", "--seed", "1"
+        )
+        assert result.status == 0
+        assert result.out.count("\n") >= count
+        peaks[count] = result.peak
     assert peaks[2_000] - peaks[200] < GROWTH, peaks
 
 
-def loading(base: Path, report: Path) -> None:
-    """In the process of a command: the memory while adapters come and go beside one base."""
-    generator, found = Generator(options=ModelOptions(base=str(base), device="cpu")), []
+def load_repeatedly(base: Path, report: Path) -> None:
+    """In the process of a command: record memory while adapters are loaded and unloaded."""
+    generator, resident = Generator(options=ModelOptions(base=str(base), device="cpu")), []
     greedy = SamplingParams(greedy=True, max_new_tokens=2)
     for turn in range(501):
         name = ("one", "two")[turn % 2]
         generator.generate_batch([("the actor", name), ("the story", None)], greedy)
         generator.unload(name)
         if turn in (100, 500):
-            found.append(_resident())
-    report.write_text(json.dumps(found))
+            resident.append(_resident())
+    report.write_text(json.dumps(resident))
 
 
-def swapping(base: Path, report: Path) -> None:
-    """In the process of a command: the memory while the adapter in use is replaced on disk again and again."""
-    library, generator, found = Library(), Generator("turns", options=ModelOptions(device="cpu")), []
+def swap_repeatedly(base: Path, report: Path) -> None:
+    """In the process of a command: record memory while the adapter in use is replaced on disk."""
+    library, generator, resident = Library(), Generator("turns", options=ModelOptions(device="cpu")), []
     greedy = SamplingParams(greedy=True, max_new_tokens=2)
     for turn in range(301):
         with library.create("turns", overwrite=True) as work:
@@ -200,8 +202,8 @@ def swapping(base: Path, report: Path) -> None:
         generator.set_adapter("turns")
         generator.generate("the actor", greedy)
         if turn in (60, 300):
-            found.append(_resident())
-    report.write_text(json.dumps(found))
+            resident.append(_resident())
+    report.write_text(json.dumps(resident))
 
 
 def _resident() -> int:
@@ -210,7 +212,7 @@ def _resident() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("use", [loading, swapping])
+@pytest.mark.parametrize("use", [load_repeatedly, swap_repeatedly])
 def test_swapping_adapters_leaks_no_memory(
     run: Run, settings: Callable[..., TrainConfig], gpt2: Path, tmp_path: Path, use: Callable[..., None]
 ) -> None:
@@ -218,8 +220,8 @@ def test_swapping_adapters_leaks_no_memory(
         train(settings(name=name, seed=seed, rank=64, max_steps=1))
     shutil.copytree("adapters/one", "adapters/turns")
     size = Library().get("one").bytes
-    ended = run("adapters", "list", before=functools.partial(use, gpt2, tmp_path / "report"))
-    assert ended.status == 0
+    result = run("adapters", "list", before=functools.partial(use, gpt2, tmp_path / "report"))
+    assert result.status == 0
     early, late = json.loads((tmp_path / "report").read_text())
-    assert size > 100_000  # hundreds of them would be seen
+    assert size > 100_000  # a leak of hundreds of them would show
     assert late - early < GROWTH, (early, late)

@@ -1,4 +1,4 @@
-"""An adapter on another base than its own: refused by whatever would put it there, with both named and nothing written."""
+"""An adapter on a base other than its own is refused by every command, with both named and nothing written."""
 
 import itertools
 import json
@@ -55,9 +55,9 @@ RETOKENISED = "gpt2 with another tokenizer"
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory, gpt2: Path, llama: Path) -> dict[str, Path]:
-    """By what is different in them."""
-    place = tmp_path_factory.mktemp("bases")
-    heads, words = (Path(shutil.copytree(gpt2, place / name)) for name in ("heads", "words"))
+    """Bases by the way in which they differ."""
+    root = tmp_path_factory.mktemp("bases")
+    heads, words = (Path(shutil.copytree(gpt2, root / name)) for name in ("heads", "words"))
     config = AutoConfig.from_pretrained(heads)
     config.n_head = 2
     config.save_pretrained(heads)
@@ -66,19 +66,19 @@ def bases(tmp_path_factory: pytest.TempPathFactory, gpt2: Path, llama: Path) -> 
     tokenizer.save_pretrained(words)
     return {
         "gpt2": gpt2,
-        "gpt2 of another seed": tiny_models.save_model(place / "seed", "gpt2", seed=7),
+        "gpt2 of another seed": tiny_models.save_model(root / "seed", "gpt2", seed=7),
         "gpt2 with other heads": heads,
         RETOKENISED: words,
-        "wider gpt2": tiny_models.save_model(place / "wide", "gpt2", width=64),
-        "deeper gpt2": tiny_models.save_model(place / "deep", "gpt2", layers=3),
-        "shallower gpt2": tiny_models.save_model(place / "shallow", "gpt2", layers=1),
+        "wider gpt2": tiny_models.save_model(root / "wide", "gpt2", width=64),
+        "deeper gpt2": tiny_models.save_model(root / "deep", "gpt2", layers=3),
+        "shallower gpt2": tiny_models.save_model(root / "shallow", "gpt2", layers=1),
         "llama": llama,
-        "llama of another seed": tiny_models.save_model(place / "llama", "llama", seed=7),
+        "llama of another seed": tiny_models.save_model(root / "llama", "llama", seed=7),
     }
 
 
 @pytest.fixture(autouse=True)
-def _place(tmp_path: Path) -> None:
+def _workspace(tmp_path: Path) -> None:
     texts = tiny_models.reviews(30)
     (tmp_path / "rows.txt").write_text("\n".join(texts))
     (tmp_path / "rows.csv").write_text("text\n" + "\n".join(texts))
@@ -88,11 +88,11 @@ def _place(tmp_path: Path) -> None:
 
 @pytest.fixture
 def trained_on(tmp_path: Path, bases: dict[str, Path]) -> Callable[..., Path]:
-    """An adapter whose manifest says that it was trained on that base."""
+    """Write an adapter whose manifest names this base."""
 
-    def write(name: str, called: str = NAME) -> Path:
+    def write(name: str, adapter_name: str = NAME) -> Path:
         base = load_base(find_base(str(bases[name])), ModelOptions(device="cpu"))
-        folder = tmp_path / "adapters" / called
+        folder = tmp_path / "adapters" / adapter_name
         if name.startswith("llama"):
             return hostile_adapters.write_on(
                 folder, bases[name], base.tokenizer_hash, "model.layers.{}.self_attn.q_proj", 32
@@ -110,7 +110,7 @@ def run(*arguments: Any) -> Any:
 
 
 def refusal(*arguments: Any) -> str:
-    """The one line of a command that ends with status 1 and writes nothing."""
+    """Run a command that must fail with status 1 and write nothing; returns its error line."""
     before = contents(Path.cwd())
     result = run(*arguments)
     assert result.exit_code == 1, result.output
@@ -132,7 +132,7 @@ def test_wrong_base_is_refused_by_commands(own, other, bases, trained_on):
     for name, arguments in COMMANDS.items():
         same_weights = {own, other} == {"gpt2", RETOKENISED}
         if name == "export" and same_weights:
-            continue  # the file holds no words: a tokenizer does not matter to it
+            continue  # the file contains no vocabulary
         line = refusal(*arguments, "--base", bases[other])
         if same_weights:
             assert line.startswith(f"Error: {NAME} was trained with another tokenizer than that of {bases[other]}."), (
@@ -157,10 +157,10 @@ def test_forced_wrong_base_gives_notice(name, bases, trained_on):
     trained_on("gpt2")
     result = run(*COMMANDS[name], "--base", bases["gpt2 of another seed"], "--force")
     assert result.exit_code == 0, result.output
-    said = [line for line in result.stderr.splitlines() if "FORCED" in line]
-    assert said
-    assert said[0].startswith(f"FORCED: {NAME} was trained on {bases['gpt2']} (fingerprint ")
-    assert f"not on {bases['gpt2 of another seed']} (fingerprint " in said[0]
+    notices = [line for line in result.stderr.splitlines() if "FORCED" in line]
+    assert notices
+    assert notices[0].startswith(f"FORCED: {NAME} was trained on {bases['gpt2']} (fingerprint ")
+    assert f"not on {bases['gpt2 of another seed']} (fingerprint " in notices[0]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_forced_wrong_base_gives_notice(name, bases, trained_on):
 )
 @pytest.mark.parametrize("name", [*COMMANDS, "adopt"])
 def test_wrong_shapes_are_refused_even_forced(name, other, bases, trained_on):
-    """Its sizes tell, where no manifest does."""
+    """Shapes are compared even without a manifest."""
     folder = trained_on("gpt2")
     forced = ["--force"]
     if name == "adopt":
@@ -176,7 +176,8 @@ def test_wrong_shapes_are_refused_even_forced(name, other, bases, trained_on):
         forced = []
     arguments = COMMANDS.get(name, ["adapters", "adopt", NAME])
     line = refusal(*arguments, "--base", bases[other], *forced)
-    assert line.startswith(f"Error: adapters/{NAME} does not fit the base: transformer.h."), line
+    assert line.startswith(f"Error: adapters/{NAME} does not fit the base: "), line
+    assert "transformer.h." in line
     if name == "adopt":
         assert not (folder / MANIFEST_FILE).exists()
 
@@ -198,34 +199,34 @@ def test_generator_survives_refused_adapter(other, bases, trained_on, tmp_path):
 
 @pytest.mark.parametrize(
     "other",
-    [SAME_SIZES[1], *(pytest.param(it, marks=pytest.mark.slow) for it in (SAME_SIZES[2], RETOKENISED, "llama"))],
+    [SAME_SIZES[1], *(pytest.param(other, marks=pytest.mark.slow) for other in (SAME_SIZES[2], RETOKENISED, "llama"))],
 )
 @pytest.mark.parametrize("command", ["blend", "evaluate", "compare", "merge"])
 def test_adapters_of_two_bases_are_refused(command, other, bases, trained_on):
     trained_on("gpt2")
     trained_on(other, "y")
-    each = {
+    commands = {
         "blend": ["blend", "x=0.5", "y=0.5", "--name", "both", *ROWS],
         "evaluate": ["evaluate", "x", "y", *ROWS],
         "compare": ["compare", *PROMPT, "--adapter", "x", "--adapter", "y"],
         "merge": ["merge", "x", "y", "--out", "merged", "--base", bases["gpt2"], *ROWS],
     }
-    if command == "merge":  # one after another, each proven: what is whole stays
-        result = run(*each[command])
+    if command == "merge":  # one after another, and finished ones stay
+        result = run(*commands[command])
         assert result.exit_code == 1
         assert result.stderr.splitlines()[-1].startswith("Error: y was trained ")
         assert [path.name for path in Path("merged").iterdir()] == ["x"]
     else:
-        assert refusal(*each[command]).startswith("Error: y was trained ")
+        assert refusal(*commands[command]).startswith("Error: y was trained ")
     assert Library().names() == ["x", "y"]
 
 
 def test_replaced_base_folder_is_refused(bases, trained_on, tmp_path):
     base = Path(shutil.copytree(bases["gpt2"], tmp_path / "base"))
     folder = trained_on("gpt2")
-    facts = json.loads((folder / MANIFEST_FILE).read_text())
-    facts["base"] |= {"name": "base", "repo": "base"}
-    (folder / MANIFEST_FILE).write_text(json.dumps(facts))
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    manifest["base"] |= {"name": "base", "repo": "base"}
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
     assert run(*COMMANDS["generate"]).exit_code == 0
     shutil.rmtree(base)
     shutil.copytree(bases["gpt2 of another seed"], base)
