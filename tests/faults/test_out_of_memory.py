@@ -50,8 +50,8 @@ def test_step_exceeding_memory_is_refused(run: Run, wide: Path, novels: Path, tm
     before = functools.partial(limit_free_memory, "training.profiling", 100_000_000)
     result = run(*command, *(["--plan"] if plan else []), before=before)
     assert result.status == 1
-    assert result.error_line.startswith("Error: A step with 8,192 tokens takes ")
-    assert result.error_line.endswith(
+    assert result.line.startswith("Error: A step with 8,192 tokens takes ")
+    assert result.line.endswith(
         "GB of memory, and 0.1 GB are free: lower --batch-size (--gradient-accumulation makes up for it) or --max-length, or choose "
         "--dtype bfloat16."
     )
@@ -63,7 +63,7 @@ def test_base_exceeding_memory_is_refused(run: Run, wide: Path) -> None:
     before = functools.partial(limit_free_memory, "models.memory", 1_000_000)
     result = run("generate", "--base", wide, "the actor", before=before)
     assert result.status == 1
-    assert result.error_line == (
+    assert result.line == (
         f"Error: The base {wide} takes 0.0 GB in 4bit, and 0.0 GB of memory are free: choose a smaller base."
     )
 
@@ -157,8 +157,9 @@ def limit_address_space() -> None:
 def test_out_of_memory_error_is_one_line(run: Run, wide: Path, novels: Path, tmp_path: Path) -> None:
     result = run("train", "--base", wide, "--dataset", novels, "--name", "new", *WIDE, before=limit_address_space)
     assert result.status == 1
-    assert result.error_line == (
-        "Error: Out of memory: lower --batch-size or --max-length to train, --n to write, or choose --dtype bfloat16."
+    assert result.line == (
+        "Error: Out of memory: for training lower --batch-size or --max-length, for generation --n; or use --dtype "
+        "bfloat16."
     )
     assert contents(tmp_path / "adapters") == {}
 

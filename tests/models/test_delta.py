@@ -9,52 +9,55 @@ from lora_tuner.models.delta import LoraDelta
 SIZES = st.tuples(st.integers(1, 9), st.integers(1, 12), st.integers(1, 12), st.integers(0, 10**6))
 
 
-def made(rank, into, out, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    return LoraDelta(torch.randn(rank, into, generator=draw), torch.randn(out, rank, generator=draw))
+def random_delta(rank, in_features, out_features, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lora_a = torch.randn(rank, in_features, generator=generator)
+    return LoraDelta(lora_a, torch.randn(out_features, rank, generator=generator))
 
 
-def wide(update):
-    return update.B.double() @ update.A.double()
+def product(layer_delta):
+    return layer_delta.B.double() @ layer_delta.A.double()
 
 
 @given(SIZES)
 @settings(max_examples=60, deadline=None)
 def test_singular_values_match_full_svd(sizes):
-    update = made(*sizes)
-    values = torch.linalg.svdvals(wide(update))
-    found = delta.singular_values(update)
-    torch.testing.assert_close(found, values[: len(found)], atol=1e-9, rtol=1e-9)
-    assert float(values[len(found) :].sum()) == pytest.approx(0, abs=1e-9)
-    assert delta.squared_norm(update) == pytest.approx(float(wide(update).square().sum()))
+    layer_delta = random_delta(*sizes)
+    values = torch.linalg.svdvals(product(layer_delta))
+    computed = delta.singular_values(layer_delta)
+    torch.testing.assert_close(computed, values[: len(computed)], atol=1e-9, rtol=1e-9)
+    assert float(values[len(computed) :].sum()) == pytest.approx(0, abs=1e-9)
+    assert delta.squared_norm(layer_delta) == pytest.approx(float(product(layer_delta).square().sum()))
 
 
 @given(SIZES, st.integers(1, 9))
 @settings(max_examples=60, deadline=None)
 def test_truncated_delta_is_nearest_of_rank(sizes, rank):
-    update = made(*sizes)
-    left, values, right = torch.linalg.svd(wide(update), full_matrices=False)
+    layer_delta = random_delta(*sizes)
+    left, values, right = torch.linalg.svd(product(layer_delta), full_matrices=False)
     nearest = (left[:, :rank] * values[:rank]) @ right[:rank]
-    kept = delta.truncate_rank(update, rank)
+    kept = delta.truncate_rank(layer_delta, rank)
     assert kept.rank <= rank
     assert kept.B.dtype == kept.A.dtype == torch.float32
-    torch.testing.assert_close(wide(kept), nearest, atol=1e-5, rtol=1e-5)
-    lost = delta.lost_energy({"layer": update}, {"layer": kept})["layer"]
+    torch.testing.assert_close(product(kept), nearest, atol=1e-5, rtol=1e-5)
+    lost = delta.lost_energy({"layer": layer_delta}, {"layer": kept})["layer"]
     assert lost == pytest.approx(float(values[rank:].square().sum() / values.square().sum()), abs=1e-9)
 
 
 def test_sum_with_different_ranks_is_exact():
-    first = {"a": made(3, 8, 6, 1), "b": made(2, 5, 7, 2)}
-    second = {"b": made(4, 5, 7, 3), "c": made(1, 4, 4, 4)}
+    first = {"a": random_delta(3, 8, 6, 1), "b": random_delta(2, 5, 7, 2)}
+    second = {"b": random_delta(4, 5, 7, 3), "c": random_delta(1, 4, 4, 4)}
     total = delta.sum_deltas([(0.7, first), (-0.3, second)])
-    assert {module: update.rank for module, update in total.items()} == {"a": 3, "b": 6, "c": 1}
-    torch.testing.assert_close(wide(total["a"]), 0.7 * wide(first["a"]), atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(wide(total["b"]), 0.7 * wide(first["b"]) - 0.3 * wide(second["b"]), atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(wide(total["c"]), -0.3 * wide(second["c"]), atol=1e-6, rtol=1e-6)
+    assert {module: layer_delta.rank for module, layer_delta in total.items()} == {"a": 3, "b": 6, "c": 1}
+    torch.testing.assert_close(product(total["a"]), 0.7 * product(first["a"]), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        product(total["b"]), 0.7 * product(first["b"]) - 0.3 * product(second["b"]), atol=1e-6, rtol=1e-6
+    )
+    torch.testing.assert_close(product(total["c"]), -0.3 * product(second["c"]), atol=1e-6, rtol=1e-6)
 
 
 def test_lost_energy_is_weighted_by_layer():
-    large, small = made(2, 6, 6, 1), made(2, 6, 6, 2)
+    large, small = random_delta(2, 6, 6, 1), random_delta(2, 6, 6, 2)
     exact = {"large": LoraDelta(large.A, large.B * 10), "small": small, "none": LoraDelta(small.A, small.B * 0)}
     shares = delta.lost_energy(exact, {"large": exact["large"]})
     assert shares == {"large": 0.0, "small": pytest.approx(1.0), "none": 0.0}

@@ -1,4 +1,4 @@
-"""Each method does what its paper says, and leaves a plain adapter behind."""
+"""Each method does what its paper says, and saves a plain PEFT adapter."""
 
 import json
 from typing import get_args
@@ -28,13 +28,13 @@ def test_methods_table_is_complete():
 
 @pytest.fixture(params=["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def model_folder(request):
-    """Each kind of layer in turn, the simpler one slowly."""
+    """One base per kind of linear layer."""
     return request.getfixturevalue(request.param)
 
 
 @pytest.fixture
-def on(model_folder, settings):
-    """A configuration on it."""
+def config_for(model_folder, settings):
+    """Make a configuration of a method on this base."""
 
     def make(method, **changes):
         return settings(base=str(model_folder), method=method, learning_rate=None, **changes)
@@ -42,13 +42,13 @@ def on(model_folder, settings):
     return make
 
 
-def loss(job):
-    return measure_loss(job.model, job.base, job.held_out).loss
+def loss(setup):
+    return measure_loss(setup.model, setup.base, setup.held_out).loss
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_training_lowers_loss_and_keeps_base(on, method):
-    config = on(method, max_steps=12)
+def test_training_lowers_loss_and_keeps_base(config_for, method):
+    config = config_for(method, max_steps=12)
     before = prepare_training(config)
     weights = {name: p.clone() for name, p in before.model.named_parameters() if not p.requires_grad}
     with before.model.disable_adapter():
@@ -65,34 +65,37 @@ def test_training_lowers_loss_and_keeps_base(on, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_saved_adapter_loads_in_plain_peft(on, model_folder, method):
-    """The measured loss is that of the files, with PEFT alone; and no initialiser is named."""
-    adapter = train(on(method))
+def test_saved_adapter_loads_in_plain_peft(config_for, model_folder, method):
+    """PEFT alone computes the measured loss from the files, which name no initializer."""
+    adapter = train(config_for(method))
     config = json.loads((adapter.path / CONFIG_FILE).read_text())
     assert config["init_lora_weights"] is True
     assert config["eva_config"] is None
     stock = AutoModelForCausalLM.from_pretrained(model_folder)
     before = {name: p.clone() for name, p in stock.named_parameters()}
     wrapped = PeftModel.from_pretrained(stock, adapter.path)
-    job = prepare_training(on("lora"))
+    setup = prepare_training(config_for("lora"))
     nll, count = 0.0, 0
     with torch.inference_mode():
-        for row in job.held_out:
+        for row in setup.held_out:
             ids = torch.from_numpy(row).long()
             nll += F.cross_entropy(wrapped(ids[None]).logits[0, :-1], ids[1:], reduction="sum").item()
             count += len(ids) - 1
     assert nll / count == pytest.approx(adapter.manifest.result.loss, abs=1e-4)
-    for name, p in before.items():
-        there = stock.state_dict()
-        assert torch.equal(there.get(name, there.get(name.replace(".weight", ".base_layer.weight"), p)), p)
+    state = stock.state_dict()
+    for name, parameter in before.items():
+        wrapped_name = name.replace(".weight", ".base_layer.weight")
+        assert torch.equal(state.get(name, state.get(wrapped_name, parameter)), parameter)
 
 
-@pytest.mark.parametrize("method", ["pissa", "eva", *(pytest.param(it, marks=pytest.mark.slow) for it in OTHERS[:3])])
-def test_resumed_method_equals_uninterrupted_run(on, method, stop_at):
-    whole = train(on(method, name="whole", save_every=2))
+@pytest.mark.parametrize(
+    "method", ["pissa", "eva", *(pytest.param(method, marks=pytest.mark.slow) for method in OTHERS[:3])]
+)
+def test_resumed_method_equals_uninterrupted_run(config_for, method, stop_at):
+    whole = train(config_for(method, name="whole", save_every=2))
 
     with stop_at(3):
-        train(on(method, name="half", save_every=2))
+        train(config_for(method, name="half", save_every=2))
     half = resume("half")
     assert half.sha256 == whole.sha256
     again = train(resolve_settings(TrainConfig, {"name": "again"}, whole.path / RUN_FILE))
@@ -100,8 +103,8 @@ def test_resumed_method_equals_uninterrupted_run(on, method, stop_at):
 
 
 @pytest.mark.parametrize("method", OTHERS)
-def test_child_adapter_keeps_method(on, method):
-    parent = train(on(method, name="parent"))
+def test_child_adapter_keeps_method(config_for, method):
+    parent = train(config_for(method, name="parent"))
     again = {"dataset": "reviews.csv", "max_length": 64, "eval_rows": 8}
     child = train(TrainConfig(parent="parent", name="child", max_steps=3, batch_size=2, **again))
     assert child.rank == parent.rank
@@ -124,58 +127,56 @@ def test_lora_plus_continues_from_plain_lora(settings, adapter):
     assert child.manifest.run.method == "lora+"
 
 
-def test_pissa_trains_only_first_half(on):
-    job = prepare_training(on("pissa", rank=3))
-    layer = next(it for it in job.model.modules() if hasattr(it, "lora_A"))
-    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+def test_pissa_trains_only_first_half(config_for):
+    setup = prepare_training(config_for("pissa", rank=3))
+    layer = next(module for module in setup.model.modules() if hasattr(module, "lora_A"))
+    lora_a, lora_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     weight = layer.base_layer.weight.T if layer.fan_in_fan_out else layer.base_layer.weight
     values = torch.linalg.svdvals(weight)
-    half = layer.scaling["default"] * up[:, :3] @ down[:3]
+    half = layer.scaling["default"] * lora_b[:, :3] @ lora_a[:3]
     torch.testing.assert_close(torch.linalg.svdvals(half.detach())[:3], values[:3], atol=1e-3, rtol=1e-3)
-    adapter = train(on("pissa", rank=3))
+    adapter = train(config_for("pissa", rank=3))
     tensors = lora.read_weights_file(adapter)
     assert adapter.rank == 6
-    ups = {key: t for key, t in tensors.items() if "lora_B" in key}
-    downs = {key: t for key, t in tensors.items() if "lora_A" in key}
-    start = lora.adapter_state_dict(job.model)
-    for key in ups:
-        assert torch.equal(ups[key][:, 3:], start[key][:, 3:])
-        assert not torch.equal(ups[key][:, :3], start[key][:, :3])
-    for key in downs:
-        assert torch.equal(downs[key][3:], start[key][3:])
+    start = lora.adapter_state_dict(setup.model)
+    for key, tensor in tensors.items():
+        if "lora_B" in key:
+            assert torch.equal(tensor[:, 3:], start[key][:, 3:])
+            assert not torch.equal(tensor[:, :3], start[key][:, :3])
+        else:
+            assert torch.equal(tensor[3:], start[key][3:])
 
 
-def test_pissa_matches_peft(on, model_folder):
-    """What learns begins as in PEFT's own, which changes the base."""
+def test_pissa_matches_peft(config_for, model_folder):
+    """The trained half starts as in PEFT's own, which changes the base."""
     from peft import LoraConfig, get_peft_model
 
-    job = prepare_training(on("pissa", rank=2))
-    layers = {name: it for name, it in job.model.named_modules() if hasattr(it, "lora_A")}
+    setup = prepare_training(config_for("pissa", rank=2))
+    layers = {name: module for name, module in setup.model.named_modules() if hasattr(module, "lora_A")}
     stock = AutoModelForCausalLM.from_pretrained(model_folder)
     settings = LoraConfig(
-        r=2, lora_alpha=4, init_lora_weights="pissa", target_modules=job.model.peft_config["default"].target_modules
+        r=2, lora_alpha=4, init_lora_weights="pissa", target_modules=setup.model.peft_config["default"].target_modules
     )
-    theirs = get_peft_model(stock, settings)
+    peft_model = get_peft_model(stock, settings)
     for name, layer in layers.items():
-        other = theirs.get_submodule(name)
-        ours = layer.lora_B["default"].weight[:, :2] @ layer.lora_A["default"].weight[:2]
-        torch.testing.assert_close(
-            ours, other.lora_B["default"].weight @ other.lora_A["default"].weight, atol=2e-3, rtol=0
-        )
+        peft_layer = peft_model.get_submodule(name)
+        expected = peft_layer.lora_B["default"].weight @ peft_layer.lora_A["default"].weight
+        product = layer.lora_B["default"].weight[:, :2] @ layer.lora_A["default"].weight[:2]
+        torch.testing.assert_close(product, expected, atol=2e-3, rtol=0)
 
 
-def test_eva_redistributes_ranks(on):
-    adapter = train(on("eva", rank=4))
+def test_eva_redistributes_ranks(config_for):
+    adapter = train(config_for("eva", rank=4))
     ranks = {adapter.rank_of(module) for module in adapter.modules}
     assert len(ranks) > 1
-    plain = train(on("lora", rank=4, name="plain"))
+    plain = train(config_for("lora", rank=4, name="plain"))
     assert sum(map(adapter.rank_of, adapter.modules)) == sum(map(plain.rank_of, plain.modules))
     assert {adapter.scale_of(module) for module in adapter.modules} == {2.0}
 
 
-def test_eva_starts_with_orthonormal_directions(on):
-    job = prepare_training(on("eva", rank=4))
-    for name, tensor in lora.adapter_state_dict(job.model).items():
+def test_eva_starts_with_orthonormal_directions(config_for):
+    setup = prepare_training(config_for("eva", rank=4))
+    for name, tensor in lora.adapter_state_dict(setup.model).items():
         if "lora_A" in name:
             torch.testing.assert_close(tensor @ tensor.T, torch.eye(len(tensor)), atol=1e-4, rtol=0)
         else:
@@ -183,25 +184,27 @@ def test_eva_starts_with_orthonormal_directions(on):
 
 
 @pytest.mark.parametrize("method", ["pissa", "eva"])
-def test_rank_above_layer_size_is_refused(on, model_folder, method):
-    most = 16 if method == "pissa" and model_folder.name == "llama" else 32  # Llama's keys and values
+def test_rank_above_layer_size_is_refused(config_for, model_folder, method):
+    max_rank = 16 if method == "pissa" and model_folder.name == "llama" else 32  # Llama's keys and values
     with pytest.raises(ConfigError) as error:
-        train(on(method, rank=33))
-    assert str(error.value) == f"rank is 33, but {method} allows at most {most} here: lower --rank."
+        train(config_for(method, rank=33))
+    assert str(error.value) == f"rank is 33, but {method} allows at most {max_rank} here: lower --rank."
     assert not Library().names()
 
 
-def test_eva_without_convergence_stops(on, monkeypatch):
+def test_eva_without_convergence_stops(config_for, monkeypatch):
     monkeypatch.setattr(initialization, "EVA_CONVERGED", 1.0)
-    job = prepare_training(on("eva", rank=4))
-    for layer in initialization._lora_layers(job.model):
-        (down,) = layer.lora_A.values()
-        assert torch.linalg.matrix_rank(down.weight) == len(down.weight)
+    setup = prepare_training(config_for("eva", rank=4))
+    for layer in initialization._lora_layers(setup.model):
+        (lora_a,) = layer.lora_A.values()
+        assert torch.linalg.matrix_rank(lora_a.weight) == len(lora_a.weight)
 
 
-def test_eva_with_too_little_text_is_refused(on):
+def test_eva_with_too_little_text_is_refused(config_for):
     with pytest.raises(ConfigError) as error:
-        prepare_training(on("eva", rank=32, max_rows=2, dataset=_short(), eval_dataset=_short("held"), eval_rows=2))
+        prepare_training(
+            config_for("eva", rank=32, max_rows=2, dataset=_short(), eval_dataset=_short("held"), eval_rows=2)
+        )
     assert str(error.value) == "eva needs 32 tokens of text for this rank: provide more text, or lower --rank."
 
 
@@ -213,29 +216,29 @@ def _short(name="short"):
     return str(path)
 
 
-def test_lora_plus_uses_two_learning_rates(on, tmp_path):
-    job = prepare_training(on("lora+", weight_decay=0.1))
-    trainer = _LoraTrainer(job, tmp_path)
+def test_lora_plus_uses_two_learning_rates(config_for, tmp_path):
+    setup = prepare_training(config_for("lora+", weight_decay=0.1))
+    trainer = _LoraTrainer(setup, tmp_path)
     groups = trainer.create_optimizer().param_groups
-    names = {id(p): name for name, p in job.model.named_parameters()}
+    names = {id(p): name for name, p in setup.model.named_parameters()}
     rates = {
         ("lora_B" in names[id(p)], group["lr"], group["weight_decay"]) for group in groups for p in group["params"]
     }
     assert rates == {(False, 1e-3, 0.1), (True, 4e-3, 0.1)}
-    assert sum(len(group["params"]) for group in groups) == len(lora.adapter_state_dict(job.model))
+    assert sum(len(group["params"]) for group in groups) == len(lora.adapter_state_dict(setup.model))
 
 
-def test_rslora_scales_by_root_of_rank(on):
-    small, large = (prepare_training(on("rslora", rank=rank)).model.peft_config["default"] for rank in (8, 32))
+def test_rslora_scales_by_root_of_rank(config_for):
+    small, large = (prepare_training(config_for("rslora", rank=rank)).model.peft_config["default"] for rank in (8, 32))
     assert small.lora_alpha == large.lora_alpha == 6
-    adapter = train(on("rslora", rank=4))
+    adapter = train(config_for("rslora", rank=4))
     assert {adapter.scale_of(module) for module in adapter.modules} == {3.0}
 
 
-def test_method_sets_default_learning_rate(on):
+def test_method_sets_default_learning_rate(config_for):
     for method, facts in METHODS.items():
-        assert prepare_training(on(method)).config.learning_rate == facts.learning_rate
-    assert prepare_training(on("dora").model_copy(update={"learning_rate": 0.5})).config.learning_rate == 0.5
+        assert prepare_training(config_for(method)).config.learning_rate == facts.learning_rate
+    assert prepare_training(config_for("dora").model_copy(update={"learning_rate": 0.5})).config.learning_rate == 0.5
 
 
 def test_pissa_with_weight_decay_is_refused():
@@ -247,9 +250,8 @@ def test_pissa_with_weight_decay_is_refused():
 
 
 @pytest.mark.slow
-def test_evaluate_matches_training_for_every_method(on):
-    """`evaluate` finds the loss that training found, with every method."""
+def test_evaluate_matches_training_for_every_method(config_for):
     for method in METHODS:
-        adapter = train(on(method, name=method.replace("+", "plus")))
+        adapter = train(config_for(method, name=method.replace("+", "plus")))
         cell = evaluation.evaluate([adapter], options=ModelOptions(device="cpu")).cells[0][0]
         assert cell.loss == pytest.approx(adapter.manifest.result.loss, abs=1e-4)

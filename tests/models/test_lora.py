@@ -16,8 +16,7 @@ from lora_tuner.models import loading, lora
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
 
-from .. import adapter_files as files_of
-from .. import tiny_models
+from .. import adapter_files, tiny_models
 
 
 def load(folder):
@@ -31,13 +30,11 @@ LLAMA = {
 }
 
 
-@pytest.mark.parametrize("wanted", ["auto", "all-linear", "attention"])
-def test_target_modules_by_group(gpt2, llama, wanted):
+@pytest.mark.parametrize("group", ["auto", "all-linear", "attention"])
+def test_target_modules_by_group(gpt2, llama, group):
     for folder, expected in ((gpt2, GPT2), (llama, LLAMA)):
-        assert (
-            lora.resolve_target_modules(load(folder).model, wanted)
-            == expected["attention" if wanted == "attention" else "auto"]
-        )
+        targets = lora.resolve_target_modules(load(folder).model, group)
+        assert targets == expected["attention" if group == "attention" else "auto"]
 
 
 def test_target_modules_by_name(gpt2):
@@ -46,7 +43,7 @@ def test_target_modules_by_name(gpt2):
     assert lora.resolve_target_modules(model, "transformer.h.1.attn.c_attn") == ["1.attn.c_attn"]
 
 
-CANNOT = (
+REFUSAL = (
     "target_modules: {} cannot be adapted; choose auto, attention, all-linear, or any of {} (embeddings and the output "
     "head cannot be adapted: where they share weights, an update would not survive a merge)."
 )
@@ -58,14 +55,14 @@ CANNOT = (
 def test_unknown_target_lists_valid_names(gpt2, name):
     with pytest.raises(ConfigError) as error:
         lora.resolve_target_modules(load(gpt2).model, name)
-    assert str(error.value) == CANNOT.format(name, "c_attn, c_fc, c_proj")
+    assert str(error.value) == REFUSAL.format(name, "c_attn, c_fc, c_proj")
 
 
 def test_only_invalid_targets_are_named(llama):
     with pytest.raises(ConfigError) as error:
         lora.resolve_target_modules(load(llama).model, "q_proj, lm_head,wte ,v_proj")
     names = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
-    assert str(error.value) == CANNOT.format("lm_head, wte", names)
+    assert str(error.value) == REFUSAL.format("lm_head, wte", names)
 
 
 def test_base_without_attention_is_refused():
@@ -107,7 +104,7 @@ def test_alpha_defaults_to_twice_the_rank(gpt2):
 
 @pytest.fixture
 def stored(model_folder, tmp_path):
-    """An adapter with random weights, as a folder, on each kind of base."""
+    """An adapter folder with random weights, on each kind of base."""
     base = load(model_folder)
     model = lora.add_lora(base, TrainConfig(rank=3))
     torch.manual_seed(1)
@@ -131,7 +128,7 @@ def test_saved_config_names_base(model_folder, stored):
     assert config["target_modules"] == sorted(config["target_modules"])
 
 
-@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # those of the other base
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # names of the other base
 @pytest.mark.parametrize(
     "settings",
     [
@@ -163,8 +160,8 @@ def test_plain_peft_adapter_loads_identically(model_folder, tmp_path, settings):
     assert {module: adapter.scale_of(module) for module in adapter.modules} == scales
 
 
-def spoil(adapter, count):
-    """Put a number that is not finite into some of the tensors; the names of all."""
+def damage(adapter, count):
+    """Put NaN into some of the tensors; returns the names of all."""
     tensors = load_file(adapter.path / WEIGHTS_FILE)
     for name in sorted(tensors)[:count]:
         tensors[name][0, 0] = float("nan")
@@ -172,29 +169,29 @@ def spoil(adapter, count):
     return sorted(tensors)
 
 
-@pytest.mark.parametrize("wrong", [1, 3, 5])
-def test_damaged_adapter_leaves_base_unchanged(stored, model_folder, wrong):
-    names = spoil(stored, wrong)
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_damaged_adapter_leaves_base_unchanged(stored, model_folder, count):
+    names = damage(stored, count)
     base = load(model_folder)
     before = [name for name, _ in base.model.named_modules()]
-    said = "; ".join(f"{name} has values that are not finite" for name in names[: min(wrong, 3)])
-    for put_on in (
+    problems = "; ".join(f"{name} has values that are not finite" for name in names[: min(count, 3)])
+    for load_adapter in (
         lambda: lora.load_lora(base.model, stored, "slot0"),
         lambda: lora.add_lora(base, TrainConfig(), stored),
     ):
         with pytest.raises(AdapterError) as error:
-            put_on()
-        assert str(error.value) == f"{stored.path} is damaged: {said}."
+            load_adapter()
+        assert str(error.value) == f"{stored.path} is damaged: {problems}."
     assert [name for name, _ in base.model.named_modules()] == before
 
 
-def test_weights_with_wrong_hash_are_refused(known, model_folder):
-    tensors = load_file(known.path / WEIGHTS_FILE)
-    save_file({name: tensor + 1 for name, tensor in tensors.items()}, known.path / WEIGHTS_FILE)
+def test_weights_with_wrong_hash_are_refused(with_manifest, model_folder):
+    tensors = load_file(with_manifest.path / WEIGHTS_FILE)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, with_manifest.path / WEIGHTS_FILE)
     with pytest.raises(AdapterError) as error:
-        lora.load_lora(load(model_folder).model, load_adapter_folder(known.path), "slot0")
+        lora.load_lora(load(model_folder).model, load_adapter_folder(with_manifest.path), "slot0")
     assert str(error.value) == (
-        f"{known.path} is damaged: adapter_model.safetensors does not match its hash in manifest.json."
+        f"{with_manifest.path} is damaged: adapter_model.safetensors does not match its hash in manifest.json."
     )
 
 
@@ -204,7 +201,7 @@ def test_wrong_shapes_leave_base_unchanged(tmp_path, stored, model_folder):
     names = [name for name, _ in wider.model.named_modules()]
     with pytest.raises(AdapterError) as error:
         lora.load_lora(wider.model, stored, "slot0")
-    said = (
+    problems = (
         "transformer.h.0.attn.c_attn is 48 -> 144 in the base, 32 -> 96 in the adapter; "
         "transformer.h.0.attn.c_proj is 48 -> 48 in the base, 32 -> 32 in the adapter; "
         "transformer.h.0.mlp.c_fc is 48 -> 192 in the base, 32 -> 128 in the adapter, and 5 more"
@@ -213,7 +210,7 @@ def test_wrong_shapes_leave_base_unchanged(tmp_path, stored, model_folder):
         "model.layers.0.mlp.gate_proj is 48 -> 96 in the base, 32 -> 64 in the adapter; "
         "model.layers.0.mlp.up_proj is 48 -> 96 in the base, 32 -> 64 in the adapter, and 11 more"
     )
-    assert str(error.value) == f"{stored.path} does not fit the base: {said}."
+    assert str(error.value) == f"{stored.path} does not fit the base: {problems}."
     assert [name for name, _ in wider.model.named_modules()] == names
 
 
@@ -222,9 +219,9 @@ def test_missing_base_layers_are_refused(tmp_path, stored, model_folder):
     shallow = load(tiny_models.save_model(tmp_path / "shallow", "gpt2" if gpt2 else "llama", layers=1))
     with pytest.raises(AdapterError) as error:
         lora.load_lora(shallow.model, stored, "slot0")
-    lacking = [module for module in stored.modules if ".1." in module]
-    said = "; ".join(f"the base has no linear layer {module}" for module in lacking[:3])
-    assert str(error.value) == f"{stored.path} does not fit the base: {said}, and {len(lacking) - 3} more."
+    missing = [module for module in stored.modules if ".1." in module]
+    problems = "; ".join(f"the base has no linear layer {module}" for module in missing[:3])
+    assert str(error.value) == f"{stored.path} does not fit the base: {problems}, and {len(missing) - 3} more."
     assert not any("lora" in name for name, _ in shallow.model.named_modules())
 
 
@@ -232,8 +229,8 @@ def test_missing_base_layers_are_refused(tmp_path, stored, model_folder):
 
 
 @pytest.fixture
-def known(stored, model_folder):
-    """That adapter with a manifest that says it was trained on that base."""
+def with_manifest(stored, model_folder):
+    """The stored adapter with a manifest of its base."""
     base = load(model_folder)
     weights = stored.path / WEIGHTS_FILE
     manifest = Manifest(
@@ -255,7 +252,7 @@ def other_weights(model_folder, tmp_path):
 
 @pytest.fixture
 def other_tokenizer(model_folder, tmp_path):
-    """The same base, but for one token."""
+    """The same base with one more token."""
     folder = shutil.copytree(model_folder, tmp_path / "retokenised")
     tokenizer = tiny_models.tokenizer()
     tokenizer.add_tokens(["<one more>"])
@@ -275,37 +272,39 @@ def forced(adapter, base):
     return notices
 
 
-def test_right_base_passes_silently(known, model_folder):
-    lora.check_base(known, load(model_folder), options=ModelOptions(notify=pytest.fail))
-    assert forced(known, load(model_folder)) == []
+def test_right_base_passes_silently(with_manifest, model_folder):
+    lora.check_base(with_manifest, load(model_folder), options=ModelOptions(notify=pytest.fail))
+    assert forced(with_manifest, load(model_folder)) == []
 
 
-def test_wrong_base_is_refused_unless_forced(known, model_folder, other_weights):
-    own, others = load(model_folder).files, other_weights.files
-    assert own.fingerprint != others.fingerprint
-    what = (
-        f"stored was trained on {model_folder} (fingerprint {own.fingerprint[:12]}, a local folder), not on {others.name} "
-        f"(fingerprint {others.fingerprint[:12]}, a local folder)"
+def test_wrong_base_is_refused_unless_forced(with_manifest, model_folder, other_weights):
+    own, other = load(model_folder).files, other_weights.files
+    assert own.fingerprint != other.fingerprint
+    problem = (
+        f"stored was trained on {model_folder} (fingerprint {own.fingerprint[:12]}, a local folder), not on {other.name} "
+        f"(fingerprint {other.fingerprint[:12]}, a local folder)"
     )
-    assert refused(known, other_weights) == (
-        f"{what}. Name the right base with --base, or use --force to try it anyway."
+    assert refused(with_manifest, other_weights) == (
+        f"{problem}. Name the right base with --base, or use --force to try it anyway."
     )
-    assert forced(known, other_weights) == [Notice(f"FORCED: {what}. Its output may be meaningless.")]
+    assert forced(with_manifest, other_weights) == [Notice(f"FORCED: {problem}. Its output may be meaningless.")]
 
 
-def test_wrong_tokenizer_is_refused_unless_forced(known, model_folder, other_tokenizer):
+def test_wrong_tokenizer_is_refused_unless_forced(with_manifest, model_folder, other_tokenizer):
     assert other_tokenizer.files.fingerprint == load(model_folder).files.fingerprint
-    what = f"stored was trained with another tokenizer than that of {other_tokenizer.files.name}"
-    assert refused(known, other_tokenizer) == (
-        f"{what}. Name the right base with --base, or use --force to try it anyway."
+    problem = f"stored was trained with another tokenizer than that of {other_tokenizer.files.name}"
+    assert refused(with_manifest, other_tokenizer) == (
+        f"{problem}. Name the right base with --base, or use --force to try it anyway."
     )
-    assert forced(known, other_tokenizer) == [Notice(f"FORCED: {what}. Its output may be meaningless.")]
+    assert forced(with_manifest, other_tokenizer) == [Notice(f"FORCED: {problem}. Its output may be meaningless.")]
 
 
-def test_unknown_tokenizer_hash_passes(known, other_tokenizer):
-    facts = known.manifest.model_copy(update={"base": known.manifest.base.model_copy(update={"tokenizer": None})})
-    (known.path / MANIFEST_FILE).write_text(facts.to_json())
-    lora.check_base(load_adapter_folder(known.path), other_tokenizer, options=ModelOptions(notify=pytest.fail))
+def test_unknown_tokenizer_hash_passes(with_manifest, other_tokenizer):
+    manifest = with_manifest.manifest.model_copy(
+        update={"base": with_manifest.manifest.base.model_copy(update={"tokenizer": None})}
+    )
+    (with_manifest.path / MANIFEST_FILE).write_text(manifest.to_json())
+    lora.check_base(load_adapter_folder(with_manifest.path), other_tokenizer, options=ModelOptions(notify=pytest.fail))
 
 
 def test_missing_manifest_gives_a_notice(stored, other_weights):
@@ -321,7 +320,7 @@ def test_open_base_uses_manifest(adapter, gpt2):
 
 
 def test_saving_keeps_pattern_order(gpt2, tmp_path):
-    """Of several keys that match, PEFT takes the first."""
+    """PEFT uses the first key of a pattern that matches."""
     shapes = {"A": (4, 32), "B": (96, 4)}
     weights = {
         f"base_model.model.transformer.h.{number}.attn.c_attn.lora_{part}.weight": np.ones(shape, np.float32)
@@ -329,7 +328,7 @@ def test_saving_keeps_pattern_order(gpt2, tmp_path):
         for part, shape in shapes.items()
     }
     patterns = {"alpha_pattern": {"h.0.attn.c_attn": 64, "c_attn": 2}}
-    parent = load_adapter_folder(files_of.write(tmp_path / "parent", patterns, weights))
+    parent = load_adapter_folder(adapter_files.write(tmp_path / "parent", patterns, weights))
     model = lora.add_lora(load(gpt2), TrainConfig(rank=4), parent)
     lora.save_adapter_files(lora.adapter_state_dict(model), model.peft_config["default"], tmp_path / "child")
     child = load_adapter_folder(tmp_path / "child")

@@ -1,4 +1,4 @@
-"""Bases that are larger than memory likes: fewer bits, and activations that are computed again."""
+"""Less memory: quantized bases, lower precision, and gradient checkpointing."""
 
 import gc
 import json
@@ -24,7 +24,7 @@ BITS = ["8bit", "4bit"]
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """Blocks of 4 bits have 64 weights, so the layers are not the very smallest."""
+    """Layers wide enough for 4-bit blocks of 64 weights."""
     root = tmp_path_factory.mktemp("wide")
     return {kind: tiny_models.save_model(root / kind, kind, width=64) for kind in ("gpt2", "llama")}
 
@@ -46,27 +46,24 @@ def test_quantized_base_trains_and_generates(folder, settings, bits):
     again = evaluation.evaluate([adapter], options=ModelOptions(device="cpu", load_in=bits)).cells[0][0]
     assert again.loss == pytest.approx(manifest.result.loss, abs=1e-3)
     full = evaluation.evaluate([adapter], options=ModelOptions(device="cpu")).cells[0][0]
-    assert full.base_loss != pytest.approx(
-        again.base_loss, abs=1e-7
-    )  # another base, and it is not taken from the cache
+    assert full.base_loss != pytest.approx(again.base_loss, abs=1e-7)  # cached apart
     assert full.gain > 0
     generator = Generator("reviews", options=ModelOptions(device="cpu", load_in=bits))
     greedy = SamplingParams(greedy=True, max_new_tokens=6)
-    both = generator.generate_batch([("the actor", None), ("the actor", "reviews")], greedy)
-    assert both[1].text == generator.generate("the actor", greedy).text
+    outputs = generator.generate_batch([("the actor", None), ("the actor", "reviews")], greedy)
+    assert outputs[1].text == generator.generate("the actor", greedy).text
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_only_linear_layers_are_quantized(folder, bits):
     base = load_base(find_base(str(folder)), ModelOptions(device="cpu", dtype="bfloat16", load_in=bits))
     assert base.load_in == bits
-    kind = {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}[bits]
+    layer_class = {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}[bits]
     layers = lora.linear_layers(base.model)
-    assert {type(layer).__name__ for layer in layers.values()} == {kind}
-    assert lora.layer_sizes(layers) == lora.layer_sizes(
-        lora.linear_layers(load_base(find_base(str(folder)), ModelOptions(device="cpu")).model)
-    )
-    full = lora.add_lora(load_base(find_base(str(folder)), ModelOptions(device="cpu")), TrainConfig(rank=2))
+    assert {type(layer).__name__ for layer in layers.values()} == {layer_class}
+    full_base = load_base(find_base(str(folder)), ModelOptions(device="cpu"))
+    assert lora.layer_sizes(layers) == lora.layer_sizes(lora.linear_layers(full_base.model))
+    full = lora.add_lora(full_base, TrainConfig(rank=2))
     assert lora.count_parameters(lora.add_lora(base, TrainConfig(rank=2))) == lora.count_parameters(full)
     for embeddings in (base.model.get_input_embeddings(), base.model.get_output_embeddings()):
         assert embeddings.weight.dtype == torch.bfloat16
@@ -74,8 +71,8 @@ def test_only_linear_layers_are_quantized(folder, bits):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_gradients_flow_after_quantized_generation(folder, settings, bits):
-    """On a CPU with AVX-512 bitsandbytes packs the weights of 4 bits when they are first read without a gradient, and what it
-    then computes has none."""
+    """On CPUs with AVX-512 bitsandbytes repacks 4-bit weights at the first forward pass without gradients, and later
+    passes have none."""
     base = load_base(find_base(str(folder)), ModelOptions(device="cpu", load_in=bits))
     ids = torch.arange(1, 20)[None]
     with torch.inference_mode():
@@ -86,7 +83,7 @@ def test_gradients_flow_after_quantized_generation(folder, settings, bits):
             torch.nn.init.normal_(parameter, std=0.01)
     model(ids).logits.float().logsumexp(-1).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert all(it is not None and it.abs().max() > 0 for it in gradients.values())
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients.values())
     with torch.inference_mode(), model.eval().disable_adapter():
         torch.testing.assert_close(model(ids).logits, before)
 
@@ -100,19 +97,19 @@ def test_methods_dequantize_weights(folder, settings, method):
 
 
 def test_resumed_4bit_run_equals_uninterrupted_run(settings, wide, stop_at):
-    four = {"base": str(wide["llama"]), "load_in": "4bit", "save_every": 2}
-    whole = train(settings(name="whole", **four))
+    settings_4bit = {"base": str(wide["llama"]), "load_in": "4bit", "save_every": 2}
+    whole = train(settings(name="whole", **settings_4bit))
 
     with stop_at(3):
-        train(settings(name="half", **four))
+        train(settings(name="half", **settings_4bit))
     assert resume("half").sha256 == whole.sha256
 
 
-def free(monkeypatch, folder, share):
-    """So much of what the base takes in float32 is free."""
+def limit_memory(monkeypatch, folder, share):
+    """Make this share of the base's size in float32 the free memory."""
     shapes = find_base(str(folder)).shapes.values()
-    room = int(share * 4 * sum(torch.Size(shape).numel() for shape in shapes))
-    monkeypatch.setattr(memory, "free_memory", lambda device: room)
+    free_bytes = int(share * 4 * sum(torch.Size(shape).numel() for shape in shapes))
+    monkeypatch.setattr(memory, "free_memory", lambda device: free_bytes)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +122,7 @@ def free(monkeypatch, folder, share):
     ],
 )
 def test_auto_precision_takes_largest_that_fits(wide, monkeypatch, share, dtype, bits):
-    free(monkeypatch, wide["gpt2"], share)
+    limit_memory(monkeypatch, wide["gpt2"], share)
     notices = []
     options = ModelOptions(device="cpu", notify=lambda notice: notices.append(notice.text))
     base = load_base(find_base(str(wide["gpt2"])), options)
@@ -133,13 +130,13 @@ def test_auto_precision_takes_largest_that_fits(wide, monkeypatch, share, dtype,
     if share > 1:
         assert notices == []
     else:
-        called = bits if bits != "full" else "bfloat16"
+        precision = bits if bits != "full" else "bfloat16"
         (text,) = notices
-        assert text.endswith(f"GB of memory are free, so it is loaded in {called}.")
+        assert text.endswith(f"GB of memory are free, so it is loaded in {precision}.")
 
 
 def test_chosen_precision_is_in_run_yaml(settings, wide, monkeypatch):
-    free(monkeypatch, wide["gpt2"], 0.3)
+    limit_memory(monkeypatch, wide["gpt2"], 0.3)
     adapter = train(settings(base=str(wide["gpt2"])))
     text = (adapter.path / "run.yaml").read_text()
     assert "dtype: bfloat16\nload_in: 4bit\n" in text
@@ -148,72 +145,73 @@ def test_chosen_precision_is_in_run_yaml(settings, wide, monkeypatch):
 
 
 def test_explicit_precision_is_never_reduced(wide, monkeypatch):
-    free(monkeypatch, wide["gpt2"], 0.3)
-    source = find_base(str(wide["gpt2"]))
+    limit_memory(monkeypatch, wide["gpt2"], 0.3)
+    files = find_base(str(wide["gpt2"]))
     with pytest.raises(BaseModelError) as error:
-        load_base(source, ModelOptions(device="cpu", dtype="float32", load_in="full"))
+        load_base(files, ModelOptions(device="cpu", dtype="float32", load_in="full"))
     assert str(error.value).endswith(
         "GB of memory are free: choose --dtype bfloat16, --load-in 4bit (needs bitsandbytes) or a smaller base."
     )
-    free(monkeypatch, wide["gpt2"], 0.01)
+    limit_memory(monkeypatch, wide["gpt2"], 0.01)
     with pytest.raises(BaseModelError) as error:
-        load_base(source, ModelOptions(device="cpu"))
+        load_base(files, ModelOptions(device="cpu"))
     assert " GB in 4bit, and " in str(error.value)
     assert str(error.value).endswith("GB of memory are free: choose a smaller base.")
 
 
 def test_impossible_quantization_is_refused(gpt2, monkeypatch):
-    source = find_base(str(gpt2))
+    files = find_base(str(gpt2))
     with pytest.raises(BaseModelError, match="both quantize the base: choose one"):
-        load_base(source, ModelOptions(device="cpu", dtype="int8", load_in="4bit"))
+        load_base(files, ModelOptions(device="cpu", dtype="int8", load_in="4bit"))
     monkeypatch.setattr(memory, "find_spec", lambda name: None)
     with pytest.raises(BaseModelError) as error:
-        load_base(source, ModelOptions(device="cpu", load_in="4bit"))
+        load_base(files, ModelOptions(device="cpu", load_in="4bit"))
     assert str(error.value) == "--load-in 4bit needs bitsandbytes: pip install bitsandbytes; or leave it out."
 
 
 @pytest.mark.parametrize("bits", ["full", "4bit"])
 def test_gradient_checkpointing_is_bitwise_equal(folder, settings, bits):
-    kept, again = (
+    stored, recomputed = (
         train(settings(base=str(folder), name=name, gradient_checkpointing=mode, dropout=0.1, load_in=bits))
-        for name, mode in (("kept", "off"), ("again", "on"))
+        for name, mode in (("stored", "off"), ("recomputed", "on"))
     )
-    assert kept.sha256 == again.sha256
-    assert "checkpointing: 'on'" in (again.path / "run.yaml").read_text()
+    assert stored.sha256 == recomputed.sha256
+    assert "checkpointing: 'on'" in (recomputed.path / "run.yaml").read_text()
 
 
 def test_step_memory_leaks_no_tensors(folder, settings):
-    job = prepare_training(settings(base=str(folder)))
+    setup = prepare_training(settings(base=str(folder)))
 
-    def tensors():
+    def count_tensors():
         gc.collect()
-        return sum(issubclass(type(it), torch.Tensor) for it in gc.get_objects())
+        return sum(issubclass(type(value), torch.Tensor) for value in gc.get_objects())
 
-    profiling.step_memory(job, job.model)
-    before = tensors()
-    profiling.step_memory(job, job.model)
-    assert tensors() == before
+    profiling.step_memory(setup, setup.model)
+    before = count_tensors()
+    profiling.step_memory(setup, setup.model)
+    assert count_tensors() == before
 
 
 def test_gradient_checkpointing_saves_memory(folder, settings):
-    job = prepare_training(settings(base=str(folder), max_length=128))
-    _, all_kept = profiling.step_memory(job, job.model)
-    profiling.enable_gradient_checkpointing(job, job.model)
-    _, few = profiling.step_memory(job, job.model)
-    weights = 12 * lora.count_parameters(job.model)[0]
-    assert few - weights < 0.7 * (all_kept - weights)
+    setup = prepare_training(settings(base=str(folder), max_length=128))
+    _, stored = profiling.step_memory(setup, setup.model)
+    profiling.enable_gradient_checkpointing(setup, setup.model)
+    _, recomputed = profiling.step_memory(setup, setup.model)
+    weights = 12 * lora.count_parameters(setup.model)[0]
+    assert recomputed - weights < 0.7 * (stored - weights)
 
 
 def test_auto_checkpointing_when_memory_is_short(settings, monkeypatch):
-    job = prepare_training(settings())
-    (_, kept), notices = profiling.step_memory(job, job.model), []
-    monkeypatch.setattr(profiling, "free_memory", lambda device: kept - 1)
-    adapter = train(settings(), lambda it: notices.append(it.text) if isinstance(it, Notice) else None)
+    setup = prepare_training(settings())
+    _, needed = profiling.step_memory(setup, setup.model)
+    notices = []
+    monkeypatch.setattr(profiling, "free_memory", lambda device: needed - 1)
+    adapter = train(settings(), lambda event: notices.append(event.text) if isinstance(event, Notice) else None)
     assert "checkpointing: 'on'" in (adapter.path / "run.yaml").read_text()
     assert [text for text in notices if text.endswith("and longer (--gradient-checkpointing).")]
-    found = plan(settings(name="planned"))
-    assert found.gradient_checkpointing
-    assert (found.dtype, found.load_in) == ("float32", "full")
+    estimate = plan(settings(name="planned"))
+    assert estimate.gradient_checkpointing
+    assert (estimate.dtype, estimate.load_in) == ("float32", "full")
     with pytest.raises(TrainingError, match="A step with"):
         plan(settings(name="planned", gradient_checkpointing="off"))
     assert Library().names() == ["reviews"]
@@ -222,10 +220,10 @@ def test_auto_checkpointing_when_memory_is_short(settings, monkeypatch):
 def test_plan_shows_chosen_precision(settings, capsys):
     from lora_tuner.cli.train import show_plan
 
-    found = plan(settings())
-    assert not found.gradient_checkpointing
-    less = replace(found, load_in="4bit", gradient_checkpointing=True)
-    for shown, text in ((found, "float32"), (less, "4bit, gradient checkpointing")):
+    estimate = plan(settings())
+    assert not estimate.gradient_checkpointing
+    reduced = replace(estimate, load_in="4bit", gradient_checkpointing=True)
+    for shown, text in ((estimate, "float32"), (reduced, "4bit, gradient checkpointing")):
         show_plan(shown)
         assert re.search(rf"^base +{text} *$", capsys.readouterr().out, re.MULTILINE)
-    assert json.dumps(vars(found))
+    assert json.dumps(vars(estimate))

@@ -42,15 +42,15 @@ def test_named_base_is_never_substituted():
 def test_default_base_falls_back_with_notice(monkeypatch):
     embedded = resolve.BaseModelFiles("smollm2-135m", "owner/name", Path(), None, "a file")
     monkeypatch.setattr(resolve, "_resolve_embedded", lambda revision, notify: embedded)
-    told = []
-    assert find_base(None, notify=told.append) is embedded
-    assert told == [
+    events = []
+    assert find_base(None, notify=events.append) is embedded
+    assert events == [
         Notice(
             "Using base smollm2-135m instead of distilgpt2: distilbert/distilgpt2 is not cached, and the Hub is out of reach: "
             "HF_HUB_OFFLINE is set. Choose one with --base."
         )
     ]
-    with pytest.raises(HubError):  # a revision is of the base that was meant
+    with pytest.raises(HubError):  # a revision belongs to the default base
         find_base(None, "v1")
 
 
@@ -149,7 +149,7 @@ def test_local_base_with_revision_is_refused(gpt2):
 
 
 def test_folder_without_tokenizer_is_refused(tmp_path, gpt2):
-    """transformers would make up an empty one."""
+    """transformers would create an empty one."""
     shutil.copytree(gpt2, tmp_path / "base")
     (tmp_path / "base" / "tokenizer.json").unlink()
     with pytest.raises(BaseModelError, match="The folder base is not a model: it has no tokenizer"):
@@ -157,7 +157,7 @@ def test_folder_without_tokenizer_is_refused(tmp_path, gpt2):
 
 
 def test_base_with_missing_tensor_is_refused(tmp_path, gpt2):
-    """transformers would fill it in at random."""
+    """transformers would initialize it at random."""
     shutil.copytree(gpt2, tmp_path / "base")
     tensors = load_file(gpt2 / WEIGHTS)
     del tensors["transformer.h.1.mlp.c_fc.weight"]
@@ -191,7 +191,7 @@ def test_base_code_is_never_run(tmp_path, gpt2, monkeypatch):
 
 @pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
 def test_choose_device_sets_current_gpu(monkeypatch, name, index):
-    """On a machine without one, with torch's own rule for what may become the current device."""
+    """Runs without a GPU, with torch's own check of device indices."""
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
