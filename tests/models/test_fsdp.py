@@ -104,7 +104,7 @@ def test_sharded_training_matches_unsharded(settings, sharded):
 def test_run_resumes_sharded_or_unsharded(settings, sharded, first):
     """One process dies, and the other leaves a checkpoint; it resumes the other way."""
     env = {} if first == "sharded" else {"ACCELERATE_USE_FSDP": "false"}
-    script = ON_A_CPU + DYING.format(at=7)
+    script = ON_A_CPU + ENDING_PROCESS.format(at=7)
     done = sharded(settings, "--max-steps=12", "--name=cut", script=script, **env)
     assert done.status != 0
     assert "It was after step 7 of 12. Go on with: python cli.py train --resume cut" in done.err
