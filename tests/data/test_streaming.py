@@ -1,4 +1,4 @@
-"""Rows that are read as they are needed: the same rows as ever, in an order that can be gone on with and shared."""
+"""Streams: their rows, order, resumption, and use by several processes and by runs."""
 
 import dataclasses
 import itertools
@@ -36,12 +36,12 @@ def rows_jsonl(tmp_path):
     return path
 
 
-def made(path, place=None, measured=frozenset(), **given):
-    """A stream of one row a sequence, so that rows can be told."""
+def make_stream(path, state=None, eval_hashes=frozenset(), **options):
+    """Make a stream with one row per sequence, so that rows can be recognized."""
     config = TrainConfig.model_validate(
-        {"dataset": str(path), "streaming": True, "shuffle_buffer": 20, "packing": False} | given
+        {"dataset": str(path), "streaming": True, "shuffle_buffer": 20, "packing": False} | options
     )
-    return StreamingDataset(config, tiny_models.tokenizer(), measured, RowCounts(), place or StreamState())
+    return StreamingDataset(config, tiny_models.tokenizer(), eval_hashes, RowCounts(), state or StreamState())
 
 
 def texts(items):
@@ -51,54 +51,56 @@ def texts(items):
 
 def test_pass_yields_each_training_row_once(rows_jsonl):
     config = TrainConfig(dataset=str(rows_jsonl))
-    corpus = load_dataset(config)
-    found = texts(itertools.islice(made(rows_jsonl), len(corpus.train)))
-    assert sorted(found) == sorted(corpus.train)
-    assert found != corpus.train
-    assert not any(is_held_out(row_hash(text, config.split_salt)) for text in found)
+    dataset = load_dataset(config)
+    streamed = texts(itertools.islice(make_stream(rows_jsonl), len(dataset.train)))
+    assert sorted(streamed) == sorted(dataset.train)
+    assert streamed != dataset.train
+    assert not any(is_held_out(row_hash(text, config.split_salt)) for text in streamed)
 
 
 def test_next_pass_has_other_order(rows_jsonl):
     count = len(load_dataset(TrainConfig(dataset=str(rows_jsonl))).train)
-    both = texts(itertools.islice(made(rows_jsonl), 2 * count))
+    both = texts(itertools.islice(make_stream(rows_jsonl), 2 * count))
     first, second = both[:count], both[count:]
     assert sorted(first) == sorted(second)
     assert first != second
 
 
 def test_stream_reads_one_buffer_ahead(rows_jsonl):
-    read = made(rows_jsonl)
-    next(iter(read))
-    assert read.counts.train == 20
-    assert read.counts.read == read.counts.train + read.counts.held_out < 60
+    stream = make_stream(rows_jsonl)
+    next(iter(stream))
+    assert stream.counts.train == 20
+    assert stream.counts.read == stream.counts.train + stream.counts.held_out < 60
 
 
 @pytest.mark.parametrize("taken", [0, 1, 19, 20, 21, 75, 119, 130, 400])
 def test_stream_resumes_exactly_from_any_state(rows_jsonl, taken):
-    """Also when it had given more by then, as when batches are prepared ahead."""
-    whole, cut = made(rows_jsonl), made(rows_jsonl)
+    """Also if more sequences were prefetched."""
+    whole, cut = make_stream(rows_jsonl), make_stream(rows_jsonl)
     expected = texts(itertools.islice(whole, taken + 50))
     assert texts(itertools.islice(cut, taken + 7))[:taken] == expected[:taken]
-    place = StreamState(**json.loads(json.dumps(dataclasses.asdict(cut.state_at(taken)))))
-    again = made(rows_jsonl, place)
+    state = StreamState(**json.loads(json.dumps(dataclasses.asdict(cut.state_at(taken)))))
+    again = make_stream(rows_jsonl, state)
     assert texts(itertools.islice(again, 50)) == expected[taken:]
     assert again.counts == whole.counts
 
 
 def test_processes_share_stream_without_overlap(rows_jsonl):
-    """As accelerate has each read its batches, of which a step takes them all."""
-    alone = texts(itertools.islice(made(rows_jsonl), 60))
-    shares = [IterableDatasetShard(made(rows_jsonl), 5, num_processes=3, process_index=it) for it in range(3)]
+    """Each process of accelerate takes its share of each step."""
+    alone = texts(itertools.islice(make_stream(rows_jsonl), 60))
+    shares = [
+        IterableDatasetShard(make_stream(rows_jsonl), 5, num_processes=3, process_index=index) for index in range(3)
+    ]
     parts = [texts(itertools.islice(share, 20)) for share in shares]
     assert [text for step in range(4) for part in parts for text in part[5 * step : 5 * step + 5]] == alone
 
 
 def test_stream_skips_eval_rows(rows_jsonl):
     config = TrainConfig(dataset=str(rows_jsonl))
-    corpus = load_dataset(config)
-    measured = frozenset(row_hash(text, config.split_salt) for text in corpus.train[:40])
-    found = texts(itertools.islice(made(rows_jsonl, measured=measured), len(corpus.train) - 40))
-    assert sorted(found) == sorted(corpus.train[40:])
+    dataset = load_dataset(config)
+    eval_hashes = frozenset(row_hash(text, config.split_salt) for text in dataset.train[:40])
+    streamed = texts(itertools.islice(make_stream(rows_jsonl, eval_hashes=eval_hashes), len(dataset.train) - 40))
+    assert sorted(streamed) == sorted(dataset.train[40:])
 
 
 def test_stream_without_labels_fails(tmp_path, monkeypatch):
@@ -106,10 +108,10 @@ def test_stream_without_labels_fails(tmp_path, monkeypatch):
     path = tmp_path / "rows.txt"
     path.write_text("\n".join(TEXTS))
     with pytest.raises(TrainingError, match=r"No row of .*rows\.txt has a token to learn\."):
-        next(iter(made(path)))
+        next(iter(make_stream(path)))
 
 
-# Files, a row at a time
+# Files
 
 FILES = {
     "a.csv": 'text,n\n"one, two",1.50\r\n\n"three\nfour",NA\n',
@@ -118,7 +120,7 @@ FILES = {
     "lines.txt": "\ufeffone\r\ntwo\n\n",
     "paragraphs.txt": "one\nand more\n\n\ntwo\n \nthree",
     "indented.txt": "\n\n  one\n  more\n\n  two\n",
-    "blank-at-1000.txt": "one\n" * 999 + "\nother\n",  # the last line that counts has no text behind it
+    "blank-at-1000.txt": "one\n" * 999 + "\nother\n",  # no text follows within the first 1,000 lines
     "blank-at-999.txt": "one\n" * 998 + "\nother\nmore\n\n",
     "late-blank.txt": "one\ntwo\n" * 600 + "\nthree\n",
     "blank-ends.txt": "\n" * 2000 + "one\ntwo\n" + "\n" * 2000,
@@ -172,9 +174,9 @@ def test_streamed_parquet_keeps_class_labels(tmp_path):
     )
     data = datasets.Dataset.from_dict({"review": TEXTS, "label": [i % 2 for i in range(150)]}, features=features)
     data.to_parquet(str(tmp_path / "rows.parquet"))
-    given = {"dataset": str(tmp_path / "rows.parquet"), "where": ["label=pos"], "streaming": True}
-    found = [text for _, text, _ in iter_rows(TrainConfig.model_validate(given), Dataset("", ""))]
-    assert found == TEXTS[1::2]
+    options = {"dataset": str(tmp_path / "rows.parquet"), "where": ["label=pos"], "streaming": True}
+    streamed = [text for _, text, _ in iter_rows(TrainConfig.model_validate(options), Dataset("", ""))]
+    assert streamed == TEXTS[1::2]
 
 
 def test_folder_streams_file_by_file(tmp_path):
@@ -182,15 +184,15 @@ def test_folder_streams_file_by_file(tmp_path):
     for number in range(3):
         (tmp_path / "many" / f"{number}.txt").write_text("\n".join(TEXTS[50 * number : 50 * number + 50]))
     (tmp_path / "many" / "empty.jsonl").write_text("")
-    told = []
+    notices = []
     config = TrainConfig(dataset=str(tmp_path / "many"), streaming=True)
-    assert [text for _, text, _ in iter_rows(config, Dataset("", ""), told.append)] == TEXTS
+    assert [text for _, text, _ in iter_rows(config, Dataset("", ""), notices.append)] == TEXTS
     assert [text for _, text, _ in iter_rows(config, Dataset("", ""), skip=120)] == TEXTS[120:]
-    assert "Skipped 1 files without rows" in told[0].text
+    assert "Skipped 1 files without rows" in notices[0].text
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "why"),
+    ("name", "content", "reason"),
     [
         ("a.json", b'["one", "two"]', "it is a JSON array, which cannot be streamed: write one object per line"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not a JSON object: Expecting value"),
@@ -210,12 +212,12 @@ def test_folder_streams_file_by_file(tmp_path):
         ("a.parquet", b"no parquet", "cannot be read"),
     ],
 )
-def test_streaming_invalid_file_fails(tmp_path, name, content, why):
+def test_streaming_invalid_file_fails(tmp_path, name, content, reason):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as error:
         load_dataset(TrainConfig(dataset=str(tmp_path / name), streaming=True))
     assert str(error.value).startswith(f"{tmp_path / name}")
-    assert why in str(error.value)
+    assert reason in str(error.value)
 
 
 def test_streaming_pipe_fails(tmp_path):
@@ -225,7 +227,7 @@ def test_streaming_pipe_fails(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "why"),
+    ("options", "reason"),
     [
         ({"max_rows": 5}, "streaming cannot sample max_rows from all rows"),
         ({"txt_rows": "file"}, "streaming reads line by line"),
@@ -233,15 +235,15 @@ def test_streaming_pipe_fails(tmp_path):
         ({"streaming": False, "shuffle_buffer": 5}, "shuffle_buffer needs streaming"),
     ],
 )
-def test_settings_contradicting_streaming_fail(given, why):
-    with pytest.raises(ValidationError, match=why):
-        TrainConfig.model_validate({"streaming": True} | given)
+def test_settings_contradicting_streaming_fail(options, reason):
+    with pytest.raises(ValidationError, match=reason):
+        TrainConfig.model_validate({"streaming": True} | options)
 
 
-@pytest.mark.parametrize("given", [{"text_column": "body"}, {"where": ["body=x"]}])
-def test_streaming_unknown_column_fails(rows_jsonl, given):
+@pytest.mark.parametrize("options", [{"text_column": "body"}, {"where": ["body=x"]}])
+def test_streaming_unknown_column_fails(rows_jsonl, options):
     with pytest.raises(DataError, match="has no column 'body' in its first 100 rows"):
-        load_dataset(TrainConfig.model_validate({"dataset": str(rows_jsonl), "streaming": True} | given))
+        load_dataset(TrainConfig.model_validate({"dataset": str(rows_jsonl), "streaming": True} | options))
 
 
 # Training
@@ -249,7 +251,7 @@ def test_streaming_unknown_column_fails(rows_jsonl, given):
 
 @pytest.fixture
 def config(settings, rows_jsonl):
-    return lambda **given: settings(dataset=str(rows_jsonl), streaming=True, shuffle_buffer=30, **given)
+    return lambda **options: settings(dataset=str(rows_jsonl), streaming=True, shuffle_buffer=30, **options)
 
 
 def settings_of(adapter):
@@ -263,38 +265,38 @@ def losses(adapter):
 
 @pytest.mark.parametrize("method", ["lora", "eva"])
 def test_streamed_run_is_reproducible(config, method):
-    told = []
-    adapter = train(config(name="one", max_steps=20, method=method), told.append)
+    notices = []
+    adapter = train(config(name="one", max_steps=20, method=method), notices.append)
     facts = adapter.manifest
     assert facts.result.gain > 0
     assert facts.data.counts["read"] == sum(count for name, count in facts.data.counts.items() if name != "read")
     assert facts.run.sequences == 20 * settings_of(adapter).batch_size
-    assert Notice("The run takes 20 steps.") in told
-    assert any(it.text.startswith("First rows of the stream: ") for it in told if isinstance(it, Notice))
+    assert Notice("The run takes 20 steps.") in notices
+    assert any(notice.text.startswith("First rows of the stream: ") for notice in notices if isinstance(notice, Notice))
     again = train(config(name="two", max_steps=20, method=method))
     assert again.sha256 == adapter.sha256
 
 
 def test_resumed_stream_equals_uninterrupted_run(config, stop_at):
-    given = {"max_steps": 30, "dropout": 0.1, "gradient_accumulation": 2}
-    whole = train(config(name="whole", **given))
+    options = {"max_steps": 30, "dropout": 0.1, "gradient_accumulation": 2}
+    whole = train(config(name="whole", **options))
     with stop_at(11):
-        train(config(name="cut", save_every=4, **given))
+        train(config(name="cut", save_every=4, **options))
     cut = resume("cut")
     assert losses(cut) == losses(whole)
-    ours, theirs = (load_file(it.path / WEIGHTS_FILE) for it in (cut, whole))
-    assert all(bool((ours[name] == theirs[name]).all()) for name in ours)
+    resumed, expected = (load_file(adapter.path / WEIGHTS_FILE) for adapter in (cut, whole))
+    assert all(bool((resumed[name] == expected[name]).all()) for name in resumed)
     assert cut.manifest.data == whole.manifest.data
 
 
 def test_failing_stream_leaves_resumable_checkpoint(config, monkeypatch):
     whole = train(config(name="whole", max_steps=25))
-    real, read = data_streaming.iter_rows, []
+    real, rows_read = data_streaming.iter_rows, []
 
-    def breaking(*given, **more):
-        for row in real(*given, **more):
-            read.append(row)
-            if len(read) == 70:
+    def breaking(*args, **kwargs):
+        for row in real(*args, **kwargs):
+            rows_read.append(row)
+            if len(rows_read) == 70:
                 raise HubError("The line is dead.")
             yield row
 
@@ -310,7 +312,7 @@ def test_failing_stream_leaves_resumable_checkpoint(config, monkeypatch):
 def test_resume_after_failed_save_keeps_counts(config, monkeypatch):
     whole = train(config(name="whole", max_steps=8, save_every=8))
 
-    def fail(*given):
+    def fail(*args):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
@@ -331,9 +333,11 @@ def test_stream_plan_by_minutes_or_default(config):
     plan = run.plan(config(max_steps=None, minutes=0.05))
     assert plan.steps_per_epoch is None
     assert plan.steps > 0
-    told = []
-    assert run.plan(config(max_steps=None), told.append).steps > plan.steps
-    assert any("A stream has no end, so 10 minutes of it are trained." in getattr(it, "text", "") for it in told)
+    notices = []
+    assert run.plan(config(max_steps=None), notices.append).steps > plan.steps
+    assert any(
+        "A stream has no end, so 10 minutes of it are trained." in getattr(notice, "text", "") for notice in notices
+    )
 
 
 def test_conversations_can_be_streamed(tmp_path, config):

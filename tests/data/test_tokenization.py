@@ -1,3 +1,5 @@
+"""Tokenization, packing and collation."""
+
 import numpy as np
 import pytest
 import torch
@@ -23,10 +25,10 @@ def base(model_folder):
 @pytest.mark.parametrize("packing", [True, False])
 def test_eos_of_each_row_is_label(gpt2, packing):
     base = load_base(find_base(str(gpt2)), ModelOptions(device="cpu"))
-    assert base.tokenizer.pad_token_id == base.tokenizer.eos_token_id  # the trap: masking by id would lose it
+    assert base.tokenizer.pad_token_id == base.tokenizer.eos_token_id  # masking by id would lose it
     encoded = tokenization.encode_texts(base.tokenizer, tiny_models.reviews(9))
     sequences = PackedSequences(encoded, tiny_models.CONTEXT, packing=packing)
-    batch = collate([sequences[i] for i in range(len(sequences))], base.tokenizer.pad_token_id)
+    batch = collate([sequences[index] for index in range(len(sequences))], base.tokenizer.pad_token_id)
     labels = batch["labels"]
     assert int((labels == base.tokenizer.eos_token_id).sum()) == 9
     assert int((labels != IGNORE_INDEX).sum()) == sum(len(row) - 1 for row in encoded)
@@ -42,14 +44,12 @@ def test_text_spelling_eos_is_plain_text(gpt2):
 
 def test_truncated_rows_lose_eos_chunks_keep_it():
     long, short = rows(10, 3)
-    assert [r.tolist() for r in tokenization.truncate([long, short], 4)[0]] == [[1, 2, 3, 4], [1, 2, 3]]
+    assert [row.tolist() for row in tokenization.truncate([long, short], 4)[0]] == [[1, 2, 3, 4], [1, 2, 3]]
     chunks, longer = tokenization.truncate([long, short], 4, chunk=True)
     assert [len(chunk) for chunk in chunks] == [4, 4, 2, 3]
     assert longer == 1
-    assert [len(chunk) for chunk in tokenization.truncate(rows(9), 4, chunk=True)[0]] == [
-        4,
-        4,
-    ]  # one token predicts nothing
+    chunks, _ = tokenization.truncate(rows(9), 4, chunk=True)
+    assert [len(chunk) for chunk in chunks] == [4, 4]  # one token has no label
 
 
 def test_packing_keeps_rows_whole():
@@ -61,7 +61,7 @@ def test_packing_keeps_rows_whole():
 
 
 def test_collate_pads_to_longest_item():
-    batch = collate([[r] for r in rows(3, 5)], pad_id=0)
+    batch = collate([[row] for row in rows(3, 5)], pad_id=0)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 0, 0], [1, 2, 3, 4, 5]]
     assert batch["labels"].tolist() == [[-100, 2, 3, -100, -100], [-100, 2, 3, 4, 5]]
 
@@ -71,15 +71,15 @@ def test_packed_row_has_solo_logits(base, attention):
     base.model.set_attn_implementation(attention)
     encoded = tokenization.encode_texts(base.tokenizer, tiny_models.reviews(12))
     sequences = PackedSequences(encoded, tiny_models.CONTEXT, packing=True)
-    items = [sequences[i] for i in range(len(sequences))]
+    items = [sequences[index] for index in range(len(sequences))]
     assert max(len(item) for item in items) > 1
     batch = collate(items, base.tokenizer.pad_token_id)
     batch.pop("labels")
     with torch.inference_mode():
         packed = base.model(**batch, use_cache=False).logits
-        for line, item in enumerate(items):
+        for index, item in enumerate(items):
             start = 0
             for row in item:
                 alone = base.model(torch.from_numpy(row.astype(np.int64))[None], use_cache=False).logits[0]
-                torch.testing.assert_close(packed[line, start : start + len(row)], alone, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(packed[index, start : start + len(row)], alone, atol=1e-4, rtol=1e-4)
                 start += len(row)

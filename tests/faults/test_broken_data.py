@@ -1,4 +1,4 @@
-"""Data that is not what it should be: refused in one line that names it, or read with each of its rows accounted for."""
+"""Invalid data fails with one line that names it; unusual data is read, and every row is counted."""
 
 import ctypes
 import datetime
@@ -24,10 +24,10 @@ from .. import tiny_models
 from .process import contents
 
 TEXTS = tiny_models.reviews(60)
-WAYS = [
-    (option, *how)
+MODES = [
+    (option, *arguments)
     for option in ("--dataset", "--eval-dataset")
-    for how in (("--preview", "1"), ("--plan",), ("--max-steps", "1"))
+    for arguments in (("--preview", "1"), ("--plan",), ("--max-steps", "1"))
 ]
 
 
@@ -45,7 +45,7 @@ def parquet(**columns):
     return file.getvalue()
 
 
-def written(path, content):
+def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
@@ -55,7 +55,7 @@ DAY = datetime.datetime(2020, 1, 1)
 NO_TEXT = "not text: name another with --text-column."
 TWO_FIELDS = "cannot be read: its header has 2 fields, line 4 has"
 QUOTES = "; a field that begins with a quote must end with one."
-REFUSED = {
+INVALID = {
     "empty": ("x.csv", "", "x.csv has no rows."),
     "a header alone": ("x.csv", "text,label\n", "x.csv has no rows."),
     "one row": ("x.csv", table(TEXTS[:1]), "1 usable rows of 1 (0 empty, 0 duplicates) leave"),
@@ -113,74 +113,79 @@ REFUSED = {
 
 
 @pytest.fixture
-def refused(run, gpt2, tmp_path, reviews_csv):
-    """Data in one of the ways of giving it, to a command of its own: the line it ends with, and nothing else happens."""
+def refusal(run, gpt2, tmp_path, reviews_csv):
+    """Run a command on data in one of the modes. Return its error line, after checking that it wrote nothing."""
 
-    def call(data, way=WAYS[0], **more):
+    def call(data, mode=MODES[0], **kwargs):
         data = Path(os.path.relpath(data, tmp_path))
-        option, *how = way
-        given = {"--dataset": reviews_csv.name} | {option: data}
+        option, *arguments = mode
+        options = {"--dataset": reviews_csv.name} | {option: data}
         before = files_in(tmp_path)
-        ended = run("train", "--base", gpt2, "--name", "x", "--max-length", 64, *how, *sum(given.items(), ()), **more)
-        assert (ended.status, ended.out) == (1, ""), ended.err
-        assert str(data) in ended.line
+        result = run(
+            "train", "--base", gpt2, "--name", "x", "--max-length", 64, *arguments, *sum(options.items(), ()), **kwargs
+        )
+        assert (result.status, result.out) == (1, ""), result.err
+        assert str(data) in result.line
         assert files_in(tmp_path) == before
-        return ended.line
+        return result.line
 
     return call
 
 
 def files_in(folder):
-    """What is in regular files: a pipe would wait, and a device never end."""
+    """Return the contents of regular files: a pipe would block, and a device has no end."""
     others = [path for path in folder.rglob("*") if not path.is_file() and not path.is_dir()]
-    found = contents(folder, skip=[".cache", *(str(path.relative_to(folder)) for path in others)])
-    return {name: content for name, content in found.items() if content is not None}
+    files = contents(folder, skip=[".cache", *(str(path.relative_to(folder)) for path in others)])
+    return {name: content for name, content in files.items() if content is not None}
 
 
-def in_turn(cases):
-    """Every second case in one of the ways and, slowly, all in all others. Few rows are enough to measure on."""
-    for number, (case, (_, _, why)) in enumerate(cases.items()):
-        ways = WAYS[:3] if "usable rows" in why else WAYS
-        for way in ways:
-            quick = number % 2 == 0 and way == ways[number // 2 % len(ways)]
+def cases_by_mode(cases):
+    """Yield every second case in one mode, and mark all other combinations as slow.
+
+    An evaluation dataset may have few rows.
+    """
+    for number, (case, (_, _, reason)) in enumerate(cases.items()):
+        modes = MODES[:3] if "usable rows" in reason else MODES
+        for mode in modes:
+            quick = number % 2 == 0 and mode == modes[number // 2 % len(modes)]
             marks = [] if quick else [pytest.mark.slow]
-            yield pytest.param(case, way, marks=marks, id=f"{case}-{way[0][2:]}-{way[1][2:]}")
+            yield pytest.param(case, mode, marks=marks, id=f"{case}-{mode[0][2:]}-{mode[1][2:]}")
 
 
-@pytest.mark.parametrize(("case", "way"), [*in_turn(REFUSED)])
-def test_invalid_data_fails_with_one_line(refused, tmp_path, case, way):
-    name, content, why = REFUSED[case]
-    assert why in refused(written(tmp_path / name, content), way)
+@pytest.mark.parametrize(("case", "mode"), [*cases_by_mode(INVALID)])
+def test_invalid_data_fails_with_one_line(refusal, tmp_path, case, mode):
+    name, content, reason = INVALID[case]
+    assert reason in refusal(write(tmp_path / name, content), mode)
 
 
-def test_eval_dataset_without_text_fails(refused, tmp_path):
-    _, content, _ = REFUSED["nothing but space"]
-    assert "x.csv has no usable row to evaluate on." in refused(written(tmp_path / "x.csv", content), WAYS[3])
+def test_eval_dataset_without_text_fails(refusal, tmp_path):
+    _, content, _ = INVALID["nothing but space"]
+    assert "x.csv has no usable row to evaluate on." in refusal(write(tmp_path / "x.csv", content), MODES[3])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
-def test_invalid_file_in_folder_is_named(refused, tmp_path, way):
-    written(tmp_path / "some" / "a.csv", table())
+@pytest.mark.parametrize("mode", MODES)
+def test_invalid_file_in_folder_is_named(refusal, tmp_path, mode):
+    write(tmp_path / "some" / "a.csv", table())
     for name, content in (("b.csv", table() + "a,b,c\n"), ("deep/b.jsonl", '"a"\n{'), ("b.txt", b"\xff")):
-        broken = written(tmp_path / "some" / name, content)
-        assert f"some/{name} " in refused(tmp_path / "some", way)
+        broken = write(tmp_path / "some" / name, content)
+        assert f"some/{name} " in refusal(tmp_path / "some", mode)
         broken.unlink()
 
 
-def no_more_than_others():
-    """Root reads what it may not: give that up."""
+def drop_root_access():
+    """Drop the capabilities by which root reads any file."""
     header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     assert ctypes.CDLL(None).capset(header, none) == 0
 
 
 @pytest.mark.parametrize(
-    ("kind", "where", "why"),
+    ("kind", "where", "reason"),
     [
         *(
-            (kind, where, why)
+            (kind, where, reason)
             for where in ("", "some/")
-            for kind, why in (
+            for kind, reason in (
                 ("pipe", "x.csv cannot be read: it is not a regular file."),
                 ("device", "x.csv cannot be read: it is not a regular file."),
                 ("link", "x.csv cannot be read: it is a link to nothing."),
@@ -194,9 +199,9 @@ def no_more_than_others():
         ("directory", "", "The folder x.csv has no .csv"),
     ],
 )
-def test_unreadable_path_fails_without_blocking(refused, tmp_path, kind, where, why):
+def test_unreadable_path_fails_without_blocking(refusal, tmp_path, kind, where, reason):
     path = tmp_path / where / "x.csv"
-    written(tmp_path / "some" / "a.csv", table())
+    write(tmp_path / "some" / "a.csv", table())
     if kind == "pipe":
         os.mkfifo(path)
     elif kind in ("device", "link"):
@@ -204,21 +209,21 @@ def test_unreadable_path_fails_without_blocking(refused, tmp_path, kind, where, 
     elif "directory" in kind:
         path.mkdir()
     else:
-        written(path, table())
+        write(path, table())
     if kind.startswith("unreadable"):
         path.chmod(0)
-    way = WAYS[0] if where else WAYS[5]
-    assert why in refused(path.parent if where else path, way, before=no_more_than_others)
+    mode = MODES[0] if where else MODES[5]
+    assert reason in refusal(path.parent if where else path, mode, before=drop_root_access)
     if kind.startswith("unreadable"):
         path.chmod(0o755)
 
 
-def changing(path, how):
-    """Somebody writes into the file just after the command has first looked at it."""
+def change_on_open(path, how):
+    """Change the file right after the command has opened it."""
     real = os.fstat
 
     def fstat(descriptor):
-        found = real(descriptor)
+        status = real(descriptor)
         if os.readlink(f"/proc/self/fd/{descriptor}") == str(path) and os.fstat is fstat:
             os.fstat = real
             if how == "replaced":
@@ -230,10 +235,10 @@ def changing(path, how):
                     if how == "longer":
                         file.seek(0, 2)
                     if how == "shorter":
-                        file.truncate(found.st_size // 2)
+                        file.truncate(status.st_size // 2)
                     else:
                         file.write(b"other words, 1\n")
-        return found
+        return status
 
     os.fstat = fstat
 
@@ -244,25 +249,25 @@ def changing(path, how):
     [("--dataset", "x.csv"), pytest.param("--eval-dataset", "x.parquet", marks=pytest.mark.slow)],
 )
 def test_file_changed_while_read_fails(run, gpt2, tmp_path, reviews_csv, option, name, how):
-    path = written(tmp_path / name, parquet(text=TEXTS) if name.endswith("parquet") else table())
+    path = write(tmp_path / name, parquet(text=TEXTS) if name.endswith("parquet") else table())
     os.utime(path, (1e9, 1e9))
-    given = {"--dataset": reviews_csv.name} | {option: name}
-    change = functools.partial(changing, path, how)
-    ended = run("train", "--base", gpt2, "--preview", 1, *sum(given.items(), ()), before=change)
-    why = "it changed while it was read: try again when it is complete."
-    assert (ended.status, ended.out, ended.line) == (1, "", f"Error: {name} cannot be read: {why}")
+    options = {"--dataset": reviews_csv.name} | {option: name}
+    change = functools.partial(change_on_open, path, how)
+    result = run("train", "--base", gpt2, "--preview", 1, *sum(options.items(), ()), before=change)
+    reason = "it changed while it was read: try again when it is complete."
+    assert (result.status, result.out, result.line) == (1, "", f"Error: {name} cannot be read: {reason}")
 
 
 def test_file_replaced_while_read_gives_old_rows(run, gpt2, tmp_path):
-    path = written(tmp_path / "x.csv", table())
-    change = functools.partial(changing, path, "replaced")
-    ended = run("train", "--base", gpt2, "--preview", 50, "--dataset", "x.csv", "--json", before=change)
-    assert ended.status == 0, ended.err
-    assert {row["after"] for row in json.loads(ended.out)} <= set(TEXTS)
+    path = write(tmp_path / "x.csv", table())
+    change = functools.partial(change_on_open, path, "replaced")
+    result = run("train", "--base", gpt2, "--preview", 50, "--dataset", "x.csv", "--json", before=change)
+    assert result.status == 0, result.err
+    assert {row["after"] for row in json.loads(result.out)} <= set(TEXTS)
     assert path.read_text() == table().upper()
 
 
-ODD = [
+UNUSUAL_WORDS = [
     "NA",
     "None",
     "null",
@@ -277,11 +282,11 @@ ODD = [
     "0.1000000000000000055",
 ]
 EMOJI = ["\U0001f600" * count for count in range(1, 40)]
-NUMBERS = ODD[5:6] + ODD[7:9] + ODD[10:]
-READ = {  # name, content, the rows that are in it, empty ones, copies
-    "odd words": ("x.csv", "text\n" + "\n".join(ODD), ODD, 0, 0),
-    "odd words in JSON": ("x.jsonl", jsonl({"text": text} for text in ODD), ODD, 0, 0),
-    "odd words in Parquet": ("x.parquet", parquet(text=ODD), ODD, 0, 0),
+NUMBERS = UNUSUAL_WORDS[5:6] + UNUSUAL_WORDS[7:9] + UNUSUAL_WORDS[10:]
+UNUSUAL = {  # name, content, rows, empty rows, duplicates
+    "odd words": ("x.csv", "text\n" + "\n".join(UNUSUAL_WORDS), UNUSUAL_WORDS, 0, 0),
+    "odd words in JSON": ("x.jsonl", jsonl({"text": text} for text in UNUSUAL_WORDS), UNUSUAL_WORDS, 0, 0),
+    "odd words in Parquet": ("x.parquet", parquet(text=UNUSUAL_WORDS), UNUSUAL_WORDS, 0, 0),
     "numbers as they are written": (
         "x.jsonl",
         "".join(f'{{"text": {number}}}\n' for number in [*NUMBERS, *range(20)]) + '{"text": "a"}\n',
@@ -300,63 +305,71 @@ READ = {  # name, content, the rows that are in it, empty ones, copies
     ),
     "NaN beside the text": ("x.jsonl", jsonl({"text": text, "score": float("nan")} for text in TEXTS), TEXTS, 0, 0),
     "what is cleaned away": ("x.csv", table([*TEXTS, "", "<br>", "\u200b\u00ad", "&nbsp;"]), TEXTS, 4, 0),
-    "copies but for space and markup": ("x.csv", table([*TEXTS, *(f"<p> {it}\t</p>" for it in TEXTS)]), TEXTS, 0, 60),
+    "copies but for space and markup": (
+        "x.csv",
+        table([*TEXTS, *(f"<p> {text}\t</p>" for text in TEXTS)]),
+        TEXTS,
+        0,
+        60,
+    ),
     "a mark at the front": ("x.jsonl", "\ufeff" + jsonl(TEXTS), TEXTS, 0, 0),
     "lines of an old Mac": ("x.csv", table().replace("\n", "\r"), TEXTS, 0, 0),
     "escaped null bytes": ("x.jsonl", jsonl([*TEXTS, "a\0b"]), [*TEXTS, "a b"], 0, 0),
 }
 
 
-@pytest.mark.parametrize("case", READ)
+@pytest.mark.parametrize("case", UNUSUAL)
 def test_unusual_data_is_read_and_counted(run, gpt2, tmp_path, case):
-    name, content, rows, empty, copies = READ[case]
-    written(tmp_path / name, content)
-    corpus = load_dataset(TrainConfig(dataset=name))
-    assert sorted(corpus.train + corpus.held_out) == sorted(rows)
-    counts = vars(corpus.counts)
+    name, content, rows, empty, copies = UNUSUAL[case]
+    write(tmp_path / name, content)
+    dataset = load_dataset(TrainConfig(dataset=name))
+    assert sorted(dataset.train + dataset.held_out) == sorted(rows)
+    counts = vars(dataset.counts)
     assert (counts["empty"], counts["duplicates"]) == (empty, copies)
     assert counts["read"] == sum(counts.values()) - counts["read"] == len(rows) + empty + copies
-    ended = run("train", "--base", gpt2, "--dataset", name, "--preview", 50, "--json")
-    assert [row["after"] for row in json.loads(ended.out)] == corpus.train[:50]
-    assert f"Rows: {corpus.counts}." in ended.err.splitlines()
+    result = run("train", "--base", gpt2, "--dataset", name, "--preview", 50, "--json")
+    assert [row["after"] for row in json.loads(result.out)] == dataset.train[:50]
+    assert f"Rows: {dataset.counts}." in result.err.splitlines()
 
 
 def test_folder_reports_skipped_files(run, gpt2, tmp_path):
-    written(tmp_path / "some" / "a.csv", table(TEXTS[:30]))
-    written(tmp_path / "some" / "deep" / "B.TXT", "\n".join(TEXTS[20:]))
+    write(tmp_path / "some" / "a.csv", table(TEXTS[:30]))
+    write(tmp_path / "some" / "deep" / "B.TXT", "\n".join(TEXTS[20:]))
     for name in ("empty.csv", "deep/notes.md", "more.csv.gz", ".hidden.csv", ".git/x.csv"):
-        written(tmp_path / "some" / name, "")
-    written(tmp_path / "elsewhere" / "x.csv", table(["not this"]))
+        write(tmp_path / "some" / name, "")
+    write(tmp_path / "elsewhere" / "x.csv", table(["not this"]))
     (tmp_path / "some" / "link").symlink_to("../elsewhere")
-    ended = run("train", "--base", gpt2, "--dataset", "some", "--preview", 1)
-    assert ended.status == 0, ended.err
-    assert "Skipped 1 files without rows, such as some/empty.csv." in ended.err
-    assert "Skipped 3 other files in some, such as deep/notes.md." in ended.err
-    counts = re.search(r"Rows: 70 read, 10 duplicates, (\d+) train, (\d+) held out\.", ended.err)
-    assert counts, ended.err
+    result = run("train", "--base", gpt2, "--dataset", "some", "--preview", 1)
+    assert result.status == 0, result.err
+    assert "Skipped 1 files without rows, such as some/empty.csv." in result.err
+    assert "Skipped 3 other files in some, such as deep/notes.md." in result.err
+    counts = re.search(r"Rows: 70 read, 10 duplicates, (\d+) train, (\d+) held out\.", result.err)
+    assert counts, result.err
     assert int(counts[1]) + int(counts[2]) == 60
 
 
 def test_trained_tokens_equal_file_tokens(run, gpt2, tmp_path):
-    """All rows once: the tokens that were trained on are those of the rows that are not held out."""
-    written(tmp_path / "x.csv", table([*TEXTS, *TEXTS[:7], " "]))
-    ended = run("train", "--base", gpt2, "--dataset", "x.csv", "--epochs", 1, "--max-length", 128, "--json")
-    assert ended.status == 0, ended.err
-    facts = json.loads(ended.out)
-    corpus = load_dataset(TrainConfig(dataset="x.csv"))
-    assert sorted(corpus.train + corpus.held_out) == sorted(TEXTS)
-    assert facts["data"]["hash"] == corpus.hash()
-    assert facts["data"]["counts"] == vars(corpus.counts)
-    assert corpus.counts.read == 68
-    rows, _ = tokenization.truncate(tokenization.encode_texts(load_tokenizer(find_base(str(gpt2))), corpus.train), 128)
-    assert facts["run"]["tokens"] == sum(len(row) - 1 for row in rows)  # nothing predicts the first
+    """One epoch trains on each token of the training rows once."""
+    write(tmp_path / "x.csv", table([*TEXTS, *TEXTS[:7], " "]))
+    result = run("train", "--base", gpt2, "--dataset", "x.csv", "--epochs", 1, "--max-length", 128, "--json")
+    assert result.status == 0, result.err
+    facts = json.loads(result.out)
+    dataset = load_dataset(TrainConfig(dataset="x.csv"))
+    assert sorted(dataset.train + dataset.held_out) == sorted(TEXTS)
+    assert facts["data"]["hash"] == dataset.hash()
+    assert facts["data"]["counts"] == vars(dataset.counts)
+    assert dataset.counts.read == 68
+    rows, _ = tokenization.truncate(tokenization.encode_texts(load_tokenizer(find_base(str(gpt2))), dataset.train), 128)
+    assert facts["run"]["tokens"] == sum(len(row) - 1 for row in rows)  # the first has no label
     assert facts["run"]["sequences"] < len(rows)
 
 
 @pytest.mark.parametrize("text", ["the actor never works. " * 2000, "works" * 9000, "\U0001f600" * 20_000])
 def test_partial_tokenization_equals_truncated_full(text):
     tokenizer = tiny_models.tokenizer()
-    (whole,), (read,) = (tokenization.encode_texts(tokenizer, [text], max_tokens=most) for most in (None, 64))
+    (whole,), (read,) = (
+        tokenization.encode_texts(tokenizer, [text], max_tokens=max_tokens) for max_tokens in (None, 64)
+    )
     assert len(read) < len(whole)
     (one,), cut = tokenization.truncate([read], 64)
     assert cut == 1
@@ -369,10 +382,10 @@ def test_line_of_50_megabytes_bounds_memory(run, gpt2, tmp_path, ending):
     long = "the actor never works. " * 2_200_000
     header = {"csv": "text\n"}.get(ending, "")
     line = json.dumps if ending == "jsonl" else str
-    written(tmp_path / f"x.{ending}", header + "".join(f"{line(text)}\n" for text in (*TEXTS, long)))
-    ended = run("train", "--base", gpt2, "--dataset", f"x.{ending}", "--max-length", 64, "--max-steps", 1, "--json")
-    assert ended.status == 0, ended.err
-    facts = json.loads(ended.out)
+    write(tmp_path / f"x.{ending}", header + "".join(f"{line(text)}\n" for text in (*TEXTS, long)))
+    result = run("train", "--base", gpt2, "--dataset", f"x.{ending}", "--max-length", 64, "--max-steps", 1, "--json")
+    assert result.status == 0, result.err
+    facts = json.loads(result.out)
     assert facts["data"]["counts"]["read"] == 61
     assert facts["run"]["truncated_rows"] >= 1
-    assert ended.peak < 2e9
+    assert result.peak < 2e9

@@ -14,7 +14,7 @@ from lora_tuner.cli.app import app
 
 from .. import adapter_files
 from .process import contents
-from .test_broken_data import no_more_than_others, table
+from .test_broken_data import drop_root_access, table
 
 ROOT = typer.main.get_command(app)
 HUGE = "9" * 30
@@ -309,7 +309,7 @@ def test_large_numbers_are_accepted(run, workspace, gpt2):
 def test_unwritable_folder_fails(run, workspace, gpt2, option, where, status, why):
     (workspace / "locked").mkdir()
     (workspace / "locked").chmod(0o555)
-    ended = run("train", "--dataset", "x.csv", "--base", gpt2, option, where, before=no_more_than_others)
+    ended = run("train", "--dataset", "x.csv", "--base", gpt2, option, where, before=drop_root_access)
     assert (ended.status, ended.out) == (status, ""), ended.err
     assert why in ended.line
     assert not (workspace / "adapters" / "x").exists()
