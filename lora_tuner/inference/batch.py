@@ -45,8 +45,8 @@ class GenerationEngine:
     def hf_decoder(self) -> HFDecoder:
         decoder = HFDecoder(self.base, self.multi_lora)
         if not decoder.has_cache:
-            name = self.base.files.name
-            self.notify(Notice(f"{name} has no standard KV cache: the whole sequence is recomputed for every token."))
+            text = "has no standard KV cache: the whole sequence is recomputed for every token."
+            self.notify(Notice(f"{self.base.files.name} {text}"))
         return decoder
 
     @property
@@ -71,8 +71,7 @@ class GenerationEngine:
                 self._batches[key] = RunningBatch(decoder, self.multi_lora)
             self._batches[key].add(sequence)
         if not self._notified and sum(decoder is not self.cpu_decoder for decoder, _ in self._batches) > 1:
-            text = "This base flattens the rows of a batch, so each adapter runs in its own batch."
-            self.notify(Notice(text))
+            self.notify(Notice("This base flattens the rows of a batch, so each adapter runs in its own batch."))
             self._notified = True
 
     def _choose_decoder(self, sequence: Sequence) -> Decoder:
@@ -169,14 +168,13 @@ class RunningBatch:
                 break
             count, longest = count + 1, longest_with
         sequences = self.waiting[:count]
-        prompts, padding = [], []
-        for sequence in sequences:
-            length = len(sequence.prompt_ids)
-            padding.append(longest - length)
-            prompts.append(F.pad(sequence.token_ids[0, :length], (longest - length, 0)))
-        reserved = min(max(sequence.max_new_tokens for sequence in sequences), MAX_RESERVED_TOKENS)
-        if self.decoding:  # the rows move to the cache of the decoding sequences
-            reserved = 0
+        padding = [longest - len(sequence.prompt_ids) for sequence in sequences]
+        prompts = [
+            F.pad(sequence.token_ids[0, : len(sequence.prompt_ids)], (columns, 0))
+            for sequence, columns in zip(sequences, padding, strict=True)
+        ]
+        expected = min(max(sequence.max_new_tokens for sequence in sequences), MAX_RESERVED_TOKENS)
+        reserved = 0 if self.decoding else expected  # the rows may move to the cache in use
         cache = self.decoder.new_cache(count, longest + reserved, padding)
         lora = self.decoder.new_lora(self.multi_lora)
         lora.set_rows([sequence.lora for sequence in sequences])
@@ -218,10 +216,9 @@ class RunningBatch:
         assert self.cache is not None
         self.lora.set_rows([sequence.lora for sequence in self.decoding])
         draft_count = self._propose_drafts(self.cache)
-        inputs = []
-        for sequence in self.decoding:
-            inputs.append(sequence.token_ids[:, sequence.length - 1 : sequence.length + draft_count])
-        token_ids = torch.cat(inputs)  # (rows, 1 + draft_count)
+        token_ids = torch.cat(
+            [sequence.token_ids[:, sequence.length - 1 : sequence.length + draft_count] for sequence in self.decoding]
+        )  # (rows, 1 + draft_count)
         logits = self.decoder.forward(token_ids, self.cache, self.lora)
         accepted = self._append_tokens(token_ids, logits)
         if draft_count:

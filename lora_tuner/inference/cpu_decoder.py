@@ -172,30 +172,35 @@ class CpuDecoder:
         def fuse(*layers: LinearLayer) -> FusedLinear:
             return FusedLinear({names[layer]: layer for layer in layers})
 
-        self.layers: list[_Layer] = []
         if self.llama:
             inner: Any = model.model
             self.embed, self.norm, self.rotary = inner.embed_tokens, _Norm(inner.norm), inner.rotary_emb
-            for layer in inner.layers:
-                attention, mlp = layer.self_attn, layer.mlp
-                self.layers.append(
-                    _Layer(
-                        _Norm(layer.input_layernorm),
-                        fuse(attention.q_proj, attention.k_proj, attention.v_proj),
-                        fuse(attention.o_proj),
-                        _Norm(layer.post_attention_layernorm),
-                        fuse(mlp.gate_proj, mlp.up_proj),
-                        fuse(mlp.down_proj),
-                    )
+            self.layers = [
+                _Layer(
+                    _Norm(layer.input_layernorm),
+                    fuse(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+                    fuse(layer.self_attn.o_proj),
+                    _Norm(layer.post_attention_layernorm),
+                    fuse(layer.mlp.gate_proj, layer.mlp.up_proj),
+                    fuse(layer.mlp.down_proj),
                 )
+                for layer in inner.layers
+            ]
         else:
             inner = model.transformer
             self.embed, self.norm, self.position_embeddings = inner.wte, inner.ln_f, inner.wpe.weight
             self.activation = inner.h[0].mlp.act
-            for layer in inner.h:
-                attention, mlp = layer.attn, layer.mlp
-                qkv, attention_out = fuse(attention.c_attn), fuse(attention.c_proj)
-                self.layers.append(_Layer(layer.ln_1, qkv, attention_out, layer.ln_2, fuse(mlp.c_fc), fuse(mlp.c_proj)))
+            self.layers = [
+                _Layer(
+                    layer.ln_1,
+                    fuse(layer.attn.c_attn),
+                    fuse(layer.attn.c_proj),
+                    layer.ln_2,
+                    fuse(layer.mlp.c_fc),
+                    fuse(layer.mlp.c_proj),
+                )
+                for layer in inner.h
+            ]
 
     @classmethod
     def for_base(cls, base: LoadedBase) -> "CpuDecoder | None":

@@ -1,10 +1,8 @@
 """Turn token ids into text one token at a time."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 CONTEXT_TOKENS = 6  # decoded before new ones, because some tokenizers drop a leading space
 _INCOMPLETE = "\ufffd"  # decoded in place of a character that lacks bytes
@@ -17,7 +15,7 @@ class IncrementalDetokenizer:
     nothing else.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompt_ids: list[int], stop: Iterable[str] = ()) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], stop: Iterable[str] = ()) -> None:
         self.tokenizer = tokenizer
         self.stop = list(stop)
         self.text = self.stable_text = ""

@@ -13,7 +13,8 @@ from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from ..adapters.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, Adapter
 from ..adapters.library import Library, read_consistently
@@ -24,9 +25,6 @@ from ..models import loading, lora
 from .batch import GenerationEngine
 from .multi_lora import LoadedAdapter
 from .sequence import Sequence
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -53,15 +51,12 @@ class GenerationOutput:
     seed: int | None
 
 
-FolderIdentity = list[tuple[int, ...]]
-
-
 @dataclass(frozen=True)
 class _ResidentAdapter:
     """Adapter in memory, and the identity of its files when they were read."""
 
     folder: Path
-    identity: FolderIdentity | None
+    identity: list[tuple[int, ...]] | None
     loaded: LoadedAdapter
 
 
@@ -170,7 +165,7 @@ class Generator:
             if self.current_adapter == name:
                 self.current_adapter = None
 
-    def encode_prompt(self, prompt: Prompt, tokenizer: "PreTrainedTokenizerBase | None" = None) -> EncodedPrompt:
+    def encode_prompt(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None = None) -> EncodedPrompt:
         """Tokenize a prompt; a conversation up to the start of the next assistant message.
 
         Args:
@@ -258,16 +253,13 @@ class Generator:
     ) -> list[GenerationOutput]:
         """Generate `sampling.n` outputs per request, in order, all from one seed."""
         seed = choose_seed(sampling)
-        prompts: list[str] = []
-        sequences: list[Sequence] = []
+        prompts, sequences = [], []
         for prompt, name, loaded in requests:
             encoded = self.encode_prompt(prompt)
             for number in range(sampling.n):
-                sequence = Sequence(
-                    self.base, encoded.token_ids, sampling, sequence_seed(seed, number), name, loaded, on_text
-                )
+                output_seed = sequence_seed(seed, number)
                 prompts.append(encoded.text)
-                sequences.append(sequence)
+                sequences.append(Sequence(self.base, encoded.token_ids, sampling, output_seed, name, loaded, on_text))
         self._run_to_end(sequences)
         return [
             GenerationOutput(
@@ -312,7 +304,7 @@ def sequence_seed(seed: int | None, number: int) -> int | None:
     return None if seed is None else (seed + number) % 2**63
 
 
-def _folder_identity(folder: Path) -> FolderIdentity | None:
+def _folder_identity(folder: Path) -> list[tuple[int, ...]] | None:
     """Return values that differ between versions of an adapter; None if its files are missing."""
     try:
         names = [WEIGHTS_FILE, CONFIG_FILE, *([MANIFEST_FILE] if (folder / MANIFEST_FILE).exists() else [])]

@@ -150,12 +150,9 @@ class _RowGroups:
     def __init__(self, rows: Sequence[LoadedAdapter | None], adapters: Sequence[LoadedAdapter]) -> None:
         groups = [[row for row, loaded in enumerate(rows) if loaded is adapter] for adapter in adapters]
         size = max(map(len, groups))
-        grouped: list[int] = []
-        position = [0] * len(rows)  # of each row in `grouped`; of the plain base any
-        for number, group in enumerate(groups):
-            grouped += group + group[:1] * (size - len(group))  # filled up with its first row
-            for offset, row in enumerate(group):
-                position[row] = number * size + offset
+        padded = [group + group[:1] * (size - len(group)) for group in groups]
+        grouped = [row for group in padded for row in group]
+        position = [grouped.index(row) if loaded is not None else 0 for row, loaded in enumerate(rows)]
         self.rows, self.adapters = len(rows), len(adapters)
         self.grouped = torch.tensor(grouped)
         self.position = torch.tensor(position)
