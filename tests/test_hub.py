@@ -76,7 +76,8 @@ def test_hub_refusals_are_one_line(repos, cli):
     with Hub(repos) as hub:
         line = cli(hub, "train", "--base", "owner/missing", ok=False).stderr.splitlines()[-1]
         assert line == (
-            "Error: the Hub has no repo owner/missing, or you have no access: check the name, or run `hf auth login` if it is private."
+            "Error: the Hub has no repo owner/missing, or you have no access: check the name, or run `hf auth login` "
+            "if it is private."
         )
         line = cli(hub, "train", "--revision", "v9", ok=False).stderr.splitlines()[-1]
         assert line.startswith("Error: distilbert/distilgpt2 has no such revision")

@@ -169,7 +169,8 @@ def verify_adapters(
             print_stderr(f"No adapters in {adapters_dir} yet: train one.")
         if not all(problems.values()):
             print_stderr(
-                "OK: files are valid, values finite, hashes as in the manifest if there is one. Use `evaluate` to measure quality."
+                "OK: files are valid, values finite, hashes as in the manifest if there is one. "
+                "Use `evaluate` to measure quality."
             )
     if any(problems.values()):
         raise typer.Exit(1)

@@ -280,13 +280,17 @@ BY_HAND: dict[str, HostileAdapter] = {
     "LFS pointer as a manifest": HostileAdapter(partial(replace, MANIFEST_FILE, LFS), "all", "git lfs pull"),
     "no weights": HostileAdapter(delete(WEIGHTS_FILE), "all", f"has no {WEIGHTS_FILE}"),
     "no config": HostileAdapter(delete(CONFIG_FILE), "all", f"has no {CONFIG_FILE}"),
-    "an empty folder": HostileAdapter(delete(CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE, RUN_FILE, METRICS_FILE, LOSS_PLOT_FILE, CARD_FILE), "all", "has no"),
+    "an empty folder": HostileAdapter(
+        delete(CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE, RUN_FILE, METRICS_FILE, LOSS_PLOT_FILE, CARD_FILE), "all", "has no"
+    ),
     # Pickles
     "pickled": HostileAdapter(pickled("adapter_model.bin"), "all", "pickled weights are not read"),
     "pickle named safetensors": HostileAdapter(pickled(WEIGHTS_FILE), "all", CUT_OFF),
     # Tensors
     "a tensor renamed": HostileAdapter(tensors(rename(A, "base_model.model.lora_A")), "all", NO_LORA),
-    "a tensor missing": HostileAdapter(tensors(lambda weights: {n: it for n, it in weights.items() if n != A}), "all", "has no lora_A"),
+    "a tensor missing": HostileAdapter(
+        tensors(lambda weights: {n: it for n, it in weights.items() if n != A}), "all", "has no lora_A"
+    ),
     "half of the tensors": HostileAdapter(
         tensors(lambda weights: {name: it for name, it in weights.items() if MODULE in name}, known=True), "none"
     ),
@@ -413,7 +417,9 @@ BY_HAND: dict[str, HostileAdapter] = {
     ),
     "long manifest values": HostileAdapter(manifest(data__name="n" * 300_000, base__weights="w " * 150_000), "none"),
     "many counts": HostileAdapter(manifest(data__counts={f"c{n}": n for n in range(30_000)}), "none"),
-    "huge numbers in manifest": HostileAdapter(manifest(result__loss=1e308, result__base_loss=-1e308, run__steps=10**4000), "none"),
+    "huge numbers in manifest": HostileAdapter(
+        manifest(result__loss=1e308, result__base_loss=-1e308, run__steps=10**4000), "none"
+    ),
     "manifest with ..": HostileAdapter(
         manifest(data__name="../../x", data__source="/etc/passwd", parents=[{"name": "../../x", "sha256": "ab" * 32}]),
         "none",
@@ -433,7 +439,10 @@ BY_HAND: dict[str, HostileAdapter] = {
             ("a link to /etc/passwd", link(name, "/etc/passwd")),
         )
     },
-    **{f"{name} is a pipe": HostileAdapter(pipe(name), "push", name) for name in (METRICS_FILE, LOSS_PLOT_FILE, RUN_FILE, CARD_FILE)},
+    **{
+        f"{name} is a pipe": HostileAdapter(pipe(name), "push", name)
+        for name in (METRICS_FILE, LOSS_PLOT_FILE, RUN_FILE, CARD_FILE)
+    },
     # Files that push reads
     "yaml with code": HostileAdapter(partial(replace, RUN_FILE, "!!python/object/apply:os.mkdir [it-ran]"), "push", RUN_FILE),
     "yaml that grows": HostileAdapter(partial(replace, RUN_FILE, growing_yaml()), "push", RUN_FILE),

@@ -214,7 +214,8 @@ def test_fsdp_on_cpu_is_refused(fsdp_env, device):
         (
             "FSDP_ACTIVATION_CHECKPOINTING",
             "true",
-            "accelerate's FSDP settings have fsdp_activation_checkpointing: set it to false, and use --gradient-checkpointing on.",
+            "accelerate's FSDP settings have fsdp_activation_checkpointing: set it to false, "
+            "and use --gradient-checkpointing on.",
         ),
         ("FSDP_IGNORED_MODULES", ".*mlp", "accelerate's FSDP settings have fsdp_ignored_modules: remove it."),
         ("FSDP_AUTO_WRAP_POLICY", "NO_WRAP", "set fsdp_auto_wrap_policy to TRANSFORMER_BASED_WRAP"),

@@ -520,7 +520,11 @@ CHAT = {"messages": [{"role": "user", "content": "so?"}]}
         ({"stop": ""}, "stop", "at least 1"),
         ({"stop": ["a", ""]}, "stop", "at least 1"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
-        ({"max_tokens": 127}, None, "The prompt has 3 tokens and max_tokens is 127, but the context length of talker is 128 tokens."),
+        (
+            {"max_tokens": 127},
+            None,
+            "The prompt has 3 tokens and max_tokens is 127, but the context length of talker is 128 tokens.",
+        ),
         ({"max_tokens": 3000}, "max_tokens", "max_tokens is 3,000: the limit of this server is 2,048."),
         ({"prompt": "so " * 200}, None, "tokens, but talker has a context of 128: shorten it."),
         ({"logprobs": 6}, "logprobs", "less than or equal to 5"),

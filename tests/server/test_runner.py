@@ -41,7 +41,10 @@ def adapters_dir(gpt2, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--host", "0.0.0.0"], "Error: --host 0.0.0.0 can be reached from other machines: set --api-key or LORA_TUNER_API_KEY.\n"),
+        (
+            ["--host", "0.0.0.0"],
+            "Error: --host 0.0.0.0 can be reached from other machines: set --api-key or LORA_TUNER_API_KEY.\n",
+        ),
         (["--host", "::"], "Error: --host :: can be reached from other machines: set --api-key or LORA_TUNER_API_KEY.\n"),
         (["--host", "example.org"], "Error: --host example.org can be reached from other machines: set"),
         (["--api-key", "short"], "Error: api_key: string should have at least 8 characters\n"),
@@ -62,7 +65,8 @@ def test_port_in_use_gives_one_line(gpt2, adapters_dir):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         line = run("serve", "--port", port, "--base", gpt2, exit_code=1).stderr
-    expected = f"Error: Cannot listen on 127.0.0.1, port {port}: Address already in use. Use another --port, or 0 for any free one."
+    expected = f"Error: Cannot listen on 127.0.0.1, port {port}: Address already in use. "
+    expected += "Use another --port, or 0 for any free one."
     assert line.startswith(expected)
 
 

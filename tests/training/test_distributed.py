@@ -106,8 +106,8 @@ def test_lost_process_resumes_on_one(settings, tmp_path, streaming):
     events = []
     cut = resume("cut", notify=events.append)
     assert (
-        "The run was begun by 2 processes and goes on with 1: --gradient-accumulation is 2 in place of 1, so that each step learns the "
-        "same sequences. What is rounded, and what dropout leaves out, is another."
+        "The run was begun by 2 processes and goes on with 1: --gradient-accumulation is 2 in place of 1, so that each step "
+        "learns the same sequences. What is rounded, and what dropout leaves out, is another."
     ) in [getattr(event, "text", "") for event in events]
     whole = train(TrainConfig.model_validate(settings | {"max_steps": 12, "gradient_accumulation": 2, "name": "whole"}))
     assert max(abs(a - b) for a, b in zip(curve(whole), curve(cut), strict=True)) < 1e-5
@@ -196,7 +196,8 @@ def test_two_nodes(settings):
     """Run two launchers on this machine: each process has local rank 0."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
-    launcher = f"torch.distributed.run --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint localhost:{port} --node-rank"
+    launcher = "torch.distributed.run --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d "
+    launcher += f"--rdzv-endpoint localhost:{port} --node-rank"
     both = [start(settings, "--max-steps=20", "--name=two", launcher=(*launcher.split(), rank)) for rank in "01"]
     for done in map(finish, both):
         assert done.status == 0, done.err

@@ -163,12 +163,12 @@ def test_all_that_differs_is_refused_at_once(parent):
         "adapter that goes on from another keeps these, so leave them out."
     )
     assert refusal(ConfigError, child(split_salt="lora_tuner")) == (
-        "split_salt is lora_tuner, and that of noir pepper: an adapter that goes on from another keeps these, so leave "
-        "them out."
+        "split_salt is lora_tuner, and that of noir pepper: an adapter that goes on from another keeps these, so "
+        "leave them out."
     )
     assert refusal(ConfigError, child(target_modules="auto")) == (
-        "target_modules is auto, and that of noir attn.c_proj, c_attn: an adapter that goes on from another keeps these, so leave "
-        "them out."
+        "target_modules is auto, and that of noir attn.c_proj, c_attn: an adapter that goes on from another keeps these, so "
+        "leave them out."
     )
     assert refusal(ConfigError, child(target_modules="nonsense")).startswith(
         "target_modules: nonsense cannot be adapted; "

@@ -36,7 +36,8 @@ def history(adapter):
 
 def test_a_run_leaves_a_whole_adapter_and_nothing_else(adapter, tmp_path):
     assert {path.name for path in adapter.path.iterdir()} == {
-        adapters_adapter.WEIGHTS_FILE, adapters_adapter.CONFIG_FILE, adapters_adapter.MANIFEST_FILE, adapters_adapter.RUN_FILE, adapters_adapter.METRICS_FILE, adapters_adapter.LOSS_PLOT_FILE, adapters_adapter.CARD_FILE,
+        adapters_adapter.WEIGHTS_FILE, adapters_adapter.CONFIG_FILE, adapters_adapter.MANIFEST_FILE,
+        adapters_adapter.RUN_FILE, adapters_adapter.METRICS_FILE, adapters_adapter.LOSS_PLOT_FILE, adapters_adapter.CARD_FILE,
     }  # fmt: skip
     assert [path.name for path in (tmp_path / "adapters").iterdir()] == ["reviews"]
     assert list((tmp_path / "runs").iterdir()) == []
