@@ -138,7 +138,9 @@ class TrainConfig(_Settings):
         ge=2,
     )
     txt_rows: Literal["auto", "line", "paragraph", "file"] = _setting(
-        "auto", "How to split txt files into rows. auto: at blank lines, or one row per line if there are none.", "Data"
+        "auto",
+        "How to split txt files. auto: at blank lines if the first 1,000 lines have any, else at each line.",
+        "Data",
     )
     keep_lines: bool = _setting(False, "Keep line breaks, as in poems; otherwise each text becomes one line.", "Data")
     streaming: bool = _setting(
