@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..convert.verify import OutputComparison
 
 EvalRowsOption = Annotated[
-    int | None, typer.Option(min=2, help="Largest number of rows per held-out set.", show_default="all")
+    int | None, typer.Option(min=2, help="Maximum number of rows per held-out set.", show_default="all")
 ]
 
 
@@ -47,7 +47,7 @@ def merge(
         typer.Option(help="Model folder to write. With several adapters, each gets a subfolder.", show_default=False),
     ],
     dtype: Annotated[Dtype, typer.Option(help="Precision of the merged model. The merge is in float32.")] = "float32",
-    max_shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Maximum size of a weights file.")] = "5GB",
     eval_rows: Annotated[int, typer.Option(min=2, help="Held-out rows for the comparison.")] = 50,
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     overwrite: OverwriteOption = False,
@@ -55,8 +55,7 @@ def merge(
     *,
     options: ModelOptions,
 ) -> None:
-    """Merge adapters into their base: plain model folders, compared with base and adapter before
-    they are kept."""
+    """Merge adapters into their base: plain model folders, verified against base and adapter."""
     loaded = Library(adapters_dir).get_all(adapters)
     from ..convert import merge as convert_merge
 

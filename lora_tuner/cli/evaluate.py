@@ -37,7 +37,7 @@ def evaluate(
         int | None,
         typer.Option(
             min=2,
-            help="Largest number of rows per held-out set.",
+            help="Maximum number of rows per held-out set.",
             show_default=f"as in training; {TrainConfig().eval_rows} of --eval-dataset",
         ),
     ] = None,

@@ -14,7 +14,16 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
 from ..adapters.library import Library
-from ..config import INVALID_TEXT, SWEEPABLE, InferenceDtype, LoadIn, ModelOptions, TrainConfig, resolve_settings
+from ..config import (
+    DEFAULT_BASE,
+    INVALID_TEXT,
+    SWEEPABLE,
+    InferenceDtype,
+    LoadIn,
+    ModelOptions,
+    TrainConfig,
+    resolve_settings,
+)
 from ..errors import ConfigError, LoraTunerError
 from .display import Display
 
@@ -26,6 +35,10 @@ Overrides = dict[str, Any]  # settings that were set on the command line
 DEFAULT_ADAPTERS_DIR = TrainConfig().adapters_dir
 EVAL_SET_FIELDS = ("eval_dataset", "eval_split", "text_column", "where", "txt_rows", "keep_lines")
 display = Display()
+
+
+def _help(setting: str) -> str | None:
+    return TrainConfig.model_fields[setting].description
 
 
 def complete_adapter_names(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -47,27 +60,23 @@ AdapterArguments = Annotated[
     list[str],
     typer.Argument(help="Adapters, by name or path.", show_default=False, autocompletion=complete_adapter_names),
 ]
-AdaptersDirOption = Annotated[Path, typer.Option(help="Folder of the adapters.", file_okay=False)]
+AdaptersDirOption = Annotated[Path, typer.Option(help=_help("adapters_dir"), file_okay=False)]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 BaseOption = Annotated[
-    str | None, typer.Option(help="Base model: a local folder or a Hub id.", show_default="the adapter's")
+    str | None,
+    typer.Option(help=_help("base"), show_default=f"the adapter's, else {DEFAULT_BASE}"),
 ]
-RevisionOption = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of the base on the Hub.", show_default=False)
-]
+RevisionOption = Annotated[str | None, typer.Option(help=_help("revision"), show_default=False)]
 ForceOption = Annotated[bool, typer.Option("--force", help="Accept an adapter that was trained on another base.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+DeviceOption = Annotated[str, typer.Option(help=_help("device"))]
 DtypeOption = Annotated[
     InferenceDtype,
     typer.Option(
         help="Precision of the base model. auto: bfloat16 on CUDA, else float32. int8: fastest decoding on a CPU."
     ),
 ]
-LoadInOption = Annotated[
-    LoadIn,
-    typer.Option(help="Quantize the base to 8 or 4 bits (bitsandbytes). auto: only if it does not fit into memory."),
-]
+LoadInOption = Annotated[LoadIn, typer.Option(help=_help("load_in"))]
 
 
 class StrictCommand(TyperCommand):

@@ -67,8 +67,8 @@ def test_prompt_filling_context_is_rejected(generate, gpt2, excess):
     if excess:
         result = generate("--json", fits + "a" * excess, status=1)
         assert result.out == ""
-        assert f"The prompt has {tiny_models.CONTEXT - 1 + excess:,} tokens, but " in result.error_line
-        assert result.error_line.endswith(f"has a context of {tiny_models.CONTEXT}: shorten it.")
+        assert f"The prompt has {tiny_models.CONTEXT - 1 + excess:,} tokens, but " in result.line
+        assert result.line.endswith(f"has a context of {tiny_models.CONTEXT}: shorten it.")
 
 
 def test_non_utf8_prompt_is_rejected(generate, run, tmp_path):
@@ -76,7 +76,7 @@ def test_non_utf8_prompt_is_rejected(generate, run, tmp_path):
         for command in (("generate", *GREEDY), ("compare", "--adapter", "x")):
             result = run(*command, "caf\udce9", cache=tmp_path.parent / f"{tmp_path.name}-cache")
             assert (result.status, result.out) == (2, "")
-            assert result.error_line.startswith("Error: Invalid value for 'prompt': it is not valid UTF-8 text.")
+            assert result.line.startswith("Error: Invalid value for 'prompt': it is not valid UTF-8 text.")
 
 
 MANY = [f"{number}: the actor" for number in range(10_000)]
@@ -99,7 +99,7 @@ def test_bad_prompt_stops_before_any_output(run, gpt2, adapter, tmp_path, line, 
     options = ("--adapter", "reviews") if command == "compare" else ("--base", gpt2, "--json")
     result = run(command, *options, "--file", "prompts.txt")
     assert (result.status, result.out) == (1, "")
-    assert message in result.error_line
+    assert message in result.line
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_prompt_file_accepts_all_line_endings(generate, tmp_path, content):
 def test_bad_standard_input_is_rejected(generate, content, message):
     result = generate("-", before=_StandardInput(content), status=1)
     assert result.out == ""
-    assert message in result.error_line
+    assert message in result.line
 
 
 @pytest.mark.parametrize("options", [("--greedy",), ("--n", "2")])
@@ -179,7 +179,7 @@ class _StandardInput:
 
 
 def test_closed_standard_input_is_empty(generate):
-    assert "stdin has no prompts" in generate("-", before=_StandardInput(None), status=1).error_line
+    assert "stdin has no prompts" in generate("-", before=_StandardInput(None), status=1).line
     assert generate(before=_StandardInput(None)).out == PROMPT + "\n" * 0
 
 
@@ -224,5 +224,5 @@ def test_odd_stop_strings_match_literally(generate):
 @pytest.mark.parametrize("stop", ["", "\udcff"])
 def test_invalid_stop_string_is_rejected(generate, stop):
     result = generate("--stop", stop, "x", status=2)
-    assert result.error_line.startswith("Error: Invalid value for '--stop': it is ")
+    assert result.line.startswith("Error: Invalid value for '--stop': it is ")
     assert result.out == ""
