@@ -13,7 +13,7 @@ from ..adapters.library import Ancestor, Library
 from ..convert.adopt import adopt
 from ..errors import AdapterError, os_error_message
 from ..text import format_bytes, format_counts, format_duration, one_line
-from .display import format_result, print_stderr, print_table, show_facts, show_json
+from .display import format_result, print_stderr, print_table, show_fields, show_json
 from .options import (
     DEFAULT_ADAPTERS_DIR,
     AdapterArgument,
@@ -104,17 +104,17 @@ def show_details(adapter: Adapter, ancestors: Sequence[Ancestor]) -> None:
     """Print one adapter; `--json` has all of its metadata."""
     manifest = adapter.manifest
     lora = f"rank {adapter.rank}, alpha {adapter.config['lora_alpha']}, on {', '.join(adapter.targets)}"
-    facts: dict[str, object] = {
+    fields: dict[str, object] = {
         "path": str(adapter.path),
         "lora": f"{lora}; {adapter.parameters:,} parameters, {format_bytes(adapter.bytes)}",
     }
     if manifest is None:
-        facts |= {
+        fields |= {
             "base": adapter.base or "unknown",
             "created": "by another tool, without a manifest (run `adapters adopt` to write one)",
         }
     else:
-        facts |= {
+        fields |= {
             "evaluation": "\n".join(format_result(manifest.result)),
             "base": f"{manifest.base.name}: {manifest.base.weights}",
             "revision": manifest.base.revision,
@@ -122,7 +122,7 @@ def show_details(adapter: Adapter, ancestors: Sequence[Ancestor]) -> None:
             "lineage": "\n".join(format_ancestor(ancestor) for ancestor in ancestors) or None,
         }
         if manifest.data is not None:
-            facts |= {
+            fields |= {
                 "data": manifest.data.source,
                 "where": manifest.data.where,
                 "rows": format_counts(manifest.data.counts),
@@ -131,13 +131,13 @@ def show_details(adapter: Adapter, ancestors: Sequence[Ancestor]) -> None:
         if manifest.run is not None:
             run = manifest.run
             steps = f"{run.steps:,} steps, {run.tokens:,} tokens, {format_duration(run.seconds)}"
-            facts["run"] = f"{run.method}, {steps} on {run.device} in {run.dtype}"
-        facts["command"] = manifest.made_by
+            fields["run"] = f"{run.method}, {steps} on {run.device} in {run.dtype}"
+        fields["command"] = manifest.made_by
         versions = ", ".join(f"{package} {version}" for package, version in manifest.versions.items())
-        facts["created"] = (
+        fields["created"] = (
             f"{manifest.created} with {versions}" if versions else f"by another tool, adopted {manifest.created}"
         )
-    show_facts(facts)
+    show_fields(fields)
 
 
 def format_ancestor(ancestor: Ancestor) -> str:
@@ -161,10 +161,10 @@ def verify_adapters(
     library = Library(adapters_dir)
     problems = {name: _find_problems(library, name) for name in names or library.names()}
     if as_json:
-        show_json([{"name": name, "problems": found} for name, found in problems.items()])
+        show_json([{"name": name, "problems": messages} for name, messages in problems.items()])
     else:
-        for name, found in problems.items():
-            print(one_line(f"{name}: {'; '.join(found) or 'OK'}"))
+        for name, messages in problems.items():
+            print(one_line(f"{name}: {'; '.join(messages) or 'OK'}"))
         if not problems:
             print_stderr(f"No adapters in {adapters_dir} yet: train one.")
         if not all(problems.values()):

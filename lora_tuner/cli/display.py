@@ -126,15 +126,15 @@ def print_result(result: EvalResult | None) -> None:
     print(*format_result(result), sep="\n")
 
 
-def show_facts(facts: Mapping[str, object]) -> None:
+def show_fields(fields: Mapping[str, object]) -> None:
     """Print names and values as a table of two columns, without unknown values."""
-    print_table((key, _format_value(value)) for key, value in facts.items() if value not in (None, {}, []))
+    print_table((key, _format_value(value)) for key, value in fields.items() if value not in (None, {}, []))
 
 
 def _format_value(value: object) -> str:
     if isinstance(value, dict):
-        known = {key: entry for key, entry in value.items() if entry not in (None, {}, [])}
-        return "\n".join(f"{key}: {_format_value(entry)}" for key, entry in known.items())
+        present = {key: entry for key, entry in value.items() if entry not in (None, {}, [])}
+        return "\n".join(f"{key}: {_format_value(entry)}" for key, entry in present.items())
     if isinstance(value, list | tuple):
         texts = [str(entry) for entry in value]
         return ("\n" if any(" " in text for text in texts) else ", ").join(texts)

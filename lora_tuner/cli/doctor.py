@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from .. import atomic_io
 from ..config import DEFAULT_BASE
 from ..hub import why_unreachable
-from .display import show_facts, show_json
+from .display import show_fields, show_json
 from .options import JsonOption
 
 PACKAGES = ("lora_tuner", "torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "huggingface_hub")
@@ -78,5 +78,5 @@ def _version(name: str) -> str:
 
 def doctor(as_json: JsonOption = False) -> None:
     """Show versions, device, Hub access, available bases and datasets, with advice."""
-    facts = vars(inspect_environment())
-    show_json(facts) if as_json else show_facts(facts)
+    environment = vars(inspect_environment())
+    show_json(environment) if as_json else show_fields(environment)

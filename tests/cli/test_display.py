@@ -47,8 +47,8 @@ def test_progress_lines_without_terminal(capsys, monkeypatch):
     assert captured.err == "training 2/4  loss 3.1  20 s left\ntraining 4/4  loss 3.1\n[not markup] said\n"
 
 
-def test_show_facts_skips_unknown_values(capsys):
-    display.show_facts({"name": "a", "data": None, "base": {"repo": "b", "revision": None}, "targets": ["q", "v"]})
+def test_show_fields_skips_unknown_values(capsys):
+    display.show_fields({"name": "a", "data": None, "base": {"repo": "b", "revision": None}, "targets": ["q", "v"]})
     shown = capsys.readouterr().out
     assert "repo: b" in shown
     assert "q, v" in shown
@@ -104,7 +104,7 @@ def test_progress_escapes_control_characters(capsys):
 
 def test_tables_escape_control_characters(capsys, wide):
     display.print_table([(EVIL, "b")], ("name", "other"))
-    display.show_facts({EVIL: EVIL, "many": [EVIL, EVIL], "deep": {EVIL: EVIL}})
+    display.show_fields({EVIL: EVIL, "many": [EVIL, EVIL], "deep": {EVIL: EVIL}})
     lines = [line.split() for line in printed(capsys).splitlines()]
     assert lines[0] == ["name", "other"]
     assert lines[1] == [SHOWN, "b"]
