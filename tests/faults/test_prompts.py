@@ -86,8 +86,8 @@ MANY = [f"{number}: the actor" for number in range(10_000)]
     ("line", "message"),
     [
         (TOO_LONG.encode(), "Prompt 7,000 of 10,000: The prompt has "),
-        (b"caf\xe9", "is not UTF-8 in line 7,000: save it as UTF-8."),
-        (b"a\0b", "holds null bytes in line 7,000, as UTF-16 does: save it as UTF-8."),
+        (b"caf\xe9", "is not valid UTF-8 in line 7,000: save it as UTF-8."),
+        (b"a\0b", "has null bytes in line 7,000, as in UTF-16: save it as UTF-8."),
         pytest.param(b"x" * 1_000_000, "Prompt 7,000 of 10,000: The prompt has ", marks=pytest.mark.slow),
     ],
 )
@@ -191,7 +191,7 @@ def test_interactive_mode_survives_bad_lines(generate):
         TOO_LONG.encode(): "Error: The prompt has ",
         b"/adapter ../x": "Error: There is no adapter '../x'",
         b"/adapter caf\xe9": "Error: The input is not valid UTF-8 text: type it again.",
-        b"/nonsense": "Error: There is no /nonsense: ",
+        b"/nonsense": "Error: Unknown command /nonsense. ",
     }
     typed = (
         b"\xef\xbb\xbfthe actor\r\n" + b"".join(line + b"\r\nthe actor\r\n" for line in bad) + b" \t\r\nnever asked\n"
