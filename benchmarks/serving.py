@@ -34,7 +34,12 @@ from .adapters import save_random_adapters
 from .measure import Figure, figure
 
 CLIENTS, ADAPTERS, NEW_TOKENS, SECONDS, ALONE_SECONDS = 64, 8, 48, 120.0, 40.0
-PROMPTS = ("This film is about a man who", "The acting", "I went to see it because", "What a waste of time: the plot")
+PROMPTS = (
+    "This film is about a man who",
+    "The acting",
+    "I went to see it because",
+    "What a waste of time: the plot",
+)
 GREEDY = SamplingParams(greedy=True, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0)
 MIN_MARGIN = 1e-3  # nats between the two best tokens; below it rounding may decide
 CLI = Path(__file__).parents[1] / "cli.py"
@@ -67,10 +72,18 @@ def run(rounds: int) -> list[Figure]:
         ),
         figure("time to first token, median", statistics.median(many.first), "s"),
         figure(
-            "time to first token, p95", _p95(many.first), "s", f"{CLIENTS} clients; 1 client {_p95(single.first):.2f} s"
+            "time to first token, p95",
+            _p95(many.first),
+            "s",
+            f"{CLIENTS} clients; 1 client {_p95(single.first):.2f} s",
         ),
         figure("wrong outputs", many.wrong, "", f"of {many.outputs} outputs; {many.rejections()}"),
-        figure("memory at the end", memory[-1] / memory[len(memory) // 4], "", "x memory after a quarter of the time"),
+        figure(
+            "memory at the end",
+            memory[-1] / memory[len(memory) // 4],
+            "",
+            "x memory after a quarter of the time",
+        ),
         figure(
             "wrong outputs while adapters change",
             changing.wrong,
@@ -148,7 +161,10 @@ def _server(adapters: Path) -> Iterator[tuple[str, psutil.Process]]:
     ]
     command += ["--adapters-dir", adapters, "--max-waiting", str(CLIENTS)]
     env = os.environ | {"PYTHONPATH": str(CLI.parent)}
-    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stderr=log, env=env) as server:
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, stderr=log, env=env) as server,
+    ):
         try:
             while True:
                 log.seek(0)
@@ -180,9 +196,20 @@ async def _load(url: str, clients: int, seconds: float, expected: Expected) -> _
 
 
 async def _send(
-    http: httpx.AsyncClient, model: str, prompt: str, expected: Expected, result: _Result, end: float
+    http: httpx.AsyncClient,
+    model: str,
+    prompt: str,
+    expected: Expected,
+    result: _Result,
+    end: float,
 ) -> None:
-    body = {"model": model, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "stream": True}
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": NEW_TOKENS,
+        "temperature": 0,
+        "stream": True,
+    }
     began, text, tokens, in_time, first = time.monotonic(), "", 0, 0, None
     async with http.stream(
         "POST", "/v1/completions", json=body | {"stream_options": {"include_usage": True}}

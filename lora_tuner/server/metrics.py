@@ -10,13 +10,14 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..inference.sequence import Sequence
 from .middleware import is_api_path
 from .protocol import error_response
 from .scheduler import Request
@@ -51,16 +52,16 @@ class RequestRecord:
     @property
     def prompt_tokens(self) -> int:
         """The number of prompt tokens, each prompt counted once whatever `n` is."""
-        if self.request is None:
-            return 0
-        prompts = {id(sequence.prompt_ids): sequence.prompt_ids for sequence in self.request.sequences}
+        prompts = {id(sequence.prompt_ids): sequence.prompt_ids for sequence in self.sequences}
         return sum(map(len, prompts.values()))
 
     @property
     def new_tokens(self) -> int:
-        if self.request is None:
-            return 0
-        return sum(len(sequence.output_ids) for sequence in self.request.sequences)
+        return sum(len(sequence.output_ids) for sequence in self.sequences)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return self.request.sequences if self.request is not None else []
 
 
 class Metrics:
@@ -100,13 +101,13 @@ class Metrics:
             registry=registry,
             buckets=BUCKETS,
         )
-        scheduler, generator = service.scheduler, service.generator
-        waiting = Gauge("lora_tuner_answers_waiting", "Sequences in the queue.", registry=registry)
-        waiting.set_function(lambda: scheduler.waiting)
-        running = Gauge("lora_tuner_answers_running", "Sequences in the batch.", registry=registry)
-        running.set_function(lambda: scheduler.running)
-        resident = Gauge("lora_tuner_adapters_resident", "Adapters in memory.", registry=registry)
-        resident.set_function(lambda: len(generator.loaded_adapters))
+        gauges: dict[str, tuple[str, Callable[[], float]]] = {
+            "answers_waiting": ("Sequences in the queue.", lambda: service.scheduler.waiting),
+            "answers_running": ("Sequences in the batch.", lambda: service.scheduler.running),
+            "adapters_resident": ("Adapters in memory.", lambda: len(service.generator.loaded_adapters)),
+        }
+        for name, (text, read) in gauges.items():
+            Gauge(f"lora_tuner_{name}", text, registry=registry).set_function(read)
 
     def text(self) -> bytes:
         """Return the metrics in Prometheus' text format."""
@@ -159,9 +160,8 @@ class Metrics:
                 "completion_tokens": record.new_tokens,
             }
         if self.log_prompts:
-            line |= {"prompts": record.prompts, "outputs": None}
-            if request is not None:
-                line["outputs"] = [sequence.settled_text for sequence in request.sequences]
+            texts = [sequence.settled_text for sequence in record.sequences]
+            line |= {"prompts": record.prompts, "outputs": texts if request is not None else None}
         return line
 
 

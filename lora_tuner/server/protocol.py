@@ -33,11 +33,6 @@ def _valid_text(value: str) -> str:
     return value
 
 
-def _contradiction(text: str) -> PydanticCustomError:
-    """Create an error about a field that contradicts an earlier one."""
-    return PydanticCustomError("contradiction", "{text}", {"text": text})
-
-
 Text = Annotated[str, AfterValidator(_valid_text)]
 Name = Annotated[Text, Field(max_length=256)]
 Stop = Annotated[Text, Field(min_length=1, max_length=MAX_SETTING_CHARS)]
@@ -91,7 +86,7 @@ class _GenerationRequest(_RequestModel):
     @classmethod
     def _requires_stream(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
         if not info.data.get("stream"):
-            raise _contradiction("only allowed with stream: true")
+            raise PydanticCustomError("contradiction", "only allowed with stream: true")
         return value
 
     def sampling(self, max_tokens: int) -> SamplingParams:
@@ -127,7 +122,7 @@ class CompletionRequest(_GenerationRequest):
     @classmethod
     def _equals_n(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value != info.data.get("n"):
-            raise _contradiction("must equal n: all n outputs are returned")
+            raise PydanticCustomError("contradiction", "must equal n: all n outputs are returned")
         return value
 
     @property
@@ -177,14 +172,14 @@ class ChatRequest(_GenerationRequest):
     @classmethod
     def _equals_max_tokens(cls, value: int | None, info: ValidationInfo) -> int | None:
         if info.data.get("max_tokens") not in (None, value):
-            raise _contradiction("differs from max_tokens: give one of them")
+            raise PydanticCustomError("contradiction", "differs from max_tokens: give one of them")
         return value
 
     @field_validator("top_logprobs")
     @classmethod
     def _requires_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
         if not info.data.get("logprobs"):
-            raise _contradiction("only allowed with logprobs: true")
+            raise PydanticCustomError("contradiction", "only allowed with logprobs: true")
         return value
 
     @property
@@ -361,10 +356,9 @@ def error_body(
     code: str | None = None,
 ) -> ErrorResponse:
     """Create an error in OpenAI's shape. Control characters are escaped: it may quote input."""
-    default_type = "invalid_request_error" if status < 500 else "server_error"
+    error_type = type or ("invalid_request_error" if status < 500 else "server_error")
     param = escape_control(param) if param else None
-    detail = ErrorDetail(message=escape_control(message), type=type or default_type, param=param, code=code)
-    return ErrorResponse(error=detail)
+    return ErrorResponse(error=ErrorDetail(message=escape_control(message), type=error_type, param=param, code=code))
 
 
 def error_response(

@@ -56,9 +56,7 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """Everything that was read for a request: the adapter's weights and the token ids of each
-    prompt.
-    """
+    """An adapter's weights and the token ids of the prompts, ready to be queued."""
 
     model: str
     adapter: str | None  # None: the base
@@ -136,14 +134,13 @@ class ModelService:
         return ServedModel(name, path, adapter)
 
     def find_adapter(self, model: str) -> tuple[str | None, LoadedAdapter | None]:
-        """Return the name and weights of an adapter, loading them where needed; None and None for
-        the base.
+        """Return the name and weights of an adapter, loaded where needed; (None, None) for the base.
 
         Raises UnknownModelError, or AdapterError with the reason for one that is broken.
         """
         if model == self.name:
             return None, None
-        resident = self.generator.get_loaded(model)
+        resident = self.generator.get_loaded(model)  # under a name that came from the listing
         if resident is not None:
             return model, resident
         return self.generator.get_or_load(self._path(model))
@@ -182,8 +179,7 @@ class ModelService:
         return _FOLDER_PATHS.sub("", text.replace(self.base.files.name, self.name))
 
     async def prepare(self, model: str, prompts: Sequence[Prompt], n: int = 1) -> PreparedRequest:
-        """Find the adapter and tokenize the prompts, with queue slots reserved for `n` sequences of
-        each.
+        """Find the adapter and tokenize the prompts; meanwhile `n` queue slots for each are reserved.
 
         Raises what `find_adapter`, `encode` and `Scheduler.reserve` raise.
         """
@@ -195,8 +191,7 @@ class ModelService:
             return await self.run_in_thread(read)
 
     def max_new_tokens(self, prompts: list[list[int]], max_tokens: int | None) -> int:
-        """Return `max_tokens` once checked; without it, as many tokens as fit behind the longest
-        prompt.
+        """Check and return `max_tokens`; the default is what fits after the longest prompt.
 
         Raises RequestError and ContextLengthError.
         """
@@ -249,8 +244,7 @@ class ModelService:
         return request
 
     async def watch(self, *requests: Request) -> AsyncGenerator[None, None]:
-        """Yield whenever one of the requests has new output, for the last time when all are
-        complete.
+        """Yield at each new output of a request, for the last time when all are complete.
 
         Closing the generator cancels them.
         """

@@ -14,7 +14,15 @@ from typing import Any
 
 import pytest
 
-from lora_tuner import Generator, Library, ModelOptions, SamplingParams, TrainConfig, atomic_io, train
+from lora_tuner import (
+    Generator,
+    Library,
+    ModelOptions,
+    SamplingParams,
+    TrainConfig,
+    atomic_io,
+    train,
+)
 from lora_tuner.adapters.adapter import MANIFEST_FILE, WEIGHTS_FILE, Adapter, verify_adapter
 from lora_tuner.errors import AdapterError, GenerationError
 from lora_tuner.inference.cpu_decoder import CpuDecoder
@@ -24,7 +32,18 @@ from .process import Command, CommandResult, contents, unchanged
 
 Start = Callable[..., Command]
 Run = Callable[..., CommandResult]
-QUICK = ("--max-steps", "3", "--eval-rows", "4", "--batch-size", "2", "--max-length", "48", "--rank", "2")
+QUICK = (
+    "--max-steps",
+    "3",
+    "--eval-rows",
+    "4",
+    "--batch-size",
+    "2",
+    "--max-length",
+    "48",
+    "--rank",
+    "2",
+)
 GREEDY = SamplingParams(greedy=True, max_new_tokens=12, repetition_penalty=1.0)
 
 
@@ -69,7 +88,16 @@ def workspace(stock: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def training(gpt2: Path, workspace: Path) -> tuple[str | Path, ...]:
-    return ("train", "--base", gpt2, "--dataset", workspace / "reviews.txt", "--txt-rows", "line", *QUICK)
+    return (
+        "train",
+        "--base",
+        gpt2,
+        "--dataset",
+        workspace / "reviews.txt",
+        "--txt-rows",
+        "line",
+        *QUICK,
+    )
 
 
 def hold_function(function: str, reached: Path, released: Path) -> None:
@@ -127,7 +155,12 @@ def test_second_training_of_name_is_refused(
     ],
 )
 def test_name_taken_during_training_is_kept(
-    start: Start, run: Run, workspace: Path, training: tuple[str | Path, ...], gpt2: Path, other: str
+    start: Start,
+    run: Run,
+    workspace: Path,
+    training: tuple[str | Path, ...],
+    gpt2: Path,
+    other: str,
 ) -> None:
     commands: dict[str, tuple[str | Path, ...]] = {
         "train": (*training, "--name", "new", "--runs-dir", "elsewhere"),
@@ -191,7 +224,10 @@ def skip_name_checks(count: int) -> None:
 
 @pytest.mark.parametrize("command", ["adopt", "rename"])
 def test_name_taken_at_rename_is_kept(run: Run, workspace: Path, gpt2: Path, command: str) -> None:
-    commands = {"adopt": ("adopt", "foreign", "--name", "two", "--base", gpt2), "rename": ("rename", "one", "two")}
+    commands = {
+        "adopt": ("adopt", "foreign", "--name", "two", "--base", gpt2),
+        "rename": ("rename", "one", "two"),
+    }
     checks = {"adopt": 3, "rename": 1}[command]
     with unchanged(workspace / "adapters"):
         refused = run("adapters", *commands[command], before=functools.partial(skip_name_checks, checks))
@@ -397,7 +433,15 @@ def unpack_together(model: Path, started: Path) -> None:
 def test_processes_unpack_base_at_once(start: Start, gpt2: Path, tmp_path: Path) -> None:
     model = shutil.copytree(gpt2, tmp_path / "package")
     (model / "tiny.Q4_1.gguf").write_bytes(b"GGUF")
-    command = ("generate", "--base", "smollm2-135m", "--greedy", "--max-new-tokens", "8", "the actor")
+    command = (
+        "generate",
+        "--base",
+        "smollm2-135m",
+        "--greedy",
+        "--max-new-tokens",
+        "8",
+        "the actor",
+    )
     hooks = [functools.partial(unpack_together, model, tmp_path / f"unpacking-{letter}") for letter in "ab"]
     running = [start(*command, before=hook) for hook in hooks]
     ended = [process.end() for process in running]

@@ -56,7 +56,10 @@ def test_load_while_adapters_change(gpt2: Path, tmp_path: Path, seconds: int) ->
         def change_adapters() -> None:
             chooser = random.Random(0)
             while time.monotonic() < end:
-                name, action = chooser.choice(NAMES), chooser.choice(["replace", "replace", "break", "remove"])
+                name, action = (
+                    chooser.choice(NAMES),
+                    chooser.choice(["replace", "replace", "break", "remove"]),
+                )
                 removed, new = tmp_path / f"gone{changes.total()}", adapters_dir / ".new"
                 shutil.copytree(tmp_path / chooser.choice("01") / name, new)
                 if action == "break":
@@ -69,12 +72,18 @@ def test_load_while_adapters_change(gpt2: Path, tmp_path: Path, seconds: int) ->
                 time.sleep(0.02)
 
         with concurrent.futures.ThreadPoolExecutor(17) as pool:
-            for future in [pool.submit(change_adapters), *(pool.submit(send_requests, client) for client in range(16))]:
+            for future in [
+                pool.submit(change_adapters),
+                *(pool.submit(send_requests, client) for client in range(16)),
+            ]:
                 future.result()
         assert set(changes) == {"replace", "break", "remove"}
-        assert set(outcomes) <= {"right", "404 model_broken", "404 model_not_found", "429 rate_limit_exceeded"}, (
-            outcomes
-        )
+        assert set(outcomes) <= {
+            "right",
+            "404 model_broken",
+            "404 model_not_found",
+            "429 rate_limit_exceeded",
+        }, outcomes
         assert outcomes["right"] > 20
         assert outcomes["404 model_broken"]
         assert outcomes["404 model_not_found"]

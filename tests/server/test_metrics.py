@@ -73,12 +73,18 @@ def test_metrics_count_requests_and_tokens(gpt2, adapters_dir):
 
 
 def test_metrics_show_queue_length(gpt2, adapters_dir):
-    with api_server.serving(gpt2, adapters_dir, max_batch=1) as served, served.held_steps() as release:
+    with (
+        api_server.serving(gpt2, adapters_dir, max_batch=1) as served,
+        served.held_steps() as release,
+    ):
         client = served.client()
         stream = client.completions.create(model="a", prompt=PROMPT, max_tokens=5, n=3, stream=True)
         served.wait(lambda: served.scheduler.running == 1)
         metrics = samples(served)
-        assert (metrics["lora_tuner_answers_waiting",], metrics["lora_tuner_answers_running",]) == (2, 1)
+        assert (metrics["lora_tuner_answers_waiting",], metrics["lora_tuner_answers_running",]) == (
+            2,
+            1,
+        )
         release(100)
         assert list(stream)
 
@@ -93,8 +99,21 @@ def test_log_line_holds_no_prompt(served, lines):
     served.wait(lambda: len(lines()) == 4)
     good, streamed, bad, unknown = lines()
     assert good["id"] == response.headers["x-request-id"] == response.json()["id"].removeprefix("cmpl-")
-    expected = {"method": "POST", "path": "/v1/completions", "status": 200, "model": "a", "stream": False, "user": "u1"}
-    expected |= {"prompt_tokens": tokens, "completion_tokens": 5, "answers": 1, "complete": True, "client": "127.0.0.1"}
+    expected = {
+        "method": "POST",
+        "path": "/v1/completions",
+        "status": 200,
+        "model": "a",
+        "stream": False,
+        "user": "u1",
+    }
+    expected |= {
+        "prompt_tokens": tokens,
+        "completion_tokens": 5,
+        "answers": 1,
+        "complete": True,
+        "client": "127.0.0.1",
+    }
     assert expected.items() <= good.items()
     assert 0 < good["first_token_seconds"] <= good["seconds"]
     assert (streamed["stream"], streamed["complete"]) == (True, True)

@@ -108,7 +108,10 @@ def test_control_characters_in_path_give_404(path, gpt2, tmp_path):
     response = asyncio.run(go())
     assert response.status_code == 404
     error = response.json()["error"]
-    assert (error["message"], error["type"]) == ("There is nothing at this path.", "invalid_request_error")
+    assert (error["message"], error["type"]) == (
+        "There is nothing at this path.",
+        "invalid_request_error",
+    )
 
 
 def test_api_key_comparison_takes_constant_time(monkeypatch):
@@ -142,7 +145,12 @@ def run_middleware(receive):
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [(b"host", b"localhost")]}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "headers": [(b"host", b"localhost")],
+    }
     asyncio.run(SecurityMiddleware(echo, ServerConfig())(scope, receive, send))
     return sent
 
@@ -161,7 +169,10 @@ def test_slow_body_times_out(monkeypatch):
 
 
 def test_disconnect_in_body_gets_no_response():
-    messages = [{"type": "http.disconnect"}, {"type": "http.request", "body": b"x", "more_body": True}]
+    messages = [
+        {"type": "http.disconnect"},
+        {"type": "http.request", "body": b"x", "more_body": True},
+    ]
 
     async def receive():
         return messages.pop()

@@ -280,7 +280,8 @@ def test_generate_tab_equals_generate_batch(visit, generator):
     page.get_by_role("button", name="Generate").click()
     wait_for_outputs(page)
     expected = generator.generate_batch(
-        [(PROMPT, None), (PROMPT, "noir"), (PROMPT, "verse")], SamplingParams(greedy=True, max_new_tokens=60)
+        [(PROMPT, None), (PROMPT, "noir"), (PROMPT, "verse")],
+        SamplingParams(greedy=True, max_new_tokens=60),
     )
     names = ["gpt2", "noir", "verse"]
     texts = [printable(output.text) for output in expected]
@@ -313,7 +314,12 @@ def test_enter_generates_and_seed_repeats(visit):
 
 def test_settings_have_cli_defaults(page):
     open_settings(page)
-    for name, value in {"Temperature": "0.8", "Top p": "0.95", "Top k": "50", "Repetition penalty": "1.1"}.items():
+    for name, value in {
+        "Temperature": "0.8",
+        "Top p": "0.95",
+        "Top k": "50",
+        "Repetition penalty": "1.1",
+    }.items():
         expect(page.get_by_label(name)).to_have_value(value)
     expect(page.get_by_label("Seed")).to_have_attribute("placeholder", "random")
     page.get_by_label("Greedy").check()
@@ -331,8 +337,18 @@ def test_invalid_settings_show_one_line(visit, served, monkeypatch):
     open_settings(page)
     for label, wrong, right, line in (
         ("Top p", "0", "1", "top_p: input should be greater than 0 (got 0)"),
-        ("Temperature", "11", "1", "temperature: input should be less than or equal to 10 (got 11)"),
-        ("Top k", "1.5", "1", "top_k: input should be a valid integer, got a number with a fractional part (got 1.5)"),
+        (
+            "Temperature",
+            "11",
+            "1",
+            "temperature: input should be less than or equal to 10 (got 11)",
+        ),
+        (
+            "Top k",
+            "1.5",
+            "1",
+            "top_k: input should be a valid integer, got a number with a fractional part (got 1.5)",
+        ),
         ("Max new tokens", "501", "5", "max_new_tokens: the limit of this server is 500."),
     ):
         page.get_by_label(label).fill(wrong)
@@ -517,7 +533,9 @@ def test_hostile_text_is_escaped(visit):
 def test_heat_map_equals_evaluate(visit, adapters, served, monkeypatch):
     encode, tokenizers = evaluation.encode_held_out, []
     monkeypatch.setattr(
-        evaluation, "encode_held_out", lambda base, texts: (tokenizers.append(base.tokenizer), encode(base, texts))[1]
+        evaluation,
+        "encode_held_out",
+        lambda base, texts: (tokenizers.append(base.tokenizer), encode(base, texts))[1],
     )
     page = visit()
     open_tab(page, "Evaluate")
@@ -530,7 +548,9 @@ def test_heat_map_equals_evaluate(visit, adapters, served, monkeypatch):
         tokenizer is served.service.base.tokenizer for tokenizer in tokenizers
     )  # the service uses that one meanwhile
     matrix = evaluate(
-        [Library(adapters).get(name) for name in ("noir", "verse")], eval_rows=4, options=ModelOptions(device="cpu")
+        [Library(adapters).get(name) for name in ("noir", "verse")],
+        eval_rows=4,
+        options=ModelOptions(device="cpu"),
     )
     shown = table.locator("tbody tr").evaluate_all(
         "rows => rows.map(row => [...row.cells].map(cell => cell.textContent))"
@@ -780,7 +800,10 @@ def test_page_requires_key_and_drains_on_shutdown(browser, gpt2, adapters):
             ("GET", "startup-events"), ("GET", "app_id"), ("GET", "app_id/"), ("GET", "heartbeat/x"), ("POST", "cancel"),
             ("POST", "reset"),
         ):  # fmt: skip
-            for cookies in ({}, {f"access-token{kind}": "x" for kind in ("", "-unsecure-", "-unsecure-x")}):
+            for cookies in (
+                {},
+                {f"access-token{kind}": "x" for kind in ("", "-unsecure-", "-unsecure-x")},
+            ):
                 response = httpx.request(method, f"{url}/gradio_api/{path}", cookies=cookies, json={})
                 assert response.status_code == 401, path
         body = {"data": [], "fn_index": 0, "session_hash": "x"}
@@ -789,7 +812,10 @@ def test_page_requires_key_and_drains_on_shutdown(browser, gpt2, adapters):
         page = new_page(browser)
         page.goto(url)
         expect(page.get_by_text("the API key of this server as the password")).to_be_visible()
-        for password, response in (("wrong", page.expect_response("**/login")), (KEY, waiting_for_events(page))):
+        for password, response in (
+            ("wrong", page.expect_response("**/login")),
+            (KEY, waiting_for_events(page)),
+        ):
             page.get_by_label("username").fill("anybody")
             page.get_by_label("password").fill(password)
             with response:
@@ -817,7 +843,12 @@ def test_screenshot(browser, monkeypatch):
         if name in ENVIRONMENT:
             monkeypatch.setenv(name, ENVIRONMENT[name])
     with serving("smollm2-135m", "adapters", page=True) as served:
-        page = new_page(browser, base_url=served.url, viewport={"width": 1200, "height": 800}, color_scheme="light")
+        page = new_page(
+            browser,
+            base_url=served.url,
+            viewport={"width": 1200, "height": 800},
+            color_scheme="light",
+        )
         with waiting_for_events(page):
             page.goto("/")
         prompt_of(page).fill("This film")

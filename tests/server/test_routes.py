@@ -140,7 +140,12 @@ def test_library_changes_are_served_at_once(start_server, base):
 
 
 def test_models_reports_incompatible_adapters(start_server, gpt2, tmp_path):
-    base_info = {"name": "/home/someone/models/other", "repo": "other", "revision": None, "weights": "a local folder"}
+    base_info = {
+        "name": "/home/someone/models/other",
+        "repo": "other",
+        "revision": None,
+        "weights": "a local folder",
+    }
     base_info |= {"fingerprint": "ab" * 32, "tokenizer": None}
     with start_server() as served:
         write_adapter(start_server.adapters_dir, "foreign", gpt2, 1, base_info)
@@ -228,7 +233,11 @@ def test_get_model_reads_one_adapter(served, monkeypatch):
 def test_completion_equals_generate(client, expected_texts, model):
     response = client.completions.create(model=model, **GREEDY)
     assert response.choices[0].text == expected_texts[model]
-    assert (response.object, response.model, response.choices[0].index) == ("text_completion", model, 0)
+    assert (response.object, response.model, response.choices[0].index) == (
+        "text_completion",
+        model,
+        0,
+    )
     assert response.id.startswith("cmpl-")
     assert response.system_fingerprint.startswith("fp_")
     assert abs(response.created - time.time()) < 60
@@ -271,12 +280,28 @@ def test_mixed_batch_keeps_each_output(client, served, expected_texts):
 
 
 def test_n_outputs_equal_generate_with_seed(client, base, adapters_dir):
-    sampling = {"temperature": 0.9, "top_p": 0.9, "top_k": 30, "repetition_penalty": 1.2, "seed": 11}
+    sampling = {
+        "temperature": 0.9,
+        "top_p": 0.9,
+        "top_k": 30,
+        "repetition_penalty": 1.2,
+        "seed": 11,
+    }
     generator = Generator(adapters_dir / "a", options=ModelOptions(base=str(base), device="cpu"))
     expected = generator.generate_all(PROMPT, SamplingParams(n=3, max_new_tokens=12, **sampling))
     expected = [output.text for output in expected]
-    extra = {"top_k": sampling.pop("top_k"), "repetition_penalty": sampling.pop("repetition_penalty")}
-    body = {"model": "a", "prompt": PROMPT, "n": 3, "max_tokens": 12, "extra_body": extra, **sampling}
+    extra = {
+        "top_k": sampling.pop("top_k"),
+        "repetition_penalty": sampling.pop("repetition_penalty"),
+    }
+    body = {
+        "model": "a",
+        "prompt": PROMPT,
+        "n": 3,
+        "max_tokens": 12,
+        "extra_body": extra,
+        **sampling,
+    }
     for _ in range(2):
         texts = [choice.text for choice in client.completions.create(**body).choices]
         assert texts == expected
@@ -310,7 +335,14 @@ def test_prompt_takes_text_and_token_ids(client, base, expected_texts):
     tokenizer = AutoTokenizer.from_pretrained(base)
     settings = {"model": "a", "temperature": 0, "max_tokens": 20}
     ids = tokenizer(PROMPT)["input_ids"]
-    for prompt, count in ((PROMPT, 1), ([PROMPT], 1), (ids, 1), ([ids], 1), ([PROMPT, PROMPT], 2), ([ids, ids], 2)):
+    for prompt, count in (
+        (PROMPT, 1),
+        ([PROMPT], 1),
+        (ids, 1),
+        ([ids], 1),
+        ([PROMPT, PROMPT], 2),
+        ([ids, ids], 2),
+    ):
         response = client.completions.create(prompt=prompt, **settings)
         assert [choice.text for choice in response.choices] == [expected_texts["a"]] * count
         assert response.usage.prompt_tokens == count * len(ids)
@@ -351,7 +383,10 @@ def test_usage_counts_tokens(client, base):
 
 
 def test_logprobs_equal_transformers(client, base):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(base),
+        AutoTokenizer.from_pretrained(base),
+    )
     body = {"model": "talker", "prompt": PROMPT, "max_tokens": 15, "seed": 5, "logprobs": 4}
     choice = client.completions.create(**body).choices[0]
     logprobs = choice.logprobs
@@ -420,7 +455,10 @@ def test_chat_equals_rendered_completion(client, base, adapters_dir):
     expected = greedy(base, adapters_dir, "a", text).text
     settings = {"model": "a", "temperature": 0, "max_tokens": 20}
     response = client.chat.completions.create(messages=messages, **settings)
-    assert (response.choices[0].message.content, response.choices[0].message.role) == (expected, "assistant")
+    assert (response.choices[0].message.content, response.choices[0].message.role) == (
+        expected,
+        "assistant",
+    )
     assert (response.choices[0].finish_reason, response.usage.completion_tokens) == ("length", 20)
     assert response.id.startswith("chatcmpl-")
     chunks = list(client.chat.completions.create(messages=messages, stream=True, **settings))
@@ -453,7 +491,12 @@ def test_chat_fills_context_by_default(client):
 
 def test_chat_logprobs(client, base):
     tokenizer = AutoTokenizer.from_pretrained(base)
-    settings = {"model": "a", "messages": [{"role": "user", "content": "so?"}], "seed": 2, "max_tokens": 12}
+    settings = {
+        "model": "a",
+        "messages": [{"role": "user", "content": "so?"}],
+        "seed": 2,
+        "max_tokens": 12,
+    }
     body = settings | {"logprobs": True, "top_logprobs": 3}
     choice = client.chat.completions.create(**body).choices[0]
     assert len(choice.logprobs.content) == 12
@@ -475,7 +518,8 @@ def test_chat_logprobs(client, base):
 def test_chat_without_template_is_rejected(gpt2, adapters_dir):
     with api_server.serving(gpt2, adapters_dir) as served:
         error = error_of(
-            served.post("/v1/chat/completions", model="gpt2", messages=[{"role": "user", "content": "so?"}]), 400
+            served.post("/v1/chat/completions", model="gpt2", messages=[{"role": "user", "content": "so?"}]),
+            400,
         )
     assert error["message"] == "gpt2 has no chat template: use the completions endpoint instead."
 
@@ -485,7 +529,8 @@ def test_special_token_in_message_is_rejected(served, parts):
     """It would be tokenized like the special tokens of the template."""
     content = [{"type": "text", "text": part} for part in parts]
     error = error_of(
-        served.post("/v1/chat/completions", model="a", messages=[{"role": "user", "content": content}]), 400
+        served.post("/v1/chat/completions", model="a", messages=[{"role": "user", "content": content}]),
+        400,
     )
     assert error["param"] == "messages"
     assert error["message"] == "A message contains <|endoftext|>, a special token of talker: remove it."
@@ -613,7 +658,12 @@ MALFORMED = [
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize("data", MALFORMED, ids=[str(number) for number in range(len(MALFORMED))])
 def test_malformed_body_gives_openai_error(served, path, data):
-    response = httpx.post(f"{served.url}{path}", content=data, headers={"Content-Type": "application/json"}, timeout=30)
+    response = httpx.post(
+        f"{served.url}{path}",
+        content=data,
+        headers={"Content-Type": "application/json"},
+        timeout=30,
+    )
     error_of(response, 400)
     assert len(response.content) < 5000
 
@@ -623,7 +673,12 @@ def test_browser_form_is_rejected(served, kind):
     """Browsers send these across origins without a preflight request."""
     data = json.dumps({"model": "a", "prompt": "x"}).encode()
     error_of(
-        httpx.post(f"{served.url}/v1/completions", content=data, headers={"Content-Type": kind} if kind else {}), 400
+        httpx.post(
+            f"{served.url}/v1/completions",
+            content=data,
+            headers={"Content-Type": kind} if kind else {},
+        ),
+        400,
     )
 
 
@@ -852,7 +907,10 @@ def test_disconnect_in_body_leaves_server_running(served, expected_texts):
         with socket.create_connection(("127.0.0.1", served.port)) as connection:
             connection.sendall((head + rest).encode())
     body = json.dumps({"model": "a", **GREEDY}).encode()
-    halves = b"%x\r\n%s\r\n" % (10, body[:10]) + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body) - 10, body[10:])
+    halves = b"%x\r\n%s\r\n" % (10, body[:10]) + b"%x\r\n%s\r\n0\r\n\r\n" % (
+        len(body) - 10,
+        body[10:],
+    )
     with socket.create_connection(("127.0.0.1", served.port), timeout=5) as connection:
         connection.sendall((head + "Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n").encode() + halves)
         response = read_all(connection)
@@ -863,7 +921,14 @@ def test_disconnect_in_body_leaves_server_running(served, expected_texts):
 def test_slow_reader_delays_nobody(start_server, expected_texts):
     """The buffers between client and server are full, and the server goes on generating."""
     small = (socket.SOL_SOCKET, socket.SO_RCVBUF, 32_768)
-    request = {"model": "a", "prompt": PROMPT, "temperature": 0, "max_tokens": 100, "n": 20, "logprobs": 5}
+    request = {
+        "model": "a",
+        "prompt": PROMPT,
+        "temperature": 0,
+        "max_tokens": 100,
+        "n": 20,
+        "logprobs": 5,
+    }
     with start_server() as served:
         served.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32_768)
         with (

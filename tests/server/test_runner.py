@@ -129,7 +129,8 @@ def test_base_defaults_to_most_common(gpt2, llama, adapters_dir, started):
         "Use --base to select another."
     )
     assert re.fullmatch(
-        r"Listening on (http://127.0.0.1:\d+): base gpt2 and 2 adapters. OpenAI-compatible API: \1/v1", notices[1]
+        r"Listening on (http://127.0.0.1:\d+): base gpt2 and 2 adapters. OpenAI-compatible API: \1/v1",
+        notices[1],
     )
     assert [model.id for model in service.list_models() if model.broken] == ["broken", "odd"]
     service, notices = started(adapters_dir=adapters_dir, base=str(llama))
@@ -158,7 +159,12 @@ def test_empty_library_keeps_default_base(tmp_path):
 
 @pytest.mark.parametrize(
     ("host", "name"),
-    [("127.0.0.1", "127.0.0.1"), ("localhost", "localhost"), ("0.0.0.0", "127.0.0.1"), ("::", r"\[::1\]")],
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("localhost", "localhost"),
+        ("0.0.0.0", "127.0.0.1"),
+        ("::", r"\[::1\]"),
+    ],
 )
 def test_browser_opens_reachable_url(gpt2, adapters_dir, started, monkeypatch, host, name):
     if ":" in host and not socket.has_dualstack_ipv6():
@@ -292,7 +298,10 @@ def test_serve_command_completes_stream_on_sigterm(long_base):
     assert "".join(chunk.choices[0].text for chunk in chunks) == expected.text
     assert process.process.stdout.read() == ""
     lines = [json.loads(line) for line in process.lines if line.startswith("{")]
-    assert [(line["path"], line["status"]) for line in lines] == [("/v1/models", 401), ("/v1/completions", 200)]
+    assert [(line["path"], line["status"]) for line in lines] == [
+        ("/v1/models", 401),
+        ("/v1/completions", 200),
+    ]
     assert [line for line in process.lines if not line.startswith("{")] == [
         f"Listening on {process.url}: base long and 0 adapters. OpenAI-compatible API: {process.url}/v1\n"
     ]
