@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+import lora_tuner.server
 from lora_tuner import Generator, ModelOptions, SamplingParams
 from lora_tuner.adapters.library import Library
 from lora_tuner.config import ServerConfig
@@ -84,12 +85,13 @@ def test_api_key_comes_from_environment(adapters_dir, monkeypatch):
 
 
 def test_missing_serve_extra_is_named(monkeypatch):
+    monkeypatch.delattr(lora_tuner.server, "runner")
     monkeypatch.setitem(sys.modules, "lora_tuner.server.runner", None)
     with pytest.raises(ModuleNotFoundError):  # of this package, so it is not the extra
         run("serve")
     monkeypatch.delitem(sys.modules, "lora_tuner.server.runner")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    error = "Error: serve needs FastAPI, uvicorn and Gradio: `pip install -e '.[serve]'` gets them.\n"
+    error = "Error: serve needs FastAPI, uvicorn and Gradio: run `pip install -e '.[serve]'`.\n"
     assert run("serve", exit_code=1).stderr == error
 
 
