@@ -61,6 +61,7 @@ def test_command_reference_is_current():
     assert read_page(GENERATED) == reference(), "run `make docs`"
 
 
+@pytest.mark.slow  # each method is tested by itself too
 def test_method_table_is_current(tmp_path):
     assert method_table.PAGE.read_text(encoding="utf-8") == method_table.page(method_table.table(tmp_path)), (
         "run `make docs`"

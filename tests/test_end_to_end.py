@@ -149,6 +149,7 @@ def smollm2(tmp_path_factory):
     return file, gguf_base.dequantised(file, tmp_path_factory.mktemp("smollm2") / "float32.gguf")
 
 
+@pytest.mark.slow
 def test_embedded_base_matches_llama_cpp(user, smollm2, tmp_path):
     pytest.importorskip("xllamacpp")
     draw = np.random.default_rng(1)

@@ -81,6 +81,7 @@ def check_shards(done, settings):
     return blocks // model.config.num_hidden_layers
 
 
+@pytest.mark.parametrize("model_folder", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)], indirect=True)
 def test_sharded_training_matches_unsharded(settings, sharded):
     """The same 50 steps. One process has fewer held-out batches, and must run as many as the other."""
     done = sharded(settings, "--max-steps=50", "--eval-every=20", "--name=two", "--json")
