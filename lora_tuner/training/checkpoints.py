@@ -25,7 +25,7 @@ REQUIRED_FILES = {
     adapter.WEIGHTS_FILE, adapter.CONFIG_FILE, adapter.MANIFEST_FILE, adapter.RUN_FILE,
     "optimizer.pt", "scheduler.pt", "trainer_state.json",
 }  # fmt: skip
-RETRAIN_ADVICE = "Restore that, or train anew with --overwrite."
+RETRAIN_ADVICE = "Restore it, or train again with --overwrite."
 NOT_DECISIVE = {"adapters_dir", "runs_dir", "report_to", "overwrite", "keep_checkpoints"}  # do not change the result
 
 
@@ -60,8 +60,8 @@ def latest_valid(folder: Path, notify: EventHandler) -> Path | None:
     for path in list_checkpoints(folder):
         if not (why := _why_invalid(path)):
             return path
-        notify(Notice(f"{path} is passed over: {why}."))
-    notify(Notice(f"{folder} holds no whole checkpoint: the run starts at its first step."))
+        notify(Notice(f"{path} is skipped: {why}."))
+    notify(Notice(f"{folder} holds no valid checkpoint: the run starts from its first step."))
     return None
 
 
@@ -71,7 +71,7 @@ def _why_invalid(checkpoint: Path) -> str | None:
         return why
     best = _best_checkpoint_name(checkpoint)
     why = _why_damaged(checkpoint.with_name(best)) if best else None
-    return f"its best step is that of {best}, where {why}" if why else None
+    return f"its best step is in {best}, where {why}" if why else None
 
 
 def _best_checkpoint_name(checkpoint: Path) -> str | None:
@@ -93,7 +93,7 @@ def _why_damaged(checkpoint: Path) -> str | None:
             return f"{RNG_PREFIX}.pth is missing"
         for name, digest in hashes.items():
             if atomic_io.sha256_file(checkpoint / name) != digest:
-                return f"{name} is not the one that was written"
+                return f"{name} does not match its hash"
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         return None if state["global_step"] == step_of(checkpoint) else f"it is of step {state['global_step']}"
     except FileNotFoundError as error:
@@ -179,9 +179,7 @@ def check_settings(now: Run, before: Run, folder: Path, checkpoint: Path) -> Non
     """Raise TrainingError when the checkpoint was made with other settings than those of the run."""
     if changed := _changed_settings(now, before):
         text = ", ".join(f"{name} (was {old}, is {new})" for name, (old, new) in changed.items())
-        raise TrainingError(
-            f"{folder / adapter.RUN_FILE} is not what {checkpoint} was made with: {text}. {RETRAIN_ADVICE}"
-        )
+        raise TrainingError(f"{folder / adapter.RUN_FILE} differs from that of {checkpoint}: {text}. {RETRAIN_ADVICE}")
 
 
 def same_run(one: Run, other: Run) -> bool:

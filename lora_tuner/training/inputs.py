@@ -115,8 +115,8 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
     use_packing = requested.packing and isolated
     if requested.packing and not isolated:
         if "packing" in requested.model_fields_set:
-            raise TrainingError(f"{base.files.name} cannot tell packed rows apart: leave --packing out.")
-        notify(Notice(f"Rows are padded, not packed: {base.files.name} cannot tell packed rows apart."))
+            raise TrainingError(f"{base.files.name} does not isolate packed rows: leave out --packing.")
+        notify(Notice(f"Rows are padded, not packed: {base.files.name} does not isolate packed rows."))
     rows, truncated_rows = _tokenize(requested, dataset, base, max_length, notify)
     held_out_texts = dataset.held_out[: requested.eval_rows]
     return TrainingInputs(
@@ -177,7 +177,7 @@ def _load_base_on_all_ranks(requested: TrainConfig, parent: Adapter | None, noti
     base = bases[0] if bases else loading.open_base(None, chosen)
     if distributed.world_size() > 1 and len(set(distributed.all_gather(base.files.fingerprint))) > 1:
         error = TrainingError(
-            f"The processes have different weights under the name {base.files.name}: give all the same."
+            f"The processes loaded different weights for {base.files.name}: use the same base in all of them."
         )
         raise distributed.share_error(error)
     return base
@@ -201,8 +201,8 @@ def load_parent(requested: TrainConfig) -> Adapter | None:
     parent = Library(requested.adapters_dir).get(requested.parent)
     if requested.parent_sha256 not in (None, parent.sha256):
         raise ConfigError(
-            f"{parent.path} has other weights (sha256 {parent.sha256[:12]}) than those to go on from "
-            f"({str(requested.parent_sha256)[:12]}): restore those, or leave --from-sha256 out to go on from these."
+            f"{parent.path} has weights with sha256 {parent.sha256[:12]}, but {str(requested.parent_sha256)[:12]} is "
+            "expected: restore them, or leave out --from-sha256 to continue from these."
         )
     settings: dict[str, object] = {
         "rank": parent.rank,
@@ -219,8 +219,8 @@ def load_parent(requested: TrainConfig) -> Adapter | None:
     data = parent.manifest.data if parent.manifest else None
     if data is not None and data.split_salt is None and requested.eval_dataset is None:
         raise ConfigError(
-            f"{parent.name} was blended from adapters with different --split-salt, so no rows are held out for all of it: name "
-            "others to measure on with --eval-dataset."
+            f"{parent.name} was blended from adapters with different --split-salt, so no rows are held out for all of "
+            "them: give --eval-dataset."
         )
     return parent
 
@@ -229,10 +229,9 @@ def _refuse_conflicts(requested: TrainConfig, parent: Adapter, conflicts: dict[s
     """Raise ConfigError when a requested setting differs from the parent's."""
     if conflicts:
         text = "; ".join(
-            f"{name} is {getattr(requested, name)}, and that of {parent.name} {value}"
-            for name, value in conflicts.items()
+            f"{name} is {getattr(requested, name)}, but {parent.name} has {value}" for name, value in conflicts.items()
         )
-        raise ConfigError(f"{text}: an adapter that goes on from another keeps these, so leave them out.")
+        raise ConfigError(f"{text}: with --from these come from the parent, so leave them out.")
 
 
 def _choose_method(requested: TrainConfig, parent: Adapter | None) -> MethodName:
@@ -273,9 +272,9 @@ def _choose_max_length(requested: TrainConfig, base: LoadedBase, notify: EventHa
         return requested.max_length
     if "max_length" in requested.model_fields_set:
         raise TrainingError(
-            f"max_length is {requested.max_length}, and {name} looks back on {context} tokens at the most."
+            f"max_length is {requested.max_length}, but the context length of {name} is {context} tokens: lower --max-length."
         )
-    notify(Notice(f"Rows are cut at {context} tokens: {name} looks back on no more."))
+    notify(Notice(f"Rows are truncated to {context} tokens, the context length of {name}."))
     return context
 
 
@@ -283,20 +282,20 @@ def _tokenize(
     requested: TrainConfig, dataset: Dataset, base: LoadedBase, max_length: int, notify: EventHandler
 ) -> tuple[list[tokenization.TokenIds], int]:
     """Tokenize the training rows. Returns those with something to predict, and how many were truncated."""
-    notify(Progress("tokenising", 0, 1))
+    notify(Progress("tokenizing", 0, 1))
     rows, truncated_rows = distributed.run_on_rank_zero(
         partial(_encode, requested, base.tokenizer, dataset.train, max_length)
     )
-    notify(Progress("tokenising", 1, 1))
+    notify(Progress("tokenizing", 1, 1))
     kept = [row for row in rows if tokenization.count_predictions(row)]
     if len(kept) < len(rows):
         notify(
             Notice(
-                f"{len(rows) - len(kept):,} rows are left out: within {max_length} tokens there is nothing to learn in them."
+                f"{len(rows) - len(kept):,} rows are skipped: their first {max_length} tokens have nothing to learn."
             )
         )
     if not kept:
-        raise TrainingError("No row has anything to learn in it: raise --max-length, or give other data.")
+        raise TrainingError("No row has anything to learn: raise --max-length, or use other data.")
     return kept, truncated_rows
 
 
@@ -314,12 +313,12 @@ def _tokenize_held_out(base: LoadedBase, texts: list[str], notify: EventHandler)
     if len(held_out) < len(texts):
         notify(
             Notice(
-                f"{len(texts) - len(held_out):,} held-out rows are not measured: within {HELD_OUT_MAX_TOKENS} tokens nothing "
-                "is learnt in them."
+                f"{len(texts) - len(held_out):,} held-out rows are skipped: their first {HELD_OUT_MAX_TOKENS} tokens have "
+                "nothing to predict."
             )
         )
     if not held_out:
-        raise TrainingError("No held-out row can be measured: give others with --eval-dataset.")
+        raise TrainingError("No held-out row has anything to predict: give --eval-dataset.")
     return held_out
 
 
@@ -378,7 +377,7 @@ def _packing_is_isolated(base: LoadedBase) -> bool:
     changed = second.copy()
     changed[-1] = first[-1]
     if _logits_differ(base, _packed_logits(base, changed)[:-1], alone[:-1]):
-        raise BaseModelError(f"{base.files.name} looks at the text ahead: it is no causal language model.")
+        raise BaseModelError(f"{base.files.name} sees tokens that come later: it is not a causal language model.")
     return not _logits_differ(base, _packed_logits(base, first, second)[len(first) :], alone)
 
 

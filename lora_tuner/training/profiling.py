@@ -109,16 +109,16 @@ def fit_to_memory(
         _, reduced = step_memory(inputs, model)
         notify(
             Notice(
-                f"A step takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free, so activations are "
-                f"computed again, which takes {reduced / 1e9:.1f} GB and longer (--gradient-checkpointing)."
+                f"A step needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free, so gradient checkpointing "
+                f"is on: it needs {reduced / 1e9:.1f} GB and is slower (--gradient-checkpointing)."
             )
         )
         needed = reduced
     if distributed.all_reduce_max(needed > free):
         error = TrainingError(
-            f"A step with {tokens:,} tokens takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: lower "
-            "--batch-size (--gradient-accumulation makes up for it) or --max-length"
-            f"{', or choose --dtype bfloat16' if base.dtype == torch.float32 else ''}."
+            f"A step with {tokens:,} tokens needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: lower "
+            "--batch-size (and raise --gradient-accumulation) or --max-length"
+            f"{', or use --dtype bfloat16' if base.dtype == torch.float32 else ''}."
         )
         raise distributed.share_error(error)
     return enabled
@@ -136,7 +136,7 @@ def enable_gradient_checkpointing(inputs: TrainingInputs, model: PeftModel) -> N
         with quiet_transformers():
             model.gradient_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
-        raise TrainingError(f"{inputs.base.files.name} cannot compute its activations again: {error}") from error
+        raise TrainingError(f"{inputs.base.files.name} does not support gradient checkpointing: {error}") from error
 
 
 def step_memory(inputs: TrainingInputs, model: PeftModel) -> tuple[int, int]:
@@ -214,7 +214,7 @@ def profile_steps(
         _synchronize(device)
         seconds.append(time.perf_counter() - start)
         predictions.append(count)
-        notify(Progress("measuring the speed", step + 1, MEASURED_STEPS))
+        notify(Progress("measuring speed", step + 1, MEASURED_STEPS))
     model.load_state_dict(weights, strict=False)
     model.zero_grad(set_to_none=True)
     paces = [taken / count for taken, count in zip(seconds[1:], predictions[1:], strict=True)]
@@ -253,7 +253,8 @@ def steps_for_stop_rule(
     if steps_per_epoch is None:
         notify(
             Notice(
-                f"A stream has no end, so {DEFAULT_MAX_MINUTES} minutes of it are trained. Choose with --minutes or --max-steps."
+                f"A stream has no end, so training is limited to {DEFAULT_MAX_MINUTES} minutes. Change this with "
+                "--minutes or --max-steps."
             )
         )
         return steps
@@ -262,7 +263,7 @@ def steps_for_stop_rule(
     hours = steps_per_epoch * seconds_per_step / 3600
     notify(
         Notice(
-            f"One epoch would take {hours:.1f} hours, so {DEFAULT_MAX_MINUTES} minutes' worth of it is trained. Choose with "
+            f"One epoch would take {hours:.1f} hours, so training is limited to {DEFAULT_MAX_MINUTES} minutes. Change this with "
             "--minutes, --epochs or --max-steps."
         )
     )

@@ -126,8 +126,8 @@ def _load_stopped_run(
         raise _nothing_to_resume(folder)
     if saved.name != folder.name or saved.max_steps is None:
         raise TrainingError(
-            f"{folder / RUN_FILE} is not what the run was started with: its name is {saved.name}, its max_steps "
-            f"{saved.max_steps}. {RETRAIN_ADVICE}"
+            f"{folder / RUN_FILE} was changed: its name is {saved.name}, its max_steps {saved.max_steps}. "
+            f" {RETRAIN_ADVICE}"
         )
     _check_not_finished(saved, folder)
     checkpoint = checkpoints.latest_valid(folder, notify)
@@ -148,14 +148,14 @@ def _for_world_size(saved: TrainConfig, manifest: Manifest, notify: EventHandler
     if rest:
         fit = " or ".join(str(number) for number in range(1, batches + 1) if batches % number == 0)
         error = TrainingError(
-            f"A step of {saved.name} takes {batches} batches, which {now} processes cannot share alike: go on with {fit}."
+            f"A step of {saved.name} has {batches} batches, which {now} processes cannot share evenly: resume with {fit}."
         )
         raise distributed.share_error(error)
     notify(
         Notice(
-            f"The run was begun by {before} {'processes' if before > 1 else 'process'} and goes on with {now}: "
-            f"--gradient-accumulation is {accumulation} in place of {saved.gradient_accumulation}, so that each step learns "
-            "the same sequences. What is rounded, and what dropout leaves out, is another."
+            f"The run was started with {before} {'processes' if before > 1 else 'process'} and resumes with {now}: "
+            f"--gradient-accumulation is {accumulation} instead of {saved.gradient_accumulation}, so that each step has the "
+            "same sequences. Rounding and dropout differ."
         )
     )
     return saved.model_copy(update={"gradient_accumulation": accumulation})
@@ -187,7 +187,7 @@ def _run_lock(runs_dir: Path, name: str) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise TrainingError(f"Another process trains '{name}' now: choose another --name, or wait for it.") from error
+        raise TrainingError(f"Another process is training '{name}': choose another --name, or wait for it.") from error
     try:
         yield
     finally:
@@ -204,15 +204,15 @@ def check_output_paths(config: TrainConfig, *, resuming: bool = False) -> Librar
     if resuming or not os.path.lexists(folder):
         return library
     if config.runs_dir.resolve() == config.adapters_dir.resolve() or not checkpoints.is_run(folder):
-        raise TrainingError(f"{folder} is no run, so it is not replaced: choose another --runs-dir or --name.")
+        raise TrainingError(f"{folder} is not a run, so it is not replaced: choose another --runs-dir or --name.")
     if (folder / RUN_FILE).is_file() and not config.overwrite:
         raise TrainingError(
-            f"{folder} holds an unfinished run: go on with it by --resume {name}, drop it with --overwrite, or choose "
-            "another --name."
+            f"{folder} holds an unfinished run: resume it with --resume {name}, discard it with --overwrite, or "
+            "choose another --name."
         )
     if any(folder.iterdir()) and not config.overwrite:
         raise TrainingError(
-            f"{folder} holds the checkpoints of a run that has finished: drop them with --overwrite, or choose another --name."
+            f"{folder} holds the checkpoints of a finished run: discard them with --overwrite, or choose another --name."
         )
     return library
 
@@ -226,7 +226,7 @@ def _nothing_to_resume(folder: Path) -> TrainingError:
     if folder.name in library.names():
         why = f"it has finished, as {library.path / folder.name}"
     elif copies := sorted(folder.glob(f"*/{RUN_FILE}")):
-        why = f"it has finished, or {folder / RUN_FILE} was removed; {copies[0]} is a copy to go on with"
+        why = f"it has finished, or {folder / RUN_FILE} was removed; {copies[0]} is a copy of it"
     return TrainingError(f"There is no unfinished run {folder}: {why}. Train without --resume.")
 
 
@@ -261,7 +261,7 @@ def check_disk_space(setup: TrainingSetup) -> None:
     for folder, need in {config.runs_dir: kept, config.adapters_dir: size}.items():
         if (free := atomic_io.free_space(folder)) < need:
             raise TrainingError(
-                f"{folder} has {free / 1e6:,.0f} MB free, and the run needs {need / 1e6:,.0f}: free some space, or "
+                f"{folder} has {free / 1e6:,.0f} MB free, and the run needs {need / 1e6:,.0f} MB: free some space, or "
                 "choose another --runs-dir and --adapters-dir."
             )
 
@@ -302,7 +302,7 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
         evaluation.cache_adapter_loss(setup.base, setup.held_out, adapter, held_out)
         distributed.run_on_rank_zero(partial(_remove_run_folder, config, folder))
     except KeyboardInterrupt as error:
-        raise Interrupted(f"Stopped at once. Go on with: {trainer.resume_command(config)}") from error
+        raise Interrupted(f"Stopped immediately. Resume with: {trainer.resume_command(config)}") from error
     if result.gain < -2 * result.standard_error:
         setup.notify(
             Notice(
@@ -333,6 +333,7 @@ def _write_adapter(
     except (OSError, AdapterError) as error:
         why = os_error_message(error) if isinstance(error, OSError) else error
         raise TrainingError(
-            f"The adapter could not be written, and the run is kept. {why} Then: {trainer.resume_command(setup.config)}"
+            f"The adapter could not be written, but the run is kept. {why} Then resume with: "
+            f"{trainer.resume_command(setup.config)}"
         ) from error
     return library.get(name)

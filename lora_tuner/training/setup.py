@@ -153,13 +153,13 @@ def _add_lora(requested: TrainConfig, inputs: TrainingInputs, notify: EventHandl
     """Add LoRA layers to the base: seeded and initialized by the method, or with the parent's weights."""
     if inputs.method in ("dora", "eva") and fsdp.shard_count() > 1:
         error = ConfigError(
-            f"{inputs.method} looks at all of the base before it begins, and no process has that: choose another --method."
+            f"{inputs.method} needs the whole base to initialize, but the base is sharded: choose another --method."
         )
         raise distributed.share_error(error)
     set_seed(requested.seed)
     model = lora.add_lora(inputs.base, requested, inputs.parent)
     if inputs.method == "eva":
-        notify(Progress("looking at how the text excites each layer", 0, 1))
+        notify(Progress("computing activations for EVA", 0, 1))
     initialization.initialize(inputs.base, model, requested, inputs.sequences)
     trained, frozen = lora.count_parameters(model)
     notify(

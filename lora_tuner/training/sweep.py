@@ -79,14 +79,14 @@ def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler = ignore_even
     _refuse_several_processes()
     first = configs[0]
     if first.parent is not None and len({config.rank for config in configs}) > 1:
-        raise ConfigError("--from keeps the rank of its parent: give it several learning rates, not ranks.")
+        raise ConfigError("--from keeps the rank of the parent: give several learning rates, not ranks.")
     name = adapter_name(first)
     trials = [config.model_copy(update={"name": _trial_name(name, config, configs)}) for config in configs]
     folder = _sweep_folder(first.runs_dir, name)
     if not first.overwrite and is_unfinished(name, first.runs_dir):
         raise TrainingError(
-            f"{folder} holds an unfinished sweep: go on with it ({_resume_command(name, first)}), drop it with --overwrite, "
-            "or choose another --name."
+            f"{folder} holds an unfinished sweep: resume it ({_resume_command(name, first)}), discard it with "
+            "--overwrite, or choose another --name."
         )
     if why := atomic_io.why_not_writable(first.runs_dir):
         raise TrainingError(f"{why}: choose another --runs-dir.")
@@ -110,7 +110,7 @@ def is_unfinished(name: str, runs_dir: Path) -> bool:
     old = runs_dir / f"{name}.ladder"
     if (old / "ladder.yaml").is_file():
         raise TrainingError(
-            f"{old} is an unfinished sweep of an earlier version and cannot be resumed: remove it and start the sweep anew."
+            f"{old} is an unfinished sweep of an earlier version and cannot be resumed: remove it and start the sweep again."
         )
     return False
 
@@ -130,15 +130,13 @@ def resume_sweep(name: str, runs_dir: Path = Path("runs"), notify: EventHandler 
         for settings in state.trials:
             TrainConfig.model_validate(settings)
     except (TypeError, ValueError) as error:
-        raise TrainingError(f"{folder / STATE_FILE} is not what the sweep was started with: start anew.") from error
+        raise TrainingError(f"{folder / STATE_FILE} cannot be read: start the sweep again with --overwrite.") from error
     return _run_trials(name, folder, state, None, notify)
 
 
 def _refuse_several_processes() -> None:
     if distributed.expected_world_size() > 1:
-        raise ConfigError(
-            "Several ranks or learning rates are trained by one process: leave torchrun out, or give one of each."
-        )
+        raise ConfigError("A sweep runs in one process: leave out torchrun, or give one rank and one learning rate.")
 
 
 def _requested_settings(config: TrainConfig) -> dict[str, Any]:
@@ -203,14 +201,14 @@ def _run_trials(
                 adapter = run.train(_with_same_steps(trial, list(adapters.values())), notify, prepare_trial)
             adapters[trial_name], state.done[trial_name] = adapter, adapter.sha256
         except Interrupted as error:
-            text = str(error).partition(" Go on with")[0]
-            raise Interrupted(f"{text} Go on with: {_resume_command(name, trial)}") from error
+            text = str(error).partition(" Resume with")[0]
+            raise Interrupted(f"{text} Resume with: {_resume_command(name, trial)}") from error
         except DivergedError as error:
             notify(Notice(str(error)))
             state.done[trial_name] = None
         _write_state(state, folder)
     if not adapters:
-        raise DivergedError(f"No trial of {name} has ended well: try lower learning rates.")
+        raise DivergedError(f"All trials of {name} diverged: try lower learning rates.")
     result = _measure_trials(name, folder, trials, adapters, setup, notify)
     with atomic_io.atomic_folder(folder) as work:
         (work / RESULT_FILE).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -237,7 +235,7 @@ def _finished_adapter(trial: TrainConfig, sha256: str | None) -> Adapter:
     adapter = Library(trial.adapters_dir).get(str(trial.name))
     if adapter.sha256 != sha256:
         raise TrainingError(
-            f"{adapter.path} is not the adapter that its sweep has trained: restore that, or start anew."
+            f"{adapter.path} is not the adapter that the sweep trained: restore it, or start the sweep again."
         )
     return adapter
 

@@ -102,7 +102,7 @@ def run_trainer(
             trainer.save_last_good_and_raise("A weight is not finite")
         if distributed.all_reduce_max(stop.is_set()):
             text = f"Stopped at step {state.global_step} of {state.max_steps}, saved."
-            raise distributed.share_error(Interrupted(f"{text} Go on with: {resume_command(setup.config)}"))
+            raise distributed.share_error(Interrupted(f"{text} Resume with: {resume_command(setup.config)}"))
     held_out = trainer.measure_held_out()
     history = [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
     return state, history, held_out
@@ -222,9 +222,9 @@ class _LoraTrainer(Trainer):
 
     def save_and_raise(self, reason: str, cause: Exception) -> NoReturn:
         """Save a checkpoint of the last complete step on rank zero, and raise TrainingError."""
-        step = f"It was after step {self.state.global_step} of {self.state.max_steps}."
+        step = f"The last step was {self.state.global_step} of {self.state.max_steps}."
         error = distributed.share_error(
-            TrainingError(f"{reason} {step} Go on with: {resume_command(self.setup.config)}")
+            TrainingError(f"{reason} {step} Resume with: {resume_command(self.setup.config)}")
         )
         distributed.drop_process_group()
         if not isinstance(error, RaisedOnRankZero) and self._can_save():
@@ -301,7 +301,7 @@ class _LoraTrainer(Trainer):
             atomic_io.delete(checkpoint)
             problem = error if isinstance(error, OSError) else atomic_io.as_os_error(error, checkpoint)
             raise TrainingError(
-                f"The checkpoint of step {step} could not be written. {os_error_message(problem)} Then go on with: "
+                f"The checkpoint of step {step} could not be written. {os_error_message(problem)} Then resume with: "
                 f"{resume_command(self.setup.config)}"
             ) from error
         distributed.run_on_rank_zero(partial(checkpoints.prune_checkpoints, self.folder))

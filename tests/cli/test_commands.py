@@ -648,8 +648,8 @@ def test_train_from_errors(two, tmp_path, gpt2):
     assert error("train", "--eval-split", "test") == ("Error: eval_split needs eval_dataset")
     given = ["--from", "noir", "--dataset", "verse.json", "--name", "child"]
     assert error("train", *given, "--rank", 8, "--alpha", 9) == (
-        "Error: rank is 8, and that of noir 4; alpha is 9, and that of noir 8: an adapter that goes on from another keeps "
-        "these, so leave them out."
+        "Error: rank is 8, but noir has 4; alpha is 9, but noir has 8: with --from these come from the parent, so leave "
+        "them out."
     )
     stranger = other_base(tmp_path)
     assert error("train", *given, "--base", stranger).startswith(f"Error: noir was trained on {gpt2} (fingerprint ")

@@ -439,11 +439,11 @@ def test_rows_truncated_before_answer_are_dropped(chat_config, tmp_path):
     notices = []
     job = prepare_training(chat_config(), lambda event: notices.append(getattr(event, "text", "")))
     assert all(tokenization.count_predictions(row) for row in job.sequences.rows)
-    assert [text for text in notices if text.endswith("within 128 tokens there is nothing to learn in them.")]
+    assert [text for text in notices if text.endswith("their first 128 tokens have nothing to learn.")]
     assert len(job.held_out) < 8
-    assert [text for text in notices if text.endswith("within 512 tokens nothing is learnt in them.")]
+    assert [text for text in notices if text.endswith("their first 512 tokens have nothing to predict.")]
     assert math.isfinite(evaluation.measure_loss(job.model, job.base, job.held_out).loss)
-    with pytest.raises(TrainingError, match="No row has anything to learn in it"):
+    with pytest.raises(TrainingError, match="No row has anything to learn:"):
         prepare_training(chat_config(max_length=8))
 
 

@@ -303,7 +303,7 @@ def test_failing_stream_leaves_resumable_checkpoint(config, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(data_streaming, "iter_rows", breaking)
         with pytest.raises(
-            TrainingError, match=r"The line is dead\. It was after step \d+ of 25\. Go on with: .* --resume cut"
+            TrainingError, match=r"The line is dead\. The last step was \d+ of 25\. Resume with: .* --resume cut"
         ):
             train(config(name="cut", max_steps=25))
     assert resume("cut").sha256 == whole.sha256
@@ -336,7 +336,8 @@ def test_stream_plan_by_minutes_or_default(config):
     notices = []
     assert run.plan(config(max_steps=None), notices.append).steps > plan.steps
     assert any(
-        "A stream has no end, so 10 minutes of it are trained." in getattr(notice, "text", "") for notice in notices
+        "A stream has no end, so training is limited to 10 minutes." in getattr(notice, "text", "")
+        for notice in notices
     )
 
 

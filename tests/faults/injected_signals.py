@@ -1,4 +1,4 @@
-"""What a command does to itself at an exact moment of its run: for `before`, so by name, and without pytest."""
+"""Changes that a command makes to its own process before it runs, given by name, without pytest."""
 
 import importlib
 import os
@@ -6,16 +6,16 @@ from typing import Any
 
 
 def signalled(*moments: tuple[str, int, int]) -> None:
-    """The process sends itself a signal each time that one of the moments has come: a function, such as
-    "lora_tuner.tokens:encode", is about to be called, for the so-manieth time, from 1."""
+    """Send the process a signal before the nth call, counted from 1, of a function such as
+    "lora_tuner.data.tokenization:encode_texts"."""
     for function, nth, number in moments:
-        owner, name = _found(function)
+        owner, name = _resolve(function)
         setattr(owner, name, _signalling(getattr(owner, name), nth, number))
 
 
-def replaced(thing: str, value: Any) -> None:
-    """Something, such as "peft:__version__", is another."""
-    owner, name = _found(thing)
+def replaced(target: str, value: Any) -> None:
+    """Replace an attribute such as "peft:__version__"."""
+    owner, name = _resolve(target)
     setattr(owner, name, value)
 
 
@@ -25,23 +25,23 @@ def threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-def _found(thing: str) -> tuple[Any, str]:
-    module, _, path = thing.partition(":")
+def _resolve(target: str) -> tuple[Any, str]:
+    module, _, path = target.partition(":")
     *owners, name = path.split(".")
     owner = importlib.import_module(module)
-    for it in owners:
-        owner = getattr(owner, it)
+    for part in owners:
+        owner = getattr(owner, part)
     return owner, name
 
 
 def _signalling(real: Any, nth: int, number: int) -> Any:
     calls = 0
 
-    def wrapped(*arguments: Any, **more: Any) -> Any:
+    def wrapped(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == nth:
             os.kill(os.getpid(), number)
-        return real(*arguments, **more)
+        return real(*arguments, **options)
 
     return wrapped

@@ -1,4 +1,4 @@
-"""Runs to be stopped: how they are trained, and what becomes of them."""
+"""Settings of runs that are stopped, and their results."""
 
 import json
 import shlex
@@ -24,7 +24,7 @@ HARD = (
     "--schedule",
     "cosine",
 )
-# Of its measurements that of step 6 is the best, so that it ends at step 10.
+# Its best measurement is at step 6, so it ends at step 10.
 PATIENT = (
     "--dropout", "0.1", "--max-steps", "20", "--eval-every", "2", "--patience", "2", "--schedule", "constant",
     "--learning-rate", "0.5", "--max-rows", "40",
@@ -38,12 +38,12 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 def cases(quick: list[Any], all_of_them: list[Any]) -> list[Any]:
-    """All of them, of which the quick ones are always tried."""
-    return [pytest.param(*it) if it in quick else slow(*it) for it in all_of_them]
+    """Return all cases as parameters, those not in `quick` marked as slow."""
+    return [pytest.param(*case) if case in quick else slow(*case) for case in all_of_them]
 
 
 def outcome(adapter: Path) -> Any:
-    """Everything that a run decides: the weights, and each loss on the way."""
+    """Return what a run decides: weights, all losses, steps and tokens."""
     curve = [json.loads(line) for line in (adapter / METRICS_FILE).read_text().splitlines()]
     run = read_manifest(adapter).run
     assert run is not None
@@ -52,13 +52,13 @@ def outcome(adapter: Path) -> Any:
     )  # fmt: skip
 
 
-def said_to_go_on(ended: CommandResult) -> list[str]:
-    """The arguments of the command that the last line gives, as a shell reads them."""
-    python, cli, *rest = shlex.split(ended.err.splitlines()[-1].partition("Go on with: ")[2])
+def resume_arguments(ended: CommandResult) -> list[str]:
+    """Return the arguments of the resume command in the last line, parsed as by a shell."""
+    python, cli, *rest = shlex.split(ended.err.splitlines()[-1].partition("Resume with: ")[2])
     assert (python, cli) == ("python", "cli.py")
     return rest
 
 
-def left() -> set[str]:
-    """What is in the library, and where runs are, hidden things too."""
+def leftovers() -> set[str]:
+    """Return all paths in the library and in the folder of the runs, hidden ones too."""
     return {str(path) for place in ("adapters", "runs") for path in Path(place).glob("*")}

@@ -133,7 +133,7 @@ def test_second_training_of_name_is_refused(
     second = run(*training, "--name", "new")
     assert (second.status, second.line) == (
         1,
-        "Error: Another process trains 'new' now: choose another --name, or wait for it.",
+        "Error: Another process is training 'new': choose another --name, or wait for it.",
     )
     (workspace / "released").touch()
     assert first.end().status == 0

@@ -31,7 +31,7 @@ LAST = RUN / "last-good"
         ),
     ],
 )
-def test_it_stops_at_the_first_figure_that_is_no_number(run, arguments, request, kind, rate, dtype):
+def test_divergence_keeps_last_good_adapter(run, arguments, request, kind, rate, dtype):
     shutil.rmtree("base")
     shutil.copytree(request.getfixturevalue(kind), "base")
     old = adapter_files.write(ADAPTER, facts=adapter_files.manifest())
@@ -52,7 +52,7 @@ def test_it_stops_at_the_first_figure_that_is_no_number(run, arguments, request,
 
 
 @pytest.mark.slow
-def test_what_is_kept_gave_a_finite_gradient_too(run, arguments):
+def test_last_good_had_finite_gradients(run, arguments):
     """Those of step 3 give a finite loss, and the gradient is not."""
     assert "A gradient is not finite in step 3," in run(*arguments, "--learning-rate", "1000", "--max-steps", "8").line
     kept = load_file(LAST / adapter.WEIGHTS_FILE)
@@ -65,7 +65,7 @@ def test_what_is_kept_gave_a_finite_gradient_too(run, arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rate", "what"), [("1e30", "The held-out loss is nan"), ("1e39", "A weight is not finite")])
-def test_figures_that_are_no_numbers_after_the_last_step_make_no_adapter(run, arguments, rate, what):
+def test_divergence_after_training_writes_no_adapter(run, arguments, rate, what):
     ended = run(*arguments, "--learning-rate", rate, "--max-steps", "1")
     assert ended.status == 1
     assert ended.line.startswith(
@@ -81,7 +81,7 @@ def test_figures_that_are_no_numbers_after_the_last_step_make_no_adapter(run, ar
 
 
 @pytest.mark.slow
-def test_an_adapter_that_is_worse_than_its_base_says_so(run, arguments):
+def test_worse_adapter_gives_notice(run, arguments):
     good = run(*arguments, "--max-steps", "40")
     assert "worse" not in good.err
     assert run("merge", "reviews", "--out", "learnt").status == 0
@@ -101,7 +101,7 @@ def test_an_adapter_that_is_worse_than_its_base_says_so(run, arguments):
         ),
     ],
 )
-def test_an_adapter_that_gives_no_number_is_one_line(run, world, tmp_path, command):
+def test_nan_adapter_is_one_line(run, world, tmp_path, command):
     shutil.copytree(world, tmp_path / "root")
     place = tmp_path / "root" / "adapters" / "one"
     tensors = load_file(place / adapter.WEIGHTS_FILE)
@@ -114,7 +114,7 @@ def test_an_adapter_that_gives_no_number_is_one_line(run, world, tmp_path, comma
     assert "has a held-out loss of nan on" in ended.line
 
 
-def test_a_base_that_gives_no_number_is_one_line(run, arguments):
+def test_nan_base_is_one_line(run, arguments):
     path = Path("base/model.safetensors")
     tensors = load_file(path)
     save_file(

@@ -12,13 +12,13 @@ from .. import adapter_files
 from . import workspaces
 from .injected_signals import signalled
 from .process import CommandResult, Fault, contents, unchanged
-from .runs import ADAPTER, HARD, RUN, STEP_END, cases, left, outcome, said_to_go_on
+from .runs import ADAPTER, HARD, RUN, STEP_END, cases, leftovers, outcome, resume_arguments
 
 INT, TERM = signal.SIGINT, signal.SIGTERM
 BEFORE_IT_RUNS = {  # nothing is there yet that could be resumed
     "reading": "lora_tuner.training.inputs:load_dataset",
     "loading": "lora_tuner.models.loading:load_base",
-    "tokenising": "lora_tuner.data.tokenization:encode_texts",
+    "tokenizing": "lora_tuner.data.tokenization:encode_texts",
     "wrapping": "lora_tuner.models.lora:add_lora",
     "counting memory": "lora_tuner.training.profiling:fit_to_memory",
     "measuring the base": "lora_tuner.evaluation:measure_loss",
@@ -50,30 +50,30 @@ def old(tmp_path: Path) -> Path:
     ("moment", "number"),
     cases([("measuring the base", TERM)], [(it, (INT, TERM)[n % 2]) for n, it in enumerate(BEFORE_IT_RUNS)]),
 )
-def test_before_it_runs_there_is_nothing_left(run, arguments, old, moment, number):
+def test_signal_before_training_leaves_nothing(run, arguments, old, moment, number):
     with unchanged(old):
         ended = run(*arguments, "--overwrite", before=partial(signalled, (BEFORE_IT_RUNS[moment], 1, number)))
     assert stopped(ended)
-    assert left() == {str(ADAPTER)}
+    assert leftovers() == {str(ADAPTER)}
 
 
 @pytest.mark.parametrize(
     ("moment", "number"),
     cases([("drawing", TERM)], [(it, (INT, TERM)[n % 2]) for n, it in enumerate(AFTER_ITS_STEPS)]),
 )
-def test_after_its_steps_only_the_end_is_done_again(run, arguments, old, whole, moment, number):
+def test_signal_after_training_resumes_bitwise(run, arguments, old, whole, moment, number):
     name, nth = AFTER_ITS_STEPS[moment]
     with unchanged(old):
         ended = run(*arguments, *HARD, "--overwrite", before=partial(signalled, (name, nth, number)))
-    assert stopped(ended, "Stopped at once. Go on with: python cli.py train --resume reviews")
-    assert left() == {str(ADAPTER), str(RUN)}
+    assert stopped(ended, "Stopped immediately. Resume with: python cli.py train --resume reviews")
+    assert leftovers() == {str(ADAPTER), str(RUN)}
     ended = run(
-        *said_to_go_on(ended),
+        *resume_arguments(ended),
         before=partial(signalled, ("lora_tuner.training.trainer:_LoraTrainer.training_step", 1, 9)),
     )
     assert ended.status == 0
     assert outcome(ADAPTER) == whole(*HARD)
-    assert left() == {str(ADAPTER)}
+    assert leftovers() == {str(ADAPTER)}
 
 
 @pytest.mark.parametrize(
@@ -97,17 +97,17 @@ def test_after_its_steps_only_the_end_is_done_again(run, arguments, old, whole, 
         ),
     ],
 )
-def test_asked_twice_it_stops_at_once_and_can_go_on(run, arguments, whole, moments):
+def test_second_signal_stops_immediately_resumable(run, arguments, whole, moments):
     ended = run(*arguments, *HARD, before=partial(signalled, *moments))
-    assert stopped(ended, "Stopped at once. Go on with: python cli.py train --resume reviews")
-    assert left() == {str(RUN)}
-    assert run(*said_to_go_on(ended)).status == 0
+    assert stopped(ended, "Stopped immediately. Resume with: python cli.py train --resume reviews")
+    assert leftovers() == {str(RUN)}
+    assert run(*resume_arguments(ended)).status == 0
     assert outcome(ADAPTER) == whole(*HARD)
-    assert left() == {str(ADAPTER)}
+    assert leftovers() == {str(ADAPTER)}
 
 
 @pytest.mark.slow
-def test_asked_while_it_prepares_to_go_on_the_run_is_as_it_was(run, arguments, whole):
+def test_signal_during_resume_changes_nothing(run, arguments, whole):
     assert run(*arguments, *HARD, before=partial(signalled, (STEP_END, 5, INT))).status == 130
     with unchanged(RUN):
         assert stopped(
@@ -117,7 +117,7 @@ def test_asked_while_it_prepares_to_go_on_the_run_is_as_it_was(run, arguments, w
     assert outcome(ADAPTER) == whole(*HARD)
 
 
-def test_a_real_ctrl_c_from_outside(start, arguments):
+def test_ctrl_c_from_another_process(start, arguments):
     """From another process, whenever it comes."""
     command = start(
         *arguments,
@@ -128,7 +128,7 @@ def test_a_real_ctrl_c_from_outside(start, arguments):
     command.send(INT)
     command.send(signal.SIGCONT)
     ended = command.end()
-    assert stopped(ended, "Stopped at step 3 of 9, saved. Go on with: python cli.py train --resume reviews")
+    assert stopped(ended, "Stopped at step 3 of 9, saved. Resume with: python cli.py train --resume reviews")
 
 
 def _state(pid: int) -> str:
@@ -164,7 +164,7 @@ READERS: dict[str, tuple[list[str], list[str]]] = {
         ],
     ),
 )
-def test_what_only_reads_ends_with_one_line(world, tmp_path, command, moment, number):
+def test_signal_in_reading_command_is_one_line(world, tmp_path, command, moment, number):
     root = tmp_path / "root"
     shutil.copytree(world, root)
     (root / "gains.png").write_bytes(b"an older picture")
@@ -175,7 +175,7 @@ def test_what_only_reads_ends_with_one_line(world, tmp_path, command, moment, nu
 
 
 @pytest.mark.slow
-def test_asked_while_it_waits_for_a_prompt(start, world, tmp_path):
+def test_sigint_at_prompt_is_one_line(start, world, tmp_path):
     ended = start(
         "generate", "--adapter", "one", "--adapters-dir", world / "adapters",
         before=partial(signalled, ("builtins:input", 1, INT)),
@@ -200,19 +200,19 @@ def interrupted_at(name: str, world: Path, base: Path, tmp_path: Path, chosen: C
         assert workspaces.litter(root) == [], events[at]
 
 
-def test_asked_as_it_clears_up_it_leaves_the_new(world, gpt2, tmp_path):
+def test_sigint_during_cleanup_leaves_new(world, gpt2, tmp_path):
     interrupted_at("blend over another", world, gpt2, tmp_path, lambda count: [count - 2])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*WRITERS, "rename", "remove"])
-def test_asked_at_any_moment_of_writing_it_leaves_the_old_or_the_new(name, world, gpt2, tmp_path):
+def test_sigint_while_writing_keeps_old_or_new(name, world, gpt2, tmp_path):
     interrupted_at(name, world, gpt2, tmp_path, lambda count: list(range(0, count, 1 if "over" in name else 3)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["train", "train over another"])
-def test_training_asked_at_any_moment_of_writing_can_go_on(name, world, gpt2, tmp_path):
+def test_sigint_while_training_writes_is_resumable(name, world, gpt2, tmp_path):
     words = workspaces.arguments(name, world, gpt2)
     new, events = workspaces.becomes(words, world, tmp_path / "clean")
     for at in range(0, len(events), 4):
@@ -224,8 +224,8 @@ def test_training_asked_at_any_moment_of_writing_can_go_on(name, world, gpt2, tm
         assert workspaces.state(root) in (old, new)
         lock = f"runs/.{words[2]}.lock.lora_tuner-new"  # asked while it removed that: the next training does
         assert workspaces.litter(root) == [lock] * events[at].endswith(lock), events[at]
-        if "Go on with: " in ended.err:
-            ended = workspaces.run(root, *said_to_go_on(ended))
+        if "Resume with: " in ended.err:
+            ended = workspaces.run(root, *resume_arguments(ended))
             assert ended.status == 0 or "has finished" in ended.line, (events[at], ended.err)
             assert workspaces.state(root) == new
             assert list((root / "runs").iterdir()) == []

@@ -50,10 +50,10 @@ def test_step_exceeding_memory_is_refused(run: Run, wide: Path, novels: Path, tm
     before = functools.partial(limit_free_memory, "training.profiling", 100_000_000)
     result = run(*command, *(["--plan"] if plan else []), before=before)
     assert result.status == 1
-    assert result.line.startswith("Error: A step with 8,192 tokens takes ")
+    assert result.line.startswith("Error: A step with 8,192 tokens needs ")
     assert result.line.endswith(
-        "GB of memory, and 0.1 GB are free: lower --batch-size (--gradient-accumulation makes up for it) or --max-length, or "
-        "choose --dtype bfloat16."
+        "GB of memory, and 0.1 GB are free: lower --batch-size (and raise --gradient-accumulation) or --max-length, or use "
+        "--dtype bfloat16."
     )
     for folder in ("adapters", "runs"):
         assert not (tmp_path / folder).exists() or contents(tmp_path / folder) == {}

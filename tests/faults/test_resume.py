@@ -27,7 +27,7 @@ from lora_tuner.training.checkpoints import (
 from .. import tiny_models
 from .injected_signals import replaced, signalled, threads
 from .process import CommandResult, Fault, contents, unchanged
-from .runs import ADAPTER, HARD, MICRO_BATCH, PATIENT, RUN, STEP_END, cases, left, outcome, said_to_go_on, slow
+from .runs import ADAPTER, HARD, MICRO_BATCH, PATIENT, RUN, STEP_END, cases, leftovers, outcome, resume_arguments, slow
 
 PIECES = sorted({*REQUIRED_FILES, f"{RNG_PREFIX}.pth", HASHES_FILE})
 
@@ -59,51 +59,49 @@ def killed(kept: dict[Any, Any], run: Callable[..., CommandResult], arguments: l
         [*((step, signal.SIGINT) for step in range(1, 10)), (4, signal.SIGTERM), (9, signal.SIGTERM)],
     ),
 )
-def test_stopped_at_any_step_it_goes_on_as_if_it_had_not(run, arguments, whole, step, number):
+def test_stop_at_any_step_resumes_bitwise(run, arguments, whole, step, number):
     ended = run(*arguments, *HARD, before=partial(signalled, (STEP_END, step, number)))
     assert ended.status == 130
     assert ended.err.splitlines()[-1] == (
-        f"Stopped at step {step} of 9, saved. Go on with: python cli.py train --resume reviews"
+        f"Stopped at step {step} of 9, saved. Resume with: python cli.py train --resume reviews"
     )
-    assert left() == {str(RUN)}
-    assert run(*said_to_go_on(ended)).status == 0
+    assert leftovers() == {str(RUN)}
+    assert run(*resume_arguments(ended)).status == 0
     assert outcome(ADAPTER) == whole(*HARD)
-    assert left() == {str(ADAPTER)}
+    assert leftovers() == {str(ADAPTER)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [*range(1, 19, 2), 18])
-def test_killed_in_any_micro_batch_it_goes_on_as_if_it_had_not(run, arguments, whole, micro_batch):
+def test_kill_in_micro_batch_resumes_bitwise(run, arguments, whole, micro_batch):
     ended = run(*arguments, *HARD, before=partial(signalled, (MICRO_BATCH, micro_batch, signal.SIGKILL)))
     assert ended.status == -signal.SIGKILL
     assert run("train", "--resume", "reviews").status == 0
     assert outcome(ADAPTER) == whole(*HARD)
-    assert left() == {str(ADAPTER)}
+    assert leftovers() == {str(ADAPTER)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "number"), [(step, (signal.SIGINT, signal.SIGKILL)[step % 2]) for step in range(1, 11)]
 )
-def test_stopped_while_it_waits_for_a_better_measurement_it_goes_on_as_if_it_had_not(
-    run, arguments, whole, step, number
-):
+def test_stop_with_patience_resumes_bitwise(run, arguments, whole, step, number):
     expected = whole(*PATIENT)
     assert expected[2][:2] == (10, 6)
     ended = run(*arguments, *PATIENT, before=partial(signalled, (STEP_END, step, number)))
     assert ended.status in (130, -signal.SIGKILL)
     assert run("train", "--resume", "reviews").status == 0
     assert outcome(ADAPTER) == expected
-    assert left() == {str(ADAPTER)}
+    assert leftovers() == {str(ADAPTER)}
 
 
 @pytest.mark.slow
-def test_stopped_after_each_step_it_comes_to_the_same(run, arguments, whole):
+def test_stop_after_each_step_resumes_bitwise(run, arguments, whole):
     command = [*arguments, *HARD]
     for step in range(1, 10):
         ended = run(*command, before=partial(signalled, (STEP_END, 1, signal.SIGINT)))
         assert f"Stopped at step {step} of 9" in ended.err
-        command = said_to_go_on(ended)
+        command = resume_arguments(ended)
     assert run(*command).status == 0
     assert outcome(ADAPTER) == whole(*HARD)
 
@@ -112,9 +110,7 @@ def test_stopped_after_each_step_it_comes_to_the_same(run, arguments, whole):
 @pytest.mark.parametrize(
     ("what", "part"), [*(("crash", at / 12) for at in range(12)), *(("kill", at / 4) for at in range(4))]
 )
-def test_cut_off_while_it_writes_a_checkpoint_it_goes_on_as_if_it_had_not(
-    run, arguments, whole, kept, tmp_path, what, part
-):
+def test_crash_during_checkpoint_resumes_bitwise(run, arguments, whole, kept, tmp_path, what, part):
     """Killed, or without power: then of what was not synced half is there."""
     if "events" not in kept:
         counted = run(*arguments, *HARD, fault=Fault(tmp_path / "runs"))
@@ -130,14 +126,14 @@ def test_cut_off_while_it_writes_a_checkpoint_it_goes_on_as_if_it_had_not(
     else:
         assert resumed.status == 0
     assert outcome(ADAPTER) == whole(*HARD)
-    assert left() == {str(ADAPTER)}
+    assert leftovers() == {str(ADAPTER)}
 
 
 @pytest.mark.slow
-def test_the_line_that_is_said_works_where_runs_are_kept_elsewhere(run, arguments, whole):
+def test_resume_command_includes_runs_dir(run, arguments, whole):
     ended = run(*arguments, *HARD, "--runs-dir", "my runs", before=partial(signalled, (STEP_END, 5, signal.SIGINT)))
-    assert ended.err.endswith("Go on with: python cli.py train --resume reviews --runs-dir 'my runs'\n")
-    assert run(*said_to_go_on(ended)).status == 0
+    assert ended.err.endswith("Resume with: python cli.py train --resume reviews --runs-dir 'my runs'\n")
+    assert run(*resume_arguments(ended)).status == 0
     assert outcome(ADAPTER) == whole(*HARD)
     assert list(Path("my runs").iterdir()) == []
 
@@ -164,7 +160,7 @@ OTHER = ("--rank", "8", "--seed", "1", "--learning-rate", "1e-3")
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_a_checkpoint_with_a_piece_that_is_not_its_own_is_passed_over(killed, how):
+def test_checkpoint_with_damaged_file_is_skipped(killed, how):
     other = killed(*OTHER, place=Path("other")) / "checkpoint-6"
     killed()
     for piece in PIECES:
@@ -174,49 +170,49 @@ def test_a_checkpoint_with_a_piece_that_is_not_its_own_is_passed_over(killed, ho
         damage(path, how, other)
         assert latest_valid(RUN, told.append) == RUN / "checkpoint-4"
         (notice,) = told
-        assert notice.text.startswith(f"{RUN}/checkpoint-6 is passed over: ")
+        assert notice.text.startswith(f"{RUN}/checkpoint-6 is skipped: ")
         if piece != HASHES_FILE or how == "missing":
-            assert f": {piece} is {'missing' if how == 'missing' else 'not the one that was written'}." in notice.text
+            assert f": {piece} {'is missing' if how == 'missing' else 'does not match its hash'}." in notice.text
         path.write_bytes(before)
     assert latest_valid(RUN, told.append) == RUN / "checkpoint-6"
 
 
-def test_a_checkpoint_that_does_not_vouch_for_a_piece_is_passed_over(killed):
+def test_checkpoint_without_hash_is_skipped(killed):
     path = killed() / "checkpoint-6" / HASHES_FILE
     hashes = json.loads(path.read_text())
     for piece in REQUIRED_FILES:
         told: list[Any] = []
         path.write_text(json.dumps({name: it for name, it in hashes.items() if name != piece}))
         assert latest_valid(RUN, told.append) == RUN / "checkpoint-4"
-        assert told == [Notice(f"{RUN}/checkpoint-6 is passed over: {piece} is missing.")]
+        assert told == [Notice(f"{RUN}/checkpoint-6 is skipped: {piece} is missing.")]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("piece", "how"), [(piece, HOW[n % len(HOW)]) for n, piece in enumerate(PIECES)])
-def test_from_the_checkpoint_before_it_comes_to_the_same(run, killed, whole, arguments, piece, how):
+def test_resume_from_earlier_checkpoint_is_bitwise(run, killed, whole, arguments, piece, how):
     other = killed(*OTHER, place=Path("other")) / "checkpoint-6"
     killed()
     damage(RUN / "checkpoint-6" / piece, how, other)
     ended = run("train", "--resume", "reviews")
     assert ended.status == 0
-    assert f"{RUN}/checkpoint-6 is passed over: " in ended.err
+    assert f"{RUN}/checkpoint-6 is skipped: " in ended.err
     assert outcome(ADAPTER) == whole(*HARD)
 
 
-def test_without_any_whole_checkpoint_it_starts_over_and_says_so(run, killed, whole):
+def test_resume_without_valid_checkpoint_starts_over(run, killed, whole):
     killed()
     (RUN / "checkpoint-6").rename(RUN / "checkpoint-8")
     damage(RUN / "checkpoint-4" / "rng_state.pth", "missing", RUN)
     ended = run("train", "--resume", "reviews")
-    assert f"{RUN}/checkpoint-8 is passed over: it is of step 6." in ended.err
-    assert f"{RUN}/checkpoint-4 is passed over: rng_state.pth is missing." in ended.err
-    assert f"{RUN} holds no whole checkpoint: the run starts at its first step." in ended.err
+    assert f"{RUN}/checkpoint-8 is skipped: it is of step 6." in ended.err
+    assert f"{RUN}/checkpoint-4 is skipped: rng_state.pth is missing." in ended.err
+    assert f"{RUN} holds no valid checkpoint: the run starts from its first step." in ended.err
     assert outcome(ADAPTER) == whole(*HARD)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["missing", "of another run"])
-def test_a_checkpoint_whose_best_step_is_broken_is_passed_over(run, arguments, whole, how):
+def test_checkpoint_with_broken_best_is_skipped(run, arguments, whole, how):
     """Trainer would keep the last weights for the best ones."""
     expected = whole(*PATIENT)
     run(*arguments, *PATIENT, before=partial(signalled, (STEP_END, 9, signal.SIGINT)))
@@ -225,13 +221,13 @@ def test_a_checkpoint_whose_best_step_is_broken_is_passed_over(run, arguments, w
     ended = run("train", "--resume", "reviews")
     for step in (9, 8):
         assert (
-            f"{RUN}/checkpoint-{step} is passed over: its best step is that of checkpoint-6, where {adapter.WEIGHTS_FILE}"
+            f"{RUN}/checkpoint-{step} is skipped: its best step is in checkpoint-6, where {adapter.WEIGHTS_FILE}"
             in (ended.err)
         )
     assert outcome(ADAPTER) == expected
 
 
-def test_the_best_step_of_each_checkpoint_that_is_kept_stays(tmp_path):
+def test_pruning_keeps_best_checkpoints(tmp_path):
     """Also of the one before the newest: if that breaks, it is needed."""
     for step, best in ((2, 2), (4, 2), (6, 2), (8, 8)):
         folder = tmp_path / f"checkpoint-{step}"
@@ -241,7 +237,7 @@ def test_the_best_step_of_each_checkpoint_that_is_kept_stays(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-6", "checkpoint-8"]
 
 
-def test_a_whole_checkpoint_of_a_run_with_other_settings_is_refused(run, killed):
+def test_checkpoint_with_other_settings_is_refused(run, killed):
     other = killed(*OTHER, place=Path("other")) / "checkpoint-6"
     killed()
     shutil.rmtree(RUN / "checkpoint-6")
@@ -249,15 +245,13 @@ def test_a_whole_checkpoint_of_a_run_with_other_settings_is_refused(run, killed)
     with unchanged(RUN):
         ended = run("train", "--resume", "reviews")
     assert ended.status == 1
-    assert ended.line.startswith(
-        f"Error: {RUN}/run.yaml is not what {RUN}/checkpoint-6 was made with: rank (was 8, is 4)"
-    )
+    assert ended.line.startswith(f"Error: {RUN}/run.yaml differs from that of {RUN}/checkpoint-6: rank (was 8, is 4)")
     assert "seed (was 1, is 0)" in ended.line
-    assert left() == {str(RUN)}
+    assert leftovers() == {str(RUN)}
 
 
 @pytest.mark.slow
-def test_a_whole_checkpoint_of_a_run_on_other_data_is_refused(run, killed, reviews_csv):
+def test_checkpoint_with_other_data_is_refused(run, killed, reviews_csv):
     text = reviews_csv.read_text()
     reviews_csv.write_text(text + "one more row,1\n")
     other = killed("--seed", "0", place=Path("other")) / "checkpoint-6"
@@ -295,7 +289,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("checkpoints", [True, False])
-def test_another_setting_is_refused_by_name(killed, checkpoints):
+def test_changed_setting_is_named(killed, checkpoints):
     killed()
     text = (RUN / adapter.RUN_FILE).read_text()
     if not checkpoints:  # what decides where the run is, and when it ends, is known without them
@@ -307,10 +301,11 @@ def test_another_setting_is_refused_by_name(killed, checkpoints):
         settings = {key: it for key, it in (yaml.safe_load(text) | changes[name]).items() if it is not None}
         (RUN / adapter.RUN_FILE).write_text(yaml.safe_dump(settings))
         with pytest.raises(
-            TrainingError, match=rf"^runs/reviews/run\.yaml is not what .*\b{name}\b|its max_steps None"
+            TrainingError,
+            match=rf"^runs/reviews/run\.yaml (differs from|was changed: ).*(\b{name}\b|its max_steps None)",
         ):
             resume("reviews")
-    assert left() == {str(RUN)}
+    assert leftovers() == {str(RUN)}
 
 
 @pytest.mark.parametrize(
@@ -326,7 +321,7 @@ def test_another_setting_is_refused_by_name(killed, checkpoints):
         slow("transformers", partial(replaced, "transformers:__version__", "0.0.1")),
     ],
 )
-def test_anything_else_that_has_changed_is_refused_by_name(run, killed, reviews_csv, what, before):
+def test_changed_fact_is_named(run, killed, reviews_csv, what, before):
     killed()
     if what == "data":
         reviews_csv.write_text(reviews_csv.read_text().replace("the actor", "an actor", 1))
@@ -346,15 +341,15 @@ def test_anything_else_that_has_changed_is_refused_by_name(run, killed, reviews_
     assert ended.status == 1
     assert ended.line.startswith(f"Error: {RUN} cannot be resumed exactly: changed since it stopped: ")
     assert f"{what} (was " in ended.line
-    assert ended.line.endswith("Restore that, or train anew with --overwrite.")
-    assert left() == {str(RUN)}
+    assert ended.line.endswith("Restore it, or train again with --overwrite.")
+    assert leftovers() == {str(RUN)}
 
 
 BROKEN = [None, b"", b"{", b"[]", b"\xff\xfe", b"name: [", b'{"nothing": "known"}']
 
 
 @pytest.mark.parametrize("name", [adapter.RUN_FILE, adapter.MANIFEST_FILE])
-def test_a_run_folder_with_a_broken_file_is_one_line(run, killed, name):
+def test_broken_run_file_is_one_line(run, killed, name):
     killed()
     for number, content in enumerate(BROKEN):
         (RUN / name).unlink(missing_ok=True)
@@ -372,7 +367,7 @@ def test_a_run_folder_with_a_broken_file_is_one_line(run, killed, name):
 
 
 @pytest.mark.parametrize("part", ["data", "run"])
-def test_a_manifest_of_no_run_is_refused(killed, part):
+def test_manifest_without_run_is_refused(killed, part):
     killed()
     facts = json.loads((RUN / adapter.MANIFEST_FILE).read_text())
     (RUN / adapter.MANIFEST_FILE).write_text(json.dumps(facts | {part: None}))
@@ -381,13 +376,13 @@ def test_a_manifest_of_no_run_is_refused(killed, part):
 
 
 @pytest.mark.slow
-def test_without_its_run_yaml_it_says_where_a_copy_is(run, killed, whole):
+def test_missing_run_yaml_names_a_copy(run, killed, whole):
     killed()
     (RUN / adapter.RUN_FILE).unlink()
     copy = RUN / "checkpoint-4" / adapter.RUN_FILE
     assert run("train", "--resume", "reviews").line == (
-        f"Error: There is no unfinished run {RUN}: it has finished, or {RUN}/run.yaml was removed; {copy} is a copy to go on "
-        "with. Train without --resume."
+        f"Error: There is no unfinished run {RUN}: it has finished, or {RUN}/run.yaml was removed; {copy} is a copy of it. "
+        "Train without --resume."
     )
     shutil.copyfile(copy, RUN / adapter.RUN_FILE)
     assert run("train", "--resume", "reviews").status == 0
@@ -401,7 +396,7 @@ SHORT = ("--max-steps", "2")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [(), ("--keep-checkpoints",)])
-def test_a_run_that_has_finished_says_so(run, arguments, how):
+def test_resume_of_finished_run_is_refused(run, arguments, how):
     assert run(*arguments, *SHORT, *how).status == 0
     with unchanged(Path("runs")), unchanged(Path("adapters")):
         ended = run("train", "--resume", "reviews")
@@ -419,7 +414,7 @@ def test_a_run_that_has_finished_says_so(run, arguments, how):
         slow("lora_tuner.atomic_io:shutil.rmtree", ()),
     ],
 )
-def test_killed_before_it_has_cleaned_up_nothing_is_trained_again(run, arguments, moment, how):
+def test_kill_before_cleanup_trains_nothing_again(run, arguments, moment, how):
     ended = run(*arguments, *SHORT, *how, before=partial(signalled, (moment, 1, signal.SIGKILL)))
     assert ended.status == -signal.SIGKILL
     checkpoint = contents(RUN / "checkpoint-2")
@@ -431,20 +426,20 @@ def test_killed_before_it_has_cleaned_up_nothing_is_trained_again(run, arguments
         ended.line
     )
     if how:
-        assert left() == {str(ADAPTER), str(RUN)}
+        assert leftovers() == {str(ADAPTER), str(RUN)}
         assert contents(RUN / "checkpoint-2") == checkpoint != {}
         assert "There is no unfinished run" in run("train", "--resume", "reviews").line
     else:
-        assert left() == {str(ADAPTER)}
+        assert leftovers() == {str(ADAPTER)}
 
 
 @pytest.mark.slow
-def test_the_run_that_replaces_a_damaged_adapter_has_not_finished(run, arguments):
+def test_run_over_damaged_adapter_resumes(run, arguments):
     """The same settings and data make the same adapter, but the one that is there is not whole."""
     assert run(*arguments, *SHORT).status == 0
     expected = outcome(ADAPTER)
     weights = ADAPTER / adapter.WEIGHTS_FILE
     damage(weights, "one byte is another", ADAPTER)
     ended = run(*arguments, *SHORT, "--overwrite", before=partial(signalled, (STEP_END, 1, signal.SIGINT)))
-    assert run(*said_to_go_on(ended)).status == 0
+    assert run(*resume_arguments(ended)).status == 0
     assert outcome(ADAPTER) == expected

@@ -108,7 +108,7 @@ def test_run_resumes_sharded_or_unsharded(settings, sharded, first):
     script = ON_A_CPU + ENDING_PROCESS.format(at=7)
     done = sharded(settings, "--max-steps=12", "--name=cut", script=script, **env)
     assert done.status != 0
-    assert "It was after step 7 of 12. Go on with: python cli.py train --resume cut" in done.err
+    assert "The last step was 7 of 12. Resume with: python cli.py train --resume cut" in done.err
     if first == "sharded":
         resume("cut")
     else:
@@ -293,8 +293,8 @@ def test_weight_bytes_with_experts_are_sharded(gpt2, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "error_class", "problem"),
     [
-        ({"method": "dora"}, ConfigError, "dora looks at all of the base before it begins"),
-        ({"method": "eva"}, ConfigError, "eva looks at all of the base before it begins"),
+        ({"method": "dora"}, ConfigError, "dora needs the whole base to initialize"),
+        ({"method": "eva"}, ConfigError, "eva needs the whole base to initialize"),
         ({"load_in": "4bit"}, BaseModelError, "--load-in 4bit cannot be combined with FSDP: choose one"),
     ],
 )

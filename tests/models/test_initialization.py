@@ -118,7 +118,7 @@ def test_pissa_with_parent_is_refused(settings, adapter):
     with pytest.raises(ConfigError) as error:
         train(TrainConfig(dataset="reviews.csv", name="child", method="pissa", parent="reviews", max_steps=2))
     assert str(error.value) == (
-        "method is pissa, and that of reviews lora: an adapter that goes on from another keeps these, so leave them out."
+        "method is pissa, but reviews has lora: with --from these come from the parent, so leave them out."
     )
 
 

@@ -208,7 +208,7 @@ def test_auto_checkpointing_when_memory_is_short(settings, monkeypatch):
     monkeypatch.setattr(profiling, "free_memory", lambda device: needed - 1)
     adapter = train(settings(), lambda event: notices.append(event.text) if isinstance(event, Notice) else None)
     assert "checkpointing: 'on'" in (adapter.path / "run.yaml").read_text()
-    assert [text for text in notices if text.endswith("and longer (--gradient-checkpointing).")]
+    assert [text for text in notices if text.endswith("and is slower (--gradient-checkpointing).")]
     estimate = plan(settings(name="planned"))
     assert estimate.gradient_checkpointing
     assert (estimate.dtype, estimate.load_in) == ("float32", "full")

@@ -99,15 +99,15 @@ def test_lost_process_resumes_on_one(settings, tmp_path, streaming):
     done = finish(start(settings, "--max-steps=12", "--name=cut", script=script))
     assert done.status != 0
     assert (
-        "Error: Another process of this run has ended. It was after step 7 of 12. Go on with: python cli.py train --resume cut"
+        "Error: Another process of this run has ended. The last step was 7 of 12. Resume with: python cli.py train --resume cut"
         in done.err
     )
     assert done.err.count("Error: ") == done.err.count("ChildFailedError: ") + 1
     events = []
     cut = resume("cut", notify=events.append)
     assert (
-        "The run was begun by 2 processes and goes on with 1: --gradient-accumulation is 2 in place of 1, so that each step "
-        "learns the same sequences. What is rounded, and what dropout leaves out, is another."
+        "The run was started with 2 processes and resumes with 1: --gradient-accumulation is 2 instead of 1, so that each "
+        "step has the same sequences. Rounding and dropout differ."
     ) in [getattr(event, "text", "") for event in events]
     whole = train(TrainConfig.model_validate(settings | {"max_steps": 12, "gradient_accumulation": 2, "name": "whole"}))
     assert max(abs(a - b) for a, b in zip(curve(whole), curve(cut), strict=True)) < 1e-5
@@ -149,7 +149,7 @@ def test_signal_stops_all_at_same_step(settings, signum):
     done = finish(started)
     assert done.status != 0
     assert done.err.count("Stopped at step ") == 1
-    assert "saved. Go on with: python cli.py train --resume asked" in done.err
+    assert "saved. Resume with: python cli.py train --resume asked" in done.err
     assert len([*Path("runs/asked").glob("checkpoint-*/whole.json")]) == 1
 
 
@@ -261,7 +261,7 @@ def test_different_base_weights_are_refused(settings, launched):
     launched.setattr(distributed, "init_process_group", lambda device: None)
     launched.setattr(distributed, "world_size", lambda: 2)
     launched.setattr(distributed, "all_gather", lambda value: [value, "other"])
-    with pytest.raises(TrainingError, match="The processes have different weights under the name"):
+    with pytest.raises(TrainingError, match="The processes loaded different weights for"):
         train(TrainConfig.model_validate(settings))
 
 
@@ -272,9 +272,9 @@ def test_single_gpu_device_is_refused(settings, launched):
 
 
 def test_sweep_is_refused(settings, launched):
-    with pytest.raises(ConfigError, match="are trained by one process: leave torchrun out"):
+    with pytest.raises(ConfigError, match="A sweep runs in one process: leave out torchrun"):
         run_sweep([TrainConfig.model_validate(settings | {"rank": rank}) for rank in (2, 4)])
-    with pytest.raises(ConfigError, match="are trained by one process: leave torchrun out"):
+    with pytest.raises(ConfigError, match="A sweep runs in one process: leave out torchrun"):
         sweep.resume_sweep("reviews")
 
 
@@ -308,7 +308,7 @@ def test_indivisible_accumulation_is_refused(settings, monkeypatch):
     assert run._for_world_size(config, then, lambda event: None).gradient_accumulation == 1
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     with pytest.raises(
-        TrainingError, match="takes 4 batches, which 3 processes cannot share alike: go on with 1 or 2 or 4"
+        TrainingError, match="has 4 batches, which 3 processes cannot share evenly: resume with 1 or 2 or 4"
     ):
         run._for_world_size(config, then, lambda event: None)
 

@@ -1,4 +1,4 @@
-"""`train --from`: an adapter that goes on from another."""
+"""`train --from`: continue training from another adapter."""
 
 import json
 import shutil
@@ -92,33 +92,33 @@ def logits(base, folder):
 # Where it starts
 
 
-def test_it_starts_with_the_weights_of_its_parent(parent):
-    job = prepare_training(child())
-    started = lora.adapter_state_dict(job.model)
+def test_child_starts_with_parent_weights(parent):
+    setup = prepare_training(child())
+    started = lora.adapter_state_dict(setup.model)
     assert started.keys() == tensors(parent).keys()
     for name, tensor in tensors(parent).items():
         assert torch.equal(started[name], tensor), name
-    assert lora.count_parameters(job.model)[0] == parent.parameters
+    assert lora.count_parameters(setup.model)[0] == parent.parameters
 
 
-def test_before_its_first_step_it_is_worth_what_its_parent_is(parent):
-    job = prepare_training(child(dataset="noir.json", name="on"))
+def test_child_starts_with_parent_loss(parent):
+    setup = prepare_training(child(dataset="noir.json", name="on"))
     result = parent.manifest.result
-    assert evaluation.measure_loss(job.model, job.base, job.held_out).loss == pytest.approx(result.loss, abs=1e-6)
-    with job.model.disable_adapter():
-        plain = evaluation.measure_loss(job.model, job.base, job.held_out).loss
+    assert evaluation.measure_loss(setup.model, setup.base, setup.held_out).loss == pytest.approx(result.loss, abs=1e-6)
+    with setup.model.disable_adapter():
+        plain = evaluation.measure_loss(setup.model, setup.base, setup.held_out).loss
     assert plain == pytest.approx(result.base_loss, abs=1e-6)
     assert abs(result.gain) > 0.01
 
 
-def test_one_small_step_stays_close_to_the_parent(parent):
+def test_small_step_stays_near_parent(parent):
     small = train(child(max_steps=1, learning_rate=1e-6))
     moved = {name: (tensor - tensors(parent)[name]).abs().max() for name, tensor in tensors(small).items()}
     assert 0 < max(moved.values()) < 2e-6  # Adam's first step is as long as the learning rate
     assert all(tensor.abs().max() > 1e-3 for name, tensor in tensors(parent).items() if "lora_B" in name)
 
 
-def test_it_learns_more(parent, gpt2):
+def test_child_improves_on_parent(parent, gpt2):
     grown = train(child(dataset="noir.json", name="grown", max_steps=8))
     assert grown.manifest.result.gain > parent.manifest.result.gain
     assert grown.manifest.result.base_loss == parent.manifest.result.base_loss  # the gain is over the plain base
@@ -128,7 +128,7 @@ def test_it_learns_more(parent, gpt2):
 # What it shares with its parent
 
 
-def test_it_has_the_rank_alpha_layers_base_and_split_of_its_parent(parent, gpt2):
+def test_child_keeps_parent_settings(parent, gpt2):
     found = train(child(dropout=0.1))
     assert {key: found.config.get(key) for key in SCALING_KEYS} == {key: parent.config.get(key) for key in SCALING_KEYS}
     assert (found.rank, found.config["lora_alpha"], found.modules) == (3, 5, parent.modules)
@@ -143,37 +143,35 @@ def test_it_has_the_rank_alpha_layers_base_and_split_of_its_parent(parent, gpt2)
     )
 
 
-def test_no_row_that_its_parent_held_out_is_trained_on(parent):
+def test_parent_held_out_rows_are_not_trained(parent):
     alone = TrainConfig(**QUICK, **PARENT, dataset="noir.json", base=parent.base)
     first, second = prepare_training(alone), prepare_training(child(dataset="noir.json"))
     assert second.dataset.held_out == first.dataset.held_out
     assert not set(second.dataset.train) & set(first.dataset.held_out)
 
 
-def test_what_is_the_same_may_be_said(parent, gpt2):
+def test_repeated_parent_settings_are_accepted(parent, gpt2):
     silent = train(child())
     said = train(child(**PARENT, base=str(gpt2), name="said"))
     assert weights(said) == weights(silent)
     assert weights(train(child(target_modules="c_attn, attn.c_proj", name="other-words"))) == weights(silent)
 
 
-def test_all_that_differs_is_refused_at_once(parent):
+def test_conflicting_parent_settings_are_refused(parent):
+    keeps = "with --from these come from the parent, so leave them out."
     assert refusal(ConfigError, child(rank=8, alpha=16, split_salt="salt", target_modules="attention")) == (
-        "rank is 8, and that of noir 3; alpha is 16, and that of noir 5; split_salt is salt, and that of noir pepper: an "
-        "adapter that goes on from another keeps these, so leave them out."
+        f"rank is 8, but noir has 3; alpha is 16, but noir has 5; split_salt is salt, but noir has pepper: {keeps}"
     )
     assert refusal(ConfigError, child(split_salt="lora_tuner")) == (
-        "split_salt is lora_tuner, and that of noir pepper: an adapter that goes on from another keeps these, so "
-        "leave them out."
+        f"split_salt is lora_tuner, but noir has pepper: {keeps}"
     )
     assert refusal(ConfigError, child(target_modules="auto")) == (
-        "target_modules is auto, and that of noir attn.c_proj, c_attn: an adapter that goes on from another keeps these, so "
-        "leave them out."
+        f"target_modules is auto, but noir has attn.c_proj, c_attn: {keeps}"
     )
     assert refusal(ConfigError, child(target_modules="nonsense")).startswith(
         "target_modules: nonsense cannot be adapted; "
     )
-    with pytest.raises(ConfigError, match=r"^rank is 8, and that of noir 3: an adapter that goes on"):
+    with pytest.raises(ConfigError, match=r"^rank is 8, but noir has 3: with --from"):
         preview(child(rank=8), 1)
 
 
@@ -194,7 +192,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_an_adapter_of_another_tool_goes_on_with_its_own_scaling(family, gpt2, tmp_path, kind):
+def test_foreign_parent_keeps_its_scaling(family, gpt2, tmp_path, kind):
     shutil.copy(family / "verse.json", tmp_path)
     torch.manual_seed(3)
     settings = LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, init_lora_weights="gaussian", **FOREIGN[kind])
@@ -218,7 +216,7 @@ def test_an_adapter_of_another_tool_goes_on_with_its_own_scaling(family, gpt2, t
     assert far.manifest.result.gain > near.manifest.result.gain + 0.01
 
 
-def test_a_parent_can_be_named_by_its_path(parent, tmp_path):
+def test_parent_given_by_path(parent, tmp_path):
     by_name = train(child())
     shutil.move(parent.path, tmp_path / "elsewhere")
     by_path = train(child(parent="elsewhere", name="b"))
@@ -226,7 +224,7 @@ def test_a_parent_can_be_named_by_its_path(parent, tmp_path):
     assert by_path.manifest.parents == [ParentInfo(name="elsewhere", sha256=parent.sha256)]
 
 
-def test_a_parent_that_is_missing_or_damaged(parent):
+def test_missing_or_damaged_parent_is_refused(parent):
     assert refusal(AdapterError, child(parent="nobody")) == (
         "There is no adapter 'nobody', neither in adapters (noir) nor as a path."
     )
@@ -239,7 +237,7 @@ def test_a_parent_that_is_missing_or_damaged(parent):
     assert list((parent.path.parent.parent / "runs").iterdir()) == []
 
 
-def test_another_base_is_refused_unless_forced(parent, gpt2, tmp_path):
+def test_other_base_needs_force(parent, gpt2, tmp_path):
     other = tiny_models.save_model(tmp_path / "other", "gpt2", seed=7)
     prints = [find_base(str(folder)).fingerprint[:12] for folder in (gpt2, other)]
     what = (
@@ -262,7 +260,7 @@ def test_another_base_is_refused_unless_forced(parent, gpt2, tmp_path):
         train(child(base=str(wider), force=True, name="b"))
 
 
-def test_force_is_for_a_parent():
+def test_force_needs_parent():
     with pytest.raises(ConfigError) as error:
         resolve_settings(TrainConfig, {"force": True})
     assert str(error.value) == "force needs an adapter to continue from: give --from"
@@ -273,7 +271,7 @@ def test_force_is_for_a_parent():
 # What is known of it
 
 
-def test_it_knows_its_parents_and_theirs(parent):
+def test_manifest_lists_ancestors(parent):
     first, second = train(child()), train(child(parent="verse", name="second"))
     noir = ParentInfo(name="noir", sha256=atomic_io.sha256_file(parent.path / WEIGHTS_FILE))
     verse = ParentInfo(name="verse", sha256=atomic_io.sha256_file(first.path / WEIGHTS_FILE), parents=[noir])
@@ -289,7 +287,7 @@ def test_it_knows_its_parents_and_theirs(parent):
     ]
 
 
-def test_run_yaml_repeats_a_child_bit_for_bit(parent):
+def test_run_yaml_repeats_child_bitwise(parent):
     first = train(child(dropout=0.1, seed=5, gradient_accumulation=2))
     again = train(resolve_settings(TrainConfig, {"name": "again"}, first.path / RUN_FILE))
     assert weights(again) == weights(first)
@@ -297,7 +295,7 @@ def test_run_yaml_repeats_a_child_bit_for_bit(parent):
     assert weights(train(child(dropout=0.1, gradient_accumulation=2, name="other"))) != weights(first)
 
 
-def test_a_child_can_take_the_place_of_its_parent(parent):
+def test_child_can_overwrite_its_parent(parent):
     with pytest.raises(
         AdapterError, match="adapters/noir exists: choose another --name, or replace it with --overwrite"
     ):
@@ -323,20 +321,20 @@ def interrupted(parent):
     """A child whose run stopped at step 4, and the weights that it would have had."""
     whole = train(child(**HARD, name="whole"))
     with pytest.raises(
-        Interrupted, match=r"Stopped at step 4 of 6, saved\. Go on with: python cli\.py train --resume v"
+        Interrupted, match=r"Stopped at step 4 of 6, saved\. Resume with: python cli\.py train --resume v"
     ):
         train(child(**HARD), StopAt(4))
     return whole
 
 
-def test_a_resumed_child_equals_an_uninterrupted_one(interrupted):
+def test_resumed_child_is_bitwise_equal(interrupted):
     resumed = resume("verse")
     assert weights(resumed) == weights(interrupted)
     assert resumed.manifest.parents == interrupted.manifest.parents
     assert resumed.manifest.result == interrupted.manifest.result
 
 
-def test_a_child_is_not_resumed_without_its_parent_as_it_was(interrupted, parent, tmp_path):
+def test_resume_needs_the_unchanged_parent(interrupted, parent, tmp_path):
     parent.path.rename(tmp_path / "away")
     with pytest.raises(AdapterError) as error:
         resume("verse")
@@ -345,8 +343,8 @@ def test_a_child_is_not_resumed_without_its_parent_as_it_was(interrupted, parent
     with pytest.raises(ConfigError) as error:
         resume("verse")
     assert str(error.value) == (
-        f"adapters/noir has other weights (sha256 {new.sha256[:12]}) than those to go on from ({parent.sha256[:12]}): "
-        "restore those, or leave --from-sha256 out to go on from these."
+        f"adapters/noir has weights with sha256 {new.sha256[:12]}, but {parent.sha256[:12]} is expected: restore them, or leave "
+        "out --from-sha256 to continue from these."
     )
     shutil.rmtree(new.path)
     (tmp_path / "away").rename(parent.path)
@@ -356,7 +354,7 @@ def test_a_child_is_not_resumed_without_its_parent_as_it_was(interrupted, parent
 # Looking first
 
 
-def test_a_preview_shows_the_rows_of_the_parents_split(parent):
+def test_preview_uses_the_parent_split(parent):
     told = []
     rows = preview(child(), 3, told.append)
     corpus = prepare_training(child()).dataset
@@ -365,7 +363,7 @@ def test_a_preview_shows_the_rows_of_the_parents_split(parent):
     assert all(len(row.tokens) <= 64 for row in rows)
 
 
-def test_a_plan_for_a_child_trains_and_writes_nothing(parent, tmp_path):
+def test_plan_of_child_writes_nothing(parent, tmp_path):
     before = weights(parent)
     cost = plan(child(max_steps=None, epochs=2))
     assert cost.steps == 2 * cost.steps_per_epoch
@@ -375,13 +373,13 @@ def test_a_plan_for_a_child_trains_and_writes_nothing(parent, tmp_path):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_measuring_the_speed_does_not_change_where_it_starts(parent):
+def test_profiling_does_not_change_child(parent):
     measured = train(child(max_steps=None, minutes=0.002))
     counted = train(child(max_steps=measured.manifest.run.steps, name="counted"))
     assert weights(measured) == weights(counted)
 
 
-def test_a_parent_with_other_weights_is_not_taken_for_the_one_of_the_run(parent):
+def test_repeat_needs_the_unchanged_parent(parent):
     first = train(child(name="first"))
     again = yaml.safe_load((first.path / RUN_FILE).read_text())
     assert again["parent_sha256"] == parent.sha256
@@ -389,6 +387,6 @@ def test_a_parent_with_other_weights_is_not_taken_for_the_one_of_the_run(parent)
     with pytest.raises(ConfigError) as error:
         train(TrainConfig.model_validate(again | {"name": "second"}))
     assert str(error.value) == (
-        f"{other.path} has other weights (sha256 {other.sha256[:12]}) than those to go on from ({parent.sha256[:12]}): "
-        "restore those, or leave --from-sha256 out to go on from these."
+        f"{other.path} has weights with sha256 {other.sha256[:12]}, but {parent.sha256[:12]} is expected: restore them, or leave "
+        "out --from-sha256 to continue from these."
     )

@@ -34,7 +34,7 @@ def history(adapter):
     return [json.loads(line) for line in (adapter.path / adapters_adapter.METRICS_FILE).read_text().splitlines()]
 
 
-def test_a_run_leaves_a_whole_adapter_and_nothing_else(adapter, tmp_path):
+def test_run_leaves_only_the_adapter(adapter, tmp_path):
     assert {path.name for path in adapter.path.iterdir()} == {
         adapters_adapter.WEIGHTS_FILE, adapters_adapter.CONFIG_FILE, adapters_adapter.MANIFEST_FILE,
         adapters_adapter.RUN_FILE, adapters_adapter.METRICS_FILE, adapters_adapter.LOSS_PLOT_FILE, adapters_adapter.CARD_FILE,
@@ -43,7 +43,7 @@ def test_a_run_leaves_a_whole_adapter_and_nothing_else(adapter, tmp_path):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_training_helps_and_says_by_how_much(settings, model_folder):
+def test_training_lowers_held_out_loss(settings, model_folder):
     adapter = train(settings(base=str(model_folder), max_steps=40, eval_rows=20))
     result = adapter.manifest.result
     assert result.gain > 3 * result.standard_error > 0
@@ -56,33 +56,33 @@ def test_training_helps_and_says_by_how_much(settings, model_folder):
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_the_logged_loss_is_the_true_one_for_each_kind_of_model(settings, model_folder, tmp_path, packing):
+def test_logged_loss_equals_measured_loss(settings, model_folder, tmp_path, packing):
     """Trainer's own figure is too low for GPT-2: it divides by labels that nothing predicts."""
     shutil.copytree(model_folder, tmp_path / "base")
     config = json.loads((model_folder / "config.json").read_text())
     still = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)  # else the loss in training is another one
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | still))
     # One step over all rows, in micro-batches of unequal length: there is one true figure for it.
-    job = prepare_training(settings(base="base", max_rows=40, packing=packing))
-    accumulation = -(-len(job.sequences) // 3)
+    setup = prepare_training(settings(base="base", max_rows=40, packing=packing))
+    accumulation = -(-len(setup.sequences) // 3)
     logged = history(
-        train(job.config.model_copy(update={"batch_size": 3, "gradient_accumulation": accumulation, "max_steps": 1}))
+        train(setup.config.model_copy(update={"batch_size": 3, "gradient_accumulation": accumulation, "max_steps": 1}))
     )
     base = load_base(find_base("base"), ModelOptions(device="cpu"))
-    true = evaluation.measure_loss(base.model, base, job.sequences.rows)
+    true = evaluation.measure_loss(base.model, base, setup.sequences.rows)
     assert len(logged) == 1
     assert logged[0]["tokens"] == sum(true.predictions)
     assert logged[0]["loss"] == pytest.approx(true.loss, abs=1e-4)
 
 
-def test_the_same_configuration_gives_bitwise_the_same_adapter(settings):
+def test_same_config_repeats_bitwise(settings):
     first = train(settings(dropout=0.1, gradient_accumulation=2))
     again = train(settings(dropout=0.1, gradient_accumulation=2, name="again"))
     other = train(settings(dropout=0.1, gradient_accumulation=2, name="other", seed=1))
     assert weights(first) == weights(again) != weights(other)
 
 
-def test_run_yaml_repeats_the_run_step_for_step(settings):
+def test_run_yaml_repeats_timed_run(settings):
     first = train(settings(max_steps=None, minutes=0.01))
     saved = yaml.safe_load((first.path / adapters_adapter.RUN_FILE).read_text())
     assert saved["max_steps"] == first.manifest.run.steps
@@ -109,12 +109,12 @@ HARD = {"dropout": 0.1, "gradient_accumulation": 2, "max_steps": 30, "max_rows":
     ("step", "number"),
     [(2, signal.SIGINT), (13, signal.SIGTERM), pytest.param(16, signal.SIGINT, marks=pytest.mark.slow)],
 )
-def test_a_resumed_run_equals_an_uninterrupted_one(settings, step, number):
+def test_resumed_run_is_bitwise_equal(settings, step, number):
     """Over several epochs, with dropout and accumulation, at a checkpoint's step and between two."""
     whole = train(settings(**HARD, name="whole"))
     assert whole.manifest.run.sequences * 3 < 30 * 4  # more than three epochs
     with pytest.raises(
-        Interrupted, match=rf"Stopped at step {step} of 30, saved\. Go on with: python cli\.py train --resume r"
+        Interrupted, match=rf"Stopped at step {step} of 30, saved\. Resume with: python cli\.py train --resume r"
     ):
         train(settings(**HARD, save_every=8), StopAt(step, number))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -126,7 +126,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(settings, step, number):
     assert not (Library().path.parent / "runs" / "reviews").exists()
 
 
-def test_interrupted_twice_it_stops_at_once_and_can_go_on(settings):
+def test_second_sigint_stops_immediately_resumable(settings):
     whole = train(settings(name="whole"))
 
     def twice(event):
@@ -134,7 +134,7 @@ def test_interrupted_twice_it_stops_at_once_and_can_go_on(settings):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(Interrupted, match=r"Stopped at once\. Go on with: python cli\.py train --resume"):
+    with pytest.raises(Interrupted, match=r"Stopped immediately\. Resume with: python cli\.py train --resume"):
         train(settings(save_every=2), twice)
     assert weights(resume("reviews")) == weights(whole)
 
@@ -146,7 +146,7 @@ def test_interrupted_twice_it_stops_at_once_and_can_go_on(settings):
         {"schedule": "constant", "learning_rate": 0.2, "max_steps": 60, "eval_every": 2, "patience": 2, "max_rows": 40},
     ],
 )
-def test_interrupted_while_measuring_the_end_nothing_is_trained_again(settings, monkeypatch, how):
+def test_interrupt_after_training_resumes_without_steps(settings, monkeypatch, how):
     """Trainer, resumed at its last step, would take one more."""
     whole = train(settings(name="whole", **how))
 
@@ -155,7 +155,7 @@ def test_interrupted_while_measuring_the_end_nothing_is_trained_again(settings, 
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "paired_gain", interrupted)
-        with pytest.raises(Interrupted, match=r"Stopped at once\. Go on with"):
+        with pytest.raises(Interrupted, match=r"Stopped immediately\. Resume with"):
             train(settings(**how))
     told = []
     resumed = resume("reviews", notify=told.append)
@@ -166,7 +166,7 @@ def test_interrupted_while_measuring_the_end_nothing_is_trained_again(settings, 
     )
 
 
-def test_a_broken_checkpoint_is_passed_over(settings, tmp_path):
+def test_broken_checkpoint_is_skipped(settings, tmp_path):
     whole = train(settings(name="whole", max_steps=9))
     with pytest.raises(Interrupted):
         train(settings(save_every=2, max_steps=9), StopAt(5))
@@ -177,22 +177,22 @@ def test_a_broken_checkpoint_is_passed_over(settings, tmp_path):
     notices = []
     resumed = resume("reviews", notify=notices.append)
     said = [event.text for event in notices if isinstance(event, Notice)]
-    assert "runs/reviews/checkpoint-99 is passed over: whole.json is missing." in said
-    assert "runs/reviews/checkpoint-5 is passed over: optimizer.pt is not the one that was written." in said
+    assert "runs/reviews/checkpoint-99 is skipped: whole.json is missing." in said
+    assert "runs/reviews/checkpoint-5 is skipped: optimizer.pt does not match its hash." in said
     assert weights(resumed) == weights(whole)
 
 
-def test_without_a_whole_checkpoint_it_starts_over(settings, tmp_path):
+def test_resume_without_checkpoint_starts_over(settings, tmp_path):
     whole = train(settings(name="whole"))
     with pytest.raises(Interrupted):
         train(settings(), StopAt(2))
     shutil.rmtree(tmp_path / "runs" / "reviews" / "checkpoint-2")
     notices = []
     assert weights(resume("reviews", notify=notices.append)) == weights(whole)
-    assert Notice("runs/reviews holds no whole checkpoint: the run starts at its first step.") in notices
+    assert Notice("runs/reviews holds no valid checkpoint: the run starts from its first step.") in notices
 
 
-def test_a_resume_with_something_changed_is_refused(settings, reviews_csv, gpt2, tmp_path, monkeypatch):
+def test_resume_with_changed_data_is_refused(settings, reviews_csv, gpt2, tmp_path, monkeypatch):
     with pytest.raises(Interrupted):
         train(settings(), StopAt(2))
     text = reviews_csv.read_text()
@@ -212,7 +212,7 @@ def test_a_resume_with_something_changed_is_refused(settings, reviews_csv, gpt2,
     resume("reviews")
 
 
-def test_what_cannot_be_resumed(settings):
+def test_resume_without_run_is_refused(settings):
     with pytest.raises(
         TrainingError,
         match=r"There is no unfinished run runs/reviews: it has finished \(into another --adapters-dir\?\), or never started",
@@ -220,15 +220,15 @@ def test_what_cannot_be_resumed(settings):
         resume("reviews")
 
 
-def test_an_unfinished_run_is_neither_resumed_nor_dropped_by_accident(settings):
+def test_unfinished_run_needs_resume_or_overwrite(settings):
     with pytest.raises(Interrupted):
         train(settings(), StopAt(2))
-    with pytest.raises(TrainingError, match="runs/reviews holds an unfinished run: go on with it by --resume reviews"):
+    with pytest.raises(TrainingError, match="runs/reviews holds an unfinished run: resume it with --resume reviews"):
         train(settings())
     assert train(settings(overwrite=True)).manifest.run.steps == 6
 
 
-def test_an_existing_adapter_is_replaced_only_when_asked(adapter, settings):
+def test_existing_adapter_needs_overwrite(adapter, settings):
     before = weights(adapter)
     with pytest.raises(
         AdapterError, match="adapters/reviews exists: choose another --name, or replace it with --overwrite"
@@ -240,16 +240,16 @@ def test_an_existing_adapter_is_replaced_only_when_asked(adapter, settings):
     assert "overwrite: false" in (replaced.path / adapters_adapter.RUN_FILE).read_text()
 
 
-def test_two_runs_under_one_name_at_once_are_refused(settings, tmp_path):
+def test_concurrent_run_of_name_is_refused(settings, tmp_path):
     (tmp_path / "runs").mkdir()
     with (
         FileLock(tmp_path / "runs" / ".reviews.lock.lora_tuner-new"),
-        pytest.raises(TrainingError, match="Another process trains 'reviews'"),
+        pytest.raises(TrainingError, match="Another process is training 'reviews'"),
     ):
         train(settings())
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_adapter(settings):
+def test_non_finite_loss_keeps_last_good(settings):
     with pytest.raises(DivergedError) as error:
         train(settings(learning_rate=1e20, max_grad_norm=1e20, warmup=0, max_steps=20))
     assert "The last good adapter is in runs/reviews/last-good. Try a lower learning rate than 1e+20" in str(
@@ -262,7 +262,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_adapter
     assert not (Library().path / "reviews").exists()
 
 
-def test_a_gradient_that_is_not_finite_stops_it_too(settings, monkeypatch):
+def test_non_finite_gradient_stops_run(settings, monkeypatch):
     from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
 
     forward = GPT2LMHeadModel.forward
@@ -278,7 +278,7 @@ def test_a_gradient_that_is_not_finite_stops_it_too(settings, monkeypatch):
         train(settings())
 
 
-def test_patience_stops_early_and_keeps_the_best(settings):
+def test_patience_keeps_best_step(settings):
     notices = []
     adapter = train(
         settings(learning_rate=0.2, schedule="constant", max_steps=60, eval_every=2, patience=2, max_rows=40),
@@ -291,24 +291,24 @@ def test_patience_stops_early_and_keeps_the_best(settings):
     assert adapter.manifest.result.loss == pytest.approx(measured[best], abs=1e-6)
 
 
-def test_minutes_become_steps_by_measuring(settings, monkeypatch):
+def test_minutes_become_steps(settings, monkeypatch):
     told = []
     config = settings(max_steps=None, minutes=0.02)
     adapter = train(config, told.append)
-    assert Progress("measuring the speed", 4, 4) in told
+    assert Progress("measuring speed", 4, 4) in told
     assert (
         Notice(f"The run takes {adapter.manifest.run.steps} steps; one epoch is {plan(config).steps_per_epoch}.")
         in told
     )
 
 
-def test_without_a_stop_rule_one_epoch_unless_it_takes_too_long(settings, monkeypatch):
+def test_no_stop_rule_limits_the_epoch(settings, monkeypatch):
     told = []
     assert profiling.steps_for_stop_rule(settings(max_steps=None), 50, 0.001, told.append) == 50
     assert told == []
     assert profiling.steps_for_stop_rule(settings(max_steps=None), 50, 600.0, told.append) == 1
     assert "One epoch would take" in told[0].text
-    assert "10 minutes' worth of it is trained" in told[0].text
+    assert "training is limited to 10 minutes" in told[0].text
 
 
 def test_epochs_become_steps(settings):
@@ -317,7 +317,7 @@ def test_epochs_become_steps(settings):
     assert adapter.manifest.run.steps == -(-3 * per_epoch // 2)
 
 
-def test_a_plan_trains_and_writes_nothing(settings, tmp_path):
+def test_plan_writes_nothing(settings, tmp_path):
     cost = plan(settings(max_steps=None, epochs=3, eval_every=5))
     assert cost.steps == 3 * cost.steps_per_epoch
     assert cost.training_seconds == pytest.approx(cost.steps * cost.seconds_per_step)
@@ -328,13 +328,13 @@ def test_a_plan_trains_and_writes_nothing(settings, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapters", "reviews.csv", "runs"]
 
 
-def test_measuring_the_speed_does_not_change_the_result(settings):
+def test_profiling_does_not_change_result(settings):
     measured = train(settings(max_steps=None, minutes=0.01, dropout=0.1))
     counted = train(settings(max_steps=measured.manifest.run.steps, dropout=0.1, name="counted"))
     assert weights(measured) == weights(counted)
 
 
-def test_one_slow_moment_of_the_machine_does_not_halve_a_run(settings, monkeypatch):
+def test_profile_ignores_one_slow_step(settings, monkeypatch):
     setup = prepare_training(settings())
     times = iter(itertools.accumulate([0, 5, 0, 1, 0, 30, 0, 1, 0, 1]))  # of four steps and a held-out batch
     with monkeypatch.context() as patched:
@@ -346,17 +346,17 @@ def test_one_slow_moment_of_the_machine_does_not_halve_a_run(settings, monkeypat
     assert steps * profile.seconds_per_step == pytest.approx(60, rel=0.05)
 
 
-def test_no_held_out_row_is_trained_on(settings, monkeypatch):
+def test_held_out_rows_are_not_trained(settings, monkeypatch):
     config = settings()
-    job = prepare_training(config)
-    trained = {job.base.tokenizer.decode(row[:-1]) for row in job.sequences.rows}
-    held_out = {job.base.tokenizer.decode(row[:-1]) for row in job.held_out}
+    setup = prepare_training(config)
+    trained = {setup.base.tokenizer.decode(row[:-1]) for row in setup.sequences.rows}
+    held_out = {setup.base.tokenizer.decode(row[:-1]) for row in setup.held_out}
     assert trained
     assert held_out
     assert not trained & held_out
 
 
-def test_chunks_of_long_rows_are_trained_on(settings, tmp_path):
+def test_long_rows_are_chunked(settings, tmp_path):
     (tmp_path / "long.csv").write_text("text\n" + "\n".join(f"{i} " + "word " * 60 for i in range(40)))
     cut = train(settings(dataset="long.csv", max_length=32, packing=False, max_steps=1, name="cut"))
     chunked = train(
@@ -366,24 +366,26 @@ def test_chunks_of_long_rows_are_trained_on(settings, tmp_path):
     assert chunked.manifest.run.sequences > 2 * cut.manifest.run.sequences
 
 
-def test_without_a_length_rows_are_cut_where_the_model_looks_back_no_further(settings):
+def test_default_max_length_fits_the_context(settings):
     config = settings()
     told = []
     adapter = train(TrainConfig(**config.model_dump(exclude_unset=True, exclude={"max_length"})), told.append)
     assert f"max_length: {tiny_models.CONTEXT}" in (adapter.path / adapters_adapter.RUN_FILE).read_text()
     assert any(
-        f"Rows are cut at {tiny_models.CONTEXT} tokens" in event.text for event in told if isinstance(event, Notice)
+        f"Rows are truncated to {tiny_models.CONTEXT} tokens" in event.text
+        for event in told
+        if isinstance(event, Notice)
     )
 
 
-def test_rows_longer_than_the_model_looks_back(settings):
+def test_max_length_beyond_context_is_refused(settings):
     with pytest.raises(
-        TrainingError, match=f"max_length is 512, and .* looks back on {tiny_models.CONTEXT} tokens at the most"
+        TrainingError, match=f"max_length is 512, but the context length of .* is {tiny_models.CONTEXT} tokens"
     ):
         train(settings(max_length=512))
 
 
-def test_places_that_cannot_be_written_are_said_before_training(settings, tmp_path):
+def test_unwritable_folders_are_refused(settings, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(AdapterError, match="file is not a folder: choose another --adapters-dir"):
         train(settings(adapters_dir="file"))
@@ -391,48 +393,48 @@ def test_places_that_cannot_be_written_are_said_before_training(settings, tmp_pa
         train(settings(runs_dir="file"))
 
 
-def test_a_folder_that_is_no_run_is_never_replaced(settings, tmp_path):
+def test_foreign_folder_is_never_replaced(settings, tmp_path):
     (tmp_path / "work" / "docs").mkdir(parents=True)
     (tmp_path / "work" / "docs" / "thesis.txt").write_text("mine")
     for overwrite in (False, True):
         with pytest.raises(
-            TrainingError, match="work/docs is no run, so it is not replaced: choose another --runs-dir or"
+            TrainingError, match="work/docs is not a run, so it is not replaced: choose another --runs-dir or"
         ):
             train(settings(name="docs", runs_dir="work", overwrite=overwrite))
     assert (tmp_path / "work" / "docs" / "thesis.txt").read_text() == "mine"
 
 
-def test_runs_are_not_kept_among_adapters(settings, tmp_path):
+def test_runs_dir_among_adapters_is_refused(settings, tmp_path):
     before = weights(train(settings(name="one")))
-    with pytest.raises(TrainingError, match="adapters/one is no run, so it is not replaced"):
+    with pytest.raises(TrainingError, match="adapters/one is not a run, so it is not replaced"):
         train(settings(name="one", runs_dir="adapters", overwrite=True))
     assert weights(adapters_adapter.load_adapter_folder(tmp_path / "adapters" / "one")) == before
 
 
-def test_checkpoints_that_were_kept_are_dropped_only_when_asked(settings, tmp_path):
+def test_kept_checkpoints_need_overwrite(settings, tmp_path):
     train(settings(keep_checkpoints=True))
     (tmp_path / "adapters" / "reviews").rename(tmp_path / "adapters" / "other")
-    with pytest.raises(TrainingError, match="runs/reviews holds the checkpoints of a run that has finished: drop them"):
+    with pytest.raises(TrainingError, match="runs/reviews holds the checkpoints of a finished run: discard them"):
         train(settings())
     assert list((tmp_path / "runs" / "reviews").glob("checkpoint-*"))
     train(settings(overwrite=True))
     assert not (tmp_path / "runs" / "reviews").exists()
 
 
-def test_bad_data_leaves_no_run(settings, tmp_path):
+def test_missing_dataset_leaves_no_run(settings, tmp_path):
     with pytest.raises(DataError):
         train(settings(dataset="nothing.csv"))
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_checkpoints_can_be_kept(settings, tmp_path):
+def test_keep_checkpoints_keeps_them(settings, tmp_path):
     train(settings(keep_checkpoints=True, save_every=3))
     checkpoint = tmp_path / "runs" / "reviews" / "checkpoint-6"
     assert adapters_adapter.load_adapter_folder(checkpoint).rank == 4
     assert (checkpoint / checkpoints.HASHES_FILE).is_file()
 
 
-def test_it_runs_beside_the_main_thread(settings):
+def test_train_in_another_thread(settings):
     done = []
     thread = threading.Thread(target=lambda: done.append(train(settings())))
     thread.start()
@@ -440,7 +442,7 @@ def test_it_runs_beside_the_main_thread(settings):
     assert done[0].manifest.run.steps == 6
 
 
-def test_the_preview_shows_what_is_learnt(settings):
+def test_preview_shows_learned_tokens(settings):
     (row,) = preview(settings(max_length=tiny_models.CONTEXT), 1)
     assert row.tokens[-1] == tiny_models.END
     assert row.labels == [False] + [True] * (len(row.tokens) - 1)
@@ -448,7 +450,7 @@ def test_the_preview_shows_what_is_learnt(settings):
 
 
 @pytest.mark.parametrize(("batch_size", "gradient_accumulation"), [(2, 4), (8, 2), (1, 8)])
-def test_little_data_can_be_measured_too(settings, batch_size, gradient_accumulation):
+def test_plan_with_few_rows(settings, batch_size, gradient_accumulation):
     cost = plan(
         settings(
             max_rows=20,
@@ -461,11 +463,11 @@ def test_little_data_can_be_measured_too(settings, batch_size, gradient_accumula
     assert cost.steps >= 1
 
 
-def test_the_first_step_learns(settings):
+def test_first_step_learns(settings):
     assert train(settings(max_steps=1)).manifest.result.gain != 0
 
 
-def test_the_learning_rate_rises_then_falls(settings):
+def test_learning_rate_schedules(settings):
     rates = [entry["learning_rate"] for entry in history(train(settings(max_steps=8, warmup=0.3)))]
     assert rates == pytest.approx([1e-2 * share for share in (1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)])
     rates = [entry["learning_rate"] for entry in history(train(settings(max_steps=3, schedule="constant", name="c")))]
@@ -474,7 +476,7 @@ def test_the_learning_rate_rises_then_falls(settings):
     assert rates == pytest.approx([1e-2, 5e-3])
 
 
-def test_a_run_that_diverges_in_its_last_step_makes_no_adapter(settings):
+def test_diverged_last_step_makes_no_adapter(settings):
     with pytest.raises(DivergedError):
         train(settings(learning_rate=1e30, max_grad_norm=1e30, warmup=0, max_steps=2))
     assert Library().names() == []
@@ -483,14 +485,14 @@ def test_a_run_that_diverges_in_its_last_step_makes_no_adapter(settings):
     assert Library().names() == []
 
 
-def test_kept_checkpoints_are_no_unfinished_run(settings):
+def test_kept_checkpoints_are_not_resumable(settings):
     train(settings(keep_checkpoints=True))
     with pytest.raises(TrainingError, match="There is no unfinished run"):
         resume("reviews")
     assert train(settings(overwrite=True)).manifest.run.steps == 6
 
 
-def test_resuming_with_other_versions_is_refused(settings, monkeypatch):
+def test_resume_with_other_versions_is_refused(settings, monkeypatch):
     with pytest.raises(Interrupted):
         train(settings(), StopAt(2))
     monkeypatch.setattr("peft.__version__", "0.0.1")
@@ -498,7 +500,7 @@ def test_resuming_with_other_versions_is_refused(settings, monkeypatch):
         resume("reviews")
 
 
-def test_a_run_can_be_resumed_after_its_folder_has_moved(settings, tmp_path):
+def test_moved_run_resumes_bitwise(settings, tmp_path):
     how = {
         "learning_rate": 0.2,
         "schedule": "constant",
@@ -533,20 +535,20 @@ def other_model(folder, kind):
     return folder
 
 
-def test_a_base_that_cannot_tell_packed_rows_apart_gets_padded_ones(settings, tmp_path):
+def test_base_without_position_ids_is_padded(settings, tmp_path):
     base = other_model(tmp_path / "opt", "opt")
     told = []
     adapter = train(settings(base=str(base)), told.append)
     assert any("Rows are padded, not packed" in event.text for event in told if isinstance(event, Notice))
     assert "packing: false" in (adapter.path / adapters_adapter.RUN_FILE).read_text()
     assert adapter.manifest.run.sequences == adapter.manifest.data.counts["train"]
-    with pytest.raises(TrainingError, match="cannot tell packed rows apart: leave --packing out"):
+    with pytest.raises(TrainingError, match="does not isolate packed rows: leave out --packing"):
         train(settings(base=str(base), packing=True, name="b"))
 
 
-def test_a_model_that_looks_ahead_is_refused(settings, tmp_path):
+def test_bidirectional_model_is_refused(settings, tmp_path):
     base = other_model(tmp_path / "roberta", "roberta")
-    with pytest.raises(BaseModelError, match="roberta looks at the text ahead: it is no causal language model"):
+    with pytest.raises(BaseModelError, match="roberta sees tokens that come later: it is not a causal language model"):
         train(settings(base=str(base)))
 
 
@@ -561,28 +563,28 @@ def films(tmp_path):
     return texts
 
 
-def test_other_data_are_measured_on_and_none_of_them_is_trained_on(settings, films, tmp_path):
-    alone, job = prepare_training(settings()), prepare_training(settings(eval_dataset="films.csv"))
+def test_eval_dataset_is_not_trained_on(settings, films, tmp_path):
+    alone, setup = prepare_training(settings()), prepare_training(settings(eval_dataset="films.csv"))
     assert alone.manifest.data.eval_dataset is None
     measured, held_out = set(films), set(alone.dataset.held_out)
-    trained = {job.base.tokenizer.decode(row[:-1]) for row in job.sequences.rows}
+    trained = {setup.base.tokenizer.decode(row[:-1]) for row in setup.sequences.rows}
     assert set(alone.dataset.train) & measured
-    assert set(job.dataset.train) == set(alone.dataset.train) - measured
-    assert not set(job.dataset.train) & (measured | held_out)
+    assert set(setup.dataset.train) == set(alone.dataset.train) - measured
+    assert not set(setup.dataset.train) & (measured | held_out)
     assert not trained & measured
-    assert set(job.dataset.held_out) == measured
-    assert job.held_out_texts == job.dataset.held_out[:8]
+    assert set(setup.dataset.held_out) == measured
+    assert setup.held_out_texts == setup.dataset.held_out[:8]
     adapter = train(settings(eval_dataset="films.csv"))
     facts, result = adapter.manifest.data, adapter.manifest.result
     assert facts.eval_dataset == "films.csv"
-    assert facts.held_out_hash == content_hash(job.held_out_texts) != alone.manifest.data.held_out_hash
+    assert facts.held_out_hash == content_hash(setup.held_out_texts) != alone.manifest.data.held_out_hash
     assert facts.held_out_rows == result.rows == 8
     assert facts.counts["in_eval_dataset"] == len(set(alone.dataset.train) & measured)
     assert facts.counts["held_out"] == len(held_out)
     assert facts.counts["read"] == sum(facts.counts.values()) - facts.counts["read"]
-    assert evaluation.cached_rows(adapter) == evaluation.EvalSet("reviews", job.held_out_texts)
+    assert evaluation.cached_rows(adapter) == evaluation.EvalSet("reviews", setup.held_out_texts)
     assert result.base_loss == pytest.approx(
-        evaluation.measure_loss(job.base.model, job.base, job.held_out).loss, abs=1e-6
+        evaluation.measure_loss(setup.base.model, setup.base, setup.held_out).loss, abs=1e-6
     )
     assert "\neval_dataset: films.csv\n" in (adapter.path / adapters_adapter.RUN_FILE).read_text()
     assert "| Evaluated on | films.csv |" in (adapter.path / adapters_adapter.CARD_FILE).read_text()
@@ -590,7 +592,7 @@ def test_other_data_are_measured_on_and_none_of_them_is_trained_on(settings, fil
     assert weights(again) == weights(adapter)
 
 
-def test_a_resume_with_other_rows_to_measure_on_is_refused(settings, films, tmp_path):
+def test_resume_with_changed_eval_dataset_is_refused(settings, films, tmp_path):
     text = (tmp_path / "films.csv").read_text()
     with pytest.raises(Interrupted):
         train(settings(eval_dataset="films.csv", eval_rows=100), StopAt(2))
@@ -601,7 +603,7 @@ def test_a_resume_with_other_rows_to_measure_on_is_refused(settings, films, tmp_
     assert resume("reviews").manifest.result.rows == 20
 
 
-def test_rows_to_measure_on_that_are_wrong_leave_no_run(settings, tmp_path):
+def test_wrong_eval_dataset_leaves_no_run(settings, tmp_path):
     (tmp_path / "empty.csv").write_text("text,label\n")
     for name, why in (
         ("empty.csv", r"^empty\.csv has no rows\.$"),

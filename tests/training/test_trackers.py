@@ -17,7 +17,7 @@ def read(folder):
     return {tag: {it.step: it.value for it in found.Scalars(tag)} for tag in found.Tags()["scalars"]}
 
 
-def test_tensorboard_has_the_curve_of_the_adapter(settings, tmp_path):
+def test_tensorboard_matches_metrics_file(settings, tmp_path):
     adapter = train(settings(report_to=["tensorboard"], eval_every=3))
     lines = [json.loads(line) for line in (adapter.path / "metrics.jsonl").read_text().splitlines()]
     found = read(tmp_path / "runs" / "tensorboard" / "reviews")
@@ -29,7 +29,7 @@ def test_tensorboard_has_the_curve_of_the_adapter(settings, tmp_path):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tensorboard"]
 
 
-def test_a_run_that_goes_on_writes_on(settings, tmp_path, stop_at):
+def test_resumed_run_continues_tensorboard(settings, tmp_path, stop_at):
     with stop_at(2):
         train(settings(report_to=["tensorboard"]))
     assert set(read(tmp_path / "runs" / "tensorboard" / "reviews")["train/loss"]) == {1, 2}
@@ -37,18 +37,18 @@ def test_a_run_that_goes_on_writes_on(settings, tmp_path, stop_at):
     assert set(read(tmp_path / "runs" / "tensorboard" / "reviews")["train/loss"]) == set(range(1, 7))
 
 
-def test_the_adapter_is_the_same_with_a_tracker_and_without(settings):
+def test_tracker_does_not_change_adapter(settings):
     told = train(settings(name="told", report_to=["tensorboard"]))
     assert told.sha256 == train(settings(name="alone")).sha256
 
 
-def test_a_tracker_that_is_not_installed_is_said_before_anything_is_read(settings):
+def test_missing_tracker_is_refused_first(settings):
     with pytest.raises(ConfigError) as error:
         train(settings(report_to=["tensorboard", "wandb"], base="nowhere/nothing"))
     assert str(error.value) == "report_to: wandb is not installed: pip install wandb."
 
 
-def test_an_unknown_tracker_is_refused():
+def test_unknown_tracker_is_refused():
     with pytest.raises(ConfigError) as error:
         resolve_settings(TrainConfig, {"report_to": ["paper"]})
     assert str(error.value) == (
@@ -56,7 +56,7 @@ def test_an_unknown_tracker_is_refused():
     )
 
 
-def test_others_go_to_trainer_under_the_name_of_the_adapter(settings, monkeypatch):
+def test_other_trackers_go_to_trainer(settings, monkeypatch):
     """Trainer's own integrations are asked for, by the names that it knows."""
     from lora_tuner.training import arguments
 
