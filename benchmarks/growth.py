@@ -1,6 +1,7 @@
-"""How a step grows with the parameters of the base, and what a second process gives: Llamas with random weights, rank 8 on all
-linear layers, one sequence of 512 tokens a step and process, float32. With rows, tokens and rank: `data`; with
-adapters: `adapters`. A split base is refused on a CPU, and let here for the sake of the figure (`split.py`).
+"""Time per step by parameters of the base, and speed by number of processes.
+
+Llamas with random weights, rank 8 on all linear layers, one sequence of 512 tokens per step and process, float32. Growth
+with rows, tokens and rank is in `data`, with adapters in `adapters`. FSDP is refused on CPUs; `split.py` allows it here.
 """
 
 import json
@@ -16,35 +17,35 @@ from .measure import Figure, figure
 
 CLI, SPLIT = Path(__file__).parents[1] / "cli.py", Path(__file__).with_name("split.py")
 SHAPES = ((384, 1024, 6, 6, 6), (768, 2048, 12, 12, 12), (1024, 2816, 24, 16, 16))
-PROCESSES = ((1, 1, CLI), (1, 2, CLI), (2, 1, CLI), (2, 1, SPLIT))  # threads of each, and how they begin
+PROCESSES = ((1, 1, CLI), (1, 2, CLI), (2, 1, CLI), (2, 1, SPLIT))  # processes, threads of each, script
 
 
 def run(rounds: int) -> list[Figure]:
-    """Takes some ten minutes."""
+    """Takes about ten minutes."""
     figures = []
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as folder:
         for number, shape in enumerate(SHAPES):
-            base = f"{place}/{number}"
+            base = f"{folder}/{number}"
             larger.make(base, shape)
-            found = [larger.step(base, {"dtype": "float32", "gradient_checkpointing": "off"}) for _ in range(rounds)]
-            seconds, peak = (statistics.median(it[name] for it in found) for name in ("seconds", "peak"))
-            note = f"{peak / 1e9:.2f} GB at the most"
-            figures.append(figure(f"{found[0]['parameters'] / 1e6:.0f} million parameters", seconds, "s a step", note))
+            runs = [larger.step(base, {"dtype": "float32", "gradient_checkpointing": "off"}) for _ in range(rounds)]
+            seconds, peak = (statistics.median(run[name] for run in runs) for name in ("seconds", "peak"))
+            note = f"{peak / 1e9:.2f} GB at most"
+            figures.append(figure(f"{runs[0]['parameters'] / 1e6:.0f} million parameters", seconds, "s per step", note))
             print(figures[-1], file=sys.stderr, flush=True)
-        for many, threads, script in PROCESSES:
-            plans = [_plan(f"{place}/0", many, threads, script) for _ in range(rounds)]
+        for processes, threads, script in PROCESSES:
+            plans = [_plan(f"{folder}/0", processes, threads, script) for _ in range(rounds)]
             speed, size = (
-                statistics.median(it[name] for it in plans) for name in ("tokens_per_second", "adapter_bytes")
+                statistics.median(plan[name] for plan in plans) for name in ("tokens_per_second", "adapter_bytes")
             )
-            note = f"a step exchanges {size / 1e6:.1f} MB of gradients" if many > 1 else ""
-            split = ", base split" if script == SPLIT else ""
-            figures.append(figure(f"processes {many}, threads of each {threads}{split}", speed, "tokens/s", note))
+            note = f"a step exchanges {size / 1e6:.1f} MB of gradients" if processes > 1 else ""
+            sharded = ", sharded base" if script == SPLIT else ""
+            figures.append(figure(f"{processes} processes, {threads} threads each{sharded}", speed, "tokens/s", note))
             print(figures[-1], file=sys.stderr, flush=True)
     return figures
 
 
-def _plan(base: str, many: int, threads: int, script: Path) -> dict[str, float]:
-    given = [
+def _plan(base: str, processes: int, threads: int, script: Path) -> dict[str, float]:
+    options = [
         "--base",
         base,
         "--device",
@@ -58,10 +59,10 @@ def _plan(base: str, many: int, threads: int, script: Path) -> dict[str, float]:
         "--max-steps",
         "4",
     ]
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(many)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(CLI.parent)}
     if script == SPLIT:
         env |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    asked = [sys.executable, *start, str(script), "train", "--plan", "--json", *given]
-    found: dict[str, float] = json.loads(subprocess.run(asked, env=env, capture_output=True, check=True).stdout)
-    return found
+    command = [sys.executable, *launcher, str(script), "train", "--plan", "--json", *options]
+    plan: dict[str, float] = json.loads(subprocess.run(command, env=env, capture_output=True, check=True).stdout)
+    return plan

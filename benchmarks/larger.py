@@ -1,5 +1,7 @@
-"""What it takes to train a base of a billion parameters: the shape of a Llama of 1.1 billion with random weights, rank 8 on all
-linear layers, one sequence of 512 tokens a step, a few steps, each way in a process of its own.
+"""Memory and time of training on a base of 1.1 billion parameters, by precision.
+
+The base has TinyLlama's shape and random weights; rank 8 on all linear layers, one sequence of 512 tokens per step, a
+few steps. Each configuration runs in its own process.
 """
 
 import json
@@ -14,18 +16,16 @@ import torch
 from .measure import Figure, figure
 
 STEPS = 3
-WAYS: dict[str, dict[str, Any]] = {
-    "bfloat16, activations computed again": {"dtype": "bfloat16", "gradient_checkpointing": "on"},
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "bfloat16, gradient checkpointing": {"dtype": "bfloat16", "gradient_checkpointing": "on"},
     "bfloat16": {"dtype": "bfloat16", "gradient_checkpointing": "off"},
-    "8 bits, activations computed again": {"dtype": "bfloat16", "load_in": "8bit", "gradient_checkpointing": "on"},
-    "4 bits, activations computed again": {"dtype": "bfloat16", "load_in": "4bit", "gradient_checkpointing": "on"},
+    "8-bit, gradient checkpointing": {"dtype": "bfloat16", "load_in": "8bit", "gradient_checkpointing": "on"},
+    "4-bit, gradient checkpointing": {"dtype": "bfloat16", "load_in": "4bit", "gradient_checkpointing": "on"},
 }
+SHAPE = (2048, 5632, 22, 32, 4)  # TinyLlama's: hidden size, MLP size, layers, heads, key-value heads
 
 
-SHAPE = (2048, 5632, 22, 32, 4)  # TinyLlama's: width, inner width, layers, heads, heads of keys and values
-
-
-def _shape(folder: Path, width: int, inner: int, layers: int, heads: int, of_keys: int) -> None:
+def _save_model(folder: Path, width: int, mlp_width: int, layers: int, heads: int, kv_heads: int) -> None:
     """A Llama with random weights in bfloat16, and the embedded base's tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -37,10 +37,10 @@ def _shape(folder: Path, width: int, inner: int, layers: int, heads: int, of_key
     config = LlamaConfig(
         vocab_size=49_152,
         hidden_size=width,
-        intermediate_size=inner,
+        intermediate_size=mlp_width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=of_keys,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
@@ -50,34 +50,35 @@ def _shape(folder: Path, width: int, inner: int, layers: int, heads: int, of_key
 
 
 def run(rounds: int) -> list[Figure]:
-    """Takes some minutes a way; once each, whatever the rounds: what is measured is memory."""
+    """Takes a few minutes per configuration. Memory hardly varies, so each runs once whatever `rounds` is."""
     figures = []
-    with tempfile.TemporaryDirectory() as place:
-        make(f"{place}/base", SHAPE)
-        for name, how in WAYS.items():
-            found = step(f"{place}/base", how)
-            note = f"{found['seconds']:.0f} s a step, {found['parameters'] / 1e9:.2f} billion parameters"
-            figures.append(figure(name, found["peak"] / 1e9, "GB at the most", note))
-            print(name, found, file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        make(f"{folder}/base", SHAPE)
+        for name, settings in CONFIGURATIONS.items():
+            result = step(f"{folder}/base", settings)
+            note = f"{result['seconds']:.0f} s per step, {result['parameters'] / 1e9:.2f} billion parameters"
+            figures.append(figure(name, result["peak"] / 1e9, "GB at most", note))
+            print(name, result, file=sys.stderr, flush=True)
     return figures
 
 
 def make(folder: str, shape: tuple[int, ...]) -> None:
-    """A base of that shape, made in a process of its own."""
+    """Save a base of that shape, in its own process."""
     subprocess.run([sys.executable, "-m", __name__, "shape", folder, json.dumps(shape)], check=True)
 
 
-def step(base: str, how: dict[str, Any]) -> dict[str, float]:
-    """Peak bytes, seconds per step and parameters, of a process of its own."""
-    asked = [sys.executable, "-m", __name__, "train", base, json.dumps(how)]
-    found: dict[str, float] = json.loads(subprocess.run(asked, capture_output=True, check=True).stdout.splitlines()[-1])
-    return found
+def step(base: str, settings: dict[str, Any]) -> dict[str, float]:
+    """Peak bytes, seconds per step and parameters, measured in its own process."""
+    command = [sys.executable, "-m", __name__, "train", base, json.dumps(settings)]
+    output = subprocess.run(command, capture_output=True, check=True).stdout
+    result: dict[str, float] = json.loads(output.splitlines()[-1])
+    return result
 
 
-def _train(base: str, how: dict[str, Any]) -> None:
+def _train(base: str, settings: dict[str, Any]) -> None:
     from lora_tuner import TrainConfig, plan
 
-    given = {
+    common = {
         "base": base,
         "dataset": "imdb",
         "max_rows": 300,
@@ -86,14 +87,21 @@ def _train(base: str, how: dict[str, Any]) -> None:
         "max_length": 512,
         "batch_size": 1,
     }
-    cost = plan(TrainConfig.model_validate(given | how | {"max_steps": STEPS}))
+    estimate = plan(TrainConfig.model_validate(common | settings | {"max_steps": STEPS}))
     print(
         json.dumps(
-            {"peak": cost.peak_memory_bytes, "seconds": cost.seconds_per_step, "parameters": cost.base_parameters}
+            {
+                "peak": estimate.peak_memory_bytes,
+                "seconds": estimate.seconds_per_step,
+                "parameters": estimate.base_parameters,
+            }
         )
     )
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[3])
-    _shape(Path(sys.argv[2]), *asked) if sys.argv[1] == "shape" else _train(sys.argv[2], asked)
+    argument = json.loads(sys.argv[3])
+    if sys.argv[1] == "shape":
+        _save_model(Path(sys.argv[2]), *argument)
+    else:
+        _train(sys.argv[2], argument)

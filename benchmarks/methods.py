@@ -1,7 +1,7 @@
-"""Which learning rate each method wants, and what it gives for its bytes and seconds: the same steps with each, on film reviews
-and on program code (Python's own library). The embedded base in float32, one sequence of 512 tokens a step.
+"""Loss, time and size of each LoRA method at several learning rates.
 
-The losses do not depend on how busy the machine is; the seconds do.
+All methods take the same steps on film reviews and on program code (Python's own library): embedded base in float32, one
+sequence of 512 tokens per step. Losses do not depend on the load of the machine; seconds do.
 """
 
 import statistics
@@ -22,12 +22,12 @@ from lora_tuner.training.trainer import _LoraTrainer
 from .measure import Figure, figure, seconds
 
 STEPS, HELD_OUT = 30, 40
-FACTORS = (0.5, 1.0, 2.0)  # of the learning rate that is a method's default
+FACTORS = (0.5, 1.0, 2.0)  # of the method's default learning rate
 REVIEWS: dict[str, Any] = {"dataset": "imdb", "max_rows": 2_000}
 
 
 def program_code(folder: Path) -> dict[str, Any]:
-    """Settings that read the modules of Python's library, each a row."""
+    """Settings for a dataset of the modules of Python's library, one row each."""
     library = Path(sysconfig.get_paths()["stdlib"])
     folder.mkdir(exist_ok=True)
     for path in sorted(library.rglob("*.py")):
@@ -38,36 +38,39 @@ def program_code(folder: Path) -> dict[str, Any]:
 
 
 def run(rounds: int) -> list[Figure]:
-    """Takes an hour a round; each has a seed of its own."""
+    """Takes an hour per round; each round has its own seed."""
     figures = []
-    with tempfile.TemporaryDirectory() as place:
-        for text, data in (("reviews", REVIEWS), ("code", program_code(Path(place)))):
-            for method, facts in METHODS.items():
-                for factor in FACTORS if text == "reviews" or method == "lora" else (1.0,):
-                    settings = data | {"method": method, "learning_rate": facts.learning_rate * factor}
-                    found = [trained(settings, seed) for seed in range(rounds)]
-                    loss, gain, pace, start, size = (statistics.median(each) for each in zip(*found, strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        for text, data in (("reviews", REVIEWS), ("code", program_code(Path(folder)))):
+            for method, defaults in METHODS.items():
+                factors = FACTORS if text == "reviews" or method == "lora" else (1.0,)
+                for factor in factors:
+                    settings = data | {"method": method, "learning_rate": defaults.learning_rate * factor}
+                    runs = [train_once(settings, seed) for seed in range(rounds)]
+                    medians = (statistics.median(values) for values in zip(*runs, strict=True))
+                    loss, gain, step_seconds, init_seconds, size = medians
                     name = f"{text}, {method}, {settings['learning_rate']:g}"
-                    note = f"gain {gain:.4f}; {pace:.2f} s a step, {start:.1f} s to begin, {size / 1e6:.1f} MB"
+                    note = f"gain {gain:.4f}; {step_seconds:.2f} s per step, {init_seconds:.1f} s to initialize, {size / 1e6:.1f} MB"
                     figures.append(figure(name, loss, "nats", note))
                     print(name, loss, note, file=sys.stderr, flush=True)
     return figures
 
 
-def trained(settings: dict[str, Any], seed: int) -> tuple[float, float, float, float, int]:
-    """Held-out loss, gain over the base, seconds per step, seconds that the start takes, bytes."""
-    given = {"base": EMBEDDED_BASE, "max_length": 512, "batch_size": 1, "eval_rows": HELD_OUT}
-    begun = initialization.initialize
-    taken: list[float] = []
+def train_once(settings: dict[str, Any], seed: int) -> tuple[float, float, float, float, int]:
+    """Held-out loss, gain over the base, seconds per step, seconds of initialization, bytes."""
+    common = {"base": EMBEDDED_BASE, "max_length": 512, "batch_size": 1, "eval_rows": HELD_OUT}
+    initialize = initialization.initialize
+    init_seconds: list[float] = []
     with quiet_transformers():
-        initialization.initialize = lambda *of_job: taken.append(seconds(partial(begun, *of_job)))
-        job = prepare_training(TrainConfig.model_validate(given | settings | {"max_steps": STEPS, "seed": seed}))
-        initialization.initialize = begun
-    with job.model.disable_adapter():
-        before = evaluation.measure_base_loss(job.base, job.held_out).loss
+        initialization.initialize = lambda *arguments: init_seconds.append(seconds(partial(initialize, *arguments)))
+        setup = prepare_training(TrainConfig.model_validate(common | settings | {"max_steps": STEPS, "seed": seed}))
+        initialization.initialize = initialize
+    with setup.model.disable_adapter():
+        base_loss = evaluation.measure_base_loss(setup.base, setup.held_out).loss
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
-        trainer = _LoraTrainer(job, Path(folder))
+        trainer = _LoraTrainer(setup, Path(folder))
         trainer.train()
-        paces = [entry["seconds"] for entry in trainer.state.log_history if "loss" in entry]
-    loss = evaluation.measure_loss(job.model, job.base, job.held_out).loss
-    return loss, before - loss, statistics.median(paces), taken[0], lora.count_parameters(job.model)[0] * 4
+        step_seconds = [entry["seconds"] for entry in trainer.state.log_history if "loss" in entry]
+    loss = evaluation.measure_loss(setup.model, setup.base, setup.held_out).loss
+    size = lora.count_parameters(setup.model)[0] * 4
+    return loss, base_loss - loss, statistics.median(step_seconds), init_seconds[0], size

@@ -1,5 +1,7 @@
-"""What people use instead, written the way its own documentation writes it: stock Trainer with PEFT, full fine-tuning as
-tutorials do it, TRL. Each gives a Trainer that is ready, and the times of its steps."""
+"""Alternatives, written as in their documentation: Trainer with PEFT, full fine-tuning as in tutorials, TRL.
+
+Each function trains and returns the times of its steps.
+"""
 
 import time
 from collections import deque
@@ -24,19 +26,19 @@ RANK, ALPHA = 8, 16
 
 
 def stock(name: str) -> tuple[Any, Any]:
-    """Model, in float32, and tokenizer as transformers gives them."""
-    source = find_base(name)
-    return AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32), load_tokenizer(source)
+    """Model, in float32, and tokenizer of transformers."""
+    files = find_base(name)
+    return AutoModelForCausalLM.from_pretrained(files.folder, dtype=torch.float32), load_tokenizer(files)
 
 
 class Clock(TrainerCallback):
-    """Seconds of each optimizer step, and the real tokens in it: those that are not padding."""
+    """Seconds of each optimizer step, and its tokens without padding."""
 
     def __init__(self, limit: float | None = None) -> None:
         self.limit = limit  # seconds of training after which to stop
         self.seconds: list[float] = []
         self.tokens: list[int] = []
-        self.waiting: deque[int] = deque()  # of batches that have been read: one ahead of the step
+        self.waiting: deque[int] = deque()  # tokens of batches that were prefetched
         self.start = 0.0
 
     def counting(self, collate: Callable[[Any], dict[str, torch.Tensor]]) -> Callable[[Any], dict[str, torch.Tensor]]:
@@ -61,13 +63,13 @@ class Clock(TrainerCallback):
 
 
 def plain(model: Any, tokenizer: Any, texts: list[str], steps: int, *, length: int = 512, batch: int = 8) -> Clock:
-    """Stock Trainer and PEFT: every text padded to `length`."""
+    """Trainer and PEFT: every text padded to `length`."""
     wrapped = get_peft_model(model, _lora())
     return _stock(wrapped, tokenizer, texts, steps, length=length, batch=batch, rate=1e-3, limit=None)
 
 
 def tutorial(model: Any, tokenizer: Any, texts: list[str], steps: int, limit: float | None = None) -> Clock:
-    """Full fine-tuning at 128 tokens, batch 8, learning rate 5e-5, with the linear decay that Trainer has by itself."""
+    """Full fine-tuning at 128 tokens, batch 8, learning rate 5e-5, with Trainer's linear decay."""
     return _stock(model, tokenizer, texts, steps, length=128, batch=8, rate=5e-5, limit=limit)
 
 
@@ -104,7 +106,7 @@ def _stock(
 ) -> Clock:
     clock = Clock(limit)
     rows = Dataset.from_dict({"text": texts}).map(
-        lambda some: tokenizer(some["text"], truncation=True, padding="max_length", max_length=length),
+        lambda batch_rows: tokenizer(batch_rows["text"], truncation=True, padding="max_length", max_length=length),
         batched=True,
         remove_columns=["text"],
     )
@@ -115,7 +117,7 @@ def _stock(
         data_collator=clock.counting(DataCollatorForLanguageModeling(tokenizer, mlm=False)),
         callbacks=[clock],
     ).train()
-    # A padded batch takes as long whatever is in it, so the few that were drawn count as the average one.
+    # A padded batch always takes the same time, so every step counts with the average number of tokens.
     average = sum(map(sum, rows["attention_mask"])) / len(rows) * batch
     clock.tokens = [round(average)] * len(clock.seconds)
     return clock
@@ -131,7 +133,7 @@ def with_trl(
     batch: int = 8,
     accumulation: int = 1,
 ) -> Clock:
-    """TRL's SFTTrainer with packing, `batch` sequences a step in `accumulation` micro-batches."""
+    """TRL's SFTTrainer with packing, `batch` sequences per step in `accumulation` micro-batches."""
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 

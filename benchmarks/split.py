@@ -1,4 +1,4 @@
-"""`cli.py` for processes on a CPU that split the base, as GPUs would."""
+"""`cli.py` for processes on a CPU that shard the base, as GPUs would."""
 
 from lora_tuner.cli.app import app
 from lora_tuner.models import fsdp
