@@ -1,4 +1,4 @@
-"""For llama.cpp: tiny bases of each kind with random adapters, bases as float32 GGUF, and llama.cpp itself over such a file."""
+"""Tiny bases for llama.cpp: random adapters, conversion to float32 GGUF, and llama.cpp itself."""
 
 import json
 
@@ -14,7 +14,7 @@ from lora_tuner.models import lora
 from . import tiny_models
 
 ARCHITECTURES = {"gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
-SEEDS = {"gpt2": 50, "llama": 67, "mistral": 195, "qwen2": 55}  # of adapters; with them no greedy choice is a close one
+SEEDS = {"gpt2": 50, "llama": 67, "mistral": 195, "qwen2": 55}  # of adapters for which greedy decoding has no near ties
 LAYERS = dict.fromkeys(SEEDS, ("q_proj", "layers.1.mlp.down_proj")) | {"gpt2": ("attn.c_attn", "1.mlp.c_proj")}
 SHAPE = {
     "vocab_size": 320,
@@ -30,7 +30,7 @@ SHAPE = {
 
 
 def save(folder, kind):
-    """A random base whose greedy text is printable ASCII: llama.cpp joins tokens that are parts of a character."""
+    """Save a random base whose greedy text is printable ASCII: llama.cpp joins tokens of one character."""
     if kind in ("gpt2", "llama"):
         tiny_models.save_model(folder, kind)
     else:
@@ -59,7 +59,7 @@ def save(folder, kind):
 
 
 def adapt(folder, out, **settings):
-    """A random adapter on all layers; the values of a pattern are given without their keys, which are LAYERS."""
+    """Save a random adapter on all layers. Values of patterns come without keys: those are LAYERS."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     for key in ("rank_pattern", "alpha_pattern"):
         if key in settings:
@@ -71,16 +71,17 @@ def adapt(folder, out, **settings):
         **{"r": 4, "lora_alpha": 8} | settings,
     )
     wrapped = get_peft_model(model, config)
-    draw = torch.Generator().manual_seed(SEEDS[folder.name])
+    generator = torch.Generator().manual_seed(SEEDS[folder.name])
     tensors = {
-        name: 0.2 * torch.randn(it.shape, generator=draw) for name, it in lora.adapter_state_dict(wrapped).items()
+        name: 0.2 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in lora.adapter_state_dict(wrapped).items()
     }
     lora.save_adapter_files(tensors, wrapped.peft_config[lora.ADAPTER_NAME], out)
     return out
 
 
 def convert(folder, out):
-    """Write a base folder as a float32 GGUF, with its byte-level BPE tokenizer."""
+    """Convert a base folder to float32 GGUF, with its byte-level BPE tokenizer."""
     config = json.loads((folder / "config.json").read_text())
     kind = ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(out, kind)
@@ -90,7 +91,7 @@ def convert(folder, out):
     names = gguf.get_tensor_name_map(architecture, 2)
     for name, tensor in load_file(folder / "model.safetensors").items():
         values = tensor.numpy()
-        if kind == "gpt2" and ".c_" in name:  # Conv1D; of a bias it changes nothing
+        if kind == "gpt2" and ".c_" in name:  # Conv1D is transposed; a bias does not change
             values = values.T
         if kind == "llama" and (".q_proj." in name or ".k_proj." in name):
             heads = config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
@@ -142,9 +143,9 @@ def _tokenizer(writer, tokenizer, config):
     writer.add_add_bos_token(False)
 
 
-def dequantised(quantised, out):
-    """Write a GGUF again with all tensors in float32, one in memory at a time."""
-    reader = gguf.GGUFReader(quantised)
+def dequantize(path, out):
+    """Write a copy of a GGUF file with all tensors in float32, one in memory at a time."""
+    reader = gguf.GGUFReader(path)
     writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
         if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
@@ -162,7 +163,7 @@ def dequantised(quantised, out):
 
 
 class LlamaCpp:
-    """llama.cpp over a base, with at most one adapter. All in float32, and attention without its shortcuts."""
+    """llama.cpp with a base and at most one adapter, in float32 and without flash attention."""
 
     def __init__(self, base, adapter=None):
         import xllamacpp
@@ -178,13 +179,14 @@ class LlamaCpp:
             loaded = xllamacpp.CommonAdapterLoraInfo()
             loaded.path, loaded.scale = str(adapter), 1.0
             params.lora_adapters = [loaded]
-        self.server = xllamacpp.Server(params)  # raises RuntimeError for what it does not take
+        self.server = xllamacpp.Server(params)  # raises RuntimeError for unsupported files
 
     def greedy(self, prompt, tokens, *, scale=1.0, top=1):
-        """The text, and of each token its id and the log-probabilities, id -> number, of the `top` that were likeliest."""
-        asked = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "logprobs": top}
-        answer = self.server.handle_completions(asked | {"lora": [{"id": 0, "scale": scale}]})["choices"][0]
-        return answer["text"], [
-            (it["id"], {other["id"]: other["logprob"] for other in it["top_logprobs"]})
-            for it in answer["logprobs"]["content"]
-        ]
+        """The text, and for each token its id and the log-probabilities of the `top` most likely ids."""
+        request = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "logprobs": top}
+        response = self.server.handle_completions(request | {"lora": [{"id": 0, "scale": scale}]})["choices"][0]
+        tokens_with_top = []
+        for token in response["logprobs"]["content"]:
+            top_logprobs = {candidate["id"]: candidate["logprob"] for candidate in token["top_logprobs"]}
+            tokens_with_top.append((token["id"], top_logprobs))
+        return response["text"], tokens_with_top

