@@ -50,7 +50,8 @@ def run(rounds: int) -> list[Figure]:
                     medians = (statistics.median(values) for values in zip(*runs, strict=True))
                     loss, gain, step_seconds, init_seconds, size = medians
                     name = f"{text}, {method}, {settings['learning_rate']:g}"
-                    note = f"gain {gain:.4f}; {step_seconds:.2f} s per step, {init_seconds:.1f} s to initialize, {size / 1e6:.1f} MB"
+                    note = f"gain {gain:.4f}; {step_seconds:.2f} s per step, {init_seconds:.1f} s to initialize, "
+                    note += f"{size / 1e6:.1f} MB"
                     figures.append(figure(name, loss, "nats", note))
                     print(name, loss, note, file=sys.stderr, flush=True)
     return figures

@@ -255,7 +255,7 @@ def test_export_wrong_base_fails(make, base, tmp_path):
     assert "llama.cpp has no layer for model.layers.1." in refused(adapter, out, base=short)
     adopted = adopt(Library(tmp_path / "adapters"), "random")
     other = changed(base("llama"), tmp_path / "other", rope_theta=5.0)
-    with pytest.raises(WrongBaseError, match=r"not on .*other .*try all the same with --force"):
+    with pytest.raises(WrongBaseError, match=r"not on .*other .*use --force to try it anyway"):
         to_gguf(adopted, out, options=ModelOptions(base=other))
     notices.clear()
     assert to_gguf(adopted, out, options=ModelOptions(base=other, force=True, notify=notices.append)).tensors == 28
