@@ -1,7 +1,7 @@
-"""Why the defaults are what they are: the same seconds of training with one setting changed, and the held-out loss after them.
-The embedded base, real reviews; what this tool has no setting for (LoRA+, other initialisations) is PEFT's own.
+"""Reasons for the defaults: held-out loss after the same seconds of training, with one setting changed.
 
-Settings that leave a step as long as it was share one pace, so that a slow moment of the machine costs none of them steps.
+Embedded base, real reviews; initializations that this tool lacks are PEFT's own. Settings with equally
+long steps share one measured pace, so that a slow moment of the machine costs none of them steps.
 """
 
 import statistics
@@ -32,13 +32,13 @@ LONGER = ("batch_size", "max_length", "target_modules")  # what changes how long
 Initialise = Callable[[TrainingSetup], None]
 
 
-def _layers(job: TrainingSetup) -> list[Any]:
-    return [layer for layer in job.model.modules() if isinstance(layer, LoraLayer)]
+def _layers(setup: TrainingSetup) -> list[Any]:
+    return [layer for layer in setup.model.modules() if isinstance(layer, LoraLayer)]
 
 
 def _each_layer(how: str, *details: Any) -> Initialise:
-    def initialise(job: TrainingSetup) -> None:
-        for layer in _layers(job):
+    def initialise(setup: TrainingSetup) -> None:
+        for layer in _layers(setup):
             getattr(layer, how)(lora.ADAPTER_NAME, *details)
             for part in (layer.lora_A, layer.lora_B):  # some make them in the base's numbers
                 part[lora.ADAPTER_NAME].weight = torch.nn.Parameter(part[lora.ADAPTER_NAME].weight.detach().float())
@@ -46,17 +46,17 @@ def _each_layer(how: str, *details: Any) -> Initialise:
     return initialise
 
 
-def _eva(job: TrainingSetup) -> None:
-    """From the directions in which the inputs of each layer vary most, on a few sequences."""
-    settings: Any = job.model.peft_config[lora.ADAPTER_NAME]
+def _eva(setup: TrainingSetup) -> None:
+    """Initialize by EVA: the directions in which the inputs of each layer vary most."""
+    settings: Any = setup.model.peft_config[lora.ADAPTER_NAME]
     settings.init_lora_weights, settings.eva_config = "eva", EvaConfig(rho=1.0, adjust_scaling_factors=False)
     batches = []
     for number in range(CALIBRATION):
-        batch = job.collate([job.sequences[number]])
+        batch = setup.collate([setup.sequences[number]])
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         del batch["labels"]
         batches.append(batch)
-    initialize_lora_eva_weights(job.model, batches, show_progress_bar=False)
+    initialize_lora_eva_weights(setup.model, batches, show_progress_bar=False)
     settings.init_lora_weights, settings.eva_config = True, None  # a saved adapter names no initialiser
 
 
@@ -86,7 +86,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], Initialise | None, float | None]] = {
 
 
 def run(rounds: int) -> list[Figure]:
-    """Takes some twenty minutes a round; each has a seed of its own."""
+    """Train with each setting. Takes about twenty minutes per round; each round has its own seed."""
     found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in SETTINGS}
     for seed in range(rounds):
         pace: dict[Any, float] = {}
@@ -94,7 +94,7 @@ def run(rounds: int) -> list[Figure]:
             settings = {"batch_size": 1, "max_length": 512, "seed": seed} | changes
             kind = tuple(settings.get(name) for name in LONGER)
             if kind not in pace:
-                pace[kind] = statistics.median(_trained(_job(settings, PROBED))[1:])
+                pace[kind] = statistics.median(_trained(_prepare(settings, PROBED))[1:])
             found[name].append(_train(settings, pace[kind], initialise, ratio))
             print(seed, name, *found[name][-1], file=sys.stderr, flush=True)
     figures = []
@@ -105,22 +105,22 @@ def run(rounds: int) -> list[Figure]:
     return figures
 
 
-def _job(settings: dict[str, Any], steps: int) -> TrainingSetup:
+def _prepare(settings: dict[str, Any], steps: int) -> TrainingSetup:
     with quiet_transformers():
         return prepare_training(
             TrainConfig(base=EMBEDDED_BASE, dtype="bfloat16", max_steps=steps, eval_rows=HELD_OUT, **settings)
         )
 
 
-def _trained(job: TrainingSetup, ratio: float | None = None) -> list[float]:
-    """Seconds of each step."""
+def _trained(setup: TrainingSetup, ratio: float | None = None) -> list[float]:
+    """Train. Returns the seconds of each step."""
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
-        trainer = _LoraTrainer(job, Path(folder))
+        trainer = _LoraTrainer(setup, Path(folder))
         if ratio:
             trainer.optimizer = create_loraplus_optimizer(
-                job.model,
+                setup.model,
                 torch.optim.AdamW,
-                lr=job.learning_rate,
+                lr=setup.learning_rate,
                 loraplus_lr_ratio=ratio,
                 weight_decay=0.0,
             )
@@ -131,14 +131,17 @@ def _trained(job: TrainingSetup, ratio: float | None = None) -> list[float]:
 def _train(
     settings: dict[str, Any], pace: float, initialise: Initialise | None, ratio: float | None
 ) -> tuple[float, float, int]:
-    """Held-out loss, gain over the base, and steps. What an initialisation takes is taken from the seconds."""
-    job, left = _job(settings, 1), SECONDS
+    """Train for the same time. Returns held-out loss, gain over the base, and steps.
+
+    The time that the initialization takes counts.
+    """
+    setup, left = _prepare(settings, 1), SECONDS
     if initialise:
-        left -= seconds(partial(initialise, job))
+        left -= seconds(partial(initialise, setup))
     steps = max(1, round(left / pace))
-    job = replace(job, config=job.config.model_copy(update={"max_steps": steps}))
-    with job.model.disable_adapter():
-        before = evaluation.measure_base_loss(job.base, job.held_out).loss
-    _trained(job, ratio)
-    loss = evaluation.measure_loss(job.model, job.base, job.held_out).loss
+    setup = replace(setup, config=setup.config.model_copy(update={"max_steps": steps}))
+    with setup.model.disable_adapter():
+        before = evaluation.measure_base_loss(setup.base, setup.held_out).loss
+    _trained(setup, ratio)
+    loss = evaluation.measure_loss(setup.model, setup.base, setup.held_out).loss
     return loss, before - loss, steps

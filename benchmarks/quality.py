@@ -1,5 +1,7 @@
-"""How long until the held-out loss that the tutorial recipe has after eight minutes: the embedded base, real reviews, the
-same held-out rows for both."""
+"""Training time until the held-out loss that the tutorial recipe reaches after eight minutes.
+
+Embedded base, real reviews, the same held-out rows for both.
+"""
 
 import json
 import statistics
@@ -26,7 +28,7 @@ WAYS = [("float32", 2.0), ("bfloat16", 0.4), ("bfloat16", 2.0)]  # type of numbe
 
 
 def run(rounds: int) -> list[Figure]:
-    """Takes some eight minutes a round, and eight for the tutorial, which takes one turn."""
+    """Compare both. Takes about eight minutes per round, and eight for the tutorial, which runs once."""
     loss, seconds, steps = _tutorial()
     found: dict[tuple[str, float], list[tuple[float, float, float]]] = {way: [] for way in WAYS}
     for _ in range(rounds):
@@ -43,7 +45,7 @@ def run(rounds: int) -> list[Figure]:
 
 
 def _tutorial() -> tuple[float, float, int]:
-    """Held-out loss, seconds and steps. The learning rate falls to 0 in just this time, which is the best case for it."""
+    """Return held-out loss, seconds and steps. The learning rate falls to 0 in exactly this time, its best case."""
     corpus = load_dataset(TrainConfig())
     with quiet_transformers():
         model, tokenizer = recipes.stock(EMBEDDED_BASE)
@@ -57,7 +59,7 @@ def _tutorial() -> tuple[float, float, int]:
 
 
 def _ours(minutes: float, dtype: str) -> tuple[float, float, float]:
-    """Held-out loss, seconds of training, seconds of the whole command."""
+    """Return held-out loss, seconds of training, and seconds of the whole command."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(CLI), "train", "--base", EMBEDDED_BASE, "--minutes", str(minutes)]
         command += ["--eval-rows", str(ROWS), "--name", "quality"]

@@ -1,5 +1,7 @@
-"""Training speed and peak memory: this tool, the plain recipes and TRL, one process each, taking turns; and the floor, which
-is what the bare matrix products of the same step take."""
+"""Training speed and peak memory of this tool, the plain recipes and TRL, one process each, taking turns.
+
+The floor is the time of the bare matrix products of the same step.
+"""
 
 import json
 import resource
@@ -80,7 +82,7 @@ def base_of(shape: str, place: Path) -> str:
 
 
 def _ours(name: str, place: Path, dtype: str, steps: int = STEPS, **changes: Any) -> tuple[list[float], list[int]]:
-    """Seconds and predictions of each step of a real run."""
+    """Train. Returns seconds and predictions of each step."""
     settings: dict[str, Any] = {
         "batch_size": 1,
         "gradient_accumulation": BATCH,
@@ -117,14 +119,16 @@ def _theirs(way: str, name: str) -> tuple[list[float], list[int]]:
 
 
 def _floor(name: str) -> tuple[list[float], list[int]]:
-    """The products of one packed sequence, forward and backward, with nothing between them. Real weights, so that the
-    caches are as cold as in a step."""
-    job = prepare_training(
+    """Time the matrix products of one packed sequence, forward and backward, with nothing between them.
+
+    Real weights, so that the caches are as cold as in a step.
+    """
+    setup = prepare_training(
         TrainConfig(base=name, max_length=LENGTH, max_steps=1, max_rows=ROWS, eval_rows=2, dtype="float32")
     )
-    model: Any = job.base.model
-    config, rank = model.config, job.config.rank
-    rows = max((job.sequences[i] for i in range(len(job.sequences))), key=lambda it: sum(map(len, it)))
+    model: Any = setup.base.model
+    config, rank = model.config, setup.config.rank
+    rows = max((setup.sequences[i] for i in range(len(setup.sequences))), key=lambda it: sum(map(len, it)))
     count = sum(map(len, rows))
     heads = config.num_attention_heads
     layers = [layer.base_layer for layer in model.modules() if hasattr(layer, "base_layer")]
@@ -173,7 +177,7 @@ def _floor(name: str) -> tuple[list[float], list[int]]:
 
 
 def _worker(way: str, shape: str) -> None:
-    kernels.tune_malloc()  # as the command line does
+    kernels.tune_malloc()  # for the recipes too: training does it by itself
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         name = base_of(shape, place / "base")
