@@ -1,4 +1,4 @@
-"""Translate a configuration into what Trainer takes: arguments, schedule, order of the data, trackers."""
+"""Trainer's arguments, learning-rate schedule, data order and trackers for a configuration."""
 
 import math
 import os
@@ -22,7 +22,7 @@ def training_arguments(config: TrainConfig, device: torch.device, folder: Path) 
     assert config.max_steps is not None
     assert config.batch_size is not None
     assert config.learning_rate is not None
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # the dtype is that of the base, whatever the launcher sets
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # the base decides on the dtype
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=config.max_steps,

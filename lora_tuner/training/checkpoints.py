@@ -26,11 +26,12 @@ REQUIRED_FILES = {
     "optimizer.pt", "scheduler.pt", "trainer_state.json",
 }  # fmt: skip
 RETRAIN_ADVICE = "Restore it, or train again with --overwrite."
-NOT_DECISIVE = {"adapters_dir", "runs_dir", "report_to", "overwrite", "keep_checkpoints"}  # do not change the result
+# Settings that do not change the result.
+NOT_DECISIVE = {"adapters_dir", "runs_dir", "report_to", "overwrite", "keep_checkpoints"}
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a folder holds only files of a run, unfinished or with its checkpoints kept."""
+    """Return whether a folder holds only files of a run, unfinished or with kept checkpoints."""
     names = {adapter.MANIFEST_FILE, adapter.RUN_FILE, "last-good"}
     names |= {path.name for path in list_checkpoints(folder)}
     return folder.is_dir() and not folder.is_symlink() and all(path.name in names for path in folder.iterdir())
@@ -75,7 +76,7 @@ def _why_invalid(checkpoint: Path) -> str | None:
 
 
 def _best_checkpoint_name(checkpoint: Path) -> str | None:
-    """Return the name of the checkpoint with the best step so far; None without `patience`, or if unreadable."""
+    """Return the name of the checkpoint with the best step, or None if there is none."""
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         return Path(state["best_model_checkpoint"]).name if state["best_model_checkpoint"] else None
@@ -176,7 +177,7 @@ def check_unchanged(before: dict[str, str], after: dict[str, str], folder: Path)
 
 
 def check_settings(now: Run, before: Run, folder: Path, checkpoint: Path) -> None:
-    """Raise TrainingError when the checkpoint was made with other settings than those of the run."""
+    """Raise TrainingError when the checkpoint was made with other settings than the run."""
     if changed := _changed_settings(now, before):
         text = ", ".join(f"{name} (was {old}, is {new})" for name, (old, new) in changed.items())
         raise TrainingError(f"{folder / adapter.RUN_FILE} differs from that of {checkpoint}: {text}. {RETRAIN_ADVICE}")
@@ -195,7 +196,7 @@ def _changed_settings(now: Run, before: Run) -> dict[str, tuple[object, object]]
 
 
 def _decisive_settings(config: TrainConfig, manifest: Manifest) -> dict[str, object]:
-    """Return the settings that change the result, as one process would need them for the same steps."""
+    """Return the settings that change the result, as one process needs them."""
     settings = {name: getattr(config, name) for name in TrainConfig.model_fields if name not in NOT_DECISIVE}
     settings["gradient_accumulation"] *= manifest.run.processes if manifest.run else 1
     return settings

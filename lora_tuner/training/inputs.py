@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from .. import distributed, evaluation
@@ -77,15 +76,17 @@ class TrainingInputs:
         """Make a batch of sequences, each a list of rows."""
         return packing.collate(items, self.base.tokenizer.pad_token_id, cu_seqlens=self.varlen_attention)
 
-    def forward(self, model: PeftModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def forward(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Run the model in front of its LM head: returns what `lm_head.nll` takes as logits."""
         inputs = {name: tensor.to(self.base.device) for name, tensor in batch.items() if name != "labels"}
         with self.base.lm_head.skip_lm_head():
             output: torch.Tensor = model(**inputs, use_cache=False).logits
         return output
 
-    def loss(self, model: PeftModel, batch: dict[str, torch.Tensor], predictions: torch.Tensor | int) -> torch.Tensor:
-        """Compute the training loss of a batch: mean negative log-likelihood per prediction, in nats.
+    def loss(
+        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], predictions: torch.Tensor | int
+    ) -> torch.Tensor:
+        """Compute the loss of a batch: mean negative log-likelihood per prediction, in nats.
 
         Args:
             predictions: labels in all batches of the optimizer step, of which this is one.
@@ -159,7 +160,7 @@ def _load_dataset(requested: TrainConfig, parent: Adapter | None, notify: EventH
 
 
 def _load_base_on_all_ranks(requested: TrainConfig, parent: Adapter | None, notify: EventHandler) -> LoadedBase:
-    """Load the base model. Rank zero finds and downloads it and chooses its precision; the others follow."""
+    """Load the base model. Rank zero downloads it and chooses its precision first."""
     bases: list[LoadedBase] = []
 
     def load_on_rank_zero() -> ModelOptions:
@@ -252,7 +253,7 @@ def _choose_split_salt(requested: TrainConfig, parent: Adapter | None) -> str:
 
 
 def _choose_target_modules(requested: TrainConfig, parent: Adapter | None, base: LoadedBase) -> str:
-    """Return the target modules: the parent's, named as in this base, or those that were requested."""
+    """Return the parent's target modules, as this base names them, or the requested ones."""
     if parent is None:
         return requested.target_modules
     names = lora.shortest_target_names(base.model, parent.modules)
@@ -281,7 +282,7 @@ def _choose_max_length(requested: TrainConfig, base: LoadedBase, notify: EventHa
 def _tokenize(
     requested: TrainConfig, dataset: Dataset, base: LoadedBase, max_length: int, notify: EventHandler
 ) -> tuple[list[tokenization.TokenIds], int]:
-    """Tokenize the training rows. Returns those with something to predict, and how many were truncated."""
+    """Tokenize the training rows. Returns those with predictions, and how many were truncated."""
     notify(Progress("tokenizing", 0, 1))
     rows, truncated_rows = distributed.run_on_rank_zero(
         partial(_encode, requested, base.tokenizer, dataset.train, max_length)
@@ -308,7 +309,7 @@ def _encode(
 
 
 def _tokenize_held_out(base: LoadedBase, texts: list[str], notify: EventHandler) -> list[tokenization.TokenIds]:
-    """Tokenize the held-out rows. Raises TrainingError when none of them has anything to predict."""
+    """Tokenize the held-out rows. Raises TrainingError when there is nothing to predict."""
     held_out = evaluation.encode_held_out(base, texts)
     if len(held_out) < len(texts):
         notify(
@@ -324,7 +325,7 @@ def _tokenize_held_out(base: LoadedBase, texts: list[str], notify: EventHandler)
 
 @dataclass(frozen=True)
 class PreviewedRow:
-    """A training row as the model sees it: the texts of its tokens, and which of them are learned."""
+    """A training row as the model sees it. `labels` marks the tokens that are learned."""
 
     before: str
     after: str
@@ -333,7 +334,7 @@ class PreviewedRow:
 
 
 def preview(requested: TrainConfig, count: int, notify: EventHandler = ignore_events) -> list[PreviewedRow]:
-    """Return the first `count` training rows, cleaned, tokenized and truncated. Loads no weights."""
+    """Return the first `count` training rows as the model sees them. Loads no weights."""
     parent = load_parent(requested)
     tokenizer = loading.load_tokenizer(loading.base_for_adapter(parent, model_options(requested, notify)))
     previews = []
@@ -353,7 +354,7 @@ def preview(requested: TrainConfig, count: int, notify: EventHandler = ignore_ev
 
 
 def _packed_logits(base: LoadedBase, *rows: tokenization.TokenIds, cu_seqlens: bool = False) -> torch.Tensor:
-    """Return the logits of rows packed into one sequence: (tokens, vocabulary), float32, on the CPU."""
+    """Return the logits of rows in one sequence: (tokens, vocabulary), float32, on the CPU."""
     batch = packing.collate([rows], base.tokenizer.pad_token_id, cu_seqlens=cu_seqlens)
     inputs = {name: tensor.to(base.device) for name, tensor in batch.items() if name != "labels"}
     with torch.no_grad():
@@ -382,7 +383,7 @@ def _packing_is_isolated(base: LoadedBase) -> bool:
 
 
 def _try_varlen_attention(base: LoadedBase) -> bool:
-    """Compute the attention of packed rows row by row, unless that changes the logits of this model."""
+    """Compute the attention of packed rows row by row, if the logits stay the same."""
     rows = tokenization.probe_sequences(len(base.tokenizer))
     before = _packed_logits(base, *rows)
     if not kernels.enable_varlen_attention(base.model):

@@ -31,7 +31,7 @@ MEASURED_STEPS = 4  # the first one warms up and is not counted
 
 @dataclass(frozen=True)
 class StepProfile:
-    """Measured cost of a training step and of held-out tokens; of several processes, the slowest counts."""
+    """Measured cost of a step and of held-out tokens, in the slowest of several processes."""
 
     seconds_per_step: float
     tokens_per_second: float  # of all processes
@@ -125,9 +125,9 @@ def fit_to_memory(
 
 
 def enable_gradient_checkpointing(inputs: TrainingInputs, model: PeftModel) -> None:
-    """Keep only the input of each block, and recompute the rest in the backward pass (Chen et al., 2016, arXiv:1604.06174).
+    """Keep only the input of each block, and recompute the rest in the backward pass.
 
-    The gradients are the same.
+    The gradients are the same (Chen et al., 2016, arXiv:1604.06174).
 
     Raises:
         TrainingError: the model does not support it.
@@ -140,7 +140,7 @@ def enable_gradient_checkpointing(inputs: TrainingInputs, model: PeftModel) -> N
 
 
 def step_memory(inputs: TrainingInputs, model: PeftModel) -> tuple[int, int]:
-    """Return the tokens of the longest batch, and the bytes its step takes at least beyond what is loaded.
+    """Return the tokens of the longest batch, and the bytes that its step takes at least.
 
     Activations grow with the tokens, so they are counted on a few and scaled. The optimizer states,
     the gradients and the gathered blocks of a sharded base are known. With gradient checkpointing
@@ -152,7 +152,7 @@ def step_memory(inputs: TrainingInputs, model: PeftModel) -> tuple[int, int]:
     for block in blocks:
         block.gradient_checkpointing = False
     one_row, two_rows = _activation_bytes(inputs, model, rows[:1]), _activation_bytes(inputs, model, rows)
-    per_token = max(two_rows - one_row, 0) / len(rows[1])  # the difference leaves out weights and masks
+    per_token = max(two_rows - one_row, 0) / len(rows[1])  # without weights and masks
     for block in blocks:
         block.gradient_checkpointing = True
     if blocks:
@@ -167,7 +167,7 @@ def step_memory(inputs: TrainingInputs, model: PeftModel) -> tuple[int, int]:
 
 
 def _activation_bytes(inputs: TrainingInputs, model: PeftModel, rows: Sequence[tokenization.TokenIds]) -> int:
-    """Return the bytes kept for the backward pass of one packed sequence, weights that it needs included."""
+    """Return the bytes kept for the backward pass of one packed sequence, with weights."""
     batch = inputs.collate([rows])
     kept: dict[int, tuple[torch.UntypedStorage, int]] = {}
 
@@ -190,7 +190,10 @@ def _activation_bytes(inputs: TrainingInputs, model: PeftModel, rows: Sequence[t
 def profile_steps(
     inputs: TrainingInputs, model: PeftModel, learning_rate: float, max_grad_norm: float, notify: EventHandler
 ) -> StepProfile:
-    """Time a few training steps, the longest batch among them, and one held-out batch; then restore the weights."""
+    """Time a few training steps and a held-out batch, then restore the weights.
+
+    The longest batch is among them.
+    """
     batch_size, accumulation, device = inputs.batch_size, inputs.gradient_accumulation, inputs.base.device
     per_step = batch_size * accumulation
     longest = inputs.sequences.longest_first()

@@ -81,7 +81,7 @@ def train(requested: TrainConfig, notify: EventHandler = ignore_events, prepare:
 def resume(
     name: str, runs_dir: Path = Path("runs"), notify: EventHandler = ignore_events, prepare: Prepare = prepare_training
 ) -> Adapter:
-    """Continue the run in `runs_dir/name` from its latest valid checkpoint, as if it had not been stopped.
+    """Continue the run in `runs_dir/name` from its latest valid checkpoint, bitwise.
 
     Raises:
         TrainingError: there is nothing to resume, or data, base, threads or library versions changed.
@@ -139,7 +139,7 @@ def _load_stopped_run(
 
 
 def _for_world_size(saved: TrainConfig, manifest: Manifest, notify: EventHandler) -> TrainConfig:
-    """Return the settings with which the processes that there are now take the steps of those before."""
+    """Return the settings with which this number of processes takes the same steps."""
     before, now = manifest.run.processes if manifest.run else 1, distributed.world_size()
     if before == now:
         return saved
@@ -178,7 +178,7 @@ def _run_lock(runs_dir: Path, name: str) -> Iterator[None]:
     if distributed.rank() > 0:
         yield
         return
-    path = runs_dir / f".{name}.lock{atomic_io.WORK_SUFFIX}"  # removed as abandoned once its process has ended
+    path = runs_dir / f".{name}.lock{atomic_io.WORK_SUFFIX}"  # an abandoned one is removed
     lock = FileLock(path, timeout=0)
     if why := atomic_io.why_not_writable(runs_dir):
         raise TrainingError(f"{why}: choose another --runs-dir.")
@@ -231,7 +231,7 @@ def _nothing_to_resume(folder: Path) -> TrainingError:
 
 
 def _check_not_finished(saved: TrainConfig, folder: Path) -> None:
-    """Raise TrainingError when the run has written its adapter and was stopped while removing its folder."""
+    """Raise TrainingError when the run has written its adapter but not removed its folder."""
     with contextlib.suppress(AdapterError, ConfigError):
         adapter = load_adapter_folder(saved.adapters_dir / str(saved.name))
         manifest = read_manifest(folder)
@@ -245,7 +245,7 @@ def _check_not_finished(saved: TrainConfig, folder: Path) -> None:
 
 
 def _remove_run_folder(config: TrainConfig, folder: Path) -> None:
-    """Remove the folder of a finished run, or with `keep_checkpoints` only what makes it resumable."""
+    """Remove the folder of a finished run, or with `keep_checkpoints` its run.yaml."""
     if config.keep_checkpoints:
         (folder / RUN_FILE).unlink()
     else:
@@ -267,7 +267,7 @@ def check_disk_space(setup: TrainingSetup) -> None:
 
 
 def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | None) -> Adapter:
-    """Measure the base, train from the checkpoint or the first step, measure again, and write the adapter."""
+    """Measure the base, train, measure again, and write the adapter."""
     config, folder = setup.config, _run_folder(setup.config)
     data, run = setup.manifest.data, setup.manifest.run
     assert data is not None

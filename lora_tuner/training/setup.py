@@ -42,7 +42,7 @@ class TrainingSetup(TrainingInputs):
         return self.config.learning_rate
 
     def remove_lora(self) -> None:
-        """Remove the LoRA layers, so that the base can be used again. The setup cannot be used any more."""
+        """Remove the LoRA layers, so that the base can be used for another setup."""
         with quiet_transformers():
             self.model.gradient_checkpointing_disable()
             self.model.unload()
@@ -115,7 +115,7 @@ def prepare_training(
 def resolve_config(
     requested: TrainConfig, inputs: TrainingInputs, learning_rate: float, gradient_checkpointing: bool, max_steps: int
 ) -> TrainConfig:
-    """Return the configuration of the run: the requested one, with a value for every setting that was left open.
+    """Return the requested configuration with a value for every setting that was left open.
 
     With it the run can be repeated step for step. Nothing changes it afterwards.
     """
@@ -150,7 +150,7 @@ def adapter_name(requested: TrainConfig) -> str:
 
 
 def _add_lora(requested: TrainConfig, inputs: TrainingInputs, notify: EventHandler) -> PeftModel:
-    """Add LoRA layers to the base: seeded and initialized by the method, or with the parent's weights."""
+    """Add LoRA layers to the base, with seeded weights or those of the parent."""
     if inputs.method in ("dora", "eva") and fsdp.shard_count() > 1:
         error = ConfigError(
             f"{inputs.method} needs the whole base to initialize, but the base is sharded: choose another --method."

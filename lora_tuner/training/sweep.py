@@ -1,4 +1,4 @@
-"""Train at several ranks or learning rates, one trial after another, and recommend one of the adapters.
+"""Train at several ranks or learning rates, one after another, and recommend an adapter.
 
 Base and data are loaded once. A sweep is stopped and resumed like one run: `runs/NAME.sweep` lists
 its trials, and those that have finished are not trained again. All trials take the same number of
@@ -29,7 +29,10 @@ STATE_FILE, RESULT_FILE, PLOT_FILE = "sweep.yaml", "sweep.json", "sweep.png"
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep. `loss` is None if it diverged; `gap` is how much lower the best loss is, paired by row."""
+    """One run of a sweep.
+
+    `loss` is None if it diverged; `gap` is how much lower the best loss is, paired by row.
+    """
 
     name: str
     rank: int
@@ -104,7 +107,7 @@ def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler = ignore_even
 
 
 def is_unfinished(name: str, runs_dir: Path) -> bool:
-    """Return whether there is a sweep of this name to resume. Raises TrainingError for one of an earlier version."""
+    """Return whether there is a sweep to resume. Raises TrainingError for an old one."""
     if (_sweep_folder(runs_dir, name) / STATE_FILE).is_file():
         return True
     old = runs_dir / f"{name}.ladder"
@@ -166,7 +169,7 @@ def _trial_name(name: str, config: TrainConfig, configs: Sequence[TrainConfig]) 
 def _run_trials(
     name: str, folder: Path, state: _SweepState, setup: TrainingSetup | None, notify: EventHandler
 ) -> SweepResult:
-    """Train the trials that are not done, compare all of them, and replace the state by the result."""
+    """Train the remaining trials, compare all, and replace the state by the result."""
 
     def prepare_trial(requested: TrainConfig, notify: EventHandler) -> TrainingSetup:
         nonlocal setup
@@ -191,7 +194,7 @@ def _run_trials(
         started = state.started == trial_name and (run_folder / RUN_FILE).is_file()
         if not started:
             if run_folder.is_dir():
-                atomic_io.delete_atomically(run_folder)  # of an earlier run, which must not be resumed
+                atomic_io.delete_atomically(run_folder)  # of an earlier run
             state.started = trial_name
             _write_state(state, folder)
         try:

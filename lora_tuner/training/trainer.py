@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer with the loss, the held-out loss, the checkpoints and the signals of this package.
+"""Hugging Face's Trainer with this package's loss, held-out loss, checkpoints and signals.
 
 Trainer hides errors: a NaN loss is logged as 0, a half-written checkpoint is accepted, and Ctrl-C
 saves nothing. Here a NaN stops the run, a checkpoint is valid only with the hashes of its files,
@@ -86,7 +86,7 @@ def run_trainer(
         trainer.current_step = state.global_step - 1
     else:
         distributed.run_on_rank_zero(partial(checkpoints.remove_newer_than, checkpoint, folder))
-        set_seed(setup.config.seed + distributed.rank())  # for dropout; the data order has its own seed
+        set_seed(setup.config.seed + distributed.rank())  # for dropout alone
         with _stop_on_signal() as stop:
             trainer.add_callback(_StopOnSignal(stop))
             try:
@@ -109,7 +109,7 @@ def run_trainer(
 
 
 def _is_finished(setup: TrainingSetup, state: TrainerState) -> bool:
-    """Return whether a checkpoint is the last of its run: all steps are done, or patience has ended."""
+    """Return whether all steps are done in this checkpoint, or patience has ended."""
     callbacks: Any = state.stateful_callbacks  # a dict, typed as a list
     early_stopping = callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
     worse, patience = early_stopping.get("early_stopping_patience_counter", 0), setup.config.patience
@@ -121,7 +121,7 @@ def _training_stream(setup: TrainingSetup, checkpoint: Path | None) -> Streaming
     state = StreamState()
     if checkpoint is not None:
         state = StreamState(**json.loads((checkpoint / checkpoints.STREAM_FILE).read_text(encoding="utf-8")))
-    excluded = setup.dataset.held_out if setup.config.eval_dataset else []  # other held-out rows are known by hash
+    excluded = setup.dataset.held_out if setup.config.eval_dataset else []  # others: by hash
     hashes = frozenset(row_hash(text, setup.config.split_salt) for text in excluded)
     return StreamingDataset(setup.config, setup.base.tokenizer, hashes, setup.dataset.counts, state)
 
@@ -146,7 +146,7 @@ class _LoraTrainer(Trainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
-        self.model_accepts_loss_kwargs = True  # compute_loss divides by the predictions of the whole step
+        self.model_accepts_loss_kwargs = True  # `num_items_in_batch`
         self.setup = setup
         self.per_step = setup.sequences_per_step  # kept, as other processes may end before this one
         self.folder = folder
@@ -171,19 +171,24 @@ class _LoraTrainer(Trainer):
             return distributed.wrap_ddp(model, self.setup.base.device)
         return super()._wrap_model(model, training, dataloader)
 
-    def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         loss = self.setup.loss(model, inputs, kwargs["num_items_in_batch"])
-        return loss * distributed.world_size()  # DDP averages gradients; the count is of all processes
+        return loss * distributed.world_size()  # DDP averages gradients
 
     def training_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         if self.state.global_step != self.current_step:
             assert num_items_in_batch is not None
             self.current_step, self.step_start = self.state.global_step, time.perf_counter()
             self.predictions = int(num_items_in_batch)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss) and distributed.world_size() == 1:  # with several, the gradients show it to all
+        if not torch.isfinite(loss) and distributed.world_size() == 1:  # else: by gradients
             self.save_last_good_and_raise(f"The loss is {loss.item()}")
         return loss
 
@@ -211,7 +216,7 @@ class _LoraTrainer(Trainer):
         """Save the last adapter whose loss and gradients were finite, and raise DivergedError."""
         folder = self.folder / "last-good"
         if self.last_good and distributed.rank() == 0:
-            with contextlib.suppress(OSError), atomic_io.atomic_folder(folder) as work:  # the problem matters more
+            with contextlib.suppress(OSError), atomic_io.atomic_folder(folder) as work:
                 save_adapter(self.setup, self.last_good, self.setup.manifest, work)
         kept = f"The last good adapter is in {folder}." if folder.is_dir() else "There is no good adapter to keep."
         error = DivergedError(
@@ -258,7 +263,7 @@ class _LoraTrainer(Trainer):
         self.setup.notify(Progress("training", done, total, f"loss {loss:.3f}  {speed:,.0f} tokens/s"))
 
     def measure_held_out(self) -> evaluation.HeldOutLoss:
-        """Measure the held-out loss. Raises DivergedError, with the last good adapter saved, when it is not finite."""
+        """Measure the held-out loss. Raises DivergedError when it is not finite."""
         setup = self.setup
         held_out = evaluation.measure_loss(setup.model, setup.base, setup.held_out, setup.notify)
         if not math.isfinite(held_out.loss):
@@ -273,7 +278,7 @@ class _LoraTrainer(Trainer):
         return metrics
 
     def store_flos(self) -> None:
-        """Do nothing: nobody reads the figure, and a process may have ended that would be waited for."""
+        """Do nothing: it would wait for processes that may have ended."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         assert output_dir is not None
@@ -287,7 +292,7 @@ class _LoraTrainer(Trainer):
         step = self.state.global_step
         checkpoint = self.folder / f"{checkpoints.PREFIX}{step}"
         try:
-            distributed.run_on_rank_zero(partial(atomic_io.delete, checkpoint))  # an unfinished one of before
+            distributed.run_on_rank_zero(partial(atomic_io.delete, checkpoint))  # unfinished
             super()._save_checkpoint(model, trial)
             distributed.all_gather(None)  # wait until all processes have written their RNG states
             if self.stream:
@@ -308,7 +313,7 @@ class _LoraTrainer(Trainer):
 
 
 class _CheckGradients(TrainerCallback):
-    """Stop before the optimizer applies a gradient that is not finite; else remember the weights as good.
+    """Stop at a gradient that is not finite, else remember the weights as good.
 
     Costs a look at the gradients and a copy of the adapter's weights per step.
     """
@@ -344,7 +349,7 @@ class _StopOnSignal(TrainerCallback):
 
 @contextlib.contextmanager
 def _stop_on_signal() -> Iterator[threading.Event]:
-    """Yield an event that the first Ctrl-C or SIGTERM sets; the second one raises KeyboardInterrupt.
+    """Yield an event that Ctrl-C or SIGTERM sets; the second one raises KeyboardInterrupt.
 
     Only the main thread can handle signals: in others the event is never set.
     """
@@ -354,7 +359,7 @@ def _stop_on_signal() -> Iterator[threading.Event]:
         return
 
     def handle(signum: int, frame: FrameType | None) -> None:
-        if stop.is_set() and distributed.world_size() == 1:  # a launcher repeats signals that all have had
+        if stop.is_set() and distributed.world_size() == 1:  # launchers repeat signals
             raise KeyboardInterrupt
         stop.set()
 
