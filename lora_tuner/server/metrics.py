@@ -5,13 +5,13 @@ cannot fill the memory with labels. Prompts and outputs are logged only with `lo
 in full.
 """
 
-import datetime
 import json
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.datastructures import MutableHeaders
@@ -23,7 +23,6 @@ from .protocol import error_response
 from .scheduler import Request
 from .service import ModelService
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # of `generate_latest`
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left before the response
 BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # seconds
 log = logging.getLogger("lora_tuner.server")
@@ -50,6 +49,10 @@ class RequestRecord:
         return f"Internal error; the server's log has it as request {self.id}."
 
     @property
+    def sequences(self) -> list[Sequence]:
+        return [] if self.request is None else self.request.sequences
+
+    @property
     def prompt_tokens(self) -> int:
         """The number of prompt tokens, each prompt counted once whatever `n` is."""
         prompts = {id(sequence.prompt_ids): sequence.prompt_ids for sequence in self.sequences}
@@ -58,10 +61,6 @@ class RequestRecord:
     @property
     def new_tokens(self) -> int:
         return sum(len(sequence.output_ids) for sequence in self.sequences)
-
-    @property
-    def sequences(self) -> list[Sequence]:
-        return self.request.sequences if self.request is not None else []
 
 
 class Metrics:
@@ -101,13 +100,16 @@ class Metrics:
             registry=registry,
             buckets=BUCKETS,
         )
-        gauges: dict[str, tuple[str, Callable[[], float]]] = {
-            "answers_waiting": ("Sequences in the queue.", lambda: service.scheduler.waiting),
-            "answers_running": ("Sequences in the batch.", lambda: service.scheduler.running),
-            "adapters_resident": ("Adapters in memory.", lambda: len(service.generator.loaded_adapters)),
-        }
-        for name, (text, read) in gauges.items():
-            Gauge(f"lora_tuner_{name}", text, registry=registry).set_function(read)
+        scheduler, generator = service.scheduler, service.generator
+        Gauge("lora_tuner_answers_waiting", "Sequences in the queue.", registry=registry).set_function(
+            lambda: scheduler.waiting
+        )
+        Gauge("lora_tuner_answers_running", "Sequences in the batch.", registry=registry).set_function(
+            lambda: scheduler.running
+        )
+        Gauge("lora_tuner_adapters_resident", "Adapters in memory.", registry=registry).set_function(
+            lambda: len(generator.loaded_adapters)
+        )
 
     def text(self) -> bytes:
         """Return the metrics in Prometheus' text format."""
@@ -122,58 +124,51 @@ class Metrics:
         method: str | None = None,
     ) -> None:
         """Count a request and write its log line."""
-        self._count(endpoint, record)
-        log.info(self._log_line(record, {"client": client, "method": method, "path": path}))
-
-    def _count(self, endpoint: str, record: RequestRecord) -> None:
-        model = record.model or ""
+        request, model = record.request, record.model or ""
+        seconds = time.monotonic() - record.started
         self.requests.labels(endpoint, model, str(record.status)).inc()
-        if record.request is None:
-            return
-        self.tokens.labels(model, "prompt").inc(record.prompt_tokens)
-        self.tokens.labels(model, "completion").inc(record.new_tokens)
-        self.seconds.labels(model).observe(time.monotonic() - record.started)
-        if record.request.first_token is not None:
-            self.first_token_seconds.labels(model).observe(record.request.first_token - record.started)
-
-    def _log_line(self, record: RequestRecord, http: Mapping[str, object]) -> Mapping[str, object]:
-        request = record.request
         line: dict[str, object] = {
             "id": record.id,
-            **http,
+            "client": client,
+            "method": method,
+            "path": path,
             "status": record.status,
             "code": record.code,
             "model": record.model,
             "stream": record.stream,
             "user": record.user,
-            "seconds": round(time.monotonic() - record.started, 3),
+            "seconds": round(seconds, 3),
         }
         if request is not None:
-            first_token = None
-            if request.first_token is not None:
-                first_token = round(request.first_token - record.started, 3)
+            self.tokens.labels(model, "prompt").inc(record.prompt_tokens)
+            self.tokens.labels(model, "completion").inc(record.new_tokens)
+            self.seconds.labels(model).observe(seconds)
             line |= {
-                "first_token_seconds": first_token,
+                "first_token_seconds": None,
                 "answers": len(request.sequences),
                 "complete": request.complete and not request.error,
                 "prompt_tokens": record.prompt_tokens,
                 "completion_tokens": record.new_tokens,
             }
+            if request.first_token is not None:
+                first_token_seconds = request.first_token - record.started
+                self.first_token_seconds.labels(model).observe(first_token_seconds)
+                line["first_token_seconds"] = round(first_token_seconds, 3)
         if self.log_prompts:
-            texts = [sequence.settled_text for sequence in record.sequences]
-            line |= {"prompts": record.prompts, "outputs": texts if request is not None else None}
-        return line
+            outputs = [sequence.settled_text for sequence in record.sequences] if request else None
+            line |= {"prompts": record.prompts, "outputs": outputs}
+        log.info(line)
 
 
+@dataclass
 class RequestLog:
     """ASGI middleware that records each API request, and answers 500 to unexpected errors.
 
     Routes fill in the record, which is `request.state.record`.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self.app = app
-        self.metrics = metrics
+    app: ASGIApp
+    metrics: Metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not is_api_path(scope["path"]):
@@ -199,9 +194,9 @@ class RequestLog:
         finally:
             record.status = record.status or CLIENT_CLOSED_REQUEST
             self.metrics.open -= 1
-            route = scope.get("route")  # absent where none matched
             client, _ = scope.get("client") or (None, None)
-            endpoint = getattr(route, "path", "") or "other"
+            # No route is set where none matched.
+            endpoint = getattr(scope.get("route"), "path", "") or "other"
             self.metrics.record(endpoint, record, scope["path"][:200], client, scope["method"])
 
 
@@ -209,9 +204,8 @@ class JsonLines(logging.Formatter):
     """Formats each log record as one line of JSON, so that nothing a client sent can begin a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        created = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
         line: dict[str, object] = {
-            "time": created.isoformat(timespec="milliseconds"),
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
         }
         line |= record.msg if isinstance(record.msg, Mapping) else {"message": record.getMessage().strip()}

@@ -20,7 +20,6 @@ from .protocol import error_response
 
 MAX_BODY = 1_000_000  # bytes
 MAX_SECONDS = 30.0  # for a whole body
-_LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _CLOSE = {"Connection": "close"}  # the rest of the request stays unread
 
@@ -44,7 +43,7 @@ class SecurityMiddleware:
     def __init__(self, app: ASGIApp, settings: ServerConfig) -> None:
         self.app = app
         self.key = settings.api_key.encode() if settings.api_key else None
-        self.hosts = {*_LOCAL_HOSTS, settings.host} if self.key is None else None
+        self.hosts = {"127.0.0.1", "localhost", "::1", settings.host} if self.key is None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -72,8 +71,12 @@ class SecurityMiddleware:
         if self.key and is_api_path(path) and path != "/health":
             authorization = headers.get("authorization", "").encode("latin-1")
             if not hmac.compare_digest(authorization, b"Bearer " + self.key):
-                text = "The API key is missing or wrong: send it as `Authorization: Bearer KEY`."
-                return error_response(401, text, _CLOSE | {"WWW-Authenticate": "Bearer"}, code="invalid_api_key")
+                return error_response(
+                    401,
+                    "The API key is missing or wrong: send it as `Authorization: Bearer KEY`.",
+                    _CLOSE | {"WWW-Authenticate": "Bearer"},
+                    code="invalid_api_key",
+                )
         return None
 
 
@@ -86,25 +89,20 @@ def _host_name(host: str) -> str:
 async def _buffer_body(headers: Headers, receive: Receive) -> bytes | Response | None:
     """Return the whole body, an error response, or None when the client has disconnected."""
     length = headers.get("content-length", "0")
-    too_large = error_response(413, f"The body is larger than {MAX_BODY:,} bytes.", _CLOSE, code="request_too_large")
-    if length.isdecimal() and int(length[:20]) > MAX_BODY:
-        return too_large
+    too_large = length.isdecimal() and int(length[:20]) > MAX_BODY
     body = bytearray()
     try:
         async with asyncio.timeout(MAX_SECONDS):
-            while True:
+            while not too_large:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     return None
                 body += message.get("body", b"")
-                if len(body) > MAX_BODY:
-                    return too_large
-                if not message.get("more_body"):
+                too_large = len(body) > MAX_BODY
+                if not (too_large or message.get("more_body")):
                     return bytes(body)
     except TimeoutError:
-        return error_response(
-            408,
-            f"The body took longer than {MAX_SECONDS:g} seconds.",
-            _CLOSE,
-            code="request_timeout",
-        )
+        text = f"The body took longer than {MAX_SECONDS:g} seconds."
+        return error_response(408, text, _CLOSE, code="request_timeout")
+    text = f"The body is larger than {MAX_BODY:,} bytes."
+    return error_response(413, text, _CLOSE, code="request_too_large")

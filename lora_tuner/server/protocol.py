@@ -5,7 +5,7 @@ are rejected by name. None is accepted and ignored, except `user`, which goes in
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, NotRequired, TypedDict
+from typing import Annotated, Literal
 
 from fastapi.responses import JSONResponse
 from pydantic import (
@@ -47,17 +47,17 @@ class _RequestModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, data: object) -> object:
-        if not isinstance(data, dict):
-            return data
-        return {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
+        if isinstance(data, dict):
+            data = {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
+        return data
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """Declare that optional fields may be null."""
         json_schema = handler.resolve_ref_schema(handler(schema))
-        for name, field in json_schema["properties"].items():
-            if name not in json_schema.get("required", ()):
-                json_schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+        properties = json_schema["properties"]
+        for name in properties.keys() - json_schema.get("required", ()):
+            properties[name] = {"anyOf": [properties[name], {"type": "null"}]}
         return json_schema
 
 
@@ -156,9 +156,8 @@ class RequestMessage(_RequestModel):
         """The message as chat templates take it."""
         # OpenAI's newer name for it, which templates do not know.
         role = "system" if self.role == "developer" else self.role
-        if isinstance(self.content, str):
-            return {"role": role, "content": self.content}
-        return {"role": role, "content": "".join(part.text for part in self.content)}
+        parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
+        return {"role": role, "content": "".join(parts)}
 
 
 class ChatRequest(_GenerationRequest):
@@ -221,17 +220,9 @@ class CompletionChoice(BaseModel):
     finish_reason: FinishReason | None
 
 
-class ResponseFields(TypedDict):
+class ResponseFields(BaseModel):
     """Fields that a response and all chunks of a stream share."""
 
-    id: str
-    created: int
-    model: str
-    system_fingerprint: str
-    usage: NotRequired[Usage | None]
-
-
-class _ResponseModel(BaseModel):
     id: str
     created: int
     model: str
@@ -239,7 +230,7 @@ class _ResponseModel(BaseModel):
     usage: Usage | None = None
 
 
-class Completion(_ResponseModel):
+class Completion(ResponseFields):
     """A response of /v1/completions, or a chunk of its stream."""
 
     object: Literal["text_completion"] = "text_completion"
@@ -274,7 +265,7 @@ class ChatChoice(BaseModel):
     finish_reason: FinishReason
 
 
-class ChatCompletion(_ResponseModel):
+class ChatCompletion(ResponseFields):
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
 
@@ -291,7 +282,7 @@ class ChatChunkChoice(BaseModel):
     finish_reason: FinishReason | None
 
 
-class ChatCompletionChunk(_ResponseModel):
+class ChatCompletionChunk(ResponseFields):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChatChunkChoice]
 
@@ -347,21 +338,18 @@ class ErrorResponse(BaseModel):
     error: ErrorDetail
 
 
-def error_body(
+def error_response(
     status: int,
     message: str,
+    headers: Mapping[str, str] | None = None,
     *,
-    type: str | None = None,
     param: str | None = None,
     code: str | None = None,
-) -> ErrorResponse:
-    """Create an error in OpenAI's shape. Control characters are escaped: it may quote input."""
-    error_type = type or ("invalid_request_error" if status < 500 else "server_error")
-    param = escape_control(param) if param else None
-    return ErrorResponse(error=ErrorDetail(message=escape_control(message), type=error_type, param=param, code=code))
-
-
-def error_response(
-    status: int, message: str, headers: Mapping[str, str] | None = None, **fields: str | None
 ) -> JSONResponse:
-    return JSONResponse(error_body(status, message, **fields).model_dump(), status, headers)
+    """Create an error in OpenAI's shape. Control characters are escaped: it may quote input."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    if status == 429:
+        kind = "rate_limit_error"
+    param = escape_control(param) if param else None
+    detail = ErrorDetail(message=escape_control(message), type=kind, param=param, code=code)
+    return JSONResponse(ErrorResponse(error=detail).model_dump(), status, headers)

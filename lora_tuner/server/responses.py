@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..inference.sequence import Sequence, TokenLogprobs
 from .protocol import (
@@ -51,7 +52,6 @@ class OutputReader:
     sequence: Sequence
     characters: int = 0  # read so far
     tokens: int = 0
-    begun: bool = False
     ended: bool = False
 
     def next_delta(self) -> OutputDelta | None:
@@ -61,8 +61,7 @@ class OutputReader:
         """
         if self.ended:
             return None
-        complete = self.sequence.complete
-        settled = self.sequence.settled_text
+        complete, settled = self.sequence.complete, self.sequence.settled_text
         text = settled[self.characters :]
         logprobs = None
         if self.sequence.top_logprobs is not None:
@@ -72,7 +71,7 @@ class OutputReader:
                 logprobs = [token for token in logprobs if token.text_offset < len(settled)]
         if not (text or logprobs or complete):
             return None
-        first, self.begun, self.ended = not self.begun, True, complete
+        first, self.ended = self.characters == self.tokens == 0, complete
         self.characters, self.tokens = len(settled), self.tokens + len(logprobs or ())
         finish_reason: FinishReason | None = None
         if complete:
@@ -99,7 +98,7 @@ def _completion(fields: ResponseFields, outputs: dict[int, OutputDelta], spell: 
         )
         for index, output in outputs.items()
     ]
-    return Completion(**fields, object="text_completion", choices=choices)
+    return Completion(**fields.model_dump(exclude_unset=True), object="text_completion", choices=choices)
 
 
 def _logprobs(output: OutputDelta, spell: TokenSpeller) -> Logprobs | None:
@@ -123,21 +122,30 @@ def _chat_completion(fields: ResponseFields, outputs: dict[int, OutputDelta], sp
     choices = []
     for index, output in outputs.items():
         assert output.finish_reason is not None
-        message = ChatMessage(role="assistant", content=output.text)
-        logprobs = _chat_logprobs(output, spell)
-        choices.append(ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=output.finish_reason))
-    return ChatCompletion(**fields, object="chat.completion", choices=choices)
+        choices.append(
+            ChatChoice(
+                index=index,
+                message=ChatMessage(content=output.text),
+                logprobs=_chat_logprobs(output, spell),
+                finish_reason=output.finish_reason,
+            )
+        )
+    return ChatCompletion(**fields.model_dump(exclude_unset=True), choices=choices)
 
 
 def _chat_chunk(fields: ResponseFields, outputs: dict[int, OutputDelta], spell: TokenSpeller) -> ChatCompletionChunk:
     choices = []
     for index, output in outputs.items():
-        delta = Delta(content=output.text)
-        if output.first:
-            delta = Delta(role="assistant", content=output.text)
-        logprobs = _chat_logprobs(output, spell)
-        choices.append(ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=output.finish_reason))
-    return ChatCompletionChunk(**fields, object="chat.completion.chunk", choices=choices)
+        delta = Delta(role="assistant", content=output.text) if output.first else Delta(content=output.text)
+        choices.append(
+            ChatChunkChoice(
+                index=index,
+                delta=delta,
+                logprobs=_chat_logprobs(output, spell),
+                finish_reason=output.finish_reason,
+            )
+        )
+    return ChatCompletionChunk(**fields.model_dump(exclude_unset=True), object="chat.completion.chunk", choices=choices)
 
 
 def _chat_logprobs(output: OutputDelta, spell: TokenSpeller) -> ChatLogprobs | None:
@@ -159,11 +167,8 @@ def _top_logprob(token: int, logprob: float, spell: TokenSpeller) -> TopLogprob:
 COMPLETION = EndpointFormat("cmpl-", _completion, _completion)
 CHAT = EndpointFormat("chatcmpl-", _chat_completion, _chat_chunk)
 
-# Bytes that GPT-2's vocabulary writes as themselves; the others become characters from 256 on.
-_PRINTABLE_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_OTHER_BYTES = [byte for byte in range(256) if byte not in _PRINTABLE_BYTES]
-_BYTE_OF_CHAR = {chr(byte): byte for byte in _PRINTABLE_BYTES}
-_BYTE_OF_CHAR |= {chr(256 + index): byte for index, byte in enumerate(_OTHER_BYTES)}
+# The characters with which GPT-2's vocabulary writes single bytes.
+_BYTE_OF_CHAR: dict[str, int] = {char: byte for byte, char in bytes_to_unicode().items()}
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> tuple[str, list[int] | None]:

@@ -14,9 +14,11 @@ from functools import lru_cache, partial
 from fastapi import APIRouter, FastAPI, Security
 from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Match
 from starlette.types import Receive, Scope, Send
@@ -34,7 +36,7 @@ from ..errors import (
     UnknownModelError,
 )
 from ..text import display_name
-from .metrics import CLIENT_CLOSED_REQUEST, CONTENT_TYPE, Metrics, RequestLog, RequestRecord
+from .metrics import CLIENT_CLOSED_REQUEST, Metrics, RequestLog, RequestRecord
 from .middleware import SecurityMiddleware
 from .protocol import (
     AdapterInfo,
@@ -48,7 +50,6 @@ from .protocol import (
     ModelList,
     ResponseFields,
     Usage,
-    error_body,
     error_response,
 )
 from .responses import (
@@ -79,6 +80,7 @@ _STATUS: tuple[tuple[type[LoraTunerError], int, str | None], ...] = (  # the fir
 
 def create_app(service: ModelService) -> FastAPI:
     """Create the API. The service may be started later."""
+    metrics = Metrics(service)
     app = FastAPI(
         title="lora_tuner",
         version=__version__,
@@ -89,13 +91,17 @@ def create_app(service: ModelService) -> FastAPI:
             "4XX": {"model": ErrorResponse, "description": "Error in the request."},
             "5XX": {"model": ErrorResponse, "description": "Error of the server, or shutdown."},
         },
+        middleware=[
+            Middleware(RequestLog, metrics=metrics),
+            Middleware(SecurityMiddleware, settings=service.config),
+        ],
+        exception_handlers={
+            HTTPException: _http_error,
+            RequestValidationError: _validation_error,
+            LoraTunerError: partial(_lora_tuner_error, service),
+        },
     )
-    metrics = app.state.metrics = Metrics(service)
-    app.add_middleware(SecurityMiddleware, settings=service.config)
-    app.add_middleware(RequestLog, metrics=metrics)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(RequestValidationError, _validation_error)
-    app.add_exception_handler(LoraTunerError, partial(_lora_tuner_error, service))
+    app.state.metrics = metrics
     spell = lru_cache(TOKEN_TEXT_CACHE)(partial(token_text, service.base.tokenizer))
     routes = APIRouter(dependencies=[Security(HTTPBearer(auto_error=False))] if service.config.api_key else [])
     event_stream = partial(
@@ -113,13 +119,13 @@ def create_app(service: ModelService) -> FastAPI:
     @routes.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """Counters, queue length and latencies for Prometheus."""
-        return Response(await service.run_in_thread(metrics.text), media_type=CONTENT_TYPE)
+        return Response(await service.run_in_thread(metrics.text), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     @routes.get("/v1/models")
     async def models() -> ModelList:
         """List the base and every adapter, broken ones with the reason."""
         served = await service.run_in_thread(service.list_models)
-        return ModelList(object="list", data=[_model_card(service, model) for model in served])
+        return ModelList(data=[_model_card(service, model) for model in served])
 
     @routes.get("/v1/models/{id:path}")
     async def model(id: str) -> ModelCard:
@@ -151,55 +157,41 @@ async def _not_found(routes: Sequence[BaseRoute], scope: Scope, receive: Receive
     raise (HTTPException(405, headers={"Allow": ", ".join(methods)}) if methods else HTTPException(404))
 
 
-async def _http_error(request: HTTPRequest, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    message, path = str(error.detail), request.url.path[:200]
-    if error.status_code == 404:
-        message = f"There is nothing at {path}."
-    elif error.status_code == 405:
-        message = f"{path} does not support {request.method}."
-    return error_response(error.status_code, message, error.headers)
+async def _http_error(request: HTTPRequest, error: HTTPException) -> Response:
+    status, path = error.status_code, request.url.path[:200]
+    messages = {
+        404: f"There is nothing at {path}.",
+        405: f"{path} does not support {request.method}.",
+    }
+    return error_response(status, messages.get(status, str(error.detail)), error.headers)
 
 
-async def _validation_error(request: HTTPRequest, error: Exception) -> Response:
+async def _validation_error(request: HTTPRequest, error: RequestValidationError) -> Response:
     """Report all problems of a request, grouped by field."""
-    assert isinstance(error, RequestValidationError)
-    problems: dict[str, list[str]] = {}
+    problems: dict[str, dict[str, None]] = {}  # the inner one is an ordered set of texts
     for problem in error.errors()[:50]:
-        location, text = problem["loc"], problem["msg"]
-        field = location[1] if len(location) > 1 and problem["type"] != "json_invalid" else ""
-        if problem["type"] == "extra_forbidden":
-            text = "unknown field"
-        texts = problems.setdefault(str(field)[:100], [])
-        if text not in texts:
-            texts.append(text)
-    lines = [f"{field}: {', or '.join(texts)}" if field else texts[0] for field, texts in problems.items()]
+        location, kind = problem["loc"], problem["type"]
+        field = location[1] if len(location) > 1 and kind != "json_invalid" else ""
+        text = "unknown field" if kind == "extra_forbidden" else problem["msg"]
+        problems.setdefault(str(field)[:100], {})[text] = None
+    lines = [f"{field}: {', or '.join(texts)}" if field else next(iter(texts)) for field, texts in problems.items()]
     return error_response(400, f"{'; '.join(lines)}.", param=next(iter(problems)) or None)
 
 
-async def _lora_tuner_error(service: ModelService, request: HTTPRequest, error: Exception) -> Response:
-    status, failure, headers = _describe_error(service, error, request.state.record)
-    return error_response(status, failure.error.message, headers, **failure.error.model_dump(exclude={"message"}))
-
-
-def _describe_error(
-    service: ModelService, error: Exception, record: RequestRecord
-) -> tuple[int, ErrorResponse, dict[str, str]]:
-    """Return status, body and headers. The text of an unexpected error goes into the log alone."""
-    status, code = next(((status, code) for kind, status, code in _STATUS if isinstance(error, kind)), (500, None))
-    headers: dict[str, str] = {}
-    if isinstance(error, QueueFullError):
-        headers["Retry-After"] = str(error.seconds)
-    elif isinstance(error, ServerClosingError):
-        headers["Retry-After"] = str(CLOSING_RETRY_SECONDS)
+async def _lora_tuner_error(service: ModelService, request: HTTPRequest, error: Exception) -> JSONResponse:
+    """Describe an error. The text of an unexpected one goes into the log alone."""
+    record: RequestRecord = request.state.record
+    matches = ((status, code) for kind, status, code in _STATUS if isinstance(error, kind))
+    status, code = next(matches, (500, None))
     if status == 500:
         text = record.log_failure(error)
     else:
         text = str(error) if isinstance(error, UnknownModelError) else service.hide_paths(str(error))
         record.code = code or type(error).__name__
+    seconds = error.seconds if isinstance(error, QueueFullError) else CLOSING_RETRY_SECONDS
+    headers = {"Retry-After": str(seconds)} if status in (429, 503) else None
     param = "model" if isinstance(error, AdapterError) else getattr(error, "param", None)
-    error_type = "rate_limit_error" if status == 429 else None
-    return status, error_body(status, text, type=error_type, param=param, code=code), headers
+    return error_response(status, text, headers, param=param, code=code)
 
 
 def _model_card(service: ModelService, model: ServedModel) -> ModelCard:
@@ -207,9 +199,7 @@ def _model_card(service: ModelService, model: ServedModel) -> ModelCard:
     created = _timestamp(info.created) if info is not None else None
     return ModelCard(
         id=model.id,
-        object="model",
         created=service.created if created is None else created,
-        owned_by="lora_tuner",
         parent=service.name if model.path else None,
         broken=service.hide_paths(model.broken) if model.broken else None,
         lora_tuner=info,
@@ -225,16 +215,13 @@ def _adapter_info(service: ModelService, adapter: Adapter) -> AdapterInfo:
         bytes=adapter.bytes,
     )
     manifest = adapter.manifest
-    if manifest is None:
-        return info
-    info.parents = [parent.name for parent in manifest.parents]
-    info.result = manifest.result
-    if manifest.made_by:
-        info.made_by = service.hide_paths(manifest.made_by)
-    if manifest.data:
-        info.dataset, info.rows = display_name(manifest.data.name), manifest.data.counts
-    if _timestamp(manifest.created) is not None:
-        info.created = manifest.created
+    if manifest is not None:
+        info.parents = [parent.name for parent in manifest.parents]
+        info.result = manifest.result
+        info.made_by = service.hide_paths(manifest.made_by) if manifest.made_by else None
+        info.created = None if _timestamp(manifest.created) is None else manifest.created
+        if manifest.data:
+            info.dataset, info.rows = display_name(manifest.data.name), manifest.data.counts
     return info
 
 
@@ -254,30 +241,27 @@ async def _generate(
 ) -> Response:
     record: RequestRecord = http_request.state.record
     record.user, record.stream = body.user, body.stream
-    count, capacity = (
-        body.n * len(body.prompts),
-        service.config.max_batch + service.config.max_waiting,
-    )
+    count = body.n * len(body.prompts)
+    capacity = service.config.max_batch + service.config.max_waiting
     if count > capacity:
         raise RequestError(f"n: {count:,} outputs were requested, the limit of this server is {capacity:,}.", "n")
     prepared = await service.prepare(body.model, body.prompts, body.n)
     record.model = body.model  # only now, so that no client fills the metrics with labels
-    max_tokens = service.max_new_tokens(prepared.prompts, body.requested_tokens)
     request = record.request = service.submit(
         prepared,
-        body.sampling(max_tokens),
+        body.sampling(service.max_new_tokens(prepared.prompts, body.requested_tokens)),
         started=record.started,
         n=body.n,
         top_logprobs=body.num_top_logprobs,
     )
-    fields: ResponseFields = {
-        "id": f"{endpoint.id_prefix}{record.id}",
-        "created": int(time.time()),
-        "model": body.model,
-        "system_fingerprint": f"fp_{service.base.files.fingerprint[:12]}",
-    }
+    fields = ResponseFields(
+        id=f"{endpoint.id_prefix}{record.id}",
+        created=int(time.time()),
+        model=body.model,
+        system_fingerprint=f"fp_{service.base.files.fingerprint[:12]}",
+    )
     if body.stream:
-        events = _server_sent_events(service, endpoint, spell, request, fields, record, body.include_usage)
+        events = _server_sent_events(service, endpoint, spell, request, fields, http_request, body.include_usage)
         return _EventStream(events, service, request)
     if not await _wait_for(service, request, http_request):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -285,8 +269,9 @@ async def _generate(
         raise request.error
 
     def to_json() -> str:
+        fields.usage = _usage(record)
         outputs = _next_deltas([OutputReader(sequence) for sequence in request.sequences])
-        return endpoint.response({**fields, "usage": _usage(record)}, outputs, spell).model_dump_json()
+        return endpoint.response(fields, outputs, spell).model_dump_json()
 
     # Many log-probabilities take long to format, which would hold up other connections.
     return Response(await asyncio.to_thread(to_json), media_type="application/json")
@@ -325,7 +310,7 @@ async def _server_sent_events(
     spell: TokenSpeller,
     request: Request,
     fields: ResponseFields,
-    record: RequestRecord,
+    http_request: HTTPRequest,
     include_usage: bool,
 ) -> AsyncIterator[str]:
     """Yield an event for each delta, then the usage if it is wanted, then [DONE]."""
@@ -335,7 +320,7 @@ async def _server_sent_events(
         return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
 
     if include_usage:
-        fields["usage"] = None  # in every chunk but the last
+        fields.usage = None  # in every chunk but the last
     readers = [OutputReader(sequence) for sequence in request.sequences]
     try:
         async with aclosing(service.watch(request)) as updates:
@@ -345,11 +330,11 @@ async def _server_sent_events(
                 for index, delta in _next_deltas(readers).items():
                     yield event({index: delta})
     except Exception as error:
-        _, failure, _ = _describe_error(service, error, record)
-        yield f"data: {failure.model_dump_json()}\n\n"
+        failure = await _lora_tuner_error(service, http_request, error)
+        yield f"data: {bytes(failure.body).decode()}\n\n"
         return
     if include_usage:
-        fields["usage"] = _usage(record)
+        fields.usage = _usage(http_request.state.record)
         yield event({})
     yield "data: [DONE]\n\n"
 
@@ -358,11 +343,14 @@ class _EventStream(StreamingResponse):
     """Server-sent events for one client; its request is cancelled when the client disconnects."""
 
     def __init__(self, events: AsyncIterator[str], service: ModelService, request: Request) -> None:
-        headers = {
-            "Cache-Control": "no-cache",
-            "X-Accel-Buffering": "no",
-        }  # nginx would buffer them
-        super().__init__(events, media_type="text/event-stream", headers=headers)
+        super().__init__(
+            events,
+            media_type="text/event-stream",
+            headers={
+                "Cache-Control": "no-cache",
+                "X-Accel-Buffering": "no",  # nginx would buffer them
+            },
+        )
         self.cancel = partial(service.scheduler.cancel, request)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -373,9 +361,8 @@ class _EventStream(StreamingResponse):
 
 
 def _usage(record: RequestRecord) -> Usage:
-    prompt_tokens, new_tokens = record.prompt_tokens, record.new_tokens
     return Usage(
-        prompt_tokens=prompt_tokens,
-        completion_tokens=new_tokens,
-        total_tokens=prompt_tokens + new_tokens,
+        prompt_tokens=record.prompt_tokens,
+        completion_tokens=record.new_tokens,
+        total_tokens=record.prompt_tokens + record.new_tokens,
     )

@@ -60,7 +60,6 @@ def serve(
         Interrupted: a second signal ended the server before all requests were complete.
     """
     _check_address(settings)
-    notify = options.notify
     library = Library(adapters_dir)
     library.names()  # report a folder that cannot be read at once
     only = [adapter.path for adapter in library.get_all(adapters)]
@@ -76,14 +75,14 @@ def serve(
         def on_listening() -> None:
             count = sum(model.broken is None for model in service.list_models()) - 1
             plural = "" if count == 1 else "s"
-            notify(
+            options.notify(
                 Notice(
                     f"Listening on {url}: base {service.name} and {count:,} adapter{plural}. "
                     f"OpenAI-compatible API: {url}/v1"
                 )
             )
             if browse:
-                threading.Thread(target=_open_browser, args=(url, notify), daemon=True).start()
+                threading.Thread(target=_open_browser, args=(url, options.notify), daemon=True).start()
 
         _configure_logging()
         service.start()

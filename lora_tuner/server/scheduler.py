@@ -46,9 +46,8 @@ class Request:
         A sequence sets its error before `complete`, so a reader never takes a failed one for a
         finished one.
         """
-        if self.failure is not None:
-            return self.failure
-        return next((sequence.error for sequence in self.sequences if sequence.error is not None), None)
+        errors = (sequence.error for sequence in self.sequences if sequence.error is not None)
+        return self.failure or next(errors, None)
 
     @property
     def complete(self) -> bool:
@@ -87,8 +86,7 @@ class Scheduler:
     def waiting(self) -> int:
         """Number of sequences in the queue."""
         with self._wake:
-            requests = [request for queue in self._queue.values() for request in queue]
-            return sum(len(request.sequences) - request.admitted for request in requests)
+            return sum(len(request.sequences) - request.admitted for request in self._requests())
 
     @property
     def running(self) -> int:
@@ -186,11 +184,10 @@ class Scheduler:
 
     def stop(self) -> None:
         """Fail all remaining requests and end the thread."""
-        self.close()
         with self._wake:
+            self.close()
             for request in self._requests():
                 self._fail(request, ServerClosingError("The server is shutting down."))
-            self._wake.notify()
         self._thread.join(timeout=30)
 
     def _requests(self) -> list[Request]:
@@ -200,9 +197,8 @@ class Scheduler:
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not (self._queue or self._running or self._tasks or self._closed):
-                    self._wake.wait()
-                if self._closed and not (self._queue or self._running or self._tasks):
+                self._wake.wait_for(lambda: self._closed or self._tasks or not self.idle)
+                if self.idle and not self._tasks:
                     return
                 task = self._tasks.popleft() if self._tasks else None
             try:
@@ -213,7 +209,11 @@ class Scheduler:
                 self.engine.step()
                 self._wake_requests()
             except Exception as error:  # fails this batch alone
-                self._fail_running(error)
+                self.engine.clear()
+                with self._wake:
+                    for request in dict.fromkeys(self._running.values()):
+                        self._fail(request, error)
+                    self._running.clear()
             if task is not None:
                 task()
 
@@ -277,13 +277,6 @@ class Scheduler:
                 del self._running[sequence]
             if ended:
                 self._last_end = now
-
-    def _fail_running(self, error: Exception) -> None:
-        self.engine.clear()
-        with self._wake:
-            for request in dict.fromkeys(self._running.values()):
-                self._fail(request, error)
-            self._running.clear()
 
 
 def _max_length(sequence: Sequence) -> int:

@@ -80,13 +80,12 @@ class ModelService:
         self.name = display_name(self.base.files.name)  # it may be a path
         self.only = {path.name: path for path in only}
         self.created = int(time.time())
-        # A quarter: a growing cache is copied, and prefill has a cache of its own.
-        max_cache_tokens = free_memory(self.base.device) // 4 // generator.engine.kv_bytes_per_token
         self.scheduler = Scheduler(
             generator.engine,
             max_batch=settings.max_batch,
             max_waiting=settings.max_waiting,
-            max_cache_tokens=max_cache_tokens,
+            # A quarter: a growing cache is copied, and prefill has a cache of its own.
+            max_cache_tokens=free_memory(self.base.device) // 4 // generator.engine.kv_bytes_per_token,
         )
         self._layer_sizes = lora.layer_sizes(generator.engine.multi_lora.layers)
         self._tokenizer = copy.deepcopy(self.base.tokenizer)  # tokenizers are not thread-safe
@@ -155,22 +154,16 @@ class ModelService:
         if isinstance(prompt, str):
             return self.generator.encode_prompt(prompt, self._tokenizer).token_ids
         if isinstance(prompt, tuple):
-            return self._check_token_ids(self._encode_chat(prompt))
-        return self._check_token_ids(prompt)
-
-    def _encode_chat(self, messages: tuple[Message, ...]) -> list[int]:
-        if not self._tokenizer.chat_template:
-            raise GenerationError(f"{self.name} has no chat template: use the completions endpoint instead.")
-        try:
-            return self.generator.encode_prompt(messages, self._tokenizer).token_ids
-        except DataError as error:
-            raise RequestError(str(error).replace("this base", self.name), "messages") from error
-
-    def _check_token_ids(self, ids: list[int]) -> list[int]:
+            if not self._tokenizer.chat_template:
+                raise GenerationError(f"{self.name} has no chat template: use the completions endpoint instead.")
+            try:
+                prompt = self.generator.encode_prompt(prompt, self._tokenizer).token_ids
+            except DataError as error:
+                raise RequestError(str(error).replace("this base", self.name), "messages") from error
         vocabulary = self.base.vocab_size
-        if not ids or not all(0 <= token < vocabulary for token in ids):
+        if not prompt or not all(0 <= token < vocabulary for token in prompt):
             raise GenerationError(f"prompt: give at least one token id, each from 0 to {vocabulary - 1:,}.")
-        return self.generator.check_fits_context(ids)
+        return self.generator.check_fits_context(prompt)
 
     def hide_paths(self, text: str) -> str:
         """Remove the folders of this machine from a message."""

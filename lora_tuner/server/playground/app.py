@@ -7,6 +7,7 @@ protection against injected scripts rests on the escaping in `html`.
 
 import hmac
 import re
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -74,12 +75,12 @@ def _is_key(api_key: str, _name: str, password: str) -> bool:
     return hmac.compare_digest(password.encode(), api_key.encode())
 
 
+@dataclass
 class _RestrictedRoutes:
     """ASGI wrapper: only the page's routes, only after login, and no other host in the browser."""
 
-    def __init__(self, app: App, metrics: Metrics) -> None:
-        self.app = app
-        self.metrics = metrics
+    app: App
+    metrics: Metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))

@@ -25,6 +25,10 @@ from ..service import ServedModel
 
 MAX_CARD = 100_000  # characters of a model card
 _NONE = Markup('<span class="faint">–</span>')
+_LIBRARY_HEADER = Markup("").join(
+    Markup('<th scope="col">{}</th>').format(name)
+    for name in ("name", "gain", "held-out loss", "rank", "size", "data", "rows", "created")
+)
 
 
 def head(base: str) -> Markup:
@@ -69,8 +73,7 @@ def _output(title: str, prompt: str, output: Request | str) -> Markup:
         if sequence.complete and not error:
             end = ", finished" if sequence.finished else ", cut off"
         tokens = Markup('<p class="facts">{} token{}{}</p>').format(count, plural, end)
-        if not output.complete:
-            style = Markup(' class="writing"')
+        style = Markup("") if output.complete else Markup(' class="writing"')
     return Markup('<article{}><h2>{}</h2><p class="text"><span class="prompt">{}</span>{}</p>{}{}</article>').format(
         style, title, prompt, text, failure(error) if error else "", tokens
     )
@@ -80,13 +83,11 @@ def library(models: Sequence[ServedModel]) -> Markup:
     """Show a table of adapters: name, then facts or the reason why one cannot be used."""
     if not models:
         return note("No adapters yet. Train one with python cli.py train; it appears here once it is saved.")
-    header = ("name", "gain", "held-out loss", "rank", "size", "data", "rows", "created")
-    cells = Markup("").join(Markup('<th scope="col">{}</th>').format(name) for name in header)
     button = Markup('<tr><th scope="row"><button type="button" data-name="{}">{}</button></th>{}</tr>')
     lines = Markup("").join(button.format(model.id, model.id, _cells(model)) for model in models)
     return Markup(
         '<div class="wide" tabindex="0"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>'
-    ).format(cells, lines)
+    ).format(_LIBRARY_HEADER, lines)
 
 
 def _cells(model: ServedModel) -> Markup:
@@ -149,16 +150,19 @@ def _plot_loss(adapter: Adapter, png: BytesIO) -> tuple[str, str]:
 
 def _plot_spectrum(adapter: Adapter, layers: Mapping[str, LinearLayer], png: BytesIO) -> tuple[str, str]:
     delta.check_summable(adapter)
-    deltas = delta.load_deltas(adapter, layers)
-    energies = {module: delta.singular_values(update).square() for module, update in deltas.items()}
+    energies = {
+        module: delta.singular_values(update).square() for module, update in delta.load_deltas(adapter, layers).items()
+    }
     energies = {module: energy for module, energy in energies.items() if float(energy.sum()) > 0}
     if not energies:
         raise AdapterError("No spectrum: the update of every layer is zero.")
     plots.plot_spectra({module: energy.tolist() for module, energy in energies.items()}, {}, png)
     shares = sorted(float(energy[0] / energy.sum()) for energy in energies.values())
     median = shares[len(shares) // 2]
-    caption = f"{len(shares)} layers; median share of the largest singular value: {median:.0%}."
-    return "Spectrum: share of each singular value in the energy of its layer's update", caption
+    return (
+        "Spectrum: share of each singular value in the energy of its layer's update",
+        f"{len(shares)} layers; median share of the largest singular value: {median:.0%}.",
+    )
 
 
 def _readme(adapter: Adapter) -> str:

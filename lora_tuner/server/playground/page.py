@@ -14,15 +14,12 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, TypedDict
 
 import gradio as gr
-from gradio.components import Component
 from gradio.events import Dependency
 from markupsafe import Markup
 
 from ... import evaluation
-from ...adapters.adapter import Adapter
 from ...adapters.library import read_consistently
 from ...config import SamplingParams, TrainConfig, resolve_settings
 from ...errors import AdapterError, ConfigError, GenerationError, Interrupted, LoraTunerError, Notice, Progress
@@ -46,12 +43,7 @@ ModelOutput = Request | str  # a request, or why there is none
 Submit = Callable[[], Awaitable[Request]]
 
 
-class _EventOptions(TypedDict):
-    show_progress: Literal["hidden"]
-    api_visibility: Literal["private"]
-
-
-QUIET: _EventOptions = {"show_progress": "hidden", "api_visibility": "private"}
+on = partial(gr.on, show_progress="hidden", api_visibility="private")
 
 
 @dataclass
@@ -86,7 +78,7 @@ class Page:
                     refresh_events = self._library_tab(tab)
                 with gr.Tab("Evaluate"):
                     dropdowns += [self._evaluate_tab()]
-            gr.on([page.load, *refresh_events], self.update_choices, dropdowns, dropdowns, **QUIET)
+            on([page.load, *refresh_events], self.update_choices, dropdowns, dropdowns)
         page.queue(default_concurrency_limit=None, api_open=False)  # the scheduler has the limit
         return page
 
@@ -101,19 +93,22 @@ class Page:
             )
             names = self._adapters_dropdown("Compared with the base.", scale=2)
         with gr.Accordion("Sampling settings", open=False), gr.Row(elem_classes="settings"):
-            settings = [self._setting(name) for name in SETTINGS]
+            settings = {name: self._setting(name) for name in SETTINGS}
         with gr.Row():
             start, stop = _buttons("Generate")
         output = gr.HTML(
             html.note("Press Generate to continue the prompt with the base and each adapter, side by side."),
             apply_default_css=False,
         )
-        event = gr.on([start.click, prompt.submit], self.generate, [prompt, names, *settings], output, **QUIET)
-        _connect_stop(event, stop, output)
-        sampling = [settings[SETTINGS.index(name)] for name in SAMPLING_SETTINGS]
-        greedy = settings[SETTINGS.index("greedy")]
-        assert isinstance(greedy, gr.Checkbox)
-        greedy.input(lambda greedy: [gr.update(interactive=not greedy)] * len(sampling), greedy, sampling, **QUIET)
+        inputs = [prompt, names, *settings.values()]
+        _connect_stop(on([start.click, prompt.submit], self.generate, inputs, output), stop, output)
+        sampling = [settings[name] for name in SAMPLING_SETTINGS]
+        on(
+            settings["greedy"].input,
+            lambda greedy: [gr.update(interactive=not greedy)] * len(sampling),
+            settings["greedy"],
+            sampling,
+        )
         return names
 
     def _blend_tab(self, tab: gr.Tab) -> list[gr.Dropdown]:
@@ -133,9 +128,13 @@ class Page:
             elem_classes="share",
         )
         output = gr.HTML(apply_default_css=False)
-        events = [weight.input, first.input, second.input, prompt.input, prompt.submit, tab.select]
-        inputs = [prompt, first, second, weight, gr.State(_SliderState())]
-        gr.on(events, self.blend, inputs, output, trigger_mode="multiple", **QUIET)
+        on(
+            [weight.input, first.input, second.input, prompt.input, prompt.submit, tab.select],
+            self.blend,
+            [prompt, first, second, weight, gr.State(_SliderState())],
+            output,
+            trigger_mode="multiple",
+        )
         return [first, second]
 
     def _library_tab(self, tab: gr.Tab) -> list[Callable[..., Dependency]]:
@@ -144,7 +143,7 @@ class Page:
         table = gr.HTML(apply_default_css=False, js_on_load=SELECT_ADAPTER)
         card = gr.HTML(html.note("Choose an adapter to see its details."), apply_default_css=False)
         refresh_events = [tab.select, refresh.click]
-        gr.on(refresh_events, self.library, None, table, **QUIET)
+        on(refresh_events, self.library, None, table)
         table.select(
             self.card,
             None,
@@ -169,14 +168,14 @@ class Page:
             ),
             apply_default_css=False,
         )
-        _connect_stop(start.click(self.evaluate, [names, rows], output, **QUIET), stop, output)
+        _connect_stop(on(start.click, self.evaluate, [names, rows], output), stop, output)
         return names
 
     def _adapters_dropdown(self, info: str, scale: int) -> gr.Dropdown:
         names = self._usable_names()
         return gr.Dropdown(names, value=names[:2], multiselect=True, label="Adapters", info=info, scale=scale)
 
-    def _setting(self, name: str) -> Component:
+    def _setting(self, name: str) -> gr.Checkbox | gr.Number | gr.Textbox:
         """Create the control of a field of `SamplingParams`.
 
         The field checks the bounds: Gradio would report them in a box.
@@ -206,19 +205,22 @@ class Page:
         names = self._usable_names()
         updates = []
         for selected in selections:
+            kept: str | list[str] | None = selected if selected in names else None
             if isinstance(selected, list):
-                updates.append(gr.update(choices=names, value=[name for name in selected if name in names]))
-            else:
-                updates.append(gr.update(choices=names, value=selected if selected in names else None))
+                kept = [name for name in selected if name in names]
+            updates.append(gr.update(choices=names, value=kept))
         return updates
 
     async def generate(
         self, prompt: str, names: Sequence[str], *settings: float | str | None
     ) -> AsyncGenerator[str, None]:
         """Stream the outputs of the base and the adapters, side by side and with one seed."""
-        values = {name: value for name, value in zip(SETTINGS, settings, strict=True) if value not in (None, "")}
-        if values["greedy"]:
-            values = {name: value for name, value in values.items() if name not in SAMPLING_SETTINGS}
+        ignored = SAMPLING_SETTINGS if settings[SETTINGS.index("greedy")] else ()
+        values = {
+            name: value
+            for name, value in zip(SETTINGS, settings, strict=True)
+            if value not in (None, "") and name not in ignored
+        }
         limit = self.service.config.max_tokens
         try:
             sampling = resolve_settings(SamplingParams, values)
@@ -230,13 +232,13 @@ class Page:
             return
         seed = choose_seed(sampling)
         sampling = sampling.model_copy(update={"seed": seed})
-        note = "Greedy decoding: the output is always the same."
-        if seed is not None:
-            note = f"Seed {seed}: set it to get the same output again."
+        note = (
+            "Greedy decoding: the output is always the same."
+            if seed is None
+            else f"Seed {seed}: set it to get the same output again."
+        )
         models = [self.service.name, *names]
-        submits: list[tuple[str | None, Submit]] = [
-            (name, partial(self._submit, name, ids, sampling)) for name in models
-        ]
+        submits = [(name, partial(self._submit, name, ids, sampling)) for name in models]
         async with contextlib.aclosing(self._follow(prompt, submits)) as updates:
             async for outputs in updates:
                 yield html.outputs(prompt, list(zip(models, outputs, strict=True)), note)
@@ -268,9 +270,9 @@ class Page:
         parts = [(round(1 - weight, 2), first), (round(weight, 2), second)]
         title = " + ".join(f"{part:g} {name}" for part, name in parts)
 
-        def prepare() -> PreparedRequest | None:
+        def prepare() -> PreparedRequest:
             if outdated():
-                return None
+                raise Interrupted
             adapters = [(part, self.service.find_adapter(name)[1]) for part, name in parts]
             ids = self.service.encode(prompt)
             blended = blend_loaded([(part, lora) for part, lora in adapters if lora is not None])
@@ -278,21 +280,22 @@ class Page:
 
         try:
             prepared = await self.service.run_in_thread(prepare)
+        except Interrupted:
+            return
         except LoraTunerError as error:
             yield self._failure(error)
             return
-        if prepared is None:
-            return
-        blend = prepared
         sampling = SamplingParams(greedy=True, max_new_tokens=BLEND_TOKENS)
 
         async def submit() -> Request:
-            return self.service.submit(blend, sampling, started=time.monotonic())
+            return self.service.submit(prepared, sampling, started=time.monotonic())
 
+        weights = [f"{name}={part:g}" for part, name in parts]
+        command = html.command(shlex.join(["python", "cli.py", "blend", *weights, "--name", "NAME"]))
         # Counted for no model: a slider makes very many blends.
         async with contextlib.aclosing(self._follow(prompt, [(None, submit)])) as updates:
             async for outputs in updates:
-                yield html.outputs(prompt, [(title, outputs[0])]) + html.command(_blend_command(parts))
+                yield html.outputs(prompt, [(title, outputs[0])]) + command
 
     async def _follow(
         self, prompt: str, submits: Sequence[tuple[str | None, Submit]]
@@ -342,13 +345,11 @@ class Page:
                 raise AdapterError("This adapter no longer exists: refresh the list.")
             if model.adapter is None:
                 raise AdapterError(f"{model.id} cannot be used. {model.broken}")
-            return read_consistently(model.path, self._card)
+            layers = self.service.generator.engine.multi_lora.layers
+            show = partial(html.card, layers=layers, hide_paths=self.service.hide_paths)
+            return read_consistently(model.path, show)
         except (LoraTunerError, OSError) as error:
             return self._failure(error)
-
-    def _card(self, adapter: Adapter) -> str:
-        layers = self.service.generator.engine.multi_lora.layers
-        return html.card(adapter, layers, self.service.hide_paths)
 
     async def evaluate(self, names: Sequence[str], rows: str) -> AsyncGenerator[str, None]:
         """Measure the gain matrix on the resident base, between the steps of the scheduler."""
@@ -397,10 +398,4 @@ def _buttons(name: str) -> tuple[gr.Button, gr.Button]:
 
 def _connect_stop(event: Dependency, stop: gr.Button, output: gr.HTML) -> None:
     stop.click(None, cancels=[event])
-    event.then(None, output, output, js=CLEAR_BUSY, **QUIET)
-
-
-def _blend_command(parts: Sequence[tuple[float, str]]) -> str:
-    """Return the command that saves a blend as an adapter."""
-    weights = [f"{name}={weight:g}" for weight, name in parts]
-    return shlex.join(["python", "cli.py", "blend", *weights, "--name", "NAME"])
+    event.then(None, output, output, js=CLEAR_BUSY, show_progress="hidden", api_visibility="private")
