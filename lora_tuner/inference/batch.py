@@ -10,6 +10,7 @@ memory.
 from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +46,12 @@ class GenerationEngine:
     def hf_decoder(self) -> HFDecoder:
         decoder = HFDecoder(self.base, self.multi_lora)
         if not decoder.has_cache:
-            text = "has no standard KV cache: the whole sequence is recomputed for every token."
-            self.notify(Notice(f"{self.base.files.name} {text}"))
+            self.notify(
+                Notice(
+                    f"{self.base.files.name} has no standard KV cache: "
+                    "the whole sequence is recomputed for every token."
+                )
+            )
         return decoder
 
     @property
@@ -65,46 +70,42 @@ class GenerationEngine:
     def add(self, sequences: list[Sequence]) -> None:
         """Generate for these sequences from the next step on."""
         for sequence in sequences:
-            decoder = self._choose_decoder(sequence)
+            additive = sequence.lora is None or sequence.lora.is_additive
+            decoder: Decoder = self.cpu_decoder if self.cpu_decoder and additive else self.hf_decoder
             key = (decoder, None if decoder.mixed_batches else sequence.lora)
             if key not in self._batches:
                 self._batches[key] = RunningBatch(decoder, self.multi_lora)
-            self._batches[key].add(sequence)
+            self._batches[key].waiting.append(sequence)
         if not self._notified and sum(decoder is not self.cpu_decoder for decoder, _ in self._batches) > 1:
             self.notify(Notice("This base flattens the rows of a batch, so each adapter runs in its own batch."))
             self._notified = True
 
-    def _choose_decoder(self, sequence: Sequence) -> Decoder:
-        if self.cpu_decoder is not None and (sequence.lora is None or sequence.lora.is_additive):
-            return self.cpu_decoder
-        return self.hf_decoder
-
+    @torch.inference_mode()
     def step(self) -> None:
         """Run one step of each batch: at least one token for each decoding sequence. Complete
         sequences leave.
 
         An exception ends the sequences of its batch only, as their `error`.
         """
-        with torch.inference_mode():
-            for key, batch in list(self._batches.items()):
-                try:
-                    batch.step()
-                except Exception as error:
-                    for sequence in batch.sequences:
-                        if not sequence.complete:
-                            sequence.fail(error)
-                    del self._batches[key]
-                    continue
-                if not batch.sequences:
-                    del self._batches[key]
+        for key, batch in list(self._batches.items()):
+            try:
+                batch.step()
+            except Exception as error:
+                for sequence in batch.sequences:
+                    if not sequence.complete:
+                        sequence.fail(error)
+                del self._batches[key]
+        self._drop_empty_batches()
 
+    @torch.inference_mode()  # as the caches were created
     def cancel(self, sequence: Sequence) -> None:
         """Stop generating for a sequence."""
-        with torch.inference_mode():  # as the caches were created
-            for key, batch in list(self._batches.items()):
-                batch.cancel(sequence)
-                if not batch.sequences:
-                    del self._batches[key]
+        for batch in self._batches.values():
+            batch.cancel(sequence)
+        self._drop_empty_batches()
+
+    def _drop_empty_batches(self) -> None:
+        self._batches = {key: batch for key, batch in self._batches.items() if batch.sequences}
 
     def clear(self) -> None:
         self._batches.clear()
@@ -128,9 +129,6 @@ class RunningBatch:
         prefilling = [sequence for prefill in self.prefills for sequence in prefill.sequences]
         return [*self.decoding, *prefilling, *self.waiting]
 
-    def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
-
     def cancel(self, sequence: Sequence) -> None:
         if sequence in self.waiting:
             self.waiting.remove(sequence)
@@ -144,30 +142,23 @@ class RunningBatch:
     def step(self) -> None:
         """Run one prefill pass over the next prompts, then one decode pass over the decoding
         sequences."""
-        budget = self._prefill_budget()
+        # Few prompt tokens while other sequences wait for their next token or prefill.
+        exclusive = not self.decoding and len(self.prefills) + bool(self.waiting) == 1
+        budget = PREFILL_TOKENS if exclusive else PREFILL_CHUNK
         if self.waiting:
             self._start_prefill(budget)
         if self.prefills:
             self._run_prefill(self.prefills[0], budget)
-        if self.decoding:
-            self._decode()
-
-    def _prefill_budget(self) -> int:
-        """Return the prompt tokens of this pass: few while other sequences wait for their next
-        token or prefill."""
-        exclusive = not self.decoding and len(self.prefills) + bool(self.waiting) == 1
-        return PREFILL_TOKENS if exclusive else PREFILL_CHUNK
+        if self.cache is not None:
+            self._decode(self.cache)
 
     def _start_prefill(self, budget: int) -> None:
         """Schedule the first waiting sequence, and those after it that fit into the budget
         together."""
-        count, longest = 1, len(self.waiting[0].prompt_ids)
-        for sequence in self.waiting[1:]:
-            longest_with = max(longest, len(sequence.prompt_ids))
-            if longest_with * (count + 1) > budget:
-                break
-            count, longest = count + 1, longest_with
-        sequences = self.waiting[:count]
+        # The longest prompt among the first sequence, the first two, the first three, ...
+        maxima = list(accumulate((len(sequence.prompt_ids) for sequence in self.waiting), max))
+        count = sum(longest * rows <= budget for rows, longest in enumerate(maxima, 1)) or 1
+        sequences, longest = self.waiting[:count], maxima[count - 1]
         padding = [longest - len(sequence.prompt_ids) for sequence in sequences]
         prompts = [
             F.pad(sequence.token_ids[0, : len(sequence.prompt_ids)], (columns, 0))
@@ -210,44 +201,31 @@ class RunningBatch:
             self.draft = None
         self.prefills.popleft()
 
-    def _decode(self) -> None:
+    def _decode(self, cache: Cache) -> None:
         """Run the decoder over the last token of each sequence and its draft tokens, and append the
-        tokens it chooses."""
-        assert self.cache is not None
+        tokens it chooses until a draft token differs."""
         self.lora.set_rows([sequence.lora for sequence in self.decoding])
-        draft_count = self._propose_drafts(self.cache)
+        draft_count = self._propose_drafts(cache)
         token_ids = torch.cat(
             [sequence.token_ids[:, sequence.length - 1 : sequence.length + draft_count] for sequence in self.decoding]
         )  # (rows, 1 + draft_count)
-        logits = self.decoder.forward(token_ids, self.cache, self.lora)
-        accepted = self._append_tokens(token_ids, logits)
-        if draft_count:
-            self.cache.used -= draft_count - accepted
-            if self.draft is not None:
-                self.draft.accepted += accepted + 1
-        self._keep_sequences([not sequence.done for sequence in self.decoding])
-
-    def _append_tokens(self, token_ids: torch.Tensor, logits: torch.Tensor) -> int:
-        """Append tokens to each sequence until a draft token differs. Returns the accepted draft
-        tokens of the last row."""
-        draft_count = token_ids.shape[1] - 1
-        accepted = 0
+        logits = self.decoder.forward(token_ids, cache, self.lora)
         for row, sequence in enumerate(self.decoding):
-            drafts = [*token_ids[row, 1:].tolist(), None]
-            for accepted in range(draft_count + 1):
-                if sequence.append_token(logits[row, accepted]) != drafts[accepted] or sequence.done:
+            for accepted, draft_token in enumerate([*token_ids[row, 1:].tolist(), None]):
+                if sequence.append_token(logits[row, accepted]) != draft_token or sequence.done:
                     break
-        return accepted
+        if self.draft is not None and draft_count:  # of a single sequence
+            cache.used -= draft_count - accepted
+            self.draft.accepted += accepted + 1
+        self._keep_sequences([not sequence.done for sequence in self.decoding])
 
     def _keep_sequences(self, keep: list[bool]) -> None:
         """Remove decoding sequences; the last rows move into the rows that become free."""
         if all(keep):
             return
         rows = [row for row, kept in enumerate(keep) if kept]
-        free = [row for row in range(len(rows)) if not keep[row]]
-        moved = [rows.pop() for _ in free]
-        for row, last in zip(free, moved, strict=True):
-            rows.insert(row, last)
+        for free in [row for row in range(len(rows)) if not keep[row]]:
+            rows.insert(free, rows.pop())
         self.decoding = [self.decoding[row] for row in rows]
         self.draft = None
         if rows and self.cache is not None:
@@ -261,10 +239,10 @@ class RunningBatch:
         if len(self.decoding) != 1 or self.waiting or self.prefills or not isinstance(self.decoder, CpuDecoder):
             return 0
         (sequence,) = self.decoding
-        if self.draft is None:
-            if sequence.max_new_tokens - len(sequence.output_ids) < MIN_DRAFT_TOKENS:
-                return 0
-            self.draft = DraftDecoder(self.decoder, self.lora, sequence)
+        remaining = sequence.max_new_tokens - len(sequence.output_ids)
+        if self.draft is None and remaining < MIN_DRAFT_TOKENS:
+            return 0
+        self.draft = self.draft or DraftDecoder(self.decoder, self.lora, sequence)
         return self.draft.propose(cache)
 
 

@@ -37,7 +37,6 @@ class FusedLinear:
         self.modules = list(layers)
         self.bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
         self.int8 = isinstance(parts[0], Int8Linear)
-        self.exact = not self.int8
         if self.int8:
             self.weight, scale = (_fuse_tensors(parts, name) for name in ("int8_weight", "scale"))
             self.multiply = partial(int8_linear, int8_weight=self.weight, scale=scale, bias=self.bias)
@@ -54,12 +53,12 @@ class FusedLinear:
         down, up, groups = lora
         if groups is not None:
             return groups.add_delta(out, x, down, up)
-        return out.addmm_(x @ down, up) if self.exact else out.add_((x.float() @ down) @ up)
+        quantized = out.dtype == torch.bfloat16
+        return out.add_((x.float() @ down) @ up) if quantized else out.addmm_(x @ down, up)
 
     def quantize(self, *, int4: bool = True) -> "FusedLinear":
         """Copy with int4 weights; with int8 weights if `int4` is off or the sizes do not allow it."""
         quantized = copy.copy(self)
-        quantized.exact = False
         weight = self.weight * self.multiply.keywords["scale"][:, None] if self.int8 else self.weight
         if int4 and (packed := pack_int4(weight)) is not None:
             quantized.multiply = partial(int4_linear, packed=packed[0], scales=packed[1], bias=self.bias)
@@ -117,11 +116,11 @@ class KVCache:
         _, _, allocated_rows, _, allocated_length, _ = self.kv.shape
         if rows <= allocated_rows and self.used + columns <= allocated_length:
             return
-        old, first, used = self.kv, self.first, self.used
+        first, used = self.first, self.used
+        kept = self.kv[:, :, : len(self.padding), :, first:used]
         if rows > allocated_rows or length > allocated_length:  # grow by a quarter more
             self.kv = self.decoder.allocate_kv(rows + rows // 4, length + length // 4)
-        kept = old[:, :, : len(self.padding), :, first:used]
-        if self.kv is old:
+        else:
             kept = kept.clone()
         self.kv[:, :, : len(self.padding), :, : used - first] = kept
         self.used, self.padding = used - first, [padding - first for padding in self.padding]
@@ -208,18 +207,21 @@ class CpuDecoder:
         logits are different."""
         supported = type(base.model).__name__ in (*_LLAMA_TYPES, "GPT2LMHeadModel")
         full_precision = base.dtype == torch.float32 and base.load_in == "full"
-        if not supported or base.device.type != "cpu" or not full_precision or not has_full_attention(base.model):
-            return None
         rotary = getattr(base.model.base_model, "rotary_emb", None)
-        if getattr(rotary, "rope_type", "default") in ("dynamic", "longrope"):  # depends on the length
+        if (
+            not supported
+            or base.device.type != "cpu"
+            or not full_precision
+            or not has_full_attention(base.model)
+            or getattr(rotary, "rope_type", "default") in ("dynamic", "longrope")  # depends on the length
+        ):
             return None
         decoder = cls(base)
         token_ids = torch.arange(6)[None] + base.model.config.vocab_size // 2
         with torch.inference_mode():
             expected = base.model(input_ids=token_ids, use_cache=False).logits[0]
             cache = KVCache(decoder, 1, 6, [0])
-            first = decoder.forward(token_ids[:, :4], cache)[0]
-            logits = torch.cat([first, decoder.forward(token_ids[:, 4:], cache)[0]])
+            logits = torch.cat([decoder.forward(chunk, cache)[0] for chunk in token_ids.split(4, 1)])
         tolerance = 5e-2 if decoder.lm_head.int8 else 1e-3
         return decoder if (logits - expected).abs().max() <= tolerance * expected.abs().max() else None
 
@@ -256,11 +258,8 @@ class CpuDecoder:
         """Return uninitialized keys and values (layers, 2, rows, heads, length, head_dim)."""
         return torch.empty(len(self.layers), 2, rows, self.kv_heads, length, self.head_dim)
 
-    def rotary_table(self, length: int) -> torch.Tensor | None:
-        """Return the rotation per position, (at least length, head_dim / 2) complex; None for a
-        model without rotary embedding."""
-        if not self.llama:
-            return None
+    def rotary_table(self, length: int) -> torch.Tensor:
+        """Return the rotation per position, (at least length, head_dim / 2) complex."""
         if len(self._rotary_cache) < length:
             cos, sin = self.rotary(torch.empty(1), torch.arange(2 * length)[None])
             half = self.head_dim // 2
@@ -276,27 +275,31 @@ class CpuDecoder:
         cache.reserve(count)
         first, start, end = cache.first, cache.used, cache.used + count
         positions, mask = _positions_and_mask(cache, start, end)
-        table = self.rotary_table(end - first)
         parts: Iterator[LoraPart | None] = iter(lora.parts if lora is not None else [None] * 4 * len(self.layers))
         causal = mask is None and count > 1
         hidden = self.embed(token_ids)
-        if not self.llama:
+        if self.llama:
+            rotation = self.rotary_table(end - first)[positions].unsqueeze(-2)  # ([rows,] tokens, 1, half)
+        else:
             hidden = hidden + self.position_embeddings[positions]
         hidden = hidden.view(-1, hidden.shape[-1])
-        rotation = table[positions].unsqueeze(-2) if table is not None else None  # ([rows,] tokens, 1, half)
         new_kv = cache.kv[:, :, :rows, :, start:end].unbind()
         all_kv = cache.kv[:, :, :rows, :, first:end].unbind()
         for layer, (new_keys, new_values), (keys, values) in zip(self.layers, new_kv, all_kv, strict=True):
             heads = layer.qkv(layer.attention_norm(hidden), next(parts)).view(rows, count, -1, self.head_dim)
             query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], 2)
-            if rotation is not None:
+            if self.llama:
                 rotated = _rotate(heads[:, :, : -self.kv_heads], rotation)
                 query, key = rotated.split([self.heads, self.kv_heads], 2)
             new_keys.copy_(key.transpose(1, 2))
             new_values.copy_(value.transpose(1, 2))
-            query = query.transpose(1, 2)
             attended = F.scaled_dot_product_attention(
-                query.float(), keys, values, mask, is_causal=causal, enable_gqa=self.heads != self.kv_heads
+                query.transpose(1, 2).float(),
+                keys,
+                values,
+                mask,
+                is_causal=causal,
+                enable_gqa=self.heads != self.kv_heads,
             )
             hidden = hidden + layer.attention_out(attended.transpose(1, 2).reshape(len(hidden), -1), next(parts))
             inner = layer.mlp_up(layer.mlp_norm(hidden), next(parts))
@@ -309,8 +312,7 @@ class CpuDecoder:
         cache.used = end
         if last_only:
             hidden = hidden.view(rows, count, -1)[:, -1]
-        logits: torch.Tensor = self.lm_head(self.norm(hidden)).view(rows, len(hidden) // rows, -1)
-        return logits
+        return self.lm_head(self.norm(hidden)).view(rows, len(hidden) // rows, -1)
 
 
 class _Norm:
@@ -323,20 +325,17 @@ class _Norm:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) > 1:
             normalized: torch.Tensor = self.norm(x)
-            return normalized
-        flat = x.view(-1)
-        single: torch.Tensor = (x * self.weight).mul_((float(flat.dot(flat)) / len(flat) + self.eps) ** -0.5)
-        return single
+        else:
+            mean_square = float(x[0].dot(x[0])) / x.shape[1]
+            normalized = (x * self.weight).mul_((mean_square + self.eps) ** -0.5)
+        return normalized
 
 
 def _rotate(heads: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding (arXiv:2104.09864). Pairs come out adjacent; queries and keys
     alike, so products agree."""
-    half = heads.shape[-1] // 2
-    heads = heads.float()
-    pairs = torch.complex(heads[..., :half], heads[..., half:]).mul_(rotation)
-    rotated: torch.Tensor = torch.view_as_real(pairs).flatten(-2)
-    return rotated
+    pairs = torch.complex(*heads.float().chunk(2, -1)).mul_(rotation)
+    return torch.view_as_real(pairs).flatten(-2)
 
 
 def _positions_and_mask(cache: KVCache, start: int, end: int) -> tuple[slice | torch.Tensor, torch.Tensor | None]:

@@ -36,7 +36,8 @@ class Decoder(Protocol):
     chunked_prefill: bool  # a prompt may be prefilled in several passes
     mixed_batches: bool  # rows of one batch may have different adapters
 
-    def new_lora(self, multi_lora: MultiLora) -> LoraForBatch: ...
+    def new_lora(self, multi_lora: MultiLora) -> LoraForBatch:
+        """Create LoRA weights for a batch; they are the plain base until `set_rows` is called."""
 
     def new_cache(self, rows: int, length: int, padding: Sequence[int]) -> Cache:
         """Create an empty cache for `rows` rows of about `length` columns, padded on the left."""

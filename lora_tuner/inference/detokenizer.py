@@ -27,8 +27,13 @@ class IncrementalDetokenizer:
         self._pending: list[int] = []  # tokens whose last character may lack bytes
 
     def _decode(self, groups: list[list[int]]) -> str:
-        token_ids = [token for group in groups for token in group]
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(
+            self.tokenizer.decode(
+                [token for group in groups for token in group],
+                skip_special_tokens=True,
+                clean_up_tokenization_spaces=False,
+            )
+        )
 
     def append(self, token: int) -> None:
         self._pending.append(token)

@@ -132,8 +132,10 @@ class Generator:
     def get_or_load(self, adapter: str | Path | None) -> tuple[str | None, LoadedAdapter | None]:
         """Return name and weights of an adapter, as it is on disk now. Raises AdapterError."""
         with self._lock:
-            name = self._ensure_loaded(adapter)
-            return name, self._resident[name].loaded if name is not None else None
+            return self._name_and_weights(self._ensure_loaded(adapter))
+
+    def _name_and_weights(self, name: str | None) -> tuple[str | None, LoadedAdapter | None]:
+        return name, None if name is None else self._resident[name].loaded
 
     def _load_adapter(self, adapter: Adapter) -> str:
         folder, name = Path(os.path.abspath(adapter.path)), adapter.name  # not resolved
@@ -159,8 +161,9 @@ class Generator:
         """Drop an adapter from memory."""
         with self._lock:
             if name not in self._resident:
-                loaded = ", ".join(self.loaded_adapters) or "none"
-                raise GenerationError(f"No adapter named {name} is loaded. Loaded: {loaded}.")
+                raise GenerationError(
+                    f"No adapter named {name} is loaded. Loaded: {', '.join(self.loaded_adapters) or 'none'}."
+                )
             del self._resident[name]
             if self.current_adapter == name:
                 self.current_adapter = None
@@ -186,8 +189,9 @@ class Generator:
             start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
             return EncodedPrompt(prompt, self.check_fits_context(encoded.tolist() or [start]))
         self.check_prompt_length("".join(message["content"] for message in prompt))
-        rendered = chat.render_prompt(tokenizer, prompt, add_generation_prompt=True)
-        token_ids = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
+        token_ids = tokenizer(
+            chat.render_prompt(tokenizer, prompt, add_generation_prompt=True), add_special_tokens=False, verbose=False
+        )["input_ids"]
         return EncodedPrompt(prompt[-1]["content"], self.check_fits_context(token_ids))
 
     def check_prompt_length(self, text: str) -> None:
@@ -216,7 +220,8 @@ class Generator:
         text once it is final."""
         with self._lock:
             single = (sampling or SamplingParams()).model_copy(update={"n": 1})
-            return self._generate_outputs([(prompt, *self._current_pair())], single, on_text)[0]
+            current = self._name_and_weights(self.current_adapter)
+            return self._generate_outputs([(prompt, *current)], single, on_text)[0]
 
     def generate_all(self, prompt: Prompt, sampling: SamplingParams | None = None) -> list[GenerationOutput]:
         """Generate `sampling.n` continuations in one batch.
@@ -224,7 +229,8 @@ class Generator:
         Raises ContextLengthError when the prompt leaves no room in the context.
         """
         with self._lock:
-            return self._generate_outputs([(prompt, *self._current_pair())], sampling or SamplingParams())
+            current = self._name_and_weights(self.current_adapter)
+            return self._generate_outputs([(prompt, *current)], sampling or SamplingParams())
 
     def generate_batch(
         self, requests: abc.Sequence[tuple[Prompt, str | Path | None]], sampling: SamplingParams | None = None
@@ -251,16 +257,28 @@ class Generator:
         sampling: SamplingParams,
         on_text: Callable[[str], None] | None = None,
     ) -> list[GenerationOutput]:
-        """Generate `sampling.n` outputs per request, in order, all from one seed."""
+        """Generate `sampling.n` outputs per request, in order, all from one seed. Raises the first
+        error of a sequence."""
         seed = choose_seed(sampling)
-        prompts, sequences = [], []
+        prompts: list[str] = []
+        sequences: list[Sequence] = []
         for prompt, name, loaded in requests:
             encoded = self.encode_prompt(prompt)
-            for number in range(sampling.n):
-                output_seed = sequence_seed(seed, number)
-                prompts.append(encoded.text)
-                sequences.append(Sequence(self.base, encoded.token_ids, sampling, output_seed, name, loaded, on_text))
-        self._run_to_end(sequences)
+            prompts += [encoded.text] * sampling.n
+            sequences += [
+                Sequence(self.base, encoded.token_ids, sampling, sequence_seed(seed, number), name, loaded, on_text)
+                for number in range(sampling.n)
+            ]
+        try:
+            self.engine.add(sequences)
+            while self.engine.sequences:
+                self.engine.step()
+                for sequence in sequences:
+                    if sequence.error:
+                        raise sequence.error
+        except BaseException:
+            self.engine.clear()
+            raise
         return [
             GenerationOutput(
                 prompt,
@@ -272,24 +290,6 @@ class Generator:
             )
             for prompt, sequence in zip(prompts, sequences, strict=True)
         ]
-
-    def _run_to_end(self, sequences: list[Sequence]) -> None:
-        """Step the engine until all sequences are complete. Raises the first error of a sequence."""
-        try:
-            self.engine.add(sequences)
-            while self.engine.sequences:
-                self.engine.step()
-                for sequence in sequences:
-                    if sequence.error:
-                        raise sequence.error
-        except BaseException:
-            self.engine.clear()
-            raise
-
-    def _current_pair(self) -> tuple[str | None, LoadedAdapter | None]:
-        if self.current_adapter is None:
-            return None, None
-        return self.current_adapter, self._resident[self.current_adapter].loaded
 
 
 def choose_seed(sampling: SamplingParams) -> int | None:

@@ -83,7 +83,8 @@ class HFDecoder:
         logits = []
         for row, padding in enumerate(cache.padding):
             cache.rows[row] = torch.cat([cache.rows[row].to(token_ids.device), token_ids[row]])
-            with quiet_transformers(), self.multi_lora.apply_hooks(lora.row_hooks(row) if lora else []):
+            hooks = self.multi_lora.hooks([lora.rows[row]]) if lora else []
+            with quiet_transformers(), self.multi_lora.apply_hooks(hooks):
                 output = self.base.model(input_ids=cache.rows[row][None, padding:], use_cache=False)
             logits.append(output.logits[0, -1:])
         return torch.stack(logits).float()
@@ -138,11 +139,8 @@ class HookedLora:
     def set_rows(self, rows: Sequence[LoadedAdapter | None]) -> None:
         """Apply `rows[i]` to row i, None for the plain base. A single entry applies to all rows of
         any batch."""
-        if list(map(id, rows)) != list(map(id, self.rows)):
+        if list(rows) != self.rows:
             self.rows, self.hooks = list(rows), self.multi_lora.hooks(rows)
-
-    def row_hooks(self, row: int) -> list[LayerHook]:
-        return self.multi_lora.hooks([self.rows[row]])
 
 
 class HFCache:
@@ -174,10 +172,6 @@ class HFCache:
         """Add the rows of another cache after the present ones."""
         used = max(self.used, other.used)
         old_shift, new_shift = used - self.used, used - other.used
-
-        def concatenate(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-            return torch.cat([F.pad(old, (0, 0, old_shift, 0)), F.pad(new, (0, 0, new_shift, 0))])
-
         for layer, added in zip(self.kv.layers, other.kv.layers, strict=True):
             if isinstance(layer, LinearAttentionCacheLayerMixin):
                 for states, added_states in (
@@ -188,10 +182,13 @@ class HFCache:
                         if state is not None:
                             states[index] = torch.cat([state, added_states[index]])
             if getattr(layer, "keys", None) is not None:
-                layer.keys, layer.values = concatenate(layer.keys, added.keys), concatenate(layer.values, added.values)
+                layer.keys, layer.values = (
+                    torch.cat([F.pad(old, (0, 0, old_shift, 0)), F.pad(new, (0, 0, new_shift, 0))])
+                    for old, new in ((layer.keys, added.keys), (layer.values, added.values))
+                )
         self.used = used
-        self.padding = [padding + old_shift for padding in self.padding]
-        self.padding += [padding + new_shift for padding in other.padding]
+        old_padding = [padding + old_shift for padding in self.padding]
+        self.padding = old_padding + [padding + new_shift for padding in other.padding]
 
 
 class NoCache:

@@ -59,9 +59,10 @@ def blend_loaded(parts: Sequence[tuple[float, LoadedAdapter]]) -> LoadedAdapter:
     layers = {}
     for module in dict.fromkeys(module for _, loaded in parts for module in loaded.layers):
         weighted = [(weight, loaded.layers[module]) for weight, loaded in parts if module in loaded.layers]
-        lora_a = torch.cat([layer_lora.A for _, layer_lora in weighted])
-        lora_b = torch.cat([weight * layer_lora.B for weight, layer_lora in weighted], 1)
-        layers[module] = _LayerLora(lora_a, lora_b)
+        layers[module] = _LayerLora(
+            torch.cat([layer_lora.A for _, layer_lora in weighted]),
+            torch.cat([weight * layer_lora.B for weight, layer_lora in weighted], 1),
+        )
     return LoadedAdapter(layers)
 
 
@@ -76,6 +77,7 @@ class MultiLora:
     def __init__(self, base: LoadedBase) -> None:
         self._base = base
         self.layers = linear_layers(base.model)
+        self.plain = LoadedAdapter({})  # the plain base
 
     def load(self, adapter: Adapter) -> LoadedAdapter:
         """Read an adapter into memory. Raises AdapterError if it is damaged or does not fit the
@@ -98,7 +100,7 @@ class MultiLora:
         """
         hooks: list[LayerHook] = []
         for module, layer in self.layers.items():
-            if hook := _make_hook([loaded.layers.get(module) if loaded is not None else None for loaded in rows]):
+            if hook := _make_hook([(loaded or self.plain).layers.get(module) for loaded in rows]):
                 hooks.append((layer, hook))
         return hooks
 
@@ -108,37 +110,27 @@ class MultiLora:
 
         A forward pass in it raises MixedBatchError where a layer cannot tell the rows apart.
         """
-        handles = []
-        try:
+        with contextlib.ExitStack() as stack:
             for layer, hook in hooks:
-                handles.append(layer.register_forward_hook(hook))
+                stack.enter_context(layer.register_forward_hook(hook))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def fused_factors(self, modules: Sequence[str], loaded: LoadedAdapter | None) -> LoraFactors:
+    def fused_factors(self, modules: Sequence[str], loaded: LoadedAdapter) -> LoraFactors:
         """Concatenate the LoRA weights of layers that share their input; each rank contributes to
         its own layer's outputs only.
 
-        Returns (ranks, in) and (ranks, outs of all layers); no ranks for the plain base. Cached in
-        the adapter.
+        Returns (ranks, in) and (ranks, outs of all layers). Cached in the adapter.
         """
         key = tuple(modules)
-        if loaded is not None and key in loaded.fused:
-            return loaded.fused[key]
-        sizes = layer_sizes({module: self.layers[module] for module in modules})
-        outs = [out for _, out in sizes.values()]
-        downs, ups, start = [torch.empty(0, sizes[modules[0]][0])], [torch.empty(0, sum(outs))], 0
-        for module, out in zip(modules, outs, strict=True):
-            if loaded is not None and (layer_lora := loaded.layers.get(module)) is not None:
-                downs.append(layer_lora.A)
-                ups.append(F.pad(layer_lora.B.T, (start, sum(outs) - start - out)))
-            start += out
-        factors = torch.cat(downs), torch.cat(ups)
-        if loaded is not None:
-            loaded.fused[key] = factors
-        return factors
+        if key not in loaded.fused:
+            sizes = layer_sizes({module: self.layers[module] for module in modules})
+            parts = [
+                loaded.layers.get(module) or _LayerLora(torch.empty(0, size_in), torch.empty(size_out, 0))
+                for module, (size_in, size_out) in sizes.items()
+            ]
+            down = torch.cat([part.A for part in parts])
+            loaded.fused[key] = down, torch.block_diag(*[part.B.T for part in parts])
+        return loaded.fused[key]
 
 
 class _RowGroups:
@@ -150,8 +142,7 @@ class _RowGroups:
     def __init__(self, rows: Sequence[LoadedAdapter | None], adapters: Sequence[LoadedAdapter]) -> None:
         groups = [[row for row, loaded in enumerate(rows) if loaded is adapter] for adapter in adapters]
         size = max(map(len, groups))
-        padded = [group + group[:1] * (size - len(group)) for group in groups]
-        grouped = [row for group in padded for row in group]
+        grouped = [row for group in groups for row in group + group[:1] * (size - len(group))]
         position = [grouped.index(row) if loaded is not None else 0 for row, loaded in enumerate(rows)]
         self.rows, self.adapters = len(rows), len(adapters)
         self.grouped = torch.tensor(grouped)
@@ -196,50 +187,47 @@ class BatchedLora:
     def set_rows(self, rows: Sequence[LoadedAdapter | None]) -> None:
         """Apply `rows[i]` to row i, None for the plain base. A single entry applies to all rows of
         any batch."""
-        rows = list(rows)
-        if len(rows) == len(self.rows) and all(new is old for new, old in zip(rows, self.rows, strict=True)):
+        if list(rows) == self.rows:
             return
-        self.rows = rows
+        self.rows = list(rows)
         if all(loaded is rows[0] for loaded in rows):
-            self.parts = [self._single_adapter(modules, rows[0]) for modules in self.modules]
+            factors = self._fused_factors(rows[0] or self.multi_lora.plain)
+            self.parts = [(down.T, up, None) if len(down) else None for down, up in factors]
             self._stacks, self._slots = [], []
             return
         self._fill_slots([loaded for loaded in dict.fromkeys(rows) if loaded is not None])
         groups, count = _RowGroups(rows, self._slots), len(self._slots)
         self.parts = [(downs[:count], ups[:count], groups) if downs.shape[1] else None for downs, ups in self._stacks]
 
-    def _single_adapter(self, modules: Sequence[str], loaded: LoadedAdapter | None) -> LoraPart | None:
-        if loaded is None:
-            return None
-        down, up = self.multi_lora.fused_factors(modules, loaded)
-        return (down.T, up, None) if len(down) else None
+    def _fused_factors(self, loaded: LoadedAdapter) -> list[LoraFactors]:
+        return [self.multi_lora.fused_factors(modules, loaded) for modules in self.modules]
 
     def _fill_slots(self, adapters: list[LoadedAdapter]) -> None:
         """Copy the weights of adapters into slots; one that has a slot within their number keeps
         it."""
-        factors = {loaded: [self.multi_lora.fused_factors(it, loaded) for it in self.modules] for loaded in adapters}
-        ranks = [max(len(parts[number][0]) for parts in factors.values()) for number in range(len(self.modules))]
+        factors = {loaded: self._fused_factors(loaded) for loaded in adapters}
+        ranks = [0] * len(self.modules)
+        for fused in factors.values():
+            ranks = [max(rank, len(down)) for rank, (down, _) in zip(ranks, fused, strict=True)]
         if not self._stacks or any(
             len(downs) < len(adapters) or downs.shape[1] < rank
             for rank, (downs, _) in zip(ranks, self._stacks, strict=True)
         ):
             slots = max(len(adapters), 2 * len(self._slots))
-            sizes = [(down.shape[1], up.shape[1]) for down, up in factors[adapters[0]]]
             self._stacks = [
-                (torch.zeros(slots, rank, size_in), torch.zeros(slots, rank, size_out))
-                for rank, (size_in, size_out) in zip(ranks, sizes, strict=True)
+                (torch.zeros(slots, rank, down.shape[1]), torch.zeros(slots, rank, up.shape[1]))
+                for rank, (down, up) in zip(ranks, factors[adapters[0]], strict=True)
             ]
             self._slots = []
         old = self._slots[: len(adapters)]
         new = [loaded for loaded in adapters if loaded not in old]
         self._slots = [loaded if loaded in adapters else new.pop(0) for loaded in old] + new
         for slot, loaded in enumerate(self._slots):
-            if slot < len(old) and old[slot] is loaded:
-                continue
-            for stacks, parts in zip(self._stacks, factors[loaded], strict=True):
-                for stack, part in zip(stacks, parts, strict=True):
-                    stack[slot, : len(part)] = part
-                    stack[slot, len(part) :] = 0
+            if loaded not in old:
+                for stacks, parts in zip(self._stacks, factors[loaded], strict=True):
+                    for stack, part in zip(stacks, parts, strict=True):
+                        stack[slot, : len(part)] = part
+                        stack[slot, len(part) :] = 0
 
 
 def _dense_weight(layer: LinearLayer) -> torch.Tensor:
@@ -248,8 +236,7 @@ def _dense_weight(layer: LinearLayer) -> torch.Tensor:
         from peft.utils.integrations import dequantize_module_weight
 
         return dequantize_module_weight(layer)
-    weight: torch.Tensor = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-    return weight
+    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
 
 
 def _make_hook(rows: Sequence[_LayerLora | None]) -> HookFunction | None:

@@ -6,6 +6,8 @@ their softmax. The noise belongs to a position, so verifying a draft token uses 
 proposing it.
 """
 
+from dataclasses import dataclass
+
 import torch
 from transformers import (
     LogitsProcessor,
@@ -24,15 +26,18 @@ def make_logits_processors(sampling: SamplingParams, seed: int | None) -> Logits
     if sampling.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
     if seed is not None:
-        processors.append(TemperatureLogitsWarper(sampling.temperature))
-        processors.append(TopKTopPWarper(sampling.top_k, sampling.top_p))
-        processors.append(GumbelSampler(seed))
+        processors += [
+            TemperatureLogitsWarper(sampling.temperature),
+            TopKTopPWarper(sampling.top_k, sampling.top_p),
+            GumbelSampler(seed),
+        ]
     return processors
 
 
 _SORTED_FIRST = 256  # top tokens sorted first; usually they hold the probability `top_p`
 
 
+@dataclass
 class TopKTopPWarper(LogitsProcessor):
     """Keep the `top_k` most likely tokens (0: all), and of these the fewest with a total
     probability of `top_p`; at least one.
@@ -42,9 +47,8 @@ class TopKTopPWarper(LogitsProcessor):
     top tokens hold too little probability.
     """
 
-    def __init__(self, top_k: int, top_p: float) -> None:
-        self.top_k = top_k
-        self.top_p = top_p
+    top_k: int
+    top_p: float
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if not self.top_k and self.top_p == 1:

@@ -84,9 +84,12 @@ class Sequence:
         token follows."""
         token = self.choose_token(self.length, logits)
         if not logits[token].isfinite():  # argmax of NaN would be the first token
-            name = self.adapter or "The base"
-            reason = "its weights are too large, or it needs --dtype float32"
-            self.fail(GenerationError(f"{name} produces logits that are not finite: {reason}."))
+            self.fail(
+                GenerationError(
+                    f"{self.adapter or 'The base'} produces logits that are not finite: "
+                    "its weights are too large, or it needs --dtype float32."
+                )
+            )
             return token
         if token in self.base.eos_token_ids:
             self.hit_eos = True
@@ -122,5 +125,9 @@ class Sequence:
     def _token_logprobs(self, token: int, logits: torch.Tensor) -> TokenLogprobs:
         logprobs = logits.float().log_softmax(-1)
         best = logprobs.topk(min(self.top_logprobs or 0, len(logprobs)))
-        top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        return TokenLogprobs(token, float(logprobs[token]), top, len(self.detokenizer.text))
+        return TokenLogprobs(
+            token,
+            float(logprobs[token]),
+            list(zip(best.indices.tolist(), best.values.tolist(), strict=True)),
+            len(self.detokenizer.text),
+        )
