@@ -224,13 +224,10 @@ def remove_abandoned(parent: Path) -> None:
     finish_replacement(parent)
     for work in parent.glob(f".*{WORK_SUFFIX}"):
         with contextlib.suppress(OSError):  # another process deleted it
-            if work.is_symlink():
+            if work.is_symlink() or (os.name == "nt" and time.time() - work.stat().st_mtime > _ABANDONED_SECONDS):
                 delete(work)
-            elif sys.platform == "win32":
-                if time.time() - work.stat().st_mtime > _ABANDONED_SECONDS:
-                    delete(work)
             else:
-                with _file_lock(work) as held:
+                with _file_lock(work) as held:  # None on Windows
                     if held:
                         delete(work)
 

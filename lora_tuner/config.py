@@ -15,7 +15,6 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
-from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from .errors import ConfigError, EventHandler, ignore_events
@@ -91,8 +90,7 @@ def _setting(
         flag: name of the option on the command line, unless it is that of the field.
         bounds: further arguments of pydantic's Field.
     """
-    extra: JsonDict = {"panel": panel, "shown": shown, "flag": flag}
-    return Field(default, description=text, json_schema_extra=extra, **bounds)
+    return Field(default, description=text, json_schema_extra={"panel": panel, "shown": shown, "flag": flag}, **bounds)
 
 
 class _Settings(BaseModel):
@@ -111,6 +109,14 @@ class _Settings(BaseModel):
         if value == "":
             raise ValueError("it is empty: give a value, or leave it out")
         return value
+
+
+_NEEDED_SETTINGS = {  # setting -> the setting that it needs, and how the error names that
+    "eval_split": ("eval_dataset", "eval_dataset"),
+    "parent_sha256": ("parent", "an adapter to continue from: give --from"),
+    "force": ("parent", "an adapter to continue from: give --from"),
+    "patience": ("eval_every", "eval_every: it counts evaluations"),
+}
 
 
 class TrainConfig(_Settings):
@@ -310,18 +316,12 @@ class TrainConfig(_Settings):
             raise ValueError(f"unknown tracker {unknown[0]}: choose from {', '.join(TRACKERS)}")
         return value
 
-    @field_validator("eval_split")
+    @field_validator(*_NEEDED_SETTINGS)
     @classmethod
-    def _check_eval_split(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is not None and info.data.get("eval_dataset", "") is None:
-            raise _contradiction("eval_split needs eval_dataset")
-        return value
-
-    @field_validator("force", "parent_sha256")
-    @classmethod
-    def _check_parent_given(cls, value: object, info: ValidationInfo) -> object:
-        if value and info.data.get("parent", "") is None:
-            raise _contradiction(f"{info.field_name} needs an adapter to continue from: give --from")
+    def _check_needed_setting(cls, value: object, info: ValidationInfo) -> object:
+        needed, text = _NEEDED_SETTINGS[str(info.field_name)]
+        if value and info.data.get(needed, "") is None:
+            raise _contradiction(f"{info.field_name} needs {text}")
         return value
 
     @field_validator("streaming")
@@ -369,19 +369,17 @@ class TrainConfig(_Settings):
             )
         return value
 
-    @field_validator("patience")
-    @classmethod
-    def _check_patience(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is not None and info.data.get("eval_every", 1) is None:
-            raise _contradiction("patience needs eval_every: it counts evaluations")
-        return value
-
     @property
     def scaling_alpha(self) -> int:
         """Alpha, or its default for this rank and method."""
-        if self.alpha is not None:
-            return self.alpha
-        return RSLORA_ALPHA if self.method == "rslora" else 2 * self.rank
+        default = RSLORA_ALPHA if self.method == "rslora" else 2 * self.rank
+        return self.alpha or default
+
+
+_NEEDS_SAMPLING = {  # setting that has no effect without sampling -> error
+    "seed": "greedy does not sample: leave seed out",
+    "n": "n above 1 needs sampling: greedy outputs are all the same",
+}
 
 
 class SamplingParams(_Settings):
@@ -413,18 +411,12 @@ class SamplingParams(_Settings):
             raise _contradiction("greedy does not sample: leave temperature, top_p and top_k out")
         return value
 
-    @field_validator("seed")
+    @field_validator(*_NEEDS_SAMPLING)
     @classmethod
-    def _check_seed(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is not None and (info.data.get("greedy") or info.data.get("temperature") == 0):
-            raise _contradiction("greedy does not sample: leave seed out")
-        return value
-
-    @field_validator("n")
-    @classmethod
-    def _check_n(cls, value: int, info: ValidationInfo) -> int:
-        if value > 1 and (info.data.get("greedy") or info.data.get("temperature") == 0):
-            raise _contradiction("n above 1 needs sampling: greedy outputs are all the same")
+    def _check_sampling(cls, value: object, info: ValidationInfo) -> object:
+        name, is_greedy = str(info.field_name), info.data.get("greedy") or info.data.get("temperature") == 0
+        if is_greedy and value != cls.model_fields[name].default:
+            raise _contradiction(_NEEDS_SAMPLING[name])
         return value
 
     @field_validator("stop")
@@ -499,11 +491,9 @@ def _contradiction(text: str) -> PydanticCustomError:
 def _format_problems(error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
+        key = "" if problem["type"] == "contradiction" else ".".join(map(str, problem["loc"]))
         text = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "contradiction":
-            key = ""
-        elif problem["type"] == "extra_forbidden":
+        if problem["type"] == "extra_forbidden":
             text = "unknown setting"
         elif key:
             text = f"{text[0].lower()}{text[1:]}"
@@ -594,8 +584,7 @@ def config_to_yaml(config: TrainConfig) -> str:
 
 def default_adapter_name(dataset: str) -> str:
     """Derive an adapter's name from its dataset: the last part of the path or id, made valid."""
-    stem = dataset.rstrip("/").rpartition("/")[2]
-    if Path(dataset).suffix.lower() in DATA_EXTENSIONS:
-        stem = Path(dataset).stem
+    is_file = Path(dataset).suffix.lower() in DATA_EXTENSIONS
+    stem = Path(dataset).stem if is_file else dataset.rstrip("/").rpartition("/")[2]
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-")[:64]
     return name if NAME_PATTERN.fullmatch(name) else f"data-{name}"[:64].rstrip("-")

@@ -104,11 +104,10 @@ def destroy_process_group() -> None:
 
     Not called after an error: there it would wait for the others.
     """
-    global _group
     if _group is not None:
         import torch
 
-        _group = None
+        drop_process_group()
         torch.distributed.destroy_process_group()
 
 
@@ -128,14 +127,13 @@ def run_on_rank_zero(work: Callable[[], T]) -> T:
         return work()
     import torch
 
-    result: T | None = None
+    message: list[object] = [None, None]  # result, text of the error
     failure: Exception | None = None
     if rank() == 0:
         try:
-            result = work()
+            message[0] = work()
         except (LoraTunerError, OSError) as error:
-            failure = error
-    message: list[object] = [result, str(failure) if failure is not None else None]
+            failure, message[1] = error, str(error)
     try:
         with _detect_process_loss():
             torch.distributed.broadcast_object_list(message, src=0, group=_group)

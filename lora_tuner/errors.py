@@ -1,23 +1,23 @@
 """All errors that this package raises on purpose, and the events it reports.
 
     LoraTunerError
-    ├── ConfigError                a setting is wrong, or two contradict each other
-    ├── HubError                   the Hugging Face Hub is unreachable, or refused a request
-    ├── DataError                  a dataset cannot be read, or has no usable rows
-    ├── BaseModelError             the base model cannot be found or used
-    ├── AdapterError               an adapter folder is missing or broken, or its name is taken
-    │   ├── WrongBaseError         the adapter was trained on another base model
-    │   └── UnknownModelError      a request names a model that is not served
-    ├── TrainingError              a run cannot start, continue or be resumed
-    │   ├── DivergedError          the loss or a gradient is no longer finite
-    │   └── ProcessLostError       another process of the run has ended
-    └── GenerationError            a prompt or a sampling setting cannot be used
-        ├── MixedBatchError        this base cannot run different adapters in one batch
-        ├── ContextLengthError     the prompt leaves no room for new tokens
-        ├── RequestError           a request exceeds the limits of the server
-        ├── QueueFullError         too many requests are waiting
-        ├── RequestTimeoutError    a request took too long
-        └── ServerClosingError     the server is shutting down
+    ├── ConfigError
+    ├── HubError
+    ├── DataError
+    ├── BaseModelError
+    ├── AdapterError
+    │   ├── WrongBaseError
+    │   └── UnknownModelError
+    ├── TrainingError
+    │   ├── DivergedError
+    │   └── ProcessLostError
+    └── GenerationError
+        ├── MixedBatchError
+        ├── ContextLengthError
+        ├── RequestError
+        ├── QueueFullError
+        ├── RequestTimeoutError
+        └── ServerClosingError
 
 Two exceptions are no errors: `Interrupted` (the run was asked to stop, and its work is saved) and
 `RaisedOnRankZero` (this process ends because rank 0 has reported an error).
@@ -33,47 +33,60 @@ class LoraTunerError(Exception):
     """Base of all errors whose message is meant for the user."""
 
 
-class ConfigError(LoraTunerError): ...
+class ConfigError(LoraTunerError):
+    """A setting is wrong, or two contradict each other."""
 
 
-class HubError(LoraTunerError): ...
+class HubError(LoraTunerError):
+    """The Hugging Face Hub is unreachable, or refused a request."""
 
 
-class DataError(LoraTunerError): ...
+class DataError(LoraTunerError):
+    """A dataset cannot be read, or has no usable rows."""
 
 
-class BaseModelError(LoraTunerError): ...
+class BaseModelError(LoraTunerError):
+    """The base model cannot be found or used."""
 
 
-class AdapterError(LoraTunerError): ...
+class AdapterError(LoraTunerError):
+    """An adapter folder is missing or broken, or its name is taken."""
 
 
-class WrongBaseError(AdapterError): ...
+class WrongBaseError(AdapterError):
+    """The adapter was trained on another base model."""
 
 
-class UnknownModelError(AdapterError): ...
+class UnknownModelError(AdapterError):
+    """A request names a model that is not served."""
 
 
-class TrainingError(LoraTunerError): ...
+class TrainingError(LoraTunerError):
+    """A run cannot start, continue or be resumed."""
 
 
-class DivergedError(TrainingError): ...
+class DivergedError(TrainingError):
+    """The loss or a gradient is no longer finite."""
 
 
-class ProcessLostError(TrainingError): ...
+class ProcessLostError(TrainingError):
+    """Another process of the run has ended."""
 
 
-class GenerationError(LoraTunerError): ...
+class GenerationError(LoraTunerError):
+    """A prompt or a sampling setting cannot be used."""
 
 
-class MixedBatchError(GenerationError): ...
+class MixedBatchError(GenerationError):
+    """This base cannot run different adapters in one batch."""
 
 
-class ContextLengthError(GenerationError): ...
+class ContextLengthError(GenerationError):
+    """The prompt leaves no room for new tokens."""
 
 
 class RequestError(GenerationError):
-    """Error in one field of a request: `param`."""
+    """A field of a request, `param`, is wrong or exceeds a limit of the server."""
 
     def __init__(self, text: str, param: str) -> None:
         super().__init__(text)
@@ -81,17 +94,19 @@ class RequestError(GenerationError):
 
 
 class QueueFullError(GenerationError):
-    """Error of a full queue. A retry after `seconds` may succeed."""
+    """Too many requests are waiting. A retry after `seconds` may succeed."""
 
     def __init__(self, text: str, seconds: int) -> None:
         super().__init__(text)
         self.seconds = seconds
 
 
-class RequestTimeoutError(GenerationError): ...
+class RequestTimeoutError(GenerationError):
+    """A request took too long."""
 
 
-class ServerClosingError(GenerationError): ...
+class ServerClosingError(GenerationError):
+    """The server is shutting down."""
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error

@@ -57,8 +57,9 @@ class RequestLimits:
         # The body must be sent first, at the lowest accepted rate.
         self.last_progress += int(request.headers.get("Content-Length") or 0) / MIN_BYTES * STALLED_SECONDS
         timeouts = request.extensions.get("timeout") or {}
-        kinds = ("connect", "read", "write", "pool")
-        request.extensions["timeout"] = {kind: min(timeouts.get(kind) or limit, limit) for kind in kinds}
+        request.extensions["timeout"] = {
+            kind: min(timeouts.get(kind) or limit, limit) for kind in ("connect", "read", "write", "pool")
+        }
 
     def after(self, response: httpx2.Response) -> None:
         """Fail at once where the libraries would silently wait, and watch the body."""
@@ -94,8 +95,11 @@ class RequestLimits:
     def _check(self) -> None:
         self.last_activity = time.monotonic()
         if self.last_activity - self.last_progress > STALLED_SECONDS:
-            stalled = f"almost nothing arrived for {STALLED_SECONDS:g} seconds. Try again when the Hub or the network is faster."
-            raise HubError(self.server_error or stalled)
+            raise HubError(
+                self.server_error
+                or f"almost nothing arrived for {STALLED_SECONDS:g} seconds. "
+                "Try again when the Hub or the network is faster."
+            )
 
     @contextlib.contextmanager
     def limited(self) -> Iterator[None]:
@@ -110,16 +114,6 @@ class RequestLimits:
 _request_limits = RequestLimits()
 
 
-def _install_request_limits() -> None:
-    """Add the limits to the HTTP client that huggingface_hub and datasets share."""
-    from huggingface_hub import get_session
-
-    hooks = get_session().event_hooks
-    if _request_limits.before not in hooks["request"]:
-        hooks["request"].append(_request_limits.before)
-        hooks["response"].append(_request_limits.after)
-
-
 @contextlib.contextmanager
 def hub_request(repo: str, *, writing: bool = False) -> Iterator[None]:
     """Apply the limits to requests about a repo in the block, and delete damaged downloads.
@@ -127,9 +121,13 @@ def hub_request(repo: str, *, writing: bool = False) -> Iterator[None]:
     Raises:
         HubError: for any failure in the block, or a damaged download.
     """
+    from huggingface_hub import get_session
     from huggingface_hub.utils import logging
 
-    _install_request_limits()
+    hooks = get_session().event_hooks  # of the HTTP client that huggingface_hub and datasets share
+    if _request_limits.before not in hooks["request"]:
+        hooks["request"].append(_request_limits.before)
+        hooks["response"].append(_request_limits.after)
     start, verbosity = time.time(), logging.get_verbosity()
     logging.set_verbosity_error()  # its warnings about single attempts say nothing about the result
     try:
@@ -164,8 +162,7 @@ def _damaged_file(repo: str, start: float) -> str | None:
                 continue
             digest = hashlib.sha256() if len(blob.name) == 64 else hashlib.sha1(b"blob %d\0" % size)
             with blob.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
+                digest = hashlib.file_digest(file, digest.copy)
             if digest.hexdigest() != blob.name:
                 blob.unlink()
                 deleted += 1

@@ -38,7 +38,21 @@ def encode_messages(value: object, clean: Callable[[str], str]) -> str:
     Raises:
         ValueError: The value is not a valid list of messages.
     """
-    messages = _check_messages(value, clean)
+    if not isinstance(value, list) or not value:
+        raise ValueError("messages is not a list of messages")
+    messages: list[Message] = []
+    for number, message in enumerate(value, 1):
+        fields = message if isinstance(message, dict) else {}
+        role, content = fields.get("role"), fields.get("content")
+        if role not in _ROLES:
+            raise ValueError(f"message {number} needs a role, one of {', '.join(_ROLES)}")
+        if not isinstance(content, str):
+            raise ValueError(f"the content of message {number} is not a string")
+        if fields.get("tool_calls"):
+            raise ValueError(f"message {number} has tool calls, which are not supported: remove such conversations")
+        if str(fields.get("weight", 1)) not in ("1", "1.0", "None"):
+            raise ValueError(f"message {number} has a weight, which is not supported: all answers count the same")
+        messages.append({"role": "system" if role == "developer" else str(role), "content": clean(content)})
     has_answer = any(message["role"] == "assistant" and message["content"] for message in messages)
     return CHAT_MARK + json.dumps(messages, ensure_ascii=False) if has_answer else ""
 
@@ -57,25 +71,6 @@ def encode_pair(prompt: object, completion: object, clean: Callable[[str], str])
     if isinstance(prompt, list) and isinstance(completion, list):
         return encode_messages([*prompt, *completion], clean)
     raise ValueError("prompt and completion must be two strings, or two lists of messages")
-
-
-def _check_messages(value: object, clean: Callable[[str], str]) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise ValueError("messages is not a list of messages")
-    messages = []
-    for number, message in enumerate(value, 1):
-        fields = message if isinstance(message, dict) else {}
-        role, content = fields.get("role"), fields.get("content")
-        if role not in _ROLES:
-            raise ValueError(f"message {number} needs a role, one of {', '.join(_ROLES)}")
-        if not isinstance(content, str):
-            raise ValueError(f"the content of message {number} is not a string")
-        if fields.get("tool_calls"):
-            raise ValueError(f"message {number} has tool calls, which are not supported: remove such conversations")
-        if str(fields.get("weight", 1)) not in ("1", "1.0", "None"):
-            raise ValueError(f"message {number} has a weight, which is not supported: all answers count the same")
-        messages.append({"role": "system" if role == "developer" else str(role), "content": clean(content)})
-    return messages
 
 
 @dataclass(frozen=True)
@@ -115,9 +110,8 @@ def render_with_spans(tokenizer: "PreTrainedTokenizerBase", text: str, max_chars
     render = partial(render_prompt, tokenizer, date_string=_FIXED_DATE)
     rendered, spans = render(row), []
     for number, message in enumerate(row):
-        if message["role"] != "assistant" or not message["content"]:
-            continue
-        if number == 0:  # templates need a question first
+        # Templates need a question first.
+        if number == 0 or message["role"] != "assistant" or not message["content"]:
             continue
         before = render(row[:number], add_generation_prompt=True)
         if not rendered.startswith(before):
@@ -125,9 +119,11 @@ def render_with_spans(tokenizer: "PreTrainedTokenizerBase", text: str, max_chars
         if max_chars is not None and len(before) > max_chars:
             break
         after = render(row[: number + 1])
-        end = len(after)
-        if not rendered.startswith(after):
-            end = _find_answer_end(tokenizer, rendered, len(before), message["content"])
+        end = (
+            len(after)
+            if rendered.startswith(after)
+            else _find_answer_end(tokenizer, rendered, len(before), message["content"])
+        )
         spans.append((len(before), end))
     if spans:
         start, _ = spans[-1]
@@ -139,16 +135,11 @@ def render_with_spans(tokenizer: "PreTrainedTokenizerBase", text: str, max_chars
 
 def _find_answer_end(tokenizer: "PreTrainedTokenizerBase", rendered: str, start: int, content: str) -> int:
     """Find the end of an answer if the template renders the last message unlike the others."""
-    content_start = rendered.find(content, start)
-    content_end = content_start + len(content)
-    ends = []
-    for token in special_tokens(tokenizer):
-        token_start = rendered.find(token, content_end)
-        if token_start >= 0:
-            ends.append(token_start + len(token))
-    if content_start < 0 or not ends:
+    rest = rendered[start:].partition(content)[2]  # empty if the content is not found
+    ends = [rest.index(token) + len(token) for token in special_tokens(tokenizer) if token in rest]
+    if not ends:
         raise DataError(_NO_SPANS)
-    return min(ends)
+    return len(rendered) - len(rest) + min(ends)
 
 
 @lru_cache(maxsize=4)

@@ -23,6 +23,7 @@ from .. import hub
 from ..atomic_io import delete
 from ..config import DATA_EXTENSIONS, TrainConfig
 from ..errors import DataError, EventHandler, HubError, Notice, ignore_events
+from ..text import format_counts
 from . import chat
 from .cleaning import clean_message, clean_text
 from .readers import (
@@ -57,7 +58,7 @@ class RowCounts:
     held_out: int = 0
 
     def __str__(self) -> str:
-        return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in asdict(self).items() if count)
+        return format_counts(asdict(self))
 
 
 @dataclass
@@ -205,10 +206,10 @@ def iter_rows(
                 counts.filtered += 1
                 continue
             raw, text = read_text(row)
-            if not text:
+            if text:
+                yield row_hash(text, config.split_salt), text, raw
+            else:
                 counts.empty += 1
-                continue
-            yield row_hash(text, config.split_salt), text, raw
     if config.where and counts.filtered == counts.read:
         raise DataError(
             f"{dataset.source}: no row has {' and '.join(config.where)}; {_describe_values(tables, config.where)}."

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from .tokenization import TokenIds
@@ -47,8 +46,8 @@ class PackedSequences(torch.utils.data.Dataset[list[TokenIds]]):
         return [self.rows[row] for row in self.groups[index]] if index < len(self.groups) else [self.rows[0][:1]]
 
     def longest_first(self) -> list[list[TokenIds]]:
-        lengths = [sum(map(len, self[index])) for index in range(len(self))]
-        return [self[index] for index in sorted(range(len(self)), key=lambda index: -lengths[index])]
+        items = [self[index] for index in range(len(self))]
+        return sorted(items, key=lambda item: -sum(map(len, item)))
 
 
 def collate(items: Sequence[Sequence[TokenIds]], pad_id: int, *, cu_seqlens: bool = False) -> dict[str, torch.Tensor]:
@@ -67,22 +66,21 @@ def collate(items: Sequence[Sequence[TokenIds]], pad_id: int, *, cu_seqlens: boo
         `cu_seq_lens_q` has shape (rows + 1,).
     """
     longest = max(sum(map(len, item)) for item in items)
-    shape = len(items), longest
-    inputs = torch.full(shape, pad_id, dtype=torch.int64)
-    positions = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
+    values = torch.full((len(items), longest), ~pad_id)  # below zero: no label
+    positions = torch.zeros_like(values)
     starts = []
     for index, item in enumerate(items):
         start = 0
         for row in item:
-            end = start + len(row)
-            values = torch.from_numpy(row.astype(np.int64))
-            inputs[index, start:end] = torch.where(values < 0, ~values, values)
-            labels[index, start + 1 : end] = values[1:].where(values[1:] >= 0, IGNORE_INDEX)
+            values[index, start : start + len(row)] = torch.tensor(row)
             positions[index, start:] = torch.arange(longest - start)  # also padding
             starts.append(index * longest + start)
-            start = end
-    batch = {"input_ids": inputs, "position_ids": positions, "labels": labels}
+            start += len(row)
+    batch = {
+        "input_ids": values.where(values >= 0, ~values),
+        "position_ids": positions,
+        "labels": values.where((values >= 0) & (positions > 0), IGNORE_INDEX),
+    }
     if cu_seqlens:
-        batch["cu_seq_lens_q"] = torch.tensor([*starts, inputs.numel()])
+        batch["cu_seq_lens_q"] = torch.tensor([*starts, values.numel()])
     return batch

@@ -31,11 +31,11 @@ AUTO_LINES = 1000  # lines that determine how a txt file is split into rows
 _CHANGED = "it changed while it was read: try again when it is complete"
 
 
+@dataclass(frozen=True)
 class LazyRows:
     """Rows that are read again, from the first, on each iteration."""
 
-    def __init__(self, read: Callable[[], Iterator[Row]]) -> None:
-        self.read = read
+    read: Callable[[], Iterator[Row]]
 
     def __iter__(self) -> Iterator[Row]:
         return self.read()
@@ -86,8 +86,7 @@ def read_path(path: Path, notify: EventHandler, *, txt_rows: str, streaming: boo
     if empty:
         notify(Notice(f"Skipped {len(empty)} files without rows, such as {empty[0]}."))
     tables = [table for table in tables if table.source not in empty]
-    rules = Counter(table.split_rule for table in tables if table.split_rule)
-    for rule, count in rules.items():
+    for rule, count in Counter(table.split_rule for table in tables if table.split_rule).items():
         subject = f"{count} txt files" if count > 1 else path
         notify(Notice(f"{subject}: {rule}. Use --txt-rows to change this."))
     return tables
@@ -103,16 +102,14 @@ def _find_data_files(folder: Path) -> tuple[list[Path], list[Path]]:
     def refuse(error: OSError) -> None:
         raise DataError(os_error_message(error)) from error
 
+    links: list[Path] = []
     files: list[Path] = []
-    others: list[Path] = []
     for root, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        others += [Path(root, name) for name in folders if os.path.islink(os.path.join(root, name))]
-        for name in names:
-            if not name.startswith("."):
-                path = Path(root, name)
-                (files if path.suffix.lower() in DATA_EXTENSIONS else others).append(path)
-    return sorted(files), sorted(others)
+        links += [Path(root, name) for name in folders if os.path.islink(os.path.join(root, name))]
+        files += [Path(root, name) for name in names if not name.startswith(".")]
+    data_files = sorted(file for file in files if file.suffix.lower() in DATA_EXTENSIONS)
+    return data_files, sorted({*files, *links}.difference(data_files))
 
 
 def read_file(path: Path, *, txt_rows: str = "auto", streaming: bool = False) -> Table:
@@ -144,15 +141,13 @@ def table_from_rows(source: str, read: Callable[[], Iterator[Row]], *, streaming
     rows = list(itertools.islice(read(), PEEKED_ROWS if streaming else None))
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text_columns = [name for name in columns if any(type(row.get(name)) is str for row in rows)]
-    if streaming:
-        return Table(source, LazyRows(read), columns, text_columns, peeked=True)
-    return Table(source, rows, columns, text_columns)
+    table_rows: Iterable[Row] = LazyRows(read) if streaming else rows
+    return Table(source, table_rows, columns, text_columns, peeked=streaming)
 
 
 def table_from_dataset(source: str, data: datasets.Dataset | datasets.IterableDataset) -> Table:
     features = data.features.items()
-    string_types = ("string", "large_string")
-    text_columns = [name for name, kind in features if getattr(kind, "dtype", "") in string_types]
+    text_columns = [name for name, kind in features if getattr(kind, "dtype", "") in ("string", "large_string")]
     label_names = {name: kind.names for name, kind in features if getattr(kind, "names", None)}
     return Table(source, data, data.column_names, text_columns, label_names=label_names)
 
@@ -185,8 +180,9 @@ class _TextBytes(io.BufferedReader):
         start = self.tell()
         chunk = super().read1(size)
         if b"\0" in chunk:
-            place = start + chunk.index(0)
-            raise ValueError(f"byte {place} is null, as in UTF-16 or a binary file: save it as UTF-8 text")
+            raise ValueError(
+                f"byte {start + chunk.index(0)} is null, as in UTF-16 or a binary file: save it as UTF-8 text"
+            )
         return chunk
 
 
@@ -199,8 +195,8 @@ def _text_lines(file: io.FileIO) -> Iterator[str]:
     try:
         yield from text
     except UnicodeDecodeError as error:
-        place = buffer.tell() - len(error.object) + error.start
-        raise ValueError(f"byte {place} is not UTF-8: save it as UTF-8 text") from error
+        position = buffer.tell() - len(error.object) + error.start
+        raise ValueError(f"byte {position} is not UTF-8: save it as UTF-8 text") from error
 
 
 def _parquet_table(path: Path) -> Table:
@@ -276,14 +272,15 @@ def _read_json(path: Path, streaming: bool) -> Iterator[Row]:
         if is_array and streaming:
             raise ValueError("it is a JSON array, which cannot be streamed: write one object per line")
         lines = _text_lines(file)
-        values = enumerate(_JSON_DECODER.decode("".join(lines)), 1) if is_array else _json_values(lines)
+        unit, values = (
+            ("row", enumerate(_JSON_DECODER.decode("".join(lines)), 1)) if is_array else ("line", _json_values(lines))
+        )
         for number, value in values:
             if type(value) is str:
                 yield {"text": value}
             elif isinstance(value, dict):
                 yield value
             else:
-                unit = "row" if is_array else "line"
                 raise ValueError(f"{unit} {number} is neither a JSON object nor a string")
 
 
@@ -308,8 +305,7 @@ def _read_txt(path: Path, txt_rows: str) -> Iterator[Row]:
     with _open_file(path) as file:
         texts: Iterable[str] = _text_lines(file)
         if txt_rows == "paragraph":
-            groups = itertools.groupby(texts, key=lambda line: bool(line.strip()))
-            texts = ("".join(lines) for has_text, lines in groups if has_text)
+            texts = ("".join(lines) for is_blank, lines in itertools.groupby(texts, str.isspace) if not is_blank)
         elif txt_rows == "file":
             texts = ["".join(texts)]
         for text in texts:
@@ -339,9 +335,7 @@ def parse_conditions(table: Table, where: list[str]) -> list[tuple[str, set[str]
         column, _, value = condition.partition("=")
         if column not in table.columns:
             raise table.missing_column(column, " to choose rows by")
-        accepted = {value}
         names = table.label_names.get(column, [])
-        if value in names:
-            accepted.add(str(names.index(value)))
+        accepted = {value, str(names.index(value))} if value in names else {value}
         parsed.append((column, accepted))
     return parsed

@@ -120,13 +120,12 @@ class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
             setattr(self.counts, name, getattr(before, name) + count)
 
     def _make_sequences(self, texts: list[str], state: StreamState) -> list[list[TokenIds]]:
-        config = self.config
-        chunk = config.long_rows == "chunk"
-        max_tokens = None if chunk else config.max_length
+        max_length, chunk = self.config.max_length, self.config.long_rows == "chunk"
+        max_tokens = None if chunk else max_length
         encoded = tokenization.encode_texts(self.tokenizer, texts, max_tokens=max_tokens)
-        rows, _ = tokenization.truncate(encoded, config.max_length, chunk=chunk)
+        rows, _ = tokenization.truncate(encoded, max_length, chunk=chunk)
         rows = [row for row in rows if tokenization.count_predictions(row)]
-        packed = PackedSequences(rows, config.max_length, packing=config.packing)
-        order = list(range(len(packed)))
-        random.Random(f"{config.seed} {state.epoch} {state.row}").shuffle(order)
-        return [packed[index] for index in order]
+        packed = PackedSequences(rows, max_length, packing=self.config.packing)
+        sequences = [packed[index] for index in range(len(packed))]
+        random.Random(f"{self.config.seed} {state.epoch} {state.row}").shuffle(sequences)
+        return sequences

@@ -8,7 +8,8 @@ cache. A token that has no label, such as those of a question, is stored as its 
 below zero.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import filterfalse
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,26 +42,23 @@ def encode_texts(
         DataError: The chat template rejects a conversation.
     """
     if add_eos and any(chat.is_chat(text) for text in texts):
-        chat_texts = [text for text in texts if chat.is_chat(text)]
-        plain_texts = [text for text in texts if not chat.is_chat(text)]
-        chats = iter(_encode_chats(tokenizer, chat_texts, max_tokens))
-        plain = iter(encode_texts(tokenizer, plain_texts, max_tokens=max_tokens))
+        chats = iter(_encode_chats(tokenizer, filter(chat.is_chat, texts), max_tokens))
+        plain = iter(encode_texts(tokenizer, [*filterfalse(chat.is_chat, texts)], max_tokens=max_tokens))
         return [next(chats) if chat.is_chat(text) else next(plain) for text in texts]
     if not texts:
         return []
     if max_tokens is not None:
         texts = [text[: max_tokens * MAX_TOKEN_CHARS] for text in texts]
-    encoded = tokenizer(list(texts), split_special_tokens=True, verbose=False)["input_ids"]
     eos = tokenizer.eos_token_id
     rows = []
-    for ids in encoded:
+    for ids in tokenizer(list(texts), split_special_tokens=True, verbose=False)["input_ids"]:
         while len(ids) > 1 and ids[-1] == eos:
             ids = ids[:-1]
         rows.append(np.array([*ids, eos] if add_eos else ids, dtype=np.int32))
     return rows
 
 
-def _encode_chats(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], max_tokens: int | None) -> list[TokenIds]:
+def _encode_chats(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str], max_tokens: int | None) -> list[TokenIds]:
     if not tokenizer.is_fast:
         raise DataError(
             "The tokenizer of this base gives no character offsets, so the tokens of an answer cannot be found: "
@@ -110,12 +108,10 @@ def truncate(rows: Sequence[TokenIds], max_length: int, *, chunk: bool = False) 
         chunk: Keep the rest of a long row as rows of its own.
     """
     pieces: list[TokenIds] = []
-    longer = 0
     for row in rows:
-        longer += len(row) > max_length
         starts = range(0, len(row), max_length) if chunk else (0,)
         pieces.extend(row[start : start + max_length] for start in starts if start == 0 or len(row) - start > 1)
-    return pieces, longer
+    return pieces, sum(len(row) > max_length for row in rows)
 
 
 def probe_sequences(vocab_size: int) -> tuple[TokenIds, TokenIds]:

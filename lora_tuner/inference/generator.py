@@ -162,8 +162,7 @@ class Generator:
         with self._lock:
             if name not in self._resident:
                 raise GenerationError(
-                    f"No adapter named {name} is loaded. "
-                    f"Loaded: {', '.join(self.loaded_adapters) or 'none'}."
+                    f"No adapter named {name} is loaded. Loaded: {', '.join(self.loaded_adapters) or 'none'}."
                 )
             del self._resident[name]
             if self.current_adapter == name:
