@@ -10,6 +10,7 @@ import math
 import os
 import re
 import reprlib
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -125,7 +126,8 @@ class Adapter:
         if (setting, module) not in self._pattern_values:
             expression, values = self._patterns[setting]
             match = expression.match(module)
-            value = values[int(str(match.lastgroup)[1:])] if match else None
+            # The keys contain no groups of their own.
+            value = values[match.lastindex - 1] if match and match.lastindex else None
             self._pattern_values[setting, module] = value
         return self._pattern_values[setting, module]
 
@@ -140,8 +142,8 @@ class Adapter:
         patterns = {}
         for setting in ("rank_pattern", "alpha_pattern"):
             values = self.config.get(setting) or {}
-            groups = (rf"(?:.*\.)?(?P<k{index}>{key})$" for index, key in enumerate(values))
-            patterns[setting] = re.compile("|".join(groups) or "(?!)"), list(values.values())
+            expression = "|".join(rf"(?:.*\.)?({key})$" for key in values)
+            patterns[setting] = re.compile(expression or "(?!)"), list(values.values())
         return patterns
 
     def layer_size(self, module: str) -> tuple[int, int]:
@@ -233,6 +235,15 @@ def read_manifest(path: Path) -> Manifest:
         raise AdapterError(f"{path / MANIFEST_FILE}: {_join_problems(problems, 10)}.") from error
 
 
+def copy_files(adapter: Adapter, folder: Path, names: Sequence[str]) -> None:
+    """Copy those of the named files that the adapter has. Only config and weights may be symlinks:
+    any other could point to a private file."""
+    for name in names:
+        file = adapter.path / name
+        if file.is_file() and (name in (CONFIG_FILE, WEIGHTS_FILE) or not file.is_symlink()):
+            shutil.copyfile(file, folder / name)
+
+
 def weights_info(adapter: Adapter) -> WeightsInfo:
     """Sizes and hashes of weights and config, for the manifest."""
     weights = adapter.path / WEIGHTS_FILE
@@ -292,8 +303,7 @@ def _all_finite(data: bytes, dtype: str) -> bool:
 
     if dtype == "BF16":  # numpy has no bfloat16: test for an exponent of all ones
         return not bool((np.frombuffer(data, np.uint16) & 0x7F80 == 0x7F80).any())
-    numpy_types = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
-    return bool(np.isfinite(np.frombuffer(data, numpy_types[dtype])).all())
+    return bool(np.isfinite(np.frombuffer(data, dtype.replace("F", "float"))).all())
 
 
 def _read_json(path: Path) -> object:
@@ -336,13 +346,13 @@ def _config_problems(config: Mapping[str, object]) -> list[str]:
     problems += [
         f"{key} is {_short_repr.repr(rank)}, and a rank is a whole number from 1 to {MAX_RANK}"
         for key, rank in ranks.items()
-        if not _is_rank(rank)
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK
     ]
     alphas = {"lora_alpha": config.get("lora_alpha")} | alpha_pattern
     problems += [
         f"{key} is {_short_repr.repr(alpha)}, and an alpha is a number up to {MAX_ALPHA}"
         for key, alpha in alphas.items()
-        if not _is_alpha(alpha)
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not -MAX_ALPHA <= alpha <= MAX_ALPHA
     ]
     for key in ranks | alphas:
         pattern, dot, name = key.partition(".")
@@ -360,14 +370,6 @@ def _is_pattern(name: str) -> bool:
     except re.error:
         return False
     return True
-
-
-def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_RANK
-
-
-def _is_alpha(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -MAX_ALPHA <= value <= MAX_ALPHA
 
 
 def _pattern_entries(config: Mapping[str, object], key: str) -> dict[str, object]:

@@ -64,10 +64,6 @@ def _advise_merge(name: str) -> str:
     return f"merge it (`python cli.py merge {name} --out merged/{name}`)"
 
 
-def _advise_rewrite(name: str) -> str:
-    return f"rewrite it (`python cli.py blend {name}=1 --name NEW`)"
-
-
 def _check_vllm(adapter: Adapter, name: str, report: CompatibilityReport) -> None:
     if is_gpt2(adapter):
         report.errors.append(f"vLLM does not support LoRA on GPT-2: {_advise_merge(name)}")
@@ -87,9 +83,9 @@ def _check_vllm(adapter: Adapter, name: str, report: CompatibilityReport) -> Non
 def _check_llama_cpp(adapter: Adapter, name: str, report: CompatibilityReport) -> None:
     if adapter.config.get("use_dora"):
         report.errors.append(f"llama.cpp does not support DoRA: {_advise_merge(name)}")
-    known_layers = (_LLAMA_LAYER, _GPT2_LAYER)
-    unknown = [module for module in adapter.modules if not any(layer.fullmatch(module) for layer in known_layers)]
-    if unknown:
+    if unknown := [
+        module for module in adapter.modules if not _LLAMA_LAYER.fullmatch(module) and not _GPT2_LAYER.fullmatch(module)
+    ]:
         report.errors.append(f"layers such as {unknown[0]} cannot be converted for llama.cpp: {_advise_merge(name)}")
     report.notes.append(
         f"llama.cpp loads a GGUF file (`python cli.py export {name} --to gguf --out {name}.gguf`), on a GPT-2, Llama, "
@@ -101,6 +97,7 @@ def _check_llama_cpp(adapter: Adapter, name: str, report: CompatibilityReport) -
 
 def _check_peft(adapter: Adapter, name: str, report: CompatibilityReport) -> None:
     """PEFT adapts the layers that `target_modules` names, and silently drops the tensors of others."""
+    rewrite = f"rewrite it (`python cli.py blend {name}=1 --name NEW`)"
     targets = adapter.config.get("target_modules")
     if targets == "all-linear":
         if "lm_head" in {module.rpartition(".")[2] for module in adapter.modules}:
@@ -112,18 +109,13 @@ def _check_peft(adapter: Adapter, name: str, report: CompatibilityReport) -> Non
         report.notes.append(f"target_modules is the pattern {targets!r}, which was not checked")
     else:
         endings = tuple(f".{target}" for target in targets or [])
-        skipped = [module for module in adapter.modules if not f".{module}".endswith(endings)]
-        if skipped:
-            report.errors.append(
-                f"PEFT would skip {skipped[0]}, which target_modules does not name: {_advise_rewrite(name)}"
-            )
+        if skipped := [module for module in adapter.modules if not f".{module}".endswith(endings)]:
+            report.errors.append(f"PEFT would skip {skipped[0]}, which target_modules does not name: {rewrite}")
     initialization = adapter.config.get("init_lora_weights", True)
     if not initialization:  # null as well
         report.errors.append(
             f"init_lora_weights is {json.dumps(initialization)}, so PEFT would give layers without tensors random "
-            f"weights: {_advise_rewrite(name)}"
+            f"weights: {rewrite}"
         )
     if initialization == "orthogonal" and any(adapter.rank_of(module) % 2 for module in adapter.modules):
-        report.errors.append(
-            f"init_lora_weights is orthogonal, which PEFT does not support for odd ranks: {_advise_rewrite(name)}"
-        )
+        report.errors.append(f"init_lora_weights is orthogonal, which PEFT does not support for odd ranks: {rewrite}")

@@ -28,6 +28,7 @@ from .adapter import (
     WEIGHTS_FILE,
     Adapter,
     check_weights_hash,
+    copy_files,
     load_adapter_folder,
     validate_name,
     verify_adapter,
@@ -79,20 +80,15 @@ def push(adapter: Adapter, repo: str, *, private: bool = False, dry_run: bool = 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / adapter.name
         folder.mkdir()
-        for name in SYNCED_FILES:
-            file = adapter.path / name
-            trusted = name in (CONFIG_FILE, WEIGHTS_FILE) or not file.is_symlink()
-            if file.is_file() and trusted:
-                shutil.copyfile(file, folder / name)
+        copy_files(adapter, folder, SYNCED_FILES)
         _strip_local_paths(folder, adapter.manifest)
         if not (folder / CARD_FILE).is_file():
-            card = model_card.model_card(load_adapter_folder(folder), adapter.name)
-            (folder / CARD_FILE).write_text(card, encoding="utf-8")
+            (folder / CARD_FILE).write_text(
+                model_card.model_card(load_adapter_folder(folder), adapter.name), encoding="utf-8"
+            )
         sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-        if dry_run:
-            return TransferResult(repo, sizes)
-        url = hub.upload_files(folder, repo, SYNCED_FILES, private=private, message=adapter.name)
-        return TransferResult(repo, sizes, url=url)
+        url = None if dry_run else hub.upload_files(folder, repo, SYNCED_FILES, private=private, message=adapter.name)
+        return TransferResult(repo, sizes, url)
 
 
 def _strip_local_paths(folder: Path, manifest: Manifest) -> None:
@@ -115,9 +111,7 @@ def _strip_local_paths(folder: Path, manifest: Manifest) -> None:
             settings = read_settings(folder / RUN_FILE)
         except ConfigError as error:
             raise AdapterError(f"{folder.name} is not pushed: its {RUN_FILE} has no valid settings.") from error
-        for key in _PATH_SETTINGS:
-            if isinstance(settings.get(key), str):
-                settings[key] = display_name(settings[key])
+        settings |= {key: display_name(settings[key]) for key in _PATH_SETTINGS if isinstance(settings.get(key), str)}
         (folder / RUN_FILE).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 

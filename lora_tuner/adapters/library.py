@@ -161,8 +161,8 @@ class Library:
             with atomic_io.atomic_folder(self.path / name, overwrite=overwrite) as folder:
                 yield folder
                 manifest = load_adapter_folder(folder).manifest
-                weights = manifest.weights if manifest else None
-                if weights and weights.sha256 != atomic_io.sha256_file(folder / WEIGHTS_FILE):
+                expected = manifest.weights.sha256 if manifest and manifest.weights else None
+                if expected and expected != atomic_io.sha256_file(folder / WEIGHTS_FILE):
                     raise AdapterError(
                         f"{self.path / name} was not saved: the disk returned other weights than were written."
                     )
@@ -187,12 +187,11 @@ def read_consistently(folder: Path, function: Callable[[Adapter], T]) -> T:
         before = identity()
         try:
             result = function(load_adapter_folder(folder))
+            if identity() == before:
+                return result
         except Exception:  # a mix of two adapters may fail in any way
             if identity() == before:
                 raise
-            continue
-        if identity() == before:
-            return result
 
 
 def check_distinct_names(adapters: Sequence[Adapter]) -> None:

@@ -11,10 +11,10 @@ def summary_rows(adapter: Adapter) -> list[tuple[str, str]]:
     """Name and text of each row of the summary table. Texts may come from an untrusted manifest."""
     manifest = adapter.manifest
     base = f"{display_name(manifest.base.name)} ({manifest.base.weights})" if manifest else adapter.base or "unknown"
-    config = f"{_method_name(adapter)}, {format_ranks(adapter)}, {_format_alphas(adapter)}"
+    alpha = "alpha per layer" if adapter.config.get("alpha_pattern") else f"alpha {adapter.config['lora_alpha']}"
     rows = [
         ("Base", base),
-        ("Adapter", f"{config}, on {', '.join(adapter.targets)}"),
+        ("Adapter", f"{_method_name(adapter)}, {format_ranks(adapter)}, {alpha}, on {', '.join(adapter.targets)}"),
         ("Size", f"{adapter.parameters:,} parameters, {adapter.bytes / 1e6:.1f} MB"),
     ]
     if manifest is None:
@@ -55,6 +55,11 @@ def model_card(adapter: Adapter, name: str) -> str:
     rows = [(key, _escape_markdown(text).replace("|", "\\|")) for key, text in summary_rows(adapter)]
     table = "\n".join(f"| {key} | {text} |" for key, text in rows)
     chat_example = _CHAT_EXAMPLE if data and data.format != "text" else ""
+    pictures = "".join(
+        f"\n![{title}]({file})\n"
+        for title, file in (("Loss", LOSS_PLOT_FILE), ("Singular values", SPECTRUM_FILE))
+        if (adapter.path / file).is_file()
+    )
     usage = _usage_section(adapter, name, _hub_id(manifest.base) or f"path/to/{base}")
     return f"""---
 {metadata.to_yaml().strip()}
@@ -70,7 +75,7 @@ A LoRA adapter for {base}, trained on {dataset}.
 
 The loss is measured on held-out rows, one at a time, truncated to {HELD_OUT_MAX_TOKENS} tokens, end of text included.
 {"`run.yaml` repeats the run; " if run else ""}`manifest.json` has these figures and the hashes of base, data and weights.
-{_picture_links(adapter)}
+{pictures}
 ## Use
 {chat_example}{usage}"""
 
@@ -97,10 +102,6 @@ def format_ranks(adapter: Adapter) -> str:
     return f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
 
 
-def _format_alphas(adapter: Adapter) -> str:
-    return "alpha per layer" if adapter.config.get("alpha_pattern") else f"alpha {adapter.config['lora_alpha']}"
-
-
 def _dataset_rows(data: DatasetInfo) -> list[tuple[str, str]]:
     return [
         ("Data", display_name(data.source)),
@@ -112,13 +113,10 @@ def _dataset_rows(data: DatasetInfo) -> list[tuple[str, str]]:
 
 
 def _format_run(run: RunInfo) -> str:
-    minutes = run.seconds / 60
-    return f"{run.method}, {run.steps:,} steps, {run.tokens:,} tokens, {minutes:.1f} minutes on {run.device} in {run.dtype}"
-
-
-def _picture_links(adapter: Adapter) -> str:
-    pictures = [("Loss", LOSS_PLOT_FILE), ("Singular values", SPECTRUM_FILE)]
-    return "".join(f"\n![{title}]({file})\n" for title, file in pictures if (adapter.path / file).is_file())
+    return (
+        f"{run.method}, {run.steps:,} steps, {run.tokens:,} tokens, "
+        f"{run.seconds / 60:.1f} minutes on {run.device} in {run.dtype}"
+    )
 
 
 def _usage_section(adapter: Adapter, name: str, base: str) -> str:

@@ -1,5 +1,6 @@
 """The loss curve as numbers (metrics.jsonl), and plots of runs, gains, spectra and sweeps."""
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,12 +21,13 @@ def write_metrics(history: Sequence[Mapping[str, float]], path: Path) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Read steps and losses of a metrics file. Raises AdapterError if they cannot be plotted."""
-    keys = ("step", "loss", "eval_loss")
     try:
         if not path.is_file() or path.stat().st_size > MAX_METRICS_BYTES:  # a pipe would block
             raise ValueError("the file is missing or too large")
         entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        history = [{key: float(entry[key]) for key in keys if key in entry} for entry in entries]
+        history = [
+            {key: float(entry[key]) for key in ("step", "loss", "eval_loss") if key in entry} for entry in entries
+        ]
         if not all("step" in entry and all(0 <= value <= MAX_COUNT for value in entry.values()) for entry in history):
             raise ValueError("a step or a loss is not a valid number")
     except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
@@ -43,12 +45,10 @@ def plot_loss(history: Sequence[Mapping[str, float]], manifest: Manifest, to: Pa
     axes = figure.subplots()
     steps = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     if steps:
-        axes.plot(*zip(*steps, strict=True), color="0.75", linewidth=1, label="training, each step")
-        smoothed, average = [], steps[0][1]
-        for step, loss in steps:
-            average += 0.1 * (loss - average)
-            smoothed.append((step, average))
-        axes.plot(*zip(*smoothed, strict=True), color="tab:blue", label="training, smoothed")
+        numbers, losses = zip(*steps, strict=True)
+        axes.plot(numbers, losses, color="0.75", linewidth=1, label="training, each step")
+        smoothed = itertools.accumulate(losses, lambda average, loss: average + 0.1 * (loss - average))
+        axes.plot(numbers, list(smoothed), color="tab:blue", label="training, smoothed")
     held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     if manifest.result:
         held_out = {0: manifest.result.base_loss} | held_out | {manifest.run.kept_step: manifest.result.loss}
@@ -88,7 +88,6 @@ def plot_gains(
     height = 1.8 + label_inches + 0.6 * len(adapters)
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     axes = figure.subplots()
-    axes.set_facecolor("0.85")
     image = axes.imshow(gains, cmap="RdBu", vmin=-limit or -1.0, vmax=limit or 1.0, aspect="auto")
     for y, row in enumerate(cells):
         for x, cell in enumerate(row):
@@ -97,7 +96,7 @@ def plot_gains(
             axes.text(x, y, text, ha="center", va="center", fontsize=8, color=color)
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", parse_math=False)
     axes.set_yticks(range(len(adapters)), adapters, parse_math=False)
-    axes.set(xlabel="held-out set", ylabel="adapter")
+    axes.set(xlabel="held-out set", ylabel="adapter", facecolor="0.85")
     axes.set_title(title, parse_math=False, fontsize=10)
     figure.colorbar(image)
     figure.savefig(path, format="png", metadata={"Software": None})
@@ -155,8 +154,7 @@ def plot_sweep(
             axes.plot(x, loss, "o", color="tab:orange" if name == recommended else "tab:blue")
             axes.annotate(name, (x, loss), xytext=(4, 4), textcoords="offset points", fontsize=8)
     for axes, label in ((size_axes, "size (MB)"), (time_axes, "training time (s)")):
-        axes.margins(x=0.15, y=0.15)
-        axes.set(xlabel=label)
+        axes.set(xlabel=label, xmargin=0.15, ymargin=0.15)
         axes.spines[["top", "right"]].set_visible(False)
     size_axes.set(ylabel="held-out loss (nats per token)")
     figure.suptitle(f"Base: {base_loss:.4f}. Recommended: {recommended}", fontsize=10, parse_math=False)

@@ -81,11 +81,10 @@ def show_adapters(entries: Iterable[tuple[str, Adapter | AdapterError]]) -> None
 def format_age(created: str) -> str:
     """Time since an ISO 8601 timestamp; `?` if it is invalid."""
     try:
-        then = datetime.datetime.fromisoformat(created)
-        seconds = (datetime.datetime.now(datetime.UTC) - then).total_seconds()
+        age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(created)
     except (ValueError, TypeError):  # TypeError: without a time zone
         return "?"
-    return format_duration(max(seconds, 0.0))
+    return format_duration(max(age.total_seconds(), 0.0))
 
 
 @adapters_app.command("show", cls=StrictCommand)
@@ -128,15 +127,15 @@ def show_details(adapter: Adapter, ancestors: Sequence[Ancestor]) -> None:
                 "rows": format_counts(manifest.data.counts),
                 "evaluated on": manifest.data.eval_dataset,
             }
-        if manifest.run is not None:
-            run = manifest.run
+        if run := manifest.run:
             steps = f"{run.steps:,} steps, {run.tokens:,} tokens, {format_duration(run.seconds)}"
             fields["run"] = f"{run.method}, {steps} on {run.device} in {run.dtype}"
-        fields["command"] = manifest.made_by
         versions = ", ".join(f"{package} {version}" for package, version in manifest.versions.items())
-        fields["created"] = (
-            f"{manifest.created} with {versions}" if versions else f"by another tool, adopted {manifest.created}"
-        )
+        created = f"{manifest.created} with {versions}"
+        fields |= {
+            "command": manifest.made_by,
+            "created": created if versions else f"by another tool, adopted {manifest.created}",
+        }
     show_fields(fields)
 
 

@@ -119,8 +119,8 @@ for command in (
     adapters.push,
     adapters.pull,
     serve.serve,
+    train.methods,
+    doctor.doctor,
 ):
     app.command(cls=StrictCommand)(command)
 app.add_typer(adapters.adapters_app, name="adapters")
-for command in (train.methods, doctor.doctor):
-    app.command(cls=StrictCommand)(command)

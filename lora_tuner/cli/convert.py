@@ -143,9 +143,6 @@ def blend(
         overwrite=overwrite,
         options=options,
     )
-    if not as_json:
-        _show_blend(blended)
-        return
     details = {
         "full_rank": blended.exact_rank,
         "lost": blended.lost_energy,
@@ -153,7 +150,7 @@ def blend(
         "comparison": _comparison_dict(blended.comparison),
         "sets": {name: result.model_dump() for name, result in blended.results.items()},
     }
-    show_json(blended.adapter.to_dict() | {"blend": details})
+    show_json(blended.adapter.to_dict() | {"blend": details}) if as_json else _show_blend(blended)
 
 
 def _parse_weight(part: str) -> tuple[str, float]:
@@ -172,8 +169,7 @@ def _show_blend(blended: "BlendResult") -> None:
     print(
         one_line(f"{adapter.path}  {format_bytes(adapter.bytes)}, {format_ranks(adapter)}: {adapter.manifest.made_by}")
     )
-    difference = blended.comparison.max_logit_difference
-    print(f"verified against the exact result: largest logit difference {difference:.2g}")
+    print(f"verified against the exact result: largest logit difference {blended.comparison.max_logit_difference:.2g}")
     if any(blended.lost_energy.values()):
         print(
             f"rank truncated from {blended.exact_rank}: {_format_lost(blended.total_lost_energy, blended.lost_energy)}"
@@ -228,9 +224,6 @@ def compress(
         overwrite=overwrite,
         options=options,
     )
-    if not as_json:
-        _show_compress(compressed)
-        return
     details = {
         "ranks": compressed.ranks,
         "bytes": compressed.bytes,
@@ -239,7 +232,7 @@ def compress(
         "comparison": _comparison_dict(compressed.comparison),
         "results": [result.model_dump() for result in compressed.results or ()],
     }
-    show_json(compressed.adapter.to_dict() | {"compress": details})
+    show_json(compressed.adapter.to_dict() | {"compress": details}) if as_json else _show_compress(compressed)
 
 
 def _show_compress(compressed: "CompressResult") -> None:
@@ -248,11 +241,11 @@ def _show_compress(compressed: "CompressResult") -> None:
     size = f"{format_bytes(after)} of {format_bytes(before)} ({after / before:.0%})"
     print(f"{compressed.adapter.path}  {size}, rank {_format_range(old_ranks)} -> {_format_range(new_ranks)}")
     print(_format_lost(compressed.total_lost_energy, compressed.lost_energy))
-    if compressed.results is None:
+    if compressed.results:
+        full, reduced = compressed.results
+        print(f"held-out loss {full.loss:.4f} -> {reduced.loss:.4f} (base: {full.base_loss:.4f}, {full.rows} rows)")
+    else:
         print("not evaluated")
-        return
-    full, reduced = compressed.results
-    print(f"held-out loss {full.loss:.4f} -> {reduced.loss:.4f} (base: {full.base_loss:.4f}, {full.rows} rows)")
 
 
 def _format_range(numbers: tuple[int, ...]) -> str:

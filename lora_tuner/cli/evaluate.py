@@ -61,9 +61,14 @@ def evaluate(
 
     matrix = evaluation.evaluate(loaded, sets, eval_rows=eval_rows, options=options)
     if plot:
-        names = [eval_set.name for eval_set in matrix.sets]
         with atomic_io.atomic_file(plot) as file:
-            plots.plot_gains(matrix.base, matrix.adapters, names, matrix.cells, file)
+            plots.plot_gains(
+                matrix.base,
+                matrix.adapters,
+                [eval_set.name for eval_set in matrix.sets],
+                matrix.cells,
+                file,
+            )
     show_json(matrix.to_dict()) if as_json else show_gains(matrix)
 
 

@@ -244,11 +244,9 @@ def _run_interactive(generator: "Generator", sampling: SamplingParams, opening: 
         try:
             if INVALID_TEXT.search(line):
                 raise ConfigError("The input is not valid UTF-8 text: type it again.")
-            if command == "/base":
-                generator.set_adapter(None)
-                print_stderr(_active_model(generator))
-            elif command == "/adapter" and name.strip():
-                generator.set_adapter(name.strip())
+            if command == "/base" or (command == "/adapter" and name.strip()):
+                adapter = None if command == "/base" else name.strip()
+                generator.set_adapter(adapter)
                 print_stderr(_active_model(generator))
             elif command == "/new" and opening is not None:
                 messages = list(opening)

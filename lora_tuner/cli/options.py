@@ -68,15 +68,6 @@ BaseOption = Annotated[
     typer.Option(help=_help("base"), show_default=f"the adapter's, else {DEFAULT_BASE}"),
 ]
 RevisionOption = Annotated[str | None, typer.Option(help=_help("revision"), show_default=False)]
-ForceOption = Annotated[bool, typer.Option("--force", help="Accept an adapter that was trained on another base.")]
-DeviceOption = Annotated[str, typer.Option(help=_help("device"))]
-DtypeOption = Annotated[
-    InferenceDtype,
-    typer.Option(
-        help="Precision of the base model. auto: bfloat16 on CUDA, else float32. int8: fastest decoding on a CPU."
-    ),
-]
-LoadInOption = Annotated[LoadIn, typer.Option(help=_help("load_in"))]
 
 
 class StrictCommand(TyperCommand):
@@ -101,27 +92,33 @@ class StrictCommand(TyperCommand):
 def settings_options(kind: type[BaseModel], *names: str) -> Callable[[Command], Command]:
     """Give a command an option for each field of a settings class, or for some; it receives those
     set as `overrides`."""
-    fields = {name: field for name, field in kind.model_fields.items() if name in names or not names}
-    added = [_option(name, field) for name, field in fields.items()]
+
+    def collect_overrides(values: dict[str, Any]) -> Overrides:
+        return {name: value for name, value in values.items() if value not in (None, [])}
+
+    fields = kind.model_fields.items()
+    added = [_option(name, field) for name, field in fields if name in names or not names]
+    return _replace_parameter("overrides", added, collect_overrides)
+
+
+def _replace_parameter(
+    replaced: str, added: Sequence[inspect.Parameter], collect: Callable[[dict[str, Any]], object]
+) -> Callable[[Command], Command]:
+    """Replace a parameter of a command by options, for Typer to read. The command receives what
+    `collect` makes of their values."""
 
     def decorate(command: Command) -> Command:
-        def call(**options: Any) -> None:
-            values = {name: options.pop(name) for name in fields}
-            overrides = {name: value for name, value in values.items() if value not in (None, [])}
-            command(overrides=overrides, **options)
+        @functools.wraps(command)
+        def call(**values: Any) -> None:
+            chosen = {parameter.name: values.pop(parameter.name) for parameter in added}
+            command(**{replaced: collect(chosen)}, **values)
 
-        return _with_parameters(command, call, "overrides", added)
+        kept = [p for p in inspect.signature(command).parameters.values() if p.name != replaced]
+        call.__signature__ = inspect.Signature([*kept, *added])  # type: ignore[attr-defined]
+        call.__annotations__ = {p.name: p.annotation for p in [*kept, *added]}
+        return call
 
     return decorate
-
-
-def _with_parameters(command: Command, call: Command, replaced: str, added: Sequence[inspect.Parameter]) -> Command:
-    """Make `call` look like `command` with one parameter replaced by others, for Typer to read."""
-    kept = [p for p in inspect.signature(command).parameters.values() if p.name != replaced]
-    functools.update_wrapper(call, command)
-    call.__signature__ = inspect.Signature([*kept, *added])  # type: ignore[attr-defined]
-    call.__annotations__ = {p.name: p.annotation for p in [*kept, *added]}
-    return call
 
 
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:
@@ -144,8 +141,12 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
         metavar=f"{number.__name__.upper()}[,...]" if number else None,
     )
     value_type: Any = str if number else field.annotation
-    annotation = Annotated[value_type | None, option]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[value_type | None, option],
+    )
 
 
 def _parse_sweep_values(number: type[int] | type[float], text: str) -> float | list[float]:
@@ -163,10 +164,15 @@ def _parse_sweep_values(number: type[int] | type[float], text: str) -> float | l
 def _model_arguments(
     base: BaseOption = None,
     revision: RevisionOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    load_in: LoadInOption = "auto",
-    force: ForceOption = False,
+    device: Annotated[str, typer.Option(help=_help("device"))] = "auto",
+    dtype: Annotated[
+        InferenceDtype,
+        typer.Option(
+            help="Precision of the base model. auto: bfloat16 on CUDA, else float32. int8: fastest decoding on a CPU."
+        ),
+    ] = "auto",
+    load_in: Annotated[LoadIn, typer.Option(help=_help("load_in"))] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Accept an adapter that was trained on another base.")] = False,
 ) -> None:
     """Signature with the options of `ModelOptions`."""
 
@@ -175,15 +181,7 @@ def model_options(*names: str) -> Callable[[Command], Command]:
     """Give a command some or all options of `_model_arguments`; it receives `options`."""
     parameters = inspect.signature(_model_arguments).parameters
     added = [parameters[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in names or parameters]
-
-    def decorate(command: Command) -> Command:
-        def call(**values: Any) -> None:
-            chosen = {parameter.name: values.pop(parameter.name) for parameter in added}
-            command(options=ModelOptions(**chosen, notify=display), **values)
-
-        return _with_parameters(command, call, "options", added)
-
-    return decorate
+    return _replace_parameter("options", added, lambda chosen: ModelOptions(**chosen, notify=display))
 
 
 def eval_sets_from(overrides: Overrides, eval_rows: int | None) -> "list[EvalSet] | None":

@@ -83,8 +83,17 @@ def _show_sweep(result: "SweepResult") -> None:
         loss, gap = "diverged", ""
         if trial.loss is not None:
             loss, gap = f"{trial.loss:.4f}", f"{trial.gap:.4f} ± {trial.standard_error:.4f}"
-        size, seconds = format_bytes(trial.bytes), format_duration(trial.seconds)
-        rows.append((trial.name, str(trial.rank), f"{trial.learning_rate:g}", loss, gap, size, seconds))
+        rows.append(
+            (
+                trial.name,
+                str(trial.rank),
+                f"{trial.learning_rate:g}",
+                loss,
+                gap,
+                format_bytes(trial.bytes),
+                format_duration(trial.seconds),
+            )
+        )
     print_table(rows, ("adapter", "rank", "learning rate", "held-out loss", "gap to the best", "size", "training"))
     print(f"base: held-out loss {result.base_loss:.4f}; plot: {result.folder / 'sweep.png'}")
     print(f"recommended: {result.recommended}, the smallest within a standard error of the best")
@@ -92,21 +101,18 @@ def _show_sweep(result: "SweepResult") -> None:
 
 def show_plan(estimate: "RunEstimate") -> None:
     total = estimate.base_parameters + estimate.trained_parameters
-    steps = f"{estimate.steps:,}"
-    if estimate.steps_per_epoch:
-        steps += f" (one epoch: {estimate.steps_per_epoch:,})"
+    epoch = f" (one epoch: {estimate.steps_per_epoch:,})" if estimate.steps_per_epoch else ""
     precision = estimate.dtype if estimate.load_in == "full" else estimate.load_in
-    if estimate.gradient_checkpointing:
-        precision += ", gradient checkpointing"
+    checkpointing = ", gradient checkpointing" if estimate.gradient_checkpointing else ""
     trained = f"{estimate.trained_parameters:,} of {total:,} ({estimate.trained_parameters / total:.2%})"
     print_table(
         [
-            ("steps", steps),
+            ("steps", f"{estimate.steps:,}{epoch}"),
             ("seconds per step", f"{estimate.seconds_per_step:.2f} ({estimate.tokens_per_second:,.0f} tokens/s)"),
             ("training", format_duration(estimate.training_seconds)),
             ("evaluation", format_duration(estimate.held_out_seconds)),
             ("peak memory", format_bytes(estimate.peak_memory_bytes)),
-            ("base", precision),
+            ("base", precision + checkpointing),
             ("truncated rows", f"{estimate.truncated_share:.1%}"),
             ("trained parameters", trained),
             ("adapter", format_bytes(estimate.adapter_bytes)),
@@ -116,11 +122,10 @@ def show_plan(estimate: "RunEstimate") -> None:
 
 def _show_preview(rows: Sequence["PreviewedRow"]) -> None:
     for number, row in enumerate(rows, 1):
-        pairs = zip(row.tokens, row.labels, strict=True)
-        tokens = [token if trained else f"[{token}]" for token, trained in pairs]
+        tokens = [token if trained else f"[{token}]" for token, trained in zip(row.tokens, row.labels, strict=True)]
         partial = "; \ufffd is part of a character" if any("\ufffd" in token for token in tokens) else ""
-        print(f"row {number}\n  before  {row.before!r}\n  after   {row.after!r}")
         print(
+            f"row {number}\n  before  {row.before!r}\n  after   {row.after!r}\n"
             f"  {len(tokens)} tokens, {sum(row.labels)} trained on (others in brackets){partial}\n  {'|'.join(tokens)}\n"
         )
 

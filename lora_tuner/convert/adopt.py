@@ -5,7 +5,6 @@ Only the layer sizes are compared with the base; whether the adapter was trained
 verified.
 """
 
-import shutil
 from pathlib import Path
 
 from .. import atomic_io
@@ -16,6 +15,7 @@ from ..adapters.adapter import (
     WEIGHTS_FILE,
     Adapter,
     check_weights_hash,
+    copy_files,
     validate_name,
     weights_info,
 )
@@ -71,11 +71,7 @@ def adopt(
         atomic_io.atomic_write_text(adapter.path / MANIFEST_FILE, manifest.to_json())
     else:
         with library.create(name) as target:
-            shutil.copyfile(adapter.path / WEIGHTS_FILE, target / WEIGHTS_FILE)
-            shutil.copyfile(adapter.path / CONFIG_FILE, target / CONFIG_FILE)
-            card = adapter.path / CARD_FILE
-            if card.is_file() and not card.is_symlink():  # a symlink could point to any file
-                shutil.copyfile(card, target / CARD_FILE)
+            copy_files(adapter, target, (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE))
             (target / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     notify(
         Notice(f"{name} fits {base_files.name} by its layer sizes; it cannot be verified that it was trained on it.")

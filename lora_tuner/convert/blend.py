@@ -12,14 +12,7 @@ from ..config import MAX_RANK, ModelOptions
 from ..errors import AdapterError, ConfigError
 from ..evaluation import EvalSet
 from ..models import delta, lora
-from .common import (
-    distinct_eval_sets,
-    format_number,
-    open_shared_base,
-    verify_written,
-    write_adapter,
-    write_manifest_and_card,
-)
+from .common import distinct_eval_sets, format_number, open_shared_base, write_adapter
 from .verify import OutputComparison
 
 
@@ -79,8 +72,7 @@ def blend(
     if rank is not None and not 1 <= rank <= MAX_RANK:
         raise ConfigError(f"rank is {rank}: it must be a whole number from 1 to {MAX_RANK}.")
     library.check_name_free(name, overwrite=overwrite)
-    invalid = [f"{part.name}={weight:g}" for part, weight in parts if not weight or not math.isfinite(weight)]
-    if invalid:
+    if invalid := [f"{part.name}={weight:g}" for part, weight in parts if not weight or not math.isfinite(weight)]:
         raise ConfigError(f"{', '.join(invalid)}: a weight must be a number other than 0.")
     adapters = list({part.path.resolve(): part for part, _ in parts}.values())
     check_distinct_names(adapters)
@@ -101,15 +93,20 @@ def blend(
     command += f" --rank {rank}" if truncated else ""
     parents_sets, sets = sets is None, distinct_eval_sets(adapters, sets, eval_rows, options.notify)
     with library.create(name, overwrite=overwrite) as folder:
-        written = write_adapter(base, kept, folder)
+        written, losses, comparison = write_adapter(
+            folder, name, base, kept, adapters, command, sets, parents_sets, options.notify
+        )
         lost_energy = dict.fromkeys(exact, 0.0)
         if truncated:
             lost_energy = delta.lost_energy(exact, delta.load_deltas(written, layers))
-        losses = evaluation.held_out_losses(base, {name: written}, sets, options.notify)[0]
-        comparison = verify_written(base, written, kept, name, sets, options.notify)
-        write_manifest_and_card(written, name, base, adapters, command, sets, parents_sets, losses)
     results = {
         eval_set.name: evaluation.paired_gain(*pair) for eval_set, pair in zip(sets, losses, strict=True) if pair
     }
-    total = delta.total_lost_energy(exact, lost_energy)
-    return BlendResult(library.get(name), exact_rank, lost_energy, total, comparison, results)
+    return BlendResult(
+        adapter=library.get(name),
+        exact_rank=exact_rank,
+        lost_energy=lost_energy,
+        total_lost_energy=delta.total_lost_energy(exact, lost_energy),
+        comparison=comparison,
+        results=results,
+    )

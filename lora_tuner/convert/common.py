@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .. import evaluation
+from .. import atomic_io, evaluation
 from ..adapters import model_card
 from ..adapters.adapter import CARD_FILE, MANIFEST_FILE, Adapter, load_adapter_folder, weights_info
 from ..adapters.manifest import DatasetInfo, EvalResult, Manifest, utc_timestamp
@@ -18,6 +18,23 @@ from ..models.delta import Deltas
 from ..models.loading import LoadedBase
 from . import verify
 from .verify import OutputComparison
+
+
+def check_output_path(out: Path, kind: str, *, valid: bool, overwrite: bool) -> None:
+    """Raise AdapterError unless a result may be written to `out`.
+
+    Args:
+        out: the file or folder to write.
+        kind: what it is, such as "GGUF file".
+        valid: what exists there is one, so it may be replaced.
+        overwrite: replace it.
+    """
+    if out.exists() and not overwrite:
+        raise AdapterError(f"{out} exists: choose another --out, or replace it with --overwrite.")
+    if out.exists() and not valid:
+        raise AdapterError(f"{out} is not a {kind}, so it is not replaced: choose another --out.")
+    if why := atomic_io.why_not_writable(out.parent):
+        raise AdapterError(f"{why}: choose another --out.")
 
 
 def format_number(value: float) -> str:
@@ -66,14 +83,6 @@ def encode_eval_sets(base: LoadedBase, sets: Sequence[EvalSet]) -> list[tokeniza
     return rows or list(tokenization.probe_sequences(len(base.tokenizer)))
 
 
-def write_adapter(base: LoadedBase, deltas: Deltas, folder: Path) -> Adapter:
-    """Save LoRA updates as a PEFT adapter and load it again."""
-    if not all(update.B.isfinite().all() and update.A.isfinite().all() for update in deltas.values()):
-        raise AdapterError("The result is not finite in float32: use smaller weights.")
-    lora.save_adapter_files(delta.to_state_dict(deltas), delta.make_lora_config(deltas, base), folder)
-    return load_adapter_folder(folder)
-
-
 def verify_written(
     base: LoadedBase, written: Adapter, deltas: Deltas, name: str, sets: Sequence[EvalSet], notify: EventHandler
 ) -> OutputComparison:
@@ -105,32 +114,48 @@ def combined_result(losses: Sequence[tuple[HeldOutLoss, HeldOutLoss] | None]) ->
 
 
 def _concatenate(losses: Sequence[HeldOutLoss]) -> HeldOutLoss:
-    nll = [value for loss in losses for value in loss.nll]
-    return HeldOutLoss(nll, [count for loss in losses for count in loss.predictions])
+    return HeldOutLoss(
+        [value for loss in losses for value in loss.nll],
+        [count for loss in losses for count in loss.predictions],
+    )
 
 
-def write_manifest_and_card(
-    written: Adapter,
+def write_adapter(
+    folder: Path,
     name: str,
     base: LoadedBase,
+    deltas: Deltas,
     parents: Sequence[Adapter],
     command: str,
     sets: Sequence[EvalSet],
     parents_sets: bool,
-    losses: Sequence[tuple[HeldOutLoss, HeldOutLoss] | None],
-) -> None:
-    """Write manifest and model card, and cache the held-out rows.
+    notify: EventHandler,
+) -> tuple[Adapter, list[tuple[HeldOutLoss, HeldOutLoss] | None], OutputComparison]:
+    """Save LoRA updates as an adapter, verify and evaluate it, and write manifest and model card.
+
+    Adds the updates to the base's weights, and caches the held-out rows.
 
     Args:
-        written: the saved adapter.
+        folder: the adapter folder to fill.
         name: its name in the library.
         base: the base model.
+        deltas: the LoRA updates.
         parents: the adapters it was made from.
         command: recorded as `made_by`.
         sets: the held-out sets.
         parents_sets: the sets are the parents' own, under their names.
-        losses: loss of base and adapter on each set.
+        notify: receives progress events.
+
+    Returns:
+        The saved adapter without its manifest, the loss of base and adapter on each set, and the
+        adapter compared with the base plus the updates.
     """
+    if not all(update.B.isfinite().all() and update.A.isfinite().all() for update in deltas.values()):
+        raise AdapterError("The result is not finite in float32: use smaller weights.")
+    lora.save_adapter_files(delta.to_state_dict(deltas), delta.make_lora_config(deltas, base), folder)
+    written = load_adapter_folder(folder)
+    losses = evaluation.held_out_losses(base, {name: written}, sets, notify)[0]
+    comparison = verify_written(base, written, deltas, name, sets, notify)
     manifest = Manifest(
         created=utc_timestamp(),
         base=base.files.base_info(base.tokenizer_hash),
@@ -141,11 +166,12 @@ def write_manifest_and_card(
         weights=weights_info(written),
         versions=lora.library_versions(),
     )
-    (written.path / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
-    card = model_card.model_card(load_adapter_folder(written.path), name)
-    (written.path / CARD_FILE).write_text(card, encoding="utf-8")
+    (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    card = model_card.model_card(load_adapter_folder(folder), name)
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
     if texts := [text for eval_set in sets for text in eval_set.texts]:
         evaluation.cache_rows(texts)
+    return written, losses, comparison
 
 
 def _dataset_info(parents: Sequence[Adapter], sets: Sequence[EvalSet], parents_sets: bool) -> DatasetInfo | None:
@@ -157,28 +183,26 @@ def _dataset_info(parents: Sequence[Adapter], sets: Sequence[EvalSet], parents_s
     if len(parents) == 1 and not sets:  # not evaluated: the parent's held-out rows stay recorded
         return first
     texts = [text for eval_set in sets for text in eval_set.texts]
-    eval_info = {
+    update: dict[str, object] = {
         "held_out_hash": content_hash(texts) if texts else None,
         "held_out_rows": len(texts),
         "eval_dataset": _eval_dataset_name(datasets, sets, parents_sets),
     }
     complete = len(datasets) == len(parents)
-    if complete and all((data.hash, data.split_salt) == (first.hash, first.split_salt) for data in others):
-        return first.model_copy(update=eval_info)
-    names = [data.name for data in datasets.values()] + ["unknown"] * (not complete)
-    salts = {data.split_salt for data in datasets.values()}
-    combined = DatasetInfo(
-        name=" + ".join(dict.fromkeys(names)),
-        source=" + ".join(dict.fromkeys(data.source for data in datasets.values())),
-        hash=content_hash([data.hash for data in datasets.values()]),
-        where=[f"{name}: {condition}" for name, data in datasets.items() for condition in data.where],
-        split_salt=salts.pop() if len(salts) == 1 else None,
-        counts={},
-        format=" + ".join(dict.fromkeys(data.format for data in datasets.values())),
-        held_out_hash=None,
-        held_out_rows=0,
-    )
-    return combined.model_copy(update=eval_info)
+    same_rows = all((data.hash, data.split_salt) == (first.hash, first.split_salt) for data in others)
+    if not complete or not same_rows:
+        names = [data.name for data in datasets.values()] + ["unknown"] * (not complete)
+        salts = {data.split_salt for data in datasets.values()}
+        update |= {
+            "name": " + ".join(dict.fromkeys(names)),
+            "source": " + ".join(dict.fromkeys(data.source for data in datasets.values())),
+            "hash": content_hash([data.hash for data in datasets.values()]),
+            "where": [f"{name}: {condition}" for name, data in datasets.items() for condition in data.where],
+            "split_salt": first.split_salt if len(salts) == 1 else None,
+            "counts": {},
+            "format": " + ".join(dict.fromkeys(data.format for data in datasets.values())),
+        }
+    return first.model_copy(update=update)
 
 
 def _eval_dataset_name(datasets: dict[str, DatasetInfo], sets: Sequence[EvalSet], parents_sets: bool) -> str | None:

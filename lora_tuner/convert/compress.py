@@ -1,5 +1,6 @@
 """Compress an adapter: keep the smallest rank in each layer that preserves a share of its energy."""
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,9 +21,7 @@ from .common import (
     distinct_eval_sets,
     format_number,
     open_shared_base,
-    verify_written,
     write_adapter,
-    write_manifest_and_card,
 )
 from .verify import OutputComparison
 
@@ -109,14 +108,13 @@ def compress(
     losses_before = evaluation.held_out_losses(base, {adapter.name: adapter}, sets, options.notify)[0]
     bytes_before = adapter.bytes  # the adapter may be overwritten
     with library.create(name, overwrite=overwrite) as folder:
-        written = write_adapter(base, kept, folder)
-        lost_energy = delta.lost_energy(exact, delta.load_deltas(written, layers))
-        losses_after = evaluation.held_out_losses(base, {name: written}, sets, options.notify)[0]
-        comparison = verify_written(base, written, kept, name, sets, options.notify)
         plots.plot_spectra(
             {module: squares.tolist() for module, squares in spectra.items()}, ranks, folder / SPECTRUM_FILE
         )
-        write_manifest_and_card(written, name, base, [adapter], command, sets, parents_sets, losses_after)
+        written, losses_after, comparison = write_adapter(
+            folder, name, base, kept, [adapter], command, sets, parents_sets, options.notify
+        )
+        lost_energy = delta.lost_energy(exact, delta.load_deltas(written, layers))
     compressed = library.get(name)
     before, after = combined_result(losses_before), combined_result(losses_after)
     return CompressResult(
@@ -137,37 +135,26 @@ def _energy_shares(squares: torch.Tensor) -> torch.Tensor:
 
 def _ranks_for_energy(spectra: dict[str, torch.Tensor], energy: float) -> dict[str, int]:
     """The smallest rank of each layer that keeps a share of its energy."""
-    # Allow for float32 rounding, so that the true rank keeps all of the energy.
-    threshold = energy * (1 - 1e-12)
+    # The factor allows for rounding, so that the true rank keeps all of the energy.
     return {
-        module: min(int((_energy_shares(squares) < threshold).sum()) + 1, len(squares))
+        module: min(int((_energy_shares(squares) < energy * (1 - 1e-12)).sum()) + 1, len(squares))
         for module, squares in spectra.items()
     }
-
-
-def _weights_bytes(exact: Deltas, ranks: dict[str, int]) -> int:
-    """Upper bound of the weights file: float32 values and header entries."""
-    sizes = {module: update.A.shape[1] + len(update.B) for module, update in exact.items()}
-    return sum(4 * rank * sizes[module] + 2 * (len(module) + 140) for module, rank in ranks.items())
 
 
 def _largest_energy(exact: Deltas, spectra: dict[str, torch.Tensor], max_bytes: int) -> float:
     """The largest share of energy whose weights fit into `max_bytes`."""
 
-    def fits(energy: float) -> bool:
-        return _weights_bytes(exact, _ranks_for_energy(spectra, energy)) <= max_bytes
+    def weights_bytes(energy: float) -> int:
+        """Upper bound of the weights file: float32 values and header entries."""
+        ranks = _ranks_for_energy(spectra, energy)
+        return sum(4 * rank * sizes[module] + 2 * (len(module) + 140) for module, rank in ranks.items())
 
-    if not fits(0.0):
-        smallest = _weights_bytes(exact, _ranks_for_energy(spectra, 0.0))
+    sizes = {module: update.A.shape[1] + len(update.B) for module, update in exact.items()}
+    if weights_bytes(0.0) > max_bytes:
         raise AdapterError(
-            f"Rank 1 in every layer takes about {smallest:,} bytes, more than --max-bytes {max_bytes:,}."
+            f"Rank 1 in every layer takes about {weights_bytes(0.0):,} bytes, more than --max-bytes {max_bytes:,}."
         )
-    shares = torch.cat([_energy_shares(squares) for squares in spectra.values()]).unique().tolist()
-    low, high = 0, len(shares)  # binary search: size grows with energy
-    while high - low > 1:
-        middle = (low + high) // 2
-        if fits(shares[middle]):
-            low = middle
-        else:
-            high = middle
-    return float(shares[low]) if fits(shares[low]) else 0.0
+    all_shares = torch.cat([_energy_shares(squares) for squares in spectra.values()])
+    shares: list[float] = [0.0, *all_shares.unique().tolist()]  # sorted; the first one fits
+    return shares[bisect.bisect_right(shares, max_bytes, key=weights_bytes) - 1]

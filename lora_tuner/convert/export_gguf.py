@@ -20,6 +20,7 @@ from ..config import ModelOptions
 from ..errors import AdapterError, ConfigError
 from ..models import loading, lora
 from ..models.resolve import layer_sizes_in_files
+from .common import check_output_path
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -59,12 +60,7 @@ def to_gguf(
     import gguf
 
     options.require_default("device", "dtype", "load_in", why="the base is not loaded for an export")
-    if out.exists() and not overwrite:
-        raise AdapterError(f"{out} exists: choose another --out, or replace it with --overwrite.")
-    if out.exists() and not _is_gguf(out):
-        raise AdapterError(f"{out} is not a GGUF file, so it is not replaced: choose another --out.")
-    if why := atomic_io.why_not_writable(out.parent):
-        raise AdapterError(f"{why}: choose another --out.")
+    check_output_path(out, "GGUF file", valid=_is_gguf(out), overwrite=overwrite)
     if errors := compatibility.check_compatibility(adapter, "llama.cpp").errors:
         raise AdapterError(f"{adapter.path}: {'; '.join(errors)}.")
     check_weights_hash(adapter)
@@ -136,7 +132,7 @@ def _gguf_tensors(adapter: Adapter, architecture: str, config: dict[str, Any]) -
     blocks = config["n_layer"] if architecture == "gpt2" else config["num_hidden_layers"]
     names = gguf.get_tensor_name_map(model_arch, blocks)
     weights = {name: tensor.float().numpy() for name, tensor in lora.read_weights_file(adapter).items()}
-    tensors = {}
+    tensors: dict[str, _Array] = {}
     for module in adapter.modules:
         name = names.get_name(module)
         if name is None:
@@ -149,6 +145,5 @@ def _gguf_tensors(adapter: Adapter, architecture: str, config: dict[str, Any]) -
                 heads = config.get("num_key_value_heads") or heads
             # Rotary pairs are adjacent in llama.cpp, half a head apart in transformers.
             lora_b = lora_b.reshape(heads, 2, len(lora_b) // heads // 2, -1).swapaxes(1, 2).reshape(lora_b.shape)
-        tensors[f"{name}.weight.lora_a"] = lora_a
-        tensors[f"{name}.weight.lora_b"] = np.ascontiguousarray(lora_b)
+        tensors |= {f"{name}.weight.lora_a": lora_a, f"{name}.weight.lora_b": np.ascontiguousarray(lora_b)}
     return tensors

@@ -17,7 +17,7 @@ from ..models import lora
 from ..models.memory import choose_dtype
 from ..models.resolve import quiet_transformers
 from . import verify
-from .common import distinct_eval_sets, encode_eval_sets, open_shared_base
+from .common import check_output_path, distinct_eval_sets, encode_eval_sets, open_shared_base
 from .verify import OutputComparison
 
 
@@ -90,9 +90,4 @@ def merge(
 
 def check_model_folder(out: Path, *, overwrite: bool) -> None:
     """Raise AdapterError unless a model may be written to `out`."""
-    if out.exists() and not overwrite:
-        raise AdapterError(f"{out} exists: choose another --out, or replace it with --overwrite.")
-    if out.exists() and not (out / "config.json").is_file():
-        raise AdapterError(f"{out} is not a model folder, so it is not replaced: choose another --out.")
-    if why := atomic_io.why_not_writable(out.parent):
-        raise AdapterError(f"{why}: choose another --out.")
+    check_output_path(out, "model folder", valid=(out / "config.json").is_file(), overwrite=overwrite)

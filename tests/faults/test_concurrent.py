@@ -197,7 +197,7 @@ def test_name_taken_during_training_is_kept(
 def test_name_taken_during_blend_is_kept(
     start: Start, run: Run, workspace: Path, training: tuple[str | Path, ...], other: str
 ) -> None:
-    held = held_at(workspace, "lora_tuner.convert.blend.verify_written")
+    held = held_at(workspace, "lora_tuner.convert.common.verify_written")
     first = start("blend", "one=0.5", "two=0.5", "--name", "new", "--eval-rows", "4", **held)
     first.wait_for((workspace / "reached").exists)
     faster = run("adapters", "rename", "two", "new") if other == "rename" else run(*training, "--name", "new")
