@@ -161,9 +161,8 @@ class Generator:
         """Drop an adapter from memory."""
         with self._lock:
             if name not in self._resident:
-                raise GenerationError(
-                    f"No adapter named {name} is loaded. Loaded: {', '.join(self.loaded_adapters) or 'none'}."
-                )
+                loaded = ", ".join(self.loaded_adapters) or "none"
+                raise GenerationError(f"No adapter named {name} is loaded. Loaded: {loaded}.")
             del self._resident[name]
             if self.current_adapter == name:
                 self.current_adapter = None
