@@ -100,15 +100,14 @@ class Metrics:
             registry=registry,
             buckets=BUCKETS,
         )
-        scheduler, generator = service.scheduler, service.generator
         Gauge("lora_tuner_answers_waiting", "Sequences in the queue.", registry=registry).set_function(
-            lambda: scheduler.waiting
+            lambda: service.scheduler.waiting
         )
         Gauge("lora_tuner_answers_running", "Sequences in the batch.", registry=registry).set_function(
-            lambda: scheduler.running
+            lambda: service.scheduler.running
         )
         Gauge("lora_tuner_adapters_resident", "Adapters in memory.", registry=registry).set_function(
-            lambda: len(generator.loaded_adapters)
+            lambda: len(service.generator.loaded_adapters)
         )
 
     def text(self) -> bytes:

@@ -64,8 +64,12 @@ class SecurityMiddleware:
     def _check_headers(self, path: str, headers: Headers) -> Response | None:
         """Return the error response, or None when the request may pass."""
         if self.hosts and _host_name(headers.get("host", "")) not in self.hosts:
-            text = f"Wrong Host header: this server is {' or '.join(sorted(self.hosts))}."
-            return error_response(403, text, _CLOSE, code="wrong_host")
+            return error_response(
+                403,
+                f"Wrong Host header: this server is {' or '.join(sorted(self.hosts))}.",
+                _CLOSE,
+                code="wrong_host",
+            )
         if _CONTROL.search(path):  # routes match a trailing newline, `is_api_path` does not
             return error_response(404, "There is nothing at this path.", _CLOSE)
         if self.key and is_api_path(path) and path != "/health":
@@ -102,7 +106,10 @@ async def _buffer_body(headers: Headers, receive: Receive) -> bytes | Response |
                 if not (too_large or message.get("more_body")):
                     return bytes(body)
     except TimeoutError:
-        text = f"The body took longer than {MAX_SECONDS:g} seconds."
-        return error_response(408, text, _CLOSE, code="request_timeout")
-    text = f"The body is larger than {MAX_BODY:,} bytes."
-    return error_response(413, text, _CLOSE, code="request_too_large")
+        return error_response(
+            408,
+            f"The body took longer than {MAX_SECONDS:g} seconds.",
+            _CLOSE,
+            code="request_timeout",
+        )
+    return error_response(413, f"The body is larger than {MAX_BODY:,} bytes.", _CLOSE, code="request_too_large")

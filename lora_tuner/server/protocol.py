@@ -82,11 +82,12 @@ class _GenerationRequest(_RequestModel):
     presence_penalty: Zero = 0.0
     frequency_penalty: Zero = 0.0
 
-    @field_validator("stream_options")
+    @field_validator("stream_options", "top_logprobs", check_fields=False)
     @classmethod
-    def _requires_stream(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
-        if not info.data.get("stream"):
-            raise PydanticCustomError("contradiction", "only allowed with stream: true")
+    def _requires_flag(cls, value: object, info: ValidationInfo) -> object:
+        flag = "stream" if info.field_name == "stream_options" else "logprobs"
+        if not info.data.get(flag):
+            raise PydanticCustomError("contradiction", f"only allowed with {flag}: true")
         return value
 
     def sampling(self, max_tokens: int) -> SamplingParams:
@@ -100,10 +101,6 @@ class _GenerationRequest(_RequestModel):
             seed=seed,
             stop=[self.stop] if isinstance(self.stop, str) else self.stop or [],
         )
-
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
 
 
 class CompletionRequest(_GenerationRequest):
@@ -172,13 +169,6 @@ class ChatRequest(_GenerationRequest):
     def _equals_max_tokens(cls, value: int | None, info: ValidationInfo) -> int | None:
         if info.data.get("max_tokens") not in (None, value):
             raise PydanticCustomError("contradiction", "differs from max_tokens: give one of them")
-        return value
-
-    @field_validator("top_logprobs")
-    @classmethod
-    def _requires_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if not info.data.get("logprobs"):
-            raise PydanticCustomError("contradiction", "only allowed with logprobs: true")
         return value
 
     @property

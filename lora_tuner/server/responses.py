@@ -153,9 +153,13 @@ def _chat_logprobs(output: OutputDelta, spell: TokenSpeller) -> ChatLogprobs | N
         return None
     content = []
     for token in output.logprobs:
-        top = [_top_logprob(*alternative, spell) for alternative in token.top]
         chosen = _top_logprob(token.token, token.logprob, spell)
-        content.append(TokenLogprob(**chosen.model_dump(), top_logprobs=top))
+        content.append(
+            TokenLogprob(
+                **chosen.model_dump(),
+                top_logprobs=[_top_logprob(*alternative, spell) for alternative in token.top],
+            )
+        )
     return ChatLogprobs(content=content)
 
 

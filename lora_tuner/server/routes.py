@@ -49,6 +49,7 @@ from .protocol import (
     ModelCard,
     ModelList,
     ResponseFields,
+    StreamOptions,
     Usage,
     error_response,
 )
@@ -124,8 +125,9 @@ def create_app(service: ModelService) -> FastAPI:
     @routes.get("/v1/models")
     async def models() -> ModelList:
         """List the base and every adapter, broken ones with the reason."""
-        served = await service.run_in_thread(service.list_models)
-        return ModelList(data=[_model_card(service, model) for model in served])
+        return ModelList(
+            data=[_model_card(service, model) for model in await service.run_in_thread(service.list_models)]
+        )
 
     @routes.get("/v1/models/{id:path}")
     async def model(id: str) -> ModelCard:
@@ -261,7 +263,15 @@ async def _generate(
         system_fingerprint=f"fp_{service.base.files.fingerprint[:12]}",
     )
     if body.stream:
-        events = _server_sent_events(service, endpoint, spell, request, fields, http_request, body.include_usage)
+        events = _server_sent_events(
+            service,
+            endpoint,
+            spell,
+            request,
+            fields,
+            http_request,
+            (body.stream_options or StreamOptions()).include_usage,
+        )
         return _EventStream(events, service, request)
     if not await _wait_for(service, request, http_request):
         return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -59,7 +59,12 @@ def serve(
         ConfigError: the address cannot be used, or needs an API key.
         Interrupted: a second signal ended the server before all requests were complete.
     """
-    _check_address(settings)
+    if settings.api_key is None and not is_loopback(settings.host):
+        raise ConfigError(
+            f"--host {settings.host} can be reached from other machines: set --api-key or LORA_TUNER_API_KEY."
+        )
+    if settings.api_key is not None and not re.fullmatch("[!-~]+", settings.api_key):
+        raise ConfigError("--api-key: use printable ASCII characters without spaces, as it is sent in a header.")
     library = Library(adapters_dir)
     library.names()  # report a folder that cannot be read at once
     only = [adapter.path for adapter in library.get_all(adapters)]
@@ -93,15 +98,6 @@ def serve(
             service.stop()
     if server.interrupted:
         raise Interrupted("Stopped at once: running requests were cut off.")
-
-
-def _check_address(settings: ServerConfig) -> None:
-    if settings.api_key is None and not is_loopback(settings.host):
-        raise ConfigError(
-            f"--host {settings.host} can be reached from other machines: set --api-key or LORA_TUNER_API_KEY."
-        )
-    if settings.api_key is not None and not re.fullmatch("[!-~]+", settings.api_key):
-        raise ConfigError("--api-key: use printable ASCII characters without spaces, as it is sent in a header.")
 
 
 def _with_most_common_base(library: Library, options: ModelOptions) -> ModelOptions:

@@ -46,8 +46,7 @@ class Request:
         A sequence sets its error before `complete`, so a reader never takes a failed one for a
         finished one.
         """
-        errors = (sequence.error for sequence in self.sequences if sequence.error is not None)
-        return self.failure or next(errors, None)
+        return self.failure or next((sequence.error for sequence in self.sequences if sequence.error is not None), None)
 
     @property
     def complete(self) -> bool:
@@ -219,11 +218,12 @@ class Scheduler:
 
     def _drop_cancelled(self) -> None:
         """Fail requests that have timed out, and remove cancelled ones."""
-        now = time.monotonic()
         for request in self._requests():
-            if not request.cancelled and now - request.started > request.timeout:
-                text = f"The request took longer than {request.timeout:g} seconds."
-                self._fail(request, RequestTimeoutError(text))
+            if not request.cancelled and time.monotonic() - request.started > request.timeout:
+                self._fail(
+                    request,
+                    RequestTimeoutError(f"The request took longer than {request.timeout:g} seconds."),
+                )
         for sequence in [sequence for sequence, request in self._running.items() if request.cancelled]:
             self.engine.cancel(sequence)
             del self._running[sequence]
@@ -272,8 +272,7 @@ class Scheduler:
                 request.cancelled |= sequence.error is not None  # its other sequences are of no use
             ended = [sequence for sequence in self._running if sequence.complete]
             for sequence in ended:
-                seconds = (now - self._last_end) / len(ended)
-                self._seconds_per_end += 0.1 * (seconds - self._seconds_per_end)
+                self._seconds_per_end += 0.1 * ((now - self._last_end) / len(ended) - self._seconds_per_end)
                 del self._running[sequence]
             if ended:
                 self._last_end = now

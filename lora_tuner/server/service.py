@@ -104,8 +104,10 @@ class ModelService:
 
     def list_models(self) -> list[ServedModel]:
         """Read the library: the base first, then adapters by name."""
-        adapters = [self._read_model(name, path) for name, path in sorted(self._paths().items())]
-        return [ServedModel(self.name), *adapters]
+        return [
+            ServedModel(self.name),
+            *(self._read_model(name, path) for name, path in sorted(self._paths().items())),
+        ]
 
     def get_model(self, id: str) -> ServedModel:
         """Read one model. Raises UnknownModelError."""
@@ -118,8 +120,7 @@ class ModelService:
         return path
 
     def _paths(self) -> dict[str, Path]:
-        library = self.generator.library
-        return self.only or {name: library.path / name for name in library.names()}
+        return self.only or {name: self.generator.library.path / name for name in self.generator.library.names()}
 
     def _read_model(self, name: str, path: Path) -> ServedModel:
         if name == self.name:
@@ -160,9 +161,8 @@ class ModelService:
                 prompt = self.generator.encode_prompt(prompt, self._tokenizer).token_ids
             except DataError as error:
                 raise RequestError(str(error).replace("this base", self.name), "messages") from error
-        vocabulary = self.base.vocab_size
-        if not prompt or not all(0 <= token < vocabulary for token in prompt):
-            raise GenerationError(f"prompt: give at least one token id, each from 0 to {vocabulary - 1:,}.")
+        if not prompt or not all(0 <= token < self.base.vocab_size for token in prompt):
+            raise GenerationError(f"prompt: give at least one token id, each from 0 to {self.base.vocab_size - 1:,}.")
         return self.generator.check_fits_context(prompt)
 
     def hide_paths(self, text: str) -> str:

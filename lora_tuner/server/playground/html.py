@@ -83,8 +83,12 @@ def library(models: Sequence[ServedModel]) -> Markup:
     """Show a table of adapters: name, then facts or the reason why one cannot be used."""
     if not models:
         return note("No adapters yet. Train one with python cli.py train; it appears here once it is saved.")
-    button = Markup('<tr><th scope="row"><button type="button" data-name="{}">{}</button></th>{}</tr>')
-    lines = Markup("").join(button.format(model.id, model.id, _cells(model)) for model in models)
+    lines = Markup("").join(
+        Markup('<tr><th scope="row"><button type="button" data-name="{}">{}</button></th>{}</tr>').format(
+            model.id, model.id, _cells(model)
+        )
+        for model in models
+    )
     return Markup(
         '<div class="wide" tabindex="0"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>'
     ).format(_LIBRARY_HEADER, lines)
@@ -158,10 +162,9 @@ def _plot_spectrum(adapter: Adapter, layers: Mapping[str, LinearLayer], png: Byt
         raise AdapterError("No spectrum: the update of every layer is zero.")
     plots.plot_spectra({module: energy.tolist() for module, energy in energies.items()}, {}, png)
     shares = sorted(float(energy[0] / energy.sum()) for energy in energies.values())
-    median = shares[len(shares) // 2]
     return (
         "Spectrum: share of each singular value in the energy of its layer's update",
-        f"{len(shares)} layers; median share of the largest singular value: {median:.0%}.",
+        f"{len(shares)} layers; median share of the largest singular value: {shares[len(shares) // 2]:.0%}.",
     )
 
 
@@ -186,8 +189,10 @@ def gains(matrix: GainMatrix) -> Markup:
     """Show the gain matrix as a heat map, one colour for gains and one for losses."""
     gains = [abs(cell.gain) for line in matrix.cells for cell in line if cell is not None]
     largest = max(gains, default=0.0) or 1.0
-    header = Markup('<th scope="col">{}<small>{} rows</small></th>')
-    columns = Markup("").join(header.format(rows.name, len(rows.texts)) for rows in matrix.sets)
+    columns = Markup("").join(
+        Markup('<th scope="col">{}<small>{} rows</small></th>').format(rows.name, len(rows.texts))
+        for rows in matrix.sets
+    )
     lines = Markup("")
     for name, line in zip(matrix.adapters, matrix.cells, strict=True):
         cells = Markup("").join(_gain_cell(cell, largest) for cell in line)

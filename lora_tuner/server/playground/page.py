@@ -100,8 +100,16 @@ class Page:
             html.note("Press Generate to continue the prompt with the base and each adapter, side by side."),
             apply_default_css=False,
         )
-        inputs = [prompt, names, *settings.values()]
-        _connect_stop(on([start.click, prompt.submit], self.generate, inputs, output), stop, output)
+        _connect_stop(
+            on(
+                [start.click, prompt.submit],
+                self.generate,
+                [prompt, names, *settings.values()],
+                output,
+            ),
+            stop,
+            output,
+        )
         sampling = [settings[name] for name in SAMPLING_SETTINGS]
         on(
             settings["greedy"].input,
@@ -143,7 +151,7 @@ class Page:
         table = gr.HTML(apply_default_css=False, js_on_load=SELECT_ADAPTER)
         card = gr.HTML(html.note("Choose an adapter to see its details."), apply_default_css=False)
         refresh_events = [tab.select, refresh.click]
-        on(refresh_events, self.library, None, table)
+        on(refresh_events, lambda: html.library(self._adapters()), None, table)
         table.select(
             self.card,
             None,
@@ -221,25 +229,24 @@ class Page:
             for name, value in zip(SETTINGS, settings, strict=True)
             if value not in (None, "") and name not in ignored
         }
-        limit = self.service.config.max_tokens
         try:
             sampling = resolve_settings(SamplingParams, values)
-            if sampling.max_new_tokens > limit:
-                raise ConfigError(f"max_new_tokens: the limit of this server is {limit:,}.")
+            if sampling.max_new_tokens > self.service.config.max_tokens:
+                raise ConfigError(f"max_new_tokens: the limit of this server is {self.service.config.max_tokens:,}.")
             ids = await self.service.run_in_thread(partial(self.service.encode, prompt))
         except LoraTunerError as error:
             yield self._failure(error)
             return
-        seed = choose_seed(sampling)
-        sampling = sampling.model_copy(update={"seed": seed})
+        sampling = sampling.model_copy(update={"seed": choose_seed(sampling)})
         note = (
             "Greedy decoding: the output is always the same."
-            if seed is None
-            else f"Seed {seed}: set it to get the same output again."
+            if sampling.seed is None
+            else f"Seed {sampling.seed}: set it to get the same output again."
         )
         models = [self.service.name, *names]
-        submits = [(name, partial(self._submit, name, ids, sampling)) for name in models]
-        async with contextlib.aclosing(self._follow(prompt, submits)) as updates:
+        async with contextlib.aclosing(
+            self._follow(prompt, [(name, partial(self._submit, name, ids, sampling)) for name in models])
+        ) as updates:
             async for outputs in updates:
                 yield html.outputs(prompt, list(zip(models, outputs, strict=True)), note)
 
@@ -252,8 +259,9 @@ class Page:
     ) -> AsyncGenerator[str, None]:
         """Stream the output of a blend, until a later move of the slider has something to show."""
         slider.moved = move = slider.moved + 1
-        updates = self._blend(prompt, first, second, weight, lambda: move < slider.moved)
-        async with contextlib.aclosing(updates):
+        async with contextlib.aclosing(
+            self._blend(prompt, first, second, weight, lambda: move < slider.moved)
+        ) as updates:
             async for update in updates:
                 if move < slider.shown:
                     return
@@ -285,10 +293,13 @@ class Page:
         except LoraTunerError as error:
             yield self._failure(error)
             return
-        sampling = SamplingParams(greedy=True, max_new_tokens=BLEND_TOKENS)
 
         async def submit() -> Request:
-            return self.service.submit(prepared, sampling, started=time.monotonic())
+            return self.service.submit(
+                prepared,
+                SamplingParams(greedy=True, max_new_tokens=BLEND_TOKENS),
+                started=time.monotonic(),
+            )
 
         weights = [f"{name}={part:g}" for part, name in parts]
         command = html.command(shlex.join(["python", "cli.py", "blend", *weights, "--name", "NAME"]))
@@ -326,16 +337,22 @@ class Page:
 
     def _record(self, prompt: str, request: Request, model: str | None) -> None:
         code = type(request.error).__name__ if request.error else None
-        record = RequestRecord(
-            started=request.started, status=200, code=code, model=model, stream=True, request=request, prompts=prompt
+        self.metrics.record(
+            "page",
+            RequestRecord(
+                started=request.started,
+                status=200,
+                code=code,
+                model=model,
+                stream=True,
+                request=request,
+                prompts=prompt,
+            ),
+            "page",
         )
-        self.metrics.record("page", record, "page")
 
     def _failure(self, error: Exception) -> Markup:
         return html.failure(self.service.hide_paths(str(error)))
-
-    def library(self) -> str:
-        return html.library(self._adapters())
 
     def card(self, event: gr.EventData) -> str:
         """Show the adapter whose name was clicked."""
@@ -346,8 +363,10 @@ class Page:
             if model.adapter is None:
                 raise AdapterError(f"{model.id} cannot be used. {model.broken}")
             layers = self.service.generator.engine.multi_lora.layers
-            show = partial(html.card, layers=layers, hide_paths=self.service.hide_paths)
-            return read_consistently(model.path, show)
+            return read_consistently(
+                model.path,
+                partial(html.card, layers=layers, hide_paths=self.service.hide_paths),
+            )
         except (LoraTunerError, OSError) as error:
             return self._failure(error)
 
@@ -368,14 +387,15 @@ class Page:
             if not adapters:
                 raise GenerationError("Choose at least one adapter to evaluate.")
             eval_rows = resolve_settings(TrainConfig, {"eval_rows": rows}).eval_rows if rows else None
-            matrix = evaluation.evaluate_on(
-                self.evaluation_base,
-                adapters,
-                eval_rows=eval_rows,
-                options=replace(self.service.generator.options, notify=notify),
-                access=self.service.scheduler.run_between_steps,
+            return html.gains(
+                evaluation.evaluate_on(
+                    self.evaluation_base,
+                    adapters,
+                    eval_rows=eval_rows,
+                    options=replace(self.service.generator.options, notify=notify),
+                    access=self.service.scheduler.run_between_steps,
+                )
             )
-            return html.gains(matrix)
 
         task = asyncio.create_task(asyncio.to_thread(measure))
         # Retrieve the exception, which asyncio logs otherwise when the visitor has left.
