@@ -228,8 +228,8 @@ def test_failing_hub_leaves_nothing(
     hub.fault = lambda handler: fault(hub, handler)
     failed = run_command(what)
     assert failed.status == 1, failed.err
-    assert REPO[what] in failed.error_line
-    assert expected in failed.error_line, failed.error_line
+    assert REPO[what] in failed.line
+    assert expected in failed.line, failed.line
     assert failed.seconds < 60
     assert "in place of" not in failed.err
     assert contents(tmp_path / "adapters") == before
@@ -274,7 +274,7 @@ def test_partial_download_is_not_used(hub: Hub, run_command: Callable[..., Any])
     hub.fault = lambda handler: bool([reply(handler, 503)])
     failed = run_command("generate")
     assert failed.status == 1
-    assert f"{MODEL} is not cached, and the Hub is out of reach" in failed.error_line
+    assert f"{MODEL} is not cached, and the Hub is out of reach" in failed.line
 
 
 def _hang_up(handler: BaseHTTPRequestHandler) -> bool:
@@ -349,7 +349,7 @@ def test_slow_commit_succeeds(hub: Hub, run_command: Callable[..., Any]) -> None
 def test_invalid_repo_name_is_refused(hub: Hub, start: Callable[..., Any], tmp_path: Path, repo: str) -> None:
     before = functools.partial(use_hub, hub.url, str(tmp_path / ".home"), {})
     refused = start("pull", repo, "--name", "new", before=before).end()
-    assert (refused.status, refused.error_line) == (
+    assert (refused.status, refused.line) == (
         1,
         f"Error: '{repo}' is neither a local folder nor a Hub id (owner/name).",
     )
