@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
@@ -40,7 +40,8 @@ T = TypeVar("T")
 class ModelAccess(Protocol):
     """Runs work on the base while nothing else uses it. Others may use it between two calls."""
 
-    def __call__(self, work: Callable[[], T], /) -> T: ...
+    def __call__(self, work: Callable[[], T], /) -> T:
+        """Call `work` and return its result."""
 
 
 def direct_access(work: Callable[[], T], /) -> T:
@@ -206,8 +207,7 @@ def encode_held_out(base: LoadedBase, texts: Sequence[str]) -> list[TokenIds]:
     out.
     """
     max_tokens = min(HELD_OUT_MAX_TOKENS, base.max_context)
-    encoded = tokenization.encode_texts(base.tokenizer, texts, max_tokens=max_tokens)
-    rows, _ = tokenization.truncate(encoded, max_tokens)
+    rows, _ = tokenization.truncate(tokenization.encode_texts(base.tokenizer, texts, max_tokens=max_tokens), max_tokens)
     return [row for row in rows if tokenization.count_predictions(row)]
 
 
@@ -234,24 +234,20 @@ def measure_loss(
         access: runs each batch.
     """
     local_rows = rows[distributed.rank() :: distributed.world_size()]
-    nll = [0.0] * len(local_rows)
     batch_tokens = batch_tokens or (BATCH_TOKENS_CPU if base.device.type == "cpu" else BATCH_TOKENS_GPU)
     batches = list(_length_batches(local_rows, batch_tokens))
-    extra_passes = 0
-    if fsdp.shard_count() > 1:  # a forward pass is collective: all run equally many
-        extra_passes = int(distributed.all_reduce_max(len(batches))) - len(batches)
-    done = 0
+    # A sharded forward pass is collective: all processes run equally many.
+    passes = int(distributed.all_reduce_max(len(batches))) if fsdp.shard_count() > 1 else len(batches)
+    nll: dict[int, float] = {}
     for batch in batches:
-        batch_rows = [local_rows[index] for index in batch]
-        batch_nll = access(partial(_nll, model, base, batch_rows, context))
-        for index, row_nll in zip(batch, batch_nll, strict=True):
-            nll[index] = row_nll
-        done += len(batch)
-        notify(Progress(stage, done, len(local_rows)))
-    for _ in range(extra_passes):
+        batch_nll = access(partial(_nll, model, base, [local_rows[index] for index in batch], context))
+        nll.update(zip(batch, batch_nll, strict=True))
+        notify(Progress(stage, len(nll), len(local_rows)))
+    for _ in range(passes - len(batches)):
         _nll(model, base, rows[:1], context)
     gathered_nll = [0.0] * len(rows)
-    for rank, rank_nll in enumerate(distributed.all_gather(nll)):
+    local_nll = [nll[index] for index in range(len(local_rows))]
+    for rank, rank_nll in enumerate(distributed.all_gather(local_nll)):
         gathered_nll[rank :: distributed.world_size()] = rank_nll
     return HeldOutLoss(gathered_nll, [tokenization.count_predictions(row) for row in rows])
 
@@ -300,9 +296,8 @@ def cache_adapter_loss(base: LoadedBase, rows: Sequence[TokenIds], adapter: Adap
     _measure_cached(base, rows, _loss_key(adapter), lambda: loss)
 
 
-def cache_rows(texts: Sequence[str]) -> None:
+def cache_rows(texts: list[str]) -> None:
     """Keep rows in the user's cache under their hash, for when the dataset is gone."""
-    texts = list(texts)
     with contextlib.suppress(OSError):  # a full cache must not end a run
         atomic_io.atomic_write_text(_rows_path(content_hash(texts)), json.dumps(texts, ensure_ascii=False))
 
@@ -393,8 +388,8 @@ def _nll(
             inputs = packing.collate([[row] for row in rows], base.tokenizer.pad_token_id)
             labels = inputs.pop("labels").to(base.device)
             output = model(**{name: tensor.to(base.device) for name, tensor in inputs.items()}, use_cache=False)
-            row_nll: list[float] = base.lm_head.nll(output.logits, labels).cpu().double().sum(1).tolist()
-            return row_nll
+            nll = base.lm_head.nll(output.logits, labels)
+            return cast(list[float], nll.cpu().double().sum(1).tolist())
     finally:
         model.train(training)
 

@@ -12,12 +12,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from transformers.pytorch_utils import Conv1D
 
 from ..adapters.adapter import Adapter
 from ..errors import AdapterError
 from .loading import LoadedBase
-from .lora import LinearLayer, linear_layers, read_checked_tensors, shortest_target_names
+from .lora import (
+    LinearLayer,
+    has_transposed_layers,
+    read_checked_tensors,
+    shortest_target_names,
+)
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -85,9 +89,10 @@ def sum_deltas(parts: Sequence[tuple[float, Deltas]]) -> Deltas:
     total = {}
     for module in sorted({module for _, deltas in parts for module in deltas}):
         weighted = [(weight, deltas[module]) for weight, deltas in parts if module in deltas]
-        lora_a = torch.cat([delta.A for _, delta in weighted])
-        lora_b = torch.cat([weight * delta.B for weight, delta in weighted], dim=1)
-        total[module] = LoraDelta(lora_a, lora_b)
+        total[module] = LoraDelta(
+            torch.cat([delta.A for _, delta in weighted]),
+            torch.cat([weight * delta.B for weight, delta in weighted], dim=1),
+        )
     return total
 
 
@@ -118,8 +123,10 @@ def truncate_rank(delta: LoraDelta, rank: int) -> LoraDelta:
         return delta
     left, values, right = _svd(delta)
     root = values[:rank].sqrt()
-    lora_a, lora_b = root[:, None] * right[:rank], left[:, :rank] * root
-    return LoraDelta(lora_a.float().contiguous(), lora_b.float().contiguous())
+    return LoraDelta(
+        (root[:, None] * right[:rank]).float().contiguous(),
+        (left[:, :rank] * root).float().contiguous(),
+    )
 
 
 def lost_energy(exact: Deltas, kept: Deltas) -> dict[str, float]:
@@ -129,12 +136,10 @@ def lost_energy(exact: Deltas, kept: Deltas) -> dict[str, float]:
     have count as zero deltas.
     """
     shares = {}
+    difference = sum_deltas([(1.0, exact), (-1.0, kept)])
     for module, delta in exact.items():
         energy = squared_norm(delta)
-        difference = [(1.0, {module: delta})]
-        if module in kept:
-            difference.append((-1.0, {module: kept[module]}))
-        shares[module] = squared_norm(sum_deltas(difference)[module]) / energy if energy else 0.0
+        shares[module] = squared_norm(difference[module]) / energy if energy else 0.0
     return shares
 
 
@@ -161,26 +166,23 @@ def make_lora_config(deltas: Deltas, base: LoadedBase) -> "LoraConfig":
     ranks = {module: delta.rank for module, delta in deltas.items()}
     common_rank = max(Counter(ranks.values()).items(), key=lambda item: (item[1], item[0]))[0]
     other_ranks = {module: rank for module, rank in ranks.items() if rank != common_rank}
-    transposed = any(isinstance(layer, Conv1D) for layer in linear_layers(base.model).values())
-    config = LoraConfig(
+    return LoraConfig(
+        base_model_name_or_path=base.files.repo,
+        revision=base.files.revision,
         task_type="CAUSAL_LM",
         r=common_rank,
         lora_alpha=common_rank,
         rank_pattern=dict(other_ranks),
         alpha_pattern=dict(other_ranks),
         target_modules=shortest_target_names(base.model, list(deltas)),
-        fan_in_fan_out=transposed,
+        fan_in_fan_out=has_transposed_layers(base.model),
         inference_mode=True,
     )
-    config.base_model_name_or_path = base.files.repo
-    config.revision = base.files.revision
-    return config
 
 
 def _svd(delta: LoraDelta) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Thin SVD of B @ A in float64: (out, k), (k,), (k, in), k at most the rank."""
     left, upper = torch.linalg.qr(delta.B.double())
     right, lower = torch.linalg.qr(delta.A.double().T)
-    core_left, values, core_right = torch.linalg.svd(upper @ lower.T)
-    count = len(values)
-    return left @ core_left[:, :count], values, core_right[:count] @ right.T
+    core_left, values, core_right = torch.linalg.svd(upper @ lower.T, full_matrices=False)
+    return left @ core_left, values, core_right @ right.T

@@ -93,7 +93,7 @@ def place_or_shard(model: PreTrainedModel, device: torch.device) -> None:
     Raises:
         TrainingError: the base lacks the configured blocks, or its blocks share weights.
     """
-    if shard_count() == 1:
+    if _plugin is None or shard_count() == 1:
         model.to(device)  # type: ignore[arg-type]
         return
     # Harmless: head and loss, which follow the decoder, never write into their inputs.
@@ -101,7 +101,7 @@ def place_or_shard(model: PreTrainedModel, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    blocks = _decoder_blocks(model)
+    blocks = _decoder_blocks(model, _plugin.transformer_cls_names_to_wrap)
     block_parameters = [parameter for block in blocks for parameter in block.parameters()]
     if len(set(block_parameters)) < len(block_parameters):
         raise TrainingError("The blocks of this base share weights, so it cannot be sharded: train without FSDP.")
@@ -118,38 +118,35 @@ def gathered_bytes(model: torch.nn.Module) -> int:
 
     These are the current block, the next one, and the buffer that it is copied from.
     """
-    if shard_count() == 1:
-        return 0
     from torch.distributed.fsdp import FSDPModule
 
-    sizes = []
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
-            sizes.append(sum(parameter.numel() * parameter.itemsize for parameter in frozen))
-    return 3 * max(sizes[1:])  # the first is the root, which contains all blocks
+    sizes = [_frozen_bytes(module) for module in model.modules() if isinstance(module, FSDPModule)]
+    return 3 * max(sizes[1:], default=0)  # the first is the root, which contains all blocks
 
 
 def full_tensor(weight: torch.Tensor) -> torch.Tensor:
     """Gather a weight that may be sharded. Collective: all processes must call it."""
-    if shard_count() == 1 or not hasattr(weight, "full_tensor"):
-        return weight
-    full: torch.Tensor = weight.full_tensor()
-    return full
+    from torch.distributed.tensor import DTensor
+
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def _decoder_blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
+def _decoder_blocks(model: PreTrainedModel, configured: list[str] | None) -> list[torch.nn.Module]:
     """Blocks of the classes that settings or model name; of nested blocks the outermost."""
-    assert _plugin is not None
-    configured = [name.strip() for name in _plugin.transformer_cls_names_to_wrap or () if name.strip()]
-    names = configured or model._no_split_modules or ()
-    if missing := set(names) - {type(module).__name__ for module in model.modules()}:
+    names = {name.strip() for name in configured or ()} - {""} or set(model._no_split_modules or ())
+    if missing := names - {type(module).__name__ for module in model.modules()}:
         raise TrainingError(f"This base has no blocks of class {sorted(missing)[0]} to shard it by.")
     blocks = {path: module for path, module in model.named_modules() if type(module).__name__ in names}
     if not blocks:
         raise TrainingError("This base does not name its blocks: set fsdp_transformer_layer_cls_to_wrap.")
     nested = {path for path in blocks for outer in blocks if path.startswith(f"{outer}.")}
     return [block for path, block in blocks.items() if path not in nested]
+
+
+def _frozen_bytes(module: torch.nn.Module) -> int:
+    return sum(
+        parameter.numel() * parameter.itemsize for parameter in module.parameters() if not parameter.requires_grad
+    )
 
 
 def _is_true(name: str) -> bool:

@@ -7,7 +7,9 @@ size. Limit: new adapters only.
 """
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from itertools import count, islice
+from typing import Any, cast
 
 import torch
 from peft import EvaConfig, LoraConfig, PeftModel, initialize_lora_eva_weights
@@ -57,7 +59,13 @@ def initialize(base: LoadedBase, model: PeftModel, config: TrainConfig, sequence
             init_pissa(layer, config.rank)
     else:
         rho = min(EvaConfig().rho, max_rank / config.rank)
-        init_eva(base, model, rho, _eva_batches(base, sequences, math.ceil(rho * config.rank)))
+        min_tokens = math.ceil(rho * config.rank)
+        batches = list(islice(_eva_batches(base, sequences, min_tokens), EVA_BATCHES))
+        if not batches:
+            raise ConfigError(
+                f"eva needs {min_tokens:,} tokens of text for this rank: provide more text, or lower --rank."
+            )
+        init_eva(base, model, rho, batches)
 
 
 def init_pissa(layer: LoraLayer, rank: int) -> None:
@@ -69,8 +77,8 @@ def init_pissa(layer: LoraLayer, rank: int) -> None:
     weight = fsdp.full_tensor(dequantize_module_weight(base_layer).detach()).float()
     if isinstance(base_layer, Conv1D):
         weight = weight.T
-    oversampled = min(rank + 16, *weight.shape)  # the last directions are inexact
-    left, values, right = torch.svd_lowrank(weight, q=oversampled, niter=4)
+    # The last directions are inexact, so more are computed.
+    left, values, right = torch.svd_lowrank(weight, q=min(rank + 16, *weight.shape), niter=4)
     root = (values[:rank] / layer.scaling[ADAPTER_NAME]).sqrt()
     a_half, b_half = root[:, None] * right.T[:rank], left[:, :rank] * root
     lora_a, lora_b = _lora_weights(layer)
@@ -88,17 +96,15 @@ def init_eva(base: LoadedBase, model: PeftModel, rho: float, batches: list[dict[
     Layers of which these directions explain more get a higher rank, up to `rho` times the
     configured one. Source: Paischer et al., 2024, arXiv:2410.07170.
     """
-    config = _lora_config(model)
+    config = cast(LoraConfig, model.peft_config[ADAPTER_NAME])
     # A tensor that can be changed later: PEFT compares with it and has no limit of its own.
     threshold: Any = torch.tensor([EVA_CONVERGED], device=base.device)
     config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=rho, tau=threshold)
     head = base.lm_head  # created before: PEFT would count its probe of the model as text
-    passes = 0
+    passes = count(1)
 
     def forward(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
-        nonlocal passes
-        passes += 1
-        if passes > EVA_MAX_PASSES:
+        if next(passes) > EVA_MAX_PASSES:
             threshold.fill_(-1)
         # PEFT alone uses the attention mask; the model tells rows apart by position ids.
         inputs = {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
@@ -107,7 +113,6 @@ def init_eva(base: LoadedBase, model: PeftModel, rho: float, batches: list[dict[
 
     with quiet_transformers():
         initialize_lora_eva_weights(model, batches, forward_fn=forward, show_progress_bar=False)
-    config = _lora_config(model)
     config.init_lora_weights, config.eva_config = True, None
     for layer in _lora_layers(model):  # PEFT uses the base's dtype where ranks changed
         layer.lora_A[ADAPTER_NAME].to(torch.float32)
@@ -144,30 +149,17 @@ def _lora_weights(layer: LoraLayer) -> tuple[torch.nn.Parameter, torch.nn.Parame
     return layer.lora_A[ADAPTER_NAME].get_parameter("weight"), layer.lora_B[ADAPTER_NAME].get_parameter("weight")
 
 
-def _lora_config(model: PeftModel) -> LoraConfig:
-    config = model.peft_config[ADAPTER_NAME]
-    assert isinstance(config, LoraConfig)
-    return config
-
-
-def _eva_batches(base: LoadedBase, sequences: PackedSequences, min_tokens: int) -> list[dict[str, torch.Tensor]]:
-    """A few batches of at least `min_tokens` tokens each.
+def _eva_batches(base: LoadedBase, sequences: PackedSequences, min_tokens: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of at least `min_tokens` tokens each.
 
     With fewer tokens PEFT would wait for more forever.
     """
-    batches: list[dict[str, torch.Tensor]] = []
     items: list[list[TokenIds]] = []
     for index in range(len(sequences)):
         items.append(sequences[index])
         lengths = torch.tensor([sum(map(len, item)) for item in items])
         if lengths.sum() >= min_tokens:
             batch = packing.collate(items, base.tokenizer.pad_token_id)
-            del batch["labels"]
             batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
-            batches.append({name: tensor.to(base.device) for name, tensor in batch.items()})
+            yield {name: tensor.to(base.device) for name, tensor in batch.items() if name != "labels"}
             items = []
-        if len(batches) == EVA_BATCHES:
-            break
-    if not batches:
-        raise ConfigError(f"eva needs {min_tokens:,} tokens of text for this rank: provide more text, or lower --rank.")
-    return batches

@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from inspect import signature
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,14 +69,13 @@ class ChunkedLMHead:
     @contextlib.contextmanager
     def skip_lm_head(self) -> Iterator[None]:
         """Make the model return hidden states as `logits` inside the block."""
-        if not self.skipped:
-            yield
-            return
-        self.module.forward = _identity
+        if self.skipped:
+            self.module.forward = nn.Identity().forward
         try:
             yield
         finally:
-            del self.module.forward
+            if self.skipped:
+                del self.module.forward
 
     def nll(self, output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Compute the negative log-likelihood of each next token.
@@ -135,8 +133,9 @@ def fuse_lora_add(layer: LoraLinear, adapter_name: str) -> None:
     weight = base.get_parameter("weight")
     supported = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
     if supported and isinstance(layer.lora_dropout[adapter_name], nn.Identity):
-        forward = partial(_fused_lora_forward, layer, type(layer).forward, adapter_name)
-        layer.forward = forward  # type: ignore[method-assign]
+        layer.forward = partial(  # type: ignore[method-assign]
+            _fused_lora_forward, layer, type(layer).forward, adapter_name
+        )
 
 
 def has_full_attention(model: PreTrainedModel) -> bool:
@@ -169,11 +168,10 @@ def tune_malloc() -> None:
     step. Price: memory that was once used is held until the process ends. Other C libraries are
     left alone.
     """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # not glibc
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-            libc.mallopt(_M_MMAP_THRESHOLD, _MAX_MMAP_THRESHOLD)
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_M_MMAP_THRESHOLD, _MAX_MMAP_THRESHOLD)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -222,9 +220,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return nll.masked_fill_(~has_label, 0)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, grad_nll: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        (grad_nll,) = grad_outputs
         return gradient * grad_nll[:, None].to(gradient.dtype), None, None, None
 
 
@@ -255,17 +252,15 @@ class _FusedLora(torch.autograd.Function):
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         flat, weight, lora_a, lora_b, inner = ctx.saved_tensors
-        (grad_output,) = grad_outputs
         grad_flat = grad_output.reshape(-1, grad_output.shape[-1])
         grad_inner = (lora_b.T.contiguous() @ grad_flat.T).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad_flat @ weight.T).addmm_(grad_inner.T, lora_a).view(*grad_output.shape[:-1], -1)
-        grad_a = (grad_inner @ flat).float()
         grad_b = (inner @ grad_flat).mul_(ctx.scale).T.float()
-        return grad_x, None, None, grad_a, grad_b, None
+        return grad_x, None, None, (grad_inner @ flat).float(), grad_b, None
 
 
 def _fused_lora_forward(
@@ -281,8 +276,8 @@ def _fused_lora_forward(
     base = layer.base_layer
     weight = base.weight if isinstance(base, Conv1D) else base.weight.T
     lora_a, lora_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    output: torch.Tensor = _FusedLora.apply(x, weight, base.bias, lora_a, lora_b, layer.scaling[adapter_name])
-    return output
+    scale = layer.scaling[adapter_name]
+    return cast(torch.Tensor, _FusedLora.apply(x, weight, base.bias, lora_a, lora_b, scale))
 
 
 def _fused_module(module: nn.Module) -> nn.Module | None:
@@ -292,8 +287,8 @@ def _fused_module(module: nn.Module) -> nn.Module | None:
     eps, weight = getattr(module, "variance_epsilon", None), getattr(module, "weight", None)
     if eps is None or weight is None or weight.dim() != 1:  # norms over heads have other shapes
         return None
-    parameters = [name for name, _ in module.named_parameters()]
-    if parameters != ["weight"] or len(signature(module.forward).parameters) != 1:  # gated norms
+    names = [name for name, _ in module.named_parameters()]
+    if names != ["weight"] or len(signature(module.forward).parameters) != 1:  # gated norms
         return None
     norm = nn.RMSNorm(weight.shape, eps, device="meta")
     norm.weight = weight
@@ -306,10 +301,6 @@ def _same_outputs(outputs: torch.Tensor, expected: torch.Tensor) -> bool:
     tolerance = 1e-5 if expected.dtype == torch.float32 else 2e-2
     difference = (outputs.float() - expected.float()).abs().max()
     return bool(difference <= tolerance * expected.float().abs().max())
-
-
-def _identity(hidden: torch.Tensor) -> torch.Tensor:
-    return hidden
 
 
 def _varlen_attention(

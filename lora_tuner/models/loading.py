@@ -6,12 +6,13 @@ an error. Limit: nothing that a repo brings as code is ever run.
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapters.adapter import Adapter
 from ..config import ModelOptions
@@ -19,9 +20,6 @@ from ..errors import BaseModelError
 from . import fsdp, kernels, quantization
 from .memory import choose_precision
 from .resolve import BaseModelFiles, find_base, loading_errors, quiet_transformers
-
-if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig
 
 _BNB_CPU_REPACKING = "support_avx512bf16_for_cpu"  # attribute of bitsandbytes' 4-bit layers
 
@@ -45,9 +43,7 @@ class LoadedBase:
     @property
     def vocab_size(self) -> int:
         """Number of token ids that the input embedding has rows for."""
-        weight = self.model.get_input_embeddings().weight
-        assert isinstance(weight, torch.Tensor)
-        return len(weight)
+        return len(self.model.get_input_embeddings().get_parameter("weight"))
 
     @cached_property
     def eos_token_ids(self) -> frozenset[int]:
@@ -65,8 +61,8 @@ class LoadedBase:
     def tokenizer_hash(self) -> str:
         """sha256 over the vocabulary and the ids of the special tokens."""
         vocabulary = sorted(self.tokenizer.get_vocab().items())
-        special = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
-        return hashlib.sha256(json.dumps([vocabulary, special]).encode()).hexdigest()
+        identity = [vocabulary, [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
 def open_base(adapter: Adapter | None, options: ModelOptions = ModelOptions()) -> LoadedBase:
@@ -101,21 +97,19 @@ def load_base(files: BaseModelFiles, options: ModelOptions = ModelOptions()) -> 
         raise BaseModelError("--dtype int8 and --load-in both quantize the base: choose one.")
     tokenizer = load_tokenizer(files)
     dtype, load_in = choose_precision(files, device, options.dtype, options.load_in, options.notify)
-    quantized: dict[str, Any] = {}
-    if load_in != "full":
-        quantized = {"quantization_config": _quantization_config(load_in, dtype), "device_map": {"": device}}
     with quiet_transformers(), loading_errors(files):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            files.folder,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **quantized,
+        model, loading_info = cast(
+            tuple[PreTrainedModel, dict[str, Collection[object]]],
+            AutoModelForCausalLM.from_pretrained(
+                files.folder,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **_quantization_settings(load_in, dtype, device),
+            ),
         )
-    model, loading_info = loaded
-    mismatched = [str(key) for key in loading_info["mismatched_keys"]]
-    if missing := sorted([*loading_info["missing_keys"], *mismatched]):
+    if missing := sorted(map(str, [*loading_info["missing_keys"], *loading_info["mismatched_keys"]])):
         raise BaseModelError(f"The base {files.name} lacks weights, such as {missing[0]}: part of it would be random.")
     model.loss_type = "ForCausalLM"  # GPT-2's is None, which causes a warning at every use
     model.requires_grad_(False)
@@ -165,8 +159,9 @@ def choose_device(name: str) -> torch.device:
             device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
             torch.cuda.set_device(device)  # for calls that do not name a device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        choices = ", ".join(["auto", *_available_devices()])
-        raise BaseModelError(f"There is no device '{name}' here: choose {choices}.") from error
+        raise BaseModelError(
+            f"There is no device '{name}' here: choose auto, {', '.join(_available_devices())}."
+        ) from error
     return device
 
 
@@ -176,15 +171,18 @@ def _available_devices() -> list[str]:
     return [name for name, present in available.items() if present]
 
 
-def _quantization_config(load_in: str, dtype: torch.dtype) -> "BitsAndBytesConfig":
-    """Settings of LLM.int8() or QLoRA's NF4.
+def _quantization_settings(load_in: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for LLM.int8() or QLoRA's NF4.
 
     Source: Dettmers et al., 2022, arXiv:2208.07339, and 2023, arXiv:2305.14314.
     """
-    from transformers import BitsAndBytesConfig
-
-    if load_in == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    if load_in == "full":
+        return {}
+    settings = BitsAndBytesConfig(
+        load_in_8bit=load_in == "8bit",
+        load_in_4bit=load_in == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
     )
+    return {"quantization_config": settings, "device_map": {"": device}}

