@@ -113,6 +113,7 @@ def _theirs(way: str, name: str) -> tuple[list[float], list[int]]:
         "trl, micro-batches": partial(recipes.with_trl, accumulation=8),
         "full": recipes.tutorial,
     }
+    kernels.tune_malloc()  # for the recipes too: training does it by itself
     recipe = known[way]
     clock = recipe(*recipes.stock(name), texts, STEPS)
     return clock.seconds, clock.tokens
@@ -177,7 +178,6 @@ def _floor(name: str) -> tuple[list[float], list[int]]:
 
 
 def _worker(way: str, shape: str) -> None:
-    kernels.tune_malloc()  # for the recipes too: training does it by itself
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         name = base_of(shape, place / "base")

@@ -93,11 +93,11 @@ class GainMatrix:
 
     def to_dict(self) -> dict[str, Any]:
         """All results for JSON, without the texts of the rows."""
-        adapters = []
-        for name, cells in zip(self.adapters, self.cells, strict=True):
-            adapters.append({"name": name, "results": [_cell_dict(cell) for cell in cells]})
-        sets = [{"name": rows.name, "rows": len(rows.texts), "missing": rows.missing} for rows in self.sets]
-        return {"base": self.base, "sets": sets, "adapters": adapters}
+        return {
+            "base": self.base,
+            "sets": [{"name": rows.name, "rows": len(rows.texts), "missing": rows.missing} for rows in self.sets],
+            "adapters": [_adapter_dict(name, cells) for name, cells in zip(self.adapters, self.cells, strict=True)],
+        }
 
 
 def evaluate(
@@ -179,17 +179,21 @@ def held_out_losses(
             if base_loss is None:
                 pairs.append(None)
                 continue
-            measure = partial(
-                measure_loss,
-                base.model,
+            adapter_loss = _measure_cached(
                 base,
                 encoded,
-                notify,
-                stage=f"{name} on {rows.name} (adapter {number} of {len(adapters)})",
-                context=adapter_context,
-                access=access,
+                key,
+                partial(
+                    measure_loss,
+                    base.model,
+                    base,
+                    encoded,
+                    notify,
+                    stage=f"{name} on {rows.name} (adapter {number} of {len(adapters)})",
+                    context=adapter_context,
+                    access=access,
+                ),
             )
-            adapter_loss = _measure_cached(base, encoded, key, measure)
             if not math.isfinite(adapter_loss.loss):
                 raise AdapterError(
                     f"{name} has a held-out loss of {adapter_loss.loss} on {rows.name}: its weights are too large for "
@@ -246,8 +250,7 @@ def measure_loss(
     for _ in range(passes - len(batches)):
         _nll(model, base, rows[:1], context)
     gathered_nll = [0.0] * len(rows)
-    local_nll = [nll[index] for index in range(len(local_rows))]
-    for rank, rank_nll in enumerate(distributed.all_gather(local_nll)):
+    for rank, rank_nll in enumerate(distributed.all_gather([nll[index] for index in sorted(nll)])):
         gathered_nll[rank :: distributed.world_size()] = rank_nll
     return HeldOutLoss(gathered_nll, [tokenization.count_predictions(row) for row in rows])
 
@@ -263,9 +266,12 @@ def measure_base_loss(
     Raises:
         BaseModelError: the loss is not finite.
     """
-    stage = "held-out loss of the base"
-    measure = partial(measure_loss, base.model, base, rows, notify, stage=stage, access=access)
-    base_loss = _measure_cached(base, rows, None, measure)
+    base_loss = _measure_cached(
+        base,
+        rows,
+        None,
+        partial(measure_loss, base.model, base, rows, notify, stage="held-out loss of the base", access=access),
+    )
     if not math.isfinite(base_loss.loss):
         raise BaseModelError(
             f"{base.files.name} has a held-out loss of {base_loss.loss} in {str(base.dtype).removeprefix('torch.')}: its "
@@ -370,8 +376,13 @@ def _select_sets(
     return selected
 
 
-def _cell_dict(cell: EvalResult | None) -> dict[str, Any] | None:
-    return None if cell is None else cell.model_dump() | {"perplexity": cell.perplexities[1]}
+def _adapter_dict(name: str, cells: Sequence[EvalResult | None]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "results": [
+            None if cell is None else cell.model_dump() | {"perplexity": cell.perplexities[1]} for cell in cells
+        ],
+    }
 
 
 def _nll(
@@ -381,17 +392,14 @@ def _nll(
     context: Callable[[], AbstractContextManager[None]],
 ) -> list[float]:
     """Summed negative log-likelihood of each row in nats, computed as one batch."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), base.lm_head.skip_lm_head(), context():
-            inputs = packing.collate([[row] for row in rows], base.tokenizer.pad_token_id)
-            labels = inputs.pop("labels").to(base.device)
-            output = model(**{name: tensor.to(base.device) for name, tensor in inputs.items()}, use_cache=False)
-            nll = base.lm_head.nll(output.logits, labels)
-            return cast(list[float], nll.cpu().double().sum(1).tolist())
-    finally:
-        model.train(training)
+    with contextlib.ExitStack() as stack, torch.no_grad(), base.lm_head.skip_lm_head(), context():
+        stack.callback(model.train, model.training)
+        model.eval()
+        inputs = packing.collate([[row] for row in rows], base.tokenizer.pad_token_id)
+        labels = inputs.pop("labels").to(base.device)
+        output = model(**{name: tensor.to(base.device) for name, tensor in inputs.items()}, use_cache=False)
+        nll = base.lm_head.nll(output.logits, labels)
+        return cast(list[float], nll.cpu().double().sum(1).tolist())
 
 
 def _length_batches(rows: Sequence[TokenIds], batch_tokens: int) -> Iterator[list[int]]:

@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import TYPE_CHECKING
+
+import torch
+from accelerate import FullyShardedDataParallelPlugin
+from transformers import PreTrainedModel
 
 from .. import distributed
 from ..errors import TrainingError
-
-if TYPE_CHECKING:
-    import torch
-    from accelerate import FullyShardedDataParallelPlugin
-    from transformers import PreTrainedModel
 
 DEVICES = ("cuda",)
 _ENABLED = "ACCELERATE_USE_FSDP"
@@ -54,9 +52,6 @@ def read_settings(device: str) -> None:
         raise TrainingError(f"{launches[0]} is set, but only FSDP2 can shard a base here: use FSDP2, or unset it.")
     if _plugin is not None or not _is_true(_ENABLED):
         return
-    import torch
-    from accelerate import FullyShardedDataParallelPlugin
-
     if distributed.expected_world_size() == 1:
         raise TrainingError(f"{_ENABLED} shards the base over processes, but there is only one: unset it.")
     device_type = "cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda"

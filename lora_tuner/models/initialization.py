@@ -75,8 +75,7 @@ def init_pissa(layer: LoraLayer, rank: int) -> None:
     """
     base_layer = layer.get_base_layer()
     weight = fsdp.full_tensor(dequantize_module_weight(base_layer).detach()).float()
-    if isinstance(base_layer, Conv1D):
-        weight = weight.T
+    weight = weight.T if isinstance(base_layer, Conv1D) else weight
     # The last directions are inexact, so more are computed.
     left, values, right = torch.svd_lowrank(weight, q=min(rank + 16, *weight.shape), niter=4)
     root = (values[:rank] / layer.scaling[ADAPTER_NAME]).sqrt()

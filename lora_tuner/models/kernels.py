@@ -131,8 +131,11 @@ def fuse_lora_add(layer: LoraLinear, adapter_name: str) -> None:
     if type(base) not in (nn.Linear, Conv1D) or adapter_name in layer.lora_variant:
         return
     weight = base.get_parameter("weight")
-    supported = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
-    if supported and isinstance(layer.lora_dropout[adapter_name], nn.Identity):
+    if (
+        weight.device.type == "cpu"
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and isinstance(layer.lora_dropout[adapter_name], nn.Identity)
+    ):
         layer.forward = partial(  # type: ignore[method-assign]
             _fused_lora_forward, layer, type(layer).forward, adapter_name
         )
@@ -142,8 +145,12 @@ def has_full_attention(model: PreTrainedModel) -> bool:
     """True where every token attends to all before it, through torch's SDPA."""
     config = model.config
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return config._attn_implementation == "sdpa" and layer_types == {"full_attention"} and not any(windows)
+    return (
+        config._attn_implementation == "sdpa"
+        and layer_types == {"full_attention"}
+        and not getattr(config, "sliding_window", None)
+        and not getattr(config, "attention_chunk_size", None)
+    )
 
 
 def enable_varlen_attention(model: PreTrainedModel, *, on: bool = True) -> bool:
@@ -213,8 +220,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(probabilities.to(hidden.dtype), weight, out=gradient[chunk]).sub_(weight[labels[chunk]])
         imprecise = (nll > 60) & has_label  # too small for the precision of float32
         if imprecise.any():
-            logits = (hidden[imprecise] @ weight.T).float()
-            nll[imprecise] = F.cross_entropy(logits, labels[imprecise], reduction="none")
+            nll[imprecise] = F.cross_entropy(
+                (hidden[imprecise] @ weight.T).float(), labels[imprecise], reduction="none"
+            )
         if gradient is not None:
             ctx.save_for_backward(gradient.mul_(has_label[:, None]))
         return nll.masked_fill_(~has_label, 0)
@@ -276,8 +284,8 @@ def _fused_lora_forward(
     base = layer.base_layer
     weight = base.weight if isinstance(base, Conv1D) else base.weight.T
     lora_a, lora_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    scale = layer.scaling[adapter_name]
-    return cast(torch.Tensor, _FusedLora.apply(x, weight, base.bias, lora_a, lora_b, scale))
+    output = _FusedLora.apply(x, weight, base.bias, lora_a, lora_b, layer.scaling[adapter_name])
+    return cast(torch.Tensor, output)
 
 
 def _fused_module(module: nn.Module) -> nn.Module | None:
@@ -287,8 +295,8 @@ def _fused_module(module: nn.Module) -> nn.Module | None:
     eps, weight = getattr(module, "variance_epsilon", None), getattr(module, "weight", None)
     if eps is None or weight is None or weight.dim() != 1:  # norms over heads have other shapes
         return None
-    names = [name for name, _ in module.named_parameters()]
-    if names != ["weight"] or len(signature(module.forward).parameters) != 1:  # gated norms
+    # Gated norms have more parameters or inputs.
+    if [*dict(module.named_parameters())] != ["weight"] or len(signature(module.forward).parameters) != 1:
         return None
     norm = nn.RMSNorm(weight.shape, eps, device="meta")
     norm.weight = weight

@@ -60,8 +60,10 @@ class LoadedBase:
     @cached_property
     def tokenizer_hash(self) -> str:
         """sha256 over the vocabulary and the ids of the special tokens."""
-        vocabulary = sorted(self.tokenizer.get_vocab().items())
-        identity = [vocabulary, [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]]
+        identity = [
+            sorted(self.tokenizer.get_vocab().items()),
+            [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id],
+        ]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 

@@ -108,6 +108,7 @@ def add_lora(base: LoadedBase, config: TrainConfig, parent: Adapter | None = Non
         ConfigError: target modules do not exist.
         AdapterError: the parent is damaged or does not fit.
     """
+    from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import Linear as LoraLinear
 
     if parent is not None:
@@ -120,7 +121,23 @@ def add_lora(base: LoadedBase, config: TrainConfig, parent: Adapter | None = Non
             inference_mode=False,
         )
     else:
-        model = _add_new_lora(base, config)
+        # PiSSA needs a second half that cancels what the first begins with (`initialization`).
+        multiple = 2 if config.method == "pissa" else 1
+        settings = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=multiple * config.rank,
+            lora_alpha=multiple * config.scaling_alpha,
+            use_rslora=config.method == "rslora",
+            use_dora=config.method == "dora",
+            lora_dropout=config.dropout,
+            target_modules=resolve_target_modules(base.model, config.target_modules),
+            fan_in_fan_out=has_transposed_layers(base.model),
+        )
+        try:
+            with quiet_transformers():
+                model = get_peft_model(base.model, settings, adapter_name=ADAPTER_NAME)
+        except ValueError as error:
+            raise ConfigError(f"target_modules: {' '.join(str(error).split())}") from error
     # PEFT stores the local folder of the base here.
     model.peft_config[ADAPTER_NAME].base_model_name_or_path = base.files.repo
     model.peft_config[ADAPTER_NAME].revision = base.files.revision
@@ -145,12 +162,13 @@ def load_lora(model: PreTrainedModel, adapter: Adapter, adapter_name: str, **ove
     from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 
     tensors = read_checked_tensors(adapter, linear_layers(model))
-    stored = {key: adapter.config.get(key) for key in (*SCALING_KEYS, "fan_in_fan_out")}
     settings = {
         "task_type": "CAUSAL_LM",
         "target_modules": adapter.modules,
         "inference_mode": True,
-        **{key: value for key, value in stored.items() if value is not None},
+        **{
+            key: adapter.config[key] for key in (*SCALING_KEYS, "fan_in_fan_out") if adapter.config.get(key) is not None
+        },
         **overrides,
     }
     with quiet_transformers(), torch.random.fork_rng():
@@ -253,9 +271,11 @@ def read_checked_tensors(adapter: Adapter, layers: Mapping[str, LinearLayer]) ->
     before = _file_identity(path)
     check_weights_hash(adapter)
     tensors = read_weights_file(adapter)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     expected_shapes = {name: shape for name, (_, shape) in adapter.tensors.items()}
-    if _file_identity(path) != before or shapes != expected_shapes:
+    if (
+        _file_identity(path) != before
+        or {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected_shapes
+    ):
         raise AdapterError(f"{adapter.path} has changed since it was opened: open it again.")
     return tensors
 
@@ -276,28 +296,6 @@ def library_versions() -> dict[str, str]:
     import transformers
 
     return {library.__name__: library.__version__ for library in (torch, transformers, peft, datasets, accelerate)}
-
-
-def _add_new_lora(base: LoadedBase, config: TrainConfig) -> PeftModel:
-    from peft import LoraConfig, get_peft_model
-
-    # PiSSA needs a second half that cancels what the first begins with (`initialization`).
-    multiple = 2 if config.method == "pissa" else 1
-    settings = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=multiple * config.rank,
-        lora_alpha=multiple * config.scaling_alpha,
-        use_rslora=config.method == "rslora",
-        use_dora=config.method == "dora",
-        lora_dropout=config.dropout,
-        target_modules=resolve_target_modules(base.model, config.target_modules),
-        fan_in_fan_out=has_transposed_layers(base.model),
-    )
-    try:
-        with quiet_transformers():
-            return get_peft_model(base.model, settings, adapter_name=ADAPTER_NAME)
-    except ValueError as error:
-        raise ConfigError(f"target_modules: {' '.join(str(error).split())}") from error
 
 
 def _shortest_suffix(module: str, taken: set[str]) -> str:

@@ -12,16 +12,15 @@ import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import psutil
+import torch
 
 from ..errors import BaseModelError, EventHandler, Notice
 from . import fsdp
 from .resolve import BaseModelFiles
 
-if TYPE_CHECKING:
-    import torch
-
-    Precision = tuple[torch.dtype, str]  # dtype of the weights, and full, 8bit or 4bit
+Precision = tuple[torch.dtype, str]  # dtype of the weights, and full, 8bit or 4bit
 
 _CGROUPS, _CGROUP_LIMITS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _CGROUP_V1_FILES = (
@@ -48,8 +47,6 @@ def choose_precision(
     Raises:
         BaseModelError: nothing fits, or the settings cannot be combined here.
     """
-    import torch
-
     sharded = fsdp.shard_count() > 1
     if load_in not in ("auto", "full") and sharded:
         raise BaseModelError(f"--load-in {load_in} cannot be combined with FSDP: choose one.")
@@ -88,8 +85,6 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     `auto` is bfloat16 on GPUs that support it natively, else float32. int8 is float32 too: only the
     weights of linear layers are quantized, after loading.
     """
-    import torch
-
     if name == "auto":
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float32
@@ -102,12 +97,12 @@ def free_memory(device: torch.device) -> int:
 
     Counts what torch has reserved on a GPU and not allocated.
     """
-    import psutil
-    import torch
-
     if device.type == "cuda":
-        reserved = torch.cuda.memory_reserved(device)
-        return torch.cuda.mem_get_info(device)[0] + reserved - torch.cuda.memory_allocated(device)
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
     return max(min([int(psutil.virtual_memory().available), *_free_in_cgroups()]), 0)
 
 

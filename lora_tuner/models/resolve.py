@@ -57,8 +57,7 @@ class BaseModelFiles:
         """
         with loading_errors(self):
             config = {key: value for key, value in self._config().items() if _FINGERPRINTED_KEYS.search(key)}
-            identity = json.dumps([self._weights_hash(), config], sort_keys=True)
-        return hashlib.sha256(identity.encode()).hexdigest()
+            return hashlib.sha256(json.dumps([self._weights_hash(), config], sort_keys=True).encode()).hexdigest()
 
     def _weights_hash(self) -> str:
         """sha256 over all tensors, from the user's cache where the files are unchanged."""
@@ -132,7 +131,11 @@ def find_base(name: str | None, revision: str | None = None, notify: EventHandle
     """
     resolved_name = name or DEFAULT_BASE
     if name is not None and os.path.isdir(os.path.expanduser(name)):
-        return _resolve_local(name, revision)
+        _refuse_revision(name, revision)
+        local_folder = Path(os.path.expanduser(name))
+        if missing := _missing_file(local_folder):
+            raise BaseModelError(f"The folder {name} is not a model: it has no {missing}.")
+        return BaseModelFiles(name, name, local_folder, None, "a local folder")
     if resolved_name == EMBEDDED_BASE:
         return _resolve_embedded(revision, notify)
     repo = HUB_NAMES.get(resolved_name, resolved_name)
@@ -204,21 +207,12 @@ def quiet_transformers() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.set_verbosity(verbosity)
         if progress_bars:
             logging.enable_progress_bar()
-
-
-def _resolve_local(name: str, revision: str | None) -> BaseModelFiles:
-    folder = Path(os.path.expanduser(name))
-    _refuse_revision(name, revision)
-    if missing := _missing_file(folder):
-        raise BaseModelError(f"The folder {name} is not a model: it has no {missing}.")
-    return BaseModelFiles(name, name, folder, None, "a local folder")
 
 
 def _resolve_embedded(revision: str | None, notify: EventHandler) -> BaseModelFiles:
@@ -259,11 +253,10 @@ def _embedded_gguf() -> tuple[Path, str]:
         package = importlib.metadata.distribution(EMBEDDED_PACKAGE)
     except importlib.metadata.PackageNotFoundError as error:
         raise BaseModelError(f"The base {EMBEDDED_BASE} is not installed: {INSTALL_EMBEDDED}.") from error
-    files = (file for file in package.files or [] if file.name.endswith(".gguf"))
-    path = next((Path(str(package.locate_file(file))) for file in files), None)
-    if path is None or not path.is_file():
+    paths = [package.locate_file(file) for file in package.files or [] if file.name.endswith(".gguf")]
+    if not paths or not os.path.isfile(str(paths[0])):
         raise BaseModelError(f"The package {EMBEDDED_PACKAGE} {package.version} has no GGUF file: install it again.")
-    return path, package.version
+    return Path(str(paths[0])), package.version
 
 
 def _convert_gguf(path: Path, folder: Path) -> None:
