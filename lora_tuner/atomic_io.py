@@ -163,7 +163,11 @@ def _file_lock(path: Path) -> Iterator[bool | None]:
     if sys.platform == "win32":  # it cannot lock folders
         yield None
         return
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would block
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would block
+    except FileNotFoundError:  # another process deleted it in this moment
+        yield False
+        return
     try:
         held: bool | None = True
         try:

@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -459,3 +460,19 @@ def test_cache_dir_from_environment(tmp_path, monkeypatch):
 )
 def test_display_name_hides_folders(name, last):
     assert text.display_name(name) == last
+
+
+def test_sibling_deleted_before_lock_is_made_again(tmp_path, monkeypatch):
+    mkdtemp, made = tempfile.mkdtemp, []
+
+    def vanish_once(**options):
+        made.append(mkdtemp(**options))
+        if len(made) == 1:
+            os.rmdir(made[0])
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", vanish_once)
+    with atomic_io.atomic_folder(tmp_path / "it") as work:
+        (work / "new").write_text("new")
+    assert len(made) == 2
+    assert content(tmp_path) == {"it": None, "it/new": "new"}
