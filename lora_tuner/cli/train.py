@@ -48,7 +48,7 @@ def train(
     if len(configs) > 1 and (plan or preview):
         raise ConfigError("--plan and --preview are for a single run: give one rank and one learning rate.")
     settings = configs[0]
-    from ..training import run, sweep
+    from ..training import inputs, run, sweep
 
     if distributed.expected_world_size() > 1 and preview:
         raise ConfigError("--preview is for a single process: run it without torchrun.")
@@ -56,7 +56,7 @@ def train(
         result = sweep.resume_sweep(resume, settings.runs_dir, display) if resume else sweep.run_sweep(configs, display)
         show_json(result.to_dict()) if as_json else _show_sweep(result)
     elif preview:
-        rows = run.preview(settings, preview, display)
+        rows = inputs.preview(settings, preview, display)
         show_json([dataclasses.asdict(row) for row in rows]) if as_json else _show_preview(rows)
     elif plan:
         estimate = run.plan(settings, display)

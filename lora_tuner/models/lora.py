@@ -28,7 +28,7 @@ from .quantization import Int8Linear
 from .resolve import BaseModelFiles, quiet_transformers
 
 if TYPE_CHECKING:  # PEFT takes long to import, and inference does without
-    from peft import LoraConfig, PeftModel
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
 ADAPTER_NAME = "default"  # Trainer reloads the best checkpoint only into an adapter of this name
@@ -195,7 +195,7 @@ def adapter_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(state.items())}
 
 
-def save_adapter_files(tensors: dict[str, torch.Tensor], config: LoraConfig, folder: Path) -> None:
+def save_adapter_files(tensors: dict[str, torch.Tensor], config: PeftConfig, folder: Path) -> None:
     """Write the two files of a PEFT adapter.
 
     `init_lora_weights` is saved as true, which leaves the base unchanged.

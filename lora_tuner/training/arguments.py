@@ -15,22 +15,21 @@ from transformers.integrations.integration_utils import (
 from .. import distributed
 from ..config import TrainConfig
 from ..errors import ConfigError, TrainingError
+from .setup import TrainingSetup
 
 
-def training_arguments(config: TrainConfig, device: torch.device, folder: Path) -> TrainingArguments:
-    """Make the arguments for a run on this device, with its checkpoints in `folder`."""
-    assert config.max_steps is not None
-    assert config.batch_size is not None
-    assert config.learning_rate is not None
+def training_arguments(setup: TrainingSetup, folder: Path) -> TrainingArguments:
+    """Make the arguments for a run with its checkpoints in `folder`."""
+    config, device = setup.config, setup.base.device
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # the base decides on the dtype
     arguments = TrainingArguments(
         output_dir=str(folder),
-        max_steps=config.max_steps,
+        max_steps=setup.max_steps,
         ignore_data_skip=config.streaming,  # a stream resumes by itself
         accelerator_config={"dispatch_batches": False},  # each process reads its own batches
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=setup.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
-        learning_rate=config.learning_rate,
+        learning_rate=setup.learning_rate,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,

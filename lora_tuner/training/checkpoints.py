@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 
 from .. import atomic_io
 from ..adapters import adapter
@@ -32,8 +31,7 @@ NOT_DECISIVE = {"adapters_dir", "runs_dir", "report_to", "overwrite", "keep_chec
 
 def is_run(folder: Path) -> bool:
     """Return whether a folder holds only files of a run, unfinished or with kept checkpoints."""
-    names = {adapter.MANIFEST_FILE, adapter.RUN_FILE, "last-good"}
-    names |= {path.name for path in list_checkpoints(folder)}
+    names = {path.name for path in list_checkpoints(folder)} | {adapter.MANIFEST_FILE, adapter.RUN_FILE, "last-good"}
     return folder.is_dir() and not folder.is_symlink() and all(path.name in names for path in folder.iterdir())
 
 
@@ -121,15 +119,12 @@ def finalize(checkpoint: Path) -> None:
 
 def save_adapter(setup: TrainingSetup, tensors: dict[str, torch.Tensor], manifest: Manifest, folder: Path) -> None:
     """Write weights, config, manifest and run.yaml into a work folder."""
-    peft_config = setup.model.peft_config[lora.ADAPTER_NAME]
-    assert isinstance(peft_config, LoraConfig)
-    lora.save_adapter_files(tensors, peft_config, folder)
-    weights = adapter.weights_info(adapter.load_adapter_folder(folder))
-    text = manifest.model_copy(update={"weights": weights}).to_json()
-    (folder / adapter.MANIFEST_FILE).write_text(text, encoding="utf-8")
+    lora.save_adapter_files(tensors, setup.model.peft_config[lora.ADAPTER_NAME], folder)
+    manifest = manifest.model_copy(update={"weights": adapter.weights_info(adapter.load_adapter_folder(folder))})
+    (folder / adapter.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     # A repeated run must not silently replace the adapter that it repeats.
-    text = config_to_yaml(setup.config.model_copy(update={"overwrite": False}))
-    (folder / adapter.RUN_FILE).write_text(text, encoding="utf-8")
+    config = setup.config.model_copy(update={"overwrite": False})
+    (folder / adapter.RUN_FILE).write_text(config_to_yaml(config), encoding="utf-8")
 
 
 # What a resumed run must have in common with the stopped one

@@ -8,7 +8,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -80,8 +82,7 @@ class TrainingInputs:
         """Run the model in front of its LM head: returns what `lm_head.nll` takes as logits."""
         inputs = {name: tensor.to(self.base.device) for name, tensor in batch.items() if name != "labels"}
         with self.base.lm_head.skip_lm_head():
-            output: torch.Tensor = model(**inputs, use_cache=False).logits
-        return output
+            return cast("torch.Tensor", model(**inputs, use_cache=False).logits)
 
     def loss(
         self, model: torch.nn.Module, batch: dict[str, torch.Tensor], predictions: torch.Tensor | int
@@ -177,10 +178,11 @@ def _load_base_on_all_ranks(requested: TrainConfig, parent: Adapter | None, noti
     chosen = distributed.run_on_rank_zero(load_on_rank_zero)
     base = bases[0] if bases else loading.open_base(None, chosen)
     if distributed.world_size() > 1 and len(set(distributed.all_gather(base.files.fingerprint))) > 1:
-        error = TrainingError(
-            f"The processes loaded different weights for {base.files.name}: use the same base in all of them."
+        raise distributed.share_error(
+            TrainingError(
+                f"The processes loaded different weights for {base.files.name}: use the same base in all of them."
+            )
         )
-        raise distributed.share_error(error)
     return base
 
 
@@ -205,18 +207,16 @@ def load_parent(requested: TrainConfig) -> Adapter | None:
             f"{parent.path} has weights with sha256 {parent.sha256[:12]}, but {str(requested.parent_sha256)[:12]} is "
             "expected: restore them, or leave out --from-sha256 to continue from these."
         )
-    settings: dict[str, object] = {
-        "rank": parent.rank,
-        "alpha": parent.config["lora_alpha"],
-        "method": _choose_method(requested, parent),
-        "split_salt": _choose_split_salt(requested, parent),
-    }
-    conflicts = {
-        name: value
-        for name, value in settings.items()
-        if name in requested.model_fields_set and getattr(requested, name) not in (None, value)
-    }
-    _refuse_conflicts(requested, parent, conflicts)
+    _refuse_conflicts(
+        requested,
+        parent,
+        {
+            "rank": parent.rank,
+            "alpha": parent.config["lora_alpha"],
+            "method": _choose_method(requested, parent),
+            "split_salt": _choose_split_salt(requested, parent),
+        },
+    )
     data = parent.manifest.data if parent.manifest else None
     if data is not None and data.split_salt is None and requested.eval_dataset is None:
         raise ConfigError(
@@ -226,13 +226,15 @@ def load_parent(requested: TrainConfig) -> Adapter | None:
     return parent
 
 
-def _refuse_conflicts(requested: TrainConfig, parent: Adapter, conflicts: dict[str, object]) -> None:
+def _refuse_conflicts(requested: TrainConfig, parent: Adapter, settings: dict[str, object]) -> None:
     """Raise ConfigError when a requested setting differs from the parent's."""
+    conflicts = [
+        f"{name} is {getattr(requested, name)}, but {parent.name} has {value}"
+        for name, value in settings.items()
+        if name in requested.model_fields_set and getattr(requested, name) not in (None, value)
+    ]
     if conflicts:
-        text = "; ".join(
-            f"{name} is {getattr(requested, name)}, but {parent.name} has {value}" for name, value in conflicts.items()
-        )
-        raise ConfigError(f"{text}: with --from these come from the parent, so leave them out.")
+        raise ConfigError(f"{'; '.join(conflicts)}: with --from these come from the parent, so leave them out.")
 
 
 def _choose_method(requested: TrainConfig, parent: Adapter | None) -> MethodName:
@@ -247,9 +249,7 @@ def _choose_method(requested: TrainConfig, parent: Adapter | None) -> MethodName
 
 def _choose_split_salt(requested: TrainConfig, parent: Adapter | None) -> str:
     data = parent.manifest.data if parent and parent.manifest else None
-    if data is None or data.split_salt is None:
-        return requested.split_salt
-    return data.split_salt
+    return requested.split_salt if data is None or data.split_salt is None else data.split_salt
 
 
 def _choose_target_modules(requested: TrainConfig, parent: Adapter | None, base: LoadedBase) -> str:
@@ -339,10 +339,9 @@ def preview(requested: TrainConfig, count: int, notify: EventHandler = ignore_ev
     tokenizer = loading.load_tokenizer(loading.base_for_adapter(parent, model_options(requested, notify)))
     previews = []
     for before, after in _load_dataset(requested, parent, notify).previews[:count]:
-        pieces, _ = _encode(requested, tokenizer, [after], requested.max_length)
         tokens: list[str] = []
         labels: list[bool] = []
-        for piece in pieces:
+        for piece in _encode(requested, tokenizer, [after], requested.max_length)[0]:
             batch = packing.collate([[piece]], tokenizer.pad_token_id)
             tokens += tokenizer.batch_decode(batch["input_ids"][0, :, None])
             labels += (batch["labels"][0] != packing.IGNORE_INDEX).tolist()
@@ -358,8 +357,7 @@ def _packed_logits(base: LoadedBase, *rows: tokenization.TokenIds, cu_seqlens: b
     batch = packing.collate([rows], base.tokenizer.pad_token_id, cu_seqlens=cu_seqlens)
     inputs = {name: tensor.to(base.device) for name, tensor in batch.items() if name != "labels"}
     with torch.no_grad():
-        logits: torch.Tensor = base.model(**inputs, use_cache=False).logits
-    return logits[0].float().cpu()
+        return cast("torch.Tensor", base.model(**inputs, use_cache=False).logits[0].float().cpu())
 
 
 def _logits_differ(base: LoadedBase, logits: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -375,8 +373,7 @@ def _packing_is_isolated(base: LoadedBase) -> bool:
     """
     first, second = tokenization.probe_sequences(len(base.tokenizer))
     alone = _packed_logits(base, second)
-    changed = second.copy()
-    changed[-1] = first[-1]
+    changed = np.append(second[:-1], first[-1])
     if _logits_differ(base, _packed_logits(base, changed)[:-1], alone[:-1]):
         raise BaseModelError(f"{base.files.name} sees tokens that come later: it is not a causal language model.")
     return not _logits_differ(base, _packed_logits(base, first, second)[len(first) :], alone)

@@ -23,7 +23,7 @@ from ..errors import EventHandler, Notice, Progress, TrainingError
 from ..models import fsdp, lora
 from ..models.memory import free_memory
 from ..models.resolve import quiet_transformers
-from .inputs import TrainingInputs, dtype_name
+from .inputs import TrainingInputs
 
 MEMORY_SLACK = 1.15  # process memory per byte that a step keeps; 1.2 to 1.6 were measured
 MEASURED_STEPS = 4  # the first one warms up and is not counted
@@ -59,30 +59,6 @@ class RunEstimate:
     gradient_checkpointing: bool
 
 
-def estimate_run(inputs: TrainingInputs, model: PeftModel, config: TrainConfig, profile: StepProfile) -> RunEstimate:
-    """Estimate the cost of the run with this resolved configuration."""
-    assert config.max_steps is not None
-    trained, frozen = lora.count_parameters(model)
-    held_out_tokens = sum(map(len, inputs.held_out))
-    measurements = 2 + config.max_steps // (config.eval_every or config.max_steps + 1)
-    return RunEstimate(
-        steps=config.max_steps,
-        steps_per_epoch=inputs.steps_per_epoch,
-        seconds_per_step=profile.seconds_per_step,
-        training_seconds=config.max_steps * profile.seconds_per_step,
-        held_out_seconds=profile.seconds_per_held_out_token * held_out_tokens * measurements,
-        peak_memory_bytes=profile.peak_memory_bytes,
-        tokens_per_second=profile.tokens_per_second,
-        truncated_share=inputs.truncated_rows / len(inputs.dataset.train),
-        trained_parameters=trained,
-        base_parameters=frozen,
-        adapter_bytes=trained * 4,
-        dtype=dtype_name(inputs.base.dtype),
-        load_in=inputs.base.load_in,
-        gradient_checkpointing=config.gradient_checkpointing == "on",
-    )
-
-
 # Memory
 
 
@@ -106,21 +82,23 @@ def fit_to_memory(
     if mode == "auto" and distributed.all_reduce_max(needed > free):
         enabled = True
         enable_gradient_checkpointing(inputs, model)
-        _, reduced = step_memory(inputs, model)
+        required, needed = needed, step_memory(inputs, model)[1]
         notify(
             Notice(
-                f"A step needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free, so gradient checkpointing "
-                f"is on: it needs {reduced / 1e9:.1f} GB and is slower (--gradient-checkpointing)."
+                f"A step needs {required / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free, "
+                f"so gradient checkpointing is on: it needs {needed / 1e9:.1f} GB and is slower "
+                "(--gradient-checkpointing)."
             )
         )
-        needed = reduced
     if distributed.all_reduce_max(needed > free):
-        error = TrainingError(
-            f"A step with {tokens:,} tokens needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: lower "
-            "--batch-size (and raise --gradient-accumulation) or --max-length"
-            f"{', or use --dtype bfloat16' if base.dtype == torch.float32 else ''}."
+        raise distributed.share_error(
+            TrainingError(
+                f"A step with {tokens:,} tokens needs {needed / 1e9:.1f} GB of memory, and "
+                f"{free / 1e9:.1f} GB are free: lower --batch-size (and raise "
+                "--gradient-accumulation) or --max-length"
+                f"{', or use --dtype bfloat16' if base.dtype == torch.float32 else ''}."
+            )
         )
-        raise distributed.share_error(error)
     return enabled
 
 
@@ -157,18 +135,18 @@ def step_memory(inputs: TrainingInputs, model: PeftModel) -> tuple[int, int]:
         block.gradient_checkpointing = True
     if blocks:
         per_token = per_token / len(blocks) + len(blocks) * model.config.hidden_size * base.dtype.itemsize
-    longest = max(sum(map(len, inputs.sequences[index])) for index in range(len(inputs.sequences)))
     count = len(inputs.sequences)
-    if inputs.streaming:  # the rest of the stream is unknown
-        longest, count = inputs.max_length, inputs.batch_size
+    longest = max(sum(map(len, inputs.sequences[index])) for index in range(count))
     tokens = min(inputs.batch_size, count) * longest
-    fixed = 3 * 4 * lora.count_parameters(model)[0] + fsdp.gathered_bytes(model)
-    return tokens, int(MEMORY_SLACK * per_token * tokens) + fixed
+    if inputs.streaming:  # the rest of the stream is unknown
+        tokens = inputs.batch_size * inputs.max_length
+    return tokens, (
+        int(MEMORY_SLACK * per_token * tokens) + 3 * 4 * lora.count_parameters(model)[0] + fsdp.gathered_bytes(model)
+    )
 
 
 def _activation_bytes(inputs: TrainingInputs, model: PeftModel, rows: Sequence[tokenization.TokenIds]) -> int:
     """Return the bytes kept for the backward pass of one packed sequence, with weights."""
-    batch = inputs.collate([rows])
     kept: dict[int, tuple[torch.UntypedStorage, int]] = {}
 
     def keep(tensor: torch.Tensor) -> None:
@@ -179,8 +157,7 @@ def _activation_bytes(inputs: TrainingInputs, model: PeftModel, rows: Sequence[t
 
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
-        logits = inputs.forward(model, batch)
-    del logits
+        inputs.forward(model, inputs.collate([rows]))
     return sum(size for _, size in kept.values())
 
 
@@ -214,7 +191,8 @@ def profile_steps(
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        _synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         seconds.append(time.perf_counter() - start)
         predictions.append(count)
         notify(Progress("measuring speed", step + 1, MEASURED_STEPS))
@@ -249,10 +227,9 @@ def steps_for_stop_rule(
         assert steps_per_epoch is not None  # TrainConfig refuses epochs with streaming
         return math.ceil(requested.epochs * steps_per_epoch)
     assert seconds_per_step is not None
-    minutes = requested.minutes if requested.minutes is not None else DEFAULT_MAX_MINUTES
-    steps = max(1, int(minutes * 60 / seconds_per_step))
     if requested.minutes is not None:
-        return steps
+        return max(1, int(requested.minutes * 60 / seconds_per_step))
+    steps = max(1, int(DEFAULT_MAX_MINUTES * 60 / seconds_per_step))
     if steps_per_epoch is None:
         notify(
             Notice(
@@ -260,24 +237,15 @@ def steps_for_stop_rule(
                 "--minutes or --max-steps."
             )
         )
-        return steps
-    if steps >= steps_per_epoch:
-        return steps_per_epoch
-    hours = steps_per_epoch * seconds_per_step / 3600
-    notify(
-        Notice(
-            f"One epoch would take {hours:.1f} hours, so training is limited to {DEFAULT_MAX_MINUTES} minutes. Change this with "
-            "--minutes, --epochs or --max-steps."
+    elif steps < steps_per_epoch:
+        notify(
+            Notice(
+                f"One epoch would take {steps_per_epoch * seconds_per_step / 3600:.1f} hours, so "
+                f"training is limited to {DEFAULT_MAX_MINUTES} minutes. Change this with --minutes, "
+                "--epochs or --max-steps."
+            )
         )
-    )
-    return steps
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    return min(steps, steps_per_epoch or steps)
 
 
 def _peak_memory(device: torch.device) -> int:

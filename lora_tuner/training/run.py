@@ -44,14 +44,11 @@ from ..errors import (
 from ..models import fsdp, lora
 from . import arguments, checkpoints, profiling, trainer
 from .checkpoints import RETRAIN_ADVICE, save_adapter
-from .inputs import PreviewedRow, preview
+from .inputs import dtype_name
 from .profiling import RunEstimate
 from .setup import TrainingSetup, adapter_name, prepare_training
 
 _NAME_TAKEN_ADVICE = "rename or remove that one first (`adapters rename`, `adapters remove`)"
-
-__all__ = ["PreviewedRow", "RunEstimate", "plan", "preview", "resume", "train"]
-
 
 Prepare = Callable[[TrainConfig, EventHandler], TrainingSetup]
 
@@ -106,11 +103,28 @@ def plan(requested: TrainConfig, notify: EventHandler = ignore_events) -> RunEst
     """Estimate the cost of a run from a few real steps. Writes nothing."""
     notify = _join_processes(requested, notify)
     setup = prepare_training(requested, notify)
-    config = setup.config
+    config, steps = setup.config, setup.max_steps
     profile = setup.profile or profiling.profile_steps(
         setup, setup.model, setup.learning_rate, config.max_grad_norm, notify
     )
-    return profiling.estimate_run(setup, setup.model, config, profile)
+    trained, frozen = lora.count_parameters(setup.model)
+    measurements = 2 + steps // (config.eval_every or steps + 1)
+    return RunEstimate(
+        steps=steps,
+        steps_per_epoch=setup.steps_per_epoch,
+        seconds_per_step=profile.seconds_per_step,
+        training_seconds=steps * profile.seconds_per_step,
+        held_out_seconds=profile.seconds_per_held_out_token * sum(map(len, setup.held_out)) * measurements,
+        peak_memory_bytes=profile.peak_memory_bytes,
+        tokens_per_second=profile.tokens_per_second,
+        truncated_share=setup.truncated_rows / len(setup.dataset.train),
+        trained_parameters=trained,
+        base_parameters=frozen,
+        adapter_bytes=trained * 4,
+        dtype=dtype_name(setup.base.dtype),
+        load_in=setup.base.load_in,
+        gradient_checkpointing=config.gradient_checkpointing == "on",
+    )
 
 
 def _load_stopped_run(
@@ -147,10 +161,12 @@ def _for_world_size(saved: TrainConfig, manifest: Manifest, notify: EventHandler
     accumulation, rest = divmod(batches, now)
     if rest:
         fit = " or ".join(str(number) for number in range(1, batches + 1) if batches % number == 0)
-        error = TrainingError(
-            f"A step of {saved.name} has {batches} batches, which {now} processes cannot share evenly: resume with {fit}."
+        raise distributed.share_error(
+            TrainingError(
+                f"A step of {saved.name} has {batches} batches, which {now} processes cannot share "
+                f"evenly: resume with {fit}."
+            )
         )
-        raise distributed.share_error(error)
     notify(
         Notice(
             f"The run was started with {before} {'processes' if before > 1 else 'process'} and resumes with {now}: "
@@ -219,10 +235,8 @@ def check_output_paths(config: TrainConfig, *, resuming: bool = False) -> Librar
 
 def _nothing_to_resume(folder: Path) -> TrainingError:
     """Make the error that says why a folder holds no run that can be resumed."""
-    library, why = (
-        Library(TrainConfig().adapters_dir),
-        "it has finished (into another --adapters-dir?), or never started",
-    )
+    library = Library(TrainConfig().adapters_dir)
+    why = "it has finished (into another --adapters-dir?), or never started"
     if folder.name in library.names():
         why = f"it has finished, as {library.path / folder.name}"
     elif copies := sorted(folder.glob(f"*/{RUN_FILE}")):
@@ -234,12 +248,11 @@ def _check_not_finished(saved: TrainConfig, folder: Path) -> None:
     """Raise TrainingError when the run has written its adapter but not removed its folder."""
     with contextlib.suppress(AdapterError, ConfigError):
         adapter = load_adapter_folder(saved.adapters_dir / str(saved.name))
-        manifest = read_manifest(folder)
         if adapter.manifest is None:
             return
-        settings = resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE)
-        same = checkpoints.same_run((saved, manifest), (settings, adapter.manifest))
-        if same and not verify_adapter(adapter):  # a damaged adapter is trained again
+        finished = resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE), adapter.manifest
+        # A damaged adapter is trained again.
+        if checkpoints.same_run((saved, read_manifest(folder)), finished) and not verify_adapter(adapter):
             _remove_run_folder(saved, folder)
             raise TrainingError(f"The run {saved.name} has finished: its adapter is {adapter.path}.")
 

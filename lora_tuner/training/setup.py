@@ -32,14 +32,11 @@ class TrainingSetup(TrainingInputs):
     """
 
     config: TrainConfig
+    learning_rate: float
+    max_steps: int
     model: PeftModel
     profile: StepProfile | None
     notify: EventHandler
-
-    @property
-    def learning_rate(self) -> float:
-        assert self.config.learning_rate is not None
-        return self.config.learning_rate
 
     def remove_lora(self) -> None:
         """Remove the LoRA layers, so that the base can be used for another setup."""
@@ -107,20 +104,9 @@ def prepare_training(
         profile = profiling.profile_steps(inputs, model, learning_rate, requested.max_grad_norm, notify)
     seconds_per_step = profile.seconds_per_step if profile else None
     max_steps = profiling.steps_for_stop_rule(requested, inputs.steps_per_epoch, seconds_per_step, notify)
-    config = resolve_config(requested, inputs, learning_rate, checkpointing, max_steps)
-    shared = {field.name: getattr(inputs, field.name) for field in fields(TrainingInputs)}
-    return TrainingSetup(**shared, config=config, model=model, profile=profile, notify=notify)
-
-
-def resolve_config(
-    requested: TrainConfig, inputs: TrainingInputs, learning_rate: float, gradient_checkpointing: bool, max_steps: int
-) -> TrainConfig:
-    """Return the requested configuration with a value for every setting that was left open.
-
-    With it the run can be repeated step for step. Nothing changes it afterwards.
-    """
+    # With these settings the run can be repeated step for step. Nothing changes them afterwards.
     base, parent = inputs.base, inputs.parent
-    return requested.model_copy(
+    config = requested.model_copy(
         update={
             "name": adapter_name(requested),
             "base": base.files.name,
@@ -136,11 +122,21 @@ def resolve_config(
             "packing": inputs.packing,
             "batch_size": inputs.batch_size,
             "learning_rate": learning_rate,
-            "gradient_checkpointing": "on" if gradient_checkpointing else "off",
+            "gradient_checkpointing": "on" if checkpointing else "off",
             "epochs": None,
             "minutes": None,
             "max_steps": max_steps,
         }
+    )
+    shared = {field.name: getattr(inputs, field.name) for field in fields(TrainingInputs)}
+    return TrainingSetup(
+        **shared,
+        config=config,
+        learning_rate=learning_rate,
+        max_steps=max_steps,
+        model=model,
+        profile=profile,
+        notify=notify,
     )
 
 
@@ -152,10 +148,11 @@ def adapter_name(requested: TrainConfig) -> str:
 def _add_lora(requested: TrainConfig, inputs: TrainingInputs, notify: EventHandler) -> PeftModel:
     """Add LoRA layers to the base, with seeded weights or those of the parent."""
     if inputs.method in ("dora", "eva") and fsdp.shard_count() > 1:
-        error = ConfigError(
-            f"{inputs.method} needs the whole base to initialize, but the base is sharded: choose another --method."
+        raise distributed.share_error(
+            ConfigError(
+                f"{inputs.method} needs the whole base to initialize, but the base is sharded: choose another --method."
+            )
         )
-        raise distributed.share_error(error)
     set_seed(requested.seed)
     model = lora.add_lora(inputs.base, requested, inputs.parent)
     if inputs.method == "eva":

@@ -37,9 +37,9 @@ class Trial:
     name: str
     rank: int
     learning_rate: float
-    loss: float | None
-    bytes: int
-    seconds: float
+    loss: float | None = None
+    bytes: int = 0
+    seconds: float = 0.0
     gap: float = 0.0
     standard_error: float = 0.0
 
@@ -100,8 +100,8 @@ def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler = ignore_even
     setup = prepare_training(_with_max_steps(widest, 1), notify)  # what fits the widest fits all
     run.check_disk_space(setup)
     first.runs_dir.mkdir(parents=True, exist_ok=True)
-    facts = checkpoints.reproducibility_facts(setup.manifest)
-    state = _SweepState([_requested_settings(trial) for trial in trials], facts)
+    settings = [trial.model_dump(mode="json", exclude_none=True, exclude_unset=True) for trial in trials]
+    state = _SweepState(settings, checkpoints.reproducibility_facts(setup.manifest))
     _write_state(state, folder)
     return _run_trials(name, folder, state, setup, notify)
 
@@ -142,10 +142,6 @@ def _refuse_several_processes() -> None:
         raise ConfigError("A sweep runs in one process: leave out torchrun, or give one rank and one learning rate.")
 
 
-def _requested_settings(config: TrainConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude_none=True, exclude_unset=True)
-
-
 def _write_state(state: _SweepState, folder: Path) -> None:
     atomic_io.atomic_write_text(folder / STATE_FILE, yaml.safe_dump(asdict(state), sort_keys=False, allow_unicode=True))
 
@@ -173,12 +169,10 @@ def _run_trials(
 
     def prepare_trial(requested: TrainConfig, notify: EventHandler) -> TrainingSetup:
         nonlocal setup
-        if setup is None:
-            setup = prepare_training(requested, notify)
-            checkpoints.check_unchanged(state.facts, checkpoints.reproducibility_facts(setup.manifest), folder)
-        else:
+        if setup is not None:
             setup.remove_lora()
-            setup = prepare_training(requested, notify, inputs=setup)
+        setup = prepare_training(requested, notify, inputs=setup)
+        checkpoints.check_unchanged(state.facts, checkpoints.reproducibility_facts(setup.manifest), folder)
         return setup
 
     trials = [TrainConfig.model_validate(settings) for settings in state.trials]
@@ -275,24 +269,23 @@ def _measure_trials(
     for trial in trials:
         trial_name = str(trial.name)
         if trial_name not in adapters:
-            rate = trial.learning_rate if trial.learning_rate is not None else first.learning_rate
-            results.append(Trial(trial_name, trial.rank, float(rate or 0), None, 0, 0.0))
-            continue
-        adapter, loss = adapters[trial_name], held_out[trial_name]
-        config = resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE)
-        gap = evaluation.paired_gain(loss, best)
-        results.append(
-            Trial(
-                name=trial_name,
-                rank=config.rank,
-                learning_rate=float(config.learning_rate or 0),
-                loss=loss.loss,
-                bytes=adapter.bytes,
-                seconds=adapter.manifest.run.seconds if adapter.manifest and adapter.manifest.run else 0.0,
-                gap=gap.gain,
-                standard_error=gap.standard_error,
+            results.append(Trial(trial_name, trial.rank, trial.learning_rate or first.learning_rate or 0.0))
+        else:
+            adapter, loss = adapters[trial_name], held_out[trial_name]
+            config = resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE)
+            gap = evaluation.paired_gain(loss, best)
+            results.append(
+                Trial(
+                    name=trial_name,
+                    rank=config.rank,
+                    learning_rate=float(config.learning_rate or 0),
+                    loss=loss.loss,
+                    bytes=adapter.bytes,
+                    seconds=adapter.manifest.run.seconds if adapter.manifest and adapter.manifest.run else 0.0,
+                    gap=gap.gain,
+                    standard_error=gap.standard_error,
+                )
             )
-        )
     good = [trial for trial in results if trial.loss is not None and trial.gap <= trial.standard_error]
     recommended = min(good, key=lambda trial: (trial.bytes, trial.loss))
     return SweepResult(name, base_held_out.loss, results, recommended.name, folder)

@@ -58,9 +58,7 @@ from .setup import TrainingSetup
 
 def resume_command(config: TrainConfig) -> str:
     """Return the command line that resumes a run."""
-    option = ""
-    if config.runs_dir != TrainConfig().runs_dir:
-        option = f" --runs-dir {shlex.quote(str(config.runs_dir))}"
+    option = f" --runs-dir {shlex.quote(str(config.runs_dir))}" if config.runs_dir != TrainConfig().runs_dir else ""
     return f"python cli.py train --resume {config.name}{option}"
 
 
@@ -101,11 +99,14 @@ def run_trainer(
         if not all(bool(tensor.isfinite().all()) for tensor in lora.adapter_state_dict(setup.model).values()):
             trainer.save_last_good_and_raise("A weight is not finite")
         if distributed.all_reduce_max(stop.is_set()):
-            text = f"Stopped at step {state.global_step} of {state.max_steps}, saved."
-            raise distributed.share_error(Interrupted(f"{text} Resume with: {resume_command(setup.config)}"))
-    held_out = trainer.measure_held_out()
+            raise distributed.share_error(
+                Interrupted(
+                    f"Stopped at step {state.global_step} of {state.max_steps}, saved. Resume with: "
+                    f"{resume_command(setup.config)}"
+                )
+            )
     history = [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
-    return state, history, held_out
+    return state, history, trainer.measure_held_out()
 
 
 def _is_finished(setup: TrainingSetup, state: TrainerState) -> bool:
@@ -118,12 +119,12 @@ def _is_finished(setup: TrainingSetup, state: TrainerState) -> bool:
 
 def _training_stream(setup: TrainingSetup, checkpoint: Path | None) -> StreamingDataset:
     """Open the stream at its beginning, or where it was when the checkpoint was written."""
-    state = StreamState()
-    if checkpoint is not None:
-        state = StreamState(**json.loads((checkpoint / checkpoints.STREAM_FILE).read_text(encoding="utf-8")))
+    text = (checkpoint / checkpoints.STREAM_FILE).read_text(encoding="utf-8") if checkpoint else "{}"
     excluded = setup.dataset.held_out if setup.config.eval_dataset else []  # others: by hash
     hashes = frozenset(row_hash(text, setup.config.split_salt) for text in excluded)
-    return StreamingDataset(setup.config, setup.base.tokenizer, hashes, setup.dataset.counts, state)
+    return StreamingDataset(
+        setup.config, setup.base.tokenizer, hashes, setup.dataset.counts, StreamState(**json.loads(text))
+    )
 
 
 class _LoraTrainer(Trainer):
@@ -139,7 +140,7 @@ class _LoraTrainer(Trainer):
             callbacks.append(tensorboard_callback(config))
         super().__init__(
             model=setup.model,
-            args=training_arguments(config, setup.base.device, folder),
+            args=training_arguments(setup, folder),
             train_dataset=self.stream or setup.sequences,
             eval_dataset=setup.held_out,
             data_collator=setup.collate,
@@ -147,12 +148,9 @@ class _LoraTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # `num_items_in_batch`
-        self.setup = setup
+        self.setup, self.folder = setup, folder
         self.per_step = setup.sequences_per_step  # kept, as other processes may end before this one
-        self.folder = folder
-        self.predictions = 0
-        self.step_start = 0.0
-        self.current_step = -1
+        self.current_step, self.step_start, self.predictions = -1, 0.0, 0
         self.last_good: dict[str, torch.Tensor] = {}
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -174,8 +172,8 @@ class _LoraTrainer(Trainer):
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        loss = self.setup.loss(model, inputs, kwargs["num_items_in_batch"])
-        return loss * distributed.world_size()  # DDP averages gradients
+        # DDP averages gradients.
+        return self.setup.loss(model, inputs, kwargs["num_items_in_batch"]) * distributed.world_size()
 
     def training_step(
         self,
@@ -193,20 +191,18 @@ class _LoraTrainer(Trainer):
         return loss
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        config = self.setup.config
-        if self.optimizer is None and config.method == "lora+":
+        if self.optimizer is None and self.setup.config.method == "lora+":
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args)
             del settings["lr"]
             self.optimizer = initialization.lora_plus_optimizer(
-                self.setup.model, self.setup.learning_rate, config.weight_decay, optimizer_class, **settings
+                self.setup.model, self.setup.learning_rate, self.args.weight_decay, optimizer_class, **settings
             )
         return super().create_optimizer(model)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LambdaLR:
-        config, optimizer = self.setup.config, optimizer or self.optimizer
-        assert optimizer is not None
+        config, optimizer = self.setup.config, optimizer or self.create_optimizer()
         factor = partial(learning_rate_factor, schedule=config.schedule, warmup=config.warmup, steps=num_training_steps)
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         self._created_lr_scheduler = True
@@ -219,17 +215,20 @@ class _LoraTrainer(Trainer):
             with contextlib.suppress(OSError), atomic_io.atomic_folder(folder) as work:
                 save_adapter(self.setup, self.last_good, self.setup.manifest, work)
         kept = f"The last good adapter is in {folder}." if folder.is_dir() else "There is no good adapter to keep."
-        error = DivergedError(
-            f"{problem} in step {self.current_step + 1}, so the run has stopped. {kept} Try a lower learning rate than "
-            f"{self.setup.learning_rate:g} (--learning-rate), or a lower --max-grad-norm."
+        raise distributed.share_error(
+            DivergedError(
+                f"{problem} in step {self.current_step + 1}, so the run has stopped. {kept} Try a lower learning rate than "
+                f"{self.setup.learning_rate:g} (--learning-rate), or a lower --max-grad-norm."
+            )
         )
-        raise distributed.share_error(error)
 
     def save_and_raise(self, reason: str, cause: Exception) -> NoReturn:
         """Save a checkpoint of the last complete step on rank zero, and raise TrainingError."""
-        step = f"The last step was {self.state.global_step} of {self.state.max_steps}."
         error = distributed.share_error(
-            TrainingError(f"{reason} {step} Resume with: {resume_command(self.setup.config)}")
+            TrainingError(
+                f"{reason} The last step was {self.state.global_step} of {self.state.max_steps}. Resume with: "
+                f"{resume_command(self.setup.config)}"
+            )
         )
         distributed.drop_process_group()
         if not isinstance(error, RaisedOnRankZero) and self._can_save():
@@ -242,25 +241,18 @@ class _LoraTrainer(Trainer):
         With patience Trainer would wait for the other processes, and each measurement is saved anyway.
         """
         step, config = self.state.global_step, self.setup.config
-        last: dict[str, float] = {}
-        for entry in self.state.log_history:
-            last |= dict.fromkeys(entry.keys() & {"loss", "eval_loss"}, entry["step"])
-        expected = {"loss"}
-        if config.eval_every and step % config.eval_every == 0:
-            expected.add("eval_loss")
+        entries = [entry for entry in self.state.log_history if entry["step"] == step]
+        expected = {"loss", "eval_loss"} if config.eval_every and step % config.eval_every == 0 else {"loss"}
         saved = (self.folder / f"{checkpoints.PREFIX}{step}").exists()
-        return bool(step) and not saved and config.patience is None and all(last.get(key) == step for key in expected)
+        return bool(step) and not saved and config.patience is None and expected <= set().union(*entries)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             seconds = time.perf_counter() - self.step_start
             logs |= {"tokens": self.predictions, "seconds": round(seconds, 4)}
-            self._report_progress(logs["loss"], self.predictions / seconds)
+            text = f"loss {logs['loss']:.3f}  {self.predictions / seconds:,.0f} tokens/s"
+            self.setup.notify(Progress("training", self.state.global_step, self.state.max_steps, text))
         super().log(logs, start_time)
-
-    def _report_progress(self, loss: float, speed: float) -> None:
-        done, total = self.state.global_step, self.state.max_steps
-        self.setup.notify(Progress("training", done, total, f"loss {loss:.3f}  {speed:,.0f} tokens/s"))
 
     def measure_held_out(self) -> evaluation.HeldOutLoss:
         """Measure the held-out loss. Raises DivergedError when it is not finite."""
@@ -281,11 +273,13 @@ class _LoraTrainer(Trainer):
         """Do nothing: it would wait for processes that may have ended."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        assert output_dir is not None
-        if not self.args.should_save:
-            return
-        tensors = lora.adapter_state_dict(self.setup.model)
-        save_adapter(self.setup, tensors, self.setup.manifest, Path(output_dir))
+        if self.args.should_save:
+            save_adapter(
+                self.setup,
+                lora.adapter_state_dict(self.setup.model),
+                self.setup.manifest,
+                Path(output_dir or self.folder),
+            )
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         """Save a checkpoint, make it valid, and only then remove older ones."""
@@ -297,8 +291,9 @@ class _LoraTrainer(Trainer):
             distributed.all_gather(None)  # wait until all processes have written their RNG states
             if self.stream:
                 text = json.dumps(asdict(self.stream.state_at(step * self.per_step)))
-                path = checkpoint / checkpoints.STREAM_FILE
-                distributed.run_on_rank_zero(partial(atomic_io.atomic_write_text, path, text))
+                distributed.run_on_rank_zero(
+                    partial(atomic_io.atomic_write_text, checkpoint / checkpoints.STREAM_FILE, text)
+                )
             distributed.run_on_rank_zero(partial(checkpoints.finalize, checkpoint))
         except (OSError, RuntimeError, SafetensorError) as error:
             if distributed.is_process_loss(error):
@@ -325,12 +320,10 @@ class _CheckGradients(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         model = self.trainer.setup.model
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+        if not all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None):
             self.trainer.save_last_good_and_raise("A gradient is not finite")
         if distributed.rank() == 0:
-            weights = lora.adapter_state_dict(model)
-            self.trainer.last_good = {name: tensor.clone() for name, tensor in weights.items()}
+            self.trainer.last_good = {name: tensor.clone() for name, tensor in lora.adapter_state_dict(model).items()}
 
 
 class _StopOnSignal(TrainerCallback):
@@ -354,16 +347,14 @@ def _stop_on_signal() -> Iterator[threading.Event]:
     Only the main thread can handle signals: in others the event is never set.
     """
     stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
+    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
 
     def handle(signum: int, frame: FrameType | None) -> None:
         if stop.is_set() and distributed.world_size() == 1:  # launchers repeat signals
             raise KeyboardInterrupt
         stop.set()
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in signals}
     try:
         yield stop
     finally:
