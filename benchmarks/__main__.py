@@ -17,7 +17,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import adapters, data, defaults, generation, growth, larger, methods, quality, serving, sizes, stream, training
+from . import (
+    adapters,
+    data,
+    defaults,
+    generation,
+    growth,
+    larger,
+    methods,
+    quality,
+    serving,
+    sizes,
+    stream,
+    training,
+)
 
 PARTS = {
     "training": training.run,
@@ -45,12 +58,16 @@ def machine() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "versions": {dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in PACKAGES},
+        "versions": {
+            dist.name: dist.version for dist in importlib.metadata.distributions() if dist.name in PACKAGES
+        },
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure lora_tuner and other tools.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Measure lora_tuner and other tools."
+    )
     parts = f"benchmarks to run: {', '.join(PARTS)} (default: all except the studies {', '.join(STUDIES)})"
     parser.add_argument("parts", nargs="*", metavar="PART", help=parts)
     parser.add_argument("--json", type=Path, help="also write figures and machine to this file")

@@ -63,7 +63,9 @@ def _list_command(adapters_dir: Path, rounds: int) -> list[Figure]:
         (twenty / f"a{number}").symlink_to(adapters_dir / f"a{number}")
     command = [sys.executable, str(CLI), "adapters", "list", "--adapters-dir", str(twenty)]
     env = os.environ | {"PYTHONPATH": str(CLI.parent)}
-    times = [seconds(lambda: subprocess.run(command, check=True, capture_output=True, env=env)) for _ in range(rounds)]
+    times = [
+        seconds(lambda: subprocess.run(command, check=True, capture_output=True, env=env)) for _ in range(rounds)
+    ]
     return [figure("cli.py adapters list, 20 adapters", statistics.median(times), "s", "entire process")]
 
 
@@ -146,19 +148,27 @@ def _mixed_batches(adapters_dir: Path, rounds: int) -> list[Figure]:
     def peft_generate() -> None:
         with torch.inference_mode(), quiet_transformers():
             wrapped.generate(
-                **inputs, adapter_names=names, do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS
+                **inputs,
+                adapter_names=names,
+                do_sample=False,
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
             )
 
     candidates: dict[str, Callable[[], Any]] = {
         f"{ROWS} rows, the plain base": lambda: generator.generate_batch([(PROMPT, None)] * ROWS, GREEDY),
         f"{ROWS} rows, one adapter": lambda: generator.generate_batch([(PROMPT, "a0")] * ROWS, GREEDY),
-        f"{ROWS} rows, {ROWS} adapters": lambda: generator.generate_batch([(PROMPT, name) for name in names], GREEDY),
+        f"{ROWS} rows, {ROWS} adapters": lambda: generator.generate_batch(
+            [(PROMPT, name) for name in names], GREEDY
+        ),
         f"{ROWS} adapters, one after another": lambda: [
             generator.generate_batch([(PROMPT, name)], GREEDY) for name in names
         ],
         f"PEFT: {ROWS} rows, {ROWS} adapters": peft_generate,
     }
-    assert not any(output.finished for output in candidates[f"{ROWS} rows, {ROWS} adapters"]()), "an output ended early"
+    assert not any(output.finished for output in candidates[f"{ROWS} rows, {ROWS} adapters"]()), (
+        "an output ended early"
+    )
     medians = median_seconds(candidates, rounds)
     one = medians[f"{ROWS} rows, one adapter"]
     return [

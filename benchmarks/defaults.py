@@ -41,7 +41,9 @@ def _each_layer(how: str, *details: Any) -> Initialise:
         for layer in _layers(setup):
             getattr(layer, how)(lora.ADAPTER_NAME, *details)
             for part in (layer.lora_A, layer.lora_B):  # some make them in the base's numbers
-                part[lora.ADAPTER_NAME].weight = torch.nn.Parameter(part[lora.ADAPTER_NAME].weight.detach().float())
+                part[lora.ADAPTER_NAME].weight = torch.nn.Parameter(
+                    part[lora.ADAPTER_NAME].weight.detach().float()
+                )
 
     return initialise
 
@@ -101,7 +103,9 @@ def run(rounds: int) -> list[Figure]:
     for name, runs in found.items():
         loss, gain, steps = (statistics.median(each) for each in zip(*runs, strict=True))
         spread = max(run[0] for run in runs) - min(run[0] for run in runs)
-        figures.append(figure(name, loss, "nats", f"gain {gain:.4f}, {steps:.0f} steps; seeds differ by {spread:.4f}"))
+        figures.append(
+            figure(name, loss, "nats", f"gain {gain:.4f}, {steps:.0f} steps; seeds differ by {spread:.4f}")
+        )
     return figures
 
 

@@ -49,7 +49,9 @@ def run(rounds: int) -> list[Figure]:
 
 
 def _throughput(rounds: int) -> list[Figure]:
-    float32, int8 = (Generator(options=ModelOptions(base=EMBEDDED_BASE, dtype=dtype)) for dtype in ("float32", "int8"))
+    float32, int8 = (
+        Generator(options=ModelOptions(base=EMBEDDED_BASE, dtype=dtype)) for dtype in ("float32", "int8")
+    )
     model, tokenizer = recipes.stock(EMBEDDED_BASE)
     text = float32.generate_batch([(PROMPT, None)], GREEDY)[0].text
     comparison = "same text" if text == _stock_generate(model, tokenizer, 1) else "DIFFERENT TEXT"
@@ -85,7 +87,9 @@ def _scaling(rounds: int) -> list[Figure]:
         outputs = generator.generate_batch([(PROMPT, None)] * rows, sampling)
         assert all(output.tokens == tokens for output in outputs), "an output ended early"
 
-    times = median_seconds({f"{rows} x {tokens}": partial(generate, rows, tokens) for rows, tokens in shapes}, rounds)
+    times = median_seconds(
+        {f"{rows} x {tokens}": partial(generate, rows, tokens) for rows, tokens in shapes}, rounds
+    )
     return [
         figure(f"{rows} x {tokens} tokens, float32", rows * tokens / times[f"{rows} x {tokens}"], "tokens/s")
         for rows, tokens in shapes

@@ -27,10 +27,14 @@ def run(rounds: int) -> list[Figure]:
         for number, shape in enumerate(SHAPES):
             base = f"{folder}/{number}"
             larger.make(base, shape)
-            runs = [larger.step(base, {"dtype": "float32", "gradient_checkpointing": "off"}) for _ in range(rounds)]
+            runs = [
+                larger.step(base, {"dtype": "float32", "gradient_checkpointing": "off"}) for _ in range(rounds)
+            ]
             seconds, peak = (statistics.median(run[name] for run in runs) for name in ("seconds", "peak"))
             note = f"{peak / 1e9:.2f} GB at most"
-            figures.append(figure(f"{runs[0]['parameters'] / 1e6:.0f} million parameters", seconds, "s per step", note))
+            figures.append(
+                figure(f"{runs[0]['parameters'] / 1e6:.0f} million parameters", seconds, "s per step", note)
+            )
             print(figures[-1], file=sys.stderr, flush=True)
         for processes, threads, script in PROCESSES:
             plans = [_plan(f"{folder}/0", processes, threads, script) for _ in range(rounds)]
@@ -39,7 +43,9 @@ def run(rounds: int) -> list[Figure]:
             )
             note = f"a step exchanges {size / 1e6:.1f} MB of gradients" if processes > 1 else ""
             sharded = ", sharded base" if script == SPLIT else ""
-            figures.append(figure(f"{processes} processes, {threads} threads each{sharded}", speed, "tokens/s", note))
+            figures.append(
+                figure(f"{processes} processes, {threads} threads each{sharded}", speed, "tokens/s", note)
+            )
             print(figures[-1], file=sys.stderr, flush=True)
     return figures
 

@@ -63,8 +63,12 @@ def train_once(settings: dict[str, Any], seed: int) -> tuple[float, float, float
     initialize = initialization.initialize
     init_seconds: list[float] = []
     with quiet_transformers():
-        initialization.initialize = lambda *arguments: init_seconds.append(seconds(partial(initialize, *arguments)))
-        setup = prepare_training(TrainConfig.model_validate(common | settings | {"max_steps": STEPS, "seed": seed}))
+        initialization.initialize = lambda *arguments: init_seconds.append(
+            seconds(partial(initialize, *arguments))
+        )
+        setup = prepare_training(
+            TrainConfig.model_validate(common | settings | {"max_steps": STEPS, "seed": seed})
+        )
         initialization.initialize = initialize
     with setup.model.disable_adapter():
         base_loss = evaluation.measure_base_loss(setup.base, setup.held_out).loss

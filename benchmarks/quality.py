@@ -65,7 +65,9 @@ def _ours(minutes: float, dtype: str) -> tuple[float, float, float]:
         command += ["--eval-rows", str(ROWS), "--name", "quality"]
         command += ["--adapters-dir", f"{folder}/adapters", "--runs-dir", f"{folder}/runs"]
         start = time.perf_counter()
-        done = subprocess.run([*command, "--dtype", dtype, "--json"], check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            [*command, "--dtype", dtype, "--json"], check=True, stdout=subprocess.PIPE, text=True
+        )
         whole = time.perf_counter() - start
         facts = json.loads(done.stdout)
     return facts["result"]["loss"], facts["run"]["seconds"], whole

@@ -41,7 +41,9 @@ class Clock(TrainerCallback):
         self.waiting: deque[int] = deque()  # tokens of batches that were prefetched
         self.start = 0.0
 
-    def counting(self, collate: Callable[[Any], dict[str, torch.Tensor]]) -> Callable[[Any], dict[str, torch.Tensor]]:
+    def counting(
+        self, collate: Callable[[Any], dict[str, torch.Tensor]]
+    ) -> Callable[[Any], dict[str, torch.Tensor]]:
         def count(rows: Any) -> dict[str, torch.Tensor]:
             batch = collate(rows)
             mask = batch.get("attention_mask")
@@ -62,7 +64,9 @@ class Clock(TrainerCallback):
             control.should_training_stop = True
 
 
-def plain(model: Any, tokenizer: Any, texts: list[str], steps: int, *, length: int = 512, batch: int = 8) -> Clock:
+def plain(
+    model: Any, tokenizer: Any, texts: list[str], steps: int, *, length: int = 512, batch: int = 8
+) -> Clock:
     """Trainer and PEFT: every text padded to `length`."""
     wrapped = get_peft_model(model, _lora())
     return _stock(wrapped, tokenizer, texts, steps, length=length, batch=batch, rate=1e-3, limit=None)
@@ -106,7 +110,9 @@ def _stock(
 ) -> Clock:
     clock = Clock(limit)
     rows = Dataset.from_dict({"text": texts}).map(
-        lambda batch_rows: tokenizer(batch_rows["text"], truncation=True, padding="max_length", max_length=length),
+        lambda batch_rows: tokenizer(
+            batch_rows["text"], truncation=True, padding="max_length", max_length=length
+        ),
         batched=True,
         remove_columns=["text"],
     )

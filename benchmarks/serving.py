@@ -122,7 +122,9 @@ def _expected(folders: list[Path]) -> Expected:
     """
     expected: Expected = {}
     for adapters_dir in folders:
-        generator = Generator(adapters_dir=adapters_dir, options=ModelOptions(base=EMBEDDED_BASE, dtype="float32"))
+        generator = Generator(
+            adapters_dir=adapters_dir, options=ModelOptions(base=EMBEDDED_BASE, dtype="float32")
+        )
         for name in generator.library.names():
             for prompt in PROMPTS:
                 sequence = Sequence(
@@ -231,7 +233,9 @@ async def _send(
                 tokens = event["usage"]["completion_tokens"]
     result.wrong += not any(text.startswith(prefix) for prefix in expected[model, prompt])
     result.outputs += 1
-    result.tokens += tokens * in_time / max(len(text), 1)  # unfinished outputs count by the share received in time
+    result.tokens += (
+        tokens * in_time / max(len(text), 1)
+    )  # unfinished outputs count by the share received in time
     result.first.append(first or time.monotonic() - began)
 
 

@@ -49,9 +49,17 @@ def run(rounds: int) -> list[Figure]:
 def _pretrain(folder: Path, width: int, seed: int) -> str:
     """Save a base of four layers that was trained on `STEPS` batches of reviews."""
     embedded = find_base(EMBEDDED_BASE)
-    common: dict[str, Any] = {"base": EMBEDDED_BASE, "max_length": LENGTH, "max_steps": 1, "eval_rows": 2, "rank": 1}
+    common: dict[str, Any] = {
+        "base": EMBEDDED_BASE,
+        "max_length": LENGTH,
+        "max_steps": 1,
+        "eval_rows": 2,
+        "rank": 1,
+    }
     with quiet_transformers():
-        setup = prepare_training(TrainConfig.model_validate(REVIEWS | common | {"max_rows": None, "device": "cpu"}))
+        setup = prepare_training(
+            TrainConfig.model_validate(REVIEWS | common | {"max_rows": None, "device": "cpu"})
+        )
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(setup.base.tokenizer),

@@ -29,14 +29,21 @@ def run(rounds: int) -> list[Figure]:
         _write_rows(path)
         config = TrainConfig(dataset=str(path), streaming=True)
         counts, process = RowCounts(), psutil.Process()
-        stream = StreamingDataset(config, load_tokenizer(find_base(EMBEDDED_BASE)), frozenset(), counts, StreamState())
+        stream = StreamingDataset(
+            config, load_tokenizer(find_base(EMBEDDED_BASE)), frozenset(), counts, StreamState()
+        )
         start, next_report = time.perf_counter(), REPORT_EVERY
         for taken, _ in enumerate(stream, 1):
             stream.state_at(taken)  # as each checkpoint does
             if counts.read >= next_report:
                 rate = counts.read / (time.perf_counter() - start)
                 figures.append(
-                    figure(f"after {next_report:,} rows", process.memory_info().rss / 1e6, "MB", f"{rate:,.0f} rows/s")
+                    figure(
+                        f"after {next_report:,} rows",
+                        process.memory_info().rss / 1e6,
+                        "MB",
+                        f"{rate:,.0f} rows/s",
+                    )
                 )
                 next_report += REPORT_EVERY
             if next_report > ROWS or stream.state_at(taken).epoch:

@@ -59,14 +59,18 @@ def run(rounds: int) -> list[Figure]:
                 figure(f"{shape}: {way}, peak memory", memory[way] / 1e9, "GB", what),
             ]
         share = speed["ours"] / speed["floor"]
-        figures.append(figure(f"{shape}: bare products", speed["floor"], "tokens/s", f"ours gets {share:.2f} of it"))
+        figures.append(
+            figure(f"{shape}: bare products", speed["floor"], "tokens/s", f"ours gets {share:.2f} of it")
+        )
         share = memory["ours"] / memory["plain"]
         figures.append(figure(f"{shape}: memory, ours of plain", share, "", "must be at most 0.25"))
     return figures
 
 
 def _in_a_process(way: str, shape: str) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-m", __name__, way, shape], check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, way, shape], check=True, stdout=subprocess.PIPE, text=True
+    )
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -81,7 +85,9 @@ def base_of(shape: str, place: Path) -> str:
     return str(place)
 
 
-def _ours(name: str, place: Path, dtype: str, steps: int = STEPS, **changes: Any) -> tuple[list[float], list[int]]:
+def _ours(
+    name: str, place: Path, dtype: str, steps: int = STEPS, **changes: Any
+) -> tuple[list[float], list[int]]:
     """Train. Returns seconds and predictions of each step."""
     settings: dict[str, Any] = {
         "batch_size": 1,

@@ -68,7 +68,8 @@ METHODS: dict[MethodName, MethodInfo] = {
     "dora": MethodInfo(2e-3, "When slightly better results at the same rank justify steps that take 50% longer."),
     "lora+": MethodInfo(1e-3, "B learns faster than A: the largest gain on program code. Saved as a plain LoRA."),
     "pissa": MethodInfo(
-        2.5e-4, "Starts from the largest singular directions of the base. Saved as a plain LoRA of twice the rank."
+        2.5e-4,
+        "Starts from the largest singular directions of the base. Saved as a plain LoRA of twice the rank.",
     ),
     "eva": MethodInfo(
         5e-4,
@@ -90,7 +91,9 @@ def _setting(
         flag: name of the option on the command line, unless it is that of the field.
         bounds: further arguments of pydantic's Field.
     """
-    return Field(default, description=text, json_schema_extra={"panel": panel, "shown": shown, "flag": flag}, **bounds)
+    return Field(
+        default, description=text, json_schema_extra={"panel": panel, "shown": shown, "flag": flag}, **bounds
+    )
 
 
 class _Settings(BaseModel):
@@ -132,7 +135,9 @@ class TrainConfig(_Settings):
     )
     subset: str | None = _setting(None, "Subset (configuration) of a Hub dataset.", "Data")
     split: str = _setting("train", "Split of a Hub dataset.", "Data")
-    text_column: str | None = _setting(None, "Column that contains the text.", "Data", "text, or the only text column")
+    text_column: str | None = _setting(
+        None, "Column that contains the text.", "Data", "text, or the only text column"
+    )
     where: list[str] = _setting(
         [], "Keep only rows with this value, as COLUMN=VALUE. Repeat it for more values or columns.", "Data"
     )
@@ -148,21 +153,31 @@ class TrainConfig(_Settings):
         "How to split txt files. auto: at blank lines if the first 1,000 lines have any, else at each line.",
         "Data",
     )
-    keep_lines: bool = _setting(False, "Keep line breaks, as in poems; otherwise each text becomes one line.", "Data")
+    keep_lines: bool = _setting(
+        False, "Keep line breaks, as in poems; otherwise each text becomes one line.", "Data"
+    )
     streaming: bool = _setting(
-        False, "Read rows during training, for data that exceeds memory or disk. Duplicates are not removed.", "Data"
+        False,
+        "Read rows during training, for data that exceeds memory or disk. Duplicates are not removed.",
+        "Data",
     )
     shuffle_buffer: int = _setting(
         10_000, "Rows that are shuffled and packed together with --streaming.", "Data", ge=1, le=MAX_COUNT
     )
     max_length: int = _setting(512, "Maximum tokens of a training row.", "Data", ge=8)
     long_rows: Literal["truncate", "chunk"] = _setting(
-        "truncate", "Rows over --max-length. truncate: drop the rest; chunk: train on the rest as further rows.", "Data"
+        "truncate",
+        "Rows over --max-length. truncate: drop the rest; chunk: train on the rest as further rows.",
+        "Data",
     )
     packing: bool = _setting(
-        True, "Pack several short rows into one sequence, each with its own attention, instead of padding.", "Data"
+        True,
+        "Pack several short rows into one sequence, each with its own attention, instead of padding.",
+        "Data",
     )
-    split_salt: str = _setting("lora_tuner", "Change this to get a different held-out split.", "Data", min_length=1)
+    split_salt: str = _setting(
+        "lora_tuner", "Change this to get a different held-out split.", "Data", min_length=1
+    )
     eval_rows: int = _setting(200, "Maximum number of held-out rows to evaluate on.", "Data", ge=2)
     eval_dataset: str | None = _setting(
         None,
@@ -251,7 +266,9 @@ class TrainConfig(_Settings):
     schedule: Literal["linear", "cosine", "constant"] = _setting(
         "linear", "Learning rate schedule after the warmup.", "Training"
     )
-    warmup: float = _setting(0.05, "Fraction of the steps in which the learning rate rises.", "Training", ge=0, lt=1)
+    warmup: float = _setting(
+        0.05, "Fraction of the steps in which the learning rate rises.", "Training", ge=0, lt=1
+    )
     weight_decay: float = _setting(0.0, "Weight decay of AdamW.", "Training", ge=0, allow_inf_nan=False)
     max_grad_norm: float = _setting(1.0, "Clip gradients to this norm.", "Training", gt=0, allow_inf_nan=False)
     eval_every: int | None = _setting(
@@ -430,14 +447,22 @@ class SamplingParams(_Settings):
 class ServerConfig(_Settings):
     """Address and limits of the server."""
 
-    host: str = _setting("127.0.0.1", "Address to listen on; all but loopback addresses need --api-key.", "Serving")
+    host: str = _setting(
+        "127.0.0.1", "Address to listen on; all but loopback addresses need --api-key.", "Serving"
+    )
     port: int = _setting(8000, "Port to listen on; 0 for any free port.", "Serving", ge=0, le=65535)
     api_key: str | None = _setting(
         None, "API key that clients must send.", "Serving", "LORA_TUNER_API_KEY, if that is set", min_length=8
     )
-    max_batch: int = _setting(64, "Maximum number of outputs generated at the same time.", "Serving", ge=1, le=1024)
+    max_batch: int = _setting(
+        64, "Maximum number of outputs generated at the same time.", "Serving", ge=1, le=1024
+    )
     max_waiting: int = _setting(
-        256, "Maximum number of outputs in the queue; further requests get status 429.", "Serving", ge=1, le=100_000
+        256,
+        "Maximum number of outputs in the queue; further requests get status 429.",
+        "Serving",
+        ge=1,
+        le=100_000,
     )
     max_resident: int = _setting(
         64, "Maximum number of adapters in memory; the least recently used are unloaded.", "Serving", ge=1
@@ -514,7 +539,9 @@ class _StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
-            raise ValueError(f"line {event.start_mark.line + 1}: *{event.anchor} is an alias: write its value out")
+            raise ValueError(
+                f"line {event.start_mark.line + 1}: *{event.anchor} is an alias: write its value out"
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:

@@ -79,7 +79,9 @@ def init_process_group(device: str) -> None:
         raise TrainingError(
             f"ACCELERATE_DYNAMO_BACKEND={compiler} is not supported with several processes: set it to no."
         )
-    if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+    if missing := [
+        name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
+    ]:
         raise TrainingError(
             f"WORLD_SIZE announces {expected_world_size()} processes, but {missing[0]} is not set, so they cannot "
             f"connect: {_LAUNCH}, or unset WORLD_SIZE to train with one."

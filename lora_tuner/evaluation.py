@@ -96,7 +96,9 @@ class GainMatrix:
         return {
             "base": self.base,
             "sets": [{"name": rows.name, "rows": len(rows.texts), "missing": rows.missing} for rows in self.sets],
-            "adapters": [_adapter_dict(name, cells) for name, cells in zip(self.adapters, self.cells, strict=True)],
+            "adapters": [
+                _adapter_dict(name, cells) for name, cells in zip(self.adapters, self.cells, strict=True)
+            ],
         }
 
 
@@ -166,7 +168,9 @@ def held_out_losses(
         AdapterError: an adapter is damaged or replaced meanwhile, or its loss is not finite.
     """
     encoded_sets = [access(partial(encode_held_out, base, rows.texts)) for rows in sets]
-    base_losses = [measure_base_loss(base, encoded, notify, access) if encoded else None for encoded in encoded_sets]
+    base_losses = [
+        measure_base_loss(base, encoded, notify, access) if encoded else None for encoded in encoded_sets
+    ]
     multi_lora = MultiLora(base)
     losses: list[list[LossPair | None]] = []
     for number, (name, adapter) in enumerate(adapters.items(), 1):
@@ -211,7 +215,9 @@ def encode_held_out(base: LoadedBase, texts: Sequence[str]) -> list[TokenIds]:
     out.
     """
     max_tokens = min(HELD_OUT_MAX_TOKENS, base.max_context)
-    rows, _ = tokenization.truncate(tokenization.encode_texts(base.tokenizer, texts, max_tokens=max_tokens), max_tokens)
+    rows, _ = tokenization.truncate(
+        tokenization.encode_texts(base.tokenizer, texts, max_tokens=max_tokens), max_tokens
+    )
     return [row for row in rows if tokenization.count_predictions(row)]
 
 
@@ -291,10 +297,13 @@ def paired_gain(base: HeldOutLoss, adapter: HeldOutLoss) -> EvalResult:
     differences = [before - after for before, after in zip(base.nll, adapter.nll, strict=True)]
     gain = math.fsum(differences) / total
     squares = [
-        (difference - gain * tokens) ** 2 for difference, tokens in zip(differences, base.predictions, strict=True)
+        (difference - gain * tokens) ** 2
+        for difference, tokens in zip(differences, base.predictions, strict=True)
     ]
     error = math.sqrt(math.fsum(squares) * count / (count - 1)) / total if count > 1 else 0.0
-    return EvalResult(base_loss=base.loss, loss=adapter.loss, gain=gain, standard_error=error, rows=count, tokens=total)
+    return EvalResult(
+        base_loss=base.loss, loss=adapter.loss, gain=gain, standard_error=error, rows=count, tokens=total
+    )
 
 
 def cache_adapter_loss(base: LoadedBase, rows: Sequence[TokenIds], adapter: Adapter, loss: HeldOutLoss) -> None:
@@ -360,7 +369,9 @@ def notify_eval_rows(adapters: Sequence[Adapter], notify: EventHandler) -> None:
         notify(eval_dataset_notice(name))
     if len({data.split_salt for data in datasets}) > 1:
         notify(
-            Notice("The adapters differ in --split-salt, so one may have been trained on rows that another holds out.")
+            Notice(
+                "The adapters differ in --split-salt, so one may have been trained on rows that another holds out."
+            )
         )
 
 
@@ -451,8 +462,12 @@ def _cached_loss(path: Path, rows: Sequence[TokenIds]) -> HeldOutLoss | None:
     """The loss in a cache file; None where the file is missing, damaged or of other rows."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         cached = json.loads(path.read_text(encoding="utf-8"))
-        loss = HeldOutLoss([float(value) for value in cached["nll"]], [int(value) for value in cached["predictions"]])
-        if loss.predictions == [tokenization.count_predictions(row) for row in rows] and len(loss.nll) == len(rows):
+        loss = HeldOutLoss(
+            [float(value) for value in cached["nll"]], [int(value) for value in cached["predictions"]]
+        )
+        if loss.predictions == [tokenization.count_predictions(row) for row in rows] and len(loss.nll) == len(
+            rows
+        ):
             return loss
     return None
 

@@ -158,7 +158,11 @@ def _damaged_file(repo: str, start: float) -> str | None:
     for blob in Path(constants.HF_HUB_CACHE).glob(f"*s--{escape(repo.replace('/', '--'))}/blobs/*"):
         with contextlib.suppress(FileNotFoundError):  # another process deletes it
             size, changed = blob.stat().st_size, blob.stat().st_mtime
-            if blob.is_symlink() or changed < start - 2 or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
+            if (
+                blob.is_symlink()
+                or changed < start - 2
+                or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name)
+            ):
                 continue
             digest = hashlib.sha256() if len(blob.name) == 64 else hashlib.sha1(b"blob %d\0" % size)
             with blob.open("rb") as file:
@@ -245,7 +249,9 @@ def hub_error_message(error: Exception, repo: str, *, writing: bool = False) -> 
         reason = f"the connection was lost ({str(first).rstrip('.') or type(first).__name__}). Try again."
     elif "TooManyRedirects" in names:
         reason = f"it redirects without end: {_CAPTIVE_PORTAL}."
-    elif names & {"JSONDecodeError", "FileMetadataError"} or isinstance(error, AssertionError | KeyError | TypeError):
+    elif names & {"JSONDecodeError", "FileMetadataError"} or isinstance(
+        error, AssertionError | KeyError | TypeError
+    ):
         reason = f"the response is not from the Hub: {_CAPTIVE_PORTAL}."
     else:
         lines = str(first).splitlines() or [repr(first)]
@@ -362,5 +368,7 @@ def upload_files(folder: Path, repo: str, names: Sequence[str], *, private: bool
         raise HubError(f"{repo} is public: make it private on its Hub page first, or leave --private out.")
     with hub_request(repo, writing=True):
         return str(
-            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns=list(names))
+            api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns=list(names)
+            )
         )

@@ -8,7 +8,18 @@ from typing import Any
 
 LFS_POINTER = b"version https://git-lfs"  # start of a file that a clone without git-lfs has instead
 _MAX_HEADER_BYTES = 5_000_000  # enough for 15,000 adapted layers; parsed it takes up to 30 times as much memory
-_DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I8": 1, "I16": 2, "I32": 4, "I64": 8, "U8": 1, "BOOL": 1}
+_DTYPE_BYTES = {
+    "BF16": 2,
+    "F16": 2,
+    "F32": 4,
+    "F64": 8,
+    "I8": 1,
+    "I16": 2,
+    "I32": 4,
+    "I64": 8,
+    "U8": 1,
+    "BOOL": 1,
+}
 TensorEntry = tuple[str, list[int], int, int]  # dtype, shape, begin, end
 
 

@@ -18,7 +18,9 @@ def _without_folders(name: str) -> str:
     path = Path(os.path.expanduser(name))
     # A Hub id has at most two parts and does not begin with a dot; everything else was a path.
     is_local = path.is_absolute() or len(path.parts) > 2 or name.startswith((".", "~")) or os.path.exists(path)
-    return os.path.basename(os.path.abspath(path)) if name and (is_local or path.suffix in DATA_EXTENSIONS) else name
+    return (
+        os.path.basename(os.path.abspath(path)) if name and (is_local or path.suffix in DATA_EXTENSIONS) else name
+    )
 
 
 def escape_control(text: str) -> str:

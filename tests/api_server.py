@@ -32,9 +32,9 @@ def write_adapter(adapters_dir, name, base, seed, base_info=None):
     random = np.random.default_rng(seed)
     shapes = {"A": (4, 32), "B": (96, 4)}
     weights = {
-        f"base_model.model.transformer.h.{layer}.attn.c_attn.lora_{part}.weight": random.normal(0, 0.3, shape).astype(
-            "f4"
-        )
+        f"base_model.model.transformer.h.{layer}.attn.c_attn.lora_{part}.weight": random.normal(
+            0, 0.3, shape
+        ).astype("f4")
         for layer in (0, 1)
         for part, shape in shapes.items()
     }

@@ -14,7 +14,12 @@ from lora_tuner.models import lora
 from . import tiny_models
 
 ARCHITECTURES = {"gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
-SEEDS = {"gpt2": 50, "llama": 67, "mistral": 195, "qwen2": 55}  # of adapters for which greedy decoding has no near ties
+SEEDS = {
+    "gpt2": 50,
+    "llama": 67,
+    "mistral": 195,
+    "qwen2": 55,
+}  # of adapters for which greedy decoding has no near ties
 LAYERS = dict.fromkeys(SEEDS, ("q_proj", "layers.1.mlp.down_proj")) | {"gpt2": ("attn.c_attn", "1.mlp.c_proj")}
 SHAPE = {
     "vocab_size": 320,
@@ -96,7 +101,9 @@ def convert(folder, out):
         if kind == "llama" and (".q_proj." in name or ".k_proj." in name):
             heads = config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
             halves = values.reshape(heads, 2, -1, values.shape[-1])
-            values = np.concatenate([np.stack(list(head), axis=1).reshape(-1, values.shape[-1]) for head in halves])
+            values = np.concatenate(
+                [np.stack(list(head), axis=1).reshape(-1, values.shape[-1]) for head in halves]
+            )
         module, _, part = name.rpartition(".")
         writer.add_tensor(f"{names.get_name(module)}.{part}", np.ascontiguousarray(values))
     writer.write_header_to_file()

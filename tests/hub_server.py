@@ -140,7 +140,9 @@ class _Handler(BaseHTTPRequestHandler):
         repo, last = None, hub.repos.get(key)
         if last is None or (last.private and not self._token()):
             fail(self, 404, "RepoNotFound", "Repository not found")
-        elif (repo := last if revision in ("main", "refs/heads/main") else hub.commits.get((key, revision))) is None:
+        elif (
+            repo := last if revision in ("main", "refs/heads/main") else hub.commits.get((key, revision))
+        ) is None:
             fail(self, 404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return repo
 
@@ -158,7 +160,9 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{request.get('organization') or 'user'}/{request['name']}"
         exists = f"models/{name}" in hub.repos
         if not exists:
-            hub.commit(f"models/{name}", {}, request.get("visibility") == "private" or request.get("private") is True)
+            hub.commit(
+                f"models/{name}", {}, request.get("visibility") == "private" or request.get("private") is True
+            )
         answer = {"url": f"{hub.url}/{name}", "name": name}
         if exists:
             answer["error"] = "You already created this model repo"
@@ -267,7 +271,9 @@ class Hub:
         self.blobs: dict[str, bytes] = {}  # large files by sha256, uploaded but perhaps not committed
         self._place = tempfile.TemporaryDirectory()
         self.requests: list[str] = []  # "GET /path" without the query, in order of arrival
-        self.fault: Callable[[BaseHTTPRequestHandler], bool] | None = None  # returns True if it has sent a response
+        self.fault: Callable[[BaseHTTPRequestHandler], bool] | None = (
+            None  # returns True if it has sent a response
+        )
         self.closed = threading.Event()  # set at the end; hang with: lambda _: hub.closed.wait(60)
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.hub = self
@@ -288,7 +294,10 @@ class Hub:
     def commit(self, key: str, new: Mapping[str, bytes | None], private: bool = False) -> Repo:
         """Add, replace or (None) delete files of a repository, which is created if it is missing."""
         if last := self.repos.get(key):
-            new, private = {name: path.read_bytes() for name, path in last.files.items()} | dict(new), last.private
+            new, private = (
+                {name: path.read_bytes() for name, path in last.files.items()} | dict(new),
+                last.private,
+            )
         folder = Path(tempfile.mkdtemp(dir=self._place.name))
         for name, blob in new.items():
             if blob is None:
@@ -304,4 +313,8 @@ class Hub:
         drop = ("HF_", "HUGGING", "TRANSFORMERS_OFFLINE", "TRANSFORMERS_CACHE")
         env = {k: v for k, v in os.environ.items() if not k.startswith(drop) and "_PROXY" not in k.upper()}
         env |= {"HF_ENDPOINT": self.url, "HF_HOME": str(home / "huggingface")}
-        return env | {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1,localhost"}
+        return env | {
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1,localhost",
+        }

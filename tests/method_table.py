@@ -67,7 +67,9 @@ class Trial:
         convert_blend.blend([(self.adapter, 0.5)], "blended", self.library, options=ModelOptions(device="cpu"))
 
     def compress(self) -> None:
-        compress.compress(self.adapter, "compressed", self.library, energy=0.9, options=ModelOptions(device="cpu"))
+        compress.compress(
+            self.adapter, "compressed", self.library, energy=0.9, options=ModelOptions(device="cpu")
+        )
 
     def export(self) -> None:
         export_gguf.to_gguf(self.adapter, self.folder / "one.gguf")

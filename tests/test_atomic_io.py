@@ -21,7 +21,8 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 def content(folder):
     """Return relative path -> text for everything under a folder; None for folders."""
     return {
-        str(path.relative_to(folder)): None if path.is_dir() else path.read_text() for path in sorted(folder.rglob("*"))
+        str(path.relative_to(folder)): None if path.is_dir() else path.read_text()
+        for path in sorted(folder.rglob("*"))
     }
 
 
@@ -335,11 +336,19 @@ def written(path, header, payload=b""):
 
 
 def entry(begin, end, shape=None, dtype="F32"):
-    return {"dtype": dtype, "shape": [(end - begin) // 4] if shape is None else shape, "data_offsets": [begin, end]}
+    return {
+        "dtype": dtype,
+        "shape": [(end - begin) // 4] if shape is None else shape,
+        "data_offsets": [begin, end],
+    }
 
 
 def test_safetensors_header_of_real_file(tmp_path):
-    tensors = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.zeros((4, 0), np.float16), "c": np.int64(7)}
+    tensors = {
+        "b": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "a": np.zeros((4, 0), np.float16),
+        "c": np.int64(7),
+    }
     tensors = {name: np.asarray(value) for name, value in tensors.items()}
     path = tmp_path / "x.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})

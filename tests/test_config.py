@@ -128,7 +128,10 @@ def test_one_or_no_stop_rule_allowed():
 def test_patience_needs_eval_every():
     assert refusal({"patience": 2}) == "patience needs eval_every: it counts evaluations"
     assert resolve_settings(TrainConfig, {"patience": 2, "eval_every": 5}).patience == 2
-    assert refusal({"patience": 2, "eval_every": 0}) == "eval_every: input should be greater than or equal to 1 (got 0)"
+    assert (
+        refusal({"patience": 2, "eval_every": 0})
+        == "eval_every: input should be greater than or equal to 1 (got 0)"
+    )
 
 
 def test_default_alpha_is_twice_rank():
@@ -228,7 +231,9 @@ def test_broken_file_is_named(run_yaml, text, why):
 def test_missing_or_non_utf8_file_refused(tmp_path):
     assert refusal({}, file=tmp_path / "none.yaml") == f"There is no file {tmp_path / 'none.yaml'}."
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9")
-    assert refusal({}, file=tmp_path / "latin.yaml").startswith(f"{tmp_path / 'latin.yaml'} cannot be read as YAML: ")
+    assert refusal({}, file=tmp_path / "latin.yaml").startswith(
+        f"{tmp_path / 'latin.yaml'} cannot be read as YAML: "
+    )
 
 
 def test_non_text_key_is_refused(run_yaml):
@@ -242,7 +247,13 @@ def test_non_text_key_is_refused(run_yaml):
         {},
         {"max_steps": 7, "where": ["label=1", "source=a: b"], "learning_rate": 1e-7, "packing": False},
         {"dataset": "кино.csv", "name": "n", "adapters_dir": Path("a b") / "c", "max_rows": 5, "minutes": 0.1},
-        {"dataset": "a\n b: #c", "split_salt": "1e-3", "text_column": "null", "base": "~", "revision": "2024-01-01"},
+        {
+            "dataset": "a\n b: #c",
+            "split_salt": "1e-3",
+            "text_column": "null",
+            "base": "~",
+            "revision": "2024-01-01",
+        },
         {"split_salt": "yes", "text_column": " padded ", "where": ["x='\"\t", "y=[]"], "seed": 2**32 - 1},
     ],
 )
@@ -264,7 +275,9 @@ def test_yaml_omits_none():
 
 # Files of earlier versions
 
-OLD_KEYS = "rows: 50\nbuffer: 7\nstreaming: false\ntargets: c_attn\naccumulation: 3\nclip: 0.5\ncheckpointing: 'on'\n"
+OLD_KEYS = (
+    "rows: 50\nbuffer: 7\nstreaming: false\ntargets: c_attn\naccumulation: 3\nclip: 0.5\ncheckpointing: 'on'\n"
+)
 
 
 def test_old_run_yaml_resolves_to_new_settings(run_yaml):

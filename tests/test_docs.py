@@ -113,7 +113,8 @@ def test_openai_example_runs(gpt2, tmp_path, capsys):
     with api_server.serving(gpt2, tmp_path / "adapters") as served:
         exec(example.replace("http://localhost:8000", served.url))
     assert (
-        capsys.readouterr().out == api_server.greedy(gpt2, tmp_path / "adapters", "praise", "This film", 40).text + "\n"
+        capsys.readouterr().out
+        == api_server.greedy(gpt2, tmp_path / "adapters", "praise", "This film", 40).text + "\n"
     )
 
 
@@ -140,14 +141,18 @@ def test_architecture_names_every_module():
 
 def test_flows_name_existing_functions():
     flows = read_page("ARCHITECTURE.md").partition("## Flows")[2].partition("## ")[0]
-    sources = {f"/{path.relative_to(PACKAGE).with_suffix('')}": path.read_text() for path in PACKAGE.rglob("*.py")}
+    sources = {
+        f"/{path.relative_to(PACKAGE).with_suffix('')}": path.read_text() for path in PACKAGE.rglob("*.py")
+    }
     names = re.findall(r"\b(?:\w+\.)+(?!yaml)\w+", flows)
     assert len(names) > 20
     for name in names:
         *_, owner, last = name.split(".")
         if any(module.endswith("/" + name.replace(".", "/")) for module in sources):
             continue
-        homes = [text for module, text in sources.items() if module.endswith(f"/{owner}") or f"\nclass {owner}" in text]
+        homes = [
+            text for module, text in sources.items() if module.endswith(f"/{owner}") or f"\nclass {owner}" in text
+        ]
         assert any(re.search(rf"(def|class) {last}\b", text) for text in homes), name
 
 

@@ -49,7 +49,11 @@ def workspace(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cli(workspace, caches):
-    env = os.environ | {"LORA_TUNER_CACHE": str(caches / "own"), "HF_HOME": str(caches / "hf"), "HF_HUB_OFFLINE": "1"}
+    env = os.environ | {
+        "LORA_TUNER_CACHE": str(caches / "own"),
+        "HF_HOME": str(caches / "hf"),
+        "HF_HUB_OFFLINE": "1",
+    }
 
     def run(*arguments):
         done = subprocess.run(
@@ -69,7 +73,18 @@ def cli(workspace, caches):
 
 @pytest.fixture(scope="module")
 def trained(cli):
-    short = ["--max-steps", "6", "--max-length", "96", "--max-rows", "400", "--eval-rows", "3", "--batch-size", "2"]
+    short = [
+        "--max-steps",
+        "6",
+        "--max-length",
+        "96",
+        "--max-rows",
+        "400",
+        "--eval-rows",
+        "3",
+        "--batch-size",
+        "2",
+    ]
     return cli("train", "--rank", "8", *short)
 
 
@@ -162,7 +177,10 @@ def test_embedded_base_matches_llama_cpp(user, smollm2, tmp_path):
     adapter = load_adapter_folder(adapter_files.write(tmp_path / "small", config, weights))
     exported = to_gguf(adapter, tmp_path / "small.gguf")
     quantized, exact = (gguf_base.LlamaCpp(file, exported.path) for file in smollm2)
-    prompt, greedy = "The capital of France is", SamplingParams(greedy=True, max_new_tokens=8, repetition_penalty=1.0)
+    prompt, greedy = (
+        "The capital of France is",
+        SamplingParams(greedy=True, max_new_tokens=8, repetition_penalty=1.0),
+    )
     text, _ = exact.greedy(prompt, 8)
     assert text == Generator(adapter.path, options=ModelOptions(device="cpu")).generate(prompt, greedy).text
     assert exact.greedy(prompt, 8, scale=0.0)[0] != text

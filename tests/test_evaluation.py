@@ -115,7 +115,8 @@ def styles():
         "noir": tiny_models.reviews(60),
         "verse": [f"{text.replace('. ', ', ')} o!" for text in tiny_models.reviews(50, seed=1)],
         "notes": [
-            f"{number} - {' '.join(text.split()[::-1])}" for number, text in enumerate(tiny_models.reviews(40, seed=2))
+            f"{number} - {' '.join(text.split()[::-1])}"
+            for number, text in enumerate(tiny_models.reviews(40, seed=2))
         ],
     }
 
@@ -127,7 +128,13 @@ def train_in(folder, base, names):
         patch.chdir(folder)
         for number, name in enumerate(names):
             (folder / f"{name}.json").write_text(json.dumps(styles()[name]))
-            settings = {"rank": 4, "max_steps": 3, "max_length": 64, "learning_rate": 0.02, "eval_rows": 6 + number}
+            settings = {
+                "rank": 4,
+                "max_steps": 3,
+                "max_length": 64,
+                "learning_rate": 0.02,
+                "eval_rows": 6 + number,
+            }
             train(TrainConfig(dataset=f"{name}.json", base=str(base), device="cpu", batch_size=4, **settings))
     return folder
 
@@ -247,7 +254,10 @@ def test_missing_rows_leave_cells_empty(adapters, tmp_path, content, reason):
     assert matrix.cells[0][0].model_dump() == approx(adapters[0].manifest.result)
     with pytest.raises(AdapterError) as error:
         evaluate(adapters[1:2], options=ModelOptions(device="cpu"))
-    assert str(error.value) == f"There are no rows to evaluate on. verse: {reason}. Name a dataset with --eval-dataset."
+    assert (
+        str(error.value)
+        == f"There are no rows to evaluate on. verse: {reason}. Name a dataset with --eval-dataset."
+    )
 
 
 def test_foreign_adapter_has_no_rows(adapters, gpt2):
@@ -255,7 +265,9 @@ def test_foreign_adapter_has_no_rows(adapters, gpt2):
     events = []
     foreign = load_adapter_folder(adapters[1].path)
     matrix = evaluate([adapters[0], foreign], options=ModelOptions(device="cpu", notify=events.append))
-    assert matrix.sets[1] == EvalSet("verse", [], "it was trained by another tool, so its held-out rows are unknown")
+    assert matrix.sets[1] == EvalSet(
+        "verse", [], "it was trained by another tool, so its held-out rows are unknown"
+    )
     assert matrix.cells[1][1] is matrix.cells[0][1] is None
     assert matrix.cells[1][0].model_dump() == approx(peft_gain(gpt2, foreign, matrix.sets[0].texts))
     assert [event.text for event in events if isinstance(event, Notice)] == [
@@ -286,7 +298,9 @@ def test_changed_inputs_are_measured_anew(adapters, measured, gpt2):
 
     def cell(texts=texts, **options):
         model_options = ModelOptions(**{"device": "cpu"} | options)
-        matrix = evaluate([load_adapter_folder(adapters[0].path)], [EvalSet("five", texts)], options=model_options)
+        matrix = evaluate(
+            [load_adapter_folder(adapters[0].path)], [EvalSet("five", texts)], options=model_options
+        )
         return matrix.cells[0][0]
 
     def measured_cell(stages, **options):
@@ -381,7 +395,11 @@ def test_eval_dataset_rows_are_used(adapters, tmp_path):
 
 def test_get_all_refuses_duplicate_names(adapters, tmp_path):
     shutil.copytree(adapters[1].path, tmp_path / "elsewhere" / "noir")
-    for names in (["noir", "verse", "elsewhere/noir"], ["noir", "noir"], ["noir", tmp_path / "adapters" / "noir"]):
+    for names in (
+        ["noir", "verse", "elsewhere/noir"],
+        ["noir", "noir"],
+        ["noir", tmp_path / "adapters" / "noir"],
+    ):
         with pytest.raises(AdapterError) as error:
             Library().get_all(names)
         assert str(error.value) == "Two of these adapters have the name noir: list each once, or rename one."
@@ -427,7 +445,8 @@ def test_different_split_salts_give_notice(adapters):
     assert not [event for event in events if isinstance(event, Notice)]
     data = adapters[1].manifest.data.model_copy(update={"split_salt": "x"})
     evaluate(
-        [adapters[0], with_manifest(adapters[1], data=data)], options=ModelOptions(device="cpu", notify=events.append)
+        [adapters[0], with_manifest(adapters[1], data=data)],
+        options=ModelOptions(device="cpu", notify=events.append),
     )
     assert [event.text for event in events if isinstance(event, Notice)] == [
         "The adapters differ in --split-salt, so one may have been trained on rows that another holds out."
@@ -509,7 +528,9 @@ def test_evaluate_refuses_duplicate_names(adapters, tmp_path):
 
 def test_one_eval_row_is_refused(adapters):
     with pytest.raises(AdapterError) as error:
-        evaluate(adapters[:1], [EvalSet("x", tiny_models.reviews(5))], eval_rows=1, options=ModelOptions(device="cpu"))
+        evaluate(
+            adapters[:1], [EvalSet("x", tiny_models.reviews(5))], eval_rows=1, options=ModelOptions(device="cpu")
+        )
     assert str(error.value) == (
         "There are no rows to evaluate on. x: a standard error needs two rows. Name a dataset with --eval-dataset."
     )
@@ -520,7 +541,9 @@ def test_int8_loss_has_its_own_cache(model_folder):
     losses = []
     for dtype in ("float32", "int8", "float32"):
         base = load_base(find_base(str(model_folder)), ModelOptions(device="cpu", dtype=dtype))
-        losses.append(evaluation.measure_base_loss(base, evaluation.encode_held_out(base, tiny_models.reviews(9))).loss)
+        losses.append(
+            evaluation.measure_base_loss(base, evaluation.encode_held_out(base, tiny_models.reviews(9))).loss
+        )
     assert losses[0] == losses[2] != losses[1]
 
 
@@ -530,7 +553,9 @@ def test_pattern_order_changes_loss_key(gpt2, tmp_path):
 
     patterns = {"c_attn": 1, "0.attn.c_attn": 60}
     orders = (patterns, dict(reversed(patterns.items())))
-    written_adapters = [save_peft_adapter(gpt2, tmp_path / str(i) / "one", target_modules=["c_attn"]) for i in range(2)]
+    written_adapters = [
+        save_peft_adapter(gpt2, tmp_path / str(i) / "one", target_modules=["c_attn"]) for i in range(2)
+    ]
     for adapter, pattern in zip(written_adapters, orders, strict=True):
         config = json.loads((adapter.path / CONFIG_FILE).read_text()) | {"alpha_pattern": pattern}
         (adapter.path / CONFIG_FILE).write_text(json.dumps(config))

@@ -25,7 +25,9 @@ def repos(tmp_path_factory):
     root = tmp_path_factory.mktemp("repos")
     tiny_models.save_model(root / "model", "gpt2", context=1024)
     texts = tiny_models.reviews(300)
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])}
+    )
     rows = datasets.Dataset.from_dict({"text": texts, "label": [i % 2 for i in range(300)]}, features=features)
     (root / "data" / "plain_text").mkdir(parents=True)
     rows.to_parquet(str(root / "data" / "plain_text" / "train-00000-of-00001.parquet"))
@@ -64,9 +66,13 @@ def test_train_defaults_from_hub(repos, cli):
         assert facts["rank"] == 8
         assert facts["result"]["gain"] > 0
     # The Hub is closed now: the cache is enough.
-    text = cli(hub, "generate", "--adapter", "adapters/imdb", "--greedy", "--max-new-tokens", "5", "the actor").stdout
+    text = cli(
+        hub, "generate", "--adapter", "adapters/imdb", "--greedy", "--max-new-tokens", "5", "the actor"
+    ).stdout
     assert text.startswith("the actor")
-    again = cli(hub, "train", "--rank", "2", "--max-steps", "2", "--where", "label=pos", "--name", "praise", "--json")
+    again = cli(
+        hub, "train", "--rank", "2", "--max-steps", "2", "--where", "label=pos", "--name", "praise", "--json"
+    )
     counts = json.loads(again.stdout)["data"]["counts"]
     assert (counts["filtered"], counts["train"] + counts["held_out"]) == (150, 150)
 
@@ -81,7 +87,9 @@ def test_hub_refusals_are_one_line(repos, cli):
         )
         line = cli(hub, "train", "--revision", "v9", ok=False).stderr.splitlines()[-1]
         assert line.startswith("Error: distilbert/distilgpt2 has no such revision")
-        hub.fault = lambda handler: bool("/distilgpt2" in handler.path and not fail(handler, 403, "GatedRepo", "gated"))
+        hub.fault = lambda handler: bool(
+            "/distilgpt2" in handler.path and not fail(handler, 403, "GatedRepo", "gated")
+        )
         line = cli(hub, "train", "--base", "distilgpt2", ok=False).stderr.splitlines()[-1]
         assert line == (
             "Error: distilbert/distilgpt2 is gated: accept its terms on its Hub page, then run `hf auth login`."

@@ -18,7 +18,9 @@ def test_wheel_has_command_and_types(tmp_path):
     subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
     env = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     script = [sys.executable, tmp_path / "site" / "bin" / "lora-tuner"]
-    done = subprocess.run([*script, "--version"], env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [*script, "--version"], env=env, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert done.stdout == f"lora_tuner {version}\n"
 

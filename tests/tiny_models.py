@@ -21,7 +21,9 @@ def reviews(count: int, seed: int = 0) -> list[str]:
     }
     texts: dict[str, None] = {}
     while len(texts) < count:
-        sentences = [" ".join(draw.choice(options) for options in words.values()) for _ in range(draw.randint(1, 8))]
+        sentences = [
+            " ".join(draw.choice(options) for options in words.values()) for _ in range(draw.randint(1, 8))
+        ]
         texts[f"{draw.randint(1, 9999)}: {'. '.join(sentences)}."] = None
     return list(texts)
 

@@ -108,7 +108,9 @@ class Adapter:
 
     def parent_info(self) -> ParentInfo:
         """Describe this adapter as a parent, for the manifest of an adapter made from it."""
-        return ParentInfo(name=self.name, sha256=self.sha256, parents=self.manifest.parents if self.manifest else [])
+        return ParentInfo(
+            name=self.name, sha256=self.sha256, parents=self.manifest.parents if self.manifest else []
+        )
 
     def rank_of(self, module: str) -> int:
         """Rank of one layer, `rank_pattern` included."""
@@ -336,9 +338,16 @@ def _config_problems(config: Mapping[str, object]) -> list[str]:
                 problems.append(f"{key} is {_short_repr.repr(value)}, and only {accepted} is accepted")
         elif key not in _CONFIG_TYPES:
             problems.append(f"{key} is set, which is not supported")
-        elif not isinstance(value, _CONFIG_TYPES[key]) or (isinstance(value, bool) and bool not in _CONFIG_TYPES[key]):
-            problems.append(f"{key} is {_short_repr.repr(value)}, which has the wrong type {type(value).__name__}")
-    rank_pattern, alpha_pattern = _pattern_entries(config, "rank_pattern"), _pattern_entries(config, "alpha_pattern")
+        elif not isinstance(value, _CONFIG_TYPES[key]) or (
+            isinstance(value, bool) and bool not in _CONFIG_TYPES[key]
+        ):
+            problems.append(
+                f"{key} is {_short_repr.repr(value)}, which has the wrong type {type(value).__name__}"
+            )
+    rank_pattern, alpha_pattern = (
+        _pattern_entries(config, "rank_pattern"),
+        _pattern_entries(config, "alpha_pattern"),
+    )
     for key, entries in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
         if len(entries) > MAX_PATTERNS:  # each is tried on each layer
             return [*problems, f"{key} has {len(entries):,} keys, and at most {MAX_PATTERNS:,} are accepted"]
@@ -380,7 +389,9 @@ def _pattern_entries(config: Mapping[str, object], key: str) -> dict[str, object
 def _tensor_problems(adapter: Adapter) -> list[str]:
     """Tensors that are not LoRA weights, are incomplete, or contradict the config."""
     problems = [f"{name} is not a LoRA tensor" for name in adapter.tensors if not _TENSOR.fullmatch(name)]
-    problems += [f"{name} has dtype {dtype}" for name, (dtype, _) in adapter.tensors.items() if dtype not in _DTYPES]
+    problems += [
+        f"{name} has dtype {dtype}" for name, (dtype, _) in adapter.tensors.items() if dtype not in _DTYPES
+    ]
     if not adapter.modules:
         problems.append("it has no LoRA tensors")
     keys = max(len(adapter.config.get(key) or {}) for key in ("rank_pattern", "alpha_pattern"))

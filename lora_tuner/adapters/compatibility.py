@@ -77,16 +77,22 @@ def _check_vllm(adapter: Adapter, name: str, report: CompatibilityReport) -> Non
     elif rank > 16:
         report.notes.append(f"start vLLM with --max-lora-rank {rank}: the default is 16")
     if adapter.config.get("rank_pattern") or adapter.config.get("alpha_pattern"):
-        report.notes.append("its layers differ in rank or scale: vLLM 0.33 supports that, older versions may ignore it")
+        report.notes.append(
+            "its layers differ in rank or scale: vLLM 0.33 supports that, older versions may ignore it"
+        )
 
 
 def _check_llama_cpp(adapter: Adapter, name: str, report: CompatibilityReport) -> None:
     if adapter.config.get("use_dora"):
         report.errors.append(f"llama.cpp does not support DoRA: {_advise_merge(name)}")
     if unknown := [
-        module for module in adapter.modules if not _LLAMA_LAYER.fullmatch(module) and not _GPT2_LAYER.fullmatch(module)
+        module
+        for module in adapter.modules
+        if not _LLAMA_LAYER.fullmatch(module) and not _GPT2_LAYER.fullmatch(module)
     ]:
-        report.errors.append(f"layers such as {unknown[0]} cannot be converted for llama.cpp: {_advise_merge(name)}")
+        report.errors.append(
+            f"layers such as {unknown[0]} cannot be converted for llama.cpp: {_advise_merge(name)}"
+        )
     report.notes.append(
         f"llama.cpp loads a GGUF file (`python cli.py export {name} --to gguf --out {name}.gguf`), on a GPT-2, Llama, "
         "Mistral or Qwen2 base"
@@ -118,4 +124,6 @@ def _check_peft(adapter: Adapter, name: str, report: CompatibilityReport) -> Non
             f"weights: {rewrite}"
         )
     if initialization == "orthogonal" and any(adapter.rank_of(module) % 2 for module in adapter.modules):
-        report.errors.append(f"init_lora_weights is orthogonal, which PEFT does not support for odd ranks: {rewrite}")
+        report.errors.append(
+            f"init_lora_weights is orthogonal, which PEFT does not support for odd ranks: {rewrite}"
+        )

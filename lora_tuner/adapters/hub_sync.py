@@ -87,7 +87,11 @@ def push(adapter: Adapter, repo: str, *, private: bool = False, dry_run: bool = 
                 model_card.model_card(load_adapter_folder(folder), adapter.name), encoding="utf-8"
             )
         sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-        url = None if dry_run else hub.upload_files(folder, repo, SYNCED_FILES, private=private, message=adapter.name)
+        url = (
+            None
+            if dry_run
+            else hub.upload_files(folder, repo, SYNCED_FILES, private=private, message=adapter.name)
+        )
         return TransferResult(repo, sizes, url)
 
 
@@ -101,7 +105,9 @@ def _strip_local_paths(folder: Path, manifest: Manifest) -> None:
     base = base.model_copy(update={"name": display_name(base.name), "repo": display_name(base.repo)})
     if data is not None:
         names = {"name": data.name, "source": data.source, "eval_dataset": data.eval_dataset}
-        data = data.model_copy(update={key: display_name(name) for key, name in names.items() if name is not None})
+        data = data.model_copy(
+            update={key: display_name(name) for key, name in names.items() if name is not None}
+        )
     if weights is not None:
         weights = weights.model_copy(update={"config": atomic_io.sha256_file(folder / CONFIG_FILE)})
     public = manifest.model_copy(update={"base": base, "data": data, "weights": weights})
@@ -111,8 +117,12 @@ def _strip_local_paths(folder: Path, manifest: Manifest) -> None:
             settings = read_settings(folder / RUN_FILE)
         except ConfigError as error:
             raise AdapterError(f"{folder.name} is not pushed: its {RUN_FILE} has no valid settings.") from error
-        settings |= {key: display_name(settings[key]) for key in _PATH_SETTINGS if isinstance(settings.get(key), str)}
-        (folder / RUN_FILE).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        settings |= {
+            key: display_name(settings[key]) for key in _PATH_SETTINGS if isinstance(settings.get(key), str)
+        }
+        (folder / RUN_FILE).write_text(
+            yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
 
 
 def pull(

@@ -98,7 +98,9 @@ class Library:
         target = self.path / validate_name(name)
         atomic_io.finish_replacement(self.path)
         if os.path.lexists(target) and not overwrite:
-            raise AdapterError(f"{target} exists: {advice or 'choose another --name, or replace it with --overwrite'}.")
+            raise AdapterError(
+                f"{target} exists: {advice or 'choose another --name, or replace it with --overwrite'}."
+            )
         if os.path.lexists(target) and not (target / CONFIG_FILE).is_file():
             raise AdapterError(f"{target} is not an adapter, so it is not replaced: choose another --name.")
         self._check_writable()
@@ -122,7 +124,11 @@ class Library:
     def remove(self, name: str) -> None:
         """Delete an adapter of this library, even a broken one."""
         target = self._existing_folder(name)
-        if not target.is_symlink() and not (target / CONFIG_FILE).is_file() and not (target / WEIGHTS_FILE).is_file():
+        if (
+            not target.is_symlink()
+            and not (target / CONFIG_FILE).is_file()
+            and not (target / WEIGHTS_FILE).is_file()
+        ):
             raise AdapterError(f"{target} is not an adapter, so it is not removed.")
         self._check_writable()
         atomic_io.delete_atomically(target)

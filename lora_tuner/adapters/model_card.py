@@ -10,11 +10,16 @@ from .manifest import BaseInfo, DatasetInfo, RunInfo
 def summary_rows(adapter: Adapter) -> list[tuple[str, str]]:
     """Name and text of each row of the summary table. Texts may come from an untrusted manifest."""
     manifest = adapter.manifest
-    base = f"{display_name(manifest.base.name)} ({manifest.base.weights})" if manifest else adapter.base or "unknown"
+    base = (
+        f"{display_name(manifest.base.name)} ({manifest.base.weights})" if manifest else adapter.base or "unknown"
+    )
     alpha = "alpha per layer" if adapter.config.get("alpha_pattern") else f"alpha {adapter.config['lora_alpha']}"
     rows = [
         ("Base", base),
-        ("Adapter", f"{_method_name(adapter)}, {format_ranks(adapter)}, {alpha}, on {', '.join(adapter.targets)}"),
+        (
+            "Adapter",
+            f"{_method_name(adapter)}, {format_ranks(adapter)}, {alpha}, on {', '.join(adapter.targets)}",
+        ),
         ("Size", f"{adapter.parameters:,} parameters, {adapter.bytes / 1e6:.1f} MB"),
     ]
     if manifest is None:
@@ -30,7 +35,10 @@ def summary_rows(adapter: Adapter) -> list[tuple[str, str]]:
         before, after = result.perplexities
         rows += [
             ("Held-out loss", f"{result.loss:.4f} nats per token (base: {result.base_loss:.4f})"),
-            ("Gain", f"{result.gain:.4f} ± {result.standard_error:.4f} (standard error, {result.rows} rows, paired)"),
+            (
+                "Gain",
+                f"{result.gain:.4f} ± {result.standard_error:.4f} (standard error, {result.rows} rows, paired)",
+            ),
             ("Perplexity", f"{after:.2f} (base: {before:.2f})"),
         ]
     return [(name, text) for name, text in rows if text]
@@ -105,7 +113,10 @@ def format_ranks(adapter: Adapter) -> str:
 def _dataset_rows(data: DatasetInfo) -> list[tuple[str, str]]:
     return [
         ("Data", display_name(data.source)),
-        ("Format", f"conversations ({data.format}), trained on the answers alone" if data.format != "text" else ""),
+        (
+            "Format",
+            f"conversations ({data.format}), trained on the answers alone" if data.format != "text" else "",
+        ),
         ("Filter", ", ".join(data.where)),
         ("Rows", format_counts(data.counts)),
         ("Evaluated on", display_name(data.eval_dataset) if data.eval_dataset else ""),

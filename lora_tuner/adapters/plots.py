@@ -28,7 +28,9 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         history = [
             {key: float(entry[key]) for key in ("step", "loss", "eval_loss") if key in entry} for entry in entries
         ]
-        if not all("step" in entry and all(0 <= value <= MAX_COUNT for value in entry.values()) for entry in history):
+        if not all(
+            "step" in entry and all(0 <= value <= MAX_COUNT for value in entry.values()) for entry in history
+        ):
             raise ValueError("a step or a loss is not a valid number")
     except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise AdapterError(f"{path} has no loss curve: {error}.") from error
@@ -64,7 +66,11 @@ def plot_loss(history: Sequence[Mapping[str, float]], manifest: Manifest, to: Pa
 
 
 def plot_gains(
-    base: str, adapters: Sequence[str], sets: Sequence[str], cells: Sequence[Sequence[EvalResult | None]], path: Path
+    base: str,
+    adapters: Sequence[str],
+    sets: Sequence[str],
+    cells: Sequence[Sequence[EvalResult | None]],
+    path: Path,
 ) -> None:
     """Plot a gain matrix as a heat map: blue is better than the base, red worse, grey not
     evaluated.

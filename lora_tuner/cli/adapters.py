@@ -213,7 +213,9 @@ def remove_adapter(
 
 @adapters_app.command("adopt", cls=StrictCommand)
 def adopt_adapter(
-    folder: Annotated[str, typer.Argument(help="The folder of an adapter made by another tool.", show_default=False)],
+    folder: Annotated[
+        str, typer.Argument(help="The folder of an adapter made by another tool.", show_default=False)
+    ],
     name: Annotated[str | None, typer.Option(help="Name in the library.", show_default="the folder's")] = None,
     base: BaseOption = None,
     revision: RevisionOption = None,

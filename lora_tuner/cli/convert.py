@@ -44,9 +44,13 @@ def merge(
     adapters: AdapterArguments,
     out: Annotated[
         Path,
-        typer.Option(help="Model folder to write. With several adapters, each gets a subfolder.", show_default=False),
+        typer.Option(
+            help="Model folder to write. With several adapters, each gets a subfolder.", show_default=False
+        ),
     ],
-    dtype: Annotated[Dtype, typer.Option(help="Precision of the merged model. The merge is in float32.")] = "float32",
+    dtype: Annotated[
+        Dtype, typer.Option(help="Precision of the merged model. The merge is in float32.")
+    ] = "float32",
     max_shard_size: Annotated[str, typer.Option(help="Maximum size of a weights file.")] = "5GB",
     eval_rows: Annotated[int, typer.Option(min=2, help="Held-out rows for the comparison.")] = 50,
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
@@ -167,9 +171,13 @@ def _show_blend(blended: "BlendResult") -> None:
     adapter = blended.adapter
     assert adapter.manifest is not None
     print(
-        one_line(f"{adapter.path}  {format_bytes(adapter.bytes)}, {format_ranks(adapter)}: {adapter.manifest.made_by}")
+        one_line(
+            f"{adapter.path}  {format_bytes(adapter.bytes)}, {format_ranks(adapter)}: {adapter.manifest.made_by}"
+        )
     )
-    print(f"verified against the exact result: largest logit difference {blended.comparison.max_logit_difference:.2g}")
+    print(
+        f"verified against the exact result: largest logit difference {blended.comparison.max_logit_difference:.2g}"
+    )
     if any(blended.lost_energy.values()):
         print(
             f"rank truncated from {blended.exact_rank}: {_format_lost(blended.total_lost_energy, blended.lost_energy)}"
@@ -192,7 +200,9 @@ def _format_lost(total: float, layers: dict[str, float]) -> str:
 def compress(
     overrides: Overrides,
     adapter: AdapterArgument,
-    name: Annotated[str | None, typer.Option(help="Name of the new adapter.", show_default="NAME-compressed")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the new adapter.", show_default="NAME-compressed")
+    ] = None,
     energy: Annotated[
         float | None,
         typer.Option(min=0.0, max=1.0, help="Share of each layer's energy to keep.", show_default="0.99"),
@@ -243,7 +253,9 @@ def _show_compress(compressed: "CompressResult") -> None:
     print(_format_lost(compressed.total_lost_energy, compressed.lost_energy))
     if compressed.results:
         full, reduced = compressed.results
-        print(f"held-out loss {full.loss:.4f} -> {reduced.loss:.4f} (base: {full.base_loss:.4f}, {full.rows} rows)")
+        print(
+            f"held-out loss {full.loss:.4f} -> {reduced.loss:.4f} (base: {full.base_loss:.4f}, {full.rows} rows)"
+        )
     else:
         print("not evaluated")
 

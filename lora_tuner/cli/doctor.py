@@ -10,7 +10,16 @@ from ..hub import why_unreachable
 from .display import show_fields, show_json
 from .options import JsonOption
 
-PACKAGES = ("lora_tuner", "torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "huggingface_hub")
+PACKAGES = (
+    "lora_tuner",
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "accelerate",
+    "safetensors",
+    "huggingface_hub",
+)
 
 
 def inspect_environment() -> dict[str, object]:

@@ -41,7 +41,9 @@ def evaluate(
             show_default=f"as in training; {TrainConfig().eval_rows} of --eval-dataset",
         ),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Plot the gains to this PNG file.", show_default=False)] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Plot the gains to this PNG file.", show_default=False)
+    ] = None,
     as_json: JsonOption = False,
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     *,

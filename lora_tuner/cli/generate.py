@@ -58,7 +58,9 @@ def generate(
     ] = None,
     adapter: Annotated[
         str | None,
-        typer.Option(help="Adapter, by name or path.", show_default="the base", autocompletion=complete_adapter_names),
+        typer.Option(
+            help="Adapter, by name or path.", show_default="the base", autocompletion=complete_adapter_names
+        ),
     ] = None,
     file: FileOption = None,
     chat: ChatOption = False,
@@ -210,7 +212,9 @@ def show_comparison(outputs: Sequence["GenerationOutput"]) -> None:
                 print(f"{text}\n")
 
 
-def _print_generated(generator: "Generator", prompt: "EncodedPrompt", sampling: SamplingParams, *, chat: bool) -> str:
+def _print_generated(
+    generator: "Generator", prompt: "EncodedPrompt", sampling: SamplingParams, *, chat: bool
+) -> str:
     """Print prompt and text, or only the text of a conversation; a single sample is streamed.
     Returns the first text."""
     prefix = "" if chat else prompt.text

@@ -50,11 +50,14 @@ def complete_adapter_names(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 AdapterArgument = Annotated[
-    str, typer.Argument(help="Adapter, by name or path.", show_default=False, autocompletion=complete_adapter_names)
+    str,
+    typer.Argument(help="Adapter, by name or path.", show_default=False, autocompletion=complete_adapter_names),
 ]
 LibraryArgument = Annotated[
     str,
-    typer.Argument(help="Adapter in the library, by name.", show_default=False, autocompletion=complete_adapter_names),
+    typer.Argument(
+        help="Adapter in the library, by name.", show_default=False, autocompletion=complete_adapter_names
+    ),
 ]
 AdapterArguments = Annotated[
     list[str],
@@ -172,7 +175,9 @@ def _model_arguments(
         ),
     ] = "auto",
     load_in: Annotated[LoadIn, typer.Option(help=_help("load_in"))] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Accept an adapter that was trained on another base.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Accept an adapter that was trained on another base.")
+    ] = False,
 ) -> None:
     """Signature with the options of `ModelOptions`."""
 

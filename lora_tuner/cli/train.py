@@ -28,7 +28,8 @@ def train(
         Path | None, typer.Option(help="YAML file of settings. Options override it.", show_default=False)
     ] = None,
     resume: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Resume the unfinished run of this name.", show_default=False)
+        str | None,
+        typer.Option(metavar="NAME", help="Resume the unfinished run of this name.", show_default=False),
     ] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Measure a few steps and print the estimated cost; do not train.")
@@ -53,7 +54,11 @@ def train(
     if distributed.expected_world_size() > 1 and preview:
         raise ConfigError("--preview is for a single process: run it without torchrun.")
     if len(configs) > 1 or (resume and sweep.is_unfinished(resume, settings.runs_dir)):
-        result = sweep.resume_sweep(resume, settings.runs_dir, display) if resume else sweep.run_sweep(configs, display)
+        result = (
+            sweep.resume_sweep(resume, settings.runs_dir, display)
+            if resume
+            else sweep.run_sweep(configs, display)
+        )
         show_json(result.to_dict()) if as_json else _show_sweep(result)
     elif preview:
         rows = inputs.preview(settings, preview, display)
@@ -63,7 +68,9 @@ def train(
         if distributed.rank() == 0:
             show_json(dataclasses.asdict(estimate)) if as_json else show_plan(estimate)
     else:
-        adapter = run.train(settings, display) if resume is None else run.resume(resume, settings.runs_dir, display)
+        adapter = (
+            run.train(settings, display) if resume is None else run.resume(resume, settings.runs_dir, display)
+        )
         if distributed.rank() == 0:
             show_json(adapter.to_dict()) if as_json else _show_trained(adapter)
     distributed.destroy_process_group()
@@ -94,7 +101,9 @@ def _show_sweep(result: "SweepResult") -> None:
                 format_duration(trial.seconds),
             )
         )
-    print_table(rows, ("adapter", "rank", "learning rate", "held-out loss", "gap to the best", "size", "training"))
+    print_table(
+        rows, ("adapter", "rank", "learning rate", "held-out loss", "gap to the best", "size", "training")
+    )
     print(f"base: held-out loss {result.base_loss:.4f}; plot: {result.folder / 'sweep.png'}")
     print(f"recommended: {result.recommended}, the smallest within a standard error of the best")
 
@@ -122,7 +131,9 @@ def show_plan(estimate: "RunEstimate") -> None:
 
 def _show_preview(rows: Sequence["PreviewedRow"]) -> None:
     for number, row in enumerate(rows, 1):
-        tokens = [token if trained else f"[{token}]" for token, trained in zip(row.tokens, row.labels, strict=True)]
+        tokens = [
+            token if trained else f"[{token}]" for token, trained in zip(row.tokens, row.labels, strict=True)
+        ]
         partial = "; \ufffd is part of a character" if any("\ufffd" in token for token in tokens) else ""
         print(
             f"row {number}\n  before  {row.before!r}\n  after   {row.after!r}\n"

@@ -55,7 +55,9 @@ def adopt(
     if in_library and adapter.path.is_symlink():
         raise AdapterError(f"{adapter.path} is a symlink: adopt {adapter.path.resolve()} under another --name.")
     if in_library and name is not None:
-        raise AdapterError(f"{adapter.path} is in the library already: leave out --name, or use `adapters rename`.")
+        raise AdapterError(
+            f"{adapter.path} is in the library already: leave out --name, or use `adapters rename`."
+        )
     name = validate_name(name or adapter.name)
     if not in_library:
         library.check_name_free(name, advice="choose another --name")
@@ -74,6 +76,8 @@ def adopt(
             copy_files(adapter, target, (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE))
             (target / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     notify(
-        Notice(f"{name} fits {base_files.name} by its layer sizes; it cannot be verified that it was trained on it.")
+        Notice(
+            f"{name} fits {base_files.name} by its layer sizes; it cannot be verified that it was trained on it."
+        )
     )
     return library.get(name)

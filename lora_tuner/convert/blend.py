@@ -72,7 +72,9 @@ def blend(
     if rank is not None and not 1 <= rank <= MAX_RANK:
         raise ConfigError(f"rank is {rank}: it must be a whole number from 1 to {MAX_RANK}.")
     library.check_name_free(name, overwrite=overwrite)
-    if invalid := [f"{part.name}={weight:g}" for part, weight in parts if not weight or not math.isfinite(weight)]:
+    if invalid := [
+        f"{part.name}={weight:g}" for part, weight in parts if not weight or not math.isfinite(weight)
+    ]:
         raise ConfigError(f"{', '.join(invalid)}: a weight must be a number other than 0.")
     adapters = list({part.path.resolve(): part for part, _ in parts}.values())
     check_distinct_names(adapters)

@@ -67,7 +67,9 @@ def distinct_eval_sets(
         texts = [text for text in eval_set.texts if text not in seen]
         if eval_set.missing:
             notify(
-                Notice(f"Not evaluated on {eval_set.name}: {eval_set.missing}. Name other data with --eval-dataset.")
+                Notice(
+                    f"Not evaluated on {eval_set.name}: {eval_set.missing}. Name other data with --eval-dataset."
+                )
             )
         elif len(texts) < 2:
             names = ", ".join(previous.name for previous in distinct)
@@ -176,7 +178,9 @@ def write_adapter(
 
 def _dataset_info(parents: Sequence[Adapter], sets: Sequence[EvalSet], parents_sets: bool) -> DatasetInfo | None:
     """Dataset of one parent, or the combined datasets of several; None if none is known."""
-    datasets = {parent.name: parent.manifest.data for parent in parents if parent.manifest and parent.manifest.data}
+    datasets = {
+        parent.name: parent.manifest.data for parent in parents if parent.manifest and parent.manifest.data
+    }
     if not datasets:
         return None
     first, *others = datasets.values()
@@ -205,7 +209,9 @@ def _dataset_info(parents: Sequence[Adapter], sets: Sequence[EvalSet], parents_s
     return first.model_copy(update=update)
 
 
-def _eval_dataset_name(datasets: dict[str, DatasetInfo], sets: Sequence[EvalSet], parents_sets: bool) -> str | None:
+def _eval_dataset_name(
+    datasets: dict[str, DatasetInfo], sets: Sequence[EvalSet], parents_sets: bool
+) -> str | None:
     """Source of the held-out rows; None if all are held out of the parents' own training data."""
     if not parents_sets:
         return " + ".join(eval_set.name for eval_set in sets) or None

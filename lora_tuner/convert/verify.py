@@ -99,7 +99,9 @@ def forward_with_adapter(
     with multi_lora.apply_hooks(multi_lora.hooks([multi_lora.load(adapter)])):
         outputs = forward_outputs(base.model, rows, notify, "running base and adapter")
     if not outputs.logits.isfinite().all():
-        raise AdapterError(f"{adapter.path} gives logits that are not finite: its weights are too large for this base.")
+        raise AdapterError(
+            f"{adapter.path} gives logits that are not finite: its weights are too large for this base."
+        )
     return outputs
 
 

@@ -49,7 +49,9 @@ def encode_messages(value: object, clean: Callable[[str], str]) -> str:
         if not isinstance(content, str):
             raise ValueError(f"the content of message {number} is not a string")
         if fields.get("tool_calls"):
-            raise ValueError(f"message {number} has tool calls, which are not supported: remove such conversations")
+            raise ValueError(
+                f"message {number} has tool calls, which are not supported: remove such conversations"
+            )
         if str(fields.get("weight", 1)) not in ("1", "1.0", "None"):
             raise ValueError(f"message {number} has a weight, which is not supported: all answers count the same")
         messages.append({"role": "system" if role == "developer" else str(role), "content": clean(content)})
@@ -86,7 +88,9 @@ class RenderedChat:
     by_template: bool
 
 
-def render_with_spans(tokenizer: "PreTrainedTokenizerBase", text: str, max_chars: int | None = None) -> RenderedChat:
+def render_with_spans(
+    tokenizer: "PreTrainedTokenizerBase", text: str, max_chars: int | None = None
+) -> RenderedChat:
     """Render a row through the chat template.
 
     Without a template, a prompt and its completion are joined by a space.

@@ -293,7 +293,9 @@ def _open_source(config: TrainConfig, notify: EventHandler) -> tuple[str, list[T
     path = Path(os.path.expanduser(name))
     if os.path.lexists(path):
         if config.split != "train" or config.subset is not None:
-            raise DataError(f"{path} is a local path: --split and --subset are for Hub datasets, so leave them out.")
+            raise DataError(
+                f"{path} is a local path: --split and --subset are for Hub datasets, so leave them out."
+            )
         return str(path), read_path(path, notify, txt_rows=config.txt_rows, streaming=config.streaming)
     if path.suffix.lower() in DATA_EXTENSIONS or len(Path(name).parts) != 2 or name.startswith((".", "/", "~")):
         raise DataError(

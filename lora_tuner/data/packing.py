@@ -50,7 +50,9 @@ class PackedSequences(torch.utils.data.Dataset[list[TokenIds]]):
         return sorted(items, key=lambda item: -sum(map(len, item)))
 
 
-def collate(items: Sequence[Sequence[TokenIds]], pad_id: int, *, cu_seqlens: bool = False) -> dict[str, torch.Tensor]:
+def collate(
+    items: Sequence[Sequence[TokenIds]], pad_id: int, *, cu_seqlens: bool = False
+) -> dict[str, torch.Tensor]:
     """Collate items into a batch padded on the right.
 
     The first token of a row has no label, as nothing predicts it. So Trainer, which counts labels

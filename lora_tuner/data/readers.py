@@ -169,7 +169,9 @@ def _open_file(path: Path) -> Iterator[io.FileIO]:
         if changed:
             raise ValueError(_CHANGED)
     except (csv.Error, ValueError, TypeError, NotImplementedError, OSError, RecursionError) as error:
-        reason = _CHANGED if changed else getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".")
+        reason = (
+            _CHANGED if changed else getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".")
+        )
         raise DataError(f"{path} cannot be read: {reason}.") from error
 
 
@@ -237,7 +239,9 @@ def _read_csv(path: Path) -> Iterator[Row]:
                 raise ValueError(f"its header names a column twice: {', '.join(header)}")
             for fields in filter(None, reader):
                 if len(fields) != len(header):
-                    raise ValueError(f"its header has {len(header)} fields, line {reader.line_num} has {len(fields)}")
+                    raise ValueError(
+                        f"its header has {len(header)} fields, line {reader.line_num} has {len(fields)}"
+                    )
                 yield dict(zip(header, fields, strict=True))
         except csv.Error as error:
             raise ValueError(
@@ -273,7 +277,9 @@ def _read_json(path: Path, streaming: bool) -> Iterator[Row]:
             raise ValueError("it is a JSON array, which cannot be streamed: write one object per line")
         lines = _text_lines(file)
         unit, values = (
-            ("row", enumerate(_JSON_DECODER.decode("".join(lines)), 1)) if is_array else ("line", _json_values(lines))
+            ("row", enumerate(_JSON_DECODER.decode("".join(lines)), 1))
+            if is_array
+            else ("line", _json_values(lines))
         )
         for number, value in values:
             if type(value) is str:

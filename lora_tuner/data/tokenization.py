@@ -26,7 +26,11 @@ TokenIds = npt.NDArray[np.int32]  # shape (tokens,)
 
 
 def encode_texts(
-    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, add_eos: bool = True, max_tokens: int | None = None
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Sequence[str],
+    *,
+    add_eos: bool = True,
+    max_tokens: int | None = None,
 ) -> list[TokenIds]:
     """Return the token ids of each text, with the tokenizer's prefix and one end-of-text token.
 
@@ -58,7 +62,9 @@ def encode_texts(
     return rows
 
 
-def _encode_chats(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str], max_tokens: int | None) -> list[TokenIds]:
+def _encode_chats(
+    tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str], max_tokens: int | None
+) -> list[TokenIds]:
     if not tokenizer.is_fast:
         raise DataError(
             "The tokenizer of this base gives no character offsets, so the tokens of an answer cannot be found: "

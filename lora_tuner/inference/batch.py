@@ -207,7 +207,10 @@ class RunningBatch:
         self.lora.set_rows([sequence.lora for sequence in self.decoding])
         draft_count = self._propose_drafts(cache)
         token_ids = torch.cat(
-            [sequence.token_ids[:, sequence.length - 1 : sequence.length + draft_count] for sequence in self.decoding]
+            [
+                sequence.token_ids[:, sequence.length - 1 : sequence.length + draft_count]
+                for sequence in self.decoding
+            ]
         )  # (rows, 1 + draft_count)
         logits = self.decoder.forward(token_ids, cache, self.lora)
         for row, sequence in enumerate(self.decoding):

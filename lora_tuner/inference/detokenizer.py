@@ -15,7 +15,9 @@ class IncrementalDetokenizer:
     nothing else.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], stop: Iterable[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], stop: Iterable[str] = ()
+    ) -> None:
         self.tokenizer = tokenizer
         self.stop = list(stop)
         self.text = self.stable_text = ""

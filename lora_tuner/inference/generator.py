@@ -118,7 +118,9 @@ class Generator:
         name = str(adapter)
         if self.get_loaded(name) is not None:
             return name
-        return self._load_adapter(self.library.get(self._resident[name].folder if name in self._resident else adapter))
+        return self._load_adapter(
+            self.library.get(self._resident[name].folder if name in self._resident else adapter)
+        )
 
     def get_loaded(self, name: str) -> LoadedAdapter | None:
         """Return an adapter if it is in memory and its files have not changed since."""
@@ -141,7 +143,9 @@ class Generator:
         folder, name = Path(os.path.abspath(adapter.path)), adapter.name  # not resolved
         resident = self._resident.get(name)
         if resident is not None and resident.folder != folder:
-            raise GenerationError(f"An adapter named {name} is already loaded from {resident.folder}: unload it first.")
+            raise GenerationError(
+                f"An adapter named {name} is already loaded from {resident.folder}: unload it first."
+            )
         if resident is None or resident.identity != _folder_identity(folder):
 
             def read(adapter: Adapter) -> _ResidentAdapter:
@@ -189,7 +193,9 @@ class Generator:
             return EncodedPrompt(prompt, self.check_fits_context(encoded.tolist() or [start]))
         self.check_prompt_length("".join(message["content"] for message in prompt))
         token_ids = tokenizer(
-            chat.render_prompt(tokenizer, prompt, add_generation_prompt=True), add_special_tokens=False, verbose=False
+            chat.render_prompt(tokenizer, prompt, add_generation_prompt=True),
+            add_special_tokens=False,
+            verbose=False,
         )["input_ids"]
         return EncodedPrompt(prompt[-1]["content"], self.check_fits_context(token_ids))
 
@@ -265,7 +271,9 @@ class Generator:
             encoded = self.encode_prompt(prompt)
             prompts += [encoded.text] * sampling.n
             sequences += [
-                Sequence(self.base, encoded.token_ids, sampling, sequence_seed(seed, number), name, loaded, on_text)
+                Sequence(
+                    self.base, encoded.token_ids, sampling, sequence_seed(seed, number), name, loaded, on_text
+                )
                 for number in range(sampling.n)
             ]
         try:

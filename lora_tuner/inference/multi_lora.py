@@ -197,7 +197,9 @@ class BatchedLora:
             return
         self._fill_slots([loaded for loaded in dict.fromkeys(rows) if loaded is not None])
         groups, count = _RowGroups(rows, self._slots), len(self._slots)
-        self.parts = [(downs[:count], ups[:count], groups) if downs.shape[1] else None for downs, ups in self._stacks]
+        self.parts = [
+            (downs[:count], ups[:count], groups) if downs.shape[1] else None for downs, ups in self._stacks
+        ]
 
     def _fused_factors(self, loaded: LoadedAdapter) -> list[LoraFactors]:
         return [self.multi_lora.fused_factors(modules, loaded) for modules in self.modules]
@@ -277,7 +279,9 @@ def _per_row_hook(
     """Apply `down` (rows, in, rank) and `up` (rows, rank, out) to inputs (rows, tokens, in)."""
     x = inputs[0].to(down.dtype)
     if x.dim() != 3 or len(x) != len(down):  # OPT, for one, flattens rows and tokens
-        raise MixedBatchError("This base flattens the rows of a batch, so all rows of a batch must share one adapter.")
+        raise MixedBatchError(
+            "This base flattens the rows of a batch, so all rows of a batch must share one adapter."
+        )
     return _add_delta(layer, output, torch.bmm(torch.bmm(x, down), up), dora_scale)
 
 

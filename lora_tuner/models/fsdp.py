@@ -49,7 +49,9 @@ def read_settings(device: str) -> None:
     """
     global _plugin
     if launches := [name for name in _UNSUPPORTED_LAUNCHES if _is_true(name)]:
-        raise TrainingError(f"{launches[0]} is set, but only FSDP2 can shard a base here: use FSDP2, or unset it.")
+        raise TrainingError(
+            f"{launches[0]} is set, but only FSDP2 can shard a base here: use FSDP2, or unset it."
+        )
     if _plugin is not None or not _is_true(_ENABLED):
         return
     if distributed.expected_world_size() == 1:
@@ -69,7 +71,9 @@ def read_settings(device: str) -> None:
     if plugin.fsdp_version != 2:
         raise TrainingError("accelerate's FSDP settings are of version 1: set fsdp_version to 2.")
     if not plugin.reshard_after_forward:
-        raise TrainingError("Without fsdp_reshard_after_forward each GPU would gather the whole base: set it to true.")
+        raise TrainingError(
+            "Without fsdp_reshard_after_forward each GPU would gather the whole base: set it to true."
+        )
     for name, advice in _UNSUPPORTED_SETTINGS.items():
         if _is_true(name):
             raise TrainingError(f"accelerate's FSDP settings have {name.lower()}: {advice}.")

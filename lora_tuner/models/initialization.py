@@ -53,7 +53,9 @@ def initialize(base: LoadedBase, model: PeftModel, config: TrainConfig, sequence
     if config.method == "pissa":
         max_rank = min(max_rank, *(len(lora_b) for _, lora_b in weights))
     if config.rank > max_rank:
-        raise ConfigError(f"rank is {config.rank}, but {config.method} allows at most {max_rank} here: lower --rank.")
+        raise ConfigError(
+            f"rank is {config.rank}, but {config.method} allows at most {max_rank} here: lower --rank."
+        )
     if config.method == "pissa":
         for layer in layers:
             init_pissa(layer, config.rank)
@@ -148,7 +150,9 @@ def _lora_weights(layer: LoraLayer) -> tuple[torch.nn.Parameter, torch.nn.Parame
     return layer.lora_A[ADAPTER_NAME].get_parameter("weight"), layer.lora_B[ADAPTER_NAME].get_parameter("weight")
 
 
-def _eva_batches(base: LoadedBase, sequences: PackedSequences, min_tokens: int) -> Iterator[dict[str, torch.Tensor]]:
+def _eva_batches(
+    base: LoadedBase, sequences: PackedSequences, min_tokens: int
+) -> Iterator[dict[str, torch.Tensor]]:
     """Batches of at least `min_tokens` tokens each.
 
     With fewer tokens PEFT would wait for more forever.

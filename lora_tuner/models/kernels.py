@@ -93,7 +93,9 @@ class ChunkedLMHead:
         flat = output.flatten(0, 1)
         if self.skipped:
             flat = flat.to(self.module.weight.dtype)  # some models upcast the output of their head
-            nll: torch.Tensor = ChunkedCrossEntropy.apply(flat, self.module.weight, next_tokens, self._logits(flat))
+            nll: torch.Tensor = ChunkedCrossEntropy.apply(
+                flat, self.module.weight, next_tokens, self._logits(flat)
+            )
         else:
             nll = F.cross_entropy(flat.float(), next_tokens, ignore_index=IGNORE_INDEX, reduction="none")
         return nll.view(labels.shape)
@@ -102,7 +104,9 @@ class ChunkedLMHead:
         """Buffer for the logits of a chunk, kept: allocating it takes as long as filling it."""
         if len(self._buffer) < min(CHUNK, len(hidden)):
             with torch.inference_mode(False):  # else usable in that mode alone
-                self._buffer = hidden.new_empty(min(CHUNK, len(hidden)), len(self.module.weight), dtype=torch.float32)
+                self._buffer = hidden.new_empty(
+                    min(CHUNK, len(hidden)), len(self.module.weight), dtype=torch.float32
+                )
         return self._buffer
 
 
@@ -332,7 +336,9 @@ def _varlen_attention(
     for start, end in pairwise(boundaries.tolist()):
         sequence, first = divmod(start, length)
         row = slice(sequence, sequence + 1), slice(None), slice(first, first + end - start)
-        outputs[sequence].append(sdpa_attention_forward(module, query[row], key[row], value[row], None, **kwargs)[0])
+        outputs[sequence].append(
+            sdpa_attention_forward(module, query[row], key[row], value[row], None, **kwargs)[0]
+        )
     return torch.cat([torch.cat(rows, 1) for rows in outputs]).to(dtype), None
 
 

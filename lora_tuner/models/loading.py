@@ -112,7 +112,9 @@ def load_base(files: BaseModelFiles, options: ModelOptions = ModelOptions()) -> 
             ),
         )
     if missing := sorted(map(str, [*loading_info["missing_keys"], *loading_info["mismatched_keys"]])):
-        raise BaseModelError(f"The base {files.name} lacks weights, such as {missing[0]}: part of it would be random.")
+        raise BaseModelError(
+            f"The base {files.name} lacks weights, such as {missing[0]}: part of it would be random."
+        )
     model.loss_type = "ForCausalLM"  # GPT-2's is None, which causes a warning at every use
     model.requires_grad_(False)
     kernels.fuse_modules(model)

@@ -42,7 +42,9 @@ def linear_layers(model: PreTrainedModel) -> dict[str, LinearLayer]:
     """Full name -> layer, for every linear layer of a plain base except the output head."""
     head = model.get_output_embeddings()
     return {
-        name: layer for name, layer in model.named_modules() if isinstance(layer, LinearLayer) and layer is not head
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LinearLayer) and layer is not head
     }
 
 
@@ -55,7 +57,9 @@ def layer_sizes(layers: Mapping[str, LinearLayer]) -> dict[str, tuple[int, int]]
     """(in_features, out_features) of each layer."""
     sizes = {}
     for name, layer in layers.items():
-        sizes[name] = (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+        sizes[name] = (
+            (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+        )
     return sizes
 
 
@@ -76,7 +80,9 @@ def resolve_target_modules(model: PreTrainedModel, target_modules: str) -> list[
     if target_modules in ("auto", "all-linear"):
         selected = set(layers)
     elif target_modules == "attention":
-        selected = {name for name in layers if any("attn" in part or "attention" in part for part in name.split("."))}
+        selected = {
+            name for name in layers if any("attn" in part or "attention" in part for part in name.split("."))
+        }
         if not selected:
             raise ConfigError(f"This base has no layer named attention; its layers are {_last_names(layers)}.")
     else:
@@ -167,7 +173,9 @@ def load_lora(model: PreTrainedModel, adapter: Adapter, adapter_name: str, **ove
         "target_modules": adapter.modules,
         "inference_mode": True,
         **{
-            key: adapter.config[key] for key in (*SCALING_KEYS, "fan_in_fan_out") if adapter.config.get(key) is not None
+            key: adapter.config[key]
+            for key in (*SCALING_KEYS, "fan_in_fan_out")
+            if adapter.config.get(key) is not None
         },
         **overrides,
     }
@@ -242,7 +250,9 @@ def check_base_files(
     `tokenizer_hash` is None where the tokenizer does not matter.
     """
     if adapter.manifest is None:
-        options.notify(Notice(f"{adapter.name} has no manifest, so only its shapes can be compared with {files.name}."))
+        options.notify(
+            Notice(f"{adapter.name} has no manifest, so only its shapes can be compared with {files.name}.")
+        )
         return
     trained_on = adapter.manifest.base
     if trained_on.fingerprint != files.fingerprint:
@@ -295,7 +305,9 @@ def library_versions() -> dict[str, str]:
     import peft
     import transformers
 
-    return {library.__name__: library.__version__ for library in (torch, transformers, peft, datasets, accelerate)}
+    return {
+        library.__name__: library.__version__ for library in (torch, transformers, peft, datasets, accelerate)
+    }
 
 
 def _shortest_suffix(module: str, taken: set[str]) -> str:

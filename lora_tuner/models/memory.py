@@ -58,7 +58,11 @@ def choose_precision(
     if load_in == "auto" and dtype != "int8" and not sharded and can_quantize:
         candidates += [(dtypes[-1], "8bit"), (dtypes[-1], "4bit")]
     elif load_in not in ("auto", "full") and not can_quantize:
-        reason = "is for CUDA and CPUs" if find_spec("bitsandbytes") else "needs bitsandbytes: pip install bitsandbytes"
+        reason = (
+            "is for CUDA and CPUs"
+            if find_spec("bitsandbytes")
+            else "needs bitsandbytes: pip install bitsandbytes"
+        )
         raise BaseModelError(f"--load-in {load_in} {reason}; or leave it out.")
     free = free_memory(device)
     for candidate in candidates:
@@ -88,7 +92,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float32
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
+    dtypes = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+        "int8": torch.float32,
+    }
     return dtypes[name]
 
 

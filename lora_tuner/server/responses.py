@@ -118,7 +118,9 @@ def _logprobs(output: OutputDelta, spell: TokenSpeller) -> Logprobs | None:
     )
 
 
-def _chat_completion(fields: ResponseFields, outputs: dict[int, OutputDelta], spell: TokenSpeller) -> ChatCompletion:
+def _chat_completion(
+    fields: ResponseFields, outputs: dict[int, OutputDelta], spell: TokenSpeller
+) -> ChatCompletion:
     choices = []
     for index, output in outputs.items():
         assert output.finish_reason is not None
@@ -133,7 +135,9 @@ def _chat_completion(fields: ResponseFields, outputs: dict[int, OutputDelta], sp
     return ChatCompletion(**fields.model_dump(exclude_unset=True), choices=choices)
 
 
-def _chat_chunk(fields: ResponseFields, outputs: dict[int, OutputDelta], spell: TokenSpeller) -> ChatCompletionChunk:
+def _chat_chunk(
+    fields: ResponseFields, outputs: dict[int, OutputDelta], spell: TokenSpeller
+) -> ChatCompletionChunk:
     choices = []
     for index, output in outputs.items():
         delta = Delta(role="assistant", content=output.text) if output.first else Delta(content=output.text)
@@ -145,7 +149,9 @@ def _chat_chunk(fields: ResponseFields, outputs: dict[int, OutputDelta], spell: 
                 finish_reason=output.finish_reason,
             )
         )
-    return ChatCompletionChunk(**fields.model_dump(exclude_unset=True), object="chat.completion.chunk", choices=choices)
+    return ChatCompletionChunk(
+        **fields.model_dump(exclude_unset=True), object="chat.completion.chunk", choices=choices
+    )
 
 
 def _chat_logprobs(output: OutputDelta, spell: TokenSpeller) -> ChatLogprobs | None:

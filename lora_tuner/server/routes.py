@@ -176,7 +176,9 @@ async def _validation_error(request: HTTPRequest, error: RequestValidationError)
         field = location[1] if len(location) > 1 and kind != "json_invalid" else ""
         text = "unknown field" if kind == "extra_forbidden" else problem["msg"]
         problems.setdefault(str(field)[:100], {})[text] = None
-    lines = [f"{field}: {', or '.join(texts)}" if field else next(iter(texts)) for field, texts in problems.items()]
+    lines = [
+        f"{field}: {', or '.join(texts)}" if field else next(iter(texts)) for field, texts in problems.items()
+    ]
     return error_response(400, f"{'; '.join(lines)}.", param=next(iter(problems)) or None)
 
 

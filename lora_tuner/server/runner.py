@@ -71,7 +71,9 @@ def serve(
     if not only and options.base is None:
         options = _with_most_common_base(library, options)
     with _bind_socket(settings.host, settings.port) as listener:
-        generator = Generator(*only, options=options, adapters_dir=adapters_dir, max_resident=settings.max_resident)
+        generator = Generator(
+            *only, options=options, adapters_dir=adapters_dir, max_resident=settings.max_resident
+        )
         generator.set_adapter(None)  # the adapter in use never leaves memory
         service = ModelService(generator, settings, [Path(os.path.abspath(path)) for path in only])
         app = create_app(service)

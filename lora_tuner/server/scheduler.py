@@ -46,7 +46,9 @@ class Request:
         A sequence sets its error before `complete`, so a reader never takes a failed one for a
         finished one.
         """
-        return self.failure or next((sequence.error for sequence in self.sequences if sequence.error is not None), None)
+        return self.failure or next(
+            (sequence.error for sequence in self.sequences if sequence.error is not None), None
+        )
 
     @property
     def complete(self) -> bool:
@@ -63,7 +65,9 @@ class Scheduler:
         max_cache_tokens: size of the KV cache, as sequences times the longest one.
     """
 
-    def __init__(self, engine: GenerationEngine, *, max_batch: int, max_waiting: int, max_cache_tokens: int) -> None:
+    def __init__(
+        self, engine: GenerationEngine, *, max_batch: int, max_waiting: int, max_cache_tokens: int
+    ) -> None:
         self.engine = engine
         self.max_batch = max_batch
         self.max_waiting = max_waiting

@@ -41,7 +41,9 @@ from .scheduler import Request, Scheduler
 
 T = TypeVar("T")
 Prompt = str | list[int] | tuple[Message, ...]  # text, token ids, or a conversation
-_FOLDER_PATHS = re.compile(r"""(?<![\w./~-])(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?=[^\s/\\])(?:[^\s/\\:;,'"()]+[/\\])*""")
+_FOLDER_PATHS = re.compile(
+    r"""(?<![\w./~-])(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?=[^\s/\\])(?:[^\s/\\:;,'"()]+[/\\])*"""
+)
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,9 @@ class ModelService:
             except DataError as error:
                 raise RequestError(str(error).replace("this base", self.name), "messages") from error
         if not prompt or not all(0 <= token < self.base.vocab_size for token in prompt):
-            raise GenerationError(f"prompt: give at least one token id, each from 0 to {self.base.vocab_size - 1:,}.")
+            raise GenerationError(
+                f"prompt: give at least one token id, each from 0 to {self.base.vocab_size - 1:,}."
+            )
         return self.generator.check_fits_context(prompt)
 
     def hide_paths(self, text: str) -> str:

@@ -31,7 +31,11 @@ NOT_DECISIVE = {"adapters_dir", "runs_dir", "report_to", "overwrite", "keep_chec
 
 def is_run(folder: Path) -> bool:
     """Return whether a folder holds only files of a run, unfinished or with kept checkpoints."""
-    names = {path.name for path in list_checkpoints(folder)} | {adapter.MANIFEST_FILE, adapter.RUN_FILE, "last-good"}
+    names = {path.name for path in list_checkpoints(folder)} | {
+        adapter.MANIFEST_FILE,
+        adapter.RUN_FILE,
+        "last-good",
+    }
     return folder.is_dir() and not folder.is_symlink() and all(path.name in names for path in folder.iterdir())
 
 
@@ -117,7 +121,9 @@ def finalize(checkpoint: Path) -> None:
     atomic_io.fsync_path(checkpoint.parent)
 
 
-def save_adapter(setup: TrainingSetup, tensors: dict[str, torch.Tensor], manifest: Manifest, folder: Path) -> None:
+def save_adapter(
+    setup: TrainingSetup, tensors: dict[str, torch.Tensor], manifest: Manifest, folder: Path
+) -> None:
     """Write weights, config, manifest and run.yaml into a work folder."""
     lora.save_adapter_files(tensors, setup.model.peft_config[lora.ADAPTER_NAME], folder)
     manifest = manifest.model_copy(update={"weights": adapter.weights_info(adapter.load_adapter_folder(folder))})
@@ -142,7 +148,11 @@ def read_run_manifest(folder: Path) -> Manifest:
 
 def reproducibility_facts(manifest: Manifest) -> dict[str, str]:
     """Return what the result of a run depends on besides its configuration."""
-    facts = {"base weights": manifest.base.fingerprint, "tokenizer": str(manifest.base.tokenizer), **manifest.versions}
+    facts = {
+        "base weights": manifest.base.fingerprint,
+        "tokenizer": str(manifest.base.tokenizer),
+        **manifest.versions,
+    }
     if data := manifest.data:
         facts |= {"data": data.hash, "held-out rows": str(data.held_out_hash)}
     if run := manifest.run:
@@ -175,7 +185,9 @@ def check_settings(now: Run, before: Run, folder: Path, checkpoint: Path) -> Non
     """Raise TrainingError when the checkpoint was made with other settings than the run."""
     if changed := _changed_settings(now, before):
         text = ", ".join(f"{name} (was {old}, is {new})" for name, (old, new) in changed.items())
-        raise TrainingError(f"{folder / adapter.RUN_FILE} differs from that of {checkpoint}: {text}. {RETRAIN_ADVICE}")
+        raise TrainingError(
+            f"{folder / adapter.RUN_FILE} differs from that of {checkpoint}: {text}. {RETRAIN_ADVICE}"
+        )
 
 
 def same_run(one: Run, other: Run) -> bool:

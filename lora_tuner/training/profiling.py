@@ -114,7 +114,9 @@ def enable_gradient_checkpointing(inputs: TrainingInputs, model: PeftModel) -> N
         with quiet_transformers():
             model.gradient_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
-        raise TrainingError(f"{inputs.base.files.name} does not support gradient checkpointing: {error}") from error
+        raise TrainingError(
+            f"{inputs.base.files.name} does not support gradient checkpointing: {error}"
+        ) from error
 
 
 def step_memory(inputs: TrainingInputs, model: PeftModel) -> tuple[int, int]:
@@ -126,7 +128,9 @@ def step_memory(inputs: TrainingInputs, model: PeftModel) -> tuple[int, int]:
     """
     base = inputs.base
     rows = tokenization.probe_sequences(len(base.tokenizer))
-    blocks: list[Any] = [block for block in model.modules() if getattr(block, "gradient_checkpointing", None) is True]
+    blocks: list[Any] = [
+        block for block in model.modules() if getattr(block, "gradient_checkpointing", None) is True
+    ]
     for block in blocks:
         block.gradient_checkpointing = False
     one_row, two_rows = _activation_bytes(inputs, model, rows[:1]), _activation_bytes(inputs, model, rows)
@@ -141,7 +145,9 @@ def step_memory(inputs: TrainingInputs, model: PeftModel) -> tuple[int, int]:
     if inputs.streaming:  # the rest of the stream is unknown
         tokens = inputs.batch_size * inputs.max_length
     return tokens, (
-        int(MEMORY_SLACK * per_token * tokens) + 3 * 4 * lora.count_parameters(model)[0] + fsdp.gathered_bytes(model)
+        int(MEMORY_SLACK * per_token * tokens)
+        + 3 * 4 * lora.count_parameters(model)[0]
+        + fsdp.gathered_bytes(model)
     )
 
 

@@ -53,7 +53,9 @@ _NAME_TAKEN_ADVICE = "rename or remove that one first (`adapters rename`, `adapt
 Prepare = Callable[[TrainConfig, EventHandler], TrainingSetup]
 
 
-def train(requested: TrainConfig, notify: EventHandler = ignore_events, prepare: Prepare = prepare_training) -> Adapter:
+def train(
+    requested: TrainConfig, notify: EventHandler = ignore_events, prepare: Prepare = prepare_training
+) -> Adapter:
     """Train an adapter and store it in the library.
 
     Args:
@@ -76,7 +78,10 @@ def train(requested: TrainConfig, notify: EventHandler = ignore_events, prepare:
 
 
 def resume(
-    name: str, runs_dir: Path = Path("runs"), notify: EventHandler = ignore_events, prepare: Prepare = prepare_training
+    name: str,
+    runs_dir: Path = Path("runs"),
+    notify: EventHandler = ignore_events,
+    prepare: Prepare = prepare_training,
 ) -> Adapter:
     """Continue the run in `runs_dir/name` from its latest valid checkpoint, bitwise.
 
@@ -148,7 +153,9 @@ def _load_stopped_run(
     manifests = {path: checkpoints.read_run_manifest(path) for path in (folder, checkpoint or folder)}
     if checkpoint is not None:
         settings = resolve_settings(TrainConfig, {}, checkpoint / RUN_FILE)
-        checkpoints.check_settings((saved, manifests[folder]), (settings, manifests[checkpoint]), folder, checkpoint)
+        checkpoints.check_settings(
+            (saved, manifests[folder]), (settings, manifests[checkpoint]), folder, checkpoint
+        )
     return checkpoint, manifests
 
 
@@ -203,7 +210,9 @@ def _run_lock(runs_dir: Path, name: str) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise TrainingError(f"Another process is training '{name}': choose another --name, or wait for it.") from error
+        raise TrainingError(
+            f"Another process is training '{name}': choose another --name, or wait for it."
+        ) from error
     try:
         yield
     finally:
@@ -342,7 +351,9 @@ def _write_adapter(
             save_adapter(setup, lora.adapter_state_dict(setup.model), manifest, work)
             plots.write_metrics(history, work / METRICS_FILE)
             plots.plot_loss(history, manifest, work / LOSS_PLOT_FILE)
-            (work / CARD_FILE).write_text(model_card.model_card(load_adapter_folder(work), name), encoding="utf-8")
+            (work / CARD_FILE).write_text(
+                model_card.model_card(load_adapter_folder(work), name), encoding="utf-8"
+            )
     except (OSError, AdapterError) as error:
         why = os_error_message(error) if isinstance(error, OSError) else error
         raise TrainingError(

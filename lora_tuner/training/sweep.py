@@ -133,17 +133,23 @@ def resume_sweep(name: str, runs_dir: Path = Path("runs"), notify: EventHandler 
         for settings in state.trials:
             TrainConfig.model_validate(settings)
     except (TypeError, ValueError) as error:
-        raise TrainingError(f"{folder / STATE_FILE} cannot be read: start the sweep again with --overwrite.") from error
+        raise TrainingError(
+            f"{folder / STATE_FILE} cannot be read: start the sweep again with --overwrite."
+        ) from error
     return _run_trials(name, folder, state, None, notify)
 
 
 def _refuse_several_processes() -> None:
     if distributed.expected_world_size() > 1:
-        raise ConfigError("A sweep runs in one process: leave out torchrun, or give one rank and one learning rate.")
+        raise ConfigError(
+            "A sweep runs in one process: leave out torchrun, or give one rank and one learning rate."
+        )
 
 
 def _write_state(state: _SweepState, folder: Path) -> None:
-    atomic_io.atomic_write_text(folder / STATE_FILE, yaml.safe_dump(asdict(state), sort_keys=False, allow_unicode=True))
+    atomic_io.atomic_write_text(
+        folder / STATE_FILE, yaml.safe_dump(asdict(state), sort_keys=False, allow_unicode=True)
+    )
 
 
 def _sweep_folder(runs_dir: Path, name: str) -> Path:
@@ -210,7 +216,9 @@ def _run_trials(
     with atomic_io.atomic_folder(folder) as work:
         (work / RESULT_FILE).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
         points = [
-            (trial.name, trial.bytes, trial.seconds, trial.loss) for trial in result.trials if trial.loss is not None
+            (trial.name, trial.bytes, trial.seconds, trial.loss)
+            for trial in result.trials
+            if trial.loss is not None
         ]
         plots.plot_sweep(points, result.base_loss, result.recommended, work / PLOT_FILE)
     return result

@@ -58,7 +58,9 @@ from .setup import TrainingSetup
 
 def resume_command(config: TrainConfig) -> str:
     """Return the command line that resumes a run."""
-    option = f" --runs-dir {shlex.quote(str(config.runs_dir))}" if config.runs_dir != TrainConfig().runs_dir else ""
+    option = (
+        f" --runs-dir {shlex.quote(str(config.runs_dir))}" if config.runs_dir != TrainConfig().runs_dir else ""
+    )
     return f"python cli.py train --resume {config.name}{option}"
 
 
@@ -203,7 +205,9 @@ class _LoraTrainer(Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LambdaLR:
         config, optimizer = self.setup.config, optimizer or self.create_optimizer()
-        factor = partial(learning_rate_factor, schedule=config.schedule, warmup=config.warmup, steps=num_training_steps)
+        factor = partial(
+            learning_rate_factor, schedule=config.schedule, warmup=config.warmup, steps=num_training_steps
+        )
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -214,7 +218,9 @@ class _LoraTrainer(Trainer):
         if self.last_good and distributed.rank() == 0:
             with contextlib.suppress(OSError), atomic_io.atomic_folder(folder) as work:
                 save_adapter(self.setup, self.last_good, self.setup.manifest, work)
-        kept = f"The last good adapter is in {folder}." if folder.is_dir() else "There is no good adapter to keep."
+        kept = (
+            f"The last good adapter is in {folder}." if folder.is_dir() else "There is no good adapter to keep."
+        )
         raise distributed.share_error(
             DivergedError(
                 f"{problem} in step {self.current_step + 1}, so the run has stopped. {kept} Try a lower learning rate than "
@@ -323,7 +329,9 @@ class _CheckGradients(TrainerCallback):
         if not all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None):
             self.trainer.save_last_good_and_raise("A gradient is not finite")
         if distributed.rank() == 0:
-            self.trainer.last_good = {name: tensor.clone() for name, tensor in lora.adapter_state_dict(model).items()}
+            self.trainer.last_good = {
+                name: tensor.clone() for name, tensor in lora.adapter_state_dict(model).items()
+            }
 
 
 class _StopOnSignal(TrainerCallback):

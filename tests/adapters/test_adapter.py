@@ -83,7 +83,9 @@ def test_load_adapter_without_manifest(tmp_path):
 def test_manifest_round_trip(tmp_path):
     manifest = adapter_files.manifest()
     assert Manifest.model_validate_json(manifest.to_json()) == manifest
-    assert load_adapter_folder(adapter_files.write(tmp_path / "a", facts=manifest)).manifest == manifest.model_copy(
+    assert load_adapter_folder(
+        adapter_files.write(tmp_path / "a", facts=manifest)
+    ).manifest == manifest.model_copy(
         update={
             "weights": WeightsInfo(
                 sha256=atomic_io.sha256_file(tmp_path / "a" / WEIGHTS_FILE),
@@ -120,7 +122,12 @@ def test_load_incomplete_folder_fails(tmp_path):
         {"rank_pattern": {"h.1.attn.c_attn": 4, r"^transformer\.h\.0": 4}, "alpha_pattern": {"c_attn": 16.5}},
         {"target_modules": "all-linear", "task_type": None, "revision": None, "inference_mode": True},
         {"layers_to_transform": None, "loftq_config": {}, "trainable_token_indices": None, "lora_bias": False},
-        {"megatron_core": "megatron.core", "qalora_group_size": 16, "peft_version": "0.21.2", "fan_in_fan_out": True},
+        {
+            "megatron_core": "megatron.core",
+            "qalora_group_size": 16,
+            "peft_version": "0.21.2",
+            "fan_in_fan_out": True,
+        },
         {"r": 4, "lora_alpha": 0.5},
     ],
 )
@@ -131,7 +138,9 @@ def test_safe_config_is_accepted(tmp_path, config):
 def test_config_written_by_peft_is_accepted(tmp_path):
     from peft import LoraConfig
 
-    LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["c_attn"]).save_pretrained(tmp_path / "own")
+    LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["c_attn"]).save_pretrained(
+        tmp_path / "own"
+    )
     assert (
         load_adapter_folder(
             adapter_files.write(tmp_path / "a", json.loads((tmp_path / "own" / CONFIG_FILE).read_text()))
@@ -167,9 +176,15 @@ def test_config_written_by_peft_is_accepted(tmp_path):
             {"r": True},
             "r is True, which has the wrong type bool; r is True, and a rank is a whole number from 1 to 4096",
         ),
-        ({"r": 4.0}, "r is 4.0, which has the wrong type float; r is 4.0, and a rank is a whole number from 1 to 4096"),
+        (
+            {"r": 4.0},
+            "r is 4.0, which has the wrong type float; r is 4.0, and a rank is a whole number from 1 to 4096",
+        ),
         ({"r": None}, "r is missing; r is None, and a rank is a whole number from 1 to 4096"),
-        ({"lora_alpha": None}, "lora_alpha is missing; lora_alpha is None, and an alpha is a number up to 1000000"),
+        (
+            {"lora_alpha": None},
+            "lora_alpha is missing; lora_alpha is None, and an alpha is a number up to 1000000",
+        ),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan, and an alpha is a number up to 1000000"),
         ({"lora_alpha": float("inf")}, "lora_alpha is inf, and an alpha is a number up to 1000000"),
         ({"lora_alpha": 10**400}, f"lora_alpha is {10**400}, and an alpha is a number up to 1000000"),
@@ -226,7 +241,9 @@ def test_config_wrong_type_or_too_large(tmp_path):
     (folder / CONFIG_FILE).write_text("[]")
     assert refusal(folder) == f"a/{CONFIG_FILE}: it is not a JSON object."
     (folder / CONFIG_FILE).write_text("")
-    assert refusal(folder) == f"a/{CONFIG_FILE} is not readable as JSON: Expecting value: line 1 column 1 (char 0)."
+    assert (
+        refusal(folder) == f"a/{CONFIG_FILE} is not readable as JSON: Expecting value: line 1 column 1 (char 0)."
+    )
     (folder / CONFIG_FILE).write_text(" " * 10_000_001)
     assert refusal(folder) == f"a/{CONFIG_FILE} is too large: at most 1,000,000 bytes are read."
 
@@ -289,7 +306,10 @@ def test_tensor_rank_must_match_config(tmp_path):
         f"a/{WEIGHTS_FILE}: {MODULE} has rank 4, but {CONFIG_FILE} says 8; "
         f"{adapter_files.MODULES[1]} has rank 4, but {CONFIG_FILE} says 8."
     )
-    assert load_adapter_folder(adapter_files.write(tmp_path / "a", {"r": 8, "rank_pattern": {"c_attn": 4}})).rank == 8
+    assert (
+        load_adapter_folder(adapter_files.write(tmp_path / "a", {"r": 8, "rank_pattern": {"c_attn": 4}})).rank
+        == 8
+    )
 
 
 @pytest.mark.parametrize(
@@ -315,7 +335,9 @@ def test_non_lora_tensor_is_rejected(tmp_path, name):
 
 def test_integer_tensors_are_rejected(tmp_path):
     weights = adapter_files.tensors() | {A: np.ones((4, 6), np.int64)}
-    assert refusal(adapter_files.write(tmp_path / "a", weights=weights)) == f"a/{WEIGHTS_FILE}: {A} has dtype I64."
+    assert (
+        refusal(adapter_files.write(tmp_path / "a", weights=weights)) == f"a/{WEIGHTS_FILE}: {A} has dtype I64."
+    )
 
 
 def test_error_lists_five_tensors(tmp_path):
@@ -376,7 +398,9 @@ def test_magnitude_without_matrices_is_rejected(tmp_path):
 
 
 def test_empty_weights_are_rejected(tmp_path):
-    assert refusal(adapter_files.write(tmp_path / "a", weights={})) == f"a/{WEIGHTS_FILE}: it has no LoRA tensors."
+    assert (
+        refusal(adapter_files.write(tmp_path / "a", weights={})) == f"a/{WEIGHTS_FILE}: it has no LoRA tensors."
+    )
 
 
 # Ranks and scales
@@ -387,9 +411,39 @@ def adapter_of(**config):
     return Adapter(Path("a"), adapter_files.CONFIG | config, None, {})
 
 
-PARTS = ["transformer", "model", "layers", "h", "0", "1", "10", "attn", "self_attn", "c_attn", "q_proj", "proj", "p"]
+PARTS = [
+    "transformer",
+    "model",
+    "layers",
+    "h",
+    "0",
+    "1",
+    "10",
+    "attn",
+    "self_attn",
+    "c_attn",
+    "q_proj",
+    "proj",
+    "p",
+]
 LAYERS = st.lists(st.sampled_from(PARTS), min_size=1, max_size=5).map(".".join)
-PIECES = [*PARTS, ".", "..", r"\.", r"\d", r"\w", r"\b", "^", "$", r"\A", r"\Z", r"\x2e", "attn.c_attn", "h.1", "_"]
+PIECES = [
+    *PARTS,
+    ".",
+    "..",
+    r"\.",
+    r"\d",
+    r"\w",
+    r"\b",
+    "^",
+    "$",
+    r"\A",
+    r"\Z",
+    r"\x2e",
+    "attn.c_attn",
+    "h.1",
+    "_",
+]
 KEYS = st.lists(st.sampled_from(PIECES), min_size=1, max_size=5).map("".join).filter(_is_pattern)
 
 
@@ -447,8 +501,12 @@ def test_rank_must_match_pattern(tmp_path):
     assert refusal(adapter_files.write(tmp_path / "a", {"rank_pattern": {"h.1.attn.c_attn": 3}})) == (
         f"a/{WEIGHTS_FILE}: {adapter_files.MODULES[1]} has rank 4, but {CONFIG_FILE} says 3."
     )
-    mixed = adapter_files.tensors(4, adapter_files.MODULES[:1]) | adapter_files.tensors(3, adapter_files.MODULES[1:])
-    adapter = load_adapter_folder(adapter_files.write(tmp_path / "b", {"rank_pattern": {"h.1.attn.c_attn": 3}}, mixed))
+    mixed = adapter_files.tensors(4, adapter_files.MODULES[:1]) | adapter_files.tensors(
+        3, adapter_files.MODULES[1:]
+    )
+    adapter = load_adapter_folder(
+        adapter_files.write(tmp_path / "b", {"rank_pattern": {"h.1.attn.c_attn": 3}}, mixed)
+    )
     assert [adapter.rank_of(module) for module in adapter.modules] == [4, 3]
     assert refusal(adapter_files.write(tmp_path / "c", weights=mixed)) == (
         f"c/{WEIGHTS_FILE}: {adapter_files.MODULES[1]} has rank 3, but {CONFIG_FILE} says 4."
@@ -472,7 +530,9 @@ def test_verify_detects_edited_config(tmp_path):
     (folder / CONFIG_FILE).write_text(
         (folder / CONFIG_FILE).read_text().replace('"lora_alpha": 8', '"lora_alpha": 800')
     )
-    assert verify_adapter(load_adapter_folder(folder)) == [f"{CONFIG_FILE} does not match its hash in {MANIFEST_FILE}"]
+    assert verify_adapter(load_adapter_folder(folder)) == [
+        f"{CONFIG_FILE} does not match its hash in {MANIFEST_FILE}"
+    ]
 
 
 @pytest.mark.parametrize("digest", ["../../secret", "/etc/passwd", "AB" * 32, "ab" * 31])
@@ -570,7 +630,9 @@ def test_old_manifest_without_parents_loads(tmp_path):
 def test_sha256_comes_from_manifest(tmp_path):
     known = WeightsInfo(sha256="ab" * 32, bytes=1, parameters=1)
     assert (
-        load_adapter_folder(adapter_files.write(tmp_path / "a", facts=adapter_files.manifest(weights=known))).sha256
+        load_adapter_folder(
+            adapter_files.write(tmp_path / "a", facts=adapter_files.manifest(weights=known))
+        ).sha256
         == "ab" * 32
     )
     bare = adapter_files.write(tmp_path / "b")
@@ -579,7 +641,9 @@ def test_sha256_comes_from_manifest(tmp_path):
 
 def test_parent_info_includes_ancestors(tmp_path):
     bare = load_adapter_folder(adapter_files.write(tmp_path / "bare"))
-    assert bare.parent_info() == ParentInfo(name="bare", sha256=atomic_io.sha256_file(tmp_path / "bare" / WEIGHTS_FILE))
+    assert bare.parent_info() == ParentInfo(
+        name="bare", sha256=atomic_io.sha256_file(tmp_path / "bare" / WEIGHTS_FILE)
+    )
     child = load_adapter_folder(
         adapter_files.write(tmp_path / "child", facts=adapter_files.manifest(parents=[bare.parent_info()]))
     )
@@ -613,10 +677,14 @@ def test_manifest_error_lists_all_problems(tmp_path):
     )
     (folder / MANIFEST_FILE).write_text("[]")
     assert (
-        refusal(folder) == f"a/{MANIFEST_FILE}: manifest: Input should be a valid dictionary or instance of Manifest."
+        refusal(folder)
+        == f"a/{MANIFEST_FILE}: manifest: Input should be a valid dictionary or instance of Manifest."
     )
     (folder / MANIFEST_FILE).write_text("")
-    assert refusal(folder) == f"a/{MANIFEST_FILE} is not readable as JSON: Expecting value: line 1 column 1 (char 0)."
+    assert (
+        refusal(folder)
+        == f"a/{MANIFEST_FILE} is not readable as JSON: Expecting value: line 1 column 1 (char 0)."
+    )
     (folder / MANIFEST_FILE).write_text(" " * 10_000_001)
     assert refusal(folder) == f"a/{MANIFEST_FILE} is too large: at most 1,000,000 bytes are read."
 
@@ -628,7 +696,24 @@ def test_validate_name_accepts_valid_names(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["", "2x", "-a", "_a", ".a", "..", "a.b", "a/b", "../a", "/tmp/a", "a\\b", "a b", "a\n", "a\0", "é", "a" * 65],
+    [
+        "",
+        "2x",
+        "-a",
+        "_a",
+        ".a",
+        "..",
+        "a.b",
+        "a/b",
+        "../a",
+        "/tmp/a",
+        "a\\b",
+        "a b",
+        "a\n",
+        "a\0",
+        "é",
+        "a" * 65,
+    ],
 )
 def test_validate_name_rejects_invalid_names(name):
     with pytest.raises(AdapterError) as error:
@@ -716,7 +801,9 @@ def test_verify_detects_truncated_weights(complete, end, why):
 def test_verify_detects_deleted_weights(complete):
     adapter = load_adapter_folder(complete)
     (complete / WEIGHTS_FILE).unlink()
-    with pytest.raises(AdapterError, match=f"{complete} is damaged: {WEIGHTS_FILE} cannot be read: .*No such file"):
+    with pytest.raises(
+        AdapterError, match=f"{complete} is damaged: {WEIGHTS_FILE} cannot be read: .*No such file"
+    ):
         check_weights_hash(adapter)
 
 

@@ -46,7 +46,9 @@ def write(tmp_path, llama, gpt2):
         for module, (into, out) in modules.items():
             rank = config.get("rank_pattern", {}).get(module, config.get("r", 4))
             for part, size in (("A", (rank, into)), ("B", (out, rank))):
-                tensors[f"base_model.model.{module}.lora_{part}.weight"] = draw.normal(size=size).astype(np.float32)
+                tensors[f"base_model.model.{module}.lora_{part}.weight"] = draw.normal(size=size).astype(
+                    np.float32
+                )
             if config.get("use_dora"):
                 tensors[f"base_model.model.{module}.lora_magnitude_vector"] = np.ones(out, np.float32)
         base, targets = (gpt2, ["c_attn", "mlp.c_proj"]) if modules is GPT2 else (llama, NAMES)
@@ -84,7 +86,10 @@ ACCEPTED_BY_PEFT = {
     "names of more layers": (QUERY, {}),
     "all-linear": (LLAMA, {"target_modules": "all-linear"}),
     "the output head, by its name": (QUERY | {"lm_head": (32, 320)}, {"target_modules": ["q_proj", "lm_head"]}),
-    "patterns": (LLAMA, {"rank_pattern": dict.fromkeys(QUERY, 2), "alpha_pattern": {"up_proj": 3}, "use_rslora": True}),
+    "patterns": (
+        LLAMA,
+        {"rank_pattern": dict.fromkeys(QUERY, 2), "alpha_pattern": {"up_proj": 3}, "use_rslora": True},
+    ),
     "DoRA": (LLAMA, {"use_dora": True}),
     "gaussian": (QUERY, {"init_lora_weights": "gaussian"}),
     "eva": (QUERY, {"init_lora_weights": "eva"}),
@@ -107,7 +112,10 @@ def test_accepted_adapter_loads_fully_in_peft(write, way):
 def test_peft_check_reports_skipped_layers(write, recwarn):
     for targets, first in (
         (["q_proj", "up_proj"], "model.layers.0.self_attn.v_proj"),
-        ([*(name for name in LLAMA if name.startswith("model.layers.0.")), "q_proj"], "model.layers.1.mlp.up_proj"),
+        (
+            [*(name for name in LLAMA if name.startswith("model.layers.0.")), "q_proj"],
+            "model.layers.1.mlp.up_proj",
+        ),
         (None, "model.layers.0.mlp.up_proj"),  # of Llama's layers PEFT then takes q_proj and v_proj
     ):
         adapter = write(target_modules=targets)
@@ -121,9 +129,7 @@ def test_peft_check_reports_skipped_layers(write, recwarn):
 
 def test_peft_check_reports_skipped_lm_head(write):
     adapter = write(QUERY | {"lm_head": (32, 320)}, target_modules="all-linear")
-    obstacle = (
-        "PEFT would skip lm_head, which all-linear does not include: list the layers by name in adapter_config.json"
-    )
+    obstacle = "PEFT would skip lm_head, which all-linear does not include: list the layers by name in adapter_config.json"
     assert check(adapter, "peft") == ([obstacle], [])
     assert load_in_peft(adapter)[0] == [f"base_model.model.lm_head.lora_{part}.weight" for part in "AB"]
 
@@ -132,9 +138,7 @@ def test_peft_check_reports_skipped_lm_head(write):
 @pytest.mark.parametrize("start", [False, None])
 def test_peft_check_reports_random_initialization(write, start, targets):
     adapter = write(QUERY, init_lora_weights=start, target_modules=targets)
-    obstacle = (
-        f"init_lora_weights is {json.dumps(start)}, so PEFT would give layers without tensors random weights: {REWRITE}"
-    )
+    obstacle = f"init_lora_weights is {json.dumps(start)}, so PEFT would give layers without tensors random weights: {REWRITE}"
     assert check(adapter, "peft") == ([obstacle], [])
     assert load_in_peft(adapter)[1] > 0.1
 
@@ -158,7 +162,10 @@ def test_peft_check_notes_target_pattern(write):
 
 @pytest.mark.parametrize(
     ("rank", "least"),
-    [*((1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (65, 128), (129, 256)), *((257, 320), (512, 512), (513, None))],
+    [
+        *((1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (65, 128), (129, 256)),
+        *((257, 320), (512, 512), (513, None)),
+    ],
 )
 def test_vllm_rank_is_smallest_sufficient(write, rank, least):
     for adapter in (write(QUERY, r=rank), write(LLAMA, r=1, rank_pattern=dict.fromkeys(QUERY, rank))):
@@ -185,13 +192,20 @@ def test_llama_cpp_check_by_layers(write):
         assert check(write(**config), "llama.cpp") == ([], [EXPORT, CONVERTER_NOTE])
     assert check(write(GPT2), "llama.cpp") == ([], [EXPORT, CONVERTER_NOTE])
     assert check(write(use_dora=True), "llama.cpp") == ([f"llama.cpp does not support DoRA: {MERGE}"], [EXPORT])
-    for layer in ("lm_head", "model.layers.0.mlp.c_proj", "transformer.h.0.mlp", "gpt_neox.layers.0.attention.dense"):
+    for layer in (
+        "lm_head",
+        "model.layers.0.mlp.c_proj",
+        "transformer.h.0.mlp",
+        "gpt_neox.layers.0.attention.dense",
+    ):
         unknown = f"layers such as {layer} cannot be converted for llama.cpp: {MERGE}"
         assert check(write(QUERY | {layer: (32, 32)}), "llama.cpp") == ([unknown], [EXPORT])
 
 
 def test_check_uses_given_name(write):
-    assert compatibility.check_compatibility(write(), "llama.cpp", "other").notes == [EXPORT.replace("mine", "other")]
+    assert compatibility.check_compatibility(write(), "llama.cpp", "other").notes == [
+        EXPORT.replace("mine", "other")
+    ]
     assert compatibility.check_compatibility(write(use_dora=True), "vllm", "other").errors == [
         f"vLLM does not support DoRA: {MERGE.replace('mine', 'other')}"
     ]
@@ -224,6 +238,11 @@ def test_check_command_output_and_status(write):
     assert told == f"mine: not compatible with peft\n- {obstacle}\n"
     for tool, obstacles in (("vllm", []), ("peft", [obstacle])):
         answer = run("adapters", "check", "mine", "--for", tool, "--json", exit_code=len(obstacles)).stdout
-        assert json.loads(answer) == {"tool": tool, "obstacles": obstacles, "notes": [], "accepted": not obstacles}
+        assert json.loads(answer) == {
+            "tool": tool,
+            "obstacles": obstacles,
+            "notes": [],
+            "accepted": not obstacles,
+        }
     run("adapters", "check", "mine", exit_code=2)
     run("adapters", "check", "mine", "--for", "ollama", exit_code=2)

@@ -292,7 +292,9 @@ def test_pull_during_commit_is_consistent(hub, small):
     hub.fault = lambda _: len(hub.requests) == 3 and not hub.commit(KEY, {CARD_FILE: b"x", CONFIG_FILE: b"{}"})
     pulled = pull()
     assert (
-        pulled.files == sizes(pulled.adapter.path) == {name: path.stat().st_size for name, path in first.files.items()}
+        pulled.files
+        == sizes(pulled.adapter.path)
+        == {name: path.stat().st_size for name, path in first.files.items()}
     )
 
 
@@ -303,7 +305,9 @@ def test_pull_without_manifest_notifies(hub, tmp_path):
     assert [notice.text for notice in notices] == [
         "reviews was made by another tool: run `adapters adopt reviews` to tie it to its base."
     ]
-    assert refusal(AdapterError, push, adapter) == ("adapters/reviews has no manifest: run `adapters adopt` first.")
+    assert refusal(AdapterError, push, adapter) == (
+        "adapters/reviews has no manifest: run `adapters adopt` first."
+    )
 
 
 def test_push_damaged_adapter_fails(hub, small):

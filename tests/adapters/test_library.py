@@ -156,7 +156,9 @@ def test_entries_include_broken_adapters(library):
         str(found["evil"])
         == f"{library.path / 'evil' / CONFIG_FILE}: r is 0, and a rank is a whole number from 1 to 4096."
     )
-    assert str(found["bare"]) == f"{library.path / 'bare'} has no {CONFIG_FILE}: it is incomplete or not an adapter."
+    assert (
+        str(found["bare"]) == f"{library.path / 'bare'} has no {CONFIG_FILE}: it is incomplete or not an adapter."
+    )
 
 
 # Writing
@@ -248,7 +250,10 @@ def test_create_never_replaces_other_folders(library):
     [
         (lambda work: (work / CONFIG_FILE).unlink(), "has no adapter_config.json"),
         (lambda work: (work / CONFIG_FILE).write_text("{"), "is not readable as JSON"),
-        (lambda work: (work / WEIGHTS_FILE).write_bytes((work / WEIGHTS_FILE).read_bytes()[:-1]), "it is cut off"),
+        (
+            lambda work: (work / WEIGHTS_FILE).write_bytes((work / WEIGHTS_FILE).read_bytes()[:-1]),
+            "it is cut off",
+        ),
     ],
 )
 def test_create_unreadable_adapter_fails(library, taken, overwrite, spoil, why):
@@ -342,7 +347,9 @@ def test_remove_only_adapters(library, taken):
     (library.path / "notes").mkdir()
     (library.path / "notes" / "a.txt").write_text("a")
     before = tree(library.path)
-    assert refusal(library.remove, "notes") == f"{library.path / 'notes'} is not an adapter, so it is not removed."
+    assert (
+        refusal(library.remove, "notes") == f"{library.path / 'notes'} is not an adapter, so it is not removed."
+    )
     assert tree(library.path) == before
     library.remove("imdb")
     assert tree(library.path) == {"notes": None, "notes/a.txt": b"a"}
@@ -495,7 +502,9 @@ def test_ancestors_after_rename_and_remove(library):
 
 
 def test_ancestor_without_manifest_found_by_hash(library):
-    foreign = load_adapter_folder(adapter_files.write(library.path / "foreign", weights=adapter_files.tensors(value=9)))
+    foreign = load_adapter_folder(
+        adapter_files.write(library.path / "foreign", weights=adapter_files.tensors(value=9))
+    )
     child = made(library, "child", 1, foreign)
     assert lineage(library, child) == [("foreign", 1, "foreign")]
     library.rename("foreign", "known")
@@ -520,8 +529,12 @@ def nested(folder, generations):
     adapter_files.write(folder, facts=adapter_files.manifest())
     text = (folder / MANIFEST_FILE).read_text()
     assert '"parents": []' in text
-    before = "".join(f'[{{"name": "p{number}", "sha256": "{"ab" * 32}", "parents": ' for number in range(generations))
-    (folder / MANIFEST_FILE).write_text(text.replace('"parents": []', f'"parents": {before}[]{"}]" * generations}'))
+    before = "".join(
+        f'[{{"name": "p{number}", "sha256": "{"ab" * 32}", "parents": ' for number in range(generations)
+    )
+    (folder / MANIFEST_FILE).write_text(
+        text.replace('"parents": []', f'"parents": {before}[]{"}]" * generations}')
+    )
     return folder
 
 

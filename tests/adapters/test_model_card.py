@@ -390,7 +390,9 @@ def test_card_names_incompatible_tools(tmp_path):
     assert "cli.py export" in gpt2
     magnitudes = {f"base_model.model.{module}.lora_magnitude_vector": np.ones(18, np.float32) for module in LLAMA}
     dora = used(tmp_path, {"use_dora": True}, adapter_files.tensors(modules=LLAMA) | magnitudes)
-    assert dora.endswith(f"```\n\nvLLM does not support DoRA: {MERGE}.\n\nllama.cpp does not support DoRA: {MERGE}.\n")
+    assert dora.endswith(
+        f"```\n\nvLLM does not support DoRA: {MERGE}.\n\nllama.cpp does not support DoRA: {MERGE}.\n"
+    )
     assert "cli.py export" not in dora
 
 
@@ -410,7 +412,10 @@ def test_card_escapes_untrusted_text(card):
 
 def test_card_links_existing_plots(tmp_path):
     folder = adapter_files.write(tmp_path / "imdb", facts=adapter_files.manifest())
-    for name, picture in (("loss.png", "![Loss](loss.png)"), ("spectrum.png", "![Singular values](spectrum.png)")):
+    for name, picture in (
+        ("loss.png", "![Loss](loss.png)"),
+        ("spectrum.png", "![Singular values](spectrum.png)"),
+    ):
         assert picture not in model_card.model_card(load_adapter_folder(folder), "imdb")
         (folder / name).touch()
         assert picture in model_card.model_card(load_adapter_folder(folder), "imdb")
@@ -426,7 +431,10 @@ def test_spectrum_plot_marks_truncation(tmp_path):
 
 def test_card_of_child_names_parents(card, tmp_path):
     grandparent = {"name": "old", "sha256": "12" * 32}
-    parents = [{"name": "noir", "sha256": "ab" * 32, "parents": [grandparent]}, {"name": "verse", "sha256": "cd" * 32}]
+    parents = [
+        {"name": "noir", "sha256": "ab" * 32, "parents": [grandparent]},
+        {"name": "verse", "sha256": "cd" * 32},
+    ]
     facts = adapter_files.manifest().data.model_copy(update={"eval_dataset": "owner/films"})
     rows = table(card(adapter_files.manifest(parents=parents, data=facts.model_dump())))
     assert rows["Parents"] == "noir (abababababab), verse (cdcdcdcdcdcd)"
@@ -458,7 +466,12 @@ def peft_folder(folder, base, **settings):
         ("llama", {"r": 12, "target_modules": ["q_proj", "down_proj"]}),
         (
             "llama",
-            {"r": 4, "target_modules": ["q_proj"], "use_rslora": True, "rank_pattern": {"0.self_attn.q_proj": 1000}},
+            {
+                "r": 4,
+                "target_modules": ["q_proj"],
+                "use_rslora": True,
+                "rank_pattern": {"0.self_attn.q_proj": 1000},
+            },
         ),
         ("llama", {"r": 4, "target_modules": ["v_proj"], "use_dora": True}),
     ],

@@ -68,14 +68,22 @@ def test_train_generate_list_show_merge(quick, tmp_path):
     shown = run("adapters", "show", "reviews").stdout
     assert trained.stdout.splitlines()[1] in " ".join(shown.split()).replace(" (gain", "  (gain")
     assert "fingerprint" in shown
-    assert json.loads(run("adapters", "show", "reviews", "--json").stdout)["targets"] == ["c_attn", "c_fc", "c_proj"]
-    assert run("merge", "reviews", "--out", "merged/reviews").stdout.startswith("merged/reviews\nverified against ")
+    assert json.loads(run("adapters", "show", "reviews", "--json").stdout)["targets"] == [
+        "c_attn",
+        "c_fc",
+        "c_proj",
+    ]
+    assert run("merge", "reviews", "--out", "merged/reviews").stdout.startswith(
+        "merged/reviews\nverified against "
+    )
     assert (tmp_path / "merged" / "reviews" / "model.safetensors").is_file()
 
 
 def test_verify_rename_remove(adapter, tmp_path):
     assert run("adapters", "verify").stdout == "reviews: OK\n"
-    assert json.loads(run("adapters", "verify", "reviews", "--json").stdout) == [{"name": "reviews", "problems": []}]
+    assert json.loads(run("adapters", "verify", "reviews", "--json").stdout) == [
+        {"name": "reviews", "problems": []}
+    ]
     assert run("adapters", "rename", "reviews", "old").stdout == "adapters/old\n"
     (tmp_path / "adapters" / "old" / "run.yaml").unlink()
     assert run("adapters", "verify", "old", exit_code=1).stdout == "old: run.yaml is missing\n"
@@ -90,7 +98,9 @@ def test_generate_prompt_sources(adapter, tmp_path):
     (tmp_path / "prompts.txt").write_text("the actor\n\nthis film\n")
     both = run("generate", "--adapter", "reviews", *GREEDY, "--file", "prompts.txt").stdout.splitlines()
     assert [line[:9] for line in both] == ["the actor", "this film"]
-    piped = run("generate", "--adapter", "reviews", *GREEDY, "-", stdin="the actor\nthis film\n").stdout.splitlines()
+    piped = run(
+        "generate", "--adapter", "reviews", *GREEDY, "-", stdin="the actor\nthis film\n"
+    ).stdout.splitlines()
     assert piped == both
     alone = run("generate", "--adapter", "reviews", *GREEDY, "this film").stdout.splitlines()
     assert alone == both[1:]
@@ -134,7 +144,9 @@ def test_plan_and_preview_train_nothing(quick):
 
 
 def test_train_options_override_config_file(quick, tmp_path, gpt2, reviews_csv):
-    (tmp_path / "run.yaml").write_text(f"base: {gpt2}\ndataset: {reviews_csv}\nrank: 2\nmax_length: 64\nepochs: 2\n")
+    (tmp_path / "run.yaml").write_text(
+        f"base: {gpt2}\ndataset: {reviews_csv}\nrank: 2\nmax_length: 64\nepochs: 2\n"
+    )
     facts = json.loads(run("train", "--config", "run.yaml", "--rank", 3, "--max-steps", 1, "--json").stdout)
     assert (facts["rank"], facts["run"]["steps"]) == (3, 1)
     (tmp_path / "bad.yaml").write_text("rnak: 8\nrank: 0\n")
@@ -239,7 +251,14 @@ def test_light_commands_never_import_torch(adapter, tmp_path):
     (tmp_path / "foreign" / MANIFEST_FILE).unlink()
     (tmp_path / "foreign").rename(tmp_path / "adapters" / "guest")
     shutil.copytree(tmp_path / "adapters" / "guest", tmp_path / "foreign")
-    lines = ["--help", "train --help", "--version", "adapters list", "adapters list --json", "adapters show reviews"]
+    lines = [
+        "--help",
+        "train --help",
+        "--version",
+        "adapters list",
+        "adapters list --json",
+        "adapters show reviews",
+    ]
     lines += ["evaluate --help", "compare --help", "adapters adopt foreign --name mine", "adapters adopt guest"]
     lines += ["adapters verify", "adapters verify reviews", "adapters rename mine yours", "adapters show yours"]
     lines += ["adapters remove yours --yes", "adapters list"]
@@ -322,7 +341,9 @@ def test_compare_in_columns(two, columns):
 
 def test_compare_on_narrow_terminal(two, columns):
     answers = json.loads(run("compare", *BOTH, "--greedy", "--json", "the actor").stdout)
-    expected = [f"--- {model}\nthe actor{answer['text']}\n\n" for model, answer in zip(MODELS, answers, strict=True)]
+    expected = [
+        f"--- {model}\nthe actor{answer['text']}\n\n" for model, answer in zip(MODELS, answers, strict=True)
+    ]
     for width in (36 * 3 - 1, 30):
         columns(width)
         assert run("compare", *BOTH, "--greedy", "the actor").stdout == "".join(expected)
@@ -370,8 +391,12 @@ def other_base(tmp_path):
 
 def test_compare_errors(two, gpt2, tmp_path):
     stranger = other_base(tmp_path)
-    assert error("compare", *BOTH) == ("Error: There is no prompt: give one as an argument, --file, or - for stdin.")
-    assert error("compare", *BOTH, "x", "--file", "y") == "Error: A prompt and --file exclude each other: give one."
+    assert error("compare", *BOTH) == (
+        "Error: There is no prompt: give one as an argument, --file, or - for stdin."
+    )
+    assert (
+        error("compare", *BOTH, "x", "--file", "y") == "Error: A prompt and --file exclude each other: give one."
+    )
     assert error("compare", *BOTH, "--adapter", "noir", "x") == (
         "Error: Two of these adapters have the name noir: list each once, or rename one."
     )
@@ -513,7 +538,9 @@ def test_evaluate_errors(two, tmp_path, gpt2):
         "Error: text_column, where: only valid with --eval-dataset."
     )
     for name in ("gains.jpg", "gains"):
-        assert error("evaluate", "noir", "--plot", name) == f"Error: --plot {name}: choose a name that ends in .png."
+        assert (
+            error("evaluate", "noir", "--plot", name) == f"Error: --plot {name}: choose a name that ends in .png."
+        )
     assert error("evaluate", "noir", "--plot", "none/gains.png") == (
         "Error: --plot none/gains.png: there is no folder none."
     )
@@ -526,7 +553,9 @@ def test_evaluate_errors(two, tmp_path, gpt2):
     assert error("evaluate", "noir", "--eval-dataset", "none.csv") == (
         "Error: There is no dataset 'none.csv': give imdb, an existing file or folder, or a Hub id (owner/name)."
     )
-    assert error("evaluate", "noir", "--base", stranger).startswith(f"Error: noir was trained on {gpt2} (fingerprint ")
+    assert error("evaluate", "noir", "--base", stranger).startswith(
+        f"Error: noir was trained on {gpt2} (fingerprint "
+    )
     assert "FORCED: noir was trained on" in run("evaluate", "noir", "--base", stranger, "--force").stderr
     assert "Missing argument" in flat(run("evaluate", exit_code=2).stderr)
     run("evaluate", "noir", "--eval-rows", 1, exit_code=2)
@@ -545,24 +574,32 @@ def test_adopt_command(two, tmp_path, gpt2, columns):
     assert "by another tool, without a manifest (run `adapters adopt` to write one)" in shown
     adopted = run("adapters", "adopt", "elsewhere/guest")
     assert adopted.stdout == "adapters/guest\n"
-    assert adopted.stderr == f"guest fits {gpt2} by its layer sizes; it cannot be verified that it was trained on it.\n"
+    assert (
+        adopted.stderr
+        == f"guest fits {gpt2} by its layer sizes; it cannot be verified that it was trained on it.\n"
+    )
     assert run("adapters", "adopt", "elsewhere/guest", "--name", "b", "--base", gpt2).stdout == "adapters/b\n"
     assert (tmp_path / "adapters" / "guest" / WEIGHTS_FILE).read_bytes() == before
     assert not (tmp_path / "elsewhere" / "guest" / MANIFEST_FILE).exists()
     lines = dict(
-        re.split(r" {2,}", line.strip(), maxsplit=1) for line in run("adapters", "show", "guest").stdout.splitlines()
+        re.split(r" {2,}", line.strip(), maxsplit=1)
+        for line in run("adapters", "show", "guest").stdout.splitlines()
     )
     assert lines["evaluation"] == "not evaluated"
     assert lines["fingerprint"] == find_base(str(gpt2)).fingerprint
     assert lines["created"].startswith("by another tool, adopted 20")
     assert "lineage" not in lines
     assert run("adapters", "verify", "guest", "b").stdout == "guest: OK\nb: OK\n"
-    assert error("adapters", "adopt", "guest") == "Error: adapters/guest has a manifest: there is nothing to adopt."
+    assert (
+        error("adapters", "adopt", "guest") == "Error: adapters/guest has a manifest: there is nothing to adopt."
+    )
     assert error("adapters", "adopt", "elsewhere/guest").startswith(
         "Error: adapters/guest exists: choose another --name"
     )
     stranger = other_base(tmp_path)
-    assert error("generate", "--adapter", "guest", "--base", stranger, "x").startswith("Error: guest was trained on ")
+    assert error("generate", "--adapter", "guest", "--base", stranger, "x").startswith(
+        "Error: guest was trained on "
+    )
     wider = tiny_models.save_model(tmp_path / "wider", "gpt2", width=48)
     assert error("adapters", "adopt", "elsewhere/guest", "--name", "c", "--base", wider).startswith(
         "Error: elsewhere/guest does not fit the base: transformer.h.0.attn.c_attn is "
@@ -652,7 +689,9 @@ def test_train_from_errors(two, tmp_path, gpt2):
         "them out."
     )
     stranger = other_base(tmp_path)
-    assert error("train", *given, "--base", stranger).startswith(f"Error: noir was trained on {gpt2} (fingerprint ")
+    assert error("train", *given, "--base", stranger).startswith(
+        f"Error: noir was trained on {gpt2} (fingerprint "
+    )
     assert error("train", "--from", "nobody", *given[2:]) == (
         "Error: There is no adapter 'nobody', neither in adapters (noir, verse) nor as a path."
     )

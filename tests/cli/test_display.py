@@ -48,7 +48,9 @@ def test_progress_lines_without_terminal(capsys, monkeypatch):
 
 
 def test_show_fields_skips_unknown_values(capsys):
-    display.show_fields({"name": "a", "data": None, "base": {"repo": "b", "revision": None}, "targets": ["q", "v"]})
+    display.show_fields(
+        {"name": "a", "data": None, "base": {"repo": "b", "revision": None}, "targets": ["q", "v"]}
+    )
     shown = capsys.readouterr().out
     assert "repo: b" in shown
     assert "q, v" in shown
@@ -164,7 +166,9 @@ def test_show_escapes_hostile_manifest(capsys, wide, evil):
 
 
 def test_list_escapes_hostile_config(capsys, wide, tmp_path):
-    bare = load_adapter_folder(adapter_files.write(tmp_path / "adapters" / "bare", {"base_model_name_or_path": EVIL}))
+    bare = load_adapter_folder(
+        adapter_files.write(tmp_path / "adapters" / "bare", {"base_model_name_or_path": EVIL})
+    )
     adapter_files.write(tmp_path / "adapters" / "broken", {EVIL: 1, "bias": EVIL})
     adapters.show_adapters(Library().entries())
     adapters.show_details(bare, [])
@@ -209,7 +213,9 @@ def test_format_age():
     now = datetime.datetime.now(datetime.UTC)
     assert adapters.format_age((now - datetime.timedelta(hours=3)).isoformat()) == "3.0 h"
     assert adapters.format_age((now - datetime.timedelta(days=400)).isoformat()) == "400 d"
-    assert adapters.format_age((now + datetime.timedelta(days=2)).isoformat()) == "0 s"  # clock of another machine
+    assert (
+        adapters.format_age((now + datetime.timedelta(days=2)).isoformat()) == "0 s"
+    )  # clock of another machine
     for extreme in ("0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"):
         assert adapters.format_age(extreme).endswith((" d", " s"))
 
@@ -218,7 +224,10 @@ def test_format_ancestor():
     sha256 = "ab" * 32
     assert adapters.format_ancestor(Ancestor("a", sha256, 1, "a")) == "from a (abababababab)"
     assert adapters.format_ancestor(Ancestor("a", sha256, 2, "b")) == "  from a (abababababab, now named b)"
-    assert adapters.format_ancestor(Ancestor("a", sha256, 3, None)) == "    from a (abababababab, not in this library)"
+    assert (
+        adapters.format_ancestor(Ancestor("a", sha256, 3, None))
+        == "    from a (abababababab, not in this library)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -232,7 +241,9 @@ def test_format_ancestor():
     ],
 )
 def test_show_impossible_numbers(capsys, tmp_path, facts):
-    changed = {name: getattr(adapter_files.manifest(), name).model_dump() | change for name, change in facts.items()}
+    changed = {
+        name: getattr(adapter_files.manifest(), name).model_dump() | change for name, change in facts.items()
+    }
     folder = adapter_files.write(tmp_path / "odd", facts=adapter_files.manifest())
     manifest = json.loads((folder / MANIFEST_FILE).read_text()) | changed
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest))

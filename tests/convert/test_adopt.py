@@ -102,7 +102,9 @@ def test_adopt_copies_and_writes_manifest(theirs, model_folder, library):
     assert verify_adapter(adapter) == []
     assert notices == [
         Notice(
-            "theirs fits " + str(model_folder) + " by its layer sizes; it cannot be verified that it was trained on it."
+            "theirs fits "
+            + str(model_folder)
+            + " by its layer sizes; it cannot be verified that it was trained on it."
         )
     ]
 
@@ -117,7 +119,9 @@ def test_adopted_adapter_rejects_other_base(theirs, model_folder, library, tmp_p
     )
     notices = []
     lora.check_base(load_adapter_folder(theirs), other, options=ModelOptions(notify=notices.append))
-    assert notices == [Notice(f"theirs has no manifest, so only its shapes can be compared with {tmp_path / 'other'}.")]
+    assert notices == [
+        Notice(f"theirs has no manifest, so only its shapes can be compared with {tmp_path / 'other'}.")
+    ]
     adapter = adopt(library, theirs)
     lora.check_base(adapter, right, options=ModelOptions(notify=pytest.fail))
     assert refusal(lora.check_base, adapter, other, kind=WrongBaseError) == (
@@ -190,8 +194,14 @@ def test_adopt_resolves_symlinks(workspace, library):
 def test_adopt_with_shortened_tensor_names(tmp_path, library, first, shape):
     """GPT-2 on the Hub names transformer.h.0.attn.c_attn h.0.attn.c_attn."""
     names = [module.replace("transformer.", first) for module in adapter_files.MODULES]
-    others = {f"{first}wte.weight": (50, 6), f"{first}h.0.attn.c_attn.bias": (18,), f"{first}h.0.ln_1.weight": (6,)}
-    adapter_files.write_base(tmp_path / "base", {f"{names[0]}.weight": shape} | others, {f"{names[1]}.weight": shape})
+    others = {
+        f"{first}wte.weight": (50, 6),
+        f"{first}h.0.attn.c_attn.bias": (18,),
+        f"{first}h.0.ln_1.weight": (6,),
+    }
+    adapter_files.write_base(
+        tmp_path / "base", {f"{names[0]}.weight": shape} | others, {f"{names[1]}.weight": shape}
+    )
     adapter_files.write(tmp_path / "theirs", {"base_model_name_or_path": "base"})
     adapter = adopt(library, "theirs")
     assert adapter.manifest.base.fingerprint == BaseModelFiles("", "", tmp_path / "base", None, "").fingerprint
@@ -271,9 +281,12 @@ def with_other_sizes(workspace):
 
 def with_unknown_layer(workspace):
     adapter_files.write(
-        workspace / "theirs", weights=adapter_files.tensors(4, [*adapter_files.MODULES, "transformer.h.2.attn.c_attn"])
+        workspace / "theirs",
+        weights=adapter_files.tensors(4, [*adapter_files.MODULES, "transformer.h.2.attn.c_attn"]),
     )
-    return {"base": "base"}, ("theirs does not fit the base: the base has no linear layer transformer.h.2.attn.c_attn.")
+    return {"base": "base"}, (
+        "theirs does not fit the base: the base has no linear layer transformer.h.2.attn.c_attn."
+    )
 
 
 def on_vector_weights(workspace):

@@ -44,7 +44,9 @@ def dense_logits(folder, *parts):
 def test_blend_of_one_equals_it(make, library, model_folder, variant):
     one = make("one", variant)
     made = blend([(one, 1.0)], "same", library, options=ModelOptions(base=str(model_folder))).adapter
-    torch.testing.assert_close(peft_logits(model_folder, made), peft_logits(model_folder, one), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        peft_logits(model_folder, made), peft_logits(model_folder, one), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,12 +79,16 @@ def test_blend_is_weighted_sum(make, library, model_folder, first, second, weigh
 def test_blend_minus_itself_equals_base(make, library, model_folder):
     one = make("one", "patterns")
     made = blend([(one, 1), (one, -1)], "nothing", library, options=ModelOptions(base=str(model_folder))).adapter
-    torch.testing.assert_close(peft_logits(model_folder, made), peft_logits(model_folder, None), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(
+        peft_logits(model_folder, made), peft_logits(model_folder, None), atol=1e-4, rtol=1e-5
+    )
 
 
 def test_truncated_blend_reports_lost_energy(make, library, model_folder):
     one, two = make("one"), make("two", "rslora")
-    blended = blend([(one, 0.5), (two, 0.5)], "cut", library, rank=4, options=ModelOptions(base=str(model_folder)))
+    blended = blend(
+        [(one, 0.5), (two, 0.5)], "cut", library, rank=4, options=ModelOptions(base=str(model_folder))
+    )
     assert blended.exact_rank == 7
     assert {blended.adapter.rank_of(module) for module in blended.adapter.modules} == {4}
     first, second = adapter_deltas(model_folder, one), adapter_deltas(model_folder, two)
@@ -152,14 +158,18 @@ def test_wrong_blend_is_not_kept(make, library, model_folder, monkeypatch):
         return config
 
     monkeypatch.setattr(common.delta, "make_lora_config", without_scales)
-    with pytest.raises(AdapterError, match="mixed is not kept: the saved adapter differs from the exact result: "):
+    with pytest.raises(
+        AdapterError, match="mixed is not kept: the saved adapter differs from the exact result: "
+    ):
         blend([(one, 1.0)], "mixed", library, options=ModelOptions(base=str(model_folder)))
     assert file_names(library) == ["one"]
 
 
 def test_blend_with_sufficient_rank_is_exact(make, library, model_folder):
     one = make("one")
-    blended = blend([(one, 0.5), (one, 0.5)], "whole", library, rank=64, options=ModelOptions(base=str(model_folder)))
+    blended = blend(
+        [(one, 0.5), (one, 0.5)], "whole", library, rank=64, options=ModelOptions(base=str(model_folder))
+    )
     assert blended.adapter.rank == blended.exact_rank == 8
     assert set(blended.lost_energy.values()) == {0.0}
     assert blended.adapter.manifest.made_by == "blend one=0.5 one=0.5"
@@ -168,7 +178,11 @@ def test_blend_with_sufficient_rank_is_exact(make, library, model_folder):
 def test_blend_of_canceling_weights(make, library, model_folder):
     one = make("one")
     blended = blend(
-        [(one, 0.1), (one, 0.2), (one, -0.3)], "nothing", library, rank=8, options=ModelOptions(base=str(model_folder))
+        [(one, 0.1), (one, 0.2), (one, -0.3)],
+        "nothing",
+        library,
+        rank=8,
+        options=ModelOptions(base=str(model_folder)),
     )
     assert blended.total_lost_energy == 0.0
     assert blended.adapter.manifest.made_by == "blend one=0.1 one=0.2 one=-0.3 --rank 8"
@@ -176,7 +190,9 @@ def test_blend_of_canceling_weights(make, library, model_folder):
 
 def test_blend_records_exact_weights(make, library, model_folder):
     one = make("one")
-    made = blend([(one, 1 / 3), (one, 2.0)], "thirds", library, options=ModelOptions(base=str(model_folder))).adapter
+    made = blend(
+        [(one, 1 / 3), (one, 2.0)], "thirds", library, options=ModelOptions(base=str(model_folder))
+    ).adapter
     assert made.manifest.made_by == f"blend one={1 / 3!r} one=2"
 
 
@@ -187,7 +203,9 @@ def test_blend_treats_symlink_as_target(make, library, model_folder):
         [(library.get("link"), 0.5), (one, 0.5)], "both", library, options=ModelOptions(base=str(model_folder))
     ).adapter
     assert len(made.manifest.parents) == 1
-    torch.testing.assert_close(peft_logits(model_folder, made), peft_logits(model_folder, one), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        peft_logits(model_folder, made), peft_logits(model_folder, one), atol=1e-5, rtol=1e-5
+    )
 
 
 # Manifest, model card and held-out rows
@@ -196,7 +214,10 @@ def test_blend_treats_symlink_as_target(make, library, model_folder):
 def test_blend_manifest_and_card(two, caches):
     events = []
     blended = blend(
-        [(two[0], 0.7), (two[1], 0.3)], "mixed", Library(), options=ModelOptions(device="cpu", notify=events.append)
+        [(two[0], 0.7), (two[1], 0.3)],
+        "mixed",
+        Library(),
+        options=ModelOptions(device="cpu", notify=events.append),
     )
     adapter = blended.adapter
     manifest = adapter.manifest
@@ -225,7 +246,9 @@ def test_blend_manifest_and_card(two, caches):
 
 
 def test_train_from_blended_and_compressed(two, reviews_csv):
-    blended = blend([(adapter, 0.5) for adapter in two], "mixed", Library(), options=ModelOptions(device="cpu")).adapter
+    blended = blend(
+        [(adapter, 0.5) for adapter in two], "mixed", Library(), options=ModelOptions(device="cpu")
+    ).adapter
     for parent in (
         blended,
         compress(two[0], "less", Library(), energy=0.5, options=ModelOptions(device="cpu")).adapter,
@@ -242,7 +265,10 @@ def test_blend_of_different_split_salts(settings, reviews_csv):
     parts = [train(settings(name=name, split_salt=name)) for name in ("one", "two")]
     events = []
     made = blend(
-        [(part, 0.5) for part in parts], "mixed", Library(), options=ModelOptions(device="cpu", notify=events.append)
+        [(part, 0.5) for part in parts],
+        "mixed",
+        Library(),
+        options=ModelOptions(device="cpu", notify=events.append),
     ).adapter
     assert made.manifest.data.split_salt is None
     assert any("differ in --split-salt" in event.text for event in events if isinstance(event, Notice))
@@ -261,7 +287,9 @@ def test_missing_held_out_rows_stay_recorded(two, caches, monkeypatch):
     ):
         assert made.manifest.result is None
         assert made.manifest.data == two[0].manifest.data
-    made = blend([(adapter, 1.0) for adapter in two], "mixed", Library(), options=ModelOptions(device="cpu")).adapter
+    made = blend(
+        [(adapter, 1.0) for adapter in two], "mixed", Library(), options=ModelOptions(device="cpu")
+    ).adapter
     assert (made.manifest.data.held_out_hash, made.manifest.data.held_out_rows) == (None, 0)
     reason = evaluation.cached_rows(made).missing
     assert reason == "it was made from adapters whose held-out rows were missing"
@@ -271,7 +299,10 @@ def test_equal_held_out_rows_evaluated_once(two, settings):
     events = []
     again = train(settings(name="again", where=["label=1"], seed=5))
     blended = blend(
-        [(two[0], 0.5), (again, 0.5)], "mixed", Library(), options=ModelOptions(device="cpu", notify=events.append)
+        [(two[0], 0.5), (again, 0.5)],
+        "mixed",
+        Library(),
+        options=ModelOptions(device="cpu", notify=events.append),
     )
     assert list(blended.results) == ["praise"]
     assert "Not evaluated on again: its held-out rows are among those of praise." in [
@@ -339,7 +370,10 @@ def test_blend_compress_merge_commands(two, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("blend", "praise", "--name", "mixed"), "Error: 'praise' is not of the form NAME=WEIGHT, such as imdb=0.7."),
+        (
+            ("blend", "praise", "--name", "mixed"),
+            "Error: 'praise' is not of the form NAME=WEIGHT, such as imdb=0.7.",
+        ),
         (
             ("blend", "praise=much", "--name", "mixed"),
             "Error: 'praise=much' is not of the form NAME=WEIGHT, such as imdb=0.7.",

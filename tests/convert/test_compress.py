@@ -18,7 +18,9 @@ from .conftest import VARIANTS, adapter_deltas, file_names, peft_logits
 
 def test_compress_full_energy_is_lossless(make, library, model_folder):
     one = make("one", "patterns")
-    twice = blend([(one, 0.5), (one, 0.5)], "twice", library, options=ModelOptions(base=str(model_folder))).adapter
+    twice = blend(
+        [(one, 0.5), (one, 0.5)], "twice", library, options=ModelOptions(base=str(model_folder))
+    ).adapter
     compressed = compress(twice, "less", library, energy=1.0, options=ModelOptions(base=str(model_folder)))
     torch.testing.assert_close(
         peft_logits(model_folder, compressed.adapter), peft_logits(model_folder, one), atol=1e-5, rtol=1e-5
@@ -33,7 +35,9 @@ def test_compress_full_energy_is_lossless(make, library, model_folder):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_compress_keeps_smallest_sufficient_rank(make, library, model_folder, variant, rows):
     one = make("one", variant)
-    compressed = compress(one, "less", library, energy=0.8, sets=rows, options=ModelOptions(base=str(model_folder)))
+    compressed = compress(
+        one, "less", library, energy=0.8, sets=rows, options=ModelOptions(base=str(model_folder))
+    )
     after = adapter_deltas(model_folder, compressed.adapter)
     for module, delta in adapter_deltas(model_folder, one).items():
         squares = torch.linalg.svdvals(delta).square()
@@ -90,7 +94,9 @@ def test_compress_rejects_bad_input(make, library, model_folder):
     with pytest.raises(AdapterError, match="dora is a DoRA adapter"):
         compress(make("dora", use_dora=True), "less", library, options=ModelOptions(base=str(model_folder)))
     one = make("one")
-    nothing = blend([(one, 1), (one, -1)], "nothing", library, options=ModelOptions(base=str(model_folder))).adapter
+    nothing = blend(
+        [(one, 1), (one, -1)], "nothing", library, options=ModelOptions(base=str(model_folder))
+    ).adapter
     with pytest.raises(AdapterError, match="nothing cannot be compressed: all its updates are zero"):
         compress(nothing, "less", library, options=ModelOptions(base=str(model_folder)))
     for energy in (-0.1, 1.1, float("nan")):

@@ -34,7 +34,11 @@ VARIANTS = {
     "rsLoRA, patterns": ({"use_rslora": True, "rank_pattern": RANKS, "alpha_pattern": ALPHAS}, "float16"),
     "alpha 0, a pattern": ({"lora_alpha": 0, "alpha_pattern": (24,)}, "float16"),
 }
-TOLERANCE = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 5e-2}  # of log-probabilities; llama.cpp rounds inputs too
+TOLERANCE = {
+    "float32": 2e-3,
+    "float16": 1e-2,
+    "bfloat16": 5e-2,
+}  # of log-probabilities; llama.cpp rounds inputs too
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +113,9 @@ def test_llama_cpp_rejects_other_architecture(llama_cpp, make, base_gguf, tmp_pa
 def read_back(path):
     reader = gguf.GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    return fields, {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    return fields, {
+        tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors
+    }
 
 
 def test_gguf_tensor_names_and_scales(make, tmp_path):
@@ -214,13 +220,17 @@ def test_export_damaged_weights_fails(make, tmp_path):
 
 def test_export_dora_or_unknown_layers_fails(tmp_path):
     magnitudes = {
-        f"base_model.model.{module}.lora_magnitude_vector": np.ones(18, np.float32) for module in adapter_files.MODULES
+        f"base_model.model.{module}.lora_magnitude_vector": np.ones(18, np.float32)
+        for module in adapter_files.MODULES
     }
     dora = load_adapter_folder(
         adapter_files.write(tmp_path / "dora", {"use_dora": True}, adapter_files.tensors() | magnitudes)
     )
     merge = "merge it (`python cli.py merge {0} --out merged/{0}`)."
-    assert refused(dora, tmp_path / "a.gguf") == f"{dora.path}: llama.cpp does not support DoRA: {merge.format('dora')}"
+    assert (
+        refused(dora, tmp_path / "a.gguf")
+        == f"{dora.path}: llama.cpp does not support DoRA: {merge.format('dora')}"
+    )
     phi = load_adapter_folder(
         adapter_files.write(tmp_path / "phi", weights=adapter_files.tensors(modules=["model.layers.0.qkv_proj"]))
     )
@@ -258,7 +268,9 @@ def test_export_wrong_base_fails(make, base, tmp_path):
     with pytest.raises(WrongBaseError, match=r"not on .*other .*use --force to try it anyway"):
         to_gguf(adopted, out, options=ModelOptions(base=other))
     notices.clear()
-    assert to_gguf(adopted, out, options=ModelOptions(base=other, force=True, notify=notices.append)).tensors == 28
+    assert (
+        to_gguf(adopted, out, options=ModelOptions(base=other, force=True, notify=notices.append)).tensors == 28
+    )
     assert notices[0].text.startswith("FORCED: ")
 
 

@@ -84,7 +84,10 @@ def test_merge_rejects_bad_targets(adapter, tmp_path):
     (tmp_path / "notes").mkdir()
     with pytest.raises(AdapterError) as error:
         merge(adapter, tmp_path / "notes", overwrite=True)
-    assert str(error.value) == f"{tmp_path}/notes is not a model folder, so it is not replaced: choose another --out."
+    assert (
+        str(error.value)
+        == f"{tmp_path}/notes is not a model folder, so it is not replaced: choose another --out."
+    )
     merge(adapter, tmp_path / "merged", overwrite=True)
     other = tiny_models.save_model(tmp_path / "other", "gpt2", seed=5)
     with pytest.raises(WrongBaseError) as error:
@@ -114,7 +117,9 @@ def wrong_merge(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_wrong_merge_is_not_kept(make, model_folder, tmp_path, wrong_merge, dtype):
     adapter, before = make("one", lora_alpha=64), sorted(tmp_path.iterdir())
-    with pytest.raises(AdapterError, match="merged is not kept: the merged model differs from base and adapter: "):
+    with pytest.raises(
+        AdapterError, match="merged is not kept: the merged model differs from base and adapter: "
+    ):
         merge(adapter, tmp_path / "merged", dtype=dtype, options=ModelOptions(base=str(model_folder)))
     assert sorted(tmp_path.iterdir()) == before
 

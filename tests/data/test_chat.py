@@ -57,7 +57,8 @@ def tokenizer(chat_base):
 def conversation(question, *replies):
     """Messages of a user and an assistant in turn."""
     return [
-        {"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate((question, *replies))
+        {"role": ("user", "assistant")[number % 2], "content": text}
+        for number, text in enumerate((question, *replies))
     ]
 
 
@@ -73,7 +74,13 @@ def chat_config(chat_base, tmp_path):
     )
 
     def make(**changes):
-        quick = {"base": str(chat_base), "dataset": "talks.jsonl", "max_steps": 6, "max_length": 128, "batch_size": 2}
+        quick = {
+            "base": str(chat_base),
+            "dataset": "talks.jsonl",
+            "max_steps": 6,
+            "max_length": 128,
+            "batch_size": 2,
+        }
         quick |= {"rank": 4, "learning_rate": 1e-2, "eval_rows": 8, "device": "cpu"}
         return TrainConfig.model_validate(quick | changes)
 
@@ -204,7 +211,8 @@ def test_greeting_and_last_question_have_no_labels(tokenizer, chat_base, tmp_pat
     )
     folder = save_chat_base(tmp_path / "endless", endless)
     parts = decode_labels(
-        load_tokenizer(find_base(str(folder))), chat.encode_messages(conversation("so?", "yes", "thanks"), unchanged)
+        load_tokenizer(find_base(str(folder))),
+        chat.encode_messages(conversation("so?", "yes", "thanks"), unchanged),
     )[1]
     assert "".join(parts) == f" yes\n{tiny_models.END}"
 
@@ -278,7 +286,9 @@ def test_messages_without_template_fail(gpt2):
 
 def test_special_token_in_message_fails(tokenizer):
     with pytest.raises(DataError) as error:
-        tokenization.encode_texts(tokenizer, [chat.encode_messages(conversation("so <|start|>?", "yes"), unchanged)])
+        tokenization.encode_texts(
+            tokenizer, [chat.encode_messages(conversation("so <|start|>?", "yes"), unchanged)]
+        )
     assert str(error.value).startswith(
         "A message contains <|start|>, a special token of this base: remove it. Conversation: [{"
     )
@@ -319,7 +329,9 @@ def test_message_cleaning_keeps_code_and_html(tmp_path):
     rows = [{"messages": conversation(f"so {number}?", answer)} for number in range(30)]
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     dataset = load_dataset(TrainConfig(dataset="talks.jsonl"))
-    answers = {json.loads(text.removeprefix(chat.CHAT_MARK))[1]["content"] for text in dataset.train + dataset.held_out}
+    answers = {
+        json.loads(text.removeprefix(chat.CHAT_MARK))[1]["content"] for text in dataset.train + dataset.held_out
+    }
     assert answers == {"for x in y:\n    print('<b>')\n\n\n\tno bell"}
 
 
@@ -493,7 +505,9 @@ def test_interactive_chat_keeps_history_until_new(generate_args):
     first = generator.generate(conversation("so?"), GREEDY).text
     second = generator.generate(conversation("so?", first, "and?"), GREEDY).text
     done = run(*generate_args, "--chat", stdin="so?\nand?\n/new\nso?\n\n")
-    answers = [part.partition("Enter a prompt")[0].rstrip("\n") for part in done.stdout.split("Generated text: ")[1:]]
+    answers = [
+        part.partition("Enter a prompt")[0].rstrip("\n") for part in done.stdout.split("Generated text: ")[1:]
+    ]
     assert answers == [first.rstrip("\n"), second.rstrip("\n"), first.rstrip("\n")]
     assert "Commands: /adapter NAME, /base, /new; an empty line quits." in done.stderr
     assert "New conversation." in done.stderr

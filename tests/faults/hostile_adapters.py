@@ -46,14 +46,20 @@ def write_good(folder: Path, base: Path) -> Path:
 
 
 def write_on(
-    folder: Path, base: Path, tokenizer: str | None = None, module: str = "transformer.h.{}.attn.c_attn", out: int = 96
+    folder: Path,
+    base: Path,
+    tokenizer: str | None = None,
+    module: str = "transformer.h.{}.attn.c_attn",
+    out: int = 96,
 ) -> Path:
     """Write an adapter whose manifest names the base, on one layer (32 -> `out`) of two blocks."""
     draw = np.random.default_rng(0)
     blocks = min(2, json.loads((base / "config.json").read_text()).get("n_layer", 2))
     width = 64 if "wide" in base.name else 32
     tensors = {
-        f"base_model.model.{module.format(block)}.lora_{part}.weight": draw.normal(0, 0.1, shape).astype(np.float32)
+        f"base_model.model.{module.format(block)}.lora_{part}.weight": draw.normal(0, 0.1, shape).astype(
+            np.float32
+        )
         for block in range(blocks)
         for part, shape in (("A", (4, width)), ("B", (out * width // 32, 4)))
     }
@@ -164,7 +170,9 @@ def vouch(folder: Path) -> None:
     """Update the hashes in the manifest."""
     facts = Manifest.model_validate_json((folder / MANIFEST_FILE).read_text())
     weights = WeightsInfo(
-        sha256=atomic_io.sha256_file(folder / WEIGHTS_FILE), bytes=(folder / WEIGHTS_FILE).stat().st_size, parameters=1
+        sha256=atomic_io.sha256_file(folder / WEIGHTS_FILE),
+        bytes=(folder / WEIGHTS_FILE).stat().st_size,
+        parameters=1,
     )
     (folder / MANIFEST_FILE).write_text(facts.model_copy(update={"weights": weights}).to_json())
 
@@ -203,7 +211,9 @@ def rename(old: str, new: str) -> Callable[[dict[str, Any]], None]:
 
 
 def cast(kind: Any, factor: float = 1.0) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda weights: {name: (tensor.astype(np.float64) * factor).astype(kind) for name, tensor in weights.items()}
+    return lambda weights: {
+        name: (tensor.astype(np.float64) * factor).astype(kind) for name, tensor in weights.items()
+    }
 
 
 def one_number(value: float) -> Callable[[dict[str, Any]], None]:
@@ -543,7 +553,9 @@ def _spoil_tensors(draw: random.Random, folder: Path) -> None:
     if change == 0:
         tensors[name] = tensors[name].astype(draw.choice([np.float16, np.float64, np.int8, np.uint8, bool]))
     elif change == 1:
-        tensors[name] = np.resize(tensors[name], draw.choice([(4, 4), (96,), (1, 4, 32), (8, 32), (4, 31), (0, 4)]))
+        tensors[name] = np.resize(
+            tensors[name], draw.choice([(4, 4), (96,), (1, 4, 32), (8, 32), (4, 31), (0, 4)])
+        )
     elif change == 2:
         tensors[name].flat[draw.randrange(tensors[name].size)] = draw.choice([math.nan, math.inf, 3e38, 1e-45])
     elif change == 3:
@@ -580,7 +592,9 @@ def _spoil_once(draw: random.Random, folder: Path) -> None:
     if change < 2 and (data := path.read_bytes()):
         path.write_bytes(_spoil_bytes(draw, data))
     elif change == 2:
-        path.write_bytes(_spoil_header(draw, (folder / WEIGHTS_FILE).read_bytes())) if name == WEIGHTS_FILE else None
+        path.write_bytes(
+            _spoil_header(draw, (folder / WEIGHTS_FILE).read_bytes())
+        ) if name == WEIGHTS_FILE else None
     elif change < 5 and name != WEIGHTS_FILE:
         path.write_text(json.dumps(_spoil_json(draw, json.loads(path.read_text()))))
     else:

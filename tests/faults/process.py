@@ -80,7 +80,9 @@ class Fault:
             os.kill(os.getpid(), signal.SIGKILL)
 
         def hook(event: str, arguments: Any) -> None:
-            writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            writes = (
+                event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            )
             if writes or event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir"):
                 path = _path(arguments[0])
                 if path and path.is_relative_to(self.root):

@@ -60,8 +60,16 @@ INVALID = {
     "a header alone": ("x.csv", "text,label\n", "x.csv has no rows."),
     "one row": ("x.csv", table(TEXTS[:1]), "1 usable rows of 1 (0 empty, 0 duplicates) leave"),
     "one row, often": ("x.csv", table(TEXTS[:1] * 50), "1 usable rows of 50 (0 empty, 49 duplicates) leave"),
-    "nothing but space": ("x.csv", table([" ", "<br>", "\u200b"] * 9), "0 usable rows of 27 (27 empty, 0 duplicates)"),
-    "no such column": ("x.csv", table(header="a,b"), "which column is the text? Name one with --text-column: a, b."),
+    "nothing but space": (
+        "x.csv",
+        table([" ", "<br>", "\u200b"] * 9),
+        "0 usable rows of 27 (27 empty, 0 duplicates)",
+    ),
+    "no such column": (
+        "x.csv",
+        table(header="a,b"),
+        "which column is the text? Name one with --text-column: a, b.",
+    ),
     "Latin-1": (
         "x.csv",
         table().encode() + b"caf\xe9,1\n",
@@ -73,7 +81,11 @@ INVALID = {
         "byte 3 is null, as in UTF-16 or a binary file: save it as UTF-8 text.",
     ),
     "UTF-16 without its mark": ("x.csv", table().encode("utf-16-le"), "byte 1 is null, as in UTF-16"),
-    "UTF-16 without null bytes": ("x.txt", "映画".encode("utf-16"), "byte 0 is not UTF-8: save it as UTF-8 text."),
+    "UTF-16 without null bytes": (
+        "x.txt",
+        "映画".encode("utf-16"),
+        "byte 0 is not UTF-8: save it as UTF-8 text.",
+    ),
     "null bytes": ("x.jsonl", jsonl(TEXTS).encode() + b'"a\0b"\n', f"byte {len(jsonl(TEXTS)) + 2} is null"),
     "an open quote": ("x.csv", table() + '"open,1\n', f"line 62: unexpected end of data{QUOTES}"),
     "a quote too many": ("x.csv", 'text,label\n"so" she said,1\n', f"line 2: ',' expected after '\"'{QUOTES}"),
@@ -122,7 +134,16 @@ def refusal(run, gpt2, tmp_path, reviews_csv):
         options = {"--dataset": reviews_csv.name} | {option: data}
         before = files_in(tmp_path)
         result = run(
-            "train", "--base", gpt2, "--name", "x", "--max-length", 64, *arguments, *sum(options.items(), ()), **kwargs
+            "train",
+            "--base",
+            gpt2,
+            "--name",
+            "x",
+            "--max-length",
+            64,
+            *arguments,
+            *sum(options.items(), ()),
+            **kwargs,
         )
         assert (result.status, result.out) == (1, ""), result.err
         assert str(data) in result.line
@@ -298,12 +319,20 @@ UNUSUAL = {  # name, content, rows, empty rows, duplicates
     "nothing but emoji": ("x.txt", "\n".join(EMOJI), EMOJI, 0, 0),
     "rows with other keys": (
         "x.jsonl",
-        jsonl([{"text": text, "a": number} for number, text in enumerate(TEXTS)] + [{"b": "c"}, {"text": None}] * 3),
+        jsonl(
+            [{"text": text, "a": number} for number, text in enumerate(TEXTS)] + [{"b": "c"}, {"text": None}] * 3
+        ),
         TEXTS,
         6,
         0,
     ),
-    "NaN beside the text": ("x.jsonl", jsonl({"text": text, "score": float("nan")} for text in TEXTS), TEXTS, 0, 0),
+    "NaN beside the text": (
+        "x.jsonl",
+        jsonl({"text": text, "score": float("nan")} for text in TEXTS),
+        TEXTS,
+        0,
+        0,
+    ),
     "what is cleaned away": ("x.csv", table([*TEXTS, "", "<br>", "\u200b\u00ad", "&nbsp;"]), TEXTS, 4, 0),
     "copies but for space and markup": (
         "x.csv",
@@ -359,7 +388,9 @@ def test_trained_tokens_equal_file_tokens(run, gpt2, tmp_path):
     assert facts["data"]["hash"] == dataset.hash()
     assert facts["data"]["counts"] == vars(dataset.counts)
     assert dataset.counts.read == 68
-    rows, _ = tokenization.truncate(tokenization.encode_texts(load_tokenizer(find_base(str(gpt2))), dataset.train), 128)
+    rows, _ = tokenization.truncate(
+        tokenization.encode_texts(load_tokenizer(find_base(str(gpt2))), dataset.train), 128
+    )
     assert facts["run"]["tokens"] == sum(len(row) - 1 for row in rows)  # the first has no label
     assert facts["run"]["sequences"] < len(rows)
 
@@ -383,7 +414,9 @@ def test_line_of_50_megabytes_bounds_memory(run, gpt2, tmp_path, ending):
     header = {"csv": "text\n"}.get(ending, "")
     line = json.dumps if ending == "jsonl" else str
     write(tmp_path / f"x.{ending}", header + "".join(f"{line(text)}\n" for text in (*TEXTS, long)))
-    result = run("train", "--base", gpt2, "--dataset", f"x.{ending}", "--max-length", 64, "--max-steps", 1, "--json")
+    result = run(
+        "train", "--base", gpt2, "--dataset", f"x.{ending}", "--max-length", 64, "--max-steps", 1, "--json"
+    )
     assert result.status == 0, result.err
     facts = json.loads(result.out)
     assert facts["data"]["counts"]["read"] == 61

@@ -51,7 +51,9 @@ GREEDY = SamplingParams(greedy=True, max_new_tokens=12, repetition_penalty=1.0)
 def stock(tmp_path_factory: pytest.TempPathFactory, gpt2: Path) -> Path:
     """Two adapters of equal shapes and different scales, so that files of both would load together; one without a manifest."""
     root = tmp_path_factory.mktemp("stock")
-    (root / "reviews.txt").write_text("\n".join(f"{n}: the story {'works' if n % 3 else 'drags'}." for n in range(60)))
+    (root / "reviews.txt").write_text(
+        "\n".join(f"{n}: the story {'works' if n % 3 else 'drags'}." for n in range(60))
+    )
     for seed, name in enumerate(("one", "two")):
         train(
             TrainConfig.model_validate(
@@ -457,7 +459,9 @@ def test_processes_unpack_base_at_once(start: Start, gpt2: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_trainings_share_empty_cache(start: Start, run: Run, workspace: Path, training: tuple[str | Path, ...]) -> None:
+def test_trainings_share_empty_cache(
+    start: Start, run: Run, workspace: Path, training: tuple[str | Path, ...]
+) -> None:
     running = [start(*training, "--name", f"new{number}") for number in range(4)]
     assert [command.end().status for command in running] == [0] * 4
     assert run(*training, "--name", "alone", "--adapters-dir", "others").status == 0

@@ -37,7 +37,9 @@ def after_a_crash(name: str, words: list[str], root: Path, new: State) -> None:
         result = run(root, *words)
         assert result.status == 0, result.err
     assert state(root) == new
-    if litter(root):  # what has come to its place before the crash is cleaned up after by the next that writes there
+    if litter(
+        root
+    ):  # what has come to its place before the crash is cleaned up after by the next that writes there
         run(root, "adapters", "adopt", "foreign", "--name", "next", "--base", str(root / "whole"))
         if words[0] not in ("adapters", "blend", "compress"):
             assert run(root, *words, *(["--overwrite"] * ("--overwrite" not in words))).status == 0
@@ -57,7 +59,9 @@ def test_crash_keeps_old_or_new(name: str, expected, world: Path, gpt2: Path, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
-def test_crash_at_any_point_keeps_old_or_new(name: str, expected, world: Path, gpt2: Path, tmp_path: Path) -> None:
+def test_crash_at_any_point_keeps_old_or_new(
+    name: str, expected, world: Path, gpt2: Path, tmp_path: Path
+) -> None:
     words = arguments(name, world, gpt2)
     new, events = expected(name)
     for at in range(len(events)):

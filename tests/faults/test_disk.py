@@ -144,7 +144,9 @@ def test_small_real_disk_full(name: str, expected, world: Path, gpt2: Path, tmp_
 
 def test_low_disk_space_refused_before_training(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(atomic_io, "free_space", lambda place: 1_000)
-    with pytest.raises(TrainingError, match="runs has 0 MB free, and the run needs 0: free some space, or choose"):
+    with pytest.raises(
+        TrainingError, match="runs has 0 MB free, and the run needs 0: free some space, or choose"
+    ):
         train(settings())
     assert not list((tmp_path / "runs").iterdir())
     assert not (tmp_path / "adapters").exists()
@@ -251,7 +253,9 @@ def becomes_a_file(place: Path) -> None:
     trainer._LoraTrainer._save_checkpoint = spoil  # type: ignore[method-assign]
 
 
-def test_folder_becomes_file_while_training(closed: Path, expected, world: Path, gpt2: Path, tmp_path: Path) -> None:
+def test_folder_becomes_file_while_training(
+    closed: Path, expected, world: Path, gpt2: Path, tmp_path: Path
+) -> None:
     words = arguments("train", world, gpt2)
     result = run(closed, *words, before=partial(becomes_a_file, closed / "adapters"))
     assert result.status == 1

@@ -40,7 +40,9 @@ def test_divergence_keeps_last_good_adapter(run, arguments, request, kind, rate,
         ended = run(*arguments, *how)
     assert ended.status == 1
     what = (
-        r"The loss is nan in step 2" if rate == "1e30" else r"(The loss is nan|A gradient is not finite) in step [23]"
+        r"The loss is nan in step 2"
+        if rate == "1e30"
+        else r"(The loss is nan|A gradient is not finite) in step [23]"
     )
     assert re.match(rf"Error: {what}, so the run has stopped\.", ended.line)
     assert f" The last good adapter is in {LAST}. Try a lower learning rate than " in ended.line
@@ -54,7 +56,10 @@ def test_divergence_keeps_last_good_adapter(run, arguments, request, kind, rate,
 @pytest.mark.slow
 def test_last_good_had_finite_gradients(run, arguments):
     """Those of step 3 give a finite loss, and the gradient is not."""
-    assert "A gradient is not finite in step 3," in run(*arguments, "--learning-rate", "1000", "--max-steps", "8").line
+    assert (
+        "A gradient is not finite in step 3,"
+        in run(*arguments, "--learning-rate", "1000", "--max-steps", "8").line
+    )
     kept = load_file(LAST / adapter.WEIGHTS_FILE)
     shutil.rmtree(RUN)
     how = ["--schedule", "constant", "--max-steps", "1"]
@@ -64,7 +69,9 @@ def test_last_good_had_finite_gradients(run, arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rate", "what"), [("1e30", "The held-out loss is nan"), ("1e39", "A weight is not finite")])
+@pytest.mark.parametrize(
+    ("rate", "what"), [("1e30", "The held-out loss is nan"), ("1e39", "A weight is not finite")]
+)
 def test_divergence_after_training_writes_no_adapter(run, arguments, rate, what):
     ended = run(*arguments, "--learning-rate", rate, "--max-steps", "1")
     assert ended.status == 1

@@ -168,7 +168,16 @@ def _do_all(libraries: list[tuple[str, Path]], commands: dict[str, list[str]], a
             if name != "warm":
                 outcomes.append(
                     Outcome(
-                        name, command, status, out[:LONG], err[:LONG], broke, seconds, grown, list(wrote), sorted(left)
+                        name,
+                        command,
+                        status,
+                        out[:LONG],
+                        err[:LONG],
+                        broke,
+                        seconds,
+                        grown,
+                        list(wrote),
+                        sorted(left),
                     )
                 )
         shutil.rmtree(here / "adapters")
@@ -259,7 +268,9 @@ def check_rejected(outcome: Outcome, hostile: HostileAdapter) -> None:
         if refused:
             assert outcome.status == 1, f"{outcome.command} of {outcome.adapter}: {outcome.text[-800:]}"
     if refused:
-        assert re.search(f"{hostile.why}|no manifest", said), f"{outcome.command} of {outcome.adapter}: {said[-800:]}"
+        assert re.search(f"{hostile.why}|no manifest", said), (
+            f"{outcome.command} of {outcome.adapter}: {said[-800:]}"
+        )
 
 
 BROKEN = {name: hostile for name, hostile in BY_HAND.items() if hostile.rejected_by in ("all", "weights", "base")}
@@ -279,7 +290,11 @@ def test_harmless_adapter_is_accepted(do):
         for name in ("half of the tensors", "catastrophic target pattern", "manifest with ..")
     ]
     done += do(harmless, {name: ALL[name] for name in ("list", "show", "generate", "blend")})
-    refused = {"check vllm": "vLLM does not support LoRA on GPT-2", "adopt": "has a manifest", "push": "no manifest"}
+    refused = {
+        "check vllm": "vLLM does not support LoRA on GPT-2",
+        "adopt": "has a manifest",
+        "push": "no manifest",
+    }
     for outcome in done:
         check(outcome)
         assert outcome.status == 0 or refused[outcome.command] in outcome.text, outcome.text
@@ -293,14 +308,20 @@ def nothing(folder: Path) -> None:
 
 @pytest.mark.parametrize("seeds", [range(12, 15), pytest.param(range(15, 18), marks=pytest.mark.slow)])
 def test_fuzzed_adapter_loads_or_fails_cleanly(do, seeds):
-    for outcome in do([(f"seed {seed}", partial(hostile_adapters.spoil_randomly, seed=seed)) for seed in seeds], ALL):
+    for outcome in do(
+        [(f"seed {seed}", partial(hostile_adapters.spoil_randomly, seed=seed)) for seed in seeds], ALL
+    ):
         check(outcome)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seeds", [range(1_000, 1_080), range(1_080, 1_160), range(1_160, 1_240), range(1_240, 1_310)])
+@pytest.mark.parametrize(
+    "seeds", [range(1_000, 1_080), range(1_080, 1_160), range(1_160, 1_240), range(1_240, 1_310)]
+)
 def test_many_fuzzed_adapters_fail_cleanly(do, seeds):
-    for outcome in do([(f"seed {seed}", partial(hostile_adapters.spoil_randomly, seed=seed)) for seed in seeds], ALL):
+    for outcome in do(
+        [(f"seed {seed}", partial(hostile_adapters.spoil_randomly, seed=seed)) for seed in seeds], ALL
+    ):
         check(outcome)
 
 
@@ -351,14 +372,18 @@ BASE_NAMES = [
 def test_hostile_base_name_cannot_escape(do):
     """Base names and revisions that point outside the cache."""
     jobs = [
-        (f"config {n}", hostile_adapters.config(base_model_name_or_path=place)) for n, place in enumerate(BASE_NAMES)
+        (f"config {n}", hostile_adapters.config(base_model_name_or_path=place))
+        for n, place in enumerate(BASE_NAMES)
     ]
     jobs += [(f"manifest {n}", hostile_adapters.manifest(base__name=place)) for n, place in enumerate(BASE_NAMES)]
     jobs += [
         (f"revision {n}", hostile_adapters.manifest(base__name="me/mine", base__revision=place))
         for n, place in enumerate(BASE_NAMES)
     ]
-    own = {name: [word for word in ALL[name] if word not in BASE] for name in ("generate", "export", "adopt", "merge")}
+    own = {
+        name: [word for word in ALL[name] if word not in BASE]
+        for name in ("generate", "export", "adopt", "merge")
+    }
     for outcome in do(jobs, own | {name: CHEAP[name] for name in ("list", "show")}):
         check(outcome)
         assert outcome.status == (outcome.command in own), outcome.text

@@ -37,7 +37,9 @@ def repos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("hub")
     tiny_models.save_model(root / "model", "llama", seed=5)
     (root / "texts").mkdir()
-    datasets.Dataset.from_dict({"text": tiny_models.reviews(60)}).to_parquet(str(root / "texts" / "train.parquet"))
+    datasets.Dataset.from_dict({"text": tiny_models.reviews(60)}).to_parquet(
+        str(root / "texts" / "train.parquet")
+    )
     adapter_files.write(root / "adapter", facts=adapter_files.manifest(run=None))
     return {
         f"models/{MODEL}": root / "model",
@@ -147,7 +149,9 @@ def begin(hub: Hub, handler: BaseHTTPRequestHandler) -> bytes:
     return body
 
 
-def half_then(more: Callable[[Hub, BaseHTTPRequestHandler], None]) -> Callable[[Hub, BaseHTTPRequestHandler], None]:
+def half_then(
+    more: Callable[[Hub, BaseHTTPRequestHandler], None],
+) -> Callable[[Hub, BaseHTTPRequestHandler], None]:
     def play(hub: Hub, handler: BaseHTTPRequestHandler) -> None:
         body = begin(hub, handler)
         handler.wfile.write(body[: len(body) // 2])
@@ -187,7 +191,10 @@ LOGIN = "run `hf auth login`"
 PORTAL = "whether this network requires a login"
 FAULTS: dict[str, tuple[Fault, str]] = {
     "silent": (everywhere(lambda hub, _: hub.closed.wait(60)), "Try again"),
-    "silent within a file": (where(requests_large_file, half_then(lambda hub, _: hub.closed.wait(60))), "Try again"),
+    "silent within a file": (
+        where(requests_large_file, half_then(lambda hub, _: hub.closed.wait(60))),
+        "Try again",
+    ),
     "drip": (where(requests_large_file, drip), "almost nothing arrived for 1.5 seconds"),
     "cut off": (where(requests_large_file, half_then(lambda hub, _: None)), "Try again"),
     "another file": (
@@ -201,7 +208,10 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "401": (everywhere(status(401)), "`hf auth login`"),
     "403": (everywhere(status(403)), "403 Forbidden"),
     "404": (everywhere(status(404)), ""),
-    "429": (everywhere(status(429, **{"Retry-After": "3600"})), "too many requests. Try again after 3600 seconds"),
+    "429": (
+        everywhere(status(429, **{"Retry-After": "3600"})),
+        "too many requests. Try again after 3600 seconds",
+    ),
     "500": (everywhere(status(500)), "it answers with status 500. Try again later."),
     "503": (everywhere(status(503, **{"Retry-After": "3600"})), "status 503. Try again after 3600 seconds."),
 }
@@ -211,7 +221,9 @@ CASES = [(what, how) for what in ("generate", "dataset", "pull") for how in FAUL
 CASES += [
     ("base", how) for how in ("silent within a file", "another file", "gated", "429")
 ]  # `generate` downloads it too
-CASES += [("push", how) for how in ("silent", "a page in place of all", "redirects", "401", "403", "429", "500", "503")]
+CASES += [
+    ("push", how) for how in ("silent", "a page in place of all", "redirects", "401", "403", "429", "500", "503")
+]
 
 
 @pytest.mark.parametrize(
@@ -269,7 +281,9 @@ def _check_transfer(hub: Hub, root: Path, what: str, done: Any) -> None:
 
 def test_partial_download_is_not_used(hub: Hub, run_command: Callable[..., Any]) -> None:
     """All but one small file arrived, and then the Hub is unreachable."""
-    hub.fault = lambda handler: requests_file(handler) and "generation_config" in handler.path and _hang_up(handler)
+    hub.fault = lambda handler: (
+        requests_file(handler) and "generation_config" in handler.path and _hang_up(handler)
+    )
     assert run_command("generate").status == 1
     hub.fault = lambda handler: bool([reply(handler, 503)])
     failed = run_command("generate")
@@ -292,13 +306,18 @@ def test_cached_model_used_without_hub(hub: Hub, run_command: Callable[..., Any]
 
 
 @pytest.mark.parametrize(
-    "what", ["pull", *(pytest.param(name, marks=pytest.mark.slow) for name in ("generate", "base", "dataset", "push"))]
+    "what",
+    ["pull", *(pytest.param(name, marks=pytest.mark.slow) for name in ("generate", "base", "dataset", "push"))],
 )
-def test_token_never_printed_or_stored(hub: Hub, run_command: Callable[..., Any], tmp_path: Path, what: str) -> None:
+def test_token_never_printed_or_stored(
+    hub: Hub, run_command: Callable[..., Any], tmp_path: Path, what: str
+) -> None:
     warning = {"X-HF-Warning": f"token; {TOKEN} is old"}
     answers = [
         lambda handler: fail(handler, 403, "", f"the token {TOKEN} is not enough"),
-        lambda handler: reply(handler, 401, {"error": f"Invalid token {TOKEN}"}, {"X-Error-Message": f"bad {TOKEN}"}),
+        lambda handler: reply(
+            handler, 401, {"error": f"Invalid token {TOKEN}"}, {"X-Error-Message": f"bad {TOKEN}"}
+        ),
         lambda handler: reply(handler, 400, {"error": f"{TOKEN}?"}, warning),
         lambda handler: reply(handler, 302, b"", {"Location": f"{hub.url}/{TOKEN}{handler.path}"[:900]}),
     ]
@@ -315,7 +334,10 @@ def test_token_never_printed_or_stored(hub: Hub, run_command: Callable[..., Any]
     kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert not [path for path, content in kept.items() if TOKEN.encode() in content]
     assert not [
-        name for repo in hub.repos.values() for name, path in repo.files.items() if TOKEN.encode() in path.read_bytes()
+        name
+        for repo in hub.repos.values()
+        for name, path in repo.files.items()
+        if TOKEN.encode() in path.read_bytes()
     ]
 
 

@@ -111,7 +111,12 @@ def test_signal_during_resume_changes_nothing(run, arguments, whole):
     assert run(*arguments, *HARD, before=partial(signalled, (STEP_END, 5, INT))).status == 130
     with unchanged(RUN):
         assert stopped(
-            run("train", "--resume", "reviews", before=partial(signalled, ("lora_tuner.models.lora:add_lora", 1, TERM)))
+            run(
+                "train",
+                "--resume",
+                "reviews",
+                before=partial(signalled, ("lora_tuner.models.lora:add_lora", 1, TERM)),
+            )
         )
     assert run("train", "--resume", "reviews").status == 0
     assert outcome(ADAPTER) == whole(*HARD)
@@ -183,10 +188,14 @@ def test_sigint_at_prompt_is_one_line(start, world, tmp_path):
     assert stopped(ended)
 
 
-WRITERS = [name for name in workspaces.COMMANDS if name.startswith(("merge", "blend", "compress", "export", "adopt"))]
+WRITERS = [
+    name for name in workspaces.COMMANDS if name.startswith(("merge", "blend", "compress", "export", "adopt"))
+]
 
 
-def interrupted_at(name: str, world: Path, base: Path, tmp_path: Path, chosen: Callable[[int], list[int]]) -> None:
+def interrupted_at(
+    name: str, world: Path, base: Path, tmp_path: Path, chosen: Callable[[int], list[int]]
+) -> None:
     """Ctrl-C at some of the things that a command does to files: all is as it was, or as it should become."""
     words = workspaces.arguments(name, world, base)
     new, events = workspaces.becomes(words, world, tmp_path / "clean")

@@ -53,7 +53,14 @@ ACCEPTED = {  # all others are rejected
     **dict.fromkeys(["--name", "new"], NAMES),
     **{
         option: {HUGE}
-        for option in ["--preview", "--max-rows", "--max-length", "--eval-rows", "--max-new-tokens", "--max-bytes"]
+        for option in [
+            "--preview",
+            "--max-rows",
+            "--max-length",
+            "--eval-rows",
+            "--max-new-tokens",
+            "--max-bytes",
+        ]
     },
     **{option: {HUGE} for option in ["--learning-rate", "--max-grad-norm"]},
     **{option: {"0"} for option in ["--dropout", "--warmup", "--seed", "--temperature", "--energy"]},
@@ -168,7 +175,9 @@ def test_repeated_option_is_rejected(workspace, name):
         if param.param_type_name == "argument" or param.multiple or "--help" in param.opts:
             continue
         twice = [*param.opts] * 2 if is_flag(param) else [param.opts[0], "1", param.opts[0], "2"]
-        status, _, err = invoke(*name.split(), *with_value(ARGUMENTS[name], param, "", COMMANDS[name])[:-2], *twice)
+        status, _, err = invoke(
+            *name.split(), *with_value(ARGUMENTS[name], param, "", COMMANDS[name])[:-2], *twice
+        )
         assert (status, err.count("\n")) == (2, 1)
         assert err.startswith(f"Error: Invalid value for '{param.opts[0]}'"), err
         if is_flag(param):
@@ -180,7 +189,8 @@ def test_repeated_option_is_rejected(workspace, name):
 @pytest.mark.slow
 @settings(max_examples=2000, derandomize=True, deadline=None, suppress_health_check=[*HealthCheck])
 @given(
-    data=st.data(), name=st.sampled_from([command for command in COMMANDS if command not in ("doctor", "methods")])
+    data=st.data(),
+    name=st.sampled_from([command for command in COMMANDS if command not in ("doctor", "methods")]),
 )  # which take no value
 def test_random_option_values_fail_cleanly(workspace, data, name):
     command = COMMANDS[name]
@@ -218,7 +228,10 @@ CONTRADICTIONS = [
     ("compress a --energy 0.5 --max-bytes 9", "energy and max_bytes exclude each other: give one."),
     ("compress a --energy nan", "energy"),
     ("merge a --out folder", "folder exists: choose another --out, or replace it with --overwrite."),
-    ("merge a --out folder --overwrite", "folder is not a model folder, so it is not replaced: choose another --out."),
+    (
+        "merge a --out folder --overwrite",
+        "folder is not a model folder, so it is not replaced: choose another --out.",
+    ),
     (
         "export a --out some.txt --overwrite",
         "some.txt is not a GGUF file, so it is not replaced: choose another --out.",

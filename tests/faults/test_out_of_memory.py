@@ -26,7 +26,9 @@ GROWTH = 4_000_000  # bytes of noise from the allocator
 @pytest.fixture(scope="session")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base whose training steps take much more memory than its weights."""
-    return tiny_models.save_model(tmp_path_factory.mktemp("models") / "wide", "llama", width=256, layers=4, context=512)
+    return tiny_models.save_model(
+        tmp_path_factory.mktemp("models") / "wide", "llama", width=256, layers=4, context=512
+    )
 
 
 @pytest.fixture
@@ -105,7 +107,9 @@ def test_step_memory_is_a_lower_bound(
     run: Run, wide: Path, novels: Path, tmp_path: Path, kind: str, more: tuple[str, ...]
 ) -> None:
     base = (
-        wide if kind == "llama" else tiny_models.save_model(tmp_path / "base", "gpt2", width=256, layers=4, context=512)
+        wide
+        if kind == "llama"
+        else tiny_models.save_model(tmp_path / "base", "gpt2", width=256, layers=4, context=512)
     )
     before = functools.partial(record_step_memory, tmp_path / "measured")
     options = [option for option in WIDE if option != "--no-packing" or "--packing" not in more]
@@ -165,7 +169,9 @@ def test_out_of_memory_error_is_one_line(run: Run, wide: Path, novels: Path, tmp
 
 
 @pytest.mark.slow
-def test_memory_is_independent_of_prompt_count(run: Run, settings: Callable[..., TrainConfig], tmp_path: Path) -> None:
+def test_memory_is_independent_of_prompt_count(
+    run: Run, settings: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     train(settings())
     peaks = {}
     for count in (200, 2_000):

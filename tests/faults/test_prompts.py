@@ -37,7 +37,17 @@ def count_tokens(base, prompt):
     return max(len(row), 1)
 
 
-ODD = ["", " ", "   \n\t ", END, f"the {END} actor", "\U0001f600" * 5, "\u202e\u200b", "a\x07b\x1b[31m", "e\u0301" * 9]
+ODD = [
+    "",
+    " ",
+    "   \n\t ",
+    END,
+    f"the {END} actor",
+    "\U0001f600" * 5,
+    "\u202e\u200b",
+    "a\x07b\x1b[31m",
+    "e\u0301" * 9,
+]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
@@ -138,7 +148,9 @@ def test_bad_standard_input_is_rejected(generate, content, message):
 @pytest.mark.parametrize("options", [("--greedy",), ("--n", "2")])
 def test_command_tokenizes_each_prompt_once(run, gpt2, tmp_path, options):
     counts = tmp_path / "counts"
-    result = run(*("generate", "--base", gpt2, "--max-new-tokens", 2, *options, "-"), before=_CountTokenizer(counts))
+    result = run(
+        *("generate", "--base", gpt2, "--max-new-tokens", 2, *options, "-"), before=_CountTokenizer(counts)
+    )
     assert result.status == 0, result.err
     assert counts.read_text().splitlines() == ["the actor", "this film"]
 
@@ -194,7 +206,9 @@ def test_interactive_mode_survives_bad_lines(generate):
         b"/nonsense": "Error: Unknown command /nonsense. ",
     }
     typed = (
-        b"\xef\xbb\xbfthe actor\r\n" + b"".join(line + b"\r\nthe actor\r\n" for line in bad) + b" \t\r\nnever asked\n"
+        b"\xef\xbb\xbfthe actor\r\n"
+        + b"".join(line + b"\r\nthe actor\r\n" for line in bad)
+        + b" \t\r\nnever asked\n"
     )
     result = generate(before=_StandardInput(typed))
     errors = [line for line in result.err.splitlines() if line.startswith("Error: ")]
@@ -215,7 +229,9 @@ def test_odd_stop_strings_match_literally(generate):
         shown = generate("--max-new-tokens", 40, "--stop", stop, "the actor").out
         assert shown == f"the actor{answer['text']}\n"
     odd = [
-        string for string in (".*", "\\", "the actor", END, "\u202e", "\U0001f600", "x" * 5000) if string not in text
+        string
+        for string in (".*", "\\", "the actor", END, "\u202e", "\U0001f600", "x" * 5000)
+        if string not in text
     ]
     stops = sum((("--stop", string) for string in odd), ())
     assert json.loads(generate("--max-new-tokens", 40, "--json", *stops, "the actor").out) == [full]

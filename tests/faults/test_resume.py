@@ -27,7 +27,19 @@ from lora_tuner.training.checkpoints import (
 from .. import tiny_models
 from .injected_signals import replaced, signalled, threads
 from .process import CommandResult, Fault, contents, unchanged
-from .runs import ADAPTER, HARD, MICRO_BATCH, PATIENT, RUN, STEP_END, cases, leftovers, outcome, resume_arguments, slow
+from .runs import (
+    ADAPTER,
+    HARD,
+    MICRO_BATCH,
+    PATIENT,
+    RUN,
+    STEP_END,
+    cases,
+    leftovers,
+    outcome,
+    resume_arguments,
+    slow,
+)
 
 PIECES = sorted({*REQUIRED_FILES, f"{RNG_PREFIX}.pth", HASHES_FILE})
 
@@ -131,7 +143,9 @@ def test_crash_during_checkpoint_resumes_bitwise(run, arguments, whole, kept, tm
 
 @pytest.mark.slow
 def test_resume_command_includes_runs_dir(run, arguments, whole):
-    ended = run(*arguments, *HARD, "--runs-dir", "my runs", before=partial(signalled, (STEP_END, 5, signal.SIGINT)))
+    ended = run(
+        *arguments, *HARD, "--runs-dir", "my runs", before=partial(signalled, (STEP_END, 5, signal.SIGINT))
+    )
     assert ended.err.endswith("Resume with: python cli.py train --resume reviews --runs-dir 'my runs'\n")
     assert run(*resume_arguments(ended)).status == 0
     assert outcome(ADAPTER) == whole(*HARD)
@@ -216,7 +230,11 @@ def test_checkpoint_with_broken_best_is_skipped(run, arguments, whole, how):
     """Trainer would keep the last weights for the best ones."""
     expected = whole(*PATIENT)
     run(*arguments, *PATIENT, before=partial(signalled, (STEP_END, 9, signal.SIGINT)))
-    assert sorted(path.name for path in RUN.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8", "checkpoint-9"]
+    assert sorted(path.name for path in RUN.glob("checkpoint-*")) == [
+        "checkpoint-6",
+        "checkpoint-8",
+        "checkpoint-9",
+    ]
     damage(RUN / "checkpoint-6" / adapter.WEIGHTS_FILE, how, RUN / "checkpoint-8")
     ended = run("train", "--resume", "reviews")
     for step in (9, 8):
@@ -232,7 +250,9 @@ def test_pruning_keeps_best_checkpoints(tmp_path):
     for step, best in ((2, 2), (4, 2), (6, 2), (8, 8)):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        (folder / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": f"runs/x/checkpoint-{best}"}))
+        (folder / "trainer_state.json").write_text(
+            json.dumps({"best_model_checkpoint": f"runs/x/checkpoint-{best}"})
+        )
     prune_checkpoints(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-6", "checkpoint-8"]
 
@@ -245,7 +265,9 @@ def test_checkpoint_with_other_settings_is_refused(run, killed):
     with unchanged(RUN):
         ended = run("train", "--resume", "reviews")
     assert ended.status == 1
-    assert ended.line.startswith(f"Error: {RUN}/run.yaml differs from that of {RUN}/checkpoint-6: rank (was 8, is 4)")
+    assert ended.line.startswith(
+        f"Error: {RUN}/run.yaml differs from that of {RUN}/checkpoint-6: rank (was 8, is 4)"
+    )
     assert "seed (was 1, is 0)" in ended.line
     assert leftovers() == {str(RUN)}
 
@@ -371,7 +393,9 @@ def test_manifest_without_run_is_refused(killed, part):
     killed()
     facts = json.loads((RUN / adapter.MANIFEST_FILE).read_text())
     (RUN / adapter.MANIFEST_FILE).write_text(json.dumps(facts | {part: None}))
-    with pytest.raises(TrainingError, match=r"^runs/reviews cannot be resumed exactly: changed .* \(was none, is "):
+    with pytest.raises(
+        TrainingError, match=r"^runs/reviews cannot be resumed exactly: changed .* \(was none, is "
+    ):
         resume("reviews")
 
 
@@ -422,9 +446,9 @@ def test_kill_before_cleanup_trains_nothing_again(run, arguments, moment, how):
         ended = run("train", "--resume", "reviews")
     assert ended.status == 1
     assert ended.err.count("\n") == 1
-    assert ended.line.startswith("Error: The run reviews has finished: its adapter is") or "as adapters/reviews" in (
-        ended.line
-    )
+    assert ended.line.startswith(
+        "Error: The run reviews has finished: its adapter is"
+    ) or "as adapters/reviews" in (ended.line)
     if how:
         assert leftovers() == {str(ADAPTER), str(RUN)}
         assert contents(RUN / "checkpoint-2") == checkpoint != {}

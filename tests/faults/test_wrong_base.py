@@ -123,7 +123,9 @@ def refusal(*arguments: Any) -> str:
 
 ALL = [*SAME_SIZES, RETOKENISED, "wider gpt2", "deeper gpt2", "shallower gpt2", *SAME_LLAMAS]
 QUICK = [*(("gpt2", other) for other in (*SAME_SIZES[1:], RETOKENISED, "wider gpt2")), SAME_LLAMAS]
-PAIRS = [pytest.param(*pair, marks=[pytest.mark.slow] * (pair not in QUICK)) for pair in itertools.permutations(ALL, 2)]
+PAIRS = [
+    pytest.param(*pair, marks=[pytest.mark.slow] * (pair not in QUICK)) for pair in itertools.permutations(ALL, 2)
+]
 
 
 @pytest.mark.parametrize(("own", "other"), PAIRS)
@@ -135,9 +137,9 @@ def test_wrong_base_is_refused_by_commands(own, other, bases, trained_on):
             continue  # the file contains no vocabulary
         line = refusal(*arguments, "--base", bases[other])
         if same_weights:
-            assert line.startswith(f"Error: {NAME} was trained with another tokenizer than that of {bases[other]}."), (
-                name
-            )
+            assert line.startswith(
+                f"Error: {NAME} was trained with another tokenizer than that of {bases[other]}."
+            ), name
         else:
             assert line.startswith(f"Error: {NAME} was trained on {bases[own]} (fingerprint "), name
             assert f"not on {bases[other]} (fingerprint " in line, name
@@ -164,7 +166,8 @@ def test_forced_wrong_base_gives_notice(name, bases, trained_on):
 
 
 @pytest.mark.parametrize(
-    "other", ["shallower gpt2", *(pytest.param(other, marks=pytest.mark.slow) for other in ("wider gpt2", "llama"))]
+    "other",
+    ["shallower gpt2", *(pytest.param(other, marks=pytest.mark.slow) for other in ("wider gpt2", "llama"))],
 )
 @pytest.mark.parametrize("name", [*COMMANDS, "adopt"])
 def test_wrong_shapes_are_refused_even_forced(name, other, bases, trained_on):
@@ -199,7 +202,10 @@ def test_generator_survives_refused_adapter(other, bases, trained_on, tmp_path):
 
 @pytest.mark.parametrize(
     "other",
-    [SAME_SIZES[1], *(pytest.param(other, marks=pytest.mark.slow) for other in (SAME_SIZES[2], RETOKENISED, "llama"))],
+    [
+        SAME_SIZES[1],
+        *(pytest.param(other, marks=pytest.mark.slow) for other in (SAME_SIZES[2], RETOKENISED, "llama")),
+    ],
 )
 @pytest.mark.parametrize("command", ["blend", "evaluate", "compare", "merge"])
 def test_adapters_of_two_bases_are_refused(command, other, bases, trained_on):

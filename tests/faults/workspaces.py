@@ -89,9 +89,12 @@ def state(root: Path) -> State:
 def old_or_new(now: State, old: State, new: State) -> bool:
     """Whether each thing is as it was or as it should become, and a model folder is so as a whole."""
     models = [
-        {name: it for name, it in them.items() if name.startswith(("whole", "merged"))} for them in (now, old, new)
+        {name: it for name, it in them.items() if name.startswith(("whole", "merged"))}
+        for them in (now, old, new)
     ]
-    each = (now.get(name, "none") in (old.get(name, "none"), new.get(name, "none")) for name in {*now, *old, *new})
+    each = (
+        now.get(name, "none") in (old.get(name, "none"), new.get(name, "none")) for name in {*now, *old, *new}
+    )
     return models[0] in models[1:] and all(each)
 
 

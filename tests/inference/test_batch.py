@@ -284,7 +284,9 @@ def test_kv_cache_shrinks_after_long_rows(decoder):
 
 
 def test_no_draft_model_for_last_tokens(model_folder, monkeypatch):
-    monkeypatch.setattr(CpuDecoder, "draft_model", property(lambda self: pytest.fail("a draft model was created")))
+    monkeypatch.setattr(
+        CpuDecoder, "draft_model", property(lambda self: pytest.fail("a draft model was created"))
+    )
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     sequences = [make_sequence(generator, "so", None, limit, None) for limit in (20, 40)]
     generator.engine.add(sequences)
@@ -299,7 +301,9 @@ def test_draft_with_full_cache_is_right(model_folder, monkeypatch, left):
     monkeypatch.setattr(CpuDecoder, "draft_model", property(lambda self: self))  # all draft tokens are accepted
     monkeypatch.setattr(inference_batch, "MIN_DRAFT_TOKENS", 1)
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
-    expected = generator.generate("so", SamplingParams(greedy=True, max_new_tokens=30, repetition_penalty=1.2)).text
+    expected = generator.generate(
+        "so", SamplingParams(greedy=True, max_new_tokens=30, repetition_penalty=1.2)
+    ).text
     engine, moved, propose = generator.engine, [], speculative.DraftDecoder.propose
 
     def recorded(draft, cache):
@@ -309,7 +313,10 @@ def test_draft_with_full_cache_is_right(model_folder, monkeypatch, left):
         return count
 
     monkeypatch.setattr(speculative.DraftDecoder, "propose", recorded)
-    first, late = make_sequence(generator, PROMPTS[2], None, 12, None), make_sequence(generator, "so", None, 30, None)
+    first, late = (
+        make_sequence(generator, PROMPTS[2], None, 12, None),
+        make_sequence(generator, "so", None, 30, None),
+    )
     engine.add([first])
     while len(first.output_ids) < 12 - left:
         engine.step()

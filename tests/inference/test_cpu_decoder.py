@@ -24,7 +24,10 @@ def test_prefill_and_decode_match_transformers(base):
     with torch.inference_mode():
         expected = base.model(ids, use_cache=False).logits
         cache = KVCache(decoder, 3, 20, [0, 0, 0])
-        found = [decoder.forward(ids[:, :7], cache), *(decoder.forward(ids[:, i : i + 1], cache) for i in range(7, 20))]
+        found = [
+            decoder.forward(ids[:, :7], cache),
+            *(decoder.forward(ids[:, i : i + 1], cache) for i in range(7, 20)),
+        ]
     torch.testing.assert_close(torch.cat(found, 1), expected, atol=2e-5, rtol=1e-5)
     assert cache.used == 20
 
@@ -58,7 +61,9 @@ def test_decoder_leaves_base_unchanged(model_folder, base):
     before = base.model(ids).logits
     CpuDecoder.for_base(base)
     torch.testing.assert_close(base.model(ids).logits, before, atol=0, rtol=0)
-    fresh = load_base(find_base(str(model_folder)), ModelOptions(device="cpu", dtype="float32")).model.state_dict()
+    fresh = load_base(
+        find_base(str(model_folder)), ModelOptions(device="cpu", dtype="float32")
+    ).model.state_dict()
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in base.model.state_dict().items())
 
 
@@ -119,7 +124,9 @@ def test_unsupported_bases_use_transformers(tmp_path, base, model_folder, monkey
         is None
     )
     monkeypatch.setattr(
-        CpuDecoder, "forward", lambda self, ids, cache, lora=None, last_only=False: torch.zeros(1, ids.shape[1], 320)
+        CpuDecoder,
+        "forward",
+        lambda self, ids, cache, lora=None, last_only=False: torch.zeros(1, ids.shape[1], 320),
     )
     assert CpuDecoder.for_base(base) is None  # different logits
     assert (

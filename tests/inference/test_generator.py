@@ -69,7 +69,8 @@ def test_adapter_matches_peft(adapter, gpt2, decoder_kind):
     output = Generator("reviews", options=ModelOptions(device="cpu")).generate("the actor", GREEDY)
     assert output.text == transformers_text(model, gpt2, "the actor")
     assert (
-        output.text != Generator(options=ModelOptions(base=str(gpt2), device="cpu")).generate("the actor", GREEDY).text
+        output.text
+        != Generator(options=ModelOptions(base=str(gpt2), device="cpu")).generate("the actor", GREEDY).text
     )
     assert output.adapter == "reviews"
 
@@ -84,7 +85,9 @@ def test_swapping_adapters_keeps_base_weights(settings):
     generator = Generator("a", "a2", options=ModelOptions(device="cpu"))
     assert generator.current_adapter == "a"
     solo[None] = (
-        Generator(options=ModelOptions(base=generator.base.files.name, device="cpu")).generate("the actor", GREEDY).text
+        Generator(options=ModelOptions(base=generator.base.files.name, device="cpu"))
+        .generate("the actor", GREEDY)
+        .text
     )
     weights = generator.base.model.get_input_embeddings().weight.data_ptr()
     for name in ("a", None, "a2", "a", "a2", None, None, "a"):
@@ -175,7 +178,9 @@ def test_temperature_zero_is_greedy(model_folder):
 
 def test_prompts_near_context_limit(model_folder, decoder_kind):
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
-    with pytest.raises(GenerationError, match=f"tokens, but .* has a context of {tiny_models.CONTEXT}: shorten it"):
+    with pytest.raises(
+        GenerationError, match=f"tokens, but .* has a context of {tiny_models.CONTEXT}: shorten it"
+    ):
         generator.generate("w " * 400)
     assert generator.generate("", GREEDY).prompt == ""
     nearly = "w " * 60
@@ -237,7 +242,9 @@ def test_stop_string_across_prompt_is_ignored(model_folder, decoder_kind):
     full_text = generator.generate("the actor", GREEDY).text
     across = "r" + full_text[:1]
     output = generator.generate("the actor", GREEDY.model_copy(update={"stop": [across]}))
-    assert output.text == full_text[: full_text.index(across)] if across in full_text else output.text == full_text
+    assert (
+        output.text == full_text[: full_text.index(across)] if across in full_text else output.text == full_text
+    )
 
 
 def test_generation_config_of_base_is_ignored(tmp_path, gpt2):
@@ -426,7 +433,14 @@ def test_sequences_at_context_limit_match_solo(model_folder, eight_adapters):
 
 def test_sampling_is_independent_of_batch(model_folder, eight_adapters):
     sampling = SamplingParams(seed=11, max_new_tokens=10)
-    requests = [("so", "one"), (PROMPTS[5], "six"), ("the actor", None), ("so", "nine"), ("so", None), ("", "two")]
+    requests = [
+        ("so", "one"),
+        (PROMPTS[5], "six"),
+        ("the actor", None),
+        ("so", "nine"),
+        ("so", None),
+        ("", "two"),
+    ]
     solo = {}
     for pair in requests:
         (solo[pair],) = Generator(options=ModelOptions(base=str(model_folder), device="cpu")).generate_batch(
@@ -510,7 +524,9 @@ def versions(gpt2, shared_folder):
     save_random_adapter(gpt2, "v1", 3, seed=1, folder=folder)
     save_random_adapter(gpt2, "v2", 5, "attention", seed=2, folder=folder)
     save_random_adapter(gpt2, "v3", 2, seed=3, dora=True, folder=folder)
-    save_random_adapter(tiny_models.save_model(shared_folder / "wider", "gpt2", width=48), "other width", folder=folder)
+    save_random_adapter(
+        tiny_models.save_model(shared_folder / "wider", "gpt2", width=48), "other width", folder=folder
+    )
     for kind in DAMAGE[:-1]:
         damage_adapter(shutil.copytree(folder / "v1", folder / kind), kind)
     return folder
@@ -710,18 +726,23 @@ SEPARATE_BATCHES = "This base flattens the rows of a batch, so each adapter runs
 def test_dora_in_mixed_batch(model_folder, eight_adapters):
     notices = []
     generator = Generator(
-        options=ModelOptions(base=str(model_folder), device="cpu", notify=lambda notice: notices.append(notice.text))
+        options=ModelOptions(
+            base=str(model_folder), device="cpu", notify=lambda notice: notices.append(notice.text)
+        )
     )
     outputs = generator.generate_batch([("the actor", name) for name in ("six", "two", None, "six")], SHORT)
     assert notices == [
-        f"{name} has no manifest, so only its shapes can be compared with {model_folder}." for name in ("six", "two")
+        f"{name} has no manifest, so only its shapes can be compared with {model_folder}."
+        for name in ("six", "two")
     ]
     for output in outputs:
         generator.set_adapter(output.adapter)
         assert generator.generate("the actor", SHORT) == output
 
 
-@pytest.mark.parametrize("sampling", [SHORT, SamplingParams(seed=3, max_new_tokens=6, n=2)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampling", [SHORT, SamplingParams(seed=3, max_new_tokens=6, n=2)], ids=["greedy", "sampled"]
+)
 def test_flattened_base_runs_adapters_separately(tmp_path, sampling):
     opt = save_opt(tmp_path / "opt")
     save_random_adapter(opt, "a", 3, seed=1)
@@ -754,8 +775,13 @@ def test_long_prompt_error_states_length(gpt2):
         prompt = prompt_of_length(generator.base.tokenizer, length)
         with pytest.raises(GenerationError) as error:
             generator.generate_all(prompt)
-        assert str(error.value) == f"The prompt has {length:,} tokens, but {gpt2} has a context of 128: shorten it."
-    assert generator.generate(prompt_of_length(generator.base.tokenizer, tiny_models.CONTEXT - 1), GREEDY).tokens <= 1
+        assert (
+            str(error.value) == f"The prompt has {length:,} tokens, but {gpt2} has a context of 128: shorten it."
+        )
+    assert (
+        generator.generate(prompt_of_length(generator.base.tokenizer, tiny_models.CONTEXT - 1), GREEDY).tokens
+        <= 1
+    )
 
 
 def test_huge_prompt_is_rejected_before_tokenizing(gpt2, monkeypatch):
@@ -845,12 +871,15 @@ def draft_counts(monkeypatch):
     ],
 )
 @pytest.mark.parametrize("accurate", [True, False])
-def test_speculative_decoding_keeps_text(model_folder, eight_adapters, draft_counts, monkeypatch, sampling, accurate):
+def test_speculative_decoding_keeps_text(
+    model_folder, eight_adapters, draft_counts, monkeypatch, sampling, accurate
+):
     """Accurate and wrong draft tokens, on the base and with an adapter."""
     without_draft = Generator(eight_adapters[0], options=ModelOptions(device="cpu"))
     monkeypatch.setattr(without_draft.engine.cpu_decoder, "draft_model", None)
     expected = {
-        name: without_draft.generate_batch([("the actor", name)], sampling)[0] for name in (None, eight_adapters[0])
+        name: without_draft.generate_batch([("the actor", name)], sampling)[0]
+        for name in (None, eight_adapters[0])
     }
     assert not any(draft_counts)
     draft_counts.clear()
@@ -888,7 +917,9 @@ def test_unloaded_adapter_is_freed(eight_adapters, draft_counts):
 
     generator = Generator(eight_adapters[0], options=ModelOptions(device="cpu"))
     generator.generate("the actor", GREEDY)
-    tensors = [weakref.ref(layer_lora.B) for layer_lora in generator.get_or_load(eight_adapters[0])[1].layers.values()]
+    tensors = [
+        weakref.ref(layer_lora.B) for layer_lora in generator.get_or_load(eight_adapters[0])[1].layers.values()
+    ]
     assert any(draft_counts)
     generator.unload(eight_adapters[0])
     gc.collect()

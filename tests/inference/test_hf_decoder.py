@@ -57,7 +57,9 @@ def save_model(kind, folder):
 
 @pytest.fixture(params=["OPT", *KINDS])
 def generator(request, tmp_path):
-    return Generator(options=ModelOptions(base=str(save_model(request.param, tmp_path / request.param)), device="cpu"))
+    return Generator(
+        options=ModelOptions(base=str(save_model(request.param, tmp_path / request.param)), device="cpu")
+    )
 
 
 def transformers_tokens(generator, prompt):
@@ -72,7 +74,9 @@ def transformers_tokens(generator, prompt):
 
 def test_batch_matches_transformers(generator):
     assert generator.engine.cpu_decoder is None
-    sequences = [Sequence(generator.base, generator.encode_prompt(prompt).token_ids, GREEDY) for prompt in PROMPTS]
+    sequences = [
+        Sequence(generator.base, generator.encode_prompt(prompt).token_ids, GREEDY) for prompt in PROMPTS
+    ]
     for number in range(4):  # each joins while others are decoding
         generator.engine.add([sequences[number]])
         generator.engine.step()

@@ -28,7 +28,12 @@ ONE = {"gpt2": "transformer.h.0.attn.c_attn", "llama": "model.layers.0.self_attn
 # In the order in which PEFT saves them: the first key that matches applies.
 RANKS = {
     "gpt2": {"0.attn.c_attn": 2, "^transformer.h.1.mlp.c_proj": 5, "c_attn": 7, r"h\.1\.attn\.c_proj": 3},
-    "llama": {"0.self_attn.q_proj": 2, "^model.layers.1.mlp.down_proj": 5, r"layers\.1\.mlp\.up_proj": 3, "q_proj": 7},
+    "llama": {
+        "0.self_attn.q_proj": 2,
+        "^model.layers.1.mlp.down_proj": 5,
+        r"layers\.1\.mlp\.up_proj": 3,
+        "q_proj": 7,
+    },
 }
 ALPHAS = {
     "gpt2": {"^transformer.h.0.attn.c_attn$": 1, "h.0.mlp.c_fc": 30, r"mlp\.c_proj": 2.5},
@@ -147,7 +152,9 @@ def test_logits_match_peft(base, make, model_folder, settings):
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
 def test_rank_and_alpha_patterns_match_peft(base, make, kind, model_folder, settings):
-    adapter = make("a", target_modules=ALL[kind], rank_pattern=RANKS[kind], alpha_pattern=ALPHAS[kind], **settings)
+    adapter = make(
+        "a", target_modules=ALL[kind], rank_pattern=RANKS[kind], alpha_pattern=ALPHAS[kind], **settings
+    )
     assert {adapter.rank_of(module) for module in adapter.modules} == {2, 3, 4, 5, 7}
     over = 2**0.5 if settings == {"use_rslora": True} else 2
     assert adapter.scale_of(ONE[kind]) == 1 / over
@@ -212,7 +219,9 @@ def mixed(base, make, kind):
         "plain": make("plain"),
         "wide": make("wide", r=11, use_rslora=True, target_modules=ALL[kind]),
         "single": make("single", r=1, target_modules=[ONE[kind]]),
-        "patterns": make("patterns", target_modules=ALL[kind], rank_pattern=RANKS[kind], alpha_pattern=ALPHAS[kind]),
+        "patterns": make(
+            "patterns", target_modules=ALL[kind], rank_pattern=RANKS[kind], alpha_pattern=ALPHAS[kind]
+        ),
         "dora": make("dora", use_dora=True, r=6),
         "half": make("half", dtype=torch.bfloat16, r=3),
         None: None,
@@ -347,7 +356,9 @@ def test_weights_not_matching_manifest_are_rejected(base, make):
     multi_lora = NamedAdapters(base)
     adapter = make("a")
     path = adapter.path / WEIGHTS_FILE
-    facts = WeightsInfo(sha256=atomic_io.sha256_file(path), bytes=path.stat().st_size, parameters=adapter.parameters)
+    facts = WeightsInfo(
+        sha256=atomic_io.sha256_file(path), bytes=path.stat().st_size, parameters=adapter.parameters
+    )
     (adapter.path / MANIFEST_FILE).write_text(adapter_files.manifest(weights=facts).to_json())
     multi_lora.add("a", load_adapter_folder(adapter.path))
     before = logits_with(base, multi_lora, ["a"])
@@ -414,7 +425,9 @@ def test_loading_adds_no_modules(base, make):
 def test_target_modules_come_from_weights(base, make, model_folder):
     adapter = make("a")
     config = json.loads((adapter.path / CONFIG_FILE).read_text())
-    (adapter.path / CONFIG_FILE).write_text(json.dumps(config | {"lora_alpha": 16, "target_modules": ["nothing"]}))
+    (adapter.path / CONFIG_FILE).write_text(
+        json.dumps(config | {"lora_alpha": 16, "target_modules": ["nothing"]})
+    )
     multi_lora = NamedAdapters(base)
     multi_lora.add("as_written", adapter)
     multi_lora.add("doubled", load_adapter_folder(adapter.path))
@@ -433,7 +446,9 @@ def save_opt(folder):
     width = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_attention_heads": 4}
     size = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
     model = OPTForCausalLM(
-        OPTConfig(num_hidden_layers=2, max_position_embeddings=tiny_models.CONTEXT, init_std=0.08, **width, **size)
+        OPTConfig(
+            num_hidden_layers=2, max_position_embeddings=tiny_models.CONTEXT, init_std=0.08, **width, **size
+        )
     )
     model.save_pretrained(folder)
     tiny_models.tokenizer().save_pretrained(folder)

@@ -107,7 +107,9 @@ def test_top_k_top_p_match_transformers(top_k, top_p, first, monkeypatch):
         expected = TopKLogitsWarper(top_k)(None, expected)
     if top_p < 1:
         expected = TopPLogitsWarper(top_p)(None, expected)
-    torch.testing.assert_close(inference_sampling.TopKTopPWarper(top_k, top_p)(None, scores), expected, atol=0, rtol=0)
+    torch.testing.assert_close(
+        inference_sampling.TopKTopPWarper(top_k, top_p)(None, scores), expected, atol=0, rtol=0
+    )
 
 
 def test_repeated_position_reuses_noise():

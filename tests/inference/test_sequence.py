@@ -135,7 +135,9 @@ def random_logits(seed):
 
 
 def test_logprobs_are_log_softmax(base):
-    sequence = Sequence(base, encode("the"), SamplingParams(max_new_tokens=3, temperature=0.7), seed=4, top_logprobs=3)
+    sequence = Sequence(
+        base, encode("the"), SamplingParams(max_new_tokens=3, temperature=0.7), seed=4, top_logprobs=3
+    )
     tokens = [sequence.append_token(random_logits(number)) for number in range(3)]
     for number, (token, recorded) in enumerate(zip(tokens, sequence.logprobs, strict=True)):
         logprobs = random_logits(number).log_softmax(-1)
@@ -179,7 +181,9 @@ def test_generation_config_eos_ends_sequence(gpt2):
 
 
 def test_token_buffer_grows_on_demand(base):
-    sequence = Sequence(base, encode("the"), SamplingParams(max_new_tokens=10**9, greedy=True, repetition_penalty=2.0))
+    sequence = Sequence(
+        base, encode("the"), SamplingParams(max_new_tokens=10**9, greedy=True, repetition_penalty=2.0)
+    )
     assert sequence.max_new_tokens == tiny_models.CONTEXT - len(sequence.prompt_ids)
     assert sequence.token_ids.numel() == len(sequence.prompt_ids)
     tokens = [sequence.append_token(random_logits(number)) for number in range(30)]

@@ -115,7 +115,9 @@ def test_run_resumes_sharded_or_unsharded(settings, sharded, first):
         assert done.status == 0, done.err
         check_shards(done, settings)
     cut = Library().get("cut")
-    whole = train(TrainConfig.model_validate(settings | {"max_steps": 12, "gradient_accumulation": 2, "name": "whole"}))
+    whole = train(
+        TrainConfig.model_validate(settings | {"max_steps": 12, "gradient_accumulation": 2, "name": "whole"})
+    )
     assert max(abs(a - b) for a, b in zip(curve(whole), curve(cut), strict=True)) < 1e-5
 
 
@@ -201,7 +203,11 @@ def test_fsdp_on_cpu_is_refused(fsdp_env, device):
 @pytest.mark.parametrize(
     ("name", "value", "problem"),
     [
-        ("WORLD_SIZE", "1", "ACCELERATE_USE_FSDP shards the base over processes, but there is only one: unset it."),
+        (
+            "WORLD_SIZE",
+            "1",
+            "ACCELERATE_USE_FSDP shards the base over processes, but there is only one: unset it.",
+        ),
         ("FSDP_VERSION", "1", "accelerate's FSDP settings are of version 1: set fsdp_version to 2."),
         ("FSDP_VERSION", "two", "accelerate cannot read its FSDP settings: invalid literal"),
         ("FSDP_STATE_DICT_TYPE", "MADE_UP", "accelerate cannot read its FSDP settings: "),

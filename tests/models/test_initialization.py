@@ -155,7 +155,10 @@ def test_pissa_matches_peft(config_for, model_folder):
     layers = {name: module for name, module in setup.model.named_modules() if hasattr(module, "lora_A")}
     stock = AutoModelForCausalLM.from_pretrained(model_folder)
     settings = LoraConfig(
-        r=2, lora_alpha=4, init_lora_weights="pissa", target_modules=setup.model.peft_config["default"].target_modules
+        r=2,
+        lora_alpha=4,
+        init_lora_weights="pissa",
+        target_modules=setup.model.peft_config["default"].target_modules,
     )
     peft_model = get_peft_model(stock, settings)
     for name, layer in layers.items():
@@ -222,14 +225,18 @@ def test_lora_plus_uses_two_learning_rates(config_for, tmp_path):
     groups = trainer.create_optimizer().param_groups
     names = {id(p): name for name, p in setup.model.named_parameters()}
     rates = {
-        ("lora_B" in names[id(p)], group["lr"], group["weight_decay"]) for group in groups for p in group["params"]
+        ("lora_B" in names[id(p)], group["lr"], group["weight_decay"])
+        for group in groups
+        for p in group["params"]
     }
     assert rates == {(False, 1e-3, 0.1), (True, 4e-3, 0.1)}
     assert sum(len(group["params"]) for group in groups) == len(lora.adapter_state_dict(setup.model))
 
 
 def test_rslora_scales_by_root_of_rank(config_for):
-    small, large = (prepare_training(config_for("rslora", rank=rank)).model.peft_config["default"] for rank in (8, 32))
+    small, large = (
+        prepare_training(config_for("rslora", rank=rank)).model.peft_config["default"] for rank in (8, 32)
+    )
     assert small.lora_alpha == large.lora_alpha == 6
     adapter = train(config_for("rslora", rank=4))
     assert {adapter.scale_of(module) for module in adapter.modules} == {3.0}
@@ -238,7 +245,9 @@ def test_rslora_scales_by_root_of_rank(config_for):
 def test_method_sets_default_learning_rate(config_for):
     for method, facts in METHODS.items():
         assert prepare_training(config_for(method)).config.learning_rate == facts.learning_rate
-    assert prepare_training(config_for("dora").model_copy(update={"learning_rate": 0.5})).config.learning_rate == 0.5
+    assert (
+        prepare_training(config_for("dora").model_copy(update={"learning_rate": 0.5})).config.learning_rate == 0.5
+    )
 
 
 def test_pissa_with_weight_decay_is_refused():

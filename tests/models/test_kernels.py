@@ -37,13 +37,21 @@ def random_rows(count, seed=0):
 def test_loss_curve_matches_transformers_and_peft(model_folder, reviews_csv):
     """The same batches through unchanged transformers and PEFT; both learn."""
     config = TrainConfig(
-        base=str(model_folder), dataset=str(reviews_csv), max_length=64, rank=4, batch_size=2, max_steps=1, eval_rows=8
+        base=str(model_folder),
+        dataset=str(reviews_csv),
+        max_length=64,
+        rank=4,
+        batch_size=2,
+        max_steps=1,
+        eval_rows=8,
     )
     setup = prepare_training(config)
     assert setup.varlen_attention
     assert setup.base.lm_head.skipped
     lora.save_adapter_files(
-        lora.adapter_state_dict(setup.model), setup.model.peft_config[lora.ADAPTER_NAME], reviews_csv.parent / "start"
+        lora.adapter_state_dict(setup.model),
+        setup.model.peft_config[lora.ADAPTER_NAME],
+        reviews_csv.parent / "start",
     )
     stock = AutoModelForCausalLM.from_pretrained(model_folder)
     for module in stock.modules():
@@ -193,7 +201,9 @@ def test_collate_returns_row_boundaries():
 def test_sliding_window_disables_varlen_attention():
     size = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    assert not kernels.enable_varlen_attention(MistralForCausalLM(MistralConfig(sliding_window=8, **size, **heads)))
+    assert not kernels.enable_varlen_attention(
+        MistralForCausalLM(MistralConfig(sliding_window=8, **size, **heads))
+    )
     model = MistralForCausalLM(MistralConfig(sliding_window=None, **size, **heads))
     assert kernels.enable_varlen_attention(model)
     kernels.enable_varlen_attention(model, on=False)
@@ -290,7 +300,9 @@ def test_gated_and_head_norms_stay():
             self.weight, self.variance_epsilon = nn.Parameter(torch.ones(shape)), 1e-6
 
         def forward(self, hidden, gate=None):
-            return F.rms_norm(hidden, (hidden.shape[-1],), eps=self.variance_epsilon) * (1 if gate is None else gate)
+            return F.rms_norm(hidden, (hidden.shape[-1],), eps=self.variance_epsilon) * (
+                1 if gate is None else gate
+            )
 
     class HeadNorm(GatedNorm):
         def forward(self, hidden):

@@ -9,7 +9,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from lora_tuner import Library, Manifest, ModelOptions, TrainConfig, atomic_io
-from lora_tuner.adapters.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, load_adapter_folder, verify_adapter
+from lora_tuner.adapters.adapter import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    WEIGHTS_FILE,
+    load_adapter_folder,
+    verify_adapter,
+)
 from lora_tuner.adapters.manifest import WeightsInfo, utc_timestamp
 from lora_tuner.errors import AdapterError, ConfigError, Notice, WrongBaseError
 from lora_tuner.models import loading, lora
@@ -136,7 +142,14 @@ def test_saved_config_names_base(model_folder, stored):
         {"use_rslora": True, "lora_alpha": 3},
         {"use_dora": True},
         {"use_dora": True, "use_rslora": True, "alpha_pattern": {"c_attn": 5, "q_proj": 5}},
-        {"rank_pattern": {r"^transformer\.h\.0\.mlp\.c_fc": 7, "c_fc": 2, r"layers.\d.mlp.up_proj": 6, "k_proj": 1}},
+        {
+            "rank_pattern": {
+                r"^transformer\.h\.0\.mlp\.c_fc": 7,
+                "c_fc": 2,
+                r"layers.\d.mlp.up_proj": 6,
+                "k_proj": 1,
+            }
+        },
         {"alpha_pattern": {"attn.c_attn": 1, "h.1.mlp.c_proj": 16, "0.self_attn.v_proj": 0, "v_proj": 9}},
     ],
 )
@@ -144,7 +157,12 @@ def test_plain_peft_adapter_loads_identically(model_folder, tmp_path, settings):
     torch.manual_seed(2)
     transposed = "gpt2" in str(model_folder)
     plain = AutoModelForCausalLM.from_pretrained(model_folder)
-    settings = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear", "init_lora_weights": False} | settings
+    settings = {
+        "task_type": "CAUSAL_LM",
+        "r": 4,
+        "target_modules": "all-linear",
+        "init_lora_weights": False,
+    } | settings
     plain = get_peft_model(plain, LoraConfig(**settings, fan_in_fan_out=transposed)).eval()
     plain.save_pretrained(tmp_path / "plain")
     adapter = load_adapter_folder(tmp_path / "plain")
@@ -296,7 +314,9 @@ def test_wrong_tokenizer_is_refused_unless_forced(with_manifest, model_folder, o
     assert refused(with_manifest, other_tokenizer) == (
         f"{problem}. Name the right base with --base, or use --force to try it anyway."
     )
-    assert forced(with_manifest, other_tokenizer) == [Notice(f"FORCED: {problem}. Its output may be meaningless.")]
+    assert forced(with_manifest, other_tokenizer) == [
+        Notice(f"FORCED: {problem}. Its output may be meaningless.")
+    ]
 
 
 def test_unknown_tokenizer_hash_passes(with_manifest, other_tokenizer):
@@ -304,11 +324,15 @@ def test_unknown_tokenizer_hash_passes(with_manifest, other_tokenizer):
         update={"base": with_manifest.manifest.base.model_copy(update={"tokenizer": None})}
     )
     (with_manifest.path / MANIFEST_FILE).write_text(manifest.to_json())
-    lora.check_base(load_adapter_folder(with_manifest.path), other_tokenizer, options=ModelOptions(notify=pytest.fail))
+    lora.check_base(
+        load_adapter_folder(with_manifest.path), other_tokenizer, options=ModelOptions(notify=pytest.fail)
+    )
 
 
 def test_missing_manifest_gives_a_notice(stored, other_weights):
-    notice = Notice(f"stored has no manifest, so only its shapes can be compared with {other_weights.files.name}.")
+    notice = Notice(
+        f"stored has no manifest, so only its shapes can be compared with {other_weights.files.name}."
+    )
     assert forced(stored, other_weights) == [notice]
     notices = []
     lora.check_base(stored, other_weights, options=ModelOptions(notify=notices.append))

@@ -9,7 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_tuner import Generator, Library, ModelOptions, SamplingParams, TrainConfig, evaluation, plan, resume, train
+from lora_tuner import (
+    Generator,
+    Library,
+    ModelOptions,
+    SamplingParams,
+    TrainConfig,
+    evaluation,
+    plan,
+    resume,
+    train,
+)
 from lora_tuner.errors import BaseModelError, Notice, TrainingError
 from lora_tuner.models import lora, memory
 from lora_tuner.models.loading import load_base

@@ -73,7 +73,9 @@ def test_incomplete_folders_are_refused(tmp_path, gpt2):
         find_base("empty")
     shutil.copytree(gpt2, tmp_path / "pickled")
     (tmp_path / "pickled" / WEIGHTS).rename(tmp_path / "pickled" / "pytorch_model.bin")
-    with pytest.raises(BaseModelError, match=r"The folder pickled is not a model: it has no safetensors weights\."):
+    with pytest.raises(
+        BaseModelError, match=r"The folder pickled is not a model: it has no safetensors weights\."
+    ):
         find_base("pickled")
     shutil.copytree(gpt2, tmp_path / "cut")
     data = (tmp_path / "cut" / WEIGHTS).read_bytes()
@@ -144,7 +146,9 @@ def test_missing_devices_are_refused(name):
 
 
 def test_local_base_with_revision_is_refused(gpt2):
-    with pytest.raises(BaseModelError, match="is not on the Hub, so it has no revision 'v1': leave --revision out"):
+    with pytest.raises(
+        BaseModelError, match="is not on the Hub, so it has no revision 'v1': leave --revision out"
+    ):
         find_base(str(gpt2), "v1")
 
 
@@ -171,7 +175,9 @@ def test_base_with_missing_tensor_is_refused(tmp_path, gpt2):
 def test_fingerprint_depends_on_config_keys(tmp_path, gpt2):
     shutil.copytree(gpt2, tmp_path / "base")
     config = json.loads((gpt2 / "config.json").read_text())
-    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"transformers_version": "9", "note": "mine"}))
+    (tmp_path / "base" / "config.json").write_text(
+        json.dumps(config | {"transformers_version": "9", "note": "mine"})
+    )
     assert find_base("base").fingerprint == find_base(str(gpt2)).fingerprint
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"n_head": 2}))
     assert find_base("base").fingerprint != find_base(str(gpt2)).fingerprint
@@ -208,6 +214,7 @@ def test_shapes_ignore_duplicate_weight_files(gpt2, tmp_path):
     once = find_base(str(tmp_path / "base")).shapes
     tensors = load_file(tmp_path / "base" / "model.safetensors")
     save_file(
-        {f"again.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "base" / "consolidated.safetensors"
+        {f"again.{name}": tensor for name, tensor in tensors.items()},
+        tmp_path / "base" / "consolidated.safetensors",
     )
     assert find_base(str(tmp_path / "base")).shapes == once

@@ -65,8 +65,14 @@ def test_metrics_count_requests_and_tokens(gpt2, adapters_dir):
     assert metrics["lora_tuner_tokens_total", "a", "prompt"] == 3 * prompt_tokens
     assert metrics["lora_tuner_tokens_total", "a", "completion"] == 25
     assert metrics["lora_tuner_tokens_total", "completion", "gpt2"] == 10
-    assert metrics["lora_tuner_request_seconds_count", "a"] == metrics["lora_tuner_first_token_seconds_count", "a"] == 3
-    assert 0 < metrics["lora_tuner_first_token_seconds_sum", "a"] <= metrics["lora_tuner_request_seconds_sum", "a"]
+    assert (
+        metrics["lora_tuner_request_seconds_count", "a"]
+        == metrics["lora_tuner_first_token_seconds_count", "a"]
+        == 3
+    )
+    assert (
+        0 < metrics["lora_tuner_first_token_seconds_sum", "a"] <= metrics["lora_tuner_request_seconds_sum", "a"]
+    )
     assert metrics["lora_tuner_answers_waiting",] == metrics["lora_tuner_answers_running",] == 0
     assert metrics["lora_tuner_adapters_resident",] == 1
     assert not any("nobody" in label or "xxx" in label for labels in metrics for label in labels)
@@ -143,7 +149,9 @@ def test_log_line_escapes_client_input():
 def test_log_marks_disconnected_client(served, lines):
     with served.held_steps() as release:
         release(2)
-        stream = served.client().completions.create(model="a", stream=True, prompt=PROMPT, temperature=0, max_tokens=50)
+        stream = served.client().completions.create(
+            model="a", stream=True, prompt=PROMPT, temperature=0, max_tokens=50
+        )
         next(iter(stream))
         stream.close()
         served.wait(lambda: len(lines()) == 1)

@@ -58,7 +58,8 @@ def test_api_key_allows_any_host(host):
     """A proxy may pass on the host it was called by."""
     settings = ServerConfig(host=host, api_key="12345678")
     assert (
-        send_request(settings=settings, headers={"Host": "any", "Authorization": "Bearer 12345678"}).status_code == 200
+        send_request(settings=settings, headers={"Host": "any", "Authorization": "Bearer 12345678"}).status_code
+        == 200
     )
     assert send_request(settings=settings, headers={"Host": "any"}).status_code == 401
 
@@ -92,7 +93,9 @@ def test_api_paths_require_key(authorization):
         assert send_request(path, settings, headers=headers).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/metrics%0A", "/openapi.json%0A", "/health%0A", "/v1/models%0A", "/%1F", "/%7F"])
+@pytest.mark.parametrize(
+    "path", ["/metrics%0A", "/openapi.json%0A", "/health%0A", "/v1/models%0A", "/%1F", "/%7F"]
+)
 def test_control_characters_in_path_give_404(path, gpt2, tmp_path):
     """Starlette's patterns end in `$`, which also matches before a newline."""
     service = ModelService(

@@ -41,9 +41,7 @@ BROWSER_OPTIONS = [
     "--disable-background-networking",
 ]
 BROWSER_OPTIONS += ["--disable-component-update", "--disable-sync"]
-HOSTILE = (
-    '<img src="http://elsewhere.example/x.png" onerror="window.run=1"><script>window.run=1</script>${window.run=1}{{1}}'
-)
+HOSTILE = '<img src="http://elsewhere.example/x.png" onerror="window.run=1"><script>window.run=1</script>${window.run=1}{{1}}'
 KEY = "a key of the tests"
 CONTRAST_SCRIPT = """() => {
     const channels = text => {
@@ -369,7 +367,9 @@ def test_stop_or_leave_cancels_generation(visit, served):
     with served.held_steps(pause=0.05):  # like a large model
         for leave in (lambda: page.get_by_role("button", name="Stop").click(), page.close):
             page.get_by_role("button", name="Generate").click()
-            expect(page.locator("[aria-busy=true] .writing .facts").first).to_have_text(re.compile("[1-9]\\d* tokens"))
+            expect(page.locator("[aria-busy=true] .writing .facts").first).to_have_text(
+                re.compile("[1-9]\\d* tokens")
+            )
             assert not served.scheduler.idle
             leave()
             served.wait(lambda: served.scheduler.idle)
@@ -412,7 +412,9 @@ def test_blend_follows_slider(visit, generator, served):
         assert outputs(page) == {title: text}
         seen.add(text)
     alone = [
-        generator.generate_batch([(PROMPT, name)], SamplingParams(greedy=True, max_new_tokens=BLEND_TOKENS))[0].text
+        generator.generate_batch([(PROMPT, name)], SamplingParams(greedy=True, max_new_tokens=BLEND_TOKENS))[
+            0
+        ].text
         for name in ("noir", "verse")
     ]
     assert {printable(text) for text in alone} <= seen
@@ -425,7 +427,9 @@ def test_blend_follows_slider(visit, generator, served):
             page.wait_for_timeout(60)
         expect(page.locator(".answers h2:visible")).to_have_text("0.65 noir + 0.35 verse")
         wait_for_outputs(page)
-    assert outputs(page) == {"0.65 noir + 0.35 verse": blend_text(generator, PROMPT, ("noir", 0.65), ("verse", 0.35))}
+    assert outputs(page) == {
+        "0.65 noir + 0.35 verse": blend_text(generator, PROMPT, ("noir", 0.65), ("verse", 0.35))
+    }
     assert len(set(page.evaluate("window.seen.map(text => text.split('verse')[0])"))) > 4
     served.wait(lambda: served.scheduler.idle)
     expect(page.locator("input[type=number]:visible")).to_have_count(0)  # a typed number could be out of bounds
@@ -692,7 +696,9 @@ def test_page_fits_phone_with_enough_contrast(visit):
         page.set_viewport_size(desktop_size)
         for scheme in ("dark", "light"):
             page.emulate_media(color_scheme=scheme)
-            page.wait_for_function("name => document.body.classList.contains('dark') == (name == 'dark')", arg=scheme)
+            page.wait_for_function(
+                "name => document.body.classList.contains('dark') == (name == 'dark')", arg=scheme
+            )
             ratios = page.evaluate(CONTRAST_SCRIPT)
             background = page.evaluate("getComputedStyle(document.body).backgroundColor")
             assert (background == "rgb(255, 255, 255)") == (scheme == "light")

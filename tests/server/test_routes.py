@@ -86,7 +86,9 @@ def error_of(response, status):
 
 
 def events(text):
-    return [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n") if line and "[DONE]" not in line]
+    return [
+        json.loads(line.removeprefix("data: ")) for line in text.split("\n\n") if line and "[DONE]" not in line
+    ]
 
 
 # Models
@@ -107,7 +109,9 @@ def test_models_lists_base_and_adapters(client, served, adapters_dir):
     assert str(adapters_dir) not in served.get("/v1/models").text
 
 
-@pytest.mark.parametrize("name", ["../a", "..%2Fa", "%2Fetc%2Fpasswd", "a/", "A", "", "a\0b", "a" * 300, "adapters/a"])
+@pytest.mark.parametrize(
+    "name", ["../a", "..%2Fa", "%2Fetc%2Fpasswd", "a/", "A", "", "a\0b", "a" * 300, "adapters/a"]
+)
 def test_model_name_is_never_a_path(served, name):
     assert served.get(f"/v1/models/{name}" if "\0" not in name else "/v1/models/a%00b").status_code == 404
     response = served.post("/v1/completions", model=name, prompt="x")
@@ -130,7 +134,8 @@ def test_library_changes_are_served_at_once(start_server, base):
         (start_server.adapters_dir / "b" / adapter.WEIGHTS_FILE).write_bytes(b"nothing")
         broken = client.models.retrieve("b").broken
         assert (
-            broken == f"b/{adapter.WEIGHTS_FILE}: it is cut off, or no safetensors file. Copy it again from its source."
+            broken
+            == f"b/{adapter.WEIGHTS_FILE}: it is cut off, or no safetensors file. Copy it again from its source."
         )
         with pytest.raises(openai.NotFoundError, match="it is cut off") as error:
             client.completions.create(model="b", **GREEDY)
@@ -154,8 +159,13 @@ def test_models_reports_incompatible_adapters(start_server, gpt2, tmp_path):
         listed = {model["id"]: model["broken"] for model in served.get("/v1/models").json()["data"]}
         assert listed["foreign"].startswith("foreign was trained on other (fingerprint abababababab")
         assert "/home" not in listed["foreign"]
-        assert "misfit does not fit the base: transformer.h.0.attn.c_attn is 32 -> 96 in the base" in listed["misfit"]
-        assert error_of(served.post("/v1/completions", model="foreign", prompt="x"), 404)["code"] == "model_broken"
+        assert (
+            "misfit does not fit the base: transformer.h.0.attn.c_attn is 32 -> 96 in the base"
+            in listed["misfit"]
+        )
+        assert (
+            error_of(served.post("/v1/completions", model="foreign", prompt="x"), 404)["code"] == "model_broken"
+        )
 
 
 def test_replaced_adapter_keeps_running_requests(start_server, base, expected_texts):
@@ -186,7 +196,9 @@ def test_changed_symlink_replaces_adapter(start_server, base):
         os.symlink("versions/two", start_server.adapters_dir / "next")
         os.rename(start_server.adapters_dir / "next", start_server.adapters_dir / "live")
         texts.append(client.completions.create(model="live", **GREEDY).choices[0].text)
-        assert texts == [greedy(base, start_server.adapters_dir / "versions", name).text for name in ("one", "two")]
+        assert texts == [
+            greedy(base, start_server.adapters_dir / "versions", name).text for name in ("one", "two")
+        ]
 
 
 def test_least_recently_used_adapter_is_unloaded(start_server, expected_texts):
@@ -201,7 +213,10 @@ def test_only_named_adapters_are_served(base, start_server, expected_texts):
     with api_server.serving(base, start_server.adapters_dir, only=[start_server.adapters_dir / "a"]) as served:
         assert [model.id for model in served.client().models.list()] == ["talker", "a"]
         assert error_of(served.post("/v1/completions", model="b", **GREEDY), 404)["code"] == "model_not_found"
-        assert served.post("/v1/completions", model="a", **GREEDY).json()["choices"][0]["text"] == expected_texts["a"]
+        assert (
+            served.post("/v1/completions", model="a", **GREEDY).json()["choices"][0]["text"]
+            == expected_texts["a"]
+        )
 
 
 def test_resident_adapter_is_not_read_again(served, expected_texts, monkeypatch):
@@ -245,7 +260,9 @@ def test_completion_equals_generate(client, expected_texts, model):
 
 @pytest.mark.parametrize("model", ["talker", "a"])
 def test_stream_deltas_add_up(client, expected_texts, model):
-    stream = list(client.completions.create(model=model, stream=True, stream_options={"include_usage": True}, **GREEDY))
+    stream = list(
+        client.completions.create(model=model, stream=True, stream_options={"include_usage": True}, **GREEDY)
+    )
     *chunks, last = stream
     assert "".join(chunk.choices[0].text for chunk in chunks) == expected_texts[model]
     finish_reasons = [chunk.choices[0].finish_reason for chunk in chunks]
@@ -473,7 +490,10 @@ def test_chat_equals_rendered_completion(client, base, adapters_dir):
     newer = [{"role": "developer", "content": "be brief"}, messages[1]]
     assert client.chat.completions.create(messages=newer, **settings).choices == response.choices
     turn = [*messages, response.choices[0].message, {"role": "user", "content": "and?"}]
-    assert client.chat.completions.create(messages=turn, **settings).usage.prompt_tokens > response.usage.prompt_tokens
+    assert (
+        client.chat.completions.create(messages=turn, **settings).usage.prompt_tokens
+        > response.usage.prompt_tokens
+    )
 
 
 def test_chat_fills_context_by_default(client):
@@ -483,7 +503,8 @@ def test_chat_fills_context_by_default(client):
     assert usage.total_tokens == 128
     assert client.chat.completions.create(max_completion_tokens=3, **settings).usage.completion_tokens == 3
     assert (
-        client.chat.completions.create(max_tokens=3, max_completion_tokens=3, **settings).usage.completion_tokens == 3
+        client.chat.completions.create(max_tokens=3, max_completion_tokens=3, **settings).usage.completion_tokens
+        == 3
     )
     with pytest.raises(openai.BadRequestError, match="differs from max_tokens"):
         client.chat.completions.create(max_tokens=4, max_completion_tokens=3, **settings)
@@ -863,7 +884,9 @@ def test_timeout_gives_504_or_event(start_server):
                 client.completions.create(model="a", prompt=PROMPT, max_tokens=100, temperature=0)
             assert (late.value.status_code, late.value.code) == (504, "timeout")
             assert late.value.body["message"] == "The request took longer than 1 seconds."
-            stream = client.completions.create(model="a", prompt=PROMPT, max_tokens=100, temperature=0, stream=True)
+            stream = client.completions.create(
+                model="a", prompt=PROMPT, max_tokens=100, temperature=0, stream=True
+            )
             assert next(iter(stream)).choices
             with pytest.raises(openai.APIError, match=r"The request took longer than 1 seconds"):
                 list(stream)
@@ -894,7 +917,10 @@ def test_unexpected_error_fails_its_batch_alone(start_server, expected_texts, ca
             assert str(failure.exc_info[1]) == "a secret of this machine"
             assert (line.msg["id"], line.msg["code"]) == (request, "RuntimeError")
             assert line.msg["status"] == (200 if stream else 500)
-        assert served.post("/v1/completions", model="a", **GREEDY).json()["choices"][0]["text"] == expected_texts["a"]
+        assert (
+            served.post("/v1/completions", model="a", **GREEDY).json()["choices"][0]["text"]
+            == expected_texts["a"]
+        )
 
 
 def test_disconnect_in_body_leaves_server_running(served, expected_texts):
@@ -938,7 +964,8 @@ def test_slow_reader_delays_nobody(start_server, expected_texts):
             (protocol,) = served.server.server_state.connections
             served.wait(lambda: protocol.flow.write_paused and served.scheduler.idle)
             assert (
-                served.post("/v1/completions", model="a", **GREEDY).json()["choices"][0]["text"] == expected_texts["a"]
+                served.post("/v1/completions", model="a", **GREEDY).json()["choices"][0]["text"]
+                == expected_texts["a"]
             )
             assert protocol.flow.write_paused
             deltas = [event["choices"][0] for event in events(response.read().decode())]

@@ -314,7 +314,9 @@ def test_serve_command_exits_130_on_second_sigterm(long_base):
     process = Process("--base", long_base)
     try:
         client = openai.OpenAI(base_url=f"{process.url}/v1", api_key="none", max_retries=0)
-        stream = client.completions.create(model="long", prompt=PROMPT, temperature=0, max_tokens=2000, stream=True)
+        stream = client.completions.create(
+            model="long", prompt=PROMPT, temperature=0, max_tokens=2000, stream=True
+        )
         next(iter(stream))
         process.process.send_signal(signal.SIGTERM)
         time.sleep(0.3)

@@ -45,7 +45,9 @@ def settings(gpt2, reviews_csv):
     return SHORT | {"base": str(gpt2), "dataset": str(reviews_csv)}
 
 
-def start(settings, *options, script=CLI, launcher=("torch.distributed.run", "--standalone", "--nproc-per-node", "2")):
+def start(
+    settings, *options, script=CLI, launcher=("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+):
     flags = {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
     arguments = [name if value is True else f"{name}={value}" for name, value in flags.items()]
     return subprocess.Popen(
@@ -84,7 +86,9 @@ def test_two_processes_train_same_adapter(settings):
     assert (one.manifest.run.processes, two.manifest.run.processes) == (1, 2)
     assert two.manifest.run.tokens == one.manifest.run.tokens
     for figure in ("base_loss", "loss", "gain", "standard_error"):
-        assert getattr(two.manifest.result, figure) == pytest.approx(getattr(one.manifest.result, figure), abs=1e-5)
+        assert getattr(two.manifest.result, figure) == pytest.approx(
+            getattr(one.manifest.result, figure), abs=1e-5
+        )
     assert two.manifest.data == one.manifest.data
     assert not Path("runs/two").exists()
 
@@ -109,7 +113,9 @@ def test_lost_process_resumes_on_one(settings, tmp_path, streaming):
         "The run was started with 2 processes and resumes with 1: --gradient-accumulation is 2 instead of 1, so that each "
         "step has the same sequences. Rounding and dropout differ."
     ) in [getattr(event, "text", "") for event in events]
-    whole = train(TrainConfig.model_validate(settings | {"max_steps": 12, "gradient_accumulation": 2, "name": "whole"}))
+    whole = train(
+        TrainConfig.model_validate(settings | {"max_steps": 12, "gradient_accumulation": 2, "name": "whole"})
+    )
     assert max(abs(a - b) for a, b in zip(curve(whole), curve(cut), strict=True)) < 1e-5
     assert cut.manifest.result.loss == pytest.approx(whole.manifest.result.loss, abs=1e-5)
     assert resolve_settings(TrainConfig, {}, cut.path / RUN_FILE).gradient_accumulation == 2
@@ -124,7 +130,9 @@ def test_two_processes_resume_later_epoch(settings, tmp_path):
     assert Path("runs/cut/checkpoint-21").is_dir()
     done = finish(start({}, "--resume=cut"))
     assert done.status == 0, done.err
-    whole = train(TrainConfig.model_validate(settings | {"max_steps": 40, "gradient_accumulation": 2, "name": "whole"}))
+    whole = train(
+        TrainConfig.model_validate(settings | {"max_steps": 40, "gradient_accumulation": 2, "name": "whole"})
+    )
     assert max(abs(a - b) for a, b in zip(curve(whole), curve(Library().get("cut")), strict=True)) < 1e-5
 
 
@@ -201,7 +209,9 @@ def test_two_nodes(settings):
     both = [start(settings, "--max-steps=20", "--name=two", launcher=(*launcher.split(), rank)) for rank in "01"]
     for done in map(finish, both):
         assert done.status == 0, done.err
-    one = train(TrainConfig.model_validate(settings | {"max_steps": 20, "gradient_accumulation": 2, "name": "one"}))
+    one = train(
+        TrainConfig.model_validate(settings | {"max_steps": 20, "gradient_accumulation": 2, "name": "one"})
+    )
     assert max(abs(a - b) for a, b in zip(curve(one), curve(Library().get("two")), strict=True)) < 1e-5
 
 

@@ -43,8 +43,20 @@ from lora_tuner.training.setup import prepare_training
 from .. import tiny_models
 from .test_run import StopAt, weights
 
-QUICK = {"max_steps": 3, "max_length": 64, "batch_size": 4, "learning_rate": 0.02, "eval_rows": 6, "device": "cpu"}
-PARENT = {"rank": 3, "alpha": 5, "target_modules": "attention", "split_salt": "pepper"}  # nothing that is so by default
+QUICK = {
+    "max_steps": 3,
+    "max_length": 64,
+    "batch_size": 4,
+    "learning_rate": 0.02,
+    "eval_rows": 6,
+    "device": "cpu",
+}
+PARENT = {
+    "rank": 3,
+    "alpha": 5,
+    "target_modules": "attention",
+    "split_salt": "pepper",
+}  # nothing that is so by default
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +116,9 @@ def test_child_starts_with_parent_weights(parent):
 def test_child_starts_with_parent_loss(parent):
     setup = prepare_training(child(dataset="noir.json", name="on"))
     result = parent.manifest.result
-    assert evaluation.measure_loss(setup.model, setup.base, setup.held_out).loss == pytest.approx(result.loss, abs=1e-6)
+    assert evaluation.measure_loss(setup.model, setup.base, setup.held_out).loss == pytest.approx(
+        result.loss, abs=1e-6
+    )
     with setup.model.disable_adapter():
         plain = evaluation.measure_loss(setup.model, setup.base, setup.held_out).loss
     assert plain == pytest.approx(result.base_loss, abs=1e-6)
@@ -130,7 +144,9 @@ def test_child_improves_on_parent(parent, gpt2):
 
 def test_child_keeps_parent_settings(parent, gpt2):
     found = train(child(dropout=0.1))
-    assert {key: found.config.get(key) for key in SCALING_KEYS} == {key: parent.config.get(key) for key in SCALING_KEYS}
+    assert {key: found.config.get(key) for key in SCALING_KEYS} == {
+        key: parent.config.get(key) for key in SCALING_KEYS
+    }
     assert (found.rank, found.config["lora_alpha"], found.modules) == (3, 5, parent.modules)
     assert found.config["target_modules"] == ["attn.c_proj", "c_attn"]
     assert found.config["lora_dropout"] == 0.1
@@ -195,7 +211,9 @@ FOREIGN = {
 def test_foreign_parent_keeps_its_scaling(family, gpt2, tmp_path, kind):
     shutil.copy(family / "verse.json", tmp_path)
     torch.manual_seed(3)
-    settings = LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, init_lora_weights="gaussian", **FOREIGN[kind])
+    settings = LoraConfig(
+        task_type="CAUSAL_LM", fan_in_fan_out=True, init_lora_weights="gaussian", **FOREIGN[kind]
+    )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(gpt2), settings)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -205,7 +223,9 @@ def test_foreign_parent_keeps_its_scaling(family, gpt2, tmp_path, kind):
     told = []
     near = train(child(parent="foreign", name="near", max_steps=1, learning_rate=1e-8), told.append)
     assert Notice(f"foreign has no manifest, so only its shapes can be compared with {gpt2}.") in told
-    assert {key: near.config.get(key) for key in SCALING_KEYS} == {key: theirs.config.get(key) for key in SCALING_KEYS}
+    assert {key: near.config.get(key) for key in SCALING_KEYS} == {
+        key: theirs.config.get(key) for key in SCALING_KEYS
+    }
     assert near.tensors == theirs.tensors
     assert near.config["init_lora_weights"] is True
     torch.testing.assert_close(logits(gpt2, near.path), logits(gpt2, theirs.path), atol=1e-5, rtol=0)

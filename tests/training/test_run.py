@@ -60,13 +60,19 @@ def test_logged_loss_equals_measured_loss(settings, model_folder, tmp_path, pack
     """Trainer's own figure is too low for GPT-2: it divides by labels that nothing predicts."""
     shutil.copytree(model_folder, tmp_path / "base")
     config = json.loads((model_folder / "config.json").read_text())
-    still = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)  # else the loss in training is another one
+    still = dict.fromkeys(
+        ("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0
+    )  # else the loss in training is another one
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | still))
     # One step over all rows, in micro-batches of unequal length: there is one true figure for it.
     setup = prepare_training(settings(base="base", max_rows=40, packing=packing))
     accumulation = -(-len(setup.sequences) // 3)
     logged = history(
-        train(setup.config.model_copy(update={"batch_size": 3, "gradient_accumulation": accumulation, "max_steps": 1}))
+        train(
+            setup.config.model_copy(
+                update={"batch_size": 3, "gradient_accumulation": accumulation, "max_steps": 1}
+            )
+        )
     )
     base = load_base(find_base("base"), ModelOptions(device="cpu"))
     true = evaluation.measure_loss(base.model, base, setup.sequences.rows)
@@ -143,7 +149,14 @@ def test_second_sigint_stops_immediately_resumable(settings):
     "how",
     [
         {"schedule": "constant"},
-        {"schedule": "constant", "learning_rate": 0.2, "max_steps": 60, "eval_every": 2, "patience": 2, "max_rows": 40},
+        {
+            "schedule": "constant",
+            "learning_rate": 0.2,
+            "max_steps": 60,
+            "eval_every": 2,
+            "patience": 2,
+            "max_rows": 40,
+        },
     ],
 )
 def test_interrupt_after_training_resumes_without_steps(settings, monkeypatch, how):
@@ -223,7 +236,9 @@ def test_resume_without_run_is_refused(settings):
 def test_unfinished_run_needs_resume_or_overwrite(settings):
     with pytest.raises(Interrupted):
         train(settings(), StopAt(2))
-    with pytest.raises(TrainingError, match="runs/reviews holds an unfinished run: resume it with --resume reviews"):
+    with pytest.raises(
+        TrainingError, match="runs/reviews holds an unfinished run: resume it with --resume reviews"
+    ):
         train(settings())
     assert train(settings(overwrite=True)).manifest.run.steps == 6
 
@@ -258,7 +273,9 @@ def test_non_finite_loss_keeps_last_good(settings):
     kept = adapters_adapter.load_adapter_folder(Path("runs/reviews/last-good"))
     from safetensors.torch import load_file
 
-    assert all(torch.isfinite(tensor).all() for tensor in load_file(kept.path / adapters_adapter.WEIGHTS_FILE).values())
+    assert all(
+        torch.isfinite(tensor).all() for tensor in load_file(kept.path / adapters_adapter.WEIGHTS_FILE).values()
+    )
     assert not (Library().path / "reviews").exists()
 
 
@@ -284,7 +301,10 @@ def test_patience_keeps_best_step(settings):
         settings(learning_rate=0.2, schedule="constant", max_steps=60, eval_every=2, patience=2, max_rows=40),
         notices.append,
     )
-    run, measured = adapter.manifest.run, {e["step"]: e["eval_loss"] for e in history(adapter) if "eval_loss" in e}
+    run, measured = (
+        adapter.manifest.run,
+        {e["step"]: e["eval_loss"] for e in history(adapter) if "eval_loss" in e},
+    )
     best = min(measured, key=measured.get)
     assert run.steps == best + 4 < 60
     assert run.kept_step == best
@@ -342,7 +362,9 @@ def test_profile_ignores_one_slow_step(settings, monkeypatch):
         profile = profiling.profile_steps(setup, setup.model, setup.learning_rate, 1.0, ignore_events)
     assert profile.seconds_per_step == pytest.approx(1, rel=0.5)
     requested = settings(max_steps=None, minutes=1)
-    steps = profiling.steps_for_stop_rule(requested, setup.steps_per_epoch, profile.seconds_per_step, ignore_events)
+    steps = profiling.steps_for_stop_rule(
+        requested, setup.steps_per_epoch, profile.seconds_per_step, ignore_events
+    )
     assert steps * profile.seconds_per_step == pytest.approx(60, rel=0.05)
 
 
@@ -469,10 +491,16 @@ def test_first_step_learns(settings):
 
 def test_learning_rate_schedules(settings):
     rates = [entry["learning_rate"] for entry in history(train(settings(max_steps=8, warmup=0.3)))]
-    assert rates == pytest.approx([1e-2 * share for share in (1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)])
-    rates = [entry["learning_rate"] for entry in history(train(settings(max_steps=3, schedule="constant", name="c")))]
+    assert rates == pytest.approx(
+        [1e-2 * share for share in (1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)]
+    )
+    rates = [
+        entry["learning_rate"] for entry in history(train(settings(max_steps=3, schedule="constant", name="c")))
+    ]
     assert rates == pytest.approx([1e-2] * 3)
-    rates = [entry["learning_rate"] for entry in history(train(settings(max_steps=2, schedule="cosine", name="d")))]
+    rates = [
+        entry["learning_rate"] for entry in history(train(settings(max_steps=2, schedule="cosine", name="d")))
+    ]
     assert rates == pytest.approx([1e-2, 5e-3])
 
 
@@ -548,7 +576,9 @@ def test_base_without_position_ids_is_padded(settings, tmp_path):
 
 def test_bidirectional_model_is_refused(settings, tmp_path):
     base = other_model(tmp_path / "roberta", "roberta")
-    with pytest.raises(BaseModelError, match="roberta sees tokens that come later: it is not a causal language model"):
+    with pytest.raises(
+        BaseModelError, match="roberta sees tokens that come later: it is not a causal language model"
+    ):
         train(settings(base=str(base)))
 
 

@@ -27,7 +27,9 @@ def test_expand_sweep_combines_all_values():
 def test_trial_equals_its_single_run(settings, request, kind):
     model_folder = request.getfixturevalue(kind)
     result = sweep.run_sweep(configs_of(settings, 2, 4, 8, base=str(model_folder)))
-    assert [trial.name for trial in result.trials] == ["reviews-r2", "reviews-r4", "reviews-r8"] == Library().names()
+    assert (
+        [trial.name for trial in result.trials] == ["reviews-r2", "reviews-r4", "reviews-r8"] == Library().names()
+    )
     for rank, trial in zip((2, 4, 8), result.trials, strict=True):
         alone = train(settings(rank=rank, base=str(model_folder), name="alone", overwrite=True))
         adapter = Library().get(trial.name)
@@ -51,7 +53,9 @@ def test_trials_of_each_method(settings, method):
 def test_sweep_loads_inputs_once(settings, monkeypatch):
     read = []
     monkeypatch.setattr(inputs, "load_dataset", lambda *of: read.append("rows") or real_corpus(*of))
-    monkeypatch.setattr(inputs.loading, "open_base", lambda *of, **how: read.append("base") or real_base(*of, **how))
+    monkeypatch.setattr(
+        inputs.loading, "open_base", lambda *of, **how: read.append("base") or real_base(*of, **how)
+    )
     sweep.run_sweep(configs_of(settings, 2, 4, 8))
     assert sorted(read) == ["base", "rows"]
 
@@ -94,7 +98,9 @@ def stopped_at(stop_at, settings):
     return run_and_stop
 
 
-@pytest.mark.parametrize("trial", [pytest.param(2, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "trial", [pytest.param(2, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_stopped_sweep_resumes_bitwise(settings, trial, stopped_at):
     whole = sweep.run_sweep(configs_of(settings, 2, 4, 8, name="whole"))
     text = stopped_at(trial, 3)
@@ -137,7 +143,10 @@ def test_diverged_trial_does_not_stop_sweep(settings):
 def test_sweep_from_parent_keeps_rank(settings, adapter):
     given = {"dataset": "reviews.csv", "parent": "reviews", "max_steps": 2, "eval_rows": 8, "name": "more"}
     result = sweep.run_sweep([TrainConfig(**given, learning_rate=rate) for rate in (1e-3, 1e-2)])
-    assert [Library().get(trial.name).manifest.parents[0].name for trial in result.trials] == ["reviews", "reviews"]
+    assert [Library().get(trial.name).manifest.parents[0].name for trial in result.trials] == [
+        "reviews",
+        "reviews",
+    ]
     with pytest.raises(ConfigError) as error:
         sweep.run_sweep([TrainConfig(**given, rank=rank) for rank in (2, 4)])
     assert str(error.value) == "--from keeps the rank of the parent: give several learning rates, not ranks."
@@ -254,13 +263,18 @@ def test_unfinished_sweep_needs_resume_or_overwrite(settings, stopped_at):
     assert [trial.name for trial in result.trials] == ["reviews-r2", "reviews-r4"]
 
 
-@pytest.mark.parametrize("content", ["trials: 3\nfacts: {}\n", "trial: []\n", "trials:\n- rank: many\nfacts: {}\n"])
+@pytest.mark.parametrize(
+    "content", ["trials: 3\nfacts: {}\n", "trial: []\n", "trials:\n- rank: many\nfacts: {}\n"]
+)
 def test_unreadable_sweep_state_is_refused(settings, content, stopped_at):
     stopped_at(2, 2)
     (settings().runs_dir / "reviews.sweep" / "sweep.yaml").write_text(content)
     with pytest.raises(TrainingError) as error:
         sweep.resume_sweep("reviews")
-    assert str(error.value) == "runs/reviews.sweep/sweep.yaml cannot be read: start the sweep again with --overwrite."
+    assert (
+        str(error.value)
+        == "runs/reviews.sweep/sweep.yaml cannot be read: start the sweep again with --overwrite."
+    )
 
 
 def test_old_sweep_state_is_refused(settings):

@@ -21,7 +21,11 @@ def test_tensorboard_matches_metrics_file(settings, tmp_path):
     adapter = train(settings(report_to=["tensorboard"], eval_every=3))
     lines = [json.loads(line) for line in (adapter.path / "metrics.jsonl").read_text().splitlines()]
     found = read(tmp_path / "runs" / "tensorboard" / "reviews")
-    for name, tag in (("loss", "train/loss"), ("eval_loss", "eval/loss"), ("learning_rate", "train/learning_rate")):
+    for name, tag in (
+        ("loss", "train/loss"),
+        ("eval_loss", "eval/loss"),
+        ("learning_rate", "train/learning_rate"),
+    ):
         ours = {line["step"]: line[name] for line in lines if name in line}
         assert found[tag] == pytest.approx(ours, rel=1e-6), name
     assert len(found["train/loss"]) == 6

@@ -74,9 +74,9 @@ def _output(title: str, prompt: str, output: Request | str) -> Markup:
             end = ", finished" if sequence.finished else ", cut off"
         tokens = Markup('<p class="facts">{} token{}{}</p>').format(count, plural, end)
         style = Markup("") if output.complete else Markup(' class="writing"')
-    return Markup('<article{}><h2>{}</h2><p class="text"><span class="prompt">{}</span>{}</p>{}{}</article>').format(
-        style, title, prompt, text, failure(error) if error else "", tokens
-    )
+    return Markup(
+        '<article{}><h2>{}</h2><p class="text"><span class="prompt">{}</span>{}</p>{}{}</article>'
+    ).format(style, title, prompt, text, failure(error) if error else "", tokens)
 
 
 def library(models: Sequence[ServedModel]) -> Markup:
@@ -117,9 +117,12 @@ def card(adapter: Adapter, layers: Mapping[str, LinearLayer], hide_paths: Callab
 
     The model card is not rendered: Markdown may load images of other hosts.
     """
-    lines = Markup("").join(Markup("<dt>{}</dt><dd>{}</dd>").format(key, value) for key, value in summary_rows(adapter))
+    lines = Markup("").join(
+        Markup("<dt>{}</dt><dd>{}</dd>").format(key, value) for key, value in summary_rows(adapter)
+    )
     pictures = [
-        _picture(plot, hide_paths) for plot in (partial(_plot_loss, adapter), partial(_plot_spectrum, adapter, layers))
+        _picture(plot, hide_paths)
+        for plot in (partial(_plot_loss, adapter), partial(_plot_spectrum, adapter, layers))
     ]
     return Markup(
         '<section class="card"><h2>{}</h2><dl>{}</dl><div class="pictures">{}</div>'
@@ -155,7 +158,8 @@ def _plot_loss(adapter: Adapter, png: BytesIO) -> tuple[str, str]:
 def _plot_spectrum(adapter: Adapter, layers: Mapping[str, LinearLayer], png: BytesIO) -> tuple[str, str]:
     delta.check_summable(adapter)
     energies = {
-        module: delta.singular_values(update).square() for module, update in delta.load_deltas(adapter, layers).items()
+        module: delta.singular_values(update).square()
+        for module, update in delta.load_deltas(adapter, layers).items()
     }
     energies = {module: energy for module, energy in energies.items() if float(energy.sum()) > 0}
     if not energies:

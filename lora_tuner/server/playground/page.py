@@ -232,7 +232,9 @@ class Page:
         try:
             sampling = resolve_settings(SamplingParams, values)
             if sampling.max_new_tokens > self.service.config.max_tokens:
-                raise ConfigError(f"max_new_tokens: the limit of this server is {self.service.config.max_tokens:,}.")
+                raise ConfigError(
+                    f"max_new_tokens: the limit of this server is {self.service.config.max_tokens:,}."
+                )
             ids = await self.service.run_in_thread(partial(self.service.encode, prompt))
         except LoraTunerError as error:
             yield self._failure(error)
