@@ -273,9 +273,7 @@ def test_blend_of_different_split_salts(settings, reviews_csv):
     assert made.manifest.data.split_salt is None
     assert any("differ in --split-salt" in event.text for event in events if isinstance(event, Notice))
     config = TrainConfig(parent="mixed", dataset=str(reviews_csv), name="on", max_steps=2, device="cpu")
-    with pytest.raises(
-        ConfigError, match="no rows are held out for all of it: name others to measure on with --eval-dat"
-    ):
+    with pytest.raises(ConfigError, match="no rows are held out for all of them: give --eval-dat"):
         train(config)
 
 

@@ -145,7 +145,7 @@ def test_small_real_disk_full(name: str, expected, world: Path, gpt2: Path, tmp_
 def test_low_disk_space_refused_before_training(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(atomic_io, "free_space", lambda place: 1_000)
     with pytest.raises(
-        TrainingError, match="runs has 0 MB free, and the run needs 0: free some space, or choose"
+        TrainingError, match="runs has 0 MB free, and the run needs 0 MB: free some space, or choose"
     ):
         train(settings())
     assert not list((tmp_path / "runs").iterdir())
