@@ -311,15 +311,15 @@ def _hub_table(repo: str, config: TrainConfig) -> Table:
     with hub.hub_request(repo):
         stream = _load_split(repo, config)
 
-    def read() -> Iterator[Row]:
+    def read_stream() -> Iterator[Row]:
         try:
             yield from stream
         except Exception as error:  # also those of the HTTP library
             raise HubError(hub.hub_error_message(error, repo)) from error
 
     if stream.features is None:
-        return table_from_rows(repo, read, streaming=True)
-    return replace(table_from_dataset(repo, stream), rows=LazyRows(read))
+        return table_from_rows(repo, read_stream, streaming=True)
+    return replace(table_from_dataset(repo, stream), rows=LazyRows(read_stream))
 
 
 def _imdb_tables(config: TrainConfig, notify: EventHandler) -> tuple[str, list[Table]]:

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from ..errors import EventHandler, Notice, ignore_events
 from ..models.loading import LoadedBase
 from .cpu_decoder import CpuDecoder
-from .decoder import Cache, Decoder, LoraForBatch
 from .hf_decoder import HFDecoder
+from .interface import Cache, DecoderInterface, LoraForBatch
 from .multi_lora import LoadedAdapter, MultiLora
 from .sequence import Sequence
 from .speculative import DraftDecoder
@@ -39,7 +39,7 @@ class GenerationEngine:
         self.multi_lora = MultiLora(base)
         self.notify = notify
         self.cpu_decoder = CpuDecoder.for_base(base)
-        self._batches: dict[tuple[Decoder, LoadedAdapter | None], RunningBatch] = {}
+        self._batches: dict[tuple[DecoderInterface, LoadedAdapter | None], RunningBatch] = {}
         self._notified = False  # that each adapter has its own batch
 
     @cached_property
@@ -71,7 +71,7 @@ class GenerationEngine:
         """Generate for these sequences from the next step on."""
         for sequence in sequences:
             additive = sequence.lora is None or sequence.lora.is_additive
-            decoder: Decoder = self.cpu_decoder if self.cpu_decoder and additive else self.hf_decoder
+            decoder: DecoderInterface = self.cpu_decoder if self.cpu_decoder and additive else self.hf_decoder
             key = (decoder, None if decoder.mixed_batches else sequence.lora)
             if key not in self._batches:
                 self._batches[key] = RunningBatch(decoder, self.multi_lora)
@@ -114,7 +114,7 @@ class GenerationEngine:
 class RunningBatch:
     """Sequences that run on one decoder: waiting, in prefill, or decoding."""
 
-    def __init__(self, decoder: Decoder, multi_lora: MultiLora) -> None:
+    def __init__(self, decoder: DecoderInterface, multi_lora: MultiLora) -> None:
         self.decoder = decoder
         self.multi_lora = multi_lora
         self.lora = decoder.new_lora(multi_lora)

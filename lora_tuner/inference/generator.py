@@ -148,11 +148,11 @@ class Generator:
             )
         if resident is None or resident.identity != _folder_identity(folder):
 
-            def read(adapter: Adapter) -> _ResidentAdapter:
+            def load_resident(adapter: Adapter) -> _ResidentAdapter:
                 lora.check_base(adapter, self.base, self.options)
                 return _ResidentAdapter(folder, _folder_identity(folder), self.engine.multi_lora.load(adapter))
 
-            resident = read_consistently(adapter.path, read)
+            resident = read_consistently(adapter.path, load_resident)
         self._resident.pop(name, None)
         self._resident[name] = resident
         droppable = [other for other in self._resident if other not in (name, self.current_adapter)]

@@ -1,7 +1,7 @@
 """Speculative decoding: a quantized draft of the base proposes tokens, the base verifies them."""
 
 from .cpu_decoder import CpuDecoder
-from .decoder import Cache, Decoder, LoraForBatch
+from .interface import Cache, DecoderInterface, LoraForBatch
 from .sequence import Sequence
 
 
@@ -20,7 +20,7 @@ class DraftDecoder:
 
     def propose(self, cache: Cache) -> int:
         """Write draft tokens behind the tokens of the sequence. Returns their number."""
-        draft: Decoder | None = self.decoder.draft_model  # quantized on first use
+        draft: DecoderInterface | None = self.decoder.draft_model  # quantized on first use
         if draft is None or (self.rounds > 8 and self.accepted < 2 * self.rounds):
             return 0
         self.rounds += 1

@@ -249,7 +249,7 @@ async def _generate(
     capacity = service.config.max_batch + service.config.max_waiting
     if count > capacity:
         raise RequestError(f"n: {count:,} outputs were requested, the limit of this server is {capacity:,}.", "n")
-    prepared = await service.prepare(body.model, body.prompts, body.n)
+    prepared = await service.prepare_request(body.model, body.prompts, body.n)
     record.model = body.model  # only now, so that no client fills the metrics with labels
     request = record.request = service.submit(
         prepared,

@@ -175,17 +175,17 @@ class ModelService:
             text = text.replace(f"{folder}{os.sep}", "")
         return _FOLDER_PATHS.sub("", text.replace(self.base.files.name, self.name))
 
-    async def prepare(self, model: str, prompts: Sequence[Prompt], n: int = 1) -> PreparedRequest:
+    async def prepare_request(self, model: str, prompts: Sequence[Prompt], n: int = 1) -> PreparedRequest:
         """Find the adapter and tokenize the prompts; meanwhile `n` queue slots for each are reserved.
 
         Raises what `find_adapter`, `encode` and `Scheduler.reserve` raise.
         """
 
-        def read() -> PreparedRequest:
+        def find_and_encode() -> PreparedRequest:
             return PreparedRequest(model, *self.find_adapter(model), [self.encode(prompt) for prompt in prompts])
 
         with self.scheduler.reserve(n * len(prompts)):
-            return await self.run_in_thread(read)
+            return await self.run_in_thread(find_and_encode)
 
     def max_new_tokens(self, prompts: list[list[int]], max_tokens: int | None) -> int:
         """Check and return `max_tokens`; the default is what fits after the longest prompt.

@@ -254,7 +254,7 @@ class Page:
 
     async def _submit(self, model: str, ids: list[int], sampling: SamplingParams) -> Request:
         started = time.monotonic()
-        return self.service.submit(await self.service.prepare(model, [ids]), sampling, started=started)
+        return self.service.submit(await self.service.prepare_request(model, [ids]), sampling, started=started)
 
     async def blend(
         self, prompt: str, first: str | None, second: str | None, weight: float, slider: _SliderState
@@ -280,7 +280,7 @@ class Page:
         parts = [(round(1 - weight, 2), first), (round(weight, 2), second)]
         title = " + ".join(f"{part:g} {name}" for part, name in parts)
 
-        def prepare() -> PreparedRequest:
+        def blend_and_encode() -> PreparedRequest:
             if outdated():
                 raise Interrupted
             adapters = [(part, self.service.find_adapter(name)[1]) for part, name in parts]
@@ -289,7 +289,7 @@ class Page:
             return PreparedRequest(title, title, blended, [ids])
 
         try:
-            prepared = await self.service.run_in_thread(prepare)
+            prepared = await self.service.run_in_thread(blend_and_encode)
         except Interrupted:
             return
         except LoraTunerError as error:
@@ -384,7 +384,7 @@ class Page:
             if isinstance(event, Progress):
                 latest = event
 
-        def measure() -> str:
+        def run_evaluation() -> str:
             adapters = [model.adapter for model in self._adapters() if model.id in names and model.adapter]
             if not adapters:
                 raise GenerationError("Choose at least one adapter to evaluate.")
@@ -399,7 +399,7 @@ class Page:
                 )
             )
 
-        task = asyncio.create_task(asyncio.to_thread(measure))
+        task = asyncio.create_task(asyncio.to_thread(run_evaluation))
         # Retrieve the exception, which asyncio logs otherwise when the visitor has left.
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:

@@ -30,7 +30,7 @@ class LoraForBatch(Protocol):
         any batch."""
 
 
-class Decoder(Protocol):
+class DecoderInterface(Protocol):
     """Forward pass of a base over a KV cache."""
 
     chunked_prefill: bool  # a prompt may be prefilled in several passes
