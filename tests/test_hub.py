@@ -56,8 +56,7 @@ def cli(tmp_path, caches):
 
 def test_train_defaults_from_hub(repos, cli):
     with Hub(repos) as hub:
-        cli(hub, "train", "--rank", "8")
-        facts = json.loads(cli(hub, "adapters", "show", "imdb", "--json").stdout)
+        facts = json.loads(cli(hub, "train", "--rank", "8", "--json").stdout)
         assert facts["base"]["name"] == "distilgpt2"
         assert facts["base"]["repo"] == "distilbert/distilgpt2"
         assert facts["base"]["revision"] == hub.repos[DISTILGPT2].sha
@@ -70,6 +69,13 @@ def test_train_defaults_from_hub(repos, cli):
         hub, "generate", "--adapter", "adapters/imdb", "--greedy", "--max-new-tokens", "5", "the actor"
     ).stdout
     assert text.startswith("the actor")
+
+
+@pytest.mark.slow
+def test_cached_hub_data_is_filtered(repos, cli):
+    with Hub(repos) as hub:
+        cli(hub, "train", "--preview", "1")
+        cli(hub, "generate", "--greedy", "--max-new-tokens", "1", "the")
     again = cli(
         hub, "train", "--rank", "2", "--max-steps", "2", "--where", "label=pos", "--name", "praise", "--json"
     )

@@ -354,6 +354,7 @@ def test_conversations_can_be_streamed(tmp_path, config):
     assert adapter.manifest.data.format == "prompt and completion"
 
 
+@pytest.mark.slow
 def test_hub_dataset_streams(repos, cli):  # noqa: F811
     short = {
         "rank": 2,

@@ -147,7 +147,7 @@ READERS: dict[str, tuple[list[str], list[str]]] = {
         ["generate", "--adapter", "one", "Acting"],
         [
             "lora_tuner.models.loading:load_base",
-            "lora_tuner.inference.generator:Generator._load",
+            "lora_tuner.inference.generator:Generator._load_adapter",
             "lora_tuner.inference.sequence:Sequence.append_token",
         ],
     ),
