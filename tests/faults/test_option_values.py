@@ -269,7 +269,7 @@ WRONG_FOR_BASE = [  # detected once the base is loaded
     ("--target-modules", "nonsense", "nonsense"),
     ("--target-modules", " , ", "target_modules"),
     ("--target-modules", "lm_head", "lm_head"),
-    ("--max-length", "129", "max_length is 129, and "),
+    ("--max-length", "129", "max_length is 129, but "),
     ("--revision", "main", "revision"),
     ("--learning-rate", HUGE, "The loss is nan in step 2, so the run has stopped."),
     ("--weight-decay", HUGE, "The loss is nan in step 2, so the run has stopped."),
