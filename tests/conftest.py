@@ -19,9 +19,10 @@ SLOWEST_FILES = (
     "test_end_to_end.py",
     "test_playground.py",
     "test_run.py",
-    "test_convert.py",
+    "test_generator.py",
+    "test_sweep.py",
     "test_hub.py",
-    "test_export_gguf.py",
+    "test_blend.py",
 )
 
 
