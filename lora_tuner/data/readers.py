@@ -319,21 +319,6 @@ def _read_txt(path: Path, txt_rows: str) -> Iterator[Row]:
                 yield {"text": text.removesuffix("\n")}
 
 
-def find_text_column(table: Table, wanted: str | None) -> str:
-    """Return the column to train on: `wanted`, else "text", else the only column of text."""
-    if wanted is not None and not table.is_plain_text:
-        if wanted not in table.columns:
-            raise table.missing_column(wanted)
-        return wanted
-    if "text" in table.columns:
-        return "text"
-    if len(table.text_columns) == 1:
-        return table.text_columns[0]
-    raise DataError(
-        f"{table.source}: which column is the text? Name one with --text-column: {', '.join(table.columns)}."
-    )
-
-
 def parse_conditions(table: Table, where: list[str]) -> list[tuple[str, set[str]]]:
     """Return column and accepted values of each condition; class labels by number or name."""
     parsed = []
