@@ -46,11 +46,17 @@ class RowCounts:
 
 @dataclass
 class Dataset:
-    """Cleaned rows without duplicates: `train` in source order, `held_out` in hash order."""
+    """Cleaned rows without duplicates: `train` in source order, `held_out` in hash order.
+
+    `layout` names what of a row is read, such as `column 'body'`; `splits` the split files of a
+    local folder, such as `train; measured: validation`, and is empty where there are none.
+    """
 
     name: str
     source: str
     format: str = "text"  # or "messages", or "prompt and completion"
+    layout: str = ""
+    splits: str = ""
     train: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
     counts: RowCounts = field(default_factory=RowCounts)
