@@ -19,12 +19,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if sys.platform != "linux":
         for item in items:
             if Path(__file__).parent in item.path.parents:
-                item.add_marker(pytest.mark.skip(reason="it looks into /proc and forks"))
+                item.add_marker(pytest.mark.skip(reason="needs /proc and fork"))
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory, gpt2: Path) -> Path:
-    """What tests copy, to spoil the copy."""
+    """Make a workspace, which tests copy and damage."""
     return workspaces.make(tmp_path_factory.mktemp("world"), gpt2)
 
 
@@ -32,7 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, gpt2: Path) -> Path:
 def expected(
     world: Path, gpt2: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], tuple[workspaces.State, list[str]]]:
-    """The state that a command of COMMANDS leaves when nothing goes wrong, and its file events."""
+    """Return the state after an undisturbed command of COMMANDS, and its file operations."""
 
     @cache
     def run_once(name: str) -> tuple[workspaces.State, list[str]]:
@@ -44,7 +44,7 @@ def expected(
 
 @pytest.fixture
 def start(tmp_path: Path) -> Callable[..., Command]:
-    """A command that runs, in the folder of the test, with a cache of its own."""
+    """Start a command in the folder of the test, with a cache of its own."""
 
     def make(*arguments: str | Path, **more: Any) -> Command:
         return Command(*arguments, **({"cwd": tmp_path, "cache": tmp_path / ".cache"} | more))
@@ -54,13 +54,13 @@ def start(tmp_path: Path) -> Callable[..., Command]:
 
 @pytest.fixture
 def run(start: Callable[..., Command]) -> Callable[..., CommandResult]:
-    """A command that has ended."""
+    """Run a command to its end."""
     return lambda *arguments, **more: start(*arguments, **more).end()
 
 
 @pytest.fixture
 def arguments(gpt2: Path, reviews_csv: Path) -> list[str]:
-    """Of a run of a few seconds; options after it come last."""
+    """Return the arguments of a run of a few seconds; further options may follow."""
     shutil.copytree(gpt2, "base")
     small = {
         "base": "base",
@@ -76,13 +76,13 @@ def arguments(gpt2: Path, reviews_csv: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
-    """What is made once for all tests."""
+    """Results shared by all tests."""
     return {"place": tmp_path_factory.mktemp("kept")}
 
 
 @pytest.fixture
 def whole(kept: dict[Any, Any], run: Callable[..., CommandResult], arguments: list[str]) -> Callable[..., Any]:
-    """What a run that nobody disturbs comes to."""
+    """Return the outcome of an undisturbed run."""
 
     def of(*how: str) -> Any:
         if how not in kept:

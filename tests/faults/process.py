@@ -1,6 +1,8 @@
-"""The command line in processes of its own, cheap enough for hundreds of them: a server has imported everything once, and
-each command is a fork of it. What is done to a command, a crash or a full disk, is done from inside, by what it is about to
-do to its files."""
+"""Run commands in processes of their own, forked from a server that has imported everything once.
+
+A fork takes a fraction of the time of a new interpreter, so tests can run hundreds of commands. A
+`Fault` is injected from inside the process, at one of its file operations.
+"""
 
 import contextlib
 import errno
@@ -22,23 +24,23 @@ import pytest
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.faults.preload"])
-LIMIT = 120.0  # seconds, after which a command hangs
+LIMIT = 120.0  # seconds, after which a command counts as hanging
 
 
 @dataclass(frozen=True)
 class CommandResult:
-    """A command that has ended. `status` is below 0 for a signal; `peak` its memory at the most, in bytes."""
+    """Result of a command. `status` is negative for a signal; `peak` is its peak memory in bytes."""
 
     status: int
     out: str
     err: str
     seconds: float
     peak: int
-    events: list[str] = field(default_factory=list)  # what it did to files, where that was counted
+    events: list[str] = field(default_factory=list)  # its file operations, if a fault counted them
 
     @property
     def line(self) -> str:
-        """The one line that it says; what is noticed on the way stands before it."""
+        """The one error line on stderr; notices may stand before it."""
         lines = [line for line in self.err.splitlines() if line.startswith("Error: ")]
         assert len(lines) == 1, self.err
         return lines[0]
@@ -46,10 +48,15 @@ class CommandResult:
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens when a command is about to do its `at`th thing (from 0) to files below `root`: make, write, rename,
-    remove or sync one. `crash`: the process is gone, and of what no sync has made safe only half is there, as after a
-    power cut. `full`: the disk is, from then on. `kill`: the process alone is gone, as after kill -9. `interrupt`: Ctrl-C is
-    pressed, once."""
+    """A fault at file operation `at` (from 0) of a command below `root`.
+
+    File operations are create, write, rename, remove and sync. Kinds of faults (`what`):
+
+    - crash: the process ends, and files keep half of what was not synced, as after a power cut.
+    - full: the disk is full from then on.
+    - kill: the process ends, as after kill -9.
+    - interrupt: Ctrl-C, once.
+    """
 
     root: Path
     at: int | None = None
@@ -57,7 +64,7 @@ class Fault:
 
     def install(self, events: list[str]) -> None:
         before = {_state(path) for path in _files(self.root)}
-        safe: dict[int, Any] = {}  # inode -> its state when it was last synced
+        safe: dict[int, Any] = {}  # inode -> state at the last sync
 
         def happen(event: str) -> None:
             number = len(events)
@@ -114,7 +121,7 @@ def _path(name: Any) -> Path | None:
 
 
 class Command:
-    """A command that runs: `python cli.py ARGUMENTS`, in a folder."""
+    """A running command: `python cli.py ARGUMENTS` in a folder."""
 
     def __init__(
         self,
@@ -132,9 +139,10 @@ class Command:
         self.start = time.monotonic()
         environment = {"LORA_TUNER_CACHE": str(cache / "own"), "COLUMNS": "400"} | (env or {})
         self.process = CONTEXT.Process(
-            target=_run, args=([str(it) for it in arguments], cwd, environment, self.folder, fault, before)
+            target=_run,
+            args=([str(argument) for argument in arguments], cwd, environment, self.folder, fault, before),
         )
-        with pytest.MonkeyPatch.context() as patch:  # the server knows our environment, but not our sys.path
+        with pytest.MonkeyPatch.context() as patch:  # the fork server has this environment, but not this sys.path
             patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
             self.process.start()
 
@@ -145,14 +153,14 @@ class Command:
 
     @property
     def err(self) -> str:
-        """What it has said so far on stderr."""
+        """Text on stderr so far."""
         path = self.folder / "err"
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
-    def wait_for(self, said: Callable[[], Any], seconds: float = LIMIT) -> None:
-        """Until something has come true while the command runs."""
+    def wait_for(self, condition: Callable[[], Any], seconds: float = LIMIT) -> None:
+        """Wait until a condition holds while the command runs."""
         end = time.monotonic() + seconds
-        while not said():
+        while not condition():
             assert self.process.is_alive(), self.err
             assert time.monotonic() < end, self.err
             time.sleep(0.005)
@@ -165,13 +173,13 @@ class Command:
         if self.process.exitcode is None:
             self.process.kill()
             self.process.join()
-            raise AssertionError(f"it hangs: {self.err}")
-        found = self.folder / "found"
-        peak, events = json.loads(found.read_text()) if found.exists() else (0, [])
+            raise AssertionError(f"timed out: {self.err}")
+        report = self.folder / "report"
+        peak, events = json.loads(report.read_text()) if report.exists() else (0, [])
         out = (self.folder / "out").read_text(encoding="utf-8", errors="replace")
-        ended = CommandResult(self.process.exitcode, out, self.err, time.monotonic() - self.start, peak, events)
-        assert "Traceback" not in ended.err + ended.out, ended.err
-        return ended
+        result = CommandResult(self.process.exitcode, out, self.err, time.monotonic() - self.start, peak, events)
+        assert "Traceback" not in result.err + result.out, result.err
+        return result
 
 
 def _run(
@@ -182,7 +190,7 @@ def _run(
     fault: Fault | None,
     before: Callable[[], None] | None,
 ) -> None:
-    """In the forked process: become the command."""
+    """Run the command in the forked process, and exit with its status."""
     for number, name in enumerate(("in", "out", "err")):
         flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         descriptor = os.open(folder / name, flags, 0o644)
@@ -215,25 +223,25 @@ def _run(
     except BaseException:
         traceback.print_exc()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    (folder / "found").write_text(json.dumps([peak, events]))
+    (folder / "report").write_text(json.dumps([peak, events]))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status if isinstance(status, int) else 0 if status is None else 1)
 
 
 def contents(root: Path, skip: Sequence[str] = ()) -> dict[str, bytes | None]:
-    """Everything below a folder, hidden things too: relative path -> bytes; None for a folder."""
-    found = {}
+    """Read all files below a folder, hidden ones too: relative path -> bytes; None for a folder."""
+    files: dict[str, bytes | None] = {}
     for path in sorted(root.rglob("*")):
         name = str(path.relative_to(root))
         if not name.startswith(tuple(skip)):
-            found[name] = None if path.is_dir() else path.read_bytes()
-    return found
+            files[name] = None if path.is_dir() else path.read_bytes()
+    return files
 
 
 @contextlib.contextmanager
 def unchanged(root: Path) -> Iterator[None]:
-    """Nothing below a folder is another when the block ends."""
+    """Check that the block changes nothing below a folder."""
     before = contents(root)
     yield
     assert contents(root) == before

@@ -378,7 +378,7 @@ def test_folder_reports_skipped_files(run, gpt2, tmp_path):
 
 
 def test_trained_tokens_equal_file_tokens(run, gpt2, tmp_path):
-    """One epoch trains on each token of the training rows once."""
+    """Check that one epoch trains on each token of the training rows once."""
     write(tmp_path / "x.csv", table([*TEXTS, *TEXTS[:7], " "]))
     result = run("train", "--base", gpt2, "--dataset", "x.csv", "--epochs", 1, "--max-length", 128, "--json")
     assert result.status == 0, result.err

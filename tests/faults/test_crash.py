@@ -1,4 +1,4 @@
-"""A crash at every write, sync and rename: what is there afterwards is the old or the new, and the next run cleans up."""
+"""A crash at each write, sync and rename leaves the old or the new state, and the next command cleans up."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from . import process, workspaces
 from .process import Command, Fault
 from .workspaces import COMMANDS, State, arguments, litter, old_or_new, run, state
 
-QUICK = 2  # points of each command that are tried by default; `slow` tries all
+QUICK = 2  # points tried per command by default; the slow test tries all
 
 
 def crash_and_go_on(name: str, words: list[str], world: Path, root: Path, at: int, new: State) -> None:
@@ -27,7 +27,7 @@ def crash_and_go_on(name: str, words: list[str], world: Path, root: Path, at: in
 
 
 def after_a_crash(name: str, words: list[str], root: Path, new: State) -> None:
-    """What a user does next: go on with the run, or the same again; and then nothing is left of the crash."""
+    """Resume the run, or repeat the command, as a user would: nothing is left of the crash."""
     done = state(root) == new
     run_name = words[words.index("--name") + 1] if words[0] == "train" else None
     if run_name and (root / "runs" / run_name / "run.yaml").exists():
@@ -37,9 +37,7 @@ def after_a_crash(name: str, words: list[str], root: Path, new: State) -> None:
         result = run(root, *words)
         assert result.status == 0, result.err
     assert state(root) == new
-    if litter(
-        root
-    ):  # what has come to its place before the crash is cleaned up after by the next that writes there
+    if litter(root):  # leftovers of a finished swap are removed by the next command that writes there
         run(root, "adapters", "adopt", "foreign", "--name", "next", "--base", str(root / "whole"))
         if words[0] not in ("adapters", "blend", "compress"):
             assert run(root, *words, *(["--overwrite"] * ("--overwrite" not in words))).status == 0
@@ -85,7 +83,7 @@ def test_sigkill_keeps_old_or_new(expected, world: Path, gpt2: Path, tmp_path: P
         with contextlib.suppress(ProcessLookupError):
             os.kill(command.pid, signal.SIGKILL)
         if command.end().status != -signal.SIGKILL:
-            continue  # it was faster
+            continue  # the command ended first
         killed += 1
         assert old_or_new(state(root), old, clean[name])
         after_a_crash(name, words, root, clean[name])
@@ -96,7 +94,7 @@ def test_sigkill_keeps_old_or_new(expected, world: Path, gpt2: Path, tmp_path: P
 
 
 def test_crash_fault_truncates_unsynced_files(tmp_path: Path) -> None:
-    """A fault that did nothing would prove nothing."""
+    """Check that the fault itself works."""
     (tmp_path / "safe").write_text("before")
 
     child = process.CONTEXT.Process(target=_write_three, args=(tmp_path,))

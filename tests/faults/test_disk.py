@@ -1,5 +1,4 @@
-"""A full disk, folders that are not writable, folders that are files: said beforehand where that can be known, and else
-nothing is lost."""
+"""A full disk, read-only folders, files in place of folders: refused early if possible, and nothing is lost."""
 
 import ctypes
 import os
@@ -29,7 +28,7 @@ READ_ONLY = "is not writable: choose another"
 
 
 def go_on(words: list[str], root: Path) -> None:
-    """Once there is room again: the run goes on, or the same is asked again."""
+    """Continue when there is room again: resume the run, or repeat the command."""
     name = words[words.index("--name") + 1] if words[0] == "train" else ""
     started = (root / "runs" / name / "run.yaml").exists()
     result = run(root, *(["train", "--resume", name] if started else words))
@@ -40,7 +39,7 @@ def full_at(name: str, words: list[str], world: Path, root: Path, at: int, new: 
     shutil.copytree(world, root, symlinks=True)
     old = state(root)
     result = run(root, *words, fault=Fault(root, at, "full"))
-    if result.status == 0:  # the disk was full for what costs time alone, such as a cache
+    if result.status == 0:  # the full disk affected only a cache
         assert state(root) == new
         return
     assert result.status == 1
@@ -90,7 +89,7 @@ def no_file_over(size: int) -> None:
 def test_library_write_failure_is_one_line(
     name: str, size: int, expected, world: Path, gpt2: Path, tmp_path: Path
 ) -> None:
-    """They write past Python, and say it in words of their own."""
+    """Compiled libraries write files without Python, and report errors in their own words."""
     words = arguments(name, world, gpt2)
     new, _ = expected(name)
     shutil.copytree(world, tmp_path / "it", symlinks=True)
@@ -128,7 +127,7 @@ def test_small_real_disk_full(name: str, expected, world: Path, gpt2: Path, tmp_
         ballast = tmpfs / "ballast"
         free = shutil.disk_usage(tmpfs).free
         ballast.write_bytes(b"\0" * max(0, free - room))
-        result = run(root, *words, cache=tmp_path)  # what it says has another disk
+        result = run(root, *words, cache=tmp_path)  # stdout and stderr are on another disk
         assert result.status in (0, 1), result.err
         assert old_or_new(state(root), old, new)
         ballast.unlink()
@@ -152,11 +151,11 @@ def test_low_disk_space_refused_before_training(settings, tmp_path, monkeypatch)
     assert not (tmp_path / "adapters").exists()
 
 
-# Places
+# Read-only folders, and files in place of folders
 
 
 def powerless() -> None:
-    """Root may write anywhere; from here on it is held to what the modes of files say."""
+    """Drop the capabilities by which root ignores the modes of files."""
     if os.geteuid():
         return
     libc = ctypes.CDLL(None, use_errno=True)
@@ -172,7 +171,7 @@ def powerless() -> None:
 
 @pytest.fixture
 def closed(world: Path, tmp_path: Path) -> Iterator[Path]:
-    """A world whose parts tests close; opened again at the end, so that it can be deleted."""
+    """A workspace whose folders tests make read-only; writable again at the end, so that it can be deleted."""
     root = tmp_path / "it"
     shutil.copytree(world, root, symlinks=True)
     (root / "runs").mkdir()
@@ -241,7 +240,7 @@ def test_output_folder_is_file(name: str, closed: Path, world: Path, gpt2: Path)
 
 
 def becomes_a_file(place: Path) -> None:
-    """While the first checkpoint is written, another program puts a file where adapters are kept."""
+    """Put a file in place of the adapters folder while the first checkpoint is written."""
     save = trainer._LoraTrainer._save_checkpoint
 
     def spoil(self, model, trial):

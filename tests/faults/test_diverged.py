@@ -1,4 +1,4 @@
-"""A learning rate that is far too high: the run stops at the first figure that is no number, and nothing good is lost."""
+"""A learning rate that is far too high: the run stops at the first infinite loss or gradient, and keeps good weights."""
 
 import re
 import shutil
@@ -26,7 +26,7 @@ LAST = RUN / "last-good"
             for kind in ("gpt2", "llama")
             for rate in ("1000", "1e30")
             for dtype in ("float32", "float16", "bfloat16")
-            # bfloat16 holds larger numbers than float16, and a Llama's norms bring them back
+            # bfloat16 has a larger range than float16, and a Llama's norms reduce large values
             if (kind, rate, dtype) not in {("gpt2", "1000", "float32"), ("llama", "1000", "bfloat16")}
         ),
     ],
@@ -48,14 +48,14 @@ def test_divergence_keeps_last_good_adapter(run, arguments, request, kind, rate,
     assert f" The last good adapter is in {LAST}. Try a lower learning rate than " in ended.line
     assert f"{float(rate):g} (--learning-rate)" in ended.line
     assert adapter.verify_weights(adapter.load_adapter_folder(LAST)) == []
-    # And again, from its start: there is no other way.
+    # The same command runs again from the start: there is no checkpoint.
     with unchanged(old):
         assert run("train", "--resume", "reviews").line == ended.line
 
 
 @pytest.mark.slow
 def test_last_good_had_finite_gradients(run, arguments):
-    """Those of step 3 give a finite loss, and the gradient is not."""
+    """The weights of step 3 have a finite loss, but its gradient is not finite."""
     assert (
         "A gradient is not finite in step 3,"
         in run(*arguments, "--learning-rate", "1000", "--max-steps", "8").line
@@ -82,7 +82,7 @@ def test_divergence_after_training_writes_no_adapter(run, arguments, rate, what)
     told = run("generate", "--adapter", LAST, "the", "--max-new-tokens", "2", "--greedy")
     assert told.status == 0, told.err
     assert adapter.verify_weights(adapter.load_adapter_folder(LAST)) == []
-    if rate == "1e30":  # there is a checkpoint of its last step
+    if rate == "1e30":  # the last step has a checkpoint
         with unchanged(LAST):
             assert run("train", "--resume", "reviews").line == ended.line
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, at any moment: status 130, one line, nothing half-written, and what can be resumed says how."""
+"""Ctrl-C and SIGTERM at any moment: status 130, one line, no partial files, and the command that resumes."""
 
 import shutil
 import signal
@@ -15,7 +15,7 @@ from .process import CommandResult, Fault, contents, unchanged
 from .runs import ADAPTER, HARD, RUN, STEP_END, cases, leftovers, outcome, resume_arguments
 
 INT, TERM = signal.SIGINT, signal.SIGTERM
-BEFORE_IT_RUNS = {  # nothing is there yet that could be resumed
+BEFORE_IT_RUNS = {  # nothing to resume yet
     "reading": "lora_tuner.training.inputs:load_dataset",
     "loading": "lora_tuner.models.loading:load_base",
     "tokenizing": "lora_tuner.data.tokenization:encode_texts",
@@ -42,7 +42,7 @@ def stopped(ended: CommandResult, line: str = "Interrupted.") -> bool:
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """An adapter that is to be replaced."""
+    """Write an adapter that commands replace."""
     return adapter_files.write(tmp_path / ADAPTER, facts=adapter_files.manifest())
 
 
@@ -123,7 +123,7 @@ def test_signal_during_resume_changes_nothing(run, arguments, whole):
 
 
 def test_ctrl_c_from_another_process(start, arguments):
-    """From another process, whenever it comes."""
+    """Send SIGINT from another process at any moment."""
     command = start(
         *arguments,
         *HARD,
@@ -196,7 +196,7 @@ WRITERS = [
 def interrupted_at(
     name: str, world: Path, base: Path, tmp_path: Path, chosen: Callable[[int], list[int]]
 ) -> None:
-    """Ctrl-C at some of the things that a command does to files: all is as it was, or as it should become."""
+    """Press Ctrl-C at some of the file operations: everything is the old or the new."""
     words = workspaces.arguments(name, world, base)
     new, events = workspaces.becomes(words, world, tmp_path / "clean")
     for at in chosen(len(events)):
@@ -231,7 +231,7 @@ def test_sigint_while_training_writes_is_resumable(name, world, gpt2, tmp_path):
         ended = workspaces.run(root, *words, fault=Fault(root, at, "interrupt"))
         assert ended.status == 130, (events[at], ended.err)
         assert workspaces.state(root) in (old, new)
-        lock = f"runs/.{words[2]}.lock.lora_tuner-new"  # asked while it removed that: the next training does
+        lock = f"runs/.{words[2]}.lock.lora_tuner-new"  # interrupted while it removed the lock: the next training removes it
         assert workspaces.litter(root) == [lock] * events[at].endswith(lock), events[at]
         if "Resume with: " in ended.err:
             ended = workspaces.run(root, *resume_arguments(ended))

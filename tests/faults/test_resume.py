@@ -1,4 +1,4 @@
-"""A run that was stopped, or killed, and resumed is bitwise the run that was not; what cannot be resumed so says why."""
+"""A stopped or killed run that is resumed equals the uninterrupted run bitwise, or is refused with the reason."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ PIECES = sorted({*REQUIRED_FILES, f"{RNG_PREFIX}.pth", HASHES_FILE})
 
 @pytest.fixture
 def killed(kept: dict[Any, Any], run: Callable[..., CommandResult], arguments: list[str]) -> Callable[..., Path]:
-    """The folder of a run that was killed in its 8th step: checkpoints of its 4th and 6th are there."""
+    """Return the folder of a run killed in step 8, with checkpoints of steps 4 and 6."""
 
     def of(*how: str, place: Path = RUN) -> Path:
         if ("killed", how) not in kept:
@@ -123,7 +123,7 @@ def test_stop_after_each_step_resumes_bitwise(run, arguments, whole):
     ("what", "part"), [*(("crash", at / 12) for at in range(12)), *(("kill", at / 4) for at in range(4))]
 )
 def test_crash_during_checkpoint_resumes_bitwise(run, arguments, whole, kept, tmp_path, what, part):
-    """Killed, or without power: then of what was not synced half is there."""
+    """Kill the process, or cut the power, which leaves half of what was not synced."""
     if "events" not in kept:
         counted = run(*arguments, *HARD, fault=Fault(tmp_path / "runs"))
         kept["events"] = counted.events
@@ -133,7 +133,7 @@ def test_crash_during_checkpoint_resumes_bitwise(run, arguments, whole, kept, tm
     ended = run(*arguments, *HARD, fault=Fault(tmp_path / "runs", at, what))
     assert ended.status == -signal.SIGKILL
     resumed = run("train", "--resume", "reviews")
-    if ADAPTER.exists() and resumed.status == 1:  # it was cleaning up
+    if ADAPTER.exists() and resumed.status == 1:  # killed while it cleaned up
         assert "has finished" in resumed.line
     else:
         assert resumed.status == 0
@@ -152,7 +152,7 @@ def test_resume_command_includes_runs_dir(run, arguments, whole):
     assert list(Path("my runs").iterdir()) == []
 
 
-# Checkpoints that are not whole, or not its own
+# Damaged checkpoints, and those of another run
 
 
 def damage(path: Path, how: str, other: Path) -> None:
@@ -227,7 +227,7 @@ def test_resume_without_valid_checkpoint_starts_over(run, killed, whole):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["missing", "of another run"])
 def test_checkpoint_with_broken_best_is_skipped(run, arguments, whole, how):
-    """Trainer would keep the last weights for the best ones."""
+    """Trainer would keep the last weights instead of the best ones."""
     expected = whole(*PATIENT)
     run(*arguments, *PATIENT, before=partial(signalled, (STEP_END, 9, signal.SIGINT)))
     assert sorted(path.name for path in RUN.glob("checkpoint-*")) == [
@@ -246,7 +246,7 @@ def test_checkpoint_with_broken_best_is_skipped(run, arguments, whole, how):
 
 
 def test_pruning_keeps_best_checkpoints(tmp_path):
-    """Also of the one before the newest: if that breaks, it is needed."""
+    """Keep the best of the checkpoint before the newest too, in case the newest is damaged."""
     for step, best in ((2, 2), (4, 2), (6, 2), (8, 8)):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -288,7 +288,7 @@ def test_checkpoint_with_other_data_is_refused(run, killed, reviews_csv):
     )
 
 
-# Something has changed since it stopped
+# Changes since the run stopped
 
 CHANGED: dict[str, Any] = {
     "dataset": "other.csv", "subset": "plain", "split": "test", "text_column": "text", "where": ["label=1"], "max_rows": 50,
@@ -314,7 +314,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
 def test_changed_setting_is_named(killed, checkpoints):
     killed()
     text = (RUN / adapter.RUN_FILE).read_text()
-    if not checkpoints:  # what decides where the run is, and when it ends, is known without them
+    if not checkpoints:  # found without checkpoints: where the run is and when it ends
         shutil.rmtree(RUN / "checkpoint-4")
         shutil.rmtree(RUN / "checkpoint-6")
     changes = {name: {name: value} for name, value in CHANGED.items()} | TOGETHER
@@ -413,7 +413,7 @@ def test_missing_run_yaml_names_a_copy(run, killed, whole):
     assert outcome(ADAPTER) == whole(*HARD)
 
 
-# It has finished
+# Finished runs
 
 SHORT = ("--max-steps", "2")
 
@@ -459,7 +459,7 @@ def test_kill_before_cleanup_trains_nothing_again(run, arguments, moment, how):
 
 @pytest.mark.slow
 def test_run_over_damaged_adapter_resumes(run, arguments):
-    """The same settings and data make the same adapter, but the one that is there is not whole."""
+    """Resume a finished run whose adapter is damaged."""
     assert run(*arguments, *SHORT).status == 0
     expected = outcome(ADAPTER)
     weights = ADAPTER / adapter.WEIGHTS_FILE

@@ -1,4 +1,4 @@
-"""A folder with something of everything in it, the commands that change it, and what is of value there."""
+"""A workspace of adapters, models and data, the commands that change it, and its state."""
 
 import shutil
 from pathlib import Path
@@ -23,14 +23,14 @@ COMMANDS: dict[str, list[str]] = {
     "remove": ["adapters", "remove", "one", "--yes"],
     "export": ["export", "one", "--to", "gguf", "--out", "one.gguf"],
 }
-# Of two of a kind the harder one; what compress makes is written as a blend is, and a merged model too.
+# The harder command of each kind; compress and merge write their results as blend does.
 ALIKE = ("compress", "merge over another")
 QUICK = [name for name in COMMANDS if f"{name} over another" not in COMMANDS and name not in ALIKE]
 State = dict[str, object]
 
 
 def make(root: Path, base: Path) -> Path:
-    """Two adapters, one of another tool in and one beside the library, a merged model, and data."""
+    """Make two adapters, one from another tool inside and one beside the library, a merged model, and data."""
     lines = [f"{number}: the story {'works well' if number % 3 else 'drags on and on'}." for number in range(60)]
     (root / "reviews.txt").write_text("\n".join(lines))
     settings = {
@@ -57,7 +57,7 @@ def make(root: Path, base: Path) -> Path:
 
 
 def arguments(name: str, world: Path, base: Path) -> list[str]:
-    """The words of one of COMMANDS."""
+    """Return the arguments of one of COMMANDS."""
     words = list(COMMANDS[name])
     if name.startswith("adopt"):
         words += ["--base", str(base)]
@@ -67,30 +67,30 @@ def arguments(name: str, world: Path, base: Path) -> list[str]:
 
 
 def run(root: Path, *words: str, fault: Fault | None = None, **more: object) -> CommandResult:
-    """A command in a world, whose cache is a part of it."""
-    own = {"LORA_TUNER_CACHE": str(root / "cache")}
-    given = {"cache": root.parent / "processes"} | more
-    return Command(*words, cwd=root, env=own, fault=fault, **given).end()  # type: ignore[arg-type]
+    """Run a command in a workspace, which contains its cache."""
+    environment = {"LORA_TUNER_CACHE": str(root / "cache")}
+    options = {"cache": root.parent / "processes"} | more
+    return Command(*words, cwd=root, env=environment, fault=fault, **options).end()  # type: ignore[arg-type]
 
 
 def state(root: Path) -> State:
-    """What is of value: each adapter, whole, by the hash of its weights; models and exported files by their bytes."""
-    found: State = {}
-    for name, it in Library(root / "adapters").entries():
-        assert isinstance(it, Adapter), it
-        assert verify_adapter(it) == []
-        found[name] = (it.sha256, it.manifest is not None)
+    """Return the hash of each adapter, which must be intact, and the bytes of models and exports."""
+    contents: State = {}
+    for name, adapter in Library(root / "adapters").entries():
+        assert isinstance(adapter, Adapter), adapter
+        assert verify_adapter(adapter) == []
+        contents[name] = (adapter.sha256, adapter.manifest is not None)
     for path in [*root.glob("whole/*"), *root.glob("merged/**/*"), *root.glob("*.gguf")]:
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts):
-            found[str(path.relative_to(root))] = path.read_bytes()
-    return found
+            contents[str(path.relative_to(root))] = path.read_bytes()
+    return contents
 
 
 def old_or_new(now: State, old: State, new: State) -> bool:
-    """Whether each thing is as it was or as it should become, and a model folder is so as a whole."""
+    """Return true if each adapter and file, and each model folder as a whole, is the old or the new one."""
     models = [
-        {name: it for name, it in them.items() if name.startswith(("whole", "merged"))}
-        for them in (now, old, new)
+        {name: data for name, data in state.items() if name.startswith(("whole", "merged"))}
+        for state in (now, old, new)
     ]
     each = (
         now.get(name, "none") in (old.get(name, "none"), new.get(name, "none")) for name in {*now, *old, *new}
@@ -99,12 +99,12 @@ def old_or_new(now: State, old: State, new: State) -> bool:
 
 
 def litter(root: Path) -> list[str]:
-    """What is hidden."""
+    """List hidden files."""
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.name.startswith("."))
 
 
 def becomes(words: list[str], world: Path, root: Path) -> tuple[State, list[str]]:
-    """What a command makes when nothing goes wrong, and what it does to files on its way."""
+    """Return the state after an undisturbed command, and its file operations."""
     shutil.copytree(world, root, symlinks=True)
     result = run(root, *words, fault=Fault(root))
     assert result.status == 0, result.err
