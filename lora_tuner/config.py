@@ -148,6 +148,13 @@ class TrainConfig(_Settings):
         "all",
         ge=2,
     )
+    max_invalid: float = _setting(
+        0.05,
+        "Stop if more than this fraction of the rows cannot be read. Up to it they are left out and counted by reason.",
+        "Data",
+        ge=0,
+        le=1,
+    )
     txt_rows: Literal["auto", "line", "paragraph", "file"] = _setting(
         "auto",
         "How to split txt files. auto: at blank lines if the first 1,000 lines have any, else at each line.",

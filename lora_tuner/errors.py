@@ -4,6 +4,7 @@
     ├── ConfigError
     ├── HubError
     ├── DataError
+    │   └── InvalidRowError
     ├── BaseModelError
     ├── AdapterError
     │   ├── WrongBaseError
@@ -43,6 +44,18 @@ class HubError(LoraTunerError):
 
 class DataError(LoraTunerError):
     """A dataset cannot be read, or has no usable rows."""
+
+
+class InvalidRowError(DataError):
+    """One row cannot be read: it is left out, and counted under `reason`, a short noun phrase that all
+    such rows share. `detail` says more about this row."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
 class BaseModelError(LoraTunerError):

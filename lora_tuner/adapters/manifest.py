@@ -29,7 +29,8 @@ class BaseInfo(_ManifestModel):
 
 
 class DatasetInfo(_ManifestModel):
-    """The training rows and the held-out rows. `split_salt` is None if a blend's parents differ."""
+    """The training rows and the held-out rows. `split_salt` is None if a blend's parents differ.
+    `invalid` counts the rows that could not be read, by reason."""
 
     name: str
     source: str
@@ -37,6 +38,7 @@ class DatasetInfo(_ManifestModel):
     where: list[str]
     split_salt: str | None
     counts: dict[str, int]
+    invalid: dict[str, int] = {}
     format: str = "text"  # or conversations, of which the answers alone are trained on
     eval_dataset: str | None = None  # dataset of the held-out rows, if it is another one
     held_out_hash: Digest | None  # None without held-out rows

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError
+from ..errors import DataError, InvalidRowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,24 +36,22 @@ def encode_messages(value: object, clean: Callable[[str], str]) -> str:
     """Return a list of messages as a row; "" if the assistant says nothing.
 
     Raises:
-        ValueError: The value is not a valid list of messages.
+        InvalidRowError: The value is not a valid list of messages.
     """
     if not isinstance(value, list) or not value:
-        raise ValueError("messages is not a list of messages")
+        raise InvalidRowError("messages that are no list")
     messages: list[Message] = []
     for number, message in enumerate(value, 1):
         fields = message if isinstance(message, dict) else {}
         role, content = fields.get("role"), fields.get("content")
         if role not in _ROLES:
-            raise ValueError(f"message {number} needs a role, one of {', '.join(_ROLES)}")
+            raise InvalidRowError(f"a role other than {', '.join(_ROLES)}", f"message {number} has {role!r:.60}")
         if not isinstance(content, str):
-            raise ValueError(f"the content of message {number} is not a string")
+            raise InvalidRowError("content that is no text", f"message {number}")
         if fields.get("tool_calls"):
-            raise ValueError(
-                f"message {number} has tool calls, which are not supported: remove such conversations"
-            )
+            raise InvalidRowError("tool calls", f"message {number}")
         if str(fields.get("weight", 1)) not in ("1", "1.0", "None"):
-            raise ValueError(f"message {number} has a weight, which is not supported: all answers count the same")
+            raise InvalidRowError("a weight", f"message {number}")
         messages.append({"role": "system" if role == "developer" else str(role), "content": clean(content)})
     has_answer = any(message["role"] == "assistant" and message["content"] for message in messages)
     return CHAT_MARK + json.dumps(messages, ensure_ascii=False) if has_answer else ""
@@ -65,14 +63,14 @@ def encode_pair(prompt: object, completion: object, clean: Callable[[str], str])
     Each is a string, or each is a list of messages.
 
     Raises:
-        ValueError: The two are of other types.
+        InvalidRowError: The two are of other types.
     """
     if isinstance(prompt, str) and isinstance(completion, str):
         pair = {"prompt": clean(prompt), "completion": clean(completion)}
         return CHAT_MARK + json.dumps(pair, ensure_ascii=False) if all(pair.values()) else ""
     if isinstance(prompt, list) and isinstance(completion, list):
         return encode_messages([*prompt, *completion], clean)
-    raise ValueError("prompt and completion must be two strings, or two lists of messages")
+    raise InvalidRowError("prompt and completion that are neither two texts nor two lists of messages")
 
 
 @dataclass(frozen=True)

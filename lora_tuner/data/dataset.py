@@ -9,14 +9,15 @@ import hashlib
 import heapq
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
 import datasets
 
 from ..config import TrainConfig
-from ..errors import DataError, EventHandler, Notice, ignore_events
+from ..errors import DataError, EventHandler, InvalidRowError, Notice, ignore_events
 from ..text import format_counts
+from . import chat
 from .cleaning import clean_text
 from .formats import detect_format, text_reader
 from .readers import Table, parse_conditions
@@ -24,6 +25,7 @@ from .sources import open_source
 from .splitting import content_hash, is_held_out, row_hash
 
 MAX_PREVIEWS = 50  # rows of which the text before cleaning is kept
+MIN_ROWS_TO_STOP = 100  # rows of a stream before too many invalid ones stop it
 _VALUES_LIMIT = 100_000  # rows that are searched for the values of a column
 
 
@@ -34,6 +36,7 @@ class RowCounts:
     read: int = 0
     filtered: int = 0  # by `where`
     empty: int = 0
+    invalid: int = 0  # cannot be read
     duplicates: int = 0
     not_drawn: int = 0  # by `max_rows`
     in_eval_dataset: int = 0  # copies of rows in `eval_dataset`
@@ -48,6 +51,9 @@ class RowCounts:
 class Dataset:
     """Cleaned rows without duplicates: `train` in source order, `held_out` in hash order.
 
+    `places` holds file and row number of each conversation, as only the chat template of the base
+    tells whether it can be read. `invalid_reasons` counts the invalid rows of each reason, and
+    `first_invalid` describes the first of them.
     `layout` names what of a row is read, such as `column 'body'`; `splits` the split files of a
     local folder, such as `train; measured: validation`, and is empty where there are none.
     """
@@ -61,9 +67,54 @@ class Dataset:
     held_out: list[str] = field(default_factory=list)
     counts: RowCounts = field(default_factory=RowCounts)
     previews: list[tuple[str, str]] = field(default_factory=list)  # before and after cleaning
+    places: dict[str, str] = field(default_factory=dict)
+    invalid_reasons: dict[str, int] = field(default_factory=dict)
+    first_invalid: dict[str, str] = field(default_factory=dict)
 
     def hash(self) -> str:
         return content_hash(self.train + self.held_out)
+
+    def add_invalid(self, place: str, error: InvalidRowError) -> None:
+        """Count a row that cannot be read."""
+        self.counts.invalid += 1
+        self.invalid_reasons[error.reason] = self.invalid_reasons.get(error.reason, 0) + 1
+        self.first_invalid.setdefault(error.reason, f"{place}, {error.detail}" if error.detail else place)
+
+    def report_invalid(self, max_invalid: float, notify: EventHandler = ignore_events) -> None:
+        """Report the invalid rows that were counted so far, if there are any.
+
+        Raises:
+            DataError: They are more than the fraction `max_invalid` of the rows that were read.
+        """
+        if not self.counts.invalid:
+            return
+        share = f"{self.counts.invalid:,} of {self.counts.read:,} rows"
+        reasons = "; ".join(
+            f"{count:,} with {reason} (first: {self.first_invalid[reason]})"
+            for reason, count in self.invalid_reasons.items()
+        )
+        if self.counts.invalid > max_invalid * self.counts.read:
+            raise DataError(
+                f"{self.source}: {share} cannot be read, and --max-invalid {max_invalid:g} allows no more than that "
+                f"fraction of them: {reasons}. Correct or remove these rows, or read another column."
+            )
+        notify(Notice(f"Left out {share} that cannot be read: {reasons}."))
+
+    def leave_out(self, errors: Mapping[str, InvalidRowError], max_invalid: float, notify: EventHandler) -> None:
+        """Remove training and held-out rows that the chat template of the base cannot write.
+
+        Raises:
+            DataError: More than the fraction `max_invalid` of the rows is invalid now.
+        """
+        for text, error in errors.items():
+            self.add_invalid(self.places.get(text, f"a row that begins {text[1:60]}"), error)
+        for name in ("train", "held_out"):
+            rows = getattr(self, name)
+            kept = [text for text in rows if text not in errors]
+            setattr(self, name, kept)
+            setattr(self.counts, name, getattr(self.counts, name) - len(rows) + len(kept))
+        if errors:
+            self.report_invalid(max_invalid, notify)
 
 
 def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> Dataset:
@@ -96,6 +147,7 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
             if before is not None and len(dataset.previews) < MAX_PREVIEWS:
                 dataset.previews.append((before, text))
     counts.train, counts.held_out = len(dataset.train), len(held_out)
+    dataset.report_invalid(config.max_invalid, notify)
     dataset.held_out = [text for _, text in sorted((eval_rows or held_out).items())]
     if not dataset.train or not dataset.held_out:
         copies = f", {counts.in_eval_dataset} in --eval-dataset" if counts.in_eval_dataset else ""
@@ -127,6 +179,7 @@ def load_eval_dataset(config: TrainConfig, notify: EventHandler = ignore_events)
     }
     dataset = Dataset(name, "")
     rows = _read_unique(config.model_copy(update=changes), dataset, notify)
+    dataset.report_invalid(config.max_invalid, notify)
     if not rows:
         raise DataError(f"{dataset.source} has no usable row to evaluate on.")
     notify(Notice(f"Evaluation on {dataset.source}: {len(rows):,} usable rows of {dataset.counts.read:,}."))
@@ -186,7 +239,7 @@ def iter_rows(
     for table in tables:
         read_text = text_reader(table, dataset.format, config)
         conditions = parse_conditions(table, config.where)
-        for row in table.rows:
+        for number, row in enumerate(table.rows, 1):
             if skip > 0:
                 skip -= 1
                 continue
@@ -194,7 +247,16 @@ def iter_rows(
             if any(str(row.get(name)) not in values for name, values in conditions):
                 counts.filtered += 1
                 continue
-            raw, text = read_text(row)
+            place = f"{table.source} row {number}"
+            try:
+                raw, text = read_text(row)
+            except InvalidRowError as error:
+                dataset.add_invalid(place, error)
+                if config.streaming and counts.read >= MIN_ROWS_TO_STOP:
+                    dataset.report_invalid(config.max_invalid)
+                continue
+            if chat.is_chat(text) and not config.streaming:
+                dataset.places[text] = place
             if text:
                 yield row_hash(text, config.split_salt), text, raw
             else:

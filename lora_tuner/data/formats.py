@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 
 from ..config import TrainConfig
-from ..errors import DataError
+from ..errors import DataError, InvalidRowError
 from . import chat
 from .cleaning import clean_message, clean_text
 from .readers import Row, Table
@@ -23,7 +23,7 @@ def detect_format(table: Table, config: TrainConfig) -> str:
 def text_reader(table: Table, format: str, config: TrainConfig) -> Callable[[Row], tuple[str, str]]:
     """Return a function from a row to its text before and after cleaning; "" if it has none."""
     if format != "text":
-        return partial(_read_conversation, table.source, format)
+        return partial(_read_conversation, format)
     column = _find_text_column(table, config.text_column)
     is_guess = table.peeked and config.text_column is None and column != "text"
 
@@ -39,9 +39,7 @@ def text_reader(table: Table, format: str, config: TrainConfig) -> Callable[[Row
         if value is None:
             return "", ""
         if problem := _describe_non_text(value):
-            raise DataError(
-                f"{table.source}: column '{column}' holds {problem}, not text: name another with --text-column."
-            )
+            raise InvalidRowError(f"{problem} in column '{column}'")
         return str(value), clean_text(str(value), keep_lines=config.keep_lines)
 
     return read_text
@@ -62,18 +60,15 @@ def _find_text_column(table: Table, wanted: str | None) -> str:
     )
 
 
-def _read_conversation(source: str, format: str, row: Row) -> tuple[str, str]:
+def _read_conversation(format: str, row: Row) -> tuple[str, str]:
     columns = ["messages"] if format == "messages" else ["prompt", "completion"]
     values = [row.get(column) for column in columns]
     raw = " ".join(map(str, values))
     if None in values:
         return raw, ""
-    try:
-        if format == "messages":
-            return raw, chat.encode_messages(row["messages"], clean_message)
-        return raw, chat.encode_pair(row["prompt"], row["completion"], clean_message)
-    except ValueError as error:
-        raise DataError(f"{source}: {error}: {raw[:200]}") from error
+    if format == "messages":
+        return raw, chat.encode_messages(row["messages"], clean_message)
+    return raw, chat.encode_pair(row["prompt"], row["completion"], clean_message)
 
 
 def _describe_non_text(value: object) -> str:

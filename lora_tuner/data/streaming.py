@@ -9,6 +9,7 @@ removed; they are on the same side of the split.
 """
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -38,6 +39,8 @@ class StreamState:
         row: Rows of the pass before the current buffer.
         counts: `RowCounts` before the current buffer.
         read: `RowCounts` of all rows read so far.
+        reasons: Invalid rows by reason before the current buffer.
+        read_reasons: Invalid rows by reason among all rows read so far.
     """
 
     taken: int = 0
@@ -46,6 +49,8 @@ class StreamState:
     row: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     read: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, int] = field(default_factory=dict)
+    read_reasons: dict[str, int] = field(default_factory=dict)
 
 
 class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
@@ -55,6 +60,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
         eval_hashes: Hashes of the rows of the evaluation dataset, which are not trained on.
         counts: Updated as rows are read.
         state: Position to continue from.
+        reasons: Invalid rows by reason, updated as rows are read.
     """
 
     def __init__(
@@ -64,19 +70,21 @@ class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
         eval_hashes: frozenset[bytes],
         counts: RowCounts,
         state: StreamState,
+        reasons: dict[str, int] | None = None,
     ) -> None:
         self.config, self.tokenizer, self.eval_hashes, self.counts = config, tokenizer, eval_hashes, counts
+        self.reasons = {} if reasons is None else reasons
         self.states = [state]  # the beginning of each buffer, newest last
 
     def state_at(self, taken: int) -> StreamState:
         """Return the position after `taken` sequences; more may have been read ahead."""
         while len(self.states) > 1 and self.states[1].first <= taken:
             del self.states[0]
-        return replace(self.states[0], taken=taken, read=asdict(self.counts))
+        return replace(self.states[0], taken=taken, read=asdict(self.counts), read_reasons=dict(self.reasons))
 
     def restore_counts(self) -> None:
         """Set the counts to those of the position, for a run that reads no more rows."""
-        self._set_counts(RowCounts(**self.states[0].read), RowCounts())
+        self._set_counts(self.states[0].read, self.states[0].read_reasons, Dataset("", ""))
 
     def __iter__(self) -> Iterator[list[TokenIds]]:
         state = self.states[-1]
@@ -88,17 +96,19 @@ class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
                 sequence_count += len(sequences)
                 yield from sequences[skip:]
                 skip, first = 0, state.first + len(sequences)
-                state = StreamState(first, first, state.epoch, row, asdict(self.counts))
+                state = StreamState(first, first, state.epoch, row, asdict(self.counts), {}, dict(self.reasons))
                 self.states.append(state)
             if is_full_pass and not sequence_count:
                 raise TrainingError(f"No row of {self.config.dataset} has a token to learn.")
-            state = replace(state, epoch=state.epoch + 1, row=0, counts=asdict(self.counts))
+            state = replace(
+                state, epoch=state.epoch + 1, row=0, counts=asdict(self.counts), reasons=dict(self.reasons)
+            )
             self.states.append(state)
 
     def _read_buffers(self, state: StreamState) -> Iterator[tuple[list[str], int]]:
         """Yield the training texts of each buffer, and the rows read in the pass, until its end."""
         dataset = Dataset(self.config.dataset, "")
-        before, texts = RowCounts(**state.counts), list[str]()
+        texts: list[str] = []
         for digest, text, _ in iter_rows(self.config, dataset, skip=state.row):
             if is_held_out(digest):
                 dataset.counts.held_out += 1
@@ -108,16 +118,19 @@ class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
                 dataset.counts.train += 1
                 texts.append(text)
             if len(texts) == self.config.shuffle_buffer:
-                self._set_counts(before, dataset.counts)
+                self._set_counts(state.counts, state.reasons, dataset)
                 yield texts, state.row + dataset.counts.read
                 texts = []
-        self._set_counts(before, dataset.counts)
+        self._set_counts(state.counts, state.reasons, dataset)
         if texts:
             yield texts, state.row + dataset.counts.read
 
-    def _set_counts(self, before: RowCounts, since: RowCounts) -> None:
-        for name, count in asdict(since).items():
-            setattr(self.counts, name, getattr(before, name) + count)
+    def _set_counts(self, counts: dict[str, int], reasons: dict[str, int], since: Dataset) -> None:
+        """Set the counts to those before the buffer, and those of the rows read since."""
+        for name, count in asdict(since.counts).items():
+            setattr(self.counts, name, counts.get(name, 0) + count)
+        self.reasons.clear()
+        self.reasons.update(Counter(reasons) + Counter(since.invalid_reasons))
 
     def _make_sequences(self, texts: list[str], state: StreamState) -> list[list[TokenIds]]:
         max_length, chunk = self.config.max_length, self.config.long_rows == "chunk"

@@ -310,7 +310,8 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
         }
         if config.streaming:
             trained["sequences"] = state.global_step * setup.sequences_per_step
-            data = data.model_copy(update={"counts": asdict(setup.dataset.counts)})
+            dataset = setup.dataset
+            data = data.model_copy(update={"counts": asdict(dataset.counts), "invalid": dataset.invalid_reasons})
         result = evaluation.paired_gain(base_held_out, held_out)
         manifest = setup.manifest.model_copy(
             update={

@@ -58,6 +58,7 @@ class TrainingSetup(TrainingInputs):
                 where=config.where,
                 split_salt=config.split_salt,
                 counts=asdict(dataset.counts),
+                invalid=dataset.invalid_reasons,
                 format=dataset.format,
                 eval_dataset=config.eval_dataset,
                 held_out_hash=content_hash(self.held_out_texts),

@@ -124,8 +124,9 @@ def _training_stream(setup: TrainingSetup, checkpoint: Path | None) -> Streaming
     text = (checkpoint / checkpoints.STREAM_FILE).read_text(encoding="utf-8") if checkpoint else "{}"
     excluded = setup.dataset.held_out if setup.config.eval_dataset else []  # others: by hash
     hashes = frozenset(row_hash(text, setup.config.split_salt) for text in excluded)
+    state, dataset = StreamState(**json.loads(text)), setup.dataset
     return StreamingDataset(
-        setup.config, setup.base.tokenizer, hashes, setup.dataset.counts, StreamState(**json.loads(text))
+        setup.config, setup.base.tokenizer, hashes, dataset.counts, state, dataset.invalid_reasons
     )
 
 

@@ -354,37 +354,44 @@ def test_conversations_without_answer_are_empty(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "text"),
+    ("row", "text"),
     [
-        ("hello", "messages is not a list of messages: hello"),
-        ([], "messages is not a list of messages: []"),
-        ([{"role": "user"}], "the content of message 1 is not a string: [{'role': 'user'}]"),
+        ({"messages": "hello"}, "messages that are no list (first: talks.jsonl row 31)"),
+        ({"messages": []}, "messages that are no list (first: talks.jsonl row 31)"),
         (
-            [{"role": "boss", "content": "go"}],
-            "message 1 needs a role, one of system, developer, user, assistant, tool: [{'role':",
+            {"messages": [{"role": "user"}]},
+            "content that is no text (first: talks.jsonl row 31, message 1)",
         ),
         (
-            [{"role": "assistant", "content": "", "tool_calls": [{}]}],
-            "message 1 has tool calls, which are not supported",
+            {"messages": [{"role": "boss", "content": "go"}]},
+            "a role other than system, developer, user, assistant, tool (first: talks.jsonl row 31, message 1 has 'boss')",
         ),
         (
-            [{"role": "assistant", "content": "a", "weight": 0}],
-            "message 1 has a weight, which is not supported",
+            {"messages": [*conversation("a"), "b"]},
+            "a role other than system, developer, user, assistant, tool (first: talks.jsonl row 31, message 2 has None)",
         ),
-        ([*conversation("a"), "b"], "message 2 needs a role, one of"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "the content of message 1 is not a string: "),
     ],
 )
-def test_invalid_messages_fail_with_number(tmp_path, value, text):
-    (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": value}) + "\n")
+def test_invalid_row_is_left_out_and_named(tmp_path, row, text):
+    """Up to a twentieth of the rows; beyond, the same reasons stop the run."""
+    rows = [{"messages": conversation(f"so {number}?", "yes")} for number in range(30)]
+    path, notices = tmp_path / "talks.jsonl", []
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, row]))
+    dataset = load_dataset(TrainConfig(dataset="talks.jsonl"), lambda notice: notices.append(notice.text))
+    counts = vars(dataset.counts)
+    assert (counts["invalid"], counts["read"]) == (1, sum(counts.values()) - counts["read"])
+    assert f"Left out 1 of 31 rows that cannot be read: 1 with {text}." in notices
     with pytest.raises(DataError) as error:
-        load_dataset(TrainConfig(dataset="talks.jsonl"))
-    assert str(error.value).startswith(f"talks.jsonl: {text}")
+        load_dataset(TrainConfig(dataset="talks.jsonl", max_invalid=0.01))
+    assert str(error.value) == (
+        "talks.jsonl: 1 of 31 rows cannot be read, and --max-invalid 0.01 allows no more than that fraction of them: "
+        f"1 with {text}. Correct or remove these rows, or read another column."
+    )
 
 
 def test_text_prompt_with_message_completion_fails(tmp_path):
     (tmp_path / "talks.jsonl").write_text(json.dumps({"prompt": "so?", "completion": conversation("a")}) + "\n")
-    with pytest.raises(DataError, match="prompt and completion must be two strings, or two lists of messages"):
+    with pytest.raises(DataError, match="prompt and completion that are neither two texts nor two lists of"):
         load_dataset(TrainConfig(dataset="talks.jsonl"))
 
 

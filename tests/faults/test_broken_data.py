@@ -52,7 +52,7 @@ def write(path, content):
 
 
 DAY = datetime.datetime(2020, 1, 1)
-NO_TEXT = "not text: name another with --text-column."
+NO_TEXT = "in column 'text' (first: "
 TWO_FIELDS = "cannot be read: its header has 2 fields, line 4 has"
 QUOTES = "; a field that begins with a quote must end with one."
 INVALID = {
@@ -91,11 +91,11 @@ INVALID = {
     "a quote too many": ("x.csv", 'text,label\n"so" she said,1\n', f"line 2: ',' expected after '\"'{QUOTES}"),
     "a field too many": ("x.csv", "text,label\nx,1\ny,1\nz,z,1\n", f"{TWO_FIELDS} 3."),
     "a field too few": ("x.csv", "text,label\nx,1\ny,1\nz\n", f"{TWO_FIELDS} 1."),
-    "lists": ("x.jsonl", jsonl([{"text": ["a"]}] * 9), f"column 'text' holds a list, {NO_TEXT}"),
-    "objects": ("x.jsonl", jsonl([{"text": {"a": 1}}] * 9), f"column 'text' holds a dict, {NO_TEXT}"),
-    "truth": ("x.jsonl", jsonl([{"text": "a"}, {"text": True}]), f"column 'text' holds a bool, {NO_TEXT}"),
-    "NaN": ("x.jsonl", '{"text": "a"}\n{"text": NaN}\n', f"column 'text' holds nan, {NO_TEXT}"),
-    "infinity": ("x.json", '[{"text": "a"}, {"text": -Infinity}]', f"column 'text' holds -inf, {NO_TEXT}"),
+    "lists": ("x.jsonl", jsonl([{"text": ["a"]}] * 9), f"with a list {NO_TEXT}"),
+    "objects": ("x.jsonl", jsonl([{"text": {"a": 1}}] * 9), f"with a dict {NO_TEXT}"),
+    "truth": ("x.jsonl", jsonl([{"text": "a"}, {"text": True}]), f"with a bool {NO_TEXT}"),
+    "NaN": ("x.jsonl", '{"text": "a"}\n{"text": NaN}\n', f"with nan {NO_TEXT}"),
+    "infinity": ("x.json", '[{"text": "a"}, {"text": -Infinity}]', f"with -inf {NO_TEXT}"),
     "a name twice": (
         "x.jsonl",
         '"a"\n{"text": "a", "n": {"m": 1, "m": 2}}\n',
@@ -117,10 +117,10 @@ INVALID = {
     "a workbook": ("x.csv", b"PK\x03\x04\x14\0\x06\0", "byte 5 is null, as in UTF-16 or a binary file"),
     "no Parquet": ("x.parquet", table(), "x.parquet cannot be read: "),
     "half of a Parquet": ("x.parquet", parquet(text=TEXTS)[:-40], "x.parquet cannot be read: "),
-    "Parquet of lists": ("x.parquet", parquet(text=[["a"]] * 9), f"column 'text' holds a list, {NO_TEXT}"),
-    "Parquet of bytes": ("x.parquet", parquet(text=[b"a"] * 9), f"column 'text' holds a bytes, {NO_TEXT}"),
-    "Parquet of days": ("x.parquet", parquet(text=[DAY] * 9), f"column 'text' holds a datetime, {NO_TEXT}"),
-    "Parquet of NaN": ("x.parquet", parquet(text=[1.5, float("nan")]), f"column 'text' holds nan, {NO_TEXT}"),
+    "Parquet of lists": ("x.parquet", parquet(text=[["a"]] * 9), f"with a list {NO_TEXT}"),
+    "Parquet of bytes": ("x.parquet", parquet(text=[b"a"] * 9), f"with a bytes {NO_TEXT}"),
+    "Parquet of days": ("x.parquet", parquet(text=[DAY] * 9), f"with a datetime {NO_TEXT}"),
+    "Parquet of NaN": ("x.parquet", parquet(text=[1.5, float("nan")]), f"with nan {NO_TEXT}"),
 }
 
 
