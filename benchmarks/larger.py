@@ -85,6 +85,7 @@ def _train(base: str, settings: dict[str, Any]) -> None:
         "eval_rows": 2,
         "rank": 8,
         "max_length": 512,
+        "long_rows": "truncate",
         "batch_size": 1,
     }
     estimate = plan(TrainConfig.model_validate(common | settings | {"max_steps": STEPS}))

@@ -94,6 +94,7 @@ def _ours(
         "gradient_accumulation": BATCH,
         "max_length": LENGTH,
         "max_rows": ROWS,
+        "long_rows": "truncate",
     } | changes
     config = TrainConfig(
         base=name,
@@ -131,7 +132,15 @@ def _floor(name: str) -> tuple[list[float], list[int]]:
     Real weights, so that the caches are as cold as in a step.
     """
     setup = prepare_training(
-        TrainConfig(base=name, max_length=LENGTH, max_steps=1, max_rows=ROWS, eval_rows=2, dtype="float32")
+        TrainConfig(
+            base=name,
+            max_length=LENGTH,
+            max_steps=1,
+            max_rows=ROWS,
+            eval_rows=2,
+            dtype="float32",
+            long_rows="truncate",
+        )
     )
     model: Any = setup.base.model
     config, rank = model.config, setup.config.rank

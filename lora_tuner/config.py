@@ -28,6 +28,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 InferenceDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 LoadIn = Literal["auto", "full", "8bit", "4bit"]
+LongRows = Literal["auto", "truncate", "chunk"]
 MAX_RANK, MAX_ALPHA = 4096, 1_000_000
 MAX_COUNT = 1_000_000_000  # upper bound of steps, minutes and sizes: a larger number is a typing error
 MAX_SETTINGS_CHARS, MAX_SETTING_CHARS = 1_000_000, 10_000  # of a settings file, of one value
@@ -172,9 +173,10 @@ class TrainConfig(_Settings):
         10_000, "Rows that are shuffled and packed together with --streaming.", "Data", ge=1, le=MAX_COUNT
     )
     max_length: int = _setting(512, "Maximum tokens of a training row.", "Data", ge=8)
-    long_rows: Literal["truncate", "chunk"] = _setting(
-        "truncate",
-        "Rows over --max-length. truncate: drop the rest; chunk: train on the rest as further rows.",
+    long_rows: LongRows = _setting(
+        "auto",
+        "Rows over --max-length. truncate: drop the rest; chunk: train on the rest as further rows; auto: chunk texts, "
+        "truncate conversations.",
         "Data",
     )
     packing: bool = _setting(

@@ -1,5 +1,6 @@
 """Text for users: sizes, durations, names without local paths, escaped control characters."""
 
+import math
 import os
 import re
 from pathlib import Path
@@ -58,3 +59,8 @@ def format_bytes(count: float) -> str:
 def format_counts(counts: dict[str, int]) -> str:
     """Format the counts that are not 0, such as "3 read, 1 empty"."""
     return ", ".join(f"{count:,} {key.replace('_', ' ')}" for key, count in counts.items() if count)
+
+
+def format_share(share: float) -> str:
+    """Format a share as a percentage, rounded down, so that 100% is all of it."""
+    return f"{math.floor(share * 1000 + 1e-6) / 10:g}%"

@@ -127,9 +127,7 @@ def load(tmp_path):
             path.write_text(content, encoding="utf-8", newline="")
         call.notices = []
         config = TrainConfig(dataset=str(path), **settings)
-        dataset = load_dataset(config, lambda notice: call.notices.append(notice.text))
-        assert call.notices.pop() == f"Rows: {dataset.counts}."
-        return dataset
+        return load_dataset(config, lambda notice: call.notices.append(notice.text))
 
     return call
 

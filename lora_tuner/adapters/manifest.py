@@ -72,6 +72,8 @@ class RunInfo(_ManifestModel):
     seconds: float
     sequences: int
     truncated_rows: int
+    used_share: float | None = None  # of the tokens of the training rows; None in older manifests
+    used_answer_share: float | None = None  # of their answer tokens; None without conversations
     device: str
     dtype: str
     load_in: str = "full"  # or 8bit, 4bit

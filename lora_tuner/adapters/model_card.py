@@ -1,7 +1,7 @@
 """The model card (README.md) of an adapter."""
 
 from ..config import HELD_OUT_MAX_TOKENS
-from ..text import display_name, format_counts
+from ..text import display_name, format_counts, format_share
 from . import compatibility
 from .adapter import LOSS_PLOT_FILE, SPECTRUM_FILE, Adapter
 from .manifest import BaseInfo, DatasetInfo, RunInfo
@@ -29,6 +29,7 @@ def summary_rows(adapter: Adapter) -> list[tuple[str, str]]:
         ("Parents", ", ".join(f"{parent.name} ({parent.sha256[:12]})" for parent in manifest.parents)),
         ("Command", f"`{manifest.made_by}`" if manifest.made_by else ""),
         *(_dataset_rows(data) if data else []),
+        ("Text used", _format_use(run) if run else ""),
         ("Run", _format_run(run) if run else ""),
     ]
     if result:
@@ -122,6 +123,13 @@ def _dataset_rows(data: DatasetInfo) -> list[tuple[str, str]]:
         ("Left out", format_counts(data.invalid)),
         ("Evaluated on", display_name(data.eval_dataset) if data.eval_dataset else ""),
     ]
+
+
+def _format_use(run: RunInfo) -> str:
+    if run.used_answer_share is not None:
+        tokens, answers = format_share(run.used_share or 0), format_share(run.used_answer_share)
+        return f"{tokens} of the tokens, {answers} of those of answers; {run.truncated_rows:,} rows truncated"
+    return format_share(run.used_share) if run.used_share is not None else ""
 
 
 def _format_run(run: RunInfo) -> str:

@@ -11,7 +11,7 @@ from .. import distributed
 from ..adapters.adapter import Adapter
 from ..config import METHODS, TrainConfig, expand_sweep, resolve_settings
 from ..errors import ConfigError
-from ..text import format_bytes, format_duration
+from ..text import format_bytes, format_duration, format_share
 from .display import print_result, print_table, show_json
 from .options import JsonOption, Overrides, display, settings_options
 
@@ -122,7 +122,7 @@ def show_plan(estimate: "RunEstimate") -> None:
             ("evaluation", format_duration(estimate.held_out_seconds)),
             ("peak memory", format_bytes(estimate.peak_memory_bytes)),
             ("base", precision + checkpointing),
-            ("truncated rows", f"{estimate.truncated_share:.1%}"),
+            ("text used", format_share(estimate.used_share)),
             ("trained parameters", trained),
             ("adapter", format_bytes(estimate.adapter_bytes)),
         ]

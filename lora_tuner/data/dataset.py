@@ -9,7 +9,7 @@ import hashlib
 import heapq
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
 import datasets
@@ -22,7 +22,7 @@ from .cleaning import clean_text
 from .formats import detect_format, text_reader
 from .readers import Table, parse_conditions
 from .sources import open_source
-from .splitting import content_hash, is_held_out, row_hash
+from .splitting import GOES_ON, MIN_TEXT_CHARS, content_hash, is_held_out, row_hash, split_text
 
 MAX_PREVIEWS = 50  # rows of which the text before cleaning is kept
 MIN_ROWS_TO_STOP = 100  # rows of a stream before too many invalid ones stop it
@@ -136,9 +136,10 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
         counts.not_drawn = len(rows) - len(sample)
         rows = {digest: row for digest, row in rows.items() if digest in sample}
     eval_rows = load_eval_dataset(config, notify) if config.eval_dataset else {}
+    held_out_hashes = _choose_held_out(list(rows), eval_rows, config, notify)
     held_out = {}
     for digest, (text, before) in rows.items():
-        if is_held_out(digest):
+        if digest in held_out_hashes:
             held_out[digest] = text
         elif digest in eval_rows:
             counts.in_eval_dataset += 1
@@ -149,16 +150,60 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
     counts.train, counts.held_out = len(dataset.train), len(held_out)
     dataset.report_invalid(config.max_invalid, notify)
     dataset.held_out = [text for _, text in sorted((eval_rows or held_out).items())]
+    if counts.train + counts.held_out == 1 and not eval_rows and not config.streaming:
+        _hold_out_blocks(dataset, config.split_salt, notify)
     if not dataset.train or not dataset.held_out:
         copies = f", {counts.in_eval_dataset} in --eval-dataset" if counts.in_eval_dataset else ""
+        advice = "" if eval_rows else ", or give rows to measure on with --eval-dataset"
         raise DataError(
             f"{dataset.source}: {len(rows)} usable rows of {counts.read} ({counts.empty} empty, {counts.duplicates} "
             f"duplicates{copies}) leave {counts.train} to train on and {counts.held_out} held out: "
-            "at least one of each is needed, so add rows."
+            f"at least one of each is needed, so add rows{advice}."
         )
-    label = "First rows of the stream" if config.streaming else "Rows"
-    notify(Notice(f"{label}: {counts}."))
     return dataset
+
+
+def _choose_held_out(
+    hashes: list[bytes], eval_rows: Collection[bytes], config: TrainConfig, notify: EventHandler
+) -> set[bytes]:
+    """Return the hashes of the rows that are held out.
+
+    If the hash leaves one side without a row, the nearest row changes sides. A stream does not do
+    that: its other rows are unknown.
+    """
+    held_out = {digest for digest in hashes if is_held_out(digest)}
+    usable = sorted(digest for digest in hashes if digest not in eval_rows)
+    if config.streaming or len(usable) < (1 if eval_rows else 2):
+        return held_out
+    if held_out.issuperset(usable):
+        notify(Notice("The hash of every row holds it out, so the one with the highest hash is trained on."))
+        return held_out - {usable[-1]}
+    if not held_out and not eval_rows:
+        notify(
+            Notice(
+                f"The hash holds out none of {len(usable)} rows, so the one with the lowest hash is held out. More rows, or "
+                "--eval-dataset, give a better measure."
+            )
+        )
+        return {usable[0]}
+    return held_out
+
+
+def _hold_out_blocks(dataset: Dataset, salt: str, notify: EventHandler) -> None:
+    """Hold out blocks of the only text, if it is long enough."""
+    (text,) = dataset.train + dataset.held_out
+    if chat.is_chat(text) or len(text) < MIN_TEXT_CHARS:
+        return
+    dataset.train, held_out = split_text(text)
+    dataset.held_out = sorted(held_out, key=lambda row: row_hash(row, salt))
+    dataset.previews = [(row.removesuffix(GOES_ON), row) for row in dataset.train]
+    dataset.counts.train, dataset.counts.held_out = 1, 0
+    notify(
+        Notice(
+            f"{dataset.source} is one text: {len(dataset.train)} blocks of it, a fifth of the text, are held out (rows of "
+            f"about 2,000 characters), and the text around them is not used. --eval-dataset measures on other text."
+        )
+    )
 
 
 def load_eval_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> dict[bytes, str]:

@@ -133,10 +133,8 @@ class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
         self.reasons.update(Counter(reasons) + Counter(since.invalid_reasons))
 
     def _make_sequences(self, texts: list[str], state: StreamState) -> list[list[TokenIds]]:
-        max_length, chunk = self.config.max_length, self.config.long_rows == "chunk"
-        max_tokens = None if chunk else max_length
-        encoded = tokenization.encode_texts(self.tokenizer, texts, max_tokens=max_tokens)
-        rows, _ = tokenization.truncate(encoded, max_length, chunk=chunk)
+        max_length = self.config.max_length
+        rows, _ = tokenization.encode_rows(self.tokenizer, texts, max_length, self.config.long_rows)
         rows = [row for row in rows if tokenization.count_predictions(row)]
         packed = PackedSequences(rows, max_length, packing=self.config.packing)
         sequences = [packed[index] for index in range(len(packed))]

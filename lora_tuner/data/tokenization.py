@@ -1,4 +1,4 @@
-"""Tokenize texts and conversations, and truncate or chunk long rows.
+"""Tokenize texts and conversations, and chunk or truncate long rows.
 
 Labels are masked by position, never by token id: the pad token often is the end-of-text token, and
 masking by id would unlearn the end of a text (transformers#23530). A batch has no attention mask:
@@ -8,20 +8,25 @@ cache. A token that has no label, such as those of a question, is stored as its 
 below zero.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import filterfalse
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from ..config import LongRows
 from ..errors import DataError
 from . import chat
+from .splitting import GOES_ON, SENTENCE_START, WORD_START
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_TOKEN_CHARS = 256  # upper bound of the characters per token: the longest of GPT-2 has 128
+_WINDOW_CHARS = 64  # characters per token of a row that are tokenized at once for its chunks
+_UNSURE_TOKENS = 16  # tokens at the end of a window that may change when more text follows
 TokenIds = npt.NDArray[np.int32]  # shape (tokens,)
 
 
@@ -35,7 +40,7 @@ def encode_texts(
     """Return the token ids of each text, with the tokenizer's prefix and one end-of-text token.
 
     Text that spells a special token is encoded as plain text. Of conversations (`chat`) only the
-    answers are labels.
+    answers are labels. A text that goes on (`splitting.GOES_ON`) has no end-of-text token.
 
     Args:
         add_eos: End each row with the end-of-text token. If unset, every text is a plain prompt.
@@ -51,14 +56,18 @@ def encode_texts(
         return [next(chats) if chat.is_chat(text) else next(plain) for text in texts]
     if not texts:
         return []
+    ends = [add_eos and not text.endswith(GOES_ON) for text in texts]
+    if add_eos:
+        texts = [text.removesuffix(GOES_ON) for text in texts]
     if max_tokens is not None:
         texts = [text[: max_tokens * MAX_TOKEN_CHARS] for text in texts]
     eos = tokenizer.eos_token_id
     rows = []
-    for ids in tokenizer(list(texts), split_special_tokens=True, verbose=False)["input_ids"]:
+    encoded = tokenizer(list(texts), split_special_tokens=True, verbose=False)["input_ids"]
+    for ids, add_end in zip(encoded, ends, strict=True):
         while len(ids) > 1 and ids[-1] == eos:
             ids = ids[:-1]
-        rows.append(np.array([*ids, eos] if add_eos else ids, dtype=np.int32))
+        rows.append(np.array([*ids, eos] if add_end else ids, dtype=np.int32))
     return rows
 
 
@@ -104,6 +113,81 @@ def count_predictions(row: TokenIds) -> int:
     return int((row[1:] >= 0).sum())
 
 
+@dataclass
+class TextUse:
+    """Tokens of the training rows, and those of them that are trained on; the same of answers.
+
+    Attributes:
+        truncated_rows: Rows that have lost their end.
+        skipped_rows: Rows of which nothing is left to learn.
+        answer_tokens: Tokens of the answers in conversations.
+    """
+
+    truncated_rows: int = 0
+    skipped_rows: int = 0
+    tokens: int = 0
+    used_tokens: int = 0
+    answer_tokens: int = 0
+    used_answer_tokens: int = 0
+
+    @property
+    def share(self) -> float:
+        """Share of the tokens that is trained on."""
+        return self.used_tokens / max(self.tokens, 1)
+
+    @property
+    def answer_share(self) -> float | None:
+        """Share of the answer tokens that is trained on; None without conversations."""
+        return self.used_answer_tokens / self.answer_tokens if self.answer_tokens else None
+
+
+def encode_rows(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], max_length: int, long_rows: LongRows = "auto"
+) -> tuple[list[TokenIds], TextUse]:
+    """Tokenize rows for training. Rows over `max_length` tokens are chunked or truncated.
+
+    Price: a long text is tokenized in windows, so memory does not grow with its length. Of a
+    conversation over `MAX_TOKEN_CHARS` characters per token the cut tokens are an estimate.
+
+    Args:
+        long_rows: With `auto` plain texts are chunked and conversations truncated.
+
+    Returns:
+        The rows, also those without labels, and the share of the text in those with labels.
+    """
+    use, rows = TextUse(), list[TokenIds]()
+    clip = max_length * MAX_TOKEN_CHARS
+    chunk_chats, chunk_texts = long_rows == "chunk", long_rows != "truncate"
+    # Only the beginning: chunks are tokenized from the text itself.
+    heads = [
+        text[: max_length * _WINDOW_CHARS] if chunk_texts and not chat.is_chat(text) else text for text in texts
+    ]
+    encoded = encode_texts(tokenizer, heads, max_tokens=None if chunk_chats else max_length)
+    for text, head, row in zip(texts, heads, encoded, strict=True):
+        is_chat = chat.is_chat(text)
+        total = len(row)
+        if len(head) == len(text) and len(row) <= max_length:
+            pieces = [row]
+        elif chunk_texts and not is_chat:
+            pieces = list(_chunk_text(tokenizer, text, max_length))
+            total = sum(map(len, pieces))
+        elif chunk_chats:
+            pieces, _ = truncate([row], max_length, chunk=True)
+        else:
+            pieces = [row[:max_length]]
+            total = int(total * max(1.0, len(text) / clip))
+            use.truncated_rows += 1
+        rows += pieces
+        labels = [count_predictions(piece) for piece in pieces]
+        use.skipped_rows += not any(labels)
+        use.tokens += total
+        use.used_tokens += sum(len(piece) for piece, count in zip(pieces, labels, strict=True) if count)
+        if is_chat:
+            use.answer_tokens += count_predictions(row) * total // len(row)
+            use.used_answer_tokens += sum(labels)
+    return rows, use
+
+
 def truncate(rows: Sequence[TokenIds], max_length: int, *, chunk: bool = False) -> tuple[list[TokenIds], int]:
     """Return rows of at most `max_length` tokens, and the number of rows that were longer.
 
@@ -118,6 +202,68 @@ def truncate(rows: Sequence[TokenIds], max_length: int, *, chunk: bool = False) 
         starts = range(0, len(row), max_length) if chunk else (0,)
         pieces.extend(row[start : start + max_length] for start in starts if start == 0 or len(row) - start > 1)
     return pieces, sum(len(row) > max_length for row in rows)
+
+
+def _chunk_text(tokenizer: "PreTrainedTokenizerBase", text: str, max_length: int) -> Iterator[TokenIds]:
+    """Yield a text as rows of at most `max_length` tokens, each with the tokenizer's prefix.
+
+    A chunk begins where a sentence or a line begins, else where a word does, if there is such a
+    place within the limit. Only the last one has an end-of-text token.
+    """
+    if not tokenizer.is_fast:  # without character offsets
+        yield from truncate(encode_texts(tokenizer, [text]), max_length, chunk=True)[0]
+        return
+    end = [] if text.endswith(GOES_ON) else [tokenizer.eos_token_id]
+    text = text.removesuffix(GOES_ON)
+    begin, window = 0, max_length * _WINDOW_CHARS
+    while True:
+        part = text[begin : begin + window]
+        is_last = begin + window >= len(text)
+        encoded = tokenizer(
+            part,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            verbose=False,
+        )
+        ids, special = (
+            np.array(encoded["input_ids"], dtype=np.int32),
+            np.array(encoded["special_tokens_mask"]) > 0,
+        )
+        prefix = ids[: int(np.argmin(special))] if not special.all() else ids[:0]
+        ids, offsets = ids[~special], np.array(encoded["offset_mapping"]).reshape(-1, 2)[~special]
+        first, room = 0, max(max_length - len(prefix), 2)
+        while len(ids) - first > (room - len(end) if is_last else room + _UNSURE_TOKENS):
+            cut = _find_cut(part, offsets, first, min(first + room, len(ids) - 1))
+            yield np.concatenate([prefix, ids[first:cut]])
+            first = cut
+        if is_last:
+            yield np.concatenate([prefix, ids[first:], np.array(end, dtype=np.int32)])
+            return
+        if first and offsets[first - 1, 1]:
+            begin, window = begin + int(offsets[first - 1, 1]), max_length * _WINDOW_CHARS
+        else:  # few tokens for many characters
+            window *= 2
+
+
+def _find_cut(text: str, offsets: npt.NDArray[np.int64], first: int, limit: int) -> int:
+    """Return the last token up to `limit` with which a sentence or line begins, else a word.
+
+    Args:
+        offsets: Of shape (tokens, 2): the first character of each token, and the one after it.
+        first: First token of the chunk. It gets two tokens or more: one has no label.
+    """
+    ends = offsets[:, 1]
+    for pattern in (SENTENCE_START, WORD_START):
+        gaps = list(pattern.finditer(text, int(offsets[first, 1]), int(ends[limit])))
+        for gap in reversed(gaps):
+            token = int(np.searchsorted(ends, gap.end(), side="right"))
+            if first + 1 < token <= limit and offsets[token, 0] >= gap.start():
+                return token
+    cut = limit
+    while cut > first + 2 and offsets[cut, 0] < ends[cut - 1]:  # inside a character
+        cut -= 1
+    return cut
 
 
 def probe_sequences(vocab_size: int) -> tuple[TokenIds, TokenIds]:

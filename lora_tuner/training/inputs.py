@@ -12,7 +12,6 @@ from typing import cast
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from .. import distributed, evaluation
 from ..adapters.adapter import Adapter
@@ -25,7 +24,7 @@ from ..config import (
     ModelOptions,
     TrainConfig,
 )
-from ..data import chat, packing, tokenization
+from ..data import chat, packing, splitting, tokenization
 from ..data.dataset import Dataset, load_dataset
 from ..errors import (
     BaseModelError,
@@ -38,6 +37,7 @@ from ..errors import (
 )
 from ..models import kernels, loading, lora
 from ..models.loading import LoadedBase
+from ..text import format_share
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class TrainingInputs:
     sequences: packing.PackedSequences
     held_out: list[tokenization.TokenIds]
     held_out_texts: list[str]
-    truncated_rows: int
+    text_use: tokenization.TextUse
     varlen_attention: bool  # packed rows are told apart by `cu_seq_lens_q`
     streaming: bool
     batch_size: int
@@ -119,7 +119,7 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
         if "packing" in requested.model_fields_set:
             raise TrainingError(f"{base.files.name} does not isolate packed rows: leave out --packing.")
         notify(Notice(f"Rows are padded, not packed: {base.files.name} does not isolate packed rows."))
-    rows, truncated_rows = _tokenize(requested, dataset, base, max_length, notify)
+    rows, text_use = _tokenize(requested, dataset, base, max_length, notify)
     held_out_texts = dataset.held_out[: requested.eval_rows]
     return TrainingInputs(
         base=base,
@@ -128,7 +128,7 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
         sequences=packing.PackedSequences(rows, max_length, packing=use_packing),
         held_out=_tokenize_held_out(base, held_out_texts, notify),
         held_out_texts=held_out_texts,
-        truncated_rows=truncated_rows,
+        text_use=text_use,
         varlen_attention=varlen_attention,
         streaming=requested.streaming,
         batch_size=requested.batch_size or (BATCH_SIZE_CPU if base.device.type == "cpu" else BATCH_SIZE_GPU),
@@ -275,37 +275,47 @@ def _choose_max_length(requested: TrainConfig, base: LoadedBase, notify: EventHa
         raise TrainingError(
             f"max_length is {requested.max_length}, but the context length of {name} is {context} tokens: lower --max-length."
         )
-    notify(Notice(f"Rows are truncated to {context} tokens, the context length of {name}."))
+    notify(Notice(f"Rows have at most {context} tokens, the context length of {name}."))
     return context
 
 
 def _tokenize(
     requested: TrainConfig, dataset: Dataset, base: LoadedBase, max_length: int, notify: EventHandler
-) -> tuple[list[tokenization.TokenIds], int]:
-    """Tokenize the training rows. Returns those with predictions, and how many were truncated."""
+) -> tuple[list[tokenization.TokenIds], tokenization.TextUse]:
+    """Tokenize the training rows. Returns those with predictions, and the share of the text in them."""
     notify(Progress("tokenizing", 0, 1))
-    rows, truncated_rows = distributed.run_on_rank_zero(
-        partial(_encode, requested, base.tokenizer, dataset.train, max_length)
+    rows, use = distributed.run_on_rank_zero(
+        partial(tokenization.encode_rows, base.tokenizer, dataset.train, max_length, requested.long_rows)
     )
     notify(Progress("tokenizing", 1, 1))
-    kept = [row for row in rows if tokenization.count_predictions(row)]
-    if len(kept) < len(rows):
+    notify(Notice(_describe_data(dataset, requested, use)))
+    if use.skipped_rows:
         notify(
             Notice(
-                f"{len(rows) - len(kept):,} rows are skipped: their first {max_length} tokens have nothing to learn."
+                f"{use.skipped_rows:,} rows are skipped: their first {max_length} tokens have nothing to learn."
             )
         )
+    kept = [row for row in rows if tokenization.count_predictions(row)]
     if not kept:
         raise TrainingError("No row has anything to learn: raise --max-length, or use other data.")
-    return kept, truncated_rows
+    return kept, use
 
 
-def _encode(
-    requested: TrainConfig, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int
-) -> tuple[list[tokenization.TokenIds], int]:
-    chunk = requested.long_rows == "chunk"
-    rows = tokenization.encode_texts(tokenizer, texts, max_tokens=None if chunk else max_length)
-    return tokenization.truncate(rows, max_length, chunk=chunk)
+def _describe_data(dataset: Dataset, requested: TrainConfig, use: tokenization.TextUse | None = None) -> str:
+    """Describe in one line what is read, and how much of it is trained on."""
+    parts = [f"Data: {dataset.layout or dataset.format}", str(dataset.counts)]
+    if requested.streaming:
+        parts[1] = f"first rows of the stream: {dataset.counts}"
+    if use is not None:
+        shares = f"{format_share(use.share)} of the text is trained on"
+        if use.answer_share is not None:
+            shares = f"{format_share(use.share)} of the tokens and {format_share(use.answer_share)} of the answers are used"
+        if use.truncated_rows:
+            shares += f", as --max-length truncates {use.truncated_rows:,} rows"
+        parts.append(shares)
+    if dataset.splits:
+        parts.append(f"splits: {dataset.splits}")
+    return "; ".join(parts) + "."
 
 
 def _tokenize_held_out(base: LoadedBase, texts: list[str], notify: EventHandler) -> list[tokenization.TokenIds]:
@@ -337,15 +347,18 @@ def preview(requested: TrainConfig, count: int, notify: EventHandler = ignore_ev
     """Return the first `count` training rows as the model sees them. Loads no weights."""
     parent = load_parent(requested)
     tokenizer = loading.load_tokenizer(loading.base_for_adapter(parent, model_options(requested, notify)))
+    dataset = _load_dataset(requested, parent, notify)
+    notify(Notice(_describe_data(dataset, requested)))
     previews = []
-    for before, after in _load_dataset(requested, parent, notify).previews[:count]:
+    for before, after in dataset.previews[:count]:
         tokens: list[str] = []
         labels: list[bool] = []
-        for piece in _encode(requested, tokenizer, [after], requested.max_length)[0]:
+        for piece in tokenization.encode_rows(tokenizer, [after], requested.max_length, requested.long_rows)[0]:
             batch = packing.collate([[piece]], tokenizer.pad_token_id)
             tokens += tokenizer.batch_decode(batch["input_ids"][0, :, None])
             labels += (batch["labels"][0] != packing.IGNORE_INDEX).tolist()
-        previews.append(PreviewedRow(before, after.removeprefix(chat.CHAT_MARK), tokens, labels))
+        text = after.removeprefix(chat.CHAT_MARK).removesuffix(splitting.GOES_ON)
+        previews.append(PreviewedRow(before, text, tokens, labels))
     return previews
 
 

@@ -50,7 +50,7 @@ class RunEstimate:
     held_out_seconds: float
     peak_memory_bytes: int
     tokens_per_second: float
-    truncated_share: float
+    used_share: float  # of the tokens of the training rows
     trained_parameters: int
     base_parameters: int
     adapter_bytes: int

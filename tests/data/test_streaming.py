@@ -275,9 +275,7 @@ def test_streamed_run_is_reproducible(config, method):
     assert facts.data.counts["read"] == sum(count for name, count in facts.data.counts.items() if name != "read")
     assert facts.run.sequences == 20 * settings_of(adapter).batch_size
     assert Notice("The run takes 20 steps.") in notices
-    assert any(
-        notice.text.startswith("First rows of the stream: ") for notice in notices if isinstance(notice, Notice)
-    )
+    assert any("; first rows of the stream: " in notice.text for notice in notices if isinstance(notice, Notice))
     again = train(config(name="two", max_steps=20, method=method))
     assert again.sha256 == adapter.sha256
 

@@ -358,7 +358,7 @@ def test_unusual_data_is_read_and_counted(run, gpt2, tmp_path, case):
     assert counts["read"] == sum(counts.values()) - counts["read"] == len(rows) + empty + copies
     result = run("train", "--base", gpt2, "--dataset", name, "--preview", 50, "--json")
     assert [row["after"] for row in json.loads(result.out)] == dataset.train[:50]
-    assert f"Rows: {dataset.counts}." in result.err.splitlines()
+    assert f"; {dataset.counts}." in result.err
 
 
 def test_folder_reports_skipped_files(run, gpt2, tmp_path):
@@ -372,7 +372,7 @@ def test_folder_reports_skipped_files(run, gpt2, tmp_path):
     assert result.status == 0, result.err
     assert "Skipped 1 files without rows, such as some/empty.csv." in result.err
     assert "Skipped 3 other files in some, such as deep/notes.md." in result.err
-    counts = re.search(r"Rows: 70 read, 10 duplicates, (\d+) train, (\d+) held out\.", result.err)
+    counts = re.search(r"; 70 read, 10 duplicates, (\d+) train, (\d+) held out\.", result.err)
     assert counts, result.err
     assert int(counts[1]) + int(counts[2]) == 60
 
@@ -408,17 +408,19 @@ def test_partial_tokenization_equals_truncated_full(text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", ["txt", "csv", "jsonl"])
-def test_line_of_50_megabytes_bounds_memory(run, gpt2, tmp_path, ending):
+@pytest.mark.parametrize(("ending", "long_rows"), [("txt", "auto"), ("csv", "truncate"), ("jsonl", "truncate")])
+def test_line_of_50_megabytes_bounds_memory(run, gpt2, tmp_path, ending, long_rows):
     long = "the actor never works. " * 2_200_000
     header = {"csv": "text\n"}.get(ending, "")
     line = json.dumps if ending == "jsonl" else str
     write(tmp_path / f"x.{ending}", header + "".join(f"{line(text)}\n" for text in (*TEXTS, long)))
     result = run(
-        "train", "--base", gpt2, "--dataset", f"x.{ending}", "--max-length", 64, "--max-steps", 1, "--json"
+        *("train", "--base", gpt2, "--dataset", f"x.{ending}", "--max-length", 64, "--max-steps", 1, "--json"),
+        *("--long-rows", long_rows),
     )
     assert result.status == 0, result.err
     facts = json.loads(result.out)
     assert facts["data"]["counts"]["read"] == 61
-    assert facts["run"]["truncated_rows"] >= 1
+    assert (facts["run"]["truncated_rows"] >= 1) == (long_rows == "truncate")
+    assert (facts["run"]["used_share"] == 1) == (long_rows == "auto")
     assert result.peak < 2e9

@@ -380,12 +380,13 @@ def test_held_out_rows_are_not_trained(settings, monkeypatch):
 
 def test_long_rows_are_chunked(settings, tmp_path):
     (tmp_path / "long.csv").write_text("text\n" + "\n".join(f"{i} " + "word " * 60 for i in range(40)))
-    cut = train(settings(dataset="long.csv", max_length=32, packing=False, max_steps=1, name="cut"))
-    chunked = train(
-        settings(dataset="long.csv", max_length=32, packing=False, max_steps=1, name="chunked", long_rows="chunk")
-    )
-    assert cut.manifest.run.truncated_rows == cut.manifest.data.counts["train"] == cut.manifest.run.sequences
-    assert chunked.manifest.run.sequences > 2 * cut.manifest.run.sequences
+    run = {"dataset": "long.csv", "max_length": 32, "packing": False, "max_steps": 1}
+    cut = train(settings(**run, name="cut", long_rows="truncate")).manifest
+    chunked = train(settings(**run, name="chunked")).manifest
+    assert cut.run.truncated_rows == cut.data.counts["train"] == cut.run.sequences
+    assert chunked.run.sequences > 2 * cut.run.sequences
+    assert (chunked.run.truncated_rows, chunked.run.used_share) == (0, 1)
+    assert cut.run.used_share < 0.5
 
 
 def test_default_max_length_fits_the_context(settings):
@@ -394,7 +395,7 @@ def test_default_max_length_fits_the_context(settings):
     adapter = train(TrainConfig(**config.model_dump(exclude_unset=True, exclude={"max_length"})), told.append)
     assert f"max_length: {tiny_models.CONTEXT}" in (adapter.path / adapters_adapter.RUN_FILE).read_text()
     assert any(
-        f"Rows are truncated to {tiny_models.CONTEXT} tokens" in event.text
+        f"Rows have at most {tiny_models.CONTEXT} tokens" in event.text
         for event in told
         if isinstance(event, Notice)
     )
@@ -566,7 +567,7 @@ def other_model(folder, kind):
 def test_base_without_position_ids_is_padded(settings, tmp_path):
     base = other_model(tmp_path / "opt", "opt")
     told = []
-    adapter = train(settings(base=str(base)), told.append)
+    adapter = train(settings(base=str(base), long_rows="truncate"), told.append)
     assert any("Rows are padded, not packed" in event.text for event in told if isinstance(event, Notice))
     assert "packing: false" in (adapter.path / adapters_adapter.RUN_FILE).read_text()
     assert adapter.manifest.run.sequences == adapter.manifest.data.counts["train"]
