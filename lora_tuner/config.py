@@ -38,6 +38,10 @@ SECRET_FIELDS = ("api_key",)  # their values never appear in error messages
 INVALID_TEXT = re.compile("[\0\ud800-\udfff]")  # null bytes and lone surrogates (undecodable bytes)
 # Names of adapters; names of Windows devices are excluded.
 NAME_PATTERN = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)$)[A-Za-z][A-Za-z0-9_-]{0,63}")
+# As browsers send it: http://localhost:3000, app://obsidian.md. `null` can be any page.
+_ORIGIN = re.compile(
+    r"(?!http:.*:80$|https:.*:443$)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[1-9]\d{0,4})?"
+)
 SWEEPABLE = ("rank", "learning_rate")  # settings that take several values: one run for each
 STOP_RULES = ("epochs", "max_steps", "minutes")
 DEFAULT_MAX_MINUTES = 10  # limit of the default one-epoch run when no stop rule is given
@@ -463,6 +467,13 @@ class ServerConfig(_Settings):
     api_key: str | None = _setting(
         None, "API key that clients must send.", "Serving", "LORA_TUNER_API_KEY, if that is set", min_length=8
     )
+    allow_origin: list[str] = _setting(
+        [],
+        "Origin of web pages that may call the API from a browser, such as http://localhost:3000; * for any page. "
+        "May be repeated.",
+        "Serving",
+        "none",
+    )
     max_batch: int = _setting(
         64, "Maximum number of outputs generated at the same time.", "Serving", ge=1, le=1024
     )
@@ -483,6 +494,17 @@ class ServerConfig(_Settings):
         300.0, "Maximum seconds per request, time in the queue included.", "Serving", gt=0, le=86_400
     )
     log_prompts: bool = _setting(False, "Log prompts and outputs as well.", "Serving")
+
+    @field_validator("allow_origin")
+    @classmethod
+    def _check_origins(cls, value: list[str]) -> list[str]:
+        for origin in value:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise _contradiction(
+                    f"allow_origin: {origin} is no origin as browsers send it. Give SCHEME://HOST or SCHEME://HOST:PORT in "
+                    "lower case, without a path or the scheme's default port, or *"
+                )
+        return value
 
 
 @dataclass(frozen=True)

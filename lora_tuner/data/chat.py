@@ -176,7 +176,8 @@ def render_prompt(
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError("This base has no chat template: use an instruction-tuned base, such as smollm2-135m.")
-    _refuse_special_tokens(tokenizer, [message["content"] for message in messages])
+    texts = [message.get(key, "") for message in messages for key in ("content", "name")]
+    _refuse_special_tokens(tokenizer, texts)
     try:
         return str(
             tokenizer.apply_chat_template(

@@ -18,7 +18,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..inference.sequence import Sequence
-from .middleware import is_api_path
+from .middleware import API_ENDPOINTS, is_api_path
 from .protocol import error_response
 from .scheduler import Request
 from .service import ModelService
@@ -163,7 +163,8 @@ class Metrics:
 class RequestLog:
     """ASGI middleware that records each API request, and answers 500 to unexpected errors.
 
-    Routes fill in the record, which is `request.state.record`.
+    Routes fill in the record, which is `request.state.record`. HEAD is routed as GET, and a slash at
+    the end of an endpoint is dropped.
     """
 
     app: ASGIApp
@@ -181,9 +182,14 @@ class RequestLog:
                 MutableHeaders(scope=message)["x-request-id"] = record.id
             await send(message)
 
+        routed = dict(scope)
+        if scope["path"].removesuffix("/") in API_ENDPOINTS:
+            routed["path"] = scope["path"].removesuffix("/")
+        if scope["method"] == "HEAD":  # uvicorn leaves the body out
+            routed["method"] = "GET"
         self.metrics.open += 1
         try:
-            await self.app(scope, receive, send_with_id)
+            await self.app(routed, receive, send_with_id)
         except Exception as error:
             begun, record.status = bool(record.status), 500
             failure = error_response(500, record.log_failure(error))
@@ -195,7 +201,7 @@ class RequestLog:
             self.metrics.open -= 1
             client, _ = scope.get("client") or (None, None)
             # No route is set where none matched.
-            endpoint = getattr(scope.get("route"), "path", "") or "other"
+            endpoint = getattr(routed.get("route"), "path", "") or "other"
             self.metrics.record(endpoint, record, scope["path"][:200], client, scope["method"])
 
 

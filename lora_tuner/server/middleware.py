@@ -1,9 +1,12 @@
-"""Checks before a request reaches the app: Host header, API key, size of the body.
+"""Checks before a request reaches the app: origin, Host header, API key, size of the body.
 
 Without an API key the Host header must name this machine, against DNS rebinding. With a key any
 host is accepted: an attacking page does not know it, and a proxy may pass its own name on. Bodies
 are buffered, so that a slow client holds up nobody. The time a client takes to send its headers is
 not limited.
+
+Browsers keep web pages of other origins from reading responses (the same-origin policy), unless
+`allow_origin` names their origin (CORS).
 """
 
 import asyncio
@@ -12,12 +15,14 @@ import ipaddress
 import re
 
 from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..config import ServerConfig
 from .protocol import error_response
 
+API_ENDPOINTS = ("/v1/models", "/v1/completions", "/v1/chat/completions")
 MAX_BODY = 1_000_000  # bytes
 MAX_SECONDS = 30.0  # for a whole body
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -37,13 +42,56 @@ def is_api_path(path: str) -> bool:
     return path.startswith("/v1/") or path in ("/metrics", "/openapi.json", "/health")
 
 
+def _check_host(settings: ServerConfig, headers: Headers) -> Response | None:
+    """Return an error response for a Host header that is not of this machine, if there is no key."""
+    hosts = {"127.0.0.1", "localhost", "::1", settings.host}
+    if settings.api_key or _host_name(headers.get("host", "")) in hosts:
+        return None
+    message = f"Wrong Host header: this server is {' or '.join(sorted(hosts))}."
+    return error_response(403, message, _CLOSE, code="wrong_host")
+
+
+class CrossOriginMiddleware(CORSMiddleware):
+    """Answers preflight requests, which have no key, and adds the headers for pages of allowed origins.
+
+    For API paths alone: the playground is for its own origin. No credentials: the key is sent by the
+    page, never by the browser itself.
+    """
+
+    def __init__(self, app: ASGIApp, settings: ServerConfig) -> None:
+        self.settings = settings
+        super().__init__(
+            app,
+            settings.allow_origin,
+            allow_methods=["*"],  # what an endpoint does not support gets its own 405
+            allow_headers=["*"],  # clients add headers of their own
+            allow_private_network=True,
+            expose_headers=["Retry-After", "X-Request-Id"],
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.settings.allow_origin and scope["type"] == "http" and is_api_path(scope["path"]):
+            await super().__call__(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        origin = request_headers["origin"]
+        if not self.is_allowed_origin(origin):
+            message = (
+                f"Pages of {origin[:200]} may not call this server: it names allowed origins by --allow-origin."
+            )
+            return error_response(403, message, code="wrong_origin")
+        return _check_host(self.settings, request_headers) or super().preflight_response(request_headers)
+
+
 class SecurityMiddleware:
     """ASGI middleware around the whole app. The API key is checked for API paths alone."""
 
     def __init__(self, app: ASGIApp, settings: ServerConfig) -> None:
         self.app = app
+        self.settings = settings
         self.key = settings.api_key.encode() if settings.api_key else None
-        self.hosts = {"127.0.0.1", "localhost", "::1", settings.host} if self.key is None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -63,13 +111,8 @@ class SecurityMiddleware:
 
     def _check_headers(self, path: str, headers: Headers) -> Response | None:
         """Return the error response, or None when the request may pass."""
-        if self.hosts and _host_name(headers.get("host", "")) not in self.hosts:
-            return error_response(
-                403,
-                f"Wrong Host header: this server is {' or '.join(sorted(self.hosts))}.",
-                _CLOSE,
-                code="wrong_host",
-            )
+        if wrong_host := _check_host(self.settings, headers):
+            return wrong_host
         if _CONTROL.search(path):  # routes match a trailing newline, `is_api_path` does not
             return error_response(404, "There is nothing at this path.", _CLOSE)
         if self.key and is_api_path(path) and path != "/health":

@@ -36,9 +36,11 @@ from ..errors import (
     UnknownModelError,
 )
 from ..text import display_name
+from . import neutral
 from .metrics import CLIENT_CLOSED_REQUEST, Metrics, RequestLog, RequestRecord
-from .middleware import SecurityMiddleware
+from .middleware import API_ENDPOINTS, CrossOriginMiddleware, SecurityMiddleware
 from .protocol import (
+    ALTERNATIVES,
     AdapterInfo,
     ChatCompletion,
     ChatRequest,
@@ -93,6 +95,7 @@ def create_app(service: ModelService) -> FastAPI:
             "5XX": {"model": ErrorResponse, "description": "Error of the server, or shutdown."},
         },
         middleware=[
+            Middleware(CrossOriginMiddleware, settings=service.config),
             Middleware(RequestLog, metrics=metrics),
             Middleware(SecurityMiddleware, settings=service.config),
         ],
@@ -162,7 +165,7 @@ async def _not_found(routes: Sequence[BaseRoute], scope: Scope, receive: Receive
 async def _http_error(request: HTTPRequest, error: HTTPException) -> Response:
     status, path = error.status_code, request.url.path[:200]
     messages = {
-        404: f"There is nothing at {path}.",
+        404: f"There is nothing at {path}: the API has {', '.join(API_ENDPOINTS)}.",
         405: f"{path} does not support {request.method}.",
     }
     return error_response(status, messages.get(status, str(error.detail)), error.headers)
@@ -170,16 +173,31 @@ async def _http_error(request: HTTPRequest, error: HTTPException) -> Response:
 
 async def _validation_error(request: HTTPRequest, error: RequestValidationError) -> Response:
     """Report all problems of a request, grouped by field."""
+    known_fields = neutral.CHAT if request.url.path.startswith("/v1/chat/") else neutral.COMPLETION
     problems: dict[str, dict[str, None]] = {}  # the inner one is an ordered set of texts
     for problem in error.errors()[:50]:
-        location, kind = problem["loc"], problem["type"]
-        field = location[1] if len(location) > 1 and kind != "json_invalid" else ""
-        text = "unknown field" if kind == "extra_forbidden" else problem["msg"]
-        problems.setdefault(str(field)[:100], {})[text] = None
+        location, kind = problem["loc"][1:], problem["type"]
+        field, text = "" if kind == "json_invalid" else _field_path(location), problem["msg"]
+        if kind == "extra_forbidden":
+            text = neutral.refusal(known_fields if len(location) == 1 else neutral.NESTED, str(location[-1]))
+        elif kind != "json_invalid" and not field:
+            text = "The body should be a JSON object, sent with the header Content-Type: application/json"
+        problems.setdefault(field, {})[text] = None
     lines = [
         f"{field}: {', or '.join(texts)}" if field else next(iter(texts)) for field, texts in problems.items()
     ]
     return error_response(400, f"{'; '.join(lines)}.", param=next(iter(problems)) or None)
+
+
+def _field_path(location: Sequence[int | str]) -> str:
+    """Write a location in a request as OpenAI does: `messages[2].content`."""
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part not in ALTERNATIVES:
+            path += f".{part[:100]}" if path else part[:100]
+    return path
 
 
 async def _lora_tuner_error(service: ModelService, request: HTTPRequest, error: Exception) -> JSONResponse:

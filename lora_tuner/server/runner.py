@@ -65,6 +65,12 @@ def serve(
         )
     if settings.api_key is not None and not re.fullmatch("[!-~]+", settings.api_key):
         raise ConfigError("--api-key: use printable ASCII characters without spaces, as it is sent in a header.")
+    if settings.api_key is None and "*" in settings.allow_origin:
+        options.notify(
+            Notice(
+                "--allow-origin * without --api-key: any web page that is open on this machine can use the models."
+            )
+        )
     library = Library(adapters_dir)
     library.names()  # report a folder that cannot be read at once
     only = [adapter.path for adapter in library.get_all(adapters)]

@@ -21,7 +21,7 @@ from typing import TypeVar
 from ..adapters.adapter import Adapter
 from ..adapters.library import read_consistently
 from ..config import SamplingParams, ServerConfig
-from ..data.chat import Message
+from ..data.chat import Message, special_tokens
 from ..errors import (
     AdapterError,
     ContextLengthError,
@@ -159,15 +159,26 @@ class ModelService:
         if isinstance(prompt, tuple):
             if not self._tokenizer.chat_template:
                 raise GenerationError(f"{self.name} has no chat template: use the completions endpoint instead.")
+            messages = prompt
             try:
-                prompt = self.generator.encode_prompt(prompt, self._tokenizer).token_ids
+                prompt = self.generator.encode_prompt(messages, self._tokenizer).token_ids
             except DataError as error:
-                raise RequestError(str(error).replace("this base", self.name), "messages") from error
+                field = self._find_special_token(messages)
+                text = str(error).replace("A message", field).replace("this base", self.name)
+                raise RequestError(text, field) from error
         if not prompt or not all(0 <= token < self.base.vocab_size for token in prompt):
             raise GenerationError(
                 f"prompt: give at least one token id, each from 0 to {self.base.vocab_size - 1:,}."
             )
         return self.generator.check_fits_context(prompt)
+
+    def _find_special_token(self, messages: Sequence[Message]) -> str:
+        """Return the field of a request whose text spells a special token, else "messages"."""
+        for number, message in enumerate(messages):
+            for key, text in message.items():
+                if any(token in text for token in special_tokens(self._tokenizer)):
+                    return f"messages[{number}].{key}"
+        return "messages"
 
     def hide_paths(self, text: str) -> str:
         """Remove the folders of this machine from a message."""

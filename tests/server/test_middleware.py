@@ -8,7 +8,7 @@ import pytest
 from lora_tuner import Generator, ModelOptions
 from lora_tuner.config import ServerConfig
 from lora_tuner.server import middleware
-from lora_tuner.server.middleware import SecurityMiddleware, is_loopback
+from lora_tuner.server.middleware import CrossOriginMiddleware, SecurityMiddleware, is_loopback
 from lora_tuner.server.routes import create_app
 from lora_tuner.server.service import ModelService
 
@@ -23,7 +23,8 @@ async def echo(scope, receive, send):
 
 def send_request(path="/v1/models", settings=None, url="http://127.0.0.1:8000", **request):
     async def go():
-        app = SecurityMiddleware(echo, settings or ServerConfig())
+        config = settings or ServerConfig()
+        app = CrossOriginMiddleware(SecurityMiddleware(echo, config), config)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=url) as client:
             return await client.request(request.pop("method", "GET"), path, **request)
 
@@ -123,6 +124,78 @@ def test_api_key_comparison_takes_constant_time(monkeypatch):
     monkeypatch.setattr(middleware.hmac, "compare_digest", lambda *keys: compared.append(keys) or compare(*keys))
     send_request(settings=ServerConfig(api_key="12345678"), headers={"Authorization": "Bearer wrong"})
     assert compared == [(b"Bearer wrong", b"Bearer 12345678")]
+
+
+def preflight(origin, settings, host="127.0.0.1", **headers):
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,x-own"}
+    headers = {"Origin": origin, "Host": host} | asked | headers
+    return send_request("/v1/chat/completions", settings, method="OPTIONS", headers=headers)
+
+
+def cors_headers(response):
+    return {name: value for name, value in response.headers.items() if name.startswith("access-control-")}
+
+
+ORIGIN = "https://chat.example"
+
+
+@pytest.mark.parametrize("settings", [ServerConfig(), ServerConfig(api_key="12345678")])
+def test_cross_origin_is_off_by_default(settings):
+    for response in (
+        preflight(ORIGIN, settings),
+        send_request("/health", settings, headers={"Origin": ORIGIN}),
+        send_request("/v1/models", settings, headers={"Origin": ORIGIN, "Authorization": "Bearer 12345678"}),
+    ):
+        assert cors_headers(response) == {}
+
+
+@pytest.mark.parametrize("key", [None, "12345678"])
+@pytest.mark.parametrize(
+    ("allowed", "header"), [([ORIGIN], ORIGIN), (["http://localhost:1", ORIGIN], ORIGIN), (["*"], "*")]
+)
+def test_preflight_of_allowed_origin_needs_no_key(allowed, header, key):
+    settings = ServerConfig(allow_origin=allowed, api_key=key)
+    response = preflight(ORIGIN, settings, **{"Access-Control-Request-Private-Network": "true"})
+    headers = cors_headers(response)
+    assert (response.status_code, headers["access-control-allow-origin"]) == (200, header)
+    assert headers["access-control-allow-headers"] == "authorization,x-own"
+    assert headers["access-control-allow-private-network"] == "true"
+    assert "POST" in headers["access-control-allow-methods"]
+    assert "access-control-allow-credentials" not in headers
+    response = send_request(settings=settings, headers={"Origin": ORIGIN, "Authorization": "Bearer 12345678"})
+    assert cors_headers(response)["access-control-allow-origin"] == header
+    assert "Retry-After" in cors_headers(response)["access-control-expose-headers"]
+    assert response.headers["vary"] == "Origin"
+
+
+def test_other_origin_is_not_allowed():
+    settings = ServerConfig(allow_origin=[ORIGIN])
+    for origin in (
+        "https://evil.example",
+        "http://chat.example",
+        f"{ORIGIN}:8443",
+        f"{ORIGIN}.evil.example",
+        "null",
+    ):
+        response = preflight(origin, settings)
+        assert (response.status_code, response.json()["error"]["code"]) == (403, "wrong_origin")
+        assert f"Pages of {origin} may not call this server" in response.json()["error"]["message"]
+        assert cors_headers(response) == {}
+        response = send_request(settings=settings, headers={"Origin": origin})
+        assert "access-control-allow-origin" not in response.headers
+
+
+@pytest.mark.parametrize("allowed", [ORIGIN, "*"])
+def test_allowed_origin_keeps_key_and_host_checks(allowed):
+    settings = ServerConfig(allow_origin=[allowed])
+    assert preflight(ORIGIN, settings, host="evil.example").status_code == 403
+    assert send_request(settings=settings, headers={"Origin": ORIGIN, "Host": "evil.example"}).status_code == 403
+    settings = ServerConfig(allow_origin=[allowed], api_key="12345678")
+    response = send_request(settings=settings, headers={"Origin": ORIGIN})
+    assert (response.status_code, response.headers["vary"]) == (401, "Origin")
+    # OPTIONS that is no preflight
+    assert send_request(settings=settings, method="OPTIONS", headers={"Origin": ORIGIN}).status_code == 401
+    assert cors_headers(send_request("/", settings, headers={"Origin": ORIGIN})) == {}
 
 
 def test_body_size_is_limited(monkeypatch):

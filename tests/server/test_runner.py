@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 
 import lora_tuner.server
 from lora_tuner import Generator, ModelOptions, SamplingParams
@@ -38,6 +39,11 @@ def adapters_dir(gpt2, tmp_path):
 
 # The address
 
+NO_ORIGIN = (
+    "is no origin as browsers send it. Give SCHEME://HOST or SCHEME://HOST:PORT in lower case, "
+    "without a path or the scheme's default port, or *\n"
+)
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -54,12 +60,33 @@ def adapters_dir(gpt2, tmp_path):
         (["--adapter", "nothing"], "Error: There is no adapter 'nothing'"),
         (["--adapter", "a", "--adapter", "adapters/a"], "Error: Two of these adapters have the name a"),
         (["--host", "127.0.0.1", "--base", "nothing"], "Error: "),
+        (["--allow-origin", "http://localhost:3000/"], f"Error: allow_origin: http://localhost:3000/ {NO_ORIGIN}"),
     ],
 )  # fmt: skip
 def test_invalid_options_give_one_line(adapters_dir, arguments, message):
     port = [] if "--port" in arguments else ["--port", 0]
     result = run("serve", *port, *arguments, exit_code=1)
     assert result.stderr.splitlines(keepends=True)[-1].startswith(message)
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["*", "http://localhost:3000", "https://chat.example", "http://127.0.0.1:8080", "http://[::1]:3000",
+     "app://obsidian.md", "lsp://logseq.io", "chrome-extension://klickieipjdmihlbbhikjoipddogidjo"],
+)  # fmt: skip
+def test_origin_of_browser_is_taken(origin):
+    assert ServerConfig(allow_origin=[origin]).allow_origin == [origin]
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["null", "localhost:3000", "chat.example", "https://chat.example/", "https://chat.example/page", "https://Chat.example",
+     "HTTPS://chat.example", "https://chat.example:443", "http://localhost:80", "https://*.example", "https://a@b.example",
+     "https://chät.example", "https://chat.example:", "http://a\nb", "https://chat.example, https://b.example"],
+)  # fmt: skip
+def test_text_that_is_no_origin_is_refused(origin):
+    with pytest.raises(ValidationError, match="is no origin as browsers send it"):
+        ServerConfig(allow_origin=["https://chat.example", origin])
 
 
 def test_port_in_use_gives_one_line(gpt2, adapters_dir):
@@ -119,6 +146,13 @@ def started(monkeypatch):
         return services[-1], [event.text for event in events if isinstance(event, Notice)]
 
     return start
+
+
+def test_any_origin_without_key_gives_notice(adapters_dir, started):
+    notice = "--allow-origin * without --api-key: any web page that is open on this machine can use the models."
+    assert notice in started(settings={"allow_origin": ["*"]})[1]
+    assert notice not in started(settings={"allow_origin": ["*"], "api_key": "12345678"})[1]
+    assert notice not in started(settings={"allow_origin": ["https://chat.example"]})[1]
 
 
 def test_base_defaults_to_most_common(gpt2, llama, adapters_dir, started):

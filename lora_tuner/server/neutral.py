@@ -1,0 +1,153 @@
+"""Values of request fields that change no output: accepted, as many clients send all their defaults.
+
+Null stands for an omitted field, of any name. Every other value of these fields is refused by name.
+docs/serving.md lists them all.
+"""
+
+import json
+from collections.abc import Mapping
+
+Neutral = Mapping[str, tuple[object, ...] | None]  # field -> its neutral values; None: every value
+
+REQUEST: Neutral = {
+    # OpenAI
+    "audio": (),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "metadata": None,
+    "modalities": (["text"],),
+    "parallel_tool_calls": None,
+    "prediction": (),
+    "presence_penalty": (0,),
+    "prompt_cache_key": None,
+    "prompt_cache_retention": None,
+    "reasoning_effort": ("none",),
+    "safety_identifier": None,
+    "service_tier": ("auto", "default"),
+    "store": None,
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    # vLLM
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "early_stopping": (False,),
+    "guided_decoding_backend": None,
+    "ignore_eos": (False,),
+    "include_reasoning": None,
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "mm_processor_kwargs": ({},),
+    "priority": (0,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "session_id": None,
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": None,
+    "stop_token_ids": ([],),
+    "top_k": (-1,),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+    # llama.cpp and its relatives; the settings of a sampler that is off have no effect
+    "cache_prompt": None,
+    "dry_allowed_length": None,
+    "dry_base": None,
+    "dry_multiplier": (0,),
+    "dry_penalty_last_n": None,
+    "dry_sequence_breakers": None,
+    "dynatemp_exponent": None,
+    "dynatemp_range": (0,),
+    "grammar": ("",),
+    "id_slot": None,
+    "lora": ([],),
+    "min_keep": (0,),
+    "mirostat": (0,),
+    "mirostat_eta": None,
+    "mirostat_mode": (0,),
+    "mirostat_tau": None,
+    "n_keep": (0,),
+    "n_predict": (-1,),
+    "n_probs": (0,),
+    "post_sampling_probs": (False,),
+    "repeat_last_n": None,
+    "repeat_penalty": (1,),
+    "return_tokens": (False,),
+    "tfs_z": (1,),
+    "timings_per_token": (False,),
+    "top_a": (0,),
+    "top_n_sigma": (-1, 0),
+    "typical_p": (1,),
+    "xtc_probability": (0,),
+    "xtc_threshold": None,
+    # Mistral, OpenRouter
+    "plugins": ([],),
+    "safe_prompt": (False,),
+    "transforms": ([],),
+}
+COMPLETION: Neutral = {**REQUEST, "add_special_tokens": (True,)}
+CHAT: Neutral = {
+    **REQUEST,
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (False,),  # the template writes them
+    "max_completion_tokens": (-1,),
+    "max_tokens": (-1,),  # as many as fit, which is the default
+}
+STREAM_OPTIONS: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
+MESSAGE: Neutral = {  # as clients send back what some server answered
+    "annotations": ([],),
+    "cache_control": None,
+    "id": None,
+    "images": ([],),
+    "prefix": (False,),
+    "provider_specific_fields": None,
+    "reasoning": ("",),
+    "reasoning_content": ("",),
+    "reasoning_details": ([],),
+    "refusal": ("",),
+    "thinking_blocks": ([],),
+    "tool_calls": ([],),
+}
+CONTENT_PART: Neutral = {"annotations": ([],), "cache_control": None}
+NESTED: Neutral = {**STREAM_OPTIONS, **CONTENT_PART, **MESSAGE}
+
+
+def is_neutral(fields: Neutral, name: str, value: object) -> bool:
+    """Return True if the value of a field changes no output."""
+    neutral = fields.get(name, ())
+    # Python takes False for 0, JSON does not.
+    return (
+        value is None
+        or neutral is None
+        or any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral)
+    )
+
+
+def json_schema(fields: Neutral, properties: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
+    """Return the properties of a JSON schema with the neutral values added."""
+    merged = dict(properties)
+    for name, neutral in fields.items():
+        values: dict[str, object] = {} if neutral is None else {"enum": [*neutral, None]}
+        merged[name] = {"anyOf": [properties[name], values]} if name in properties else values
+    return merged
+
+
+def refusal(fields: Neutral, name: str) -> str:
+    """Describe the problem of a field that no schema has, or whose value is not neutral."""
+    if name not in fields:
+        return "unknown field"
+    values = " or ".join(json.dumps(value) for value in fields[name] or ())
+    return f"not supported: leave it out{f', or send {values}' if values else ''}"
