@@ -141,7 +141,7 @@ class TrainConfig(_Settings):
     subset: str | None = _setting(None, "Subset (configuration) of a Hub dataset.", "Data")
     split: str = _setting("train", "Split of a Hub dataset.", "Data")
     text_column: str | None = _setting(
-        None, "Column that contains the text.", "Data", "text, or the only text column"
+        None, "Column that contains the text.", "Data", "text, content, or the only text column"
     )
     where: list[str] = _setting(
         [], "Keep only rows with this value, as COLUMN=VALUE. Repeat it for more values or columns.", "Data"

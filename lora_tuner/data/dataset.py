@@ -19,7 +19,7 @@ from ..errors import DataError, EventHandler, InvalidRowError, Notice, ignore_ev
 from ..text import format_counts
 from . import chat
 from .cleaning import clean_text
-from .formats import detect_format, text_reader
+from .formats import detect_layout, text_reader
 from .readers import Table, parse_conditions
 from .sources import open_source
 from .splitting import GOES_ON, MIN_TEXT_CHARS, content_hash, is_held_out, row_hash, split_text
@@ -60,7 +60,7 @@ class Dataset:
 
     name: str
     source: str
-    format: str = "text"  # or "messages", or "prompt and completion"
+    format: str = "text"  # or a layout of conversations, such as "messages"
     layout: str = ""
     splits: str = ""
     train: list[str] = field(default_factory=list)
@@ -266,11 +266,13 @@ def iter_rows(
     datasets.logging.set_verbosity_error()  # it warns about cached datasets while offline
     dataset.source, tables = open_source(config, notify)
     counts = dataset.counts
-    formats = list(dict.fromkeys(detect_format(table, config) for table in tables))
-    dataset.format = formats[0]
-    if len(formats) > 1:
+    layouts = [detect_layout(table, config) for table in tables]
+    dataset.format, *other_formats = dict.fromkeys(layout.format for layout in layouts)
+    dataset.layout = ", ".join(dict.fromkeys(map(str, layouts)))
+    if other_formats:
         raise DataError(
-            f"{dataset.source}: some files contain {formats[0]} and others {formats[1]}: use files of one format."
+            f"{dataset.source}: some files contain {dataset.format} and others {other_formats[0]}: use files of one "
+            "format."
         )
     if dataset.format != "text":
         if config.keep_lines:
@@ -281,8 +283,8 @@ def iter_rows(
                 "Use --text-column to train on plain text."
             )
         )
-    for table in tables:
-        read_text = text_reader(table, dataset.format, config)
+    for table, layout in zip(tables, layouts, strict=True):
+        read_text = text_reader(table, layout, config)
         conditions = parse_conditions(table, config.where)
         for number, row in enumerate(table.rows, 1):
             if skip > 0:

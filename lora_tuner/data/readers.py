@@ -45,15 +45,16 @@ class LazyRows:
 class Table:
     """The rows of one file or dataset split, and its columns.
 
-    `label_names` maps a column of class labels to their names. `peeked` is set if the columns are
-    those of the first `PEEKED_ROWS` rows. `split_rule` describes how `--txt-rows auto` split a txt
-    file.
+    `nested_columns` hold lists, objects or bytes. `label_names` maps a column of class labels to
+    their names. `peeked` is set if the columns are those of the first `PEEKED_ROWS` rows.
+    `split_rule` describes how `--txt-rows auto` split a txt file.
     """
 
     source: str
     rows: Iterable[Row]  # a row may lack some of the columns
     columns: list[str]
     text_columns: list[str]
+    nested_columns: list[str] = field(default_factory=list)
     is_plain_text: bool = False  # a txt file: --text-column does not apply
     peeked: bool = False
     split_rule: str = ""
@@ -141,15 +142,21 @@ def table_from_rows(source: str, read: Callable[[], Iterator[Row]], *, streaming
     rows = list(itertools.islice(read(), PEEKED_ROWS if streaming else None))
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text_columns = [name for name in columns if any(type(row.get(name)) is str for row in rows)]
+    nested = [name for name in columns if any(isinstance(row.get(name), list | dict) for row in rows)]
     table_rows: Iterable[Row] = LazyRows(read) if streaming else rows
-    return Table(source, table_rows, columns, text_columns, peeked=streaming)
+    return Table(source, table_rows, columns, text_columns, nested, peeked=streaming)
 
 
 def table_from_dataset(source: str, data: datasets.Dataset | datasets.IterableDataset) -> Table:
-    features = data.features.items()
-    text_columns = [name for name, kind in features if getattr(kind, "dtype", "") in ("string", "large_string")]
-    label_names = {name: kind.names for name, kind in features if getattr(kind, "names", None)}
-    return Table(source, data, data.column_names, text_columns, label_names=label_names)
+    text_columns, nested, label_names = [], [], {}
+    for name, kind in data.features.items():
+        if isinstance(kind, datasets.ClassLabel):
+            label_names[name] = kind.names
+        elif not isinstance(kind, datasets.Value) or "binary" in kind.dtype:
+            nested.append(name)
+        elif "string" in kind.dtype:
+            text_columns.append(name)
+    return Table(source, data, data.column_names, text_columns, nested, label_names=label_names)
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ def test_column_text_is_default(load):
 
 
 def test_only_text_column_is_default(load):
-    records = [{"id": number, "body": text, "tags": ["a"]} for number, text in enumerate(TEXTS)]
+    records = [{"id": number, "body": text, "stars": 1.5} for number, text in enumerate(TEXTS)]
     assert rows(load("a.jsonl", jsonl(records))) == sorted(TEXTS)
 
 
