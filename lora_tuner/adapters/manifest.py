@@ -9,8 +9,6 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..config import CleanMode
-
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # strict: one becomes a file name
 
 
@@ -42,7 +40,6 @@ class DatasetInfo(_ManifestModel):
     counts: dict[str, int]
     invalid: dict[str, int] = {}
     format: str = "text"  # or conversations, of which the answers alone are trained on
-    clean: CleanMode | None = None  # None in older manifests, and if a blend's parents differ
     eval_dataset: str | None = None  # dataset of the held-out rows, if it is another one
     held_out_hash: Digest | None  # None without held-out rows
     held_out_rows: int
@@ -66,7 +63,11 @@ class EvalResult(_ManifestModel):
 
 
 class RunInfo(_ManifestModel):
-    """The training run. `seconds` are of the steps alone; `tokens` are predicted, not padding."""
+    """The training run. `seconds` are of the steps alone; `tokens` are predicted, not padding.
+
+    `coverage` is the share of the block weights that are in adapted layers, unknown in older
+    manifests; `not_adapted` names others that the target modules leave out.
+    """
 
     method: str = "lora"  # a key of config.METHODS
     steps: int
@@ -82,6 +83,8 @@ class RunInfo(_ManifestModel):
     load_in: str = "full"  # or 8bit, 4bit
     threads: int  # per process
     processes: int = 1
+    coverage: float | None = None
+    not_adapted: list[str] = []
 
 
 class WeightsInfo(_ManifestModel):

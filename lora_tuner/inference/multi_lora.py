@@ -20,7 +20,7 @@ from ..adapters.adapter import Adapter
 from ..errors import AdapterError, MixedBatchError
 from ..models.delta import load_deltas
 from ..models.loading import LoadedBase
-from ..models.lora import LinearLayer, layer_sizes, linear_layers
+from ..models.targets import LinearLayer, layer_sizes, linear_layers
 
 LoraFactors = tuple[torch.Tensor, torch.Tensor]  # (ranks, in), (ranks, out)
 

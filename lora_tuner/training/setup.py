@@ -60,7 +60,6 @@ class TrainingSetup(TrainingInputs):
                 counts=asdict(dataset.counts),
                 invalid=dataset.invalid_reasons,
                 format=dataset.format,
-                clean=dataset.clean,
                 eval_dataset=config.eval_dataset,
                 held_out_hash=content_hash(self.held_out_texts),
                 held_out_rows=len(self.held_out_texts),
@@ -81,6 +80,8 @@ class TrainingSetup(TrainingInputs):
                 load_in=self.base.load_in,
                 threads=torch.get_num_threads(),
                 processes=distributed.world_size(),
+                coverage=self.targets.coverage,
+                not_adapted=self.targets.not_adapted,
             ),
             versions=lora.library_versions(),
         )
@@ -122,7 +123,6 @@ def prepare_training(
             "rank": parent.rank if parent else requested.rank,
             "target_modules": inputs.target_modules,
             "split_salt": inputs.split_salt,
-            "clean": inputs.dataset.clean,
             "max_length": inputs.max_length,
             "packing": inputs.packing,
             "batch_size": inputs.batch_size,
@@ -159,10 +159,12 @@ def _add_lora(requested: TrainConfig, inputs: TrainingInputs, notify: EventHandl
             )
         )
     set_seed(requested.seed)
-    model = lora.add_lora(inputs.base, requested, inputs.parent)
+    model = lora.add_lora(inputs.base, requested, inputs.parent, inputs.targets)
     if inputs.method == "eva":
         notify(Progress("computing activations for EVA", 0, 1))
     initialization.initialize(inputs.base, model, requested, inputs.sequences)
+    if inputs.targets.not_adapted:
+        notify(Notice(f"LoRA covers {inputs.targets}."))
     trained, frozen = lora.count_parameters(model)
     notify(
         Notice(
