@@ -84,9 +84,9 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
 def whole(kept: dict[Any, Any], run: Callable[..., CommandResult], arguments: list[str]) -> Callable[..., Any]:
     """Return the outcome of an undisturbed run."""
 
-    def of(*how: str) -> Any:
+    def of(*how: str, before: Callable[[], None] | None = None) -> Any:
         if how not in kept:
-            assert run(*arguments, *how, "--name", "whole").status == 0
+            assert run(*arguments, *how, "--name", "whole", before=before).status == 0
             kept[how] = outcome(Path("adapters/whole"))
             shutil.rmtree("adapters/whole")
         return kept[how]

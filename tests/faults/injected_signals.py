@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import types
 from typing import Any
 
 
@@ -17,6 +18,24 @@ def replaced(target: str, value: Any) -> None:
     """Replace an attribute such as "peft:__version__"."""
     owner, name = _resolve(target)
     setattr(owner, name, value)
+
+
+def best_at(step: int, *moments: tuple[str, int, int]) -> None:
+    """Make the held-out loss lowest at a step, on any CPU, and send signals as `signalled` does."""
+    from lora_tuner.training.trainer import _LoraTrainer
+
+    evaluate, measure = _LoraTrainer.evaluate, _LoraTrainer.measure_held_out
+
+    def shifted(trainer: Any, *arguments: Any, **options: Any) -> dict[str, float]:
+        loss = measure(trainer).loss + abs(trainer.state.global_step - step)
+        trainer.measure_held_out = lambda: types.SimpleNamespace(loss=loss)
+        try:
+            return evaluate(trainer, *arguments, **options)
+        finally:
+            del trainer.measure_held_out
+
+    setattr(_LoraTrainer, "evaluate", shifted)  # noqa: B010
+    signalled(*moments)
 
 
 def threads(count: int) -> None:

@@ -154,7 +154,10 @@ class Command:
     @property
     def err(self) -> str:
         """Text on stderr so far."""
-        path = self.folder / "err"
+        return self._read("err")
+
+    def _read(self, name: str) -> str:
+        path = self.folder / name
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
     def wait_for(self, condition: Callable[[], Any], seconds: float = LIMIT) -> None:
@@ -176,7 +179,7 @@ class Command:
             raise AssertionError(f"timed out: {self.err}")
         report = self.folder / "report"
         peak, events = json.loads(report.read_text()) if report.exists() else (0, [])
-        out = (self.folder / "out").read_text(encoding="utf-8", errors="replace")
+        out = self._read("out")
         result = CommandResult(self.process.exitcode, out, self.err, time.monotonic() - self.start, peak, events)
         assert "Traceback" not in result.err + result.out, result.err
         return result

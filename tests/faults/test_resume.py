@@ -25,7 +25,7 @@ from lora_tuner.training.checkpoints import (
 )
 
 from .. import tiny_models
-from .injected_signals import replaced, signalled, threads
+from .injected_signals import best_at, replaced, signalled, threads
 from .process import CommandResult, Fault, contents, unchanged
 from .runs import (
     ADAPTER,
@@ -98,11 +98,11 @@ def test_kill_in_micro_batch_resumes_bitwise(run, arguments, whole, micro_batch)
     ("step", "number"), [(step, (signal.SIGINT, signal.SIGKILL)[step % 2]) for step in range(1, 11)]
 )
 def test_stop_with_patience_resumes_bitwise(run, arguments, whole, step, number):
-    expected = whole(*PATIENT)
+    expected = whole(*PATIENT, before=partial(best_at, 6))
     assert expected[2][:2] == (10, 6)
-    ended = run(*arguments, *PATIENT, before=partial(signalled, (STEP_END, step, number)))
+    ended = run(*arguments, *PATIENT, before=partial(best_at, 6, (STEP_END, step, number)))
     assert ended.status in (130, -signal.SIGKILL)
-    assert run("train", "--resume", "reviews").status == 0
+    assert run("train", "--resume", "reviews", before=partial(best_at, 6)).status == 0
     assert outcome(ADAPTER) == expected
     assert leftovers() == {str(ADAPTER)}
 
@@ -228,20 +228,15 @@ def test_resume_without_valid_checkpoint_starts_over(run, killed, whole):
 @pytest.mark.parametrize("how", ["missing", "of another run"])
 def test_checkpoint_with_broken_best_is_skipped(run, arguments, whole, how):
     """Trainer would keep the last weights instead of the best ones."""
-    expected = whole(*PATIENT)
-    run(*arguments, *PATIENT, before=partial(signalled, (STEP_END, 9, signal.SIGINT)))
-    assert sorted(path.name for path in RUN.glob("checkpoint-*")) == [
-        "checkpoint-6",
-        "checkpoint-8",
-        "checkpoint-9",
-    ]
+    expected = whole(*PATIENT, before=partial(best_at, 6))
+    run(*arguments, *PATIENT, before=partial(best_at, 6, (STEP_END, 9, signal.SIGINT)))
+    kept = {f"checkpoint-{step}" for step in (6, 8, 9)}
+    assert {path.name for path in RUN.glob("checkpoint-*")} == kept
     damage(RUN / "checkpoint-6" / adapter.WEIGHTS_FILE, how, RUN / "checkpoint-8")
-    ended = run("train", "--resume", "reviews")
+    ended = run("train", "--resume", "reviews", before=partial(best_at, 6))
     for step in (9, 8):
-        assert (
-            f"{RUN}/checkpoint-{step} is skipped: its best step is in checkpoint-6, where {adapter.WEIGHTS_FILE}"
-            in (ended.err)
-        )
+        reason = f"is skipped: its best step is in checkpoint-6, where {adapter.WEIGHTS_FILE}"
+        assert f"{RUN}/checkpoint-{step} {reason}" in ended.err
     assert outcome(ADAPTER) == expected
 
 
@@ -454,7 +449,9 @@ def test_kill_before_cleanup_trains_nothing_again(run, arguments, moment, how):
         assert contents(RUN / "checkpoint-2") == checkpoint != {}
         assert "There is no unfinished run" in run("train", "--resume", "reviews").line
     else:
-        assert leftovers() == {str(ADAPTER)}
+        assert {path for path in leftovers() if "/." not in path} == {str(ADAPTER)}
+        assert run(*arguments, *SHORT, "--name", "next").status == 0  # removes what the killed run has hidden
+        assert leftovers() == {str(ADAPTER), "adapters/next"}
 
 
 @pytest.mark.slow
