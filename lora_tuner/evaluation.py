@@ -218,6 +218,7 @@ def encode_held_out(base: LoadedBase, texts: Sequence[str]) -> list[TokenIds]:
     rows, _ = tokenization.truncate(
         tokenization.encode_texts(base.tokenizer, texts, max_tokens=max_tokens), max_tokens
     )
+    base.check_token_ids(rows)
     return [row for row in rows if tokenization.count_predictions(row)]
 
 

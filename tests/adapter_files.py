@@ -116,9 +116,9 @@ def write_base(folder: Path, *shards: dict[str, tuple[int, ...]]) -> Path:
     folder.mkdir(parents=True)
     for name in ("config.json", "tokenizer.json"):
         (folder / name).write_text("{}")
-    for number, shard in enumerate(shards, 1):
-        save_file(
-            {name: np.zeros(shape, np.float32) for name, shape in shard.items()},
-            folder / f"model-{number}.safetensors",
-        )
+    files = {f"model-{number}.safetensors": shard for number, shard in enumerate(shards, 1)}
+    for file, shard in files.items():
+        save_file({name: np.zeros(shape, np.float32) for name, shape in shard.items()}, folder / file)
+    index = {"weight_map": {name: file for file, shard in files.items() for name in shard}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder

@@ -22,7 +22,7 @@ from ..adapters.adapter import (
 from ..adapters.library import Library
 from ..adapters.manifest import Manifest, utc_timestamp
 from ..errors import AdapterError, EventHandler, Notice, ignore_events
-from ..models.resolve import find_base, layer_sizes_in_files
+from ..models.resolve import find_adapter_base, find_base, layer_sizes_in_files
 
 
 def adopt(
@@ -62,11 +62,12 @@ def adopt(
     if not in_library:
         library.check_name_free(name, advice="choose another --name")
     check_weights_hash(adapter)
-    if base is None:
-        base, revision = adapter.base, revision or adapter.revision
-    if not base:
+    if base is not None:
+        base_files = find_base(base, revision, notify)
+    elif adapter.base:
+        base_files = find_adapter_base(adapter, revision, notify)
+    else:
         raise AdapterError(f"{adapter.path} does not name its base: give it with --base.")
-    base_files = find_base(base, revision, notify)
     adapter.check_shapes(layer_sizes_in_files(base_files, adapter))
     manifest = Manifest(created=utc_timestamp(), base=base_files.base_info(), weights=weights_info(adapter))
     if in_library:

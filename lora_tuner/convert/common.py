@@ -43,9 +43,18 @@ def format_number(value: float) -> str:
 
 
 def open_shared_base(adapters: Sequence[Adapter], options: ModelOptions) -> LoadedBase:
-    """Load the base in float32. Raises AdapterError if an adapter was trained on another."""
+    """Load the base in float32; weights saved in 8 or 4 bits are dequantized, with a notice.
+
+    Raises AdapterError if an adapter was trained on another.
+    """
     options.require_default("dtype", "load_in", why="the result is computed in float32")
-    base = loading.open_base(adapters[0], replace(options, dtype="float32", load_in="full"))
+    files = loading.base_for_adapter(adapters[0], options)
+    base = loading.load_base(files, replace(options, dtype="float32", load_in=files.quantization or "full"))
+    if base.load_in != "full":
+        options.notify(
+            Notice(f"The weights of {files.name} are saved in {base.load_in}: dequantized to float32.")
+        )
+        loading.dequantize(base)
     for adapter in adapters:
         lora.check_base(adapter, base, options)
     return base
@@ -82,7 +91,7 @@ def distinct_eval_sets(
 def encode_eval_sets(base: LoadedBase, sets: Sequence[EvalSet]) -> list[tokenization.TokenIds]:
     """Token ids of the rows of all sets; without any, some probe sequences to compare logits on."""
     rows = [row for eval_set in sets for row in evaluation.encode_held_out(base, eval_set.texts)]
-    return rows or list(tokenization.probe_sequences(len(base.tokenizer)))
+    return rows or list(base.probe_sequences())
 
 
 def verify_written(

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..adapters.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, Adapter
@@ -209,8 +210,13 @@ class Generator:
             )
 
     def check_fits_context(self, token_ids: list[int]) -> list[int]:
-        """Return the tokens of a prompt. Raises ContextLengthError when they leave no room in the
-        context."""
+        """Return the tokens of a prompt.
+
+        Raises:
+            ContextLengthError: they leave no room in the context.
+            BaseModelError: the embeddings of the base have no row for one of them.
+        """
+        self.base.check_token_ids([np.array(token_ids)])
         if len(token_ids) >= self.base.max_context:
             raise ContextLengthError(
                 f"The prompt has {len(token_ids):,} tokens, but {self.base.files.name} has a context of "

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers.pytorch_utils import Conv1D
 
 from ..adapters.adapter import Adapter
 from ..errors import AdapterError, MixedBatchError
 from ..models.delta import load_deltas
 from ..models.loading import LoadedBase
-from ..models.targets import LinearLayer, layer_sizes, linear_layers
+from ..models.lora import LinearLayer, layer_sizes, linear_layers
+from ..models.quantization import dense_weight
 
 LoraFactors = tuple[torch.Tensor, torch.Tensor]  # (ranks, in), (ranks, out)
 
@@ -88,7 +88,7 @@ class MultiLora:
             if delta.magnitude is None:
                 layers[module] = _LayerLora(lora_a, lora_b)
             else:
-                norm = (_dense_weight(self.layers[module]).float() + lora_b @ lora_a).norm(dim=1)
+                norm = (dense_weight(self.layers[module]).float() + lora_b @ lora_a).norm(dim=1)
                 scale = delta.magnitude.to(device) / norm
                 layers[module] = _LayerLora(lora_a, scale[:, None] * lora_b, scale - 1)
         return LoadedAdapter(layers)
@@ -230,15 +230,6 @@ class BatchedLora:
                     for stack, part in zip(stacks, parts, strict=True):
                         stack[slot, : len(part)] = part
                         stack[slot, len(part) :] = 0
-
-
-def _dense_weight(layer: LinearLayer) -> torch.Tensor:
-    """Return the weight of a linear layer, dequantized, as (out, in)."""
-    if type(layer.weight).__name__ in ("Params4bit", "Int8Params"):  # bitsandbytes'
-        from peft.utils.integrations import dequantize_module_weight
-
-        return dequantize_module_weight(layer)
-    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
 
 
 def _make_hook(rows: Sequence[_LayerLora | None]) -> HookFunction | None:

@@ -6,29 +6,24 @@ an error. Limit: nothing that a repo brings as code is ever run.
 
 import hashlib
 import json
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapters.adapter import Adapter
 from ..config import ModelOptions
-from ..errors import BaseModelError
-from . import fsdp, kernels, quantization
-from .memory import choose_precision
-from .resolve import BaseModelFiles, find_base, loading_errors, quiet_transformers
+from ..data import tokenization
+from ..data.tokenization import TokenIds
+from ..errors import BaseModelError, EventHandler, Notice
+from . import fsdp, kernels, memory, quantization
+from .resolve import BaseModelFiles, find_adapter_base, find_base, loading_errors, quiet_transformers
 
-NO_LIMIT = 2**31  # context length of a base without one
-# Names of the context length in configs. `max_length` and windows of attention are other things.
-_CONTEXT_NAMES = (
-    "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "max_seq_length",
-    "seq_length", "seq_len",
-)  # fmt: skip
+# transformers applies an adapter that lies in the folder of a base. Below a file there is none.
+_NO_ADAPTER = {"subfolder": "config.json"}
 _BNB_CPU_REPACKING = "support_avx512bf16_for_cpu"  # attribute of bitsandbytes' 4-bit layers
 
 
@@ -42,22 +37,38 @@ class LoadedBase:
     device: torch.device
     dtype: torch.dtype
     load_in: str = "full"  # or the quantization of its linear layers: 8bit, 4bit
-    max_context: int = field(init=False)  # longest sequence in tokens; very large where there is no limit
 
-    def __post_init__(self) -> None:
-        self.max_context = _find_context_length(self.model)
+    @property
+    def max_context(self) -> int:
+        """Longest sequence in tokens; a very large number where the config does not state it."""
+        return int(getattr(self.model.config, "max_position_embeddings", None) or 2**31)
 
     @property
     def vocab_size(self) -> int:
         """Number of token ids that the input embedding has rows for."""
         return len(self.model.get_input_embeddings().get_parameter("weight"))
 
+    def probe_sequences(self) -> tuple[TokenIds, TokenIds]:
+        """Two rows of token ids that both the tokenizer and the embeddings have."""
+        return tokenization.probe_sequences(min(len(self.tokenizer), self.vocab_size))
+
+    def check_token_ids(self, rows: Iterable[TokenIds]) -> None:
+        """Raise BaseModelError for a token that the embeddings have no row for."""
+        largest = max((int(tokenization.token_ids(row).max()) for row in rows if len(row)), default=0)
+        if largest >= self.vocab_size:
+            raise BaseModelError(
+                f"The token {self.tokenizer.convert_ids_to_tokens(largest)} has the id {largest:,}, but the embeddings "
+                f"of {self.files.name} have {self.vocab_size:,} rows: tokens were added to its tokenizer, and the model "
+                "was not resized. Use the tokenizer that it was trained with, or resize the model to that of now "
+                "(resize_token_embeddings) and train the new rows."
+            )
+
     @cached_property
     def eos_token_ids(self) -> frozenset[int]:
         """Token ids that end a text or a turn, of tokenizer and generation config."""
         configured = getattr(self.model.generation_config, "eos_token_id", None)
-        token_ids = configured if isinstance(configured, list) else [configured]
-        return frozenset({self.tokenizer.eos_token_id, *token_ids} - {None})
+        values = configured if isinstance(configured, list) else [configured]
+        return frozenset({self.tokenizer.eos_token_id, *(value for value in values if isinstance(value, int))})
 
     @cached_property
     def lm_head(self) -> kernels.ChunkedLMHead:
@@ -81,10 +92,9 @@ def open_base(adapter: Adapter | None, options: ModelOptions = ModelOptions()) -
 
 def base_for_adapter(adapter: Adapter | None, options: ModelOptions = ModelOptions()) -> BaseModelFiles:
     """Find the files of the base that `open_base` would load."""
-    base, revision = options.base, options.revision
-    if base is None and adapter is not None:
-        base, revision = adapter.base or None, revision or adapter.revision
-    return find_base(base, revision, options.notify)
+    if options.base is None and adapter is not None:
+        return find_adapter_base(adapter, options.revision, options.notify)
+    return find_base(options.base, options.revision, options.notify)
 
 
 def load_base(files: BaseModelFiles, options: ModelOptions = ModelOptions()) -> LoadedBase:
@@ -97,7 +107,7 @@ def load_base(files: BaseModelFiles, options: ModelOptions = ModelOptions()) -> 
         BaseModelError: the files are not a causal language model, lack weights, or do not fit into
             memory.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     device = choose_device(options.device)
     if options.dtype == "int8" and device.type != "cpu":
@@ -105,23 +115,41 @@ def load_base(files: BaseModelFiles, options: ModelOptions = ModelOptions()) -> 
     if options.dtype == "int8" and options.load_in not in ("auto", "full"):
         raise BaseModelError("--dtype int8 and --load-in both quantize the base: choose one.")
     tokenizer = load_tokenizer(files)
-    dtype, load_in = choose_precision(files, device, options.dtype, options.load_in, options.notify)
+    dtype, load_in = memory.choose_precision(files, device, options.dtype, options.load_in, options.notify)
+    if shards := sorted(files.folder.glob("shard-*-model-*.safetensors")):  # transformers prefers them
+        raise BaseModelError(f"{shards[0]} belongs to a distributed checkpoint: move such files elsewhere.")
     with quiet_transformers(), loading_errors(files):
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
+        config.transformers_weights = None  # only `model.safetensors` and its shards are the base
+        if files.quantization == "4bit":
+            config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
         model, loading_info = cast(
-            tuple[PreTrainedModel, dict[str, Collection[object]]],
+            tuple[PreTrainedModel, dict[str, Collection[Any]]],
             AutoModelForCausalLM.from_pretrained(
                 files.folder,
+                config=config,
+                adapter_kwargs=_NO_ADAPTER,
+                generation_config=_default_if_unusable(files, options.notify),
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
-                **_quantization_settings(load_in, dtype, device),
+                ignore_mismatched_sizes=True,  # refused below, with the tensor
+                **_quantization_settings(load_in, dtype, device, saved=load_in == files.quantization),
             ),
         )
-    if missing := sorted(map(str, [*loading_info["missing_keys"], *loading_info["mismatched_keys"]])):
+    for name, saved, configured in sorted(loading_info["mismatched_keys"]):
+        raise BaseModelError(
+            f"The weights of {files.name} contradict its config.json: {name} is {_dimensions(saved)}, not "
+            f"{_dimensions(configured)}. Restore the config.json that was saved with them; if tokens were added to the "
+            "model, its vocab_size is the number of rows of the embeddings."
+        )
+    if missing := sorted(map(str, loading_info["missing_keys"])):
         raise BaseModelError(
             f"The base {files.name} lacks weights, such as {missing[0]}: part of it would be random."
         )
+    if files.quantization is not None:
+        quantization.cast_unquantized(model, dtype)
     model.loss_type = "ForCausalLM"  # GPT-2's is None, which causes a warning at every use
     model.requires_grad_(False)
     kernels.fuse_modules(model)
@@ -176,58 +204,55 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _find_context_length(model: PreTrainedModel) -> int:
-    """Longest sequence in tokens: by the table of learned positions, else by the config."""
-    config = model.config.get_text_config()
-    stated = [getattr(config, name, None) for name in _CONTEXT_NAMES]
-    limit = next((value for value in stated if isinstance(value, int) and value > 0), NO_LIMIT)
-    tables = _PositionTables()
-    vocabulary = model.get_input_embeddings().get_parameter("weight")
-    if sum(isinstance(module, torch.nn.Embedding) for module in model.modules()) > 1:
-        # Ids that do not ascend, as positions do.
-        token_ids = torch.tensor([[3, 1, 2]], device=vocabulary.device) + len(vocabulary) // 2
-        with quiet_transformers(), torch.no_grad(), tables:
-            model(input_ids=token_ids, use_cache=False)
-    return min(tables.lengths, default=limit)
-
-
-class _PositionTables(TorchFunctionMode):
-    """Lengths of the embeddings that are looked up at ascending positions, less where they begin.
-
-    OPT, BART and RoBERTa begin at a row other than 0.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lengths: list[int] = []
-
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if function is F.embedding:
-            rows, weight = args[0].flatten().tolist(), args[1]
-            if rows == [rows[0], rows[0] + 1, rows[0] + 2]:
-                self.lengths.append(len(weight) - rows[0])
-        return function(*args, **(kwargs or {}))
-
-
 def _available_devices() -> list[str]:
     """Kinds of devices on this machine, the fastest last."""
     available = {"cpu": True, "mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
     return [name for name, present in available.items() if present]
 
 
-def _quantization_settings(load_in: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for LLM.int8() or QLoRA's NF4.
+def _default_if_unusable(files: BaseModelFiles, notify: EventHandler) -> GenerationConfig | None:
+    """An empty generation config, with a notice, where transformers rejects that of the base; else
+    None."""
+    try:
+        GenerationConfig.from_pretrained(files.folder)
+    except OSError:  # there is none
+        return None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        notify(
+            Notice(f"The generation_config.json of {files.name} is ignored, because it is not valid: {reason}")
+        )
+        return GenerationConfig()
+    return None
+
+
+def dequantize(base: LoadedBase) -> None:
+    """Turn a base with weights in 8 or 4 bits into one with the same weights in float32.
+
+    Raises:
+        BaseModelError: they do not fit into memory.
+    """
+    memory.check_full_weights_fit(base.files, base.device)
+    quantization.dequantize_bitsandbytes(base.model)
+    base.load_in = "full"
+
+
+def _dimensions(shape: Iterable[int]) -> str:
+    return " x ".join(f"{size:,}" for size in shape)
+
+
+def _quantization_settings(
+    load_in: str, dtype: torch.dtype, device: torch.device, *, saved: bool
+) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for LLM.int8() or QLoRA's NF4; saved weights keep their own
+    settings.
 
     Source: Dettmers et al., 2022, arXiv:2208.07339, and 2023, arXiv:2305.14314.
     """
     if load_in == "full":
         return {}
+    if saved:
+        return {"device_map": {"": device}}
     settings = BitsAndBytesConfig(
         load_in_8bit=load_in == "8bit",
         load_in_4bit=load_in == "4bit",

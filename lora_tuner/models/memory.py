@@ -48,6 +48,9 @@ def choose_precision(
         BaseModelError: nothing fits, or the settings cannot be combined here.
     """
     sharded = fsdp.shard_count() > 1
+    if files.quantization is not None:
+        _check_saved_quantization(files, dtype, load_in, sharded=sharded)
+        load_in = files.quantization
     if load_in not in ("auto", "full") and sharded:
         raise BaseModelError(f"--load-in {load_in} cannot be combined with FSDP: choose one.")
     dtypes = [choose_dtype(dtype, device)]
@@ -83,6 +86,24 @@ def choose_precision(
     raise BaseModelError(f"{_too_large(files, candidates[-1], free)}: {advice}.")
 
 
+def _check_saved_quantization(files: BaseModelFiles, dtype: str, load_in: str, *, sharded: bool) -> None:
+    """Raise BaseModelError unless quantized weights can be loaded here, with these settings."""
+    saved = f"The weights of {files.name} are saved in {files.quantization}"
+    if files.quantization not in ("8bit", "4bit"):
+        raise BaseModelError(
+            f"{saved}, and only those of bitsandbytes (8bit, 4bit) can be loaded: use the model from which they were "
+            "quantized, with --load-in 4bit if it is too large."
+        )
+    if load_in not in ("auto", files.quantization):
+        raise BaseModelError(f"{saved}, so they cannot be loaded with --load-in {load_in}: leave it out.")
+    if dtype == "int8":
+        raise BaseModelError(f"{saved}, so they cannot be loaded with --dtype int8: leave it out.")
+    if sharded:
+        raise BaseModelError(f"{saved}, which cannot be combined with FSDP: use one process, or another base.")
+    if find_spec("bitsandbytes") is None:
+        raise BaseModelError(f"{saved}, which needs bitsandbytes: pip install bitsandbytes; or use another base.")
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Resolve the name of a dtype.
 
@@ -115,6 +136,13 @@ def free_memory(device: torch.device) -> int:
     return max(min([int(psutil.virtual_memory().available), *_free_in_cgroups()]), 0)
 
 
+def check_full_weights_fit(files: BaseModelFiles, device: torch.device) -> None:
+    """Raise BaseModelError unless all weights fit into the free memory in float32."""
+    precision = (torch.float32, "full")
+    if _weight_bytes(files, *precision) > (free := free_memory(device)):
+        raise BaseModelError(f"{_too_large(files, precision, free)}: choose a smaller base.")
+
+
 def _free_in_cgroups() -> Iterator[int]:
     """Free bytes in each Linux control group that this process belongs to and that has a limit."""
     try:
@@ -142,9 +170,15 @@ def _weight_bytes(files: BaseModelFiles, dtype: torch.dtype, load_in: str) -> in
 
     Quantization and FSDP leave embeddings and head as they are.
     """
-    block_itemsize = _WEIGHT_SHARE.get(load_in, dtype.itemsize) / fsdp.shard_count()
+    saved = load_in == files.quantization
+    block_itemsize = (
+        dtype.itemsize if saved else _WEIGHT_SHARE.get(load_in, dtype.itemsize)
+    ) / fsdp.shard_count()
     total = 0.0
     for name, shape in files.shapes.items():
+        if saved and name in files.quantized_bytes:
+            total += files.quantized_bytes[name]
+            continue
         in_block = not _EMBEDDING.search(name) and (load_in == "full" or len(shape) == 2)
         total += math.prod(shape) * (block_itemsize if in_block else dtype.itemsize)
     return int(total)

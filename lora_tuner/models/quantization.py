@@ -6,14 +6,19 @@ weights, is for draft models only, whose tokens float32 or int8 verifies. Limit:
 product is for few rows; for more, weights are dequantized on the fly.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .resolve import mark_dequantized
+
 MAX_INT8_ROWS = 16  # above, torch's int8 product is slower than dequantizing the weights
 GROUP_SIZE = 32  # weights that share a scale in int4
+_REPLACED_CLASS = "source_cls"  # attribute of the layers that transformers replaced by bitsandbytes' ones
 
 
 class Int8Linear(nn.Module):
@@ -35,6 +40,46 @@ class Int8Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = int8_linear(x.reshape(-1, self.in_features), self.int8_weight, self.scale, self.bias)
         return flat.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+def dense_weight(layer: Any) -> torch.Tensor:
+    """Weight of a linear layer as (out, in); dequantized, also from bitsandbytes' 8 or 4 bits."""
+    if type(layer.weight).__name__ in ("Params4bit", "Int8Params"):
+        from peft.utils.integrations import dequantize_module_weight
+
+        return dequantize_module_weight(layer)
+    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+
+
+def cast_unquantized(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast what bitsandbytes has not quantized. transformers leaves some of it as it was saved."""
+    for module in model.modules():
+        if not hasattr(module, _REPLACED_CLASS):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
+
+
+def dequantize_bitsandbytes(model: PreTrainedModel) -> None:
+    """Replace all 8- and 4-bit layers of bitsandbytes by plain ones with weights in float32."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, _REPLACED_CLASS):
+            model.set_submodule(name, _plain_layer(module))
+    mark_dequantized(model)
+
+
+def _plain_layer(module: Any) -> nn.Linear | Conv1D:
+    """The nn.Linear, or GPT-2's Conv1D, with the dequantized weight of a bitsandbytes layer."""
+    weight = dense_weight(module).detach().float()
+    out_features, in_features = weight.shape
+    layer: nn.Linear | Conv1D
+    with torch.device("meta"):
+        if issubclass(getattr(module, _REPLACED_CLASS), Conv1D):
+            layer, weight = Conv1D(out_features, in_features), weight.T.contiguous()
+        else:
+            layer = nn.Linear(in_features, out_features, bias=module.bias is not None)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = module.bias
+    return layer
 
 
 def quantize_int8(model: PreTrainedModel) -> None:

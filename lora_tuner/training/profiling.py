@@ -127,7 +127,7 @@ def step_memory(inputs: TrainingInputs, model: PeftModel) -> tuple[int, int]:
     the activations are the inputs of all blocks and everything inside one block.
     """
     base = inputs.base
-    rows = tokenization.probe_sequences(len(base.tokenizer))
+    rows = base.probe_sequences()
     blocks: list[Any] = [
         block for block in model.modules() if getattr(block, "gradient_checkpointing", None) is True
     ]
@@ -138,8 +138,7 @@ def step_memory(inputs: TrainingInputs, model: PeftModel) -> tuple[int, int]:
     for block in blocks:
         block.gradient_checkpointing = True
     if blocks:
-        hidden_size = base.model.config.get_text_config().hidden_size
-        per_token = per_token / len(blocks) + len(blocks) * hidden_size * base.dtype.itemsize
+        per_token = per_token / len(blocks) + len(blocks) * model.config.hidden_size * base.dtype.itemsize
     count = len(inputs.sequences)
     longest = max(sum(map(len, inputs.sequences[index])) for index in range(count))
     tokens = min(inputs.batch_size, count) * longest

@@ -80,8 +80,6 @@ class TrainingSetup(TrainingInputs):
                 load_in=self.base.load_in,
                 threads=torch.get_num_threads(),
                 processes=distributed.world_size(),
-                coverage=self.targets.coverage,
-                not_adapted=self.targets.not_adapted,
             ),
             versions=lora.library_versions(),
         )
@@ -159,12 +157,10 @@ def _add_lora(requested: TrainConfig, inputs: TrainingInputs, notify: EventHandl
             )
         )
     set_seed(requested.seed)
-    model = lora.add_lora(inputs.base, requested, inputs.parent, inputs.targets)
+    model = lora.add_lora(inputs.base, requested, inputs.parent)
     if inputs.method == "eva":
         notify(Progress("computing activations for EVA", 0, 1))
     initialization.initialize(inputs.base, model, requested, inputs.sequences)
-    if inputs.targets.not_adapted:
-        notify(Notice(f"LoRA covers {inputs.targets}."))
     trained, frozen = lora.count_parameters(model)
     notify(
         Notice(

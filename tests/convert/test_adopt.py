@@ -334,13 +334,23 @@ def test_failed_adopt_changes_nothing(workspace, library, spoil):
             "available without the Hub; a local folder works too.",
         ),
         ("/nowhere/base", HubError, "'/nowhere/base' is neither a local folder nor a Hub id (owner/name)."),
-        ("theirs", BaseModelError, "The folder theirs is not a model: it has no config.json."),
+        (
+            "theirs",
+            BaseModelError,
+            "The folder theirs is not a model: it has no config.json, it holds an adapter. Name that with --adapter, and its "
+            "base with --base.",
+        ),
     ],
 )
 @pytest.mark.parametrize("source", ["config", "option"])
 def test_adopt_missing_base_changes_nothing(workspace, library, base, kind, message, source):
     adapter_files.write(workspace / "theirs", {"base_model_name_or_path": base if source == "config" else "base"})
     before = tree(workspace)
+    if source == "config":
+        message = (
+            f"theirs was trained on the base {base} (named in its adapter_config.json), which cannot be used here: "
+            f"{message} Name a copy of it with --base."
+        )
     assert refusal(adopt, library, "theirs", base=base if source == "option" else None, kind=kind) == message
     assert tree(workspace) == before
 

@@ -3,18 +3,21 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
-from lora_tuner import ModelOptions, Notice
+from lora_tuner import Generator, Library, ModelOptions, Notice, train
+from lora_tuner.cli.app import app
 from lora_tuner.errors import BaseModelError, HubError
-from lora_tuner.models import loading, resolve
+from lora_tuner.models import loading, lora, resolve
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
 
-from .. import tiny_models
+from .. import adapter_files, tiny_models
 
 WEIGHTS = "model.safetensors"
 
@@ -218,3 +221,176 @@ def test_shapes_ignore_duplicate_weight_files(gpt2, tmp_path):
         tmp_path / "base" / "consolidated.safetensors",
     )
     assert find_base(str(tmp_path / "base")).shapes == once
+
+
+def add_side_files(folder, module, size):
+    """Put files beside the weights of a base that are not part of it: an adapter that would change every logit, other
+    weights, code, state of a training run, tokenizers of another kind."""
+    factors = {"A": np.full((4, size[0]), 0.1, np.float32), "B": np.full((size[1], 4), 0.1, np.float32)}
+    adapter = {f"base_model.model.{module}.lora_{part}.weight": values for part, values in factors.items()}
+    adapter_files.write(folder, {"target_modules": [module.rpartition(".")[2]]}, adapter)
+    tensors = load_file(folder / WEIGHTS)
+    twice = {name: 2 * tensor for name, tensor in tensors.items()}
+    for name in ("consolidated.safetensors", "model.fp16.safetensors", "model-00001-of-00001.safetensors"):
+        save_file(twice, folder / name, metadata={"format": "pt"})
+    torch.save(twice, folder / "pytorch_model.bin")
+    names = [*twice]
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")})
+    )
+    for name in (
+        "adapter_model.bin",
+        "training_args.bin",
+        "optimizer.pt",
+        "tokenizer.model",
+        "tekken.json",
+        "vocab.txt",
+    ):
+        (folder / name).write_text("{}")
+    (folder / "quantize_config.json").write_text('{"bits": 4}')
+    (folder / "vocab.json").write_text('{"a": 0, "b": 1}')
+    (folder / "merges.txt").write_text("#version: 0.2\na b\n")
+    (folder / "generation_config.json").write_text('{"cache_implementation": "none of these"}')
+    for name in ("modeling_llama.py", "custom_generate/generate.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("raise SystemExit('the code of a base was run')")
+
+
+@pytest.mark.parametrize("from_hub", [False, True])
+def test_side_files_of_a_base_change_nothing(tmp_path, model_folder, monkeypatch, from_hub):
+    plain = load_base(find_base(str(model_folder)), ModelOptions(device="cpu"))
+    if from_hub:
+        cached = tmp_path / "models--owner--name"
+        folder = cached / "snapshots" / ("0" * 40)
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text("0" * 40)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    else:
+        folder = tmp_path / "base"
+    shutil.copytree(model_folder, folder)
+    add_side_files(folder, *next(iter(lora.layer_sizes(lora.linear_layers(plain.model)).items())))
+    name, notices = "owner/name" if from_hub else "base", []
+    options = ModelOptions(base=name, device="cpu", notify=lambda notice: notices.append(notice.text))
+    base = loading.open_base(None, options)
+    ids = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(base.model(ids).logits, plain.model(ids).logits)
+    assert not hasattr(base.model, "peft_config")
+    assert base.files.fingerprint == plain.files.fingerprint
+    assert (base.tokenizer_hash, base.eos_token_ids) == (plain.tokenizer_hash, plain.eos_token_ids)
+    assert (
+        notices[0] == f"The adapter files in the base {name} are ignored: --adapter or --from names an adapter."
+    )
+    assert notices[1].startswith(f"The generation_config.json of {name} is ignored, because it is not valid: ")
+    assert len(notices) == 2
+
+
+def test_folder_with_only_an_adapter_is_no_base(tmp_path, gpt2):
+    adapter_files.write(tmp_path / "lora")
+    advice = "it holds an adapter. Name that with --adapter, and its base with --base."
+    with pytest.raises(BaseModelError) as error:
+        find_base("lora")
+    assert str(error.value) == f"The folder lora is not a model: it has no config.json, {advice}"
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):  # some tools add these
+        shutil.copyfile(gpt2 / name, tmp_path / "lora" / name)
+    with pytest.raises(BaseModelError) as error:
+        find_base("lora")
+    assert str(error.value) == f"The folder lora is not a model: it has no safetensors weights, {advice}"
+
+
+def test_parts_of_distributed_checkpoint_are_refused(tmp_path, gpt2):
+    """transformers would load them instead of the weights."""
+    shutil.copytree(gpt2, tmp_path / "base")
+    shutil.copyfile(gpt2 / WEIGHTS, tmp_path / "base" / "shard-00000-model-00001-of-00001.safetensors")
+    with pytest.raises(
+        BaseModelError, match=r"shard-00000-model-00001-of-00001\.safetensors belongs to a distributed"
+    ):
+        load_base(find_base("base"), ModelOptions(device="cpu"))
+
+
+def test_weights_that_contradict_config_are_named(tmp_path, model_folder):
+    """Tokens were added, and config.json is the one of before."""
+    shutil.copytree(model_folder, tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    model.resize_token_embeddings(322)
+    model.save_pretrained(tmp_path / "base")
+    base = load_base(find_base("base"), ModelOptions(device="cpu"))
+    assert base.vocab_size == 322
+    shutil.copyfile(model_folder / "config.json", tmp_path / "base" / "config.json")
+    with pytest.raises(BaseModelError) as error:
+        load_base(find_base("base"), ModelOptions(device="cpu"))
+    assert str(error.value).startswith("The weights of base contradict its config.json: ")
+    assert " is 322 x 32, not 320 x 32. Restore the config.json that was saved with them" in str(error.value)
+
+
+@pytest.fixture
+def unresized(tmp_path, model_folder):
+    """A base with more tokens in its tokenizer than rows in its embeddings."""
+    folder = Path(shutil.copytree(model_folder, tmp_path / "unresized"))
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.add_tokens(["<rare>", "actor"])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_token_without_embedding_is_named(unresized, settings):
+    expected = (
+        f"The token actor has the id 321, but the embeddings of {unresized} have 320 rows: tokens were added to its "
+        "tokenizer, and the model was not resized."
+    )
+    generator = Generator(options=ModelOptions(base=str(unresized), device="cpu"))
+    with pytest.raises(BaseModelError) as error:
+        generator.generate("the actor")
+    assert str(error.value).startswith(expected)
+    with pytest.raises(BaseModelError) as error:
+        train(settings(base=str(unresized)))
+    assert str(error.value).startswith(expected)
+
+
+@pytest.mark.slow
+def test_unused_tokens_without_embeddings_are_harmless(unresized, settings, tmp_path):
+    rows = [text.replace("actor", "writer") for text in tiny_models.reviews(40)]
+    (tmp_path / "rows.txt").write_text("\n".join(rows))
+    adapter = train(settings(base=str(unresized), dataset="rows.txt", max_steps=2))
+    assert adapter.manifest.run.steps == 2
+
+
+@pytest.mark.parametrize(
+    "base", ["/nowhere/base", "~/nowhere/base", "../base", "models/base", "gone", "C:\\models\\base", "a/b/c"]
+)
+@pytest.mark.parametrize("manifest", [True, False])
+def test_missing_base_is_named_with_its_adapter(tmp_path, base, manifest):
+    facts = adapter_files.manifest()
+    facts = facts.model_copy(update={"base": facts.base.model_copy(update={"name": base, "revision": None})})
+    config = {"base_model_name_or_path": base}
+    adapter_files.write(tmp_path / "adapters" / "mine", config, facts=facts if manifest else None)
+    adapter = Library().get("mine")
+    with pytest.raises((BaseModelError, HubError)) as error:
+        loading.open_base(adapter, ModelOptions(device="cpu"))
+    source = "manifest.json" if manifest else "adapter_config.json"
+    assert str(error.value).startswith(
+        f"mine was trained on the base {base} (named in its {source}), which cannot be used here: "
+    )
+    assert base in str(error.value).partition(": ")[2]
+    assert str(error.value).endswith(" Name a copy of it with --base.")
+
+
+def test_missing_base_is_replaced_by_a_copy(tmp_path, gpt2, settings):
+    shutil.copytree(gpt2, tmp_path / "first")
+    adapter = train(settings(base="first", max_steps=1))
+    (tmp_path / "first").rename(tmp_path / "second")
+    for arguments in (
+        ["generate", "the actor", "--adapter", "reviews"],
+        ["compare", "the actor", "--adapter", "reviews"],
+        ["evaluate", "reviews"],
+        ["merge", "reviews", "--out", "merged"],
+        ["export", "reviews", "--out", "out.gguf"],
+    ):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 1
+        line = result.stderr.splitlines()[-1]
+        assert line.startswith(
+            "Error: reviews was trained on the base first (named in its manifest.json), which"
+        ), line
+    base = loading.open_base(adapter, ModelOptions(base="second", device="cpu"))
+    lora.check_base(adapter, base)
