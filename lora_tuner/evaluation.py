@@ -20,9 +20,10 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 
 from . import atomic_io, distributed
-from .adapters.adapter import SCALING_KEYS, WEIGHTS_FILE, Adapter
+from .adapters.adapter import WEIGHTS_FILE, Adapter
 from .adapters.library import check_distinct_names
 from .adapters.manifest import EvalResult
+from .adapters.peft_config import SCALING_KEYS
 from .config import HELD_OUT_MAX_TOKENS, ModelOptions, TrainConfig
 from .data import packing, tokenization
 from .data.dataset import load_eval_dataset

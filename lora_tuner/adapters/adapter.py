@@ -1,15 +1,14 @@
 """The adapter folder: reading it and checking it. Never imports torch.
 
-An adapter is a regular PEFT folder plus `manifest.json`, which records its origin. Some settings of
-a PEFT config change the base model on load, so keys and values are checked against a list of safe
-ones, and the adapted layers are taken from the tensor names instead of the config's patterns.
+An adapter is a regular PEFT folder plus `manifest.json`, which records its origin. The adapted
+layers are taken from the tensor names instead of the config's patterns; `peft_config` checks the
+other settings.
 """
 
 import json
 import math
 import os
 import re
-import reprlib
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,42 +19,23 @@ from typing import Any
 from pydantic import ValidationError
 
 from .. import atomic_io, safetensors_header
-from ..config import MAX_ALPHA, MAX_RANK, NAME_PATTERN
+from ..config import NAME_PATTERN
 from ..errors import AdapterError
+from . import other_formats, peft_config
 from .manifest import Manifest, ParentInfo, WeightsInfo
+from .peft_config import CONFIG_FILE as CONFIG_FILE
+from .peft_config import WEIGHTS_FILE as WEIGHTS_FILE
 
-WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 MANIFEST_FILE, RUN_FILE, CARD_FILE = "manifest.json", "run.yaml", "README.md"
 METRICS_FILE, LOSS_PLOT_FILE, SPECTRUM_FILE = "metrics.jsonl", "loss.png", "spectrum.png"
-SCALING_KEYS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-MAX_PATTERNS = 1_000
-_MAX_PATTERN_MATCHES = 500_000  # pattern keys times layers: every key is tried on every layer
+_MAX_PATTERN_MATCHES = 300_000  # pattern keys times layers: every key is tried on every layer
 _MAX_JSON_BYTES = 1_000_000  # of a config or manifest; parsed, it can take thirty times the memory
 _TENSOR = re.compile(
     r"base_model\.model\.(?P<module>(?=.{1,260}$)\w+(?:\.\w+){0,19})\."
     r"(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)",
     re.ASCII,
 )
-_PATTERN_KEY = re.compile(r"[\^A-Za-z0-9_.\\$]{1,200}")
 _DTYPES = ("F16", "BF16", "F32", "F64")
-_CONFIG_TYPES: dict[str, tuple[type, ...]] = {
-    "r": (int,),
-    "target_modules": (list, str),
-    **dict.fromkeys(("lora_alpha", "lora_dropout"), (int, float)),
-    **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode"), (bool,)),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
-    **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version"), (str,)),
-}
-_CONFIG_VALUES: dict[str, tuple[object, ...]] = {
-    "peft_type": ("LORA",),
-    "task_type": ("CAUSAL_LM",),
-    "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
-    "megatron_core": ("megatron.core",),
-    "qalora_group_size": (16,),
-}
-_short_repr = reprlib.Repr()  # for values that may be long or deeply nested
-_short_repr.maxstring, _short_repr.maxother, _short_repr.maxlong = 200, 200, 420
 
 
 @dataclass(frozen=True)
@@ -84,6 +64,12 @@ class Adapter:
     def modules(self) -> list[str]:
         """Full names of the adapted layers in the base, such as `transformer.h.0.attn.c_attn`."""
         return sorted({match["module"] for name in self.tensors if (match := _TENSOR.fullmatch(name))})
+
+    @property
+    def ignored_note(self) -> str:
+        """A sentence, after a space, about settings that change nothing once the tensors are there."""
+        ignored = peft_config.ignored_settings(self.config)
+        return f" Ignored, as its tensors say it all: {', '.join(ignored)}." if ignored else ""
 
     @property
     def targets(self) -> list[str]:
@@ -123,14 +109,22 @@ class Adapter:
         divisor = math.sqrt(rank) if self.config.get("use_rslora") else rank
         return float(self.config["lora_alpha"] if alpha is None else alpha) / divisor
 
+    def layer_patterns(self) -> dict[str, dict[str, float]]:
+        """`rank_pattern` and `alpha_pattern` with the names of the adapted layers as keys: PEFT
+        would match a stranger's expressions without a limit of time."""
+        names = sorted(self.modules, key=len, reverse=True)  # the first key that matches a name's end counts
+        patterns: dict[str, dict[str, float]] = {}
+        for setting in ("rank_pattern", "alpha_pattern"):
+            values = {module: self._pattern_value(setting, module) for module in names}
+            patterns[setting] = {module: value for module, value in values.items() if value is not None}
+        return patterns
+
     def _pattern_value(self, setting: str, module: str) -> float | None:
         """Value of the first key that matches the end of a layer's name, as in PEFT."""
         if (setting, module) not in self._pattern_values:
-            expression, values = self._patterns[setting]
-            match = expression.match(module)
-            # The keys contain no groups of their own.
-            value = values[match.lastindex - 1] if match and match.lastindex else None
-            self._pattern_values[setting, module] = value
+            index = self._matchers[setting].first_match(module)
+            values = list((self.config.get(setting) or {}).values())
+            self._pattern_values[setting, module] = None if index is None else values[index]
         return self._pattern_values[setting, module]
 
     @cached_property
@@ -139,14 +133,12 @@ class Adapter:
         return {}
 
     @cached_property
-    def _patterns(self) -> dict[str, tuple[re.Pattern[str], list[float]]]:
-        """The keys of each pattern setting as one regular expression, and their values."""
-        patterns = {}
+    def _matchers(self) -> dict[str, peft_config.PatternMatcher]:
+        matchers = {}
         for setting in ("rank_pattern", "alpha_pattern"):
-            values = self.config.get(setting) or {}
-            expression = "|".join(rf"(?:.*\.)?({key})$" for key in values)
-            patterns[setting] = re.compile(expression or "(?!)"), list(values.values())
-        return patterns
+            keys = self.config.get(setting) or {}
+            matchers[setting] = peft_config.PatternMatcher(map(peft_config.layer_expression, keys))
+        return matchers
 
     def layer_size(self, module: str) -> tuple[int, int]:
         """(in, out) of the base's layer that `module` adapts."""
@@ -200,18 +192,19 @@ def load_adapter_folder(path: Path) -> Adapter:
     """
     if not path.is_dir():
         raise AdapterError(f"There is no adapter folder {path}.")
+    complete = all(os.path.lexists(path / name) for name in (CONFIG_FILE, WEIGHTS_FILE))
+    if not complete and (reason := other_formats.explain_folder(path)):
+        raise AdapterError(f"{path} {reason}.")
     config = _read_json(path / CONFIG_FILE)
     if not isinstance(config, dict):
         raise AdapterError(f"{path / CONFIG_FILE}: it is not a JSON object.")
-    if problems := _config_problems(config):
+    if problems := peft_config.config_problems(config):
         raise AdapterError(f"{path / CONFIG_FILE}: {_join_problems(problems, 10)}.")
     try:
         header, _ = safetensors_header.read_safetensors_header(path / WEIGHTS_FILE)
         size = sum((path / name).stat().st_size for name in (WEIGHTS_FILE, CONFIG_FILE))
     except FileNotFoundError as error:
-        raise AdapterError(
-            f"{path} has no {WEIGHTS_FILE}: it is incomplete or not an adapter (pickled weights are not read)."
-        ) from error
+        raise AdapterError(f"{path} has no {WEIGHTS_FILE}: it is incomplete or not an adapter.") from error
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path / WEIGHTS_FILE}: {error}. Copy it again from its source.") from error
     tensors = {name: (dtype, tuple(shape)) for name, (dtype, shape, _, _) in header.items()}
@@ -326,69 +319,13 @@ def _read_json(path: Path) -> object:
         raise AdapterError(f"{path} is not readable as JSON: {error}.") from error
 
 
-def _config_problems(config: Mapping[str, object]) -> list[str]:
-    """Settings that are invalid, or that do more than add low-rank updates to named layers."""
-    problems = [f"{key} is missing" for key in ("peft_type", "r", "lora_alpha") if config.get(key) is None]
-    for key, value in config.items():
-        if value is None or (value in ({}, [], False) and key not in _CONFIG_TYPES):
-            continue  # unset, which is always safe
-        if key in _CONFIG_VALUES:
-            if value not in _CONFIG_VALUES[key]:
-                accepted = " or ".join(map(repr, _CONFIG_VALUES[key]))
-                problems.append(f"{key} is {_short_repr.repr(value)}, and only {accepted} is accepted")
-        elif key not in _CONFIG_TYPES:
-            problems.append(f"{key} is set, which is not supported")
-        elif not isinstance(value, _CONFIG_TYPES[key]) or (
-            isinstance(value, bool) and bool not in _CONFIG_TYPES[key]
-        ):
-            problems.append(
-                f"{key} is {_short_repr.repr(value)}, which has the wrong type {type(value).__name__}"
-            )
-    rank_pattern, alpha_pattern = (
-        _pattern_entries(config, "rank_pattern"),
-        _pattern_entries(config, "alpha_pattern"),
-    )
-    for key, entries in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
-        if len(entries) > MAX_PATTERNS:  # each is tried on each layer
-            return [*problems, f"{key} has {len(entries):,} keys, and at most {MAX_PATTERNS:,} are accepted"]
-    ranks = {"r": config.get("r")} | rank_pattern
-    problems += [
-        f"{key} is {_short_repr.repr(rank)}, and a rank is a whole number from 1 to {MAX_RANK}"
-        for key, rank in ranks.items()
-        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK
-    ]
-    alphas = {"lora_alpha": config.get("lora_alpha")} | alpha_pattern
-    problems += [
-        f"{key} is {_short_repr.repr(alpha)}, and an alpha is a number up to {MAX_ALPHA}"
-        for key, alpha in alphas.items()
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not -MAX_ALPHA <= alpha <= MAX_ALPHA
-    ]
-    for key in ranks | alphas:
-        pattern, dot, name = key.partition(".")
-        if dot and not _is_pattern(name):
-            problems.append(f"{pattern} has the key {_short_repr.repr(name)}, which is not a layer name")
-    return problems
-
-
-def _is_pattern(name: str) -> bool:
-    """Check a layer name that PEFT uses as a regular expression: it must contain no repetition."""
-    if not _PATTERN_KEY.fullmatch(name):
-        return False
-    try:
-        re.compile(name)
-    except re.error:
-        return False
-    return True
-
-
-def _pattern_entries(config: Mapping[str, object], key: str) -> dict[str, object]:
-    pattern = config.get(key)
-    return {f"{key}.{name}": value for name, value in pattern.items()} if isinstance(pattern, dict) else {}
-
-
 def _tensor_problems(adapter: Adapter) -> list[str]:
     """Tensors that are not LoRA weights, are incomplete, or contradict the config."""
-    problems = [f"{name} is not a LoRA tensor" for name in adapter.tensors if not _TENSOR.fullmatch(name)]
+    problems = [
+        f"{name} is not a LoRA tensor{other_formats.describe_tensor(name)}"
+        for name in adapter.tensors
+        if not _TENSOR.fullmatch(name)
+    ]
     problems += [
         f"{name} has dtype {dtype}" for name, (dtype, _) in adapter.tensors.items() if dtype not in _DTYPES
     ]
@@ -397,6 +334,11 @@ def _tensor_problems(adapter: Adapter) -> list[str]:
     keys = max(len(adapter.config.get(key) or {}) for key in ("rank_pattern", "alpha_pattern"))
     if keys * len(adapter.modules) > _MAX_PATTERN_MATCHES:
         return [f"{len(adapter.modules):,} layers are too many for the {keys:,} pattern keys in {CONFIG_FILE}"]
+    try:
+        for module in adapter.modules:
+            adapter.scale_of(module)
+    except TimeoutError:
+        return [f"the patterns in {CONFIG_FILE} take too long to match: name the layers instead"]
     dora = bool(adapter.config.get("use_dora"))
     for module in adapter.modules:
         prefix = f"base_model.model.{module}.lora_"

@@ -15,6 +15,7 @@ from typing import TypeVar
 from .. import atomic_io
 from ..config import NAME_PATTERN
 from ..errors import AdapterError
+from . import other_formats
 from .adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -84,6 +85,8 @@ class Library:
             return read_consistently(self.path / text, function)
         if Path(text).is_dir():
             return read_consistently(Path(text), function)
+        if Path(text).is_file():
+            raise AdapterError(f"{text} {other_formats.explain_file(Path(text))}.")
         existing = ", ".join(self.names()) or "none yet"
         raise AdapterError(f"There is no adapter '{text}', neither in {self.path} ({existing}) nor as a path.")
 

@@ -79,6 +79,7 @@ def adopt(
     notify(
         Notice(
             f"{name} fits {base_files.name} by its layer sizes; it cannot be verified that it was trained on it."
+            f"{adapter.ignored_note}"
         )
     )
     return library.get(name)

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
-from ..adapters.adapter import CONFIG_FILE, SCALING_KEYS, WEIGHTS_FILE, Adapter, check_weights_hash
+from ..adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, check_weights_hash
+from ..adapters.peft_config import SCALING_KEYS
 from ..config import ModelOptions, TrainConfig
 from ..errors import AdapterError, ConfigError, Notice, WrongBaseError
 from . import kernels
@@ -177,6 +178,7 @@ def load_lora(model: PreTrainedModel, adapter: Adapter, adapter_name: str, **ove
             for key in (*SCALING_KEYS, "fan_in_fan_out")
             if adapter.config.get(key) is not None
         },
+        **adapter.layer_patterns(),
         **overrides,
     }
     with quiet_transformers(), torch.random.fork_rng():
@@ -252,7 +254,10 @@ def check_base_files(
     """
     if adapter.manifest is None:
         options.notify(
-            Notice(f"{adapter.name} has no manifest, so only its shapes can be compared with {files.name}.")
+            Notice(
+                f"{adapter.name} has no manifest, so only its shapes can be compared with {files.name}."
+                f"{adapter.ignored_note}"
+            )
         )
         return
     trained_on = adapter.manifest.base

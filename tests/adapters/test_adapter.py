@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_tuner import atomic_io
+from lora_tuner.adapters import peft_config
 from lora_tuner.adapters.adapter import (
     CARD_FILE,
     CONFIG_FILE,
@@ -21,13 +22,13 @@ from lora_tuner.adapters.adapter import (
     WEIGHTS_FILE,
     Adapter,
     _all_finite,
-    _is_pattern,
     check_weights_hash,
     load_adapter_folder,
     validate_name,
     verify_adapter,
 )
 from lora_tuner.adapters.manifest import Manifest, ParentInfo, WeightsInfo, utc_timestamp
+from lora_tuner.adapters.peft_config import is_pattern
 from lora_tuner.errors import AdapterError
 
 from .. import adapter_files
@@ -105,14 +106,14 @@ def test_load_incomplete_folder_fails(tmp_path):
     assert refusal(tmp_path / "none") == "There is no adapter folder none."
     (tmp_path / "empty").mkdir()
     assert refusal(tmp_path / "empty") == "empty has no adapter_config.json: it is incomplete or not an adapter."
-    folder = adapter_files.write(tmp_path / "pickled")
-    (folder / WEIGHTS_FILE).rename(folder / "adapter_model.bin")
-    assert refusal(folder) == (
-        "pickled has no adapter_model.safetensors: it is incomplete or not an adapter (pickled weights are not read)."
-    )
+    folder = adapter_files.write(tmp_path / "half")
+    (folder / WEIGHTS_FILE).unlink()
+    assert refusal(folder) == "half has no adapter_model.safetensors: it is incomplete or not an adapter."
 
 
 # Untrusted configs
+
+NO_PATTERN = "which is neither a layer name nor a usable pattern"
 
 
 @pytest.mark.parametrize(
@@ -129,6 +130,20 @@ def test_load_incomplete_folder_fails(tmp_path):
             "fan_in_fan_out": True,
         },
         {"r": 4, "lora_alpha": 0.5},
+        {"auto_mapping": {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers"}},
+        {"layers_to_transform": [0, 1], "layers_pattern": "h", "exclude_modules": ["c_proj"]},
+        {
+            "eva_config": {"rho": 2.0},
+            "loftq_config": {"loftq_bits": 4},
+            "runtime_config": {"ephemeral_gpu_offload": True},
+        },
+        {
+            "megatron_config": {"tp": 1},
+            "merge_weights": True,
+            "lorap_emb_lr": 1e-6,
+            "modules_to_save": ["lm_head"],
+        },
+        {"some_day": None, "other_day": False, "list_day": [], "text_day": "", "number_day": 0},
     ],
 )
 def test_safe_config_is_accepted(tmp_path, config):
@@ -154,17 +169,20 @@ def test_config_written_by_peft_is_accepted(tmp_path):
     [
         (
             {"init_lora_weights": "pissa"},
-            "init_lora_weights is 'pissa', and only True or False or 'gaussian' or 'orthogonal' or 'eva' is accepted",
+            "init_lora_weights is 'pissa', and only True or False or 'gaussian' or 'orthogonal' or 'eva' or 'mica' is accepted",
         ),
         (
             {"init_lora_weights": "pissa_niter_16"},
-            "init_lora_weights is 'pissa_niter_16', and only True or False or 'gaussian' or 'orthogonal' or 'eva' is "
-            "accepted",
+            "init_lora_weights is 'pissa_niter_16', and only True or False or 'gaussian' or 'orthogonal' or 'eva' or "
+            "'mica' is accepted",
         ),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save is set, which is not supported"),
+        ({"trainable_token_indices": [0]}, "trainable_token_indices is set, which is not supported"),
+        ({"target_parameters": ["mlp.experts"]}, "target_parameters is set, which is not supported"),
+        ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens is set, which is not supported"),
+        ({"arrow_config": {"top_k": 3}}, "arrow_config is set, which is not supported"),
+        ({"use_qalora": True}, "use_qalora is set, which is not supported"),
         ({"layer_replication": [[0, 2]]}, "layer_replication is set, which is not supported"),
         ({"lora_bias": True}, "lora_bias is set, which is not supported"),
-        ({"auto_mapping": {"parent_library": "os"}}, "auto_mapping is set, which is not supported"),
         ({"some_day": 1}, "some_day is set, which is not supported"),
         ({"bias": "all"}, "bias is 'all', and only 'none' is accepted"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3', and only 'LORA' is accepted"),
@@ -201,10 +219,9 @@ def test_config_written_by_peft_is_accepted(tmp_path):
             "rank_pattern.h.0 is 9999999, and a rank is a whole number from 1 to 4096",
         ),
         ({"alpha_pattern": {"h.0": "8"}}, "alpha_pattern.h.0 is '8', and an alpha is a number up to 1000000"),
-        ({"rank_pattern": {"(a+)+$": 4}}, "rank_pattern has the key '(a+)+$', which is not a layer name"),
-        ({"alpha_pattern": {".*": 4}}, "alpha_pattern has the key '.*', which is not a layer name"),
-        ({"alpha_pattern": {"": 4}}, "alpha_pattern has the key '', which is not a layer name"),
-        ({"rank_pattern": {"h[0]|x": 4}}, "rank_pattern has the key 'h[0]|x', which is not a layer name"),
+        ({"rank_pattern": {"h[0": 4}}, f"rank_pattern has the key 'h[0', {NO_PATTERN}"),
+        ({"alpha_pattern": {"": 4}}, f"alpha_pattern has the key '', {NO_PATTERN}"),
+        ({"alpha_pattern": {"(a{900}){900}": 4}}, f"alpha_pattern has the key '(a{{900}}){{900}}', {NO_PATTERN}"),
         (
             {"peft_type": "ADALORA", "r": 0, "x": 1},
             "peft_type is 'ADALORA', and only 'LORA' is accepted; x is set, which is not supported; "
@@ -312,24 +329,39 @@ def test_tensor_rank_must_match_config(tmp_path):
     )
 
 
+WHOLE = " (whole weights, which PEFT saves for modules_to_save and resized or adapted embeddings; not supported)"
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "origin"),
     [
-        "lm_head.weight",
-        "base_model.model.lm_head.weight",
-        f"base_model.model.{MODULE}.weight",
-        f"base_model.model.{MODULE}.lora_embedding_A",
-        f"base_model.model.{MODULE}.lora_A.default.weight",
-        f"base_model.model.{MODULE}.lora_A.bias",
-        "base_model.model.a/b.lora_A.weight",
-        f"base_model.model.{MODULE}.lora_A.weight\n",
+        ("head.weight", ""),
+        ("base_model.model.lm_head.weight", WHOLE),
+        ("base_model.model.score.modules_to_save.weight", WHOLE),
+        (f"base_model.model.{MODULE}.weight", ""),
+        (f"base_model.model.{MODULE}.bias", " (a trained bias, which is not supported)"),
+        (f"base_model.model.{MODULE}.lora_embedding_A", " (LoRA on embeddings, which is not supported)"),
+        (
+            "base_model.model.wte.token_adapter.trainable_tokens_delta",
+            " (of trainable_token_indices, which is not supported)",
+        ),
+        (
+            f"base_model.model.{MODULE}.lora_A.default.weight",
+            " (it holds the name of an adapter: save it with PEFT's save_pretrained)",
+        ),
+        (f"base_model.model.{MODULE}.lora_B.bias", " (of lora_bias, which is not supported)"),
+        ("model.layers.0.self_attn.q_proj.lora_a", " (of an adapter of MLX)"),
+        ("lora_unet_down_blocks_0.lora_down.weight", " (of a LoRA for image models)"),
+        ("lora_unet_down_blocks_0.hada_w1_a", " (of LyCORIS)"),
+        ("base_model.model.a/b.lora_A.weight", ""),
+        (f"base_model.model.{MODULE}.lora_A.weight\n", ""),
     ],
 )
-def test_non_lora_tensor_is_rejected(tmp_path, name):
+def test_non_lora_tensor_is_rejected(tmp_path, name, origin):
     weights = adapter_files.tensors() | {name: np.ones((4, 6), np.float32)}
     assert (
         refusal(adapter_files.write(tmp_path / "a", weights=weights))
-        == f"a/{WEIGHTS_FILE}: {name} is not a LoRA tensor."
+        == f"a/{WEIGHTS_FILE}: {name} is not a LoRA tensor{origin}."
     )
 
 
@@ -443,8 +475,13 @@ PIECES = [
     "attn.c_attn",
     "h.1",
     "_",
+    ".*",
+    r"\d+",
+    "(0|1)",
+    "(?:h|attn)?",
+    "[a-z_]+",
 ]
-KEYS = st.lists(st.sampled_from(PIECES), min_size=1, max_size=5).map("".join).filter(_is_pattern)
+KEYS = st.lists(st.sampled_from(PIECES), min_size=1, max_size=5).map("".join).filter(is_pattern)
 
 
 @settings(deadline=None)
@@ -480,6 +517,9 @@ def test_patterns_match_as_in_peft(layer, keys, rslora):
         ({r"^h\.0\.attn\.c_attn": 2}, 4),
         ({r"h.\d.attn.c_attn$": 2}, 2),
         ({"h.0": 2}, 4),
+        ({".*attn": 2}, 2),
+        ({r".*\.(c_attn|c_proj)": 2}, 2),
+        ({r"h\.(?:[1-9]|1\d)\..*": 2, r"(\w+\.){2,4}c_attn": 3}, 3),
     ],
 )
 def test_rank_of_layer_by_pattern(pattern, rank):
@@ -817,8 +857,17 @@ def test_verify_lists_missing_files(complete):
     ]
 
 
-@pytest.mark.parametrize("key", ["\\", "\\8", "a*", "(a+)+b", "["])
+@pytest.mark.parametrize("key", ["\\", "\\8", "(?R)", "(a", "["])
 def test_invalid_pattern_key_is_rejected(tmp_path, key):
     assert refusal(adapter_files.write(tmp_path / "a", {"rank_pattern": {key: 4}})) == (
-        f"a/{CONFIG_FILE}: rank_pattern has the key {key!r}, which is not a layer name."
+        f"a/{CONFIG_FILE}: rank_pattern has the key {key!r}, {NO_PATTERN}."
+    )
+
+
+def test_slow_pattern_key_is_rejected(tmp_path, monkeypatch):
+    monkeypatch.setattr(peft_config, "_MATCH_SECONDS", 0.05)
+    weights = adapter_files.tensors(4, ["a" * 200 + "_b"])
+    folder = adapter_files.write(tmp_path / "a", {"alpha_pattern": {"((a|aa)+)$": 4}}, weights)
+    assert refusal(folder) == (
+        f"a/{WEIGHTS_FILE}: the patterns in {CONFIG_FILE} take too long to match: name the layers instead."
     )

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from lora_tuner import ModelOptions, atomic_io
 from lora_tuner.adapters.adapter import (
@@ -18,12 +21,17 @@ from lora_tuner.adapters.adapter import (
 )
 from lora_tuner.adapters.library import Library
 from lora_tuner.convert.adopt import adopt
+from lora_tuner.convert.merge import merge
 from lora_tuner.errors import BaseModelError, HubError, Notice, WrongBaseError
+from lora_tuner.inference.multi_lora import MultiLora
+from lora_tuner.models import lora
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import BaseModelFiles, find_base
 
 from .. import adapter_files, tiny_models
 from ..adapters.test_library import HEAVY, INVALID_NAME, loaded_by, refusal, tree
+
+IDS = torch.arange(7, 107).reshape(5, 20)
 
 
 @pytest.fixture
@@ -31,22 +39,73 @@ def library(tmp_path):
     return Library(tmp_path / "adapters")
 
 
-def peft_adapter(base, folder):
+def peft_adapter(base, folder, **changes):
     """An adapter with random weights, as PEFT writes it."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(base)
     gpt2 = model.config.model_type == "gpt2"
-    settings = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=4,
-        target_modules=["c_attn", "mlp.c_proj"] if gpt2 else ["q_proj", "v_proj", "down_proj"],
-        fan_in_fan_out=gpt2,
-        init_lora_weights=False,
-    )
-    get_peft_model(model, settings).save_pretrained(folder)
+    settings = {
+        "task_type": "CAUSAL_LM",
+        "r": 4,
+        "target_modules": ["c_attn", "mlp.c_proj"] if gpt2 else ["q_proj", "v_proj", "down_proj"],
+        "fan_in_fan_out": gpt2,
+        "init_lora_weights": False,
+    }
+    get_peft_model(model, LoraConfig(**settings | changes)).save_pretrained(folder)
     return folder
+
+
+PATTERNS = {r"(?:self_attn|attn)\.\w+": 6, r".*\.0\..*": 2}  # in the order in which PEFT saves them
+PEFT_SETTINGS = {  # with the names of the settings that are ignored
+    "no task type": ({"task_type": None}, "auto_mapping"),
+    "layers_to_transform": ({"layers_to_transform": [1]}, "layers_to_transform"),
+    "layers_pattern": (
+        {"layers_to_transform": 0, "layers_pattern": "{list}"},
+        "layers_pattern, layers_to_transform",
+    ),
+    "exclude_modules": ({"exclude_modules": r".*\.1\.mlp\..*"}, "exclude_modules"),
+    "targets by a pattern": ({"target_modules": r".*\.[01]\.mlp\.\w+_proj"}, None),
+    "all-linear": ({"target_modules": "all-linear"}, None),
+    "patterns of ranks": (
+        {"rank_pattern": PATTERNS, "alpha_pattern": {r".*attn\.\w+": 3, "[a-z_.0-9]+": 5}},
+        None,
+    ),
+    "patterns, rsLoRA": ({"rank_pattern": PATTERNS, "use_rslora": True}, None),
+    "DoRA, patterns": ({"rank_pattern": PATTERNS, "use_dora": True}, None),
+    "loftq_config": ({"loftq_config": {"loftq_bits": 4}}, "loftq_config"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using Rank-Stabilized LoRA", "ignore:`loftq_config` specified")
+@pytest.mark.parametrize("way", PEFT_SETTINGS)
+def test_peft_settings_keep_peft_logits(way, model_folder, library, tmp_path):
+    settings, ignored = PEFT_SETTINGS[way]
+    layer_list = "h" if model_folder.name == "gpt2" else "layers"
+    if "layers_pattern" in settings:
+        settings = settings | {"layers_pattern": layer_list}
+    folder = peft_adapter(model_folder, tmp_path / "elsewhere" / "theirs", **settings)
+    if "loftq_config" in settings:  # PEFT leaves it out with plain initialization
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        (folder / CONFIG_FILE).write_text(json.dumps(config | settings))
+    plain = AutoModelForCausalLM.from_pretrained(model_folder)
+    with torch.no_grad():
+        before = plain(IDS).logits
+        expected = PeftModel.from_pretrained(plain, folder).eval()(IDS).logits
+    assert (expected - before).abs().max() > 0.01
+    notices = []
+    adopted = adopt(library, folder, notify=notices.append)
+    note = f" Ignored, as its tensors say it all: {ignored}." if ignored else ""
+    assert notices[-1].text.endswith(f"it cannot be verified that it was trained on it.{note}")
+    base = load_base(find_base(str(model_folder)))
+    multi_lora = MultiLora(base)
+    with torch.no_grad(), multi_lora.apply_hooks(multi_lora.hooks([multi_lora.load(adopted)])):
+        torch.testing.assert_close(base.model(IDS).logits, expected)
+    with torch.no_grad():
+        wrapped = lora.load_lora(base.model, adopted, "mine")
+        torch.testing.assert_close(wrapped(IDS).logits, expected)
+    merge(adopted, tmp_path / "merged", sets=[])
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(merged(IDS).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture

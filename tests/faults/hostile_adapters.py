@@ -262,6 +262,12 @@ def many_layers(count: int, keys: int, length: int) -> Spoil:
     return bare(spoil)
 
 
+def slow_pattern(setting: str, key: str) -> Spoil:
+    """A pattern that takes years on the name of the only layer."""
+    tensors = adapter_files.tensors(4, ["a" * 200 + "_"])
+    return bare(lambda folder: adapter_files.write(folder, {setting: {key: 4}}, tensors))
+
+
 def huge_json(unit: str, size: int) -> str:
     return '{"r": [' + ",".join([unit] * (size // (len(unit) + 1))) + "]}"
 
@@ -272,6 +278,7 @@ def growing_yaml() -> str:
     return "\n".join(["a0: &a0 {x: 1}", *lines])
 
 
+NO_PATTERN = "neither a layer name nor a usable pattern"
 NO_LORA = "is not a LoRA tensor"
 CUT_OFF = "it is cut off, or no safetensors file"
 NOT_JSON = "is not readable as JSON"
@@ -294,7 +301,7 @@ BY_HAND: dict[str, HostileAdapter] = {
         delete(CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE, RUN_FILE, METRICS_FILE, LOSS_PLOT_FILE, CARD_FILE), "all", "has no"
     ),
     # Pickles
-    "pickled": HostileAdapter(pickled("adapter_model.bin"), "all", "pickled weights are not read"),
+    "pickled": HostileAdapter(pickled("adapter_model.bin"), "all", "pickled weights"),
     "pickle named safetensors": HostileAdapter(pickled(WEIGHTS_FILE), "all", CUT_OFF),
     # Tensors
     "a tensor renamed": HostileAdapter(tensors(rename(A, "base_model.model.lora_A")), "all", NO_LORA),
@@ -375,19 +382,22 @@ BY_HAND: dict[str, HostileAdapter] = {
     "olora": HostileAdapter(config(init_lora_weights="olora"), "all", "init_lora_weights"),
     "corda": HostileAdapter(config(init_lora_weights="corda"), "all", "init_lora_weights"),
     "loftq": HostileAdapter(config(init_lora_weights="loftq", loftq_config={"loftq_bits": 4}), "all", "init_lora_weights"),
-    "modules_to_save": HostileAdapter(config(modules_to_save=["lm_head"]), "all", "modules_to_save"),
+    "modules_to_save": HostileAdapter(config(modules_to_save=["lm_head"]), "none"),
     "biases": HostileAdapter(config(bias="all"), "all", "bias"),
     "layer replication": HostileAdapter(config(layer_replication=[[0, 2], [0, 2]]), "all", "layer_replication"),
     "parameters": HostileAdapter(config(target_parameters=["mlp"]), "all", "target_parameters"),
     "trainable tokens": HostileAdapter(config(trainable_token_indices=[0]), "all", "trainable_token_indices"),
-    "code": HostileAdapter(config(auto_mapping={"base_model_class": "X", "parent_library": "os"}), "all", "auto_mapping"),
+    "code": HostileAdapter(config(auto_mapping={"base_model_class": "X", "parent_library": "os"}), "none"),
     "custom modules": HostileAdapter(config(_custom_modules={"a": "b"}), "all", "_custom_modules"),
     "another library": HostileAdapter(config(megatron_core="os.system"), "all", "megatron_core"),
     "another kind": HostileAdapter(config(peft_type="ADALORA"), "all", "peft_type"),
     "another task": HostileAdapter(config(task_type="SEQ_CLS"), "all", "task_type"),
-    "catastrophic rank pattern": HostileAdapter(config(rank_pattern={"(a+)+b$": 4}), "all", "not a layer name"),
-    "invalid alpha pattern": HostileAdapter(config(alpha_pattern={"(": 4}), "all", "not a layer name"),
-    "a long pattern": HostileAdapter(config(rank_pattern={"." * 500_000: 4}), "all", "not a layer name"),
+    "catastrophic rank pattern": HostileAdapter(slow_pattern("rank_pattern", "((a|aa)+)$"), "all", "too long to match"),
+    "catastrophic alpha pattern": HostileAdapter(slow_pattern("alpha_pattern", "(a?){60}(a|a)+$"), "all", "too long to match"),
+    "repetition without match": HostileAdapter(config(rank_pattern={"(a+)+b$": 4}), "none"),
+    "huge repetition": HostileAdapter(config(rank_pattern={"((a{99999}){99999}){99999}": 4}), "all", NO_PATTERN),
+    "invalid alpha pattern": HostileAdapter(config(alpha_pattern={"(": 4}), "all", NO_PATTERN),
+    "a long pattern": HostileAdapter(config(rank_pattern={"." * 500_000: 4}), "all", NO_PATTERN),
     "many patterns": HostileAdapter(config(alpha_pattern={f"h.{n}": 1 for n in range(2_000)}), "all", "2,000 keys"),
     "catastrophic target pattern": HostileAdapter(config(target_modules="(.*.*)*(a+)+$"), "none"),
     "other targets": HostileAdapter(config(target_modules=["../x", ESCAPE, "lm_head"]), "none"),

@@ -25,7 +25,6 @@ from lora_tuner import (
 from lora_tuner.adapters.adapter import (
     CARD_FILE,
     RUN_FILE,
-    SCALING_KEYS,
     WEIGHTS_FILE,
     load_adapter_folder,
     verify_adapter,
@@ -142,11 +141,14 @@ def test_child_improves_on_parent(parent, gpt2):
 # What it shares with its parent
 
 
+def scaling(adapter):
+    layers = {module: (adapter.rank_of(module), adapter.scale_of(module)) for module in adapter.modules}
+    return layers, [adapter.config[key] for key in ("r", "lora_alpha", "use_rslora", "use_dora")]
+
+
 def test_child_keeps_parent_settings(parent, gpt2):
     found = train(child(dropout=0.1))
-    assert {key: found.config.get(key) for key in SCALING_KEYS} == {
-        key: parent.config.get(key) for key in SCALING_KEYS
-    }
+    assert scaling(found) == scaling(parent)
     assert (found.rank, found.config["lora_alpha"], found.modules) == (3, 5, parent.modules)
     assert found.config["target_modules"] == ["attn.c_proj", "c_attn"]
     assert found.config["lora_dropout"] == 0.1
@@ -223,9 +225,7 @@ def test_foreign_parent_keeps_its_scaling(family, gpt2, tmp_path, kind):
     told = []
     near = train(child(parent="foreign", name="near", max_steps=1, learning_rate=1e-8), told.append)
     assert Notice(f"foreign has no manifest, so only its shapes can be compared with {gpt2}.") in told
-    assert {key: near.config.get(key) for key in SCALING_KEYS} == {
-        key: theirs.config.get(key) for key in SCALING_KEYS
-    }
+    assert scaling(near) == scaling(theirs)
     assert near.tensors == theirs.tensors
     assert near.config["init_lora_weights"] is True
     torch.testing.assert_close(logits(gpt2, near.path), logits(gpt2, theirs.path), atol=1e-5, rtol=0)
