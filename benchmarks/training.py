@@ -21,9 +21,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lora_tuner import TrainConfig, train
 from lora_tuner.config import EMBEDDED_BASE
 from lora_tuner.data.dataset import load_dataset
-from lora_tuner.models import kernels, lora
+from lora_tuner.models import kernels
 from lora_tuner.models.loading import load_tokenizer
 from lora_tuner.models.resolve import find_base, quiet_transformers
+from lora_tuner.models.targets import layer_sizes
 from lora_tuner.training.setup import prepare_training
 
 from . import recipes
@@ -148,7 +149,7 @@ def _floor(name: str) -> tuple[list[float], list[int]]:
     count = sum(map(len, rows))
     heads = config.num_attention_heads
     layers = [layer.base_layer for layer in model.modules() if hasattr(layer, "base_layer")]
-    sizes = lora.layer_sizes({str(number): layer for number, layer in enumerate(layers)}).values()
+    sizes = layer_sizes({str(number): layer for number, layer in enumerate(layers)}).values()
     head = model.get_output_embeddings().weight
     products: list[Callable[[], Any]] = []
 

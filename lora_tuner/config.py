@@ -239,7 +239,8 @@ class TrainConfig(_Settings):
     dropout: float = _setting(0.0, "Dropout probability on the input of LoRA layers.", "Model", ge=0, lt=1)
     target_modules: str = _setting(
         "auto",
-        "Layers that get LoRA: auto (all-linear), attention, all-linear, or module names separated by commas.",
+        "Layers that get LoRA: auto (all-linear without the routers of a mixture), attention, all-linear, or module "
+        "names separated by commas.",
         "Model",
         min_length=1,
     )

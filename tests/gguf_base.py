@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from lora_tuner.models import lora
+from lora_tuner.models.targets import resolve_target_modules
 
 from . import tiny_models
 
@@ -71,7 +72,7 @@ def adapt(folder, out, **settings):
             settings[key] = dict(zip(LAYERS[folder.name], settings[key], strict=False))
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        target_modules=lora.resolve_target_modules(model, "auto"),
+        target_modules=resolve_target_modules(model, "auto").names,
         fan_in_fan_out=folder.name == "gpt2",
         **{"r": 4, "lora_alpha": 8} | settings,
     )

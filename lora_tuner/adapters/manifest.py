@@ -63,7 +63,11 @@ class EvalResult(_ManifestModel):
 
 
 class RunInfo(_ManifestModel):
-    """The training run. `seconds` are of the steps alone; `tokens` are predicted, not padding."""
+    """The training run. `seconds` are of the steps alone; `tokens` are predicted, not padding.
+
+    `coverage` is the share of the block weights that are in adapted layers, unknown in older
+    manifests; `not_adapted` names others that the target modules leave out.
+    """
 
     method: str = "lora"  # a key of config.METHODS
     steps: int
@@ -79,6 +83,8 @@ class RunInfo(_ManifestModel):
     load_in: str = "full"  # or 8bit, 4bit
     threads: int  # per process
     processes: int = 1
+    coverage: float | None = None
+    not_adapted: list[str] = []
 
 
 class WeightsInfo(_ManifestModel):

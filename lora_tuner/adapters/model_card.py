@@ -31,6 +31,7 @@ def summary_rows(adapter: Adapter) -> list[tuple[str, str]]:
         *(_dataset_rows(data) if data else []),
         ("Text used", _format_use(run) if run else ""),
         ("Run", _format_run(run) if run else ""),
+        ("Coverage", _format_coverage(run) if run else ""),
     ]
     if result:
         before, after = result.perplexities
@@ -137,6 +138,13 @@ def _format_run(run: RunInfo) -> str:
         f"{run.method}, {run.steps:,} steps, {run.tokens:,} tokens, "
         f"{run.seconds / 60:.1f} minutes on {run.device} in {run.dtype}"
     )
+
+
+def _format_coverage(run: RunInfo) -> str:
+    """Share of the blocks that is adapted; empty where nothing was left out."""
+    if run.coverage is None or not run.not_adapted:
+        return ""
+    return f"{run.coverage:.0%} of the block weights; not adapted: {', '.join(run.not_adapted)}"
 
 
 def _usage_section(adapter: Adapter, name: str, base: str) -> str:

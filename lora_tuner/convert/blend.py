@@ -11,7 +11,8 @@ from ..adapters.manifest import EvalResult
 from ..config import MAX_RANK, ModelOptions
 from ..errors import AdapterError, ConfigError
 from ..evaluation import EvalSet
-from ..models import delta, lora
+from ..models import delta
+from ..models.targets import linear_layers
 from .common import distinct_eval_sets, format_number, open_shared_base, write_adapter
 from .verify import OutputComparison
 
@@ -81,7 +82,7 @@ def blend(
     for adapter in adapters:
         delta.check_summable(adapter)
     base = open_shared_base(adapters, options)
-    layers = lora.linear_layers(base.model)
+    layers = linear_layers(base.model)
     deltas = {adapter.path.resolve(): delta.load_deltas(adapter, layers) for adapter in adapters}
     exact = delta.sum_deltas([(weight, deltas[part.path.resolve()]) for part, weight in parts])
     exact_rank = max(update.rank for update in exact.values())

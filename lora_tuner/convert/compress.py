@@ -14,8 +14,9 @@ from ..adapters.manifest import EvalResult
 from ..config import ModelOptions
 from ..errors import AdapterError, ConfigError
 from ..evaluation import EvalSet
-from ..models import delta, lora
+from ..models import delta
 from ..models.delta import Deltas
+from ..models.targets import linear_layers
 from .common import (
     combined_result,
     distinct_eval_sets,
@@ -92,7 +93,7 @@ def compress(
     library.check_name_free(name, overwrite=overwrite)
     delta.check_summable(adapter)
     base = open_shared_base([adapter], options)
-    layers = lora.linear_layers(base.model)
+    layers = linear_layers(base.model)
     exact = delta.load_deltas(adapter, layers)
     spectra = {module: delta.singular_values(update).square() for module, update in exact.items()}
     spectra = {module: squares for module, squares in spectra.items() if float(squares.sum()) > 0}

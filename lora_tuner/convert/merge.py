@@ -80,7 +80,13 @@ def merge(
         model.to("meta")  # frees its memory
         # The original tokenizer: the one in memory has another pad token.
         AutoTokenizer.from_pretrained(base.files.folder, trust_remote_code=False).save_pretrained(folder)
-        reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        try:
+            reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        except ValueError as error:  # the text part of Mllama is no model of its own
+            why = str(error).splitlines()[0]
+            raise AdapterError(
+                f"{out} is not kept: transformers does not load the merged model: {why}"
+            ) from error
         actual = verify.forward_outputs(reloaded.eval(), rows, options.notify, "running the merged model")
         comparison = verify.compare_outputs(expected, actual, with_loss=bool(sets))
         if mismatch := verify.find_mismatch(comparison, expected, exact=merged_dtype == torch.float32):

@@ -20,6 +20,7 @@ from ..inference.multi_lora import MultiLora
 from ..models import lora
 from ..models.delta import Deltas
 from ..models.loading import LoadedBase
+from ..models.targets import linear_layers
 
 TOLERANCE = 1e-4  # of logits in float32, relative to the largest where that is over 1
 LOSS_TOLERANCE = 0.02  # nats per token, for lower precisions
@@ -107,7 +108,7 @@ def forward_with_adapter(
 
 def add_to_weights(base: LoadedBase, deltas: Deltas) -> None:
     """Add LoRA updates to the base's weights, in place."""
-    layers = lora.linear_layers(base.model)
+    layers = linear_layers(base.model)
     for module, update in deltas.items():
         delta = (update.B.double() @ update.A.double()).float().to(base.device)
         layer = layers[module]

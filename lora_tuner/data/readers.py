@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import datasets
 
@@ -28,6 +29,8 @@ from ..errors import DataError, EventHandler, Notice, os_error_message
 Row = Mapping[str, object]
 PEEKED_ROWS = 100  # rows that determine the columns of a stream
 AUTO_LINES = 1000  # lines that determine how a txt file is split into rows
+_ROW_KEYS = {"text", "content", "messages", "conversations", "prompt", "instruction"}  # of a row, not of a file
+_TO_CLOSING_QUOTE = re.compile(r'(?:[^"]|"")*+"')  # from within a quoted field of a csv file
 _CHANGED = "it changed while it was read: try again when it is complete"
 
 
@@ -47,7 +50,7 @@ class Table:
 
     `nested_columns` hold lists, objects or bytes. `label_names` maps a column of class labels to
     their names. `peeked` is set if the columns are those of the first `PEEKED_ROWS` rows.
-    `split_rule` describes how `--txt-rows auto` split a txt file.
+    `row_rule` says how the rows of the file were found, where that is not obvious.
     """
 
     source: str
@@ -57,7 +60,7 @@ class Table:
     nested_columns: list[str] = field(default_factory=list)
     is_plain_text: bool = False  # a txt file: --text-column does not apply
     peeked: bool = False
-    split_rule: str = ""
+    row_rule: str = ""
     label_names: dict[str, list[str]] = field(default_factory=dict)
 
     def missing_column(self, column: str, purpose: str = "") -> DataError:
@@ -87,9 +90,10 @@ def read_path(path: Path, notify: EventHandler, *, txt_rows: str, streaming: boo
     if empty:
         notify(Notice(f"Skipped {len(empty)} files without rows, such as {empty[0]}."))
     tables = [table for table in tables if table.source not in empty]
-    for rule, count in Counter(table.split_rule for table in tables if table.split_rule).items():
-        subject = f"{count} txt files" if count > 1 else path
-        notify(Notice(f"{subject}: {rule}. Use --txt-rows to change this."))
+    for rule, count in Counter(table.row_rule for table in tables if table.row_rule).items():
+        sources = [table.source for table in tables if table.row_rule == rule]
+        subject = f"{count}{Path(sources[0]).suffix.lower().replace('.', ' ')} files" if count > 1 else sources[0]
+        notify(Notice(f"{subject}: {rule}."))
     return tables
 
 
@@ -123,18 +127,22 @@ def read_file(path: Path, *, txt_rows: str = "auto", streaming: bool = False) ->
     if extension == ".parquet":
         return _parquet_table(path)
     if extension == ".txt":
-        split_rule = ""
+        row_rule = ""
         if txt_rows == "auto":
             txt_rows = _detect_txt_rows(path)
-            split_rule = (
+            row_rule = (
                 "blank lines separate rows"
                 if txt_rows == "paragraph"
                 else f"one row per line, as the first {AUTO_LINES:,} lines have no blank line among them"
             )
+            row_rule += ". Use --txt-rows to change this"
         table = table_from_rows(str(path), partial(_read_txt, path, txt_rows), streaming=streaming)
-        return replace(table, is_plain_text=True, split_rule=split_rule)
-    read = partial(_read_json, path, streaming) if extension.startswith(".json") else partial(_read_csv, path)
-    return table_from_rows(str(path), read, streaming=streaming)
+        return replace(table, is_plain_text=True, row_rule=row_rule)
+    if extension in (".csv", ".tsv"):
+        return table_from_rows(str(path), partial(_read_csv, path), streaming=streaming)
+    rules: list[str] = []
+    table = table_from_rows(str(path), partial(_read_json, path, streaming, rules), streaming=streaming)
+    return replace(table, row_rule="".join(rules))
 
 
 def table_from_rows(source: str, read: Callable[[], Iterator[Row]], *, streaming: bool) -> Table:
@@ -240,20 +248,47 @@ def _read_csv(path: Path) -> Iterator[Row]:
                 if all(other in line for line in first_lines):
                     raise ValueError(f"its delimiter is {other!r}, and a {path.suffix} file needs {delimiter!r}")
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        start = 1  # line in which the row begins
         try:
-            header = next(filter(None, reader), [])
-            if len(set(header)) < len(header):
-                raise ValueError(f"its header names a column twice: {', '.join(header)}")
-            for fields in filter(None, reader):
-                if len(fields) != len(header):
-                    raise ValueError(
-                        f"its header has {len(header)} fields, line {reader.line_num} has {len(fields)}"
-                    )
-                yield dict(zip(header, fields, strict=True))
+            header: list[str] = []
+            for fields in reader:
+                if header and fields and len(fields) != len(header):
+                    end = f", with a quote that ends in line {reader.line_num}" if reader.line_num > start else ""
+                    raise ValueError(f"its header has {len(header)} fields, line {start} has {len(fields)}{end}")
+                if header and fields:
+                    yield dict(zip(header, fields, strict=True))
+                elif len(set(fields)) < len(fields):
+                    raise ValueError(f"its header names a column twice: {', '.join(fields)}")
+                header, start = header or fields, reader.line_num + 1
         except csv.Error as error:
+            file.seek(0)
+            line = _find_open_quote(_text_lines(file), start, delimiter)
+            reason = str(error).replace("'\t'", "a tab")
             raise ValueError(
-                f"line {reader.line_num}: {error}; a field that begins with a quote must end with one"
+                f"line {line}: {reason}; a field that begins with a quote must end with one"
             ) from error
+
+
+def _find_open_quote(lines: Iterator[str], start: int, delimiter: str) -> int:
+    """Return the line of the last quote that opens a field, in the invalid row that begins in line `start`."""
+    opening = re.compile(f'(?:^|{re.escape(delimiter)})"')
+    opened, is_open = start, False
+    for number, line in enumerate(itertools.islice(lines, start - 1, None), start):
+        position = 0
+        while True:
+            if not is_open:
+                match = opening.search(line, position)
+                if match is None:
+                    break
+                opened, position = number, match.end()
+            closing = _TO_CLOSING_QUOTE.match(line, position)
+            is_open = closing is None
+            if closing is None:
+                break
+            position = closing.end()
+            if line[position : position + 1] not in ("", "\n", delimiter):
+                return opened
+    return opened
 
 
 class _NumberText(str):
@@ -275,26 +310,59 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
 _JSON_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_int=_NumberText, parse_float=_NumberText)
 
 
-def _read_json(path: Path, streaming: bool) -> Iterator[Row]:
-    """Yield the objects and strings of a JSON array, or of a file with one per line."""
+def _read_json(path: Path, streaming: bool, rules: list[str]) -> Iterator[Row]:
+    """Yield the objects and strings of a JSON array, of the one list in an object, or of the lines.
+
+    Args:
+        rules: Gets a line that says so if the rows are those of a list in an object.
+    """
     with _open_file(path) as file:
-        is_array = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
         file.seek(0)
-        if is_array and streaming:
+        rows: list[object] | None = None
+        if start == b"[" and streaming:
             raise ValueError("it is a JSON array, which cannot be streamed: write one object per line")
-        lines = _text_lines(file)
-        unit, values = (
-            ("row", enumerate(_JSON_DECODER.decode("".join(lines)), 1))
-            if is_array
-            else ("line", _json_values(lines))
-        )
-        for number, value in values:
+        if start == b"[":
+            rows = _JSON_DECODER.decode("".join(_text_lines(file)))
+        elif start == b"{" and path.suffix.lower() == ".json" and (one := _decode_object(_text_lines(file))):
+            rows = _rows_of_object(one, rules)
+        if rows is not None and streaming:
+            raise ValueError("it is one JSON object, which cannot be streamed: write one object per line")
+        file.seek(0)
+        unit = "line" if rows is None else "row"
+        for number, value in _json_values(_text_lines(file)) if rows is None else enumerate(rows, 1):
             if type(value) is str:
                 yield {"text": value}
             elif isinstance(value, dict):
                 yield value
             else:
                 raise ValueError(f"{unit} {number} is neither a JSON object nor a string")
+
+
+def _decode_object(lines: Iterator[str]) -> dict[str, object] | None:
+    """Return the JSON object that the lines are together, or None if each line is a value of its own."""
+    first = next(filter(str.strip, lines))
+    try:
+        value = _JSON_DECODER.decode(first.strip())
+    except ValueError:
+        value = _JSON_DECODER.decode(first + "".join(lines))
+    return None if any(map(str.strip, lines)) else cast("dict[str, object]", value)
+
+
+def _rows_of_object(value: dict[str, object], rules: list[str]) -> list[object]:
+    """Return the rows in a JSON object: those of its only list of objects or of texts, else itself."""
+    lists = {name: rows for name, rows in value.items() if isinstance(rows, list) and rows}
+    for kind in (dict, str):
+        names = [name for name, rows in lists.items() if all(isinstance(row, kind) for row in rows)]
+        if not names or _ROW_KEYS & value.keys():
+            continue
+        if len(names) > 1:
+            raise ValueError(f"it is one JSON object with the lists {', '.join(names)}: write a file for each")
+        rules.append(f"the rows are those of the list '{names[0]}' in its JSON object")
+        return lists[names[0]]
+    if not any(type(field) is str for field in value.values()) and not _ROW_KEYS & lists.keys():
+        raise ValueError("it is one JSON object without a list of rows: write an array, or one object per line")
+    return [value]
 
 
 def _json_values(lines: Iterator[str]) -> Iterator[tuple[int, object]]:

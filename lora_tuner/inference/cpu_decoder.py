@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..models.kernels import has_full_attention
 from ..models.loading import LoadedBase
-from ..models.lora import LinearLayer
 from ..models.quantization import Int8Linear, int4_linear, int8_linear, pack_int4, pack_int8
+from ..models.targets import LinearLayer
 from .multi_lora import BatchedLora, LoraPart, MultiLora
 
 MIN_DRAFT_HEAD = 10_000_000  # weights of the LM head; drafting does not pay off below

@@ -19,8 +19,8 @@ from ..adapters.adapter import Adapter
 from ..errors import AdapterError, MixedBatchError
 from ..models.delta import load_deltas
 from ..models.loading import LoadedBase
-from ..models.lora import LinearLayer, layer_sizes, linear_layers
 from ..models.quantization import dense_weight
+from ..models.targets import LinearLayer, layer_sizes, linear_layers
 
 LoraFactors = tuple[torch.Tensor, torch.Tensor]  # (ranks, in), (ranks, out)
 

@@ -16,12 +16,8 @@ import torch
 from ..adapters.adapter import Adapter
 from ..errors import AdapterError
 from .loading import LoadedBase
-from .lora import (
-    LinearLayer,
-    has_transposed_layers,
-    read_checked_tensors,
-    shortest_target_names,
-)
+from .lora import read_checked_tensors
+from .targets import LinearLayer, has_transposed_layers, shortest_target_names
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -105,15 +105,23 @@ def init_eva(base: LoadedBase, model: PeftModel, rho: float, batches: list[dict[
     passes = count(1)
 
     def forward(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
-        if next(passes) > EVA_MAX_PASSES:
+        if (number := next(passes)) > EVA_MAX_PASSES:
             threshold.fill_(-1)
+        if number > EVA_MAX_PASSES + EVA_BATCHES:  # PEFT would wait for more tokens forever
+            raise ConfigError("eva reaches some layers with too few tokens: provide more text, or lower --rank.")
         # PEFT alone uses the attention mask; the model tells rows apart by position ids.
         inputs = {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
         with head.skip_lm_head():
             model(**inputs, use_cache=False)
 
     with quiet_transformers():
-        initialize_lora_eva_weights(model, batches, forward_fn=forward, show_progress_bar=False)
+        initialize_lora_eva_weights(
+            model,
+            batches,
+            forward_fn=forward,
+            prepare_layer_inputs_fn=_unpadded_inputs,
+            show_progress_bar=False,
+        )
     config.init_lora_weights, config.eva_config = True, None
     for layer in _lora_layers(model):  # PEFT uses the base's dtype where ranks changed
         layer.lora_A[ADAPTER_NAME].to(torch.float32)
@@ -148,6 +156,27 @@ def _lora_layers(model: PeftModel) -> list[LoraLayer]:
 def _lora_weights(layer: LoraLayer) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
     """A (rank, in) and B (out, rank)."""
     return layer.lora_A[ADAPTER_NAME].get_parameter("weight"), layer.lora_B[ADAPTER_NAME].get_parameter("weight")
+
+
+def _unpadded_inputs(
+    layer_input: tuple[torch.Tensor, ...], positions: torch.Tensor, layer_name: str
+) -> torch.Tensor:
+    """Inputs of a layer (tokens, in) without those of padding.
+
+    Args:
+        layer_input: its positional arguments, the first (batch, length, in), or (batch * length, in)
+            in bases that flatten rows, or other rows of which nothing is known.
+        positions: batch and position of each token that is no padding, (tokens, 2).
+        layer_name: required by PEFT.
+    """
+    inputs = layer_input[0]
+    batch, position = positions.T
+    rows, length = (positions.max(0).values + 1).tolist()  # the longest row has no padding
+    if inputs.shape[:2] == (rows, length):
+        inputs = inputs[batch, position]
+    elif inputs.shape[:-1] == (rows * length,):
+        inputs = inputs[batch * length + position]
+    return inputs.reshape(-1, inputs.shape[-1]).contiguous()
 
 
 def _eva_batches(

@@ -147,7 +147,7 @@ def fuse_lora_add(layer: LoraLinear, adapter_name: str) -> None:
 
 def has_full_attention(model: PreTrainedModel) -> bool:
     """True where every token attends to all before it, through torch's SDPA."""
-    config = model.config
+    config = model.config.get_text_config()
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     return (
         config._attn_implementation == "sdpa"
@@ -167,7 +167,7 @@ def enable_varlen_attention(model: PreTrainedModel, *, on: bool = True) -> bool:
     """
     if on and not has_full_attention(model):
         return False
-    model.config._attn_implementation = VARLEN_ATTENTION if on else "sdpa"
+    model.config.get_text_config()._attn_implementation = VARLEN_ATTENTION if on else "sdpa"
     return on
 
 
@@ -240,6 +240,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 class _FusedLora(torch.autograd.Function):
     """x W + b + scale (x A^T) B^T for a frozen W (in, out), A (rank, in), B (out, rank).
 
+    The result is (tokens, out), whatever the shape of x (..., in).
+
     Operands of the low-rank products are laid out with the long side contiguous, which is twice as
     fast (the order of products is that of RunLoRA, arXiv:2312.03415).
     """
@@ -260,18 +262,18 @@ class _FusedLora(torch.autograd.Function):
         inner = lora_a @ flat.T  # (rank, tokens)
         output.addmm_(inner.T, lora_b.T, alpha=scale)
         ctx.save_for_backward(flat, weight, lora_a, lora_b, inner)
+        ctx.shape = x.shape
         ctx.scale = scale
-        return output.view(*x.shape[:-1], -1)
+        return output  # not a view: some models change it in place
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         flat, weight, lora_a, lora_b, inner = ctx.saved_tensors
-        grad_flat = grad_output.reshape(-1, grad_output.shape[-1])
-        grad_inner = (lora_b.T.contiguous() @ grad_flat.T).mul_(ctx.scale)
+        grad_inner = (lora_b.T.contiguous() @ grad_output.T).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_flat @ weight.T).addmm_(grad_inner.T, lora_a).view(*grad_output.shape[:-1], -1)
-        grad_b = (inner @ grad_flat).mul_(ctx.scale).T.float()
+            grad_x = (grad_output @ weight.T).addmm_(grad_inner.T, lora_a).view(ctx.shape)
+        grad_b = (inner @ grad_output).mul_(ctx.scale).T.float()
         return grad_x, None, None, (grad_inner @ flat).float(), grad_b, None
 
 
@@ -289,7 +291,7 @@ def _fused_lora_forward(
     weight = base.weight if isinstance(base, Conv1D) else base.weight.T
     lora_a, lora_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
     output = _FusedLora.apply(x, weight, base.bias, lora_a, lora_b, layer.scaling[adapter_name])
-    return cast(torch.Tensor, output)
+    return cast(torch.Tensor, output).view(*x.shape[:-1], -1)
 
 
 def _fused_module(module: nn.Module) -> nn.Module | None:

@@ -6,12 +6,14 @@ an error. Limit: nothing that a repo brings as code is ever run.
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapters.adapter import Adapter
@@ -22,6 +24,12 @@ from ..errors import BaseModelError, EventHandler, Notice
 from . import fsdp, kernels, memory, quantization
 from .resolve import BaseModelFiles, find_adapter_base, find_base, loading_errors, quiet_transformers
 
+NO_LIMIT = 2**31  # context length of a base without one
+# Names of the context length in configs. `max_length` and windows of attention are other things.
+_CONTEXT_NAMES = (
+    "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "max_seq_length",
+    "seq_length", "seq_len",
+)  # fmt: skip
 # transformers applies an adapter that lies in the folder of a base. Below a file there is none.
 _NO_ADAPTER = {"subfolder": "config.json"}
 _BNB_CPU_REPACKING = "support_avx512bf16_for_cpu"  # attribute of bitsandbytes' 4-bit layers
@@ -37,11 +45,10 @@ class LoadedBase:
     device: torch.device
     dtype: torch.dtype
     load_in: str = "full"  # or the quantization of its linear layers: 8bit, 4bit
+    max_context: int = field(init=False)  # longest sequence in tokens; very large where there is no limit
 
-    @property
-    def max_context(self) -> int:
-        """Longest sequence in tokens; a very large number where the config does not state it."""
-        return int(getattr(self.model.config, "max_position_embeddings", None) or 2**31)
+    def __post_init__(self) -> None:
+        self.max_context = _find_context_length(self.model)
 
     @property
     def vocab_size(self) -> int:
@@ -202,6 +209,45 @@ def choose_device(name: str) -> torch.device:
             f"There is no device '{name}' here: choose auto, {', '.join(_available_devices())}."
         ) from error
     return device
+
+
+def _find_context_length(model: PreTrainedModel) -> int:
+    """Longest sequence in tokens: by the table of learned positions, else by the config."""
+    config = model.config.get_text_config()
+    stated = [getattr(config, name, None) for name in _CONTEXT_NAMES]
+    limit = next((value for value in stated if isinstance(value, int) and value > 0), NO_LIMIT)
+    tables = _PositionTables()
+    vocabulary = model.get_input_embeddings().get_parameter("weight")
+    if sum(isinstance(module, torch.nn.Embedding) for module in model.modules()) > 1:
+        # Ids that do not ascend, as positions do.
+        token_ids = torch.tensor([[3, 1, 2]], device=vocabulary.device) + len(vocabulary) // 2
+        with quiet_transformers(), torch.no_grad(), tables:
+            model(input_ids=token_ids, use_cache=False)
+    return min(tables.lengths, default=limit)
+
+
+class _PositionTables(TorchFunctionMode):
+    """Lengths of the embeddings that are looked up at ascending positions, less where they begin.
+
+    OPT, BART and RoBERTa begin at a row other than 0.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lengths: list[int] = []
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if function is F.embedding:
+            rows, weight = args[0].flatten().tolist(), args[1]
+            if rows == [rows[0], rows[0] + 1, rows[0] + 2]:
+                self.lengths.append(len(weight) - rows[0])
+        return function(*args, **(kwargs or {}))
 
 
 def _available_devices() -> list[str]:

@@ -1,4 +1,4 @@
-"""LoRA layers on a base model: select target modules, add, load, save and check an adapter.
+"""LoRA layers on a base model: add, load, save and check an adapter.
 
 Surprise: PEFT silently loads an adapter that lacks tensors or belongs to another model. So all
 shapes are compared with the base first, and one error lists what does not fit. Limit: LoRA on
@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers.pytorch_utils import Conv1D
 
 from ..adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, check_weights_hash
 from ..adapters.peft_config import SCALING_KEYS
@@ -25,91 +24,38 @@ from ..config import ModelOptions, TrainConfig
 from ..errors import AdapterError, ConfigError, Notice, WrongBaseError
 from . import kernels
 from .loading import LoadedBase
-from .quantization import Int8Linear
 from .resolve import BaseModelFiles, quiet_transformers
+from .targets import (
+    LinearLayer,
+    TargetModules,
+    has_transposed_layers,
+    layer_sizes,
+    linear_layers,
+    resolve_target_modules,
+    shortest_target_names,
+    weight_count,
+)
 
 if TYPE_CHECKING:  # PEFT takes long to import, and inference does without
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
 ADAPTER_NAME = "default"  # Trainer reloads the best checkpoint only into an adapter of this name
-LinearLayer = torch.nn.Linear | Conv1D | Int8Linear
 
 # bitsandbytes logs advice when PEFT imports it, and at every 8-bit product.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def linear_layers(model: PreTrainedModel) -> dict[str, LinearLayer]:
-    """Full name -> layer, for every linear layer of a plain base except the output head."""
-    head = model.get_output_embeddings()
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, LinearLayer) and layer is not head
-    }
-
-
-def has_transposed_layers(model: PreTrainedModel) -> bool:
-    """True for GPT-2, whose linear layers store their weights as (in, out)."""
-    return any(isinstance(layer, Conv1D) for layer in linear_layers(model).values())
-
-
-def layer_sizes(layers: Mapping[str, LinearLayer]) -> dict[str, tuple[int, int]]:
-    """(in_features, out_features) of each layer."""
-    sizes = {}
-    for name, layer in layers.items():
-        sizes[name] = (
-            (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
-        )
-    return sizes
-
-
-def resolve_target_modules(model: PreTrainedModel, target_modules: str) -> list[str]:
-    """Translate the setting `target_modules` into names for PEFT.
-
-    Args:
-        model: a plain base.
-        target_modules: auto or all-linear, attention, or names of layers separated by commas.
-
-    Returns:
-        The shortest names that match exactly those layers.
-
-    Raises:
-        ConfigError: a name matches no linear layer; the message lists the names that exist.
-    """
-    layers = linear_layers(model)
-    if target_modules in ("auto", "all-linear"):
-        selected = set(layers)
-    elif target_modules == "attention":
-        selected = {
-            name for name in layers if any("attn" in part or "attention" in part for part in name.split("."))
-        }
-        if not selected:
-            raise ConfigError(f"This base has no layer named attention; its layers are {_last_names(layers)}.")
-    else:
-        names = [name.strip() for name in target_modules.split(",")]
-        valid_names = {suffix for layer in layers for suffix in _suffixes(layer)}
-        if unmatched := [name for name in names if name not in valid_names]:
-            raise ConfigError(
-                f"target_modules: {', '.join(unmatched)} cannot be adapted; choose auto, attention, all-linear, or any "
-                f"of {_last_names(layers)} (embeddings and the output head cannot be adapted: where they share "
-                "weights, an update would not survive a merge)."
-            )
-        selected = {layer for layer in layers if not set(names).isdisjoint(_suffixes(layer))}
-    return shortest_target_names(model, sorted(selected))
-
-
-def shortest_target_names(model: PreTrainedModel, modules: Collection[str]) -> list[str]:
-    """The shortest names for PEFT's `target_modules` that match these modules and no others."""
-    others = {name for name, _ in model.named_modules()} - set(modules)
-    taken = {suffix for name in others for suffix in _suffixes(name)}
-    return sorted({_shortest_suffix(module, taken) for module in modules})
-
-
-def add_lora(base: LoadedBase, config: TrainConfig, parent: Adapter | None = None) -> PeftModel:
+def add_lora(
+    base: LoadedBase,
+    config: TrainConfig,
+    parent: Adapter | None = None,
+    targets: TargetModules | None = None,
+) -> PeftModel:
     """Add trainable LoRA layers in float32 to a base.
 
-    Without a parent they are new and change nothing yet.
+    Without a parent they are new and change nothing yet. Without `targets` the layers are those
+    that the configuration names.
 
     Raises:
         ConfigError: target modules do not exist.
@@ -128,6 +74,7 @@ def add_lora(base: LoadedBase, config: TrainConfig, parent: Adapter | None = Non
             inference_mode=False,
         )
     else:
+        targets = targets or resolve_target_modules(base.model, config.target_modules)
         # PiSSA needs a second half that cancels what the first begins with (`initialization`).
         multiple = 2 if config.method == "pissa" else 1
         settings = LoraConfig(
@@ -137,7 +84,7 @@ def add_lora(base: LoadedBase, config: TrainConfig, parent: Adapter | None = Non
             use_rslora=config.method == "rslora",
             use_dora=config.method == "dora",
             lora_dropout=config.dropout,
-            target_modules=resolve_target_modules(base.model, config.target_modules),
+            target_modules=targets.names,
             fan_in_fan_out=has_transposed_layers(base.model),
         )
         try:
@@ -145,6 +92,8 @@ def add_lora(base: LoadedBase, config: TrainConfig, parent: Adapter | None = Non
                 model = get_peft_model(base.model, settings, adapter_name=ADAPTER_NAME)
         except ValueError as error:
             raise ConfigError(f"target_modules: {' '.join(str(error).split())}") from error
+        if wrong := _other_layers(model, targets.modules):
+            raise ConfigError(f"target_modules: PEFT adapts {wrong}: name other --target-modules.")
     # PEFT stores the local folder of the base here.
     model.peft_config[ADAPTER_NAME].base_model_name_or_path = base.files.repo
     model.peft_config[ADAPTER_NAME].revision = base.files.revision
@@ -183,6 +132,8 @@ def load_lora(model: PreTrainedModel, adapter: Adapter, adapter_name: str, **ove
     }
     with quiet_transformers(), torch.random.fork_rng():
         wrapped = PeftModel(model, LoraConfig(**settings), adapter_name=adapter_name)
+        if wrong := _other_layers(wrapped, adapter.modules):
+            raise AdapterError(f"{adapter.path} does not fit the base as PEFT reads it: it adapts {wrong}.")
         set_peft_model_state_dict(wrapped, tensors, adapter_name=adapter_name)
     return wrapped.eval()
 
@@ -223,9 +174,7 @@ def count_parameters(model: PeftModel) -> tuple[int, int]:
     """(trained parameters, parameters of the base)."""
     trained, total = 0, 0
     for parameter in model.parameters():
-        # Two 4-bit weights share a byte.
-        four_bits = type(parameter).__name__ == "Params4bit"
-        total += parameter.numel() * (2 * parameter.element_size() if four_bits else 1)
+        total += weight_count(parameter)
         trained += parameter.numel() if parameter.requires_grad else 0
     return trained, total - trained
 
@@ -316,18 +265,22 @@ def library_versions() -> dict[str, str]:
     }
 
 
-def _shortest_suffix(module: str, taken: set[str]) -> str:
-    return next((suffix for suffix in _suffixes(module) if suffix not in taken), module)
+def _other_layers(model: PeftModel, modules: Sequence[str]) -> str | None:
+    """Describe what PEFT adapts other than the layers that were chosen, and remove it then.
 
+    PEFT puts names of experts in transformers 4 in place of the names that it is given.
+    """
+    from peft.tuners.lora import LoraLayer
 
-def _suffixes(module: str) -> list[str]:
-    """The names by which PEFT finds a module, from its last part to its full name."""
-    parts = module.split(".")
-    return [".".join(parts[start:]) for start in reversed(range(len(parts)))]
-
-
-def _last_names(layers: Collection[str]) -> str:
-    return ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))
+    adapted = {
+        name.removeprefix("base_model.model.")
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    if adapted == set(modules):
+        return None
+    model.unload()
+    return f"other layers ({', '.join(sorted(adapted ^ set(modules))[:3])})"
 
 
 def _file_identity(path: Path) -> tuple[int, ...]:

@@ -7,7 +7,8 @@ docs/serving.md lists them all.
 import json
 from collections.abc import Mapping
 
-Neutral = Mapping[str, tuple[object, ...] | None]  # field -> its neutral values; None: every value
+# Field -> its neutral values beside null; None: every value.
+Neutral = Mapping[str, tuple[object, ...] | None]
 
 REQUEST: Neutral = {
     # OpenAI
@@ -43,7 +44,11 @@ REQUEST: Neutral = {
     "continue_final_message": (False,),
     "documents": ([],),
     "early_stopping": (False,),
+    "guided_choice": (),
     "guided_decoding_backend": None,
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
     "ignore_eos": (False,),
     "include_reasoning": None,
     "include_stop_str_in_output": (False,),
@@ -53,13 +58,16 @@ REQUEST: Neutral = {
     "min_tokens": (0,),
     "mm_processor_kwargs": ({},),
     "priority": (0,),
+    "prompt_logprobs": (),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "session_id": None,
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": None,
     "stop_token_ids": ([],),
+    "structured_outputs": (),
     "top_k": (-1,),
+    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
     # llama.cpp and its relatives; the settings of a sampler that is off have no effect
@@ -109,7 +117,9 @@ CHAT: Neutral = {
 STREAM_OPTIONS: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
 MESSAGE: Neutral = {  # as clients send back what some server answered
     "annotations": ([],),
+    "audio": (),
     "cache_control": None,
+    "function_call": (),
     "id": None,
     "images": ([],),
     "prefix": (False,),
@@ -121,8 +131,15 @@ MESSAGE: Neutral = {  # as clients send back what some server answered
     "thinking_blocks": ([],),
     "tool_calls": ([],),
 }
-CONTENT_PART: Neutral = {"annotations": ([],), "cache_control": None}
-NESTED: Neutral = {**STREAM_OPTIONS, **CONTENT_PART, **MESSAGE}
+CONTENT_PART: Neutral = {
+    "annotations": ([],),
+    "cache_control": None,
+    "file": (),
+    "image_url": (),
+    "input_audio": (),
+}
+RESPONSE_FORMAT: Neutral = {"json_schema": ()}
+NESTED: Neutral = {**STREAM_OPTIONS, **RESPONSE_FORMAT, **CONTENT_PART, **MESSAGE}
 
 
 def is_neutral(fields: Neutral, name: str, value: object) -> bool:

@@ -93,6 +93,8 @@ class StreamOptions(_RequestModel):
 
 
 class ResponseFormat(_RequestModel):
+    neutral_values = neutral.RESPONSE_FORMAT
+
     type: Literal["text"]
 
 

@@ -177,10 +177,12 @@ async def _validation_error(request: HTTPRequest, error: RequestValidationError)
     problems: dict[str, dict[str, None]] = {}  # the inner one is an ordered set of texts
     for problem in error.errors()[:50]:
         location, kind = problem["loc"][1:], problem["type"]
-        field, text = "" if kind == "json_invalid" else _field_path(location), problem["msg"]
-        if kind == "extra_forbidden":
+        field, text = _field_path(location), problem["msg"]
+        if kind == "json_invalid":
+            field, text = "", f"The body is not valid JSON: {problem['ctx']['error']}, at character {location[0]}"
+        elif kind == "extra_forbidden":
             text = neutral.refusal(known_fields if len(location) == 1 else neutral.NESTED, str(location[-1]))
-        elif kind != "json_invalid" and not field:
+        elif not field:
             text = "The body should be a JSON object, sent with the header Content-Type: application/json"
         problems.setdefault(field, {})[text] = None
     lines = [

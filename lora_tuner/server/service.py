@@ -36,6 +36,7 @@ from ..inference.generator import Generator, choose_seed, sequence_seed
 from ..inference.multi_lora import LoadedAdapter
 from ..models import lora
 from ..models.memory import free_memory
+from ..models.targets import layer_sizes
 from ..text import display_name
 from .scheduler import Request, Scheduler
 
@@ -89,7 +90,7 @@ class ModelService:
             # A quarter: a growing cache is copied, and prefill has a cache of its own.
             max_cache_tokens=free_memory(self.base.device) // 4 // generator.engine.kv_bytes_per_token,
         )
-        self._layer_sizes = lora.layer_sizes(generator.engine.multi_lora.layers)
+        self._layer_sizes = layer_sizes(generator.engine.multi_lora.layers)
         self._tokenizer = copy.deepcopy(self.base.tokenizer)  # tokenizers are not thread-safe
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lora_tuner-service")
 

@@ -37,6 +37,7 @@ from ..errors import (
 )
 from ..models import kernels, loading, lora
 from ..models.loading import LoadedBase
+from ..models.targets import TargetModules, describe_targets, resolve_target_modules
 from ..text import format_share
 
 
@@ -62,6 +63,7 @@ class TrainingInputs:
     packing: bool
     method: MethodName
     target_modules: str
+    targets: TargetModules
     split_salt: str
 
     @property
@@ -111,7 +113,7 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
     base = _load_base_on_all_ranks(requested, parent, notify)
     if parent is not None:
         lora.check_base(parent, base, model_options(requested, notify))
-    target_modules = _choose_target_modules(requested, parent, base)
+    targets = _choose_targets(requested, parent, base)
     max_length = _choose_max_length(requested, base, notify)
     isolated = _packing_is_isolated(base)
     varlen_attention = base.device.type == "cpu" and isolated and _try_varlen_attention(base)
@@ -137,7 +139,8 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
         max_length=max_length,
         packing=use_packing,
         method=_choose_method(requested, parent),
-        target_modules=target_modules,
+        target_modules=",".join(targets.names) if parent else requested.target_modules,
+        targets=targets,
         split_salt=_choose_split_salt(requested, parent),
     )
 
@@ -253,15 +256,15 @@ def _choose_split_salt(requested: TrainConfig, parent: Adapter | None) -> str:
     return requested.split_salt if data is None or data.split_salt is None else data.split_salt
 
 
-def _choose_target_modules(requested: TrainConfig, parent: Adapter | None, base: LoadedBase) -> str:
-    """Return the parent's target modules, as this base names them, or the requested ones."""
+def _choose_targets(requested: TrainConfig, parent: Adapter | None, base: LoadedBase) -> TargetModules:
+    """Return the layers of the parent, or the requested ones."""
     if parent is None:
-        return requested.target_modules
-    names = lora.shortest_target_names(base.model, parent.modules)
+        return resolve_target_modules(base.model, requested.target_modules)
+    targets = describe_targets(base.model, parent.modules)
     chosen = "target_modules" in requested.model_fields_set
-    if chosen and lora.resolve_target_modules(base.model, requested.target_modules) != names:
-        _refuse_conflicts(requested, parent, {"target_modules": ", ".join(names)})
-    return ",".join(names)
+    if chosen and resolve_target_modules(base.model, requested.target_modules).modules != targets.modules:
+        _refuse_conflicts(requested, parent, {"target_modules": ", ".join(targets.names)})
+    return targets
 
 
 # Rows

@@ -138,7 +138,8 @@ def step_memory(inputs: TrainingInputs, model: PeftModel) -> tuple[int, int]:
     for block in blocks:
         block.gradient_checkpointing = True
     if blocks:
-        per_token = per_token / len(blocks) + len(blocks) * model.config.hidden_size * base.dtype.itemsize
+        hidden_size = base.model.config.get_text_config().hidden_size
+        per_token = per_token / len(blocks) + len(blocks) * hidden_size * base.dtype.itemsize
     count = len(inputs.sequences)
     longest = max(sum(map(len, inputs.sequences[index])) for index in range(count))
     tokens = min(inputs.batch_size, count) * longest

@@ -80,6 +80,8 @@ class TrainingSetup(TrainingInputs):
                 load_in=self.base.load_in,
                 threads=torch.get_num_threads(),
                 processes=distributed.world_size(),
+                coverage=self.targets.coverage,
+                not_adapted=self.targets.not_adapted,
             ),
             versions=lora.library_versions(),
         )
@@ -157,10 +159,12 @@ def _add_lora(requested: TrainConfig, inputs: TrainingInputs, notify: EventHandl
             )
         )
     set_seed(requested.seed)
-    model = lora.add_lora(inputs.base, requested, inputs.parent)
+    model = lora.add_lora(inputs.base, requested, inputs.parent, inputs.targets)
     if inputs.method == "eva":
         notify(Progress("computing activations for EVA", 0, 1))
     initialization.initialize(inputs.base, model, requested, inputs.sequences)
+    if inputs.targets.not_adapted:
+        notify(Notice(f"LoRA covers {inputs.targets}."))
     trained, frozen = lora.count_parameters(model)
     notify(
         Notice(

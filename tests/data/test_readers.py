@@ -201,13 +201,39 @@ def test_csv_long_field_is_read(load):
         (
             "a.csv",
             'text,label\n"open,1\nx,1\n',
-            "line 3: unexpected end of data; a field that begins with a quote must end with one",
+            "line 2: unexpected end of data; a field that begins with a quote must end with one",
         ),
         (
             "a.csv",
             'text,label\nx,1\n"so" she said,1\n',
             "line 3: ',' expected after '\"'; a field that begins with a quote must end with one",
         ),
+        (
+            "a.tsv",
+            'label\ttext\n0\tone\n1\t"two\n' + "0\tthree\n" * 60,
+            "line 3: unexpected end of data; a field that begins with a quote must end with one",
+        ),
+        (
+            "a.tsv",
+            'text\tn\n"a\nb"\t1\n"one\nline"\t"two\n\nthree\tfour\n"five" six\t1\n',
+            "line 5: a tab expected after '\"'; a field that begins with a quote must end with one",
+        ),
+        (
+            "a.csv",
+            'text,n\nx,1\n"one,1\ntwo,2\nthree"\n',
+            "its header has 2 fields, line 3 has 1, with a quote that ends in line 5",
+        ),
+        (
+            "a.json",
+            '{\n "train": ["a"],\n "test": ["b"]\n}',
+            "it is one JSON object with the lists train, test: write a file for each",
+        ),
+        (
+            "a.json",
+            '{"text": {"0": "a", "1": "b"}}',
+            "it is one JSON object without a list of rows: write an array, or one object per line",
+        ),
+        ("a.json", '{\n "data": [{"text": "a"},]\n}', "Expecting value: line 2 column 25 (char 26)"),
         (
             "a.jsonl",
             '{"text": "a"}\n\n{"text": \n',
@@ -271,6 +297,30 @@ def test_json_mixed_types_are_read(load):
     dataset = load("a.jsonl", jsonl(records))
     assert rows(dataset) == sorted([*TEXTS, "5"])
     assert dataset.counts.empty == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        ({"data": [{"text": text} for text in TEXTS]}, "data"),
+        ({"version": "1.1", "rows": [{"text": text, "n": 1} for text in TEXTS], "tags": ["a", "b"]}, "rows"),
+        ({"texts": TEXTS, "count": 30}, "texts"),
+    ],
+)
+def test_list_in_json_object_is_read(load, tmp_path, value, name):
+    for indent in (None, 2):
+        assert rows(load("a.json", json.dumps(value, indent=indent))) == sorted(TEXTS)
+        assert load.notices == [
+            f"{tmp_path / 'a.json'}: the rows are those of the list '{name}' in its JSON object."
+        ]
+
+
+def test_json_object_may_be_a_row(load, tmp_path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for number, text in enumerate(TEXTS):
+        (folder / f"{number}.json").write_text(json.dumps({"text": text, "links": [{"a": 1}]}, indent=2))
+    assert rows(load(folder)) == sorted(TEXTS)
 
 
 def test_json_dates_stay_text(load):

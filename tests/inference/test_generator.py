@@ -25,6 +25,7 @@ from lora_tuner.inference.cpu_decoder import CpuDecoder
 from lora_tuner.models import lora
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
+from lora_tuner.models.targets import resolve_target_modules
 
 from .. import adapter_files, tiny_models
 from .test_multi_lora import save_opt
@@ -295,7 +296,7 @@ def save_random_adapter(base_folder, name, rank=4, targets="auto", seed=0, dora=
     """Save an adapter with random weights. Returns its folder."""
     base = load_base(find_base(str(base_folder)), ModelOptions(device="cpu"))
     if dora:
-        names = lora.resolve_target_modules(base.model, targets)
+        names = resolve_target_modules(base.model, targets).names
         kind = {"task_type": "CAUSAL_LM", "use_dora": True, "fan_in_fan_out": "gpt2" in str(base_folder)}
         model = get_peft_model(base.model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, **kind))
     else:

@@ -18,6 +18,8 @@ from lora_tuner.models import initialization, lora
 from lora_tuner.training.setup import prepare_training
 from lora_tuner.training.trainer import _LoraTrainer
 
+from ..model_families import save_family
+
 OTHERS = [name for name in METHODS if name != "lora"]
 
 
@@ -264,3 +266,33 @@ def test_evaluate_matches_training_for_every_method(config_for):
         adapter = train(config_for(method, name=method.replace("+", "plus")))
         cell = evaluation.evaluate([adapter], options=ModelOptions(device="cpu")).cells[0][0]
         assert cell.loss == pytest.approx(adapter.manifest.result.loss, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["opt", "qwen2_moe", "gemma3", "jamba", "bart"])
+def test_eva_starts_at_base_in_family(tmp_path, settings, family):
+    """Rows that are flattened, experts, towers and other parts that no text reaches."""
+    base = save_family(tmp_path / family, family)
+    config = settings(base=str(base), method="eva", max_steps=1, max_length=32, batch_size=1, eval_rows=2)
+    before = prepare_training(config)
+    with before.model.disable_adapter():
+        plain = loss(before)
+    assert loss(before) == pytest.approx(plain, abs=2e-5)
+
+
+def test_eva_leaves_padding_out():
+    positions = torch.tensor([[0, 0], [1, 0], [1, 1], [1, 2]])  # lengths 1 and 3
+    inputs = torch.arange(12.0).view(2, 3, 2)
+    expected = inputs.view(6, 2)[[0, 3, 4, 5]]
+    for given in (inputs, inputs.view(6, 2)):  # OPT flattens rows
+        assert torch.equal(initialization._unpadded_inputs((given,), positions, "layer"), expected)
+    experts = torch.arange(8.0).view(4, 2).T  # other tokens: all of them
+    assert torch.equal(initialization._unpadded_inputs((experts,), positions, "layer"), experts)
+
+
+def test_eva_without_tokens_for_a_layer_is_refused(gpt2, settings, monkeypatch):
+    monkeypatch.setattr(
+        initialization, "_unpadded_inputs", lambda inputs, positions, name: inputs[0].flatten(0, 1)[:2]
+    )
+    with pytest.raises(ConfigError) as error:
+        prepare_training(settings(method="eva", rank=4, max_steps=1))
+    assert str(error.value) == "eva reaches some layers with too few tokens: provide more text, or lower --rank."

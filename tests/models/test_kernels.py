@@ -16,6 +16,8 @@ from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
 from lora_tuner.training.setup import prepare_training
 
+from ..model_families import FAMILIES, make_family
+
 STEPS = 50
 
 
@@ -340,3 +342,13 @@ def test_upcast_logits_skip_head_in_bfloat16(model_folder, monkeypatch):
         nll = head.nll(base.model(ids).logits, ids)
     expected = F.cross_entropy(base.model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
     torch.testing.assert_close(nll[0, :-1], expected, atol=0.1, rtol=0.02)
+
+
+def test_window_in_text_config_disables_varlen_attention():
+    model = make_family("gemma3")
+    assert not kernels.has_full_attention(model)
+    assert not kernels.enable_varlen_attention(model)
+    full = make_family(
+        "gemma3", text_config=FAMILIES["llama"] | {"layer_types": ["full_attention"] * 2, "sliding_window": None}
+    )
+    assert kernels.has_full_attention(full)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from lora_tuner import Library, Manifest, ModelOptions, TrainConfig, atomic_io
 from lora_tuner.adapters.adapter import (
@@ -27,58 +27,6 @@ from .. import adapter_files, tiny_models
 
 def load(folder):
     return load_base(find_base(str(folder)), ModelOptions(device="cpu"))
-
-
-GPT2 = {"auto": ["c_attn", "c_fc", "c_proj"], "attention": ["attn.c_proj", "c_attn"]}
-LLAMA = {
-    "auto": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
-    "attention": ["k_proj", "o_proj", "q_proj", "v_proj"],
-}
-
-
-@pytest.mark.parametrize("group", ["auto", "all-linear", "attention"])
-def test_target_modules_by_group(gpt2, llama, group):
-    for folder, expected in ((gpt2, GPT2), (llama, LLAMA)):
-        targets = lora.resolve_target_modules(load(folder).model, group)
-        assert targets == expected["attention" if group == "attention" else "auto"]
-
-
-def test_target_modules_by_name(gpt2):
-    model = load(gpt2).model
-    assert lora.resolve_target_modules(model, "c_attn, mlp.c_proj") == ["c_attn", "mlp.c_proj"]
-    assert lora.resolve_target_modules(model, "transformer.h.1.attn.c_attn") == ["1.attn.c_attn"]
-
-
-REFUSAL = (
-    "target_modules: {} cannot be adapted; choose auto, attention, all-linear, or any of {} (embeddings and the output "
-    "head cannot be adapted: where they share weights, an update would not survive a merge)."
-)
-
-
-@pytest.mark.parametrize(
-    "name", ["lm_head", "wte", "q_proj", "embed_tokens", "", "attn", "C_ATTN", "h.9.attn.c_attn", ".*"]
-)
-def test_unknown_target_lists_valid_names(gpt2, name):
-    with pytest.raises(ConfigError) as error:
-        lora.resolve_target_modules(load(gpt2).model, name)
-    assert str(error.value) == REFUSAL.format(name, "c_attn, c_fc, c_proj")
-
-
-def test_only_invalid_targets_are_named(llama):
-    with pytest.raises(ConfigError) as error:
-        lora.resolve_target_modules(load(llama).model, "q_proj, lm_head,wte ,v_proj")
-    names = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
-    assert str(error.value) == REFUSAL.format("lm_head, wte", names)
-
-
-def test_base_without_attention_is_refused():
-    model = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=8, num_hidden_layers=1, state_size=2))
-    with pytest.raises(ConfigError) as error:
-        lora.resolve_target_modules(model, "attention")
-    assert str(error.value) == (
-        "This base has no layer named attention; its layers are dt_proj, in_proj, out_proj, x_proj."
-    )
-    assert lora.resolve_target_modules(model, "all-linear") == ["dt_proj", "in_proj", "out_proj", "x_proj"]
 
 
 def test_peft_value_error_becomes_config_error(gpt2, monkeypatch):

@@ -24,6 +24,7 @@ from lora_tuner.errors import BaseModelError, Notice, TrainingError
 from lora_tuner.models import lora, memory
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
+from lora_tuner.models.targets import layer_sizes, linear_layers
 from lora_tuner.training import profiling
 from lora_tuner.training.setup import prepare_training
 
@@ -69,10 +70,10 @@ def test_only_linear_layers_are_quantized(folder, bits):
     base = load_base(find_base(str(folder)), ModelOptions(device="cpu", dtype="bfloat16", load_in=bits))
     assert base.load_in == bits
     layer_class = {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}[bits]
-    layers = lora.linear_layers(base.model)
+    layers = linear_layers(base.model)
     assert {type(layer).__name__ for layer in layers.values()} == {layer_class}
     full_base = load_base(find_base(str(folder)), ModelOptions(device="cpu"))
-    assert lora.layer_sizes(layers) == lora.layer_sizes(lora.linear_layers(full_base.model))
+    assert layer_sizes(layers) == layer_sizes(linear_layers(full_base.model))
     full = lora.add_lora(full_base, TrainConfig(rank=2))
     assert lora.count_parameters(lora.add_lora(base, TrainConfig(rank=2))) == lora.count_parameters(full)
     for embeddings in (base.model.get_input_embeddings(), base.model.get_output_embeddings()):

@@ -632,7 +632,11 @@ def turn(**message):
         (turn(role="assistant", content="x", reasoning_content="y"), "messages[1].reasoning_content", 'or send ""'),
         (turn(role="user", content="x", agent="cli"), "messages[1].agent", "unknown field"),
         (turn(role="user", content={"a": 1}), "messages[1].content", "valid string"),
-        (turn(role="user", content=[TEXT, {"type": "image_url"}]), "messages[1].content[1].type", "'text'"),
+        (
+            turn(role="user", content=[TEXT, {"type": "image_url", "image_url": {}}]),
+            "messages[1].content[1].type",
+            "messages[1].content[1].image_url: not supported: leave it out",
+        ),
         ({"messages": [{"role": "user", "content": "so " * 200}]}, None, "has a context of 128: shorten it."),
     ],
 )  # fmt: skip
@@ -838,6 +842,13 @@ def test_unknown_route_gives_404_or_405(served, method, path, status):
     error_of(response, status)
     if status == 405:
         assert response.headers["allow"] == ("GET" if "models" in path or "health" in path else "POST")
+
+
+def test_broken_json_names_its_place(served):
+    headers = {"Content-Type": "application/json"}
+    error = error_of(httpx.post(f"{served.url}/v1/completions", content=b'{"model": "a",}', headers=headers), 400)
+    assert error["message"].startswith("The body is not valid JSON: ")
+    assert error["message"].endswith(", at character 14.")
 
 
 def test_wrong_base_url_names_the_endpoints(served):

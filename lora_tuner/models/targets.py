@@ -1,0 +1,336 @@
+"""Target modules: the linear layers that LoRA adapts, and the share of the base that they hold.
+
+Surprise: not every linear layer takes LoRA. Vision towers are never run on text, routers give
+tuples, and PEFT refuses some layers of some models or adapts experts in their place. So a base is
+run once on a few tokens and PEFT is tried on a stand-in of each kind of layer. Limit: experts that
+are one three-dimensional parameter are no linear layers; what they hold is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import BaseModelError, ConfigError
+from .quantization import Int8Linear
+from .resolve import quiet_transformers
+
+LinearLayer = nn.Linear | Conv1D | Int8Linear
+NEVER_RUN, NOT_LINEAR = "never run on text", "not linear layers"
+NAMED_SHARE = 0.02  # of the block weights: smaller weights that are not linear layers are not named
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class TargetModules:
+    """The layers to adapt.
+
+    Args:
+        modules: their full names.
+        names: the shortest names by which PEFT matches them and nothing else.
+        coverage: their share of the weights of all blocks, embeddings and output head left out.
+        not_adapted: other weights that the setting asks for or that LoRA cannot reach, with the
+            reason.
+    """
+
+    modules: list[str]
+    names: list[str]
+    coverage: float
+    not_adapted: list[str]
+
+    def __str__(self) -> str:
+        rest = f"; not adapted: {', '.join(self.not_adapted)}" if self.not_adapted else ""
+        return f"{self.coverage:.0%} of the block weights{rest}"
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, LinearLayer]:
+    """Full name -> layer, for every linear layer of a plain base except the output head."""
+    head = model.get_output_embeddings()
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LinearLayer) and layer is not head
+    }
+
+
+def layer_sizes(layers: Mapping[str, LinearLayer]) -> dict[str, tuple[int, int]]:
+    """(in_features, out_features) of each layer."""
+    sizes = {}
+    for name, layer in layers.items():
+        sizes[name] = (
+            (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+        )
+    return sizes
+
+
+def has_transposed_layers(model: PreTrainedModel) -> bool:
+    """True for GPT-2, whose linear layers store their weights as (in, out)."""
+    return any(isinstance(layer, Conv1D) for layer in linear_layers(model).values())
+
+
+def weight_count(parameter: torch.Tensor) -> int:
+    """Number of weights, of which two in 4 bits share a byte."""
+    return parameter.numel() * (2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else 1)
+
+
+def resolve_target_modules(model: PreTrainedModel, target_modules: str) -> TargetModules:
+    """Translate the setting `target_modules` into layers.
+
+    Args:
+        model: a plain base. It is run once.
+        target_modules: auto (all-linear without the routers of a mixture), attention, all-linear,
+            or names of layers separated by commas.
+
+    Raises:
+        ConfigError: a name matches no layer that can be adapted; the message lists the names that
+            can.
+        BaseModelError: the base does not run on text.
+    """
+    called, plain = trial_run(model)
+    layers = linear_layers(model)
+    reasons = _why_not_adaptable(model, layers, called, plain)
+    adaptable = set(layers) - set(reasons)
+    if target_modules in ("auto", "all-linear"):
+        requested = set(layers)
+        if target_modules == "auto":
+            routers = _routers(model, layers) & adaptable
+            reasons |= dict.fromkeys(routers, "chooses the experts")
+    elif target_modules == "attention":
+        requested = {
+            name for name in layers if any("attn" in part or "attention" in part for part in name.split("."))
+        }
+        if requested.isdisjoint(adaptable):
+            raise ConfigError(f"This base has no layer named attention; its layers are {_last_names(adaptable)}.")
+    else:
+        requested = _layers_by_name(target_modules, layers, reasons)
+    selected = sorted(requested - set(reasons))
+    if not selected:
+        raise ConfigError(f"No layer of this base can be adapted: {'; '.join(sorted(set(reasons.values())))}.")
+    return describe_targets(model, selected, called, {name: reasons[name] for name in requested & set(reasons)})
+
+
+def describe_targets(
+    model: PreTrainedModel,
+    modules: Collection[str],
+    called: Collection[str] | None = None,
+    reasons: Mapping[str, str] = MappingProxyType({}),
+) -> TargetModules:
+    """Names and coverage of the layers to adapt.
+
+    Args:
+        model: a plain base.
+        modules: full names of the layers to adapt.
+        called: modules that `trial_run` found to be run; None to run it.
+        reasons: layers that were asked for and are left out -> reason.
+    """
+    called = trial_run(model)[0] if called is None else called
+    sizes = {(reason, _last_word(name)): 0 for name, reason in reasons.items() if reason != NEVER_RUN}
+    covered = total = 0
+    linear = linear_layers(model)
+    for owner, parameter in _block_weights(model, called):
+        count = weight_count(parameter)
+        total += count
+        if owner in modules:
+            covered += count
+        elif owner in reasons or owner not in linear:
+            key = (reasons.get(owner, NOT_LINEAR), _last_word(owner))
+            sizes[key] = sizes.get(key, 0) + count
+    not_adapted = []
+    for reason in dict.fromkeys(reason for reason, _ in sizes):
+        counts = {kind: count for (other, kind), count in sizes.items() if other == reason}
+        if reason == NOT_LINEAR:
+            counts = {kind: count for kind, count in counts.items() if count >= NAMED_SHARE * total}
+        if counts:
+            share = sum(counts.values()) / total
+            not_adapted.append(
+                f"{', '.join(sorted(counts))} ({f'{share:.0%}' if share >= 0.01 else 'under 1%'}, {reason})"
+            )
+    run = {
+        ".".join(parts[:end]) for parts in (name.split(".") for name in called) for end in range(len(parts) + 1)
+    }
+    if never_run := {_never_run_part(name, run) for name, reason in reasons.items() if reason == NEVER_RUN}:
+        not_adapted.append(f"{', '.join(sorted(never_run))} ({NEVER_RUN})")
+    return TargetModules(
+        sorted(modules), shortest_target_names(model, modules), covered / max(total, 1), not_adapted
+    )
+
+
+def shortest_target_names(model: PreTrainedModel, modules: Collection[str]) -> list[str]:
+    """The shortest names for PEFT's `target_modules` that match these modules and no others."""
+    others = {name for name, _ in model.named_modules()} - set(modules)
+    taken = {suffix for name in others for suffix in _suffixes(name)}
+    return sorted({_shortest_suffix(module, taken) for module in modules})
+
+
+def trial_run(model: PreTrainedModel) -> tuple[set[str], set[str]]:
+    """Run a plain base on a few tokens.
+
+    Returns:
+        Modules that were called, and those of them that map one tensor to one tensor in every call.
+        A name stands for all experts of its layer: few tokens reach few of them.
+
+    Raises:
+        BaseModelError: the base does not run on text.
+    """
+    called: set[str] = set()
+    unusual: set[str] = set()
+
+    def record(name: str, inputs: tuple[Any, ...], output: Any) -> None:
+        called.add(_expert_group(name))
+        if not (
+            len(inputs) == 1
+            and isinstance(inputs[0], torch.Tensor)
+            and isinstance(output, torch.Tensor)
+            and inputs[0].shape[:-1] == output.shape[:-1]
+        ):
+            unusual.add(_expert_group(name))
+
+    handles = [
+        module.register_forward_hook(lambda _, inputs, output, name=name: record(name, inputs, output))
+        for name, module in model.named_modules()
+    ]
+    embeddings = model.get_input_embeddings().get_parameter("weight")
+    token_ids = torch.arange(6, device=embeddings.device)[None] + len(embeddings) // 2
+    training = model.training
+    model.eval()  # dropout would consume random numbers
+    try:
+        with quiet_transformers(), torch.no_grad():  # FSDP could not train after inference mode
+            model(input_ids=token_ids, use_cache=False)
+    except Exception as error:
+        raise BaseModelError(f"This base does not run on text alone: {' '.join(str(error).split())}") from error
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return called, called - unusual
+
+
+def _why_not_adaptable(
+    model: PreTrainedModel, layers: Mapping[str, LinearLayer], called: set[str], plain: set[str]
+) -> dict[str, str]:
+    """Reason for each linear layer that cannot be adapted."""
+    refused = {name for name in map(_last_name, layers) if not _peft_adapts(model, name)}
+    reasons = {}
+    for name in layers:
+        if not _takes_part(name, called):
+            reasons[name] = NEVER_RUN
+        elif _expert_group(name) not in called:
+            reasons[name] = "not called as a layer"
+        elif _expert_group(name) not in plain:
+            reasons[name] = "takes or gives more than one tensor"
+        elif _last_name(name) in refused:
+            reasons[name] = f"not supported by PEFT in {model.config.model_type}"
+    return reasons
+
+
+def _peft_adapts(model: PreTrainedModel, name: str) -> bool:
+    """True if PEFT puts LoRA on a linear layer of this last name in this type of model.
+
+    Tried on a stand-in: PEFT refuses some names by type, and takes others for the experts that
+    transformers 4 named so.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import Linear as LoraLinear
+
+    stand_in: Any = nn.Module()
+    stand_in.config = model.config
+    stand_in.block = nn.Module()
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
+        stand_in.block.add_module(name, nn.Linear(1, 1))
+        try:
+            inject_adapter_in_model(LoraConfig(r=1, target_modules=[name]), stand_in)
+        except ValueError:
+            return False
+    return isinstance(stand_in.block.get_submodule(name), LoraLinear)
+
+
+def _routers(model: PreTrainedModel, layers: Mapping[str, LinearLayer]) -> set[str]:
+    """Linear layers of a mixture with one output for each expert, or one for the shared expert."""
+    config = model.config.get_text_config()
+    experts = {getattr(config, name, None) for name in _EXPERT_COUNTS} - {None}
+    return {name for name, (_, size_out) in layer_sizes(layers).items() if experts and size_out in {1, *experts}}
+
+
+def _layers_by_name(
+    target_modules: str, layers: Mapping[str, LinearLayer], reasons: Mapping[str, str]
+) -> set[str]:
+    """Layers that the setting names. Raises ConfigError for names without any that can be adapted."""
+    names = [name.strip() for name in target_modules.split(",")]
+    matches = {name: {layer for layer in layers if name in _suffixes(layer)} for name in names}
+    problems = []
+    if unmatched := [name for name in names if not matches[name]]:
+        problems.append(f"{', '.join(unmatched)} cannot be adapted")
+    for name in names:
+        if matches[name] and matches[name] <= set(reasons):
+            problems.append(f"{name} cannot be adapted ({reasons[min(matches[name])]})")
+    if problems:
+        raise ConfigError(
+            f"target_modules: {'; '.join(problems)}; choose auto, attention, all-linear, or any of "
+            f"{_last_names(set(layers) - set(reasons))} (embeddings and the output head cannot be adapted: where they "
+            "share weights, an update would not survive a merge)."
+        )
+    return set().union(*matches.values())
+
+
+def _block_weights(model: PreTrainedModel, called: Collection[str]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Module and parameter for every matrix that runs on text, outside embeddings and output head."""
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if module is head or isinstance(module, nn.Embedding) or not _takes_part(name, called):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if parameter.dim() > 1:
+                yield name, parameter
+
+
+def _takes_part(name: str, called: Collection[str]) -> bool:
+    """True if a module was called, or in a block the one around it: some use weights without a call."""
+    group = _expert_group(name)
+    return group in called or (any(map(str.isdigit, group.split("."))) and group.rpartition(".")[0] in called)
+
+
+def _never_run_part(name: str, run: Collection[str]) -> str:
+    """Outermost module around a layer that is not among those run or above them: its last word, and
+    the number of a block."""
+    parts = _expert_group(name).split(".")
+    end = next(end for end in range(1, len(parts) + 1) if ".".join(parts[:end]) not in run)
+    return ".".join(parts[end - 2 if parts[end - 1].isdigit() else end - 1 : end])
+
+
+def _expert_group(name: str) -> str:
+    """Name with all numbers but the first, that of the block, replaced: it stands for all experts."""
+    parts = name.split(".")
+    numbered = [index for index, part in enumerate(parts) if part.isdigit()]
+    for index in numbered[1:]:
+        parts[index] = "*"
+    return ".".join(parts)
+
+
+def _shortest_suffix(module: str, taken: set[str]) -> str:
+    return next((suffix for suffix in _suffixes(module) if suffix not in taken), module)
+
+
+def _suffixes(module: str) -> list[str]:
+    """The names by which PEFT finds a module, from its last part to its full name."""
+    parts = module.split(".")
+    return [".".join(parts[start:]) for start in reversed(range(len(parts)))]
+
+
+def _last_name(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+def _last_names(layers: Collection[str]) -> str:
+    return ", ".join(sorted({_last_name(layer) for layer in layers}))
+
+
+def _last_word(name: str) -> str:
+    """Last part of a name that is not a number."""
+    return next((part for part in reversed(name.split(".")) if part.isidentifier()), name)

@@ -1,0 +1,206 @@
+"""LoRA goes where PEFT takes it and text runs; the rest is said by name, with its share."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from lora_tuner import ModelOptions, TrainConfig, train
+from lora_tuner.adapters.adapter import CARD_FILE, CONFIG_FILE, load_adapter_folder
+from lora_tuner.adapters.manifest import Manifest
+from lora_tuner.errors import AdapterError, ConfigError
+from lora_tuner.models import lora
+from lora_tuner.models.loading import load_base
+from lora_tuner.models.resolve import find_base
+from lora_tuner.models.targets import resolve_target_modules
+
+from ..model_families import make_family, save_family
+
+
+def load(folder):
+    return load_base(find_base(str(folder)), ModelOptions(device="cpu"))
+
+
+GPT2 = {"auto": ["c_attn", "c_fc", "c_proj"], "attention": ["attn.c_proj", "c_attn"]}
+LLAMA = {
+    "auto": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+    "attention": ["k_proj", "o_proj", "q_proj", "v_proj"],
+}
+
+
+@pytest.mark.parametrize("group", ["auto", "all-linear", "attention"])
+def test_target_modules_by_group(gpt2, llama, group):
+    for folder, expected in ((gpt2, GPT2), (llama, LLAMA)):
+        targets = resolve_target_modules(load(folder).model, group).names
+        assert targets == expected["attention" if group == "attention" else "auto"]
+
+
+def test_target_modules_by_name(gpt2):
+    model = load(gpt2).model
+    assert resolve_target_modules(model, "c_attn, mlp.c_proj").names == ["c_attn", "mlp.c_proj"]
+    assert resolve_target_modules(model, "transformer.h.1.attn.c_attn").names == ["1.attn.c_attn"]
+
+
+REFUSAL = (
+    "target_modules: {} cannot be adapted; choose auto, attention, all-linear, or any of {} (embeddings and the output "
+    "head cannot be adapted: where they share weights, an update would not survive a merge)."
+)
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head", "wte", "q_proj", "embed_tokens", "", "attn", "C_ATTN", "h.9.attn.c_attn", ".*"]
+)
+def test_unknown_target_lists_valid_names(gpt2, name):
+    with pytest.raises(ConfigError) as error:
+        resolve_target_modules(load(gpt2).model, name)
+    assert str(error.value) == REFUSAL.format(name, "c_attn, c_fc, c_proj")
+
+
+def test_only_invalid_targets_are_named(llama):
+    with pytest.raises(ConfigError) as error:
+        resolve_target_modules(load(llama).model, "q_proj, lm_head,wte ,v_proj")
+    names = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert str(error.value) == REFUSAL.format("lm_head, wte", names)
+
+
+# Families
+
+
+ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
+LLAMA_NAMES = [*ATTENTION, "down_proj", "gate_proj", "up_proj"]
+LATENT = ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj"]
+
+
+@pytest.mark.parametrize(
+    ("family", "expected", "not_adapted"),
+    [
+        ("mamba", ["in_proj", "x_proj"], "out_proj (28%, not supported by PEFT in mamba)"),
+        ("mamba2", ["in_proj"], "out_proj (29%, not supported by PEFT in mamba2)"),
+        ("falcon_h1", [*LLAMA_NAMES, "in_proj"], "out_proj (9%, not supported by PEFT in falcon_h1)"),
+        ("gemma3", LLAMA_NAMES, "vision_tower (never run on text)"),
+        ("bart", ["fc1", "fc2", "k_proj", "out_proj", "q_proj", "v_proj"], "encoder_attn (never run on text)"),
+        ("mixtral", ATTENTION, "experts (85%, not linear layers)"),
+        ("qwen2_moe", LLAMA_NAMES, "shared_expert_gate (under 1%, chooses the experts)"),
+        ("llama4_text", LLAMA_NAMES, "router (under 1%, takes or gives more than one tensor)"),
+        ("deepseek_v3", LATENT, "down_proj, gate_proj, up_proj (33%, not supported by PEFT in deepseek_v3)"),
+    ],
+)
+def test_auto_takes_what_can_be_adapted(family, expected, not_adapted):
+    targets = resolve_target_modules(make_family(family), "auto")
+    assert {name.rpartition(".")[2] for name in targets.modules} == set(expected)
+    assert not_adapted in targets.not_adapted
+    assert not any("vision" in name or "encoder_attn" in name for name in targets.modules)
+
+
+def test_everything_adapted_is_not_mentioned():
+    for group in ("auto", "all-linear"):
+        targets = resolve_target_modules(make_family("qwen3"), group)
+        assert (targets.coverage, targets.not_adapted) == (1.0, [])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe", "gpt_oss", "llama4_text"])
+@pytest.mark.parametrize("group", ["auto", "all-linear", "attention"])
+def test_coverage_is_share_of_block_weights(family, group):
+    model = make_family(family)
+    targets = resolve_target_modules(model, group)
+    blocks = {name: p for name, p in model.named_parameters() if p.dim() > 1 and ".layers." in name}
+    covered = sum(p.numel() for name, p in blocks.items() if name.removesuffix(".weight") in targets.modules)
+    assert targets.coverage == pytest.approx(covered / sum(p.numel() for p in blocks.values()))
+    experts = sum(p.numel() for name, p in blocks.items() if ".experts." in name)
+    share = experts / sum(p.numel() for p in blocks.values())
+    assert any(f"experts ({share:.0%}, not linear layers)" == text for text in targets.not_adapted)
+
+
+def test_routers_need_their_name_or_all_linear():
+    model = make_family("qwen2_moe")
+    gates = [f"model.layers.{block}.mlp.shared_expert_gate" for block in (0, 1)]
+    assert resolve_target_modules(model, "shared_expert_gate").modules == gates
+    assert set(gates) <= set(resolve_target_modules(model, "all-linear").modules)
+    assert set(gates).isdisjoint(resolve_target_modules(model, "auto").modules)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "reason"),
+    [
+        ("mamba", "in_proj, out_proj", "out_proj cannot be adapted (not supported by PEFT in mamba)"),
+        ("mamba", "conv1d", "conv1d cannot be adapted"),
+        ("bart", "encoder_attn.q_proj", "encoder_attn.q_proj cannot be adapted (never run on text)"),
+        ("gemma3", "fc1", "fc1 cannot be adapted (never run on text)"),
+        ("llama4_text", "router", "router cannot be adapted (takes or gives more than one tensor)"),
+        ("deepseek_v3", "gate_proj", "gate_proj cannot be adapted (not supported by PEFT in deepseek_v3)"),
+        ("mixtral", "experts", "experts cannot be adapted"),
+    ],
+)
+def test_unadaptable_target_is_refused(family, name, reason):
+    with pytest.raises(ConfigError) as error:
+        resolve_target_modules(make_family(family), name)
+    assert str(error.value).startswith(
+        f"target_modules: {reason}; choose auto, attention, all-linear, or any of "
+    )
+
+
+def test_name_shared_with_tower_means_text():
+    model = make_family("gemma3")
+    targets = resolve_target_modules(model, "q_proj")
+    assert targets.modules == [f"model.language_model.layers.{block}.self_attn.q_proj" for block in (0, 1)]
+    assert targets.not_adapted == ["vision_tower (never run on text)"]
+
+
+def test_base_without_attention_is_refused():
+    with pytest.raises(ConfigError) as error:
+        resolve_target_modules(make_family("mamba"), "attention")
+    assert str(error.value) == "This base has no layer named attention; its layers are in_proj, x_proj."
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen2_moe", "gemma3"])
+def test_peft_adapts_exactly_chosen_layers(family, tmp_path):
+    """PEFT's table for experts of transformers 4 changes no name of what is saved."""
+    base = load(save_family(tmp_path / "base", family))
+    model = lora.add_lora(base, TrainConfig(rank=2))
+    tensors = {name: torch.randn_like(tensor) for name, tensor in lora.adapter_state_dict(model).items()}
+    lora.save_adapter_files(tensors, model.peft_config["default"], tmp_path / "saved")
+    model.unload()
+    saved = load_adapter_folder(tmp_path / "saved")
+    assert saved.modules == resolve_target_modules(base.model, "auto").modules
+    assert not json.loads((saved.path / CONFIG_FILE).read_text())["target_parameters"]
+    token_ids = torch.arange(20)[None]
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), saved.path)
+    ours = lora.load_lora(base.model, saved, "slot")
+    torch.testing.assert_close(ours(token_ids).logits, plain.eval()(token_ids).logits, atol=1e-4, rtol=0)
+
+
+def test_adapter_that_peft_redirects_is_refused(tmp_path):
+    """Of a dense layer in DeepSeek-V3, which PEFT takes for an expert."""
+    folder = save_family(tmp_path / "base", "deepseek_v3")
+    model = lora.add_lora(load(folder), TrainConfig(rank=2, target_modules="o_proj"))
+    layer = "base_model.model.model.layers.0.mlp.down_proj"
+    tensors = {f"{layer}.lora_A.weight": torch.ones(2, 48), f"{layer}.lora_B.weight": torch.ones(32, 2)}
+    config = model.peft_config["default"]
+    config.target_modules = {"down_proj"}
+    lora.save_adapter_files(tensors, config, tmp_path / "saved")
+    base = load(folder)
+    before = [name for name, _ in base.model.named_modules()]
+    with pytest.raises(AdapterError, match="does not fit the base as PEFT reads it: it adapts other layers"):
+        lora.load_lora(base.model, load_adapter_folder(tmp_path / "saved"), "slot")
+    assert [name for name, _ in base.model.named_modules()] == before
+
+
+def test_train_says_what_is_not_adapted(tmp_path, settings):
+    notices = []
+    folder = save_family(tmp_path / "mixtral", "mixtral")
+    adapter = train(
+        settings(base=str(folder), max_steps=1, max_length=32), lambda event: notices.append(str(event))
+    )
+    text = "14% of the block weights; not adapted: experts (85%, not linear layers)"
+    assert any(f"LoRA covers {text}." in notice for notice in notices)
+    assert adapter.manifest.run.coverage == pytest.approx(3072 / 21632)
+    assert adapter.manifest.run.not_adapted == ["experts (85%, not linear layers)"]
+    assert f"| Coverage | {text} |" in (adapter.path / CARD_FILE).read_text()
+
+
+def test_manifest_without_coverage_is_read(adapter):
+    fields = json.loads(adapter.manifest.to_json())
+    del fields["run"]["coverage"], fields["run"]["not_adapted"]
+    assert Manifest.model_validate(fields).run.coverage is None

@@ -1,0 +1,41 @@
+"""Each family of models trains, generates, is measured and merged."""
+
+import pytest
+
+from lora_tuner import ModelOptions, SamplingParams, evaluation, train
+from lora_tuner.config import METHODS
+from lora_tuner.convert.merge import merge
+from lora_tuner.inference.generator import EncodedPrompt, Generator
+
+from ..model_families import CONTEXT, FAMILIES, save_family
+
+DIFFERENT = ("mamba", "llama4_text", "deepseek_v3", "jamba")  # in what PEFT and kernels do with their layers
+REST = [family for family in FAMILIES if family not in DIFFERENT]
+
+
+@pytest.mark.parametrize(
+    "family", [*DIFFERENT, *(pytest.param(family, marks=pytest.mark.slow) for family in REST)]
+)
+def test_family_trains_generates_and_merges(tmp_path, settings, family):
+    base = save_family(tmp_path / family, family)
+    config = settings(base=str(base), max_steps=1, max_length=32, batch_size=1, eval_rows=2)
+    adapter = train(config)
+    assert adapter.manifest.run.coverage > 0.1
+    generator = Generator(str(adapter.path), options=ModelOptions(device="cpu"))
+    context = min(generator.base.max_context, CONTEXT)
+    prompt = EncodedPrompt("", list(range(10, 8 + context)))
+    output = generator.generate(prompt, SamplingParams(max_new_tokens=2, greedy=True))
+    assert output.tokens == 2 or output.finished
+    measured = evaluation.evaluate([adapter], options=ModelOptions(device="cpu"))
+    assert measured.cells[0][0].loss == pytest.approx(adapter.manifest.result.loss, abs=1e-5)
+    merged = merge(adapter, tmp_path / "merged", options=ModelOptions()).comparison
+    assert merged.losses[1] == pytest.approx(adapter.manifest.result.loss, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_method_trains_family(tmp_path, settings, family, method):
+    base = save_family(tmp_path / family, family)
+    config = settings(base=str(base), method=method, max_steps=1, max_length=32, batch_size=1, eval_rows=2)
+    assert train(config).manifest.run.method == method
