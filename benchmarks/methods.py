@@ -34,7 +34,7 @@ def program_code(folder: Path) -> dict[str, Any]:
         name = str(path.relative_to(library))
         if not name.startswith(("test", "site-packages", "idlelib/idle_test", "lib2to3/tests")):
             (folder / f"{name.replace('/', '.')}.txt").write_bytes(path.read_bytes())
-    return {"dataset": str(folder), "txt_rows": "file", "keep_lines": True}
+    return {"dataset": str(folder), "txt_rows": "file", "clean": "lines"}
 
 
 def run(rounds: int) -> list[Figure]:

@@ -22,12 +22,18 @@ from .errors import ConfigError, EventHandler, ignore_events
 DEFAULT_BASE = "distilgpt2"
 EMBEDDED_BASE = "smollm2-135m"
 DATA_EXTENSIONS = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet")
+_CODE_FILES = (
+    ".py .pyi .js .mjs .jsx .ts .tsx .java .kt .scala .c .h .cc .cpp .hpp .cs .rs .go .rb .php .swift .lua .pl .r .jl .hs .ml "
+    ".ex .exs .clj .sh .bash .zsh .ps1 .sql .yaml .yml .toml .ini .cfg .md .rst .tex .css .vue .tf .proto"
+)
+CODE_EXTENSIONS = tuple(_CODE_FILES.split())  # files that are one row each, as written
 HELD_OUT_MAX_TOKENS = 512  # independent of `max_length`, so that runs can be compared
 BATCH_SIZE_CPU, BATCH_SIZE_GPU = 1, 8  # on a CPU many small steps learn more in the same time
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 InferenceDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 LoadIn = Literal["auto", "full", "8bit", "4bit"]
+CleanMode = Literal["full", "lines", "none"]
 LongRows = Literal["auto", "truncate", "chunk"]
 MAX_RANK, MAX_ALPHA = 4096, 1_000_000
 MAX_COUNT = 1_000_000_000  # upper bound of steps, minutes and sizes: a larger number is a typing error
@@ -52,7 +58,9 @@ RENAMED_SETTINGS = {  # old key in run.yaml files of existing adapters and runs 
     "accumulation": "gradient_accumulation",
     "clip": "max_grad_norm",
     "checkpointing": "gradient_checkpointing",
+    "keep_lines": "clean",
 }
+RENAMED_VALUES = {"keep_lines": {"True": "lines", "False": "full"}}  # old key -> old value -> current value
 SettingValues = dict[str, Any]  # setting -> value, as YAML or the command line gives it; not validated
 
 
@@ -135,7 +143,7 @@ class TrainConfig(_Settings):
 
     dataset: str = _setting(
         "imdb",
-        "imdb, a csv, tsv, json, jsonl, txt or parquet file, a folder of such files, or a Hub dataset id.",
+        "imdb, a csv, tsv, json, jsonl, txt, parquet or program code file, a folder of such files, or a Hub dataset id.",
         "Data",
     )
     subset: str | None = _setting(None, "Subset (configuration) of a Hub dataset.", "Data")
@@ -165,8 +173,12 @@ class TrainConfig(_Settings):
         "How to split txt files. auto: at blank lines if the first 1,000 lines have any, else at each line.",
         "Data",
     )
-    keep_lines: bool = _setting(
-        False, "Keep line breaks, as in poems; otherwise each text becomes one line.", "Data"
+    clean: Literal["auto", CleanMode] = _setting(
+        "auto",
+        "Cleaning of the text. full: one line without HTML tags; lines: the same with line breaks, as in poems; none: as "
+        "written. auto: none for program code, YAML and Markdown, else full. Messages are kept as written, with outer white "
+        "space only with none, which is their auto.",
+        "Data",
     )
     streaming: bool = _setting(
         False,
@@ -605,7 +617,8 @@ def read_settings(file: Path) -> SettingValues:
         if old in loaded and new in loaded:
             raise ConfigError(f"{file}: {old} is the old name of {new}: give one of them.")
         if old in loaded:
-            loaded[new] = loaded.pop(old)
+            value = loaded.pop(old)
+            loaded[new] = RENAMED_VALUES.get(old, {}).get(str(value), value)
     return loaded
 
 
@@ -643,7 +656,7 @@ def config_to_yaml(config: TrainConfig) -> str:
 
 def default_adapter_name(dataset: str) -> str:
     """Derive an adapter's name from its dataset: the last part of the path or id, made valid."""
-    is_file = Path(dataset).suffix.lower() in DATA_EXTENSIONS
+    is_file = Path(dataset).suffix.lower() in DATA_EXTENSIONS + CODE_EXTENSIONS
     stem = Path(dataset).stem if is_file else dataset.rstrip("/").rpartition("/")[2]
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-")[:64]
     return name if NAME_PATTERN.fullmatch(name) else f"data-{name}"[:64].rstrip("-")

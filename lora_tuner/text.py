@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from .config import DATA_EXTENSIONS
+from .config import CODE_EXTENSIONS, DATA_EXTENSIONS
 
 CONTROL_CHARACTERS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")  # with lone surrogates
 
@@ -19,9 +19,8 @@ def _without_folders(name: str) -> str:
     path = Path(os.path.expanduser(name))
     # A Hub id has at most two parts and does not begin with a dot; everything else was a path.
     is_local = path.is_absolute() or len(path.parts) > 2 or name.startswith((".", "~")) or os.path.exists(path)
-    return (
-        os.path.basename(os.path.abspath(path)) if name and (is_local or path.suffix in DATA_EXTENSIONS) else name
-    )
+    is_local = is_local or path.suffix in DATA_EXTENSIONS + CODE_EXTENSIONS
+    return os.path.basename(os.path.abspath(path)) if name and is_local else name
 
 
 def escape_control(text: str) -> str:

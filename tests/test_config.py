@@ -288,6 +288,8 @@ def test_old_run_yaml_resolves_to_new_settings(run_yaml):
     streamed = run_yaml("buffer: 7\nstreaming: true")
     assert resolve_settings(TrainConfig, {}, streamed) == TrainConfig(streaming=True, shuffle_buffer=7)
     assert resolve_settings(TrainConfig, {"max_rows": 9}, run_yaml("rows: 50")).max_rows == 9
+    for value, clean in (("true", "lines"), ("false", "full")):
+        assert resolve_settings(TrainConfig, {}, run_yaml(f"keep_lines: {value}")).clean == clean
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED_SETTINGS.items())

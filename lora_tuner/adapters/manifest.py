@@ -9,6 +9,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..config import CleanMode
+
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # strict: one becomes a file name
 
 
@@ -40,6 +42,7 @@ class DatasetInfo(_ManifestModel):
     counts: dict[str, int]
     invalid: dict[str, int] = {}
     format: str = "text"  # or conversations, of which the answers alone are trained on
+    clean: CleanMode | None = None  # None in older manifests, and if a blend's parents differ
     eval_dataset: str | None = None  # dataset of the held-out rows, if it is another one
     held_out_hash: Digest | None  # None without held-out rows
     held_out_rows: int

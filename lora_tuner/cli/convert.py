@@ -66,7 +66,7 @@ def merge(
     folders = [out if len(loaded) == 1 else out / adapter.name for adapter in loaded]
     for folder in folders:
         convert_merge.check_model_folder(folder, overwrite=overwrite)
-    sets = eval_sets_from(overrides, eval_rows)
+    sets = eval_sets_from(overrides, eval_rows, loaded)
     results = []
     for adapter, folder in zip(loaded, folders, strict=True):
         merged = convert_merge.merge(
@@ -142,7 +142,7 @@ def blend(
         name,
         library,
         rank=rank,
-        sets=eval_sets_from(overrides, eval_rows),
+        sets=eval_sets_from(overrides, eval_rows, [adapter for adapter, _ in weighted]),
         eval_rows=eval_rows,
         overwrite=overwrite,
         options=options,
@@ -229,7 +229,7 @@ def compress(
         library,
         energy=energy,
         max_bytes=max_bytes,
-        sets=eval_sets_from(overrides, eval_rows),
+        sets=eval_sets_from(overrides, eval_rows, [original]),
         eval_rows=eval_rows,
         overwrite=overwrite,
         options=options,

@@ -57,7 +57,7 @@ def evaluate(
     if plot and (why := atomic_io.why_not_writable(plot.parent)):
         raise ConfigError(f"--plot {plot}: {why}.")
     loaded = Library(adapters_dir).get_all(adapters)
-    sets = eval_sets_from(overrides, eval_rows)
+    sets = eval_sets_from(overrides, eval_rows, loaded)
     from .. import evaluation
     from ..adapters import plots
 

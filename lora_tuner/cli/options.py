@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
+from ..adapters.adapter import Adapter
 from ..adapters.library import Library
 from ..config import (
     DEFAULT_BASE,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 Command = Callable[..., None]
 Overrides = dict[str, Any]  # settings that were set on the command line
 DEFAULT_ADAPTERS_DIR = TrainConfig().adapters_dir
-EVAL_SET_FIELDS = ("eval_dataset", "eval_split", "text_column", "where", "txt_rows", "keep_lines")
+EVAL_SET_FIELDS = ("eval_dataset", "eval_split", "text_column", "where", "txt_rows", "clean")
 display = Display()
 
 
@@ -189,12 +190,17 @@ def model_options(*names: str) -> Callable[[Command], Command]:
     return _replace_parameter("options", added, lambda chosen: ModelOptions(**chosen, notify=display))
 
 
-def eval_sets_from(overrides: Overrides, eval_rows: int | None) -> "list[EvalSet] | None":
-    """Held-out set of --eval-dataset; None without that option."""
+def eval_sets_from(
+    overrides: Overrides, eval_rows: int | None, adapters: Sequence[Adapter]
+) -> "list[EvalSet] | None":
+    """Held-out set of --eval-dataset, cleaned as the data of the adapters; None without that option."""
     if not overrides:
         return None
     if "eval_dataset" not in overrides:
         raise ConfigError(f"{', '.join(overrides)}: only valid with --eval-dataset.")
+    data = [adapter.manifest.data for adapter in adapters if adapter.manifest and adapter.manifest.data]
+    if len(modes := {facts.clean for facts in data if facts.clean}) == 1:
+        overrides = {"clean": modes.pop()} | overrides
     settings = resolve_settings(TrainConfig, overrides | ({"eval_rows": eval_rows} if eval_rows else {}))
     from .. import evaluation
 

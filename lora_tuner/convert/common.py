@@ -212,6 +212,7 @@ def _dataset_info(parents: Sequence[Adapter], sets: Sequence[EvalSet], parents_s
             "hash": content_hash([data.hash for data in datasets.values()]),
             "where": [f"{name}: {condition}" for name, data in datasets.items() for condition in data.where],
             "split_salt": first.split_salt if len(salts) == 1 else None,
+            "clean": first.clean if len({data.clean for data in datasets.values()}) == 1 else None,
             "counts": {},
             "format": " + ".join(dict.fromkeys(data.format for data in datasets.values())),
         }

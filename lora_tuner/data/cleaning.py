@@ -3,6 +3,9 @@
 import html
 import re
 import unicodedata
+from collections.abc import Sequence
+
+from ..config import CleanMode
 
 # A tag is a known name, then only attributes: "if a <b and c> d" stays.
 _INLINE_TAGS = "a abbr b cite code del em font i ins label mark q s small span strike strong sub sup tt u"
@@ -11,32 +14,82 @@ _BLOCK_TAGS = (
     "meta nav ol p pre script section style table tbody td tfoot th thead title tr ul video"
 )
 _TAG_REST = r"(?:\s+(?:noshade|nowrap))?(?:\s+[\w:-]+\s*=[^<>]*+)?\s*+/?>"
-_INLINE_TAG = re.compile(
-    rf"<!--.{{0,4000}}?-->|</?(?:{'|'.join(_INLINE_TAGS.split())}){_TAG_REST}", re.IGNORECASE | re.DOTALL
-)
+_INLINE_TAG = re.compile(rf"</?(?:{'|'.join(_INLINE_TAGS.split())}){_TAG_REST}", re.IGNORECASE)
 _BLOCK_TAG = re.compile(rf"</?(?:{'|'.join(_BLOCK_TAGS.split())}){_TAG_REST}", re.IGNORECASE)
+_MAX_COMMENT_CHARS = 4000
+_HUGE_ENTITY = re.compile(r"&#\d{4000,}+;?")  # Python converts no more than 4,300 digits
 _INVISIBLE = re.compile("[\u00ad\u200b\ufeff]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b\ufeff]")
 _SPACE = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
+_MARKS = re.compile("[\x02\x03]")  # chat.CHAT_MARK and splitting.GOES_ON, which no text may have
+# Lines of program code and of settings. Verse has none of these, though its lines may be indented.
+_CODE_LINE = re.compile(
+    r"[{}\[\]=\\|<>]|\w\(|\)[;:,]?$|\$[A-Za-z{(]|^\s*(?://|/\*|#|\$ |(?:end|fi|done)$|(?:- )?[\"']?[a-z_][\w.-]*[\"']?:(?:\s|$))"
+    r"|^\s*(?:import|return|elif|def|class|const|var|func|fn|struct|static|public|private|echo|export|SELECT|CREATE|INSERT)\b"
+)
+_MARKDOWN_LINE = re.compile(r"\s*(?:#{1,6} |[-*+] |\d+[.)] |> |\||```|~~~)|.*(?:\*\*\w|\]\(|`[^`]+`)")
+_CODE_SHARE, _INDENTED_CODE_SHARE, _INDENT_SHARE, _MARKDOWN_SHARE = 0.6, 0.3, 0.2, 0.25  # of the lines of a text
+_STRUCTURED_SHARE = 0.25  # of the texts
 
 
-def clean_text(text: str, *, keep_lines: bool = False) -> str:
-    """Return text without HTML tags, entities and control characters, with single spaces, in NFC.
+def clean_text(text: str, mode: CleanMode = "full") -> str:
+    """Return a text without what is no part of it.
 
     Args:
-        keep_lines: Keep line breaks, and several in a row as one blank line; else the text becomes
-            one line.
+        mode: "full": no HTML tags, entities and control characters, single spaces, NFC, one line.
+            "lines": the same with its line breaks, several in a row as one blank line. "none": as it
+            is, but for lone surrogates, which cannot be encoded; "" for white space alone.
     """
-    text = html.unescape(_BLOCK_TAG.sub("\n", _INLINE_TAG.sub("", text)))
+    if mode == "none":
+        text = _MARKS.sub("", text).encode("utf-8", "replace").decode("utf-8")
+        return text if text.strip() else ""
+    text = _BLOCK_TAG.sub("\n", "".join(_INLINE_TAG.sub("", part) for part in _split_at_comments(text)))
+    text = html.unescape(_HUGE_ENTITY.sub("\ufffd", text))
     text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates cannot be encoded
     text = unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
-    if not keep_lines:
+    if mode == "full":
         return _SPACE.sub(" ", text).strip()
     lines = [_SPACE.sub(" ", line).strip() for line in text.splitlines()]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
+
+
+def _split_at_comments(text: str) -> list[str]:
+    """Return the parts of a text between its HTML comments. A longer comment is text."""
+    parts, begin, position, close = [], 0, 0, 0
+    while (start := text.find("<!--", position)) >= 0:
+        position = start + 4
+        if 0 <= close < position:
+            close = text.find("-->", position)
+        if close < 0:
+            break
+        if close - position <= _MAX_COMMENT_CHARS:
+            parts.append(text[begin:start])
+            begin = position = close + 3
+    return [*parts, text[begin:]]
 
 
 def clean_message(text: str) -> str:
     """Remove control characters and outer whitespace; keep lines, indents and tags."""
     text = text.encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n")
     return unicodedata.normalize("NFC", _CONTROL.sub("", text)).strip()
+
+
+def are_structured(texts: Sequence[str]) -> bool:
+    """Return whether texts are program code, settings or Markdown, which cleaning would destroy."""
+    return sum(map(_is_structured, texts)) > _STRUCTURED_SHARE * len(texts)
+
+
+def _is_structured(text: str) -> bool:
+    lines = [line for line in text.splitlines() if line.strip()]
+    if len(lines) < 2 or 2 * sum(line.lstrip().startswith("<") for line in lines) > len(lines):  # HTML
+        return False
+    code, indented, markdown = (
+        sum(map(bool, matches)) / len(lines)
+        for matches in (
+            map(_CODE_LINE.search, lines),
+            (line.startswith(("  ", "\t")) for line in lines),
+            map(_MARKDOWN_LINE.match, lines),
+        )
+    )
+    is_code = code >= _CODE_SHARE or (code >= _INDENTED_CODE_SHARE and indented >= _INDENT_SHARE)
+    return is_code or markdown >= _MARKDOWN_SHARE

@@ -5,6 +5,7 @@ on the same side in every run and file, and a copy of a held-out row is never tr
 cleaned text is held in memory (the 25,000 IMDb reviews: 33 MB); `streaming` avoids that.
 """
 
+import contextlib
 import hashlib
 import heapq
 import itertools
@@ -14,18 +15,19 @@ from dataclasses import asdict, dataclass, field
 
 import datasets
 
-from ..config import TrainConfig
+from ..config import CleanMode, TrainConfig
 from ..errors import DataError, EventHandler, InvalidRowError, Notice, ignore_events
 from ..text import format_counts
 from . import chat
-from .cleaning import clean_text
-from .formats import detect_layout, text_reader
+from .cleaning import are_structured, clean_text
+from .formats import Layout, detect_layout, text_reader
 from .readers import Table, parse_conditions
 from .sources import open_source
 from .splitting import GOES_ON, MIN_TEXT_CHARS, content_hash, is_held_out, row_hash, split_text
 
 MAX_PREVIEWS = 50  # rows of which the text before cleaning is kept
 MIN_ROWS_TO_STOP = 100  # rows of a stream before too many invalid ones stop it
+_SAMPLED_TEXTS = 200  # texts that determine how all are cleaned
 _VALUES_LIMIT = 100_000  # rows that are searched for the values of a column
 
 
@@ -54,6 +56,7 @@ class Dataset:
     `places` holds file and row number of each conversation, as only the chat template of the base
     tells whether it can be read. `invalid_reasons` counts the invalid rows of each reason, and
     `first_invalid` describes the first of them.
+    `clean` is how the texts were cleaned.
     `layout` names what of a row is read, such as `column 'body'`; `splits` the split files of a
     local folder, such as `train; measured: validation`, and is empty where there are none.
     """
@@ -62,9 +65,11 @@ class Dataset:
     source: str
     format: str = "text"  # or a layout of conversations, such as "messages"
     layout: str = ""
+    clean: CleanMode = "full"
     splits: str = ""
     train: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
+    eval_hashes: frozenset[bytes] = frozenset()  # of the rows of `eval_dataset`
     counts: RowCounts = field(default_factory=RowCounts)
     previews: list[tuple[str, str]] = field(default_factory=list)  # before and after cleaning
     places: dict[str, str] = field(default_factory=dict)
@@ -135,7 +140,9 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
         sample = set(heapq.nsmallest(config.max_rows, rows, key=lambda digest: hashlib.sha256(digest).digest()))
         counts.not_drawn = len(rows) - len(sample)
         rows = {digest: row for digest, row in rows.items() if digest in sample}
-    eval_rows = load_eval_dataset(config, notify) if config.eval_dataset else {}
+    eval_config = config.model_copy(update={"clean": dataset.clean})
+    eval_rows = load_eval_dataset(eval_config, notify) if config.eval_dataset else {}
+    dataset.eval_hashes = frozenset(eval_rows)
     held_out_hashes = _choose_held_out(list(rows), eval_rows, config, notify)
     held_out = {}
     for digest, (text, before) in rows.items():
@@ -275,14 +282,16 @@ def iter_rows(
             "format."
         )
     if dataset.format != "text":
-        if config.keep_lines:
-            raise DataError(f"{dataset.source}: conversations keep their line breaks, so leave --keep-lines out.")
         notify(
             Notice(
                 f"Reading conversations ({dataset.format}): only the answers are trained on. "
                 "Use --text-column to train on plain text."
             )
         )
+    dataset.clean = (
+        _choose_clean(tables, layouts, dataset, config, notify) if config.clean == "auto" else config.clean
+    )
+    config = config.model_copy(update={"clean": dataset.clean})
     for table, layout in zip(tables, layouts, strict=True):
         read_text = text_reader(table, layout, config)
         conditions = parse_conditions(table, config.where)
@@ -305,13 +314,47 @@ def iter_rows(
             if chat.is_chat(text) and not config.streaming:
                 dataset.places[text] = place
             if text:
-                yield row_hash(text, config.split_salt), text, raw
+                is_verbatim = dataset.format == "text" and config.clean == "none"
+                canonical = (clean_text(raw) or text) if is_verbatim else text
+                yield row_hash(canonical, config.split_salt), text, raw
             else:
                 counts.empty += 1
     if config.where and counts.filtered == counts.read:
         raise DataError(
             f"{dataset.source}: no row has {' and '.join(config.where)}; {_describe_values(tables, config.where)}."
         )
+
+
+def _choose_clean(
+    tables: list[Table], layouts: list[Layout], dataset: Dataset, config: TrainConfig, notify: EventHandler
+) -> CleanMode:
+    """Return the cleaning that suits the first rows."""
+    if dataset.format != "text" or all(table.is_code for table in tables):
+        return "none"
+    count = max(1, _SAMPLED_TEXTS // len(tables))
+    texts = [
+        text
+        for table, layout in zip(tables, layouts, strict=True)
+        for text in _first_texts(table, layout, config, count)
+    ]
+    if not are_structured(texts):
+        return "full"
+    notify(
+        Notice(
+            f"The texts of {dataset.source} look like program code, settings or Markdown, so they are kept as written "
+            "(--clean none). With --clean full each becomes one line without tags."
+        )
+    )
+    return "none"
+
+
+def _first_texts(table: Table, layout: Layout, config: TrainConfig, count: int) -> Iterator[str]:
+    """Yield texts before cleaning, from the first rows of a table that `config` selects."""
+    read_text, conditions = text_reader(table, layout, config), parse_conditions(table, config.where)
+    for row in itertools.islice(table.rows, count):
+        if all(str(row.get(name)) in values for name, values in conditions):
+            with contextlib.suppress(InvalidRowError):
+                yield read_text(row)[0]
 
 
 def _describe_values(tables: list[Table], where: list[str]) -> str:

@@ -138,7 +138,7 @@ def text_reader(table: Table, layout: Layout, config: TrainConfig) -> Callable[[
             return "", ""
         if problem := _describe_non_text(value):
             raise InvalidRowError(f"{problem} in column '{column}'")
-        return str(value), clean_text(str(value), keep_lines=config.keep_lines)
+        return str(value), clean_text(str(value), "full" if config.clean == "auto" else config.clean)
 
     return read_text
 

@@ -1,4 +1,4 @@
-"""Read the rows of csv, tsv, json, jsonl, txt and parquet files.
+"""Read the rows of csv, tsv, json, jsonl, txt, parquet and code files.
 
 Each file type has one reader, a generator of rows. With streaming the rows of a `Table` are read
 anew on each pass, else the rows of a text file are held as a list; both give the same rows. Every
@@ -23,7 +23,7 @@ from typing import cast
 
 import datasets
 
-from ..config import DATA_EXTENSIONS
+from ..config import CODE_EXTENSIONS, DATA_EXTENSIONS
 from ..errors import DataError, EventHandler, Notice, os_error_message
 
 Row = Mapping[str, object]
@@ -58,7 +58,8 @@ class Table:
     columns: list[str]
     text_columns: list[str]
     nested_columns: list[str] = field(default_factory=list)
-    is_plain_text: bool = False  # a txt file: --text-column does not apply
+    is_plain_text: bool = False  # a txt or code file: --text-column does not apply
+    is_code: bool = False  # a code file
     peeked: bool = False
     row_rule: str = ""
     label_names: dict[str, list[str]] = field(default_factory=dict)
@@ -76,12 +77,15 @@ def read_path(path: Path, notify: EventHandler, *, txt_rows: str, streaming: boo
     if path.is_dir():
         files, others = _find_data_files(path)
         if not files:
-            raise DataError(f"The folder {path} has no {' '.join(DATA_EXTENSIONS)} file.")
+            raise DataError(
+                f"The folder {path} has no {' '.join(DATA_EXTENSIONS)} file, nor program code or Markdown."
+            )
         if others:
             notify(Notice(f"Skipped {len(others)} other files in {path}, such as {others[0].relative_to(path)}."))
-    elif path.suffix.lower() not in DATA_EXTENSIONS:
+    elif path.suffix.lower() not in DATA_EXTENSIONS + CODE_EXTENSIONS:
         raise DataError(
-            f"{path} has an unsupported file type: use {' '.join(DATA_EXTENSIONS)}, or a folder of such files."
+            f"{path} has an unsupported file type: use {' '.join(DATA_EXTENSIONS)}, program code or Markdown (.py, .md "
+            "and the like), or a folder of such files."
         )
     tables = [read_file(file, txt_rows=txt_rows, streaming=streaming) for file in files]
     empty = [table.source for table in tables if not any(True for _ in table.rows)]
@@ -101,7 +105,8 @@ def _find_data_files(folder: Path) -> tuple[list[Path], list[Path]]:
     """Find files at any depth, except hidden ones.
 
     Returns:
-        The data files, and the others: those of other types, and links to folders.
+        The data files, or if there are none the code files; and the others: those of other types,
+        and links to folders.
     """
 
     def refuse(error: OSError) -> None:
@@ -113,7 +118,11 @@ def _find_data_files(folder: Path) -> tuple[list[Path], list[Path]]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         links += [Path(root, name) for name in folders if os.path.islink(os.path.join(root, name))]
         files += [Path(root, name) for name in names if not name.startswith(".")]
-    data_files = sorted(file for file in files if file.suffix.lower() in DATA_EXTENSIONS)
+    by_kind = [
+        sorted(file for file in files if file.suffix.lower() in kind)
+        for kind in (DATA_EXTENSIONS, CODE_EXTENSIONS)
+    ]
+    data_files = by_kind[0] or by_kind[1]
     return data_files, sorted({*files, *links}.difference(data_files))
 
 
@@ -126,6 +135,9 @@ def read_file(path: Path, *, txt_rows: str = "auto", streaming: bool = False) ->
     extension = path.suffix.lower()
     if extension == ".parquet":
         return _parquet_table(path)
+    if extension in CODE_EXTENSIONS:
+        table = table_from_rows(str(path), partial(_read_txt, path, "file"), streaming=streaming)
+        return replace(table, is_plain_text=True, is_code=True)
     if extension == ".txt":
         row_rule = ""
         if txt_rows == "auto":
@@ -391,7 +403,7 @@ def _read_txt(path: Path, txt_rows: str) -> Iterator[Row]:
             texts = ["".join(texts)]
         for text in texts:
             if text.strip():
-                yield {"text": text.removesuffix("\n")}
+                yield {"text": text if txt_rows == "file" else text.removesuffix("\n")}
 
 
 def parse_conditions(table: Table, where: list[str]) -> list[tuple[str, set[str]]]:

@@ -30,8 +30,8 @@ WORD_START = re.compile(r"\s+(?=\S)")
 def row_hash(text: str, salt: str) -> bytes:
     """Return the hash of a cleaned row. It decides the split and the order of held-out rows.
 
-    Line breaks count as spaces, so that `keep_lines` does not move a row. Of a conversation every
-    character counts.
+    Line breaks count as spaces, so a row that keeps them is on the same side. Of a conversation
+    every character counts.
     """
     normalized = text if chat.is_chat(text) else " ".join(text.split())
     return hashlib.sha256(f"{salt}\0{normalized}".encode()).digest()

@@ -160,8 +160,11 @@ def model_options(requested: TrainConfig, notify: EventHandler) -> ModelOptions:
 
 def _load_dataset(requested: TrainConfig, parent: Adapter | None, notify: EventHandler) -> Dataset:
     """Load the rows, split as the parent's were: else rows it was trained on would be held out."""
-    split_salt = _choose_split_salt(requested, parent)
-    return load_dataset(requested.model_copy(update={"split_salt": split_salt}), notify)
+    changes = {"split_salt": _choose_split_salt(requested, parent)}
+    data = parent.manifest.data if parent and parent.manifest else None
+    if requested.clean == "auto" and data is not None and data.clean is not None:
+        changes["clean"] = data.clean
+    return load_dataset(requested.model_copy(update=changes), notify)
 
 
 def _load_base_on_all_ranks(requested: TrainConfig, parent: Adapter | None, notify: EventHandler) -> LoadedBase:
@@ -308,7 +311,7 @@ def _tokenize(
 
 def _describe_data(dataset: Dataset, requested: TrainConfig, use: tokenization.TextUse | None = None) -> str:
     """Describe in one line what is read, and how much of it is trained on."""
-    parts = [f"Data: {dataset.layout or dataset.format}", str(dataset.counts)]
+    parts = [f"Data: {dataset.layout} (--clean {dataset.clean})", str(dataset.counts)]
     if requested.streaming:
         parts[1] = f"first rows of the stream: {dataset.counts}"
     if use is not None:

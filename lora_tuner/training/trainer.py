@@ -35,7 +35,6 @@ from transformers import (
 
 from .. import atomic_io, distributed, evaluation
 from ..config import TrainConfig
-from ..data.splitting import row_hash
 from ..data.streaming import StreamingDataset, StreamState
 from ..errors import (
     DataError,
@@ -122,11 +121,9 @@ def _is_finished(setup: TrainingSetup, state: TrainerState) -> bool:
 def _training_stream(setup: TrainingSetup, checkpoint: Path | None) -> StreamingDataset:
     """Open the stream at its beginning, or where it was when the checkpoint was written."""
     text = (checkpoint / checkpoints.STREAM_FILE).read_text(encoding="utf-8") if checkpoint else "{}"
-    excluded = setup.dataset.held_out if setup.config.eval_dataset else []  # others: by hash
-    hashes = frozenset(row_hash(text, setup.config.split_salt) for text in excluded)
     state, dataset = StreamState(**json.loads(text)), setup.dataset
     return StreamingDataset(
-        setup.config, setup.base.tokenizer, hashes, dataset.counts, state, dataset.invalid_reasons
+        setup.config, setup.base.tokenizer, dataset.eval_hashes, dataset.counts, state, dataset.invalid_reasons
     )
 
 

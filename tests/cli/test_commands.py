@@ -531,7 +531,7 @@ def test_evaluate_errors(two, tmp_path, gpt2):
     for option, name in (
         (["--where", "label=1"], "where"),
         (["--eval-split", "test"], "eval_split"),
-        (["--keep-lines"], "keep_lines"),
+        (["--clean", "lines"], "clean"),
     ):
         assert error("evaluate", "noir", *option) == f"Error: {name}: only valid with --eval-dataset."
     assert error("evaluate", "noir", "--where", "a=1", "--text-column", "b") == (

@@ -258,12 +258,6 @@ def test_conversations_differing_in_indents_are_kept(tmp_path):
     assert load_dataset(TrainConfig(dataset="talks.jsonl")).counts.duplicates == 0
 
 
-def test_keep_lines_with_conversations_fails(tmp_path):
-    (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": conversation("so?", "yes")}) + "\n")
-    with pytest.raises(DataError, match="conversations keep their line breaks, so leave --keep-lines out"):
-        load_dataset(TrainConfig(dataset="talks.jsonl", keep_lines=True))
-
-
 def test_template_rewriting_history_fails(chat_base, tmp_path):
     folder = save_chat_base(
         tmp_path / "counts", "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"

@@ -58,10 +58,11 @@ def test_error_names_file_in_folder(refusal, tmp_path):
 def test_unknown_dataset_fails(refusal, tmp_path):
     (tmp_path / "empty").mkdir()
     kinds = ".csv .tsv .json .jsonl .txt .parquet"
-    assert refusal("empty") == f"The folder empty has no {kinds} file."
+    assert refusal("empty") == f"The folder empty has no {kinds} file, nor program code or Markdown."
     assert (
         refusal("a.docx", "text")
-        == f"a.docx has an unsupported file type: use {kinds}, or a folder of such files."
+        == f"a.docx has an unsupported file type: use {kinds}, program code or Markdown (.py, .md and the like), or a "
+        "folder of such files."
     )
     for name in ("none.csv", "none", "./a/b", "a/b/c"):
         with pytest.raises(DataError) as error:
@@ -394,18 +395,40 @@ def test_split_of_local_data_fails(tmp_path):
             load_dataset(TrainConfig(**options))
 
 
-@pytest.mark.parametrize("text", ["<!--" * 16_000, "<br a=" + " " * 16_000, "<p " * 16_000, "&" * 16_000])
-def test_clean_text_is_fast_on_hostile_markup(text):
+HOSTILE = ["<!--", "<!--x>", "<br a=", "<p ", "&", "&#", "<b>", "<!-- -->", " ", "\n"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_clean_text_time_is_linear(text):
     start = time.monotonic()
-    clean_text(text)
+    for mode in ("full", "lines", "none"):
+        clean_text(text * (1_000_000 // len(text)), mode)
+    clean_text("<br a=" + " " * 1_000_000)
+    clean_text("&#" + "9" * 1_000_000)
     assert time.monotonic() - start < 5
 
 
-def test_keep_lines_keeps_line_breaks():
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("a<!-- b -->c<!---->d<!-->e-->f", "acdf"),
+        ("a <!-- b", "a <!-- b"),
+        (f"a<!--{'x' * 4000}-->b", "ab"),
+        (f"a<!--{'x' * 4001}-->b", f"a<!--{'x' * 4001}-->b"),
+        (f"a<!--{'x' * 4001}<!-- y -->b", f"a<!--{'x' * 4001}b"),
+        ("<<!-- -->i>a<!-- <i> --></i>", "<i>a"),
+        ("&#" + "9" * 5000 + ";", "\ufffd"),
+    ],
+)
+def test_clean_text_removes_comments(before, after):
+    assert clean_text(before) == after
+
+
+def test_clean_lines_keeps_line_breaks():
     poem = "the silver  winter<br/>burns\r\n\r\n\n the garden \thums <p>on</p>"
     assert clean_text(poem) == "the silver winter burns the garden hums on"
-    assert clean_text(poem, keep_lines=True) == "the silver winter\nburns\n\nthe garden hums\non"
-    assert clean_text(clean_text(poem, keep_lines=True), keep_lines=True) == clean_text(poem, keep_lines=True)
+    assert clean_text(poem, "lines") == "the silver winter\nburns\n\nthe garden hums\non"
+    assert clean_text(clean_text(poem, "lines"), "lines") == clean_text(poem, "lines")
 
 
 @given(
@@ -413,19 +436,127 @@ def test_keep_lines_keeps_line_breaks():
     | st.text("ab \n\r\t\x0b\x1c\x85\u2028\u0301<br>&;#10", max_size=60)
 )
 @settings(max_examples=200, deadline=None)
-def test_row_hash_ignores_keep_lines(text):
-    flat, lines = clean_text(text), clean_text(text, keep_lines=True)
+def test_row_hash_ignores_kept_lines(text):
+    flat, lines = clean_text(text), clean_text(text, "lines")
     assert splitting.row_hash(flat, "x") == splitting.row_hash(lines, "x")
     assert flat == " ".join(lines.split())
 
 
-def test_split_ignores_keep_lines(load):
+def test_split_ignores_kept_lines(load):
     content = jsonl({"text": text.replace(". ", ".\n")} for text in tiny_models.reviews(80))
-    flat, lines = load("a.jsonl", content), load("a.jsonl", keep_lines=True)
+    flat, lines = load("a.jsonl", content), load("a.jsonl", clean="lines")
     assert [" ".join(text.split()) for text in lines.train] == flat.train
     assert [" ".join(text.split()) for text in lines.held_out] == flat.held_out
     assert sum("\n" in text for text in rows(lines)) > 40
     assert not any("\n" in text for text in rows(flat))
+
+
+# Program code, settings and Markdown
+
+PYTHON = """def add{0}(a, b):
+    if a > b:
+        return a
+    return b
+
+class Box:
+\tdef __init__(self):
+\t\tself.tag = "<br>"
+"""
+STRUCTURED = {
+    "Python": PYTHON,
+    "JavaScript": "export const f{0} = (a) => {{\n  if (a) {{\n    return a;\n  }}\n  return {0};\n}};\n",
+    "C": "#include <stdio.h>\n\nint main(void)\n{{\n    int a = {0};\n    return a;\n}}\n",
+    "SQL": "SELECT a{0}, count(*)\nFROM t\nWHERE (b = {0})\n  AND c < 4;\n",
+    "shell": "#!/bin/sh\nset -e\nfor f in *.txt; do\n  echo $f{0} > out\ndone\nexport A={0}\n",
+    "YAML": "name: build{0}\non: [push]\njobs:\n  test:\n    runs-on: linux\n    steps:\n      - uses: a@v{0}\n",
+    "TOML": '[tool{0}]\nname = "x"\nversion = "{0}"\n',
+    "Markdown": "# Title {0}\n\nSome text about it.\n\n- one\n- two\n\nAnd more text, with [a link](b).\n",
+    "table": "What it costs:\n\n| a | b |\n|---|---|\n| 1 | {0} |\n",
+    "fence": "Run number {0}:\n\n```\nmake all\n```\n\nThen wait.\n",
+    "prompt": "### Instruction:\nAdd {0}.\n\n### Response:\nDone.\n",
+}
+PLAIN = {
+    "reviews": "A film of {0}.<br /><br />I liked it (a lot): it has <i>style</i>.",
+    "paragraphs": "It was the year {0}; nobody knew.\n\nThen (at last) he said: no.\nAnd so on.\n",
+    "verse": "The silver winter {0} burns,\n    the garden hums along;\nand in the light it turns:\n    if only for a song,\n",
+    "play": "ANNA:\n          (softly) I have {0} of them.\n\nBERT:\n          From whom?\n",
+    "pages": "<html>\n<body>\n  <p>It is {0}.</p>\n  <p>More</p>\n</body>\n</html>\n",
+    "posts": "@anna I have {0} #films\nand they are good!\n",
+    "lines": "row {0}",
+}
+
+
+@pytest.mark.parametrize("kind", STRUCTURED)
+def test_structured_text_is_kept_verbatim(load, kind):
+    texts = [STRUCTURED[kind].format(number) for number in range(20)]
+    dataset = load("a.jsonl", jsonl({"text": text} for text in texts))
+    assert rows(dataset) == sorted(texts)
+    assert dataset.clean == "none"
+    assert "--clean none" in load.notices[0]
+    flat = load("a.jsonl", clean="full")
+    assert sorted(map(clean_text, dataset.held_out)) == sorted(flat.held_out)
+    assert [clean_text(text) for text in dataset.train] == flat.train
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_plain_text_becomes_one_line(load, kind):
+    texts = [PLAIN[kind].format(number) for number in range(20)]
+    dataset = load("a.jsonl", jsonl({"text": text} for text in texts))
+    assert dataset.clean == "full"
+    assert rows(dataset) == sorted(map(clean_text, texts))
+    assert load.notices == []
+    assert rows(load("a.jsonl", clean="none")) == sorted(texts)
+
+
+def test_clean_none_replaces_only_surrogates():
+    text = "\n\t<b>x</b> &amp;\r\n  y\u00a0\x0c\u200be\u0301\ud83d  \n"
+    assert clean_text(text, "none") == text.replace("\ud83d", "?")
+    assert clean_text(" \n\t", "none") == ""
+    assert clean_text("\x02[1]\x03", "none") == "[1]"
+
+
+@pytest.mark.parametrize("clean", ["none", "lines", "full"])
+def test_cleaning_moves_no_row(load, clean):
+    texts = [f"\n  <b>row</b>  {number}\n\t&amp; more\n" for number in range(60)] + ["row 3 & more"]
+    dataset = load("a.jsonl", jsonl({"text": text} for text in texts), clean=clean)
+    flat = load("a.jsonl", jsonl({"text": clean_text(text)} for text in texts))
+    assert [clean_text(text) for text in dataset.train] == flat.train
+    assert [clean_text(text) for text in dataset.held_out] == flat.held_out
+    assert dataset.counts == flat.counts  # also the copy
+
+
+def test_code_files_are_rows_as_written(load, tmp_path):
+    folder = tmp_path / "code"
+    (folder / "deep").mkdir(parents=True)
+    contents = {
+        "a.py": PYTHON.format(1),
+        "deep/b.md": "# Title\n\ntext\n",
+        "c.yaml": "a: 1\n",
+        "d.rs": "fn main() {}",
+    }
+    for name, content in contents.items():
+        (folder / name).write_text(content)
+    (folder / "empty.py").write_text("")
+    (folder / "image.png").write_bytes(b"\x89PNG")
+    dataset = load("code")
+    assert rows(dataset) == sorted(contents.values())
+    assert dataset.clean == "none"
+    assert rows(load("code", clean="full")) == sorted(map(clean_text, contents.values()))
+    (folder / "rows.csv").write_text(table())
+    assert rows(load("code")) == sorted(TEXTS)  # data files come first
+    one = load("a.py", PYTHON.format(2) * 20)
+    assert "is one text" in load.notices[-1]
+    assert all("\n    " in text for text in one.train + one.held_out)
+
+
+def test_clean_of_dataset_holds_for_evaluation(load, tmp_path):
+    code = [PYTHON.format(number) for number in range(20)]
+    (tmp_path / "eval.jsonl").write_text(jsonl({"text": text} for text in ["one line", code[3], *code[15:]]))
+    dataset = load(
+        "a.jsonl", jsonl({"text": text} for text in code[:15]), eval_dataset=str(tmp_path / "eval.jsonl")
+    )
+    assert sorted(dataset.held_out) == sorted(["one line", code[3], *code[15:]])
+    assert code[3] not in dataset.train
 
 
 # Evaluation dataset
@@ -478,7 +609,7 @@ def test_eval_dataset_is_in_hash_order(load_with_eval, tmp_path):
 def test_eval_dataset_uses_dataset_settings(load, tmp_path):
     kinds = [{"body": f"{text}\n{number}", "title": "x", "n": number % 2} for number, text in enumerate(TEXTS)]
     (tmp_path / "eval.jsonl").write_text(jsonl(kinds[20:]))
-    options = {"text_column": "body", "where": ["n=1"], "keep_lines": True, "max_rows": 8}
+    options = {"text_column": "body", "where": ["n=1"], "clean": "lines", "max_rows": 8}
     dataset = load("a.jsonl", jsonl(kinds[:20]), eval_dataset=str(tmp_path / "eval.jsonl"), **options)
     assert sorted(dataset.held_out) == sorted(f"{TEXTS[number]}\n{number}" for number in range(21, 30, 2))
     assert dataset.counts.not_drawn == 2
@@ -486,9 +617,9 @@ def test_eval_dataset_uses_dataset_settings(load, tmp_path):
 
 
 def test_eval_copy_ignores_line_breaks(load, tmp_path):
-    whole = load("a.json", json.dumps([f"{text}\nend" for text in TEXTS]), keep_lines=True)
+    whole = load("a.json", json.dumps([f"{text}\nend" for text in TEXTS]), clean="lines")
     (tmp_path / "eval.json").write_text(json.dumps([text.replace("\n", " ") for text in whole.train[:5]]))
-    dataset = load("a.json", eval_dataset=str(tmp_path / "eval.json"), keep_lines=True)
+    dataset = load("a.json", eval_dataset=str(tmp_path / "eval.json"), clean="lines")
     assert dataset.counts.in_eval_dataset == 5
     assert dataset.train == whole.train[5:]
 

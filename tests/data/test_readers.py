@@ -348,7 +348,7 @@ def test_txt_rows_file_gives_row_per_file(load, tmp_path):
     for number, text in enumerate(tiny_models.reviews(30)):
         (folder / f"{number}.txt").write_text(f"{text}\nsecond line\n\nanother verse {number}")
     (folder / "empty.txt").write_text("\n")
-    dataset = load(folder, txt_rows="file", keep_lines=True)
+    dataset = load(folder, txt_rows="file", clean="lines")
     assert dataset.counts.read == 30
     assert all("\nsecond line\n\nanother verse" in text for text in dataset.train)
     assert load.notices == [f"Skipped 1 files without rows, such as {folder / 'empty.txt'}."]

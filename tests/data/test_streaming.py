@@ -134,7 +134,7 @@ FILES = {
 def test_streamed_rows_equal_loaded_rows(tmp_path, name):
     path = tmp_path / name
     path.write_text(FILES[name], encoding="utf-8", newline="")
-    config = TrainConfig(dataset=str(path), keep_lines=True)
+    config = TrainConfig(dataset=str(path), clean="lines")
     notices = []
     whole = list(iter_rows(config, Dataset("", ""), notices.append))
     expected = notices.copy()

@@ -68,7 +68,9 @@ ACCEPTED = {  # all others are rejected
     "--port": {"0"},
     "--max-resident": {HUGE},
     "--api-key": {"nonsense", "some.txt", "folder/up", HUGE, "x" * 5000},
+    "--dataset": {"some.txt"},
     "--eval-dataset": {"some.txt"},
+    "--max-invalid": {"0"},
     "--out": PATHS - {"folder"},
     "prompt": TEXTS | {""},
     "repo": TEXTS,  # checked by the Hub
@@ -353,7 +355,7 @@ CONFIG_FILES = [
     ('dataset: "a\\0b"\n', "dataset: null bytes and lone surrogates are not valid text"),
     ('where: ["a=\\ud800"]\n', "where: null bytes and lone surrogates are not valid text"),
     ("where: label=1\n", "where: input should be a valid list"),
-    ("keep_lines: maybe\n", "keep_lines: input should be a valid boolean"),
+    ("keep_lines: maybe\n", "clean: input should be"),
     ("packing: no\nrnak: 8\n", "rnak: unknown setting"),
     ("1: 2\n", "1: keys should be strings"),
     ("? [a, b]\n: 2\n", "found unhashable key"),

@@ -379,7 +379,7 @@ def test_preview_uses_the_parent_split(parent):
     rows = preview(child(), 3, told.append)
     corpus = prepare_training(child()).dataset
     assert [row.after for row in rows] == corpus.train[:3]
-    assert told == [Notice(f"Data: {corpus.layout or corpus.format}; {corpus.counts}.")]
+    assert told == [Notice(f"Data: {corpus.layout} (--clean full); {corpus.counts}.")]
     assert all(len(row.tokens) <= 64 for row in rows)
 
 
