@@ -195,7 +195,7 @@ def load_adapter_folder(path: Path) -> Adapter:
     complete = all(os.path.lexists(path / name) for name in (CONFIG_FILE, WEIGHTS_FILE))
     if not complete and (reason := other_formats.explain_folder(path)):
         raise AdapterError(f"{path} {reason}.")
-    config = _read_json(path / CONFIG_FILE)
+    config = read_json(path / CONFIG_FILE)
     if not isinstance(config, dict):
         raise AdapterError(f"{path / CONFIG_FILE}: it is not a JSON object.")
     if problems := peft_config.config_problems(config):
@@ -224,7 +224,7 @@ def _join_problems(problems: Sequence[str], limit: int) -> str:
 def read_manifest(path: Path) -> Manifest:
     """Read `manifest.json` of a folder. Raises AdapterError with all invalid fields."""
     try:
-        return Manifest.model_validate(_read_json(path / MANIFEST_FILE))
+        return Manifest.model_validate(read_json(path / MANIFEST_FILE))
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, each['loc'])) or 'manifest'}: {each['msg']}" for each in error.errors()]
         raise AdapterError(f"{path / MANIFEST_FILE}: {_join_problems(problems, 10)}.") from error
@@ -301,7 +301,8 @@ def _all_finite(data: bytes, dtype: str) -> bool:
     return bool(np.isfinite(np.frombuffer(data, dtype.replace("F", "float"))).all())
 
 
-def _read_json(path: Path) -> object:
+def read_json(path: Path) -> object:
+    """Read a small JSON file of a stranger. Raises AdapterError."""
     try:
         if path.exists() and not path.is_file():  # reading a pipe would block forever
             raise AdapterError(f"{path} is not a regular file.")

@@ -1,18 +1,39 @@
 """Check whether other tools can load an adapter, from its config and the header of its weights.
 
-The rules for vLLM and llama.cpp come from their sources of November 2026 (vLLM 0.33). The base is
-not examined, nor is the installed version of the tool.
+The rules for vLLM and llama.cpp come from their sources and documentation of November 2026 (vLLM
+0.33). Of the base only its config.json is read, where it is on this machine; the installed version
+of the tool is not examined.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from .adapter import Adapter
+from .. import atomic_io, hub
+from ..config import EMBEDDED_BASE
+from ..errors import LoraTunerError
+from ..text import display_name
+from . import peft_config
+from .adapter import Adapter, read_json
 
 Tool = Literal["vllm", "llama.cpp", "peft"]
+# model_type -> architecture in llama.cpp: those that `export` converts, each tested in llama.cpp
+LLAMA_CPP_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "gpt2": "gpt2", "qwen2": "qwen2"}
+_VLLM_WITHOUT_LORA = frozenset(
+    (
+        *("arctic", "bloom", "dbrx", "falcon", "falcon_mamba", "flex_olmo", "gemma3n", "gemma3n_text", "gpt2"),
+        *("gpt_neox", "gptj", "jais2", "longcat_flash", "mamba", "mamba2", "mpt", "olmoe", "stablelm", "zamba2"),
+    )
+)
+# Where config.json of a wrapper has the settings of its text model, and text models that vLLM
+# mounts in their wrapper all the same (vllm#34186, #39369, #48019).
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
+_MOUNTED_TEXT_MODELS = ("qwen3_5_text", "qwen3_5_moe_text")
+_RENAMED_BY_VLLM = ("qwen2_vl", "qwen2_5_vl")  # it moves `model.` under language_model itself
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank; 8 also serves rank 1
 _LLAMA_LAYER = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
 _GPT2_LAYER = re.compile(r"transformer\.h\.\d+\.(attn\.(c_attn|c_proj)|mlp\.(c_fc|c_proj))")
@@ -26,27 +47,57 @@ class CompatibilityReport:
         tool: the tool that is to load the adapter.
         errors: reasons why it cannot, each with a remedy.
         notes: advice for loading it.
+        base_examined: False if config.json of the base was not there to be read.
     """
 
     tool: Tool
     errors: list[str]
     notes: list[str]
+    base_examined: bool
 
     @property
     def accepted(self) -> bool:
         return not self.errors
 
 
-def check_compatibility(adapter: Adapter, tool: Tool, name: str | None = None) -> CompatibilityReport:
-    """Check an adapter against a tool. `name` is used in the advice in place of the folder's name."""
-    report = CompatibilityReport(tool, [], [])
-    checks: dict[str, Callable[[Adapter, str, CompatibilityReport], None]] = {
+def check_compatibility(
+    adapter: Adapter, tool: Tool, name: str | None = None, base_config: Mapping[str, Any] | None = None
+) -> CompatibilityReport:
+    """Check an adapter against a tool.
+
+    Args:
+        adapter: the adapter.
+        tool: the tool.
+        name: used in the advice in place of the folder's name.
+        base_config: config.json of its base; by default that of the base that it names, if it is on
+            this machine.
+    """
+    base_config = base_config or find_base_config(adapter)
+    report = CompatibilityReport(tool, [], [], base_config is not None)
+    checks: dict[str, Callable[[Adapter, str, Mapping[str, Any] | None, CompatibilityReport], None]] = {
         "vllm": _check_vllm,
         "llama.cpp": _check_llama_cpp,
         "peft": _check_peft,
     }
-    checks[tool](adapter, name or adapter.name, report)
+    checks[tool](adapter, name or adapter.name, base_config, report)
     return report
+
+
+def find_base_config(adapter: Adapter) -> Mapping[str, Any] | None:
+    """config.json of the base that an adapter names; None if it is not on this machine. Sends no
+    request."""
+    repo = adapter.manifest.base.repo if adapter.manifest else adapter.base
+    folders: list[Path | None] = [Path(adapter.base).expanduser()] if adapter.base else []
+    if adapter.base == EMBEDDED_BASE:
+        folders += (atomic_io.cache_dir() / "bases").glob(f"{EMBEDDED_BASE}-*")
+    with contextlib.suppress(LoraTunerError, ValueError):  # no valid name, such as a path
+        folders.append(hub.cached_snapshot(repo, adapter.revision) if repo else None)
+    for folder in folders:
+        if folder is not None and (folder / "config.json").is_file():
+            with contextlib.suppress(LoraTunerError):
+                config = read_json(folder / "config.json")
+                return config if isinstance(config, dict) else None
+    return None
 
 
 def is_gpt2(adapter: Adapter) -> bool:
@@ -64,9 +115,35 @@ def _advise_merge(name: str) -> str:
     return f"merge it (`python cli.py merge {name} --out merged/{name}`)"
 
 
-def _check_vllm(adapter: Adapter, name: str, report: CompatibilityReport) -> None:
+def _note_unknown_base(adapter: Adapter, report: CompatibilityReport) -> None:
+    base = display_name(adapter.base) or "its base"
+    report.notes.append(f"{base} is not on this machine, so its architecture was not checked")
+
+
+def _check_vllm(
+    adapter: Adapter, name: str, base_config: Mapping[str, Any] | None, report: CompatibilityReport
+) -> None:
+    model_type = (base_config or {}).get("model_type")
     if is_gpt2(adapter):
         report.errors.append(f"vLLM does not support LoRA on GPT-2: {_advise_merge(name)}")
+    elif base_config is None:
+        _note_unknown_base(adapter, report)
+    elif model_type in _VLLM_WITHOUT_LORA:
+        report.errors.append(f"vLLM does not support LoRA on {model_type} models: {_advise_merge(name)}")
+    elif outside := _outside_language_model(adapter, base_config):
+        report.errors.append(
+            f"vLLM mounts the text model of {model_type} under language_model, so it would load {outside[0]} and "
+            f"apply nothing, without an error: {_advise_merge(name)}"
+        )
+    if "lm_head" in adapter.targets:
+        report.errors.append(
+            "vLLM applies LoRA to lm_head in few models only, and this tool in none: train without it"
+        )
+    if adapter.config.get("modules_to_save"):
+        report.errors.append(
+            f"vLLM refuses modules_to_save, of which the file has no tensors: rewrite it (`python cli.py blend {name}=1 "
+            "--name NEW`)"
+        )
     if adapter.config.get("use_dora"):
         report.errors.append(f"vLLM does not support DoRA: {_advise_merge(name)}")
     if (rank := vllm_rank(adapter)) is None:
@@ -82,7 +159,26 @@ def _check_vllm(adapter: Adapter, name: str, report: CompatibilityReport) -> Non
         )
 
 
-def _check_llama_cpp(adapter: Adapter, name: str, report: CompatibilityReport) -> None:
+def _outside_language_model(adapter: Adapter, base_config: Mapping[str, Any]) -> list[str]:
+    """Layers that vLLM would not find, where the text model of the base is a part of another."""
+    model_type = base_config.get("model_type")
+    wrapped = any(isinstance(base_config.get(key), dict) for key in _TEXT_CONFIGS)
+    if model_type in _RENAMED_BY_VLLM or not (wrapped or model_type in _MOUNTED_TEXT_MODELS):
+        return []
+    return [module for module in adapter.modules if "language_model" not in module.split(".")]
+
+
+def _check_llama_cpp(
+    adapter: Adapter, name: str, base_config: Mapping[str, Any] | None, report: CompatibilityReport
+) -> None:
+    supported = ", ".join(LLAMA_CPP_ARCHITECTURES)
+    if base_config is None:
+        _note_unknown_base(adapter, report)
+    elif (model_type := base_config.get("model_type")) not in LLAMA_CPP_ARCHITECTURES:
+        report.errors.append(
+            f"its base is a {model_type} model, and only adapters of {supported} can be exported: "
+            f"{_advise_merge(name)}, then convert the result with llama.cpp's script"
+        )
     if adapter.config.get("use_dora"):
         report.errors.append(f"llama.cpp does not support DoRA: {_advise_merge(name)}")
     if unknown := [
@@ -93,30 +189,42 @@ def _check_llama_cpp(adapter: Adapter, name: str, report: CompatibilityReport) -
         report.errors.append(
             f"layers such as {unknown[0]} cannot be converted for llama.cpp: {_advise_merge(name)}"
         )
+    if report.errors:
+        return
     report.notes.append(
-        f"llama.cpp loads a GGUF file (`python cli.py export {name} --to gguf --out {name}.gguf`), on a GPT-2, Llama, "
-        "Mistral or Qwen2 base"
+        f"llama.cpp loads a GGUF file (`python cli.py export {name} --to gguf --out {name}.gguf`), on a base of "
+        f"{supported}"
     )
     if is_gpt2(adapter) or adapter.config.get("use_rslora") or adapter.config.get("alpha_pattern"):
         report.notes.append("llama.cpp's own converter silently gets this adapter wrong: use `export`")
 
 
-def _check_peft(adapter: Adapter, name: str, report: CompatibilityReport) -> None:
-    """PEFT adapts the layers that `target_modules` names, and silently drops the tensors of others."""
+def _check_peft(
+    adapter: Adapter, name: str, base_config: Mapping[str, Any] | None, report: CompatibilityReport
+) -> None:
+    """PEFT adapts the layers that its settings select, and silently drops the tensors of others."""
     rewrite = f"rewrite it (`python cli.py blend {name}=1 --name NEW`)"
-    targets = adapter.config.get("target_modules")
-    if targets == "all-linear":
-        if "lm_head" in {module.rpartition(".")[2] for module in adapter.modules}:
-            report.errors.append(
-                "PEFT would skip lm_head, which all-linear does not include: list the layers by name in "
-                "adapter_config.json"
-            )
-    elif isinstance(targets, str):
-        report.notes.append(f"target_modules is the pattern {targets!r}, which was not checked")
-    else:
-        endings = tuple(f".{target}" for target in targets or [])
-        if skipped := [module for module in adapter.modules if not f".{module}".endswith(endings)]:
-            report.errors.append(f"PEFT would skip {skipped[0]}, which target_modules does not name: {rewrite}")
+    targets, excluded = adapter.config.get("target_modules"), adapter.config.get("exclude_modules")
+    if targets == "all-linear" and "lm_head" in adapter.targets:
+        report.errors.append(
+            "PEFT would skip lm_head, which all-linear does not include: list the layers by name in "
+            "adapter_config.json"
+        )
+    for setting, wanted, pattern in (("target_modules", True, targets), ("exclude_modules", False, excluded)):
+        if pattern == "all-linear" or (setting == "exclude_modules" and not pattern):
+            continue
+        matched = _matched_by_peft(pattern, adapter.modules)
+        if matched is None:
+            report.notes.append(f"{setting} is the pattern {pattern!r}, which was not checked")
+        elif skipped := [module for module in adapter.modules if (module in matched) != wanted]:
+            reason = "does not name" if wanted else "names"
+            report.errors.append(f"PEFT would skip {skipped[0]}, which {setting} {reason}: {rewrite}")
+    lists = adapter.config.get("layers_pattern") or []
+    lists = lists if isinstance(lists, list) else [lists]
+    if not all(re.fullmatch(r"\w+", str(name)) for name in lists):
+        report.notes.append(f"layers_pattern is {lists}, which was not checked")
+    elif isinstance(targets, list) and (skipped := _outside_transformed_layers(adapter, targets, lists)):
+        report.errors.append(f"PEFT would skip {skipped[0]}, which layers_to_transform does not name: {rewrite}")
     initialization = adapter.config.get("init_lora_weights", True)
     if not initialization:  # null as well
         report.errors.append(
@@ -127,3 +235,33 @@ def _check_peft(adapter: Adapter, name: str, report: CompatibilityReport) -> Non
         report.errors.append(
             f"init_lora_weights is orthogonal, which PEFT does not support for odd ranks: {rewrite}"
         )
+
+
+def _matched_by_peft(pattern: object, modules: list[str]) -> set[str] | None:
+    """Layers that a list of names or a regular expression selects; None if that cannot be told."""
+    if not isinstance(pattern, str):
+        names = [str(name) for name in pattern] if isinstance(pattern, list) else []
+        endings = tuple(f".{name}" for name in names)
+        return {module for module in modules if f".{module}".endswith(endings)}
+    if not peft_config.is_pattern(pattern):
+        return None
+    matcher = peft_config.PatternMatcher([rf"(?:{pattern})\Z"])
+    try:
+        return {module for module in modules if matcher.first_match(module) is not None}
+    except TimeoutError:
+        return None
+
+
+def _outside_transformed_layers(adapter: Adapter, targets: list[str], lists: list[str]) -> list[str]:
+    """Layers with tensors that `layers_to_transform` leaves out. Names in full are always taken."""
+    selected = adapter.config.get("layers_to_transform")
+    if selected is None or selected == []:
+        return []
+    indexes = selected if isinstance(selected, list) else [selected]
+    outside = []
+    for module in adapter.modules:
+        matches = (re.match(rf".*\.{name}\.(\d+)\.", module) for name in lists or ("[^.]*",))
+        found = next((int(match[1]) for match in matches if match), None)
+        if module not in targets and found not in indexes:
+            outside.append(module)
+    return outside

@@ -239,9 +239,13 @@ def check_adapter(
     checked = Library(adapters_dir).get(adapter)
     report = compatibility.check_compatibility(checked, tool)
     if as_json:
-        show_json({"tool": tool, "obstacles": report.errors, "notes": report.notes, "accepted": report.accepted})
+        fields = {"notes": report.notes, "accepted": report.accepted, "base_examined": report.base_examined}
+        show_json({"tool": tool, "obstacles": report.errors, **fields})
     else:
-        print(one_line(f"{checked.name}: {'compatible' if report.accepted else 'not compatible'} with {tool}"))
+        verdict = "compatible with" if report.accepted else "not compatible with"
+        if report.accepted and tool != "peft" and not report.base_examined:
+            verdict = "no obstacle found for"
+        print(one_line(f"{checked.name}: {verdict} {tool}"))
         for line in [*report.errors, *report.notes]:
             print(one_line(f"- {line}"))
     if not report.accepted:

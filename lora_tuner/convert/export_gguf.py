@@ -2,7 +2,7 @@
 
 llama.cpp scales each layer by alpha / rank, so other scales are multiplied into the tensors. It
 also stores the rows of Llama's q and k in another order than transformers. Only the architectures
-in `_ARCHITECTURES` are supported; each is tested against llama.cpp.
+in `compatibility.LLAMA_CPP_ARCHITECTURES` are supported; each is tested against llama.cpp.
 """
 
 import json
@@ -25,8 +25,6 @@ from .common import check_output_path
 if TYPE_CHECKING:
     from gguf import ReaderTensor
 
-# model_type -> architecture in llama.cpp
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "gpt2": "gpt2", "qwen2": "qwen2"}
 PERMUTED_QK = ("llama",)  # architectures whose q and k rows llama.cpp stores in another order
 _ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # relative error
 _Array = NDArray[np.float32]
@@ -61,19 +59,14 @@ def to_gguf(
 
     options.require_default("device", "dtype", "load_in", why="the base is not loaded for an export")
     check_output_path(out, "GGUF file", valid=_is_gguf(out), overwrite=overwrite)
-    if errors := compatibility.check_compatibility(adapter, "llama.cpp").errors:
-        raise AdapterError(f"{adapter.path}: {'; '.join(errors)}.")
+    if options.base is None:  # before anything is downloaded
+        _refuse_incompatible(adapter, None)
     check_weights_hash(adapter)
     base = loading.base_for_adapter(adapter, options)
     lora.check_base_files(adapter, base, None, options)
     config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
-    architecture = _ARCHITECTURES.get(str(config.get("model_type")))
-    if architecture is None:
-        raise AdapterError(
-            f"{base.name} is a {config.get('model_type')} model, and only adapters of {', '.join(_ARCHITECTURES)} can be "
-            f"exported. Merge it (`python cli.py merge {adapter.name} --out merged/{adapter.name}`), then convert it with "
-            "llama.cpp's script."
-        )
+    _refuse_incompatible(adapter, config)
+    architecture = compatibility.LLAMA_CPP_ARCHITECTURES[config["model_type"]]
     if dtype not in _ROUNDING:
         raise ConfigError(f"dtype is {dtype}: use one of {', '.join(_ROUNDING)}.")
     adapter.check_shapes(layer_sizes_in_files(base, adapter))
@@ -101,6 +94,11 @@ def to_gguf(
         if not all(error <= _ROUNDING[dtype] for error in rounding_errors):  # NaN fails too
             raise AdapterError(f"{adapter.name} has values out of the range of {dtype}: use bfloat16 or float32.")
     return ExportResult(out, out.stat().st_size, len(tensors), max(rounding_errors))
+
+
+def _refuse_incompatible(adapter: Adapter, base_config: dict[str, Any] | None) -> None:
+    if errors := compatibility.check_compatibility(adapter, "llama.cpp", base_config=base_config).errors:
+        raise AdapterError(f"{adapter.path}: {'; '.join(errors)}.")
 
 
 def _is_gguf(path: Path) -> bool:

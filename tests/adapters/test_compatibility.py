@@ -10,8 +10,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lora_tuner.adapters import compatibility
-from lora_tuner.adapters.adapter import WEIGHTS_FILE, load_adapter_folder
+from lora_tuner.adapters import compatibility, model_card
+from lora_tuner.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter_folder
 
 from .. import adapter_files
 from ..cli.test_commands import run
@@ -23,8 +23,8 @@ QUERY = {"model.layers.0.self_attn.q_proj": (32, 32)}
 NAMES = ["q_proj", "v_proj", "up_proj"]
 MERGE = "merge it (`python cli.py merge mine --out merged/mine`)"
 EXPORT = (
-    "llama.cpp loads a GGUF file (`python cli.py export mine --to gguf --out mine.gguf`), on a GPT-2, Llama, "
-    "Mistral or Qwen2 base"
+    "llama.cpp loads a GGUF file (`python cli.py export mine --to gguf --out mine.gguf`), on a base of llama, "
+    "mistral, gpt2, qwen2"
 )
 CONVERTER_NOTE = "llama.cpp's own converter silently gets this adapter wrong: use `export`"
 LAYERS_DIFFER = "its layers differ in rank or scale: vLLM 0.33 supports that, older versions may ignore it"
@@ -153,11 +153,120 @@ def test_peft_check_reports_odd_orthogonal_rank(write):
         load_in_peft(adapter)
 
 
-def test_peft_check_notes_target_pattern(write):
-    assert check(write(target_modules=".*_proj"), "peft") == (
+@pytest.mark.parametrize(
+    ("config", "first", "setting"),
+    [
+        ({"target_modules": r".*\.(q|v)_proj"}, "model.layers.0.mlp.up_proj", "target_modules does not name"),
+        ({"exclude_modules": ["mlp.up_proj"]}, "model.layers.0.mlp.up_proj", "exclude_modules names"),
+        ({"exclude_modules": r".*\.1\..*"}, "model.layers.1.mlp.up_proj", "exclude_modules names"),
+        ({"layers_to_transform": [0]}, "model.layers.1.mlp.up_proj", "layers_to_transform does not name"),
+        (
+            {"layers_to_transform": 1, "layers_pattern": "layers"},
+            "model.layers.0.mlp.up_proj",
+            "layers_to_transform does not name",
+        ),
+    ],
+)
+def test_peft_check_reads_layer_selection(write, config, first, setting):
+    adapter = write(**config)
+    assert check(adapter, "peft") == ([f"PEFT would skip {first}, which {setting}: {REWRITE}"], [])
+    assert f"base_model.model.{first}.lora_A.weight" in load_in_peft(adapter)[0]
+
+
+def test_peft_check_accepts_target_pattern(write):
+    adapter = write(target_modules=r".*\.[01]\..*_proj")
+    assert check(adapter, "peft") == ([], [])
+    assert load_in_peft(adapter)[0] == []
+    assert check(write(target_modules="((a|aa"), "peft") == (
         [],
-        ["target_modules is the pattern '.*_proj', which was not checked"],
+        ["target_modules is the pattern '((a|aa', which was not checked"],
     )
+
+
+def on_base(adapter, folder, **config):
+    """The adapter with another base, of which only config.json is there."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    settings = json.loads((adapter.path / CONFIG_FILE).read_text()) | {"base_model_name_or_path": str(folder)}
+    (adapter.path / CONFIG_FILE).write_text(json.dumps(settings))
+    return load_adapter_folder(adapter.path)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2", "phi3", "olmo2", "mixtral", "llama"])
+def test_check_and_export_agree_on_architecture(write, tmp_path, kind):
+    adapter = on_base(write(), tmp_path / "base", model_type=kind)
+    obstacle = (
+        f"its base is a {kind} model, and only adapters of llama, mistral, gpt2, qwen2 can be exported: {MERGE}, then "
+        "convert the result with llama.cpp's script"
+    )
+    expected = ([], [EXPORT]) if kind == "llama" else ([obstacle], [])
+    assert check(adapter, "llama.cpp") == expected
+    assert (
+        adapter.name not in obstacle
+        or kind == "llama"
+        or obstacle in run("export", "mine", "--out", "mine.gguf", exit_code=1).stderr.replace("\n", " ")
+    )
+    assert ("llama-completion" in model_card._usage_section(adapter, "mine", "base")) == (kind == "llama")
+
+
+WRAPPED = {"text_config": {"hidden_size": 32}}
+MOUNTED = (
+    "vLLM mounts the text model of {0} under language_model, so it would load model.layers.0.mlp.up_proj and apply "
+    f"nothing, without an error: {MERGE}"
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "obstacle"),
+    [
+        ({"model_type": "qwen3_5", **WRAPPED}, MOUNTED.format("qwen3_5")),
+        ({"model_type": "qwen3_5_text"}, MOUNTED.format("qwen3_5_text")),
+        ({"model_type": "gemma3", **WRAPPED}, MOUNTED.format("gemma3")),
+        ({"model_type": "llava", **WRAPPED}, MOUNTED.format("llava")),
+        ({"model_type": "mistral3", **WRAPPED}, MOUNTED.format("mistral3")),
+        ({"model_type": "internvl_chat", "llm_config": {}}, MOUNTED.format("internvl_chat")),
+        ({"model_type": "qwen2_5_vl", **WRAPPED}, None),  # vLLM renames these itself
+        ({"model_type": "gemma3_text"}, None),
+        ({"model_type": "qwen3"}, None),
+        ({"model_type": "gpt_neox"}, f"vLLM does not support LoRA on gpt_neox models: {MERGE}"),
+        ({"model_type": "mamba2"}, f"vLLM does not support LoRA on mamba2 models: {MERGE}"),
+    ],
+)
+def test_vllm_check_reads_base_config(write, tmp_path, config, obstacle):
+    adapter = on_base(write(), tmp_path / "base", **config)
+    assert check(adapter, "vllm") == ([obstacle] if obstacle else [], [])
+
+
+def test_vllm_check_accepts_names_of_wrapper(write, tmp_path):
+    modules = {f"model.language_model.{name.removeprefix('model.')}": size for name, size in LLAMA.items()}
+    adapter = on_base(write(modules), tmp_path / "base", model_type="gemma3", **WRAPPED)
+    assert check(adapter, "vllm") == ([], [])
+    vision = {"model.vision_tower.layers.0.q_proj": (32, 32)}
+    (obstacle,), _ = check(
+        on_base(write(modules | vision), tmp_path / "other", model_type="gemma3", **WRAPPED), "vllm"
+    )
+    assert "it would load model.vision_tower.layers.0.q_proj and apply nothing" in obstacle
+
+
+def test_vllm_check_rejects_modules_to_save(write):
+    (obstacle,), _ = check(write(modules_to_save=["lm_head"]), "vllm")
+    assert obstacle == f"vLLM refuses modules_to_save, of which the file has no tensors: {REWRITE}"
+
+
+def test_vllm_check_rejects_lm_head(write):
+    assert check(write(QUERY | {"lm_head": (32, 320)}), "vllm") == (
+        ["vLLM applies LoRA to lm_head in few models only, and this tool in none: train without it"],
+        [],
+    )
+
+
+def test_check_says_when_base_is_unknown(write, tmp_path):
+    adapter = write(base_model_name_or_path="some/model")
+    unknown = "some/model is not on this machine, so its architecture was not checked"
+    assert check(adapter, "vllm") == ([], [unknown])
+    assert check(adapter, "llama.cpp") == ([], [unknown, EXPORT])
+    stdout = run("adapters", "check", "mine", "--for", "vllm").stdout
+    assert stdout == f"mine: no obstacle found for vllm\n- {unknown}\n"
 
 
 @pytest.mark.parametrize(
@@ -191,7 +300,7 @@ def test_llama_cpp_check_by_layers(write):
     for config in ({"use_rslora": True}, {"alpha_pattern": {"q_proj": 3}}):
         assert check(write(**config), "llama.cpp") == ([], [EXPORT, CONVERTER_NOTE])
     assert check(write(GPT2), "llama.cpp") == ([], [EXPORT, CONVERTER_NOTE])
-    assert check(write(use_dora=True), "llama.cpp") == ([f"llama.cpp does not support DoRA: {MERGE}"], [EXPORT])
+    assert check(write(use_dora=True), "llama.cpp") == ([f"llama.cpp does not support DoRA: {MERGE}"], [])
     for layer in (
         "lm_head",
         "model.layers.0.mlp.c_proj",
@@ -199,7 +308,7 @@ def test_llama_cpp_check_by_layers(write):
         "gpt_neox.layers.0.attention.dense",
     ):
         unknown = f"layers such as {layer} cannot be converted for llama.cpp: {MERGE}"
-        assert check(write(QUERY | {layer: (32, 32)}), "llama.cpp") == ([unknown], [EXPORT])
+        assert check(write(QUERY | {layer: (32, 32)}), "llama.cpp") == ([unknown], [])
 
 
 def test_check_uses_given_name(write):
@@ -243,6 +352,7 @@ def test_check_command_output_and_status(write):
             "obstacles": obstacles,
             "notes": [],
             "accepted": not obstacles,
+            "base_examined": True,
         }
     run("adapters", "check", "mine", exit_code=2)
     run("adapters", "check", "mine", "--for", "ollama", exit_code=2)

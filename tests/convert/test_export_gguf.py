@@ -248,9 +248,10 @@ def changed(base, folder, **settings):
 
 def test_export_unsupported_architecture_fails(make, base, tmp_path):
     gemma = changed(base("llama"), tmp_path / "gemma", model_type="gemma")
-    assert refused(make("llama"), tmp_path / "a.gguf", base=gemma) == (
-        f"{gemma} is a gemma model, and only adapters of llama, mistral, gpt2, qwen2 can be exported. Merge it "
-        "(`python cli.py merge random --out merged/random`), then convert it with llama.cpp's script."
+    adapter = make("llama")
+    assert refused(adapter, tmp_path / "a.gguf", base=gemma) == (
+        f"{adapter.path}: its base is a gemma model, and only adapters of llama, mistral, gpt2, qwen2 can be exported: "
+        "merge it (`python cli.py merge random --out merged/random`), then convert the result with llama.cpp's script."
     )
 
 
