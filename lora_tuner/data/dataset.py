@@ -207,8 +207,8 @@ def _hold_out_blocks(dataset: Dataset, salt: str, notify: EventHandler) -> None:
     dataset.counts.train, dataset.counts.held_out = 1, 0
     notify(
         Notice(
-            f"{dataset.source} is one text: {len(dataset.train)} blocks of it, a fifth of the text, are held out (rows of "
-            f"about 2,000 characters), and the text around them is not used. --eval-dataset measures on other text."
+            f"{dataset.source} is one text, so blocks of it, a fifth in all, are held out as {len(held_out)} rows, and the "
+            "text beside them is not used. --eval-dataset measures on other text."
         )
     )
 

@@ -315,7 +315,7 @@ def _describe_data(dataset: Dataset, requested: TrainConfig, use: tokenization.T
     if requested.streaming:
         parts[1] = f"first rows of the stream: {dataset.counts}"
     if use is not None:
-        shares = f"{format_share(use.share)} of the text is trained on"
+        shares = f"{format_share(use.share)} of the training text is used"
         if use.answer_share is not None:
             shares = f"{format_share(use.share)} of the tokens and {format_share(use.answer_share)} of the answers are used"
         if use.truncated_rows:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from lora_tuner.adapters.adapter import (
 )
 from lora_tuner.adapters.library import Ancestor
 from lora_tuner.adapters.manifest import ParentInfo
+from lora_tuner.cli.options import eval_sets_from
 from lora_tuner.config import resolve_settings
 from lora_tuner.errors import AdapterError, ConfigError, WrongBaseError
 from lora_tuner.models import lora
@@ -369,6 +371,16 @@ def test_resume_needs_the_unchanged_parent(interrupted, parent, tmp_path):
     shutil.rmtree(new.path)
     (tmp_path / "away").rename(parent.path)
     assert weights(resume("verse")) == weights(interrupted)
+
+
+def test_cleaning_is_that_of_the_parent(parent):
+    code = [f"def f{number}(a):\n    return a\n" for number in range(12)]
+    Path("code.json").write_text(json.dumps(code))
+    assert "\n" not in "".join(prepare_training(child(dataset="code.json")).dataset.train)
+    assert set(prepare_training(child(dataset="code.json", clean="none")).dataset.train) < set(code)
+    for chosen, expected in (({}, " ".join(code[0].split())), ({"clean": "none"}, code[0])):
+        (eval_set,) = eval_sets_from({"eval_dataset": "code.json"} | chosen, None, [parent])
+        assert expected in eval_set.texts
 
 
 # Looking first
