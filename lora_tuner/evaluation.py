@@ -168,7 +168,17 @@ def held_out_losses(
     Raises:
         AdapterError: an adapter is damaged or replaced meanwhile, or its loss is not finite.
     """
-    encoded_sets = [access(partial(encode_held_out, base, rows.texts)) for rows in sets]
+    encoded_sets = []
+    for rows in sets:
+        invalid: tokenization.InvalidRows = {}
+        encoded_sets.append(access(partial(encode_held_out, base, rows.texts, invalid)))
+        if invalid:
+            reason = next(iter(invalid.values()))
+            notify(
+                Notice(
+                    f"Left out {len(invalid):,} of {len(rows.texts):,} rows of {rows.name}, such as one with {reason}."
+                )
+            )
     base_losses = [
         measure_base_loss(base, encoded, notify, access) if encoded else None for encoded in encoded_sets
     ]
@@ -209,15 +219,17 @@ def held_out_losses(
     return losses
 
 
-def encode_held_out(base: LoadedBase, texts: Sequence[str]) -> list[TokenIds]:
+def encode_held_out(
+    base: LoadedBase, texts: Sequence[str], invalid: tokenization.InvalidRows | None = None
+) -> list[TokenIds]:
     """Tokenize and truncate rows for evaluation.
 
     Rows in which truncation leaves nothing to predict, such as chats with a long question, are left
-    out.
+    out. So are conversations that the chat template cannot write, if `invalid` receives them.
     """
     max_tokens = min(HELD_OUT_MAX_TOKENS, base.max_context)
     rows, _ = tokenization.truncate(
-        tokenization.encode_texts(base.tokenizer, texts, max_tokens=max_tokens), max_tokens
+        tokenization.encode_texts(base.tokenizer, texts, max_tokens=max_tokens, invalid=invalid), max_tokens
     )
     base.check_token_ids(rows)
     return [row for row in rows if tokenization.count_predictions(row)]

@@ -31,8 +31,7 @@ class BaseInfo(_ManifestModel):
 
 
 class DatasetInfo(_ManifestModel):
-    """The training rows and the held-out rows. `split_salt` is None if a blend's parents differ.
-    `invalid` counts the rows that could not be read, by reason."""
+    """The training rows and the held-out rows. `split_salt` is None if a blend's parents differ."""
 
     name: str
     source: str
@@ -40,7 +39,6 @@ class DatasetInfo(_ManifestModel):
     where: list[str]
     split_salt: str | None
     counts: dict[str, int]
-    invalid: dict[str, int] = {}
     format: str = "text"  # or conversations, of which the answers alone are trained on
     clean: CleanMode | None = None  # None in older manifests, and if a blend's parents differ
     eval_dataset: str | None = None  # dataset of the held-out rows, if it is another one

@@ -121,7 +121,6 @@ def _dataset_rows(data: DatasetInfo) -> list[tuple[str, str]]:
         ),
         ("Filter", ", ".join(data.where)),
         ("Rows", format_counts(data.counts)),
-        ("Left out", format_counts(data.invalid)),
         ("Evaluated on", display_name(data.eval_dataset) if data.eval_dataset else ""),
     ]
 

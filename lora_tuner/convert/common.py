@@ -90,7 +90,7 @@ def distinct_eval_sets(
 
 def encode_eval_sets(base: LoadedBase, sets: Sequence[EvalSet]) -> list[tokenization.TokenIds]:
     """Token ids of the rows of all sets; without any, some probe sequences to compare logits on."""
-    rows = [row for eval_set in sets for row in evaluation.encode_held_out(base, eval_set.texts)]
+    rows = [row for eval_set in sets for row in evaluation.encode_held_out(base, eval_set.texts, {})]
     return rows or list(base.probe_sequences())
 
 

@@ -1,30 +1,40 @@
-"""Encode conversations as rows of text, and render them with the spans of the answers.
+"""Encode conversations as rows of text.
 
 A row of `messages`, or of `prompt` and `completion`, becomes one text that begins with a mark which
-no cleaned text has. So it is split, counted, stored and evaluated as any other row. Only the
-template knows where an answer begins and ends, so the conversation is rendered up to each answer
-and past it. Limits: rendering more messages must extend what was rendered before, and the tokenizer
-must return character offsets.
+no cleaned text has. So it is split, counted, stored and evaluated as any other row. A message keeps
+all its fields but metadata, such as a time: the chat template of the base decides which of them are
+read (`chat_template`).
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
-from ..errors import DataError, InvalidRowError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from ..errors import InvalidRowError
 
 CHAT_MARK = "\x02"
 Message = dict[str, str]  # keys role and content, as in TRL and OpenAI's API
-_ROLES = ("system", "developer", "user", "assistant", "tool")
-_FIXED_DATE = "26 Jul 2024"  # Llama 3's default: today's date would change rows every day
-_NO_SPANS = (
-    "The chat template renders earlier messages differently as the conversation grows, "
-    "so the tokens of an answer cannot be found."
+FullMessage = dict[str, Any]  # role and content, and maybe reasoning_content, tool_calls, weight, ...
+Clean = Callable[[str], str]
+_ROLES = {
+    "system": ("system", "developer"),
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "bot", "chatbot", "ai", "model"),
+    "tool": ("tool", "function", "observation", "ipython", "tool_response"),
+}
+_ROLE_NAMES = {spelling: role for role, spellings in _ROLES.items() for spelling in spellings}
+REASONING_FIELDS = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+)  # one thing under the names of several templates
+PARTS = ("system", "tools", *REASONING_FIELDS)  # columns that belong to the conversation beside them
+_LEARN = ("weight", "train", "training", "trainable", "loss")  # 0 or false: an answer that is not learned
+# A field is no part of the conversation if one of these words is in its name.
+_METADATA = re.compile(
+    "at|country|created|date|datetime|hash|hashed|header|id|identifier|ids|index|ip|lang|language|meta|metadata|model|"
+    "rating|score|source|state|status|time|timestamp|tokens|toxic|turn|updated|usage|uuid"
 )
 
 
@@ -32,157 +42,171 @@ def is_chat(text: str) -> bool:
     return text.startswith(CHAT_MARK)
 
 
-def encode_messages(value: object, clean: Callable[[str], str]) -> str:
-    """Return a list of messages as a row; "" if the assistant says nothing.
+def encode_messages(value: object, clean: Clean, parts: Mapping[str, object] | None = None) -> str:
+    """Return a list of messages as a row; "" if it is empty.
+
+    Args:
+        parts: What else belongs to the conversation: `system`, a text, and `tools`, a list.
 
     Raises:
-        InvalidRowError: The value is not a valid list of messages.
+        InvalidRowError: The value is not a valid list of messages, or has no answer to learn.
     """
-    if not isinstance(value, list) or not value:
+    if value is None or value == []:
+        return ""
+    if not isinstance(value, list):
         raise InvalidRowError("messages that are no list")
-    messages: list[Message] = []
-    for number, message in enumerate(value, 1):
-        fields = message if isinstance(message, dict) else {}
-        role, content = fields.get("role"), fields.get("content")
-        if role not in _ROLES:
-            raise InvalidRowError(f"a role other than {', '.join(_ROLES)}", f"message {number} has {role!r:.60}")
-        if not isinstance(content, str):
-            raise InvalidRowError("content that is no text", f"message {number}")
-        if fields.get("tool_calls"):
-            raise InvalidRowError("tool calls", f"message {number}")
-        if str(fields.get("weight", 1)) not in ("1", "1.0", "None"):
-            raise InvalidRowError("a weight", f"message {number}")
-        messages.append({"role": "system" if role == "developer" else str(role), "content": clean(content)})
-    has_answer = any(message["role"] == "assistant" and message["content"] for message in messages)
-    return CHAT_MARK + json.dumps(messages, ensure_ascii=False) if has_answer else ""
+    messages = [_read_message(f"message {number}", message, clean) for number, message in enumerate(value, 1)]
+    if not any(map(is_learned, messages)):
+        raise InvalidRowError("no answer")
+    read_parts = _read_parts(parts, clean)
+    if "reasoning_content" in read_parts:
+        raise InvalidRowError("reasoning beside a list of messages")
+    first = messages[0]
+    if first["role"] == "system" and read_parts.pop("system", first["content"]) != first["content"]:
+        raise InvalidRowError("a system text beside another system message")
+    return _to_row({"messages": messages, **read_parts} if read_parts else messages)
 
 
-def encode_pair(prompt: object, completion: object, clean: Callable[[str], str]) -> str:
-    """Return a prompt and its completion as a row; "" if either is empty.
+def encode_pair(
+    prompt: object, completion: object, clean: Clean, parts: Mapping[str, object] | None = None
+) -> str:
+    """Return a prompt and its completion as a row; "" if both are empty.
 
     Each is a string, or each is a list of messages.
 
+    Args:
+        parts: As for `encode_messages`; with two strings also the reasoning before the completion.
+
     Raises:
-        InvalidRowError: The two are of other types.
+        InvalidRowError: The two are of other types, or one is empty.
     """
-    if isinstance(prompt, str) and isinstance(completion, str):
-        pair = {"prompt": clean(prompt), "completion": clean(completion)}
-        return CHAT_MARK + json.dumps(pair, ensure_ascii=False) if all(pair.values()) else ""
     if isinstance(prompt, list) and isinstance(completion, list):
-        return encode_messages([*prompt, *completion], clean)
-    raise InvalidRowError("prompt and completion that are neither two texts nor two lists of messages")
+        return encode_messages([*prompt, *completion], clean, parts)
+    prompt, completion = "" if prompt is None else prompt, "" if completion is None else completion
+    if not isinstance(prompt, str) or not isinstance(completion, str):
+        raise InvalidRowError("prompt and completion that are neither two texts nor two lists of messages")
+    pair = {"prompt": clean(prompt), "completion": clean(completion)}
+    if not any(pair.values()):
+        return ""
+    for name, text in pair.items():
+        if not text:
+            raise InvalidRowError(f"no {name}")
+    return _to_row(pair | _read_parts(parts, clean))
 
 
-@dataclass(frozen=True)
-class RenderedChat:
-    """A conversation as the model reads it.
-
-    `answer_spans` are the (start, end) of the answers, in characters. If `by_template`, the text
-    has all the special tokens it needs; else the tokenizer may add those at the front.
-    """
-
-    text: str
-    answer_spans: list[tuple[int, int]]
-    by_template: bool
+def decisive_text(row: str) -> str:
+    """Return the text of a row that decides its side of the split: roles, contents and nothing else."""
+    value = json.loads(row.removeprefix(CHAT_MARK))
+    if isinstance(value, dict) and "messages" not in value:
+        return _to_row({name: value[name] for name in ("prompt", "completion")})
+    messages = value["messages"] if isinstance(value, dict) else value
+    return _to_row([{"role": message["role"], "content": message["content"]} for message in messages])
 
 
-def render_with_spans(
-    tokenizer: "PreTrainedTokenizerBase", text: str, max_chars: int | None = None
-) -> RenderedChat:
-    """Render a row through the chat template.
-
-    Without a template, a prompt and its completion are joined by a space.
-
-    Args:
-        max_chars: Answers that begin after so many characters may be missing from `answer_spans`.
-
-    Raises:
-        DataError: The template rejects the messages, or there is none for a list of messages.
-    """
-    row = json.loads(text.removeprefix(CHAT_MARK))
-    if isinstance(row, dict):
-        prompt, completion = row["prompt"], row["completion"]
-        if not getattr(tokenizer, "chat_template", None):
-            _refuse_special_tokens(tokenizer, [prompt, completion])
-            rendered = f"{prompt} {completion}{tokenizer.eos_token}"
-            return RenderedChat(rendered, [(len(prompt), len(rendered))], by_template=False)
-        row = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-    while row[-1]["role"] != "assistant":  # no loss after the last answer
-        row.pop()
-    render = partial(render_prompt, tokenizer, date_string=_FIXED_DATE)
-    rendered, spans = render(row), []
-    for number, message in enumerate(row):
-        # Templates need a question first.
-        if number == 0 or message["role"] != "assistant" or not message["content"]:
-            continue
-        before = render(row[:number], add_generation_prompt=True)
-        if not rendered.startswith(before):
-            raise DataError(_NO_SPANS)
-        if max_chars is not None and len(before) > max_chars:
-            break
-        after = render(row[: number + 1])
-        end = (
-            len(after)
-            if rendered.startswith(after)
-            else _find_answer_end(tokenizer, rendered, len(before), message["content"])
-        )
-        spans.append((len(before), end))
-    if spans:
-        start, _ = spans[-1]
-        if not any(token in rendered[start:] for token in special_tokens(tokenizer)):
-            rendered += tokenizer.eos_token
-            spans[-1] = start, len(rendered)
-    return RenderedChat(rendered, spans, by_template=True)
+def _to_row(value: object) -> str:
+    return CHAT_MARK + json.dumps(value, ensure_ascii=False)
 
 
-def _find_answer_end(tokenizer: "PreTrainedTokenizerBase", rendered: str, start: int, content: str) -> int:
-    """Find the end of an answer if the template renders the last message unlike the others."""
-    rest = rendered[start:].partition(content)[2]  # empty if the content is not found
-    ends = [rest.index(token) + len(token) for token in special_tokens(tokenizer) if token in rest]
-    if not ends:
-        raise DataError(_NO_SPANS)
-    return len(rendered) - len(rest) + min(ends)
+def is_learned(message: FullMessage) -> bool:
+    has_text = message["content"] or message.get("tool_calls")
+    return message["role"] == "assistant" and bool(has_text) and message.get("weight", 1) != 0
 
 
-@lru_cache(maxsize=4)
-def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    added = tokenizer.added_tokens_decoder.values()
-    return sorted({str(token) for token in added if token.special} | set(tokenizer.all_special_tokens))
+def _read_parts(parts: Mapping[str, object] | None, clean: Clean) -> dict[str, Any]:
+    """Read what belongs to a conversation beside its messages, without what is empty."""
+    read = {name: value for name, value in _plain(dict(parts or {})).items() if value}
+    if isinstance(read.get("tools"), str):
+        try:
+            read["tools"] = json.loads(read["tools"])
+        except ValueError as error:
+            raise InvalidRowError("tools that are no JSON") from error
+    reasoning = _read_reasoning("the row", read, clean)
+    system = read.pop("system", "")
+    if not isinstance(system, str) or not isinstance(read.get("tools", []), list) or read.keys() - {"tools"}:
+        raise InvalidRowError("system that is no text, or tools that are no list")
+    read |= {"reasoning_content": reasoning} if reasoning else {}
+    return read | ({"system": clean(system)} if clean(system) else {})
 
 
-def _refuse_special_tokens(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> None:
-    """Raise DataError if a text spells a special token, which would be encoded as such."""
-    for text in texts:
-        for token in special_tokens(tokenizer):
-            if token in text:
-                raise DataError(f"A message contains {token}, a special token of this base: remove it.")
+def _read_message(place: str, value: object, clean: Clean) -> FullMessage:
+    if not isinstance(value, dict):
+        raise InvalidRowError("a message that is no object", place)
+    fields: dict[str, Any] = _plain(value)
+    spelling = fields.pop("role", None) or fields.pop("from", None)
+    role = _ROLE_NAMES.get(str(spelling).strip().lower())
+    if role is None:
+        raise InvalidRowError("an unknown role", f"{place} has {str(spelling)[:40]!r}")
+    name = "content" if "content" in value else "value"
+    fields.pop(name, None)
+    content = _read_content(place, value.get(name))  # as it is written, if it is a number
+    if content is None and not fields.get("tool_calls"):
+        raise InvalidRowError("null content", place)
+    message: FullMessage = {"role": role, "content": clean(content or "")}
+    reasoning = _read_reasoning(place, fields, clean)
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    for name in _LEARN:
+        weight = fields.pop(name, 1)
+        if weight not in (0, 1):
+            raise InvalidRowError(f"{name} other than 0 and 1", place)
+        if not weight and role == "assistant":
+            message["weight"] = 0
+    for name, field in fields.items():
+        has_text = any(text.strip() for text in iter_texts(field))
+        if has_text and (name == "tool_call_id" or not _is_metadata(name)):
+            message[name] = field
+    return message
 
 
-def render_prompt(
-    tokenizer: "PreTrainedTokenizerBase",
-    messages: Sequence[Message],
-    *,
-    add_generation_prompt: bool = False,
-    **template_kwargs: Any,
-) -> str:
-    """Render a conversation through the chat template.
+def _is_metadata(name: str) -> bool:
+    """Return whether a field is no part of the conversation: messageId, created_at, model."""
+    words = re.split(r"[\W_]+|(?<=[a-z])(?=[A-Z])", name)
+    return any(_METADATA.fullmatch(word.lower()) for word in words)
 
-    Args:
-        add_generation_prompt: End with the beginning of the assistant's next answer.
 
-    Raises:
-        DataError: There is no template, it rejects the messages, or a message spells a special
-            token.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError("This base has no chat template: use an instruction-tuned base, such as smollm2-135m.")
-    texts = [message.get(key, "") for message in messages for key in ("content", "name")]
-    _refuse_special_tokens(tokenizer, texts)
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
-            )
-        )
-    except Exception as error:  # templates raise errors of any type
-        raise DataError(f"The chat template rejects these messages: {' '.join(str(error).split())}") from error
+def _read_content(place: str, content: object) -> str | None:
+    """Return a text, or the texts of a list of parts."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise InvalidRowError("content that is no text", place)
+    texts = []
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        text = part.get("text") if isinstance(part, dict) else part
+        if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
+            raise InvalidRowError(f"content of type {str(kind)[:40]!r}", place)
+        texts.append(text)
+    return "".join(texts)
+
+
+def _read_reasoning(place: str, fields: dict[str, Any], clean: Clean) -> str:
+    """Take the reasoning out of the fields of a message, whatever its name."""
+    texts = [fields.pop(name) for name in REASONING_FIELDS if name in fields]
+    if not all(isinstance(text, str) for text in texts):
+        raise InvalidRowError("reasoning that is no text", place)
+    reasonings = {clean(text) for text in texts} - {""}
+    if len(reasonings) > 1:
+        raise InvalidRowError("two texts of reasoning", place)
+    return reasonings.pop() if reasonings else ""
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of a row as JSON has it: numbers as numbers, without nulls, which tables of
+    structs are full of."""
+    if isinstance(value, dict):
+        return {str(name): _plain(field) for name, field in value.items() if field is not None}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, str) and type(value) is not str:  # a number as it is written
+        return json.loads(value)
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def iter_texts(value: object) -> Iterator[str]:
+    """Yield all texts in a nested value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from iter_texts(item)

@@ -26,6 +26,7 @@ from .sources import open_source
 from .splitting import GOES_ON, MIN_TEXT_CHARS, content_hash, is_held_out, row_hash, split_text
 
 MAX_PREVIEWS = 50  # rows of which the text before cleaning is kept
+MAX_REASONS = 8  # reasons for invalid rows that a notice names
 MIN_ROWS_TO_STOP = 100  # rows of a stream before too many invalid ones stop it
 _SAMPLED_TEXTS = 200  # texts that determine how all are cleaned
 _VALUES_LIMIT = 100_000  # rows that are searched for the values of a column
@@ -54,9 +55,8 @@ class Dataset:
     """Cleaned rows without duplicates: `train` in source order, `held_out` in hash order.
 
     `places` holds file and row number of each conversation, as only the chat template of the base
-    tells whether it can be read. `invalid_reasons` counts the invalid rows of each reason, and
-    `first_invalid` describes the first of them.
-    `clean` is how the texts were cleaned.
+    tells whether it can be read. `invalid` counts the rows of each reason that cannot be read, and
+    has the place of the first. `clean` is how the texts were cleaned.
     `layout` names what of a row is read, such as `column 'body'`; `splits` the split files of a
     local folder, such as `train; measured: validation`, and is empty where there are none.
     """
@@ -73,8 +73,7 @@ class Dataset:
     counts: RowCounts = field(default_factory=RowCounts)
     previews: list[tuple[str, str]] = field(default_factory=list)  # before and after cleaning
     places: dict[str, str] = field(default_factory=dict)
-    invalid_reasons: dict[str, int] = field(default_factory=dict)
-    first_invalid: dict[str, str] = field(default_factory=dict)
+    invalid: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def hash(self) -> str:
         return content_hash(self.train + self.held_out)
@@ -82,8 +81,8 @@ class Dataset:
     def add_invalid(self, place: str, error: InvalidRowError) -> None:
         """Count a row that cannot be read."""
         self.counts.invalid += 1
-        self.invalid_reasons[error.reason] = self.invalid_reasons.get(error.reason, 0) + 1
-        self.first_invalid.setdefault(error.reason, f"{place}, {error.detail}" if error.detail else place)
+        count, first = self.invalid.get(error.reason, (0, f"{place}, {error.detail}" if error.detail else place))
+        self.invalid[error.reason] = count + 1, first
 
     def report_invalid(self, max_invalid: float, notify: EventHandler = ignore_events) -> None:
         """Report the invalid rows that were counted so far, if there are any.
@@ -94,10 +93,12 @@ class Dataset:
         if not self.counts.invalid:
             return
         share = f"{self.counts.invalid:,} of {self.counts.read:,} rows"
+        by_count = sorted(self.invalid.items(), key=lambda item: -item[1][0])
         reasons = "; ".join(
-            f"{count:,} with {reason} (first: {self.first_invalid[reason]})"
-            for reason, count in self.invalid_reasons.items()
+            f"{count:,} with {reason} (first: {first})" for reason, (count, first) in by_count[:MAX_REASONS]
         )
+        if len(by_count) > MAX_REASONS:
+            reasons += f"; {len(by_count) - MAX_REASONS} other reasons"
         if self.counts.invalid > max_invalid * self.counts.read:
             raise DataError(
                 f"{self.source}: {share} cannot be read, and --max-invalid {max_invalid:g} allows no more than that "
@@ -111,15 +112,23 @@ class Dataset:
         Raises:
             DataError: More than the fraction `max_invalid` of the rows is invalid now.
         """
-        for text, error in errors.items():
-            self.add_invalid(self.places.get(text, f"a row that begins {text[1:60]}"), error)
-        for name in ("train", "held_out"):
-            rows = getattr(self, name)
-            kept = [text for text in rows if text not in errors]
-            setattr(self, name, kept)
-            setattr(self.counts, name, getattr(self.counts, name) - len(rows) + len(kept))
-        if errors:
+        own = [text for text in self.places if text in errors]  # the others are of --eval-dataset
+        in_train, eval_rows = set(self.train), len(self.held_out)
+        for text in own:
+            self.add_invalid(self.places[text], errors[text])
+            if text in in_train:
+                self.counts.train -= 1
+            else:
+                self.counts.held_out -= 1
+        self.train = [text for text in self.train if text not in errors]
+        self.held_out = [text for text in self.held_out if text not in errors]
+        if own:
             self.report_invalid(max_invalid, notify)
+        if foreign := [error for text, error in errors.items() if text not in self.places]:
+            message = f"{len(foreign):,} of {eval_rows:,} rows of --eval-dataset cannot be read, such as one with {foreign[0]}"
+            if len(foreign) > max_invalid * eval_rows:
+                raise DataError(f"{message}: correct them, or raise --max-invalid.")
+            notify(Notice(f"{message}: they are left out."))
 
 
 def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> Dataset:
@@ -311,7 +320,7 @@ def iter_rows(
                 if config.streaming and counts.read >= MIN_ROWS_TO_STOP:
                     dataset.report_invalid(config.max_invalid)
                 continue
-            if chat.is_chat(text) and not config.streaming:
+            if chat.is_chat(text):
                 dataset.places[text] = place
             if text:
                 is_verbatim = dataset.format == "text" and config.clean == "none"

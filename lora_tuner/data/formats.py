@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,13 +21,16 @@ _COLUMNS = {  # layout of conversations -> columns without which a row has no co
     "prompt and completion": ("prompt", "completion"),
     "Alpaca": ("instruction", "output"),
 }
-_SHAREGPT_ROLES = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant")
 _MOSTLY = 0.9  # share of a column's values that determine its kind
 # An identifier, hash, number, URL or date without a space; or a file name. Words alone are none.
 _CODE = re.compile(
     r"(?=.*[^A-Za-z])[!-~]{1,100}|\w+://\S+|[^\n]{1,250}\.[A-Za-z][A-Za-z0-9]{1,4}|[^A-Za-z\x80-\U0010ffff]+"
 )
 _NESTED_TEXT = re.compile(r"\[.*\]|\{.*\}", re.DOTALL)  # JSON, or lists as Python writes them
+_UNREADABLE_PARTS = (
+    *("image", "images", "video", "videos", "audio", "audios"),
+    *("documents", "functions", "chat_template_kwargs"),
+)
 
 
 @dataclass(frozen=True)
@@ -144,17 +147,19 @@ def text_reader(table: Table, layout: Layout, config: TrainConfig) -> Callable[[
 
 
 def _read_conversation(format: str, row: Row) -> tuple[str, str]:
+    for name in _UNREADABLE_PARTS:
+        if row.get(name):
+            raise InvalidRowError(f"{name} beside the conversation")
     values = [row.get(column) for column in _COLUMNS[format]]
-    raw = " ".join(map(str, values))
-    if None in values:
-        return raw, ""
-    if format == "messages":
-        return raw, chat.encode_messages(_decode_json(row["messages"]), clean_message)
-    if format == "ShareGPT":
-        return raw, chat.encode_messages(_sharegpt_messages(row), clean_message)
+    if format != "Alpaca" and row.get("history"):
+        raise InvalidRowError("history beside the conversation")
+    parts = {name: row[name] for name in chat.PARTS if row.get(name)}
+    raw = " ".join(map(str, [*values, *parts.values()]))
     if format == "Alpaca":
-        return raw, _encode_alpaca(row)
-    return raw, chat.encode_pair(row["prompt"], row["completion"], clean_message)
+        return raw, _encode_alpaca(row, parts)
+    if format == "prompt and completion":
+        return raw, chat.encode_pair(row.get("prompt"), row.get("completion"), clean_message, parts)
+    return raw, chat.encode_messages(_decode_json(values[0]), clean_message, parts)
 
 
 def _decode_json(value: object) -> object:
@@ -165,44 +170,24 @@ def _decode_json(value: object) -> object:
         return value
 
 
-def _sharegpt_messages(row: Row) -> object:
-    """Return the messages of a ShareGPT row under their names of today; a system text comes first."""
-    value = _decode_json(row["conversations"])
-    if not isinstance(value, list):
-        return value
-    messages = [_rename_sharegpt(message) for message in value]
-    if row.get("system"):
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    return messages
-
-
-def _rename_sharegpt(message: object) -> object:
-    if not isinstance(message, dict) or "from" not in message:
-        return message
-    role = str(message["from"]).lower()
-    others = {name: value for name, value in message.items() if name not in ("from", "value")}
-    return others | {"role": _SHAREGPT_ROLES.get(role, role), "content": message.get("value")}
-
-
-def _encode_alpaca(row: Row) -> str:
-    """Return an Alpaca row as a prompt and its answer; with a system text or history, as messages.
+def _encode_alpaca(row: Row, parts: Mapping[str, object]) -> str:
+    """Return an Alpaca row as a prompt and its answer; with a history, as messages.
 
     Instruction and input are joined by a line break, as in LLaMA-Factory.
     """
-    parts = [part for part in (row["instruction"], row.get("input")) if part not in (None, "")]
-    if not all(isinstance(part, str) for part in parts):
+    texts = [text for text in (row.get("instruction"), row.get("input")) if text not in (None, "")]
+    if not all(isinstance(text, str) for text in texts):
         raise InvalidRowError("an instruction or input that is no text")
-    prompt, output = "\n".join(map(str, parts)), row["output"]
-    if not row.get("system") and not row.get("history"):
-        return chat.encode_pair(prompt, output, clean_message)
-    messages: list[object] = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    history = row.get("history") or []
+    prompt, history = "\n".join(map(str, texts)), row.get("history") or []
+    if not history:
+        return chat.encode_pair(prompt, row.get("output"), clean_message, parts)
+    messages: list[object] = []
     for turn in history if isinstance(history, list) else [history]:
         if not isinstance(turn, list) or len(turn) != 2:
             raise InvalidRowError("a history that is no list of pairs of texts")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": output}]
-    return chat.encode_messages(messages, clean_message) if output else ""
+    messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": row.get("output")}]
+    return chat.encode_messages(messages, clean_message, parts)
 
 
 def _describe_non_text(value: object) -> str:

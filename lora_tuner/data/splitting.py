@@ -30,11 +30,15 @@ WORD_START = re.compile(r"\s+(?=\S)")
 def row_hash(text: str, salt: str) -> bytes:
     """Return the hash of a cleaned row. It decides the split and the order of held-out rows.
 
-    Line breaks count as spaces, so a row that keeps them is on the same side. Of a conversation
-    every character counts.
+    Line breaks count as spaces, so a row that keeps them is on the same side. Of a conversation every
+    character counts; its roles and contents alone decide the side, and the rest of the hash tells
+    rows apart that differ in a reasoning or a tool.
     """
-    normalized = text if chat.is_chat(text) else " ".join(text.split())
-    return hashlib.sha256(f"{salt}\0{normalized}".encode()).digest()
+    decisive = chat.decisive_text(text) if chat.is_chat(text) else " ".join(text.split())
+    digest = hashlib.sha256(f"{salt}\0{decisive}".encode()).digest()
+    if chat.is_chat(text) and decisive != text:
+        digest = digest[:8] + hashlib.sha256(f"{salt}\0{text}".encode()).digest()[8:]
+    return digest
 
 
 def is_held_out(digest: bytes) -> bool:

@@ -9,7 +9,6 @@ removed; they are on the same side of the split.
 """
 
 import random
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ import torch
 from ..config import TrainConfig
 from ..errors import TrainingError
 from . import tokenization
-from .dataset import Dataset, RowCounts, iter_rows
+from .dataset import MIN_ROWS_TO_STOP, Dataset, RowCounts, iter_rows
 from .packing import PackedSequences
 from .splitting import is_held_out
 from .tokenization import TokenIds
@@ -39,8 +38,6 @@ class StreamState:
         row: Rows of the pass before the current buffer.
         counts: `RowCounts` before the current buffer.
         read: `RowCounts` of all rows read so far.
-        reasons: Invalid rows by reason before the current buffer.
-        read_reasons: Invalid rows by reason among all rows read so far.
     """
 
     taken: int = 0
@@ -49,8 +46,6 @@ class StreamState:
     row: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     read: dict[str, int] = field(default_factory=dict)
-    reasons: dict[str, int] = field(default_factory=dict)
-    read_reasons: dict[str, int] = field(default_factory=dict)
 
 
 class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
@@ -60,7 +55,6 @@ class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
         eval_hashes: Hashes of the rows of the evaluation dataset, which are not trained on.
         counts: Updated as rows are read.
         state: Position to continue from.
-        reasons: Invalid rows by reason, updated as rows are read.
     """
 
     def __init__(
@@ -70,45 +64,41 @@ class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
         eval_hashes: frozenset[bytes],
         counts: RowCounts,
         state: StreamState,
-        reasons: dict[str, int] | None = None,
     ) -> None:
         self.config, self.tokenizer, self.eval_hashes, self.counts = config, tokenizer, eval_hashes, counts
-        self.reasons = {} if reasons is None else reasons
         self.states = [state]  # the beginning of each buffer, newest last
 
     def state_at(self, taken: int) -> StreamState:
         """Return the position after `taken` sequences; more may have been read ahead."""
         while len(self.states) > 1 and self.states[1].first <= taken:
             del self.states[0]
-        return replace(self.states[0], taken=taken, read=asdict(self.counts), read_reasons=dict(self.reasons))
+        return replace(self.states[0], taken=taken, read=asdict(self.counts))
 
     def restore_counts(self) -> None:
         """Set the counts to those of the position, for a run that reads no more rows."""
-        self._set_counts(self.states[0].read, self.states[0].read_reasons, Dataset("", ""))
+        self._set_counts(RowCounts(**self.states[0].read), RowCounts())
 
     def __iter__(self) -> Iterator[list[TokenIds]]:
         state = self.states[-1]
         skip = state.taken - state.first
         while True:
             is_full_pass, sequence_count = state.row == 0, 0
-            for texts, row in self._read_buffers(state):
-                sequences = self._make_sequences(texts, state)
+            for rows, row in self._read_buffers(state):
+                sequences = self._make_sequences(rows, state)
                 sequence_count += len(sequences)
                 yield from sequences[skip:]
                 skip, first = 0, state.first + len(sequences)
-                state = StreamState(first, first, state.epoch, row, asdict(self.counts), {}, dict(self.reasons))
+                state = StreamState(first, first, state.epoch, row, asdict(self.counts))
                 self.states.append(state)
             if is_full_pass and not sequence_count:
                 raise TrainingError(f"No row of {self.config.dataset} has a token to learn.")
-            state = replace(
-                state, epoch=state.epoch + 1, row=0, counts=asdict(self.counts), reasons=dict(self.reasons)
-            )
+            state = replace(state, epoch=state.epoch + 1, row=0, counts=asdict(self.counts))
             self.states.append(state)
 
-    def _read_buffers(self, state: StreamState) -> Iterator[tuple[list[str], int]]:
-        """Yield the training texts of each buffer, and the rows read in the pass, until its end."""
+    def _read_buffers(self, state: StreamState) -> Iterator[tuple[list[TokenIds], int]]:
+        """Yield the training rows of each buffer, and the rows read in the pass, until its end."""
         dataset = Dataset(self.config.dataset, "")
-        texts: list[str] = []
+        before, texts = RowCounts(**state.counts), list[str]()
         for digest, text, _ in iter_rows(self.config, dataset, skip=state.row):
             if is_held_out(digest):
                 dataset.counts.held_out += 1
@@ -118,25 +108,35 @@ class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
                 dataset.counts.train += 1
                 texts.append(text)
             if len(texts) == self.config.shuffle_buffer:
-                self._set_counts(state.counts, state.reasons, dataset)
-                yield texts, state.row + dataset.counts.read
+                rows = self._encode(texts, dataset)
+                self._set_counts(before, dataset.counts)
+                yield rows, state.row + dataset.counts.read
                 texts = []
-        self._set_counts(state.counts, state.reasons, dataset)
+        rows = self._encode(texts, dataset)
+        self._set_counts(before, dataset.counts)
         if texts:
-            yield texts, state.row + dataset.counts.read
+            yield rows, state.row + dataset.counts.read
 
-    def _set_counts(self, counts: dict[str, int], reasons: dict[str, int], since: Dataset) -> None:
-        """Set the counts to those before the buffer, and those of the rows read since."""
-        for name, count in asdict(since.counts).items():
-            setattr(self.counts, name, counts.get(name, 0) + count)
-        self.reasons.clear()
-        self.reasons.update(Counter(reasons) + Counter(since.invalid_reasons))
+    def _encode(self, texts: list[str], dataset: Dataset) -> list[TokenIds]:
+        """Tokenize the rows of a buffer. Raises DataError if too many rows are invalid."""
+        invalid: tokenization.InvalidRows = {}
+        max_length, long_rows = self.config.max_length, self.config.long_rows
+        rows, _ = tokenization.encode_rows(self.tokenizer, texts, max_length, long_rows, invalid)
+        for text in texts:
+            if text in invalid:
+                dataset.counts.train -= 1
+                dataset.add_invalid(dataset.places[text], invalid[text])
+        dataset.places.clear()
+        if dataset.counts.read >= MIN_ROWS_TO_STOP:
+            dataset.report_invalid(self.config.max_invalid)
+        return [row for row in rows if tokenization.count_predictions(row)]
 
-    def _make_sequences(self, texts: list[str], state: StreamState) -> list[list[TokenIds]]:
-        max_length = self.config.max_length
-        rows, _ = tokenization.encode_rows(self.tokenizer, texts, max_length, self.config.long_rows)
-        rows = [row for row in rows if tokenization.count_predictions(row)]
-        packed = PackedSequences(rows, max_length, packing=self.config.packing)
+    def _set_counts(self, before: RowCounts, since: RowCounts) -> None:
+        for name, count in asdict(since).items():
+            setattr(self.counts, name, getattr(before, name) + count)
+
+    def _make_sequences(self, rows: list[TokenIds], state: StreamState) -> list[list[TokenIds]]:
+        packed = PackedSequences(rows, self.config.max_length, packing=self.config.packing)
         sequences = [packed[index] for index in range(len(packed))]
         random.Random(f"{self.config.seed} {state.epoch} {state.row}").shuffle(sequences)
         return sequences

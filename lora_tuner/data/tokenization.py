@@ -8,7 +8,7 @@ cache. A token that has no label, such as those of a question, is stored as its 
 below zero.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import filterfalse
 from typing import TYPE_CHECKING
@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config import LongRows
-from ..errors import DataError
-from . import chat
+from ..errors import DataError, InvalidRowError
+from . import chat, chat_template
 from .splitting import GOES_ON, SENTENCE_START, WORD_START
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ MAX_TOKEN_CHARS = 256  # upper bound of the characters per token: the longest of
 _WINDOW_CHARS = 64  # characters per token of a row that are tokenized at once for its chunks
 _UNSURE_TOKENS = 16  # tokens at the end of a window that may change when more text follows
 TokenIds = npt.NDArray[np.int32]  # shape (tokens,)
+InvalidRows = dict[str, InvalidRowError]  # row -> why the chat template cannot write it
 
 
 def encode_texts(
@@ -36,24 +37,30 @@ def encode_texts(
     *,
     add_eos: bool = True,
     max_tokens: int | None = None,
+    invalid: InvalidRows | None = None,
 ) -> list[TokenIds]:
     """Return the token ids of each text, with the tokenizer's prefix and one end-of-text token.
 
-    Text that spells a special token is encoded as plain text. Of conversations (`chat`) only the
+    Text that spells a special token is encoded as plain text, unless a chat template has rendered
+    it (`chat_template.is_rendered`): then it has the special tokens that it needs. Of conversations (`chat`) only the
     answers are labels. A text that goes on (`splitting.GOES_ON`) has no end-of-text token.
 
     Args:
         add_eos: End each row with the end-of-text token. If unset, every text is a plain prompt.
         max_tokens: Rows will be truncated to so many tokens, so skip most of a longer text: a
             tokenizer takes over a hundred times the memory of its text.
+        invalid: Receives each conversation that the chat template cannot write, whose row is empty.
 
     Raises:
-        DataError: The chat template rejects a conversation.
+        DataError: There is no chat template for conversations.
+        InvalidRowError: The chat template cannot write a conversation, and `invalid` is None.
     """
     if add_eos and any(chat.is_chat(text) for text in texts):
-        chats = iter(_encode_chats(tokenizer, filter(chat.is_chat, texts), max_tokens))
         plain = iter(encode_texts(tokenizer, [*filterfalse(chat.is_chat, texts)], max_tokens=max_tokens))
-        return [next(chats) if chat.is_chat(text) else next(plain) for text in texts]
+        return [
+            _encode_chat(tokenizer, text, max_tokens, invalid) if chat.is_chat(text) else next(plain)
+            for text in texts
+        ]
     if not texts:
         return []
     ends = [add_eos and not text.endswith(GOES_ON) for text in texts]
@@ -71,36 +78,36 @@ def encode_texts(
     return rows
 
 
-def _encode_chats(
-    tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str], max_tokens: int | None
-) -> list[TokenIds]:
+def _encode_chat(
+    tokenizer: "PreTrainedTokenizerBase", text: str, max_tokens: int | None, invalid: InvalidRows | None
+) -> TokenIds:
     if not tokenizer.is_fast:
         raise DataError(
             "The tokenizer of this base gives no character offsets, so the tokens of an answer cannot be found: "
             "use a base with a fast tokenizer."
         )
     max_chars = max_tokens * MAX_TOKEN_CHARS if max_tokens is not None else None
-    rows = []
-    for text in texts:
-        try:
-            rendered = chat.render_with_spans(tokenizer, text, max_chars)
-        except DataError as error:
-            raise DataError(f"{error} Conversation: {text[1:200]}") from error
-        encoded = tokenizer(
-            rendered.text[:max_chars],
-            add_special_tokens=not rendered.by_template,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
-        row = np.array(encoded["input_ids"], dtype=np.int32)
-        offsets = np.array(encoded["offset_mapping"]).reshape(-1, 2)
-        if not rendered.by_template and len(row) > 1 and row[-1] == row[-2] == tokenizer.eos_token_id:
-            row, offsets = row[:-1], offsets[:-1]  # the tokenizer has added a second end of text
-        is_label = np.zeros(len(row), dtype=bool)
-        for start, end in rendered.answer_spans:
-            is_label |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
-        rows.append(np.where(is_label, row, ~row))
-    return rows
+    try:
+        rendered = chat_template.render_with_spans(tokenizer, text, max_chars)
+    except InvalidRowError as error:
+        if invalid is None:
+            raise
+        invalid[text] = error
+        return np.array([], dtype=np.int32)
+    encoded = tokenizer(
+        rendered.text[:max_chars],
+        add_special_tokens=not rendered.by_template,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    row = np.array(encoded["input_ids"], dtype=np.int32)
+    offsets = np.array(encoded["offset_mapping"]).reshape(-1, 2)
+    if not rendered.by_template and len(row) > 1 and row[-1] == row[-2] == tokenizer.eos_token_id:
+        row, offsets = row[:-1], offsets[:-1]  # the tokenizer has added a second end of text
+    is_label = np.zeros(len(row), dtype=bool)
+    for start, end in rendered.answer_spans:
+        is_label |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
+    return np.where(is_label, row, ~row)
 
 
 def token_ids(row: TokenIds) -> TokenIds:
@@ -142,7 +149,11 @@ class TextUse:
 
 
 def encode_rows(
-    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], max_length: int, long_rows: LongRows = "auto"
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Sequence[str],
+    max_length: int,
+    long_rows: LongRows = "auto",
+    invalid: InvalidRows | None = None,
 ) -> tuple[list[TokenIds], TextUse]:
     """Tokenize rows for training. Rows over `max_length` tokens are chunked or truncated.
 
@@ -151,6 +162,8 @@ def encode_rows(
 
     Args:
         long_rows: With `auto` plain texts are chunked and conversations truncated.
+        invalid: Receives the conversations that are left out, as the chat template cannot write
+            them.
 
     Returns:
         The rows, also those without labels, and the share of the text in those with labels.
@@ -162,8 +175,10 @@ def encode_rows(
     heads = [
         text[: max_length * _WINDOW_CHARS] if chunk_texts and not chat.is_chat(text) else text for text in texts
     ]
-    encoded = encode_texts(tokenizer, heads, max_tokens=None if chunk_chats else max_length)
+    encoded = encode_texts(tokenizer, heads, max_tokens=None if chunk_chats else max_length, invalid=invalid)
     for text, head, row in zip(texts, heads, encoded, strict=True):
+        if not len(row):  # invalid
+            continue
         is_chat = chat.is_chat(text)
         total = len(row)
         if len(head) == len(text) and len(row) <= max_length:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from ..adapters.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, Adapter
 from ..adapters.library import Library, read_consistently
 from ..config import ModelOptions, SamplingParams
-from ..data import chat, tokenization
+from ..data import chat, chat_template, tokenization
 from ..errors import ContextLengthError, GenerationError
 from ..models import loading, lora
 from .batch import GenerationEngine
@@ -194,7 +194,7 @@ class Generator:
             return EncodedPrompt(prompt, self.check_fits_context(encoded.tolist() or [start]))
         self.check_prompt_length("".join(message["content"] for message in prompt))
         token_ids = tokenizer(
-            chat.render_prompt(tokenizer, prompt, add_generation_prompt=True),
+            chat_template.render_prompt(tokenizer, prompt),
             add_special_tokens=False,
             verbose=False,
         )["input_ids"]

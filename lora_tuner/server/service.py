@@ -21,7 +21,8 @@ from typing import TypeVar
 from ..adapters.adapter import Adapter
 from ..adapters.library import read_consistently
 from ..config import SamplingParams, ServerConfig
-from ..data.chat import Message, special_tokens
+from ..data.chat import Message
+from ..data.chat_template import special_tokens
 from ..errors import (
     AdapterError,
     ContextLengthError,

@@ -122,14 +122,18 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
         if "packing" in requested.model_fields_set:
             raise TrainingError(f"{base.files.name} does not isolate packed rows: leave out --packing.")
         notify(Notice(f"Rows are padded, not packed: {base.files.name} does not isolate packed rows."))
-    rows, text_use = _tokenize(requested, dataset, base, max_length, notify)
+    invalid: tokenization.InvalidRows = {}
     held_out_texts = dataset.held_out[: requested.eval_rows]
+    held_out = evaluation.encode_held_out(base, held_out_texts, invalid)
+    rows, text_use = _tokenize(requested, dataset, base, max_length, invalid, notify)
+    held_out_texts = [text for text in held_out_texts if text not in invalid]
+    _check_held_out(held_out, held_out_texts, notify)
     return TrainingInputs(
         base=base,
         parent=parent,
         dataset=dataset,
         sequences=packing.PackedSequences(rows, max_length, packing=use_packing),
-        held_out=_tokenize_held_out(base, held_out_texts, notify),
+        held_out=held_out,
         held_out_texts=held_out_texts,
         text_use=text_use,
         varlen_attention=varlen_attention,
@@ -287,15 +291,32 @@ def _choose_max_length(requested: TrainConfig, base: LoadedBase, notify: EventHa
 
 
 def _tokenize(
-    requested: TrainConfig, dataset: Dataset, base: LoadedBase, max_length: int, notify: EventHandler
+    requested: TrainConfig,
+    dataset: Dataset,
+    base: LoadedBase,
+    max_length: int,
+    invalid: tokenization.InvalidRows,
+    notify: EventHandler,
 ) -> tuple[list[tokenization.TokenIds], tokenization.TextUse]:
-    """Tokenize the training rows. Returns those with predictions, and the share of the text in them."""
+    """Tokenize the training rows. Returns those with predictions, and the share of the text in them.
+
+    Args:
+        invalid: Held-out rows that the chat template cannot write; such training rows are added,
+            and all of them are left out of the dataset.
+    """
+
+    def encode() -> tuple[list[tokenization.TokenIds], tokenization.TextUse, tokenization.InvalidRows]:
+        rows, use = tokenization.encode_rows(
+            base.tokenizer, dataset.train, max_length, requested.long_rows, invalid
+        )
+        return rows, use, invalid
+
     notify(Progress("tokenizing", 0, 1))
-    rows, use = distributed.run_on_rank_zero(
-        partial(tokenization.encode_rows, base.tokenizer, dataset.train, max_length, requested.long_rows)
-    )
+    rows, use, all_invalid = distributed.run_on_rank_zero(encode)
+    invalid.update(all_invalid)
     base.check_token_ids(rows)
     notify(Progress("tokenizing", 1, 1))
+    dataset.leave_out(invalid, requested.max_invalid, notify)
     notify(Notice(_describe_data(dataset, requested, use)))
     if use.skipped_rows:
         notify(
@@ -326,9 +347,8 @@ def _describe_data(dataset: Dataset, requested: TrainConfig, use: tokenization.T
     return "; ".join(parts) + "."
 
 
-def _tokenize_held_out(base: LoadedBase, texts: list[str], notify: EventHandler) -> list[tokenization.TokenIds]:
-    """Tokenize the held-out rows. Raises TrainingError when there is nothing to predict."""
-    held_out = evaluation.encode_held_out(base, texts)
+def _check_held_out(held_out: list[tokenization.TokenIds], texts: list[str], notify: EventHandler) -> None:
+    """Report held-out rows without predictions. Raises TrainingError when there is nothing to predict."""
     if len(held_out) < len(texts):
         notify(
             Notice(
@@ -338,7 +358,6 @@ def _tokenize_held_out(base: LoadedBase, texts: list[str], notify: EventHandler)
         )
     if not held_out:
         raise TrainingError("No held-out row has anything to predict: give --eval-dataset.")
-    return held_out
 
 
 @dataclass(frozen=True)
@@ -357,16 +376,23 @@ def preview(requested: TrainConfig, count: int, notify: EventHandler = ignore_ev
     tokenizer = loading.load_tokenizer(loading.base_for_adapter(parent, model_options(requested, notify)))
     dataset = _load_dataset(requested, parent, notify)
     notify(Notice(_describe_data(dataset, requested)))
-    previews = []
+    previews: list[PreviewedRow] = []
+    invalid: tokenization.InvalidRows = {}
     for before, after in dataset.previews[:count]:
         tokens: list[str] = []
         labels: list[bool] = []
-        for piece in tokenization.encode_rows(tokenizer, [after], requested.max_length, requested.long_rows)[0]:
+        pieces, _ = tokenization.encode_rows(
+            tokenizer, [after], requested.max_length, requested.long_rows, invalid
+        )
+        if after in invalid:
+            continue
+        for piece in pieces:
             batch = packing.collate([[piece]], tokenizer.pad_token_id)
             tokens += tokenizer.batch_decode(batch["input_ids"][0, :, None])
             labels += (batch["labels"][0] != packing.IGNORE_INDEX).tolist()
         text = after.removeprefix(chat.CHAT_MARK).removesuffix(splitting.GOES_ON)
         previews.append(PreviewedRow(before, text, tokens, labels))
+    dataset.leave_out(invalid, requested.max_invalid, notify)
     return previews
 
 

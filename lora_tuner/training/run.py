@@ -310,8 +310,7 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
         }
         if config.streaming:
             trained["sequences"] = state.global_step * setup.sequences_per_step
-            dataset = setup.dataset
-            data = data.model_copy(update={"counts": asdict(dataset.counts), "invalid": dataset.invalid_reasons})
+            data = data.model_copy(update={"counts": asdict(setup.dataset.counts)})
         result = evaluation.paired_gain(base_held_out, held_out)
         manifest = setup.manifest.model_copy(
             update={

@@ -58,7 +58,6 @@ class TrainingSetup(TrainingInputs):
                 where=config.where,
                 split_salt=config.split_salt,
                 counts=asdict(dataset.counts),
-                invalid=dataset.invalid_reasons,
                 format=dataset.format,
                 clean=dataset.clean,
                 eval_dataset=config.eval_dataset,

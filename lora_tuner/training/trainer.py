@@ -122,9 +122,7 @@ def _training_stream(setup: TrainingSetup, checkpoint: Path | None) -> Streaming
     """Open the stream at its beginning, or where it was when the checkpoint was written."""
     text = (checkpoint / checkpoints.STREAM_FILE).read_text(encoding="utf-8") if checkpoint else "{}"
     state, dataset = StreamState(**json.loads(text)), setup.dataset
-    return StreamingDataset(
-        setup.config, setup.base.tokenizer, dataset.eval_hashes, dataset.counts, state, dataset.invalid_reasons
-    )
+    return StreamingDataset(setup.config, setup.base.tokenizer, dataset.eval_hashes, dataset.counts, state)
 
 
 class _LoraTrainer(Trainer):

@@ -175,7 +175,7 @@ def test_sharegpt_roles_are_renamed(load, message, role):
 def test_sharegpt_system_column_comes_first(load):
     turn = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
     records = [{"system": f"Rule {number}.", "conversations": turn} for number in range(20)]
-    assert sorted(row[0]["content"] for row in conversations(load("a.jsonl", jsonl(records)))) == sorted(
+    assert sorted(row["system"] for row in conversations(load("a.jsonl", jsonl(records)))) == sorted(
         f"Rule {number}." for number in range(20)
     )
 
@@ -209,9 +209,9 @@ def test_alpaca_system_and_history_are_kept(load):
         }
         for number in range(20)
     ]
-    system = {"role": "system", "content": "Be brief."}
     for row in conversations(load("a.json", json.dumps(records))):
-        assert row == [system, *turns("Hi", "Hello", row[3]["content"], "Yes.")]
+        messages = turns("Hi", "Hello", row["messages"][2]["content"], "Yes.")
+        assert row == {"messages": messages, "system": "Be brief."}
 
 
 def test_hub_features_stop_text_guess():

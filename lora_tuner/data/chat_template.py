@@ -1,0 +1,355 @@
+"""Render conversations through the chat template, with the spans of the answers.
+
+Only the template knows where an answer begins and ends, so a conversation is rendered up to each
+answer and past it. A row is refused if the template does not write a part of it. Limits: rendering
+more messages must extend what was rendered before, but for the thinking of an answer, and the
+tokenizer must return character offsets.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataError, InvalidRowError
+from .chat import CHAT_MARK, REASONING_FIELDS, FullMessage, Message, is_learned, iter_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_FIXED_DATE = "26 Jul 2024"  # Llama 3's default: today's date would change rows every day
+_NO_SPANS = "messages that the chat template renders differently as the conversation grows"
+_THINKING_TAG = re.compile(r"([<\[]/?[^<>\[\]\s/]*(?:think|thought|reason)[^<>\[\]\s/]*[>\]])", re.IGNORECASE)
+# The end of a generation prompt such as "<think>\n", or an empty "<think>\n\n</think>\n\n".
+_THINKING_START = re.compile(rf"{_THINKING_TAG.pattern}(\s*)(?:{_THINKING_TAG.pattern}\s*)?$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """A conversation as the model reads it.
+
+    `answer_spans` are the (start, end) of the answers, in characters. If `by_template`, the text
+    has all the special tokens it needs; else the tokenizer may add those at the front.
+    """
+
+    text: str
+    answer_spans: list[tuple[int, int]]
+    by_template: bool
+
+
+def render_with_spans(
+    tokenizer: "PreTrainedTokenizerBase", text: str, max_chars: int | None = None
+) -> RenderedChat:
+    """Render a row through the chat template.
+
+    Without a template, a prompt and its completion are joined by a space.
+
+    Args:
+        max_chars: Answers that begin after so many characters may be missing from `answer_spans`.
+
+    Raises:
+        DataError: There is no template for a list of messages.
+        InvalidRowError: The template rejects the messages, or does not write a part of them.
+    """
+    row = json.loads(text.removeprefix(CHAT_MARK))
+    row = {"messages": row} if isinstance(row, list) else row
+    if "prompt" in row and not getattr(tokenizer, "chat_template", None):
+        return _render_pair(tokenizer, row)
+    messages: list[FullMessage] = row.get("messages") or [
+        {"role": "user", "content": row["prompt"]},
+        {"role": "assistant", "content": row["completion"]},
+    ]
+    if "reasoning_content" in row:
+        messages[-1]["reasoning_content"] = row["reasoning_content"]
+    if "system" in row:
+        messages.insert(0, {"role": "system", "content": row["system"]})
+    while messages[-1]["role"] != "assistant":  # no loss after the last answer
+        messages.pop()
+    tools = row.get("tools")
+    _require_template(tokenizer)
+    _refuse_special_tokens(tokenizer, iter_texts([messages, tools]))
+    render = partial(_render, tokenizer, tools=tools)
+    messages = _choose_arguments(render, messages)
+    rendered = render(messages)
+    before = render(messages[:-1], add_generation_prompt=True) if len(messages) > 1 else ""
+    thinking = ""
+    if not rendered.startswith(before):
+        messages[-1], thinking = _open_thinking(before, messages[-1])
+        rendered = render(messages)
+    _refuse_dropped(tokenizer, messages, tools)
+    spans = _find_answers(tokenizer, render, messages, rendered, max_chars)
+    if thinking and spans and spans[-1][1] == len(rendered):
+        start, _ = spans.pop()
+        rendered = rendered[:start] + thinking + rendered[start:]
+        spans.append((len(before), len(rendered)))
+    if spans:
+        start, end = spans[-1]
+        if end == len(rendered) and not any(token in rendered[start:] for token in special_tokens(tokenizer)):
+            rendered += tokenizer.eos_token
+            spans[-1] = start, len(rendered)
+    return RenderedChat(rendered, spans, by_template=True)
+
+
+def _render_pair(tokenizer: "PreTrainedTokenizerBase", row: Mapping[str, str]) -> RenderedChat:
+    """Join a prompt and its completion by a space, for a base without a chat template."""
+    for name in row.keys() - {"prompt", "completion"}:
+        raise InvalidRowError(f"{name}, which a base without a chat template cannot be given")
+    prompt, completion = row["prompt"], row["completion"]
+    _refuse_special_tokens(tokenizer, [prompt, completion])
+    rendered = f"{prompt} {completion}{tokenizer.eos_token}"
+    return RenderedChat(rendered, [(len(prompt), len(rendered))], by_template=False)
+
+
+def _find_answers(
+    tokenizer: "PreTrainedTokenizerBase",
+    render: Callable[..., str],
+    messages: list[FullMessage],
+    rendered: str,
+    max_chars: int | None,
+) -> list[tuple[int, int]]:
+    spans = []
+    for number, message in enumerate(messages):
+        if number == 0 or not is_learned(message):  # templates need a question first
+            continue
+        before = render(messages[:number], add_generation_prompt=True)
+        if not rendered.startswith(before) and (opening := _THINKING_START.search(before)):
+            before = before[: opening.start()]  # the template takes thinking out of earlier answers
+        if not rendered.startswith(before):
+            raise InvalidRowError(_NO_SPANS)
+        if max_chars is not None and len(before) > max_chars:
+            break
+        is_last = number == len(messages) - 1
+        end = len(rendered) if is_last else _find_answer_end(tokenizer, render, messages, rendered, number)
+        spans.append((len(before), end))
+    return spans
+
+
+def _find_answer_end(
+    tokenizer: "PreTrainedTokenizerBase",
+    render: Callable[..., str],
+    messages: list[FullMessage],
+    rendered: str,
+    number: int,
+) -> int:
+    """Return the end of an answer, also if the template renders a last message unlike the others."""
+    after = render(messages[: number + 1])
+    if rendered.startswith(after):
+        return len(after)
+    marked = [*messages[:number], {"role": "assistant", "content": _mark(0)}, *messages[number + 1 :]]
+    rest = render(marked).partition(_mark(0))[2]
+    closing = _common_start(rest, render(marked[: number + 1]).partition(_mark(0))[2])
+    ends = [closing.rindex(token) + len(token) for token in special_tokens(tokenizer) if token in closing]
+    if not ends or not rendered.endswith(rest[max(ends) :]):
+        raise InvalidRowError(_NO_SPANS)
+    return len(rendered) - len(rest) + max(ends)
+
+
+def _common_start(one: str, other: str) -> str:
+    """Return the text that both begin with."""
+    length = next(
+        (index for index, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(one)
+    )
+    return one[: min(length, len(other))]
+
+
+def _open_thinking(before: str, answer: FullMessage) -> tuple[FullMessage, str]:
+    """Move the thinking out of the last answer if generation begins within it and the template would
+    drop it, as those of DeepSeek-R1 and QwQ do.
+
+    Args:
+        before: The conversation before the answer, with the generation prompt.
+
+    Returns:
+        The answer, and the thinking with its tags, to be written before it: empty if there is none
+        in the answer, "" if generation begins elsewhere.
+    """
+    opening = _THINKING_START.search(before)
+    if opening is None:
+        return answer, ""
+    tag, space, closing = opening.groups()
+    if closing or tag[1] == "/":
+        return answer, opening.group()
+    closing = f"{tag[0]}/{tag[1:]}"
+    reasoning, content = answer.get("reasoning_content", ""), answer["content"]
+    if closing in content and not reasoning:
+        inline, _, content = content.partition(closing)
+        reasoning = inline.strip().removeprefix(tag)
+    newline = "\n" if "\n" in space else ""
+    rest = {name: field for name, field in answer.items() if name != "reasoning_content"}
+    return rest | {"content": content.strip()}, f"{tag}{space}{reasoning.strip()}{newline}{closing}{newline * 2}"
+
+
+def _choose_arguments(render: Callable[..., str], messages: list[FullMessage]) -> list[FullMessage]:
+    """Return messages with the arguments of tool calls as objects, or as JSON text if the template
+    needs that."""
+    if not any("tool_calls" in message for message in messages):
+        return messages
+    as_objects = _convert_arguments(
+        messages, lambda value: _parse_object(value) if isinstance(value, str) else value
+    )
+    as_text = _convert_arguments(
+        messages, lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    )
+    try:
+        rendered = render(as_objects)
+    except InvalidRowError:
+        return as_text
+    reprs: list[str] = []
+    _convert_arguments(as_objects, lambda value: reprs.append(str(value)) if value else None)
+    return as_text if any(text in rendered for text in reprs if "'" in text) else as_objects
+
+
+def _convert_arguments(messages: list[FullMessage], convert: Callable[[Any], Any]) -> list[FullMessage]:
+    converted = json.loads(json.dumps(messages))
+    for message in converted:
+        for function in _functions(message.get("tool_calls")):
+            if "arguments" in function:
+                function["arguments"] = convert(function["arguments"])
+    return list(converted)
+
+
+def _parse_object(text: str) -> object:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, dict) else text
+
+
+def _functions(items: object) -> Iterator[dict[str, Any]]:
+    """Yield the functions of a list of tools or tool calls."""
+    for item in items if isinstance(items, list) else []:
+        function = item.get("function", item) if isinstance(item, dict) else None
+        if isinstance(function, dict):
+            yield function
+
+
+def _mark(number: int) -> str:
+    """Return a text that no template changes."""
+    return f"Qz{number}zQ"
+
+
+def _refuse_dropped(
+    tokenizer: "PreTrainedTokenizerBase", messages: list[FullMessage], tools: list[Any] | None
+) -> None:
+    """Raise InvalidRowError if the template does not write a part of a conversation: of another one,
+    with marks for the texts, each mark is looked for in what is rendered."""
+    names: list[str] = []  # the part that each mark stands for
+
+    def mark(name: str) -> str:
+        names.append(name)
+        return _mark(len(names) - 1)
+
+    def markiter_texts(value: Any, name: str) -> Any:
+        if isinstance(value, dict):
+            return {key: markiter_texts(item, name) for key, item in value.items()}
+        if isinstance(value, list):
+            return [markiter_texts(item, name) for item in value]
+        return mark(name) if isinstance(value, str) and value.strip() else value
+
+    marked_messages, marked_tools = json.loads(json.dumps([messages, tools]))
+    for message in marked_messages:
+        role = message["role"]
+        pieces = _THINKING_TAG.split(message["content"])
+        pieces[::2] = [markiter_texts(piece, f"{role} text") for piece in pieces[::2]]
+        message["content"] = "".join(pieces)
+        for function in _functions(message.get("tool_calls")):
+            function["name"] = mark("tool_calls")
+        links = {"name", "tool_call_id"} if role == "tool" else set()
+        for name in message.keys() - {"role", "content", "tool_calls", "weight"} - links:
+            message[name] = markiter_texts(message[name], name)
+    for function in _functions(marked_tools):
+        function["name"] = mark("tools")
+    rendered = _render_marked(
+        tokenizer, json.dumps([marked_messages, marked_tools]), str(tokenizer.chat_template)
+    )
+    for number, name in enumerate(names):
+        if rendered and _mark(number) not in rendered:
+            raise InvalidRowError(f"{name} that the chat template does not write")
+
+
+@lru_cache(maxsize=1024)  # most conversations have the form of another one
+def _render_marked(tokenizer: "PreTrainedTokenizerBase", marked: str, template: str) -> str:
+    messages, tools = json.loads(marked)
+    try:
+        return _render(tokenizer, messages, tools=tools)
+    except InvalidRowError:  # the template checks the texts themselves
+        return ""
+
+
+@lru_cache(maxsize=4)
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    added = tokenizer.added_tokens_decoder.values()
+    return sorted({str(token) for token in added if token.special} | set(tokenizer.all_special_tokens))
+
+
+def _find_special_token(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> str:
+    """Return a special token that a text spells, and that would be encoded as such; "" if none does."""
+    return next((token for text in texts for token in special_tokens(tokenizer) if token in text), "")
+
+
+def _refuse_special_tokens(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> None:
+    if token := _find_special_token(tokenizer, texts):
+        raise InvalidRowError(f"a message that contains {token}, a special token of this base")
+
+
+def _render(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[FullMessage],
+    *,
+    tools: list[Any] | None,
+    add_generation_prompt: bool = False,
+) -> str:
+    """Render the messages of a row, with the reasoning under each name that a template may know."""
+    given = []
+    for message in messages:
+        given.append({name: field for name, field in message.items() if name != "weight"})
+        if "reasoning_content" in message:
+            given[-1] |= dict.fromkeys(REASONING_FIELDS, message["reasoning_content"])
+    try:
+        return _apply_template(
+            tokenizer, given, add_generation_prompt=add_generation_prompt, tools=tools, date_string=_FIXED_DATE
+        )
+    except _TemplateError as error:
+        raise InvalidRowError(f"messages that the chat template rejects ({str(error)[:200]})") from error
+
+
+class _TemplateError(Exception):
+    """The chat template rejects the messages."""
+
+
+def render_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> str:
+    """Render a conversation through the chat template, up to the assistant's next answer.
+
+    Raises:
+        DataError: There is no template, it rejects the messages, or a message spells a special
+            token.
+    """
+    _require_template(tokenizer)
+    texts = [message.get(key, "") for message in messages for key in ("content", "name")]
+    if token := _find_special_token(tokenizer, texts):
+        raise DataError(f"A message contains {token}, a special token of this base: remove it.")
+    try:
+        return _apply_template(tokenizer, messages, add_generation_prompt=True)
+    except _TemplateError as error:
+        raise DataError(f"The chat template rejects these messages: {error}") from error
+
+
+def _require_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError("This base has no chat template: use an instruction-tuned base, such as smollm2-135m.")
+
+
+def _apply_template(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, Any]], **template_kwargs: Any
+) -> str:
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, **template_kwargs
+            )
+        )
+    except Exception as error:  # templates raise errors of any type
+        raise _TemplateError(" ".join(str(error).split())) from error
