@@ -145,6 +145,17 @@ def load_checkpoint_weights(model: PeftModel, folder: Path) -> None:
     set_peft_model_state_dict(model, load_file(folder / WEIGHTS_FILE), adapter_name=ADAPTER_NAME)
 
 
+def adapted_layers(model: PeftModel) -> set[str]:
+    """Full names of the layers with LoRA, as in the plain base."""
+    from peft.tuners.lora import LoraLayer
+
+    return {
+        name.removeprefix("base_model.model.")
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+
+
 def adapter_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
     """Tensors of the adapter in training, on the CPU, by the names that PEFT uses on disk."""
     from peft import get_peft_model_state_dict
@@ -270,17 +281,11 @@ def _other_layers(model: PeftModel, modules: Sequence[str]) -> str | None:
 
     PEFT puts names of experts in transformers 4 in place of the names that it is given.
     """
-    from peft.tuners.lora import LoraLayer
-
-    adapted = {
-        name.removeprefix("base_model.model.")
-        for name, layer in model.named_modules()
-        if isinstance(layer, LoraLayer)
-    }
-    if adapted == set(modules):
+    different = adapted_layers(model) ^ set(modules)
+    if not different:
         return None
     model.unload()
-    return f"other layers ({', '.join(sorted(adapted ^ set(modules))[:3])})"
+    return f"other layers ({', '.join(sorted(different)[:3])})"
 
 
 def _file_identity(path: Path) -> tuple[int, ...]:

@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from .. import atomic_io, distributed, evaluation
+from ..adapters.adapter import load_adapter_folder
 from ..config import TrainConfig
 from ..data.streaming import StreamingDataset, StreamState
 from ..errors import (
@@ -74,7 +75,13 @@ def run_trainer(
     Raises:
         Interrupted: after Ctrl-C or SIGTERM, with a checkpoint saved.
         DivergedError: a loss, gradient or weight is not finite.
+        TrainingError: the checkpoint adapts other layers, as another version chose them.
     """
+    if checkpoint and set(load_adapter_folder(checkpoint).modules) != lora.adapted_layers(setup.model):
+        raise TrainingError(
+            f"{checkpoint} adapts other layers than this version does for target_modules {setup.config.target_modules}: "
+            "train again with --overwrite."
+        )
     trainer = _LoraTrainer(setup, folder, checkpoint)
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
     if checkpoint and state and _is_finished(setup, state):  # Trainer would take one more step

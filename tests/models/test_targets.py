@@ -7,10 +7,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lora_tuner import ModelOptions, TrainConfig, train
+from lora_tuner import ModelOptions, TrainConfig, resume, train
 from lora_tuner.adapters.adapter import CARD_FILE, CONFIG_FILE, load_adapter_folder
 from lora_tuner.adapters.manifest import Manifest
-from lora_tuner.errors import AdapterError, ConfigError
+from lora_tuner.errors import AdapterError, ConfigError, TrainingError
 from lora_tuner.models import lora
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
@@ -198,6 +198,20 @@ def test_train_says_what_is_not_adapted(tmp_path, settings):
     assert adapter.manifest.run.coverage == pytest.approx(3072 / 21632)
     assert adapter.manifest.run.not_adapted == ["experts (85%, not linear layers)"]
     assert f"| Coverage | {text} |" in (adapter.path / CARD_FILE).read_text()
+
+
+def test_checkpoint_with_other_layers_is_refused(tmp_path, settings, stop_at, monkeypatch):
+    """An earlier version adapted routers too."""
+    config = settings(base=str(save_family(tmp_path / "base", "qwen2_moe")), max_length=32)
+    with monkeypatch.context() as earlier, stop_at(1):
+        earlier.setattr("lora_tuner.models.targets._routers", lambda *_: set())
+        train(config)
+    with pytest.raises(TrainingError) as error:
+        resume("reviews")
+    assert str(error.value) == (
+        "runs/reviews/checkpoint-1 adapts other layers than this version does for target_modules auto: train again with "
+        "--overwrite."
+    )
 
 
 def test_manifest_without_coverage_is_read(adapter):
