@@ -5,10 +5,11 @@ an error. Limit: nothing that a repo brings as code is ever run.
 """
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -48,7 +49,7 @@ class LoadedBase:
     max_context: int = field(init=False)  # longest sequence in tokens; very large where there is no limit
 
     def __post_init__(self) -> None:
-        self.max_context = _find_context_length(self.model)
+        self.max_context = _set_positions(self.model)
 
     @property
     def vocab_size(self) -> int:
@@ -211,30 +212,55 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _find_context_length(model: PreTrainedModel) -> int:
-    """Longest sequence in tokens: by the table of learned positions, else by the config."""
+def _set_positions(model: PreTrainedModel) -> int:
+    """Make explicit position ids count from 0, and return the longest sequence in tokens.
+
+    RoBERTa counts from 1 or more, but takes position ids as rows of its table.
+    """
     config = model.config.get_text_config()
     stated = [getattr(config, name, None) for name in _CONTEXT_NAMES]
     limit = next((value for value in stated if isinstance(value, int) and value > 0), NO_LIMIT)
-    tables = _PositionTables()
+    if sum(isinstance(module, torch.nn.Embedding) for module in model.modules()) < 2:
+        return limit
+    tables = _look_up_positions(model)
+    if not tables:
+        return limit
+    first = min(first for first, _ in tables)
+    if first and "position_ids" in inspect.signature(model.forward).parameters:
+        explicit = _look_up_positions(model, position_ids=torch.arange(3, device=model.device)[None])
+        if shift := first - min((row for row, _ in explicit), default=first):
+            model.register_forward_pre_hook(partial(_shift_positions, shift), with_kwargs=True)
+    return min(rows - first for first, rows in tables)
+
+
+def _shift_positions(
+    shift: int, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward hook that adds to the position ids, where they are given."""
+    positions = kwargs.get("position_ids")
+    return args, kwargs if positions is None else kwargs | {"position_ids": positions + shift}
+
+
+def _look_up_positions(model: PreTrainedModel, **inputs: torch.Tensor) -> list[tuple[int, int]]:
+    """First row and number of rows of the tables that a model looks up three positions in."""
     vocabulary = model.get_input_embeddings().get_parameter("weight")
-    if sum(isinstance(module, torch.nn.Embedding) for module in model.modules()) > 1:
-        # Ids that do not ascend, as positions do.
-        token_ids = torch.tensor([[3, 1, 2]], device=vocabulary.device) + len(vocabulary) // 2
-        with quiet_transformers(), torch.no_grad(), tables:
-            model(input_ids=token_ids, use_cache=False)
-    return min(tables.lengths, default=limit)
+    # Ids that do not ascend, as positions do.
+    token_ids = torch.tensor([[3, 1, 2]], device=vocabulary.device) + len(vocabulary) // 2
+    tables = _PositionTables()
+    with quiet_transformers(), torch.no_grad(), tables:
+        model(input_ids=token_ids, use_cache=False, **inputs)
+    return tables.found
 
 
 class _PositionTables(TorchFunctionMode):
-    """Lengths of the embeddings that are looked up at ascending positions, less where they begin.
+    """First row and number of rows of each embedding that is looked up at ascending positions.
 
     OPT, BART and RoBERTa begin at a row other than 0.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.lengths: list[int] = []
+        self.found: list[tuple[int, int]] = []
 
     def __torch_function__(
         self,
@@ -246,7 +272,7 @@ class _PositionTables(TorchFunctionMode):
         if function is F.embedding:
             rows, weight = args[0].flatten().tolist(), args[1]
             if rows == [rows[0], rows[0] + 1, rows[0] + 2]:
-                self.lengths.append(len(weight) - rows[0])
+                self.found.append((rows[0], len(weight)))
         return function(*args, **(kwargs or {}))
 
 

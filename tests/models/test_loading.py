@@ -1,6 +1,7 @@
 """The context length of a base, whatever its config calls it, is where positions end."""
 
 import pytest
+import torch
 
 from lora_tuner import ModelOptions, SamplingParams, evaluation, train
 from lora_tuner.errors import ContextLengthError, TrainingError
@@ -45,6 +46,15 @@ def test_position_table_rules_over_config(tmp_path):
 
 def test_values_that_are_no_length_are_ignored(tmp_path):
     assert load(save_family(tmp_path, "mamba", max_seq_len=-1, seq_length=0)).max_context == NO_LIMIT
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "roberta"])
+def test_position_ids_count_from_zero(tmp_path, family):
+    """RoBERTa takes them as rows of its table, in which the first is for padding."""
+    model = load(save_family(tmp_path, family)).model
+    ids, positions = torch.arange(100, 120)[None], torch.arange(20)[None]
+    expected = model(ids).logits
+    torch.testing.assert_close(model(ids, position_ids=positions).logits, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["mpt", "opt", "roberta"])
