@@ -176,8 +176,8 @@ class TrainConfig(_Settings):
     clean: Literal["auto", CleanMode] = _setting(
         "auto",
         "Cleaning of the text. full: one line without HTML tags; lines: the same with line breaks, as in poems; none: as "
-        "written. auto: none for program code, YAML and Markdown, else full. Messages are kept as written, with outer white "
-        "space only with none, which is their auto.",
+        "written. auto: none for program code, YAML and Markdown, else full. Messages, prompts and completions are kept as "
+        "written, but for the white space around them, which only none keeps: the auto of prompt and completion.",
         "Data",
     )
     streaming: bool = _setting(

@@ -30,6 +30,7 @@ REASONING_FIELDS = (
     "reasoning",
 )  # one thing under the names of several templates
 PARTS = ("system", "tools", *REASONING_FIELDS)  # columns that belong to the conversation beside them
+_CLEANED = ("content", "prompt", "completion", "system", "reasoning_content")
 _LEARN = ("weight", "train", "training", "trainable", "loss")  # 0 or false: an answer that is not learned
 # A field is no part of the conversation if one of these words is in its name.
 _METADATA = re.compile(
@@ -92,6 +93,20 @@ def encode_pair(
         if not text:
             raise InvalidRowError(f"no {name}")
     return _to_row(pair | _read_parts(parts, clean))
+
+
+def strip_texts(row: str) -> str:
+    """Return a row without the outer white space of its texts: with it, it is the same row."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {
+                name: field.strip() if name in _CLEANED and isinstance(field, str) else strip(field)
+                for name, field in value.items()
+            }
+        return [strip(item) for item in value] if isinstance(value, list) else value
+
+    return _to_row(strip(json.loads(row.removeprefix(CHAT_MARK))))
 
 
 def decisive_text(row: str) -> str:

@@ -44,7 +44,7 @@ def render_with_spans(
 ) -> RenderedChat:
     """Render a row through the chat template.
 
-    Without a template, a prompt and its completion are joined by a space.
+    Without a template, a prompt and its completion are joined.
 
     Args:
         max_chars: Answers that begin after so many characters may be missing from `answer_spans`.
@@ -93,12 +93,14 @@ def render_with_spans(
 
 
 def _render_pair(tokenizer: "PreTrainedTokenizerBase", row: Mapping[str, str]) -> RenderedChat:
-    """Join a prompt and its completion by a space, for a base without a chat template."""
+    """Join a prompt and its completion, by a space if neither has white space there, for a base
+    without a chat template."""
     for name in row.keys() - {"prompt", "completion"}:
         raise InvalidRowError(f"{name}, which a base without a chat template cannot be given")
     prompt, completion = row["prompt"], row["completion"]
     _refuse_special_tokens(tokenizer, [prompt, completion])
-    rendered = f"{prompt} {completion}{tokenizer.eos_token}"
+    separator = "" if prompt[-1].isspace() or completion[0].isspace() else " "
+    rendered = f"{prompt}{separator}{completion}{tokenizer.eos_token}"
     return RenderedChat(rendered, [(len(prompt), len(rendered))], by_template=False)
 
 

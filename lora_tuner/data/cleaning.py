@@ -68,10 +68,11 @@ def _split_at_comments(text: str) -> list[str]:
     return [*parts, text[begin:]]
 
 
-def clean_message(text: str) -> str:
-    """Remove control characters and outer whitespace; keep lines, indents and tags."""
+def clean_message(text: str, mode: CleanMode = "none") -> str:
+    """Remove control characters, and outer white space unless `mode` is "none"; keep the rest."""
     text = text.encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n")
-    return unicodedata.normalize("NFC", _CONTROL.sub("", text)).strip()
+    text = unicodedata.normalize("NFC", _CONTROL.sub("", text))
+    return text if mode == "none" and text.strip() else text.strip()
 
 
 def are_structured(texts: Sequence[str]) -> bool:

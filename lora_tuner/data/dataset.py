@@ -337,7 +337,9 @@ def iter_rows(
 def _choose_clean(
     tables: list[Table], layouts: list[Layout], dataset: Dataset, config: TrainConfig, notify: EventHandler
 ) -> CleanMode:
-    """Return the cleaning that suits the first rows."""
+    """Return the cleaning that suits the layout and the first rows."""
+    if dataset.format not in ("text", "prompt and completion"):
+        return "lines"
     if dataset.format != "text" or all(table.is_code for table in tables):
         return "none"
     count = max(1, _SAMPLED_TEXTS // len(tables))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from ..config import TrainConfig
+from ..config import CleanMode, TrainConfig
 from ..errors import DataError, InvalidRowError
 from . import chat
 from .cleaning import clean_message, clean_text
@@ -123,7 +123,8 @@ def _is_nested(table: Table, column: str, rows: list[Row]) -> bool:
 def text_reader(table: Table, layout: Layout, config: TrainConfig) -> Callable[[Row], tuple[str, str]]:
     """Return a function from a row to its text before and after cleaning; "" if it has none."""
     if layout.format != "text":
-        return partial(_read_conversation, layout.format)
+        mode: CleanMode = "none" if config.clean == "auto" else config.clean
+        return partial(_read_conversation, layout.format, partial(clean_message, mode=mode))
     column = layout.column or "text"
     is_guess = table.peeked and config.text_column is None and column not in _TEXT_COLUMNS
 
@@ -146,7 +147,7 @@ def text_reader(table: Table, layout: Layout, config: TrainConfig) -> Callable[[
     return read_text
 
 
-def _read_conversation(format: str, row: Row) -> tuple[str, str]:
+def _read_conversation(format: str, clean: chat.Clean, row: Row) -> tuple[str, str]:
     for name in _UNREADABLE_PARTS:
         if row.get(name):
             raise InvalidRowError(f"{name} beside the conversation")
@@ -156,10 +157,10 @@ def _read_conversation(format: str, row: Row) -> tuple[str, str]:
     parts = {name: row[name] for name in chat.PARTS if row.get(name)}
     raw = " ".join(map(str, [*values, *parts.values()]))
     if format == "Alpaca":
-        return raw, _encode_alpaca(row, parts)
+        return raw, _encode_alpaca(row, clean, parts)
     if format == "prompt and completion":
-        return raw, chat.encode_pair(row.get("prompt"), row.get("completion"), clean_message, parts)
-    return raw, chat.encode_messages(_decode_json(values[0]), clean_message, parts)
+        return raw, chat.encode_pair(row.get("prompt"), row.get("completion"), clean, parts)
+    return raw, chat.encode_messages(_decode_json(values[0]), clean, parts)
 
 
 def _decode_json(value: object) -> object:
@@ -170,7 +171,7 @@ def _decode_json(value: object) -> object:
         return value
 
 
-def _encode_alpaca(row: Row, parts: Mapping[str, object]) -> str:
+def _encode_alpaca(row: Row, clean: chat.Clean, parts: Mapping[str, object]) -> str:
     """Return an Alpaca row as a prompt and its answer; with a history, as messages.
 
     Instruction and input are joined by a line break, as in LLaMA-Factory.
@@ -180,14 +181,14 @@ def _encode_alpaca(row: Row, parts: Mapping[str, object]) -> str:
         raise InvalidRowError("an instruction or input that is no text")
     prompt, history = "\n".join(map(str, texts)), row.get("history") or []
     if not history:
-        return chat.encode_pair(prompt, row.get("output"), clean_message, parts)
+        return chat.encode_pair(prompt, row.get("output"), clean, parts)
     messages: list[object] = []
     for turn in history if isinstance(history, list) else [history]:
         if not isinstance(turn, list) or len(turn) != 2:
             raise InvalidRowError("a history that is no list of pairs of texts")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
     messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": row.get("output")}]
-    return chat.encode_messages(messages, clean_message, parts)
+    return chat.encode_messages(messages, clean, parts)
 
 
 def _describe_non_text(value: object) -> str:

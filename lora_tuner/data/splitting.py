@@ -30,15 +30,20 @@ WORD_START = re.compile(r"\s+(?=\S)")
 def row_hash(text: str, salt: str) -> bytes:
     """Return the hash of a cleaned row. It decides the split and the order of held-out rows.
 
-    Line breaks count as spaces, so a row that keeps them is on the same side. Of a conversation every
-    character counts; its roles and contents alone decide the side, and the rest of the hash tells
-    rows apart that differ in a reasoning or a tool.
+    Line breaks count as spaces, so a row that keeps them is on the same side. Of a conversation all
+    but the white space around its texts counts; its roles and contents alone decide the side, and
+    the rest of the hash tells rows apart that differ in a reasoning or a tool.
     """
-    decisive = chat.decisive_text(text) if chat.is_chat(text) else " ".join(text.split())
-    digest = hashlib.sha256(f"{salt}\0{decisive}".encode()).digest()
-    if chat.is_chat(text) and decisive != text:
-        digest = digest[:8] + hashlib.sha256(f"{salt}\0{text}".encode()).digest()[8:]
-    return digest
+    if not chat.is_chat(text):
+        return _salted_hash(" ".join(text.split()), salt)
+    text = chat.strip_texts(text)
+    decisive = chat.decisive_text(text)
+    digest = _salted_hash(decisive, salt)
+    return digest if decisive == text else digest[:8] + _salted_hash(text, salt)[8:]
+
+
+def _salted_hash(text: str, salt: str) -> bytes:
+    return hashlib.sha256(f"{salt}\0{text}".encode()).digest()
 
 
 def is_held_out(digest: bytes) -> bool:

@@ -258,6 +258,42 @@ def test_conversations_differing_in_indents_are_kept(tmp_path):
     assert load_dataset(TrainConfig(dataset="talks.jsonl")).counts.duplicates == 0
 
 
+@pytest.mark.parametrize(
+    ("prompt", "completion", "text"),
+    [
+        ("def f():\n", "    return 1", "def f():\n    return 1"),
+        ("key:\n  - a\n", "  - b\n", "key:\n  - a\n  - b\n"),
+        ("a: ", "b", "a: b"),
+        ("a:", "\tb", "a:\tb"),
+        ("so?", "yes", "so? yes"),
+    ],
+)
+def test_pair_keeps_white_space_between(gpt2, tmp_path, prompt, completion, text):
+    pairs = [{"prompt": f"{number} {prompt}", "completion": completion} for number in range(12)]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    dataset = load_dataset(TrainConfig(dataset="pairs.json"))
+    tokenizer = load_tokenizer(find_base(str(gpt2)))
+    for row in tokenization.encode_texts(tokenizer, dataset.train + dataset.held_out):
+        whole, learned = (tokenizer.decode(ids) for ids in (tokenization.token_ids(row), row[row >= 0]))
+        assert whole.partition(" ")[2] == text + tokenizer.eos_token
+        assert learned.lstrip() == completion.lstrip() + tokenizer.eos_token
+    flat = load_dataset(TrainConfig(dataset="pairs.json", clean="full"))
+    for exact, stripped in ((dataset.train, flat.train), (dataset.held_out, flat.held_out)):
+        assert list(map(chat.strip_texts, exact)) == stripped  # no row changes sides
+
+
+@pytest.mark.parametrize("clean", ["none", "lines", "full"])
+def test_message_keeps_outer_space_with_clean_none(tmp_path, clean):
+    answer = " <b>yes</b>\n  it is\n"
+    rows = [{"messages": conversation(f"so {number}?", answer)} for number in range(12)]
+    (tmp_path / "talks.json").write_text(json.dumps([*rows, {"messages": conversation("so 3?", answer.strip())}]))
+    dataset = load_dataset(TrainConfig(dataset="talks.json", clean=clean))
+    expected = answer if clean == "none" else answer.strip()
+    contents = [json.loads(text.removeprefix(chat.CHAT_MARK))[1]["content"] for text in dataset.train]
+    assert contents == [expected] * len(contents)
+    assert dataset.counts.duplicates == 1
+
+
 def test_template_rewriting_history_fails(chat_base, tmp_path):
     folder = save_chat_base(
         tmp_path / "counts", "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
