@@ -21,6 +21,7 @@ from .errors import ConfigError, EventHandler, ignore_events
 
 DEFAULT_BASE = "distilgpt2"
 EMBEDDED_BASE = "smollm2-135m"
+HELD_OUT = "held-out"  # an `eval_dataset`: the rows held out of the training data
 DATA_EXTENSIONS = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet")
 _CODE_FILES = (
     ".py .pyi .js .mjs .jsx .ts .tsx .java .kt .scala .c .h .cc .cpp .hpp .cs .rs .go .rb .php .swift .lua .pl .r .jl .hs .ml "
@@ -61,6 +62,9 @@ RENAMED_SETTINGS = {  # old key in run.yaml files of existing adapters and runs 
     "keep_lines": "clean",
 }
 RENAMED_VALUES = {"keep_lines": {"True": "lines", "False": "full"}}  # old key -> old value -> current value
+# Defaults that the run.yaml of earlier versions spells out where they are no choice, and the keys that tell such a file.
+SPELLED_OUT = {"split": "train", "shuffle_buffer": 10_000}
+_RUN_FILE_KEYS = {"adapters_dir", "runs_dir", "split_salt"}
 SettingValues = dict[str, Any]  # setting -> value, as YAML or the command line gives it; not validated
 
 
@@ -147,7 +151,9 @@ class TrainConfig(_Settings):
         "Data",
     )
     subset: str | None = _setting(None, "Subset (configuration) of a Hub dataset.", "Data")
-    split: str = _setting("train", "Split of a Hub dataset.", "Data")
+    split: str | None = _setting(
+        None, "Split of a Hub dataset, or of a folder whose files are named after splits.", "Data", "train"
+    )
     text_column: str | None = _setting(
         None, "Column that contains the text.", "Data", "text, content, or the only text column"
     )
@@ -206,11 +212,17 @@ class TrainConfig(_Settings):
     eval_rows: int = _setting(200, "Maximum number of held-out rows to evaluate on.", "Data", ge=2)
     eval_dataset: str | None = _setting(
         None,
-        "Evaluate on --eval-rows of this dataset instead; its rows are read like the training data and never trained on.",
+        "Evaluate on --eval-rows of this dataset instead; its rows are read like the training data and never trained on. "
+        f"{HELD_OUT}: rows held out of the training data, even if it has files of a validation or test split.",
         "Data",
-        "the held-out rows",
+        "the split validation or test of a folder; else held-out rows",
     )
-    eval_split: str | None = _setting(None, "Split of --eval-dataset, if that is a Hub dataset.", "Data", "test")
+    eval_split: str | None = _setting(
+        None,
+        "Split of --eval-dataset, if that is a Hub dataset or a folder with splits.",
+        "Data",
+        "validation, else test",
+    )
 
     base: str | None = _setting(
         None,
@@ -381,7 +393,7 @@ class TrainConfig(_Settings):
     @field_validator("shuffle_buffer")
     @classmethod
     def _check_shuffle_buffer(cls, value: int, info: ValidationInfo) -> int:
-        if value != cls.model_fields["shuffle_buffer"].default and not info.data.get("streaming", True):
+        if not info.data.get("streaming", True):
             raise _contradiction("shuffle_buffer needs streaming: give both or none")
         return value
 
@@ -411,6 +423,11 @@ class TrainConfig(_Settings):
                 "weight_decay is not possible with pissa: it would decay the part of its weights that belongs to the base"
             )
         return value
+
+    @property
+    def other_eval_dataset(self) -> str | None:
+        """The evaluation dataset, if it is not rows held out of the training data."""
+        return None if self.eval_dataset == HELD_OUT else self.eval_dataset
 
     @property
     def scaling_alpha(self) -> int:
@@ -619,6 +636,10 @@ def read_settings(file: Path) -> SettingValues:
         if old in loaded:
             value = loaded.pop(old)
             loaded[new] = RENAMED_VALUES.get(old, {}).get(str(value), value)
+    if loaded.keys() >= _RUN_FILE_KEYS:
+        loaded = {
+            name: value for name, value in loaded.items() if name not in SPELLED_OUT or value != SPELLED_OUT[name]
+        }
     return loaded
 
 
@@ -650,8 +671,10 @@ def expand_sweep(given: SettingValues) -> list[SettingValues]:
 
 
 def config_to_yaml(config: TrainConfig) -> str:
-    """Format the configuration as `run.yaml` has it: every field whose value is not None."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+    """Format the configuration as `run.yaml` has it: every field that has an effect and is not None."""
+    unused = None if config.streaming else {"shuffle_buffer"}
+    values = config.model_dump(mode="json", exclude_none=True, exclude=unused)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def default_adapter_name(dataset: str) -> str:

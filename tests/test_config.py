@@ -281,7 +281,8 @@ OLD_KEYS = (
 
 
 def test_old_run_yaml_resolves_to_new_settings(run_yaml):
-    path = run_yaml(OLD_KEYS.replace("buffer: 7\nstreaming: false", "buffer: 10000"))
+    always = "split: train\nadapters_dir: adapters\nruns_dir: runs\nsplit_salt: lora_tuner\n"
+    path = run_yaml(always + OLD_KEYS.replace("buffer: 7\nstreaming: false", "buffer: 10000"))
     new = {"max_rows": 50, "target_modules": "c_attn", "gradient_accumulation": 3, "max_grad_norm": 0.5}
     new |= {"gradient_checkpointing": "on"}
     assert resolve_settings(TrainConfig, {}, path) == TrainConfig(**new)
@@ -290,6 +291,15 @@ def test_old_run_yaml_resolves_to_new_settings(run_yaml):
     assert resolve_settings(TrainConfig, {"max_rows": 9}, run_yaml("rows: 50")).max_rows == 9
     for value, clean in (("true", "lines"), ("false", "full")):
         assert resolve_settings(TrainConfig, {}, run_yaml(f"keep_lines: {value}")).clean == clean
+
+
+def test_default_in_settings_file_counts_as_given(run_yaml, tmp_path):
+    (tmp_path / "a.csv").write_text("text\none\n")
+    written = resolve_settings(TrainConfig, {}, run_yaml("split: train\ndataset: a.csv"))
+    assert "split" in written.model_fields_set
+    repeated = resolve_settings(TrainConfig, {}, run_yaml(config_to_yaml(TrainConfig(dataset="a.csv"))))
+    assert (repeated.split, "shuffle_buffer" in repeated.model_fields_set) == (None, False)
+    assert refusal({"shuffle_buffer": 10_000}) == "shuffle_buffer needs streaming: give both or none"
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED_SETTINGS.items())

@@ -41,7 +41,8 @@ class DatasetInfo(_ManifestModel):
     counts: dict[str, int]
     format: str = "text"  # or conversations, of which the answers alone are trained on
     clean: CleanMode | None = None  # None in older manifests, and if a blend's parents differ
-    eval_dataset: str | None = None  # dataset of the held-out rows, if it is another one
+    eval_dataset: str | None = None  # dataset of the held-out rows, if they are not held out of the training rows
+    eval_split: str | None = None  # its split, if it has splits
     held_out_hash: Digest | None  # None without held-out rows
     held_out_rows: int
 

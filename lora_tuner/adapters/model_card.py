@@ -113,6 +113,7 @@ def format_ranks(adapter: Adapter) -> str:
 
 
 def _dataset_rows(data: DatasetInfo) -> list[tuple[str, str]]:
+    split = f" ({data.eval_split})" if data.eval_split else ""
     return [
         ("Data", display_name(data.source)),
         (
@@ -121,7 +122,7 @@ def _dataset_rows(data: DatasetInfo) -> list[tuple[str, str]]:
         ),
         ("Filter", ", ".join(data.where)),
         ("Rows", format_counts(data.counts)),
-        ("Evaluated on", display_name(data.eval_dataset) if data.eval_dataset else ""),
+        ("Evaluated on", f"{display_name(data.eval_dataset)}{split}" if data.eval_dataset else ""),
     ]
 
 

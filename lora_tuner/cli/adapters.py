@@ -126,6 +126,7 @@ def show_details(adapter: Adapter, ancestors: Sequence[Ancestor]) -> None:
                 "where": manifest.data.where,
                 "rows": format_counts(manifest.data.counts),
                 "evaluated on": manifest.data.eval_dataset,
+                "its split": manifest.data.eval_split,
             }
         if run := manifest.run:
             steps = f"{run.steps:,} steps, {run.tokens:,} tokens, {format_duration(run.seconds)}"

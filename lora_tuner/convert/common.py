@@ -196,10 +196,12 @@ def _dataset_info(parents: Sequence[Adapter], sets: Sequence[EvalSet], parents_s
     if len(parents) == 1 and not sets:  # not evaluated: the parent's held-out rows stay recorded
         return first
     texts = [text for eval_set in sets for text in eval_set.texts]
+    eval_splits = {data.eval_split for data in datasets.values()}
     update: dict[str, object] = {
         "held_out_hash": content_hash(texts) if texts else None,
         "held_out_rows": len(texts),
         "eval_dataset": _eval_dataset_name(datasets, sets, parents_sets),
+        "eval_split": first.eval_split if parents_sets and len(eval_splits) == 1 else None,
     }
     complete = len(datasets) == len(parents)
     same_rows = all((data.hash, data.split_salt) == (first.hash, first.split_salt) for data in others)

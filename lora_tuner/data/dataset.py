@@ -9,20 +9,19 @@ import contextlib
 import hashlib
 import heapq
 import itertools
-import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
 import datasets
 
-from ..config import CleanMode, TrainConfig
+from ..config import HELD_OUT, CleanMode, TrainConfig
 from ..errors import DataError, EventHandler, InvalidRowError, Notice, ignore_events
 from ..text import format_counts
 from . import chat
 from .cleaning import are_structured, clean_text
 from .formats import Layout, detect_layout, text_reader
 from .readers import Table, parse_conditions
-from .sources import open_source
+from .sources import default_eval_split, describe_splits, eval_source, open_source, resolve_eval_dataset
 from .splitting import GOES_ON, MIN_TEXT_CHARS, content_hash, is_held_out, row_hash, split_text
 
 MAX_PREVIEWS = 50  # rows of which the text before cleaning is kept
@@ -58,7 +57,8 @@ class Dataset:
     tells whether it can be read. `invalid` counts the rows of each reason that cannot be read, and
     has the place of the first. `clean` is how the texts were cleaned.
     `layout` names what of a row is read, such as `column 'body'`; `splits` the split files of a
-    local folder, such as `train; measured: validation`, and is empty where there are none.
+    local folder, such as `train, measured: validation`, and is empty where there are none.
+    `eval_dataset` and `eval_split` name what is measured, as in `TrainConfig`, with its default.
     """
 
     name: str
@@ -67,6 +67,8 @@ class Dataset:
     layout: str = ""
     clean: CleanMode = "full"
     splits: str = ""
+    eval_dataset: str | None = None
+    eval_split: str | None = None
     train: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
     eval_hashes: frozenset[bytes] = frozenset()  # of the rows of `eval_dataset`
@@ -141,7 +143,14 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
         DataError: The data is invalid, or too few rows are left.
         HubError: The dataset is neither cached nor can it be downloaded.
     """
-    dataset = Dataset(config.dataset, "")
+    config = resolve_eval_dataset(config, notify)
+    dataset = Dataset(
+        config.dataset,
+        "",
+        splits=describe_splits(config),
+        eval_dataset=config.eval_dataset,
+        eval_split=config.eval_split,
+    )
     counts = dataset.counts
     rows = _read_unique(config, dataset, notify, first_only=config.streaming)
     if config.max_rows is not None and config.max_rows < len(rows):
@@ -150,7 +159,7 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
         counts.not_drawn = len(rows) - len(sample)
         rows = {digest: row for digest, row in rows.items() if digest in sample}
     eval_config = config.model_copy(update={"clean": dataset.clean})
-    eval_rows = load_eval_dataset(eval_config, notify) if config.eval_dataset else {}
+    eval_rows = load_eval_dataset(eval_config, notify) if config.other_eval_dataset else {}
     dataset.eval_hashes = frozenset(eval_rows)
     held_out_hashes = _choose_held_out(list(rows), eval_rows, config, notify)
     held_out = {}
@@ -229,21 +238,20 @@ def load_eval_dataset(config: TrainConfig, notify: EventHandler = ignore_events)
         The text of each hash, in the order of the hashes.
     """
     name = str(config.eval_dataset)
-    is_local = name != "imdb" and os.path.lexists(os.path.expanduser(name))
-    if is_local and config.eval_split is not None:
-        raise DataError(f"{name} is a local path: --eval-split is for Hub datasets, so leave it out.")
-    changes = {
-        "dataset": name,
-        "split": "train" if is_local else config.eval_split or "test",
-        "subset": config.subset if name == config.dataset else None,
-        "streaming": config.streaming and not is_local,
-    }
+    if name == HELD_OUT:
+        raise DataError(
+            f"--eval-dataset {HELD_OUT} means rows of the training data: only train can hold them out."
+        )
+    split = config.eval_split or default_eval_split(config)
     dataset = Dataset(name, "")
-    rows = _read_unique(config.model_copy(update=changes), dataset, notify)
+    # What is said about the dataset itself is not said again.
+    source_notify = ignore_events if name == config.dataset else notify
+    rows = _read_unique(eval_source(config, split), dataset, source_notify)
     dataset.report_invalid(config.max_invalid, notify)
     if not rows:
         raise DataError(f"{dataset.source} has no usable row to evaluate on.")
-    notify(Notice(f"Evaluation on {dataset.source}: {len(rows):,} usable rows of {dataset.counts.read:,}."))
+    source = f"{dataset.source} ({split})" if split else dataset.source
+    notify(Notice(f"Evaluation on {source}: {len(rows):,} usable rows of {dataset.counts.read:,}."))
     return {digest: text for digest, (text, _) in sorted(rows.items())}
 
 
@@ -263,7 +271,7 @@ def _read_unique(
             continue
         rows[digest] = (text, raw if len(rows) < MAX_PREVIEWS * 10 else None)
         held_out += is_held_out(digest)
-        enough_held_out = config.eval_dataset or held_out >= config.eval_rows
+        enough_held_out = config.other_eval_dataset or held_out >= config.eval_rows
         if first_only and enough_held_out and len(rows) - held_out >= config.shuffle_buffer:
             break
     return rows

@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,8 +22,8 @@ from typing import cast
 
 import datasets
 
-from ..config import CODE_EXTENSIONS, DATA_EXTENSIONS
-from ..errors import DataError, EventHandler, Notice, os_error_message
+from ..config import CODE_EXTENSIONS
+from ..errors import DataError
 
 Row = Mapping[str, object]
 PEEKED_ROWS = 100  # rows that determine the columns of a stream
@@ -69,61 +68,6 @@ class Table:
         return DataError(
             f"{self.source} has no column '{column}'{scope}{purpose}: its columns are {', '.join(self.columns)}."
         )
-
-
-def read_path(path: Path, notify: EventHandler, *, txt_rows: str, streaming: bool) -> list[Table]:
-    """Read a file, or each data file in a folder. Files without rows are left out."""
-    files = [path]
-    if path.is_dir():
-        files, others = _find_data_files(path)
-        if not files:
-            raise DataError(
-                f"The folder {path} has no {' '.join(DATA_EXTENSIONS)} file, nor program code or Markdown."
-            )
-        if others:
-            notify(Notice(f"Skipped {len(others)} other files in {path}, such as {others[0].relative_to(path)}."))
-    elif path.suffix.lower() not in DATA_EXTENSIONS + CODE_EXTENSIONS:
-        raise DataError(
-            f"{path} has an unsupported file type: use {' '.join(DATA_EXTENSIONS)}, program code or Markdown (.py, .md "
-            "and the like), or a folder of such files."
-        )
-    tables = [read_file(file, txt_rows=txt_rows, streaming=streaming) for file in files]
-    empty = [table.source for table in tables if not any(True for _ in table.rows)]
-    if len(empty) == len(files):
-        raise DataError(f"{path} has no rows.")
-    if empty:
-        notify(Notice(f"Skipped {len(empty)} files without rows, such as {empty[0]}."))
-    tables = [table for table in tables if table.source not in empty]
-    for rule, count in Counter(table.row_rule for table in tables if table.row_rule).items():
-        sources = [table.source for table in tables if table.row_rule == rule]
-        subject = f"{count}{Path(sources[0]).suffix.lower().replace('.', ' ')} files" if count > 1 else sources[0]
-        notify(Notice(f"{subject}: {rule}."))
-    return tables
-
-
-def _find_data_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Find files at any depth, except hidden ones.
-
-    Returns:
-        The data files, or if there are none the code files; and the others: those of other types,
-        and links to folders.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise DataError(os_error_message(error)) from error
-
-    links: list[Path] = []
-    files: list[Path] = []
-    for root, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        links += [Path(root, name) for name in folders if os.path.islink(os.path.join(root, name))]
-        files += [Path(root, name) for name in names if not name.startswith(".")]
-    by_kind = [
-        sorted(file for file in files if file.suffix.lower() in kind)
-        for kind in (DATA_EXTENSIONS, CODE_EXTENSIONS)
-    ]
-    data_files = by_kind[0] or by_kind[1]
-    return data_files, sorted({*files, *links}.difference(data_files))
 
 
 def read_file(path: Path, *, txt_rows: str = "auto", streaming: bool = False) -> Table:

@@ -19,6 +19,7 @@ from ..adapters.library import Library
 from ..config import (
     BATCH_SIZE_CPU,
     BATCH_SIZE_GPU,
+    HELD_OUT,
     HELD_OUT_MAX_TOKENS,
     MethodName,
     ModelOptions,
@@ -106,10 +107,10 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
         LoraTunerError: a setting contradicts the parent, the base or the data.
     """
     parent = load_parent(requested)
-    if parent is not None and requested.eval_dataset:
-        notify(evaluation.eval_dataset_notice(requested.eval_dataset))
     # Before the base: errors in the data are found sooner than a base is downloaded.
     dataset = distributed.run_on_rank_zero(partial(_load_dataset, requested, parent, notify))
+    if parent is not None and dataset.eval_dataset not in (None, HELD_OUT):
+        notify(evaluation.eval_dataset_notice(str(dataset.eval_dataset)))
     base = _load_base_on_all_ranks(requested, parent, notify)
     if parent is not None:
         lora.check_base(parent, base, model_options(requested, notify))
@@ -229,7 +230,7 @@ def load_parent(requested: TrainConfig) -> Adapter | None:
         },
     )
     data = parent.manifest.data if parent.manifest else None
-    if data is not None and data.split_salt is None and requested.eval_dataset is None:
+    if data is not None and data.split_salt is None and requested.other_eval_dataset is None:
         raise ConfigError(
             f"{parent.name} was blended from adapters with different --split-salt, so no rows are held out for all of "
             "them: give --eval-dataset."

@@ -18,6 +18,7 @@ from ..adapters import plots
 from ..adapters.adapter import RUN_FILE, Adapter, validate_name
 from ..adapters.library import Library
 from ..config import STOP_RULES, SWEEPABLE, ModelOptions, TrainConfig, read_settings, resolve_settings
+from ..data.sources import resolve_eval_dataset
 from ..errors import ConfigError, DivergedError, EventHandler, Interrupted, Notice, TrainingError, ignore_events
 from ..evaluation import EvalSet, HeldOutLoss
 from ..models import loading
@@ -84,7 +85,11 @@ def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler = ignore_even
     if first.parent is not None and len({config.rank for config in configs}) > 1:
         raise ConfigError("--from keeps the rank of the parent: give several learning rates, not ranks.")
     name = adapter_name(first)
-    trials = [config.model_copy(update={"name": _trial_name(name, config, configs)}) for config in configs]
+    measured = resolve_eval_dataset(first, notify, "a sweep selects a rank or a learning rate")
+    changes = {"eval_dataset": measured.eval_dataset, "eval_split": measured.eval_split}
+    trials = [
+        config.model_copy(update=changes | {"name": _trial_name(name, config, configs)}) for config in configs
+    ]
     folder = _sweep_folder(first.runs_dir, name)
     if not first.overwrite and is_unfinished(name, first.runs_dir):
         raise TrainingError(

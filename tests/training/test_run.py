@@ -623,6 +623,33 @@ def test_eval_dataset_is_not_trained_on(settings, films, tmp_path):
     assert weights(again) == weights(adapter)
 
 
+def test_measured_split_file_is_recorded_and_repeated(settings, tmp_path):
+    texts = tiny_models.reviews(80)
+    (tmp_path / "data").mkdir()
+    for name, rows in (("train", texts[49::-1]), ("dev", texts[45:70]), ("test", texts[70:])):
+        (tmp_path / "data" / f"{name}.csv").write_text("text\n" + "".join(f"{text}\n" for text in rows))
+    adapter = train(settings(dataset="data", eval_rows=100))
+    facts = adapter.manifest.data
+    assert (facts.eval_dataset, facts.eval_split, facts.held_out_rows) == ("data", "validation", 25)
+    assert set(evaluation.cached_rows(adapter).texts) == set(texts[45:70])
+    assert facts.counts["read"] == 50
+    assert "| Evaluated on | data (validation) |" in (adapter.path / adapters_adapter.CARD_FILE).read_text()
+    again = train(resolve_settings(TrainConfig, {"name": "again"}, adapter.path / adapters_adapter.RUN_FILE))
+    assert (weights(again), again.manifest.data) == (weights(adapter), facts)
+    stream = train(settings(dataset="data", streaming=True, shuffle_buffer=20, name="stream"))
+    assert (stream.manifest.data.eval_split, stream.manifest.data.held_out_rows) == ("validation", 8)
+    assert stream.manifest.data.counts["in_eval_dataset"] > 0
+
+
+def test_run_of_local_file_repeats_with_explicit_defaults(settings):
+    adapter = train(settings())
+    written = yaml.safe_load((adapter.path / adapters_adapter.RUN_FILE).read_text())
+    assert not {"split", "eval_split", "shuffle_buffer"} & written.keys()
+    old = adapter.path / "old.yaml"
+    old.write_text(yaml.safe_dump(written | {"split": "train", "shuffle_buffer": 10_000, "name": "old"}))
+    assert weights(train(resolve_settings(TrainConfig, {}, old))) == weights(adapter)
+
+
 def test_resume_with_changed_eval_dataset_is_refused(settings, films, tmp_path):
     text = (tmp_path / "films.csv").read_text()
     with pytest.raises(Interrupted):

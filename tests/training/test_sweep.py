@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-from lora_tuner import Library, ModelOptions, TrainConfig, evaluate, train
+from lora_tuner import Library, ModelOptions, TrainConfig, evaluate, evaluation, train
 from lora_tuner.config import expand_sweep, resolve_settings
 from lora_tuner.errors import AdapterError, ConfigError, TrainingError
 from lora_tuner.training import inputs, sweep
 
+from .. import tiny_models
 from ..cli.test_commands import quick, run  # noqa: F401 - a fixture
 
 
@@ -38,6 +39,26 @@ def test_trial_equals_its_single_run(settings, request, kind):
         assert (trial.rank, trial.bytes, trial.seconds) == (rank, adapter.bytes, adapter.manifest.run.seconds)
         assert trial.loss == pytest.approx(adapter.manifest.result.loss)
         assert result.base_loss == pytest.approx(adapter.manifest.result.base_loss)
+
+
+def test_sweep_never_selects_on_test(settings, tmp_path):
+    (tmp_path / "data").mkdir()
+    texts = tiny_models.reviews(60)
+    (tmp_path / "data" / "train.csv").write_text("text\n" + "".join(f"{text}\n" for text in texts))
+    (tmp_path / "data" / "test.csv").write_text("not read")
+    notices = []
+    result = sweep.run_sweep(
+        configs_of(settings, 2, 4, dataset="data", max_steps=1), lambda event: notices.append(str(event))
+    )
+    assert sum("as a sweep selects a rank or a learning rate" in notice for notice in notices) == 1
+    for trial in result.trials:
+        adapter = Library().get(trial.name)
+        assert adapter.manifest.data.eval_dataset is None
+        assert set(evaluation.cached_rows(adapter).texts) <= set(texts)
+        config = resolve_settings(TrainConfig, {"name": "again", "overwrite": True}, adapter.path / "run.yaml")
+        assert train(config).manifest.data == adapter.manifest.data
+    with pytest.raises(ConfigError, match=r"data is a test split \(test\), and a sweep selects"):
+        sweep.run_sweep(configs_of(settings, 2, 4, dataset="data", eval_dataset="data", eval_split="test"))
 
 
 @pytest.mark.slow
