@@ -6,6 +6,7 @@ more messages must extend what was rendered before, but for the thinking of an a
 tokenizer must return character offsets.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,16 @@ _NO_SPANS = "messages that the chat template renders differently as the conversa
 _THINKING_TAG = re.compile(r"([<\[]/?[^<>\[\]\s/]*(?:think|thought|reason)[^<>\[\]\s/]*[>\]])", re.IGNORECASE)
 # The end of a generation prompt such as "<think>\n", or an empty "<think>\n\n</think>\n\n".
 _THINKING_START = re.compile(rf"{_THINKING_TAG.pattern}(\s*)(?:{_THINKING_TAG.pattern}\s*)?$", re.IGNORECASE)
+
+_ROLE = "(?:system|user|assistant|tool|model|developer|human|ipython|function|observation|environment)"
+_TURN = re.compile(  # <|user|>, <｜User｜>, <|USER_TOKEN|>; [INST]; <|im_start|>user, <start_of_turn>user
+    rf"<[|｜]{_ROLE}(?:_TOKEN)?[|｜]>|\[\|{_ROLE}\|\]|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS)\]"
+    rf"|<(?:[|｜][^<>\s]{{1,40}}|start_of_turn)>\s?{_ROLE}(?=[\s<:])",
+    re.IGNORECASE,
+)
+_RENDERED_START = re.compile(
+    rf"\s*(?:<s>|<bos>|\[gMASK\]|<[|｜][^<>\s]{{1,40}}[|｜]>|{_TURN.pattern})", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -279,6 +290,17 @@ def _render_marked(tokenizer: "PreTrainedTokenizerBase", marked: str, template: 
         return _render(tokenizer, messages, tools=tools)
     except InvalidRowError:  # the template checks the texts themselves
         return ""
+
+
+def looks_rendered(text: str) -> bool:
+    """Return whether a chat template has rendered a text: it begins with a turn, or with a token such
+    as <s>, and has two turns or more."""
+    return bool(_RENDERED_START.match(text)) and len(list(itertools.islice(_TURN.finditer(text), 2))) == 2
+
+
+def is_rendered(tokenizer: "PreTrainedTokenizerBase", text: str) -> bool:
+    """Return whether a chat template with special tokens of this base has rendered a text."""
+    return looks_rendered(text) and bool(_find_special_token(tokenizer, [text]))
 
 
 @lru_cache(maxsize=4)

@@ -17,7 +17,7 @@ import datasets
 from ..config import HELD_OUT, CleanMode, TrainConfig
 from ..errors import DataError, EventHandler, InvalidRowError, Notice, ignore_events
 from ..text import format_counts
-from . import chat
+from . import chat, chat_template
 from .cleaning import are_structured, clean_text
 from .formats import Layout, detect_layout, text_reader
 from .readers import Table, parse_conditions
@@ -356,11 +356,15 @@ def _choose_clean(
         for table, layout in zip(tables, layouts, strict=True)
         for text in _first_texts(table, layout, config, count)
     ]
-    if not are_structured(texts):
+    if sum(map(chat_template.looks_rendered, texts)) > len(texts) / 2:
+        kind = "are conversations that a chat template has rendered"
+    elif are_structured(texts):
+        kind = "look like program code, settings or Markdown"
+    else:
         return "full"
     notify(
         Notice(
-            f"The texts of {dataset.source} look like program code, settings or Markdown, so they are kept as written "
+            f"The texts of {dataset.source} {kind}, so they are kept as written "
             "(--clean none). With --clean full each becomes one line without tags."
         )
     )

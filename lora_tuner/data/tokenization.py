@@ -10,6 +10,7 @@ below zero.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import filterfalse
 from typing import TYPE_CHECKING
 
@@ -42,8 +43,9 @@ def encode_texts(
     """Return the token ids of each text, with the tokenizer's prefix and one end-of-text token.
 
     Text that spells a special token is encoded as plain text, unless a chat template has rendered
-    it (`chat_template.is_rendered`): then it has the special tokens that it needs. Of conversations (`chat`) only the
-    answers are labels. A text that goes on (`splitting.GOES_ON`) has no end-of-text token.
+    it (`chat_template.is_rendered`): then these are its special tokens, and an end of text is added
+    if it ends with none. Of conversations (`chat`) only the answers are labels. A text that goes on
+    (`splitting.GOES_ON`) has no end-of-text token.
 
     Args:
         add_eos: End each row with the end-of-text token. If unset, every text is a plain prompt.
@@ -63,6 +65,12 @@ def encode_texts(
         ]
     if not texts:
         return []
+    if add_eos and any(chat_template.is_rendered(tokenizer, text) for text in texts):
+        is_rendered = partial(chat_template.is_rendered, tokenizer)
+        plain = iter(encode_texts(tokenizer, [*filterfalse(is_rendered, texts)], max_tokens=max_tokens))
+        return [
+            _encode_rendered(tokenizer, text, max_tokens) if is_rendered(text) else next(plain) for text in texts
+        ]
     ends = [add_eos and not text.endswith(GOES_ON) for text in texts]
     if add_eos:
         texts = [text.removesuffix(GOES_ON) for text in texts]
@@ -76,6 +84,27 @@ def encode_texts(
             ids = ids[:-1]
         rows.append(np.array([*ids, eos] if add_end else ids, dtype=np.int32))
     return rows
+
+
+def _encode_rendered(tokenizer: "PreTrainedTokenizerBase", text: str, max_tokens: int | None) -> TokenIds:
+    """Return the token ids of a text that a chat template has rendered."""
+    text, end = _rendered_parts(tokenizer, text)
+    if max_tokens is not None:
+        text = text[: max_tokens * MAX_TOKEN_CHARS]
+    ids = tokenizer(text, split_special_tokens=False, verbose=False)["input_ids"]
+    while len(ids) > 1 and ids[-1] == ids[-2] == tokenizer.eos_token_id:  # the tokenizer adds one
+        ids = ids[:-1]
+    return np.array([*ids, *end], dtype=np.int32)
+
+
+def _rendered_parts(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[str, list[int]]:
+    """Return a rendered text without the prefix that the tokenizer adds again, and the tokens to end
+    it with."""
+    prefix = str(tokenizer.decode(tokenizer("")["input_ids"]))
+    goes_on = text.endswith(GOES_ON)
+    text = text.removesuffix(GOES_ON).removeprefix(prefix)
+    has_end = text.rstrip().endswith(tuple(chat_template.special_tokens(tokenizer)))
+    return text, [] if goes_on or has_end else [tokenizer.eos_token_id]
 
 
 def _encode_chat(
@@ -228,15 +257,19 @@ def _chunk_text(tokenizer: "PreTrainedTokenizerBase", text: str, max_length: int
     if not tokenizer.is_fast:  # without character offsets
         yield from truncate(encode_texts(tokenizer, [text]), max_length, chunk=True)[0]
         return
-    end = [] if text.endswith(GOES_ON) else [tokenizer.eos_token_id]
-    text = text.removesuffix(GOES_ON)
+    is_rendered = chat_template.is_rendered(tokenizer, text)
+    if is_rendered:
+        text, end = _rendered_parts(tokenizer, text)
+    else:
+        end = [] if text.endswith(GOES_ON) else [tokenizer.eos_token_id]
+        text = text.removesuffix(GOES_ON)
     begin, window = 0, max_length * _WINDOW_CHARS
     while True:
         part = text[begin : begin + window]
         is_last = begin + window >= len(text)
         encoded = tokenizer(
             part,
-            split_special_tokens=True,
+            split_special_tokens=not is_rendered,
             return_offsets_mapping=True,
             return_special_tokens_mask=True,
             verbose=False,

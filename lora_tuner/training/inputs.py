@@ -25,7 +25,7 @@ from ..config import (
     ModelOptions,
     TrainConfig,
 )
-from ..data import chat, packing, splitting, tokenization
+from ..data import chat, chat_template, packing, splitting, tokenization
 from ..data.dataset import Dataset, load_dataset
 from ..errors import (
     BaseModelError,
@@ -318,6 +318,7 @@ def _tokenize(
     base.check_token_ids(rows)
     notify(Progress("tokenizing", 1, 1))
     dataset.leave_out(invalid, requested.max_invalid, notify)
+    _notify_rendered(base, dataset, notify)
     notify(Notice(_describe_data(dataset, requested, use)))
     if use.skipped_rows:
         notify(
@@ -329,6 +330,26 @@ def _tokenize(
     if not kept:
         raise TrainingError("No row has anything to learn: raise --max-length, or use other data.")
     return kept, use
+
+
+def _notify_rendered(base: LoadedBase, dataset: Dataset, notify: EventHandler) -> None:
+    """Report texts that a chat template has rendered, of this base or another."""
+    texts = [text for text in dataset.train if chat_template.looks_rendered(text)]
+    own = sum(chat_template.is_rendered(base.tokenizer, text) for text in texts)
+    if own:
+        notify(
+            Notice(
+                f"A chat template has rendered {own:,} of {len(dataset.train):,} texts: their special tokens are read as such. "
+                "All of the text is learned; rows with `messages` would train on the answers alone."
+            )
+        )
+    if len(texts) > own:
+        notify(
+            Notice(
+                f"A chat template of another base has rendered {len(texts) - own:,} of {len(dataset.train):,} texts: its marks "
+                f"are plain text for {base.files.name}. Give rows with `messages` to use the template of this base."
+            )
+        )
 
 
 def _describe_data(dataset: Dataset, requested: TrainConfig, use: tokenization.TextUse | None = None) -> str:
@@ -379,7 +400,9 @@ def preview(requested: TrainConfig, count: int, notify: EventHandler = ignore_ev
     notify(Notice(_describe_data(dataset, requested)))
     previews: list[PreviewedRow] = []
     invalid: tokenization.InvalidRows = {}
-    for before, after in dataset.previews[:count]:
+    for before, after in dataset.previews:
+        if len(previews) == count:
+            break
         tokens: list[str] = []
         labels: list[bool] = []
         pieces, _ = tokenization.encode_rows(

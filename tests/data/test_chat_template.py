@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from lora_tuner import TrainConfig
 from lora_tuner.data import chat, packing, tokenization
+from lora_tuner.data.dataset import load_dataset
 from lora_tuner.data.splitting import is_held_out, row_hash
 from lora_tuner.errors import InvalidRowError
 
@@ -223,3 +225,74 @@ def test_labels_reach_the_batch():
     (ids,) = tokenization.encode_texts(tokenizer, [chat.encode_messages(PAIR, str.strip)])
     labels = packing.collate([[ids]], 0)["labels"][0]
     assert tokenizer.decode(labels[labels != packing.IGNORE_INDEX]) == f"\n</think>\n\nyes{END}"
+
+
+@pytest.mark.parametrize("template", [CHATML, QWEN3, R1, LLAMA3, GEMMA, MISTRAL])
+@pytest.mark.parametrize("max_tokens", [None, 512])
+def test_rendered_text_has_tokens_of_template(template, max_tokens):
+    tokenizer = make_tokenizer(template)
+    text = tokenizer.apply_chat_template(TWO, tokenize=False)
+    expected = tokenizer.apply_chat_template(TWO, return_dict=False)
+    (ids,) = tokenization.encode_texts(tokenizer, [text], max_tokens=max_tokens)
+    assert ids.tolist() == expected
+    rows, _ = tokenization.encode_rows(tokenizer, ["one", text, "two"], 512)
+    assert [row.tolist() for row in rows][1] == expected
+    pieces, _ = tokenization.encode_rows(tokenizer, [text * 20], 32)
+    assert set(expected) & set(tokenizer.all_special_ids) <= set().union(*(row.tolist() for row in pieces))
+
+
+def test_rendered_text_has_one_start_and_end():
+    """The tokenizer adds a start of its own; a text that ends without a special token gets an end."""
+    from tokenizers import processors
+
+    tokenizer = make_tokenizer(LLAMA3)
+    start = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END} $A", special_tokens=[(END, start)]
+    )
+    text = tokenizer.apply_chat_template(TWO, tokenize=False)
+    bare = text.removeprefix(END)
+    cut = bare.removesuffix("<|eot_id|>")
+    with_start, without_start, open_end = tokenization.encode_texts(tokenizer, [text, bare, cut])
+    assert with_start.tolist() == without_start.tolist()
+    assert with_start[:2].tolist() == [start, tokenizer.convert_tokens_to_ids("<|start_header_id|>")]
+    assert tokenizer.decode(with_start[-1]) == "<|eot_id|>"
+    assert open_end[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "In ChatML a turn begins with <|im_start|>user and ends with <|im_end|>, then <|im_start|>assistant follows.",
+        "<|im_start|> is a token, and so is [INST].",
+        "<p>Use [INST] and [/INST].</p>",
+        "<user>so?</user><assistant>yes</assistant>",
+        "[INST] so? [/INST] in another language",
+    ],
+)
+def test_special_token_in_prose_stays_text(text):
+    tokenizer = make_tokenizer(CHATML)
+    if text.startswith("[INST]"):  # marks of another base
+        tokenizer = tiny_models.tokenizer()
+    (ids,) = tokenization.encode_texts(tokenizer, [text])
+    assert not set(ids[:-1].tolist()) & set(tokenizer.all_special_ids)
+    assert tokenizer.decode(ids[:-1]) == text
+
+
+def test_rendered_rows_are_kept_as_written(tmp_path):
+    tokenizer = make_tokenizer(MISTRAL)
+    tokenizer.bos_token = "<s>"
+    texts = [
+        tokenizer.apply_chat_template(
+            [PAIR[0], {"role": "assistant", "content": f"a\n  b {number}"}], tokenize=False
+        )
+        for number in range(30)
+    ]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    notices = []
+    dataset = load_dataset(TrainConfig(dataset="talks.jsonl"), lambda event: notices.append(event.text))
+    assert sorted(dataset.train + dataset.held_out) == sorted(texts)
+    assert (
+        "The texts of talks.jsonl are conversations that a chat template has rendered, so they are kept"
+        in notices[0]
+    )
