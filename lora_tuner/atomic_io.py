@@ -13,12 +13,14 @@ import errno
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from .errors import ConfigError
 
 if sys.platform != "win32":
     import fcntl
@@ -28,12 +30,21 @@ _ABANDONED_SECONDS = 24 * 3600.0  # age at which work counts as abandoned where 
 
 
 def cache_dir() -> Path:
-    """Return the cache folder: `LORA_TUNER_CACHE`, else that of XDG or of the system."""
+    """Return the cache folder: `LORA_TUNER_CACHE`, else that of XDG or of the system.
+
+    Raises:
+        ConfigError: none is set, and this user has no home folder, as in some containers.
+    """
     if folder := os.environ.get("LORA_TUNER_CACHE"):
         return Path(folder)
-    if os.name == "nt":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "lora_tuner" / "cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_tuner"
+    variable, default = ("LOCALAPPDATA", "AppData/Local") if os.name == "nt" else ("XDG_CACHE_HOME", ".cache")
+    try:
+        system_folder = Path(os.environ.get(variable) or Path.home() / default)
+    except RuntimeError as error:
+        raise ConfigError(
+            "There is no place for the cache, because this user has no home folder: set HOME, or LORA_TUNER_CACHE."
+        ) from error
+    return system_folder / ("lora_tuner/cache" if os.name == "nt" else "lora_tuner")
 
 
 def sha256_file(path: Path) -> str:
@@ -88,9 +99,10 @@ def atomic_file(target: Path) -> Iterator[Path]:
     When the block raises, the sibling is deleted and `target` is unchanged. Missing parent folders
     are created.
     """
-    with _working_sibling(target, _empty_file) as work:
+    with _working_sibling(target, _create_file) as work:
+        mode = work.stat().st_mode
         yield work
-        work.chmod(0o644)  # mkstemp creates files that only the owner can read
+        work.chmod(mode)  # what has filled it may have changed that
         fsync_path(work)
         os.replace(work, target)
         fsync_path(target.parent)
@@ -105,12 +117,12 @@ def atomic_folder(target: Path, *, overwrite: bool = True) -> Iterator[Path]:
     Raises:
         OSError: `target` exists at the end, and `overwrite` is False.
     """
-    with _working_sibling(target, tempfile.mkdtemp) as work:
+    with _working_sibling(target, Path.mkdir) as work:
+        mode = work.stat().st_mode
         yield work
         for path in sorted(work.rglob("*")):
-            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files that only the owner can read
+            path.chmod(mode if path.is_dir() else mode & 0o666)  # safetensors' files are for the owner alone
             fsync_path(path)
-        work.chmod(0o755)
         fsync_path(work)
         finish_replacement(target.parent)
         if not (overwrite and os.path.lexists(target)):
@@ -127,19 +139,24 @@ def as_os_error(error: Exception, path: Path) -> OSError:
     return OSError(number, os.strerror(number) if match else " ".join(str(error).split())[:200], str(path))
 
 
-def _empty_file(prefix: str, suffix: str, dir: Path) -> str:
-    descriptor, path = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=dir)
-    os.close(descriptor)
-    return path
+def _create_file(path: Path) -> None:
+    path.open("x").close()
 
 
 @contextlib.contextmanager
-def _working_sibling(target: Path, make: Callable[..., str]) -> Iterator[Path]:
-    """Create a file or folder beside `target`, lock it during the block, and delete it at the end."""
+def _working_sibling(target: Path, create: Callable[[Path], None]) -> Iterator[Path]:
+    """Create a file or folder beside `target`, lock it during the block, and delete it at the end.
+
+    Its mode is that of the user's umask.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target.parent)
     while True:
-        work = Path(make(prefix=f".{target.name}.", suffix=WORK_SUFFIX, dir=target.parent))
+        work = target.with_name(f".{target.name}.{secrets.token_hex(4)}{WORK_SUFFIX}")
+        try:
+            create(work)
+        except FileExistsError:
+            continue
         with _file_lock(work) as held:
             if held is False or not os.path.lexists(work):
                 continue  # before it was locked, another process took it for abandoned

@@ -287,7 +287,7 @@ def cached_snapshot(repo: str, revision: str | None) -> Path | None:
         return _snapshot(repo, revision, cached_only=True)
     except errors.HFValidationError as error:
         raise HubError(hub_error_message(error, repo)) from error
-    except (errors.LocalEntryNotFoundError, OSError, ValueError):
+    except (errors.LocalEntryNotFoundError, OSError, ValueError, RuntimeError):  # RuntimeError: no home folder
         return None
 
 

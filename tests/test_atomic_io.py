@@ -6,14 +6,16 @@ import shutil
 import struct
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
 from lora_tuner import atomic_io, safetensors_header, text
+from lora_tuner.cli.app import app
+from lora_tuner.errors import ConfigError
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 
@@ -128,14 +130,32 @@ def test_failed_rename_restores_old_folder(tmp_path, monkeypatch):
     assert content(tmp_path) == {"it": None, "it/old": "old"}
 
 
-def test_atomic_folder_sets_file_modes(tmp_path):
+@pytest.fixture(params=[0o022, 0o077, 0o002, 0o027], ids=oct)
+def umask(request):
+    previous = os.umask(request.param)
+    yield request.param
+    os.umask(previous)
+
+
+def test_written_files_keep_the_umask(tmp_path, umask):
     with atomic_io.atomic_folder(tmp_path / "it") as work:
         (work / "weights").write_text("")
         (work / "weights").chmod(0o600)  # as safetensors leaves its files
         (work / "sub").mkdir(0o700)
-    for folder in (tmp_path / "it", tmp_path / "it" / "sub"):
-        assert folder.stat().st_mode & 0o777 == 0o755
-    assert (tmp_path / "it" / "weights").stat().st_mode & 0o777 == 0o644
+    atomic_io.atomic_write_text(tmp_path / "new" / "rows.json", "[]")
+    with atomic_io.atomic_file(tmp_path / "plot.png") as work:
+        work.unlink()
+        work.touch(0o600)
+    modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in content(tmp_path)}
+    folders = dict.fromkeys(("it", "it/sub", "new"), 0o777 & ~umask)
+    assert modes == folders | dict.fromkeys(("it/weights", "new/rows.json", "plot.png"), 0o666 & ~umask)
+
+
+def test_folder_of_a_group_keeps_it(tmp_path):
+    tmp_path.chmod(0o2775)
+    with atomic_io.atomic_folder(tmp_path / "it"):
+        pass
+    assert (tmp_path / "it").stat().st_mode & 0o2000
 
 
 def test_atomic_folder_syncs_before_rename(tmp_path, monkeypatch):
@@ -472,16 +492,36 @@ def test_display_name_hides_folders(name, last):
 
 
 def test_sibling_deleted_before_lock_is_made_again(tmp_path, monkeypatch):
-    mkdtemp, made = tempfile.mkdtemp, []
+    mkdir, made = Path.mkdir, []
 
-    def vanish_once(**options):
-        made.append(mkdtemp(**options))
+    def vanish_once(path):
+        mkdir(path)
+        made.append(path)
         if len(made) == 1:
-            os.rmdir(made[0])
-        return made[-1]
+            path.rmdir()
 
-    monkeypatch.setattr(tempfile, "mkdtemp", vanish_once)
+    monkeypatch.setattr(Path, "mkdir", lambda path, **how: mkdir(path, **how) if how else vanish_once(path))
     with atomic_io.atomic_folder(tmp_path / "it") as work:
         (work / "new").write_text("new")
     assert len(made) == 2
     assert content(tmp_path) == {"it": None, "it/new": "new"}
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """Be a user without a home folder, as in a container that runs under a number."""
+    for name in ("HOME", "LORA_TUNER_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~/.cache/huggingface/hub")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="home folders of POSIX")
+def test_missing_home_is_named(homeless, monkeypatch, tmp_path):
+    with pytest.raises(ConfigError, match="no home folder: set HOME, or LORA_TUNER_CACHE"):
+        atomic_io.cache_dir()
+    done = CliRunner().invoke(app, ["doctor", "--json"])
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["cache"].startswith("none. There is no place for the cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert atomic_io.cache_dir() == tmp_path / "lora_tuner"

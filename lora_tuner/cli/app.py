@@ -4,23 +4,23 @@ Commands import torch inside their functions, so that `--help` and `adapters` st
 """
 
 import contextlib
-import io
-import os
 import re
 import signal
 import sys
-import threading
 from collections.abc import Iterator
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from .. import __version__, distributed
 from ..errors import Interrupted, LoraTunerError, RaisedOnRankZero, os_error_message
+from ..signals import HANGUP, TERMINATION, handle_signals
 from . import adapters, convert, doctor, evaluate, generate, serve, train
 from .display import print_stderr
 from .options import StrictCommand, display
+from .streams import is_reader_gone, reliable_streams, stdout_error
 
 OUT_OF_MEMORY = (
     "Out of memory: for training lower --batch-size or --max-length, for generation --n; or use --dtype bfloat16."
@@ -32,13 +32,21 @@ _UsageError: Any = typer.BadParameter.__base__  # Typer has a copy of its own an
 class _Commands(TyperGroup):
     """Turn errors into one line and an exit status: 1 error, 2 wrong usage, 130 interrupted."""
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        with reliable_streams():
+            return super().main(*args, **kwargs)
+
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         with _report_errors():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
-        with _report_errors(), _interrupt_on_sigterm():
-            return super().invoke(ctx)
+        with _report_errors(), handle_signals(TERMINATION, _interrupt):
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            if (error := stdout_error()) and not is_reader_gone(error):
+                raise OSError(error.errno, error.strerror, "stdout")
+            return result
 
 
 @contextlib.contextmanager
@@ -51,8 +59,6 @@ def _report_errors() -> Iterator[None]:
         text, status, cause = f"Error: {error}", 1, error
     except RaisedOnRankZero as error:
         raise typer.Exit(1) from error
-    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
-        raise
     except OSError as error:
         text, status, cause = f"Error: {os_error_message(error)}", 1, error
     except (MemoryError, RuntimeError) as error:
@@ -73,17 +79,11 @@ def _report_errors() -> Iterator[None]:
     raise typer.Exit(status) from cause
 
 
-@contextlib.contextmanager
-def _interrupt_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end a command like Ctrl-C, so that incomplete files are removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """End a command like Ctrl-C, so that incomplete files are removed."""
+    if number == HANGUP:
+        signal.signal(number, signal.SIG_IGN)  # it is sent again while they are removed
+    raise KeyboardInterrupt
 
 
 app = typer.Typer(
@@ -97,11 +97,6 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def _main(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8")  # pipes on Windows have another encoding
-    if sys.stdin is None:  # it was closed
-        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115 - open until exit
     if version:
         print(f"lora_tuner {__version__}")
         raise typer.Exit

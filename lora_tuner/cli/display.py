@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +15,7 @@ from rich.text import Text
 from ..adapters.manifest import EvalResult
 from ..errors import Notice, Progress
 from ..text import CONTROL_CHARACTERS, escape_control, format_duration, one_line
+from .streams import is_reader_gone, stdout_error
 
 if TYPE_CHECKING:
     from rich.progress import Progress as ProgressBar
@@ -82,8 +84,13 @@ def print_stderr(text: str) -> None:
 
 
 def show_text(text: str) -> None:
-    """Print generated text unchanged; on a terminal, escape control characters."""
+    """Print generated text unchanged; on a terminal, escape control characters.
+
+    Ends the command when nobody reads its text any more.
+    """
     print(escape_control(text) if sys.stdout.isatty() else text, end="", flush=True)
+    if error := stdout_error():
+        raise typer.Exit(1) if is_reader_gone(error) else OSError(error.errno, error.strerror, "stdout")
 
 
 def show_json(data: object) -> None:

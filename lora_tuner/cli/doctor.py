@@ -6,6 +6,7 @@ import platform
 
 from .. import atomic_io
 from ..config import DEFAULT_BASE
+from ..errors import ConfigError
 from ..hub import why_unreachable
 from .display import show_fields, show_json
 from .options import JsonOption
@@ -58,12 +59,19 @@ def inspect_environment() -> dict[str, object]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": str(memory.choose_dtype("auto", device)).removeprefix("torch."),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
-        "cache": str(atomic_io.cache_dir()),
+        "cache": _cache(),
         "hub": f"unreachable: {hub_problem}" if hub_problem else "reachable",
         "bases": bases,
         "data": datasets,
         "advice": [text for applies, text in advice if applies],
     }
+
+
+def _cache() -> str:
+    try:
+        return str(atomic_io.cache_dir())
+    except ConfigError as error:
+        return f"none. {error}"
 
 
 def _version(name: str) -> str:

@@ -28,6 +28,7 @@ from ..adapters.library import Library
 from ..config import ModelOptions, ServerConfig
 from ..errors import ConfigError, EventHandler, Interrupted, Notice
 from ..inference.generator import Generator
+from ..signals import HANGUP, TERMINATION, handle_signals
 from .metrics import JsonLines, Metrics
 from .middleware import is_loopback
 from .playground.app import mount
@@ -46,7 +47,7 @@ def serve(
     adapters_dir: Path = Path("adapters"),
     browse: bool = False,
 ) -> None:
-    """Serve the base and adapters until SIGINT or SIGTERM.
+    """Serve the base and adapters until SIGINT, SIGTERM or SIGHUP.
 
     Args:
         adapters: names or paths; empty means all of the library, as it is at each request.
@@ -101,7 +102,8 @@ def serve(
         service.start()
         try:
             server = _Server(mount(app, service, settings.api_key), service, app.state.metrics, on_listening)
-            server.run(sockets=[listener])
+            with handle_signals(TERMINATION, server.handle_exit):  # uvicorn does not handle SIGHUP
+                server.run(sockets=[listener])
         finally:
             service.stop()
     if server.interrupted:
@@ -189,7 +191,9 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # Not uvicorn's: that would raise the signal again after a graceful shutdown.
-        self.interrupted, self.should_exit = self.should_exit, True
+        if sig != HANGUP:  # a terminal that is closed sends several
+            self.interrupted = self.should_exit
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

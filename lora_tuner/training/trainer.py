@@ -50,6 +50,7 @@ from ..errors import (
     os_error_message,
 )
 from ..models import initialization, lora
+from ..signals import HANGUP, TERMINATION, handle_signals
 from . import checkpoints
 from .arguments import EpochOrder, learning_rate_factor, tensorboard_callback, training_arguments
 from .checkpoints import save_adapter
@@ -73,7 +74,7 @@ def run_trainer(
         Trainer's state, the log entries of all steps, and the held-out loss.
 
     Raises:
-        Interrupted: after Ctrl-C or SIGTERM, with a checkpoint saved.
+        Interrupted: after Ctrl-C, SIGTERM or SIGHUP, with a checkpoint saved.
         DivergedError: a loss, gradient or weight is not finite.
         TrainingError: the checkpoint adapts other layers, as another version chose them.
     """
@@ -353,21 +354,16 @@ class _StopOnSignal(TrainerCallback):
 
 @contextlib.contextmanager
 def _stop_on_signal() -> Iterator[threading.Event]:
-    """Yield an event that Ctrl-C or SIGTERM sets; the second one raises KeyboardInterrupt.
+    """Yield an event that Ctrl-C, SIGTERM or SIGHUP sets; a second one raises KeyboardInterrupt.
 
-    Only the main thread can handle signals: in others the event is never set.
+    Not a second SIGHUP: a terminal that is closed sends several.
     """
     stop = threading.Event()
-    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
 
-    def handle(signum: int, frame: FrameType | None) -> None:
-        if stop.is_set() and distributed.world_size() == 1:  # launchers repeat signals
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set() and number != HANGUP and distributed.world_size() == 1:  # launchers repeat signals
             raise KeyboardInterrupt
         stop.set()
 
-    previous = {number: signal.signal(number, handle) for number in signals}
-    try:
+    with handle_signals((signal.SIGINT, *TERMINATION), handle):
         yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

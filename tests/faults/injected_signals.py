@@ -2,6 +2,8 @@
 
 import importlib
 import os
+import signal
+import sys
 import types
 from typing import Any
 
@@ -18,6 +20,25 @@ def replaced(target: str, value: Any) -> None:
     """Replace an attribute such as "peft:__version__"."""
     owner, name = _resolve(target)
     setattr(owner, name, value)
+
+
+def dropped(kind: str, *descriptors: int) -> None:
+    """Make streams unusable: a pipe without a reader, a terminal that was closed, a full disk, or closed."""
+    if kind == "full disk":
+        target = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, target = os.openpty() if kind == "closed terminal" else os.pipe()
+        os.close(reader)
+    for descriptor in descriptors:
+        os.close(descriptor) if kind == "closed" else os.dup2(target, descriptor)
+        if kind == "closed":
+            setattr(sys, ("stdin", "stdout", "stderr")[descriptor], None)
+
+
+def ignored(number: int, *moments: tuple[str, int, int]) -> None:
+    """Ignore a signal, as `nohup` does, and send signals."""
+    signal.signal(number, signal.SIG_IGN)
+    signalled(*moments)
 
 
 def best_at(step: int, *moments: tuple[str, int, int]) -> None:

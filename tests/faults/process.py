@@ -227,8 +227,9 @@ def _run(
         traceback.print_exc()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     (folder / "report").write_text(json.dumps([peak, events]))
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(AttributeError, OSError):  # closed, or without a reader
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status if isinstance(status, int) else 0 if status is None else 1)
 
 

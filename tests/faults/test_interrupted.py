@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at any moment: status 130, one line, no partial files, and the command that resumes."""
+"""Ctrl-C, SIGTERM and SIGHUP at any moment: status 130, one line, no partial files, and the command that resumes."""
 
 import shutil
 import signal
@@ -10,11 +10,11 @@ import pytest
 
 from .. import adapter_files
 from . import workspaces
-from .injected_signals import signalled
+from .injected_signals import ignored, signalled
 from .process import CommandResult, Fault, contents, unchanged
 from .runs import ADAPTER, HARD, RUN, STEP_END, cases, leftovers, outcome, resume_arguments
 
-INT, TERM = signal.SIGINT, signal.SIGTERM
+INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 BEFORE_IT_RUNS = {  # nothing to resume yet
     "reading": "lora_tuner.training.inputs:load_dataset",
     "loading": "lora_tuner.models.loading:load_base",
@@ -48,7 +48,7 @@ def old(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("moment", "number"),
-    cases([("measuring the base", TERM)], [(it, (INT, TERM)[n % 2]) for n, it in enumerate(BEFORE_IT_RUNS)]),
+    cases([("measuring the base", INT)], [(it, (INT, TERM, HUP)[n % 3]) for n, it in enumerate(BEFORE_IT_RUNS)]),
 )
 def test_signal_before_training_leaves_nothing(run, arguments, old, moment, number):
     with unchanged(old):
@@ -59,7 +59,7 @@ def test_signal_before_training_leaves_nothing(run, arguments, old, moment, numb
 
 @pytest.mark.parametrize(
     ("moment", "number"),
-    cases([("drawing", TERM)], [(it, (INT, TERM)[n % 2]) for n, it in enumerate(AFTER_ITS_STEPS)]),
+    cases([("drawing", INT)], [(it, (INT, TERM, HUP)[n % 3]) for n, it in enumerate(AFTER_ITS_STEPS)]),
 )
 def test_signal_after_training_resumes_bitwise(run, arguments, old, whole, moment, number):
     name, nth = AFTER_ITS_STEPS[moment]
@@ -104,6 +104,18 @@ def test_second_signal_stops_immediately_resumable(run, arguments, whole, moment
     assert run(*resume_arguments(ended)).status == 0
     assert outcome(ADAPTER) == whole(*HARD)
     assert leftovers() == {str(ADAPTER)}
+
+
+def test_repeated_hangup_saves_like_sigterm(run, arguments, whole):
+    ended = run(*arguments, *HARD, before=partial(signalled, *[(STEP_END, 3, HUP)] * 3))
+    assert stopped(ended, "Stopped at step 3 of 9, saved. Resume with: python cli.py train --resume reviews")
+    assert run(*resume_arguments(ended)).status == 0
+    assert outcome(ADAPTER) == whole(*HARD)
+
+
+def test_hangup_ignored_at_start_stays_ignored(run, arguments):
+    moments = [("lora_tuner.data.tokenization:encode_texts", 1, HUP), (STEP_END, 2, HUP)]
+    assert run(*arguments, "--max-steps", "3", before=partial(ignored, HUP, *moments)).status == 0
 
 
 @pytest.mark.slow
@@ -165,7 +177,7 @@ READERS: dict[str, tuple[list[str], list[str]]] = {
         [("generate", "lora_tuner.inference.sequence:Sequence.append_token", INT)],
         [
             *((name, it, INT) for name, (_, moments) in READERS.items() for it in moments),
-            ("evaluate", "lora_tuner.adapters.plots:plot_gains", TERM),
+            *(("evaluate", "lora_tuner.adapters.plots:plot_gains", number) for number in (TERM, HUP)),
         ],
     ),
 )

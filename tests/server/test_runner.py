@@ -314,7 +314,10 @@ def long_base(tmp_path):
     return tiny_models.save_model(tmp_path / "long", "gpt2", width=192, layers=6, context=2048)
 
 
-def test_serve_command_completes_stream_on_sigterm(long_base):
+@pytest.mark.parametrize(
+    "signals", [[signal.SIGTERM], pytest.param([signal.SIGHUP, signal.SIGHUP], marks=pytest.mark.slow)]
+)
+def test_serve_command_completes_stream_on_signal(long_base, signals):
     process = Process("--base", long_base, LORA_TUNER_API_KEY="12345678")
     try:
         with pytest.raises(openai.AuthenticationError):
@@ -323,7 +326,8 @@ def test_serve_command_completes_stream_on_sigterm(long_base):
         body = {"model": "long", "prompt": PROMPT, "temperature": 0, "max_tokens": 150}
         stream = client.completions.create(stream=True, **body)
         chunks = [next(iter(stream))]
-        process.process.send_signal(signal.SIGTERM)
+        for number in signals:
+            process.process.send_signal(number)
         chunks += list(stream)
         assert process.wait() == 0
     finally:

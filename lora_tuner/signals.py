@@ -1,0 +1,31 @@
+"""Signals that ask a process to stop: Ctrl-C, SIGTERM, and SIGHUP, sent when its terminal is closed."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+
+HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # not on Windows
+TERMINATION = (signal.SIGTERM,) if HANGUP is None else (signal.SIGTERM, HANGUP)
+
+
+@contextlib.contextmanager
+def handle_signals(
+    numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], object]
+) -> Iterator[None]:
+    """Handle signals during the block. Only the main thread can: in others nothing changes.
+
+    SIGHUP stays ignored where it was ignored at the start, as by `nohup`. A handler must expect to
+    receive it more than once: the kernel sends it, and the shell again.
+    """
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in numbers:
+            if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN:
+                previous[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
