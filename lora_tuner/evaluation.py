@@ -32,6 +32,7 @@ from .data.tokenization import TokenIds
 from .errors import AdapterError, BaseModelError, EventHandler, Notice, Progress, ignore_events
 from .inference.multi_lora import MultiLora
 from .models import fsdp, loading, lora
+from .models.adapter_tokenizer import load_adapter_tokenizer
 from .models.loading import LoadedBase
 
 BATCH_TOKENS_CPU, BATCH_TOKENS_GPU = 512, 8192  # positions per batch
@@ -145,7 +146,7 @@ def evaluate_on(
     notify_eval_rows(adapters, options.notify)
     named_adapters = {adapter.name: adapter for adapter in adapters}
     cells = []
-    for pairs in held_out_losses(base, named_adapters, sets, options.notify, access):
+    for pairs in held_out_losses(base, named_adapters, sets, options.notify, access, options):
         cells.append([paired_gain(*pair) if pair else None for pair in pairs])
     return GainMatrix(base.files.name, list(named_adapters), sets, cells)
 
@@ -156,11 +157,13 @@ def held_out_losses(
     sets: Sequence[EvalSet],
     notify: EventHandler = ignore_events,
     access: ModelAccess = direct_access,
+    options: ModelOptions = ModelOptions(),
 ) -> list[list[LossPair | None]]:
     """Measure the base and each adapter on each set of rows.
 
     Args:
         adapters: display name -> adapter.
+        options: `force` ignores a tokenizer that is not the base's.
 
     Returns:
         Loss of the base and of the adapter: `losses[adapter][set]`, None where there are no rows.
@@ -168,20 +171,8 @@ def held_out_losses(
     Raises:
         AdapterError: an adapter is damaged or replaced meanwhile, or its loss is not finite.
     """
-    encoded_sets = []
-    for rows in sets:
-        invalid: tokenization.InvalidRows = {}
-        encoded_sets.append(access(partial(encode_held_out, base, rows.texts, invalid)))
-        if invalid:
-            reason = next(iter(invalid.values()))
-            notify(
-                Notice(
-                    f"Left out {len(invalid):,} of {len(rows.texts):,} rows of {rows.name}, such as one with {reason}."
-                )
-            )
-    base_losses = [
-        measure_base_loss(base, encoded, notify, access) if encoded else None for encoded in encoded_sets
-    ]
+    encode = partial(_encode_and_measure, sets=sets, notify=notify, access=access)
+    base_rows = None
     multi_lora = MultiLora(base)
     losses: list[list[LossPair | None]] = []
     for number, (name, adapter) in enumerate(adapters.items(), 1):
@@ -189,6 +180,11 @@ def held_out_losses(
         adapter_context = partial(multi_lora.apply_hooks, multi_lora.hooks([multi_lora.load(adapter)]))
         if _loss_key(adapter) != key:
             raise AdapterError(f"{name} was replaced while it was loaded: evaluate it again.")
+        tokenizer = load_adapter_tokenizer(adapter, base, replace(options, notify=notify))
+        if tokenizer is not None:  # the base is measured on the adapter's rows, so that losses can be paired
+            encoded_sets, base_losses = encode(replace(base, tokenizer=tokenizer))
+        else:
+            encoded_sets, base_losses = base_rows = base_rows or encode(base)
         pairs: list[LossPair | None] = []
         for rows, encoded, base_loss in zip(sets, encoded_sets, base_losses, strict=True):
             if base_loss is None:
@@ -217,6 +213,25 @@ def held_out_losses(
             pairs.append((base_loss, adapter_loss))
         losses.append(pairs)
     return losses
+
+
+def _encode_and_measure(
+    base: LoadedBase, sets: Sequence[EvalSet], notify: EventHandler, access: ModelAccess
+) -> tuple[list[list[TokenIds]], list[HeldOutLoss | None]]:
+    """The rows of each set as tokens, and the loss of the base on them; None without rows."""
+    encoded_sets = []
+    for rows in sets:
+        invalid: tokenization.InvalidRows = {}
+        encoded_sets.append(access(partial(encode_held_out, base, rows.texts, invalid)))
+        if invalid:
+            reason = next(iter(invalid.values()))
+            notify(
+                Notice(
+                    f"Left out {len(invalid):,} of {len(rows.texts):,} rows of {rows.name}, such as one with {reason}."
+                )
+            )
+    losses = [measure_base_loss(base, encoded, notify, access) if encoded else None for encoded in encoded_sets]
+    return encoded_sets, losses
 
 
 def encode_held_out(

@@ -28,6 +28,10 @@ from .peft_config import WEIGHTS_FILE as WEIGHTS_FILE
 
 MANIFEST_FILE, RUN_FILE, CARD_FILE = "manifest.json", "run.yaml", "README.md"
 METRICS_FILE, LOSS_PLOT_FILE, SPECTRUM_FILE = "metrics.jsonl", "loss.png", "spectrum.png"
+TOKENIZER_FILES = (  # that other tools save beside an adapter
+    *("chat_template.jinja", "chat_template.json", "tokenizer_config.json", "tokenizer.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"),
+)
 _MAX_PATTERN_MATCHES = 300_000  # pattern keys times layers: every key is tried on every layer
 _MAX_JSON_BYTES = 1_000_000  # of a config or manifest; parsed, it can take thirty times the memory
 _TENSOR = re.compile(
@@ -231,11 +235,14 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def copy_files(adapter: Adapter, folder: Path, names: Sequence[str]) -> None:
-    """Copy those of the named files that the adapter has. Only config and weights may be symlinks:
-    any other could point to a private file."""
+    """Copy those of the named files that the adapter has. Only config and weights may be symlinks,
+    unless they point into the Hub's cache: any other could point to a private file."""
+    blobs = (adapter.path.resolve().parent.parent / "blobs").resolve()
     for name in names:
         file = adapter.path / name
-        if file.is_file() and (name in (CONFIG_FILE, WEIGHTS_FILE) or not file.is_symlink()):
+        if not file.is_file():
+            continue
+        if name in (CONFIG_FILE, WEIGHTS_FILE) or not file.is_symlink() or file.resolve().parent == blobs:
             shutil.copyfile(file, folder / name)
 
 

@@ -25,6 +25,7 @@ from .adapter import (
     METRICS_FILE,
     RUN_FILE,
     SPECTRUM_FILE,
+    TOKENIZER_FILES,
     WEIGHTS_FILE,
     Adapter,
     check_weights_hash,
@@ -45,9 +46,12 @@ SYNCED_FILES = (
     LOSS_PLOT_FILE,
     SPECTRUM_FILE,
     CARD_FILE,
+    *TOKENIZER_FILES,
 )
 _PATH_SETTINGS = ("dataset", "eval_dataset", "base", "parent", "adapters_dir", "runs_dir")  # may be local paths
+_TOKENIZER_PATHS = ("name_or_path", "tokenizer_file", "vocab_file")
 MAX_SIDE_FILE_BYTES = 10_000_000  # of each file except the weights
+MAX_TOKENIZER_BYTES = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -95,12 +99,28 @@ def push(adapter: Adapter, repo: str, *, private: bool = False, dry_run: bool = 
         return TransferResult(repo, sizes, url)
 
 
+def _max_bytes(file: str) -> int:
+    return MAX_TOKENIZER_BYTES if file in TOKENIZER_FILES else MAX_SIDE_FILE_BYTES
+
+
 def _strip_local_paths(folder: Path, manifest: Manifest) -> None:
     """Replace local paths by their last part in every file of a folder that holds some."""
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     if base_name := config.get("base_model_name_or_path"):
         config["base_model_name_or_path"] = display_name(base_name)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tokenizer_config = folder / "tokenizer_config.json"
+    if tokenizer_config.is_file():
+        try:
+            settings = dict(json.loads(tokenizer_config.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise AdapterError(
+                f"{folder.name} is not pushed: its {tokenizer_config.name} is no JSON object."
+            ) from error
+        paths = {
+            key: display_name(settings[key]) for key in _TOKENIZER_PATHS if isinstance(settings.get(key), str)
+        }
+        tokenizer_config.write_text(json.dumps(settings | paths, indent=2) + "\n", encoding="utf-8")
     base, data, weights = manifest.base, manifest.data, manifest.weights
     base = base.model_copy(update={"name": display_name(base.name), "repo": display_name(base.repo)})
     if data is not None:
@@ -152,7 +172,7 @@ def pull(
     files = {
         file: sizes[file]
         for file in SYNCED_FILES
-        if file in sizes and (file == WEIGHTS_FILE or sizes[file] <= MAX_SIDE_FILE_BYTES)
+        if file in sizes and (file == WEIGHTS_FILE or sizes[file] <= _max_bytes(file))
     }
     if dry_run:
         return TransferResult(repo, files)

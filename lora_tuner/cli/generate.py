@@ -38,7 +38,11 @@ MIN_COLUMN_WIDTH = 36  # characters; with less, texts are not shown side by side
 
 FileOption = Annotated[Path | None, typer.Option(help="File with one prompt per line.", show_default=False)]
 ChatOption = Annotated[
-    bool, typer.Option("--chat", help="Apply the base's chat template. The interactive prompt keeps the history.")
+    bool,
+    typer.Option(
+        "--chat",
+        help="Apply the chat template of the adapter, else of the base. The interactive prompt keeps the history.",
+    ),
 ]
 SystemOption = Annotated[
     str | None, typer.Option(help="With --chat: the system message.", show_default="the template's")
@@ -85,7 +89,7 @@ def generate(
     if prompts is None:
         _run_interactive(generator, sampling, opening)
         return
-    encoded_prompts = _encode_prompts(generator, prompts, opening)
+    encoded_prompts = _encode_prompts(generator, prompts, opening, generator.current_adapter)
     if as_json:
         outputs = [output for encoded in encoded_prompts for output in generator.generate_all(encoded, sampling)]
         show_json([dataclasses.asdict(output) for output in outputs])
@@ -135,13 +139,15 @@ def _read_prompts(prompt: str | None, file: Path | None) -> list[str] | None:
 
 
 def _encode_prompts(
-    generator: "Generator", prompts: list[str], opening: "list[Message] | None"
+    generator: "Generator", prompts: list[str], opening: "list[Message] | None", adapter: str | None
 ) -> "list[EncodedPrompt]":
-    """Tokenize all prompts before generation starts. Raises GenerationError for a long prompt."""
+    """Tokenize all prompts for an adapter before generation starts. Raises GenerationError for a
+    long prompt."""
     encoded_prompts = []
     for number, prompt in enumerate(prompts, 1):
         try:
-            encoded_prompts.append(generator.encode_prompt(_as_conversation(prompt, opening)))
+            conversation = _as_conversation(prompt, opening)
+            encoded_prompts.append(generator.encode_prompt(conversation, generator.tokenizer_of(adapter)))
         except LoraTunerError as error:
             prefix = f"Prompt {number:,} of {len(prompts):,}: " if len(prompts) > 1 else ""
             raise GenerationError(f"{prefix}{error}") from error
@@ -183,8 +189,9 @@ def compare(
     generator = Generator(*(loaded.path for loaded in adapters), options=options, adapters_dir=adapters_dir)
     names = [None, *(loaded.name for loaded in adapters)]
     results = []
-    for encoded in _encode_prompts(generator, prompts, opening):
-        results.append(generator.generate_batch([(encoded, name) for name in names], sampling))
+    encoded_by_name = [_encode_prompts(generator, prompts, opening, name) for name in names]
+    for encoded in zip(*encoded_by_name, strict=True):
+        results.append(generator.generate_batch(list(zip(encoded, names, strict=True)), sampling))
     if as_json:
         show_json([dataclasses.asdict(output) for outputs in results for output in outputs])
     else:

@@ -12,6 +12,7 @@ from ..adapters.adapter import (
     CARD_FILE,
     CONFIG_FILE,
     MANIFEST_FILE,
+    TOKENIZER_FILES,
     WEIGHTS_FILE,
     Adapter,
     check_weights_hash,
@@ -74,7 +75,7 @@ def adopt(
         atomic_io.atomic_write_text(adapter.path / MANIFEST_FILE, manifest.to_json())
     else:
         with library.create(name) as target:
-            copy_files(adapter, target, (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE))
+            copy_files(adapter, target, (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, *TOKENIZER_FILES))
             (target / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     notify(
         Notice(

@@ -6,7 +6,15 @@ from pathlib import Path
 
 from .. import atomic_io, evaluation
 from ..adapters import model_card
-from ..adapters.adapter import CARD_FILE, MANIFEST_FILE, Adapter, load_adapter_folder, weights_info
+from ..adapters.adapter import (
+    CARD_FILE,
+    MANIFEST_FILE,
+    TOKENIZER_FILES,
+    Adapter,
+    copy_files,
+    load_adapter_folder,
+    weights_info,
+)
 from ..adapters.manifest import DatasetInfo, EvalResult, Manifest, utc_timestamp
 from ..config import ModelOptions
 from ..data import tokenization
@@ -164,6 +172,7 @@ def write_adapter(
     if not all(update.B.isfinite().all() and update.A.isfinite().all() for update in deltas.values()):
         raise AdapterError("The result is not finite in float32: use smaller weights.")
     lora.save_adapter_files(delta.to_state_dict(deltas), delta.make_lora_config(deltas, base), folder)
+    _copy_tokenizer(parents, folder, notify)
     written = load_adapter_folder(folder)
     losses = evaluation.held_out_losses(base, {name: written}, sets, notify)[0]
     comparison = verify_written(base, written, deltas, name, sets, notify)
@@ -183,6 +192,23 @@ def write_adapter(
     if texts := [text for eval_set in sets for text in eval_set.texts]:
         evaluation.cache_rows(texts)
     return written, losses, comparison
+
+
+def _copy_tokenizer(parents: Sequence[Adapter], folder: Path, notify: EventHandler) -> None:
+    """Give an adapter the chat template and tokenizer files of its parents, where these agree."""
+    hashes = []
+    for parent in parents:
+        files = [parent.path / name for name in TOKENIZER_FILES]
+        hashes.append([atomic_io.sha256_file(file) if file.is_file() else None for file in files])
+    if all(each == hashes[0] for each in hashes):
+        copy_files(parents[0], folder, TOKENIZER_FILES)
+    else:
+        notify(
+            Notice(
+                "The parents differ in their chat template or tokenizer files: the result has none, and uses those of "
+                "the base."
+            )
+        )
 
 
 def _dataset_info(parents: Sequence[Adapter], sets: Sequence[EvalSet], parents_sets: bool) -> DatasetInfo | None:

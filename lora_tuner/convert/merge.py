@@ -14,6 +14,7 @@ from ..config import ModelOptions
 from ..errors import AdapterError, ConfigError
 from ..evaluation import EvalSet
 from ..models import lora
+from ..models.adapter_tokenizer import load_adapter_tokenizer
 from ..models.memory import choose_dtype
 from ..models.resolve import quiet_transformers
 from . import verify
@@ -40,7 +41,7 @@ def merge(
     overwrite: bool = False,
     options: ModelOptions = ModelOptions(),
 ) -> MergeResult:
-    """Save base and adapter as one model folder, tokenizer included.
+    """Save base and adapter as one model folder, with the tokenizer of the adapter or of the base.
 
     The weights are merged in float32 and then cast. The saved model is reloaded and compared with
     base and adapter; the folder appears complete or not at all.
@@ -72,14 +73,19 @@ def merge(
         )
     sets = distinct_eval_sets([adapter], sets, eval_rows, options.notify)
     rows = encode_eval_sets(base, sets)
+    own_tokenizer = load_adapter_tokenizer(adapter, base, options)
     expected = verify.forward_with_adapter(base, adapter, rows, options.notify)
     with quiet_transformers(), atomic_io.atomic_folder(out) as folder:
         # PEFT merges in place, and unmerging is not bitwise exact: this base is not used again.
         model = lora.load_lora(base.model, adapter, "merged").merge_and_unload(safe_merge=True)
+        if own_tokenizer is not None and model.generation_config is not None:
+            eos_token_ids = base.eos_token_ids | {own_tokenizer.eos_token_id}
+            model.generation_config.eos_token_id = sorted(eos_token_ids)
         model.to(merged_dtype).save_pretrained(folder, max_shard_size=shard_size)
         model.to("meta")  # frees its memory
-        # The original tokenizer: the one in memory has another pad token.
-        AutoTokenizer.from_pretrained(base.files.folder, trust_remote_code=False).save_pretrained(folder)
+        # Without one of the adapter the original: the one in memory has another pad token.
+        original = AutoTokenizer.from_pretrained(base.files.folder, trust_remote_code=False)
+        (own_tokenizer or original).save_pretrained(folder)
         try:
             reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
         except ValueError as error:  # the text part of Mllama is no model of its own

@@ -11,18 +11,19 @@ import secrets
 import threading
 from collections import abc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..adapters.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, Adapter
+from ..adapters.adapter import CONFIG_FILE, MANIFEST_FILE, TOKENIZER_FILES, WEIGHTS_FILE, Adapter
 from ..adapters.library import Library, read_consistently
 from ..config import ModelOptions, SamplingParams
 from ..data import chat, chat_template, tokenization
 from ..errors import ContextLengthError, GenerationError
 from ..models import loading, lora
+from ..models.adapter_tokenizer import load_adapter_tokenizer
 from .batch import GenerationEngine
 from .multi_lora import LoadedAdapter
 from .sequence import Sequence
@@ -151,7 +152,9 @@ class Generator:
 
             def load_resident(adapter: Adapter) -> _ResidentAdapter:
                 lora.check_base(adapter, self.base, self.options)
-                return _ResidentAdapter(folder, _folder_identity(folder), self.engine.multi_lora.load(adapter))
+                loaded = self.engine.multi_lora.load(adapter)
+                tokenizer = load_adapter_tokenizer(adapter, self.base, self.options)
+                return _ResidentAdapter(folder, _folder_identity(folder), replace(loaded, tokenizer=tokenizer))
 
             resident = read_consistently(adapter.path, load_resident)
         self._resident.pop(name, None)
@@ -161,6 +164,11 @@ class Generator:
         for other in droppable[: max(excess, 0)]:
             del self._resident[other]
         return name
+
+    def tokenizer_of(self, name: str | None) -> PreTrainedTokenizerBase:
+        """The tokenizer of an adapter in memory or, where it has none of its own, of the base."""
+        loaded = self._resident[name].loaded if name in self._resident else None
+        return (loaded and loaded.tokenizer) or self.base.tokenizer
 
     def unload(self, name: str) -> None:
         """Drop an adapter from memory."""
@@ -177,7 +185,7 @@ class Generator:
 
         Args:
             prompt: text or messages; an encoded prompt is returned as it is.
-            tokenizer: another copy of the base's tokenizer. One copy must not be shared by two
+            tokenizer: by default that of the current adapter. One copy must not be shared by two
                 threads.
 
         Raises:
@@ -186,7 +194,7 @@ class Generator:
         """
         if isinstance(prompt, EncodedPrompt):
             return prompt
-        tokenizer = tokenizer or self.base.tokenizer
+        tokenizer = tokenizer or self.tokenizer_of(self.current_adapter)
         if isinstance(prompt, str):
             self.check_prompt_length(prompt)
             (encoded,) = tokenization.encode_texts(tokenizer, [prompt], add_eos=False)
@@ -274,7 +282,7 @@ class Generator:
         prompts: list[str] = []
         sequences: list[Sequence] = []
         for prompt, name, loaded in requests:
-            encoded = self.encode_prompt(prompt)
+            encoded = self.encode_prompt(prompt, self.tokenizer_of(name))
             prompts += [encoded.text] * sampling.n
             sequences += [
                 Sequence(
@@ -320,7 +328,8 @@ def sequence_seed(seed: int | None, number: int) -> int | None:
 def _folder_identity(folder: Path) -> list[tuple[int, ...]] | None:
     """Return values that differ between versions of an adapter; None if its files are missing."""
     try:
-        names = [WEIGHTS_FILE, CONFIG_FILE, *([MANIFEST_FILE] if (folder / MANIFEST_FILE).exists() else [])]
+        optional = [name for name in (MANIFEST_FILE, *TOKENIZER_FILES) if (folder / name).exists()]
+        names = [WEIGHTS_FILE, CONFIG_FILE, *optional]
         stats = [(folder / name).stat() for name in names]
     except OSError:
         return None

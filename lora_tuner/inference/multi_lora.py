@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase
 
 from ..adapters.adapter import Adapter
 from ..errors import AdapterError, MixedBatchError
@@ -38,9 +39,10 @@ class _LayerLora:
 @dataclass(frozen=True, eq=False)
 class LoadedAdapter:
     """LoRA weights in memory, by layer name. Immutable: a newer version is loaded beside one that
-    is still in use."""
+    is still in use. `tokenizer` is that of an adapter whose own differs from the base's."""
 
     layers: dict[str, _LayerLora]
+    tokenizer: PreTrainedTokenizerBase | None = None
     fused: dict[tuple[str, ...], LoraFactors] = field(default_factory=dict)  # a cache
 
     @property

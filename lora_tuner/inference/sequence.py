@@ -50,7 +50,9 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.max_new_tokens = min(self.sampling.max_new_tokens, self.base.max_context - len(self.prompt_ids))
-        self.detokenizer = IncrementalDetokenizer(self.base.tokenizer, self.prompt_ids, self.sampling.stop)
+        tokenizer = (self.lora and self.lora.tokenizer) or self.base.tokenizer
+        self.detokenizer = IncrementalDetokenizer(tokenizer, self.prompt_ids, self.sampling.stop)
+        self._eos_token_ids = self.base.eos_token_ids | {tokenizer.eos_token_id}
         self.token_ids: Any = torch.tensor([self.prompt_ids], device=self.base.device)  # (1, capacity)
         self.logits_processors = make_logits_processors(self.sampling, self.seed)
         self._streamed = 0  # characters passed to `on_text`
@@ -91,7 +93,7 @@ class Sequence:
                 )
             )
             return token
-        if token in self.base.eos_token_ids:
+        if token in self._eos_token_ids:
             self.hit_eos = True
         else:
             self.set_token(self.length, token)

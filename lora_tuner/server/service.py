@@ -17,6 +17,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
+from weakref import WeakKeyDictionary
+
+from transformers import PreTrainedTokenizerBase
 
 from ..adapters.adapter import Adapter
 from ..adapters.library import read_consistently
@@ -93,6 +96,7 @@ class ModelService:
         )
         self._layer_sizes = layer_sizes(generator.engine.multi_lora.layers)
         self._tokenizer = copy.deepcopy(self.base.tokenizer)  # tokenizers are not thread-safe
+        self._adapter_tokenizers: WeakKeyDictionary[LoadedAdapter, PreTrainedTokenizerBase] = WeakKeyDictionary()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lora_tuner-service")
 
     def start(self) -> None:
@@ -149,23 +153,26 @@ class ModelService:
             return model, resident
         return self.generator.get_or_load(self._path(model))
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt, lora: LoadedAdapter | None = None) -> list[int]:
         """Return the token ids of a prompt; those of a conversation end where the answer begins.
+
+        An adapter with a tokenizer of its own has its chat template applied.
 
         Raises GenerationError when it leaves no room in the context, holds invalid token ids, or
         the base has no chat template; RequestError when a message spells a special token, which the
         template would take for its own.
         """
+        tokenizer = self._tokenizer_of(lora)
         if isinstance(prompt, str):
-            return self.generator.encode_prompt(prompt, self._tokenizer).token_ids
+            return self.generator.encode_prompt(prompt, tokenizer).token_ids
         if isinstance(prompt, tuple):
-            if not self._tokenizer.chat_template:
+            if not tokenizer.chat_template:
                 raise GenerationError(f"{self.name} has no chat template: use the completions endpoint instead.")
             messages = prompt
             try:
-                prompt = self.generator.encode_prompt(messages, self._tokenizer).token_ids
+                prompt = self.generator.encode_prompt(messages, tokenizer).token_ids
             except DataError as error:
-                field = self._find_special_token(messages)
+                field = _find_special_token(messages, tokenizer)
                 text = str(error).replace("A message", field).replace("this base", self.name)
                 raise RequestError(text, field) from error
         if not prompt or not all(0 <= token < self.base.vocab_size for token in prompt):
@@ -174,13 +181,13 @@ class ModelService:
             )
         return self.generator.check_fits_context(prompt)
 
-    def _find_special_token(self, messages: Sequence[Message]) -> str:
-        """Return the field of a request whose text spells a special token, else "messages"."""
-        for number, message in enumerate(messages):
-            for key, text in message.items():
-                if any(token in text for token in special_tokens(self._tokenizer)):
-                    return f"messages[{number}].{key}"
-        return "messages"
+    def _tokenizer_of(self, lora: LoadedAdapter | None) -> PreTrainedTokenizerBase:
+        """Return a copy for this thread: tokenizers are not thread-safe."""
+        if lora is None or lora.tokenizer is None:
+            return self._tokenizer
+        if lora not in self._adapter_tokenizers:
+            self._adapter_tokenizers[lora] = copy.deepcopy(lora.tokenizer)
+        return self._adapter_tokenizers[lora]
 
     def hide_paths(self, text: str) -> str:
         """Remove the folders of this machine from a message."""
@@ -195,7 +202,8 @@ class ModelService:
         """
 
         def find_and_encode() -> PreparedRequest:
-            return PreparedRequest(model, *self.find_adapter(model), [self.encode(prompt) for prompt in prompts])
+            name, lora = self.find_adapter(model)
+            return PreparedRequest(model, name, lora, [self.encode(prompt, lora) for prompt in prompts])
 
         with self.scheduler.reserve(n * len(prompts)):
             return await self.run_in_thread(find_and_encode)
@@ -273,3 +281,12 @@ class ModelService:
             for request in requests:
                 request.wake = lambda: None  # the loop may be closed by the time it is called
                 self.scheduler.cancel(request)
+
+
+def _find_special_token(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the field of a request whose text spells a special token, else "messages"."""
+    for number, message in enumerate(messages):
+        for key, text in message.items():
+            if any(token in text for token in special_tokens(tokenizer)):
+                return f"messages[{number}].{key}"
+    return "messages"

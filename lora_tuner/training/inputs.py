@@ -37,6 +37,7 @@ from ..errors import (
     ignore_events,
 )
 from ..models import kernels, loading, lora
+from ..models.adapter_tokenizer import load_adapter_tokenizer
 from ..models.loading import LoadedBase
 from ..models.targets import TargetModules, describe_targets, resolve_target_modules
 from ..text import format_share
@@ -114,6 +115,13 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
     base = _load_base_on_all_ranks(requested, parent, notify)
     if parent is not None:
         lora.check_base(parent, base, model_options(requested, notify))
+        own_tokenizer = load_adapter_tokenizer(parent, base, ModelOptions(force=requested.force))
+        if own_tokenizer is not None and dataset.format != "text":
+            notify(
+                Notice(
+                    f"{parent.name} has its own chat template; training uses that of the base, as does its result."
+                )
+            )
     targets = _choose_targets(requested, parent, base)
     max_length = _choose_max_length(requested, base, notify)
     isolated = _packing_is_isolated(base)

@@ -113,7 +113,11 @@ def test_push_pull_round_trip(hub, adapter):
 
 
 def test_push_strips_local_paths(hub, adapter, gpt2, tmp_path_factory):
+    (adapter.path / "tokenizer_config.json").write_text(
+        json.dumps({"name_or_path": str(gpt2), "chat_template": "x"})
+    )
     push(adapter)
+    assert json.loads(served(hub, "tokenizer_config.json")) == {"name_or_path": "gpt2", "chat_template": "x"}
     manifest = json.loads(served(hub, MANIFEST_FILE))
     assert (manifest["base"]["name"], manifest["base"]["repo"]) == ("gpt2", "gpt2")
     assert manifest["data"]["source"] == "reviews.csv"

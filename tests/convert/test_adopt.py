@@ -224,7 +224,7 @@ def test_adopt_copies_only_adapter_files(workspace, library):
     adopt(library, "theirs", "bare")
     assert {path.name for path in (library.path / "bare").iterdir()} == {CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE}
     (workspace / "theirs" / CARD_FILE).write_text("# Theirs")
-    for name in ("optimizer.pt", "training_args.bin", "tokenizer.json"):
+    for name in ("optimizer.pt", "training_args.bin", "tokenizer.json", "chat_template.jinja"):
         (workspace / "theirs" / name).write_text(name)
     (workspace / "theirs" / "checkpoint-1").mkdir()
     adopt(library, "theirs", "carded")
@@ -233,8 +233,24 @@ def test_adopt_copies_only_adapter_files(workspace, library):
         WEIGHTS_FILE,
         MANIFEST_FILE,
         CARD_FILE,
+        "tokenizer.json",
+        "chat_template.jinja",
     }
     assert (library.path / "carded" / CARD_FILE).read_text() == "# Theirs"
+
+
+def test_adopt_follows_links_into_hub_cache_only(workspace, library):
+    repo = workspace / "models--theirs"
+    (repo / "blobs").mkdir(parents=True)
+    (repo / "snapshots").mkdir()
+    folder = shutil.copytree(workspace / "theirs", repo / "snapshots" / "abc")
+    (repo / "blobs" / "1").write_text("{{ messages }}")
+    (workspace / "secret").write_text("secret")
+    (folder / "chat_template.jinja").symlink_to("../../blobs/1")
+    (folder / "vocab.json").symlink_to(workspace / "secret")
+    adopted = adopt(library, folder, "cached")
+    assert (adopted.path / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert not (adopted.path / "vocab.json").exists()
 
 
 def test_adopt_resolves_symlinks(workspace, library):
