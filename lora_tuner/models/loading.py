@@ -8,7 +8,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -46,10 +46,7 @@ class LoadedBase:
     device: torch.device
     dtype: torch.dtype
     load_in: str = "full"  # or the quantization of its linear layers: 8bit, 4bit
-    max_context: int = field(init=False)  # longest sequence in tokens; very large where there is no limit
-
-    def __post_init__(self) -> None:
-        self.max_context = _set_positions(self.model)
+    max_context: int = NO_LIMIT  # longest sequence in tokens; very large where there is no limit
 
     @property
     def vocab_size(self) -> int:
@@ -163,12 +160,17 @@ def load_base(files: BaseModelFiles, options: ModelOptions = ModelOptions()) -> 
     kernels.fuse_modules(model)
     if options.dtype == "int8":
         quantization.quantize_int8(model)
+    is_sharded = fsdp.shard_count() > 1  # then a forward pass waits for all processes
+    max_context = _set_positions(model) if is_sharded else NO_LIMIT
     if load_in == "full":
         fsdp.place_or_shard(model, device)
     for layer in model.modules():
         if hasattr(layer, _BNB_CPU_REPACKING):  # weights repacked at first use give no gradients
             setattr(layer, _BNB_CPU_REPACKING, False)
-    return LoadedBase(files, model.eval(), tokenizer, device, dtype, load_in)
+    model.eval()
+    if not is_sharded:  # on its device, which is faster
+        max_context = _set_positions(model)
+    return LoadedBase(files, model, tokenizer, device, dtype, load_in, max_context)
 
 
 def load_tokenizer(files: BaseModelFiles) -> PreTrainedTokenizerBase:
