@@ -445,6 +445,7 @@ _NEEDS_SAMPLING = {  # setting that has no effect without sampling -> error
 class SamplingParams(_Settings):
     """Sampling settings of one request."""
 
+    greedy: bool = _setting(False, "Always take the most likely token.", "Sampling")
     max_new_tokens: int = _setting(120, "Maximum number of tokens to generate per output.", "Sampling", ge=1)
     temperature: float = _setting(
         0.8, "Sampling temperature. Higher is more random; 0 is the same as --greedy.", "Sampling", ge=0, le=10
@@ -456,18 +457,16 @@ class SamplingParams(_Settings):
     repetition_penalty: float = _setting(
         1.1, "Values above 1 make tokens that occurred before less likely.", "Sampling", gt=0, le=10
     )
-    greedy: bool = _setting(False, "Always take the most likely token.", "Sampling")
     seed: int | None = _setting(
         None, "Random seed. The same seed and settings give the same text.", "Sampling", "random", ge=0, lt=2**63
     )
     n: int = _setting(1, "Number of outputs per prompt.", "Sampling", ge=1, le=256)
     stop: list[str] = _setting([], "Stop sequence: the output ends before it. May be repeated.", "Sampling")
 
-    @field_validator("greedy")
+    @field_validator("temperature", "top_p", "top_k")  # run for a given value, be it the default
     @classmethod
-    def _check_greedy(cls, value: bool, info: ValidationInfo) -> bool:
-        unused = [name for name in ("temperature", "top_p", "top_k") if name in info.data]
-        if value and any(info.data[name] != cls.model_fields[name].default for name in unused):
+    def _check_greedy(cls, value: float, info: ValidationInfo) -> float:
+        if info.data.get("greedy"):
             raise _contradiction("greedy does not sample: leave temperature, top_p and top_k out")
         return value
 
@@ -587,7 +586,7 @@ def _format_problems(error: ValidationError) -> str:
                 value = repr(problem["input"])
                 text += f" (got {value if len(value) <= 200 else f'{value[:200]} ...'})"
         lines.append(f"{key}: {text}" if key else text)
-    return "; ".join(lines)
+    return "; ".join(dict.fromkeys(lines))
 
 
 class _StrictLoader(yaml.SafeLoader):

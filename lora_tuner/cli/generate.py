@@ -24,6 +24,7 @@ from .options import (
     JsonOption,
     Overrides,
     complete_adapter_names,
+    is_given,
     model_options,
     settings_options,
 )
@@ -52,6 +53,7 @@ SystemOption = Annotated[
 @settings_options(SamplingParams)
 @model_options()
 def generate(
+    ctx: typer.Context,
     overrides: Overrides,
     prompt: Annotated[
         str | None,
@@ -81,7 +83,7 @@ def generate(
         raise ConfigError("--json needs prompts: give one as an argument, --file, or - for stdin.")
     if options.force and adapter is None:
         raise ConfigError("--force needs an adapter: name one with --adapter.")
-    if adapters_dir != DEFAULT_ADAPTERS_DIR and adapter is None and prompts is not None:
+    if is_given(ctx, "adapters_dir") and adapter is None and prompts is not None:
         raise ConfigError("--adapters-dir needs an adapter: name one with --adapter.")
     from ..inference.generator import Generator
 

@@ -93,6 +93,12 @@ class StrictCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
 
+def is_given(ctx: typer.Context, option: str) -> bool:
+    """Return whether an option is on the command line, be it with its default value."""
+    source = ctx.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def settings_options(kind: type[BaseModel], *names: str) -> Callable[[Command], Command]:
     """Give a command an option for each field of a settings class, or for some; it receives those
     set as `overrides`."""

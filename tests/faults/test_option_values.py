@@ -218,6 +218,12 @@ CONTRADICTIONS = [
     ("generate x --greedy --seed 1", "greedy does not sample: leave seed out"),
     ("generate x --temperature 0 --seed 1", "greedy does not sample: leave seed out"),
     ("generate x --greedy --top-k 5", "greedy does not sample: leave temperature, top_p and top_k out"),
+    (
+        "generate x --top-p 0.95 --top-k 50 --greedy",
+        "greedy does not sample: leave temperature, top_p and top_k out",
+    ),
+    ("generate x --adapters-dir adapters", "--adapters-dir needs an adapter: name one with --adapter."),
+    ("train --shuffle-buffer 10000", "shuffle_buffer needs streaming: give both or none"),
     ("generate x --greedy --n 2", "n above 1 needs sampling: greedy outputs are all the same"),
     ("generate x --file some.txt", "A prompt and --file exclude each other: give one."),
     ("generate x --file folder", "Error: "),
