@@ -539,7 +539,7 @@ def test_heat_map_equals_evaluate(visit, adapters, served, monkeypatch):
     monkeypatch.setattr(
         evaluation,
         "encode_held_out",
-        lambda base, texts: (tokenizers.append(base.tokenizer), encode(base, texts))[1],
+        lambda base, *rows: (tokenizers.append(base.tokenizer), encode(base, *rows))[1],
     )
     page = visit()
     open_tab(page, "Evaluate")
