@@ -73,6 +73,15 @@ def why_not_writable(folder: Path) -> str | None:
     return None if os.access(existing, os.W_OK | os.X_OK) else f"{existing} is not writable"
 
 
+def contains(folder: Path, path: Path) -> bool:
+    """Return whether a path is this folder, or lies in it. Links are followed; nothing need exist."""
+    path = path.resolve()
+    # Not by name: disks may ignore case, and mounts have two names.
+    return folder.exists() and any(
+        parent.exists() and parent.samefile(folder) for parent in (path, *path.parents)
+    )
+
+
 def fsync_path(path: Path) -> None:
     """Flush a file, or the entries of a folder, to disk."""
     if os.name == "nt" and path.is_dir():

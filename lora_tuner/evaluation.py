@@ -320,7 +320,7 @@ def paired_gain(base: HeldOutLoss, adapter: HeldOutLoss) -> EvalResult:
 
     The gain is a ratio of sums, Σ(difference) / Σ(predictions); its error is that of a ratio
     estimator over rows (Cochran, Sampling Techniques, 1977, section 6.3). With one row the error is
-    unknown and given as 0.
+    unknown: None.
     """
     total, count = sum(base.predictions), len(base.nll)
     differences = [before - after for before, after in zip(base.nll, adapter.nll, strict=True)]
@@ -329,7 +329,7 @@ def paired_gain(base: HeldOutLoss, adapter: HeldOutLoss) -> EvalResult:
         (difference - gain * tokens) ** 2
         for difference, tokens in zip(differences, base.predictions, strict=True)
     ]
-    error = math.sqrt(math.fsum(squares) * count / (count - 1)) / total if count > 1 else 0.0
+    error = math.sqrt(math.fsum(squares) * count / (count - 1)) / total if count > 1 else None
     return EvalResult(
         base_loss=base.loss, loss=adapter.loss, gain=gain, standard_error=error, rows=count, tokens=total
     )

@@ -60,6 +60,12 @@ def format_counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {key.replace('_', ' ')}" for key, count in counts.items() if count)
 
 
+def format_gain(gain: float, standard_error: float | None, digits: str = ".4f") -> str:
+    """Format a gain with its standard error, which is None for a single row."""
+    error = "(no error: one row)" if standard_error is None else f"± {standard_error:{digits.lstrip('+')}}"
+    return f"{gain:{digits}} {error}"
+
+
 def format_share(share: float) -> str:
     """Format a share as a percentage, rounded down, so that 100% is all of it."""
     return f"{math.floor(share * 1000 + 1e-6) / 10:g}%"

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_tuner import EvalSet, Library, ModelOptions, Notice, TrainConfig, evaluate, evaluation, train
 from lora_tuner.adapters.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, load_adapter_folder
+from lora_tuner.adapters.manifest import EvalResult
 from lora_tuner.config import HELD_OUT_MAX_TOKENS
 from lora_tuner.data.dataset import load_dataset
 from lora_tuner.data.packing import IGNORE_INDEX, PackedSequences, collate
@@ -99,6 +100,13 @@ def test_paired_gain_and_standard_error():
     # differences 2, 3, 5 against 0.4 x tokens = 2, 4, 4: residuals 0, -1, 1
     assert result.standard_error == pytest.approx(math.sqrt(2 * 3 / 2) / 25)
     assert (result.rows, result.tokens) == (3, 25)
+
+
+def test_one_row_gives_no_error():
+    one = evaluation.paired_gain(evaluation.HeldOutLoss([10.0], [5]), evaluation.HeldOutLoss([8.0], [5]))
+    assert (one.gain, one.standard_error) == (pytest.approx(0.4), None)
+    older = one.model_dump() | {"standard_error": 0.0}
+    assert EvalResult.model_validate(older) == one
 
 
 def test_perplexity_does_not_overflow():

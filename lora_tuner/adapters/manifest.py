@@ -7,7 +7,7 @@ import datetime
 import math
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..config import CleanMode
 
@@ -48,14 +48,24 @@ class DatasetInfo(_ManifestModel):
 
 
 class EvalResult(_ManifestModel):
-    """Held-out loss of base and adapter in nats per token; `gain` is the paired difference."""
+    """Held-out loss of base and adapter in nats per token; `gain` is the paired difference.
+
+    `standard_error` is None for a single row, where nothing is known about it. Older manifests say 0.
+    """
 
     base_loss: float
     loss: float
     gain: float
-    standard_error: float
+    standard_error: float | None
     rows: int
     tokens: int
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_error_of_one_row(cls, values: object) -> object:
+        return (
+            values | {"standard_error": None} if isinstance(values, dict) and values.get("rows") == 1 else values
+        )
 
     @property
     def perplexities(self) -> tuple[float, float]:

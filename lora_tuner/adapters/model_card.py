@@ -1,7 +1,7 @@
 """The model card (README.md) of an adapter."""
 
 from ..config import HELD_OUT_MAX_TOKENS
-from ..text import display_name, format_counts, format_share
+from ..text import display_name, format_counts, format_gain, format_share
 from . import compatibility
 from .adapter import LOSS_PLOT_FILE, SPECTRUM_FILE, Adapter
 from .manifest import BaseInfo, DatasetInfo, RunInfo
@@ -39,7 +39,9 @@ def summary_rows(adapter: Adapter) -> list[tuple[str, str]]:
             ("Held-out loss", f"{result.loss:.4f} nats per token (base: {result.base_loss:.4f})"),
             (
                 "Gain",
-                f"{result.gain:.4f} ± {result.standard_error:.4f} (standard error, {result.rows} rows, paired)",
+                f"{format_gain(result.gain, result.standard_error)} (standard error, {result.rows} rows, paired)"
+                if result.rows > 1
+                else format_gain(result.gain, None),
             ),
             ("Perplexity", f"{after:.2f} (base: {before:.2f})"),
         ]

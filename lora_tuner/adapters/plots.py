@@ -8,7 +8,7 @@ from typing import IO
 
 from ..config import MAX_COUNT
 from ..errors import AdapterError
-from ..text import display_name
+from ..text import display_name, format_gain
 from .manifest import EvalResult, Manifest
 
 MAX_METRICS_BYTES = 50_000_000
@@ -97,7 +97,9 @@ def plot_gains(
     image = axes.imshow(gains, cmap="RdBu", vmin=-limit or -1.0, vmax=limit or 1.0, aspect="auto")
     for y, row in enumerate(cells):
         for x, cell in enumerate(row):
-            text = "missing" if cell is None else f"{cell.gain:+.3f}\n± {cell.standard_error:.3f}"
+            text = "missing"
+            if cell is not None:
+                text = format_gain(cell.gain, cell.standard_error, "+.3f").replace(" ", "\n", 1)
             color = "white" if cell is not None and abs(cell.gain) > 0.6 * limit else "black"
             axes.text(x, y, text, ha="center", va="center", fontsize=8, color=color)
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", parse_math=False)

@@ -12,7 +12,7 @@ from ..adapters.adapter import Adapter, verify_adapter
 from ..adapters.library import Ancestor, Library
 from ..convert.adopt import adopt
 from ..errors import AdapterError, os_error_message
-from ..text import format_bytes, format_counts, format_duration, one_line
+from ..text import format_bytes, format_counts, format_duration, format_gain, one_line
 from .display import format_result, print_stderr, print_table, show_fields, show_json
 from .options import (
     DEFAULT_ADAPTERS_DIR,
@@ -67,7 +67,7 @@ def show_adapters(entries: Iterable[tuple[str, Adapter | AdapterError]]) -> None
                 ", ".join(targets) if len(targets) < 3 else f"{len(targets)} kinds",
                 Path(data.name).name if data else "?",
                 format_bytes(adapter.bytes),
-                f"{result.gain:.3f} ± {result.standard_error:.3f}" if result else "?",
+                format_gain(result.gain, result.standard_error, ".3f") if result else "?",
                 format_age(manifest.created) if manifest else "?",
                 ", ".join(parent.name for parent in manifest.parents) if manifest else "?",
             )

@@ -10,7 +10,7 @@ from ..adapters.library import Library
 from ..adapters.model_card import format_ranks
 from ..config import MAX_RANK, Dtype, ModelOptions, TrainConfig
 from ..errors import ConfigError
-from ..text import format_bytes, one_line
+from ..text import format_bytes, format_gain, one_line
 from .display import print_result, show_json
 from .options import (
     DEFAULT_ADAPTERS_DIR,
@@ -185,8 +185,8 @@ def _show_blend(blended: "BlendResult") -> None:
     print_result(adapter.manifest.result)
     if len(blended.results) > 1:
         for name, result in blended.results.items():
-            gain = f"gain {result.gain:.4f} ± {result.standard_error:.4f}, {result.rows} rows"
-            print(one_line(f"  on {name}: {gain}"))
+            gain = format_gain(result.gain, result.standard_error)
+            print(one_line(f"  on {name}: gain {gain}, {result.rows} rows"))
 
 
 def _format_lost(total: float, layers: dict[str, float]) -> str:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ..adapters.manifest import EvalResult
 from ..errors import Notice, Progress
-from ..text import CONTROL_CHARACTERS, escape_control, format_duration, one_line
+from ..text import CONTROL_CHARACTERS, escape_control, format_duration, format_gain, one_line
 from .streams import is_reader_gone, stdout_error
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def format_result(result: EvalResult | None) -> list[str]:
     before, after = result.perplexities
     return [
         f"held-out loss {result.base_loss:.4f} -> {result.loss:.4f}  "
-        f"(gain {result.gain:.4f} ± {result.standard_error:.4f}, {result.rows} rows)",
+        f"(gain {format_gain(result.gain, result.standard_error)}, {result.rows} row{'s' * (result.rows != 1)})",
         f"perplexity    {before:.2f} -> {after:.2f}",
     ]
 

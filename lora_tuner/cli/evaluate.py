@@ -10,7 +10,7 @@ from .. import atomic_io
 from ..adapters.library import Library
 from ..config import ModelOptions, TrainConfig
 from ..errors import ConfigError
-from ..text import one_line
+from ..text import format_gain, one_line
 from .display import BASE_LABEL, print_stderr, print_table, show_json, stdout_console
 from .options import (
     DEFAULT_ADAPTERS_DIR,
@@ -83,7 +83,9 @@ def show_gains(matrix: "GainMatrix") -> None:
     losses, gains = [[BASE_LABEL, *base_losses]], []
     for name, row in zip(matrix.adapters, matrix.cells, strict=True):
         losses.append([name, *(f"{cell.loss:.4f} ({cell.perplexities[1]:.2f})" if cell else "" for cell in row)])
-        gains.append([name, *(f"{cell.gain:+.4f} ± {cell.standard_error:.4f}" if cell else "" for cell in row)])
+        gains.append(
+            [name, *(format_gain(cell.gain, cell.standard_error, "+.4f") if cell else "" for cell in row)]
+        )
     columns = [f"{eval_set.name}\n{len(eval_set.texts)} rows" for eval_set in matrix.sets]
     print("held-out loss in nats per token (perplexity) on each held-out set")
     _print_matrix(losses, columns)

@@ -11,7 +11,7 @@ from .. import distributed
 from ..adapters.adapter import Adapter
 from ..config import METHODS, TrainConfig, expand_sweep, resolve_settings
 from ..errors import ConfigError
-from ..text import format_bytes, format_duration, format_share
+from ..text import format_bytes, format_duration, format_gain, format_share
 from .display import print_result, print_table, show_json
 from .options import JsonOption, Overrides, display, settings_options
 
@@ -89,7 +89,7 @@ def _show_sweep(result: "SweepResult") -> None:
     for trial in result.trials:
         loss, gap = "diverged", ""
         if trial.loss is not None:
-            loss, gap = f"{trial.loss:.4f}", f"{trial.gap:.4f} ± {trial.standard_error:.4f}"
+            loss, gap = f"{trial.loss:.4f}", format_gain(trial.gap, trial.standard_error)
         rows.append(
             (
                 trial.name,
@@ -105,7 +105,10 @@ def _show_sweep(result: "SweepResult") -> None:
         rows, ("adapter", "rank", "learning rate", "held-out loss", "gap to the best", "size", "training")
     )
     print(f"base: held-out loss {result.base_loss:.4f}; plot: {result.folder / 'sweep.png'}")
-    print(f"recommended: {result.recommended}, the smallest within a standard error of the best")
+    why = "the smallest within a standard error of the best"
+    if any(trial.standard_error is None for trial in result.trials):
+        why = "the best; one held-out row gives no standard error, so a smaller one may be as good"
+    print(f"recommended: {result.recommended}, {why}")
 
 
 def show_plan(estimate: "RunEstimate") -> None:

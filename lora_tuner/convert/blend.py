@@ -81,7 +81,7 @@ def blend(
     check_distinct_names(adapters)
     for adapter in adapters:
         delta.check_summable(adapter)
-    base = open_shared_base(adapters, options)
+    base = open_shared_base(adapters, options, library.path / name)
     layers = linear_layers(base.model)
     deltas = {adapter.path.resolve(): delta.load_deltas(adapter, layers) for adapter in adapters}
     exact = delta.sum_deltas([(weight, deltas[part.path.resolve()]) for part, weight in parts])

@@ -1,5 +1,6 @@
 """Shared steps of merge, blend and compress: load the base, save and verify an adapter."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from ..evaluation import EvalSet, HeldOutLoss
 from ..models import delta, loading, lora
 from ..models.delta import Deltas
 from ..models.loading import LoadedBase
+from ..models.resolve import BaseModelFiles
 from . import verify
 from .verify import OutputComparison
 
@@ -45,18 +47,40 @@ def check_output_path(out: Path, kind: str, *, valid: bool, overwrite: bool) -> 
         raise AdapterError(f"{why}: choose another --out.")
 
 
+def check_keeps_base(
+    out: Path, files: BaseModelFiles, adapters: Sequence[Adapter], *, is_adapter: bool = False
+) -> None:
+    """Raise AdapterError if writing to `out` would replace or change the base of its result.
+
+    Args:
+        out: the file or folder to write.
+        files: the base in use.
+        adapters: the adapters in use; the base they name is kept too, where `files` is a copy of it.
+        is_adapter: the result is an adapter, which may lie in the folder of its base.
+    """
+    named = [Path(os.path.expanduser(adapter.base)) for adapter in adapters if adapter.base]
+    for location in [*files.locations, *(path for path in named if path.is_dir())]:
+        if atomic_io.contains(out, location) or (not is_adapter and atomic_io.contains(location, out)):
+            advice = "--name" if is_adapter else "--out"
+            raise AdapterError(f"{out} would replace or change its base, {location}: choose another {advice}.")
+
+
 def format_number(value: float) -> str:
     """The shortest text that gives the same number."""
     return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
-def open_shared_base(adapters: Sequence[Adapter], options: ModelOptions) -> LoadedBase:
+def open_shared_base(
+    adapters: Sequence[Adapter], options: ModelOptions, out: Path, *, is_adapter: bool = True
+) -> LoadedBase:
     """Load the base in float32; weights saved in 8 or 4 bits are dequantized, with a notice.
 
-    Raises AdapterError if an adapter was trained on another.
+    Raises AdapterError if an adapter was trained on another, or if the result, written to `out`,
+    would replace the base.
     """
     options.require_default("dtype", "load_in", why="the result is computed in float32")
     files = loading.base_for_adapter(adapters[0], options)
+    check_keeps_base(out, files, adapters, is_adapter=is_adapter)
     base = loading.load_base(files, replace(options, dtype="float32", load_in=files.quantization or "full"))
     if base.load_in != "full":
         options.notify(

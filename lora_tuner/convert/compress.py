@@ -92,7 +92,7 @@ def compress(
         raise ConfigError(f"energy is {energy}: it must be a share from 0 to 1.")
     library.check_name_free(name, overwrite=overwrite)
     delta.check_summable(adapter)
-    base = open_shared_base([adapter], options)
+    base = open_shared_base([adapter], options, library.path / name)
     layers = linear_layers(base.model)
     exact = delta.load_deltas(adapter, layers)
     spectra = {module: delta.singular_values(update).square() for module, update in exact.items()}

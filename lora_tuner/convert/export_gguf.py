@@ -20,7 +20,7 @@ from ..config import ModelOptions
 from ..errors import AdapterError, ConfigError
 from ..models import loading, lora
 from ..models.resolve import layer_sizes_in_files
-from .common import check_output_path
+from .common import check_keeps_base, check_output_path
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -63,6 +63,7 @@ def to_gguf(
         _refuse_incompatible(adapter, None)
     check_weights_hash(adapter)
     base = loading.base_for_adapter(adapter, options)
+    check_keeps_base(out, base, [adapter])
     lora.check_base_files(adapter, base, None, options)
     config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
     _refuse_incompatible(adapter, config)

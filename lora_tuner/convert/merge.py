@@ -57,14 +57,14 @@ def merge(
         options: the base model; the device is always the CPU.
 
     Raises:
-        AdapterError: the folder exists, the adapter does not fit the base, or the outputs differ.
+        AdapterError: the folder exists, or is that of the base; the adapter does not fit the base, or the outputs differ.
         ConfigError: an option is invalid.
     """
     options.require_default("device", why="an adapter is merged on the CPU")
     check_model_folder(out, overwrite=overwrite)
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]i?B", shard_size):
         raise ConfigError(f"'{shard_size}' is not a valid shard size: use a size such as 5GB or 500MB.")
-    base = open_shared_base([adapter], replace(options, device="cpu"))
+    base = open_shared_base([adapter], replace(options, device="cpu"), out, is_adapter=False)
     merged_dtype = choose_dtype(dtype, base.device)
     needed = sum(parameter.numel() for parameter in base.model.parameters()) * merged_dtype.itemsize
     if (free := atomic_io.free_space(out.parent)) < needed:

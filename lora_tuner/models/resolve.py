@@ -51,6 +51,13 @@ class BaseModelFiles:
     revision: str | None  # the commit on the Hub
     weights_source: str  # origin of the weights, in words
 
+    @property
+    def locations(self) -> list[Path]:
+        """Its folder and, of the embedded base, the GGUF file that the folder was made from."""
+        with contextlib.suppress(BaseModelError):
+            return [self.folder, _embedded_gguf()[0]] if self.name == EMBEDDED_BASE else [self.folder]
+        return [self.folder]
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over all tensors and the settings that change outputs.

@@ -325,7 +325,7 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
         distributed.run_on_rank_zero(partial(_remove_run_folder, config, folder))
     except KeyboardInterrupt as error:
         raise Interrupted(f"Stopped immediately. Resume with: {trainer.resume_command(config)}") from error
-    if result.gain < -2 * result.standard_error:
+    if result.gain < -2 * (result.standard_error or 0.0):
         setup.notify(
             Notice(
                 f"{config.name} is worse than its base: held-out loss {result.base_loss:.4f} -> {result.loss:.4f}. Try a lower "

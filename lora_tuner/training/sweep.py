@@ -42,7 +42,7 @@ class Trial:
     bytes: int = 0
     seconds: float = 0.0
     gap: float = 0.0
-    standard_error: float = 0.0
+    standard_error: float | None = 0.0  # None for a single held-out row
 
 
 @dataclass(frozen=True)
@@ -299,6 +299,6 @@ def _measure_trials(
                     standard_error=gap.standard_error,
                 )
             )
-    good = [trial for trial in results if trial.loss is not None and trial.gap <= trial.standard_error]
+    good = [trial for trial in results if trial.loss is not None and trial.gap <= (trial.standard_error or 0.0)]
     recommended = min(good, key=lambda trial: (trial.bytes, trial.loss))
     return SweepResult(name, base_held_out.loss, results, recommended.name, folder)

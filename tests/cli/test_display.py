@@ -9,8 +9,11 @@ from rich.console import Console
 from lora_tuner import Library, Notice, Progress
 from lora_tuner.adapters.adapter import MANIFEST_FILE, load_adapter_folder
 from lora_tuner.adapters.library import Ancestor
-from lora_tuner.cli import adapters, display, evaluate, generate
+from lora_tuner.adapters.model_card import model_card
+from lora_tuner.cli import adapters, display, evaluate, generate, train
+from lora_tuner.evaluation import EvalSet, GainMatrix
 from lora_tuner.text import escape_control, format_bytes, format_duration
+from lora_tuner.training.sweep import SweepResult, Trial
 
 from .. import adapter_files
 
@@ -266,6 +269,21 @@ def test_show_adopted_adapter(capsys, wide, tmp_path):
     assert "created by another tool, adopted 2025-01-02T03:04:05+00:00" in lines
     for absent in ("lineage", "data", "rows", "run", "where"):
         assert not any(line.startswith(f"{absent} ") for line in lines[2:])
+
+
+def test_one_held_out_row_shows_no_error(capsys, wide, tmp_path):
+    result = adapter_files.manifest().result.model_dump() | {"rows": 1, "standard_error": 0.0}
+    facts = adapter_files.manifest(result=result)
+    adapter = load_adapter_folder(adapter_files.write(tmp_path / "single", facts=facts))
+    adapters.show_adapters([("single", adapter)])
+    adapters.show_details(adapter, [])
+    display.print_result(facts.result)
+    train._show_sweep(SweepResult("s", 3.0, [Trial("s-2", 2, 1e-3, 2.0, standard_error=None)], "s-2", tmp_path))
+    evaluate.show_gains(GainMatrix("base", ["single"], [EvalSet("rows", ["a"])], [[facts.result]]))
+    shown = printed(capsys) + model_card(adapter, "single")
+    assert "±" not in shown.replace("(loss, ± standard error)", "")
+    assert shown.count("(no error: one row)") == 6
+    assert "recommended: s-2, the best; one held-out row gives no standard error" in shown
 
 
 @pytest.mark.parametrize("columns", ["40", "1000"])

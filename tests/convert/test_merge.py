@@ -1,14 +1,21 @@
 """Merging: the saved model equals base and adapter, or nothing is kept."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_tuner import (
     Generator,
+    Library,
     ModelOptions,
     SamplingParams,
+    blend,
+    compress,
     merge,
+    to_gguf,
     train,
 )
 from lora_tuner.errors import AdapterError, ConfigError, WrongBaseError
@@ -68,6 +75,41 @@ def test_merge_keeps_base_files(adapter, gpt2, tmp_path):
     merge(adapter, tmp_path / "merged", dtype="bfloat16")
     assert {path.name: path.read_bytes() for path in gpt2.iterdir()} == before
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
+
+
+@pytest.fixture
+def own_base(settings, gpt2, tmp_path):
+    """An adapter on a base of its own, in a folder that itself looks like a model."""
+    base = tmp_path / "models" / "base"
+    shutil.copytree(gpt2, base)
+    shutil.copytree(base, tmp_path / "copy")
+    shutil.copy(gpt2 / "config.json", base.parent)
+    (tmp_path / "link").symlink_to(base, target_is_directory=True)
+    return train(settings(base=str(base), max_steps=1))
+
+
+@pytest.mark.parametrize("out", ["models/base", "link", "link/../../models/base/", "models", "models/base/new"])
+def test_merge_over_own_base_is_refused(own_base, tmp_path, out, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for options in (ModelOptions(), ModelOptions(base="copy")):
+        with pytest.raises(AdapterError, match=r"would replace or change its base, .*: choose another --out"):
+            merge(own_base, Path(out), overwrite=True, options=options)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_results_over_own_base_are_refused(own_base, tmp_path):
+    base, library = tmp_path / "models" / "base", Library(tmp_path)
+    (base / "old.gguf").write_bytes(b"GGUF")
+    shutil.copy(own_base.path / "adapter_config.json", base)  # so that an adapter may replace it
+    shutil.copy(own_base.path / "adapter_config.json", base.parent)
+    with pytest.raises(AdapterError, match="choose another --out"):
+        to_gguf(own_base, base / "old.gguf", overwrite=True)
+    with pytest.raises(AdapterError, match="choose another --name"):
+        compress(own_base, "models", library, overwrite=True)
+    with pytest.raises(AdapterError, match="choose another --name"):
+        blend([(own_base, 0.5)], "base", Library(base.parent), overwrite=True)
+    assert blend([(own_base, 0.5)], "half", Library(base / "adapters")).adapter.path == base / "adapters" / "half"
 
 
 def test_merge_shards_weights(adapter, tmp_path):

@@ -19,7 +19,7 @@ from ...errors import AdapterError, LoraTunerError, Progress
 from ...evaluation import GainMatrix
 from ...models import delta
 from ...models.targets import LinearLayer
-from ...text import display_name, format_bytes
+from ...text import display_name, format_bytes, format_gain
 from ..scheduler import Request
 from ..service import ServedModel
 
@@ -101,7 +101,7 @@ def _cells(model: ServedModel) -> Markup:
     manifest = adapter.manifest
     data, result = (manifest.data, manifest.result) if manifest else (None, None)
     facts = (
-        f"{result.gain:.3f} ± {result.standard_error:.3f}" if result else _NONE,
+        format_gain(result.gain, result.standard_error, ".3f") if result else _NONE,
         f"{result.loss:.3f}" if result else _NONE,
         str(adapter.rank),
         format_bytes(adapter.bytes),
@@ -218,11 +218,9 @@ def gains(matrix: GainMatrix) -> Markup:
 def _gain_cell(cell: EvalResult | None, largest: float) -> Markup:
     if cell is None:
         return Markup('<td class="missing">missing</td>')
-    return Markup('<td class="{}" style="--share: {}%"><b>{}</b><small>± {}</small></td>').format(
-        "helps" if cell.gain >= 0 else "forgot",
-        f"{abs(cell.gain) / largest * 100:.0f}",
-        f"{cell.gain:+.3f}",
-        f"{cell.standard_error:.3f}",
+    gain, _, error = format_gain(cell.gain, cell.standard_error, "+.3f").partition(" ")
+    return Markup('<td class="{}" style="--share: {}%"><b>{}</b><small>{}</small></td>').format(
+        "helps" if cell.gain >= 0 else "forgot", f"{abs(cell.gain) / largest * 100:.0f}", gain, error
     )
 
 
