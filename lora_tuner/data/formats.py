@@ -87,7 +87,7 @@ def _find_text_column(table: Table, nested: list[str], rows: list[Row]) -> str:
         return "content"
     if nested:
         raise DataError(
-            f"{question} Lists or objects are in {', '.join(nested)}; of such layouts these are read: messages; "
+            f"{question} Lists, objects or bytes are in {', '.join(nested)}; of such layouts these are read: messages; "
             "prompt and completion; conversations (ShareGPT); instruction and output as texts (Alpaca)."
         )
     codes = [name for name in table.text_columns if _are_codes(_strings(rows, name))]

@@ -272,7 +272,7 @@ def resolve_eval_dataset(config: TrainConfig, notify: EventHandler, selection: s
         name = config.dataset
         splits = local_splits(name)
         split = next((other for other in _MEASURED_SPLITS if other in splits and other != chosen), None)
-        if split is None:
+        if split is None or chosen not in splits:  # the latter is an error when it is read
             return config
     else:
         split = split or default_eval_split(config)
@@ -280,7 +280,7 @@ def resolve_eval_dataset(config: TrainConfig, notify: EventHandler, selection: s
         if config.eval_split is not None or split is None:
             raise ConfigError(
                 f"{name} is a test split{'' if split is None else f' ({split})'}, and {selection} by the rows that are "
-                "measured: measure a validation split, or leave --eval-dataset out to hold out rows."
+                f"measured: measure a validation split, or held-out rows with --eval-dataset {HELD_OUT}."
             )
         notify(
             Notice(

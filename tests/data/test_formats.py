@@ -46,7 +46,8 @@ def test_nested_column_stops_text_guess(refusal, name):
     records = [NESTED[name](number, text) for number, text in enumerate(TEXTS)]
     columns = ", ".join(records[0])
     assert refusal("a.jsonl", jsonl(records)) == (
-        f"a.jsonl: which column is the text? Name one with --text-column: {columns}. Lists or objects are in {name}; {LAYOUTS}"
+        f"a.jsonl: which column is the text? Name one with --text-column: {columns}. "
+        f"Lists, objects or bytes are in {name}; {LAYOUTS}"
     )
 
 
@@ -56,8 +57,8 @@ def test_nested_column_stops_guess_everywhere(refusal, load, tmp_path):
     quoted = "".join(
         f'"{text}","[\'{number}\']"\n' for number, text in enumerate(TEXTS)
     )  # as pandas writes lists
-    assert f"Lists or objects are in answers; {LAYOUTS}" in refusal("a.parquet")
-    assert f"Lists or objects are in answers; {LAYOUTS}" in refusal("a.csv", "title,answers\n" + quoted)
+    assert f"Lists, objects or bytes are in answers; {LAYOUTS}" in refusal("a.parquet")
+    assert f"Lists, objects or bytes are in answers; {LAYOUTS}" in refusal("a.csv", "title,answers\n" + quoted)
     late = [{"title": text} for text in TEXTS * 5] + [{"title": "x", "turns": ["y"]}]
     assert refusal("late.jsonl", jsonl(late), streaming=True) == (
         "late.jsonl: a row has a list or object in 'turns', and the first rows in 'title': name one with --text-column."
@@ -221,7 +222,7 @@ def test_hub_features_stop_text_guess():
         [{"title": text, "turns": [{"speaker": "a", "said": text}]} for text in TEXTS]
     )
     for source in (data, data.to_iterable_dataset()):
-        with pytest.raises(DataError, match="Lists or objects are in turns"):
+        with pytest.raises(DataError, match="Lists, objects or bytes are in turns"):
             formats.detect_layout(readers.table_from_dataset("owner/name", source), TrainConfig())
 
 

@@ -140,6 +140,16 @@ def test_eval_dataset_folder_has_splits(folder, tmp_path):
         load_eval_dataset(TrainConfig(eval_dataset=HELD_OUT))
 
 
+def test_folder_without_train_files_is_refused(folder):
+    notices = []
+    name = folder(**{"test-1.jsonl": "test", "dev.jsonl": "validation"})
+    with pytest.raises(
+        DataError, match=r"no files that are named after a split 'train': choose one with --split: "
+    ):
+        load_dataset(TrainConfig(dataset=name), lambda notice: notices.append(notice.text))
+    assert notices == []
+
+
 # Nothing is selected on test
 
 
@@ -180,8 +190,8 @@ def test_selection_on_named_test_is_refused(folder, options, what):
             resolve_eval_dataset(config.model_copy(update=changes), print, selection)
         reason = selection or "--patience selects a step"
         assert str(error.value) == (
-            f"{what}, and {reason} by the rows that are measured: measure a validation split, or leave --eval-dataset out to "
-            "hold out rows."
+            f"{what}, and {reason} by the rows that are measured: measure a validation split, or held-out rows "
+            "with --eval-dataset held-out."
         )
 
 
