@@ -590,11 +590,15 @@ def _format_problems(error: ValidationError) -> str:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without duplicate keys and aliases.
+    """YAML as people mean it: null, true and false, and plain numbers; all else is text.
 
-    PyYAML silently keeps the last of several equal keys. Nested aliases can expand to more than
-    memory holds, and settings need none.
+    So it is in YAML 1.2. PyYAML reads YAML 1.1, where `1:30` is 90, `010` is 8, and `no` is false. A
+    number that it reads as text, such as `1e-3`, stays text: files that it wrote have such texts
+    without quotes, and the setting converts it. Duplicate keys are refused, as PyYAML silently
+    keeps the last. Nested aliases, which can expand to more than memory holds, are too.
     """
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - filled below
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -609,6 +613,24 @@ class _StrictLoader(yaml.SafeLoader):
         if keys and keys.most_common(1)[0][1] > 1:
             raise ValueError(f"{keys.most_common(1)[0][0]} is given twice")
         return super().construct_mapping(node, deep)
+
+    def refuse_octal(self, node: yaml.ScalarNode) -> None:
+        octal, decimal = (int(node.value.replace("_", ""), base) for base in (8, 10))
+        raise ValueError(
+            f"line {node.start_mark.line + 1}: {node.value} is {octal} for some programs and {decimal} for others: write a "
+            "number without the 0, or a text in quotes"
+        )
+
+
+for _tag, _pattern in {
+    "tag:yaml.org,2002:null": "~|null|Null|NULL|",
+    "tag:yaml.org,2002:bool": "true|True|TRUE|false|False|FALSE",
+    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9]\d*|0x[\da-fA-F]+)",
+    "tag:yaml.org,2002:float": r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    "octal": r"[-+]?0[0-7_]+",
+}.items():
+    _StrictLoader.add_implicit_resolver(_tag, re.compile(rf"({_pattern})\Z", re.ASCII), None)
+_StrictLoader.add_constructor("octal", _StrictLoader.refuse_octal)
 
 
 def read_settings(file: Path) -> SettingValues:
@@ -625,7 +647,7 @@ def read_settings(file: Path) -> SettingValues:
         loaded = yaml.load(text, _StrictLoader)
     except FileNotFoundError as error:
         raise ConfigError(f"There is no file {file}.") from error
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: e.g. 2024-13-45
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"{file} holds no settings: expected one `name: value` per line.")

@@ -166,10 +166,57 @@ def test_yaml_1e_3_is_a_number(run_yaml):
 
 
 def test_yaml_boolean_is_refused(run_yaml):
-    path = run_yaml("rank: true\nname: no\npacking: off")
+    path = run_yaml("rank: true\nname: False\npacking: off")
     assert refusal({}, file=path) == (
         f"{path}: rank: true and false are not valid here (got True); name: true and false are not valid here (got False)"
     )
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("learning_rate: 1e-3", 0.001),
+        ("minutes: 1.5e+1", 15),
+        ("max_rows: 1_000", 1000),
+        ("max_rows: 0x10", 16),
+        ("max_rows: 08", 8),
+        ("packing: no", False),
+        ("packing: Off", False),
+        ("streaming: yes", True),
+        ("gradient_checkpointing: on", "on"),
+        ("name: no", "no"),
+        ("revision: 2024-01-02", "2024-01-02"),
+        ("split_salt: 1:30", "1:30"),
+        ("split_salt: 1e5", "1e5"),
+        ("split_salt: <<", "<<"),
+        ("text_column: ~", None),
+    ],
+)
+def test_yaml_value_is_read_as_meant(run_yaml, line, value):
+    read = getattr(resolve_settings(TrainConfig, {}, run_yaml(line)), line.partition(":")[0])
+    assert (read, type(read)) == (value, type(value)) or read == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("rank: 010", "cannot be read as YAML: line 1: 010 is 8 for some programs and 10 for others"),
+        ("seed: -0_17", "cannot be read as YAML: line 1: -0_17 is -15 for some programs and -17"),
+        (
+            "minutes: 1:30",
+            "minutes: input should be a valid number, unable to parse string as a number (got '1:30')",
+        ),
+        ("minutes: 1:30.5", "minutes: input should be a valid number"),
+        ("max_steps: 0b11", "max_steps: input should be a valid integer"),
+        ("max_steps: 0o17", "max_steps: input should be a valid integer"),
+        ("max_steps: 2024-01-02", "max_steps: input should be a valid integer"),
+        ("rank: yes", "rank: input should be a valid integer"),
+        ("packing: 2024-01-02", "packing: input should be a valid boolean"),
+        ("<<: {rank: 4}", "<<: unknown setting"),
+    ],
+)
+def test_ambiguous_yaml_value_is_refused(run_yaml, line, why):
+    assert why in refusal({}, file=run_yaml(line))
 
 
 def test_problems_name_the_file(run_yaml):
@@ -214,7 +261,6 @@ def test_file_without_settings_is_refused(run_yaml, text):
     [
         ("rank: [", "while parsing a flow node"),
         ("rank: 8\nseed: 1\nrank: 16", "rank is given twice"),
-        ("name: 2024-13-45", "month must be in 1..12"),
         ("rank: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
         ("where: " + "[" * 5000, "recursion"),
         ("a: 1\n---\nb: 2", "but found another document"),
@@ -260,6 +306,32 @@ def test_non_text_key_is_refused(run_yaml):
 def test_yaml_round_trip(run_yaml, given):
     config = resolve_settings(TrainConfig, given)
     assert resolve_settings(TrainConfig, {}, run_yaml(config_to_yaml(config))) == config
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1e-3",
+        "1e5",
+        "1.0e3",
+        "08",
+        "0o17",
+        "0b1",
+        "010",
+        "1:30",
+        "no",
+        "2024-01-02",
+        "1_000",
+        ".5",
+        "<<",
+        "=",
+        "-",
+    ],
+)
+def test_yaml_of_before_means_the_same(run_yaml, text):
+    path = run_yaml(yaml.safe_dump({"split_salt": text, "learning_rate": 1e-7, "seed": 10**9, "packing": False}))
+    config = resolve_settings(TrainConfig, {}, path)
+    assert (config.split_salt, config.learning_rate, config.seed, config.packing) == (text, 1e-7, 10**9, False)
 
 
 def test_yaml_is_not_escaped():
