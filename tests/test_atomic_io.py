@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from lora_tuner import atomic_io, safetensors_header, text
+from lora_tuner import atomic_io, text
+from lora_tuner.adapters import safetensors_header
 from lora_tuner.cli.app import app
 from lora_tuner.errors import ConfigError
 

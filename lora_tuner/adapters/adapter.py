@@ -18,10 +18,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from .. import atomic_io, safetensors_header
+from .. import atomic_io
 from ..config import NAME_PATTERN
 from ..errors import AdapterError
-from . import other_formats, peft_config
+from . import other_formats, peft_config, safetensors_header
 from .manifest import Manifest, ParentInfo, WeightsInfo
 from .peft_config import CONFIG_FILE as CONFIG_FILE
 from .peft_config import WEIGHTS_FILE as WEIGHTS_FILE

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from .. import safetensors_header
+from . import safetensors_header
 from .peft_config import CONFIG_FILE, WEIGHTS_FILE
 
 _PICKLED_FILES = ("adapter_model.bin", "adapter_model.pt")

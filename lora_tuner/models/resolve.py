@@ -22,7 +22,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .. import atomic_io, hub, safetensors_header
+from .. import atomic_io, hub
+from ..adapters import safetensors_header
 from ..adapters.adapter import CONFIG_FILE, MANIFEST_FILE, Adapter
 from ..adapters.manifest import BaseInfo
 from ..config import DEFAULT_BASE, EMBEDDED_BASE

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import safetensors_header
+from ..adapters import safetensors_header
 
 WEIGHTS_FILE, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 # Beside a weight that bitsandbytes has quantized: scales, and in 4 bits its shape.
