@@ -1,7 +1,8 @@
 """Throughput and correctness of the server with many clients and adapters.
 
-Measures one client, then many, then many while adapters are replaced, broken and removed on disk.
-Every output is compared with the one of a generator of its own.
+Measures one client, then many, then many while adapters are replaced, broken and removed on disk,
+then short requests beside pollers of the list of models and very long prompts. Every output is
+compared with the one of a generator of its own.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from .adapters import save_random_adapters
 from .measure import Figure, figure
 
 CLIENTS, ADAPTERS, NEW_TOKENS, SECONDS, ALONE_SECONDS = 64, 8, 48, 120.0, 40.0
+LISTED, POLLERS, LONG_PROMPTS, BESIDE_SECONDS = 400, 20, 4, 20.0
 PROMPTS = (
     "This film is about a man who",
     "The acting",
@@ -62,6 +64,11 @@ def run(rounds: int) -> list[Figure]:
             with _changing_adapters(root):
                 changing = asyncio.run(_load(url, CLIENTS, SECONDS, expected))
             state = "still running" if process.is_running() else "HAS ENDED"
+        for number in range(LISTED):  # links: they cost no disk
+            source = sorted((root / "first").iterdir())[number % ADAPTERS]
+            shutil.copytree(source, root / "many" / f"copy{number}", copy_function=os.link)
+        with _server(root / "many") as (url, _):
+            alone, polled, beside_long = asyncio.run(_short_requests(url))
     return [
         figure("1 client", single.rate, "tokens/s", f"{single.outputs} outputs"),
         figure(
@@ -90,7 +97,53 @@ def run(rounds: int) -> list[Figure]:
             "",
             f"of {changing.outputs} outputs; {changing.rejections()}; the server: {state}",
         ),
+        figure(
+            f"short request beside {POLLERS} pollers of {LISTED} adapters",
+            polled / alone,
+            "",
+            f"x the time of one alone, {alone:.3f} s",
+        ),
+        figure(
+            f"short request beside {LONG_PROMPTS} clients with prompts that are too long",
+            beside_long / alone,
+            "",
+            "x the time of one alone",
+        ),
     ]
+
+
+async def _short_requests(url: str) -> tuple[float, float, float]:
+    """Return the median seconds of a short request alone, beside pollers, and beside long prompts."""
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=httpx.Limits(max_connections=100)) as http:
+        long_prompt = "A very long prompt. " * 45_000
+
+        async def complete(prompt: str) -> float:
+            started = time.monotonic()
+            body = {"model": EMBEDDED_BASE, "prompt": prompt, "max_tokens": 4, "temperature": 0}
+            await http.post("/v1/completions", json=body)
+            return time.monotonic() - started
+
+        async def repeat(send: Callable[[], Awaitable[object]]) -> None:
+            while True:
+                await send()
+
+        async def median_beside(count: int, send: Callable[[], Awaitable[object]]) -> float:
+            others = [asyncio.create_task(repeat(send)) for _ in range(count)]
+            await asyncio.sleep(1)
+            end, times = time.monotonic() + BESIDE_SECONDS, []
+            while time.monotonic() < end:
+                times.append(await complete(PROMPTS[0]))
+            for other in others:
+                other.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            return statistics.median(times)
+
+        await http.get("/v1/models")  # read once
+        return (
+            await median_beside(0, lambda: complete(PROMPTS[0])),
+            await median_beside(POLLERS, lambda: http.get("/v1/models")),
+            await median_beside(LONG_PROMPTS, lambda: complete(long_prompt)),
+        )
 
 
 @dataclass

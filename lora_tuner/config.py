@@ -38,6 +38,8 @@ CleanMode = Literal["full", "lines", "none"]
 LongRows = Literal["auto", "truncate", "chunk"]
 MAX_RANK, MAX_ALPHA = 4096, 1_000_000
 MAX_COUNT = 1_000_000_000  # upper bound of steps, minutes and sizes: a larger number is a typing error
+# Logits divided by less may overflow. A lower temperature is greedy, as in vLLM.
+MIN_TEMPERATURE, MIN_REPETITION_PENALTY = 1e-5, 1e-9
 MAX_SETTINGS_CHARS, MAX_SETTING_CHARS = 1_000_000, 10_000  # of a settings file, of one value
 RSLORA_ALPHA = 6  # gives rank 8 about the same scale as the other methods
 LORA_PLUS_RATIO = 4.0  # learning rate of B / learning rate of A
@@ -448,20 +450,33 @@ class SamplingParams(_Settings):
     greedy: bool = _setting(False, "Always take the most likely token.", "Sampling")
     max_new_tokens: int = _setting(120, "Maximum number of tokens to generate per output.", "Sampling", ge=1)
     temperature: float = _setting(
-        0.8, "Sampling temperature. Higher is more random; 0 is the same as --greedy.", "Sampling", ge=0, le=10
+        0.8,
+        "Sampling temperature. Higher is more random; 0, or less than 0.00001, is the same as --greedy.",
+        "Sampling",
+        ge=0,
+        le=10,
     )
     top_p: float = _setting(
         0.95, "Sample from the most likely tokens whose probabilities add up to this.", "Sampling", gt=0, le=1
     )
     top_k: int = _setting(50, "Sample from the K most likely tokens; 0 for all.", "Sampling", ge=0)
     repetition_penalty: float = _setting(
-        1.1, "Values above 1 make tokens that occurred before less likely.", "Sampling", gt=0, le=10
+        1.1,
+        "Values above 1 make tokens that occurred before less likely.",
+        "Sampling",
+        ge=MIN_REPETITION_PENALTY,
+        le=10,
     )
     seed: int | None = _setting(
         None, "Random seed. The same seed and settings give the same text.", "Sampling", "random", ge=0, lt=2**63
     )
     n: int = _setting(1, "Number of outputs per prompt.", "Sampling", ge=1, le=256)
     stop: list[str] = _setting([], "Stop sequence: the output ends before it. May be repeated.", "Sampling")
+
+    @field_validator("temperature")
+    @classmethod
+    def _round_temperature(cls, value: float) -> float:
+        return value if value >= MIN_TEMPERATURE else 0.0
 
     @field_validator("temperature", "top_p", "top_k")  # run for a given value, be it the default
     @classmethod
@@ -511,6 +526,14 @@ class ServerConfig(_Settings):
         "Maximum number of outputs in the queue; further requests get status 429.",
         "Serving",
         ge=1,
+        le=100_000,
+    )
+    max_connections: int = _setting(
+        400,
+        "Maximum number of open connections. Beyond it the ones that wait for their client are closed, and requests get "
+        "status 503 if there are none.",
+        "Serving",
+        ge=4,
         le=100_000,
     )
     max_resident: int = _setting(

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -254,16 +255,17 @@ class _NumberText(str):
     __repr__ = str.__str__  # without quotes inside a list
 
 
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Build a JSON object. A duplicate key raises ValueError; Python would keep the last value."""
     result = dict(pairs)
     if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is given twice in an object")
+        counts = Counter(key for key, _ in pairs)
+        repeated = next(key for key, count in counts.items() if count > 1)
+        raise ValueError(f"{repeated[:100]!r} is given twice in an object")
     return result
 
 
-_JSON_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_int=_NumberText, parse_float=_NumberText)
+_JSON_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_int=_NumberText, parse_float=_NumberText)
 
 
 def _read_json(path: Path, streaming: bool, rules: list[str]) -> Iterator[Row]:

@@ -6,10 +6,11 @@ models are not thread-safe. A call returns when its last sequence ends; the serv
 GenerationEngine directly.
 """
 
+import contextlib
 import os
 import secrets
 import threading
-from collections import abc
+from collections import OrderedDict, abc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +39,8 @@ class EncodedPrompt:
     token_ids: list[int]
 
 
+FolderIdentity = tuple[tuple[int, ...] | None, ...]
+_ADAPTER_FILES = (WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE, *TOKENIZER_FILES)
 Prompt = str | abc.Sequence[chat.Message] | EncodedPrompt  # text, or a conversation
 
 
@@ -58,7 +61,7 @@ class _ResidentAdapter:
     """Adapter in memory, and the identity of its files when they were read."""
 
     folder: Path
-    identity: list[tuple[int, ...]] | None
+    identity: FolderIdentity
     loaded: LoadedAdapter
 
 
@@ -91,7 +94,9 @@ class Generator:
         self.base = loading.open_base(opened[0] if opened else None, options)
         self.engine = GenerationEngine(self.base, options.notify)
         self.max_resident = max_resident
-        self._resident: dict[str, _ResidentAdapter] = {}  # by name, the one used last at the end
+        self._resident: OrderedDict[str, _ResidentAdapter] = (
+            OrderedDict()
+        )  # by name, the one used last at the end
         self._lock = threading.RLock()
         for adapter in opened:
             name = self._load_adapter(adapter)
@@ -125,13 +130,16 @@ class Generator:
         )
 
     def get_loaded(self, name: str) -> LoadedAdapter | None:
-        """Return an adapter if it is in memory and its files have not changed since."""
-        with self._lock:
-            resident = self._resident.get(name)
-            if resident is None or _folder_identity(resident.folder) != resident.identity:
-                return None
-            self._resident[name] = self._resident.pop(name)
-            return resident.loaded
+        """Return an adapter if it is in memory and its files have not changed since.
+
+        Takes no lock, so it never waits for another adapter that is being loaded.
+        """
+        resident = self._resident.get(name)
+        if resident is None or folder_identity(resident.folder) != resident.identity:
+            return None
+        with contextlib.suppress(KeyError):  # another thread has dropped it
+            self._resident.move_to_end(name)
+        return resident.loaded
 
     def get_or_load(self, adapter: str | Path | None) -> tuple[str | None, LoadedAdapter | None]:
         """Return name and weights of an adapter, as it is on disk now. Raises AdapterError."""
@@ -148,13 +156,13 @@ class Generator:
             raise GenerationError(
                 f"An adapter named {name} is already loaded from {resident.folder}: unload it first."
             )
-        if resident is None or resident.identity != _folder_identity(folder):
+        if resident is None or resident.identity != folder_identity(folder):
 
             def load_resident(adapter: Adapter) -> _ResidentAdapter:
                 lora.check_base(adapter, self.base, self.options)
                 loaded = self.engine.multi_lora.load(adapter)
                 tokenizer = load_adapter_tokenizer(adapter, self.base, self.options)
-                return _ResidentAdapter(folder, _folder_identity(folder), replace(loaded, tokenizer=tokenizer))
+                return _ResidentAdapter(folder, folder_identity(folder), replace(loaded, tokenizer=tokenizer))
 
             resident = read_consistently(adapter.path, load_resident)
         self._resident.pop(name, None)
@@ -167,7 +175,7 @@ class Generator:
 
     def tokenizer_of(self, name: str | None) -> PreTrainedTokenizerBase:
         """The tokenizer of an adapter in memory or, where it has none of its own, of the base."""
-        loaded = self._resident[name].loaded if name in self._resident else None
+        loaded = self._resident[name].loaded if name is not None and name in self._resident else None
         return (loaded and loaded.tokenizer) or self.base.tokenizer
 
     def unload(self, name: str) -> None:
@@ -262,7 +270,7 @@ class Generator:
         GenerationError, and generates nothing, when any request is invalid.
         """
         with self._lock:
-            resident = dict(self._resident)
+            resident = self._resident.copy()
             try:
                 resolved = [(prompt, *self.get_or_load(adapter)) for prompt, adapter in requests]
                 return self._generate_outputs(resolved, sampling or SamplingParams())
@@ -325,13 +333,16 @@ def sequence_seed(seed: int | None, number: int) -> int | None:
     return None if seed is None else (seed + number) % 2**63
 
 
-def _folder_identity(folder: Path) -> list[tuple[int, ...]] | None:
-    """Return values that differ between versions of an adapter; None if its files are missing."""
+def folder_identity(folder: Path) -> FolderIdentity:
+    """Return values that differ between versions of an adapter: of each of its files, None for a
+    missing one."""
+    return tuple(_file_identity(folder / name) for name in _ADAPTER_FILES)
+
+
+def _file_identity(path: Path) -> tuple[int, ...] | None:
     try:
-        optional = [name for name in (MANIFEST_FILE, *TOKENIZER_FILES) if (folder / name).exists()]
-        names = [WEIGHTS_FILE, CONFIG_FILE, *optional]
-        stats = [(folder / name).stat() for name in names]
+        stat = path.stat()
     except OSError:
         return None
     # With ctime: a file that replaces another may have its inode number, size and mtime.
-    return [(stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats]
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

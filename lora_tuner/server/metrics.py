@@ -1,14 +1,17 @@
 """Access log and Prometheus metrics: one line of JSON for each request, and counters.
 
+Errors and warnings of one kind are logged once a minute: clients can cause as many as they like.
 Metrics are labelled with models that exist, never with the name that a request asked for: clients
 cannot fill the memory with labels. Prompts and outputs are logged only with `log_prompts`, and then
 in full.
 """
 
+import collections
 import json
 import logging
 import secrets
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,6 +28,7 @@ from .service import ModelService
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that left before the response
 BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # seconds
+REPEAT_SECONDS = 60.0
 log = logging.getLogger("lora_tuner.server")
 
 
@@ -214,6 +218,40 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
         }
         line |= record.msg if isinstance(record.msg, Mapping) else {"message": record.getMessage().strip()}
+        if repeated := getattr(record, "repeated", 0):
+            line["repeated"] = repeated
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line)
+
+
+class RepeatFilter(logging.Filter):
+    """Passes one warning or error of a kind each `REPEAT_SECONDS`, and counts the others.
+
+    The kind is the place in the code that logs and the place that raised, never a text, so that
+    clients cannot make new kinds. The next one that passes has the count as `repeated`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed: dict[object, float] = {}  # kind -> time of the last one that passed
+        self._repeated: collections.Counter[object] = collections.Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        kind: object = (record.pathname, record.lineno, _raised_at(record))
+        if record.created - self._passed.get(kind, -REPEAT_SECONDS) < REPEAT_SECONDS:
+            self._repeated[kind] += 1
+            return False
+        self._passed[kind] = record.created
+        record.repeated = self._repeated.pop(kind, 0)
+        return True
+
+
+def _raised_at(record: logging.LogRecord) -> tuple[object, ...]:
+    """Return type and place of the exception of a log record."""
+    if not record.exc_info or record.exc_info[2] is None:
+        return ()
+    *_, (frame, line) = traceback.walk_tb(record.exc_info[2])
+    return record.exc_info[0], frame.f_code.co_filename, line

@@ -2,8 +2,7 @@
 
 Without an API key the Host header must name this machine, against DNS rebinding. With a key any
 host is accepted: an attacking page does not know it, and a proxy may pass its own name on. Bodies
-are buffered, so that a slow client holds up nobody. The time a client takes to send its headers is
-not limited.
+are buffered, so that a slow client holds up nobody. `runner` limits connections and idle time.
 
 Browsers keep web pages of other origins from reading responses (the same-origin policy), unless
 `allow_origin` names their origin (CORS).
@@ -24,6 +23,7 @@ from .protocol import error_response
 
 API_ENDPOINTS = ("/v1/models", "/v1/completions", "/v1/chat/completions")
 MAX_BODY = 1_000_000  # bytes
+MAX_PAGE_BODY = 200_000  # for other paths than those of the API: anyone may send them, without the key
 MAX_SECONDS = 30.0  # for a whole body
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _CLOSE = {"Connection": "close"}  # the rest of the request stays unread
@@ -98,7 +98,8 @@ class SecurityMiddleware:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        body = self._check_headers(scope["path"], headers) or await _buffer_body(headers, receive)
+        max_body = MAX_BODY if is_api_path(scope["path"]) else MAX_PAGE_BODY
+        body = self._check_headers(scope["path"], headers) or await _buffer_body(headers, receive, max_body)
         if isinstance(body, Response):
             await body(scope, receive, send)
         elif body is not None:
@@ -133,10 +134,10 @@ def _host_name(host: str) -> str:
     return (match["six"] or match["name"] or "").lower() if match else ""
 
 
-async def _buffer_body(headers: Headers, receive: Receive) -> bytes | Response | None:
+async def _buffer_body(headers: Headers, receive: Receive, max_body: int) -> bytes | Response | None:
     """Return the whole body, an error response, or None when the client has disconnected."""
     length = headers.get("content-length", "0")
-    too_large = length.isdecimal() and int(length[:20]) > MAX_BODY
+    too_large = length.isdecimal() and int(length[:20]) > max_body
     body = bytearray()
     try:
         async with asyncio.timeout(MAX_SECONDS):
@@ -145,7 +146,7 @@ async def _buffer_body(headers: Headers, receive: Receive) -> bytes | Response |
                 if message["type"] == "http.disconnect":
                     return None
                 body += message.get("body", b"")
-                too_large = len(body) > MAX_BODY
+                too_large = len(body) > max_body
                 if not (too_large or message.get("more_body")):
                     return bytes(body)
     except TimeoutError:
@@ -155,4 +156,4 @@ async def _buffer_body(headers: Headers, receive: Receive) -> bytes | Response |
             _CLOSE,
             code="request_timeout",
         )
-    return error_response(413, f"The body is larger than {MAX_BODY:,} bytes.", _CLOSE, code="request_too_large")
+    return error_response(413, f"The body is larger than {max_body:,} bytes.", _CLOSE, code="request_too_large")

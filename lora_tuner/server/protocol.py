@@ -24,7 +24,14 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from ..adapters.manifest import EvalResult
-from ..config import INVALID_TEXT, MAX_COUNT, MAX_SETTING_CHARS, SamplingParams
+from ..config import (
+    INVALID_TEXT,
+    MAX_COUNT,
+    MAX_SETTING_CHARS,
+    MIN_REPETITION_PENALTY,
+    MIN_TEMPERATURE,
+    SamplingParams,
+)
 from ..data.chat import Message
 from ..text import escape_control
 from . import neutral
@@ -106,7 +113,7 @@ class _GenerationRequest(_RequestModel):
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, le=MAX_COUNT)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    repetition_penalty: float = Field(1.0, ge=MIN_REPETITION_PENALTY, le=10)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: (
         Annotated[
@@ -129,7 +136,7 @@ class _GenerationRequest(_RequestModel):
         return value
 
     def sampling(self, max_tokens: int) -> SamplingParams:
-        seed = None if self.seed is None or self.temperature == 0 else self.seed % 2**63
+        seed = None if self.seed is None or self.temperature < MIN_TEMPERATURE else self.seed % 2**63
         stop = self.stop if isinstance(self.stop, list) else [self.stop]
         return SamplingParams(
             max_new_tokens=max_tokens,

@@ -6,15 +6,18 @@ do not retry. An error within a stream is sent as an event, since the status is 
 
 import asyncio
 import datetime
+import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from functools import lru_cache, partial
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Security
 from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.exceptions import HTTPException
@@ -25,6 +28,7 @@ from starlette.types import Receive, Scope, Send
 
 from .. import __version__
 from ..adapters.adapter import Adapter
+from ..data.readers import unique_keys
 from ..errors import (
     AdapterError,
     ContextLengthError,
@@ -68,6 +72,7 @@ from .scheduler import Request
 from .service import ModelService, ServedModel
 
 TOKEN_TEXT_CACHE = 16_384  # tokens whose text is cached; a few MB
+MAX_LOGPROBS = 100_000  # of a request: one takes about 1 KB while the response is formatted
 CLOSING_RETRY_SECONDS = 5  # by then another server may answer
 
 _STATUS: tuple[tuple[type[LoraTunerError], int, str | None], ...] = (  # the first match counts
@@ -107,7 +112,10 @@ def create_app(service: ModelService) -> FastAPI:
     )
     app.state.metrics = metrics
     spell = lru_cache(TOKEN_TEXT_CACHE)(partial(token_text, service.base.tokenizer))
-    routes = APIRouter(dependencies=[Security(HTTPBearer(auto_error=False))] if service.config.api_key else [])
+    routes = APIRouter(
+        dependencies=[Security(HTTPBearer(auto_error=False))] if service.config.api_key else [],
+        route_class=_StrictJSONRoute,
+    )
     event_stream = partial(
         routes.post,
         responses={200: {"content": {"text/event-stream": {}}, "description": "The output."}},
@@ -123,19 +131,22 @@ def create_app(service: ModelService) -> FastAPI:
     @routes.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """Counters, queue length and latencies for Prometheus."""
-        return Response(await service.run_in_thread(metrics.text), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+        return Response(await service.run_in_thread("metrics", metrics.text), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
-    @routes.get("/v1/models")
-    async def models() -> ModelList:
+    @lru_cache(1)
+    def format_list(models: tuple[ServedModel, ...]) -> str:
+        return ModelList(data=[_model_card(service, model) for model in models]).model_dump_json()
+
+    @routes.get("/v1/models", response_model=ModelList)
+    async def models() -> Response:
         """List the base and every adapter, broken ones with the reason."""
-        return ModelList(
-            data=[_model_card(service, model) for model in await service.run_in_thread(service.list_models)]
-        )
+        listed = await service.run_in_thread("list", lambda: format_list(service.list_models()))
+        return Response(listed, media_type="application/json")
 
     @routes.get("/v1/models/{id:path}")
     async def model(id: str) -> ModelCard:
         """Describe one model."""
-        return _model_card(service, await service.run_in_thread(partial(service.get_model, id)))
+        return _model_card(service, await service.run_in_thread("list", partial(service.get_model, id)))
 
     @event_stream("/v1/completions", response_model=Completion)
     async def completions(body: CompletionRequest, http_request: HTTPRequest) -> Response:
@@ -152,6 +163,28 @@ def create_app(service: ModelService) -> FastAPI:
     app.include_router(routes)
     app.mount("/v1", partial(_not_found, routes.routes))  # else the playground at / would answer
     return app
+
+
+class _StrictJSONRequest(HTTPRequest):
+    async def json(self) -> object:
+        try:
+            return json.loads(await self.body(), object_pairs_hook=unique_keys)
+        except json.JSONDecodeError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise HTTPException(400, f"The body is not valid JSON: {error}.") from error
+
+
+class _StrictJSONRoute(APIRoute):
+    """Refuses a body in which an object names a key twice: readers of JSON differ in which they take."""
+
+    def get_route_handler(self) -> Callable[[HTTPRequest], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_strictly(request: HTTPRequest) -> Response:
+            return await handle(_StrictJSONRequest(request.scope, request.receive))
+
+        return handle_strictly
 
 
 async def _not_found(routes: Sequence[BaseRoute], scope: Scope, receive: Receive, send: Send) -> None:
@@ -271,9 +304,19 @@ async def _generate(
         raise RequestError(f"n: {count:,} outputs were requested, the limit of this server is {capacity:,}.", "n")
     prepared = await service.prepare_request(body.model, body.prompts, body.n)
     record.model = body.model  # only now, so that no client fills the metrics with labels
+    max_tokens = service.max_new_tokens(prepared.prompts, body.requested_tokens)
+    num_logprobs = 0 if body.num_top_logprobs is None else count * max_tokens * (1 + body.num_top_logprobs)
+    if num_logprobs > MAX_LOGPROBS:
+        field = "top_logprobs" if isinstance(body, ChatRequest) else "logprobs"
+        raise RequestError(
+            f"{field}: {count:,} outputs of up to {max_tokens:,} tokens, with {body.num_top_logprobs} alternatives for "
+            f"each token, have {num_logprobs:,} log-probabilities; the limit of this server is {MAX_LOGPROBS:,}. Lower "
+            f"{field}, n or max_tokens.",
+            field,
+        )
     request = record.request = service.submit(
         prepared,
-        body.sampling(service.max_new_tokens(prepared.prompts, body.requested_tokens)),
+        body.sampling(max_tokens),
         started=record.started,
         n=body.n,
         top_logprobs=body.num_top_logprobs,
@@ -306,7 +349,8 @@ async def _generate(
         return endpoint.response(fields, outputs, spell).model_dump_json()
 
     # Many log-probabilities take long to format, which would hold up other connections.
-    return Response(await asyncio.to_thread(to_json), media_type="application/json")
+    body_json = to_json() if num_logprobs == 0 else await service.run_in_thread("format", to_json)
+    return Response(body_json, media_type="application/json")
 
 
 def _next_deltas(readers: list[OutputReader]) -> dict[int, OutputDelta]:

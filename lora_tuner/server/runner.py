@@ -1,4 +1,4 @@
-"""Start the server, and shut it down when a signal arrives.
+"""Start the server, limit what clients hold open, and shut down when a signal arrives.
 
 The port is bound before the model is loaded, so that a port in use is reported at once. During
 shutdown the server keeps listening, to answer 503, until the last response was sent. One process
@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import socket
+import sys
 import threading
 import time
 import webbrowser
@@ -20,8 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
+import psutil
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..adapters.adapter import Adapter
 from ..adapters.library import Library
@@ -29,14 +32,16 @@ from ..config import ModelOptions, ServerConfig
 from ..errors import ConfigError, EventHandler, Interrupted, Notice
 from ..inference.generator import Generator
 from ..signals import HANGUP, TERMINATION, handle_signals
-from .metrics import JsonLines, Metrics
-from .middleware import is_loopback
+from .metrics import JsonLines, Metrics, RepeatFilter
+from .middleware import MAX_SECONDS, is_loopback
 from .playground.app import mount
 from .routes import create_app
 from .service import ModelService
 
 POLL_SECONDS = 0.05  # between two checks for running requests
 DRAIN_SECONDS = 2.0  # for the last output to reach the page
+BACKLOG = 32  # connections that the system accepts for the server; asyncio opens as many at once
+SPARE_FILES = 16  # for adapters and the like
 
 
 def serve(
@@ -82,6 +87,7 @@ def serve(
             *only, options=options, adapters_dir=adapters_dir, max_resident=settings.max_resident
         )
         generator.set_adapter(None)  # the adapter in use never leaves memory
+        settings = _fit_connections(settings, options.notify)
         service = ModelService(generator, settings, [Path(os.path.abspath(path)) for path in only])
         app = create_app(service)
         url = _url(settings.host, listener)
@@ -128,7 +134,7 @@ def _bind_socket(host: str, port: int) -> socket.socket:
     """Listen on an address. Raises ConfigError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         reason = str(error.strerror or error).partition(" (")[0]
         raise ConfigError(
@@ -149,16 +155,90 @@ def _open_browser(url: str, notify: EventHandler) -> None:
         notify(Notice(f"No browser found: open {url} yourself."))
 
 
+def _fit_connections(settings: ServerConfig, notify: EventHandler) -> ServerConfig:
+    """Lower `max_connections` to what the limit on open files allows.
+
+    A connection may read a file of the page, so it counts twice. Raises ConfigError.
+    """
+    if sys.platform == "win32":  # no such limit
+        return settings
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return settings
+    used = psutil.Process().num_fds() + BACKLOG + SPARE_FILES
+    possible, least = (limit - used) // 2, 4
+    if possible < least:
+        raise ConfigError(
+            f"A process may open {limit:,} files here, too few for a server: raise the limit with "
+            f"`ulimit -n {used + 2 * settings.max_connections}`."
+        )
+    if possible >= settings.max_connections:
+        return settings
+    notify(
+        Notice(
+            f"A process may open {limit:,} files here, so at most {possible:,} connections are open at once, not "
+            f"{settings.max_connections:,}: for more, use `ulimit -n {used + 2 * settings.max_connections}`."
+        )
+    )
+    return settings.model_copy(update={"max_connections": possible})
+
+
 def _configure_logging() -> None:
     """Log as JSON lines on stderr: requests, and warnings of libraries."""
+    logging.captureWarnings(True)
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
+    handler.addFilter(RepeatFilter())
     logging.getLogger().addHandler(handler)
     logging.getLogger("lora_tuner.server").setLevel(logging.INFO)
 
 
+class _Connection(H11Protocol):
+    """HTTP connection that is closed when its client keeps the server waiting for too long.
+
+    That is `MAX_SECONDS` for sending headers, and for reading the next part of a response. Beyond
+    `max_connections` the connection that waits for its client for longest is closed; if there is
+    none, uvicorn answers requests with status 503.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # uvicorn's own
+        super().connection_made(transport)
+        self.changed_at = self.loop.time()
+        self.state: tuple[object, ...] = ()
+        if self.limit_concurrency is None or len(self.connections) < self.limit_concurrency:
+            return
+        others = [other for other in self.connections if isinstance(other, _Connection) and other is not self]
+        waiting = [other for other in others if other.waits_for_client]
+        if waiting:
+            min(waiting, key=lambda other: other.changed_at).abort()
+
+    @property
+    def has_request(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def waits_for_client(self) -> bool:
+        body_missing = self.has_request and self.cycle.more_body
+        return not self.has_request or body_missing or self.transport.get_write_buffer_size() > 0
+
+    def check_progress(self) -> None:
+        """Close the connection if nothing has changed for too long. To be called about every second."""
+        unread = self.transport.get_write_buffer_size()
+        state = self.cycle, self.has_request, unread
+        if state != self.state:
+            self.state, self.changed_at = state, self.loop.time()
+        elif (unread or not self.has_request) and self.loop.time() - self.changed_at > MAX_SECONDS:
+            self.abort()
+
+    def abort(self) -> None:
+        self.connections.discard(self)  # at once, so that its place is free
+        self.transport.abort()  # `close` would wait until the client has read everything
+
+
 class _Server(uvicorn.Server):
-    """uvicorn's server with a graceful shutdown.
+    """uvicorn's server with limits on connections and a graceful shutdown.
 
     Running and waiting requests are completed, within the timeout of a request; a second signal
     cuts them off.
@@ -175,12 +255,14 @@ class _Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 loop="asyncio",
-                http="h11",
+                http=_Connection,
                 ws="none",
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
+                backlog=BACKLOG,
+                limit_concurrency=service.config.max_connections + 1,  # uvicorn refuses from there on
                 timeout_graceful_shutdown=5,
             )
         )
@@ -194,6 +276,13 @@ class _Server(uvicorn.Server):
         if sig != HANGUP:  # a terminal that is closed sends several
             self.interrupted = self.should_exit
         self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:  # every second
+            for connection in list(self.server_state.connections):
+                assert isinstance(connection, _Connection)
+                connection.check_progress()
+        return await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

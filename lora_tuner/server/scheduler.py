@@ -2,7 +2,8 @@
 
 Admission is fair: adapters take turns, and so do the requests of one adapter, one sequence at a
 time. Requests are woken rather than sent their text, so a slow client costs little memory. Other
-work on the model, such as evaluation, runs between two steps (`run_between_steps`).
+work on the model, such as evaluation, runs between two steps (`run_between_steps`), and takes at
+most half of the time while there are requests.
 """
 
 import contextlib
@@ -76,6 +77,7 @@ class Scheduler:
         self._reserved = 0  # queue slots of requests that are still being prepared
         self._running: dict[Sequence, Request] = {}
         self._tasks: deque[Callable[[], None]] = deque()  # run between two steps
+        self._next_task = 0.0  # time from which the next may run: steps get as long as the last one took
         self._wake = threading.Condition()
         self._closed = False
         self._seconds_per_end = 1.0  # moving average of the time between two finished sequences
@@ -203,7 +205,8 @@ class Scheduler:
                 self._wake.wait_for(lambda: self._closed or self._tasks or not self.idle)
                 if self.idle and not self._tasks:
                     return
-                task = self._tasks.popleft() if self._tasks else None
+                may_run_task = self.idle or time.monotonic() >= self._next_task
+                task = self._tasks.popleft() if self._tasks and may_run_task else None
             try:
                 with self._wake:
                     self._drop_cancelled()
@@ -218,7 +221,10 @@ class Scheduler:
                         self._fail(request, error)
                     self._running.clear()
             if task is not None:
+                started = time.monotonic()
                 task()
+                ended = time.monotonic()
+                self._next_task = ended + (ended - started)
 
     def _drop_cancelled(self) -> None:
         """Fail requests that have timed out, and remove cancelled ones."""

@@ -1,9 +1,9 @@
 """The served models: find an adapter, tokenize prompts, submit sequences, follow their output.
 
-Adapters are read and prompts tokenized in a thread of their own, so that neither the model nor
-other connections wait. A model name is looked up in a listing and never made into a path. All
-adapters share one base; those trained on another are listed with the reason why they cannot be
-used.
+Work that takes time has a thread for its kind (`Work`), so that neither the model nor the
+connections wait, and dear work delays no cheap work. An adapter is read again only when its files
+have changed. A model name is looked up in a listing and never made into a path. All adapters share
+one base; those trained on another are listed with the reason why they cannot be used.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
@@ -36,7 +36,7 @@ from ..errors import (
     ignore_events,
 )
 from ..inference import sequence
-from ..inference.generator import Generator, choose_seed, sequence_seed
+from ..inference.generator import FolderIdentity, Generator, choose_seed, folder_identity, sequence_seed
 from ..inference.multi_lora import LoadedAdapter
 from ..models import lora
 from ..models.memory import free_memory
@@ -51,7 +51,14 @@ _FOLDER_PATHS = re.compile(
 )
 
 
-@dataclass(frozen=True)
+# One thread for each. "encode" has prompts of at most `SHORT_PROMPT` characters or tokens; "find"
+# looks adapters up that are in memory, "load" reads them from disk.
+Work = Literal["list", "find", "load", "encode", "encode-long", "format", "metrics", "blend", "draw", "measure"]
+SHORT_PROMPT = 16_384
+SETTLED_SECONDS = 2.0  # file systems may give two changes within a tick of their clock one time
+
+
+@dataclass(frozen=True, eq=False)
 class ServedModel:
     """The base, or an adapter; `broken` is the reason why it cannot be used."""
 
@@ -95,31 +102,47 @@ class ModelService:
             max_cache_tokens=free_memory(self.base.device) // 4 // generator.engine.kv_bytes_per_token,
         )
         self._layer_sizes = layer_sizes(generator.engine.multi_lora.layers)
-        self._tokenizer = copy.deepcopy(self.base.tokenizer)  # tokenizers are not thread-safe
-        self._adapter_tokenizers: WeakKeyDictionary[LoadedAdapter, PreTrainedTokenizerBase] = WeakKeyDictionary()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lora_tuner-service")
+        self._base_model = ServedModel(self.name)
+        self._models: dict[Path, tuple[FolderIdentity, ServedModel]] = {}  # as they were last read
+        self._tokenizers: dict[Work, WeakKeyDictionary[object, PreTrainedTokenizerBase]] = {
+            "encode": WeakKeyDictionary(),
+            "encode-long": WeakKeyDictionary(),
+        }
+        for copies in self._tokenizers.values():
+            copies[generator] = copy.deepcopy(self.base.tokenizer)
+        self._threads: dict[Work, ThreadPoolExecutor] = {
+            work: ThreadPoolExecutor(1, thread_name_prefix=f"lora_tuner-{work}") for work in get_args(Work)
+        }
 
     def start(self) -> None:
         self.scheduler.start()
 
     def stop(self) -> None:
         self.scheduler.stop()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        for thread in self._threads.values():
+            thread.shutdown(wait=False, cancel_futures=True)
 
-    async def run_in_thread(self, work: Callable[[], T]) -> T:
-        """Run blocking work in the service's one thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+    async def run_in_thread(self, work: Work, function: Callable[[], T]) -> T:
+        """Call a blocking function in the thread for its kind of work, after those that wait there.
 
-    def list_models(self) -> list[ServedModel]:
-        """Read the library: the base first, then adapters by name."""
-        return [
-            ServedModel(self.name),
-            *(self._read_model(name, path) for name, path in sorted(self._paths().items())),
-        ]
+        One that still waits is dropped when the caller is cancelled.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._threads[work], function)
+
+    def list_models(self) -> tuple[ServedModel, ...]:
+        """Return the base, then the adapters of the library by name.
+
+        A model is the same object as long as its files have not changed.
+        """
+        paths = self._paths()
+        models = [self._read_model(name, path) for name, path in sorted(paths.items())]
+        for removed in self._models.keys() - set(paths.values()):
+            self._models.pop(removed, None)
+        return self._base_model, *models
 
     def get_model(self, id: str) -> ServedModel:
-        """Read one model. Raises UnknownModelError."""
-        return ServedModel(self.name) if id == self.name else self._read_model(id, self._path(id))
+        """Return one model. Raises UnknownModelError."""
+        return self._base_model if id == self.name else self._read_model(id, self._path(id))
 
     def _path(self, name: str) -> Path:
         path = self._paths().get(name)
@@ -131,6 +154,17 @@ class ModelService:
         return self.only or {name: self.generator.library.path / name for name in self.generator.library.names()}
 
     def _read_model(self, name: str, path: Path) -> ServedModel:
+        """Return an adapter, read again only if its files have changed."""
+        identity = folder_identity(path)
+        known_identity, model = self._models.get(path, (None, None))
+        if model is None or identity != known_identity:
+            model = self._check_model(name, path)
+            changed = max((file[-1] for file in identity if file is not None), default=0)
+            if time.time_ns() - changed > SETTLED_SECONDS * 1e9:
+                self._models[path] = identity, model
+        return model
+
+    def _check_model(self, name: str, path: Path) -> ServedModel:
         if name == self.name:
             return ServedModel(name, path, broken="The base model has the same name: rename this adapter.")
         try:
@@ -141,28 +175,50 @@ class ModelService:
             return ServedModel(name, path, broken=str(error))
         return ServedModel(name, path, adapter)
 
-    def find_adapter(self, model: str) -> tuple[str | None, LoadedAdapter | None]:
+    async def find_adapter(self, model: str) -> tuple[str | None, LoadedAdapter | None]:
         """Return the name and weights of an adapter, loaded where needed; (None, None) for the base.
 
         Raises UnknownModelError, or AdapterError with the reason for one that is broken.
         """
         if model == self.name:
             return None, None
-        resident = self.generator.get_loaded(model)  # under a name that came from the listing
+        # Resident under a name that came from the listing.
+        resident = await self.run_in_thread("find", partial(self.generator.get_loaded, model))
         if resident is not None:
             return model, resident
-        return self.generator.get_or_load(self._path(model))
+        path = await self.run_in_thread("list", partial(self._path, model))
+        return await self.run_in_thread("load", partial(self.generator.get_or_load, path))
 
-    def encode(self, prompt: Prompt, lora: LoadedAdapter | None = None) -> list[int]:
-        """Return the token ids of a prompt; those of a conversation end where the answer begins.
+    async def encode_all(self, prompts: Sequence[Prompt], lora: LoadedAdapter | None = None) -> list[list[int]]:
+        """Return the token ids of prompts; those of a conversation end where the answer begins.
 
-        An adapter with a tokenizer of its own has its chat template applied.
+        An adapter with a tokenizer of its own has its chat template applied. Raises what `encode`
+        raises.
+        """
+        work: Work = "encode" if sum(map(_prompt_size, prompts)) <= SHORT_PROMPT else "encode-long"
+
+        def encode_prompts() -> list[list[int]]:
+            tokenizer = self._tokenizer_copy(work, lora)
+            return [self.encode(prompt, tokenizer) for prompt in prompts]
+
+        return await self.run_in_thread(work, encode_prompts)
+
+    def _tokenizer_copy(self, work: Work, lora: LoadedAdapter | None) -> PreTrainedTokenizerBase:
+        """Return the tokenizer for a thread alone, as tokenizers are not thread-safe."""
+        copies = self._tokenizers[work]
+        if lora is None or lora.tokenizer is None:
+            return copies[self.generator]
+        if lora not in copies:
+            copies[lora] = copy.deepcopy(lora.tokenizer)
+        return copies[lora]
+
+    def encode(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Return the token ids of one prompt.
 
         Raises GenerationError when it leaves no room in the context, holds invalid token ids, or
         the base has no chat template; RequestError when a message spells a special token, which the
         template would take for its own.
         """
-        tokenizer = self._tokenizer_of(lora)
         if isinstance(prompt, str):
             return self.generator.encode_prompt(prompt, tokenizer).token_ids
         if isinstance(prompt, tuple):
@@ -181,14 +237,6 @@ class ModelService:
             )
         return self.generator.check_fits_context(prompt)
 
-    def _tokenizer_of(self, lora: LoadedAdapter | None) -> PreTrainedTokenizerBase:
-        """Return a copy for this thread: tokenizers are not thread-safe."""
-        if lora is None or lora.tokenizer is None:
-            return self._tokenizer
-        if lora not in self._adapter_tokenizers:
-            self._adapter_tokenizers[lora] = copy.deepcopy(lora.tokenizer)
-        return self._adapter_tokenizers[lora]
-
     def hide_paths(self, text: str) -> str:
         """Remove the folders of this machine from a message."""
         for folder in (self.generator.library.path, *(path.parent for path in self.only.values())):
@@ -200,13 +248,9 @@ class ModelService:
 
         Raises what `find_adapter`, `encode` and `Scheduler.reserve` raise.
         """
-
-        def find_and_encode() -> PreparedRequest:
-            name, lora = self.find_adapter(model)
-            return PreparedRequest(model, name, lora, [self.encode(prompt, lora) for prompt in prompts])
-
         with self.scheduler.reserve(n * len(prompts)):
-            return await self.run_in_thread(find_and_encode)
+            adapter, lora = await self.find_adapter(model)
+            return PreparedRequest(model, adapter, lora, await self.encode_all(prompts, lora))
 
     def max_new_tokens(self, prompts: list[list[int]], max_tokens: int | None) -> int:
         """Check and return `max_tokens`; the default is what fits after the longest prompt.
@@ -281,6 +325,13 @@ class ModelService:
             for request in requests:
                 request.wake = lambda: None  # the loop may be closed by the time it is called
                 self.scheduler.cancel(request)
+
+
+def _prompt_size(prompt: Prompt) -> int:
+    """Return the characters of a text or conversation, or the number of token ids."""
+    if isinstance(prompt, tuple):
+        return sum(len(text) for message in prompt for text in message.values())
+    return len(prompt)
 
 
 def _find_special_token(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:

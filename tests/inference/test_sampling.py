@@ -6,10 +6,12 @@ from collections import Counter
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from lora_tuner import SamplingParams
 from lora_tuner.inference import sampling as inference_sampling
+from lora_tuner.inference.generator import choose_seed
 
 LOGITS = [2.0, -1.0, 0.5, 1.9, -3.0, 1.0, 0.4]
 
@@ -125,3 +127,20 @@ def test_repeated_position_reuses_noise():
         repeated += [again(text, logits).argmax().item() for text in pair]
         assert repeated[-2:] == proposed
     assert repeated == expected
+
+
+@pytest.mark.parametrize("temperature", [9e-6, 1e-40, 5e-324])
+def test_tiny_temperature_is_greedy(temperature):
+    sampling = SamplingParams(temperature=temperature, repetition_penalty=1e-9)
+    assert choose_seed(sampling) is None
+    with pytest.raises(ValidationError, match="greedy does not sample: leave seed out"):
+        SamplingParams(temperature=temperature, seed=1)
+
+
+def test_extreme_sampling_settings_stay_finite():
+    sampling = SamplingParams(temperature=1e-5, repetition_penalty=1e-9)
+    processors = inference_sampling.make_logits_processors(sampling, 0)
+    logits = torch.tensor([[30.0, -1e4, 1e4, 0.0]])
+    scores = processors(torch.tensor([[0, 1]]), logits)
+    assert not scores.isnan().any()
+    assert scores.argmax() == 0

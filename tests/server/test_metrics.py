@@ -4,7 +4,7 @@ import logging
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from lora_tuner.server.metrics import JsonLines
+from lora_tuner.server.metrics import JsonLines, RepeatFilter
 
 from .. import api_server
 from ..api_server import PROMPT, write_adapter
@@ -47,7 +47,7 @@ def samples(served):
 
 def test_metrics_count_requests_and_tokens(gpt2, adapters_dir):
     with api_server.serving(gpt2, adapters_dir) as served:
-        prompt_tokens = len(served.service.encode(PROMPT))
+        prompt_tokens = len(served.service.encode(PROMPT, served.service.base.tokenizer))
         for model, count in (("a", 2), ("gpt2", 1)):
             for _ in range(count):
                 served.post("/v1/completions", model=model, prompt=PROMPT, n=2, temperature=0, max_tokens=5)
@@ -101,7 +101,7 @@ def test_log_line_holds_no_prompt(served, lines):
     served.post("/v1/completions", stream=True, **body)
     served.post("/v1/completions", **body | {"n": 0})
     served.post("/v1/completions", **body | {"model": "nobody"})
-    tokens = len(served.service.encode(SECRET))
+    tokens = len(served.service.encode(SECRET, served.service.base.tokenizer))
     served.wait(lambda: len(lines()) == 4)
     good, streamed, bad, unknown = lines()
     assert good["id"] == response.headers["x-request-id"] == response.json()["id"].removeprefix("cmpl-")
@@ -157,3 +157,32 @@ def test_log_marks_disconnected_client(served, lines):
         served.wait(lambda: len(lines()) == 1)
     (line,) = lines()
     assert (line["status"], line["complete"]) == (200, False)
+
+
+def test_repeated_error_is_logged_once_a_minute():
+    """The kind does not depend on what a client sent."""
+    passed, repeat_filter = [], RepeatFilter()
+
+    def log(time, level, line, error=None, text=""):
+        info = None if error is None else (type(error), error, error.__traceback__)
+        record = logging.LogRecord("x", level, "module.py", line, text, (), info)
+        record.created = time
+        if repeat_filter.filter(record):
+            passed.append((time, json.loads(JsonLines().format(record)).get("repeated", 0)))
+
+    def error(divisor):
+        try:
+            return 1 / divisor
+        except Exception as error:
+            return error
+
+    for time in range(59):
+        log(time, logging.WARNING, 1, text=f"sent {time}")
+        log(time, logging.ERROR, 2, error(0))
+        log(time, logging.ERROR, 2, error("other"))
+    assert passed == [(0, 0)] * 3
+    log(60, logging.WARNING, 1)
+    assert passed[3:] == [(60, 58)]
+    for _ in range(2):
+        log(61, logging.INFO, 3)  # requests
+    assert passed[4:] == [(61, 0)] * 2

@@ -213,6 +213,9 @@ def test_body_size_is_limited(monkeypatch):
         assert response.headers["connection"] == "close"
     assert send_request(method="POST", content=chunks(2)).content == b"0123401234"
     assert send_request(method="POST", headers={"Content-Length": "9" * 5000}, content=b"").status_code == 413
+    monkeypatch.setattr(middleware, "MAX_PAGE_BODY", 5)  # sent without the key
+    assert send_request("/login", method="POST", content=b"01234").content == b"01234"
+    assert send_request("/login", method="POST", content=b"012345").status_code == 413
 
 
 def run_middleware(receive):

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,10 +22,10 @@ from safetensors.numpy import load_file
 
 from lora_tuner import Generator, Library, ModelOptions, SamplingParams, evaluate, evaluation
 from lora_tuner.adapters import adapter
-from lora_tuner.errors import Interrupted, QueueFullError
+from lora_tuner.errors import GenerationError, Interrupted, QueueFullError
 from lora_tuner.inference.multi_lora import blend_loaded
 from lora_tuner.inference.sequence import Sequence
-from lora_tuner.server.metrics import Metrics
+from lora_tuner.server.metrics import JsonLines, Metrics
 from lora_tuner.server.playground.page import BLEND_TOKENS, Page, _SliderState
 
 from .. import adapter_files
@@ -742,6 +743,70 @@ def test_unused_gradio_routes_give_404(served):
         ):
             assert client.get(path).status_code == 404, path
         assert client.get("/health").status_code == 200
+
+
+CHARSETS = ["undefined", "unicode_escape", "utf-7", "utf-16", "idna", "nothing"]
+
+
+def test_page_refuses_what_gradio_cannot_read(gpt2, adapters, caplog):
+    caplog.set_level(logging.WARNING)
+    form = b"".join(
+        b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n\\ud800\xed\xa0\x80\r\n' % name
+        for name in (b"username", b"password")
+    )
+    join, event = "/gradio_api/queue/join", {"data": [], "session_hash": "s"}
+    with serving(gpt2, adapters, page=True, api_key=KEY) as served, httpx.Client(base_url=served.url) as client:
+        for charset in CHARSETS:
+            headers = {"Content-Type": f"multipart/form-data; boundary=x; charset={charset}"}
+            response = client.post("/login", content=form + b"--x--", headers=headers)
+            assert response.status_code in (400, 422), charset
+        assert client.post("/login", data={"username": "x", "password": KEY}).status_code == 200
+        for number in (9999, -1, 10**40):
+            response = client.post(join, json=event | {"fn_index": number})
+            assert response.status_code == 400
+            assert response.json()["error"]["message"] == "The page does not understand this request: reload it."
+        assert client.get("/", headers={"X-Forwarded-Host": "[::"}).status_code == 400
+        caplog.clear()
+        assert client.post(join, json=event | {"fn_index": 0}).status_code == 200  # without its inputs
+        served.wait(lambda: caplog.records)
+    (record,) = caplog.records
+    line = JsonLines().format(record)
+    assert "didn't receive enough input values" in json.loads(line)["traceback"]
+    assert "\n" not in line
+
+
+def test_measurements_leave_room_for_answers(served, monkeypatch):
+    """Twelve visitors measure, one after another; one who leaves the queue is dropped."""
+    entered, release = [], threading.Event()
+
+    def held(*arguments, **settings):
+        entered.append(arguments)
+        release.wait(30)
+        raise GenerationError("measured")
+
+    async def visit():
+        return [update async for update in Page(served.service, Metrics(served.service)).evaluate(["noir"], "")]
+
+    async def visit_all():
+        visits = [asyncio.create_task(visit()) for _ in range(12)]
+        while not entered:
+            await asyncio.sleep(0.01)
+        answer = await asyncio.to_thread(
+            served.post, "/v1/completions", model="noir", prompt=PROMPT, logprobs=1, max_tokens=3
+        )
+        assert (answer.status_code, len(entered)) == (200, 1)
+        leaver = visits.pop()
+        leaver.cancel()
+        await asyncio.gather(leaver, return_exceptions=True)
+        await asyncio.sleep(0.05)  # its work is dropped a little later
+        release.set()
+        return await asyncio.gather(*visits)
+
+    monkeypatch.setattr(evaluation, "evaluate_on", held)
+    with ThreadPoolExecutor() as pool:  # the browser's loop runs in this thread
+        visits = pool.submit(lambda: asyncio.run(visit_all())).result()
+    assert all("measured" in updates[-1] for updates in visits)
+    assert len(entered) == 11
 
 
 def test_page_names_no_other_host(served):

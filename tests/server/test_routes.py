@@ -462,7 +462,7 @@ def test_token_text_is_cached_off_loop(start_server, monkeypatch):
             assert served.post("/v1/completions", model="a", logprobs=5, **GREEDY).status_code == 200
     tokens = [token for token, _ in calls]
     assert len(tokens) == len(set(tokens)) > 5
-    assert all(thread.startswith("asyncio_") for _, thread in calls)
+    assert all(thread.startswith("lora_tuner-format") for _, thread in calls)
 
 
 # Chats
@@ -925,14 +925,14 @@ def test_full_queue_gives_429_with_retry(start_server):
 
 @contextlib.contextmanager
 def held_loading(served):
-    """Hold the search for adapters until the yielded function is called."""
-    find_adapter, released = served.service.find_adapter, threading.Event()
-    served.service.find_adapter = lambda model: released.wait(10) and find_adapter(model)
+    """Hold the loading of adapters until the yielded function is called."""
+    get_or_load, released = served.generator.get_or_load, threading.Event()
+    served.generator.get_or_load = lambda path: released.wait(10) and get_or_load(path)
     try:
         yield released.set
     finally:
         released.set()
-        served.service.find_adapter = find_adapter
+        served.generator.get_or_load = get_or_load
 
 
 def test_loading_requests_hold_queue_slots(start_server, expected_texts):
@@ -957,12 +957,95 @@ def test_loading_time_counts_towards_timeout(start_server):
         assert error_of(served.post("/v1/completions", model="a", **GREEDY), 504)["code"] == "timeout"
 
 
-@pytest.mark.parametrize("model", ["talker", "a"])
-def test_request_uses_service_thread_once(served, monkeypatch, model):
-    calls, run_in_thread = [], served.service.run_in_thread
-    monkeypatch.setattr(served.service, "run_in_thread", lambda work: calls.append(work) or run_in_thread(work))
-    served.post("/v1/completions", model=model, **GREEDY)
-    assert len(calls) == 1
+@pytest.mark.parametrize("work", ["list", "load", "encode-long", "format", "metrics", "blend", "draw", "measure"])
+def test_answers_pass_other_work(served, work):
+    """Requests that need no such work are answered while it is stuck."""
+    assert served.post("/v1/completions", model="a", **GREEDY).status_code == 200  # it is in memory now
+    with held(served, work):
+        for model in ("talker", "a"):
+            assert served.post("/v1/completions", model=model, **GREEDY).status_code == 200
+        assert served.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("work", "body"),
+    [
+        ("load", {"model": "b", "prompt": PROMPT}),
+        ("encode-long", {"model": "talker", "prompt": "x" * (service.SHORT_PROMPT + 1)}),
+        ("encode-long", {"model": "talker", "prompt": [PROMPT] * (service.SHORT_PROMPT // len(PROMPT) + 1)}),
+        ("format", {"model": "talker", "prompt": PROMPT, "logprobs": 2}),
+    ],
+    ids=["not in memory", "long prompt", "many prompts", "log-probabilities"],
+)
+def test_dear_request_waits_in_its_own_thread(start_server, work, body):
+    with start_server(max_waiting=5000) as served, concurrent.futures.ThreadPoolExecutor() as pool:
+        with held(served, work):
+            waiting = served.service._threads[work]._work_queue
+            dear = pool.submit(served.post, "/v1/completions", max_tokens=1, **body)
+            served.wait(lambda: waiting.qsize() == 1)
+            assert served.post("/v1/completions", model="talker", **GREEDY).status_code == 200
+            assert not dear.done()
+        assert dear.result(30).status_code in (200, 400)
+
+
+@contextlib.contextmanager
+def held(served, work):
+    """Keep a thread of the service busy."""
+    busy, release = threading.Event(), threading.Event()
+    served.service._threads[work].submit(lambda: busy.set() or release.wait(30))
+    assert busy.wait(10)
+    try:
+        yield
+    finally:
+        release.set()
+
+
+def test_listing_reads_only_changed_adapters(start_server, base, monkeypatch):
+    read = []
+    load_adapter_folder = library.load_adapter_folder
+    monkeypatch.setattr(
+        library, "load_adapter_folder", lambda path: read.append(path.name) or load_adapter_folder(path)
+    )
+    monkeypatch.setattr(service, "SETTLED_SECONDS", 0)
+    (start_server.adapters_dir / "empty").mkdir()
+    with start_server() as served:
+        first = served.get("/v1/models")
+        assert sorted(read) == ["a", "b", "empty"]
+        read.clear()
+        assert served.get("/v1/models").content == first.content
+        assert served.get("/v1/models/b").json() in first.json()["data"]
+        assert read == []
+        write_adapter(start_server.adapters_dir, "b", base, 5)
+        write_adapter(start_server.adapters_dir, "empty2", base, 5)
+        shutil.rmtree(start_server.adapters_dir / "a")
+        (start_server.adapters_dir / "empty" / adapter.CONFIG_FILE).write_text("{}")
+        read.clear()
+        listed = {model["id"]: model["broken"] for model in served.get("/v1/models").json()["data"]}
+        assert sorted(read) == ["b", "empty", "empty2"]
+        assert list(listed) == ["talker", "b", "empty", "empty2"]
+        assert "peft_type" in listed["empty"]
+
+
+def test_fresh_change_is_read_again(start_server, monkeypatch):
+    """The next change may have the same size and time."""
+    monkeypatch.setattr(service, "SETTLED_SECONDS", 1000)
+    with start_server() as served:
+        models = [served.service.get_model("a") for _ in range(2)]
+    assert models[0] is not models[1]
+
+
+def test_request_uses_few_threads(served, monkeypatch):
+    works, run_in_thread = [], served.service.run_in_thread
+
+    def counted(work, function):
+        works.append(work)
+        return run_in_thread(work, function)
+
+    served.post("/v1/completions", model="a", **GREEDY)  # loads it
+    monkeypatch.setattr(served.service, "run_in_thread", counted)
+    for model in ("talker", "a"):
+        served.post("/v1/completions", model=model, **GREEDY)
+    assert works == ["encode", "find", "encode"]
 
 
 def test_busy_adapter_does_not_delay_another(start_server):
@@ -1180,3 +1263,54 @@ def test_fuzzed_requests_match_openapi(schema, mode):
 @pytest.mark.parametrize("mode", list(GenerationMode))
 def test_many_fuzzed_requests_match_openapi(schema, mode):
     fuzz(schema, mode, 1000)
+
+
+# Limits of one request
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("completions", {"prompt": PROMPT, "n": 128, "logprobs": 5, "max_tokens": 20}, "logprobs"),
+        ("completions", {"prompt": [PROMPT] * 40, "n": 8, "logprobs": 0, "max_tokens": 40}, "logprobs"),
+        ("chat/completions", {"n": 128, "logprobs": True, "top_logprobs": 20}, "top_logprobs"),
+    ],
+    ids=["n", "prompts", "default max_tokens"],
+)
+def test_product_of_logprobs_is_limited(served, monkeypatch, path, body, field):
+    monkeypatch.setattr(routes, "MAX_LOGPROBS", 10_000)
+    if path != "completions":
+        body = body | {"messages": [{"role": "user", "content": "x"}]}
+    error = error_of(served.post(f"/v1/{path}", model="talker", **body), 400)
+    assert error["param"] == field
+    assert error["message"].endswith(f"the limit of this server is 10,000. Lower {field}, n or max_tokens.")
+
+
+def test_logprobs_within_limit_are_answered(served, monkeypatch):
+    monkeypatch.setattr(routes, "MAX_LOGPROBS", 2 * 3 * 6)
+    body = {"model": "talker", "prompt": PROMPT, "n": 2, "logprobs": 5}
+    assert served.post("/v1/completions", max_tokens=3, **body).status_code == 200
+    assert served.post("/v1/completions", max_tokens=4, **body).status_code == 400
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 5e-324])
+def test_tiny_temperature_is_greedy(served, expected_texts, temperature):
+    body = {"model": "a", **GREEDY, "temperature": temperature, "seed": 3, "top_k": 5}
+    (choice,) = served.post("/v1/completions", **body).json()["choices"]
+    assert choice["text"] == expected_texts["a"]
+
+
+@pytest.mark.parametrize(
+    ("body", "key"),
+    [
+        ('{"model": "talker", "prompt": "x", "model": "a"}', "model"),
+        ('{"model": "talker", "prompt": "x", "\\u006dodel": "a"}', "model"),
+        ('{"model": "talker", "prompt": "x", "stream_options": {"include_usage": true, "include_usage": null}}', "include_usage"),
+        ('{"model": "talker", "messages": [{"role": "user", "role": "system", "content": "x"}]}', "role"),
+    ],
+)  # fmt: skip
+def test_repeated_json_key_is_refused(served, body, key):
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    headers = {"Content-Type": "application/json"}
+    error = error_of(httpx.post(f"{served.url}{path}", content=body, headers=headers), 400)
+    assert error["message"] == f"The body is not valid JSON: '{key}' is given twice in an object."

@@ -1,25 +1,31 @@
+import asyncio
+import contextlib
 import json
 import os
 import queue
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
+import uvicorn
 from pydantic import ValidationError
+from uvicorn.server import ServerState
 
 import lora_tuner.server
 from lora_tuner import Generator, ModelOptions, SamplingParams
 from lora_tuner.adapters.library import Library
 from lora_tuner.config import ServerConfig
-from lora_tuner.errors import Notice
+from lora_tuner.errors import ConfigError, Notice
 from lora_tuner.server import runner as module
 from lora_tuner.server.runner import serve
 
@@ -228,6 +234,150 @@ def test_missing_browser_is_reported(gpt2, adapters_dir, started, monkeypatch):
     assert re.fullmatch(r"No browser found: open http://127.0.0.1:\d+ yourself.", line)
 
 
+# Connections
+
+PARTIAL_BODY = b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nuser"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"GET /health HT", PARTIAL_BODY, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"],
+    ids=["nothing", "partial header", "partial body", "whole request"],
+)
+def test_waiting_connections_leave_room(gpt2, adapters_dir, sent):
+    with (
+        api_server.serving(gpt2, adapters_dir, max_connections=8) as served,
+        contextlib.ExitStack() as stack,
+    ):
+        sockets = []
+        for _ in range(40):
+            sockets.append(stack.enter_context(socket.create_connection(("127.0.0.1", served.port), timeout=5)))
+            sockets[-1].sendall(sent)
+        assert served.get("/health").status_code == 200
+        assert served.post("/v1/completions", model="a", **GREEDY).status_code == 200
+        served.wait(lambda: len(served.server.server_state.connections) <= 8)
+
+
+def test_only_busy_connections_give_503(gpt2, adapters_dir):
+    with api_server.serving(gpt2, adapters_dir, max_connections=4) as served, served.held_steps() as release:
+        with ThreadPoolExecutor() as pool:
+            answers = [pool.submit(served.post, "/v1/completions", model="a", **GREEDY) for _ in range(3)]
+            served.wait(lambda: served.scheduler.waiting + served.scheduler.running == 3)
+            assert served.get("/health").status_code == 200  # the fourth
+            answers.append(pool.submit(served.post, "/v1/completions", model="a", **GREEDY))
+            served.wait(lambda: served.scheduler.waiting + served.scheduler.running == 4)
+            assert served.get("/health").status_code == 503
+            release(1000)
+            assert [answer.result().status_code for answer in answers] == [200] * 4
+        assert served.get("/health").status_code == 200
+
+
+class Transport(asyncio.Transport):
+    """Takes what is written, as if the client read it later or never."""
+
+    def __init__(self):
+        super().__init__()
+        self.unread, self.aborted = 0, False
+
+    def write(self, data):
+        self.unread += len(data)
+
+    def get_write_buffer_size(self):
+        return self.unread
+
+    def set_write_buffer_limits(self, high=None, low=None):
+        pass
+
+    def is_closing(self):
+        return self.aborted
+
+    def abort(self):
+        self.aborted = True
+
+    close = abort
+
+
+def test_stalled_connection_is_closed(monkeypatch):
+    """By a clock of its own."""
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x" * 100, "more_body": True})
+        await asyncio.Event().wait()
+
+    async def waited(sent, seconds, change=lambda connection: None):
+        config = uvicorn.Config(app, limit_concurrency=4, log_config=None)
+        connection = module._Connection(config, ServerState(), {})
+        now = [0.0]
+        monkeypatch.setattr(connection.loop, "time", lambda: now[0])
+        connection.connection_made(Transport())
+        if sent:
+            connection.data_received(sent)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        for _ in range(seconds):
+            now[0] += 1
+            change(connection)
+            connection.check_progress()
+        if connection.cycle is not None:
+            for task in connection.tasks:
+                task.cancel()
+        return connection.transport.aborted
+
+    def trickle(connection):
+        connection.data_received(b"x: y\r\n")
+
+    def read_some(connection):
+        connection.transport.unread -= 1
+
+    def read_all(connection):
+        connection.transport.unread = 0
+
+    request = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+    assert asyncio.run(waited(b"", 29)) is False
+    assert asyncio.run(waited(b"", 32)) is True
+    assert asyncio.run(waited(request, 32, trickle)) is True
+    assert asyncio.run(waited(request + b"\r\n", 32)) is True  # nothing is read
+    assert asyncio.run(waited(request + b"\r\n", 90, read_some)) is False
+    assert asyncio.run(waited(request + b"\r\n", 90, read_all)) is False  # it waits for the model
+
+
+def test_open_files_limit_connections(monkeypatch):
+    notices = []
+    monkeypatch.setattr(module.psutil.Process, "num_fds", lambda self: 30)
+
+    def fit(limit):
+        monkeypatch.setattr(resource, "getrlimit", lambda kind: (limit, limit))
+        return module._fit_connections(ServerConfig(), lambda event: notices.append(event.text)).max_connections
+
+    assert fit(1024) == fit(resource.RLIM_INFINITY) == 400
+    assert notices == []
+    assert fit(110) == 16
+    assert notices == [
+        "A process may open 110 files here, so at most 16 connections are open at once, not 400: for more, use `ulimit -n 878`."
+    ]
+    with pytest.raises(ConfigError, match=r"A process may open 80 files here, too few .* `ulimit -n 878`\."):
+        fit(80)
+
+
+@pytest.mark.slow
+def test_idle_strangers_stop_nobody(gpt2):
+    """120 connections against 110 open files."""
+    process = Process("--base", gpt2, files=110, LORA_TUNER_API_KEY="12345678")
+    try:
+        address = process.url.removeprefix("http://").split(":")
+        with contextlib.ExitStack() as stack:
+            for _ in range(120):
+                stack.enter_context(socket.create_connection((address[0], int(address[1])), timeout=10))
+            client = openai.OpenAI(base_url=f"{process.url}/v1", api_key="12345678", max_retries=0, timeout=20)
+            for _ in range(5):
+                assert client.completions.create(model="gpt2", **GREEDY).usage.completion_tokens == 20
+                time.sleep(0.5)
+        assert len(process.lines) < 20
+    finally:
+        process.process.kill()
+
+
 # Shutdown
 
 
@@ -290,11 +440,21 @@ def test_endless_connection_does_not_delay_shutdown(gpt2, adapters_dir):
 class Process:
     """Runs `cli.py serve`, and waits until it listens at `url`."""
 
-    def __init__(self, *arguments, **env):
+    def __init__(self, *arguments, files=None, **env):
+        limit = ["bash", "-c", f'ulimit -n {files} && exec "$@"', "bash"] if files else []
+        command = [
+            sys.executable,
+            ROOT / "cli.py",
+            "serve",
+            "--port",
+            "0",
+            "--device",
+            "cpu",
+            *map(str, arguments),
+        ]
         self.process = subprocess.Popen(
-            [sys.executable, ROOT / "cli.py", "serve", "--port", "0", "--device", "cpu", *map(str, arguments)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | env,
-        )  # fmt: skip
+            limit + command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | env
+        )
         self.lines = []
         threading.Thread(target=lambda: self.lines.extend(self.process.stderr), daemon=True).start()
         end = time.monotonic() + 60

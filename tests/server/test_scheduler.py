@@ -212,6 +212,40 @@ def test_work_runs_between_steps(generator, start):
     assert request.error is None
 
 
+def test_other_work_takes_half_of_time(generator, start, monkeypatch):
+    """By a clock of its own: a step takes a second, other work takes five."""
+    now, events, step, entered = [0.0], [], generator.engine.step, threading.Event()
+
+    def counted_step():
+        if generator.engine.sequences:
+            entered.wait(10)  # until all work waits
+            now[0] += 1
+            events.append("step")
+        step()
+
+    def work():
+        now[0] += 5
+        events.append("work")
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(generator.engine, "step", counted_step)
+    scheduler = start()
+    request = make_request(generator, tokens=40, seconds=1000)
+    request.started = 0.0
+    scheduler.submit(request)
+    threads = [threading.Thread(target=scheduler.run_between_steps, args=[work]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    wait(lambda: len(scheduler._tasks) >= 3)
+    entered.set()
+    for thread in threads:
+        thread.join(10)
+    wait(lambda: request.complete)
+    between = "".join(event[0] for event in events).strip("s").split("w")[1:-1]
+    assert len(between) == 3
+    assert all(len(steps) >= 5 for steps in between)
+
+
 def test_close_finishes_and_stop_fails(generator, start):
     steps = threading.Semaphore(0)
     scheduler = start(steps)

@@ -6,6 +6,7 @@ protection against injected scripts rests on the escaping in `html`.
 """
 
 import hmac
+import logging
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import gradio as gr
 from fastapi import FastAPI, HTTPException
+from gradio import queueing
 from gradio.routes import App
 from starlette.requests import Request
 from starlette.routing import Mount
@@ -27,6 +29,7 @@ ALLOWED_ROUTES = re.compile(
     r"|/gradio_api/(queue/join|queue/data|cancel|reset|startup-events|app_id|heartbeat/\w+)/?"
 )
 SOCIAL_TAGS = re.compile(rb'\s*<meta\s[^>]*"(og|twitter):[^>]*>')  # image and URLs for social networks
+log = logging.getLogger("lora_tuner.server")
 HEADERS = [
     (
         b"content-security-policy",
@@ -40,6 +43,7 @@ HEADERS = [
 
 def mount(app: FastAPI, service: ModelService, api_key: str | None) -> FastAPI:
     """Add the page at `/`, behind the app's own routes. An API key is its password."""
+    queueing.traceback = _LoggedTraceback  # type: ignore[attr-defined,assignment] # printed, it would break lines
     app = gr.mount_gradio_app(
         app,
         Page(service, app.state.metrics).blocks(),
@@ -72,12 +76,23 @@ def mount(app: FastAPI, service: ModelService, api_key: str | None) -> FastAPI:
 
 
 def _is_key(api_key: str, _name: str, password: str) -> bool:
-    return hmac.compare_digest(password.encode(), api_key.encode())
+    return hmac.compare_digest(password.encode(errors="replace"), api_key.encode())
+
+
+class _LoggedTraceback:
+    """Stands for the module `traceback` where Gradio prints the errors of events."""
+
+    @staticmethod
+    def print_exc() -> None:
+        log.exception("page")
 
 
 @dataclass
 class _RestrictedRoutes:
-    """ASGI wrapper: only the page's routes, only after login, and no other host in the browser."""
+    """ASGI wrapper: only the page's routes, only after login, and no other host in the browser.
+
+    The routes only read requests, so an unexpected error there is one of the request: status 400.
+    """
 
     app: App
     metrics: Metrics
@@ -90,6 +105,7 @@ class _RestrictedRoutes:
             raise HTTPException(401, "Log in first.")
         start: Message = {}
         body = bytearray()
+        failed = False
 
         async def send_page(message: Message) -> None:
             """Buffer the page, and send it without its social tags."""
@@ -102,25 +118,34 @@ class _RestrictedRoutes:
             page = SOCIAL_TAGS.sub(b"", bytes(body))
             kept = [header for header in start["headers"] if header[0] != b"content-length"]
             await send_with_headers({**start, "headers": [*kept, (b"content-length", b"%d" % len(page))]})
-            await send({"type": "http.response.body", "body": page})
+            await send_with_headers({"type": "http.response.body", "body": page})
 
         async def send_with_headers(message: Message) -> None:
+            nonlocal failed
             if message["type"] == "http.response.start":
+                failed = message["status"] == 500  # an unexpected error, which Gradio raises after its response
                 # Gradio's CORS headers let pages of any origin read its responses.
                 kept = [header for header in message["headers"] if not header[0].startswith(b"access-control-")]
                 message = {**message, "headers": kept + HEADERS}
-            await send(message)
+            if not failed:
+                await send(message)
 
+        send_edited = send_with_headers
         if path == "/":  # it is edited, so it must not be compressed
             plain = [header for header in scope["headers"] if header[0] != b"accept-encoding"]
-            await self.app({**scope, "headers": plain}, receive, send_page)
-            return
+            scope, send_edited = {**scope, "headers": plain}, send_page
         stream = path.startswith("/gradio_api/queue/data")  # ends when the last output was sent
         self.metrics.streams += stream
         try:
-            await self.app(scope, receive, send_with_headers)
+            await self.app(scope, receive, send_edited)
+        except Exception as error:
+            if not failed:
+                raise
+            log.warning("page", exc_info=error)
         finally:
             self.metrics.streams -= stream
+        if failed:
+            raise HTTPException(400, "The page does not understand this request: reload it.")
 
     def _is_logged_in(self, scope: Scope) -> bool:
         """Return True without an API key, or with a valid login cookie."""

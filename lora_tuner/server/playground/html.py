@@ -182,7 +182,7 @@ def _readme(adapter: Adapter) -> str:
 
 def progress(event: Progress | None) -> Markup:
     if event is None:
-        return note("Loading rows ...")
+        return note("Waiting for earlier evaluations, or loading rows ...")
     return Markup(
         '<div aria-busy="true"><p class="note">{}: {} of {} rows</p>'
         '<progress value="{}" max="{}" aria-label="Rows evaluated"></progress></div>'

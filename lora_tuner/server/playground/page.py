@@ -24,7 +24,7 @@ from ...adapters.library import read_consistently
 from ...config import SamplingParams, TrainConfig, resolve_settings
 from ...errors import AdapterError, ConfigError, GenerationError, Interrupted, LoraTunerError, Notice, Progress
 from ...inference.generator import choose_seed
-from ...inference.multi_lora import blend_loaded
+from ...inference.multi_lora import LoadedAdapter, blend_loaded
 from ..metrics import Metrics, RequestRecord
 from ..scheduler import Request
 from ..service import ModelService, PreparedRequest, ServedModel
@@ -60,7 +60,7 @@ class Page:
     def __init__(self, service: ModelService, metrics: Metrics) -> None:
         self.service = service
         self.metrics = metrics
-        # Evaluation tokenizes in a thread of its own, and tokenizers are not thread-safe.
+        # Evaluation tokenizes in its thread, and tokenizers are not thread-safe.
         self.evaluation_base = replace(service.base, tokenizer=copy.deepcopy(service.base.tokenizer))
 
     def blocks(self) -> gr.Blocks:
@@ -151,13 +151,12 @@ class Page:
         table = gr.HTML(apply_default_css=False, js_on_load=SELECT_ADAPTER)
         card = gr.HTML(html.note("Choose an adapter to see its details."), apply_default_css=False)
         refresh_events = [tab.select, refresh.click]
-        on(refresh_events, lambda: html.library(self._adapters()), None, table)
+        on(refresh_events, self.library, None, table)
         table.select(
             self.card,
             None,
             card,
             scroll_to_output=True,
-            concurrency_limit=1,  # matplotlib is not thread-safe
             show_progress="minimal",
             api_visibility="private",
         )
@@ -208,9 +207,13 @@ class Page:
     def _usable_names(self) -> list[str]:
         return [model.id for model in self._adapters() if model.broken is None]
 
-    def update_choices(self, *selections: str | list[str] | None) -> list[dict[str, object]]:
+    async def library(self) -> str:
+        """Show all adapters."""
+        return await self.service.run_in_thread("list", lambda: html.library(self._adapters()))
+
+    async def update_choices(self, *selections: str | list[str] | None) -> list[dict[str, object]]:
         """Offer the current adapters in each dropdown, and keep the selected ones that still exist."""
-        names = self._usable_names()
+        names = await self.service.run_in_thread("list", self._usable_names)
         updates = []
         for selected in selections:
             kept: str | list[str] | None = selected if selected in names else None
@@ -235,7 +238,7 @@ class Page:
                 raise ConfigError(
                     f"max_new_tokens: the limit of this server is {self.service.config.max_tokens:,}."
                 )
-            ids = await self.service.run_in_thread(partial(self.service.encode, prompt))
+            (ids,) = await self.service.encode_all([prompt])
         except LoraTunerError as error:
             yield self._failure(error)
             return
@@ -280,16 +283,17 @@ class Page:
         parts = [(round(1 - weight, 2), first), (round(weight, 2), second)]
         title = " + ".join(f"{part:g} {name}" for part, name in parts)
 
-        def blend_and_encode() -> PreparedRequest:
-            if outdated():
-                raise Interrupted
-            adapters = [(part, self.service.find_adapter(name)[1]) for part, name in parts]
-            ids = self.service.encode(prompt)
-            blended = blend_loaded([(part, lora) for part, lora in adapters if lora is not None])
-            return PreparedRequest(title, title, blended, [ids])
-
         try:
-            prepared = await self.service.run_in_thread(blend_and_encode)
+            ids = await self.service.encode_all([prompt])
+            adapters = [(part, (await self.service.find_adapter(name))[1]) for part, name in parts]
+
+            def blend() -> LoadedAdapter:
+                if outdated():
+                    raise Interrupted
+                return blend_loaded([(part, lora) for part, lora in adapters if lora is not None])
+
+            blended = await self.service.run_in_thread("blend", blend)
+            prepared = PreparedRequest(title, title, blended, ids)
         except Interrupted:
             return
         except LoraTunerError as error:
@@ -356,10 +360,15 @@ class Page:
     def _failure(self, error: Exception) -> Markup:
         return html.failure(self.service.hide_paths(str(error)))
 
-    def card(self, event: gr.EventData) -> str:
+    async def card(self, event: gr.EventData) -> str:
         """Show the adapter whose name was clicked."""
+        adapters = await self.service.run_in_thread("list", self._adapters)
+        model = next((model for model in adapters if model.id == event.name), None)
+        # One thread: matplotlib is not thread-safe.
+        return await self.service.run_in_thread("draw", partial(self._draw_card, model))
+
+    def _draw_card(self, model: ServedModel | None) -> str:
         try:
-            model = next((model for model in self._adapters() if model.id == event.name), None)
             if model is None or model.path is None:
                 raise AdapterError("This adapter no longer exists: refresh the list.")
             if model.adapter is None:
@@ -384,8 +393,10 @@ class Page:
             if isinstance(event, Progress):
                 latest = event
 
+        models = await self.service.run_in_thread("list", self._adapters)
+        adapters = [model.adapter for model in models if model.id in names and model.adapter]
+
         def run_evaluation() -> str:
-            adapters = [model.adapter for model in self._adapters() if model.id in names and model.adapter]
             if not adapters:
                 raise GenerationError("Choose at least one adapter to evaluate.")
             eval_rows = resolve_settings(TrainConfig, {"eval_rows": rows}).eval_rows if rows else None
@@ -399,7 +410,8 @@ class Page:
                 )
             )
 
-        task = asyncio.create_task(asyncio.to_thread(run_evaluation))
+        # One after another, as each uses what the ones before it have cached.
+        task = asyncio.create_task(self.service.run_in_thread("measure", run_evaluation))
         # Retrieve the exception, which asyncio logs otherwise when the visitor has left.
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
@@ -411,6 +423,7 @@ class Page:
             yield self._failure(error)
         finally:
             stopped = True
+            task.cancel()  # if it has not begun
 
 
 def _buttons(name: str) -> tuple[gr.Button, gr.Button]:
