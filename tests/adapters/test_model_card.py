@@ -234,7 +234,7 @@ def test_gain_plot_cell_texts(tmp_path, monkeypatch):
         gains([0.1], sets=["$_{$"], base="$^{$"),
         gains([0.1, 0.2], sets=["$a_b{c", r"\frac{$"], adapters=["a_b"], base="/models/my_$base$"),
         gains([0.1], [0.2], adapters=["a_b-1", "A" * 12]),
-        gains(*[[0.01 * i * j for i in range(12)] for j in range(12)]),
+        pytest.param(gains(*[[0.01 * i * j for i in range(12)] for j in range(12)]), marks=pytest.mark.slow),
     ],
     ids=["one", "loss", "missing", "all-missing", "zero", "far", "formula", "names", "column", "many"],
 )

@@ -23,6 +23,11 @@ from ..model_families import save_family
 OTHERS = [name for name in METHODS if name != "lora"]
 
 
+def quick(*names, among):
+    """Return parameters of which all but the named ones are slow."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in among]
+
+
 def test_methods_table_is_complete():
     assert set(METHODS) == set(get_args(MethodName))
     assert next(iter(METHODS)) == TrainConfig().method == "lora"
@@ -48,7 +53,7 @@ def loss(setup):
     return measure_loss(setup.model, setup.base, setup.held_out).loss
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", quick("dora", "pissa", "eva", among=METHODS))
 def test_training_lowers_loss_and_keeps_base(config_for, method):
     config = config_for(method, max_steps=12)
     before = prepare_training(config)
@@ -66,7 +71,7 @@ def test_training_lowers_loss_and_keeps_base(config_for, method):
             assert torch.equal(weight, weights[name])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", quick("rslora", "dora", "pissa", "eva", among=METHODS))
 def test_saved_adapter_loads_in_plain_peft(config_for, model_folder, method):
     """PEFT alone computes the measured loss from the files, which name no initializer."""
     adapter = train(config_for(method))
@@ -90,9 +95,7 @@ def test_saved_adapter_loads_in_plain_peft(config_for, model_folder, method):
         assert torch.equal(state.get(name, state.get(wrapped_name, parameter)), parameter)
 
 
-@pytest.mark.parametrize(
-    "method", ["pissa", "eva", *(pytest.param(method, marks=pytest.mark.slow) for method in OTHERS[:3])]
-)
+@pytest.mark.parametrize("method", quick("pissa", among=OTHERS))
 def test_resumed_method_equals_uninterrupted_run(config_for, method, stop_at):
     whole = train(config_for(method, name="whole", save_every=2))
 
@@ -104,7 +107,7 @@ def test_resumed_method_equals_uninterrupted_run(config_for, method, stop_at):
     assert again.sha256 == whole.sha256
 
 
-@pytest.mark.parametrize("method", OTHERS)
+@pytest.mark.parametrize("method", quick("dora", "eva", among=OTHERS))
 def test_child_adapter_keeps_method(config_for, method):
     parent = train(config_for(method, name="parent"))
     again = {"dataset": "reviews.csv", "max_length": 64, "eval_rows": 8}
@@ -268,7 +271,9 @@ def test_evaluate_matches_training_for_every_method(config_for):
         assert cell.loss == pytest.approx(adapter.manifest.result.loss, abs=1e-4)
 
 
-@pytest.mark.parametrize("family", ["opt", "qwen2_moe", "gemma3", "jamba", "bart"])
+@pytest.mark.parametrize(
+    "family", quick("opt", "qwen2_moe", among=["opt", "qwen2_moe", "gemma3", "jamba", "bart"])
+)
 def test_eva_starts_at_base_in_family(tmp_path, settings, family):
     """Rows that are flattened, experts, towers and other parts that no text reaches."""
     base = save_family(tmp_path / family, family)

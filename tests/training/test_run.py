@@ -113,7 +113,7 @@ HARD = {"dropout": 0.1, "gradient_accumulation": 2, "max_steps": 30, "max_rows":
 
 @pytest.mark.parametrize(
     ("step", "number"),
-    [(2, signal.SIGINT), (13, signal.SIGTERM), pytest.param(16, signal.SIGINT, marks=pytest.mark.slow)],
+    [(13, signal.SIGTERM), *(pytest.param(step, signal.SIGINT, marks=pytest.mark.slow) for step in (2, 16))],
 )
 def test_resumed_run_is_bitwise_equal(settings, step, number):
     """Over several epochs, with dropout and accumulation, at a checkpoint's step and between two."""
@@ -149,14 +149,17 @@ def test_second_sigint_stops_immediately_resumable(settings):
     "how",
     [
         {"schedule": "constant"},
-        {
-            "schedule": "constant",
-            "learning_rate": 0.2,
-            "max_steps": 60,
-            "eval_every": 2,
-            "patience": 2,
-            "max_rows": 40,
-        },
+        pytest.param(
+            {
+                "schedule": "constant",
+                "learning_rate": 0.2,
+                "max_steps": 60,
+                "eval_every": 2,
+                "patience": 2,
+                "max_rows": 40,
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_interrupt_after_training_resumes_without_steps(settings, monkeypatch, how):
