@@ -20,7 +20,7 @@ from ..signals import HANGUP, TERMINATION, handle_signals
 from . import adapters, convert, doctor, evaluate, generate, serve, train
 from .display import print_stderr
 from .options import StrictCommand, display
-from .streams import is_reader_gone, reliable_streams, stdout_error
+from .streams import is_reader_gone, quiet_libraries, reliable_streams, stdout_error
 
 OUT_OF_MEMORY = (
     "Out of memory: for training lower --batch-size or --max-length, for generation --n; or use --dtype bfloat16."
@@ -33,7 +33,7 @@ class _Commands(TyperGroup):
     """Turn errors into one line and an exit status: 1 error, 2 wrong usage, 130 interrupted."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        with reliable_streams():
+        with reliable_streams(), quiet_libraries():
             return super().main(*args, **kwargs)
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:

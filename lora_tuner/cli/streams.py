@@ -1,4 +1,4 @@
-"""Standard streams that never end a command.
+"""Standard streams that never end a command, and that show no advice of libraries to programmers.
 
 The reader of a pipe may leave (`| head`), a terminal may be closed, the disk of a log may be full,
 and a stream may be closed before the command starts. What cannot be shown then is dropped.
@@ -7,10 +7,12 @@ and a stream may be closed before the command starts. What cannot be shown then 
 import contextlib
 import errno
 import io
+import logging
 import os
 import select
 import stat
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -78,6 +80,24 @@ def _lossy(stream: TextIO | None) -> TextIO:
         errors=stream.errors,
         line_buffering=stream.line_buffering or stream.write_through,
     )
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Drop warnings and log messages below errors: libraries address them to programmers.
+
+    `python -W` shows warnings. The server logs again, but for what these libraries advise.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def stdout_error() -> OSError | None:

@@ -39,6 +39,7 @@ from .routes import create_app
 from .service import ModelService
 
 POLL_SECONDS = 0.05  # between two checks for running requests
+MODEL_LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "peft", "torch", "transformers")
 DRAIN_SECONDS = 2.0  # for the last output to reach the page
 BACKLOG = 32  # connections that the system accepts for the server; asyncio opens as many at once
 SPARE_FILES = 16  # for adapters and the like
@@ -186,7 +187,10 @@ def _fit_connections(settings: ServerConfig, notify: EventHandler) -> ServerConf
 
 
 def _configure_logging() -> None:
-    """Log as JSON lines on stderr: requests, and warnings of libraries."""
+    """Log as JSON lines on stderr: requests, and warnings of libraries, but for those on models."""
+    logging.disable(logging.NOTSET)  # the command line has disabled warnings
+    for name in MODEL_LIBRARIES:
+        logging.getLogger(name).setLevel(logging.ERROR)
     logging.captureWarnings(True)
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())

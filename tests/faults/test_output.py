@@ -1,13 +1,18 @@
 """Output that cannot be shown ends no command: it is dropped, and the work is done."""
 
+import logging
 import os
 import subprocess
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from lora_tuner.server.runner import MODEL_LIBRARIES
 
 from .. import adapter_files
 from .injected_signals import dropped
@@ -77,6 +82,31 @@ def test_closed_streams_mix_no_output(library, tmp_path):
     assert shell("2>&-", "adapters", "show", "none") == (1, "", "")
     assert shell(">&-", "adapters", "list", "--json") == (0, "", "")
     assert shell("<&- >&- 2>&-", "adapters", "list") == (0, "", "")
+
+
+def advising() -> None:
+    """Make every library of models give advice while a base is loaded."""
+    from lora_tuner.models import loading
+
+    real = loading.load_base
+
+    def load_base(*arguments: Any) -> Any:
+        for name in MODEL_LIBRARIES:
+            logging.getLogger(f"{name}.any").warning("We strongly recommend it")
+        warnings.warn("It is deprecated", FutureWarning, stacklevel=1)
+        return real(*arguments)
+
+    setattr(loading, "load_base", load_base)  # noqa: B010
+
+
+@pytest.mark.parametrize(
+    "words", [["generate", "--adapter", "one", "Acting"], ["merge", "one", "--out", "merged"]]
+)
+def test_advice_of_libraries_is_not_shown(world, start, words):
+    ended = start(*words, "--adapters-dir", world / "adapters", before=advising).end()
+    assert ended.status == 0
+    assert "recommend" not in ended.err
+    assert "deprecated" not in ended.err
 
 
 def test_full_pipe_that_never_blocks_waits(library):

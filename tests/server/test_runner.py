@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import queue
 import re
@@ -466,6 +467,18 @@ class Process:
 
     def wait(self):
         return self.process.wait(30)
+
+
+def test_log_has_warnings_but_no_advice(capsys, monkeypatch):
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.root.manager, "disable", logging.WARNING)
+    for name in module.MODEL_LIBRARIES:
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.WARNING)
+    module._configure_logging()
+    for name in (*module.MODEL_LIBRARIES, "asyncio"):
+        logging.getLogger(f"{name}.any").warning("We recommend it")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert json.loads(line)["message"] == "We recommend it"
 
 
 @pytest.fixture
