@@ -25,7 +25,8 @@ from .errors import ConfigError
 if sys.platform != "win32":
     import fcntl
 
-_OLD_SUFFIX, WORK_SUFFIX = ".lora_tuner-old", ".lora_tuner-new"  # specific: files of others are never deleted
+# Specific: files of others are never deleted.
+_OLD_SUFFIX, WORK_SUFFIX = ".lora_tuner-old", ".lora_tuner-new"
 _ABANDONED_SECONDS = 24 * 3600.0  # age at which work counts as abandoned where there are no locks
 
 
@@ -130,7 +131,8 @@ def atomic_folder(target: Path, *, overwrite: bool = True) -> Iterator[Path]:
         mode = work.stat().st_mode
         yield work
         for path in sorted(work.rglob("*")):
-            path.chmod(mode if path.is_dir() else mode & 0o666)  # safetensors' files are for the owner alone
+            # safetensors' files are for the owner alone.
+            path.chmod(mode if path.is_dir() else mode & 0o666)
             fsync_path(path)
         fsync_path(work)
         finish_replacement(target.parent)
@@ -172,7 +174,8 @@ def _working_sibling(target: Path, create: Callable[[Path], None]) -> Iterator[P
             try:
                 yield work
             except Exception as error:
-                if type(error).__name__ == "SafetensorError":  # e.g. a full disk; its module is slow to import
+                # E.g. a full disk; its module is slow to import.
+                if type(error).__name__ == "SafetensorError":
                     raise as_os_error(error, target) from error
                 raise
             finally:
@@ -216,7 +219,8 @@ def _swap_names(one: Path, other: Path) -> bool:
     try:
         if sys.platform == "darwin":
             return bool(libc.renamex_np(*names, 2) == 0)  # RENAME_SWAP
-        return bool(libc.renameat2(-100, names[0], -100, names[1], 2) == 0)  # AT_FDCWD, RENAME_EXCHANGE
+        # AT_FDCWD, RENAME_EXCHANGE.
+        return bool(libc.renameat2(-100, names[0], -100, names[1], 2) == 0)
     except AttributeError:
         return False
 

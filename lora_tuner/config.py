@@ -37,7 +37,8 @@ LoadIn = Literal["auto", "full", "8bit", "4bit"]
 CleanMode = Literal["full", "lines", "none"]
 LongRows = Literal["auto", "truncate", "chunk"]
 MAX_RANK, MAX_ALPHA = 4096, 1_000_000
-MAX_COUNT = 1_000_000_000  # upper bound of steps, minutes and sizes: a larger number is a typing error
+# Upper bound of steps, minutes and sizes: a larger number is a typing error.
+MAX_COUNT = 1_000_000_000
 # Logits divided by less may overflow. A lower temperature is greedy, as in vLLM.
 MIN_TEMPERATURE, MIN_REPETITION_PENALTY = 1e-5, 1e-9
 MAX_SETTINGS_CHARS, MAX_SETTING_CHARS = 1_000_000, 10_000  # of a settings file, of one value
@@ -63,11 +64,13 @@ RENAMED_SETTINGS = {  # old key in run.yaml files of existing adapters and runs 
     "checkpointing": "gradient_checkpointing",
     "keep_lines": "clean",
 }
-RENAMED_VALUES = {"keep_lines": {"True": "lines", "False": "full"}}  # old key -> old value -> current value
+# Old key -> old value -> current value.
+RENAMED_VALUES = {"keep_lines": {"True": "lines", "False": "full"}}
 # Defaults that the run.yaml of earlier versions spells out where they are no choice, and the keys that tell such a file.
 SPELLED_OUT = {"split": "train", "shuffle_buffer": 10_000}
 _RUN_FILE_KEYS = {"adapters_dir", "runs_dir", "split_salt"}
-SettingValues = dict[str, Any]  # setting -> value, as YAML or the command line gives it; not validated
+# Setting -> value, as YAML or the command line gives it; not validated.
+SettingValues = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,8 @@ def held_out_losses(
         if _loss_key(adapter) != key:
             raise AdapterError(f"{name} was replaced while it was loaded: evaluate it again.")
         tokenizer = load_adapter_tokenizer(adapter, base, replace(options, notify=notify))
-        if tokenizer is not None:  # the base is measured on the adapter's rows, so that losses can be paired
+        # The base is measured on the adapter's rows, so that losses can be paired.
+        if tokenizer is not None:
             encoded_sets, base_losses = encode(replace(base, tokenizer=tokenizer))
         else:
             encoded_sets, base_losses = base_rows = base_rows or encode(base)

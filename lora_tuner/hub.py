@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w.+/-]{0,250}", re.ASCII)
 REACHABLE_SECONDS = 4.0  # until the Hub counts as unreachable
-READ_SECONDS = 10.0  # without a byte until a connection is closed; it is retried until STALLED_SECONDS
+# Without a byte until a connection is closed; it is retried until STALLED_SECONDS.
+READ_SECONDS = 10.0
 WRITE_SECONDS = 60.0  # the same for uploads, which the Hub may take long to process
 STALLED_SECONDS = 30.0  # without a completed response and below MIN_BYTES until the request fails
 MIN_BYTES = 16_000  # per STALLED_SECONDS
@@ -46,11 +47,13 @@ class RequestLimits:
         self.last_progress = math.inf  # time; infinite outside of `limited`
         self.last_activity = 0.0  # time of the last request or chunk
         self.bytes = 0  # since the last progress
-        self.server_error = ""  # message about the last response with status 5xx, if it is to be reported
+        # Message about the last response with status 5xx, if it is to be reported.
+        self.server_error = ""
 
     def before(self, request: httpx2.Request) -> None:
         """Set the timeouts of a request; raise HubError if nothing useful came for too long."""
-        if time.monotonic() - self.last_activity > 1.5 * READ_SECONDS:  # meanwhile hf_xet downloaded by itself
+        # Meanwhile hf_xet downloaded by itself.
+        if time.monotonic() - self.last_activity > 1.5 * READ_SECONDS:
             self.record_progress()
         self._check()
         limit = READ_SECONDS if request.method in ("GET", "HEAD") else WRITE_SECONDS
@@ -228,7 +231,8 @@ def hub_error_message(error: Exception, repo: str, *, writing: bool = False) -> 
     first = from_hub or generation_cause or error
     if isinstance(error, errors.HFValidationError):
         return f"'{repo}' is neither a local folder nor a Hub id (owner/name)."
-    if isinstance(first, errors.GatedRepoError) or "is a gated dataset" in str(error):  # datasets drops the cause
+    # datasets drops the cause.
+    if isinstance(first, errors.GatedRepoError) or "is a gated dataset" in str(error):
         return f"{repo} is gated: accept its terms on its Hub page, then run `hf auth login`."
     if isinstance(first, errors.RevisionNotFoundError):
         return f"{repo} has no such revision: leave --revision out, or name one of its branches, tags or commits."

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from .config import CODE_EXTENSIONS, DATA_EXTENSIONS
 
-CONTROL_CHARACTERS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")  # with lone surrogates
+# With lone surrogates.
+CONTROL_CHARACTERS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
 
 
 def display_name(name: str) -> str:

@@ -116,7 +116,8 @@ class Adapter:
     def layer_patterns(self) -> dict[str, dict[str, float]]:
         """`rank_pattern` and `alpha_pattern` with the names of the adapted layers as keys: PEFT
         would match a stranger's expressions without a limit of time."""
-        names = sorted(self.modules, key=len, reverse=True)  # the first key that matches a name's end counts
+        # The first key that matches a name's end counts.
+        names = sorted(self.modules, key=len, reverse=True)
         patterns: dict[str, dict[str, float]] = {}
         for setting in ("rank_pattern", "alpha_pattern"):
             values = {module: self._pattern_value(setting, module) for module in names}

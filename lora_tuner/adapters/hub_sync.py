@@ -48,7 +48,8 @@ SYNCED_FILES = (
     CARD_FILE,
     *TOKENIZER_FILES,
 )
-_PATH_SETTINGS = ("dataset", "eval_dataset", "base", "parent", "adapters_dir", "runs_dir")  # may be local paths
+# May be local paths.
+_PATH_SETTINGS = ("dataset", "eval_dataset", "base", "parent", "adapters_dir", "runs_dir")
 _TOKENIZER_PATHS = ("name_or_path", "tokenizer_file", "vocab_file")
 MAX_SIDE_FILE_BYTES = 10_000_000  # of each file except the weights
 MAX_TOKENIZER_BYTES = 64_000_000

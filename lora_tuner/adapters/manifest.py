@@ -41,7 +41,8 @@ class DatasetInfo(_ManifestModel):
     counts: dict[str, int]
     format: str = "text"  # or conversations, of which the answers alone are trained on
     clean: CleanMode | None = None  # None in older manifests, and if a blend's parents differ
-    eval_dataset: str | None = None  # dataset of the held-out rows, if they are not held out of the training rows
+    # Dataset of the held-out rows, if they are not held out of the training rows.
+    eval_dataset: str | None = None
     eval_split: str | None = None  # its split, if it has splits
     held_out_hash: Digest | None  # None without held-out rows
     held_out_rows: int
@@ -70,7 +71,8 @@ class EvalResult(_ManifestModel):
     @property
     def perplexities(self) -> tuple[float, float]:
         """Perplexity of the base and of the adapter."""
-        before, after = (math.exp(min(loss, 700.0)) for loss in (self.base_loss, self.loss))  # exp(710) overflows
+        # exp(710) overflows.
+        before, after = (math.exp(min(loss, 700.0)) for loss in (self.base_loss, self.loss))
         return before, after
 
 

@@ -18,9 +18,11 @@ from ..config import MAX_ALPHA, MAX_RANK
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 SCALING_KEYS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 MAX_PATTERNS = 1_000
-_MATCH_SECONDS = 2.0  # CPU time for all keys of a pattern on all layers; usual ones take milliseconds
+# CPU time for all keys of a pattern on all layers; usual ones take milliseconds.
+_MATCH_SECONDS = 2.0
 _PATTERN_KEY = re.compile(r"[ -~]{1,500}")
-_LARGE_COUNT = re.compile(r"\{(?!\d{1,2}(,\d{0,2})?\})|\{.*\{.*\{")  # `regex` would copy what is repeated
+# `regex` would copy what is repeated.
+_LARGE_COUNT = re.compile(r"\{(?!\d{1,2}(,\d{0,2})?\})|\{.*\{.*\{")
 _TYPES: dict[str, tuple[type, ...]] = {
     "r": (int,),
     "target_modules": (list, str),

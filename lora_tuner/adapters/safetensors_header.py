@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 LFS_POINTER = b"version https://git-lfs"  # start of a file that a clone without git-lfs has instead
-_MAX_HEADER_BYTES = 5_000_000  # enough for 15,000 adapted layers; parsed it takes up to 30 times as much memory
+# Enough for 15,000 adapted layers; parsed it takes up to 30 times as much memory.
+_MAX_HEADER_BYTES = 5_000_000
 _DTYPE_BYTES = {
     "BF16": 2,
     "F16": 2,
@@ -70,7 +71,8 @@ def _tensor_entries(data: bytes) -> dict[str, TensorEntry]:
         raise ValueError("it is no JSON object")
     header = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys)
     for key, value in (header.pop("__metadata__", None) or {}).items():
-        f"{key}{value + ''}".encode()  # raises for values that are not text, and for lone surrogates
+        # Raises for values that are not text, and for lone surrogates.
+        f"{key}{value + ''}".encode()
     return {name: _tensor_entry(entry) for name, entry in header.items()}
 
 

@@ -16,7 +16,7 @@ from .display import print_result, print_table, show_json
 from .options import JsonOption, Overrides, display, settings_options
 
 if TYPE_CHECKING:
-    from ..training.inputs import PreviewedRow
+    from ..training.preview import PreviewedRow
     from ..training.profiling import RunEstimate
     from ..training.sweep import SweepResult
 
@@ -49,7 +49,8 @@ def train(
     if len(configs) > 1 and (plan or preview):
         raise ConfigError("--plan and --preview are for a single run: give one rank and one learning rate.")
     settings = configs[0]
-    from ..training import inputs, run, sweep
+    from ..training import run, sweep
+    from ..training.preview import preview as preview_rows
 
     if distributed.expected_world_size() > 1 and preview:
         raise ConfigError("--preview is for a single process: run it without torchrun.")
@@ -61,7 +62,7 @@ def train(
         )
         show_json(result.to_dict()) if as_json else _show_sweep(result)
     elif preview:
-        rows = inputs.preview(settings, preview, display)
+        rows = preview_rows(settings, preview, display)
         show_json([dataclasses.asdict(row) for row in rows]) if as_json else _show_preview(rows)
     elif plan:
         estimate = run.plan(settings, display)

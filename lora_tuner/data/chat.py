@@ -15,7 +15,8 @@ from ..errors import InvalidRowError
 
 CHAT_MARK = "\x02"
 Message = dict[str, str]  # keys role and content, as in TRL and OpenAI's API
-FullMessage = dict[str, Any]  # role and content, and maybe reasoning_content, tool_calls, weight, ...
+# Role and content, and maybe reasoning_content, tool_calls, weight, ...
+FullMessage = dict[str, Any]
 Clean = Callable[[str], str]
 _ROLES = {
     "system": ("system", "developer"),
@@ -29,9 +30,11 @@ REASONING_FIELDS = (
     "thinking",
     "reasoning",
 )  # one thing under the names of several templates
-PARTS = ("system", "tools", *REASONING_FIELDS)  # columns that belong to the conversation beside them
+# Columns that belong to the conversation beside them.
+PARTS = ("system", "tools", *REASONING_FIELDS)
 _CLEANED = ("content", "prompt", "completion", "system", "reasoning_content")
-_LEARN = ("weight", "train", "training", "trainable", "loss")  # 0 or false: an answer that is not learned
+# 0 or false: an answer that is not learned.
+_LEARN = ("weight", "train", "training", "trainable", "loss")
 # A field is no part of the conversation if one of these words is in its name.
 _METADATA = re.compile(
     "at|country|created|date|datetime|hash|hashed|header|id|identifier|ids|index|ip|lang|language|meta|metadata|model|"

@@ -27,7 +27,8 @@ _THINKING_TAG = re.compile(r"([<\[]/?[^<>\[\]\s/]*(?:think|thought|reason)[^<>\[
 _THINKING_START = re.compile(rf"{_THINKING_TAG.pattern}(\s*)(?:{_THINKING_TAG.pattern}\s*)?$", re.IGNORECASE)
 
 _ROLE = "(?:system|user|assistant|tool|model|developer|human|ipython|function|observation|environment)"
-_TURN = re.compile(  # <|user|>, <｜User｜>, <|USER_TOKEN|>; [INST]; <|im_start|>user, <start_of_turn>user
+# <|user|>, <｜User｜>, <|USER_TOKEN|>; [INST]; <|im_start|>user, <start_of_turn>user.
+_TURN = re.compile(
     rf"<[|｜]{_ROLE}(?:_TOKEN)?[|｜]>|\[\|{_ROLE}\|\]|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS)\]"
     rf"|<(?:[|｜][^<>\s]{{1,40}}|start_of_turn)>\s?{_ROLE}(?=[\s<:])",
     re.IGNORECASE,

@@ -28,7 +28,8 @@ _CODE_LINE = re.compile(
     r"|^\s*(?:import|return|elif|def|class|const|var|func|fn|struct|static|public|private|echo|export|SELECT|CREATE|INSERT)\b"
 )
 _MARKDOWN_LINE = re.compile(r"\s*(?:#{1,6} |[-*+] |\d+[.)] |> |\||```|~~~)|.*(?:\*\*\w|\]\(|`[^`]+`)")
-_CODE_SHARE, _INDENTED_CODE_SHARE, _INDENT_SHARE, _MARKDOWN_SHARE = 0.6, 0.3, 0.2, 0.25  # of the lines of a text
+# Of the lines of a text.
+_CODE_SHARE, _INDENTED_CODE_SHARE, _INDENT_SHARE, _MARKDOWN_SHARE = 0.6, 0.3, 0.2, 0.25
 _STRUCTURED_SHARE = 0.25  # of the texts
 
 
@@ -82,7 +83,8 @@ def are_structured(texts: Sequence[str]) -> bool:
 
 def _is_structured(text: str) -> bool:
     lines = [line for line in text.splitlines() if line.strip()]
-    if len(lines) < 2 or 2 * sum(line.lstrip().startswith("<") for line in lines) > len(lines):  # HTML
+    # Most lines are HTML.
+    if len(lines) < 2 or 2 * sum(line.lstrip().startswith("<") for line in lines) > len(lines):
         return False
     code, indented, markdown = (
         sum(map(bool, matches)) / len(lines)

@@ -29,7 +29,8 @@ from ..errors import DataError
 Row = Mapping[str, object]
 PEEKED_ROWS = 100  # rows that determine the columns of a stream
 AUTO_LINES = 1000  # lines that determine how a txt file is split into rows
-_ROW_KEYS = {"text", "content", "messages", "conversations", "prompt", "instruction"}  # of a row, not of a file
+# Of a row, not of a file.
+_ROW_KEYS = {"text", "content", "messages", "conversations", "prompt", "instruction"}
 _TO_CLOSING_QUOTE = re.compile(r'(?:[^"]|"")*+"')  # from within a quoted field of a csv file
 _CHANGED = "it changed while it was read: try again when it is complete"
 

@@ -15,7 +15,8 @@ GOES_ON = "\x03"  # last character of a text that goes on, so it has no end-of-t
 MIN_TEXT_CHARS = 1_000  # shortest text of which blocks are held out
 _BLOCK_PERIOD, _MAX_BLOCKS = 50_000, 10  # characters of a text per held-out block
 _MIN_GAP_CHARS = 100  # unused text in front of a block and behind it
-_HELD_OUT_ROW_CHARS = 2_000  # length of the rows of a held-out block: about the tokens that are measured
+# Length of the rows of a held-out block: about the tokens that are measured.
+_HELD_OUT_ROW_CHARS = 2_000
 # White space in front of a sentence or a line; not after initials and titles. Empty after a full-width stop.
 SENTENCE_START = re.compile(
     r"(?:(?<=[.!?\u2026\u0964\u061f\u06d4])|(?<=[.!?\u2026][\"'\u201d\u2019\u00bb)\]]))"

@@ -279,7 +279,8 @@ class CpuDecoder:
         causal = mask is None and count > 1
         hidden = self.embed(token_ids)
         if self.llama:
-            rotation = self.rotary_table(end - first)[positions].unsqueeze(-2)  # ([rows,] tokens, 1, half)
+            # ([rows,] tokens, 1, half).
+            rotation = self.rotary_table(end - first)[positions].unsqueeze(-2)
         else:
             hidden = hidden + self.position_embeddings[positions]
         hidden = hidden.view(-1, hidden.shape[-1])

@@ -24,7 +24,8 @@ class IncrementalDetokenizer:
         self.stopped = False
         self._context = [list(prompt_ids[-CONTEXT_TOKENS:])]  # groups of whole characters
         while len(self._context[0]) < len(prompt_ids) and self._decode(self._context)[:1] in ("", _INCOMPLETE):
-            self._context = [list(prompt_ids[-2 * len(self._context[0]) :])]  # began inside a character
+            # Began inside a character.
+            self._context = [list(prompt_ids[-2 * len(self._context[0]) :])]
         self._context_text = self._decode(self._context)
         self._pending: list[int] = []  # tokens whose last character may lack bytes
 

@@ -53,7 +53,8 @@ class Sequence:
         tokenizer = (self.lora and self.lora.tokenizer) or self.base.tokenizer
         self.detokenizer = IncrementalDetokenizer(tokenizer, self.prompt_ids, self.sampling.stop)
         self._eos_token_ids = self.base.eos_token_ids | {tokenizer.eos_token_id}
-        self.token_ids: Any = torch.tensor([self.prompt_ids], device=self.base.device)  # (1, capacity)
+        # (1, capacity).
+        self.token_ids: Any = torch.tensor([self.prompt_ids], device=self.base.device)
         self.logits_processors = make_logits_processors(self.sampling, self.seed)
         self._streamed = 0  # characters passed to `on_text`
 

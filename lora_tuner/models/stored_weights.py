@@ -3,15 +3,18 @@
 Limit: of quantized weights only those of bitsandbytes (8 and 4 bits) are understood.
 """
 
+import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..adapters import safetensors_header
 
+_BLOCK_BYTES = 1 << 24  # read at once
 WEIGHTS_FILE, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 # Beside a weight that bitsandbytes has quantized: scales, and in 4 bits its shape.
 _QUANTIZED_PART = re.compile(r"\.(weight\.((nested_)?(absmax|quant_map)|quant_state\.\w+)|SCB|weight_format)$")
@@ -70,3 +73,15 @@ def read_stored_tensors(paths: list[Path]) -> StoredTensors:
                     shapes_before[weight] = tuple(json.loads(file.read(end - begin))["shape"])
     bits = ("4bit" if shapes_before else "8bit") if quantized else None
     return StoredTensors(shapes | shapes_before, {name: tensor_bytes[name] for name in quantized}, bits)
+
+
+def tensor_hashes(path: Path) -> Iterator[tuple[str, str]]:
+    """Name and sha256 of each tensor in a file."""
+    header, start = safetensors_header.read_safetensors_header(path)
+    with path.open("rb") as file:
+        for name, (dtype, shape, begin, end) in header.items():
+            file.seek(start + begin)
+            digest = hashlib.sha256(f"{dtype}{shape}".encode())
+            for position in range(begin, end, _BLOCK_BYTES):
+                digest.update(file.read(min(end - position, _BLOCK_BYTES)))
+            yield name, digest.hexdigest()

@@ -23,7 +23,8 @@ from .protocol import error_response
 
 API_ENDPOINTS = ("/v1/models", "/v1/completions", "/v1/chat/completions")
 MAX_BODY = 1_000_000  # bytes
-MAX_PAGE_BODY = 200_000  # for other paths than those of the API: anyone may send them, without the key
+# For other paths than those of the API: anyone may send them, without the key.
+MAX_PAGE_BODY = 200_000
 MAX_SECONDS = 30.0  # for a whole body
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _CLOSE = {"Connection": "close"}  # the rest of the request stays unread

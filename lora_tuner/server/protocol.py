@@ -1,4 +1,4 @@
-"""Request and response schemas of OpenAI's API: https://platform.openai.com/docs/api-reference.
+"""Schemas of requests, models and errors in OpenAI's API: https://platform.openai.com/docs/api-reference.
 
 As there, null stands for an omitted field. Values that would change the output in a way that this
 server does not support are rejected by name; `neutral` has those that change nothing.
@@ -255,98 +255,6 @@ class ChatRequest(_GenerationRequest):
     def num_top_logprobs(self) -> int | None:
         """The number of alternatives for each token; None without log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-FinishReason = Literal["stop", "length"]
-
-
-class Logprobs(BaseModel):
-    """One entry for each token. `text_offset` is where the token begins in the output text."""
-
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
-
-
-class CompletionChoice(BaseModel):
-    index: int
-    text: str
-    logprobs: Logprobs | None
-    finish_reason: FinishReason | None
-
-
-class ResponseFields(BaseModel):
-    """Fields that a response and all chunks of a stream share."""
-
-    id: str
-    created: int
-    model: str
-    system_fingerprint: str
-    usage: Usage | None = None
-
-
-class Completion(ResponseFields):
-    """A response of /v1/completions, or a chunk of its stream."""
-
-    object: Literal["text_completion"] = "text_completion"
-    choices: list[CompletionChoice]
-
-
-class TopLogprob(BaseModel):
-    """`bytes` is null for a token whose bytes are unknown."""
-
-    token: str
-    logprob: float
-    bytes: list[int] | None
-
-
-class TokenLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(BaseModel):
-    content: list[TokenLogprob]
-
-
-class ChatMessage(BaseModel):
-    role: Literal["assistant"] = "assistant"
-    content: str
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: ChatMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
-
-
-class ChatCompletion(ResponseFields):
-    object: Literal["chat.completion"] = "chat.completion"
-    choices: list[ChatChoice]
-
-
-class Delta(BaseModel):
-    role: Literal["assistant"] | None = None
-    content: str
-
-
-class ChatChunkChoice(BaseModel):
-    index: int
-    delta: Delta
-    logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
-
-
-class ChatCompletionChunk(ResponseFields):
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    choices: list[ChatChunkChoice]
 
 
 class AdapterInfo(BaseModel):

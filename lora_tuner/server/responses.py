@@ -1,4 +1,6 @@
-"""Format the output of sequences as OpenAI's two endpoints do, whole or as deltas of a stream.
+"""Response schemas of OpenAI's two endpoints, filled with the output of sequences.
+
+A response is whole or a delta of a stream.
 
 Sequences are read while the scheduler's thread extends them. A token may be part of a character: it
 is then spelled by its bytes, and the text follows with the token that completes the character. All
@@ -8,31 +10,114 @@ tokens of one character share its text offset.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..inference.sequence import Sequence, TokenLogprobs
-from .protocol import (
-    ChatChoice,
-    ChatChunkChoice,
-    ChatCompletion,
-    ChatCompletionChunk,
-    ChatLogprobs,
-    ChatMessage,
-    Completion,
-    CompletionChoice,
-    Delta,
-    FinishReason,
-    Logprobs,
-    ResponseFields,
-    TokenLogprob,
-    TopLogprob,
-)
 
 MIN_LOGPROB = -9999.0  # OpenAI's value for a probability of zero
 TokenSpeller = Callable[[int], tuple[str, list[int] | None]]  # see `token_text`
+
+
+# Schemas
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class Logprobs(BaseModel):
+    """One entry for each token. `text_offset` is where the token begins in the output text."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: Logprobs | None
+    finish_reason: FinishReason | None
+
+
+class ResponseFields(BaseModel):
+    """Fields that a response and all chunks of a stream share."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    usage: Usage | None = None
+
+
+class Completion(ResponseFields):
+    """A response of /v1/completions, or a chunk of its stream."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[CompletionChoice]
+
+
+class TopLogprob(BaseModel):
+    """`bytes` is null for a token whose bytes are unknown."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TokenLogprob]
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(ResponseFields):
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+
+
+class Delta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str
+
+
+class ChatChunkChoice(BaseModel):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletionChunk(ResponseFields):
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChatChunkChoice]
+
+
+# Output of sequences
 
 
 @dataclass(frozen=True)

@@ -46,26 +46,26 @@ from .middleware import API_ENDPOINTS, CrossOriginMiddleware, SecurityMiddleware
 from .protocol import (
     ALTERNATIVES,
     AdapterInfo,
-    ChatCompletion,
     ChatRequest,
-    Completion,
     CompletionRequest,
     ErrorResponse,
     Health,
     ModelCard,
     ModelList,
-    ResponseFields,
     StreamOptions,
-    Usage,
     error_response,
 )
 from .responses import (
     CHAT,
     COMPLETION,
+    ChatCompletion,
+    Completion,
     EndpointFormat,
     OutputDelta,
     OutputReader,
+    ResponseFields,
     TokenSpeller,
+    Usage,
     token_text,
 )
 from .scheduler import Request

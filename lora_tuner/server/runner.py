@@ -266,7 +266,8 @@ class _Server(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,
                 backlog=BACKLOG,
-                limit_concurrency=service.config.max_connections + 1,  # uvicorn refuses from there on
+                # uvicorn refuses from there on.
+                limit_concurrency=service.config.max_connections + 1,
                 timeout_graceful_shutdown=5,
             )
         )

@@ -77,7 +77,8 @@ class Scheduler:
         self._reserved = 0  # queue slots of requests that are still being prepared
         self._running: dict[Sequence, Request] = {}
         self._tasks: deque[Callable[[], None]] = deque()  # run between two steps
-        self._next_task = 0.0  # time from which the next may run: steps get as long as the last one took
+        # Time from which the next may run: steps get as long as the last one took.
+        self._next_task = 0.0
         self._wake = threading.Condition()
         self._closed = False
         self._seconds_per_end = 1.0  # moving average of the time between two finished sequences

@@ -3,14 +3,12 @@
 None of it depends on rank, learning rate or number of steps, so the trials of a sweep share it.
 """
 
-import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
-import numpy as np
 import torch
 
 from .. import distributed, evaluation
@@ -25,22 +23,21 @@ from ..config import (
     ModelOptions,
     TrainConfig,
 )
-from ..data import chat, chat_template, packing, splitting, tokenization
+from ..data import chat_template, packing, tokenization
 from ..data.dataset import Dataset, load_dataset
 from ..errors import (
-    BaseModelError,
     ConfigError,
     EventHandler,
     Notice,
     Progress,
     TrainingError,
-    ignore_events,
 )
-from ..models import kernels, loading, lora
+from ..models import loading, lora
 from ..models.adapter_tokenizer import load_adapter_tokenizer
 from ..models.loading import LoadedBase
 from ..models.targets import TargetModules, describe_targets, resolve_target_modules
 from ..text import format_share
+from . import packing_checks
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
     """
     parent = load_parent(requested)
     # Before the base: errors in the data are found sooner than a base is downloaded.
-    dataset = distributed.run_on_rank_zero(partial(_load_dataset, requested, parent, notify))
+    dataset = distributed.run_on_rank_zero(partial(load_rows, requested, parent, notify))
     if parent is not None and dataset.eval_dataset not in (None, HELD_OUT):
         notify(evaluation.eval_dataset_notice(str(dataset.eval_dataset)))
     base = _load_base_on_all_ranks(requested, parent, notify)
@@ -124,8 +121,8 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
             )
     targets = _choose_targets(requested, parent, base)
     max_length = _choose_max_length(requested, base, notify)
-    isolated = _packing_is_isolated(base)
-    varlen_attention = base.device.type == "cpu" and isolated and _try_varlen_attention(base)
+    isolated = packing_checks.packing_is_isolated(base)
+    varlen_attention = base.device.type == "cpu" and isolated and packing_checks.try_varlen_attention(base)
     use_packing = requested.packing and isolated
     if requested.packing and not isolated:
         if "packing" in requested.model_fields_set:
@@ -171,7 +168,7 @@ def model_options(requested: TrainConfig, notify: EventHandler) -> ModelOptions:
     )
 
 
-def _load_dataset(requested: TrainConfig, parent: Adapter | None, notify: EventHandler) -> Dataset:
+def load_rows(requested: TrainConfig, parent: Adapter | None, notify: EventHandler) -> Dataset:
     """Load the rows, split as the parent's were: else rows it was trained on would be held out."""
     changes = {"split_salt": _choose_split_salt(requested, parent)}
     data = parent.manifest.data if parent and parent.manifest else None
@@ -327,7 +324,7 @@ def _tokenize(
     notify(Progress("tokenizing", 1, 1))
     dataset.leave_out(invalid, requested.max_invalid, notify)
     _notify_rendered(base, dataset, notify)
-    notify(Notice(_describe_data(dataset, requested, use)))
+    notify(Notice(describe_data(dataset, requested, use)))
     if use.skipped_rows:
         notify(
             Notice(
@@ -360,7 +357,7 @@ def _notify_rendered(base: LoadedBase, dataset: Dataset, notify: EventHandler) -
         )
 
 
-def _describe_data(dataset: Dataset, requested: TrainConfig, use: tokenization.TextUse | None = None) -> str:
+def describe_data(dataset: Dataset, requested: TrainConfig, use: tokenization.TextUse | None = None) -> str:
     """Describe in one line what is read, and how much of it is trained on."""
     parts = [f"Data: {dataset.layout} (--clean {dataset.clean})", str(dataset.counts)]
     if requested.streaming:
@@ -388,84 +385,3 @@ def _check_held_out(held_out: list[tokenization.TokenIds], texts: list[str], not
         )
     if not held_out:
         raise TrainingError("No held-out row has anything to predict: give --eval-dataset.")
-
-
-@dataclass(frozen=True)
-class PreviewedRow:
-    """A training row as the model sees it. `labels` marks the tokens that are learned."""
-
-    before: str
-    after: str
-    tokens: list[str]
-    labels: list[bool]
-
-
-def preview(requested: TrainConfig, count: int, notify: EventHandler = ignore_events) -> list[PreviewedRow]:
-    """Return the first `count` training rows as the model sees them. Loads no weights."""
-    parent = load_parent(requested)
-    tokenizer = loading.load_tokenizer(loading.base_for_adapter(parent, model_options(requested, notify)))
-    dataset = _load_dataset(requested, parent, notify)
-    notify(Notice(_describe_data(dataset, requested)))
-    previews: list[PreviewedRow] = []
-    invalid: tokenization.InvalidRows = {}
-    for before, after in dataset.previews:
-        if len(previews) == count:
-            break
-        tokens: list[str] = []
-        labels: list[bool] = []
-        pieces, _ = tokenization.encode_rows(
-            tokenizer, [after], requested.max_length, requested.long_rows, invalid
-        )
-        if after in invalid:
-            continue
-        for piece in pieces:
-            batch = packing.collate([[piece]], tokenizer.pad_token_id)
-            tokens += tokenizer.batch_decode(batch["input_ids"][0, :, None])
-            labels += (batch["labels"][0] != packing.IGNORE_INDEX).tolist()
-        text = after.removeprefix(chat.CHAT_MARK).removesuffix(splitting.GOES_ON)
-        previews.append(PreviewedRow(before, text, tokens, labels))
-    dataset.leave_out(invalid, requested.max_invalid, notify)
-    return previews
-
-
-# Packed rows
-
-
-def _packed_logits(base: LoadedBase, *rows: tokenization.TokenIds, cu_seqlens: bool = False) -> torch.Tensor:
-    """Return the logits of rows in one sequence: (tokens, vocabulary), float32, on the CPU."""
-    batch = packing.collate([rows], base.tokenizer.pad_token_id, cu_seqlens=cu_seqlens)
-    inputs = {name: tensor.to(base.device) for name, tensor in batch.items() if name != "labels"}
-    with torch.no_grad():
-        return cast("torch.Tensor", base.model(**inputs, use_cache=False).logits[0].float().cpu())
-
-
-def _logits_differ(base: LoadedBase, logits: torch.Tensor, expected: torch.Tensor) -> bool:
-    tolerance = (1e-3 if base.dtype == torch.float32 else 5e-2) * float(expected.abs().max())
-    return bool((logits - expected).abs().max() > tolerance)
-
-
-def _packing_is_isolated(base: LoadedBase) -> bool:
-    """Return whether packed rows have the logits they have alone. Some models ignore position ids.
-
-    Raises:
-        BaseModelError: the model sees tokens that come later, so a loss would be meaningless.
-    """
-    first, second = base.probe_sequences()
-    alone = _packed_logits(base, second)
-    changed = np.append(second[:-1], first[-1])
-    if _logits_differ(base, _packed_logits(base, changed)[:-1], alone[:-1]):
-        raise BaseModelError(f"{base.files.name} sees tokens that come later: it is not a causal language model.")
-    return not _logits_differ(base, _packed_logits(base, first, second)[len(first) :], alone)
-
-
-def _try_varlen_attention(base: LoadedBase) -> bool:
-    """Compute the attention of packed rows row by row, if the logits stay the same."""
-    rows = base.probe_sequences()
-    before = _packed_logits(base, *rows)
-    if not kernels.enable_varlen_attention(base.model):
-        return False
-    with contextlib.suppress(TypeError):  # a model without `cu_seq_lens_q`
-        if not _logits_differ(base, _packed_logits(base, *rows, cu_seqlens=True), before):
-            return True
-    kernels.enable_varlen_attention(base.model, on=False)
-    return False

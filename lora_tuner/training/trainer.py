@@ -361,7 +361,8 @@ def _stop_on_signal() -> Iterator[threading.Event]:
     stop = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set() and number != HANGUP and distributed.world_size() == 1:  # launchers repeat signals
+        # Launchers repeat signals.
+        if stop.is_set() and number != HANGUP and distributed.world_size() == 1:
             raise KeyboardInterrupt
         stop.set()
 

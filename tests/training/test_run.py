@@ -20,7 +20,7 @@ from lora_tuner.errors import AdapterError, BaseModelError, DataError, DivergedE
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
 from lora_tuner.training import checkpoints, profiling
-from lora_tuner.training.inputs import preview
+from lora_tuner.training.preview import preview
 from lora_tuner.training.setup import prepare_training
 
 from .. import tiny_models

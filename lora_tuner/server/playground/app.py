@@ -28,7 +28,8 @@ ALLOWED_ROUTES = re.compile(
     r"/|/(assets|static)/.+|/(theme\.css|favicon\.ico|manifest\.json|login|logout|config)/?"
     r"|/gradio_api/(queue/join|queue/data|cancel|reset|startup-events|app_id|heartbeat/\w+)/?"
 )
-SOCIAL_TAGS = re.compile(rb'\s*<meta\s[^>]*"(og|twitter):[^>]*>')  # image and URLs for social networks
+# Image and URLs for social networks.
+SOCIAL_TAGS = re.compile(rb'\s*<meta\s[^>]*"(og|twitter):[^>]*>')
 log = logging.getLogger("lora_tuner.server")
 HEADERS = [
     (
@@ -101,7 +102,8 @@ class _RestrictedRoutes:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if scope["type"] != "http" or not ALLOWED_ROUTES.fullmatch(path):
             raise HTTPException(404)
-        if path.startswith("/gradio_api/") and not self._is_logged_in(scope):  # Gradio checks some of them only
+        # Gradio checks some of them only.
+        if path.startswith("/gradio_api/") and not self._is_logged_in(scope):
             raise HTTPException(401, "Log in first.")
         start: Message = {}
         body = bytearray()
@@ -123,7 +125,8 @@ class _RestrictedRoutes:
         async def send_with_headers(message: Message) -> None:
             nonlocal failed
             if message["type"] == "http.response.start":
-                failed = message["status"] == 500  # an unexpected error, which Gradio raises after its response
+                # An unexpected error, which Gradio raises after its response.
+                failed = message["status"] == 500
                 # Gradio's CORS headers let pages of any origin read its responses.
                 kept = [header for header in message["headers"] if not header[0].startswith(b"access-control-")]
                 message = {**message, "headers": kept + HEADERS}
