@@ -375,7 +375,7 @@ CONFIG_FILES = [
     ("rank: 4\n---\nrank: 8\n", "expected a single document in the stream"),
     ("rank: {\n", "cannot be read as YAML"),
     ("\trank: 4\n", "cannot be read as YAML"),
-    ("name: 2024-13-45\n", "cannot be read as YAML"),
+    ("name: 2024-13-45\n", "not a valid adapter name"),
     (DEEP_YAML, "cannot be read as YAML"),
     (b"\xff\xfe\0rank", "cannot be read as YAML"),
     (b"\0" * 100, "cannot be read as YAML"),
