@@ -256,24 +256,24 @@ def _refuse_dropped(
         names.append(name)
         return _mark(len(names) - 1)
 
-    def markiter_texts(value: Any, name: str) -> Any:
+    def mark_texts(value: Any, name: str) -> Any:
         if isinstance(value, dict):
-            return {key: markiter_texts(item, name) for key, item in value.items()}
+            return {key: mark_texts(item, name) for key, item in value.items()}
         if isinstance(value, list):
-            return [markiter_texts(item, name) for item in value]
+            return [mark_texts(item, name) for item in value]
         return mark(name) if isinstance(value, str) and value.strip() else value
 
     marked_messages, marked_tools = json.loads(json.dumps([messages, tools]))
     for message in marked_messages:
         role = message["role"]
         pieces = _THINKING_TAG.split(message["content"])
-        pieces[::2] = [markiter_texts(piece, f"{role} text") for piece in pieces[::2]]
+        pieces[::2] = [mark_texts(piece, f"{role} text") for piece in pieces[::2]]
         message["content"] = "".join(pieces)
         for function in _functions(message.get("tool_calls")):
             function["name"] = mark("tool_calls")
         links = {"name", "tool_call_id"} if role == "tool" else set()
         for name in message.keys() - {"role", "content", "tool_calls", "weight"} - links:
-            message[name] = markiter_texts(message[name], name)
+            message[name] = mark_texts(message[name], name)
     for function in _functions(marked_tools):
         function["name"] = mark("tools")
     rendered = _render_marked(
@@ -328,14 +328,14 @@ def _render(
     add_generation_prompt: bool = False,
 ) -> str:
     """Render the messages of a row, with the reasoning under each name that a template may know."""
-    given = []
+    complete = []
     for message in messages:
-        given.append({name: field for name, field in message.items() if name != "weight"})
+        complete.append({name: field for name, field in message.items() if name != "weight"})
         if "reasoning_content" in message:
-            given[-1] |= dict.fromkeys(REASONING_FIELDS, message["reasoning_content"])
+            complete[-1] |= dict.fromkeys(REASONING_FIELDS, message["reasoning_content"])
     try:
         return _apply_template(
-            tokenizer, given, add_generation_prompt=add_generation_prompt, tools=tools, date_string=_FIXED_DATE
+            tokenizer, complete, add_generation_prompt=add_generation_prompt, tools=tools, date_string=_FIXED_DATE
         )
     except _TemplateError as error:
         raise InvalidRowError(f"messages that the chat template rejects ({str(error)[:200]})") from error

@@ -29,7 +29,7 @@ _CODE = re.compile(
 _NESTED_TEXT = re.compile(r"\[.*\]|\{.*\}", re.DOTALL)  # JSON, or lists as Python writes them
 _UNREADABLE_PARTS = (
     *("image", "images", "video", "videos", "audio", "audios"),
-    *("documents", "functions", "chat_template_kwargs"),
+    *("context", "documents", "functions", "chat_template_kwargs"),
 )
 
 
@@ -148,12 +148,11 @@ def text_reader(table: Table, layout: Layout, config: TrainConfig) -> Callable[[
 
 
 def _read_conversation(format: str, clean: chat.Clean, row: Row) -> tuple[str, str]:
-    for name in _UNREADABLE_PARTS:
+    unreadable = _UNREADABLE_PARTS if format == "Alpaca" else (*_UNREADABLE_PARTS, "input", "history")
+    for name in unreadable:
         if row.get(name):
             raise InvalidRowError(f"{name} beside the conversation")
     values = [row.get(column) for column in _COLUMNS[format]]
-    if format != "Alpaca" and row.get("history"):
-        raise InvalidRowError("history beside the conversation")
     parts = {name: row[name] for name in chat.PARTS if row.get(name)}
     raw = " ".join(map(str, [*values, *parts.values()]))
     if format == "Alpaca":

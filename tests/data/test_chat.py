@@ -410,6 +410,10 @@ def test_conversations_without_answer_are_invalid(tmp_path):
             "images beside the conversation (first: talks.jsonl row 31)",
         ),
         (
+            {"messages": conversation("a", "b"), "context": "c"},
+            "context beside the conversation (first: talks.jsonl row 31)",
+        ),
+        (
             {"messages": [{"role": "assistant", "content": "b", "weight": 0}]},
             "no answer (first: talks.jsonl row 31)",
         ),
