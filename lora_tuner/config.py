@@ -41,6 +41,7 @@ MAX_RANK, MAX_ALPHA = 4096, 1_000_000
 MAX_COUNT = 1_000_000_000
 # Logits divided by less may overflow. A lower temperature is greedy, as in vLLM.
 MIN_TEMPERATURE, MIN_REPETITION_PENALTY = 1e-5, 1e-9
+MAX_PROBLEMS = 10  # that an error names
 MAX_SETTINGS_CHARS, MAX_SETTING_CHARS = 1_000_000, 10_000  # of a settings file, of one value
 RSLORA_ALPHA = 6  # gives rank 8 about the same scale as the other methods
 LORA_PLUS_RATIO = 4.0  # learning rate of B / learning rate of A
@@ -612,7 +613,8 @@ def _format_problems(error: ValidationError) -> str:
                 value = repr(problem["input"])
                 text += f" (got {value if len(value) <= 200 else f'{value[:200]} ...'})"
         lines.append(f"{key}: {text}" if key else text)
-    return "; ".join(dict.fromkeys(lines))
+    problems, rest = list(dict.fromkeys(lines))[:MAX_PROBLEMS], len(set(lines)) - MAX_PROBLEMS
+    return "; ".join([*problems, f"and {rest:,} more problems"] if rest > 0 else problems)
 
 
 class _StrictLoader(yaml.SafeLoader):

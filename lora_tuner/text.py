@@ -1,13 +1,16 @@
 """Text for users: sizes, durations, names without local paths, escaped control characters."""
 
+import itertools
 import math
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from .config import CODE_EXTENSIONS, DATA_EXTENSIONS
 
 # With lone surrogates.
+MAX_MESSAGE_CHARS = 4000
 CONTROL_CHARACTERS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
 
 
@@ -32,6 +35,19 @@ def escape_control(text: str) -> str:
 def one_line(text: str) -> str:
     """Escape control characters and replace newlines by spaces."""
     return escape_control(text).replace("\n", " ")
+
+
+def shorten(text: str, most: int = MAX_MESSAGE_CHARS) -> str:
+    """Leave out the middle of a text that is longer than `most` characters."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most * 3 // 4]} ... {text[-most // 4 :]}"
+
+
+def format_names(names: Collection[str], most: int = 20) -> str:
+    """Join names, in a message, by commas. Of many the first are named, and the others counted."""
+    listed = ", ".join(shorten(name, 100) for name in itertools.islice(names, most))
+    return f"{listed} and {len(names) - most:,} more" if len(names) > most else listed
 
 
 def format_duration(seconds: float) -> str:

@@ -227,6 +227,13 @@ def test_problems_name_the_file(run_yaml):
     )
 
 
+def test_many_problems_are_counted(run_yaml):
+    path = run_yaml("\n".join(f"setting{number}: 1" for number in range(20_000)))
+    message = refusal({}, file=path)
+    assert message.startswith(f"{path}: setting0: unknown setting; setting1: unknown setting; ")
+    assert message.endswith("; and 19,990 more problems")
+
+
 def test_given_settings_override_file(run_yaml):
     path = run_yaml("rank: 4\nseed: 3\nwhere: [label=1]")
     config = resolve_settings(TrainConfig, {"rank": 16, "where": ["label=0"]}, path)

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from .. import atomic_io
 from ..config import NAME_PATTERN
 from ..errors import AdapterError
+from ..text import format_names
 from . import other_formats, peft_config, safetensors_header
 from .manifest import Manifest, ParentInfo, WeightsInfo
 from .peft_config import CONFIG_FILE as CONFIG_FILE
@@ -73,7 +74,7 @@ class Adapter:
     def ignored_note(self) -> str:
         """A sentence, after a space, about settings that change nothing once the tensors are there."""
         ignored = peft_config.ignored_settings(self.config)
-        return f" Ignored, as its tensors say it all: {', '.join(ignored)}." if ignored else ""
+        return f" Ignored, as its tensors say it all: {format_names(ignored)}." if ignored else ""
 
     @property
     def targets(self) -> list[str]:

@@ -15,6 +15,7 @@ from typing import TypeVar
 from .. import atomic_io
 from ..config import NAME_PATTERN
 from ..errors import AdapterError
+from ..text import format_names
 from . import other_formats
 from .adapter import (
     CONFIG_FILE,
@@ -87,7 +88,7 @@ class Library:
             return read_consistently(Path(text), function)
         if Path(text).is_file():
             raise AdapterError(f"{text} {other_formats.explain_file(Path(text))}.")
-        existing = ", ".join(self.names()) or "none yet"
+        existing = format_names(self.names()) or "none yet"
         raise AdapterError(f"There is no adapter '{text}', neither in {self.path} ({existing}) nor as a path.")
 
     def get_all(self, names: Sequence[str | Path]) -> list[Adapter]:
@@ -155,7 +156,7 @@ class Library:
         """Folder of an adapter in this library. Raises AdapterError for a path elsewhere."""
         atomic_io.finish_replacement(self.path)
         if not NAME_PATTERN.fullmatch(name) or not (self.path / name).is_dir():
-            existing = ", ".join(self.names()) or "none yet"
+            existing = format_names(self.names()) or "none yet"
             raise AdapterError(f"There is no adapter '{name}' in {self.path} ({existing}).")
         return self.path / name
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ..adapters.manifest import EvalResult
 from ..errors import Notice, Progress
-from ..text import CONTROL_CHARACTERS, escape_control, format_duration, format_gain, one_line
+from ..text import CONTROL_CHARACTERS, escape_control, format_duration, format_gain, one_line, shorten
 from .streams import is_reader_gone, stdout_error
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Display:
 
     def __call__(self, event: Notice | Progress) -> None:
         if isinstance(event, Notice):
-            self.console.print(Text(escape_control(event.text)), soft_wrap=True)
+            self.console.print(Text(shorten(escape_control(event.text))), soft_wrap=True)
             return
         if event.stage != self.stage:
             self._begin_stage(event)
@@ -80,7 +80,7 @@ class Display:
 
 
 def print_stderr(text: str) -> None:
-    print(one_line(text), file=sys.stderr)
+    print(shorten(one_line(text)), file=sys.stderr)
 
 
 def show_text(text: str) -> None:

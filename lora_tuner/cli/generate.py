@@ -16,7 +16,7 @@ from rich.text import Text
 from ..adapters.library import Library
 from ..config import INVALID_TEXT, ModelOptions, SamplingParams, resolve_settings
 from ..errors import ConfigError, GenerationError, LoraTunerError
-from ..text import escape_control
+from ..text import escape_control, format_names
 from .display import BASE_LABEL, print_stderr, show_json, show_text
 from .options import (
     DEFAULT_ADAPTERS_DIR,
@@ -265,7 +265,7 @@ def _run_interactive(generator: "Generator", sampling: SamplingParams, opening: 
                 messages = list(opening)
                 print_stderr("New conversation.")
             elif command.startswith("/"):
-                adapters = ", ".join(generator.library.names()) or "none"
+                adapters = format_names(generator.library.names()) or "none"
                 raise ConfigError(
                     f"Unknown command {line.strip()}. Commands: {commands}; an empty line quits. Adapters: {adapters}."
                 )

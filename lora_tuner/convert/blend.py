@@ -13,6 +13,7 @@ from ..errors import AdapterError, ConfigError
 from ..evaluation import EvalSet
 from ..models import delta
 from ..models.targets import linear_layers
+from ..text import format_names
 from .common import distinct_eval_sets, format_number, open_shared_base, write_adapter
 from .verify import OutputComparison
 
@@ -76,7 +77,7 @@ def blend(
     if invalid := [
         f"{part.name}={weight:g}" for part, weight in parts if not weight or not math.isfinite(weight)
     ]:
-        raise ConfigError(f"{', '.join(invalid)}: a weight must be a number other than 0.")
+        raise ConfigError(f"{format_names(invalid)}: a weight must be a number other than 0.")
     adapters = list({part.path.resolve(): part for part, _ in parts}.values())
     check_distinct_names(adapters)
     for adapter in adapters:

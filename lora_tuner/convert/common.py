@@ -26,6 +26,7 @@ from ..models import delta, loading, lora
 from ..models.delta import Deltas
 from ..models.loading import LoadedBase
 from ..models.resolve import BaseModelFiles
+from ..text import format_names
 from . import verify
 from .verify import OutputComparison
 
@@ -113,7 +114,7 @@ def distinct_eval_sets(
                 )
             )
         elif len(texts) < 2:
-            names = ", ".join(previous.name for previous in distinct)
+            names = format_names([previous.name for previous in distinct])
             notify(Notice(f"Not evaluated on {eval_set.name}: its held-out rows are among those of {names}."))
         else:
             distinct.append(EvalSet(eval_set.name, texts))

@@ -16,7 +16,7 @@ import datasets
 
 from ..config import HELD_OUT, CleanMode, TrainConfig
 from ..errors import DataError, EventHandler, InvalidRowError, Notice, ignore_events
-from ..text import format_counts
+from ..text import format_counts, format_names
 from . import chat, chat_template
 from .cleaning import are_structured, clean_text
 from .formats import Layout, detect_layout, text_reader
@@ -386,5 +386,5 @@ def _describe_values(tables: list[Table], where: list[str]) -> str:
     for column in dict.fromkeys(condition.partition("=")[0] for condition in where):
         rows = itertools.islice(itertools.chain.from_iterable(table.rows for table in tables), _VALUES_LIMIT)
         values = sorted({clean_text(str(row.get(column)))[:40] for row in rows})
-        texts.append(f"{column} has {', '.join(values[:8])}{' ...' if len(values) > 8 else ''}")
+        texts.append(f"{column} has {format_names(values, 8)}")
     return "; ".join(texts)

@@ -10,6 +10,7 @@ from functools import partial
 
 from ..config import CleanMode, TrainConfig
 from ..errors import DataError, InvalidRowError
+from ..text import format_names
 from . import chat
 from .cleaning import clean_message, clean_text
 from .readers import PEEKED_ROWS, Row, Table
@@ -77,7 +78,7 @@ def detect_layout(table: Table, config: TrainConfig) -> Layout:
 def _find_text_column(table: Table, nested: list[str], rows: list[Row]) -> str:
     """Return the column named content, else the only one that can hold the text."""
     question = (
-        f"{table.source}: which column is the text? Name one with --text-column: {', '.join(table.columns)}."
+        f"{table.source}: which column is the text? Name one with --text-column: {format_names(table.columns)}."
     )
     if "content" in table.columns:
         if "role" in table.columns:
@@ -87,7 +88,7 @@ def _find_text_column(table: Table, nested: list[str], rows: list[Row]) -> str:
         return "content"
     if nested:
         raise DataError(
-            f"{question} Lists, objects or bytes are in {', '.join(nested)}; of such layouts these are read: messages; "
+            f"{question} Lists, objects or bytes are in {format_names(nested)}; of such layouts these are read: messages; "
             "prompt and completion; conversations (ShareGPT); instruction and output as texts (Alpaca)."
         )
     codes = [name for name in table.text_columns if _are_codes(_strings(rows, name))]
@@ -96,7 +97,7 @@ def _find_text_column(table: Table, nested: list[str], rows: list[Row]) -> str:
         return texts[0]
     if codes and not texts:
         example = _strings(rows, codes[0])[0]
-        question += f" There are only codes in {', '.join(codes)}, such as {example[:60]}."
+        question += f" There are only codes in {format_names(codes)}, such as {example[:60]}."
     raise DataError(question)
 
 

@@ -25,6 +25,7 @@ import datasets
 
 from ..config import CODE_EXTENSIONS
 from ..errors import DataError
+from ..text import format_names
 
 Row = Mapping[str, object]
 PEEKED_ROWS = 100  # rows that determine the columns of a stream
@@ -68,7 +69,7 @@ class Table:
     def missing_column(self, column: str, purpose: str = "") -> DataError:
         scope = f" in its first {PEEKED_ROWS} rows" if self.peeked else ""
         return DataError(
-            f"{self.source} has no column '{column}'{scope}{purpose}: its columns are {', '.join(self.columns)}."
+            f"{self.source} has no column '{column}'{scope}{purpose}: its columns are {format_names(self.columns)}."
         )
 
 
@@ -179,8 +180,16 @@ def _parquet_table(path: Path) -> Table:
 
     with _open_file(path) as file, open(file.fileno(), "rb", closefd=False) as buffer:
         schema = pyarrow.parquet.read_schema(buffer)
+        _check_distinct(schema.names)
         table = table_from_dataset(str(path), datasets.Dataset(schema.empty_table()))
     return replace(table, rows=LazyRows(partial(_read_parquet, path, schema)))
+
+
+def _check_distinct(columns: list[str]) -> None:
+    """Raise ValueError if two columns have one name."""
+    counts = Counter(columns)
+    if doubled := [name for name in columns if counts[name] > 1]:
+        raise ValueError(f"its header names a column twice: {format_names(doubled)}")
 
 
 def _read_parquet(path: Path, schema: object) -> Iterator[Row]:
@@ -215,8 +224,8 @@ def _read_csv(path: Path) -> Iterator[Row]:
                     raise ValueError(f"its header has {len(header)} fields, line {start} has {len(fields)}{end}")
                 if header and fields:
                     yield dict(zip(header, fields, strict=True))
-                elif len(set(fields)) < len(fields):
-                    raise ValueError(f"its header names a column twice: {', '.join(fields)}")
+                else:
+                    _check_distinct(fields)
                 header, start = header or fields, reader.line_num + 1
         except csv.Error as error:
             file.seek(0)
@@ -316,7 +325,7 @@ def _rows_of_object(value: dict[str, object], rules: list[str]) -> list[object]:
         if not names or _ROW_KEYS & value.keys():
             continue
         if len(names) > 1:
-            raise ValueError(f"it is one JSON object with the lists {', '.join(names)}: write a file for each")
+            raise ValueError(f"it is one JSON object with the lists {format_names(names)}: write a file for each")
         rules.append(f"the rows are those of the list '{names[0]}' in its JSON object")
         return lists[names[0]]
     if not any(type(field) is str for field in value.values()) and not _ROW_KEYS & lists.keys():

@@ -19,6 +19,7 @@ from .. import hub
 from ..atomic_io import delete
 from ..config import CODE_EXTENSIONS, DATA_EXTENSIONS, HELD_OUT, TrainConfig
 from ..errors import ConfigError, DataError, EventHandler, HubError, Notice, ignore_events, os_error_message
+from ..text import format_names
 from .readers import LazyRows, Row, Table, read_file, table_from_dataset, table_from_rows
 
 IMDB = "stanfordnlp/imdb"
@@ -79,7 +80,7 @@ def _choose_files(path: Path, split: str | None, notify: EventHandler) -> list[P
     chosen = split or "train"
     if chosen not in splits:
         raise DataError(
-            f"{path} has no files that are named after a split '{chosen}': choose one with --split: {', '.join(splits)}."
+            f"{path} has no files that are named after a split '{chosen}': choose one with --split: {format_names(splits)}."
         )
     if rest := sorted(set(files).difference(*splits.values())):
         notify(
@@ -291,7 +292,7 @@ def resolve_eval_dataset(config: TrainConfig, notify: EventHandler, selection: s
         return config.model_copy(update={"eval_dataset": HELD_OUT, "eval_split": None})
     if config.eval_dataset is None:
         unread = [other for other in splits if other not in (chosen, split)]
-        rest = f"; not read: {', '.join(unread)}" if unread else ""
+        rest = f"; not read: {format_names(unread)}" if unread else ""
         notify(
             Notice(
                 f"{name} has splits: {chosen} is trained on, and {split} is measured{rest}. Use --eval-dataset {HELD_OUT} to "
@@ -321,7 +322,7 @@ def eval_source(config: TrainConfig, split: str | None) -> TrainConfig:
     """Return the configuration that reads `eval_dataset` as the dataset."""
     name = str(config.eval_dataset)
     if is_local(name) and split is not None and split not in (splits := local_splits(name)):
-        found = f"; choose one of its splits: {', '.join(splits)}" if splits else ", so leave --eval-split out"
+        found = f"; choose one of its splits: {format_names(splits)}" if splits else ", so leave --eval-split out"
         raise DataError(f"{name} has no files that are named after a split '{split}'{found}.")
     changes = {
         "dataset": name,
@@ -345,7 +346,7 @@ def describe_splits(config: TrainConfig) -> str:
     measured = config.eval_split if config.eval_dataset == config.dataset else None
     parts = [chosen, f"measured: {measured}" if measured else ""]
     unread = [split for split in splits if split not in (chosen, measured)]
-    parts.append(f"not read: {', '.join(unread)}" if unread else "")
+    parts.append(f"not read: {format_names(unread)}" if unread else "")
     return ", ".join(filter(None, parts))
 
 

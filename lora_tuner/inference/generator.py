@@ -25,6 +25,7 @@ from ..data import chat, chat_template, tokenization
 from ..errors import ContextLengthError, GenerationError
 from ..models import loading, lora
 from ..models.adapter_tokenizer import load_adapter_tokenizer
+from ..text import format_names
 from .batch import GenerationEngine
 from .multi_lora import LoadedAdapter
 from .sequence import Sequence
@@ -182,7 +183,7 @@ class Generator:
         """Drop an adapter from memory."""
         with self._lock:
             if name not in self._resident:
-                loaded = ", ".join(self.loaded_adapters) or "none"
+                loaded = format_names(self.loaded_adapters) or "none"
                 raise GenerationError(f"No adapter named {name} is loaded. Loaded: {loaded}.")
             del self._resident[name]
             if self.current_adapter == name:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import BaseModelError, ConfigError
+from ..text import format_names
 from .quantization import Int8Linear
 from .resolve import quiet_transformers
 
@@ -266,7 +267,7 @@ def _layers_by_name(
     matches = {name: {layer for layer in layers if name in _suffixes(layer)} for name in names}
     problems = []
     if unmatched := [name for name in names if not matches[name]]:
-        problems.append(f"{', '.join(unmatched)} cannot be adapted")
+        problems.append(f"{format_names(unmatched)} cannot be adapted")
     for name in names:
         if matches[name] and matches[name] <= set(reasons):
             problems.append(f"{name} cannot be adapted ({reasons[min(matches[name])]})")
@@ -328,7 +329,7 @@ def _last_name(module: str) -> str:
 
 
 def _last_names(layers: Collection[str]) -> str:
-    return ", ".join(sorted({_last_name(layer) for layer in layers}))
+    return format_names(sorted({_last_name(layer) for layer in layers}))
 
 
 def _last_word(name: str) -> str:

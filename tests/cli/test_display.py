@@ -323,6 +323,15 @@ def test_notice_is_not_emoji_markup(capsys):
     assert capsys.readouterr().err == "C:key:base\n"
 
 
+@pytest.mark.parametrize("show", [display.print_stderr, lambda text: display.Display()(Notice(text))])
+def test_long_message_loses_its_middle(capsys, show):
+    show(f"Error: {'x' * 10**6}: use another --out.")
+    shown = capsys.readouterr().err
+    assert 3000 < len(shown) < 5000
+    assert shown.startswith("Error: xxx")
+    assert shown.endswith(": use another --out.\n")
+
+
 def test_stderr_joins_lines(capsys):
     display.print_stderr("x\ngood: OK")
     assert capsys.readouterr().err == "x good: OK\n"

@@ -5,6 +5,7 @@ import json
 import os
 
 import datasets
+import pyarrow.parquet
 import pytest
 
 from lora_tuner.config import TrainConfig
@@ -374,3 +375,21 @@ def test_csv_with_semicolons_fails(tmp_path):
     (tmp_path / "semi.csv").write_text('text;kind\n"one; two";a\n')
     with pytest.raises(DataError, match=r"its delimiter is ';', and a \.csv file needs ','"):
         load_dataset(TrainConfig(dataset="semi.csv"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_with_doubled_column_is_refused(refusal, tmp_path, streaming):
+    rows = pyarrow.array(["one", "two"])
+    pyarrow.parquet.write_table(pyarrow.table([rows] * 3, names=["a", "b", "b"]), tmp_path / "a.parquet")
+    message = "a.parquet cannot be read: its header names a column twice: b, b."
+    assert refusal("a.parquet", streaming=streaming) == message
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_many_columns_are_cut_in_message(refusal, streaming):
+    names = [f"column{number}" for number in range(20_000)]
+    text = ",".join(names) + "\n" + ",".join(["two words"] * 20_000) + "\n"
+    message = refusal("a.csv", text, text_column="none", streaming=streaming)
+    assert message.endswith("column18, column19 and 19,980 more.")
+    assert refusal("b.csv", text * 3).count("column") < 30
+    assert len(refusal("c.csv", "a" * 10**6 + ",b\nx,y\n", text_column="none")) < 300
