@@ -139,11 +139,12 @@ def _check_vllm(
         report.errors.append(
             "vLLM applies LoRA to lm_head in few models only, and this tool in none: train without it"
         )
-    if adapter.config.get("modules_to_save"):
-        report.errors.append(
-            f"vLLM refuses modules_to_save, of which the file has no tensors: rewrite it (`python cli.py blend {name}=1 "
-            "--name NEW`)"
-        )
+    for key in ("modules_to_save", "bias"):
+        if adapter.config.get(key) not in (None, [], "none"):
+            report.errors.append(
+                f"vLLM refuses {key}, of which the file has no tensors: rewrite it (`python cli.py blend {name}=1 "
+                "--name NEW`)"
+            )
     if adapter.config.get("use_dora"):
         report.errors.append(f"vLLM does not support DoRA: {_advise_merge(name)}")
     if (rank := vllm_rank(adapter)) is None:

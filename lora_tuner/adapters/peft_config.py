@@ -34,7 +34,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _VALUES: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM",),
-    "bias": ("none",),
     # Others, such as pissa, change the weights of the base on load.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", "mica"),
     "megatron_core": ("megatron.core",),
@@ -46,6 +45,8 @@ _WITHOUT_EFFECT = frozenset(
         *("corda_config", "eva_config", "loftq_config", "lora_ga_config", "velora_config"),
         *("ensure_weight_tying", "megatron_config", "merge_weights", "runtime_config"),
         *("lora_dtype", "lorap_emb_lr", "lorap_lr_ratio"),  # of ms-swift
+        # Where they had an effect, the file has tensors that are not LoRA, and is refused for these.
+        *("bias", "lora_bias", "target_parameters", "trainable_token_indices"),
     )
 )
 _short_repr = reprlib.Repr()  # for values that may be long or deeply nested
@@ -54,7 +55,7 @@ _short_repr.maxstring, _short_repr.maxother, _short_repr.maxlong = 200, 200, 420
 
 def ignored_settings(config: Mapping[str, object]) -> list[str]:
     """Names of settings that are set and change nothing once the tensors are there."""
-    unset: tuple[object, ...] = (None, {}, [], "")
+    unset: tuple[object, ...] = (None, {}, [], "", "none")
     return [
         key
         for key, value in sorted(config.items())

@@ -143,6 +143,7 @@ NO_PATTERN = "which is neither a layer name nor a usable pattern"
             "lorap_emb_lr": 1e-6,
             "modules_to_save": ["lm_head"],
         },
+        {"bias": "lora_only", "lora_bias": True, "target_parameters": ["mlp"], "trainable_token_indices": [0]},
         {"some_day": None, "other_day": False, "list_day": [], "text_day": "", "number_day": 0},
     ],
 )
@@ -176,15 +177,11 @@ def test_config_written_by_peft_is_accepted(tmp_path):
             "init_lora_weights is 'pissa_niter_16', and only True or False or 'gaussian' or 'orthogonal' or 'eva' or "
             "'mica' is accepted",
         ),
-        ({"trainable_token_indices": [0]}, "trainable_token_indices is set, which is not supported"),
-        ({"target_parameters": ["mlp.experts"]}, "target_parameters is set, which is not supported"),
         ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens is set, which is not supported"),
         ({"arrow_config": {"top_k": 3}}, "arrow_config is set, which is not supported"),
         ({"use_qalora": True}, "use_qalora is set, which is not supported"),
         ({"layer_replication": [[0, 2]]}, "layer_replication is set, which is not supported"),
-        ({"lora_bias": True}, "lora_bias is set, which is not supported"),
         ({"some_day": 1}, "some_day is set, which is not supported"),
-        ({"bias": "all"}, "bias is 'all', and only 'none' is accepted"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3', and only 'LORA' is accepted"),
         ({"peft_type": None}, "peft_type is missing"),
         ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS', and only 'CAUSAL_LM' is accepted"),

@@ -248,9 +248,10 @@ def test_vllm_check_accepts_names_of_wrapper(write, tmp_path):
     assert "it would load model.vision_tower.layers.0.q_proj and apply nothing" in obstacle
 
 
-def test_vllm_check_rejects_modules_to_save(write):
-    (obstacle,), _ = check(write(modules_to_save=["lm_head"]), "vllm")
-    assert obstacle == f"vLLM refuses modules_to_save, of which the file has no tensors: {REWRITE}"
+@pytest.mark.parametrize("setting", [{"modules_to_save": ["lm_head"]}, {"bias": "lora_only"}])
+def test_vllm_check_rejects_other_weights(write, setting):
+    (obstacle,), _ = check(write(**setting), "vllm")
+    assert obstacle == f"vLLM refuses {next(iter(setting))}, of which the file has no tensors: {REWRITE}"
 
 
 def test_vllm_check_rejects_lm_head(write):
