@@ -10,7 +10,7 @@ from pathlib import Path
 from .config import CODE_EXTENSIONS, DATA_EXTENSIONS
 
 # With lone surrogates.
-MAX_MESSAGE_CHARS = 4000
+MAX_MESSAGE_CHARS = 20_000
 CONTROL_CHARACTERS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
 
 
