@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from .. import atomic_io
 from ..adapters.adapter import Adapter
 from ..config import ModelOptions
+from ..data.chat_template import turn_end_ids
 from ..errors import AdapterError, ConfigError
 from ..evaluation import EvalSet
 from ..models import lora
@@ -78,8 +79,9 @@ def merge(
     with quiet_transformers(), atomic_io.atomic_folder(out) as folder:
         # PEFT merges in place, and unmerging is not bitwise exact: this base is not used again.
         model = lora.load_lora(base.model, adapter, "merged").merge_and_unload(safe_merge=True)
-        if own_tokenizer is not None and model.generation_config is not None:
-            eos_token_ids = base.eos_token_ids | {own_tokenizer.eos_token_id}
+        tokenizer = own_tokenizer or base.tokenizer
+        eos_token_ids = base.eos_token_ids | {tokenizer.eos_token_id} | turn_end_ids(tokenizer)
+        if eos_token_ids != base.eos_token_ids and model.generation_config is not None:
             model.generation_config.eos_token_id = sorted(eos_token_ids)
         model.to(merged_dtype).save_pretrained(folder, max_shard_size=shard_size)
         model.to("meta")  # frees its memory

@@ -293,6 +293,21 @@ def _render_marked(tokenizer: "PreTrainedTokenizerBase", marked: str, template: 
         return ""
 
 
+def turn_end_ids(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """Return the id of the special token with which the chat template ends an answer; often it is not
+    the end-of-text token. Empty without such a token."""
+    return _turn_end_ids(tokenizer, str(tokenizer.chat_template or ""))
+
+
+@lru_cache(maxsize=16)
+def _turn_end_ids(tokenizer: "PreTrainedTokenizerBase", template: str) -> frozenset[int]:
+    messages = json.dumps([{"role": "user", "content": _mark(0)}, {"role": "assistant", "content": _mark(1)}])
+    rest = _render_marked(tokenizer, f"[{messages}, null]", template) if template else ""
+    closing = rest.rpartition(_mark(1))[2].lstrip()
+    ends = [token for token in special_tokens(tokenizer) if closing.startswith(token)]
+    return frozenset({tokenizer.get_vocab()[max(ends, key=len)]} if ends else ())
+
+
 def looks_rendered(text: str) -> bool:
     """Return whether a chat template has rendered a text: it begins with a turn, or with a token such
     as <s>, and has two turns or more."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..config import SamplingParams
+from ..data.chat_template import turn_end_ids
 from ..errors import GenerationError
 from ..models.loading import LoadedBase
 from .detokenizer import IncrementalDetokenizer
@@ -52,7 +53,7 @@ class Sequence:
         self.max_new_tokens = min(self.sampling.max_new_tokens, self.base.max_context - len(self.prompt_ids))
         tokenizer = (self.lora and self.lora.tokenizer) or self.base.tokenizer
         self.detokenizer = IncrementalDetokenizer(tokenizer, self.prompt_ids, self.sampling.stop)
-        self._eos_token_ids = self.base.eos_token_ids | {tokenizer.eos_token_id}
+        self._eos_token_ids = self.base.eos_token_ids | {tokenizer.eos_token_id} | turn_end_ids(tokenizer)
         # (1, capacity).
         self.token_ids: Any = torch.tensor([self.prompt_ids], device=self.base.device)
         self.logits_processors = make_logits_processors(self.sampling, self.seed)

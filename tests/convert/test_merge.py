@@ -36,6 +36,20 @@ def test_merged_model_reloads_with_equal_logits(settings, model_folder, tmp_path
     assert not torch.allclose(logits, peft_logits(model_folder, None), atol=1e-2)
 
 
+def test_merged_model_ends_at_turn_end(settings, gpt2, tmp_path):
+    shutil.copytree(gpt2, tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(gpt2)
+    end = tokenizer.convert_ids_to_tokens(300)
+    tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}" + f"{{{{ m.role }}}}: {{{{ m.content }}}}{end}" + "{% endfor %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "chat")
+    merged = merge(train(settings(base="chat", max_steps=1)), tmp_path / "merged")
+    ends = AutoModelForCausalLM.from_pretrained(merged.path).generation_config.eos_token_id
+    assert ends == sorted([tokenizer.eos_token_id, 300])
+
+
 def test_merge_reports_comparison(settings, model_folder, tmp_path):
     adapter = train(settings(base=str(model_folder)))
     comparison = merge(adapter, tmp_path / "merged").comparison

@@ -180,6 +180,26 @@ def test_generation_config_eos_ends_sequence(gpt2):
     assert (sequence.finished, sequence.output_ids) == (True, [])
 
 
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}", True),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", False),
+        ("{{ raise_exception('no') }}", False),
+        (None, False),
+    ],
+)
+def test_turn_end_of_template_ends_sequence(gpt2, template, ends):
+    """ChatML on a base whose end of text is another token."""
+    base = load_base(find_base(str(gpt2)), ModelOptions(device="cpu"))
+    base.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    base.tokenizer.chat_template = template
+    turn_end = base.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    sequence = Sequence(base, encode("the"), SamplingParams(max_new_tokens=9, greedy=True))
+    sequence.append_token(torch.nn.functional.one_hot(torch.tensor(turn_end), 400).float())
+    assert (sequence.finished, sequence.output_ids) == (ends, [] if ends else [turn_end])
+
+
 def test_token_buffer_grows_on_demand(base):
     sequence = Sequence(
         base, encode("the"), SamplingParams(max_new_tokens=10**9, greedy=True, repetition_penalty=2.0)
