@@ -172,7 +172,7 @@ def test_list_escapes_hostile_config(capsys, wide, tmp_path):
     bare = load_adapter_folder(
         adapter_files.write(tmp_path / "adapters" / "bare", {"base_model_name_or_path": EVIL})
     )
-    adapter_files.write(tmp_path / "adapters" / "broken", {EVIL: 1, "bias": EVIL})
+    adapter_files.write(tmp_path / "adapters" / "broken", {EVIL: 1, "task_type": EVIL})
     adapters.show_adapters(Library().entries())
     adapters.show_details(bare, [])
     lines = [" ".join(line.split()) for line in printed(capsys).splitlines()]
@@ -181,8 +181,8 @@ def test_list_escapes_hostile_config(capsys, wide, tmp_path):
     assert "created by another tool, without a manifest (run `adapters adopt` to write one)" in lines
     (broken,) = (line for line in lines if line.startswith("broken is broken: "))
     assert broken == (
-        f"broken is broken: adapters/broken/adapter_config.json: bias is {EVIL!r}, and only 'none' is accepted; "
-        f"{SHOWN} is set, which is not supported."
+        f"broken is broken: adapters/broken/adapter_config.json: task_type is {EVIL!r}, and only 'CAUSAL_LM' is "
+        f"accepted; {SHOWN} is set, which is not supported."
     )
 
 

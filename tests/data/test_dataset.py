@@ -281,7 +281,7 @@ def test_where_without_match_lists_values(refusal):
     assert refusal("a.csv", table(), where=["label=2"]) == "a.csv: no row has label=2; label has 0, 1."
     records = [{"text": text, "n": i, "tags": [i % 2]} for i, text in enumerate(TEXTS)]
     assert refusal("a.jsonl", jsonl(records), where=["n=x"]) == (
-        "a.jsonl: no row has n=x; n has 0, 1, 10, 11, 12, 13, 14, 15 ...."
+        "a.jsonl: no row has n=x; n has 0, 1, 10, 11, 12, 13, 14, 15 and 22 more."
     )
     assert refusal("a.jsonl", where=["tags=9"]) == "a.jsonl: no row has tags=9; tags has [0], [1]."
     assert len(refusal("b.json", json.dumps(["long " * 1000, "other"]), where=["text=x"])) < 120
