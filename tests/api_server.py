@@ -1,6 +1,7 @@
 """A server in a thread of this process, over a tiny model, whose steps a test can hold back."""
 
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -25,6 +26,9 @@ TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
+GREEDY = {"prompt": PROMPT, "temperature": 0, "max_tokens": 20}
+CHAT = {"messages": [{"role": "user", "content": "so?"}]}
+TEXT = {"type": "text", "text": "so?"}
 
 
 def write_adapter(adapters_dir, name, base, seed, base_info=None):
@@ -138,3 +142,20 @@ def serving(base, adapters_dir, only=(), *, page=False, **settings):
             thread.join(30)
             service.stop()
     assert not thread.is_alive()
+
+
+def error_of(response, status):
+    assert response.status_code == status, response.text
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    return response.json()["error"]
+
+
+def events(text):
+    return [
+        json.loads(line.removeprefix("data: ")) for line in text.split("\n\n") if line and "[DONE]" not in line
+    ]
+
+
+def turn(**message):
+    """A conversation with this message at its end."""
+    return {"messages": [*CHAT["messages"], message]}
