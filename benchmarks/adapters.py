@@ -52,7 +52,7 @@ def save_random_adapters(adapters_dir: Path, count: int, seed: int = 0, rank: in
         lora.save_adapter_files(weights, model.peft_config[lora.ADAPTER_NAME], folder)
         path = folder / adapter.WEIGHTS_FILE
         info = WeightsInfo(sha256=atomic_io.sha256_file(path), bytes=path.stat().st_size, parameters=1)
-        manifest = Manifest(created=utc_timestamp(), base=base.files.base_info(base.tokenizer_hash), weights=info)
+        manifest = Manifest(created=utc_timestamp(), base=base.info(with_template=False), weights=info)
         (folder / adapter.MANIFEST_FILE).write_text(manifest.to_json())
 
 

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -19,14 +20,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, EventHandler, Notice, ignore_events
 
 if sys.platform != "win32":
     import fcntl
 
 # Specific: files of others are never deleted.
 _OLD_SUFFIX, WORK_SUFFIX = ".lora_tuner-old", ".lora_tuner-new"
+HASHES_FILE = "whole.json"  # in a folder: sha256 of each of its other files
 _ABANDONED_SECONDS = 24 * 3600.0  # age at which work counts as abandoned where there are no locks
 
 
@@ -52,6 +55,45 @@ def sha256_file(path: Path) -> str:
     """Compute the sha256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_hashes(folder: Path) -> None:
+    """Write the hash of each file in a folder."""
+    hashes = {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    atomic_write_text(folder / HASHES_FILE, json.dumps(hashes, indent=2))
+
+
+def matches_hashes(folder: Path) -> bool:
+    """Return whether a folder has all files that `write_hashes` saw, unchanged."""
+    try:
+        hashes = json.loads((folder / HASHES_FILE).read_text(encoding="utf-8"))
+        return all(sha256_file(folder / name) == digest for name, digest in hashes.items())
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def write_cache(path: Path, value: Any) -> None:
+    """Write a value that JSON has to a file of the cache, with its hash.
+
+    Errors are ignored: without a cache the next call only takes longer.
+    """
+    digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    with contextlib.suppress(OSError):
+        atomic_write_text(path, json.dumps({"sha256": digest, "value": value}))
+
+
+def read_cache(path: Path, notify: EventHandler = ignore_events) -> Any:
+    """Read what `write_cache` wrote; None if it is missing or, with a notice, damaged."""
+    try:
+        cached = json.loads(path.read_bytes())
+        if hashlib.sha256(json.dumps(cached["value"]).encode()).hexdigest() == cached["sha256"]:
+            return cached["value"]
+    except OSError:
+        return None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    notify(Notice(f"{path} is damaged: what it held is made again."))
+    return None
 
 
 def _nearest_existing(path: Path) -> Path:

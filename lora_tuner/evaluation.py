@@ -20,16 +20,24 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 
 from . import atomic_io, distributed
-from .adapters.adapter import WEIGHTS_FILE, Adapter
+from .adapters.adapter import RUN_FILE, WEIGHTS_FILE, Adapter
 from .adapters.library import check_distinct_names
 from .adapters.manifest import EvalResult
 from .adapters.peft_config import SCALING_KEYS
-from .config import HELD_OUT_MAX_TOKENS, ModelOptions, TrainConfig
+from .config import HELD_OUT_MAX_TOKENS, ModelOptions, TrainConfig, resolve_settings
 from .data import packing, tokenization
-from .data.dataset import load_eval_dataset
+from .data.dataset import load_dataset, load_eval_dataset
 from .data.splitting import content_hash
 from .data.tokenization import TokenIds
-from .errors import AdapterError, BaseModelError, EventHandler, Notice, Progress, ignore_events
+from .errors import (
+    AdapterError,
+    BaseModelError,
+    EventHandler,
+    LoraTunerError,
+    Notice,
+    Progress,
+    ignore_events,
+)
 from .inference.multi_lora import MultiLora
 from .models import fsdp, loading, lora
 from .models.adapter_tokenizer import load_adapter_tokenizer
@@ -123,7 +131,7 @@ def evaluate(
     Raises:
         AdapterError: the adapters do not share one base, or there are no rows.
     """
-    sets = _select_sets(adapters, sets, eval_rows)
+    sets = _select_sets(adapters, sets, eval_rows, options.notify)
     return evaluate_on(loading.open_base(adapters[0], options), adapters, sets, options=options)
 
 
@@ -140,7 +148,7 @@ def evaluate_on(
 
     `access` lets something else use the base between batches.
     """
-    sets = _select_sets(adapters, sets, eval_rows)
+    sets = _select_sets(adapters, sets, eval_rows, options.notify)
     for adapter in adapters:
         lora.check_base(adapter, base, options)
     notify_eval_rows(adapters, options.notify)
@@ -205,6 +213,7 @@ def held_out_losses(
                     context=adapter_context,
                     access=access,
                 ),
+                notify,
             )
             if not math.isfinite(adapter_loss.loss):
                 raise AdapterError(
@@ -307,6 +316,7 @@ def measure_base_loss(
         rows,
         None,
         partial(measure_loss, base.model, base, rows, notify, stage="held-out loss of the base", access=access),
+        notify,
     )
     if not math.isfinite(base_loss.loss):
         raise BaseModelError(
@@ -347,22 +357,35 @@ def cache_rows(texts: list[str]) -> None:
         atomic_io.atomic_write_text(_rows_path(content_hash(texts)), json.dumps(texts, ensure_ascii=False))
 
 
-def cached_rows(adapter: Adapter) -> EvalSet:
-    """Rows from the user's cache that an adapter was evaluated on when it was trained."""
+def cached_rows(adapter: Adapter, notify: EventHandler = ignore_events) -> EvalSet:
+    """Rows from the user's cache that an adapter was evaluated on when it was trained.
+
+    If they are damaged, they are loaded again from the dataset that its run.yaml names. If they are
+    not there, that dataset may be a stranger's choice.
+    """
     data = adapter.manifest.data if adapter.manifest else None
     if data is None:
         return EvalSet(adapter.name, [], "it was trained by another tool, so its held-out rows are unknown")
     if data.held_out_hash is None:
         return EvalSet(adapter.name, [], "it was made from adapters whose held-out rows were missing")
+    path = _rows_path(data.held_out_hash)
     try:
-        texts = json.loads(_rows_path(data.held_out_hash).read_text(encoding="utf-8"))
+        texts = json.loads(path.read_text(encoding="utf-8"))
         if content_hash(texts) == data.held_out_hash:
             return EvalSet(adapter.name, texts)
         reason = "its held-out rows in the cache have changed"
     except FileNotFoundError:
         reason = "its held-out rows are not in the cache: it was trained elsewhere, or the cache was emptied"
+        return EvalSet(adapter.name, [], reason)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         reason = f"its held-out rows in the cache cannot be read ({error})"
+    with contextlib.suppress(LoraTunerError):
+        config = resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE)
+        texts = load_dataset(config).held_out[: config.eval_rows]
+        if content_hash(texts) == data.held_out_hash:
+            notify(Notice(f"{path} is damaged: the held-out rows of {adapter.name} are loaded again."))
+            cache_rows(texts)
+            return EvalSet(adapter.name, texts)
     return EvalSet(adapter.name, [], reason)
 
 
@@ -406,11 +429,13 @@ def notify_eval_rows(adapters: Sequence[Adapter], notify: EventHandler) -> None:
 
 
 def _select_sets(
-    adapters: Sequence[Adapter], sets: Sequence[EvalSet] | None, eval_rows: int | None = None
+    adapters: Sequence[Adapter], sets: Sequence[EvalSet] | None, eval_rows: int | None, notify: EventHandler
 ) -> list[EvalSet]:
     """The sets to evaluate on. Raises AdapterError where none has rows."""
     check_distinct_names(adapters)
-    selected = select_rows([cached_rows(adapter) for adapter in adapters] if sets is None else sets, eval_rows)
+    if sets is None:
+        sets = [cached_rows(adapter, notify) for adapter in adapters]
+    selected = select_rows(sets, eval_rows)
     if all(rows.missing for rows in selected):
         reasons = "; ".join(f"{rows.name}: {rows.missing}" for rows in selected)
         raise AdapterError(f"There are no rows to evaluate on. {reasons}. Name a dataset with --eval-dataset.")
@@ -460,14 +485,15 @@ def _measure_cached(
     rows: Sequence[TokenIds],
     adapter_key: list[object] | None,
     measure: Callable[[], HeldOutLoss],
+    notify: EventHandler = ignore_events,
 ) -> HeldOutLoss:
     """The loss from the user's cache, else from `measure`.
 
-    `adapter_key` is that of `_loss_key`, None for the base.
+    `adapter_key` is that of `_loss_key`, None for the base. The tokenizer does not count, as its
+    token ids do.
     """
     identity: list[object] = [
         base.files.fingerprint,
-        base.tokenizer_hash,
         str(base.dtype),
         type(base.model.get_output_embeddings()).__name__,  # tells int8 from float32
         base.device.type,
@@ -479,27 +505,18 @@ def _measure_cached(
         identity.append(adapter_key)
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     path = atomic_io.cache_dir() / "losses" / f"{digest}.json"
-    if (cached := distributed.run_on_rank_zero(partial(_cached_loss, path, rows))) is not None:
+    if (cached := distributed.run_on_rank_zero(partial(_cached_loss, path, notify))) is not None:
         return cached
     loss = measure()
     if distributed.rank() == 0:
-        with contextlib.suppress(OSError):  # without a cache the next call only takes longer
-            atomic_io.atomic_write_text(path, json.dumps({"nll": loss.nll, "predictions": loss.predictions}))
+        atomic_io.write_cache(path, {"nll": loss.nll, "predictions": loss.predictions})
     return loss
 
 
-def _cached_loss(path: Path, rows: Sequence[TokenIds]) -> HeldOutLoss | None:
-    """The loss in a cache file; None where the file is missing, damaged or of other rows."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        cached = json.loads(path.read_text(encoding="utf-8"))
-        loss = HeldOutLoss(
-            [float(value) for value in cached["nll"]], [int(value) for value in cached["predictions"]]
-        )
-        if loss.predictions == [tokenization.count_predictions(row) for row in rows] and len(loss.nll) == len(
-            rows
-        ):
-            return loss
-    return None
+def _cached_loss(path: Path, notify: EventHandler) -> HeldOutLoss | None:
+    """The loss in a cache file; None where the file is missing or, with a notice, damaged."""
+    cached = atomic_io.read_cache(path, notify)
+    return cached if cached is None else HeldOutLoss(cached["nll"], cached["predictions"])
 
 
 def _loss_key(adapter: Adapter) -> list[object]:

@@ -19,6 +19,8 @@ from lora_tuner.config import (
     resolve_settings,
 )
 from lora_tuner.errors import ConfigError
+from lora_tuner.models.loading import load_base
+from lora_tuner.models.resolve import find_base
 from lora_tuner.training.checkpoints import HASHES_FILE, finalize, list_checkpoints
 
 
@@ -465,7 +467,10 @@ def test_manifest_schema_1_stays_readable(adapter):
     assert manifest.keys() == today.keys()
     for part in ("base", "data", "run", "result", "weights"):
         assert manifest[part].keys() <= today[part].keys()  # newer fields have defaults
-    manifest |= {"weights": today["weights"], "base": today["base"]}
+    base = load_base(find_base(adapter.base), ModelOptions(device="cpu")).info(
+        with_template=False, schema_version=1
+    )
+    manifest |= {"weights": today["weights"], "base": base.model_dump(exclude={"chat_template"})}
     manifest["data"] |= {"hash": today["data"]["hash"], "held_out_hash": today["data"]["held_out_hash"]}
     sampling, options = SamplingParams(greedy=True, max_new_tokens=5), ModelOptions(device="cpu")
     expected = Generator(adapter.path, options=options).generate("the actor", sampling)

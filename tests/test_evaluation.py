@@ -82,12 +82,20 @@ def test_base_loss_is_cached(base, monkeypatch):
     assert evaluation.measure_base_loss(base, rows) == first
 
 
-def test_damaged_loss_cache_is_ignored(base, caches):
-    rows = evaluation.encode_held_out(base, tiny_models.reviews(5, seed=6))
+@pytest.mark.parametrize("damage", [
+    lambda text: text[:-9], lambda text: text.replace("1", "2"), lambda text: "", lambda text: '{"nll": [1], "predictions": [1]}',
+])  # fmt: skip
+def test_damaged_loss_cache_is_made_again(base, tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("LORA_TUNER_CACHE", str(tmp_path / "cache"))
+    rows, notices = evaluation.encode_held_out(base, tiny_models.reviews(5, seed=6)), []
     first = evaluation.measure_base_loss(base, rows)
-    for file in (caches / "own" / "losses").iterdir():
-        file.write_text("{broken")
-    assert evaluation.measure_base_loss(base, rows) == first
+    (file,) = (tmp_path / "cache" / "losses").iterdir()
+    file.write_text(damage(file.read_text()))
+    for _ in range(2):
+        assert evaluation.measure_base_loss(base, rows, notices.append) == first
+    assert [notice.text for notice in notices if isinstance(notice, Notice)] == [
+        f"{file} is damaged: what it held is made again."
+    ]
 
 
 def test_paired_gain_and_standard_error():
@@ -363,6 +371,18 @@ def test_adapter_replaced_while_loading_is_refused(adapters, monkeypatch):
             [EvalSet("five", tiny_models.reviews(5, seed=8))],
             options=ModelOptions(device="cpu"),
         )
+
+
+def test_damaged_held_out_rows_are_loaded_again(adapters, trained, tmp_path):
+    path = rows_path(adapters[0], tmp_path)
+    before, notices = path.read_text(encoding="utf-8"), []
+    shutil.copy(trained / "noir.json", tmp_path)
+    path.write_text(before.replace("actor", "arctic"), encoding="utf-8")
+    for _ in range(2):
+        rows = evaluation.cached_rows(adapters[0], notices.append)
+        assert rows == EvalSet("noir", json.loads(before))
+    assert notices == [Notice(f"{path} is damaged: the held-out rows of noir are loaded again.")]
+    assert path.read_text(encoding="utf-8") == before
 
 
 def test_loss_cache_of_other_rows_is_ignored(adapters, tmp_path, measured):

@@ -1,6 +1,7 @@
 """Schema of `manifest.json`: the base, the data, the run and the evaluation of an adapter.
 
-`schema_version` 1 is the only one; a manifest with unknown or missing fields is rejected.
+A manifest with unknown or missing fields is rejected. Schema 2 is written. Schema 1 is read for
+ever: its fingerprint and tokenizer hash are of an older rule (models/identity.py).
 """
 
 import datetime
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..config import CleanMode
 
+SCHEMA_VERSION = 2
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # strict: one becomes a file name
 
 
@@ -19,8 +21,12 @@ class _ManifestModel(BaseModel):
 
 
 class BaseInfo(_ManifestModel):
-    """The base model. `fingerprint` and `tokenizer` are hashes (models/resolve.py); `tokenizer` is
-    None for an adopted adapter."""
+    """The base model. `fingerprint`, `tokenizer` and `chat_template` are hashes
+    (models/identity.py).
+
+    `tokenizer` is None for an adopted adapter; `chat_template` is for those trained on
+    conversations.
+    """
 
     name: str
     repo: str
@@ -28,10 +34,15 @@ class BaseInfo(_ManifestModel):
     weights: str
     fingerprint: Digest
     tokenizer: Digest | None
+    chat_template: Digest | None = None
 
 
 class DatasetInfo(_ManifestModel):
-    """The training rows and the held-out rows. `split_salt` is None if a blend's parents differ."""
+    """The training rows and the held-out rows. `split_salt` is None if a blend's parents differ.
+
+    `encoded_hash` is that of all rows as token ids with their labels, of a stream of the first
+    ones; None in older manifests.
+    """
 
     name: str
     source: str
@@ -46,6 +57,7 @@ class DatasetInfo(_ManifestModel):
     eval_split: str | None = None  # its split, if it has splits
     held_out_hash: Digest | None  # None without held-out rows
     held_out_rows: int
+    encoded_hash: Digest | None = None
 
 
 class EvalResult(_ManifestModel):
@@ -125,7 +137,7 @@ class Manifest(_ManifestModel):
     `made_by` is the command that made the adapter without training, such as `blend a=0.7 b=0.3`.
     """
 
-    schema_version: int = Field(default=1, ge=1, le=1)
+    schema_version: int = Field(default=SCHEMA_VERSION, ge=1, le=SCHEMA_VERSION)
     created: str
     base: BaseInfo
     data: DatasetInfo | None = None

@@ -101,7 +101,7 @@ def distinct_eval_sets(
     Missing and repeated sets are left out, with a notice.
     """
     if sets is None:
-        sets = [evaluation.cached_rows(adapter) for adapter in adapters]
+        sets = [evaluation.cached_rows(adapter, notify) for adapter in adapters]
         evaluation.notify_eval_rows(adapters, notify)
     distinct: list[EvalSet] = []
     for eval_set in evaluation.select_rows(sets, eval_rows):
@@ -201,10 +201,11 @@ def write_adapter(
     written = load_adapter_folder(folder)
     losses = evaluation.held_out_losses(base, {name: written}, sets, notify)[0]
     comparison = verify_written(base, written, deltas, name, sets, notify)
+    data = _dataset_info(parents, sets, parents_sets)
     manifest = Manifest(
         created=utc_timestamp(),
-        base=base.files.base_info(base.tokenizer_hash),
-        data=_dataset_info(parents, sets, parents_sets),
+        base=base.info(with_template=data is not None and data.format != "text"),
+        data=data,
         made_by=command,
         parents=[parent.parent_info() for parent in parents],
         result=combined_result(losses),
@@ -267,6 +268,7 @@ def _dataset_info(parents: Sequence[Adapter], sets: Sequence[EvalSet], parents_s
             "split_salt": first.split_salt if len(salts) == 1 else None,
             "clean": first.clean if len({data.clean for data in datasets.values()}) == 1 else None,
             "counts": {},
+            "encoded_hash": None,
             "format": " + ".join(dict.fromkeys(data.format for data in datasets.values())),
         }
     return first.model_copy(update=update)

@@ -64,7 +64,7 @@ def to_gguf(
     check_weights_hash(adapter)
     base = loading.base_for_adapter(adapter, options)
     check_keeps_base(out, base, [adapter])
-    lora.check_base_files(adapter, base, None, options)
+    lora.check_base_files(adapter, base, options)
     config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
     _refuse_incompatible(adapter, config)
     architecture = compatibility.LLAMA_CPP_ARCHITECTURES[config["model_type"]]

@@ -20,7 +20,7 @@ from ..errors import TrainingError
 from . import tokenization
 from .dataset import MIN_ROWS_TO_STOP, Dataset, RowCounts, iter_rows
 from .packing import PackedSequences
-from .splitting import is_held_out
+from .splitting import content_hash, is_held_out
 from .tokenization import TokenIds
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ class StreamState:
         row: Rows of the pass before the current buffer.
         counts: `RowCounts` before the current buffer.
         read: `RowCounts` of all rows read so far.
+        encoded_hash: Hash of the training rows of the pass as token ids, before the current buffer.
+        buffer_hash: Hash of those in the current buffer; empty before they are read.
+        pass_hash: Hash of those of a whole pass; empty in the first one.
     """
 
     taken: int = 0
@@ -46,6 +49,9 @@ class StreamState:
     row: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     read: dict[str, int] = field(default_factory=dict)
+    encoded_hash: str = ""
+    buffer_hash: str = ""
+    pass_hash: str = ""
 
 
 class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
@@ -78,21 +84,44 @@ class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
         """Set the counts to those of the position, for a run that reads no more rows."""
         self._set_counts(RowCounts(**self.states[0].read), RowCounts())
 
+    def has_changed(self) -> bool:
+        """Return whether rows before the position are no longer those that have passed.
+
+        Price: they are read and tokenized again, once for all passes.
+        """
+        state, again = self.states[0], StreamState()
+        reached = not state.buffer_hash  # of an older version, or before the first row
+        if reached and not state.pass_hash:
+            return False
+        for rows, row in self._read_buffers(again):
+            again = _next_buffer(replace(again, buffer_hash=tokenization.encoded_hash(rows)))
+            if not reached and row > state.row:
+                reached = True
+                if again.encoded_hash != _next_buffer(state).encoded_hash:
+                    return True
+                if not state.pass_hash:
+                    return False
+        return not reached or again.encoded_hash != state.pass_hash
+
     def __iter__(self) -> Iterator[list[TokenIds]]:
         state = self.states[-1]
         skip = state.taken - state.first
         while True:
             is_full_pass, sequence_count = state.row == 0, 0
             for rows, row in self._read_buffers(state):
+                state = self.states[-1] = replace(state, buffer_hash=tokenization.encoded_hash(rows))
                 sequences = self._make_sequences(rows, state)
                 sequence_count += len(sequences)
                 yield from sequences[skip:]
                 skip, first = 0, state.first + len(sequences)
-                state = StreamState(first, first, state.epoch, row, asdict(self.counts))
+                state = replace(
+                    _next_buffer(state), taken=first, first=first, row=row, counts=asdict(self.counts)
+                )
                 self.states.append(state)
             if is_full_pass and not sequence_count:
                 raise TrainingError(f"No row of {self.config.dataset} has a token to learn.")
             state = replace(state, epoch=state.epoch + 1, row=0, counts=asdict(self.counts))
+            state = replace(state, pass_hash=state.encoded_hash, encoded_hash="")
             self.states.append(state)
 
     def _read_buffers(self, state: StreamState) -> Iterator[tuple[list[TokenIds], int]]:
@@ -140,3 +169,9 @@ class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
         sequences = [packed[index] for index in range(len(packed))]
         random.Random(f"{self.config.seed} {state.epoch} {state.row}").shuffle(sequences)
         return sequences
+
+
+def _next_buffer(state: StreamState) -> StreamState:
+    """Return the state with the rows of the current buffer among those before it."""
+    passed = content_hash([state.encoded_hash, state.buffer_hash])
+    return replace(state, encoded_hash=passed, buffer_hash="")

@@ -8,7 +8,8 @@ cache. A token that has no label, such as those of a question, is stored as its 
 below zero.
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import filterfalse
@@ -142,6 +143,14 @@ def _encode_chat(
 def token_ids(row: TokenIds) -> TokenIds:
     """Return the token ids of a row with and without labels."""
     return np.where(row < 0, ~row, row)
+
+
+def encoded_hash(rows: Iterable[TokenIds]) -> str:
+    """Return the sha256 of rows as token ids with their labels, in this order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(len(row).to_bytes(8, "little") + row.astype("<i4").tobytes())
+    return digest.hexdigest()
 
 
 def count_predictions(row: TokenIds) -> int:

@@ -4,9 +4,7 @@ Surprise: transformers fills in missing weights at random and only warns. Here a
 an error. Limit: nothing that a repo brings as code is ever run.
 """
 
-import hashlib
 import inspect
-import json
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,11 +16,12 @@ from torch.overrides import TorchFunctionMode
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapters.adapter import Adapter
+from ..adapters.manifest import SCHEMA_VERSION, BaseInfo
 from ..config import ModelOptions
 from ..data import tokenization
 from ..data.tokenization import TokenIds
 from ..errors import BaseModelError, EventHandler, Notice
-from . import fsdp, kernels, memory, quantization
+from . import fsdp, identity, kernels, memory, quantization
 from .resolve import BaseModelFiles, find_adapter_base, find_base, loading_errors, quiet_transformers
 
 NO_LIMIT = 2**31  # context length of a base without one
@@ -82,12 +81,27 @@ class LoadedBase:
 
     @cached_property
     def tokenizer_hash(self) -> str:
-        """sha256 over the vocabulary and the ids of the special tokens."""
-        identity = [
-            sorted(self.tokenizer.get_vocab().items()),
-            [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id],
-        ]
-        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        """sha256 over all that decides token ids."""
+        names = type(self.tokenizer).vocab_files_names.values()
+        return self.files.tokenizer_hash(names, is_fast=self.tokenizer.is_fast)
+
+    @cached_property
+    def _schema_1_tokenizer_hash(self) -> str:
+        special = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
+        return identity.hash_json([sorted(self.tokenizer.get_vocab().items()), special])
+
+    def info(self, *, with_template: bool, schema_version: int = SCHEMA_VERSION) -> BaseInfo:
+        """Describe this base and its tokenizer for a manifest.
+
+        Args:
+            with_template: of an adapter that is trained on conversations, so that the chat template
+                counts.
+            schema_version: schema of the manifest.
+        """
+        if schema_version == 1:
+            return self.files.base_info(self._schema_1_tokenizer_hash, schema_version=1)
+        template = identity.hash_json(self.tokenizer.chat_template) if with_template else None
+        return self.files.base_info(self.tokenizer_hash, template)
 
 
 def open_base(adapter: Adapter | None, options: ModelOptions = ModelOptions()) -> LoadedBase:

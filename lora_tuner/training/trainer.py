@@ -36,7 +36,6 @@ from transformers import (
 from .. import atomic_io, distributed, evaluation
 from ..adapters.adapter import load_adapter_folder
 from ..config import TrainConfig
-from ..data.streaming import StreamingDataset, StreamState
 from ..errors import (
     DataError,
     DivergedError,
@@ -126,19 +125,14 @@ def _is_finished(setup: TrainingSetup, state: TrainerState) -> bool:
     return state.global_step >= state.max_steps or (patience is not None and worse >= patience)
 
 
-def _training_stream(setup: TrainingSetup, checkpoint: Path | None) -> StreamingDataset:
-    """Open the stream at its beginning, or where it was when the checkpoint was written."""
-    text = (checkpoint / checkpoints.STREAM_FILE).read_text(encoding="utf-8") if checkpoint else "{}"
-    state, dataset = StreamState(**json.loads(text)), setup.dataset
-    return StreamingDataset(setup.config, setup.base.tokenizer, dataset.eval_hashes, dataset.counts, state)
-
-
 class _LoraTrainer(Trainer):
     """Trainer with the loss, the held-out loss and the checkpoints of this package."""
 
     def __init__(self, setup: TrainingSetup, folder: Path, checkpoint: Path | None = None) -> None:
         config = setup.config
-        self.stream = _training_stream(setup, checkpoint) if config.streaming else None
+        self.stream = (
+            checkpoints.open_stream(setup, checkpoint, setup.dataset.counts) if config.streaming else None
+        )
         callbacks: list[TrainerCallback] = [_CheckGradients(self)]
         if config.patience:
             callbacks.append(EarlyStoppingCallback(config.patience))

@@ -706,10 +706,10 @@ def test_manifest_error_lists_all_problems(tmp_path):
     folder = adapter_files.write(tmp_path / "a", facts=adapter_files.manifest())
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
     del manifest["base"]["fingerprint"]
-    manifest |= {"schema_version": 2, "extra": 1}
+    manifest |= {"schema_version": 3, "extra": 1}
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
     assert refusal(folder) == (
-        f"a/{MANIFEST_FILE}: schema_version: Input should be less than or equal to 1; base.fingerprint: Field required; "
+        f"a/{MANIFEST_FILE}: schema_version: Input should be less than or equal to 2; base.fingerprint: Field required; "
         "extra: Extra inputs are not permitted."
     )
     (folder / MANIFEST_FILE).write_text("[]")

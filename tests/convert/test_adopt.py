@@ -136,7 +136,7 @@ def test_adopt_copies_and_writes_manifest(theirs, model_folder, library):
     assert len(manifest.pop("created")) == len("2025-01-02T03:04:05+00:00")
     source = find_base(str(model_folder))
     assert manifest == {
-        "schema_version": 1,
+        "schema_version": 2,
         "base": {
             "name": str(model_folder),
             "repo": str(model_folder),
@@ -144,6 +144,7 @@ def test_adopt_copies_and_writes_manifest(theirs, model_folder, library):
             "weights": "a local folder",
             "fingerprint": source.fingerprint,
             "tokenizer": None,
+            "chat_template": None,
         },
         "data": None,
         "run": None,

@@ -87,6 +87,38 @@ def test_stream_resumes_exactly_from_any_state(rows_jsonl, taken):
     assert again.counts == whole.counts
 
 
+@pytest.mark.parametrize("taken", [1, 20, 75, 130, 400])
+@pytest.mark.parametrize("change", ["edited", "removed", "added", "tokenizer"])
+def test_changed_rows_that_have_passed_are_seen(rows_jsonl, taken, change):
+    """In the first pass, at its end, and in later passes."""
+    stream = make_stream(rows_jsonl)
+    list(itertools.islice(stream, taken))
+    state = StreamState(**json.loads(json.dumps(dataclasses.asdict(stream.state_at(taken)))))
+    assert not make_stream(rows_jsonl, state).has_changed()
+    lines = rows_jsonl.read_text().splitlines(keepends=True)
+    first = next(index for index, text in enumerate(TEXTS) if not is_held_out(row_hash(text, "lora_tuner")))
+    again = make_stream(rows_jsonl, state)
+    if change == "edited":
+        lines[first] = lines[first].replace("row ", "now ")
+    elif change == "removed":
+        del lines[first]
+    elif change == "added":
+        lines.insert(0, lines[first])
+    else:
+        again.tokenizer.backend_tokenizer.pre_tokenizer.add_prefix_space = True
+    rows_jsonl.write_text("".join(lines))
+    assert again.has_changed()
+
+
+def test_changed_rows_to_come_are_no_change(rows_jsonl):
+    stream = make_stream(rows_jsonl)
+    list(itertools.islice(stream, 15))
+    state = stream.state_at(15)
+    rows_jsonl.write_text("".join(rows_jsonl.read_text().splitlines(keepends=True)[:100]))
+    assert not make_stream(rows_jsonl, state).has_changed()
+    assert not make_stream(rows_jsonl, StreamState(first=0, taken=15)).has_changed()  # of an older version
+
+
 def test_processes_share_stream_without_overlap(rows_jsonl):
     """Each process of accelerate takes its share of each step."""
     alone = texts(itertools.islice(make_stream(rows_jsonl), 60))
@@ -278,6 +310,21 @@ def test_streamed_run_is_reproducible(config, method):
     assert any("; first rows of the stream: " in notice.text for notice in notices if isinstance(notice, Notice))
     again = train(config(name="two", max_steps=20, method=method))
     assert again.sha256 == adapter.sha256
+
+
+def test_changed_passed_rows_stop_resume(config, stop_at, tmp_path):
+    """The first rows of a stream are in the manifest, those after them only in its state."""
+    with stop_at(18):
+        train(config(name="cut", max_steps=20))
+    path = tmp_path / "rows.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    changed = next(index for index in range(70, 150) if not is_held_out(row_hash(TEXTS[index], "lora_tuner")))
+    lines[changed] = lines[changed].replace("row ", "now ")
+    path.write_text("".join(lines))
+    with pytest.raises(
+        TrainingError, match=r"^runs/cut/checkpoint-18 cannot be resumed exactly: rows of .* have changed"
+    ):
+        resume("cut")
 
 
 def test_resumed_stream_equals_uninterrupted_run(config, stop_at):

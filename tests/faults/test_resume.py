@@ -329,7 +329,7 @@ def test_changed_setting_is_named(killed, checkpoints):
     ("what", "before"),
     [
         ("data", None),
-        slow("base weights", None),
+        slow("base", None),
         slow("tokenizer", None),
         slow("held-out rows", None),
         slow("threads", partial(threads, 2)),
@@ -344,7 +344,7 @@ def test_changed_fact_is_named(run, killed, reviews_csv, what, before):
         reviews_csv.write_text(reviews_csv.read_text().replace("the actor", "an actor", 1))
     elif what == "held-out rows":
         reviews_csv.write_text(reviews_csv.read_text().replace("the", "a"))
-    elif what == "base weights":
+    elif what == "base":
         shutil.rmtree("base")
         tiny_models.save_model(Path("base"), "gpt2", seed=1)
     elif what == "tokenizer":

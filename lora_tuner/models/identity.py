@@ -1,0 +1,102 @@
+"""Hashes that tell a base, its tokenizer and its chat template from any other.
+
+Everything in their files counts but for two short lists of settings that change no result. Files
+count as they are, not as a version of transformers completes them. Manifests of schema 1 have
+hashes by an older rule, a list of the settings that counted; they are compared by that rule.
+Nothing here imports torch.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .. import atomic_io
+from ..errors import EventHandler
+from . import stored_weights
+
+# config.json, at any depth: the writer of the file and its place; the dtype, which is chosen on
+# loading and recorded by itself; the cache, which each call turns on or off.
+_NEUTRAL_CONFIG = frozenset(
+    {"transformers_version", "_name_or_path", "_commit_hash", "torch_dtype", "dtype", "use_cache"}
+)
+# tokenizer_config.json and special_tokens_map.json: the place; padding and truncation, which are
+# this tool's own; decoding; the chat template, which has its own hash.
+_NEUTRAL_TOKENIZER = frozenset(
+    {
+        *("name_or_path", "tokenizer_file", "special_tokens_map_file", "is_local", "processor_class", "auto_map"),
+        *("model_max_length", "max_length", "pad_token", "padding_side", "truncation_side", "stride"),
+        *("pad_to_multiple_of", "pad_token_type_id", "truncation_strategy"),
+        *("clean_up_tokenization_spaces", "chat_template"),
+    }
+)
+_NEUTRAL_VOCABULARY = frozenset({"version", "padding", "truncation"})  # tokenizer.json
+_SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+_SCHEMA_1_CONFIG = re.compile(r"head|act|eps|rope|rotary|window|tie_word|attn|attention|scale|scaling|multiplier")
+
+
+def hash_json(value: object) -> str:
+    """sha256 of a value as JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def effective_config(config: Any) -> Any:
+    """A config without the settings that change no result, at any depth."""
+    if isinstance(config, list):
+        return [effective_config(value) for value in config]
+    if not isinstance(config, dict):
+        return config
+    return {key: effective_config(value) for key, value in config.items() if key not in _NEUTRAL_CONFIG}
+
+
+def schema_1_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that counted in manifests of schema 1."""
+    return {key: value for key, value in config.items() if _SCHEMA_1_CONFIG.search(key)}
+
+
+def weights_hash(folder: Path, notify: EventHandler) -> str:
+    """sha256 over name, dtype, shape and bytes of all tensors that are loaded.
+
+    Their split into files does not count. It comes from the user's cache where the files are
+    unchanged.
+    """
+    paths = stored_weights.weight_files(folder)
+    files = [(path.name, path.stat()) for path in paths]
+    identity = [[name, file.st_size, file.st_mtime_ns, file.st_ino] for name, file in files]
+    folder_hash = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
+    cache = atomic_io.cache_dir() / "fingerprints" / f"{folder_hash}-2.json"
+    cached = atomic_io.read_cache(cache, notify)
+    if isinstance(cached, dict) and cached["identity"] == identity:
+        return str(cached["weights"])
+    tensors = {name: digest for path in paths for name, digest in stored_weights.tensor_hashes(path)}
+    weights = hashlib.sha256(json.dumps(sorted(tensors.items())).encode()).hexdigest()
+    atomic_io.write_cache(cache, {"identity": identity, "weights": weights})
+    return weights
+
+
+def tokenizer_hash(folder: Path, vocabulary_files: Iterable[str], *, is_fast: bool) -> str:
+    """sha256 over all that decides token ids: vocabulary, merges, normalizer, pre-tokenizer,
+    post-processor, added tokens, and the settings beside them.
+
+    Args:
+        vocabulary_files: names of the files of this kind of tokenizer.
+        is_fast: a tokenizer.json takes the place of all others.
+    """
+    parts: dict[str, object] = {}
+    vocabularies = sorted(folder.glob("tokenizer.*json")) if is_fast else []  # one per version of transformers
+    for path in vocabularies:
+        parts[path.name] = _read_object(path, _NEUTRAL_VOCABULARY)
+    if not vocabularies:
+        names = {*vocabulary_files, "added_tokens.json"} - set(_SETTINGS_FILES)
+        parts = {name: atomic_io.sha256_file(folder / name) for name in names if (folder / name).is_file()}
+    for name in _SETTINGS_FILES:
+        if (folder / name).is_file():
+            parts[name] = _read_object(folder / name, _NEUTRAL_TOKENIZER)
+    return hash_json(parts)
+
+
+def _read_object(path: Path, neutral: frozenset[str]) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return {key: value for key, value in content.items() if key not in neutral}
