@@ -92,7 +92,8 @@ class RunInfo(_ManifestModel):
     """The training run. `seconds` are of the steps alone; `tokens` are predicted, not padding.
 
     `coverage` is the share of the block weights that are in adapted layers, unknown in older
-    manifests; `not_adapted` names others that the target modules leave out.
+    manifests; `not_adapted` names others that the target modules leave out. `sweep` is the id of
+    the sweep whose trial it is.
     """
 
     method: str = "lora"  # a key of config.METHODS
@@ -111,6 +112,7 @@ class RunInfo(_ManifestModel):
     processes: int = 1
     coverage: float | None = None
     not_adapted: list[str] = []
+    sweep: str | None = None
 
 
 class WeightsInfo(_ManifestModel):

@@ -39,7 +39,16 @@ def is_run(folder: Path) -> bool:
         adapter.RUN_FILE,
         "last-good",
     }
-    return folder.is_dir() and not folder.is_symlink() and all(path.name in names for path in folder.iterdir())
+    return holds_only(names, folder)
+
+
+def holds_only(names: set[str], folder: Path) -> bool:
+    """Return whether a folder, not a link, has no other files than these and those of a killed process."""
+    return (
+        folder.is_dir()
+        and not folder.is_symlink()
+        and all(path.name in names or path.name.endswith(atomic_io.WORK_SUFFIX) for path in folder.iterdir())
+    )
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -222,9 +231,14 @@ def check_settings(now: Run, before: Run, folder: Path, checkpoint: Path) -> Non
 
 
 def same_run(one: Run, other: Run) -> bool:
-    """Return whether two runs must have the same result."""
+    """Return whether two runs must have the same result, as trials of the same sweep if of any."""
     facts, other_facts = comparable_facts(one[1], other[1])
-    return facts == other_facts and not _changed_settings(one, other)
+    return sweep_id(one[1]) == sweep_id(other[1]) and facts == other_facts and not _changed_settings(one, other)
+
+
+def sweep_id(manifest: Manifest) -> str | None:
+    """Return the id of the sweep whose trial a run or an adapter is."""
+    return manifest.run.sweep if manifest.run else None
 
 
 def _changed_settings(now: Run, before: Run) -> dict[str, tuple[object, object]]:

@@ -8,7 +8,7 @@ if nothing has changed that would change its result.
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -48,6 +48,7 @@ from .inputs import dtype_name
 from .profiling import RunEstimate
 from .setup import TrainingSetup, adapter_name, prepare_training
 
+SWEEP_RESULT_FILE = "sweep.json"
 _NAME_TAKEN_ADVICE = "rename or remove that one first (`adapters rename`, `adapters remove`)"
 
 Prepare = Callable[[TrainConfig, EventHandler], TrainingSetup]
@@ -67,7 +68,7 @@ def train(
     """
     name = adapter_name(requested)
     notify = _join_processes(requested, notify)
-    with _run_lock(requested.runs_dir, name):
+    with run_lock(requested.runs_dir, name):
         library = distributed.run_on_rank_zero(partial(check_output_paths, requested))
         arguments.check_trackers(requested)
         setup = prepare(requested, notify)
@@ -93,11 +94,12 @@ def resume(
         raise _nothing_to_resume(folder)
     saved = resolve_settings(TrainConfig, {"runs_dir": runs_dir}, folder / RUN_FILE)
     notify = _join_processes(saved, notify)
-    with _run_lock(runs_dir, name):
+    with run_lock(runs_dir, name):
         checkpoint, manifests = distributed.run_on_rank_zero(partial(_load_stopped_run, saved, folder, notify))
         library = distributed.run_on_rank_zero(partial(check_output_paths, saved, resuming=True))
         arguments.check_trackers(saved)
         setup = prepare(_for_world_size(saved, manifests[folder], notify), notify)
+        setup = replace(setup, sweep=checkpoints.sweep_id(manifests[folder]))
         for path, manifest in manifests.items():
             now = setup.manifest_of_schema(manifest.schema_version)
             checkpoints.check_unchanged(*checkpoints.comparable_facts(manifest, now), path)
@@ -201,13 +203,17 @@ def _join_processes(requested: TrainConfig, notify: EventHandler) -> EventHandle
     return notify if distributed.rank() == 0 else ignore_events
 
 
-def _run_folder(config: TrainConfig) -> Path:
+def run_folder(config: TrainConfig) -> Path:
     return config.runs_dir / adapter_name(config)
 
 
+def sweep_folder(runs_dir: Path, name: str) -> Path:
+    return runs_dir / f"{name}.sweep"  # names of adapters have no dot
+
+
 @contextlib.contextmanager
-def _run_lock(runs_dir: Path, name: str) -> Iterator[None]:
-    """Hold the lock of a run: only one run of a name trains at a time."""
+def run_lock(runs_dir: Path, name: str) -> Iterator[None]:
+    """Hold the lock of a run or sweep: only one of a name trains at a time."""
     if distributed.rank() > 0:
         yield
         return
@@ -234,7 +240,7 @@ def _run_lock(runs_dir: Path, name: str) -> Iterator[None]:
 def check_output_paths(config: TrainConfig, *, resuming: bool = False) -> Library:
     """Return the library, or raise when the name or the folder of the run is taken."""
     name = adapter_name(config)
-    library, folder = Library(config.adapters_dir), _run_folder(config)
+    library, folder = Library(config.adapters_dir), run_folder(config)
     library.check_name_free(name, overwrite=config.overwrite, advice=_NAME_TAKEN_ADVICE if resuming else None)
     if resuming or not os.path.lexists(folder):
         return library
@@ -258,6 +264,8 @@ def _nothing_to_resume(folder: Path) -> TrainingError:
     why = "it has finished (into another --adapters-dir?), or never started"
     if folder.name in library.names():
         why = f"it has finished, as {library.path / folder.name}"
+    elif (sweep_result := sweep_folder(folder.parent, folder.name) / SWEEP_RESULT_FILE).is_file():
+        why = f"its sweep has finished, with the result {sweep_result}"
     elif copies := sorted(folder.glob(f"*/{RUN_FILE}")):
         why = f"it has finished, or {folder / RUN_FILE} was removed; {copies[0]} is a copy of it"
     return TrainingError(f"There is no unfinished run {folder}: {why}. Train without --resume.")
@@ -272,11 +280,11 @@ def _check_not_finished(saved: TrainConfig, folder: Path) -> None:
         finished = resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE), adapter.manifest
         # A damaged adapter is trained again.
         if checkpoints.same_run((saved, read_manifest(folder)), finished) and not verify_adapter(adapter):
-            _remove_run_folder(saved, folder)
+            remove_run_folder(saved, folder)
             raise TrainingError(f"The run {saved.name} has finished: its adapter is {adapter.path}.")
 
 
-def _remove_run_folder(config: TrainConfig, folder: Path) -> None:
+def remove_run_folder(config: TrainConfig, folder: Path) -> None:
     """Remove the folder of a finished run, or with `keep_checkpoints` its run.yaml."""
     if config.keep_checkpoints:
         (folder / RUN_FILE).unlink()
@@ -288,7 +296,7 @@ def check_disk_space(setup: TrainingSetup) -> None:
     """Raise TrainingError when the disk cannot hold the checkpoints, or the adapter."""
     config = setup.config
     size = lora.count_parameters(setup.model)[0] * 4
-    used = sum(path.stat().st_size for path in _run_folder(config).rglob("*") if path.is_file())
+    used = sum(path.stat().st_size for path in run_folder(config).rglob("*") if path.is_file())
     kept = (checkpoints.KEPT_CHECKPOINTS + 1) * 3 * size - used  # AdamW has two states per weight
     for folder, need in {config.runs_dir: kept, config.adapters_dir: size}.items():
         if (free := atomic_io.free_space(folder)) < need:
@@ -300,7 +308,7 @@ def check_disk_space(setup: TrainingSetup) -> None:
 
 def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | None) -> Adapter:
     """Measure the base, train, measure again, and write the adapter."""
-    config, folder = setup.config, _run_folder(setup.config)
+    config, folder = setup.config, run_folder(setup.config)
     data, run = setup.manifest.data, setup.manifest.run
     assert data is not None
     assert run is not None
@@ -332,7 +340,7 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
         )
         adapter = distributed.run_on_rank_zero(partial(_write_adapter, setup, library, manifest, history))
         evaluation.cache_adapter_loss(setup.base, setup.held_out, adapter, held_out)
-        distributed.run_on_rank_zero(partial(_remove_run_folder, config, folder))
+        distributed.run_on_rank_zero(partial(remove_run_folder, config, folder))
     except KeyboardInterrupt as error:
         raise Interrupted(f"Stopped immediately. Resume with: {trainer.resume_command(config)}") from error
     if result.gain < -2 * (result.standard_error or 0.0):

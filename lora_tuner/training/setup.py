@@ -29,7 +29,8 @@ from .profiling import StepProfile
 class TrainingSetup(TrainingInputs):
     """A prepared run: its inputs, the model with LoRA, and the resolved configuration.
 
-    `profile` holds the measurement from which the number of steps follows, if one was needed.
+    `profile` holds the measurement from which the number of steps follows, if one was needed;
+    `sweep` is the id of the sweep whose trial it is.
     """
 
     config: TrainConfig
@@ -38,6 +39,7 @@ class TrainingSetup(TrainingInputs):
     model: PeftModel
     profile: StepProfile | None
     notify: EventHandler
+    sweep: str | None = None
 
     def remove_lora(self) -> None:
         """Remove the LoRA layers, so that the base can be used for another setup."""
@@ -85,6 +87,7 @@ class TrainingSetup(TrainingInputs):
                 processes=distributed.world_size(),
                 coverage=self.targets.coverage,
                 not_adapted=self.targets.not_adapted,
+                sweep=self.sweep,
             ),
             versions=lora.library_versions(),
         )
@@ -104,13 +107,17 @@ class TrainingSetup(TrainingInputs):
 
 
 def prepare_training(
-    requested: TrainConfig, notify: EventHandler = ignore_events, inputs: TrainingInputs | None = None
+    requested: TrainConfig,
+    notify: EventHandler = ignore_events,
+    inputs: TrainingInputs | None = None,
+    sweep: str | None = None,
 ) -> TrainingSetup:
     """Prepare a run: everything in memory, and every setting resolved.
 
     Args:
         requested: the settings as the user gave them.
         inputs: base and data of an earlier trial of the same sweep, without LoRA layers; None to load them.
+        sweep: id of the sweep whose trial it is.
 
     Raises:
         LoraTunerError: the settings do not fit the data, the base or the memory.
@@ -161,6 +168,7 @@ def prepare_training(
         model=model,
         profile=profile,
         notify=notify,
+        sweep=sweep,
     )
 
 

@@ -1,31 +1,46 @@
 """Train at several ranks or learning rates, one after another, and recommend an adapter.
 
 Base and data are loaded once. A sweep is stopped and resumed like one run: `runs/NAME.sweep` lists
-its trials, and those that have finished are not trained again. All trials take the same number of
-steps, so a time limit is that of the first.
+its trials, and those that have finished are not trained again. Which ones have is not written there,
+so that a crash cannot make it wrong: their adapters have the sweep's id in their manifests. All
+trials take the same number of steps, so a time limit is that of the first.
 """
 
+import contextlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field
 
 from .. import atomic_io, distributed, evaluation
 from ..adapters import plots
-from ..adapters.adapter import RUN_FILE, Adapter, validate_name
+from ..adapters.adapter import RUN_FILE, Adapter, read_manifest, validate_name, verify_adapter
 from ..adapters.library import Library
 from ..config import STOP_RULES, SWEEPABLE, ModelOptions, TrainConfig, read_settings, resolve_settings
 from ..data.sources import resolve_eval_dataset
-from ..errors import ConfigError, DivergedError, EventHandler, Interrupted, Notice, TrainingError, ignore_events
+from ..errors import (
+    AdapterError,
+    ConfigError,
+    DivergedError,
+    EventHandler,
+    Interrupted,
+    Notice,
+    TrainingError,
+    ignore_events,
+    os_error_message,
+)
 from ..evaluation import EvalSet, HeldOutLoss
 from ..models import loading
 from . import arguments, checkpoints, run, trainer
 from .setup import TrainingSetup, adapter_name, prepare_training
 
-STATE_FILE, RESULT_FILE, PLOT_FILE = "sweep.yaml", "sweep.json", "sweep.png"
+STATE_FILE, PLOT_FILE = "sweep.yaml", "sweep.png"
 
 
 @dataclass(frozen=True)
@@ -59,18 +74,19 @@ class SweepResult:
         return asdict(self) | {"folder": str(self.folder)}
 
 
-@dataclass
-class _SweepState:
-    """The state of an unfinished sweep.
+class _SweepState(BaseModel):
+    """An unfinished sweep, as in `sweep.yaml`.
 
-    `trials` holds the requested settings, `facts` what the results depend on besides, `done` the
-    sha256 of each finished adapter (None if it diverged), `started` the trial in progress.
+    `id` is in the manifest of each run and adapter of the sweep; `trials` holds the requested
+    settings, `facts` what the results depend on besides, `diverged` names of trials.
     """
 
-    trials: list[dict[str, Any]]
+    model_config = ConfigDict(extra="forbid")
+
+    id: str = Field(min_length=1)
+    trials: list[TrainConfig] = Field(min_length=1)
     facts: dict[str, str]
-    done: dict[str, str | None] = field(default_factory=dict)
-    started: str | None = None
+    diverged: list[str]
 
 
 def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler = ignore_events) -> SweepResult:
@@ -85,35 +101,32 @@ def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler = ignore_even
     if first.parent is not None and len({config.rank for config in configs}) > 1:
         raise ConfigError("--from keeps the rank of the parent: give several learning rates, not ranks.")
     name = adapter_name(first)
-    measured = resolve_eval_dataset(first, notify, "a sweep selects a rank or a learning rate")
-    changes = {"eval_dataset": measured.eval_dataset, "eval_split": measured.eval_split}
-    trials = [
-        config.model_copy(update=changes | {"name": _trial_name(name, config, configs)}) for config in configs
-    ]
-    folder = _sweep_folder(first.runs_dir, name)
-    if not first.overwrite and is_unfinished(name, first.runs_dir):
-        raise TrainingError(
-            f"{folder} holds an unfinished sweep: resume it ({_resume_command(name, first)}), discard it with "
-            "--overwrite, or choose another --name."
-        )
-    if why := atomic_io.why_not_writable(first.runs_dir):
-        raise TrainingError(f"{why}: choose another --runs-dir.")
-    for trial in trials:
-        run.check_output_paths(trial)
-    arguments.check_trackers(first)
-    widest = max(trials, key=lambda trial: trial.rank)
-    setup = prepare_training(_with_max_steps(widest, 1), notify)  # what fits the widest fits all
-    run.check_disk_space(setup)
-    first.runs_dir.mkdir(parents=True, exist_ok=True)
-    settings = [trial.model_dump(mode="json", exclude_none=True, exclude_unset=True) for trial in trials]
-    state = _SweepState(settings, checkpoints.reproducibility_facts(setup.manifest))
-    _write_state(state, folder)
-    return _run_trials(name, folder, state, setup, notify)
+    folder = run.sweep_folder(first.runs_dir, name)
+    with run.run_lock(first.runs_dir, folder.name):
+        measured = resolve_eval_dataset(first, notify, "a sweep selects a rank or a learning rate")
+        changes = {"eval_dataset": measured.eval_dataset, "eval_split": measured.eval_split}
+        trials = [
+            config.model_copy(update=changes | {"name": _trial_name(name, config, configs)}) for config in configs
+        ]
+        if len({trial.name for trial in trials}) < len(trials):
+            raise ConfigError("Two trials have the same rank and learning rate: give each once.")
+        _check_folder(name, first)
+        for trial in trials:
+            run.check_output_paths(trial)
+        arguments.check_trackers(first)
+        widest = max(trials, key=lambda trial: trial.rank)
+        setup = prepare_training(_with_max_steps(widest, 1), notify)  # what fits the widest fits all
+        run.check_disk_space(setup)
+        facts = checkpoints.reproducibility_facts(setup.manifest)
+        state = _SweepState(id=secrets.token_hex(16), trials=trials, facts=facts, diverged=[])
+        with _resumable(name, first):
+            _write_state(state, folder)
+            return _run_trials(name, state, {}, setup, notify)
 
 
 def is_unfinished(name: str, runs_dir: Path) -> bool:
     """Return whether there is a sweep to resume. Raises TrainingError for an old one."""
-    if (_sweep_folder(runs_dir, name) / STATE_FILE).is_file():
+    if (run.sweep_folder(runs_dir, name) / STATE_FILE).is_file():
         return True
     old = runs_dir / f"{name}.ladder"
     if (old / "ladder.yaml").is_file():
@@ -127,21 +140,20 @@ def resume_sweep(name: str, runs_dir: Path = Path("runs"), notify: EventHandler 
     """Continue the sweep in `runs_dir/NAME.sweep`.
 
     Raises:
-        TrainingError: data, base or library versions changed, or the state is unreadable.
+        TrainingError: data, base or library versions changed, the state is unreadable, or the place
+            of a trial was taken.
     """
     _refuse_several_processes()
-    folder = _sweep_folder(runs_dir, name)
-    try:
-        state = _SweepState(**read_settings(folder / STATE_FILE))
-        state.trials = [dict(settings) | {"runs_dir": str(runs_dir)} for settings in state.trials]
-        state.facts, state.done = dict(state.facts), dict(state.done)
-        for settings in state.trials:
-            TrainConfig.model_validate(settings)
-    except (TypeError, ValueError) as error:
-        raise TrainingError(
-            f"{folder / STATE_FILE} cannot be read: start the sweep again with --overwrite."
-        ) from error
-    return _run_trials(name, folder, state, None, notify)
+    with run.run_lock(runs_dir, run.sweep_folder(runs_dir, name).name):
+        state = _read_state(name, runs_dir)
+        adapters: dict[str, Adapter] = {}
+        for trial in state.trials:
+            if adapter := _finished_adapter(trial, state.id):
+                adapters[adapter.name] = adapter
+            elif trial.name not in state.diverged:
+                _check_place(trial, name, state.id)
+        with _resumable(name, state.trials[0]):
+            return _run_trials(name, state, adapters, None, notify)
 
 
 def _refuse_several_processes() -> None:
@@ -151,14 +163,58 @@ def _refuse_several_processes() -> None:
         )
 
 
+def _check_folder(name: str, config: TrainConfig) -> None:
+    """Raise TrainingError when the folder of a sweep holds something that would be lost."""
+    folder = run.sweep_folder(config.runs_dir, name)
+    if os.path.lexists(folder) and not checkpoints.holds_only(
+        {STATE_FILE, run.SWEEP_RESULT_FILE, PLOT_FILE}, folder
+    ):
+        raise TrainingError(
+            f"{folder} is not a sweep, so it is not replaced: choose another --runs-dir or --name."
+        )
+    if not config.overwrite and is_unfinished(name, config.runs_dir):
+        raise TrainingError(
+            f"{folder} holds an unfinished sweep: resume it ({_resume_command(name, config)}), discard it with "
+            "--overwrite, or choose another --name."
+        )
+
+
+def _read_state(name: str, runs_dir: Path) -> _SweepState:
+    file = run.sweep_folder(runs_dir, name) / STATE_FILE
+    if not file.is_file():  # it finished before this process got the lock
+        raise TrainingError(f"There is no unfinished sweep {file.parent}: it has finished, or never started.")
+    try:
+        state = _SweepState.model_validate(read_settings(file))
+    except ValueError as error:
+        raise TrainingError(
+            f"{file} is damaged, or of another version: start the sweep again with --overwrite."
+        ) from error
+    trials = [trial.model_copy(update={"runs_dir": runs_dir}) for trial in state.trials]
+    return state.model_copy(update={"trials": trials})
+
+
 def _write_state(state: _SweepState, folder: Path) -> None:
-    atomic_io.atomic_write_text(
-        folder / STATE_FILE, yaml.safe_dump(asdict(state), sort_keys=False, allow_unicode=True)
-    )
+    values = state.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+    atomic_io.atomic_write_text(folder / STATE_FILE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
-def _sweep_folder(runs_dir: Path, name: str) -> Path:
-    return runs_dir / f"{name}.sweep"  # names of adapters have no dot
+@contextlib.contextmanager
+def _resumable(name: str, config: TrainConfig) -> Iterator[None]:
+    """Make interrupts and errors in the block name the command that resumes the sweep, not a trial."""
+    command = _resume_command(name, config)
+    try:
+        yield
+    except (Interrupted, TrainingError) as error:
+        text = str(error).replace(trainer.resume_command(config), command)
+        if text == str(error):
+            raise
+        raise type(error)(text) from error
+    except (KeyboardInterrupt, OSError) as error:
+        if not is_unfinished(name, config.runs_dir):
+            raise
+        if isinstance(error, OSError):
+            raise TrainingError(f"{os_error_message(error)} Then resume with: {command}") from error
+        raise Interrupted(f"Stopped immediately. Resume with: {command}") from error
 
 
 def _resume_command(name: str, config: TrainConfig) -> str:
@@ -169,57 +225,62 @@ def _trial_name(name: str, config: TrainConfig, configs: Sequence[TrainConfig]) 
     """Make the name of a trial: that of the sweep, and the settings in which the trials differ."""
     for setting, letters in zip(SWEEPABLE, ("r", "lr"), strict=True):
         if len({getattr(other, setting) for other in configs}) > 1:
-            name += f"-{letters}{getattr(config, setting):g}".replace(".", "p").replace("+", "")
+            value = getattr(config, setting)
+            text = f"{value:g}" if float(f"{value:g}") == value else repr(value)
+            name += f"-{letters}{text}".replace(".", "p").replace("+", "")
     return validate_name(name)
 
 
 def _run_trials(
-    name: str, folder: Path, state: _SweepState, setup: TrainingSetup | None, notify: EventHandler
+    name: str,
+    state: _SweepState,
+    adapters: dict[str, Adapter],
+    setup: TrainingSetup | None,
+    notify: EventHandler,
 ) -> SweepResult:
-    """Train the remaining trials, compare all, and replace the state by the result."""
+    """Train the trials that have no adapter yet, compare all, and replace the state by the result."""
+    trials = state.trials
+    folder = run.sweep_folder(trials[0].runs_dir, name)
 
     def prepare_trial(requested: TrainConfig, notify: EventHandler) -> TrainingSetup:
         nonlocal setup
         if setup is not None:
             setup.remove_lora()
-        setup = prepare_training(requested, notify, inputs=setup)
+        setup = prepare_training(requested, notify, inputs=setup, sweep=state.id)
         checkpoints.check_unchanged(state.facts, checkpoints.reproducibility_facts(setup.manifest), folder)
         return setup
 
-    trials = [TrainConfig.model_validate(settings) for settings in state.trials]
-    adapters: dict[str, Adapter] = {}
     for number, trial in enumerate(trials, 1):
-        trial_name = str(trial.name)
-        if trial_name in state.done:
-            if state.done[trial_name] is not None:
-                adapters[trial_name] = _finished_adapter(trial, state.done[trial_name])
+        trial_name, run_folder = str(trial.name), run.run_folder(trial)
+        begun = _sweep_of(run_folder) == state.id
+        if begun and trial_name in adapters and (run_folder / RUN_FILE).is_file():
+            run.remove_run_folder(trial, run_folder)  # the process ended before it did
+        if trial_name in adapters or trial_name in state.diverged:
             continue
         notify(Notice(f"Trial {number} of {len(trials)}: {trial_name}."))
-        run_folder = trial.runs_dir / trial_name
-        started = state.started == trial_name and (run_folder / RUN_FILE).is_file()
-        if not started:
-            if run_folder.is_dir():
-                atomic_io.delete_atomically(run_folder)  # of an earlier run
-            state.started = trial_name
-            _write_state(state, folder)
+        if begun and not (run_folder / RUN_FILE).is_file():  # its adapter has been removed since
+            atomic_io.delete_atomically(run_folder)
+            begun = False
         try:
-            if started:
-                adapter = run.resume(trial_name, trial.runs_dir, notify, prepare_trial)
-            else:
-                adapter = run.train(_with_same_steps(trial, list(adapters.values())), notify, prepare_trial)
-            adapters[trial_name], state.done[trial_name] = adapter, adapter.sha256
-        except Interrupted as error:
-            text = str(error).partition(" Resume with")[0]
-            raise Interrupted(f"{text} Resume with: {_resume_command(name, trial)}") from error
+            with _resumable(name, trial):
+                if begun:
+                    adapter = run.resume(trial_name, trial.runs_dir, notify, prepare_trial)
+                else:
+                    adapter = run.train(_with_same_steps(trial, list(adapters.values())), notify, prepare_trial)
+            adapters[trial_name] = adapter
         except DivergedError as error:
             notify(Notice(str(error)))
-            state.done[trial_name] = None
-        _write_state(state, folder)
+            state.diverged.append(trial_name)
+            _write_state(state, folder)
     if not adapters:
-        raise DivergedError(f"All trials of {name} diverged: try lower learning rates.")
+        raise DivergedError(
+            f"All trials of {name} diverged: start it again with lower learning rates and --overwrite."
+        )
+    if setup is None and evaluation.cached_rows(next(iter(adapters.values()))).missing:
+        prepare_trial(_with_max_steps(trials[0], 1), notify)  # the rows that are measured
     result = _measure_trials(name, folder, trials, adapters, setup, notify)
     with atomic_io.atomic_folder(folder) as work:
-        (work / RESULT_FILE).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+        (work / run.SWEEP_RESULT_FILE).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
         points = [
             (trial.name, trial.bytes, trial.seconds, trial.loss)
             for trial in result.trials
@@ -240,14 +301,33 @@ def _with_max_steps(trial: TrainConfig, steps: int | None) -> TrainConfig:
     return trial.model_copy(update=dict.fromkeys(STOP_RULES) | {"max_steps": steps})
 
 
-def _finished_adapter(trial: TrainConfig, sha256: str | None) -> Adapter:
-    """Return the adapter of a finished trial. Raises TrainingError if it was replaced."""
-    adapter = Library(trial.adapters_dir).get(str(trial.name))
-    if adapter.sha256 != sha256:
+def _sweep_of(run_folder: Path) -> str | None:
+    """Return the id of the sweep that a run belongs to."""
+    try:
+        return checkpoints.sweep_id(read_manifest(run_folder))
+    except AdapterError:
+        return None
+
+
+def _finished_adapter(trial: TrainConfig, sweep: str) -> Adapter | None:
+    """Return the adapter of a trial, or None while the library has none of this sweep."""
+    with contextlib.suppress(AdapterError):
+        adapter = Library(trial.adapters_dir).get(str(trial.name))
+        if adapter.manifest and checkpoints.sweep_id(adapter.manifest) == sweep and not verify_adapter(adapter):
+            return adapter
+    return None
+
+
+def _check_place(trial: TrainConfig, name: str, sweep: str) -> None:
+    """Raise TrainingError when others have taken the place of a trial that has not finished."""
+    adapter, run_folder = trial.adapters_dir / str(trial.name), run.run_folder(trial)
+    if not trial.overwrite and os.path.lexists(adapter):
         raise TrainingError(
-            f"{adapter.path} is not the adapter that the sweep trained: restore it, or start the sweep again."
+            f"{adapter} is not the adapter that the sweep trained: restore it, or rename or remove it "
+            "(`adapters rename`, `adapters remove`), and it is trained again."
         )
-    return adapter
+    if not trial.overwrite and os.path.lexists(run_folder) and _sweep_of(run_folder) != sweep:
+        raise TrainingError(f"{run_folder} is not of the sweep {name}: rename or remove it.")
 
 
 def _measure_trials(

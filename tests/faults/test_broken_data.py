@@ -179,6 +179,12 @@ def test_invalid_data_fails_with_one_line(refusal, tmp_path, case, mode):
     assert reason in refusal(write(tmp_path / name, content), mode)
 
 
+@pytest.mark.parametrize("case", ["empty", pytest.param("a header alone", marks=pytest.mark.slow)])
+def test_sweep_with_invalid_data_leaves_nothing(refusal, tmp_path, case):
+    name, content, reason = INVALID[case]
+    assert reason in refusal(write(tmp_path / name, content), ("--dataset", "--max-steps", "1", "--rank", "2,4"))
+
+
 def test_eval_dataset_without_text_fails(refusal, tmp_path):
     _, content, _ = INVALID["nothing but space"]
     assert "x.csv has no usable row to evaluate on." in refusal(write(tmp_path / "x.csv", content), MODES[3])

@@ -147,6 +147,27 @@ def test_second_training_of_name_is_refused(
     assert weights[0] == weights[1]
 
 
+def test_second_sweep_of_name_is_refused(
+    start: Start, run: Run, workspace: Path, training: tuple[str | Path, ...]
+) -> None:
+    sweep = (*training, "--learning-rate", "1e-3,1e-2", "--name", "new")
+    first = start(*sweep, **held_at(workspace, "lora_tuner.evaluation.held_out_losses"))
+    first.wait_for((workspace / "reached").exists)
+    for command in (sweep, (*sweep, "--overwrite"), ("train", "--resume", "new")):
+        second = run(*command)
+        assert (second.status, second.line) == (
+            1,
+            "Error: Another process is training 'new.sweep': choose another --name, or wait for it.",
+        )
+    assert run("adapters", "remove", "new-lr0p001", "--yes").status == 0  # in use
+    (workspace / "released").touch()
+    assert "new-lr0p001" in first.end().line
+    assert run("train", "--resume", "new").status == 0
+    for name in ("new-lr0p001", "new-lr0p01"):
+        check_whole(workspace, name)
+    assert [path.name for path in (workspace / "runs").iterdir()] == ["new.sweep"]
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -6,13 +6,16 @@ import random
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from . import process, workspaces
+from .injected_signals import signalled
 from .process import Command, Fault
-from .workspaces import COMMANDS, State, arguments, litter, old_or_new, run, state
+from .runs import cases
+from .workspaces import COMMANDS, State, arguments, litter, old_or_new, points, run, state, unfinished
 
 QUICK = 2  # points tried per command by default; the slow test tries all
 
@@ -29,8 +32,7 @@ def crash_and_go_on(name: str, words: list[str], world: Path, root: Path, at: in
 def after_a_crash(name: str, words: list[str], root: Path, new: State) -> None:
     """Resume the run, or repeat the command, as a user would: nothing is left of the crash."""
     done = state(root) == new
-    run_name = words[words.index("--name") + 1] if words[0] == "train" else None
-    if run_name and (root / "runs" / run_name / "run.yaml").exists():
+    if run_name := unfinished(words, root):
         result = run(root, "train", "--resume", run_name)
         assert result.status == 0 or f"The run {run_name} has finished" in result.line, result.err
     elif not done:
@@ -42,7 +44,7 @@ def after_a_crash(name: str, words: list[str], root: Path, new: State) -> None:
         if words[0] not in ("adapters", "blend", "compress"):
             assert run(root, *words, *(["--overwrite"] * ("--overwrite" not in words))).status == 0
     assert litter(root) == []
-    assert not list((root / "runs").glob("*"))
+    assert [path.name for path in root.glob("runs/*")] == [key for key in new if key.endswith(".sweep")]
 
 
 @pytest.mark.parametrize("name", workspaces.QUICK)
@@ -62,14 +64,55 @@ def test_crash_at_any_point_keeps_old_or_new(
 ) -> None:
     words = arguments(name, world, gpt2)
     new, events = expected(name)
-    for at in range(len(events)):
+    for at in points(name, events):
         crash_and_go_on(name, words, world, tmp_path / str(at), at, new)
         shutil.rmtree(tmp_path / str(at))
 
 
+SWEEP_MOMENTS = [
+    ("training.run:train", 1),  # before the first trial
+    ("training.run:trainer.run_trainer", 1),
+    ("training.run:remove_run_folder", 1),
+    ("atomic_io:shutil.rmtree", 1),  # the folder of the first trial, which has its adapter
+    ("training.run:train", 2),
+    ("training.run:remove_run_folder", 2),
+    ("training.sweep:evaluation.held_out_losses", 1),
+    ("adapters.plots:plot_sweep", 1),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "moment"),
+    cases(
+        [("sweep over another", SWEEP_MOMENTS[3])],
+        [(name, moment) for name in ("sweep", "sweep over another") for moment in SWEEP_MOMENTS],
+    ),
+)
+def test_killed_sweep_resumes(
+    name: str, moment: tuple[str, int], expected, world: Path, gpt2: Path, tmp_path: Path
+) -> None:
+    words, root = arguments(name, world, gpt2), tmp_path / "it"
+    shutil.copytree(world, root, symlinks=True)
+    killed = run(root, *words, before=partial(signalled, (f"lora_tuner.{moment[0]}", moment[1], signal.SIGKILL)))
+    assert killed.status == -signal.SIGKILL
+    result = run(root, "train", "--resume", words[2])
+    assert result.status == 0, result.err
+    assert state(root) == expected(name)[0]
+    assert [path.name for path in root.glob("runs/[!.]*")] == [f"{words[2]}.sweep"]
+    ended = run(root, "train", "--resume", words[2])
+    assert f"its sweep has finished, with the result runs/{words[2]}.sweep/sweep.json." in ended.line
+
+
 @pytest.mark.slow
 def test_sigkill_keeps_old_or_new(expected, world: Path, gpt2: Path, tmp_path: Path) -> None:
-    names = ["train", "train over another", "blend over another", "merge over another", "compress"]
+    names = [
+        "train",
+        "train over another",
+        "sweep over another",
+        "blend over another",
+        "merge over another",
+        "compress",
+    ]
     clean = {name: expected(name)[0] for name in names}
     draw, killed = random.Random(0), 0
     for number in range(200):

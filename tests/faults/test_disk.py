@@ -21,7 +21,7 @@ from lora_tuner.training.run import train
 
 from . import workspaces
 from .process import Fault, contents
-from .workspaces import COMMANDS, arguments, litter, old_or_new, run, state
+from .workspaces import COMMANDS, arguments, litter, old_or_new, points, run, state, unfinished
 
 QUICK = 2
 READ_ONLY = "is not writable: choose another"
@@ -29,9 +29,8 @@ READ_ONLY = "is not writable: choose another"
 
 def go_on(words: list[str], root: Path) -> None:
     """Continue when there is room again: resume the run, or repeat the command."""
-    name = words[words.index("--name") + 1] if words[0] == "train" else ""
-    started = (root / "runs" / name / "run.yaml").exists()
-    result = run(root, *(["train", "--resume", name] if started else words))
+    name = unfinished(words, root)
+    result = run(root, *(["train", "--resume", name] if name else words))
     assert result.status == 0, result.err
 
 
@@ -65,7 +64,7 @@ def test_full_disk_changes_nothing(name: str, expected, world: Path, gpt2: Path,
 def test_full_disk_at_any_write(name: str, expected, world: Path, gpt2: Path, tmp_path: Path) -> None:
     words = arguments(name, world, gpt2)
     new, events = expected(name)
-    for at in range(len(events)):
+    for at in points(name, events):
         full_at(name, words, world, tmp_path / str(at), at, new)
         shutil.rmtree(tmp_path / str(at))
 
@@ -79,6 +78,7 @@ def no_file_over(size: int) -> None:
     [
         ("train", 2_000),
         pytest.param("train over another", 12_000, marks=pytest.mark.slow),
+        pytest.param("sweep", 12_000, marks=pytest.mark.slow),
         pytest.param("merge over another", 12_000, marks=pytest.mark.slow),
         ("blend", 12_000),
         pytest.param("compress", 4_000, marks=pytest.mark.slow),
@@ -186,6 +186,8 @@ def closed(world: Path, tmp_path: Path) -> Iterator[Path]:
 READ_ONLY_PLACES = {
     "train": "adapters",
     "train over another": "runs",
+    "sweep": "adapters",
+    "sweep over another": "runs",
     "blend": "adapters",
     "blend over another": "adapters",
     "compress": "adapters",

@@ -101,6 +101,7 @@ def run_command(
         "generate": ("generate", "--base", MODEL, "--greedy", "--max-new-tokens", "5", "the actor"),
         "base": ("train", "--base", MODEL, "--dataset", reviews_csv, "--name", "new", *quick),
         "dataset": ("train", "--base", gpt2, "--dataset", TEXTS, "--name", "new", *quick),
+        "sweep": ("train", "--base", MODEL, "--dataset", reviews_csv, "--name", "new", "--rank", "2,4", *quick),
         "pull": ("pull", ADAPTER, "--name", "new"),
         "push": ("push", "small", "owner/new"),
     }
@@ -215,12 +216,11 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "500": (everywhere(status(500)), "it answers with status 500. Try again later."),
     "503": (everywhere(status(503, **{"Retry-After": "3600"})), "status 503. Try again after 3600 seconds."),
 }
-REPO = {"generate": MODEL, "base": MODEL, "dataset": TEXTS, "pull": ADAPTER, "push": "owner/new"}
-QUICK = {("base", "429"), ("push", "500")}
+REPO = {"generate": MODEL, "base": MODEL, "sweep": MODEL, "dataset": TEXTS, "pull": ADAPTER, "push": "owner/new"}
+QUICK = {("sweep", "429"), ("push", "500")}
 CASES = [(what, how) for what in ("generate", "dataset", "pull") for how in FAULTS]
-CASES += [
-    ("base", how) for how in ("silent within a file", "another file", "gated", "429")
-]  # `generate` downloads it too
+CASES += [("base", how) for how in ("silent within a file", "another file", "gated", "429")]
+CASES += [("sweep", how) for how in ("cut off", "429")]  # `generate` downloads it too
 CASES += [
     ("push", how) for how in ("silent", "a page in place of all", "redirects", "401", "403", "429", "500", "503")
 ]
@@ -271,8 +271,9 @@ def _check_transfer(hub: Hub, root: Path, what: str, done: Any) -> None:
         text = Generator(options=ModelOptions(base=str(folder), device="cpu")).generate("the actor", greedy).text
         assert done.out == f"the actor{text}\n"
     else:
-        facts = json.loads((root / "adapters" / "new" / adapter.MANIFEST_FILE).read_text())
-        if what == "base":
+        name = "new-r4" if what == "sweep" else "new"
+        facts = json.loads((root / "adapters" / name / adapter.MANIFEST_FILE).read_text())
+        if what in ("base", "sweep"):
             assert facts["base"]["repo"] == MODEL
         else:
             assert facts["data"]["source"] == TEXTS

@@ -118,6 +118,51 @@ def test_hangup_ignored_at_start_stays_ignored(run, arguments):
     assert run(*arguments, "--max-steps", "3", before=partial(ignored, HUP, *moments)).status == 0
 
 
+SWEEP = ("--rank", "2,4", "--max-steps", "3", "--save-every", "2")
+
+
+@pytest.fixture
+def whole_sweep(kept, run, arguments):
+    """Return the weights of the trials of an undisturbed sweep."""
+    if "sweep" not in kept:
+        assert run(*arguments, *SWEEP, "--name", "whole").status == 0
+        kept["sweep"] = [outcome(path) for path in sorted(Path("adapters").glob("whole-r*"))]
+        for path in [*Path("adapters").glob("whole-r*"), Path("runs")]:
+            shutil.rmtree(path)
+    return kept["sweep"]
+
+
+@pytest.mark.parametrize(
+    ("moment", "nth", "number", "line"),
+    cases(
+        [("lora_tuner.training.sweep:prepare_training", 3, INT, "Stopped immediately.")],
+        [
+            ("lora_tuner.training.sweep:prepare_training", 1, INT, None),  # nothing to resume yet
+            ("lora_tuner.training.run:train", 1, HUP, "Stopped immediately."),
+            ("lora_tuner.training.run:config_to_yaml", 1, TERM, "Stopped immediately."),
+            (STEP_END, 1, TERM, "Stopped at step 1 of 3, saved."),
+            ("lora_tuner.training.run:remove_run_folder", 1, INT, "Stopped immediately."),
+            ("lora_tuner.training.sweep:prepare_training", 3, INT, "Stopped immediately."),
+            (STEP_END, 4, INT, "Stopped at step 1 of 3, saved."),
+            ("lora_tuner.adapters.model_card:model_card", 2, TERM, "Stopped immediately."),
+            ("lora_tuner.training.sweep:evaluation.held_out_losses", 1, INT, "Stopped immediately."),
+            ("lora_tuner.adapters.plots:plot_sweep", 1, HUP, "Stopped immediately."),
+        ],
+    ),
+)
+def test_signalled_sweep_resumes_bitwise(run, arguments, old, whole_sweep, moment, nth, number, line):
+    with unchanged(old):
+        ended = run(*arguments, *SWEEP, before=partial(signalled, (moment, nth, number)))
+    if line is None:
+        assert stopped(ended)
+        assert leftovers() == {str(ADAPTER)}
+        return
+    assert stopped(ended, f"{line} Resume with: python cli.py train --resume reviews")
+    assert run(*resume_arguments(ended)).status == 0
+    assert [outcome(Path(f"{ADAPTER}-r{rank}")) for rank in (2, 4)] == whole_sweep
+    assert leftovers() == {*(f"{ADAPTER}{end}" for end in ("", "-r2", "-r4")), f"{RUN}.sweep"}
+
+
 @pytest.mark.slow
 def test_signal_during_resume_changes_nothing(run, arguments, whole):
     assert run(*arguments, *HARD, before=partial(signalled, (STEP_END, 5, INT))).status == 130
@@ -232,21 +277,22 @@ def test_sigint_while_writing_keeps_old_or_new(name, world, gpt2, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["train", "train over another"])
+@pytest.mark.parametrize("name", ["train", "train over another", "sweep", "sweep over another"])
 def test_sigint_while_training_writes_is_resumable(name, world, gpt2, tmp_path):
     words = workspaces.arguments(name, world, gpt2)
     new, events = workspaces.becomes(words, world, tmp_path / "clean")
-    for at in range(0, len(events), 4):
+    for at in workspaces.points(name, events)[:: 1 if name.startswith("sweep") else 4]:
         root = tmp_path / str(at)
         shutil.copytree(world, root)
         old = workspaces.state(root)
         ended = workspaces.run(root, *words, fault=Fault(root, at, "interrupt"))
         assert ended.status == 130, (events[at], ended.err)
-        assert workspaces.state(root) in (old, new)
-        lock = f"runs/.{words[2]}.lock.lora_tuner-new"  # interrupted while it removed the lock: the next training removes it
-        assert workspaces.litter(root) == [lock] * events[at].endswith(lock), events[at]
+        assert workspaces.old_or_new(workspaces.state(root), old, new)
+        # Interrupted while it removed a lock: the next training removes it.
+        lock = [events[at].partition(" ")[2]] * events[at].endswith(".lock.lora_tuner-new")
+        assert workspaces.litter(root) in ([], lock), events[at]
         if "Resume with: " in ended.err:
             ended = workspaces.run(root, *resume_arguments(ended))
             assert ended.status == 0 or "has finished" in ended.line, (events[at], ended.err)
             assert workspaces.state(root) == new
-            assert list((root / "runs").iterdir()) == []
+            assert [path.name for path in root.glob("runs/*")] == [key for key in new if key.endswith(".sweep")]

@@ -46,11 +46,13 @@ def limit_free_memory(module: str, free_bytes: int) -> None:
     importlib.import_module(f"lora_tuner.{module}").free_memory = lambda device: free_bytes
 
 
-@pytest.mark.parametrize("plan", [True, False])
-def test_step_exceeding_memory_is_refused(run: Run, wide: Path, novels: Path, tmp_path: Path, plan: bool) -> None:
+@pytest.mark.parametrize("more", [("--plan",), (), ("--rank", "2,4")], ids=["plan", "run", "sweep"])
+def test_step_exceeding_memory_is_refused(
+    run: Run, wide: Path, novels: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
     command = ("train", "--base", wide, "--dataset", novels, "--name", "new", *WIDE)
     before = functools.partial(limit_free_memory, "training.profiling", 100_000_000)
-    result = run(*command, *(["--plan"] if plan else []), before=before)
+    result = run(*command, *more, before=before)
     assert result.status == 1
     assert result.line.startswith("Error: A step with 8,192 tokens needs ")
     assert result.line.endswith(
@@ -166,6 +168,15 @@ def test_out_of_memory_error_is_one_line(run: Run, wide: Path, novels: Path, tmp
         "bfloat16."
     )
     assert contents(tmp_path / "adapters") == {}
+
+
+@pytest.mark.slow
+def test_sweep_out_of_memory_resumes(run: Run, wide: Path, novels: Path) -> None:
+    command = ("train", "--base", wide, "--dataset", novels, "--name", "new", "--rank", "2,4", *WIDE)
+    result = run(*command, before=limit_address_space)
+    assert result.line.startswith("Error: Out of memory: for training lower --batch-size")
+    assert run("train", "--resume", "new").status == 0
+    assert Library().names() == ["new-r2", "new-r4"]
 
 
 @pytest.mark.slow

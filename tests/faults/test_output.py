@@ -36,6 +36,14 @@ def test_run_goes_on_without_stderr(run, arguments, whole, kind):
     assert outcome(ADAPTER)[0] == whole(*HARD, "--eval-every", "3")[0]
 
 
+@pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(kind, marks=slow) for kind in KINDS[1:])])
+def test_sweep_goes_on_without_output(run, arguments, kind):
+    ended = run(*arguments, "--rank", "2,4", "--max-steps", "1", before=partial(dropped, kind, 1, 2))
+    assert ended.status == (1 if kind == "full disk" else 0)
+    assert {path.name for path in Path("adapters").iterdir()} == {"reviews-r2", "reviews-r4"}
+    assert Path("runs/reviews.sweep/sweep.json").is_file()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_unshown_output_keeps_exit_status(run, library, kind):
     assert run("adapters", "list", *library, before=partial(dropped, kind, 2)).status == 0

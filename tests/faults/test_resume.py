@@ -428,8 +428,8 @@ def test_resume_of_finished_run_is_refused(run, arguments, how):
 @pytest.mark.parametrize(
     ("moment", "how"),
     [
-        ("lora_tuner.training.run:_remove_run_folder", ()),
-        slow("lora_tuner.training.run:_remove_run_folder", ("--keep-checkpoints",)),
+        ("lora_tuner.training.run:remove_run_folder", ()),
+        slow("lora_tuner.training.run:remove_run_folder", ("--keep-checkpoints",)),
         slow("lora_tuner.atomic_io:shutil.rmtree", ()),
     ],
 )

@@ -1,5 +1,6 @@
 """A workspace of adapters, models and data, the commands that change it, and its state."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,9 +10,12 @@ from lora_tuner.adapters.adapter import verify_adapter
 from .process import Command, CommandResult, Fault
 
 TRAIN = ["--max-steps=4", "--save-every=2", "--max-length=64", "--batch-size=2", "--rank=4", "--eval-rows=4"]
+SWEEP = ["--max-steps=2", "--max-length=64", "--batch-size=2", "--rank=2,4", "--eval-rows=4"]
 COMMANDS: dict[str, list[str]] = {
     "train": ["train", "--name", "new", *TRAIN],
     "train over another": ["train", "--name", "one", "--overwrite", *TRAIN],
+    "sweep": ["train", "--name", "new", *SWEEP],
+    "sweep over another": ["train", "--name", "grid", "--overwrite", *SWEEP],
     "merge": ["merge", "one", "--out", "merged/one"],
     "merge over another": ["merge", "one", "--out", "whole", "--overwrite"],
     "blend": ["blend", "one=0.5", "two=0.5", "--name", "new"],
@@ -30,7 +34,7 @@ State = dict[str, object]
 
 
 def make(root: Path, base: Path) -> Path:
-    """Make two adapters, one from another tool inside and one beside the library, a merged model, and data."""
+    """Make three adapters, one from another tool inside and one beside the library, a merged model, and data."""
     lines = [f"{number}: the story {'works well' if number % 3 else 'drags on and on'}." for number in range(60)]
     (root / "reviews.txt").write_text("\n".join(lines))
     settings = {
@@ -46,6 +50,7 @@ def make(root: Path, base: Path) -> Path:
     }
     for seed, name in enumerate(("one", "two")):
         train(TrainConfig.model_validate(settings | {"name": name, "seed": seed}))
+    shutil.copytree(root / "adapters" / "two", root / "adapters" / "grid-r2")
     for target in (root / "foreign", root / "adapters" / "stranger"):
         shutil.copytree(root / "adapters" / "one", target)
         (target / "manifest.json").unlink()
@@ -61,7 +66,7 @@ def arguments(name: str, world: Path, base: Path) -> list[str]:
     words = list(COMMANDS[name])
     if name.startswith("adopt"):
         words += ["--base", str(base)]
-    if name.startswith("train"):
+    if words[0] == "train":
         words += ["--base", str(base), "--dataset", str(world / "reviews.txt"), "--txt-rows", "line"]
     return words
 
@@ -74,7 +79,7 @@ def run(root: Path, *words: str, fault: Fault | None = None, **more: object) -> 
 
 
 def state(root: Path) -> State:
-    """Return the hash of each adapter, which must be intact, and the bytes of models and exports."""
+    """Return the hash of each adapter, which must be intact, the bytes of models and exports, and losses of sweeps."""
     contents: State = {}
     for name, adapter in Library(root / "adapters").entries():
         assert isinstance(adapter, Adapter), adapter
@@ -83,7 +88,32 @@ def state(root: Path) -> State:
     for path in [*root.glob("whole/*"), *root.glob("merged/**/*"), *root.glob("*.gguf")]:
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts):
             contents[str(path.relative_to(root))] = path.read_bytes()
+    for path in root.glob("runs/*.sweep/sweep.json"):
+        result = json.loads(path.read_text())
+        # Measured while training or later, a loss differs in the last digits.
+        contents[path.parent.name] = [(trial["name"], round(trial["loss"], 6)) for trial in result["trials"]]
     return contents
+
+
+def points(name: str, events: list[str]) -> list[int]:
+    """Return the file operations to disturb: all but, in a sweep, most of those that it shares with a run."""
+    return [
+        number
+        for number, event in enumerate(events)
+        if not name.startswith("sweep")
+        or number % 8 == 0
+        or ".sweep" in event
+        or event.startswith(("os.rename runs", "os.rename adapters", "sync runs", "sync adapters"))
+    ]
+
+
+def unfinished(words: list[str], root: Path) -> str | None:
+    """Return the name to resume, if the command has left a run or a sweep."""
+    if words[0] != "train":
+        return None
+    name = words[words.index("--name") + 1]
+    states = root / "runs" / name / "run.yaml", root / "runs" / f"{name}.sweep" / "sweep.yaml"
+    return name if any(path.exists() for path in states) else None
 
 
 def old_or_new(now: State, old: State, new: State) -> bool:

@@ -1,12 +1,13 @@
 """Sweeps: each trial equals its single run, and a stopped sweep resumes."""
 
 import json
+import shutil
 
 import pytest
 
-from lora_tuner import Library, ModelOptions, TrainConfig, evaluate, evaluation, train
+from lora_tuner import Library, ModelOptions, TrainConfig, evaluate, evaluation, resume, train
 from lora_tuner.config import expand_sweep, resolve_settings
-from lora_tuner.errors import AdapterError, ConfigError, TrainingError
+from lora_tuner.errors import AdapterError, ConfigError, Interrupted, TrainingError
 from lora_tuner.training import inputs, sweep
 
 from .. import tiny_models
@@ -141,8 +142,9 @@ def test_stopped_sweep_resumes_bitwise(settings, trial, stopped_at):
 def test_sweep_stopped_while_measuring_resumes(settings, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(sweep, "_measure_trials", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted) as stopped:
             sweep.run_sweep(configs_of(settings, 2, 4))
+    assert str(stopped.value) == "Stopped immediately. Resume with: python cli.py train --resume reviews"
     monkeypatch.setattr(inputs, "load_dataset", None)
     result = sweep.resume_sweep("reviews")
     assert [trial.name for trial in result.trials] == ["reviews-r2", "reviews-r4"]
@@ -230,8 +232,78 @@ def test_sweep_with_replaced_adapter_is_refused(settings, stopped_at):
     with pytest.raises(TrainingError) as error:
         sweep.resume_sweep("reviews")
     assert str(error.value) == (
-        "adapters/reviews-r2 is not the adapter that the sweep trained: restore it, or start the sweep again."
+        "adapters/reviews-r2 is not the adapter that the sweep trained: restore it, or rename or remove it "
+        "(`adapters rename`, `adapters remove`), and it is trained again."
     )
+    Library().rename("reviews-r2", "own")
+    assert len(sweep.resume_sweep("reviews").trials) == 3
+
+
+def test_removed_trial_is_trained_again(settings, stopped_at):
+    stopped_at(8, 1, keep_checkpoints=True, max_steps=2)
+    before = {name: Library().get(name).sha256 for name in Library().names()}
+    Library().remove("reviews-r2")
+    Library().rename("reviews-r4", "mine")
+    assert len(sweep.resume_sweep("reviews").trials) == 3
+    assert Library().names() == ["mine", "reviews-r2", "reviews-r4", "reviews-r8"]
+    assert {name: Library().get(name).sha256 for name in before} == before
+
+
+def test_trial_finished_alone_is_not_trained_again(settings, stopped_at):
+    stopped_at(4, 3)
+    created = resume("reviews-r4").manifest.created
+    assert len(sweep.resume_sweep("reviews").trials) == 3
+    assert Library().get("reviews-r4").manifest.created == created
+
+
+def test_foreign_run_in_place_of_trial_is_kept(settings, stopped_at, stop_at):
+    stopped_at(4, 3)
+    with stop_at(1):
+        train(settings(name="reviews-r8", seed=9))
+    with pytest.raises(TrainingError) as error:
+        sweep.resume_sweep("reviews")
+    assert str(error.value) == "runs/reviews-r8 is not of the sweep reviews: rename or remove it."
+    (settings().runs_dir / "reviews-r8").rename(settings().runs_dir / "mine")
+    assert len(sweep.resume_sweep("reviews").trials) == 3
+    assert (settings().runs_dir / "mine" / "run.yaml").is_file()
+
+
+def test_repeated_sweep_resumes_its_own_trial(settings, stopped_at):
+    """The adapters of an earlier sweep with the same settings are not those of this one."""
+    sweep.run_sweep(configs_of(settings, 2, 4))
+    stopped_at(2, 3, overwrite=True)
+    created = Library().get("reviews-r4").manifest.run.sweep
+    sweep.resume_sweep("reviews")
+    assert {Library().get(f"reviews-r{rank}").manifest.run.sweep for rank in (2, 4, 8)} != {created}
+
+
+@pytest.mark.slow
+def test_sweep_with_emptied_cache_resumes(settings, monkeypatch, tmp_path):
+    monkeypatch.setenv("LORA_TUNER_CACHE", str(tmp_path / "cache"))
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep, "_measure_trials", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(Interrupted):
+            sweep.run_sweep(configs_of(settings, 2, 4))
+    shutil.rmtree(tmp_path / "cache")
+    assert len(sweep.resume_sweep("reviews").trials) == 2
+
+
+def test_foreign_folder_in_place_of_sweep_is_kept(settings):
+    folder = settings().runs_dir / "reviews.sweep"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(TrainingError) as error:
+        sweep.run_sweep(configs_of(settings, 2, 4, overwrite=True))
+    assert str(error.value) == (
+        "runs/reviews.sweep is not a sweep, so it is not replaced: choose another --runs-dir or --name."
+    )
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_close_rates_have_different_names(settings):
+    configs = [settings(learning_rate=rate) for rate in (1e-3, 1.0000001e-3, 1.0, 1e30)]
+    names = [sweep._trial_name("a", config, configs) for config in configs]
+    assert names == ["a-lr0p001", "a-lr0p0010000001", "a-lr1", "a-lr1e30"]
 
 
 def test_wrong_sweep_leaves_no_state(settings, tmp_path):
@@ -285,7 +357,13 @@ def test_unfinished_sweep_needs_resume_or_overwrite(settings, stopped_at):
 
 
 @pytest.mark.parametrize(
-    "content", ["trials: 3\nfacts: {}\n", "trial: []\n", "trials:\n- rank: many\nfacts: {}\n"]
+    "content",
+    [
+        "trials: 3\nfacts: {}\n",
+        "id: a\ntrials: []\nfacts: {}\ndiverged: []\n",
+        "id: a\ntrials:\n- rank: many\nfacts: {}\ndiverged: []\n",
+        "trials:\n- rank: 2\nfacts: {}\ndone: {}\nstarted: reviews-r2\n",  # as before sweeps had an id
+    ],
 )
 def test_unreadable_sweep_state_is_refused(settings, content, stopped_at):
     stopped_at(2, 2)
@@ -294,7 +372,7 @@ def test_unreadable_sweep_state_is_refused(settings, content, stopped_at):
         sweep.resume_sweep("reviews")
     assert (
         str(error.value)
-        == "runs/reviews.sweep/sweep.yaml cannot be read: start the sweep again with --overwrite."
+        == "runs/reviews.sweep/sweep.yaml is damaged, or of another version: start the sweep again with --overwrite."
     )
 
 
