@@ -15,8 +15,6 @@ import torch
 from peft import EvaConfig, LoraConfig, PeftModel, initialize_lora_eva_weights
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
-from transformers.pytorch_utils import Conv1D
 
 from ..config import LORA_PLUS_RATIO, TrainConfig
 from ..data import packing
@@ -26,6 +24,7 @@ from ..errors import ConfigError
 from . import fsdp
 from .loading import LoadedBase
 from .lora import ADAPTER_NAME
+from .quantization import dense_weight
 from .resolve import quiet_transformers
 
 EVA_BATCHES = 4  # batches of text that EVA takes the inputs of each layer from
@@ -75,9 +74,7 @@ def init_pissa(layer: LoraLayer, rank: int) -> None:
 
     Source: Meng et al., 2024, arXiv:2404.02948.
     """
-    base_layer = layer.get_base_layer()
-    weight = fsdp.full_tensor(dequantize_module_weight(base_layer).detach()).float()
-    weight = weight.T if isinstance(base_layer, Conv1D) else weight
+    weight = fsdp.full_tensor(dense_weight(layer.get_base_layer()).detach()).float()
     # The last directions are inexact, so more are computed.
     left, values, right = torch.svd_lowrank(weight, q=min(rank + 16, *weight.shape), niter=4)
     root = (values[:rank] / layer.scaling[ADAPTER_NAME]).sqrt()

@@ -4,6 +4,7 @@ Surprise: transformers fills in missing weights at random and only warns. Here a
 an error. Limit: nothing that a repo brings as code is ever run.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from ..data.tokenization import TokenIds
 from ..errors import BaseModelError, EventHandler, Notice
 from . import fsdp, identity, kernels, memory, quantization
 from .resolve import BaseModelFiles, find_adapter_base, find_base, loading_errors, quiet_transformers
+from .targets import linear_layers
+from .trial import try_run
 
 NO_LIMIT = 2**31  # context length of a base without one
 # Names of the context length in configs. `max_length` and windows of attention are other things.
@@ -173,8 +176,9 @@ def load_base(files: BaseModelFiles, options: ModelOptions = ModelOptions()) -> 
     model.loss_type = "ForCausalLM"  # GPT-2's is None, which causes a warning at every use
     model.requires_grad_(False)
     kernels.fuse_modules(model)
+    _keep_weights_unscaled(model)
     if options.dtype == "int8":
-        quantization.quantize_int8(model)
+        quantization.quantize_int8(model, keep=try_run(model, linear_layers(model)).read)
     is_sharded = fsdp.shard_count() > 1  # then a forward pass waits for all processes
     max_context = _set_positions(model) if is_sharded else NO_LIMIT
     if load_in == "full":
@@ -183,6 +187,8 @@ def load_base(files: BaseModelFiles, options: ModelOptions = ModelOptions()) -> 
         if hasattr(layer, _BNB_CPU_REPACKING):  # weights repacked at first use give no gradients
             setattr(layer, _BNB_CPU_REPACKING, False)
     model.eval()
+    if load_in != "full":
+        _adapt_quantized_layers(model, dtype)
     if not is_sharded:  # on its device, which is faster
         max_context = _set_positions(model)
     return LoadedBase(files, model, tokenizer, device, dtype, load_in, max_context)
@@ -227,6 +233,40 @@ def choose_device(name: str) -> torch.device:
             f"There is no device '{name}' here: choose auto, {', '.join(_available_devices())}."
         ) from error
     return device
+
+
+def _keep_weights_unscaled(model: PreTrainedModel) -> None:
+    """Turn off that RWKV halves weights in place for evaluation, and doubles them for training.
+
+    LoRA and quantized weights would not follow. Only float16 needs it; a saved model keeps it.
+    """
+    if getattr(model.config, "rescale_every", 0):
+        inner: Any = model.base_model
+        inner.config = copy.copy(model.config)
+        inner.config.rescale_every = 0
+
+
+def _adapt_quantized_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Make layers of bitsandbytes do in a model what plain ones do.
+
+    Those whose weights are used without a call get plain weights again, of the same values.
+
+    Raises:
+        BaseModelError: the base does not run in 8 or 4 bits.
+    """
+    quantization.flatten_inputs(model)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):  # with this mark mixers of Mamba's kind compute otherwise
+            vars(module.config).pop("_is_quantized", None)
+    done: set[str] = set()
+    while new := (trial := try_run(model, linear_layers(model))).read - done:
+        quantization.dequantize_layers(model, new, dtype)
+        done |= new
+    if trial.error is not None:
+        reason = " ".join(str(trial.error).split())
+        raise BaseModelError(
+            f"This base does not run with quantized weights: {reason}. Leave --load-in out."
+        ) from trial.error
 
 
 def _set_positions(model: PreTrainedModel) -> int:

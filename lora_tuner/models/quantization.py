@@ -3,9 +3,11 @@
 int8 is for output: one scale per output channel, inputs in bfloat16. It changes the held-out loss
 in the third decimal (benchmarks/RESULTS.md). int4, with a scale and a zero point per group of 32
 weights, is for draft models only, whose tokens float32 or int8 verifies. Limit: torch's int8
-product is for few rows; for more, weights are dequantized on the fly.
+product is for few rows and whole blocks; else weights are dequantized on the fly.
 """
 
+from collections.abc import Collection, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 MAX_INT8_ROWS = 16  # above, torch's int8 product is slower than dequantizing the weights
+INT8_BLOCK = 16  # torch's int8 product reads weights in such blocks, past their end if need be
 GROUP_SIZE = 32  # weights that share a scale in int4
 # Attribute of the layers that transformers replaced by bitsandbytes' ones.
 _REPLACED_CLASS = "source_cls"
@@ -43,7 +46,11 @@ class Int8Linear(nn.Module):
 
 def dense_weight(layer: Any) -> torch.Tensor:
     """Weight of a linear layer as (out, in); dequantized, also from bitsandbytes' 8 or 4 bits."""
-    if type(layer.weight).__name__ in ("Params4bit", "Int8Params"):
+    if type(layer.weight).__name__ == "Int8Params":  # PEFT's function breaks layers that have run on a CPU
+        scale = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
+        dense: torch.Tensor = layer.weight.data * (scale / 127)[:, None]
+        return dense
+    if type(layer.weight).__name__ == "Params4bit":
         from peft.utils.integrations import dequantize_module_weight
 
         return dequantize_module_weight(layer)
@@ -60,15 +67,33 @@ def cast_unquantized(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 def dequantize_bitsandbytes(model: PreTrainedModel) -> None:
     """Replace all 8- and 4-bit layers of bitsandbytes by plain ones with weights in float32."""
-    for name, module in list(model.named_modules()):
-        if hasattr(module, _REPLACED_CLASS):
-            model.set_submodule(name, _plain_layer(module))
+    dequantize_layers(model, [name for name, _ in model.named_modules()], torch.float32)
     mark_dequantized(model)
 
 
-def _plain_layer(module: Any) -> nn.Linear | Conv1D:
+def dequantize_layers(model: PreTrainedModel, names: Iterable[str], dtype: torch.dtype) -> None:
+    """Replace those of the modules that are 8- and 4-bit layers of bitsandbytes by plain ones."""
+    for name in names:
+        module = model.get_submodule(name)
+        if hasattr(module, _REPLACED_CLASS):
+            model.set_submodule(name, _plain_layer(module, dtype))
+
+
+def flatten_inputs(model: PreTrainedModel) -> None:
+    """Let the 8-bit layers of bitsandbytes take inputs of any rank. Theirs take two or three."""
+    for module in model.modules():
+        if type(module).__name__ == "Linear8bitLt":
+            module.forward = partial(_forward_rows, module)
+
+
+def _forward_rows(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    output: torch.Tensor = type(layer).forward(layer, x.reshape(-1, x.shape[-1]))
+    return output.view(*x.shape[:-1], -1)
+
+
+def _plain_layer(module: Any, dtype: torch.dtype) -> nn.Linear | Conv1D:
     """The nn.Linear, or GPT-2's Conv1D, with the dequantized weight of a bitsandbytes layer."""
-    weight = dense_weight(module).detach().float()
+    weight = dense_weight(module).detach().to(dtype)
     out_features, in_features = weight.shape
     layer: nn.Linear | Conv1D
     with torch.device("meta"):
@@ -81,10 +106,10 @@ def _plain_layer(module: Any) -> nn.Linear | Conv1D:
     return layer
 
 
-def quantize_int8(model: PreTrainedModel) -> None:
-    """Replace all linear layers of a model, its head included, but not its embeddings."""
+def quantize_int8(model: PreTrainedModel, keep: Collection[str] = ()) -> None:
+    """Replace all linear layers of a model but some, its head included, but not its embeddings."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear | Conv1D) and type(module) in (nn.Linear, Conv1D):
+        if name not in keep and isinstance(module, nn.Linear | Conv1D) and type(module) in (nn.Linear, Conv1D):
             model.set_submodule(name, Int8Linear(module))
 
 
@@ -103,8 +128,8 @@ def int8_linear(
     x: torch.Tensor, int8_weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Linear layer for x (rows, in): (rows, out) in bfloat16, the same for few rows as for many."""
-    x = x.bfloat16()
-    if len(x) > MAX_INT8_ROWS:
+    x = x.bfloat16().contiguous()
+    if len(x) > MAX_INT8_ROWS or x.shape[1] % INT8_BLOCK:
         output = F.linear(x.float(), int8_weight.float().mul_(scale[:, None])).bfloat16()
     else:
         output = torch._weight_int8pack_mm(x, int8_weight, scale)

@@ -18,10 +18,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import BaseModelError, ConfigError
+from ..errors import ConfigError
 from ..text import format_names
 from .quantization import Int8Linear
 from .resolve import quiet_transformers
+from .trial import Trial, expert_group, trial_run
 
 LinearLayer = nn.Linear | Conv1D | Int8Linear
 NEVER_RUN, NOT_LINEAR = "never run on text", "not linear layers"
@@ -94,9 +95,9 @@ def resolve_target_modules(model: PreTrainedModel, target_modules: str) -> Targe
             can.
         BaseModelError: the base does not run on text.
     """
-    called, plain = trial_run(model)
     layers = linear_layers(model)
-    reasons = _why_not_adaptable(model, layers, called, plain)
+    trial = trial_run(model, layers)
+    reasons = _why_not_adaptable(model, layers, trial)
     adaptable = set(layers) - set(reasons)
     if target_modules in ("auto", "all-linear"):
         requested = set(layers)
@@ -114,7 +115,9 @@ def resolve_target_modules(model: PreTrainedModel, target_modules: str) -> Targe
     selected = sorted(requested - set(reasons))
     if not selected:
         raise ConfigError(f"No layer of this base can be adapted: {'; '.join(sorted(set(reasons.values())))}.")
-    return describe_targets(model, selected, called, {name: reasons[name] for name in requested & set(reasons)})
+    return describe_targets(
+        model, selected, trial.called, {name: reasons[name] for name in requested & set(reasons)}
+    )
 
 
 def describe_targets(
@@ -131,7 +134,7 @@ def describe_targets(
         called: modules that `trial_run` found to be run; None to run it.
         reasons: layers that were asked for and are left out -> reason.
     """
-    called = trial_run(model)[0] if called is None else called
+    called = trial_run(model, linear_layers(model)).called if called is None else called
     sizes = {(reason, _last_word(name)): 0 for name, reason in reasons.items() if reason != NEVER_RUN}
     covered = total = 0
     linear = linear_layers(model)
@@ -170,61 +173,18 @@ def shortest_target_names(model: PreTrainedModel, modules: Collection[str]) -> l
     return sorted({_shortest_suffix(module, taken) for module in modules})
 
 
-def trial_run(model: PreTrainedModel) -> tuple[set[str], set[str]]:
-    """Run a plain base on a few tokens.
-
-    Returns:
-        Modules that were called, and those of them that map one tensor to one tensor in every call.
-        A name stands for all experts of its layer: few tokens reach few of them.
-
-    Raises:
-        BaseModelError: the base does not run on text.
-    """
-    called: set[str] = set()
-    unusual: set[str] = set()
-
-    def record(name: str, inputs: tuple[Any, ...], output: Any) -> None:
-        called.add(_expert_group(name))
-        if not (
-            len(inputs) == 1
-            and isinstance(inputs[0], torch.Tensor)
-            and isinstance(output, torch.Tensor)
-            and inputs[0].shape[:-1] == output.shape[:-1]
-        ):
-            unusual.add(_expert_group(name))
-
-    handles = [
-        module.register_forward_hook(lambda _, inputs, output, name=name: record(name, inputs, output))
-        for name, module in model.named_modules()
-    ]
-    embeddings = model.get_input_embeddings().get_parameter("weight")
-    token_ids = torch.arange(6, device=embeddings.device)[None] + len(embeddings) // 2
-    training = model.training
-    model.eval()  # dropout would consume random numbers
-    try:
-        with quiet_transformers(), torch.no_grad():  # FSDP could not train after inference mode
-            model(input_ids=token_ids, use_cache=False)
-    except Exception as error:
-        raise BaseModelError(f"This base does not run on text alone: {' '.join(str(error).split())}") from error
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-    return called, called - unusual
-
-
-def _why_not_adaptable(
-    model: PreTrainedModel, layers: Mapping[str, LinearLayer], called: set[str], plain: set[str]
-) -> dict[str, str]:
+def _why_not_adaptable(model: PreTrainedModel, layers: Mapping[str, LinearLayer], trial: Trial) -> dict[str, str]:
     """Reason for each linear layer that cannot be adapted."""
     refused = {name for name in map(_last_name, layers) if not _peft_adapts(model, name)}
     reasons = {}
     for name in layers:
-        if not _takes_part(name, called):
+        if not _takes_part(name, trial.called):
             reasons[name] = NEVER_RUN
-        elif _expert_group(name) not in called:
+        elif expert_group(name) not in trial.called:
             reasons[name] = "not called as a layer"
-        elif _expert_group(name) not in plain:
+        elif name in trial.read:
+            reasons[name] = "its weights are used elsewhere too"
+        elif expert_group(name) not in trial.plain:
             reasons[name] = "takes or gives more than one tensor"
         elif _last_name(name) in refused:
             reasons[name] = f"not supported by PEFT in {model.config.model_type}"
@@ -293,25 +253,16 @@ def _block_weights(model: PreTrainedModel, called: Collection[str]) -> Iterator[
 
 def _takes_part(name: str, called: Collection[str]) -> bool:
     """True if a module was called, or in a block the one around it: some use weights without a call."""
-    group = _expert_group(name)
+    group = expert_group(name)
     return group in called or (any(map(str.isdigit, group.split("."))) and group.rpartition(".")[0] in called)
 
 
 def _never_run_part(name: str, run: Collection[str]) -> str:
     """Outermost module around a layer that is not among those run or above them: its last word, and
     the number of a block."""
-    parts = _expert_group(name).split(".")
+    parts = expert_group(name).split(".")
     end = next(end for end in range(1, len(parts) + 1) if ".".join(parts[:end]) not in run)
     return ".".join(parts[end - 2 if parts[end - 1].isdigit() else end - 1 : end])
-
-
-def _expert_group(name: str) -> str:
-    """Name with all numbers but the first, that of the block, replaced: it stands for all experts."""
-    parts = name.split(".")
-    numbered = [index for index, part in enumerate(parts) if part.isdigit()]
-    for index in numbered[1:]:
-        parts[index] = "*"
-    return ".".join(parts)
 
 
 def _shortest_suffix(module: str, taken: set[str]) -> str:

@@ -1,0 +1,147 @@
+"""Trial run of a base on a few tokens: modules called, their inputs and outputs, weights read.
+
+A layer is what a base does with it, not its class: some are never called, take or give more than
+one tensor, or have their weights used by others. LoRA would have no effect there, and quantized
+weights would be taken for numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from ..errors import BaseModelError
+from .resolve import quiet_transformers
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Modules in a run of a base on a few tokens.
+
+    A name stands for all experts of its layer: few tokens reach few of them.
+
+    Args:
+        called: modules that were called.
+        plain: those of them that map one tensor to one tensor in every call.
+        read: linear layers whose weights were used outside of their own call, by the module around
+            them or by a layer that shares them.
+        error: the reason for which the base did not run to its end.
+    """
+
+    called: set[str]
+    plain: set[str]
+    read: set[str]
+    error: Exception | None
+
+
+def trial_run(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> Trial:
+    """Run a plain base with these linear layers on a few tokens, in training and evaluation mode.
+
+    Raises:
+        BaseModelError: the base does not run on text.
+    """
+    trial = try_run(model, layers)
+    if trial.error is not None:
+        reason = " ".join(str(trial.error).split())
+        raise BaseModelError(f"This base does not run on text alone: {reason}") from trial.error
+    return trial
+
+
+def try_run(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> Trial:
+    """`trial_run` that returns the reason where the base does not run."""
+    called: set[str] = set()
+    unusual: set[str] = set()
+    reads = _WeightReads(layers)
+
+    def begin(name: str) -> None:
+        reads.running.append(name)
+
+    def end(name: str, inputs: tuple[Any, ...], named_inputs: Mapping[str, Any], output: Any) -> None:
+        reads.running.pop()
+        called.add(expert_group(name))
+        if not (
+            len(inputs) == 1
+            and not named_inputs
+            and isinstance(inputs[0], torch.Tensor)
+            and isinstance(output, torch.Tensor)
+            and inputs[0].shape[:-1] == output.shape[:-1]
+        ):
+            unusual.add(expert_group(name))
+
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: begin(name)))
+        handles.append(
+            module.register_forward_hook(
+                lambda _, inputs, named_inputs, output, name=name: end(name, inputs, named_inputs, output),
+                with_kwargs=True,
+            )
+        )
+    embeddings = model.get_input_embeddings().get_parameter("weight")
+    token_ids = torch.arange(6, device=embeddings.device)[None] + len(embeddings) // 2
+    training = model.training
+    random_devices = [embeddings.device] if embeddings.device.type == "cuda" else []
+    error = None
+    try:
+        # FSDP could not train after inference mode.
+        with quiet_transformers(), torch.no_grad(), torch.random.fork_rng(random_devices), reads:
+            for mode in (True, False):
+                model.train(mode)
+                model(input_ids=token_ids, use_cache=False)
+    except Exception as reason:  # models raise errors of any type
+        error = reason
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return Trial(called, called - unusual, reads.found, error)
+
+
+class _WeightReads(TorchFunctionMode):
+    """Linear layers whose weight a torch function takes while the layer is not running.
+
+    Asking for the dtype counts for a quantized weight: inputs would be cast to it.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.running: list[str] = []
+        self.found: set[str] = set()
+        self._layers: dict[int, set[str]] = {}  # by the id of the weight, which layers may share
+        for name, layer in layers.items():
+            if "weight" in dict(layer.named_parameters(recurse=False)):
+                self._layers.setdefault(id(layer.weight), set()).add(name)
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        weights = [value for value in (*args, *kwargs.values()) if id(value) in self._layers]
+        result = None
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            for weight in weights:
+                is_dtype = isinstance(result, torch.dtype) and not weight.is_floating_point()
+                if is_dtype or result is None or isinstance(result, torch.Tensor):
+                    self.found |= self._layers[id(weight)].difference(self.running)
+        return result
+
+
+def expert_group(name: str) -> str:
+    """Name with all numbers but the first, that of the block, replaced: it stands for all experts."""
+    parts = name.split(".")
+    numbered = [index for index, part in enumerate(parts) if part.isdigit()]
+    for index in numbered[1:]:
+        parts[index] = "*"
+    return ".".join(parts)

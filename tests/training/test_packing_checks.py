@@ -1,0 +1,36 @@
+"""A token sees neither later ones nor those of other rows; rounding does not change the answer."""
+
+import pytest
+
+from lora_tuner import ModelOptions
+from lora_tuner.errors import BaseModelError
+from lora_tuner.models.loading import load_base
+from lora_tuner.models.resolve import find_base
+from lora_tuner.training.packing_checks import packing_is_isolated
+
+from ..model_families import save_family
+
+PRECISIONS = ({"dtype": "bfloat16"}, {"load_in": "8bit"}, {"load_in": "4bit", "dtype": "bfloat16"})
+
+
+def load(folder, **precision):
+    return load_base(find_base(str(folder)), ModelOptions(device="cpu", **precision))
+
+
+@pytest.mark.parametrize("family", ["recurrent_gemma", "rwkv"])
+def test_rounding_is_no_look_ahead(tmp_path, family):
+    """In 8 bits a token changes which columns of all tokens are rounded."""
+    assert not packing_is_isolated(load(save_family(tmp_path, family), load_in="8bit"))
+
+
+def test_look_ahead_is_found_in_any_precision(tmp_path):
+    folder = save_family(tmp_path, "bert", is_decoder=False)
+    for precision in PRECISIONS:
+        with pytest.raises(BaseModelError, match="sees tokens that come later"):
+            packing_is_isolated(load(folder, **precision))
+
+
+@pytest.mark.parametrize(("family", "isolated"), [("llama", True), ("bloom", False)])
+def test_isolation_is_same_in_any_precision(tmp_path, family, isolated):
+    folder = save_family(tmp_path, family)
+    assert {packing_is_isolated(load(folder, **precision)) for precision in PRECISIONS} == {isolated}
