@@ -20,6 +20,7 @@ from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
 
 from . import adapter_files, gguf_base
+from .faults.process import Command
 
 CLI = Path(__file__).parents[1] / "cli.py"
 PROMPT = "Acting"
@@ -73,19 +74,8 @@ def cli(workspace, caches):
 
 @pytest.fixture(scope="module")
 def trained(cli):
-    short = [
-        "--max-steps",
-        "6",
-        "--max-length",
-        "96",
-        "--max-rows",
-        "400",
-        "--eval-rows",
-        "3",
-        "--batch-size",
-        "2",
-    ]
-    return cli("train", "--rank", "8", *short)
+    short = "--max-steps 4 --max-length 96 --max-rows 400 --eval-rows 3 --batch-size 2"
+    return cli("train", "--rank", "8", *short.split())
 
 
 @pytest.fixture
@@ -125,10 +115,10 @@ def test_adapter_contains_no_local_path(user, workspace, caches):
                 assert path not in file.read_text(), file.name
 
 
-def test_generate_matches_peft(user, cli):
-    done = cli("generate", "--adapter", "adapters/imdb", *GREEDY, PROMPT)
-    text = done.stdout.rstrip("\n")
-    assert done.stderr == ""
+def test_generate_matches_peft(user, workspace, caches):
+    done = Command("generate", "--adapter", "adapters/imdb", *GREEDY, PROMPT, cwd=workspace, cache=caches).end()
+    text = done.out.rstrip("\n")
+    assert (done.status, done.err) == (0, "")
     assert "Warning" not in user.stderr
     files = find_base("smollm2-135m")
     plain = AutoModelForCausalLM.from_pretrained(files.folder)
@@ -146,7 +136,7 @@ def test_merged_model_matches_generate(user, cli):
 
 def test_adapters_list_and_show(cli, user):
     assert "imdb  smollm2-135m  8 " in cli("adapters", "list").stdout
-    assert json.loads(cli("adapters", "show", "imdb", "--json").stdout)["run"]["steps"] == 6
+    assert json.loads(cli("adapters", "show", "imdb", "--json").stdout)["run"]["steps"] == 4
 
 
 def test_embedded_base_is_the_real_model(user):

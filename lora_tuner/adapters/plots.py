@@ -43,7 +43,7 @@ def plot_loss(history: Sequence[Mapping[str, float]], manifest: Manifest, to: Pa
 
     assert manifest.data is not None
     assert manifest.run is not None
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(7, 4), dpi=120)
     axes = figure.subplots()
     steps = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     if steps:
@@ -121,7 +121,7 @@ def plot_spectra(spectra: Mapping[str, Sequence[float]], ranks: Mapping[str, int
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(7, 4), dpi=120)
     axes = figure.subplots()
     kinds = sorted({module.rpartition(".")[2] for module in spectra})
     colors = {kind: colormaps["tab10"](number % 10) for number, kind in enumerate(kinds)}

@@ -382,8 +382,8 @@ def test_mixed_batch_matches_solo_and_peft(model_folder, eight_adapters, penalty
     random.Random(0).shuffle(requests)
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     batched = dict(zip(requests, generator.generate_batch(requests, sampling), strict=True))
-    without_tie = 0
-    for name in eight_adapters:
+    without_tie, checked = 0, eight_adapters if penalty == 1.0 else eight_adapters[1::2]
+    for name in checked:
         fresh = Generator(name, options=ModelOptions(device="cpu"))
         peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), f"adapters/{name}")
         for prompt in PROMPTS:
@@ -394,7 +394,7 @@ def test_mixed_batch_matches_solo_and_peft(model_folder, eight_adapters, penalty
             assert solo.text.startswith(text)
             assert batched[prompt, name].text.startswith(text)
             without_tie += complete
-    assert without_tie >= 48
+    assert without_tie >= 6 * len(checked)
     for prompt in PROMPTS:
         assert not prompt or len({batched[prompt, name].text for name in eight_adapters}) >= 6
 

@@ -17,19 +17,27 @@ from lora_tuner.models.loading import load_base
 from lora_tuner.models.memory import _weight_bytes
 from lora_tuner.models.resolve import find_base
 
-from ..training.test_distributed import ENDING_PROCESS, SHORT, curve, finish, start
+from ..training.test_distributed import ENDING_PROCESS, SHORT, curve, finish, run_two, start
 
 ON_A_CPU = """
-import atexit
 import sys
 from lora_tuner import evaluation
+from lora_tuner.cli import app as cli
 from lora_tuner.models import fsdp
 from lora_tuner.training import profiling
+
+models = []
 
 def place_or_shard(model, device, place_or_shard=fsdp.place_or_shard):
     place_or_shard(model, device)
     report(model)
-    atexit.register(report, model)
+    models.append(model)
+
+def app(app=cli.app):
+    try:
+        app()
+    finally:
+        report(*models)
 
 def step_memory(inputs, model, step_memory=profiling.step_memory):
     sys.stderr.write(f"gathered bytes {fsdp.gathered_bytes(model)}\\n")
@@ -44,9 +52,8 @@ def report(model):
     sys.stderr.write(f"local parameters {local_size}\\n")  # in one write: there are two processes
 
 fsdp.DEVICES, fsdp.place_or_shard, profiling.step_memory = ("cpu",), place_or_shard, step_memory
-evaluation.BATCH_TOKENS_CPU = 64
+evaluation.BATCH_TOKENS_CPU, cli.app = 64, app
 """
-SHARDED = ON_A_CPU + "from lora_tuner.cli.app import app\napp()\n"
 FSDP_ENV = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
@@ -55,19 +62,9 @@ def settings(model_folder, reviews_csv):
     return SHORT | {"base": str(model_folder), "dataset": str(reviews_csv)}
 
 
-@pytest.fixture
-def sharded(tmp_path, monkeypatch):
+def run_sharded(settings, *options, code=ON_A_CPU, **env):
     """Run a command on two processes that share a base."""
-    path = tmp_path / "sharded.py"
-
-    def run(settings, *options, script=SHARDED, **env):
-        path.write_text(script)
-        with monkeypatch.context() as patch:
-            for name, value in (FSDP_ENV | env).items():
-                patch.setenv(name, value)
-            return finish(start(settings, *options, script=path))
-
-    return run
+    return run_two(settings, *options, code=code, **FSDP_ENV | env)
 
 
 def check_shards(done, settings):
@@ -81,9 +78,9 @@ def check_shards(done, settings):
 
 
 @pytest.mark.parametrize("model_folder", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)], indirect=True)
-def test_sharded_training_matches_unsharded(settings, sharded):
+def test_sharded_training_matches_unsharded(settings):
     """The same 50 steps. One process has fewer held-out batches, and must run as many as the other."""
-    done = sharded(settings, "--max-steps=50", "--eval-every=20", "--name=two", "--json")
+    done = run_sharded(settings, "--max-steps=50", "--eval-every=20", "--name=two", "--json")
     assert done.status == 0, done.err
     assert "Warning" not in done.err
     block = check_shards(done, settings)
@@ -101,17 +98,17 @@ def test_sharded_training_matches_unsharded(settings, sharded):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["sharded", "whole"])
-def test_run_resumes_sharded_or_unsharded(settings, sharded, first):
+def test_run_resumes_sharded_or_unsharded(settings, first):
     """One process dies, and the other leaves a checkpoint; it resumes the other way."""
     env = {} if first == "sharded" else {"ACCELERATE_USE_FSDP": "false"}
-    script = ON_A_CPU + ENDING_PROCESS.format(at=7)
-    done = sharded(settings, "--max-steps=12", "--name=cut", script=script, **env)
+    code = ON_A_CPU + ENDING_PROCESS.format(at=7)
+    done = run_sharded(settings, "--max-steps=12", "--name=cut", code=code, **env)
     assert done.status != 0
     assert "The last step was 7 of 12. Resume with: python cli.py train --resume cut" in done.err
     if first == "sharded":
         resume("cut")
     else:
-        done = sharded({}, "--resume=cut")
+        done = run_sharded({}, "--resume=cut")
         assert done.status == 0, done.err
         check_shards(done, settings)
     cut = Library().get("cut")
@@ -135,21 +132,21 @@ def test_run_resumes_sharded_or_unsharded(settings, sharded, first):
     ],
     ids=lambda options: options[0],
 )
-def test_sharded_training_supports_option(settings, sharded, options):
-    done = sharded(settings, "--max-steps=12", "--name=two", *options)
+def test_sharded_training_supports_option(settings, options):
+    done = run_sharded(settings, "--max-steps=12", "--name=two", *options)
     assert done.status == 0, done.err
     assert Library().get("two").manifest.result.gain > 0
     check_shards(done, settings)
 
 
 @pytest.mark.slow
-def test_configured_block_names_are_sharded(settings, sharded, gpt2):
+def test_configured_block_names_are_sharded(settings, gpt2):
     """With spaces, and empty as `accelerate config` writes a missing name."""
     names = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
     block_class = " GPT2Block" if settings["base"] == str(gpt2) else " LlamaDecoderLayer , "
     for number, configured in enumerate(("", block_class)):
         env = names | {"FSDP_TRANSFORMER_CLS_TO_WRAP": configured}
-        done = sharded(settings, "--epochs=1", "--plan", f"--name=n{number}", **env)
+        done = run_sharded(settings, "--epochs=1", "--plan", f"--name=n{number}", **env)
         assert done.status == 0, done.err
         check_shards(done, settings)
 
@@ -160,7 +157,7 @@ def test_documented_accelerate_config_shards(settings, tmp_path):
     config = re.search(r"```yaml\n(distributed_type: FSDP.*?)```", text, re.DOTALL)[1]
     (tmp_path / "fsdp.yaml").write_text(config.replace("num_processes: 8", "num_processes: 2"))
     script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
+    script.write_text(ON_A_CPU + "app()\n")
     launcher = ("accelerate.commands.launch", "--config_file", str(tmp_path / "fsdp.yaml"))
     done = finish(start(settings, "--max-steps=5", "--name=two", script=script, launcher=launcher))
     assert done.status == 0, done.err
@@ -169,9 +166,9 @@ def test_documented_accelerate_config_shards(settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_sharded_training_continues_from_adapter(settings, sharded):
+def test_sharded_training_continues_from_adapter(settings):
     train(TrainConfig.model_validate(settings | {"max_steps": 5, "name": "one"}))
-    done = sharded(settings, "--from=one", "--max-steps=5", "--name=two")
+    done = run_sharded(settings, "--from=one", "--max-steps=5", "--name=two")
     assert done.status == 0, done.err
     assert Library().get("two").manifest.parents[0].name == "one"
 

@@ -1,4 +1,6 @@
-"""One run on several processes, as torchrun starts them: same adapter as one process, one set of messages."""
+"""One run on several processes: same adapter as one process, one set of messages.
+
+`start` runs a launcher such as torchrun; `run_two` forks both processes, in a fraction of the time."""
 
 import json
 import os
@@ -7,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,12 +25,13 @@ from lora_tuner.errors import ConfigError, RaisedOnRankZero, TrainingError
 from lora_tuner.training import run, sweep
 from lora_tuner.training.arguments import EpochOrder
 
+from ..faults.process import Command
+
 CLI = Path(__file__).parents[2] / "cli.py"
 SHORT = {"rank": 4, "max_length": 64, "batch_size": 2, "eval_rows": 9, "learning_rate": 5e-3, "device": "cpu"}
 ENDING_PROCESS = """
 import os
 from lora_tuner.training import trainer
-from lora_tuner.cli.app import app
 
 if os.environ["RANK"] == "1":
     step = trainer._LoraTrainer.training_step
@@ -36,7 +40,6 @@ if os.environ["RANK"] == "1":
             os._exit(9)
         return step(self, *arguments)
     trainer._LoraTrainer.training_step = die
-app()
 """
 
 
@@ -45,13 +48,47 @@ def settings(gpt2, reviews_csv):
     return SHORT | {"base": str(gpt2), "dataset": str(reviews_csv)}
 
 
+def command_line(settings, options):
+    flags = {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
+    return ["train", *(name if value is True else f"{name}={value}" for name, value in flags.items()), *options]
+
+
+def free_port():
+    with socket.create_server(("localhost", 0)) as free:
+        return free.getsockname()[1]
+
+
+def run_two(settings, *options, code="", **env):
+    """Run a command on two forked processes, after `code` in each; their output is joined."""
+    world = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(free_port()),
+    }
+    both = [
+        Command(
+            *command_line(settings, options),
+            cwd=Path.cwd(),
+            cache=Path(os.environ["LORA_TUNER_CACHE"]).parent,
+            before=partial(exec, code, {}),
+            env=world | env | {"RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    ]
+    ended = [command.end() for command in both]
+    return SimpleNamespace(
+        status=ended[0].status or ended[1].status,
+        out="".join(done.out for done in ended),
+        err="".join(done.err for done in ended),
+    )
+
+
 def start(
     settings, *options, script=CLI, launcher=("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 ):
-    flags = {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
-    arguments = [name if value is True else f"{name}={value}" for name, value in flags.items()]
     return subprocess.Popen(
-        [sys.executable, "-m", *launcher, str(script), "train", *arguments, *options],
+        [sys.executable, "-m", *launcher, str(script), *command_line(settings, options)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CLI.parent)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -96,17 +133,15 @@ def test_two_processes_train_same_adapter(settings):
 @pytest.mark.parametrize(
     "streaming", [{}, pytest.param({"streaming": True, "shuffle_buffer": 20}, marks=pytest.mark.slow)]
 )
-def test_lost_process_resumes_on_one(settings, tmp_path, streaming):
+def test_lost_process_resumes_on_one(settings, streaming):
     settings |= streaming
-    script = tmp_path / "dying.py"
-    script.write_text(ENDING_PROCESS.format(at=7))
-    done = finish(start(settings, "--max-steps=12", "--name=cut", script=script))
+    done = run_two(settings, "--max-steps=12", "--name=cut", code=ENDING_PROCESS.format(at=7))
     assert done.status != 0
     assert (
         "Error: Another process of this run has ended. The last step was 7 of 12. Resume with: python cli.py train --resume cut"
         in done.err
     )
-    assert done.err.count("Error: ") == done.err.count("ChildFailedError: ") + 1
+    assert done.err.count("Error: ") == 1
     events = []
     cut = resume("cut", notify=events.append)
     assert (
@@ -122,13 +157,11 @@ def test_lost_process_resumes_on_one(settings, tmp_path, streaming):
 
 
 @pytest.mark.slow
-def test_two_processes_resume_later_epoch(settings, tmp_path):
+def test_two_processes_resume_later_epoch(settings):
     """Resume in the second epoch: an epoch has 16 steps and its own order."""
-    script = tmp_path / "dying.py"
-    script.write_text(ENDING_PROCESS.format(at=21))
-    finish(start(settings, "--max-steps=40", "--name=cut", script=script))
+    run_two(settings, "--max-steps=40", "--name=cut", code=ENDING_PROCESS.format(at=21))
     assert Path("runs/cut/checkpoint-21").is_dir()
-    done = finish(start({}, "--resume=cut"))
+    done = run_two({}, "--resume=cut")
     assert done.status == 0, done.err
     whole = train(
         TrainConfig.model_validate(settings | {"max_steps": 40, "gradient_accumulation": 2, "name": "whole"})
@@ -137,10 +170,14 @@ def test_two_processes_resume_later_epoch(settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_lost_process_with_patience_keeps_checkpoint(settings, tmp_path):
+def test_lost_process_of_torchrun_keeps_checkpoint(settings, tmp_path):
+    """torchrun ends the other process with SIGTERM."""
     script = tmp_path / "dying.py"
-    script.write_text(ENDING_PROCESS.format(at=10))
-    finish(start(settings, "--max-steps=40", "--name=cut", "--eval-every=5", "--patience=3", script=script))
+    script.write_text(ENDING_PROCESS.format(at=10) + "from lora_tuner.cli.app import app\napp()\n")
+    done = finish(
+        start(settings, "--max-steps=40", "--name=cut", "--eval-every=5", "--patience=3", script=script)
+    )
+    assert done.err.count("Error: ") == done.err.count("ChildFailedError: ") + 1
     assert Path("runs/cut/checkpoint-10/whole.json").is_file()
     assert resume("cut").manifest.run.steps == 40
 
@@ -166,7 +203,7 @@ def test_signal_stops_all_at_same_step(settings, signum):
     "changes", [{"method": name} for name in ("dora", "eva", "lora+", "pissa", "rslora")] + [{"dropout": 0.1}]
 )
 def test_two_processes_train_each_method(settings, changes):
-    done = finish(start(settings | changes, "--max-steps=20", "--name=two"))
+    done = run_two(settings | changes, "--max-steps=20", "--name=two")
     assert done.status == 0, done.err
     assert Library().get("two").manifest.result.gain > 0
 
@@ -174,16 +211,15 @@ def test_two_processes_train_each_method(settings, changes):
 @pytest.mark.slow
 def test_two_processes_agree_on_stop(settings):
     """Processes that took other steps, or stopped earlier, would leave the others waiting."""
-    done = finish(
-        start(settings | {"learning_rate": 0.05}, "--minutes=0.1", "--eval-every=2", "--patience=1", "--name=two")
-    )
+    options = ("--minutes=0.1", "--eval-every=2", "--patience=1", "--name=two")
+    done = run_two(settings | {"learning_rate": 0.05}, *options)
     assert done.status == 0, done.err
     assert 0 < Library().get("two").manifest.run.kept_step <= Library().get("two").manifest.run.steps
 
 
 @pytest.mark.slow
 def test_plan_printed_once_counts_all(settings):
-    done = finish(start(settings, "--epochs=1", "--plan", "--json"))
+    done = run_two(settings, "--epochs=1", "--plan", "--json")
     assert done.status == 0, done.err
     alone = run.plan(TrainConfig.model_validate(settings | {"epochs": 1}))
     assert json.loads(done.out)["steps_per_epoch"] == -(-alone.steps_per_epoch // 2)
@@ -202,10 +238,8 @@ def test_accelerate_launch(settings):
 @pytest.mark.slow
 def test_two_nodes(settings):
     """Run two launchers on this machine: each process has local rank 0."""
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
     launcher = "torch.distributed.run --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d "
-    launcher += f"--rdzv-endpoint localhost:{port} --node-rank"
+    launcher += f"--rdzv-endpoint localhost:{free_port()} --node-rank"
     both = [start(settings, "--max-steps=20", "--name=two", launcher=(*launcher.split(), rank)) for rank in "01"]
     for done in map(finish, both):
         assert done.status == 0, done.err
@@ -217,7 +251,7 @@ def test_two_nodes(settings):
 
 @pytest.mark.slow
 def test_error_reported_once(settings):
-    done = finish(start(settings | {"dataset": "missing.csv"}))
+    done = run_two(settings | {"dataset": "missing.csv"})
     assert done.status != 0
     assert done.err.count("There is no dataset 'missing.csv'") == 1
 

@@ -211,7 +211,9 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "rslora" else pytest.param(kind, marks=pytest.mark.slow) for kind in FOREIGN]
+)
 def test_foreign_parent_keeps_its_scaling(family, gpt2, tmp_path, kind):
     shutil.copy(family / "verse.json", tmp_path)
     torch.manual_seed(3)
@@ -405,6 +407,7 @@ def test_plan_of_child_writes_nothing(parent, tmp_path):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_profiling_does_not_change_child(parent):
     measured = train(child(max_steps=None, minutes=0.002))
     counted = train(child(max_steps=measured.manifest.run.steps, name="counted"))

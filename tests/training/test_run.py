@@ -182,6 +182,7 @@ def test_interrupt_after_training_resumes_without_steps(settings, monkeypatch, h
     )
 
 
+@pytest.mark.slow  # quick in faults/test_resume.py
 def test_broken_checkpoint_is_skipped(settings, tmp_path):
     whole = train(settings(name="whole", max_steps=9))
     with pytest.raises(Interrupted):
@@ -196,16 +197,6 @@ def test_broken_checkpoint_is_skipped(settings, tmp_path):
     assert "runs/reviews/checkpoint-99 is skipped: whole.json is missing." in said
     assert "runs/reviews/checkpoint-5 is skipped: optimizer.pt does not match its hash." in said
     assert weights(resumed) == weights(whole)
-
-
-def test_resume_without_checkpoint_starts_over(settings, tmp_path):
-    whole = train(settings(name="whole"))
-    with pytest.raises(Interrupted):
-        train(settings(), StopAt(2))
-    shutil.rmtree(tmp_path / "runs" / "reviews" / "checkpoint-2")
-    notices = []
-    assert weights(resume("reviews", notify=notices.append)) == weights(whole)
-    assert Notice("runs/reviews holds no valid checkpoint: the run starts from its first step.") in notices
 
 
 def test_resume_with_changed_data_is_refused(settings, reviews_csv, gpt2, tmp_path, monkeypatch):
