@@ -415,15 +415,16 @@ def test_partial_tokenization_equals_truncated_full(text):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ending", "long_rows"), [("txt", "auto"), ("csv", "truncate"), ("jsonl", "truncate")])
-def test_line_of_50_megabytes_bounds_memory(run, gpt2, tmp_path, ending, long_rows):
+def test_line_of_50_megabytes_bounds_memory(start, gpt2, tmp_path, ending, long_rows):
     long = "the actor never works. " * 2_200_000
     header = {"csv": "text\n"}.get(ending, "")
     line = json.dumps if ending == "jsonl" else str
     write(tmp_path / f"x.{ending}", header + "".join(f"{line(text)}\n" for text in (*TEXTS, long)))
-    result = run(
+    command = start(
         *("train", "--base", gpt2, "--dataset", f"x.{ending}", "--max-length", 64, "--max-steps", 1, "--json"),
         *("--long-rows", long_rows),
     )
+    result = command.end(400)  # 250,000 sequences
     assert result.status == 0, result.err
     facts = json.loads(result.out)
     assert facts["data"]["counts"]["read"] == 61
