@@ -175,7 +175,7 @@ def shortest_target_names(model: PreTrainedModel, modules: Collection[str]) -> l
 
 def _why_not_adaptable(model: PreTrainedModel, layers: Mapping[str, LinearLayer], trial: Trial) -> dict[str, str]:
     """Reason for each linear layer that cannot be adapted."""
-    refused = {name for name in map(_last_name, layers) if not _peft_adapts(model, name)}
+    refused = {name for name in set(map(_last_name, layers)) if not _peft_adapts(model, name)}
     reasons = {}
     for name in layers:
         if not _takes_part(name, trial.called):
