@@ -86,13 +86,15 @@ def adapt(folder, out, **settings):
     return out
 
 
-def convert(folder, out):
-    """Convert a base folder to float32 GGUF, with its byte-level BPE tokenizer."""
+def convert(folder, out, turn_end=None):
+    """Convert a base folder to float32 GGUF, with its byte-level BPE tokenizer, and the id of a turn end."""
     config = json.loads((folder / "config.json").read_text())
     kind = ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(out, kind)
     _shape(writer, config)
     _tokenizer(writer, json.loads((folder / "tokenizer.json").read_text()), config)
+    if turn_end is not None:
+        writer.add_eot_token_id(turn_end)
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
     names = gguf.get_tensor_name_map(architecture, 2)
     for name, tensor in load_file(folder / "model.safetensors").items():

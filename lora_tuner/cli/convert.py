@@ -287,7 +287,13 @@ def export(
 
     exported = to_gguf(loaded, out, dtype=dtype, overwrite=overwrite, options=options)
     if as_json:
-        show_json(vars(exported) | {"path": str(exported.path)})
+        show_json(vars(exported) | {"path": str(exported.path), "modelfile": exported.modelfile})
     else:
         size = f"{format_bytes(exported.bytes)}, {exported.tensors} tensors"
         print(f"{exported.path}  {size}, largest rounding error {exported.error:.1e}")
+        if exported.turn_end is not None:
+            print(
+                f"Answers end with {exported.turn_end}, not with the end of text of the base. For llama.cpp: "
+                f"--override-kv tokenizer.ggml.eot_token_id=int:{exported.turn_end_id}. Modelfile for Ollama:"
+            )
+            print(exported.modelfile, end="")

@@ -17,13 +17,16 @@ from .. import atomic_io
 from ..adapters import compatibility
 from ..adapters.adapter import Adapter, check_weights_hash
 from ..config import ModelOptions
+from ..data.chat_template import turn_end_ids
 from ..errors import AdapterError, ConfigError
 from ..models import loading, lora
-from ..models.resolve import layer_sizes_in_files
+from ..models.adapter_tokenizer import load_adapter_tokenizer
+from ..models.resolve import BaseModelFiles, layer_sizes_in_files
 from .common import check_keeps_base, check_output_path
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
+    from transformers import PreTrainedTokenizerBase
 
 PERMUTED_QK = ("llama",)  # architectures whose q and k rows llama.cpp stores in another order
 _ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # relative error
@@ -33,12 +36,41 @@ _GGUF_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The exported file. `error` is the largest rounding error, relative to a tensor's maximum."""
+    """The exported file.
+
+    Args:
+        path: the file.
+        bytes: its size.
+        tensors: number of tensors in it.
+        error: largest rounding error, relative to a tensor's maximum.
+        turn_end: the token that ends an answer, where that is not the end of text of the base; it
+            is `tokenizer.ggml.eot_token_id` in the file.
+        turn_end_id: its id.
+    """
 
     path: Path
     bytes: int
     tensors: int
     error: float
+    turn_end: str | None
+    turn_end_id: int | None
+
+    @property
+    def modelfile(self) -> str:
+        """Modelfile for Ollama, with the base as `base.gguf`."""
+        lines = ["FROM ./base.gguf", f"ADAPTER ./{self.path.name}"]
+        if self.turn_end is not None:
+            lines.append(f"PARAMETER stop {json.dumps(self.turn_end, ensure_ascii=False)}")
+        return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A base of which only the tokenizer is loaded."""
+
+    files: BaseModelFiles
+    tokenizer: "PreTrainedTokenizerBase"
+    vocab_size: int
 
 
 def to_gguf(
@@ -72,6 +104,7 @@ def to_gguf(
         raise ConfigError(f"dtype is {dtype}: use one of {', '.join(_ROUNDING)}.")
     adapter.check_shapes(layer_sizes_in_files(base, adapter))
     tensors = _gguf_tensors(adapter, architecture, config)
+    turn_end, turn_end_id = _turn_end(adapter, base, config["vocab_size"], options)
     gguf_type = gguf.GGMLQuantizationType[_GGUF_TYPES[dtype]]
     with atomic_io.atomic_file(out) as file:
         writer = gguf.GGUFWriter(file, architecture)
@@ -79,6 +112,8 @@ def to_gguf(
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, _gguf_alpha(adapter))
         writer.add_name(adapter.name)
+        if turn_end_id is not None:  # llama.cpp reads it in the base, where --override-kv can put it
+            writer.add_eot_token_id(turn_end_id)
         for name, values in tensors.items():
             with np.errstate(over="ignore"):  # checked below, on the file
                 writer.add_tensor(name, gguf.quants.quantize(values, gguf_type), raw_dtype=gguf_type)
@@ -94,12 +129,24 @@ def to_gguf(
             raise AdapterError(f"{out} is not kept: the file is incomplete on disk. Free some space.") from error
         if not all(error <= _ROUNDING[dtype] for error in rounding_errors):  # NaN fails too
             raise AdapterError(f"{adapter.name} has values out of the range of {dtype}: use bfloat16 or float32.")
-    return ExportResult(out, out.stat().st_size, len(tensors), max(rounding_errors))
+    size = out.stat().st_size
+    return ExportResult(out, size, len(tensors), max(rounding_errors), turn_end, turn_end_id)
 
 
 def _refuse_incompatible(adapter: Adapter, base_config: dict[str, Any] | None) -> None:
     if errors := compatibility.check_compatibility(adapter, "llama.cpp", base_config=base_config).errors:
         raise AdapterError(f"{adapter.path}: {'; '.join(errors)}.")
+
+
+def _turn_end(
+    adapter: Adapter, files: BaseModelFiles, vocab_size: int, options: ModelOptions
+) -> tuple[str | None, int | None]:
+    """The token that ends an answer, and its id; None where it is the end of text of the base."""
+    base = _Base(files, loading.load_tokenizer(files), vocab_size)
+    tokenizer = load_adapter_tokenizer(adapter, base, options) or base.tokenizer
+    ends = turn_end_ids(tokenizer) | {tokenizer.eos_token_id}
+    other = sorted(ends - {base.tokenizer.eos_token_id})
+    return (str(tokenizer.convert_ids_to_tokens(other[0])), other[0]) if other else (None, None)
 
 
 def _is_gguf(path: Path) -> bool:

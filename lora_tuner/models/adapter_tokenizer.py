@@ -9,7 +9,7 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -17,16 +17,26 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..adapters.adapter import Adapter
 from ..config import ModelOptions
 from ..errors import AdapterError, Notice
-from .loading import LoadedBase
-from .resolve import quiet_transformers
+from .resolve import BaseModelFiles, quiet_transformers
 
 TEMPLATE_FILE, SETTINGS_FILE, VOCABULARY_FILE = "chat_template.jinja", "tokenizer_config.json", "tokenizer.json"
 _MAX_BYTES = 64_000_000  # of a file; tokenizers have up to 35 MB
 ChatTemplate = str | dict[str, str]
 
 
+class BaseTokenizer(Protocol):
+    """The part of a base that tokenizers are compared with; a `LoadedBase` has it."""
+
+    @property
+    def files(self) -> BaseModelFiles: ...
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+    @property
+    def vocab_size(self) -> int: ...
+
+
 def load_adapter_tokenizer(
-    adapter: Adapter, base: LoadedBase, options: ModelOptions = ModelOptions()
+    adapter: Adapter, base: BaseTokenizer, options: ModelOptions = ModelOptions()
 ) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer of an adapter; None where it equals the base's or there is none.
 
@@ -65,7 +75,7 @@ def load_adapter_tokenizer(
     return tokenizer
 
 
-def _compare_ids(vocabulary: Mapping[str, int], base: LoadedBase) -> str | None:
+def _compare_ids(vocabulary: Mapping[str, int], base: BaseTokenizer) -> str | None:
     """The first difference between an adapter's tokens and the base's; None if they agree."""
     base_vocabulary = base.tokenizer.get_vocab()
     for token, number in vocabulary.items():
@@ -80,7 +90,7 @@ def _compare_ids(vocabulary: Mapping[str, int], base: LoadedBase) -> str | None:
     return None
 
 
-def _compare_sentencepiece(folder: Path, base: LoadedBase) -> str | None:
+def _compare_sentencepiece(folder: Path, base: BaseTokenizer) -> str | None:
     own, other = folder / "tokenizer.model", base.files.folder / "tokenizer.model"
     if (folder / VOCABULARY_FILE).is_file() or not own.is_file() or not other.is_file():
         return None

@@ -118,6 +118,53 @@ def read_back(path):
     }
 
 
+@pytest.fixture
+def make_chat(base, tmp_path):
+    """Make an adapter on a base whose chat template ends turns with a token."""
+
+    def write(token):
+        folder = shutil.copytree(base("llama"), tmp_path / "chat" / "llama")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        token = token or tokenizer.eos_token
+        if token != tokenizer.eos_token:
+            tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+        messages = "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+        tokenizer.chat_template = messages + token + "\n{% endfor %}"
+        tokenizer.save_pretrained(folder)
+        return load_adapter_folder(gguf_base.adapt(folder, tmp_path / "adapters" / "chat"))
+
+    return write
+
+
+@pytest.mark.parametrize("token", ["film", "!", None])
+def test_turn_end_is_in_gguf_and_modelfile(make_chat, tmp_path, token):
+    adapter = make_chat(token)
+    exported = to_gguf(adapter, tmp_path / "chat.gguf")
+    number = AutoTokenizer.from_pretrained(adapter.base).get_vocab()[token] if token else None
+    stop = f'PARAMETER stop "{token}"\n' if token else ""
+    assert (exported.turn_end, exported.turn_end_id) == (token, number)
+    assert read_back(exported.path)[0].get("tokenizer.ggml.eot_token_id") == number
+    assert exported.modelfile == f"FROM ./base.gguf\nADAPTER ./chat.gguf\n{stop}"
+
+
+def test_export_command_prints_modelfile(make_chat):
+    make_chat("!")
+    output = run("export", "chat", "--out", "a.gguf").stdout
+    assert "Answers end with !" in output
+    assert output.endswith('FROM ./base.gguf\nADAPTER ./a.gguf\nPARAMETER stop "!"\n')
+
+
+def test_llama_cpp_stops_at_exported_turn_end(llama_cpp, make, make_chat, base, base_gguf, tmp_path):
+    """With the id in the GGUF file of the base, as --override-kv puts it."""
+    plain = to_gguf(make("llama"), tmp_path / "plain.gguf")
+    ids = [number for number, _ in llama_cpp(base_gguf("llama"), plain.path).greedy(PROMPT, TOKENS)[1]]
+    token = AutoTokenizer.from_pretrained(base("llama")).convert_ids_to_tokens(ids[0])
+    exported = to_gguf(make_chat(token), tmp_path / "chat.gguf")
+    ending = gguf_base.convert(base("llama"), tmp_path / "base.gguf", turn_end=exported.turn_end_id)
+    stopped = llama_cpp(ending, exported.path).greedy(PROMPT, TOKENS)[1]
+    assert len(stopped) <= 1 < len(ids)
+
+
 def test_gguf_tensor_names_and_scales(make, tmp_path):
     adapter = make("gpt2", **VARIANTS["rsLoRA, patterns"][0])
     exported = to_gguf(adapter, tmp_path / "new" / "random.gguf", dtype="float32")
@@ -283,5 +330,13 @@ def test_export_command_output(make, tmp_path):
     assert "a.gguf exists" in run("export", "random", "--out", "a.gguf", exit_code=1).stderr
     again = run("export", "random", "--out", "a.gguf", "--overwrite", "--dtype", "float32", "--json").stdout
     size = (tmp_path / "a.gguf").stat().st_size
-    assert json.loads(again) == {"path": "a.gguf", "bytes": size, "tensors": 16, "error": 0.0}
+    assert json.loads(again) == {
+        "path": "a.gguf",
+        "bytes": size,
+        "tensors": 16,
+        "error": 0.0,
+        "turn_end": None,
+        "turn_end_id": None,
+        "modelfile": "FROM ./base.gguf\nADAPTER ./a.gguf\n",
+    }
     assert run("export", "random", "--out", "b.gguf", "--to", "onnx", exit_code=2).stdout == ""
