@@ -101,7 +101,7 @@ def points(name: str, events: list[str]) -> list[int]:
         number
         for number, event in enumerate(events)
         if not name.startswith("sweep")
-        or number % 8 == 0
+        or number % 16 == 0
         or ".sweep" in event
         or event.startswith(("os.rename runs", "os.rename adapters", "sync runs", "sync adapters"))
     ]

@@ -434,6 +434,7 @@ def test_kept_checkpoints_need_overwrite(settings, tmp_path):
     with pytest.raises(TrainingError, match="runs/reviews holds the checkpoints of a finished run: discard them"):
         train(settings())
     assert list((tmp_path / "runs" / "reviews").glob("checkpoint-*"))
+    (tmp_path / "runs" / "reviews" / ".last-good.0a.lora_tuner-new").mkdir()  # of a killed process
     train(settings(overwrite=True))
     assert not (tmp_path / "runs" / "reviews").exists()
 
