@@ -17,7 +17,9 @@ import re
 import secrets
 import shutil
 import sys
+import tempfile
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ if sys.platform != "win32":
 # Specific: files of others are never deleted.
 _OLD_SUFFIX, WORK_SUFFIX = ".lora_tuner-old", ".lora_tuner-new"
 HASHES_FILE = "whole.json"  # in a folder: sha256 of each of its other files
+_LONG_NAME = "x" * 120  # as long as what is written below a folder
 _ABANDONED_SECONDS = 24 * 3600.0  # age at which work counts as abandoned where there are no locks
 
 
@@ -111,18 +114,62 @@ def free_space(path: Path) -> int:
 def why_not_writable(folder: Path) -> str | None:
     """Return the reason why a folder, which may not exist yet, is not writable; None if it is."""
     existing = _nearest_existing(folder)
+    missing = folder.absolute().relative_to(existing).parts
+    if any(_is_too_long(path) for path in (folder / _LONG_NAME, *(existing / name for name in missing))):
+        return f"{str(folder)[:100]}... is too long for a path"
     if not existing.is_dir():
         return f"{existing} is not a folder"
     return None if os.access(existing, os.W_OK | os.X_OK) else f"{existing} is not writable"
 
 
+def _is_too_long(path: Path) -> bool:
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return error.errno == errno.ENAMETOOLONG
+    return False
+
+
+def why_not_replaceable(path: Path) -> str | None:
+    """Return the reason why no file or folder can be written, or replaced, at a path; None if one can."""
+    if path.name in ("", ".."):
+        return f"{path} does not end in a name"
+    if os.path.ismount(path):
+        return f"{path} is a mount point, so it is not replaced"
+    if _is_too_long(_nearest_existing(path.parent) / f".{path.name}.12345678{WORK_SUFFIX}"):
+        return f"{path.name[:100]}... is too long for a name"
+    return why_not_writable(path.parent)
+
+
 def contains(folder: Path, path: Path) -> bool:
     """Return whether a path is this folder, or lies in it. Links are followed; nothing need exist."""
-    path = path.resolve()
+    # Unlike Path.resolve, it takes loops of links.
+    folder, path = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    return any(_is_same(folder, parent) for parent in (path, *path.parents))
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Return whether two resolved paths are one place, once it exists."""
+    if one == other:
+        return True
     # Not by name: disks may ignore case, and mounts have two names.
-    return folder.exists() and any(
-        parent.exists() and parent.samefile(folder) for parent in (path, *path.parents)
+    existing, other_existing = _nearest_existing(one), _nearest_existing(other)
+    if not all(map(os.path.exists, (existing, other_existing))) or not existing.samefile(other_existing):
+        return False
+    name, other_name = (
+        unicodedata.normalize("NFC", str(path.relative_to(parent)))
+        for path, parent in ((one, existing), (other, other_existing))
     )
+    return name == other_name or (name.casefold() == other_name.casefold() and _ignores_case(existing))
+
+
+def _ignores_case(folder: Path) -> bool:
+    """Return whether a folder takes names that differ in case as one; tried with a temporary file."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".case-", suffix=WORK_SUFFIX) as file:
+            return Path(file.name).with_name(Path(file.name).name.swapcase()).exists()
+    except OSError:  # nothing can be written there
+        return False
 
 
 def fsync_path(path: Path) -> None:
@@ -183,6 +230,13 @@ def atomic_folder(target: Path, *, overwrite: bool = True) -> Iterator[Path]:
         elif not _swap_names(work, target):
             _replace_in_two_renames(work, target)
         fsync_path(target.parent)
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Yield an empty folder in `parent`, deleted at the end, or by the next writer after a crash."""
+    with _working_sibling(parent / "temporary", Path.mkdir) as work:
+        yield work
 
 
 def as_os_error(error: Exception, path: Path) -> OSError:

@@ -152,6 +152,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["indexed_attention"] * 2,
         "mlp_layer_types": ["dense", "sparse"],
     },
+    "laguna": {
+        **_HEAD_DIM,
+        **_MOE,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24,
+        "sliding_window": 16,
+    },
     "granitemoe": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
     "phimoe": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
     "bart": _DECODER,

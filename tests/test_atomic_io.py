@@ -235,6 +235,49 @@ def test_finish_replacement_missing_folder(tmp_path):
     assert content(tmp_path) == {}
 
 
+# contains, why_not_replaceable
+
+
+@pytest.mark.parametrize(
+    ("folder", "path", "ignores_case", "expected"),
+    [
+        ("a", "a", False, True),
+        ("a", "a/b/c", False, True),
+        ("a/b", "a", False, False),
+        ("missing/x", "link/x/y", False, True),
+        ("Missing", "missing/y", False, False),
+        ("Missing", "missing/y", True, True),
+        ("e\u0301", "\u00e9", False, True),
+        ("loop", "a", False, False),
+    ],
+)
+def test_contains_compares_places(tmp_path, monkeypatch, folder, path, ignores_case, expected):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to("missing")
+    (tmp_path / "loop").symlink_to("loop")
+    assert atomic_io._ignores_case(tmp_path) is False
+    monkeypatch.setattr(atomic_io, "_ignores_case", lambda folder: ignores_case)
+    assert atomic_io.contains(tmp_path / folder, tmp_path / path) is expected
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        (".", "does not end in a name"),
+        ("a/..", "does not end in a name"),
+        ("a/" + "x" * 240, "is too long for a name"),
+        ("x" * 300 + "/a", "is too long for a path"),
+        ("file/a", "file is not a folder"),
+        ("/proc", "is a mount point, so it is not replaced"),
+    ],
+)
+def test_unusable_path_is_named(tmp_path, monkeypatch, path, why):
+    monkeypatch.chdir(tmp_path)
+    Path("a").mkdir()
+    Path("file").touch()
+    assert why in atomic_io.why_not_replaceable(Path(path))
+
+
 # remove_abandoned, delete_atomically
 
 

@@ -100,6 +100,7 @@ class Library:
     def check_name_free(self, name: str, *, overwrite: bool = False, advice: str | None = None) -> None:
         """Raise AdapterError, with `advice` for a name in use, unless the name can be written."""
         target = self.path / validate_name(name)
+        self._check_writable()
         atomic_io.finish_replacement(self.path)
         if os.path.lexists(target) and not overwrite:
             raise AdapterError(
@@ -107,7 +108,8 @@ class Library:
             )
         if os.path.lexists(target) and not (target / CONFIG_FILE).is_file():
             raise AdapterError(f"{target} is not an adapter, so it is not replaced: choose another --name.")
-        self._check_writable()
+        if os.path.ismount(target):
+            raise AdapterError(f"{target} is a mount point, so it is not replaced: choose another --name.")
 
     def _check_writable(self) -> None:
         if why := atomic_io.why_not_writable(self.path):

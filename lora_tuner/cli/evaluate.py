@@ -54,7 +54,7 @@ def evaluate(
         raise ConfigError(f"--plot {plot}: choose a name that ends in .png.")
     if plot and not plot.parent.is_dir():
         raise ConfigError(f"--plot {plot}: there is no folder {plot.parent}.")
-    if plot and (why := atomic_io.why_not_writable(plot.parent)):
+    if plot and (why := f"{plot} is a folder" if plot.is_dir() else atomic_io.why_not_replaceable(plot)):
         raise ConfigError(f"--plot {plot}: {why}.")
     loaded = Library(adapters_dir).get_all(adapters)
     sets = eval_sets_from(overrides, eval_rows, loaded)

@@ -40,18 +40,18 @@ def check_output_path(out: Path, kind: str, *, valid: bool, overwrite: bool) -> 
         valid: what exists there is one, so it may be replaced.
         overwrite: replace it.
     """
-    if out.exists() and not overwrite:
-        raise AdapterError(f"{out} exists: choose another --out, or replace it with --overwrite.")
-    if out.exists() and not valid:
-        raise AdapterError(f"{out} is not a {kind}, so it is not replaced: choose another --out.")
-    if why := atomic_io.why_not_writable(out.parent):
+    if why := atomic_io.why_not_replaceable(out):
         raise AdapterError(f"{why}: choose another --out.")
+    if os.path.lexists(out) and not overwrite:
+        raise AdapterError(f"{out} exists: choose another --out, or replace it with --overwrite.")
+    if os.path.lexists(out) and not valid:
+        raise AdapterError(f"{out} is not a {kind}, so it is not replaced: choose another --out.")
 
 
 def check_keeps_base(
     out: Path, files: BaseModelFiles, adapters: Sequence[Adapter], *, is_adapter: bool = False
 ) -> None:
-    """Raise AdapterError if writing to `out` would replace or change the base of its result.
+    """Raise AdapterError if writing to `out` would change the base of its result, or remove an input.
 
     Args:
         out: the file or folder to write.
@@ -59,11 +59,15 @@ def check_keeps_base(
         adapters: the adapters in use; the base they name is kept too, where `files` is a copy of it.
         is_adapter: the result is an adapter, which may lie in the folder of its base.
     """
+    advice = "--name" if is_adapter else "--out"
     named = [Path(os.path.expanduser(adapter.base)) for adapter in adapters if adapter.base]
     for location in [*files.locations, *(path for path in named if path.is_dir())]:
         if atomic_io.contains(out, location) or (not is_adapter and atomic_io.contains(location, out)):
-            advice = "--name" if is_adapter else "--out"
             raise AdapterError(f"{out} would replace or change its base, {location}: choose another {advice}.")
+    for adapter in adapters:
+        # The result may replace one of the adapters that it is made from, as these are in memory.
+        if atomic_io.contains(out, adapter.path) and not (is_adapter and atomic_io.contains(adapter.path, out)):
+            raise AdapterError(f"{out} would replace {adapter.path}, which lies in it: choose another {advice}.")
 
 
 def format_number(value: float) -> str:

@@ -37,6 +37,9 @@ _METADATA = re.compile(
     r"|special_tokens_map|added_tokens|croissant)\.json"
 )
 
+# Files that tell an adapter, a run or a sweep, which may lie in the folder of its data.
+_OUTPUTS = ({"adapter_config.json"}, {"run.yaml", "manifest.json"}, {"sweep.yaml"}, {"sweep.json", "sweep.png"})
+
 
 def open_source(config: TrainConfig, notify: EventHandler) -> tuple[str, list[Table]]:
     """Return a description of the source, and its tables."""
@@ -144,7 +147,7 @@ def _read_files(path: Path, files: list[Path], config: TrainConfig, notify: Even
 
 
 def _find_data_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Find files at any depth, except hidden ones.
+    """Find files at any depth, except hidden ones and those of adapters and runs.
 
     Returns:
         The data files, or if there are none the code files; and the others: of other types, about
@@ -158,6 +161,9 @@ def _find_data_files(folder: Path) -> tuple[list[Path], list[Path]]:
     files: list[Path] = []
     for root, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        if any(names_of_output <= {*names} for names_of_output in _OUTPUTS):
+            folders.clear()
+            continue
         links += [Path(root, name) for name in folders if os.path.islink(os.path.join(root, name))]
         files += [Path(root, name) for name in names if not name.startswith(".")]
     by_kind = [

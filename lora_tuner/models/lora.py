@@ -8,6 +8,7 @@ be adapted.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -134,7 +135,10 @@ def load_lora(model: PreTrainedModel, adapter: Adapter, adapter_name: str, **ove
         wrapped = PeftModel(model, LoraConfig(**settings), adapter_name=adapter_name)
         if wrong := _other_layers(wrapped, adapter.modules):
             raise AdapterError(f"{adapter.path} does not fit the base as PEFT reads it: it adapts {wrong}.")
-        set_peft_model_state_dict(wrapped, tensors, adapter_name=adapter_name)
+        result: Any = set_peft_model_state_dict(wrapped, tensors, adapter_name=adapter_name)
+    if lost := result.unexpected_keys:
+        wrapped.unload()
+        raise AdapterError(f"{adapter.path} does not fit the base: PEFT reads {lost[0]}, which it does not have.")
     return wrapped.eval()
 
 
@@ -179,6 +183,56 @@ def save_adapter_files(tensors: dict[str, torch.Tensor], config: PeftConfig, fol
     (folder / CONFIG_FILE).write_text(
         json.dumps(dict(sorted(settings.items())), indent=2, default=sorted) + "\n", encoding="utf-8"
     )
+
+
+def check_reload(model: PeftModel, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Load a saved adapter as PEFT does, into a base without weights, and compare it.
+
+    Args:
+        model: the model whose adapter was saved.
+        tensors: the tensors that were saved.
+        folder: the files of the adapter.
+
+    Raises:
+        AdapterError: PEFT cannot load it, or other tensors come back.
+    """
+    from peft import (
+        PeftConfig,
+        PeftModel,
+        get_peft_model_state_dict,
+        load_peft_weights,
+        set_peft_model_state_dict,
+    )
+    from peft.tuners.lora import LoraLayer
+
+    base: Any = model.get_base_model()
+    try:
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):
+            with torch.device("meta"):
+                plain = type(base)._from_config(copy.deepcopy(base.config), attn_implementation="eager")
+            config = PeftConfig.from_pretrained(str(folder))
+            loaded = PeftModel(plain, config, ADAPTER_NAME, low_cpu_mem_usage=True)
+            for layer in loaded.modules():
+                if isinstance(layer, LoraLayer):
+                    for name in layer.adapter_layer_names:
+                        for parameter in getattr(layer, name).to_empty(device="cpu").parameters():
+                            parameter.detach().fill_(torch.nan)
+            set_peft_model_state_dict(loaded, load_peft_weights(str(folder), device="cpu"), ADAPTER_NAME)
+        state = get_peft_model_state_dict(loaded, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+    except Exception as error:  # of any type, as each layer has its own checks
+        raise AdapterError(f"PEFT does not load it: {' '.join(str(error).split())}") from error
+    if different := sorted(
+        name
+        for name in tensors.keys() | state.keys()
+        if name not in tensors or name not in state or not _is_identical(tensors[name], state[name])
+    ):
+        raise AdapterError(
+            f"PEFT loads {len(different)} of {len(tensors)} tensors otherwise, such as {different[0]}"
+        )
+
+
+def _is_identical(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    return tensor.dtype == other.dtype and torch.equal(tensor, other)
 
 
 def count_parameters(model: PeftModel) -> tuple[int, int]:

@@ -176,6 +176,7 @@ def shortest_target_names(model: PreTrainedModel, modules: Collection[str]) -> l
 def _why_not_adaptable(model: PreTrainedModel, layers: Mapping[str, LinearLayer], trial: Trial) -> dict[str, str]:
     """Reason for each linear layer that cannot be adapted."""
     refused = {name for name in set(map(_last_name, layers)) if not _peft_adapts(model, name)}
+    renamed = _renamed_by_peft(model, layers)
     reasons = {}
     for name in layers:
         if not _takes_part(name, trial.called):
@@ -188,6 +189,8 @@ def _why_not_adaptable(model: PreTrainedModel, layers: Mapping[str, LinearLayer]
             reasons[name] = "takes or gives more than one tensor"
         elif _last_name(name) in refused:
             reasons[name] = f"not supported by PEFT in {model.config.model_type}"
+        elif name in renamed:
+            reasons[name] = f"not loaded again by PEFT in {model.config.model_type}"
     return reasons
 
 
@@ -210,6 +213,21 @@ def _peft_adapts(model: PreTrainedModel, name: str) -> bool:
         except ValueError:
             return False
     return isinstance(stand_in.block.get_submodule(name), LoraLinear)
+
+
+def _renamed_by_peft(model: PreTrainedModel, layers: Collection[str]) -> set[str]:
+    """Layers whose LoRA weights PEFT would look for under other names when it loads them.
+
+    Its table for checkpoints of transformers 4 is applied to adapters too, to names of today as well.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    keys = {f"base_model.model.{name}.lora_A.weight": name for name in layers}
+    tensors = dict.fromkeys(keys, torch.zeros(1, 1))
+    with quiet_transformers():
+        loaded = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), tensors)
+    return {name for key, name in keys.items() if key not in loaded}
 
 
 def _routers(model: PreTrainedModel, layers: Mapping[str, LinearLayer]) -> set[str]:

@@ -144,6 +144,33 @@ def save_adapter(
     (folder / adapter.RUN_FILE).write_text(config_to_yaml(config), encoding="utf-8")
 
 
+def check_can_be_saved(setup: TrainingSetup) -> None:
+    """Write the adapter before its first step, read it back, load it with PEFT, and compare.
+
+    Takes the time of one save; the base is not copied.
+
+    Raises:
+        TrainingError: it would not come back as it is.
+    """
+    tensors = lora.adapter_state_dict(setup.model)
+    with atomic_io.temporary_folder(setup.config.runs_dir) as folder:
+        try:
+            save_adapter(setup, tensors, setup.manifest, folder)
+            saved = adapter.load_adapter_folder(folder)
+            if saved.tensors != {name: ("F32", tuple(tensor.shape)) for name, tensor in tensors.items()}:
+                raise AdapterError("its tensors have other names, shapes or dtypes in the file")
+            if set(saved.modules) != lora.adapted_layers(setup.model):
+                raise AdapterError("its layers have other names in the file")
+            adapter.check_weights_hash(saved)
+            lora.check_reload(setup.model, tensors, folder)
+        except AdapterError as error:
+            why = str(error).replace(f"{folder}/", "").rstrip(".")
+            raise TrainingError(
+                f"An adapter of {setup.base.files.name} could not be saved, so nothing is trained: {why}. Choose other "
+                "--target-modules, or another --base."
+            ) from error
+
+
 # What a resumed run must have in common with the stopped one
 
 Run = tuple[TrainConfig, Manifest]

@@ -68,6 +68,7 @@ def train(
     """
     name = adapter_name(requested)
     notify = _join_processes(requested, notify)
+    distributed.run_on_rank_zero(partial(check_places, requested))
     with run_lock(requested.runs_dir, name):
         library = distributed.run_on_rank_zero(partial(check_output_paths, requested))
         arguments.check_trackers(requested)
@@ -94,6 +95,7 @@ def resume(
         raise _nothing_to_resume(folder)
     saved = resolve_settings(TrainConfig, {"runs_dir": runs_dir}, folder / RUN_FILE)
     notify = _join_processes(saved, notify)
+    distributed.run_on_rank_zero(partial(check_places, saved, resuming=True))
     with run_lock(runs_dir, name):
         checkpoint, manifests = distributed.run_on_rank_zero(partial(_load_stopped_run, saved, folder, notify))
         library = distributed.run_on_rank_zero(partial(check_output_paths, saved, resuming=True))
@@ -237,8 +239,41 @@ def run_lock(runs_dir: Path, name: str) -> Iterator[None]:
         lock.release()
 
 
+def check_places(config: TrainConfig, *, resuming: bool = False) -> None:
+    """Raise TrainingError when adapter, run, cache and inputs would be written over each other.
+
+    Nothing is loaded or written, and links and the rules of the disk for names are followed.
+    """
+    name = adapter_name(config)
+    adapter, folder, cache = config.adapters_dir / name, run_folder(config), atomic_io.cache_dir()
+    if name.casefold() == "tensorboard":
+        raise TrainingError(f"{folder} is for the logs of --report-to tensorboard: choose another --name.")
+    if atomic_io.contains(adapter, folder) or atomic_io.contains(folder, adapter):
+        advice = (
+            f"move {folder} elsewhere, and add its new --runs-dir" if resuming else "choose another --runs-dir"
+        )
+        raise TrainingError(
+            f"The adapter {adapter} and its run {folder} would be one folder, or one in the other: {advice}."
+        )
+    inputs = [config.dataset, config.base, config.other_eval_dataset, config.parent]
+    sources = [Path(os.path.expanduser(name)) for name in inputs if name is not None]
+    if config.parent is not None and os.path.isdir(config.adapters_dir / config.parent):
+        sources[-1] = config.adapters_dir / config.parent
+    for path, option in ((adapter, "--adapters-dir"), (folder, "--runs-dir")):
+        if atomic_io.contains(path, cache) or atomic_io.contains(cache, path):
+            raise TrainingError(f"{path} would be in the cache ({cache}), or hold it: choose another {option}.")
+        for source in filter(os.path.exists, sources):
+            # An adapter may replace its parent, which is in memory then.
+            is_parent = path is adapter and config.parent is not None and source is sources[-1]
+            if atomic_io.contains(path, source) and not (is_parent and atomic_io.contains(source, path)):
+                raise TrainingError(
+                    f"{path} would replace {source}, which it is made from: choose another --name."
+                )
+
+
 def check_output_paths(config: TrainConfig, *, resuming: bool = False) -> Library:
     """Return the library, or raise when the name or the folder of the run is taken."""
+    check_places(config, resuming=resuming)
     name = adapter_name(config)
     library, folder = Library(config.adapters_dir), run_folder(config)
     library.check_name_free(name, overwrite=config.overwrite, advice=_NAME_TAKEN_ADVICE if resuming else None)
@@ -280,16 +315,19 @@ def _check_not_finished(saved: TrainConfig, folder: Path) -> None:
         finished = resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE), adapter.manifest
         # A damaged adapter is trained again.
         if checkpoints.same_run((saved, read_manifest(folder)), finished) and not verify_adapter(adapter):
-            remove_run_folder(saved, folder)
+            remove_run_folder(saved, folder, ignore_events)
             raise TrainingError(f"The run {saved.name} has finished: its adapter is {adapter.path}.")
 
 
-def remove_run_folder(config: TrainConfig, folder: Path) -> None:
+def remove_run_folder(config: TrainConfig, folder: Path, notify: EventHandler) -> None:
     """Remove the folder of a finished run, or with `keep_checkpoints` its run.yaml."""
-    if config.keep_checkpoints:
-        (folder / RUN_FILE).unlink()
-    else:
-        atomic_io.delete_atomically(folder)
+    try:
+        if config.keep_checkpoints:
+            (folder / RUN_FILE).unlink()
+        else:
+            atomic_io.delete_atomically(folder)
+    except OSError as error:
+        notify(Notice(f"The adapter is written, but {folder} could not be removed. {os_error_message(error)}"))
 
 
 def check_disk_space(setup: TrainingSetup) -> None:
@@ -312,35 +350,37 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
     data, run = setup.manifest.data, setup.manifest.run
     assert data is not None
     assert run is not None
+    distributed.run_on_rank_zero(partial(checkpoints.check_can_be_saved, setup))
     with setup.model.disable_adapter():
         base_held_out = evaluation.measure_base_loss(setup.base, setup.held_out, setup.notify)
     distributed.run_on_rank_zero(partial(evaluation.cache_rows, setup.held_out_texts))
     if checkpoint is None:
         distributed.run_on_rank_zero(partial(_create_run_folder, setup, folder))
     try:
-        state, history, held_out = trainer.run_trainer(setup, folder, checkpoint)
-        steps = [entry for entry in history if "loss" in entry]
-        trained = {
-            "steps": state.global_step,
-            "kept_step": state.best_global_step or state.global_step,
-            "tokens": sum(entry["tokens"] for entry in steps),
-            "seconds": round(sum(entry["seconds"] for entry in steps), 3),
-        }
-        if config.streaming:
-            trained["sequences"] = state.global_step * setup.sequences_per_step
-            data = data.model_copy(update={"counts": asdict(setup.dataset.counts)})
-        result = evaluation.paired_gain(base_held_out, held_out)
-        manifest = setup.manifest.model_copy(
-            update={
-                "created": utc_timestamp(),
-                "data": data,
-                "run": run.model_copy(update=trained),
-                "result": result,
+        with trainer.explain_how_to_finish(setup, folder):
+            state, history, held_out = trainer.run_trainer(setup, folder, checkpoint)
+            steps = [entry for entry in history if "loss" in entry]
+            trained = {
+                "steps": state.global_step,
+                "kept_step": state.best_global_step or state.global_step,
+                "tokens": sum(entry["tokens"] for entry in steps),
+                "seconds": round(sum(entry["seconds"] for entry in steps), 3),
             }
-        )
-        adapter = distributed.run_on_rank_zero(partial(_write_adapter, setup, library, manifest, history))
-        evaluation.cache_adapter_loss(setup.base, setup.held_out, adapter, held_out)
-        distributed.run_on_rank_zero(partial(remove_run_folder, config, folder))
+            if config.streaming:
+                trained["sequences"] = state.global_step * setup.sequences_per_step
+                data = data.model_copy(update={"counts": asdict(setup.dataset.counts)})
+            result = evaluation.paired_gain(base_held_out, held_out)
+            manifest = setup.manifest.model_copy(
+                update={
+                    "created": utc_timestamp(),
+                    "data": data,
+                    "run": run.model_copy(update=trained),
+                    "result": result,
+                }
+            )
+            adapter = distributed.run_on_rank_zero(partial(_write_adapter, setup, library, manifest, history))
+            evaluation.cache_adapter_loss(setup.base, setup.held_out, adapter, held_out)
+            distributed.run_on_rank_zero(partial(remove_run_folder, config, folder, setup.notify))
     except KeyboardInterrupt as error:
         raise Interrupted(f"Stopped immediately. Resume with: {trainer.resume_command(config)}") from error
     if result.gain < -2 * (result.standard_error or 0.0):
@@ -364,18 +404,9 @@ def _write_adapter(
 ) -> Adapter:
     """Write the adapter with its curve, plot and model card into the library."""
     name = adapter_name(setup.config)
-    try:
-        with library.create(name, overwrite=setup.config.overwrite, advice=_NAME_TAKEN_ADVICE) as work:
-            save_adapter(setup, lora.adapter_state_dict(setup.model), manifest, work)
-            plots.write_metrics(history, work / METRICS_FILE)
-            plots.plot_loss(history, manifest, work / LOSS_PLOT_FILE)
-            (work / CARD_FILE).write_text(
-                model_card.model_card(load_adapter_folder(work), name), encoding="utf-8"
-            )
-    except (OSError, AdapterError) as error:
-        why = os_error_message(error) if isinstance(error, OSError) else error
-        raise TrainingError(
-            f"The adapter could not be written, but the run is kept. {why} Then resume with: "
-            f"{trainer.resume_command(setup.config)}"
-        ) from error
+    with library.create(name, overwrite=setup.config.overwrite, advice=_NAME_TAKEN_ADVICE) as work:
+        save_adapter(setup, lora.adapter_state_dict(setup.model), manifest, work)
+        plots.write_metrics(history, work / METRICS_FILE)
+        plots.plot_loss(history, manifest, work / LOSS_PLOT_FILE)
+        (work / CARD_FILE).write_text(model_card.model_card(load_adapter_folder(work), name), encoding="utf-8")
     return library.get(name)

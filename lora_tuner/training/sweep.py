@@ -102,6 +102,7 @@ def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler = ignore_even
         raise ConfigError("--from keeps the rank of the parent: give several learning rates, not ranks.")
     name = adapter_name(first)
     folder = run.sweep_folder(first.runs_dir, name)
+    run.check_places(first)
     with run.run_lock(first.runs_dir, folder.name):
         measured = resolve_eval_dataset(first, notify, "a sweep selects a rank or a learning rate")
         changes = {"eval_dataset": measured.eval_dataset, "eval_split": measured.eval_split}
@@ -117,6 +118,7 @@ def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler = ignore_even
         widest = max(trials, key=lambda trial: trial.rank)
         setup = prepare_training(_with_max_steps(widest, 1), notify)  # what fits the widest fits all
         run.check_disk_space(setup)
+        checkpoints.check_can_be_saved(setup)
         facts = checkpoints.reproducibility_facts(setup.manifest)
         state = _SweepState(id=secrets.token_hex(16), trials=trials, facts=facts, diverged=[])
         with _resumable(name, first):
@@ -254,7 +256,7 @@ def _run_trials(
         trial_name, run_folder = str(trial.name), run.run_folder(trial)
         begun = _sweep_of(run_folder) == state.id
         if begun and trial_name in adapters and (run_folder / RUN_FILE).is_file():
-            run.remove_run_folder(trial, run_folder)  # the process ended before it did
+            run.remove_run_folder(trial, run_folder, notify)  # the process ended before it did
         if trial_name in adapters or trial_name in state.diverged:
             continue
         notify(Notice(f"Trial {number} of {len(trials)}: {trial_name}."))

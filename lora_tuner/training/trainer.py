@@ -41,6 +41,7 @@ from ..errors import (
     DivergedError,
     HubError,
     Interrupted,
+    LoraTunerError,
     Notice,
     ProcessLostError,
     Progress,
@@ -84,7 +85,7 @@ def run_trainer(
         )
     trainer = _LoraTrainer(setup, folder, checkpoint)
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
-    if checkpoint and state and _is_finished(setup, state):  # Trainer would take one more step
+    if checkpoint and state and _all_steps_done(setup, state):  # Trainer would take one more step
         best = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else checkpoint.name
         lora.load_checkpoint_weights(setup.model, folder / best)
         if trainer.stream:
@@ -99,6 +100,8 @@ def run_trainer(
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             except (DataError, HubError) as error:  # the stream has ended early
                 trainer.save_and_raise(str(error), error)
+            except OSError as error:  # of a tracker, or the stream
+                trainer.save_and_raise(os_error_message(error), error)
             except (RuntimeError, ProcessLostError) as error:
                 if not isinstance(error, ProcessLostError) and not distributed.is_process_loss(error):
                     raise
@@ -117,7 +120,34 @@ def run_trainer(
     return state, history, trainer.measure_held_out()
 
 
-def _is_finished(setup: TrainingSetup, state: TrainerState) -> bool:
+@contextlib.contextmanager
+def explain_how_to_finish(setup: TrainingSetup, folder: Path) -> Iterator[None]:
+    """Turn an error after the last step into one that says how to finish without training again."""
+    try:
+        yield
+    except (Interrupted, RaisedOnRankZero):
+        raise
+    except Exception as error:
+        if not (checkpoint := next(iter(checkpoints.list_checkpoints(folder)), None)):
+            raise
+        file = checkpoint / "trainer_state.json"
+        is_whole = (checkpoint / atomic_io.HASHES_FILE).is_file()
+        if not is_whole or not _all_steps_done(setup, TrainerState.load_from_json(str(file))):
+            raise
+        resuming = resume_command(setup.config)
+        if isinstance(error, DivergedError):
+            if setup.sweep is not None:  # it goes on to its next trial
+                raise
+            raise DivergedError(f"{error} All steps are kept; to measure again: {resuming}") from error
+        why = os_error_message(error) if isinstance(error, OSError) else " ".join(str(error).split())
+        if not isinstance(error, (LoraTunerError, OSError)):
+            why = f"{type(error).__name__}: {why.rstrip('.')}."
+        raise TrainingError(
+            f"The adapter could not be written, but the run is kept, with all its steps. {why} Then resume with: {resuming}"
+        ) from error
+
+
+def _all_steps_done(setup: TrainingSetup, state: TrainerState) -> bool:
     """Return whether all steps are done in this checkpoint, or patience has ended."""
     callbacks: Any = state.stateful_callbacks  # a dict, typed as a list
     early_stopping = callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})

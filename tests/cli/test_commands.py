@@ -544,6 +544,10 @@ def test_evaluate_errors(two, tmp_path, gpt2):
     assert error("evaluate", "noir", "--plot", "none/gains.png") == (
         "Error: --plot none/gains.png: there is no folder none."
     )
+    Path("folder.png").mkdir()
+    assert error("evaluate", "noir", "--plot", "folder.png") == (
+        "Error: --plot folder.png: folder.png is a folder."
+    )
     assert error("evaluate", "noir", "nobody") == (
         "Error: There is no adapter 'nobody', neither in adapters (noir, verse) nor as a path."
     )

@@ -18,6 +18,7 @@ from lora_tuner import (
     to_gguf,
     train,
 )
+from lora_tuner.adapters.adapter import load_adapter_folder
 from lora_tuner.errors import AdapterError, ConfigError, WrongBaseError
 from lora_tuner.models import lora
 from lora_tuner.models.resolve import find_base
@@ -124,6 +125,15 @@ def test_results_over_own_base_are_refused(own_base, tmp_path):
     with pytest.raises(AdapterError, match="choose another --name"):
         blend([(own_base, 0.5)], "base", Library(base.parent), overwrite=True)
     assert blend([(own_base, 0.5)], "half", Library(base / "adapters")).adapter.path == base / "adapters" / "half"
+
+
+def test_merge_keeps_adapter_within_out(adapter, tmp_path):
+    shutil.copytree(adapter.manifest.base.name, tmp_path / "other", dirs_exist_ok=True)
+    inside = load_adapter_folder(shutil.copytree(adapter.path, tmp_path / "other" / "inside"))
+    with pytest.raises(
+        AdapterError, match=r"other would replace .*other/inside, which lies in it: choose another --out"
+    ):
+        merge(inside, tmp_path / "other", overwrite=True)
 
 
 def test_merge_shards_weights(adapter, tmp_path):

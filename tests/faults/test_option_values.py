@@ -240,6 +240,7 @@ CONTRADICTIONS = [
         "merge a --out folder --overwrite",
         "folder is not a model folder, so it is not replaced: choose another --out.",
     ),
+    ("merge a --out folder/.. --overwrite", "folder/.. does not end in a name: choose another --out."),
     (
         "export a --out some.txt --overwrite",
         "some.txt is not a GGUF file, so it is not replaced: choose another --out.",

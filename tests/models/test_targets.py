@@ -218,3 +218,11 @@ def test_manifest_without_coverage_is_read(adapter):
     fields = json.loads(adapter.manifest.to_json())
     del fields["run"]["coverage"], fields["run"]["not_adapted"]
     assert Manifest.model_validate(fields).run.coverage is None
+
+
+def test_layers_that_peft_renames_are_left_out():
+    """PEFT looks for the weights of `shared_experts` as those of `shared_experts.`, without an error."""
+    found = resolve_target_modules(make_family("laguna"), "auto")
+    assert not [name for name in found.modules if "shared_experts" in name]
+    assert any(name.endswith("layers.0.mlp.down_proj") for name in found.modules)
+    assert any("not loaded again by PEFT in laguna" in text for text in found.not_adapted)

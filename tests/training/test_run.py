@@ -423,7 +423,9 @@ def test_foreign_folder_is_never_replaced(settings, tmp_path):
 
 def test_runs_dir_among_adapters_is_refused(settings, tmp_path):
     before = weights(train(settings(name="one")))
-    with pytest.raises(TrainingError, match="adapters/one is not a run, so it is not replaced"):
+    with pytest.raises(
+        TrainingError, match="adapters/one would be one folder, or one in the other: choose another --runs-dir"
+    ):
         train(settings(name="one", runs_dir="adapters", overwrite=True))
     assert weights(adapters_adapter.load_adapter_folder(tmp_path / "adapters" / "one")) == before
 

@@ -1,0 +1,219 @@
+"""What cannot be saved is found before training, and what fails after the last step can be gone on from."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import TrainerCallback
+
+from lora_tuner import Library, Progress, evaluation, resume, train
+from lora_tuner.adapters import model_card, plots
+from lora_tuner.adapters.adapter import WEIGHTS_FILE
+from lora_tuner.errors import DivergedError, LoraTunerError, TrainingError
+from lora_tuner.models import targets
+from lora_tuner.training import run, trainer
+
+from ..faults.runs import slow
+from ..model_families import save_family
+
+
+def trained_steps(events):
+    return [event for event in events if isinstance(event, Progress) and event.stage == "training"]
+
+
+# The adapter
+
+
+def test_adapter_that_peft_renames_is_refused(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(targets, "_renamed_by_peft", lambda model, layers: set())
+    config = settings(base=str(save_family(tmp_path / "laguna", "laguna")), max_length=32, eval_rows=2)
+    events = []
+    with pytest.raises(TrainingError) as error:
+        train(config, events.append)
+    assert str(error.value).startswith(
+        f"An adapter of {tmp_path / 'laguna'} could not be saved, so nothing is trained: "
+    )
+    assert (
+        "tensors otherwise, such as base_model.model.model.layers.1.mlp.shared_experts.down_proj.lora_A"
+        in str(error.value)
+    )
+    assert trained_steps(events) == list(Path("runs").iterdir()) == []
+    assert not Path("adapters").exists()
+
+
+@pytest.mark.parametrize("method", ["lora", slow("dora"), slow("pissa")])
+def test_check_before_training_changes_nothing(settings, method, monkeypatch):
+    checked = train(settings(name="checked", method=method, max_steps=2))
+    monkeypatch.setattr("lora_tuner.training.checkpoints.check_can_be_saved", lambda setup: None)
+    assert train(settings(name="unchecked", method=method, max_steps=2)).sha256 == checked.sha256
+
+
+# Places
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"adapters_dir": "all", "runs_dir": "all"},
+            "its run all/reviews would be one folder, or one in the other",
+        ),
+        ({"runs_dir": "adapters/reviews"}, "would be one folder, or one in the other: choose another --runs-dir"),
+        ({"adapters_dir": "runs/reviews/results"}, "would be one folder, or one in the other"),
+        ({"adapters_dir": "link", "runs_dir": "missing"}, "would be one folder, or one in the other"),
+        ({"adapters_dir": "Out", "runs_dir": "out"}, "would be one folder, or one in the other"),
+        ({"runs_dir": "cache/runs"}, "would be in the cache .*: choose another --runs-dir"),
+        ({"adapters_dir": ".", "name": "cache"}, "would be in the cache .*: choose another --adapters-dir"),
+        ({"name": "Tensorboard"}, "is for the logs of --report-to tensorboard: choose another --name"),
+        ({"adapters_dir": "x" * 300}, "is too long for a path: choose another --adapters-dir"),
+        ({"runs_dir": "new/" + "x" * 300}, "is too long for a path: choose another --runs-dir"),
+        ({"adapters_dir": "reviews.csv"}, "reviews.csv is not a folder: choose another --adapters-dir"),
+        ({"adapters_dir": "loop"}, "loop is not a folder: choose another --adapters-dir"),
+    ],
+)
+def test_places_in_conflict_are_refused_first(settings, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setenv("LORA_TUNER_CACHE", "cache")
+    monkeypatch.setattr("lora_tuner.atomic_io._ignores_case", lambda folder: True)
+    Path("link").symlink_to("missing")
+    Path("loop").symlink_to("loop")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(LoraTunerError, match=message):
+        train(settings(base="nowhere/nothing", **changes))
+    assert [path for path in sorted(tmp_path.iterdir()) if path.name != "runs"] == before
+    assert not any(Path("runs").glob("*"))
+
+
+def test_folders_in_each_other_are_used(settings):
+    adapter = train(settings(max_steps=1, adapters_dir="out", runs_dir="out/runs", name="one"))
+    assert Library(Path("out")).get("one").sha256 == adapter.sha256
+
+
+def test_input_in_replaced_folder_is_refused(settings, stop_at):
+    with stop_at(2):
+        train(settings(max_steps=3))
+    data = shutil.copy("reviews.csv", "runs/reviews/checkpoint-2/more.csv")
+    for changes in (
+        {"dataset": data, "name": "reviews"},
+        {"eval_dataset": data},
+        {"parent": "runs/reviews/checkpoint-2"},
+    ):
+        config = settings(overwrite=True, **changes)
+        config = config.model_copy(update={"rank": 8}) if config.parent is None else config
+        with pytest.raises(TrainingError, match="runs/reviews would replace runs/reviews/checkpoint-2"):
+            train(config)
+    resume("reviews")
+
+
+def test_run_in_data_folder_resumes(settings, stop_at):
+    Path("notes").mkdir()
+    Path("reviews.csv").rename("notes/reviews.csv")
+    places = {"dataset": "notes", "adapters_dir": "notes/adapters", "runs_dir": "notes/runs"}
+    train(settings(name="before", max_steps=2, **places))
+    with stop_at(2):
+        train(settings(name="whole", max_steps=3, **places))
+    adapter = resume("whole", runs_dir=Path("notes/runs"))
+    assert adapter.manifest.data.hash == Library(Path("notes/adapters")).get("before").manifest.data.hash
+
+
+def test_run_among_adapters_can_be_moved(settings, stop_at):
+    """A run of before, whose adapter would have had its name, can be moved."""
+    with stop_at(1):
+        train(settings(max_steps=2))
+    settled = Path("runs/reviews/run.yaml")
+    settled.write_text(settled.read_text().replace("adapters_dir: adapters", "adapters_dir: runs"))
+    with pytest.raises(TrainingError, match="move runs/reviews elsewhere, and add its new --runs-dir"):
+        resume("reviews")
+    Path("other").mkdir()
+    Path("runs/reviews").rename("other/reviews")
+    assert resume("reviews", runs_dir=Path("other")).path == Path("runs/reviews")
+
+
+# After the last step
+
+
+def fail_after_training(name, patch):
+    """Make something fail that comes after the last step."""
+
+    def fail(*args, **kwargs):
+        raise ValueError("it is\nbroken")
+
+    if name == "plot":
+        patch.setattr(plots, "plot_loss", fail)
+    elif name == "card":
+        patch.setattr(model_card, "model_card", fail)
+    elif name == "evaluation":
+        patch.setattr(trainer._LoraTrainer, "measure_held_out", fail)
+    elif name == "tracker":
+        patch.setattr(TrainerCallback, "on_train_end", fail)
+    elif name == "weights":
+        patch.setattr(
+            run, "save_adapter", lambda setup, tensors, manifest, folder: (folder / WEIGHTS_FILE).mkdir()
+        )
+
+
+@pytest.mark.parametrize("name", ["plot", "evaluation", "tracker", slow("card"), slow("weights")])
+def test_failure_after_training_is_resumed(settings, monkeypatch, name):
+    with monkeypatch.context() as patch:
+        fail_after_training(name, patch)
+        with pytest.raises(TrainingError) as error:
+            train(settings(max_steps=2))
+    text = str(error.value)
+    assert text.startswith("The adapter could not be written, but the run is kept, with all its steps. ")
+    assert text.endswith(" Then resume with: python cli.py train --resume reviews")
+    assert "\n" not in text
+    events = []
+    assert resume("reviews", notify=events.append).manifest.run.steps == 2
+    assert trained_steps(events) == list(Path("runs").iterdir()) == []
+
+
+def test_bad_held_out_loss_is_measured_again(settings, monkeypatch):
+    measure = evaluation.measure_loss
+
+    def damaged(model, base, *args, **kwargs):
+        loss = measure(model, base, *args, **kwargs)
+        return (
+            loss
+            if model is base.model
+            else evaluation.HeldOutLoss([float("nan")] * len(loss.nll), loss.predictions)
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "measure_loss", damaged)
+        with pytest.raises(DivergedError) as error:
+            train(settings(max_steps=2))
+    assert str(error.value).endswith("All steps are kept; to measure again: python cli.py train --resume reviews")
+    events = []
+    assert resume("reviews", notify=events.append).manifest.run.steps == 2
+    assert trained_steps(events) == []
+
+
+def test_tracker_out_of_disk_saves_checkpoint(settings, monkeypatch):
+    whole = train(settings(name="whole"))
+
+    def fail(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise OSError(28, "No space left on device", "events")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainerCallback, "on_log", fail)
+        with pytest.raises(
+            TrainingError, match=r"events: No space left .* The last step was 3 of 6\. Resume with"
+        ):
+            train(settings())
+    events = []
+    assert resume("reviews", notify=events.append).sha256 == whole.sha256
+    assert len(trained_steps(events)) == 3
+
+
+def test_run_folder_that_stays_is_said(settings, monkeypatch):
+    events = []
+
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr("lora_tuner.atomic_io.delete_atomically", refuse)
+    adapter = train(settings(max_steps=1), events.append)
+    assert adapter.path.is_dir()
+    assert [event.text for event in events if "could not be removed" in getattr(event, "text", "")]
+    with pytest.raises(TrainingError, match="has finished: its adapter is adapters/reviews"):
+        resume("reviews")
