@@ -78,7 +78,7 @@ def no_file_over(size: int) -> None:
     [
         ("train", 2_000),
         pytest.param("train over another", 12_000, marks=pytest.mark.slow),
-        pytest.param("sweep", 12_000, marks=pytest.mark.slow),
+        pytest.param("sweep", 4_000, marks=pytest.mark.slow),
         pytest.param("merge over another", 12_000, marks=pytest.mark.slow),
         ("blend", 12_000),
         pytest.param("compress", 4_000, marks=pytest.mark.slow),
