@@ -426,15 +426,15 @@ def test_resume_of_finished_run_is_refused(run, arguments, how):
 
 
 @pytest.mark.parametrize(
-    ("moment", "how"),
+    ("moment", "time", "how"),
     [
-        ("lora_tuner.training.run:remove_run_folder", ()),
-        slow("lora_tuner.training.run:remove_run_folder", ("--keep-checkpoints",)),
-        slow("lora_tuner.atomic_io:shutil.rmtree", ()),
+        ("lora_tuner.training.run:remove_run_folder", 1, ()),
+        slow("lora_tuner.training.run:remove_run_folder", 1, ("--keep-checkpoints",)),
+        slow("lora_tuner.atomic_io:shutil.rmtree", 2, ()),  # the first is of the check before training
     ],
 )
-def test_kill_before_cleanup_trains_nothing_again(run, arguments, moment, how):
-    ended = run(*arguments, *SHORT, *how, before=partial(signalled, (moment, 1, signal.SIGKILL)))
+def test_kill_before_cleanup_trains_nothing_again(run, arguments, moment, time, how):
+    ended = run(*arguments, *SHORT, *how, before=partial(signalled, (moment, time, signal.SIGKILL)))
     assert ended.status == -signal.SIGKILL
     checkpoint = contents(RUN / "checkpoint-2")
     with unchanged(Path("adapters")):
