@@ -6,13 +6,10 @@ if nothing has changed that would change its result.
 """
 
 import contextlib
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from .. import atomic_io, distributed, evaluation
 from ..adapters import model_card, plots
@@ -39,17 +36,13 @@ from ..errors import (
     Notice,
     TrainingError,
     ignore_events,
-    os_error_message,
 )
 from ..models import fsdp, lora
-from . import arguments, checkpoints, profiling, trainer
+from . import arguments, checkpoints, paths, profiling, trainer
 from .checkpoints import RETRAIN_ADVICE, save_adapter
 from .inputs import dtype_name
 from .profiling import RunEstimate
 from .setup import TrainingSetup, adapter_name, prepare_training
-
-SWEEP_RESULT_FILE = "sweep.json"
-_NAME_TAKEN_ADVICE = "rename or remove that one first (`adapters rename`, `adapters remove`)"
 
 Prepare = Callable[[TrainConfig, EventHandler], TrainingSetup]
 
@@ -68,12 +61,12 @@ def train(
     """
     name = adapter_name(requested)
     notify = _join_processes(requested, notify)
-    distributed.run_on_rank_zero(partial(check_places, requested))
-    with run_lock(requested.runs_dir, name):
-        library = distributed.run_on_rank_zero(partial(check_output_paths, requested))
+    distributed.run_on_rank_zero(partial(paths.check_places, requested))
+    with paths.run_lock(requested.runs_dir, name):
+        library = distributed.run_on_rank_zero(partial(paths.check_output_paths, requested))
         arguments.check_trackers(requested)
         setup = prepare(requested, notify)
-        distributed.run_on_rank_zero(partial(check_disk_space, setup))
+        distributed.run_on_rank_zero(partial(paths.check_disk_space, setup))
         epoch = f"; one epoch is {setup.steps_per_epoch:,}" if setup.steps_per_epoch else ""
         notify(Notice(f"The run takes {setup.config.max_steps:,} steps{epoch}."))
         return _train_and_write(setup, library, checkpoint=None)
@@ -95,10 +88,10 @@ def resume(
         raise _nothing_to_resume(folder)
     saved = resolve_settings(TrainConfig, {"runs_dir": runs_dir}, folder / RUN_FILE)
     notify = _join_processes(saved, notify)
-    distributed.run_on_rank_zero(partial(check_places, saved, resuming=True))
-    with run_lock(runs_dir, name):
+    distributed.run_on_rank_zero(partial(paths.check_places, saved, resuming=True))
+    with paths.run_lock(runs_dir, name):
         checkpoint, manifests = distributed.run_on_rank_zero(partial(_load_stopped_run, saved, folder, notify))
-        library = distributed.run_on_rank_zero(partial(check_output_paths, saved, resuming=True))
+        library = distributed.run_on_rank_zero(partial(paths.check_output_paths, saved, resuming=True))
         arguments.check_trackers(saved)
         setup = prepare(_for_world_size(saved, manifests[folder], notify), notify)
         setup = replace(setup, sweep=checkpoints.sweep_id(manifests[folder]))
@@ -114,7 +107,7 @@ def resume(
             )
         if checkpoint is not None and setup.config.streaming:
             distributed.run_on_rank_zero(partial(checkpoints.check_stream, setup, checkpoint))
-        distributed.run_on_rank_zero(partial(check_disk_space, setup))
+        distributed.run_on_rank_zero(partial(paths.check_disk_space, setup))
         return _train_and_write(setup, library, checkpoint)
 
 
@@ -205,101 +198,13 @@ def _join_processes(requested: TrainConfig, notify: EventHandler) -> EventHandle
     return notify if distributed.rank() == 0 else ignore_events
 
 
-def run_folder(config: TrainConfig) -> Path:
-    return config.runs_dir / adapter_name(config)
-
-
-def sweep_folder(runs_dir: Path, name: str) -> Path:
-    return runs_dir / f"{name}.sweep"  # names of adapters have no dot
-
-
-@contextlib.contextmanager
-def run_lock(runs_dir: Path, name: str) -> Iterator[None]:
-    """Hold the lock of a run or sweep: only one of a name trains at a time."""
-    if distributed.rank() > 0:
-        yield
-        return
-    path = runs_dir / f".{name}.lock{atomic_io.WORK_SUFFIX}"  # an abandoned one is removed
-    lock = FileLock(path, timeout=0)
-    if why := atomic_io.why_not_writable(runs_dir):
-        raise TrainingError(f"{why}: choose another --runs-dir.")
-    runs_dir.mkdir(parents=True, exist_ok=True)
-    atomic_io.remove_abandoned(runs_dir)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise TrainingError(
-            f"Another process is training '{name}': choose another --name, or wait for it."
-        ) from error
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # Windows does not delete an open file
-            path.unlink()  # before the release: the next process creates a new one
-        lock.release()
-
-
-def check_places(config: TrainConfig, *, resuming: bool = False) -> None:
-    """Raise TrainingError when adapter, run, cache and inputs would be written over each other.
-
-    Nothing is loaded or written, and links and the rules of the disk for names are followed.
-    """
-    name = adapter_name(config)
-    adapter, folder, cache = config.adapters_dir / name, run_folder(config), atomic_io.cache_dir()
-    if name.casefold() == "tensorboard":
-        raise TrainingError(f"{folder} is for the logs of --report-to tensorboard: choose another --name.")
-    if atomic_io.contains(adapter, folder) or atomic_io.contains(folder, adapter):
-        advice = (
-            f"move {folder} elsewhere, and add its new --runs-dir" if resuming else "choose another --runs-dir"
-        )
-        raise TrainingError(
-            f"The adapter {adapter} and its run {folder} would be one folder, or one in the other: {advice}."
-        )
-    inputs = [config.dataset, config.base, config.other_eval_dataset, config.parent]
-    sources = [Path(os.path.expanduser(name)) for name in inputs if name is not None]
-    if config.parent is not None and os.path.isdir(config.adapters_dir / config.parent):
-        sources[-1] = config.adapters_dir / config.parent
-    for path, option in ((adapter, "--adapters-dir"), (folder, "--runs-dir")):
-        if atomic_io.contains(path, cache) or atomic_io.contains(cache, path):
-            raise TrainingError(f"{path} would be in the cache ({cache}), or hold it: choose another {option}.")
-        for source in filter(os.path.exists, sources):
-            # An adapter may replace its parent, which is in memory then.
-            is_parent = path is adapter and config.parent is not None and source is sources[-1]
-            if atomic_io.contains(path, source) and not (is_parent and atomic_io.contains(source, path)):
-                raise TrainingError(
-                    f"{path} would replace {source}, which it is made from: choose another --name."
-                )
-
-
-def check_output_paths(config: TrainConfig, *, resuming: bool = False) -> Library:
-    """Return the library, or raise when the name or the folder of the run is taken."""
-    check_places(config, resuming=resuming)
-    name = adapter_name(config)
-    library, folder = Library(config.adapters_dir), run_folder(config)
-    library.check_name_free(name, overwrite=config.overwrite, advice=_NAME_TAKEN_ADVICE if resuming else None)
-    if resuming or not os.path.lexists(folder):
-        return library
-    if config.runs_dir.resolve() == config.adapters_dir.resolve() or not checkpoints.is_run(folder):
-        raise TrainingError(f"{folder} is not a run, so it is not replaced: choose another --runs-dir or --name.")
-    if (folder / RUN_FILE).is_file() and not config.overwrite:
-        raise TrainingError(
-            f"{folder} holds an unfinished run: resume it with --resume {name}, discard it with --overwrite, or "
-            "choose another --name."
-        )
-    if any(folder.iterdir()) and not config.overwrite:
-        raise TrainingError(
-            f"{folder} holds the checkpoints of a finished run: discard them with --overwrite, or choose another --name."
-        )
-    return library
-
-
 def _nothing_to_resume(folder: Path) -> TrainingError:
     """Make the error that says why a folder holds no run that can be resumed."""
     library = Library(TrainConfig().adapters_dir)
     why = "it has finished (into another --adapters-dir?), or never started"
     if folder.name in library.names():
         why = f"it has finished, as {library.path / folder.name}"
-    elif (sweep_result := sweep_folder(folder.parent, folder.name) / SWEEP_RESULT_FILE).is_file():
+    elif (sweep_result := paths.sweep_folder(folder.parent, folder.name) / paths.SWEEP_RESULT_FILE).is_file():
         why = f"its sweep has finished, with the result {sweep_result}"
     elif copies := sorted(folder.glob(f"*/{RUN_FILE}")):
         why = f"it has finished, or {folder / RUN_FILE} was removed; {copies[0]} is a copy of it"
@@ -315,38 +220,13 @@ def _check_not_finished(saved: TrainConfig, folder: Path) -> None:
         finished = resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE), adapter.manifest
         # A damaged adapter is trained again.
         if checkpoints.same_run((saved, read_manifest(folder)), finished) and not verify_adapter(adapter):
-            remove_run_folder(saved, folder, ignore_events)
+            paths.remove_run_folder(saved, folder, ignore_events)
             raise TrainingError(f"The run {saved.name} has finished: its adapter is {adapter.path}.")
-
-
-def remove_run_folder(config: TrainConfig, folder: Path, notify: EventHandler) -> None:
-    """Remove the folder of a finished run, or with `keep_checkpoints` its run.yaml."""
-    try:
-        if config.keep_checkpoints:
-            (folder / RUN_FILE).unlink()
-        else:
-            atomic_io.delete_atomically(folder)
-    except OSError as error:
-        notify(Notice(f"The adapter is written, but {folder} could not be removed. {os_error_message(error)}"))
-
-
-def check_disk_space(setup: TrainingSetup) -> None:
-    """Raise TrainingError when the disk cannot hold the checkpoints, or the adapter."""
-    config = setup.config
-    size = lora.count_parameters(setup.model)[0] * 4
-    used = sum(path.stat().st_size for path in run_folder(config).rglob("*") if path.is_file())
-    kept = (checkpoints.KEPT_CHECKPOINTS + 1) * 3 * size - used  # AdamW has two states per weight
-    for folder, need in {config.runs_dir: kept, config.adapters_dir: size}.items():
-        if (free := atomic_io.free_space(folder)) < need:
-            raise TrainingError(
-                f"{folder} has {free / 1e6:,.0f} MB free, and the run needs {need / 1e6:,.0f} MB: free some space, or "
-                "choose another --runs-dir and --adapters-dir."
-            )
 
 
 def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | None) -> Adapter:
     """Measure the base, train, measure again, and write the adapter."""
-    config, folder = setup.config, run_folder(setup.config)
+    config, folder = setup.config, paths.run_folder(setup.config)
     data, run = setup.manifest.data, setup.manifest.run
     assert data is not None
     assert run is not None
@@ -380,7 +260,7 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
             )
             adapter = distributed.run_on_rank_zero(partial(_write_adapter, setup, library, manifest, history))
             evaluation.cache_adapter_loss(setup.base, setup.held_out, adapter, held_out)
-            distributed.run_on_rank_zero(partial(remove_run_folder, config, folder, setup.notify))
+            distributed.run_on_rank_zero(partial(paths.remove_run_folder, config, folder, setup.notify))
     except KeyboardInterrupt as error:
         raise Interrupted(f"Stopped immediately. Resume with: {trainer.resume_command(config)}") from error
     if result.gain < -2 * (result.standard_error or 0.0):
@@ -404,7 +284,7 @@ def _write_adapter(
 ) -> Adapter:
     """Write the adapter with its curve, plot and model card into the library."""
     name = adapter_name(setup.config)
-    with library.create(name, overwrite=setup.config.overwrite, advice=_NAME_TAKEN_ADVICE) as work:
+    with library.create(name, overwrite=setup.config.overwrite, advice=paths.NAME_TAKEN_ADVICE) as work:
         save_adapter(setup, lora.adapter_state_dict(setup.model), manifest, work)
         plots.write_metrics(history, work / METRICS_FILE)
         plots.plot_loss(history, manifest, work / LOSS_PLOT_FILE)

@@ -37,7 +37,7 @@ from ..errors import (
 )
 from ..evaluation import EvalSet, HeldOutLoss
 from ..models import loading
-from . import arguments, checkpoints, run, trainer
+from . import arguments, checkpoints, paths, run, trainer
 from .setup import TrainingSetup, adapter_name, prepare_training
 
 STATE_FILE, PLOT_FILE = "sweep.yaml", "sweep.png"
@@ -101,9 +101,9 @@ def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler = ignore_even
     if first.parent is not None and len({config.rank for config in configs}) > 1:
         raise ConfigError("--from keeps the rank of the parent: give several learning rates, not ranks.")
     name = adapter_name(first)
-    folder = run.sweep_folder(first.runs_dir, name)
-    run.check_places(first)
-    with run.run_lock(first.runs_dir, folder.name):
+    folder = paths.sweep_folder(first.runs_dir, name)
+    paths.check_places(first)
+    with paths.run_lock(first.runs_dir, folder.name):
         measured = resolve_eval_dataset(first, notify, "a sweep selects a rank or a learning rate")
         changes = {"eval_dataset": measured.eval_dataset, "eval_split": measured.eval_split}
         trials = [
@@ -113,11 +113,11 @@ def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler = ignore_even
             raise ConfigError("Two trials have the same rank and learning rate: give each once.")
         _check_folder(name, first)
         for trial in trials:
-            run.check_output_paths(trial)
+            paths.check_output_paths(trial)
         arguments.check_trackers(first)
         widest = max(trials, key=lambda trial: trial.rank)
         setup = prepare_training(_with_max_steps(widest, 1), notify)  # what fits the widest fits all
-        run.check_disk_space(setup)
+        paths.check_disk_space(setup)
         checkpoints.check_can_be_saved(setup)
         facts = checkpoints.reproducibility_facts(setup.manifest)
         state = _SweepState(id=secrets.token_hex(16), trials=trials, facts=facts, diverged=[])
@@ -128,7 +128,7 @@ def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler = ignore_even
 
 def is_unfinished(name: str, runs_dir: Path) -> bool:
     """Return whether there is a sweep to resume. Raises TrainingError for an old one."""
-    if (run.sweep_folder(runs_dir, name) / STATE_FILE).is_file():
+    if (paths.sweep_folder(runs_dir, name) / STATE_FILE).is_file():
         return True
     old = runs_dir / f"{name}.ladder"
     if (old / "ladder.yaml").is_file():
@@ -146,7 +146,7 @@ def resume_sweep(name: str, runs_dir: Path = Path("runs"), notify: EventHandler 
             of a trial was taken.
     """
     _refuse_several_processes()
-    with run.run_lock(runs_dir, run.sweep_folder(runs_dir, name).name):
+    with paths.run_lock(runs_dir, paths.sweep_folder(runs_dir, name).name):
         state = _read_state(name, runs_dir)
         adapters: dict[str, Adapter] = {}
         for trial in state.trials:
@@ -167,9 +167,9 @@ def _refuse_several_processes() -> None:
 
 def _check_folder(name: str, config: TrainConfig) -> None:
     """Raise TrainingError when the folder of a sweep holds something that would be lost."""
-    folder = run.sweep_folder(config.runs_dir, name)
+    folder = paths.sweep_folder(config.runs_dir, name)
     if os.path.lexists(folder) and not checkpoints.holds_only(
-        {STATE_FILE, run.SWEEP_RESULT_FILE, PLOT_FILE}, folder
+        {STATE_FILE, paths.SWEEP_RESULT_FILE, PLOT_FILE}, folder
     ):
         raise TrainingError(
             f"{folder} is not a sweep, so it is not replaced: choose another --runs-dir or --name."
@@ -182,7 +182,7 @@ def _check_folder(name: str, config: TrainConfig) -> None:
 
 
 def _read_state(name: str, runs_dir: Path) -> _SweepState:
-    file = run.sweep_folder(runs_dir, name) / STATE_FILE
+    file = paths.sweep_folder(runs_dir, name) / STATE_FILE
     if not file.is_file():  # it finished before this process got the lock
         raise TrainingError(f"There is no unfinished sweep {file.parent}: it has finished, or never started.")
     try:
@@ -242,7 +242,7 @@ def _run_trials(
 ) -> SweepResult:
     """Train the trials that have no adapter yet, compare all, and replace the state by the result."""
     trials = state.trials
-    folder = run.sweep_folder(trials[0].runs_dir, name)
+    folder = paths.sweep_folder(trials[0].runs_dir, name)
 
     def prepare_trial(requested: TrainConfig, notify: EventHandler) -> TrainingSetup:
         nonlocal setup
@@ -253,10 +253,10 @@ def _run_trials(
         return setup
 
     for number, trial in enumerate(trials, 1):
-        trial_name, run_folder = str(trial.name), run.run_folder(trial)
+        trial_name, run_folder = str(trial.name), paths.run_folder(trial)
         begun = _sweep_of(run_folder) == state.id
         if begun and trial_name in adapters and (run_folder / RUN_FILE).is_file():
-            run.remove_run_folder(trial, run_folder, notify)  # the process ended before it did
+            paths.remove_run_folder(trial, run_folder, notify)  # the process ended before it did
         if trial_name in adapters or trial_name in state.diverged:
             continue
         notify(Notice(f"Trial {number} of {len(trials)}: {trial_name}."))
@@ -282,7 +282,9 @@ def _run_trials(
         prepare_trial(_with_max_steps(trials[0], 1), notify)  # the rows that are measured
     result = _measure_trials(name, folder, trials, adapters, setup, notify)
     with atomic_io.atomic_folder(folder) as work:
-        (work / run.SWEEP_RESULT_FILE).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+        (work / paths.SWEEP_RESULT_FILE).write_text(
+            json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8"
+        )
         points = [
             (trial.name, trial.bytes, trial.seconds, trial.loss)
             for trial in result.trials
@@ -322,7 +324,7 @@ def _finished_adapter(trial: TrainConfig, sweep: str) -> Adapter | None:
 
 def _check_place(trial: TrainConfig, name: str, sweep: str) -> None:
     """Raise TrainingError when others have taken the place of a trial that has not finished."""
-    adapter, run_folder = trial.adapters_dir / str(trial.name), run.run_folder(trial)
+    adapter, run_folder = trial.adapters_dir / str(trial.name), paths.run_folder(trial)
     if not trial.overwrite and os.path.lexists(adapter):
         raise TrainingError(
             f"{adapter} is not the adapter that the sweep trained: restore it, or rename or remove it "

@@ -72,11 +72,11 @@ def test_crash_at_any_point_keeps_old_or_new(
 SWEEP_MOMENTS = [
     ("training.run:train", 1),  # before the first trial
     ("training.run:trainer.run_trainer", 1),
-    ("training.run:remove_run_folder", 1),
+    ("training.paths:remove_run_folder", 1),
     # The folder of the first trial, which has its adapter; two others are of checks before training.
     ("atomic_io:shutil.rmtree", 3),
     ("training.run:train", 2),
-    ("training.run:remove_run_folder", 2),
+    ("training.paths:remove_run_folder", 2),
     ("training.sweep:evaluation.held_out_losses", 1),
     ("adapters.plots:plot_sweep", 1),
 ]

@@ -141,7 +141,7 @@ def whole_sweep(kept, run, arguments):
             ("lora_tuner.training.run:train", 1, HUP, "Stopped immediately."),
             ("lora_tuner.training.run:config_to_yaml", 1, TERM, "Stopped immediately."),
             (STEP_END, 1, TERM, "Stopped at step 1 of 3, saved."),
-            ("lora_tuner.training.run:remove_run_folder", 1, INT, "Stopped immediately."),
+            ("lora_tuner.training.paths:remove_run_folder", 1, INT, "Stopped immediately."),
             ("lora_tuner.training.sweep:prepare_training", 3, INT, "Stopped immediately."),
             (STEP_END, 4, INT, "Stopped at step 1 of 3, saved."),
             ("lora_tuner.adapters.model_card:model_card", 2, TERM, "Stopped immediately."),

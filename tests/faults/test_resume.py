@@ -428,8 +428,8 @@ def test_resume_of_finished_run_is_refused(run, arguments, how):
 @pytest.mark.parametrize(
     ("moment", "time", "how"),
     [
-        ("lora_tuner.training.run:remove_run_folder", 1, ()),
-        slow("lora_tuner.training.run:remove_run_folder", 1, ("--keep-checkpoints",)),
+        ("lora_tuner.training.paths:remove_run_folder", 1, ()),
+        slow("lora_tuner.training.paths:remove_run_folder", 1, ("--keep-checkpoints",)),
         slow("lora_tuner.atomic_io:shutil.rmtree", 2, ()),  # the first is of the check before training
     ],
 )

@@ -1,0 +1,133 @@
+"""Paths that runs and sweeps write: the folder of each, locks, conflicts, disk space, removal."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .. import atomic_io, distributed
+from ..adapters.adapter import RUN_FILE
+from ..adapters.library import Library
+from ..config import TrainConfig
+from ..errors import EventHandler, Notice, TrainingError, os_error_message
+from ..models import lora
+from . import checkpoints
+from .setup import TrainingSetup, adapter_name
+
+SWEEP_RESULT_FILE = "sweep.json"
+NAME_TAKEN_ADVICE = "rename or remove that one first (`adapters rename`, `adapters remove`)"
+
+
+def run_folder(config: TrainConfig) -> Path:
+    return config.runs_dir / adapter_name(config)
+
+
+def sweep_folder(runs_dir: Path, name: str) -> Path:
+    return runs_dir / f"{name}.sweep"  # names of adapters have no dot
+
+
+@contextlib.contextmanager
+def run_lock(runs_dir: Path, name: str) -> Iterator[None]:
+    """Hold the lock of a run or sweep: only one of a name trains at a time."""
+    if distributed.rank() > 0:
+        yield
+        return
+    path = runs_dir / f".{name}.lock{atomic_io.WORK_SUFFIX}"  # an abandoned one is removed
+    lock = FileLock(path, timeout=0)
+    if why := atomic_io.why_not_writable(runs_dir):
+        raise TrainingError(f"{why}: choose another --runs-dir.")
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    atomic_io.remove_abandoned(runs_dir)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise TrainingError(
+            f"Another process is training '{name}': choose another --name, or wait for it."
+        ) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows does not delete an open file
+            path.unlink()  # before the release: the next process creates a new one
+        lock.release()
+
+
+def check_places(config: TrainConfig, *, resuming: bool = False) -> None:
+    """Raise TrainingError when adapter, run, cache and inputs would be written over each other.
+
+    Nothing is loaded or written, and links and the rules of the disk for names are followed.
+    """
+    name = adapter_name(config)
+    adapter, folder, cache = config.adapters_dir / name, run_folder(config), atomic_io.cache_dir()
+    if name.casefold() == "tensorboard":
+        raise TrainingError(f"{folder} is for the logs of --report-to tensorboard: choose another --name.")
+    if atomic_io.contains(adapter, folder) or atomic_io.contains(folder, adapter):
+        advice = (
+            f"move {folder} elsewhere, and add its new --runs-dir" if resuming else "choose another --runs-dir"
+        )
+        raise TrainingError(
+            f"The adapter {adapter} and its run {folder} would be one folder, or one in the other: {advice}."
+        )
+    inputs = [config.dataset, config.base, config.other_eval_dataset, config.parent]
+    sources = [Path(os.path.expanduser(name)) for name in inputs if name is not None]
+    if config.parent is not None and os.path.isdir(config.adapters_dir / config.parent):
+        sources[-1] = config.adapters_dir / config.parent
+    for path, option in ((adapter, "--adapters-dir"), (folder, "--runs-dir")):
+        if atomic_io.contains(path, cache) or atomic_io.contains(cache, path):
+            raise TrainingError(f"{path} would be in the cache ({cache}), or hold it: choose another {option}.")
+        for source in filter(os.path.exists, sources):
+            # An adapter may replace its parent, which is in memory then.
+            is_parent = path is adapter and config.parent is not None and source is sources[-1]
+            if atomic_io.contains(path, source) and not (is_parent and atomic_io.contains(source, path)):
+                raise TrainingError(
+                    f"{path} would replace {source}, which it is made from: choose another --name."
+                )
+
+
+def check_output_paths(config: TrainConfig, *, resuming: bool = False) -> Library:
+    """Return the library, or raise when the name or the folder of the run is taken."""
+    check_places(config, resuming=resuming)
+    name = adapter_name(config)
+    library, folder = Library(config.adapters_dir), run_folder(config)
+    library.check_name_free(name, overwrite=config.overwrite, advice=NAME_TAKEN_ADVICE if resuming else None)
+    if resuming or not os.path.lexists(folder):
+        return library
+    if config.runs_dir.resolve() == config.adapters_dir.resolve() or not checkpoints.is_run(folder):
+        raise TrainingError(f"{folder} is not a run, so it is not replaced: choose another --runs-dir or --name.")
+    if (folder / RUN_FILE).is_file() and not config.overwrite:
+        raise TrainingError(
+            f"{folder} holds an unfinished run: resume it with --resume {name}, discard it with --overwrite, or "
+            "choose another --name."
+        )
+    if any(folder.iterdir()) and not config.overwrite:
+        raise TrainingError(
+            f"{folder} holds the checkpoints of a finished run: discard them with --overwrite, or choose another --name."
+        )
+    return library
+
+
+def remove_run_folder(config: TrainConfig, folder: Path, notify: EventHandler) -> None:
+    """Remove the folder of a finished run, or with `keep_checkpoints` its run.yaml."""
+    try:
+        if config.keep_checkpoints:
+            (folder / RUN_FILE).unlink()
+        else:
+            atomic_io.delete_atomically(folder)
+    except OSError as error:
+        notify(Notice(f"The adapter is written, but {folder} could not be removed. {os_error_message(error)}"))
+
+
+def check_disk_space(setup: TrainingSetup) -> None:
+    """Raise TrainingError when the disk cannot hold the checkpoints, or the adapter."""
+    config = setup.config
+    size = lora.count_parameters(setup.model)[0] * 4
+    used = sum(path.stat().st_size for path in run_folder(config).rglob("*") if path.is_file())
+    kept = (checkpoints.KEPT_CHECKPOINTS + 1) * 3 * size - used  # AdamW has two states per weight
+    for folder, need in {config.runs_dir: kept, config.adapters_dir: size}.items():
+        if (free := atomic_io.free_space(folder)) < need:
+            raise TrainingError(
+                f"{folder} has {free / 1e6:,.0f} MB free, and the run needs {need / 1e6:,.0f} MB: free some space, or "
+                "choose another --runs-dir and --adapters-dir."
+            )
