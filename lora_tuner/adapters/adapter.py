@@ -72,7 +72,7 @@ class Adapter:
 
     @property
     def ignored_note(self) -> str:
-        """A sentence, after a space, about settings that change nothing once the tensors are there."""
+        """A sentence, after a space, about settings without effect once the tensors are there."""
         ignored = peft_config.ignored_settings(self.config)
         return f" Ignored, as its tensors say it all: {format_names(ignored)}." if ignored else ""
 
@@ -88,7 +88,7 @@ class Adapter:
 
     @property
     def revision(self) -> str | None:
-        """Commit of the base on the Hub: from the manifest or, without one, from the PEFT config."""
+        """Commit of the base on the Hub, from the manifest or else from the PEFT config."""
         return self.manifest.base.revision if self.manifest else self.config.get("revision")
 
     @cached_property
@@ -282,7 +282,7 @@ def check_weights_hash(adapter: Adapter) -> None:
 
 
 def verify_weights(adapter: Adapter) -> list[str]:
-    """Problems of the weights: values that are not finite, hashes that do not match the manifest."""
+    """Problems of the weights: values that are not finite, hashes unlike the manifest's."""
     path, problems = adapter.path / WEIGHTS_FILE, []
     try:
         header, start = safetensors_header.read_safetensors_header(path)

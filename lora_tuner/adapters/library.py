@@ -186,7 +186,7 @@ class Library:
 
 
 def read_consistently(folder: Path, function: Callable[[Adapter], T]) -> T:
-    """Load an adapter and call a function on it; repeat both if the folder was replaced meanwhile."""
+    """Load an adapter and call a function on it; repeat both if it was replaced meanwhile."""
 
     def identity() -> tuple[int, ...]:
         try:

@@ -15,7 +15,7 @@ MAX_METRICS_BYTES = 50_000_000
 
 
 def write_metrics(history: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Write one JSON object per line, as logged by the trainer: `step` with `loss` or `eval_loss`."""
+    """Write one JSON object per line, as logged: `step` with `loss` or `eval_loss`."""
     path.write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
 
 

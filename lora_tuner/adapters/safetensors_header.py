@@ -66,7 +66,7 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, TensorEntry], int]:
 
 
 def _tensor_entries(data: bytes) -> dict[str, TensorEntry]:
-    """Parse a header as strictly as safetensors: UTF-8 JSON, unique names, only text as metadata."""
+    """Parse a header as strictly as safetensors: UTF-8 JSON, unique names, text as metadata."""
     if not data.startswith(b"{"):
         raise ValueError("it is no JSON object")
     header = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys)

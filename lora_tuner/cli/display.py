@@ -1,4 +1,4 @@
-"""Terminal output: data goes to stdout, progress and notices to stderr. Untrusted text is escaped."""
+"""Terminal output: data to stdout, progress and notices to stderr. Untrusted text is escaped."""
 
 import json
 import os

@@ -199,7 +199,7 @@ def model_options(*names: str) -> Callable[[Command], Command]:
 def eval_sets_from(
     overrides: Overrides, eval_rows: int | None, adapters: Sequence[Adapter]
 ) -> "list[EvalSet] | None":
-    """Held-out set of --eval-dataset, cleaned as the data of the adapters; None without that option."""
+    """Held-out set of --eval-dataset, cleaned as the adapters' data; None without that option."""
     if not overrides:
         return None
     if "eval_dataset" not in overrides:

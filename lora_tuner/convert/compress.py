@@ -1,4 +1,4 @@
-"""Compress an adapter: keep the smallest rank in each layer that preserves a share of its energy."""
+"""Compress an adapter: in each layer, keep the smallest rank with a share of its energy."""
 
 import bisect
 from collections.abc import Sequence

@@ -113,7 +113,7 @@ def strip_texts(row: str) -> str:
 
 
 def decisive_text(row: str) -> str:
-    """Return the text of a row that decides its side of the split: roles, contents and nothing else."""
+    """Return the text of a row that decides its side of the split: roles and contents."""
     value = json.loads(row.removeprefix(CHAT_MARK))
     if isinstance(value, dict) and "messages" not in value:
         return _to_row({name: value[name] for name in ("prompt", "completion")})
