@@ -29,9 +29,12 @@ def _packed_logits(base: LoadedBase, *rows: tokenization.TokenIds, cu_seqlens: b
         return _run_packed(base, *rows, cu_seqlens=cu_seqlens).float().cpu()
 
 
+def _is_exact(base: LoadedBase) -> bool:
+    return base.dtype == torch.float32 and base.load_in != "8bit"  # 8 bits round activations too
+
+
 def _logits_differ(base: LoadedBase, logits: torch.Tensor, expected: torch.Tensor) -> bool:
-    is_exact = base.dtype == torch.float32 and base.load_in != "8bit"  # 8 bits round activations too
-    tolerance = (1e-3 if is_exact else 5e-2) * float(expected.abs().max())
+    tolerance = (1e-3 if _is_exact(base) else 5e-2) * float(expected.abs().max())
     return bool((logits - expected).abs().max() > tolerance)
 
 
@@ -59,15 +62,22 @@ def packing_is_isolated(base: LoadedBase) -> bool:
     """Return whether packed rows have the logits they have alone. Some models ignore position ids.
 
     Raises:
-        BaseModelError: the model sees tokens that come later, so a loss would be meaningless.
+        BaseModelError: the model sees tokens that come later, or how many there are, so a loss
+            would be meaningless. Their number is not tried where rounding might look like it.
     """
     first, second = base.probe_sequences()
     if _depends(base, [second], slice(-1), slice(-1, None)):
         raise BaseModelError(f"{base.files.name} sees tokens that come later: it is not a causal language model.")
+    alone = _packed_logits(base, second)
+    half = len(second) // 2
+    if _is_exact(base) and _logits_differ(base, _packed_logits(base, second[:half]), alone[:half]):
+        raise BaseModelError(
+            f"{base.files.name} gives the first tokens of a longer row other logits: it is not a causal language model."
+        )
     start = len(first)
     if _depends(base, [first, second], slice(start, None), slice(start)):
         return False
-    return not _logits_differ(base, _packed_logits(base, first, second)[start:], _packed_logits(base, second))
+    return not _logits_differ(base, _packed_logits(base, first, second)[start:], alone)
 
 
 def try_varlen_attention(base: LoadedBase) -> bool:

@@ -8,7 +8,8 @@ from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
 from lora_tuner.training.packing_checks import packing_is_isolated
 
-from ..model_families import save_family
+from .. import model_families
+from ..model_families import CONTEXT, save_family
 
 PRECISIONS = ({"dtype": "bfloat16"}, {"load_in": "8bit"}, {"load_in": "4bit", "dtype": "bfloat16"})
 
@@ -34,3 +35,12 @@ def test_look_ahead_is_found_in_any_precision(tmp_path):
 def test_isolation_is_same_in_any_precision(tmp_path, family, isolated):
     folder = save_family(tmp_path, family)
     assert {packing_is_isolated(load(folder, **precision)) for precision in PRECISIONS} == {isolated}
+
+
+def test_output_that_depends_on_length_is_refused(tmp_path, monkeypatch):
+    """ProphetNet: a row that is padded would have another loss than alone."""
+    settings = {"hidden_size": 32, "num_attention_heads": 4, "decoder_ffn_dim": 48, "num_decoder_layers": 2}
+    settings |= {"encoder_ffn_dim": 48, "num_encoder_layers": 1, "max_position_embeddings": CONTEXT}
+    monkeypatch.setitem(model_families.FAMILIES, "prophetnet", settings)
+    with pytest.raises(BaseModelError, match="gives the first tokens of a longer row other logits"):
+        packing_is_isolated(load(save_family(tmp_path, "prophetnet")))
