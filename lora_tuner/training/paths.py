@@ -16,7 +16,7 @@ from ..models import lora
 from . import checkpoints
 from .setup import TrainingSetup, adapter_name
 
-SWEEP_RESULT_FILE = "sweep.json"
+SWEEP_STATE_FILE, SWEEP_RESULT_FILE, SWEEP_PLOT_FILE = "sweep.yaml", "sweep.json", "sweep.png"
 NAME_TAKEN_ADVICE = "rename or remove that one first (`adapters rename`, `adapters remove`)"
 
 
@@ -54,27 +54,33 @@ def run_lock(runs_dir: Path, name: str) -> Iterator[None]:
         lock.release()
 
 
-def check_places(config: TrainConfig, *, resuming: bool = False) -> None:
-    """Raise TrainingError when adapter, run, cache and inputs would be written over each other.
+def check_places(config: TrainConfig, *, resuming: bool = False, sweep: Path | None = None) -> None:
+    """Raise TrainingError when adapter, run, sweep, cache and inputs would be written over each other.
 
-    Nothing is loaded or written, and links and the rules of the disk for names are followed.
+    Links and the rules of the disk for names are followed: a temporary file tries them, nothing is loaded.
+
+    Args:
+        sweep: the folder of the sweep that the run is a trial of.
     """
     name = adapter_name(config)
     adapter, folder, cache = config.adapters_dir / name, run_folder(config), atomic_io.cache_dir()
     if name.casefold() == "tensorboard":
         raise TrainingError(f"{folder} is for the logs of --report-to tensorboard: choose another --name.")
-    if atomic_io.contains(adapter, folder) or atomic_io.contains(folder, adapter):
-        advice = (
-            f"move {folder} elsewhere, and add its new --runs-dir" if resuming else "choose another --runs-dir"
-        )
-        raise TrainingError(
-            f"The adapter {adapter} and its run {folder} would be one folder, or one in the other: {advice}."
-        )
+    outputs = [(folder, "--runs-dir")] if sweep is None else [(folder, "--runs-dir"), (sweep, "--runs-dir")]
+    for path, option in outputs:
+        if atomic_io.contains(adapter, path) or atomic_io.contains(path, adapter):
+            advice = (
+                f"move {path} elsewhere, and add its new {option}" if resuming else f"choose another {option}"
+            )
+            raise TrainingError(
+                f"The adapter {adapter} and its {'sweep' if path is sweep else 'run'} {path} would be one folder, or one "
+                f"in the other: {advice}."
+            )
     inputs = [config.dataset, config.base, config.other_eval_dataset, config.parent]
     sources = [Path(os.path.expanduser(name)) for name in inputs if name is not None]
     if config.parent is not None and os.path.isdir(config.adapters_dir / config.parent):
         sources[-1] = config.adapters_dir / config.parent
-    for path, option in ((adapter, "--adapters-dir"), (folder, "--runs-dir")):
+    for path, option in ((adapter, "--adapters-dir"), *outputs):
         if atomic_io.contains(path, cache) or atomic_io.contains(cache, path):
             raise TrainingError(f"{path} would be in the cache ({cache}), or hold it: choose another {option}.")
         for source in filter(os.path.exists, sources):
@@ -88,11 +94,17 @@ def check_places(config: TrainConfig, *, resuming: bool = False) -> None:
 
 def check_output_paths(config: TrainConfig, *, resuming: bool = False) -> Library:
     """Return the library, or raise when the name or the folder of the run is taken."""
-    check_places(config, resuming=resuming)
     name = adapter_name(config)
     library, folder = Library(config.adapters_dir), run_folder(config)
     library.check_name_free(name, overwrite=config.overwrite, advice=NAME_TAKEN_ADVICE if resuming else None)
-    if resuming or not os.path.lexists(folder):
+    if resuming:
+        return library
+    if (sweep_folder(config.runs_dir, name) / SWEEP_STATE_FILE).is_file():  # --resume would find the sweep
+        raise TrainingError(
+            f"{sweep_folder(config.runs_dir, name)} is an unfinished sweep of this name: finish or remove it, or choose "
+            "another --name."
+        )
+    if not os.path.lexists(folder):
         return library
     if config.runs_dir.resolve() == config.adapters_dir.resolve() or not checkpoints.is_run(folder):
         raise TrainingError(f"{folder} is not a run, so it is not replaced: choose another --runs-dir or --name.")
@@ -106,6 +118,13 @@ def check_output_paths(config: TrainConfig, *, resuming: bool = False) -> Librar
             f"{folder} holds the checkpoints of a finished run: discard them with --overwrite, or choose another --name."
         )
     return library
+
+
+def check_sweep_folder(folder: Path, advice: str) -> None:
+    """Raise TrainingError when the folder of a sweep holds files that replacing it would delete."""
+    files = {SWEEP_STATE_FILE, SWEEP_RESULT_FILE, SWEEP_PLOT_FILE}
+    if os.path.lexists(folder) and not checkpoints.holds_only(files, folder):
+        raise TrainingError(f"{folder} holds files that are not of a sweep, so it is not replaced: {advice}")
 
 
 def remove_run_folder(config: TrainConfig, folder: Path, notify: EventHandler) -> None:

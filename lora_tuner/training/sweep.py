@@ -36,11 +36,9 @@ from ..errors import (
     os_error_message,
 )
 from ..evaluation import EvalSet, HeldOutLoss
-from ..models import loading
+from ..models import loading, lora
 from . import arguments, checkpoints, paths, run, trainer
 from .setup import TrainingSetup, adapter_name, prepare_training
-
-STATE_FILE, PLOT_FILE = "sweep.yaml", "sweep.png"
 
 
 @dataclass(frozen=True)
@@ -102,16 +100,16 @@ def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler = ignore_even
         raise ConfigError("--from keeps the rank of the parent: give several learning rates, not ranks.")
     name = adapter_name(first)
     folder = paths.sweep_folder(first.runs_dir, name)
-    paths.check_places(first)
+    trials = [config.model_copy(update={"name": _trial_name(name, config, configs)}) for config in configs]
+    if len({trial.name for trial in trials}) < len(trials):
+        raise ConfigError("Two trials have the same rank and learning rate: give each once.")
+    for trial in trials:
+        paths.check_places(trial, sweep=folder)
     with paths.run_lock(first.runs_dir, folder.name):
         measured = resolve_eval_dataset(first, notify, "a sweep selects a rank or a learning rate")
         changes = {"eval_dataset": measured.eval_dataset, "eval_split": measured.eval_split}
-        trials = [
-            config.model_copy(update=changes | {"name": _trial_name(name, config, configs)}) for config in configs
-        ]
-        if len({trial.name for trial in trials}) < len(trials):
-            raise ConfigError("Two trials have the same rank and learning rate: give each once.")
-        _check_folder(name, first)
+        trials = [trial.model_copy(update=changes) for trial in trials]
+        _check_name_free(name, first)
         for trial in trials:
             paths.check_output_paths(trial)
         arguments.check_trackers(first)
@@ -128,7 +126,7 @@ def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler = ignore_even
 
 def is_unfinished(name: str, runs_dir: Path) -> bool:
     """Return whether there is a sweep to resume. Raises TrainingError for an old one."""
-    if (paths.sweep_folder(runs_dir, name) / STATE_FILE).is_file():
+    if (paths.sweep_folder(runs_dir, name) / paths.SWEEP_STATE_FILE).is_file():
         return True
     old = runs_dir / f"{name}.ladder"
     if (old / "ladder.yaml").is_file():
@@ -146,10 +144,13 @@ def resume_sweep(name: str, runs_dir: Path = Path("runs"), notify: EventHandler 
             of a trial was taken.
     """
     _refuse_several_processes()
-    with paths.run_lock(runs_dir, paths.sweep_folder(runs_dir, name).name):
-        state = _read_state(name, runs_dir)
+    folder = paths.sweep_folder(runs_dir, name)
+    with paths.run_lock(runs_dir, folder.name):
+        state = _read_state(folder)
+        paths.check_sweep_folder(folder, "move them elsewhere.")
         adapters: dict[str, Adapter] = {}
         for trial in state.trials:
+            paths.check_places(trial, resuming=True, sweep=folder)
             if adapter := _finished_adapter(trial, state.id):
                 adapters[adapter.name] = adapter
             elif trial.name not in state.diverged:
@@ -165,39 +166,44 @@ def _refuse_several_processes() -> None:
         )
 
 
-def _check_folder(name: str, config: TrainConfig) -> None:
-    """Raise TrainingError when the folder of a sweep holds something that would be lost."""
+def _check_name_free(name: str, config: TrainConfig) -> None:
+    """Raise TrainingError when a sweep or run of this name would be lost, or not be found by --resume."""
     folder = paths.sweep_folder(config.runs_dir, name)
-    if os.path.lexists(folder) and not checkpoints.holds_only(
-        {STATE_FILE, paths.SWEEP_RESULT_FILE, PLOT_FILE}, folder
-    ):
-        raise TrainingError(
-            f"{folder} is not a sweep, so it is not replaced: choose another --runs-dir or --name."
-        )
+    paths.check_sweep_folder(folder, "choose another --runs-dir or --name.")
     if not config.overwrite and is_unfinished(name, config.runs_dir):
         raise TrainingError(
             f"{folder} holds an unfinished sweep: resume it ({_resume_command(name, config)}), discard it with "
             "--overwrite, or choose another --name."
         )
+    if not config.overwrite and (folder / paths.SWEEP_RESULT_FILE).is_file():
+        raise TrainingError(
+            f"{folder} holds the result of a sweep: replace it with --overwrite, or choose another --name."
+        )
+    if (config.runs_dir / name / RUN_FILE).is_file():
+        raise TrainingError(
+            f"{config.runs_dir / name} is an unfinished run of this name: finish or remove it, or choose another --name."
+        )
 
 
-def _read_state(name: str, runs_dir: Path) -> _SweepState:
-    file = paths.sweep_folder(runs_dir, name) / STATE_FILE
+def _read_state(folder: Path) -> _SweepState:
+    file = folder / paths.SWEEP_STATE_FILE
     if not file.is_file():  # it finished before this process got the lock
         raise TrainingError(f"There is no unfinished sweep {file.parent}: it has finished, or never started.")
     try:
         state = _SweepState.model_validate(read_settings(file))
-    except ValueError as error:
+    except (ConfigError, ValueError) as error:
         raise TrainingError(
             f"{file} is damaged, or of another version: start the sweep again with --overwrite."
         ) from error
-    trials = [trial.model_copy(update={"runs_dir": runs_dir}) for trial in state.trials]
+    trials = [trial.model_copy(update={"runs_dir": folder.parent}) for trial in state.trials]
     return state.model_copy(update={"trials": trials})
 
 
 def _write_state(state: _SweepState, folder: Path) -> None:
     values = state.model_dump(mode="json", exclude_none=True, exclude_unset=True)
-    atomic_io.atomic_write_text(folder / STATE_FILE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    atomic_io.atomic_write_text(
+        folder / paths.SWEEP_STATE_FILE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    )
 
 
 @contextlib.contextmanager
@@ -254,15 +260,12 @@ def _run_trials(
 
     for number, trial in enumerate(trials, 1):
         trial_name, run_folder = str(trial.name), paths.run_folder(trial)
-        begun = _sweep_of(run_folder) == state.id
-        if begun and trial_name in adapters and (run_folder / RUN_FILE).is_file():
+        begun = (run_folder / RUN_FILE).is_file() and _sweep_of(run_folder) == state.id
+        if begun and trial_name in adapters:
             paths.remove_run_folder(trial, run_folder, notify)  # the process ended before it did
         if trial_name in adapters or trial_name in state.diverged:
             continue
         notify(Notice(f"Trial {number} of {len(trials)}: {trial_name}."))
-        if begun and not (run_folder / RUN_FILE).is_file():  # its adapter has been removed since
-            atomic_io.delete_atomically(run_folder)
-            begun = False
         try:
             with _resumable(name, trial):
                 if begun:
@@ -282,15 +285,15 @@ def _run_trials(
         prepare_trial(_with_max_steps(trials[0], 1), notify)  # the rows that are measured
     result = _measure_trials(name, folder, trials, adapters, setup, notify)
     with atomic_io.atomic_folder(folder) as work:
-        (work / paths.SWEEP_RESULT_FILE).write_text(
-            json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(result.to_dict(), indent=2) + "\n"
+        (work / paths.SWEEP_RESULT_FILE).write_text(text, encoding="utf-8")
         points = [
             (trial.name, trial.bytes, trial.seconds, trial.loss)
             for trial in result.trials
             if trial.loss is not None
         ]
-        plots.plot_sweep(points, result.base_loss, result.recommended, work / PLOT_FILE)
+        plots.plot_sweep(points, result.base_loss, result.recommended, work / paths.SWEEP_PLOT_FILE)
+        paths.check_sweep_folder(folder, f"move them, and resume with: {_resume_command(name, trials[0])}")
     return result
 
 
@@ -315,9 +318,11 @@ def _sweep_of(run_folder: Path) -> str | None:
 
 def _finished_adapter(trial: TrainConfig, sweep: str) -> Adapter | None:
     """Return the adapter of a trial, or None while the library has none of this sweep."""
-    with contextlib.suppress(AdapterError):
+    with contextlib.suppress(AdapterError, ConfigError):
         adapter = Library(trial.adapters_dir).get(str(trial.name))
-        if adapter.manifest and checkpoints.sweep_id(adapter.manifest) == sweep and not verify_adapter(adapter):
+        is_of_sweep = adapter.manifest and checkpoints.sweep_id(adapter.manifest) == sweep
+        trained_as = resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE).name  # its name then
+        if is_of_sweep and trained_as == trial.name and not verify_adapter(adapter):
             return adapter
     return None
 
@@ -332,6 +337,10 @@ def _check_place(trial: TrainConfig, name: str, sweep: str) -> None:
         )
     if not trial.overwrite and os.path.lexists(run_folder) and _sweep_of(run_folder) != sweep:
         raise TrainingError(f"{run_folder} is not of the sweep {name}: rename or remove it.")
+    if not trial.overwrite and os.path.lexists(run_folder) and not (run_folder / RUN_FILE).is_file():
+        raise TrainingError(
+            f"{run_folder} holds the checkpoints of a finished run, whose adapter is gone: rename or remove that folder."
+        )
 
 
 def _measure_trials(
@@ -355,6 +364,8 @@ def _measure_trials(
     else:
         options = ModelOptions(device=first.device, dtype=first.dtype, load_in=first.load_in, notify=notify)
         base, rows = loading.open_base(first_adapter, options), evaluation.cached_rows(first_adapter)
+        for adapter in adapters.values():
+            lora.check_base(adapter, base, options)
     losses = evaluation.held_out_losses(base, adapters, [rows], notify)
     held_out: dict[str, HeldOutLoss] = {}
     for trial_name, (pair,) in zip(adapters, losses, strict=True):

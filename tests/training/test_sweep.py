@@ -7,7 +7,8 @@ import pytest
 
 from lora_tuner import Library, ModelOptions, TrainConfig, evaluate, evaluation, resume, train
 from lora_tuner.config import expand_sweep, resolve_settings
-from lora_tuner.errors import AdapterError, ConfigError, Interrupted, TrainingError
+from lora_tuner.errors import AdapterError, ConfigError, Interrupted, TrainingError, WrongBaseError
+from lora_tuner.models import loading
 from lora_tuner.training import inputs, sweep
 
 from .. import tiny_models
@@ -244,6 +245,16 @@ def test_removed_trial_is_trained_again(settings, stopped_at):
     before = {name: Library().get(name).sha256 for name in Library().names()}
     Library().remove("reviews-r2")
     Library().rename("reviews-r4", "mine")
+    kept = sorted(settings().runs_dir.glob("reviews-r[24]/checkpoint-2"))
+    with pytest.raises(TrainingError) as error:
+        sweep.resume_sweep("reviews")
+    assert str(error.value) == (
+        "runs/reviews-r2 holds the checkpoints of a finished run, whose adapter is gone: rename or remove that folder."
+    )
+    assert len(kept) == 2
+    assert all(path.is_dir() for path in kept)
+    for path in kept:
+        path.parent.rename(path.parent.with_name(f"old-{path.parent.name}"))
     assert len(sweep.resume_sweep("reviews").trials) == 3
     assert Library().names() == ["mine", "reviews-r2", "reviews-r4", "reviews-r8"]
     assert {name: Library().get(name).sha256 for name in before} == before
@@ -277,6 +288,72 @@ def test_repeated_sweep_resumes_its_own_trial(settings, stopped_at):
     assert {Library().get(f"reviews-r{rank}").manifest.run.sweep for rank in (2, 4, 8)} != {created}
 
 
+@pytest.fixture
+def stopped_measuring(settings, monkeypatch):
+    """Run a sweep and stop it when all its trials have finished."""
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep, "_measure_trials", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(Interrupted):
+            sweep.run_sweep(configs_of(settings, 2, 4, max_steps=1))
+
+
+def test_renamed_trial_is_not_another_one(stopped_measuring):
+    Library().rename("reviews-r4", "own")
+    Library().rename("reviews-r2", "reviews-r4")
+    with pytest.raises(TrainingError, match="adapters/reviews-r4 is not the adapter that the sweep trained"):
+        sweep.resume_sweep("reviews")
+
+
+def test_finished_trials_are_measured_on_their_base(stopped_measuring, gpt2, llama, monkeypatch):
+    real = loading.open_base
+    options = ModelOptions(base=str(llama), device="cpu")
+    monkeypatch.setattr(loading, "open_base", lambda adapter, given: real(adapter, options))
+    with pytest.raises(WrongBaseError):
+        sweep.resume_sweep("reviews")
+
+
+def test_other_files_in_sweep_folder_are_kept(settings, stopped_measuring, monkeypatch):
+    mine = settings().runs_dir / "reviews.sweep" / "mine"
+    measure = sweep._measure_trials
+    monkeypatch.setattr(sweep, "_measure_trials", lambda *of: mine.write_text("x") and measure(*of))
+    for command in (" and resume with: python cli.py train --resume reviews", "m elsewhere."):
+        with pytest.raises(TrainingError, match=rf"holds files that are not of a sweep.*{command}$"):
+            sweep.resume_sweep("reviews")
+        assert mine.is_file()
+    mine.unlink()
+    monkeypatch.setattr(sweep, "_measure_trials", measure)
+    assert len(sweep.resume_sweep("reviews").trials) == 2
+
+
+def test_outputs_in_sweep_folder_are_refused(settings, monkeypatch):
+    with pytest.raises(
+        TrainingError, match=r"its sweep runs/reviews.sweep would be one folder, or one in the other"
+    ):
+        sweep.run_sweep(configs_of(settings, 2, 4, adapters_dir="runs/reviews.sweep"))
+    monkeypatch.setenv("LORA_TUNER_CACHE", "runs/reviews.sweep/cache")
+    with pytest.raises(TrainingError, match=r"runs/reviews.sweep would be in the cache .*, or hold it"):
+        sweep.run_sweep(configs_of(settings, 2, 4))
+
+
+def test_only_places_of_trials_are_compared(settings, reviews_csv, monkeypatch):
+    """The sweep `notes` of a folder `notes` writes no adapter `notes`."""
+    monkeypatch.setattr(sweep, "prepare_training", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    (reviews_csv.parent / "notes").mkdir()
+    reviews_csv.rename(reviews_csv.parent / "notes" / "reviews.csv")
+    with pytest.raises(KeyboardInterrupt):  # from loading
+        sweep.run_sweep(configs_of(settings, 2, 4, dataset="notes", adapters_dir="."))
+
+
+def test_run_and_sweep_of_one_name_are_refused(settings, stop_at, stopped_measuring):
+    for overwrite in (False, True):
+        with pytest.raises(TrainingError, match=r"runs/reviews.sweep is an unfinished sweep of this name"):
+            train(settings(overwrite=overwrite))
+    with stop_at(1):
+        train(settings(name="other"))
+    with pytest.raises(TrainingError, match="runs/other is an unfinished run of this name"):
+        sweep.run_sweep(configs_of(settings, 2, 4, name="other"))
+
+
 @pytest.mark.slow
 def test_sweep_with_emptied_cache_resumes(settings, monkeypatch, tmp_path):
     monkeypatch.setenv("LORA_TUNER_CACHE", str(tmp_path / "cache"))
@@ -295,7 +372,7 @@ def test_foreign_folder_in_place_of_sweep_is_kept(settings):
     with pytest.raises(TrainingError) as error:
         sweep.run_sweep(configs_of(settings, 2, 4, overwrite=True))
     assert str(error.value) == (
-        "runs/reviews.sweep is not a sweep, so it is not replaced: choose another --runs-dir or --name."
+        "runs/reviews.sweep holds files that are not of a sweep, so it is not replaced: choose another --runs-dir or --name."
     )
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
@@ -314,7 +391,12 @@ def test_wrong_sweep_leaves_no_state(settings, tmp_path):
     assert not sweep.is_unfinished("reviews", settings().runs_dir)
     assert Library().names() == []
     sweep.run_sweep(configs_of(settings, 2, 4))
-    sweep.run_sweep(configs_of(settings, 8, 16))  # more trials, beside those that are there
+    with pytest.raises(TrainingError) as error:
+        sweep.run_sweep(configs_of(settings, 8, 16))
+    assert str(error.value) == (
+        "runs/reviews.sweep holds the result of a sweep: replace it with --overwrite, or choose another --name."
+    )
+    sweep.run_sweep(configs_of(settings, 8, 16, overwrite=True))  # more trials, beside those that are there
     assert Library().names() == [f"reviews-r{rank}" for rank in (16, 2, 4, 8)]
 
 
@@ -360,6 +442,7 @@ def test_unfinished_sweep_needs_resume_or_overwrite(settings, stopped_at):
     "content",
     [
         "trials: 3\nfacts: {}\n",
+        "id: [",
         "id: a\ntrials: []\nfacts: {}\ndiverged: []\n",
         "id: a\ntrials:\n- rank: many\nfacts: {}\ndiverged: []\n",
         "trials:\n- rank: 2\nfacts: {}\ndone: {}\nstarted: reviews-r2\n",  # as before sweeps had an id
