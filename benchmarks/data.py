@@ -9,8 +9,8 @@ from lora_tuner import TrainConfig
 from lora_tuner.config import EMBEDDED_BASE
 from lora_tuner.data import packing, tokenization
 from lora_tuner.data.dataset import load_dataset
-from lora_tuner.models.loading import load_tokenizer
 from lora_tuner.models.resolve import find_base
+from lora_tuner.models.tokenizer import load_tokenizer
 
 from .measure import Figure, figure
 from .training import _ours, base_of

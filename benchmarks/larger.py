@@ -29,8 +29,8 @@ def _save_model(folder: Path, width: int, mlp_width: int, layers: int, heads: in
     """A Llama with random weights in bfloat16, and the embedded base's tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from lora_tuner.models.loading import load_tokenizer
     from lora_tuner.models.resolve import find_base
+    from lora_tuner.models.tokenizer import load_tokenizer
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)

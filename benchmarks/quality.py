@@ -53,7 +53,7 @@ def _tutorial() -> tuple[float, float, int]:
         steps = int(SECONDS / statistics.median(probe.seconds[1:]))
         model, tokenizer = recipes.stock(EMBEDDED_BASE)
         clock = recipes.tutorial(model, tokenizer, corpus.train, steps)
-    base = LoadedBase(find_base(EMBEDDED_BASE), model, tokenizer, torch.device("cpu"), torch.float32)
+    base = LoadedBase(find_base(EMBEDDED_BASE), tokenizer, model, torch.device("cpu"), torch.float32)
     rows = evaluation.encode_held_out(base, corpus.held_out[:ROWS])
     return evaluation.measure_loss(model, base, rows).loss, sum(clock.seconds), steps
 

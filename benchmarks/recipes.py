@@ -19,8 +19,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from lora_tuner.models.loading import load_tokenizer
 from lora_tuner.models.resolve import find_base
+from lora_tuner.models.tokenizer import load_tokenizer
 
 RANK, ALPHA = 8, 16
 

@@ -13,8 +13,8 @@ from lora_tuner import TrainConfig
 from lora_tuner.config import EMBEDDED_BASE
 from lora_tuner.data.dataset import RowCounts
 from lora_tuner.data.streaming import StreamingDataset, StreamState
-from lora_tuner.models.loading import load_tokenizer
 from lora_tuner.models.resolve import find_base
+from lora_tuner.models.tokenizer import load_tokenizer
 
 from .measure import Figure, figure
 

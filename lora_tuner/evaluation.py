@@ -40,8 +40,8 @@ from .errors import (
 )
 from .inference.multi_lora import MultiLora
 from .models import fsdp, loading, lora
-from .models.adapter_tokenizer import load_adapter_tokenizer
 from .models.loading import LoadedBase
+from .models.tokenizer import load_adapter_tokenizer
 
 BATCH_TOKENS_CPU, BATCH_TOKENS_GPU = 512, 8192  # positions per batch
 T = TypeVar("T")

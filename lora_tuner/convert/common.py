@@ -253,13 +253,17 @@ def _dataset_info(parents: Sequence[Adapter], sets: Sequence[EvalSet], parents_s
         return first
     texts = [text for eval_set in sets for text in eval_set.texts]
     eval_splits = {data.eval_split for data in datasets.values()}
+    held_out_hash = content_hash(texts) if texts else None
+    encoded = {data.encoded_hash for data in datasets.values()}
+    complete = len(datasets) == len(parents)
+    same_encoded_rows = complete and len(encoded) == 1 and held_out_hash == first.held_out_hash
     update: dict[str, object] = {
-        "held_out_hash": content_hash(texts) if texts else None,
+        "held_out_hash": held_out_hash,
         "held_out_rows": len(texts),
+        "encoded_hash": first.encoded_hash if same_encoded_rows else None,
         "eval_dataset": _eval_dataset_name(datasets, sets, parents_sets),
         "eval_split": first.eval_split if parents_sets and len(eval_splits) == 1 else None,
     }
-    complete = len(datasets) == len(parents)
     same_rows = all((data.hash, data.split_salt) == (first.hash, first.split_salt) for data in others)
     if not complete or not same_rows:
         names = [data.name for data in datasets.values()] + ["unknown"] * (not complete)
@@ -272,7 +276,6 @@ def _dataset_info(parents: Sequence[Adapter], sets: Sequence[EvalSet], parents_s
             "split_salt": first.split_salt if len(salts) == 1 else None,
             "clean": first.clean if len({data.clean for data in datasets.values()}) == 1 else None,
             "counts": {},
-            "encoded_hash": None,
             "format": " + ".join(dict.fromkeys(data.format for data in datasets.values())),
         }
     return first.model_copy(update=update)

@@ -20,13 +20,12 @@ from ..config import ModelOptions
 from ..data.chat_template import turn_end_ids
 from ..errors import AdapterError, ConfigError
 from ..models import loading, lora
-from ..models.adapter_tokenizer import load_adapter_tokenizer
-from ..models.resolve import BaseModelFiles, layer_sizes_in_files
+from ..models.resolve import layer_sizes_in_files
+from ..models.tokenizer import TokenizedBase, load_adapter_tokenizer, load_tokenizer
 from .common import check_keeps_base, check_output_path
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
-    from transformers import PreTrainedTokenizerBase
 
 PERMUTED_QK = ("llama",)  # architectures whose q and k rows llama.cpp stores in another order
 _ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # relative error
@@ -64,15 +63,6 @@ class ExportResult:
         return "\n".join(lines) + "\n"
 
 
-@dataclass(frozen=True)
-class _Base:
-    """A base of which only the tokenizer is loaded."""
-
-    files: BaseModelFiles
-    tokenizer: "PreTrainedTokenizerBase"
-    vocab_size: int
-
-
 def to_gguf(
     adapter: Adapter,
     out: Path,
@@ -94,17 +84,18 @@ def to_gguf(
     if options.base is None:  # before anything is downloaded
         _refuse_incompatible(adapter, None)
     check_weights_hash(adapter)
-    base = loading.base_for_adapter(adapter, options)
-    check_keeps_base(out, base, [adapter])
-    lora.check_base_files(adapter, base, options)
-    config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+    files = loading.base_for_adapter(adapter, options)
+    check_keeps_base(out, files, [adapter])
+    base = TokenizedBase(files, load_tokenizer(files))
+    lora.check_base(adapter, base, options)
+    config = json.loads((files.folder / "config.json").read_text(encoding="utf-8"))
     _refuse_incompatible(adapter, config)
     architecture = compatibility.LLAMA_CPP_ARCHITECTURES[config["model_type"]]
     if dtype not in _ROUNDING:
         raise ConfigError(f"dtype is {dtype}: use one of {', '.join(_ROUNDING)}.")
-    adapter.check_shapes(layer_sizes_in_files(base, adapter))
+    adapter.check_shapes(layer_sizes_in_files(files, adapter))
     tensors = _gguf_tensors(adapter, architecture, config)
-    turn_end, turn_end_id = _turn_end(adapter, base, config["vocab_size"], options)
+    turn_end, turn_end_id = _turn_end(adapter, base, options)
     gguf_type = gguf.GGMLQuantizationType[_GGUF_TYPES[dtype]]
     with atomic_io.atomic_file(out) as file:
         writer = gguf.GGUFWriter(file, architecture)
@@ -138,11 +129,8 @@ def _refuse_incompatible(adapter: Adapter, base_config: dict[str, Any] | None) -
         raise AdapterError(f"{adapter.path}: {'; '.join(errors)}.")
 
 
-def _turn_end(
-    adapter: Adapter, files: BaseModelFiles, vocab_size: int, options: ModelOptions
-) -> tuple[str | None, int | None]:
+def _turn_end(adapter: Adapter, base: TokenizedBase, options: ModelOptions) -> tuple[str | None, int | None]:
     """The token that ends an answer, and its id; None where it is the end of text of the base."""
-    base = _Base(files, loading.load_tokenizer(files), vocab_size)
     tokenizer = load_adapter_tokenizer(adapter, base, options) or base.tokenizer
     ends = turn_end_ids(tokenizer) | {tokenizer.eos_token_id}
     other = sorted(ends - {base.tokenizer.eos_token_id})

@@ -15,9 +15,9 @@ from ..data.chat_template import turn_end_ids
 from ..errors import AdapterError, ConfigError
 from ..evaluation import EvalSet
 from ..models import lora
-from ..models.adapter_tokenizer import load_adapter_tokenizer
 from ..models.memory import choose_dtype
 from ..models.resolve import quiet_transformers
+from ..models.tokenizer import load_adapter_tokenizer
 from . import verify
 from .common import check_output_path, distinct_eval_sets, encode_eval_sets, open_shared_base
 from .verify import OutputComparison

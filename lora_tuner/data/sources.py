@@ -37,8 +37,8 @@ _METADATA = re.compile(
     r"|special_tokens_map|added_tokens|croissant)\.json"
 )
 
-# Files that tell an adapter, a run or a sweep, which may lie in the folder of its data.
-_OUTPUTS = ({"adapter_config.json"}, {"run.yaml", "manifest.json"}, {"sweep.yaml"}, {"sweep.json", "sweep.png"})
+# Files that tell an adapter or a run, which may lie in the folder of its data.
+_OUTPUTS = ({"adapter_config.json", "adapter_model.safetensors"}, {"run.yaml", "manifest.json"})
 
 
 def open_source(config: TrainConfig, notify: EventHandler) -> tuple[str, list[Table]]:
@@ -151,20 +151,21 @@ def _find_data_files(folder: Path) -> tuple[list[Path], list[Path]]:
 
     Returns:
         The data files, or if there are none the code files; and the others: of other types, about
-        the data (`_METADATA`), and links to folders.
+        the data (`_METADATA`), links to folders, and folders of adapters, runs and sweeps.
     """
 
     def refuse(error: OSError) -> None:
         raise DataError(os_error_message(error)) from error
 
-    links: list[Path] = []
+    skipped: list[Path] = []
     files: list[Path] = []
     for root, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        if any(names_of_output <= {*names} for names_of_output in _OUTPUTS):
+        if root.endswith(".sweep") or any(output <= {*names} for output in _OUTPUTS):
             folders.clear()
+            skipped.append(Path(root))
             continue
-        links += [Path(root, name) for name in folders if os.path.islink(os.path.join(root, name))]
+        skipped += [Path(root, name) for name in folders if os.path.islink(os.path.join(root, name))]
         files += [Path(root, name) for name in names if not name.startswith(".")]
     by_kind = [
         sorted(
@@ -173,7 +174,7 @@ def _find_data_files(folder: Path) -> tuple[list[Path], list[Path]]:
         for kind in (DATA_EXTENSIONS, CODE_EXTENSIONS)
     ]
     data_files = by_kind[0] or by_kind[1]
-    return data_files, sorted({*files, *links}.difference(data_files))
+    return data_files, sorted({*files, *skipped}.difference(data_files))
 
 
 def _imdb_tables(config: TrainConfig, notify: EventHandler) -> tuple[str, list[Table]]:

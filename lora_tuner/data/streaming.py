@@ -109,7 +109,8 @@ class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
         while True:
             is_full_pass, sequence_count = state.row == 0, 0
             for rows, row in self._read_buffers(state):
-                state = self.states[-1] = replace(state, buffer_hash=tokenization.encoded_hash(rows))
+                if state.row == 0 or state.encoded_hash:  # else it goes on from one of an older version
+                    state = self.states[-1] = replace(state, buffer_hash=tokenization.encoded_hash(rows))
                 sequences = self._make_sequences(rows, state)
                 sequence_count += len(sequences)
                 yield from sequences[skip:]
@@ -173,5 +174,5 @@ class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
 
 def _next_buffer(state: StreamState) -> StreamState:
     """Return the state with the rows of the current buffer among those before it."""
-    passed = content_hash([state.encoded_hash, state.buffer_hash])
+    passed = content_hash([state.encoded_hash, state.buffer_hash]) if state.buffer_hash else ""
     return replace(state, encoded_hash=passed, buffer_hash="")

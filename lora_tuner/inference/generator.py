@@ -24,7 +24,7 @@ from ..config import ModelOptions, SamplingParams
 from ..data import chat, chat_template, tokenization
 from ..errors import ContextLengthError, GenerationError
 from ..models import loading, lora
-from ..models.adapter_tokenizer import load_adapter_tokenizer
+from ..models.tokenizer import load_adapter_tokenizer
 from ..text import format_names
 from .batch import GenerationEngine
 from .multi_lora import LoadedAdapter

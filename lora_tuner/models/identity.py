@@ -33,6 +33,11 @@ _NEUTRAL_TOKENIZER = frozenset(
     }
 )
 _NEUTRAL_VOCABULARY = frozenset({"version", "padding", "truncation"})  # tokenizer.json
+# Without a tokenizer.json transformers looks for these, whatever the class of the tokenizer names.
+_VOCABULARY_FILES = (
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.json", "vocab.txt"),
+    *("merges.txt", "added_tokens.json"),
+)
 _SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 _SCHEMA_1_CONFIG = re.compile(r"head|act|eps|rope|rotary|window|tie_word|attn|attention|scale|scaling|multiplier")
 
@@ -82,18 +87,23 @@ def tokenizer_hash(folder: Path, vocabulary_files: Iterable[str], *, is_fast: bo
 
     Args:
         vocabulary_files: names of the files of this kind of tokenizer.
-        is_fast: a tokenizer.json takes the place of all others.
+        is_fast: a tokenizer.json takes the place of all others, with those for other versions of
+            transformers that tokenizer_config.json lists.
     """
-    parts: dict[str, object] = {}
-    vocabularies = sorted(folder.glob("tokenizer.*json")) if is_fast else []  # one per version of transformers
-    for path in vocabularies:
-        parts[path.name] = _read_object(path, _NEUTRAL_VOCABULARY)
-    if not vocabularies:
-        names = {*vocabulary_files, "added_tokens.json"} - set(_SETTINGS_FILES)
-        parts = {name: atomic_io.sha256_file(folder / name) for name in names if (folder / name).is_file()}
-    for name in _SETTINGS_FILES:
-        if (folder / name).is_file():
-            parts[name] = _read_object(folder / name, _NEUTRAL_TOKENIZER)
+    parts: dict[str, object] = {
+        name: _read_object(folder / name, _NEUTRAL_TOKENIZER)
+        for name in _SETTINGS_FILES
+        if (folder / name).is_file()
+    }
+    if is_fast and (folder / "tokenizer.json").is_file():
+        settings = parts.get("tokenizer_config.json")
+        by_version = settings.get("fast_tokenizer_files", []) if isinstance(settings, dict) else []
+        for name in {"tokenizer.json", *by_version}:
+            parts[name] = _read_object(folder / name, _NEUTRAL_VOCABULARY)
+    else:
+        for name in {*vocabulary_files, *_VOCABULARY_FILES} - {*_SETTINGS_FILES}:
+            if (folder / name).is_file():
+                parts[name] = atomic_io.sha256_file(folder / name)
     return hash_json(parts)
 
 

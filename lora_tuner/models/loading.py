@@ -1,4 +1,4 @@
-"""Load a base model and its tokenizer onto a device.
+"""Load a base model onto a device.
 
 Surprise: transformers fills in missing weights at random and only warns. Here an incomplete base is
 an error. Limit: nothing that a repo brings as code is ever run.
@@ -14,18 +14,18 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
-from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from ..adapters.adapter import Adapter
-from ..adapters.manifest import SCHEMA_VERSION, BaseInfo
 from ..config import ModelOptions
 from ..data import tokenization
 from ..data.tokenization import TokenIds
 from ..errors import BaseModelError, EventHandler, Notice
-from . import fsdp, identity, kernels, memory, quantization
+from . import fsdp, kernels, memory, quantization
+from .probe import probe_layers
 from .resolve import BaseModelFiles, find_adapter_base, find_base, loading_errors, quiet_transformers
 from .targets import linear_layers
-from .trial import try_run
+from .tokenizer import TokenizedBase, load_tokenizer
 
 NO_LIMIT = 2**31  # context length of a base without one
 # Names of the context length in configs. `max_length` and windows of attention are other things.
@@ -39,12 +39,10 @@ _BNB_CPU_REPACKING = "support_avx512bf16_for_cpu"  # attribute of bitsandbytes' 
 
 
 @dataclass
-class LoadedBase:
+class LoadedBase(TokenizedBase):
     """A causal language model in memory, frozen and in evaluation mode, with its tokenizer."""
 
-    files: BaseModelFiles
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
     device: torch.device
     dtype: torch.dtype
     load_in: str = "full"  # or the quantization of its linear layers: 8bit, 4bit
@@ -52,7 +50,6 @@ class LoadedBase:
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids that the input embedding has rows for."""
         return len(self.model.get_input_embeddings().get_parameter("weight"))
 
     def probe_sequences(self) -> tuple[TokenIds, TokenIds]:
@@ -81,30 +78,6 @@ class LoadedBase:
     def lm_head(self) -> kernels.ChunkedLMHead:
         """Output head of the model, with a loss that never holds all logits at once."""
         return kernels.ChunkedLMHead(self.model)
-
-    @cached_property
-    def tokenizer_hash(self) -> str:
-        """sha256 over all that decides token ids."""
-        names = type(self.tokenizer).vocab_files_names.values()
-        return self.files.tokenizer_hash(names, is_fast=self.tokenizer.is_fast)
-
-    @cached_property
-    def _schema_1_tokenizer_hash(self) -> str:
-        special = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
-        return identity.hash_json([sorted(self.tokenizer.get_vocab().items()), special])
-
-    def info(self, *, with_template: bool, schema_version: int = SCHEMA_VERSION) -> BaseInfo:
-        """Describe this base and its tokenizer for a manifest.
-
-        Args:
-            with_template: of an adapter that is trained on conversations, so that the chat template
-                counts.
-            schema_version: schema of the manifest.
-        """
-        if schema_version == 1:
-            return self.files.base_info(self._schema_1_tokenizer_hash, schema_version=1)
-        template = identity.hash_json(self.tokenizer.chat_template) if with_template else None
-        return self.files.base_info(self.tokenizer_hash, template)
 
 
 def open_base(adapter: Adapter | None, options: ModelOptions = ModelOptions()) -> LoadedBase:
@@ -176,9 +149,11 @@ def load_base(files: BaseModelFiles, options: ModelOptions = ModelOptions()) -> 
     model.loss_type = "ForCausalLM"  # GPT-2's is None, which causes a warning at every use
     model.requires_grad_(False)
     kernels.fuse_modules(model)
-    _keep_weights_unscaled(model)
+    _keep_weights_unscaled(model, dtype)
     if options.dtype == "int8":
-        quantization.quantize_int8(model, keep=try_run(model, linear_layers(model)).read)
+        probe = probe_layers(model, linear_layers(model))
+        probe.check("on text alone")
+        quantization.quantize_int8(model, keep=probe.read)
     is_sharded = fsdp.shard_count() > 1  # then a forward pass waits for all processes
     max_context = _set_positions(model) if is_sharded else NO_LIMIT
     if load_in == "full":
@@ -188,26 +163,10 @@ def load_base(files: BaseModelFiles, options: ModelOptions = ModelOptions()) -> 
             setattr(layer, _BNB_CPU_REPACKING, False)
     model.eval()
     if load_in != "full":
-        _adapt_quantized_layers(model, dtype)
+        _adapt_quantized_layers(model, dtype, is_saved_quantized=files.quantization is not None)
     if not is_sharded:  # on its device, which is faster
         max_context = _set_positions(model)
-    return LoadedBase(files, model, tokenizer, device, dtype, load_in, max_context)
-
-
-def load_tokenizer(files: BaseModelFiles) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, with the end-of-text token as pad token.
-
-    Raises:
-        BaseModelError: the tokenizer cannot be loaded, or has no end-of-text token.
-    """
-    from transformers import AutoTokenizer
-
-    with quiet_transformers(), loading_errors(files):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False)
-    if tokenizer.eos_token_id is None:
-        raise BaseModelError(f"The tokenizer of {files.name} has no end-of-text token, so no text could end.")
-    tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return LoadedBase(files, tokenizer, model, device, dtype, load_in, max_context)
 
 
 def choose_device(name: str) -> torch.device:
@@ -235,18 +194,23 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _keep_weights_unscaled(model: PreTrainedModel) -> None:
+def _keep_weights_unscaled(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Turn off that RWKV halves weights in place for evaluation, and doubles them for training.
 
-    LoRA and quantized weights would not follow. Only float16 needs it; a saved model keeps it.
+    LoRA and quantized weights would not follow. A saved model keeps it.
+
+    Raises:
+        BaseModelError: for float16, which needs it.
     """
     if getattr(model.config, "rescale_every", 0):
+        if dtype == torch.float16:
+            raise BaseModelError("This base overflows in float16: choose --dtype bfloat16 or float32.")
         inner: Any = model.base_model
         inner.config = copy.copy(model.config)
         inner.config.rescale_every = 0
 
 
-def _adapt_quantized_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def _adapt_quantized_layers(model: PreTrainedModel, dtype: torch.dtype, *, is_saved_quantized: bool) -> None:
     """Make layers of bitsandbytes do in a model what plain ones do.
 
     Those whose weights are used without a call get plain weights again, of the same values.
@@ -259,14 +223,10 @@ def _adapt_quantized_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if isinstance(module, PreTrainedModel):  # with this mark mixers of Mamba's kind compute otherwise
             vars(module.config).pop("_is_quantized", None)
     done: set[str] = set()
-    while new := (trial := try_run(model, linear_layers(model))).read - done:
+    while new := (probe := probe_layers(model, linear_layers(model))).read - done:
         quantization.dequantize_layers(model, new, dtype)
         done |= new
-    if trial.error is not None:
-        reason = " ".join(str(trial.error).split())
-        raise BaseModelError(
-            f"This base does not run with quantized weights: {reason}. Leave --load-in out."
-        ) from trial.error
+    probe.check("with quantized weights", "" if is_saved_quantized else ". Use --load-in full.")
 
 
 def _set_positions(model: PreTrainedModel) -> int:

@@ -25,7 +25,7 @@ from ..config import ModelOptions, TrainConfig
 from ..errors import AdapterError, ConfigError, Notice, WrongBaseError
 from . import kernels
 from .loading import LoadedBase
-from .resolve import BaseModelFiles, quiet_transformers
+from .resolve import quiet_transformers
 from .targets import (
     LinearLayer,
     TargetModules,
@@ -36,6 +36,7 @@ from .targets import (
     shortest_target_names,
     weight_count,
 )
+from .tokenizer import TokenizedBase
 
 if TYPE_CHECKING:  # PEFT takes long to import, and inference does without
     from peft import PeftConfig, PeftModel
@@ -244,25 +245,16 @@ def count_parameters(model: PeftModel) -> tuple[int, int]:
     return trained, total - trained
 
 
-def check_base(adapter: Adapter, base: LoadedBase, options: ModelOptions = ModelOptions()) -> None:
-    """Check that an adapter was trained on this base and tokenizer.
+def check_base(adapter: Adapter, base: TokenizedBase, options: ModelOptions = ModelOptions()) -> None:
+    """Check that an adapter was trained on this base, tokenizer and, if on conversations, template.
 
     Without a manifest that is unknown: a notice says so. `options.force` turns the error into a
     notice.
 
     Raises:
-        WrongBaseError: the adapter was trained on another base or with another tokenizer.
+        WrongBaseError: the adapter was trained on another base, tokenizer or chat template.
     """
-    check_base_files(adapter, base.files, options, base)
-
-
-def check_base_files(
-    adapter: Adapter,
-    files: BaseModelFiles,
-    options: ModelOptions = ModelOptions(),
-    base: LoadedBase | None = None,
-) -> None:
-    """`check_base` for a base that is not in memory, where the tokenizer does not matter."""
+    files = base.files
     if adapter.manifest is None:
         options.notify(
             Notice(
@@ -272,10 +264,7 @@ def check_base_files(
         )
         return
     trained_on, schema_version = adapter.manifest.base, adapter.manifest.schema_version
-    if base is None:
-        given = files.base_info(schema_version=schema_version)
-    else:
-        given = base.info(with_template=True, schema_version=schema_version)
+    given = base.info(with_template=True, schema_version=schema_version)
     if trained_on.fingerprint != given.fingerprint:
         problem = (
             f"{adapter.name} was trained on {trained_on.name} (fingerprint {trained_on.fingerprint[:12]}, "

@@ -88,7 +88,7 @@ def flatten_inputs(model: PreTrainedModel) -> None:
 
 def _forward_rows(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     output: torch.Tensor = type(layer).forward(layer, x.reshape(-1, x.shape[-1]))
-    return output.view(*x.shape[:-1], -1)
+    return output.view(*x.shape[:-1], output.shape[-1])
 
 
 def _plain_layer(module: Any, dtype: torch.dtype) -> nn.Linear | Conv1D:

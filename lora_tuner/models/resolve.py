@@ -46,13 +46,12 @@ class BaseModelFiles:
     revision: str | None  # the commit on the Hub
     weights_source: str  # origin of the weights, in words
     notify: EventHandler = field(default=ignore_events, compare=False, repr=False)
+    gguf: Path | None = None  # the file that the folder was made from, of the embedded base
 
     @property
     def locations(self) -> list[Path]:
-        """Its folder and, of the embedded base, the GGUF file that the folder was made from."""
-        with contextlib.suppress(BaseModelError):
-            return [self.folder, _embedded_gguf()[0]] if self.name == EMBEDDED_BASE else [self.folder]
-        return [self.folder]
+        """Its folder and the GGUF file that the folder was made from."""
+        return [self.folder, self.gguf] if self.gguf else [self.folder]
 
     @property
     def as_setting(self) -> str:
@@ -81,7 +80,7 @@ class BaseModelFiles:
 
         Its other files depend on the version of transformers that has written them.
         """
-        return atomic_io.sha256_file(_embedded_gguf()[0]) if self.name == EMBEDDED_BASE else None
+        return atomic_io.sha256_file(self.gguf) if self.gguf else None
 
     def tokenizer_hash(self, vocabulary_files: Iterable[str], *, is_fast: bool) -> str:
         """sha256 over all that decides token ids (`identity.tokenizer_hash`)."""
@@ -315,6 +314,7 @@ def _resolve_embedded(revision: str | None, notify: EventHandler) -> BaseModelFi
         None,
         f"dequantised from the {path.stem.rpartition('.')[2]} file in the package {EMBEDDED_PACKAGE} {version}",
         notify,
+        path,
     )
 
 

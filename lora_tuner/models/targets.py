@@ -2,7 +2,7 @@
 
 Surprise: not every linear layer takes LoRA. Vision towers are never run on text, routers give
 tuples, and PEFT refuses some layers of some models or adapts experts in their place. So a base is
-run once on a few tokens and PEFT is tried on a stand-in of each kind of layer. Limit: experts that
+run on a few tokens and PEFT is tried on a stand-in of each kind of layer. Limit: experts that
 are one three-dimensional parameter are no linear layers; what they hold is reported.
 """
 
@@ -20,9 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError
 from ..text import format_names
+from .probe import Probe, expert_group, probe_layers
 from .quantization import Int8Linear
 from .resolve import quiet_transformers
-from .trial import Trial, expert_group, trial_run
 
 LinearLayer = nn.Linear | Conv1D | Int8Linear
 NEVER_RUN, NOT_LINEAR = "never run on text", "not linear layers"
@@ -86,7 +86,7 @@ def resolve_target_modules(model: PreTrainedModel, target_modules: str) -> Targe
     """Translate the setting `target_modules` into layers.
 
     Args:
-        model: a plain base. It is run once.
+        model: a plain base. It is run twice on a few tokens.
         target_modules: auto (all-linear without the routers of a mixture), attention, all-linear,
             or names of layers separated by commas.
 
@@ -96,8 +96,9 @@ def resolve_target_modules(model: PreTrainedModel, target_modules: str) -> Targe
         BaseModelError: the base does not run on text.
     """
     layers = linear_layers(model)
-    trial = trial_run(model, layers)
-    reasons = _why_not_adaptable(model, layers, trial)
+    probe = probe_layers(model, layers)
+    probe.check("on text alone")
+    reasons = _why_not_adaptable(model, layers, probe)
     adaptable = set(layers) - set(reasons)
     if target_modules in ("auto", "all-linear"):
         requested = set(layers)
@@ -116,7 +117,7 @@ def resolve_target_modules(model: PreTrainedModel, target_modules: str) -> Targe
     if not selected:
         raise ConfigError(f"No layer of this base can be adapted: {'; '.join(sorted(set(reasons.values())))}.")
     return describe_targets(
-        model, selected, trial.called, {name: reasons[name] for name in requested & set(reasons)}
+        model, selected, probe.called, {name: reasons[name] for name in requested & set(reasons)}
     )
 
 
@@ -131,10 +132,13 @@ def describe_targets(
     Args:
         model: a plain base.
         modules: full names of the layers to adapt.
-        called: modules that `trial_run` found to be run; None to run it.
+        called: modules that run on text; None to find them.
         reasons: layers that were asked for and are left out -> reason.
     """
-    called = trial_run(model, linear_layers(model)).called if called is None else called
+    if called is None:
+        probe = probe_layers(model, linear_layers(model))
+        probe.check("on text alone")
+        called = probe.called
     sizes = {(reason, _last_word(name)): 0 for name, reason in reasons.items() if reason != NEVER_RUN}
     covered = total = 0
     linear = linear_layers(model)
@@ -173,19 +177,19 @@ def shortest_target_names(model: PreTrainedModel, modules: Collection[str]) -> l
     return sorted({_shortest_suffix(module, taken) for module in modules})
 
 
-def _why_not_adaptable(model: PreTrainedModel, layers: Mapping[str, LinearLayer], trial: Trial) -> dict[str, str]:
+def _why_not_adaptable(model: PreTrainedModel, layers: Mapping[str, LinearLayer], probe: Probe) -> dict[str, str]:
     """Reason for each linear layer that cannot be adapted."""
     refused = {name for name in set(map(_last_name, layers)) if not _peft_adapts(model, name)}
     renamed = _renamed_by_peft(model, layers)
     reasons = {}
     for name in layers:
-        if not _takes_part(name, trial.called):
+        if not _takes_part(name, probe.called):
             reasons[name] = NEVER_RUN
-        elif expert_group(name) not in trial.called:
+        elif expert_group(name) not in probe.called:
             reasons[name] = "not called as a layer"
-        elif name in trial.read:
+        elif name in probe.read:
             reasons[name] = "its weights are used elsewhere too"
-        elif expert_group(name) not in trial.plain:
+        elif expert_group(name) not in probe.plain:
             reasons[name] = "takes or gives more than one tensor"
         elif _last_name(name) in refused:
             reasons[name] = f"not supported by PEFT in {model.config.model_type}"

@@ -33,9 +33,9 @@ from ..errors import (
     TrainingError,
 )
 from ..models import loading, lora
-from ..models.adapter_tokenizer import load_adapter_tokenizer
 from ..models.loading import LoadedBase
 from ..models.targets import TargetModules, describe_targets, resolve_target_modules
+from ..models.tokenizer import load_adapter_tokenizer
 from ..text import format_share
 from . import packing_checks
 

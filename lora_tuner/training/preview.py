@@ -6,6 +6,7 @@ from ..config import TrainConfig
 from ..data import chat, packing, splitting, tokenization
 from ..errors import EventHandler, Notice, ignore_events
 from ..models import loading
+from ..models.tokenizer import load_tokenizer
 from .inputs import describe_data, load_parent, load_rows, model_options
 
 
@@ -22,7 +23,7 @@ class PreviewedRow:
 def preview(requested: TrainConfig, count: int, notify: EventHandler = ignore_events) -> list[PreviewedRow]:
     """Return the first `count` training rows as the model sees them. Loads no weights."""
     parent = load_parent(requested)
-    tokenizer = loading.load_tokenizer(loading.base_for_adapter(parent, model_options(requested, notify)))
+    tokenizer = load_tokenizer(loading.base_for_adapter(parent, model_options(requested, notify)))
     dataset = load_rows(requested, parent, notify)
     notify(Notice(describe_data(dataset, requested)))
     previews: list[PreviewedRow] = []

@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_tuner import Generator, Library, ModelOptions
-from lora_tuner.adapters.adapter import WEIGHTS_FILE, load_adapter_folder
+from lora_tuner.adapters.adapter import WEIGHTS_FILE, load_adapter_folder, weights_info
 from lora_tuner.config import SamplingParams
 from lora_tuner.convert.adopt import adopt
 from lora_tuner.convert.export_gguf import to_gguf
 from lora_tuner.errors import AdapterError, ConfigError, WrongBaseError
+from lora_tuner.models.resolve import find_base
+from lora_tuner.models.tokenizer import TokenizedBase, load_tokenizer
 
 from .. import adapter_files, gguf_base
 from ..cli.test_commands import run
@@ -145,6 +147,17 @@ def test_turn_end_is_in_gguf_and_modelfile(make_chat, tmp_path, token):
     assert (exported.turn_end, exported.turn_end_id) == (token, number)
     assert read_back(exported.path)[0].get("tokenizer.ggml.eot_token_id") == number
     assert exported.modelfile == f"FROM ./base.gguf\nADAPTER ./chat.gguf\n{stop}"
+
+
+def test_export_refuses_other_chat_template(make_chat, tmp_path):
+    adapter = make_chat("film")
+    files = find_base(adapter.base)
+    base = TokenizedBase(files, load_tokenizer(files)).info(with_template=True)
+    manifest = adapter_files.manifest(base=base.model_dump() | {"chat_template": "0" * 64}, run=None)
+    manifest = manifest.model_copy(update={"weights": weights_info(adapter)})
+    (adapter.path / "manifest.json").write_text(manifest.to_json())
+    with pytest.raises(WrongBaseError, match="was trained with another chat template"):
+        to_gguf(load_adapter_folder(adapter.path), tmp_path / "chat.gguf")
 
 
 def test_export_command_prints_modelfile(make_chat):

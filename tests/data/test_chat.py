@@ -14,8 +14,9 @@ from lora_tuner import Generator, Library, ModelOptions, SamplingParams, TrainCo
 from lora_tuner.data import chat, packing, tokenization
 from lora_tuner.data.dataset import load_dataset
 from lora_tuner.errors import DataError, TrainingError
-from lora_tuner.models.loading import load_base, load_tokenizer
+from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
+from lora_tuner.models.tokenizer import load_tokenizer
 from lora_tuner.training.preview import preview
 from lora_tuner.training.setup import prepare_training
 

@@ -240,6 +240,21 @@ def test_metadata_files_are_no_data(folder, load, tmp_path):
     assert local_splits("data") == {}
 
 
+def test_only_own_outputs_are_left_out(folder, load):
+    """Other tools have files of the same names."""
+    outputs = [
+        "adapters/a/adapter_config.json",
+        "adapters/a/adapter_model.safetensors",
+        "adapters/a/metrics.jsonl",
+    ]
+    outputs += ["runs/b/run.yaml", "runs/b/manifest.json", "runs/b/c.jsonl", "runs/b.sweep/d.jsonl"]
+    folder(**dict.fromkeys(outputs, "other"))
+    folder(**dict.fromkeys(["a.jsonl", "sweep.yaml", "more/adapter_config.json"], "train"))
+    folder(**{"more/b.jsonl": "validation"})
+    assert load("data").counts.read == 61
+    assert any("Skipped 5 other files in" in notice for notice in load.notices)
+
+
 def test_run_yaml_repeats_the_measured_split(folder):
     name = folder(**{"train.jsonl": "train", "dev.jsonl": "validation"})
     resolved = resolve_eval_dataset(TrainConfig(dataset=name), print)

@@ -110,6 +110,16 @@ def test_changed_rows_that_have_passed_are_seen(rows_jsonl, taken, change):
     assert again.has_changed()
 
 
+@pytest.mark.parametrize("more", [5, 60, 200])
+def test_stream_of_older_version_resumes_twice(rows_jsonl, more):
+    stream = make_stream(rows_jsonl)
+    list(itertools.islice(stream, 75))
+    old = dataclasses.replace(stream.state_at(75), encoded_hash="", buffer_hash="", pass_hash="")
+    again = make_stream(rows_jsonl, old)
+    list(itertools.islice(again, more))
+    assert not make_stream(rows_jsonl, again.state_at(75 + more)).has_changed()
+
+
 def test_changed_rows_to_come_are_no_change(rows_jsonl):
     stream = make_stream(rows_jsonl)
     list(itertools.islice(stream, 15))

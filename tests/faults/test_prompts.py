@@ -7,8 +7,8 @@ import pytest
 
 from lora_tuner.cli.generate import ANSWER, PROMPT
 from lora_tuner.data import tokenization
-from lora_tuner.models.loading import load_tokenizer
 from lora_tuner.models.resolve import find_base
+from lora_tuner.models.tokenizer import load_tokenizer
 
 from .. import tiny_models
 from .process import unchanged

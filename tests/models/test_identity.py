@@ -155,7 +155,8 @@ def test_neutral_tokenizer_settings_keep_hash(base, gpt2):
     in_settings(model_max_length=7, padding_side="left", chat_template=TEMPLATE, name_or_path="elsewhere")(base)
     in_json(lambda content: content.update(padding=None, truncation={"max_length": 5, "stride": 0,
             "strategy": "LongestFirst", "direction": "Right"}))(base)  # fmt: skip
-    (base / "tokenizer.model").write_text("another kind")
+    for name in ("tokenizer.model", "tokenizer.orig.json"):
+        (base / name).write_text("not read beside tokenizer.json")
     assert load(base).tokenizer_hash == load(gpt2).tokenizer_hash
 
 
@@ -168,8 +169,17 @@ def test_files_of_slow_tokenizer_count(tmp_path):
         after = identity.tokenizer_hash(tmp_path, names, is_fast=True)
         assert after != before
         before = after
-    (tmp_path / "vocab.txt").write_text("of another kind")
+    (tmp_path / "notes.txt").write_text("no part of it")
     assert identity.tokenizer_hash(tmp_path, names, is_fast=True) == before
+
+
+def test_vocabulary_that_class_does_not_name_counts(tmp_path):
+    """Gemma's class names tokenizer.json alone, and is made from tokenizer.model without one."""
+    hashes = set()
+    for content in ("one", "other"):
+        (tmp_path / "tokenizer.model").write_text(content)
+        hashes.add(identity.tokenizer_hash(tmp_path, ["tokenizer.json"], is_fast=True))
+    assert len(hashes) == 2
 
 
 # Adapters and runs

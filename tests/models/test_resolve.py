@@ -473,3 +473,8 @@ def test_missing_base_is_replaced_by_a_copy(tmp_path, gpt2, settings):
         ), line
     base = loading.open_base(adapter, ModelOptions(base="second", device="cpu"))
     lora.check_base(adapter, base)
+
+
+def test_local_folder_with_name_of_embedded_base(gpt2, tmp_path):
+    shutil.copytree(gpt2, tmp_path / "smollm2-135m")
+    assert find_base("smollm2-135m").fingerprint == find_base(str(gpt2)).fingerprint

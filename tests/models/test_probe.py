@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lora_tuner import ModelOptions
+from lora_tuner.errors import BaseModelError
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.quantization import dense_weight
 from lora_tuner.models.resolve import find_base
@@ -58,6 +59,7 @@ def test_rwkv_equals_transformers(tmp_path):
         ("tied", "its weights are used elsewhere too"),
         ("read", "its weights are used elsewhere too"),
         ("read in training", "its weights are used elsewhere too"),
+        ("read, and replaced when the block begins", "its weights are used elsewhere too"),  # as FSDP does
         ("named input", "takes or gives more than one tensor"),
         ("tuple", "takes or gives more than one tensor"),
     ],
@@ -74,7 +76,11 @@ def test_layer_that_lora_cannot_follow_is_left_out(case, reason):
         gate.forward = lambda x: (gate_forward(x), None)
         mlp.forward = lambda x: mlp.down_proj(gate(x)[0] * mlp.up_proj(x))
     else:
-        reads = [case == "read", True]
+        if "replaced" in case:
+            model.model.layers[0].register_forward_pre_hook(
+                lambda *_: setattr(gate, "weight", torch.nn.Parameter(gate.weight.detach().clone()))
+            )
+        reads = [case != "read in training", True]
         mlp.forward = lambda x: mlp.down_proj(
             gate(x) * mlp.up_proj(x) + (x @ gate.weight.T if reads[mlp.training] else 0)
         )
@@ -83,3 +89,19 @@ def test_layer_that_lora_cannot_follow_is_left_out(case, reason):
     assert "model.layers.1.mlp.gate_proj" in targets.modules
     assert len(targets.not_adapted) == 1
     assert reason in targets.not_adapted[0]
+
+
+def test_out_of_memory_is_not_a_reason_of_the_base(monkeypatch):
+    model = make_family("llama")
+
+    def fail(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model.model, "forward", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        resolve_target_modules(model, "auto")
+
+
+def test_rwkv_in_float16_is_refused(tmp_path):
+    with pytest.raises(BaseModelError, match=r"overflows in float16: choose --dtype bfloat16 or float32"):
+        load(save_family(tmp_path, "rwkv"), dtype="float16")

@@ -1,6 +1,6 @@
-"""The tokenizer of an adapter that brings its own chat template, end-of-text or added tokens.
+"""Tokenizers of bases, and of adapters that bring their own template, end of text or added tokens.
 
-TRL, axolotl and LLaMA-Factory save the tokenizer beside the adapter. Its token ids must be those of
+TRL, axolotl and LLaMA-Factory save the tokenizer beside an adapter. Its token ids must be those of
 the base, because the weights were trained on ids. Nothing in these files is executed: transformers
 renders templates in jinja's sandbox. Limit: of a SentencePiece model only its equality is checked.
 """
@@ -8,35 +8,79 @@ renders templates in jinja's sandbox. Limit: of a SentencePiece model only its e
 import copy
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..adapters.adapter import Adapter
+from ..adapters.manifest import SCHEMA_VERSION, BaseInfo
 from ..config import ModelOptions
-from ..errors import AdapterError, Notice
-from .resolve import BaseModelFiles, quiet_transformers
+from ..errors import AdapterError, BaseModelError, Notice
+from . import identity
+from .resolve import BaseModelFiles, loading_errors, quiet_transformers
 
 TEMPLATE_FILE, SETTINGS_FILE, VOCABULARY_FILE = "chat_template.jinja", "tokenizer_config.json", "tokenizer.json"
 _MAX_BYTES = 64_000_000  # of a file; tokenizers have up to 35 MB
 ChatTemplate = str | dict[str, str]
 
 
-class BaseTokenizer(Protocol):
-    """The part of a base that tokenizers are compared with; a `LoadedBase` has it."""
+@dataclass
+class TokenizedBase:
+    """A base of which only the tokenizer is in memory."""
+
+    files: BaseModelFiles
+    tokenizer: PreTrainedTokenizerBase
 
     @property
-    def files(self) -> BaseModelFiles: ...
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase: ...
-    @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Number of token ids that the input embedding has rows for."""
+        return self.files.vocab_size or len(self.tokenizer)
+
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        """sha256 over all that decides token ids."""
+        names = type(self.tokenizer).vocab_files_names.values()
+        return self.files.tokenizer_hash(names, is_fast=self.tokenizer.is_fast)
+
+    @cached_property
+    def _schema_1_tokenizer_hash(self) -> str:
+        special = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
+        return identity.hash_json([sorted(self.tokenizer.get_vocab().items()), special])
+
+    def info(self, *, with_template: bool, schema_version: int = SCHEMA_VERSION) -> BaseInfo:
+        """Describe this base and its tokenizer for a manifest.
+
+        Args:
+            with_template: of an adapter that is trained on conversations, so that the chat template
+                counts.
+            schema_version: schema of the manifest.
+        """
+        if schema_version == 1:
+            return self.files.base_info(self._schema_1_tokenizer_hash, schema_version=1)
+        template = identity.hash_json(self.tokenizer.chat_template) if with_template else None
+        return self.files.base_info(self.tokenizer_hash, template)
+
+
+def load_tokenizer(files: BaseModelFiles) -> PreTrainedTokenizerBase:
+    """Load the tokenizer, with the end-of-text token as pad token.
+
+    Raises:
+        BaseModelError: the tokenizer cannot be loaded, or has no end-of-text token.
+    """
+    with quiet_transformers(), loading_errors(files):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        raise BaseModelError(f"The tokenizer of {files.name} has no end-of-text token, so no text could end.")
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load_adapter_tokenizer(
-    adapter: Adapter, base: BaseTokenizer, options: ModelOptions = ModelOptions()
+    adapter: Adapter, base: TokenizedBase, options: ModelOptions = ModelOptions()
 ) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer of an adapter; None where it equals the base's or there is none.
 
@@ -75,7 +119,7 @@ def load_adapter_tokenizer(
     return tokenizer
 
 
-def _compare_ids(vocabulary: Mapping[str, int], base: BaseTokenizer) -> str | None:
+def _compare_ids(vocabulary: Mapping[str, int], base: TokenizedBase) -> str | None:
     """The first difference between an adapter's tokens and the base's; None if they agree."""
     base_vocabulary = base.tokenizer.get_vocab()
     for token, number in vocabulary.items():
@@ -90,7 +134,7 @@ def _compare_ids(vocabulary: Mapping[str, int], base: BaseTokenizer) -> str | No
     return None
 
 
-def _compare_sentencepiece(folder: Path, base: BaseTokenizer) -> str | None:
+def _compare_sentencepiece(folder: Path, base: TokenizedBase) -> str | None:
     own, other = folder / "tokenizer.model", base.files.folder / "tokenizer.model"
     if (folder / VOCABULARY_FILE).is_file() or not own.is_file() or not other.is_file():
         return None

@@ -1,4 +1,4 @@
-"""Trial run of a base on a few tokens: modules called, their inputs and outputs, weights read.
+"""Probe of a base on a few tokens: modules called, their inputs and outputs, weights read.
 
 A layer is what a base does with it, not its class: some are never called, take or give more than
 one tensor, or have their weights used by others. LoRA would have no effect there, and quantized
@@ -21,15 +21,14 @@ from .resolve import quiet_transformers
 
 
 @dataclass(frozen=True)
-class Trial:
+class Probe:
     """Modules in a run of a base on a few tokens.
 
-    A name stands for all experts of its layer: few tokens reach few of them.
-
     Args:
-        called: modules that were called.
+        called: modules that were called. Here and in `plain` a name stands for all experts of its
+            layer (`expert_group`): few tokens reach few of them.
         plain: those of them that map one tensor to one tensor in every call.
-        read: linear layers whose weights were used outside of their own call, by the module around
+        read: linear layers, each by its own name, whose weights were used outside of their own call, by the module around
             them or by a layer that shares them.
         error: the reason for which the base did not run to its end.
     """
@@ -39,28 +38,22 @@ class Trial:
     read: set[str]
     error: Exception | None
 
-
-def trial_run(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> Trial:
-    """Run a plain base with these linear layers on a few tokens, in training and evaluation mode.
-
-    Raises:
-        BaseModelError: the base does not run on text.
-    """
-    trial = try_run(model, layers)
-    if trial.error is not None:
-        reason = " ".join(str(trial.error).split())
-        raise BaseModelError(f"This base does not run on text alone: {reason}") from trial.error
-    return trial
+    def check(self, purpose: str, advice: str = "") -> None:
+        """Raise BaseModelError if the base did not run for this purpose."""
+        if self.error is not None:
+            reason = " ".join(str(self.error).split())
+            raise BaseModelError(f"This base does not run {purpose}: {reason}{advice}") from self.error
 
 
-def try_run(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> Trial:
-    """`trial_run` that returns the reason where the base does not run."""
+def probe_layers(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> Probe:
+    """Run a base with these linear layers on a few tokens, in evaluation and in training mode."""
     called: set[str] = set()
     unusual: set[str] = set()
     reads = _WeightReads(layers)
 
     def begin(name: str) -> None:
         reads.running.append(name)
+        reads.note_weights(name)
 
     def end(name: str, inputs: tuple[Any, ...], named_inputs: Mapping[str, Any], output: Any) -> None:
         reads.running.pop()
@@ -91,16 +84,18 @@ def try_run(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> Trial:
     try:
         # FSDP could not train after inference mode.
         with quiet_transformers(), torch.no_grad(), torch.random.fork_rng(random_devices), reads:
-            for mode in (True, False):
+            for mode in (False, True):
                 model.train(mode)
                 model(input_ids=token_ids, use_cache=False)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as reason:  # models raise errors of any type
         error = reason
     finally:
         model.train(training)
         for handle in handles:
             handle.remove()
-    return Trial(called, called - unusual, reads.found, error)
+    return Probe(called, called - unusual, reads.found, error)
 
 
 class _WeightReads(TorchFunctionMode):
@@ -113,10 +108,18 @@ class _WeightReads(TorchFunctionMode):
         super().__init__()
         self.running: list[str] = []
         self.found: set[str] = set()
-        self._layers: dict[int, set[str]] = {}  # by the id of the weight, which layers may share
+        self._weights: dict[int, set[str]] = {}  # layers by the id of their weight, which they may share
+        self._inside: dict[str, dict[str, nn.Module]] = {}  # layers by the modules around them
         for name, layer in layers.items():
             if "weight" in dict(layer.named_parameters(recurse=False)):
-                self._layers.setdefault(id(layer.weight), set()).add(name)
+                parts = name.split(".")
+                for end in range(len(parts) + 1):
+                    self._inside.setdefault(".".join(parts[:end]), {})[name] = layer
+
+    def note_weights(self, module: str) -> None:
+        """Note the weights of the layers in a module that begins to run: FSDP puts others in place then."""
+        for name, layer in self._inside.get(module, {}).items():
+            self._weights.setdefault(id(layer.weight), set()).add(name)
 
     def __torch_function__(
         self,
@@ -126,7 +129,7 @@ class _WeightReads(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        weights = [value for value in (*args, *kwargs.values()) if id(value) in self._layers]
+        weights = [value for value in (*args, *kwargs.values()) if id(value) in self._weights]
         result = None
         try:
             result = function(*args, **kwargs)
@@ -134,7 +137,7 @@ class _WeightReads(TorchFunctionMode):
             for weight in weights:
                 is_dtype = isinstance(result, torch.dtype) and not weight.is_floating_point()
                 if is_dtype or result is None or isinstance(result, torch.Tensor):
-                    self.found |= self._layers[id(weight)].difference(self.running)
+                    self.found |= self._weights[id(weight)].difference(self.running)
         return result
 
 
