@@ -26,6 +26,7 @@ Messages are full sentences for users: what is wrong, where, and what to do.
 """
 
 import errno
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -130,6 +131,7 @@ class RaisedOnRankZero(Exception):  # noqa: N818 - rank 0 reports it
     """Rank 0 of the run has failed or was stopped, and reports that; this process ends with it."""
 
 
+_OUT_OF_MEMORY_PATTERN = "out of memory|can't allocate|[Cc]annot allocate|not enough memory|bad_alloc"
 _OS_ERROR_ADVICE = {
     errno.ENOSPC: "free some space and try again",
     errno.EDQUOT: "free some space and try again",
@@ -139,6 +141,13 @@ _OS_ERROR_ADVICE = {
     errno.ENOTDIR: "choose another place",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory is exhausted: of Python, or as torch says in a RuntimeError."""
+    if isinstance(error, RuntimeError):
+        return re.search(_OUT_OF_MEMORY_PATTERN, str(error)) is not None
+    return isinstance(error, MemoryError)
 
 
 def os_error_message(error: OSError) -> str:

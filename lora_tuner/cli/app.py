@@ -4,7 +4,6 @@ Commands import torch inside their functions, so that `--help` and `adapters` st
 """
 
 import contextlib
-import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from .. import __version__, distributed
-from ..errors import Interrupted, LoraTunerError, RaisedOnRankZero, os_error_message
+from ..errors import Interrupted, LoraTunerError, RaisedOnRankZero, is_out_of_memory, os_error_message
 from ..signals import HANGUP, TERMINATION, handle_signals
 from . import adapters, convert, doctor, evaluate, generate, serve, train
 from .display import print_stderr
@@ -25,7 +24,6 @@ from .streams import is_reader_gone, quiet_libraries, reliable_streams, stdout_e
 OUT_OF_MEMORY = (
     "Out of memory: for training lower --batch-size or --max-length, for generation --n; or use --dtype bfloat16."
 )
-_OUT_OF_MEMORY_PATTERN = "out of memory|can't allocate|[Cc]annot allocate|not enough memory|bad_alloc"
 _UsageError: Any = typer.BadParameter.__base__  # Typer has a copy of its own and does not export it
 
 
@@ -62,7 +60,7 @@ def _report_errors() -> Iterator[None]:
     except OSError as error:
         text, status, cause = f"Error: {os_error_message(error)}", 1, error
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search(_OUT_OF_MEMORY_PATTERN, str(error)):
+        if not is_out_of_memory(error):
             raise
         text, status, cause = f"Error: {OUT_OF_MEMORY}", 1, error
     except _UsageError as error:

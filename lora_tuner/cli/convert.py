@@ -10,7 +10,7 @@ from ..adapters.library import Library
 from ..adapters.model_card import format_ranks
 from ..config import MAX_RANK, Dtype, ModelOptions, TrainConfig
 from ..errors import ConfigError
-from ..text import format_bytes, format_gain, one_line
+from ..text import escape_control, format_bytes, format_gain, one_line
 from .display import print_result, show_json
 from .options import (
     DEFAULT_ADAPTERS_DIR,
@@ -293,7 +293,7 @@ def export(
         print(f"{exported.path}  {size}, largest rounding error {exported.error:.1e}")
         if exported.turn_end is not None:
             print(
-                f"Answers end with {exported.turn_end}, not with the end of text of the base. For llama.cpp: "
+                f"Answers end with {one_line(exported.turn_end)}, not with the end of text of the base. For llama.cpp: "
                 f"--override-kv tokenizer.ggml.eot_token_id=int:{exported.turn_end_id}. Modelfile for Ollama:"
             )
-            print(exported.modelfile, end="")
+            print(escape_control(exported.modelfile), end="")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from ..adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, check_weights_hash
 from ..adapters.peft_config import SCALING_KEYS
 from ..config import ModelOptions, TrainConfig
-from ..errors import AdapterError, ConfigError, Notice, WrongBaseError
+from ..errors import AdapterError, ConfigError, Notice, WrongBaseError, is_out_of_memory
 from . import kernels
 from .loading import LoadedBase
 from .resolve import quiet_transformers
@@ -221,6 +221,8 @@ def check_reload(model: PeftModel, tensors: dict[str, torch.Tensor], folder: Pat
             set_peft_model_state_dict(loaded, load_peft_weights(str(folder), device="cpu"), ADAPTER_NAME)
         state = get_peft_model_state_dict(loaded, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
     except Exception as error:  # of any type, as each layer has its own checks
+        if is_out_of_memory(error):
+            raise
         raise AdapterError(f"PEFT does not load it: {' '.join(str(error).split())}") from error
     if different := sorted(
         name

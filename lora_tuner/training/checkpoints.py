@@ -164,7 +164,7 @@ def check_can_be_saved(setup: TrainingSetup) -> None:
             adapter.check_weights_hash(saved)
             lora.check_reload(setup.model, tensors, folder)
         except AdapterError as error:
-            why = str(error).replace(f"{folder}/", "").rstrip(".")
+            why = str(error).replace(f"{folder}/", "").replace(str(folder), "it").rstrip(".")
             raise TrainingError(
                 f"An adapter of {setup.base.files.name} could not be saved, so nothing is trained: {why}. Choose other "
                 "--target-modules, or another --base."
@@ -232,8 +232,13 @@ def check_unchanged(before: dict[str, str], after: dict[str, str], folder: Path)
 
 def check_stream(setup: TrainingSetup, checkpoint: Path) -> None:
     """Raise TrainingError when rows have changed that the stream of a checkpoint has passed."""
-    setup.notify(Notice("The rows that the stream has passed are read again: they must be unchanged."))
     stream = open_stream(setup, checkpoint, RowCounts())
+    if not (stream.states[0].buffer_hash or stream.states[0].pass_hash):
+        setup.notify(
+            Notice(f"{checkpoint} is of an older version: the rows that its stream has passed are not compared.")
+        )
+        return
+    setup.notify(Notice("The rows that the stream has passed are read again: they must be unchanged."))
     if stream.has_changed():
         raise TrainingError(
             f"{checkpoint} cannot be resumed exactly: rows of {setup.config.dataset} that it was trained on have changed "

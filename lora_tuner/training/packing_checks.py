@@ -1,8 +1,10 @@
 """Check on the loaded base that no token sees a later one, or one of another row in its sequence.
 
 The gradient of logits in the embeddings of tokens that they do not depend on is exactly zero, in
-any dtype and quantization. Position ids are compared by logits, which rounding changes a little: a
-few tokens are run alone, and packed with others.
+any dtype and quantization. It does not see a discrete dependence, such as routing by argmax or by
+the capacity of experts: only logits do, which rounding changes a little. Those of a few tokens are
+compared with fewer tokens after them in float32 alone; alone and packed with others, for position
+ids, in any dtype.
 """
 
 import contextlib

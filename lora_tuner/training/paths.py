@@ -64,8 +64,9 @@ def check_places(config: TrainConfig, *, resuming: bool = False, sweep: Path | N
     """
     name = adapter_name(config)
     adapter, folder, cache = config.adapters_dir / name, run_folder(config), atomic_io.cache_dir()
+    choose = "train again with" if resuming else "choose"
     if name.casefold() == "tensorboard":
-        raise TrainingError(f"{folder} is for the logs of --report-to tensorboard: choose another --name.")
+        raise TrainingError(f"{folder} is for the logs of --report-to tensorboard: {choose} another --name.")
     outputs = [(folder, "--runs-dir")] if sweep is None else [(folder, "--runs-dir"), (sweep, "--runs-dir")]
     for path, option in outputs:
         if atomic_io.contains(adapter, path) or atomic_io.contains(path, adapter):
@@ -82,13 +83,14 @@ def check_places(config: TrainConfig, *, resuming: bool = False, sweep: Path | N
         sources[-1] = config.adapters_dir / config.parent
     for path, option in ((adapter, "--adapters-dir"), *outputs):
         if atomic_io.contains(path, cache) or atomic_io.contains(cache, path):
-            raise TrainingError(f"{path} would be in the cache ({cache}), or hold it: choose another {option}.")
+            advice = "set LORA_TUNER_CACHE to another folder" if resuming else f"choose another {option}"
+            raise TrainingError(f"{path} would be in the cache ({cache}), or hold it: {advice}.")
         for source in filter(os.path.exists, sources):
             # An adapter may replace its parent, which is in memory then.
             is_parent = path is adapter and config.parent is not None and source is sources[-1]
             if atomic_io.contains(path, source) and not (is_parent and atomic_io.contains(source, path)):
                 raise TrainingError(
-                    f"{path} would replace {source}, which it is made from: choose another --name."
+                    f"{path} would replace {source}, which it is made from: {choose} another --name."
                 )
 
 

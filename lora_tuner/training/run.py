@@ -105,6 +105,11 @@ def resume(
                     "and the vocabulary were compared, and its rows as text."
                 )
             )
+        if checkpoint and set(load_adapter_folder(checkpoint).modules) != lora.adapted_layers(setup.model):
+            raise TrainingError(
+                f"{checkpoint} adapts other layers than this version does for target_modules {setup.config.target_modules}: "
+                "train again with --overwrite."
+            )
         if checkpoint is not None and setup.config.streaming:
             distributed.run_on_rank_zero(partial(checkpoints.check_stream, setup, checkpoint))
         distributed.run_on_rank_zero(partial(paths.check_disk_space, setup))
@@ -230,9 +235,9 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
     data, run = setup.manifest.data, setup.manifest.run
     assert data is not None
     assert run is not None
-    distributed.run_on_rank_zero(partial(checkpoints.check_can_be_saved, setup))
-    with setup.model.disable_adapter():
+    with setup.model.disable_adapter():  # before the adapter is blamed for a damaged base
         base_held_out = evaluation.measure_base_loss(setup.base, setup.held_out, setup.notify)
+    distributed.run_on_rank_zero(partial(checkpoints.check_can_be_saved, setup))
     distributed.run_on_rank_zero(partial(evaluation.cache_rows, setup.held_out_texts))
     if checkpoint is None:
         distributed.run_on_rank_zero(partial(_create_run_folder, setup, folder))

@@ -34,7 +34,6 @@ from transformers import (
 )
 
 from .. import atomic_io, distributed, evaluation
-from ..adapters.adapter import load_adapter_folder
 from ..config import TrainConfig
 from ..errors import (
     DataError,
@@ -47,6 +46,7 @@ from ..errors import (
     Progress,
     RaisedOnRankZero,
     TrainingError,
+    is_out_of_memory,
     os_error_message,
 )
 from ..models import initialization, lora
@@ -76,13 +76,7 @@ def run_trainer(
     Raises:
         Interrupted: after Ctrl-C, SIGTERM or SIGHUP, with a checkpoint saved.
         DivergedError: a loss, gradient or weight is not finite.
-        TrainingError: the checkpoint adapts other layers, as another version chose them.
     """
-    if checkpoint and set(load_adapter_folder(checkpoint).modules) != lora.adapted_layers(setup.model):
-        raise TrainingError(
-            f"{checkpoint} adapts other layers than this version does for target_modules {setup.config.target_modules}: "
-            "train again with --overwrite."
-        )
     trainer = _LoraTrainer(setup, folder, checkpoint)
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
     if checkpoint and state and _all_steps_done(setup, state):  # Trainer would take one more step
@@ -107,7 +101,7 @@ def run_trainer(
                     raise
                 trainer.save_and_raise("Another process of this run has ended.", error)
         state = trainer.state
-        if not all(bool(tensor.isfinite().all()) for tensor in lora.adapter_state_dict(setup.model).values()):
+        if not _weights_are_finite(setup):
             trainer.save_last_good_and_raise("A weight is not finite")
         if distributed.all_reduce_max(stop.is_set()):
             raise distributed.share_error(
@@ -128,23 +122,31 @@ def explain_how_to_finish(setup: TrainingSetup, folder: Path) -> Iterator[None]:
     except (Interrupted, RaisedOnRankZero):
         raise
     except Exception as error:
+        resuming = resume_command(setup.config)
+        if is_out_of_memory(error) or (isinstance(error, TrainingError) and resuming in str(error)):
+            raise
         if not (checkpoint := next(iter(checkpoints.list_checkpoints(folder)), None)):
             raise
         file = checkpoint / "trainer_state.json"
         is_whole = (checkpoint / atomic_io.HASHES_FILE).is_file()
         if not is_whole or not _all_steps_done(setup, TrainerState.load_from_json(str(file))):
             raise
-        resuming = resume_command(setup.config)
         if isinstance(error, DivergedError):
-            if setup.sweep is not None:  # it goes on to its next trial
+            if setup.sweep is not None or not _weights_are_finite(setup):  # a sweep goes on to its next trial
                 raise
-            raise DivergedError(f"{error} All steps are kept; to measure again: {resuming}") from error
+            raise DivergedError(
+                f"{error} All steps are kept: discard them with --overwrite, or measure again with: {resuming}"
+            ) from error
         why = os_error_message(error) if isinstance(error, OSError) else " ".join(str(error).split())
         if not isinstance(error, (LoraTunerError, OSError)):
             why = f"{type(error).__name__}: {why.rstrip('.')}."
         raise TrainingError(
             f"The adapter could not be written, but the run is kept, with all its steps. {why} Then resume with: {resuming}"
         ) from error
+
+
+def _weights_are_finite(setup: TrainingSetup) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in lora.adapter_state_dict(setup.model).values())
 
 
 def _all_steps_done(setup: TrainingSetup, state: TrainerState) -> bool:

@@ -10,7 +10,7 @@ from lora_tuner import Library, Notice, Progress
 from lora_tuner.adapters.adapter import MANIFEST_FILE, load_adapter_folder
 from lora_tuner.adapters.library import Ancestor
 from lora_tuner.adapters.model_card import model_card
-from lora_tuner.cli import adapters, display, evaluate, generate, train
+from lora_tuner.cli import adapters, convert, display, evaluate, generate, train
 from lora_tuner.evaluation import EvalSet, GainMatrix
 from lora_tuner.text import escape_control, format_bytes, format_duration
 from lora_tuner.training.sweep import SweepResult, Trial
@@ -342,3 +342,15 @@ def test_generated_text_escaped_on_terminal(capsys, monkeypatch, is_one, shown):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: is_one)
     display.show_text("a\x1b[2Jb\n")
     assert capsys.readouterr().out == shown
+
+
+def test_exported_turn_end_is_escaped(monkeypatch, capsys):
+    exported = SimpleNamespace(
+        path="a.gguf", bytes=1, tensors=1, error=0.0, turn_end=EVIL, turn_end_id=1, modelfile=f"{EVIL}\n"
+    )
+    monkeypatch.setattr("lora_tuner.convert.export_gguf.to_gguf", lambda *of, **how: exported)
+    monkeypatch.setattr(convert, "Library", lambda folder: SimpleNamespace(get=str))
+    convert.export(adapter="a", out="a.gguf", base=None, revision=None, force=False)
+    shown = capsys.readouterr().out
+    assert shown.count(SHOWN) == 2
+    assert not CONTROL & set(shown)

@@ -202,7 +202,7 @@ def test_train_says_what_is_not_adapted(tmp_path, settings):
 
 def test_checkpoint_with_other_layers_is_refused(tmp_path, settings, stop_at, monkeypatch):
     """An earlier version adapted routers too."""
-    config = settings(base=str(save_family(tmp_path / "base", "qwen2_moe")), max_length=32)
+    config = settings(base=str(save_family(tmp_path / "base", "qwen2_moe")), max_length=32, max_steps=1)
     with monkeypatch.context() as earlier, stop_at(1):
         earlier.setattr("lora_tuner.models.targets._routers", lambda *_: set())
         train(config)

@@ -2,16 +2,20 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from lora_tuner import Library, Progress, evaluation, resume, train
 from lora_tuner.adapters import model_card, plots
 from lora_tuner.adapters.adapter import WEIGHTS_FILE
-from lora_tuner.errors import DivergedError, LoraTunerError, TrainingError
+from lora_tuner.data.streaming import StreamState
+from lora_tuner.errors import BaseModelError, DivergedError, LoraTunerError, TrainingError
 from lora_tuner.models import targets
-from lora_tuner.training import run, trainer
+from lora_tuner.training import checkpoints, run, trainer
 
 from ..faults.runs import slow
 from ..model_families import save_family
@@ -39,6 +43,17 @@ def test_adapter_that_peft_renames_is_refused(settings, tmp_path, monkeypatch):
     )
     assert trained_steps(events) == list(Path("runs").iterdir()) == []
     assert not Path("adapters").exists()
+
+
+def test_adapter_is_not_blamed_for_its_base(settings, gpt2):
+    shutil.copytree(gpt2, "base")
+    tensors = load_file("base/model.safetensors")
+    damaged = {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items() if "c_attn" in name}
+    save_file(tensors | damaged, "base/model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        BaseModelError, match=r"^base has a held-out loss of nan in float32: its weights are damaged"
+    ):
+        train(settings(base="base", method="dora"))
 
 
 @pytest.mark.parametrize("method", ["lora", slow("dora"), slow("pissa")])
@@ -115,6 +130,26 @@ def test_run_in_data_folder_resumes(settings, stop_at):
     assert adapter.manifest.data.hash == Library(Path("notes/adapters")).get("before").manifest.data.hash
 
 
+def test_stopped_run_with_its_cache_inside_resumes(settings, stop_at, monkeypatch):
+    with stop_at(1):
+        train(settings(max_steps=2))
+    with monkeypatch.context() as patch:
+        patch.setenv("LORA_TUNER_CACHE", "runs/reviews/cache")
+        with pytest.raises(TrainingError, match="or hold it: set LORA_TUNER_CACHE to another folder"):
+            resume("reviews")
+    resume("reviews")
+
+
+def test_stream_of_older_version_is_not_compared(monkeypatch):
+    notices = []
+    stream = SimpleNamespace(states=[StreamState(taken=3)])
+    monkeypatch.setattr(checkpoints, "open_stream", lambda *of: stream)
+    checkpoints.check_stream(SimpleNamespace(notify=notices.append), Path("checkpoint-3"))
+    assert [notice.text for notice in notices] == [
+        "checkpoint-3 is of an older version: the rows that its stream has passed are not compared."
+    ]
+
+
 def test_run_among_adapters_can_be_moved(settings, stop_at):
     """A run of before, whose adapter would have had its name, can be moved."""
     with stop_at(1):
@@ -181,10 +216,49 @@ def test_bad_held_out_loss_is_measured_again(settings, monkeypatch):
         patch.setattr(evaluation, "measure_loss", damaged)
         with pytest.raises(DivergedError) as error:
             train(settings(max_steps=2))
-    assert str(error.value).endswith("All steps are kept; to measure again: python cli.py train --resume reviews")
+    assert str(error.value).endswith(
+        "All steps are kept: discard them with --overwrite, or measure again with: python cli.py train --resume reviews"
+    )
     events = []
     assert resume("reviews", notify=events.append).manifest.run.steps == 2
     assert trained_steps(events) == []
+
+
+def test_weights_that_are_not_finite_are_not_measured_again(settings, monkeypatch):
+    def damage(self, args, state, control, model, **kwargs):
+        for parameter in model.parameters():
+            parameter.detach().fill_(float("nan") if parameter.requires_grad else 0)
+
+    monkeypatch.setattr(trainer._StopOnSignal, "on_step_end", damage)
+    for problem, command in (
+        ("A weight is not finite", lambda: train(settings(max_steps=1))),
+        ("The held-out loss is nan", lambda: resume("reviews")),
+    ):
+        with pytest.raises(DivergedError, match=rf"^{problem} .*, or a lower --max-grad-norm\.$"):
+            command()
+
+
+def test_tracker_out_of_disk_after_the_last_step(settings, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device", "events")
+
+    monkeypatch.setattr(TrainerCallback, "on_train_end", fail)
+    with pytest.raises(TrainingError) as error:
+        train(settings(max_steps=1))
+    assert str(error.value).startswith("events: No space left on device")
+    assert str(error.value).endswith(
+        " The last step was 1 of 1. Resume with: python cli.py train --resume reviews"
+    )
+
+
+@pytest.mark.parametrize("where", ["peft.load_peft_weights", "lora_tuner.adapters.plots.plot_loss"])
+def test_out_of_memory_is_said_as_such(settings, monkeypatch, where):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(where, fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(settings(max_steps=1))
 
 
 def test_tracker_out_of_disk_saves_checkpoint(settings, monkeypatch):
