@@ -2,8 +2,7 @@
 
 import re
 import shlex
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from lora_tuner.config import TrainConfig, config_to_yaml
 
 from . import api_server, method_table, tiny_models
 from .command_reference import reference
+from .faults.process import Command
 from .hub_server import Hub
 from .test_hub import repos  # noqa: F401 - a fixture
 
@@ -98,13 +98,11 @@ def test_readme_python_example_runs(repos, tmp_path):  # noqa: F811
     (example,) = re.findall(r"```python\n(from lora_tuner .*?)```", read_page("README.md"), re.DOTALL)
     (tmp_path / "reviews.csv").write_text("text\n" + "\n".join(tiny_models.reviews(60)))
     with Hub(repos) as hub:
-        env = hub.env(tmp_path / "home") | {"LORA_TUNER_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [sys.executable, "-c", example], env=env, capture_output=True, text=True, timeout=120, check=False
-        )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "['noir']"
-    assert float(done.stdout.splitlines()[0]) > 0
+        use = f"from tests.faults.test_hub_faults import use_hub\nuse_hub({hub.url!r}, {str(tmp_path / 'home')!r}, {{}})\n"
+        done = Command("--version", cwd=tmp_path, cache=tmp_path, before=partial(exec, use + example, {})).end()
+    gain, *_, names, _ = done.out.splitlines()  # the version is last
+    assert names == "['noir']", done.err
+    assert float(gain) > 0
 
 
 def test_openai_example_runs(gpt2, tmp_path, capsys):

