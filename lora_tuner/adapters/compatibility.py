@@ -132,8 +132,8 @@ def _check_vllm(
         report.errors.append(f"vLLM does not support LoRA on {model_type} models: {_advise_merge(name)}")
     elif outside := _outside_language_model(adapter, base_config):
         report.errors.append(
-            f"vLLM mounts the text model of {model_type} under language_model, so it would load {outside[0]} and "
-            f"apply nothing, without an error: {_advise_merge(name)}"
+            f"vLLM mounts the text model of {model_type} under language_model, so it would load "
+            f"{outside[0]} and apply nothing, without an error: {_advise_merge(name)}"
         )
     if "lm_head" in adapter.targets:
         report.errors.append(
@@ -142,15 +142,16 @@ def _check_vllm(
     for key in ("modules_to_save", "bias"):
         if adapter.config.get(key) not in (None, [], "none"):
             report.errors.append(
-                f"vLLM refuses {key}, of which the file has no tensors: rewrite it (`python cli.py blend {name}=1 "
-                "--name NEW`)"
+                f"vLLM refuses {key}, of which the file has no tensors: rewrite it (`python cli.py "
+                f"blend {name}=1 --name NEW`)"
             )
     if adapter.config.get("use_dora"):
         report.errors.append(f"vLLM does not support DoRA: {_advise_merge(name)}")
     if (rank := vllm_rank(adapter)) is None:
         limit = VLLM_RANKS[-1]
         report.errors.append(
-            f"vLLM supports ranks up to {limit}: reduce it (`python cli.py blend {name}=1 --rank {limit} --name NEW`)"
+            f"vLLM supports ranks up to {limit}: reduce it (`python cli.py blend {name}=1 --rank "
+            f"{limit} --name NEW`)"
         )
     elif rank > 16:
         report.notes.append(f"start vLLM with --max-lora-rank {rank}: the default is 16")
@@ -193,8 +194,8 @@ def _check_llama_cpp(
     if report.errors:
         return
     report.notes.append(
-        f"llama.cpp loads a GGUF file (`python cli.py export {name} --to gguf --out {name}.gguf`), on a base of "
-        f"{supported}"
+        f"llama.cpp loads a GGUF file (`python cli.py export {name} --to gguf --out {name}.gguf`), "
+        f"on a base of {supported}"
     )
     if is_gpt2(adapter) or adapter.config.get("use_rslora") or adapter.config.get("alpha_pattern"):
         report.notes.append("llama.cpp's own converter silently gets this adapter wrong: use `export`")
@@ -208,8 +209,8 @@ def _check_peft(
     targets, excluded = adapter.config.get("target_modules"), adapter.config.get("exclude_modules")
     if targets == "all-linear" and "lm_head" in adapter.targets:
         report.errors.append(
-            "PEFT would skip lm_head, which all-linear does not include: list the layers by name in "
-            "adapter_config.json"
+            "PEFT would skip lm_head, which all-linear does not include: list the layers by name "
+            "in adapter_config.json"
         )
     for setting, wanted, pattern in (("target_modules", True, targets), ("exclude_modules", False, excluded)):
         if pattern == "all-linear" or (setting == "exclude_modules" and not pattern):
@@ -229,8 +230,8 @@ def _check_peft(
     initialization = adapter.config.get("init_lora_weights", True)
     if not initialization:  # null as well
         report.errors.append(
-            f"init_lora_weights is {json.dumps(initialization)}, so PEFT would give layers without tensors random "
-            f"weights: {rewrite}"
+            f"init_lora_weights is {json.dumps(initialization)}, so PEFT would give layers without "
+            f"tensors random weights: {rewrite}"
         )
     if initialization == "orthogonal" and any(adapter.rank_of(module) % 2 for module in adapter.modules):
         report.errors.append(

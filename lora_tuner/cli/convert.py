@@ -98,8 +98,9 @@ def _comparison_dict(comparison: "OutputComparison") -> dict[str, object]:
 def _show_merge(folder: Path, comparison: "OutputComparison") -> None:
     print(folder)
     print(
-        f"verified against base and adapter: largest logit difference {comparison.max_logit_difference:.2g}, "
-        f"same top token at {comparison.top1_agreement:.2%} of positions"
+        "verified against base and adapter: largest logit difference "
+        f"{comparison.max_logit_difference:.2g}, same top token at {comparison.top1_agreement:.2%} "
+        "of positions"
     )
     if comparison.losses:
         before, after = (math.exp(min(loss, 700.0)) for loss in comparison.losses)
@@ -176,11 +177,13 @@ def _show_blend(blended: "BlendResult") -> None:
         )
     )
     print(
-        f"verified against the exact result: largest logit difference {blended.comparison.max_logit_difference:.2g}"
+        "verified against the exact result: largest logit difference "
+        f"{blended.comparison.max_logit_difference:.2g}"
     )
     if any(blended.lost_energy.values()):
         print(
-            f"rank truncated from {blended.exact_rank}: {_format_lost(blended.total_lost_energy, blended.lost_energy)}"
+            f"rank truncated from {blended.exact_rank}: "
+            f"{_format_lost(blended.total_lost_energy, blended.lost_energy)}"
         )
     print_result(adapter.manifest.result)
     if len(blended.results) > 1:
@@ -293,7 +296,8 @@ def export(
         print(f"{exported.path}  {size}, largest rounding error {exported.error:.1e}")
         if exported.turn_end is not None:
             print(
-                f"Answers end with {one_line(exported.turn_end)}, not with the end of text of the base. For llama.cpp: "
-                f"--override-kv tokenizer.ggml.eot_token_id=int:{exported.turn_end_id}. Modelfile for Ollama:"
+                f"Answers end with {one_line(exported.turn_end)}, not with the end of text of the "
+                "base. For llama.cpp: --override-kv "
+                f"tokenizer.ggml.eot_token_id=int:{exported.turn_end_id}. Modelfile for Ollama:"
             )
             print(escape_control(exported.modelfile), end="")

@@ -267,7 +267,8 @@ def _run_interactive(generator: "Generator", sampling: SamplingParams, opening: 
             elif command.startswith("/"):
                 adapters = format_names(generator.library.names()) or "none"
                 raise ConfigError(
-                    f"Unknown command {line.strip()}. Commands: {commands}; an empty line quits. Adapters: {adapters}."
+                    f"Unknown command {line.strip()}. Commands: {commands}; an empty line quits. "
+                    f"Adapters: {adapters}."
                 )
             else:
                 encoded = generator.encode_prompt(_as_conversation(line, messages))

@@ -140,8 +140,9 @@ def _show_preview(rows: Sequence["PreviewedRow"]) -> None:
         ]
         partial = "; \ufffd is part of a character" if any("\ufffd" in token for token in tokens) else ""
         print(
-            f"row {number}\n  before  {row.before!r}\n  after   {row.after!r}\n"
-            f"  {len(tokens)} tokens, {sum(row.labels)} trained on (others in brackets){partial}\n  {'|'.join(tokens)}\n"
+            f"row {number}\n  before  {row.before!r}\n  after   {row.after!r}\n  {len(tokens)} "
+            f"tokens, {sum(row.labels)} trained on (others in brackets){partial}\n  "
+            f"{'|'.join(tokens)}\n"
         )
 
 

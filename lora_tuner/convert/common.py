@@ -235,8 +235,8 @@ def _copy_tokenizer(parents: Sequence[Adapter], folder: Path, notify: EventHandl
     else:
         notify(
             Notice(
-                "The parents differ in their chat template or tokenizer files: the result has none, and uses those of "
-                "the base."
+                "The parents differ in their chat template or tokenizer files: the result has "
+                "none, and uses those of the base."
             )
         )
 

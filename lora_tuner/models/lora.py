@@ -260,8 +260,8 @@ def check_base(adapter: Adapter, base: TokenizedBase, options: ModelOptions = Mo
     if adapter.manifest is None:
         options.notify(
             Notice(
-                f"{adapter.name} has no manifest, so only its shapes can be compared with {files.name}."
-                f"{adapter.ignored_note}"
+                f"{adapter.name} has no manifest, so only its shapes can be compared with "
+                f"{files.name}.{adapter.ignored_note}"
             )
         )
         return
@@ -269,8 +269,9 @@ def check_base(adapter: Adapter, base: TokenizedBase, options: ModelOptions = Mo
     given = base.info(with_template=True, schema_version=schema_version)
     if trained_on.fingerprint != given.fingerprint:
         problem = (
-            f"{adapter.name} was trained on {trained_on.name} (fingerprint {trained_on.fingerprint[:12]}, "
-            f"{trained_on.weights}), not on {files.name} (fingerprint {given.fingerprint[:12]}, {files.weights_source})"
+            f"{adapter.name} was trained on {trained_on.name} (fingerprint "
+            f"{trained_on.fingerprint[:12]}, {trained_on.weights}), not on {files.name} "
+            f"(fingerprint {given.fingerprint[:12]}, {files.weights_source})"
         )
     elif _differ(trained_on.tokenizer, given.tokenizer):
         problem = f"{adapter.name} was trained with another tokenizer than that of {files.name}"
@@ -280,8 +281,9 @@ def check_base(adapter: Adapter, base: TokenizedBase, options: ModelOptions = Mo
         if schema_version == 1:
             options.notify(
                 Notice(
-                    f"{adapter.name} is of an older version, whose manifest says less about the base: of {files.name} "
-                    "the weights, some settings and the vocabulary were compared."
+                    f"{adapter.name} is of an older version, whose manifest says less about the "
+                    f"base: of {files.name} the weights, some settings and the vocabulary were "
+                    "compared."
                 )
             )
         return

@@ -73,7 +73,8 @@ def choose_precision(
             if candidate != candidates[0]:
                 notify(
                     Notice(
-                        f"{_too_large(files, candidates[0], free)}, so it is loaded in {_precision_name(*candidate)}."
+                        f"{_too_large(files, candidates[0], free)}, so it is loaded in "
+                        f"{_precision_name(*candidate)}."
                     )
                 )
             return candidate
@@ -91,8 +92,8 @@ def _check_saved_quantization(files: BaseModelFiles, dtype: str, load_in: str, *
     saved = f"The weights of {files.name} are saved in {files.quantization}"
     if files.quantization not in ("8bit", "4bit"):
         raise BaseModelError(
-            f"{saved}, and only those of bitsandbytes (8bit, 4bit) can be loaded: use the model from which they were "
-            "quantized, with --load-in 4bit if it is too large."
+            f"{saved}, and only those of bitsandbytes (8bit, 4bit) can be loaded: use the model "
+            "from which they were quantized, with --load-in 4bit if it is too large."
         )
     if load_in not in ("auto", files.quantization):
         raise BaseModelError(f"{saved}, so they cannot be loaded with --load-in {load_in}: leave it out.")

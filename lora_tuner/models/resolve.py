@@ -286,10 +286,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _resolve_embedded(revision: str | None, notify: EventHandler) -> BaseModelFiles:
-    """The embedded base as safetensors in the user's cache, converted on first use.
-
-    Price: its files are checked by their hashes at each use, which takes half a second.
-    """
+    """The embedded base as safetensors in the user's cache; checked by its hashes, in half a second."""
     _refuse_revision(EMBEDDED_BASE, revision)
     path, version = _embedded_gguf()
     build = hashlib.sha256(f"{version} {path.stat().st_size}".encode()).hexdigest()[:12]
@@ -352,11 +349,10 @@ def _convert_gguf(path: Path, folder: Path, *, overwrite: bool) -> None:
     except ImportError as error:
         raise BaseModelError(f"Reading {path.name} needs the package gguf: {INSTALL_EMBEDDED}.") from error
     # transformers reads the file three times, and makes the table of names for each module.
-    read_once: dict[str, Any] = {
-        name: cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")
-    }
+    names = ("GGUFReader", "get_tensor_name_map")
+    once: dict[str, Any] = {name: cache(getattr(gguf, name)) for name in names}
     # The GGUF reader draws a progress bar that no setting turns off.
-    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()), patch.multiple(gguf, **read_once):
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()), patch.multiple(gguf, **once):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     quantization.mark_dequantized(model)

@@ -91,7 +91,7 @@ def test_layer_that_lora_cannot_follow_is_left_out(case, reason):
     assert reason in targets.not_adapted[0]
 
 
-def test_out_of_memory_is_not_a_reason_of_the_base(monkeypatch):
+def test_out_of_memory_passes_probe(monkeypatch):
     model = make_family("llama")
 
     def fail(*arguments, **options):
