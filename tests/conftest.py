@@ -22,6 +22,11 @@ SLOWEST_FILES = (
     "test_generator.py",
     "test_sweep.py",
     "test_hub.py",
+    "test_hostile.py",
+    "test_runner.py",
+    "test_concurrent.py",
+    "test_commands.py",
+    "test_parent.py",
     "test_blend.py",
 )
 
