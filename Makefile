@@ -16,7 +16,7 @@ adapters/imdb/manifest.json: | $(READY)
 	$(BIN)/python cli.py train --rank 8 --minutes 3
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder  # two more than two cores: many wait
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder  # one more than two cores: some wait
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 4 --dist worksteal

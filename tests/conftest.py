@@ -1,4 +1,7 @@
-"""Fixtures for all tests. Each test has its own cache and working folder, and no network."""
+"""Fixtures for all tests. Each test has its own cache and working folder, and no network.
+
+torch is imported where it is used: the process that distributes the tests does not need it.
+"""
 
 import contextlib
 import csv
@@ -7,13 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from lora_tuner import Adapter, TrainConfig, train
-from lora_tuner.data.dataset import load_dataset
+import lora_tuner
+from lora_tuner.config import TrainConfig
 from lora_tuner.errors import DataError, Interrupted
-
-from . import tiny_models
 
 SLOWEST_FILES = (
     "test_end_to_end.py",
@@ -45,6 +45,8 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Use one thread: tiny models gain nothing from more."""
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -69,11 +71,15 @@ def _isolated(caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="session")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from . import tiny_models
+
     return tiny_models.save_model(tmp_path_factory.mktemp("models") / "gpt2", "gpt2")
 
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from . import tiny_models
+
     return tiny_models.save_model(tmp_path_factory.mktemp("models") / "llama", "llama")
 
 
@@ -85,6 +91,8 @@ def model_folder(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def reviews_csv(tmp_path: Path) -> Path:
+    from . import tiny_models
+
     path = tmp_path / "reviews.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -115,14 +123,15 @@ def settings(gpt2: Path, reviews_csv: Path) -> Callable[..., TrainConfig]:
 
 
 @pytest.fixture
-def adapter(settings: Callable[..., TrainConfig]) -> Adapter:
+def adapter(settings: Callable[..., TrainConfig]) -> lora_tuner.Adapter:
     """Train an adapter on the tiny GPT-2, as `adapters/reviews`."""
-    return train(settings())
+    return lora_tuner.train(settings())
 
 
 @pytest.fixture
 def load(tmp_path):
     """Write a file, or use an existing folder, and load it as a dataset; notices are in `load.notices`."""
+    from lora_tuner.data.dataset import load_dataset
 
     def call(name, content=None, **settings):
         path = tmp_path / name

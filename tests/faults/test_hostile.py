@@ -279,7 +279,7 @@ QUICK = {name: CHEAP[name] for name in ("verify",)}
 
 def test_hostile_adapter_fails_verify(do):
     """The slow test below runs all of them."""
-    for outcome in do([(name, hostile.spoil) for name, hostile in [*BY_HAND.items()][::2]], QUICK):
+    for outcome in do([(name, hostile.spoil) for name, hostile in [*BY_HAND.items()][::4]], QUICK):
         check(outcome)
         check_rejected(outcome, BY_HAND[outcome.adapter])
 
