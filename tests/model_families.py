@@ -20,7 +20,19 @@ _MOE = {"num_experts": 4, "num_experts_per_tok": 2}
 _LAYERS = {"num_hidden_layers": 2, "hidden_size": 32}
 _SSM = {**_LAYERS, "state_size": 4}
 _MAMBA2 = {**_SSM, "num_heads": 8, "head_dim": 8, "n_groups": 1, "expand": 2, "chunk_size": 8}
-_LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+_LATENT_MOE = {  # DeepSeek's attention and experts
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+}
 _DECODER = {
     **_IDS,
     "d_model": 32,
@@ -117,13 +129,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v3": {
         **_LLAMA,
-        **_LATENT,
-        "num_key_value_heads": 4,
-        "moe_intermediate_size": 24,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
+        **_LATENT_MOE,
         "first_k_dense_replace": 1,
     },
     "qwen3_next": {
@@ -139,13 +145,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "hy_v4": {
         **_HEAD_DIM,
-        **_LATENT,
-        "num_key_value_heads": 4,
-        "moe_intermediate_size": 24,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
+        **_LATENT_MOE,
         "index_n_heads": 4,
         "index_head_dim": 8,
         "index_topk": 4,

@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from ..errors import BaseModelError
+from ..errors import BaseModelError, is_out_of_memory
 from .resolve import quiet_transformers
 
 
@@ -87,9 +87,9 @@ def probe_layers(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> Pro
             for mode in (False, True):
                 model.train(mode)
                 model(input_ids=token_ids, use_cache=False)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as reason:  # models raise errors of any type
+        if is_out_of_memory(reason):
+            raise
         error = reason
     finally:
         model.train(training)
