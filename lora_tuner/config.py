@@ -1,20 +1,14 @@
 """Every setting of the package: its type, default, bounds and help text.
 
-The command line, docs/commands.md and run.yaml are derived from these fields. A YAML file and the
-command line fill the same fields; the command line wins. Unknown keys are errors, and all problems
-of a configuration are reported together.
+The command line, docs/commands.md and run.yaml are derived from these fields.
 """
 
-import itertools
 import re
-from collections import Counter
-from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from .errors import ConfigError, EventHandler, ignore_events
@@ -41,8 +35,7 @@ MAX_RANK, MAX_ALPHA = 4096, 1_000_000
 MAX_COUNT = 1_000_000_000
 # Logits divided by less may overflow. A lower temperature is greedy, as in vLLM.
 MIN_TEMPERATURE, MIN_REPETITION_PENALTY = 1e-5, 1e-9
-MAX_PROBLEMS = 10  # that an error names
-MAX_SETTINGS_CHARS, MAX_SETTING_CHARS = 1_000_000, 10_000  # of a settings file, of one value
+MAX_SETTING_CHARS = 10_000  # of one value
 RSLORA_ALPHA = 6  # gives rank 8 about the same scale as the other methods
 LORA_PLUS_RATIO = 4.0  # learning rate of B / learning rate of A
 SECRET_FIELDS = ("api_key",)  # their values never appear in error messages
@@ -56,22 +49,6 @@ _ORIGIN = re.compile(
 SWEEPABLE = ("rank", "learning_rate")  # settings that take several values: one run for each
 STOP_RULES = ("epochs", "max_steps", "minutes")
 DEFAULT_MAX_MINUTES = 10  # limit of the default one-epoch run when no stop rule is given
-RENAMED_SETTINGS = {  # old key in run.yaml files of existing adapters and runs -> current key
-    "rows": "max_rows",
-    "buffer": "shuffle_buffer",
-    "targets": "target_modules",
-    "accumulation": "gradient_accumulation",
-    "clip": "max_grad_norm",
-    "checkpointing": "gradient_checkpointing",
-    "keep_lines": "clean",
-}
-# Old key -> old value -> current value.
-RENAMED_VALUES = {"keep_lines": {"True": "lines", "False": "full"}}
-# Defaults that the run.yaml of earlier versions spells out where they are no choice, and the keys that tell such a file.
-SPELLED_OUT = {"split": "train", "shuffle_buffer": 10_000}
-_RUN_FILE_KEYS = {"adapters_dir", "runs_dir", "split_salt"}
-# Setting -> value, as YAML or the command line gives it; not validated.
-SettingValues = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -598,132 +575,6 @@ def _contradiction(text: str) -> PydanticCustomError:
     Raised per field, so that pydantic reports it together with the other problems.
     """
     return PydanticCustomError("contradiction", "{text}", {"text": text})
-
-
-def _format_problems(error: ValidationError) -> str:
-    lines = []
-    for problem in error.errors():
-        key = "" if problem["type"] == "contradiction" else ".".join(map(str, problem["loc"]))
-        text = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            text = "unknown setting"
-        elif key:
-            text = f"{text[0].lower()}{text[1:]}"
-            if key not in SECRET_FIELDS:
-                value = repr(problem["input"])
-                text += f" (got {value if len(value) <= 200 else f'{value[:200]} ...'})"
-        lines.append(f"{key}: {text}" if key else text)
-    problems, rest = list(dict.fromkeys(lines))[:MAX_PROBLEMS], len(set(lines)) - MAX_PROBLEMS
-    return "; ".join([*problems, f"and {rest:,} more problems"] if rest > 0 else problems)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML as people mean it: null, true and false, and plain numbers; all else is text.
-
-    So it is in YAML 1.2. PyYAML reads YAML 1.1, where `1:30` is 90, `010` is 8, and `no` is false. A
-    number that it reads as text, such as `1e-3`, stays text: files that it wrote have such texts
-    without quotes, and the setting converts it. Duplicate keys are refused, as PyYAML silently
-    keeps the last. Nested aliases, which can expand to more than memory holds, are too.
-    """
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012 - filled below
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise ValueError(
-                f"line {event.start_mark.line + 1}: *{event.anchor} is an alias: write its value out"
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        if keys and keys.most_common(1)[0][1] > 1:
-            raise ValueError(f"{keys.most_common(1)[0][0]} is given twice")
-        return super().construct_mapping(node, deep)
-
-    def refuse_octal(self, node: yaml.ScalarNode) -> None:
-        octal, decimal = (int(node.value.replace("_", ""), base) for base in (8, 10))
-        raise ValueError(
-            f"line {node.start_mark.line + 1}: {node.value} is {octal} for some programs and {decimal} for others: write a "
-            "number without the 0, or a text in quotes"
-        )
-
-
-for _tag, _pattern in {
-    "tag:yaml.org,2002:null": "~|null|Null|NULL|",
-    "tag:yaml.org,2002:bool": "true|True|TRUE|false|False|FALSE",
-    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9]\d*|0x[\da-fA-F]+)",
-    "tag:yaml.org,2002:float": r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-    "octal": r"[-+]?0[0-7_]+",
-}.items():
-    _StrictLoader.add_implicit_resolver(_tag, re.compile(rf"({_pattern})\Z", re.ASCII), None)
-_StrictLoader.add_constructor("octal", _StrictLoader.refuse_octal)
-
-
-def read_settings(file: Path) -> SettingValues:
-    """Read a YAML file of settings, with current names for old keys. Values are not validated.
-
-    Raises:
-        ConfigError: the file is missing, too large, not YAML, or holds no settings.
-    """
-    try:
-        with file.open(encoding="utf-8-sig") as opened:
-            text = opened.read(MAX_SETTINGS_CHARS + 1)
-        if len(text) > MAX_SETTINGS_CHARS:
-            raise ValueError(f"longer than {MAX_SETTINGS_CHARS:,} characters")
-        loaded = yaml.load(text, _StrictLoader)
-    except FileNotFoundError as error:
-        raise ConfigError(f"There is no file {file}.") from error
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{file} holds no settings: expected one `name: value` per line.")
-    for old, new in RENAMED_SETTINGS.items():
-        if old in loaded and new in loaded:
-            raise ConfigError(f"{file}: {old} is the old name of {new}: give one of them.")
-        if old in loaded:
-            value = loaded.pop(old)
-            loaded[new] = RENAMED_VALUES.get(old, {}).get(str(value), value)
-    if loaded.keys() >= _RUN_FILE_KEYS:
-        loaded = {
-            name: value for name, value in loaded.items() if name not in SPELLED_OUT or value != SPELLED_OUT[name]
-        }
-    return loaded
-
-
-S = TypeVar("S", bound=_Settings)
-
-
-def resolve_settings(kind: type[S], given: SettingValues, file: Path | None = None) -> S:
-    """Merge a YAML file, if there is one, with `given`, which wins, and validate the result.
-
-    A stop rule in `given` replaces any stop rule of the file.
-
-    Raises:
-        ConfigError: names every problem.
-    """
-    settings = read_settings(file) if file is not None else {}
-    if any(name in given for name in STOP_RULES):
-        settings = {key: value for key, value in settings.items() if key not in STOP_RULES}
-    try:
-        return kind.model_validate(settings | given)
-    except ValidationError as error:
-        problems = _format_problems(error)
-        raise ConfigError(f"{file}: {problems}" if file else problems) from error
-
-
-def expand_sweep(given: SettingValues) -> list[SettingValues]:
-    """List the settings of each run: all combinations of the values of SWEEPABLE settings."""
-    lists = {name: given[name] for name in SWEEPABLE if isinstance(given.get(name), list)}
-    return [given | dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
-
-
-def config_to_yaml(config: TrainConfig) -> str:
-    """Format the configuration as `run.yaml` has it: every field that has an effect and is not None."""
-    unused = None if config.streaming else {"shuffle_buffer"}
-    values = config.model_dump(mode="json", exclude_none=True, exclude=unused)
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def default_adapter_name(dataset: str) -> str:

@@ -24,7 +24,7 @@ from .adapters.adapter import RUN_FILE, WEIGHTS_FILE, Adapter
 from .adapters.library import check_distinct_names
 from .adapters.manifest import EvalResult
 from .adapters.peft_config import SCALING_KEYS
-from .config import HELD_OUT_MAX_TOKENS, ModelOptions, TrainConfig, resolve_settings
+from .config import HELD_OUT_MAX_TOKENS, ModelOptions, TrainConfig
 from .data import packing, tokenization
 from .data.dataset import load_dataset, load_eval_dataset
 from .data.splitting import content_hash
@@ -42,6 +42,7 @@ from .inference.multi_lora import MultiLora
 from .models import fsdp, loading, lora
 from .models.loading import LoadedBase
 from .models.tokenizer import load_adapter_tokenizer
+from .settings_files import resolve_settings
 
 BATCH_TOKENS_CPU, BATCH_TOKENS_GPU = 512, 8192  # positions per batch
 T = TypeVar("T")

@@ -86,3 +86,8 @@ def format_gain(gain: float, standard_error: float | None, digits: str = ".4f") 
 def format_share(share: float) -> str:
     """Format a share as a percentage, rounded down, so that 100% is all of it."""
     return f"{math.floor(share * 1000 + 1e-6) / 10:g}%"
+
+
+def format_number(value: float) -> str:
+    """Return the shortest text that gives the same number."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)

@@ -10,17 +10,11 @@ from typer.testing import CliRunner
 from lora_tuner import Generator, Library, ModelOptions, hub, push, resume, train
 from lora_tuner.adapters.adapter import MANIFEST_FILE, RUN_FILE, WEIGHTS_FILE, verify_adapter
 from lora_tuner.cli.app import app
-from lora_tuner.config import (
-    RENAMED_SETTINGS,
-    STOP_RULES,
-    SamplingParams,
-    TrainConfig,
-    config_to_yaml,
-    resolve_settings,
-)
+from lora_tuner.config import STOP_RULES, SamplingParams, TrainConfig
 from lora_tuner.errors import ConfigError
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
+from lora_tuner.settings_files import RENAMED_SETTINGS, config_to_yaml, resolve_settings
 from lora_tuner.training.checkpoints import HASHES_FILE, finalize, list_checkpoints
 
 

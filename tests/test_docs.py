@@ -10,7 +10,8 @@ import typer
 import yaml
 
 from lora_tuner.cli.app import app
-from lora_tuner.config import TrainConfig, config_to_yaml
+from lora_tuner.config import TrainConfig
+from lora_tuner.settings_files import config_to_yaml
 
 from . import api_server, method_table, tiny_models
 from .command_reference import reference

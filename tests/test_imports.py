@@ -20,7 +20,7 @@ LEVELS = [  # from the top; rooms of one level do not import each other
     {"adapters", "data"},
     {"foundations"},
 ]
-FOUNDATIONS = {"config", "errors", "text", "atomic_io", "hub", "distributed", "signals"}
+FOUNDATIONS = {"config", "errors", "text", "atomic_io", "hub", "distributed", "settings_files"}
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path

@@ -13,8 +13,9 @@ from pathlib import Path
 import yaml
 
 from .. import atomic_io, hub
-from ..config import default_adapter_name, read_settings
+from ..config import default_adapter_name
 from ..errors import AdapterError, ConfigError, EventHandler, HubError, Notice, ignore_events
+from ..settings_files import read_settings
 from ..text import display_name
 from . import model_card
 from .adapter import (

@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from .. import __version__, distributed
 from ..errors import Interrupted, LoraTunerError, RaisedOnRankZero, is_out_of_memory, os_error_message
-from ..signals import HANGUP, TERMINATION, handle_signals
+from ..training.signals import HANGUP, TERMINATION, handle_signals
 from . import adapters, convert, doctor, evaluate, generate, serve, train
 from .display import print_stderr
 from .options import StrictCommand, display

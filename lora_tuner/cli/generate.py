@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..adapters.library import Library
-from ..config import INVALID_TEXT, ModelOptions, SamplingParams, resolve_settings
+from ..config import INVALID_TEXT, ModelOptions, SamplingParams
 from ..errors import ConfigError, GenerationError, LoraTunerError
+from ..settings_files import resolve_settings
 from ..text import escape_control, format_names
 from .display import BASE_LABEL, print_stderr, show_json, show_text
 from .options import (

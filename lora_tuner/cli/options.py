@@ -15,17 +15,9 @@ from typer.core import TyperCommand
 
 from ..adapters.adapter import Adapter
 from ..adapters.library import Library
-from ..config import (
-    DEFAULT_BASE,
-    INVALID_TEXT,
-    SWEEPABLE,
-    InferenceDtype,
-    LoadIn,
-    ModelOptions,
-    TrainConfig,
-    resolve_settings,
-)
+from ..config import DEFAULT_BASE, INVALID_TEXT, SWEEPABLE, InferenceDtype, LoadIn, ModelOptions, TrainConfig
 from ..errors import ConfigError, LoraTunerError
+from ..settings_files import resolve_settings
 from .display import Display
 
 if TYPE_CHECKING:

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from ..config import ModelOptions, ServerConfig, resolve_settings
+from ..config import ModelOptions, ServerConfig
 from ..errors import ConfigError
+from ..settings_files import resolve_settings
 from .options import (
     DEFAULT_ADAPTERS_DIR,
     AdaptersDirOption,

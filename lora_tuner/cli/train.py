@@ -9,8 +9,9 @@ import typer
 
 from .. import distributed
 from ..adapters.adapter import Adapter
-from ..config import METHODS, TrainConfig, expand_sweep, resolve_settings
+from ..config import METHODS, TrainConfig
 from ..errors import ConfigError
+from ..settings_files import expand_sweep, resolve_settings
 from ..text import format_bytes, format_duration, format_gain, format_share
 from .display import print_result, print_table, show_json
 from .options import JsonOption, Overrides, display, settings_options

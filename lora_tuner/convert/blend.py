@@ -13,8 +13,8 @@ from ..errors import AdapterError, ConfigError
 from ..evaluation import EvalSet
 from ..models import delta
 from ..models.targets import linear_layers
-from ..text import format_names
-from .common import distinct_eval_sets, format_number, open_shared_base, write_adapter
+from ..text import format_names, format_number
+from .common import distinct_eval_sets, open_shared_base, write_adapter
 from .verify import OutputComparison
 
 

@@ -70,11 +70,6 @@ def check_keeps_base(
             raise AdapterError(f"{out} would replace {adapter.path}, which lies in it: choose another {advice}.")
 
 
-def format_number(value: float) -> str:
-    """The shortest text that gives the same number."""
-    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
-
-
 def open_shared_base(
     adapters: Sequence[Adapter], options: ModelOptions, out: Path, *, is_adapter: bool = True
 ) -> LoadedBase:

@@ -17,10 +17,10 @@ from ..evaluation import EvalSet
 from ..models import delta
 from ..models.delta import Deltas
 from ..models.targets import linear_layers
+from ..text import format_number
 from .common import (
     combined_result,
     distinct_eval_sets,
-    format_number,
     open_shared_base,
     write_adapter,
 )

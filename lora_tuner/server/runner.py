@@ -31,7 +31,7 @@ from ..adapters.library import Library
 from ..config import ModelOptions, ServerConfig
 from ..errors import ConfigError, EventHandler, Interrupted, Notice
 from ..inference.generator import Generator
-from ..signals import HANGUP, TERMINATION, handle_signals
+from ..training.signals import HANGUP, TERMINATION, handle_signals
 from .metrics import JsonLines, Metrics, RepeatFilter
 from .middleware import MAX_SECONDS, is_loopback
 from .playground.app import mount

@@ -13,11 +13,12 @@ from .. import atomic_io
 from ..adapters import adapter
 from ..adapters.manifest import Manifest
 from ..atomic_io import HASHES_FILE
-from ..config import TrainConfig, config_to_yaml
+from ..config import TrainConfig
 from ..data.dataset import RowCounts
 from ..data.streaming import StreamingDataset, StreamState
 from ..errors import AdapterError, EventHandler, Notice, TrainingError
 from ..models import lora
+from ..settings_files import config_to_yaml
 from .setup import TrainingSetup
 
 KEPT_CHECKPOINTS = 2

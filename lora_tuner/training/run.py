@@ -27,7 +27,7 @@ from ..adapters.adapter import (
 )
 from ..adapters.library import Library
 from ..adapters.manifest import Manifest, utc_timestamp
-from ..config import TrainConfig, config_to_yaml, resolve_settings
+from ..config import TrainConfig
 from ..errors import (
     AdapterError,
     ConfigError,
@@ -38,6 +38,7 @@ from ..errors import (
     ignore_events,
 )
 from ..models import fsdp, lora
+from ..settings_files import config_to_yaml, resolve_settings
 from . import arguments, checkpoints, paths, profiling, trainer
 from .checkpoints import RETRAIN_ADVICE, save_adapter
 from .inputs import dtype_name

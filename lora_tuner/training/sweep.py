@@ -22,7 +22,7 @@ from .. import atomic_io, distributed, evaluation
 from ..adapters import plots
 from ..adapters.adapter import RUN_FILE, Adapter, read_manifest, validate_name, verify_adapter
 from ..adapters.library import Library
-from ..config import STOP_RULES, SWEEPABLE, ModelOptions, TrainConfig, read_settings, resolve_settings
+from ..config import STOP_RULES, SWEEPABLE, ModelOptions, TrainConfig
 from ..data.sources import resolve_eval_dataset
 from ..errors import (
     AdapterError,
@@ -37,6 +37,8 @@ from ..errors import (
 )
 from ..evaluation import EvalSet, HeldOutLoss
 from ..models import loading, lora
+from ..settings_files import read_settings, resolve_settings
+from ..text import format_number
 from . import arguments, checkpoints, paths, run, trainer
 from .setup import TrainingSetup, adapter_name, prepare_training
 
@@ -234,7 +236,7 @@ def _trial_name(name: str, config: TrainConfig, configs: Sequence[TrainConfig]) 
     for setting, letters in zip(SWEEPABLE, ("r", "lr"), strict=True):
         if len({getattr(other, setting) for other in configs}) > 1:
             value = getattr(config, setting)
-            text = f"{value:g}" if float(f"{value:g}") == value else repr(value)
+            text = format_number(value)
             name += f"-{letters}{text}".replace(".", "p").replace("+", "")
     return validate_name(name)
 

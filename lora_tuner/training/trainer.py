@@ -50,11 +50,11 @@ from ..errors import (
     os_error_message,
 )
 from ..models import initialization, lora
-from ..signals import HANGUP, TERMINATION, handle_signals
 from . import checkpoints
 from .arguments import EpochOrder, learning_rate_factor, tensorboard_callback, training_arguments
 from .checkpoints import save_adapter
 from .setup import TrainingSetup
+from .signals import HANGUP, TERMINATION, handle_signals
 
 
 def resume_command(config: TrainConfig) -> str:

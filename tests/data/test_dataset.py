@@ -16,11 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_tuner.config import NAME_PATTERN, TrainConfig, default_adapter_name, resolve_settings
+from lora_tuner.config import NAME_PATTERN, TrainConfig, default_adapter_name
 from lora_tuner.data import splitting
 from lora_tuner.data.cleaning import clean_text
 from lora_tuner.data.dataset import MAX_PREVIEWS, RowCounts, load_dataset, load_eval_dataset
 from lora_tuner.errors import ConfigError, DataError, HubError
+from lora_tuner.settings_files import resolve_settings
 
 from .. import tiny_models
 from ..data_files import TEXTS, jsonl, rows, table

@@ -5,10 +5,11 @@ import json
 import datasets
 import pytest
 
-from lora_tuner.config import HELD_OUT, TrainConfig, resolve_settings
+from lora_tuner.config import HELD_OUT, TrainConfig
 from lora_tuner.data.dataset import RowCounts, load_dataset, load_eval_dataset
 from lora_tuner.data.sources import local_splits, resolve_eval_dataset, split_of
 from lora_tuner.errors import ConfigError, DataError
+from lora_tuner.settings_files import resolve_settings
 
 from .. import tiny_models
 from ..data_files import jsonl

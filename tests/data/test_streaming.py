@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 
 from lora_tuner import TrainConfig, resume, train
 from lora_tuner.adapters.adapter import METRICS_FILE, RUN_FILE, WEIGHTS_FILE
-from lora_tuner.config import resolve_settings
 from lora_tuner.data import streaming as data_streaming
 from lora_tuner.data import tokenization
 from lora_tuner.data.dataset import Dataset, RowCounts, iter_rows, load_dataset
 from lora_tuner.data.splitting import is_held_out, row_hash
 from lora_tuner.data.streaming import StreamingDataset, StreamState
 from lora_tuner.errors import DataError, HubError, Notice, TrainingError
+from lora_tuner.settings_files import resolve_settings
 from lora_tuner.training import run
 
 from .. import tiny_models

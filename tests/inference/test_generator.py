@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_tuner import Generator, ModelOptions, SamplingParams, TrainConfig, atomic_io, train
 from lora_tuner.adapters.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE
 from lora_tuner.adapters.manifest import WeightsInfo
-from lora_tuner.config import resolve_settings
 from lora_tuner.errors import AdapterError, ConfigError, ContextLengthError, GenerationError, WrongBaseError
 from lora_tuner.inference.cpu_decoder import CpuDecoder
 from lora_tuner.models import lora
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
 from lora_tuner.models.targets import resolve_target_modules
+from lora_tuner.settings_files import resolve_settings
 
 from .. import adapter_files, tiny_models
 from .test_multi_lora import save_opt

@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from lora_tuner import Library, ModelOptions, TrainConfig, evaluation, resume, train
 from lora_tuner.adapters.adapter import CONFIG_FILE, RUN_FILE
-from lora_tuner.config import METHODS, MethodName, resolve_settings
+from lora_tuner.config import METHODS, MethodName
 from lora_tuner.errors import ConfigError
 from lora_tuner.evaluation import measure_loss
 from lora_tuner.models import initialization, lora
+from lora_tuner.settings_files import resolve_settings
 from lora_tuner.training.setup import prepare_training
 from lora_tuner.training.trainer import _LoraTrainer
 

@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 from lora_tuner import Generator, Library, ModelOptions, Notice, atomic_io, train
 from lora_tuner.adapters.adapter import RUN_FILE
 from lora_tuner.cli.app import app
-from lora_tuner.config import read_settings
 from lora_tuner.errors import BaseModelError, HubError
 from lora_tuner.models import loading, lora, resolve
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
+from lora_tuner.settings_files import read_settings
 
 from .. import adapter_files, tiny_models
 

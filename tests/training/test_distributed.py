@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from lora_tuner import Library, TrainConfig, distributed, resume, run_sweep, train
 from lora_tuner.adapters.adapter import METRICS_FILE, RUN_FILE, WEIGHTS_FILE
-from lora_tuner.config import resolve_settings
 from lora_tuner.errors import ConfigError, RaisedOnRankZero, TrainingError
+from lora_tuner.settings_files import resolve_settings
 from lora_tuner.training import run, sweep
 from lora_tuner.training.arguments import EpochOrder
 

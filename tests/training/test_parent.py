@@ -33,11 +33,11 @@ from lora_tuner.adapters.adapter import (
 from lora_tuner.adapters.library import Ancestor
 from lora_tuner.adapters.manifest import ParentInfo
 from lora_tuner.cli.options import eval_sets_from
-from lora_tuner.config import resolve_settings
 from lora_tuner.errors import AdapterError, ConfigError, WrongBaseError
 from lora_tuner.models import lora
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
+from lora_tuner.settings_files import resolve_settings
 from lora_tuner.training.preview import preview
 from lora_tuner.training.setup import prepare_training
 

@@ -13,12 +13,13 @@ from filelock import FileLock
 
 from lora_tuner import Interrupted, Library, ModelOptions, Notice, Progress, evaluation, plan, resume, train
 from lora_tuner.adapters import adapter as adapters_adapter
-from lora_tuner.config import TrainConfig, resolve_settings
+from lora_tuner.config import TrainConfig
 from lora_tuner.data.dataset import load_dataset
 from lora_tuner.data.splitting import content_hash
 from lora_tuner.errors import AdapterError, BaseModelError, DataError, DivergedError, TrainingError, ignore_events
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
+from lora_tuner.settings_files import resolve_settings
 from lora_tuner.training import checkpoints, profiling
 from lora_tuner.training.preview import preview
 from lora_tuner.training.setup import prepare_training

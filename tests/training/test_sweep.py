@@ -6,9 +6,9 @@ import shutil
 import pytest
 
 from lora_tuner import Library, ModelOptions, TrainConfig, evaluate, evaluation, resume, train
-from lora_tuner.config import expand_sweep, resolve_settings
 from lora_tuner.errors import AdapterError, ConfigError, Interrupted, TrainingError, WrongBaseError
 from lora_tuner.models import loading
+from lora_tuner.settings_files import expand_sweep, resolve_settings
 from lora_tuner.training import inputs, sweep
 
 from .. import tiny_models

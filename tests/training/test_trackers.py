@@ -5,8 +5,8 @@ import json
 import pytest
 
 from lora_tuner import TrainConfig, resume, train
-from lora_tuner.config import resolve_settings
 from lora_tuner.errors import ConfigError
+from lora_tuner.settings_files import resolve_settings
 
 
 def read(folder):
