@@ -12,23 +12,18 @@ import torch
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_tuner import Generator, ModelOptions, SamplingParams, TrainConfig, atomic_io, train
+from lora_tuner import Generator, ModelOptions, SamplingParams, atomic_io, train
 from lora_tuner.adapters.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE
 from lora_tuner.adapters.manifest import WeightsInfo
 from lora_tuner.errors import AdapterError, ConfigError, ContextLengthError, GenerationError, WrongBaseError
-from lora_tuner.inference.cpu_decoder import CpuDecoder
-from lora_tuner.models import lora
-from lora_tuner.models.loading import load_base
-from lora_tuner.models.resolve import find_base
-from lora_tuner.models.targets import resolve_target_modules
 from lora_tuner.settings_files import resolve_settings
 
 from .. import adapter_files, tiny_models
-from .test_multi_lora import save_opt
+from .conftest import save_random_adapter
 
 GREEDY = SamplingParams(greedy=True, max_new_tokens=20, repetition_penalty=1.0)
 
@@ -39,12 +34,6 @@ def transformers_text(model, folder, prompt, **options):
     inputs = tokenizer(prompt, return_tensors="pt")
     output = model.generate(**inputs, do_sample=False, max_new_tokens=20, pad_token_id=0, **options)[0]
     return tokenizer.decode(output[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-@pytest.fixture(params=["cpu_decoder", "transformers"])
-def decoder_kind(request, monkeypatch):
-    if request.param == "transformers":
-        monkeypatch.setattr(CpuDecoder, "for_base", lambda base: None)
 
 
 def patch_logits(generator, change, monkeypatch):
@@ -292,55 +281,6 @@ def test_wrong_base_needs_force(adapter, tmp_path):
 # mixed batches
 
 
-def save_random_adapter(base_folder, name, rank=4, targets="auto", seed=0, dora=False, folder="adapters"):
-    """Save an adapter with random weights. Returns its folder."""
-    base = load_base(find_base(str(base_folder)), ModelOptions(device="cpu"))
-    if dora:
-        names = resolve_target_modules(base.model, targets).names
-        kind = {"task_type": "CAUSAL_LM", "use_dora": True, "fan_in_fan_out": "gpt2" in str(base_folder)}
-        model = get_peft_model(base.model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, **kind))
-    else:
-        model = lora.add_lora(base, TrainConfig(rank=rank, target_modules=targets))
-    torch.manual_seed(seed)
-    tensors = {
-        name: tensor * (torch.rand_like(tensor) + 0.5) if "magnitude" in name else torch.randn_like(tensor) * 0.3
-        for name, tensor in lora.adapter_state_dict(model).items()
-    }
-    path = Path(folder) / name
-    lora.save_adapter_files(tensors, model.peft_config["default"], path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def shared_folder(tmp_path_factory):
-    """Folder of the adapters that several tests use."""
-    return tmp_path_factory.mktemp("shared")
-
-
-@pytest.fixture
-def eight_adapters(model_folder, shared_folder):
-    """Names of eight_adapters adapters in `adapters` that differ in rank or target modules, one with DoRA."""
-    two_layers, one_layer = {"gpt2": ("c_attn,c_fc", "mlp.c_proj"), "llama": ("q_proj,up_proj", "down_proj")}[
-        model_folder.name
-    ]
-    settings = {
-        "one": (1, "auto"),
-        "two": (2, "attention"),
-        "three": (3, two_layers),
-        "four": (4, one_layer),
-        "five": (5, "all-linear"),
-        "six": (6, "attention"),
-        "eight": (8, two_layers),
-        "nine": (9, "auto"),
-    }
-    folder = shared_folder / model_folder.name
-    if not folder.exists():
-        for name, (rank, targets) in settings.items():
-            save_random_adapter(model_folder, name, rank, targets, seed=rank, dora=name == "six", folder=folder)
-    shutil.copytree(folder, "adapters")
-    return list(settings)
-
-
 LONG = " ".join(tiny_models.reviews(80))
 PROMPTS = ["", "so", "the actor", "71: her voice never", LONG[:60], LONG[:110], LONG[:160], "☕ é"]
 
@@ -351,108 +291,7 @@ def prompt_of_length(tokenizer, length):
     return next(text for text in texts if len(tokenizer(text)["input_ids"]) == length)
 
 
-def peft_greedy_text(model, tokenizer, prompt, sampling):
-    """Generate with plain PEFT up to the first near tie of the two best tokens.
-
-    At a tie rounding decides, which depends on the batch shape. Returns the text, and True if there was no tie.
-    """
-    ids = tokenizer(prompt)["input_ids"] or [tokenizer.bos_token_id]
-    output = model.generate(
-        input_ids=torch.tensor([ids]),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
-        do_sample=False,
-        max_new_tokens=sampling.max_new_tokens,
-        repetition_penalty=sampling.repetition_penalty,
-        pad_token_id=0,
-        output_scores=True,
-        return_dict_in_generate=True,
-    )
-    best = torch.cat(output.scores).topk(2).values
-    close = ((best[:, 0] - best[:, 1]) < 1e-3).nonzero().flatten().tolist()
-    end = len(ids) + (close[0] if close else len(best))
-    before = tokenizer.decode(ids, skip_special_tokens=True)
-    text = tokenizer.decode(output.sequences[0, :end], skip_special_tokens=True)[len(before) :]
-    return (text.rstrip("\ufffd"), False) if close else (text, True)
-
-
-@pytest.mark.parametrize("penalty", [pytest.param(1.0, marks=pytest.mark.slow), 1.3])
-def test_mixed_batch_matches_solo_and_peft(model_folder, eight_adapters, penalty, decoder_kind):
-    sampling = SamplingParams(greedy=True, max_new_tokens=10, repetition_penalty=penalty)
-    requests = list(itertools.product(PROMPTS, eight_adapters))
-    random.Random(0).shuffle(requests)
-    generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
-    batched = dict(zip(requests, generator.generate_batch(requests, sampling), strict=True))
-    without_tie, checked = 0, eight_adapters if penalty == 1.0 else eight_adapters[1::2]
-    for name in checked:
-        fresh = Generator(name, options=ModelOptions(device="cpu"))
-        peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), f"adapters/{name}")
-        for prompt in PROMPTS:
-            solo = fresh.generate(prompt, sampling)
-            text, complete = peft_greedy_text(peft.eval(), fresh.base.tokenizer, prompt, sampling)
-            if complete:
-                assert (solo.text, batched[prompt, name]) == (text, solo)
-            assert solo.text.startswith(text)
-            assert batched[prompt, name].text.startswith(text)
-            without_tie += complete
-    assert without_tie >= 6 * len(checked)
-    for prompt in PROMPTS:
-        assert not prompt or len({batched[prompt, name].text for name in eight_adapters}) >= 6
-
-
-def test_padding_gets_no_repetition_penalty(model_folder, monkeypatch, decoder_kind):
-    generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
-    eos = generator.base.tokenizer.eos_token_id  # also the padding token
-
-    def slightly_prefer_eos(logits):
-        logits[:] = 0
-        logits[..., 5], logits[..., eos] = 1, 1.15
-        return logits
-
-    patch_logits(generator, slightly_prefer_eos, monkeypatch)
-    sampling = SamplingParams(greedy=True, max_new_tokens=3, repetition_penalty=1.3)
-    outputs = generator.generate_batch([(PROMPTS[6], None), ("so", None), ("", None)], sampling)
-    # An empty prompt is one end-of-text token, so here it is repeated.
-    assert [output.tokens for output in outputs] == [0, 0, 1]
-
-
-def test_sequences_at_context_limit_match_solo(model_folder, eight_adapters):
-    generator = Generator(*eight_adapters[:3], options=ModelOptions(device="cpu"))
-    sampling = SamplingParams(greedy=True, max_new_tokens=12, repetition_penalty=1.0)
-    lengths = [3, *(tiny_models.CONTEXT - room for room in (13, 12, 11, 4, 1))]
-    prompts = [prompt_of_length(generator.base.tokenizer, length) for length in lengths]
-    requests = list(itertools.product(prompts, [*eight_adapters[:3], None]))
-    outputs = dict(zip(requests, generator.generate_batch(requests, sampling), strict=True))
-    for name in (*eight_adapters[:3], None):
-        fresh = Generator(*[name] if name else [], options=ModelOptions(base=str(model_folder), device="cpu"))
-        for prompt in prompts:
-            assert outputs[prompt, name] == fresh.generate(prompt, sampling)
-    assert {output.tokens for output in outputs.values() if not output.finished} == {12, 11, 4, 1}
-
-
 # sampling
-
-
-def test_sampling_is_independent_of_batch(model_folder, eight_adapters):
-    sampling = SamplingParams(seed=11, max_new_tokens=10)
-    requests = [
-        ("so", "one"),
-        (PROMPTS[5], "six"),
-        ("the actor", None),
-        ("so", "nine"),
-        ("so", None),
-        ("", "two"),
-    ]
-    solo = {}
-    for pair in requests:
-        (solo[pair],) = Generator(options=ModelOptions(base=str(model_folder), device="cpu")).generate_batch(
-            [pair], sampling
-        )
-    assert len({output.text for output in solo.values()}) == 6
-    generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
-    draw = random.Random(0)
-    for size in (1, 2, 3, 6, 6, 9):
-        batch = draw.sample(requests, min(size, 6)) + draw.choices(requests, k=max(size - 6, 0))
-        assert generator.generate_batch(batch, sampling) == [solo[pair] for pair in batch]
 
 
 def test_n_outputs_use_consecutive_seeds(model_folder, eight_adapters):
@@ -721,52 +560,6 @@ def test_batch_loads_adapters_keeps_current(versions, texts):
     assert generator.generate_batch([], SHORT) == []
 
 
-SEPARATE_BATCHES = "This base flattens the rows of a batch, so each adapter runs in its own batch."
-
-
-def test_dora_in_mixed_batch(model_folder, eight_adapters):
-    notices = []
-    generator = Generator(
-        options=ModelOptions(
-            base=str(model_folder), device="cpu", notify=lambda notice: notices.append(notice.text)
-        )
-    )
-    outputs = generator.generate_batch([("the actor", name) for name in ("six", "two", None, "six")], SHORT)
-    assert notices == [
-        f"{name} has no manifest, so only its shapes can be compared with {model_folder}."
-        for name in ("six", "two")
-    ]
-    for output in outputs:
-        generator.set_adapter(output.adapter)
-        assert generator.generate("the actor", SHORT) == output
-
-
-@pytest.mark.parametrize(
-    "sampling", [SHORT, SamplingParams(seed=3, max_new_tokens=6, n=2)], ids=["greedy", "sampled"]
-)
-def test_flattened_base_runs_adapters_separately(tmp_path, sampling):
-    opt = save_opt(tmp_path / "opt")
-    save_random_adapter(opt, "a", 3, seed=1)
-    save_random_adapter(opt, "b", 2, "fc1,fc2", seed=2, dora=True)
-    notices = []
-    generator = Generator(
-        options=ModelOptions(base=str(opt), device="cpu", notify=lambda notice: notices.append(notice.text))
-    )
-    requests = [(prompt, name) for name in ("a", None, "b", "a") for prompt in ("the actor", "so")]
-    outputs = generator.generate_batch(requests, sampling)
-    assert [text for text in notices if "no manifest" not in text] == [SEPARATE_BATCHES]
-    assert (generator.current_adapter, generator.loaded_adapters) == (None, ["a", "b"])
-    expected = []
-    for prompt, name in requests:
-        fresh = Generator(*[name] if name else [], options=ModelOptions(base=str(opt), device="cpu"))
-        expected += fresh.generate_all(prompt, sampling)
-    assert outputs == expected
-    assert len({output.text for output in outputs}) >= 5
-    notices.clear()
-    generator.generate_batch([("so", "a"), ("the actor", "b")], sampling)
-    assert notices == []  # sent once only
-
-
 # errors
 
 
@@ -843,73 +636,6 @@ def test_changed_manifest_base_is_rejected(versions):
 
 
 # speculative decoding
-
-
-@pytest.fixture
-def draft_counts(monkeypatch):
-    """Draft tokens per round; drafting is enabled for tiny models."""
-    from lora_tuner.inference import batch as inference_batch
-    from lora_tuner.inference import cpu_decoder, speculative
-
-    counts = []
-    propose = speculative.DraftDecoder.propose
-    monkeypatch.setattr(cpu_decoder, "MIN_DRAFT_HEAD", 0)
-    monkeypatch.setattr(inference_batch, "MIN_DRAFT_TOKENS", 1)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(
-        speculative.DraftDecoder, "propose", lambda self, *args: counts.append(propose(self, *args)) or counts[-1]
-    )
-    return counts
-
-
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        GREEDY,
-        SamplingParams(greedy=True, max_new_tokens=20, repetition_penalty=1.3),
-        SamplingParams(seed=5, max_new_tokens=20),
-        SamplingParams(seed=6, max_new_tokens=20, top_k=0, top_p=1.0, temperature=1.5),
-    ],
-)
-@pytest.mark.parametrize("accurate", [True, False])
-def test_speculative_decoding_keeps_text(
-    model_folder, eight_adapters, draft_counts, monkeypatch, sampling, accurate
-):
-    """Accurate and wrong draft tokens, on the base and with an adapter."""
-    without_draft = Generator(eight_adapters[0], options=ModelOptions(device="cpu"))
-    monkeypatch.setattr(without_draft.engine.cpu_decoder, "draft_model", None)
-    expected = {
-        name: without_draft.generate_batch([("the actor", name)], sampling)[0]
-        for name in (None, eight_adapters[0])
-    }
-    assert not any(draft_counts)
-    draft_counts.clear()
-    generator = Generator(eight_adapters[0], options=ModelOptions(device="cpu"))
-    if not accurate:
-        draft = generator.engine.cpu_decoder.draft_model
-        monkeypatch.setattr(draft, "embed", torch.nn.Embedding.from_pretrained(draft.embed.weight.flip(0)))
-    pieces = []
-    for name, output in expected.items():
-        generator.set_adapter(name)
-        assert generator.generate("the actor", sampling, pieces.append) == output
-        assert "".join(pieces) == output.text
-        pieces.clear()
-    assert any(draft_counts)
-    assert not accurate or len(draft_counts) < 2 * 19
-
-
-def test_speculative_decoding_respects_limits(model_folder, draft_counts):
-    generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
-    full_text = generator.generate("the actor", GREEDY).text
-    for length in range(1, 8):
-        output = generator.generate("the actor", GREEDY.model_copy(update={"max_new_tokens": length}))
-        assert (output.tokens, output.finished) == (length, False)
-        assert full_text.startswith(output.text.removesuffix("\ufffd"))
-    stop = full_text[len(full_text) // 2 :][:2]
-    assert (
-        generator.generate("the actor", GREEDY.model_copy(update={"stop": [stop]})).text
-        == full_text[: full_text.find(stop)]
-    )
 
 
 def test_unloaded_adapter_is_freed(eight_adapters, draft_counts):

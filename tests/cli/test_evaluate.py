@@ -1,0 +1,155 @@
+"""evaluate: the gain matrix, its figures and its plot."""
+
+import json
+import re
+from pathlib import Path
+
+from lora_tuner import ModelOptions, evaluate, evaluation
+from lora_tuner.adapters import plots
+
+from .. import tiny_models
+from .test_commands import error, other_base, run
+from .test_compare import flat
+
+
+def loss(cell):
+    return f"{cell['loss']:.4f} ({cell['perplexity']:.2f})"
+
+
+def gain(cell):
+    return f"{cell['gain']:+.4f} ± {cell['standard_error']:.4f}"
+
+
+def test_evaluate_output(two, gpt2, columns):
+    columns(150)
+    facts = json.loads(run("evaluate", "noir", "verse", "--json").stdout)
+    assert facts == json.loads(json.dumps(evaluate(two, options=ModelOptions(device="cpu")).to_dict()))
+    (first, second), (third, fourth) = (row["results"] for row in facts["adapters"])
+    base = [
+        f"{cell['base_loss']:.4f} ({evaluation.EvalResult(**_figures(cell)).perplexities[0]:.2f})"
+        for cell in (first, second)
+    ]
+    shown = [line.rstrip() for line in run("evaluate", "noir", "verse").stdout.splitlines()]
+    assert [re.split(r" {2,}", line) for line in shown] == [
+        ["held-out loss in nats per token (perplexity) on each held-out set"],
+        ["", "noir", "verse"],
+        ["", "6 rows", "7 rows"],
+        ["(base)", *base],
+        ["noir", loss(first), loss(second)],
+        ["verse", loss(third), loss(fourth)],
+        [""],
+        [f"improvement over {gpt2} (loss, ± standard error); negative: worse than the base"],
+        ["", "noir", "verse"],
+        ["", "6 rows", "7 rows"],
+        ["noir", gain(first), gain(second)],
+        ["verse", gain(third), gain(fourth)],
+    ]
+
+
+def _figures(cell):
+    return {name: value for name, value in cell.items() if name != "perplexity"}
+
+
+def test_evaluate_on_narrow_terminal(two, columns):
+    columns(38)
+    facts = json.loads(run("evaluate", "noir", "verse", "--json").stdout)
+    (first, second), (third, fourth) = (row["results"] for row in facts["adapters"])
+    shown = [re.split(r" {2,}", line.rstrip()) for line in run("evaluate", "noir", "verse").stdout.splitlines()]
+    assert shown[1][:2] == ["(base)", "on noir"]
+    assert shown[3:7] == [
+        ["noir", "on noir", loss(first)],
+        ["noir", "on verse", loss(second)],
+        ["verse", "on noir", loss(third)],
+        ["verse", "on verse", loss(fourth)],
+    ]
+    assert shown[9:] == [
+        ["noir", "on noir", gain(first)],
+        ["noir", "on verse", gain(second)],
+        ["verse", "on noir", gain(third)],
+        ["verse", "on verse", gain(fourth)],
+    ]
+
+
+def test_evaluate_writes_plot(two, tmp_path):
+    shown = run("evaluate", "noir", "verse", "--plot", "gains.png").stdout
+    assert shown.startswith("held-out loss in nats per token")
+    drawn = (tmp_path / "gains.png").read_bytes()
+    matrix = evaluate(two, options=ModelOptions(device="cpu"))
+    names = [rows.name for rows in matrix.sets]
+    plots.plot_gains(matrix.base, matrix.adapters, names, matrix.cells, tmp_path / "again.png")
+    assert drawn == (tmp_path / "again.png").read_bytes()
+    json.loads(run("evaluate", "noir", "verse", "--plot", "other.PNG", "--json").stdout)
+    assert (tmp_path / "other.PNG").read_bytes() == drawn
+
+
+def test_evaluate_reports_missing_rows(two, tmp_path, columns):
+    columns(100)
+    lost = tmp_path / "cache" / "held-out" / f"{two[1].manifest.data.held_out_hash}.json"
+    lost.unlink()
+    why = "its held-out rows are not in the cache: it was trained elsewhere, or the cache was emptied"
+    result = run("evaluate", "noir", "verse", "--plot", "gains.png")
+    assert result.stderr.splitlines()[-1] == f"verse has no column: {why}."
+    shown = [line.split() for line in result.stdout.splitlines()]
+    assert shown[1:3] == [["noir"], ["6", "rows"]]
+    assert [line[0] for line in shown[3:6]] == ["(base)", "noir", "verse"]
+    assert (tmp_path / "gains.png").is_file()
+    facts = json.loads(run("evaluate", "noir", "verse", "--json").stdout)
+    assert facts["sets"][1] == {"name": "verse", "rows": 0, "missing": why}
+    assert error("evaluate", "verse") == (
+        f"Error: There are no rows to evaluate on. verse: {why}. Name a dataset with --eval-dataset."
+    )
+
+
+def test_evaluate_with_eval_dataset(two, tmp_path, columns):
+    columns(100)
+    lines = [f"{text},{number % 2}" for number, text in enumerate(tiny_models.reviews(30, seed=9))]
+    (tmp_path / "films.csv").write_text("\n".join(["body,label", *lines]))
+    given = ["--eval-dataset", "films.csv", "--text-column", "body", "--where", "label=1"]
+    result = run("evaluate", "noir", "verse", *given)
+    assert "Evaluation on films.csv: 15 usable rows of 30." in result.stderr.splitlines()
+    assert [line.split() for line in result.stdout.splitlines()[1:3]] == [["films.csv"], ["15", "rows"]]
+    some = json.loads(run("evaluate", "verse", *given, "--eval-rows", 4, "--json").stdout)
+    assert some["sets"] == [{"name": "films.csv", "rows": 4, "missing": None}]
+    assert [row["results"][0]["rows"] for row in some["adapters"]] == [4]
+    fewer = json.loads(run("evaluate", "noir", "verse", "--eval-rows", 3, "--json").stdout)
+    assert [eval_set["rows"] for eval_set in fewer["sets"]] == [3, 3]
+
+
+def test_evaluate_errors(two, tmp_path, gpt2):
+    stranger = other_base(tmp_path)
+    for option, name in (
+        (["--where", "label=1"], "where"),
+        (["--eval-split", "test"], "eval_split"),
+        (["--clean", "lines"], "clean"),
+    ):
+        assert error("evaluate", "noir", *option) == f"Error: {name}: only valid with --eval-dataset."
+    assert error("evaluate", "noir", "--where", "a=1", "--text-column", "b") == (
+        "Error: text_column, where: only valid with --eval-dataset."
+    )
+    for name in ("gains.jpg", "gains"):
+        assert (
+            error("evaluate", "noir", "--plot", name) == f"Error: --plot {name}: choose a name that ends in .png."
+        )
+    assert error("evaluate", "noir", "--plot", "none/gains.png") == (
+        "Error: --plot none/gains.png: there is no folder none."
+    )
+    Path("folder.png").mkdir()
+    assert error("evaluate", "noir", "--plot", "folder.png") == (
+        "Error: --plot folder.png: folder.png is a folder."
+    )
+    assert error("evaluate", "noir", "nobody") == (
+        "Error: There is no adapter 'nobody', neither in adapters (noir, verse) nor as a path."
+    )
+    assert error("evaluate", "noir", "verse", "adapters/noir") == (
+        "Error: Two of these adapters have the name noir: list each once, or rename one."
+    )
+    assert error("evaluate", "noir", "--eval-dataset", "none.csv") == (
+        "Error: There is no dataset 'none.csv': give imdb, an existing file or folder, or a Hub id (owner/name)."
+    )
+    assert error("evaluate", "noir", "--base", stranger).startswith(
+        f"Error: noir was trained on {gpt2} (fingerprint "
+    )
+    assert "FORCED: noir was trained on" in run("evaluate", "noir", "--base", stranger, "--force").stderr
+    assert "Missing argument" in flat(run("evaluate", exit_code=2).stderr)
+    run("evaluate", "noir", "--eval-rows", 1, exit_code=2)
+    assert not list(tmp_path.glob("*gains*"))

@@ -1,0 +1,84 @@
+"""Steps measured before the run, and the stop rules that become steps."""
+
+import itertools
+
+import pytest
+
+from lora_tuner import Notice, Progress, plan, train
+from lora_tuner.adapters import adapter as adapters_adapter
+from lora_tuner.errors import ignore_events
+from lora_tuner.training import profiling
+from lora_tuner.training.setup import prepare_training
+
+from .test_run import weights
+
+
+def test_minutes_become_steps(settings, monkeypatch):
+    told = []
+    config = settings(max_steps=None, minutes=0.02)
+    adapter = train(config, told.append)
+    assert Progress("measuring speed", 4, 4) in told
+    assert (
+        Notice(f"The run takes {adapter.manifest.run.steps} steps; one epoch is {plan(config).steps_per_epoch}.")
+        in told
+    )
+
+
+def test_no_stop_rule_limits_the_epoch(settings, monkeypatch):
+    told = []
+    assert profiling.steps_for_stop_rule(settings(max_steps=None), 50, 0.001, told.append) == 50
+    assert told == []
+    assert profiling.steps_for_stop_rule(settings(max_steps=None), 50, 600.0, told.append) == 1
+    assert "One epoch would take" in told[0].text
+    assert "training is limited to 10 minutes" in told[0].text
+
+
+def test_epochs_become_steps(settings):
+    adapter = train(settings(max_steps=None, epochs=1.5, batch_size=4))
+    per_epoch = -(-adapter.manifest.run.sequences // 4)
+    assert adapter.manifest.run.steps == -(-3 * per_epoch // 2)
+
+
+def test_plan_writes_nothing(settings, tmp_path):
+    cost = plan(settings(max_steps=None, epochs=3, eval_every=5))
+    assert cost.steps == 3 * cost.steps_per_epoch
+    assert cost.training_seconds == pytest.approx(cost.steps * cost.seconds_per_step)
+    assert min(cost.held_out_seconds, cost.peak_memory_bytes, cost.tokens_per_second) > 0
+    adapter = train(settings())
+    assert abs(adapter.path.joinpath(adapters_adapter.WEIGHTS_FILE).stat().st_size - cost.adapter_bytes) < 4096
+    assert cost.trained_parameters == adapter.parameters
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapters", "reviews.csv", "runs"]
+
+
+def test_profiling_does_not_change_result(settings):
+    measured = train(settings(max_steps=None, minutes=0.01, dropout=0.1))
+    counted = train(settings(max_steps=measured.manifest.run.steps, dropout=0.1, name="counted"))
+    assert weights(measured) == weights(counted)
+
+
+def test_profile_ignores_one_slow_step(settings, monkeypatch):
+    setup = prepare_training(settings())
+    times = iter(itertools.accumulate([0, 5, 0, 1, 0, 30, 0, 1, 0, 1]))  # of four steps and a held-out batch
+    with monkeypatch.context() as patched:
+        patched.setattr(profiling.time, "perf_counter", lambda: next(times))
+        profile = profiling.profile_steps(setup, setup.model, setup.learning_rate, 1.0, ignore_events)
+    assert profile.seconds_per_step == pytest.approx(1, rel=0.5)
+    requested = settings(max_steps=None, minutes=1)
+    steps = profiling.steps_for_stop_rule(
+        requested, setup.steps_per_epoch, profile.seconds_per_step, ignore_events
+    )
+    assert steps * profile.seconds_per_step == pytest.approx(60, rel=0.05)
+
+
+@pytest.mark.parametrize(("batch_size", "gradient_accumulation"), [(2, 4), (8, 2), (1, 8)])
+def test_plan_with_few_rows(settings, batch_size, gradient_accumulation):
+    cost = plan(
+        settings(
+            max_rows=20,
+            batch_size=batch_size,
+            gradient_accumulation=gradient_accumulation,
+            minutes=0.01,
+            max_steps=None,
+        )
+    )
+    assert cost.steps >= 1
