@@ -235,9 +235,8 @@ def _trial_name(name: str, config: TrainConfig, configs: Sequence[TrainConfig]) 
     """Make the name of a trial: that of the sweep, and the settings in which the trials differ."""
     for setting, letters in zip(SWEEPABLE, ("r", "lr"), strict=True):
         if len({getattr(other, setting) for other in configs}) > 1:
-            value = getattr(config, setting)
-            text = format_number(value)
-            name += f"-{letters}{text}".replace(".", "p").replace("+", "")
+            value = format_number(getattr(config, setting))
+            name += f"-{letters}{value}".replace(".", "p").replace("+", "")
     return validate_name(name)
 
 
