@@ -15,11 +15,12 @@ demo: adapters/imdb/manifest.json
 adapters/imdb/manifest.json: | $(READY)
 	$(BIN)/python cli.py train --rank 8 --minutes 3
 
+# Bytecode is kept, wherever the environment says otherwise: tests start hundreds of processes.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder  # one more than two cores: some wait
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder  # one more than two cores: some wait
 
 test-slow: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 4 --dist worksteal
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m slow -n 4 --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -6,6 +6,7 @@ torch is imported where it is used: the process that distributes the tests does 
 import contextlib
 import csv
 import gc
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,6 +32,14 @@ SLOWEST_FILES = (
 )
 
 
+def pytest_configure() -> None:
+    """Take signals that a job in the background ignores, as tests send them."""
+    for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the slowest files first, so that parallel workers finish at about the same time."""
     items.sort(key=lambda item: item.path.name not in SLOWEST_FILES)
@@ -42,12 +51,23 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    """Use one thread: tiny models gain nothing from more."""
+def prepare_process() -> None:
+    """Use one thread, as tiny models gain nothing from more, and leave training curves empty.
+
+    Drawing takes a third of a tiny run; tests/adapters/test_model_card.py draws them.
+    """
     import torch
+    from matplotlib.figure import Figure
+
+    from lora_tuner.adapters import plots
 
     torch.set_num_threads(1)
+    plots.plot_loss = lambda history, manifest, to: Figure((1, 1)).savefig(to, format="png")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _prepared_process() -> None:
+    prepare_process()
 
 
 @pytest.fixture(scope="session")

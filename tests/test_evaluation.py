@@ -220,6 +220,7 @@ def test_gain_matrix_matches_plain_peft(adapters, gpt2):
     assert len({cell.gain for line in matrix.cells for cell in line}) == 9
 
 
+@pytest.mark.slow
 def test_gain_matrix_matches_peft_on_llama(llama, tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_TUNER_CACHE", str(train_in(tmp_path, llama, ["noir", "verse"]) / "cache"))
     two_adapters = [Library().get("noir"), Library().get("verse")]

@@ -22,16 +22,16 @@ DISTILGPT2, IMDB = "models/distilbert/distilgpt2", "datasets/stanfordnlp/imdb"
 
 @pytest.fixture(scope="session")
 def repos(tmp_path_factory):
-    """Create a small GPT-2 and 300 reviews, with the files that their originals on the Hub have."""
+    """Create a small GPT-2 and 100 reviews, with the files that their originals on the Hub have."""
     import datasets
 
     root = tmp_path_factory.mktemp("repos")
     tiny_models.save_model(root / "model", "gpt2", context=1024)
-    texts = tiny_models.reviews(300)
+    texts = tiny_models.reviews(100)
     features = datasets.Features(
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])}
     )
-    rows = datasets.Dataset.from_dict({"text": texts, "label": [i % 2 for i in range(300)]}, features=features)
+    rows = datasets.Dataset.from_dict({"text": texts, "label": [i % 2 for i in range(100)]}, features=features)
     (root / "data" / "plain_text").mkdir(parents=True)
     rows.to_parquet(str(root / "data" / "plain_text" / "train-00000-of-00001.parquet"))
     (root / "data" / "README.md").write_text(
@@ -64,7 +64,7 @@ def test_train_defaults_from_hub(repos, cli, tmp_path, caches):
         assert facts["base"]["repo"] == "distilbert/distilgpt2"
         assert facts["base"]["revision"] == hub.repos[DISTILGPT2].sha
         assert facts["data"]["source"] == "stanfordnlp/imdb"
-        assert facts["data"]["counts"]["read"] == 300
+        assert facts["data"]["counts"]["read"] == 100
         assert facts["rank"] == 8
         assert facts["result"]["gain"] > 0
     # The Hub is closed now: the cache is enough.
@@ -86,7 +86,7 @@ def test_cached_hub_data_is_filtered(repos, cli):
         hub, "train", "--rank", "2", "--max-steps", "2", "--where", "label=pos", "--name", "praise", "--json"
     )
     counts = json.loads(again.stdout)["data"]["counts"]
-    assert (counts["filtered"], counts["train"] + counts["held_out"]) == (150, 150)
+    assert (counts["filtered"], counts["train"] + counts["held_out"]) == (50, 50)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from lora_tuner import EvalSet, GainMatrix
 from lora_tuner.adapters import model_card, plots
 from lora_tuner.adapters.adapter import MANIFEST_FILE, load_adapter_folder
 from lora_tuner.adapters.manifest import EvalResult
+from lora_tuner.adapters.plots import plot_loss  # the session leaves it empty elsewhere
 from lora_tuner.errors import AdapterError
 
 from .. import adapter_files
@@ -80,7 +81,7 @@ def plot(tmp_path, history=HISTORY, manifest=None):
     path = tmp_path / "loss.png"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plots.plot_loss(history, manifest or adapter_files.manifest(), path)
+        plot_loss(history, manifest or adapter_files.manifest(), path)
     return pixels_of(path)
 
 

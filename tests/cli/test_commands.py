@@ -319,15 +319,15 @@ def completed(line, shell="bash"):
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("lora-tuner tr", ["train"]),
+        pytest.param("lora-tuner tr", ["train"], marks=pytest.mark.slow),
         ("lora-tuner adapters re", ["rename", "remove"]),
-        ("lora-tuner train --meth", ["--method"]),
+        pytest.param("lora-tuner train --meth", ["--method"], marks=pytest.mark.slow),
         ("lora-tuner train --method l", ["lora", "lora+"]),
         ("lora-tuner generate --adapter no", ["noir", "notes"]),
         ("lora-tuner compare --adapter noir --adapter not", ["notes"]),
         ("lora-tuner train --from ve", ["verse"]),
         *(
-            (f"lora-tuner {command} n", ["noir", "notes"])
+            pytest.param(f"lora-tuner {command} n", ["noir", "notes"], marks=pytest.mark.slow)
             for command in ("evaluate", "compress", "blend", "adapters show")
         ),
         ("lora-tuner adapters show --adapters-dir elsewhere n", []),

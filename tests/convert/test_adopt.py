@@ -30,6 +30,7 @@ from lora_tuner.models.resolve import BaseModelFiles, find_base
 
 from .. import adapter_files, tiny_models
 from ..adapters.test_library import HEAVY, INVALID_NAME, loaded_by, refusal, tree
+from ..parameters import sampled
 
 IDS = torch.arange(7, 107).reshape(5, 20)
 
@@ -76,7 +77,7 @@ PEFT_SETTINGS = {  # with the names of the settings that are ignored
 
 
 @pytest.mark.filterwarnings("ignore:Using Rank-Stabilized LoRA", "ignore:`loftq_config` specified")
-@pytest.mark.parametrize("way", PEFT_SETTINGS)
+@pytest.mark.parametrize("way", sampled(PEFT_SETTINGS, 2))
 def test_peft_settings_keep_peft_logits(way, model_folder, library, tmp_path):
     settings, ignored = PEFT_SETTINGS[way]
     layer_list = "h" if model_folder.name == "gpt2" else "layers"

@@ -26,6 +26,7 @@ from lora_tuner.errors import AdapterError, ConfigError, Notice
 from .. import tiny_models
 from ..cli.test_commands import run
 from ..inference.test_multi_lora import save_peft_adapter
+from ..parameters import sampled
 from .conftest import IDS, VARIANTS, adapter_deltas, file_names, peft_logits
 
 
@@ -40,7 +41,7 @@ def dense_logits(folder, *parts):
         return model(IDS).logits.float()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", sampled(VARIANTS, 2))
 def test_blend_of_one_equals_it(make, library, model_folder, variant):
     one = make("one", variant)
     made = blend([(one, 1.0)], "same", library, options=ModelOptions(base=str(model_folder))).adapter

@@ -163,6 +163,7 @@ for options in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_hub_eval_dataset_has_default_split(tmp_path):
     """Runs in its own process, with empty caches."""
     films = tmp_path / "films"

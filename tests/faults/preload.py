@@ -2,8 +2,6 @@
 
 import gc
 
-import torch
-
 import lora_tuner.adapters.hub_sync
 import lora_tuner.adapters.plots
 import lora_tuner.cli.app
@@ -15,6 +13,8 @@ import lora_tuner.convert.merge
 import lora_tuner.inference.generator
 import lora_tuner.training.run  # noqa: F401
 
-torch.set_num_threads(1)
+from ..conftest import prepare_process
+
+prepare_process()
 gc.collect()
 gc.freeze()  # a forked command collects only its own objects, and copies no pages for the rest

@@ -141,10 +141,6 @@ def test_second_training_of_name_is_refused(
     assert first.end().status == 0
     check_whole(workspace, "new")
     assert list((workspace / "runs").iterdir()) == []
-    alone = run(*training, "--name", "alone")
-    assert alone.status == 0
-    weights = [(workspace / "adapters" / name / WEIGHTS_FILE).read_bytes() for name in ("new", "alone")]
-    assert weights[0] == weights[1]
 
 
 def test_second_sweep_of_name_is_refused(

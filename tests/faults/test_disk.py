@@ -19,6 +19,7 @@ from lora_tuner.errors import TrainingError
 from lora_tuner.training import trainer
 from lora_tuner.training.run import train
 
+from ..parameters import sampled
 from . import workspaces
 from .process import Fault, contents
 from .workspaces import COMMANDS, arguments, litter, old_or_new, points, run, state, unfinished
@@ -51,7 +52,12 @@ def full_at(name: str, words: list[str], world: Path, root: Path, at: int, new: 
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in workspaces.QUICK if name not in ("train over another", "sweep over another")]
+    "name",
+    [
+        name
+        for name in workspaces.QUICK
+        if name not in ("train over another", "sweep over another", "adopt in place", "export")
+    ],
 )
 def test_full_disk_changes_nothing(name: str, expected, world: Path, gpt2: Path, tmp_path: Path) -> None:
     words = arguments(name, world, gpt2)
@@ -202,7 +208,7 @@ READ_ONLY_PLACES = {
 }
 
 
-@pytest.mark.parametrize("name", READ_ONLY_PLACES)
+@pytest.mark.parametrize("name", sampled(READ_ONLY_PLACES, 3))
 def test_read_only_place_refused_early(name: str, closed: Path, world: Path, gpt2: Path) -> None:
     (closed / READ_ONLY_PLACES[name]).chmod(0o555)
     before = contents(closed)
@@ -230,7 +236,7 @@ def test_read_only_cache_still_works(
     assert state(closed) == expected(name)[0]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", sampled(COMMANDS, 4))
 def test_output_folder_is_file(name: str, closed: Path, world: Path, gpt2: Path) -> None:
     place = "merged" if name == "merge" else "adapters"
     if (closed / place).is_dir():

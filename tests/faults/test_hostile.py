@@ -279,7 +279,7 @@ QUICK = {name: CHEAP[name] for name in ("verify",)}
 
 def test_hostile_adapter_fails_verify(do):
     """The slow test below runs all of them."""
-    for outcome in do([(name, hostile.spoil) for name, hostile in [*BY_HAND.items()][::4]], QUICK):
+    for outcome in do([(name, hostile.spoil) for name, hostile in [*BY_HAND.items()][::16]], QUICK):
         check(outcome)
         check_rejected(outcome, BY_HAND[outcome.adapter])
 
@@ -307,7 +307,7 @@ def nothing(folder: Path) -> None:
     pass
 
 
-@pytest.mark.parametrize("seeds", [range(12, 15), pytest.param(range(15, 18), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seeds", [range(12, 13), pytest.param(range(13, 18), marks=pytest.mark.slow)])
 def test_fuzzed_adapter_loads_or_fails_cleanly(do, seeds):
     for outcome in do(
         [(f"seed {seed}", partial(hostile_adapters.spoil_randomly, seed=seed)) for seed in seeds], ALL
@@ -333,7 +333,7 @@ def test_hostile_adapter_fails_every_command(do):
         check_rejected(outcome, BY_HAND[outcome.adapter])
 
 
-@pytest.mark.parametrize(("first", "step"), [(0, 4), pytest.param(0, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("first", "step"), [(0, 8), pytest.param(0, 1, marks=pytest.mark.slow)])
 def test_rejected_adapter_keeps_base_unchanged(gpt2, good, tmp_path, first, step):
     generator = Generator(options=ModelOptions(base=str(gpt2), device="cpu"))
     tokens = torch.arange(1, 30)[None]
@@ -371,16 +371,16 @@ BASE_NAMES = [
 ]
 
 
-def test_hostile_base_name_cannot_escape(do):
+@pytest.mark.parametrize("names", [BASE_NAMES[2:3], pytest.param(BASE_NAMES, marks=pytest.mark.slow)])
+def test_hostile_base_name_cannot_escape(do, names):
     """Base names and revisions that point outside the cache."""
     jobs = [
-        (f"config {n}", hostile_adapters.config(base_model_name_or_path=place))
-        for n, place in enumerate(BASE_NAMES)
+        (f"config {n}", hostile_adapters.config(base_model_name_or_path=place)) for n, place in enumerate(names)
     ]
-    jobs += [(f"manifest {n}", hostile_adapters.manifest(base__name=place)) for n, place in enumerate(BASE_NAMES)]
+    jobs += [(f"manifest {n}", hostile_adapters.manifest(base__name=place)) for n, place in enumerate(names)]
     jobs += [
         (f"revision {n}", hostile_adapters.manifest(base__name="me/mine", base__revision=place))
-        for n, place in enumerate(BASE_NAMES)
+        for n, place in enumerate(names)
     ]
     own = {
         name: [word for word in ALL[name] if word not in BASE]
@@ -429,6 +429,7 @@ def test_path_as_adapter_name_fails(do):
         assert outcome.status in (1, 2), outcome.text
 
 
+@pytest.mark.slow
 def test_symlinks_and_odd_folder_names(do, tmp_path):
     def odd(folder: Path) -> None:
         for name, to in (

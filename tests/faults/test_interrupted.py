@@ -106,6 +106,7 @@ def test_second_signal_stops_immediately_resumable(run, arguments, whole, moment
     assert leftovers() == {str(ADAPTER)}
 
 
+@pytest.mark.slow
 def test_repeated_hangup_saves_like_sigterm(run, arguments, whole):
     ended = run(*arguments, *HARD, before=partial(signalled, *[(STEP_END, 3, HUP)] * 3))
     assert stopped(ended, "Stopped at step 3 of 9, saved. Resume with: python cli.py train --resume reviews")
@@ -135,7 +136,7 @@ def whole_sweep(kept, run, arguments):
 @pytest.mark.parametrize(
     ("moment", "nth", "number", "line"),
     cases(
-        [("lora_tuner.training.sweep:prepare_training", 3, INT, "Stopped immediately.")],
+        [],  # the quick one is test_stopped_sweep_resumes_bitwise
         [
             ("lora_tuner.training.sweep:prepare_training", 1, INT, None),  # nothing to resume yet
             ("lora_tuner.training.run:train", 1, HUP, "Stopped immediately."),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lora_tuner.cli.app import app
 
 from .. import adapter_files
+from ..parameters import sampled
 from .process import contents
 from .test_broken_data import drop_root_access, table
 
@@ -134,7 +135,7 @@ def files_of(folder):
     return {name: content for name, content in contents(folder).items() if content is not None}
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", sampled(COMMANDS, 3))
 def test_invalid_value_error_names_option(workspace, name):
     command, arguments = COMMANDS[name], ARGUMENTS[name]
     usual = invoke(*name.split(), *arguments)
@@ -322,11 +323,14 @@ def test_large_numbers_are_accepted(run, workspace, gpt2):
 @pytest.mark.parametrize("option", ["--adapters-dir", "--runs-dir"])
 @pytest.mark.parametrize(
     ("where", "status", "why"),
-    [
-        ("some.txt", 2, "'some.txt' is a file."),
-        ("some.txt/below", 1, "some.txt is not a folder: choose another"),
-        ("locked/below", 1, "locked is not writable: choose another"),
-    ],
+    sampled(
+        [
+            ("some.txt", 2, "'some.txt' is a file."),
+            ("some.txt/below", 1, "some.txt is not a folder: choose another"),
+            ("locked/below", 1, "locked is not writable: choose another"),
+        ],
+        3,
+    ),
 )
 def test_unwritable_folder_fails(run, workspace, gpt2, option, where, status, why):
     (workspace / "locked").mkdir()

@@ -15,6 +15,7 @@ import pytest
 from lora_tuner.server.runner import MODEL_LIBRARIES
 
 from .. import adapter_files
+from ..parameters import sampled
 from .injected_signals import dropped
 from .runs import ADAPTER, HARD, outcome
 
@@ -108,7 +109,7 @@ def advising() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["generate", "--adapter", "one", "Acting"], ["merge", "one", "--out", "merged"]]
+    "words", sampled([["generate", "--adapter", "one", "Acting"], ["merge", "one", "--out", "merged"]], 2)
 )
 def test_advice_of_libraries_is_not_shown(world, start, words):
     ended = start(*words, "--adapters-dir", world / "adapters", before=advising).end()

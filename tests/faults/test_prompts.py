@@ -11,6 +11,7 @@ from lora_tuner.models.resolve import find_base
 from lora_tuner.models.tokenizer import load_tokenizer
 
 from .. import tiny_models
+from ..parameters import sampled
 from .process import unchanged
 
 GREEDY = ("--greedy", "--repetition-penalty", "1")
@@ -69,7 +70,7 @@ def test_odd_prompts_are_shown_unchanged(generate):
         assert generate("--", prompt).out.startswith(prompt)
 
 
-@pytest.mark.parametrize("excess", [0, 1, 1000])
+@pytest.mark.parametrize("excess", sampled([0, 1, 1000], 3))
 def test_prompt_filling_context_is_rejected(generate, gpt2, excess):
     fits = "a" * (tiny_models.CONTEXT - 1)
     assert count_tokens(gpt2, fits) == tiny_models.CONTEXT - 1
@@ -114,12 +115,15 @@ def test_bad_prompt_stops_before_any_output(run, gpt2, adapter, tmp_path, line, 
 
 @pytest.mark.parametrize(
     "content",
-    [
-        b"the actor\nthis film\n",
-        b"the actor\r\nthis film",
-        b"\xef\xbb\xbfthe actor\r\n\r\n  \r\nthis film\r\n",
-        b"the actor\rthis film\r",
-    ],
+    sampled(
+        [
+            b"the actor\nthis film\n",
+            b"the actor\r\nthis film",
+            b"\xef\xbb\xbfthe actor\r\n\r\n  \r\nthis film\r\n",
+            b"the actor\rthis film\r",
+        ],
+        2,
+    ),
 )
 def test_prompt_file_accepts_all_line_endings(generate, tmp_path, content):
     (tmp_path / "prompts.txt").write_bytes(content)

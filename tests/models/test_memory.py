@@ -29,6 +29,7 @@ from lora_tuner.training import profiling
 from lora_tuner.training.setup import prepare_training
 
 from .. import tiny_models
+from ..parameters import sampled
 
 BITS = ["8bit", "4bit"]
 
@@ -99,7 +100,7 @@ def test_gradients_flow_after_quantized_generation(folder, settings, bits):
         torch.testing.assert_close(model(ids).logits, before)
 
 
-@pytest.mark.parametrize("method", ["dora", "pissa", "eva"])
+@pytest.mark.parametrize("method", sampled(["dora", "pissa", "eva"], 3))
 def test_methods_dequantize_weights(folder, settings, method):
     adapter = train(settings(base=str(folder), load_in="4bit", method=method))
     again = evaluation.evaluate([adapter], options=ModelOptions(device="cpu", load_in="4bit")).cells[0][0]
@@ -180,7 +181,7 @@ def test_impossible_quantization_is_refused(gpt2, monkeypatch):
     assert str(error.value) == "--load-in 4bit needs bitsandbytes: pip install bitsandbytes; or leave it out."
 
 
-@pytest.mark.parametrize("bits", ["full", "4bit"])
+@pytest.mark.parametrize("bits", sampled(["full", "4bit"], 2))
 def test_gradient_checkpointing_is_bitwise_equal(folder, settings, bits):
     stored, recomputed = (
         train(settings(base=str(folder), name=name, gradient_checkpointing=mode, dropout=0.1, load_in=bits))

@@ -21,7 +21,8 @@ from playwright.sync_api import Error, expect, sync_playwright
 from safetensors.numpy import load_file
 
 from lora_tuner import Generator, Library, ModelOptions, SamplingParams, evaluate, evaluation
-from lora_tuner.adapters import adapter
+from lora_tuner.adapters import adapter, plots
+from lora_tuner.adapters.plots import plot_loss  # the session leaves it empty elsewhere
 from lora_tuner.errors import GenerationError, Interrupted, QueueFullError
 from lora_tuner.inference.multi_lora import blend_loaded
 from lora_tuner.inference.sequence import Sequence
@@ -436,7 +437,8 @@ def test_blend_follows_slider(visit, generator, served):
     expect(page.locator("input[type=number]:visible")).to_have_count(0)  # a typed number could be out of bounds
 
 
-def test_library_shows_adapters_and_cards(page, adapters):
+def test_library_shows_adapters_and_cards(page, adapters, monkeypatch):
+    monkeypatch.setattr(plots, "plot_loss", plot_loss)
     open_tab(page, "Library")
     rows = page.get_by_role("row")
     expect(rows).to_have_count(5)
@@ -687,6 +689,7 @@ def fill_tabs(page):
     yield "evaluate"
 
 
+@pytest.mark.slow
 def test_page_fits_phone_with_enough_contrast(visit):
     """Contrast ratio of WCAG 2, section 1.4.3."""
     page = visit()

@@ -50,6 +50,7 @@ def test_plan_writes_nothing(settings, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapters", "reviews.csv", "runs"]
 
 
+@pytest.mark.slow
 def test_profiling_does_not_change_result(settings):
     measured = train(settings(max_steps=None, minutes=0.01, dropout=0.1))
     counted = train(settings(max_steps=measured.manifest.run.steps, dropout=0.1, name="counted"))

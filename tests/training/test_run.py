@@ -99,6 +99,7 @@ def test_resumed_run_is_bitwise_equal(settings, step, number):
     assert not (Library().path.parent / "runs" / "reviews").exists()
 
 
+@pytest.mark.slow
 def test_second_sigint_stops_immediately_resumable(settings):
     whole = train(settings(name="whole"))
 
@@ -300,6 +301,7 @@ def test_resume_with_other_versions_is_refused(settings, monkeypatch):
         resume("reviews")
 
 
+@pytest.mark.slow
 def test_moved_run_resumes_bitwise(settings, tmp_path):
     how = {
         "learning_rate": 0.2,

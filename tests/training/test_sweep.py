@@ -184,6 +184,7 @@ def test_sweep_with_taken_name_is_refused(settings, adapter):
     assert not (settings().runs_dir / "reviews.sweep").exists()
 
 
+@pytest.mark.slow
 def test_overwritten_sweep_starts_from_scratch(settings):
     """Adapters of an earlier sweep are trained again."""
     sweep.run_sweep(configs_of(settings, 2, 4, max_steps=None, minutes=0.002, seed=7))
@@ -194,7 +195,8 @@ def test_overwritten_sweep_starts_from_scratch(settings):
         assert Library().get(f"reviews-r{rank}").sha256 == alone.sha256 != before[f"reviews-r{rank}"]
 
 
-@pytest.mark.parametrize("overwrite", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("overwrite", [False, True])
 def test_only_the_stopped_trial_resumes(settings, overwrite, stopped_at):
     whole = sweep.run_sweep(configs_of(settings, 2, 4, 8, name="whole"))
     if overwrite:  # an earlier stopped run of this trial's name, with other settings
@@ -227,6 +229,7 @@ def test_sweep_with_changed_data_is_refused(settings, reviews_csv, stopped_at):
     assert len(sweep.resume_sweep("reviews").trials) == 3
 
 
+@pytest.mark.slow
 def test_sweep_with_replaced_adapter_is_refused(settings, stopped_at):
     stopped_at(4, 2)
     train(settings(rank=2, seed=3, name="reviews-r2", overwrite=True))
@@ -240,6 +243,7 @@ def test_sweep_with_replaced_adapter_is_refused(settings, stopped_at):
     assert len(sweep.resume_sweep("reviews").trials) == 3
 
 
+@pytest.mark.slow
 def test_removed_trial_is_trained_again(settings, stopped_at):
     stopped_at(8, 1, keep_checkpoints=True, max_steps=2)
     before = {name: Library().get(name).sha256 for name in Library().names()}
@@ -260,6 +264,7 @@ def test_removed_trial_is_trained_again(settings, stopped_at):
     assert {name: Library().get(name).sha256 for name in before} == before
 
 
+@pytest.mark.slow
 def test_trial_finished_alone_is_not_trained_again(settings, stopped_at):
     stopped_at(4, 3)
     created = resume("reviews-r4").manifest.created
@@ -267,6 +272,7 @@ def test_trial_finished_alone_is_not_trained_again(settings, stopped_at):
     assert Library().get("reviews-r4").manifest.created == created
 
 
+@pytest.mark.slow
 def test_foreign_run_in_place_of_trial_is_kept(settings, stopped_at, stop_at):
     stopped_at(4, 3)
     with stop_at(1):
@@ -279,6 +285,7 @@ def test_foreign_run_in_place_of_trial_is_kept(settings, stopped_at, stop_at):
     assert (settings().runs_dir / "mine" / "run.yaml").is_file()
 
 
+@pytest.mark.slow
 def test_repeated_sweep_resumes_its_own_trial(settings, stopped_at):
     """The adapters of an earlier sweep with the same settings are not those of this one."""
     sweep.run_sweep(configs_of(settings, 2, 4))
@@ -312,6 +319,7 @@ def test_finished_trials_are_measured_on_their_base(stopped_measuring, gpt2, lla
         sweep.resume_sweep("reviews")
 
 
+@pytest.mark.slow
 def test_other_files_in_sweep_folder_are_kept(settings, stopped_measuring, monkeypatch):
     mine = settings().runs_dir / "reviews.sweep" / "mine"
     measure = sweep._measure_trials
