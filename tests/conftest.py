@@ -40,8 +40,24 @@ def pytest_configure() -> None:
             signal.signal(number, handler)
 
 
+# Tests of these files run quickly on GPT-2 alone: others test that LoRA is the same on both kinds of layers.
+ONE_KIND_FILES = (
+    "test_batch.py",
+    "test_blend.py",
+    "test_compress.py",
+    "test_generator.py",
+    "test_mixed_batch.py",
+    "test_speculative.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the slowest files first, so that parallel workers finish at about the same time."""
+    for item in items:
+        kind = item.callspec.params.get("model_folder") if hasattr(item, "callspec") else None
+        if kind == "llama" and item.path.name in ONE_KIND_FILES:
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.path.name not in SLOWEST_FILES)
 
 

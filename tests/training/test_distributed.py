@@ -135,6 +135,7 @@ def test_two_processes_train_same_adapter(settings, run_both):
     assert not Path("runs/two").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "streaming", [{}, pytest.param({"streaming": True, "shuffle_buffer": 20}, marks=pytest.mark.slow)]
 )
