@@ -199,7 +199,12 @@ def reproducibility_facts(manifest: Manifest) -> dict[str, str]:
         if data.encoded_hash:
             facts["rows as tokens"] = data.encoded_hash
     if run := manifest.run:
-        facts |= {"device": run.device, "dtype": run.dtype, "threads": str(run.threads)}
+        facts |= {
+            "device": run.device,
+            "dtype": run.dtype,
+            "threads": str(run.threads),
+            "kernels": str(run.kernels),
+        }
     return facts
 
 

@@ -18,7 +18,7 @@ from ..config import METHODS, TrainConfig, default_adapter_name
 from ..data.splitting import content_hash
 from ..data.tokenization import encoded_hash
 from ..errors import ConfigError, EventHandler, Notice, Progress, ignore_events
-from ..models import fsdp, initialization, kernels, lora
+from ..models import fsdp, fused_blocks, initialization, kernels, lora
 from ..models.resolve import quiet_transformers
 from . import profiling
 from .inputs import TrainingInputs, dtype_name, load_inputs
@@ -29,14 +29,15 @@ from .profiling import StepProfile
 class TrainingSetup(TrainingInputs):
     """A prepared run: its inputs, the model with LoRA, and the resolved configuration.
 
-    `profile` holds the measurement from which the number of steps follows, if one was needed;
-    `sweep` is the id of the sweep whose trial it is.
+    `kernels` is the build of the C kernels, if decoder blocks are fused; `profile` holds the measurement
+    from which the number of steps follows, if one was needed; `sweep` is the id of the sweep whose trial it is.
     """
 
     config: TrainConfig
     learning_rate: float
     max_steps: int
     model: PeftModel
+    kernels: str | None
     profile: StepProfile | None
     notify: EventHandler
     sweep: str | None = None
@@ -85,6 +86,7 @@ class TrainingSetup(TrainingInputs):
                 load_in=self.base.load_in,
                 threads=torch.get_num_threads(),
                 processes=distributed.world_size(),
+                kernels=self.kernels,
                 coverage=self.targets.coverage,
                 not_adapted=self.targets.not_adapted,
                 sweep=self.sweep,
@@ -126,6 +128,7 @@ def prepare_training(
     inputs = inputs or load_inputs(requested, notify)
     learning_rate = requested.learning_rate or METHODS[inputs.method].learning_rate
     model = _add_lora(requested, inputs, notify)
+    fused = fused_blocks.try_fused_blocks(inputs.base, model) if inputs.varlen_attention else None
     checkpointing = profiling.fit_to_memory(inputs, model, requested.gradient_checkpointing, notify)
     profile = None
     if requested.max_steps is None and requested.epochs is None:
@@ -166,6 +169,7 @@ def prepare_training(
         learning_rate=learning_rate,
         max_steps=max_steps,
         model=model,
+        kernels=fused,
         profile=profile,
         notify=notify,
         sweep=sweep,

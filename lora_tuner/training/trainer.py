@@ -183,7 +183,8 @@ class _LoraTrainer(Trainer):
         self.setup, self.folder = setup, folder
         self.per_step = setup.sequences_per_step  # kept, as other processes may end before this one
         self.current_step, self.step_start, self.predictions = -1, 0.0, 0
-        self.last_good: dict[str, torch.Tensor] = {}
+        self.trained = [tensor for tensor in setup.model.parameters() if tensor.requires_grad]
+        self.last_good: list[torch.Tensor] = []
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader = super().get_train_dataloader()
@@ -246,8 +247,10 @@ class _LoraTrainer(Trainer):
         """Save the last adapter whose loss and gradients were finite, and raise DivergedError."""
         folder = self.folder / "last-good"
         if self.last_good and distributed.rank() == 0:
-            with contextlib.suppress(OSError), atomic_io.atomic_folder(folder) as work:
-                save_adapter(self.setup, self.last_good, self.setup.manifest, work)
+            with contextlib.suppress(OSError), atomic_io.atomic_folder(folder) as work, torch.no_grad():
+                for good, tensor in zip(self.last_good, self.trained, strict=True):
+                    tensor.copy_(good)
+                save_adapter(self.setup, lora.adapter_state_dict(self.setup.model), self.setup.manifest, work)
         kept = (
             f"The last good adapter is in {folder}." if folder.is_dir() else "There is no good adapter to keep."
         )
@@ -355,13 +358,12 @@ class _CheckGradients(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        model = self.trainer.setup.model
-        if not all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None):
+        trained = self.trainer.trained
+        norm = torch.nn.utils.get_total_norm([tensor.grad for tensor in trained if tensor.grad is not None])
+        if not norm.isfinite():
             self.trainer.save_last_good_and_raise("A gradient is not finite")
         if distributed.rank() == 0:
-            self.trainer.last_good = {
-                name: tensor.clone() for name, tensor in lora.adapter_state_dict(model).items()
-            }
+            self.trainer.last_good = [tensor.detach().clone() for tensor in trained]
 
 
 class _StopOnSignal(TrainerCallback):
