@@ -21,6 +21,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "GPT2Block")
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")  # whose layers these are
-GELU_TANH = ("gelu_new", "gelu_pytorch_tanh")
 KEPT_LENGTH = 512  # probabilities of longer rows are computed again in the backward pass
 UNSUPPORTED_INPUTS = ("attention_mask", "past_key_values", "encoder_hidden_states")
 
@@ -101,7 +101,7 @@ def enable_fused_blocks(model: PreTrainedModel) -> bool:
     """
     kernels = native_kernels()
     layers = _decoder_layers(model)
-    if kernels is None or not layers or not all(_is_supported(layer, model) for layer in layers):
+    if kernels is None or not layers or not all(_is_supported(layer) for layer in layers):
         return False
     for layer in layers:
         if "forward" not in vars(layer):
@@ -130,13 +130,17 @@ def _is_gpt2(layer: Any) -> bool:
     return type(layer).__name__ == "GPT2Block"
 
 
-def _is_supported(layer: Any, model: PreTrainedModel) -> bool:
-    config = model.config
-    if not _is_gpt2(layer) and config.hidden_act != "silu":
-        return False
-    if _is_gpt2(layer) and (config.activation_function not in GELU_TANH or config.add_cross_attention):
-        return False
-    return all(is_plain(module) for group in _linear_groups(layer) for module in group)
+def _is_supported(layer: Any) -> bool:
+    x = torch.linspace(-4, 4, 33)
+    if _is_gpt2(layer):
+        found, expected = layer.mlp.act(x), F.gelu(x, approximate="tanh")
+    else:
+        found, expected = layer.mlp.act_fn(x), F.silu(x)
+    return (
+        torch.allclose(found, expected, atol=1e-5)
+        and not hasattr(layer, "crossattention")
+        and all(is_plain(module) for group in _linear_groups(layer) for module in group)
+    )
 
 
 def _linear_groups(layer: Any) -> list[list[nn.Module]]:
