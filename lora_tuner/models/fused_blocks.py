@@ -194,9 +194,8 @@ def _find_rows(boundaries: torch.Tensor | None, count: int, length: int) -> _Row
     """Rows of `count` sequences: those between the boundaries, else each sequence."""
     ends = [*range(0, count * length + 1, length)] if boundaries is None else boundaries.tolist()
     lengths = torch.tensor([end - start for start, end in pairwise(ends)])
-    starts = torch.tensor(ends[:-1])
-    table = torch.stack([starts, lengths], 1).repeat_interleave(lengths, 0)
-    return _Rows(ends, table.contiguous())
+    table = torch.stack([torch.tensor(ends[:-1]), lengths], 1)
+    return _Rows(ends, table.repeat_interleave(lengths, 0))
 
 
 class _Block:
