@@ -26,71 +26,19 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from ..data import packing
 from .fused_linear import LinearGroup, is_plain
 from .kernels import VARLEN_ATTENTION
 from .native import NativeKernels, native_kernels
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-
-    from .loading import LoadedBase
+    pass
 
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "GPT2Block")
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")  # whose layers these are
 KEPT_LENGTH = 512  # probabilities of longer rows are computed again in the backward pass
 UNSUPPORTED_INPUTS = ("attention_mask", "past_key_values", "encoder_hidden_states")
 
 # q, k and v of all tokens, each (tokens * heads * head size,): all heads of a row, then the next row.
 _Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def try_fused_blocks(base: LoadedBase, model: PreTrainedModel | PeftModel) -> str | None:
-    """Replace the forward pass of all decoder layers, if loss and gradients stay the same.
-
-    Args:
-        base: the base, with varlen attention.
-        model: the same with LoRA layers; its weights are left as they are.
-
-    Returns:
-        The build of the kernels; None, with the model unchanged, where there are none or they differ.
-    """
-    trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
-    kept = {name: tensor.detach().clone() for name, tensor in trained.items()}
-    kernels, same = native_kernels(), False
-    if kernels is None or not enable_fused_blocks(base.model):
-        return None
-    try:
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for name, tensor in trained.items():
-                if "lora_B" in name:  # 0 at first, and so would be the gradient of A
-                    tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.01)
-        found = _loss_and_gradients(base, model, trained)
-        disable_fused_blocks(base.model)
-        expected = _loss_and_gradients(base, model, trained)
-        tolerance = 1e-3 if base.dtype == torch.float32 else 0.2
-        same = all(
-            bool((found[name] - value).norm() <= tolerance * value.norm()) for name, value in expected.items()
-        )
-    finally:
-        with torch.no_grad():
-            for name, tensor in trained.items():
-                tensor.copy_(kept[name])
-    if same:
-        enable_fused_blocks(base.model)
-    return kernels.build if same else None
-
-
-def _loss_and_gradients(
-    base: LoadedBase, model: torch.nn.Module, trained: dict[str, nn.Parameter]
-) -> dict[str, torch.Tensor]:
-    batch = packing.collate([base.probe_sequences()], base.tokenizer.pad_token_id, cu_seqlens=True)
-    labels = batch.pop("labels")
-    with torch.enable_grad(), base.lm_head.skip_lm_head():
-        loss = base.lm_head.nll(model(**batch, use_cache=False).logits, labels).sum()
-    gradients = torch.autograd.grad(loss, list(trained.values()))
-    return {"loss": loss.detach(), **dict(zip(trained, gradients, strict=True))}
 
 
 def enable_fused_blocks(model: PreTrainedModel) -> bool:
@@ -100,7 +48,7 @@ def enable_fused_blocks(model: PreTrainedModel) -> bool:
         False, with the model unchanged, where there are no kernels or a layer is of another kind.
     """
     kernels = native_kernels()
-    layers = _decoder_layers(model)
+    layers = decoder_layers(model)
     if kernels is None or not layers or not all(_is_supported(layer) for layer in layers):
         return False
     for layer in layers:
@@ -112,17 +60,18 @@ def enable_fused_blocks(model: PreTrainedModel) -> bool:
 
 def disable_fused_blocks(model: PreTrainedModel) -> None:
     """Undo `enable_fused_blocks`."""
-    for layer in _decoder_layers(model):
+    for layer in decoder_layers(model):
         vars(layer).pop("forward", None)
 
 
 def packs_rows(model: PreTrainedModel) -> bool:
     """Return whether blocks are fused, which keep packed rows apart by their boundaries."""
-    fused = any("forward" in vars(layer) for layer in _decoder_layers(model))
+    fused = any("forward" in vars(layer) for layer in decoder_layers(model))
     return fused and model.config.get_text_config()._attn_implementation == VARLEN_ATTENTION
 
 
-def _decoder_layers(model: PreTrainedModel) -> list[Any]:
+def decoder_layers(model: PreTrainedModel) -> list[Any]:
+    """Layers of the kinds that can be fused."""
     return [layer for layer in model.modules() if type(layer).__name__ in LAYERS]
 
 
@@ -256,6 +205,13 @@ class _Block:
         weight, sizes = self.norms[number].weight.detach(), (*x.shape, residual.stride(0), dx.stride(0))
         self.call(name, grad, x, weight, stats, residual, dx, *sizes)
 
+    def activate(self, up: torch.Tensor) -> torch.Tensor:
+        """Activation of the MLP, as input of its last layer."""
+        group, name = self.groups[3], "swiglu" if self.llama else "gelu"
+        out = group.new_input(len(up))
+        self.call(name, up, out, len(up), group.size_in, out.shape[1])
+        return out
+
     def attend(self, heads: _Heads, rows: _Rows) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Attention within rows, laid out as q, and the probabilities of short rows."""
         out, kept = torch.empty_like(heads[0]), []
@@ -337,12 +293,10 @@ class _BlockFunction(torch.autograd.Function):
         middle = out_group.forward(attended, x)
         normed_2, stats_2 = block.norm(1, middle, up_group)
         up = up_group.forward(normed_2)
-        inner = down_group.new_input(tokens)
-        block.call("swiglu" if block.llama else "gelu", up, inner, tokens, down_group.size_in, inner.shape[1])
-        out = down_group.forward(inner, middle)
+        out = down_group.forward(block.activate(up), middle)
         ctx.block, ctx.rows, ctx.shape = block, rows, hidden.shape
         ctx.save_for_backward(
-            x, normed, stats, before_norm, head_stats, cos, sin, q, k, v, attended, middle, normed_2, stats_2, up, inner,
+            x, normed, stats, before_norm, head_stats, cos, sin, q, k, v, attended, middle, normed_2, stats_2, up,
             *probabilities,
         )  # fmt: skip
         return out.view(hidden.shape)
@@ -352,13 +306,15 @@ class _BlockFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         block, rows = ctx.block, ctx.rows
         (
-            x, normed, stats, before_norm, head_stats, cos, sin, q, k, v, attended, middle, normed_2, stats_2, up, inner,
+            x, normed, stats, before_norm, head_stats, cos, sin, q, k, v, attended, middle, normed_2, stats_2, up,
             *probabilities,
         ) = ctx.saved_tensors  # fmt: skip
         qkv_group, out_group, up_group, down_group = block.groups
         heads, kv_heads, head, tokens = block.heads, block.kv_heads, block.head_size, len(x)
         d_out = down_group.new_gradient(tokens)
         d_out[:, : block.hidden_size] = grad.reshape(tokens, -1)
+        inner = block.activate(up)  # cheaper to compute than to keep
+        down_group.fill_padding(inner)
         d_inner, down_lora = down_group.backward(d_out, inner)
         d_up = up_group.new_gradient(tokens)
         name = "swiglu_backward" if block.llama else "gelu_backward"

@@ -96,10 +96,14 @@ class LinearGroup:
     def new_gradient(self, tokens: int) -> torch.Tensor:
         return torch.empty(tokens, self.size_out + self.padding, dtype=self.dtype)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """(tokens, in + padding), of which x A' is filled in here -> (tokens, out), plus the residual."""
+    def fill_padding(self, x: torch.Tensor) -> None:
+        """Compute x A' into the last columns of x."""
         if self.padding:
             torch.mm(x[:, : self.size_in], self.a.T, out=x[:, self.size_in :])
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """(tokens, in + padding), of which x A' is filled in here -> (tokens, out), plus the residual."""
+        self.fill_padding(x)
         weight = self.matrix[: self.size_out].T
         if residual is None:
             return torch.mm(x, weight) if self.bias is None else torch.addmm(self.bias, x, weight)

@@ -20,7 +20,7 @@ import torch
 
 from ..config import ModelOptions
 from ..errors import BaseModelError, EventHandler, Notice
-from . import fsdp, fused_blocks
+from . import fsdp
 from .resolve import BaseModelFiles, loading_errors
 
 Precision = tuple[torch.dtype, str]  # dtype of the weights, and full, 8bit or 4bit
@@ -32,6 +32,7 @@ _CGROUP_V1_FILES = (
     ("total_inactive_file", "total_active_file"),
 )
 _CGROUP_V2_FILES = ("memory.max", "memory.current", ("inactive_file", "active_file"))
+FUSED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")  # see models/fused_blocks.py
 FAST_BFLOAT16 = 1.5  # speedup from which training in bfloat16 pays
 _EMBEDDING = re.compile(r"embed|wte|wpe|lm_head")
 _WEIGHT_SHARE = {"8bit": 1.01, "4bit": 0.52}  # bytes per weight, with scales
@@ -136,7 +137,7 @@ def training_dtype(files: BaseModelFiles, device: torch.device, options: ModelOp
     if not is_open or device.type != "cpu" or files.quantization is not None:
         return options.dtype
     with loading_errors(files):
-        is_fused = files.config().get("model_type") in fused_blocks.MODEL_TYPES
+        is_fused = files.config().get("model_type") in FUSED_MODEL_TYPES
     if not is_fused or (speedup := bfloat16_speedup()) < FAST_BFLOAT16:
         return options.dtype
     options.notify(

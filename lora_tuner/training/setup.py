@@ -18,9 +18,9 @@ from ..config import METHODS, TrainConfig, default_adapter_name
 from ..data.splitting import content_hash
 from ..data.tokenization import encoded_hash
 from ..errors import ConfigError, EventHandler, Notice, Progress, ignore_events
-from ..models import fsdp, fused_blocks, initialization, kernels, lora
+from ..models import fsdp, initialization, kernels, lora
 from ..models.resolve import quiet_transformers
-from . import profiling
+from . import packing_checks, profiling
 from .inputs import TrainingInputs, dtype_name, load_inputs
 from .profiling import StepProfile
 
@@ -128,7 +128,7 @@ def prepare_training(
     inputs = inputs or load_inputs(requested, notify)
     learning_rate = requested.learning_rate or METHODS[inputs.method].learning_rate
     model = _add_lora(requested, inputs, notify)
-    fused = fused_blocks.try_fused_blocks(inputs.base, model) if inputs.varlen_attention else None
+    fused = packing_checks.try_fused_blocks(inputs.base, model) if inputs.varlen_attention else None
     checkpointing = profiling.fit_to_memory(inputs, model, requested.gradient_checkpointing, notify)
     profile = None
     if requested.max_steps is None and requested.epochs is None:

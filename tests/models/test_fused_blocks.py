@@ -9,6 +9,7 @@ from lora_tuner.data import packing
 from lora_tuner.models import fused_blocks, kernels, lora, native
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
+from lora_tuner.training import packing_checks
 
 from ..model_families import save_family
 
@@ -145,7 +146,7 @@ def test_other_than_plain_lora_is_left_to_peft(tmp_path, monkeypatch, settings):
     calls = count_calls(monkeypatch)
     loss_and_gradients(base, model, **make_batch(cu_seqlens=False))
     assert not calls
-    assert fused_blocks.try_fused_blocks(base, model) is None
+    assert packing_checks.try_fused_blocks(base, model) is None
 
 
 def test_masks_caches_and_hooks_are_left_to_transformers(tmp_path, monkeypatch):
@@ -181,7 +182,7 @@ def test_weights_and_state_dict_are_unchanged(tmp_path, family):
     fused_blocks.enable_fused_blocks(base.model)
     model = with_lora(base)
     lora_before = {name: tensor.clone() for name, tensor in lora.adapter_state_dict(model).items()}
-    assert fused_blocks.try_fused_blocks(base, model) == native.native_kernels().build
+    assert packing_checks.try_fused_blocks(base, model) == native.native_kernels().build
     assert all(torch.equal(tensor, lora_before[name]) for name, tensor in lora.adapter_state_dict(model).items())
     after = model.unload().state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -199,7 +200,7 @@ def test_wrong_kernel_is_not_used(tmp_path, monkeypatch):
             call(self, name, dtype, *arguments)
 
     monkeypatch.setattr(native.NativeKernels, "call", wrong)
-    assert fused_blocks.try_fused_blocks(base, model) is None
+    assert packing_checks.try_fused_blocks(base, model) is None
     assert torch.equal(loss_and_gradients(base, model, **batch)[0], expected[0])
 
 
@@ -208,5 +209,5 @@ def test_trains_without_compiler(tmp_path, monkeypatch):
     monkeypatch.setattr(fused_blocks, "native_kernels", lambda: None)
     base = load(tmp_path)
     model = with_lora(base)
-    assert fused_blocks.try_fused_blocks(base, model) is None
+    assert packing_checks.try_fused_blocks(base, model) is None
     assert loss_and_gradients(base, model, **make_batch(cu_seqlens=False))[0].isfinite().all()
