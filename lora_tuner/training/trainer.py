@@ -365,8 +365,7 @@ class _CheckGradients(TrainerCallback):
         trained = self.trainer.trained
         if not torch.nn.utils.get_total_norm([it.grad for it in trained if it.grad is not None]).isfinite():
             self.trainer.save_last_good_and_raise("A gradient is not finite")
-        if distributed.rank() == 0:
-            self.trainer.last_good = [tensor.detach().clone() for tensor in trained]
+        self.trainer.last_good = [tensor.detach().clone() for tensor in trained]
 
 
 class _StopOnSignal(TrainerCallback):
