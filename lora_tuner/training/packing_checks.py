@@ -118,6 +118,7 @@ def try_fused_blocks(base: LoadedBase, model: torch.nn.Module) -> str | None:
     generator = torch.Generator().manual_seed(0)
     same: list[bool] = []
     layers = fused_blocks.decoder_layers(base.model)
+    fused = [layer.forward for layer in layers]
     for layer in layers:
         layer.forward = partial(_compare, layer.forward, same)
     try:
@@ -126,13 +127,14 @@ def try_fused_blocks(base: LoadedBase, model: torch.nn.Module) -> str | None:
                 tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.01)
             model(**batch, use_cache=False)
     finally:
-        fused_blocks.disable_fused_blocks(base.model)
+        for layer, forward in zip(layers, fused, strict=True):
+            layer.forward = forward
         with torch.no_grad():
             for tensor, values in zip(matrices, kept, strict=True):
                 tensor.copy_(values)
     if len(same) < len(layers) or not all(same):
+        fused_blocks.disable_fused_blocks(base.model)
         return None
-    fused_blocks.enable_fused_blocks(base.model)
     kernels = native.native_kernels()
     return kernels.build if kernels else None
 
