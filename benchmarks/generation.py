@@ -1,6 +1,7 @@
 """Generation with one model: lora_tuner, transformers' `generate`, llama.cpp if installed, bare
 matrix products as the lower bound; and a cold start."""
 
+import copy
 import importlib.metadata
 import importlib.util
 import os
@@ -49,10 +50,12 @@ def run(rounds: int) -> list[Figure]:
 
 
 def _throughput(rounds: int) -> list[Figure]:
-    float32, int8 = (
-        Generator(options=ModelOptions(base=EMBEDDED_BASE, dtype=dtype)) for dtype in ("float32", "int8")
+    float32, bfloat16, int8 = (
+        Generator(options=ModelOptions(base=EMBEDDED_BASE, dtype=dtype))
+        for dtype in ("float32", "bfloat16", "int8")
     )
     model, tokenizer = recipes.stock(EMBEDDED_BASE)
+    model_bfloat16 = copy.deepcopy(model).bfloat16()
     text = float32.generate_batch([(PROMPT, None)], GREEDY)[0].text
     comparison = "same text" if text == _stock_generate(model, tokenizer, 1) else "DIFFERENT TEXT"
     figures = []
@@ -60,7 +63,9 @@ def _throughput(rounds: int) -> list[Figure]:
         requests = [(PROMPT, None)] * rows
         candidates: dict[str, Callable[[], Any]] = {
             "stock generate, float32": partial(_stock_generate, model, tokenizer, rows),
+            "stock generate, bfloat16": partial(_stock_generate, model_bfloat16, tokenizer, rows),
             "lora_tuner, float32": partial(float32.generate_batch, requests, GREEDY),
+            "lora_tuner, bfloat16": partial(bfloat16.generate_batch, requests, GREEDY),
             "lora_tuner, int8": partial(int8.generate_batch, requests, GREEDY),
             "bare products, float32": partial(_bare_products, model, rows),
         }

@@ -4,8 +4,8 @@ block of keys and values.
 Decoding a token takes at least as long as reading all weights once; transformers' layers spend a
 third of the time on other operations. A layer is four products here. The architectures are
 implemented a second time, so the logits of a few tokens are compared with the model's own, and a
-base with different logits is left to HFDecoder. Limits: a CPU, float32 or int8, Llama-like models
-and GPT-2.
+base with different logits is left to HFDecoder. Limits: a CPU, float32, bfloat16 or int8, Llama-like
+models and GPT-2. Sums over layers, norms and attention are in float32 whatever the weights are.
 """
 
 import copy
@@ -42,19 +42,19 @@ class FusedLinear:
             self.multiply = partial(int8_linear, int8_weight=self.weight, scale=scale, bias=self.bias)
         else:
             self.weight = parts[0].weight.T if isinstance(parts[0], Conv1D) else _fuse_tensors(parts, "weight")
-            self.multiply = partial(F.linear, weight=self.weight, bias=self.bias)
+            multiply = F.linear if self.weight.dtype == torch.float32 else _bfloat16_linear
+            self.multiply = partial(multiply, weight=self.weight, bias=self.bias)
 
     def __call__(self, x: torch.Tensor, lora: LoraPart | None = None) -> torch.Tensor:
-        """(tokens, in) -> (tokens, out), the rows one after another; bfloat16 for quantized
-        weights."""
+        """(tokens, in) -> (tokens, out), the rows one after another; bfloat16 unless weights are float32."""
         out = self.multiply(x)
         if lora is None:
             return out
         down, up, groups = lora
         if groups is not None:
             return groups.add_delta(out, x, down, up)
-        quantized = out.dtype == torch.bfloat16
-        return out.add_((x.float() @ down) @ up) if quantized else out.addmm_(x @ down, up)
+        is_float = out.dtype == torch.float32
+        return out.addmm_(x @ down, up) if is_float else out.add_((x.float() @ down) @ up)
 
     def quantize(self, *, int4: bool = True) -> "FusedLinear":
         """Copy with int4 weights; with int8 weights if `int4` is off or the sizes do not allow it."""
@@ -66,6 +66,10 @@ class FusedLinear:
             int8_weight, scale = pack_int8(weight)
             quantized.multiply = partial(int8_linear, int8_weight=int8_weight, scale=scale, bias=self.bias)
         return quantized
+
+
+def _bfloat16_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return F.linear(x.bfloat16(), weight, bias)
 
 
 def _fuse_tensors(parts: Sequence[LinearLayer], name: str) -> torch.Tensor:
@@ -187,14 +191,15 @@ class CpuDecoder:
             ]
         else:
             inner = model.transformer
-            self.embed, self.norm, self.position_embeddings = inner.wte, inner.ln_f, inner.wpe.weight
+            self.embed, self.norm = inner.wte, _in_float32(inner.ln_f)
+            self.position_embeddings = inner.wpe.weight.float()
             self.activation = inner.h[0].mlp.act
             self.layers = [
                 _Layer(
-                    layer.ln_1,
+                    _in_float32(layer.ln_1),
                     fuse(layer.attn.c_attn),
                     fuse(layer.attn.c_proj),
-                    layer.ln_2,
+                    _in_float32(layer.ln_2),
                     fuse(layer.mlp.c_fc),
                     fuse(layer.mlp.c_proj),
                 )
@@ -206,12 +211,12 @@ class CpuDecoder:
         """Create the decoder of a base. None for other architectures, devices or dtypes, or if its
         logits are different."""
         supported = type(base.model).__name__ in (*_LLAMA_TYPES, "GPT2LMHeadModel")
-        full_precision = base.dtype == torch.float32 and base.load_in == "full"
+        has_float_weights = base.dtype in (torch.float32, torch.bfloat16) and base.load_in == "full"
         rotary = getattr(base.model.base_model, "rotary_emb", None)
         if (
             not supported
             or base.device.type != "cpu"
-            or not full_precision
+            or not has_float_weights
             or not has_full_attention(base.model)
             or getattr(rotary, "rope_type", "default") in ("dynamic", "longrope")  # depends on the length
         ):
@@ -222,7 +227,7 @@ class CpuDecoder:
             expected = base.model(input_ids=token_ids, use_cache=False).logits[0]
             cache = KVCache(decoder, 1, 6, [0])
             logits = torch.cat([decoder.forward(chunk, cache)[0] for chunk in token_ids.split(4, 1)])
-        tolerance = 5e-2 if decoder.lm_head.int8 else 1e-3
+        tolerance = 1e-3 if decoder.lm_head.weight.dtype == torch.float32 else 5e-2
         return decoder if (logits - expected).abs().max() <= tolerance * expected.abs().max() else None
 
     @cached_property
@@ -232,7 +237,12 @@ class CpuDecoder:
 
         None where drafting would cost more than it saves. Price: 0.6 bytes per weight.
         """
-        if self.lm_head.weight.numel() < MIN_DRAFT_HEAD or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        is_bfloat16 = self.lm_head.weight.dtype == torch.bfloat16
+        if (
+            is_bfloat16
+            or self.lm_head.weight.numel() < MIN_DRAFT_HEAD
+            or torch.backends.cpu.get_cpu_capability() != "AVX512"
+        ):
             return None
         draft = copy.copy(self)
         draft.lm_head = self.lm_head.quantize(int4=False)  # int4 changes too many tokens
@@ -277,7 +287,7 @@ class CpuDecoder:
         positions, mask = _positions_and_mask(cache, start, end)
         parts: Iterator[LoraPart | None] = iter(lora.parts if lora is not None else [None] * 4 * len(self.layers))
         causal = mask is None and count > 1
-        hidden = self.embed(token_ids)
+        hidden = self.embed(token_ids).float()
         if self.llama:
             # ([rows,] tokens, 1, half).
             rotation = self.rotary_table(end - first)[positions].unsqueeze(-2)
@@ -313,7 +323,7 @@ class CpuDecoder:
         cache.used = end
         if last_only:
             hidden = hidden.view(rows, count, -1)[:, -1]
-        return self.lm_head(self.norm(hidden)).view(rows, len(hidden) // rows, -1)
+        return self.lm_head(self.norm(hidden)).float().view(rows, len(hidden) // rows, -1)
 
 
 class _Norm:
@@ -321,7 +331,7 @@ class _Norm:
     many passes."""
 
     def __init__(self, norm: Any) -> None:
-        self.norm, self.weight, self.eps = norm, norm.weight, norm.eps
+        self.norm, self.weight, self.eps = _in_float32(norm), norm.weight.float(), norm.eps
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) > 1:
@@ -330,6 +340,10 @@ class _Norm:
             mean_square = float(x[0].dot(x[0])) / x.shape[1]
             normalized = (x * self.weight).mul_((mean_square + self.eps) ** -0.5)
         return normalized
+
+
+def _in_float32(norm: Any) -> Any:
+    return norm if norm.weight.dtype == torch.float32 else copy.deepcopy(norm).float()
 
 
 def _rotate(heads: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:

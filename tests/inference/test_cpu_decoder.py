@@ -1,5 +1,7 @@
 """CpuDecoder gives the logits of transformers."""
 
+import copy
+
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -30,6 +32,21 @@ def test_prefill_and_decode_match_transformers(base):
         ]
     torch.testing.assert_close(torch.cat(found, 1), expected, atol=2e-5, rtol=1e-5)
     assert cache.used == 20
+
+
+def test_bfloat16_is_closer_to_float32_than_transformers(model_folder):
+    base = load_base(find_base(str(model_folder)), ModelOptions(device="cpu", dtype="bfloat16"))
+    exact = copy.deepcopy(base.model).float()
+    ids = torch.randint(1, 300, (3, 20), generator=torch.Generator().manual_seed(0))
+    decoder = CpuDecoder.for_base(base)
+    cache = KVCache(decoder, 3, 20, [0, 0, 0])
+    with torch.inference_mode():
+        expected, theirs = (model(ids, use_cache=False).logits for model in (exact, base.model))
+        found = [
+            decoder.forward(ids[:, :7], cache),
+            *(decoder.forward(ids[:, i : i + 1], cache) for i in range(7, 20)),
+        ]
+    assert (torch.cat(found, 1) - expected).norm() <= (theirs.float() - expected).norm()
 
 
 def test_left_padding_keeps_logits(base):
@@ -114,7 +131,7 @@ def test_sliding_window_and_dynamic_rope_unsupported(tmp_path, changes):
 def test_unsupported_bases_use_transformers(tmp_path, base, model_folder, monkeypatch):
     assert CpuDecoder.for_base(base) is not None
     assert (
-        CpuDecoder.for_base(load_base(find_base(str(model_folder)), ModelOptions(device="cpu", dtype="bfloat16")))
+        CpuDecoder.for_base(load_base(find_base(str(model_folder)), ModelOptions(device="cpu", dtype="float16")))
         is None
     )
     assert (
