@@ -199,12 +199,7 @@ def reproducibility_facts(manifest: Manifest) -> dict[str, str]:
         if data.encoded_hash:
             facts["rows as tokens"] = data.encoded_hash
     if run := manifest.run:
-        facts |= {
-            "device": run.device,
-            "dtype": run.dtype,
-            "threads": str(run.threads),
-            "kernels": str(run.kernels),
-        }
+        facts |= {"device": run.device, "dtype": run.dtype, "threads": str(run.threads)}
     return facts
 
 

@@ -5,7 +5,7 @@ None of it depends on rank, learning rate or number of steps, so the trials of a
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -32,7 +32,7 @@ from ..errors import (
     Progress,
     TrainingError,
 )
-from ..models import loading, lora, memory
+from ..models import loading, lora
 from ..models.loading import LoadedBase
 from ..models.targets import TargetModules, describe_targets, resolve_target_modules
 from ..models.tokenizer import load_adapter_tokenizer
@@ -182,10 +182,7 @@ def _load_base_on_all_ranks(requested: TrainConfig, parent: Adapter | None, noti
     bases: list[LoadedBase] = []
 
     def load_on_rank_zero() -> ModelOptions:
-        options = model_options(requested, notify)
-        files = loading.base_for_adapter(parent, options)
-        device = loading.choose_device(options.device)
-        base = loading.load_base(files, replace(options, dtype=memory.training_dtype(files, device, options)))
+        base = loading.open_base(parent, model_options(requested, notify))
         bases.append(base)
         return ModelOptions(
             base=base.files.name,

@@ -1,5 +1,4 @@
-"""Check on the loaded base that no token sees a later one, or one of another row in its sequence;
-and that faster forward passes compute the same.
+"""Check on the loaded base that no token sees a later one, or one of another row in its sequence.
 
 The gradient of logits in the embeddings of tokens that they do not depend on is exactly zero, in
 any dtype and quantization. It does not see a discrete dependence, such as routing by argmax or by
@@ -9,14 +8,13 @@ ids, in any dtype.
 """
 
 import contextlib
-from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 
 from ..data import packing, tokenization
 from ..errors import BaseModelError
-from ..models import fused_blocks, kernels, native
+from ..models import kernels
 from ..models.loading import LoadedBase
 
 
@@ -95,63 +93,3 @@ def try_varlen_attention(base: LoadedBase) -> bool:
             return True
     kernels.enable_varlen_attention(base.model, on=False)
     return False
-
-
-def try_fused_blocks(base: LoadedBase, model: torch.nn.Module) -> str | None:
-    """Replace the forward pass of all decoder layers, if outputs and gradients of each stay the same.
-
-    Layers are compared one by one: over many, gradients of rounding errors grow without bounds.
-
-    Args:
-        base: the base, with varlen attention.
-        model: the same with LoRA layers; its weights are left as they are.
-
-    Returns:
-        The build of the kernels; None, with the model unchanged, where there are none or they differ.
-    """
-    if not fused_blocks.enable_fused_blocks(base.model):
-        return None
-    batch = packing.collate([base.probe_sequences()], base.tokenizer.pad_token_id, cu_seqlens=True)
-    del batch["labels"]
-    matrices = [tensor for name, tensor in model.named_parameters() if "lora_B" in name]
-    kept = [tensor.detach().clone() for tensor in matrices]
-    generator = torch.Generator().manual_seed(0)
-    same: list[bool] = []
-    layers = fused_blocks.decoder_layers(base.model)
-    fused = [layer.forward for layer in layers]
-    for layer in layers:
-        layer.forward = partial(_compare, layer.forward, same)
-    try:
-        with torch.no_grad():
-            for tensor in matrices:  # 0 at first, and so would be the gradient of A
-                tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.01)
-            model(**batch, use_cache=False)
-    finally:
-        for layer, forward in zip(layers, fused, strict=True):
-            layer.forward = forward
-        with torch.no_grad():
-            for tensor, values in zip(matrices, kept, strict=True):
-                tensor.copy_(values)
-    if len(same) < len(layers) or not all(same):
-        fused_blocks.disable_fused_blocks(base.model)
-        return None
-    kernels = native.native_kernels()
-    return kernels.build if kernels else None
-
-
-def _compare(fused: Any, same: list[bool], hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Run both forward passes of a layer, note whether they agree, and return the layer's own output."""
-    _, block, own = fused.args
-    outputs: list[list[torch.Tensor]] = []
-    for forward in (fused, own):
-        with torch.enable_grad():
-            x = hidden.detach().requires_grad_()
-            output = forward(x, *args, **kwargs)
-            weights = torch.linspace(-1, 1, output.numel()).view_as(output).to(output.dtype)
-            gradients = torch.autograd.grad((output * weights).sum(), [x, *block.parameters()])
-        outputs.append([output.detach(), *gradients])
-    tolerance = 1e-3 if hidden.dtype == torch.float32 else 0.2
-    same.append(
-        all((one - other).norm() <= tolerance * other.norm() for one, other in zip(*outputs, strict=True))
-    )
-    return outputs[1][0]

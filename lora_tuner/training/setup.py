@@ -20,7 +20,7 @@ from ..data.tokenization import encoded_hash
 from ..errors import ConfigError, EventHandler, Notice, Progress, ignore_events
 from ..models import fsdp, initialization, kernels, lora
 from ..models.resolve import quiet_transformers
-from . import packing_checks, profiling
+from . import profiling
 from .inputs import TrainingInputs, dtype_name, load_inputs
 from .profiling import StepProfile
 
@@ -29,15 +29,14 @@ from .profiling import StepProfile
 class TrainingSetup(TrainingInputs):
     """A prepared run: its inputs, the model with LoRA, and the resolved configuration.
 
-    `kernels` is the build of the C kernels, if decoder blocks are fused; `profile` holds the measurement
-    from which the number of steps follows, if one was needed; `sweep` is the id of the sweep whose trial it is.
+    `profile` holds the measurement from which the number of steps follows, if one was needed;
+    `sweep` is the id of the sweep whose trial it is.
     """
 
     config: TrainConfig
     learning_rate: float
     max_steps: int
     model: PeftModel
-    kernels: str | None
     profile: StepProfile | None
     notify: EventHandler
     sweep: str | None = None
@@ -86,7 +85,6 @@ class TrainingSetup(TrainingInputs):
                 load_in=self.base.load_in,
                 threads=torch.get_num_threads(),
                 processes=distributed.world_size(),
-                kernels=self.kernels,
                 coverage=self.targets.coverage,
                 not_adapted=self.targets.not_adapted,
                 sweep=self.sweep,
@@ -128,7 +126,6 @@ def prepare_training(
     inputs = inputs or load_inputs(requested, notify)
     learning_rate = requested.learning_rate or METHODS[inputs.method].learning_rate
     model = _add_lora(requested, inputs, notify)
-    fused = packing_checks.try_fused_blocks(inputs.base, model) if inputs.varlen_attention else None
     checkpointing = profiling.fit_to_memory(inputs, model, requested.gradient_checkpointing, notify)
     profile = None
     if requested.max_steps is None and requested.epochs is None:
@@ -169,7 +166,6 @@ def prepare_training(
         learning_rate=learning_rate,
         max_steps=max_steps,
         model=model,
-        kernels=fused,
         profile=profile,
         notify=notify,
         sweep=sweep,

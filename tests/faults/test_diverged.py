@@ -20,14 +20,14 @@ LAST = RUN / "last-good"
 @pytest.mark.parametrize(
     ("kind", "rate", "dtype"),
     [
-        ("gpt2", "1e30", "float32"),
+        ("gpt2", "1000", "float32"),
         *(
             pytest.param(kind, rate, dtype, marks=pytest.mark.slow)
             for kind in ("gpt2", "llama")
             for rate in ("1000", "1e30")
             for dtype in ("float32", "float16", "bfloat16")
-            # float16 has the smallest range
-            if (kind, rate, dtype) != ("gpt2", "1e30", "float32") and (rate == "1e30" or dtype == "float16")
+            # bfloat16 has a larger range than float16, and a Llama's norms reduce large values
+            if (kind, rate, dtype) not in {("gpt2", "1000", "float32"), ("llama", "1000", "bfloat16")}
         ),
     ],
 )
@@ -58,12 +58,12 @@ def test_last_good_had_finite_gradients(run, arguments):
     """The weights of step 3 have a finite loss, but its gradient is not finite."""
     assert (
         "A gradient is not finite in step 3,"
-        in run(*arguments, "--learning-rate", "10000", "--max-steps", "8").line
+        in run(*arguments, "--learning-rate", "1000", "--max-steps", "8").line
     )
     kept = load_file(LAST / adapter.WEIGHTS_FILE)
     shutil.rmtree(RUN)
     how = ["--schedule", "constant", "--max-steps", "1"]
-    assert run(*arguments, "--learning-rate", "10000", "--warmup", "0", *how).status == 0
+    assert run(*arguments, "--learning-rate", "1000", "--warmup", "0", *how).status == 0
     assert kept.keys() == load_file(ADAPTER / adapter.WEIGHTS_FILE).keys()
     assert all((it == kept[name]).all() for name, it in load_file(ADAPTER / adapter.WEIGHTS_FILE).items())
 

@@ -325,10 +325,6 @@ def test_changed_setting_is_named(killed, checkpoints):
     assert leftovers() == {str(RUN)}
 
 
-def no_kernels() -> None:
-    return None
-
-
 @pytest.mark.parametrize(
     ("what", "before"),
     [
@@ -337,7 +333,6 @@ def no_kernels() -> None:
         slow("tokenizer", None),
         slow("held-out rows", None),
         slow("threads", partial(threads, 2)),
-        slow("kernels", partial(replaced, "lora_tuner.models.fused_blocks:native_kernels", no_kernels)),
         slow("torch", partial(replaced, "torch:__version__", "0.0.1")),
         slow("peft", partial(replaced, "peft:__version__", "0.0.1")),
         slow("transformers", partial(replaced, "transformers:__version__", "0.0.1")),
