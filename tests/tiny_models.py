@@ -5,7 +5,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 END = "<|endoftext|>"
 CONTEXT = 128
@@ -54,7 +61,12 @@ def save_model(
         shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": context}
         model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, pad_token_id=0, **shape, **heads, **size))
-    with torch.no_grad():  # so that rounding does not decide greedy text
+    return save(model, folder)
+
+
+def save(model: PreTrainedModel, folder: Path) -> Path:
+    """Save a random model and a tokenizer, with weights so large that rounding does not decide greedy text."""
+    with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4)

@@ -46,13 +46,7 @@ def save_model(kind, folder):
     config = getattr(transformers, f"{kind}Config")(**SIZE | KINDS[kind])
     name = f"{kind}LMHeadModel" if hasattr(transformers, f"{kind}LMHeadModel") else f"{kind}ForCausalLM"
     model = getattr(transformers, name)(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    model.save_pretrained(folder)
-    tiny_models.tokenizer().save_pretrained(folder)
-    return folder
+    return tiny_models.save(model, folder)
 
 
 @pytest.fixture(params=["OPT", *KINDS])
