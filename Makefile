@@ -1,4 +1,4 @@
-# make demo: set up everything, train on real reviews, generate.   make test: set up everything, run all tests.
+# make demo: set up everything, train on real reviews, generate.   make test: set up everything, run all quick tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
