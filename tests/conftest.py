@@ -70,7 +70,7 @@ def pytest_collection_finish() -> None:
 def prepare_process() -> None:
     """Use one thread, as tiny models gain nothing from more, and leave training curves empty.
 
-    Drawing takes a third of a tiny run; tests/adapters/test_model_card.py draws them.
+    Drawing takes a third of a tiny run; tests/adapters/test_plots.py draws them.
     """
     import torch
     from matplotlib.figure import Figure

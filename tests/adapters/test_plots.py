@@ -1,0 +1,281 @@
+import io
+import json
+import re
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lora_tuner import EvalSet, GainMatrix
+from lora_tuner.adapters import plots
+from lora_tuner.adapters.manifest import EvalResult
+from lora_tuner.adapters.plots import plot_loss  # the session leaves it empty elsewhere
+from lora_tuner.errors import AdapterError
+
+from .. import adapter_files
+
+HISTORY = [
+    {"step": 1, "loss": 4.0, "learning_rate": 1e-3},
+    {"step": 2, "loss": 3.5, "learning_rate": 5e-4},
+    {"step": 2, "eval_loss": 3.625},
+    {"step": 3, "loss": 3.25, "learning_rate": 0.0},
+]
+
+
+def test_write_metrics_as_jsonl(tmp_path):
+    plots.write_metrics(HISTORY, tmp_path / "metrics.jsonl")
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text.startswith('{"step": 1, "loss": 4.0, "learning_rate": 0.001}\n')
+    assert text.endswith("}\n")
+    assert [json.loads(line) for line in text.splitlines()] == HISTORY
+
+
+def test_write_empty_metrics(tmp_path):
+    plots.write_metrics([], tmp_path / "metrics.jsonl")
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def plot(tmp_path, history=HISTORY, manifest=None):
+    path = tmp_path / "loss.png"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_loss(history, manifest or adapter_files.manifest(), path)
+    return pixels_of(path)
+
+
+def pixels_of(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        image.load()
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def share(pixels, color):
+    """Share of the pixels with about this color."""
+    return (np.abs(pixels - color).max(axis=-1) < 40).mean()
+
+
+BLUE, ORANGE = (31, 119, 180), (255, 127, 14)
+
+
+def test_loss_plot_has_both_curves(tmp_path):
+    pixels = plot(tmp_path)
+    assert pixels.shape == (480, 840, 3)
+    assert share(pixels, BLUE) > 0.0003
+    assert share(pixels, ORANGE) > 0.0003
+
+
+def test_loss_plot_without_held_out_loss(tmp_path):
+    pixels = plot(tmp_path, [HISTORY[0], HISTORY[1]], adapter_files.manifest(result=None))
+    assert share(pixels, BLUE) > 0.0003
+    assert share(pixels, ORANGE) == 0
+
+
+def test_loss_plot_without_steps(tmp_path):
+    pixels = plot(tmp_path, [], adapter_files.manifest(result=None))
+    assert share(pixels, BLUE) == share(pixels, ORANGE) == 0
+
+
+def test_loss_plot_values(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    lines, draw = {}, Axes.plot
+
+    def record(self, x, y, *rest, label, **style):
+        lines[label] = list(zip(x, y, strict=True))
+        return draw(self, x, y, *rest, label=label, **style)
+
+    monkeypatch.setattr(Axes, "plot", record)
+    plot(tmp_path)
+    assert lines["held out"] == [(0, 3.75), (2, 3.625), (30, 3.5)]  # base, evaluation, the step that was kept
+    assert lines["training, each step"] == [(1, 4.0), (2, 3.5), (3, 3.25)]
+    assert [loss for _, loss in lines["training, smoothed"]] == pytest.approx([4.0, 3.95, 3.88])
+
+
+@pytest.mark.parametrize("name", ["$a$.csv", "a_$b.csv", r"$\frac$.csv", "{x}^2.csv"])
+def test_loss_plot_title_is_plain_text(tmp_path, name):
+    facts = adapter_files.manifest().data.model_copy(update={"name": name})
+    plot(tmp_path, manifest=adapter_files.manifest(data=facts.model_dump()))
+
+
+def test_loss_plot_is_reproducible(tmp_path):
+    plot(tmp_path)
+    first = (tmp_path / "loss.png").read_bytes()
+    plot(tmp_path)
+    assert (tmp_path / "loss.png").read_bytes() == first
+
+
+def result(gain):
+    return EvalResult(base_loss=4, loss=4 - gain, gain=gain, standard_error=0.01, rows=8, tokens=90)
+
+
+def gains(*lines, adapters=None, sets=None, base="distilgpt2"):
+    """A gain matrix; None is a cell without rows."""
+    return GainMatrix(
+        base,
+        adapters or [f"adapter{number}" for number in range(len(lines))],
+        [EvalSet(name, ["a row"]) for name in sets or [f"set{number}" for number in range(len(lines[0]))]],
+        [[None if gain is None else result(gain) for gain in line] for line in lines],
+    )
+
+
+def draw(matrix, path):
+    plots.plot_gains(matrix.base, matrix.adapters, [rows.name for rows in matrix.sets], matrix.cells, path)
+
+
+def plot_gains(tmp_path, matrix, name="gains.png"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw(matrix, tmp_path / name)
+    return pixels_of(tmp_path / name)
+
+
+# Ends and middle of the color scale, and the background
+GAIN, LOSS, ZERO, MISSING = (5, 48, 97), (103, 0, 31), (246, 247, 247), (217, 217, 217)
+
+
+def center_of(pixels, color):
+    """Center (x, y) of all pixels with this color."""
+    positions = np.argwhere((np.abs(pixels - color) < 3).all(axis=-1))
+    assert len(positions) > 0.05 * pixels[..., 0].size
+    y, x = positions.mean(axis=0)
+    return x, y
+
+
+def test_gain_plot_colors(tmp_path):
+    pixels = plot_gains(tmp_path, gains([0.5, None], [-0.5, 0.0]))
+    gain, loss, zero, missing = (center_of(pixels, color) for color in (GAIN, LOSS, ZERO, MISSING))
+    # A row per adapter, a column per held-out set; the color bar shifts the centers a little.
+    assert gain[0] == pytest.approx(loss[0], abs=30)
+    assert zero[0] == pytest.approx(missing[0], abs=30)
+    assert gain[1] == pytest.approx(missing[1], abs=30)
+    assert loss[1] == pytest.approx(zero[1], abs=30)
+    assert missing[0] - gain[0] > 100
+    assert loss[1] - gain[1] > 100
+
+
+@pytest.mark.parametrize("matrix", [gains([0.0]), gains([0.0, None]), gains([1e-12, 1.0])])
+def test_zero_gain_is_neutral(tmp_path, matrix):
+    center_of(plot_gains(tmp_path, matrix), ZERO)
+
+
+def test_gain_plot_cell_texts(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    texts, write = {}, Axes.text
+
+    def record(self, x, y, text, **style):
+        texts[y, x] = text
+        return write(self, x, y, text, **style)
+
+    monkeypatch.setattr(Axes, "text", record)
+    plot_gains(tmp_path, gains([0.5, None], [-0.25, 0.0]))
+    assert texts == {
+        (0, 0): "+0.500\n± 0.010",
+        (0, 1): "missing",
+        (1, 0): "-0.250\n± 0.010",
+        (1, 1): "+0.000\n± 0.010",
+    }
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        gains([0.1]),
+        gains([-0.1]),
+        gains([None]),
+        gains([None, None], [None, None]),
+        gains([0.0, 0.0], [0.0, 0.0]),
+        gains([1e-9, 1e9]),
+        gains([0.1], sets=["$_{$"], base="$^{$"),
+        gains([0.1, 0.2], sets=["$a_b{c", r"\frac{$"], adapters=["a_b"], base="/models/my_$base$"),
+        gains([0.1], [0.2], adapters=["a_b-1", "A" * 12]),
+        pytest.param(gains(*[[0.01 * i * j for i in range(12)] for j in range(12)]), marks=pytest.mark.slow),
+    ],
+    ids=["one", "loss", "missing", "all-missing", "zero", "far", "formula", "names", "column", "many"],
+)
+def test_gain_plot_of_any_matrix(tmp_path, matrix):
+    height, width, _ = plot_gains(tmp_path, matrix).shape
+    assert width >= 120 * (2.2 + 1.1 * len(matrix.sets))
+    assert height >= 120 * (1.8 + 0.6 * len(matrix.adapters))
+
+
+def test_gain_plot_is_reproducible(tmp_path):
+    for name in ("a.png", "b.png"):
+        plot_gains(tmp_path, gains([0.5, None], [-0.5, 0.25]), name)
+    plot_gains(tmp_path, gains([0.5, None], [-0.5, 0.24]), "c.png")
+    first, second, other = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png", "c.png"))
+    assert first == second != other
+
+
+def test_gain_plot_hides_local_paths(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    shown = []
+    monkeypatch.setattr(Axes, "set_xticks", lambda self, ticks, labels, **_: shown.append(labels))
+    monkeypatch.setattr(Axes, "set_title", lambda self, title, **_: shown.append(title))
+    plot_gains(tmp_path, gains([0.1], sets=[str(tmp_path / "films.csv")], base=str(tmp_path / "mine")))
+    assert shown == [["films.csv"], "Gain over mine (nats per token)"]
+
+
+def test_spectrum_plot_marks_truncation(tmp_path):
+    spectra = {"h.0.c_attn": [4.0, 1.0, 0.0], "h.0.c_fc": [2.0]}
+    plots.plot_spectra(spectra, {"h.0.c_attn": 2, "h.0.c_fc": 1}, tmp_path / "spectrum.png")
+    pixels = pixels_of(tmp_path / "spectrum.png")
+    assert share(pixels, BLUE) > 0.00003
+    assert share(pixels, ORANGE) > 0.00001
+
+
+@pytest.mark.parametrize("name", ["reviews", "$_{$", "a" * 64])
+def test_gain_plot_fits_long_names(tmp_path, monkeypatch, name):
+    from matplotlib.figure import Figure
+
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (save(self, *a, **k), saved.append(self)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw(gains([0.1], adapters=[name], sets=[name]), tmp_path / "x.png")
+    box, (width, height) = saved[0].get_tightbbox(), saved[0].get_size_inches()
+    assert min(box.x0, box.y0) >= 0
+    assert box.x1 <= width
+    assert box.y1 <= height
+
+
+def test_metrics_round_trip(tmp_path):
+    plots.write_metrics(HISTORY, tmp_path / "metrics.jsonl")
+    found = plots.read_metrics(tmp_path / "metrics.jsonl")
+    assert found == [{key: it[key] for key in ("step", "loss", "eval_loss") if key in it} for it in HISTORY]
+    assert (plot(tmp_path, found) == plot(tmp_path)).all()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "7",
+        '"step"',
+        "{",
+        "{}",
+        '{"step": "x"}',
+        '{"step": [1]}',
+        '{"step": -1}',
+        '{"step": 1e300}',
+        f'{{"step": 1{"0" * 400}}}',
+        '{"step": 1, "loss": NaN}',
+        "[" * 100_000,
+        None,
+    ],
+)
+def test_read_invalid_metrics_fails(tmp_path, text):
+    path = tmp_path / "metrics.jsonl"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(AdapterError, match=re.escape(f"{path} has no loss curve: ")):
+        plots.read_metrics(path)
+
+
+def test_spectrum_plot_without_truncation(tmp_path):
+    plots.plot_spectra({"h.0.c_attn": [4.0, 1.0]}, {}, buffer := io.BytesIO())
+    plots.plot_spectra({"h.0.c_attn": [4.0, 1.0]}, {"h.0.c_attn": 2}, tmp_path / "cut.png")
+    assert share(pixels_of(buffer), BLUE) < share(pixels_of(tmp_path / "cut.png"), BLUE)
