@@ -4,6 +4,7 @@ The floor is the time of the bare matrix products of the same step.
 """
 
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -35,6 +36,9 @@ SHAPES = ("distilgpt2", EMBEDDED_BASE)
 WAYS = {
     "ours": "rank 8 on all linear layers, float32, 8 x 512 a step in micro-batches of 1",
     "ours, bfloat16": "the same with --dtype bfloat16",
+    "ours, one sequence": "float32, 1 x 512 a step",
+    "ours, bfloat16, one sequence": "the same with --dtype bfloat16",
+    "ours, bfloat16, one sequence, no kernels": "the same without a C compiler: transformers' layers",
     "plain": "stock Trainer and PEFT, the same update, every review padded to 512, batch 8",
     "trl": "TRL's SFTTrainer, packing, the same update, batch 8",
     "trl, micro-batches": "the same in micro-batches of 1",
@@ -46,7 +50,7 @@ def run(rounds: int) -> list[Figure]:
     """Takes ten minutes a round on two cores, most of it TRL's, and ten more."""
     figures = []
     for shape in SHAPES:
-        found: dict[str, list[dict[str, Any]]] = {way: [] for way in (*WAYS, "floor")}
+        found: dict[str, list[dict[str, Any]]] = {way: [] for way in (*WAYS, "floor", "floor, bfloat16")}
         for turn in range(rounds):
             for way, results in found.items():
                 if turn == 0 or way != "trl" or shape == SHAPES[0]:  # five minutes a step, so it takes one turn
@@ -59,18 +63,23 @@ def run(rounds: int) -> list[Figure]:
                 figure(f"{shape}: {way}", speed[way], "tokens/s", beside),
                 figure(f"{shape}: {way}, peak memory", memory[way] / 1e9, "GB", what),
             ]
-        share = speed["ours"] / speed["floor"]
-        figures.append(
-            figure(f"{shape}: bare products", speed["floor"], "tokens/s", f"ours gets {share:.2f} of it")
-        )
+        for floor, ours in (("floor", "ours, one sequence"), ("floor, bfloat16", "ours, bfloat16, one sequence")):
+            share = speed[ours] / speed[floor]
+            name = floor.replace("floor", "bare products")
+            figures.append(
+                figure(f"{shape}: {name}", speed[floor], "tokens/s", f"one sequence gets {share:.2f} of it")
+            )
+        share = speed["ours, bfloat16, one sequence"] / speed["ours, bfloat16, one sequence, no kernels"]
+        figures.append(figure(f"{shape}: with kernels of without, bfloat16", share, "x", "must be at least 2"))
         share = memory["ours"] / memory["plain"]
         figures.append(figure(f"{shape}: memory, ours of plain", share, "", "must be at most 0.25"))
     return figures
 
 
 def _in_a_process(way: str, shape: str) -> dict[str, Any]:
+    env = os.environ | ({"CC": "no-compiler"} if way.endswith("no kernels") else {})
     done = subprocess.run(
-        [sys.executable, "-m", __name__, way, shape], check=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", __name__, way, shape], check=True, stdout=subprocess.PIPE, text=True, env=env
     )
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
@@ -127,7 +136,7 @@ def _theirs(way: str, name: str) -> tuple[list[float], list[int]]:
     return clock.seconds, clock.tokens
 
 
-def _floor(name: str) -> tuple[list[float], list[int]]:
+def _floor(name: str, dtype: str) -> tuple[list[float], list[int]]:
     """Time the matrix products of one packed sequence, forward and backward, with nothing between them.
 
     Real weights, so that the caches are as cold as in a step.
@@ -139,7 +148,7 @@ def _floor(name: str) -> tuple[list[float], list[int]]:
             max_steps=1,
             max_rows=ROWS,
             eval_rows=2,
-            dtype="float32",
+            dtype=dtype,
             long_rows="truncate",
         )
     )
@@ -153,8 +162,8 @@ def _floor(name: str) -> tuple[list[float], list[int]]:
     head = model.get_output_embeddings().weight
     products: list[Callable[[], Any]] = []
 
-    filled = lru_cache(None)(torch.randn)
-    room = lru_cache(None)(torch.empty)
+    filled = lru_cache(None)(partial(torch.randn, dtype=setup.base.dtype))
+    room = lru_cache(None)(partial(torch.empty, dtype=setup.base.dtype))
 
     def product(a: tuple[int, ...], b: tuple[int, ...] | torch.Tensor) -> None:
         left, right = filled(a), b if isinstance(b, torch.Tensor) else filled(b)
@@ -198,10 +207,13 @@ def _worker(way: str, shape: str) -> None:
         place = Path(folder)
         name = base_of(shape, place / "base")
         with quiet_transformers():
-            if way == "floor":
-                seconds, tokens = _floor(name)
+            dtype = "bfloat16" if "bfloat16" in way else "float32"
+            if way.startswith("floor"):
+                seconds, tokens = _floor(name, dtype)
+            elif "one sequence" in way:
+                seconds, tokens = _ours(name, place, dtype, steps=8, gradient_accumulation=1)
             elif way.startswith("ours"):
-                seconds, tokens = _ours(name, place, "bfloat16" if "bfloat16" in way else "float32")
+                seconds, tokens = _ours(name, place, dtype)
             else:
                 seconds, tokens = _theirs(way, name)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -322,8 +322,8 @@ class TrainConfig(_Settings):
     device: str = _setting("auto", "auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:N or mps.", "Machine")
     dtype: Dtype = _setting(
         "auto",
-        "Precision of the base. auto: bfloat16 on CUDA or if float32 does not fit into memory, else float32. On a CPU with "
-        "AMX bfloat16 is faster.",
+        "Precision of the base. auto: bfloat16 on CUDA, on a CPU that multiplies in it faster, or if float32 does not fit "
+        "into memory; else float32.",
         "Machine",
     )
     load_in: LoadIn = _setting(

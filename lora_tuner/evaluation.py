@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -39,12 +39,13 @@ from .errors import (
     ignore_events,
 )
 from .inference.multi_lora import MultiLora
-from .models import fsdp, loading, lora
+from .models import fsdp, fused_blocks, loading, lora, packing_checks
 from .models.loading import LoadedBase
 from .models.tokenizer import load_adapter_tokenizer
 from .settings_files import resolve_settings
 
-BATCH_TOKENS_CPU, BATCH_TOKENS_GPU = 512, 8192  # positions per batch
+# Positions per batch; packed rows have no padding, and their attention needs no more memory for more of them.
+BATCH_TOKENS_CPU, BATCH_TOKENS_PACKED, BATCH_TOKENS_GPU = 512, 2048, 8192
 T = TypeVar("T")
 
 
@@ -133,7 +134,14 @@ def evaluate(
         AdapterError: the adapters do not share one base, or there are no rows.
     """
     sets = _select_sets(adapters, sets, eval_rows, options.notify)
-    return evaluate_on(loading.open_base(adapters[0], options), adapters, sets, options=options)
+    return evaluate_on(open_base(adapters[0], options), adapters, sets, options=options)
+
+
+def open_base(adapter: Adapter, options: ModelOptions) -> LoadedBase:
+    """Load the base of an adapter to measure it as training does: in its dtype, with its fast paths."""
+    base = loading.open_base(adapter, options, training=True)
+    packing_checks.enable_fast_paths(base)
+    return base
 
 
 def evaluate_on(
@@ -284,7 +292,7 @@ def measure_loss(
         access: runs each batch.
     """
     local_rows = rows[distributed.rank() :: distributed.world_size()]
-    batch_tokens = batch_tokens or (BATCH_TOKENS_CPU if base.device.type == "cpu" else BATCH_TOKENS_GPU)
+    batch_tokens = batch_tokens or _default_batch_tokens(base)
     batches = list(_length_batches(local_rows, batch_tokens))
     # A sharded forward pass is collective: all processes run equally many.
     passes = int(distributed.all_reduce_max(len(batches))) if fsdp.shard_count() > 1 else len(batches)
@@ -299,6 +307,12 @@ def measure_loss(
     for rank, rank_nll in enumerate(distributed.all_gather([nll[index] for index in sorted(nll)])):
         gathered_nll[rank :: distributed.world_size()] = rank_nll
     return HeldOutLoss(gathered_nll, [tokenization.count_predictions(row) for row in rows])
+
+
+def _default_batch_tokens(base: LoadedBase) -> int:
+    if base.device.type != "cpu":
+        return BATCH_TOKENS_GPU
+    return BATCH_TOKENS_PACKED if fused_blocks.packs_rows(base.model) else BATCH_TOKENS_CPU
 
 
 def measure_base_loss(
@@ -462,11 +476,14 @@ def _nll(
     with contextlib.ExitStack() as stack, torch.no_grad(), base.lm_head.skip_lm_head(), context():
         stack.callback(model.train, model.training)
         model.eval()
-        inputs = packing.collate([[row] for row in rows], base.tokenizer.pad_token_id)
+        packed = fused_blocks.packs_rows(base.model)
+        sequences = [rows] if packed else [[row] for row in rows]
+        inputs = packing.collate(sequences, base.tokenizer.pad_token_id, cu_seqlens=packed)
         labels = inputs.pop("labels").to(base.device)
         output = model(**{name: tensor.to(base.device) for name, tensor in inputs.items()}, use_cache=False)
-        nll = base.lm_head.nll(output.logits, labels)
-        return cast(list[float], nll.cpu().double().sum(1).tolist())
+        nll = base.lm_head.nll(output.logits, labels).cpu().double()
+        by_row = nll[0].split([len(row) for row in rows]) if packed else nll
+        return [float(row.sum()) for row in by_row]
 
 
 def _length_batches(rows: Sequence[TokenIds], batch_tokens: int) -> Iterator[list[int]]:
@@ -500,6 +517,8 @@ def _measure_cached(
         base.device.type,
         [row.tolist() for row in rows],
     ]
+    if base.dtype == torch.bfloat16 and fused_blocks.packs_rows(base.model):
+        identity.append("fused blocks")  # they round differently
     if base.load_in != "full":
         identity.append(base.load_in)
     if adapter_key is not None:

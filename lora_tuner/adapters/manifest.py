@@ -110,6 +110,7 @@ class RunInfo(_ManifestModel):
     load_in: str = "full"  # or 8bit, 4bit
     threads: int  # per process
     processes: int = 1
+    kernels: str | None = None  # build of the C kernels, if decoder blocks are fused
     coverage: float | None = None
     not_adapted: list[str] = []
     sweep: str | None = None

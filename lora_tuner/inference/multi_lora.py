@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from ..adapters.adapter import Adapter
 from ..errors import AdapterError, MixedBatchError
 from ..models.delta import load_deltas
+from ..models.fused_linear import Lora
 from ..models.loading import LoadedBase
 from ..models.quantization import dense_weight
 from ..models.targets import LinearLayer, layer_sizes, linear_layers
@@ -238,7 +239,10 @@ def _make_hook(rows: Sequence[_LayerLora | None]) -> HookFunction | None:
     """Make the hook of one layer, given its LoRA weights per row; None if it has nothing to do."""
     first = rows[0]
     if all(layer_lora is first for layer_lora in rows):
-        return partial(_single_lora_hook, first) if first is not None else None
+        if first is None:
+            return None
+        # Fused blocks know the hook of plain LoRA, and compute the same in their own products.
+        return Lora(first.A, first.B) if first.dora_scale is None else partial(_dora_hook, first)
     present = [layer_lora for layer_lora in rows if layer_lora is not None]
     rank = max(len(layer_lora.A) for layer_lora in present)
     down = present[0].A.new_zeros(len(rows), rank, present[0].A.shape[1])
@@ -254,7 +258,7 @@ def _make_hook(rows: Sequence[_LayerLora | None]) -> HookFunction | None:
     return partial(_per_row_hook, down.transpose(1, 2), up.transpose(1, 2), dora_scale if any_dora else None)
 
 
-def _single_lora_hook(
+def _dora_hook(
     layer_lora: _LayerLora, layer: LinearLayer, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
 ) -> torch.Tensor:
     delta = F.linear(F.linear(inputs[0].to(layer_lora.A.dtype), layer_lora.A), layer_lora.B)

@@ -32,11 +32,13 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.pytorch_utils import Conv1D
 
 from ..data.packing import IGNORE_INDEX
+from .native import native_for
 
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear as LoraLinear
 
 CHUNK = 512  # positions whose logits exist at once
+VOCABULARY_SLICE = 1536
 VARLEN_ATTENTION = "lora_tuner_by_row"  # name of `_varlen_attention` inside transformers
 _DROPOUT_ATTRIBUTES = ("dropout", "attention_dropout", "hidden_dropout", "activation_dropout", "layerdrop")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -105,7 +107,9 @@ class ChunkedLMHead:
         if len(self._buffer) < min(CHUNK, len(hidden)):
             with torch.inference_mode(False):  # else usable in that mode alone
                 self._buffer = hidden.new_empty(
-                    min(CHUNK, len(hidden)), len(self.module.weight), dtype=torch.float32
+                    min(CHUNK, len(hidden)),
+                    len(self.module.weight),
+                    dtype=hidden.dtype if native_for(hidden) else torch.float32,
                 )
         return self._buffer
 
@@ -207,10 +211,23 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         Returns:
             (positions,) in float32.
         """
-        has_label = labels != IGNORE_INDEX
-        labels = labels.clamp(min=0)
         nll = hidden.new_empty(len(hidden), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        if buffer.dtype == hidden.dtype and (native := native_for(hidden)) is not None:
+            for start in range(0, len(hidden), len(buffer)):
+                chunk = slice(start, start + len(buffer))
+                logits = torch.mm(hidden[chunk], weight.T, out=buffer[: len(hidden[chunk])])
+                with_gradient = int(gradient is not None)
+                native.call(
+                    "cross_entropy", hidden.dtype, logits, labels[chunk], nll[chunk], *logits.shape, with_gradient
+                )
+                if gradient is not None:
+                    gradient[chunk] = _sum_over_vocabulary(logits, weight)
+            if gradient is not None:
+                ctx.save_for_backward(gradient)
+            return nll
+        has_label = labels != IGNORE_INDEX
+        labels = labels.clamp(min=0)
         for start in range(0, len(hidden), len(buffer)):
             chunk = slice(start, start + len(buffer))
             logits = buffer[: len(hidden[chunk])]
@@ -235,6 +252,21 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_nll: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_nll[:, None].to(gradient.dtype), None, None, None
+
+
+def _sum_over_vocabulary(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`gradient @ weight`, (positions, vocabulary) @ (vocabulary, hidden size).
+
+    In slices of the vocabulary in bfloat16, where one product takes 1.6 times as long.
+    """
+    if gradient.dtype == torch.float32:
+        return gradient @ weight
+    total = torch.zeros(len(gradient), weight.shape[1])
+    for slice_of_gradient, slice_of_weight in zip(
+        gradient.split(VOCABULARY_SLICE, 1), weight.split(VOCABULARY_SLICE), strict=True
+    ):
+        total += slice_of_gradient @ slice_of_weight
+    return total
 
 
 class _FusedLora(torch.autograd.Function):

@@ -7,7 +7,7 @@ an error. Limit: nothing that a repo brings as code is ever run.
 import copy
 import inspect
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -80,9 +80,18 @@ class LoadedBase(TokenizedBase):
         return kernels.ChunkedLMHead(self.model)
 
 
-def open_base(adapter: Adapter | None, options: ModelOptions = ModelOptions()) -> LoadedBase:
-    """Load the base that the options name, else that of the adapter, else the default."""
-    return load_base(base_for_adapter(adapter, options), options)
+def open_base(
+    adapter: Adapter | None, options: ModelOptions = ModelOptions(), *, training: bool = False
+) -> LoadedBase:
+    """Load the base that the options name, else that of the adapter, else the default.
+
+    Args:
+        training: choose its dtype as for training, where the options leave it open.
+    """
+    files = base_for_adapter(adapter, options)
+    if training:
+        options = replace(options, dtype=memory.training_dtype(files, choose_device(options.device), options))
+    return load_base(files, options)
 
 
 def base_for_adapter(adapter: Adapter | None, options: ModelOptions = ModelOptions()) -> BaseModelFiles:

@@ -64,13 +64,13 @@ class BaseModelFiles:
     def fingerprint(self) -> str:
         """sha256 over all tensors that are loaded and the whole config (models/identity.py)."""
         with loading_errors(self):
-            return self._hash_with_weights(self._source_hash or identity.effective_config(self._config()))
+            return self._hash_with_weights(self._source_hash or identity.effective_config(self.config()))
 
     @cached_property
     def schema_1_fingerprint(self) -> str:
         """The fingerprint as in manifests of schema 1."""
         with loading_errors(self):
-            return self._hash_with_weights(identity.schema_1_config(self._config()))
+            return self._hash_with_weights(identity.schema_1_config(self.config()))
 
     def _hash_with_weights(self, settings: object) -> str:
         return identity.hash_json([identity.weights_hash(self.folder, self.notify), settings])
@@ -115,7 +115,7 @@ class BaseModelFiles:
             BaseModelError: config.json and the weights contradict each other.
         """
         with loading_errors(self):
-            kind, stored = stored_weights.configured_quantization(self._config()), self._tensors.bits
+            kind, stored = stored_weights.configured_quantization(self.config()), self._tensors.bits
         if kind in (None, "8bit", "4bit") and kind != stored:
             raise BaseModelError(
                 f"The weights of {self.name} are {_in_words(stored)}, but its config.json says that they are "
@@ -127,9 +127,10 @@ class BaseModelFiles:
     def vocab_size(self) -> int | None:
         """Vocabulary size, or None where the config does not state it."""
         with loading_errors(self):
-            return self._config().get("vocab_size")
+            return self.config().get("vocab_size")
 
-    def _config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
+        """Content of config.json, as it stands."""
         return dict(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
 
     def base_info(

@@ -199,12 +199,17 @@ def reproducibility_facts(manifest: Manifest) -> dict[str, str]:
         if data.encoded_hash:
             facts["rows as tokens"] = data.encoded_hash
     if run := manifest.run:
-        facts |= {"device": run.device, "dtype": run.dtype, "threads": str(run.threads)}
+        facts |= {
+            "device": run.device,
+            "dtype": run.dtype,
+            "threads": str(run.threads),
+            "kernels": str(run.kernels),
+        }
     return facts
 
 
 def comparable_facts(before: Manifest, after: Manifest) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the facts of both; with another number of processes the threads may differ.
+    """Return the facts of both; with another number of processes threads and kernels may differ.
 
     Hashes of two schemas cannot be compared.
     """
@@ -214,7 +219,8 @@ def comparable_facts(before: Manifest, after: Manifest) -> tuple[dict[str, str],
             facts_before.pop(name, None)
             facts_after.pop(name, None)
     if before.run and after.run and before.run.processes != after.run.processes:
-        del facts_before["threads"], facts_after["threads"]
+        for name in ("threads", "kernels"):
+            del facts_before[name], facts_after[name]
     return facts_before, facts_after
 
 

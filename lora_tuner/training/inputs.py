@@ -32,12 +32,11 @@ from ..errors import (
     Progress,
     TrainingError,
 )
-from ..models import loading, lora
+from ..models import loading, lora, packing_checks
 from ..models.loading import LoadedBase
 from ..models.targets import TargetModules, describe_targets, resolve_target_modules
 from ..models.tokenizer import load_adapter_tokenizer
 from ..text import format_share
-from . import packing_checks
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,7 @@ class TrainingInputs:
     held_out_texts: list[str]
     text_use: tokenization.TextUse
     varlen_attention: bool  # packed rows are told apart by `cu_seq_lens_q`
+    kernels: str | None  # build of the C kernels, if decoder blocks are fused
     streaming: bool
     batch_size: int
     gradient_accumulation: int
@@ -121,10 +121,9 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
             )
     targets = _choose_targets(requested, parent, base)
     max_length = _choose_max_length(requested, base, notify)
-    isolated = packing_checks.packing_is_isolated(base)
-    varlen_attention = base.device.type == "cpu" and isolated and packing_checks.try_varlen_attention(base)
-    use_packing = requested.packing and isolated
-    if requested.packing and not isolated:
+    paths = packing_checks.enable_fast_paths(base)
+    use_packing = requested.packing and paths.isolated
+    if requested.packing and not paths.isolated:
         if "packing" in requested.model_fields_set:
             raise TrainingError(f"{base.files.name} does not isolate packed rows: leave out --packing.")
         notify(Notice(f"Rows are padded, not packed: {base.files.name} does not isolate packed rows."))
@@ -142,7 +141,8 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
         held_out=held_out,
         held_out_texts=held_out_texts,
         text_use=text_use,
-        varlen_attention=varlen_attention,
+        varlen_attention=paths.varlen_attention,
+        kernels=paths.kernels,
         streaming=requested.streaming,
         batch_size=requested.batch_size or (BATCH_SIZE_CPU if base.device.type == "cpu" else BATCH_SIZE_GPU),
         gradient_accumulation=requested.gradient_accumulation,
@@ -182,7 +182,7 @@ def _load_base_on_all_ranks(requested: TrainConfig, parent: Adapter | None, noti
     bases: list[LoadedBase] = []
 
     def load_on_rank_zero() -> ModelOptions:
-        base = loading.open_base(parent, model_options(requested, notify))
+        base = loading.open_base(parent, model_options(requested, notify), training=True)
         bases.append(base)
         return ModelOptions(
             base=base.files.name,

@@ -18,7 +18,7 @@ from ..config import METHODS, TrainConfig, default_adapter_name
 from ..data.splitting import content_hash
 from ..data.tokenization import encoded_hash
 from ..errors import ConfigError, EventHandler, Notice, Progress, ignore_events
-from ..models import fsdp, initialization, kernels, lora
+from ..models import fsdp, fused_blocks, initialization, kernels, lora
 from ..models.resolve import quiet_transformers
 from . import profiling
 from .inputs import TrainingInputs, dtype_name, load_inputs
@@ -46,6 +46,7 @@ class TrainingSetup(TrainingInputs):
         with quiet_transformers():
             self.model.gradient_checkpointing_disable()
             self.model.unload()
+        fused_blocks.update_fused_blocks(self.base.model)  # which then computes as after loading
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -85,6 +86,7 @@ class TrainingSetup(TrainingInputs):
                 load_in=self.base.load_in,
                 threads=torch.get_num_threads(),
                 processes=distributed.world_size(),
+                kernels=self.kernels,
                 coverage=self.targets.coverage,
                 not_adapted=self.targets.not_adapted,
                 sweep=self.sweep,

@@ -36,7 +36,7 @@ from ..errors import (
     os_error_message,
 )
 from ..evaluation import EvalSet, HeldOutLoss
-from ..models import loading, lora
+from ..models import lora
 from ..settings_files import read_settings, resolve_settings
 from ..text import format_number
 from . import arguments, checkpoints, paths, run, trainer
@@ -364,7 +364,7 @@ def _measure_trials(
         base, rows = setup.base, EvalSet(name, setup.held_out_texts)
     else:
         options = ModelOptions(device=first.device, dtype=first.dtype, load_in=first.load_in, notify=notify)
-        base, rows = loading.open_base(first_adapter, options), evaluation.cached_rows(first_adapter)
+        base, rows = evaluation.open_base(first_adapter, options), evaluation.cached_rows(first_adapter)
         for adapter in adapters.values():
             lora.check_base(adapter, base, options)
     losses = evaluation.held_out_losses(base, adapters, [rows], notify)

@@ -183,7 +183,8 @@ class _LoraTrainer(Trainer):
         self.setup, self.folder = setup, folder
         self.per_step = setup.sequences_per_step  # kept, as other processes may end before this one
         self.current_step, self.step_start, self.predictions = -1, 0.0, 0
-        self.last_good: dict[str, torch.Tensor] = {}
+        self.trained = [tensor for tensor in setup.model.parameters() if tensor.requires_grad]
+        self.last_good: list[torch.Tensor] = []  # their values
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader = super().get_train_dataloader()
@@ -246,8 +247,10 @@ class _LoraTrainer(Trainer):
         """Save the last adapter whose loss and gradients were finite, and raise DivergedError."""
         folder = self.folder / "last-good"
         if self.last_good and distributed.rank() == 0:
+            self._swap_last_good()
             with contextlib.suppress(OSError), atomic_io.atomic_folder(folder) as work:
-                save_adapter(self.setup, self.last_good, self.setup.manifest, work)
+                save_adapter(self.setup, lora.adapter_state_dict(self.setup.model), self.setup.manifest, work)
+            self._swap_last_good()
         kept = (
             f"The last good adapter is in {folder}." if folder.is_dir() else "There is no good adapter to keep."
         )
@@ -257,6 +260,10 @@ class _LoraTrainer(Trainer):
                 f"{self.setup.learning_rate:g} (--learning-rate), or a lower --max-grad-norm."
             )
         )
+
+    def _swap_last_good(self) -> None:
+        for good, now in zip(self.last_good, self.trained, strict=True):
+            good.data, now.data = now.data, good.data
 
     def save_and_raise(self, reason: str, cause: Exception) -> NoReturn:
         """Save a checkpoint of the last complete step on rank zero, and raise TrainingError."""
@@ -355,13 +362,10 @@ class _CheckGradients(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        model = self.trainer.setup.model
-        if not all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None):
+        trained = self.trainer.trained
+        if not torch.nn.utils.get_total_norm([it.grad for it in trained if it.grad is not None]).isfinite():
             self.trainer.save_last_good_and_raise("A gradient is not finite")
-        if distributed.rank() == 0:
-            self.trainer.last_good = {
-                name: tensor.clone() for name, tensor in lora.adapter_state_dict(model).items()
-            }
+        self.trainer.last_good = [tensor.detach().clone() for tensor in trained]
 
 
 class _StopOnSignal(TrainerCallback):

@@ -12,9 +12,11 @@ import lora_tuner.convert.export_gguf
 import lora_tuner.convert.merge
 import lora_tuner.inference.generator
 import lora_tuner.training.run  # noqa: F401
+from lora_tuner.models import native
 
 from ..conftest import prepare_process
 
 prepare_process()
+native.native_kernels()
 gc.collect()
 gc.freeze()  # a forked command collects only its own objects, and copies no pages for the rest

@@ -143,6 +143,7 @@ def test_second_training_of_name_is_refused(
     assert list((workspace / "runs").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_second_sweep_of_name_is_refused(
     start: Start, run: Run, workspace: Path, training: tuple[str | Path, ...]
 ) -> None:

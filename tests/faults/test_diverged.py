@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from lora_tuner.adapters import adapter
+from lora_tuner.training import trainer
 
 from .. import adapter_files
 from .process import unchanged
@@ -20,14 +22,14 @@ LAST = RUN / "last-good"
 @pytest.mark.parametrize(
     ("kind", "rate", "dtype"),
     [
-        ("gpt2", "1000", "float32"),
+        ("gpt2", "1e30", "float32"),
         *(
             pytest.param(kind, rate, dtype, marks=pytest.mark.slow)
             for kind in ("gpt2", "llama")
             for rate in ("1000", "1e30")
             for dtype in ("float32", "float16", "bfloat16")
-            # bfloat16 has a larger range than float16, and a Llama's norms reduce large values
-            if (kind, rate, dtype) not in {("gpt2", "1000", "float32"), ("llama", "1000", "bfloat16")}
+            # float16 has the smallest range
+            if (kind, rate, dtype) != ("gpt2", "1e30", "float32") and (rate == "1e30" or dtype == "float16")
         ),
     ],
 )
@@ -53,17 +55,27 @@ def test_divergence_keeps_last_good_adapter(run, arguments, request, kind, rate,
         assert run("train", "--resume", "reviews").line == ended.line
 
 
+def infinite_gradient() -> None:
+    """Make a gradient of step 3 infinite, and its loss not."""
+    step = trainer._LoraTrainer.training_step
+
+    def training_step(self, model, *arguments):
+        loss = step(self, model, *arguments)
+        if self.state.global_step == 2:
+            next(parameter.grad for parameter in model.parameters() if parameter.requires_grad)[0, 0] = torch.inf
+        return loss
+
+    trainer._LoraTrainer.training_step = training_step
+
+
 @pytest.mark.slow
 def test_last_good_had_finite_gradients(run, arguments):
-    """The weights of step 3 have a finite loss, but its gradient is not finite."""
-    assert (
-        "A gradient is not finite in step 3,"
-        in run(*arguments, "--learning-rate", "1000", "--max-steps", "8").line
-    )
+    ended = run(*arguments, "--learning-rate", "0.1", "--max-steps", "8", before=infinite_gradient)
+    assert "A gradient is not finite in step 3," in ended.line
     kept = load_file(LAST / adapter.WEIGHTS_FILE)
     shutil.rmtree(RUN)
     how = ["--schedule", "constant", "--max-steps", "1"]
-    assert run(*arguments, "--learning-rate", "1000", "--warmup", "0", *how).status == 0
+    assert run(*arguments, "--learning-rate", "0.1", "--warmup", "0", *how).status == 0
     assert kept.keys() == load_file(ADAPTER / adapter.WEIGHTS_FILE).keys()
     assert all((it == kept[name]).all() for name, it in load_file(ADAPTER / adapter.WEIGHTS_FILE).items())
 

@@ -325,6 +325,10 @@ def test_changed_setting_is_named(killed, checkpoints):
     assert leftovers() == {str(RUN)}
 
 
+def no_kernels() -> None:
+    return None
+
+
 @pytest.mark.parametrize(
     ("what", "before"),
     [
@@ -333,6 +337,7 @@ def test_changed_setting_is_named(killed, checkpoints):
         slow("tokenizer", None),
         slow("held-out rows", None),
         slow("threads", partial(threads, 2)),
+        slow("kernels", partial(replaced, "lora_tuner.models.fused_blocks:native_kernels", no_kernels)),
         slow("torch", partial(replaced, "torch:__version__", "0.0.1")),
         slow("peft", partial(replaced, "peft:__version__", "0.0.1")),
         slow("transformers", partial(replaced, "transformers:__version__", "0.0.1")),

@@ -23,7 +23,7 @@ ON_A_CPU = """
 import sys
 from lora_tuner import evaluation
 from lora_tuner.cli import app as cli
-from lora_tuner.models import fsdp
+from lora_tuner.models import fsdp, fused_blocks, memory
 from lora_tuner.training import profiling
 
 models = []
@@ -53,6 +53,7 @@ def report(model):
 
 fsdp.DEVICES, fsdp.place_or_shard, profiling.step_memory = ("cpu",), place_or_shard, step_memory
 evaluation.BATCH_TOKENS_CPU, cli.app = 64, app
+fused_blocks.native_kernels, memory.bfloat16_speedup = (lambda: None), (lambda: 1.0)  # as on a GPU
 """
 FSDP_ENV = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 

@@ -291,6 +291,7 @@ def test_generate_tab_equals_generate_batch(visit, generator):
     assert len(set(lengths)) > 3, "the text is not streamed"
 
 
+@pytest.mark.slow
 def test_enter_generates_and_seed_repeats(visit):
     page = visit()
     prompt_of(page).fill(PROMPT)
@@ -328,6 +329,7 @@ def test_settings_have_cli_defaults(page):
     expect(page.get_by_label("Temperature")).to_be_enabled()
 
 
+@pytest.mark.slow
 def test_invalid_settings_show_one_line(visit, served, monkeypatch):
     page = visit()
     prompt_of(page).fill("word " * 300)
@@ -397,6 +399,7 @@ def choose(page, label, name):
     page.get_by_role("option", name=name).click()
 
 
+@pytest.mark.slow
 def test_blend_follows_slider(visit, generator, served):
     page = visit()
     open_tab(page, "Blend")
@@ -585,6 +588,7 @@ def test_invalid_evaluation_shows_error(visit):
     expect(page.get_by_role("alert")).to_have_text("Choose at least one adapter to evaluate.")
 
 
+@pytest.mark.slow
 def test_stop_or_leave_cancels_evaluation(visit, served, monkeypatch):
     ended = []
     evaluate_on = evaluation.evaluate_on
@@ -632,6 +636,7 @@ def tab_to(page, until):
     return passed
 
 
+@pytest.mark.slow
 def test_page_works_by_keyboard(visit):
     page = visit()
     assert tab_to(page, "Prompt")[0] == "Generate"  # the tab
@@ -658,6 +663,7 @@ def test_page_works_by_keyboard(visit):
     expect(page.locator(".card pre")).to_be_visible()
 
 
+@pytest.mark.slow
 def test_every_control_has_a_name(page):
     for name in ("Generate", "Blend", "Library", "Evaluate"):
         open_tab(page, name)
@@ -908,6 +914,7 @@ def test_page_requires_key_and_drains_on_shutdown(browser, gpt2, adapters):
         page.close()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SCREENSHOT, reason="`make screenshot` takes the screenshot of the README")
 def test_screenshot(browser, monkeypatch):
     """Needs the embedded base, and the adapters praise and pan in the library."""

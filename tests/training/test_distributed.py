@@ -45,7 +45,7 @@ if os.environ["RANK"] == "1":
 
 @pytest.fixture
 def settings(gpt2, reviews_csv):
-    return SHORT | {"base": str(gpt2), "dataset": str(reviews_csv)}
+    return SHORT | {"base": str(gpt2), "dataset": str(reviews_csv), "dtype": "float32"}
 
 
 def command_line(settings, options):

@@ -314,7 +314,7 @@ def test_renamed_trial_is_not_another_one(stopped_measuring):
 def test_finished_trials_are_measured_on_their_base(stopped_measuring, gpt2, llama, monkeypatch):
     real = loading.open_base
     options = ModelOptions(base=str(llama), device="cpu")
-    monkeypatch.setattr(loading, "open_base", lambda adapter, given: real(adapter, options))
+    monkeypatch.setattr(loading, "open_base", lambda adapter, given, **_: real(adapter, options))
     with pytest.raises(WrongBaseError):
         sweep.resume_sweep("reviews")
 

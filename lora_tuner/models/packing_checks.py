@@ -1,4 +1,5 @@
-"""Check on the loaded base that no token sees a later one, or one of another row in its sequence.
+"""Check on the loaded base that no token sees a later one, or one of another row in its sequence;
+and that faster forward passes compute the same.
 
 The gradient of logits in the embeddings of tokens that they do not depend on is exactly zero, in
 any dtype and quantization. It does not see a discrete dependence, such as routing by argmax or by
@@ -8,14 +9,38 @@ ids, in any dtype.
 """
 
 import contextlib
-from typing import cast
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
 import torch
 
 from ..data import packing, tokenization
 from ..errors import BaseModelError
-from ..models import kernels
-from ..models.loading import LoadedBase
+from . import fsdp, fused_blocks, kernels, native
+from .fused_linear import Lora
+from .loading import LoadedBase
+
+
+@dataclass(frozen=True)
+class FastPaths:
+    """How packed rows are computed: with what they would give alone (`isolated`), each attending to
+    itself alone by `cu_seq_lens_q` (`varlen_attention`), with fused blocks (`kernels`, their build)."""
+
+    isolated: bool
+    varlen_attention: bool
+    kernels: str | None
+
+
+def enable_fast_paths(base: LoadedBase) -> FastPaths:
+    """Enable on a base what computes the same faster on a CPU, for training and measuring.
+
+    Raises:
+        BaseModelError: it is not a causal language model.
+    """
+    isolated = packing_is_isolated(base)
+    varlen_attention = base.device.type == "cpu" and isolated and try_varlen_attention(base)
+    return FastPaths(isolated, varlen_attention, try_fused_blocks(base) if varlen_attention else None)
 
 
 def _run_packed(base: LoadedBase, *rows: tokenization.TokenIds, cu_seqlens: bool = False) -> torch.Tensor:
@@ -93,3 +118,57 @@ def try_varlen_attention(base: LoadedBase) -> bool:
             return True
     kernels.enable_varlen_attention(base.model, on=False)
     return False
+
+
+def try_fused_blocks(base: LoadedBase) -> str | None:
+    """Fuse the decoder blocks, if outputs and gradients of each stay the same, with LoRA.
+
+    Blocks are compared one by one: over many, gradients of rounding errors grow without bounds.
+
+    Args:
+        base: the base, with varlen attention.
+
+    Returns:
+        The build of the kernels; None, with the model unchanged, where there are none or they differ.
+    """
+    if fsdp.shard_count() > 1 or not fused_blocks.enable_fused_blocks(base.model):
+        return None
+    batch = packing.collate([base.probe_sequences()], base.tokenizer.pad_token_id, cu_seqlens=True)
+    del batch["labels"]
+    generator = torch.Generator().manual_seed(0)
+    blocks, same = fused_blocks.fused_blocks(base.model), list[bool]()
+    with contextlib.ExitStack() as stack:
+        for block in blocks:
+            for group, layers in zip(block.groups, block.linear_groups(), strict=True):
+                for layer, size_out in zip(layers, group.outs, strict=True):
+                    sizes = ((2, group.size_in), (size_out, 2))
+                    a, b = (torch.randn(size, generator=generator).div_(10).requires_grad_() for size in sizes)
+                    stack.enter_context(layer.register_forward_hook(Lora(a, b)))
+            block.layer.forward = partial(_compare, block, same)
+            stack.callback(setattr, block.layer, "forward", block)
+        base.model(**batch, use_cache=False)
+    fused_blocks.update_fused_blocks(base.model)
+    if len(same) < len(blocks) or not all(same):
+        fused_blocks.disable_fused_blocks(base.model)
+        return None
+    kernels = native.native_kernels()
+    return kernels.build if kernels else None
+
+
+def _compare(
+    block: fused_blocks.Block, same: list[bool], hidden: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """Run both forward passes of a layer, note whether they agree, and return the layer's own output."""
+    outputs: list[list[torch.Tensor]] = []
+    for forward in (block, block.own):
+        with torch.enable_grad():
+            x = hidden.detach().requires_grad_()
+            output = forward(x, *args, **kwargs)
+            weights = torch.linspace(-1, 1, output.numel()).view_as(output).to(output.dtype)
+            gradients = torch.autograd.grad((output * weights).sum(), [x, *block.parameters()])
+        outputs.append([output.detach(), *gradients])
+    tolerance = 1e-3 if hidden.dtype == torch.float32 else 0.2
+    same.append(
+        all((one - other).norm() <= tolerance * other.norm() for one, other in zip(*outputs, strict=True))
+    )
+    return outputs[1][0]

@@ -5,8 +5,8 @@ import pytest
 from lora_tuner import ModelOptions
 from lora_tuner.errors import BaseModelError
 from lora_tuner.models.loading import load_base
+from lora_tuner.models.packing_checks import packing_is_isolated
 from lora_tuner.models.resolve import find_base
-from lora_tuner.training.packing_checks import packing_is_isolated
 
 from .. import model_families
 from ..model_families import CONTEXT, save_family

@@ -1,0 +1,386 @@
+/* Kernels of a training step, once for float and once for bfloat16 (suffixes _f32, _bf16).
+
+   Matrices are row by row; `ld` is the distance between rows in elements. Every loop over rows runs
+   in the OpenMP threads that torch uses, and no sum crosses rows: results do not depend on the
+   number of threads. Values that are not finite stay so. */
+
+#ifndef T
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef uint16_t bf16;
+
+static inline float load_bf16(bf16 value) {
+    uint32_t bits = (uint32_t)value << 16;
+    float result;
+    memcpy(&result, &bits, 4);
+    return result;
+}
+
+static inline bf16 store_bf16(float value) { /* rounded to nearest, ties to even */
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (bf16)((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded); /* NaN stays NaN */
+}
+
+/* e^x to 1e-7 relative: Cephes' reduction to [-ln 2 / 2, ln 2 / 2], Taylor coefficients of 2^f. */
+static inline float fast_exp(float x) {
+    float bounded = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float n = floorf(bounded * 1.44269504f + 0.5f);
+    float f = ((bounded - n * 0.693359375f) + n * 2.12194440e-4f) * 1.44269504f;
+    float p = 1.54035304e-4f;
+    p = p * f + 1.33335581e-3f;
+    p = p * f + 9.61812911e-3f;
+    p = p * f + 5.55041087e-2f;
+    p = p * f + 2.40226507e-1f;
+    p = p * f + 6.93147181e-1f;
+    p = p * f + 1.0f;
+    int32_t bits = (int32_t)n * (1 << 23), power;
+    memcpy(&power, &p, 4);
+    bits += power;
+    memcpy(&p, &bits, 4);
+    return x != x ? x : p;
+}
+
+static inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
+
+/* tanh of the approximated GELU. */
+#define GELU_C 0.7978845608f
+static inline float gelu_tanh(float x) { return 2.0f * sigmoid(2.0f * GELU_C * (x + 0.044715f * x * x * x)) - 1.0f; }
+
+#define T float
+#define NAME(name) name##_f32
+#define LOAD(value) (value)
+#define STORE(value) (value)
+#include "native.c"
+#undef T
+#undef NAME
+#undef LOAD
+#undef STORE
+#define T bf16
+#define NAME(name) name##_bf16
+#define LOAD(value) load_bf16(value)
+#define STORE(value) store_bf16(value)
+#include "native.c"
+
+#else
+
+/* out = x / rms(x) * weight; `scale` (rows,) receives 1 / rms. */
+void NAME(rms_norm)(const T *x, const T *weight, T *out, float *scale, int64_t rows, int64_t size, int64_t ld_out, float eps) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        const T *a = x + row * size;
+        T *o = out + row * ld_out;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < size; j++) sum += LOAD(a[j]) * LOAD(a[j]);
+        float r = scale[row] = 1.0f / sqrtf(sum / size + eps);
+#pragma omp simd
+        for (int64_t j = 0; j < size; j++) o[j] = STORE(LOAD(a[j]) * r * LOAD(weight[j]));
+    }
+}
+
+/* dx = (gradient through the norm) + residual. */
+void NAME(rms_norm_backward)(const T *grad, const T *x, const T *weight, const float *scale, const T *residual, T *dx,
+                             int64_t rows, int64_t size, int64_t ld_residual, int64_t ld_dx) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        const T *a = x + row * size, *g = grad + row * size, *rest = residual + row * ld_residual;
+        T *o = dx + row * ld_dx;
+        float sum = 0, r = scale[row];
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < size; j++) sum += LOAD(g[j]) * LOAD(weight[j]) * LOAD(a[j]);
+        float c = sum * r * r * r / size;
+#pragma omp simd
+        for (int64_t j = 0; j < size; j++) o[j] = STORE(LOAD(rest[j]) + r * LOAD(g[j]) * LOAD(weight[j]) - LOAD(a[j]) * c);
+    }
+}
+
+/* LayerNorm; `stats` (rows, 2) receives mean and 1 / standard deviation. */
+void NAME(layer_norm)(const T *x, const T *weight, const T *bias, T *out, float *stats, int64_t rows, int64_t size,
+                      int64_t ld_out, float eps) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        const T *a = x + row * size;
+        T *o = out + row * ld_out;
+        float sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < size; j++) sum += LOAD(a[j]);
+        float mean = stats[2 * row] = sum / size;
+#pragma omp simd reduction(+ : squares)
+        for (int64_t j = 0; j < size; j++) squares += (LOAD(a[j]) - mean) * (LOAD(a[j]) - mean);
+        float r = stats[2 * row + 1] = 1.0f / sqrtf(squares / size + eps);
+#pragma omp simd
+        for (int64_t j = 0; j < size; j++) o[j] = STORE((LOAD(a[j]) - mean) * r * LOAD(weight[j]) + LOAD(bias[j]));
+    }
+}
+
+void NAME(layer_norm_backward)(const T *grad, const T *x, const T *weight, const float *stats, const T *residual, T *dx,
+                               int64_t rows, int64_t size, int64_t ld_residual, int64_t ld_dx) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        const T *a = x + row * size, *g = grad + row * size, *rest = residual + row * ld_residual;
+        T *o = dx + row * ld_dx;
+        float sum = 0, dot = 0, mean = stats[2 * row], r = stats[2 * row + 1];
+#pragma omp simd reduction(+ : sum, dot)
+        for (int64_t j = 0; j < size; j++) {
+            float w = LOAD(g[j]) * LOAD(weight[j]);
+            sum += w;
+            dot += w * (LOAD(a[j]) - mean);
+        }
+        sum /= size;
+        dot *= r * r / size;
+#pragma omp simd
+        for (int64_t j = 0; j < size; j++)
+            o[j] = STORE(LOAD(rest[j]) + r * (LOAD(g[j]) * LOAD(weight[j]) - sum - (LOAD(a[j]) - mean) * dot));
+    }
+}
+
+/* (rows, 2 size) with gate and up beside each other -> silu(gate) * up. */
+void NAME(swiglu)(const T *x, T *out, int64_t rows, int64_t size, int64_t ld_out) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        const T *gate = x + row * 2 * size, *up = gate + size;
+        T *o = out + row * ld_out;
+#pragma omp simd
+        for (int64_t j = 0; j < size; j++) o[j] = STORE(LOAD(gate[j]) * sigmoid(LOAD(gate[j])) * LOAD(up[j]));
+    }
+}
+
+void NAME(swiglu_backward)(const T *grad, const T *x, T *dx, int64_t rows, int64_t size, int64_t ld_dx) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        const T *gate = x + row * 2 * size, *up = gate + size, *g = grad + row * size;
+        T *d_gate = dx + row * ld_dx, *d_up = d_gate + size;
+#pragma omp simd
+        for (int64_t j = 0; j < size; j++) {
+            float a = LOAD(gate[j]), b = LOAD(up[j]), e = LOAD(g[j]), s = sigmoid(a);
+            d_up[j] = STORE(e * a * s);
+            d_gate[j] = STORE(e * b * s * (1.0f + a * (1.0f - s)));
+        }
+    }
+}
+
+/* GELU with the tanh approximation. */
+void NAME(gelu)(const T *x, T *out, int64_t rows, int64_t size, int64_t ld_out) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        const T *a = x + row * size;
+        T *o = out + row * ld_out;
+#pragma omp simd
+        for (int64_t j = 0; j < size; j++) o[j] = STORE(0.5f * LOAD(a[j]) * (1.0f + gelu_tanh(LOAD(a[j]))));
+    }
+}
+
+void NAME(gelu_backward)(const T *grad, const T *x, T *dx, int64_t rows, int64_t size, int64_t ld_dx) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        const T *a = x + row * size, *g = grad + row * size;
+        T *o = dx + row * ld_dx;
+#pragma omp simd
+        for (int64_t j = 0; j < size; j++) {
+            float v = LOAD(a[j]), t = gelu_tanh(v);
+            float slope = GELU_C * (1.0f + 3.0f * 0.044715f * v * v);
+            o[j] = STORE(LOAD(g[j]) * 0.5f * (1.0f + t + v * (1.0f - t * t) * slope));
+        }
+    }
+}
+
+/* Split qkv (rows, (heads + 2 kv_heads) head) into q, k and v, each with all heads of a sequence one
+   after another: (kv heads, length, head) for the sequence of tokens `start` to `start + length`, which
+   `sequences` (rows, 2) gives for each row. q is multiplied by `scale`. Where cos and sin (rows, head) are
+   not NULL, q and k are rotated. */
+void NAME(split_heads)(const T *qkv, const T *cos, const T *sin, const int64_t *sequences, T *q, T *k, T *v, int64_t rows,
+                       int64_t heads, int64_t kv_heads, int64_t head, float scale) {
+    int64_t half = head / 2;
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t start = sequences[2 * row], length = sequences[2 * row + 1], position = row - start;
+        const T *in = qkv + row * (heads + 2 * kv_heads) * head;
+        for (int64_t h = 0; h < heads + 2 * kv_heads; h++, in += head) {
+            int64_t all = h < heads ? heads : kv_heads;
+            int64_t number = h < heads ? h : h < heads + kv_heads ? h - heads : h - heads - kv_heads;
+            T *out = (h < heads ? q : h < heads + kv_heads ? k : v) + (start * all + number * length + position) * head;
+            float factor = h < heads ? scale : 1.0f;
+            if (cos && h < heads + kv_heads) {
+                const T *c = cos + row * head, *s = sin + row * head;
+#pragma omp simd
+                for (int64_t j = 0; j < half; j++) {
+                    float a = LOAD(in[j]), b = LOAD(in[j + half]);
+                    out[j] = STORE(factor * (a * LOAD(c[j]) - b * LOAD(s[j])));
+                    out[j + half] = STORE(factor * (b * LOAD(c[j]) + a * LOAD(s[j])));
+                }
+            } else {
+#pragma omp simd
+                for (int64_t j = 0; j < head; j++) out[j] = STORE(factor * LOAD(in[j]));
+            }
+        }
+    }
+}
+
+/* The reverse of split_heads, for gradients: the rotation is undone. */
+void NAME(split_heads_backward)(const T *dq, const T *dk, const T *dv, const T *cos, const T *sin, const int64_t *sequences,
+                                T *dqkv, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head, int64_t ld, float scale) {
+    int64_t half = head / 2;
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t start = sequences[2 * row], length = sequences[2 * row + 1], position = row - start;
+        T *out = dqkv + row * ld;
+        for (int64_t h = 0; h < heads + 2 * kv_heads; h++, out += head) {
+            int64_t all = h < heads ? heads : kv_heads;
+            int64_t number = h < heads ? h : h < heads + kv_heads ? h - heads : h - heads - kv_heads;
+            const T *in = (h < heads ? dq : h < heads + kv_heads ? dk : dv) + (start * all + number * length + position) * head;
+            float factor = h < heads ? scale : 1.0f;
+            if (cos && h < heads + kv_heads) {
+                const T *c = cos + row * head, *s = sin + row * head;
+#pragma omp simd
+                for (int64_t j = 0; j < half; j++) {
+                    float a = LOAD(in[j]), b = LOAD(in[j + half]);
+                    out[j] = STORE(factor * (a * LOAD(c[j]) + b * LOAD(s[j])));
+                    out[j + half] = STORE(factor * (b * LOAD(c[j]) - a * LOAD(s[j])));
+                }
+            } else {
+#pragma omp simd
+                for (int64_t j = 0; j < head; j++) out[j] = STORE(factor * LOAD(in[j]));
+            }
+        }
+    }
+}
+
+/* RMS norm of each head of q and k, in place (Qwen3); `scale` (rows, heads + kv_heads) receives 1 / rms. */
+void NAME(head_norm)(T *qkv, const T *q_weight, const T *k_weight, float *scale, int64_t rows, int64_t heads, int64_t kv_heads,
+                     int64_t head, float eps) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t h = 0; h < heads + kv_heads; h++) {
+            T *a = qkv + (row * (heads + 2 * kv_heads) + h) * head;
+            const T *weight = h < heads ? q_weight : k_weight;
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t j = 0; j < head; j++) sum += LOAD(a[j]) * LOAD(a[j]);
+            float r = scale[row * (heads + kv_heads) + h] = 1.0f / sqrtf(sum / head + eps);
+#pragma omp simd
+            for (int64_t j = 0; j < head; j++) a[j] = STORE(LOAD(a[j]) * r * LOAD(weight[j]));
+        }
+}
+
+/* Gradient of head_norm in place of `grad`, from x before the norm. */
+void NAME(head_norm_backward)(T *grad, const T *x, const T *q_weight, const T *k_weight, const float *scale, int64_t rows,
+                              int64_t heads, int64_t kv_heads, int64_t head, int64_t ld) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t h = 0; h < heads + kv_heads; h++) {
+            const T *a = x + (row * (heads + 2 * kv_heads) + h) * head, *weight = h < heads ? q_weight : k_weight;
+            T *g = grad + row * ld + h * head;
+            float sum = 0, r = scale[row * (heads + kv_heads) + h];
+#pragma omp simd reduction(+ : sum)
+            for (int64_t j = 0; j < head; j++) sum += LOAD(g[j]) * LOAD(weight[j]) * LOAD(a[j]);
+            float c = sum * r * r * r / head;
+#pragma omp simd
+            for (int64_t j = 0; j < head; j++) g[j] = STORE(r * LOAD(g[j]) * LOAD(weight[j]) - LOAD(a[j]) * c);
+        }
+}
+
+/* (tokens, heads head) with row distance `ld` -> heads of each sequence one after another, and back. */
+void NAME(to_heads)(const T *x, const int64_t *sequences, T *out, int64_t rows, int64_t heads, int64_t head, int64_t ld) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t start = sequences[2 * row], length = sequences[2 * row + 1], position = row - start;
+        for (int64_t h = 0; h < heads; h++)
+            memcpy(out + (start * heads + h * length + position) * head, x + row * ld + h * head, head * sizeof(T));
+    }
+}
+
+void NAME(from_heads)(const T *x, const int64_t *sequences, T *out, int64_t rows, int64_t heads, int64_t head, int64_t ld) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t start = sequences[2 * row], length = sequences[2 * row + 1], position = row - start;
+        for (int64_t h = 0; h < heads; h++)
+            memcpy(out + row * ld + h * head, x + (start * heads + h * length + position) * head, head * sizeof(T));
+    }
+}
+
+/* Causal softmax of scores (heads, length, length) in place. */
+void NAME(causal_softmax)(T *scores, int64_t heads, int64_t length) {
+#pragma omp parallel for schedule(static, 16)
+    for (int64_t row = 0; row < heads * length; row++) {
+        int64_t count = row % length + 1;
+        T *a = scores + row * length;
+        float largest = -INFINITY, sum = 0, power[count];
+#pragma omp simd reduction(max : largest)
+        for (int64_t j = 0; j < count; j++) largest = LOAD(a[j]) > largest ? LOAD(a[j]) : largest;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < count; j++) {
+            power[j] = fast_exp(LOAD(a[j]) - largest);
+            sum += power[j];
+        }
+        float factor = 1.0f / sum;
+#pragma omp simd
+        for (int64_t j = 0; j < count; j++) a[j] = STORE(power[j] * factor);
+        memset(a + count, 0, (length - count) * sizeof(T));
+    }
+}
+
+/* Gradient of the scores in place of that of the probabilities. */
+void NAME(causal_softmax_backward)(const T *probabilities, T *grad, int64_t heads, int64_t length) {
+#pragma omp parallel for schedule(static, 16)
+    for (int64_t row = 0; row < heads * length; row++) {
+        int64_t count = row % length + 1;
+        const T *p = probabilities + row * length;
+        T *g = grad + row * length;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < count; j++) sum += LOAD(p[j]) * LOAD(g[j]);
+#pragma omp simd
+        for (int64_t j = 0; j < count; j++) g[j] = STORE(LOAD(p[j]) * (LOAD(g[j]) - sum));
+        memset(g + count, 0, (length - count) * sizeof(T));
+    }
+}
+
+/* Negative log-likelihood of each label in nats, 0 where it is negative; `with_gradient` replaces the logits
+   (rows, size) by its gradient. */
+void NAME(cross_entropy)(T *logits, const int64_t *labels, float *nll, int64_t rows, int64_t size, int64_t with_gradient) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        T *a = logits + row * size;
+        int64_t label = labels[row];
+        nll[row] = 0;
+        if (label < 0) {
+            if (with_gradient) memset(a, 0, size * sizeof(T));
+            continue;
+        }
+        float largest = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : largest)
+        for (int64_t j = 0; j < size; j++) largest = LOAD(a[j]) > largest ? LOAD(a[j]) : largest;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < size; j++) sum += fast_exp(LOAD(a[j]) - largest);
+        float log_sum = logf(sum), of_label = LOAD(a[label]) - largest;
+        nll[row] = log_sum - of_label;
+        if (!with_gradient) continue;
+        float factor = 1.0f / sum, p = fast_exp(of_label) * factor;
+#pragma omp simd
+        for (int64_t j = 0; j < size; j++) a[j] = STORE(fast_exp(LOAD(a[j]) - largest) * factor);
+        a[label] = STORE(p - 1.0f);
+    }
+}
+
+/* Write A (ranks, in) and scale * B (out, ranks) of one LoRA layer into [[W, sB], [A, 0]] with row distance `ld`. */
+void NAME(write_lora)(T *a_to, T *b_to, const float *a, const float *b, int64_t ranks, int64_t size_in, int64_t size_out,
+                      int64_t ld, float scale) {
+    for (int64_t r = 0; r < ranks; r++)
+        for (int64_t j = 0; j < size_in; j++) a_to[r * ld + j] = STORE(a[r * size_in + j]);
+    for (int64_t i = 0; i < size_out; i++)
+        for (int64_t r = 0; r < ranks; r++) b_to[i * ld + r] = STORE(scale * b[i * ranks + r]);
+}
+
+/* Gradients of A (ranks, in) and of B (out, ranks), from rows of those of the whole group. */
+void NAME(read_lora_gradient)(const T *a_from, const T *b_from, float *a, float *b, int64_t ranks, int64_t size_in,
+                              int64_t size_out, int64_t ld_a, int64_t ld_b, float scale) {
+    for (int64_t r = 0; r < ranks; r++)
+        for (int64_t j = 0; j < size_in; j++) a[r * size_in + j] = LOAD(a_from[r * ld_a + j]);
+    for (int64_t i = 0; i < size_out; i++)
+        for (int64_t r = 0; r < ranks; r++) b[i * ranks + r] = scale * LOAD(b_from[r * ld_b + i]);
+}
+#endif

@@ -1,0 +1,133 @@
+"""C kernels of the training step (`native.c`), built once into the user's cache by the system's compiler.
+
+Called through ctypes, so they need no headers of torch or Python. Where there is no compiler, or it
+fails, training takes transformers' layers: slower, with the same results up to rounding. Surprise:
+torch and the kernels share one pool of OpenMP threads only because the loader finds torch's libgomp
+first; so torch is imported before.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import atomic_io
+from ..errors import ConfigError
+
+SOURCE = Path(__file__).with_suffix(".c")
+# Signed zeros, NaN and infinity are kept: a step that is not finite must be seen.
+FLAGS = ("-O3", "-std=c99", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+VECTOR_FLAGS = {"x86_64": ("-march=native", "-mprefer-vector-width=512"), "arm64": ("-mcpu=native",)}
+DTYPES = {torch.float32: "_f32", torch.bfloat16: "_bf16"}
+COMPILE_SECONDS = 120
+
+
+class NativeKernels:
+    """The functions of `native.c`. Tensors are passed as pointers, so their sizes must be right.
+
+    `build` identifies source, compiler flags and CPU.
+    """
+
+    def __init__(self, library: ctypes.CDLL, build: str) -> None:
+        self.build = build
+        self._library = library
+
+    def call(self, name: str, dtype: torch.dtype, *arguments: torch.Tensor | int | float | None) -> None:
+        """Call a function for float32 or bfloat16: tensors and None as pointers, integers as int64, floats as float."""
+        _function(self._library, name + DTYPES[dtype])(*map(_argument, arguments))
+
+
+def _argument(value: torch.Tensor | int | float | None) -> Any:
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    return ctypes.c_int64(value) if value is not None else ctypes.c_void_p(None)
+
+
+@cache
+def _function(library: ctypes.CDLL, name: str) -> Callable[..., None]:
+    function: Callable[..., None] = getattr(library, name)
+    function.restype = None  # type: ignore[attr-defined]
+    return function
+
+
+@cache
+def native_kernels() -> NativeKernels | None:
+    """Load the kernels, and build them if the cache has none for this CPU. None without a compiler."""
+    return load_kernels()[0]
+
+
+def native_for(tensor: torch.Tensor) -> NativeKernels | None:
+    """The kernels, if there are any for the device and dtype of a tensor."""
+    return native_kernels() if tensor.device.type == "cpu" and tensor.dtype in DTYPES else None
+
+
+@cache
+def load_kernels() -> tuple[NativeKernels | None, str]:
+    """Load or build the kernels. Returns them, or None and the reason."""
+    compiler = (
+        shlex.split(os.environ.get("CC", ""))
+        or [name for name in ("cc", "gcc", "clang") if shutil.which(name)][:1]
+    )
+    if not compiler:
+        return None, "no C compiler is installed"
+    machine = {"AMD64": "x86_64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+    flags = [*FLAGS, *VECTOR_FLAGS.get(machine, ())]
+    try:
+        version = _run([*compiler, "--version"])
+        build = _short_hash(SOURCE.read_text(encoding="utf-8"), version, *flags)
+        with contextlib.suppress(OSError, ConfigError):  # none yet, damaged, or no cache
+            return NativeKernels(ctypes.CDLL(str(_cache_file(build))), build), ""
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            built = Path(folder) / f"{build}.so"
+            _compile([*compiler, *flags], built)
+            library = ctypes.CDLL(str(built))  # stays loaded when the file is gone
+            with contextlib.suppress(OSError, ConfigError), atomic_io.atomic_file(_cache_file(build)) as work:
+                shutil.copyfile(built, work)
+    except (OSError, subprocess.SubprocessError) as error:
+        return None, " ".join(str(error).split())
+    return NativeKernels(library, build), ""
+
+
+def _cache_file(build: str) -> Path:
+    """File of a build for this CPU: machines may share a cache, and -march=native is not the same on all."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+    except OSError:
+        cpu = [platform.machine(), platform.processor()]
+    return atomic_io.cache_dir() / "kernels" / f"{build}-{_short_hash(*cpu)}.so"
+
+
+def _short_hash(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
+
+
+def _compile(command: list[str], built: Path) -> None:
+    arguments = [str(SOURCE), "-o", str(built), "-lm"]
+    try:
+        _run([*command, "-fopenmp", *arguments])
+    except OSError:  # clang on macOS has no OpenMP: one thread then
+        _run([*command, *arguments])
+
+
+def _run(command: list[str]) -> str:
+    """Run a compiler. Returns its output; raises OSError with its first line of errors."""
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", timeout=COMPILE_SECONDS, check=False
+    )
+    if done.returncode:
+        raise OSError(f"{command[0]} failed: {(done.stderr.strip().splitlines() or ['no output'])[0][:200]}")
+    return done.stdout

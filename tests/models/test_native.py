@@ -1,0 +1,108 @@
+"""The C kernels: built once, whole or not at all, and never hiding what is not finite."""
+
+import pytest
+import torch
+
+from lora_tuner.models import native
+
+
+@pytest.fixture
+def build(monkeypatch, tmp_path):
+    """Build or load kernels as a new process would, in a cache of its own."""
+    monkeypatch.setenv("LORA_TUNER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(native, "FLAGS", ("-O0", *native.FLAGS[1:]))  # three times as fast to build
+    native.load_kernels.cache_clear()
+    yield native.load_kernels
+    native.load_kernels.cache_clear()
+
+
+def test_kernels_are_built_once(build, monkeypatch, tmp_path):
+    kernels, problem = build()
+    assert (kernels is not None, problem) == (True, "")
+    monkeypatch.setattr(native, "_compile", None)
+    native.load_kernels.cache_clear()
+    assert build()[0].build == kernels.build
+    assert list((tmp_path / "cache" / "kernels").iterdir()) == [native._cache_file(kernels.build)]
+
+
+def test_damaged_kernels_are_built_again(build, monkeypatch, tmp_path):
+    kernels, _ = build()
+    monkeypatch.setenv("LORA_TUNER_CACHE", str(tmp_path / "other"))
+    file = native._cache_file(kernels.build)
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"\x7fELF")
+    native.load_kernels.cache_clear()
+    assert build()[0] is not None
+    assert file.stat().st_size > 1000
+
+
+def test_kernels_are_built_without_cache(build, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LORA_TUNER_CACHE", str(tmp_path / "file"))
+    assert build()[0] is not None
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"), [("/nowhere/cc", "No such file"), ("false", "false failed: no output")]
+)
+def test_failing_compiler_gives_reason(build, monkeypatch, tmp_path, compiler, reason):
+    monkeypatch.setenv("CC", compiler)
+    kernels, problem = build()
+    assert kernels is None
+    assert reason in problem
+    assert not list((tmp_path / "cache").glob("kernels/*"))
+
+
+def test_missing_compiler_gives_reason(build, monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert build() == (None, "no C compiler is installed")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_not_finite_stays_so(dtype, bad):
+    kernels = native.native_kernels()
+    logits = torch.randn(3, 50).to(dtype)
+    logits[1, 7] = bad
+    nll = torch.empty(3)
+    kernels.call("cross_entropy", dtype, logits, torch.tensor([4, 4, -1]), nll, 3, 50, 1)
+    assert nll.isfinite().tolist() == [True, False, True]
+    assert logits.isfinite().all(1).tolist() == [True, False, True]
+    scores = torch.randn(1, 4, 4).to(dtype)
+    scores[0, 2, 1] = bad
+    kernels.call("causal_softmax", dtype, scores, 1, 4)
+    assert scores.isfinite().all(2).tolist() == [[True, True, False, True]]
+    x, out = torch.randn(3, 40).to(dtype), torch.empty(3, 20, dtype=dtype)
+    x[1, 3] = bad
+    kernels.call("swiglu", dtype, x, out, 3, 20, 20)
+    assert out.isfinite().all(1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_matches_torch(dtype):
+    logits = (30 * torch.randn(20, 333, generator=torch.Generator().manual_seed(0))).to(dtype)
+    labels = torch.arange(20) * 7
+    labels[3] = -100
+    exact = logits.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact, labels, reduction="none")
+    expected.sum().backward()
+    nll = torch.empty(20)
+    native.native_kernels().call("cross_entropy", dtype, logits, labels, nll, 20, 333, 1)
+    assert torch.allclose(nll.double(), expected.detach(), rtol=1e-6, atol=1e-6)
+    assert (logits.double() - exact.grad).abs().max() < (1e-6 if dtype == torch.float32 else 4e-3)
+
+
+def test_results_are_independent_of_threads():
+    kernels, threads = native.native_kernels(), torch.get_num_threads()
+    x, results = torch.randn(1, 37, 37), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        scores = x.clone()
+        kernels.call("causal_softmax", torch.float32, scores, 1, 37)
+        results.append(scores)
+    torch.set_num_threads(threads)
+    assert torch.equal(*results)
+    assert torch.allclose(
+        results[0], x.masked_fill(~torch.ones(37, 37).tril().bool(), -torch.inf).softmax(-1), atol=1e-6
+    )
