@@ -39,7 +39,7 @@ from .errors import (
     ignore_events,
 )
 from .inference.multi_lora import MultiLora
-from .models import fsdp, fused_blocks, loading, lora, packing_checks
+from .models import fsdp, fused_blocks, loading, lora, memory, packing_checks
 from .models.loading import LoadedBase
 from .models.tokenizer import load_adapter_tokenizer
 from .settings_files import resolve_settings
@@ -134,12 +134,20 @@ def evaluate(
         AdapterError: the adapters do not share one base, or there are no rows.
     """
     sets = _select_sets(adapters, sets, eval_rows, options.notify)
-    return evaluate_on(open_base(adapters[0], options), adapters, sets, options=options)
+    runs = [adapter.manifest.run for adapter in adapters if adapter.manifest]
+    as_trained = any(run is not None and run.load_in == options.load_in for run in runs)
+    return evaluate_on(open_base(adapters[0], options, training=as_trained), adapters, sets, options=options)
 
 
-def open_base(adapter: Adapter, options: ModelOptions) -> LoadedBase:
-    """Load the base of an adapter to measure it as training does: in its dtype, with its fast paths."""
-    base = loading.open_base(adapter, options, training=True)
+def open_base(adapter: Adapter, options: ModelOptions, *, training: bool = False) -> LoadedBase:
+    """Load the base of an adapter to measure it, in the dtype and with the fast paths of training.
+
+    Args:
+        training: quantized as for training, not as for generation.
+    """
+    files = loading.base_for_adapter(adapter, options)
+    dtype = memory.training_dtype(files, loading.choose_device(options.device), options)
+    base = loading.load_base(files, replace(options, dtype=dtype), training=training)
     packing_checks.enable_fast_paths(base)
     return base
 

@@ -47,7 +47,6 @@ ONE_KIND_FILES = (
     "test_compress.py",
     "test_generator.py",
     "test_mixed_batch.py",
-    "test_speculative.py",
 )
 
 
@@ -213,3 +212,12 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., contextlib.Abstrac
                 yield stopped
 
     return stopping
+
+
+@pytest.fixture(params=[True, pytest.param(False, marks=pytest.mark.slow)], ids=["kernels", "no-kernels"])
+def kernels(request, monkeypatch):
+    """The C kernels, or none as without a compiler."""
+    from lora_tuner.models import native
+
+    if not request.param:
+        monkeypatch.setattr(native, "native_kernels", lambda: None)

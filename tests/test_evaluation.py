@@ -486,11 +486,10 @@ def test_evaluate_leaves_base_unchanged(adapters, monkeypatch):
     opened = []
 
     def record(*args, **kwargs):
-        opened.append(open_base(*args, **kwargs))
+        opened.append(load_base(*args, **kwargs))
         return opened[0]
 
-    open_base = loading.open_base
-    monkeypatch.setattr(loading, "open_base", record)
+    monkeypatch.setattr(loading, "load_base", record)
     first = evaluate(adapters, eval_rows=4, options=ModelOptions(device="cpu"))
     (base,) = opened
     plain = AutoModelForCausalLM.from_pretrained(base.files.folder)

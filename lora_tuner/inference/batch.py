@@ -22,11 +22,9 @@ from .hf_decoder import HFDecoder
 from .interface import Cache, DecoderInterface, LoraForBatch
 from .multi_lora import LoadedAdapter, MultiLora
 from .sequence import Sequence
-from .speculative import DraftDecoder
 
 PREFILL_TOKENS = 4096  # prompt tokens per prefill pass
 PREFILL_CHUNK = 256  # the same while other sequences wait for their next token
-MIN_DRAFT_TOKENS = 24  # remaining tokens below which the draft model is not created
 MAX_RESERVED_TOKENS = 1024  # output tokens for which a new cache has room; beyond, it grows
 
 
@@ -122,7 +120,6 @@ class RunningBatch:
         self.cache: Cache | None = None  # of the decoding sequences, all tokens but the last
         self.waiting: list[Sequence] = []
         self.prefills: deque[PrefillBatch] = deque()  # the first is next
-        self.draft: DraftDecoder | None = None
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -198,28 +195,15 @@ class RunningBatch:
             else:
                 self.cache.append_rows(prefill.cache)
             self.decoding += [prefill.sequences[row] for row in rows]
-            self.draft = None
         self.prefills.popleft()
 
     def _decode(self, cache: Cache) -> None:
-        """Run the decoder over the last token of each sequence and its draft tokens, and append the
-        tokens it chooses until a draft token differs."""
+        """Run the decoder over the last token of each sequence, and append the tokens it chooses."""
         self.lora.set_rows([sequence.lora for sequence in self.decoding])
-        draft_count = self._propose_drafts(cache)
-        token_ids = torch.cat(
-            [
-                sequence.token_ids[:, sequence.length - 1 : sequence.length + draft_count]
-                for sequence in self.decoding
-            ]
-        )  # (rows, 1 + draft_count)
-        logits = self.decoder.forward(token_ids, cache, self.lora)
-        for row, sequence in enumerate(self.decoding):
-            for accepted, draft_token in enumerate([*token_ids[row, 1:].tolist(), None]):
-                if sequence.append_token(logits[row, accepted]) != draft_token or sequence.done:
-                    break
-        if self.draft is not None and draft_count:  # of a single sequence
-            cache.used -= draft_count - accepted
-            self.draft.accepted += accepted + 1
+        last = [sequence.token_ids[:, sequence.length - 1 : sequence.length] for sequence in self.decoding]
+        logits = self.decoder.forward(torch.cat(last), cache, self.lora)
+        for sequence, row_logits in zip(self.decoding, logits[:, -1], strict=True):
+            sequence.append_token(row_logits)
         self._keep_sequences([not sequence.done for sequence in self.decoding])
 
     def _keep_sequences(self, keep: list[bool]) -> None:
@@ -230,23 +214,11 @@ class RunningBatch:
         for free in [row for row in range(len(rows)) if not keep[row]]:
             rows.insert(free, rows.pop())
         self.decoding = [self.decoding[row] for row in rows]
-        self.draft = None
         if rows and self.cache is not None:
             self.cache.keep_rows(rows)
         else:
             self.cache = None
             self.lora.set_rows([None])
-
-    def _propose_drafts(self, cache: Cache) -> int:
-        """Propose draft tokens if a single sequence is running. Returns their number."""
-        if len(self.decoding) != 1 or self.waiting or self.prefills or not isinstance(self.decoder, CpuDecoder):
-            return 0
-        (sequence,) = self.decoding
-        remaining = sequence.max_new_tokens - len(sequence.output_ids)
-        if self.draft is None and remaining < MIN_DRAFT_TOKENS:
-            return 0
-        self.draft = self.draft or DraftDecoder(self.decoder, self.lora, sequence)
-        return self.draft.propose(cache)
 
 
 @dataclass(eq=False)

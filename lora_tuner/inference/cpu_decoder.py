@@ -4,14 +4,14 @@ block of keys and values.
 Decoding a token takes at least as long as reading all weights once; transformers' layers spend a
 third of the time on other operations. A layer is four products here. The architectures are
 implemented a second time, so the logits of a few tokens are compared with the model's own, and a
-base with different logits is left to HFDecoder. Limits: a CPU, float32, bfloat16 or int8, Llama-like
+base with different logits is left to HFDecoder. Limits: a CPU; float32, bfloat16, 8 or 4 bits; Llama-like
 models and GPT-2. Sums over layers, norms and attention are in float32 whatever the weights are.
 """
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +20,17 @@ from transformers.pytorch_utils import Conv1D
 
 from ..models.kernels import has_full_attention
 from ..models.loading import LoadedBase
-from ..models.quantization import Int8Linear, int4_linear, int8_linear, pack_int4, pack_int8
+from ..models.native import few_rows_product, native_for
+from ..models.quantization import (
+    INT4_BLOCK,
+    Int4Linear,
+    Int8Linear,
+    int4_linear,
+    int8_linear,
+)
 from ..models.targets import LinearLayer
 from .multi_lora import BatchedLora, LoraPart, MultiLora
 
-MIN_DRAFT_HEAD = 10_000_000  # weights of the LM head; drafting does not pay off below
 _LLAMA_TYPES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 
 
@@ -33,17 +39,28 @@ class FusedLinear:
     in output order."""
 
     def __init__(self, layers: dict[str, LinearLayer]) -> None:
-        parts = list(layers.values())
+        parts: list[Any] = list(layers.values())
         self.modules = list(layers)
         self.bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
-        self.int8 = isinstance(parts[0], Int8Linear)
-        if self.int8:
-            self.weight, scale = (_fuse_tensors(parts, name) for name in ("int8_weight", "scale"))
-            self.multiply = partial(int8_linear, int8_weight=self.weight, scale=scale, bias=self.bias)
+        kinds = {type(part) for part in parts}
+        self.is_float32 = False
+        self.multiply: Callable[[torch.Tensor], torch.Tensor]
+        if kinds == {Int8Linear}:
+            int8_weight, scale = _fuse_tensors(parts, "int8_weight"), _fuse_tensors(parts, "scale")
+            self.multiply = partial(int8_linear, int8_weight=int8_weight, scale=scale, bias=self.bias)
+        elif kinds == {Int4Linear} and (len(parts) == 1 or not any(it.out_features % INT4_BLOCK for it in parts)):
+            packed, scales = _fuse_tensors(parts, "packed"), _fuse_tensors(parts, "scales", dim=1)
+            self.multiply = partial(int4_linear, packed=packed, scales=scales, bias=self.bias)
+        elif Int4Linear in kinds:  # sizes whose packed weights cannot be concatenated
+            self.multiply = partial(_multiply_each, parts)
         else:
-            self.weight = parts[0].weight.T if isinstance(parts[0], Conv1D) else _fuse_tensors(parts, "weight")
-            multiply = F.linear if self.weight.dtype == torch.float32 else _bfloat16_linear
-            self.multiply = partial(multiply, weight=self.weight, bias=self.bias)
+            if isinstance(parts[0], Conv1D):
+                parts[0].weight.data = parts[0].weight.data.T.contiguous().T
+                weight = parts[0].weight.detach().T
+            else:
+                weight = _fuse_tensors(parts, "weight")
+            self.is_float32 = weight.dtype == torch.float32
+            self.multiply = partial(_float_linear, weight=weight, bias=self.bias)
 
     def __call__(self, x: torch.Tensor, lora: LoraPart | None = None) -> torch.Tensor:
         """(tokens, in) -> (tokens, out), the rows one after another; bfloat16 unless weights are float32."""
@@ -56,30 +73,27 @@ class FusedLinear:
         is_float = out.dtype == torch.float32
         return out.addmm_(x @ down, up) if is_float else out.add_((x.float() @ down) @ up)
 
-    def quantize(self, *, int4: bool = True) -> "FusedLinear":
-        """Copy with int4 weights; with int8 weights if `int4` is off or the sizes do not allow it."""
-        quantized = copy.copy(self)
-        weight = self.weight * self.multiply.keywords["scale"][:, None] if self.int8 else self.weight
-        if int4 and (packed := pack_int4(weight)) is not None:
-            quantized.multiply = partial(int4_linear, packed=packed[0], scales=packed[1], bias=self.bias)
-        elif not self.int8:
-            int8_weight, scale = pack_int8(weight)
-            quantized.multiply = partial(int8_linear, int8_weight=int8_weight, scale=scale, bias=self.bias)
-        return quantized
+
+def _float_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    out = few_rows_product(x, weight)
+    if out is None:
+        return F.linear(x.to(weight.dtype), weight, bias)
+    return out if bias is None else out.add_(bias)
 
 
-def _bfloat16_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return F.linear(x.bfloat16(), weight, bias)
+def _multiply_each(parts: Sequence[Any], x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([part(x.bfloat16()) for part in parts], -1)
 
 
-def _fuse_tensors(parts: Sequence[LinearLayer], name: str) -> torch.Tensor:
+def _fuse_tensors(parts: Sequence[LinearLayer], name: str, dim: int = 0) -> torch.Tensor:
     """Concatenate a tensor of several layers. Each layer then keeps a view of the result, so
     nothing is in memory twice."""
     tensors: list[torch.Tensor] = [getattr(part, name) for part in parts]
     if len(tensors) == 1:
         return tensors[0].detach()
-    fused = torch.cat([tensor.detach() for tensor in tensors])
-    for tensor, view in zip(tensors, fused.split([len(tensor) for tensor in tensors]), strict=True):
+    fused = torch.cat([tensor.detach() for tensor in tensors], dim)
+    sizes = [tensor.shape[dim] for tensor in tensors]
+    for tensor, view in zip(tensors, fused.split(sizes, dim), strict=True):
         tensor.data = view
     return fused
 
@@ -169,8 +183,6 @@ class CpuDecoder:
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.lm_head = FusedLinear({"head": model.get_output_embeddings()})
         self._rotary_cache = torch.empty(0)
-        # A float32 product of four rows costs 1.5 times that of three; in int8 hardly more.
-        self.draft_tokens = 3 if self.lm_head.int8 else 2
 
         def fuse(*layers: LinearLayer) -> FusedLinear:
             return FusedLinear({names[layer]: layer for layer in layers})
@@ -211,12 +223,13 @@ class CpuDecoder:
         """Create the decoder of a base. None for other architectures, devices or dtypes, or if its
         logits are different."""
         supported = type(base.model).__name__ in (*_LLAMA_TYPES, "GPT2LMHeadModel")
-        has_float_weights = base.dtype in (torch.float32, torch.bfloat16) and base.load_in == "full"
+        is_own = base.load_in == "full" or isinstance(base.model.get_output_embeddings(), Int8Linear)
         rotary = getattr(base.model.base_model, "rotary_emb", None)
         if (
             not supported
             or base.device.type != "cpu"
-            or not has_float_weights
+            or base.dtype not in (torch.float32, torch.bfloat16)
+            or not is_own  # weights of bitsandbytes
             or not has_full_attention(base.model)
             or getattr(rotary, "rope_type", "default") in ("dynamic", "longrope")  # depends on the length
         ):
@@ -227,36 +240,8 @@ class CpuDecoder:
             expected = base.model(input_ids=token_ids, use_cache=False).logits[0]
             cache = KVCache(decoder, 1, 6, [0])
             logits = torch.cat([decoder.forward(chunk, cache)[0] for chunk in token_ids.split(4, 1)])
-        tolerance = 1e-3 if decoder.lm_head.weight.dtype == torch.float32 else 5e-2
+        tolerance = 1e-3 if decoder.lm_head.is_float32 else 5e-2
         return decoder if (logits - expected).abs().max() <= tolerance * expected.abs().max() else None
-
-    @cached_property
-    def draft_model(self) -> "CpuDecoder | None":
-        """Same base with int4 weights, over the same cache, for speculative decoding (Leviathan et
-        al., 2022, arXiv:2211.17192).
-
-        None where drafting would cost more than it saves. Price: 0.6 bytes per weight.
-        """
-        is_bfloat16 = self.lm_head.weight.dtype == torch.bfloat16
-        if (
-            is_bfloat16
-            or self.lm_head.weight.numel() < MIN_DRAFT_HEAD
-            or torch.backends.cpu.get_cpu_capability() != "AVX512"
-        ):
-            return None
-        draft = copy.copy(self)
-        draft.lm_head = self.lm_head.quantize(int4=False)  # int4 changes too many tokens
-        draft.layers = [
-            replace(
-                layer,
-                qkv=layer.qkv.quantize(),
-                attention_out=layer.attention_out.quantize(),
-                mlp_up=layer.mlp_up.quantize(),
-                mlp_down=layer.mlp_down.quantize(),
-            )
-            for layer in self.layers
-        ]
-        return draft
 
     def new_lora(self, multi_lora: MultiLora) -> BatchedLora:
         return BatchedLora(multi_lora, [linear.modules for layer in self.layers for linear in layer.linears])
@@ -286,60 +271,95 @@ class CpuDecoder:
         first, start, end = cache.first, cache.used, cache.used + count
         positions, mask = _positions_and_mask(cache, start, end)
         parts: Iterator[LoraPart | None] = iter(lora.parts if lora is not None else [None] * 4 * len(self.layers))
-        causal = mask is None and count > 1
-        hidden = self.embed(token_ids).float()
+        hidden, rotation = self.embed(token_ids).float(), None
         if self.llama:
             # ([rows,] tokens, 1, half).
             rotation = self.rotary_table(end - first)[positions].unsqueeze(-2)
         else:
             hidden = hidden + self.position_embeddings[positions]
         hidden = hidden.view(-1, hidden.shape[-1])
-        new_kv = cache.kv[:, :, :rows, :, start:end].unbind()
-        all_kv = cache.kv[:, :, :rows, :, first:end].unbind()
-        for layer, (new_keys, new_values), (keys, values) in zip(self.layers, new_kv, all_kv, strict=True):
-            heads = layer.qkv(layer.attention_norm(hidden), next(parts)).view(rows, count, -1, self.head_dim)
-            query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], 2)
-            if self.llama:
-                rotated = _rotate(heads[:, :, : -self.kv_heads], rotation)
-                query, key = rotated.split([self.heads, self.kv_heads], 2)
-            new_keys.copy_(key.transpose(1, 2))
-            new_values.copy_(value.transpose(1, 2))
-            attended = F.scaled_dot_product_attention(
-                query.transpose(1, 2).float(),
-                keys,
-                values,
-                mask,
-                is_causal=causal,
-                enable_gqa=self.heads != self.kv_heads,
-            )
-            hidden = hidden + layer.attention_out(attended.transpose(1, 2).reshape(len(hidden), -1), next(parts))
+        attend = self._attention(cache, rows, count, rotation, mask)
+        for layer, (keys, values) in zip(self.layers, cache.kv.unbind(), strict=True):
+            qkv = layer.qkv(layer.attention_norm(hidden), next(parts)).float()
+            hidden = hidden + layer.attention_out(attend(qkv, keys, values), next(parts))
             inner = layer.mlp_up(layer.mlp_norm(hidden), next(parts))
-            if self.llama:
-                gate, up = inner.chunk(2, -1)
-                inner = F.silu(gate).mul_(up)
-            else:
-                inner = self.activation(inner)
+            inner = _swiglu(inner) if self.llama else self.activation(inner)
             hidden = hidden + layer.mlp_down(inner, next(parts))
         cache.used = end
         if last_only:
             hidden = hidden.view(rows, count, -1)[:, -1]
         return self.lm_head(self.norm(hidden)).float().view(rows, len(hidden) // rows, -1)
 
+    def _attention(
+        self, cache: KVCache, rows: int, count: int, rotation: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Make the attention of a forward pass: qkv (tokens, heads), keys and values of a layer -> (tokens, heads).
+
+        New keys and values are written into the cache.
+        """
+        first, start, end = cache.first, cache.used, cache.used + count
+        kernels = native_for(cache.kv)
+        if kernels is not None and count == 1:
+            columns = torch.tensor(cache.padding)
+            scores = torch.empty(rows * self.heads * end)
+            turn = None
+            if rotation is not None:
+                turn = torch.view_as_real(rotation).expand(rows, 1, 1, -1, 2).contiguous()
+            sizes = (rows, self.heads, self.kv_heads, self.head_dim, cache.kv.shape[4], end)
+
+            def decode(qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+                out = qkv.new_empty(rows, self.heads * self.head_dim)
+                kernels.call("decode_attention", qkv.dtype, qkv, turn, keys, values, columns, scores, out, *sizes)
+                return out
+
+            return decode
+
+        def attend(qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+            heads = qkv.view(rows, count, -1, self.head_dim)
+            query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], 2)
+            if rotation is not None:
+                rotated = _rotate(heads[:, :, : -self.kv_heads], rotation)
+                query, key = rotated.split([self.heads, self.kv_heads], 2)
+            keys[:rows, :, start:end] = key.transpose(1, 2)
+            values[:rows, :, start:end] = value.transpose(1, 2)
+            attended = F.scaled_dot_product_attention(
+                query.transpose(1, 2),
+                keys[:rows, :, first:end],
+                values[:rows, :, first:end],
+                mask,
+                is_causal=mask is None and count > 1,
+                enable_gqa=self.heads != self.kv_heads,
+            )
+            return attended.transpose(1, 2).reshape(rows * count, -1)
+
+        return attend
+
 
 class _Norm:
-    """RMSNorm (arXiv:1910.07467); a single token takes four cheap operations in place of torch's
-    many passes."""
+    """RMSNorm (arXiv:1910.07467), in one pass where there are kernels in C."""
 
     def __init__(self, norm: Any) -> None:
-        self.norm, self.weight, self.eps = _in_float32(norm), norm.weight.float(), norm.eps
+        self.norm, self.weight, self.eps = _in_float32(norm), norm.weight.float(), float(norm.eps)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if len(x) > 1:
+        kernels = native_for(x)
+        if kernels is None:
             normalized: torch.Tensor = self.norm(x)
-        else:
-            mean_square = float(x[0].dot(x[0])) / x.shape[1]
-            normalized = (x * self.weight).mul_((mean_square + self.eps) ** -0.5)
-        return normalized
+            return normalized
+        x, size = x.contiguous(), x.shape[1]
+        out, stats = torch.empty_like(x), x.new_empty(len(x))
+        kernels.call("rms_norm", x.dtype, x, self.weight, out, stats, len(x), size, size, self.eps)
+        return out
+
+
+def _swiglu(inner: torch.Tensor) -> torch.Tensor:
+    kernels, size = native_for(inner), inner.shape[1] // 2
+    if kernels is None:
+        gate, up = inner.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+    out = inner.new_empty(len(inner), size)
+    kernels.call("swiglu", inner.dtype, inner, out, len(inner), size, size)
+    return out
 
 
 def _in_float32(norm: Any) -> Any:

@@ -2,8 +2,7 @@
 
 Each sequence has its own random generator, so other sequences of its batch do not change it.
 Sampling adds Gumbel noise to the logits and takes the maximum, which is equivalent to sampling from
-their softmax. The noise belongs to a position, so verifying a draft token uses the same noise as
-proposing it.
+their softmax.
 """
 
 from dataclasses import dataclass
@@ -76,12 +75,8 @@ class GumbelSampler(LogitsProcessor):
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)  # on the CPU: device-independent
-        self.noise: dict[int, torch.Tensor] = {}  # by position
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        position = input_ids.shape[1]
-        if position not in self.noise:
-            exponential = torch.empty(scores.shape).exponential_(generator=self.generator)
-            self.noise[position] = exponential.clamp_(min=torch.finfo(torch.float32).tiny).log_()
-            self.noise.pop(position - 4, None)  # further back than any draft token
-        return scores.float() - self.noise[position].to(scores.device)
+        exponential = torch.empty(scores.shape).exponential_(generator=self.generator)
+        noise = exponential.clamp_(min=torch.finfo(torch.float32).tiny).log_()
+        return scores.float() - noise.to(scores.device)

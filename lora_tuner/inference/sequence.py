@@ -73,20 +73,10 @@ class Sequence:
     def length(self) -> int:
         return len(self.prompt_ids) + len(self.output_ids)
 
-    def set_token(self, position: int, token: int) -> None:
-        """Write an output token or a draft token into `token_ids`."""
-        if position == self.token_ids.shape[1]:
-            self.token_ids = torch.cat([self.token_ids, torch.empty_like(self.token_ids)], 1)
-        self.token_ids[0, position] = token
-
-    def choose_token(self, position: int, logits: torch.Tensor) -> int:
-        """Choose the token at a position from its logits (vocabulary,) and the tokens before it."""
-        return int(self.logits_processors(self.token_ids[:, :position], logits[None]).argmax())
-
     def append_token(self, logits: torch.Tensor) -> int:
         """Choose the next token from its logits (vocabulary,) and append it. With `done` set, no
         token follows."""
-        token = self.choose_token(self.length, logits)
+        token = int(self.logits_processors(self.token_ids[:, : self.length], logits[None]).argmax())
         if not logits[token].isfinite():  # argmax of NaN would be the first token
             self.fail(
                 GenerationError(
@@ -98,7 +88,9 @@ class Sequence:
         if token in self._eos_token_ids:
             self.hit_eos = True
         else:
-            self.set_token(self.length, token)
+            if self.length == self.token_ids.shape[1]:
+                self.token_ids = torch.cat([self.token_ids, torch.empty_like(self.token_ids)], 1)
+            self.token_ids[0, self.length] = token
             self.output_ids.append(token)
             if self.top_logprobs is not None:  # before its text, for concurrent readers
                 self.logprobs.append(self._token_logprobs(token, logits))

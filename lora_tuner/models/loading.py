@@ -91,7 +91,7 @@ def open_base(
     files = base_for_adapter(adapter, options)
     if training:
         options = replace(options, dtype=memory.training_dtype(files, choose_device(options.device), options))
-    return load_base(files, options)
+    return load_base(files, options, training=training)
 
 
 def base_for_adapter(adapter: Adapter | None, options: ModelOptions = ModelOptions()) -> BaseModelFiles:
@@ -101,11 +101,16 @@ def base_for_adapter(adapter: Adapter | None, options: ModelOptions = ModelOptio
     return find_base(options.base, options.revision, options.notify)
 
 
-def load_base(files: BaseModelFiles, options: ModelOptions = ModelOptions()) -> LoadedBase:
+def load_base(
+    files: BaseModelFiles, options: ModelOptions = ModelOptions(), *, training: bool = False
+) -> LoadedBase:
     """Load model and tokenizer into memory.
 
     A dtype or quantization left at `auto` is reduced, with a notice, where the weights would not
     fit otherwise.
+
+    Args:
+        training: quantize to 8 or 4 bits by bitsandbytes, whose products have gradients, on a CPU too.
 
     Raises:
         BaseModelError: the files are not a causal language model, lack weights, or do not fit into
@@ -114,12 +119,19 @@ def load_base(files: BaseModelFiles, options: ModelOptions = ModelOptions()) -> 
     from transformers import AutoConfig, AutoModelForCausalLM
 
     device = choose_device(options.device)
-    if options.dtype == "int8" and device.type != "cpu":
-        raise BaseModelError(f"int8 is for generation on a CPU, not on {device}: leave --dtype out.")
-    if options.dtype == "int8" and options.load_in not in ("auto", "full"):
-        raise BaseModelError("--dtype int8 and --load-in both quantize the base: choose one.")
+    if options.dtype == "int8":
+        if device.type != "cpu":
+            raise BaseModelError(f"int8 is for generation on a CPU, not on {device}: leave --dtype out.")
+        if options.load_in not in ("auto", "full", "8bit"):
+            raise BaseModelError("--dtype int8 and --load-in both quantize the base: choose one.")
+        if files.quantization is None:
+            options = replace(options, dtype="float32", load_in="8bit")
     tokenizer = load_tokenizer(files)
-    dtype, load_in = memory.choose_precision(files, device, options.dtype, options.load_in, options.notify)
+    in_place = device.type == "cpu" and not training and files.quantization is None
+    in_place = in_place and options.load_in in ("8bit", "4bit")
+    dtype, load_in = memory.choose_precision(
+        files, device, options.dtype, "full" if in_place else options.load_in, options.notify
+    )
     # transformers prefers them.
     if shards := sorted(files.folder.glob("shard-*-model-*.safetensors")):
         raise BaseModelError(f"{shards[0]} belongs to a distributed checkpoint: move such files elsewhere.")
@@ -159,10 +171,10 @@ def load_base(files: BaseModelFiles, options: ModelOptions = ModelOptions()) -> 
     model.requires_grad_(False)
     kernels.fuse_modules(model)
     _keep_weights_unscaled(model, dtype)
-    if options.dtype == "int8":
+    if in_place:
         probe = probe_layers(model, linear_layers(model))
         probe.check("on text alone")
-        quantization.quantize_int8(model, keep=probe.read)
+        quantization.quantize(model, options.load_in, keep=probe.read)
     is_sharded = fsdp.shard_count() > 1  # then a forward pass waits for all processes
     max_context = _set_positions(model) if is_sharded else NO_LIMIT
     if load_in == "full":
@@ -175,7 +187,9 @@ def load_base(files: BaseModelFiles, options: ModelOptions = ModelOptions()) -> 
         _adapt_quantized_layers(model, dtype, is_saved_quantized=files.quantization is not None)
     if not is_sharded:  # on its device, which is faster
         max_context = _set_positions(model)
-    return LoadedBase(files, tokenizer, model, device, dtype, load_in, max_context)
+    return LoadedBase(
+        files, tokenizer, model, device, dtype, options.load_in if in_place else load_in, max_context
+    )
 
 
 def choose_device(name: str) -> torch.device:

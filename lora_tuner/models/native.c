@@ -50,6 +50,152 @@ static inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 #define GELU_C 0.7978845608f
 static inline float gelu_tanh(float x) { return 2.0f * sigmoid(2.0f * GELU_C * (x + 0.044715f * x * x * x)) - 1.0f; }
 
+#define INLINE static inline __attribute__((always_inline))
+#define LANES 16
+#define BLOCK 4        /* sums of a product at once */
+#define PREFETCH 4096  /* bytes ahead of what is read */
+
+typedef float vector __attribute__((vector_size(4 * LANES))); /* one register or several, as the CPU has them */
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
+typedef int8_t chars __attribute__((vector_size(LANES)));
+
+typedef struct {
+    const void *values; /* (rows, size) */
+    const float *scale; /* (rows,), of int8 */
+    int64_t size;
+} matrix;
+
+INLINE vector vector_f32(matrix m, int64_t row, int64_t k) {
+    const float *p = (const float *)m.values + row * m.size + k;
+    vector result;
+    __builtin_prefetch((const char *)p + PREFETCH);
+    memcpy(&result, p, sizeof result);
+    return result;
+}
+
+INLINE vector vector_bf16(matrix m, int64_t row, int64_t k) {
+    const bf16 *p = (const bf16 *)m.values + row * m.size + k;
+    halves values;
+    __builtin_prefetch((const char *)p + PREFETCH);
+    memcpy(&values, p, sizeof values);
+    words bits = __builtin_convertvector(values, words) << 16;
+    vector result;
+    memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+INLINE vector vector_int8(matrix m, int64_t row, int64_t k) {
+    const int8_t *p = (const int8_t *)m.values + row * m.size + k;
+    chars values;
+    __builtin_prefetch((const char *)p + PREFETCH);
+    memcpy(&values, p, sizeof values);
+    shorts wider = __builtin_convertvector(values, shorts); /* gcc widens well only to twice the size */
+    return __builtin_convertvector(__builtin_convertvector(wider, ints), vector);
+}
+
+INLINE float total(vector v) {
+    float sum = 0;
+    for (int lane = 0; lane < LANES; lane++) sum += v[lane];
+    return sum;
+}
+
+INLINE float one_f32(matrix m, int64_t row, int64_t k) { return ((const float *)m.values)[row * m.size + k]; }
+INLINE float one_bf16(matrix m, int64_t row, int64_t k) { return load_bf16(((const bf16 *)m.values)[row * m.size + k]); }
+INLINE float one_int8(matrix m, int64_t row, int64_t k) { return ((const int8_t *)m.values)[row * m.size + k]; }
+
+INLINE float finish_f32(matrix m, int64_t row, float sum) { return sum; }
+INLINE float finish_bf16(matrix m, int64_t row, float sum) { return load_bf16(store_bf16(sum)); } /* as torch's */
+INLINE float finish_int8(matrix m, int64_t row, float sum) { return sum * m.scale[row]; }
+
+/* out (rows, size_out) = x (rows, size_in) weight' for few rows, as fast as the weight is read. */
+#define PRODUCT(kind, type)                                                                                         \
+    INLINE float dot_##kind(matrix x, int64_t row, matrix m, int64_t n) {                                           \
+        vector parts[BLOCK] = {{0}};                                                                                \
+        int64_t k = 0;                                                                                              \
+        for (; k + BLOCK * LANES <= m.size; k += BLOCK * LANES)                                                     \
+            for (int b = 0; b < BLOCK; b++)                                                                         \
+                parts[b] += vector_f32(x, row, k + b * LANES) * vector_##kind(m, n, k + b * LANES);                 \
+        for (; k + LANES <= m.size; k += LANES) parts[0] += vector_f32(x, row, k) * vector_##kind(m, n, k);         \
+        float sum = total((parts[0] + parts[1]) + (parts[2] + parts[3]));                                           \
+        for (; k < m.size; k++) sum += one_f32(x, row, k) * one_##kind(m, n, k);                                    \
+        return finish_##kind(m, n, sum);                                                                            \
+    }                                                                                                               \
+    INLINE void dots_##kind(matrix x, int64_t row, matrix m, int64_t n, float *out, int64_t size_out) {             \
+        vector parts[BLOCK] = {{0}};                                                                                \
+        int64_t k = 0;                                                                                              \
+        for (; k + LANES <= m.size; k += LANES) {                                                                   \
+            vector weight = vector_##kind(m, n, k);                                                                 \
+            for (int b = 0; b < BLOCK; b++) parts[b] += vector_f32(x, row + b, k) * weight;                         \
+        }                                                                                                           \
+        for (int b = 0; b < BLOCK; b++) {                                                                           \
+            float sum = total(parts[b]);                                                                            \
+            for (int64_t rest = k; rest < m.size; rest++) sum += one_f32(x, row + b, rest) * one_##kind(m, n, rest); \
+            out[(row + b) * size_out + n] = finish_##kind(m, n, sum);                                               \
+        }                                                                                                           \
+    }                                                                                                               \
+    void product_##kind(const float *x, const type *values, const float *scale, float *out, int64_t rows,           \
+                        int64_t size_in, int64_t size_out) {                                                        \
+        matrix m = {values, scale, size_in}, inputs = {x, 0, size_in};                                              \
+        _Pragma("omp parallel for schedule(static)") for (int64_t n = 0; n < size_out; n++) {                       \
+            int64_t row = 0;                                                                                        \
+            for (; row + BLOCK <= rows; row += BLOCK) dots_##kind(inputs, row, m, n, out, size_out);                \
+            for (; row < rows; row++) out[row * size_out + n] = dot_##kind(inputs, row, m, n);                      \
+        }                                                                                                           \
+    }
+
+PRODUCT(f32, float)
+PRODUCT(bf16, bf16)
+PRODUCT(int8, int8_t)
+
+/* Rotated by (cos, sin) of each pair; pairs come out adjacent, of queries and keys alike. NULL: as it is. */
+INLINE void rotate(const float *x, const float *rotation, float *out, int64_t head) {
+    if (!rotation) memcpy(out, x, head * sizeof(float));
+    for (int64_t i = 0, half = head / 2; rotation && i < half; i++) {
+        out[2 * i] = x[i] * rotation[2 * i] - x[half + i] * rotation[2 * i + 1];
+        out[2 * i + 1] = x[i] * rotation[2 * i + 1] + x[half + i] * rotation[2 * i];
+    }
+}
+
+/* One new token in each row: its key and value go into column `end` - 1 of the cache, and it attends to the columns
+   from `first` (rows,) on. qkv (rows, heads + 2 * kv_heads, head) -> out (rows, heads, head); rotation (rows, head / 2)
+   pairs; keys and values (rows, kv_heads, capacity, head); scores (rows, heads, end) is overwritten. */
+void decode_attention_f32(const float *qkv, const float *rotation, float *keys, float *values, const int64_t *first,
+                          float *scores, float *out, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head,
+                          int64_t capacity, int64_t end) {
+    int64_t group = heads / kv_heads;
+    float scaling = 1.0f / sqrtf(head);
+#pragma omp parallel for schedule(static) if (rows * heads * end > 1024)
+    for (int64_t task = 0; task < rows * kv_heads; task++) {
+        int64_t row = task / kv_heads, kv = task % kv_heads;
+        const float *own = qkv + row * (heads + 2 * kv_heads) * head, *turn = rotation ? rotation + row * head : 0;
+        float *k = keys + task * capacity * head, *v = values + task * capacity * head;
+        rotate(own + (heads + kv) * head, turn, k + (end - 1) * head, head);
+        memcpy(v + (end - 1) * head, own + (heads + kv_heads + kv) * head, head * sizeof(float));
+        for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
+            float *o = out + (row * heads + h) * head, *s = scores + (row * heads + h) * end, largest = -INFINITY, sum = 0;
+            rotate(own + h * head, turn, o, head);
+            for (int64_t j = first[row]; j < end; j++) {
+                float dot = 0;
+#pragma omp simd reduction(+ : dot)
+                for (int64_t d = 0; d < head; d++) dot += o[d] * k[j * head + d];
+                s[j] = dot * scaling;
+                largest = s[j] > largest || s[j] != s[j] ? s[j] : largest;
+            }
+            memset(o, 0, head * sizeof(float));
+            for (int64_t j = first[row]; j < end; j++) {
+                float p = fast_exp(s[j] - largest);
+                sum += p;
+#pragma omp simd
+                for (int64_t d = 0; d < head; d++) o[d] += p * v[j * head + d];
+            }
+            for (int64_t d = 0; d < head; d++) o[d] /= sum;
+        }
+    }
+}
+
 #define T float
 #define NAME(name) name##_f32
 #define LOAD(value) (value)
@@ -69,7 +215,7 @@ static inline float gelu_tanh(float x) { return 2.0f * sigmoid(2.0f * GELU_C * (
 
 /* out = x / rms(x) * weight; `scale` (rows,) receives 1 / rms. */
 void NAME(rms_norm)(const T *x, const T *weight, T *out, float *scale, int64_t rows, int64_t size, int64_t ld_out, float eps) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows > 8)
     for (int64_t row = 0; row < rows; row++) {
         const T *a = x + row * size;
         T *o = out + row * ld_out;

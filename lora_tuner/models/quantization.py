@@ -1,9 +1,8 @@
-"""Linear layers with int8 and int4 weights for generation on a CPU, which is memory-bound.
+"""Linear layers with int8 and int4 weights for inference on a CPU, which is memory-bound.
 
-int8 is for output: one scale per output channel, inputs in bfloat16. It changes the held-out loss
-in the third decimal (benchmarks/RESULTS.md). int4, with a scale and a zero point per group of 32
-weights, is for draft models only, whose tokens float32 or int8 verifies. Limit: torch's int8
-product is for few rows and whole blocks; else weights are dequantized on the fly.
+int8: one scale per output channel. int4: a scale and a zero point per group of 32 weights, as in
+llama.cpp's Q4_1; the LM head stays in int8. What they change in the held-out loss is in docs/methods.md.
+For many rows, or without a C compiler, int8 weights are dequantized on the fly.
 """
 
 from collections.abc import Collection, Iterable
@@ -16,9 +15,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-MAX_INT8_ROWS = 16  # above, torch's int8 product is slower than dequantizing the weights
-INT8_BLOCK = 16  # torch's int8 product reads weights in such blocks, past their end if need be
+from .native import few_rows_product
+
 GROUP_SIZE = 32  # weights that share a scale in int4
+INT4_BLOCK = 64  # rows of a weight that torch's int4 product packs together
 # Attribute of the layers that transformers replaced by bitsandbytes' ones.
 _REPLACED_CLASS = "source_cls"
 
@@ -41,6 +41,27 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = int8_linear(x.reshape(-1, self.in_features), self.int8_weight, self.scale, self.bias)
+        return flat.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+class Int4Linear(nn.Module):
+    """A linear layer, or GPT-2's Conv1D, with `packed` int4 weights and their `scales` (`pack_int4`)."""
+
+    def __init__(
+        self, layer: nn.Linear | Conv1D, packed: torch.Tensor, scales: torch.Tensor, in_features: int
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, scales.shape[1]
+        self.packed, self.scales = nn.Buffer(packed), nn.Buffer(scales)
+        self.bias = layer.bias
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Dequantized weight: (out, in) in float32."""
+        return dense_int4(self.packed, self.scales, self.in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = int4_linear(x.reshape(-1, self.in_features), self.packed, self.scales, self.bias)
         return flat.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
@@ -106,33 +127,39 @@ def _plain_layer(module: Any, dtype: torch.dtype) -> nn.Linear | Conv1D:
     return layer
 
 
-def quantize_int8(model: PreTrainedModel, keep: Collection[str] = ()) -> None:
-    """Replace all linear layers of a model but some, its head included, but not its embeddings."""
+def quantize(model: PreTrainedModel, load_in: str, keep: Collection[str] = ()) -> None:
+    """Replace all linear layers of a model but some, its head included, but not its embeddings.
+
+    Args:
+        load_in: 8bit or 4bit; with 4bit the head, and layers of other sizes than torch supports, get 8.
+    """
+    head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
-        if name not in keep and isinstance(module, nn.Linear | Conv1D) and type(module) in (nn.Linear, Conv1D):
-            model.set_submodule(name, Int8Linear(module))
+        if name in keep or type(module) not in (nn.Linear, Conv1D):
+            continue
+        weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+        packed = pack_int4(weight.detach()) if load_in == "4bit" and module is not head else None
+        model.set_submodule(name, Int4Linear(module, *packed, weight.shape[1]) if packed else Int8Linear(module))
 
 
 def pack_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize a weight (out, in) to int8, as torch's product requires.
+    """Quantize a weight (out, in) to int8.
 
     Returns:
-        int8 weight (out, in), and scale (out,) in bfloat16.
+        int8 weight (out, in), and scale (out,) in float32.
     """
     weight = weight.float().contiguous()
-    scale = (weight.abs().amax(1) / 127).clamp_(min=torch.finfo(torch.float32).tiny).bfloat16()
+    scale = (weight.abs().amax(1) / 127).clamp_(min=torch.finfo(torch.float32).tiny)
     return (weight / scale[:, None]).round_().clamp_(-128, 127).to(torch.int8), scale
 
 
 def int8_linear(
     x: torch.Tensor, int8_weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Linear layer for x (rows, in): (rows, out) in bfloat16, the same for few rows as for many."""
-    x = x.bfloat16().contiguous()
-    if len(x) > MAX_INT8_ROWS or x.shape[1] % INT8_BLOCK:
-        output = F.linear(x.float(), int8_weight.float().mul_(scale[:, None])).bfloat16()
-    else:
-        output = torch._weight_int8pack_mm(x, int8_weight, scale)
+    """Linear layer for x (rows, in): (rows, out) in float32, the same for few rows as for many."""
+    output = few_rows_product(x, int8_weight, scale)
+    if output is None:
+        output = F.linear(x.float(), int8_weight * scale[:, None])
     return output if bias is None else output.add_(bias)
 
 
@@ -148,19 +175,26 @@ def pack_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         return None
     groups = weight.float().reshape(out_features, -1, GROUP_SIZE)
     low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
-    scale = ((high - low) / 15).clamp_(min=torch.finfo(torch.float32).tiny)
-    codes = ((groups - low) / scale).round_().clamp_(0, 15).to(torch.int32).view(out_features, in_features)
-    zero_point = low + 8 * scale  # torch counts from the middle of the range
-    scales = torch.cat([scale, zero_point], 2).transpose(0, 1).contiguous().bfloat16()
-    return torch._convert_weight_to_int4pack_for_cpu(codes, 1), scales
+    scale = ((high - low) / 15).clamp_(min=torch.finfo(torch.float32).tiny).bfloat16()
+    zero_point = (low + 8 * scale).bfloat16()  # torch counts from the middle of the range
+    codes = ((groups - zero_point) / scale).round_().add_(8).clamp_(0, 15).to(torch.int32)
+    scales = torch.cat([scale, zero_point], 2).transpose(0, 1).contiguous()
+    return torch._convert_weight_to_int4pack_for_cpu(codes.view(out_features, in_features), 1), scales
 
 
 def int4_linear(
     x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Linear layer for x (rows, in): (rows, out) in bfloat16."""
-    output = torch._weight_int4pack_mm_for_cpu(x.bfloat16(), packed, GROUP_SIZE, scales)
+    x = x.bfloat16().contiguous()
+    output = torch._weight_int4pack_mm_for_cpu(x, packed, GROUP_SIZE, scales.contiguous())
     return output if bias is None else output.add_(bias)
+
+
+def dense_int4(packed: torch.Tensor, scales: torch.Tensor, in_features: int) -> torch.Tensor:
+    """The weight (out, in) in float32 of packed int4 weights."""
+    identity = torch.eye(in_features, dtype=torch.bfloat16)
+    return torch._weight_int4pack_mm_for_cpu(identity, packed, GROUP_SIZE, scales.contiguous()).T.float()
 
 
 def mark_dequantized(model: Any) -> None:

@@ -21,10 +21,10 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ConfigError
 from ..text import format_names
 from .probe import Probe, expert_group, probe_layers
-from .quantization import Int8Linear
+from .quantization import Int4Linear, Int8Linear
 from .resolve import quiet_transformers
 
-LinearLayer = nn.Linear | Conv1D | Int8Linear
+LinearLayer = nn.Linear | Conv1D | Int8Linear | Int4Linear
 NEVER_RUN, NOT_LINEAR = "never run on text", "not linear layers"
 NAMED_SHARE = 0.02  # of the block weights: smaller weights that are not linear layers are not named
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

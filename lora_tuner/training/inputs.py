@@ -193,7 +193,7 @@ def _load_base_on_all_ranks(requested: TrainConfig, parent: Adapter | None, noti
         )
 
     chosen = distributed.run_on_rank_zero(load_on_rank_zero)
-    base = bases[0] if bases else loading.open_base(None, chosen)
+    base = bases[0] if bases else loading.open_base(None, chosen, training=True)
     if distributed.world_size() > 1 and len(set(distributed.all_gather(base.files.fingerprint))) > 1:
         raise distributed.share_error(
             TrainingError(

@@ -35,7 +35,7 @@ from ..errors import (
     ignore_events,
     os_error_message,
 )
-from ..evaluation import EvalSet, HeldOutLoss
+from ..evaluation import EvalSet
 from ..models import lora
 from ..settings_files import read_settings, resolve_settings
 from ..text import format_number
@@ -364,11 +364,12 @@ def _measure_trials(
         base, rows = setup.base, EvalSet(name, setup.held_out_texts)
     else:
         options = ModelOptions(device=first.device, dtype=first.dtype, load_in=first.load_in, notify=notify)
-        base, rows = evaluation.open_base(first_adapter, options), evaluation.cached_rows(first_adapter)
+        base = evaluation.open_base(first_adapter, options, training=True)
+        rows = evaluation.cached_rows(first_adapter)
         for adapter in adapters.values():
             lora.check_base(adapter, base, options)
     losses = evaluation.held_out_losses(base, adapters, [rows], notify)
-    held_out: dict[str, HeldOutLoss] = {}
+    held_out = {}
     for trial_name, (pair,) in zip(adapters, losses, strict=True):
         if pair is None:
             raise TrainingError(f"{name}: {rows.missing}, so the trials cannot be compared.")

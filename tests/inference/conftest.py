@@ -68,20 +68,3 @@ def eight_adapters(model_folder, shared_folder):
             save_random_adapter(model_folder, name, rank, targets, seed=rank, dora=name == "six", folder=folder)
     shutil.copytree(folder, "adapters")
     return list(settings)
-
-
-@pytest.fixture
-def draft_counts(monkeypatch):
-    """Draft tokens per round; drafting is enabled for tiny models."""
-    from lora_tuner.inference import batch as inference_batch
-    from lora_tuner.inference import cpu_decoder, speculative
-
-    counts = []
-    propose = speculative.DraftDecoder.propose
-    monkeypatch.setattr(cpu_decoder, "MIN_DRAFT_HEAD", 0)
-    monkeypatch.setattr(inference_batch, "MIN_DRAFT_TOKENS", 1)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(
-        speculative.DraftDecoder, "propose", lambda self, *args: counts.append(propose(self, *args)) or counts[-1]
-    )
-    return counts

@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from lora_tuner import Generator, ModelOptions, SamplingParams
-from lora_tuner.inference import batch as inference_batch
-from lora_tuner.inference import speculative
 from lora_tuner.inference.cpu_decoder import CpuDecoder, KVCache
 from lora_tuner.inference.sequence import Sequence
 
@@ -53,11 +51,8 @@ def run_to_end(engine):
 
 
 @pytest.mark.parametrize("order", [0, *(pytest.param(order, marks=pytest.mark.slow) for order in (1, 2, 3))])
-def test_joining_and_leaving_keeps_solo_output(generator, order, monkeypatch):
+def test_joining_and_leaving_keeps_solo_output(generator, order):
     draw = random.Random(order)
-    if order > 1:  # with draft tokens while a sequence is alone
-        monkeypatch.setattr(CpuDecoder, "draft_model", property(lambda self: self))
-        monkeypatch.setattr(inference_batch, "MIN_DRAFT_TOKENS", 1)
     requests = []
     for _ in range(14):
         prompt, adapter = draw.choice(PROMPTS), draw.choice(["one", "two", "dora", None])
@@ -281,46 +276,3 @@ def test_kv_cache_shrinks_after_long_rows(decoder):
             cache.append_rows(added)
     rows, length = cache.kv.shape[2], cache.kv.shape[4]
     assert rows * length <= 1.25**2 * 18 * 4
-
-
-def test_no_draft_model_for_last_tokens(model_folder, monkeypatch):
-    monkeypatch.setattr(
-        CpuDecoder, "draft_model", property(lambda self: pytest.fail("a draft model was created"))
-    )
-    generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
-    sequences = [make_sequence(generator, "so", None, limit, None) for limit in (20, 40)]
-    generator.engine.add(sequences)
-    while len(sequences[1].output_ids) < 19:
-        generator.engine.step()
-    run_to_end(generator.engine)
-
-
-@pytest.mark.parametrize("left", [2, 3, 4])
-def test_draft_with_full_cache_is_right(model_folder, monkeypatch, left):
-    """The draft model is the first to need more columns, which moves the content to the left."""
-    monkeypatch.setattr(CpuDecoder, "draft_model", property(lambda self: self))  # all draft tokens are accepted
-    monkeypatch.setattr(inference_batch, "MIN_DRAFT_TOKENS", 1)
-    generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
-    expected = generator.generate(
-        "so", SamplingParams(greedy=True, max_new_tokens=30, repetition_penalty=1.2)
-    ).text
-    engine, moved, propose = generator.engine, [], speculative.DraftDecoder.propose
-
-    def recorded(draft, cache):
-        before = cache.used
-        count = propose(draft, cache)
-        moved.append(cache.used < before)
-        return count
-
-    monkeypatch.setattr(speculative.DraftDecoder, "propose", recorded)
-    first, late = (
-        make_sequence(generator, PROMPTS[2], None, 12, None),
-        make_sequence(generator, "so", None, 30, None),
-    )
-    engine.add([first])
-    while len(first.output_ids) < 12 - left:
-        engine.step()
-    engine.add([late])
-    run_to_end(engine)
-    assert late.detokenizer.text == expected
-    assert any(moved)

@@ -14,6 +14,8 @@ from lora_tuner.models.resolve import find_base
 from .. import tiny_models
 from .test_multi_lora import save_opt
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 
 @pytest.fixture
 def base(model_folder):

@@ -635,10 +635,7 @@ def test_changed_manifest_base_is_rejected(versions):
         generator.set_adapter("a")
 
 
-# speculative decoding
-
-
-def test_unloaded_adapter_is_freed(eight_adapters, draft_counts):
+def test_unloaded_adapter_is_freed(eight_adapters):
     import gc
     import weakref
 
@@ -647,7 +644,6 @@ def test_unloaded_adapter_is_freed(eight_adapters, draft_counts):
     tensors = [
         weakref.ref(layer_lora.B) for layer_lora in generator.get_or_load(eight_adapters[0])[1].layers.values()
     ]
-    assert any(draft_counts)
     generator.unload(eight_adapters[0])
     gc.collect()
     assert not any(tensor() is not None for tensor in tensors)

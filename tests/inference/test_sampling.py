@@ -114,21 +114,6 @@ def test_top_k_top_p_match_transformers(top_k, top_p, first, monkeypatch):
     )
 
 
-def test_repeated_position_reuses_noise():
-    """Later positions get the noise that they would have had."""
-    logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(0))
-    texts = [torch.zeros(1, length, dtype=torch.int64) for length in range(5, 15)]
-    once, again = (inference_sampling.make_logits_processors(SamplingParams(), 7) for _ in range(2))
-    expected = [once(text, logits).argmax().item() for text in texts]
-    repeated = []
-    for position in range(0, 10, 2):
-        pair = texts[position : position + 2]
-        proposed = [again(text, logits).argmax().item() for text in pair]
-        repeated += [again(text, logits).argmax().item() for text in pair]
-        assert repeated[-2:] == proposed
-    assert repeated == expected
-
-
 @pytest.mark.parametrize("temperature", [9e-6, 1e-40, 5e-324])
 def test_tiny_temperature_is_greedy(temperature):
     sampling = SamplingParams(temperature=temperature, repetition_penalty=1e-9)

@@ -68,7 +68,9 @@ def test_quantized_base_trains_and_generates(folder, settings, bits):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_only_linear_layers_are_quantized(folder, bits):
-    base = load_base(find_base(str(folder)), ModelOptions(device="cpu", dtype="bfloat16", load_in=bits))
+    base = load_base(
+        find_base(str(folder)), ModelOptions(device="cpu", dtype="bfloat16", load_in=bits), training=True
+    )
     assert base.load_in == bits
     layer_class = {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}[bits]
     layers = linear_layers(base.model)
@@ -85,7 +87,7 @@ def test_only_linear_layers_are_quantized(folder, bits):
 def test_gradients_flow_after_quantized_generation(folder, settings, bits):
     """On CPUs with AVX-512 bitsandbytes repacks 4-bit weights at the first forward pass without gradients, and later
     passes have none."""
-    base = load_base(find_base(str(folder)), ModelOptions(device="cpu", load_in=bits))
+    base = load_base(find_base(str(folder)), ModelOptions(device="cpu", load_in=bits), training=True)
     ids = torch.arange(1, 20)[None]
     with torch.inference_mode():
         before = base.model(ids).logits
@@ -177,7 +179,7 @@ def test_impossible_quantization_is_refused(gpt2, monkeypatch):
         load_base(files, ModelOptions(device="cpu", dtype="int8", load_in="4bit"))
     monkeypatch.setattr(memory, "find_spec", lambda name: None)
     with pytest.raises(BaseModelError) as error:
-        load_base(files, ModelOptions(device="cpu", load_in="4bit"))
+        load_base(files, ModelOptions(device="cpu", load_in="4bit"), training=True)
     assert str(error.value) == "--load-in 4bit needs bitsandbytes: pip install bitsandbytes; or leave it out."
 
 

@@ -106,3 +106,24 @@ def test_results_are_independent_of_threads():
     assert torch.allclose(
         results[0], x.masked_fill(~torch.ones(37, 37).tril().bool(), -torch.inf).softmax(-1), atol=1e-6
     )
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 7, 8])
+@pytest.mark.parametrize("sizes", [(64, 48), (150, 33), (7, 2)])
+@pytest.mark.parametrize("dtype", list(native.PRODUCT_ROWS))
+def test_product_of_few_rows_matches_torch(dtype, sizes, rows):
+    size_in, size_out = sizes
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = (torch.randn(size, generator=generator) for size in ((rows, size_in), (size_out, size_in)))
+    scale = torch.rand(size_out, generator=generator) if dtype == torch.int8 else None
+    weight = (40 * weight if scale is not None else weight).to(dtype)
+    found = native.few_rows_product(x, weight, scale)
+    if rows > native.PRODUCT_ROWS[dtype]:
+        assert found is None
+        return
+    rounded = x.bfloat16() if dtype == torch.bfloat16 else x
+    expected = rounded.double() @ weight.double().T * (1 if scale is None else scale.double())
+    tolerance = 5e-3 if dtype == torch.bfloat16 else 1e-6
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+    x[0, -1] = float("nan")
+    assert native.few_rows_product(x, weight, scale).isnan().all(1).tolist() == [True] + [False] * (rows - 1)

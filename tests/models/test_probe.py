@@ -17,7 +17,8 @@ IDS = torch.arange(100, 110)[None]
 
 
 def load(folder, **precision):
-    return load_base(find_base(str(folder)), ModelOptions(device="cpu", **precision)).model
+    options = ModelOptions(device="cpu", **precision)
+    return load_base(find_base(str(folder)), options, training="load_in" in precision).model  # by bitsandbytes
 
 
 BITS_8, BITS_4, INT8 = {"load_in": "8bit"}, {"load_in": "4bit"}, {"dtype": "int8"}

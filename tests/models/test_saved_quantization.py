@@ -71,7 +71,7 @@ def test_saved_quantization_is_load_in(kind, bits, full, saved):
     base = load_base(find_base(str(saved(kind, bits))), CPU)
     assert (base.load_in, base.dtype) == (load_in, torch.float32)
     if bits != "fp4":  # what --load-in makes of the full base
-        loaded = load_base(find_base(str(full[kind])), replace(CPU, load_in=load_in))
+        loaded = load_base(find_base(str(full[kind])), replace(CPU, load_in=load_in), training=True)
         assert torch.equal(logits(base), logits(loaded))
     again = load_base(base.files, replace(CPU, load_in=load_in, dtype="bfloat16"))
     assert (logits(again) - logits(base)).abs().max() < 0.2
