@@ -47,7 +47,7 @@ PARTS = {
     "larger": larger.run,
 }
 STUDIES = ("defaults", "methods", "sizes", "larger", "stream", "growth")  # slow, so they run only when named
-PACKAGES = ("lora_tuner", "torch", "transformers", "peft", "trl", "llama_cpp_python")
+PACKAGES = ("lora_tuner", "torch", "transformers", "peft", "trl", "xllamacpp")
 
 
 def machine() -> dict[str, object]:

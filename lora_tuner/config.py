@@ -328,8 +328,8 @@ class TrainConfig(_Settings):
     )
     load_in: LoadIn = _setting(
         "auto",
-        "Precision of the base's weights: full, or quantized to 8 or 4 bits (QLoRA, bitsandbytes). auto: quantized only if "
-        "the full weights do not fit into memory.",
+        "Precision of the base's weights: full, or quantized to 8 or 4 bits, by bitsandbytes (QLoRA); for generation on a "
+        "CPU without it, which is the fastest there. auto: quantized only if the full weights do not fit into memory.",
         "Machine",
     )
     gradient_checkpointing: Literal["auto", "on", "off"] = _setting(
@@ -548,8 +548,8 @@ class ModelOptions:
         base: a local folder or a Hub id; None means the base that the adapter names, else the default.
         revision: branch, tag or commit on the Hub.
         device: auto, cpu, cuda, cuda:N or mps.
-        dtype: auto, float32, bfloat16, float16 or int8 (inference on a CPU).
-        load_in: auto, full, 8bit or 4bit (bitsandbytes).
+        dtype: auto, float32, bfloat16, float16 or int8 (on a CPU, the same as `load_in` 8bit).
+        load_in: auto, full, 8bit or 4bit (bitsandbytes; for generation on a CPU `models/quantization`).
         force: accept an adapter on a base that it was not trained on.
         notify: receives Notice and Progress events.
     """

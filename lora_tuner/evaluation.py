@@ -136,10 +136,11 @@ def evaluate(
     sets = _select_sets(adapters, sets, eval_rows, options.notify)
     runs = [adapter.manifest.run for adapter in adapters if adapter.manifest]
     as_trained = any(run is not None and run.load_in == options.load_in for run in runs)
-    return evaluate_on(open_base(adapters[0], options, training=as_trained), adapters, sets, options=options)
+    base = open_base(adapters[0], options, training=as_trained)
+    return evaluate_on(base, adapters, sets, options=options)
 
 
-def open_base(adapter: Adapter, options: ModelOptions, *, training: bool = False) -> LoadedBase:
+def open_base(adapter: Adapter, options: ModelOptions, *, training: bool = True) -> LoadedBase:
     """Load the base of an adapter to measure it, in the dtype and with the fast paths of training.
 
     Args:
@@ -148,7 +149,8 @@ def open_base(adapter: Adapter, options: ModelOptions, *, training: bool = False
     files = loading.base_for_adapter(adapter, options)
     dtype = memory.training_dtype(files, loading.choose_device(options.device), options)
     base = loading.load_base(files, replace(options, dtype=dtype), training=training)
-    packing_checks.enable_fast_paths(base)
+    if training or base.load_in == "full":  # weights quantized for generation give no gradients to check with
+        packing_checks.enable_fast_paths(base)
     return base
 
 

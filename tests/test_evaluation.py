@@ -564,15 +564,16 @@ def test_one_eval_row_is_refused(adapters):
     )
 
 
-def test_int8_loss_has_its_own_cache(model_folder):
-    """Both have the dtype float32."""
-    losses = []
-    for dtype in ("float32", "int8", "float32"):
-        base = load_base(find_base(str(model_folder)), ModelOptions(device="cpu", dtype=dtype))
-        losses.append(
-            evaluation.measure_base_loss(base, evaluation.encode_held_out(base, tiny_models.reviews(9))).loss
-        )
-    assert losses[0] == losses[2] != losses[1]
+@pytest.mark.parametrize("options", [{"dtype": "int8"}, {"load_in": "8bit"}, {"load_in": "4bit"}])
+def test_quantized_loss_has_its_own_cache(adapters, options):
+    """All have the dtype float32."""
+    full, quantized, again = (
+        evaluate(adapters[:1], eval_rows=4, options=ModelOptions(device="cpu", **chosen)).cells[0][0]
+        for chosen in ({}, options, {})
+    )
+    assert full == again
+    assert full.base_loss != quantized.base_loss == pytest.approx(full.base_loss, abs=0.4)
+    assert full.loss != quantized.loss
 
 
 def test_pattern_order_changes_loss_key(gpt2, tmp_path):

@@ -170,7 +170,7 @@ def _model_arguments(
     dtype: Annotated[
         InferenceDtype,
         typer.Option(
-            help="Precision of the base model. auto: bfloat16 on CUDA, else float32. int8: fastest decoding on a CPU."
+            help="Precision of the base model. auto: bfloat16 on CUDA, else float32. int8: --load-in 8bit on a CPU."
         ),
     ] = "auto",
     load_in: Annotated[LoadIn, typer.Option(help=_help("load_in"))] = "auto",

@@ -198,7 +198,7 @@ class RunningBatch:
         self.prefills.popleft()
 
     def _decode(self, cache: Cache) -> None:
-        """Run the decoder over the last token of each sequence, and append the tokens it chooses."""
+        """Run the decoder over the last tokens, and append the tokens that the sequences choose."""
         self.lora.set_rows([sequence.lora for sequence in self.decoding])
         last = [sequence.token_ids[:, sequence.length - 1 : sequence.length] for sequence in self.decoding]
         logits = self.decoder.forward(torch.cat(last), cache, self.lora)

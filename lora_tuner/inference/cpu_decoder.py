@@ -4,8 +4,8 @@ block of keys and values.
 Decoding a token takes at least as long as reading all weights once; transformers' layers spend a
 third of the time on other operations. A layer is four products here. The architectures are
 implemented a second time, so the logits of a few tokens are compared with the model's own, and a
-base with different logits is left to HFDecoder. Limits: a CPU; float32, bfloat16, 8 or 4 bits; Llama-like
-models and GPT-2. Sums over layers, norms and attention are in float32 whatever the weights are.
+base with different logits is left to HFDecoder. Limits: a CPU; float32, bfloat16, 8 or 4 bits;
+Llama-like models and GPT-2. Sums over layers, norms and attention are in float32 whatever the weights are.
 """
 
 import copy
@@ -293,7 +293,7 @@ class CpuDecoder:
     def _attention(
         self, cache: KVCache, rows: int, count: int, rotation: torch.Tensor | None, mask: torch.Tensor | None
     ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-        """Make the attention of a forward pass: qkv (tokens, heads), keys and values of a layer -> (tokens, heads).
+        """Make the attention of a forward pass: qkv, keys and values of a layer -> (tokens, heads).
 
         New keys and values are written into the cache.
         """

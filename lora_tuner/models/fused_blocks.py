@@ -1,7 +1,7 @@
 """Decoder blocks for training on a CPU, forward and backward by hand, of Llama's kind and GPT-2.
 
 In bfloat16 transformers' layers spend two thirds of a step outside matrix products: attention in
-float32, norms, rotary embeddings, activations, copies, and LoRA's second pass over each output. Here
+float32, norms, rotary embeddings, activations, copies, LoRA's second pass over each output. Here
 
 - layers that share their input are one product, with their LoRA (`fused_linear`);
 - attention is one product for each key-value head, within each packed row;

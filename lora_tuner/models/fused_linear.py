@@ -64,7 +64,7 @@ class LinearGroup:
         self.a, self.b = self.matrix[size_out:, :size_in], self.matrix[:size_out, size_in:]
 
     def update(self, modules: Sequence[Any]) -> bool:
-        """Take over the present LoRA weights of the layers. Returns False where there is more than plain LoRA."""
+        """Take over the present LoRA weights. Returns False where there is more than plain LoRA."""
         try:
             lora = [_plain_lora(module) for module in modules]
         except _NotPlainLoraError:
@@ -103,7 +103,7 @@ class LinearGroup:
             torch.mm(x[:, : self.size_in], self.a.T, out=x[:, self.size_in :])
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """(tokens, in + padding), of which x A' is filled in here -> (tokens, out), plus the residual."""
+        """(tokens, in + padding), of which x A' is filled in here -> (tokens, out) + residual."""
         self.fill_padding(x)
         weight = self.matrix[: self.size_out].T
         if residual is None:
@@ -114,7 +114,7 @@ class LinearGroup:
     def backward(
         self, grad: torch.Tensor, x: torch.Tensor, *, needs_x: bool = True
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """Gradient (tokens, out + padding), of which s g B is filled in here -> that of x (tokens, in), and of A and B."""
+        """(tokens, out + padding), of which s g B is filled in here -> gradients of x, and of A and B."""
         size_in, size_out = self.size_in, self.size_out
         gradients: list[torch.Tensor] = []
         if self.parameters():

@@ -110,7 +110,7 @@ def load_base(
     fit otherwise.
 
     Args:
-        training: quantize to 8 or 4 bits by bitsandbytes, whose products have gradients, on a CPU too.
+        training: quantize by bitsandbytes, whose products have gradients, on a CPU too.
 
     Raises:
         BaseModelError: the files are not a causal language model, lack weights, or do not fit into
@@ -187,9 +187,8 @@ def load_base(
         _adapt_quantized_layers(model, dtype, is_saved_quantized=files.quantization is not None)
     if not is_sharded:  # on its device, which is faster
         max_context = _set_positions(model)
-    return LoadedBase(
-        files, tokenizer, model, device, dtype, options.load_in if in_place else load_in, max_context
-    )
+    load_in = options.load_in if in_place else load_in
+    return LoadedBase(files, tokenizer, model, device, dtype, load_in, max_context)
 
 
 def choose_device(name: str) -> torch.device:

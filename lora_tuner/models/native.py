@@ -1,4 +1,5 @@
-"""C kernels of training and generation on a CPU (`native.c`), built once into the user's cache by the system's compiler.
+"""C kernels of training and generation on a CPU (`native.c`), built once into the user's cache by
+the system's compiler.
 
 Called through ctypes, so they need no headers of torch or Python. Where there is no compiler, or it
 fails, transformers' layers and torch's products are used: slower, with the same results up to rounding. Surprise:
@@ -33,7 +34,8 @@ VECTOR_FLAGS = {"x86_64": ("-march=native", "-mprefer-vector-width=512"), "arm64
 DTYPES = {torch.float32: "_f32", torch.bfloat16: "_bf16", torch.int8: "_int8"}
 COMPILE_SECONDS = 120
 _C_TYPES = {int: ctypes.c_int64, float: ctypes.c_float}
-PRODUCT_ROWS = {torch.float32: 8, torch.bfloat16: 2, torch.int8: 32}  # beyond, torch's products are faster
+# Beyond these rows torch's products are faster.
+PRODUCT_ROWS = {torch.float32: 8, torch.bfloat16: 2, torch.int8: 32}
 
 
 class NativeKernels:
@@ -48,14 +50,14 @@ class NativeKernels:
         self._functions: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
 
     def call(self, name: str, dtype: torch.dtype, *arguments: torch.Tensor | int | float | None) -> None:
-        """Call a function for a dtype: tensors and None as pointers, integers as int64, floats as float."""
+        """Call a function for a dtype: tensors and None as pointers, integers as int64."""
         function = self._functions.get((name, dtype))
         if function is None:
             function = getattr(self._library, name + DTYPES[dtype])
             function.argtypes = [_C_TYPES.get(type(value), ctypes.c_void_p) for value in arguments]
             function.restype = None
             self._functions[name, dtype] = function
-        function(*[value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments])
+        function(*[it.data_ptr() if isinstance(it, torch.Tensor) else it for it in arguments])
 
 
 @cache

@@ -1,8 +1,8 @@
 """Linear layers with int8 and int4 weights for inference on a CPU, which is memory-bound.
 
 int8: one scale per output channel. int4: a scale and a zero point per group of 32 weights, as in
-llama.cpp's Q4_1; the LM head stays in int8. What they change in the held-out loss is in docs/methods.md.
-For many rows, or without a C compiler, int8 weights are dequantized on the fly.
+llama.cpp's Q4_1; the LM head stays in int8. What they change in the held-out loss is in
+docs/methods.md. For many rows, or without a C compiler, int8 weights are dequantized on the fly.
 """
 
 from collections.abc import Collection, Iterable
@@ -45,7 +45,7 @@ class Int8Linear(nn.Module):
 
 
 class Int4Linear(nn.Module):
-    """A linear layer, or GPT-2's Conv1D, with `packed` int4 weights and their `scales` (`pack_int4`)."""
+    """A linear layer, or GPT-2's Conv1D, with `packed` weights and their `scales` (`pack_int4`)."""
 
     def __init__(
         self, layer: nn.Linear | Conv1D, packed: torch.Tensor, scales: torch.Tensor, in_features: int
@@ -131,7 +131,7 @@ def quantize(model: PreTrainedModel, load_in: str, keep: Collection[str] = ()) -
     """Replace all linear layers of a model but some, its head included, but not its embeddings.
 
     Args:
-        load_in: 8bit or 4bit; with 4bit the head, and layers of other sizes than torch supports, get 8.
+        load_in: 8bit or 4bit; with 4bit the head and layers of sizes without a product get 8.
     """
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):

@@ -364,8 +364,7 @@ def _measure_trials(
         base, rows = setup.base, EvalSet(name, setup.held_out_texts)
     else:
         options = ModelOptions(device=first.device, dtype=first.dtype, load_in=first.load_in, notify=notify)
-        base = evaluation.open_base(first_adapter, options, training=True)
-        rows = evaluation.cached_rows(first_adapter)
+        base, rows = evaluation.open_base(first_adapter, options), evaluation.cached_rows(first_adapter)
         for adapter in adapters.values():
             lora.check_base(adapter, base, options)
     losses = evaluation.held_out_losses(base, adapters, [rows], notify)
@@ -397,5 +396,5 @@ def _measure_trials(
                 )
             )
     good = [trial for trial in results if trial.loss is not None and trial.gap <= (trial.standard_error or 0.0)]
-    recommended = min(good, key=lambda trial: (trial.bytes, trial.loss))
-    return SweepResult(name, base_held_out.loss, results, recommended.name, folder)
+    smallest = min(good, key=lambda trial: (trial.bytes, trial.loss))
+    return SweepResult(name, base_held_out.loss, results, smallest.name, folder)

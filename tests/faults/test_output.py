@@ -99,11 +99,11 @@ def advising() -> None:
 
     real = loading.load_base
 
-    def load_base(*arguments: Any) -> Any:
+    def load_base(*arguments: Any, **options: Any) -> Any:
         for name in MODEL_LIBRARIES:
             logging.getLogger(f"{name}.any").warning("We strongly recommend it")
         warnings.warn("It is deprecated", FutureWarning, stacklevel=1)
-        return real(*arguments)
+        return real(*arguments, **options)
 
     setattr(loading, "load_base", load_base)  # noqa: B010
 

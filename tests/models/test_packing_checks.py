@@ -15,7 +15,7 @@ PRECISIONS = ({"dtype": "bfloat16"}, {"load_in": "8bit"}, {"load_in": "4bit", "d
 
 
 def load(folder, **precision):
-    return load_base(find_base(str(folder)), ModelOptions(device="cpu", **precision))
+    return load_base(find_base(str(folder)), ModelOptions(device="cpu", **precision), training=True)
 
 
 @pytest.mark.parametrize("family", ["recurrent_gemma", "rwkv"])

@@ -8,6 +8,7 @@ import pytest
 from lora_tuner import Library, ModelOptions, TrainConfig, evaluate, evaluation, resume, train
 from lora_tuner.errors import AdapterError, ConfigError, Interrupted, TrainingError, WrongBaseError
 from lora_tuner.models import loading
+from lora_tuner.models.resolve import find_base
 from lora_tuner.settings_files import expand_sweep, resolve_settings
 from lora_tuner.training import inputs, sweep
 
@@ -312,9 +313,8 @@ def test_renamed_trial_is_not_another_one(stopped_measuring):
 
 
 def test_finished_trials_are_measured_on_their_base(stopped_measuring, gpt2, llama, monkeypatch):
-    real = loading.open_base
-    options = ModelOptions(base=str(llama), device="cpu")
-    monkeypatch.setattr(loading, "open_base", lambda adapter, given, **_: real(adapter, options))
+    files = find_base(str(llama))
+    monkeypatch.setattr(loading, "base_for_adapter", lambda adapter, options: files)
     with pytest.raises(WrongBaseError):
         sweep.resume_sweep("reviews")
 
