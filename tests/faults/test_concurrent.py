@@ -352,6 +352,7 @@ def slow_down_decoding() -> None:
     CpuDecoder.forward = slow_forward  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 def test_generation_continues_after_adapter_removal(start: Start, run: Run, workspace: Path) -> None:
     command = ("generate", "--adapter", "one", "--greedy", "--max-new-tokens", "60", "the actor")
     alone = run(*command)

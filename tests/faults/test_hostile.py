@@ -333,6 +333,7 @@ def test_hostile_adapter_fails_every_command(do):
         check_rejected(outcome, BY_HAND[outcome.adapter])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "step"), [(0, 16), pytest.param(0, 1, marks=pytest.mark.slow)])
 def test_rejected_adapter_keeps_base_unchanged(gpt2, good, tmp_path, first, step):
     generator = Generator(options=ModelOptions(base=str(gpt2), device="cpu"))

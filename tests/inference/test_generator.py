@@ -523,6 +523,7 @@ STEPS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @hypothesis_settings(
     max_examples=20,
     deadline=None,

@@ -366,6 +366,7 @@ def test_invalid_settings_show_one_line(visit, served, monkeypatch):
     expect(page.get_by_role("alert")).to_have_text(["The queue is full."] * 3)
 
 
+@pytest.mark.slow
 def test_stop_or_leave_cancels_generation(visit, served):
     page = visit()
     with served.held_steps(pause=0.05):  # like a large model
@@ -474,6 +475,7 @@ def test_library_shows_adapters_and_cards(page, adapters, monkeypatch):
     expect(page.get_by_role("alert")).to_contain_text("broken cannot be used.")
 
 
+@pytest.mark.slow
 def test_library_changes_appear(visit, adapters):
     page = visit()
     (adapters / "later").symlink_to(adapters / "noir")
@@ -494,6 +496,7 @@ def test_library_changes_appear(visit, adapters):
     expect(page.get_by_role("button", name="later")).to_have_count(0)
 
 
+@pytest.mark.slow
 def test_card_without_plots_gives_reasons(visit, adapters, tmp_path):
     """A symlink in place of the card is not followed."""
     (tmp_path / "secret").write_text("a secret")

@@ -391,6 +391,7 @@ def test_close_rates_have_different_names(settings):
     assert names == ["a-lr0p001", "a-lr0p0010000001", "a-lr1", "a-lr1e30"]
 
 
+@pytest.mark.slow
 def test_wrong_sweep_leaves_no_state(settings, tmp_path):
     with pytest.raises(ConfigError, match="pissa allows at most"):
         sweep.run_sweep(configs_of(settings, 2, 64, method="pissa"))
