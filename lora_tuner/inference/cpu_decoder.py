@@ -70,8 +70,8 @@ class FusedLinear:
         down, up, groups = lora
         if groups is not None:
             return groups.add_delta(out, x, down, up)
-        is_float = out.dtype == torch.float32
-        return out.addmm_(x @ down, up) if is_float else out.add_((x.float() @ down) @ up)
+        inner = x.float() @ down
+        return out.addmm_(inner, up) if out.dtype == torch.float32 else out.add_(inner @ up)
 
 
 def _float_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
