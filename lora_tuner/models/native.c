@@ -68,19 +68,22 @@ typedef struct {
     int64_t size;
 } matrix;
 
+/* Copy LANES values of `width` bytes each. */
+INLINE void fetch(matrix m, int64_t row, int64_t k, int64_t width, void *to) {
+    const char *from = (const char *)m.values + (row * m.size + k) * width;
+    __builtin_prefetch(from + PREFETCH);
+    memcpy(to, from, LANES * width);
+}
+
 INLINE vector vector_f32(matrix m, int64_t row, int64_t k) {
-    const float *p = (const float *)m.values + row * m.size + k;
     vector result;
-    __builtin_prefetch((const char *)p + PREFETCH);
-    memcpy(&result, p, sizeof result);
+    fetch(m, row, k, sizeof(float), &result);
     return result;
 }
 
 INLINE vector vector_bf16(matrix m, int64_t row, int64_t k) {
-    const bf16 *p = (const bf16 *)m.values + row * m.size + k;
     halves values;
-    __builtin_prefetch((const char *)p + PREFETCH);
-    memcpy(&values, p, sizeof values);
+    fetch(m, row, k, sizeof(bf16), &values);
     words bits = __builtin_convertvector(values, words) << 16;
     vector result;
     memcpy(&result, &bits, sizeof result);
@@ -88,10 +91,8 @@ INLINE vector vector_bf16(matrix m, int64_t row, int64_t k) {
 }
 
 INLINE vector vector_int8(matrix m, int64_t row, int64_t k) {
-    const int8_t *p = (const int8_t *)m.values + row * m.size + k;
     chars values;
-    __builtin_prefetch((const char *)p + PREFETCH);
-    memcpy(&values, p, sizeof values);
+    fetch(m, row, k, sizeof(int8_t), &values);
     shorts wider = __builtin_convertvector(values, shorts); /* gcc widens well only to twice the size */
     return __builtin_convertvector(__builtin_convertvector(wider, ints), vector);
 }

@@ -135,7 +135,7 @@ def explain_how_to_finish(setup: TrainingSetup, folder: Path) -> Iterator[None]:
             if setup.sweep is not None or not _weights_are_finite(setup):  # a sweep goes on to its next trial
                 raise
             raise DivergedError(
-                f"{error} All steps are kept: discard them with --overwrite, or measure again with: {resuming}"
+                f"{error} All steps are kept: measure again with {resuming}, or discard them with --overwrite."
             ) from error
         why = os_error_message(error) if isinstance(error, OSError) else " ".join(str(error).split())
         if not isinstance(error, (LoraTunerError, OSError)):

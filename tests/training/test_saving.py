@@ -217,7 +217,7 @@ def test_bad_held_out_loss_is_measured_again(settings, monkeypatch):
         with pytest.raises(DivergedError) as error:
             train(settings(max_steps=2))
     assert str(error.value).endswith(
-        "All steps are kept: discard them with --overwrite, or measure again with: python cli.py train --resume reviews"
+        "All steps are kept: measure again with python cli.py train --resume reviews, or discard them with --overwrite."
     )
     events = []
     assert resume("reviews", notify=events.append).manifest.run.steps == 2
