@@ -258,7 +258,7 @@ void NAME(layer_norm)(const T *x, const T *weight, const T *bias, T *out, float 
         float mean = stats[2 * row] = sum / size;
 #pragma omp simd reduction(+ : squares)
         for (int64_t j = 0; j < size; j++) squares += (LOAD(a[j]) - mean) * (LOAD(a[j]) - mean);
-        float r = stats[2 * row + 1] = 1.0f / sqrtf(squares / size + eps);
+        float r = stats[2 * row + 1] = isinf(squares) ? NAN : 1.0f / sqrtf(squares / size + eps);
 #pragma omp simd
         for (int64_t j = 0; j < size; j++) o[j] = STORE((LOAD(a[j]) - mean) * r * LOAD(weight[j]) + LOAD(bias[j]));
     }

@@ -111,6 +111,26 @@ def test_loss_and_gradients_match(tmp_path, monkeypatch, family, targets, dtype)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_large_scores_keep_true_gradients(tmp_path, family):
+    """Torch's own attention rounds its log-sums, so its gradients are then wrong by their own size, or infinite."""
+    base = load(tmp_path, family)
+    model, batch = with_lora(base), packing.collate([[torch.arange(3, 43).int().numpy()]], 0, cu_seqlens=True)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 10_000
+    model.double().set_attn_implementation("eager")
+    expected = loss_and_gradients(base, model, **{k: v for k, v in batch.items() if not k.startswith("cu_")})
+    model.float().set_attn_implementation("sdpa")
+    assert kernels.enable_varlen_attention(base.model)
+    assert fused_blocks.enable_fused_blocks(base.model)
+    found, true = (
+        torch.cat([gradient.flatten() for gradient in gradients.values()])
+        for _, gradients in (loss_and_gradients(base, model, **batch), expected)
+    )
+    assert (found - true).norm() < 1e-2 * true.norm()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_variants_of_a_batch_match(tmp_path, monkeypatch, family):
     """Padded sequences, rows whose probabilities are not kept, gradient checkpointing, no LoRA."""
     base = load(tmp_path, family)

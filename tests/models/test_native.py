@@ -80,6 +80,19 @@ def test_not_finite_stays_so(dtype, bad):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_overflow_in_norm_is_not_hidden(dtype):
+    """The variance of a row is infinite: dividing by it would give zeros, where torch gives NaN in float32."""
+    x, out, stats = torch.randn(3, 40).to(dtype), torch.empty(3, 40, dtype=dtype), torch.empty(3, 2)
+    x[1] *= 1e25
+    weight, bias = torch.ones(40, dtype=dtype), torch.zeros(40, dtype=dtype)
+    native.native_kernels().call("layer_norm", dtype, x, weight, bias, out, stats, 3, 40, 40, 1e-5)
+    assert out.isfinite().all(1).tolist() == [True, False, True]
+    if dtype == torch.float32:
+        expected = torch.nn.functional.layer_norm(x, (40,), weight, bias)
+        assert expected.isfinite().all(1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cross_entropy_matches_torch(dtype):
     logits = (30 * torch.randn(20, 333, generator=torch.Generator().manual_seed(0))).to(dtype)
     labels = torch.arange(20) * 7
