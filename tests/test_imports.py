@@ -13,7 +13,7 @@ PACKAGE = Path(lora_tuner.__file__).parent
 LEVELS = [  # from the top; rooms of one level do not import each other
     {"cli"},
     {"server"},
-    {"training", "convert"},
+    {"training", "convert", "analysis"},
     {"evaluation"},
     {"inference"},
     {"models"},
