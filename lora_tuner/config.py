@@ -17,6 +17,8 @@ DEFAULT_BASE = "distilgpt2"
 EMBEDDED_BASE = "smollm2-135m"
 HELD_OUT = "held-out"  # an `eval_dataset`: the rows held out of the training data
 DATA_EXTENSIONS = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet")
+_COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+_COMPRESSIBLE = (".csv", ".tsv", ".json", ".jsonl", ".txt")
 _CODE_FILES = (
     ".py .pyi .js .mjs .jsx .ts .tsx .java .kt .scala .c .h .cc .cpp .hpp .cs .rs .go .rb .php .swift .lua .pl .r .jl .hs .ml "
     ".ex .exs .clj .sh .bash .zsh .ps1 .sql .yaml .yml .toml .ini .cfg .md .rst .tex .css .vue .tf .proto"
@@ -130,7 +132,8 @@ class TrainConfig(_Settings):
 
     dataset: str = _setting(
         "imdb",
-        "imdb, a csv, tsv, json, jsonl, txt, parquet or program code file, a folder of such files, or a Hub dataset id.",
+        "imdb, a csv, tsv, json, jsonl, txt (also .gz .zst .xz .bz2), parquet or program code file, a folder of such files, or a "
+        "Hub dataset id.",
         "Data",
     )
     subset: str | None = _setting(None, "Subset (configuration) of a Hub dataset.", "Data")
@@ -577,9 +580,18 @@ def _contradiction(text: str) -> PydanticCustomError:
     return PydanticCustomError("contradiction", "{text}", {"text": text})
 
 
+def data_extension(path: Path) -> str:
+    """Return the extension of a file in lower case; of compressed text the one before, as in a.csv.gz."""
+    extension, inner = path.suffix.lower(), Path(path.stem).suffix.lower()
+    return inner if extension in _COMPRESSED and inner in _COMPRESSIBLE else extension
+
+
 def default_adapter_name(dataset: str) -> str:
     """Derive an adapter's name from its dataset: the last part of the path or id, made valid."""
-    is_file = Path(dataset).suffix.lower() in DATA_EXTENSIONS + CODE_EXTENSIONS
-    stem = Path(dataset).stem if is_file else dataset.rstrip("/").rpartition("/")[2]
+    path = Path(dataset)
+    is_file = data_extension(path) in DATA_EXTENSIONS + CODE_EXTENSIONS
+    if path.suffix.lower() in _COMPRESSED:
+        path = Path(path.stem)
+    stem = path.stem if is_file else dataset.rstrip("/").rpartition("/")[2]
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-")[:64]
     return name if NAME_PATTERN.fullmatch(name) else f"data-{name}"[:64].rstrip("-")

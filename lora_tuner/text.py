@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from .config import CODE_EXTENSIONS, DATA_EXTENSIONS
+from .config import CODE_EXTENSIONS, DATA_EXTENSIONS, data_extension
 
 # With lone surrogates.
 MAX_MESSAGE_CHARS = 20_000
@@ -23,7 +23,7 @@ def _without_folders(name: str) -> str:
     path = Path(os.path.expanduser(name))
     # A Hub id has at most two parts and does not begin with a dot; everything else was a path.
     is_local = path.is_absolute() or len(path.parts) > 2 or name.startswith((".", "~")) or os.path.exists(path)
-    is_local = is_local or path.suffix in DATA_EXTENSIONS + CODE_EXTENSIONS
+    is_local = is_local or data_extension(path) in DATA_EXTENSIONS + CODE_EXTENSIONS
     return os.path.basename(os.path.abspath(path)) if name and is_local else name
 
 

@@ -7,12 +7,9 @@ into 1.5. A file is refused if it is not UTF-8, names a column or a key twice, o
 pass.
 """
 
-import contextlib
 import csv
-import io
 import itertools
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,9 +20,10 @@ from typing import cast
 
 import datasets
 
-from ..config import CODE_EXTENSIONS
+from ..config import CODE_EXTENSIONS, data_extension
 from ..errors import DataError
 from ..text import format_names
+from .opening import CHANGED, open_file, text_lines, unpack
 
 Row = Mapping[str, object]
 PEEKED_ROWS = 100  # rows that determine the columns of a stream
@@ -33,7 +31,6 @@ AUTO_LINES = 1000  # lines that determine how a txt file is split into rows
 # Of a row, not of a file.
 _ROW_KEYS = {"text", "content", "messages", "conversations", "prompt", "instruction"}
 _TO_CLOSING_QUOTE = re.compile(r'(?:[^"]|"")*+"')  # from within a quoted field of a csv file
-_CHANGED = "it changed while it was read: try again when it is complete"
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def read_file(path: Path, *, txt_rows: str = "auto", streaming: bool = False) ->
     Raises:
         DataError: The file cannot be read. For rows that are read later, the iteration raises it.
     """
-    extension = path.suffix.lower()
+    extension = data_extension(path)
     if extension == ".parquet":
         return _parquet_table(path)
     if extension in CODE_EXTENSIONS:
@@ -126,59 +123,10 @@ def table_from_dataset(source: str, data: datasets.Dataset | datasets.IterableDa
     return Table(source, data, data.column_names, text_columns, nested, label_names=label_names)
 
 
-@contextlib.contextmanager
-def _open_file(path: Path) -> Iterator[io.FileIO]:
-    """Open a file for one pass. An error in the block, or a change of the file, is a DataError."""
-    changed = False
-    try:
-        if not path.is_file():  # opening a pipe would block
-            raise ValueError("it is a link to nothing" if not path.exists() else "it is not a regular file")
-        with path.open("rb", buffering=0) as file:
-            before = os.fstat(file.fileno())
-            try:
-                yield file
-            finally:  # a change explains any other error
-                after = os.fstat(file.fileno())
-                changed = (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)
-        if changed:
-            raise ValueError(_CHANGED)
-    except (csv.Error, ValueError, TypeError, NotImplementedError, OSError, RecursionError) as error:
-        reason = (
-            _CHANGED if changed else getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".")
-        )
-        raise DataError(f"{path} cannot be read: {reason}.") from error
-
-
-class _TextBytes(io.BufferedReader):
-    """The bytes of a text file. A null byte raises ValueError."""
-
-    def read1(self, size: int = -1) -> bytes:
-        start = self.tell()
-        chunk = super().read1(size)
-        if b"\0" in chunk:
-            raise ValueError(
-                f"byte {start + chunk.index(0)} is null, as in UTF-16 or a binary file: save it as UTF-8 text"
-            )
-        return chunk
-
-
-def _text_lines(file: io.FileIO) -> Iterator[str]:
-    """Yield the lines of a UTF-8 file, each with its line break as a newline character."""
-    buffer = _TextBytes(io.FileIO(file.fileno(), closefd=False))
-    if buffer.peek(2).startswith(b"\x1f\x8b"):
-        raise ValueError("it is compressed: unpack it first")
-    text = io.TextIOWrapper(buffer, encoding="utf-8-sig")
-    try:
-        yield from text
-    except UnicodeDecodeError as error:
-        position = buffer.tell() - len(error.object) + error.start
-        raise ValueError(f"byte {position} is not UTF-8: save it as UTF-8 text") from error
-
-
 def _parquet_table(path: Path) -> Table:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    with _open_file(path) as file, open(file.fileno(), "rb", closefd=False) as buffer:
+    with open_file(path) as file, open(file.fileno(), "rb", closefd=False) as buffer:
         schema = pyarrow.parquet.read_schema(buffer)
         _check_distinct(schema.names)
         table = table_from_dataset(str(path), datasets.Dataset(schema.empty_table()))
@@ -195,25 +143,27 @@ def _check_distinct(columns: list[str]) -> None:
 def _read_parquet(path: Path, schema: object) -> Iterator[Row]:
     import pyarrow.parquet
 
-    with _open_file(path) as file, open(file.fileno(), "rb", closefd=False) as buffer:
+    with open_file(path) as file, open(file.fileno(), "rb", closefd=False) as buffer:
         parquet = pyarrow.parquet.ParquetFile(buffer)
         if parquet.schema_arrow != schema:
-            raise ValueError(_CHANGED)
+            raise ValueError(CHANGED)
         for batch in parquet.iter_batches(1000):
             yield from batch.to_pylist()
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    delimiter = "," if path.suffix.lower() == ".csv" else "\t"
+    delimiter = "," if data_extension(path) == ".csv" else "\t"
     csv.field_size_limit(2**31 - 1)
-    with _open_file(path) as file:
-        lines, ahead = itertools.tee(_text_lines(file))
+    with open_file(path) as file:
+        lines, ahead = itertools.tee(text_lines(file))
         first_lines = list(itertools.islice(filter(str.strip, ahead), 2))
         del ahead  # else tee would hold every line
         if len(first_lines) == 2 and delimiter not in first_lines[0]:
             for other in ",;\t|":
                 if all(other in line for line in first_lines):
-                    raise ValueError(f"its delimiter is {other!r}, and a {path.suffix} file needs {delimiter!r}")
+                    raise ValueError(
+                        f"its delimiter is {other!r}, and a {data_extension(path)} file needs {delimiter!r}"
+                    )
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         start = 1  # line in which the row begins
         try:
@@ -228,8 +178,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
                     _check_distinct(fields)
                 header, start = header or fields, reader.line_num + 1
         except csv.Error as error:
-            file.seek(0)
-            line = _find_open_quote(_text_lines(file), start, delimiter)
+            line = _find_open_quote(text_lines(file), start, delimiter)
             reason = str(error).replace("'\t'", "a tab")
             raise ValueError(
                 f"line {line}: {reason}; a field that begins with a quote must end with one"
@@ -284,21 +233,19 @@ def _read_json(path: Path, streaming: bool, rules: list[str]) -> Iterator[Row]:
     Args:
         rules: Gets a line that says so if the rows are those of a list in an object.
     """
-    with _open_file(path) as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-        file.seek(0)
+    with open_file(path) as file:
+        start = (unpack(file).read(4096) or b"").removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
         rows: list[object] | None = None
         if start == b"[" and streaming:
             raise ValueError("it is a JSON array, which cannot be streamed: write one object per line")
         if start == b"[":
-            rows = _JSON_DECODER.decode("".join(_text_lines(file)))
-        elif start == b"{" and path.suffix.lower() == ".json" and (one := _decode_object(_text_lines(file))):
+            rows = _JSON_DECODER.decode("".join(text_lines(file)))
+        elif start == b"{" and data_extension(path) == ".json" and (one := _decode_object(text_lines(file))):
             rows = _rows_of_object(one, rules)
         if rows is not None and streaming:
             raise ValueError("it is one JSON object, which cannot be streamed: write one object per line")
-        file.seek(0)
         unit = "line" if rows is None else "row"
-        for number, value in _json_values(_text_lines(file)) if rows is None else enumerate(rows, 1):
+        for number, value in _json_values(text_lines(file)) if rows is None else enumerate(rows, 1):
             if type(value) is str:
                 yield {"text": value}
             elif isinstance(value, dict):
@@ -345,14 +292,14 @@ def _json_values(lines: Iterator[str]) -> Iterator[tuple[int, object]]:
 
 def _detect_txt_rows(path: Path) -> str:
     """Return "paragraph" if a blank line separates text in the first `AUTO_LINES`, else "line"."""
-    with _open_file(path) as file:
-        text = "".join(itertools.islice(_text_lines(file), AUTO_LINES))
+    with open_file(path) as file:
+        text = "".join(itertools.islice(text_lines(file), AUTO_LINES))
     return "paragraph" if re.search(r"\n\s*\n", text.strip()) else "line"
 
 
 def _read_txt(path: Path, txt_rows: str) -> Iterator[Row]:
-    with _open_file(path) as file:
-        texts: Iterable[str] = _text_lines(file)
+    with open_file(path) as file:
+        texts: Iterable[str] = text_lines(file)
         if txt_rows == "paragraph":
             texts = ("".join(lines) for is_blank, lines in itertools.groupby(texts, str.isspace) if not is_blank)
         elif txt_rows == "file":

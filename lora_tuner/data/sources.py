@@ -17,7 +17,7 @@ import datasets
 
 from .. import hub
 from ..atomic_io import delete
-from ..config import CODE_EXTENSIONS, DATA_EXTENSIONS, HELD_OUT, TrainConfig
+from ..config import CODE_EXTENSIONS, DATA_EXTENSIONS, HELD_OUT, TrainConfig, data_extension
 from ..errors import ConfigError, DataError, EventHandler, HubError, Notice, ignore_events, os_error_message
 from ..text import format_names
 from .readers import LazyRows, Row, Table, read_file, table_from_dataset, table_from_rows
@@ -52,7 +52,7 @@ def open_source(config: TrainConfig, notify: EventHandler) -> tuple[str, list[Ta
             raise DataError(f"{path} is a local path: --subset is for Hub datasets, so leave it out.")
         files = _choose_files(path, config.split, notify)
         return str(path), _read_files(path, files, config, notify)
-    if path.suffix.lower() in DATA_EXTENSIONS or len(Path(name).parts) != 2 or name.startswith((".", "/", "~")):
+    if data_extension(path) in DATA_EXTENSIONS or len(Path(name).parts) != 2 or name.startswith((".", "/", "~")):
         raise DataError(
             f"There is no dataset '{name}': give imdb, an existing file or folder, or a Hub id (owner/name)."
         )
@@ -62,7 +62,7 @@ def open_source(config: TrainConfig, notify: EventHandler) -> tuple[str, list[Ta
 def _choose_files(path: Path, split: str | None, notify: EventHandler) -> list[Path]:
     """Return the data files to read: a file itself; of a folder those of the split, if it has splits."""
     files, others = _find_data_files(path) if path.is_dir() else ([path], list[Path]())
-    if not path.is_dir() and path.suffix.lower() not in DATA_EXTENSIONS + CODE_EXTENSIONS:
+    if not path.is_dir() and data_extension(path) not in DATA_EXTENSIONS + CODE_EXTENSIONS:
         raise DataError(
             f"{path} has an unsupported file type: use {' '.join(DATA_EXTENSIONS)}, program code or Markdown (.py, .md "
             "and the like), or a folder of such files."
@@ -111,7 +111,7 @@ def _group_by_split(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
     rest = []
     for file in files:
         *folders, name = file.relative_to(folder).parts
-        if file.suffix.lower() in CODE_EXTENSIONS:
+        if data_extension(file) in CODE_EXTENSIONS:
             return {}
         named = [split for part in (*reversed(folders), name) if (split := split_of(part))]
         if named:
@@ -141,7 +141,9 @@ def _read_files(path: Path, files: list[Path], config: TrainConfig, notify: Even
     tables = [table for table in tables if table.source not in empty]
     for rule, count in Counter(table.row_rule for table in tables if table.row_rule).items():
         sources = [table.source for table in tables if table.row_rule == rule]
-        subject = f"{count}{Path(sources[0]).suffix.lower().replace('.', ' ')} files" if count > 1 else sources[0]
+        subject = (
+            f"{count}{data_extension(Path(sources[0])).replace('.', ' ')} files" if count > 1 else sources[0]
+        )
         notify(Notice(f"{subject}: {rule}."))
     return tables
 
@@ -169,7 +171,7 @@ def _find_data_files(folder: Path) -> tuple[list[Path], list[Path]]:
         files += [Path(root, name) for name in names if not name.startswith(".")]
     by_kind = [
         sorted(
-            file for file in files if file.suffix.lower() in kind and not _METADATA.fullmatch(file.name.lower())
+            file for file in files if data_extension(file) in kind and not _METADATA.fullmatch(file.name.lower())
         )
         for kind in (DATA_EXTENSIONS, CODE_EXTENSIONS)
     ]

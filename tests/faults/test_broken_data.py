@@ -6,6 +6,7 @@ import functools
 import gzip
 import io
 import json
+import lzma
 import os
 import re
 from pathlib import Path
@@ -109,12 +110,27 @@ INVALID = {
     ),
     "too deep": ("x.jsonl", '{"text": "a", "n": ' + "[" * 100_000, "maximum recursion depth exceeded"),
     "rows of two kinds": ("x.jsonl", '{"text": "a"}\n["a"]\n', "line 2 is neither a JSON object nor a string."),
-    "compressed": (
-        "x.csv",
-        gzip.compress(table().encode(), mtime=1),
-        "cannot be read: it is compressed: unpack it first.",
+    "compressed and cut short": (
+        "x.csv.gz",
+        gzip.compress(table().encode(), mtime=1)[:-9],
+        "its compressed data is damaged or cut short (Compressed file ended before the end-of-stream marker was reached).",
     ),
-    "a workbook": ("x.csv", b"PK\x03\x04\x14\0\x06\0", "byte 5 is null, as in UTF-16 or a binary file"),
+    "compressed twice": (
+        "x.csv.gz",
+        gzip.compress(gzip.compress(table().encode())),
+        "it is compressed twice: unpack it first.",
+    ),
+    "compressed and damaged": (
+        "x.csv.xz",
+        lzma.compress(table().encode())[:60] + b"x" * 60,
+        "is damaged or cut short (",
+    ),
+    "a workbook": (
+        "x.csv",
+        b"PK\x03\x04\x14\0\x06\0",
+        "it is a zip file: of documents and workbooks the extension is",
+    ),
+    "a PDF": ("x.txt", b"%PDF-1.7 text", "it is a PDF file: extract its text, as with `pdftotext`."),
     "no Parquet": ("x.parquet", table(), "x.parquet cannot be read: "),
     "half of a Parquet": ("x.parquet", parquet(text=TEXTS)[:-40], "x.parquet cannot be read: "),
     "Parquet of lists": ("x.parquet", parquet(text=[["a"]] * 9), f"with a list {NO_TEXT}"),
@@ -370,7 +386,7 @@ def test_unusual_data_is_read_and_counted(run, gpt2, tmp_path, case):
 def test_folder_reports_skipped_files(run, gpt2, tmp_path):
     write(tmp_path / "some" / "a.csv", table(TEXTS[:30]))
     write(tmp_path / "some" / "deep" / "B.TXT", "\n".join(TEXTS[20:]))
-    for name in ("empty.csv", "deep/notes.md", "more.csv.gz", ".hidden.csv", ".git/x.csv"):
+    for name in ("empty.csv", "deep/notes.md", "more.py.gz", ".hidden.csv", ".git/x.csv"):
         write(tmp_path / "some" / name, "")
     write(tmp_path / "elsewhere" / "x.csv", table(["not this"]))
     (tmp_path / "some" / "link").symlink_to("../elsewhere")

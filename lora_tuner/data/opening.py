@@ -1,0 +1,189 @@
+"""Open data files: compressed ones are unpacked within limits, and each error names the file.
+
+The first bytes tell the compression, not the name: browsers unpack some files and keep the name.
+The limits count bytes that came out, not those that a header claims.
+"""
+
+import bz2
+import contextlib
+import csv
+import gzip
+import io
+import lzma
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol, cast
+
+from ..errors import DataError
+from ..text import format_bytes
+
+MAX_UNPACKED, MAX_RATIO = 100_000_000, 200  # more bytes at a higher ratio are a bomb
+MAX_DOCUMENT = 500_000_000  # bytes of one document
+_MAX_XZ_MEMORY = 2**28  # xz -9 needs 2**26; zstd has a limit of its own
+_CHUNK = 2**16
+CHANGED = "it changed while it was read: try again when it is complete"
+_OTHER_TYPES = {  # first bytes -> a type that its extension does not tell
+    b"PK\3\4": "a zip file: of documents and workbooks the extension is .docx, .xlsx or .epub; unpack other ones",
+    b"\xd0\xcf\x11\xe0": "an Office file that is encrypted or of an old type: save it as .docx, .xlsx or .csv",
+    b"SQLite format 3\0": "an SQLite database: name it .sqlite",
+    b"%PDF-": "a PDF file: extract its text, as with `pdftotext`",
+    b"PAR1": "a Parquet file: name it .parquet",
+}
+
+
+@contextlib.contextmanager
+def open_file(path: Path) -> Iterator[io.FileIO]:
+    """Open a file for one pass. An error in the block, or a change of the file, is a DataError."""
+    changed = False
+    try:
+        if not path.is_file():  # opening a pipe would block
+            raise ValueError("it is a link to nothing" if not path.exists() else "it is not a regular file")
+        with path.open("rb", buffering=0) as file:
+            before = os.fstat(file.fileno())
+            try:
+                yield file
+            finally:  # a change explains any other error
+                after = os.fstat(file.fileno())
+                changed = (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)
+        if changed:
+            raise ValueError(CHANGED)
+    except (csv.Error, ValueError, TypeError, NotImplementedError, OSError, RecursionError) as error:
+        reason = (
+            CHANGED if changed else getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".")
+        )
+        raise DataError(f"{path} cannot be read: {reason}.") from error
+
+
+class _Stream(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+class _XzStream:
+    """The bytes of an xz file. Python's own reader has no limit on the memory that it may claim."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file, self._decoder = file, lzma.LZMADecompressor(memlimit=_MAX_XZ_MEMORY)
+
+    def read(self, size: int, /) -> bytes:
+        while True:
+            packed = b""
+            if self._decoder.eof:
+                packed = self._decoder.unused_data.lstrip(b"\0")  # zeros may stand between streams
+                while not packed and (chunk := self._file.read(_CHUNK)):
+                    packed = chunk.lstrip(b"\0")
+                if not packed:
+                    return b""
+                self._decoder = lzma.LZMADecompressor(memlimit=_MAX_XZ_MEMORY)
+            elif self._decoder.needs_input and not (packed := self._file.read(_CHUNK) or b""):
+                raise EOFError("it ends within a stream")
+            if unpacked := self._decoder.decompress(packed, size):
+                return unpacked
+
+
+def _open_zstd(file: io.FileIO) -> _Stream:
+    import pyarrow  # type: ignore[import-untyped]
+
+    return cast(_Stream, pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd"))
+
+
+_COMPRESSIONS: dict[bytes, Callable[[io.FileIO], _Stream]] = {
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\0": _XzStream,
+    b"\x28\xb5\x2f\xfd": _open_zstd,
+    b"\x50\x2a\x4d\x18": _open_zstd,  # as pzstd writes it
+}
+
+
+class _Unpacked(io.RawIOBase):
+    """The bytes of a compressed file. Too many of them, or a damaged file, raise ValueError."""
+
+    def __init__(self, file: io.FileIO, open_stream: Callable[[io.FileIO], _Stream]) -> None:
+        self._stream, self._size, self._produced = open_stream(file), os.fstat(file.fileno()).st_size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._produced
+
+    def readinto(self, buffer: bytearray, /) -> int:  # type: ignore[override]
+        try:
+            chunk = self._stream.read(min(len(buffer), _CHUNK))
+        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+            if "memory" in str(error).lower():
+                raise ValueError("it needs too much memory to be unpacked: unpack it first") from error
+            raise ValueError(f"its compressed data is damaged or cut short ({error})") from error
+        self._produced += len(chunk)
+        check_size(self._produced, self._size)
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
+
+
+def check_size(unpacked: int, packed: int) -> None:
+    """Raise ValueError if so many bytes out of so few are a decompression bomb."""
+    if unpacked > MAX_UNPACKED and unpacked > MAX_RATIO * packed:
+        raise ValueError(
+            f"its {format_bytes(packed)} unpack to more than {format_bytes(MAX_UNPACKED)} and {MAX_RATIO} times its size, "
+            "as of a decompression bomb: unpack it first if it is none"
+        )
+
+
+def unpack(file: io.FileIO) -> io.RawIOBase:
+    """Return the bytes of a file from its beginning, unpacked if it is compressed."""
+    file.seek(0)
+    start = file.read(16)
+    file.seek(0)
+    raw = io.FileIO(file.fileno(), closefd=False)
+    opener = _find_opener(start)
+    return raw if opener is None else _Unpacked(raw, opener)
+
+
+def _find_opener(start: bytes) -> Callable[[io.FileIO], _Stream] | None:
+    return next((opener for magic, opener in _COMPRESSIONS.items() if start.startswith(magic)), None)
+
+
+def read_document(file: io.FileIO) -> bytes:
+    """Return all bytes of a document, unpacked. More than `MAX_DOCUMENT` raise ValueError."""
+    buffer = io.BufferedReader(unpack(file))
+    content = buffer.read(MAX_DOCUMENT + 1)
+    if len(content) > MAX_DOCUMENT:
+        raise ValueError(f"it has more than {format_bytes(MAX_DOCUMENT)}, the most of one document: divide it")
+    check_type(content[:16])
+    return content
+
+
+def check_type(start: bytes) -> None:
+    """Raise ValueError if a file of text begins as one of another type does."""
+    if _find_opener(start):
+        raise ValueError("it is compressed twice: unpack it first")
+    for magic, kind in _OTHER_TYPES.items():
+        if start.startswith(magic):
+            raise ValueError(f"it is {kind}")
+
+
+class _TextBytes(io.BufferedReader):
+    """The bytes of a text file. A null byte raises ValueError."""
+
+    def read1(self, size: int = -1) -> bytes:
+        start = self.tell()
+        chunk = super().read1(size)
+        if b"\0" in chunk:
+            raise ValueError(
+                f"byte {start + chunk.index(0)} is null, as in UTF-16 or a binary file: save it as UTF-8 text"
+            )
+        return chunk
+
+
+def text_lines(file: io.FileIO) -> Iterator[str]:
+    """Yield the lines of a UTF-8 file from its beginning, each with a newline character as its break."""
+    buffer = _TextBytes(unpack(file), _CHUNK)
+    check_type(buffer.peek(16)[:16])
+    text = io.TextIOWrapper(buffer, encoding="utf-8-sig")
+    try:
+        yield from text
+    except UnicodeDecodeError as error:
+        position = buffer.tell() - len(error.object) + error.start
+        raise ValueError(f"byte {position} is not UTF-8: save it as UTF-8 text") from error
