@@ -32,6 +32,7 @@ TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 LoadIn = Literal["auto", "full", "8bit", "4bit"]
 CleanMode = Literal["full", "lines", "none"]
 LongRows = Literal["auto", "truncate", "chunk"]
+RowFormat = Literal["auto", "text", "messages", "sharegpt", "alpaca", "prompt-completion"]
 MAX_RANK, MAX_ALPHA = 4096, 1_000_000
 # Upper bound of steps, minutes and sizes: a larger number is a typing error.
 MAX_COUNT = 1_000_000_000
@@ -142,6 +143,13 @@ class TrainConfig(_Settings):
     )
     text_column: str | None = _setting(
         None, "Column that contains the text.", "Data", "text, content, or the only text column"
+    )
+    format: RowFormat = _setting(
+        "auto",
+        "Layout of the rows. text: the column of --text-column; messages, sharegpt: a list of messages; alpaca: instruction, "
+        "input, output; prompt-completion: two columns, such as prompt and completion, or question and answer. auto: by the "
+        "columns, if they leave no doubt.",
+        "Data",
     )
     where: list[str] = _setting(
         [], "Keep only rows with this value, as COLUMN=VALUE. Repeat it for more values or columns.", "Data"
@@ -341,6 +349,15 @@ class TrainConfig(_Settings):
         "into memory.",
         "Machine",
     )
+
+    @field_validator("format")
+    @classmethod
+    def _check_format(cls, value: str, info: ValidationInfo) -> str:
+        if value not in ("auto", "text") and info.data.get("text_column") is not None:
+            raise _contradiction(
+                f"format {value} reads conversations and text_column a text: give one of the two, or format text"
+            )
+        return value
 
     @field_validator("where")
     @classmethod

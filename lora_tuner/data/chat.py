@@ -22,19 +22,27 @@ _ROLES = {
     "system": ("system", "developer"),
     "user": ("user", "human", "prompter"),
     "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "bot", "chatbot", "ai", "model"),
-    "tool": ("tool", "function", "observation", "ipython", "tool_response"),
+    "tool": ("tool", "function", "observation", "ipython", "tool_response", "function_response", "tool_result"),
 }
+_CALL_ROLES = ("function_call", "tool_call", "tool_calls")  # an assistant whose text is a call, as JSON
 _ROLE_NAMES = {spelling: role for role, spellings in _ROLES.items() for spelling in spellings}
 REASONING_FIELDS = (
     "reasoning_content",
     "thinking",
     "reasoning",
 )  # one thing under the names of several templates
+_SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
+_TOOL_COLUMNS = ("tools", "functions")  # the latter as OpenAI had them before tools
 # Columns that belong to the conversation beside them.
-PARTS = ("system", "tools", *REASONING_FIELDS)
+PARTS = (*_SYSTEM_COLUMNS, *_TOOL_COLUMNS, *REASONING_FIELDS)
+_CONTENTS = ("content", "value", "text")  # fields of a message that may hold its text
+_TEXT_PARTS = ("text", "input_text", "output_text")  # types of parts of a content
+_OTHER_PARTS = ("image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file")
 _CLEANED = ("content", "prompt", "completion", "system", "reasoning_content")
 # 0 or false: an answer that is not learned.
 _LEARN = ("weight", "train", "training", "trainable", "loss")
+_MESSAGE = (*_CONTENTS, "tool_calls", "function_call")
+_PARTIAL = ("train_detail", "training_detail")  # Axolotl: which characters of an answer are learned
 # A field is no part of the conversation if one of these words is in its name.
 _METADATA = re.compile(
     "at|country|created|date|datetime|hash|hashed|header|id|identifier|ids|index|ip|lang|language|meta|metadata|model|"
@@ -98,6 +106,16 @@ def encode_pair(
     return _to_row(pair | _read_parts(parts, clean))
 
 
+def are_messages(values: list[object]) -> bool:
+    """Return whether values have the fields of messages. Their types may be others."""
+    return bool(values) and all(
+        isinstance(value, dict)
+        and ("role" in value or "from" in value)
+        and any(name in value for name in _MESSAGE)
+        for value in values
+    )
+
+
 def strip_texts(row: str) -> str:
     """Return a row without the outer white space of its texts: with it, it is the same row."""
 
@@ -133,30 +151,55 @@ def is_learned(message: FullMessage) -> bool:
 def _read_parts(parts: Mapping[str, object] | None, clean: Clean) -> dict[str, Any]:
     """Read what belongs to a conversation beside its messages, without what is empty."""
     read = {name: value for name, value in _plain(dict(parts or {})).items() if value}
-    if isinstance(read.get("tools"), str):
-        try:
-            read["tools"] = json.loads(read["tools"])
-        except ValueError as error:
-            raise InvalidRowError("tools that are no JSON") from error
     reasoning = _read_reasoning("the row", read, clean)
-    system = read.pop("system", "")
-    if not isinstance(system, str) or not isinstance(read.get("tools", []), list) or read.keys() - {"tools"}:
-        raise InvalidRowError("system that is no text, or tools that are no list")
+    tools = _read_tools([read.pop(name) for name in _TOOL_COLUMNS if name in read])
+    systems = [read.pop(name) for name in _SYSTEM_COLUMNS if name in read]
+    if not all(isinstance(system, str) for system in systems) or read:
+        raise InvalidRowError("system that is no text")
+    texts = {clean(system) for system in systems} - {""}
+    if len(texts) > 1:
+        raise InvalidRowError("two system texts beside the conversation")
+    read |= {"tools": tools} if tools else {}
     read |= {"reasoning_content": reasoning} if reasoning else {}
-    return read | ({"system": clean(system)} if clean(system) else {})
+    return read | ({"system": texts.pop()} if texts else {})
+
+
+def _read_tools(values: list[Any]) -> list[Any]:
+    """Return the definitions of tools, also from JSON in strings."""
+    if len(values) > 1:
+        raise InvalidRowError("tools beside functions")
+    tools = _decode("tools", values[0]) if values else []
+    if not isinstance(tools, list):
+        raise InvalidRowError("tools that are no list")
+    tools = [_decode("tools", tool) for tool in tools]
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise InvalidRowError("tools that are no objects")
+    return tools
+
+
+def _decode(name: str, value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise InvalidRowError(f"{name} that are no JSON") from error
 
 
 def _read_message(place: str, value: object, clean: Clean) -> FullMessage:
     if not isinstance(value, dict):
         raise InvalidRowError("a message that is no object", place)
     fields: dict[str, Any] = _plain(value)
-    spelling = fields.pop("role", None) or fields.pop("from", None)
-    role = _ROLE_NAMES.get(str(spelling).strip().lower())
+    spelling = str(fields.pop("role", None) or fields.pop("from", None))
+    is_call = spelling.strip().lower() in _CALL_ROLES
+    role = "assistant" if is_call else _ROLE_NAMES.get(spelling.strip().lower())
     if role is None:
-        raise InvalidRowError("an unknown role", f"{place} has {str(spelling)[:40]!r}")
-    name = "content" if "content" in value else "value"
+        raise InvalidRowError("an unknown role", f"{place} has {spelling[:40]!r}")
+    name = next((name for name in _CONTENTS if value.get(name) is not None), "content")
     fields.pop(name, None)
     content = _read_content(place, value.get(name))  # as it is written, if it is a number
+    if is_call:  # thinking may precede the call
+        thinking, tag, call = (content or "").rpartition("</think>")
+        content, fields["function_call"] = thinking + tag, call
+    _read_calls(place, fields)
     if content is None and not fields.get("tool_calls"):
         raise InvalidRowError("null content", place)
     message: FullMessage = {"role": role, "content": clean(content or "")}
@@ -170,20 +213,38 @@ def _read_message(place: str, value: object, clean: Clean) -> FullMessage:
         if not weight and role == "assistant":
             message["weight"] = 0
     for name, field in fields.items():
+        if name in _PARTIAL and field:
+            raise InvalidRowError(f"{name}: an answer is learned as a whole, or by its weight not at all", place)
         has_text = any(text.strip() for text in iter_texts(field))
-        if has_text and (name == "tool_call_id" or not _is_metadata(name)):
+        if has_text and (name == "tool_call_id" or not is_metadata(name)):
             message[name] = field
     return message
 
 
-def _is_metadata(name: str) -> bool:
+def _read_calls(place: str, fields: dict[str, Any]) -> None:
+    """Set `tool_calls` in the fields of a message to the list of its calls of tools, also from JSON in
+    a string, and from `function_call`, OpenAI's older name of one."""
+    calls = _decode("tool_calls", fields.get("tool_calls") or [])
+    calls = calls if isinstance(calls, list) else [calls]
+    old = _decode("tool_calls", fields.pop("function_call", None) or [])
+    for function in old if isinstance(old, list) else [old]:
+        calls = [*calls, {"type": "function", "function": function}]
+    functions = [call.get("function", call) if isinstance(call, dict) else None for call in calls]
+    if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
+        raise InvalidRowError("tool_calls that are no functions with a name", place)
+    fields["tool_calls"] = calls
+
+
+def is_metadata(name: str) -> bool:
     """Return whether a field is no part of the conversation: messageId, created_at, model."""
     words = re.split(r"[\W_]+|(?<=[a-z])(?=[A-Z])", name)
     return any(_METADATA.fullmatch(word.lower()) for word in words)
 
 
 def _read_content(place: str, content: object) -> str | None:
-    """Return a text, or the texts of a list of parts."""
+    """Return a text, or the texts of a list of parts, which a table may hold as JSON."""
+    if isinstance(content, str):
+        content = _decode_parts(content)
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -192,10 +253,29 @@ def _read_content(place: str, content: object) -> str | None:
     for part in content:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         text = part.get("text") if isinstance(part, dict) else part
-        if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
+        if kind not in _TEXT_PARTS or not isinstance(text, str):
             raise InvalidRowError(f"content of type {str(kind)[:40]!r}", place)
         texts.append(text)
     return "".join(texts)
+
+
+def _decode_parts(content: str) -> object:
+    """Return the parts of a content that a string holds as JSON, else the string."""
+    if not content.lstrip().startswith("[") or '"type"' not in content:
+        return content
+    try:
+        parts = json.loads(content)
+    except (ValueError, RecursionError):
+        return content
+    are_parts = isinstance(parts, list) and all(
+        isinstance(part, dict)
+        and (
+            (part.get("type") in _TEXT_PARTS and isinstance(part.get("text"), str))
+            or (part.get("type") in _OTHER_PARTS and part["type"] in part)
+        )
+        for part in parts
+    )
+    return parts if are_parts else content
 
 
 def _read_reasoning(place: str, fields: dict[str, Any], clean: Clean) -> str:

@@ -9,12 +9,13 @@ tokenizer must return character offsets.
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, InvalidRowError
+from . import tool_calls
 from .chat import CHAT_MARK, REASONING_FIELDS, FullMessage, Message, is_learned, iter_texts
 
 if TYPE_CHECKING:
@@ -82,8 +83,9 @@ def render_with_spans(
     tools = row.get("tools")
     _require_template(tokenizer)
     _refuse_special_tokens(tokenizer, iter_texts([messages, tools]))
+    messages, tools = tool_calls.choose_functions(partial(_try_template, tokenizer), messages, tools)
     render = partial(_render, tokenizer, tools=tools)
-    messages = _choose_arguments(render, messages)
+    messages = tool_calls.choose_arguments(render, messages)
     rendered = render(messages)
     before = render(messages[:-1], add_generation_prompt=True) if len(messages) > 1 else ""
     thinking = ""
@@ -195,54 +197,17 @@ def _open_thinking(before: str, answer: FullMessage) -> tuple[FullMessage, str]:
     return rest | {"content": content.strip()}, f"{tag}{space}{reasoning.strip()}{newline}{closing}{newline * 2}"
 
 
-def _choose_arguments(render: Callable[..., str], messages: list[FullMessage]) -> list[FullMessage]:
-    """Return messages with the arguments of tool calls as objects, or as JSON text if the template
-    needs that."""
-    if not any("tool_calls" in message for message in messages):
-        return messages
-    as_objects = _convert_arguments(
-        messages, lambda value: _parse_object(value) if isinstance(value, str) else value
-    )
-    as_text = _convert_arguments(
-        messages, lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    )
-    try:
-        rendered = render(as_objects)
-    except InvalidRowError:
-        return as_text
-    reprs: list[str] = []
-    _convert_arguments(as_objects, lambda value: reprs.append(str(value)) if value else None)
-    return as_text if any(text in rendered for text in reprs if "'" in text) else as_objects
-
-
-def _convert_arguments(messages: list[FullMessage], convert: Callable[[Any], Any]) -> list[FullMessage]:
-    converted = json.loads(json.dumps(messages))
-    for message in converted:
-        for function in _functions(message.get("tool_calls")):
-            if "arguments" in function:
-                function["arguments"] = convert(function["arguments"])
-    return list(converted)
-
-
-def _parse_object(text: str) -> object:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text
-    return value if isinstance(value, dict) else text
-
-
-def _functions(items: object) -> Iterator[dict[str, Any]]:
-    """Yield the functions of a list of tools or tool calls."""
-    for item in items if isinstance(items, list) else []:
-        function = item.get("function", item) if isinstance(item, dict) else None
-        if isinstance(function, dict):
-            yield function
-
-
 def _mark(number: int) -> str:
     """Return a text that no template changes."""
     return f"Qz{number}zQ"
+
+
+def _try_template(
+    tokenizer: "PreTrainedTokenizerBase", messages: list[FullMessage], tools: list[Any] | None
+) -> None:
+    """Raise InvalidRowError if the template rejects a conversation, or does not write a part of it."""
+    _render(tokenizer, messages, tools=tools)
+    _refuse_dropped(tokenizer, messages, tools)
 
 
 def _refuse_dropped(
@@ -269,12 +234,12 @@ def _refuse_dropped(
         pieces = _THINKING_TAG.split(message["content"])
         pieces[::2] = [mark_texts(piece, f"{role} text") for piece in pieces[::2]]
         message["content"] = "".join(pieces)
-        for function in _functions(message.get("tool_calls")):
+        for function in tool_calls.functions(message.get("tool_calls")):
             function["name"] = mark("tool_calls")
         links = {"name", "tool_call_id"} if role == "tool" else set()
         for name in message.keys() - {"role", "content", "tool_calls", "weight"} - links:
             message[name] = mark_texts(message[name], name)
-    for function in _functions(marked_tools):
+    for function in tool_calls.functions(marked_tools):
         function["name"] = mark("tools")
     rendered = _render_marked(
         tokenizer, json.dumps([marked_messages, marked_tools]), str(tokenizer.chat_template)

@@ -19,8 +19,9 @@ from ..errors import DataError, EventHandler, InvalidRowError, Notice, ignore_ev
 from ..text import format_counts, format_names
 from . import chat, chat_template
 from .cleaning import are_structured, clean_text
-from .formats import Layout, detect_layout, text_reader
+from .formats import common_format, describe_choice, detect_layout
 from .readers import Table, parse_conditions
+from .row_readers import Layout, text_reader
 from .sources import default_eval_split, describe_splits, eval_source, open_source, resolve_eval_dataset
 from .splitting import GOES_ON, MIN_TEXT_CHARS, content_hash, is_held_out, row_hash, split_text
 
@@ -291,20 +292,10 @@ def iter_rows(
     dataset.source, tables = open_source(config, notify)
     counts = dataset.counts
     layouts = [detect_layout(table, config) for table in tables]
-    dataset.format, *other_formats = dict.fromkeys(layout.format for layout in layouts)
+    dataset.format = common_format(dataset.source, tables, layouts)
     dataset.layout = ", ".join(dict.fromkeys(map(str, layouts)))
-    if other_formats:
-        raise DataError(
-            f"{dataset.source}: some files contain {dataset.format} and others {other_formats[0]}: use files of one "
-            "format."
-        )
-    if dataset.format != "text":
-        notify(
-            Notice(
-                f"Reading conversations ({dataset.format}): only the answers are trained on. "
-                "Use --text-column to train on plain text."
-            )
-        )
+    if choice := describe_choice(layouts):
+        notify(Notice(choice))
     dataset.clean = (
         _choose_clean(tables, layouts, dataset, config, notify) if config.clean == "auto" else config.clean
     )
@@ -320,7 +311,7 @@ def iter_rows(
             if any(str(row.get(name)) not in values for name, values in conditions):
                 counts.filtered += 1
                 continue
-            place = f"{table.source} row {number}"
+            place = table.place(number, row)
             try:
                 raw, text = read_text(row)
             except InvalidRowError as error:

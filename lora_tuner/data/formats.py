@@ -1,92 +1,244 @@
-"""Detect the layout of a table by its columns, and turn its rows into texts and conversations."""
+"""Detect the layout of a table by its columns, or find the columns of the one that `format` names."""
 
 import itertools
-import json
-import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 
-from ..config import CleanMode, TrainConfig
-from ..errors import DataError, InvalidRowError
+from ..config import TrainConfig
+from ..errors import DataError
 from ..text import format_names
 from . import chat
-from .cleaning import clean_message, clean_text
 from .readers import PEEKED_ROWS, Row, Table
+from .row_readers import INPUTS, ROW_WEIGHTS, UNREADABLE, Layout, decode_messages, unreadable_columns
 
-_TEXT_COLUMNS = ("text", "content")  # names that are taken for the text, whatever is beside them
-_COLUMNS = {  # layout of conversations -> columns without which a row has no conversation
-    "messages": ("messages",),
-    "ShareGPT": ("conversations",),
-    "prompt and completion": ("prompt", "completion"),
-    "Alpaca": ("instruction", "output"),
+FORMATS = {  # value of the setting `format` -> as it is recorded and shown
+    "text": "text",
+    "messages": "messages",
+    "sharegpt": "ShareGPT",
+    "alpaca": "Alpaca",
+    "prompt-completion": "prompt and completion",
 }
+_LISTS = ("messages", "conversations", "conversation", "dialogue", "dialog", "dialogues", "dialogs", "chat")
+_PROMPTS = ("prompt", "instruction", "question", "query", "input")
+_ANSWERS = ("completion", "response", "answer", "output")
+_NEEDS = {  # layout of conversations -> the columns that it needs, for an error
+    "messages": "a list of messages, in a column such as messages",
+    "ShareGPT": "a list of messages, in a column such as conversations",
+    "Alpaca": "instruction, and output or response",
+    "prompt and completion": f"one of {', '.join(_PROMPTS)}, and one of {', '.join(_ANSWERS)}",
+}
+# A better and a worse answer.
+_PREFERENCES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
+_SETTINGS = ("parallel_tool_calls", "tool_choice", "function_call")  # of generation, beside messages
 _MOSTLY = 0.9  # share of a column's values that determine its kind
 # An identifier, hash, number, URL or date without a space; or a file name. Words alone are none.
 _CODE = re.compile(
     r"(?=.*[^A-Za-z])[!-~]{1,100}|\w+://\S+|[^\n]{1,250}\.[A-Za-z][A-Za-z0-9]{1,4}|[^A-Za-z\x80-\U0010ffff]+"
 )
 _NESTED_TEXT = re.compile(r"\[.*\]|\{.*\}", re.DOTALL)  # JSON, or lists as Python writes them
-_UNREADABLE_PARTS = (
-    *("image", "images", "video", "videos", "audio", "audios"),
-    *("context", "documents", "functions", "chat_template_kwargs"),
-)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Layout of a table: `format` is "text", with the column that is read, or a key of `_COLUMNS`."""
-
-    format: str
-    column: str = ""  # empty for a txt file
-
-    def __str__(self) -> str:
-        if self.format != "text":
-            return self.format
-        return f"column '{self.column}'" if self.column else "plain text"
 
 
 def detect_layout(table: Table, config: TrainConfig) -> Layout:
-    """Return the layout of a table by its columns. A column of text by its name takes precedence.
+    """Return the layout of a table. A column of text by its name takes precedence.
 
     Raises:
-        DataError: The columns do not tell what is to be learned.
+        DataError: The columns do not tell what is to be learned, or are not those of the format.
     """
+    chosen = FORMATS.get(config.format, "")
     if table.is_plain_text:
+        if chosen not in ("", "text"):
+            raise DataError(f"{table.source} is plain text: --format {config.format} needs {_NEEDS[chosen]}.")
         return Layout("text")
     if config.text_column is not None:
         if config.text_column not in table.columns:
             raise table.missing_column(config.text_column)
         return Layout("text", config.text_column)
-    columns = set(table.columns)
-    if "text" in columns:
-        return Layout("text", "text")
-    if "messages" in columns:
-        return Layout("messages")
-    if {"prompt", "completion"} <= columns:
-        return Layout("prompt and completion")
-    if {"instruction", "output"} <= set(table.text_columns):
-        return Layout("Alpaca")
     rows = list(itertools.islice(table.rows, PEEKED_ROWS))
-    nested = [name for name in table.columns if _is_nested(table, name, rows)]
-    if "conversations" in nested:
-        return Layout("ShareGPT")
-    return Layout("text", _find_text_column(table, nested, rows))
+    if chosen not in ("", "text"):
+        found = _find_columns(table, chosen, rows)
+        if found is None:
+            raise DataError(
+                f"{table.source}: --format {config.format} needs {_NEEDS[chosen]}: its columns are "
+                f"{format_names(table.columns)}."
+            )
+        return _with_unread(table, found, rows)
+    conversation = _detect_conversation(table, rows) if not chosen else None
+    if "text" in table.columns:
+        if conversation is None:
+            return Layout("text", "text")
+        unread = (conversation.column, conversation.answer)
+        return Layout("text", "text", unread=tuple(filter(None, unread)), other=_option(conversation))
+    if conversation is not None:
+        _refuse_labels(table, config, rows)
+        return _with_unread(table, conversation, rows)
+    if not chosen:
+        _refuse_preferences(table)
+    return Layout("text", _find_text_column(table, rows, asks_format=not chosen))
 
 
-def _find_text_column(table: Table, nested: list[str], rows: list[Row]) -> str:
-    """Return the column named content, else the only one that can hold the text."""
+def common_format(source: str, tables: Sequence[Table], layouts: Sequence[Layout]) -> str:
+    """Return the format that all tables have.
+
+    Raises:
+        DataError: They have several; it names a file of each of two.
+    """
+    first = layouts[0].format
+    for table, layout in zip(tables, layouts, strict=True):
+        if layout.format != first:
+            raise DataError(
+                f"{source} has files of two formats: {tables[0].source} has {layouts[0]}, and {table.source} has "
+                f"{layout}: use files of one format, or choose one with --format."
+            )
+    return first
+
+
+def describe_choice(layouts: Sequence[Layout]) -> str:
+    """Describe what is read of rows that have more than a text, and what is not; else ""."""
+    unread = format_names(list(dict.fromkeys(name for layout in layouts for name in layout.unread)))
+    if layouts[0].format != "text":
+        names = ", ".join(dict.fromkeys(map(str, layouts)))
+        rest = f" Not read: {unread}." if unread else ""
+        return (
+            f"Reading conversations ({names}): only the answers are trained on.{rest} "
+            "Use --text-column to train on plain text."
+        )
+    other = next((layout.other for layout in layouts if layout.other), "")
+    return f"Reading column 'text', and not {unread}: --format {other} reads these." if other else ""
+
+
+def _detect_conversation(table: Table, rows: list[Row]) -> Layout | None:
+    """Return the layout of conversations that the columns tell without doubt, if there is one."""
+    columns, texts = set(table.columns), set(table.text_columns)
+    if "messages" in columns:
+        return Layout("messages", "messages")
+    if {"prompt", "completion"} <= columns:
+        return Layout("prompt and completion", "prompt", "completion")
+    if any(set(names) <= columns for names in _PREFERENCES):
+        return None
+    if {"instruction", "output"} <= texts:
+        return Layout("Alpaca", "instruction", "output")
+    if {"instruction", "response"} <= texts and columns.intersection(INPUTS):
+        return Layout("Alpaca", "instruction", "response")
+    lists = _message_columns(table, rows)
+    if "conversations" in _nested_columns(table, rows):
+        return Layout("ShareGPT", "conversations")
+    if len(lists) == 1 and lists[0] in _LISTS:
+        return Layout(_format_of(rows, lists[0]), lists[0])
+    pair = _find_columns(table, "prompt and completion", rows)
+    return pair if pair is not None and _is_certain(table, pair, rows) else None
+
+
+def _is_certain(table: Table, pair: Layout, rows: list[Row]) -> bool:
+    """Return whether two columns are texts, and no other column has a part of the conversation."""
+    if pair.column not in table.text_columns or _are_codes(_strings(rows, pair.column)):
+        return False
+    answers = [row.get(pair.answer) for row in rows]
+    if any(isinstance(answer, bool) or not isinstance(answer, str | int | float | None) for answer in answers):
+        return False
+    return not _with_unread(table, pair, rows).unread and not _has_unreadable(pair, rows)
+
+
+def _has_unreadable(layout: Layout, rows: list[Row]) -> bool:
+    """Return whether columns beside a conversation have values that refuse a row."""
+    return any(row.get(name) for row in rows for name in unreadable_columns(layout))
+
+
+def _find_columns(table: Table, format: str, rows: list[Row]) -> Layout | None:
+    """Return the columns that hold the parts of a format, or None if they are missing or ambiguous."""
+    if format in ("messages", "ShareGPT"):
+        names = [name for name in _LISTS if name in table.columns]
+        if format == "ShareGPT" and "conversations" in names:
+            return Layout(format, "conversations")
+        if names[:1] == ["messages"] and format == "messages":
+            return Layout(format, "messages")
+        lists = _message_columns(table, rows)
+        return Layout(format, lists[0]) if len(lists) == 1 else None
+    if format == "Alpaca":
+        answer = next((name for name in ("output", "response") if name in table.columns), "")
+        return Layout(format, "instruction", answer) if answer and "instruction" in table.columns else None
+    if {"prompt", "completion"} <= set(table.columns):
+        return Layout(format, "prompt", "completion")
+    prompts, answers = ([name for name in names if name in table.columns] for names in (_PROMPTS, _ANSWERS))
+    return Layout(format, prompts[0], answers[0]) if len(prompts) == len(answers) == 1 else None
+
+
+def _message_columns(table: Table, rows: list[Row]) -> list[str]:
+    """Return the columns whose first values are lists of messages."""
+    found = []
+    for name in _nested_columns(table, rows):
+        values = [decode_messages(row[name]) for row in rows if row.get(name)]
+        if values and all(isinstance(value, list) and chat.are_messages(value) for value in values if value):
+            found.append(name)
+    return found
+
+
+def _format_of(rows: list[Row], column: str) -> str:
+    first = next(value for row in rows if (value := decode_messages(row.get(column))))
+    return "ShareGPT" if isinstance(first, list) and "from" in first[0] else "messages"
+
+
+def _with_unread(table: Table, layout: Layout, rows: list[Row]) -> Layout:
+    """Return a layout with the columns of text that it does not read, but for codes and metadata."""
+    beside = {layout.column, layout.answer, *chat.PARTS, *ROW_WEIGHTS, *UNREADABLE}
+    texts = {*table.text_columns, *_nested_columns(table, rows)} - beside
+    unread = [
+        name
+        for name in table.columns
+        if name in _SETTINGS
+        or (name in texts and not chat.is_metadata(name) and not _are_codes(_strings(rows, name)))
+    ]
+    return replace(layout, unread=tuple(unread))
+
+
+def _refuse_preferences(table: Table) -> None:
+    """Raise DataError if the columns are pairs of a better and a worse answer."""
+    for names in _PREFERENCES:
+        if set(names) <= set(table.columns):
+            raise DataError(
+                f"{table.source}: {' and '.join(names)} are preference data (DPO and the like), of which nothing is "
+                f"trained on by itself: to learn the answers in {names[0]}, write them as messages, or as prompt and "
+                f"completion; to learn it as text, give --text-column {names[0]}. Its columns are "
+                f"{format_names(table.columns)}."
+            )
+
+
+def _refuse_labels(table: Table, config: TrainConfig, rows: list[Row]) -> None:
+    """Raise DataError if a column says which answers are unwanted (KTO), and no filter names it."""
+    filtered = [condition.partition("=")[0] for condition in config.where]
+    for name in ("label", "kto_tag"):
+        values = {str(row[name]) for row in rows if row.get(name) is not None}
+        if values and values <= {"True", "False", "true", "false"} and name not in filtered:
+            wanted = next((value for value in ("True", "true") if value in values), "True")
+            raise DataError(
+                f"{table.source}: '{name}' says which answers are wanted, as in preference data (KTO): keep those with "
+                f"--where {name}={wanted}."
+            )
+
+
+def _find_text_column(table: Table, rows: list[Row], *, asks_format: bool) -> str:
+    """Return the column named text or content, else the only one that can hold the text."""
     question = (
         f"{table.source}: which column is the text? Name one with --text-column: {format_names(table.columns)}."
     )
+    if "text" in table.columns:
+        return "text"
     if "content" in table.columns:
         if "role" in table.columns:
             raise DataError(
                 f"{question} To read conversations, put the messages of each into one list, `messages`."
             )
         return "content"
-    if nested:
+    found = [_find_columns(table, label, rows) for label in _NEEDS]
+    readable = [
+        layout
+        for layout in found
+        if layout and not _has_objects(table, layout) and not _has_unreadable(layout, rows)
+    ]
+    readers = [f"--format {_option(layout)} reads {layout}" for layout in readable]
+    if readers and asks_format:
+        question += f" Or read conversations: {'; '.join(readers)}."
+    if nested := _nested_columns(table, rows):
         raise DataError(
             f"{question} Lists, objects or bytes are in {format_names(nested)}; of such layouts these are read: messages; "
             "prompt and completion; conversations (ShareGPT); instruction and output as texts (Alpaca)."
@@ -101,6 +253,15 @@ def _find_text_column(table: Table, nested: list[str], rows: list[Row]) -> str:
     raise DataError(question)
 
 
+def _option(layout: Layout) -> str:
+    """Return the value of the setting `format` for a layout."""
+    return next(name for name, label in FORMATS.items() if label == layout.format)
+
+
+def _has_objects(table: Table, layout: Layout) -> bool:
+    return bool(layout.answer) and not {layout.column, layout.answer} <= set(table.text_columns)
+
+
 def _strings(rows: list[Row], column: str) -> list[str]:
     """Return the strings of a column that are not empty, without outer spaces."""
     values = [row.get(column) for row in rows]
@@ -113,87 +274,11 @@ def _are_codes(texts: list[str]) -> bool:
     return bool(texts) and codes >= _MOSTLY * len(texts) and len(set(texts)) > len(texts) / 2
 
 
-def _is_nested(table: Table, column: str, rows: list[Row]) -> bool:
-    """Return whether a column holds lists or objects, or strings of such, as a csv file may."""
-    if column in table.nested_columns:
-        return True
-    texts = _strings(rows, column)
-    return bool(texts) and sum(bool(_NESTED_TEXT.fullmatch(text)) for text in texts) >= _MOSTLY * len(texts)
+def _nested_columns(table: Table, rows: list[Row]) -> list[str]:
+    """Return the columns of lists or objects, or of strings of such, as a csv file may have."""
+    return [name for name in table.columns if name in table.nested_columns or _is_nested(_strings(rows, name))]
 
 
-def text_reader(table: Table, layout: Layout, config: TrainConfig) -> Callable[[Row], tuple[str, str]]:
-    """Return a function from a row to its text before and after cleaning; "" if it has none."""
-    if layout.format != "text":
-        mode: CleanMode = "none" if config.clean == "auto" else config.clean
-        return partial(_read_conversation, layout.format, partial(clean_message, mode=mode))
-    column = layout.column or "text"
-    is_guess = table.peeked and config.text_column is None and column not in _TEXT_COLUMNS
-
-    def read_text(row: Row) -> tuple[str, str]:
-        value = row.get(column)
-        if is_guess:
-            for name, other in row.items():
-                if name != column and name not in table.text_columns and type(other) in (str, list, dict):
-                    kind = "text" if isinstance(other, str) else "a list or object"
-                    raise DataError(
-                        f"{table.source}: a row has {kind} in '{name}', and the first rows in '{column}': name one with "
-                        "--text-column."
-                    )
-        if value is None:
-            return "", ""
-        if problem := _describe_non_text(value):
-            raise InvalidRowError(f"{problem} in column '{column}'")
-        return str(value), clean_text(str(value), "full" if config.clean == "auto" else config.clean)
-
-    return read_text
-
-
-def _read_conversation(format: str, clean: chat.Clean, row: Row) -> tuple[str, str]:
-    unreadable = _UNREADABLE_PARTS if format == "Alpaca" else (*_UNREADABLE_PARTS, "input", "history")
-    for name in unreadable:
-        if row.get(name):
-            raise InvalidRowError(f"{name} beside the conversation")
-    values = [row.get(column) for column in _COLUMNS[format]]
-    parts = {name: row[name] for name in chat.PARTS if row.get(name)}
-    raw = " ".join(map(str, [*values, *parts.values()]))
-    if format == "Alpaca":
-        return raw, _encode_alpaca(row, clean, parts)
-    if format == "prompt and completion":
-        return raw, chat.encode_pair(row.get("prompt"), row.get("completion"), clean, parts)
-    return raw, chat.encode_messages(_decode_json(values[0]), clean, parts)
-
-
-def _decode_json(value: object) -> object:
-    """Return the list that a string holds as JSON, as in a csv file; other values as they are."""
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        return value
-
-
-def _encode_alpaca(row: Row, clean: chat.Clean, parts: Mapping[str, object]) -> str:
-    """Return an Alpaca row as a prompt and its answer; with a history, as messages.
-
-    Instruction and input are joined by a line break, as in LLaMA-Factory.
-    """
-    texts = [text for text in (row.get("instruction"), row.get("input")) if text not in (None, "")]
-    if not all(isinstance(text, str) for text in texts):
-        raise InvalidRowError("an instruction or input that is no text")
-    prompt, history = "\n".join(map(str, texts)), row.get("history") or []
-    if not history:
-        return chat.encode_pair(prompt, row.get("output"), clean, parts)
-    messages: list[object] = []
-    for turn in history if isinstance(history, list) else [history]:
-        if not isinstance(turn, list) or len(turn) != 2:
-            raise InvalidRowError("a history that is no list of pairs of texts")
-        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": row.get("output")}]
-    return chat.encode_messages(messages, clean, parts)
-
-
-def _describe_non_text(value: object) -> str:
-    """Return a description of a value that is neither text nor a finite number, else ""."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    is_text = isinstance(value, str | int | float) and not isinstance(value, bool)
-    return "" if is_text else f"a {type(value).__name__}"
+def _is_nested(texts: list[str]) -> bool:
+    nested = sum(bool(_NESTED_TEXT.fullmatch(text)) for text in texts)
+    return bool(texts) and nested >= _MOSTLY * len(texts)

@@ -33,6 +33,16 @@ _ROW_KEYS = {"text", "content", "messages", "conversations", "prompt", "instruct
 _TO_CLOSING_QUOTE = re.compile(r'(?:[^"]|"")*+"')  # from within a quoted field of a csv file
 
 
+class NumberedRow(dict[str, object]):
+    """A row of a text file, and the line in which it begins."""
+
+    __slots__ = ("line",)
+
+    def __init__(self, values: Mapping[str, object] | Iterable[tuple[str, object]], line: int) -> None:
+        super().__init__(values)
+        self.line = line
+
+
 @dataclass(frozen=True)
 class LazyRows:
     """Rows that are read again, from the first, on each iteration."""
@@ -62,6 +72,10 @@ class Table:
     peeked: bool = False
     row_rule: str = ""
     label_names: dict[str, list[str]] = field(default_factory=dict)
+
+    def place(self, number: int, row: Row) -> str:
+        """Return the file and the line of a row, or its number where lines do not tell it."""
+        return f"{self.source} line {row.line}" if isinstance(row, NumberedRow) else f"{self.source} row {number}"
 
     def missing_column(self, column: str, purpose: str = "") -> DataError:
         scope = f" in its first {PEEKED_ROWS} rows" if self.peeked else ""
@@ -173,7 +187,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
                     end = f", with a quote that ends in line {reader.line_num}" if reader.line_num > start else ""
                     raise ValueError(f"its header has {len(header)} fields, line {start} has {len(fields)}{end}")
                 if header and fields:
-                    yield dict(zip(header, fields, strict=True))
+                    yield NumberedRow(zip(header, fields, strict=True), start)
                 else:
                     _check_distinct(fields)
                 header, start = header or fields, reader.line_num + 1
@@ -249,7 +263,7 @@ def _read_json(path: Path, streaming: bool, rules: list[str]) -> Iterator[Row]:
             if type(value) is str:
                 yield {"text": value}
             elif isinstance(value, dict):
-                yield value
+                yield NumberedRow(value, number) if rows is None else value
             else:
                 raise ValueError(f"{unit} {number} is neither a JSON object nor a string")
 

@@ -382,41 +382,41 @@ def test_conversations_without_answer_are_invalid(tmp_path):
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     dataset = load_dataset(TrainConfig(dataset="talks.jsonl"))
     assert (dataset.counts.empty, dataset.counts.invalid) == (2, 2)
-    assert dataset.invalid == {"no answer": (2, "talks.jsonl row 61")}
+    assert dataset.invalid == {"no answer": (2, "talks.jsonl line 61")}
 
 
 @pytest.mark.parametrize(
     ("row", "text"),
     [
-        ({"messages": "hello"}, "messages that are no list (first: talks.jsonl row 31)"),
-        ({"messages": [{"role": "user"}]}, "null content (first: talks.jsonl row 31, message 1)"),
+        ({"messages": "hello"}, "messages that are no list (first: talks.jsonl line 31)"),
+        ({"messages": [{"role": "user"}]}, "null content (first: talks.jsonl line 31, message 1)"),
         (
             {"messages": [{"role": "boss", "content": "go"}]},
-            "an unknown role (first: talks.jsonl row 31, message 1 has 'boss')",
+            "an unknown role (first: talks.jsonl line 31, message 1 has 'boss')",
         ),
         (
             {"messages": [*conversation("a"), "b"]},
-            "a message that is no object (first: talks.jsonl row 31, message 2)",
+            "a message that is no object (first: talks.jsonl line 31, message 2)",
         ),
         (
             {"messages": [*conversation("a"), {"role": "assistant", "content": [{"type": "image_url"}]}]},
-            "content of type 'image_url' (first: talks.jsonl row 31, message 2)",
+            "content of type 'image_url' (first: talks.jsonl line 31, message 2)",
         ),
         (
             {"messages": [*conversation("a"), {"role": "assistant", "content": "b", "weight": 0.5}]},
-            "weight other than 0 and 1 (first: talks.jsonl row 31, message 2)",
+            "weight other than 0 and 1 (first: talks.jsonl line 31, message 2)",
         ),
         (
             {"messages": conversation("a", "b"), "images": ["a.png"]},
-            "images beside the conversation (first: talks.jsonl row 31)",
+            "images beside the conversation (first: talks.jsonl line 31)",
         ),
         (
             {"messages": conversation("a", "b"), "context": "c"},
-            "context beside the conversation (first: talks.jsonl row 31)",
+            "context beside the conversation (first: talks.jsonl line 31)",
         ),
         (
             {"messages": [{"role": "assistant", "content": "b", "weight": 0}]},
-            "no answer (first: talks.jsonl row 31)",
+            "no answer (first: talks.jsonl line 31)",
         ),
     ],
 )
@@ -449,7 +449,10 @@ def test_folder_of_text_and_conversations_fails(tmp_path):
     (tmp_path / "some" / "b.txt").write_text("one\ntwo\n")
     with pytest.raises(DataError) as error:
         load_dataset(TrainConfig(dataset="some"))
-    assert str(error.value) == "some: some files contain messages and others text: use files of one format."
+    assert str(error.value) == (
+        "some has files of two formats: some/a.jsonl has messages, and some/b.txt has plain text: use files of one format, "
+        "or choose one with --format."
+    )
 
 
 # Runs
@@ -527,7 +530,9 @@ def test_row_rejected_by_template_is_left_out(chat_config, tmp_path, streaming):
     counts = adapter.manifest.data.counts
     assert counts["invalid"] == 6 - streaming  # a stream tokenizes its first held-out rows alone
     assert counts["read"] == sum(counts.values()) - counts["read"]
-    reason = "6 with a message that contains <|start|>, a special token of this base (first: talks.jsonl row 131)"
+    reason = (
+        "6 with a message that contains <|start|>, a special token of this base (first: talks.jsonl line 131)"
+    )
     assert f"Left out 6 of 136 rows that cannot be read: {reason}." in notices
     with pytest.raises(
         DataError, match=r"^talks.jsonl: 6 of 136 rows cannot be read, and --max-invalid 0.01 allows"

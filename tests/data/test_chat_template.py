@@ -184,6 +184,35 @@ def test_tool_calls_are_written_and_learned():
         assert encode(QWEN3.replace("(f.arguments | tojson)", call), CALLS)[1] == parts
 
 
+@pytest.mark.parametrize("tool", ["t", "t.function"])
+def test_bare_functions_are_wrapped_where_template_needs(tool):
+    """LLaMA-Factory and OpenAI's older files name functions alone; so does `tool_calls` of some."""
+    template = QWEN3.replace("t | tojson", f"{tool}.name").replace(
+        "set f = c.function", "set f = c.function or c"
+    )
+    function = {"name": "get_rain", "parameters": {}}
+    bare = [PAIR[0], CALLS[1] | {"tool_calls": [CALL["function"]]}, *CALLS[2:]]
+    before, parts = encode(template, bare, tools=json.dumps([function]))
+    tools = [function] if tool == "t" else [{"type": "function", "function": function}]
+    by_hand = make_tokenizer(template).apply_chat_template(CALLS, tools=tools, tokenize=False)
+    assert "get_rain<|im_end|>" in by_hand
+    assert (before + parts[-1]).replace('{"place": "X"}', "*") == by_hand.replace(r'"{\"place\": \"X\"}"', "*")
+
+
+def test_sharegpt_calls_have_labels_of_template():
+    call = {"name": "get_rain", "arguments": {"place": "X"}}
+    talk = [
+        *({"from": "human", "value": "so?"}, {"from": "function_call", "value": json.dumps(call)}),
+        *({"from": "observation", "value": "rain"}, {"from": "gpt", "value": "It rains."}),
+    ]
+    assert encode(QWEN3, talk) == encode(QWEN3, CALLS)
+    old = [PAIR[0], {"role": "assistant", "content": None, "function_call": CALL["function"]}]
+    old.append({"role": "function", "name": "get_rain", "content": "rain"})
+    assert encode(QWEN3, [*old, CALLS[3]]) == encode(QWEN3, CALLS)
+    with pytest.raises(InvalidRowError, match="tool_calls that the chat template does not write"):
+        encode(CHATML, talk)
+
+
 def test_metadata_and_parts_change_no_token():
     noted = [
         PAIR[0] | {"id": "a", "createdAt": "today", "score": 2, "content": [{"type": "text", "text": "so?"}]},

@@ -37,7 +37,6 @@ NESTED = {
     "data": lambda number, text: {"source": f"s{number}", "data": {"text": text}},
     "turns": lambda number, text: {"id": f"c{number}", "turns": [text, text]},
     "tags": lambda number, text: {"body": text, "tags": ["a"]},
-    "chosen": lambda number, text: {"prompt": text, "chosen": [{"role": "user", "content": text}]},
 }
 
 
@@ -232,3 +231,98 @@ def test_layout_names_each_column(tmp_path):
     (tmp_path / "a" / "2.csv").write_text(table(TEXTS[10:20]))
     (tmp_path / "a" / "3.jsonl").write_text(jsonl({"body": text} for text in TEXTS[20:]))
     assert load_dataset(TrainConfig(dataset="a")).layout == "plain text, column 'text', column 'body'"
+
+
+# The setting `format`
+
+CONVERSATION = turns("so?", "yes")
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "layout"),
+    [
+        ("messages", {"talk": CONVERSATION, "title": "a b"}, "messages in 'talk'"),
+        ("sharegpt", {"messages": CONVERSATION, "conversations": CONVERSATION}, "ShareGPT"),
+        ("alpaca", {"instruction": "so?", "output": "yes", "prompt": "x y", "completion": "z"}, "Alpaca"),
+        (
+            "prompt-completion",
+            {"question": "so?", "answer": "yes", "topic": "a b"},
+            "prompt and completion in 'question' and 'answer'",
+        ),
+        ("text", {"body": "so?", "score": 1}, "column 'body'"),
+        ("text", {"content": "so?", "messages": CONVERSATION}, "column 'content'"),
+    ],
+)
+def test_format_reads_what_it_names(load, format, row, layout):
+    rows = [json.loads(json.dumps(row).replace("so?", f"so {number}?")) for number in range(20)]
+    assert load("a.jsonl", jsonl(rows), format=format).layout == layout
+
+
+@pytest.mark.parametrize(
+    ("format", "needs"),
+    [
+        ("messages", "a list of messages, in a column such as messages"),
+        ("sharegpt", "a list of messages, in a column such as conversations"),
+        ("alpaca", "instruction, and output or response"),
+        (
+            "prompt-completion",
+            "one of prompt, instruction, question, query, input, and one of completion, response, answer, output",
+        ),
+    ],
+)
+def test_format_without_its_columns_lists_columns(refusal, format, needs):
+    rows = jsonl({"body": text, "prompt": "a", "question": "b", "answer": "c"} for text in TEXTS)
+    assert refusal("a.jsonl", rows, format=format) == (
+        f"a.jsonl: --format {format} needs {needs}: its columns are body, prompt, question, answer."
+    )
+    assert (
+        refusal("a.txt", "one\ntwo\n", format=format) == f"a.txt is plain text: --format {format} needs {needs}."
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "hint"),
+    [
+        (
+            {"question": "a", "answer": "b", "topic": "c d"},
+            "--format prompt-completion reads prompt and completion in",
+        ),
+        ({"few_shot": CONVERSATION, "title": "a b"}, "--format messages reads messages in 'few_shot'"),
+        ({"talk": CONVERSATION, "thread": CONVERSATION}, "of such layouts these are read"),
+        (
+            {"prompt": "a", "question": "b", "answer": "c"},
+            "Name one with --text-column: prompt, question, answer, n.",
+        ),
+        (
+            {"question": "a", "context": "b", "answer": "c"},
+            "Name one with --text-column: question, context, answer, n.",
+        ),
+    ],
+)
+def test_doubtful_columns_name_the_option(refusal, row, hint):
+    text = refusal("a.jsonl", jsonl(row | {"n": number} for number in range(20)))
+    assert hint in text
+    assert ("--format" in text) == ("--format" in hint)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"chosen": CONVERSATION, "rejected": CONVERSATION},
+        {"conversations": CONVERSATION[:1], "chosen": CONVERSATION[1], "rejected": CONVERSATION[1]},
+        {"instruction": "a", "input": "b", "chosen": "c", "rejected": "d"},
+    ],
+)
+def test_preference_data_is_refused_by_name(refusal, load, row):
+    assert refusal("a.jsonl", jsonl([row] * 9)).startswith(
+        "a.jsonl: chosen and rejected are preference data (DPO and the like), of which nothing is trained on by itself:"
+    )
+
+
+def test_labels_of_wanted_answers_need_filter(refusal, load):
+    rows = jsonl({"prompt": f"so {n}?", "completion": "yes", "label": n % 2 == 0} for n in range(40))
+    assert refusal("a.jsonl", rows) == (
+        "a.jsonl: 'label' says which answers are wanted, as in preference data (KTO): keep those with --where label=True."
+    )
+    assert load("a.jsonl", rows, where=["label=True"]).counts.filtered == 20

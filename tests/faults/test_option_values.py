@@ -247,6 +247,10 @@ CONTRADICTIONS = [
         "some.txt is not a GGUF file, so it is not replaced: choose another --out.",
     ),
     ("evaluate a --plot x.jpg", "--plot x.jpg: choose a name that ends in .png."),
+    (
+        "train --text-column text --format messages",
+        "format messages reads conversations and text_column a text: give one of the two, or format text",
+    ),
     ("evaluate a --where label=1", "where: only valid with --eval-dataset."),
     ("merge a --out x --text-column body", "text_column: only valid with --eval-dataset."),
     ("adapters rename a b", "adapters/b exists: choose another name."),

@@ -1,0 +1,181 @@
+"""Turn the rows of a table into texts and conversations, by its layout."""
+
+import ast
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from ..config import CleanMode, TrainConfig
+from ..errors import DataError, InvalidRowError
+from . import chat
+from .cleaning import clean_message, clean_text
+from .readers import Row, Table
+
+TEXT_COLUMNS = ("text", "content")  # names that are taken for the text, whatever is beside them
+INPUTS = ("input", "context")  # Alpaca's input, under the name of Dolly too
+ROW_WEIGHTS = ("weight", "train")  # 1 or true beside a conversation changes nothing
+UNREADABLE = (
+    *("image", "images", "video", "videos", "audio", "audios"),
+    *("context", "documents", "chat_template_kwargs", "input", "history"),
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Layout of a table.
+
+    Attributes:
+        format: "text", or one of conversations: a value of `formats.FORMATS`.
+        column: Column of the text, of the list of messages, or of the prompt; empty for a txt file.
+        answer: Column of the answer beside the prompt.
+        unread: Columns with text that may belong to a conversation and are not read.
+        other: Value of the setting `format` that reads the columns in `unread`, if one does.
+    """
+
+    format: str
+    column: str = ""
+    answer: str = ""
+    unread: tuple[str, ...] = ()
+    other: str = ""
+
+    def __str__(self) -> str:
+        if self.format == "text":
+            return f"column '{self.column}'" if self.column else "plain text"
+        usual = ("messages", "conversations", "promptcompletion", "instructionoutput")
+        if self.column + self.answer in usual:
+            return self.format
+        answer = f" and '{self.answer}'" if self.answer else ""
+        return f"{self.format} in '{self.column}'{answer}"
+
+
+def text_reader(table: Table, layout: Layout, config: TrainConfig) -> Callable[[Row], tuple[str, str]]:
+    """Return a function from a row to its text before and after cleaning; "" if it has none."""
+    if layout.format != "text":
+        mode: CleanMode = "none" if config.clean == "auto" else config.clean
+        return partial(_read_conversation, layout, partial(clean_message, mode=mode))
+    column = layout.column or "text"
+    is_guess = table.peeked and config.text_column is None and column not in TEXT_COLUMNS
+
+    def read_text(row: Row) -> tuple[str, str]:
+        if is_guess:
+            for name, other in row.items():
+                if name != column and name not in table.text_columns and type(other) in (str, list, dict):
+                    kind = "text" if isinstance(other, str) else "a list or object"
+                    raise DataError(
+                        f"{table.source}: a row has {kind} in '{name}', and the first rows in '{column}': name one with "
+                        "--text-column."
+                    )
+        text = _read_text(row, column)
+        return text, clean_text(text, "full" if config.clean == "auto" else config.clean) if text else ""
+
+    return read_text
+
+
+def _read_text(row: Row, column: str) -> str:
+    """Return the text or number of a column, "" for null."""
+    value = row.get(column)
+    if value is None:
+        return ""
+    is_text = isinstance(value, str | int | float) and not isinstance(value, bool)
+    if not is_text or (isinstance(value, float) and not math.isfinite(value)):
+        kind = str(value) if isinstance(value, float) else f"a {type(value).__name__}"
+        raise InvalidRowError(f"{kind} in column '{column}'")
+    return str(value)
+
+
+def _read_conversation(layout: Layout, clean: chat.Clean, row: Row) -> tuple[str, str]:
+    for name in unreadable_columns(layout):
+        if _decode_json(row.get(name)):
+            raise InvalidRowError(f"{name} beside the conversation")
+    for name in ROW_WEIGHTS:
+        _check_weight(name, row.get(name))
+    parts = {name: row[name] for name in chat.PARTS if row.get(name)}
+    values = [row.get(column) for column in (layout.column, layout.answer) if column]
+    raw = " ".join(map(str, [*values, *parts.values()]))
+    if layout.format == "Alpaca":
+        return raw, _encode_alpaca(layout, row, clean, parts)
+    if layout.answer:
+        prompt, completion = (_read_side(row, column) for column in (layout.column, layout.answer))
+        return raw, chat.encode_pair(prompt, completion, clean, parts)
+    return raw, chat.encode_messages(decode_messages(values[0]), clean, parts)
+
+
+def unreadable_columns(layout: Layout) -> list[str]:
+    """Return the columns that may hold a part of a conversation that is not read."""
+    read = {layout.column, *((*INPUTS, "history") if layout.format == "Alpaca" else ())}
+    return [name for name in UNREADABLE if name not in read]
+
+
+def _check_weight(name: str, value: object) -> None:
+    """Raise InvalidRowError if a row is not to be learned, or only in part."""
+    if value in (None, ""):
+        return
+    text = str(value).lower()
+    if text in ("0", "0.0", "false"):
+        raise InvalidRowError(
+            f"{name} {value}, which leaves nothing to learn: choose rows with --where {name}=..."
+        )
+    if text not in ("1", "1.0", "true"):
+        raise InvalidRowError(f"{name} other than 0 and 1 beside the conversation")
+
+
+def _read_side(row: Row, column: str) -> object:
+    """Return a prompt or a completion: a text, or a list of messages, also as JSON in a string."""
+    value = row.get(column)
+    messages = decode_messages(value)
+    if isinstance(messages, list):
+        return messages if not isinstance(value, str) or chat.are_messages(messages) else value
+    return value if value is None or isinstance(value, dict) else _read_text(row, column)
+
+
+def decode_messages(value: object) -> object:
+    """Return a list of messages from a string, as in a csv file, or from an object of lists, as
+    `datasets` writes a sequence of objects; other values as they are."""
+    value = _decode_json(value)
+    if not isinstance(value, dict) or not chat.are_messages([value]):
+        return value
+    lists = [field for field in value.values() if isinstance(field, list)]
+    if len(lists) < len(value) or len({len(field) for field in lists}) != 1:
+        return value
+    return [dict(zip(value, fields, strict=True)) for fields in zip(*lists, strict=True)]
+
+
+def _decode_json(value: object) -> object:
+    """Return the list or object that a string holds as JSON, or as Python writes it (pandas); other
+    values as they are."""
+    if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(value.strip())  # evaluates literals alone
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        return value
+
+
+def _encode_alpaca(layout: Layout, row: Row, clean: chat.Clean, parts: Mapping[str, object]) -> str:
+    """Return an Alpaca row as a prompt and its answer; with a history, as messages.
+
+    Instruction and input are joined by a line break, as in LLaMA-Factory.
+    """
+    inputs = [name for name in INPUTS if row.get(name) not in (None, "")]
+    if len(inputs) > 1:
+        raise InvalidRowError("input beside context")
+    columns = [name for name in ("instruction", *inputs) if row.get(name) not in (None, "")]
+    if not all(isinstance(row[name], str) for name in columns):
+        raise InvalidRowError("an instruction or input that is no text")
+    prompt = "\n".join(str(row[name]) for name in columns)
+    history, answer = _decode_json(row.get("history")) or [], row.get(layout.answer)
+    if not history:
+        return chat.encode_pair(prompt, answer, clean, parts)
+    messages: list[object] = []
+    for turn in history if isinstance(history, list) else [history]:
+        if not isinstance(turn, list | tuple) or len(turn) != 2:
+            raise InvalidRowError("a history that is no list of pairs of texts")
+        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return chat.encode_messages(messages, clean, parts)
