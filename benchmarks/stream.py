@@ -11,8 +11,8 @@ import psutil
 
 from lora_tuner import TrainConfig
 from lora_tuner.config import EMBEDDED_BASE
-from lora_tuner.data.dataset import RowCounts
-from lora_tuner.data.streaming import StreamingDataset, StreamState
+from lora_tuner.data.rows import Source
+from lora_tuner.data.streaming import StreamingDataset
 from lora_tuner.models.resolve import find_base
 from lora_tuner.models.tokenizer import load_tokenizer
 
@@ -28,15 +28,13 @@ def run(rounds: int) -> list[Figure]:
         path = Path(folder, "rows.jsonl")
         _write_rows(path)
         config = TrainConfig(dataset=str(path), streaming=True)
-        counts, process = RowCounts(), psutil.Process()
-        stream = StreamingDataset(
-            config, load_tokenizer(find_base(EMBEDDED_BASE)), frozenset(), counts, StreamState()
-        )
+        source, process = Source(str(path)), psutil.Process()
+        stream = StreamingDataset(config, load_tokenizer(find_base(EMBEDDED_BASE)), frozenset(), [source])
         start, next_report = time.perf_counter(), REPORT_EVERY
         for taken, _ in enumerate(stream, 1):
-            stream.state_at(taken)  # as each checkpoint does
-            if counts.read >= next_report:
-                rate = counts.read / (time.perf_counter() - start)
+            stream.position(taken)  # as each checkpoint does
+            if source.counts.read >= next_report:
+                rate = source.counts.read / (time.perf_counter() - start)
                 figures.append(
                     figure(
                         f"after {next_report:,} rows",
@@ -46,7 +44,7 @@ def run(rounds: int) -> list[Figure]:
                     )
                 )
                 next_report += REPORT_EVERY
-            if next_report > ROWS or stream.state_at(taken).epoch:
+            if next_report > ROWS or stream.streams[0].states[-1].epoch:
                 break
     return figures
 

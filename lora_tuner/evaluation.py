@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -66,16 +66,22 @@ class HeldOutLoss:
     """Loss of each row.
 
     `nll` is the summed negative log-likelihood in nats, `predictions` the number of predicted
-    tokens.
+    tokens, `groups` the number of the group of each row; empty if each row is one.
     """
 
     nll: list[float]
     predictions: list[int]
+    groups: list[int] = field(default_factory=list)
 
     @property
     def loss(self) -> float:
         """Mean negative log-likelihood per predicted token, in nats."""
         return math.fsum(self.nll) / sum(self.predictions)
+
+    def select(self, rows: Sequence[int]) -> "HeldOutLoss":
+        """The loss of some of the rows."""
+        nll, predictions = [self.nll[row] for row in rows], [self.predictions[row] for row in rows]
+        return HeldOutLoss(nll, predictions, [self.groups[row] for row in rows] if self.groups else [])
 
 
 LossPair = tuple[HeldOutLoss, HeldOutLoss]  # of the base, and of the adapter
@@ -83,11 +89,20 @@ LossPair = tuple[HeldOutLoss, HeldOutLoss]  # of the base, and of the adapter
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Held-out rows of an adapter or dataset, by its name; `missing` is the reason for no rows."""
+    """Held-out rows of an adapter or dataset, by its name; `missing` is the reason for no rows.
+
+    `groups` has the number of the group of each row; empty if each row is one.
+    """
 
     name: str
     texts: list[str]
     missing: str | None = None
+    groups: list[int] = field(default_factory=list)
+
+    def select(self, rows: Sequence[int]) -> "EvalSet":
+        """The set with some of its rows."""
+        texts, groups = [self.texts[row] for row in rows], [self.groups[row] for row in rows if self.groups]
+        return replace(self, texts=texts, groups=groups)
 
 
 @dataclass(frozen=True)
@@ -248,10 +263,12 @@ def _encode_and_measure(
     base: LoadedBase, sets: Sequence[EvalSet], notify: EventHandler, access: ModelAccess
 ) -> tuple[list[list[TokenIds]], list[HeldOutLoss | None]]:
     """The rows of each set as tokens, and the loss of the base on them; None without rows."""
-    encoded_sets = []
+    encoded_sets, groups = [], []
     for rows in sets:
         invalid: tokenization.InvalidRows = {}
-        encoded_sets.append(access(partial(encode_held_out, base, rows.texts, invalid)))
+        encoded = access(partial(encode_measured, base, rows.texts, invalid))
+        encoded_sets.append([*encoded.values()])
+        groups.append([rows.groups[row] for row in encoded] if rows.groups else [])
         if invalid:
             reason = next(iter(invalid.values()))
             notify(
@@ -259,24 +276,37 @@ def _encode_and_measure(
                     f"Left out {len(invalid):,} of {len(rows.texts):,} rows of {rows.name}, such as one with {reason}."
                 )
             )
-    losses = [measure_base_loss(base, encoded, notify, access) if encoded else None for encoded in encoded_sets]
+    losses = [
+        replace(measure_base_loss(base, encoded, notify, access), groups=numbers) if encoded else None
+        for encoded, numbers in zip(encoded_sets, groups, strict=True)
+    ]
     return encoded_sets, losses
 
 
 def encode_held_out(
     base: LoadedBase, texts: Sequence[str], invalid: tokenization.InvalidRows | None = None
 ) -> list[TokenIds]:
+    """`encode_measured`, without the indices."""
+    return [*encode_measured(base, texts, invalid).values()]
+
+
+def encode_measured(
+    base: LoadedBase, texts: Sequence[str], invalid: tokenization.InvalidRows | None = None
+) -> dict[int, TokenIds]:
     """Tokenize and truncate rows for evaluation.
 
     Rows in which truncation leaves nothing to predict, such as chats with a long question, are left
     out. So are conversations that the chat template cannot write, if `invalid` receives them.
+
+    Returns:
+        The token ids of each measured row, by the index of its text.
     """
     max_tokens = min(HELD_OUT_MAX_TOKENS, base.max_context)
     rows, _ = tokenization.truncate(
         tokenization.encode_texts(base.tokenizer, texts, max_tokens=max_tokens, invalid=invalid), max_tokens
     )
     base.check_token_ids(rows)
-    return [row for row in rows if tokenization.count_predictions(row)]
+    return {index: row for index, row in enumerate(rows) if tokenization.count_predictions(row)}
 
 
 def measure_loss(
@@ -355,20 +385,38 @@ def paired_gain(base: HeldOutLoss, adapter: HeldOutLoss) -> EvalResult:
     """Fall in loss from base to adapter, with its paired standard error, both in nats per token.
 
     The gain is a ratio of sums, Σ(difference) / Σ(predictions); its error is that of a ratio
-    estimator over rows (Cochran, Sampling Techniques, 1977, section 6.3). With one row the error is
-    unknown: None.
+    estimator over rows (Cochran, Sampling Techniques, 1977, section 6.3), or over the groups of
+    `base`, whose rows are not independent. With one of them the error is unknown: None.
     """
-    total, count = sum(base.predictions), len(base.nll)
+    total, rows = sum(base.predictions), len(base.nll)
     differences = [before - after for before, after in zip(base.nll, adapter.nll, strict=True)]
     gain = math.fsum(differences) / total
-    squares = [
-        (difference - gain * tokens) ** 2
-        for difference, tokens in zip(differences, base.predictions, strict=True)
-    ]
-    error = math.sqrt(math.fsum(squares) * count / (count - 1)) / total if count > 1 else None
+    by_group: dict[int, list[float]] = {}
+    for group, difference, tokens in zip(base.groups or range(rows), differences, base.predictions, strict=True):
+        by_group.setdefault(group, []).append(difference - gain * tokens)
+    squares, count = [math.fsum(residuals) ** 2 for residuals in by_group.values()], len(by_group)
     return EvalResult(
-        base_loss=base.loss, loss=adapter.loss, gain=gain, standard_error=error, rows=count, tokens=total
+        base_loss=base.loss,
+        loss=adapter.loss,
+        gain=gain,
+        standard_error=math.sqrt(math.fsum(squares) * count / (count - 1)) / total if count > 1 else None,
+        rows=rows,
+        tokens=total,
+        groups=count if base.groups else None,
     )
+
+
+def join_groups(parts: Sequence[tuple[Sequence[int], int]]) -> list[int]:
+    """Number the groups of several lists of rows on; empty if none has groups.
+
+    Args:
+        parts: groups and number of rows of each list.
+    """
+    joined: list[int] = []
+    for groups, rows in parts:
+        first = max(joined, default=-1) + 1
+        joined += [first + group for group in groups or range(rows)]
+    return joined if any(groups for groups, _ in parts) else []
 
 
 def cache_adapter_loss(base: LoadedBase, rows: Sequence[TokenIds], adapter: Adapter, loss: HeldOutLoss) -> None:
@@ -376,10 +424,11 @@ def cache_adapter_loss(base: LoadedBase, rows: Sequence[TokenIds], adapter: Adap
     _measure_cached(base, rows, _loss_key(adapter), lambda: loss)
 
 
-def cache_rows(texts: list[str]) -> None:
+def cache_rows(rows: EvalSet) -> None:
     """Keep rows in the user's cache under their hash, for when the dataset is gone."""
+    content = {"texts": rows.texts, "groups": rows.groups} if rows.groups else rows.texts
     with contextlib.suppress(OSError):  # a full cache must not end a run
-        atomic_io.atomic_write_text(_rows_path(content_hash(texts)), json.dumps(texts, ensure_ascii=False))
+        atomic_io.atomic_write_text(_rows_path(content_hash(rows.texts)), json.dumps(content, ensure_ascii=False))
 
 
 def cached_rows(adapter: Adapter, notify: EventHandler = ignore_events) -> EvalSet:
@@ -395,30 +444,33 @@ def cached_rows(adapter: Adapter, notify: EventHandler = ignore_events) -> EvalS
         return EvalSet(adapter.name, [], "it was made from adapters whose held-out rows were missing")
     path = _rows_path(data.held_out_hash)
     try:
-        texts = json.loads(path.read_text(encoding="utf-8"))
-        if content_hash(texts) == data.held_out_hash:
-            return EvalSet(adapter.name, texts)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        texts, groups = (content["texts"], content["groups"]) if isinstance(content, dict) else (content, [])
+        if content_hash(texts) == data.held_out_hash and len(groups) in (0, len(texts)):
+            return EvalSet(adapter.name, texts, groups=groups)
         reason = "its held-out rows in the cache have changed"
     except FileNotFoundError:
         reason = "its held-out rows are not in the cache: it was trained elsewhere, or the cache was emptied"
         return EvalSet(adapter.name, [], reason)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         reason = f"its held-out rows in the cache cannot be read ({error})"
     with contextlib.suppress(LoraTunerError):
         config = resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE)
-        texts = load_dataset(config).held_out[: config.eval_rows]
+        dataset = load_dataset(config)
+        texts = dataset.held_out[: config.eval_rows]
         if content_hash(texts) == data.held_out_hash:
             notify(Notice(f"{path} is damaged: the held-out rows of {adapter.name} are loaded again."))
-            cache_rows(texts)
-            return EvalSet(adapter.name, texts)
+            rows = EvalSet(adapter.name, texts, groups=dataset.groups_of(texts))
+            cache_rows(rows)
+            return rows
     return EvalSet(adapter.name, [], reason)
 
 
 def load_eval_set(config: TrainConfig, notify: EventHandler = ignore_events) -> EvalSet:
     """Load the first `config.eval_rows` rows, in hash order, of `config.eval_dataset`."""
-    texts = list(load_eval_dataset(config, notify).values())
+    rows = list(load_eval_dataset(config, notify).values())[: config.eval_rows]
     notify(eval_dataset_notice(str(config.eval_dataset)))
-    return EvalSet(str(config.eval_dataset), texts[: config.eval_rows])
+    return EvalSet(str(config.eval_dataset), [row.text for row in rows])
 
 
 def select_rows(sets: Sequence[EvalSet], eval_rows: int | None = None) -> list[EvalSet]:
@@ -428,9 +480,9 @@ def select_rows(sets: Sequence[EvalSet], eval_rows: int | None = None) -> list[E
     """
     selected = []
     for rows in sets:
-        rows = replace(rows, texts=rows.texts[:eval_rows])
+        rows = rows.select(range(len(rows.texts))[:eval_rows])
         if len(rows.texts) < 2 and not rows.missing:
-            rows = replace(rows, texts=[], missing="a standard error needs two rows")
+            rows = replace(rows.select([]), missing="a standard error needs two rows")
         selected.append(rows)
     return selected
 

@@ -79,7 +79,9 @@ def format_counts(counts: dict[str, int]) -> str:
 
 def format_gain(gain: float, standard_error: float | None, digits: str = ".4f") -> str:
     """Format a gain with its standard error, which is None for a single row."""
-    error = "(no error: one row)" if standard_error is None else f"± {standard_error:{digits.lstrip('+')}}"
+    error = (
+        "(no error: one row or group)" if standard_error is None else f"± {standard_error:{digits.lstrip('+')}}"
+    )
     return f"{gain:{digits}} {error}"
 
 

@@ -37,6 +37,54 @@ class BaseInfo(_ManifestModel):
     chat_template: Digest | None = None
 
 
+class EvalResult(_ManifestModel):
+    """Held-out loss of base and adapter in nats per token; `gain` is the paired difference.
+
+    `standard_error` is None for a single row or group, where nothing is known about it. Older
+    manifests say 0. `groups` is the number of groups, if rows are grouped.
+    """
+
+    base_loss: float
+    loss: float
+    gain: float
+    standard_error: float | None
+    rows: int
+    tokens: int
+    groups: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_error_of_one_row(cls, values: object) -> object:
+        return (
+            values | {"standard_error": None} if isinstance(values, dict) and values.get("rows") == 1 else values
+        )
+
+    def format_rows(self) -> str:
+        rows = f"{self.rows} row{'s' * (self.rows != 1)}"
+        return rows if self.groups is None else f"{rows} in {self.groups} group{'s' * (self.groups != 1)}"
+
+    @property
+    def perplexities(self) -> tuple[float, float]:
+        """Perplexity of the base and of the adapter."""
+        # exp(710) overflows.
+        before, after = (math.exp(min(loss, 700.0)) for loss in (self.base_loss, self.loss))
+        return before, after
+
+
+class SourceInfo(_ManifestModel):
+    """One of several datasets of a run; `weight` is its share of the training sequences, if given.
+
+    `result` is measured on the held-out rows that are of this dataset.
+    """
+
+    name: str
+    source: str
+    weight: float | None
+    hash: Digest
+    counts: dict[str, int]
+    result: EvalResult | None = None
+
+
 class DatasetInfo(_ManifestModel):
     """The training rows and the held-out rows. `split_salt` is None if a blend's parents differ.
 
@@ -55,37 +103,11 @@ class DatasetInfo(_ManifestModel):
     # Dataset of the held-out rows, if they are not held out of the training rows.
     eval_dataset: str | None = None
     eval_split: str | None = None  # its split, if it has splits
+    group_by: str | None = None  # column whose values are held out as a whole
+    sources: list[SourceInfo] = []  # of several datasets
     held_out_hash: Digest | None  # None without held-out rows
     held_out_rows: int
     encoded_hash: Digest | None = None
-
-
-class EvalResult(_ManifestModel):
-    """Held-out loss of base and adapter in nats per token; `gain` is the paired difference.
-
-    `standard_error` is None for a single row, where nothing is known about it. Older manifests say 0.
-    """
-
-    base_loss: float
-    loss: float
-    gain: float
-    standard_error: float | None
-    rows: int
-    tokens: int
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_error_of_one_row(cls, values: object) -> object:
-        return (
-            values | {"standard_error": None} if isinstance(values, dict) and values.get("rows") == 1 else values
-        )
-
-    @property
-    def perplexities(self) -> tuple[float, float]:
-        """Perplexity of the base and of the adapter."""
-        # exp(710) overflows.
-        before, after = (math.exp(min(loss, 700.0)) for loss in (self.base_loss, self.loss))
-        return before, after
 
 
 class RunInfo(_ManifestModel):

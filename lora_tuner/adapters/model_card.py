@@ -4,7 +4,7 @@ from ..config import HELD_OUT_MAX_TOKENS
 from ..text import display_name, format_counts, format_gain, format_share
 from . import compatibility
 from .adapter import LOSS_PLOT_FILE, SPECTRUM_FILE, Adapter
-from .manifest import BaseInfo, DatasetInfo, RunInfo
+from .manifest import BaseInfo, DatasetInfo, RunInfo, SourceInfo
 
 
 def summary_rows(adapter: Adapter) -> list[tuple[str, str]]:
@@ -39,8 +39,8 @@ def summary_rows(adapter: Adapter) -> list[tuple[str, str]]:
             ("Held-out loss", f"{result.loss:.4f} nats per token (base: {result.base_loss:.4f})"),
             (
                 "Gain",
-                f"{format_gain(result.gain, result.standard_error)} (standard error, {result.rows} rows, paired)"
-                if result.rows > 1
+                f"{format_gain(result.gain, result.standard_error)} (standard error, {result.format_rows()}, paired)"
+                if result.standard_error is not None
                 else format_gain(result.gain, None),
             ),
             ("Perplexity", f"{after:.2f} (base: {before:.2f})"),
@@ -124,8 +124,19 @@ def _dataset_rows(data: DatasetInfo) -> list[tuple[str, str]]:
         ),
         ("Filter", ", ".join(data.where)),
         ("Rows", format_counts(data.counts)),
+        *((f"From {display_name(source.name)}", _format_source(source)) for source in data.sources),
+        ("Held out by", data.group_by or ""),
         ("Evaluated on", f"{display_name(data.eval_dataset)}{split}" if data.eval_dataset else ""),
     ]
+
+
+def _format_source(source: SourceInfo) -> str:
+    parts = [f"{format_share(source.weight)} of the sequences"] if source.weight else []
+    parts.append(format_counts(source.counts))
+    if result := source.result:
+        loss = f"held-out loss {result.loss:.4f} (base: {result.base_loss:.4f})"
+        parts.append(f"{loss}, gain {format_gain(result.gain, result.standard_error)}, {result.format_rows()}")
+    return "; ".join(parts)
 
 
 def _format_use(run: RunInfo) -> str:

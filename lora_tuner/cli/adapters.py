@@ -114,7 +114,9 @@ def show_details(adapter: Adapter, ancestors: Sequence[Ancestor]) -> None:
         }
     else:
         fields |= {
-            "evaluation": "\n".join(format_result(manifest.result)),
+            "evaluation": "\n".join(
+                format_result(manifest.result, manifest.data.sources if manifest.data else ())
+            ),
             "base": f"{manifest.base.name}: {manifest.base.weights}",
             "revision": manifest.base.revision,
             "fingerprint": manifest.base.fingerprint,
@@ -125,6 +127,7 @@ def show_details(adapter: Adapter, ancestors: Sequence[Ancestor]) -> None:
                 "data": manifest.data.source,
                 "where": manifest.data.where,
                 "rows": format_counts(manifest.data.counts),
+                "held out by": manifest.data.group_by,
                 "evaluated on": manifest.data.eval_dataset,
                 "its split": manifest.data.eval_split,
             }

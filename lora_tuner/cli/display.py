@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..adapters.manifest import EvalResult
+from ..adapters.manifest import EvalResult, SourceInfo
 from ..errors import Notice, Progress
 from ..text import CONTROL_CHARACTERS, escape_control, format_duration, format_gain, one_line, shorten
 from .streams import is_reader_gone, stdout_error
@@ -115,20 +115,24 @@ def stdout_console() -> Console:
     return console
 
 
-def format_result(result: EvalResult | None) -> list[str]:
-    """Held-out loss, gain and perplexity, on two lines."""
+def format_result(result: EvalResult | None, sources: Sequence[SourceInfo] = ()) -> list[str]:
+    """Held-out loss, gain and perplexity, on two lines; then loss and gain of each source."""
     if result is None:
         return ["not evaluated"]
     before, after = result.perplexities
-    return [
-        f"held-out loss {result.base_loss:.4f} -> {result.loss:.4f}  "
-        f"(gain {format_gain(result.gain, result.standard_error)}, {result.rows} row{'s' * (result.rows != 1)})",
-        f"perplexity    {before:.2f} -> {after:.2f}",
-    ]
+    lines = [_format_loss(result), f"perplexity    {before:.2f} -> {after:.2f}"]
+    return [*lines, *(f"{one_line(source.name)}: {_format_loss(source.result)}" for source in sources)]
 
 
-def print_result(result: EvalResult | None) -> None:
-    print(*format_result(result), sep="\n")
+def _format_loss(result: EvalResult | None) -> str:
+    if result is None:
+        return "no held-out row"
+    gain = format_gain(result.gain, result.standard_error)
+    return f"held-out loss {result.base_loss:.4f} -> {result.loss:.4f}  (gain {gain}, {result.format_rows()})"
+
+
+def print_result(result: EvalResult | None, sources: Sequence[SourceInfo] = ()) -> None:
+    print(*format_result(result, sources), sep="\n")
 
 
 def show_fields(fields: Mapping[str, object]) -> None:

@@ -143,6 +143,8 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
         metavar=f"{number.__name__.upper()}[,...]" if number else None,
     )
     value_type: Any = str if number else field.annotation
+    if value_type == str | list[str]:
+        value_type = list[str]
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,

@@ -83,7 +83,7 @@ def _show_trained(adapter: Adapter) -> None:
     assert adapter.manifest.run is not None
     run = adapter.manifest.run
     print(f"{adapter.path}  {format_bytes(adapter.bytes)}, {run.steps:,} steps in {format_duration(run.seconds)}")
-    print_result(adapter.manifest.result)
+    print_result(adapter.manifest.result, adapter.manifest.data.sources if adapter.manifest.data else [])
 
 
 def _show_sweep(result: "SweepResult") -> None:

@@ -105,18 +105,18 @@ def distinct_eval_sets(
     distinct: list[EvalSet] = []
     for eval_set in evaluation.select_rows(sets, eval_rows):
         seen = {text for previous in distinct for text in previous.texts}
-        texts = [text for text in eval_set.texts if text not in seen]
+        distinct_rows = [row for row, text in enumerate(eval_set.texts) if text not in seen]
         if eval_set.missing:
             notify(
                 Notice(
                     f"Not evaluated on {eval_set.name}: {eval_set.missing}. Name other data with --eval-dataset."
                 )
             )
-        elif len(texts) < 2:
+        elif len(distinct_rows) < 2:
             names = format_names([previous.name for previous in distinct])
             notify(Notice(f"Not evaluated on {eval_set.name}: its held-out rows are among those of {names}."))
         else:
-            distinct.append(EvalSet(eval_set.name, texts))
+            distinct.append(eval_set.select(distinct_rows))
     return distinct
 
 
@@ -160,6 +160,7 @@ def _concatenate(losses: Sequence[HeldOutLoss]) -> HeldOutLoss:
     return HeldOutLoss(
         [value for loss in losses for value in loss.nll],
         [count for loss in losses for count in loss.predictions],
+        evaluation.join_groups([(loss.groups, len(loss.nll)) for loss in losses]),
     )
 
 
@@ -215,7 +216,8 @@ def write_adapter(
     card = model_card.model_card(load_adapter_folder(folder), name)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
     if texts := [text for eval_set in sets for text in eval_set.texts]:
-        evaluation.cache_rows(texts)
+        groups = evaluation.join_groups([(eval_set.groups, len(eval_set.texts)) for eval_set in sets])
+        evaluation.cache_rows(EvalSet(name, texts, groups=groups))
     return written, losses, comparison
 
 

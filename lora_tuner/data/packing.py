@@ -33,11 +33,24 @@ class PackedSequences(torch.utils.data.Dataset[list[TokenIds]]):
 
     An index past the end returns an item without labels: filler for processes that share an uneven
     number of items.
+
+    Args:
+        source_rows: Number of rows of each source, if no sequence may have rows of two.
     """
 
-    def __init__(self, rows: Sequence[TokenIds], max_length: int, *, packing: bool) -> None:
+    def __init__(
+        self, rows: Sequence[TokenIds], max_length: int, *, packing: bool, source_rows: Sequence[int] = ()
+    ) -> None:
         self.rows = rows
-        self.groups = pack_rows(rows, max_length) if packing else [[index] for index in range(len(rows))]
+        self.groups: list[list[int]] = []
+        self.source_sizes: list[int] = []  # sequences of each source
+        start = 0
+        for count in source_rows or [len(rows)]:
+            part = rows[start : start + count]
+            groups = pack_rows(part, max_length) if packing else [[index] for index in range(count)]
+            self.groups += [[start + index for index in group] for group in groups]
+            self.source_sizes.append(len(groups))
+            start += count
 
     def __len__(self) -> int:
         return len(self.groups)

@@ -41,9 +41,8 @@ _METADATA = re.compile(
 _OUTPUTS = ({"adapter_config.json", "adapter_model.safetensors"}, {"run.yaml", "manifest.json"})
 
 
-def open_source(config: TrainConfig, notify: EventHandler) -> tuple[str, list[Table]]:
-    """Return a description of the source, and its tables."""
-    name = config.dataset
+def open_source(name: str, config: TrainConfig, notify: EventHandler) -> tuple[str, list[Table]]:
+    """Return a description of the dataset `name`, and its tables."""
     if name == "imdb":
         return _imdb_tables(config, notify)
     path = Path(os.path.expanduser(name))
@@ -279,6 +278,8 @@ def resolve_eval_dataset(config: TrainConfig, notify: EventHandler, selection: s
             raise ConfigError(f"--eval-dataset {HELD_OUT} has no splits: leave --eval-split out.")
         return config
     if name is None:
+        if not isinstance(config.dataset, str):  # rows of each are held out
+            return config
         name = config.dataset
         splits = local_splits(name)
         split = next((other for other in _MEASURED_SPLITS if other in splits and other != chosen), None)
@@ -321,7 +322,7 @@ def default_eval_split(config: TrainConfig) -> str | None:
         splits = local_splits(name)
         return next((split for split in (*_MEASURED_SPLITS, "train") if split in splits), None)
     try:
-        open_source(eval_source(config, "validation"), ignore_events)
+        open_source(name, eval_source(config, "validation"), ignore_events)
     except DataError:  # it has none, or the error comes again
         return "test"
     return "validation"
@@ -348,7 +349,7 @@ def is_local(name: str) -> bool:
 
 def describe_splits(config: TrainConfig) -> str:
     """Describe the splits of the dataset, and those that are trained on and measured; "" without splits."""
-    splits = local_splits(config.dataset)
+    splits = local_splits(config.dataset) if isinstance(config.dataset, str) else {}
     if not splits:
         return ""
     chosen = config.split or "train"

@@ -1,4 +1,4 @@
-"""Assign each row to the training or the held-out side by a hash of its text.
+"""Assign each row to the training or the held-out side by a hash of its text, or of its group.
 
 One long text alone is split in itself: blocks of it are held out, with a gap of unused text at
 either side.
@@ -41,6 +41,11 @@ def row_hash(text: str, salt: str) -> bytes:
     decisive = chat.decisive_text(text)
     digest = _salted_hash(decisive, salt)
     return digest if decisive == text else digest[:8] + _salted_hash(text, salt)[8:]
+
+
+def group_hash(group: str, salt: str) -> bytes:
+    """Return the hash of a group of rows: it decides the side of all of them."""
+    return _salted_hash(f"group\0{group}", salt)
 
 
 def _salted_hash(text: str, salt: str) -> bytes:

@@ -2,14 +2,17 @@
 
 
 `config.shuffle_buffer` training rows are read, shuffled, tokenized and packed together, then the
-next ones. After the last row a new pass begins with another order. The sequences depend on the
-settings and the position alone, so a resumed run continues exactly, and several processes take
-turns in the same order without communication. Each process reads all rows. Duplicates are not
-removed; they are on the same side of the split.
+next ones. After the last row a new pass begins with another order. Of several sources each is a
+stream of its own; their sequences are mixed by the weights. The sequences depend on the settings and
+the position alone, so a resumed run continues exactly, and several processes take turns in the same
+order without communication. Each process reads all rows. Duplicates are not removed; they are on
+the same side of the split.
 """
 
+import itertools
+import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -18,8 +21,9 @@ import torch
 from ..config import TrainConfig
 from ..errors import TrainingError
 from . import tokenization
-from .dataset import MIN_ROWS_TO_STOP, Dataset, RowCounts, iter_rows
+from .mixing import mix
 from .packing import PackedSequences
+from .rows import MIN_ROWS_TO_STOP, RowCounts, Source, iter_rows
 from .splitting import content_hash, is_held_out
 from .tokenization import TokenIds
 
@@ -29,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StreamState:
-    """Position of a stream: the sequences taken, and where the buffer of the last one begins.
+    """Position in the stream of a source: the sequences taken, and where the buffer of the last one begins.
 
     Attributes:
         taken: Sequences taken from the stream.
@@ -58,9 +62,9 @@ class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
     """Training items, as those of `PackedSequences`, from a position on.
 
     Args:
-        eval_hashes: Hashes of the rows of the evaluation dataset, which are not trained on.
-        counts: Updated as rows are read.
-        state: Position to continue from.
+        eval_hashes: Hashes of the rows and groups of the evaluation dataset, which are not trained on.
+        sources: Mixed by their weights, or equally without; their counts are updated as rows are read.
+        states: Position in each source to continue from; by default the beginning.
     """
 
     def __init__(
@@ -68,10 +72,64 @@ class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
         config: TrainConfig,
         tokenizer: "PreTrainedTokenizerBase",
         eval_hashes: frozenset[bytes],
-        counts: RowCounts,
+        sources: Sequence[Source],
+        states: Sequence[StreamState] = (),
+    ) -> None:
+        states = states or [StreamState()] * len(sources)
+        self.weights = [source.weight or 1.0 for source in sources]
+        self.streams = [
+            _SourceStream(config, tokenizer, eval_hashes, source, state)
+            for source, state in zip(sources, states, strict=True)
+        ]
+        self.taken = sum(state.taken for state in states)
+        self.shares, self.counted, self.order = [0] * len(sources), 0, mix(self.weights)  # of the sources so far
+
+    def position(self, taken: int) -> str:
+        """Format the state of each source after `taken` sequences, no fewer than last time, as JSON.
+
+        More may have been read ahead.
+        """
+        for number in itertools.islice(self.order, taken - self.counted):
+            self.shares[number] += 1
+        self.counted = taken
+        pairs = zip(self.streams, self.shares, strict=True)
+        return json.dumps([asdict(stream.state_at(share)) for stream, share in pairs])
+
+    def restore_counts(self) -> None:
+        """Set the counts to those of the position, for a run that reads no more rows."""
+        for stream in self.streams:
+            stream.restore_counts()
+
+    def knows_passed_rows(self) -> bool:
+        """Return whether the position tells the rows before it; those of older versions do not."""
+        return any(stream.states[0].buffer_hash or stream.states[0].pass_hash for stream in self.streams)
+
+    def has_changed(self) -> bool:
+        """Return whether rows before the position are no longer those that have passed.
+
+        Price: they are read and tokenized again, once for all passes.
+        """
+        return any(stream.has_changed() for stream in self.streams)
+
+    def __iter__(self) -> Iterator[list[TokenIds]]:
+        sequences = [iter(stream) for stream in self.streams]
+        for number in itertools.islice(mix(self.weights), self.taken, None):
+            yield next(sequences[number])
+
+
+class _SourceStream:
+    """Training items of one source, without end."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        tokenizer: "PreTrainedTokenizerBase",
+        eval_hashes: frozenset[bytes],
+        source: Source,
         state: StreamState,
     ) -> None:
-        self.config, self.tokenizer, self.eval_hashes, self.counts = config, tokenizer, eval_hashes, counts
+        self.config, self.tokenizer, self.eval_hashes = config, tokenizer, eval_hashes
+        self.name, self.counts = source.name, source.counts
         self.states = [state]  # the beginning of each buffer, newest last
 
     def state_at(self, taken: int) -> StreamState:
@@ -85,10 +143,6 @@ class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
         self._set_counts(RowCounts(**self.states[0].read), RowCounts())
 
     def has_changed(self) -> bool:
-        """Return whether rows before the position are no longer those that have passed.
-
-        Price: they are read and tokenized again, once for all passes.
-        """
         state, again = self.states[0], StreamState()
         reached = not state.buffer_hash  # of an older version, or before the first row
         if reached and not state.pass_hash:
@@ -120,45 +174,45 @@ class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
                 )
                 self.states.append(state)
             if is_full_pass and not sequence_count:
-                raise TrainingError(f"No row of {self.config.dataset} has a token to learn.")
+                raise TrainingError(f"No row of {self.name} has a token to learn.")
             state = replace(state, epoch=state.epoch + 1, row=0, counts=asdict(self.counts))
             state = replace(state, pass_hash=state.encoded_hash, encoded_hash="")
             self.states.append(state)
 
     def _read_buffers(self, state: StreamState) -> Iterator[tuple[list[TokenIds], int]]:
         """Yield the training rows of each buffer, and the rows read in the pass, until its end."""
-        dataset = Dataset(self.config.dataset, "")
+        source = Source(self.name)
         before, texts = RowCounts(**state.counts), list[str]()
-        for digest, text, _ in iter_rows(self.config, dataset, skip=state.row):
-            if is_held_out(digest):
-                dataset.counts.held_out += 1
-            elif digest in self.eval_hashes:
-                dataset.counts.in_eval_dataset += 1
+        for row in iter_rows(self.config, source, skip=state.row):
+            if is_held_out(row.side):
+                source.counts.held_out += 1
+            elif row.digest in self.eval_hashes or row.side in self.eval_hashes:
+                source.counts.in_eval_dataset += 1
             else:
-                dataset.counts.train += 1
-                texts.append(text)
+                source.counts.train += 1
+                texts.append(row.text)
             if len(texts) == self.config.shuffle_buffer:
-                rows = self._encode(texts, dataset)
-                self._set_counts(before, dataset.counts)
-                yield rows, state.row + dataset.counts.read
+                rows = self._encode(texts, source)
+                self._set_counts(before, source.counts)
+                yield rows, state.row + source.counts.read
                 texts = []
-        rows = self._encode(texts, dataset)
-        self._set_counts(before, dataset.counts)
+        rows = self._encode(texts, source)
+        self._set_counts(before, source.counts)
         if texts:
-            yield rows, state.row + dataset.counts.read
+            yield rows, state.row + source.counts.read
 
-    def _encode(self, texts: list[str], dataset: Dataset) -> list[TokenIds]:
+    def _encode(self, texts: list[str], source: Source) -> list[TokenIds]:
         """Tokenize the rows of a buffer. Raises DataError if too many rows are invalid."""
         invalid: tokenization.InvalidRows = {}
         max_length, long_rows = self.config.max_length, self.config.long_rows
         rows, _ = tokenization.encode_rows(self.tokenizer, texts, max_length, long_rows, invalid)
         for text in texts:
             if text in invalid:
-                dataset.counts.train -= 1
-                dataset.add_invalid(dataset.places[text], invalid[text])
-        dataset.places.clear()
-        if dataset.counts.read >= MIN_ROWS_TO_STOP:
-            dataset.report_invalid(self.config.max_invalid)
+                source.counts.train -= 1
+                source.add_invalid(source.places[text], invalid[text])
+        source.places.clear()
+        if source.counts.read >= MIN_ROWS_TO_STOP:
+            source.report_invalid(self.config.max_invalid)
         return [row for row in rows if tokenization.count_predictions(row)]
 
     def _set_counts(self, before: RowCounts, since: RowCounts) -> None:

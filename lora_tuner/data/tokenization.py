@@ -10,7 +10,7 @@ below zero.
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from itertools import filterfalse
 from typing import TYPE_CHECKING
@@ -174,6 +174,9 @@ class TextUse:
     used_tokens: int = 0
     answer_tokens: int = 0
     used_answer_tokens: int = 0
+
+    def __add__(self, other: "TextUse") -> "TextUse":
+        return TextUse(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def share(self) -> float:

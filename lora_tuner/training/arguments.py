@@ -1,7 +1,10 @@
 """Trainer's arguments, learning-rate schedule, data order and trackers for a configuration."""
 
+import itertools
 import math
 import os
+import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from transformers.integrations.integration_utils import (
 
 from .. import distributed
 from ..config import TrainConfig
+from ..data.mixing import mix
 from ..errors import ConfigError, TrainingError
 from .setup import TrainingSetup
 
@@ -98,21 +102,47 @@ def learning_rate_factor(step: int, schedule: str, warmup: float, steps: int) ->
 class EpochOrder(torch.utils.data.Sampler[int]):
     """The shuffled sequences of an epoch, the same for any number of processes.
 
-    Indices beyond the last sequence follow, up to a multiple that all processes can share: each
-    must have a batch when the others have one.
+    Of sources with weights, an epoch has as many sequences as there are in all, mixed by the
+    weights; a source continues in the next epoch where it stopped, and begins anew after its last
+    sequence. Indices beyond the last sequence follow, up to a multiple that all processes can
+    share: each must have a batch when the others have one.
 
     Args:
         epoch: returns the current epoch; launchers wrap the sampler, so it cannot be set from outside.
     """
 
-    def __init__(self, count: int, multiple: int, seed: int, epoch: Callable[[], int]) -> None:
-        self.count, self.seed, self.epoch = count, seed, epoch
-        self.padding = -count % multiple
+    def __init__(self, setup: TrainingSetup, multiple: int, epoch: Callable[[], int]) -> None:
+        self.sizes, self.weights = setup.sequences.source_sizes, setup.dataset.weights
+        self.seed, self.epoch, self.count = setup.config.seed, epoch, len(setup.sequences)
+        self.padding = -self.count % multiple
 
     def __len__(self) -> int:
         return self.count + self.padding
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch())
-        yield from torch.randperm(self.count, generator=generator).tolist()
+        epoch = self.epoch()
+        if self.weights:
+            yield from self._mixed(epoch)
+        else:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            yield from torch.randperm(self.count, generator=generator).tolist()
         yield from [self.count] * self.padding
+
+    def _mixed(self, epoch: int) -> Iterator[int]:
+        """Yield the indices of an epoch of sources with weights."""
+        numbers = list(itertools.islice(mix(self.weights), self.count))
+        shares = Counter(numbers)
+        draws = [self._draw(number, epoch * shares[number]) for number in range(len(self.sizes))]
+        starts = [0, *itertools.accumulate(self.sizes)]
+        for number in numbers:
+            yield starts[number] + next(draws[number])
+
+    def _draw(self, number: int, taken: int) -> Iterator[int]:
+        """Yield sequences of a source after the first `taken`: each pass is shuffled anew."""
+        size = self.sizes[number]
+        passed, skip = divmod(taken, size)
+        for number_of_pass in itertools.count(passed):
+            order = list(range(size))
+            random.Random(f"{self.seed} {number} {number_of_pass}").shuffle(order)
+            yield from order[skip:]
+            skip = 0

@@ -5,6 +5,7 @@ the hash of every file in `whole.json`, written last, and is valid only with it.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from ..adapters import adapter
 from ..adapters.manifest import Manifest
 from ..atomic_io import HASHES_FILE
 from ..config import TrainConfig
-from ..data.dataset import RowCounts
+from ..data.rows import Source
 from ..data.streaming import StreamingDataset, StreamState
 from ..errors import AdapterError, EventHandler, Notice, TrainingError
 from ..models import lora
@@ -239,8 +240,10 @@ def check_unchanged(before: dict[str, str], after: dict[str, str], folder: Path)
 
 def check_stream(setup: TrainingSetup, checkpoint: Path) -> None:
     """Raise TrainingError when rows have changed that the stream of a checkpoint has passed."""
-    stream = open_stream(setup, checkpoint, RowCounts())
-    if not (stream.states[0].buffer_hash or stream.states[0].pass_hash):
+    stream = open_stream(
+        setup, checkpoint, [Source(source.name, source.weight) for source in setup.dataset.sources]
+    )
+    if not stream.knows_passed_rows():
         setup.notify(
             Notice(f"{checkpoint} is of an older version: the rows that its stream has passed are not compared.")
         )
@@ -248,16 +251,20 @@ def check_stream(setup: TrainingSetup, checkpoint: Path) -> None:
     setup.notify(Notice("The rows that the stream has passed are read again: they must be unchanged."))
     if stream.has_changed():
         raise TrainingError(
-            f"{checkpoint} cannot be resumed exactly: rows of {setup.config.dataset} that it was trained on have changed "
+            f"{checkpoint} cannot be resumed exactly: rows of {setup.dataset.name} that it was trained on have changed "
             f"since it stopped. {RETRAIN_ADVICE}"
         )
 
 
-def open_stream(setup: TrainingSetup, checkpoint: Path | None, counts: RowCounts) -> StreamingDataset:
-    """Open the stream at its beginning, or where it was when the checkpoint was written."""
-    text = (checkpoint / STREAM_FILE).read_text(encoding="utf-8") if checkpoint else "{}"
-    state = StreamState(**json.loads(text))
-    return StreamingDataset(setup.config, setup.base.tokenizer, setup.dataset.eval_hashes, counts, state)
+def open_stream(setup: TrainingSetup, checkpoint: Path | None, sources: Sequence[Source]) -> StreamingDataset:
+    """Open the stream at its beginning, or where it was when the checkpoint was written.
+
+    Args:
+        sources: their counts are updated as rows are read.
+    """
+    saved = json.loads((checkpoint / STREAM_FILE).read_text(encoding="utf-8")) if checkpoint else []
+    states = [StreamState(**state) for state in ([saved] if isinstance(saved, dict) else saved)]
+    return StreamingDataset(setup.config, setup.base.tokenizer, setup.dataset.eval_hashes, sources, states)
 
 
 def check_settings(now: Run, before: Run, folder: Path, checkpoint: Path) -> None:

@@ -4,7 +4,7 @@ None of it depends on rank, learning rate or number of steps, so the trials of a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -24,7 +24,7 @@ from ..config import (
     TrainConfig,
 )
 from ..data import chat_template, packing, tokenization
-from ..data.dataset import Dataset, load_dataset
+from ..data.dataset import Dataset, describe_data, load_dataset
 from ..errors import (
     ConfigError,
     EventHandler,
@@ -36,7 +36,6 @@ from ..models import loading, lora, packing_checks
 from ..models.loading import LoadedBase
 from ..models.targets import TargetModules, describe_targets, resolve_target_modules
 from ..models.tokenizer import load_adapter_tokenizer
-from ..text import format_share
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,7 @@ class TrainingInputs:
     sequences: packing.PackedSequences
     held_out: list[tokenization.TokenIds]
     held_out_texts: list[str]
+    measured_texts: list[str]  # text of each row in `held_out`
     text_use: tokenization.TextUse
     varlen_attention: bool  # packed rows are told apart by `cu_seq_lens_q`
     kernels: str | None  # build of the C kernels, if decoder blocks are fused
@@ -129,7 +129,8 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
         notify(Notice(f"Rows are padded, not packed: {base.files.name} does not isolate packed rows."))
     invalid: tokenization.InvalidRows = {}
     held_out_texts = dataset.held_out[: requested.eval_rows]
-    held_out = evaluation.encode_held_out(base, held_out_texts, invalid)
+    held_out = evaluation.encode_measured(base, held_out_texts, invalid)
+    measured_texts = [held_out_texts[index] for index in held_out]
     rows, text_use = _tokenize(requested, dataset, base, max_length, invalid, notify)
     held_out_texts = [text for text in held_out_texts if text not in invalid]
     _check_held_out(held_out, held_out_texts, notify)
@@ -137,9 +138,15 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
         base=base,
         parent=parent,
         dataset=dataset,
-        sequences=packing.PackedSequences(rows, max_length, packing=use_packing),
-        held_out=held_out,
+        sequences=packing.PackedSequences(
+            [row for source_rows in rows for row in source_rows],
+            max_length,
+            packing=use_packing,
+            source_rows=[*map(len, rows)] if dataset.weights else (),
+        ),
+        held_out=[*held_out.values()],
         held_out_texts=held_out_texts,
+        measured_texts=measured_texts,
         text_use=text_use,
         varlen_attention=paths.varlen_attention,
         kernels=paths.kernels,
@@ -303,37 +310,45 @@ def _tokenize(
     max_length: int,
     invalid: tokenization.InvalidRows,
     notify: EventHandler,
-) -> tuple[list[tokenization.TokenIds], tokenization.TextUse]:
-    """Tokenize the training rows. Returns those with predictions, and the share of the text in them.
+) -> tuple[list[list[tokenization.TokenIds]], tokenization.TextUse]:
+    """Tokenize the training rows. Returns those of each source with predictions, and the share of the
+    text in them.
 
     Args:
         invalid: Held-out rows that the chat template cannot write; such training rows are added,
             and all of them are left out of the dataset.
     """
 
-    def encode() -> tuple[list[tokenization.TokenIds], tokenization.TextUse, tokenization.InvalidRows]:
-        rows, use = tokenization.encode_rows(
-            base.tokenizer, dataset.train, max_length, requested.long_rows, invalid
-        )
+    def encode() -> tuple[list[list[tokenization.TokenIds]], tokenization.TextUse, tokenization.InvalidRows]:
+        use, rows = tokenization.TextUse(), list[list[tokenization.TokenIds]]()
+        for source in dataset.sources:
+            encoded, source_use = tokenization.encode_rows(
+                base.tokenizer, source.train, max_length, requested.long_rows, invalid
+            )
+            rows.append(encoded)
+            use += source_use
         return rows, use, invalid
 
     notify(Progress("tokenizing", 0, 1))
     rows, use, all_invalid = distributed.run_on_rank_zero(encode)
     invalid.update(all_invalid)
-    base.check_token_ids(rows)
+    base.check_token_ids(row for source_rows in rows for row in source_rows)
     notify(Progress("tokenizing", 1, 1))
     dataset.leave_out(invalid, requested.max_invalid, notify)
     _notify_rendered(base, dataset, notify)
-    notify(Notice(describe_data(dataset, requested, use)))
+    kept = [[row for row in source_rows if tokenization.count_predictions(row)] for source_rows in rows]
+    for notice in describe_data(dataset, requested, use):
+        notify(Notice(notice))
     if use.skipped_rows:
         notify(
             Notice(
                 f"{use.skipped_rows:,} rows are skipped: their first {max_length} tokens have nothing to learn."
             )
         )
-    kept = [row for row in rows if tokenization.count_predictions(row)]
-    if not kept:
-        raise TrainingError("No row has anything to learn: raise --max-length, or use other data.")
+    for source, source_rows in zip(dataset.sources, kept, strict=True):
+        if not source_rows:
+            name = f" of {source.name}" if len(kept) > 1 else ""
+            raise TrainingError(f"No row{name} has anything to learn: raise --max-length, or use other data.")
     return kept, use
 
 
@@ -357,24 +372,7 @@ def _notify_rendered(base: LoadedBase, dataset: Dataset, notify: EventHandler) -
         )
 
 
-def describe_data(dataset: Dataset, requested: TrainConfig, use: tokenization.TextUse | None = None) -> str:
-    """Describe in one line what is read, and how much of it is trained on."""
-    parts = [f"Data: {dataset.layout} (--clean {dataset.clean})", str(dataset.counts)]
-    if requested.streaming:
-        parts[1] = f"first rows of the stream: {dataset.counts}"
-    if use is not None:
-        shares = f"{format_share(use.share)} of the training text is used"
-        if use.answer_share is not None:
-            shares = f"{format_share(use.share)} of the tokens and {format_share(use.answer_share)} of the answers are used"
-        if use.truncated_rows:
-            shares += f", as --max-length truncates {use.truncated_rows:,} rows"
-        parts.append(shares)
-    if dataset.splits:
-        parts.append(f"splits: {dataset.splits}")
-    return "; ".join(parts) + "."
-
-
-def _check_held_out(held_out: list[tokenization.TokenIds], texts: list[str], notify: EventHandler) -> None:
+def _check_held_out(held_out: Collection[int], texts: list[str], notify: EventHandler) -> None:
     """Report held-out rows without predictions. Raises TrainingError when there is nothing to predict."""
     if len(held_out) < len(texts):
         notify(

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 from ..config import TrainConfig
 from ..data import chat, packing, splitting, tokenization
+from ..data.dataset import describe_data
 from ..errors import EventHandler, Notice, ignore_events
 from ..models import loading
 from ..models.tokenizer import load_tokenizer
-from .inputs import describe_data, load_parent, load_rows, model_options
+from .inputs import load_parent, load_rows, model_options
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ def preview(requested: TrainConfig, count: int, notify: EventHandler = ignore_ev
     parent = load_parent(requested)
     tokenizer = load_tokenizer(loading.base_for_adapter(parent, model_options(requested, notify)))
     dataset = load_rows(requested, parent, notify)
-    notify(Notice(describe_data(dataset, requested)))
+    for line in describe_data(dataset, requested):
+        notify(Notice(line))
     previews: list[PreviewedRow] = []
     invalid: tokenization.InvalidRows = {}
     for before, after in dataset.previews:

@@ -239,7 +239,7 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
     with setup.model.disable_adapter():  # before the adapter is blamed for a damaged base
         base_held_out = evaluation.measure_base_loss(setup.base, setup.held_out, setup.notify)
     distributed.run_on_rank_zero(partial(checkpoints.check_can_be_saved, setup))
-    distributed.run_on_rank_zero(partial(evaluation.cache_rows, setup.held_out_texts))
+    distributed.run_on_rank_zero(partial(evaluation.cache_rows, setup.eval_set(str(config.name))))
     if checkpoint is None:
         distributed.run_on_rank_zero(partial(_create_run_folder, setup, folder))
     try:
@@ -255,11 +255,16 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
             if config.streaming:
                 trained["sequences"] = state.global_step * setup.sequences_per_step
                 data = data.model_copy(update={"counts": asdict(setup.dataset.counts)})
+            base_held_out = replace(base_held_out, groups=setup.dataset.groups_of(setup.measured_texts))
             result = evaluation.paired_gain(base_held_out, held_out)
+            sources = [
+                source.model_copy(update={"result": setup.paired_gain_on(number, base_held_out, held_out)})
+                for number, source in enumerate(setup.source_infos())
+            ]
             manifest = setup.manifest.model_copy(
                 update={
                     "created": utc_timestamp(),
-                    "data": data,
+                    "data": data.model_copy(update={"sources": sources}),
                     "run": run.model_copy(update=trained),
                     "result": result,
                 }

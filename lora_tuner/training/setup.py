@@ -13,11 +13,20 @@ from transformers import set_seed
 
 from .. import distributed
 from ..adapters.adapter import validate_name
-from ..adapters.manifest import SCHEMA_VERSION, DatasetInfo, Manifest, RunInfo, utc_timestamp
+from ..adapters.manifest import (
+    SCHEMA_VERSION,
+    DatasetInfo,
+    EvalResult,
+    Manifest,
+    RunInfo,
+    SourceInfo,
+    utc_timestamp,
+)
 from ..config import METHODS, TrainConfig, default_adapter_name
 from ..data.splitting import content_hash
 from ..data.tokenization import encoded_hash
 from ..errors import ConfigError, EventHandler, Notice, Progress, ignore_events
+from ..evaluation import EvalSet, HeldOutLoss, paired_gain
 from ..models import fsdp, fused_blocks, initialization, kernels, lora
 from ..models.resolve import quiet_transformers
 from . import profiling
@@ -48,6 +57,31 @@ class TrainingSetup(TrainingInputs):
             self.model.unload()
         fused_blocks.update_fused_blocks(self.base.model)  # which then computes as after loading
 
+    def source_infos(self) -> list[SourceInfo]:
+        """Return what the manifest has of each of several datasets."""
+        sources, total = self.dataset.sources, sum(self.dataset.weights)
+        return [
+            SourceInfo(
+                name=source.name,
+                source=source.description,
+                weight=source.weight / total if source.weight else None,
+                hash=content_hash(source.train),
+                counts=asdict(source.counts),
+            )
+            for source in (sources if len(sources) > 1 else [])
+        ]
+
+    def eval_set(self, name: str) -> EvalSet:
+        """Return the held-out rows."""
+        texts = self.held_out_texts
+        return EvalSet(name, texts, groups=self.dataset.groups_of(texts))
+
+    def paired_gain_on(self, number: int, base: HeldOutLoss, adapter: HeldOutLoss) -> EvalResult | None:
+        """Return the gain on the measured rows of a source, where there are several and it has any."""
+        sources = self.dataset.held_out_sources
+        rows = [row for row, text in enumerate(self.measured_texts) if sources.get(text) == number]
+        return paired_gain(base.select(rows), adapter.select(rows)) if rows else None
+
     @cached_property
     def manifest(self) -> Manifest:
         """The manifest of the run before its first step."""
@@ -57,7 +91,7 @@ class TrainingSetup(TrainingInputs):
             base=self.base.info(with_template=dataset.format != "text"),
             data=DatasetInfo(
                 name=dataset.name,
-                source=dataset.source,
+                source=dataset.description,
                 hash=dataset.hash(),
                 where=config.where,
                 split_salt=config.split_salt,
@@ -66,6 +100,8 @@ class TrainingSetup(TrainingInputs):
                 clean=dataset.clean,
                 eval_dataset=config.other_eval_dataset,
                 eval_split=config.eval_split,
+                group_by=config.group_by,
+                sources=self.source_infos(),
                 held_out_hash=content_hash(self.held_out_texts),
                 held_out_rows=len(self.held_out_texts),
                 encoded_hash=encoded_hash([*self.sequences.rows, *self.held_out]),
@@ -148,7 +184,7 @@ def prepare_training(
             "rank": parent.rank if parent else requested.rank,
             "target_modules": inputs.target_modules,
             "split_salt": inputs.split_salt,
-            "clean": inputs.dataset.clean,
+            "clean": inputs.dataset.clean or requested.clean,
             "eval_dataset": inputs.dataset.eval_dataset,
             "eval_split": inputs.dataset.eval_split,
             "max_length": inputs.max_length,
@@ -176,7 +212,7 @@ def prepare_training(
 
 def adapter_name(requested: TrainConfig) -> str:
     """Return the name of the adapter: the requested one, or one made from the dataset's."""
-    return validate_name(requested.name or default_adapter_name(requested.dataset))
+    return validate_name(requested.name or default_adapter_name(*dict(requested.weighted_datasets)))
 
 
 def _add_lora(requested: TrainConfig, inputs: TrainingInputs, notify: EventHandler) -> PeftModel:

@@ -361,7 +361,10 @@ def _measure_trials(
     first = resolve_settings(TrainConfig, {}, first_adapter.path / RUN_FILE)
     if setup is not None:
         setup.remove_lora()
-        base, rows = setup.base, EvalSet(name, setup.held_out_texts)
+        base, rows = (
+            setup.base,
+            EvalSet(name, setup.held_out_texts, groups=setup.dataset.groups_of(setup.held_out_texts)),
+        )
     else:
         options = ModelOptions(device=first.device, dtype=first.dtype, load_in=first.load_in, notify=notify)
         base, rows = evaluation.open_base(first_adapter, options), evaluation.cached_rows(first_adapter)

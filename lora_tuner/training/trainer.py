@@ -6,14 +6,12 @@ and a signal ends the step and saves. Of several processes only rank zero writes
 """
 
 import contextlib
-import json
 import math
 import shlex
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -163,7 +161,7 @@ class _LoraTrainer(Trainer):
     def __init__(self, setup: TrainingSetup, folder: Path, checkpoint: Path | None = None) -> None:
         config = setup.config
         self.stream = (
-            checkpoints.open_stream(setup, checkpoint, setup.dataset.counts) if config.streaming else None
+            checkpoints.open_stream(setup, checkpoint, setup.dataset.sources) if config.streaming else None
         )
         callbacks: list[TrainerCallback] = [_CheckGradients(self)]
         if config.patience:
@@ -194,8 +192,8 @@ class _LoraTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: object = None) -> EpochOrder:
         multiple = self.setup.batch_size * distributed.world_size() if distributed.world_size() > 1 else 1
-        count, per_epoch = len(self.setup.sequences), self.setup.steps_per_epoch or 1
-        return EpochOrder(count, multiple, self.setup.config.seed, lambda: self.state.global_step // per_epoch)
+        setup, per_epoch = self.setup, self.setup.steps_per_epoch or 1
+        return EpochOrder(setup, multiple, lambda: self.state.global_step // per_epoch)
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
         if distributed.world_size() > 1 and training:
@@ -333,7 +331,7 @@ class _LoraTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             distributed.all_gather(None)  # wait until all processes have written their RNG states
             if self.stream:
-                text = json.dumps(asdict(self.stream.state_at(step * self.per_step)))
+                text = self.stream.position(step * self.per_step)
                 distributed.run_on_rank_zero(
                     partial(atomic_io.atomic_write_text, checkpoint / checkpoints.STREAM_FILE, text)
                 )

@@ -282,7 +282,7 @@ def test_one_held_out_row_shows_no_error(capsys, wide, tmp_path):
     evaluate.show_gains(GainMatrix("base", ["single"], [EvalSet("rows", ["a"])], [[facts.result]]))
     shown = printed(capsys) + model_card(adapter, "single")
     assert "±" not in shown.replace("(loss, ± standard error)", "")
-    assert shown.count("(no error: one row)") == 6
+    assert shown.count("(no error: one row or group)") == 6
     assert "recommended: s-2, the best; one held-out row gives no standard error" in shown
 
 

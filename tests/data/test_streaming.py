@@ -15,7 +15,8 @@ from lora_tuner import TrainConfig, resume, train
 from lora_tuner.adapters.adapter import METRICS_FILE, RUN_FILE, WEIGHTS_FILE
 from lora_tuner.data import streaming as data_streaming
 from lora_tuner.data import tokenization
-from lora_tuner.data.dataset import Dataset, RowCounts, iter_rows, load_dataset
+from lora_tuner.data.dataset import load_dataset
+from lora_tuner.data.rows import Source, iter_rows
 from lora_tuner.data.splitting import is_held_out, row_hash
 from lora_tuner.data.streaming import StreamingDataset, StreamState
 from lora_tuner.errors import DataError, HubError, Notice, TrainingError
@@ -43,7 +44,9 @@ def make_stream(path, state=None, eval_hashes=frozenset(), **options):
     config = TrainConfig.model_validate(
         {"dataset": str(path), "streaming": True, "shuffle_buffer": 20, "packing": False} | options
     )
-    return StreamingDataset(config, tiny_models.tokenizer(), eval_hashes, RowCounts(), state or StreamState())
+    return StreamingDataset(
+        config, tiny_models.tokenizer(), eval_hashes, [Source(config.dataset)], [state or StreamState()]
+    )
 
 
 def texts(items):
@@ -71,8 +74,10 @@ def test_next_pass_has_other_order(rows_jsonl):
 def test_stream_reads_one_buffer_ahead(rows_jsonl):
     stream = make_stream(rows_jsonl)
     next(iter(stream))
-    assert stream.counts.train == 20
-    assert stream.counts.read == stream.counts.train + stream.counts.held_out < 60
+    assert stream.streams[0].counts.train == 20
+    assert (
+        stream.streams[0].counts.read == stream.streams[0].counts.train + stream.streams[0].counts.held_out < 60
+    )
 
 
 @pytest.mark.parametrize("taken", [0, 1, 19, 20, 21, 75, 119, 130, 400])
@@ -81,10 +86,10 @@ def test_stream_resumes_exactly_from_any_state(rows_jsonl, taken):
     whole, cut = make_stream(rows_jsonl), make_stream(rows_jsonl)
     expected = texts(itertools.islice(whole, taken + 50))
     assert texts(itertools.islice(cut, taken + 7))[:taken] == expected[:taken]
-    state = StreamState(**json.loads(json.dumps(dataclasses.asdict(cut.state_at(taken)))))
+    state = StreamState(**json.loads(json.dumps(dataclasses.asdict(cut.streams[0].state_at(taken)))))
     again = make_stream(rows_jsonl, state)
     assert texts(itertools.islice(again, 50)) == expected[taken:]
-    assert again.counts == whole.counts
+    assert again.streams[0].counts == whole.streams[0].counts
 
 
 @pytest.mark.parametrize("taken", [1, 20, 75, 130, 400])
@@ -93,7 +98,7 @@ def test_changed_rows_that_have_passed_are_seen(rows_jsonl, taken, change):
     """In the first pass, at its end, and in later passes."""
     stream = make_stream(rows_jsonl)
     list(itertools.islice(stream, taken))
-    state = StreamState(**json.loads(json.dumps(dataclasses.asdict(stream.state_at(taken)))))
+    state = StreamState(**json.loads(json.dumps(dataclasses.asdict(stream.streams[0].state_at(taken)))))
     assert not make_stream(rows_jsonl, state).has_changed()
     lines = rows_jsonl.read_text().splitlines(keepends=True)
     first = next(index for index, text in enumerate(TEXTS) if not is_held_out(row_hash(text, "lora_tuner")))
@@ -105,7 +110,7 @@ def test_changed_rows_that_have_passed_are_seen(rows_jsonl, taken, change):
     elif change == "added":
         lines.insert(0, lines[first])
     else:
-        again.tokenizer.backend_tokenizer.pre_tokenizer.add_prefix_space = True
+        again.streams[0].tokenizer.backend_tokenizer.pre_tokenizer.add_prefix_space = True
     rows_jsonl.write_text("".join(lines))
     assert again.has_changed()
 
@@ -114,16 +119,16 @@ def test_changed_rows_that_have_passed_are_seen(rows_jsonl, taken, change):
 def test_stream_of_older_version_resumes_twice(rows_jsonl, more):
     stream = make_stream(rows_jsonl)
     list(itertools.islice(stream, 75))
-    old = dataclasses.replace(stream.state_at(75), encoded_hash="", buffer_hash="", pass_hash="")
+    old = dataclasses.replace(stream.streams[0].state_at(75), encoded_hash="", buffer_hash="", pass_hash="")
     again = make_stream(rows_jsonl, old)
     list(itertools.islice(again, more))
-    assert not make_stream(rows_jsonl, again.state_at(75 + more)).has_changed()
+    assert not make_stream(rows_jsonl, again.streams[0].state_at(75 + more)).has_changed()
 
 
 def test_changed_rows_to_come_are_no_change(rows_jsonl):
     stream = make_stream(rows_jsonl)
     list(itertools.islice(stream, 15))
-    state = stream.state_at(15)
+    state = stream.streams[0].state_at(15)
     rows_jsonl.write_text("".join(rows_jsonl.read_text().splitlines(keepends=True)[:100]))
     assert not make_stream(rows_jsonl, state).has_changed()
     assert not make_stream(rows_jsonl, StreamState(first=0, taken=15)).has_changed()  # of an older version
@@ -178,9 +183,11 @@ def test_streamed_rows_equal_loaded_rows(tmp_path, name):
     path.write_text(FILES[name], encoding="utf-8", newline="")
     config = TrainConfig(dataset=str(path), clean="lines")
     notices = []
-    whole = list(iter_rows(config, Dataset("", ""), notices.append))
+    whole = list(iter_rows(config, Source(config.dataset), notices.append))
     expected = notices.copy()
-    streamed = list(iter_rows(config.model_copy(update={"streaming": True}), Dataset("", ""), notices.append))
+    streamed = list(
+        iter_rows(config.model_copy(update={"streaming": True}), Source(config.dataset), notices.append)
+    )
     assert streamed == whole
     assert len(whole) > 1
     assert notices == expected * 2
@@ -194,7 +201,7 @@ def test_txt_auto_uses_first_thousand_lines(tmp_path, name, count):
     (tmp_path / name).write_text(FILES[name])
     for streaming in (False, True):
         config = TrainConfig(dataset=str(tmp_path / name), streaming=streaming)
-        assert len(list(iter_rows(config, Dataset("", "")))) == count
+        assert len(list(iter_rows(config, Source(config.dataset)))) == count
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.txt", "a.parquet"])
@@ -206,7 +213,7 @@ def test_file_changed_during_pass_fails(tmp_path, name):
         path.write_text("text\n" + "".join(json.dumps(f"row {number}") + "\n" for number in range(2000)))
     if name == "a.jsonl":
         path.write_text(path.read_text().removeprefix("text\n"))
-    rows = iter_rows(TrainConfig(dataset=str(path), streaming=True), Dataset("", ""))
+    rows = iter_rows(TrainConfig(dataset=str(path), streaming=True), Source(str(path)))
     next(rows)
     os.utime(path, (1e9, 1e9))
     with pytest.raises(DataError, match="it changed while it was read: try again when it is complete"):
@@ -220,7 +227,7 @@ def test_streamed_parquet_keeps_class_labels(tmp_path):
     data = datasets.Dataset.from_dict({"review": TEXTS, "label": [i % 2 for i in range(150)]}, features=features)
     data.to_parquet(str(tmp_path / "rows.parquet"))
     options = {"dataset": str(tmp_path / "rows.parquet"), "where": ["label=pos"], "streaming": True}
-    streamed = [text for _, text, _ in iter_rows(TrainConfig.model_validate(options), Dataset("", ""))]
+    streamed = [row.text for row in iter_rows(TrainConfig.model_validate(options), Source(options["dataset"]))]
     assert streamed == TEXTS[1::2]
 
 
@@ -231,8 +238,8 @@ def test_folder_streams_file_by_file(tmp_path):
     (tmp_path / "many" / "empty.jsonl").write_text("")
     notices = []
     config = TrainConfig(dataset=str(tmp_path / "many"), streaming=True)
-    assert [text for _, text, _ in iter_rows(config, Dataset("", ""), notices.append)] == TEXTS
-    assert [text for _, text, _ in iter_rows(config, Dataset("", ""), skip=120)] == TEXTS[120:]
+    assert [row.text for row in iter_rows(config, Source(config.dataset), notices.append)] == TEXTS
+    assert [row.text for row in iter_rows(config, Source(config.dataset), skip=120)] == TEXTS[120:]
     assert "Skipped 1 files without rows" in notices[0].text
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import SeedableRandomSampler
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 
 from lora_tuner import Library, TrainConfig, distributed, resume, run_sweep, train
 from lora_tuner.adapters.adapter import METRICS_FILE, RUN_FILE, WEIGHTS_FILE
+from lora_tuner.data.packing import PackedSequences
 from lora_tuner.errors import ConfigError, RaisedOnRankZero, TrainingError
 from lora_tuner.settings_files import resolve_settings
 from lora_tuner.training import run, sweep
@@ -366,13 +368,23 @@ def test_indivisible_accumulation_is_refused(settings, monkeypatch):
 # Agreement between processes
 
 
+def order_setup(sizes, weights, seed):
+    rows = [np.array([1, 2])] * sum(sizes)
+    return SimpleNamespace(
+        sequences=PackedSequences(rows, 8, packing=False, source_rows=sizes),
+        dataset=SimpleNamespace(weights=weights),
+        config=SimpleNamespace(seed=seed),
+    )
+
+
 @pytest.mark.parametrize("epoch", [0, 3])
 def test_epoch_order_matches_one_process(epoch):
     sampler = SeedableRandomSampler(range(11), data_seed=5)
     sampler.set_epoch(epoch)
     expected = [*sampler]
-    assert [*EpochOrder(11, 1, 5, lambda: epoch)] == expected
-    shared = EpochOrder(11, 4, 5, lambda: epoch)
+    setup = order_setup([11], [], 5)
+    assert [*EpochOrder(setup, 1, lambda: epoch)] == expected
+    shared = EpochOrder(setup, 4, lambda: epoch)
     assert [*shared] == [*expected, 11]
     assert len(shared) == 12
 

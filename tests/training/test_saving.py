@@ -12,7 +12,6 @@ from transformers import TrainerCallback
 from lora_tuner import Library, Progress, evaluation, resume, train
 from lora_tuner.adapters import model_card, plots
 from lora_tuner.adapters.adapter import WEIGHTS_FILE
-from lora_tuner.data.streaming import StreamState
 from lora_tuner.errors import BaseModelError, DivergedError, LoraTunerError, TrainingError
 from lora_tuner.models import targets
 from lora_tuner.training import checkpoints, run, trainer
@@ -142,9 +141,10 @@ def test_stopped_run_with_its_cache_inside_resumes(settings, stop_at, monkeypatc
 
 def test_stream_of_older_version_is_not_compared(monkeypatch):
     notices = []
-    stream = SimpleNamespace(states=[StreamState(taken=3)])
+    stream = SimpleNamespace(knows_passed_rows=lambda: False)
     monkeypatch.setattr(checkpoints, "open_stream", lambda *of: stream)
-    checkpoints.check_stream(SimpleNamespace(notify=notices.append), Path("checkpoint-3"))
+    setup = SimpleNamespace(notify=notices.append, dataset=SimpleNamespace(sources=[]))
+    checkpoints.check_stream(setup, Path("checkpoint-3"))
     assert [notice.text for notice in notices] == [
         "checkpoint-3 is of an older version: the rows that its stream has passed are not compared."
     ]

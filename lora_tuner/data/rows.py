@@ -1,0 +1,230 @@
+"""Read the usable rows of one source: filtered, cleaned, counted, and hashed for the split."""
+
+import contextlib
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
+
+import datasets
+
+from ..config import CleanMode, TrainConfig
+from ..errors import DataError, EventHandler, InvalidRowError, Notice, ignore_events
+from ..text import format_counts, format_names
+from . import chat, chat_template
+from .cleaning import are_structured, clean_text
+from .formats import common_format, describe_choice, detect_layout
+from .readers import Row, Table, parse_conditions
+from .row_readers import Layout, text_reader
+from .sources import open_source
+from .splitting import group_hash, row_hash
+
+MAX_REASONS = 8  # reasons for invalid rows that a notice names
+MIN_ROWS_TO_STOP = 100  # rows of a stream before too many invalid ones stop it
+_SAMPLED_TEXTS = 200  # texts that determine how all are cleaned
+FILE_GROUP = "file"  # a `group_by` that every local file has
+_VALUES_LIMIT = 100_000  # rows that are searched for the values of a column
+
+
+class TextRow(NamedTuple):
+    """A usable row: the hash of its text, the text, and that before cleaning.
+
+    `side` is the hash that decides its side of the split: that of its text, or of its group.
+    `source` is the number of its dataset among those of the run.
+    """
+
+    digest: bytes
+    text: str
+    raw: str
+    side: bytes
+    source: int = 0
+
+
+@dataclass
+class RowCounts:
+    """Number of rows read, and what became of them: `read` is the sum of all the others."""
+
+    read: int = 0
+    filtered: int = 0  # by `where`
+    empty: int = 0
+    invalid: int = 0  # cannot be read
+    duplicates: int = 0
+    not_drawn: int = 0  # by `max_rows`
+    in_eval_dataset: int = 0  # copies of rows in `eval_dataset`
+    train: int = 0
+    held_out: int = 0
+
+    def __str__(self) -> str:
+        return format_counts(asdict(self))
+
+
+@dataclass
+class Source:
+    """One of the datasets of a run: what is read of it, what became of its rows, and those to train on.
+
+    `description` says where the rows come from, `layout` what of a row is read, such as `column
+    'body'`, `clean` how texts are cleaned: all are set when the rows are read. `places` holds file
+    and row number of each conversation, as only the chat template of the base tells whether it can
+    be read. `invalid` counts the rows of each reason that cannot be read, and has the place of the
+    first.
+    """
+
+    name: str
+    weight: float | None = None  # share of the training sequences
+    description: str = ""
+    format: str = "text"  # or a layout of conversations, such as "messages"
+    layout: str = ""
+    clean: CleanMode = "full"
+    counts: RowCounts = field(default_factory=RowCounts)
+    train: list[str] = field(default_factory=list)
+    places: dict[str, str] = field(default_factory=dict)
+    invalid: dict[str, tuple[int, str]] = field(default_factory=dict)
+    ungrouped: int = 0  # rows without a value to group by: each is a group of its own
+
+    def add_invalid(self, place: str, error: InvalidRowError) -> None:
+        """Count a row that cannot be read."""
+        self.counts.invalid += 1
+        count, first = self.invalid.get(error.reason, (0, f"{place}, {error.detail}" if error.detail else place))
+        self.invalid[error.reason] = count + 1, first
+
+    def report_invalid(self, max_invalid: float, notify: EventHandler = ignore_events) -> None:
+        """Report the invalid rows that were counted so far, if there are any.
+
+        Raises:
+            DataError: They are more than the fraction `max_invalid` of the rows that were read.
+        """
+        if not self.counts.invalid:
+            return
+        share = f"{self.counts.invalid:,} of {self.counts.read:,} rows"
+        by_count = sorted(self.invalid.items(), key=lambda item: -item[1][0])
+        reasons = "; ".join(
+            f"{count:,} with {reason} (first: {first})" for reason, (count, first) in by_count[:MAX_REASONS]
+        )
+        if len(by_count) > MAX_REASONS:
+            reasons += f"; {len(by_count) - MAX_REASONS} other reasons"
+        if self.counts.invalid > max_invalid * self.counts.read:
+            raise DataError(
+                f"{self.description}: {share} cannot be read, and --max-invalid {max_invalid:g} allows no more than that "
+                f"fraction of them: {reasons}. Correct or remove these rows, or read another column."
+            )
+        notify(Notice(f"Left out {share} that cannot be read: {reasons}."))
+
+
+def iter_rows(
+    config: TrainConfig, source: Source, notify: EventHandler = ignore_events, skip: int = 0
+) -> Iterator[TextRow]:
+    """Yield each usable row of a source.
+
+    Args:
+        source: Its description, format and counts are set.
+        skip: Rows at the beginning that are neither returned nor counted.
+    """
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()  # it warns about cached datasets while offline
+    source.description, tables = open_source(source.name, config, notify)
+    counts = source.counts
+    layouts = [detect_layout(table, config) for table in tables]
+    source.format = common_format(source.description, tables, layouts)
+    source.layout = ", ".join(dict.fromkeys(map(str, layouts)))
+    if choice := describe_choice(layouts):
+        notify(Notice(choice))
+    source.clean = (
+        _choose_clean(tables, layouts, source, config, notify) if config.clean == "auto" else config.clean
+    )
+    config = config.model_copy(update={"clean": source.clean})
+    for table, layout in zip(tables, layouts, strict=True):
+        read_text = text_reader(table, layout, config)
+        conditions = parse_conditions(table, config.where)
+        group_of = _group_reader(table, source.name, config)
+        for number, row in enumerate(table.rows, 1):
+            if skip > 0:
+                skip -= 1
+                continue
+            counts.read += 1
+            if any(str(row.get(name)) not in values for name, values in conditions):
+                counts.filtered += 1
+                continue
+            place = table.place(number, row)
+            try:
+                raw, text = read_text(row)
+            except InvalidRowError as error:
+                source.add_invalid(place, error)
+                if config.streaming and counts.read >= MIN_ROWS_TO_STOP:
+                    source.report_invalid(config.max_invalid)
+                continue
+            if chat.is_chat(text):
+                source.places[text] = place
+            if text:
+                is_verbatim = source.format == "text" and config.clean == "none"
+                canonical = (clean_text(raw) or text) if is_verbatim else text
+                digest, group = row_hash(canonical, config.split_salt), group_of(row)
+                source.ungrouped += group == ""
+                yield TextRow(digest, text, raw, group_hash(group, config.split_salt) if group else digest)
+            else:
+                counts.empty += 1
+    if config.where and counts.filtered == counts.read:
+        raise DataError(
+            f"{source.description}: no row has {' and '.join(config.where)}; {_describe_values(tables, config.where)}."
+        )
+
+
+def _group_reader(table: Table, source: str, config: TrainConfig) -> Callable[[Row], str | None]:
+    """Return a function from a row to its group: "" if it has no value, None without `group_by`."""
+    column = config.group_by
+    if column is None:
+        return lambda row: None
+    if column in table.columns:
+        return lambda row: "" if row.get(column) is None else str(row[column]).strip()
+    if column != FILE_GROUP or not os.path.lexists(table.source):
+        raise table.missing_column(column, " to group rows by")
+    name = os.path.relpath(table.source, os.path.expanduser(source))
+    return lambda row: name
+
+
+def _choose_clean(
+    tables: list[Table], layouts: list[Layout], source: Source, config: TrainConfig, notify: EventHandler
+) -> CleanMode:
+    """Return the cleaning that suits the layout and the first rows."""
+    if source.format not in ("text", "prompt and completion"):
+        return "lines"
+    if source.format != "text" or all(table.is_code for table in tables):
+        return "none"
+    count = max(1, _SAMPLED_TEXTS // len(tables))
+    texts = [
+        text
+        for table, layout in zip(tables, layouts, strict=True)
+        for text in _first_texts(table, layout, config, count)
+    ]
+    if sum(map(chat_template.looks_rendered, texts)) > len(texts) / 2:
+        kind = "are conversations that a chat template has rendered"
+    elif are_structured(texts):
+        kind = "look like program code, settings or Markdown"
+    else:
+        return "full"
+    notify(
+        Notice(
+            f"The texts of {source.description} {kind}, so they are kept as written "
+            "(--clean none). With --clean full each becomes one line without tags."
+        )
+    )
+    return "none"
+
+
+def _first_texts(table: Table, layout: Layout, config: TrainConfig, count: int) -> Iterator[str]:
+    """Yield texts before cleaning, from the first rows of a table that `config` selects."""
+    read_text, conditions = text_reader(table, layout, config), parse_conditions(table, config.where)
+    for row in itertools.islice(table.rows, count):
+        if all(str(row.get(name)) in values for name, values in conditions):
+            with contextlib.suppress(InvalidRowError):
+                yield read_text(row)[0]
+
+
+def _describe_values(tables: list[Table], where: list[str]) -> str:
+    """List some values of the columns of `where`, from the first rows."""
+    texts = []
+    for column in dict.fromkeys(condition.partition("=")[0] for condition in where):
+        rows = itertools.islice(itertools.chain.from_iterable(table.rows for table in tables), _VALUES_LIMIT)
+        values = sorted({clean_text(str(row.get(column)))[:40] for row in rows})
+        texts.append(f"{column} has {format_names(values, 8)}")
+    return "; ".join(texts)
