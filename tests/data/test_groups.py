@@ -4,14 +4,23 @@ import csv
 import json
 from collections import Counter
 from itertools import islice
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from lora_tuner import evaluate, resume, train
+from lora_tuner.cli.display import format_result
 from lora_tuner.config import TrainConfig
 from lora_tuner.data.dataset import load_dataset
 from lora_tuner.data.mixing import mix, mix_lists
+from lora_tuner.data.packing import PackedSequences
+from lora_tuner.data.rows import Source
+from lora_tuner.data.streaming import StreamingDataset, StreamState
 from lora_tuner.errors import ConfigError, DataError
+from lora_tuner.evaluation import HeldOutLoss, paired_gain
 from lora_tuner.settings_files import config_to_yaml, resolve_settings
+from lora_tuner.training.arguments import EpochOrder
 
 from .. import tiny_models
 
@@ -186,3 +195,110 @@ def test_weights_are_read(tmp_path, datasets, expected):
 def test_wrong_weights_are_refused(datasets, message):
     with pytest.raises(ConfigError, match=message):
         resolve_settings(TrainConfig, {"dataset": datasets})
+
+
+def order_of(sizes, weights, epoch):
+    """Return the sources of the sequences of an epoch, and their numbers within them."""
+    rows = [np.array([1, 2])] * sum(sizes)
+    setup = SimpleNamespace(
+        sequences=PackedSequences(rows, 8, packing=False, source_rows=sizes),
+        dataset=SimpleNamespace(weights=weights),
+        config=SimpleNamespace(seed=0),
+    )
+    starts = np.cumsum([0, *sizes])
+    order = np.array([*EpochOrder(setup, 1, lambda: epoch)])
+    sources = np.searchsorted(starts, order, side="right") - 1
+    return sources, order - starts[sources]
+
+
+def test_epochs_have_shares_of_weights():
+    sources, _ = order_of([9_000, 500, 500], [0.5, 0.3, 0.2], 3)
+    shares = np.bincount(sources) / 10_000
+    assert np.abs(shares - [0.5, 0.3, 0.2]).max() < 0.02
+
+
+def test_source_goes_on_in_next_epoch():
+    """Sequences of a source that are not taken in an epoch come in the next; then a new order begins."""
+    taken = [order_of([30, 10], [1, 3], epoch) for epoch in range(3)]
+    large = np.concatenate([numbers[sources == 0] for sources, numbers in taken])
+    assert sorted(large) == [*range(30)]
+    small = np.concatenate([numbers[sources == 1] for sources, numbers in taken])
+    passes = small.reshape(9, 10)
+    assert all(sorted(numbers) == [*range(10)] for numbers in passes)
+    assert len({tuple(numbers) for numbers in passes}) > 1
+
+
+def test_sequence_has_rows_of_one_source():
+    rows = [np.array([source] * 3) for source in (1, 1, 1, 2, 2)]
+    packed = PackedSequences(rows, 8, packing=True, source_rows=[3, 2])
+    assert packed.source_sizes == [2, 1]
+    assert all(len({row[0] for row in packed[index]}) == 1 for index in range(3))
+
+
+def make_stream(states=(), weights=(0.7, 0.3)):
+    config = TrainConfig(dataset=["a.jsonl", "b.jsonl"], streaming=True, shuffle_buffer=7, packing=False)
+    sources = [Source(f"{name}.jsonl", weight) for name, weight in zip("ab", weights, strict=True)]
+    return StreamingDataset(config, tiny_models.tokenizer(), frozenset(), sources, states)
+
+
+def test_stream_mixes_sources_and_resumes():
+    write_sources()
+    tokenizer = tiny_models.tokenizer()
+    whole = [tokenizer.decode(item[0][:-1]) for item in islice(make_stream(), 200)]
+    shares = Counter(text[0] for text in whole)
+    assert shares == {"a": 140, "b": 60}
+    for taken in (1, 33, 150):
+        stream = make_stream()
+        list(islice(stream, taken + 5))
+        states = [StreamState(**state) for state in json.loads(stream.position(taken))]
+        again = [tokenizer.decode(item[0][:-1]) for item in islice(make_stream(states), 200 - taken)]
+        assert again == whole[taken:]
+
+
+def test_stream_without_weights_takes_turns():
+    write_sources()
+    tokenizer = tiny_models.tokenizer()
+    items = islice(make_stream(weights=(None, None)), 50)
+    assert [tokenizer.decode(item[0])[0] for item in items] == ["a", "b"] * 25
+
+
+@pytest.mark.parametrize("streaming", [{}, {"streaming": True, "shuffle_buffer": 10}], ids=["", "stream"])
+def test_weighted_run_resumes_bitwise(settings, stop_at, streaming):
+    write_sources()
+    changes = {"dataset": ["a.jsonl=0.7", "b.jsonl=0.3"], "max_steps": 12, **streaming}
+    whole = train(settings(name="whole", **changes))
+    with stop_at(5):
+        train(settings(name="cut", **changes))
+    assert resume("cut").sha256 == whole.sha256
+    sources = whole.manifest.data.sources
+    assert [(source.name, source.weight) for source in sources] == [("a.jsonl", 0.7), ("b.jsonl", 0.3)]
+    assert sum(source.result.rows for source in sources) == whole.manifest.result.rows
+    assert sum(source.counts["read"] for source in sources) == whole.manifest.data.counts["read"]
+    card, shown = (whole.path / "README.md").read_text(), "\n".join(format_result(whole.manifest.result, sources))
+    for source in sources:
+        assert f"{source.result.loss:.4f} (base: {source.result.base_loss:.4f})" in card
+        assert f"{source.name}: held-out loss {source.result.base_loss:.4f} -> {source.result.loss:.4f}" in shown
+    assert "| From a.jsonl | 70% of the sequences; " in card
+
+
+def test_error_of_gain_is_by_group(settings):
+    write_authors("rows.csv", authors=20, rows=8)
+    adapter = train(settings(dataset="rows.csv", group_by="author", eval_rows=40))
+    result = adapter.manifest.result
+    assert adapter.manifest.data.group_by == "author"
+    assert 2 <= result.groups < result.rows
+    (row,) = evaluate([adapter]).cells  # from the cache of held-out rows
+    assert row == [result]
+    assert f"{result.rows} rows in {result.groups} groups" in (adapter.path / "README.md").read_text()
+
+
+def test_error_by_group_counts_groups_once():
+    base, adapter = HeldOutLoss([10.0, 12, 9, 11], [4, 4, 4, 4]), HeldOutLoss([8.0, 11, 8.5, 10], [4, 4, 4, 4])
+    alone = paired_gain(base, adapter)
+    doubled = HeldOutLoss(base.nll * 2, base.predictions * 2, [0, 1, 2, 3] * 2)
+    twice = paired_gain(doubled, HeldOutLoss(adapter.nll * 2, adapter.predictions * 2))
+    assert twice.standard_error == pytest.approx(alone.standard_error)
+    assert (twice.groups, twice.rows) == (4, 8)
+    assert (
+        paired_gain(HeldOutLoss([1.0, 2], [3, 3], [0, 0]), HeldOutLoss([1.0, 1], [3, 3])).standard_error is None
+    )
