@@ -35,6 +35,7 @@ LoadIn = Literal["auto", "full", "8bit", "4bit"]
 CleanMode = Literal["full", "lines", "none"]
 LongRows = Literal["auto", "truncate", "chunk"]
 RowFormat = Literal["auto", "text", "messages", "sharegpt", "alpaca", "prompt-completion"]
+_PLAIN_FORMATS = {"text", "template"}  # formats in a manifest that are no conversations
 MAX_RANK, MAX_ALPHA = 4096, 1_000_000
 # Upper bound of steps, minutes and sizes: a larger number is a typing error.
 MAX_COUNT = 1_000_000_000
@@ -54,6 +55,11 @@ _ORIGIN = re.compile(
 SWEEPABLE = ("rank", "learning_rate")  # settings that take several values: one run for each
 STOP_RULES = ("epochs", "max_steps", "minutes")
 DEFAULT_MAX_MINUTES = 10  # limit of the default one-epoch run when no stop rule is given
+
+
+def is_conversation(format: str) -> bool:
+    """Return whether a format in a manifest is one of conversations; that of a blend may be several."""
+    return bool(set(format.split(" + ")) - _PLAIN_FORMATS)
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,7 @@ class _Settings(BaseModel):
 
 _NEEDED_SETTINGS = {  # setting -> the setting that it needs, and how the error names that
     "eval_split": ("eval_dataset", "eval_dataset"),
+    "answer_column": ("template", "template, which says where in the text the answer stands"),
     "parent_sha256": ("parent", "an adapter to continue from: give --from"),
     "force": ("parent", "an adapter to continue from: give --from"),
     "patience": ("eval_every", "eval_every: it counts evaluations"),
@@ -153,6 +160,19 @@ class TrainConfig(_Settings):
         "input, output; prompt-completion: two columns, such as prompt and completion, or question and answer. auto: by the "
         "columns, if they leave no doubt.",
         "Data",
+    )
+    template: str | None = _setting(
+        None,
+        'Make the text of a row out of columns, such as "Question: {question}\\nAnswer: {answer}". \\n is a line break, \\t a '
+        "tab, {{ and }} are braces. Only the values of the columns are cleaned.",
+        "Data",
+        "none",
+    )
+    answer_column: str | None = _setting(
+        None,
+        "Column in --template of which alone the text is learned, and the end of the text.",
+        "Data",
+        "all of the text",
     )
     where: list[str] = _setting(
         [], "Keep only rows with this value, as COLUMN=VALUE. Repeat it for more values or columns.", "Data"
@@ -383,6 +403,15 @@ class TrainConfig(_Settings):
             raise ValueError(f"{names[weights.index(None)]} has no weight: give all a weight, or none")
         if any(weight is not None and not 0 < weight < math.inf for weight in weights):
             raise ValueError("a weight is a number above 0")
+        return value
+
+    @field_validator("template")
+    @classmethod
+    def _check_template(cls, value: str | None, info: ValidationInfo) -> str | None:
+        for name in ("text_column", "format"):
+            chosen = info.data.get(name)
+            if value is not None and chosen not in (None, "auto", "text" if name == "format" else None):
+                raise _contradiction(f"template and {name} {chosen} contradict each other: give one of them")
         return value
 
     @field_validator("where")

@@ -98,7 +98,9 @@ class DatasetInfo(_ManifestModel):
     where: list[str]
     split_salt: str | None
     counts: dict[str, int]
-    format: str = "text"  # or conversations, of which the answers alone are trained on
+    format: str = "text"  # or template, or conversations, of which the answers alone are trained on
+    template: str | None = None  # of the text of a row; None too if a blend's parents differ
+    answer_column: str | None = None  # of which alone the text is learned
     clean: CleanMode | None = None  # None in older manifests, and if a blend's parents differ
     # Dataset of the held-out rows, if they are not held out of the training rows.
     eval_dataset: str | None = None

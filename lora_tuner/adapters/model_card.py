@@ -1,6 +1,6 @@
 """The model card (README.md) of an adapter."""
 
-from ..config import HELD_OUT_MAX_TOKENS
+from ..config import HELD_OUT_MAX_TOKENS, is_conversation
 from ..text import display_name, format_counts, format_gain, format_share
 from . import compatibility
 from .adapter import LOSS_PLOT_FILE, SPECTRUM_FILE, Adapter
@@ -66,7 +66,7 @@ def model_card(adapter: Adapter, name: str) -> str:
     dataset = _escape_markdown(display_name(data.name)) if data else "its training data"
     rows = [(key, _escape_markdown(text).replace("|", "\\|")) for key, text in summary_rows(adapter)]
     table = "\n".join(f"| {key} | {text} |" for key, text in rows)
-    chat_example = _CHAT_EXAMPLE if data and data.format != "text" else ""
+    chat_example = _CHAT_EXAMPLE if data and is_conversation(data.format) else ""
     pictures = "".join(
         f"\n![{title}]({file})\n"
         for title, file in (("Loss", LOSS_PLOT_FILE), ("Singular values", SPECTRUM_FILE))
@@ -118,10 +118,7 @@ def _dataset_rows(data: DatasetInfo) -> list[tuple[str, str]]:
     split = f" ({data.eval_split})" if data.eval_split else ""
     return [
         ("Data", display_name(data.source)),
-        (
-            "Format",
-            f"conversations ({data.format}), trained on the answers alone" if data.format != "text" else "",
-        ),
+        ("Format", _format_rows(data)),
         ("Filter", ", ".join(data.where)),
         ("Rows", format_counts(data.counts)),
         *((f"From {display_name(source.name)}", _format_source(source)) for source in data.sources),
@@ -137,6 +134,15 @@ def _format_source(source: SourceInfo) -> str:
         loss = f"held-out loss {result.loss:.4f} (base: {result.base_loss:.4f})"
         parts.append(f"{loss}, gain {format_gain(result.gain, result.standard_error)}, {result.format_rows()}")
     return "; ".join(parts)
+
+
+def _format_rows(data: DatasetInfo) -> str:
+    if is_conversation(data.format):
+        return f"conversations ({data.format}), trained on the answers alone"
+    if data.template is None:
+        return ""
+    template = data.template.replace("\n", "\\n")
+    return f"template {template}" + (f", trained on {data.answer_column} alone" if data.answer_column else "")
 
 
 def _format_use(run: RunInfo) -> str:

@@ -26,7 +26,17 @@ if TYPE_CHECKING:
 Command = Callable[..., None]
 Overrides = dict[str, Any]  # settings that were set on the command line
 DEFAULT_ADAPTERS_DIR = TrainConfig().adapters_dir
-EVAL_SET_FIELDS = ("eval_dataset", "eval_split", "text_column", "format", "where", "txt_rows", "clean")
+EVAL_SET_FIELDS = (
+    "eval_dataset",
+    "eval_split",
+    "text_column",
+    "format",
+    "template",
+    "answer_column",
+    "where",
+    "txt_rows",
+    "clean",
+)
 display = Display()
 
 

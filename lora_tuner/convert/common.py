@@ -17,7 +17,7 @@ from ..adapters.adapter import (
     weights_info,
 )
 from ..adapters.manifest import DatasetInfo, EvalResult, Manifest, utc_timestamp
-from ..config import ModelOptions
+from ..config import ModelOptions, is_conversation
 from ..data import tokenization
 from ..data.splitting import content_hash
 from ..errors import AdapterError, EventHandler, Notice
@@ -204,7 +204,7 @@ def write_adapter(
     data = _dataset_info(parents, sets, parents_sets)
     manifest = Manifest(
         created=utc_timestamp(),
-        base=base.info(with_template=data is not None and data.format != "text"),
+        base=base.info(with_template=data is not None and is_conversation(data.format)),
         data=data,
         made_by=command,
         parents=[parent.parent_info() for parent in parents],
@@ -261,6 +261,7 @@ def _dataset_info(parents: Sequence[Adapter], sets: Sequence[EvalSet], parents_s
         "eval_dataset": _eval_dataset_name(datasets, sets, parents_sets),
         "eval_split": first.eval_split if parents_sets and len(eval_splits) == 1 else None,
     }
+    same_template = len({(data.template, data.answer_column) for data in datasets.values()}) == 1
     same_rows = all((data.hash, data.split_salt) == (first.hash, first.split_salt) for data in others)
     if not complete or not same_rows:
         names = [data.name for data in datasets.values()] + ["unknown"] * (not complete)
@@ -273,6 +274,8 @@ def _dataset_info(parents: Sequence[Adapter], sets: Sequence[EvalSet], parents_s
             "split_salt": first.split_salt if len(salts) == 1 else None,
             "clean": first.clean if len({data.clean for data in datasets.values()}) == 1 else None,
             "counts": {},
+            "template": first.template if same_template else None,
+            "answer_column": first.answer_column if same_template else None,
             "format": " + ".join(dict.fromkeys(data.format for data in datasets.values())),
         }
     return first.model_copy(update=update)

@@ -1,9 +1,9 @@
 """Encode conversations as rows of text.
 
 A row of `messages`, or of `prompt` and `completion`, becomes one text that begins with a mark which
-no cleaned text has. So it is split, counted, stored and evaluated as any other row. A message keeps
-all its fields but metadata, such as a time: the chat template of the base decides which of them are
-read (`chat_template`).
+no cleaned text has; so does a plain text of which a part alone is learned. So it is split, counted,
+stored and evaluated as any other row. A message keeps all its fields but metadata, such as a time:
+the chat template of the base decides which of them are read (`chat_template`).
 """
 
 import json
@@ -114,6 +114,26 @@ def are_messages(values: list[object]) -> bool:
         and any(name in value for name in _MESSAGE)
         for value in values
     )
+
+
+def encode_answer(text: str, span: tuple[int, int]) -> str:
+    """Return a plain text as a row of which only the characters of a span are learned, and the end."""
+    return _to_row({"text": text, "answer": span})
+
+
+def read_answer(row: str) -> tuple[str, tuple[int, int]] | None:
+    """Return text and span of a row of `encode_answer`; None for another one."""
+    if not row.startswith(f'{CHAT_MARK}{{"text":'):
+        return None
+    value = json.loads(row.removeprefix(CHAT_MARK))
+    start, end = value["answer"]
+    return value["text"], (start, end)
+
+
+def plain_text(row: str) -> str:
+    """Return a row without the span of its answer, as the text that it is."""
+    answer = read_answer(row)
+    return row if answer is None else answer[0]
 
 
 def strip_texts(row: str) -> str:

@@ -5,12 +5,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..config import TrainConfig
+from ..config import TrainConfig, is_conversation
 from ..errors import DataError
 from ..text import format_names
 from . import chat
 from .readers import PEEKED_ROWS, Row, Table
 from .row_readers import INPUTS, ROW_WEIGHTS, UNREADABLE, Layout, decode_messages, unreadable_columns
+from .row_template import parse_template
 
 FORMATS = {  # value of the setting `format` -> as it is recorded and shown
     "text": "text",
@@ -45,6 +46,8 @@ def detect_layout(table: Table, config: TrainConfig) -> Layout:
     Raises:
         DataError: The columns do not tell what is to be learned, or are not those of the format.
     """
+    if config.template is not None:
+        return Layout("template", template=parse_template(table, config.template, config.answer_column))
     chosen = FORMATS.get(config.format, "")
     if table.is_plain_text:
         if chosen not in ("", "text"):
@@ -96,7 +99,7 @@ def common_format(source: str, tables: Sequence[Table], layouts: Sequence[Layout
 def describe_choice(layouts: Sequence[Layout]) -> str:
     """Describe what is read of rows that have more than a text, and what is not; else ""."""
     unread = format_names(list(dict.fromkeys(name for layout in layouts for name in layout.unread)))
-    if layouts[0].format != "text":
+    if is_conversation(layouts[0].format):
         names = ", ".join(dict.fromkeys(map(str, layouts)))
         rest = f" Not read: {unread}." if unread else ""
         return (
@@ -250,6 +253,8 @@ def _find_text_column(table: Table, rows: list[Row], *, asks_format: bool) -> st
     if codes and not texts:
         example = _strings(rows, codes[0])[0]
         question += f" There are only codes in {format_names(codes)}, such as {example[:60]}."
+    if len(texts) > 1:
+        question += " Or make a text of several with --template."
     raise DataError(question)
 
 

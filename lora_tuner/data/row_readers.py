@@ -12,6 +12,7 @@ from ..errors import DataError, InvalidRowError
 from . import chat
 from .cleaning import clean_message, clean_text
 from .readers import Row, Table
+from .row_template import RowTemplate
 
 TEXT_COLUMNS = ("text", "content")  # names that are taken for the text, whatever is beside them
 INPUTS = ("input", "context")  # Alpaca's input, under the name of Dolly too
@@ -27,11 +28,12 @@ class Layout:
     """Layout of a table.
 
     Attributes:
-        format: "text", or one of conversations: a value of `formats.FORMATS`.
+        format: "text", "template", or one of conversations: a value of `formats.FORMATS`.
         column: Column of the text, of the list of messages, or of the prompt; empty for a txt file.
         answer: Column of the answer beside the prompt.
         unread: Columns with text that may belong to a conversation and are not read.
         other: Value of the setting `format` that reads the columns in `unread`, if one does.
+        template: The template that makes the text, for the format "template".
     """
 
     format: str
@@ -39,8 +41,12 @@ class Layout:
     answer: str = ""
     unread: tuple[str, ...] = ()
     other: str = ""
+    template: RowTemplate | None = None
 
     def __str__(self) -> str:
+        if self.template is not None:
+            answer = f", of which '{self.template.answer}' alone is learned" if self.template.answer else ""
+            return f"template of {', '.join(map(repr, self.template.columns))}{answer}"
         if self.format == "text":
             return f"column '{self.column}'" if self.column else "plain text"
         usual = ("messages", "conversations", "promptcompletion", "instructionoutput")
@@ -52,11 +58,16 @@ class Layout:
 
 def text_reader(table: Table, layout: Layout, config: TrainConfig) -> Callable[[Row], tuple[str, str]]:
     """Return a function from a row to its text before and after cleaning; "" if it has none."""
+    text_mode: CleanMode = "full" if config.clean == "auto" else config.clean
+    if layout.template is not None:
+        return partial(_fill_template, table, layout.template, text_mode)
     if layout.format != "text":
         mode: CleanMode = "none" if config.clean == "auto" else config.clean
         return partial(_read_conversation, layout, partial(clean_message, mode=mode))
     column = layout.column or "text"
-    is_guess = table.peeked and config.text_column is None and column not in TEXT_COLUMNS
+    is_guess = (
+        table.peeked and config.text_column is None and config.template is None and column not in TEXT_COLUMNS
+    )
 
     def read_text(row: Row) -> tuple[str, str]:
         if is_guess:
@@ -68,9 +79,32 @@ def text_reader(table: Table, layout: Layout, config: TrainConfig) -> Callable[[
                         "--text-column."
                     )
         text = _read_text(row, column)
-        return text, clean_text(text, "full" if config.clean == "auto" else config.clean) if text else ""
+        return text, clean_text(text, text_mode) if text else ""
 
     return read_text
+
+
+def _fill_template(table: Table, template: RowTemplate, mode: CleanMode, row: Row) -> tuple[str, str]:
+    """Return the text of a template before and after its values are cleaned; "" without a value."""
+    values = {name: _read_value(table, row, name) for name in template.columns}
+    cleaned = {name: clean_text(value, mode) if value else "" for name, value in values.items()}
+    if not any(cleaned.values()):
+        return "", ""
+    text = template.fill(cleaned)
+    if template.answer:
+        if not cleaned[template.answer]:
+            raise InvalidRowError(f"nothing in the answer column '{template.answer}'")
+        text = chat.encode_answer(text, template.answer_span(cleaned))
+    return template.fill(values), text
+
+
+def _read_value(table: Table, row: Row, column: str) -> str:
+    """Return the text of a column; of class labels the name, "" for none."""
+    value = row.get(column)
+    if column in table.label_names and isinstance(value, int):
+        names = table.label_names[column]
+        return names[value] if 0 <= value < len(names) else ""
+    return _read_text(row, column)
 
 
 def _read_text(row: Row, column: str) -> str:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import datasets
 
-from ..config import CleanMode, TrainConfig
+from ..config import CleanMode, TrainConfig, is_conversation
 from ..errors import DataError, EventHandler, InvalidRowError, Notice, ignore_events
 from ..text import format_counts, format_names
 from . import chat, chat_template
@@ -135,6 +135,9 @@ def iter_rows(
     config = config.model_copy(update={"clean": source.clean})
     for table, layout in zip(tables, layouts, strict=True):
         read_text = text_reader(table, layout, config)
+        # Of what is kept as written, the cleaned text decides the side: no row changes it with the cleaning.
+        is_verbatim = config.clean == "none" and not is_conversation(layout.format)
+        read_canonical = text_reader(table, layout, config.model_copy(update={"clean": "full"}))
         conditions = parse_conditions(table, config.where)
         group_of = _group_reader(table, source.name, config)
         for number, row in enumerate(table.rows, 1):
@@ -156,8 +159,10 @@ def iter_rows(
             if chat.is_chat(text):
                 source.places[text] = place
             if text:
-                is_verbatim = source.format == "text" and config.clean == "none"
-                canonical = (clean_text(raw) or text) if is_verbatim else text
+                canonical = text
+                if is_verbatim:
+                    with contextlib.suppress(InvalidRowError):
+                        canonical = read_canonical(row)[1] or text
                 digest, group = row_hash(canonical, config.split_salt), group_of(row)
                 source.ungrouped += group == ""
                 yield TextRow(digest, text, raw, group_hash(group, config.split_salt) if group else digest)
@@ -186,19 +191,21 @@ def _choose_clean(
     tables: list[Table], layouts: list[Layout], source: Source, config: TrainConfig, notify: EventHandler
 ) -> CleanMode:
     """Return the cleaning that suits the layout and the first rows."""
-    if source.format not in ("text", "prompt and completion"):
-        return "lines"
-    if source.format != "text" or all(table.is_code for table in tables):
+    if is_conversation(source.format):
+        return "none" if source.format == "prompt and completion" else "lines"
+    if all(table.is_code for table in tables):
         return "none"
     count = max(1, _SAMPLED_TEXTS // len(tables))
-    texts = [
-        text
-        for table, layout in zip(tables, layouts, strict=True)
-        for text in _first_texts(table, layout, config, count)
-    ]
+    samples: dict[str, list[str]] = {}  # of each column of a template, else of the texts
+    for table, layout in zip(tables, layouts, strict=True):
+        columns = layout.template.columns if layout.template else [""]
+        for column in columns:
+            part = Layout("text", column) if layout.template else layout
+            samples.setdefault(column, []).extend(_first_texts(table, part, config, count))
+    texts = list(itertools.chain(*samples.values()))
     if sum(map(chat_template.looks_rendered, texts)) > len(texts) / 2:
         kind = "are conversations that a chat template has rendered"
-    elif are_structured(texts):
+    elif any(map(are_structured, samples.values())):
         kind = "look like program code, settings or Markdown"
     else:
         return "full"

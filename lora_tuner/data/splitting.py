@@ -35,6 +35,7 @@ def row_hash(text: str, salt: str) -> bytes:
     but the white space around its texts counts; its roles and contents alone decide the side, and
     the rest of the hash tells rows apart that differ in a reasoning or a tool.
     """
+    text = chat.plain_text(text)
     if not chat.is_chat(text):
         return _salted_hash(" ".join(text.split()), salt)
     text = chat.strip_texts(text)

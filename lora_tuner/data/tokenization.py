@@ -117,6 +117,8 @@ def _encode_chat(
             "use a base with a fast tokenizer."
         )
     max_chars = max_tokens * MAX_TOKEN_CHARS if max_tokens is not None else None
+    if (answer := chat.read_answer(text)) is not None:
+        return _encode_answer(tokenizer, *answer, max_chars)
     try:
         rendered = chat_template.render_with_spans(tokenizer, text, max_chars)
     except InvalidRowError as error:
@@ -138,6 +140,30 @@ def _encode_chat(
     for start, end in rendered.answer_spans:
         is_label |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
     return np.where(is_label, row, ~row)
+
+
+def _encode_answer(
+    tokenizer: "PreTrainedTokenizerBase", text: str, span: tuple[int, int], max_chars: int | None
+) -> TokenIds:
+    """Return the token ids of a plain text, with labels in a span and at the end."""
+    is_rendered = chat_template.is_rendered(tokenizer, text)
+    body, end = _rendered_parts(tokenizer, text) if is_rendered else (text, [tokenizer.eos_token_id])
+    start = len(text) - len(body)
+    encoded = tokenizer(
+        body[:max_chars], split_special_tokens=not is_rendered, return_offsets_mapping=True, verbose=False
+    )
+    row = np.array(encoded["input_ids"], dtype=np.int32)
+    offsets = np.array(encoded["offset_mapping"]).reshape(-1, 2) + start
+    spans = [span]
+    if not end:  # the template has the end
+        last = max(text.rindex(token) for token in chat_template.special_tokens(tokenizer) if token in text)
+        spans.append((last, last + 1))
+    elif len(row) > 1 and row[-1] == end[0]:  # the tokenizer adds one
+        row, offsets = row[:-1], offsets[:-1]
+    is_label = np.zeros(len(row), dtype=bool)
+    for first, past in spans:
+        is_label |= (offsets[:, 1] > first) & (offsets[:, 0] < past)
+    return np.concatenate([np.where(is_label, row, ~row), np.array(end, dtype=np.int32)])
 
 
 def token_ids(row: TokenIds) -> TokenIds:

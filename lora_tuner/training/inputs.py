@@ -22,6 +22,7 @@ from ..config import (
     MethodName,
     ModelOptions,
     TrainConfig,
+    is_conversation,
 )
 from ..data import chat_template, packing, tokenization
 from ..data.dataset import Dataset, describe_data, load_dataset
@@ -113,7 +114,7 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
     if parent is not None:
         lora.check_base(parent, base, model_options(requested, notify))
         own_tokenizer = load_adapter_tokenizer(parent, base, ModelOptions(force=requested.force))
-        if own_tokenizer is not None and dataset.format != "text":
+        if own_tokenizer is not None and is_conversation(dataset.format):
             notify(
                 Notice(
                     f"{parent.name} has its own chat template; training uses that of the base, as does its result."

@@ -44,7 +44,7 @@ def preview(requested: TrainConfig, count: int, notify: EventHandler = ignore_ev
             batch = packing.collate([[piece]], tokenizer.pad_token_id)
             tokens += tokenizer.batch_decode(batch["input_ids"][0, :, None])
             labels += (batch["labels"][0] != packing.IGNORE_INDEX).tolist()
-        text = after.removeprefix(chat.CHAT_MARK).removesuffix(splitting.GOES_ON)
+        text = chat.plain_text(after).removeprefix(chat.CHAT_MARK).removesuffix(splitting.GOES_ON)
         previews.append(PreviewedRow(before, text, tokens, labels))
     dataset.leave_out(invalid, requested.max_invalid, notify)
     return previews

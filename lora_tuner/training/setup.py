@@ -22,7 +22,7 @@ from ..adapters.manifest import (
     SourceInfo,
     utc_timestamp,
 )
-from ..config import METHODS, TrainConfig, default_adapter_name
+from ..config import METHODS, TrainConfig, default_adapter_name, is_conversation
 from ..data.splitting import content_hash
 from ..data.tokenization import encoded_hash
 from ..errors import ConfigError, EventHandler, Notice, Progress, ignore_events
@@ -88,7 +88,7 @@ class TrainingSetup(TrainingInputs):
         config, dataset = self.config, self.dataset
         return Manifest(
             created=utc_timestamp(),
-            base=self.base.info(with_template=dataset.format != "text"),
+            base=self.base.info(with_template=is_conversation(dataset.format)),
             data=DatasetInfo(
                 name=dataset.name,
                 source=dataset.description,
@@ -97,6 +97,8 @@ class TrainingSetup(TrainingInputs):
                 split_salt=config.split_salt,
                 counts=asdict(dataset.counts),
                 format=dataset.format,
+                template=config.template,
+                answer_column=config.answer_column,
                 clean=dataset.clean,
                 eval_dataset=config.other_eval_dataset,
                 eval_split=config.eval_split,

@@ -88,10 +88,10 @@ def test_only_text_column_is_default(load):
 def test_ambiguous_text_column_fails(refusal):
     content = jsonl({"title": "a", "body": text} for text in TEXTS)
     assert refusal("a.jsonl", content) == (
-        "a.jsonl: which column is the text? Name one with --text-column: title, body."
+        "a.jsonl: which column is the text? Name one with --text-column: title, body. Or make a text of several with --template."
     )
     assert refusal("a.csv", table(header=("body", "label"))) == (
-        "a.csv: which column is the text? Name one with --text-column: body, label."
+        "a.csv: which column is the text? Name one with --text-column: body, label. Or make a text of several with --template."
     )
     assert refusal("n.jsonl", jsonl({"a": 1, "b": 2} for _ in TEXTS)) == (
         "n.jsonl: which column is the text? Name one with --text-column: a, b."

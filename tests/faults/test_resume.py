@@ -295,6 +295,9 @@ CHANGED: dict[str, Any] = {
     "streaming": True, "method": "dora", "load_in": "4bit", "gradient_checkpointing": "on",
 }  # fmt: skip
 TOGETHER: dict[str, dict[str, Any]] = {
+    "group_by": {"group_by": "label"},
+    "template": {"text_column": None, "template": "{text}"},
+    "answer_column": {"text_column": None, "template": "{text}", "answer_column": "text"},
     "eval_split": {"eval_dataset": "reviews.csv", "eval_split": "test"},
     "parent_sha256": {"parent": "x", "parent_sha256": "ab"},
     "shuffle_buffer": {"streaming": True, "shuffle_buffer": 5},
