@@ -18,12 +18,15 @@ from .errors import ConfigError, EventHandler, ignore_events
 DEFAULT_BASE = "distilgpt2"
 EMBEDDED_BASE = "smollm2-135m"
 HELD_OUT = "held-out"  # an `eval_dataset`: the rows held out of the training data
-DATA_EXTENSIONS = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet")
+MARKDOWN_EXTENSIONS = (".md", ".markdown")
+MAIL_EXTENSIONS = (".eml", ".mbox")
+DOCUMENT_EXTENSIONS = (*MARKDOWN_EXTENSIONS, ".html", ".htm", ".docx", ".epub", *MAIL_EXTENSIONS)
+DATA_EXTENSIONS = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet", *DOCUMENT_EXTENSIONS)
 _COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
-_COMPRESSIBLE = (".csv", ".tsv", ".json", ".jsonl", ".txt")
+_COMPRESSIBLE = {*DATA_EXTENSIONS} - {".parquet", ".docx", ".epub"}
 _CODE_FILES = (
     ".py .pyi .js .mjs .jsx .ts .tsx .java .kt .scala .c .h .cc .cpp .hpp .cs .rs .go .rb .php .swift .lua .pl .r .jl .hs .ml "
-    ".ex .exs .clj .sh .bash .zsh .ps1 .sql .yaml .yml .toml .ini .cfg .md .rst .tex .css .vue .tf .proto"
+    ".ex .exs .clj .sh .bash .zsh .ps1 .sql .yaml .yml .toml .ini .cfg .rst .tex .css .vue .tf .proto"
 )
 CODE_EXTENSIONS = tuple(_CODE_FILES.split())  # files that are one row each, as written
 HELD_OUT_MAX_TOKENS = 512  # independent of `max_length`, so that runs can be compared
@@ -142,9 +145,9 @@ class TrainConfig(_Settings):
 
     dataset: str | list[str] = _setting(
         "imdb",
-        "imdb, a csv, tsv, json, jsonl, txt (also .gz .zst .xz .bz2), parquet or program code file, a folder of such files, or a "
-        "Hub dataset id. Repeat it for several, maybe with weights: --dataset tickets.csv=0.7 --dataset notes=0.3 takes 70% "
-        "of the training sequences from tickets.csv.",
+        "imdb, a csv, tsv, json, jsonl, txt (also .gz .zst .xz .bz2), parquet or program code file, a document (md, html, docx, "
+        "epub, eml, mbox), a folder of such files, or a Hub dataset id. Repeat it for several, maybe with weights: "
+        "--dataset tickets.csv=0.7 --dataset notes=0.3 takes 70% of the training sequences from tickets.csv.",
         "Data",
     )
     subset: str | None = _setting(None, "Subset (configuration) of a Hub dataset.", "Data")
@@ -205,8 +208,8 @@ class TrainConfig(_Settings):
     clean: Literal["auto", CleanMode] = _setting(
         "auto",
         "Cleaning of the text. full: one line without HTML tags; lines: the same with line breaks, as in poems; none: as "
-        "written. auto: none for program code, YAML and Markdown, else full. Messages, prompts and completions are kept as "
-        "written, but for the white space around them, which only none keeps: the auto of prompt and completion.",
+        "written. auto: none for documents, program code, YAML and Markdown, else full. Messages, prompts and completions are "
+        "kept as written, but for the white space around them, which only none keeps: the auto of prompt and completion.",
         "Data",
     )
     streaming: bool = _setting(

@@ -201,7 +201,9 @@ def describe_data(dataset: Dataset, requested: TrainConfig, use: TextUse | None 
         name = f"Data {source.name}" if len(dataset.sources) > 1 else "Data"
         weight = f", {format_share(source.weight / total)} of the sequences" if source.weight else ""
         stream = "first rows of the stream: " if requested.streaming else ""
-        lines.append(f"{name}: {source.layout} (--clean {source.clean}){weight}; {stream}{source.counts}")
+        lines.append(
+            f"{name}: {source.layout} (--clean {source.clean or 'auto'}){weight}; {stream}{source.counts}"
+        )
     parts = [lines.pop()]
     if use is not None:
         shares = f"{format_share(use.share)} of the training text is used"

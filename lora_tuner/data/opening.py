@@ -11,6 +11,7 @@ import gzip
 import io
 import lzma
 import os
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..text import format_bytes
 
 MAX_UNPACKED, MAX_RATIO = 100_000_000, 200  # more bytes at a higher ratio are a bomb
 MAX_DOCUMENT = 500_000_000  # bytes of one document
+TOO_LARGE = f"it has more than {MAX_DOCUMENT // 10**6} MB, the most of one document: divide it"
 _MAX_XZ_MEMORY = 2**28  # xz -9 needs 2**26; zstd has a limit of its own
 _CHUNK = 2**16
 CHANGED = "it changed while it was read: try again when it is complete"
@@ -31,6 +33,9 @@ _OTHER_TYPES = {  # first bytes -> a type that its extension does not tell
     b"%PDF-": "a PDF file: extract its text, as with `pdftotext`",
     b"PAR1": "a Parquet file: name it .parquet",
 }
+
+
+_ERRORS = (ValueError, TypeError, NotImplementedError, OSError, RecursionError, csv.Error, zipfile.BadZipFile)
 
 
 @contextlib.contextmanager
@@ -49,7 +54,7 @@ def open_file(path: Path) -> Iterator[io.FileIO]:
                 changed = (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)
         if changed:
             raise ValueError(CHANGED)
-    except (csv.Error, ValueError, TypeError, NotImplementedError, OSError, RecursionError) as error:
+    except _ERRORS as error:
         reason = (
             CHANGED if changed else getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".")
         )
@@ -150,9 +155,55 @@ def read_document(file: io.FileIO) -> bytes:
     buffer = io.BufferedReader(unpack(file))
     content = buffer.read(MAX_DOCUMENT + 1)
     if len(content) > MAX_DOCUMENT:
-        raise ValueError(f"it has more than {format_bytes(MAX_DOCUMENT)}, the most of one document: divide it")
+        raise ValueError(TOO_LARGE)
     check_type(content[:16])
     return content
+
+
+class Container:
+    """Parts of a zip file, as docx, epub and xlsx are; nothing is written to disk.
+
+    Raises:
+        ValueError: A part is encrypted, missing, outside of the file, or too large when unpacked.
+    """
+
+    def __init__(self, file: io.FileIO) -> None:
+        file.seek(0)
+        start = file.read(16)
+        if not start.startswith(b"PK"):
+            check_type(start)
+            raise ValueError("it is no zip file, as documents and workbooks of this type are")
+        self._zip, self._size, self._produced = zipfile.ZipFile(file), os.fstat(file.fileno()).st_size, 0
+        for part in self._zip.infolist():
+            folders = part.filename.replace("\\", "/").split("/")
+            if ".." in folders or part.filename.startswith(("/", "\\")) or ":" in folders[0]:
+                raise ValueError(f"its part {part.filename[:100]!r} lies outside of it")
+            if part.flag_bits & 1:
+                raise ValueError(f"its part {part.filename[:100]!r} is encrypted: save it without a password")
+
+    def names(self) -> list[str]:
+        return self._zip.namelist()
+
+    def read_chunks(self, name: str) -> Iterator[bytes]:
+        """Yield the bytes of a part. Those of all parts that are read count for the limit."""
+        try:
+            part = self._zip.getinfo(name)
+            if part.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"its part {name[:100]!r} is compressed by a method that such files do not have")
+            with self._zip.open(part) as stream:
+                while chunk := stream.read(_CHUNK):
+                    self._produced += len(chunk)
+                    check_size(self._produced, self._size)
+                    if self._produced > MAX_DOCUMENT:
+                        raise ValueError(TOO_LARGE)
+                    yield chunk
+        except KeyError:
+            raise ValueError(f"it has no part {name[:100]!r}") from None
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+            raise ValueError(f"its part {name[:100]!r} is damaged ({error})") from error
+
+    def read(self, name: str) -> bytes:
+        return b"".join(self.read_chunks(name))
 
 
 def check_type(start: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Read the rows of csv, tsv, json, jsonl, txt, parquet and code files.
+"""Read the rows of csv, tsv, json, jsonl, txt, parquet and code files; call the readers of other types.
 
 Each file type has one reader, a generator of rows. With streaming the rows of a `Table` are read
 anew on each pass, else the rows of a text file are held as a list; both give the same rows. Every
@@ -10,20 +10,27 @@ pass.
 import csv
 import itertools
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import datasets
 
-from ..config import CODE_EXTENSIONS, data_extension
+from ..config import CODE_EXTENSIONS, DOCUMENT_EXTENSIONS, MAIL_EXTENSIONS, data_extension
 from ..errors import DataError
 from ..text import format_names
-from .opening import CHANGED, open_file, text_lines, unpack
+from .documents import count_unreadable, read_document_row
+from .mail import COLUMNS as MAIL_COLUMNS
+from .mail import read_mail
+from .opening import CHANGED, check_size, open_file, text_lines, unpack
+
+if TYPE_CHECKING:
+    import pyarrow  # type: ignore[import-untyped]
 
 Row = Mapping[str, object]
 PEEKED_ROWS = 100  # rows that determine the columns of a stream
@@ -59,7 +66,8 @@ class Table:
 
     `nested_columns` hold lists, objects or bytes. `label_names` maps a column of class labels to
     their names. `peeked` is set if the columns are those of the first `PEEKED_ROWS` rows.
-    `row_rule` says how the rows of the file were found, where that is not obvious.
+    `row_rule` says how the rows of the file were found, where that is not obvious. `unread` counts
+    parts of documents that are not read, such as attachments of mail.
     """
 
     source: str
@@ -69,9 +77,11 @@ class Table:
     nested_columns: list[str] = field(default_factory=list)
     is_plain_text: bool = False  # a txt or code file: --text-column does not apply
     is_code: bool = False  # a code file
+    is_document: bool = False  # of documents or mail, which keep their paragraphs
     peeked: bool = False
     row_rule: str = ""
     label_names: dict[str, list[str]] = field(default_factory=dict)
+    unread: Counter[str] = field(default_factory=Counter)
 
     def place(self, number: int, row: Row) -> str:
         """Return the file and the line of a row, or its number where lines do not tell it."""
@@ -84,8 +94,14 @@ class Table:
         )
 
 
-def read_file(path: Path, *, txt_rows: str = "auto", streaming: bool = False) -> Table:
+def read_file(
+    path: Path, *, txt_rows: str = "auto", streaming: bool = False, folder: Path | None = None
+) -> Table:
     """Return the rows of a file. Its type is told by the extension.
+
+    Args:
+        folder: The dataset, if that is a folder. A document in it that cannot be read is an
+            `UnreadableRow`.
 
     Raises:
         DataError: The file cannot be read. For rows that are read later, the iteration raises it.
@@ -93,6 +109,8 @@ def read_file(path: Path, *, txt_rows: str = "auto", streaming: bool = False) ->
     extension = data_extension(path)
     if extension == ".parquet":
         return _parquet_table(path)
+    if extension in DOCUMENT_EXTENSIONS:
+        return _document_table(path, folder, streaming)
     if extension in CODE_EXTENSIONS:
         table = table_from_rows(str(path), partial(_read_txt, path, "file"), streaming=streaming)
         return replace(table, is_plain_text=True, is_code=True)
@@ -113,6 +131,17 @@ def read_file(path: Path, *, txt_rows: str = "auto", streaming: bool = False) ->
     rules: list[str] = []
     table = table_from_rows(str(path), partial(_read_json, path, streaming, rules), streaming=streaming)
     return replace(table, row_rule="".join(rules))
+
+
+def _document_table(path: Path, folder: Path | None, streaming: bool) -> Table:
+    is_mail, unread = data_extension(path) in MAIL_EXTENSIONS, Counter[str]()
+    name = path.name if folder is None else path.relative_to(folder).as_posix()
+    read = partial(read_mail if is_mail else read_document_row, path, name, unread)
+    if folder is not None:
+        read = partial(count_unreadable, read, path)
+    rows = LazyRows(read) if streaming else list(read())
+    columns = MAIL_COLUMNS if is_mail else ["text", "file"]
+    return Table(str(path), rows, columns, columns, is_plain_text=not is_mail, is_document=True, unread=unread)
 
 
 def table_from_rows(source: str, read: Callable[[], Iterator[Row]], *, streaming: bool) -> Table:
@@ -141,10 +170,30 @@ def _parquet_table(path: Path) -> Table:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     with open_file(path) as file, open(file.fileno(), "rb", closefd=False) as buffer:
-        schema = pyarrow.parquet.read_schema(buffer)
+        metadata = pyarrow.parquet.read_metadata(buffer)
+        schema, groups = metadata.schema.to_arrow_schema(), range(metadata.num_row_groups)
         _check_distinct(schema.names)
-        table = table_from_dataset(str(path), datasets.Dataset(schema.empty_table()))
-    return replace(table, rows=LazyRows(partial(_read_parquet, path, schema)))
+        check_size(
+            sum(metadata.row_group(group).total_byte_size for group in groups), os.fstat(file.fileno()).st_size
+        )
+        unknown = [name for name in schema.names if not _is_known_type(schema, name)]
+        known = pyarrow.schema([field for field in schema if field.name not in unknown], schema.metadata)
+        table = table_from_dataset(str(path), datasets.Dataset(known.empty_table()))
+    return replace(
+        table,
+        rows=LazyRows(partial(_read_parquet, path, schema)),
+        columns=schema.names,
+        nested_columns=[*table.nested_columns, *unknown],
+    )
+
+
+def _is_known_type(schema: "pyarrow.Schema", name: str) -> bool:
+    """Return whether `datasets` has a type for a column; it has none for maps."""
+    try:
+        datasets.features.features.generate_from_arrow_type(schema.field(name).type)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_distinct(columns: list[str]) -> None:

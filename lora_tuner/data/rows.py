@@ -14,6 +14,7 @@ from ..errors import DataError, EventHandler, InvalidRowError, Notice, ignore_ev
 from ..text import format_counts, format_names
 from . import chat, chat_template
 from .cleaning import are_structured, clean_text
+from .documents import UnreadableRow
 from .formats import common_format, describe_choice, detect_layout
 from .readers import Row, Table, parse_conditions
 from .row_readers import Layout, text_reader
@@ -64,10 +65,10 @@ class Source:
     """One of the datasets of a run: what is read of it, what became of its rows, and those to train on.
 
     `description` says where the rows come from, `layout` what of a row is read, such as `column
-    'body'`, `clean` how texts are cleaned: all are set when the rows are read. `places` holds file
-    and row number of each conversation, as only the chat template of the base tells whether it can
-    be read. `invalid` counts the rows of each reason that cannot be read, and has the place of the
-    first.
+    'body'`, `clean` how texts are cleaned, None if documents, as they are, lie beside others: all
+    are set when the rows are read. `places` holds file and row number of each conversation, as only
+    the chat template of the base tells whether it can be read. `invalid` counts the rows of each
+    reason that cannot be read, and has the place of the first.
     """
 
     name: str
@@ -75,7 +76,7 @@ class Source:
     description: str = ""
     format: str = "text"  # or a layout of conversations, such as "messages"
     layout: str = ""
-    clean: CleanMode = "full"
+    clean: CleanMode | None = "full"
     counts: RowCounts = field(default_factory=RowCounts)
     train: list[str] = field(default_factory=list)
     places: dict[str, str] = field(default_factory=dict)
@@ -129,14 +130,13 @@ def iter_rows(
     source.layout = ", ".join(dict.fromkeys(map(str, layouts)))
     if choice := describe_choice(layouts):
         notify(Notice(choice))
-    source.clean = (
-        _choose_clean(tables, layouts, source, config, notify) if config.clean == "auto" else config.clean
-    )
-    config = config.model_copy(update={"clean": source.clean})
-    for table, layout in zip(tables, layouts, strict=True):
-        read_text = text_reader(table, layout, config)
+    mode = _choose_clean(tables, layouts, source, config, notify) if config.clean == "auto" else config.clean
+    modes = ["none" if config.clean == "auto" and table.is_document else mode for table in tables]
+    source.clean = modes[0] if len({*modes}) == 1 else None
+    for table, layout, mode in zip(tables, layouts, modes, strict=True):
+        read_text = text_reader(table, layout, config.model_copy(update={"clean": mode}))
         # Of what is kept as written, the cleaned text decides the side: no row changes it with the cleaning.
-        is_verbatim = config.clean == "none" and not is_conversation(layout.format)
+        is_verbatim = mode == "none" and not is_conversation(layout.format)
         read_canonical = text_reader(table, layout, config.model_copy(update={"clean": "full"}))
         conditions = parse_conditions(table, config.where)
         group_of = _group_reader(table, source.name, config)
@@ -145,11 +145,13 @@ def iter_rows(
                 skip -= 1
                 continue
             counts.read += 1
-            if any(str(row.get(name)) not in values for name, values in conditions):
-                counts.filtered += 1
-                continue
             place = table.place(number, row)
             try:
+                if isinstance(row, UnreadableRow):
+                    raise InvalidRowError(row.reason)
+                if any(str(row.get(name)) not in values for name, values in conditions):
+                    counts.filtered += 1
+                    continue
                 raw, text = read_text(row)
             except InvalidRowError as error:
                 source.add_invalid(place, error)
@@ -190,14 +192,16 @@ def _group_reader(table: Table, source: str, config: TrainConfig) -> Callable[[R
 def _choose_clean(
     tables: list[Table], layouts: list[Layout], source: Source, config: TrainConfig, notify: EventHandler
 ) -> CleanMode:
-    """Return the cleaning that suits the layout and the first rows."""
+    """Return the cleaning that suits the layout and the first rows; documents are kept as they are."""
     if is_conversation(source.format):
         return "none" if source.format == "prompt and completion" else "lines"
-    if all(table.is_code for table in tables):
+    if all(table.is_code or table.is_document for table in tables):
         return "none"
-    count = max(1, _SAMPLED_TEXTS // len(tables))
+    count = max(1, _SAMPLED_TEXTS // sum(not table.is_document for table in tables))
     samples: dict[str, list[str]] = {}  # of each column of a template, else of the texts
     for table, layout in zip(tables, layouts, strict=True):
+        if table.is_document:
+            continue
         columns = layout.template.columns if layout.template else [""]
         for column in columns:
             part = Layout("text", column) if layout.template else layout

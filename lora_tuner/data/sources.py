@@ -1,13 +1,8 @@
-"""Open a dataset by its name: a file, a folder, a Hub dataset, or the IMDb reviews.
-
-Files and folders named after splits, as in `data/train-00000-of-00001.parquet` or `dev.jsonl`, are
-splits, as for the `datasets` library: of a folder of such files one split is read.
-"""
+"""Open a dataset by its name: a file, a folder, a Hub dataset, or the IMDb reviews."""
 
 import contextlib
 import importlib.metadata
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,28 +12,19 @@ import datasets
 
 from .. import hub
 from ..atomic_io import delete
-from ..config import CODE_EXTENSIONS, DATA_EXTENSIONS, HELD_OUT, TrainConfig, data_extension
-from ..errors import ConfigError, DataError, EventHandler, HubError, Notice, ignore_events, os_error_message
+from ..config import (
+    DATA_EXTENSIONS,
+    HELD_OUT,
+    TrainConfig,
+    data_extension,
+)
+from ..errors import ConfigError, DataError, EventHandler, HubError, Notice, ignore_events
 from ..text import format_names
+from .folders import choose_files, local_splits, split_of
 from .readers import LazyRows, Row, Table, read_file, table_from_dataset, table_from_rows
 
 IMDB = "stanfordnlp/imdb"
-_SPLIT_WORDS = {  # the words of `datasets`, which counts eval as test
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "eval": ("eval", "evaluation"),
-    "test": ("test", "testing"),
-}
 _MEASURED_SPLITS = ("validation", "eval", "test")  # the first of these is measured
-# Files beside data that have an extension of data files: descriptions, settings, tokenizers.
-_METADATA = re.compile(
-    r"(readme|licen[sc]e|copying|notice|changelog|citation|requirements)([-_. ].*)?\.txt|metadata\..*|(vocab|merges)\.txt"
-    r"|(dataset_infos?|dataset_dict|state|(.*_)?config|package(-lock)?|tsconfig|.*\.index|tokenizer|vocab"
-    r"|special_tokens_map|added_tokens|croissant)\.json"
-)
-
-# Files that tell an adapter or a run, which may lie in the folder of its data.
-_OUTPUTS = ({"adapter_config.json", "adapter_model.safetensors"}, {"run.yaml", "manifest.json"})
 
 
 def open_source(name: str, config: TrainConfig, notify: EventHandler) -> tuple[str, list[Table]]:
@@ -49,7 +35,7 @@ def open_source(name: str, config: TrainConfig, notify: EventHandler) -> tuple[s
     if os.path.lexists(path):
         if config.subset is not None:
             raise DataError(f"{path} is a local path: --subset is for Hub datasets, so leave it out.")
-        files = _choose_files(path, config.split, notify)
+        files = choose_files(path, config.split, notify)
         return str(path), _read_files(path, files, config, notify)
     if data_extension(path) in DATA_EXTENSIONS or len(Path(name).parts) != 2 or name.startswith((".", "/", "~")):
         raise DataError(
@@ -58,80 +44,17 @@ def open_source(name: str, config: TrainConfig, notify: EventHandler) -> tuple[s
     return name, [_hub_table(name, config)]
 
 
-def _choose_files(path: Path, split: str | None, notify: EventHandler) -> list[Path]:
-    """Return the data files to read: a file itself; of a folder those of the split, if it has splits."""
-    files, others = _find_data_files(path) if path.is_dir() else ([path], list[Path]())
-    if not path.is_dir() and data_extension(path) not in DATA_EXTENSIONS + CODE_EXTENSIONS:
-        raise DataError(
-            f"{path} has an unsupported file type: use {' '.join(DATA_EXTENSIONS)}, program code or Markdown (.py, .md "
-            "and the like), or a folder of such files."
-        )
-    if not files:
-        cache = " Its .arrow files are a cache of `datasets`: save them with to_parquet or to_json."
-        hint = cache if any(file.suffix == ".arrow" for file in others) else ""
-        raise DataError(
-            f"The folder {path} has no {' '.join(DATA_EXTENSIONS)} file, nor program code or Markdown.{hint}"
-        )
-    if others:
-        notify(Notice(f"Skipped {len(others)} other files in {path}, such as {others[0].relative_to(path)}."))
-    splits = _group_by_split(path, files) if path.is_dir() else {}
-    if not splits:
-        if split is not None:
-            raise DataError(f"{path} has no files that are named after a split '{split}', so leave --split out.")
-        return files
-    chosen = split or "train"
-    if chosen not in splits:
-        raise DataError(
-            f"{path} has no files that are named after a split '{chosen}': choose one with --split: {format_names(splits)}."
-        )
-    if rest := sorted(set(files).difference(*splits.values())):
-        notify(
-            Notice(
-                f"Skipped {len(rest)} data files in {path} that are not named after a split, such as "
-                f"{rest[0].relative_to(path)}."
-            )
-        )
-    return splits[chosen]
-
-
-def local_splits(name: str) -> dict[str, list[Path]]:
-    """Return the data files of each split in a local folder, if its files or folders are named so."""
-    path = Path(os.path.expanduser(name))
-    return _group_by_split(path, _find_data_files(path)[0]) if name != "imdb" and path.is_dir() else {}
-
-
-def _group_by_split(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
-    """Group data files by split; empty if none is named after one, and for program code.
-
-    Folders count before names of files, as in `datasets`. If no file is named after train, those
-    without a split are.
-    """
-    splits: dict[str, list[Path]] = {}
-    rest = []
-    for file in files:
-        *folders, name = file.relative_to(folder).parts
-        if data_extension(file) in CODE_EXTENSIONS:
-            return {}
-        named = [split for part in (*reversed(folders), name) if (split := split_of(part))]
-        if named:
-            splits.setdefault(named[0], []).append(file)
-        else:
-            rest.append(file)
-    if splits and rest:
-        splits.setdefault("train", rest)
-    return splits
-
-
-def split_of(name: str) -> str | None:
-    """Return the split that a file or folder is named after; None for none, or for several."""
-    words = set(re.split(r"[-._ 0-9]+", name.lower()))
-    splits = [split for split, names in _SPLIT_WORDS.items() if words.intersection(names)]
-    return splits[0] if len(splits) == 1 else None
-
-
 def _read_files(path: Path, files: list[Path], config: TrainConfig, notify: EventHandler) -> list[Table]:
     """Open files. Those without rows are left out."""
-    tables = [read_file(file, txt_rows=config.txt_rows, streaming=config.streaming) for file in files]
+    tables = [
+        read_file(
+            file,
+            txt_rows=config.txt_rows,
+            streaming=config.streaming,
+            folder=path if path.is_dir() else None,
+        )
+        for file in files
+    ]
     empty = [table.source for table in tables if not any(True for _ in table.rows)]
     if len(empty) == len(files):
         raise DataError(f"{path} has no rows.")
@@ -144,38 +67,11 @@ def _read_files(path: Path, files: list[Path], config: TrainConfig, notify: Even
             f"{count}{data_extension(Path(sources[0])).replace('.', ' ')} files" if count > 1 else sources[0]
         )
         notify(Notice(f"{subject}: {rule}."))
+    if unread := sum((table.unread for table in tables), Counter[str]()):
+        counts = [f"{count:,} {what}" for what, count in unread.items()]
+        first = "At least " if config.streaming else ""
+        notify(Notice(f"{path}: {first}{', '.join(counts)} are not read."))
     return tables
-
-
-def _find_data_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Find files at any depth, except hidden ones and those of adapters and runs.
-
-    Returns:
-        The data files, or if there are none the code files; and the others: of other types, about
-        the data (`_METADATA`), links to folders, and folders of adapters, runs and sweeps.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise DataError(os_error_message(error)) from error
-
-    skipped: list[Path] = []
-    files: list[Path] = []
-    for root, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if root.endswith(".sweep") or any(output <= {*names} for output in _OUTPUTS):
-            folders.clear()
-            skipped.append(Path(root))
-            continue
-        skipped += [Path(root, name) for name in folders if os.path.islink(os.path.join(root, name))]
-        files += [Path(root, name) for name in names if not name.startswith(".")]
-    by_kind = [
-        sorted(
-            file for file in files if data_extension(file) in kind and not _METADATA.fullmatch(file.name.lower())
-        )
-        for kind in (DATA_EXTENSIONS, CODE_EXTENSIONS)
-    ]
-    data_files = by_kind[0] or by_kind[1]
-    return data_files, sorted({*files, *skipped}.difference(data_files))
 
 
 def _imdb_tables(config: TrainConfig, notify: EventHandler) -> tuple[str, list[Table]]:

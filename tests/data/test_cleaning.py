@@ -186,7 +186,7 @@ def test_code_files_are_rows_as_written(load, tmp_path):
     assert dataset.clean == "none"
     assert rows(load("code", clean="full")) == sorted(map(clean_text, contents.values()))
     (folder / "rows.csv").write_text(table())
-    assert rows(load("code")) == sorted(TEXTS)  # data files come first
+    assert rows(load("code")) == sorted([*TEXTS, contents["deep/b.md"]])  # data files and documents come first
     one = load("a.py", PYTHON.format(2) * 20)
     assert "is one text" in load.notices[-1]
     assert all("\n    " in text for text in one.train + one.held_out)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_tuner.config import NAME_PATTERN, TrainConfig, default_adapter_name
+from lora_tuner.config import DATA_EXTENSIONS, NAME_PATTERN, TrainConfig, default_adapter_name
 from lora_tuner.data import splitting
 from lora_tuner.data.dataset import RowCounts, load_dataset
 from lora_tuner.errors import DataError, HubError
@@ -28,7 +28,7 @@ def test_folder_of_mixed_types_loads(load, tmp_path):
     (folder / "b.JSONL").write_text(jsonl({"body": text, "n": 1} for text in TEXTS[10:15]))
     (folder / "deep" / "c.txt").write_text("\n".join(TEXTS[15:20]))
     datasets.Dataset.from_dict({"text": TEXTS[20:]}).to_parquet(str(folder / "d.parquet"))
-    for hidden in (".hidden.csv", ".git/x.txt", "notes.md"):
+    for hidden in (".hidden.csv", ".git/x.txt", "README.md"):
         (folder / hidden).write_text("not wanted\n")
     dataset = load("mixed")
     assert rows(dataset) == sorted(TEXTS)
@@ -51,12 +51,12 @@ def test_error_names_file_in_folder(refusal, tmp_path):
 
 def test_unknown_dataset_fails(refusal, tmp_path):
     (tmp_path / "empty").mkdir()
-    kinds = ".csv .tsv .json .jsonl .txt .parquet"
-    assert refusal("empty") == f"The folder empty has no {kinds} file, nor program code or Markdown."
+    kinds = " ".join(DATA_EXTENSIONS)
+    assert kinds.startswith(".csv .tsv .json .jsonl .txt .parquet")
+    assert refusal("empty") == f"The folder empty has no {kinds} file, nor program code."
     assert (
-        refusal("a.docx", "text")
-        == f"a.docx has an unsupported file type: use {kinds}, program code or Markdown (.py, .md and the like), or a "
-        "folder of such files."
+        refusal("a.png", "text")
+        == f"a.png has an unsupported file type: use {kinds}, program code (.py and the like), or a folder of such files."
     )
     for name in ("none.csv", "none", "./a/b", "a/b/c"):
         with pytest.raises(DataError) as error:

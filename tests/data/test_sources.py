@@ -233,7 +233,7 @@ def test_metadata_files_are_no_data(folder, load, tmp_path):
         "train/data.arrow",
     ]
     folder(**dict.fromkeys(names, "other"))
-    with pytest.raises(DataError, match=r"The folder data has no \.csv .* Its \.arrow files are a cache"):
+    with pytest.raises(DataError, match=r"The folder data has no \.csv .* Of \.arrow files: they are a cache"):
         load_dataset(TrainConfig(dataset="data"))
     folder(**{"reviews.jsonl": "train", "states.csv": "validation"})
     dataset = load("data")

@@ -386,14 +386,17 @@ def test_unusual_data_is_read_and_counted(run, gpt2, tmp_path, case):
 def test_folder_reports_skipped_files(run, gpt2, tmp_path):
     write(tmp_path / "some" / "a.csv", table(TEXTS[:30]))
     write(tmp_path / "some" / "deep" / "B.TXT", "\n".join(TEXTS[20:]))
-    for name in ("empty.csv", "deep/notes.md", "more.py.gz", ".hidden.csv", ".git/x.csv"):
+    for name in ("empty.csv", "deep/readme.md", "more.py.gz", ".hidden.csv", ".git/x.csv"):
         write(tmp_path / "some" / name, "")
     write(tmp_path / "elsewhere" / "x.csv", table(["not this"]))
     (tmp_path / "some" / "link").symlink_to("../elsewhere")
     result = run("train", "--base", gpt2, "--dataset", "some", "--preview", 1)
     assert result.status == 0, result.err
     assert "Skipped 1 files without rows, such as some/empty.csv." in result.err
-    assert "Skipped 3 other files in some, such as deep/notes.md." in result.err
+    assert (
+        "Skipped 3 other files in some, such as deep/readme.md: 1 about the data, 1 folders that are links, 1 .gz."
+        in result.err
+    )
     counts = re.search(r"; 70 read, 10 duplicates, (\d+) train, (\d+) held out\.", result.err)
     assert counts, result.err
     assert int(counts[1]) + int(counts[2]) == 60
