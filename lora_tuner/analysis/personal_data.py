@@ -14,7 +14,15 @@ from .credentials import find_secrets
 from .phones import BEFORE, NUMBER_WORDS, find_phones
 
 _MAX_FIELD_CHARS = 200  # of a text whose field tells its kind
-KINDS = ("email", "phone", "card", "iban", "key")
+KIND_LABELS = {
+    "email": "Mail addresses",
+    "phone": "Phone numbers",
+    "card": "Card numbers",
+    "iban": "Bank accounts (IBAN)",
+    "key": "Keys, tokens and passwords",
+}
+KINDS = tuple(KIND_LABELS)
+_INVISIBLE = re.compile("[\u00ad\u200b-\u200d\u2060\ufeff]")
 REPLACEMENTS = {kind: f"[{kind.upper()}]" for kind in KINDS}
 
 
@@ -43,6 +51,8 @@ def find_personal_data(text: str, region: str | None = None, field: str = "") ->
     """
     prefix = f"{field.replace('_', ' ')}: " if field and len(text) <= _MAX_FIELD_CHARS else ""
     whole = prefix + text
+    if _INVISIBLE.search(whole):
+        return _find_despite_invisible(text, region, field)
     finders = (
         _find_keys(whole),
         _find_emails(whole),
@@ -59,6 +69,29 @@ def find_personal_data(text: str, region: str | None = None, field: str = "") ->
             start, end = found.start - len(prefix), found.end - len(prefix)
             findings.append(replace(found, start=start, end=end))
     return sorted(findings, key=lambda found: found.start)
+
+
+def _find_despite_invisible(text: str, region: str | None, field: str) -> list[Finding]:
+    """Find personal data that invisible characters divide, which cleaning joins again."""
+    places = [place for place, char in enumerate(text) if not _INVISIBLE.match(char)]
+    findings = find_personal_data(_INVISIBLE.sub("", text), region, _INVISIBLE.sub("", field))
+    return [replace(found, start=places[found.start], end=places[found.end - 1] + 1) for found in findings]
+
+
+def in_context(text: str, findings: list[Finding], shown: Finding, chars: int = 40) -> str:
+    """Return a finding with the text around it, all personal data masked or replaced."""
+    parts, end = ["", ""], 0
+    for found in findings:
+        side = 0 if found.start <= shown.start else 1
+        if found is shown:
+            parts[0] += text[end : found.start]
+        else:
+            parts[side] += text[end : found.start] + REPLACEMENTS[found.kind]
+        end = found.end
+    parts[1] += text[end:]
+    before, after = parts[0][-chars:], parts[1][:chars]
+    starts, ends = len(before) < len(parts[0]), len(after) < len(parts[1])
+    return f"{'… ' * starts}{before}{shown.masked}{after}{' …' * ends}"
 
 
 def replace_personal_data(text: str, region: str | None = None, field: str = "") -> tuple[str, list[Finding]]:
@@ -85,11 +118,11 @@ def _find_phones(text: str, region: str | None) -> Iterator[Finding]:
 
 _EMAIL = re.compile(
     r"(?<![\w.+%@$-])(?P<local>\w[\w.+%'&=-]{0,63})"
-    r"(?:@(?=[^\W_])|\s?(?:\[at\]|\(at\)|\{at\})\s?)"
+    r"(?:(?:@|&#0*64;|&#x0*40;|&commat;)(?=[^\W_])|\s?(?:\[at\]|\(at\)|\{at\})\s?)"
     r"(?P<domain>[^\W_][\w-]{0,62}(?:(?:\.|\s?(?:\[dot\]|\(dot\)|\{dot\}|\[\.\]|\(\.\))\s?)[^\W_][\w-]{0,62}){1,8})(?P<next>\(|:(?!\s|$))?",
     re.IGNORECASE,
 )
-_AT = re.compile(r"@|[\[({]at[\])}]", re.IGNORECASE)
+_AT = re.compile(r"@|&#0*64;|&#x0*40;|&commat;|[\[({]at[\])}]", re.IGNORECASE)
 _DOT = re.compile(r"\s?(?:\[dot\]|\(dot\)|\{dot\}|\[\.\]|\(\.\))\s?", re.IGNORECASE)
 # Frequent top-level domains, and those reserved for examples. Any two letters are a country's, but for those of files.
 _TOP_LEVEL_NAMES = (

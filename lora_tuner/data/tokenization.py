@@ -10,7 +10,7 @@ below zero.
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from itertools import filterfalse
 from typing import TYPE_CHECKING
@@ -192,6 +192,7 @@ class TextUse:
         truncated_rows: Rows that have lost their end.
         skipped_rows: Rows of which nothing is left to learn.
         answer_tokens: Tokens of the answers in conversations.
+        row_tokens: Tokens of each row; 0 for a conversation that is left out.
     """
 
     truncated_rows: int = 0
@@ -200,6 +201,7 @@ class TextUse:
     used_tokens: int = 0
     answer_tokens: int = 0
     used_answer_tokens: int = 0
+    row_tokens: list[int] = field(default_factory=list)
 
     def __add__(self, other: "TextUse") -> "TextUse":
         return TextUse(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
@@ -245,6 +247,7 @@ def encode_rows(
     encoded = encode_texts(tokenizer, heads, max_tokens=None if chunk_chats else max_length, invalid=invalid)
     for text, head, row in zip(texts, heads, encoded, strict=True):
         if not len(row):  # invalid
+            use.row_tokens.append(0)
             continue
         is_chat = chat.is_chat(text)
         total = len(row)
@@ -263,6 +266,7 @@ def encode_rows(
         labels = [count_predictions(piece) for piece in pieces]
         use.skipped_rows += not any(labels)
         use.tokens += total
+        use.row_tokens.append(total)
         use.used_tokens += sum(len(piece) for piece, count in zip(pieces, labels, strict=True) if count)
         if is_chat:
             use.answer_tokens += count_predictions(row) * total // len(row)

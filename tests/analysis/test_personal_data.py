@@ -14,6 +14,7 @@ FOUND = {
         "[[john@example.com]].Thanks",
         "mailto:[[jane_doe99@gmail.com]]?subject=x",
         "[[john (at) example (dot) com]]",
+        "[[jo\u200bhn@example.com]] [[john&#64;example.com]]",
         "o'Brien: [[o'brien@mail.ie]]; [[a@b.co]]",
     ],
     "phone": [

@@ -1,0 +1,142 @@
+"""Render a data report as one HTML page: it needs no network, no script, and no other file.
+
+A content security policy in the page forbids everything but its own style sheet. Every string is
+escaped, and characters that cannot be seen are shown by their number.
+"""
+
+import base64
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ..text import format_share
+from .data_report import DataReport
+from .lengths import Bar
+from .personal_data import KIND_LABELS
+from .text_checks import reveal
+
+PAGE_MARK = '<meta name="generator" content="lora_tuner data">'  # tells a page that may be replaced
+_TEMPLATE, _STYLE = "data_page.html.jinja", "data_page.css"
+_WIDTH, _HEIGHT, _TOP = 720, 220, 26  # of the histogram, in its own units
+_LABELS = 8  # below the bars
+# What became of rows, in the order of the bar; those that a later version counts come last.
+_FATES = ("train", "held_out")
+
+
+@dataclass(frozen=True)
+class _Rectangle:
+    x: float
+    y: float
+    width: float
+    height: float
+    title: str
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class _Fate:
+    """Rows of one fate, as a part of a bar from 0 to 100."""
+
+    name: str
+    rows: int
+    x: float
+    width: float
+
+
+def render_page(report: DataReport) -> str:
+    """Return the page of a report."""
+    folder = Path(__file__).parent
+    style = (folder / _STYLE).read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=True,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"number": "{:,}".format, "share": format_share, "of": _share_of, "rows": _count_rows}
+    bars, limit = _draw_histogram(report)
+    return environment.get_template(_TEMPLATE).render(
+        report=report,
+        mark=PAGE_MARK,
+        style=style,
+        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        fates=_fates(report.counts),
+        labels=KIND_LABELS,
+        personal_rows=report.personal_rows,
+        bars=bars,
+        limit=limit,
+        width=_WIDTH,
+        height=_HEIGHT,
+        top=_TOP,
+    )
+
+
+def is_page(path: Path) -> bool:
+    """Return whether a file is a page of this kind, which may be replaced."""
+    with path.open("rb") as file:
+        return PAGE_MARK.encode() in file.read(2_000)
+
+
+def _finalize(value: Any) -> Any:
+    """Show the characters of a text that cannot be seen; the page's own parts are kept."""
+    return reveal(value) if type(value) is str else value
+
+
+def _count_rows(count: int) -> str:
+    return f"{count:,} row{'s' * (count != 1)}"
+
+
+def _share_of(rows: int, total: int) -> str:
+    share = rows / max(total, 1)
+    return "under 0.1%" if 0 < share < 0.001 else format_share(share)
+
+
+def _fates(counts: dict[str, int]) -> list[_Fate]:
+    """Return what became of the rows, most wanted first."""
+    order = [*_FATES, *(name for name in counts if name not in (*_FATES, "read"))]
+    fates: list[_Fate] = []
+    x, total = 0.0, max(counts["read"], 1)
+    for name in order:
+        if rows := counts[name]:
+            width = 100 * rows / total
+            fates.append(_Fate(name.replace("_", " "), rows, round(x, 3), round(width, 3)))
+            x += width
+    return fates
+
+
+def _draw_histogram(report: DataReport) -> tuple[list[_Rectangle], float | None]:
+    """Return the bars, and the place of `--max-length` if it is among them."""
+    lengths = report.lengths
+    histogram = lengths.histogram
+    most = max(bar.rows for bar in histogram)
+    step = _WIDTH / len(histogram)
+    every = -(-len(histogram) // _LABELS)
+    bars = []
+    for index, bar in enumerate(histogram):
+        height = (_HEIGHT - _TOP) * bar.rows / most
+        height = max(height, 1.5) if bar.rows else 0.0
+        title = f"{_describe(bar)} {lengths.unit}: {bar.rows:,} rows"
+        label = f"{bar.start:,}" if index % every == 0 else ""
+        bars.append(
+            _Rectangle(
+                round(index * step + 1, 2),
+                round(_HEIGHT - height, 2),
+                round(step - 2, 2),
+                round(height, 2),
+                title,
+                label,
+            )
+        )
+    width = (histogram[0].end or 1) - histogram[0].start
+    place = lengths.max_length / width * step
+    has_limit = lengths.tokenizer is not None and place < _WIDTH
+    return bars, round(place, 2) if has_limit else None
+
+
+def _describe(bar: Bar) -> str:
+    return f"{bar.start:,} to {bar.end - 1:,}" if bar.end is not None else f"{bar.start:,} or more"

@@ -1,0 +1,156 @@
+"""The figures of a report are those of training and evaluation, and it holds no personal data."""
+
+import json
+
+import pytest
+
+from lora_tuner import ModelOptions, evaluation
+from lora_tuner.analysis import data_report, phones, row_checks, text_checks
+from lora_tuner.config import TrainConfig
+from lora_tuner.data import tokenization
+from lora_tuner.data.dataset import load_dataset
+from lora_tuner.errors import BaseModelError, HubError
+from lora_tuner.models import loading, resolve
+
+from ..data.test_chat import chat_base  # noqa: F401 - a fixture
+from ..data_files import jsonl
+from .conftest import SECRETS
+
+
+@pytest.fixture
+def make(gpt2, tmp_path):
+    def call(name, content, **settings):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        sample_rows = settings.pop("sample_rows", 1000)
+        config = TrainConfig.model_validate({"dataset": name, "base": str(gpt2)} | settings)
+        return data_report.make_report(config, sample_rows=sample_rows)
+
+    return call
+
+
+def test_counts_are_those_of_training(report, dirty):
+    counts = load_dataset(TrainConfig(dataset=str(dirty), clean="none")).counts
+    assert report.counts == counts.__dict__
+    assert (report.counts["read"], report.counts["empty"], report.counts["duplicates"]) == (60, 1, 1)
+    assert report.sampled_rows == 58
+    assert not report.is_sample
+
+
+def test_lengths_are_those_of_training(report, dirty, gpt2):
+    dataset = load_dataset(TrainConfig(dataset=str(dirty), clean="none"))
+    tokenizer = loading.load_tokenizer(loading.base_for_adapter(None, ModelOptions(base=str(gpt2))))
+    texts = dataset.train + dataset.held_out
+    _, use = tokenization.encode_rows(tokenizer, texts, 64)
+    assert report.lengths.total == use.tokens == sum(use.row_tokens)
+    assert report.lengths.chunked_rows == sum(count > 64 for count in use.row_tokens) > 0
+    assert report.lengths.used_share == use.share == 1
+    assert (report.long_rows, report.long[0].row) == (1, 31)
+
+
+def test_losses_are_those_of_evaluation(report, dirty, gpt2):
+    losses = report.losses
+    base = loading.open_base(None, ModelOptions(base=str(gpt2), device="cpu"), training=True)
+    dataset = load_dataset(TrainConfig(dataset=str(dirty), clean="none"))
+    rows = evaluation.encode_held_out(base, dataset.train + dataset.held_out)
+    measured = evaluation.measure_loss(base.model, base, rows)
+    each = {
+        f"{nll / count:.3f} ({count:,} tokens)"
+        for nll, count in zip(measured.nll, measured.predictions, strict=True)
+    }
+    notes = [example.note for example in (*losses.hardest, *losses.easiest)]
+    assert losses.rows == 8
+    assert set(notes) <= each
+    assert float(losses.hardest[0].note.split()[0]) > losses.loss > float(losses.easiest[0].note.split()[0])
+
+
+def test_languages_add_up(report):
+    assert {language.code: language.rows for language in report.languages}["en"] > 40
+    assert sum(language.rows for language in report.languages) == 58
+
+
+def test_personal_data_is_counted_and_masked(report):
+    assert report.personal_rows == 1
+    for data in report.personal_data:
+        assert (data.rows, data.count) == (1, 1)
+        assert data.examples[0].row == 3
+        assert data.examples[0].note == SECRETS[data.kind][1]
+        assert data.examples[0].note in data.examples[0].text
+    shown = json.dumps(report.to_dict(), ensure_ascii=False)
+    assert not [secret for secret, _ in SECRETS.values() if secret in shown]
+
+
+def test_conversations_are_read_by_field(make, chat_base):  # noqa: F811
+    call = {"type": "function", "function": {"name": "login", "arguments": {"password": "tR7$kkP02q"}}}
+    turns = [
+        {"role": "user", "content": "Please log in as ann@example.com"},
+        {"role": "assistant", "content": "That is done now.", "tool_calls": [call]},
+    ]
+    rows = [{"messages": turns, "id": number} for number in range(9)]
+    rows += [{"messages": [{"role": "user", "content": f"Hi {n}"}, turns[1]]} for n in range(5)]
+    report = make("chat.jsonl", jsonl(rows), base=str(chat_base))
+    assert {data.kind: data.rows for data in report.personal_data if data.rows} == {"email": 1, "key": 6}
+    assert report.lengths.shortest == 0
+    assert "6 conversations cannot be written by the chat template" in report.hints[0]
+
+
+def test_base_without_template_counts_words(make):
+    rows = [{"prompt": f"say {n}", "completion": "one two"} for n in range(9)]
+    assert make("pairs.jsonl", jsonl(rows)).lengths.unit == "tokens"
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": "ok"}]}
+        for n in range(9)
+    ]
+    report = make("chat.jsonl", jsonl(rows))
+    assert report.lengths.unit == "words"
+    assert "This base has no chat template" in report.hints[0]
+
+
+def test_invalid_rows_are_reported(make):
+    rows = [{"text": f"the story number {n} works"} for n in range(20)] + [{"text": ["a@example.com"]}] * 5
+    report = make("rows.jsonl", jsonl(rows))
+    (invalid,) = report.invalid
+    assert (invalid.rows, report.counts["invalid"], report.stops_training) == (5, 5, True)
+    assert "21" in invalid.first
+
+
+def test_sample_is_stated_and_that_of_max_rows(make, gpt2, tmp_path):
+    text = "\n".join(f"the story number {n} works for line {n * 7}" for n in range(200))
+    sampled = make("rows.txt", text, sample_rows=40)
+    limited = make("rows.txt", text, max_rows=40)
+    assert (sampled.sampled_rows, sampled.is_sample, sampled.counts["train"] > 100) == (40, True, True)
+    assert (limited.sampled_rows, limited.is_sample) == (40, False)
+    assert sampled.lengths == limited.lengths
+
+
+def test_words_are_counted_without_tokenizer(make, monkeypatch):
+    def find_base(name, revision, notify):
+        raise HubError("no network.")
+
+    monkeypatch.setattr(resolve, "find_base", find_base)
+    text = "\n".join(f"one two three {n}" for n in range(10))
+    report = make("rows.txt", text, base=None)
+    assert (report.lengths.unit, report.lengths.tokenizer, report.lengths.longest) == ("words", None, 4)
+    assert report.hints == ["Lengths are in words: no tokenizer can be read. no network."]
+    with pytest.raises(HubError):
+        make("rows.txt", text, base="owner/name")
+
+
+def test_missing_base_is_an_error(make):
+    with pytest.raises(BaseModelError, match="no folder"):
+        make("rows.txt", "a b\nc d\ne f", base="./missing")
+
+
+def test_missing_libraries_are_one_line_each(make, monkeypatch):
+    monkeypatch.setattr(phones, "_phonenumbers", lambda: None)
+    monkeypatch.setattr(text_checks, "_mojibake_pattern", lambda: None)
+    monkeypatch.setattr(row_checks.text_checks, "language_guesser", lambda: None)
+    text = "\n".join(f"call +1 650-253-0000 for number {n} of these cafÃ© lines" for n in range(10))
+    report = make("rows.txt", text)
+    assert [hint.split("`")[1] for hint in report.hints] == [
+        "pip install py3langid",
+        "pip install phonenumbers",
+        "pip install ftfy",
+    ]
+    assert report.languages is None
+    assert report.encoding == []
+    assert "253-0000" not in json.dumps(report.to_dict())
