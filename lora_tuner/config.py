@@ -39,6 +39,7 @@ CleanMode = Literal["full", "lines", "none"]
 LongRows = Literal["auto", "truncate", "chunk"]
 RowFormat = Literal["auto", "text", "messages", "sharegpt", "alpaca", "prompt-completion"]
 _PLAIN_FORMATS = {"text", "template"}  # formats in a manifest that are no conversations
+NearDuplicatesRule = Literal["drop", "keep"]
 MAX_RANK, MAX_ALPHA = 4096, 1_000_000
 # Upper bound of steps, minutes and sizes: a larger number is a typing error.
 MAX_COUNT = 1_000_000_000
@@ -234,6 +235,12 @@ class TrainConfig(_Settings):
     )
     split_salt: str = _setting(
         "lora_tuner", "Change this to get a different held-out split.", "Data", min_length=1
+    )
+    near_duplicates: NearDuplicatesRule = _setting(
+        "drop",
+        "Training rows that nearly copy a held-out row: drop leaves them out, as they make the gain too good; keep trains on "
+        "them and counts them. With --streaming the held-out rows that are measured are compared.",
+        "Data",
     )
     eval_rows: int = _setting(200, "Maximum number of held-out rows to evaluate on.", "Data", ge=2)
     eval_dataset: str | None = _setting(

@@ -33,6 +33,8 @@ RENAMED_VALUES = {"keep_lines": {"True": "lines", "False": "full"}}
 # Defaults that the run.yaml of earlier versions spells out where they are no choice, and the keys that tell such a file.
 SPELLED_OUT = {"split": "train", "shuffle_buffer": 10_000}
 _RUN_FILE_KEYS = {"adapters_dir", "runs_dir", "split_salt"}
+# Settings that such a file lacks, with the values that repeat its run.
+_FORMER_SETTINGS = {"near_duplicates": "keep"}
 # Setting -> value, as YAML or the command line gives it; not validated.
 SettingValues = dict[str, Any]
 
@@ -123,7 +125,7 @@ def read_settings(file: Path) -> SettingValues:
             value = loaded.pop(old)
             loaded[new] = RENAMED_VALUES.get(old, {}).get(str(value), value)
     if loaded.keys() >= _RUN_FILE_KEYS:
-        loaded = {
+        loaded = _FORMER_SETTINGS | {
             name: value for name, value in loaded.items() if name not in SPELLED_OUT or value != SPELLED_OUT[name]
         }
     return loaded

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..config import CleanMode
+from ..config import CleanMode, NearDuplicatesRule
 
 SCHEMA_VERSION = 2
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # strict: one becomes a file name
@@ -88,6 +88,8 @@ class SourceInfo(_ManifestModel):
 class DatasetInfo(_ManifestModel):
     """The training rows and the held-out rows. `split_salt` is None if a blend's parents differ.
 
+    `near_duplicates` says what became of training rows that nearly copy a held-out row; None in
+    older manifests, for which they were not looked for, and if a blend's parents differ.
     `encoded_hash` is that of all rows as token ids with their labels, of a stream of the first
     ones; None in older manifests.
     """
@@ -102,6 +104,7 @@ class DatasetInfo(_ManifestModel):
     template: str | None = None  # of the text of a row; None too if a blend's parents differ
     answer_column: str | None = None  # of which alone the text is learned
     clean: CleanMode | None = None  # None in older manifests, and if a blend's parents differ
+    near_duplicates: NearDuplicatesRule | None = None
     # Dataset of the held-out rows, if they are not held out of the training rows.
     eval_dataset: str | None = None
     eval_split: str | None = None  # its split, if it has splits

@@ -273,6 +273,9 @@ def _dataset_info(parents: Sequence[Adapter], sets: Sequence[EvalSet], parents_s
             "where": [f"{name}: {condition}" for name, data in datasets.items() for condition in data.where],
             "split_salt": first.split_salt if len(salts) == 1 else None,
             "clean": first.clean if len({data.clean for data in datasets.values()}) == 1 else None,
+            "near_duplicates": first.near_duplicates
+            if len({data.near_duplicates for data in datasets.values()}) == 1
+            else None,
             "counts": {},
             "template": first.template if same_template else None,
             "answer_column": first.answer_column if same_template else None,

@@ -328,3 +328,12 @@ def iter_texts(value: object) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             yield from iter_texts(item)
+
+
+def spoken_text(row: str) -> str:
+    """Return the texts of user and assistant in a row, without system, tools and what they return."""
+    value = json.loads(row.removeprefix(CHAT_MARK))
+    if isinstance(value, dict) and "messages" not in value:
+        return f"{value['prompt']}\n{value['completion']}"
+    messages = value["messages"] if isinstance(value, dict) else value
+    return "\n".join(message["content"] for message in messages if message["role"] in ("user", "assistant"))

@@ -17,6 +17,7 @@ from ..errors import DataError, EventHandler, InvalidRowError, Notice, ignore_ev
 from ..text import format_share
 from . import chat
 from .mixing import mix_lists
+from .near_duplicates import find_copies
 from .rows import RowCounts, Source, TextRow, iter_rows
 from .sources import default_eval_split, describe_splits, eval_source, resolve_eval_dataset
 from .splitting import GOES_ON, MIN_TEXT_CHARS, content_hash, is_held_out, row_hash, split_text
@@ -44,6 +45,7 @@ class Dataset:
     eval_split: str | None = None
     held_out: list[str] = field(default_factory=list)
     eval_hashes: frozenset[bytes] = frozenset()  # of rows and groups of `eval_dataset`
+    compared: list[str] = field(default_factory=list)  # rows of which a stream leaves out near copies
     held_out_sources: dict[str, int] = field(default_factory=dict)
     held_out_groups: dict[str, bytes] = field(default_factory=dict)
     previews: list[tuple[str, str]] = field(default_factory=list)  # before and after cleaning
@@ -96,6 +98,20 @@ class Dataset:
 
     def hash(self) -> str:
         return content_hash(self.train + self.held_out)
+
+    def leave_out_copies(self, unmeasured: list[str], config: TrainConfig, notify: EventHandler) -> None:
+        """Remove training rows that nearly copy a held-out row, also one that is not measured, if
+        `config` says so."""
+        compared = self.held_out[: config.eval_rows] if config.streaming else self.held_out + unmeasured
+        copies = find_copies(self.train, compared, config, notify)
+        if config.near_duplicates == "keep":
+            return
+        self.compared = compared if config.streaming else []
+        self.previews = [preview for preview in self.previews if preview[1] not in copies]
+        for source in self.sources:
+            source.train = [text for text in source.train if text not in copies]
+            source.counts.near_duplicates = source.counts.train - len(source.train)
+            source.counts.train = len(source.train)
 
     def leave_out(self, errors: Mapping[str, InvalidRowError], max_invalid: float, notify: EventHandler) -> None:
         """Remove training and held-out rows that the chat template of the base cannot write.
@@ -179,6 +195,8 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
         source.counts.train, source.counts.held_out = len(source.train), len(source_rows)
         source.report_invalid(config.max_invalid, notify)
     _order_held_out(dataset, [[*eval_rows.values()]] if config.other_eval_dataset else held_out, config)
+    unmeasured = itertools.chain.from_iterable(held_out) if eval_rows else []
+    dataset.leave_out_copies([row.text for row in unmeasured], config, notify)
     counts = dataset.counts
     if counts.train + counts.held_out == 1 and not eval_rows and not config.streaming:
         _hold_out_blocks(dataset, config.split_salt, notify)
@@ -186,6 +204,9 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
         copies = f", {counts.in_eval_dataset} in --eval-dataset" if counts.in_eval_dataset else ""
         groups = f" in {len({row.side for row in rows.values()})} groups" if config.group_by else ""
         advice = "" if eval_rows else ", or give rows to measure on with --eval-dataset"
+        if counts.near_duplicates:
+            copies += f", {counts.near_duplicates} near copies of held-out rows"
+            advice += ", or keep near copies with --near-duplicates keep"
         raise DataError(
             f"{dataset.description}: {len(rows)} usable rows{groups} of {counts.read} ({counts.empty} empty, "
             f"{counts.duplicates} duplicates{copies}) leave {counts.train} to train on and {counts.held_out} held out: "

@@ -53,6 +53,7 @@ class RowCounts:
     duplicates: int = 0
     not_drawn: int = 0  # by `max_rows`
     in_eval_dataset: int = 0  # copies of rows in `eval_dataset`
+    near_duplicates: int = 0  # of held-out rows or of those in `eval_dataset`
     train: int = 0
     held_out: int = 0
 

@@ -22,6 +22,7 @@ from ..config import TrainConfig
 from ..errors import TrainingError
 from . import tokenization
 from .mixing import mix
+from .near_duplicates import NearDuplicates
 from .packing import PackedSequences
 from .rows import MIN_ROWS_TO_STOP, RowCounts, Source, iter_rows
 from .splitting import content_hash, is_held_out
@@ -65,6 +66,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
         eval_hashes: Hashes of the rows and groups of the evaluation dataset, which are not trained on.
         sources: Mixed by their weights, or equally without; their counts are updated as rows are read.
         states: Position in each source to continue from; by default the beginning.
+        compared: Rows whose near copies are not trained on.
     """
 
     def __init__(
@@ -74,11 +76,13 @@ class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
         eval_hashes: frozenset[bytes],
         sources: Sequence[Source],
         states: Sequence[StreamState] = (),
+        compared: Sequence[str] = (),
     ) -> None:
+        near_duplicates = NearDuplicates(compared)
         states = states or [StreamState()] * len(sources)
         self.weights = [source.weight or 1.0 for source in sources]
         self.streams = [
-            _SourceStream(config, tokenizer, eval_hashes, source, state)
+            _SourceStream(config, tokenizer, eval_hashes, near_duplicates, source, state)
             for source, state in zip(sources, states, strict=True)
         ]
         self.taken = sum(state.taken for state in states)
@@ -125,10 +129,12 @@ class _SourceStream:
         config: TrainConfig,
         tokenizer: "PreTrainedTokenizerBase",
         eval_hashes: frozenset[bytes],
+        near_duplicates: NearDuplicates,
         source: Source,
         state: StreamState,
     ) -> None:
         self.config, self.tokenizer, self.eval_hashes = config, tokenizer, eval_hashes
+        self.near_duplicates = near_duplicates
         self.name, self.counts = source.name, source.counts
         self.states = [state]  # the beginning of each buffer, newest last
 
@@ -182,7 +188,7 @@ class _SourceStream:
     def _read_buffers(self, state: StreamState) -> Iterator[tuple[list[TokenIds], int]]:
         """Yield the training rows of each buffer, and the rows read in the pass, until its end."""
         source = Source(self.name)
-        before, texts = RowCounts(**state.counts), list[str]()
+        before, texts, compared = RowCounts(**state.counts), list[str](), 0
         for row in iter_rows(self.config, source, skip=state.row):
             if is_held_out(row.side):
                 source.counts.held_out += 1
@@ -192,14 +198,27 @@ class _SourceStream:
                 source.counts.train += 1
                 texts.append(row.text)
             if len(texts) == self.config.shuffle_buffer:
+                texts = self._leave_out_copies(texts, compared, source.counts)
+                compared = len(texts)
+            if len(texts) == self.config.shuffle_buffer:
                 rows = self._encode(texts, source)
                 self._set_counts(before, source.counts)
                 yield rows, state.row + source.counts.read
-                texts = []
+                texts, compared = [], 0
+        texts = self._leave_out_copies(texts, compared, source.counts)
         rows = self._encode(texts, source)
         self._set_counts(before, source.counts)
         if texts:
             yield rows, state.row + source.counts.read
+
+    def _leave_out_copies(self, texts: list[str], compared: int, counts: RowCounts) -> list[str]:
+        """Return the texts without near copies of held-out rows; the first ones are compared already."""
+        matches = self.near_duplicates.find(texts[compared:])
+        kept = [text for text, match in zip(texts[compared:], matches, strict=True) if match is None]
+        copies = len(matches) - len(kept)
+        counts.train -= copies
+        counts.near_duplicates += copies
+        return texts[:compared] + kept
 
     def _encode(self, texts: list[str], source: Source) -> list[TokenIds]:
         """Tokenize the rows of a buffer. Raises DataError if too many rows are invalid."""

@@ -264,7 +264,8 @@ def open_stream(setup: TrainingSetup, checkpoint: Path | None, sources: Sequence
     """
     saved = json.loads((checkpoint / STREAM_FILE).read_text(encoding="utf-8")) if checkpoint else []
     states = [StreamState(**state) for state in ([saved] if isinstance(saved, dict) else saved)]
-    return StreamingDataset(setup.config, setup.base.tokenizer, setup.dataset.eval_hashes, sources, states)
+    hashes, compared = setup.dataset.eval_hashes, setup.dataset.compared
+    return StreamingDataset(setup.config, setup.base.tokenizer, hashes, sources, states, compared)
 
 
 def check_settings(now: Run, before: Run, folder: Path, checkpoint: Path) -> None:

@@ -100,6 +100,7 @@ class TrainingSetup(TrainingInputs):
                 template=config.template,
                 answer_column=config.answer_column,
                 clean=dataset.clean,
+                near_duplicates=config.near_duplicates,
                 eval_dataset=config.other_eval_dataset,
                 eval_split=config.eval_split,
                 group_by=config.group_by,

@@ -16,6 +16,7 @@ from lora_tuner.adapters.adapter import METRICS_FILE, RUN_FILE, WEIGHTS_FILE
 from lora_tuner.data import streaming as data_streaming
 from lora_tuner.data import tokenization
 from lora_tuner.data.dataset import load_dataset
+from lora_tuner.data.near_duplicates import NearDuplicates
 from lora_tuner.data.rows import Source, iter_rows
 from lora_tuner.data.splitting import is_held_out, row_hash
 from lora_tuner.data.streaming import StreamingDataset, StreamState
@@ -39,14 +40,13 @@ def rows_jsonl(tmp_path):
     return path
 
 
-def make_stream(path, state=None, eval_hashes=frozenset(), **options):
+def make_stream(path, state=None, eval_hashes=frozenset(), compared=(), **options):
     """Make a stream with one row per sequence, so that rows can be recognized."""
     config = TrainConfig.model_validate(
         {"dataset": str(path), "streaming": True, "shuffle_buffer": 20, "packing": False} | options
     )
-    return StreamingDataset(
-        config, tiny_models.tokenizer(), eval_hashes, [Source(config.dataset)], [state or StreamState()]
-    )
+    sources, states = [Source(config.dataset)], [state or StreamState()]
+    return StreamingDataset(config, tiny_models.tokenizer(), eval_hashes, sources, states, compared)
 
 
 def texts(items):
@@ -90,6 +90,27 @@ def test_stream_resumes_exactly_from_any_state(rows_jsonl, taken):
     again = make_stream(rows_jsonl, state)
     assert texts(itertools.islice(again, 50)) == expected[taken:]
     assert again.streams[0].counts == whole.streams[0].counts
+
+
+@pytest.mark.parametrize("taken", [0, 20, 75, 130])
+def test_stream_leaves_out_near_copies_exactly(rows_jsonl, taken):
+    """The same rows as without streaming, also after a resume, and in the next pass."""
+    dataset = load_dataset(TrainConfig(dataset=str(rows_jsonl)))
+    copied = dataset.train[3:60:8]
+    compared = [f"{text} {text.partition(': ')[2]}" for text in copied]
+    matches = zip(dataset.train, NearDuplicates(compared).find(dataset.train), strict=True)
+    kept = [text for text, match in matches if match is None]
+    whole, cut = (make_stream(rows_jsonl, compared=compared) for _ in range(2))
+    expected = texts(itertools.islice(whole, taken + len(kept)))
+    assert sorted(expected[: len(kept)]) == sorted(kept) != sorted(dataset.train)
+    assert whole.streams[0].counts.near_duplicates >= len(dataset.train) - len(kept) >= len(copied)
+    list(itertools.islice(cut, taken + 3))
+    state = StreamState(**json.loads(json.dumps(dataclasses.asdict(cut.streams[0].state_at(taken)))))
+    again = make_stream(rows_jsonl, state, compared=compared)
+    assert texts(itertools.islice(again, len(kept))) == expected[taken:]
+    assert again.streams[0].counts == whole.streams[0].counts
+    state = whole.streams[0].state_at(taken + len(kept))
+    assert not make_stream(rows_jsonl, state, compared=compared).has_changed()
 
 
 @pytest.mark.parametrize("taken", [1, 20, 75, 130, 400])

@@ -107,6 +107,7 @@ def films(tmp_path):
 def test_eval_dataset_is_not_trained_on(settings, films, tmp_path):
     alone, setup = prepare_training(settings()), prepare_training(settings(eval_dataset="films.csv"))
     assert alone.manifest.data.eval_dataset is None
+    assert alone.manifest.data.near_duplicates == "drop"
     measured, held_out = set(films), set(alone.dataset.held_out)
     trained = {setup.base.tokenizer.decode(row[:-1]) for row in setup.sequences.rows}
     assert set(alone.dataset.train) & measured
