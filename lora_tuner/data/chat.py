@@ -334,6 +334,6 @@ def spoken_text(row: str) -> str:
     """Return the texts of user and assistant in a row, without system, tools and what they return."""
     value = json.loads(row.removeprefix(CHAT_MARK))
     if isinstance(value, dict) and "messages" not in value:
-        return f"{value['prompt']}\n{value['completion']}"
+        return "\n".join(value[name] for name in ("text", "prompt", "completion") if name in value)
     messages = value["messages"] if isinstance(value, dict) else value
     return "\n".join(message["content"] for message in messages if message["role"] in ("user", "assistant"))

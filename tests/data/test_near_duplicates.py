@@ -123,6 +123,7 @@ def test_conversations_are_compared_by_what_is_said():
     assert index.find([row(rules, *texts(2, seed=1))]) == [None]
     pair = chat.encode_pair(ROWS[3], replace_words(ROWS[23], 0.1), str.strip)
     assert index.find([pair]) == [3]
+    assert index.find([chat.encode_answer(f"{ROWS[3]} {ROWS[23]}", (0, 9))]) == [3]
 
 
 def test_result_depends_on_text_and_rows_alone(monkeypatch):
