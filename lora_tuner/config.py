@@ -18,12 +18,14 @@ from .errors import ConfigError, EventHandler, ignore_events
 DEFAULT_BASE = "distilgpt2"
 EMBEDDED_BASE = "smollm2-135m"
 HELD_OUT = "held-out"  # an `eval_dataset`: the rows held out of the training data
+WORKBOOK_EXTENSIONS, DATABASE_EXTENSIONS = (".xlsx", ".xlsm"), (".db", ".sqlite", ".sqlite3")
+TABLE_EXTENSIONS = WORKBOOK_EXTENSIONS + DATABASE_EXTENSIONS  # files of several tables
 MARKDOWN_EXTENSIONS = (".md", ".markdown")
 MAIL_EXTENSIONS = (".eml", ".mbox")
 DOCUMENT_EXTENSIONS = (*MARKDOWN_EXTENSIONS, ".html", ".htm", ".docx", ".epub", *MAIL_EXTENSIONS)
-DATA_EXTENSIONS = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet", *DOCUMENT_EXTENSIONS)
+DATA_EXTENSIONS = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet", *TABLE_EXTENSIONS, *DOCUMENT_EXTENSIONS)
 _COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
-_COMPRESSIBLE = {*DATA_EXTENSIONS} - {".parquet", ".docx", ".epub"}
+_COMPRESSIBLE = {*DATA_EXTENSIONS} - {".parquet", *TABLE_EXTENSIONS, ".docx", ".epub"}
 _CODE_FILES = (
     ".py .pyi .js .mjs .jsx .ts .tsx .java .kt .scala .c .h .cc .cpp .hpp .cs .rs .go .rb .php .swift .lua .pl .r .jl .hs .ml "
     ".ex .exs .clj .sh .bash .zsh .ps1 .sql .yaml .yml .toml .ini .cfg .rst .tex .css .vue .tf .proto"
@@ -146,14 +148,17 @@ class TrainConfig(_Settings):
 
     dataset: str | list[str] = _setting(
         "imdb",
-        "imdb, a csv, tsv, json, jsonl, txt (also .gz .zst .xz .bz2), parquet or program code file, a document (md, html, docx, "
-        "epub, eml, mbox), a folder of such files, or a Hub dataset id. Repeat it for several, maybe with weights: "
-        "--dataset tickets.csv=0.7 --dataset notes=0.3 takes 70% of the training sequences from tickets.csv.",
+        "imdb, a csv, tsv, json, jsonl, txt (also .gz .zst .xz .bz2), parquet, xlsx, SQLite or program code file, a document "
+        "(md, html, docx, epub, eml, mbox), a folder of such files, or a Hub dataset id. Repeat it for several, maybe with "
+        "weights: --dataset tickets.csv=0.7 --dataset notes=0.3 takes 70% of the training sequences from tickets.csv.",
         "Data",
     )
     subset: str | None = _setting(None, "Subset (configuration) of a Hub dataset.", "Data")
     split: str | None = _setting(
         None, "Split of a Hub dataset, or of a folder whose files are named after splits.", "Data", "train"
+    )
+    table: str | None = _setting(
+        None, "Sheet of an Excel workbook, or table of an SQLite database.", "Data", "the only one with rows"
     )
     text_column: str | None = _setting(
         None, "Column that contains the text.", "Data", "text, content, or the only text column"

@@ -9,7 +9,14 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from ..config import CODE_EXTENSIONS, DATA_EXTENSIONS, DOCUMENT_EXTENSIONS, MARKDOWN_EXTENSIONS, data_extension
+from ..config import (
+    CODE_EXTENSIONS,
+    DATA_EXTENSIONS,
+    DOCUMENT_EXTENSIONS,
+    MARKDOWN_EXTENSIONS,
+    TABLE_EXTENSIONS,
+    data_extension,
+)
 from ..errors import DataError, EventHandler, Notice, os_error_message
 from ..text import format_names
 
@@ -21,8 +28,8 @@ _SPLIT_WORDS = {  # the words of `datasets`, which counts eval as test
 }
 # Files beside data that have an extension of data files: descriptions, settings, tokenizers.
 _METADATA = re.compile(
-    r"(readme|licen[sc]e|copying|notice|changelog|citation|requirements)([-_. ].*)?\.txt|metadata\..*|(vocab|merges)\.txt|~\$.*"
-    r"|(dataset_infos?|dataset_dict|state|(.*_)?config|package(-lock)?|tsconfig|.*\.index|tokenizer|vocab"
+    r"(readme|licen[sc]e|copying|notice|changelog|citation|requirements)([-_. ].*)?\.txt|metadata\..*|thumbs\.db"
+    r"|(vocab|merges)\.txt|~\$.*|(dataset_infos?|dataset_dict|state|(.*_)?config|package(-lock)?|tsconfig|.*\.index|tokenizer|vocab"
     r"|special_tokens_map|added_tokens|croissant)\.json"
 )
 
@@ -99,6 +106,13 @@ def _describe_kind(path: Path) -> str:
         return "folders that are links" if path.is_symlink() else "folders of adapters or runs"
     is_about = _METADATA.fullmatch(path.name.lower()) or _ABOUT.fullmatch(path.name.lower())
     return "about the data" if is_about else data_extension(path) or "without an extension"
+
+
+def has_tables(name: str) -> bool:
+    """Return whether a local dataset has files of several tables: Excel workbooks, SQLite databases."""
+    path = Path(os.path.expanduser(name))
+    files = _find_data_files(path)[0] if path.is_dir() else [path]
+    return any(data_extension(file) in TABLE_EXTENSIONS for file in files)
 
 
 def local_splits(name: str) -> dict[str, list[Path]]:

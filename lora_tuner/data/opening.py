@@ -11,6 +11,7 @@ import gzip
 import io
 import lzma
 import os
+import sqlite3
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -35,7 +36,16 @@ _OTHER_TYPES = {  # first bytes -> a type that its extension does not tell
 }
 
 
-_ERRORS = (ValueError, TypeError, NotImplementedError, OSError, RecursionError, csv.Error, zipfile.BadZipFile)
+_ERRORS = (
+    ValueError,
+    TypeError,
+    NotImplementedError,
+    OSError,
+    RecursionError,
+    csv.Error,
+    sqlite3.Error,
+    zipfile.BadZipFile,
+)
 
 
 @contextlib.contextmanager

@@ -21,13 +21,21 @@ from typing import TYPE_CHECKING, cast
 
 import datasets
 
-from ..config import CODE_EXTENSIONS, DOCUMENT_EXTENSIONS, MAIL_EXTENSIONS, data_extension
+from ..config import (
+    CODE_EXTENSIONS,
+    DATABASE_EXTENSIONS,
+    DOCUMENT_EXTENSIONS,
+    MAIL_EXTENSIONS,
+    WORKBOOK_EXTENSIONS,
+    data_extension,
+)
 from ..errors import DataError
 from ..text import format_names
 from .documents import count_unreadable, read_document_row
 from .mail import COLUMNS as MAIL_COLUMNS
 from .mail import read_mail
 from .opening import CHANGED, check_size, open_file, text_lines, unpack
+from .workbooks import NumberText, check_distinct, read_database, read_workbook
 
 if TYPE_CHECKING:
     import pyarrow  # type: ignore[import-untyped]
@@ -95,13 +103,19 @@ class Table:
 
 
 def read_file(
-    path: Path, *, txt_rows: str = "auto", streaming: bool = False, folder: Path | None = None
+    path: Path,
+    *,
+    txt_rows: str = "auto",
+    streaming: bool = False,
+    folder: Path | None = None,
+    table_name: str | None = None,
 ) -> Table:
     """Return the rows of a file. Its type is told by the extension.
 
     Args:
         folder: The dataset, if that is a folder. A document in it that cannot be read is an
             `UnreadableRow`.
+        table_name: Sheet of a workbook, or table of a database.
 
     Raises:
         DataError: The file cannot be read. For rows that are read later, the iteration raises it.
@@ -129,7 +143,14 @@ def read_file(
     if extension in (".csv", ".tsv"):
         return table_from_rows(str(path), partial(_read_csv, path), streaming=streaming)
     rules: list[str] = []
-    table = table_from_rows(str(path), partial(_read_json, path, streaming, rules), streaming=streaming)
+    read: Callable[[], Iterator[Row]]
+    if extension in WORKBOOK_EXTENSIONS:
+        read = partial(read_workbook, path, table_name, rules)
+    elif extension in DATABASE_EXTENSIONS:
+        read = partial(read_database, path, table_name, rules)
+    else:
+        read = partial(_read_json, path, streaming, rules)
+    table = table_from_rows(str(path), read, streaming=streaming)
     return replace(table, row_rule="".join(rules))
 
 
@@ -149,7 +170,7 @@ def table_from_rows(source: str, read: Callable[[], Iterator[Row]], *, streaming
     rows = list(itertools.islice(read(), PEEKED_ROWS if streaming else None))
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text_columns = [name for name in columns if any(type(row.get(name)) is str for row in rows)]
-    nested = [name for name in columns if any(isinstance(row.get(name), list | dict) for row in rows)]
+    nested = [name for name in columns if any(isinstance(row.get(name), list | dict | bytes) for row in rows)]
     table_rows: Iterable[Row] = LazyRows(read) if streaming else rows
     return Table(source, table_rows, columns, text_columns, nested, peeked=streaming)
 
@@ -172,7 +193,7 @@ def _parquet_table(path: Path) -> Table:
     with open_file(path) as file, open(file.fileno(), "rb", closefd=False) as buffer:
         metadata = pyarrow.parquet.read_metadata(buffer)
         schema, groups = metadata.schema.to_arrow_schema(), range(metadata.num_row_groups)
-        _check_distinct(schema.names)
+        check_distinct(schema.names)
         check_size(
             sum(metadata.row_group(group).total_byte_size for group in groups), os.fstat(file.fileno()).st_size
         )
@@ -194,13 +215,6 @@ def _is_known_type(schema: "pyarrow.Schema", name: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _check_distinct(columns: list[str]) -> None:
-    """Raise ValueError if two columns have one name."""
-    counts = Counter(columns)
-    if doubled := [name for name in columns if counts[name] > 1]:
-        raise ValueError(f"its header names a column twice: {format_names(doubled)}")
 
 
 def _read_parquet(path: Path, schema: object) -> Iterator[Row]:
@@ -238,7 +252,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
                 if header and fields:
                     yield NumberedRow(zip(header, fields, strict=True), start)
                 else:
-                    _check_distinct(fields)
+                    check_distinct(fields)
                 header, start = header or fields, reader.line_num + 1
         except csv.Error as error:
             line = _find_open_quote(text_lines(file), start, delimiter)
@@ -270,13 +284,6 @@ def _find_open_quote(lines: Iterator[str], start: int, delimiter: str) -> int:
     return opened
 
 
-class _NumberText(str):
-    """A JSON number as it is written: 1.50 stays 1.50, and no digit is lost."""
-
-    __slots__ = ()
-    __repr__ = str.__str__  # without quotes inside a list
-
-
 def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Build a JSON object. A duplicate key raises ValueError; Python would keep the last value."""
     result = dict(pairs)
@@ -287,7 +294,7 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return result
 
 
-_JSON_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_int=_NumberText, parse_float=_NumberText)
+_JSON_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_int=NumberText, parse_float=NumberText)
 
 
 def _read_json(path: Path, streaming: bool, rules: list[str]) -> Iterator[Row]:

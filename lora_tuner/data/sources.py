@@ -20,7 +20,7 @@ from ..config import (
 )
 from ..errors import ConfigError, DataError, EventHandler, HubError, Notice, ignore_events
 from ..text import format_names
-from .folders import choose_files, local_splits, split_of
+from .folders import choose_files, has_tables, local_splits, split_of
 from .readers import LazyRows, Row, Table, read_file, table_from_dataset, table_from_rows
 
 IMDB = "stanfordnlp/imdb"
@@ -29,6 +29,9 @@ _MEASURED_SPLITS = ("validation", "eval", "test")  # the first of these is measu
 
 def open_source(name: str, config: TrainConfig, notify: EventHandler) -> tuple[str, list[Table]]:
     """Return a description of the dataset `name`, and its tables."""
+    names = [*(name for name, _ in config.weighted_datasets), *filter(None, [config.other_eval_dataset])]
+    if config.table is not None and not any(map(has_tables, names)):
+        raise DataError(f"{format_names(names)}: no Excel workbook or SQLite database, so leave --table out.")
     if name == "imdb":
         return _imdb_tables(config, notify)
     path = Path(os.path.expanduser(name))
@@ -52,6 +55,7 @@ def _read_files(path: Path, files: list[Path], config: TrainConfig, notify: Even
             txt_rows=config.txt_rows,
             streaming=config.streaming,
             folder=path if path.is_dir() else None,
+            table_name=config.table,
         )
         for file in files
     ]
@@ -233,6 +237,7 @@ def eval_source(config: TrainConfig, split: str | None) -> TrainConfig:
     changes = {
         "dataset": name,
         "split": split,
+        "table": config.table if has_tables(name) else None,
         "subset": config.subset if name == config.dataset else None,
         "streaming": config.streaming and not is_local(name),
     }

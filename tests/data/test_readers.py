@@ -393,3 +393,31 @@ def test_many_columns_are_cut_in_message(refusal, streaming):
     assert message.endswith("column18, column19 and 19,980 more.")
     assert refusal("b.csv", text * 3).count("column") < 30
     assert len(refusal("c.csv", "a" * 10**6 + ",b\nx,y\n", text_column="none")) < 300
+
+
+def test_parquet_dictionary_columns_are_text(load, tmp_path):
+    kinds = [pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()]
+    arrays = [pyarrow.array(["x", "y"] * 15).dictionary_encode(), *(pyarrow.array(TEXTS, kind) for kind in kinds)]
+    for array in arrays[1:]:
+        columns = pyarrow.table({"kind": arrays[0], "body": array.cast(pyarrow.string()).dictionary_encode()})
+        pyarrow.parquet.write_table(columns, tmp_path / "a.parquet")
+        assert rows(load("a.parquet", text_column="body", where=["kind=y"])) == sorted(TEXTS[1::2])
+        pyarrow.parquet.write_table(pyarrow.table({"n": [1] * 30, "body": array}), tmp_path / "b.parquet")
+        assert rows(load("b.parquet")) == sorted(TEXTS)
+
+
+def test_parquet_nested_columns_are_messages(load, refusal, tmp_path):
+    talks = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": text}] for text in TEXTS]
+    maps = pyarrow.array([[("a", 1)]] * 30, pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    pyarrow.parquet.write_table(pyarrow.table({"messages": talks, "extra": maps}), tmp_path / "a.parquet")
+    assert load("a.parquet").format == "messages"
+    pyarrow.parquet.write_table(pyarrow.table({"body": TEXTS, "extra": maps}), tmp_path / "b.parquet")
+    assert rows(load("b.parquet", text_column="body")) == sorted(TEXTS)
+    assert "Lists, objects or bytes are in extra" in refusal("b.parquet")
+
+
+def test_parquet_bomb_is_refused(refusal, monkeypatch, tmp_path):
+    monkeypatch.setattr("lora_tuner.data.opening.MAX_UNPACKED", 10**5)
+    texts = [f"{number}" + " " * 10**5 for number in range(30)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", compression="zstd")
+    assert "as of a decompression bomb: unpack it first" in refusal("a.parquet")
