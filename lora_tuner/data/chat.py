@@ -80,7 +80,11 @@ def encode_messages(value: object, clean: Clean, parts: Mapping[str, object] | N
 
 
 def encode_pair(
-    prompt: object, completion: object, clean: Clean, parts: Mapping[str, object] | None = None
+    prompt: object,
+    completion: object,
+    clean: Clean,
+    parts: Mapping[str, object] | None = None,
+    names: tuple[str, str] = ("prompt", "completion"),
 ) -> str:
     """Return a prompt and its completion as a row; "" if both are empty.
 
@@ -88,6 +92,7 @@ def encode_pair(
 
     Args:
         parts: As for `encode_messages`; with two strings also the reasoning before the completion.
+        names: Names of the two in an error.
 
     Raises:
         InvalidRowError: The two are of other types, or one is empty.
@@ -96,11 +101,11 @@ def encode_pair(
         return encode_messages([*prompt, *completion], clean, parts)
     prompt, completion = "" if prompt is None else prompt, "" if completion is None else completion
     if not isinstance(prompt, str) or not isinstance(completion, str):
-        raise InvalidRowError("prompt and completion that are neither two texts nor two lists of messages")
+        raise InvalidRowError(f"{' and '.join(names)} that are neither two texts nor two lists of messages")
     pair = {"prompt": clean(prompt), "completion": clean(completion)}
     if not any(pair.values()):
         return ""
-    for name, text in pair.items():
+    for name, text in zip(names, pair.values(), strict=True):
         if not text:
             raise InvalidRowError(f"no {name}")
     return _to_row(pair | _read_parts(parts, clean))

@@ -57,6 +57,12 @@ def detect_layout(table: Table, config: TrainConfig) -> Layout:
         if config.text_column not in table.columns:
             raise table.missing_column(config.text_column)
         return Layout("text", config.text_column)
+    if "text" in table.columns and chosen in ("", "text"):
+        beside = _detect_by_names(table) if not chosen else None
+        if beside is None:
+            return Layout("text", "text")
+        unread = (beside.column, beside.answer)
+        return Layout("text", "text", unread=tuple(filter(None, unread)), other=_option(beside))
     rows = list(itertools.islice(table.rows, PEEKED_ROWS))
     if chosen not in ("", "text"):
         found = _find_columns(table, chosen, rows)
@@ -66,12 +72,7 @@ def detect_layout(table: Table, config: TrainConfig) -> Layout:
                 f"{format_names(table.columns)}."
             )
         return _with_unread(table, found, rows)
-    conversation = _detect_conversation(table, rows) if not chosen else None
-    if "text" in table.columns:
-        if conversation is None:
-            return Layout("text", "text")
-        unread = (conversation.column, conversation.answer)
-        return Layout("text", "text", unread=tuple(filter(None, unread)), other=_option(conversation))
+    conversation = (_detect_by_names(table) or _detect_by_values(table, rows)) if not chosen else None
     if conversation is not None:
         _refuse_labels(table, config, rows)
         return _with_unread(table, conversation, rows)
@@ -80,12 +81,14 @@ def detect_layout(table: Table, config: TrainConfig) -> Layout:
     return Layout("text", _find_text_column(table, rows, asks_format=not chosen))
 
 
-def common_format(source: str, tables: Sequence[Table], layouts: Sequence[Layout]) -> str:
+def common_format(source: str, tables: Sequence[Table], layouts: Sequence[Layout], config: TrainConfig) -> str:
     """Return the format that all tables have.
 
     Raises:
-        DataError: They have several; it names a file of each of two.
+        DataError: They have several; it names a file of each of two. Or none has columns to choose.
     """
+    if config.text_column is not None and all(table.is_plain_text for table in tables):
+        raise DataError(f"{source} is plain text without columns: leave --text-column out.")
     first = layouts[0].format
     for table, layout in zip(tables, layouts, strict=True):
         if layout.format != first:
@@ -110,19 +113,26 @@ def describe_choice(layouts: Sequence[Layout]) -> str:
     return f"Reading column 'text', and not {unread}: --format {other} reads these." if other else ""
 
 
-def _detect_conversation(table: Table, rows: list[Row]) -> Layout | None:
-    """Return the layout of conversations that the columns tell without doubt, if there is one."""
+def _detect_by_names(table: Table) -> Layout | None:
+    """Return the layout of conversations that the names of the columns tell, if there is one."""
     columns, texts = set(table.columns), set(table.text_columns)
     if "messages" in columns:
         return Layout("messages", "messages")
     if {"prompt", "completion"} <= columns:
         return Layout("prompt and completion", "prompt", "completion")
-    if any(set(names) <= columns for names in _PREFERENCES):
+    if _preferences(table):
         return None
     if {"instruction", "output"} <= texts:
         return Layout("Alpaca", "instruction", "output")
     if {"instruction", "response"} <= texts and columns.intersection(INPUTS):
         return Layout("Alpaca", "instruction", "response")
+    return None
+
+
+def _detect_by_values(table: Table, rows: list[Row]) -> Layout | None:
+    """Return the layout of conversations that the columns tell without doubt, if there is one."""
+    if _preferences(table):
+        return None
     lists = _message_columns(table, rows)
     if "conversations" in _nested_columns(table, rows):
         return Layout("ShareGPT", "conversations")
@@ -196,14 +206,17 @@ def _with_unread(table: Table, layout: Layout, rows: list[Row]) -> Layout:
 
 def _refuse_preferences(table: Table) -> None:
     """Raise DataError if the columns are pairs of a better and a worse answer."""
-    for names in _PREFERENCES:
-        if set(names) <= set(table.columns):
-            raise DataError(
-                f"{table.source}: {' and '.join(names)} are preference data (DPO and the like), of which nothing is "
-                f"trained on by itself: to learn the answers in {names[0]}, write them as messages, or as prompt and "
-                f"completion; to learn it as text, give --text-column {names[0]}. Its columns are "
-                f"{format_names(table.columns)}."
-            )
+    if names := _preferences(table):
+        raise DataError(
+            f"{table.source}: {' and '.join(names)} are preference data (DPO and the like), of which nothing is trained "
+            f"on by itself: to learn the answers in {names[0]}, write them as messages, or as prompt and completion; to "
+            f"learn it as text, give --text-column {names[0]}. Its columns are {format_names(table.columns)}."
+        )
+
+
+def _preferences(table: Table) -> tuple[str, ...]:
+    """Return the columns of a better and a worse answer, if there are any."""
+    return next((names for names in _PREFERENCES if set(names) <= set(table.columns)), ())
 
 
 def _refuse_labels(table: Table, config: TrainConfig, rows: list[Row]) -> None:
@@ -220,12 +233,10 @@ def _refuse_labels(table: Table, config: TrainConfig, rows: list[Row]) -> None:
 
 
 def _find_text_column(table: Table, rows: list[Row], *, asks_format: bool) -> str:
-    """Return the column named text or content, else the only one that can hold the text."""
+    """Return the column named content, else the only one that can hold the text."""
     question = (
         f"{table.source}: which column is the text? Name one with --text-column: {format_names(table.columns)}."
     )
-    if "text" in table.columns:
-        return "text"
     if "content" in table.columns:
         if "role" in table.columns:
             raise DataError(

@@ -52,10 +52,7 @@ class NumberedRow(dict[str, object]):
     """A row of a text file, and the line in which it begins."""
 
     __slots__ = ("line",)
-
-    def __init__(self, values: Mapping[str, object] | Iterable[tuple[str, object]], line: int) -> None:
-        super().__init__(values)
-        self.line = line
+    line: int
 
 
 @dataclass(frozen=True)
@@ -250,7 +247,9 @@ def _read_csv(path: Path) -> Iterator[Row]:
                     end = f", with a quote that ends in line {reader.line_num}" if reader.line_num > start else ""
                     raise ValueError(f"its header has {len(header)} fields, line {start} has {len(fields)}{end}")
                 if header and fields:
-                    yield NumberedRow(zip(header, fields, strict=True), start)
+                    row = NumberedRow(zip(header, fields, strict=True))
+                    row.line = start
+                    yield row
                 else:
                     check_distinct(fields)
                 header, start = header or fields, reader.line_num + 1
@@ -319,7 +318,10 @@ def _read_json(path: Path, streaming: bool, rules: list[str]) -> Iterator[Row]:
             if type(value) is str:
                 yield {"text": value}
             elif isinstance(value, dict):
-                yield NumberedRow(value, number) if rows is None else value
+                row = NumberedRow(value) if rows is None else value
+                if isinstance(row, NumberedRow):
+                    row.line = number
+                yield row
             else:
                 raise ValueError(f"{unit} {number} is neither a JSON object nor a string")
 

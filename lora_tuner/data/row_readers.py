@@ -132,7 +132,7 @@ def _read_conversation(layout: Layout, clean: chat.Clean, row: Row) -> tuple[str
         return raw, _encode_alpaca(layout, row, clean, parts)
     if layout.answer:
         prompt, completion = (_read_side(row, column) for column in (layout.column, layout.answer))
-        return raw, chat.encode_pair(prompt, completion, clean, parts)
+        return raw, chat.encode_pair(prompt, completion, clean, parts, (layout.column, layout.answer))
     return raw, chat.encode_messages(decode_messages(values[0]), clean, parts)
 
 
@@ -205,7 +205,7 @@ def _encode_alpaca(layout: Layout, row: Row, clean: chat.Clean, parts: Mapping[s
     prompt = "\n".join(str(row[name]) for name in columns)
     history, answer = _decode_json(row.get("history")) or [], row.get(layout.answer)
     if not history:
-        return chat.encode_pair(prompt, answer, clean, parts)
+        return chat.encode_pair(prompt, answer, clean, parts, (layout.column, layout.answer))
     messages: list[object] = []
     for turn in history if isinstance(history, list) else [history]:
         if not isinstance(turn, list | tuple) or len(turn) != 2:

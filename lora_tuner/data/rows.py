@@ -127,7 +127,7 @@ def iter_rows(
     source.description, tables = open_source(source.name, config, notify)
     counts = source.counts
     layouts = [detect_layout(table, config) for table in tables]
-    source.format = common_format(source.description, tables, layouts)
+    source.format = common_format(source.description, tables, layouts, config)
     source.layout = ", ".join(dict.fromkeys(map(str, layouts)))
     if choice := describe_choice(layouts):
         notify(Notice(choice))

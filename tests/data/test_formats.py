@@ -126,6 +126,16 @@ def test_message_per_row_is_refused(refusal):
     )
 
 
+def test_text_column_of_plain_text_is_refused(refusal, load, tmp_path):
+    assert refusal("a.txt", "one\ntwo\n", text_column="body") == (
+        "a.txt is plain text without columns: leave --text-column out."
+    )
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "a.txt").write_text("one\ntwo\n")
+    (tmp_path / "some" / "b.csv").write_text(table(header=("body", "n")))
+    assert load("some", text_column="body").layout == "plain text, column 'body'"
+
+
 # Conversations
 
 

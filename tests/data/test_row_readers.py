@@ -296,6 +296,26 @@ def test_part_that_is_not_read_is_refused(load, row, reason):
     assert dataset.sources[0].invalid[found][1].startswith(f"{dataset.description} line 31")
 
 
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"instruction": "a", "output": ""}, "no output"),
+        ({"instruction": "", "output": "b"}, "no instruction"),
+        ({"instruction": ["a"], "output": "b"}, "an instruction or input that is no text"),
+        (
+            {"instruction": "a", "output": {"b": 1}},
+            "instruction and output that are neither two texts nor two lists",
+        ),
+        ({"instruction": "a", "output": "b", "history": "c"}, "a history that is no list of pairs of texts"),
+        ({"instruction": "a", "output": "b", "input": "c", "context": "d"}, "input beside context"),
+    ],
+)
+def test_alpaca_row_names_its_column(load, row, reason):
+    good = [{"instruction": f"so {number}?", "output": "yes"} for number in range(30)]
+    (found,) = load("a.jsonl", jsonl([*good, row])).sources[0].invalid
+    assert found.startswith(reason)
+
+
 def test_unread_columns_are_named(load):
     rows = [
         {
