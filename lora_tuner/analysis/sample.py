@@ -70,6 +70,7 @@ def read_sample(config: TrainConfig, limit: int) -> tuple[list[SampledRow], bool
 
 def named_texts(text: str) -> list[tuple[str, str]]:
     """Return the texts of a row with the names of their fields; of a plain text, itself."""
+    text = chat.plain_text(text)
     if not chat.is_chat(text):
         return [("", text)]
     return list(iter_named_texts(json.loads(text.removeprefix(chat.CHAT_MARK))))
@@ -89,6 +90,7 @@ def iter_named_texts(value: object, name: str = "") -> Iterator[tuple[str, str]]
 
 def readable(text: str) -> str:
     """Return a row as a person reads it: of a conversation roles and contents."""
+    text = chat.plain_text(text)
     if not chat.is_chat(text):
         return text
     value = json.loads(text.removeprefix(chat.CHAT_MARK))

@@ -337,6 +337,8 @@ def iter_texts(value: object) -> Iterator[str]:
 
 def spoken_text(row: str) -> str:
     """Return the texts of user and assistant in a row, without system, tools and what they return."""
+    if (answer := read_answer(row)) is not None:
+        return answer[0]
     value = json.loads(row.removeprefix(CHAT_MARK))
     if isinstance(value, dict) and "messages" not in value:
         return "\n".join(value[name] for name in ("text", "prompt", "completion") if name in value)

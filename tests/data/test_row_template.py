@@ -172,6 +172,21 @@ def test_template_selects_rows_and_streams(load):
     assert sorted(set(streamed)) == wanted
 
 
+@pytest.mark.parametrize("answer", [None, "answer"])
+def test_copies_of_values_are_found_in_template(load, answer):
+    """The words of the template itself make no rows alike."""
+    form = (
+        "Below is a question that someone has asked, and then an answer to it.\n\n{question}\n\nAnswer: {answer}"
+    )
+    values = [" ".join(f"{word}{number * 7 % 11}{number}" for word in "abcdefghijklm") for number in range(60)]
+    rows = [{"question": value, "answer": f"yes {number}"} for number, value in enumerate(values)]
+    assert load("a.jsonl", jsonl(rows), template=form, answer_column=answer).counts.near_duplicates == 0
+    copies = [row | {"answer": "no"} for row in rows]
+    assert (
+        load("b.jsonl", jsonl([*rows, *copies]), template=form, answer_column=answer).counts.near_duplicates > 5
+    )
+
+
 # Errors
 
 COLUMNS = "the columns of a.jsonl are id, question, answer."
