@@ -14,7 +14,7 @@ import jinja2
 
 from ..text import format_share
 from .data_report import DataReport
-from .lengths import Bar
+from .lengths import describe_span
 from .personal_data import KIND_LABELS
 from .text_checks import reveal
 
@@ -120,7 +120,7 @@ def _draw_histogram(report: DataReport) -> tuple[list[_Rectangle], float | None]
     for index, bar in enumerate(histogram):
         height = (_HEIGHT - _TOP) * bar.rows / most
         height = max(height, 1.5) if bar.rows else 0.0
-        title = f"{_describe(bar)} {lengths.unit}: {bar.rows:,} rows"
+        title = f"{describe_span(bar.start, bar.end)} {lengths.unit}: {bar.rows:,} rows"
         label = f"{bar.start:,}" if index % every == 0 else ""
         bars.append(
             _Rectangle(
@@ -132,11 +132,7 @@ def _draw_histogram(report: DataReport) -> tuple[list[_Rectangle], float | None]
                 label,
             )
         )
-    width = (histogram[0].end or 1) - histogram[0].start
-    place = lengths.max_length / width * step
-    has_limit = lengths.tokenizer is not None and place < _WIDTH
+    width = (histogram[0].end or 0) - histogram[0].start
+    place = (lengths.max_length - histogram[0].start) / width * step
+    has_limit = lengths.tokenizer is not None and 0 <= place < _WIDTH
     return bars, round(place, 2) if has_limit else None
-
-
-def _describe(bar: Bar) -> str:
-    return f"{bar.start:,} to {bar.end - 1:,}" if bar.end is not None else f"{bar.start:,} or more"

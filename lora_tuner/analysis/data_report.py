@@ -5,6 +5,7 @@ that `--max-rows` would take. All text in a report is an excerpt with its person
 """
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import DEFAULT_BASE, ModelOptions, TrainConfig
 from ..data import tokenization
 from ..data.dataset import Dataset, load_dataset
+from ..data.near_duplicates import clusters
 from ..errors import BaseModelError, DataError, EventHandler, HubError, Notice, Progress, ignore_events
 from ..text import display_name
 from .lengths import Lengths, describe_lengths, find_outliers
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 SAMPLE_ROWS = 50_000
 _EXAMPLES = 5
+_MEMBERS = 3  # rows of a cluster that are shown
 _BATCH = 1_000
 
 
@@ -90,7 +93,7 @@ class DataReport:
     long_rows: int
     short: list[Example]
     short_rows: int
-    near_copies: NearCopies | None  # not searched yet
+    near_copies: NearCopies
     languages: list[Language] | None
     personal_data: list[PersonalData]
     personal_rows: int
@@ -124,10 +127,10 @@ def make_report(
         DataError: The data cannot be read, or too few rows are left to train on.
     """
     lenient = config.model_copy(update={"max_invalid": 1.0})
-    dataset = load_dataset(lenient, notify)
-    rows, is_sample = read_sample(lenient, sample_rows)
     hints: list[str] = []
     excerpts = Excerpts(region)
+    dataset = _load(lenient, excerpts, hints, notify)
+    rows, is_sample = read_sample(lenient, sample_rows)
     lengths, lengths_of_rows = _measure_lengths(config, rows, excerpts, hints, notify)
     long, short = find_outliers(lengths_of_rows)
     texts = check_texts(rows, dataset.clean or "none", excerpts, hints, notify)
@@ -159,7 +162,7 @@ def make_report(
         long_rows=len(long),
         short=examples(short),
         short_rows=len(short),
-        near_copies=None,
+        near_copies=_find_near_copies(rows, excerpts, notify),
         languages=texts.languages,
         personal_data=texts.personal_data,
         personal_rows=texts.personal_rows,
@@ -171,13 +174,31 @@ def make_report(
     )
 
 
+def _load(config: TrainConfig, excerpts: Excerpts, hints: list[str], notify: EventHandler) -> Dataset:
+    """Load the rows as training does; with their near-copies, if training stops without these."""
+    try:
+        return load_dataset(config, notify)
+    except DataError as error:
+        if config.near_duplicates == "keep":
+            raise
+        dataset = load_dataset(config.model_copy(update={"near_duplicates": "keep"}))
+        hints.append(excerpts.mask(f"Training would stop: {error}"))
+        return dataset
+
+
 def _invalid_reasons(dataset: Dataset, excerpts: Excerpts) -> list[Invalid]:
     reasons = [
-        Invalid(excerpts.mask(reason), count, excerpts.mask(first))
+        Invalid(excerpts.mask(reason), count, excerpts.mask(_without_folder(first, source.name)))
         for source in dataset.sources
         for reason, (count, first) in source.invalid.items()
     ]
     return sorted(reasons, key=lambda invalid: -invalid.rows)
+
+
+def _without_folder(place: str, source: str) -> str:
+    """Return a place in a file without the local folder that the dataset lies in."""
+    folder = os.path.dirname(os.path.expanduser(source))
+    return place.removeprefix(folder + os.sep) if folder else place
 
 
 # Lengths
@@ -244,6 +265,24 @@ def _tokenize(
             f"{excerpts.mask(str(reason))}: training leaves them out, and they count as 0 tokens here."
         )
     return total
+
+
+# Near-copies
+
+
+def _find_near_copies(rows: Sequence[SampledRow], excerpts: Excerpts, notify: EventHandler) -> NearCopies:
+    notify(Progress("near-copies", 0, 1))
+    found = clusters([row.text for row in rows])
+    notify(Progress("near-copies", 1, 1))
+    return NearCopies(
+        clusters=len(found),
+        rows=sum(map(len, found)),
+        spare_rows=sum(map(len, found)) - len(found),
+        largest=len(found[0]) if found else 0,
+        examples=[
+            [excerpts.example(rows[position]) for position in cluster[:_MEMBERS]] for cluster in found[:_EXAMPLES]
+        ],
+    )
 
 
 # Loss

@@ -1,5 +1,6 @@
 """Lengths of rows: a histogram, quantiles, what `--max-length` cuts, and outliers."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,17 +98,26 @@ def describe_lengths(
 
 def _histogram(values: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> list[Bar]:
     """Return bars of one width up to the 99th percentile, and one for all longer rows."""
-    limit = int(np.percentile(values, 99))
-    width = _nice_width(max(limit, 1) / _BINS)
-    count = limit // width + 1
-    rows = np.bincount(np.minimum(values // width, count), minlength=count + 1)
-    bars = [Bar(index * width, (index + 1) * width, int(rows[index])) for index in range(count)]
-    return [*bars, Bar(count * width, None, int(rows[count]))] if rows[count] else bars
+    limit, least = int(np.percentile(values, 99)), int(values.min())
+    width = _nice_width((limit - least) / _BINS)
+    first = least // width
+    count = limit // width + 1 - first
+    rows = np.bincount(np.minimum(values // width - first, count), minlength=count + 1)
+    edges = [(first + index) * width for index in range(count + 1)]
+    bars = [Bar(*edge, int(rows[index])) for index, edge in enumerate(itertools.pairwise(edges))]
+    return [*bars, Bar(edges[-1], None, int(rows[count]))] if rows[count] else bars
 
 
 def _nice_width(least: float) -> int:
     power = int(10 ** math.floor(math.log10(max(least, 1))))
     return next(step * power for step in _NICE if step * power >= least)
+
+
+def describe_span(start: int, end: int | None) -> str:
+    """Describe lengths from `start` up to but without `end`."""
+    if end is None:
+        return f"{start:,} or more"
+    return f"{start:,}" if end == start + 1 else f"{start:,} to {end - 1:,}"
 
 
 def find_outliers(lengths: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -5,6 +5,7 @@ it is the same but for what was replaced. It is read back and compared before it
 complete: see `personal_data`.
 """
 
+import contextlib
 import csv
 import itertools
 import json
@@ -18,8 +19,10 @@ from typing import Any
 
 from .. import atomic_io
 from ..config import TrainConfig
+from ..data.documents import UnreadableRow
 from ..data.formats import detect_layout
 from ..data.readers import Table, read_file
+from ..data.rows import Source, iter_rows
 from ..data.sources import open_source
 from ..errors import ConfigError, DataError, EventHandler, Progress, ignore_events
 from ..text import format_names
@@ -35,10 +38,16 @@ INCOMPLETE = "This is not complete: names, addresses and what is written in anot
 
 @dataclass
 class RedactResult:
-    """Copy of a dataset, and the replacements in it by kind; of keys also by kind of key."""
+    """Copy of a dataset, and the replacements in it by kind; of keys also by kind of key.
+
+    `unreadable` rows, such as damaged documents, are empty in the copy. `clean` is how the original
+    is cleaned, if `--clean auto` would choose something else for the copy.
+    """
 
     path: Path
     rows: int = 0
+    unreadable: int = 0
+    clean: str | None = None
     changed_rows: int = 0
     replaced: Counter[str] = field(default_factory=Counter)
     keys: Counter[str] = field(default_factory=Counter)
@@ -100,12 +109,27 @@ def redact(
         except (TypeError, ValueError) as error:
             raise _cannot_write(path, " ".join(str(error).split())) from error
         _compare(work, path, copy, config, layout)
+        copy.result.clean = _other_cleaning(work, config)
         atomic_io.fsync_path(work)
         if os.path.lexists(path) and not overwrite:
             raise ConfigError(f"{path} exists: choose another name, or use --overwrite.")
         os.replace(work, path)
         atomic_io.fsync_path(path.parent)
     return copy.result
+
+
+def _other_cleaning(work: Path, config: TrainConfig) -> str | None:
+    """Return how the original is cleaned, if the copy is cleaned in another way."""
+    modes = {_chosen_cleaning(name, config) for name in _dataset_names(config)}
+    mode = modes.pop()
+    return mode if not modes and mode != _chosen_cleaning(str(work), config) else None
+
+
+def _chosen_cleaning(name: str, config: TrainConfig) -> str | None:
+    source = Source(name)
+    with contextlib.suppress(DataError):  # no row for `where`: training says so
+        next(iter_rows(config, source), None)
+    return source.clean
 
 
 def _cannot_write(path: Path, reason: str) -> DataError:
@@ -142,6 +166,7 @@ class _Copy:
                 before = self.result.replaced.total()
                 redacted = {name: self._redact(row.get(name), name) for name in columns}
                 self.result.rows += 1
+                self.result.unreadable += isinstance(row, UnreadableRow)
                 self.result.changed_rows += self.result.replaced.total() > before
                 self.hashes.append(_row_hash(redacted, columns))
                 if self.result.rows % _BATCH == 0:

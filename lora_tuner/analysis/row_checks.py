@@ -85,7 +85,7 @@ def check_texts(
             languages.setdefault(text_checks.detect_language(readable(row.text)), []).append(row)
         personal_rows += _add_personal_data(kinds, row, excerpts)
         # Before cleaning; conversations as they are learned, as only their parts are texts.
-        raw = readable(row.text) if chat.is_chat(row.text) else row.raw
+        raw = readable(row.text) if chat.is_chat(chat.plain_text(row.text)) else row.raw
         composed_rows += text_checks.has_composed(raw)
         for trouble in TROUBLES:
             if place := trouble.find(raw):

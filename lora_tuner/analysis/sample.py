@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ..config import TrainConfig
 from ..data import chat
 from ..data.rows import Source, iter_rows
-from ..text import display_name, shorten
+from ..text import display_name
 from . import phones
 from .personal_data import Finding, in_context, replace_personal_data
 from .text_checks import reveal
@@ -95,7 +95,7 @@ def readable(text: str) -> str:
         return text
     value = json.loads(text.removeprefix(chat.CHAT_MARK))
     if isinstance(value, dict) and "messages" not in value:
-        return f"{value['prompt']} → {value['completion']}"
+        return " → ".join(value[name] for name in ("prompt", "completion") if name in value)
     messages = value["messages"] if isinstance(value, dict) else value
     return " ".join(f"[{message['role']}] {message['content']}" for message in messages)
 
@@ -112,9 +112,9 @@ class Excerpts:
         return replaced if phones.finds_phones() else _DIGITS.sub("[NUMBER]", replaced)
 
     def excerpt(self, text: str) -> str:
-        """Return beginning and end of a row, masked before it is cut, so that nothing is cut into two."""
-        masked = self.mask(readable(text)[:_READ_CHARS])
-        return shorten(" ".join(reveal(masked).split()), _EXCERPT_CHARS)
+        """Return the beginning of a row, masked before it is cut, so that nothing is cut into two."""
+        masked = " ".join(reveal(self.mask(readable(text)[:_READ_CHARS])).split())
+        return masked if len(masked) <= _EXCERPT_CHARS else f"{masked[:_EXCERPT_CHARS].rstrip()} …"
 
     def in_context(self, text: str, findings: list[Finding], shown: Finding) -> str:
         """Return personal data, masked, with the text around it."""

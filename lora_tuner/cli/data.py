@@ -141,8 +141,7 @@ def _show_report(report: "DataReport") -> None:
     _show_lengths(report.lengths, total)
     _show_examples(f"{_count(report.long_rows)} far longer than the others", report.long)
     _show_examples(f"{_count(report.short_rows)} far shorter than the others", report.short)
-    if report.near_copies is not None:
-        _show_near_copies(report.near_copies, total)
+    _show_near_copies(report.near_copies, total)
     if report.languages is not None:
         _print_heading("languages")
         shown = [f"{language.name} {_share(language.rows, total)}" for language in report.languages[:_LANGUAGES]]
@@ -188,6 +187,8 @@ def _show_counts(report: "DataReport") -> None:
 
 
 def _show_lengths(lengths: "Lengths", total: int) -> None:
+    from ..analysis.lengths import describe_span
+
     of = f" of {lengths.tokenizer}" if lengths.tokenizer else ""
     _print_heading(f"lengths in {lengths.unit}{one_line(of)}")
     print(
@@ -199,8 +200,7 @@ def _show_lengths(lengths: "Lengths", total: int) -> None:
     counts = [sum(bar.rows for bar in group) for group in bars]
     table = []
     for group, rows in zip(bars, counts, strict=True):
-        end = group[-1].end
-        span = f"{group[0].start:,} to {end - 1:,}" if end is not None else f"{group[0].start:,} or more"
+        span = describe_span(group[0].start, group[-1].end)
         table.append((span, f"{rows:,}", "\u2588" * math.ceil(_BAR_CHARS * rows / max(counts))))
     print_table(table)
     if not lengths.cuts:
@@ -244,6 +244,10 @@ def _show_redacted(result: "RedactResult", note: str) -> None:
     print(
         f"{result.path}: {_count(result.rows)}; replaced {kinds}, in {_count(result.changed_rows)}{keys and f' ({keys})'}"
     )
+    if result.unreadable:
+        print(f"{_count(result.unreadable)} could not be read, and are empty in the copy.")
+    if result.clean:
+        print(f"Train on it with --clean {result.clean}, as the original is cleaned.")
     print(note)
 
 

@@ -41,5 +41,7 @@ def dirty(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def report(dirty, gpt2):
-    config = TrainConfig(dataset=str(dirty), base=str(gpt2), max_length=64, device="cpu", clean="none")
+    config = TrainConfig(
+        dataset=str(dirty), base=str(gpt2), max_length=64, device="cpu", clean="none", near_duplicates="keep"
+    )
     return data_report.make_report(config, loss_rows=8)

@@ -29,7 +29,7 @@ def make(gpt2, tmp_path):
 
 
 def test_counts_are_those_of_training(report, dirty):
-    counts = load_dataset(TrainConfig(dataset=str(dirty), clean="none")).counts
+    counts = load_dataset(TrainConfig(dataset=str(dirty), clean="none", near_duplicates="keep")).counts
     assert report.counts == counts.__dict__
     assert (report.counts["read"], report.counts["empty"], report.counts["duplicates"]) == (60, 1, 1)
     assert report.sampled_rows == 58
@@ -37,7 +37,7 @@ def test_counts_are_those_of_training(report, dirty):
 
 
 def test_lengths_are_those_of_training(report, dirty, gpt2):
-    dataset = load_dataset(TrainConfig(dataset=str(dirty), clean="none"))
+    dataset = load_dataset(TrainConfig(dataset=str(dirty), clean="none", near_duplicates="keep"))
     tokenizer = loading.load_tokenizer(loading.base_for_adapter(None, ModelOptions(base=str(gpt2))))
     texts = dataset.train + dataset.held_out
     _, use = tokenization.encode_rows(tokenizer, texts, 64)
@@ -50,7 +50,7 @@ def test_lengths_are_those_of_training(report, dirty, gpt2):
 def test_losses_are_those_of_evaluation(report, dirty, gpt2):
     losses = report.losses
     base = loading.open_base(None, ModelOptions(base=str(gpt2), device="cpu"), training=True)
-    dataset = load_dataset(TrainConfig(dataset=str(dirty), clean="none"))
+    dataset = load_dataset(TrainConfig(dataset=str(dirty), clean="none", near_duplicates="keep"))
     rows = evaluation.encode_held_out(base, dataset.train + dataset.held_out)
     measured = evaluation.measure_loss(base.model, base, rows)
     each = {
@@ -63,7 +63,10 @@ def test_losses_are_those_of_evaluation(report, dirty, gpt2):
     assert float(losses.hardest[0].note.split()[0]) > losses.loss > float(losses.easiest[0].note.split()[0])
 
 
-def test_languages_add_up(report):
+def test_near_copies_and_languages_have_examples(report):
+    copies = report.near_copies
+    assert copies.rows - copies.clusters == copies.spare_rows >= 1
+    assert [11, 12] in [[example.row for example in cluster] for cluster in copies.examples]
     assert {language.code: language.rows for language in report.languages}["en"] > 40
     assert sum(language.rows for language in report.languages) == 58
 
@@ -91,6 +94,17 @@ def test_conversations_are_read_by_field(make, chat_base):  # noqa: F811
     assert {data.kind: data.rows for data in report.personal_data if data.rows} == {"email": 1, "key": 6}
     assert report.lengths.shortest == 0
     assert "6 conversations cannot be written by the chat template" in report.hints[0]
+
+
+def test_template_rows_are_read_as_text(make):
+    text = "question,answer\n" + "".join(f"What is {n}?,It is a{n}@b.de indeed\n" for n in range(9))
+    report = make("rows.csv", text, template="Q: {question} A: {answer}", answer_column="answer")
+    assert (
+        "Training would stop: rows.csv: 9 usable rows of 9 (0 empty, 0 duplicates, 8 near copies"
+        in report.hints[0]
+    )
+    assert {data.kind: data.count for data in report.personal_data if data.count} == {"email": 9}
+    assert report.personal_data[0].examples[0].text == "Q: What is 0? A: It is a***@***.de indeed"
 
 
 def test_base_without_template_counts_words(make):

@@ -137,3 +137,15 @@ def test_json_objects_stay_valid(copy):
     packed = json.dumps([{"role": "user", "content": 'say "a@b.de"'}, {"role": "assistant", "content": "ok"}])
     rows = copy("rows.csv", 'messages\n"' + packed.replace('"', '""') + '"\n')
     assert json.loads(rows[0]["messages"])[0]["content"] == 'say "[EMAIL]"'
+
+
+def test_documents_name_their_cleaning(copy, tmp_path):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "a.md").write_text("# Title\n\nWritten by a@b.de.\n")
+    (folder / "b.md").write_text("# Other\n\nText.\n")
+    (folder / "c.md").write_bytes(b"\xff\xfe")
+    rows = copy("notes", None)
+    assert [row.get("file") for row in rows] == ["a.md", "b.md", None]
+    assert "[EMAIL]" in rows[0]["text"]
+    assert copy.result.unreadable == 1
