@@ -32,7 +32,7 @@ _OTHER_TYPES = {  # first bytes -> a type that its extension does not tell
     b"\xd0\xcf\x11\xe0": "an Office file that is encrypted or of an old type: save it as .docx, .xlsx or .csv",
     b"SQLite format 3\0": "an SQLite database: name it .sqlite",
     b"%PDF-": "a PDF file: extract its text, as with `pdftotext`",
-    b"PAR1": "a Parquet file: name it .parquet",
+    b"PAR1\x15": "a Parquet file: name it .parquet",
 }
 
 
@@ -112,6 +112,9 @@ _COMPRESSIONS: dict[bytes, Callable[[io.FileIO], _Stream]] = {
 }
 
 
+_BZIP2_BLOCKS = (b"1AY&SY", b"\x17rE8P\x90")  # first and last
+
+
 class _Unpacked(io.RawIOBase):
     """The bytes of a compressed file. Too many of them, or a damaged file, raise ValueError."""
 
@@ -157,6 +160,8 @@ def unpack(file: io.FileIO) -> io.RawIOBase:
 
 
 def _find_opener(start: bytes) -> Callable[[io.FileIO], _Stream] | None:
+    if start.startswith(b"BZh") and start[4:10] not in _BZIP2_BLOCKS:
+        return None  # text that begins so
     return next((opener for magic, opener in _COMPRESSIONS.items() if start.startswith(magic)), None)
 
 

@@ -50,6 +50,9 @@ def test_compressed_files_give_same_rows(load, tmp_path, ending):
 def test_first_bytes_tell_compression(load):
     assert rows(load("packed.csv", gzip.compress(table().encode()))) == sorted(TEXTS)
     assert rows(load("unpacked.csv.gz", table())) == sorted(TEXTS)
+    texts = ["BZh9 is a word", "PAR1", "PK is a park", *TEXTS]
+    assert rows(load("a.txt", "\n".join(texts))) == sorted(texts)
+    assert rows(load("b.txt", "\n".join(texts[1:]))) == sorted(texts[1:])
 
 
 @pytest.mark.parametrize("ending", COMPRESSIONS)
