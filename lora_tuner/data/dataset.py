@@ -9,6 +9,7 @@ avoids that.
 import hashlib
 import heapq
 import itertools
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -20,7 +21,16 @@ from .mixing import mix_lists
 from .near_duplicates import find_copies
 from .rows import RowCounts, Source, TextRow, iter_rows
 from .sources import default_eval_split, describe_splits, eval_source, resolve_eval_dataset
-from .splitting import GOES_ON, MIN_TEXT_CHARS, content_hash, is_held_out, row_hash, split_text
+from .splitting import (
+    GOES_ON,
+    MIN_DOCUMENTS,
+    MIN_TEXT_CHARS,
+    content_hash,
+    is_held_out,
+    row_hash,
+    split_document,
+    split_text,
+)
 from .tokenization import TextUse
 
 MAX_PREVIEWS = 50  # rows of which the text before cleaning is kept
@@ -179,27 +189,28 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
     eval_config = config.model_copy(update={"clean": dataset.clean or config.clean})
     eval_rows = load_eval_dataset(eval_config, notify) if config.other_eval_dataset else {}
     dataset.eval_hashes = frozenset(eval_rows).union(row.side for row in eval_rows.values())
+    held_out = _hold_out_blocks(dataset, rows, config, notify)
     held_out_sides = _choose_held_out([row.side for row in rows.values()], dataset.eval_hashes, config, notify)
-    held_out: list[list[TextRow]] = [[] for _ in sources]
     for digest, row in rows.items():
         source = sources[row.source]
         if row.side in held_out_sides:
+            source.counts.held_out += 1
             held_out[row.source].append(row)
         elif digest in dataset.eval_hashes or row.side in dataset.eval_hashes:
             source.counts.in_eval_dataset += 1
         else:
+            source.counts.train += 1
             source.train.append(row.text)
             if row.raw and len(dataset.previews) < MAX_PREVIEWS:
                 dataset.previews.append((row.raw, row.text))
-    for source, source_rows in zip(sources, held_out, strict=True):
-        source.counts.train, source.counts.held_out = len(source.train), len(source_rows)
+    for source in sources:
         source.report_invalid(config.max_invalid, notify)
-    _order_held_out(dataset, [[*eval_rows.values()]] if config.other_eval_dataset else held_out, config)
+    _order_held_out(dataset, [[*eval_rows.values()]] if config.other_eval_dataset else held_out, config, notify)
     unmeasured = itertools.chain.from_iterable(held_out) if eval_rows else []
     dataset.leave_out_copies([row.text for row in unmeasured], config, notify)
     counts = dataset.counts
-    if counts.train + counts.held_out == 1 and not eval_rows and not config.streaming:
-        _hold_out_blocks(dataset, config.split_salt, notify)
+    if idle := [source.description for source in sources if not source.train and dataset.train]:
+        raise DataError(f"{idle[0]} has no row to train on: add rows, or leave this dataset out.")
     if not dataset.train or not dataset.held_out:
         copies = f", {counts.in_eval_dataset} in --eval-dataset" if counts.in_eval_dataset else ""
         groups = f" in {len({row.side for row in rows.values()})} groups" if config.group_by else ""
@@ -267,12 +278,16 @@ def _choose_held_out(
     return held_out
 
 
-def _order_held_out(dataset: Dataset, held_out: list[list[TextRow]], config: TrainConfig) -> None:
-    """Set the held-out rows of a dataset, and their sources and groups.
+def _order_held_out(
+    dataset: Dataset, held_out: list[list[TextRow]], config: TrainConfig, notify: EventHandler
+) -> None:
+    """Set the held-out rows of a dataset, and their sources and groups. Documents become rows.
 
     Args:
         held_out: Rows of each source, or those of the evaluation dataset alone.
     """
+    documents = [row for rows in held_out for row in rows if row.is_document]
+    held_out = [[part for row in rows for part in _split_document(row, config.split_salt)] for rows in held_out]
     for rows in held_out:
         rows.sort(key=lambda row: row.digest)
     if len(held_out) == len(dataset.weights):
@@ -282,26 +297,57 @@ def _order_held_out(dataset: Dataset, held_out: list[list[TextRow]], config: Tra
     dataset.held_out = [row.text for row in rows]
     if len(held_out) > 1:
         dataset.held_out_sources = {row.text: row.source for row in rows}
-    if config.group_by is not None:
+    if config.group_by is not None or len(documents) < sum(row.is_document for row in rows):
         dataset.held_out_groups = {row.text: row.side for row in rows}
+    if documents:
+        count = sum(row.is_document for row in rows)
+        notify(Notice(f"{len(documents):,} held-out documents are measured as {count:,} rows."))
 
 
-def _hold_out_blocks(dataset: Dataset, salt: str, notify: EventHandler) -> None:
-    """Hold out blocks of the only text, if it is long enough."""
-    (text,) = dataset.train + dataset.held_out
-    source = next(source for source in dataset.sources if source.train or source.counts.held_out)
-    if chat.is_chat(text) or len(text) < MIN_TEXT_CHARS:
-        return
-    source.train, held_out = split_text(text)
-    dataset.held_out = sorted(held_out, key=lambda row: row_hash(row, salt))
-    dataset.previews = [(row.removesuffix(GOES_ON), row) for row in source.train]
-    source.counts.train, source.counts.held_out = 1, 0
-    notify(
-        Notice(
-            f"{source.description} is one text, so blocks of it, a fifth in all, are held out as {len(held_out)} rows, and the "
-            "text beside them is not used. --eval-dataset measures on other text."
+def _split_document(row: TextRow, salt: str) -> list[TextRow]:
+    """Return the rows as which a held-out row is measured; their side is that of the whole."""
+    if not row.is_document:
+        return [row]
+    return [row._replace(digest=row_hash(text, salt), text=text) for text in split_document(row.text)]
+
+
+def _hold_out_blocks(
+    dataset: Dataset, rows: _UniqueRows, config: TrainConfig, notify: EventHandler
+) -> list[list[TextRow]]:
+    """Hold out blocks of long texts in each source that is one text, or a few documents.
+
+    The rows of these sources are removed from `rows`.
+
+    Returns:
+        The held-out rows of each source.
+    """
+    blocks: list[list[TextRow]] = [[] for _ in dataset.sources]
+    if config.streaming or config.other_eval_dataset:
+        return blocks
+    sizes = Counter(row.source for row in rows.values())
+    for number, count in sizes.items():
+        source = dataset.sources[number]
+        texts = [row for row in rows.values() if row.source == number] if count < MIN_DOCUMENTS else []
+        documents = config.group_by is None and all(row.is_document for row in texts)
+        is_long = {row.digest: len(row.text) >= MIN_TEXT_CHARS and not chat.is_chat(row.text) for row in texts}
+        if not any(is_long.values()) or not (documents or count == 1):
+            continue
+        for row in texts:
+            train, held_out = split_text(row.text) if is_long[row.digest] else ([row.text], [])
+            source.train += train
+            hashes = [row_hash(text, config.split_salt) for text in held_out]
+            blocks[number] += [TextRow(*pair, "", pair[0], number) for pair in zip(hashes, held_out, strict=True)]
+            del rows[row.digest]
+        dataset.previews += [(text.removesuffix(GOES_ON), text) for text in source.train]
+        source.counts.train = count
+        subject = "one text, so blocks of it" if count == 1 else f"{count} documents, so blocks of them"
+        notify(
+            Notice(
+                f"{source.description} is {subject}, a fifth in all, are held out as {len(blocks[number])} rows, and the "
+                "text beside them is not used. --eval-dataset measures on other text."
+            )
         )
-    )
+    return blocks
 
 
 def load_eval_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> dict[bytes, TextRow]:

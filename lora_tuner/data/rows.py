@@ -32,7 +32,7 @@ class TextRow(NamedTuple):
     """A usable row: the hash of its text, the text, and that before cleaning.
 
     `side` is the hash that decides its side of the split: that of its text, or of its group.
-    `source` is the number of its dataset among those of the run.
+    `source` is the number of its dataset among those of the run. A document is read as one row.
     """
 
     digest: bytes
@@ -40,6 +40,7 @@ class TextRow(NamedTuple):
     raw: str
     side: bytes
     source: int = 0
+    is_document: bool = False
 
 
 @dataclass

@@ -1,17 +1,19 @@
 """Assign each row to the training or the held-out side by a hash of its text, or of its group.
 
-One long text alone is split in itself: blocks of it are held out, with a gap of unused text at
-either side.
+One long text alone, or a few documents, are split in themselves: blocks of them are held out, with a
+gap of unused text at either side.
 """
 
 import hashlib
 import itertools
 import re
+from collections.abc import Sequence
 
 from . import chat
 
 HELD_OUT_SHARE = 0.2
 GOES_ON = "\x03"  # last character of a text that goes on, so it has no end-of-text token
+MIN_DOCUMENTS = 5  # of fewer, blocks are held out
 MIN_TEXT_CHARS = 1_000  # shortest text of which blocks are held out
 _BLOCK_PERIOD, _MAX_BLOCKS = 50_000, 10  # characters of a text per held-out block
 _MIN_GAP_CHARS = 100  # unused text in front of a block and behind it
@@ -25,6 +27,7 @@ SENTENCE_START = re.compile(
     r"(?![\u3002\uff01\uff1f\u201d\u2019\u300d\u300f\uff09])\s*(?=\S)"
     r"|\n+(?=[ \t]*+\S)"
 )
+PARAGRAPH_START = re.compile(r"\n[ \t]*\n\s*(?=\S)")
 WORD_START = re.compile(r"\s+(?=\S)")
 
 
@@ -62,6 +65,16 @@ def content_hash(texts: list[str]) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(text.encode()).digest() for text in texts)).hexdigest()
 
 
+def split_document(text: str) -> list[str]:
+    """Split a held-out document into rows to measure, where a paragraph, sentence or line begins."""
+    count = max(1, round(len(text) / _HELD_OUT_ROW_CHARS))
+    size = len(text) / count
+    patterns = (PARAGRAPH_START, SENTENCE_START, WORD_START)
+    starts = [_next_start(text, round(size * number), size / 4, patterns) for number in range(1, count)]
+    edges = [0, *starts, len(text)]
+    return [_excerpt(text, *pair) for pair in itertools.pairwise(edges) if text[slice(*pair)].strip()]
+
+
 def split_text(text: str) -> tuple[list[str], list[str]]:
     """Split one text into rows to train on and held-out rows, in the order of the text.
 
@@ -89,10 +102,12 @@ def _excerpt(text: str, begin: int, end: int) -> str:
     return text[begin:end] + (GOES_ON if end < len(text) else "")
 
 
-def _next_start(text: str, position: int, reach: float) -> int:
+def _next_start(
+    text: str, position: int, reach: float, patterns: Sequence[re.Pattern[str]] = (SENTENCE_START, WORD_START)
+) -> int:
     """Return where the next sentence or line begins, else the next word, at most `reach` further."""
     if position < len(text):
-        for pattern in (SENTENCE_START, WORD_START):
+        for pattern in patterns:
             if gap := pattern.search(text, position, round(position + reach)):
                 return gap.end()
     return min(position, len(text))

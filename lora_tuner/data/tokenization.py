@@ -21,7 +21,7 @@ import numpy.typing as npt
 from ..config import LongRows
 from ..errors import DataError, InvalidRowError
 from . import chat, chat_template
-from .splitting import GOES_ON, SENTENCE_START, WORD_START
+from .splitting import GOES_ON, PARAGRAPH_START, SENTENCE_START, WORD_START
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -337,15 +337,19 @@ def _chunk_text(tokenizer: "PreTrainedTokenizerBase", text: str, max_length: int
 
 
 def _find_cut(text: str, offsets: npt.NDArray[np.int64], first: int, limit: int) -> int:
-    """Return the last token up to `limit` with which a sentence or line begins, else a word.
+    """Return the last token up to `limit` with which a paragraph begins, else a sentence, a line, or a
+    word.
+
+    A paragraph counts in the second half of the chunk alone.
 
     Args:
         offsets: Of shape (tokens, 2): the first character of each token, and the one after it.
         first: First token of the chunk. It gets two tokens or more: one has no label.
     """
     ends = offsets[:, 1]
-    for pattern in (SENTENCE_START, WORD_START):
-        gaps = list(pattern.finditer(text, int(offsets[first, 1]), int(ends[limit])))
+    for pattern in (PARAGRAPH_START, SENTENCE_START, WORD_START):
+        begin = (first + limit) // 2 if pattern is PARAGRAPH_START else first
+        gaps = list(pattern.finditer(text, int(ends[begin]), int(ends[limit])))
         for gap in reversed(gaps):
             token = int(np.searchsorted(ends, gap.end(), side="right"))
             if first + 1 < token <= limit and offsets[token, 0] >= gap.start():

@@ -35,7 +35,6 @@ from ..errors import (
     ignore_events,
     os_error_message,
 )
-from ..evaluation import EvalSet
 from ..models import lora
 from ..settings_files import read_settings, resolve_settings
 from ..text import format_number
@@ -361,10 +360,7 @@ def _measure_trials(
     first = resolve_settings(TrainConfig, {}, first_adapter.path / RUN_FILE)
     if setup is not None:
         setup.remove_lora()
-        base, rows = (
-            setup.base,
-            EvalSet(name, setup.held_out_texts, groups=setup.dataset.groups_of(setup.held_out_texts)),
-        )
+        base, rows = setup.base, setup.eval_set(name)
     else:
         options = ModelOptions(device=first.device, dtype=first.dtype, load_in=first.load_in, notify=notify)
         base, rows = evaluation.open_base(first_adapter, options), evaluation.cached_rows(first_adapter)

@@ -27,6 +27,7 @@ from lora_tuner.settings_files import resolve_settings
 from lora_tuner.training import run, sweep
 from lora_tuner.training.arguments import EpochOrder
 
+from .. import tiny_models
 from ..faults.process import Command
 
 CLI = Path(__file__).parents[2] / "cli.py"
@@ -135,6 +136,23 @@ def test_two_processes_train_same_adapter(settings, run_both):
         )
     assert two.manifest.data == one.manifest.data
     assert not Path("runs/two").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [{}, {"streaming": True, "shuffle_buffer": 20}], ids=["", "stream"])
+def test_two_processes_mix_sources_alike(settings, streaming):
+    settings = {name: value for name, value in settings.items() if name != "dataset"} | streaming
+    for name in "ab":
+        texts = tiny_models.reviews(60, seed=ord(name))
+        Path(f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    datasets = ["a.jsonl=0.7", "b.jsonl=0.3"]
+    options = [f"--dataset={dataset}" for dataset in datasets]
+    done = run_two(settings, *options, "--max-steps=30", "--name=two")
+    assert done.status == 0, done.err
+    same = {"dataset": datasets, "max_steps": 30, "gradient_accumulation": 2, "name": "one"}
+    one, two = train(TrainConfig.model_validate(settings | same)), Library().get("two")
+    assert max(abs(a - b) for a, b in zip(curve(one), curve(two), strict=True)) < 1e-5
+    assert [source.weight for source in two.manifest.data.sources] == [0.7, 0.3]
 
 
 @pytest.mark.slow
