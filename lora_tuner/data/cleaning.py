@@ -44,10 +44,14 @@ def clean_text(text: str, mode: CleanMode = "full") -> str:
     if mode == "none":
         text = _MARKS.sub("", text).encode("utf-8", "replace").decode("utf-8")
         return text if text.strip() else ""
-    text = _BLOCK_TAG.sub("\n", "".join(_INLINE_TAG.sub("", part) for part in _split_at_comments(text)))
-    text = html.unescape(_HUGE_ENTITY.sub("\ufffd", text))
-    text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates cannot be encoded
-    text = unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
+    # Each step is left out where it would change nothing: most texts have no tags, entities or accents.
+    if "<" in text:
+        text = _BLOCK_TAG.sub("\n", "".join(_INLINE_TAG.sub("", part) for part in _split_at_comments(text)))
+    if "&" in text:
+        text = html.unescape(_HUGE_ENTITY.sub("\ufffd", text))
+    if not text.isascii():
+        text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates cannot be encoded
+        text = unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
     if mode == "full":
         return _SPACE.sub(" ", text).strip()
     lines = [_SPACE.sub(" ", line).strip() for line in text.splitlines()]

@@ -119,9 +119,10 @@ class Dataset:
         self.compared = compared if config.streaming else []
         self.previews = [preview for preview in self.previews if preview[1] not in copies]
         for source in self.sources:
-            source.train = [text for text in source.train if text not in copies]
-            source.counts.near_duplicates = source.counts.train - len(source.train)
-            source.counts.train = len(source.train)
+            kept = [text for text in source.train if text not in copies]
+            source.counts.near_duplicates = len(source.train) - len(kept)
+            source.counts.train -= source.counts.near_duplicates
+            source.train = kept
 
     def leave_out(self, errors: Mapping[str, InvalidRowError], max_invalid: float, notify: EventHandler) -> None:
         """Remove training and held-out rows that the chat template of the base cannot write.
@@ -164,15 +165,15 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
     """
     config = resolve_eval_dataset(config, notify)
     dataset = Dataset(
-        [Source(name, weight) for name, weight in config.weighted_datasets],
+        [Source(name, number, weight) for number, (name, weight) in enumerate(config.weighted_datasets)],
         splits=describe_splits(config),
         eval_dataset=config.eval_dataset,
         eval_split=config.eval_split,
     )
     sources = dataset.sources
     rows: _UniqueRows = {}
-    for number, source in enumerate(sources):
-        _read_unique(config, source, rows, number, notify, first_only=config.streaming)
+    for source in sources:
+        _read_unique(config, source, rows, notify, first_only=config.streaming)
         if source.ungrouped:
             notify(
                 Notice(
@@ -192,18 +193,17 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
     held_out = _hold_out_blocks(dataset, rows, config, notify)
     held_out_sides = _choose_held_out([row.side for row in rows.values()], dataset.eval_hashes, config, notify)
     for digest, row in rows.items():
-        source = sources[row.source]
         if row.side in held_out_sides:
-            source.counts.held_out += 1
             held_out[row.source].append(row)
         elif digest in dataset.eval_hashes or row.side in dataset.eval_hashes:
-            source.counts.in_eval_dataset += 1
+            sources[row.source].counts.in_eval_dataset += 1
         else:
-            source.counts.train += 1
-            source.train.append(row.text)
+            sources[row.source].train.append(row.text)
             if row.raw and len(dataset.previews) < MAX_PREVIEWS:
                 dataset.previews.append((row.raw, row.text))
-    for source in sources:
+    for source, source_rows in zip(sources, held_out, strict=True):
+        if not source.counts.train:  # else blocks of it are held out
+            source.counts.train, source.counts.held_out = len(source.train), len(source_rows)
         source.report_invalid(config.max_invalid, notify)
     _order_held_out(dataset, [[*eval_rows.values()]] if config.other_eval_dataset else held_out, config, notify)
     unmeasured = itertools.chain.from_iterable(held_out) if eval_rows else []
@@ -365,7 +365,7 @@ def load_eval_dataset(config: TrainConfig, notify: EventHandler = ignore_events)
     source, rows = Source(name), _UniqueRows()
     # What is said about the dataset itself is not said again.
     source_notify = ignore_events if name == config.dataset else notify
-    _read_unique(eval_source(config, split), source, rows, notify=source_notify)
+    _read_unique(eval_source(config, split), source, rows, source_notify)
     source.report_invalid(config.max_invalid, notify)
     if not rows:
         raise DataError(f"{source.description} has no usable row to evaluate on.")
@@ -378,12 +378,11 @@ def _read_unique(
     config: TrainConfig,
     source: Source,
     rows: _UniqueRows,
-    number: int = 0,
     notify: EventHandler = ignore_events,
     *,
     first_only: bool = False,
 ) -> None:
-    """Add the rows of source `number` that are not there yet; only the first keep their raw text.
+    """Add the rows of a source that are not there yet.
 
     Args:
         first_only: Stop after the rows of one shuffle buffer, and the held-out rows to evaluate on.
@@ -393,9 +392,10 @@ def _read_unique(
         if row.digest in rows:
             source.counts.duplicates += 1
             continue
-        rows[row.digest] = row._replace(raw=row.raw if len(rows) < MAX_PREVIEWS * 10 else "", source=number)
-        held_out += is_held_out(row.side)
-        train += not is_held_out(row.side)
-        enough_held_out = config.other_eval_dataset or held_out >= config.eval_rows
-        if first_only and enough_held_out and train >= config.shuffle_buffer:
-            break
+        rows[row.digest] = row
+        if first_only:
+            held_out += is_held_out(row.side)
+            train += not is_held_out(row.side)
+            enough_held_out = config.other_eval_dataset or held_out >= config.eval_rows
+            if enough_held_out and train >= config.shuffle_buffer:
+                break

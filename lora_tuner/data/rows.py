@@ -21,6 +21,7 @@ from .row_readers import Layout, text_reader
 from .sources import open_source
 from .splitting import group_hash, row_hash
 
+MAX_RAW = 500  # rows of a source whose text before cleaning is kept
 MAX_REASONS = 8  # reasons for invalid rows that a notice names
 MIN_ROWS_TO_STOP = 100  # rows of a stream before too many invalid ones stop it
 _SAMPLED_TEXTS = 200  # texts that determine how all are cleaned
@@ -29,7 +30,7 @@ _VALUES_LIMIT = 100_000  # rows that are searched for the values of a column
 
 
 class TextRow(NamedTuple):
-    """A usable row: the hash of its text, the text, and that before cleaning.
+    """A usable row: the hash of its text, the text, and in the first rows that before cleaning.
 
     `side` is the hash that decides its side of the split: that of its text, or of its group.
     `source` is the number of its dataset among those of the run. A document is read as one row.
@@ -74,6 +75,7 @@ class Source:
     """
 
     name: str
+    number: int = 0
     weight: float | None = None  # share of the training sequences
     description: str = ""
     format: str = "text"  # or a layout of conversations, such as "messages"
@@ -147,7 +149,6 @@ def iter_rows(
                 skip -= 1
                 continue
             counts.read += 1
-            place = table.place(number, row)
             try:
                 if isinstance(row, UnreadableRow):
                     raise InvalidRowError(row.reason)
@@ -156,20 +157,25 @@ def iter_rows(
                     continue
                 raw, text = read_text(row)
             except InvalidRowError as error:
-                source.add_invalid(place, error)
+                source.add_invalid(table.place(number, row), error)
                 if config.streaming and counts.read >= MIN_ROWS_TO_STOP:
                     source.report_invalid(config.max_invalid)
                 continue
             if chat.is_chat(text):
-                source.places[text] = place
+                source.places[text] = table.place(number, row)
             if text:
                 canonical = text
                 if is_verbatim:
                     with contextlib.suppress(InvalidRowError):
                         canonical = read_canonical(row)[1] or text
-                digest, group = row_hash(canonical, config.split_salt), group_of(row)
-                source.ungrouped += group == ""
-                yield TextRow(digest, text, raw, group_hash(group, config.split_salt) if group else digest)
+                side = digest = row_hash(canonical, config.split_salt)
+                if group_of and (group := group_of(row)):
+                    side = group_hash(group, config.split_salt)
+                elif group_of:
+                    source.ungrouped += 1
+                if counts.read > MAX_RAW:
+                    raw = ""
+                yield TextRow(digest, text, raw, side, source.number, table.is_document)
             else:
                 counts.empty += 1
     if config.where and counts.filtered == counts.read:
@@ -178,11 +184,11 @@ def iter_rows(
         )
 
 
-def _group_reader(table: Table, source: str, config: TrainConfig) -> Callable[[Row], str | None]:
-    """Return a function from a row to its group: "" if it has no value, None without `group_by`."""
+def _group_reader(table: Table, source: str, config: TrainConfig) -> Callable[[Row], str] | None:
+    """Return a function from a row to its group, "" if it has no value; None without `group_by`."""
     column = config.group_by
     if column is None:
-        return lambda row: None
+        return None
     if column in table.columns:
         return lambda row: "" if row.get(column) is None else str(row[column]).strip()
     if column != FILE_GROUP or not os.path.lexists(table.source):

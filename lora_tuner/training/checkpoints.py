@@ -241,7 +241,7 @@ def check_unchanged(before: dict[str, str], after: dict[str, str], folder: Path)
 def check_stream(setup: TrainingSetup, checkpoint: Path) -> None:
     """Raise TrainingError when rows have changed that the stream of a checkpoint has passed."""
     stream = open_stream(
-        setup, checkpoint, [Source(source.name, source.weight) for source in setup.dataset.sources]
+        setup, checkpoint, [Source(source.name, weight=source.weight) for source in setup.dataset.sources]
     )
     if not stream.knows_passed_rows():
         setup.notify(

@@ -237,7 +237,7 @@ def test_sequence_has_rows_of_one_source():
 
 def make_stream(states=(), weights=(0.7, 0.3)):
     config = TrainConfig(dataset=["a.jsonl", "b.jsonl"], streaming=True, shuffle_buffer=7, packing=False)
-    sources = [Source(f"{name}.jsonl", weight) for name, weight in zip("ab", weights, strict=True)]
+    sources = [Source(f"{name}.jsonl", weight=weight) for name, weight in zip("ab", weights, strict=True)]
     return StreamingDataset(config, tiny_models.tokenizer(), frozenset(), sources, states)
 
 
