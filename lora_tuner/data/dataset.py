@@ -297,11 +297,11 @@ def _order_held_out(
     dataset.held_out = [row.text for row in rows]
     if len(held_out) > 1:
         dataset.held_out_sources = {row.text: row.source for row in rows}
-    if config.group_by is not None or len(documents) < sum(row.is_document for row in rows):
+    parts = sum(row.is_document for row in rows)
+    if parts > len(documents):
+        notify(Notice(f"{len(documents):,} held-out documents are measured as {parts:,} rows."))
+    if config.group_by is not None or parts > len(documents):
         dataset.held_out_groups = {row.text: row.side for row in rows}
-    if documents:
-        count = sum(row.is_document for row in rows)
-        notify(Notice(f"{len(documents):,} held-out documents are measured as {count:,} rows."))
 
 
 def _split_document(row: TextRow, salt: str) -> list[TextRow]:

@@ -1,9 +1,10 @@
-"""All rows of a group are on one side of the split; several datasets are mixed by their weights."""
+"""All rows of a group or a document are on one side; several datasets are mixed by their weights."""
 
 import csv
 import json
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from lora_tuner.data.mixing import mix, mix_lists
 from lora_tuner.data.packing import PackedSequences
 from lora_tuner.data.rows import Source
 from lora_tuner.data.streaming import StreamingDataset, StreamState
+from lora_tuner.data.tokenization import encode_rows
 from lora_tuner.errors import ConfigError, DataError
 from lora_tuner.evaluation import HeldOutLoss, paired_gain
 from lora_tuner.settings_files import config_to_yaml, resolve_settings
@@ -302,3 +304,56 @@ def test_error_by_group_counts_groups_once():
     assert (
         paired_gain(HeldOutLoss([1.0, 2], [3, 3], [0, 0]), HeldOutLoss([1.0, 1], [3, 3])).standard_error is None
     )
+
+
+# Documents
+
+
+def write_documents(count, paragraphs=12):
+    """Write documents of paragraphs of one sentence, each of which names its document."""
+    Path("notes").mkdir()
+    for number in range(count):
+        reviews = iter(tiny_models.reviews(paragraphs, seed=number))
+        text = "\n\n".join(f"Note{number} {review} {'and so on ' * 25}." for review in reviews)
+        Path("notes", f"{number}.md").write_text(text, encoding="utf-8")
+
+
+def notes_of(texts):
+    return {word for text in texts for word in text.split() if word.startswith("Note")}
+
+
+def test_document_is_on_one_side_and_measured_whole():
+    write_documents(20)
+    notices = []
+    dataset = load_dataset(TrainConfig(dataset="notes"), notices.append)
+    assert not notes_of(dataset.train) & notes_of(dataset.held_out)
+    assert dataset.counts.held_out < len(dataset.held_out) <= dataset.counts.held_out * 3
+    whole = {path.read_text() for path in Path("notes").iterdir()} - set(dataset.train)
+    assert sum(map(len, dataset.held_out)) >= 0.99 * sum(map(len, whole))
+    assert all(text.startswith("Note") for text in dataset.held_out)
+    groups = dataset.groups_of(dataset.held_out)
+    assert len(set(groups)) == dataset.counts.held_out == len(notes_of(dataset.held_out))
+    count = f"{dataset.counts.held_out} held-out documents are measured as {len(dataset.held_out)} rows."
+    assert count in [notice.text for notice in notices]
+
+
+def test_few_documents_hold_out_blocks():
+    write_documents(3, paragraphs=40)
+    notices = []
+    dataset = load_dataset(TrainConfig(dataset="notes", near_duplicates="keep"), notices.append)
+    assert all({"Note0", "Note1", "Note2"} <= notes_of(texts) for texts in (dataset.train, dataset.held_out))
+    whole = sum(len(path.read_text()) for path in Path("notes").iterdir())
+    assert sum(map(len, dataset.held_out)) / whole == pytest.approx(0.2, abs=0.02)
+    assert sum(map(len, dataset.train)) / whole < 0.79  # with a gap
+    assert (dataset.counts.train, dataset.counts.held_out) == (3, 0)
+    assert any("notes is 3 documents, so blocks of them, a fifth in all" in notice.text for notice in notices)
+
+
+def test_chunk_ends_at_paragraph_in_its_second_half():
+    paragraphs = [" ".join(f"word{number}" for number in range(start, start + 20)) for start in range(0, 200, 20)]
+    sentences = "\n\n".join(f"{paragraph}. And more." for paragraph in paragraphs)
+    tokenizer = tiny_models.tokenizer()
+    rows, _ = encode_rows(tokenizer, [sentences], 150)
+    texts = [tokenizer.decode(row) for row in rows]
+    assert len(texts) > 3
+    assert all(text.strip().endswith("And more.") for text in texts[:-1])
