@@ -24,6 +24,8 @@ _WIDTH, _HEIGHT, _TOP = 720, 220, 26  # of the histogram, in its own units
 _LABELS = 8  # below the bars
 # What became of rows, in the order of the bar; those that a later version counts come last.
 _FATES = ("train", "held_out")
+# Of fates to look at; the others are grey.
+_COLORS = {"train": 0, "held_out": 1, "duplicates": 3, "invalid": 4, "near_duplicates": 5, "empty": 7}
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class _Fate:
 
     name: str
     rows: int
+    color: int  # class of the style sheet
     x: float
     width: float
 
@@ -104,7 +107,7 @@ def _fates(counts: dict[str, int]) -> list[_Fate]:
     for name in order:
         if rows := counts[name]:
             width = 100 * rows / total
-            fates.append(_Fate(name.replace("_", " "), rows, round(x, 3), round(width, 3)))
+            fates.append(_Fate(name.replace("_", " "), rows, _COLORS.get(name, 2), round(x, 3), round(width, 3)))
             x += width
     return fates
 
