@@ -149,10 +149,14 @@ def evaluate(
         AdapterError: the adapters do not share one base, or there are no rows.
     """
     sets = _select_sets(adapters, sets, eval_rows, options.notify)
+    return evaluate_on(open_base_of(adapters, options), adapters, sets, options=options)
+
+
+def open_base_of(adapters: Sequence[Adapter], options: ModelOptions) -> LoadedBase:
+    """Load the base of several adapters to measure them, quantized as for training if one was trained so."""
     runs = [adapter.manifest.run for adapter in adapters if adapter.manifest]
     as_trained = any(run is not None and run.load_in == options.load_in for run in runs)
-    base = open_base(adapters[0], options, training=as_trained)
-    return evaluate_on(base, adapters, sets, options=options)
+    return open_base(adapters[0], options, training=as_trained)
 
 
 def open_base(adapter: Adapter, options: ModelOptions, *, training: bool = True) -> LoadedBase:

@@ -25,6 +25,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from ..analysis.leak import Leak
     from ..evaluation import GainMatrix
 
 
@@ -44,6 +45,13 @@ def evaluate(
     plot: Annotated[
         Path | None, typer.Option(help="Plot the gains to this PNG file.", show_default=False)
     ] = None,
+    leak: Annotated[
+        bool,
+        typer.Option(
+            "--leak",
+            help="Show how much of each gain comes from held-out rows that have a near copy among the training rows.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     *,
@@ -56,7 +64,16 @@ def evaluate(
         raise ConfigError(f"--plot {plot}: there is no folder {plot.parent}.")
     if plot and (why := f"{plot} is a folder" if plot.is_dir() else atomic_io.why_not_replaceable(plot)):
         raise ConfigError(f"--plot {plot}: {why}.")
+    if leak and (plot or overrides):
+        names = ["plot"] * bool(plot) + [*overrides]
+        raise ConfigError(f"{', '.join(names)}: --leak measures the rows held out in training, so leave it out.")
     loaded = Library(adapters_dir).get_all(adapters)
+    if leak:
+        from ..analysis.leak import measure_leak
+
+        leaks = measure_leak(loaded, eval_rows=eval_rows, options=options)
+        show_json({"adapters": [each.to_dict() for each in leaks]}) if as_json else show_leaks(leaks)
+        return
     sets = eval_sets_from(overrides, eval_rows, loaded)
     from .. import evaluation
     from ..adapters import plots
@@ -94,6 +111,31 @@ def show_gains(matrix: "GainMatrix") -> None:
     for eval_set in matrix.sets:
         if eval_set.missing:
             print_stderr(f"{eval_set.name} has no column: {eval_set.missing}.")
+
+
+def show_leaks(leaks: Sequence["Leak"]) -> None:
+    """Print the gain of each adapter on the held-out rows with and without a near copy in training."""
+    table, lines = [], []
+    for leak in leaks:
+        if leak.missing or leak.all_rows is None:
+            print_stderr(f"{leak.adapter} has no figures: {leak.missing}.")
+            continue
+        parts = {"all": leak.all_rows, "with a near copy": leak.with_copy, "without one": leak.without_copy}
+        for label, part in parts.items():
+            gain = format_gain(part.gain, part.standard_error, "+.4f") if part else ""
+            table.append([leak.adapter, label, str(part.rows if part else 0), gain])
+        copied = leak.with_copy.rows if leak.with_copy else 0
+        share = "there is no gain" if leak.share is None else f"{leak.share:.1%} of the gain comes from these"
+        lines.append(
+            f"{leak.adapter}: {leak.copies:,} of {leak.training_rows:,} training rows nearly copy {copied} of "
+            f"{leak.all_rows.rows} held-out rows; {share}"
+        )
+    if table:
+        print(
+            "improvement over the base (loss, ± standard error) on held-out rows that a training row nearly copies"
+        )
+        print_table(table, ("", "held-out rows", "rows", "improvement"))
+        print("\n".join(lines))
 
 
 def _print_matrix(rows: Sequence[Sequence[str]], columns: Sequence[str]) -> None:

@@ -1,0 +1,168 @@
+"""Show how much of a gain comes from held-out rows that have a near copy among the training rows.
+
+For adapters of before `near_duplicates`, or trained with `keep`. The training rows are read again
+from the dataset that run.yaml names, and compared as training would (data/near_duplicates.py).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .. import evaluation
+from ..adapters.adapter import RUN_FILE, Adapter
+from ..adapters.manifest import EvalResult
+from ..config import ModelOptions, TrainConfig
+from ..data.dataset import load_dataset
+from ..data.near_duplicates import NearDuplicates
+from ..data.rows import Source, iter_rows
+from ..data.splitting import is_held_out
+from ..errors import EventHandler, LoraTunerError, Notice, Progress
+from ..evaluation import EvalSet, LossPair
+from ..models import lora
+from ..models.loading import LoadedBase
+from ..models.tokenizer import load_adapter_tokenizer
+from ..settings_files import resolve_settings
+
+_STREAM_BATCH = 10_000  # rows of a stream that are compared at once
+
+
+@dataclass(frozen=True)
+class Leak:
+    """Gain of an adapter on its held-out rows, and on those with and without a near copy in training.
+
+    A part is None without rows. `training_rows` were compared, and `copies` of them nearly copy a
+    measured row. `share` is the part of the gain that comes from rows with a copy; None if there is
+    no gain. `missing` is the reason for no figures.
+    """
+
+    adapter: str
+    missing: str | None = None
+    training_rows: int = 0
+    copies: int = 0
+    all_rows: EvalResult | None = None
+    with_copy: EvalResult | None = None
+    without_copy: EvalResult | None = None
+    share: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures for JSON."""
+        parts = {"all": self.all_rows, "with_copy": self.with_copy, "without_copy": self.without_copy}
+        return {
+            "name": self.adapter,
+            "missing": self.missing,
+            "training_rows": self.training_rows,
+            "copies": self.copies,
+            **{name: result and result.model_dump() for name, result in parts.items()},
+            "share": self.share,
+        }
+
+
+def measure_leak(
+    adapters: Sequence[Adapter], *, eval_rows: int | None = None, options: ModelOptions = ModelOptions()
+) -> list[Leak]:
+    """Measure each adapter on the rows that it was evaluated on when it was trained.
+
+    Price: the data is read again; the losses are in the cache, if they are those of training.
+
+    Args:
+        eval_rows: use only the first rows of each set.
+
+    Raises:
+        AdapterError: the adapters do not share one base.
+    """
+    base: LoadedBase | None = None
+    leaks = []
+    for adapter in adapters:
+        (rows,) = evaluation.select_rows([evaluation.cached_rows(adapter, options.notify)], eval_rows)
+        try:
+            if rows.missing:
+                raise _UnknownRowsError(rows.missing)
+            leak, copied = _compare(adapter, rows, options.notify)
+        except (_UnknownRowsError, LoraTunerError) as error:
+            leaks.append(Leak(adapter.name, missing=str(error).rstrip(".")))
+            continue
+        base = base or evaluation.open_base_of(adapters, options)
+        lora.check_base(adapter, base, options)
+        leaks.append(_measure(base, adapter, rows, leak, copied, options))
+    return leaks
+
+
+class _UnknownRowsError(Exception):
+    """The training rows or the held-out rows of an adapter are not known."""
+
+
+def _compare(adapter: Adapter, rows: EvalSet, notify: EventHandler) -> tuple[Leak, set[str]]:
+    """Return the counts of training rows, and the measured rows that have a near copy among them."""
+    if not (adapter.path / RUN_FILE).is_file():
+        raise _UnknownRowsError(f"it has no {RUN_FILE}, so its training rows are unknown")
+    config = resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE)
+    notify(Progress(f"training rows of {adapter.name}", 0, 1))
+    if config.streaming:
+        held_out, batches = rows.texts, _stream_batches(adapter, config)
+    else:
+        dataset = load_dataset(config)
+        held_out, batches = dataset.held_out, iter([dataset.train])
+        if not {*rows.texts} <= {*held_out}:
+            raise _UnknownRowsError(f"{config.dataset} no longer holds out the rows that it was measured on")
+    index, measured = NearDuplicates(held_out), {*rows.texts}
+    training_rows = copies = 0
+    copied: set[str] = set()
+    for texts in batches:
+        matches = [{held_out[number] for number in numbers} & measured for numbers in index.find_all(texts)]
+        training_rows += len(texts)
+        copies += sum(map(bool, matches))
+        copied.update(*matches)
+    notify(Progress(f"training rows of {adapter.name}", 1, 1))
+    if adapter.manifest and adapter.manifest.parents:
+        parents = ", ".join(parent.name for parent in adapter.manifest.parents)
+        notify(Notice(f"{adapter.name} continues from {parents}, whose training rows are not compared."))
+    return Leak(adapter.name, training_rows=training_rows, copies=copies), copied
+
+
+def _stream_batches(adapter: Adapter, config: TrainConfig) -> Iterator[list[str]]:
+    """Yield the training rows of a stream, no more than were read of it."""
+    if config.near_duplicates == "drop":  # near copies of the measured rows were passed over
+        return
+    data = adapter.manifest.data if adapter.manifest else None
+    limit = data.counts.get("read", 0) if data else 0
+    for number, (name, _) in enumerate(config.weighted_datasets):
+        texts: list[str] = []
+        source = Source(name, number)
+        for row in iter_rows(config, source):
+            if source.counts.read > limit:
+                break
+            if not is_held_out(row.side):
+                texts.append(row.text)
+            if len(texts) == _STREAM_BATCH:
+                yield texts
+                texts = []
+        yield texts
+
+
+def _measure(
+    base: LoadedBase, adapter: Adapter, rows: EvalSet, leak: Leak, copied: set[str], options: ModelOptions
+) -> Leak:
+    tokenizer = load_adapter_tokenizer(adapter, base, options)
+    encoded = evaluation.encode_measured(
+        base if tokenizer is None else replace(base, tokenizer=tokenizer), rows.texts, {}
+    )
+    rows = rows.select([*encoded])
+    ((pair,),) = evaluation.held_out_losses(
+        base, {adapter.name: adapter}, [rows], options.notify, options=options
+    )
+    if pair is None:
+        return replace(leak, missing="none of its held-out rows has anything to predict")
+    with_copy = [number for number, text in enumerate(rows.texts) if text in copied]
+    without_copy = [number for number, text in enumerate(rows.texts) if text not in copied]
+    all_rows, leaked = evaluation.paired_gain(*pair), _gain_on(pair, with_copy)
+    share: float | None = None
+    if all_rows.gain > 0:
+        share = leaked.gain * leaked.tokens / (all_rows.gain * all_rows.tokens) if leaked else 0.0
+    return replace(
+        leak, all_rows=all_rows, with_copy=leaked, without_copy=_gain_on(pair, without_copy), share=share
+    )
+
+
+def _gain_on(pair: LossPair, numbers: Sequence[int]) -> EvalResult | None:
+    """The gain on some of the rows; None without rows."""
+    return evaluation.paired_gain(*(loss.select(numbers) for loss in pair)) if numbers else None

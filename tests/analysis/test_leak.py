@@ -1,0 +1,130 @@
+"""The share of a gain that comes from held-out rows with a near copy among the training rows."""
+
+import json
+import shutil
+
+import pytest
+
+from lora_tuner import Library, ModelOptions, TrainConfig, train
+from lora_tuner.analysis.leak import measure_leak
+from lora_tuner.data.splitting import is_held_out, row_hash
+
+from ..cli.test_commands import error, run
+from ..data.test_near_duplicates import texts
+
+OPTIONS = ModelOptions(device="cpu")
+
+
+def copies_to_train_on(text):
+    """Two near copies that are on the training side."""
+    copies = (f"{text} {number}" for number in range(100))
+    return [copy for copy in copies if not is_held_out(row_hash(copy, "lora_tuner"))][:2]
+
+
+@pytest.fixture(scope="module")
+def trained(gpt2, tmp_path_factory):
+    """An adapter of rows with two near copies of 4 rows that are measured."""
+    folder = tmp_path_factory.mktemp("trained")
+    rows = texts(60, 2)
+    held_out = sorted(
+        (text for text in rows if is_held_out(row_hash(text, "lora_tuner"))),
+        key=lambda text: row_hash(text, "lora_tuner"),
+    )
+    copied = held_out[1:5]
+    rows += [copy for text in copied for copy in copies_to_train_on(text)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_TUNER_CACHE", str(folder / "cache"))
+        patch.chdir(folder)
+        (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+        settings = {
+            "rank": 2,
+            "max_steps": 2,
+            "max_length": 64,
+            "learning_rate": 0.02,
+            "batch_size": 4,
+            "eval_rows": 8,
+        }
+        settings |= {"dataset": "rows.jsonl", "base": str(gpt2), "device": "cpu"}
+        train(TrainConfig(**settings, near_duplicates="keep", name="kept"))
+    return folder
+
+
+@pytest.fixture
+def adapters(trained, tmp_path, monkeypatch):
+    """The adapter, and others that say they were trained without near copies, or from a stream."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setenv("LORA_TUNER_CACHE", str(tmp_path / "cache"))
+    changes = {
+        "clean": ("duplicates: keep", "duplicates: drop"),
+        "streamed": ("streaming: false", "streaming: true\nshuffle_buffer: 60"),
+    }
+    for name, change in changes.items():
+        shutil.copytree(tmp_path / "adapters" / "kept", tmp_path / "adapters" / name)
+        path = tmp_path / "adapters" / name / "run.yaml"
+        path.write_text(path.read_text().replace(*change))
+    return {name: Library().get(name) for name in ("kept", *changes)}
+
+
+def test_leak_is_gain_on_copied_rows(adapters):
+    kept, clean, streamed = measure_leak([*adapters.values()], options=OPTIONS)
+    for leak in (kept, streamed):
+        assert (leak.missing, leak.copies) == (None, 8)
+        assert (leak.all_rows.rows, leak.with_copy.rows, leak.without_copy.rows) == (8, 4, 4)
+        assert leak.all_rows == adapters[leak.adapter].manifest.result
+        parts = [part.gain * part.tokens for part in (leak.with_copy, leak.without_copy)]
+        assert sum(parts) == pytest.approx(leak.all_rows.gain * leak.all_rows.tokens)
+        assert leak.share == pytest.approx(parts[0] / sum(parts))
+    assert kept.training_rows == adapters["kept"].manifest.data.counts["train"] == 51 + 8
+    assert streamed.training_rows == kept.training_rows
+    assert (clean.copies, clean.with_copy, clean.share) == (0, None, 0.0)
+    assert clean.without_copy == clean.all_rows
+    (first,) = measure_leak([adapters["kept"]], eval_rows=3, options=OPTIONS)
+    assert (first.all_rows.rows, first.with_copy.rows) == (3, 2)
+
+
+def test_run_of_before_kept_its_copies(adapters):
+    path = adapters["kept"].path / "run.yaml"
+    path.write_text(path.read_text().replace("near_duplicates: keep\n", ""))
+    (leak,) = measure_leak([adapters["kept"]], options=OPTIONS)
+    assert leak.copies == 8
+
+
+def test_leak_without_rows_gives_reason(adapters, tmp_path):
+    (adapters["kept"].path / "run.yaml").unlink()
+    (tmp_path / "rows.jsonl").rename(tmp_path / "moved.jsonl")
+    kept, clean = measure_leak([adapters["kept"], adapters["clean"]], options=OPTIONS)
+    assert kept.missing == "it has no run.yaml, so its training rows are unknown"
+    assert (
+        clean.missing
+        == "There is no dataset 'rows.jsonl': give imdb, an existing file or folder, or a Hub id (owner/name)"
+    )
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(40, seed=3)))
+    (clean,) = measure_leak([adapters["clean"]], options=OPTIONS)
+    assert clean.missing == "rows.jsonl no longer holds out the rows that it was measured on"
+
+
+def test_evaluate_leak_shows_share(adapters, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    shown = run("evaluate", "kept", "clean", "--leak").stdout.splitlines()
+    leaks = json.loads(run("evaluate", "kept", "clean", "--leak", "--json").stdout)["adapters"]
+    assert [leak["name"] for leak in leaks] == ["kept", "clean"]
+    parts = [
+        f"{leaks[0][part]['gain']:+.4f} ± {leaks[0][part]['standard_error']:.4f}" for part in ("all", "with_copy")
+    ]
+    assert [" ".join(line.split()) for line in shown[2:4]] == [
+        f"kept all 8 {parts[0]}",
+        f"kept with a near copy 4 {parts[1]}",
+    ]
+    share = leaks[0]["share"]
+    assert shown[-2:] == [
+        f"kept: 8 of 59 training rows nearly copy 4 of 8 held-out rows; {share:.1%} of the gain comes from these",
+        "clean: 0 of 51 training rows nearly copy 0 of 8 held-out rows; 0.0% of the gain comes from these",
+    ]
+    (adapters["kept"].path / "run.yaml").unlink()
+    assert (
+        "kept has no figures: it has no run.yaml, so its training rows are unknown."
+        in run("evaluate", "kept", "--leak").stderr
+    )
+    assert error("evaluate", "kept", "--leak", "--plot", "a.png") == (
+        "Error: plot: --leak measures the rows held out in training, so leave it out."
+    )
