@@ -190,6 +190,7 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
     eval_config = config.model_copy(update={"clean": dataset.clean or config.clean})
     eval_rows = load_eval_dataset(eval_config, notify) if config.other_eval_dataset else {}
     dataset.eval_hashes = frozenset(eval_rows).union(row.side for row in eval_rows.values())
+    usable, sides = len(rows), {row.side for row in rows.values()} if config.group_by else set()
     held_out = _hold_out_blocks(dataset, rows, config, notify)
     held_out_sides = _choose_held_out([row.side for row in rows.values()], dataset.eval_hashes, config, notify)
     for digest, row in rows.items():
@@ -201,6 +202,7 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
             sources[row.source].train.append(row.text)
             if row.raw and len(dataset.previews) < MAX_PREVIEWS:
                 dataset.previews.append((row.raw, row.text))
+    rows.clear()  # near copies take as much memory
     for source, source_rows in zip(sources, held_out, strict=True):
         if not source.counts.train:  # else blocks of it are held out
             source.counts.train, source.counts.held_out = len(source.train), len(source_rows)
@@ -213,13 +215,13 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
         raise DataError(f"{idle[0]} has no row to train on: add rows, or leave this dataset out.")
     if not dataset.train or not dataset.held_out:
         copies = f", {counts.in_eval_dataset} in --eval-dataset" if counts.in_eval_dataset else ""
-        groups = f" in {len({row.side for row in rows.values()})} groups" if config.group_by else ""
+        groups = f" in {len(sides)} groups" if config.group_by else ""
         advice = "" if eval_rows else ", or give rows to measure on with --eval-dataset"
         if counts.near_duplicates:
             copies += f", {counts.near_duplicates} near copies of held-out rows"
             advice += ", or keep near copies with --near-duplicates keep"
         raise DataError(
-            f"{dataset.description}: {len(rows)} usable rows{groups} of {counts.read} ({counts.empty} empty, "
+            f"{dataset.description}: {usable} usable rows{groups} of {counts.read} ({counts.empty} empty, "
             f"{counts.duplicates} duplicates{copies}) leave {counts.train} to train on and {counts.held_out} held out: "
             f"at least one of each is needed, so add {'groups' if groups else 'rows'}{advice}."
         )
