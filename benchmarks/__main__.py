@@ -25,6 +25,7 @@ from . import (
     growth,
     larger,
     methods,
+    near_duplicates,
     quality,
     serving,
     sizes,
@@ -45,8 +46,17 @@ PARTS = {
     "stream": stream.run,
     "growth": growth.run,
     "larger": larger.run,
+    "near_duplicates": near_duplicates.run,
 }
-STUDIES = ("defaults", "methods", "sizes", "larger", "stream", "growth")  # slow, so they run only when named
+STUDIES = (
+    "defaults",
+    "methods",
+    "sizes",
+    "larger",
+    "stream",
+    "growth",
+    "near_duplicates",
+)  # slow, so they run only when named
 PACKAGES = ("lora_tuner", "torch", "transformers", "peft", "trl", "xllamacpp")
 
 

@@ -1,0 +1,169 @@
+"""Near copies: found and false ones among real reviews, time, and memory.
+
+`python -m benchmarks.near_duplicates reviews.jsonl` writes 5,000 reviews of which a tenth has a near
+copy beside it, for a training with `--near-duplicates drop` and one with `keep`.
+"""
+
+import json
+import random
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from lora_tuner import TrainConfig
+from lora_tuner.data.dataset import load_dataset
+from lora_tuner.data.near_duplicates import NearDuplicates
+
+from .measure import Figure, figure
+
+REVIEWS, COPIES = 5_000, 500
+ROWS, ROW_WORDS, BATCH = 1_000_000, 60, 10_000
+Edit = Callable[[str, random.Random], str]
+
+
+def run(rounds: int) -> list[Figure]:
+    """Measure in three minutes; `rounds` is ignored."""
+    dataset = load_dataset(TrainConfig(near_duplicates="keep"))
+    reviews = dataset.train + dataset.held_out
+    return [*_found(reviews), *_speed(dataset.train, dataset.held_out), *_memory()]
+
+
+def _found(reviews: list[str]) -> list[Figure]:
+    """Measure the share of near copies of each kind that are found, and of other rows that are taken for some."""
+    draw = random.Random(0)
+    rows = draw.sample(reviews, REVIEWS)
+    index = NearDuplicates(rows)
+    figures = []
+    for kind, edit in EDITS.items():
+        numbers = draw.sample(range(REVIEWS), COPIES)
+        matches = index.find_all([edit(rows[number], draw) for number in numbers])
+        share = sum(number in found for number, found in zip(numbers, matches, strict=True)) / COPIES
+        figures.append(figure(f"found: {kind}", 100 * share, "%"))
+    others = sorted(set(reviews).difference(rows))
+    false = sum(map(bool, index.find_all(others)))
+    note = f"{false} of {len(others):,} other reviews; see RESULTS.md"
+    return [*figures, figure("taken for copies", 100 * false / len(others), "%", note)]
+
+
+def _speed(train: list[str], held_out: list[str]) -> list[Figure]:
+    start = time.perf_counter()
+    matches = NearDuplicates(held_out).find(train)
+    seconds = time.perf_counter() - start
+    count = sum(match is not None for match in matches)
+    note = f"{len(train):,} against {len(held_out):,}; {count} found"
+    return [figure("all IMDb reviews", seconds, "s", note)]
+
+
+def _memory() -> list[Figure]:
+    """Measure a million short rows: a fifth indexed, the others compared with them in batches."""
+    generator, process = np.random.default_rng(0), psutil.Process()
+    held_out = [row for _ in range(ROWS // 5 // BATCH) for row in _make_rows(generator)]
+    before, peak, seconds = process.memory_info().rss, 0, 0.0
+    start = time.perf_counter()
+    index = NearDuplicates(held_out)
+    indexing = time.perf_counter() - start
+    for _ in range(ROWS * 4 // 5 // BATCH):
+        batch = _make_rows(generator)
+        start = time.perf_counter()
+        index.find(batch)
+        seconds += time.perf_counter() - start
+        peak = max(peak, process.memory_info().rss)
+    note = f"beside the texts; {ROWS:,} rows of {ROW_WORDS} words, a fifth indexed in {indexing:.0f} s"
+    return [
+        figure("index and batches of short rows", (peak - before) / 1e6, "MB", note),
+        figure("short rows compared", ROWS * 4 / 5 / seconds, "rows/s"),
+    ]
+
+
+def _make_rows(generator: np.random.Generator) -> list[str]:
+    """Make rows of words whose frequencies are those of a language (Zipf)."""
+    words = np.minimum((generator.pareto(0.9, size=(BATCH, ROW_WORDS)) * 20).astype(int), 59_999)
+    return [" ".join(f"w{word:x}" for word in row) for row in words.tolist()]
+
+
+# Edits
+
+
+def _replace_words(share: float) -> Edit:
+    def edit(text: str, draw: random.Random) -> str:
+        words = text.split()
+        vocabulary = ["house", "water", "green", "table", "window", "money", "doctor", "silver", "river", "happy"]
+        for position in draw.sample(range(len(words)), round(share * len(words))):
+            words[position] = draw.choice(vocabulary)
+        return " ".join(words)
+
+    return edit
+
+
+def _sentences(text: str) -> list[str]:
+    return re.split(r"(?<=[.!?])\s+", text)
+
+
+def _drop_sentence(text: str, draw: random.Random) -> str:
+    sentences = _sentences(text)
+    del sentences[draw.randrange(len(sentences))]
+    return " ".join(sentences) or text
+
+
+def _move_sentences(text: str, draw: random.Random) -> str:
+    sentences = _sentences(text)
+    draw.shuffle(sentences)
+    return " ".join(sentences)
+
+
+def _mistype(text: str, draw: random.Random) -> str:
+    return "".join(draw.choice(("", letter * 2, "e")) if draw.random() < 0.02 else letter for letter in text)
+
+
+def _add_sentence(text: str, draw: random.Random) -> str:
+    return f"{text} I saw it {draw.randint(2, 9)} times with my brother, and we will watch it again next winter."
+
+
+def _quote(text: str, draw: random.Random) -> str:
+    filler = " ".join(f"w{draw.randrange(10_000)}" for _ in range(2 * len(text.split())))
+    return f'{filler}. Somebody wrote: "{text}" I do not agree.'
+
+
+def _swap_names(text: str, draw: random.Random) -> str:
+    for name in sorted(set(re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", text))):
+        text = re.sub(rf"\b{name}\b", draw.choice(("Kimura", "Anders", "Petra", "Quill")), text)
+    return text
+
+
+EDITS: dict[str, Edit] = {
+    "5% of the words replaced": _replace_words(0.05),
+    "10% of the words replaced": _replace_words(0.1),
+    "15% of the words replaced": _replace_words(0.15),
+    "a sentence dropped": _drop_sentence,
+    "a sentence added": _add_sentence,
+    "sentences in another order": _move_sentences,
+    "2% of the letters mistyped": _mistype,
+    "capitals, other punctuation": lambda text, draw: re.sub("[.,]", " !", text.upper()),
+    "a prefix and a suffix": lambda text, draw: f"Update {draw.randrange(10)}: {text} (edited)",
+    "cut to two thirds": lambda text, draw: text[: len(text) * 2 // 3],
+    "quoted in a text of three times the length": _quote,
+    "names swapped": _swap_names,
+}
+
+
+def main() -> None:
+    """Write reviews, and near copies of a tenth of them of all kinds in turn, to the file of the argument."""
+    draw = random.Random(0)
+    dataset = load_dataset(TrainConfig(near_duplicates="keep"))
+    rows = draw.sample(dataset.train + dataset.held_out, REVIEWS)
+    edits = [*EDITS.values()]
+    copies = [
+        edits[number % len(edits)](text, draw) for number, text in enumerate(draw.sample(rows, REVIEWS // 10))
+    ]
+    lines = [json.dumps({"text": text}) + "\n" for text in rows + copies]
+    draw.shuffle(lines)
+    Path(sys.argv[1]).write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
