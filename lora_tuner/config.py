@@ -403,10 +403,14 @@ class TrainConfig(_Settings):
             )
         return value
 
-    @field_validator("dataset")
+    @field_validator("dataset", mode="before")
     @classmethod
-    def _check_datasets(cls, value: str | list[str]) -> str | list[str]:
-        entries = [value] if isinstance(value, str) else value
+    def _check_datasets(cls, value: object) -> object:
+        entries = value if isinstance(value, list) else [value]
+        if isinstance(value, bool):
+            return value  # `_check_value` refuses it
+        if not all(isinstance(entry, str) for entry in entries):
+            raise ValueError("input should be a valid string")
         names, weights = zip(*map(split_weight, entries), strict=True) if entries else ((), ())
         if len(entries) == 1 and weights == (None,):
             return entries[0]

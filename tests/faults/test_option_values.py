@@ -24,6 +24,7 @@ INVALID += ["a\0b", "\u202e\u00fc\n", "\udcff", "some.txt", "folder", "folder/up
 NO_BASE = ("--base", "nowhere/base")  # accepted values get as far as this error
 ARGUMENTS = {
     "train": ("--dataset", "x.csv", *NO_BASE),
+    "data": ("x.csv", "--json", *NO_BASE),
     "generate": ("x", *NO_BASE),
     "compare": ("x", "--adapter", "a", *NO_BASE),
     "evaluate": ("a", "--eval-dataset", "x.csv", *NO_BASE),
@@ -73,6 +74,10 @@ ACCEPTED = {  # all others are rejected
     "--eval-dataset": {"some.txt"},
     "--max-invalid": {"0"},
     "--out": PATHS - {"folder"},
+    "--html": PATHS - {"folder"},
+    "--redact": PATHS,  # a name without an extension gets one
+    "--loss-rows": {HUGE},
+    "datasets": {"some.txt"},
     "prompt": TEXTS | {""},
     "repo": TEXTS,  # checked by the Hub
 }

@@ -544,10 +544,10 @@ def test_hostile_text_is_escaped(visit):
 
 
 def test_heat_map_equals_evaluate(visit, adapters, served, monkeypatch):
-    encode, tokenizers = evaluation.encode_held_out, []
+    encode, tokenizers = evaluation.encode_measured, []
     monkeypatch.setattr(
         evaluation,
-        "encode_held_out",
+        "encode_measured",
         lambda base, *rows: (tokenizers.append(base.tokenizer), encode(base, *rows))[1],
     )
     page = visit()
