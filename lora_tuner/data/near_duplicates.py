@@ -9,7 +9,8 @@ a part of a text, and a text that is quoted in a longer one. Rows of the same 5 
 always near copies, shorter ones never.
 
 Sequences that more than 2% of the compared rows have count on neither side: they are a header, a
-form or a phrase. So two rows of a common form are near copies only if what is filled in agrees.
+form or a phrase. So two rows of a common form are near copies only if what is filled in agrees. The
+words that agree must be half of all words of the shorter row, or 12.
 
 All sequences are looked up, not a sample of them as by MinHash (Broder, On the resemblance and
 containment of documents, 1997): short quotations are found in long rows, and nothing by chance.
@@ -87,6 +88,8 @@ class NearDuplicates:
 
         Of many copies of one another, the first 64 or so are named.
         """
+        if not len(self.rows.words):
+            return [[] for _ in texts]
         return [matches for batch in _batches(texts) for matches in self._find_batch(batch)]
 
     def _find_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -123,13 +126,15 @@ class NearDuplicates:
         other_covered = self.rows.count_covered(others[checked], pair_of, len(pairs))
         is_shorter = length <= other_length
         least = np.where(is_shorter, covered, other_covered)  # words of the shorter row in shared sequences
-        share = least / np.maximum(np.minimum(length, other_length), 1)
-        longer_share = np.where(is_shorter, other_covered, covered) / np.maximum(length, other_length).clip(1)
-        near = (share >= _MIN_SHARE) & (longer_share >= _MIN_SHARE)
-        near |= (share >= _MIN_PART_SHARE) & (least >= _MIN_PART)
-        near |= (share >= _MIN_QUOTED_SHARE) & (least >= _MIN_QUOTED)
-        evidence = np.where(is_shorter, rows.lengths()[text], self.rows.lengths()[other]) * _MIN_EVIDENCE_SHARE
-        found = np.flatnonzero(possible & near & (least >= np.minimum(evidence, _MIN_EVIDENCE)))
+        near = _are_near(
+            shared,
+            least,
+            np.where(is_shorter, other_covered, covered),
+            np.minimum(length, other_length),
+            np.maximum(length, other_length),
+            np.where(is_shorter, rows.lengths()[text], self.rows.lengths()[other]),
+        )
+        found = np.flatnonzero(possible & near)
         found = found[np.lexsort((other[found], -least[found], text[found]))]
         matches = [[] if key is None else self.whole.get(key, [])[:_MAX_POSTINGS] for key in rows.whole]
         for number, match in zip(text[found].tolist(), other[found].tolist(), strict=True):
@@ -184,6 +189,30 @@ def find_copies(
     elif copies:
         notify(Notice(f"{count} training rows nearly copy held-out ones {share}; {rule}."))
     return copies
+
+
+def _are_near(
+    shared: NDArray[np.int64],
+    covered: NDArray[np.int64],
+    longer_covered: NDArray[np.int64],
+    words: NDArray[np.int64],
+    longer_words: NDArray[np.int64],
+    all_words: NDArray[np.int64],
+) -> NDArray[np.bool_]:
+    """Return for each pair of rows whether they are near copies, by the rules of this module.
+
+    Args:
+        shared: Sequences that both have.
+        covered: Words of the shorter row in these; `longer_covered` those of the longer one.
+        words: Words of the shorter row in sequences that count; `longer_words` those of the longer one.
+        all_words: Words of the shorter row.
+    """
+    near: NDArray[np.bool_] = (covered >= _MIN_SHARE * words) & (longer_covered >= _MIN_SHARE * longer_words)
+    near |= (covered >= _MIN_PART_SHARE * words) & (covered >= _MIN_PART)
+    near |= (covered >= _MIN_QUOTED_SHARE * words) & (covered >= _MIN_QUOTED)
+    evidence = np.minimum(_MIN_EVIDENCE_SHARE * all_words, _MIN_EVIDENCE)
+    near &= (shared >= _MIN_SHARED) & (covered >= evidence)
+    return near
 
 
 @dataclass
@@ -295,7 +324,7 @@ class _WordHashes(dict[str, int]):
     def __missing__(self, word: str) -> int:
         if len(self) >= _MAX_CACHED_WORDS:
             self.clear()
-        self[word] = number = zlib.crc32(word.encode()) & ~1 | bool(_UNSPACED.match(word))
+        self[word] = number = zlib.crc32(word.encode(errors="surrogatepass")) & ~1 | bool(_UNSPACED.match(word))
         return number
 
 

@@ -144,6 +144,8 @@ def test_nearest_row_comes_first():
 
 def test_no_rows_have_no_copies():
     assert NearDuplicates([]).find(["one two three four five six", ""]) == [None, None]
+    assert NearDuplicates(["", "?"]).find(["one two three four five six", ""]) == [None, None]
+    assert NearDuplicates(["one two three four five \ud800"]).find(["ONE two three four five \udc00"]) == [0]
     assert NearDuplicates(ROWS).find([]) == []
     assert clusters([]) == []
 
