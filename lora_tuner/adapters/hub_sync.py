@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from .. import atomic_io, hub
-from ..config import default_adapter_name
+from ..config import default_adapter_name, split_weight
 from ..errors import AdapterError, ConfigError, EventHandler, HubError, Notice, ignore_events
 from ..settings_files import read_settings
 from ..text import display_name
@@ -126,10 +126,13 @@ def _strip_local_paths(folder: Path, manifest: Manifest) -> None:
     base, data, weights = manifest.base, manifest.data, manifest.weights
     base = base.model_copy(update={"name": display_name(base.name), "repo": display_name(base.repo)})
     if data is not None:
+        sources = [
+            source.model_copy(update={"name": display_name(source.name), "source": display_name(source.source)})
+            for source in data.sources
+        ]
         names = {"name": data.name, "source": data.source, "eval_dataset": data.eval_dataset}
-        data = data.model_copy(
-            update={key: display_name(name) for key, name in names.items() if name is not None}
-        )
+        shown = {key: display_name(name) for key, name in names.items() if name is not None}
+        data = data.model_copy(update={**shown, "sources": sources})
     if weights is not None:
         weights = weights.model_copy(update={"config": atomic_io.sha256_file(folder / CONFIG_FILE)})
     public = manifest.model_copy(update={"base": base, "data": data, "weights": weights})
@@ -139,12 +142,20 @@ def _strip_local_paths(folder: Path, manifest: Manifest) -> None:
             settings = read_settings(folder / RUN_FILE)
         except ConfigError as error:
             raise AdapterError(f"{folder.name} is not pushed: its {RUN_FILE} has no valid settings.") from error
-        settings |= {
-            key: display_name(settings[key]) for key in _PATH_SETTINGS if isinstance(settings.get(key), str)
-        }
+        settings |= {key: _without_folders(settings[key]) for key in _PATH_SETTINGS if key in settings}
         (folder / RUN_FILE).write_text(
             yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
         )
+
+
+def _without_folders(setting: object) -> object:
+    """Return a setting with the last part of each path alone; datasets keep their weights."""
+    if isinstance(setting, list):
+        return [_without_folders(entry) for entry in setting]
+    if not isinstance(setting, str):
+        return setting
+    name, _ = split_weight(setting)
+    return display_name(name) + setting.removeprefix(name)
 
 
 def pull(

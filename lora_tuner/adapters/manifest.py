@@ -108,8 +108,8 @@ class DatasetInfo(_ManifestModel):
     # Dataset of the held-out rows, if they are not held out of the training rows.
     eval_dataset: str | None = None
     eval_split: str | None = None  # its split, if it has splits
-    group_by: str | None = None  # column whose values are held out as a whole
-    sources: list[SourceInfo] = []  # of several datasets
+    group_by: str | None = None  # column whose values are held out as a whole; None if a blend's parents differ
+    sources: list[SourceInfo] = []  # of several datasets; of a blend, if its parents have the same
     held_out_hash: Digest | None  # None without held-out rows
     held_out_rows: int
     encoded_hash: Digest | None = None

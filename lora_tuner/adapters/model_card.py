@@ -137,8 +137,10 @@ def _format_source(source: SourceInfo) -> str:
 
 
 def _format_rows(data: DatasetInfo) -> str:
-    if is_conversation(data.format):
-        return f"conversations ({data.format}), trained on the answers alone"
+    formats = data.format.split(" + ")
+    if conversations := [name for name in formats if is_conversation(name)]:
+        rest = "; other rows as text" if len(conversations) < len(formats) else ""
+        return f"conversations ({' + '.join(conversations)}), trained on the answers alone{rest}"
     if data.template is None:
         return ""
     template = data.template.replace("\n", "\\n")

@@ -246,6 +246,9 @@ def _dataset_info(parents: Sequence[Adapter], sets: Sequence[EvalSet], parents_s
     if not datasets:
         return None
     first, *others = datasets.values()
+    # Results of the sources were measured on the parent.
+    unmeasured = [source.model_copy(update={"result": None}) for source in first.sources]
+    first = first.model_copy(update={"sources": unmeasured})
     if len(parents) == 1 and not sets:  # not evaluated: the parent's held-out rows stay recorded
         return first
     texts = [text for eval_set in sets for text in eval_set.texts]
@@ -276,6 +279,8 @@ def _dataset_info(parents: Sequence[Adapter], sets: Sequence[EvalSet], parents_s
             "near_duplicates": first.near_duplicates
             if len({data.near_duplicates for data in datasets.values()}) == 1
             else None,
+            "group_by": first.group_by if len({data.group_by for data in datasets.values()}) == 1 else None,
+            "sources": [],
             "counts": {},
             "template": first.template if same_template else None,
             "answer_column": first.answer_column if same_template else None,

@@ -129,6 +129,21 @@ def test_push_strips_local_paths(hub, adapter, gpt2, tmp_path_factory):
     assert not [name for name in hub.repos[KEY].files if root in served(hub, name)]
 
 
+def test_push_strips_paths_of_several_datasets(hub, adapter, tmp_path):
+    names = [f"{tmp_path}/mine/a.csv", "notes/b.csv"]
+    manifest = json.loads((adapter.path / MANIFEST_FILE).read_text())
+    source = {"weight": 0.5, "hash": "0" * 64, "counts": {}}
+    manifest["data"]["sources"] = [source | {"name": name, "source": name} for name in names]
+    (adapter.path / MANIFEST_FILE).write_text(json.dumps(manifest))
+    settings = yaml.safe_load((adapter.path / RUN_FILE).read_text())
+    settings["dataset"] = [f"{name}=0.5" for name in names]
+    (adapter.path / RUN_FILE).write_text(yaml.safe_dump(settings))
+    push(load_adapter_folder(adapter.path))
+    sources = json.loads(served(hub, MANIFEST_FILE))["data"]["sources"]
+    assert [(each["name"], each["source"]) for each in sources] == [("a.csv", "a.csv"), ("b.csv", "b.csv")]
+    assert yaml.safe_load(served(hub, RUN_FILE))["dataset"] == ["a.csv=0.5", "b.csv=0.5"]
+
+
 def test_push_config_without_base(hub, tmp_path):
     folder = adapter_files.write(tmp_path / "adapters" / "nameless", facts=adapter_files.manifest(run=None))
     nameless = {key: value for key, value in adapter_files.CONFIG.items() if key != "base_model_name_or_path"}

@@ -297,6 +297,12 @@ def test_card_shows_row_filter(card):
     assert table(card(adapter_files.manifest(data=facts.model_dump())))["Filter"] == "label=1"
 
 
+def test_card_names_text_beside_conversations(card):
+    facts = adapter_files.manifest().data.model_copy(update={"format": "text + messages"})
+    shown = table(card(adapter_files.manifest(data=facts.model_dump())))["Format"]
+    assert shown == "conversations (messages), trained on the answers alone; other rows as text"
+
+
 def test_summary_without_manifest(tmp_path):
     found = dict(model_card.summary_rows(load_adapter_folder(adapter_files.write(tmp_path / "other"))))
     assert found == {

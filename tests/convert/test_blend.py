@@ -20,10 +20,11 @@ from lora_tuner import (
     train,
 )
 from lora_tuner.adapters.adapter import CARD_FILE, load_adapter_folder, verify_adapter
+from lora_tuner.adapters.manifest import SourceInfo
 from lora_tuner.convert import common
 from lora_tuner.errors import AdapterError, ConfigError, Notice
 
-from .. import tiny_models
+from .. import adapter_files, tiny_models
 from ..cli.test_commands import run
 from ..inference.test_multi_lora import save_peft_adapter
 from ..parameters import sampled
@@ -260,6 +261,25 @@ def test_train_from_blended_and_compressed(two, reviews_csv):
         assert {module: child.rank_of(module) for module in child.modules} == {
             module: parent.rank_of(module) for module in parent.modules
         }
+
+
+@pytest.mark.parametrize(
+    ("other", "group", "sources"), [({}, "author", 1), ({"hash": "77" * 32, "group_by": None}, None, 0)]
+)
+def test_blend_claims_no_results_of_sources(tmp_path, other, group, sources):
+    facts = adapter_files.manifest()
+    source = {"name": "a.csv", "source": "a.csv", "weight": 0.5, "hash": "1" * 64, "counts": {}}
+    measured = SourceInfo.model_validate(source | {"result": facts.result})
+    parents = []
+    for name, changes in {"one": {}, "two": other}.items():
+        data = facts.data.model_copy(update={"group_by": "author", "sources": [measured], **changes})
+        folder = adapter_files.write(tmp_path / name, facts=facts.model_copy(update={"data": data}))
+        parents.append(load_adapter_folder(folder))
+    for chosen in (parents, parents[:1]):
+        info = common._dataset_info(chosen, [], True)
+        assert not [source for source in info.sources if source.result]
+    info = common._dataset_info(parents, [], True)
+    assert (info.group_by, len(info.sources)) == (group, sources)
 
 
 def test_blend_of_different_split_salts(settings, reviews_csv):
