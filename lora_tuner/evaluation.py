@@ -26,7 +26,7 @@ from .adapters.manifest import EvalResult
 from .adapters.peft_config import SCALING_KEYS
 from .config import HELD_OUT_MAX_TOKENS, ModelOptions, TrainConfig
 from .data import packing, tokenization
-from .data.dataset import load_dataset, load_eval_dataset
+from .data.dataset import Dataset, load_dataset, load_eval_dataset
 from .data.splitting import content_hash
 from .data.tokenization import TokenIds
 from .errors import (
@@ -471,10 +471,13 @@ def cached_rows(adapter: Adapter, notify: EventHandler = ignore_events) -> EvalS
 
 
 def load_eval_set(config: TrainConfig, notify: EventHandler = ignore_events) -> EvalSet:
-    """Load the first `config.eval_rows` rows, in hash order, of `config.eval_dataset`."""
-    rows = list(load_eval_dataset(config, notify).values())[: config.eval_rows]
+    """Load the first `config.eval_rows` rows, in hash order, of `config.eval_dataset`, as training
+    measures them: documents in parts."""
+    dataset = Dataset([])
+    dataset.set_held_out([[*load_eval_dataset(config, notify).values()]], config, notify)
     notify(eval_dataset_notice(str(config.eval_dataset)))
-    return EvalSet(str(config.eval_dataset), [row.text for row in rows])
+    texts = dataset.held_out[: config.eval_rows]
+    return EvalSet(str(config.eval_dataset), texts, groups=dataset.groups_of(texts))
 
 
 def select_rows(sets: Sequence[EvalSet], eval_rows: int | None = None) -> list[EvalSet]:

@@ -34,6 +34,8 @@ EVAL_SET_FIELDS = (
     "template",
     "answer_column",
     "where",
+    "group_by",
+    "table",
     "txt_rows",
     "clean",
 )

@@ -175,7 +175,7 @@ def is_learned(message: FullMessage) -> bool:
 
 def _read_parts(parts: Mapping[str, object] | None, clean: Clean) -> dict[str, Any]:
     """Read what belongs to a conversation beside its messages, without what is empty."""
-    read = {name: value for name, value in _plain(dict(parts or {})).items() if value}
+    read = {name: value for name, value in json_value(dict(parts or {})).items() if value}
     reasoning = _read_reasoning("the row", read, clean)
     tools = _read_tools([read.pop(name) for name in _TOOL_COLUMNS if name in read])
     systems = [read.pop(name) for name in _SYSTEM_COLUMNS if name in read]
@@ -212,7 +212,7 @@ def _decode(name: str, value: Any) -> Any:
 def _read_message(place: str, value: object, clean: Clean) -> FullMessage:
     if not isinstance(value, dict):
         raise InvalidRowError("a message that is no object", place)
-    fields: dict[str, Any] = _plain(value)
+    fields: dict[str, Any] = json_value(value)
     spelling = str(fields.pop("role", None) or fields.pop("from", None))
     is_call = spelling.strip().lower() in _CALL_ROLES
     role = "assistant" if is_call else _ROLE_NAMES.get(spelling.strip().lower())
@@ -314,13 +314,13 @@ def _read_reasoning(place: str, fields: dict[str, Any], clean: Clean) -> str:
     return reasonings.pop() if reasonings else ""
 
 
-def _plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """Return a value of a row as JSON has it: numbers as numbers, without nulls, which tables of
     structs are full of."""
     if isinstance(value, dict):
-        return {str(name): _plain(field) for name, field in value.items() if field is not None}
+        return {str(name): json_value(field) for name, field in value.items() if field is not None}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [json_value(item) for item in value]
     if isinstance(value, str) and type(value) is not str:  # a number as it is written
         return json.loads(value)
     return value if value is None or isinstance(value, str | int | float) else str(value)

@@ -9,28 +9,18 @@ avoids that.
 import hashlib
 import heapq
 import itertools
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from ..config import HELD_OUT, CleanMode, TrainConfig
 from ..errors import DataError, EventHandler, InvalidRowError, Notice, ignore_events
 from ..text import format_share
-from . import chat
+from .held_out import choose_held_out, hold_out_blocks, order_held_out
 from .mixing import mix_lists
 from .near_duplicates import find_copies
 from .rows import RowCounts, Source, TextRow, iter_rows
 from .sources import default_eval_split, describe_splits, eval_source, resolve_eval_dataset
-from .splitting import (
-    GOES_ON,
-    MIN_DOCUMENTS,
-    MIN_TEXT_CHARS,
-    content_hash,
-    is_held_out,
-    row_hash,
-    split_document,
-    split_text,
-)
+from .splitting import content_hash, is_held_out
 from .tokenization import TextUse
 
 MAX_PREVIEWS = 50  # rows of which the text before cleaning is kept
@@ -58,11 +48,15 @@ class Dataset:
     compared: list[str] = field(default_factory=list)  # rows of which a stream leaves out near copies
     held_out_sources: dict[str, int] = field(default_factory=dict)
     held_out_groups: dict[str, bytes] = field(default_factory=dict)
-    previews: list[tuple[str, str]] = field(default_factory=list)  # before and after cleaning
 
     @property
     def train(self) -> list[str]:
         return [text for source in self.sources for text in source.train]
+
+    @property
+    def previews(self) -> list[tuple[str, str]]:
+        """First training rows before and after cleaning, of several sources in turn."""
+        return mix_lists([source.previews for source in self.sources], [1.0] * len(self.sources))
 
     @property
     def counts(self) -> RowCounts:
@@ -109,6 +103,19 @@ class Dataset:
     def hash(self) -> str:
         return content_hash(self.train + self.held_out)
 
+    def set_held_out(self, rows: list[list[TextRow]], config: TrainConfig, notify: EventHandler) -> None:
+        """Set the held-out rows, with their sources and groups.
+
+        Args:
+            rows: Of each source, or those of the evaluation dataset alone.
+        """
+        ordered = order_held_out(rows, self.weights, config.split_salt, notify)
+        self.held_out = [row.text for row in ordered]
+        if len(rows) > 1:
+            self.held_out_sources = {row.text: row.source for row in ordered}
+        if config.group_by is not None or len(ordered) > sum(map(len, rows)):
+            self.held_out_groups = {row.text: row.side for row in ordered}
+
     def leave_out_copies(self, unmeasured: list[str], config: TrainConfig, notify: EventHandler) -> None:
         """Remove training rows that nearly copy a held-out row, also one that is not measured, if
         `config` says so."""
@@ -117,12 +124,12 @@ class Dataset:
         if config.near_duplicates == "keep":
             return
         self.compared = compared if config.streaming else []
-        self.previews = [preview for preview in self.previews if preview[1] not in copies]
         for source in self.sources:
-            kept = [text for text in source.train if text not in copies]
-            source.counts.near_duplicates = len(source.train) - len(kept)
-            source.counts.train -= source.counts.near_duplicates
-            source.train = kept
+            source.previews = [preview for preview in source.previews if preview[1] not in copies]
+            source.train = [text for text in source.train if text not in copies]
+            # A text of which blocks are held out is one row, however many parts are left.
+            left = min(source.counts.train, len(source.train))
+            source.counts.near_duplicates, source.counts.train = source.counts.train - left, left
 
     def leave_out(self, errors: Mapping[str, InvalidRowError], max_invalid: float, notify: EventHandler) -> None:
         """Remove training and held-out rows that the chat template of the base cannot write.
@@ -191,28 +198,31 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
     eval_rows = load_eval_dataset(eval_config, notify) if config.other_eval_dataset else {}
     dataset.eval_hashes = frozenset(eval_rows).union(row.side for row in eval_rows.values())
     usable, sides = len(rows), {row.side for row in rows.values()} if config.group_by else set()
-    held_out = _hold_out_blocks(dataset, rows, config, notify)
-    held_out_sides = _choose_held_out([row.side for row in rows.values()], dataset.eval_hashes, config, notify)
+    held_out = hold_out_blocks(sources, rows, config, notify)
+    held_out_sides = choose_held_out([row.side for row in rows.values()], dataset.eval_hashes, config, notify)
     for digest, row in rows.items():
         if row.side in held_out_sides:
             held_out[row.source].append(row)
         elif digest in dataset.eval_hashes or row.side in dataset.eval_hashes:
             sources[row.source].counts.in_eval_dataset += 1
         else:
-            sources[row.source].train.append(row.text)
-            if row.raw and len(dataset.previews) < MAX_PREVIEWS:
-                dataset.previews.append((row.raw, row.text))
+            source = sources[row.source]
+            source.train.append(row.text)
+            if row.raw and len(source.previews) < MAX_PREVIEWS:
+                source.previews.append((row.raw, row.text))
     rows.clear()  # near copies take as much memory
     for source, source_rows in zip(sources, held_out, strict=True):
         if not source.counts.train:  # else blocks of it are held out
             source.counts.train, source.counts.held_out = len(source.train), len(source_rows)
         source.report_invalid(config.max_invalid, notify)
-    _order_held_out(dataset, [[*eval_rows.values()]] if config.other_eval_dataset else held_out, config, notify)
+    dataset.set_held_out([[*eval_rows.values()]] if config.other_eval_dataset else held_out, config, notify)
     unmeasured = itertools.chain.from_iterable(held_out) if eval_rows else []
     dataset.leave_out_copies([row.text for row in unmeasured], config, notify)
     counts = dataset.counts
-    if idle := [source.description for source in sources if not source.train and dataset.train]:
-        raise DataError(f"{idle[0]} has no row to train on: add rows, or leave this dataset out.")
+    if idle := [source for source in sources if not source.train and dataset.train]:
+        raise DataError(
+            f"{idle[0].description} has no row to train on ({idle[0].counts}): add rows, or leave this dataset out."
+        )
     if not dataset.train or not dataset.held_out:
         copies = f", {counts.in_eval_dataset} in --eval-dataset" if counts.in_eval_dataset else ""
         groups = f" in {len(sides)} groups" if config.group_by else ""
@@ -251,105 +261,6 @@ def describe_data(dataset: Dataset, requested: TrainConfig, use: TextUse | None 
     if requested.group_by is not None:
         parts.append(f"held out by {requested.group_by}")
     return [f"{line}." for line in [*lines, "; ".join(parts)]]
-
-
-def _choose_held_out(
-    sides: list[bytes], eval_hashes: Collection[bytes], config: TrainConfig, notify: EventHandler
-) -> set[bytes]:
-    """Return the hashes of the rows, or groups of rows, that are held out.
-
-    If the hash leaves one side without a row, the nearest one changes sides. A stream does not do
-    that: its other rows are unknown.
-    """
-    unit = "row" if config.group_by is None else "group"
-    held_out = {side for side in sides if is_held_out(side)}
-    usable = sorted(set(sides).difference(eval_hashes))
-    if config.streaming or len(usable) < (1 if eval_hashes else 2):
-        return held_out
-    if held_out.issuperset(usable):
-        notify(Notice(f"The hash of every {unit} holds it out, so the one with the highest hash is trained on."))
-        return held_out - {usable[-1]}
-    if not held_out and not eval_hashes:
-        notify(
-            Notice(
-                f"The hash holds out none of {len(usable)} {unit}s, so the one with the lowest hash is held out. More "
-                f"{unit}s, or --eval-dataset, give a better measure."
-            )
-        )
-        return {usable[0]}
-    return held_out
-
-
-def _order_held_out(
-    dataset: Dataset, held_out: list[list[TextRow]], config: TrainConfig, notify: EventHandler
-) -> None:
-    """Set the held-out rows of a dataset, and their sources and groups. Documents become rows.
-
-    Args:
-        held_out: Rows of each source, or those of the evaluation dataset alone.
-    """
-    documents = [row for rows in held_out for row in rows if row.is_document]
-    held_out = [[part for row in rows for part in _split_document(row, config.split_salt)] for rows in held_out]
-    for rows in held_out:
-        rows.sort(key=lambda row: row.digest)
-    if len(held_out) == len(dataset.weights):
-        rows = mix_lists(held_out, dataset.weights)
-    else:
-        rows = sorted(itertools.chain.from_iterable(held_out), key=lambda row: row.digest)
-    dataset.held_out = [row.text for row in rows]
-    if len(held_out) > 1:
-        dataset.held_out_sources = {row.text: row.source for row in rows}
-    parts = sum(row.is_document for row in rows)
-    if parts > len(documents):
-        notify(Notice(f"{len(documents):,} held-out documents are measured as {parts:,} rows."))
-    if config.group_by is not None or parts > len(documents):
-        dataset.held_out_groups = {row.text: row.side for row in rows}
-
-
-def _split_document(row: TextRow, salt: str) -> list[TextRow]:
-    """Return the rows as which a held-out row is measured; their side is that of the whole."""
-    if not row.is_document:
-        return [row]
-    return [row._replace(digest=row_hash(text, salt), text=text) for text in split_document(row.text)]
-
-
-def _hold_out_blocks(
-    dataset: Dataset, rows: _UniqueRows, config: TrainConfig, notify: EventHandler
-) -> list[list[TextRow]]:
-    """Hold out blocks of long texts in each source that is one text, or a few documents.
-
-    The rows of these sources are removed from `rows`.
-
-    Returns:
-        The held-out rows of each source.
-    """
-    blocks: list[list[TextRow]] = [[] for _ in dataset.sources]
-    if config.streaming or config.other_eval_dataset:
-        return blocks
-    sizes = Counter(row.source for row in rows.values())
-    for number, count in sizes.items():
-        source = dataset.sources[number]
-        texts = [row for row in rows.values() if row.source == number] if count < MIN_DOCUMENTS else []
-        documents = config.group_by is None and all(row.is_document for row in texts)
-        is_long = {row.digest: len(row.text) >= MIN_TEXT_CHARS and not chat.is_chat(row.text) for row in texts}
-        if not any(is_long.values()) or not (documents or count == 1):
-            continue
-        for row in texts:
-            train, held_out = split_text(row.text) if is_long[row.digest] else ([row.text], [])
-            source.train += train
-            hashes = [row_hash(text, config.split_salt) for text in held_out]
-            blocks[number] += [TextRow(*pair, "", pair[0], number) for pair in zip(hashes, held_out, strict=True)]
-            del rows[row.digest]
-        dataset.previews += [(text.removesuffix(GOES_ON), text) for text in source.train]
-        source.counts.train = count
-        subject = "one text, so blocks of it" if count == 1 else f"{count} documents, so blocks of them"
-        notify(
-            Notice(
-                f"{source.description} is {subject}, a fifth in all, are held out as {len(blocks[number])} rows, and the "
-                "text beside them is not used. --eval-dataset measures on other text."
-            )
-        )
-    return blocks
 
 
 def load_eval_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> dict[bytes, TextRow]:

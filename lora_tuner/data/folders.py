@@ -13,6 +13,7 @@ from ..config import (
     CODE_EXTENSIONS,
     DATA_EXTENSIONS,
     DOCUMENT_EXTENSIONS,
+    MAIL_EXTENSIONS,
     MARKDOWN_EXTENSIONS,
     TABLE_EXTENSIONS,
     data_extension,
@@ -45,6 +46,7 @@ _NOT_READ = {  # extension of a file that is no data -> advice
     ".pdf": "extract its text, as with `pdftotext FILE.pdf FILE.txt`",
     ".arrow": "they are a cache of `datasets`: save that with to_parquet or to_json",
 }
+_PLAIN_TEXT = {".txt", *CODE_EXTENSIONS, *DOCUMENT_EXTENSIONS} - {*MAIL_EXTENSIONS}
 
 # Files that tell an adapter or a run, which may lie in the folder of its data.
 _OUTPUTS = ({"adapter_config.json", "adapter_model.safetensors"}, {"run.yaml", "manifest.json"})
@@ -110,9 +112,17 @@ def _describe_kind(path: Path) -> str:
 
 def has_tables(name: str) -> bool:
     """Return whether a local dataset has files of several tables: Excel workbooks, SQLite databases."""
+    return not {*TABLE_EXTENSIONS}.isdisjoint(_data_extensions(name))
+
+
+def has_columns(name: str) -> bool:
+    """Return whether the rows of a dataset have columns: not if all its files are plain text."""
+    return not os.path.lexists(os.path.expanduser(name)) or not _PLAIN_TEXT.issuperset(_data_extensions(name))
+
+
+def _data_extensions(name: str) -> list[str]:
     path = Path(os.path.expanduser(name))
-    files = _find_data_files(path)[0] if path.is_dir() else [path]
-    return any(data_extension(file) in TABLE_EXTENSIONS for file in files)
+    return [data_extension(file) for file in (_find_data_files(path)[0] if path.is_dir() else [path])]
 
 
 def local_splits(name: str) -> dict[str, list[Path]]:

@@ -9,6 +9,7 @@ from ..config import TrainConfig, is_conversation
 from ..errors import DataError
 from ..text import format_names
 from . import chat
+from .folders import has_columns
 from .readers import PEEKED_ROWS, Row, Table
 from .row_readers import INPUTS, ROW_WEIGHTS, UNREADABLE, Layout, decode_messages, unreadable_columns
 from .row_template import parse_template
@@ -47,7 +48,12 @@ def detect_layout(table: Table, config: TrainConfig) -> Layout:
         DataError: The columns do not tell what is to be learned, or are not those of the format.
     """
     if config.template is not None:
-        return Layout("template", template=parse_template(table, config.template, config.answer_column))
+        try:
+            template = parse_template(table, config.template, config.answer_column)
+            return Layout("template", template=template)
+        except DataError:
+            if not is_beside_columns(table, config):
+                raise
     chosen = FORMATS.get(config.format, "")
     if table.is_plain_text:
         if chosen not in ("", "text"):
@@ -81,22 +87,30 @@ def detect_layout(table: Table, config: TrainConfig) -> Layout:
     return Layout("text", _find_text_column(table, rows, asks_format=not chosen))
 
 
+def is_beside_columns(table: Table, config: TrainConfig) -> bool:
+    """Return whether a table is plain text, to which settings that name columns do not apply as they
+    are meant for other tables of the run."""
+    return table.is_plain_text and any(has_columns(name) for name, _ in config.weighted_datasets)
+
+
 def common_format(source: str, tables: Sequence[Table], layouts: Sequence[Layout], config: TrainConfig) -> str:
-    """Return the format that all tables have.
+    """Return the format of all tables. Plain text may lie beside rows of a template.
 
     Raises:
         DataError: They have several; it names a file of each of two. Or none has columns to choose.
     """
-    if config.text_column is not None and all(table.is_plain_text for table in tables):
+    if config.text_column is not None and not any(has_columns(name) for name, _ in config.weighted_datasets):
         raise DataError(f"{source} is plain text without columns: leave --text-column out.")
-    first = layouts[0].format
+    formats = list(dict.fromkeys(layout.format for layout in layouts))
+    if not any(map(is_conversation, formats)):
+        return " + ".join(formats)
     for table, layout in zip(tables, layouts, strict=True):
-        if layout.format != first:
+        if layout.format != formats[0]:
             raise DataError(
                 f"{source} has files of two formats: {tables[0].source} has {layouts[0]}, and {table.source} has "
                 f"{layout}: use files of one format, or choose one with --format."
             )
-    return first
+    return formats[0]
 
 
 def describe_choice(layouts: Sequence[Layout]) -> str:

@@ -2,8 +2,11 @@
 
 import contextlib
 import itertools
+import json
+import math
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
@@ -15,7 +18,7 @@ from ..text import format_counts, format_names
 from . import chat, chat_template
 from .cleaning import are_structured, clean_text
 from .documents import UnreadableRow
-from .formats import common_format, describe_choice, detect_layout
+from .formats import common_format, describe_choice, detect_layout, is_beside_columns
 from .readers import Row, Table, parse_conditions
 from .row_readers import Layout, text_reader
 from .sources import open_source
@@ -26,6 +29,7 @@ MAX_REASONS = 8  # reasons for invalid rows that a notice names
 MIN_ROWS_TO_STOP = 100  # rows of a stream before too many invalid ones stop it
 _SAMPLED_TEXTS = 200  # texts that determine how all are cleaned
 FILE_GROUP = "file"  # a `group_by` that every local file has
+_WHOLE = re.compile(r"(?<=\d)(\.0+|[T ]00:00:00(\.0+)?)")  # end of a number or a day, as some tools write it
 _VALUES_LIMIT = 100_000  # rows that are searched for the values of a column
 
 
@@ -83,6 +87,7 @@ class Source:
     clean: CleanMode | None = "full"
     counts: RowCounts = field(default_factory=RowCounts)
     train: list[str] = field(default_factory=list)
+    previews: list[tuple[str, str]] = field(default_factory=list)  # training rows before and after cleaning
     places: dict[str, str] = field(default_factory=dict)
     invalid: dict[str, tuple[int, str]] = field(default_factory=dict)
     ungrouped: int = 0  # rows without a value to group by: each is a group of its own
@@ -190,11 +195,29 @@ def _group_reader(table: Table, source: str, config: TrainConfig) -> Callable[[R
     if column is None:
         return None
     if column in table.columns:
-        return lambda row: "" if row.get(column) is None else str(row[column]).strip()
-    if column != FILE_GROUP or not os.path.lexists(table.source):
-        raise table.missing_column(column, " to group rows by")
-    name = os.path.relpath(table.source, os.path.expanduser(source))
-    return lambda row: name
+        names = table.label_names.get(column, [])
+        return lambda row: _group_name(row.get(column), names)
+    if column == FILE_GROUP and os.path.lexists(table.source):
+        name = os.path.relpath(table.source, os.path.expanduser(source))
+        return lambda row: name
+    if is_beside_columns(table, config):
+        return lambda row: ""
+    raise table.missing_column(column, " to group rows by")
+
+
+def _group_name(value: object, label_names: Sequence[str]) -> str:
+    """Return the name of a group, "" for no value: the same one from a file of any type."""
+    if label_names and isinstance(value, int):
+        value = label_names[value] if 0 <= value < len(label_names) else None
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, list | dict):
+        return json.dumps(chat.json_value(value), ensure_ascii=False) if value else ""
+    text = " ".join(str(value).split())
+    whole = _WHOLE.search(text)
+    if whole and whole.end() == len(text):
+        return text[: whole.start()]
+    return text.lower() if text.lower() in ("true", "false") else text
 
 
 def _choose_clean(

@@ -20,7 +20,7 @@ from ..config import (
 )
 from ..errors import ConfigError, DataError, EventHandler, HubError, Notice, ignore_events
 from ..text import format_names
-from .folders import choose_files, has_tables, local_splits, split_of
+from .folders import choose_files, has_columns, has_tables, local_splits, split_of
 from .readers import LazyRows, Row, Table, read_file, table_from_dataset, table_from_rows
 
 IMDB = "stanfordnlp/imdb"
@@ -238,6 +238,7 @@ def eval_source(config: TrainConfig, split: str | None) -> TrainConfig:
         "dataset": name,
         "split": split,
         "table": config.table if has_tables(name) else None,
+        "text_column": config.text_column if has_columns(name) else None,
         "subset": config.subset if name == config.dataset else None,
         "streaming": config.streaming and not is_local(name),
     }
@@ -249,16 +250,17 @@ def is_local(name: str) -> bool:
 
 
 def describe_splits(config: TrainConfig) -> str:
-    """Describe the splits of the dataset, and those that are trained on and measured; "" without splits."""
-    splits = local_splits(config.dataset) if isinstance(config.dataset, str) else {}
-    if not splits:
-        return ""
-    chosen = config.split or "train"
-    measured = config.eval_split if config.eval_dataset == config.dataset else None
-    parts = [chosen, f"measured: {measured}" if measured else ""]
-    unread = [split for split in splits if split not in (chosen, measured)]
-    parts.append(f"not read: {format_names(unread)}" if unread else "")
-    return ", ".join(filter(None, parts))
+    """Describe the splits of each dataset, and those that are trained on and measured; "" without splits."""
+    chosen, descriptions = config.split or "train", []
+    for name, _ in config.weighted_datasets:
+        splits = local_splits(name)
+        measured = config.eval_split if config.eval_dataset == name else None
+        unread = [split for split in splits if split not in (chosen, measured)]
+        parts = [chosen, f"measured: {measured}" if measured else ""]
+        parts.append(f"not read: {format_names(unread)}" if unread else "")
+        prefix = "" if isinstance(config.dataset, str) else f"{name}: "
+        descriptions.append(prefix + ", ".join(filter(None, parts)) if splits else "")
+    return "; ".join(filter(None, descriptions))
 
 
 def available_datasets() -> list[str]:

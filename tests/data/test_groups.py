@@ -16,7 +16,7 @@ from lora_tuner.config import TrainConfig
 from lora_tuner.data.dataset import load_dataset
 from lora_tuner.data.mixing import mix, mix_lists
 from lora_tuner.data.packing import PackedSequences
-from lora_tuner.data.rows import Source
+from lora_tuner.data.rows import Source, _group_name
 from lora_tuner.data.streaming import StreamingDataset, StreamState
 from lora_tuner.data.tokenization import encode_rows
 from lora_tuner.errors import ConfigError, DataError
@@ -88,6 +88,53 @@ def test_group_by_file_keeps_files_whole(tmp_path):
     assert len(dataset.held_out) % 4 == 0
 
 
+def held_out_by(table, tmp_path):
+    """Held-out texts by the column `key`, of a table written as csv, jsonl, parquet and Excel."""
+    import pandas
+
+    frame = pandas.DataFrame({"text": [f"row number {number} of these" for number in range(60)], **table})
+    frame.to_csv(tmp_path / "rows.csv", index=False)
+    frame.to_parquet(tmp_path / "rows.parquet")
+    frame.to_json(tmp_path / "rows.jsonl", orient="records", lines=True, date_format="iso")
+    frame.to_excel(tmp_path / "rows.xlsx", index=False)
+    for name in ("rows.csv", "rows.parquet", "rows.jsonl", "rows.xlsx"):
+        yield load_dataset(TrainConfig(dataset=name, group_by="key", near_duplicates="keep")).held_out
+
+
+def test_group_is_same_in_each_file_type(tmp_path):
+    import pandas
+
+    numbers = [number % 12 for number in range(60)]
+    days = pandas.Timestamp("2024-01-01") + pandas.to_timedelta(numbers, unit="D")
+    sides = [*held_out_by({"key": numbers}, tmp_path), *held_out_by({"key": map(float, numbers)}, tmp_path)]
+    assert len(set(map(tuple, sides))) == 1
+    for values in ([number or None for number in numbers], days, [number % 3 == 1 for number in numbers]):
+        assert len(set(map(tuple, held_out_by({"key": values}, tmp_path)))) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (float("nan"), ""),
+        (1.0, "1"),
+        ("1.0", "1"),
+        ("1.0.0", "1.0.0"),
+        (" a\n b ", "a b"),
+        (True, "true"),
+        ("TRUE", "true"),
+        ("2024-01-01T00:00:00.000", "2024-01-01"),
+        ([1, None], "[1, null]"),
+        ([], ""),
+    ],
+)
+def test_group_name_is_plain(value, name):
+    assert _group_name(value, []) == name
+
+
+def test_class_label_groups_by_name():
+    assert [_group_name(value, ["ann", "bob"]) for value in (1, -1, None)] == ["bob", "", ""]
+
+
 def test_group_of_eval_dataset_is_not_trained():
     authors = write_authors("rows.csv", authors=10)
     write_csv("eval.csv", [("a new text", "author 3"), ("one more text", "nobody")])
@@ -114,6 +161,69 @@ def test_wrong_group_is_refused(settings, message):
 
 
 # Several datasets
+
+
+@pytest.fixture
+def tickets_and_notes():
+    """Write a table whose columns must be named, and a folder of notes."""
+    rows = [f"{number},subject {number},{text}" for number, text in enumerate(tiny_models.reviews(30))]
+    Path("tickets.csv").write_text("\n".join(["id,subject,body", *rows]), encoding="utf-8")
+    Path("notes").mkdir()
+    for number in range(8):
+        Path("notes", f"{number}.md").write_text(f"note {number} is short", encoding="utf-8")
+    return ["tickets.csv=0.7", "notes=0.3"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "layout"),
+    [
+        ({"text_column": "body"}, "column 'body'"),
+        ({"template": "{subject}: {body}"}, "template of 'subject', 'body'"),
+    ],
+)
+def test_named_columns_leave_documents_as_text(tickets_and_notes, settings, layout, streaming):
+    dataset = load_dataset(TrainConfig(dataset=tickets_and_notes, streaming=streaming, **settings))
+    assert [source.layout for source in dataset.sources] == [layout, "plain text"]
+    assert "note 1 is short" in dataset.train + dataset.held_out
+    with pytest.raises(DataError, match=r"leave --text-column out|no column 'subject'"):
+        load_dataset(TrainConfig(dataset=["notes", "notes/1.md"], **settings))
+
+
+def test_folder_mixes_template_and_documents(tickets_and_notes):
+    Path("tickets.csv").rename("notes/tickets.csv")
+    dataset = load_dataset(TrainConfig(dataset="notes", template="{subject}: {body}"))
+    assert (dataset.format, dataset.counts.read) == ("text + template", 38)
+
+
+def test_document_beside_groups_is_its_own(tickets_and_notes):
+    notices = []
+    config = TrainConfig(dataset=tickets_and_notes, text_column="body", group_by="id")
+    dataset = load_dataset(config, notices.append)
+    assert "8 rows of notes have no id, so each is a group of its own." in [notice.text for notice in notices]
+    assert len(set(dataset.groups_of(dataset.held_out))) == len(dataset.held_out)
+    with pytest.raises(DataError, match="no column 'id' to group rows by: its columns are text, file"):
+        load_dataset(TrainConfig(dataset="notes", group_by="id"))
+
+
+def test_previews_show_each_dataset(tickets_and_notes):
+    dataset = load_dataset(TrainConfig(dataset=tickets_and_notes, text_column="body"))
+    assert [text.startswith("note") for _, text in dataset.previews[:4]] == [False, True, False, True]
+
+
+def test_unread_splits_of_datasets_are_named(tmp_path):
+    write_sources()
+    (tmp_path / "split").mkdir()
+    for name in ("train", "test"):
+        Path(f"{'ab'[name == 'test']}.jsonl").rename(f"split/{name}.jsonl")
+    dataset = load_dataset(TrainConfig(dataset=["split", "c.jsonl"]))
+    assert dataset.splits == "split: train, not read: test"
+
+
+def test_same_file_twice_is_refused_with_counts():
+    write_sources()
+    with pytest.raises(DataError, match=r"a.jsonl has no row to train on \(60 read, 60 duplicates\)"):
+        load_dataset(TrainConfig(dataset=["a.jsonl", "./a.jsonl"]))
 
 
 def write_sources(sizes=(60, 40, 30)):
@@ -309,6 +419,29 @@ def test_error_by_group_counts_groups_once():
 # Documents
 
 
+def test_part_of_two_documents_is_measured_once():
+    Path("notes").mkdir()
+    shared = "the same long paragraph. " * 100
+    for number in range(30):
+        Path("notes", f"{number}.md").write_text(f"{f'note {number}. ' * 250}\n\n{shared}", encoding="utf-8")
+    dataset = load_dataset(TrainConfig(dataset="notes", near_duplicates="keep"))
+    assert dataset.counts.held_out > 1
+    assert len(set(dataset.held_out)) == len(dataset.held_out)
+
+
+def test_text_without_some_parts_is_one_row():
+    chapter, texts = " ".join(tiny_models.reviews(40, seed=9))[:7000], tiny_models.reviews(3000, seed=10)
+    filler = iter(" ".join(texts)[start : start + 1000] for start in range(0, 10**6, 1000))
+    pages = [*islice(filler, 150)]
+    pages[:7] = pages[50:57] = pages[142:149] = [chapter[start : start + 1000] for start in range(0, 7000, 1000)]
+    Path("book.txt").write_text("".join(pages), encoding="utf-8")
+    dataset = load_dataset(TrainConfig(dataset="book.txt", txt_rows="file"))
+    assert (
+        0 < len(dataset.train) < len(load_dataset(TrainConfig(dataset="book.txt", near_duplicates="keep")).train)
+    )
+    assert (dataset.counts.read, dataset.counts.train, dataset.counts.near_duplicates) == (1, 1, 0)
+
+
 def write_documents(count, paragraphs=12):
     """Write documents of paragraphs of one sentence, each of which names its document."""
     Path("notes").mkdir()
@@ -333,7 +466,9 @@ def test_document_is_on_one_side_and_measured_whole():
     assert all(text.startswith("Note") for text in dataset.held_out)
     groups = dataset.groups_of(dataset.held_out)
     assert len(set(groups)) == dataset.counts.held_out == len(notes_of(dataset.held_out))
-    count = f"{dataset.counts.held_out} held-out documents are measured as {len(dataset.held_out)} rows."
+    count = (
+        f"Held-out documents are measured in parts: {dataset.counts.held_out} as {len(dataset.held_out)} rows."
+    )
     assert count in [notice.text for notice in notices]
 
 
