@@ -75,7 +75,7 @@ def matches_hashes(folder: Path) -> bool:
         return False
 
 
-def write_cache(path: Path, value: Any) -> None:
+def write_cache(path: Path, value: object) -> None:
     """Write a value that JSON has to a file of the cache, with its hash.
 
     Errors are ignored: without a cache the next call only takes longer.

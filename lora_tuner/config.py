@@ -27,8 +27,9 @@ DATA_EXTENSIONS = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet", *TABLE
 _COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 _COMPRESSIBLE = {*DATA_EXTENSIONS} - {".parquet", *TABLE_EXTENSIONS, ".docx", ".epub"}
 _CODE_FILES = (
-    ".py .pyi .js .mjs .jsx .ts .tsx .java .kt .scala .c .h .cc .cpp .hpp .cs .rs .go .rb .php .swift .lua .pl .r .jl .hs .ml "
-    ".ex .exs .clj .sh .bash .zsh .ps1 .sql .yaml .yml .toml .ini .cfg .rst .tex .css .vue .tf .proto"
+    ".py .pyi .js .mjs .jsx .ts .tsx .java .kt .scala .c .h .cc .cpp .hpp .cs .rs .go .rb .php "
+    ".swift .lua .pl .r .jl .hs .ml .ex .exs .clj .sh .bash .zsh .ps1 .sql .yaml .yml .toml .ini "
+    ".cfg .rst .tex .css .vue .tf .proto"
 )
 CODE_EXTENSIONS = tuple(_CODE_FILES.split())  # files that are one row each, as written
 HELD_OUT_MAX_TOKENS = 512  # independent of `max_length`, so that runs can be compared
@@ -90,8 +91,8 @@ METHODS: dict[MethodName, MethodInfo] = {
     ),
     "eva": MethodInfo(
         5e-4,
-        "Starts from the activations that your text causes in each layer, and distributes ranks by need; this takes half a "
-        "minute or more.",
+        "Starts from the activations that your text causes in each layer, and distributes ranks "
+        "by need; this takes half a minute or more.",
     ),
 }
 
@@ -148,9 +149,11 @@ class TrainConfig(_Settings):
 
     dataset: str | list[str] = _setting(
         "imdb",
-        "imdb, a csv, tsv, json, jsonl, txt (also .gz .zst .xz .bz2), parquet, xlsx, SQLite or program code file, a document "
-        "(md, html, docx, epub, eml, mbox), a folder of such files, or a Hub dataset id. Repeat it for several, maybe with "
-        "weights: --dataset tickets.csv=0.7 --dataset notes=0.3 takes 70% of the training sequences from tickets.csv.",
+        "imdb, a csv, tsv, json, jsonl, txt (also .gz .zst .xz .bz2), parquet, xlsx, SQLite or "
+        "program code file, a document (md, html, docx, epub, eml, mbox), a folder of such files, "
+        "or a Hub dataset id. Repeat it for several, maybe with weights: --dataset "
+        "tickets.csv=0.7 --dataset notes=0.3 takes 70% of the training sequences from "
+        "tickets.csv.",
         "Data",
     )
     subset: str | None = _setting(None, "Subset (configuration) of a Hub dataset.", "Data")
@@ -165,9 +168,10 @@ class TrainConfig(_Settings):
     )
     format: RowFormat = _setting(
         "auto",
-        "Layout of the rows. text: the column of --text-column; messages, sharegpt: a list of messages; alpaca: instruction, "
-        "input, output; prompt-completion: two columns, such as prompt and completion, or question and answer. auto: by the "
-        "columns, if they leave no doubt.",
+        "Layout of the rows. text: the column of --text-column; messages, sharegpt: a list of "
+        "messages; alpaca: instruction, input, output; prompt-completion: two columns, such as "
+        "prompt and completion, or question and answer. auto: by the columns, if they leave no "
+        "doubt.",
         "Data",
     )
     template: str | None = _setting(
@@ -188,8 +192,9 @@ class TrainConfig(_Settings):
     )
     group_by: str | None = _setting(
         None,
-        "Keep all rows with the same value of this column on one side of the split, such as an author or a thread; file: "
-        "all rows of a file. The standard error of the gain is then by group.",
+        "Keep all rows with the same value of this column on one side of the split, such as an "
+        "author or a thread; file: all rows of a file. The standard error of the gain is then by "
+        "group.",
         "Data",
     )
     max_rows: int | None = _setting(
@@ -201,7 +206,8 @@ class TrainConfig(_Settings):
     )
     max_invalid: float = _setting(
         0.05,
-        "Stop if more than this fraction of the rows cannot be read. Up to it they are left out and counted by reason.",
+        "Stop if more than this fraction of the rows cannot be read. Up to it they are left out "
+        "and counted by reason.",
         "Data",
         ge=0,
         le=1,
@@ -213,9 +219,10 @@ class TrainConfig(_Settings):
     )
     clean: Literal["auto", CleanMode] = _setting(
         "auto",
-        "Cleaning of the text. full: one line without HTML tags; lines: the same with line breaks, as in poems; none: as "
-        "written. auto: none for documents, program code, YAML and Markdown, else full. Messages, prompts and completions are "
-        "kept as written, but for the white space around them, which only none keeps: the auto of prompt and completion.",
+        "Cleaning of the text. full: one line without HTML tags; lines: the same with line "
+        "breaks, as in poems; none: as written. auto: none for documents, program code, YAML and "
+        "Markdown, else full. Messages, prompts and completions are kept as written, but for the "
+        "white space around them, which only none keeps: the auto of prompt and completion.",
         "Data",
     )
     streaming: bool = _setting(
@@ -229,8 +236,8 @@ class TrainConfig(_Settings):
     max_length: int = _setting(512, "Maximum tokens of a training row.", "Data", ge=8)
     long_rows: LongRows = _setting(
         "auto",
-        "Rows over --max-length. truncate: drop the rest; chunk: train on the rest as further rows; auto: chunk texts, "
-        "truncate conversations.",
+        "Rows over --max-length. truncate: drop the rest; chunk: train on the rest as further "
+        "rows; auto: chunk texts, truncate conversations.",
         "Data",
     )
     packing: bool = _setting(
@@ -243,15 +250,17 @@ class TrainConfig(_Settings):
     )
     near_duplicates: NearDuplicatesRule = _setting(
         "drop",
-        "Training rows that nearly copy a held-out row: drop leaves them out, as they make the gain too good; keep trains on "
-        "them and counts them. With --streaming the held-out rows that are measured are compared.",
+        "Training rows that nearly copy a held-out row: drop leaves them out, as they make the "
+        "gain too good; keep trains on them and counts them. With --streaming the held-out rows "
+        "that are measured are compared.",
         "Data",
     )
     eval_rows: int = _setting(200, "Maximum number of held-out rows to evaluate on.", "Data", ge=2)
     eval_dataset: str | None = _setting(
         None,
-        "Evaluate on --eval-rows of this dataset instead; its rows are read like the training data and never trained on. "
-        f"{HELD_OUT}: rows held out of the training data, even if it has files of a validation or test split.",
+        "Evaluate on --eval-rows of this dataset instead; its rows are read like the training "
+        f"data and never trained on. {HELD_OUT}: rows held out of the training data, even if it "
+        "has files of a validation or test split.",
         "Data",
         "the split validation or test of a folder; else held-out rows",
     )
@@ -285,7 +294,8 @@ class TrainConfig(_Settings):
     method: MethodName = _setting("lora", "LoRA variant; `methods` explains when to choose which.", "Model")
     rank: int = _setting(
         8,
-        "LoRA rank. Higher learns more and makes a larger file. Several values, separated by commas: one run each.",
+        "LoRA rank. Higher learns more and makes a larger file. Several values, separated by "
+        "commas: one run each.",
         "Model",
         ge=1,
         le=MAX_RANK,
@@ -301,8 +311,8 @@ class TrainConfig(_Settings):
     dropout: float = _setting(0.0, "Dropout probability on the input of LoRA layers.", "Model", ge=0, lt=1)
     target_modules: str = _setting(
         "auto",
-        "Layers that get LoRA: auto (all-linear without the routers of a mixture), attention, all-linear, or module "
-        "names separated by commas.",
+        "Layers that get LoRA: auto (all-linear without the routers of a mixture), attention, "
+        "all-linear, or module names separated by commas.",
         "Model",
         min_length=1,
     )
@@ -333,7 +343,8 @@ class TrainConfig(_Settings):
     )
     learning_rate: float | None = _setting(
         None,
-        "Peak learning rate; with lora+ that of A (B: 4 times as high). Several values, separated by commas: one run each.",
+        "Peak learning rate; with lora+ that of A (B: 4 times as high). Several values, separated "
+        "by commas: one run each.",
         "Training",
         "by method: " + ", ".join(f"{name} {method.learning_rate:g}" for name, method in METHODS.items()),
         gt=0,
@@ -377,20 +388,21 @@ class TrainConfig(_Settings):
     device: str = _setting("auto", "auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:N or mps.", "Machine")
     dtype: Dtype = _setting(
         "auto",
-        "Precision of the base. auto: bfloat16 on CUDA, on a CPU that multiplies in it faster, or if float32 does not fit "
-        "into memory; else float32.",
+        "Precision of the base. auto: bfloat16 on CUDA, on a CPU that multiplies in it faster, or "
+        "if float32 does not fit into memory; else float32.",
         "Machine",
     )
     load_in: LoadIn = _setting(
         "auto",
-        "Precision of the base's weights: full, or quantized to 8 or 4 bits, by bitsandbytes (QLoRA); for generation on a "
-        "CPU without it, which is the fastest there. auto: quantized only if the full weights do not fit into memory.",
+        "Precision of the base's weights: full, or quantized to 8 or 4 bits, by bitsandbytes "
+        "(QLoRA); for generation on a CPU without it, which is the fastest there. auto: quantized "
+        "only if the full weights do not fit into memory.",
         "Machine",
     )
     gradient_checkpointing: Literal["auto", "on", "off"] = _setting(
         "auto",
-        "Recompute activations instead of storing them: a third slower, far less memory. auto: only if they do not fit "
-        "into memory.",
+        "Recompute activations instead of storing them: a third slower, far less memory. auto: "
+        "only if they do not fit into memory.",
         "Machine",
     )
 
@@ -479,7 +491,8 @@ class TrainConfig(_Settings):
     def _check_epochs(cls, value: float | None, info: ValidationInfo) -> float | None:
         if value is not None and info.data.get("streaming"):
             raise _contradiction(
-                "epochs is not possible with streaming, where the number of rows is unknown: give max_steps or minutes"
+                "epochs is not possible with streaming, where the number of rows is unknown: give "
+                "max_steps or minutes"
             )
         return value
 
@@ -497,7 +510,8 @@ class TrainConfig(_Settings):
     def _check_weight_decay(cls, value: float, info: ValidationInfo) -> float:
         if value and info.data.get("method") == "pissa":
             raise _contradiction(
-                "weight_decay is not possible with pissa: it would decay the part of its weights that belongs to the base"
+                "weight_decay is not possible with pissa: it would decay the part of its weights "
+                "that belongs to the base"
             )
         return value
 
@@ -595,8 +609,8 @@ class ServerConfig(_Settings):
     )
     allow_origin: list[str] = _setting(
         [],
-        "Origin of web pages that may call the API from a browser, such as http://localhost:3000; * for any page. "
-        "May be repeated.",
+        "Origin of web pages that may call the API from a browser, such as http://localhost:3000; "
+        "* for any page. May be repeated.",
         "Serving",
         "none",
     )
@@ -612,8 +626,8 @@ class ServerConfig(_Settings):
     )
     max_connections: int = _setting(
         400,
-        "Maximum number of open connections. Beyond it the ones that wait for their client are closed, and requests get "
-        "status 503 if there are none.",
+        "Maximum number of open connections. Beyond it the ones that wait for their client are "
+        "closed, and requests get status 503 if there are none.",
         "Serving",
         ge=4,
         le=100_000,
@@ -635,8 +649,9 @@ class ServerConfig(_Settings):
         for origin in value:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise _contradiction(
-                    f"allow_origin: {origin} is no origin as browsers send it. Give SCHEME://HOST or SCHEME://HOST:PORT in "
-                    "lower case, without a path or the scheme's default port, or *"
+                    f"allow_origin: {origin} is no origin as browsers send it. Give SCHEME://HOST "
+                    "or SCHEME://HOST:PORT in lower case, without a path or the scheme's default "
+                    "port, or *"
                 )
         return value
 

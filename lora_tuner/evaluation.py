@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -118,7 +118,7 @@ class GainMatrix:
     sets: list[EvalSet]
     cells: list[list[EvalResult | None]]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """All results for JSON, without the texts of the rows."""
         return {
             "base": self.base,
@@ -526,7 +526,7 @@ def _select_sets(
     return selected
 
 
-def _adapter_dict(name: str, cells: Sequence[EvalResult | None]) -> dict[str, Any]:
+def _adapter_dict(name: str, cells: Sequence[EvalResult | None]) -> dict[str, object]:
     return {
         "name": name,
         "results": [

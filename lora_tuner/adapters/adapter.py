@@ -160,13 +160,14 @@ class Adapter:
                 problems.append(f"the base has no linear layer {module}")
             elif size != base_size:
                 problems.append(
-                    f"{module} is {base_size[0]} -> {base_size[1]} in the base, {size[0]} -> {size[1]} in the adapter"
+                    f"{module} is {base_size[0]} -> {base_size[1]} in the base, {size[0]} -> "
+                    f"{size[1]} in the adapter"
                 )
         if problems:
             rest = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise AdapterError(f"{self.path} does not fit the base: {'; '.join(problems[:3])}{rest}.")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """All metadata, ready for JSON."""
         manifest = self.manifest.model_dump() if self.manifest else {"base": {"name": self.base}}
         return {
@@ -185,8 +186,8 @@ def validate_name(name: str) -> str:
     """Return a name that is valid as a folder and as a model; else raise AdapterError."""
     if not NAME_PATTERN.fullmatch(name):
         raise AdapterError(
-            f"'{name}' is not a valid adapter name: use a letter, then up to 63 letters, digits, '-' or '_'; names of "
-            "Windows devices are reserved."
+            f"'{name}' is not a valid adapter name: use a letter, then up to 63 letters, digits, "
+            "'-' or '_'; names of Windows devices are reserved."
         )
     return name
 
@@ -362,6 +363,7 @@ def _tensor_problems(adapter: Adapter) -> list[str]:
             problems.append(f"{module} has rank {lora_a[0]}, but {CONFIG_FILE} says {adapter.rank_of(module)}")
         elif magnitude != ((lora_b[0],) if dora else None):
             problems.append(
-                f"{module} has a magnitude of shape {magnitude}, but {CONFIG_FILE} says use_dora: {str(dora).lower()}"
+                f"{module} has a magnitude of shape {magnitude}, but {CONFIG_FILE} says use_dora: "
+                f"{str(dora).lower()}"
             )
     return problems

@@ -21,6 +21,7 @@ from . import peft_config
 from .adapter import Adapter, read_json
 
 Tool = Literal["vllm", "llama.cpp", "peft"]
+BaseConfig = Mapping[str, Any]  # config.json of a base
 # model_type -> architecture in llama.cpp: those that `export` converts, each tested in llama.cpp
 LLAMA_CPP_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "gpt2": "gpt2", "qwen2": "qwen2"}
 _VLLM_WITHOUT_LORA = frozenset(
@@ -61,7 +62,7 @@ class CompatibilityReport:
 
 
 def check_compatibility(
-    adapter: Adapter, tool: Tool, name: str | None = None, base_config: Mapping[str, Any] | None = None
+    adapter: Adapter, tool: Tool, name: str | None = None, base_config: BaseConfig | None = None
 ) -> CompatibilityReport:
     """Check an adapter against a tool.
 
@@ -74,7 +75,7 @@ def check_compatibility(
     """
     base_config = base_config or find_base_config(adapter)
     report = CompatibilityReport(tool, [], [], base_config is not None)
-    checks: dict[str, Callable[[Adapter, str, Mapping[str, Any] | None, CompatibilityReport], None]] = {
+    checks: dict[str, Callable[[Adapter, str, BaseConfig | None, CompatibilityReport], None]] = {
         "vllm": _check_vllm,
         "llama.cpp": _check_llama_cpp,
         "peft": _check_peft,
@@ -83,7 +84,7 @@ def check_compatibility(
     return report
 
 
-def find_base_config(adapter: Adapter) -> Mapping[str, Any] | None:
+def find_base_config(adapter: Adapter) -> BaseConfig | None:
     """config.json of the base that an adapter names; None if it is not on this machine. Sends no
     request."""
     repo = adapter.manifest.base.repo if adapter.manifest else adapter.base
@@ -120,9 +121,7 @@ def _note_unknown_base(adapter: Adapter, report: CompatibilityReport) -> None:
     report.notes.append(f"{base} is not on this machine, so its architecture was not checked")
 
 
-def _check_vllm(
-    adapter: Adapter, name: str, base_config: Mapping[str, Any] | None, report: CompatibilityReport
-) -> None:
+def _check_vllm(adapter: Adapter, name: str, base_config: BaseConfig | None, report: CompatibilityReport) -> None:
     model_type = (base_config or {}).get("model_type")
     if is_gpt2(adapter):
         report.errors.append(f"vLLM does not support LoRA on GPT-2: {_advise_merge(name)}")
@@ -161,7 +160,7 @@ def _check_vllm(
         )
 
 
-def _outside_language_model(adapter: Adapter, base_config: Mapping[str, Any]) -> list[str]:
+def _outside_language_model(adapter: Adapter, base_config: BaseConfig) -> list[str]:
     """Layers that vLLM would not find, where the text model of the base is a part of another."""
     model_type = base_config.get("model_type")
     wrapped = any(isinstance(base_config.get(key), dict) for key in _TEXT_CONFIGS)
@@ -171,7 +170,7 @@ def _outside_language_model(adapter: Adapter, base_config: Mapping[str, Any]) ->
 
 
 def _check_llama_cpp(
-    adapter: Adapter, name: str, base_config: Mapping[str, Any] | None, report: CompatibilityReport
+    adapter: Adapter, name: str, base_config: BaseConfig | None, report: CompatibilityReport
 ) -> None:
     supported = ", ".join(LLAMA_CPP_ARCHITECTURES)
     if base_config is None:
@@ -201,9 +200,7 @@ def _check_llama_cpp(
         report.notes.append("llama.cpp's own converter silently gets this adapter wrong: use `export`")
 
 
-def _check_peft(
-    adapter: Adapter, name: str, base_config: Mapping[str, Any] | None, report: CompatibilityReport
-) -> None:
+def _check_peft(adapter: Adapter, name: str, base_config: BaseConfig | None, report: CompatibilityReport) -> None:
     """PEFT adapts the layers that its settings select, and silently drops the tensors of others."""
     rewrite = f"rewrite it (`python cli.py blend {name}=1 --name NEW`)"
     targets, excluded = adapter.config.get("target_modules"), adapter.config.get("exclude_modules")

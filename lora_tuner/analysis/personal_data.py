@@ -124,7 +124,7 @@ _EMAIL = re.compile(
 )
 _AT = re.compile(r"@|&#0*64;|&#x0*40;|&commat;|[\[({]at[\])}]", re.IGNORECASE)
 _DOT = re.compile(r"\s?(?:\[dot\]|\(dot\)|\{dot\}|\[\.\]|\(\.\))\s?", re.IGNORECASE)
-# Frequent top-level domains, and those reserved for examples. Any two letters are a country's, but for those of files.
+# Frequent top-level domains, and those reserved for examples. Two letters are a country's, but for those of files.
 _TOP_LEVEL_NAMES = (
     "com org net edu gov mil int info biz name pro mobi jobs travel museum aero coop cat tel asia post arpa "
     "app dev page online site website web shop store tech xyz club blog cloud email mail live news life world "

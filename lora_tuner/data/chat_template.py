@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DataError, InvalidRowError
 from . import tool_calls
 from .chat import CHAT_MARK, REASONING_FIELDS, FullMessage, Message, is_learned, iter_texts
+from .tool_calls import Tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -202,17 +203,13 @@ def _mark(number: int) -> str:
     return f"Qz{number}zQ"
 
 
-def _try_template(
-    tokenizer: "PreTrainedTokenizerBase", messages: list[FullMessage], tools: list[Any] | None
-) -> None:
+def _try_template(tokenizer: "PreTrainedTokenizerBase", messages: list[FullMessage], tools: Tools) -> None:
     """Raise InvalidRowError if the template rejects a conversation, or does not write a part of it."""
     _render(tokenizer, messages, tools=tools)
     _refuse_dropped(tokenizer, messages, tools)
 
 
-def _refuse_dropped(
-    tokenizer: "PreTrainedTokenizerBase", messages: list[FullMessage], tools: list[Any] | None
-) -> None:
+def _refuse_dropped(tokenizer: "PreTrainedTokenizerBase", messages: list[FullMessage], tools: Tools) -> None:
     """Raise InvalidRowError if the template does not write a part of a conversation: of another one,
     with marks for the texts, each mark is looked for in what is rendered."""
     names: list[str] = []  # the part that each mark stands for
@@ -304,7 +301,7 @@ def _render(
     tokenizer: "PreTrainedTokenizerBase",
     messages: Sequence[FullMessage],
     *,
-    tools: list[Any] | None,
+    tools: Tools,
     add_generation_prompt: bool = False,
 ) -> str:
     """Render the messages of a row, with the reasoning under each name that a template may know."""

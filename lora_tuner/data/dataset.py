@@ -184,8 +184,8 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
         if source.ungrouped:
             notify(
                 Notice(
-                    f"{source.ungrouped:,} rows of {source.description} have no {config.group_by}, so each is a group of "
-                    "its own."
+                    f"{source.ungrouped:,} rows of {source.description} have no {config.group_by}, "
+                    "so each is a group of its own."
                 )
             )
     if config.max_rows is not None and config.max_rows < len(rows):
@@ -221,7 +221,8 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
     counts = dataset.counts
     if idle := [source for source in sources if not source.train and dataset.train]:
         raise DataError(
-            f"{idle[0].description} has no row to train on ({idle[0].counts}): add rows, or leave this dataset out."
+            f"{idle[0].description} has no row to train on ({idle[0].counts}): add rows, or leave "
+            "this dataset out."
         )
     if not dataset.train or not dataset.held_out:
         copies = f", {counts.in_eval_dataset} in --eval-dataset" if counts.in_eval_dataset else ""
@@ -231,9 +232,10 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
             copies += f", {counts.near_duplicates} near copies of held-out rows"
             advice += ", or keep near copies with --near-duplicates keep"
         raise DataError(
-            f"{dataset.description}: {usable} usable rows{groups} of {counts.read} ({counts.empty} empty, "
-            f"{counts.duplicates} duplicates{copies}) leave {counts.train} to train on and {counts.held_out} held out: "
-            f"at least one of each is needed, so add {'groups' if groups else 'rows'}{advice}."
+            f"{dataset.description}: {usable} usable rows{groups} of {counts.read} ({counts.empty} "
+            f"empty, {counts.duplicates} duplicates{copies}) leave {counts.train} to train on and "
+            f"{counts.held_out} held out: at least one of each is needed, so add "
+            f"{'groups' if groups else 'rows'}{advice}."
         )
     return dataset
 

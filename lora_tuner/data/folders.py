@@ -80,7 +80,8 @@ def choose_files(path: Path, split: str | None, notify: EventHandler) -> list[Pa
         counts = [f"{count} {kind}" for kind, count in kinds.most_common()]
         notify(
             Notice(
-                f"Skipped {len(others)} other files in {path}, such as {others[0].relative_to(path)}: {format_names(counts, 8)}."
+                f"Skipped {len(others)} other files in {path}, such as "
+                f"{others[0].relative_to(path)}: {format_names(counts, 8)}."
             )
         )
     splits = _group_by_split(path, files) if path.is_dir() else {}
@@ -91,13 +92,14 @@ def choose_files(path: Path, split: str | None, notify: EventHandler) -> list[Pa
     chosen = split or "train"
     if chosen not in splits:
         raise DataError(
-            f"{path} has no files that are named after a split '{chosen}': choose one with --split: {format_names(splits)}."
+            f"{path} has no files that are named after a split '{chosen}': choose one with --split: "
+            f"{format_names(splits)}."
         )
     if rest := sorted(set(files).difference(*splits.values())):
         notify(
             Notice(
-                f"Skipped {len(rest)} data files in {path} that are not named after a split, such as "
-                f"{rest[0].relative_to(path)}."
+                f"Skipped {len(rest)} data files in {path} that are not named after a split, such "
+                f"as {rest[0].relative_to(path)}."
             )
         )
     return splits[chosen]

@@ -107,8 +107,9 @@ def common_format(source: str, tables: Sequence[Table], layouts: Sequence[Layout
     for table, layout in zip(tables, layouts, strict=True):
         if layout.format != formats[0]:
             raise DataError(
-                f"{source} has files of two formats: {tables[0].source} has {layouts[0]}, and {table.source} has "
-                f"{layout}: use files of one format, or choose one with --format."
+                f"{source} has files of two formats: {tables[0].source} has {layouts[0]}, and "
+                f"{table.source} has {layout}: use files of one format, or choose one with "
+                "--format."
             )
     return formats[0]
 
@@ -222,9 +223,10 @@ def _refuse_preferences(table: Table) -> None:
     """Raise DataError if the columns are pairs of a better and a worse answer."""
     if names := _preferences(table):
         raise DataError(
-            f"{table.source}: {' and '.join(names)} are preference data (DPO and the like), of which nothing is trained "
-            f"on by itself: to learn the answers in {names[0]}, write them as messages, or as prompt and completion; to "
-            f"learn it as text, give --text-column {names[0]}. Its columns are {format_names(table.columns)}."
+            f"{table.source}: {' and '.join(names)} are preference data (DPO and the like), of "
+            f"which nothing is trained on by itself: to learn the answers in {names[0]}, write them "
+            "as messages, or as prompt and completion; to learn it as text, give --text-column "
+            f"{names[0]}. Its columns are {format_names(table.columns)}."
         )
 
 
@@ -241,8 +243,8 @@ def _refuse_labels(table: Table, config: TrainConfig, rows: list[Row]) -> None:
         if values and values <= {"True", "False", "true", "false"} and name not in filtered:
             wanted = next((value for value in ("True", "true") if value in values), "True")
             raise DataError(
-                f"{table.source}: '{name}' says which answers are wanted, as in preference data (KTO): keep those with "
-                f"--where {name}={wanted}."
+                f"{table.source}: '{name}' says which answers are wanted, as in preference data "
+                f"(KTO): keep those with --where {name}={wanted}."
             )
 
 
@@ -268,8 +270,9 @@ def _find_text_column(table: Table, rows: list[Row], *, asks_format: bool) -> st
         question += f" Or read conversations: {'; '.join(readers)}."
     if nested := _nested_columns(table, rows):
         raise DataError(
-            f"{question} Lists, objects or bytes are in {format_names(nested)}; of such layouts these are read: messages; "
-            "prompt and completion; conversations (ShareGPT); instruction and output as texts (Alpaca)."
+            f"{question} Lists, objects or bytes are in {format_names(nested)}; of such layouts "
+            "these are read: messages; prompt and completion; conversations (ShareGPT); "
+            "instruction and output as texts (Alpaca)."
         )
     codes = [name for name in table.text_columns if _are_codes(_strings(rows, name))]
     texts = [name for name in table.text_columns if name not in codes]

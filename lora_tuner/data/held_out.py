@@ -39,8 +39,8 @@ def choose_held_out(
     if not held_out and not eval_hashes:
         notify(
             Notice(
-                f"The hash holds out none of {len(usable)} {unit}s, so the one with the lowest hash is held out. More "
-                f"{unit}s, or --eval-dataset, give a better measure."
+                f"The hash holds out none of {len(usable)} {unit}s, so the one with the lowest hash "
+                f"is held out. More {unit}s, or --eval-dataset, give a better measure."
             )
         )
         return {usable[0]}
@@ -79,8 +79,9 @@ def hold_out_blocks(
         subject = "one text, so blocks of it" if count == 1 else f"{count} documents, so blocks of them"
         notify(
             Notice(
-                f"{source.description} is {subject}, a fifth in all, are held out as {len(blocks[number])} rows, and the "
-                "text beside them is not used. --eval-dataset measures on other text."
+                f"{source.description} is {subject}, a fifth in all, are held out as "
+                f"{len(blocks[number])} rows, and the text beside them is not used. --eval-dataset "
+                "measures on other text."
             )
         )
     return blocks

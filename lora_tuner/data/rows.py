@@ -115,8 +115,9 @@ class Source:
             reasons += f"; {len(by_count) - MAX_REASONS} other reasons"
         if self.counts.invalid > max_invalid * self.counts.read:
             raise DataError(
-                f"{self.description}: {share} cannot be read, and --max-invalid {max_invalid:g} allows no more than that "
-                f"fraction of them: {reasons}. Correct or remove these rows, or read another column."
+                f"{self.description}: {share} cannot be read, and --max-invalid {max_invalid:g} "
+                f"allows no more than that fraction of them: {reasons}. Correct or remove these "
+                "rows, or read another column."
             )
         notify(Notice(f"Left out {share} that cannot be read: {reasons}."))
 
@@ -185,7 +186,8 @@ def iter_rows(
                 counts.empty += 1
     if config.where and counts.filtered == counts.read:
         raise DataError(
-            f"{source.description}: no row has {' and '.join(config.where)}; {_describe_values(tables, config.where)}."
+            f"{source.description}: no row has {' and '.join(config.where)}; "
+            f"{_describe_values(tables, config.where)}."
         )
 
 

@@ -190,13 +190,15 @@ def resolve_eval_dataset(config: TrainConfig, notify: EventHandler, selection: s
     if selection and (split or split_of(Path(name).name)) == "test":
         if config.eval_split is not None or split is None:
             raise ConfigError(
-                f"{name} is a test split{'' if split is None else f' ({split})'}, and {selection} by the rows that are "
-                f"measured: measure a validation split, or held-out rows with --eval-dataset {HELD_OUT}."
+                f"{name} is a test split{'' if split is None else f' ({split})'}, and {selection} "
+                "by the rows that are measured: measure a validation split, or held-out rows with "
+                f"--eval-dataset {HELD_OUT}."
             )
         notify(
             Notice(
-                f"{name} has a test split and none for validation: as {selection} by the rows that are measured, test is "
-                "not read, and rows held out of the training data are measured."
+                f"{name} has a test split and none for validation: as {selection} by the rows that "
+                "are measured, test is not read, and rows held out of the training data are "
+                "measured."
             )
         )
         return config.model_copy(update={"eval_dataset": HELD_OUT, "eval_split": None})
@@ -205,8 +207,8 @@ def resolve_eval_dataset(config: TrainConfig, notify: EventHandler, selection: s
         rest = f"; not read: {format_names(unread)}" if unread else ""
         notify(
             Notice(
-                f"{name} has splits: {chosen} is trained on, and {split} is measured{rest}. Use --eval-dataset {HELD_OUT} to "
-                "measure rows held out of the training data."
+                f"{name} has splits: {chosen} is trained on, and {split} is measured{rest}. Use "
+                f"--eval-dataset {HELD_OUT} to measure rows held out of the training data."
             )
         )
     return config.model_copy(update={"eval_dataset": name, "eval_split": split})

@@ -256,8 +256,8 @@ def _layers_by_name(
     if problems:
         raise ConfigError(
             f"target_modules: {'; '.join(problems)}; choose auto, attention, all-linear, or any of "
-            f"{_last_names(set(layers) - set(reasons))} (embeddings and the output head cannot be adapted: where they "
-            "share weights, an update would not survive a merge)."
+            f"{_last_names(set(layers) - set(reasons))} (embeddings and the output head cannot be "
+            "adapted: where they share weights, an update would not survive a merge)."
         )
     return set().union(*matches.values())
 

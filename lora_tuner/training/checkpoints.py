@@ -168,8 +168,8 @@ def check_can_be_saved(setup: TrainingSetup) -> None:
         except AdapterError as error:
             why = str(error).replace(f"{folder}/", "").replace(str(folder), "it").rstrip(".")
             raise TrainingError(
-                f"An adapter of {setup.base.files.name} could not be saved, so nothing is trained: {why}. Choose other "
-                "--target-modules, or another --base."
+                f"An adapter of {setup.base.files.name} could not be saved, so nothing is trained: "
+                f"{why}. Choose other --target-modules, or another --base."
             ) from error
 
 
@@ -234,7 +234,8 @@ def check_unchanged(before: dict[str, str], after: dict[str, str], folder: Path)
     ]
     if changed:
         raise TrainingError(
-            f"{folder} cannot be resumed exactly: changed since it stopped: {', '.join(changed)}. {RETRAIN_ADVICE}"
+            f"{folder} cannot be resumed exactly: changed since it stopped: {', '.join(changed)}. "
+            f"{RETRAIN_ADVICE}"
         )
 
 
@@ -251,8 +252,8 @@ def check_stream(setup: TrainingSetup, checkpoint: Path) -> None:
     setup.notify(Notice("The rows that the stream has passed are read again: they must be unchanged."))
     if stream.has_changed():
         raise TrainingError(
-            f"{checkpoint} cannot be resumed exactly: rows of {setup.dataset.name} that it was trained on have changed "
-            f"since it stopped. {RETRAIN_ADVICE}"
+            f"{checkpoint} cannot be resumed exactly: rows of {setup.dataset.name} that it was "
+            f"trained on have changed since it stopped. {RETRAIN_ADVICE}"
         )
 
 

@@ -74,8 +74,8 @@ def check_places(config: TrainConfig, *, resuming: bool = False, sweep: Path | N
                 f"move {path} elsewhere, and add its new {option}" if resuming else f"choose another {option}"
             )
             raise TrainingError(
-                f"The adapter {adapter} and its {'sweep' if path is sweep else 'run'} {path} would be one folder, or one "
-                f"in the other: {advice}."
+                f"The adapter {adapter} and its {'sweep' if path is sweep else 'run'} {path} would "
+                f"be one folder, or one in the other: {advice}."
             )
     inputs = [*dict(config.weighted_datasets), config.base, config.other_eval_dataset, config.parent]
     sources = [Path(os.path.expanduser(name)) for name in inputs if name is not None]
@@ -103,8 +103,8 @@ def check_output_paths(config: TrainConfig, *, resuming: bool = False) -> Librar
         return library
     if (sweep_folder(config.runs_dir, name) / SWEEP_STATE_FILE).is_file():  # --resume would find the sweep
         raise TrainingError(
-            f"{sweep_folder(config.runs_dir, name)} is an unfinished sweep of this name: finish or remove it, or choose "
-            "another --name."
+            f"{sweep_folder(config.runs_dir, name)} is an unfinished sweep of this name: finish or "
+            "remove it, or choose another --name."
         )
     if not os.path.lexists(folder):
         return library
@@ -112,12 +112,13 @@ def check_output_paths(config: TrainConfig, *, resuming: bool = False) -> Librar
         raise TrainingError(f"{folder} is not a run, so it is not replaced: choose another --runs-dir or --name.")
     if (folder / RUN_FILE).is_file() and not config.overwrite:
         raise TrainingError(
-            f"{folder} holds an unfinished run: resume it with --resume {name}, discard it with --overwrite, or "
-            "choose another --name."
+            f"{folder} holds an unfinished run: resume it with --resume {name}, discard it with "
+            "--overwrite, or choose another --name."
         )
     if any(folder.iterdir()) and not config.overwrite:
         raise TrainingError(
-            f"{folder} holds the checkpoints of a finished run: discard them with --overwrite, or choose another --name."
+            f"{folder} holds the checkpoints of a finished run: discard them with --overwrite, or "
+            "choose another --name."
         )
     return library
 
@@ -149,6 +150,6 @@ def check_disk_space(setup: TrainingSetup) -> None:
     for folder, need in {config.runs_dir: kept, config.adapters_dir: size}.items():
         if (free := atomic_io.free_space(folder)) < need:
             raise TrainingError(
-                f"{folder} has {free / 1e6:,.0f} MB free, and the run needs {need / 1e6:,.0f} MB: free some space, or "
-                "choose another --runs-dir and --adapters-dir."
+                f"{folder} has {free / 1e6:,.0f} MB free, and the run needs {need / 1e6:,.0f} MB: "
+                "free some space, or choose another --runs-dir and --adapters-dir."
             )

@@ -241,8 +241,8 @@ def steps_for_stop_rule(
     if steps_per_epoch is None:
         notify(
             Notice(
-                f"A stream has no end, so training is limited to {DEFAULT_MAX_MINUTES} minutes. Change this with "
-                "--minutes or --max-steps."
+                f"A stream has no end, so training is limited to {DEFAULT_MAX_MINUTES} minutes. "
+                "Change this with --minutes or --max-steps."
             )
         )
     elif steps < steps_per_epoch:

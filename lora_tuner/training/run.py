@@ -102,14 +102,15 @@ def resume(
         if manifests[folder].schema_version == 1:
             notify(
                 Notice(
-                    f"{folder} was begun by an older version, which recorded less: of its base the weights, some settings "
-                    "and the vocabulary were compared, and its rows as text."
+                    f"{folder} was begun by an older version, which recorded less: of its base the "
+                    "weights, some settings and the vocabulary were compared, and its rows as "
+                    "text."
                 )
             )
         if checkpoint and set(load_adapter_folder(checkpoint).modules) != lora.adapted_layers(setup.model):
             raise TrainingError(
-                f"{checkpoint} adapts other layers than this version does for target_modules {setup.config.target_modules}: "
-                "train again with --overwrite."
+                f"{checkpoint} adapts other layers than this version does for target_modules "
+                f"{setup.config.target_modules}: train again with --overwrite."
             )
         if checkpoint is not None and setup.config.streaming:
             distributed.run_on_rank_zero(partial(checkpoints.check_stream, setup, checkpoint))
@@ -158,8 +159,8 @@ def _load_stopped_run(
         raise _nothing_to_resume(folder)
     if saved.name != folder.name or saved.max_steps is None:
         raise TrainingError(
-            f"{folder / RUN_FILE} was changed: its name is {saved.name}, its max_steps {saved.max_steps}. "
-            f" {RETRAIN_ADVICE}"
+            f"{folder / RUN_FILE} was changed: its name is {saved.name}, its max_steps "
+            f"{saved.max_steps}.  {RETRAIN_ADVICE}"
         )
     _check_not_finished(saved, folder)
     checkpoint = checkpoints.latest_valid(folder, notify)
@@ -189,9 +190,10 @@ def _for_world_size(saved: TrainConfig, manifest: Manifest, notify: EventHandler
         )
     notify(
         Notice(
-            f"The run was started with {before} {'processes' if before > 1 else 'process'} and resumes with {now}: "
-            f"--gradient-accumulation is {accumulation} instead of {saved.gradient_accumulation}, so that each step has the "
-            "same sequences. Rounding and dropout differ."
+            f"The run was started with {before} {'processes' if before > 1 else 'process'} and "
+            f"resumes with {now}: --gradient-accumulation is {accumulation} instead of "
+            f"{saved.gradient_accumulation}, so that each step has the same sequences. Rounding and "
+            "dropout differ."
         )
     )
     return saved.model_copy(update={"gradient_accumulation": accumulation})
@@ -277,8 +279,9 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
     if result.gain < -2 * (result.standard_error or 0.0):
         setup.notify(
             Notice(
-                f"{config.name} is worse than its base: held-out loss {result.base_loss:.4f} -> {result.loss:.4f}. Try a lower "
-                f"learning rate than {setup.learning_rate:g} (--learning-rate), or fewer steps."
+                f"{config.name} is worse than its base: held-out loss {result.base_loss:.4f} -> "
+                f"{result.loss:.4f}. Try a lower learning rate than {setup.learning_rate:g} "
+                "(--learning-rate), or fewer steps."
             )
         )
     return adapter
