@@ -504,11 +504,13 @@ def notify_eval_rows(adapters: Sequence[Adapter], notify: EventHandler) -> None:
     datasets = [adapter.manifest.data for adapter in adapters if adapter.manifest and adapter.manifest.data]
     for name in dict.fromkeys(data.eval_dataset for data in datasets if data.eval_dataset):
         notify(eval_dataset_notice(name))
-    if len({data.split_salt for data in datasets}) > 1:
+    differences = ["--split-salt"] if len({data.split_salt for data in datasets}) > 1 else []
+    groups = {(data.name, data.group_by) for data in datasets}
+    if len(groups) > len({name for name, _ in groups}):
+        differences.append("--group-by")
+    for name in differences:
         notify(
-            Notice(
-                "The adapters differ in --split-salt, so one may have been trained on rows that another holds out."
-            )
+            Notice(f"The adapters differ in {name}, so one may have been trained on rows that another holds out.")
         )
 
 

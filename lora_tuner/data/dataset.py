@@ -34,8 +34,8 @@ class Dataset:
     `held_out` is in the order of the hashes; of several sources with weights, mixed by these, so
     that its first rows have the shares of the training rows.
     `splits` names the split files of a local folder, such as `train, measured: validation`, and is
-    empty where there are none. `eval_dataset` and `eval_split` name what is measured, as in
-    `TrainConfig`, with its default. `held_out_sources` and `held_out_groups` have the source and
+    empty where there are none. `eval_dataset`, `eval_split` and `group_by` are as in `TrainConfig`,
+    with their defaults. `held_out_sources` and `held_out_groups` have the source and
     the group of each held-out row, where there are several sources or groups.
     """
 
@@ -43,6 +43,7 @@ class Dataset:
     splits: str = ""
     eval_dataset: str | None = None
     eval_split: str | None = None
+    group_by: str | None = None
     held_out: list[str] = field(default_factory=list)
     eval_hashes: frozenset[bytes] = frozenset()  # of rows and groups of `eval_dataset`
     compared: list[str] = field(default_factory=list)  # rows of which a stream leaves out near copies
@@ -176,6 +177,7 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
         splits=describe_splits(config),
         eval_dataset=config.eval_dataset,
         eval_split=config.eval_split,
+        group_by=config.group_by,
     )
     sources = dataset.sources
     rows: _UniqueRows = {}
@@ -260,8 +262,8 @@ def describe_data(dataset: Dataset, requested: TrainConfig, use: TextUse | None 
         parts.append(shares)
     if dataset.splits:
         parts.append(f"splits: {dataset.splits}")
-    if requested.group_by is not None:
-        parts.append(f"held out by {requested.group_by}")
+    if dataset.group_by is not None:
+        parts.append(f"held out by {dataset.group_by}")
     return [f"{line}." for line in [*lines, "; ".join(parts)]]
 
 

@@ -159,7 +159,7 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
         method=_choose_method(requested, parent),
         target_modules=",".join(targets.names) if parent else requested.target_modules,
         targets=targets,
-        split_salt=_choose_split_salt(requested, parent),
+        split_salt=str(_choose_split(requested, parent)["split_salt"]),
     )
 
 
@@ -178,8 +178,16 @@ def model_options(requested: TrainConfig, notify: EventHandler) -> ModelOptions:
 
 def load_rows(requested: TrainConfig, parent: Adapter | None, notify: EventHandler) -> Dataset:
     """Load the rows, split as the parent's were: else rows it was trained on would be held out."""
-    changes = {"split_salt": _choose_split_salt(requested, parent)}
+    changes = _choose_split(requested, parent)
     data = parent.manifest.data if parent and parent.manifest else None
+    if parent and data and data.group_by != changes["group_by"] and requested.other_eval_dataset is None:
+        units = [name or "row" for name in (data.group_by, changes["group_by"])]
+        notify(
+            Notice(
+                f"{parent.name} holds out by {units[0]}, and this run by {units[1]}: rows that "
+                f"{parent.name} was trained on, if they are here, may count as held out."
+            )
+        )
     if requested.clean == "auto" and data is not None and data.clean is not None:
         changes["clean"] = data.clean
     return load_dataset(requested.model_copy(update=changes), notify)
@@ -239,7 +247,7 @@ def load_parent(requested: TrainConfig) -> Adapter | None:
             "rank": parent.rank,
             "alpha": parent.config["lora_alpha"],
             "method": _choose_method(requested, parent),
-            "split_salt": _choose_split_salt(requested, parent),
+            **_choose_split(requested, parent),
         },
     )
     data = parent.manifest.data if parent.manifest else None
@@ -272,9 +280,13 @@ def _choose_method(requested: TrainConfig, parent: Adapter | None) -> MethodName
     return "lora+" if requested.method == "lora+" else "lora"
 
 
-def _choose_split_salt(requested: TrainConfig, parent: Adapter | None) -> str:
+def _choose_split(requested: TrainConfig, parent: Adapter | None) -> dict[str, str | None]:
+    """Return the settings of the split: those of the parent, its groups only on the same dataset."""
     data = parent.manifest.data if parent and parent.manifest else None
-    return requested.split_salt if data is None or data.split_salt is None else data.split_salt
+    salt = requested.split_salt if data is None or data.split_salt is None else data.split_salt
+    name = " + ".join(name for name, _ in requested.weighted_datasets)
+    group_by = data.group_by if data is not None and data.name == name else requested.group_by
+    return {"split_salt": salt, "group_by": group_by}
 
 
 def _choose_targets(requested: TrainConfig, parent: Adapter | None, base: LoadedBase) -> TargetModules:

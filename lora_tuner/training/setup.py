@@ -187,6 +187,7 @@ def prepare_training(
             "rank": parent.rank if parent else requested.rank,
             "target_modules": inputs.target_modules,
             "split_salt": inputs.split_salt,
+            "group_by": inputs.dataset.group_by,
             "clean": inputs.dataset.clean or requested.clean,
             "eval_dataset": inputs.dataset.eval_dataset,
             "eval_split": inputs.dataset.eval_split,

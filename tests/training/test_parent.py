@@ -38,6 +38,7 @@ from lora_tuner.models import lora
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
 from lora_tuner.settings_files import resolve_settings
+from lora_tuner.training.inputs import load_rows
 from lora_tuner.training.preview import preview
 from lora_tuner.training.setup import prepare_training
 
@@ -193,6 +194,27 @@ def test_conflicting_parent_settings_are_refused(parent):
     )
     with pytest.raises(ConfigError, match=r"^rank is 8, but noir has 3: with --from"):
         preview(child(rank=8), 1)
+
+
+def test_groups_of_parent_hold_on_its_dataset(parent):
+    rows = [{"text": text, "author": f"a{number % 12}"} for number, text in enumerate(tiny_models.reviews(60))]
+    for name in ("forum.jsonl", "other.jsonl"):
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = child(dataset="forum.jsonl")
+    facts = parent.manifest.data.model_copy(update={"name": "forum.jsonl", "group_by": "author"})
+    manifest = parent.manifest.model_copy(update={"data": facts})
+    (parent.path / "manifest.json").write_text(manifest.to_json())
+    setup = prepare_training(config)
+    assert setup.config.group_by == setup.manifest.data.group_by == "author"
+    assert len(set(setup.dataset.groups_of(setup.dataset.held_out))) < len(setup.dataset.held_out)
+    notices = []
+    load_rows(child(dataset="other.jsonl"), load_adapter_folder(parent.path), notices.append)
+    assert notices[0].text.startswith(
+        "noir holds out by author, and this run by row: rows that noir was trained on"
+    )
+    assert "group_by is size, but noir has author" in refusal(
+        ConfigError, child(dataset="forum.jsonl", group_by="size")
+    )
 
 
 # Which adapters can be a parent
