@@ -484,7 +484,7 @@ def test_different_split_salts_give_notice(adapters):
 
 def test_different_groups_of_dataset_give_notice(adapters):
     data = adapters[1].manifest.data.model_copy(update={"group_by": "author"})
-    for name, expected in ((data.name, 1), ("another.csv", 0)):
+    for name, expected in ((adapters[0].manifest.data.name, 1), ("another.csv", 0)):
         events = []
         changed = with_manifest(adapters[1], data=data.model_copy(update={"name": name}))
         evaluation.notify_eval_rows([adapters[0], changed], events.append)
