@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import TrainConfig
-from ..errors import EventHandler, Notice
+from ..errors import EventHandler, Notice, Progress
 from . import chat
 
 _WORDS, _CHARS = 3, 5  # in a sequence
@@ -44,6 +44,7 @@ _MAX_POSTINGS = 64
 _BATCH_CHARS, _BATCH_PAIRS = 1_000_000, 2_000_000
 _BUCKETS = 4_194_301  # a prime
 _HIGH_BITS = np.uint64(0xFFFFFFFF00000000)
+_REPORTED_ROWS = 20_000  # between two reports of progress
 _MAX_CACHED_WORDS = 500_000
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -171,8 +172,12 @@ def find_copies(
     train: Sequence[str], held_out: Sequence[str], config: TrainConfig, notify: EventHandler
 ) -> set[str]:
     """Return the training rows that nearly copy a held-out row, and report what becomes of them."""
-    matches = NearDuplicates(held_out).find(train)
-    copies = {text for text, match in zip(train, matches, strict=True) if match is not None}
+    index, copies = NearDuplicates(held_out), set[str]()
+    for first in range(0, len(train), _REPORTED_ROWS):
+        texts = train[first : first + _REPORTED_ROWS]
+        copies.update(text for text, match in zip(texts, index.find(texts), strict=True) if match is not None)
+        if len(train) > _REPORTED_ROWS:
+            notify(Progress("looking for near copies", first + len(texts), len(train)))
     count, share = f"{len(copies):,}", f"({len(copies) / max(len(train), 1):.1%})"
     if config.near_duplicates == "drop":
         rule = "left out"
