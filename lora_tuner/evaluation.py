@@ -258,7 +258,7 @@ def held_out_losses(
                     f"{name} has a held-out loss of {adapter_loss.loss} on {rows.name}: its weights are too large for "
                     "this base. Train it with a lower --learning-rate, or leave it out."
                 )
-            pairs.append((base_loss, adapter_loss))
+            pairs.append((base_loss, replace(adapter_loss, groups=base_loss.groups)))
         losses.append(pairs)
     return losses
 

@@ -121,6 +121,8 @@ def format_result(result: EvalResult | None, sources: Sequence[SourceInfo] = ())
         return ["not evaluated"]
     before, after = result.perplexities
     lines = [_format_loss(result), f"perplexity    {before:.2f} -> {after:.2f}"]
+    if not any(source.result for source in sources):  # measured on other rows
+        return lines
     return [*lines, *(f"{one_line(source.name)}: {_format_loss(source.result)}" for source in sources)]
 
 

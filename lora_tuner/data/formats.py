@@ -131,15 +131,16 @@ def describe_choice(layouts: Sequence[Layout]) -> str:
 def _detect_by_names(table: Table) -> Layout | None:
     """Return the layout of conversations that the names of the columns tell, if there is one."""
     columns, texts = set(table.columns), set(table.text_columns)
+    values = texts | columns.difference(table.nested_columns)  # also numbers
     if "messages" in columns:
         return Layout("messages", "messages")
     if {"prompt", "completion"} <= columns:
         return Layout("prompt and completion", "prompt", "completion")
     if _preferences(table):
         return None
-    if {"instruction", "output"} <= texts:
+    if "instruction" in texts and "output" in values:
         return Layout("Alpaca", "instruction", "output")
-    if {"instruction", "response"} <= texts and columns.intersection(INPUTS):
+    if "instruction" in texts and "response" in values and columns.intersection(INPUTS):
         return Layout("Alpaca", "instruction", "response")
     return None
 
@@ -292,7 +293,8 @@ def _option(layout: Layout) -> str:
 
 
 def _has_objects(table: Table, layout: Layout) -> bool:
-    return bool(layout.answer) and not {layout.column, layout.answer} <= set(table.text_columns)
+    objects = {*table.nested_columns}.difference(table.text_columns)
+    return bool(layout.answer) and not objects.isdisjoint({layout.column, layout.answer})
 
 
 def _strings(rows: list[Row], column: str) -> list[str]:

@@ -358,8 +358,9 @@ def _json_values(lines: Iterator[str]) -> Iterator[tuple[int, object]]:
         if line.strip():
             try:
                 yield number, _JSON_DECODER.decode(line.removesuffix("\n"))
-            except ValueError as error:
-                raise ValueError(f"line {number} is not a JSON object: {error}") from error
+            except (ValueError, RecursionError) as error:
+                reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+                raise ValueError(f"line {number} is not a JSON object: {reason}") from error
 
 
 def _detect_txt_rows(path: Path) -> str:

@@ -199,11 +199,8 @@ def _encode_alpaca(layout: Layout, row: Row, clean: chat.Clean, parts: Mapping[s
     inputs = [name for name in INPUTS if row.get(name) not in (None, "")]
     if len(inputs) > 1:
         raise InvalidRowError("input beside context")
-    columns = [name for name in ("instruction", *inputs) if row.get(name) not in (None, "")]
-    if not all(isinstance(row[name], str) for name in columns):
-        raise InvalidRowError("an instruction or input that is no text")
-    prompt = "\n".join(str(row[name]) for name in columns)
-    history, answer = _decode_json(row.get("history")) or [], row.get(layout.answer)
+    prompt = "\n".join(filter(None, (_read_text(row, name) for name in ("instruction", *inputs))))
+    history, answer = _decode_json(row.get("history")) or [], _read_text(row, layout.answer)
     if not history:
         return chat.encode_pair(prompt, answer, clean, parts, (layout.column, layout.answer))
     messages: list[object] = []

@@ -41,8 +41,9 @@ def open_source(name: str, config: TrainConfig, notify: EventHandler) -> tuple[s
         files = choose_files(path, config.split, notify)
         return str(path), _read_files(path, files, config, notify)
     if data_extension(path) in DATA_EXTENSIONS or len(Path(name).parts) != 2 or name.startswith((".", "/", "~")):
+        weight = " A weight is a number, as in tickets.csv=0.7." if "=" in name else ""
         raise DataError(
-            f"There is no dataset '{name}': give imdb, an existing file or folder, or a Hub id (owner/name)."
+            f"There is no dataset '{name}': give imdb, an existing file or folder, or a Hub id (owner/name).{weight}"
         )
     return name, [_hub_table(name, config)]
 

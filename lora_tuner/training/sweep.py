@@ -46,7 +46,7 @@ from .setup import TrainingSetup, adapter_name, prepare_training
 class Trial:
     """One run of a sweep.
 
-    `loss` is None if it diverged; `gap` is how much lower the best loss is, paired by row.
+    `loss` is None if it diverged; `gap` is how much lower the best loss is, paired by row or group.
     """
 
     name: str

@@ -64,6 +64,10 @@ def test_unknown_dataset_fails(refusal, tmp_path):
         assert str(error.value) == (
             f"There is no dataset '{name}': give imdb, an existing file or folder, or a Hub id (owner/name)."
         )
+    with pytest.raises(
+        DataError, match=r"There is no dataset 'a.csv=70%': .* A weight is a number, as in tickets"
+    ):
+        load_dataset(TrainConfig(dataset=["a.csv=70%", "b.csv=30%"]))
 
 
 def test_hub_id_offline_fails():

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lora_tuner import evaluate, resume, train
+from lora_tuner import ModelOptions, evaluate, evaluation, resume, train
 from lora_tuner.cli.display import format_result
 from lora_tuner.config import TrainConfig
 from lora_tuner.data.dataset import load_dataset
@@ -391,6 +391,8 @@ def test_weighted_run_resumes_bitwise(settings, stop_at, streaming):
         assert f"{source.result.loss:.4f} (base: {source.result.base_loss:.4f})" in card
         assert f"{source.name}: held-out loss {source.result.base_loss:.4f} -> {source.result.loss:.4f}" in shown
     assert "| From a.jsonl | 70% of the sequences; " in card
+    unmeasured = [source.model_copy(update={"result": None}) for source in sources]
+    assert format_result(whole.manifest.result, unmeasured) == format_result(whole.manifest.result)
 
 
 def test_error_of_gain_is_by_group(settings):
@@ -401,6 +403,11 @@ def test_error_of_gain_is_by_group(settings):
     assert 2 <= result.groups < result.rows
     (row,) = evaluate([adapter]).cells  # from the cache of held-out rows
     assert row == [result]
+    base = evaluation.open_base(adapter, ModelOptions(device="cpu"))
+    ((base_loss, loss),) = evaluation.held_out_losses(base, {"rows": adapter}, [evaluation.cached_rows(adapter)])[
+        0
+    ]
+    assert loss.groups == base_loss.groups  # also to compare two adapters
     assert f"{result.rows} rows in {result.groups} groups" in (adapter.path / "README.md").read_text()
 
 

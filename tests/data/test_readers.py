@@ -246,6 +246,11 @@ def test_csv_long_field_is_read(load):
             "[" * 100_000,
             "maximum recursion depth exceeded while decoding a JSON array from a unicode string",
         ),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n' + '{"text": ' + "[" * 100_000,
+            "line 2 is not a JSON object: it is nested too deeply",
+        ),
         ("a.json", '["a", 5]', "row 2 is neither a JSON object nor a string"),
         ("a.jsonl", '{"text": "a"}\n[1]\n', "line 2 is neither a JSON object nor a string"),
     ],

@@ -3,9 +3,12 @@
 import json
 
 import datasets
+import pandas
 import pytest
 
+from lora_tuner.config import TrainConfig
 from lora_tuner.data import chat
+from lora_tuner.data.dataset import load_dataset
 
 from ..data_files import TEXTS, jsonl
 
@@ -301,11 +304,8 @@ def test_part_that_is_not_read_is_refused(load, row, reason):
     [
         ({"instruction": "a", "output": ""}, "no output"),
         ({"instruction": "", "output": "b"}, "no instruction"),
-        ({"instruction": ["a"], "output": "b"}, "an instruction or input that is no text"),
-        (
-            {"instruction": "a", "output": {"b": 1}},
-            "instruction and output that are neither two texts nor two lists",
-        ),
+        ({"instruction": ["a"], "output": "b"}, "a list in column 'instruction'"),
+        ({"instruction": "a", "output": {"b": 1}}, "a dict in column 'output'"),
         ({"instruction": "a", "output": "b", "history": "c"}, "a history that is no list of pairs of texts"),
         ({"instruction": "a", "output": "b", "input": "c", "context": "d"}, "input beside context"),
     ],
@@ -314,6 +314,25 @@ def test_alpaca_row_names_its_column(load, row, reason):
     good = [{"instruction": f"so {number}?", "output": "yes"} for number in range(30)]
     (found,) = load("a.jsonl", jsonl([*good, row])).sources[0].invalid
     assert found.startswith(reason)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
+def test_alpaca_with_numbers_as_output_is_read(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    frame = pandas.DataFrame(
+        {"instruction": [f"double {number}" for number in range(9)], "output": range(0, 18, 2)}
+    )
+    if name == "a.csv":
+        frame.to_csv(name, index=False)
+    elif name == "a.parquet":
+        frame.to_parquet(name)
+    else:
+        frame.to_json(name, orient="records", lines=True)
+    dataset = load_dataset(TrainConfig(dataset=name))
+    assert dataset.format == "Alpaca"
+    assert {text[1:] for text in dataset.train + dataset.held_out} == {
+        json.dumps({"prompt": f"double {number}", "completion": str(2 * number)}) for number in range(9)
+    }
 
 
 def test_unread_columns_are_named(load):
