@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,11 @@ ROW_WEIGHTS = ("weight", "train")  # 1 or true beside a conversation changes not
 UNREADABLE = (
     *("image", "images", "video", "videos", "audio", "audios"),
     *("context", "documents", "chat_template_kwargs", "input", "history"),
+)
+# Numpy has no commas in arrays, and writes one within an object as `array([...], dtype=object)`.
+_OF_ARRAY = re.compile(
+    r"""(?P<text>'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+")"""
+    r"|(?<=[\]}])(?P<between>(?:,\s*dtype=object\))?\s+(?:array\()?)(?=[\[{])|\barray\(|,\s*dtype=object\)"
 )
 
 
@@ -177,16 +183,17 @@ def decode_messages(value: object) -> object:
 
 
 def _decode_json(value: object) -> object:
-    """Return the list or object that a string holds as JSON, or as Python writes it (pandas); other
-    values as they are."""
+    """Return the list or object that a string holds as JSON, or as Python or numpy write it, as in the
+    csv files of pandas and `datasets`; other values as they are."""
     if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
         return value
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
         pass
+    python = _OF_ARRAY.sub(lambda match: match["text"] or (", " if match["between"] else ""), value.strip())
     try:
-        return ast.literal_eval(value.strip())  # evaluates literals alone
+        return ast.literal_eval(python)  # evaluates literals alone
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
         return value
 

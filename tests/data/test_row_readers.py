@@ -316,6 +316,35 @@ def test_alpaca_row_names_its_column(load, row, reason):
     assert found.startswith(reason)
 
 
+def test_lists_as_numpy_writes_them_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    question = [{"type": "text", "text": 'so "{0}" } {\n array(\\ it\'s'}]
+    rows = [
+        {"messages": [USER | {"content": question}, ANSWER | {"content": f"yes {number}"}]} for number in range(9)
+    ]
+    for row in rows:
+        row["messages"][1]["content"] = [{"type": "text", "text": row["messages"][1]["content"]}]
+    data = datasets.Dataset.from_list(rows)
+    data.to_csv("a.csv")
+    data.to_json("a.jsonl")
+    texts = [
+        set(dataset.train)
+        for dataset in (load_dataset(TrainConfig(dataset=name)) for name in ("a.csv", "a.jsonl"))
+    ]
+    assert texts[0] == texts[1] != set()
+
+
+def test_history_as_numpy_writes_it_is_read(load, tmp_path):
+    rows = [
+        {"instruction": f"so {number}?", "output": "yes", "history": [["a", f"b {number}"], ["c", "d"]]}
+        for number in range(9)
+    ]
+    datasets.Dataset.from_list(rows).to_csv(tmp_path / "b.csv")
+    read_csv, read_json = load("b.csv", (tmp_path / "b.csv").read_bytes()), load("b.jsonl", jsonl(rows))
+    assert read_csv.train == read_json.train
+    assert '"content": "c"}' in read_csv.train[0]
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
 def test_alpaca_with_numbers_as_output_is_read(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
