@@ -43,6 +43,7 @@ from .models import fsdp, fused_blocks, loading, lora, memory, packing_checks
 from .models.loading import LoadedBase
 from .models.tokenizer import load_adapter_tokenizer
 from .settings_files import resolve_settings
+from .text import format_rows
 
 # Positions per batch; packed rows have no padding, and their attention needs no more memory for more of them.
 BATCH_TOKENS_CPU, BATCH_TOKENS_PACKED, BATCH_TOKENS_GPU = 512, 2048, 8192
@@ -98,6 +99,9 @@ class EvalSet:
     texts: list[str]
     missing: str | None = None
     groups: list[int] = field(default_factory=list)
+
+    def format_rows(self) -> str:
+        return format_rows(len(self.texts), len(set(self.groups)) or None)
 
     def select(self, rows: Sequence[int]) -> "EvalSet":
         """The set with some of its rows."""

@@ -77,6 +77,12 @@ def format_counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {key.replace('_', ' ')}" for key, count in counts.items() if count)
 
 
+def format_rows(rows: int, groups: int | None) -> str:
+    """Format a number of rows, and of their groups if they are grouped, as in "12 rows in 3 groups"."""
+    text = f"{rows} row{'s' * (rows != 1)}"
+    return text if groups is None else f"{text} in {groups} group{'s' * (groups != 1)}"
+
+
 def format_gain(gain: float, standard_error: float | None, digits: str = ".4f") -> str:
     """Format a gain with its standard error, which is None for a single row."""
     error = (

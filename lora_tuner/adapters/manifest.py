@@ -11,6 +11,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..config import CleanMode, NearDuplicatesRule
+from ..text import format_rows
 
 SCHEMA_VERSION = 2
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # strict: one becomes a file name
@@ -60,8 +61,7 @@ class EvalResult(_ManifestModel):
         )
 
     def format_rows(self) -> str:
-        rows = f"{self.rows} row{'s' * (self.rows != 1)}"
-        return rows if self.groups is None else f"{rows} in {self.groups} group{'s' * (self.groups != 1)}"
+        return format_rows(self.rows, self.groups)
 
     @property
     def perplexities(self) -> tuple[float, float]:

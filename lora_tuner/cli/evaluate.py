@@ -103,7 +103,7 @@ def show_gains(matrix: "GainMatrix") -> None:
         gains.append(
             [name, *(format_gain(cell.gain, cell.standard_error, "+.4f") if cell else "" for cell in row)]
         )
-    columns = [f"{eval_set.name}\n{len(eval_set.texts)} rows" for eval_set in matrix.sets]
+    columns = [f"{eval_set.name}\n{eval_set.format_rows()}" for eval_set in matrix.sets]
     print("held-out loss in nats per token (perplexity) on each held-out set")
     _print_matrix(losses, columns)
     print(f"\nimprovement over {one_line(matrix.base)} (loss, ± standard error); negative: worse than the base")

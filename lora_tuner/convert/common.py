@@ -238,6 +238,10 @@ def _copy_tokenizer(parents: Sequence[Adapter], folder: Path, notify: EventHandl
         )
 
 
+# Facts of a dataset that a blend has if its parents agree.
+_RULES = ("split_salt", "clean", "near_duplicates", "group_by", "template", "answer_column")
+
+
 def _dataset_info(parents: Sequence[Adapter], sets: Sequence[EvalSet], parents_sets: bool) -> DatasetInfo | None:
     """Dataset of one parent, or the combined datasets of several; None if none is known."""
     datasets = {
@@ -257,33 +261,25 @@ def _dataset_info(parents: Sequence[Adapter], sets: Sequence[EvalSet], parents_s
     encoded = {data.encoded_hash for data in datasets.values()}
     complete = len(datasets) == len(parents)
     same_encoded_rows = complete and len(encoded) == 1 and held_out_hash == first.held_out_hash
+    shared = {name: {getattr(data, name) for data in datasets.values()} for name in _RULES}
     update: dict[str, object] = {
         "held_out_hash": held_out_hash,
         "held_out_rows": len(texts),
         "encoded_hash": first.encoded_hash if same_encoded_rows else None,
         "eval_dataset": _eval_dataset_name(datasets, sets, parents_sets),
         "eval_split": first.eval_split if parents_sets and len(eval_splits) == 1 else None,
+        **{name: getattr(first, name) if len(values) == 1 else None for name, values in shared.items()},
     }
-    same_template = len({(data.template, data.answer_column) for data in datasets.values()}) == 1
     same_rows = all((data.hash, data.split_salt) == (first.hash, first.split_salt) for data in others)
     if not complete or not same_rows:
         names = [data.name for data in datasets.values()] + ["unknown"] * (not complete)
-        salts = {data.split_salt for data in datasets.values()}
         update |= {
             "name": " + ".join(dict.fromkeys(names)),
             "source": " + ".join(dict.fromkeys(data.source for data in datasets.values())),
             "hash": content_hash([data.hash for data in datasets.values()]),
             "where": [f"{name}: {condition}" for name, data in datasets.items() for condition in data.where],
-            "split_salt": first.split_salt if len(salts) == 1 else None,
-            "clean": first.clean if len({data.clean for data in datasets.values()}) == 1 else None,
-            "near_duplicates": first.near_duplicates
-            if len({data.near_duplicates for data in datasets.values()}) == 1
-            else None,
-            "group_by": first.group_by if len({data.group_by for data in datasets.values()}) == 1 else None,
             "sources": [],
             "counts": {},
-            "template": first.template if same_template else None,
-            "answer_column": first.answer_column if same_template else None,
             "format": " + ".join(dict.fromkeys(data.format for data in datasets.values())),
         }
     return first.model_copy(update=update)

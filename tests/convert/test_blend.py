@@ -264,7 +264,8 @@ def test_train_from_blended_and_compressed(two, reviews_csv):
 
 
 @pytest.mark.parametrize(
-    ("other", "group", "sources"), [({}, "author", 1), ({"hash": "77" * 32, "group_by": None}, None, 0)]
+    ("other", "group", "sources"),
+    [({}, "author", 1), ({"group_by": None}, None, 1), ({"hash": "77" * 32}, "author", 0)],
 )
 def test_blend_claims_no_results_of_sources(tmp_path, other, group, sources):
     facts = adapter_files.manifest()

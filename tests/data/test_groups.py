@@ -408,6 +408,7 @@ def test_error_of_gain_is_by_group(settings):
         0
     ]
     assert loss.groups == base_loss.groups  # also to compare two adapters
+    assert evaluation.cached_rows(adapter).format_rows() == f"{result.rows} rows in {result.groups} groups"
     assert f"{result.rows} rows in {result.groups} groups" in (adapter.path / "README.md").read_text()
 
 
