@@ -117,10 +117,8 @@ class Dataset:
         if config.group_by is not None or len(ordered) > sum(map(len, rows)):
             self.held_out_groups = {row.text: row.side for row in ordered}
 
-    def leave_out_copies(self, unmeasured: list[str], config: TrainConfig, notify: EventHandler) -> None:
-        """Remove training rows that nearly copy a held-out row, also one that is not measured, if
-        `config` says so."""
-        compared = self.held_out[: config.eval_rows] if config.streaming else self.held_out + unmeasured
+    def leave_out_copies(self, compared: list[str], config: TrainConfig, notify: EventHandler) -> None:
+        """Remove training rows that nearly copy one of the compared rows, if `config` says so."""
         copies = find_copies(self.train, compared, config, notify)
         if config.near_duplicates == "keep":
             return
@@ -201,6 +199,7 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
     dataset.eval_hashes = frozenset(eval_rows).union(row.side for row in eval_rows.values())
     usable, sides = len(rows), {row.side for row in rows.values()} if config.group_by else set()
     held_out = hold_out_blocks(sources, rows, config, notify)
+    has_blocks = [*map(bool, held_out)]
     held_out_sides = choose_held_out([row.side for row in rows.values()], dataset.eval_hashes, config, notify)
     for digest, row in rows.items():
         if row.side in held_out_sides:
@@ -218,8 +217,11 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
             source.counts.train, source.counts.held_out = len(source.train), len(source_rows)
         source.report_invalid(config.max_invalid, notify)
     dataset.set_held_out([[*eval_rows.values()]] if config.other_eval_dataset else held_out, config, notify)
-    unmeasured = itertools.chain.from_iterable(held_out) if eval_rows else []
-    dataset.leave_out_copies([row.text for row in unmeasured], config, notify)
+    # Documents are compared as a whole: a passage is no copy. Blocks are not: their text repeats what is around them.
+    whole = [rows for rows, are_blocks in zip(held_out, has_blocks, strict=True) if not are_blocks]
+    texts = [row.text for row in itertools.chain(eval_rows.values(), *whole)]
+    compared = dataset.held_out[: config.eval_rows] if config.streaming else texts
+    dataset.leave_out_copies(compared, config, notify)
     counts = dataset.counts
     if idle := [source for source in sources if not source.train and dataset.train]:
         raise DataError(

@@ -438,16 +438,18 @@ def test_part_of_two_documents_is_measured_once():
 
 
 def test_text_without_some_parts_is_one_row():
-    chapter, texts = " ".join(tiny_models.reviews(40, seed=9))[:7000], tiny_models.reviews(3000, seed=10)
-    filler = iter(" ".join(texts)[start : start + 1000] for start in range(0, 10**6, 1000))
-    pages = [*islice(filler, 150)]
-    pages[:7] = pages[50:57] = pages[142:149] = [chapter[start : start + 1000] for start in range(0, 7000, 1000)]
-    Path("book.txt").write_text("".join(pages), encoding="utf-8")
-    dataset = load_dataset(TrainConfig(dataset="book.txt", txt_rows="file"))
-    assert (
-        0 < len(dataset.train) < len(load_dataset(TrainConfig(dataset="book.txt", near_duplicates="keep")).train)
-    )
-    assert (dataset.counts.read, dataset.counts.train, dataset.counts.near_duplicates) == (1, 1, 0)
+    """Rows beside a book quote its first pages."""
+    book = " ".join(f"word{number}" for number in range(20_000))
+    Path("book.txt").write_text(book, encoding="utf-8")
+    quotes = [book[start : start + 300] for start in range(0, 9000, 300)]
+    Path("rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in quotes), encoding="utf-8")
+    parts = {}
+    for rule in ("drop", "keep"):
+        settings = {"dataset": ["book.txt", "rows.jsonl"], "txt_rows": "file", "near_duplicates": rule}
+        (source, _) = load_dataset(TrainConfig(**settings)).sources
+        assert (source.counts.read, source.counts.train, source.counts.near_duplicates) == (1, 1, 0)
+        parts[rule] = len(source.train)
+    assert 0 < parts["drop"] < parts["keep"]
 
 
 def write_documents(count, paragraphs=12):
@@ -500,3 +502,21 @@ def test_chunk_ends_at_paragraph_in_its_second_half():
     texts = [tokenizer.decode(row) for row in rows]
     assert len(texts) > 3
     assert all(text.strip().endswith("And more.") for text in texts[:-1])
+
+
+def test_shared_passage_makes_no_document_a_copy():
+    """A licence in several documents, of which a held-out one is measured in parts."""
+    write_documents(8, paragraphs=20)
+    licence = " ".join(f"clause{number} of this licence" for number in range(150))
+    for path in sorted(Path("notes").iterdir())[:7]:
+        path.write_text(f"{path.read_text()}\n\n{licence}.", encoding="utf-8")
+    dataset = load_dataset(TrainConfig(dataset="notes", split_salt="x"))
+    assert dataset.counts.held_out > 0
+    assert dataset.counts.near_duplicates == 0
+
+
+def test_blocks_of_one_text_are_not_compared_with_it():
+    reviews = tiny_models.reviews(200)
+    Path("novel.txt").write_text(" ".join(reviews * 3), encoding="utf-8")
+    dataset = load_dataset(TrainConfig(dataset="novel.txt", txt_rows="file"))
+    assert (dataset.counts.train, dataset.counts.near_duplicates) == (1, 0)
