@@ -299,7 +299,7 @@ def test_compare_escapes_adapter_names(capsys, monkeypatch, columns):
 def test_gain_matrix_escapes_names(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     result = SimpleNamespace(base_loss=1.0, loss=1.0, gain=0.1, standard_error=0.1, perplexities=(1.0, 1.0))
-    sets = [SimpleNamespace(name="re[/b]views\x1b[5m.csv", texts=["a"], missing="")]
+    sets = [EvalSet("re[/b]views\x1b[5m.csv", ["a"])]
     evaluate.show_gains(SimpleNamespace(adapters=["a"], sets=sets, cells=[[result]], base="b\x1b[5m"))
     assert "\x1b" not in capsys.readouterr().out
 
