@@ -237,11 +237,13 @@ def eval_source(config: TrainConfig, split: str | None) -> TrainConfig:
     if is_local(name) and split is not None and split not in (splits := local_splits(name)):
         found = f"; choose one of its splits: {format_names(splits)}" if splits else ", so leave --eval-split out"
         raise DataError(f"{name} has no files that are named after a split '{split}'{found}.")
+    # Settings that the training data alone can have use for are not for these rows. `evaluate` has no such data.
+    is_only = "dataset" not in config.model_fields_set
     changes = {
         "dataset": name,
         "split": split,
-        "table": config.table if has_tables(name) else None,
-        "text_column": config.text_column if has_columns(name) else None,
+        "table": config.table if is_only or has_tables(name) else None,
+        "text_column": config.text_column if is_only or has_columns(name) else None,
         "subset": config.subset if name == config.dataset else None,
         "streaming": config.streaming and not is_local(name),
     }
