@@ -6,11 +6,11 @@ models are not thread-safe. A call returns when its last sequence ends; the serv
 GenerationEngine directly.
 """
 
-import contextlib
 import os
 import secrets
 import threading
-from collections import OrderedDict, abc
+import time
+from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,13 +57,14 @@ class GenerationOutput:
     seed: int | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class _ResidentAdapter:
-    """Adapter in memory, and the identity of its files when they were read."""
+    """Adapter in memory, the identity of its files when they were read, and when it was last used."""
 
     folder: Path
     identity: FolderIdentity
     loaded: LoadedAdapter
+    last_used: int  # nanoseconds of a clock that never goes back
 
 
 class Generator:
@@ -95,9 +96,7 @@ class Generator:
         self.base = loading.open_base(opened[0] if opened else None, options)
         self.engine = GenerationEngine(self.base, options.notify)
         self.max_resident = max_resident
-        self._resident: OrderedDict[str, _ResidentAdapter] = (
-            OrderedDict()
-        )  # by name, the one used last at the end
+        self._resident: dict[str, _ResidentAdapter] = {}  # by name; changed only under the lock
         self._lock = threading.RLock()
         for adapter in opened:
             name = self._load_adapter(adapter)
@@ -138,8 +137,7 @@ class Generator:
         resident = self._resident.get(name)
         if resident is None or folder_identity(resident.folder) != resident.identity:
             return None
-        with contextlib.suppress(KeyError):  # another thread has dropped it
-            self._resident.move_to_end(name)
+        resident.last_used = time.monotonic_ns()
         return resident.loaded
 
     def get_or_load(self, adapter: str | Path | None) -> tuple[str | None, LoadedAdapter | None]:
@@ -163,12 +161,14 @@ class Generator:
                 lora.check_base(adapter, self.base, self.options)
                 loaded = self.engine.multi_lora.load(adapter)
                 tokenizer = load_adapter_tokenizer(adapter, self.base, self.options)
-                return _ResidentAdapter(folder, folder_identity(folder), replace(loaded, tokenizer=tokenizer))
+                return _ResidentAdapter(
+                    folder, folder_identity(folder), replace(loaded, tokenizer=tokenizer), time.monotonic_ns()
+                )
 
-            resident = read_consistently(adapter.path, load_resident)
-        self._resident.pop(name, None)
-        self._resident[name] = resident
+            self._resident[name] = read_consistently(adapter.path, load_resident)
+        self._resident[name].last_used = time.monotonic_ns()
         droppable = [other for other in self._resident if other not in (name, self.current_adapter)]
+        droppable.sort(key=lambda other: self._resident[other].last_used)
         excess = len(self._resident) - (self.max_resident or len(self._resident))
         for other in droppable[: max(excess, 0)]:
             del self._resident[other]

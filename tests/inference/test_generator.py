@@ -227,6 +227,20 @@ def test_threads_take_turns(settings):
     assert wrong == []
 
 
+def test_adapter_used_while_another_loads(settings, monkeypatch):
+    for name in "abc":
+        train(settings(name=name, max_steps=1))
+    generator = Generator("b", "a", options=ModelOptions(device="cpu"), max_resident=2)
+    generator.set_adapter(None)
+
+    def current_adapter(generator):  # read between two steps of the load, where another thread may run
+        generator.get_loaded("b")
+
+    monkeypatch.setattr(Generator, "current_adapter", property(current_adapter), raising=False)
+    generator.get_or_load("c")
+    assert generator.loaded_adapters == ["b", "c"]
+
+
 def test_stop_string_across_prompt_is_ignored(model_folder, decoder_kind):
     generator = Generator(options=ModelOptions(base=str(model_folder), device="cpu"))
     full_text = generator.generate("the actor", GREEDY).text
