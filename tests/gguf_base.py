@@ -1,6 +1,4 @@
-"""Tiny bases for llama.cpp: random adapters, conversion to float32 GGUF, and llama.cpp itself."""
-
-import json
+"""Tiny bases for llama.cpp: random adapters, float32 GGUF files, and llama.cpp itself."""
 
 import gguf
 import numpy as np
@@ -9,12 +7,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from lora_tuner.convert.gguf_model import write_model_gguf
 from lora_tuner.models import lora
 from lora_tuner.models.targets import resolve_target_modules
 
 from . import tiny_models
 
-ARCHITECTURES = {"gpt2": "gpt2", "llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 SEEDS = {
     "gpt2": 50,
     "llama": 67,
@@ -56,12 +54,15 @@ def save(folder, kind):
     weights = load_file(folder / "model.safetensors")
     heads = ("lm_head.weight", "transformer.wte.weight", "model.embed_tokens.weight")
     head = next(name for name in heads if name in weights)
-    texts = tiny_models.tokenizer().batch_decode([[number] for number in range(320)])
-    weights[head][
-        [number == 0 or not text.isascii() or not text.isprintable() for number, text in enumerate(texts)]
-    ] = 0
+    weights[head][list(set(range(320)) - set(printable_ids()))] = 0
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def printable_ids():
+    """Ids whose text is printable ASCII: llama.cpp reports no log-probabilities of incomplete characters."""
+    texts = tiny_models.tokenizer().batch_decode([[number] for number in range(320)])
+    return [number for number, text in enumerate(texts) if number and text.isascii() and text.isprintable()]
 
 
 def adapt(folder, out, **settings):
@@ -73,11 +74,11 @@ def adapt(folder, out, **settings):
     config = LoraConfig(
         task_type="CAUSAL_LM",
         target_modules=resolve_target_modules(model, "auto").names,
-        fan_in_fan_out=folder.name == "gpt2",
+        fan_in_fan_out=model.config.model_type == "gpt2",
         **{"r": 4, "lora_alpha": 8} | settings,
     )
     wrapped = get_peft_model(model, config)
-    generator = torch.Generator().manual_seed(SEEDS[folder.name])
+    generator = torch.Generator().manual_seed(SEEDS.get(folder.name, 1))
     tensors = {
         name: 0.2 * torch.randn(tensor.shape, generator=generator)
         for name, tensor in lora.adapter_state_dict(wrapped).items()
@@ -86,71 +87,10 @@ def adapt(folder, out, **settings):
     return out
 
 
-def convert(folder, out, turn_end=None):
-    """Convert a base folder to float32 GGUF, with its byte-level BPE tokenizer, and the id of a turn end."""
-    config = json.loads((folder / "config.json").read_text())
-    kind = ARCHITECTURES[config["model_type"]]
-    writer = gguf.GGUFWriter(out, kind)
-    _shape(writer, config)
-    _tokenizer(writer, json.loads((folder / "tokenizer.json").read_text()), config)
-    if turn_end is not None:
-        writer.add_eot_token_id(turn_end)
-    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
-    names = gguf.get_tensor_name_map(architecture, 2)
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        values = tensor.numpy()
-        if kind == "gpt2" and ".c_" in name:  # Conv1D is transposed; a bias does not change
-            values = values.T
-        if kind == "llama" and (".q_proj." in name or ".k_proj." in name):
-            heads = config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
-            halves = values.reshape(heads, 2, -1, values.shape[-1])
-            values = np.concatenate(
-                [np.stack(list(head), axis=1).reshape(-1, values.shape[-1]) for head in halves]
-            )
-        module, _, part = name.rpartition(".")
-        writer.add_tensor(f"{names.get_name(module)}.{part}", np.ascontiguousarray(values))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def convert(folder, out):
+    """Write a base folder as float32 GGUF."""
+    write_model_gguf(folder, out, "float32")
     return out
-
-
-def _shape(writer, config):
-    gpt2 = config["model_type"] == "gpt2"
-    width, heads = (
-        (config["n_embd"], config["n_head"]) if gpt2 else (SHAPE["hidden_size"], SHAPE["num_attention_heads"])
-    )
-    writer.add_block_count(2)
-    writer.add_context_length(tiny_models.CONTEXT)
-    writer.add_embedding_length(width)
-    writer.add_feed_forward_length(4 * width if gpt2 else config["intermediate_size"])
-    writer.add_head_count(heads)
-    if gpt2:
-        writer.add_layer_norm_eps(config["layer_norm_epsilon"])
-        return
-    size = config.get("head_dim") or width // heads
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(size)
-    writer.add_value_length(size)
-    writer.add_rope_dimension_count(size)
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(config["vocab_size"])
-
-
-def _tokenizer(writer, tokenizer, config):
-    tokens = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
-    special = {token["id"] for token in tokenizer["added_tokens"]}
-    kinds = (gguf.TokenType.NORMAL, gguf.TokenType.CONTROL)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([kinds[number in special] for number in range(len(tokens))])
-    writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
-    writer.add_bos_token_id(config["bos_token_id"])
-    writer.add_eos_token_id(config["eos_token_id"])
-    writer.add_add_bos_token(False)
 
 
 def dequantize(path, out):
@@ -200,3 +140,17 @@ class LlamaCpp:
             top_logprobs = {candidate["id"]: candidate["logprob"] for candidate in token["top_logprobs"]}
             tokens_with_top.append((token["id"], top_logprobs))
         return response["text"], tokens_with_top
+
+    def greedy_ids(self, prompt, tokens, allowed):
+        """The likeliest ids among the allowed ones, and the log-probabilities of all at each step."""
+        banned = [[number, False] for number in set(range(320)) - set(allowed)]
+        request = {
+            "prompt": prompt,
+            "max_tokens": tokens,
+            "temperature": 0,
+            "logprobs": 320,
+            "logit_bias": banned,
+        }
+        steps = self.server.handle_completions(request)["choices"][0]["logprobs"]["content"]
+        top = [{candidate["id"]: candidate["logprob"] for candidate in step["top_logprobs"]} for step in steps]
+        return [step["id"] for step in steps], [[logprobs[number] for number in range(320)] for logprobs in top]

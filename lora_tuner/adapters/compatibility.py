@@ -8,22 +8,20 @@ of the tool is not examined.
 import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from .. import atomic_io, hub
 from ..config import EMBEDDED_BASE
 from ..errors import LoraTunerError
 from ..text import display_name
-from . import peft_config
+from . import llama_cpp, peft_config
 from .adapter import Adapter, read_json
 
 Tool = Literal["vllm", "llama.cpp", "peft"]
-BaseConfig = Mapping[str, Any]  # config.json of a base
-# model_type -> architecture in llama.cpp: those that `export` converts, each tested in llama.cpp
-LLAMA_CPP_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "gpt2": "gpt2", "qwen2": "qwen2"}
+BaseConfig = llama_cpp.Config
 _VLLM_WITHOUT_LORA = frozenset(
     (
         *("arctic", "bloom", "dbrx", "falcon", "falcon_mamba", "flex_olmo", "gemma3n", "gemma3n_text", "gpt2"),
@@ -36,8 +34,6 @@ _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config
 _MOUNTED_TEXT_MODELS = ("qwen3_5_text", "qwen3_5_moe_text")
 _RENAMED_BY_VLLM = ("qwen2_vl", "qwen2_5_vl")  # it moves `model.` under language_model itself
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank; 8 also serves rank 1
-_LLAMA_LAYER = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
-_GPT2_LAYER = re.compile(r"transformer\.h\.\d+\.(attn\.(c_attn|c_proj)|mlp\.(c_fc|c_proj))")
 
 
 @dataclass(frozen=True)
@@ -103,7 +99,7 @@ def find_base_config(adapter: Adapter) -> BaseConfig | None:
 
 def is_gpt2(adapter: Adapter) -> bool:
     """Check for layers of GPT-2, whose weights are stored transposed."""
-    return any(_GPT2_LAYER.fullmatch(module) for module in adapter.modules)
+    return any(llama_cpp.ARCHITECTURES["gpt2"].has_layer(module) for module in adapter.modules)
 
 
 def vllm_rank(adapter: Adapter) -> int | None:
@@ -172,29 +168,32 @@ def _outside_language_model(adapter: Adapter, base_config: BaseConfig) -> list[s
 def _check_llama_cpp(
     adapter: Adapter, name: str, base_config: BaseConfig | None, report: CompatibilityReport
 ) -> None:
-    supported = ", ".join(LLAMA_CPP_ARCHITECTURES)
+    supported = ", ".join(llama_cpp.ARCHITECTURES)
+    architectures = list(llama_cpp.ARCHITECTURES.values())
     if base_config is None:
         _note_unknown_base(adapter, report)
-    elif (model_type := base_config.get("model_type")) not in LLAMA_CPP_ARCHITECTURES:
+    elif architecture := llama_cpp.find_architecture(base_config):
+        architectures = [architecture]
+    else:
         report.errors.append(
-            f"its base is a {model_type} model, and only adapters of {supported} can be exported: "
+            f"its base is a {base_config.get('model_type')} model, and only adapters of {supported} can be exported: "
             f"{_advise_merge(name)}, then convert the result with llama.cpp's script"
         )
     if adapter.config.get("use_dora"):
         report.errors.append(f"llama.cpp does not support DoRA: {_advise_merge(name)}")
-    if unknown := [
-        module
-        for module in adapter.modules
-        if not _LLAMA_LAYER.fullmatch(module) and not _GPT2_LAYER.fullmatch(module)
-    ]:
+    unknown = [
+        [module for module in adapter.modules if not architecture.has_layer(module)]
+        for architecture in architectures
+    ]
+    if all(unknown):
         report.errors.append(
-            f"layers such as {unknown[0]} cannot be converted for llama.cpp: {_advise_merge(name)}"
+            f"layers such as {min(unknown, key=len)[0]} cannot be converted for llama.cpp: {_advise_merge(name)}"
         )
     if report.errors:
         return
+    bases = f", on a base of {supported}" if base_config is None else ""
     report.notes.append(
-        f"llama.cpp loads a GGUF file (`python cli.py export {name} --to gguf --out {name}.gguf`), "
-        f"on a base of {supported}"
+        f"llama.cpp loads a GGUF file (`python cli.py export {name} --to gguf --out {name}.gguf`){bases}"
     )
     if is_gpt2(adapter) or adapter.config.get("use_rslora") or adapter.config.get("alpha_pattern"):
         report.notes.append("llama.cpp's own converter silently gets this adapter wrong: use `export`")

@@ -1,20 +1,20 @@
 """Export an adapter as a GGUF LoRA for llama.cpp and Ollama.
 
-llama.cpp scales each layer by alpha / rank, so other scales are multiplied into the tensors. It
-also stores the rows of Llama's q and k in another order than transformers. Only the architectures
-in `compatibility.LLAMA_CPP_ARCHITECTURES` are supported; each is tested against llama.cpp.
+llama.cpp scales each layer by alpha / rank, so other scales are multiplied into the tensors. The
+names of layers and the order of their rows come from the table in `adapters.llama_cpp`, as for
+whole models (`gguf_model`); each architecture there is tested in llama.cpp.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import atomic_io
-from ..adapters import compatibility
+from ..adapters import compatibility, llama_cpp
 from ..adapters.adapter import Adapter, check_weights_hash
 from ..config import ModelOptions
 from ..data.chat_template import turn_end_ids
@@ -27,7 +27,6 @@ from .common import check_keeps_base, check_output_path
 if TYPE_CHECKING:
     from gguf import ReaderTensor
 
-PERMUTED_QK = ("llama",)  # architectures whose q and k rows llama.cpp stores in another order
 _ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # relative error
 _Array = NDArray[np.float32]
 _GGUF_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -89,16 +88,16 @@ def to_gguf(
     base = TokenizedBase(files, load_tokenizer(files))
     lora.check_base(adapter, base, options)
     config = json.loads((files.folder / "config.json").read_text(encoding="utf-8"))
+    adapter.check_shapes(layer_sizes_in_files(files, adapter))
     _refuse_incompatible(adapter, config)
-    architecture = compatibility.LLAMA_CPP_ARCHITECTURES[config["model_type"]]
+    architecture = llama_cpp.ARCHITECTURES[config["model_type"]]
     if dtype not in _ROUNDING:
         raise ConfigError(f"dtype is {dtype}: use one of {', '.join(_ROUNDING)}.")
-    adapter.check_shapes(layer_sizes_in_files(files, adapter))
-    tensors = _gguf_tensors(adapter, architecture, config)
+    tensors = _gguf_tensors(adapter, architecture, llama_cpp.text_config(config))
     turn_end, turn_end_id = _turn_end(adapter, base, options)
     gguf_type = gguf.GGMLQuantizationType[_GGUF_TYPES[dtype]]
     with atomic_io.atomic_file(out) as file:
-        writer = gguf.GGUFWriter(file, architecture)
+        writer = gguf.GGUFWriter(file, architecture.name)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, _gguf_alpha(adapter))
@@ -124,7 +123,7 @@ def to_gguf(
     return ExportResult(out, size, len(tensors), max(rounding_errors), turn_end, turn_end_id)
 
 
-def _refuse_incompatible(adapter: Adapter, base_config: dict[str, Any] | None) -> None:
+def _refuse_incompatible(adapter: Adapter, base_config: llama_cpp.Config | None) -> None:
     if errors := compatibility.check_compatibility(adapter, "llama.cpp", base_config=base_config).errors:
         raise AdapterError(f"{adapter.path}: {'; '.join(errors)}.")
 
@@ -158,26 +157,20 @@ def _rounding_error(exact: _Array, tensor: "ReaderTensor") -> float:
     return float(np.abs(written - exact).max()) / largest if largest else float(np.abs(written).max())
 
 
-def _gguf_tensors(adapter: Adapter, architecture: str, config: dict[str, Any]) -> dict[str, _Array]:
+def _gguf_tensors(
+    adapter: Adapter, architecture: llama_cpp.GgufArchitecture, config: llama_cpp.Config
+) -> dict[str, _Array]:
     """Tensors under llama.cpp's names, in float32: `lora_a` (rank, in), `lora_b` (out, rank)."""
-    import gguf
-
-    model_arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    blocks = config["n_layer"] if architecture == "gpt2" else config["num_hidden_layers"]
-    names = gguf.get_tensor_name_map(model_arch, blocks)
+    names = architecture.tensor_names(config)
     weights = {name: tensor.float().numpy() for name, tensor in lora.read_weights_file(adapter).items()}
     tensors: dict[str, _Array] = {}
     for module in adapter.modules:
-        name = names.get_name(module)
+        name = llama_cpp.tensor_name(names, module)
         if name is None:
             raise AdapterError(f"llama.cpp has no layer for {module}.")
         lora_a, lora_b = (weights[f"base_model.model.{module}.lora_{part}.weight"] for part in "AB")
         lora_b = lora_b * np.float32(adapter.scale_of(module) * len(lora_a) / _gguf_alpha(adapter))
-        if architecture in PERMUTED_QK and module.endswith(("q_proj", "k_proj")):
-            heads = config["num_attention_heads"]
-            if module.endswith("k_proj"):
-                heads = config.get("num_key_value_heads") or heads
-            # Rotary pairs are adjacent in llama.cpp, half a head apart in transformers.
-            lora_b = lora_b.reshape(heads, 2, len(lora_b) // heads // 2, -1).swapaxes(1, 2).reshape(lora_b.shape)
-        tensors |= {f"{name}.weight.lora_a": lora_a, f"{name}.weight.lora_b": np.ascontiguousarray(lora_b)}
+        order = architecture.row_order(module, config)
+        lora_b = np.ascontiguousarray(lora_b if order is None else lora_b[order])
+        tensors |= {f"{name}.weight.lora_a": lora_a, f"{name}.weight.lora_b": lora_b}
     return tensors

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lora_tuner.adapters import compatibility, model_card
+from lora_tuner.adapters import compatibility, llama_cpp, model_card
 from lora_tuner.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter_folder
 
 from .. import adapter_files
@@ -22,10 +22,8 @@ GPT2 = {"transformer.h.0.attn.c_attn": (32, 96), "transformer.h.1.mlp.c_proj": (
 QUERY = {"model.layers.0.self_attn.q_proj": (32, 32)}
 NAMES = ["q_proj", "v_proj", "up_proj"]
 MERGE = "merge it (`python cli.py merge mine --out merged/mine`)"
-EXPORT = (
-    "llama.cpp loads a GGUF file (`python cli.py export mine --to gguf --out mine.gguf`), on a base of llama, "
-    "mistral, gpt2, qwen2"
-)
+EXPORT = "llama.cpp loads a GGUF file (`python cli.py export mine --to gguf --out mine.gguf`)"
+EXPORTED = ", ".join(llama_cpp.ARCHITECTURES)
 CONVERTER_NOTE = "llama.cpp's own converter silently gets this adapter wrong: use `export`"
 LAYERS_DIFFER = "its layers differ in rank or scale: vLLM 0.33 supports that, older versions may ignore it"
 REWRITE = "rewrite it (`python cli.py blend mine=1 --name NEW`)"
@@ -192,21 +190,20 @@ def on_base(adapter, folder, **config):
     return load_adapter_folder(adapter.path)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "gemma2", "phi3", "olmo2", "mixtral", "llama"])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2", "phi3", "gpt2", "mixtral", "opt", "llama"])
 def test_check_and_export_agree_on_architecture(write, tmp_path, kind):
     adapter = on_base(write(), tmp_path / "base", model_type=kind)
     obstacle = (
-        f"its base is a {kind} model, and only adapters of llama, mistral, gpt2, qwen2 can be exported: {MERGE}, then "
-        "convert the result with llama.cpp's script"
+        f"its base is a {kind} model, and only adapters of {EXPORTED} can be exported: {MERGE}, then convert the result "
+        "with llama.cpp's script"
     )
-    expected = ([], [EXPORT]) if kind == "llama" else ([obstacle], [])
-    assert check(adapter, "llama.cpp") == expected
-    assert (
-        adapter.name not in obstacle
-        or kind == "llama"
-        or obstacle in run("export", "mine", "--out", "mine.gguf", exit_code=1).stderr.replace("\n", " ")
-    )
-    assert ("llama-completion" in model_card._usage_section(adapter, "mine", "base")) == (kind == "llama")
+    if kind in llama_cpp.ARCHITECTURES:  # without layers of these names
+        obstacle = f"layers such as model.layers.0.mlp.up_proj cannot be converted for llama.cpp: {MERGE}"
+    accepted = kind in ("qwen3", "gemma2", "llama")
+    assert check(adapter, "llama.cpp") == (([], [EXPORT]) if accepted else ([obstacle], []))
+    if not accepted:
+        assert obstacle in run("export", "mine", "--out", "mine.gguf", exit_code=1).stderr.replace("\n", " ")
+    assert ("llama-completion" in model_card._usage_section(adapter, "mine", "base")) == accepted
 
 
 WRAPPED = {"text_config": {"hidden_size": 32}}
@@ -265,7 +262,7 @@ def test_check_says_when_base_is_unknown(write, tmp_path):
     adapter = write(base_model_name_or_path="some/model")
     unknown = "some/model is not on this machine, so its architecture was not checked"
     assert check(adapter, "vllm") == ([], [unknown])
-    assert check(adapter, "llama.cpp") == ([], [unknown, EXPORT])
+    assert check(adapter, "llama.cpp") == ([], [unknown, f"{EXPORT}, on a base of {EXPORTED}"])
     stdout = run("adapters", "check", "mine", "--for", "vllm").stdout
     assert stdout == f"mine: no obstacle found for vllm\n- {unknown}\n"
 

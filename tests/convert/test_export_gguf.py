@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_tuner import Generator, Library, ModelOptions
 from lora_tuner.adapters.adapter import WEIGHTS_FILE, load_adapter_folder, weights_info
+from lora_tuner.adapters.llama_cpp import ARCHITECTURES
 from lora_tuner.config import SamplingParams
 from lora_tuner.convert.adopt import adopt
 from lora_tuner.convert.export_gguf import to_gguf
@@ -77,7 +79,7 @@ def log_probabilities(model, ids):
 
 
 @pytest.mark.parametrize("variant", sampled(VARIANTS, 3))
-@pytest.mark.parametrize("kind", gguf_base.ARCHITECTURES)
+@pytest.mark.parametrize("kind", gguf_base.SEEDS)
 def test_llama_cpp_output_matches(llama_cpp, make, base, base_gguf, tmp_path, kind, variant):
     settings, dtype = VARIANTS[variant]
     adapter = make(kind, **settings)
@@ -98,7 +100,7 @@ def test_llama_cpp_output_matches(llama_cpp, make, base, base_gguf, tmp_path, ki
         assert llama.greedy(PROMPT, TOKENS, scale=0.0)[0] != text
 
 
-@pytest.mark.parametrize("kind", gguf_base.ARCHITECTURES)
+@pytest.mark.parametrize("kind", gguf_base.SEEDS)
 def test_zero_alpha_export_equals_base(llama_cpp, make, base_gguf, tmp_path, kind):
     exported = to_gguf(make(kind, lora_alpha=0), tmp_path / "nothing.gguf")
     for prompt in (PROMPT, "7: her voice"):
@@ -169,12 +171,13 @@ def test_export_command_prints_modelfile(make_chat):
 
 
 def test_llama_cpp_stops_at_exported_turn_end(llama_cpp, make, make_chat, base, base_gguf, tmp_path):
-    """With the id in the GGUF file of the base, as --override-kv puts it."""
+    """With the id in the GGUF file of the base, which has the template."""
     plain = to_gguf(make("llama"), tmp_path / "plain.gguf")
     ids = [number for number, _ in llama_cpp(base_gguf("llama"), plain.path).greedy(PROMPT, TOKENS)[1]]
     token = AutoTokenizer.from_pretrained(base("llama")).convert_ids_to_tokens(ids[0])
-    exported = to_gguf(make_chat(token), tmp_path / "chat.gguf")
-    ending = gguf_base.convert(base("llama"), tmp_path / "base.gguf", turn_end=exported.turn_end_id)
+    chat = make_chat(token)
+    exported = to_gguf(chat, tmp_path / "chat.gguf")
+    ending = gguf_base.convert(Path(chat.base), tmp_path / "base.gguf")
     stopped = llama_cpp(ending, exported.path).greedy(PROMPT, TOKENS)[1]
     assert len(stopped) <= 1 < len(ids)
 
@@ -308,10 +311,10 @@ def changed(base, folder, **settings):
 
 
 def test_export_unsupported_architecture_fails(make, base, tmp_path):
-    gemma = changed(base("llama"), tmp_path / "gemma", model_type="gemma")
+    other = changed(base("llama"), tmp_path / "opt", model_type="opt")
     adapter = make("llama")
-    assert refused(adapter, tmp_path / "a.gguf", base=gemma) == (
-        f"{adapter.path}: its base is a gemma model, and only adapters of llama, mistral, gpt2, qwen2 can be exported: "
+    assert refused(adapter, tmp_path / "a.gguf", base=other) == (
+        f"{adapter.path}: its base is a opt model, and only adapters of {', '.join(ARCHITECTURES)} can be exported: "
         "merge it (`python cli.py merge random --out merged/random`), then convert the result with llama.cpp's script."
     )
 

@@ -1,0 +1,190 @@
+"""Write a model folder as one GGUF file for llama.cpp: weights, settings, tokenizer, template.
+
+Tensors are read, changed and written one at a time, so the memory needed is that of the largest.
+The architectures are those of `adapters.llama_cpp`; whatever llama.cpp would not compute as
+transformers does is refused by name. Vectors and position embeddings stay in float32, as in
+llama.cpp's own converter.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+
+from .. import atomic_io
+from ..adapters import llama_cpp
+from ..adapters.llama_cpp import GgufArchitecture
+from ..errors import BaseModelError, ConfigError, EventHandler, ignore_events
+from ..models.resolve import quiet_transformers
+from ..models.stored_weights import read_stored_tensors, weight_files
+from . import gguf_settings
+from .gguf_tokenizer import add_tokenizer, model_name
+
+GGUF_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
+# Tensors of old checkpoints that are computed from the config, and parts that are not text.
+_COMPUTED = (
+    ".rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+)
+_OTHER_PARTS = ("vision_tower.", "multi_modal_projector.")
+_Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of the file: its name, shape, and the function that reads it."""
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], _Array]
+
+    def type_name(self, dtype: str) -> str:
+        """Type in the file: that of the dtype for matrices."""
+        is_matrix = len(self.shape) > 1 and self.name != "position_embd.weight"
+        return GGUF_DTYPES[dtype] if is_matrix else "F32"
+
+
+def write_model_gguf(
+    folder: Path,
+    out: Path,
+    dtype: str = "float16",
+    *,
+    name: str | None = None,
+    notify: EventHandler = ignore_events,
+) -> None:
+    """Write a model folder of transformers as one GGUF file, which appears complete or not at all.
+
+    Args:
+        folder: the model: config.json, safetensors weights, tokenizer.
+        out: the file to write; one that exists is replaced.
+        dtype: dtype of the matrices: float32, float16 or bfloat16.
+        name: name of the model in the file; None means that of the folder.
+        notify: gets a notice for each thing that llama.cpp does otherwise.
+
+    Raises:
+        BaseModelError: llama.cpp does not compute such a model, or has no such tokenizer, or values
+            are out of the range of the dtype.
+        ConfigError: the dtype is unknown.
+    """
+    import gguf
+
+    if dtype not in GGUF_DTYPES:
+        raise ConfigError(f"dtype is {dtype}: use one of {', '.join(GGUF_DTYPES)}.")
+    architecture, config = _read_config(folder)
+    tensors = _plan_tensors(folder, architecture, config)
+    rows = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    with atomic_io.atomic_file(out) as file:
+        writer = gguf.GGUFWriter(file, architecture.name)
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(model_name(name or folder.resolve().name, tokenizer))
+        writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[dtype]])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        gguf_settings.add_settings(writer, architecture, config, notify)
+        writer.add_vocab_size(rows)
+        add_tokenizer(writer, tokenizer, rows, folder, notify)
+        for key, factors in gguf_settings.rope_factors(config).items():
+            tensors.append(_Tensor(key, factors.shape, partial(np.asarray, factors)))
+        for tensor in tensors:
+            kind = gguf.GGMLQuantizationType[tensor.type_name(dtype)]
+            size = int(np.prod(tensor.shape)) * (4 if kind == gguf.GGMLQuantizationType.F32 else 2)
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors:
+            values = tensor.read()
+            kind = gguf.GGMLQuantizationType[tensor.type_name(dtype)]
+            with np.errstate(over="ignore"):
+                stored = gguf.quants.quantize(values, kind)
+            if not np.isfinite(gguf.quants.dequantize(stored, kind)).all():
+                raise BaseModelError(
+                    f"{folder}: {tensor.name} has values out of the range of {dtype}: use bfloat16."
+                )
+            writer.write_tensor_data(stored)
+        writer.close()
+        _check_complete(file, len(tensors), out)
+
+
+def _read_config(folder: Path) -> tuple[GgufArchitecture, PretrainedConfig]:
+    """The architecture, and the settings of the text model with all their defaults."""
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    problems = llama_cpp.model_problems(raw)
+    if not problems:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        problems = llama_cpp.model_problems(config.to_dict())
+    if problems:
+        raise BaseModelError(f"{folder} cannot be written as GGUF: {'; '.join(problems)}.")
+    return llama_cpp.ARCHITECTURES[config.model_type], config.get_text_config()
+
+
+def _plan_tensors(folder: Path, architecture: GgufArchitecture, config: PretrainedConfig) -> list[_Tensor]:
+    """All tensors of the file that are read from the folder.
+
+    Raises BaseModelError for quantized weights, and for tensors that llama.cpp has no place for.
+    """
+    paths = weight_files(folder)
+    if read_stored_tensors(paths).bits:
+        raise BaseModelError(f"{folder}: its weights are quantized: merge an adapter into it first, in float32.")
+    settings = config.to_dict()
+    names = architecture.tensor_names(settings)
+    tensors = []
+    for path in paths:
+        stored = safe_open(path, framework="pt")
+        for key in stored.keys():  # noqa: SIM118 (no mapping)
+            module, _, part = key.rpartition(".")
+            tied = module.endswith("lm_head") and config.tie_word_embeddings
+            if tied or key.endswith(_COMPUTED) or key.removeprefix("model.").startswith(_OTHER_PARTS):
+                continue
+            name = llama_cpp.tensor_name(names, module)
+            if name is None:
+                raise BaseModelError(f"{folder} cannot be written as GGUF: llama.cpp has no place for {key}.")
+            tensors.append(_plan_tensor(stored, key, f"{name}.{part}", architecture, settings))
+    if not config.tie_word_embeddings and all(tensor.name != "output.weight" for tensor in tensors):
+        raise BaseModelError(
+            f"{folder}: its weights have no lm_head, which config.json does not tie to the embeddings."
+        )
+    return tensors
+
+
+def _plan_tensor(
+    stored: safe_open, key: str, name: str, architecture: GgufArchitecture, settings: llama_cpp.Config
+) -> _Tensor:
+    module = key.rpartition(".")[0]
+    shape = tuple(stored.get_slice(key).get_shape())
+    transposed = architecture.transposed and len(shape) == 2 and architecture.has_layer(module)
+    order = architecture.row_order(module, settings)
+    offset = architecture.norm_offset if module.endswith("norm") else 0.0
+
+    def read() -> _Array:
+        tensor = stored.get_tensor(key).to(torch.float32) + offset
+        values: _Array = (tensor.T if transposed else tensor).contiguous().numpy()
+        return values if order is None else values[order]
+
+    return _Tensor(name, shape[::-1] if transposed else shape, read)
+
+
+def _check_complete(file: Path, count: int, out: Path) -> None:
+    """Raise BaseModelError for a file that was cut off: the writer does not report every failed
+    write."""
+    import gguf
+
+    try:
+        found = len(gguf.GGUFReader(file).tensors)
+    except (ValueError, IndexError):
+        found = 0
+    if found != count:
+        raise BaseModelError(f"{out} is not kept: the file is incomplete on disk. Free some space.")
