@@ -96,6 +96,19 @@ def format_share(share: float) -> str:
     return f"{math.floor(share * 1000 + 1e-6) / 10:g}%"
 
 
+def format_coverage(share: float) -> str:
+    """Format a share of weights as a whole percentage, 0% and 100% only for none and all of them."""
+    if 0 < share < 0.01:
+        return "under 1%"
+    return f"{min(round(share * 100), 99) if share < 1 else 100}%"
+
+
+def describe_coverage(coverage: float, not_adapted: Collection[str]) -> str:
+    """Describe the share of the block weights in adapted layers, and what is not adapted."""
+    rest = f"; not: {', '.join(not_adapted)}" if not_adapted else ""
+    return f"{format_coverage(coverage)} of the block weights{rest}"
+
+
 def format_number(value: float) -> str:
     """Return the shortest text that gives the same number."""
     return f"{value:g}" if float(f"{value:g}") == value else repr(value)

@@ -1,7 +1,7 @@
 """The model card (README.md) of an adapter."""
 
 from ..config import HELD_OUT_MAX_TOKENS, is_conversation
-from ..text import display_name, format_counts, format_gain, format_share
+from ..text import describe_coverage, display_name, format_counts, format_gain, format_share
 from . import compatibility
 from .adapter import LOSS_PLOT_FILE, SPECTRUM_FILE, Adapter
 from .manifest import BaseInfo, DatasetInfo, RunInfo, SourceInfo
@@ -162,10 +162,8 @@ def _format_run(run: RunInfo) -> str:
 
 
 def _format_coverage(run: RunInfo) -> str:
-    """Share of the blocks that is adapted; empty where nothing was left out."""
-    if run.coverage is None or not run.not_adapted:
-        return ""
-    return f"{run.coverage:.0%} of the block weights; not adapted: {', '.join(run.not_adapted)}"
+    """Share of the blocks that is adapted; empty for older manifests, which do not tell it."""
+    return "" if run.coverage is None else describe_coverage(run.coverage, run.not_adapted)
 
 
 def _usage_section(adapter: Adapter, name: str, base: str) -> str:

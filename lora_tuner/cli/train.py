@@ -12,7 +12,7 @@ from ..adapters.adapter import Adapter
 from ..config import METHODS, TrainConfig
 from ..errors import ConfigError
 from ..settings_files import expand_sweep, resolve_settings
-from ..text import format_bytes, format_duration, format_gain, format_share
+from ..text import describe_coverage, format_bytes, format_duration, format_gain, format_share
 from .display import print_result, print_table, show_json
 from .options import JsonOption, Overrides, display, settings_options
 
@@ -128,6 +128,7 @@ def show_plan(estimate: "RunEstimate") -> None:
             ("peak memory", format_bytes(estimate.peak_memory_bytes)),
             ("base", precision + checkpointing),
             ("text used", format_share(estimate.used_share)),
+            ("coverage", describe_coverage(estimate.coverage, estimate.not_adapted)),
             ("trained parameters", trained),
             ("adapter", format_bytes(estimate.adapter_bytes)),
         ]

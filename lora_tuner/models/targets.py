@@ -8,9 +8,9 @@ are one three-dimensional parameter are no linear layers; what they hold is repo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,14 +19,15 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError
-from ..text import format_names
+from ..text import format_coverage, format_names
 from .probe import Probe, expert_group, probe_layers
 from .quantization import Int4Linear, Int8Linear
 from .resolve import quiet_transformers
 
 LinearLayer = nn.Linear | Conv1D | Int8Linear | Int4Linear
 NEVER_RUN, NOT_LINEAR = "never run on text", "not linear layers"
-NAMED_SHARE = 0.02  # of the block weights: smaller weights that are not linear layers are not named
+ROUTER = "chooses the experts"
+HALF = 0.5  # an adapter of less of the block weights is warned about
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -38,18 +39,26 @@ class TargetModules:
         modules: their full names.
         names: the shortest names by which PEFT matches them and nothing else.
         coverage: their share of the weights of all blocks, embeddings and output head left out.
-        not_adapted: other weights that the setting asks for or that LoRA cannot reach, with the
+        not_adapted: all other weights of the blocks, with their share and, where there is one, the
             reason.
+        reachable: the coverage that `auto` would have.
     """
 
     modules: list[str]
     names: list[str]
     coverage: float
     not_adapted: list[str]
+    reachable: float
 
-    def __str__(self) -> str:
-        rest = f"; not adapted: {', '.join(self.not_adapted)}" if self.not_adapted else ""
-        return f"{self.coverage:.0%} of the block weights{rest}"
+    @property
+    def warning(self) -> str | None:
+        """Advice if less than half of the block weights are adapted."""
+        if self.coverage >= HALF:
+            return None
+        advice = "the rest takes no LoRA, so expect a smaller gain, or choose another --base"
+        if self.reachable > self.coverage:
+            advice = f"a new adapter with --target-modules auto covers {format_coverage(self.reachable)}"
+        return f"WARNING: less than half of the block weights are adapted: {advice}."
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, LinearLayer]:
@@ -82,6 +91,30 @@ def weight_count(parameter: torch.Tensor) -> int:
     return parameter.numel() * (2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else 1)
 
 
+@dataclass(frozen=True)
+class _Examined:
+    """A base as LoRA sees it: its linear layers, the modules that run on text, and the reason for
+    each layer that cannot be adapted. `routers` can be, by their name."""
+
+    layers: dict[str, LinearLayer]
+    called: set[str]
+    reasons: dict[str, str]
+    routers: set[str]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> _Examined:
+        """Run a plain base twice on a few tokens. Raises BaseModelError if it does not run on text."""
+        layers = linear_layers(model)
+        probe = probe_layers(model, layers)
+        probe.check("on text alone")
+        reasons = _why_not_adaptable(model, layers, probe)
+        return cls(layers, probe.called, reasons, _routers(model, layers) - set(reasons))
+
+    @property
+    def adaptable(self) -> set[str]:
+        return set(self.layers) - set(self.reasons)
+
+
 def resolve_target_modules(model: PreTrainedModel, target_modules: str) -> TargetModules:
     """Translate the setting `target_modules` into layers.
 
@@ -95,78 +128,73 @@ def resolve_target_modules(model: PreTrainedModel, target_modules: str) -> Targe
             can.
         BaseModelError: the base does not run on text.
     """
-    layers = linear_layers(model)
-    probe = probe_layers(model, layers)
-    probe.check("on text alone")
-    reasons = _why_not_adaptable(model, layers, probe)
-    adaptable = set(layers) - set(reasons)
-    if target_modules in ("auto", "all-linear"):
-        requested = set(layers)
-        if target_modules == "auto":
-            routers = _routers(model, layers) & adaptable
-            reasons |= dict.fromkeys(routers, "chooses the experts")
+    base = _Examined.of(model)
+    if target_modules == "auto":
+        requested = set(base.layers) - base.routers
+    elif target_modules == "all-linear":
+        requested = set(base.layers)
     elif target_modules == "attention":
         requested = {
-            name for name in layers if any("attn" in part or "attention" in part for part in name.split("."))
+            name for name in base.layers if any("attn" in part or "attention" in part for part in name.split("."))
         }
-        if requested.isdisjoint(adaptable):
-            raise ConfigError(f"This base has no layer named attention; its layers are {_last_names(adaptable)}.")
+        if requested.isdisjoint(base.adaptable):
+            raise ConfigError(
+                f"This base has no layer named attention; its layers are {_last_names(base.adaptable)}."
+            )
     else:
-        requested = _layers_by_name(target_modules, layers, reasons)
-    selected = sorted(requested - set(reasons))
+        requested = _layers_by_name(target_modules, base.layers, base.reasons)
+    selected = requested & base.adaptable
     if not selected:
-        raise ConfigError(f"No layer of this base can be adapted: {'; '.join(sorted(set(reasons.values())))}.")
-    return describe_targets(
-        model, selected, probe.called, {name: reasons[name] for name in requested & set(reasons)}
-    )
+        raise ConfigError(
+            f"No layer of this base can be adapted: {'; '.join(sorted(set(base.reasons.values())))}."
+        )
+    return _describe(model, base, selected)
 
 
-def describe_targets(
-    model: PreTrainedModel,
-    modules: Collection[str],
-    called: Collection[str] | None = None,
-    reasons: Mapping[str, str] = MappingProxyType({}),
-) -> TargetModules:
-    """Names and coverage of the layers to adapt.
+def describe_targets(model: PreTrainedModel, modules: Collection[str]) -> TargetModules:
+    """Names and coverage of layers of a plain base, by their full names. The base is run twice on a
+    few tokens."""
+    return _describe(model, _Examined.of(model), modules)
 
-    Args:
-        model: a plain base.
-        modules: full names of the layers to adapt.
-        called: modules that run on text; None to find them.
-        reasons: layers that were asked for and are left out -> reason.
-    """
-    if called is None:
-        probe = probe_layers(model, linear_layers(model))
-        probe.check("on text alone")
-        called = probe.called
-    sizes = {(reason, _last_word(name)): 0 for name, reason in reasons.items() if reason != NEVER_RUN}
-    covered = total = 0
-    linear = linear_layers(model)
-    for owner, parameter in _block_weights(model, called):
+
+def _describe(model: PreTrainedModel, base: _Examined, modules: Collection[str]) -> TargetModules:
+    modules = set(modules)
+    counts: dict[str, Counter[str]] = {}  # weights by reason and kind
+    expert_counts = _expert_counts(model)
+    chosen_by_auto = base.adaptable - base.routers
+    covered = reachable = total = 0
+    for name, kind, parameter in _block_weights(model, base.called):
         count = weight_count(parameter)
         total += count
-        if owner in modules:
-            covered += count
-        elif owner in reasons or owner not in linear:
-            key = (reasons.get(owner, NOT_LINEAR), _last_word(owner))
-            sizes[key] = sizes.get(key, 0) + count
-    not_adapted = []
-    for reason in dict.fromkeys(reason for reason, _ in sizes):
-        counts = {kind: count for (other, kind), count in sizes.items() if other == reason}
-        if reason == NOT_LINEAR:
-            counts = {kind: count for kind, count in counts.items() if count >= NAMED_SHARE * total}
-        if counts:
-            share = sum(counts.values()) / total
-            not_adapted.append(
-                f"{', '.join(sorted(counts))} ({f'{share:.0%}' if share >= 0.01 else 'under 1%'}, {reason})"
-            )
+        covered += count * (name in modules)
+        reachable += count * (name in chosen_by_auto)
+        if name in modules:
+            continue
+        reason = base.reasons.get(name, ROUTER if name in base.routers else "")
+        if name not in base.layers:
+            is_bias = kind.endswith("bias")
+            is_router = parameter.dim() == 2 and len(parameter) in expert_counts and not is_bias
+            kind, reason = ("router", ROUTER) if is_router else (kind, "biases" if is_bias else NOT_LINEAR)
+        counts.setdefault(reason, Counter())[kind] += count
+    not_adapted = [
+        f"{', '.join(sorted(kinds))} ({format_coverage(kinds.total() / total)}{f', {reason}' if reason else ''})"
+        for reason, kinds in sorted(counts.items(), key=lambda item: -item[1].total())
+        if reason != NEVER_RUN
+    ]
     run = {
-        ".".join(parts[:end]) for parts in (name.split(".") for name in called) for end in range(len(parts) + 1)
+        ".".join(parts[:end])
+        for parts in (name.split(".") for name in base.called)
+        for end in range(len(parts) + 1)
     }
-    if never_run := {_never_run_part(name, run) for name, reason in reasons.items() if reason == NEVER_RUN}:
+    never_run = {_never_run_part(name, run) for name, reason in base.reasons.items() if reason == NEVER_RUN}
+    if never_run:
         not_adapted.append(f"{', '.join(sorted(never_run))} ({NEVER_RUN})")
     return TargetModules(
-        sorted(modules), shortest_target_names(model, modules), covered / max(total, 1), not_adapted
+        modules=sorted(modules),
+        names=shortest_target_names(model, modules),
+        coverage=covered / max(total, 1),
+        not_adapted=not_adapted,
+        reachable=reachable / max(total, 1),
     )
 
 
@@ -236,9 +264,15 @@ def _renamed_by_peft(model: PreTrainedModel, layers: Collection[str]) -> set[str
 
 def _routers(model: PreTrainedModel, layers: Mapping[str, LinearLayer]) -> set[str]:
     """Linear layers of a mixture with one output for each expert, or one for the shared expert."""
+    counts = _expert_counts(model)
+    return {name for name, (_, size_out) in layer_sizes(layers).items() if counts and size_out in {1, *counts}}
+
+
+def _expert_counts(model: PreTrainedModel) -> set[int]:
+    """Numbers of experts that the config names."""
     config = model.config.get_text_config()
-    experts = {getattr(config, name, None) for name in _EXPERT_COUNTS} - {None}
-    return {name for name, (_, size_out) in layer_sizes(layers).items() if experts and size_out in {1, *experts}}
+    counts = {getattr(config, name, None) for name in _EXPERT_COUNTS}
+    return {count for count in counts if isinstance(count, int)}
 
 
 def _layers_by_name(
@@ -262,15 +296,15 @@ def _layers_by_name(
     return set().union(*matches.values())
 
 
-def _block_weights(model: PreTrainedModel, called: Collection[str]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Module and parameter for every matrix that runs on text, outside embeddings and output head."""
+def _block_weights(model: PreTrainedModel, called: Collection[str]) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Layer, kind and parameter for every matrix that runs on text, outside embeddings and output head."""
     head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        if module is head or isinstance(module, nn.Embedding) or not _takes_part(name, called):
+    for owner, module in model.named_modules():
+        if module is head or isinstance(module, nn.Embedding) or not _takes_part(owner, called):
             continue
-        for parameter in module.parameters(recurse=False):
+        for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() > 1:
-                yield name, parameter
+                yield owner, name if name.endswith("bias") else _last_word(owner), parameter
 
 
 def _takes_part(name: str, called: Collection[str]) -> bool:

@@ -51,6 +51,8 @@ class RunEstimate:
     peak_memory_bytes: int
     tokens_per_second: float
     used_share: float  # of the tokens of the training rows
+    coverage: float  # share of the block weights in adapted layers
+    not_adapted: list[str]
     trained_parameters: int
     base_parameters: int
     adapter_bytes: int

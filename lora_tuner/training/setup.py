@@ -29,6 +29,7 @@ from ..errors import ConfigError, EventHandler, Notice, Progress, ignore_events
 from ..evaluation import EvalSet, HeldOutLoss, paired_gain
 from ..models import fsdp, fused_blocks, initialization, kernels, lora
 from ..models.resolve import quiet_transformers
+from ..text import describe_coverage
 from . import profiling
 from .inputs import TrainingInputs, dtype_name, load_inputs
 from .profiling import StepProfile
@@ -232,8 +233,10 @@ def _add_lora(requested: TrainConfig, inputs: TrainingInputs, notify: EventHandl
     if inputs.method == "eva":
         notify(Progress("computing activations for EVA", 0, 1))
     initialization.initialize(inputs.base, model, requested, inputs.sequences)
-    if inputs.targets.not_adapted:
-        notify(Notice(f"LoRA covers {inputs.targets}."))
+    coverage = describe_coverage(inputs.targets.coverage, inputs.targets.not_adapted)
+    notify(Notice(f"{len(inputs.targets.modules):,} layers get LoRA: the adapter covers {coverage}."))
+    if inputs.targets.warning:
+        notify(Notice(inputs.targets.warning))
     trained, frozen = lora.count_parameters(model)
     notify(
         Notice(

@@ -239,5 +239,7 @@ def test_plan_shows_chosen_precision(settings, capsys):
     reduced = replace(estimate, load_in="4bit", gradient_checkpointing=True)
     for shown, text in ((estimate, "float32"), (reduced, "4bit, gradient checkpointing")):
         show_plan(shown)
-        assert re.search(rf"^base +{text} *$", capsys.readouterr().out, re.MULTILINE)
+        output = capsys.readouterr().out
+        assert re.search(rf"^base +{text} *$", output, re.MULTILINE)
+        assert re.search(r"^coverage +100% of the block weights *$", output, re.MULTILINE)
     assert json.dumps(vars(estimate))

@@ -15,6 +15,7 @@ from lora_tuner.models import lora
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
 from lora_tuner.models.targets import resolve_target_modules
+from lora_tuner.text import describe_coverage
 
 from ..model_families import make_family, save_family
 
@@ -82,7 +83,8 @@ LATENT = ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj"]
         ("gemma3", LLAMA_NAMES, "vision_tower (never run on text)"),
         ("bart", ["fc1", "fc2", "k_proj", "out_proj", "q_proj", "v_proj"], "encoder_attn (never run on text)"),
         ("mixtral", ATTENTION, "experts (85%, not linear layers)"),
-        ("qwen2_moe", LLAMA_NAMES, "shared_expert_gate (under 1%, chooses the experts)"),
+        ("mixtral", ATTENTION, "router (under 1%, chooses the experts)"),
+        ("qwen2_moe", LLAMA_NAMES, "router, shared_expert_gate (1%, chooses the experts)"),
         ("llama4_text", LLAMA_NAMES, "router (under 1%, takes or gives more than one tensor)"),
         ("deepseek_v3", LATENT, "down_proj, gate_proj, up_proj (33%, not supported by PEFT in deepseek_v3)"),
     ],
@@ -94,10 +96,36 @@ def test_auto_takes_what_can_be_adapted(family, expected, not_adapted):
     assert not any("vision" in name or "encoder_attn" in name for name in targets.modules)
 
 
-def test_everything_adapted_is_not_mentioned():
+def test_everything_adapted_leaves_nothing_named():
     for group in ("auto", "all-linear"):
         targets = resolve_target_modules(make_family("qwen3"), group)
-        assert (targets.coverage, targets.not_adapted) == (1.0, [])
+        assert (targets.coverage, targets.not_adapted, targets.warning) == (1.0, [], None)
+
+
+@pytest.mark.parametrize(
+    ("family", "setting", "warning"),
+    [
+        ("llama", "q_proj", "a new adapter with --target-modules auto covers 100%."),
+        ("llama", "mlp.up_proj,mlp.down_proj", "a new adapter with --target-modules auto covers 100%."),
+        ("gpt2", "c_attn", "a new adapter with --target-modules auto covers 100%."),
+        ("mamba", "auto", None),
+        ("gpt_neox", "dense", "a new adapter with --target-modules auto covers 100%."),
+    ],
+)
+def test_under_half_of_weights_is_warned_about(family, setting, warning):
+    targets = resolve_target_modules(make_family(family), setting)
+    assert (targets.coverage < 0.5) == (warning is not None)
+    start = "WARNING: less than half of the block weights are adapted: "
+    assert targets.warning == (warning and start + warning)
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0, "0%"), (0.004, "under 1%"), (0.01, "1%"), (0.966, "97%"), (0.999, "99%"), (1, "100%")],
+)
+def test_coverage_is_rounded_between_none_and_all(share, text):
+    assert describe_coverage(share, []) == f"{text} of the block weights"
+    assert describe_coverage(share, ["a (2%)", "b"]) == f"{text} of the block weights; not: a (2%), b"
 
 
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe", "gpt_oss", "llama4_text"])
@@ -108,7 +136,7 @@ def test_coverage_is_share_of_block_weights(family, group):
     blocks = {name: p for name, p in model.named_parameters() if p.dim() > 1 and ".layers." in name}
     covered = sum(p.numel() for name, p in blocks.items() if name.removesuffix(".weight") in targets.modules)
     assert targets.coverage == pytest.approx(covered / sum(p.numel() for p in blocks.values()))
-    experts = sum(p.numel() for name, p in blocks.items() if ".experts." in name)
+    experts = sum(p.numel() for name, p in blocks.items() if ".experts." in name and p.dim() == 3)
     share = experts / sum(p.numel() for p in blocks.values())
     assert any(f"experts ({share:.0%}, not linear layers)" == text for text in targets.not_adapted)
 
@@ -145,7 +173,8 @@ def test_name_shared_with_tower_means_text():
     model = make_family("gemma3")
     targets = resolve_target_modules(model, "q_proj")
     assert targets.modules == [f"model.language_model.layers.{block}.self_attn.q_proj" for block in (0, 1)]
-    assert targets.not_adapted == ["vision_tower (never run on text)"]
+    rest = "down_proj, gate_proj, k_proj, o_proj, up_proj, v_proj (87%)"
+    assert targets.not_adapted == [rest, "vision_tower (never run on text)"]
 
 
 def test_base_without_attention_is_refused():
@@ -191,12 +220,14 @@ def test_train_says_what_is_not_adapted(tmp_path, settings):
     notices = []
     folder = save_family(tmp_path / "mixtral", "mixtral")
     adapter = train(
-        settings(base=str(folder), max_steps=1, max_length=32), lambda event: notices.append(str(event))
+        settings(base=str(folder), max_steps=1, max_length=32),
+        lambda event: notices.append(getattr(event, "text", "")),
     )
-    text = "14% of the block weights; not adapted: experts (85%, not linear layers)"
-    assert any(f"LoRA covers {text}." in notice for notice in notices)
+    rest = ["experts (85%, not linear layers)", "router (under 1%, chooses the experts)"]
+    text = f"14% of the block weights; not: {', '.join(rest)}"
+    assert f"8 layers get LoRA: the adapter covers {text}." in notices
     assert adapter.manifest.run.coverage == pytest.approx(3072 / 21632)
-    assert adapter.manifest.run.not_adapted == ["experts (85%, not linear layers)"]
+    assert adapter.manifest.run.not_adapted == rest
     assert f"| Coverage | {text} |" in (adapter.path / CARD_FILE).read_text()
 
 
