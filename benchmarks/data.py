@@ -39,7 +39,7 @@ def _data_speed(rounds: int) -> list[Figure]:
             texts = load_dataset(TrainConfig(max_rows=count)).train
             rates["cleaning and splitting"].append(count / (time.perf_counter() - start))
             start = time.perf_counter()
-            rows, _ = tokenization.truncate(tokenization.encode_texts(tokenizer, texts), LENGTH)
+            rows = tokenization.truncate(tokenization.encode_texts(tokenizer, texts), LENGTH)
             rates["tokenising"].append(len(texts) / (time.perf_counter() - start))
             start = time.perf_counter()
             packing.pack_rows(rows, LENGTH)

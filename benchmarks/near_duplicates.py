@@ -28,7 +28,7 @@ Edit = Callable[[str, random.Random], str]
 
 
 def run(rounds: int) -> list[Figure]:
-    """Measure in three minutes; `rounds` is ignored."""
+    """Measure in five minutes; `rounds` is ignored."""
     million = _million_rows()  # first, as the peak is that of the process
     dataset = load_dataset(TrainConfig(near_duplicates="keep"))
     reviews = dataset.train + dataset.held_out

@@ -141,6 +141,11 @@ def why_not_replaceable(path: Path) -> str | None:
     return why_not_writable(path.parent)
 
 
+def why_no_file(path: Path) -> str | None:
+    """Return the reason why no file can be written at a path; None if one can."""
+    return f"{path} is a folder" if path.is_dir() else why_not_replaceable(path)
+
+
 def contains(folder: Path, path: Path) -> bool:
     """Return whether a path is this folder, or lies in it. Links are followed; nothing need exist."""
     # Unlike Path.resolve, it takes loops of links.

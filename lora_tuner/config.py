@@ -188,7 +188,10 @@ class TrainConfig(_Settings):
         "all of the text",
     )
     where: list[str] = _setting(
-        [], "Keep only rows with this value, as COLUMN=VALUE. Repeat it for more values or columns.", "Data"
+        [],
+        "Keep only rows with this value, as COLUMN=VALUE. Repeat it for other values of the column, "
+        "or for other columns, of which all must agree.",
+        "Data",
     )
     group_by: str | None = _setting(
         None,
@@ -262,7 +265,7 @@ class TrainConfig(_Settings):
         f"data and never trained on. {HELD_OUT}: rows held out of the training data, even if it "
         "has files of a validation or test split.",
         "Data",
-        "the split validation or test of a folder; else held-out rows",
+        "the split validation or test of a folder, if it is the only dataset; else held-out rows",
     )
     eval_split: str | None = _setting(
         None,
@@ -521,6 +524,11 @@ class TrainConfig(_Settings):
         return [
             split_weight(entry) for entry in ([self.dataset] if isinstance(self.dataset, str) else self.dataset)
         ]
+
+    @property
+    def dataset_names(self) -> list[str]:
+        """Name of each dataset, without its weight."""
+        return [name for name, _ in self.weighted_datasets]
 
     @property
     def other_eval_dataset(self) -> str | None:

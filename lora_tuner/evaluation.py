@@ -103,6 +103,11 @@ class EvalSet:
     def format_rows(self) -> str:
         return format_rows(len(self.texts), len(set(self.groups)) or None)
 
+    def hash(self) -> str:
+        """Hash of the texts and, where there are some, of the groups."""
+        texts = content_hash(self.texts)
+        return content_hash([texts, *map(str, self.groups)]) if self.groups else texts
+
     def select(self, rows: Sequence[int]) -> "EvalSet":
         """The set with some of its rows."""
         texts, groups = [self.texts[row] for row in rows], [self.groups[row] for row in rows if self.groups]
@@ -310,7 +315,7 @@ def encode_measured(
         The token ids of each measured row, by the index of its text.
     """
     max_tokens = min(HELD_OUT_MAX_TOKENS, base.max_context)
-    rows, _ = tokenization.truncate(
+    rows = tokenization.truncate(
         tokenization.encode_texts(base.tokenizer, texts, max_tokens=max_tokens, invalid=invalid), max_tokens
     )
     base.check_token_ids(rows)
@@ -414,6 +419,11 @@ def paired_gain(base: HeldOutLoss, adapter: HeldOutLoss) -> EvalResult:
     )
 
 
+def gain_on(rows: Sequence[int], base: HeldOutLoss, adapter: HeldOutLoss) -> EvalResult | None:
+    """`paired_gain` on some of the rows; None without rows."""
+    return paired_gain(base.select(rows), adapter.select(rows)) if rows else None
+
+
 def join_groups(parts: Sequence[tuple[Sequence[int], int]]) -> list[int]:
     """Number the groups of several lists of rows on; empty if none has groups.
 
@@ -436,7 +446,7 @@ def cache_rows(rows: EvalSet) -> None:
     """Keep rows in the user's cache under their hash, for when the dataset is gone."""
     content = {"texts": rows.texts, "groups": rows.groups} if rows.groups else rows.texts
     with contextlib.suppress(OSError):  # a full cache must not end a run
-        atomic_io.atomic_write_text(_rows_path(content_hash(rows.texts)), json.dumps(content, ensure_ascii=False))
+        atomic_io.atomic_write_text(_rows_path(rows.hash()), json.dumps(content, ensure_ascii=False))
 
 
 def cached_rows(adapter: Adapter, notify: EventHandler = ignore_events) -> EvalSet:
@@ -454,8 +464,10 @@ def cached_rows(adapter: Adapter, notify: EventHandler = ignore_events) -> EvalS
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         texts, groups = (content["texts"], content["groups"]) if isinstance(content, dict) else (content, [])
-        if content_hash(texts) == data.held_out_hash and len(groups) in (0, len(texts)):
-            return EvalSet(adapter.name, texts, groups=groups)
+        rows = EvalSet(adapter.name, texts, groups=groups)
+        # The first version with groups recorded the hash of the texts alone.
+        if data.held_out_hash in (rows.hash(), content_hash(texts)) and len(groups) in (0, len(texts)):
+            return rows
         reason = "its held-out rows in the cache have changed"
     except FileNotFoundError:
         reason = "its held-out rows are not in the cache: it was trained elsewhere, or the cache was emptied"
@@ -466,9 +478,9 @@ def cached_rows(adapter: Adapter, notify: EventHandler = ignore_events) -> EvalS
         config = resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE)
         dataset = load_dataset(config)
         texts = dataset.held_out[: config.eval_rows]
-        if content_hash(texts) == data.held_out_hash:
+        rows = EvalSet(adapter.name, texts, groups=dataset.groups_of(texts))
+        if rows.hash() == data.held_out_hash:
             notify(Notice(f"{path} is damaged: the held-out rows of {adapter.name} are loaded again."))
-            rows = EvalSet(adapter.name, texts, groups=dataset.groups_of(texts))
             cache_rows(rows)
             return rows
     return EvalSet(adapter.name, [], reason)
@@ -487,7 +499,8 @@ def load_eval_set(config: TrainConfig, notify: EventHandler = ignore_events) -> 
 def select_rows(sets: Sequence[EvalSet], eval_rows: int | None = None) -> list[EvalSet]:
     """The first `eval_rows` rows of each set.
 
-    A set too small for a standard error loses its rows, with the reason.
+    A set of fewer than two rows loses them, with the reason. One group or document of more rows is
+    measured, without a standard error.
     """
     selected = []
     for rows in sets:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from .config import CODE_EXTENSIONS, DATA_EXTENSIONS, data_extension
 
-# With lone surrogates.
 MAX_MESSAGE_CHARS = 20_000
+# With lone surrogates.
 CONTROL_CHARACTERS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
 
 
@@ -77,14 +77,14 @@ def format_counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {key.replace('_', ' ')}" for key, count in counts.items() if count)
 
 
-def format_rows(rows: int, groups: int | None) -> str:
+def format_rows(rows: int, groups: int | None = None) -> str:
     """Format a number of rows, and of their groups if they are grouped, as in "12 rows in 3 groups"."""
-    text = f"{rows} row{'s' * (rows != 1)}"
+    text = f"{rows:,} row{'s' * (rows != 1)}"
     return text if groups is None else f"{text} in {groups} group{'s' * (groups != 1)}"
 
 
 def format_gain(gain: float, standard_error: float | None, digits: str = ".4f") -> str:
-    """Format a gain with its standard error, which is None for a single row."""
+    """Format a gain with its standard error, which is None for a single row, group or document."""
     error = (
         "(no error: one row or group)" if standard_error is None else f"± {standard_error:{digits.lstrip('+')}}"
     )
@@ -107,6 +107,12 @@ def describe_coverage(coverage: float, not_adapted: Collection[str]) -> str:
     """Describe the share of the block weights in adapted layers, and what is not adapted."""
     rest = f"; not: {', '.join(not_adapted)}" if not_adapted else ""
     return f"{format_coverage(coverage)} of the block weights{rest}"
+
+
+def format_share_of(part: int, total: int) -> str:
+    """Format a part of a total as a percentage; a small one is not 0%."""
+    share = part / max(total, 1)
+    return "under 0.1%" if 0 < share < 0.001 else format_share(share)
 
 
 def format_number(value: float) -> str:

@@ -386,6 +386,22 @@ def test_damaged_held_out_rows_are_loaded_again(adapters, trained, tmp_path):
     assert path.read_text(encoding="utf-8") == before
 
 
+def test_rows_are_cached_for_each_grouping(adapters, tmp_path):
+    texts = tiny_models.reviews(4, seed=11)
+    sets = [EvalSet("noir", texts, groups=groups) for groups in ([0, 0, 1, 1], [], [0, 1, 1, 1])]
+    data = adapters[0].manifest.data
+    for rows in sets:
+        evaluation.cache_rows(rows)
+    for rows in sets:
+        changed = data.model_copy(update={"held_out_hash": rows.hash()})
+        assert evaluation.cached_rows(with_manifest(adapters[0], data=changed)) == rows
+    # As the first version with groups wrote it.
+    path = tmp_path / "cache" / "held-out" / f"{sets[1].hash()}.json"
+    path.write_text(json.dumps({"texts": texts, "groups": sets[0].groups}))
+    changed = data.model_copy(update={"held_out_hash": sets[1].hash()})
+    assert evaluation.cached_rows(with_manifest(adapters[0], data=changed)) == sets[0]
+
+
 def test_loss_cache_of_other_rows_is_ignored(adapters, tmp_path, measured):
     first = evaluate(adapters[:1], options=ModelOptions(device="cpu"))
     for file in (tmp_path / "cache" / "losses").iterdir():

@@ -110,7 +110,7 @@ class DatasetInfo(_ManifestModel):
     eval_split: str | None = None  # its split, if it has splits
     group_by: str | None = None  # column whose values are held out as a whole; None if a blend's parents differ
     sources: list[SourceInfo] = []  # of several datasets; of a blend, if its parents have the same
-    held_out_hash: Digest | None  # None without held-out rows
+    held_out_hash: Digest | None  # of texts and groups; None without held-out rows
     held_out_rows: int
     encoded_hash: Digest | None = None
 

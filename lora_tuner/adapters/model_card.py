@@ -118,7 +118,7 @@ def _dataset_rows(data: DatasetInfo) -> list[tuple[str, str]]:
     split = f" ({data.eval_split})" if data.eval_split else ""
     return [
         ("Data", display_name(data.source)),
-        ("Format", _format_rows(data)),
+        ("Format", _format_layout(data)),
         ("Filter", ", ".join(data.where)),
         ("Rows", format_counts(data.counts)),
         *((f"From {display_name(source.name)}", _format_source(source)) for source in data.sources),
@@ -136,7 +136,7 @@ def _format_source(source: SourceInfo) -> str:
     return "; ".join(parts)
 
 
-def _format_rows(data: DatasetInfo) -> str:
+def _format_layout(data: DatasetInfo) -> str:
     formats = data.format.split(" + ")
     if conversations := [name for name in formats if is_conversation(name)]:
         rest = "; other rows as text" if len(conversations) < len(formats) else ""

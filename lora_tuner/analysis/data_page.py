@@ -12,7 +12,7 @@ from typing import Any
 
 import jinja2
 
-from ..text import format_share
+from ..text import format_rows, format_share, format_share_of
 from .data_report import DataReport
 from .lengths import describe_span
 from .personal_data import KIND_LABELS
@@ -22,7 +22,7 @@ PAGE_MARK = '<meta name="generator" content="lora_tuner data">'  # tells a page 
 _TEMPLATE, _STYLE = "data_page.html.jinja", "data_page.css"
 _WIDTH, _HEIGHT, _TOP = 720, 220, 26  # of the histogram, in its own units
 _LABELS = 8  # below the bars
-# What became of rows, in the order of the bar; those that a later version counts come last.
+# What became of rows, in the order of the bar; further ones follow in the order of RowCounts.
 _FATES = ("train", "held_out")
 # Of fates to look at; the others are grey.
 _COLORS = {"train": 0, "held_out": 1, "duplicates": 3, "invalid": 4, "near_duplicates": 5, "empty": 7}
@@ -61,7 +61,12 @@ def render_page(report: DataReport) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"number": "{:,}".format, "share": format_share, "of": _share_of, "rows": _count_rows}
+    environment.filters |= {
+        "number": "{:,}".format,
+        "share": format_share,
+        "of": format_share_of,
+        "rows": format_rows,
+    }
     bars, limit = _draw_histogram(report)
     return environment.get_template(_TEMPLATE).render(
         report=report,
@@ -70,12 +75,10 @@ def render_page(report: DataReport) -> str:
         style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         fates=_fates(report.counts),
         labels=KIND_LABELS,
-        personal_rows=report.personal_rows,
         bars=bars,
         limit=limit,
         width=_WIDTH,
         height=_HEIGHT,
-        top=_TOP,
     )
 
 
@@ -88,15 +91,6 @@ def is_page(path: Path) -> bool:
 def _finalize(value: Any) -> Any:
     """Show the characters of a text that cannot be seen; the page's own parts are kept."""
     return reveal(value) if type(value) is str else value
-
-
-def _count_rows(count: int) -> str:
-    return f"{count:,} row{'s' * (count != 1)}"
-
-
-def _share_of(rows: int, total: int) -> str:
-    share = rows / max(total, 1)
-    return "under 0.1%" if 0 < share < 0.001 else format_share(share)
 
 
 def _fates(counts: dict[str, int]) -> list[_Fate]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..config import DEFAULT_BASE, ModelOptions, TrainConfig
+from ..config import ModelOptions, TrainConfig
 from ..data import tokenization
 from ..data.dataset import Dataset, load_dataset
 from ..data.near_duplicates import clusters
@@ -75,7 +75,7 @@ class DataReport:
         is_sample: These are not all usable rows.
         personal_rows: Rows with personal data of any kind.
         long, short: Rows that are far longer or shorter than the others.
-        hints: One line for each part that needs a library, or more.
+        hints: What is missing in the report and why, and what would stop training.
     """
 
     dataset: str
@@ -135,6 +135,8 @@ def make_report(
     long, short = find_outliers(lengths_of_rows)
     texts = check_texts(rows, dataset.clean or "none", excerpts, hints, notify)
     counts, several = asdict(dataset.counts), len(dataset.sources) > 1
+    if loss_rows and lengths.tokenizer is None:
+        hints.append("The loss is not measured, as the base cannot read these rows.")
 
     def examples(positions: Sequence[int]) -> list[Example]:
         return [
@@ -146,7 +148,7 @@ def make_report(
         dataset=display_name(dataset.name),
         source=display_name(dataset.description),
         layout=dataset.layout,
-        clean=dataset.clean or "differs",
+        clean=dataset.clean or "auto",
         counts=counts,
         sources={display_name(source.name): asdict(source.counts) for source in dataset.sources}
         if several
@@ -253,10 +255,7 @@ def _tokenize(
     for begin in range(0, len(rows), _BATCH):
         texts = [row.text for row in rows[begin : begin + _BATCH]]
         _, use = tokenization.encode_rows(tokenizer, texts, config.max_length, config.long_rows, invalid)
-        total.row_tokens += use.row_tokens
-        total.truncated_rows += use.truncated_rows
-        total.tokens += use.tokens
-        total.used_tokens += use.used_tokens
+        total += use
         notify(Progress("counting tokens", min(begin + _BATCH, len(rows)), len(rows)))
     if invalid:
         reason = next(iter(invalid.values()))
@@ -296,7 +295,7 @@ def _measure_losses(
     from ..models import loading, packing_checks
 
     options = ModelOptions(
-        base=config.base or DEFAULT_BASE,
+        base=config.base,
         revision=config.revision,
         device=config.device,
         dtype=config.dtype,
@@ -305,16 +304,13 @@ def _measure_losses(
     )
     base = loading.open_base(None, options, training=True)
     packing_checks.enable_fast_paths(base)
-    measured: list[SampledRow] = []
-    encoded: list[tokenization.TokenIds] = []
-    for row in spread(rows, limit):
-        ids = evaluation.encode_held_out(base, [row.text], {})
-        measured += [row] * len(ids)
-        encoded += ids
+    rows = spread(rows, limit)
+    encoded = evaluation.encode_measured(base, [row.text for row in rows], {})
     if not encoded:
         notify(Notice("No row has anything to predict, so no loss is measured."))
         return None
-    result = evaluation.measure_base_loss(base, encoded, notify)
+    measured = [rows[index] for index in encoded]
+    result = evaluation.measure_base_loss(base, [*encoded.values()], notify)
     losses = [nll / tokens for nll, tokens in zip(result.nll, result.predictions, strict=True)]
     order = sorted(range(len(losses)), key=losses.__getitem__)
 

@@ -12,12 +12,13 @@ from .. import evaluation
 from ..adapters.adapter import RUN_FILE, Adapter
 from ..adapters.manifest import EvalResult
 from ..config import ModelOptions, TrainConfig
-from ..data.dataset import load_dataset
+from ..data.dataset import Dataset, eval_hashes, load_dataset, load_eval_dataset
+from ..data.held_out import measured_rows
 from ..data.near_duplicates import NearDuplicates
 from ..data.rows import Source, iter_rows
 from ..data.splitting import is_held_out
-from ..errors import EventHandler, LoraTunerError, Notice, Progress
-from ..evaluation import EvalSet, LossPair
+from ..errors import DataError, EventHandler, LoraTunerError, Notice, Progress
+from ..evaluation import EvalSet
 from ..models import lora
 from ..models.loading import LoadedBase
 from ..models.tokenizer import load_adapter_tokenizer
@@ -76,9 +77,9 @@ def measure_leak(
         (rows,) = evaluation.select_rows([evaluation.cached_rows(adapter, options.notify)], eval_rows)
         try:
             if rows.missing:
-                raise _UnknownRowsError(rows.missing)
+                raise DataError(rows.missing)
             leak, copied = _compare(adapter, rows, options.notify)
-        except (_UnknownRowsError, LoraTunerError) as error:
+        except LoraTunerError as error:
             leaks.append(Leak(adapter.name, missing=str(error).rstrip(".")))
             continue
         base = base or evaluation.open_base_of(adapters, options)
@@ -87,28 +88,29 @@ def measure_leak(
     return leaks
 
 
-class _UnknownRowsError(Exception):
-    """The training rows or the held-out rows of an adapter are not known."""
-
-
 def _compare(adapter: Adapter, rows: EvalSet, notify: EventHandler) -> tuple[Leak, set[str]]:
     """Return the counts of training rows, and the measured rows that have a near copy among them."""
     if not (adapter.path / RUN_FILE).is_file():
-        raise _UnknownRowsError(f"it has no {RUN_FILE}, so its training rows are unknown")
+        raise DataError(f"it has no {RUN_FILE}, so its training rows are unknown")
     config = resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE)
+    if config.streaming and config.near_duplicates == "drop":
+        raise DataError("near copies of its measured rows were left out of the stream in training")
     notify(Progress(f"training rows of {adapter.name}", 0, 1))
+    measured = {*rows.texts}
     if config.streaming:
-        held_out, batches = rows.texts, _stream_batches(adapter, config)
+        compared, batches = {text: {text} for text in rows.texts}, _stream_batches(adapter, config)
     else:
         dataset = load_dataset(config)
-        held_out, batches = dataset.held_out, iter([dataset.train])
-        if not {*rows.texts} <= {*held_out}:
-            raise _UnknownRowsError(f"{config.dataset} no longer holds out the rows that it was measured on")
-    index, measured = NearDuplicates(held_out), {*rows.texts}
+        if not measured <= {*dataset.held_out}:
+            raise DataError(f"{dataset.name} no longer holds out the rows that it was measured on")
+        if not dataset.compared:
+            raise DataError("its measured rows are blocks of texts, which are compared with nothing")
+        compared, batches = _measured_rows(dataset, measured, config.split_salt), iter([dataset.train])
+    index, rows_of = NearDuplicates([*compared]), [*compared.values()]
     training_rows = copies = 0
     copied: set[str] = set()
     for texts in batches:
-        matches = [{held_out[number] for number in numbers} & measured for numbers in index.find_all(texts)]
+        matches = [set[str]().union(*(rows_of[number] for number in found)) for found in index.find_all(texts)]
         training_rows += len(texts)
         copies += sum(map(bool, matches))
         copied.update(*matches)
@@ -119,19 +121,27 @@ def _compare(adapter: Adapter, rows: EvalSet, notify: EventHandler) -> tuple[Lea
     return Leak(adapter.name, training_rows=training_rows, copies=copies), copied
 
 
+def _measured_rows(dataset: Dataset, measured: set[str], salt: str) -> dict[str, set[str]]:
+    """Return for each row that training compares, such as a document, the measured rows in it."""
+    return {row.text: {part.text for part in measured_rows(row, salt)} & measured for row in dataset.compared}
+
+
 def _stream_batches(adapter: Adapter, config: TrainConfig) -> Iterator[list[str]]:
     """Yield the training rows of a stream, no more than were read of it."""
-    if config.near_duplicates == "drop":  # near copies of the measured rows were passed over
-        return
-    data = adapter.manifest.data if adapter.manifest else None
-    limit = data.counts.get("read", 0) if data else 0
-    for number, (name, _) in enumerate(config.weighted_datasets):
+    assert adapter.manifest is not None
+    assert adapter.manifest.data is not None
+    data = adapter.manifest.data
+    read = [source.counts.get("read", 0) for source in data.sources] or [data.counts.get("read", 0)]
+    if len(read) != len(config.dataset_names):
+        raise DataError(f"its {RUN_FILE} and its manifest name different datasets")
+    excluded = eval_hashes(load_eval_dataset(config)) if config.other_eval_dataset else frozenset[bytes]()
+    for number, name in enumerate(config.dataset_names):
         texts: list[str] = []
         source = Source(name, number)
         for row in iter_rows(config, source):
-            if source.counts.read > limit:
+            if source.counts.read > read[number]:
                 break
-            if not is_held_out(row.side):
+            if not is_held_out(row.side) and excluded.isdisjoint((row.digest, row.side)):
                 texts.append(row.text)
             if len(texts) == _STREAM_BATCH:
                 yield texts
@@ -154,15 +164,9 @@ def _measure(
         return replace(leak, missing="none of its held-out rows has anything to predict")
     with_copy = [number for number, text in enumerate(rows.texts) if text in copied]
     without_copy = [number for number, text in enumerate(rows.texts) if text not in copied]
-    all_rows, leaked = evaluation.paired_gain(*pair), _gain_on(pair, with_copy)
+    all_rows, leaked = evaluation.paired_gain(*pair), evaluation.gain_on(with_copy, *pair)
     share: float | None = None
     if all_rows.gain > 0:
         share = leaked.gain * leaked.tokens / (all_rows.gain * all_rows.tokens) if leaked else 0.0
-    return replace(
-        leak, all_rows=all_rows, with_copy=leaked, without_copy=_gain_on(pair, without_copy), share=share
-    )
-
-
-def _gain_on(pair: LossPair, numbers: Sequence[int]) -> EvalResult | None:
-    """The gain on some of the rows; None without rows."""
-    return evaluation.paired_gain(*(loss.select(numbers) for loss in pair)) if numbers else None
+    unleaked = evaluation.gain_on(without_copy, *pair)
+    return replace(leak, all_rows=all_rows, with_copy=leaked, without_copy=unleaked, share=share)

@@ -22,6 +22,7 @@ KIND_LABELS = {
     "key": "Keys, tokens and passwords",
 }
 KINDS = tuple(KIND_LABELS)
+_CONTEXT_CHARS = 40  # before and after what is shown
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200d\u2060\ufeff]")
 REPLACEMENTS = {kind: f"[{kind.upper()}]" for kind in KINDS}
 
@@ -78,7 +79,7 @@ def _find_despite_invisible(text: str, region: str | None, field: str) -> list[F
     return [replace(found, start=places[found.start], end=places[found.end - 1] + 1) for found in findings]
 
 
-def in_context(text: str, findings: list[Finding], shown: Finding, chars: int = 40) -> str:
+def in_context(text: str, findings: list[Finding], shown: Finding) -> str:
     """Return a finding with the text around it, all personal data masked or replaced."""
     parts, end = ["", ""], 0
     for found in findings:
@@ -89,7 +90,7 @@ def in_context(text: str, findings: list[Finding], shown: Finding, chars: int = 
             parts[side] += text[end : found.start] + REPLACEMENTS[found.kind]
         end = found.end
     parts[1] += text[end:]
-    before, after = parts[0][-chars:], parts[1][:chars]
+    before, after = parts[0][-_CONTEXT_CHARS:], parts[1][:_CONTEXT_CHARS]
     starts, ends = len(before) < len(parts[0]), len(after) < len(parts[1])
     return f"{'… ' * starts}{before}{shown.masked}{after}{' …' * ends}"
 

@@ -65,7 +65,7 @@ def finds_phones() -> bool:
 
 def is_phone_region(region: str) -> bool:
     library = _phonenumbers()
-    return library is None or region in library.SUPPORTED_REGIONS
+    return library is not None and region in library.SUPPORTED_REGIONS
 
 
 def find_phones(text: str, region: str | None = None) -> Iterator[Phone]:

@@ -20,12 +20,14 @@ from typing import Any
 from .. import atomic_io
 from ..config import TrainConfig
 from ..data.documents import UnreadableRow
-from ..data.formats import detect_layout
+from ..data.formats import detect_layout, have_columns
 from ..data.readers import Table, read_file
 from ..data.rows import Source, iter_rows
 from ..data.sources import open_source
+from ..data.workbooks import NumberText, number_value
 from ..errors import ConfigError, DataError, EventHandler, Progress, ignore_events
 from ..text import format_names
+from . import phones
 from .personal_data import replace_personal_data
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
@@ -33,7 +35,6 @@ _BATCH = 1_000
 _PARQUET_ROWS = 10_000  # that are converted at once
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _PLAIN_TEXT = {"plain text", "column 'text'"}
-INCOMPLETE = "This is not complete: names, addresses and what is written in another form are still there."
 
 
 @dataclass
@@ -52,8 +53,14 @@ class RedactResult:
     replaced: Counter[str] = field(default_factory=Counter)
     keys: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def note(self) -> str:
+        """Name what is still in the copy."""
+        kinds = "names, addresses" if phones.finds_phones() else "names, addresses, phone numbers"
+        return f"This is not complete: {kinds} and what is written in another form are still there."
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"path": str(self.path), "note": INCOMPLETE}
+        return asdict(self) | {"path": str(self.path), "note": self.note}
 
 
 def check_target(out: Path, config: TrainConfig, overwrite: bool) -> Path:
@@ -65,23 +72,15 @@ def check_target(out: Path, config: TrainConfig, overwrite: bool) -> Path:
     path = out if out.suffix else out.with_name(out.name + ".jsonl")
     if path.suffix.lower() not in FORMATS:
         raise ConfigError(f"--redact {out}: choose a name that ends in {' '.join(FORMATS)}.")
-    for name in _dataset_names(config):
+    for name in config.dataset_names:
         source = Path(os.path.expanduser(name))
         if os.path.lexists(source) and atomic_io.contains(source, path):
             raise ConfigError(f"--redact {out} would lie in the data itself, {name}: choose another place.")
-    if reason := f"{path} is a folder" if path.is_dir() else atomic_io.why_not_replaceable(path):
+    if reason := atomic_io.why_no_file(path):
         raise ConfigError(f"--redact {out}: {reason}.")
     if os.path.lexists(path) and not overwrite:
         raise ConfigError(f"--redact {out}: {path} exists: choose another name, or use --overwrite.")
     return path
-
-
-def _dataset_names(config: TrainConfig) -> list[str]:
-    return [name for name, _ in config.weighted_datasets]
-
-
-def _tables_of(name: str, config: TrainConfig) -> list[Table]:
-    return open_source(name, config, ignore_events)[1]
 
 
 def redact(
@@ -120,7 +119,7 @@ def redact(
 
 def _other_cleaning(work: Path, config: TrainConfig) -> str | None:
     """Return how the original is cleaned, if the copy is cleaned in another way."""
-    modes = {_chosen_cleaning(name, config) for name in _dataset_names(config)}
+    modes = {_chosen_cleaning(name, config) for name in config.dataset_names}
     mode = modes.pop()
     return mode if not modes and mode != _chosen_cleaning(str(work), config) else None
 
@@ -142,8 +141,11 @@ def _open_tables(config: TrainConfig) -> tuple[list[Table], str]:
     Raises:
         DataError: Training reads them in several ways, so that one file cannot hold them.
     """
-    tables = [table for name in _dataset_names(config) for table in _tables_of(name, config)]
-    layouts = {str(detect_layout(table, config)): table.source for table in tables}
+    tables: list[Table] = []
+    for name in config.dataset_names:
+        tables += open_source(name, config, ignore_events)[1]
+    any_columns = have_columns(config)
+    layouts = {str(detect_layout(table, config, any_columns)): table.source for table in tables}
     if len(layouts) > 1:
         (one, source), (other, other_source), *_ = layouts.items()
         raise DataError(
@@ -248,10 +250,10 @@ def _json(value: object) -> str:
         return "[" + ", ".join(map(_json, value)) + "]"
     if isinstance(value, bytes):
         raise ValueError("a value is binary")
-    if isinstance(value, str):
-        # A number that was read from JSON is a text of its own type; a lone surrogate is escaped.
-        is_number = type(value) is not str
-        return str(value) if is_number else json.dumps(value, ensure_ascii=bool(_SURROGATE.search(value)))
+    if isinstance(value, NumberText) and not isinstance(number_value(value), str):
+        return str(value)
+    if isinstance(value, str):  # a lone surrogate is escaped
+        return json.dumps(value, ensure_ascii=bool(_SURROGATE.search(value)))
     return json.dumps(value, default=str)
 
 
@@ -270,19 +272,21 @@ def _plain_row(row: Mapping[str, object]) -> dict[str, object]:
 
 
 def _plain(value: object) -> object:
-    """Return a number that was read from JSON as a number."""
+    """Return a number that is kept as it was written as a number."""
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    return json.loads(value) if isinstance(value, str) and type(value) is not str else value
+    return number_value(value) if isinstance(value, NumberText) else value
 
 
 def _compare(work: Path, path: Path, copy: _Copy, config: TrainConfig, layout: str) -> None:
     """Raise DataError unless a written copy is read as the same rows, in the same way."""
-    table = read_file(work)
-    columns = table.columns
-    hashes = [_row_hash(row, columns) for row in table.rows]
+    try:
+        table = read_file(work)
+        hashes = [_row_hash(row, table.columns) for row in table.rows]
+    except DataError as error:
+        raise _cannot_write(path, str(error).replace(str(work), "the copy").rstrip(".")) from error
     if len(hashes) != len(copy.hashes):
         raise _cannot_write(path, f"of {len(copy.hashes):,} rows {len(hashes):,} would be read")
     if hashes != copy.hashes:
@@ -291,7 +295,7 @@ def _compare(work: Path, path: Path, copy: _Copy, config: TrainConfig, layout: s
         )
         raise _cannot_write(path, f"row {number:,} would be read as another one")
     try:
-        read_as = str(detect_layout(table, config))
+        read_as = str(detect_layout(table, config, have_columns(config)))
     except DataError as error:
         raise _cannot_write(path, f"training would not know what to read in it ({error})") from error
     if read_as != layout and not {read_as, layout} <= _PLAIN_TEXT:

@@ -2,7 +2,6 @@
 
 import hashlib
 import heapq
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -54,7 +53,7 @@ def read_sample(config: TrainConfig, limit: int) -> tuple[list[SampledRow], bool
     digests: set[bytes] = set()
 
     def unique_rows() -> Iterator[tuple[bytes, int, SampledRow]]:
-        names = [name for name, _ in config.weighted_datasets]
+        names = config.dataset_names
         for name in names:
             source, shown = Source(name), display_name(name) if len(names) > 1 else ""
             for row in iter_rows(config, source):
@@ -73,7 +72,7 @@ def named_texts(text: str) -> list[tuple[str, str]]:
     text = chat.plain_text(text)
     if not chat.is_chat(text):
         return [("", text)]
-    return list(iter_named_texts(json.loads(text.removeprefix(chat.CHAT_MARK))))
+    return list(iter_named_texts(chat.decode_row(text)))
 
 
 def iter_named_texts(value: object, name: str = "") -> Iterator[tuple[str, str]]:
@@ -93,11 +92,10 @@ def readable(text: str) -> str:
     text = chat.plain_text(text)
     if not chat.is_chat(text):
         return text
-    value = json.loads(text.removeprefix(chat.CHAT_MARK))
-    if isinstance(value, dict) and "messages" not in value:
-        return " → ".join(value[name] for name in ("prompt", "completion") if name in value)
-    messages = value["messages"] if isinstance(value, dict) else value
-    return " ".join(f"[{message['role']}] {message['content']}" for message in messages)
+    value = chat.decode_row(text)
+    if "messages" not in value:
+        return f"{value['prompt']} → {value['completion']}"
+    return " ".join(f"[{message['role']}] {message['content']}" for message in value["messages"])
 
 
 @dataclass(frozen=True)
@@ -127,5 +125,4 @@ class Excerpts:
 
 def spread(rows: Sequence[SampledRow], limit: int) -> list[SampledRow]:
     """Return some of the rows, by a hash of their text."""
-    chosen = heapq.nsmallest(limit, rows, key=lambda row: hashlib.sha256(row.text.encode()).digest())
-    return chosen
+    return heapq.nsmallest(limit, rows, key=lambda row: hashlib.sha256(row.text.encode()).digest())

@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from ..convert.compress import CompressResult
     from ..convert.verify import OutputComparison
 
+# The comparison has no standard error, which alone depends on groups.
+_MERGE_FIELDS = [name for name in EVAL_SET_FIELDS if name != "group_by"]
 EvalRowsOption = Annotated[
     int | None, typer.Option(min=2, help="Maximum number of rows per held-out set.", show_default="all")
 ]
 
 
-@settings_options(TrainConfig, *EVAL_SET_FIELDS)
+@settings_options(TrainConfig, *_MERGE_FIELDS)
 @model_options("base", "revision", "force")
 def merge(
     overrides: Overrides,
@@ -189,7 +191,7 @@ def _show_blend(blended: "BlendResult") -> None:
     if len(blended.results) > 1:
         for name, result in blended.results.items():
             gain = format_gain(result.gain, result.standard_error)
-            print(one_line(f"  on {name}: gain {gain}, {result.rows} rows"))
+            print(one_line(f"  on {name}: gain {gain}, {result.format_rows()}"))
 
 
 def _format_lost(total: float, layers: dict[str, float]) -> str:
@@ -257,7 +259,7 @@ def _show_compress(compressed: "CompressResult") -> None:
     if compressed.results:
         full, reduced = compressed.results
         print(
-            f"held-out loss {full.loss:.4f} -> {reduced.loss:.4f} (base: {full.base_loss:.4f}, {full.rows} rows)"
+            f"held-out loss {full.loss:.4f} -> {reduced.loss:.4f} (base: {full.base_loss:.4f}, {full.format_rows()})"
         )
     else:
         print("not evaluated")

@@ -11,7 +11,7 @@ from .. import atomic_io
 from ..config import TrainConfig, default_adapter_name
 from ..errors import ConfigError
 from ..settings_files import resolve_settings
-from ..text import format_counts, format_share, one_line
+from ..text import format_counts, format_rows, format_share, format_share_of, one_line
 from .display import print_table, show_json
 from .options import JsonOption, Overrides, OverwriteOption, display, settings_options
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_LOSS_ROWS = 200
 _LOSS_SETTINGS = ("device", "dtype", "load_in")
-# Settings of the panel Data that choose no rows, or how they are measured in training.
+# Settings of the panel Data that change nothing in a report.
 _NOT_HERE = ("dataset", "streaming", "shuffle_buffer", "packing", "eval_rows")
 _SETTINGS = [
     name
@@ -50,7 +50,8 @@ def data(
     redact: Annotated[
         Path | None,
         typer.Option(
-            help="Write a copy of all rows with personal data replaced, as .jsonl, .csv, .tsv, .txt or .parquet; not complete.",
+            help="Write a copy of all rows with personal data replaced, as .jsonl, .json, .csv, .tsv, .txt or .parquet; "
+            "not complete.",
             show_default=False,
         ),
     ] = None,
@@ -78,13 +79,16 @@ def data(
         TrainConfig, overrides | {"dataset": datasets[0] if len(datasets) == 1 else datasets}
     )
     _check_base_is_needed(config, overrides, loss_rows)
-    names = [name for name, _ in config.weighted_datasets]
-    page = html or (None if as_json else Path(f"{default_adapter_name(*names)}.data.html"))
+    page = html or (None if as_json else Path(f"{default_adapter_name(*config.dataset_names)}.data.html"))
     from ..analysis import data_page, data_report, phones
     from ..analysis import redact as redaction
 
     if region is not None:
         region = region.upper()
+        if not phones.finds_phones():
+            raise ConfigError(
+                "--region needs the package phonenumbers: pip install 'lora_tuner[report]' or phonenumbers."
+            )
         if not phones.is_phone_region(region):
             raise ConfigError(f"--region {region} is unknown: give two letters such as DE, GB or US.")
     if page is not None:
@@ -103,7 +107,7 @@ def data(
         return
     _show_report(report)
     if redacted:
-        _show_redacted(redacted, redaction.INCOMPLETE)
+        _show_redacted(redacted)
     if page is not None:
         print(f"\npage: {page}")
 
@@ -121,7 +125,7 @@ def _check_base_is_needed(config: TrainConfig, overrides: Overrides, loss_rows: 
 
 def _check_page(page: Path, overwrite: bool, is_page: Callable[[Path], bool]) -> None:
     """Raise ConfigError if the page cannot be written; a page of before is replaced."""
-    if reason := f"{page} is a folder" if page.is_dir() else atomic_io.why_not_replaceable(page):
+    if reason := atomic_io.why_no_file(page):
         raise ConfigError(f"The page cannot be written: {reason}. Choose another place with --html.")
     if page.exists() and not overwrite and not (page.is_file() and is_page(page)):
         raise ConfigError(f"{page} exists and is no report: choose another name with --html, or use --overwrite.")
@@ -139,12 +143,15 @@ def _show_report(report: "DataReport") -> None:
     for hint in report.hints:
         print(one_line(hint))
     _show_lengths(report.lengths, total)
-    _show_examples(f"{_count(report.long_rows)} far longer than the others", report.long)
-    _show_examples(f"{_count(report.short_rows)} far shorter than the others", report.short)
+    _show_examples(f"{format_rows(report.long_rows)} far longer than the others", report.long)
+    _show_examples(f"{format_rows(report.short_rows)} far shorter than the others", report.short)
     _show_near_copies(report.near_copies, total)
     if report.languages is not None:
         _print_heading("languages")
-        shown = [f"{language.name} {_share(language.rows, total)}" for language in report.languages[:_LANGUAGES]]
+        shown = [
+            f"{language.name} {format_share_of(language.rows, total)}"
+            for language in report.languages[:_LANGUAGES]
+        ]
         if len(report.languages) > _LANGUAGES:
             shown.append(f"{len(report.languages) - _LANGUAGES} more")
         print(", ".join(shown))
@@ -168,7 +175,7 @@ def _show_near_copies(copies: "NearCopies", total: int) -> None:
     if copies.clusters:
         print(
             f"{_rows(copies.rows, total)} nearly copy one another, in {copies.clusters:,} cluster{'s' * (copies.clusters > 1)}; "
-            f"the largest has {copies.largest:,}. With one row of each, {_count(copies.spare_rows)} would go."
+            f"the largest has {copies.largest:,}. With one row of each, {format_rows(copies.spare_rows)} would go."
         )
         for cluster in copies.examples:
             _show_examples("", cluster)
@@ -237,18 +244,17 @@ def _show_personal_data(report: "DataReport") -> None:
         print_table([(f"  {_place(example)}", one_line(example.note)) for example in kind.examples])
 
 
-def _show_redacted(result: "RedactResult", note: str) -> None:
+def _show_redacted(result: "RedactResult") -> None:
     _print_heading("redacted copy")
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in result.replaced.most_common()) or "nothing"
     keys = ", ".join(f"{count:,} {detail}" for detail, count in result.keys.most_common())
-    print(
-        f"{result.path}: {_count(result.rows)}; replaced {kinds}, in {_count(result.changed_rows)}{keys and f' ({keys})'}"
-    )
+    changed = f"replaced {kinds}, in {format_rows(result.changed_rows)}"
+    print(f"{result.path}: {format_rows(result.rows)}; {changed}{keys and f' ({keys})'}")
     if result.unreadable:
-        print(f"{_count(result.unreadable)} could not be read, and are empty in the copy.")
+        print(f"{format_rows(result.unreadable)} could not be read, and are empty in the copy.")
     if result.clean:
         print(f"Train on it with --clean {result.clean}, as the original is cleaned.")
-    print(note)
+    print(result.note)
 
 
 def _show_examples(heading: str, examples: Sequence["Example"]) -> None:
@@ -268,13 +274,4 @@ def _print_heading(text: str) -> None:
 
 
 def _rows(rows: int, total: int) -> str:
-    return f"{_count(rows)} ({_share(rows, total)})"
-
-
-def _count(rows: int) -> str:
-    return f"{rows:,} row{'s' * (rows != 1)}"
-
-
-def _share(rows: int, total: int) -> str:
-    share = rows / max(total, 1)
-    return "under 0.1%" if 0 < share < 0.001 else format_share(share)
+    return f"{format_rows(rows)} ({format_share_of(rows, total)})"

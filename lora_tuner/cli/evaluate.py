@@ -62,7 +62,7 @@ def evaluate(
         raise ConfigError(f"--plot {plot}: choose a name that ends in .png.")
     if plot and not plot.parent.is_dir():
         raise ConfigError(f"--plot {plot}: there is no folder {plot.parent}.")
-    if plot and (why := f"{plot} is a folder" if plot.is_dir() else atomic_io.why_not_replaceable(plot)):
+    if plot and (why := atomic_io.why_no_file(plot)):
         raise ConfigError(f"--plot {plot}: {why}.")
     if leak and (plot or overrides):
         names = ["plot"] * bool(plot) + [*overrides]
@@ -123,7 +123,7 @@ def show_leaks(leaks: Sequence["Leak"]) -> None:
         parts = {"all": leak.all_rows, "with a near copy": leak.with_copy, "without one": leak.without_copy}
         for label, part in parts.items():
             gain = format_gain(part.gain, part.standard_error, "+.4f") if part else ""
-            table.append([leak.adapter, label, str(part.rows if part else 0), gain])
+            table.append([leak.adapter, label, part.format_rows() if part else "0 rows", gain])
         copied = leak.with_copy.rows if leak.with_copy else 0
         share = "there is no gain" if leak.share is None else f"{leak.share:.1%} of the gain comes from these"
         lines.append(
@@ -134,7 +134,7 @@ def show_leaks(leaks: Sequence["Leak"]) -> None:
         print(
             "improvement over the base (loss, ± standard error) on held-out rows that a training row nearly copies"
         )
-        print_table(table, ("", "held-out rows", "rows", "improvement"))
+        print_table(table, ("", "held-out rows", "measured", "improvement"))
         print("\n".join(lines))
 
 

@@ -109,7 +109,7 @@ def _show_sweep(result: "SweepResult") -> None:
     print(f"base: held-out loss {result.base_loss:.4f}; plot: {result.folder / 'sweep.png'}")
     why = "the smallest within a standard error of the best"
     if any(trial.standard_error is None for trial in result.trials):
-        why = "the best; one held-out row gives no standard error, so a smaller one may be as good"
+        why = "the best; one held-out row, group or document gives no standard error, so a smaller one may be as good"
     print(f"recommended: {result.recommended}, {why}")
 
 

@@ -215,10 +215,15 @@ def write_adapter(
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     card = model_card.model_card(load_adapter_folder(folder), name)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
-    if texts := [text for eval_set in sets for text in eval_set.texts]:
-        groups = evaluation.join_groups([(eval_set.groups, len(eval_set.texts)) for eval_set in sets])
-        evaluation.cache_rows(EvalSet(name, texts, groups=groups))
+    if sets:
+        evaluation.cache_rows(_join_sets(name, sets))
     return written, losses, comparison
+
+
+def _join_sets(name: str, sets: Sequence[EvalSet]) -> EvalSet:
+    """The rows of all sets as one set."""
+    groups = evaluation.join_groups([(eval_set.groups, len(eval_set.texts)) for eval_set in sets])
+    return EvalSet(name, [text for eval_set in sets for text in eval_set.texts], groups=groups)
 
 
 def _copy_tokenizer(parents: Sequence[Adapter], folder: Path, notify: EventHandler) -> None:
@@ -255,16 +260,16 @@ def _dataset_info(parents: Sequence[Adapter], sets: Sequence[EvalSet], parents_s
     first = first.model_copy(update={"sources": unmeasured})
     if len(parents) == 1 and not sets:  # not evaluated: the parent's held-out rows stay recorded
         return first
-    texts = [text for eval_set in sets for text in eval_set.texts]
+    rows = _join_sets(first.name, sets)
     eval_splits = {data.eval_split for data in datasets.values()}
-    held_out_hash = content_hash(texts) if texts else None
+    held_out_hash = rows.hash() if sets else None
     encoded = {data.encoded_hash for data in datasets.values()}
     complete = len(datasets) == len(parents)
     same_encoded_rows = complete and len(encoded) == 1 and held_out_hash == first.held_out_hash
     shared = {name: {getattr(data, name) for data in datasets.values()} for name in _RULES}
     update: dict[str, object] = {
         "held_out_hash": held_out_hash,
-        "held_out_rows": len(texts),
+        "held_out_rows": len(rows.texts),
         "encoded_hash": first.encoded_hash if same_encoded_rows else None,
         "eval_dataset": _eval_dataset_name(datasets, sets, parents_sets),
         "eval_split": first.eval_split if parents_sets and len(eval_splits) == 1 else None,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..errors import InvalidRowError
+from .workbooks import NumberText, number_value
 
 CHAT_MARK = "\x02"
 Message = dict[str, str]  # keys role and content, as in TRL and OpenAI's API
@@ -130,7 +131,7 @@ def read_answer(row: str) -> tuple[str, tuple[int, int]] | None:
     """Return text and span of a row of `encode_answer`; None for another one."""
     if not row.startswith(f'{CHAT_MARK}{{"text":'):
         return None
-    value = json.loads(row.removeprefix(CHAT_MARK))
+    value = decode_row(row)
     start, end = value["answer"]
     return value["text"], (start, end)
 
@@ -157,11 +158,17 @@ def strip_texts(row: str) -> str:
 
 def decisive_text(row: str) -> str:
     """Return the text of a row that decides its side of the split: roles and contents."""
-    value = json.loads(row.removeprefix(CHAT_MARK))
-    if isinstance(value, dict) and "messages" not in value:
+    value = decode_row(row)
+    if "messages" not in value:
         return _to_row({name: value[name] for name in ("prompt", "completion")})
-    messages = value["messages"] if isinstance(value, dict) else value
+    messages = value["messages"]
     return _to_row([{"role": message["role"], "content": message["content"]} for message in messages])
+
+
+def decode_row(row: str) -> dict[str, Any]:
+    """Return the fields of a row: `messages`, or `prompt` and `completion`, and what belongs to them."""
+    value = json.loads(row.removeprefix(CHAT_MARK))
+    return {"messages": value} if isinstance(value, list) else value
 
 
 def _to_row(value: object) -> str:
@@ -321,8 +328,8 @@ def json_value(value: Any) -> Any:
         return {str(name): json_value(field) for name, field in value.items() if field is not None}
     if isinstance(value, list):
         return [json_value(item) for item in value]
-    if isinstance(value, str) and type(value) is not str:  # a number as it is written
-        return json.loads(value)
+    if isinstance(value, NumberText):
+        return number_value(value)
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
@@ -339,8 +346,8 @@ def spoken_text(row: str) -> str:
     """Return the texts of user and assistant in a row, without system, tools and what they return."""
     if (answer := read_answer(row)) is not None:
         return answer[0]
-    value = json.loads(row.removeprefix(CHAT_MARK))
-    if isinstance(value, dict) and "messages" not in value:
-        return "\n".join(value[name] for name in ("text", "prompt", "completion") if name in value)
-    messages = value["messages"] if isinstance(value, dict) else value
-    return "\n".join(message["content"] for message in messages if message["role"] in ("user", "assistant"))
+    value = decode_row(row)
+    if "messages" not in value:
+        return f"{value['prompt']}\n{value['completion']}"
+    spoken = [message for message in value["messages"] if message["role"] in ("user", "assistant")]
+    return "\n".join(message["content"] for message in spoken)

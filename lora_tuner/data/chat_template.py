@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, InvalidRowError
 from . import tool_calls
-from .chat import CHAT_MARK, REASONING_FIELDS, FullMessage, Message, is_learned, iter_texts
+from .chat import REASONING_FIELDS, FullMessage, Message, decode_row, is_learned, iter_texts
 from .tool_calls import Tools
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ def render_with_spans(
         DataError: There is no template for a list of messages.
         InvalidRowError: The template rejects the messages, or does not write a part of them.
     """
-    row = json.loads(text.removeprefix(CHAT_MARK))
-    row = {"messages": row} if isinstance(row, list) else row
+    row = decode_row(text)
     if "prompt" in row and not getattr(tokenizer, "chat_template", None):
         return _render_pair(tokenizer, row)
     messages: list[FullMessage] = row.get("messages") or [

@@ -20,6 +20,7 @@ _MAX_COMMENT_CHARS = 4000
 _HUGE_ENTITY = re.compile(r"&#\d{4000,}+;?")  # Python converts no more than 4,300 digits
 _INVISIBLE = re.compile("[\u00ad\u200b\ufeff]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b\ufeff]")
+_LINE_BREAK = re.compile("\r\n?|[\x0b\x0c\x85]")
 _SPACE = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
 _MARKS = re.compile("[\x02\x03]")  # chat.CHAT_MARK and splitting.GOES_ON, which no text may have
 # Lines of program code and of settings. Verse has none of these, though its lines may be indented.
@@ -73,9 +74,10 @@ def _split_at_comments(text: str) -> list[str]:
     return [*parts, text[begin:]]
 
 
-def clean_message(text: str, mode: CleanMode = "none") -> str:
-    """Remove control characters, and outer white space unless `mode` is "none"; keep the rest."""
-    text = text.encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n")
+def clean_message(text: str, mode: CleanMode) -> str:
+    """Remove control characters, and outer white space unless `mode` is "none"; keep the rest. Each
+    kind of line break becomes a newline character."""
+    text = _LINE_BREAK.sub("\n", text.encode("utf-8", "replace").decode("utf-8"))
     text = unicodedata.normalize("NFC", _CONTROL.sub("", text))
     return text if mode == "none" and text.strip() else text.strip()
 

@@ -23,7 +23,8 @@ from .sources import default_eval_split, describe_splits, eval_source, resolve_e
 from .splitting import content_hash, is_held_out
 from .tokenization import TextUse
 
-MAX_PREVIEWS = 50  # rows of which the text before cleaning is kept
+MAX_PREVIEWS = 50  # rows of which the text before cleaning is kept, for --preview
+_RAW_ROWS = 500  # rows of a source among which these are
 _UniqueRows = dict[bytes, TextRow]  # by the hash of their text
 
 
@@ -36,7 +37,8 @@ class Dataset:
     `splits` names the split files of a local folder, such as `train, measured: validation`, and is
     empty where there are none. `eval_dataset`, `eval_split` and `group_by` are as in `TrainConfig`,
     with their defaults. `held_out_sources` and `held_out_groups` have the source and
-    the group of each held-out row, where there are several sources or groups.
+    the group of each held-out row, where there are several sources or groups. `compared` has
+    documents as a whole; of a stream, the rows that are measured.
     """
 
     sources: list[Source]
@@ -46,7 +48,7 @@ class Dataset:
     group_by: str | None = None
     held_out: list[str] = field(default_factory=list)
     eval_hashes: frozenset[bytes] = frozenset()  # of rows and groups of `eval_dataset`
-    compared: list[str] = field(default_factory=list)  # rows of which a stream leaves out near copies
+    compared: list[TextRow] = field(default_factory=list)  # with training rows, to find near copies
     held_out_sources: dict[str, int] = field(default_factory=dict)
     held_out_groups: dict[str, bytes] = field(default_factory=dict)
 
@@ -104,8 +106,8 @@ class Dataset:
     def hash(self) -> str:
         return content_hash(self.train + self.held_out)
 
-    def set_held_out(self, rows: list[list[TextRow]], config: TrainConfig, notify: EventHandler) -> None:
-        """Set the held-out rows, with their sources and groups.
+    def set_held_out(self, rows: list[list[TextRow]], config: TrainConfig, notify: EventHandler) -> list[TextRow]:
+        """Set the held-out rows, with their sources and groups, and return them in their order.
 
         Args:
             rows: Of each source, or those of the evaluation dataset alone.
@@ -116,13 +118,13 @@ class Dataset:
             self.held_out_sources = {row.text: row.source for row in ordered}
         if config.group_by is not None or len(ordered) > sum(map(len, rows)):
             self.held_out_groups = {row.text: row.side for row in ordered}
+        return ordered
 
-    def leave_out_copies(self, compared: list[str], config: TrainConfig, notify: EventHandler) -> None:
+    def leave_out_copies(self, config: TrainConfig, notify: EventHandler) -> None:
         """Remove training rows that nearly copy one of the compared rows, if `config` says so."""
-        copies = find_copies(self.train, compared, config, notify)
+        copies = find_copies(self.train, [row.text for row in self.compared], config, notify)
         if config.near_duplicates == "keep":
             return
-        self.compared = compared if config.streaming else []
         for source in self.sources:
             source.previews = [preview for preview in source.previews if preview[1] not in copies]
             source.train = [text for text in source.train if text not in copies]
@@ -137,12 +139,15 @@ class Dataset:
             DataError: More than the fraction `max_invalid` of the rows of a source is invalid now.
         """
         eval_rows = len(self.held_out)
+        own_held_out = set(self.held_out) if self.eval_dataset in (None, HELD_OUT) else set[str]()
         self.held_out = [text for text in self.held_out if text not in errors]
         foreign = dict(errors)  # those of --eval-dataset
         for source in self.sources:
-            invalid = [text for text in source.places if foreign.pop(text, None)]
             in_train = set(source.train)
+            used = in_train | own_held_out
+            invalid = [text for text in source.places if text in used and text in foreign]
             for text in invalid:
+                del foreign[text]
                 source.add_invalid(source.places[text], errors[text])
                 if text in in_train:
                     source.counts.train -= 1
@@ -196,7 +201,7 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
         rows = {digest: row for digest, row in rows.items() if digest in sample}
     eval_config = config.model_copy(update={"clean": dataset.clean or config.clean})
     eval_rows = load_eval_dataset(eval_config, notify) if config.other_eval_dataset else {}
-    dataset.eval_hashes = frozenset(eval_rows).union(row.side for row in eval_rows.values())
+    dataset.eval_hashes = eval_hashes(eval_rows)
     usable, sides = len(rows), {row.side for row in rows.values()} if config.group_by else set()
     held_out = hold_out_blocks(sources, rows, config, notify)
     has_blocks = [*map(bool, held_out)]
@@ -216,12 +221,15 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
         if not source.counts.train:  # else blocks of it are held out
             source.counts.train, source.counts.held_out = len(source.train), len(source_rows)
         source.report_invalid(config.max_invalid, notify)
-    dataset.set_held_out([[*eval_rows.values()]] if config.other_eval_dataset else held_out, config, notify)
-    # Documents are compared as a whole: a passage is no copy. Blocks are not: their text repeats what is around them.
+    measured = [[*eval_rows.values()]] if config.other_eval_dataset else held_out
+    ordered = dataset.set_held_out(measured, config, notify)
+    # Documents are compared as a whole, but in a stream: a passage is no copy. Blocks, which repeat the text
+    # around them, are not compared.
     whole = [rows for rows, are_blocks in zip(held_out, has_blocks, strict=True) if not are_blocks]
-    texts = [row.text for row in itertools.chain(eval_rows.values(), *whole)]
-    compared = dataset.held_out[: config.eval_rows] if config.streaming else texts
-    dataset.leave_out_copies(compared, config, notify)
+    dataset.compared = [*itertools.chain(eval_rows.values(), *whole)]
+    if config.streaming:
+        dataset.compared = ordered[: config.eval_rows]
+    dataset.leave_out_copies(config, notify)
     counts = dataset.counts
     if idle := [source for source in sources if not source.train and dataset.train]:
         raise DataError(
@@ -293,11 +301,16 @@ def load_eval_dataset(config: TrainConfig, notify: EventHandler = ignore_events)
     return dict(sorted(rows.items()))
 
 
+def eval_hashes(rows: Mapping[bytes, TextRow]) -> frozenset[bytes]:
+    """Return the hashes of the rows and groups of an evaluation dataset, which are not trained on."""
+    return frozenset(rows).union(row.side for row in rows.values())
+
+
 def _read_unique(
     config: TrainConfig,
     source: Source,
     rows: _UniqueRows,
-    notify: EventHandler = ignore_events,
+    notify: EventHandler,
     *,
     first_only: bool = False,
 ) -> None:
@@ -311,7 +324,7 @@ def _read_unique(
         if row.digest in rows:
             source.counts.duplicates += 1
             continue
-        rows[row.digest] = row
+        rows[row.digest] = row if source.counts.read <= _RAW_ROWS else row._replace(raw="")
         if first_only:
             held_out += is_held_out(row.side)
             train += not is_held_out(row.side)

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from ..config import MARKDOWN_EXTENSIONS, data_extension
-from ..errors import DataError
 from ..text import format_bytes
 from .markup import TextBlocks, decode_html, import_etree
-from .opening import CHANGED, Container, open_file, read_document, text_lines
+from .opening import CHANGED, Container, UnreadableFileError, open_file, read_document, text_lines
 
 if TYPE_CHECKING:
     import lxml.etree
@@ -192,12 +191,11 @@ def read_document_row(path: Path, name: str, unread: Counter[str]) -> Iterator[d
         yield {"text": text, "file": name}
 
 
-def count_unreadable(read: Callable[[], Iterator[dict[str, object]]], path: Path) -> Iterator[dict[str, object]]:
+def count_unreadable(read: Callable[[], Iterator[dict[str, object]]]) -> Iterator[dict[str, object]]:
     """Yield the rows of a document. An error in it ends them with an `UnreadableRow`."""
-    start = f"{path} cannot be read: "
     try:
         yield from read()
-    except DataError as error:
-        if not str(error).startswith(start) or CHANGED in str(error):
+    except UnreadableFileError as error:
+        if error.reason == CHANGED:
             raise
-        yield UnreadableRow(f"a document that cannot be read: {str(error).removeprefix(start).removesuffix('.')}")
+        yield UnreadableRow(f"a document that cannot be read: {error.reason}")

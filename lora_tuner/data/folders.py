@@ -117,6 +117,10 @@ def has_tables(name: str) -> bool:
     return not {*TABLE_EXTENSIONS}.isdisjoint(_data_extensions(name))
 
 
+def has_txt_files(name: str) -> bool:
+    return ".txt" in _data_extensions(name)
+
+
 def has_columns(name: str) -> bool:
     """Return whether the rows of a dataset have columns: not if all its files are plain text."""
     return not os.path.lexists(os.path.expanduser(name)) or not _PLAIN_TEXT.issuperset(_data_extensions(name))
@@ -168,8 +172,8 @@ def _find_data_files(folder: Path) -> tuple[list[Path], list[Path]]:
     """Find files at any depth, except hidden ones and those of adapters and runs.
 
     Returns:
-        The data files, or if there are none the code files, to which Markdown belongs, also if there
-        are no more HTML pages than these; and the others: of other types, about the data
+        The data files. If these are at most Markdown and HTML pages, and no more pages than code
+        files: the code files and Markdown. And the others: of other types, about the data
         (`_METADATA`, `_ABOUT`), links to folders, and folders of adapters, runs and sweeps.
     """
 

@@ -41,8 +41,17 @@ _CODE = re.compile(
 _NESTED_TEXT = re.compile(r"\[.*\]|\{.*\}", re.DOTALL)  # JSON, or lists as Python writes them
 
 
-def detect_layout(table: Table, config: TrainConfig) -> Layout:
+def have_columns(config: TrainConfig) -> bool:
+    """Return whether a dataset of the run has columns: settings that name some are not for plain text
+    beside it. Price: all its files are listed."""
+    return any(map(has_columns, config.dataset_names))
+
+
+def detect_layout(table: Table, config: TrainConfig, any_columns: bool) -> Layout:
     """Return the layout of a table. A column of text by its name takes precedence.
+
+    Args:
+        any_columns: As `have_columns` returns it.
 
     Raises:
         DataError: The columns do not tell what is to be learned, or are not those of the format.
@@ -52,7 +61,7 @@ def detect_layout(table: Table, config: TrainConfig) -> Layout:
             template = parse_template(table, config.template, config.answer_column)
             return Layout("template", template=template)
         except DataError:
-            if not is_beside_columns(table, config):
+            if not (table.is_plain_text and any_columns):
                 raise
     chosen = FORMATS.get(config.format, "")
     if table.is_plain_text:
@@ -87,20 +96,12 @@ def detect_layout(table: Table, config: TrainConfig) -> Layout:
     return Layout("text", _find_text_column(table, rows, asks_format=not chosen))
 
 
-def is_beside_columns(table: Table, config: TrainConfig) -> bool:
-    """Return whether a table is plain text, to which settings that name columns do not apply as they
-    are meant for other tables of the run."""
-    return table.is_plain_text and any(has_columns(name) for name, _ in config.weighted_datasets)
-
-
-def common_format(source: str, tables: Sequence[Table], layouts: Sequence[Layout], config: TrainConfig) -> str:
+def common_format(source: str, tables: Sequence[Table], layouts: Sequence[Layout]) -> str:
     """Return the format of all tables. Plain text may lie beside rows of a template.
 
     Raises:
-        DataError: They have several; it names a file of each of two. Or none has columns to choose.
+        DataError: They have several; it names a file of each of two.
     """
-    if config.text_column is not None and not any(has_columns(name) for name, _ in config.weighted_datasets):
-        raise DataError(f"{source} is plain text without columns: leave --text-column out.")
     formats = list(dict.fromkeys(layout.format for layout in layouts))
     if not any(map(is_conversation, formats)):
         return " + ".join(formats)
@@ -170,7 +171,7 @@ def _is_certain(table: Table, pair: Layout, rows: list[Row]) -> bool:
 
 def _has_unreadable(layout: Layout, rows: list[Row]) -> bool:
     """Return whether columns beside a conversation have values that refuse a row."""
-    return any(row.get(name) for row in rows for name in unreadable_columns(layout))
+    return any(decode_messages(row.get(name)) for row in rows for name in unreadable_columns(layout))
 
 
 def _find_columns(table: Table, format: str, rows: list[Row]) -> Layout | None:
@@ -196,8 +197,8 @@ def _message_columns(table: Table, rows: list[Row]) -> list[str]:
     """Return the columns whose first values are lists of messages."""
     found = []
     for name in _nested_columns(table, rows):
-        values = [decode_messages(row[name]) for row in rows if row.get(name)]
-        if values and all(isinstance(value, list) and chat.are_messages(value) for value in values if value):
+        values = [value for row in rows if (value := decode_messages(row.get(name)))]
+        if values and all(isinstance(value, list) and chat.are_messages(value) for value in values):
             found.append(name)
     return found
 

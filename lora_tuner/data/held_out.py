@@ -97,7 +97,7 @@ def order_held_out(
     first: dict[str, TextRow] = {}
     measured: list[list[TextRow]] = []
     for rows in held_out:
-        parts = itertools.chain.from_iterable(_split_document(row, salt) for row in rows)
+        parts = itertools.chain.from_iterable(measured_rows(row, salt) for row in rows)
         unique = [part for part in parts if first.setdefault(part.text, part) is part]
         measured.append(sorted(unique, key=lambda part: part.digest))
     documents = sum(row.is_document for rows in held_out for row in rows)
@@ -109,7 +109,7 @@ def order_held_out(
     return sorted(itertools.chain.from_iterable(measured), key=lambda part: part.digest)
 
 
-def _split_document(row: TextRow, salt: str) -> list[TextRow]:
+def measured_rows(row: TextRow, salt: str) -> list[TextRow]:
     """Return the rows as which a held-out row is measured; their side is that of the whole."""
     if not row.is_document:
         return [row]

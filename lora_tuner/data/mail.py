@@ -16,7 +16,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from ..config import data_extension
-from ..errors import DataError
+from ..errors import DataError, InvalidRowError
 from .cleaning import clean_message
 from .documents import UnreadableRow
 from .markup import decode, html_text
@@ -45,6 +45,8 @@ def read_mail(path: Path, name: str, unread: Counter[str]) -> Iterator[dict[str,
                 continue
             try:
                 yield _read_message(content, unread) | {"file": name}
+            except InvalidRowError as error:
+                yield UnreadableRow(error.reason)
             except DataError:
                 raise
             except Exception as error:  # the parser raises errors of many types for damaged messages
@@ -75,7 +77,7 @@ def _split_mbox(file: io.FileIO) -> Iterator[bytes]:
 def _read_message(content: bytes, unread: Counter[str]) -> dict[str, object]:
     message = email.parser.BytesParser(policy=email.policy.compat32).parsebytes(content)
     if not message.keys():
-        raise ValueError("it has no headers")
+        raise InvalidRowError("a message without headers")
     subject, references = _header(message, "subject"), _header(message, "references")
     ids = _ID.findall(references) or _ID.findall(_header(message, "in-reply-to"))
     is_reply = bool(_REPLY.match(subject))
@@ -124,7 +126,7 @@ def _read_body(message: email.message.Message, unread: Counter[str]) -> str:
     while waiting:
         part, parts = waiting.pop(), parts + 1
         if parts > _MAX_PARTS:
-            raise ValueError("it has too many parts")
+            raise InvalidRowError("a message of too many parts")
         kind = part.get_content_type()
         if part.get_content_maintype() == "multipart" and part.is_multipart():
             waiting += reversed(_choose_parts(part))

@@ -177,8 +177,6 @@ class _HtmlTarget(TextBlocks):
         if not self._skipped:
             self.add_text(text, is_pre=self._pre > 0)
 
-    def comment(self, text: str) -> None: ...
-
 
 def html_text(markup: str) -> str:
     """Return the text of an HTML page."""

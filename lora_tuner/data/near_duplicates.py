@@ -128,7 +128,6 @@ class NearDuplicates:
         is_shorter = length <= other_length
         least = np.where(is_shorter, covered, other_covered)  # words of the shorter row in shared sequences
         near = _are_near(
-            shared,
             least,
             np.where(is_shorter, other_covered, covered),
             np.minimum(length, other_length),
@@ -197,18 +196,17 @@ def find_copies(
 
 
 def _are_near(
-    shared: NDArray[np.int64],
     covered: NDArray[np.int64],
     longer_covered: NDArray[np.int64],
     words: NDArray[np.int64],
     longer_words: NDArray[np.int64],
     all_words: NDArray[np.int64],
 ) -> NDArray[np.bool_]:
-    """Return for each pair of rows whether they are near copies, by the rules of this module.
+    """Return for each pair of rows with enough shared sequences whether they are near copies.
 
     Args:
-        shared: Sequences that both have.
-        covered: Words of the shorter row in these; `longer_covered` those of the longer one.
+        covered: Words of the shorter row in sequences that both have; `longer_covered` those of the
+            longer one.
         words: Words of the shorter row in sequences that count; `longer_words` those of the longer one.
         all_words: Words of the shorter row.
     """
@@ -216,7 +214,7 @@ def _are_near(
     near |= (covered >= _MIN_PART_SHARE * words) & (covered >= _MIN_PART)
     near |= (covered >= _MIN_QUOTED_SHARE * words) & (covered >= _MIN_QUOTED)
     evidence = np.minimum(_MIN_EVIDENCE_SHARE * all_words, _MIN_EVIDENCE)
-    near &= (shared >= _MIN_SHARED) & (covered >= evidence)
+    near &= covered >= evidence
     return near
 
 

@@ -48,9 +48,17 @@ _ERRORS = (
 )
 
 
+class UnreadableFileError(DataError):
+    """A file cannot be read, for a reason."""
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[io.FileIO]:
-    """Open a file for one pass. An error in the block, or a change of the file, is a DataError."""
+    """Open a file for one pass. An error in the block, or a change of it, is an UnreadableFileError."""
     changed = False
     try:
         if not path.is_file():  # opening a pipe would block
@@ -68,7 +76,7 @@ def open_file(path: Path) -> Iterator[io.FileIO]:
         reason = (
             CHANGED if changed else getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".")
         )
-        raise DataError(f"{path} cannot be read: {reason}.") from error
+        raise UnreadableFileError(f"{path} cannot be read: {reason}.", reason) from error
 
 
 class _Stream(Protocol):

@@ -156,7 +156,7 @@ def _document_table(path: Path, folder: Path | None, streaming: bool) -> Table:
     name = path.name if folder is None else path.relative_to(folder).as_posix()
     read = partial(read_mail if is_mail else read_document_row, path, name, unread)
     if folder is not None:
-        read = partial(count_unreadable, read, path)
+        read = partial(count_unreadable, read)
     rows = LazyRows(read) if streaming else list(read())
     columns = MAIL_COLUMNS if is_mail else ["text", "file"]
     return Table(str(path), rows, columns, columns, is_plain_text=not is_mail, is_document=True, unread=unread)
@@ -383,13 +383,13 @@ def _read_txt(path: Path, txt_rows: str) -> Iterator[Row]:
 
 
 def parse_conditions(table: Table, where: list[str]) -> list[tuple[str, set[str]]]:
-    """Return column and accepted values of each condition; class labels by number or name."""
-    parsed = []
+    """Return the accepted values of each column in the conditions; class labels by number or name."""
+    parsed: dict[str, set[str]] = {}
     for condition in where:
         column, _, value = condition.partition("=")
         if column not in table.columns:
             raise table.missing_column(column, " to choose rows by")
         names = table.label_names.get(column, [])
         accepted = {value, str(names.index(value))} if value in names else {value}
-        parsed.append((column, accepted))
-    return parsed
+        parsed.setdefault(column, set()).update(accepted)
+    return [*parsed.items()]

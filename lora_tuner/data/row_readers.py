@@ -62,13 +62,13 @@ class Layout:
         return f"{self.format} in '{self.column}'{answer}"
 
 
-def text_reader(table: Table, layout: Layout, config: TrainConfig) -> Callable[[Row], tuple[str, str]]:
+def text_reader(
+    table: Table, layout: Layout, config: TrainConfig, mode: CleanMode
+) -> Callable[[Row], tuple[str, str]]:
     """Return a function from a row to its text before and after cleaning; "" if it has none."""
-    text_mode: CleanMode = "full" if config.clean == "auto" else config.clean
     if layout.template is not None:
-        return partial(_fill_template, table, layout.template, text_mode)
+        return partial(_fill_template, table, layout.template, mode)
     if layout.format != "text":
-        mode: CleanMode = "none" if config.clean == "auto" else config.clean
         return partial(_read_conversation, layout, partial(clean_message, mode=mode))
     column = layout.column or "text"
     is_guess = (
@@ -85,7 +85,7 @@ def text_reader(table: Table, layout: Layout, config: TrainConfig) -> Callable[[
                         "--text-column."
                     )
         text = _read_text(row, column)
-        return text, clean_text(text, text_mode) if text else ""
+        return text, clean_text(text, mode) if text else ""
 
     return read_text
 

@@ -18,13 +18,12 @@ from ..text import format_counts, format_names
 from . import chat, chat_template
 from .cleaning import are_structured, clean_text
 from .documents import UnreadableRow
-from .formats import common_format, describe_choice, detect_layout, is_beside_columns
+from .formats import common_format, describe_choice, detect_layout, have_columns
 from .readers import Row, Table, parse_conditions
 from .row_readers import Layout, text_reader
 from .sources import open_source
 from .splitting import group_hash, row_hash
 
-MAX_RAW = 500  # rows of a source whose text before cleaning is kept
 MAX_REASONS = 8  # reasons for invalid rows that a notice names
 MIN_ROWS_TO_STOP = 100  # rows of a stream before too many invalid ones stop it
 _SAMPLED_TEXTS = 200  # texts that determine how all are cleaned
@@ -34,7 +33,7 @@ _VALUES_LIMIT = 100_000  # rows that are searched for the values of a column
 
 
 class TextRow(NamedTuple):
-    """A usable row: the hash of its text, the text, and in the first rows that before cleaning.
+    """A usable row: the hash of its text, the text, and that before cleaning, which may be dropped.
 
     `side` is the hash that decides its side of the split: that of its text, or of its group.
     `source` is the number of its dataset among those of the run. A document is read as one row.
@@ -135,21 +134,26 @@ def iter_rows(
     datasets.logging.set_verbosity_error()  # it warns about cached datasets while offline
     source.description, tables = open_source(source.name, config, notify)
     counts = source.counts
-    layouts = [detect_layout(table, config) for table in tables]
-    source.format = common_format(source.description, tables, layouts, config)
+    any_columns = have_columns(config)
+    if config.text_column is not None and not any_columns:
+        raise DataError(f"{source.description} is plain text without columns: leave --text-column out.")
+    layouts = [detect_layout(table, config, any_columns) for table in tables]
+    source.format = common_format(source.description, tables, layouts)
     source.layout = ", ".join(dict.fromkeys(map(str, layouts)))
     if choice := describe_choice(layouts):
         notify(Notice(choice))
     mode = _choose_clean(tables, layouts, source, config, notify) if config.clean == "auto" else config.clean
-    modes = ["none" if config.clean == "auto" and table.is_document else mode for table in tables]
+    modes: list[CleanMode] = [
+        "none" if config.clean == "auto" and table.is_document else mode for table in tables
+    ]
     source.clean = modes[0] if len({*modes}) == 1 else None
     for table, layout, mode in zip(tables, layouts, modes, strict=True):
-        read_text = text_reader(table, layout, config.model_copy(update={"clean": mode}))
+        read_text = text_reader(table, layout, config, mode)
         # Of what is kept as written, the cleaned text decides the side: no row changes it with the cleaning.
         is_verbatim = mode == "none" and not is_conversation(layout.format)
-        read_canonical = text_reader(table, layout, config.model_copy(update={"clean": "full"}))
+        read_canonical = text_reader(table, layout, config, "full")
         conditions = parse_conditions(table, config.where)
-        group_of = _group_reader(table, source.name, config)
+        group_of = _group_reader(table, source.name, config, any_columns)
         for number, row in enumerate(table.rows, 1):
             if skip > 0:
                 skip -= 1
@@ -179,19 +183,19 @@ def iter_rows(
                     side = group_hash(group, config.split_salt)
                 elif group_of:
                     source.ungrouped += 1
-                if counts.read > MAX_RAW:
-                    raw = ""
                 yield TextRow(digest, text, raw, side, source.number, table.is_document)
             else:
                 counts.empty += 1
     if config.where and counts.filtered == counts.read:
         raise DataError(
-            f"{source.description}: no row has {' and '.join(config.where)}; "
+            f"{source.description}: no row has {_format_conditions(config.where)}; "
             f"{_describe_values(tables, config.where)}."
         )
 
 
-def _group_reader(table: Table, source: str, config: TrainConfig) -> Callable[[Row], str] | None:
+def _group_reader(
+    table: Table, source: str, config: TrainConfig, any_columns: bool
+) -> Callable[[Row], str] | None:
     """Return a function from a row to its group, "" if it has no value; None without `group_by`."""
     column = config.group_by
     if column is None:
@@ -200,9 +204,10 @@ def _group_reader(table: Table, source: str, config: TrainConfig) -> Callable[[R
         names = table.label_names.get(column, [])
         return lambda row: _group_name(row.get(column), names)
     if column == FILE_GROUP and os.path.lexists(table.source):
-        name = os.path.relpath(table.source, os.path.expanduser(source))
+        folder = os.path.expanduser(source)
+        name = os.path.relpath(table.source, folder) if os.path.isdir(folder) else os.path.basename(table.source)
         return lambda row: name
-    if is_beside_columns(table, config):
+    if table.is_plain_text and any_columns:
         return lambda row: ""
     raise table.missing_column(column, " to group rows by")
 
@@ -257,11 +262,19 @@ def _choose_clean(
 
 def _first_texts(table: Table, layout: Layout, config: TrainConfig, count: int) -> Iterator[str]:
     """Yield texts before cleaning, from the first rows of a table that `config` selects."""
-    read_text, conditions = text_reader(table, layout, config), parse_conditions(table, config.where)
+    read_text, conditions = text_reader(table, layout, config, "full"), parse_conditions(table, config.where)
     for row in itertools.islice(table.rows, count):
         if all(str(row.get(name)) in values for name, values in conditions):
             with contextlib.suppress(InvalidRowError):
                 yield read_text(row)[0]
+
+
+def _format_conditions(where: list[str]) -> str:
+    """Join conditions as they are read: one of those of each column."""
+    by_column: dict[str, list[str]] = {}
+    for condition in where:
+        by_column.setdefault(condition.partition("=")[0], []).append(condition)
+    return " and ".join(" or ".join(conditions) for conditions in by_column.values())
 
 
 def _describe_values(tables: list[Table], where: list[str]) -> str:

@@ -20,7 +20,7 @@ from ..config import (
 )
 from ..errors import ConfigError, DataError, EventHandler, HubError, Notice, ignore_events
 from ..text import format_names
-from .folders import choose_files, has_columns, has_tables, local_splits, split_of
+from .folders import choose_files, has_columns, has_tables, has_txt_files, local_splits, split_of
 from .readers import LazyRows, Row, Table, read_file, table_from_dataset, table_from_rows
 
 IMDB = "stanfordnlp/imdb"
@@ -29,9 +29,11 @@ _MEASURED_SPLITS = ("validation", "eval", "test")  # the first of these is measu
 
 def open_source(name: str, config: TrainConfig, notify: EventHandler) -> tuple[str, list[Table]]:
     """Return a description of the dataset `name`, and its tables."""
-    names = [*(name for name, _ in config.weighted_datasets), *filter(None, [config.other_eval_dataset])]
+    names = [*config.dataset_names, *filter(None, [config.other_eval_dataset])]
     if config.table is not None and not any(map(has_tables, names)):
         raise DataError(f"{format_names(names)}: no Excel workbook or SQLite database, so leave --table out.")
+    if config.txt_rows != "auto" and not any(map(has_txt_files, names)):
+        raise DataError(f"{format_names(names)}: no txt file, so leave --txt-rows out.")
     if name == "imdb":
         return _imdb_tables(config, notify)
     path = Path(os.path.expanduser(name))
@@ -243,6 +245,7 @@ def eval_source(config: TrainConfig, split: str | None) -> TrainConfig:
         "dataset": name,
         "split": split,
         "table": config.table if is_only or has_tables(name) else None,
+        "txt_rows": config.txt_rows if is_only or has_txt_files(name) else "auto",
         "text_column": config.text_column if is_only or has_columns(name) else None,
         "subset": config.subset if name == config.dataset else None,
         "streaming": config.streaming and not is_local(name),
@@ -257,7 +260,7 @@ def is_local(name: str) -> bool:
 def describe_splits(config: TrainConfig) -> str:
     """Describe the splits of each dataset, and those that are trained on and measured; "" without splits."""
     chosen, descriptions = config.split or "train", []
-    for name, _ in config.weighted_datasets:
+    for name in config.dataset_names:
         splits = local_splits(name)
         measured = config.eval_split if config.eval_dataset == name else None
         unread = [split for split in splits if split not in (chosen, measured)]

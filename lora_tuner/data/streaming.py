@@ -66,7 +66,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
         eval_hashes: Hashes of the rows and groups of the evaluation dataset, which are not trained on.
         sources: Mixed by their weights, or equally without; their counts are updated as rows are read.
         states: Position in each source to continue from; by default the beginning.
-        compared: Rows whose near copies are not trained on.
+        compared: Rows whose near copies are not trained on, if `config` says so.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class StreamingDataset(torch.utils.data.IterableDataset[list[TokenIds]]):
         states: Sequence[StreamState] = (),
         compared: Sequence[str] = (),
     ) -> None:
-        near_duplicates = NearDuplicates(compared)
+        near_duplicates = NearDuplicates(compared if config.near_duplicates == "drop" else [])
         states = states or [StreamState()] * len(sources)
         self.weights = [source.weight or 1.0 for source in sources]
         self.streams = [

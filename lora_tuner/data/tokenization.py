@@ -136,8 +136,13 @@ def _encode_chat(
     offsets = np.array(encoded["offset_mapping"]).reshape(-1, 2)
     if not rendered.by_template and len(row) > 1 and row[-1] == row[-2] == tokenizer.eos_token_id:
         row, offsets = row[:-1], offsets[:-1]  # the tokenizer has added a second end of text
+    return _mask_labels(row, offsets, rendered.answer_spans)
+
+
+def _mask_labels(row: TokenIds, offsets: npt.NDArray[np.int64], spans: Iterable[tuple[int, int]]) -> TokenIds:
+    """Return token ids of which those in some spans of characters alone are labels."""
     is_label = np.zeros(len(row), dtype=bool)
-    for start, end in rendered.answer_spans:
+    for start, end in spans:
         is_label |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
     return np.where(is_label, row, ~row)
 
@@ -160,10 +165,7 @@ def _encode_answer(
         spans.append((last, last + 1))
     elif len(row) > 1 and row[-1] == end[0]:  # the tokenizer adds one
         row, offsets = row[:-1], offsets[:-1]
-    is_label = np.zeros(len(row), dtype=bool)
-    for first, past in spans:
-        is_label |= (offsets[:, 1] > first) & (offsets[:, 0] < past)
-    return np.concatenate([np.where(is_label, row, ~row), np.array(end, dtype=np.int32)])
+    return np.concatenate([_mask_labels(row, offsets, spans), np.array(end, dtype=np.int32)])
 
 
 def token_ids(row: TokenIds) -> TokenIds:
@@ -257,7 +259,7 @@ def encode_rows(
             pieces = list(_chunk_text(tokenizer, text, max_length))
             total = sum(map(len, pieces))
         elif chunk_chats:
-            pieces, _ = truncate([row], max_length, chunk=True)
+            pieces = truncate([row], max_length, chunk=True)
         else:
             pieces = [row[:max_length]]
             total = int(total * max(1.0, len(text) / clip))
@@ -274,8 +276,8 @@ def encode_rows(
     return rows, use
 
 
-def truncate(rows: Sequence[TokenIds], max_length: int, *, chunk: bool = False) -> tuple[list[TokenIds], int]:
-    """Return rows of at most `max_length` tokens, and the number of rows that were longer.
+def truncate(rows: Sequence[TokenIds], max_length: int, *, chunk: bool = False) -> list[TokenIds]:
+    """Return rows of at most `max_length` tokens.
 
     A truncated row has no end of text, as its text goes on. A last chunk of one token has no label
     and is dropped.
@@ -287,7 +289,7 @@ def truncate(rows: Sequence[TokenIds], max_length: int, *, chunk: bool = False) 
     for row in rows:
         starts = range(0, len(row), max_length) if chunk else (0,)
         pieces.extend(row[start : start + max_length] for start in starts if start == 0 or len(row) - start > 1)
-    return pieces, sum(len(row) > max_length for row in rows)
+    return pieces
 
 
 def _chunk_text(tokenizer: "PreTrainedTokenizerBase", text: str, max_length: int) -> Iterator[TokenIds]:
@@ -297,7 +299,7 @@ def _chunk_text(tokenizer: "PreTrainedTokenizerBase", text: str, max_length: int
     place within the limit. Only the last one has an end-of-text token.
     """
     if not tokenizer.is_fast:  # without character offsets
-        yield from truncate(encode_texts(tokenizer, [text]), max_length, chunk=True)[0]
+        yield from truncate(encode_texts(tokenizer, [text]), max_length, chunk=True)
         return
     is_rendered = chat_template.is_rendered(tokenizer, text)
     if is_rendered:

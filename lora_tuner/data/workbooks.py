@@ -6,6 +6,7 @@ computed, and no view, trigger or extension of a database runs. A database is on
 
 import contextlib
 import datetime
+import json
 import sqlite3
 import warnings
 from collections import Counter
@@ -32,6 +33,14 @@ class NumberText(str):
 
     __slots__ = ()
     __repr__ = str.__str__  # without quotes inside a list
+
+
+def number_value(text: NumberText) -> object:
+    """Return a number or truth value as JSON has it; a date or an infinity as a plain text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return str(text)
 
 
 def check_distinct(columns: list[str]) -> None:

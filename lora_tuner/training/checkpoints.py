@@ -265,7 +265,7 @@ def open_stream(setup: TrainingSetup, checkpoint: Path | None, sources: Sequence
     """
     saved = json.loads((checkpoint / STREAM_FILE).read_text(encoding="utf-8")) if checkpoint else []
     states = [StreamState(**state) for state in ([saved] if isinstance(saved, dict) else saved)]
-    hashes, compared = setup.dataset.eval_hashes, setup.dataset.compared
+    hashes, compared = setup.dataset.eval_hashes, [row.text for row in setup.dataset.compared]
     return StreamingDataset(setup.config, setup.base.tokenizer, hashes, sources, states, compared)
 
 

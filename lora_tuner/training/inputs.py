@@ -284,7 +284,7 @@ def _choose_split(requested: TrainConfig, parent: Adapter | None) -> dict[str, s
     """Return the settings of the split: those of the parent, its groups only on the same dataset."""
     data = parent.manifest.data if parent and parent.manifest else None
     salt = requested.split_salt if data is None or data.split_salt is None else data.split_salt
-    name = " + ".join(name for name, _ in requested.weighted_datasets)
+    name = " + ".join(requested.dataset_names)
     group_by = data.group_by if data is not None and data.name == name else requested.group_by
     return {"split_salt": salt, "group_by": group_by}
 

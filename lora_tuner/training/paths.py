@@ -77,7 +77,7 @@ def check_places(config: TrainConfig, *, resuming: bool = False, sweep: Path | N
                 f"The adapter {adapter} and its {'sweep' if path is sweep else 'run'} {path} would "
                 f"be one folder, or one in the other: {advice}."
             )
-    inputs = [*dict(config.weighted_datasets), config.base, config.other_eval_dataset, config.parent]
+    inputs = [*config.dataset_names, config.base, config.other_eval_dataset, config.parent]
     sources = [Path(os.path.expanduser(name)) for name in inputs if name is not None]
     if config.parent is not None and os.path.isdir(config.adapters_dir / config.parent):
         sources[-1] = config.adapters_dir / config.parent

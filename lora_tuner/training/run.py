@@ -162,7 +162,7 @@ def _load_stopped_run(
     if saved.name != folder.name or saved.max_steps is None:
         raise TrainingError(
             f"{folder / RUN_FILE} was changed: its name is {saved.name}, its max_steps "
-            f"{saved.max_steps}.  {RETRAIN_ADVICE}"
+            f"{saved.max_steps}. {RETRAIN_ADVICE}"
         )
     _check_not_finished(saved, folder)
     checkpoint = checkpoints.latest_valid(folder, notify)

@@ -26,7 +26,7 @@ from ..config import METHODS, TrainConfig, default_adapter_name, is_conversation
 from ..data.splitting import content_hash
 from ..data.tokenization import encoded_hash
 from ..errors import ConfigError, EventHandler, Notice, Progress, ignore_events
-from ..evaluation import EvalSet, HeldOutLoss, paired_gain
+from ..evaluation import EvalSet, HeldOutLoss, gain_on
 from ..models import fsdp, fused_blocks, initialization, kernels, lora
 from ..models.resolve import quiet_transformers
 from ..text import describe_coverage
@@ -81,7 +81,7 @@ class TrainingSetup(TrainingInputs):
         """Return the gain on the measured rows of a source, where there are several and it has any."""
         sources = self.dataset.held_out_sources
         rows = [row for row, text in enumerate(self.measured_texts) if sources.get(text) == number]
-        return paired_gain(base.select(rows), adapter.select(rows)) if rows else None
+        return gain_on(rows, base, adapter)
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -106,7 +106,7 @@ class TrainingSetup(TrainingInputs):
                 eval_split=config.eval_split,
                 group_by=config.group_by,
                 sources=self.source_infos(),
-                held_out_hash=content_hash(self.held_out_texts),
+                held_out_hash=self.eval_set(dataset.name).hash(),
                 held_out_rows=len(self.held_out_texts),
                 encoded_hash=encoded_hash([*self.sequences.rows, *self.held_out]),
             ),
@@ -217,7 +217,7 @@ def prepare_training(
 
 def adapter_name(requested: TrainConfig) -> str:
     """Return the name of the adapter: the requested one, or one made from the dataset's."""
-    return validate_name(requested.name or default_adapter_name(*dict(requested.weighted_datasets)))
+    return validate_name(requested.name or default_adapter_name(*requested.dataset_names))
 
 
 def _add_lora(requested: TrainConfig, inputs: TrainingInputs, notify: EventHandler) -> PeftModel:

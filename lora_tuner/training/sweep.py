@@ -56,7 +56,7 @@ class Trial:
     bytes: int = 0
     seconds: float = 0.0
     gap: float = 0.0
-    standard_error: float | None = 0.0  # None for a single held-out row
+    standard_error: float | None = 0.0  # None for a single held-out row, group or document
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from .conftest import SECRETS
 def make(gpt2, tmp_path):
     def call(name, content, **settings):
         (tmp_path / name).write_text(content, encoding="utf-8")
-        sample_rows = settings.pop("sample_rows", 1000)
+        options = {"sample_rows": 1000, "loss_rows": 0}
+        options = {option: settings.pop(option, default) for option, default in options.items()}
         config = TrainConfig.model_validate({"dataset": name, "base": str(gpt2)} | settings)
-        return data_report.make_report(config, sample_rows=sample_rows)
+        return data_report.make_report(config, **options)
 
     return call
 
@@ -119,12 +120,34 @@ def test_base_without_template_counts_words(make):
     assert "This base has no chat template" in report.hints[0]
 
 
+def test_rows_that_base_cannot_read_give_hint(make):
+    row = {"messages": [{"role": "user", "content": "say"}, {"role": "assistant", "content": "ok"}]}
+    rows = [row | {"messages": [{"role": "user", "content": f"say {n}"}, row["messages"][1]]} for n in range(9)]
+    report = make("chat.jsonl", jsonl(rows), loss_rows=4)
+    assert report.losses is None
+    assert report.hints[-1] == "The loss is not measured, as the base cannot read these rows."
+
+
+def test_datasets_of_different_cleaning_say_auto(make, tmp_path):
+    (tmp_path / "note.md").write_text("# A note\n\nof two lines")
+    report = make(
+        "rows.txt", "\n".join(f"the story number {n} works" for n in range(20)), dataset=["rows.txt", "note.md"]
+    )
+    assert report.clean == "auto"
+
+
 def test_invalid_rows_are_reported(make):
     rows = [{"text": f"the story number {n} works"} for n in range(20)] + [{"text": ["a@example.com"]}] * 5
     report = make("rows.jsonl", jsonl(rows))
     (invalid,) = report.invalid
     assert (invalid.rows, report.counts["invalid"], report.stops_training) == (5, 5, True)
     assert "21" in invalid.first
+
+
+def test_encoding_trouble_is_searched_in_all_rows(make):
+    texts = [f"the story number {n} works for line {n * 7}" for n in range(600)]
+    report = make("rows.txt", "\n".join([*texts, "the cafe\u0301 of the last row"]), txt_rows="line")
+    assert [(trouble.kind, trouble.rows) for trouble in report.encoding] == [("decomposed accents (NFD)", 1)]
 
 
 def test_sample_is_stated_and_that_of_max_rows(make, gpt2, tmp_path):

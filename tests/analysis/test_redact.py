@@ -1,5 +1,6 @@
 """A redacted copy has the same rows, is read in the same way, and replaces no other file."""
 
+import datetime
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from lora_tuner.data.dataset import load_dataset
 from lora_tuner.data.readers import read_file
 from lora_tuner.errors import ConfigError, DataError
 
+from ..data.test_workbooks import database, workbook
 from ..data_files import jsonl
 
 ROWS = [{"body": f"the story number {n} works", "label": n % 2, "note": f"n{n}@example.com"} for n in range(12)]
@@ -89,6 +91,29 @@ def test_folder_becomes_one_file(copy, tmp_path):
     (folder / "c.csv").write_text("content,label\nfour,1\n")
     with pytest.raises(DataError, match=r"is read as column 'text' and .*c\.csv as column 'content'"):
         copy("folder", None, "other.jsonl")
+
+
+@pytest.mark.parametrize("out", ["out.jsonl", "out.csv", "out.parquet"])
+def test_dates_and_infinities_are_copied(copy, tmp_path, out):
+    lines = [["body", "day", "stars"]]
+    lines += [[f"by a{n}@b.de, number {n}", datetime.date(2020, 1, n + 1), n + 0.5] for n in range(9)]
+    (tmp_path / "rows.xlsx").write_bytes(workbook(a=lines))
+    rows = copy("rows.xlsx", None, out, text_column="body")
+    assert [str(row["day"]) for row in rows] == [f"2020-01-0{n + 1}" for n in range(9)]
+    assert [str(row["stars"]) for row in rows] == [f"{n}.5" for n in range(9)]
+    if out == "out.parquet":  # a column of it has one type
+        return
+    database(tmp_path / "rows.db", "CREATE TABLE t (body, n); INSERT INTO t VALUES ('one', 9e999), ('two', 1.5)")
+    assert [str(row["n"]) for row in copy("rows.db", None, f"db-{out}", text_column="body")] == ["Inf", "1.5"]
+
+
+def test_refused_copy_names_no_temporary_file(copy, tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_tuner.analysis.redact._json", lambda row: "{")
+    with pytest.raises(
+        DataError, match=r"be written as \.jsonl: the copy cannot be read: line 1 is not"
+    ) as refused:
+        copy("rows.jsonl", jsonl(ROWS), text_column="body")
+    assert str(tmp_path) not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,11 @@ def test_train_options_override_config_file(quick, tmp_path, gpt2, reviews_csv):
             "Error: There is no adapter 'nothing', neither in adapters (none yet) nor as a path.",
         ),
         (["merge", "nothing"], 2, "Missing option '--out'"),
+        (
+            ["merge", "a", "--out", "x", "--eval-dataset", "b.csv", "--group-by", "c"],
+            2,
+            "No such option: --group-by",
+        ),
         (["nonsense"], 2, "No such command 'nonsense'"),
     ],
 )

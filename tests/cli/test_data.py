@@ -4,6 +4,9 @@ import json
 
 import pytest
 
+from lora_tuner.analysis import phones
+from lora_tuner.analysis.redact import FORMATS
+
 from ..analysis.conftest import SECRETS, write_dirty
 from .test_commands import run
 
@@ -60,6 +63,19 @@ def test_data_page_replaces_reports_only(dirty, gpt2, tmp_path):
     first = page.read_text(encoding="utf-8")
     data(gpt2, "dirty.csv", "--html", page, "--max-rows", 20)
     assert page.read_text(encoding="utf-8") != first
+
+
+def test_region_without_library_is_refused(dirty, gpt2, monkeypatch):
+    monkeypatch.setattr(phones, "_phonenumbers", lambda: None)
+    refused = run("data", "dirty.csv", "--region", "DE", exit_code=1)
+    assert "--region needs the package phonenumbers: pip install 'lora_tuner[report]'" in refused.stderr
+    shown = data(gpt2, "dirty.csv", "--redact", "copy.csv").stdout
+    assert "This is not complete: names, addresses, phone numbers and what is written" in shown
+
+
+def test_help_lists_types_of_redacted_copy():
+    shown = run("data", "--help").stdout
+    assert all(extension in shown for extension in FORMATS)
 
 
 def test_data_redacts_to_new_file(dirty, gpt2, tmp_path):

@@ -9,9 +9,15 @@ from rich.console import Console
 from lora_tuner import Library, Notice, Progress
 from lora_tuner.adapters.adapter import MANIFEST_FILE, load_adapter_folder
 from lora_tuner.adapters.library import Ancestor
+from lora_tuner.adapters.manifest import EvalResult
 from lora_tuner.adapters.model_card import model_card
+from lora_tuner.analysis.leak import Leak
 from lora_tuner.cli import adapters, convert, display, evaluate, generate, train
+from lora_tuner.convert.blend import BlendResult
+from lora_tuner.convert.compress import CompressResult
+from lora_tuner.convert.verify import OutputComparison
 from lora_tuner.evaluation import EvalSet, GainMatrix
+from lora_tuner.server.playground import html
 from lora_tuner.text import escape_control, format_bytes, format_duration
 from lora_tuner.training.sweep import SweepResult, Trial
 
@@ -283,7 +289,21 @@ def test_one_held_out_row_shows_no_error(capsys, wide, tmp_path):
     shown = printed(capsys) + model_card(adapter, "single")
     assert "±" not in shown.replace("(loss, ± standard error)", "")
     assert shown.count("(no error: one row or group)") == 6
-    assert "recommended: s-2, the best; one held-out row gives no standard error" in shown
+    assert "recommended: s-2, the best; one held-out row, group or document gives no standard error" in shown
+
+
+def test_groups_are_shown_beside_rows(capsys, wide, tmp_path):
+    result = EvalResult.model_validate(adapter_files.manifest().result.model_dump() | {"groups": 3})
+    adapter = load_adapter_folder(
+        adapter_files.write(tmp_path / "a", facts=adapter_files.manifest(result=result))
+    )
+    comparison = OutputComparison(0.0, 1.0, None, 1)
+    convert._show_blend(BlendResult(adapter, 4, {}, 0.0, comparison, {"one": result, "two": result}))
+    convert._show_compress(CompressResult(adapter, {"c": (4, 2)}, (9, 5), {}, 0.0, comparison, (result, result)))
+    evaluate.show_leaks([Leak("a", all_rows=result, without_copy=result)])
+    assert printed(capsys).count("200 rows in 3 groups") == 6
+    matrix = GainMatrix("base", ["a"], [EvalSet("rows", ["a", "b"], groups=[0, 0])], [[result]])
+    assert "<small>2 rows in 1 group</small>" in html.gains(matrix)
 
 
 @pytest.mark.parametrize("columns", ["40", "1000"])

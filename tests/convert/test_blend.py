@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lora_tuner import (
+    EvalSet,
     Generator,
     Library,
     ModelOptions,
@@ -281,6 +282,20 @@ def test_blend_claims_no_results_of_sources(tmp_path, other, group, sources):
         assert not [source for source in info.sources if source.result]
     info = common._dataset_info(parents, [], True)
     assert (info.group_by, len(info.sources)) == (group, sources)
+
+
+def test_blend_keeps_groups_of_its_rows(two):
+    rows = evaluation.cached_rows(two[0])
+    groups = [number // 2 for number in range(len(rows.texts))]
+    sets = [EvalSet("by group", rows.texts[:4], groups=groups[:4]), EvalSet("by row", rows.texts[4:])]
+    parts, options = [(two[0], 1.0)], ModelOptions(device="cpu")
+    made = [blend(parts, name, Library(), sets=chosen, options=options).adapter for name, chosen in (
+        ("grouped", sets), ("alone", [EvalSet("by row", rows.texts)])
+    )]  # fmt: skip
+    grouped, alone = map(evaluation.cached_rows, made)
+    assert (grouped.texts, alone.texts) == (rows.texts, rows.texts)
+    assert (grouped.groups, alone.groups) == ([0, 0, 1, 1, *range(2, len(rows.texts) - 2)], [])
+    assert made[0].manifest.result.groups == len(rows.texts) - 2
 
 
 def test_blend_of_different_split_salts(settings, reviews_csv):

@@ -354,14 +354,14 @@ def test_conversations_are_detected_by_columns(tmp_path, row, format):
 
 def test_message_cleaning_keeps_code_and_html(tmp_path):
     """Code needs its indents, and some answers are about HTML."""
-    answer = "  \nfor x in y:\r\n    print('<b>')\n\n\n\tno\x07 bell\ufeff "
+    answer = "  \nfor x in y:\r\n    print('<b>')\n\n\n\tno\x07 bell\ufeff\rand\x0b\x0cso "
     rows = [{"messages": conversation(f"so {number}?", answer)} for number in range(30)]
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     dataset = load_dataset(TrainConfig(dataset="talks.jsonl"))
     answers = {
         json.loads(text.removeprefix(chat.CHAT_MARK))[1]["content"] for text in dataset.train + dataset.held_out
     }
-    assert answers == {"for x in y:\n    print('<b>')\n\n\n\tno bell"}
+    assert answers == {"for x in y:\n    print('<b>')\n\n\n\tno bell\nand\n\nso"}
 
 
 def test_text_column_overrides_conversation_columns(tmp_path):

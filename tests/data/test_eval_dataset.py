@@ -11,7 +11,7 @@ import pytest
 from lora_tuner.config import TrainConfig
 from lora_tuner.data import splitting
 from lora_tuner.data.dataset import RowCounts, load_dataset, load_eval_dataset
-from lora_tuner.errors import ConfigError, DataError, HubError
+from lora_tuner.errors import ConfigError, DataError, HubError, InvalidRowError
 from lora_tuner.settings_files import resolve_settings
 
 from .. import tiny_models
@@ -25,6 +25,27 @@ def test_eval_dataset_frees_every_row(load, tmp_path, text):
     dataset = load("a.json", json.dumps([text]), eval_dataset=str(tmp_path / "eval.json"))
     assert dataset.train == [text]
     assert sorted(dataset.held_out) == ["row 2", "row 3"]
+
+
+def test_unwritable_eval_row_stays_in_counts(load, tmp_path):
+    """A conversation that is trained on and measured, and that the template cannot write."""
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]}
+        for text in tiny_models.reviews(40)
+    ]
+    (tmp_path / "eval.jsonl").write_text(jsonl(rows[:20]))
+    dataset = load("a.jsonl", jsonl(rows), eval_dataset=str(tmp_path / "eval.jsonl"), near_duplicates="keep")
+    alone = load("a.jsonl", jsonl(rows), near_duplicates="keep")
+    before = str(dataset.counts)
+    both = [text for text in dataset.held_out if text in alone.train][:1]
+    train = dataset.train[:1]
+    dataset.leave_out({text: InvalidRowError("a reason") for text in both}, 0.1, load.notices.append)
+    assert (str(dataset.counts), len(dataset.held_out)) == (before, 19)
+    assert load.notices[-1].text.startswith(
+        "1 of 20 rows of --eval-dataset cannot be read, such as one with a reason"
+    )
+    dataset.leave_out({text: InvalidRowError("a reason") for text in train}, 0.1, load.notices.append)
+    assert (dataset.counts.invalid, dataset.counts.read) == (1, 40)
 
 
 @pytest.fixture

@@ -232,7 +232,7 @@ def test_hub_features_stop_text_guess():
     )
     for source in (data, data.to_iterable_dataset()):
         with pytest.raises(DataError, match="Lists, objects or bytes are in turns"):
-            formats.detect_layout(readers.table_from_dataset("owner/name", source), TrainConfig())
+            formats.detect_layout(readers.table_from_dataset("owner/name", source), TrainConfig(), True)
 
 
 def test_layout_names_each_column(tmp_path):
@@ -313,6 +313,18 @@ def test_doubtful_columns_name_the_option(refusal, row, hint):
     text = refusal("a.jsonl", jsonl(row | {"n": number} for number in range(20)))
     assert hint in text
     assert ("--format" in text) == ("--format" in hint)
+
+
+def test_empty_lists_beside_conversations_are_ignored(load):
+    """As pandas writes them into csv files."""
+    lines = [
+        f"\"[{{'role': 'user', 'content': 'q{n}'}}, {{'role': 'assistant', 'content': 'a{n}'}}]\",[]"
+        for n in range(20)
+    ]
+    assert load("a.csv", "\n".join(["conversation,images", *lines])).layout == "messages in 'conversation'"
+    lines = [f"say {n} now,it is {n} then,[]" for n in range(20)]
+    dataset = load("b.csv", "\n".join(["question,answer,images", *lines]))
+    assert dataset.layout == "prompt and completion in 'question' and 'answer'"
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,11 @@ import pytest
 from lora_tuner import ModelOptions, evaluate, evaluation, resume, train
 from lora_tuner.cli.display import format_result
 from lora_tuner.config import TrainConfig
+from lora_tuner.data import folders
 from lora_tuner.data.dataset import load_dataset
 from lora_tuner.data.mixing import mix, mix_lists
 from lora_tuner.data.packing import PackedSequences
-from lora_tuner.data.rows import Source, _group_name
+from lora_tuner.data.rows import Source, _group_name, iter_rows
 from lora_tuner.data.streaming import StreamingDataset, StreamState
 from lora_tuner.data.tokenization import encode_rows
 from lora_tuner.errors import ConfigError, DataError
@@ -25,6 +26,7 @@ from lora_tuner.settings_files import config_to_yaml, resolve_settings
 from lora_tuner.training.arguments import EpochOrder
 
 from .. import tiny_models
+from ..data_files import jsonl
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +88,16 @@ def test_group_by_file_keeps_files_whole(tmp_path):
     dataset = load_dataset(TrainConfig(dataset="notes", group_by="file", txt_rows="line"))
     assert not {files[text] for text in dataset.train} & {files[text] for text in dataset.held_out}
     assert len(dataset.held_out) % 4 == 0
+
+
+def test_group_by_file_tells_single_files():
+    names = ["a.jsonl", "b.jsonl"]
+    for name in names:
+        Path(name).write_text(jsonl({"text": text} for text in tiny_models.reviews(3)), encoding="utf-8")
+    config = TrainConfig(dataset=names, group_by="file")
+    sides = [{row.side for row in iter_rows(config, Source(name))} for name in names]
+    assert list(map(len, sides)) == [1, 1]
+    assert sides[0] != sides[1]
 
 
 def held_out_by(table, tmp_path):
@@ -204,6 +216,20 @@ def test_document_beside_groups_is_its_own(tickets_and_notes):
     assert len(set(dataset.groups_of(dataset.held_out))) == len(dataset.held_out)
     with pytest.raises(DataError, match="no column 'id' to group rows by: its columns are text, file"):
         load_dataset(TrainConfig(dataset="notes", group_by="id"))
+
+
+def test_files_beside_table_are_listed_once(tickets_and_notes, monkeypatch):
+    """However many documents there are."""
+    listed = []
+
+    def list_files(folder):
+        listed.append(folder)
+        return find(folder)
+
+    find = folders._find_data_files
+    monkeypatch.setattr(folders, "_find_data_files", list_files)
+    load_dataset(TrainConfig(dataset=tickets_and_notes, text_column="body", group_by="id"))
+    assert 0 < len(listed) < 8
 
 
 def test_previews_show_each_dataset(tickets_and_notes):

@@ -143,9 +143,18 @@ def deep_message():
     return f"Subject: deep\n{parts}\ntext"
 
 
+def wide_message():
+    return "Subject: wide\nContent-Type: multipart/mixed; boundary=b\n\n" + "--b\n\npart\n" * 1001 + "--b--\n"
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(deep_message(), "RecursionError"), ("no header\n\ntext", "ValueError"), ("\n\ntext", "ValueError")],
+    [
+        (deep_message(), "a damaged message (RecursionError)"),
+        ("no header\n\ntext", "a message without headers"),
+        ("\n\ntext", "a message without headers"),
+        (wide_message(), "a message of too many parts"),
+    ],
 )
 def test_damaged_message_is_counted(load, refusal, tmp_path, content, reason):
     path = mbox_file(tmp_path / "a.mbox", [message(text, n) for n, text in enumerate(TEXTS)])
@@ -153,10 +162,10 @@ def test_damaged_message_is_counted(load, refusal, tmp_path, content, reason):
         file.write(f"\nFrom - Thu Jan  2 10:00:00 2020\n{content}\n")
     assert load(path).counts.invalid == 1
     assert load.notices[-1] == (
-        f"Left out 1 of 31 rows that cannot be read: 1 with a damaged message ({reason}) (first: {path} row 31)."
+        f"Left out 1 of 31 rows that cannot be read: 1 with {reason} (first: {path} row 31)."
     )
     (tmp_path / "b.eml").write_text(content)
-    assert f"1 with a damaged message ({reason})" in refusal("b.eml")
+    assert f"1 with {reason}" in refusal("b.eml")
 
 
 def test_file_that_is_no_mbox_fails(refusal):

@@ -134,7 +134,12 @@ def test_where_conditions_are_combined(load, refusal):
     records = [{"text": text, "a": i % 2, "b": i % 3} for i, text in enumerate(tiny_models.reviews(60))]
     dataset = load("a.jsonl", jsonl(records), where=["a=0", "b=0"])
     assert rows(dataset) == sorted(record["text"] for record in records if not record["a"] and not record["b"])
-    assert refusal("a.jsonl", where=["a=0", "a=1"]) == "a.jsonl: no row has a=0 and a=1; a has 0, 1."
+    both = load("a.jsonl", where=["b=0", "a=0", "b=2"])
+    assert rows(both) == sorted(record["text"] for record in records if not record["a"] and record["b"] != 1)
+    assert (
+        refusal("a.jsonl", where=["a=2", "b=0", "a=3"])
+        == "a.jsonl: no row has a=2 or a=3 and b=0; a has 0, 1; b has 0, 1, 2."
+    )
 
 
 def test_where_value_may_contain_equals_sign(load):
@@ -346,6 +351,15 @@ def test_changed_file_is_not_cached(load, tmp_path):
     (tmp_path / "a.csv").write_text(table([text.replace("the", "thy") for text in TEXTS]))
     os.utime(tmp_path / "a.csv", (1e9, 1e9))
     assert any("thy" in text for text in load("a.csv").train)
+
+
+def test_txt_rows_without_txt_file_is_refused(load, refusal, tmp_path):
+    content = jsonl({"text": text} for text in TEXTS)
+    assert refusal("a.jsonl", content, txt_rows="line") == "a.jsonl: no txt file, so leave --txt-rows out."
+    (tmp_path / "b.txt").write_text("\n".join(tiny_models.reviews(9, seed=9)))
+    paths = {"a": str(tmp_path / "a.jsonl"), "b": str(tmp_path / "b.txt")}
+    assert len(load("a.jsonl", txt_rows="file", eval_dataset=paths["b"]).held_out) == 1
+    assert len(load("b.txt", txt_rows="file", eval_dataset=paths["a"]).held_out) == len(TEXTS)
 
 
 def test_txt_rows_file_gives_row_per_file(load, tmp_path):

@@ -111,6 +111,8 @@ def test_stream_leaves_out_near_copies_exactly(rows_jsonl, taken):
     assert again.streams[0].counts == whole.streams[0].counts
     state = whole.streams[0].state_at(taken + len(kept))
     assert not make_stream(rows_jsonl, state, compared=compared).has_changed()
+    unfiltered = make_stream(rows_jsonl, compared=compared, near_duplicates="keep")
+    assert sorted(texts(itertools.islice(unfiltered, len(dataset.train)))) == sorted(dataset.train)
 
 
 @pytest.mark.parametrize("taken", [1, 20, 75, 130, 400])

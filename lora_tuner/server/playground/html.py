@@ -194,7 +194,7 @@ def gains(matrix: GainMatrix) -> Markup:
     gains = [abs(cell.gain) for line in matrix.cells for cell in line if cell is not None]
     largest = max(gains, default=0.0) or 1.0
     columns = Markup("").join(
-        Markup('<th scope="col">{}<small>{} rows</small></th>').format(rows.name, len(rows.texts))
+        Markup('<th scope="col">{}<small>{}</small></th>').format(rows.name, rows.format_rows())
         for rows in matrix.sets
     )
     lines = Markup("")
