@@ -23,7 +23,7 @@ from lora_tuner.config import EMBEDDED_BASE
 from lora_tuner.models import lora
 from lora_tuner.models.resolve import quiet_transformers
 from lora_tuner.training.setup import TrainingSetup, prepare_training
-from lora_tuner.training.trainer import _LoraTrainer
+from lora_tuner.training.trainer import LoraTrainer
 
 from .measure import Figure, figure, seconds
 
@@ -119,7 +119,7 @@ def _prepare(settings: dict[str, Any], steps: int) -> TrainingSetup:
 def _trained(setup: TrainingSetup, ratio: float | None = None) -> list[float]:
     """Train. Returns the seconds of each step."""
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
-        trainer = _LoraTrainer(setup, Path(folder))
+        trainer = LoraTrainer(setup, Path(folder))
         if ratio:
             trainer.optimizer = create_loraplus_optimizer(
                 setup.model,

@@ -17,7 +17,7 @@ from lora_tuner.config import EMBEDDED_BASE, METHODS
 from lora_tuner.models import initialization, lora
 from lora_tuner.models.resolve import quiet_transformers
 from lora_tuner.training.setup import prepare_training
-from lora_tuner.training.trainer import _LoraTrainer
+from lora_tuner.training.trainer import LoraTrainer
 
 from .measure import Figure, figure, seconds
 
@@ -79,7 +79,7 @@ def train_once(settings: dict[str, Any], seed: int) -> tuple[float, float, float
     with setup.model.disable_adapter():
         base_loss = evaluation.measure_base_loss(setup.base, setup.held_out).loss
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
-        trainer = _LoraTrainer(setup, Path(folder))
+        trainer = LoraTrainer(setup, Path(folder))
         trainer.train()
         step_seconds = [entry["seconds"] for entry in trainer.state.log_history if "loss" in entry]
     loss = evaluation.measure_loss(setup.model, setup.base, setup.held_out).loss

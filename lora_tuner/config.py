@@ -8,7 +8,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -59,6 +59,7 @@ NAME_PATTERN = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)$)[A-Za-z][A-Za-z
 _ORIGIN = re.compile(
     r"(?!http:.*:80$|https:.*:443$)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[1-9]\d{0,4})?"
 )
+PROBE: Final = "probe"  # a `learning_rate`: that of the best of a few short runs
 SWEEPABLE = ("rank", "learning_rate")  # settings that take several values: one run for each
 STOP_RULES = ("epochs", "max_steps", "minutes")
 DEFAULT_MAX_MINUTES = 10  # limit of the default one-epoch run when no stop rule is given
@@ -344,14 +345,13 @@ class TrainConfig(_Settings):
     gradient_accumulation: int = _setting(
         1, "Batches whose gradients are accumulated for one optimizer step.", "Training", ge=1, le=MAX_COUNT
     )
-    learning_rate: float | None = _setting(
+    learning_rate: float | Literal["probe"] | None = _setting(
         None,
         "Peak learning rate; with lora+ that of A (B: 4 times as high). Several values, separated "
-        "by commas: one run each.",
+        "by commas: one run each. probe: the best by held-out loss of a few short runs around the "
+        "default, which cost at most a fifth of the run.",
         "Training",
         "by method: " + ", ".join(f"{name} {method.learning_rate:g}" for name, method in METHODS.items()),
-        gt=0,
-        allow_inf_nan=False,
     )
     schedule: Literal["linear", "cosine", "constant"] = _setting(
         "linear", "Learning rate schedule after the warmup.", "Training"
@@ -470,6 +470,21 @@ class TrainConfig(_Settings):
         if value and info.data.get(needed, "") is None:
             raise _contradiction(f"{info.field_name} needs {text}")
         return value
+
+    @field_validator("learning_rate", mode="before")
+    @classmethod
+    def _check_learning_rate(cls, value: object) -> object:
+        if value in (None, PROBE) or isinstance(value, bool):
+            return value  # `_check_value` refuses the latter
+        try:
+            rate = float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"input should be a valid number, or {PROBE}") from None
+        if not math.isfinite(rate):
+            raise ValueError("input should be a finite number")
+        if rate <= 0:
+            raise ValueError("input should be greater than 0")
+        return rate
 
     @field_validator("streaming")
     @classmethod

@@ -115,12 +115,36 @@ class DatasetInfo(_ManifestModel):
     encoded_hash: Digest | None = None
 
 
+class RateTrial(_ManifestModel):
+    """A short run of a probe. `loss` is None if it diverged; `gap` is how much lower the best loss is."""
+
+    learning_rate: float
+    loss: float | None = None
+    gap: float = 0.0
+    standard_error: float | None = None  # of the gap, paired by row or group
+
+
+class RateProbe(_ManifestModel):
+    """The short runs that chose the learning rate: `steps` of each, and the held-out rows that chose.
+
+    `reported_rows` says that the gain of the adapter is measured on these rows too.
+    """
+
+    learning_rate: float
+    steps: int
+    rows: int
+    reported_rows: bool
+    seconds: float
+    trials: list[RateTrial]
+
+
 class RunInfo(_ManifestModel):
     """The training run. `seconds` are of the steps alone; `tokens` are predicted, not padding.
 
     `coverage` is the share of the block weights that are in adapted layers, unknown in older
     manifests; `not_adapted` names others that the target modules leave out. `sweep` is the id of
-    the sweep whose trial it is.
+    the sweep whose trial it is. `probe` tells how the learning rate was chosen, if by short runs, and
+    `advice` names the one to try if this one did not fit.
     """
 
     method: str = "lora"  # a key of config.METHODS
@@ -141,6 +165,8 @@ class RunInfo(_ManifestModel):
     coverage: float | None = None
     not_adapted: list[str] = []
     sweep: str | None = None
+    probe: RateProbe | None = None
+    advice: str | None = None
 
 
 class WeightsInfo(_ManifestModel):

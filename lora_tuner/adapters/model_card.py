@@ -4,7 +4,7 @@ from ..config import HELD_OUT_MAX_TOKENS, is_conversation
 from ..text import describe_coverage, display_name, format_counts, format_gain, format_share
 from . import compatibility
 from .adapter import LOSS_PLOT_FILE, SPECTRUM_FILE, Adapter
-from .manifest import BaseInfo, DatasetInfo, RunInfo, SourceInfo
+from .manifest import BaseInfo, DatasetInfo, RateProbe, RunInfo, SourceInfo
 
 
 def summary_rows(adapter: Adapter) -> list[tuple[str, str]]:
@@ -31,6 +31,7 @@ def summary_rows(adapter: Adapter) -> list[tuple[str, str]]:
         *(_dataset_rows(data) if data else []),
         ("Text used", _format_use(run) if run else ""),
         ("Run", _format_run(run) if run else ""),
+        ("Learning rate", _format_probe(run.probe) if run and run.probe else ""),
         ("Coverage", _format_coverage(run) if run else ""),
     ]
     if result:
@@ -44,6 +45,7 @@ def summary_rows(adapter: Adapter) -> list[tuple[str, str]]:
                 else format_gain(result.gain, None),
             ),
             ("Perplexity", f"{after:.2f} (base: {before:.2f})"),
+            ("Advice", (run.advice if run else None) or ""),
         ]
     return [(name, text) for name, text in rows if text]
 
@@ -158,6 +160,17 @@ def _format_run(run: RunInfo) -> str:
     return (
         f"{run.method}, {run.steps:,} steps, {run.tokens:,} tokens, "
         f"{run.seconds / 60:.1f} minutes on {run.device} in {run.dtype}"
+    )
+
+
+def _format_probe(probe: RateProbe) -> str:
+    losses = [
+        f"{trial.learning_rate:g} {'diverged' if trial.loss is None else f'{trial.loss:.4f}'}"
+        for trial in probe.trials
+    ]
+    return (
+        f"{probe.learning_rate:g}, the best of {len(losses)} runs of {probe.steps} steps by the loss on {probe.rows} "
+        f"held-out rows{' (also those of the gain)' if probe.reported_rows else ''}: {', '.join(losses)}"
     )
 
 

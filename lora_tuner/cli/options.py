@@ -15,7 +15,16 @@ from typer.core import TyperCommand
 
 from ..adapters.adapter import Adapter
 from ..adapters.library import Library
-from ..config import DEFAULT_BASE, INVALID_TEXT, SWEEPABLE, InferenceDtype, LoadIn, ModelOptions, TrainConfig
+from ..config import (
+    DEFAULT_BASE,
+    INVALID_TEXT,
+    PROBE,
+    SWEEPABLE,
+    InferenceDtype,
+    LoadIn,
+    ModelOptions,
+    TrainConfig,
+)
 from ..errors import ConfigError, LoraTunerError
 from ..settings_files import resolve_settings
 from .display import Display
@@ -152,7 +161,7 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
         file_okay=False,  # all path settings are folders
         autocompletion=complete_adapter_names if name == "parent" else None,
         parser=functools.partial(_parse_sweep_values, number) if number else None,
-        metavar=f"{number.__name__.upper()}[,...]" if number else None,
+        metavar=f"{number.__name__.upper()}[,...]{f'|{PROBE}' * (number is float)}" if number else None,
     )
     value_type: Any = str if number else field.annotation
     if value_type == str | list[str]:
@@ -165,13 +174,17 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     )
 
 
-def _parse_sweep_values(number: type[int] | type[float], text: str) -> float | list[float]:
-    """Parse a number, or a list separated by commas."""
+def _parse_sweep_values(number: type[int] | type[float], text: str) -> str | float | list[float]:
+    """Parse a number, or a list separated by commas; of learning rates also `probe`."""
+    if number is float and text == PROBE:
+        return text
+    if number is float and PROBE in text.split(","):
+        raise typer.BadParameter(f"{PROBE} chooses one rate: give it alone, or numbers")
     try:
         values = [number(part) for part in text.split(",")]
     except ValueError as error:
-        kind = "a whole number" if number is int else "a number"
-        raise typer.BadParameter(f"{text!r} is not {kind} or a list separated by commas") from error
+        kind, others = ("a whole number", "") if number is int else ("a number", f", or {PROBE}")
+        raise typer.BadParameter(f"{text!r} is not {kind} or a list separated by commas{others}") from error
     if len(set(values)) < len(values):
         raise typer.BadParameter(f"{text!r} has a number twice")
     return values if len(values) > 1 else values[0]

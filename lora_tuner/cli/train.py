@@ -9,6 +9,7 @@ import typer
 
 from .. import distributed
 from ..adapters.adapter import Adapter
+from ..adapters.manifest import RateProbe
 from ..config import METHODS, TrainConfig
 from ..errors import ConfigError
 from ..settings_files import expand_sweep, resolve_settings
@@ -82,8 +83,24 @@ def _show_trained(adapter: Adapter) -> None:
     assert adapter.manifest is not None
     assert adapter.manifest.run is not None
     run = adapter.manifest.run
+    if run.probe:
+        _show_probe(run.probe)
     print(f"{adapter.path}  {format_bytes(adapter.bytes)}, {run.steps:,} steps in {format_duration(run.seconds)}")
     print_result(adapter.manifest.result, adapter.manifest.data.sources if adapter.manifest.data else [])
+
+
+def _show_probe(probe: RateProbe) -> None:
+    rows = []
+    for trial in probe.trials:
+        loss, gap = "diverged", ""
+        if trial.loss is not None:
+            loss, gap = f"{trial.loss:.4f}", format_gain(trial.gap, trial.standard_error)
+        rows.append((f"{trial.learning_rate:g}", loss, gap))
+    print_table(rows, ("learning rate", "held-out loss", "gap to the best"))
+    print(
+        f"probe: {len(rows)} runs of {probe.steps} steps on {probe.rows} held-out rows, in "
+        f"{format_duration(probe.seconds)}: the run took {probe.learning_rate:g}"
+    )
 
 
 def _show_sweep(result: "SweepResult") -> None:
@@ -96,7 +113,7 @@ def _show_sweep(result: "SweepResult") -> None:
             (
                 trial.name,
                 str(trial.rank),
-                f"{trial.learning_rate:g}",
+                "" if trial.learning_rate is None else f"{trial.learning_rate:g}",
                 loss,
                 gap,
                 format_bytes(trial.bytes),
@@ -118,12 +135,15 @@ def show_plan(estimate: "RunEstimate") -> None:
     epoch = f" (one epoch: {estimate.steps_per_epoch:,})" if estimate.steps_per_epoch else ""
     precision = estimate.dtype if estimate.load_in == "full" else estimate.load_in
     checkpointing = ", gradient checkpointing" if estimate.gradient_checkpointing else ""
+    probe = f"at most {estimate.probe_steps:,} steps, {format_duration(estimate.probe_seconds)}"
     trained = f"{estimate.trained_parameters:,} of {total:,} ({estimate.trained_parameters / total:.2%})"
     print_table(
         [
             ("steps", f"{estimate.steps:,}{epoch}"),
             ("seconds per step", f"{estimate.seconds_per_step:.2f} ({estimate.tokens_per_second:,.0f} tokens/s)"),
             ("training", format_duration(estimate.training_seconds)),
+            ("learning rate", f"{estimate.learning_rate:g}, {estimate.learning_rate_origin}"),
+            *([("probe of it", probe)] if estimate.probe_steps else []),
             ("evaluation", format_duration(estimate.held_out_seconds)),
             ("peak memory", format_bytes(estimate.peak_memory_bytes)),
             ("base", precision + checkpointing),

@@ -15,6 +15,7 @@ from ..atomic_io import delete
 from ..config import (
     DATA_EXTENSIONS,
     HELD_OUT,
+    PROBE,
     TrainConfig,
     data_extension,
 )
@@ -168,13 +169,16 @@ def resolve_eval_dataset(config: TrainConfig, notify: EventHandler, selection: s
     rows select something: rows are held out then.
 
     Args:
-        selection: Describes what the measured rows select beside the steps of `patience`.
+        selection: Describes what the measured rows select beside the steps of `patience` and the
+            rate of a probe.
 
     Raises:
         ConfigError: `test` was named, and the measured rows select something.
     """
     if config.patience is not None:
         selection = "--patience selects a step"
+    elif selection is None and config.learning_rate == PROBE:
+        selection = f"--learning-rate {PROBE} selects a rate"
     name, split, chosen = config.eval_dataset, config.eval_split, config.split or "train"
     if name == HELD_OUT:
         if split is not None:

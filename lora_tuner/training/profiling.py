@@ -41,12 +41,19 @@ class StepProfile:
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """What a run will cost, from a few real steps. Seconds, bytes, counts."""
+    """What a run will cost, from a few real steps. Seconds, bytes, counts.
+
+    `probe_steps` are those that a probe of the learning rate costs at most, before the run.
+    """
 
     steps: int
     steps_per_epoch: int | None  # None for a stream
     seconds_per_step: float
     training_seconds: float
+    learning_rate: float
+    learning_rate_origin: str
+    probe_steps: int
+    probe_seconds: float
     held_out_seconds: float
     peak_memory_bytes: int
     tokens_per_second: float

@@ -39,7 +39,8 @@ from ..errors import (
 )
 from ..models import fsdp, lora
 from ..settings_files import config_to_yaml, resolve_settings
-from . import arguments, checkpoints, paths, profiling, trainer
+from . import arguments, checkpoints, paths, profiling, rate_probe, trainer
+from .advice import rate_advice
 from .checkpoints import RETRAIN_ADVICE, save_adapter
 from .inputs import dtype_name
 from .profiling import RunEstimate
@@ -95,7 +96,8 @@ def resume(
         library = distributed.run_on_rank_zero(partial(paths.check_output_paths, saved, resuming=True))
         arguments.check_trackers(saved)
         setup = prepare(_for_world_size(saved, manifests[folder], notify), notify)
-        setup = replace(setup, sweep=checkpoints.sweep_id(manifests[folder]))
+        begun = manifests[folder].run
+        setup = replace(setup, sweep=begun.sweep if begun else None, probe=begun.probe if begun else None)
         for path, manifest in manifests.items():
             now = setup.manifest_of_schema(manifest.schema_version)
             checkpoints.check_unchanged(*checkpoints.comparable_facts(manifest, now), path)
@@ -133,6 +135,10 @@ def plan(requested: TrainConfig, notify: EventHandler = ignore_events) -> RunEst
         steps_per_epoch=setup.steps_per_epoch,
         seconds_per_step=profile.seconds_per_step,
         training_seconds=steps * profile.seconds_per_step,
+        learning_rate=setup.learning_rate,
+        learning_rate_origin=setup.learning_rate_origin,
+        probe_steps=setup.probe_plan.cost if setup.probe_plan else 0,
+        probe_seconds=setup.probe_plan.seconds if setup.probe_plan else 0.0,
         held_out_seconds=profile.seconds_per_held_out_token * sum(map(len, setup.held_out)) * measurements,
         peak_memory_bytes=profile.peak_memory_bytes,
         tokens_per_second=profile.tokens_per_second,
@@ -236,13 +242,20 @@ def _check_not_finished(saved: TrainConfig, folder: Path) -> None:
 
 def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | None) -> Adapter:
     """Measure the base, train, measure again, and write the adapter."""
+    with setup.model.disable_adapter():  # before the adapter is blamed for a damaged base
+        base_held_out = evaluation.measure_base_loss(setup.base, setup.held_out, setup.notify)
+    distributed.run_on_rank_zero(partial(checkpoints.check_can_be_saved, setup))
+    if setup.probe_plan is not None:
+        try:
+            setup = rate_probe.choose_learning_rate(setup, setup.probe_plan)
+        except KeyboardInterrupt as error:
+            raise Interrupted(
+                "Stopped while learning rates were tried: nothing is saved, so start the run again."
+            ) from error
     config, folder = setup.config, paths.run_folder(setup.config)
     data, run = setup.manifest.data, setup.manifest.run
     assert data is not None
     assert run is not None
-    with setup.model.disable_adapter():  # before the adapter is blamed for a damaged base
-        base_held_out = evaluation.measure_base_loss(setup.base, setup.held_out, setup.notify)
-    distributed.run_on_rank_zero(partial(checkpoints.check_can_be_saved, setup))
     distributed.run_on_rank_zero(partial(evaluation.cache_rows, setup.eval_set(str(config.name))))
     if checkpoint is None:
         distributed.run_on_rank_zero(partial(_create_run_folder, setup, folder))
@@ -261,6 +274,7 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
                 data = data.model_copy(update={"counts": asdict(setup.dataset.counts)})
             base_held_out = replace(base_held_out, groups=setup.dataset.groups_of(setup.measured_texts))
             result = evaluation.paired_gain(base_held_out, held_out)
+            advice = rate_advice(steps, result, setup.learning_rate, setup.method, setup.steps_per_epoch)
             sources = [
                 source.model_copy(update={"result": setup.paired_gain_on(number, base_held_out, held_out)})
                 for number, source in enumerate(setup.source_infos())
@@ -269,7 +283,7 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
                 update={
                     "created": utc_timestamp(),
                     "data": data.model_copy(update={"sources": sources}),
-                    "run": run.model_copy(update=trained),
+                    "run": run.model_copy(update={**trained, "advice": advice}),
                     "result": result,
                 }
             )
@@ -278,14 +292,8 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
             distributed.run_on_rank_zero(partial(paths.remove_run_folder, config, folder, setup.notify))
     except KeyboardInterrupt as error:
         raise Interrupted(f"Stopped immediately. Resume with: {trainer.resume_command(config)}") from error
-    if result.gain < -2 * (result.standard_error or 0.0):
-        setup.notify(
-            Notice(
-                f"{config.name} is worse than its base: held-out loss {result.base_loss:.4f} -> "
-                f"{result.loss:.4f}. Try a lower learning rate than {setup.learning_rate:g} "
-                "(--learning-rate), or fewer steps."
-            )
-        )
+    if advice:
+        setup.notify(Notice(advice))
     return adapter
 
 

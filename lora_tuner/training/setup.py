@@ -18,11 +18,12 @@ from ..adapters.manifest import (
     DatasetInfo,
     EvalResult,
     Manifest,
+    RateProbe,
     RunInfo,
     SourceInfo,
     utc_timestamp,
 )
-from ..config import METHODS, TrainConfig, default_adapter_name, is_conversation
+from ..config import PROBE, TrainConfig, default_adapter_name, is_conversation
 from ..data.splitting import content_hash
 from ..data.tokenization import encoded_hash
 from ..errors import ConfigError, EventHandler, Notice, Progress, ignore_events
@@ -32,6 +33,7 @@ from ..models.resolve import quiet_transformers
 from ..text import describe_coverage
 from . import profiling
 from .inputs import TrainingInputs, dtype_name, load_inputs
+from .learning_rate import PROBE_SHARE, ProbePlan, default_learning_rate, plan_probe
 from .profiling import StepProfile
 
 
@@ -39,17 +41,22 @@ from .profiling import StepProfile
 class TrainingSetup(TrainingInputs):
     """A prepared run: its inputs, the model with LoRA, and the resolved configuration.
 
+    `learning_rate_origin` is a phrase for notices. `probe_plan` is that of the short runs which are
+    to choose the learning rate, and `probe` their result; both are None if there are none.
     `profile` holds the measurement from which the number of steps follows, if one was needed;
     `sweep` is the id of the sweep whose trial it is.
     """
 
     config: TrainConfig
     learning_rate: float
+    learning_rate_origin: str
     max_steps: int
     model: PeftModel
     profile: StepProfile | None
     notify: EventHandler
     sweep: str | None = None
+    probe_plan: ProbePlan | None = None
+    probe: RateProbe | None = None
 
     def remove_lora(self) -> None:
         """Remove the LoRA layers, so that the base can be used for another setup."""
@@ -130,6 +137,7 @@ class TrainingSetup(TrainingInputs):
                 coverage=self.targets.coverage,
                 not_adapted=self.targets.not_adapted,
                 sweep=self.sweep,
+                probe=self.probe,
             ),
             versions=lora.library_versions(),
         )
@@ -166,14 +174,20 @@ def prepare_training(
     """
     kernels.tune_malloc()
     inputs = inputs or load_inputs(requested, notify)
-    learning_rate = requested.learning_rate or METHODS[inputs.method].learning_rate
     model = _add_lora(requested, inputs, notify)
     checkpointing = profiling.fit_to_memory(inputs, model, requested.gradient_checkpointing, notify)
-    profile = None
-    if requested.max_steps is None and requested.epochs is None:
+    if isinstance(requested.learning_rate, int | float):
+        learning_rate, origin = float(requested.learning_rate), "as given"
+    else:
+        learning_rate, origin = default_learning_rate(inputs, model)
+        notify(Notice(f"Learning rate {learning_rate:g} (--learning-rate), {origin}."))
+    profile, probe_plan, probes = None, None, requested.learning_rate == PROBE
+    if probes or (requested.max_steps is None and requested.epochs is None):
         profile = profiling.profile_steps(inputs, model, learning_rate, requested.max_grad_norm, notify)
     seconds_per_step = profile.seconds_per_step if profile else None
     max_steps = profiling.steps_for_stop_rule(requested, inputs.steps_per_epoch, seconds_per_step, notify)
+    if probes and profile is not None:
+        probe_plan, max_steps = _plan_probe(requested, inputs, profile, learning_rate, max_steps, notify)
     # With these settings the run can be repeated step for step. Nothing changes them afterwards.
     base, parent = inputs.base, inputs.parent
     config = requested.model_copy(
@@ -207,17 +221,42 @@ def prepare_training(
         **shared,
         config=config,
         learning_rate=learning_rate,
+        learning_rate_origin=origin,
         max_steps=max_steps,
         model=model,
         profile=profile,
         notify=notify,
         sweep=sweep,
+        probe_plan=probe_plan,
     )
 
 
 def adapter_name(requested: TrainConfig) -> str:
     """Return the name of the adapter: the requested one, or one made from the dataset's."""
     return validate_name(requested.name or default_adapter_name(*requested.dataset_names))
+
+
+def _plan_probe(
+    requested: TrainConfig,
+    inputs: TrainingInputs,
+    profile: StepProfile,
+    learning_rate: float,
+    max_steps: int,
+    notify: EventHandler,
+) -> tuple[ProbePlan | None, int]:
+    """Return the plan of a probe, if one is possible, and the steps of the run after it.
+
+    Within --minutes the run has fewer steps, of which the probe takes a fifth.
+    """
+    is_within = requested.minutes is not None
+    plan = plan_probe(inputs, profile, max_steps, PROBE_SHARE / (1 + PROBE_SHARE) if is_within else PROBE_SHARE)
+    if isinstance(plan, str):
+        notify(Notice(f"No probe of the learning rate: {plan}. The run takes {learning_rate:g}."))
+        return None, max_steps
+    max_steps -= plan.cost if is_within else 0
+    ending = f" Both together take the {requested.minutes:g} minutes." if is_within else ""
+    notify(Notice(plan.describe(learning_rate, max_steps) + ending))
+    return plan, max_steps
 
 
 def _add_lora(requested: TrainConfig, inputs: TrainingInputs, notify: EventHandler) -> PeftModel:

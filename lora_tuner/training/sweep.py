@@ -22,7 +22,7 @@ from .. import atomic_io, distributed, evaluation
 from ..adapters import plots
 from ..adapters.adapter import RUN_FILE, Adapter, read_manifest, validate_name, verify_adapter
 from ..adapters.library import Library
-from ..config import STOP_RULES, SWEEPABLE, ModelOptions, TrainConfig
+from ..config import PROBE, STOP_RULES, SWEEPABLE, ModelOptions, TrainConfig
 from ..data.sources import resolve_eval_dataset
 from ..errors import (
     AdapterError,
@@ -46,12 +46,12 @@ from .setup import TrainingSetup, adapter_name, prepare_training
 class Trial:
     """One run of a sweep.
 
-    `loss` is None if it diverged; `gap` is how much lower the best loss is, paired by row or group.
+    `loss` is None if it diverged, `learning_rate` too if a probe chose it; `gap` is to the best, paired.
     """
 
     name: str
     rank: int
-    learning_rate: float
+    learning_rate: float | None
     loss: float | None = None
     bytes: int = 0
     seconds: float = 0.0
@@ -115,7 +115,7 @@ def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler = ignore_even
             paths.check_output_paths(trial)
         arguments.check_trackers(first)
         widest = max(trials, key=lambda trial: trial.rank)
-        setup = prepare_training(_with_max_steps(widest, 1), notify)  # what fits the widest fits all
+        setup = prepare_training(_with_max_steps(widest, 1, learning_rate=1.0), notify)  # what fits it fits all
         paths.check_disk_space(setup)
         checkpoints.check_can_be_saved(setup)
         facts = checkpoints.reproducibility_facts(setup.manifest)
@@ -282,7 +282,7 @@ def _run_trials(
             f"All trials of {name} diverged: start it again with lower learning rates and --overwrite."
         )
     if setup is None and evaluation.cached_rows(next(iter(adapters.values()))).missing:
-        prepare_trial(_with_max_steps(trials[0], 1), notify)  # the rows that are measured
+        prepare_trial(_with_max_steps(trials[0], 1, learning_rate=1.0), notify)  # the rows that are measured
     result = _measure_trials(name, folder, trials, adapters, setup, notify)
     with atomic_io.atomic_folder(folder) as work:
         text = json.dumps(result.to_dict(), indent=2) + "\n"
@@ -304,8 +304,8 @@ def _with_same_steps(trial: TrainConfig, done: list[Adapter]) -> TrainConfig:
     return _with_max_steps(trial, resolve_settings(TrainConfig, {}, done[0].path / RUN_FILE).max_steps)
 
 
-def _with_max_steps(trial: TrainConfig, steps: int | None) -> TrainConfig:
-    return trial.model_copy(update=dict.fromkeys(STOP_RULES) | {"max_steps": steps})
+def _with_max_steps(trial: TrainConfig, steps: int | None, **changes: float) -> TrainConfig:
+    return trial.model_copy(update=dict.fromkeys(STOP_RULES) | {"max_steps": steps, **changes})
 
 
 def _sweep_of(run_folder: Path) -> str | None:
@@ -377,7 +377,8 @@ def _measure_trials(
     for trial in trials:
         trial_name = str(trial.name)
         if trial_name not in adapters:
-            results.append(Trial(trial_name, trial.rank, trial.learning_rate or first.learning_rate or 0.0))
+            rate = trial.learning_rate or first.learning_rate
+            results.append(Trial(trial_name, trial.rank, None if rate == PROBE else rate))
         else:
             adapter, loss = adapters[trial_name], held_out[trial_name]
             config = resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE)

@@ -49,6 +49,7 @@ from ..errors import (
 )
 from ..models import initialization, lora
 from . import checkpoints
+from .advice import lower_rate
 from .arguments import EpochOrder, learning_rate_factor, tensorboard_callback, training_arguments
 from .checkpoints import save_adapter
 from .setup import TrainingSetup
@@ -75,7 +76,7 @@ def run_trainer(
         Interrupted: after Ctrl-C, SIGTERM or SIGHUP, with a checkpoint saved.
         DivergedError: a loss, gradient or weight is not finite.
     """
-    trainer = _LoraTrainer(setup, folder, checkpoint)
+    trainer = LoraTrainer(setup, folder, checkpoint)
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
     if checkpoint and state and _all_steps_done(setup, state):  # Trainer would take one more step
         best = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else checkpoint.name
@@ -155,7 +156,7 @@ def _all_steps_done(setup: TrainingSetup, state: TrainerState) -> bool:
     return state.global_step >= state.max_steps or (patience is not None and worse >= patience)
 
 
-class _LoraTrainer(Trainer):
+class LoraTrainer(Trainer):
     """Trainer with the loss, the held-out loss and the checkpoints of this package."""
 
     def __init__(self, setup: TrainingSetup, folder: Path, checkpoint: Path | None = None) -> None:
@@ -252,10 +253,11 @@ class _LoraTrainer(Trainer):
         kept = (
             f"The last good adapter is in {folder}." if folder.is_dir() else "There is no good adapter to keep."
         )
+        lower = lower_rate(self.setup.learning_rate, 10, self.setup.method)
         raise distributed.share_error(
             DivergedError(
                 f"{problem} in step {self.current_step + 1}, so the run has stopped. {kept} Try a lower learning rate than "
-                f"{self.setup.learning_rate:g} (--learning-rate), or a lower --max-grad-norm."
+                f"{self.setup.learning_rate:g}, such as {lower:g} (--learning-rate), or a lower --max-grad-norm."
             )
         )
 
@@ -354,7 +356,7 @@ class _CheckGradients(TrainerCallback):
     Costs a look at the gradients and a copy of the adapter's weights per step.
     """
 
-    def __init__(self, trainer: _LoraTrainer) -> None:
+    def __init__(self, trainer: LoraTrainer) -> None:
         self.trainer = trainer
 
     def on_pre_optimizer_step(

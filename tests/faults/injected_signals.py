@@ -43,9 +43,9 @@ def ignored(number: int, *moments: tuple[str, int, int]) -> None:
 
 def best_at(step: int, *moments: tuple[str, int, int]) -> None:
     """Make the held-out loss lowest at a step, on any CPU, and send signals as `signalled` does."""
-    from lora_tuner.training.trainer import _LoraTrainer
+    from lora_tuner.training.trainer import LoraTrainer
 
-    evaluate, measure = _LoraTrainer.evaluate, _LoraTrainer.measure_held_out
+    evaluate, measure = LoraTrainer.evaluate, LoraTrainer.measure_held_out
 
     def shifted(trainer: Any, *arguments: Any, **options: Any) -> dict[str, float]:
         loss = measure(trainer).loss + abs(trainer.state.global_step - step)
@@ -55,7 +55,7 @@ def best_at(step: int, *moments: tuple[str, int, int]) -> None:
         finally:
             del trainer.measure_held_out
 
-    setattr(_LoraTrainer, "evaluate", shifted)  # noqa: B010
+    setattr(LoraTrainer, "evaluate", shifted)  # noqa: B010
     signalled(*moments)
 
 

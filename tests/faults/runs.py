@@ -28,7 +28,7 @@ HARD = (
 PATIENT = ("--dropout", "0.1", "--max-steps", "20", "--eval-every", "2", "--patience", "2", "--max-rows", "40")
 STEP_END, MICRO_BATCH = (
     "lora_tuner.training.trainer:_StopOnSignal.on_step_end",
-    "lora_tuner.training.trainer:_LoraTrainer.training_step",
+    "lora_tuner.training.trainer:LoraTrainer.training_step",
 )
 RUN, ADAPTER = Path("runs/reviews"), Path("adapters/reviews")
 slow = partial(pytest.param, marks=pytest.mark.slow)

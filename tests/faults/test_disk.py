@@ -251,7 +251,7 @@ def test_output_folder_is_file(name: str, closed: Path, world: Path, gpt2: Path)
 
 def becomes_a_file(place: Path) -> None:
     """Put a file in place of the adapters folder while the first checkpoint is written."""
-    save = trainer._LoraTrainer._save_checkpoint
+    save = trainer.LoraTrainer._save_checkpoint
 
     def spoil(self, model, trial):
         save(self, model, trial)
@@ -259,7 +259,7 @@ def becomes_a_file(place: Path) -> None:
             shutil.rmtree(place)
             place.write_text("a file")
 
-    trainer._LoraTrainer._save_checkpoint = spoil  # type: ignore[method-assign]
+    trainer.LoraTrainer._save_checkpoint = spoil  # type: ignore[method-assign]
 
 
 def test_folder_becomes_file_while_training(

@@ -48,7 +48,7 @@ def test_divergence_keeps_last_good_adapter(run, arguments, request, kind, rate,
     )
     assert re.match(rf"Error: {what}, so the run has stopped\.", ended.line)
     assert f" The last good adapter is in {LAST}. Try a lower learning rate than " in ended.line
-    assert f"{float(rate):g} (--learning-rate)" in ended.line
+    assert f"{float(rate):g}, such as 0.002 (--learning-rate)" in ended.line
     assert adapter.verify_weights(adapter.load_adapter_folder(LAST)) == []
     # The same command runs again from the start: there is no checkpoint.
     with unchanged(old):
@@ -57,7 +57,7 @@ def test_divergence_keeps_last_good_adapter(run, arguments, request, kind, rate,
 
 def infinite_gradient() -> None:
     """Make a gradient of step 3 infinite, and its loss not."""
-    step = trainer._LoraTrainer.training_step
+    step = trainer.LoraTrainer.training_step
 
     def training_step(self, model, *arguments):
         loss = step(self, model, *arguments)
@@ -65,7 +65,7 @@ def infinite_gradient() -> None:
             next(parameter.grad for parameter in model.parameters() if parameter.requires_grad)[0, 0] = torch.inf
         return loss
 
-    trainer._LoraTrainer.training_step = training_step
+    trainer.LoraTrainer.training_step = training_step
 
 
 @pytest.mark.slow
@@ -106,8 +106,8 @@ def test_worse_adapter_gives_notice(run, arguments):
     assert run("merge", "reviews", "--out", "learnt").status == 0
     ended = run(*arguments, "--base", "learnt", "--name", "bad", "--learning-rate", "30", "--max-steps", "1")
     assert ended.status == 0
-    assert "bad is worse than its base: held-out loss " in ended.err
-    assert "Try a lower learning rate than 30 (--learning-rate), or fewer steps." in ended.err
+    assert "The adapter is worse than its base: held-out loss " in ended.err
+    assert "Try a lower learning rate than 30, such as 0.002 (--learning-rate), or fewer steps." in ended.err
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_signal_after_training_resumes_bitwise(run, arguments, old, whole, momen
     assert leftovers() == {str(ADAPTER), str(RUN)}
     ended = run(
         *resume_arguments(ended),
-        before=partial(signalled, ("lora_tuner.training.trainer:_LoraTrainer.training_step", 1, 9)),
+        before=partial(signalled, ("lora_tuner.training.trainer:LoraTrainer.training_step", 1, 9)),
     )
     assert ended.status == 0
     assert outcome(ADAPTER) == whole(*HARD)
@@ -185,7 +185,7 @@ def test_ctrl_c_from_another_process(start, arguments):
     command = start(
         *arguments,
         *HARD,
-        before=partial(signalled, ("lora_tuner.training.trainer:_LoraTrainer.training_step", 6, signal.SIGSTOP)),
+        before=partial(signalled, ("lora_tuner.training.trainer:LoraTrainer.training_step", 6, signal.SIGSTOP)),
     )
     command.wait_for(lambda: _state(command.pid) == "T")
     command.send(INT)

@@ -17,7 +17,7 @@ from lora_tuner.evaluation import measure_loss
 from lora_tuner.models import initialization, lora
 from lora_tuner.settings_files import resolve_settings
 from lora_tuner.training.setup import prepare_training
-from lora_tuner.training.trainer import _LoraTrainer
+from lora_tuner.training.trainer import LoraTrainer
 
 from ..model_families import save_family
 
@@ -227,7 +227,7 @@ def _short(name="short"):
 
 def test_lora_plus_uses_two_learning_rates(config_for, tmp_path):
     setup = prepare_training(config_for("lora+", weight_decay=0.1))
-    trainer = _LoraTrainer(setup, tmp_path)
+    trainer = LoraTrainer(setup, tmp_path)
     groups = trainer.create_optimizer().param_groups
     names = {id(p): name for name, p in setup.model.named_parameters()}
     rates = {

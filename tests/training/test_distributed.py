@@ -37,12 +37,12 @@ import os
 from lora_tuner.training import trainer
 
 if os.environ["RANK"] == "1":
-    step = trainer._LoraTrainer.training_step
+    step = trainer.LoraTrainer.training_step
     def die(self, *arguments):
         if self.state.global_step == {at}:
             os._exit(9)
         return step(self, *arguments)
-    trainer._LoraTrainer.training_step = die
+    trainer.LoraTrainer.training_step = die
 """
 
 

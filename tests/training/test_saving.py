@@ -177,7 +177,7 @@ def fail_after_training(name, patch):
     elif name == "card":
         patch.setattr(model_card, "model_card", fail)
     elif name == "evaluation":
-        patch.setattr(trainer._LoraTrainer, "measure_held_out", fail)
+        patch.setattr(trainer.LoraTrainer, "measure_held_out", fail)
     elif name == "tracker":
         patch.setattr(TrainerCallback, "on_train_end", fail)
     elif name == "weights":

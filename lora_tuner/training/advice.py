@@ -1,0 +1,124 @@
+"""Advice on the learning rate at the end of a run, from its loss curve and its gain.
+
+Batches differ, so a loss counts as rising only if its trend is far beyond what their noise explains.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+from ..adapters.manifest import EvalResult
+from ..config import METHODS, MethodName
+from ..text import format_gain
+
+MIN_STEPS = 10  # of a curve that has a trend
+MIN_T = 4.0  # slope / its standard error: by chance in fewer than 1 of 300 curves of 10 steps
+MIN_TREND = 0.02  # change of the loss, relative to its mean
+STILL = 0.002  # spread of the changes of held-out losses, relative to the loss: nothing has moved
+
+
+def rate_advice(
+    entries: Sequence[Mapping[str, float]],
+    result: EvalResult,
+    rate: float,
+    method: MethodName,
+    steps_per_epoch: int | None,
+) -> str | None:
+    """Return what was wrong and which learning rate to try; None if the run went well.
+
+    A gain counts as nothing up to two standard errors. Its rows then tell whether the rate was too
+    low or too high: their losses have hardly changed, or in different directions.
+
+    Args:
+        entries: log entries of all steps, with `loss` and `tokens`.
+        rate: the peak learning rate.
+        steps_per_epoch: None for a stream.
+    """
+    lower, much_lower = lower_rate(rate, 3, method), lower_rate(rate, 10, method)
+    gain = format_gain(result.gain, result.standard_error)
+    if rise := _find_rise(entries):
+        return (
+            f"The training loss rose by {rise:.3f} nats per token: the learning rate {rate:g} is too high. Try "
+            f"--learning-rate {much_lower:g}."
+        )
+    error = result.standard_error or 0.0
+    if result.gain < -2 * error:
+        return (
+            f"The adapter is worse than its base: held-out loss {result.base_loss:.4f} -> {result.loss:.4f}. Try a "
+            f"lower learning rate than {rate:g}, such as {much_lower:g} (--learning-rate), or fewer steps."
+        )
+    if result.gain > 2 * error:
+        return None
+    nothing = f"The gain {gain} is within its error of nothing"
+    change, t = _trend(entries)
+    spread = max(error * math.sqrt(result.groups or result.rows), abs(result.gain))
+    if spread < STILL * result.base_loss:
+        return (
+            f"{nothing}, as the loss hardly moved: the learning rate {rate:g} is too low. Try --learning-rate "
+            f"{higher_rate(rate, method):g}."
+        )
+    if change < 0 and t < -MIN_T:
+        repeated = steps_per_epoch is not None and len(entries) > steps_per_epoch
+        if not repeated:
+            return (
+                f"{nothing}, although the training loss fell: {result.format_rows()} may be too few to measure it "
+                f"(--eval-rows), or other text. Else try --learning-rate {lower:g}."
+            )
+        return (
+            f"{nothing}, although the training loss fell: the rows are learned by heart. Try --learning-rate "
+            f"{lower:g}, or fewer steps."
+        )
+    return f"{nothing}, while losses of rows moved up and down: the learning rate may be too high. Try --learning-rate {lower:g}."
+
+
+def lower_rate(rate: float, factor: float, method: MethodName) -> float:
+    """Return a lower rate to try: at most that of the method, where a rate is far above it."""
+    return min(float(f"{rate / factor:.1g}"), METHODS[method].learning_rate)
+
+
+def higher_rate(rate: float, method: MethodName) -> float:
+    """Return a higher rate to try: ten times as high, but beyond that of the method three times."""
+    tenfold = min(10 * rate, METHODS[method].learning_rate)
+    return float(f"{max(3 * rate, tenfold):.1g}")
+
+
+def _find_rise(entries: Sequence[Mapping[str, float]]) -> float | None:
+    """Return how far the loss rose in all steps or in their second half; None if it did not."""
+    for part in (entries, entries[len(entries) // 2 :]):
+        change, t = _trend(part)
+        mean = math.fsum(entry["loss"] for entry in part) / max(len(part), 1)
+        if t > MIN_T and change > MIN_TREND * mean:
+            return change
+    return None
+
+
+def _trend(entries: Sequence[Mapping[str, float]]) -> tuple[float, float]:
+    """Return the change of the loss over the steps on a line through it, and slope / standard error.
+
+    Steps weigh by their tokens. As the curve is no line and neighbours may be alike, the error is
+    widened by the correlation of neighbouring residuals. (0, 0) for too few steps.
+    """
+    count = len(entries)
+    if count < MIN_STEPS:
+        return 0.0, 0.0
+    losses, weights = [entry["loss"] for entry in entries], [max(entry["tokens"], 1.0) for entry in entries]
+    total = math.fsum(weights)
+    middle = math.fsum(weight * step for step, weight in enumerate(weights)) / total
+    mean = math.fsum(weight * loss for weight, loss in zip(weights, losses, strict=True)) / total
+    steps = [step - middle for step in range(count)]
+    squares = math.fsum(weight * step**2 for weight, step in zip(weights, steps, strict=True))
+    slope = (
+        math.fsum(w * step * (loss - mean) for w, step, loss in zip(weights, steps, losses, strict=True))
+        / squares
+    )
+    residuals = [
+        math.sqrt(weight) * (loss - mean - slope * step)
+        for weight, step, loss in zip(weights, steps, losses, strict=True)
+    ]
+    variance = math.fsum(residual**2 for residual in residuals)
+    if not variance:
+        return slope * (count - 1), math.copysign(math.inf, slope) if slope else 0.0
+    neighbours = math.fsum(one * other for one, other in itertools.pairwise(residuals))
+    correlation = min(max(neighbours / variance, 0.0), 0.95)
+    error = math.sqrt(variance / (count - 2) / squares * (1 + correlation) / (1 - correlation))
+    return slope * (count - 1), slope / error
