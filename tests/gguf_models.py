@@ -14,7 +14,7 @@ _WIDE = {**_LLAMA, "head_dim": 16}
 _GEMMA = {**_WIDE, "num_hidden_layers": 4, "query_pre_attn_scalar": 16, "sliding_window": 8}
 _GPT2 = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 64}
 _YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 _LONG = {"short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [2.0, 3.0, 4.0, 8.0]}
 
 
@@ -27,7 +27,7 @@ MODELS = {
     "llama": ("llama", {**_LLAMA, **_rope("default")}),
     "llama with biases, wide heads": ("llama", {**_WIDE, "attention_bias": True, "mlp_bias": True}),
     "llama tied": ("llama", {**_LLAMA, "tie_word_embeddings": True}),
-    "llama with rope of Llama 3": ("llama", {**_LLAMA, **_rope("llama3", factor=8.0, **_LLAMA3)}),
+    "llama with rope of Llama 3": ("llama", {**_LLAMA, **_rope("llama3", factor=8.0, **LLAMA3)}),
     "llama with linear rope": ("llama", {**_LLAMA, **_rope("linear", factor=3.0)}),
     "llama with yarn": ("llama", {**_LLAMA, "rope_parameters": _YARN}),
     "llama with yarn of its own": (

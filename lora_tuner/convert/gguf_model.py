@@ -7,28 +7,38 @@ llama.cpp's own converter.
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import gguf
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from .. import atomic_io
 from ..adapters import llama_cpp
 from ..adapters.llama_cpp import GgufArchitecture
-from ..errors import BaseModelError, ConfigError, EventHandler, ignore_events
+from ..errors import BaseModelError, ConfigError, EventHandler, Notice, ignore_events
 from ..models.resolve import quiet_transformers
 from ..models.stored_weights import read_stored_tensors, weight_files
 from . import gguf_settings
 from .gguf_tokenizer import add_tokenizer, model_name
 
-GGUF_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
+GGUF_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_TENSOR_TYPES = {
+    torch.float32: gguf.GGMLQuantizationType.F32,
+    torch.float16: gguf.GGMLQuantizationType.F16,
+    torch.bfloat16: gguf.GGMLQuantizationType.BF16,
+}
+_FILE_TYPES = {
+    "float32": gguf.LlamaFileType.ALL_F32,
+    "float16": gguf.LlamaFileType.MOSTLY_F16,
+    "bfloat16": gguf.LlamaFileType.MOSTLY_BF16,
+}
 # Tensors of old checkpoints that are computed from the config, and parts that are not text.
 _COMPUTED = (
     ".rotary_emb.inv_freq",
@@ -38,7 +48,6 @@ _COMPUTED = (
     ".attention.masked_bias",
 )
 _OTHER_PARTS = ("vision_tower.", "multi_modal_projector.")
-_Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -47,12 +56,12 @@ class _Tensor:
 
     name: str
     shape: tuple[int, ...]
-    read: Callable[[], _Array]
+    read: Callable[[], torch.Tensor]
 
-    def type_name(self, dtype: str) -> str:
-        """Type in the file: that of the dtype for matrices."""
+    def stored_dtype(self, dtype: str) -> torch.dtype:
+        """Dtype in the file: for matrices the one that is asked for."""
         is_matrix = len(self.shape) > 1 and self.name != "position_embd.weight"
-        return GGUF_DTYPES[dtype] if is_matrix else "F32"
+        return GGUF_DTYPES[dtype] if is_matrix else torch.float32
 
 
 def write_model_gguf(
@@ -77,45 +86,50 @@ def write_model_gguf(
             are out of the range of the dtype.
         ConfigError: the dtype is unknown.
     """
-    import gguf
-
     if dtype not in GGUF_DTYPES:
         raise ConfigError(f"dtype is {dtype}: use one of {', '.join(GGUF_DTYPES)}.")
     architecture, config = _read_config(folder)
-    tensors = _plan_tensors(folder, architecture, config)
+    tensors = _plan_tensors(folder, architecture, config, notify)
     rows = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if not tokenizer.is_fast:
+        raise BaseModelError(f"{folder}: its tokenizer has no tokenizer.json, so it cannot be written as GGUF.")
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
     with atomic_io.atomic_file(out) as file:
         writer = gguf.GGUFWriter(file, architecture.name)
         writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(model_name(name or folder.resolve().name, tokenizer))
-        writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[dtype]])
+        writer.add_name(model_name(name or folder.resolve().name, spec))
+        writer.add_file_type(_FILE_TYPES[dtype])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         gguf_settings.add_settings(writer, architecture, config, notify)
         writer.add_vocab_size(rows)
-        add_tokenizer(writer, tokenizer, rows, folder, notify)
+        add_tokenizer(writer, tokenizer, spec, rows, folder, notify)
         for key, factors in gguf_settings.rope_factors(config).items():
-            tensors.append(_Tensor(key, factors.shape, partial(np.asarray, factors)))
+            tensors.append(_Tensor(key, factors.shape, partial(torch.from_numpy, factors)))
         for tensor in tensors:
-            kind = gguf.GGMLQuantizationType[tensor.type_name(dtype)]
-            size = int(np.prod(tensor.shape)) * (4 if kind == gguf.GGMLQuantizationType.F32 else 2)
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=kind)
+            kind = tensor.stored_dtype(dtype)
+            size = math.prod(tensor.shape) * kind.itemsize
+            writer.add_tensor_info(
+                tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=_TENSOR_TYPES[kind]
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in tensors:
-            values = tensor.read()
-            kind = gguf.GGMLQuantizationType[tensor.type_name(dtype)]
-            with np.errstate(over="ignore"):
-                stored = gguf.quants.quantize(values, kind)
-            if not np.isfinite(gguf.quants.dequantize(stored, kind)).all():
+            values = tensor.read().to(tensor.stored_dtype(dtype)).contiguous()
+            if not values.isfinite().all():
                 raise BaseModelError(
-                    f"{folder}: {tensor.name} has values out of the range of {dtype}: use bfloat16."
+                    f"{folder}: {tensor.name} has values out of the range of {dtype}: use bfloat16 or float32."
                 )
-            writer.write_tensor_data(stored)
+            # NumPy has no bfloat16.
+            writer.write_tensor_data(
+                (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
+            )
+        end = writer.fout[0].tell() if writer.fout else 0
         writer.close()
-        _check_complete(file, len(tensors), out)
+        if file.stat().st_size != end:  # the writer does not report every failed write
+            raise BaseModelError(f"{out} is not kept: the file is incomplete on disk. Free some space.")
 
 
 def _read_config(folder: Path) -> tuple[GgufArchitecture, PretrainedConfig]:
@@ -131,7 +145,9 @@ def _read_config(folder: Path) -> tuple[GgufArchitecture, PretrainedConfig]:
     return llama_cpp.ARCHITECTURES[config.model_type], config.get_text_config()
 
 
-def _plan_tensors(folder: Path, architecture: GgufArchitecture, config: PretrainedConfig) -> list[_Tensor]:
+def _plan_tensors(
+    folder: Path, architecture: GgufArchitecture, config: PretrainedConfig, notify: EventHandler
+) -> list[_Tensor]:
     """All tensors of the file that are read from the folder.
 
     Raises BaseModelError for quantized weights, and for tensors that llama.cpp has no place for.
@@ -141,13 +157,15 @@ def _plan_tensors(folder: Path, architecture: GgufArchitecture, config: Pretrain
         raise BaseModelError(f"{folder}: its weights are quantized: merge an adapter into it first, in float32.")
     settings = config.to_dict()
     names = architecture.tensor_names(settings)
-    tensors = []
+    tensors, other_parts = [], 0
     for path in paths:
         stored = safe_open(path, framework="pt")
         for key in stored.keys():  # noqa: SIM118 (no mapping)
             module, _, part = key.rpartition(".")
-            tied = module.endswith("lm_head") and config.tie_word_embeddings
-            if tied or key.endswith(_COMPUTED) or key.removeprefix("model.").startswith(_OTHER_PARTS):
+            if key.removeprefix("model.").startswith(_OTHER_PARTS):
+                other_parts += 1
+                continue
+            if key.endswith(_COMPUTED) or (module.endswith("lm_head") and config.tie_word_embeddings):
                 continue
             name = llama_cpp.tensor_name(names, module)
             if name is None:
@@ -157,6 +175,8 @@ def _plan_tensors(folder: Path, architecture: GgufArchitecture, config: Pretrain
         raise BaseModelError(
             f"{folder}: its weights have no lm_head, which config.json does not tie to the embeddings."
         )
+    if other_parts:
+        notify(Notice("The file has the text model alone, without the parts for images."))
     return tensors
 
 
@@ -169,22 +189,11 @@ def _plan_tensor(
     order = architecture.row_order(module, settings)
     offset = architecture.norm_offset if module.endswith("norm") else 0.0
 
-    def read() -> _Array:
-        tensor = stored.get_tensor(key).to(torch.float32) + offset
-        values: _Array = (tensor.T if transposed else tensor).contiguous().numpy()
-        return values if order is None else values[order]
+    def read() -> torch.Tensor:
+        tensor: torch.Tensor = stored.get_tensor(key)
+        if offset:
+            tensor = tensor.float() + offset
+        tensor = tensor.T if transposed else tensor
+        return tensor if order is None else tensor[torch.from_numpy(order)]
 
     return _Tensor(name, shape[::-1] if transposed else shape, read)
-
-
-def _check_complete(file: Path, count: int, out: Path) -> None:
-    """Raise BaseModelError for a file that was cut off: the writer does not report every failed
-    write."""
-    import gguf
-
-    try:
-        found = len(gguf.GGUFReader(file).tensors)
-    except (ValueError, IndexError):
-        found = 0
-    if found != count:
-        raise BaseModelError(f"{out} is not kept: the file is incomplete on disk. Free some space.")

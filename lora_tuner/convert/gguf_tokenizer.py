@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.chat_template import turn_end_ids
 from ..errors import BaseModelError, EventHandler, Notice
+from ..text import format_names
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -49,18 +50,24 @@ _PRE_TOKENIZERS = {
 }  # fmt: skip
 _STRIPPED = re.compile("phi-?3", re.IGNORECASE)  # in the name of a model
 _KEPT = ("<unk>", "<s>", "<|endoftext|>")
-_Spec = Mapping[str, Any]  # a part of tokenizer.json
+Spec = Mapping[str, Any]  # a part of tokenizer.json
 _SPACE = "▁"  # in SentencePiece's tokens
 
 
 def add_tokenizer(
-    writer: "GGUFWriter", tokenizer: PreTrainedTokenizerBase, rows: int, folder: Path, notify: EventHandler
+    writer: "GGUFWriter",
+    tokenizer: PreTrainedTokenizerBase,
+    spec: Spec,
+    rows: int,
+    folder: Path,
+    notify: EventHandler,
 ) -> None:
     """Add the tokenizer to a file that is being written.
 
     Args:
         writer: the writer of the file.
         tokenizer: the tokenizer, as transformers loads it.
+        spec: its tokenizer.json, as it stands in memory.
         rows: rows of the embeddings; ids that the tokenizer lacks become unused tokens.
         folder: the model folder, whose generation_config.json may name more ends of text.
         notify: gets a notice for each difference that is left.
@@ -68,9 +75,6 @@ def add_tokenizer(
     Raises:
         BaseModelError: llama.cpp has no such tokenizer.
     """
-    if not tokenizer.is_fast:
-        raise BaseModelError(f"{folder}: its tokenizer has no tokenizer.json, so it cannot be written as GGUF.")
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary = tokenizer.get_vocab()
     if max(vocabulary.values()) >= rows:
         raise BaseModelError(
@@ -85,33 +89,42 @@ def add_tokenizer(
     writer.add_token_types(_token_types(spec, tokens, vocabulary, tokenizer))
     _add_special_tokens(writer, tokenizer, folder, notify)
     _add_template(writer, tokenizer)
-    stripped = [token["content"] for token in spec["added_tokens"] if token["lstrip"] or token["rstrip"]]
-    if stripped and not _strips_like_phi3(tokenizer):
+    _notify_added_tokens(spec, notify)
+
+
+def _notify_added_tokens(spec: Spec, notify: EventHandler) -> None:
+    """Say that tokens are found otherwise in a text than by llama.cpp, which looks for them as they
+    are, before all else."""
+    prefixed = "Prepend" in _kinds(spec["normalizer"])
+    others = [
+        token["content"]
+        for token in spec["added_tokens"]
+        if token["lstrip"] or token["rstrip"] or token["single_word"] or (prefixed and token["normalized"])
+    ]
+    if others and not _strips_like_phi3(spec):
         notify(
             Notice(
-                f"The tokenizer drops white space beside {len(stripped)} special tokens, such as {stripped[0]}; "
-                "llama.cpp keeps it."
+                f"The tokenizer finds {format_names(others)} in a text only with or without white space beside them; "
+                "llama.cpp finds them anywhere, and keeps the white space."
             )
         )
 
 
-def model_name(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def model_name(name: str, spec: Spec) -> str:
     """The name of a model in the file, from which llama.cpp tells the tokenizer of Phi-3: for each
     name with "phi-3" it drops white space after special tokens, but for some."""
-    if not tokenizer.is_fast or _strips_like_phi3(tokenizer) == bool(_STRIPPED.search(name)):
+    if _strips_like_phi3(spec) == bool(_STRIPPED.search(name)):
         return name
-    return f"Phi-3 {name}" if _strips_like_phi3(tokenizer) else _STRIPPED.sub("phi 3", name)
+    return f"Phi-3 {name}" if _strips_like_phi3(spec) else _STRIPPED.sub("phi 3", name)
 
 
-def _strips_like_phi3(tokenizer: PreTrainedTokenizerBase) -> bool:
-    added = {
-        token["content"]: token for token in json.loads(tokenizer.backend_tokenizer.to_str())["added_tokens"]
-    }
+def _strips_like_phi3(spec: Spec) -> bool:
+    added = {token["content"]: token for token in spec["added_tokens"]}
     strips = all(token["rstrip"] == (text not in _KEPT) and not token["lstrip"] for text, token in added.items())
     return strips and {"</s>", *_KEPT} <= added.keys()
 
 
-def _tokens_by_id(spec: _Spec, vocabulary: Mapping[str, int], rows: int) -> list[str]:
+def _tokens_by_id(spec: Spec, vocabulary: Mapping[str, int], rows: int) -> list[str]:
     tokens = [f"[PAD{number}]" for number in range(rows)]
     for token, number in sorted(vocabulary.items(), key=lambda item: _is_byte(item[0])):
         tokens[number] = token  # a byte's name wins over the character (Gemma has both for a tab)
@@ -124,8 +137,14 @@ def _is_byte(token: str) -> bool:
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
+def _is_found_first(added: Spec) -> bool:
+    """Check that llama.cpp is to find an added token in the text itself. Runs of spaces in a SentencePiece
+    vocabulary (Gemma's) are merged like other tokens; as added ones llama.cpp would write them as ▁."""
+    return bool(added["special"]) or _SPACE not in added["content"]
+
+
 def _token_types(
-    spec: _Spec, tokens: list[str], vocabulary: Mapping[str, int], tokenizer: PreTrainedTokenizerBase
+    spec: Spec, tokens: list[str], vocabulary: Mapping[str, int], tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
     from gguf import TokenType
 
@@ -135,13 +154,14 @@ def _token_types(
         if byte_fallback and _is_byte(token):
             types[number] = TokenType.BYTE
     for added in spec["added_tokens"]:
-        types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+        if not byte_fallback or _is_found_first(added):
+            types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
     if byte_fallback and tokenizer.unk_token_id is not None:
         types[tokenizer.unk_token_id] = TokenType.UNKNOWN
     return types
 
 
-def _add_byte_level(writer: "GGUFWriter", spec: _Spec, folder: Path, notify: EventHandler) -> None:
+def _add_byte_level(writer: "GGUFWriter", spec: Spec, folder: Path, notify: EventHandler) -> None:
     model = spec["model"]
     if model.get("type") != "BPE":
         raise BaseModelError(
@@ -154,11 +174,18 @@ def _add_byte_level(writer: "GGUFWriter", spec: _Spec, folder: Path, notify: Eve
             f"{folder}: llama.cpp has no pre-tokenizer like that of its tokenizer ({', '.join(steps) or 'none'}"
             f"{', whole words first' if model.get('ignore_merges') else ''})."
         )
-    if spec["normalizer"] is not None:
+    if (kinds := _kinds(spec["normalizer"])) == "NFC":
         notify(
             Notice(
-                f"llama.cpp does not normalize text ({_kinds(spec['normalizer'])}), as this tokenizer does: text in "
-                "another form gets other tokens there."
+                "llama.cpp does not normalize text to NFC, as this tokenizer does: other text gets other tokens."
+            )
+        )
+    elif kinds:
+        raise BaseModelError(f"{folder}: llama.cpp does not normalize text as its tokenizer does ({kinds}).")
+    if name in ("tekken", "gpt-4o"):
+        notify(
+            Notice(
+                "llama.cpp splits words at combining marks (those of Hindi, e.g.), where this tokenizer does not."
             )
         )
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
@@ -167,7 +194,7 @@ def _add_byte_level(writer: "GGUFWriter", spec: _Spec, folder: Path, notify: Eve
     writer.add_token_merges(merges)
 
 
-def _pre_tokenizer_steps(spec: _Spec | None) -> Iterator[str]:
+def _pre_tokenizer_steps(spec: Spec | None) -> Iterator[str]:
     """Regular expressions that split a text, one after the other; what llama.cpp has not gets a name
     that it does not know."""
     if spec is None:
@@ -191,33 +218,37 @@ def _pre_tokenizer_steps(spec: _Spec | None) -> Iterator[str]:
         yield kind
 
 
-def _kinds(spec: _Spec) -> str:
+def _kinds(spec: Spec | None) -> str:
+    if spec is None:
+        return ""
     return ", ".join(_kinds(part) for part in spec["normalizers"]) if spec["type"] == "Sequence" else spec["type"]
 
 
 def _add_sentencepiece(
     writer: "GGUFWriter",
-    spec: _Spec,
+    spec: Spec,
     tokens: list[str],
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     notify: EventHandler,
 ) -> None:
     prefix = _space_prefix(spec, folder)
-    if prefix == "first":
-        # llama.cpp also adds it after each special token, which is wrong for conversations.
-        chat = bool(tokenizer.chat_template)
-        prefix = "never" if chat else "always"
-        where = "puts no space before a text" if chat else "puts a space after special tokens too"
-        notify(Notice(f"llama.cpp {where}, which this tokenizer does {'at its start' if chat else 'not'}."))
+    if prefix == "first" and tokenizer.chat_template:
+        prefix = "never"  # conversations begin with a special token
+        notify(Notice("llama.cpp puts no space before a text, as this tokenizer does outside of conversations."))
+    elif prefix in ("first", "unless there is one"):
+        places = "before a text that begins with one" + (" and after special tokens" if prefix == "first" else "")
+        notify(Notice(f"llama.cpp puts a space {places}, as this tokenizer does not."))
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_scores(_scores(spec["model"], tokens, folder))
-    writer.add_add_space_prefix(prefix == "always")
+    added = {token["content"] for token in spec["added_tokens"] if _is_found_first(token)}
+    writer.add_token_scores(_scores(spec["model"], tokens, added, folder))
+    writer.add_add_space_prefix(prefix != "never")
 
 
-def _space_prefix(spec: _Spec, folder: Path) -> str:
-    """Where a space is put before a text: always, first (before the first piece only) or never."""
+def _space_prefix(spec: Spec, folder: Path) -> str:
+    """The places where a space is put before a text: always, unless there is one, first (before the
+    first piece, unless there is one), never."""
     prefix, escaped = "never", False
     for step in _parts(spec["normalizer"], "normalizers"):
         if step["type"] == "Prepend" and step["prepend"] == _SPACE:
@@ -230,7 +261,8 @@ def _space_prefix(spec: _Spec, folder: Path) -> str:
             )
     for step in _parts(spec["pre_tokenizer"], "pretokenizers"):
         if step["type"] == "Metaspace" and step["replacement"] == _SPACE and not step["split"]:
-            prefix, escaped = step["prepend_scheme"], True
+            prefix = step["prepend_scheme"].replace("always", "unless there is one")
+            escaped = True
         elif not (step["type"] == "Split" and step["pattern"] == {"String": " "} and escaped):
             raise BaseModelError(
                 f"{folder}: llama.cpp does not split text as its tokenizer does ({step['type']})."
@@ -242,13 +274,13 @@ def _space_prefix(spec: _Spec, folder: Path) -> str:
     return prefix
 
 
-def _parts(spec: _Spec | None, name: str) -> list[_Spec]:
+def _parts(spec: Spec | None, name: str) -> list[Spec]:
     if spec is None:
         return []
     return list(spec[name]) if spec["type"] == "Sequence" else [spec]
 
 
-def _scores(model: _Spec, tokens: list[str], folder: Path) -> list[float]:
+def _scores(model: Spec, tokens: list[str], added: set[str], folder: Path) -> list[float]:
     """Score of each token: llama.cpp merges the two neighbours whose union has the highest.
 
     SentencePiece's merges are all the ways to make a token of two others, in the order of its
@@ -260,14 +292,16 @@ def _scores(model: _Spec, tokens: list[str], folder: Path) -> list[float]:
         left, right = pair.split(" ") if isinstance(pair, str) else pair
         pairs.add((left, right))
         ranks.setdefault(left + right, len(ranks))
-    vocabulary = model["vocab"]
-    for token in vocabulary:
+    for token in model["vocab"].keys() - added:
+        wrong = [token] if any(character not in model["vocab"] for character in token) else []
         for cut in range(1, len(token)):
-            pair = (token[:cut], token[cut:])
-            if pair[0] in vocabulary and pair[1] in vocabulary and (pair in pairs) != (token in ranks):
-                raise BaseModelError(
-                    f"{folder}: its tokenizer has not the merges of a SentencePiece model ({pair[0]} and {pair[1]})."
-                )
+            left, right = token[:cut], token[cut:]
+            if left in model["vocab"] and right in model["vocab"] and (left, right) not in pairs:
+                wrong = [left, right]
+        if wrong and not _is_byte(token):
+            raise BaseModelError(
+                f"{folder}: its tokenizer has not the merges of a SentencePiece model ({' and '.join(wrong)})."
+            )
     return [-float(ranks.get(token, len(ranks))) for token in tokens]
 
 
