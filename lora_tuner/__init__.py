@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .convert.blend import BlendResult, blend
     from .convert.compress import CompressResult, compress
     from .convert.export_gguf import to_gguf
+    from .convert.export_model import ModelExport, export_model
+    from .convert.export_ollama import OllamaExport, export_ollama
     from .convert.merge import MergeResult, merge
     from .errors import Interrupted, LoraTunerError, Notice, Progress
     from .evaluation import EvalSet, GainMatrix, evaluate
@@ -42,8 +44,10 @@ _HOMES = {  # public name -> module that defines it
     "LoraTunerError": "errors",
     "Manifest": "adapters.manifest",
     "MergeResult": "convert.merge",
+    "ModelExport": "convert.export_model",
     "ModelOptions": "config",
     "Notice": "errors",
+    "OllamaExport": "convert.export_ollama",
     "Progress": "errors",
     "RunEstimate": "training.profiling",
     "SamplingParams": "config",
@@ -52,6 +56,8 @@ _HOMES = {  # public name -> module that defines it
     "blend": "convert.blend",
     "compress": "convert.compress",
     "evaluate": "evaluation",
+    "export_model": "convert.export_model",
+    "export_ollama": "convert.export_ollama",
     "merge": "convert.merge",
     "plan": "training.run",
     "pull": "adapters.hub_sync",
@@ -75,8 +81,10 @@ __all__ = [
     "LoraTunerError",
     "Manifest",
     "MergeResult",
+    "ModelExport",
     "ModelOptions",
     "Notice",
+    "OllamaExport",
     "Progress",
     "RunEstimate",
     "SamplingParams",
@@ -85,6 +93,8 @@ __all__ = [
     "blend",
     "compress",
     "evaluate",
+    "export_model",
+    "export_ollama",
     "merge",
     "plan",
     "pull",

@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from .. import __version__, distributed
 from ..errors import Interrupted, LoraTunerError, RaisedOnRankZero, is_out_of_memory, os_error_message
 from ..training.signals import HANGUP, TERMINATION, handle_signals
-from . import adapters, convert, data, doctor, evaluate, generate, serve, train
+from . import adapters, convert, data, doctor, evaluate, export, generate, serve, train
 from .display import print_stderr
 from .options import StrictCommand, display
 from .streams import is_reader_gone, quiet_libraries, reliable_streams, stdout_error
@@ -109,7 +109,7 @@ for command in (
     convert.merge,
     convert.blend,
     convert.compress,
-    convert.export,
+    export.export,
     adapters.push,
     adapters.pull,
     serve.serve,

@@ -1,8 +1,8 @@
-"""The commands `merge`, `blend`, `compress` and `export`."""
+"""The commands `merge`, `blend` and `compress`."""
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,7 +10,7 @@ from ..adapters.library import Library
 from ..adapters.model_card import format_ranks
 from ..config import MAX_RANK, Dtype, ModelOptions, TrainConfig
 from ..errors import ConfigError
-from ..text import escape_control, format_bytes, format_gain, one_line
+from ..text import format_bytes, format_gain, one_line
 from .display import print_result, show_json
 from .options import (
     DEFAULT_ADAPTERS_DIR,
@@ -268,38 +268,3 @@ def _show_compress(compressed: "CompressResult") -> None:
 def _format_range(numbers: tuple[int, ...]) -> str:
     smallest, largest = min(numbers), max(numbers)
     return f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
-
-
-@model_options("base", "revision", "force")
-def export(
-    adapter: AdapterArgument,
-    out: Annotated[Path, typer.Option(help="File to write.", show_default=False)],
-    to: Annotated[
-        Literal["gguf"], typer.Option(help="gguf: for llama.cpp and Ollama, on a GGUF file of the base.")
-    ] = "gguf",
-    dtype: Annotated[
-        Literal["float16", "bfloat16", "float32"], typer.Option(help="Precision of the file.")
-    ] = "float16",
-    adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    *,
-    options: ModelOptions,
-) -> None:
-    """Export an adapter to a file for another program."""
-    loaded = Library(adapters_dir).get(adapter)
-    from ..convert.export_gguf import to_gguf
-
-    exported = to_gguf(loaded, out, dtype=dtype, overwrite=overwrite, options=options)
-    if as_json:
-        show_json(vars(exported) | {"path": str(exported.path), "modelfile": exported.modelfile})
-    else:
-        size = f"{format_bytes(exported.bytes)}, {exported.tensors} tensors"
-        print(f"{exported.path}  {size}, largest rounding error {exported.error:.1e}")
-        if exported.turn_end is not None:
-            print(
-                f"Answers end with {one_line(exported.turn_end)}, not with the end of text of the "
-                "base. For llama.cpp: --override-kv "
-                f"tokenizer.ggml.eot_token_id=int:{exported.turn_end_id}. Modelfile for Ollama:"
-            )
-            print(escape_control(exported.modelfile), end="")

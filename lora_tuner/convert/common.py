@@ -48,6 +48,14 @@ def check_output_path(out: Path, kind: str, *, valid: bool, overwrite: bool) -> 
         raise AdapterError(f"{out} is not a {kind}, so it is not replaced: choose another --out.")
 
 
+def is_gguf(path: Path) -> bool:
+    """A GGUF file is there."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
 def check_keeps_base(
     out: Path, files: BaseModelFiles, adapters: Sequence[Adapter], *, is_adapter: bool = False
 ) -> None:
@@ -75,11 +83,17 @@ def open_shared_base(
 ) -> LoadedBase:
     """Load the base in float32; weights saved in 8 or 4 bits are dequantized, with a notice.
 
+    Args:
+        adapters: the adapters that are to fit it; without any, the options name the base.
+        options: the base model.
+        out: the file or folder to write.
+        is_adapter: the result is an adapter.
+
     Raises AdapterError if an adapter was trained on another, or if the result, written to `out`,
     would replace the base.
     """
     options.require_default("dtype", "load_in", why="the result is computed in float32")
-    files = loading.base_for_adapter(adapters[0], options)
+    files = loading.base_for_adapter(adapters[0] if adapters else None, options)
     check_keeps_base(out, files, adapters, is_adapter=is_adapter)
     base = loading.load_base(files, replace(options, dtype="float32", load_in=files.quantization or "full"))
     if base.load_in != "full":

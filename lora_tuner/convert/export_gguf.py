@@ -22,7 +22,7 @@ from ..errors import AdapterError, ConfigError
 from ..models import loading, lora
 from ..models.resolve import layer_sizes_in_files
 from ..models.tokenizer import TokenizedBase, load_adapter_tokenizer, load_tokenizer
-from .common import check_keeps_base, check_output_path
+from .common import check_keeps_base, check_output_path, is_gguf
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -79,7 +79,7 @@ def to_gguf(
     import gguf
 
     options.require_default("device", "dtype", "load_in", why="the base is not loaded for an export")
-    check_output_path(out, "GGUF file", valid=_is_gguf(out), overwrite=overwrite)
+    check_output_path(out, "GGUF file", valid=is_gguf(out), overwrite=overwrite)
     if options.base is None:  # before anything is downloaded
         _refuse_incompatible(adapter, None)
     check_weights_hash(adapter)
@@ -134,13 +134,6 @@ def _turn_end(adapter: Adapter, base: TokenizedBase, options: ModelOptions) -> t
     ends = turn_end_ids(tokenizer) | {tokenizer.eos_token_id}
     other = sorted(ends - {base.tokenizer.eos_token_id})
     return (str(tokenizer.convert_ids_to_tokens(other[0])), other[0]) if other else (None, None)
-
-
-def _is_gguf(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
 
 
 def _gguf_alpha(adapter: Adapter) -> float:

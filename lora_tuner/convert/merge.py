@@ -12,8 +12,9 @@ from .. import atomic_io
 from ..adapters.adapter import Adapter
 from ..config import ModelOptions
 from ..data.chat_template import turn_end_ids
+from ..data.tokenization import TokenIds
 from ..errors import AdapterError, ConfigError
-from ..evaluation import EvalSet
+from ..evaluation import EvalSet, HeldOutLoss
 from ..models import lora
 from ..models.memory import choose_dtype
 from ..models.resolve import quiet_transformers
@@ -25,10 +26,21 @@ from .verify import OutputComparison
 
 @dataclass(frozen=True)
 class MergeResult:
-    """The folder of a merged model, and its outputs compared with base and adapter."""
+    """A merged model.
+
+    Args:
+        path: its folder.
+        comparison: its outputs compared with those of base and adapter.
+        sets: the held-out sets of the comparison.
+        rows: their rows as tokens; without held-out rows, some probe sequences.
+        row_losses: loss of the merged model on each row.
+    """
 
     path: Path
     comparison: OutputComparison
+    sets: list[EvalSet]
+    rows: list[TokenIds]
+    row_losses: HeldOutLoss
 
 
 def merge(
@@ -73,8 +85,8 @@ def merge(
             f"{out} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: free some space, or choose another --out."
         )
     sets = distinct_eval_sets([adapter], sets, eval_rows, options.notify)
-    rows = encode_eval_sets(base, sets)
     own_tokenizer = load_adapter_tokenizer(adapter, base, options)
+    rows = encode_eval_sets(replace(base, tokenizer=own_tokenizer or base.tokenizer), sets)
     expected = verify.forward_with_adapter(base, adapter, rows, options.notify)
     with quiet_transformers(), atomic_io.atomic_folder(out) as folder:
         # PEFT merges in place, and unmerging is not bitwise exact: this base is not used again.
@@ -99,7 +111,7 @@ def merge(
         comparison = verify.compare_outputs(expected, actual, with_loss=bool(sets))
         if mismatch := verify.find_mismatch(comparison, expected, exact=merged_dtype == torch.float32):
             raise AdapterError(f"{out} is not kept: the merged model differs from base and adapter: {mismatch}.")
-    return MergeResult(out, comparison)
+    return MergeResult(out, comparison, sets, rows, actual.losses)
 
 
 def check_model_folder(out: Path, *, overwrite: bool) -> None:

@@ -23,6 +23,8 @@ from ..models.loading import LoadedBase
 from ..models.targets import linear_layers
 
 TOLERANCE = 1e-4  # of logits in float32, relative to the largest where that is over 1
+# A few positions amplify rounding: SmolLM2's second token by 160, in float32 against float64.
+OUTLIERS, OUTLIER_TOLERANCE = 0.02, 1e-2
 LOSS_TOLERANCE = 0.02  # nats per token, for lower precisions
 MIN_AGREEMENT = 0.9  # share of positions with the same top token, for lower precisions
 COMPARED_ROWS, COMPARED_TOKENS = 4, 64  # rows and tokens of which all logits are compared
@@ -35,12 +37,14 @@ class OutputComparison:
     Args:
         max_logit_difference: over the first `COMPARED_TOKENS` tokens of the first `COMPARED_ROWS`
             rows.
+        outliers: share of these positions whose logits differ by more than the tolerance.
         top1_agreement: share of all positions with the same most likely token.
         losses: expected and actual loss in nats per token; None without held-out rows.
         rows: number of rows.
     """
 
     max_logit_difference: float
+    outliers: float
     top1_agreement: float
     losses: tuple[float, float] | None
     rows: int
@@ -116,20 +120,29 @@ def add_to_weights(base: LoadedBase, deltas: Deltas) -> None:
 
 
 def compare_outputs(expected: ModelOutputs, actual: ModelOutputs, *, with_loss: bool) -> OutputComparison:
+    differences = (expected.logits - actual.logits).abs().amax(-1)
+    within = differences <= TOLERANCE * _scale(expected)  # NaN is not
     return OutputComparison(
-        max_logit_difference=float((expected.logits - actual.logits).abs().max()),
+        max_logit_difference=float(differences.max()),
+        outliers=1 - float(within.double().mean()),
         top1_agreement=float((expected.top_tokens == actual.top_tokens).double().mean()),
         losses=(expected.losses.loss, actual.losses.loss) if with_loss else None,
         rows=len(expected.losses.nll),
     )
 
 
+def _scale(expected: ModelOutputs) -> float:
+    """The size of logits that tolerances are relative to."""
+    return max(1.0, float(expected.logits.abs().max()))
+
+
 def find_mismatch(comparison: OutputComparison, expected: ModelOutputs, *, exact: bool) -> str | None:
     """Describe the first difference beyond the tolerance; None if there is none.
 
-    With `exact` (float32), logits must agree; in lower precision only top tokens and loss.
+    With `exact` (float32), logits must agree, those of a few positions less closely; in lower
+    precision only top tokens and loss.
     """
-    tolerance = TOLERANCE * max(1.0, float(expected.logits.abs().max()))
+    tolerance = (TOLERANCE if comparison.outliers > OUTLIERS else OUTLIER_TOLERANCE) * _scale(expected)
     if exact and not comparison.max_logit_difference <= tolerance:  # NaN fails too
         return f"logits differ by {comparison.max_logit_difference:.2g} (tolerance {tolerance:.2g})"
     if not exact and comparison.top1_agreement < MIN_AGREEMENT:

@@ -22,7 +22,7 @@ from .tool_calls import Tools
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FIXED_DATE = "26 Jul 2024"  # Llama 3's default: today's date would change rows every day
+FIXED_DATE = "26 Jul 2024"  # Llama 3's default: today's date would change rows every day
 _NO_SPANS = "messages that the chat template renders differently as the conversation grows"
 _THINKING_TAG = re.compile(r"([<\[]/?[^<>\[\]\s/]*(?:think|thought|reason)[^<>\[\]\s/]*[>\]])", re.IGNORECASE)
 # The end of a generation prompt such as "<think>\n", or an empty "<think>\n\n</think>\n\n".
@@ -310,14 +310,14 @@ def _render(
         if "reasoning_content" in message:
             complete[-1] |= dict.fromkeys(REASONING_FIELDS, message["reasoning_content"])
     try:
-        return _apply_template(
-            tokenizer, complete, add_generation_prompt=add_generation_prompt, tools=tools, date_string=_FIXED_DATE
+        return apply_template(
+            tokenizer, complete, add_generation_prompt=add_generation_prompt, tools=tools, date_string=FIXED_DATE
         )
-    except _TemplateError as error:
+    except TemplateError as error:
         raise InvalidRowError(f"messages that the chat template rejects ({str(error)[:200]})") from error
 
 
-class _TemplateError(Exception):
+class TemplateError(Exception):
     """The chat template rejects the messages."""
 
 
@@ -333,8 +333,8 @@ def render_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Messa
     if token := _find_special_token(tokenizer, texts):
         raise DataError(f"A message contains {token}, a special token of this base: remove it.")
     try:
-        return _apply_template(tokenizer, messages, add_generation_prompt=True)
-    except _TemplateError as error:
+        return apply_template(tokenizer, messages, add_generation_prompt=True)
+    except TemplateError as error:
         raise DataError(f"The chat template rejects these messages: {error}") from error
 
 
@@ -343,9 +343,10 @@ def _require_template(tokenizer: "PreTrainedTokenizerBase") -> None:
         raise DataError("This base has no chat template: use an instruction-tuned base, such as smollm2-135m.")
 
 
-def _apply_template(
+def apply_template(
     tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[str, Any]], **template_kwargs: Any
 ) -> str:
+    """Render messages through the chat template. Raises TemplateError if it rejects them."""
     try:
         return str(
             tokenizer.apply_chat_template(
@@ -353,4 +354,4 @@ def _apply_template(
             )
         )
     except Exception as error:  # templates raise errors of any type
-        raise _TemplateError(" ".join(str(error).split())) from error
+        raise TemplateError(" ".join(str(error).split())) from error

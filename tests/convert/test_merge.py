@@ -19,7 +19,9 @@ from lora_tuner import (
     train,
 )
 from lora_tuner.adapters.adapter import load_adapter_folder
+from lora_tuner.convert import verify
 from lora_tuner.errors import AdapterError, ConfigError, WrongBaseError
+from lora_tuner.evaluation import HeldOutLoss
 from lora_tuner.models import lora
 from lora_tuner.models.resolve import find_base
 
@@ -199,3 +201,24 @@ def test_wrong_merge_keeps_old_model(make, model_folder, tmp_path, request):
     with pytest.raises(AdapterError):
         merge(adapter, tmp_path / "merged", overwrite=True, options=ModelOptions(base=str(model_folder)))
     assert {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "by", "mismatch"),
+    [
+        (2, 0.02, None),
+        (2, 0.2, "logits differ by 0.2 (tolerance 0.1)"),
+        (6, 0.02, "logits differ by 0.02"),
+        (1, float("nan"), "nan"),
+    ],
+)
+def test_few_positions_may_amplify_rounding(changed, by, mismatch):
+    logits = torch.linspace(-10, 10, 2000).reshape(200, 10)
+    other = logits.clone()
+    other[:changed, 3] += by
+    expected, actual = (
+        verify.ModelOutputs(values, values.argmax(-1), HeldOutLoss([1.0], [1])) for values in (logits, other)
+    )
+    comparison = verify.compare_outputs(expected, actual, with_loss=False)
+    found = verify.find_mismatch(comparison, expected, exact=True)
+    assert (found is None) if mismatch is None else (mismatch in found)
