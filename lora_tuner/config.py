@@ -316,7 +316,7 @@ class TrainConfig(_Settings):
     target_modules: str = _setting(
         "auto",
         "Layers that get LoRA: auto (all-linear without the routers of a mixture), attention, "
-        "all-linear, or module names separated by commas.",
+        "all-linear (linear layers and experts), or module names separated by commas.",
         "Model",
         min_length=1,
     )

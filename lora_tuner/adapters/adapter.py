@@ -22,7 +22,7 @@ from .. import atomic_io
 from ..config import NAME_PATTERN
 from ..errors import AdapterError
 from ..text import format_names
-from . import other_formats, peft_config, safetensors_header
+from . import expert_names, other_formats, peft_config, safetensors_header
 from .manifest import Manifest, ParentInfo, WeightsInfo
 from .peft_config import CONFIG_FILE as CONFIG_FILE
 from .peft_config import WEIGHTS_FILE as WEIGHTS_FILE
@@ -67,13 +67,32 @@ class Adapter:
 
     @cached_property
     def modules(self) -> list[str]:
-        """Full names of the adapted layers in the base, such as `transformer.h.0.attn.c_attn`."""
-        return sorted({match["module"] for name in self.tensors if (match := _TENSOR.fullmatch(name))})
+        """Full names of the adapted layers in the base, such as `transformer.h.0.attn.c_attn`, and of
+        the parameters with the weights of experts, such as `model.layers.0.mlp.experts.down_proj`."""
+        return sorted(self._file_names)
+
+    @cached_property
+    def experts(self) -> list[str]:
+        """Those of the adapted layers that are parameters with the weights of experts."""
+        return sorted(name for name, file_name in self._file_names.items() if name != file_name)
+
+    @cached_property
+    def _file_names(self) -> dict[str, str]:
+        """Adapted layer -> its name in the file."""
+        modules = {match["module"] for name in self.tensors if (match := _TENSOR.fullmatch(name))}
+        parameters = expert_names.parameter_names(modules, self.config.get("target_parameters") or [])
+        return {parameters.get(module, module): module for module in modules}
+
+    def tensor_name(self, module: str, part: str) -> str:
+        """Name in the file of `lora_A.weight` or another part of an adapted layer."""
+        return f"base_model.model.{self._file_names[module]}.{part}"
 
     @property
     def ignored_note(self) -> str:
         """A sentence, after a space, about settings without effect once the tensors are there."""
         ignored = peft_config.ignored_settings(self.config)
+        if self.experts:
+            ignored = [name for name in ignored if name != "target_parameters"]
         return f" Ignored, as its tensors say it all: {format_names(ignored)}." if ignored else ""
 
     @property
@@ -146,22 +165,24 @@ class Adapter:
             matchers[setting] = peft_config.PatternMatcher(map(peft_config.layer_expression, keys))
         return matchers
 
-    def layer_size(self, module: str) -> tuple[int, int]:
-        """(in, out) of the base's layer that `module` adapts."""
-        lora_a, lora_b = (self.tensors[f"base_model.model.{module}.lora_{part}.weight"][1] for part in "AB")
-        return lora_a[1], lora_b[0]
+    def layer_size(self, module: str) -> tuple[int, ...]:
+        """(in, out) of the base's layer that `module` adapts; (experts, in, out) of experts."""
+        lora_a, lora_b = (self.tensors[self.tensor_name(module, f"lora_{part}.weight")][1] for part in "AB")
+        size = lora_a[1], lora_b[0]
+        return (lora_a[0] // self.rank_of(module), *size) if module in self.experts else size
 
-    def check_shapes(self, base_sizes: Mapping[str, tuple[int, int]]) -> None:
-        """Raise AdapterError unless the base has these layers. `base_sizes`: name -> (in, out)."""
+    def check_shapes(self, base_sizes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise AdapterError unless the base has these layers. `base_sizes`: name -> (in, out), or
+        (experts, in, out)."""
         problems = []
         for module in self.modules:
             size, base_size = self.layer_size(module), base_sizes.get(module)
             if base_size is None:
-                problems.append(f"the base has no linear layer {module}")
+                kind = "experts" if module in self.experts else "linear layer"
+                problems.append(f"the base has no {kind} {module}")
             elif size != base_size:
                 problems.append(
-                    f"{module} is {base_size[0]} -> {base_size[1]} in the base, {size[0]} -> "
-                    f"{size[1]} in the adapter"
+                    f"{module} is {_format_size(base_size)} in the base, {_format_size(size)} in the adapter"
                 )
         if problems:
             rest = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -180,6 +201,11 @@ class Adapter:
             "bytes": self.bytes,
             **manifest,
         }
+
+
+def _format_size(size: tuple[int, ...]) -> str:
+    count = f"{size[0]} times " if len(size) == 3 else ""
+    return f"{count}{size[-2]} -> {size[-1]}"
 
 
 def validate_name(name: str) -> str:
@@ -342,6 +368,7 @@ def _tensor_problems(adapter: Adapter) -> list[str]:
     ]
     if not adapter.modules:
         problems.append("it has no LoRA tensors")
+    problems += expert_names.unnamed_parameters(adapter.modules)
     keys = max(len(adapter.config.get(key) or {}) for key in ("rank_pattern", "alpha_pattern"))
     if keys * len(adapter.modules) > _MAX_PATTERN_MATCHES:
         return [f"{len(adapter.modules):,} layers are too many for the {keys:,} pattern keys in {CONFIG_FILE}"]
@@ -352,15 +379,20 @@ def _tensor_problems(adapter: Adapter) -> list[str]:
         return [f"the patterns in {CONFIG_FILE} take too long to match: name the layers instead"]
     dora = bool(adapter.config.get("use_dora"))
     for module in adapter.modules:
-        prefix = f"base_model.model.{module}.lora_"
-        parts = [adapter.tensors.get(prefix + part) for part in ("A.weight", "B.weight", "magnitude_vector")]
+        names = (f"lora_{part}" for part in ("A.weight", "B.weight", "magnitude_vector"))
+        parts = [adapter.tensors.get(adapter.tensor_name(module, name)) for name in names]
         lora_a, lora_b, magnitude = (part and part[1] for part in parts)
+        rank = adapter.rank_of(module)
         if lora_a is None or lora_b is None:
             problems.append(f"{module} has no lora_{'A' if lora_a is None else 'B'}")
         elif len(lora_a) != 2 or len(lora_b) != 2 or lora_a[0] != lora_b[1]:
             problems.append(f"{module} has shapes {lora_a} and {lora_b}, which do not share a rank")
-        elif lora_a[0] != adapter.rank_of(module):
-            problems.append(f"{module} has rank {lora_a[0]}, but {CONFIG_FILE} says {adapter.rank_of(module)}")
+        elif module in adapter.experts and (lora_a[0] % rank or not lora_a[0]):
+            problems.append(
+                f"{module} has {lora_a[0]} ranks of all experts, no multiple of {rank} in {CONFIG_FILE}"
+            )
+        elif module not in adapter.experts and lora_a[0] != rank:
+            problems.append(f"{module} has rank {lora_a[0]}, but {CONFIG_FILE} says {rank}")
         elif magnitude != ((lora_b[0],) if dora else None):
             problems.append(
                 f"{module} has a magnitude of shape {magnitude}, but {CONFIG_FILE} says use_dora: "

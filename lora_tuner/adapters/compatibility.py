@@ -32,6 +32,20 @@ _VLLM_WITHOUT_LORA = frozenset(
 # mounts in their wrapper all the same (vllm#34186, #39369, #48019).
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 _MOUNTED_TEXT_MODELS = ("qwen3_5_text", "qwen3_5_moe_text")
+# Models that vLLM gives the stacked weights of all experts (`is_3d_moe_weight` in its
+# model_executor/models); for others it wants an option, and the layout by name.
+_VLLM_STACKED_EXPERTS = frozenset(
+    (
+        "gpt_oss",
+        "glm4_moe_lite",
+        "interns1_pro",
+        "qwen3_5_moe",
+        "qwen3_5_moe_text",
+        "qwen3_vl_moe",
+        "qwen3_vl_moe_text",
+    )
+)
+_VLLM_EXPERTS = ("down_proj", "gate_up_proj")  # parameters of which it needs both
 _RENAMED_BY_VLLM = ("qwen2_vl", "qwen2_5_vl")  # it moves `model.` under language_model itself
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank; 8 also serves rank 1
 
@@ -83,18 +97,22 @@ def check_compatibility(
 def find_base_config(adapter: Adapter) -> BaseConfig | None:
     """config.json of the base that an adapter names; None if it is not on this machine. Sends no
     request."""
+    if folder := find_base_folder(adapter):
+        with contextlib.suppress(LoraTunerError):
+            config = read_json(folder / "config.json")
+            return config if isinstance(config, dict) else None
+    return None
+
+
+def find_base_folder(adapter: Adapter) -> Path | None:
+    """Folder on this machine of the base that an adapter names, if there is one. Sends no request."""
     repo = adapter.manifest.base.repo if adapter.manifest else adapter.base
     folders: list[Path | None] = [Path(adapter.base).expanduser()] if adapter.base else []
     if adapter.base == EMBEDDED_BASE:
         folders += (atomic_io.cache_dir() / "bases").glob(f"{EMBEDDED_BASE}-*")
     with contextlib.suppress(LoraTunerError, ValueError):  # no valid name, such as a path
         folders.append(hub.cached_snapshot(repo, adapter.revision) if repo else None)
-    for folder in folders:
-        if folder is not None and (folder / "config.json").is_file():
-            with contextlib.suppress(LoraTunerError):
-                config = read_json(folder / "config.json")
-                return config if isinstance(config, dict) else None
-    return None
+    return next((folder for folder in folders if folder and (folder / "config.json").is_file()), None)
 
 
 def is_gpt2(adapter: Adapter) -> bool:
@@ -130,6 +148,8 @@ def _check_vllm(adapter: Adapter, name: str, base_config: BaseConfig | None, rep
             f"vLLM mounts the text model of {model_type} under language_model, so it would load "
             f"{outside[0]} and apply nothing, without an error: {_advise_merge(name)}"
         )
+    if adapter.experts:
+        _check_vllm_experts(adapter, name, base_config, report)
     if "lm_head" in adapter.targets:
         report.errors.append(
             "vLLM applies LoRA to lm_head in few models only, and this tool in none: train without it"
@@ -153,6 +173,46 @@ def _check_vllm(adapter: Adapter, name: str, base_config: BaseConfig | None, rep
     if adapter.config.get("rank_pattern") or adapter.config.get("alpha_pattern"):
         report.notes.append(
             "its layers differ in rank or scale: vLLM 0.33 supports that, older versions may ignore it"
+        )
+
+
+def _check_vllm_experts(
+    adapter: Adapter, name: str, base_config: BaseConfig | None, report: CompatibilityReport
+) -> None:
+    """vLLM reads the experts of a block as one pair of tensors for each of two parameters, and takes
+    sides and scale as given (`_stack_moe_lora_weights` in its lora/model_manager.py)."""
+    parameters = {module.rpartition(".")[2] for module in adapter.experts}
+    owners = {module.rpartition(".")[0] for module in adapter.experts}
+    if parameters != set(_VLLM_EXPERTS) or len(adapter.experts) != 2 * len(owners):
+        report.errors.append(
+            f"vLLM needs gate_up_proj and down_proj of all experts that are adapted, and it adapts "
+            f"{', '.join(sorted(parameters))} of some: {_advise_merge(name)}"
+        )
+        return
+    settings = base_config or {}
+    text = next((settings[key] for key in _TEXT_CONFIGS if isinstance(settings.get(key), dict)), settings)
+    hidden = text.get("hidden_size")
+    for module in adapter.experts:
+        sides = adapter.layer_size(module)[1:]
+        if hidden is not None and hidden != sides[module.endswith("down_proj")]:
+            report.errors.append(
+                f"PEFT stores A and B of {module} for weights with sides in the other order, and vLLM would swap "
+                f"them: {_advise_merge(name)}"
+            )
+            break
+    scale = adapter.config["lora_alpha"] / (
+        adapter.rank**0.5 if adapter.config.get("use_rslora") else adapter.rank
+    )
+    if other := [module for module in adapter.experts if adapter.scale_of(module) != scale]:
+        report.errors.append(
+            f"{other[0]} has another scale than {adapter.name} as a whole, which vLLM would ignore, as it knows experts "
+            f"by other names than rank_pattern and alpha_pattern: {_advise_merge(name)}"
+        )
+    if settings.get("model_type") not in _VLLM_STACKED_EXPERTS:
+        report.notes.append(
+            "start vLLM with --enable-mixed-moe-lora-format and say that the experts are stacked, else it loads them "
+            f'wrongly or not at all: --lora-modules \'{{"name": "{name}", "path": "...", '
+            '"is_3d_lora_weight": true}\''
         )
 
 
@@ -211,10 +271,12 @@ def _check_peft(adapter: Adapter, name: str, base_config: BaseConfig | None, rep
     for setting, wanted, pattern in (("target_modules", True, targets), ("exclude_modules", False, excluded)):
         if pattern == "all-linear" or (setting == "exclude_modules" and not pattern):
             continue
-        matched = _matched_by_peft(pattern, adapter.modules)
+        # Parameters are chosen by target_parameters alone, whose names the file follows.
+        modules = [module for module in adapter.modules if module not in adapter.experts]
+        matched = _matched_by_peft(pattern, modules)
         if matched is None:
             report.notes.append(f"{setting} is the pattern {pattern!r}, which was not checked")
-        elif skipped := [module for module in adapter.modules if (module in matched) != wanted]:
+        elif skipped := [module for module in modules if (module in matched) != wanted]:
             reason = "does not name" if wanted else "names"
             report.errors.append(f"PEFT would skip {skipped[0]}, which {setting} {reason}: {rewrite}")
     lists = adapter.config.get("layers_pattern") or []
@@ -229,10 +291,19 @@ def _check_peft(adapter: Adapter, name: str, base_config: BaseConfig | None, rep
             f"init_lora_weights is {json.dumps(initialization)}, so PEFT would give layers without "
             f"tensors random weights: {rewrite}"
         )
+    if adapter.experts and (conflicts := _not_for_parameters(adapter)):
+        report.errors.append(f"PEFT refuses target_parameters with {', '.join(conflicts)}: {rewrite}")
     if initialization == "orthogonal" and any(adapter.rank_of(module) % 2 for module in adapter.modules):
         report.errors.append(
             f"init_lora_weights is orthogonal, which PEFT does not support for odd ranks: {rewrite}"
         )
+
+
+def _not_for_parameters(adapter: Adapter) -> list[str]:
+    """Settings that are set, and with which PEFT adapts no parameters (`ParamWrapper` in its
+    tuners/lora/layer.py)."""
+    names = ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora", "velora_config", "kasa_config")
+    return [name for name in names if adapter.config.get(name)]
 
 
 def _matched_by_peft(pattern: object, modules: list[str]) -> set[str] | None:
@@ -258,6 +329,8 @@ def _outside_transformed_layers(adapter: Adapter, targets: list[str], lists: lis
     indexes = selected if isinstance(selected, list) else [selected]
     outside = []
     for module in adapter.modules:
+        if module in adapter.experts:
+            continue
         matches = (re.match(rf".*\.{name}\.(\d+)\.", module) for name in lists or ("[^.]*",))
         found = next((int(match[1]) for match in matches if match), None)
         if module not in targets and found not in indexes:

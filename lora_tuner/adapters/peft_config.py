@@ -86,6 +86,13 @@ def config_problems(config: Mapping[str, object]) -> list[str]:
     for key, entries in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
         if len(entries) > MAX_PATTERNS:  # each is tried on each layer
             return [*problems, f"{key} has {len(entries):,} keys, and at most {MAX_PATTERNS:,} are accepted"]
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
+        problems.append(f"target_parameters is {_short_repr.repr(parameters)}, and not a list of names")
+    elif len(parameters) > MAX_PATTERNS:
+        problems.append(
+            f"target_parameters has {len(parameters):,} names, and at most {MAX_PATTERNS:,} are accepted"
+        )
     ranks = {"r": config.get("r")} | rank_pattern
     problems += [
         f"{key} is {_short_repr.repr(rank)}, and a rank is a whole number from 1 to {MAX_RANK}"

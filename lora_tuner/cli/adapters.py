@@ -12,6 +12,7 @@ from ..adapters.adapter import Adapter, verify_adapter
 from ..adapters.library import Ancestor, Library
 from ..convert.adopt import adopt
 from ..errors import AdapterError, os_error_message
+from ..models.layers_in_files import known_coverage
 from ..text import format_bytes, format_counts, format_duration, format_gain, one_line
 from .display import format_result, print_stderr, print_table, show_fields, show_json
 from .options import (
@@ -95,17 +96,22 @@ def show_adapter(
     library = Library(adapters_dir)
     loaded = library.get(adapter)
     ancestors = library.ancestors(loaded)
-    details = loaded.to_dict() | {"ancestors": [vars(ancestor) for ancestor in ancestors]}
-    show_json(details) if as_json else show_details(loaded, ancestors)
+    coverage = known_coverage(loaded)
+    details = loaded.to_dict() | {
+        "ancestors": [vars(ancestor) for ancestor in ancestors],
+        "covers": coverage or None,
+    }
+    show_json(details) if as_json else show_details(loaded, ancestors, coverage)
 
 
-def show_details(adapter: Adapter, ancestors: Sequence[Ancestor]) -> None:
+def show_details(adapter: Adapter, ancestors: Sequence[Ancestor], coverage: str = "") -> None:
     """Print one adapter; `--json` has all of its metadata."""
     manifest = adapter.manifest
     lora = f"rank {adapter.rank}, alpha {adapter.config['lora_alpha']}, on {', '.join(adapter.targets)}"
     fields: dict[str, object] = {
         "path": str(adapter.path),
         "lora": f"{lora}; {adapter.parameters:,} parameters, {format_bytes(adapter.bytes)}",
+        "covers": coverage or None,
     }
     if manifest is None:
         fields |= {
@@ -229,6 +235,8 @@ def adopt_adapter(
     """Add an adapter of another tool: check it against its base, and write a manifest that ties it
     to that base."""
     adopted = adopt(Library(adapters_dir), folder, name, base=base, revision=revision, notify=display)
+    if coverage := known_coverage(adopted):
+        print_stderr(f"The adapter covers {coverage}.")
     show_json(adopted.to_dict()) if as_json else print(adopted.path)
 
 

@@ -12,7 +12,7 @@ from ..config import MAX_RANK, ModelOptions
 from ..errors import AdapterError, ConfigError
 from ..evaluation import EvalSet
 from ..models import delta
-from ..models.targets import linear_layers
+from ..models.targets import adaptable_layers
 from ..text import format_names, format_number
 from .common import distinct_eval_sets, open_shared_base, write_adapter
 from .verify import OutputComparison
@@ -83,7 +83,7 @@ def blend(
     for adapter in adapters:
         delta.check_summable(adapter)
     base = open_shared_base(adapters, options, library.path / name)
-    layers = linear_layers(base.model)
+    layers = adaptable_layers(base.model)
     deltas = {adapter.path.resolve(): delta.load_deltas(adapter, layers) for adapter in adapters}
     exact = delta.sum_deltas([(weight, deltas[part.path.resolve()]) for part, weight in parts])
     exact_rank = max(update.rank for update in exact.values())

@@ -16,7 +16,7 @@ from ..errors import AdapterError, ConfigError
 from ..evaluation import EvalSet
 from ..models import delta
 from ..models.delta import Deltas
-from ..models.targets import linear_layers
+from ..models.targets import adaptable_layers
 from ..text import format_number
 from .common import (
     combined_result,
@@ -93,7 +93,7 @@ def compress(
     library.check_name_free(name, overwrite=overwrite)
     delta.check_summable(adapter)
     base = open_shared_base([adapter], options, library.path / name)
-    layers = linear_layers(base.model)
+    layers = adaptable_layers(base.model)
     exact = delta.load_deltas(adapter, layers)
     spectra = {module: delta.singular_values(update).square() for module, update in exact.items()}
     spectra = {module: squares for module, squares in spectra.items() if float(squares.sum()) > 0}
@@ -151,7 +151,7 @@ def _largest_energy(exact: Deltas, spectra: dict[str, torch.Tensor], max_bytes: 
         ranks = _ranks_for_energy(spectra, energy)
         return sum(4 * rank * sizes[module] + 2 * (len(module) + 140) for module, rank in ranks.items())
 
-    sizes = {module: update.A.shape[1] + len(update.B) for module, update in exact.items()}
+    sizes = {module: update.size for module, update in exact.items()}
     if weights_bytes(0.0) > max_bytes:
         raise AdapterError(
             f"Rank 1 in every layer takes about {weights_bytes(0.0):,} bytes, more than --max-bytes {max_bytes:,}."

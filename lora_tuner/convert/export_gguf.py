@@ -20,7 +20,7 @@ from ..config import ModelOptions
 from ..data.chat_template import turn_end_ids
 from ..errors import AdapterError, ConfigError
 from ..models import loading, lora
-from ..models.resolve import layer_sizes_in_files
+from ..models.layers_in_files import layer_sizes_in_files
 from ..models.tokenizer import TokenizedBase, load_adapter_tokenizer, load_tokenizer
 from .common import check_keeps_base, check_output_path, is_gguf
 

@@ -19,8 +19,9 @@ from ..evaluation import HeldOutLoss
 from ..inference.multi_lora import MultiLora
 from ..models import lora
 from ..models.delta import Deltas
+from ..models.experts import ExpertWeights
 from ..models.loading import LoadedBase
-from ..models.targets import linear_layers
+from ..models.targets import adaptable_layers
 
 TOLERANCE = 1e-4  # of logits in float32, relative to the largest where that is over 1
 # A few positions amplify rounding: SmolLM2's second token by 160, in float32 against float64.
@@ -112,10 +113,14 @@ def forward_with_adapter(
 
 def add_to_weights(base: LoadedBase, deltas: Deltas) -> None:
     """Add LoRA updates to the base's weights, in place."""
-    layers = linear_layers(base.model)
+    layers = adaptable_layers(base.model)
     for module, update in deltas.items():
-        delta = (update.B.double() @ update.A.double()).float().to(base.device)
         layer = layers[module]
+        if isinstance(layer, ExpertWeights):
+            delta = layer.delta(update.A.double(), update.B.double())
+        else:
+            delta = update.B.double() @ update.A.double()
+        delta = delta.float().to(base.device)
         layer.weight.data += delta.T if isinstance(layer, Conv1D) else delta
 
 

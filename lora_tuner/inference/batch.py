@@ -70,12 +70,16 @@ class GenerationEngine:
         for sequence in sequences:
             additive = sequence.lora is None or sequence.lora.is_additive
             decoder: DecoderInterface = self.cpu_decoder if self.cpu_decoder and additive else self.hf_decoder
-            key = (decoder, None if decoder.mixed_batches else sequence.lora)
+            alone = sequence.lora is not None and sequence.lora.adapts_experts
+            key = (decoder, sequence.lora if alone or not decoder.mixed_batches else None)
             if key not in self._batches:
                 self._batches[key] = RunningBatch(decoder, self.multi_lora)
             self._batches[key].waiting.append(sequence)
         if not self._notified and sum(decoder is not self.cpu_decoder for decoder, _ in self._batches) > 1:
-            self.notify(Notice("This base flattens the rows of a batch, so each adapter runs in its own batch."))
+            why = "This base flattens the rows of a batch"
+            if any(loaded is not None and loaded.adapts_experts for _, loaded in self._batches):
+                why = "Experts get the tokens of all rows of a batch at once"
+            self.notify(Notice(f"{why}, so each adapter runs in its own batch."))
             self._notified = True
 
     @torch.inference_mode()

@@ -18,6 +18,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from ..models.experts import ExpertWeights
 from ..models.loading import LoadedBase
 from ..models.resolve import quiet_transformers
 from .multi_lora import LayerHook, LoadedAdapter, MultiLora
@@ -97,7 +98,8 @@ class HFDecoder:
         def record(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             shapes.append(tuple(inputs[0].shape[:-1]))
 
-        hooks: list[LayerHook] = [(layer, record) for layer in self.multi_lora.layers.values()]
+        layers = [layer for layer in self.multi_lora.layers.values() if not isinstance(layer, ExpertWeights)]
+        hooks: list[LayerHook] = [(layer, record) for layer in layers]
         with quiet_transformers(), torch.inference_mode(), self.multi_lora.apply_hooks(hooks):
             self.base.model(input_ids=self._probe_tokens().view(2, 3), use_cache=False)
         return all(shape == (2, 3) for shape in shapes)

@@ -3,7 +3,8 @@
 With PEFT, loading and switching take longer the more adapters are loaded (benchmarks/RESULTS.md).
 Here an adapter is not part of the model: its tensors stay beside it, and B A x is added while a
 batch runs, by CpuDecoder or by forward hooks. The base is never modified or wrapped. Price: a batch
-that mixes adapters holds a second copy of their tensors.
+that mixes adapters holds a second copy of their tensors. Limit: rows of a batch whose adapters change
+experts must share one adapter, as experts get the tokens of all rows at once.
 """
 
 import contextlib
@@ -19,18 +20,20 @@ from transformers import PreTrainedTokenizerBase
 from ..adapters.adapter import Adapter
 from ..errors import AdapterError, MixedBatchError
 from ..models.delta import load_deltas
+from ..models.experts import ExpertDelta, ExpertWeights
 from ..models.fused_linear import Lora
 from ..models.loading import LoadedBase
 from ..models.quantization import dense_weight
-from ..models.targets import LinearLayer, layer_sizes, linear_layers
+from ..models.targets import LinearLayer, adaptable_layers, layer_sizes
 
 LoraFactors = tuple[torch.Tensor, torch.Tensor]  # (ranks, in), (ranks, out)
 
 
 @dataclass(frozen=True)
 class _LayerLora:
-    """LoRA weights of one layer: A (rank, in), B (out, rank) with the scale. With DoRA the base's
-    own output without bias is added once more, times `dora_scale` (out,)."""
+    """LoRA weights of one layer: A (rank, in), B (out, rank) with the scale; of experts (experts,
+    rank, in) and (experts, out, rank). With DoRA the base's own output without bias is added once
+    more, times `dora_scale` (out,)."""
 
     A: torch.Tensor
     B: torch.Tensor
@@ -51,6 +54,11 @@ class LoadedAdapter:
         """True if it only adds to outputs; DoRA also rescales them."""
         return all(layer_lora.dora_scale is None for layer_lora in self.layers.values())
 
+    @property
+    def adapts_experts(self) -> bool:
+        """True if rows with it can only share a batch with each other."""
+        return any(layer_lora.A.dim() == 3 for layer_lora in self.layers.values())
+
 
 def blend_loaded(parts: Sequence[tuple[float, LoadedAdapter]]) -> LoadedAdapter:
     """Compute the exact weighted sum of loaded adapters. Raises AdapterError for DoRA, whose update
@@ -63,15 +71,15 @@ def blend_loaded(parts: Sequence[tuple[float, LoadedAdapter]]) -> LoadedAdapter:
     for module in dict.fromkeys(module for _, loaded in parts for module in loaded.layers):
         weighted = [(weight, loaded.layers[module]) for weight, loaded in parts if module in loaded.layers]
         layers[module] = _LayerLora(
-            torch.cat([layer_lora.A for _, layer_lora in weighted]),
-            torch.cat([weight * layer_lora.B for weight, layer_lora in weighted], 1),
+            torch.cat([layer_lora.A for _, layer_lora in weighted], -2),
+            torch.cat([weight * layer_lora.B for weight, layer_lora in weighted], -1),
         )
     return LoadedAdapter(layers)
 
 
 # layer, inputs, output
 HookFunction = Callable[[Any, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor | None]
-LayerHook = tuple[torch.nn.Module, HookFunction]
+LayerHook = tuple[torch.nn.Module, HookFunction | ExpertDelta]
 
 
 class MultiLora:
@@ -79,7 +87,7 @@ class MultiLora:
 
     def __init__(self, base: LoadedBase) -> None:
         self._base = base
-        self.layers = linear_layers(base.model)
+        self.layers = adaptable_layers(base.model)
         self.plain = LoadedAdapter({})  # the plain base
 
     def load(self, adapter: Adapter) -> LoadedAdapter:
@@ -99,12 +107,22 @@ class MultiLora:
     def hooks(self, rows: Sequence[LoadedAdapter | None]) -> list[LayerHook]:
         """Make forward hooks that apply `rows[i]` to row i of a batch, None for the plain base.
 
-        A single entry applies to all rows of batches of any size.
+        A single entry applies to all rows of batches of any size. Raises MixedBatchError where the
+        experts of some rows would need another adapter than those of others.
         """
         hooks: list[LayerHook] = []
         for module, layer in self.layers.items():
-            if hook := _make_hook([(loaded or self.plain).layers.get(module) for loaded in rows]):
-                hooks.append((layer, hook))
+            of_rows = [(loaded or self.plain).layers.get(module) for loaded in rows]
+            if not isinstance(layer, ExpertWeights):
+                if hook := _make_hook(of_rows):
+                    hooks.append((layer, hook))
+            elif any(layer_lora is not of_rows[0] for layer_lora in of_rows):
+                raise MixedBatchError(
+                    f"{module} gets the tokens of all rows of a batch at once, so rows whose adapter changes these experts "
+                    "must share it."
+                )
+            elif of_rows[0] is not None:
+                hooks.append((layer.module, ExpertDelta(layer, of_rows[0].A, of_rows[0].B)))
         return hooks
 
     @contextlib.contextmanager
@@ -115,7 +133,10 @@ class MultiLora:
         """
         with contextlib.ExitStack() as stack:
             for layer, hook in hooks:
-                stack.enter_context(layer.register_forward_hook(hook))
+                if isinstance(hook, ExpertDelta):
+                    stack.enter_context(hook.applied())
+                else:
+                    stack.enter_context(layer.register_forward_hook(hook))
             yield
 
     def fused_factors(self, modules: Sequence[str], loaded: LoadedAdapter) -> LoraFactors:

@@ -1,9 +1,9 @@
 """LoRA deltas as tensors: load those of an adapter, sum several, truncate their rank.
 
-The delta of a layer is B @ A, with its scale in B. Surprise: the (out, in) product is never
-computed. QR factors of both sides leave a core of size rank, whose singular values are those of the
-delta. Limit: DoRA also rescales the base's weights, so its deltas can be loaded, but not summed or
-truncated.
+The delta of a layer is B @ A, with its scale in B; experts have one each, all of one rank. Surprise:
+the (out, in) product is never computed. QR factors of both sides leave a core of size rank, whose
+singular values are those of the delta. Limit: DoRA also rescales the base's weights, so its deltas
+can be loaded, but not summed or truncated.
 """
 
 from collections import Counter
@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..adapters.adapter import Adapter
+from ..adapters.expert_names import file_names
 from ..errors import AdapterError
 from .loading import LoadedBase
 from .lora import read_checked_tensors
-from .targets import LinearLayer, has_transposed_layers, shortest_target_names
+from .targets import Layer, has_transposed_layers, shortest_target_names
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -27,7 +28,8 @@ _FLOAT32_ROUNDING = 1e-7  # relative
 
 @dataclass(frozen=True)
 class LoraDelta:
-    """Delta of one layer in float32: A (rank, in), B (out, rank), scale included.
+    """Delta of one layer in float32: A (rank, in), B (out, rank), scale included. Of experts A is
+    (experts, rank, in) and B (experts, out, rank).
 
     `magnitude` (out,) is that of DoRA (Liu et al., 2024, arXiv:2402.09353).
     """
@@ -38,18 +40,30 @@ class LoraDelta:
 
     @property
     def rank(self) -> int:
-        return len(self.A)
+        return self.A.shape[-2]
+
+    @property
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B as PEFT stores them: of experts A is (experts * rank, in) and B (out, rank * experts)."""
+        if self.A.dim() == 2:
+            return self.A.contiguous(), self.B.contiguous()
+        return self.A.flatten(0, 1).contiguous(), self.B.permute(1, 2, 0).flatten(1, 2).contiguous()
+
+    @property
+    def size(self) -> int:
+        """Weights of A and B at rank 1."""
+        return (self.A.numel() + self.B.numel()) // self.rank
 
 
 Deltas = dict[str, LoraDelta]  # full name of the layer in the base -> its delta
 
 
-def load_deltas(adapter: Adapter, layers: Mapping[str, LinearLayer]) -> Deltas:
+def load_deltas(adapter: Adapter, layers: Mapping[str, Layer]) -> Deltas:
     """Copy the deltas of a stored adapter into memory.
 
     Args:
         adapter: the stored adapter.
-        layers: the linear layers of its base.
+        layers: the layers of its base.
 
     Raises:
         AdapterError: the adapter is damaged or does not fit the layers.
@@ -61,13 +75,18 @@ def load_deltas(adapter: Adapter, layers: Mapping[str, LinearLayer]) -> Deltas:
     }
     deltas = {}
     for module in adapter.modules:
-        prefix = f"base_model.model.{module}.lora_"
-        lora_a, lora_b = tensors[f"{prefix}A.weight"], tensors[f"{prefix}B.weight"] * adapter.scale_of(module)
+        lora_a, lora_b = (tensors[adapter.tensor_name(module, f"lora_{part}.weight")] for part in "AB")
+        lora_b = lora_b * adapter.scale_of(module)
         if not (lora_a.isfinite().all() and lora_b.isfinite().all()):
             raise AdapterError(
                 f"{adapter.path} has weights in {module} that are not finite in float32, so it cannot be used."
             )
-        deltas[module] = LoraDelta(lora_a, lora_b, tensors.get(f"{prefix}magnitude_vector"))
+        if module in adapter.experts:  # the inverse of `LoraDelta.matrices`
+            rank = adapter.rank_of(module)
+            lora_a = lora_a.unflatten(0, (-1, rank))
+            lora_b = lora_b.unflatten(1, (rank, -1)).permute(2, 0, 1)
+        magnitude = tensors.get(adapter.tensor_name(module, "lora_magnitude_vector"))
+        deltas[module] = LoraDelta(lora_a, lora_b, magnitude)
     return deltas
 
 
@@ -86,8 +105,8 @@ def sum_deltas(parts: Sequence[tuple[float, Deltas]]) -> Deltas:
     for module in sorted({module for _, deltas in parts for module in deltas}):
         weighted = [(weight, deltas[module]) for weight, deltas in parts if module in deltas]
         total[module] = LoraDelta(
-            torch.cat([delta.A for _, delta in weighted]),
-            torch.cat([weight * delta.B for weight, delta in weighted], dim=1),
+            torch.cat([delta.A for _, delta in weighted], dim=-2),
+            torch.cat([weight * delta.B for weight, delta in weighted], dim=-1),
         )
     return total
 
@@ -95,9 +114,13 @@ def sum_deltas(parts: Sequence[tuple[float, Deltas]]) -> Deltas:
 def singular_values(delta: LoraDelta) -> torch.Tensor:
     """Singular values of the delta in float64, largest first: (min(rank, in, out),).
 
-    Values within float32 rounding of A and B are 0, as when an adapter is subtracted from itself.
+    Of experts, whose rank is one, the energies of all of them add up: the root of the sum of squares
+    at each position. Values within float32 rounding of A and B are 0, as when an adapter is
+    subtracted from itself.
     """
     values = _svd(delta)[1]
+    if values.dim() > 1:
+        values = values.square().sum(0).sqrt()
     # float64: squares of large float32 numbers overflow.
     threshold = _FLOAT32_ROUNDING * delta.B.double().norm() * delta.A.double().norm()
     return torch.where(values > threshold, values, 0.0)
@@ -109,7 +132,7 @@ def squared_norm(delta: LoraDelta) -> float:
     A norm within float32 rounding of A and B is 0.
     """
     lora_a, lora_b = delta.A.double(), delta.B.double()
-    energy = float(((lora_b.T @ lora_b) * (lora_a @ lora_a.T)).sum())
+    energy = float(((lora_b.mT @ lora_b) * (lora_a @ lora_a.mT)).sum())
     return energy if energy > float(_FLOAT32_ROUNDING * lora_b.norm() * lora_a.norm()) ** 2 else 0.0
 
 
@@ -118,10 +141,10 @@ def truncate_rank(delta: LoraDelta, rank: int) -> LoraDelta:
     if rank >= delta.rank:
         return delta
     left, values, right = _svd(delta)
-    root = values[:rank].sqrt()
+    root = values[..., :rank].sqrt()
     return LoraDelta(
-        (root[:, None] * right[:rank]).float().contiguous(),
-        (left[:, :rank] * root).float().contiguous(),
+        (root[..., None] * right[..., :rank, :]).float().contiguous(),
+        (left[..., :rank] * root[..., None, :]).float().contiguous(),
     )
 
 
@@ -149,9 +172,10 @@ def total_lost_energy(exact: Deltas, shares: Mapping[str, float]) -> float:
 def to_state_dict(deltas: Deltas) -> dict[str, torch.Tensor]:
     """The tensors by the names that PEFT gives them on disk."""
     tensors = {}
+    names = file_names(module for module, delta in deltas.items() if delta.A.dim() == 3)
     for module, delta in sorted(deltas.items()):
-        tensors[f"base_model.model.{module}.lora_A.weight"] = delta.A.contiguous()
-        tensors[f"base_model.model.{module}.lora_B.weight"] = delta.B.contiguous()
+        prefix = f"base_model.model.{names.get(module, module)}.lora_"
+        tensors[f"{prefix}A.weight"], tensors[f"{prefix}B.weight"] = delta.matrices
     return tensors
 
 
@@ -159,6 +183,7 @@ def make_lora_config(deltas: Deltas, base: LoadedBase) -> "LoraConfig":
     """PEFT config for the tensors of `to_state_dict`: scale 1, patterns for ranks that differ."""
     from peft import LoraConfig
 
+    linear, experts = shortest_target_names(base.model, list(deltas))
     ranks = {module: delta.rank for module, delta in deltas.items()}
     common_rank = max(Counter(ranks.values()).items(), key=lambda item: (item[1], item[0]))[0]
     other_ranks = {module: rank for module, rank in ranks.items() if rank != common_rank}
@@ -170,15 +195,16 @@ def make_lora_config(deltas: Deltas, base: LoadedBase) -> "LoraConfig":
         lora_alpha=common_rank,
         rank_pattern=dict(other_ranks),
         alpha_pattern=dict(other_ranks),
-        target_modules=shortest_target_names(base.model, list(deltas)),
+        target_modules=linear,
+        target_parameters=experts or None,
         fan_in_fan_out=has_transposed_layers(base.model),
         inference_mode=True,
     )
 
 
 def _svd(delta: LoraDelta) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Thin SVD of B @ A in float64: (out, k), (k,), (k, in), k at most the rank."""
+    """Thin SVD of B @ A in float64: (out, k), (k,), (k, in), k at most the rank; for each expert."""
     left, upper = torch.linalg.qr(delta.B.double())
-    right, lower = torch.linalg.qr(delta.A.double().T)
-    core_left, values, core_right = torch.linalg.svd(upper @ lower.T, full_matrices=False)
-    return left @ core_left, values, core_right @ right.T
+    right, lower = torch.linalg.qr(delta.A.double().mT)
+    core_left, values, core_right = torch.linalg.svd(upper @ lower.mT, full_matrices=False)
+    return left @ core_left, values, core_right @ right.mT

@@ -10,11 +10,13 @@ import math
 from collections.abc import Iterator
 from itertools import count, islice
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from peft import EvaConfig, LoraConfig, PeftModel, initialize_lora_eva_weights
 from peft.optimizers import create_loraplus_optimizer
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, eva
+from peft.tuners.lora.layer import ParamWrapper
 
 from ..config import LORA_PLUS_RATIO, TrainConfig
 from ..data import packing
@@ -22,6 +24,8 @@ from ..data.packing import PackedSequences
 from ..data.tokenization import TokenIds
 from ..errors import ConfigError
 from . import fsdp
+from .delta import LoraDelta
+from .experts import ExpertWeights
 from .loading import LoadedBase
 from .lora import ADAPTER_NAME
 from .quantization import dense_weight
@@ -70,26 +74,35 @@ def initialize(base: LoadedBase, model: PeftModel, config: TrainConfig, sequence
 
 
 def init_pissa(layer: LoraLayer, rank: int) -> None:
-    """PiSSA: start from the `rank` largest singular directions of the weight.
+    """PiSSA: start from the `rank` largest singular directions of the weight, or of that of each expert.
 
     Source: Meng et al., 2024, arXiv:2404.02948.
     """
-    weight = fsdp.full_tensor(dense_weight(layer.get_base_layer()).detach()).float()
+    if isinstance(layer, ParamWrapper):
+        experts = ExpertWeights(layer.get_base_layer(), layer.parameter_name)
+        weight = experts.weight.detach().float()
+        weight = weight.mT if experts.is_transposed else weight
+    else:
+        weight = fsdp.full_tensor(dense_weight(layer.get_base_layer()).detach()).float()
     # The last directions are inexact, so more are computed.
-    left, values, right = torch.svd_lowrank(weight, q=min(rank + 16, *weight.shape), niter=4)
-    root = (values[:rank] / layer.scaling[ADAPTER_NAME]).sqrt()
-    a_half, b_half = root[:, None] * right.T[:rank], left[:, :rank] * root
+    left, values, right = torch.svd_lowrank(weight, q=min(rank + 16, *weight.shape[-2:]), niter=4)
+    root = (values[..., :rank] / layer.scaling[ADAPTER_NAME]).sqrt()
+    a_half, b_half = root[..., None] * right.mT[..., :rank, :], left[..., :rank] * root[..., None, :]
+    delta = LoraDelta(torch.cat([a_half, a_half], -2), torch.cat([b_half, -b_half], -1))
     lora_a, lora_b = _lora_weights(layer)
     with torch.no_grad():
-        lora_a.copy_(torch.cat([a_half, a_half]))
-        lora_b.copy_(torch.cat([b_half, -b_half], 1))
+        lora_a.copy_(delta.matrices[0])
+        lora_b.copy_(delta.matrices[1])
     # The second half gets no gradient, so that it keeps cancelling the start.
-    lora_a.register_hook(lambda grad: torch.cat([grad[:rank], torch.zeros_like(grad[rank:])]))
-    lora_b.register_hook(lambda grad: torch.cat([grad[:, :rank], torch.zeros_like(grad[:, rank:])], 1))
+    first_half = torch.arange(2 * rank, device=lora_a.device) < rank
+    rows = first_half.repeat(len(lora_a) // len(first_half))
+    columns = first_half.repeat_interleave(lora_b.shape[1] // len(first_half))
+    lora_a.register_hook(lambda grad: torch.where(rows[:, None], grad, 0))
+    lora_b.register_hook(lambda grad: torch.where(columns, grad, 0))
 
 
 def init_eva(base: LoadedBase, model: PeftModel, rho: float, batches: list[dict[str, torch.Tensor]]) -> None:
-    """EVA: start from the directions in which the inputs of a layer vary most.
+    """EVA: start from the directions in which the inputs of a linear layer vary most.
 
     Layers of which these directions explain more get a higher rank, up to `rho` times the
     configured one. Source: Paischer et al., 2024, arXiv:2410.07170.
@@ -111,7 +124,9 @@ def init_eva(base: LoadedBase, model: PeftModel, rho: float, batches: list[dict[
         with head.skip_lm_head():
             model(**inputs, use_cache=False)
 
-    with quiet_transformers():
+    # Experts have no inputs of their own, and start as plain LoRA.
+    unsupported = (*eva.UNSUPPORTED_LORA_MODULES, ParamWrapper)
+    with quiet_transformers(), patch.object(eva, "UNSUPPORTED_LORA_MODULES", unsupported):
         initialize_lora_eva_weights(
             model,
             batches,
@@ -120,6 +135,12 @@ def init_eva(base: LoadedBase, model: PeftModel, rho: float, batches: list[dict[
             show_progress_bar=False,
         )
     config.init_lora_weights, config.eva_config = True, None
+    if config.target_parameters:  # PEFT has put their modules among the target modules
+        config.target_modules = [
+            name.removeprefix("base_model.model.")
+            for name, layer in model.named_modules()
+            if isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper)
+        ]
     for layer in _lora_layers(model):  # PEFT uses the base's dtype where ranks changed
         layer.lora_A[ADAPTER_NAME].to(torch.float32)
         layer.lora_B[ADAPTER_NAME].to(torch.float32)

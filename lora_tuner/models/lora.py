@@ -2,8 +2,8 @@
 
 Surprise: PEFT silently loads an adapter that lacks tensors or belongs to another model. So all
 shapes are compared with the base first, and one error lists what does not fit. Limit: LoRA on
-linear layers (`nn.Linear`, and GPT-2's transposed `Conv1D`); embeddings and the output head cannot
-be adapted.
+linear layers (`nn.Linear`, and GPT-2's transposed `Conv1D`) and on experts (`experts`); embeddings
+and the output head cannot be adapted.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, check_weights_hash
+from ..adapters.expert_names import INNER
 from ..adapters.peft_config import SCALING_KEYS
 from ..config import ModelOptions, TrainConfig
 from ..errors import AdapterError, ConfigError, Notice, WrongBaseError, is_out_of_memory
-from . import kernels
+from ..text import format_names
+from . import fsdp, kernels
 from .loading import LoadedBase
 from .resolve import quiet_transformers
 from .targets import (
-    LinearLayer,
+    Layer,
     TargetModules,
+    adaptable_layers,
     has_transposed_layers,
     layer_sizes,
-    linear_layers,
     resolve_target_modules,
     shortest_target_names,
     weight_count,
@@ -67,11 +69,13 @@ def add_lora(
     from peft.tuners.lora import Linear as LoraLinear
 
     if parent is not None:
+        linear, experts = shortest_target_names(base.model, parent.modules)
         model = load_lora(
             base.model,
             parent,
             ADAPTER_NAME,
-            target_modules=shortest_target_names(base.model, parent.modules),
+            target_modules=linear,
+            target_parameters=experts or None,
             lora_dropout=config.dropout,
             inference_mode=False,
         )
@@ -86,7 +90,8 @@ def add_lora(
             use_rslora=config.method == "rslora",
             use_dora=config.method == "dora",
             lora_dropout=config.dropout,
-            target_modules=targets.names,
+            target_modules=targets.linear,
+            target_parameters=targets.experts or None,
             fan_in_fan_out=has_transposed_layers(base.model),
         )
         try:
@@ -105,6 +110,25 @@ def add_lora(
     return model
 
 
+def check_experts_supported(config: TrainConfig, targets: TargetModules) -> None:
+    """Raise ConfigError if experts are adapted with settings that PEFT does not support on parameters
+    (`ParamWrapper` in peft/tuners/lora/layer.py of PEFT 0.21), or with a sharded base."""
+    if not targets.experts:
+        return
+    problem = ""
+    if config.dropout:
+        problem = "there is no dropout for experts in PEFT: leave out --dropout"
+    elif config.method == "dora":
+        problem = "there is no DoRA for experts in PEFT: choose another --method"
+    elif fsdp.shard_count() > 1:
+        problem = "a step holds the changed weights of all experts, which FSDP does not shard: train without it"
+    if problem:
+        advice = ""  # the layers of a parent are its own
+        if config.parent is None and targets.linear:
+            advice = f", or go on without them: --target-modules {','.join(targets.linear)}"
+        raise ConfigError(f"{format_names(targets.experts)} would be adapted, and {problem}{advice}.")
+
+
 def load_lora(model: PreTrainedModel, adapter: Adapter, adapter_name: str, **overrides: Any) -> PeftModel:
     """Wrap a plain base with a stored adapter.
 
@@ -119,14 +143,15 @@ def load_lora(model: PreTrainedModel, adapter: Adapter, adapter_name: str, **ove
     """
     from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 
-    tensors = read_checked_tensors(adapter, linear_layers(model))
+    tensors = read_checked_tensors(adapter, adaptable_layers(model))
     settings = {
         "task_type": "CAUSAL_LM",
-        "target_modules": adapter.modules,
+        "target_modules": [name for name in adapter.modules if name not in adapter.experts],
+        "target_parameters": adapter.experts or None,
         "inference_mode": True,
         **{
             key: adapter.config[key]
-            for key in (*SCALING_KEYS, "fan_in_fan_out")
+            for key in (*SCALING_KEYS, *(["fan_in_fan_out"] if has_transposed_layers(model) else []))
             if adapter.config.get(key) is not None
         },
         **adapter.layer_patterns(),
@@ -153,12 +178,14 @@ def load_checkpoint_weights(model: PeftModel, folder: Path) -> None:
 def adapted_layers(model: PeftModel) -> set[str]:
     """Full names of the layers with LoRA, as in the plain base."""
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
 
-    return {
-        name.removeprefix("base_model.model.")
-        for name, layer in model.named_modules()
-        if isinstance(layer, LoraLayer)
-    }
+    names = set()
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            parameter = f".{layer.parameter_name}" if isinstance(layer, ParamWrapper) else ""
+            names.add(name.removeprefix("base_model.model.").replace(INNER, "") + parameter)
+    return names
 
 
 def adapter_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -297,7 +324,7 @@ def _differ(recorded: str | None, given: str | None) -> bool:
     return recorded is not None and given is not None and recorded != given
 
 
-def read_checked_tensors(adapter: Adapter, layers: Mapping[str, LinearLayer]) -> dict[str, torch.Tensor]:
+def read_checked_tensors(adapter: Adapter, layers: Mapping[str, Layer]) -> dict[str, torch.Tensor]:
     """Tensors of an adapter, by their names in the file.
 
     Raises:

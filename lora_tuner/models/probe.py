@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from ..errors import BaseModelError, is_out_of_memory
+from .experts import ExpertWeights
 from .resolve import quiet_transformers
 
 
@@ -28,8 +29,8 @@ class Probe:
         called: modules that were called. Here and in `plain` a name stands for all experts of its
             layer (`expert_group`): few tokens reach few of them.
         plain: those of them that map one tensor to one tensor in every call.
-        read: linear layers, each by its own name, whose weights were used outside of their own call, by the module around
-            them or by a layer that shares them.
+        read: linear layers and experts, each by its own name, whose weights were used outside of their own call, by the
+            module around them or by a layer that shares them.
         error: the reason for which the base did not run to its end.
     """
 
@@ -45,8 +46,8 @@ class Probe:
             raise BaseModelError(f"This base does not run {purpose}: {reason}{advice}") from self.error
 
 
-def probe_layers(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> Probe:
-    """Run a base with these linear layers on a few tokens, in evaluation and in training mode."""
+def probe_layers(model: PreTrainedModel, layers: Mapping[str, nn.Module | ExpertWeights]) -> Probe:
+    """Run a base with these linear layers and experts on a few tokens, in evaluation and in training mode."""
     called: set[str] = set()
     unusual: set[str] = set()
     reads = _WeightReads(layers)
@@ -99,19 +100,22 @@ def probe_layers(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> Pro
 
 
 class _WeightReads(TorchFunctionMode):
-    """Linear layers whose weight a torch function takes while the layer is not running.
+    """Layers whose weight a torch function takes while the layer is not running.
 
     Asking for the dtype counts for a quantized weight: inputs would be cast to it.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module | ExpertWeights]) -> None:
         super().__init__()
         self.running: list[str] = []
         self.found: set[str] = set()
         self._weights: dict[int, set[str]] = {}  # layers by the id of their weight, which they may share
-        self._inside: dict[str, dict[str, nn.Module]] = {}  # layers by the modules around them
+        self._owners: dict[str, str] = {}  # the module that uses the weight of a layer
+        # Layers and experts by the modules around them.
+        self._inside: dict[str, dict[str, nn.Module | ExpertWeights]] = {}
         for name, layer in layers.items():
-            if "weight" in dict(layer.named_parameters(recurse=False)):
+            if isinstance(layer, ExpertWeights) or "weight" in dict(layer.named_parameters(recurse=False)):
+                self._owners[name] = name.rpartition(".")[0] if isinstance(layer, ExpertWeights) else name
                 parts = name.split(".")
                 for end in range(len(parts) + 1):
                     self._inside.setdefault(".".join(parts[:end]), {})[name] = layer
@@ -137,7 +141,8 @@ class _WeightReads(TorchFunctionMode):
             for weight in weights:
                 is_dtype = isinstance(result, torch.dtype) and not weight.is_floating_point()
                 if is_dtype or result is None or isinstance(result, torch.Tensor):
-                    self.found |= self._weights[id(weight)].difference(self.running)
+                    names = self._weights[id(weight)]
+                    self.found |= {name for name in names if self._owners[name] not in self.running}
         return result
 
 

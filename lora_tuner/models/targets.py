@@ -1,9 +1,9 @@
-"""Target modules: the linear layers that LoRA adapts, and the share of the base that they hold.
+"""Target modules: the layers that LoRA adapts, and the share of the base that they hold.
 
-Surprise: not every linear layer takes LoRA. Vision towers are never run on text, routers give
-tuples, and PEFT refuses some layers of some models or adapts experts in their place. So a base is
-run on a few tokens and PEFT is tried on a stand-in of each kind of layer. Limit: experts that
-are one three-dimensional parameter are no linear layers; what they hold is reported.
+A layer is linear, or it is one parameter with the weights of all experts of a mixture (`experts`).
+Surprise: not every one takes LoRA. Vision towers are never run on text, routers give tuples, and
+PEFT refuses some layers of some models or adapts experts in their place. So a base is run on a few
+tokens and PEFT is tried on a stand-in of each kind of layer.
 """
 
 from __future__ import annotations
@@ -16,19 +16,24 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from ..adapters.expert_names import file_names
 from ..errors import ConfigError
 from ..text import format_coverage, format_names
+from .experts import ExpertWeights, expert_counts, expert_weights, why_not_adaptable
+from .layers import Layer as Layer
+from .layers import LinearLayer as LinearLayer
+from .layers import adaptable_layers as adaptable_layers
+from .layers import has_transposed_layers as has_transposed_layers
+from .layers import layer_sizes as layer_sizes
+from .layers import linear_layers as linear_layers
+from .layers import weight_count as weight_count
 from .probe import Probe, expert_group, probe_layers
-from .quantization import Int4Linear, Int8Linear
 from .resolve import quiet_transformers
 
-LinearLayer = nn.Linear | Conv1D | Int8Linear | Int4Linear
 NEVER_RUN, NOT_LINEAR = "never run on text", "not linear layers"
 ROUTER = "chooses the experts"
 HALF = 0.5  # an adapter of less of the block weights is warned about
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,8 @@ class TargetModules:
 
     Args:
         modules: their full names.
-        names: the shortest names by which PEFT matches them and nothing else.
+        linear: the shortest names by which PEFT matches the linear ones and no other modules.
+        experts: the same for parameters with the weights of experts.
         coverage: their share of the weights of all blocks, embeddings and output head left out.
         not_adapted: all other weights of the blocks, with their share and, where there is one, the
             reason.
@@ -45,10 +51,16 @@ class TargetModules:
     """
 
     modules: list[str]
-    names: list[str]
+    linear: list[str]
+    experts: list[str]
     coverage: float
     not_adapted: list[str]
     reachable: float
+
+    @property
+    def names(self) -> list[str]:
+        """Names for the setting `target_modules`."""
+        return [*self.linear, *self.experts]
 
     @property
     def warning(self) -> str | None:
@@ -61,42 +73,13 @@ class TargetModules:
         return f"WARNING: less than half of the block weights are adapted: {advice}."
 
 
-def linear_layers(model: PreTrainedModel) -> dict[str, LinearLayer]:
-    """Full name -> layer, for every linear layer of a plain base except the output head."""
-    head = model.get_output_embeddings()
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, LinearLayer) and layer is not head
-    }
-
-
-def layer_sizes(layers: Mapping[str, LinearLayer]) -> dict[str, tuple[int, int]]:
-    """(in_features, out_features) of each layer."""
-    sizes = {}
-    for name, layer in layers.items():
-        sizes[name] = (
-            (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
-        )
-    return sizes
-
-
-def has_transposed_layers(model: PreTrainedModel) -> bool:
-    """True for GPT-2, whose linear layers store their weights as (in, out)."""
-    return any(isinstance(layer, Conv1D) for layer in linear_layers(model).values())
-
-
-def weight_count(parameter: torch.Tensor) -> int:
-    """Number of weights, of which two in 4 bits share a byte."""
-    return parameter.numel() * (2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else 1)
-
-
 @dataclass(frozen=True)
 class _Examined:
-    """A base as LoRA sees it: its linear layers, the modules that run on text, and the reason for
-    each layer that cannot be adapted. `routers` can be, by their name."""
+    """A base as LoRA sees it: its layers, the modules that run on text, and the reason for each
+    layer that cannot be adapted. `routers` can be, by their name."""
 
-    layers: dict[str, LinearLayer]
+    linear: dict[str, LinearLayer]
+    experts: dict[str, ExpertWeights]
     called: set[str]
     reasons: dict[str, str]
     routers: set[str]
@@ -104,11 +87,15 @@ class _Examined:
     @classmethod
     def of(cls, model: PreTrainedModel) -> _Examined:
         """Run a plain base twice on a few tokens. Raises BaseModelError if it does not run on text."""
-        layers = linear_layers(model)
-        probe = probe_layers(model, layers)
+        linear, experts = linear_layers(model), expert_weights(model)
+        probe = probe_layers(model, {**linear, **experts})
         probe.check("on text alone")
-        reasons = _why_not_adaptable(model, layers, probe)
-        return cls(layers, probe.called, reasons, _routers(model, layers) - set(reasons))
+        reasons = _why_not_adaptable(model, linear, experts, probe)
+        return cls(linear, experts, probe.called, reasons, _routers(model, linear) - set(reasons))
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        return {**self.linear, **self.experts}
 
     @property
     def adaptable(self) -> set[str]:
@@ -120,12 +107,12 @@ def resolve_target_modules(model: PreTrainedModel, target_modules: str) -> Targe
 
     Args:
         model: a plain base. It is run twice on a few tokens.
-        target_modules: auto (all-linear without the routers of a mixture), attention, all-linear,
-            or names of layers separated by commas.
+        target_modules: auto (all-linear without the routers of a mixture), attention, all-linear
+            (experts too), or names of layers separated by commas.
 
     Raises:
         ConfigError: a name matches no layer that can be adapted; the message lists the names that
-            can.
+            can. Or all experts are asked for, and PEFT cannot adapt them.
         BaseModelError: the base does not run on text.
     """
     base = _Examined.of(model)
@@ -142,8 +129,10 @@ def resolve_target_modules(model: PreTrainedModel, target_modules: str) -> Targe
                 f"This base has no layer named attention; its layers are {_last_names(base.adaptable)}."
             )
     else:
-        requested = _layers_by_name(target_modules, base.layers, base.reasons)
+        requested = _layers_by_name(target_modules, base)
     selected = requested & base.adaptable
+    if target_modules in ("auto", "all-linear"):
+        _refuse_unadaptable_experts(model, base, selected)
     if not selected:
         raise ConfigError(
             f"No layer of this base can be adapted: {'; '.join(sorted(set(base.reasons.values())))}."
@@ -160,10 +149,10 @@ def describe_targets(model: PreTrainedModel, modules: Collection[str]) -> Target
 def _describe(model: PreTrainedModel, base: _Examined, modules: Collection[str]) -> TargetModules:
     modules = set(modules)
     counts: dict[str, Counter[str]] = {}  # weights by reason and kind
-    expert_counts = _expert_counts(model)
+    numbers_of_experts = expert_counts(model)
     chosen_by_auto = base.adaptable - base.routers
     covered = reachable = total = 0
-    for name, kind, parameter in _block_weights(model, base.called):
+    for name, kind, parameter in _block_weights(model, base):
         count = weight_count(parameter)
         total += count
         covered += count * (name in modules)
@@ -173,7 +162,7 @@ def _describe(model: PreTrainedModel, base: _Examined, modules: Collection[str])
         reason = base.reasons.get(name, ROUTER if name in base.routers else "")
         if name not in base.layers:
             is_bias = kind.endswith("bias")
-            is_router = parameter.dim() == 2 and len(parameter) in expert_counts and not is_bias
+            is_router = parameter.dim() == 2 and len(parameter) in numbers_of_experts and not is_bias
             kind, reason = ("router", ROUTER) if is_router else (kind, "biases" if is_bias else NOT_LINEAR)
         counts.setdefault(reason, Counter())[kind] += count
     not_adapted = [
@@ -189,37 +178,74 @@ def _describe(model: PreTrainedModel, base: _Examined, modules: Collection[str])
     never_run = {_never_run_part(name, run) for name, reason in base.reasons.items() if reason == NEVER_RUN}
     if never_run:
         not_adapted.append(f"{', '.join(sorted(never_run))} ({NEVER_RUN})")
+    linear, experts = shortest_target_names(model, modules)
     return TargetModules(
         modules=sorted(modules),
-        names=shortest_target_names(model, modules),
+        linear=linear,
+        experts=experts,
         coverage=covered / max(total, 1),
         not_adapted=not_adapted,
         reachable=reachable / max(total, 1),
     )
 
 
-def shortest_target_names(model: PreTrainedModel, modules: Collection[str]) -> list[str]:
-    """The shortest names for PEFT's `target_modules` that match these modules and no others."""
-    others = {name for name, _ in model.named_modules()} - set(modules)
-    taken = {suffix for name in others for suffix in _suffixes(name)}
-    return sorted({_shortest_suffix(module, taken) for module in modules})
+def shortest_target_names(model: PreTrainedModel, modules: Collection[str]) -> tuple[list[str], list[str]]:
+    """The shortest names for PEFT's `target_modules` and `target_parameters` that match these layers
+    and no others."""
+    all_modules = {name for name, _ in model.named_modules()}
+    all_parameters = {name for name, _ in model.named_parameters()}
+    linear, experts = set(modules) & all_modules, set(modules) - all_modules
+    taken = {suffix for name in all_modules - linear for suffix in _suffixes(name)}
+    names = sorted({_shortest_suffix(module, taken) for module in linear})
+    # With the name of the module, as a bare parameter name says little.
+    taken = {suffix for name in all_parameters - experts for suffix in _suffixes(name)}
+    taken |= {_last_name(name) for name in experts}
+    return names, sorted({_shortest_suffix(name, taken) for name in experts})
 
 
-def _why_not_adaptable(model: PreTrainedModel, layers: Mapping[str, LinearLayer], probe: Probe) -> dict[str, str]:
-    """Reason for each linear layer that cannot be adapted."""
+def _refuse_unadaptable_experts(model: PreTrainedModel, base: _Examined, selected: Collection[str]) -> None:
+    """Raise ConfigError, with the setting that leaves them out, for experts that PEFT cannot adapt."""
+    refused = {
+        name: base.reasons[name] for name in base.experts if base.reasons.get(name, NEVER_RUN) != NEVER_RUN
+    }
+    if refused:
+        kinds = sorted(
+            {".".join("*" if part.isdigit() else part for part in name.split(".")) for name in refused}
+        )
+        linear, experts = shortest_target_names(model, selected)
+        rest = ",".join([*linear, *experts])
+        raise ConfigError(
+            f"target_modules: experts of this base cannot be adapted: {format_names(kinds)} "
+            f"({', '.join(sorted(set(refused.values())))}): "
+            + (f"go on without them with --target-modules {rest}." if rest else "choose another --base.")
+        )
+
+
+def _why_not_adaptable(
+    model: PreTrainedModel,
+    layers: Mapping[str, LinearLayer],
+    experts: Mapping[str, ExpertWeights],
+    probe: Probe,
+) -> dict[str, str]:
+    """Reason for each layer that cannot be adapted."""
     refused = {name for name in set(map(_last_name, layers)) if not _peft_adapts(model, name)}
-    renamed = _renamed_by_peft(model, layers)
+    renamed = _renamed_by_peft(model, {name: name for name in layers} | file_names(experts))
+    renamed |= {name for name in experts if any(_owner(name) == _owner(other) for other in renamed)}
+    forms = why_not_adaptable(experts)
     reasons = {}
-    for name in layers:
-        if not _takes_part(name, probe.called):
+    for name in (*layers, *experts):
+        group = expert_group(_owner(name) if name in experts else name)
+        if not _takes_part(group, probe.called):
             reasons[name] = NEVER_RUN
-        elif expert_group(name) not in probe.called:
+        elif group not in probe.called:
             reasons[name] = "not called as a layer"
         elif name in probe.read:
             reasons[name] = "its weights are used elsewhere too"
-        elif expert_group(name) not in probe.plain:
+        elif name in forms:
+            reasons[name] = forms[name]
+        elif name in layers and group not in probe.plain:
             reasons[name] = "takes or gives more than one tensor"
-        elif _last_name(name) in refused:
+        elif _last_name(name) in refused and name in layers:
             reasons[name] = f"not supported by PEFT in {model.config.model_type}"
         elif name in renamed:
             reasons[name] = f"not loaded again by PEFT in {model.config.model_type}"
@@ -247,15 +273,16 @@ def _peft_adapts(model: PreTrainedModel, name: str) -> bool:
     return isinstance(stand_in.block.get_submodule(name), LoraLinear)
 
 
-def _renamed_by_peft(model: PreTrainedModel, layers: Collection[str]) -> set[str]:
-    """Layers whose LoRA weights PEFT would look for under other names when it loads them.
+def _renamed_by_peft(model: PreTrainedModel, layers: Mapping[str, str]) -> set[str]:
+    """Layers, of name -> name in the file, whose LoRA weights PEFT would look for under other names
+    when it loads them.
 
     Its table for checkpoints of transformers 4 is applied to adapters too, to names of today as well.
     """
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
-    keys = {f"base_model.model.{name}.lora_A.weight": name for name in layers}
+    keys = {f"base_model.model.{file_name}.lora_A.weight": name for name, file_name in layers.items()}
     tensors = dict.fromkeys(keys, torch.zeros(1, 1))
     with quiet_transformers():
         loaded = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), tensors)
@@ -264,23 +291,27 @@ def _renamed_by_peft(model: PreTrainedModel, layers: Collection[str]) -> set[str
 
 def _routers(model: PreTrainedModel, layers: Mapping[str, LinearLayer]) -> set[str]:
     """Linear layers of a mixture with one output for each expert, or one for the shared expert."""
-    counts = _expert_counts(model)
+    counts = expert_counts(model)
     return {name for name, (_, size_out) in layer_sizes(layers).items() if counts and size_out in {1, *counts}}
 
 
-def _expert_counts(model: PreTrainedModel) -> set[int]:
-    """Numbers of experts that the config names."""
-    config = model.config.get_text_config()
-    counts = {getattr(config, name, None) for name in _EXPERT_COUNTS}
-    return {count for count in counts if isinstance(count, int)}
+def _layers_by_name(target_modules: str, base: _Examined) -> set[str]:
+    """Layers that the setting names; the name of their module stands for all parameters of experts.
+    The last name of a parameter counts where no linear layer has it.
 
-
-def _layers_by_name(
-    target_modules: str, layers: Mapping[str, LinearLayer], reasons: Mapping[str, str]
-) -> set[str]:
-    """Layers that the setting names. Raises ConfigError for names without any that can be adapted."""
+    Raises ConfigError for names without any that can be adapted.
+    """
+    layers, reasons = base.layers, base.reasons
     names = [name.strip() for name in target_modules.split(",")]
-    matches = {name: {layer for layer in layers if name in _suffixes(layer)} for name in names}
+    suffixes = {layer: {*_suffixes(layer)} for layer in layers}
+    for expert in base.experts:
+        suffixes[expert].update(_suffixes(_owner(expert)))
+    matches = {}
+    for name in names:  # the same name of a linear layer comes first
+        linear, experts = (
+            {layer for layer in kind if name in suffixes[layer]} for kind in (base.linear, base.experts)
+        )
+        matches[name] = linear or experts
     problems = []
     if unmatched := [name for name in names if not matches[name]]:
         problems.append(f"{format_names(unmatched)} cannot be adapted")
@@ -296,15 +327,17 @@ def _layers_by_name(
     return set().union(*matches.values())
 
 
-def _block_weights(model: PreTrainedModel, called: Collection[str]) -> Iterator[tuple[str, str, nn.Parameter]]:
+def _block_weights(model: PreTrainedModel, base: _Examined) -> Iterator[tuple[str, str, nn.Parameter]]:
     """Layer, kind and parameter for every matrix that runs on text, outside embeddings and output head."""
     head = model.get_output_embeddings()
     for owner, module in model.named_modules():
-        if module is head or isinstance(module, nn.Embedding) or not _takes_part(owner, called):
+        if module is head or isinstance(module, nn.Embedding) or not _takes_part(owner, base.called):
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() > 1:
-                yield owner, name if name.endswith("bias") else _last_word(owner), parameter
+                layer = f"{owner}.{name}"
+                is_bias = name.endswith("bias")
+                yield layer if layer in base.experts else owner, name if is_bias else _last_word(owner), parameter
 
 
 def _takes_part(name: str, called: Collection[str]) -> bool:
@@ -329,6 +362,10 @@ def _suffixes(module: str) -> list[str]:
     """The names by which PEFT finds a module, from its last part to its full name."""
     parts = module.split(".")
     return [".".join(parts[start:]) for start in reversed(range(len(parts)))]
+
+
+def _owner(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
 
 
 def _last_name(module: str) -> str:

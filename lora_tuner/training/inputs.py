@@ -121,6 +121,7 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
                 )
             )
     targets = _choose_targets(requested, parent, base)
+    lora.check_experts_supported(requested, targets)
     max_length = _choose_max_length(requested, base, notify)
     paths = packing_checks.enable_fast_paths(base)
     use_packing = requested.packing and paths.isolated

@@ -271,6 +271,8 @@ def _add_lora(requested: TrainConfig, inputs: TrainingInputs, notify: EventHandl
     model = lora.add_lora(inputs.base, requested, inputs.parent, inputs.targets)
     if inputs.method == "eva":
         notify(Progress("computing activations for EVA", 0, 1))
+        if inputs.targets.experts:
+            notify(Notice("EVA is for linear layers: the experts start as with --method lora."))
     initialization.initialize(inputs.base, model, requested, inputs.sequences)
     coverage = describe_coverage(inputs.targets.coverage, inputs.targets.not_adapted)
     notify(Notice(f"{len(inputs.targets.modules):,} layers get LoRA: the adapter covers {coverage}."))

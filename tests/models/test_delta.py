@@ -64,3 +64,25 @@ def test_lost_energy_is_weighted_by_layer():
     share = delta.squared_norm(small) / (delta.squared_norm(small) + delta.squared_norm(exact["large"]))
     assert delta.total_lost_energy(exact, shares) == pytest.approx(share)
     assert delta.total_lost_energy({"none": exact["none"]}, {"none": 0.0}) == 0.0
+
+
+def test_deltas_of_experts_are_those_of_each():
+    """Of all experts together the energy at each rank is the sum of theirs."""
+    torch.manual_seed(0)
+    stacked = LoraDelta(torch.randn(3, 5, 8), torch.randn(3, 6, 5))
+    each = [LoraDelta(a, b) for a, b in zip(stacked.A, stacked.B, strict=True)]
+    energies = sum(delta.singular_values(one).square() for one in each)
+    torch.testing.assert_close(delta.singular_values(stacked).square(), energies)
+    assert delta.squared_norm(stacked) == pytest.approx(float(energies.sum()))
+    cut = delta.truncate_rank(stacked, 2)
+    for number, one in enumerate(each):
+        expected = delta.truncate_rank(one, 2)
+        torch.testing.assert_close(cut.B[number] @ cut.A[number], expected.B @ expected.A)
+    lost = delta.lost_energy({"x": stacked}, {"x": cut})["x"]
+    assert lost == pytest.approx(float(energies[2:].sum() / energies.sum()), rel=1e-4)
+    total = delta.sum_deltas([(2.0, {"x": stacked}), (-1.0, {"x": cut})])["x"]
+    torch.testing.assert_close(total.B @ total.A, 2 * stacked.B @ stacked.A - cut.B @ cut.A)
+    lora_a, lora_b = stacked.matrices  # as PEFT's get_delta_weight takes them apart
+    parts = lora_b.reshape(6, 5, 3), lora_a.reshape(3, 5, 8)
+    torch.testing.assert_close(torch.einsum("o r e, e r i -> e o i", *parts), stacked.B @ stacked.A)
+    assert stacked.size * stacked.rank == lora_a.numel() + lora_b.numel()

@@ -5,9 +5,11 @@ import pytest
 from lora_tuner import ModelOptions, SamplingParams, evaluation, train
 from lora_tuner.config import METHODS
 from lora_tuner.convert.merge import merge
+from lora_tuner.errors import ConfigError
 from lora_tuner.inference.generator import EncodedPrompt, Generator
+from lora_tuner.models.targets import resolve_target_modules
 
-from ..model_families import CONTEXT, FAMILIES, save_family
+from ..model_families import CONTEXT, FAMILIES, make_family, save_family
 
 PRECISIONS = ({"dtype": "bfloat16"}, {"load_in": "8bit"}, {"load_in": "4bit"})
 DIFFERENT = ("mamba", "llama4_text", "deepseek_v3", "jamba")  # in what PEFT and kernels do with their layers
@@ -61,4 +63,8 @@ def check_family(tmp_path, settings, family, **precision):
 def test_method_trains_family(tmp_path, settings, family, method):
     base = save_family(tmp_path / family, family)
     config = settings(base=str(base), method=method, max_steps=1, max_length=32, batch_size=1, eval_rows=2)
+    if method == "dora" and resolve_target_modules(make_family(family), "auto").experts:
+        with pytest.raises(ConfigError, match="there is no DoRA for experts in PEFT") as error:
+            train(config)
+        config = config.model_copy(update={"target_modules": str(error.value).split("--target-modules ")[1][:-1]})
     assert train(config).manifest.run.method == method

@@ -18,7 +18,7 @@ from ...adapters.model_card import summary_rows
 from ...errors import AdapterError, LoraTunerError, Progress
 from ...evaluation import GainMatrix
 from ...models import delta
-from ...models.targets import LinearLayer
+from ...models.targets import Layer
 from ...text import display_name, format_bytes, format_gain
 from ..scheduler import Request
 from ..service import ServedModel
@@ -112,7 +112,7 @@ def _cells(model: ServedModel) -> Markup:
     return Markup("").join(Markup("<td>{}</td>").format(fact) for fact in facts)
 
 
-def card(adapter: Adapter, layers: Mapping[str, LinearLayer], hide_paths: Callable[[str], str]) -> Markup:
+def card(adapter: Adapter, layers: Mapping[str, Layer], hide_paths: Callable[[str], str]) -> Markup:
     """Show the details of an adapter: facts, loss curve, spectrum, model card.
 
     The model card is not rendered: Markdown may load images of other hosts.
@@ -155,7 +155,7 @@ def _plot_loss(adapter: Adapter, png: BytesIO) -> tuple[str, str]:
     return "Loss by training step", f"{manifest.run.steps:,} steps; lower is better."
 
 
-def _plot_spectrum(adapter: Adapter, layers: Mapping[str, LinearLayer], png: BytesIO) -> tuple[str, str]:
+def _plot_spectrum(adapter: Adapter, layers: Mapping[str, Layer], png: BytesIO) -> tuple[str, str]:
     delta.check_summable(adapter)
     energies = {
         module: delta.singular_values(update).square()
