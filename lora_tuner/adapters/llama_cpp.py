@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from gguf import TensorNameMap
 
-Config = Mapping[str, Any]  # config.json of a base, or of its text model
+Config = Mapping[str, Any]  # config.json of a base, or the settings of its text model with all defaults
 Settings = Mapping[str, tuple[object, ...]]
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _GATED = (*_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -208,16 +208,15 @@ def tensor_name(names: "TensorNameMap", module: str) -> str | None:
     return names.get_name(module) or names.get_name(module.removeprefix("transformer."))
 
 
-def text_config(config: Config) -> Config:
-    """Settings of the text model, of which a config of text and images has a part."""
-    part = config.get("text_config")
-    return part if isinstance(part, Mapping) else config
+def hidden_size(config: Config) -> int:
+    """Width of the model."""
+    return int(config.get("hidden_size") or config["n_embd"])
 
 
 def head_sizes(config: Config) -> tuple[int, int, int]:
     """Numbers of query heads and of key heads, and the size of a head."""
     heads = int(config.get("num_attention_heads") or config["n_head"])
-    width = int(config.get("hidden_size") or config["n_embd"])
+    width = hidden_size(config)
     groups = int(config.get("num_key_value_heads") or heads)
     if config.get("model_type") == "falcon":
         several = int(config.get("num_kv_heads") or heads) if config.get("new_decoder_architecture") else heads
@@ -225,12 +224,9 @@ def head_sizes(config: Config) -> tuple[int, int, int]:
     return heads, groups, int(config.get("head_dim") or width // heads)
 
 
-def model_problems(config: Config) -> list[str]:
-    """Reasons why a model cannot be written as GGUF, from its config.json; a setting that is not
-    there counts as one that llama.cpp computes."""
-    architecture, config = find_architecture(config), text_config(config)
-    if architecture is None:
-        return [f"{config.get('model_type')} models are not exported, only those of {', '.join(ARCHITECTURES)}"]
+def model_problems(architecture: GgufArchitecture, config: Config) -> list[str]:
+    """Reasons why a model cannot be written as GGUF, from the settings of its text model with all
+    their defaults."""
     problems = [
         f"{name} = {config[name]}"
         for name, values in architecture.settings.items()
@@ -238,8 +234,10 @@ def model_problems(config: Config) -> list[str]:
     ]
     if (kind := rope_settings(config)["rope_type"]) not in architecture.rope:
         problems.append(f"rotary positions of the type {kind}")
+    if architecture.windowed and (kind := rope_settings(config, "sliding_attention")["rope_type"]) != "default":
+        problems.append(f"rotary positions of the type {kind} in sliding windows")
     heads, _, size = head_sizes(config)
-    width = int(config.get("hidden_size") or config["n_embd"])
+    width = hidden_size(config)
     if not architecture.any_head_size and heads * size != width:
         problems.append(f"head_dim = {size} with {heads} heads and hidden_size = {width}")
     if architecture.wide_scale_at is not None:
@@ -263,17 +261,14 @@ def window_period(config: Config) -> int | None:
 
     A period of 1 stands for no window at all, one beyond the number of layers for one in each.
     """
-    types = config.get("layer_types")
-    if not types:
-        return int(config.get("sliding_window_pattern") or 1)
+    types = config.get("layer_types") or []
     for period in range(1, len(types) + 2):
         if types == ["sliding_attention" if (at + 1) % period else "full_attention" for at in range(len(types))]:
             return period
     return None
 
 
-def rope_settings(config: Config) -> Config:
-    """Settings of the rotary positions of full attention."""
-    settings: Config = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    settings = settings.get("full_attention", settings)
-    return {**settings, "rope_type": settings.get("rope_type", settings.get("type", "default"))}
+def rope_settings(config: Config, attention: str = "full_attention") -> Config:
+    """Settings of the rotary positions, of one kind of attention where the kinds differ."""
+    settings: Config = config.get("rope_parameters") or {}
+    return {"rope_type": "default", **settings.get(attention, settings)}

@@ -21,7 +21,9 @@ from ..data.chat_template import turn_end_ids
 from ..errors import AdapterError, ConfigError
 from ..models import loading, lora
 from ..models.layers_in_files import layer_sizes_in_files
+from ..models.resolve import loading_errors
 from ..models.tokenizer import TokenizedBase, load_adapter_tokenizer, load_tokenizer
+from . import gguf_settings
 from .common import check_keeps_base, check_output_path, is_gguf
 
 if TYPE_CHECKING:
@@ -93,7 +95,9 @@ def to_gguf(
     architecture = llama_cpp.ARCHITECTURES[config["model_type"]]
     if dtype not in _ROUNDING:
         raise ConfigError(f"dtype is {dtype}: use one of {', '.join(_ROUNDING)}.")
-    tensors = _gguf_tensors(adapter, architecture, llama_cpp.text_config(config))
+    with loading_errors(files):
+        text_config = gguf_settings.load_text_config(files.folder)
+    tensors = _gguf_tensors(adapter, architecture, text_config.to_dict())
     turn_end, turn_end_id = _turn_end(adapter, base, options)
     gguf_type = gguf.GGMLQuantizationType[_GGUF_TYPES[dtype]]
     with atomic_io.atomic_file(out) as file:

@@ -17,7 +17,7 @@ import gguf
 import numpy as np
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
 
 from .. import atomic_io
 from ..adapters import llama_cpp
@@ -135,14 +135,15 @@ def write_model_gguf(
 def _read_config(folder: Path) -> tuple[GgufArchitecture, PretrainedConfig]:
     """The architecture, and the settings of the text model with all their defaults."""
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    problems = llama_cpp.model_problems(raw)
-    if not problems:
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        problems = llama_cpp.model_problems(config.to_dict())
-    if problems:
+    if (architecture := llama_cpp.find_architecture(raw)) is None:
+        kinds = ", ".join(llama_cpp.ARCHITECTURES)
+        raise BaseModelError(
+            f"{folder} cannot be written as GGUF: {raw.get('model_type')} models are not exported, only those of {kinds}."
+        )
+    config = gguf_settings.load_text_config(folder)
+    if problems := llama_cpp.model_problems(architecture, config.to_dict()):
         raise BaseModelError(f"{folder} cannot be written as GGUF: {'; '.join(problems)}.")
-    return llama_cpp.ARCHITECTURES[config.model_type], config.get_text_config()
+    return architecture, config
 
 
 def _plan_tensors(
@@ -185,7 +186,9 @@ def _plan_tensor(
 ) -> _Tensor:
     module = key.rpartition(".")[0]
     shape = tuple(stored.get_slice(key).get_shape())
-    transposed = architecture.transposed and len(shape) == 2 and architecture.has_layer(module)
+    # Old checkpoints of GPT-2 have no prefix before the blocks.
+    is_layer = module.endswith(tuple(f".{layer}" for layer in architecture.layers))
+    transposed = architecture.transposed and len(shape) == 2 and is_layer
     order = architecture.row_order(module, settings)
     offset = architecture.norm_offset if module.endswith("norm") else 0.0
 

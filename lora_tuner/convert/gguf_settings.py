@@ -5,19 +5,28 @@ written, even where transformers has it from a default of its own.
 """
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..adapters import llama_cpp
 from ..adapters.llama_cpp import GgufArchitecture
 from ..errors import EventHandler, Notice
+from ..models.resolve import quiet_transformers
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
+
+
+def load_text_config(folder: Path) -> PretrainedConfig:
+    """The settings of the text model in a folder, with all defaults: config.json may leave many out."""
+    with quiet_transformers():
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    return config
 
 
 def add_settings(

@@ -194,29 +194,76 @@ def test_failed_gguf_keeps_the_old_file(llama_folder, tmp_path, monkeypatch):
     assert (out.read_bytes(), list(tmp_path.iterdir())) == (b"GGUF old", [out])
 
 
-def test_gguf_of_text_and_images_has_the_text(tmp_path):
+def assert_same_content(path, other):
+    fields = [
+        {name: field.contents() for name, field in gguf.GGUFReader(each).fields.items() if name != "general.name"}
+        for each in (path, other)
+    ]
+    assert fields[0] == fields[1]
+    tensors = [{tensor.name: tensor.data for tensor in gguf.GGUFReader(each).tensors} for each in (path, other)]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all((tensors[0][name] == tensors[1][name]).all() for name in tensors[0])
+
+
+def rename_tensors(folder, rename, extra):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({rename(name): tensor for name, tensor in tensors.items()} | extra, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_gguf_of_text_and_images_has_the_text(tmp_path, prefix):
     """The text model of Gemma 3, under the names that its weights have in the model of both."""
     folder = gguf_models.save(tmp_path / "text", "gemma3")
     both = shutil.copytree(folder, tmp_path / "both")
-    tensors = load_file(folder / "model.safetensors")
-    names = {name: name.replace("model.", "model.language_model.") for name in tensors}
-    vision = {
-        "model.vision_tower.embeddings.weight": torch.ones(2, 2),
-        "model.multi_modal_projector.weight": torch.ones(2),
-    }
-    save_file({names[name]: tensor for name, tensor in tensors.items()} | vision, both / "model.safetensors")
+    vision = {"vision_tower.embeddings.weight": torch.ones(2, 2), "multi_modal_projector.weight": torch.ones(2)}
+    if prefix.startswith("model."):
+        vision = {f"model.{name}": tensor for name, tensor in vision.items()}
+    rename_tensors(both, lambda name: name.replace("model.", prefix), vision)
     text = json.loads((folder / "config.json").read_text())
-    (both / "config.json").write_text(
-        json.dumps({"model_type": "gemma3", "text_config": text, "tie_word_embeddings": True})
+    settings = {"model_type": "gemma3", "text_config": text, "tie_word_embeddings": True}
+    (both / "config.json").write_text(json.dumps(settings))
+    assert write(folder, tmp_path / "text.gguf") == []
+    told = ["The file has the text model alone, without the parts for images."]
+    assert write(both, tmp_path / "both.gguf") == told
+    assert_same_content(tmp_path / "text.gguf", tmp_path / "both.gguf")
+
+
+def test_gguf_reads_names_of_old_checkpoints(tmp_path):
+    """GPT-2 without a prefix, with the masks that old versions of transformers saved."""
+    folder = gguf_models.save(tmp_path / "new", "gpt2")
+    old = shutil.copytree(folder, tmp_path / "old")
+    masks = {"h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.1.attn.masked_bias": torch.tensor(-1e4)}
+    rename_tensors(old, lambda name: name.removeprefix("transformer."), masks)
+    for each in (folder, old):
+        write(each, tmp_path / f"{each.name}.gguf")
+    assert_same_content(tmp_path / "new.gguf", tmp_path / "old.gguf")
+
+
+def test_adapter_of_text_part_exports_like_text_model(tmp_path):
+    """The config.json of the base leaves out what transformers has as defaults, as those of Gemma 3 do."""
+    folder = gguf_models.save(
+        tmp_path / "text", "gemma3", head_dim=256, num_attention_heads=8, num_key_value_heads=4
     )
-    notices = [write(each, tmp_path / f"{each.name}.gguf") for each in (folder, both)]
-    assert notices == [[], ["The file has the text model alone, without the parts for images."]]
-    files = [gguf.GGUFReader(tmp_path / f"{name}.gguf") for name in ("text", "both")]
-    fields = [
-        {name: field.contents() for name, field in file.fields.items() if name != "general.name"}
-        for file in files
+    adapter = load_adapter_folder(gguf_base.adapt(folder, tmp_path / "adapters" / "text"))
+    both = shutil.copytree(folder, tmp_path / "both")
+    rename_tensors(both, lambda name: name.replace("model.", "model.language_model."), {})
+    text = json.loads((folder / "config.json").read_text())
+    for name in ("head_dim", "num_attention_heads", "num_key_value_heads"):
+        del text[name]
+    (both / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
+    part = shutil.copytree(adapter.path, tmp_path / "adapters" / "part")
+    tensors = load_file(part / "adapter_model.safetensors")
+    save_file(
+        {
+            name.replace(".model.layers", ".model.language_model.layers"): tensor
+            for name, tensor in tensors.items()
+        },
+        part / "adapter_model.safetensors",
+    )
+    settings = json.loads((part / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(both)}
+    (part / "adapter_config.json").write_text(json.dumps(settings))
+    files = [
+        to_gguf(load_adapter_folder(tmp_path / "adapters" / name), tmp_path / f"{name}.gguf").path
+        for name in ("text", "part")
     ]
-    assert fields[0] == fields[1]
-    stored = [{tensor.name: tensor.data for tensor in file.tensors} for file in files]
-    assert stored[0].keys() == stored[1].keys()
-    assert all((stored[0][name] == stored[1][name]).all() for name in stored[0])
+    assert_same_content(*files)
