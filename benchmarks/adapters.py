@@ -18,8 +18,9 @@ from lora_tuner.adapters import adapter
 from lora_tuner.adapters.manifest import Manifest, WeightsInfo, utc_timestamp
 from lora_tuner.config import EMBEDDED_BASE
 from lora_tuner.models import lora
+from lora_tuner.models.base_files import quiet_transformers
 from lora_tuner.models.loading import load_base
-from lora_tuner.models.resolve import find_base, quiet_transformers
+from lora_tuner.models.resolve import find_base
 
 from .measure import Figure, figure, median_seconds, seconds
 

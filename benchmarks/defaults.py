@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from lora_tuner import TrainConfig, evaluation
 from lora_tuner.config import EMBEDDED_BASE
 from lora_tuner.models import lora
-from lora_tuner.models.resolve import quiet_transformers
+from lora_tuner.models.base_files import quiet_transformers
 from lora_tuner.training.setup import TrainingSetup, prepare_training
 from lora_tuner.training.trainer import LoraTrainer
 

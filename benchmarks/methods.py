@@ -15,7 +15,7 @@ from typing import Any
 from lora_tuner import TrainConfig, evaluation
 from lora_tuner.config import EMBEDDED_BASE, METHODS
 from lora_tuner.models import initialization, lora
-from lora_tuner.models.resolve import quiet_transformers
+from lora_tuner.models.base_files import quiet_transformers
 from lora_tuner.training.setup import prepare_training
 from lora_tuner.training.trainer import LoraTrainer
 

@@ -16,8 +16,9 @@ import torch
 from lora_tuner import TrainConfig, evaluation
 from lora_tuner.config import EMBEDDED_BASE
 from lora_tuner.data.dataset import load_dataset
+from lora_tuner.models.base_files import quiet_transformers
 from lora_tuner.models.loading import LoadedBase
-from lora_tuner.models.resolve import find_base, quiet_transformers
+from lora_tuner.models.resolve import find_base
 
 from . import recipes
 from .measure import Figure, figure

@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lora_tuner import TrainConfig
 from lora_tuner.config import EMBEDDED_BASE
 from lora_tuner.data import packing
-from lora_tuner.models.resolve import find_base, quiet_transformers
+from lora_tuner.models.base_files import quiet_transformers
+from lora_tuner.models.resolve import find_base
 from lora_tuner.training.setup import prepare_training
 
 from .measure import Figure, figure

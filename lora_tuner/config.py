@@ -277,7 +277,7 @@ class TrainConfig(_Settings):
 
     base: str | None = _setting(
         None,
-        "Base model: a local folder or a Hub id.",
+        "Base model: a local folder, a GGUF file or a Hub id.",
         "Model",
         f"{DEFAULT_BASE}; {EMBEDDED_BASE} if the Hub is unreachable",
     )
@@ -684,7 +684,7 @@ class ModelOptions:
     """Select the base model and how it is loaded.
 
     Args:
-        base: a local folder or a Hub id; None means the base that the adapter names, else the default.
+        base: a local folder, a GGUF file or a Hub id; None means the base that the adapter names, else the default.
         revision: branch, tag or commit on the Hub.
         device: auto, cpu, cuda, cuda:N or mps.
         dtype: auto, float32, bfloat16, float16 or int8 (on a CPU, the same as `load_in` 8bit).

@@ -321,8 +321,13 @@ def _snapshot(repo: str, revision: str | None, *, cached_only: bool) -> Path:
     )
 
 
-def list_repo_files(repo: str, revision: str | None) -> tuple[str | None, dict[str, int]]:
+def list_repo_files(
+    repo: str, revision: str | None, needed: str = "cannot be fetched"
+) -> tuple[str | None, dict[str, int]]:
     """List the files of a model repo.
+
+    Args:
+        needed: the reason for the request, if the Hub is unreachable.
 
     Returns:
         The commit of the revision, and the size in bytes of each file by name.
@@ -333,7 +338,7 @@ def list_repo_files(repo: str, revision: str | None) -> tuple[str | None, dict[s
     from huggingface_hub import HfApi
 
     _check_revision(repo, revision)
-    ensure_reachable(repo, "cannot be fetched")
+    ensure_reachable(repo, needed)
     with hub_request(repo):
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
         return info.sha or revision, {file.rfilename: file.size or 0 for file in info.siblings or []}

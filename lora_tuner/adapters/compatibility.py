@@ -47,6 +47,8 @@ _VLLM_STACKED_EXPERTS = frozenset(
 )
 _VLLM_EXPERTS = ("down_proj", "gate_up_proj")  # parameters of which it needs both
 _RENAMED_BY_VLLM = ("qwen2_vl", "qwen2_5_vl")  # it moves `model.` under language_model itself
+_TEXT_PARTS = {"language_model", "text_model"}  # names of the text model in a wrapper
+_GGUF_SOURCE = re.compile(r"\(sha256 ([0-9a-f]{12})\)$")  # of a base that was converted from a GGUF file
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank; 8 also serves rank 1
 
 
@@ -110,6 +112,8 @@ def find_base_folder(adapter: Adapter) -> Path | None:
     folders: list[Path | None] = [Path(adapter.base).expanduser()] if adapter.base else []
     if adapter.base == EMBEDDED_BASE:
         folders += (atomic_io.cache_dir() / "bases").glob(f"{EMBEDDED_BASE}-*")
+    if adapter.manifest and (source := _GGUF_SOURCE.search(adapter.manifest.base.weights)):
+        folders.append(atomic_io.cache_dir() / "bases" / f"gguf-{source[1]}")
     with contextlib.suppress(LoraTunerError, ValueError):  # no valid name, such as a path
         folders.append(hub.cached_snapshot(repo, adapter.revision) if repo else None)
     return next((folder for folder in folders if folder and (folder / "config.json").is_file()), None)
@@ -118,6 +122,16 @@ def find_base_folder(adapter: Adapter) -> Path | None:
 def is_gpt2(adapter: Adapter) -> bool:
     """Check for layers of GPT-2, whose weights are stored transposed."""
     return any(llama_cpp.ARCHITECTURES["gpt2"].has_layer(module) for module in adapter.modules)
+
+
+def is_in_wrapper(module: str) -> bool:
+    """True for a layer of the text model in a multimodal wrapper, by its full name."""
+    return not _TEXT_PARTS.isdisjoint(module.split("."))
+
+
+def is_wrapper(base_config: BaseConfig) -> bool:
+    """True for the config of a checkpoint in which a text model is one part."""
+    return any(isinstance(base_config.get(key), dict) for key in _TEXT_CONFIGS)
 
 
 def vllm_rank(adapter: Adapter) -> int | None:
@@ -219,10 +233,9 @@ def _check_vllm_experts(
 def _outside_language_model(adapter: Adapter, base_config: BaseConfig) -> list[str]:
     """Layers that vLLM would not find, where the text model of the base is a part of another."""
     model_type = base_config.get("model_type")
-    wrapped = any(isinstance(base_config.get(key), dict) for key in _TEXT_CONFIGS)
-    if model_type in _RENAMED_BY_VLLM or not (wrapped or model_type in _MOUNTED_TEXT_MODELS):
+    if model_type in _RENAMED_BY_VLLM or not (is_wrapper(base_config) or model_type in _MOUNTED_TEXT_MODELS):
         return []
-    return [module for module in adapter.modules if "language_model" not in module.split(".")]
+    return [module for module in adapter.modules if not is_in_wrapper(module)]
 
 
 def _check_llama_cpp(
@@ -262,6 +275,15 @@ def _check_llama_cpp(
 def _check_peft(adapter: Adapter, name: str, base_config: BaseConfig | None, report: CompatibilityReport) -> None:
     """PEFT adapts the layers that its settings select, and silently drops the tensors of others."""
     rewrite = f"rewrite it (`python cli.py blend {name}=1 --name NEW`)"
+    if base_config is not None and is_wrapper(base_config):
+        whole = any(map(is_in_wrapper, adapter.modules))
+        classes = ("AutoModelForMultimodalLM", "AutoModelForCausalLM")
+        right, wrong = classes if whole else classes[::-1]
+        model = "the whole model" if whole else "the text model alone"
+        report.notes.append(
+            f"its layers are named as in {model}: load the base with {right}. On that of {wrong}, where it is another, PEFT "
+            "would apply nothing, without an error"
+        )
     targets, excluded = adapter.config.get("target_modules"), adapter.config.get("exclude_modules")
     if targets == "all-linear" and "lm_head" in adapter.targets:
         report.errors.append(

@@ -181,14 +181,16 @@ def _format_coverage(run: RunInfo) -> str:
 
 def _usage_section(adapter: Adapter, name: str, base: str) -> str:
     """Examples for the tools that can load the adapter, and the reasons for those that cannot."""
+    whole = any(map(compatibility.is_in_wrapper, adapter.modules))
+    auto_class = "AutoModelForMultimodalLM" if whole else "AutoModelForCausalLM"
     text = f"""
 With PEFT:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained({base!r})
+base = {auto_class}.from_pretrained({base!r})
 tokenizer = AutoTokenizer.from_pretrained({base!r})
 model = PeftModel.from_pretrained(base, "path/to/{name}")
 inputs = tokenizer("Once", return_tensors="pt")
@@ -198,9 +200,9 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0]))
 With transformers, which calls PEFT:
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import {auto_class}
 
-model = AutoModelForCausalLM.from_pretrained({base!r})
+model = {auto_class}.from_pretrained({base!r})
 model.load_adapter("path/to/{name}")
 ```
 """

@@ -28,7 +28,7 @@ def inspect_environment() -> dict[str, object]:
     import torch
 
     from ..data import sources
-    from ..models import loading, memory, native, resolve
+    from ..models import gguf_base, loading, memory, native, resolve
 
     kernels, problem = native.load_kernels()
     device = loading.choose_device("auto")
@@ -39,7 +39,7 @@ def inspect_environment() -> dict[str, object]:
             hub_problem,
             f"The Hub is unreachable: {hub_problem}. The bases and data listed here work without it.",
         ),
-        (hub_problem and not bases, resolve.INSTALL_EMBEDDED + "."),
+        (hub_problem and not bases, gguf_base.INSTALL_EMBEDDED + "."),
         (
             not hub_problem and DEFAULT_BASE not in bases,
             f"{DEFAULT_BASE} will be downloaded from the Hub by the first training run.",

@@ -23,7 +23,8 @@ from ..adapters.adapter import (
 from ..adapters.library import Library
 from ..adapters.manifest import Manifest, utc_timestamp
 from ..errors import AdapterError, EventHandler, Notice, ignore_events
-from ..models.resolve import find_adapter_base, find_base, layer_sizes_in_files
+from ..models.layers_in_files import layer_sizes_in_files
+from ..models.resolve import find_adapter_base, find_base
 
 
 def adopt(

@@ -23,9 +23,9 @@ from ..data.splitting import content_hash
 from ..errors import AdapterError, EventHandler, Notice
 from ..evaluation import EvalSet, HeldOutLoss
 from ..models import delta, loading, lora
+from ..models.base_files import BaseModelFiles
 from ..models.delta import Deltas
 from ..models.loading import LoadedBase
-from ..models.resolve import BaseModelFiles
 from ..text import format_names
 from . import verify
 from .verify import OutputComparison
@@ -95,7 +95,8 @@ def open_shared_base(
     options.require_default("dtype", "load_in", why="the result is computed in float32")
     files = loading.base_for_adapter(adapters[0] if adapters else None, options)
     check_keeps_base(out, files, adapters, is_adapter=is_adapter)
-    base = loading.load_base(files, replace(options, dtype="float32", load_in=files.quantization or "full"))
+    options_of_base = replace(options, dtype="float32", load_in=files.quantization or "full")
+    base = loading.load_base(files, options_of_base, layers=adapters[0].modules)
     if base.load_in != "full":
         options.notify(
             Notice(f"The weights of {files.name} are saved in {base.load_in}: dequantized to float32.")

@@ -20,8 +20,8 @@ from ..config import ModelOptions
 from ..data.chat_template import turn_end_ids
 from ..errors import AdapterError, ConfigError
 from ..models import loading, lora
+from ..models.base_files import loading_errors
 from ..models.layers_in_files import layer_sizes_in_files
-from ..models.resolve import loading_errors
 from ..models.tokenizer import TokenizedBase, load_adapter_tokenizer, load_tokenizer
 from . import gguf_settings
 from .common import check_keeps_base, check_output_path, is_gguf

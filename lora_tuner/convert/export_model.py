@@ -23,7 +23,7 @@ from ..data.tokenization import TokenIds
 from ..errors import AdapterError, ConfigError, EventHandler, Notice
 from ..evaluation import EvalSet, HeldOutLoss, paired_gain
 from ..models import loading
-from ..models.resolve import quiet_transformers
+from ..models.base_files import quiet_transformers
 from . import verify
 from .common import (
     check_keeps_base,

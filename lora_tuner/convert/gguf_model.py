@@ -23,7 +23,7 @@ from .. import atomic_io
 from ..adapters import llama_cpp
 from ..adapters.llama_cpp import GgufArchitecture
 from ..errors import BaseModelError, ConfigError, EventHandler, Notice, ignore_events
-from ..models.resolve import quiet_transformers
+from ..models.base_files import quiet_transformers
 from ..models.stored_weights import read_stored_tensors, weight_files
 from . import gguf_settings
 from .gguf_tokenizer import add_tokenizer, model_name

@@ -16,7 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ..adapters import llama_cpp
 from ..adapters.llama_cpp import GgufArchitecture
 from ..errors import EventHandler, Notice
-from ..models.resolve import quiet_transformers
+from ..models.base_files import quiet_transformers
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from .. import atomic_io
 from ..adapters.adapter import Adapter
@@ -15,9 +15,9 @@ from ..data.chat_template import turn_end_ids
 from ..data.tokenization import TokenIds
 from ..errors import AdapterError, ConfigError
 from ..evaluation import EvalSet, HeldOutLoss
-from ..models import lora
+from ..models import loading, lora
+from ..models.base_files import quiet_transformers
 from ..models.memory import choose_dtype
-from ..models.resolve import quiet_transformers
 from ..models.tokenizer import load_adapter_tokenizer
 from . import verify
 from .common import check_output_path, distinct_eval_sets, encode_eval_sets, open_shared_base
@@ -101,7 +101,9 @@ def merge(
         original = AutoTokenizer.from_pretrained(base.files.folder, trust_remote_code=False)
         (own_tokenizer or original).save_pretrained(folder)
         try:
-            reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+            reloaded = loading.auto_class(model.config).from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True
+            )
         except ValueError as error:  # the text part of Mllama is no model of its own
             why = str(error).splitlines()[0]
             raise AdapterError(

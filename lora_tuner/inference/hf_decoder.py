@@ -18,9 +18,9 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from ..models.base_files import quiet_transformers
 from ..models.experts import ExpertWeights
 from ..models.loading import LoadedBase
-from ..models.resolve import quiet_transformers
 from .multi_lora import LayerHook, LoadedAdapter, MultiLora
 
 

@@ -9,7 +9,7 @@ Nothing here imports torch.
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +68,29 @@ def weights_hash(folder: Path, notify: EventHandler) -> str:
     unchanged.
     """
     paths = stored_weights.weight_files(folder)
+
+    def compute() -> str:
+        tensors = {name: digest for path in paths for name, digest in stored_weights.tensor_hashes(path)}
+        return hashlib.sha256(json.dumps(sorted(tensors.items())).encode()).hexdigest()
+
+    return _cached_hash(folder, paths, compute, notify)
+
+
+def file_hash(path: Path, notify: EventHandler) -> str:
+    """sha256 of a large file, from the user's cache where it is unchanged."""
+    return _cached_hash(path, [path], lambda: atomic_io.sha256_file(path), notify)
+
+
+def _cached_hash(place: Path, paths: list[Path], compute: Callable[[], str], notify: EventHandler) -> str:
+    """The hash of the files at a place, computed again if their size, time or inode has changed."""
     files = [(path.name, path.stat()) for path in paths]
     identity = [[name, file.st_size, file.st_mtime_ns, file.st_ino] for name, file in files]
-    folder_hash = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
-    cache = atomic_io.cache_dir() / "fingerprints" / f"{folder_hash}-2.json"
+    place_hash = hashlib.sha256(str(place.resolve()).encode()).hexdigest()
+    cache = atomic_io.cache_dir() / "fingerprints" / f"{place_hash}-2.json"
     cached = atomic_io.read_cache(cache, notify)
     if isinstance(cached, dict) and cached["identity"] == identity:
         return str(cached["weights"])
-    tensors = {name: digest for path in paths for name, digest in stored_weights.tensor_hashes(path)}
-    weights = hashlib.sha256(json.dumps(sorted(tensors.items())).encode()).hexdigest()
+    weights = compute()
     atomic_io.write_cache(cache, {"identity": identity, "weights": weights})
     return weights
 

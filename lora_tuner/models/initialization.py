@@ -24,12 +24,12 @@ from ..data.packing import PackedSequences
 from ..data.tokenization import TokenIds
 from ..errors import ConfigError
 from . import fsdp
+from .base_files import quiet_transformers
 from .delta import LoraDelta
 from .experts import ExpertWeights
 from .loading import LoadedBase
 from .lora import ADAPTER_NAME
 from .quantization import dense_weight
-from .resolve import quiet_transformers
 
 EVA_BATCHES = 4  # batches of text that EVA takes the inputs of each layer from
 EVA_CONVERGED = 0.9  # cosine similarity between batches; PEFT's 0.99 takes minutes

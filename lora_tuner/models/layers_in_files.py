@@ -24,7 +24,7 @@ _PROJECTIONS = {
 
 
 class _Files(Protocol):
-    """Files of a base (`resolve.BaseModelFiles`)."""
+    """Files of a base (`base_files.BaseModelFiles`)."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]: ...

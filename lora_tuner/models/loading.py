@@ -5,34 +5,34 @@ an error. Limit: nothing that a repo brings as code is ever run.
 """
 
 import copy
-import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
-from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from ..adapters.adapter import Adapter
+from ..adapters.compatibility import is_in_wrapper
 from ..config import ModelOptions
 from ..data import tokenization
 from ..data.tokenization import TokenIds
 from ..errors import BaseModelError, EventHandler, Notice
-from . import fsdp, kernels, memory, quantization
+from . import fsdp, kernels, memory, positions, quantization, unsupported
+from .base_files import BaseModelFiles, loading_errors, quiet_transformers
 from .probe import probe_layers
-from .resolve import BaseModelFiles, find_adapter_base, find_base, loading_errors, quiet_transformers
+from .resolve import find_adapter_base, find_base
 from .targets import linear_layers
 from .tokenizer import TokenizedBase, load_tokenizer
 
-NO_LIMIT = 2**31  # context length of a base without one
-# Names of the context length in configs. `max_length` and windows of attention are other things.
-_CONTEXT_NAMES = (
-    "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "max_seq_length",
-    "seq_length", "seq_len",
-)  # fmt: skip
 # transformers applies an adapter that lies in the folder of a base. Below a file there is none.
 _NO_ADAPTER = {"subfolder": "config.json"}
 _BNB_CPU_REPACKING = "support_avx512bf16_for_cpu"  # attribute of bitsandbytes' 4-bit layers
@@ -46,7 +46,7 @@ class LoadedBase(TokenizedBase):
     device: torch.device
     dtype: torch.dtype
     load_in: str = "full"  # or the quantization of its linear layers: 8bit, 4bit
-    max_context: int = NO_LIMIT  # longest sequence in tokens; very large where there is no limit
+    max_context: int = positions.NO_LIMIT  # longest sequence in tokens; very large where there is no limit
 
     @property
     def vocab_size(self) -> int:
@@ -92,7 +92,7 @@ def open_base(
     files = base_for_adapter(adapter, options)
     if training:
         options = replace(options, dtype=memory.training_dtype(files, choose_device(options.device), options))
-    return load_base(files, options, training=training)
+    return load_base(files, options, training=training, layers=adapter.modules if adapter else ())
 
 
 def base_for_adapter(adapter: Adapter | None, options: ModelOptions = ModelOptions()) -> BaseModelFiles:
@@ -103,7 +103,11 @@ def base_for_adapter(adapter: Adapter | None, options: ModelOptions = ModelOptio
 
 
 def load_base(
-    files: BaseModelFiles, options: ModelOptions = ModelOptions(), *, training: bool = False
+    files: BaseModelFiles,
+    options: ModelOptions = ModelOptions(),
+    *,
+    training: bool = False,
+    layers: Collection[str] = (),
 ) -> LoadedBase:
     """Load model and tokenizer into memory.
 
@@ -112,12 +116,13 @@ def load_base(
 
     Args:
         training: quantize by bitsandbytes, whose products have gradients, on a CPU too.
+        layers: those of an adapter (`auto_class`).
 
     Raises:
         BaseModelError: the files are not a causal language model, lack weights, or do not fit into
             memory.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     device = choose_device(options.device)
     if options.dtype == "int8":
@@ -137,13 +142,15 @@ def load_base(
     if shards := sorted(files.folder.glob("shard-*-model-*.safetensors")):
         raise BaseModelError(f"{shards[0]} belongs to a distributed checkpoint: move such files elsewhere.")
     with quiet_transformers(), loading_errors(files):
+        if problem := unsupported.why_unknown_type(files.config()):
+            raise BaseModelError(f"The base {files.name} cannot be loaded: {problem}.")
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
         config.transformers_weights = None  # only `model.safetensors` and its shards are the base
         if files.quantization == "4bit":
             config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
         model, loading_info = cast(
             tuple[PreTrainedModel, dict[str, Collection[Any]]],
-            AutoModelForCausalLM.from_pretrained(
+            auto_class(config, layers).from_pretrained(
                 files.folder,
                 config=config,
                 adapter_kwargs=_NO_ADAPTER,
@@ -178,7 +185,7 @@ def load_base(
         probe.check("on text alone")
         quantization.quantize(model, options.load_in, keep=probe.read)
     is_sharded = fsdp.shard_count() > 1  # then a forward pass waits for all processes
-    max_context = _set_positions(model) if is_sharded else NO_LIMIT
+    max_context = positions.set_positions(model) if is_sharded else positions.NO_LIMIT
     if load_in == "full":
         fsdp.place_or_shard(model, device)
     for layer in model.modules():
@@ -188,9 +195,28 @@ def load_base(
     if load_in != "full":
         _adapt_quantized_layers(model, dtype, is_saved_quantized=files.quantization is not None)
     if not is_sharded:  # on its device, which is faster
-        max_context = _set_positions(model)
+        max_context = positions.set_positions(model)
     load_in = options.load_in if in_place else load_in
     return LoadedBase(files, tokenizer, model, device, dtype, load_in, max_context)
+
+
+def auto_class(config: PreTrainedConfig, layers: Collection[str] = ()) -> type[_BaseAutoModelClass]:
+    """The class that loads a model: whole, where the checkpoint is a wrapper of a text model.
+
+    Then the layers have the names of the wrapper, which vLLM expects of an adapter (vllm#48019).
+    transformers gives the text model of some wrappers as the causal language model, of others none.
+
+    Args:
+        layers: those of an adapter; with names of the text model alone, that is loaded.
+    """
+    from transformers.models.auto import modeling_auto
+
+    wrapper = modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(config.model_type)
+    text_model = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    is_text = config.architectures == [text_model] or (layers and not any(map(is_in_wrapper, layers)))
+    if wrapper is None or (is_text and text_model is not None):
+        return AutoModelForCausalLM
+    return modeling_auto.AutoModelForMultimodalLM
 
 
 def choose_device(name: str) -> torch.device:
@@ -251,70 +277,6 @@ def _adapt_quantized_layers(model: PreTrainedModel, dtype: torch.dtype, *, is_sa
         quantization.dequantize_layers(model, new, dtype)
         done |= new
     probe.check("with quantized weights", "" if is_saved_quantized else ". Use --load-in full.")
-
-
-def _set_positions(model: PreTrainedModel) -> int:
-    """Make explicit position ids count from 0, and return the longest sequence in tokens.
-
-    RoBERTa counts from 1 or more, but takes position ids as rows of its table.
-    """
-    config = model.config.get_text_config()
-    stated = [getattr(config, name, None) for name in _CONTEXT_NAMES]
-    limit = next((value for value in stated if isinstance(value, int) and value > 0), NO_LIMIT)
-    if sum(isinstance(module, torch.nn.Embedding) for module in model.modules()) < 2:
-        return limit
-    tables = _look_up_positions(model)
-    if not tables:
-        return limit
-    first = min(first for first, _ in tables)
-    if first and "position_ids" in inspect.signature(model.forward).parameters:
-        explicit = _look_up_positions(model, position_ids=torch.arange(3, device=model.device)[None])
-        if shift := first - min((row for row, _ in explicit), default=first):
-            model.register_forward_pre_hook(partial(_shift_positions, shift), with_kwargs=True)
-    return min(rows - first for first, rows in tables)
-
-
-def _shift_positions(
-    shift: int, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward hook that adds to the position ids, where they are given."""
-    positions = kwargs.get("position_ids")
-    return args, kwargs if positions is None else kwargs | {"position_ids": positions + shift}
-
-
-def _look_up_positions(model: PreTrainedModel, **inputs: torch.Tensor) -> list[tuple[int, int]]:
-    """First row and number of rows of the tables that a model looks up three positions in."""
-    vocabulary = model.get_input_embeddings().get_parameter("weight")
-    # Ids that do not ascend, as positions do.
-    token_ids = torch.tensor([[3, 1, 2]], device=vocabulary.device) + len(vocabulary) // 2
-    tables = _PositionTables()
-    with quiet_transformers(), torch.no_grad(), tables:
-        model(input_ids=token_ids, use_cache=False, **inputs)
-    return tables.found
-
-
-class _PositionTables(TorchFunctionMode):
-    """First row and number of rows of each embedding that is looked up at ascending positions.
-
-    OPT, BART and RoBERTa begin at a row other than 0.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[tuple[int, int]] = []
-
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if function is F.embedding:
-            rows, weight = args[0].flatten().tolist(), args[1]
-            if rows == [rows[0], rows[0] + 1, rows[0] + 2]:
-                self.found.append((rows[0], len(weight)))
-        return function(*args, **(kwargs or {}))
 
 
 def _available_devices() -> list[str]:

@@ -26,8 +26,8 @@ from ..config import ModelOptions, TrainConfig
 from ..errors import AdapterError, ConfigError, Notice, WrongBaseError, is_out_of_memory
 from ..text import format_names
 from . import fsdp, kernels
+from .base_files import quiet_transformers
 from .loading import LoadedBase
-from .resolve import quiet_transformers
 from .targets import (
     Layer,
     TargetModules,

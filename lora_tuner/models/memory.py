@@ -21,7 +21,7 @@ import torch
 from ..config import ModelOptions
 from ..errors import BaseModelError, EventHandler, Notice
 from . import fsdp
-from .resolve import BaseModelFiles, loading_errors
+from .base_files import BaseModelFiles, loading_errors
 
 Precision = tuple[torch.dtype, str]  # dtype of the weights, and full, 8bit or 4bit
 

@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from ..errors import BaseModelError, is_out_of_memory
+from .base_files import quiet_transformers
 from .experts import ExpertWeights
-from .resolve import quiet_transformers
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from ..adapters.expert_names import file_names
 from ..errors import ConfigError
 from ..text import format_coverage, format_names
+from .base_files import quiet_transformers
 from .experts import ExpertWeights, expert_counts, expert_weights, why_not_adaptable
 from .layers import Layer as Layer
 from .layers import LinearLayer as LinearLayer
@@ -29,7 +30,6 @@ from .layers import layer_sizes as layer_sizes
 from .layers import linear_layers as linear_layers
 from .layers import weight_count as weight_count
 from .probe import Probe, expert_group, probe_layers
-from .resolve import quiet_transformers
 
 NEVER_RUN, NOT_LINEAR = "never run on text", "not linear layers"
 ROUTER = "chooses the experts"

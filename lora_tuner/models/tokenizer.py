@@ -21,7 +21,7 @@ from ..adapters.manifest import SCHEMA_VERSION, BaseInfo
 from ..config import ModelOptions
 from ..errors import AdapterError, BaseModelError, Notice
 from . import identity
-from .resolve import BaseModelFiles, loading_errors, quiet_transformers
+from .base_files import BaseModelFiles, loading_errors, quiet_transformers
 
 TEMPLATE_FILE, SETTINGS_FILE, VOCABULARY_FILE = "chat_template.jinja", "tokenizer_config.json", "tokenizer.json"
 _MAX_BYTES = 64_000_000  # of a file; tokenizers have up to 35 MB

@@ -21,8 +21,8 @@ from ..config import DEFAULT_MAX_MINUTES, TrainConfig
 from ..data import packing, tokenization
 from ..errors import EventHandler, Notice, Progress, TrainingError
 from ..models import fsdp, lora
+from ..models.base_files import quiet_transformers
 from ..models.memory import free_memory
-from ..models.resolve import quiet_transformers
 from .inputs import TrainingInputs
 
 MEMORY_SLACK = 1.15  # process memory per byte that a step keeps; 1.2 to 1.6 were measured

@@ -29,7 +29,7 @@ from ..data.tokenization import encoded_hash
 from ..errors import ConfigError, EventHandler, Notice, Progress, ignore_events
 from ..evaluation import EvalSet, HeldOutLoss, gain_on
 from ..models import fsdp, fused_blocks, initialization, kernels, lora
-from ..models.resolve import quiet_transformers
+from ..models.base_files import quiet_transformers
 from ..text import describe_coverage
 from . import profiling
 from .inputs import TrainingInputs, dtype_name, load_inputs

@@ -25,8 +25,9 @@ from lora_tuner.convert.merge import merge
 from lora_tuner.errors import BaseModelError, HubError, Notice, WrongBaseError
 from lora_tuner.inference.multi_lora import MultiLora
 from lora_tuner.models import lora
+from lora_tuner.models.base_files import BaseModelFiles
 from lora_tuner.models.loading import load_base
-from lora_tuner.models.resolve import BaseModelFiles, find_base
+from lora_tuner.models.resolve import find_base
 
 from .. import adapter_files, tiny_models
 from ..adapters.test_library import HEAVY, INVALID_NAME, loaded_by, refusal, tree

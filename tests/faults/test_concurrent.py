@@ -28,6 +28,7 @@ from lora_tuner.errors import AdapterError, GenerationError
 from lora_tuner.inference.cpu_decoder import CpuDecoder
 from lora_tuner.inference.generator import GenerationOutput
 
+from .. import gguf_base
 from .process import Command, CommandResult, contents, unchanged
 
 Start = Callable[..., Command]
@@ -428,32 +429,25 @@ def test_threads_share_one_generator(
     assert len(outputs) > 60
 
 
-def unpack_together(model: Path, started: Path) -> None:
+def unpack_together(file: Path, started: Path) -> None:
     """Run in a command's process: two processes start to unpack a tiny embedded base before either ends."""
-    import transformers
+    from lora_tuner.models import gguf_base as module
 
-    from lora_tuner.models import resolve
+    load = module._load
 
-    file = model / "tiny.Q4_1.gguf"
-    resolve._embedded_gguf = lambda: (file, "1.0")
-    for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+    def load_together(*arguments: Any) -> Any:
+        loaded = load(*arguments)
+        started.touch()
+        while len(list(started.parent.glob("unpacking-*"))) < 2:
+            time.sleep(0.005)
+        return loaded
 
-        def load(folder: Any, *arguments: Any, real: Any = kind.from_pretrained, **options: Any) -> Any:
-            is_gguf = options.pop("gguf_file", None) is not None
-            loaded = real(folder, *arguments, **options)
-            if is_gguf and hasattr(loaded, "config"):
-                loaded.config.quantization_config = {}
-                started.touch()
-                while len(list(started.parent.glob("unpacking-*"))) < 2:
-                    time.sleep(0.005)
-            return loaded
-
-        kind.from_pretrained = load
+    module.embedded_gguf = lambda: (file, "1.0")
+    module._load = load_together
 
 
-def test_processes_unpack_base_at_once(start: Start, gpt2: Path, tmp_path: Path) -> None:
-    model = shutil.copytree(gpt2, tmp_path / "package")
-    (model / "tiny.Q4_1.gguf").write_bytes(b"GGUF")
+def test_processes_unpack_base_at_once(start: Start, llama: Path, tmp_path: Path) -> None:
+    file = gguf_base.convert(llama, tmp_path / "tiny.Q4_1.gguf")
     command = (
         "generate",
         "--base",
@@ -463,12 +457,12 @@ def test_processes_unpack_base_at_once(start: Start, gpt2: Path, tmp_path: Path)
         "8",
         "the actor",
     )
-    hooks = [functools.partial(unpack_together, model, tmp_path / f"unpacking-{letter}") for letter in "ab"]
+    hooks = [functools.partial(unpack_together, file, tmp_path / f"unpacking-{letter}") for letter in "ab"]
     running = [start(*command, before=hook) for hook in hooks]
     ended = [process.end() for process in running]
     assert [result.status for result in ended] == [0, 0], ended[0].err + ended[1].err
     text = (
-        Generator(options=ModelOptions(base=str(gpt2), device="cpu"))
+        Generator(options=ModelOptions(base=str(llama), device="cpu"))
         .generate("the actor", SamplingParams(greedy=True, max_new_tokens=8))
         .text
     )

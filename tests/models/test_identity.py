@@ -15,8 +15,9 @@ from lora_tuner import ModelOptions, TrainConfig, atomic_io, evaluation, resume,
 from lora_tuner.adapters.adapter import MANIFEST_FILE, Adapter, load_adapter_folder
 from lora_tuner.errors import Notice, TrainingError, WrongBaseError
 from lora_tuner.models import identity, lora
+from lora_tuner.models.base_files import BaseModelFiles
 from lora_tuner.models.loading import LoadedBase, load_base
-from lora_tuner.models.resolve import BaseModelFiles, find_base
+from lora_tuner.models.resolve import find_base
 
 from .. import adapter_files, model_families, tiny_models
 

@@ -6,7 +6,8 @@ import torch
 from lora_tuner import ModelOptions, SamplingParams, evaluation, train
 from lora_tuner.errors import ContextLengthError, TrainingError
 from lora_tuner.inference.generator import EncodedPrompt, Generator
-from lora_tuner.models.loading import NO_LIMIT, load_base
+from lora_tuner.models.loading import load_base
+from lora_tuner.models.positions import NO_LIMIT
 from lora_tuner.models.resolve import find_base
 
 from ..model_families import CONTEXT, save_family

@@ -15,12 +15,12 @@ from lora_tuner import Generator, Library, ModelOptions, Notice, atomic_io, trai
 from lora_tuner.adapters.adapter import RUN_FILE
 from lora_tuner.cli.app import app
 from lora_tuner.errors import BaseModelError, HubError
-from lora_tuner.models import loading, lora, resolve
+from lora_tuner.models import base_files, layers, loading, lora, resolve
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
 from lora_tuner.settings_files import read_settings
 
-from .. import adapter_files, tiny_models
+from .. import adapter_files, gguf_base, tiny_models
 
 WEIGHTS = "model.safetensors"
 
@@ -46,8 +46,8 @@ def test_named_base_is_never_substituted():
 
 
 def test_default_base_falls_back_with_notice(monkeypatch):
-    embedded = resolve.BaseModelFiles("smollm2-135m", "owner/name", Path(), None, "a file")
-    monkeypatch.setattr(resolve, "_resolve_embedded", lambda revision, notify: embedded)
+    embedded = base_files.BaseModelFiles("smollm2-135m", "owner/name", Path(), None, "a file")
+    monkeypatch.setattr(resolve.gguf_base, "open_embedded", lambda notify: embedded)
     events = []
     assert find_base(None, notify=events.append) is embedded
     assert events == [
@@ -80,7 +80,8 @@ def test_incomplete_folders_are_refused(tmp_path, gpt2):
     shutil.copytree(gpt2, tmp_path / "pickled")
     (tmp_path / "pickled" / WEIGHTS).rename(tmp_path / "pickled" / "pytorch_model.bin")
     with pytest.raises(
-        BaseModelError, match=r"The folder pickled is not a model: it has no safetensors weights\."
+        BaseModelError,
+        match=r"The folder pickled is not a model: it has no safetensors weights\. Pickled ones",
     ):
         find_base("pickled")
     shutil.copytree(gpt2, tmp_path / "cut")
@@ -117,10 +118,10 @@ def test_fingerprint_ignores_split_into_files(tmp_path, gpt2):
 def test_fingerprint_is_cached_until_files_change(tmp_path, gpt2, monkeypatch):
     shutil.copytree(gpt2, tmp_path / "base")
     first = find_base("base").fingerprint
-    hash_again = resolve.stored_weights.tensor_hashes
-    monkeypatch.setattr(resolve.stored_weights, "tensor_hashes", lambda path: pytest.fail("hashed again"))
+    hash_again = base_files.stored_weights.tensor_hashes
+    monkeypatch.setattr(base_files.stored_weights, "tensor_hashes", lambda path: pytest.fail("hashed again"))
     assert find_base("base").fingerprint == first
-    monkeypatch.setattr(resolve.stored_weights, "tensor_hashes", hash_again)
+    monkeypatch.setattr(base_files.stored_weights, "tensor_hashes", hash_again)
     tiny_models.save_model(tmp_path / "base", "gpt2", seed=3)
     assert find_base("base").fingerprint != first
 
@@ -138,21 +139,17 @@ def test_damaged_fingerprint_cache_is_made_again(gpt2, tmp_path, monkeypatch, da
     assert notices == [Notice(f"{cache} is damaged: what it held is made again.")]
 
 
+@pytest.fixture(scope="session")
+def tiny_gguf(llama, tmp_path_factory):
+    return gguf_base.convert(llama, tmp_path_factory.mktemp("gguf") / "tiny.Q4_1.gguf")
+
+
 @pytest.fixture
-def embedded(gpt2, tmp_path, monkeypatch):
+def embedded(tiny_gguf, tmp_path, monkeypatch):
     """Put a package with a tiny base in the place of the embedded one; returns its unpacked folder."""
-    (tmp_path / "tiny.Q4_1.gguf").write_bytes(b"GGUF")
+    path = Path(shutil.copyfile(tiny_gguf, tmp_path / tiny_gguf.name))
     monkeypatch.setenv("LORA_TUNER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(resolve, "_embedded_gguf", lambda: (tmp_path / "tiny.Q4_1.gguf", "1.0"))
-    for kind in (AutoModelForCausalLM, AutoTokenizer):
-
-        def load(folder, *, real=kind.from_pretrained, gguf_file=None, **options):
-            loaded = real(gpt2, **options)
-            if hasattr(loaded, "config"):
-                loaded.config.quantization_config = {}
-            return loaded
-
-        monkeypatch.setattr(kind, "from_pretrained", load)
+    monkeypatch.setattr(resolve.gguf_base, "embedded_gguf", lambda: (path, "1.0"))
     return find_base("smollm2-135m").folder
 
 
@@ -187,7 +184,9 @@ def test_fingerprint_of_unpacked_base_is_of_its_source(embedded, tmp_path):
         after.fingerprint,
         after.tokenizer_hash((), is_fast=True),
     )
-    (tmp_path / "tiny.Q4_1.gguf").write_bytes(b"OTHR")
+    path = tmp_path / "tiny.Q4_1.gguf"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert find_base("smollm2-135m").fingerprint != before.fingerprint
 
 
@@ -326,7 +325,7 @@ def test_side_files_of_a_base_change_nothing(tmp_path, model_folder, monkeypatch
     else:
         folder = tmp_path / "base"
     shutil.copytree(model_folder, folder)
-    add_side_files(folder, *next(iter(lora.layer_sizes(lora.linear_layers(plain.model)).items())))
+    add_side_files(folder, *next(iter(layers.layer_sizes(layers.linear_layers(plain.model)).items())))
     name, notices = "owner/name" if from_hub else "base", []
     options = ModelOptions(base=name, device="cpu", notify=lambda notice: notices.append(notice.text))
     base = loading.open_base(None, options)

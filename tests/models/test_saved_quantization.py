@@ -13,8 +13,9 @@ from lora_tuner import Generator, Library, ModelOptions, SamplingParams, blend, 
 from lora_tuner.convert.export_gguf import to_gguf
 from lora_tuner.errors import BaseModelError
 from lora_tuner.models import memory
+from lora_tuner.models.layers_in_files import layer_sizes_in_files
 from lora_tuner.models.loading import dequantize, load_base
-from lora_tuner.models.resolve import find_base, layer_sizes_in_files
+from lora_tuner.models.resolve import find_base
 
 from .. import tiny_models
 
