@@ -470,10 +470,10 @@ def test_adopted_experts_say_their_coverage(bases, kind, make):
     targets = describe_targets(load(bases[kind]).model, adapter.modules)
     text = f"{format_coverage(targets.coverage)} of the block weights"
     assert known_coverage(adapter) == text
-    result = run("adapters", "adopt", str(adapter.path), "--name", "mine", "--base", str(bases[kind]))
+    result = run("adapters", "adopt", str(adapter.path), "--base", str(bases[kind]))
     assert f"The adapter covers {text}." in result.stderr
-    assert text in run("adapters", "show", "mine").stdout
-    assert json.loads(run("adapters", "show", "mine", "--json").stdout)["covers"] == text
+    assert text in run("adapters", "show", "one").stdout
+    assert json.loads(run("adapters", "show", "one", "--json").stdout)["covers"] == text
 
 
 def test_coverage_without_base_is_unknown(make):
