@@ -94,12 +94,12 @@ def convert(folder, out):
 class LlamaCpp:
     """llama.cpp with a base and at most one adapter, in float32 and without flash attention."""
 
-    def __init__(self, base, adapter=None):
+    def __init__(self, base, adapter=None, context=tiny_models.CONTEXT):
         import xllamacpp
 
         params = xllamacpp.CommonParams()
         params.model.path = str(base)
-        params.n_ctx, params.n_parallel, params.verbosity = tiny_models.CONTEXT, 1, -1
+        params.n_ctx, params.n_parallel, params.verbosity = context, 1, -1
         params.warmup = params.fit_params = False
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32

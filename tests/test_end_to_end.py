@@ -185,7 +185,7 @@ def test_embedded_base_matches_llama_cpp(user, smollm2, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["imdb", "LORA_TUNER_TEST_MODEL"])
+@pytest.mark.parametrize("name", ["imdb", "LORA_TUNER_SECOND_BASE"])
 def test_real_model_in_gguf_generates_the_same(user, cli, tmp_path, name):
     """The merged embedded base, and the model folder that a variable names: 64 tokens over float16."""
     pytest.importorskip("xllamacpp")

@@ -41,8 +41,8 @@ class ChatFormat:
         before_answer: the text before an answer in the history.
         after_answer: the text after it.
         generation: the text at the end, after which the model answers.
-        adds_bos: the chat template begins with the beginning-of-text token. It is not in the texts,
-            because llama.cpp adds it.
+        adds_bos: the tokenizer adds the beginning-of-text token, and the chat template begins with it.
+            It is not in the texts, because llama.cpp adds it.
     """
 
     before_user: Mapping[_Case, tuple[str, ...]]
@@ -220,9 +220,10 @@ class _Gaps:
         later = [text[0] for (_, is_first, _), text in self.users.items() if not is_first]
         after_user = self._closing(_marked(1, with_system=False), [answer, end])
         after_answer = self._closing(_marked(2, with_system=False)[:2], later)
-        bos = self.tokenizer.bos_token or ""
+        bos = str(self.tokenizer.bos_token)
         first = [text[0] for (_, is_first, _), text in self.users.items() if is_first]
-        adds_bos = bool(bos) and all(text.startswith(bos) for text in first)
+        by_tokenizer = self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
+        adds_bos = by_tokenizer and all(text.startswith(bos) for text in first)
         before_user = {}
         for case, text in self.users.items():
             start = bos if case[1] and adds_bos else ""

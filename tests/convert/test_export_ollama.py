@@ -16,6 +16,7 @@ from lora_tuner.errors import AdapterError
 
 from .. import gguf_base, ollama
 from ..cli.test_commands import run
+from .test_go_template import add_bos
 
 GREEDY = SamplingParams(greedy=True, max_new_tokens=8, repetition_penalty=1.0)
 TEMPLATE = (
@@ -120,6 +121,22 @@ def test_answers_without_end_token_stop_at_question(plain, tmp_path):
     tokenizer.save_pretrained(base)
     folder = export_ollama(None, tmp_path / "out", options=ModelOptions(base=str(base)))
     assert folder.stops == ["<|endoftext|>", "### user:"]
+
+
+@pytest.mark.parametrize("bos", ["{{ bos_token }}", ""])
+def test_bos_follows_chat_template(plain, tmp_path, bos):
+    base = shutil.copytree(plain, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    add_bos(tokenizer)
+    tokenizer.chat_template = bos + TEMPLATE.removeprefix("{{ bos_token }}")
+    tokenizer.save_pretrained(base)
+    notices = []
+    options = ModelOptions(base=str(base), notify=lambda event: notices.append(getattr(event, "text", "")))
+    folder = export_ollama(None, tmp_path / "out", options=options)
+    fields = gguf.GGUFReader(folder.path / "model.gguf").fields
+    assert fields["tokenizer.ggml.add_bos_token"].contents() == bool(bos)
+    assert folder.template.startswith("{{ if $.System }}<|system|>")
+    assert [text for text in notices if "tokens" in text] == []
 
 
 def test_adapter_over_base_is_measured(adapter, tmp_path):

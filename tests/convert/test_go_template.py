@@ -3,10 +3,11 @@
 import functools
 
 import pytest
+from tokenizers import processors
 
 from lora_tuner.convert.go_template import derive_chat_format, example_conversations
 from lora_tuner.data.chat_template import apply_template
-from lora_tuner.errors import AdapterError
+from lora_tuner.errors import AdapterError, ignore_events
 
 from .. import ollama, tiny_models
 
@@ -61,9 +62,17 @@ TEMPLATES = {
 }
 
 
+def add_bos(tokenizer):
+    """Let a tokenizer put the beginning-of-text token before each text."""
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{tiny_models.END} $A", special_tokens=[(tiny_models.END, 0)]
+    )
+
+
 @pytest.fixture(scope="module")
 def derive():
     tokenizer = tiny_models.tokenizer()
+    add_bos(tokenizer)
 
     @functools.cache
     def with_template(template):
@@ -103,6 +112,12 @@ def test_chatml_go_template_is_plain(derive):
 
 
 def test_bos_is_left_to_llama_cpp(derive):
+    """Where the tokenizer adds it too; else it stays in the template, as ChatML's of SmolLM2."""
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.chat_template = DEEPSEEK
+    plain = derive_chat_format(tokenizer, "tiny", ignore_events)
+    assert plain.go_template().startswith("{{ if $.System }}<|endoftext|>{{ $.System }}")
+    assert not plain.adds_bos
     assert {name: derive(template)[1].adds_bos for name, template in TEMPLATES.items()} == {
         name: name not in ("CHATML", "VICUNA", "AWKWARD") for name in TEMPLATES
     }

@@ -26,9 +26,10 @@ COMMANDS: dict[str, list[str]] = {
     "rename": ["adapters", "rename", "one", "new"],
     "remove": ["adapters", "remove", "one", "--yes"],
     "export": ["export", "one", "--to", "gguf", "--out", "one.gguf"],
+    "export to ollama": ["export", "one", "--to", "ollama", "--quantize", "q8_0", "--out", "one-ollama"],
 }
-# The harder command of each kind; compress and merge write their results as blend does.
-ALIKE = ("compress", "merge over another")
+# The harder command of each kind; the others write their results as blend does.
+ALIKE = ("compress", "merge over another", "export to ollama")
 QUICK = [name for name in COMMANDS if f"{name} over another" not in COMMANDS and name not in ALIKE]
 State = dict[str, object]
 
@@ -85,7 +86,12 @@ def state(root: Path) -> State:
         assert isinstance(adapter, Adapter), adapter
         assert verify_adapter(adapter) == []
         contents[name] = (adapter.sha256, adapter.manifest is not None)
-    for path in [*root.glob("whole/*"), *root.glob("merged/**/*"), *root.glob("*.gguf")]:
+    for path in [
+        *root.glob("whole/*"),
+        *root.glob("merged/**/*"),
+        *root.glob("*.gguf"),
+        *root.glob("one-ollama/*"),
+    ]:
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts):
             contents[str(path.relative_to(root))] = path.read_bytes()
     for path in root.glob("runs/*.sweep/sweep.json"):
@@ -119,7 +125,7 @@ def unfinished(words: list[str], root: Path) -> str | None:
 def old_or_new(now: State, old: State, new: State) -> bool:
     """Return true if each adapter and file, and each model folder as a whole, is the old or the new one."""
     models = [
-        {name: data for name, data in state.items() if name.startswith(("whole", "merged"))}
+        {name: data for name, data in state.items() if name.startswith(("whole", "merged", "one-ollama"))}
         for state in (now, old, new)
     ]
     each = (
