@@ -49,6 +49,7 @@ MAX_COUNT = 1_000_000_000
 # Logits divided by less may overflow. A lower temperature is greedy, as in vLLM.
 MIN_TEMPERATURE, MIN_REPETITION_PENALTY = 1e-5, 1e-9
 MAX_SETTING_CHARS = 10_000  # of one value
+MAX_ADDED_TOKENS, MAX_ADDED_TOKEN_CHARS = 1_000, 100
 RSLORA_ALPHA = 6  # gives rank 8 about the same scale as the other methods
 LORA_PLUS_RATIO = 4.0  # learning rate of B / learning rate of A
 SECRET_FIELDS = ("api_key",)  # their values never appear in error messages
@@ -320,6 +321,14 @@ class TrainConfig(_Settings):
         "Model",
         min_length=1,
     )
+    add_tokens: list[str] = _setting(
+        [],
+        "New tokens, separated by commas, such as '<|note|>,<|end_note|>'; may be repeated. Each is one "
+        "token wherever a text has it; its rows in embedding and output head are trained and saved "
+        "with the adapter, as is the tokenizer.",
+        "Model",
+        "none",
+    )
 
     epochs: float | None = _setting(
         None, "Stop after N passes over the training rows.", "Training", gt=0, le=MAX_COUNT, allow_inf_nan=False
@@ -455,6 +464,27 @@ class TrainConfig(_Settings):
             if not condition.partition("=")[0] or "=" not in condition:
                 raise ValueError(f"'{condition}' is not of the form COLUMN=VALUE")
         return value
+
+    @field_validator("add_tokens", mode="before")
+    @classmethod
+    def _check_added_tokens(cls, value: object) -> object:
+        entries = value if isinstance(value, list) else [value]
+        if not all(isinstance(entry, str) for entry in entries):
+            return value  # its type is refused
+        tokens = [token.strip() for entry in map(str, entries) for token in entry.split(",")]
+        if "" in tokens:
+            raise ValueError("a token is empty: separate tokens by single commas")
+        if twice := [token for token in dict.fromkeys(tokens) if tokens.count(token) > 1]:
+            raise ValueError(f"{twice[0]} is given twice")
+        if len(tokens) > MAX_ADDED_TOKENS:
+            raise ValueError(f"{len(tokens):,} tokens are too many: at most {MAX_ADDED_TOKENS:,} are added")
+        if long := [token for token in tokens if len(token) > MAX_ADDED_TOKEN_CHARS]:
+            raise ValueError(
+                f"a token has {len(long[0]):,} characters: at most {MAX_ADDED_TOKEN_CHARS} are taken"
+            )
+        if spaced := [token for token in tokens if " ".join(token.split()) != token]:
+            raise ValueError(f"{spaced[0]!r} has white space other than single spaces, which no cleaned text has")
+        return tokens
 
     @field_validator("report_to")
     @classmethod

@@ -232,13 +232,19 @@ def held_out_losses(
     losses: list[list[LossPair | None]] = []
     for number, (name, adapter) in enumerate(adapters.items(), 1):
         key = _loss_key(adapter)
-        adapter_context = partial(multi_lora.apply_hooks, multi_lora.hooks([multi_lora.load(adapter)]))
+        loaded = multi_lora.load(adapter)
+        adapter_context = partial(multi_lora.apply_hooks, multi_lora.hooks([loaded]))
         if _loss_key(adapter) != key:
             raise AdapterError(f"{name} was replaced while it was loaded: evaluate it again.")
         tokenizer = load_adapter_tokenizer(adapter, base, replace(options, notify=notify))
         # The base is measured on the adapter's rows, so that losses can be paired.
         if tokenizer is not None:
-            encoded_sets, base_losses = encode(replace(base, tokenizer=tokenizer))
+            base_hooks = multi_lora.hooks([multi_lora.untrained(loaded)])
+            encoded_sets, base_losses = encode(
+                replace(base, tokenizer=tokenizer),
+                vocab_size=loaded.vocab_size,
+                context=partial(multi_lora.apply_hooks, base_hooks),
+            )
         else:
             encoded_sets, base_losses = base_rows = base_rows or encode(base)
         pairs: list[LossPair | None] = []
@@ -273,13 +279,23 @@ def held_out_losses(
 
 
 def _encode_and_measure(
-    base: LoadedBase, sets: Sequence[EvalSet], notify: EventHandler, access: ModelAccess
+    base: LoadedBase,
+    sets: Sequence[EvalSet],
+    notify: EventHandler,
+    access: ModelAccess,
+    vocab_size: int = 0,
+    context: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> tuple[list[list[TokenIds]], list[HeldOutLoss | None]]:
-    """The rows of each set as tokens, and the loss of the base on them; None without rows."""
+    """The rows of each set as tokens, and the loss of the base on them; None without rows.
+
+    Args:
+        vocab_size: token ids of an adapter that has others than the base.
+        context: entered around each forward pass: gives the base untrained rows for these.
+    """
     encoded_sets, groups = [], []
     for rows in sets:
         invalid: tokenization.InvalidRows = {}
-        encoded = access(partial(encode_measured, base, rows.texts, invalid))
+        encoded = access(partial(encode_measured, base, rows.texts, invalid, vocab_size))
         encoded_sets.append([*encoded.values()])
         groups.append([rows.groups[row] for row in encoded] if rows.groups else [])
         if invalid:
@@ -290,21 +306,27 @@ def _encode_and_measure(
                 )
             )
     losses = [
-        replace(measure_base_loss(base, encoded, notify, access), groups=numbers) if encoded else None
+        replace(measure_base_loss(base, encoded, notify, access, context), groups=numbers) if encoded else None
         for encoded, numbers in zip(encoded_sets, groups, strict=True)
     ]
     return encoded_sets, losses
 
 
 def encode_held_out(
-    base: LoadedBase, texts: Sequence[str], invalid: tokenization.InvalidRows | None = None
+    base: LoadedBase,
+    texts: Sequence[str],
+    invalid: tokenization.InvalidRows | None = None,
+    vocab_size: int = 0,
 ) -> list[TokenIds]:
     """`encode_measured`, without the indices."""
-    return [*encode_measured(base, texts, invalid).values()]
+    return [*encode_measured(base, texts, invalid, vocab_size).values()]
 
 
 def encode_measured(
-    base: LoadedBase, texts: Sequence[str], invalid: tokenization.InvalidRows | None = None
+    base: LoadedBase,
+    texts: Sequence[str],
+    invalid: tokenization.InvalidRows | None = None,
+    vocab_size: int = 0,
 ) -> dict[int, TokenIds]:
     """Tokenize and truncate rows for evaluation.
 
@@ -318,7 +340,7 @@ def encode_measured(
     rows = tokenization.truncate(
         tokenization.encode_texts(base.tokenizer, texts, max_tokens=max_tokens, invalid=invalid), max_tokens
     )
-    base.check_token_ids(rows)
+    base.check_token_ids(rows, vocab_size)
     return {index: row for index, row in enumerate(rows) if tokenization.count_predictions(row)}
 
 
@@ -373,8 +395,11 @@ def measure_base_loss(
     rows: Sequence[TokenIds],
     notify: EventHandler = ignore_events,
     access: ModelAccess = direct_access,
+    context: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> HeldOutLoss:
     """`measure_loss` of the plain base, kept in the user's cache.
+
+    `context` may give it rows for the tokens of an adapter, which follow from its own.
 
     Raises:
         BaseModelError: the loss is not finite.
@@ -383,7 +408,16 @@ def measure_base_loss(
         base,
         rows,
         None,
-        partial(measure_loss, base.model, base, rows, notify, stage="held-out loss of the base", access=access),
+        partial(
+            measure_loss,
+            base.model,
+            base,
+            rows,
+            notify,
+            stage="held-out loss of the base",
+            context=context,
+            access=access,
+        ),
         notify,
     )
     if not math.isfinite(base_loss.loss):
@@ -601,7 +635,7 @@ def _measure_cached(
     identity: list[object] = [
         base.files.fingerprint,
         str(base.dtype),
-        type(base.model.get_output_embeddings()).__name__,  # tells int8 from float32
+        type(base.lm_head.module).__name__,  # tells int8 from float32
         base.device.type,
         [row.tolist() for row in rows],
     ]
@@ -634,7 +668,9 @@ def _loss_key(adapter: Adapter) -> list[object]:
     except OSError as error:
         raise AdapterError(f"{adapter.path / WEIGHTS_FILE} cannot be read: {error.strerror}.") from error
     # Not sorted: in a pattern the first key that matches counts.
-    return [digest, [adapter.config.get(key) for key in SCALING_KEYS]]
+    key: list[object] = [digest, [adapter.config.get(key) for key in SCALING_KEYS]]
+    replaced = adapter.replaced
+    return [*key, [*replaced.rows.items()], sorted(replaced.copies)] if replaced else key
 
 
 def _rows_path(rows_hash: str) -> Path:

@@ -26,6 +26,7 @@ from . import expert_names, other_formats, peft_config, safetensors_header
 from .manifest import Manifest, ParentInfo, WeightsInfo
 from .peft_config import CONFIG_FILE as CONFIG_FILE
 from .peft_config import WEIGHTS_FILE as WEIGHTS_FILE
+from .replaced import ReplacedNames, find_replaced
 
 MANIFEST_FILE, RUN_FILE, CARD_FILE = "manifest.json", "run.yaml", "README.md"
 METRICS_FILE, LOSS_PLOT_FILE, SPECTRUM_FILE = "metrics.jsonl", "loss.png", "spectrum.png"
@@ -87,12 +88,26 @@ class Adapter:
         """Name in the file of `lora_A.weight` or another part of an adapted layer."""
         return f"base_model.model.{self._file_names[module]}.{part}"
 
+    @cached_property
+    def replaced(self) -> ReplacedNames:
+        """Rows of tokens and whole modules that it has in place of the base's."""
+        return find_replaced(self.tensors, self.config)
+
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """Tokens that training has added to the tokenizer of the base, with their ids."""
+        return self.manifest.run.added_tokens if self.manifest and self.manifest.run else {}
+
     @property
     def ignored_note(self) -> str:
         """A sentence, after a space, about settings without effect once the tensors are there."""
-        ignored = peft_config.ignored_settings(self.config)
-        if self.experts:
-            ignored = [name for name in ignored if name != "target_parameters"]
+        replaced = self.replaced
+        used = {
+            "target_parameters": self.experts,
+            "trainable_token_indices": replaced.rows,
+            "modules_to_save": replaced.copies,
+        }
+        ignored = [key for key in peft_config.ignored_settings(self.config) if not used.get(key)]
         return f" Ignored, as its tensors say it all: {format_names(ignored)}." if ignored else ""
 
     @property
@@ -299,6 +314,8 @@ def verify_adapter(adapter: Adapter) -> list[str]:
             for name in (RUN_FILE, METRICS_FILE, LOSS_PLOT_FILE, CARD_FILE)
             if not (adapter.path / name).is_file()
         ]
+    if adapter.added_tokens and not any((adapter.path / name).is_file() for name in TOKENIZER_FILES):
+        problems.append("the tokenizer with its added tokens is missing")
     return problems
 
 
@@ -310,14 +327,9 @@ def check_weights_hash(adapter: Adapter) -> None:
 
 def verify_weights(adapter: Adapter) -> list[str]:
     """Problems of the weights: values that are not finite, hashes unlike the manifest's."""
-    path, problems = adapter.path / WEIGHTS_FILE, []
+    path, problems = adapter.path / WEIGHTS_FILE, list[str]()
     try:
-        header, start = safetensors_header.read_safetensors_header(path)
-        with path.open("rb") as file:
-            for name, (dtype, _, begin, end) in header.items():
-                file.seek(start + begin)
-                if not _all_finite(file.read(end - begin), dtype):
-                    problems.append(f"{name} has values that are not finite")
+        problems += [f"{name} has values that are not finite" for name in safetensors_header.not_finite(path)]
     except (OSError, ValueError) as error:  # the file was replaced since the adapter was loaded
         return [f"{WEIGHTS_FILE} cannot be read: {error}"]
     if adapter.manifest is not None:
@@ -327,14 +339,6 @@ def verify_weights(adapter: Adapter) -> list[str]:
         if weights and weights.config not in (None, atomic_io.sha256_file(adapter.path / CONFIG_FILE)):
             problems.append(f"{CONFIG_FILE} does not match its hash in {MANIFEST_FILE}")
     return problems
-
-
-def _all_finite(data: bytes, dtype: str) -> bool:
-    import numpy as np
-
-    if dtype == "BF16":  # numpy has no bfloat16: test for an exponent of all ones
-        return not bool((np.frombuffer(data, np.uint16) & 0x7F80 == 0x7F80).any())
-    return bool(np.isfinite(np.frombuffer(data, dtype.replace("F", "float"))).all())
 
 
 def read_json(path: Path) -> object:
@@ -358,11 +362,14 @@ def read_json(path: Path) -> object:
 
 def _tensor_problems(adapter: Adapter) -> list[str]:
     """Tensors that are not LoRA weights, are incomplete, or contradict the config."""
+    replaced = adapter.replaced
     problems = [
         f"{name} is not a LoRA tensor{other_formats.describe_tensor(name)}"
         for name in adapter.tensors
-        if not _TENSOR.fullmatch(name)
+        if not _TENSOR.fullmatch(name) and name not in replaced.tensors | replaced.problems.keys()
     ]
+    problems += [f"{name} {problem}" for name, problem in replaced.problems.items()]
+    problems += [f"{module} has LoRA and is replaced" for module in replaced.modules if module in adapter.modules]
     problems += [
         f"{name} has dtype {dtype}" for name, (dtype, _) in adapter.tensors.items() if dtype not in _DTYPES
     ]

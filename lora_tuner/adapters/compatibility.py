@@ -168,8 +168,12 @@ def _check_vllm(adapter: Adapter, name: str, base_config: BaseConfig | None, rep
         report.errors.append(
             "vLLM applies LoRA to lm_head in few models only, and this tool in none: train without it"
         )
+    if adapter.replaced:
+        report.errors.append(
+            f"vLLM does not load what replaces weights of the base ({adapter.replaced}): {_advise_merge(name)}"
+        )
     for key in ("modules_to_save", "bias"):
-        if adapter.config.get(key) not in (None, [], "none"):
+        if adapter.config.get(key) not in (None, [], "none") and not adapter.replaced:
             report.errors.append(
                 f"vLLM refuses {key}, of which the file has no tensors: rewrite it (`python cli.py "
                 f"blend {name}=1 --name NEW`)"
@@ -254,6 +258,10 @@ def _check_llama_cpp(
         )
     if adapter.config.get("use_dora"):
         report.errors.append(f"llama.cpp does not support DoRA: {_advise_merge(name)}")
+    if adapter.replaced:
+        report.errors.append(
+            f"llama.cpp does not load what replaces weights of the base ({adapter.replaced}): {_advise_merge(name)}"
+        )
     unknown = [
         [module for module in adapter.modules if not architecture.has_layer(module)]
         for architecture in architectures
@@ -274,7 +282,10 @@ def _check_llama_cpp(
 
 def _check_peft(adapter: Adapter, name: str, base_config: BaseConfig | None, report: CompatibilityReport) -> None:
     """PEFT adapts the layers that its settings select, and silently drops the tensors of others."""
-    rewrite = f"rewrite it (`python cli.py blend {name}=1 --name NEW`)"
+    rewrite = (
+        _advise_merge(name) if adapter.replaced else f"rewrite it (`python cli.py blend {name}=1 --name NEW`)"
+    )
+    _check_replaced_in_peft(adapter, base_config, report, rewrite)
     if base_config is not None and is_wrapper(base_config):
         whole = any(map(is_in_wrapper, adapter.modules))
         classes = ("AutoModelForMultimodalLM", "AutoModelForCausalLM")
@@ -326,6 +337,30 @@ def _not_for_parameters(adapter: Adapter) -> list[str]:
     tuners/lora/layer.py)."""
     names = ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora", "velora_config", "kasa_config")
     return [name for name in names if adapter.config.get(name)]
+
+
+def _check_replaced_in_peft(
+    adapter: Adapter, base_config: BaseConfig | None, report: CompatibilityReport, rewrite: str
+) -> None:
+    """PEFT loads such weights into a base that has been resized, and fails for those that are missing."""
+    if adapter.config.get("trainable_token_indices") and not adapter.replaced.rows:
+        report.errors.append(
+            f"PEFT would fail: the file has no rows for trainable_token_indices in adapter_config.json: {rewrite}"
+        )
+    saved = adapter.config.get("modules_to_save")
+    if lacking := [
+        each
+        for each in (saved if isinstance(saved, list) else [])
+        if not any(str(each) in module for module in adapter.replaced.copies)
+    ]:
+        report.notes.append(
+            f"modules_to_save names {lacking[0]}, which the file lacks: if the base has such a module, PEFT fails"
+        )
+    rows = ((base_config or {}).get("text_config") or base_config or {}).get("vocab_size")
+    size = adapter.replaced.vocab_size(0)
+    if size and (rows is None or adapter.replaced.vocab_size(rows) != rows):
+        condition = "" if rows is not None else f", if it has fewer than {size:,} embeddings"
+        report.notes.append(f"first resize the base{condition}: base.resize_token_embeddings({size})")
 
 
 def _matched_by_peft(pattern: object, modules: list[str]) -> set[str] | None:

@@ -164,6 +164,7 @@ class RunInfo(_ManifestModel):
     kernels: str | None = None  # build of the C kernels, if decoder blocks are fused
     coverage: float | None = None
     not_adapted: list[str] = []
+    added_tokens: dict[str, int] = {}  # to the tokenizer of the base, with their ids
     sweep: str | None = None
     probe: RateProbe | None = None
     advice: str | None = None

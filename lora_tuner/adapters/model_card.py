@@ -20,12 +20,14 @@ def summary_rows(adapter: Adapter) -> list[tuple[str, str]]:
             "Adapter",
             f"{_method_name(adapter)}, {format_ranks(adapter)}, {alpha}, on {', '.join(adapter.targets)}",
         ),
+        ("In place of the base's", str(adapter.replaced)),
         ("Size", f"{adapter.parameters:,} parameters, {adapter.bytes / 1e6:.1f} MB"),
     ]
     if manifest is None:
-        return [*rows, ("Origin", "another tool (no manifest)")]
+        return [*((name, text) for name, text in rows if text), ("Origin", "another tool (no manifest)")]
     data, run, result = manifest.data, manifest.run, manifest.result
     rows += [
+        ("Added tokens", ", ".join(f"{token} ({number})" for token, number in adapter.added_tokens.items())),
         ("Parents", ", ".join(f"{parent.name} ({parent.sha256[:12]})" for parent in manifest.parents)),
         ("Command", f"`{manifest.made_by}`" if manifest.made_by else ""),
         *(_dataset_rows(data) if data else []),
@@ -183,6 +185,14 @@ def _usage_section(adapter: Adapter, name: str, base: str) -> str:
     """Examples for the tools that can load the adapter, and the reasons for those that cannot."""
     whole = any(map(compatibility.is_in_wrapper, adapter.modules))
     auto_class = "AutoModelForMultimodalLM" if whole else "AutoModelForCausalLM"
+    resize = ""
+    if size := adapter.replaced.vocab_size(0):
+        # Rows of a whole matrix are as many as it has; single rows need at least so many.
+        comparison = "!=" if adapter.replaced.sizes else "<"
+        resize = (
+            f"if base.get_input_embeddings().num_embeddings {comparison} {size}:\n"
+            f"    base.resize_token_embeddings({size}, mean_resizing=False)\n"
+        )
     text = f"""
 With PEFT:
 
@@ -191,12 +201,14 @@ from peft import PeftModel
 from transformers import {auto_class}, AutoTokenizer
 
 base = {auto_class}.from_pretrained({base!r})
-tokenizer = AutoTokenizer.from_pretrained({base!r})
+{resize}tokenizer = AutoTokenizer.from_pretrained({f"path/to/{name}" if adapter.added_tokens else base!r})
 model = PeftModel.from_pretrained(base, "path/to/{name}")
 inputs = tokenizer("Once", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0]))
 ```
-
+"""
+    if not adapter.replaced:
+        text += f"""
 With transformers, which calls PEFT:
 
 ```python

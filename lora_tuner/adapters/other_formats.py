@@ -21,12 +21,12 @@ _TENSORS = (  # name -> origin; the first match counts
     (_LYCORIS.pattern, "of LyCORIS"),
     (_IMAGE_LORA.pattern, "of a LoRA for image models"),
     (r"\.lora_embedding_[AB]", "LoRA on embeddings, which is not supported"),
-    (r"\.trainable_tokens_", "of trainable_token_indices, which is not supported"),
+    (r"\.trainable_tokens_", "of trainable tokens in a form that PEFT does not load"),
     (r"\.lora_[AB]\.bias", "of lora_bias, which is not supported"),
     (r"\.lora_[AB]\.\w+\.weight", "it holds the name of an adapter: save it with PEFT's save_pretrained"),
     (r"\.bias$", "a trained bias, which is not supported"),
     (r"\.(modules_to_save|base_layer|embed_tokens|lm_head|wte|embed_in|embed_out|score)\b",
-     "whole weights, which PEFT saves for modules_to_save and resized or adapted embeddings; not supported"),
+     "whole weights, which PEFT does not load under this name: modules_to_save does not list them"),
 )  # fmt: skip
 
 

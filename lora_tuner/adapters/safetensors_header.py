@@ -65,6 +65,27 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, TensorEntry], int]:
     return entries, start
 
 
+def not_finite(path: Path) -> list[str]:
+    """Names of the tensors with values that are not finite. Reads the whole file."""
+    header, start = read_safetensors_header(path)
+    names = []
+    with path.open("rb") as file:
+        for name, (dtype, _, begin, end) in header.items():
+            file.seek(start + begin)
+            if not all_finite(file.read(end - begin), dtype):
+                names.append(name)
+    return names
+
+
+def all_finite(data: bytes, dtype: str) -> bool:
+    """Return whether all values of a float tensor are finite."""
+    import numpy as np
+
+    if dtype == "BF16":  # numpy has no bfloat16: test for an exponent of all ones
+        return not bool((np.frombuffer(data, np.uint16) & 0x7F80 == 0x7F80).any())
+    return bool(np.isfinite(np.frombuffer(data, dtype.replace("F", "float"))).all())
+
+
 def _tensor_entries(data: bytes) -> dict[str, TensorEntry]:
     """Parse a header as strictly as safetensors: UTF-8 JSON, unique names, text as metadata."""
     if not data.startswith(b"{"):

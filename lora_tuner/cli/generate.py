@@ -150,7 +150,11 @@ def _encode_prompts(
     for number, prompt in enumerate(prompts, 1):
         try:
             conversation = _as_conversation(prompt, opening)
-            encoded_prompts.append(generator.encode_prompt(conversation, generator.tokenizer_of(adapter)))
+            encoded_prompts.append(
+                generator.encode_prompt(
+                    conversation, generator.tokenizer_of(adapter), generator.vocab_size_of(adapter)
+                )
+            )
         except LoraTunerError as error:
             prefix = f"Prompt {number:,} of {len(prompts):,}: " if len(prompts) > 1 else ""
             raise GenerationError(f"{prefix}{error}") from error

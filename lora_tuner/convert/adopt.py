@@ -71,6 +71,8 @@ def adopt(
     else:
         raise AdapterError(f"{adapter.path} does not name its base: give it with --base.")
     adapter.check_shapes(layer_sizes_in_files(base_files, adapter))
+    if problem := adapter.replaced.misfit(adapter.tensors, base_files.shapes):
+        raise AdapterError(f"{adapter.path} does not fit the base: {problem}.")
     manifest = Manifest(created=utc_timestamp(), base=base_files.base_info(), weights=weights_info(adapter))
     if in_library:
         atomic_io.atomic_write_text(adapter.path / MANIFEST_FILE, manifest.to_json())

@@ -135,9 +135,14 @@ def distinct_eval_sets(
     return distinct
 
 
-def encode_eval_sets(base: LoadedBase, sets: Sequence[EvalSet]) -> list[tokenization.TokenIds]:
-    """Token ids of the rows of all sets; without any, some probe sequences to compare logits on."""
-    rows = [row for eval_set in sets for row in evaluation.encode_held_out(base, eval_set.texts, {})]
+def encode_eval_sets(
+    base: LoadedBase, sets: Sequence[EvalSet], vocab_size: int = 0
+) -> list[tokenization.TokenIds]:
+    """Token ids of the rows of all sets; without any, some probe sequences to compare logits on.
+
+    `vocab_size` is that of an adapter with others than the base, 0 for the base's.
+    """
+    rows = [row for eval_set in sets for row in evaluation.encode_held_out(base, eval_set.texts, {}, vocab_size)]
     return rows or list(base.probe_sequences())
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer
 
@@ -15,7 +16,7 @@ from ..data.chat_template import turn_end_ids
 from ..data.tokenization import TokenIds
 from ..errors import AdapterError, ConfigError
 from ..evaluation import EvalSet, HeldOutLoss
-from ..models import loading, lora
+from ..models import loading, lora, replaced
 from ..models.base_files import quiet_transformers
 from ..models.memory import choose_dtype
 from ..models.tokenizer import load_adapter_tokenizer
@@ -86,11 +87,18 @@ def merge(
         )
     sets = distinct_eval_sets([adapter], sets, eval_rows, options.notify)
     own_tokenizer = load_adapter_tokenizer(adapter, base, options)
-    rows = encode_eval_sets(replace(base, tokenizer=own_tokenizer or base.tokenizer), sets)
-    expected = verify.forward_with_adapter(base, adapter, rows, options.notify)
+    vocab_size = adapter.replaced.vocab_size(base.vocab_size)
+    rows = encode_eval_sets(replace(base, tokenizer=own_tokenizer or base.tokenizer), sets, vocab_size)
+    # The tokens whose rows are the adapter's are compared too; the complement of an id has no loss.
+    replaced_ids = sorted({number for ids in adapter.replaced.rows.values() for number in ids})
+    token_rows = [~np.array(replaced_ids[: verify.COMPARED_TOKENS], dtype=np.int32)] if replaced_ids else []
+    compared = [*token_rows, *rows]
+    expected = verify.forward_with_adapter(base, adapter, compared, options.notify)
     with quiet_transformers(), atomic_io.atomic_folder(out) as folder:
         # PEFT merges in place, and unmerging is not bitwise exact: this base is not used again.
+        weights = replaced.load_replaced(adapter, base)
         model = lora.load_lora(base.model, adapter, "merged").merge_and_unload(safe_merge=True)
+        replaced.write_replaced(model, weights)
         tokenizer = own_tokenizer or base.tokenizer
         eos_token_ids = base.eos_token_ids | {tokenizer.eos_token_id} | turn_end_ids(tokenizer)
         if eos_token_ids != base.eos_token_ids and model.generation_config is not None:
@@ -109,11 +117,12 @@ def merge(
             raise AdapterError(
                 f"{out} is not kept: transformers does not load the merged model: {why}"
             ) from error
-        actual = verify.forward_outputs(reloaded.eval(), rows, options.notify, "running the merged model")
+        actual = verify.forward_outputs(reloaded.eval(), compared, options.notify, "running the merged model")
         comparison = verify.compare_outputs(expected, actual, with_loss=bool(sets))
         if mismatch := verify.find_mismatch(comparison, expected, exact=merged_dtype == torch.float32):
             raise AdapterError(f"{out} is not kept: the merged model differs from base and adapter: {mismatch}.")
-    return MergeResult(out, comparison, sets, rows, actual.losses)
+    losses = actual.losses.select(range(len(token_rows), len(compared)))
+    return MergeResult(out, comparison, sets, rows, losses)
 
 
 def check_model_folder(out: Path, *, overwrite: bool) -> None:

@@ -190,7 +190,7 @@ class RunningBatch:
         decoding ones."""
         for sequence, row_logits in zip(prefill.sequences, logits, strict=True):
             if not sequence.done:
-                sequence.append_token(row_logits)
+                sequence.append_token(row_logits[: sequence.vocab_size])
         rows = [row for row, sequence in enumerate(prefill.sequences) if not sequence.done]
         if rows:
             prefill.cache.keep_rows(rows)
@@ -207,7 +207,7 @@ class RunningBatch:
         last = [sequence.token_ids[:, sequence.length - 1 : sequence.length] for sequence in self.decoding]
         logits = self.decoder.forward(torch.cat(last), cache, self.lora)
         for sequence, row_logits in zip(self.decoding, logits[:, -1], strict=True):
-            sequence.append_token(row_logits)
+            sequence.append_token(row_logits[: sequence.vocab_size])
         self._keep_sequences([not sequence.done for sequence in self.decoding])
 
     def _keep_sequences(self, keep: list[bool]) -> None:

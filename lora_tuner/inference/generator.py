@@ -189,13 +189,21 @@ class Generator:
             if self.current_adapter == name:
                 self.current_adapter = None
 
-    def encode_prompt(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None = None) -> EncodedPrompt:
+    def vocab_size_of(self, name: str | None) -> int:
+        """The number of token ids of an adapter in memory that has others than the base, else 0."""
+        return self._resident[name].loaded.vocab_size if name is not None and name in self._resident else 0
+
+    def encode_prompt(
+        self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None = None, vocab_size: int | None = None
+    ) -> EncodedPrompt:
         """Tokenize a prompt; a conversation up to the start of the next assistant message.
 
         Args:
             prompt: text or messages; an encoded prompt is returned as it is.
             tokenizer: by default that of the current adapter. One copy must not be shared by two
                 threads.
+            vocab_size: of the adapter, where it has other token ids than the base; by default that
+                of the current adapter.
 
         Raises:
             ContextLengthError: the prompt leaves no room in the context.
@@ -204,18 +212,20 @@ class Generator:
         if isinstance(prompt, EncodedPrompt):
             return prompt
         tokenizer = tokenizer or self.tokenizer_of(self.current_adapter)
+        if vocab_size is None:
+            vocab_size = self.vocab_size_of(self.current_adapter)
         if isinstance(prompt, str):
             self.check_prompt_length(prompt)
             (encoded,) = tokenization.encode_texts(tokenizer, [prompt], add_eos=False)
             start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-            return EncodedPrompt(prompt, self.check_fits_context(encoded.tolist() or [start]))
+            return EncodedPrompt(prompt, self.check_fits_context(encoded.tolist() or [start], vocab_size))
         self.check_prompt_length("".join(message["content"] for message in prompt))
         token_ids = tokenizer(
             chat_template.render_prompt(tokenizer, prompt),
             add_special_tokens=False,
             verbose=False,
         )["input_ids"]
-        return EncodedPrompt(prompt[-1]["content"], self.check_fits_context(token_ids))
+        return EncodedPrompt(prompt[-1]["content"], self.check_fits_context(token_ids, vocab_size))
 
     def check_prompt_length(self, text: str) -> None:
         """Raise ContextLengthError for text that cannot fit, whatever its tokens are, before it is
@@ -226,14 +236,14 @@ class Generator:
                 f"{self.base.max_context:,} tokens: shorten it."
             )
 
-    def check_fits_context(self, token_ids: list[int]) -> list[int]:
-        """Return the tokens of a prompt.
+    def check_fits_context(self, token_ids: list[int], vocab_size: int = 0) -> list[int]:
+        """Return the tokens of a prompt; `vocab_size` is that of the adapter, 0 for the base's.
 
         Raises:
             ContextLengthError: they leave no room in the context.
             BaseModelError: the embeddings of the base have no row for one of them.
         """
-        self.base.check_token_ids([np.array(token_ids)])
+        self.base.check_token_ids([np.array(token_ids)], vocab_size)
         if len(token_ids) >= self.base.max_context:
             raise ContextLengthError(
                 f"The prompt has {len(token_ids):,} tokens, but {self.base.files.name} has a context of "
@@ -291,7 +301,7 @@ class Generator:
         prompts: list[str] = []
         sequences: list[Sequence] = []
         for prompt, name, loaded in requests:
-            encoded = self.encode_prompt(prompt, self.tokenizer_of(name))
+            encoded = self.encode_prompt(prompt, self.tokenizer_of(name), self.vocab_size_of(name))
             prompts += [encoded.text] * sampling.n
             sequences += [
                 Sequence(

@@ -24,6 +24,8 @@ from ..models.experts import ExpertDelta, ExpertWeights
 from ..models.fused_linear import Lora
 from ..models.loading import LoadedBase
 from ..models.quantization import dense_weight
+from ..models.replaced import load_replaced, untrained_rows
+from ..models.replacement import ReplacedHook, Replacements
 from ..models.targets import LinearLayer, adaptable_layers, layer_sizes
 
 LoraFactors = tuple[torch.Tensor, torch.Tensor]  # (ranks, in), (ranks, out)
@@ -43,16 +45,20 @@ class _LayerLora:
 @dataclass(frozen=True, eq=False)
 class LoadedAdapter:
     """LoRA weights in memory, by layer name. Immutable: a newer version is loaded beside one that
-    is still in use. `tokenizer` is that of an adapter whose own differs from the base's."""
+    is still in use. `tokenizer` is that of an adapter whose own differs from the base's, `replaced`
+    what it has in place of modules of the base, `vocab_size` the number of its token ids, 0 for
+    those of the base."""
 
     layers: dict[str, _LayerLora]
     tokenizer: PreTrainedTokenizerBase | None = None
+    replaced: Replacements = field(default_factory=dict)
+    vocab_size: int = 0
     fused: dict[tuple[str, ...], LoraFactors] = field(default_factory=dict)  # a cache
 
     @property
     def is_additive(self) -> bool:
-        """True if it only adds to outputs; DoRA also rescales them."""
-        return all(layer_lora.dora_scale is None for layer_lora in self.layers.values())
+        """True if it only adds to outputs; DoRA also rescales them, others replace them."""
+        return not self.replaced and all(lora.dora_scale is None for lora in self.layers.values())
 
     @property
     def adapts_experts(self) -> bool:
@@ -63,6 +69,11 @@ class LoadedAdapter:
 def blend_loaded(parts: Sequence[tuple[float, LoadedAdapter]]) -> LoadedAdapter:
     """Compute the exact weighted sum of loaded adapters. Raises AdapterError for DoRA, whose update
     is not additive."""
+    if any(loaded.replaced for _, loaded in parts):
+        raise AdapterError(
+            "An adapter that replaces weights of the base, such as rows of new tokens, cannot be part of a weighted "
+            "sum: merge it instead."
+        )
     if not all(loaded.is_additive for _, loaded in parts):
         raise AdapterError(
             "A DoRA adapter also rescales the base's weights, so it cannot be part of a weighted sum: merge it instead."
@@ -102,7 +113,14 @@ class MultiLora:
                 norm = (dense_weight(self.layers[module]).float() + lora_b @ lora_a).norm(dim=1)
                 scale = delta.magnitude.to(device) / norm
                 layers[module] = _LayerLora(lora_a, scale[:, None] * lora_b, scale - 1)
-        return LoadedAdapter(layers)
+        replaced = load_replaced(adapter, self._base)
+        vocab_size = max((each.vocab_size for each in replaced.values()), default=0)
+        return LoadedAdapter(layers, replaced=replaced, vocab_size=vocab_size)
+
+    def untrained(self, loaded: LoadedAdapter) -> LoadedAdapter:
+        """The plain base, with rows for the token ids that only the adapter has."""
+        rows = untrained_rows(self._base, loaded.vocab_size)
+        return LoadedAdapter({}, replaced=rows, vocab_size=loaded.vocab_size)
 
     def hooks(self, rows: Sequence[LoadedAdapter | None]) -> list[LayerHook]:
         """Make forward hooks that apply `rows[i]` to row i of a batch, None for the plain base.
@@ -123,6 +141,9 @@ class MultiLora:
                 )
             elif of_rows[0] is not None:
                 hooks.append((layer.module, ExpertDelta(layer, of_rows[0].A, of_rows[0].B)))
+        for module in dict.fromkeys(module for loaded in rows if loaded for module in loaded.replaced):
+            replacements = [(loaded or self.plain).replaced.get(module) for loaded in rows]
+            hooks.append((self._base.model.get_submodule(module), ReplacedHook(replacements)))
         return hooks
 
     @contextlib.contextmanager
@@ -137,6 +158,8 @@ class MultiLora:
                     stack.enter_context(hook.applied())
                 else:
                     stack.enter_context(layer.register_forward_hook(hook))
+                if isinstance(hook, ReplacedHook) and isinstance(layer, torch.nn.Embedding):
+                    stack.enter_context(layer.register_forward_pre_hook(hook.clamp))
             yield
 
     def fused_factors(self, modules: Sequence[str], loaded: LoadedAdapter) -> LoraFactors:

@@ -53,6 +53,8 @@ class Sequence:
         self.max_new_tokens = min(self.sampling.max_new_tokens, self.base.max_context - len(self.prompt_ids))
         tokenizer = (self.lora and self.lora.tokenizer) or self.base.tokenizer
         self.detokenizer = IncrementalDetokenizer(tokenizer, self.prompt_ids, self.sampling.stop)
+        # Number of its logits: beside a row whose adapter has more tokens it gets more.
+        self.vocab_size = (self.lora and self.lora.vocab_size) or self.base.head_size
         self._eos_token_ids = self.base.eos_token_ids | {tokenizer.eos_token_id} | turn_end_ids(tokenizer)
         # (1, capacity).
         self.token_ids: Any = torch.tensor([self.prompt_ids], device=self.base.device)

@@ -91,7 +91,12 @@ def load_deltas(adapter: Adapter, layers: Mapping[str, Layer]) -> Deltas:
 
 
 def check_summable(adapter: Adapter) -> None:
-    """Raise AdapterError for DoRA, whose deltas cannot be summed or truncated."""
+    """Raise AdapterError for what cannot be summed or truncated: replaced weights, and DoRA."""
+    if adapter.replaced:
+        raise AdapterError(
+            f"{adapter.name} replaces weights of the base ({adapter.replaced}), which cannot be part of a sum or be "
+            "truncated: merge it instead."
+        )
     if adapter.config.get("use_dora"):
         raise AdapterError(
             f"{adapter.name} is a DoRA adapter, which also rescales the base's weights, so it cannot be part of a sum: "

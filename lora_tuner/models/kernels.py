@@ -1,8 +1,5 @@
 """Faster equivalents of transformers and PEFT operations for training.
 
-- Output head: loss and gradient are computed in chunks of positions, so the logits, by far the
-  largest tensor of a step, never exist as a whole (as in Liger, arXiv:2410.10989, and Cut
-  Cross-Entropy, arXiv:2411.09009).
 - LoRA: the delta and its gradient are added in place to those of the base layer.
 - Packed sequences: attention is computed per row, so nothing is computed only to be masked.
 - Norms and activations: torch's fused modules replace those of transformers.
@@ -16,14 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from inspect import signature
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.activations import NewGELUActivation
@@ -31,87 +27,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.pytorch_utils import Conv1D
 
-from ..data.packing import IGNORE_INDEX
-from .native import native_for
-
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear as LoraLinear
 
-CHUNK = 512  # positions whose logits exist at once
-VOCABULARY_SLICE = 1536
 VARLEN_ATTENTION = "lora_tuner_by_row"  # name of `_varlen_attention` inside transformers
 _DROPOUT_ATTRIBUTES = ("dropout", "attention_dropout", "hidden_dropout", "activation_dropout", "layerdrop")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _MAX_MMAP_THRESHOLD = 2**25  # bytes; glibc accepts no more
-
-
-class ChunkedLMHead:
-    """Output head of a model, with a next-token loss that never holds all logits at once.
-
-    Inside `skip_lm_head()` the `logits` of the model are the hidden states before its head, and
-    `nll` expects those. A model whose logits are more than hidden states times weights keeps its
-    head and computes all logits.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.module = model.get_output_embeddings()
-        self.skipped = type(self.module) is nn.Linear and self.module.bias is None
-        self._buffer = torch.empty(0)
-        if self.skipped:
-            ids = torch.arange(3, device=self.module.weight.device)[None] + len(self.module.weight) // 2
-            training = model.training
-            model.eval()  # dropout would change outputs and consume random numbers
-            with torch.no_grad():  # FSDP could not train on parameters gathered in inference mode
-                logits = model(input_ids=ids, use_cache=False).logits
-                with self.skip_lm_head():
-                    hidden = model(input_ids=ids, use_cache=False).logits
-                self.skipped = _same_outputs(self.module(hidden.to(self.module.weight.dtype)), logits)
-            model.train(training)
-
-    @contextlib.contextmanager
-    def skip_lm_head(self) -> Iterator[None]:
-        """Make the model return hidden states as `logits` inside the block."""
-        if self.skipped:
-            self.module.forward = nn.Identity().forward
-        try:
-            yield
-        finally:
-            if self.skipped:
-                del self.module.forward
-
-    def nll(self, output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Compute the negative log-likelihood of each next token.
-
-        Args:
-            output: `logits` of the model inside `skip_lm_head()`, (batch, length, hidden size or
-                vocabulary).
-            labels: (batch, length), not shifted; IGNORE_INDEX where there is nothing to predict.
-
-        Returns:
-            Nats, (batch, length), 0 where there is no label.
-        """
-        # Labels are shifted instead of outputs: slicing would copy the largest tensor of the step.
-        next_tokens = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
-        flat = output.flatten(0, 1)
-        if self.skipped:
-            flat = flat.to(self.module.weight.dtype)  # some models upcast the output of their head
-            nll: torch.Tensor = ChunkedCrossEntropy.apply(
-                flat, self.module.weight, next_tokens, self._logits(flat)
-            )
-        else:
-            nll = F.cross_entropy(flat.float(), next_tokens, ignore_index=IGNORE_INDEX, reduction="none")
-        return nll.view(labels.shape)
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Buffer for the logits of a chunk, kept: allocating it takes as long as filling it."""
-        if len(self._buffer) < min(CHUNK, len(hidden)):
-            with torch.inference_mode(False):  # else usable in that mode alone
-                self._buffer = hidden.new_empty(
-                    min(CHUNK, len(hidden)),
-                    len(self.module.weight),
-                    dtype=hidden.dtype if native_for(hidden) else torch.float32,
-                )
-        return self._buffer
 
 
 def fuse_modules(model: PreTrainedModel) -> None:
@@ -189,86 +111,6 @@ def tune_malloc() -> None:
         libc.mallopt(_M_MMAP_THRESHOLD, _MAX_MMAP_THRESHOLD)
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of `hidden @ weight.T` per position, for a frozen weight.
-
-    The gradient is computed in the forward pass, chunk by chunk.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, buffer: torch.Tensor
-    ) -> torch.Tensor:
-        """Cross-entropy in nats.
-
-        Args:
-            ctx: autograd context.
-            hidden: (positions, hidden size).
-            weight: (vocabulary, hidden size).
-            labels: (positions,), IGNORE_INDEX where the result is 0.
-            buffer: (chunk, vocabulary) in float32, overwritten.
-
-        Returns:
-            (positions,) in float32.
-        """
-        nll = hidden.new_empty(len(hidden), dtype=torch.float32)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        if buffer.dtype == hidden.dtype and (native := native_for(hidden)) is not None:
-            for start in range(0, len(hidden), len(buffer)):
-                chunk = slice(start, start + len(buffer))
-                logits = torch.mm(hidden[chunk], weight.T, out=buffer[: len(hidden[chunk])])
-                with_gradient = int(gradient is not None)
-                native.call(
-                    "cross_entropy", hidden.dtype, logits, labels[chunk], nll[chunk], *logits.shape, with_gradient
-                )
-                if gradient is not None:
-                    gradient[chunk] = _sum_over_vocabulary(logits, weight)
-            if gradient is not None:
-                ctx.save_for_backward(gradient)
-            return nll
-        has_label = labels != IGNORE_INDEX
-        labels = labels.clamp(min=0)
-        for start in range(0, len(hidden), len(buffer)):
-            chunk = slice(start, start + len(buffer))
-            logits = buffer[: len(hidden[chunk])]
-            if hidden.dtype == logits.dtype:
-                torch.mm(hidden[chunk], weight.T, out=logits)
-            else:
-                logits.copy_(hidden[chunk] @ weight.T)
-            probabilities = torch.softmax(logits, 1, out=logits)
-            nll[chunk] = -probabilities.gather(1, labels[chunk, None]).squeeze(1).log()
-            if gradient is not None:
-                torch.mm(probabilities.to(hidden.dtype), weight, out=gradient[chunk]).sub_(weight[labels[chunk]])
-        imprecise = (nll > 60) & has_label  # too small for the precision of float32
-        if imprecise.any():
-            nll[imprecise] = F.cross_entropy(
-                (hidden[imprecise] @ weight.T).float(), labels[imprecise], reduction="none"
-            )
-        if gradient is not None:
-            ctx.save_for_backward(gradient.mul_(has_label[:, None]))
-        return nll.masked_fill_(~has_label, 0)
-
-    @staticmethod
-    def backward(ctx: Any, grad_nll: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_nll[:, None].to(gradient.dtype), None, None, None
-
-
-def _sum_over_vocabulary(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`gradient @ weight`, (positions, vocabulary) @ (vocabulary, hidden size).
-
-    In slices of the vocabulary in bfloat16, where one product takes 1.6 times as long.
-    """
-    if gradient.dtype == torch.float32:
-        return gradient @ weight
-    total = torch.zeros(len(gradient), weight.shape[1])
-    for slice_of_gradient, slice_of_weight in zip(
-        gradient.split(VOCABULARY_SLICE, 1), weight.split(VOCABULARY_SLICE), strict=True
-    ):
-        total += slice_of_gradient @ slice_of_weight
-    return total
-
-
 class _FusedLora(torch.autograd.Function):
     """x W + b + scale (x A^T) B^T for a frozen W (in, out), A (rank, in), B (out, rank).
 
@@ -339,10 +181,10 @@ def _fused_module(module: nn.Module) -> nn.Module | None:
     norm = nn.RMSNorm(weight.shape, eps, device="meta")
     norm.weight = weight
     sample = torch.linspace(-2, 3, weight.numel(), device=weight.device, dtype=weight.dtype).expand(2, -1)
-    return norm.eval() if _same_outputs(norm(sample), module(sample)) else None
+    return norm.eval() if same_outputs(norm(sample), module(sample)) else None
 
 
-def _same_outputs(outputs: torch.Tensor, expected: torch.Tensor) -> bool:
+def same_outputs(outputs: torch.Tensor, expected: torch.Tensor) -> bool:
     """True where outputs differ by rounding at most."""
     tolerance = 1e-5 if expected.dtype == torch.float32 else 2e-2
     difference = (outputs.float() - expected.float()).abs().max()

@@ -28,6 +28,7 @@ from ..data.tokenization import TokenIds
 from ..errors import BaseModelError, EventHandler, Notice
 from . import fsdp, kernels, memory, positions, quantization, unsupported
 from .base_files import BaseModelFiles, loading_errors, quiet_transformers
+from .lm_head import ChunkedLMHead
 from .probe import probe_layers
 from .resolve import find_adapter_base, find_base
 from .targets import linear_layers
@@ -50,16 +51,29 @@ class LoadedBase(TokenizedBase):
 
     @property
     def vocab_size(self) -> int:
-        return len(self.model.get_input_embeddings().get_parameter("weight"))
+        embeddings: Any = self.model.get_input_embeddings()
+        embeddings = getattr(embeddings, "original_module", embeddings)  # in PEFT's wrapper
+        return len(embeddings.weight)
+
+    @cached_property
+    def head_size(self) -> int | None:
+        """Number of logits; None where the output head does not tell it."""
+        size = getattr(self.model.get_output_embeddings(), "out_features", None)
+        return size if isinstance(size, int) else None
 
     def probe_sequences(self) -> tuple[TokenIds, TokenIds]:
         """Two rows of token ids that both the tokenizer and the embeddings have."""
         return tokenization.probe_sequences(min(len(self.tokenizer), self.vocab_size))
 
-    def check_token_ids(self, rows: Iterable[TokenIds]) -> None:
-        """Raise BaseModelError for a token that the embeddings have no row for."""
+    def check_token_ids(self, rows: Iterable[TokenIds], vocab_size: int = 0) -> None:
+        """Raise BaseModelError for a token that the embeddings have no row for.
+
+        Args:
+            rows: token ids.
+            vocab_size: number of the token ids of an adapter that has others; 0 for the base's.
+        """
         largest = max((int(tokenization.token_ids(row).max()) for row in rows if len(row)), default=0)
-        if largest >= self.vocab_size:
+        if largest >= (vocab_size or self.vocab_size):
             raise BaseModelError(
                 f"The token {self.tokenizer.convert_ids_to_tokens(largest)} has the id {largest:,}, "
                 f"but the embeddings of {self.files.name} have {self.vocab_size:,} rows: tokens "
@@ -76,9 +90,9 @@ class LoadedBase(TokenizedBase):
         return frozenset({self.tokenizer.eos_token_id, *(value for value in values if isinstance(value, int))})
 
     @cached_property
-    def lm_head(self) -> kernels.ChunkedLMHead:
+    def lm_head(self) -> ChunkedLMHead:
         """Output head of the model, with a loss that never holds all logits at once."""
-        return kernels.ChunkedLMHead(self.model)
+        return ChunkedLMHead(self.model)
 
 
 def open_base(

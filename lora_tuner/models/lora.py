@@ -28,6 +28,7 @@ from ..text import format_names
 from . import fsdp, kernels
 from .base_files import quiet_transformers
 from .loading import LoadedBase
+from .replacement import peft_rows
 from .targets import (
     Layer,
     TargetModules,
@@ -55,8 +56,9 @@ def add_lora(
     config: TrainConfig,
     parent: Adapter | None = None,
     targets: TargetModules | None = None,
+    token_indices: list[int] | dict[str, list[int]] | None = None,
 ) -> PeftModel:
-    """Add trainable LoRA layers in float32 to a base.
+    """Add trainable LoRA layers in float32 to a base, and rows of tokens (`added_tokens`).
 
     Without a parent they are new and change nothing yet. Without `targets` the layers are those
     that the configuration names.
@@ -78,6 +80,7 @@ def add_lora(
             target_parameters=experts or None,
             lora_dropout=config.dropout,
             inference_mode=False,
+            trainable_token_indices=token_indices,
         )
     else:
         targets = targets or resolve_target_modules(base.model, config.target_modules)
@@ -93,6 +96,7 @@ def add_lora(
             target_modules=targets.linear,
             target_parameters=targets.experts or None,
             fan_in_fan_out=has_transposed_layers(base.model),
+            trainable_token_indices=token_indices,
         )
         try:
             with quiet_transformers():
@@ -144,6 +148,7 @@ def load_lora(model: PreTrainedModel, adapter: Adapter, adapter_name: str, **ove
     from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 
     tensors = read_checked_tensors(adapter, adaptable_layers(model))
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in adapter.replaced.tensors}
     settings = {
         "task_type": "CAUSAL_LM",
         "target_modules": [name for name in adapter.modules if name not in adapter.experts],
@@ -161,6 +166,7 @@ def load_lora(model: PreTrainedModel, adapter: Adapter, adapter_name: str, **ove
         wrapped = PeftModel(model, LoraConfig(**settings), adapter_name=adapter_name)
         if wrong := _other_layers(wrapped, adapter.modules):
             raise AdapterError(f"{adapter.path} does not fit the base as PEFT reads it: it adapts {wrong}.")
+        tensors |= peft_rows(wrapped)  # which the caller sets
         result: Any = set_peft_model_state_dict(wrapped, tensors, adapter_name=adapter_name)
     if lost := result.unexpected_keys:
         wrapped.unload()
@@ -232,6 +238,7 @@ def check_reload(model: PeftModel, tensors: dict[str, torch.Tensor], folder: Pat
         set_peft_model_state_dict,
     )
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
 
     base: Any = model.get_base_model()
     try:
@@ -241,6 +248,9 @@ def check_reload(model: PeftModel, tensors: dict[str, torch.Tensor], folder: Pat
             config = PeftConfig.from_pretrained(str(folder))
             loaded = PeftModel(plain, config, ADAPTER_NAME, low_cpu_mem_usage=True)
             for layer in loaded.modules():
+                if isinstance(layer, TrainableTokensLayer):
+                    delta = layer.trainable_tokens_delta
+                    delta[ADAPTER_NAME] = torch.nn.Parameter(torch.full(delta[ADAPTER_NAME].shape, torch.nan))
                 if isinstance(layer, LoraLayer):
                     for name in layer.adapter_layer_names:
                         for parameter in getattr(layer, name).to_empty(device="cpu").parameters():

@@ -92,7 +92,13 @@ def load_adapter_tokenizer(
     settings = _read_object(adapter.path / SETTINGS_FILE)
     template = _chat_template(adapter.path, settings)
     vocabulary = _vocabulary(adapter.path, settings)
-    if problem := _compare_ids(vocabulary, base) or _compare_sentencepiece(adapter.path, base):
+    rows = adapter.replaced.vocab_size(base.vocab_size)
+    known = base.tokenizer.get_vocab() | vocabulary
+    if lacking := [token for token, number in adapter.added_tokens.items() if known.get(token) != number]:
+        raise AdapterError(
+            f"{adapter.name} has added {lacking[0]} to the tokenizer, and its tokenizer files lack it: restore them."
+        )
+    if problem := _compare_ids(vocabulary, base, rows) or _compare_sentencepiece(adapter.path, base):
         problem = f"{adapter.name} brings another tokenizer than that of {base.files.name}: {problem}"
         if not options.force:
             raise AdapterError(
@@ -119,16 +125,19 @@ def load_adapter_tokenizer(
     return tokenizer
 
 
-def _compare_ids(vocabulary: Mapping[str, int], base: TokenizedBase) -> str | None:
-    """The first difference between an adapter's tokens and the base's; None if they agree."""
+def _compare_ids(vocabulary: Mapping[str, int], base: TokenizedBase, rows: int) -> str | None:
+    """The first difference between an adapter's tokens and the base's; None if they agree.
+
+    `rows` is the number of token ids that base and adapter have embeddings for.
+    """
     base_vocabulary = base.tokenizer.get_vocab()
     for token, number in vocabulary.items():
         if base_vocabulary.get(token, number) != number:
             return f"the token {token!r} has the id {number:,}, and {base_vocabulary[token]:,} in the base"
-    without_row = sorted(token for token, number in vocabulary.items() if number >= base.vocab_size)
+    without_row = sorted(token for token, number in vocabulary.items() if number >= rows)
     if without_row:
         return (
-            f"{len(without_row):,} of its tokens, such as {without_row[0]!r}, are beyond the {base.vocab_size:,} rows of "
+            f"{len(without_row):,} of its tokens, such as {without_row[0]!r}, are beyond the {rows:,} rows of "
             "the base's embeddings, which were resized for it"
         )
     return None

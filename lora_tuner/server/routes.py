@@ -304,6 +304,8 @@ async def _generate(
         raise RequestError(f"n: {count:,} outputs were requested, the limit of this server is {capacity:,}.", "n")
     prepared = await service.prepare_request(body.model, body.prompts, body.n)
     record.model = body.model  # only now, so that no client fills the metrics with labels
+    if prepared.lora is not None and prepared.lora.tokenizer is not None:
+        spell = lru_cache(TOKEN_TEXT_CACHE)(partial(token_text, prepared.lora.tokenizer))
     max_tokens = service.max_new_tokens(prepared.prompts, body.requested_tokens)
     num_logprobs = 0 if body.num_top_logprobs is None else count * max_tokens * (1 + body.num_top_logprobs)
     if num_logprobs > MAX_LOGPROBS:

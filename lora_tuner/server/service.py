@@ -199,7 +199,7 @@ class ModelService:
 
         def encode_prompts() -> list[list[int]]:
             tokenizer = self._tokenizer_copy(work, lora)
-            return [self.encode(prompt, tokenizer) for prompt in prompts]
+            return [self.encode(prompt, tokenizer, lora.vocab_size if lora else 0) for prompt in prompts]
 
         return await self.run_in_thread(work, encode_prompts)
 
@@ -212,30 +212,29 @@ class ModelService:
             copies[lora] = copy.deepcopy(lora.tokenizer)
         return copies[lora]
 
-    def encode(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Return the token ids of one prompt.
+    def encode(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, vocab_size: int = 0) -> list[int]:
+        """Return the token ids of one prompt; `vocab_size` is that of the adapter, 0 for the base's.
 
         Raises GenerationError when it leaves no room in the context, holds invalid token ids, or
         the base has no chat template; RequestError when a message spells a special token, which the
         template would take for its own.
         """
         if isinstance(prompt, str):
-            return self.generator.encode_prompt(prompt, tokenizer).token_ids
+            return self.generator.encode_prompt(prompt, tokenizer, vocab_size).token_ids
         if isinstance(prompt, tuple):
             if not tokenizer.chat_template:
                 raise GenerationError(f"{self.name} has no chat template: use the completions endpoint instead.")
             messages = prompt
             try:
-                prompt = self.generator.encode_prompt(messages, tokenizer).token_ids
+                prompt = self.generator.encode_prompt(messages, tokenizer, vocab_size).token_ids
             except DataError as error:
                 field = _find_special_token(messages, tokenizer)
                 text = str(error).replace("A message", field).replace("this base", self.name)
                 raise RequestError(text, field) from error
-        if not prompt or not all(0 <= token < self.base.vocab_size for token in prompt):
-            raise GenerationError(
-                f"prompt: give at least one token id, each from 0 to {self.base.vocab_size - 1:,}."
-            )
-        return self.generator.check_fits_context(prompt)
+        count = vocab_size or self.base.vocab_size
+        if not prompt or not all(0 <= token < count for token in prompt):
+            raise GenerationError(f"prompt: give at least one token id, each from 0 to {count - 1:,}.")
+        return self.generator.check_fits_context(prompt, vocab_size)
 
     def hide_paths(self, text: str) -> str:
         """Remove the folders of this machine from a message."""

@@ -19,6 +19,7 @@ from ..data.rows import Source
 from ..data.streaming import StreamingDataset, StreamState
 from ..errors import AdapterError, EventHandler, Notice, TrainingError
 from ..models import lora
+from ..models.base_files import quiet_transformers
 from ..settings_files import config_to_yaml
 from .setup import TrainingSetup
 
@@ -139,6 +140,9 @@ def save_adapter(
 ) -> None:
     """Write weights, config, manifest and run.yaml into a work folder."""
     lora.save_adapter_files(tensors, setup.model.peft_config[lora.ADAPTER_NAME], folder)
+    if setup.added is not None:
+        with quiet_transformers():
+            setup.added.tokenizer.save_pretrained(folder)
     manifest = manifest.model_copy(update={"weights": adapter.weights_info(adapter.load_adapter_folder(folder))})
     (folder / adapter.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     # A repeated run must not silently replace the adapter that it repeats.

@@ -26,14 +26,9 @@ from ..config import (
 )
 from ..data import chat_template, packing, tokenization
 from ..data.dataset import Dataset, describe_data, load_dataset
-from ..errors import (
-    ConfigError,
-    EventHandler,
-    Notice,
-    Progress,
-    TrainingError,
-)
-from ..models import loading, lora, packing_checks
+from ..errors import ConfigError, EventHandler, Notice, Progress, TrainingError
+from ..models import added_tokens, loading, lora, packing_checks
+from ..models.added_tokens import AddedTokens
 from ..models.loading import LoadedBase
 from ..models.targets import TargetModules, describe_targets, resolve_target_modules
 from ..models.tokenizer import load_adapter_tokenizer
@@ -65,6 +60,7 @@ class TrainingInputs:
     target_modules: str
     targets: TargetModules
     split_salt: str
+    added: AddedTokens | None  # tokens that the base does not have
 
     @property
     def sequences_per_step(self) -> int:
@@ -114,12 +110,14 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
     if parent is not None:
         lora.check_base(parent, base, model_options(requested, notify))
         own_tokenizer = load_adapter_tokenizer(parent, base, ModelOptions(force=requested.force))
-        if own_tokenizer is not None and is_conversation(dataset.format):
+        own_template = own_tokenizer and own_tokenizer.chat_template
+        if own_template not in (None, base.tokenizer.chat_template) and is_conversation(dataset.format):
             notify(
                 Notice(
                     f"{parent.name} has its own chat template; training uses that of the base, as does its result."
                 )
             )
+    added = added_tokens.add_tokens(base, requested.add_tokens, parent)
     targets = _choose_targets(requested, parent, base)
     lora.check_experts_supported(requested, targets)
     max_length = _choose_max_length(requested, base, notify)
@@ -134,6 +132,7 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
     held_out = evaluation.encode_measured(base, held_out_texts, invalid)
     measured_texts = [held_out_texts[index] for index in held_out]
     rows, text_use = _tokenize(requested, dataset, base, max_length, invalid, notify)
+    added_tokens.check_used(added, rows, notify, streaming=requested.streaming)
     held_out_texts = [text for text in held_out_texts if text not in invalid]
     _check_held_out(held_out, held_out_texts, notify)
     return TrainingInputs(
@@ -161,6 +160,7 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
         target_modules=",".join(targets.names) if parent else requested.target_modules,
         targets=targets,
         split_salt=str(_choose_split(requested, parent)["split_salt"]),
+        added=added,
     )
 
 

@@ -7,7 +7,8 @@ from ..data import chat, packing, splitting, tokenization
 from ..data.dataset import describe_data
 from ..errors import EventHandler, Notice, ignore_events
 from ..models import loading
-from ..models.tokenizer import load_tokenizer
+from ..models.added_tokens import extend_tokenizer
+from ..models.tokenizer import TokenizedBase, load_tokenizer
 from .inputs import load_parent, load_rows, model_options
 
 
@@ -24,7 +25,10 @@ class PreviewedRow:
 def preview(requested: TrainConfig, count: int, notify: EventHandler = ignore_events) -> list[PreviewedRow]:
     """Return the first `count` training rows as the model sees them. Loads no weights."""
     parent = load_parent(requested)
-    tokenizer = load_tokenizer(loading.base_for_adapter(parent, model_options(requested, notify)))
+    files = loading.base_for_adapter(parent, model_options(requested, notify))
+    base = TokenizedBase(files, tokenizer := load_tokenizer(files))
+    if requested.add_tokens or (parent is not None and parent.replaced.rows):
+        extend_tokenizer(base, requested.add_tokens, parent)
     dataset = load_rows(requested, parent, notify)
     for line in describe_data(dataset, requested):
         notify(Notice(line))

@@ -28,7 +28,7 @@ from ..data.splitting import content_hash
 from ..data.tokenization import encoded_hash
 from ..errors import ConfigError, EventHandler, Notice, Progress, ignore_events
 from ..evaluation import EvalSet, HeldOutLoss, gain_on
-from ..models import fsdp, fused_blocks, initialization, kernels, lora
+from ..models import added_tokens, fsdp, fused_blocks, initialization, kernels, lora, replaced, replacement
 from ..models.base_files import quiet_transformers
 from ..text import describe_coverage
 from . import profiling
@@ -63,6 +63,8 @@ class TrainingSetup(TrainingInputs):
         with quiet_transformers():
             self.model.gradient_checkpointing_disable()
             self.model.unload()
+        for module in replaced.vocabulary_modules(self.base.model):
+            replacement.remove_hooks(self.base.model.get_submodule(module))
         fused_blocks.update_fused_blocks(self.base.model)  # which then computes as after loading
 
     def source_infos(self) -> list[SourceInfo]:
@@ -136,6 +138,7 @@ class TrainingSetup(TrainingInputs):
                 kernels=self.kernels,
                 coverage=self.targets.coverage,
                 not_adapted=self.targets.not_adapted,
+                added_tokens=self.added.all if self.added else {},
                 sweep=self.sweep,
                 probe=self.probe,
             ),
@@ -268,7 +271,11 @@ def _add_lora(requested: TrainConfig, inputs: TrainingInputs, notify: EventHandl
             )
         )
     set_seed(requested.seed)
-    model = lora.add_lora(inputs.base, requested, inputs.parent, inputs.targets)
+    indices = added_tokens.token_indices(inputs.base, inputs.added)
+    model = lora.add_lora(inputs.base, requested, inputs.parent, inputs.targets, indices)
+    if inputs.added is not None:
+        added_tokens.train_rows(model, inputs.base, inputs.added)
+        notify(added_tokens.input_notice(inputs.added))
     if inputs.method == "eva":
         notify(Progress("computing activations for EVA", 0, 1))
         if inputs.targets.experts:

@@ -16,12 +16,12 @@ from lora_tuner.adapters.adapter import (
     METRICS_FILE,
     RUN_FILE,
     WEIGHTS_FILE,
-    _all_finite,
     check_weights_hash,
     load_adapter_folder,
     validate_name,
     verify_adapter,
 )
+from lora_tuner.adapters.safetensors_header import all_finite
 from lora_tuner.errors import AdapterError
 
 from .. import adapter_files
@@ -147,21 +147,21 @@ def test_tensor_rank_must_match_config(tmp_path):
     )
 
 
-WHOLE = " (whole weights, which PEFT saves for modules_to_save and resized or adapted embeddings; not supported)"
+WHOLE = " (whole weights, which PEFT does not load under this name: modules_to_save does not list them)"
 
 
 @pytest.mark.parametrize(
     ("name", "origin"),
     [
         ("head.weight", ""),
-        ("base_model.model.lm_head.weight", WHOLE),
+        ("base_model.model.score.weight", WHOLE),
         ("base_model.model.score.modules_to_save.weight", WHOLE),
         (f"base_model.model.{MODULE}.weight", ""),
         (f"base_model.model.{MODULE}.bias", " (a trained bias, which is not supported)"),
         (f"base_model.model.{MODULE}.lora_embedding_A", " (LoRA on embeddings, which is not supported)"),
         (
-            "base_model.model.wte.token_adapter.trainable_tokens_delta",
-            " (of trainable_token_indices, which is not supported)",
+            "base_model.model.wte.trainable_tokens_delta.default",
+            " (of trainable tokens in a form that PEFT does not load)",
         ),
         (
             f"base_model.model.{MODULE}.lora_A.default.weight",
@@ -419,7 +419,7 @@ def test_verify_detects_non_finite_values(tmp_path, value, kind):
     ("bits", "finite"), [(0x7F80, False), (0xFF80, False), (0x7FC0, False), (0x7F7F, True), (0, True)]
 )
 def test_verify_checks_bfloat16(bits, finite):
-    assert _all_finite(np.array([0, bits], np.uint16).tobytes(), "BF16") is finite
+    assert all_finite(np.array([0, bits], np.uint16).tobytes(), "BF16") is finite
 
 
 @pytest.mark.parametrize(("end", "why"), [(-1, "it is cut off: "), (20, "it is cut off, or no safetensors file")])

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM, Mi
 
 from lora_tuner import ModelOptions, TrainConfig
 from lora_tuner.data import packing
-from lora_tuner.models import kernels, lora
+from lora_tuner.models import kernels, lm_head, lora
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
 from lora_tuner.training.setup import prepare_training
@@ -91,9 +91,9 @@ def test_loss_curve_matches_transformers_and_peft(model_folder, reviews_csv):
 
 @pytest.mark.parametrize("chunk", [7, 64, 512])
 def test_chunked_loss_matches_full_cross_entropy(base, monkeypatch, chunk):
-    monkeypatch.setattr(kernels, "CHUNK", chunk)
+    monkeypatch.setattr(lm_head, "CHUNK", chunk)
     torch.manual_seed(0)
-    head = kernels.ChunkedLMHead(base.model)
+    head = lm_head.ChunkedLMHead(base.model)
     weight = head.module.weight
     labels = torch.randint(0, len(weight), (3, 25))
     labels[:, 0] = labels[1, 10:] = packing.IGNORE_INDEX
@@ -113,7 +113,7 @@ def test_chunked_loss_matches_full_cross_entropy(base, monkeypatch, chunk):
 
 
 def test_tiny_probability_has_exact_loss(base):
-    head = kernels.ChunkedLMHead(base.model)
+    head = lm_head.ChunkedLMHead(base.model)
     hidden = (head.module.weight[7] * 1e5)[None, None].repeat(1, 2, 1)
     logits = hidden[0, 0] @ head.module.weight.T
     least_likely = int(logits.argmin())
@@ -133,7 +133,7 @@ def test_custom_head_is_not_skipped(base):
     ids = torch.arange(1, 20)[None]
     for custom in (scaled, nn.Linear(head.in_features, head.out_features)):
         base.model.set_output_embeddings(custom)
-        chunked_head = kernels.ChunkedLMHead(base.model)
+        chunked_head = lm_head.ChunkedLMHead(base.model)
         assert not chunked_head.skipped
         with chunked_head.skip_lm_head(), torch.no_grad():
             nll = chunked_head.nll(base.model(ids).logits, ids)
@@ -152,11 +152,11 @@ def test_capped_logits_keep_the_head(base, monkeypatch):
         return output
 
     monkeypatch.setattr(model_class, "forward", capped)
-    assert not kernels.ChunkedLMHead(base.model).skipped
+    assert not lm_head.ChunkedLMHead(base.model).skipped
 
 
 def test_error_restores_lm_head(base):
-    head = kernels.ChunkedLMHead(base.model)
+    head = lm_head.ChunkedLMHead(base.model)
     with pytest.raises(KeyError), head.skip_lm_head():
         raise KeyError
     assert base.model(torch.tensor([[1, 2]])).logits.shape[-1] == 320
@@ -165,7 +165,7 @@ def test_error_restores_lm_head(base):
 def test_head_probe_leaves_model_unchanged(model_folder):
     model = AutoModelForCausalLM.from_pretrained(model_folder).train()  # dropout is active
     torch.manual_seed(3)
-    assert kernels.ChunkedLMHead(model).skipped
+    assert lm_head.ChunkedLMHead(model).skipped
     assert model.training
     after_probe = torch.rand(1)
     torch.manual_seed(3)
@@ -337,7 +337,7 @@ def test_upcast_logits_skip_head_in_bfloat16(model_folder, monkeypatch):
         return output
 
     monkeypatch.setattr(model_class, "forward", upcast)
-    head, ids = kernels.ChunkedLMHead(base.model), torch.arange(1, 20)[None]
+    head, ids = lm_head.ChunkedLMHead(base.model), torch.arange(1, 20)[None]
     with head.skip_lm_head(), torch.no_grad():
         nll = head.nll(base.model(ids).logits, ids)
     expected = F.cross_entropy(base.model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
