@@ -49,7 +49,7 @@ def run_yaml(tmp_path):
         (TrainConfig, "max_steps", [1], [0, 1.5]),
         (TrainConfig, "batch_size", [1], [0]),
         (TrainConfig, "gradient_accumulation", [1], [0]),
-        (TrainConfig, "learning_rate", [1e-9], [0, -1, math.inf, math.nan]),
+        (TrainConfig, "learning_rate", [1e-9, "probe"], [0, -1, math.inf, math.nan, "probes", [1e-3], 10**400]),
         (TrainConfig, "weight_decay", [0], [-0.1, math.inf]),
         (TrainConfig, "max_grad_norm", [0.1], [0, math.inf]),
         (TrainConfig, "eval_every", [1], [0]),

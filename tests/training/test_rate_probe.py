@@ -83,6 +83,7 @@ def test_probe_of_each_method_restores_weights(short, settings, method):
     assert weights(train(settings(learning_rate=rate, name="alone", **changes))) == weights(adapter)
 
 
+@pytest.mark.slow
 def test_probe_of_stream_and_parent_restores_all(short, settings):
     train(settings(max_steps=2, name="parent"))
     changes = {"parent": "parent", "streaming": True, "shuffle_buffer": 30, "max_steps": 10}
@@ -98,19 +99,19 @@ def inputs(settings):
     return prepare_training(settings(max_steps=1, eval_rows=5))
 
 
-@pytest.mark.parametrize("max_steps", [244, 245, 251, 400, 1000, 3333, 100_000])
+@pytest.mark.parametrize("max_steps", [200, 350, 500, 1000, 3333, 100_000])
 @pytest.mark.parametrize("share", [1 / 5, 1 / 6])
 def test_probe_costs_its_share(inputs, max_steps, share):
     found = plan_probe(inputs, PROFILE, max_steps, share)
     if isinstance(found, str):
-        assert max_steps < 300
+        assert max_steps < 500
         return
     tokens = found.runs * sum(map(len, found.rows))
     per_step = sum(map(len, inputs.sequences.rows)) / len(inputs.sequences) * 2
     assert found.runs * found.steps + tokens / per_step + 4 <= found.cost <= max_steps * share
     assert found.seconds == pytest.approx((found.runs * found.steps + 4) * 2.0 + tokens * 0.01)
     assert 3 <= found.runs <= 5
-    assert 10 <= found.steps <= 200
+    assert 20 <= found.steps <= 200
     assert max_steps < 1000 or found.runs == 5
 
 
@@ -185,6 +186,7 @@ def test_next_rate_is_beside_the_best(losses, expected):
     assert rate_probe.next_rate(0.01, measured) == expected
 
 
+@pytest.mark.slow
 def test_diverged_rates_are_never_chosen(short, monkeypatch):
     monkeypatch.setattr(learning_rate, "RATE_FACTOR", 1e15)
     monkeypatch.setattr(rate_probe, "RATE_FACTOR", 1e15)
@@ -258,13 +260,20 @@ def test_two_processes_choose_same_rate(gpt2, reviews_csv, settings):
     assert weights(Library().get("again")) == weights(adapter)
 
 
+@pytest.mark.slow
 def test_command_shows_the_probe(quick, short):  # noqa: F811
     shown = run("train", *quick[:4], *quick[6:-2], "--learning-rate", "probe", "--max-steps", 10)
     assert "are tried first (--learning-rate probe): at most" in shown.stderr
     assert "gap to the best" in shown.stdout
     assert "held-out rows, in" in shown.stdout
-    for option, text in (
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
         ("probe,1e-3", "probe chooses one rate: give it alone, or numbers"),
-        ("prob", ", or probe"),
-    ):
-        assert text in run("train", "--learning-rate", option, exit_code=2).stderr
+        ("prob", "separated by commas, or probe"),
+    ],
+)
+def test_wrong_rate_beside_probe_is_refused(option, text):
+    assert text in run("train", "--learning-rate", option, exit_code=2).stderr
