@@ -158,9 +158,12 @@ def _check_vllm(adapter: Adapter, name: str, base_config: BaseConfig | None, rep
     elif model_type in _VLLM_WITHOUT_LORA:
         report.errors.append(f"vLLM does not support LoRA on {model_type} models: {_advise_merge(name)}")
     elif outside := _outside_language_model(adapter, base_config):
+        rename = ""
+        if "text_config" in base_config and not any(map(is_in_wrapper, adapter.modules)):
+            rename = f"rename its layers (`python cli.py export {name} --to vllm --out {name}-vllm`), or "
         report.errors.append(
             f"vLLM mounts the text model of {model_type} under language_model, so it would load "
-            f"{outside[0]} and apply nothing, without an error: {_advise_merge(name)}"
+            f"{outside[0]} and apply nothing, without an error: {rename}{_advise_merge(name)}"
         )
     if adapter.experts:
         _check_vllm_experts(adapter, name, base_config, report)

@@ -185,6 +185,9 @@ def _usage_section(adapter: Adapter, name: str, base: str) -> str:
     """Examples for the tools that can load the adapter, and the reasons for those that cannot."""
     whole = any(map(compatibility.is_in_wrapper, adapter.modules))
     auto_class = "AutoModelForMultimodalLM" if whole else "AutoModelForCausalLM"
+    place = repr(base)
+    if base.endswith(".gguf"):
+        place = f"{base.rpartition('/')[0] or '.'!r}, gguf_file={base.rpartition('/')[2]!r}"
     resize = ""
     if size := adapter.replaced.vocab_size(0):
         # Rows of a whole matrix are as many as it has; single rows need at least so many.
@@ -200,8 +203,8 @@ With PEFT:
 from peft import PeftModel
 from transformers import {auto_class}, AutoTokenizer
 
-base = {auto_class}.from_pretrained({base!r})
-{resize}tokenizer = AutoTokenizer.from_pretrained({f"path/to/{name}" if adapter.added_tokens else base!r})
+base = {auto_class}.from_pretrained({place})
+{resize}tokenizer = AutoTokenizer.from_pretrained({repr(f"path/to/{name}") if adapter.added_tokens else place})
 model = PeftModel.from_pretrained(base, "path/to/{name}")
 inputs = tokenizer("Once", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0]))
@@ -214,7 +217,7 @@ With transformers, which calls PEFT:
 ```python
 from transformers import {auto_class}
 
-model = {auto_class}.from_pretrained({base!r})
+model = {auto_class}.from_pretrained({place})
 model.load_adapter("path/to/{name}")
 ```
 """

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @model_options("base", "revision", "force")
 def export(
     overrides: Overrides,
-    out: Annotated[Path, typer.Option(help="File to write; for Ollama, a folder.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="File to write; for Ollama and vLLM, a folder.", show_default=False)],
     adapter: Annotated[
         str | None,
         typer.Argument(
@@ -43,9 +43,10 @@ def export(
         ),
     ] = None,
     to: Annotated[
-        Literal["gguf", "ollama"],
+        Literal["gguf", "ollama", "vllm"],
         typer.Option(
-            help="gguf: a file for llama.cpp, on a GGUF file of the base. ollama: a folder with GGUF file and Modelfile."
+            help="gguf: a file for llama.cpp, on a GGUF file of the base. ollama: a folder with GGUF file and Modelfile. "
+            "vllm: a folder, for an adapter of the text model of a multimodal base."
         ),
     ] = "gguf",
     merged: Annotated[
@@ -85,6 +86,11 @@ def export(
     _check_export({"--quantize": quantize and not is_whole}, "only valid for a whole model: use --merged")
     _check_export({"--dtype": quantize and dtype}, "not valid with --quantize, which chooses the precision")
     measured = {f"--{name.replace('_', '-')}": True for name in overrides} | {"--eval-rows": eval_rows}
+    if to == "vllm":
+        whole: dict[str, object] = {"--merged": merged, "--quantize": quantize, "--dtype": dtype}
+        _check_export(whole | measured, "not valid with --to vllm, which only renames the layers of an adapter")
+        if adapter is None:
+            raise ConfigError("--to vllm: name an adapter.")
     if to == "gguf" and not is_whole:
         _check_export(measured, "only valid where the result is measured: use --merged or --to ollama")
     if adapter is None and options.base is None:
@@ -93,6 +99,12 @@ def export(
         _check_export({"--eval-rows": eval_rows}, "only valid with an adapter or --eval-dataset")
     loaded = Library(adapters_dir).get(adapter) if adapter else None
     precision = dtype or "float16"
+    if loaded is not None and to == "vllm":
+        from ..convert.export_vllm import to_vllm
+
+        renamed = to_vllm(loaded, out, overwrite=overwrite, options=options)
+        show_json(renamed.to_dict()) if as_json else print(f"{out}  {format_bytes(renamed.bytes)}")
+        return
     if loaded is not None and to == "gguf" and not is_whole:
         from ..convert.export_gguf import to_gguf
 

@@ -211,16 +211,17 @@ MOUNTED = (
     "vLLM mounts the text model of {0} under language_model, so it would load model.layers.0.mlp.up_proj and apply "
     f"nothing, without an error: {MERGE}"
 )
+RENAME = "rename its layers (`python cli.py export mine --to vllm --out mine-vllm`), or merge it"
 
 
 @pytest.mark.parametrize(
     ("config", "obstacle"),
     [
-        ({"model_type": "qwen3_5", **WRAPPED}, MOUNTED.format("qwen3_5")),
+        ({"model_type": "qwen3_5", **WRAPPED}, MOUNTED.format("qwen3_5").replace("merge it", RENAME)),
         ({"model_type": "qwen3_5_text"}, MOUNTED.format("qwen3_5_text")),
-        ({"model_type": "gemma3", **WRAPPED}, MOUNTED.format("gemma3")),
-        ({"model_type": "llava", **WRAPPED}, MOUNTED.format("llava")),
-        ({"model_type": "mistral3", **WRAPPED}, MOUNTED.format("mistral3")),
+        ({"model_type": "gemma3", **WRAPPED}, MOUNTED.format("gemma3").replace("merge it", RENAME)),
+        ({"model_type": "llava", **WRAPPED}, MOUNTED.format("llava").replace("merge it", RENAME)),
+        ({"model_type": "mistral3", **WRAPPED}, MOUNTED.format("mistral3").replace("merge it", RENAME)),
         ({"model_type": "internvl_chat", "llm_config": {}}, MOUNTED.format("internvl_chat")),
         ({"model_type": "qwen2_5_vl", **WRAPPED}, None),  # vLLM renames these itself
         ({"model_type": "gemma3_text"}, None),
