@@ -27,6 +27,7 @@ from . import (
     methods,
     near_duplicates,
     quality,
+    rates,
     serving,
     sizes,
     stream,
@@ -47,6 +48,7 @@ PARTS = {
     "growth": growth.run,
     "larger": larger.run,
     "near_duplicates": near_duplicates.run,
+    "rates": rates.run,
 }
 STUDIES = (
     "defaults",
@@ -56,6 +58,7 @@ STUDIES = (
     "stream",
     "growth",
     "near_duplicates",
+    "rates",
 )  # slow, so they run only when named
 PACKAGES = ("lora_tuner", "torch", "transformers", "peft", "trl", "xllamacpp")
 

@@ -73,10 +73,14 @@ def is_conversation(format: str) -> bool:
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """Peak learning rate that suits a LoRA variant (benchmarks/RESULTS.md), and when to choose it."""
+    """Peak learning rate that suits a LoRA variant (benchmarks/RESULTS.md), and when to choose it.
+
+    `rate_share` is the share of the rate measured on B that suits A, whose rate is given.
+    """
 
     learning_rate: float
     when: str
+    rate_share: float = 1.0
 
 
 MethodName = Literal["lora", "rslora", "dora", "lora+", "pissa", "eva"]
@@ -86,7 +90,9 @@ METHODS: dict[MethodName, MethodInfo] = {
         2e-3, "To compare ranks: its scale falls with the square root of the rank, not with the rank."
     ),
     "dora": MethodInfo(2e-3, "When slightly better results at the same rank justify steps that take 50% longer."),
-    "lora+": MethodInfo(1e-3, "B learns faster than A: the largest gain on program code. Saved as a plain LoRA."),
+    "lora+": MethodInfo(
+        1e-3, "B learns faster than A: the largest gain on program code. Saved as a plain LoRA.", rate_share=0.5
+    ),
     "pissa": MethodInfo(
         2.5e-4,
         "Starts from the largest singular directions of the base. Saved as a plain LoRA of twice the rank.",
@@ -360,7 +366,7 @@ class TrainConfig(_Settings):
         "by commas: one run each. probe: the best by held-out loss of a few short runs around the "
         "default, which cost at most a fifth of the run.",
         "Training",
-        "by method: " + ", ".join(f"{name} {method.learning_rate:g}" for name, method in METHODS.items()),
+        "measured on the base and the first sequences",
     )
     schedule: Literal["linear", "cosine", "constant"] = _setting(
         "linear", "Learning rate schedule after the warmup.", "Training"

@@ -1,5 +1,9 @@
 """The default learning rate of a run, and the plan of a probe that looks for a better one.
 
+The default follows the base: Adam's first step moves each weight by the learning rate, whatever its
+gradient, and what such a step changes in the text differs between bases of the same width. So one
+step of that kind is tried at several rates (`benchmarks/rates.py` compares the result with the best).
+
 The rate that serves a short run best is higher than that of a long one (Bjorck et al., 2024,
 arXiv:2409.19913), so a probe of too few steps is refused. SmolLM2-135M on first sentences of
 reviews: of 6.3e-4, 2e-3 and 6.3e-3 the highest had the lowest loss after 10 steps, by 0.08 nats,
@@ -10,32 +14,124 @@ import itertools
 import math
 from dataclasses import dataclass
 
+import torch
 from peft import PeftModel
 
-from .. import evaluation
+from .. import distributed, evaluation
 from ..config import METHODS
+from ..data import packing
 from ..data.tokenization import TokenIds
+from ..errors import EventHandler, Progress, ignore_events
 from ..text import format_duration
 from .inputs import TrainingInputs
 from .profiling import MEASURED_STEPS, StepProfile
 
+STEP_SHARE = 0.4  # of the best single step: the rate of a run (benchmarks/RESULTS.md, rates)
+FIRST_STEP, MAX_TRIES = 2e-3, 10  # length of the first step tried, and how many lengths are
+MIN_TOKENS = 1_000  # of each of two samples
+LOWEST_RATE, HIGHEST_RATE = 1e-5, 4e-3
 PROBE_SHARE = 1 / 5  # of the steps of the run
 MAX_RUNS, MIN_RUNS = 5, 3
 MAX_STEPS, MIN_STEPS = 200, 20  # of each
 MAX_ROWS, MIN_ROWS = 64, 8  # that choose
 RATE_FACTOR = math.sqrt(10)  # between the rates of two runs
 
+Batch = dict[str, torch.Tensor]
 
-def default_learning_rate(inputs: TrainingInputs, model: PeftModel) -> tuple[float, str]:
+
+def default_learning_rate(
+    inputs: TrainingInputs, model: PeftModel, notify: EventHandler = ignore_events
+) -> tuple[float, str]:
     """Return the peak learning rate of a run that names none, and its origin, as notices name it.
 
-    It depends on the arguments alone and is the same in all processes; they are left as they are.
+    The weights B make one step against the sign of their gradient on some sequences, as in Adam's
+    first step. The rate is a share of the length that lowers the loss of other sequences most. It
+    depends on base, data and LoRA settings alone, and is the same in all processes. The model is
+    left as it was.
 
     Args:
         inputs: base, method and data.
         model: the base with LoRA layers before the first step.
     """
-    return METHODS[inputs.method].learning_rate, f"from the method {inputs.method}"
+    method = METHODS[inputs.method]
+    stepped, others = _two_samples(inputs)
+    best = _best_step(inputs, model, stepped, others, notify) if others else None
+    if best is None:
+        return method.learning_rate, f"from the method {inputs.method}"
+    rate = min(max(STEP_SHARE * best * method.rate_share, LOWEST_RATE), HIGHEST_RATE)
+    return float(f"{rate:.2g}"), "measured on the base with the first sequences"
+
+
+def _two_samples(inputs: TrainingInputs) -> tuple[list[Batch], list[Batch]]:
+    """Return batches of different sequences, each list of the size of an optimizer step or more."""
+    count, sequences = len(inputs.sequences), inputs.sequences
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    items, tokens = [], 0
+    for index in order[: count // 2 * 2]:
+        items.append(sequences[index])
+        tokens += sum(map(len, items[-1]))
+        if len(items) >= 2 * inputs.sequences_per_step and tokens >= 2 * MIN_TOKENS and len(items) % 2 == 0:
+            break
+    half = len(items) // 2
+
+    def batches(part: list[list[TokenIds]]) -> list[Batch]:
+        starts = range(0, half, inputs.batch_size)
+        return [inputs.collate(part[start : start + inputs.batch_size]) for start in starts]
+
+    return batches(items[:half]), batches(items[half:])
+
+
+def _best_step(
+    inputs: TrainingInputs, model: PeftModel, stepped: list[Batch], others: list[Batch], notify: EventHandler
+) -> float | None:
+    """Return the length of the sign step that lowers the loss of `others` most; None if none does."""
+    parameters = [p for name, p in model.named_parameters() if p.requires_grad and ".lora_B." in name]
+    before = [parameter.detach().clone() for parameter in parameters]
+    notify(Progress("choosing the learning rate", 0, MAX_TRIES))
+    model.train()
+    with torch.random.fork_rng():
+        for batch in stepped:
+            inputs.loss(model, batch, _predictions(stepped)).backward()
+    signs = [p.grad.sign() if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    model.zero_grad(set_to_none=True)
+    losses: dict[float, float] = {}
+
+    @torch.no_grad()
+    def loss_after(length: float) -> float:
+        if length not in losses:
+            for parameter, start, sign in zip(parameters, before, signs, strict=True):
+                parameter.copy_(start - length * sign)
+            loss = sum(inputs.loss(model, batch, _predictions(others)).item() for batch in others)
+            losses[length] = distributed.all_reduce_max(loss if math.isfinite(loss) else math.inf)
+            notify(Progress("choosing the learning rate", min(len(losses), MAX_TRIES), MAX_TRIES))
+        return losses[length]
+
+    model.eval()
+    try:
+        best = FIRST_STEP
+        factor = 2.0 if loss_after(2 * best) < loss_after(best) else 0.5
+        while len(losses) < MAX_TRIES and loss_after(factor * best) < loss_after(best):
+            best *= factor
+        if loss_after(best) >= loss_after(0.0):
+            return None
+        return best * _lowest_point(*(loss_after(best * factor) for factor in (0.5, 1.0, 2.0)))
+    finally:
+        with torch.no_grad():
+            for parameter, start in zip(parameters, before, strict=True):
+                parameter.copy_(start)
+
+
+def _lowest_point(half: float, once: float, twice: float) -> float:
+    """Return where between 0.5 and 2 a parabola is lowest, from its values at 0.5, 1 and 2."""
+    slope_before, slope_after = (once - half) / 0.5, twice - once
+    bend = (slope_after - slope_before) / 1.5
+    if not (math.isfinite(bend) and bend > 0):
+        return 1.0
+    return min(max((1.5 - slope_before / bend) / 2, 0.5), 2.0)
+
+
+def _predictions(batches: list[Batch]) -> int:
+    return max(sum(int((batch["labels"] != packing.IGNORE_INDEX).sum()) for batch in batches), 1)
 
 
 @dataclass(frozen=True)

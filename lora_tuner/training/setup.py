@@ -182,7 +182,7 @@ def prepare_training(
     if isinstance(requested.learning_rate, int | float):
         learning_rate, origin = float(requested.learning_rate), "as given"
     else:
-        learning_rate, origin = default_learning_rate(inputs, model)
+        learning_rate, origin = default_learning_rate(inputs, model, notify)
         notify(Notice(f"Learning rate {learning_rate:g} (--learning-rate), {origin}."))
     profile, probe_plan, probes = None, None, requested.learning_rate == PROBE
     if probes or (requested.max_steps is None and requested.epochs is None):

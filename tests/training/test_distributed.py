@@ -24,7 +24,7 @@ from lora_tuner.adapters.adapter import METRICS_FILE, RUN_FILE, WEIGHTS_FILE
 from lora_tuner.data.packing import PackedSequences
 from lora_tuner.errors import ConfigError, RaisedOnRankZero, TrainingError
 from lora_tuner.settings_files import resolve_settings
-from lora_tuner.training import run, sweep
+from lora_tuner.training import learning_rate, run, sweep
 from lora_tuner.training.arguments import EpochOrder
 
 from .. import tiny_models
@@ -244,11 +244,15 @@ def test_two_processes_agree_on_stop(settings):
 
 
 @pytest.mark.slow
-def test_plan_printed_once_counts_all(settings):
-    done = run_two(settings, "--epochs=1", "--plan", "--json")
+def test_plan_printed_once_counts_all(settings, monkeypatch):
+    del settings["learning_rate"]
+    monkeypatch.setattr(learning_rate, "HIGHEST_RATE", 1.0)
+    unbounded = "from lora_tuner.training import learning_rate; learning_rate.HIGHEST_RATE = 1.0"
+    done = run_two(settings, "--epochs=1", "--plan", "--json", code=unbounded)
     assert done.status == 0, done.err
-    alone = run.plan(TrainConfig.model_validate(settings | {"epochs": 1}))
-    assert json.loads(done.out)["steps_per_epoch"] == -(-alone.steps_per_epoch // 2)
+    two = json.loads(done.out)
+    alone = run.plan(TrainConfig.model_validate(settings | {"epochs": 1, "gradient_accumulation": 2}))
+    assert (two["steps_per_epoch"], two["learning_rate"]) == (alone.steps_per_epoch, alone.learning_rate)
 
 
 @pytest.mark.slow

@@ -26,6 +26,13 @@ PROFILE = StepProfile(
 )
 
 
+@pytest.fixture(autouse=True)
+def default(monkeypatch):
+    """Take the default rate of the method, which is not measured."""
+    of_method = 2e-3, "from the method lora"
+    monkeypatch.setattr("lora_tuner.training.setup.default_learning_rate", lambda *of: of_method)
+
+
 @pytest.fixture
 def short(settings, monkeypatch):
     """Settings of a run with a probe of few and short runs."""
