@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -276,18 +275,6 @@ def read_manifest(path: Path) -> Manifest:
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, each['loc'])) or 'manifest'}: {each['msg']}" for each in error.errors()]
         raise AdapterError(f"{path / MANIFEST_FILE}: {_join_problems(problems, 10)}.") from error
-
-
-def copy_files(adapter: Adapter, folder: Path, names: Sequence[str]) -> None:
-    """Copy those of the named files that the adapter has. Only config and weights may be symlinks,
-    unless they point into the Hub's cache: any other could point to a private file."""
-    blobs = (adapter.path.resolve().parent.parent / "blobs").resolve()
-    for name in names:
-        file = adapter.path / name
-        if not file.is_file():
-            continue
-        if name in (CONFIG_FILE, WEIGHTS_FILE) or not file.is_symlink() or file.resolve().parent == blobs:
-            shutil.copyfile(file, folder / name)
 
 
 def weights_info(adapter: Adapter) -> WeightsInfo:

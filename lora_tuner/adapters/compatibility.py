@@ -144,6 +144,11 @@ def _advise_merge(name: str) -> str:
     return f"merge it (`python cli.py merge {name} --out merged/{name}`)"
 
 
+def replaced_error(adapter: Adapter, tool: str, name: str) -> str:
+    """Error of a tool that takes LoRA pairs alone, for an adapter with other weights beside them."""
+    return f"{tool} does not load what replaces weights of the base ({adapter.replaced}): {_advise_merge(name)}"
+
+
 def _note_unknown_base(adapter: Adapter, report: CompatibilityReport) -> None:
     base = display_name(adapter.base) or "its base"
     report.notes.append(f"{base} is not on this machine, so its architecture was not checked")
@@ -172,9 +177,7 @@ def _check_vllm(adapter: Adapter, name: str, base_config: BaseConfig | None, rep
             "vLLM applies LoRA to lm_head in few models only, and this tool in none: train without it"
         )
     if adapter.replaced:
-        report.errors.append(
-            f"vLLM does not load what replaces weights of the base ({adapter.replaced}): {_advise_merge(name)}"
-        )
+        report.errors.append(replaced_error(adapter, "vLLM", name))
     for key in ("modules_to_save", "bias"):
         if adapter.config.get(key) not in (None, [], "none") and not adapter.replaced:
             report.errors.append(
@@ -262,9 +265,7 @@ def _check_llama_cpp(
     if adapter.config.get("use_dora"):
         report.errors.append(f"llama.cpp does not support DoRA: {_advise_merge(name)}")
     if adapter.replaced:
-        report.errors.append(
-            f"llama.cpp does not load what replaces weights of the base ({adapter.replaced}): {_advise_merge(name)}"
-        )
+        report.errors.append(replaced_error(adapter, "llama.cpp", name))
     unknown = [
         [module for module in adapter.modules if not architecture.has_layer(module)]
         for architecture in architectures

@@ -30,12 +30,11 @@ from .adapter import (
     WEIGHTS_FILE,
     Adapter,
     check_weights_hash,
-    copy_files,
     load_adapter_folder,
     validate_name,
     verify_adapter,
 )
-from .library import Library
+from .library import Library, copy_files
 from .manifest import Manifest
 
 SYNCED_FILES = (

@@ -7,6 +7,7 @@ complete or not at all.
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,3 +212,15 @@ def check_distinct_names(adapters: Sequence[Adapter]) -> None:
     names = [adapter.name for adapter in adapters]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise AdapterError(f"Two of these adapters have the name {repeated[0]}: list each once, or rename one.")
+
+
+def copy_files(adapter: Adapter, folder: Path, names: Sequence[str]) -> None:
+    """Copy those of the named files that the adapter has. Only config and weights may be symlinks,
+    unless they point into the Hub's cache: any other could point to a private file."""
+    blobs = (adapter.path.resolve().parent.parent / "blobs").resolve()
+    for name in names:
+        file = adapter.path / name
+        if not file.is_file():
+            continue
+        if name in (CONFIG_FILE, WEIGHTS_FILE) or not file.is_symlink() or file.resolve().parent == blobs:
+            shutil.copyfile(file, folder / name)

@@ -24,7 +24,7 @@ _ROWS, _RESIZED = ".token_adapter.trainable_tokens_delta", ".token_adapter.base_
 _MODULE = re.compile(r"(?=.{1,260}$)\w+(?:\.\w+){0,19}", re.ASCII)
 # Parts that PEFT puts into the names of its own tensors: under them there is no module of the base.
 _OWN_PART = re.compile(r"(?:^|\.)(?:lora_\w+|modules_to_save|original_module|base_layer|token_adapter)(?:\.|$)")
-_EMBEDDINGS = re.compile(r"(?:^|\.)(?:embed\w*|\w+_embeddings?|wte|lm_head|output)$")
+_EMBEDDINGS = re.compile(r"(?:^|\.)(?:embed\w*|\w+_embeddings?|wte|(?:lm_)?head|output)$")
 _MAX_ID = 2**31 - 1
 
 

@@ -111,6 +111,9 @@ def show_details(adapter: Adapter, ancestors: Sequence[Ancestor], coverage: str 
     fields: dict[str, object] = {
         "path": str(adapter.path),
         "lora": f"{lora}; {adapter.parameters:,} parameters, {format_bytes(adapter.bytes)}",
+        "replaces": str(adapter.replaced) or None,
+        "added tokens": ", ".join(f"{token} ({number})" for token, number in adapter.added_tokens.items())
+        or None,
         "covers": coverage or None,
     }
     if manifest is None:

@@ -16,11 +16,10 @@ from ..adapters.adapter import (
     WEIGHTS_FILE,
     Adapter,
     check_weights_hash,
-    copy_files,
     validate_name,
     weights_info,
 )
-from ..adapters.library import Library
+from ..adapters.library import Library, copy_files
 from ..adapters.manifest import Manifest, utc_timestamp
 from ..errors import AdapterError, EventHandler, Notice, ignore_events
 from ..models.layers_in_files import layer_sizes_in_files

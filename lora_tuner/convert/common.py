@@ -12,10 +12,10 @@ from ..adapters.adapter import (
     MANIFEST_FILE,
     TOKENIZER_FILES,
     Adapter,
-    copy_files,
     load_adapter_folder,
     weights_info,
 )
+from ..adapters.library import copy_files
 from ..adapters.manifest import DatasetInfo, EvalResult, Manifest, utc_timestamp
 from ..config import ModelOptions, is_conversation
 from ..data import tokenization

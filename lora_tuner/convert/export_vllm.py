@@ -16,9 +16,9 @@ from ..adapters.adapter import (
     TOKENIZER_FILES,
     WEIGHTS_FILE,
     Adapter,
-    copy_files,
     load_adapter_folder,
 )
+from ..adapters.library import copy_files
 from ..config import ModelOptions
 from ..errors import AdapterError
 from ..models import loading, lora
@@ -46,6 +46,8 @@ def to_vllm(
     """
     options.require_default("device", "dtype", "load_in", why="the base is not loaded for an export")
     check_output_path(out, "adapter folder", valid=(out / CONFIG_FILE).is_file(), overwrite=overwrite)
+    if adapter.replaced:
+        raise AdapterError(f"{adapter.path}: {compatibility.replaced_error(adapter, 'vLLM', adapter.name)}.")
     files = loading.base_for_adapter(adapter, options)
     check_keeps_base(out, files, [adapter])
     lora.check_base(adapter, TokenizedBase(files, load_tokenizer(files)), options)

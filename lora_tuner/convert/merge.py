@@ -119,6 +119,7 @@ def merge(
             ) from error
         actual = verify.forward_outputs(reloaded.eval(), compared, options.notify, "running the merged model")
         comparison = verify.compare_outputs(expected, actual, with_loss=bool(sets))
+        comparison = replace(comparison, rows=len(rows))
         if mismatch := verify.find_mismatch(comparison, expected, exact=merged_dtype == torch.float32):
             raise AdapterError(f"{out} is not kept: the merged model differs from base and adapter: {mismatch}.")
     losses = actual.losses.select(range(len(token_rows), len(compared)))

@@ -88,7 +88,9 @@ class HFDecoder:
             with quiet_transformers(), self.multi_lora.apply_hooks(hooks):
                 output = self.base.model(input_ids=cache.rows[row][None, padding:], use_cache=False)
             logits.append(output.logits[0, -1:])
-        return torch.stack(logits).float()
+        widest = max(row_logits.shape[-1] for row_logits in logits)  # adapters may have tokens of their own
+        padded = [F.pad(each, (0, widest - each.shape[-1]), value=-torch.inf) for each in logits]
+        return torch.stack(padded).float()
 
     def _keeps_rows_apart(self) -> bool:
         """Check that each layer gets a batch as (rows, tokens, in). OPT, for one, flattens rows and

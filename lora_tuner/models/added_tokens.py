@@ -11,7 +11,8 @@ and prompts, and left out of what is generated. It is what Qwen's <think> is: ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapters.adapter import Adapter
 from ..data.tokenization import TokenIds, token_ids
@@ -28,7 +29,7 @@ from ..text import format_names
 from .base_files import BaseModelFiles, quiet_transformers
 from .loading import LoadedBase
 from .lora import ADAPTER_NAME
-from .replaced import is_tied, load_replaced, mean_row, vocabulary_modules
+from .replaced import is_tied, load_replaced, mean_row, other_token_tables, vocabulary_modules
 from .replacement import ReplacedHook, Replacement, Rows, remove_hooks
 from .tokenizer import TokenizedBase, load_adapter_tokenizer
 
@@ -75,9 +76,9 @@ def extend_tokenizer(
     tokenizer, name = base.tokenizer, base.files.name
     inherited = _tokens_of(parent, base) if parent is not None and parent.replaced.rows else {}
     owners = dict.fromkeys(tokenizer.get_vocab(), f"the tokenizer of {name}")
-    owners |= {token.content: str(parent and parent.name) for token in inherited.values()}
-    if existing := [f"{token} ({owners[token]})" for token in tokens if token in owners]:
-        raise ConfigError(f"add_tokens: {format_names(existing)} exists already: leave it out.")
+    owners |= {token.content: f"the adapter {parent and parent.name}" for token in inherited.values()}
+    if existing := [f"{token} in {owners[token]}" for token in tokens if token in owners]:
+        raise ConfigError(f"add_tokens: some exist already, so leave them out: {format_names(existing)}.")
     if single := [token for token in tokens if len(_encode(tokenizer, token)) == 1]:
         raise ConfigError(f"add_tokens: {format_names(single)} is one token of {name} already: leave it out.")
     tokenizer.add_tokens([*inherited.values()])
@@ -173,6 +174,8 @@ def _make_room(base: LoadedBase, trained: Sequence[int]) -> None:
             f"its tokenizer has tokens beyond the {rows:,} rows of its embedding, such as {beyond[0]:,}: resize it first "
             "(resize_token_embeddings)"
         )
+    elif trained[-1] >= rows and (others := other_token_tables(model)):
+        why = f"{others[0]} has a row for each token too, and PEFT would not save the new ones"
     if why is None and trained[-1] >= rows:
         means = {
             kind: mean_row(model.get_submodule(module)) for module, kind in vocabulary_modules(model).items()
@@ -234,6 +237,23 @@ def train_rows(model: PeftModel, base: LoadedBase, added: AddedTokens) -> None:
         remove_hooks(layer)
         layer.register_forward_hook(hook)
         wrapper.forward = partial(layer)  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def unwrapped(model: PreTrainedModel) -> Iterator[None]:
+    """Take PEFT's wrappers of embedding and head out of a model: its EVA would adapt them as layers."""
+    from peft.utils.other import TrainableTokensWrapper
+
+    wrappers = {
+        name: module for name, module in model.named_modules() if isinstance(module, TrainableTokensWrapper)
+    }
+    try:
+        for name, wrapper in wrappers.items():
+            model.set_submodule(name, wrapper.original_module)
+        yield
+    finally:
+        for name, wrapper in wrappers.items():
+            model.set_submodule(name, wrapper)
 
 
 def _is_on(wrapper: Any) -> bool:

@@ -41,6 +41,18 @@ def vocabulary_modules(model: PreTrainedModel) -> dict[str, str]:
     return {names[module]: kind for kind, module in parts.items() if module in names}
 
 
+def other_token_tables(model: PreTrainedModel) -> list[str]:
+    """Names of other embeddings with a row for each token, as Gemma 3n and 4 have for their layers."""
+    embedding: Any = model.get_input_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+        and module.weight is not embedding.weight
+        and (len(module.weight) == len(embedding.weight) or "per_layer" in name)
+    ]
+
+
 def is_tied(model: PreTrainedModel) -> bool:
     """True where the output head has the weights of the input embedding."""
     head = model.get_output_embeddings()
@@ -89,6 +101,11 @@ def load_replaced(adapter: Adapter, base: LoadedBase) -> Replacements:
         _follow_ties(adapter, model, rows, copies)
     replaced = {}
     is_resized = vocab_size != base.vocab_size
+    if vocab_size > base.vocab_size and (others := other_token_tables(model)):
+        raise _misfit(
+            adapter,
+            f"it has more tokens than the base, and no rows of {others[0]}, which has one for each token too",
+        )
     for module in {**rows, **copies, **(kinds if is_resized else {})}:
         kind = kinds.get(module, "other")
         size = vocab_size if kind != "other" else 0

@@ -280,7 +280,8 @@ def _add_lora(requested: TrainConfig, inputs: TrainingInputs, notify: EventHandl
         notify(Progress("computing activations for EVA", 0, 1))
         if inputs.targets.experts:
             notify(Notice("EVA is for linear layers: the experts start as with --method lora."))
-    initialization.initialize(inputs.base, model, requested, inputs.sequences)
+    with added_tokens.unwrapped(inputs.base.model):
+        initialization.initialize(inputs.base, model, requested, inputs.sequences)
     coverage = describe_coverage(inputs.targets.coverage, inputs.targets.not_adapted)
     notify(Notice(f"{len(inputs.targets.modules):,} layers get LoRA: the adapter covers {coverage}."))
     if inputs.targets.warning:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from lora_tuner import Generator, Library, ModelOptions, SamplingParams, blend, compress, evaluate, merge, to_gguf
 from lora_tuner.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter_folder
 from lora_tuner.adapters.compatibility import check_compatibility
+from lora_tuner.convert.export_vllm import to_vllm
 from lora_tuner.errors import AdapterError
 from lora_tuner.evaluation import EvalSet
 from lora_tuner.inference.multi_lora import MultiLora, blend_loaded
@@ -212,6 +213,10 @@ def test_commands_refuse_replaced_weights_by_name(token_rows, llama, tmp_path):
         AdapterError, match=r"llama.cpp does not load what replaces .*\(2 rows of embed_tokens\): merge"
     ):
         to_gguf(token_rows, tmp_path / "new.gguf", options=options)
+    with pytest.raises(
+        AdapterError, match=r"vLLM does not load what replaces .*\(2 rows of embed_tokens\): merge"
+    ):
+        to_vllm(token_rows, tmp_path / "vllm", options=options)
     loaded = MultiLora(open_base(llama)).load(token_rows)
     with pytest.raises(AdapterError, match="replaces weights of the base, such as rows of new tokens"):
         blend_loaded([(1.0, loaded)])
@@ -243,6 +248,7 @@ def test_replaced_weights_on_quantized_base(bases, tmp_path):
         assert (logits - expected).abs().max() < 0.1 * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_evaluation_measures_replaced_head(untied, tmp_path):
     """The loss in chunks uses the head of the adapter, with the rows of its tokens."""
     sets = [EvalSet("reviews", tiny_models.reviews(4))]

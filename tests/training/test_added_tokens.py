@@ -33,6 +33,7 @@ from lora_tuner.training.setup import prepare_training
 from lora_tuner.training.sweep import run_sweep
 
 from .. import model_families, tiny_models
+from ..parameters import sampled
 
 NOTE, END = "<|note|>", "<|end_note|>"
 QUICK = {
@@ -68,10 +69,10 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(bases, place):
+def trained(bases, place, caches):
     """An adapter with two tokens on each base, trained once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LORA_TUNER_CACHE", str(place / "cache"))
+        patch.setenv("LORA_TUNER_CACHE", str(caches / "own"))
         patch.chdir(place)
         for name in ("gpt2", "untied", "spare"):
             train(TrainConfig(**QUICK | {"base": str(bases[name]), "name": name}))
@@ -79,9 +80,8 @@ def trained(bases, place):
 
 
 @pytest.fixture
-def library(trained, tmp_path, monkeypatch):
+def library(trained, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setenv("LORA_TUNER_CACHE", str(trained / "cache"))
     return Library()
 
 
@@ -100,10 +100,10 @@ def plain_peft(base, adapter):
 
 def logits_of(model, ids):
     with torch.no_grad():
-        return model(ids).logits
+        return model(input_ids=ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize("name", ["gpt2", "untied", pytest.param("spare", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", sampled(["untied", "gpt2", "spare"], 3))
 def test_added_tokens_equal_plain_peft_and_merge(name, library, bases, tmp_path):
     adapter = library.get(name)
     tokenizer = AutoTokenizer.from_pretrained(adapter.path)
@@ -155,6 +155,40 @@ def test_trained_rows_have_gradient_of_peft(bases, place, monkeypatch):
             torch.testing.assert_close(found[key], parameter.grad, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["eva", "dora", "pissa", "lora+"])
+def test_method_trains_added_tokens(method, bases, place, monkeypatch):
+    monkeypatch.chdir(place)
+    setup = prepare_training(config(bases["llama"], method=method))
+    before = {name: tensor.clone() for name, tensor in lora.adapter_state_dict(setup.model).items()}
+    setup.loss(setup.model, setup.collate([setup.sequences[0]]), 10).backward()
+    (name,) = [name for name in before if name.endswith("trainable_tokens_delta")]
+    (rows,) = [p for key, p in setup.model.named_parameters() if "trainable_tokens" in key]
+    assert torch.equal(before[name], rows)
+    assert rows.grad.abs().max() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family", ["mamba", "bart", "opt", "gemma3_text", "falcon", "gpt_neox", "qwen3_moe", "gemma3"]
+)
+def test_family_trains_added_tokens(family, tmp_path, place, monkeypatch):
+    base = model_families.save_family(tmp_path / "base", family)
+    monkeypatch.chdir(place)
+    adapter = train(config(base, name=family, adapters_dir=tmp_path, runs_dir=tmp_path / "runs"))
+    ids = torch.tensor([[320, 5, 7, 321, 40, 9, 320, 60]])
+    inference = MultiLora(model := load_base(find_base(str(base)), ModelOptions(device="cpu")))
+    with inference.apply_hooks(inference.hooks([inference.load(adapter)])):
+        found = logits_of(model.model, ids)
+    expected = logits_of(plain_peft(base, adapter), ids)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    merge(adapter, tmp_path / "merged")  # compared, or not kept
+    generator = Generator(family, adapters_dir=tmp_path)
+    prompts = [(f"{NOTE}the", family), ("the actor", None)]
+    mixed = [output.text for output in generator.generate_batch(prompts, GREEDY)]
+    assert mixed == [generator.generate_batch([prompt], GREEDY)[0].text for prompt in prompts]
+
+
 def test_new_rows_begin_with_mean(bases, place, monkeypatch):
     monkeypatch.chdir(place)
     setup = prepare_training(config(bases["spare"]))
@@ -172,6 +206,7 @@ def test_resumed_run_with_tokens_is_bitwise(bases, library, stop_at):
     assert resume("again").sha256 == expected
 
 
+@pytest.mark.slow
 def test_child_continues_and_adds_tokens(library, bases):
     parent = library.get("gpt2")
     setup = prepare_training(config(bases["gpt2"], parent="gpt2", add_tokens=[], name="child"))
@@ -188,6 +223,7 @@ def test_child_continues_and_adds_tokens(library, bases):
     assert again.add_tokens == ["fails"]
 
 
+@pytest.mark.slow
 def test_sweep_measures_added_tokens(library, bases):
     rates = (0.02, 0.01)
     result = run_sweep([config(bases["gpt2"], name="sweep", max_steps=1, learning_rate=rate) for rate in rates])
@@ -209,6 +245,7 @@ def test_generation_shows_added_tokens(library, bases):
     assert generator.tokenizer_of("gpt2").decode([321], skip_special_tokens=True) == END
 
 
+@pytest.mark.slow
 def test_preview_and_plan_have_added_tokens(bases, place, monkeypatch):
     monkeypatch.chdir(place)
     (row,) = preview(config(bases["gpt2"]), 1)
@@ -258,7 +295,7 @@ def test_invalid_tokens_are_refused(tokens, message):
     [
         (
             "<|endoftext|>",
-            r"add_tokens: <\|endoftext\|> \(the tokenizer of .*gpt2\) exists already: leave it out",
+            r"some exist already, so leave them out: <\|endoftext\|> in the tokenizer of .*gpt2\.",
         ),
         ("<absent>", "add_tokens: no training row has <absent>, as --preview shows them"),
         ("«note»", "does not read and write «note» as one token: use others"),
@@ -284,6 +321,7 @@ def test_unused_token_is_named(bases, place, monkeypatch):
     ("family", "changes", "message"),
     [
         ("gptj", {"tie_word_embeddings": False}, "its output head has a bias, which PEFT leaves out"),
+        ("gemma4", {}, ".*embed_tokens_per_layer has a row for each token too"),
         ("llama", {"vocab_size": 310}, "its tokenizer has tokens beyond the 310 rows of its embedding"),
     ],
 )
