@@ -1,6 +1,7 @@
 """Merge an adapter into its base: a plain model folder that transformers loads without PEFT."""
 
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,9 @@ from ..models.tokenizer import load_adapter_tokenizer
 from . import verify
 from .common import check_output_path, distinct_eval_sets, encode_eval_sets, open_shared_base
 from .verify import OutputComparison
+
+# Of a multimodal base: without them other tools do not load the merged model.
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,9 @@ def merge(
         # Without one of the adapter the original: the one in memory has another pad token.
         original = AutoTokenizer.from_pretrained(base.files.folder, trust_remote_code=False)
         (own_tokenizer or original).save_pretrained(folder)
+        for name in _PROCESSOR_FILES:
+            if (base.files.folder / name).is_file():
+                shutil.copyfile(base.files.folder / name, folder / name)
         try:
             reloaded = loading.auto_class(model.config).from_pretrained(
                 folder, dtype=torch.float32, use_safetensors=True

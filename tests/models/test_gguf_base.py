@@ -86,7 +86,7 @@ UNREAD = {
 }
 
 
-@pytest.mark.parametrize("name", sampled(gguf_models.MODELS, 8))
+@pytest.mark.parametrize("name", sampled(gguf_models.MODELS, 16))
 def test_gguf_equals_its_source(tmp_path, name):
     folder = gguf_models.save(tmp_path / "base", name)
     path = gguf_base.convert(folder, tmp_path / "base.gguf")

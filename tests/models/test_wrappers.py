@@ -1,11 +1,14 @@
 """Checkpoints of a text model in a multimodal wrapper: the text model trains, under the wrapper's names."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
-from lora_tuner import Library, ModelOptions, train
+from lora_tuner import Library, ModelOptions, merge, train
 from lora_tuner.adapters.compatibility import check_compatibility
 from lora_tuner.models import lora
 from lora_tuner.models.loading import load_base, open_base
@@ -169,3 +172,13 @@ def test_adapter_of_text_model_is_renamed_for_vllm(wrapper, tmp_path, kind):
     assert error.startswith(
         f"vLLM mounts the text model of {kind} under language_model, so it would load model.layers."
     )
+
+
+def test_merged_wrapper_keeps_its_processor(wrapper, settings, tmp_path):
+    folder = shutil.copytree(wrapper("qwen3_5"), tmp_path / "base")
+    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "Qwen2VLImageProcessor"}')
+    adapter = train(settings(base=str(folder), max_steps=1))
+    merge(adapter, tmp_path / "merged")
+    name = "preprocessor_config.json"
+    assert (tmp_path / "merged" / name).read_text() == (folder / name).read_text()
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["model_type"] == "qwen3_5"
