@@ -197,8 +197,8 @@ class TrainConfig(_Settings):
     )
     where: list[str] = _setting(
         [],
-        "Keep only rows with this value, as COLUMN=VALUE. Repeat it for other values of the column, "
-        "or for other columns, of which all must agree.",
+        "Keep only rows with this value, as COLUMN=VALUE. Repeat it for other values of the "
+        "column, or for other columns, of which all must agree.",
         "Data",
     )
     group_by: str | None = _setting(
@@ -329,9 +329,9 @@ class TrainConfig(_Settings):
     )
     add_tokens: list[str] = _setting(
         [],
-        "New tokens, separated by commas, such as '<|note|>,<|end_note|>'; may be repeated. Each is one "
-        "token wherever a text has it; its rows in embedding and output head are trained and saved "
-        "with the adapter, as is the tokenizer.",
+        "New tokens, separated by commas, such as '<|note|>,<|end_note|>'; may be repeated. Each "
+        "is one token wherever a text has it; its rows in embedding and output head are trained "
+        "and saved with the adapter, as is the tokenizer.",
         "Model",
         "none",
     )

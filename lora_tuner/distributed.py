@@ -1,10 +1,9 @@
 """Training on several processes, started by torchrun or accelerate launch.
 
-Surprise: without a GPU, Trainer runs each process that torchrun has started as a separate run in the
-same folder. So the process group is formed first, and its size is compared with WORLD_SIZE. With a
-single process these functions do nothing. Each process holds the whole base, unless it is sharded
-(models/fsdp.py).
-"""
+Surprise: without a GPU, Trainer runs each process that torchrun has started as a separate run in
+the same folder. So the process group is formed first, and its size is compared with WORLD_SIZE.
+With a single process these functions do nothing. Each process holds the whole base, unless it is
+sharded (models/fsdp.py)."""
 
 from __future__ import annotations
 
@@ -83,8 +82,8 @@ def init_process_group(device: str) -> None:
         name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
     ]:
         raise TrainingError(
-            f"WORLD_SIZE announces {expected_world_size()} processes, but {missing[0]} is not set, so they cannot "
-            f"connect: {_LAUNCH}, or unset WORLD_SIZE to train with one."
+            f"WORLD_SIZE announces {expected_world_size()} processes, but {missing[0]} is not "
+            f"set, so they cannot connect: {_LAUNCH}, or unset WORLD_SIZE to train with one."
         )
     from accelerate import PartialState
 
@@ -95,8 +94,8 @@ def init_process_group(device: str) -> None:
         raise TrainingError(f"The processes cannot connect: {str(error).splitlines()[0]}") from error
     if state.num_processes != expected_world_size():
         raise TrainingError(
-            f"WORLD_SIZE announces {expected_world_size()} processes, but this one finds {state.num_processes}, so each "
-            f"would train alone: {_LAUNCH}."
+            f"WORLD_SIZE announces {expected_world_size()} processes, but this one finds "
+            f"{state.num_processes}, so each would train alone: {_LAUNCH}."
         )
     _group = group
 

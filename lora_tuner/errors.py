@@ -48,8 +48,8 @@ class DataError(LoraTunerError):
 
 
 class InvalidRowError(DataError):
-    """One row cannot be read: it is left out, and counted under `reason`, a short noun phrase that all
-    such rows share. `detail` says more about this row."""
+    """One row cannot be read: it is left out, and counted under `reason`, a short noun phrase that
+    all such rows share. `detail` says more about this row."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)

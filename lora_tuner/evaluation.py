@@ -270,8 +270,9 @@ def held_out_losses(
             )
             if not math.isfinite(adapter_loss.loss):
                 raise AdapterError(
-                    f"{name} has a held-out loss of {adapter_loss.loss} on {rows.name}: its weights are too large for "
-                    "this base. Train it with a lower --learning-rate, or leave it out."
+                    f"{name} has a held-out loss of {adapter_loss.loss} on {rows.name}: its "
+                    "weights are too large for this base. Train it with a lower --learning-rate, "
+                    "or leave it out."
                 )
             pairs.append((base_loss, replace(adapter_loss, groups=base_loss.groups)))
         losses.append(pairs)
@@ -422,8 +423,9 @@ def measure_base_loss(
     )
     if not math.isfinite(base_loss.loss):
         raise BaseModelError(
-            f"{base.files.name} has a held-out loss of {base_loss.loss} in {str(base.dtype).removeprefix('torch.')}: its "
-            "weights are damaged, or too large for this dtype. Try --dtype float32, or another --base."
+            f"{base.files.name} has a held-out loss of {base_loss.loss} in "
+            f"{str(base.dtype).removeprefix('torch.')}: its weights are damaged, or too large for "
+            "this dtype. Try --dtype float32, or another --base."
         )
     return base_loss
 

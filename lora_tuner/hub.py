@@ -39,9 +39,8 @@ _CAPTIVE_PORTAL = "check HF_ENDPOINT and the proxy, and whether this network req
 class RequestLimits:
     """Limits of all requests to the Hub.
 
-    `before` and `after` are hooks of the HTTP client; `after` also watches each chunk of a response.
-    Outside of `limited` blocks nothing is limited but the timeouts.
-    """
+    `before` and `after` are hooks of the HTTP client; `after` also watches each chunk of a
+    response. Outside of `limited` blocks nothing is limited but the timeouts."""
 
     def __init__(self) -> None:
         self.last_progress = math.inf  # time; infinite outside of `limited`

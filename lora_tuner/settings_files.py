@@ -59,11 +59,10 @@ def _format_problems(error: ValidationError) -> str:
 class _StrictLoader(yaml.SafeLoader):
     """YAML as people mean it: null, true and false, and plain numbers; all else is text.
 
-    So it is in YAML 1.2. PyYAML reads YAML 1.1, where `1:30` is 90, `010` is 8, and `no` is false. A
-    number that it reads as text, such as `1e-3`, stays text: files that it wrote have such texts
+    So it is in YAML 1.2. PyYAML reads YAML 1.1, where `1:30` is 90, `010` is 8, and `no` is false.
+    A number that it reads as text, such as `1e-3`, stays text: files that it wrote have such texts
     without quotes, and the setting converts it. Duplicate keys are refused, as PyYAML silently
-    keeps the last. Nested aliases, which can expand to more than memory holds, are too.
-    """
+    keeps the last. Nested aliases, which can expand to more than memory holds, are too."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 - filled below
 
@@ -84,8 +83,8 @@ class _StrictLoader(yaml.SafeLoader):
     def refuse_octal(self, node: yaml.ScalarNode) -> None:
         octal, decimal = (int(node.value.replace("_", ""), base) for base in (8, 10))
         raise ValueError(
-            f"line {node.start_mark.line + 1}: {node.value} is {octal} for some programs and {decimal} for others: write a "
-            "number without the 0, or a text in quotes"
+            f"line {node.start_mark.line + 1}: {node.value} is {octal} for some programs and "
+            f"{decimal} for others: write a number without the 0, or a text in quotes"
         )
 
 

@@ -67,8 +67,9 @@ class Adapter:
 
     @cached_property
     def modules(self) -> list[str]:
-        """Full names of the adapted layers in the base, such as `transformer.h.0.attn.c_attn`, and of
-        the parameters with the weights of experts, such as `model.layers.0.mlp.experts.down_proj`."""
+        """Full names of the adapted layers in the base, such as `transformer.h.0.attn.c_attn`, and
+        of the parameters with the weights of experts, such as
+        `model.layers.0.mlp.experts.down_proj`."""
         return sorted(self._file_names)
 
     @cached_property

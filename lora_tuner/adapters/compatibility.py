@@ -203,8 +203,8 @@ def _check_vllm(adapter: Adapter, name: str, base_config: BaseConfig | None, rep
 def _check_vllm_experts(
     adapter: Adapter, name: str, base_config: BaseConfig | None, report: CompatibilityReport
 ) -> None:
-    """vLLM reads the experts of a block as one pair of tensors for each of two parameters, and takes
-    sides and scale as given (`_stack_moe_lora_weights` in its lora/model_manager.py)."""
+    """vLLM reads the experts of a block as one pair of tensors for each of two parameters, and
+    takes sides and scale as given (`_stack_moe_lora_weights` in its lora/model_manager.py)."""
     parameters = {module.rpartition(".")[2] for module in adapter.experts}
     owners = {module.rpartition(".")[0] for module in adapter.experts}
     if parameters != set(_VLLM_EXPERTS) or len(adapter.experts) != 2 * len(owners):

@@ -15,8 +15,8 @@ INNER = ".base_layer"  # after the name of a module, for the wrapper inside anot
 
 
 def file_names(experts: Iterable[str]) -> dict[str, str]:
-    """Name in the file of each adapted parameter, such as `model.layers.0.mlp.experts.base_layer` for
-    `model.layers.0.mlp.experts.gate_up_proj`."""
+    """Name in the file of each adapted parameter, such as `model.layers.0.mlp.experts.base_layer`
+    for `model.layers.0.mlp.experts.gate_up_proj`."""
     parameters: dict[str, list[str]] = {}
     for name in experts:
         owner, _, parameter = name.rpartition(".")
@@ -53,8 +53,8 @@ def parameter_names(modules: Collection[str], target_parameters: Collection[str]
 def unnamed_parameters(modules: Iterable[str]) -> list[str]:
     """Problems of modules that adapt parameters of which `parameter_names` knows no name."""
     return [
-        f"{module} is of a parameter of {module.split(INNER)[0]}, and target_parameters does not name as many "
-        "parameters of it as the file adapts"
+        f"{module} is of a parameter of {module.split(INNER)[0]}, and target_parameters does not "
+        "name as many parameters of it as the file adapts"
         for module in modules
         if module.endswith(INNER)
     ]

@@ -143,9 +143,8 @@ class RunInfo(_ManifestModel):
 
     `coverage` is the share of the block weights that are in adapted layers, unknown in older
     manifests; `not_adapted` names others that the target modules leave out. `sweep` is the id of
-    the sweep whose trial it is. `probe` tells how the learning rate was chosen, if by short runs, and
-    `advice` names the one to try if this one did not fit.
-    """
+    the sweep whose trial it is. `probe` tells how the learning rate was chosen, if by short runs,
+    and `advice` names the one to try if this one did not fit."""
 
     method: str = "lora"  # a key of config.METHODS
     steps: int

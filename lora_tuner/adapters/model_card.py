@@ -171,8 +171,9 @@ def _format_probe(probe: RateProbe) -> str:
         for trial in probe.trials
     ]
     return (
-        f"{probe.learning_rate:g}, the best of {len(losses)} runs of {probe.steps} steps by the loss on {probe.rows} "
-        f"held-out rows{' (also those of the gain)' if probe.reported_rows else ''}: {', '.join(losses)}"
+        f"{probe.learning_rate:g}, the best of {len(losses)} runs of {probe.steps} steps by the "
+        f"loss on {probe.rows} held-out "
+        f"rows{' (also those of the gain)' if probe.reported_rows else ''}: {', '.join(losses)}"
     )
 
 

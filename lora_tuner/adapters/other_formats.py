@@ -43,15 +43,16 @@ def explain_folder(path: Path) -> str | None:
     names = {entry.name for entry in _entries(path)}
     if found := sorted(names.intersection(_MLX_FILES)):
         return (
-            f"is an adapter of MLX ({found[0]}), not of PEFT: merge it with `mlx_lm.fuse --adapter-path {path}`, and "
-            "give the result as --base"
+            f"is an adapter of MLX ({found[0]}), not of PEFT: merge it with `mlx_lm.fuse "
+            f"--adapter-path {path}`, and give the result as --base"
         )
     pickled = next((name for name in _PICKLED_FILES if name in names), None)
     if pickled and CONFIG_FILE in names:
         load = f"torch.load('{pickled}', weights_only=True)"
         return (
-            f"has pickled weights ({pickled}), which are not read: convert them in that folder with `python -c "
-            f"\"import torch, safetensors.torch as s; s.save_file({load}, '{WEIGHTS_FILE}')\"`"
+            f"has pickled weights ({pickled}), which are not read: convert them in that folder "
+            f'with `python -c "import torch, safetensors.torch as s; s.save_file({load}, '
+            f"'{WEIGHTS_FILE}')\"`"
         )
     if folders := _adapter_folders(path):
         listed = ", ".join(map(str, folders[:5]))

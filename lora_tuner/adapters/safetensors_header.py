@@ -97,7 +97,7 @@ def _tensor_entries(data: bytes) -> dict[str, TensorEntry]:
     return {name: _tensor_entry(entry) for name, entry in header.items()}
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     items = dict(pairs)
     if len(items) < len(pairs):
         raise ValueError("a name is given twice")

@@ -107,8 +107,9 @@ def _prefixed(kind: str, prefixes: str, rest: str, hints: str = "") -> _Rule:
 
 
 _MANY_PREFIXES = (
-    "dop_v1_ doo_v1_ shpat_ shpca_ shppa_ shpss_ sq0atp- sq0csp- dapi gsk_ r8_ xai- pplx- hvs. hvb. lin_api_ ntn_ figd_ glsa_ "
-    "sntrys_ sntryu_ dckr_pat_ rubygems_ tfp_ pscale_tkn_ dp.pt. nvapi- AGE-SECRET-KEY-1 key-"
+    "dop_v1_ doo_v1_ shpat_ shpca_ shppa_ shpss_ sq0atp- sq0csp- dapi gsk_ r8_ xai- pplx- hvs. "
+    "hvb. lin_api_ ntn_ figd_ glsa_ sntrys_ sntryu_ dckr_pat_ rubygems_ tfp_ pscale_tkn_ dp.pt. "
+    "nvapi- AGE-SECRET-KEY-1 key-"
 )
 _NAMES = (
     r"(?:pass(?:word|wd|phrase|code)?|pwd|pw|secret|credentials?|kennwort|passwort|mot[ _]de[ _]passe|contrase\xf1a|senha"

@@ -8,7 +8,6 @@ import base64
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
@@ -88,7 +87,7 @@ def is_page(path: Path) -> bool:
         return PAGE_MARK.encode() in file.read(2_000)
 
 
-def _finalize(value: Any) -> Any:
+def _finalize(value: object) -> object:
     """Show the characters of a text that cannot be seen; the page's own parts are kept."""
     return reveal(value) if type(value) is str else value
 

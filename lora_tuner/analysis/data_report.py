@@ -1,14 +1,14 @@
 """Report on a dataset before training: counts, lengths, near-copies, languages, personal data, trouble.
 
-The counts are of all rows, as training counts them. The rest is of at most `SAMPLE_ROWS` rows, those
-that `--max-rows` would take. All text in a report is an excerpt with its personal data replaced.
-"""
+The counts are of all rows, as training counts them. The rest is of at most `SAMPLE_ROWS` rows,
+those that `--max-rows` would take. All text in a report is an excerpt with its personal data
+replaced."""
 
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..config import ModelOptions, TrainConfig
 from ..data import tokenization
@@ -101,7 +101,7 @@ class DataReport:
     losses: Losses | None
     hints: list[str]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """All figures for JSON."""
         return asdict(self)
 
@@ -260,8 +260,9 @@ def _tokenize(
     if invalid:
         reason = next(iter(invalid.values()))
         hints.append(
-            f"{len(invalid):,} conversations cannot be written by the chat template of the base, such as one with "
-            f"{excerpts.mask(str(reason))}: training leaves them out, and they count as 0 tokens here."
+            f"{len(invalid):,} conversations cannot be written by the chat template of the base, "
+            f"such as one with {excerpts.mask(str(reason))}: training leaves them out, and they "
+            "count as 0 tokens here."
         )
     return total
 

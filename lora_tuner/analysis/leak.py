@@ -6,7 +6,6 @@ from the dataset that run.yaml names, and compared as training would (data/near_
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from .. import evaluation
 from ..adapters.adapter import RUN_FILE, Adapter
@@ -45,7 +44,7 @@ class Leak:
     without_copy: EvalResult | None = None
     share: float | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """All figures for JSON."""
         parts = {"all": self.all_rows, "with_copy": self.with_copy, "without_copy": self.without_copy}
         return {

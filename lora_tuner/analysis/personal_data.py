@@ -127,17 +127,18 @@ _AT = re.compile(r"@|&#0*64;|&#x0*40;|&commat;|[\[({]at[\])}]", re.IGNORECASE)
 _DOT = re.compile(r"\s?(?:\[dot\]|\(dot\)|\{dot\}|\[\.\]|\(\.\))\s?", re.IGNORECASE)
 # Frequent top-level domains, and those reserved for examples. Two letters are a country's, but for those of files.
 _TOP_LEVEL_NAMES = (
-    "com org net edu gov mil int info biz name pro mobi jobs travel museum aero coop cat tel asia post arpa "
-    "app dev page online site website web shop store tech xyz club blog cloud email mail live news life world "
-    "today agency company solutions digital media studio design academy consulting global group network "
-    "systems services software support team works zone berlin hamburg koeln cologne bayern nrw saarland ruhr "
-    "wien tirol london paris nyc tokyo swiss google amazon microsoft apple bank finance money capital fund "
-    "legal law doctor health clinic care dental hospital church school university college education "
-    "foundation ong ngo gmbh ltd llc inc art music film video photo photos gallery games game play top vip "
-    "win work fun space rocks ninja guru expert link click icu best one plus social community center house "
-    "property realty estate restaurant cafe bar pub pizza hotel tours holiday eco green energy solar bio farm "
-    "garden sport fitness run yoga fashion style beauty moda kiwi scot wales eus gal bzh corsica quebec "
-    "moscow istanbul africa joburg lat krd example test invalid"
+    "com org net edu gov mil int info biz name pro mobi jobs travel museum aero coop cat tel asia "
+    "post arpa app dev page online site website web shop store tech xyz club blog cloud email "
+    "mail live news life world today agency company solutions digital media studio design academy "
+    "consulting global group network systems services software support team works zone berlin "
+    "hamburg koeln cologne bayern nrw saarland ruhr wien tirol london paris nyc tokyo swiss "
+    "google amazon microsoft apple bank finance money capital fund legal law doctor health clinic "
+    "care dental hospital church school university college education foundation ong ngo gmbh ltd "
+    "llc inc art music film video photo photos gallery games game play top vip win work fun space "
+    "rocks ninja guru expert link click icu best one plus social community center house property "
+    "realty estate restaurant cafe bar pub pizza hotel tours holiday eco green energy solar bio "
+    "farm garden sport fitness run yoga fashion style beauty moda kiwi scot wales eus gal bzh "
+    "corsica quebec moscow istanbul africa joburg lat krd example test invalid"
 )
 _TOP_LEVEL = frozenset(_TOP_LEVEL_NAMES.split())
 _FILE_ENDINGS = ("js", "ts", "gz", "xz", "db", "vb", "hs", "ex")

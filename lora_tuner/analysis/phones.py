@@ -27,8 +27,8 @@ BEFORE = 40  # characters before a number that tell its kind
 _HAS_DIGITS = re.compile(r"(?:\d\D{0,3}){6}\d")
 # Regions of which a national number is tried after a word such as "phone".
 _REGIONS = (
-    "US GB DE FR ES IT NL BE CH AT PL PT SE NO DK FI IE CZ HU RO GR TR RU UA IN PK BD CN JP KR TW HK SG "
-    "MY ID PH TH VN AU NZ ZA NG KE EG IL AE SA BR MX AR CL CO PE"
+    "US GB DE FR ES IT NL BE CH AT PL PT SE NO DK FI IE CZ HU RO GR TR RU UA IN PK BD CN JP KR TW "
+    "HK SG MY ID PH TH VN AU NZ ZA NG KE EG IL AE SA BR MX AR CL CO PE"
 )
 PHONE_REGIONS = tuple(_REGIONS.split())
 _PHONE_WORDS = re.compile(

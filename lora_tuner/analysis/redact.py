@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from .. import atomic_io
 from ..config import TrainConfig
@@ -59,7 +58,7 @@ class RedactResult:
         kinds = "names, addresses" if phones.finds_phones() else "names, addresses, phone numbers"
         return f"This is not complete: {kinds} and what is written in another form are still there."
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return asdict(self) | {"path": str(self.path), "note": self.note}
 
 

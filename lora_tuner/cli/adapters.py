@@ -3,7 +3,7 @@
 import datetime
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -48,7 +48,7 @@ def list_adapters(adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR, as_jso
         print_stderr(f"No adapters in {adapters_dir} yet: train one.")
 
 
-def _entry_dict(name: str, entry: Adapter | AdapterError) -> dict[str, Any]:
+def _entry_dict(name: str, entry: Adapter | AdapterError) -> dict[str, object]:
     return entry.to_dict() if isinstance(entry, Adapter) else {"name": name, "broken": str(entry)}
 
 

@@ -174,8 +174,9 @@ def _show_near_copies(copies: "NearCopies", total: int) -> None:
     _print_heading("near-copies")
     if copies.clusters:
         print(
-            f"{_rows(copies.rows, total)} nearly copy one another, in {copies.clusters:,} cluster{'s' * (copies.clusters > 1)}; "
-            f"the largest has {copies.largest:,}. With one row of each, {format_rows(copies.spare_rows)} would go."
+            f"{_rows(copies.rows, total)} nearly copy one another, in {copies.clusters:,} "
+            f"cluster{'s' * (copies.clusters > 1)}; the largest has {copies.largest:,}. With one "
+            f"row of each, {format_rows(copies.spare_rows)} would go."
         )
         for cluster in copies.examples:
             _show_examples("", cluster)
@@ -199,8 +200,8 @@ def _show_lengths(lengths: "Lengths", total: int) -> None:
     of = f" of {lengths.tokenizer}" if lengths.tokenizer else ""
     _print_heading(f"lengths in {lengths.unit}{one_line(of)}")
     print(
-        f"shortest {lengths.shortest:,}, median {lengths.median:,}, mean {lengths.mean:,}, 95% up to "
-        f"{lengths.percentile_95:,}, longest {lengths.longest:,}; {lengths.total:,} in all"
+        f"shortest {lengths.shortest:,}, median {lengths.median:,}, mean {lengths.mean:,}, 95% up "
+        f"to {lengths.percentile_95:,}, longest {lengths.longest:,}; {lengths.total:,} in all"
     )
     size = math.ceil(len(lengths.histogram) / _TERMINAL_BARS)
     bars = [lengths.histogram[begin : begin + size] for begin in range(0, len(lengths.histogram), size)]

@@ -127,8 +127,8 @@ def show_leaks(leaks: Sequence["Leak"]) -> None:
         copied = leak.with_copy.rows if leak.with_copy else 0
         share = "there is no gain" if leak.share is None else f"{leak.share:.1%} of the gain comes from these"
         lines.append(
-            f"{leak.adapter}: {leak.copies:,} of {leak.training_rows:,} training rows nearly copy {copied} of "
-            f"{leak.all_rows.rows} held-out rows; {share}"
+            f"{leak.adapter}: {leak.copies:,} of {leak.training_rows:,} training rows nearly copy "
+            f"{copied} of {leak.all_rows.rows} held-out rows; {share}"
         )
     if table:
         print(

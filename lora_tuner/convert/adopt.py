@@ -81,8 +81,8 @@ def adopt(
             (target / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     notify(
         Notice(
-            f"{name} fits {base_files.name} by its layer sizes; it cannot be verified that it was trained on it."
-            f"{adapter.ignored_note}"
+            f"{name} fits {base_files.name} by its layer sizes; it cannot be verified that it was "
+            f"trained on it.{adapter.ignored_note}"
         )
     )
     return library.get(name)

@@ -199,8 +199,8 @@ def check_loss(out: Path, source: SourceModel, losses: HeldOutLoss) -> None:
     """Raise AdapterError if a file computes another loss than the model in transformers."""
     if not abs(losses.loss - source.losses.loss) <= verify.LOSS_TOLERANCE:  # NaN fails too
         raise AdapterError(
-            f"{out} is not kept: llama.cpp computes a loss of {losses.loss:.4f} with it, and transformers "
-            f"{source.losses.loss:.4f}."
+            f"{out} is not kept: llama.cpp computes a loss of {losses.loss:.4f} with it, and "
+            f"transformers {source.losses.loss:.4f}."
         )
 
 
@@ -219,8 +219,8 @@ def compare_tokens(model: LlamaModel, source: SourceModel, notify: EventHandler)
     if other:
         notify(
             Notice(
-                f"llama.cpp reads {len(other)} of {len(texts)} held-out texts as other tokens than this tool, such as "
-                f"{other[0][:60]!r}."
+                f"llama.cpp reads {len(other)} of {len(texts)} held-out texts as other tokens "
+                f"than this tool, such as {other[0][:60]!r}."
             )
         )
     return len(other)

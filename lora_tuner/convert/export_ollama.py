@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import atomic_io
 from ..adapters.adapter import Adapter
@@ -130,8 +130,8 @@ def _prepare_base(
     load_library()
     options.notify(
         Notice(
-            "Ollama takes adapters up to version 0.34.0, and refuses a Modelfile with ADAPTER since "
-            "(ollama/ollama#14969): without --no-merged, all versions take the result."
+            "Ollama takes adapters up to version 0.34.0, and refuses a Modelfile with ADAPTER "
+            "since (ollama/ollama#14969): without --no-merged, all versions take the result."
         )
     )
     source, own_tokenizer = _measure_base_and_adapter(adapter, out, sets, eval_rows, options)
@@ -211,7 +211,7 @@ class _Modelfile:
         return "\n".join(lines) + "\n"
 
 
-def _read_generation_config(folder: Path) -> dict[str, Any]:
+def _read_generation_config(folder: Path) -> dict[str, object]:
     path = folder / "generation_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return settings if isinstance(settings, dict) else {}
@@ -224,9 +224,9 @@ def _context_length(path: Path) -> int:
     return int(fields[f"{fields['general.architecture'].contents()}.context_length"].contents())
 
 
-def _stops(source: SourceModel, chat_format: ChatFormat | None, settings: dict[str, Any]) -> list[str]:
-    """Texts that end an answer: the end tokens, and where an answer ends with none, the beginning of
-    the next user message."""
+def _stops(source: SourceModel, chat_format: ChatFormat | None, settings: dict[str, object]) -> list[str]:
+    """Texts that end an answer: the end tokens, and where an answer ends with none, the beginning
+    of the next user message."""
     configured = settings.get("eos_token_id")
     ends = configured if isinstance(configured, list) else [configured]
     ids = [*source.end_ids(), *(number for number in ends if isinstance(number, int))]

@@ -1,8 +1,8 @@
 """Write an adapter under the names by which vLLM finds the layers of a multimodal wrapper.
 
 An adapter that was trained on the text model alone has that model's names. vLLM loads it on the
-wrapper without an error, and applies nothing (vllm#48019). Its tensors stay as they are, bit by bit.
-"""
+wrapper without an error, and applies nothing (vllm#48019). Its tensors stay as they are, bit by
+bit."""
 
 import json
 from pathlib import Path

@@ -82,8 +82,8 @@ def _context_length(architecture: GgufArchitecture, config: PretrainedConfig, no
         return length
     notify(
         Notice(
-            f"llama.cpp has no sliding window for {config.model_type} models: the context length in the file is "
-            f"that of the window, {window:,} in place of {length:,}."
+            f"llama.cpp has no sliding window for {config.model_type} models: the context length "
+            f"in the file is that of the window, {window:,} in place of {length:,}."
         )
     )
     return int(window)

@@ -104,8 +104,8 @@ def _notify_added_tokens(spec: Spec, notify: EventHandler) -> None:
     if others and not _strips_like_phi3(spec):
         notify(
             Notice(
-                f"The tokenizer finds {format_names(others)} in a text only with or without white space beside them; "
-                "llama.cpp finds them anywhere, and keeps the white space."
+                f"The tokenizer finds {format_names(others)} in a text only with or without white "
+                "space beside them; llama.cpp finds them anywhere, and keeps the white space."
             )
         )
 
@@ -138,8 +138,9 @@ def _is_byte(token: str) -> bool:
 
 
 def _is_found_first(added: Spec) -> bool:
-    """Check that llama.cpp is to find an added token in the text itself. Runs of spaces in a SentencePiece
-    vocabulary (Gemma's) are merged like other tokens; as added ones llama.cpp would write them as ▁."""
+    """Check that llama.cpp is to find an added token in the text itself. Runs of spaces in a
+    SentencePiece vocabulary (Gemma's) are merged like other tokens; as added ones llama.cpp would
+    write them as ▁."""
     return bool(added["special"]) or _SPACE not in added["content"]
 
 
@@ -171,8 +172,8 @@ def _add_byte_level(writer: "GGUFWriter", spec: Spec, folder: Path, notify: Even
     name = _PRE_TOKENIZERS.get((steps, bool(model.get("ignore_merges"))))
     if name is None:
         raise BaseModelError(
-            f"{folder}: llama.cpp has no pre-tokenizer like that of its tokenizer ({', '.join(steps) or 'none'}"
-            f"{', whole words first' if model.get('ignore_merges') else ''})."
+            f"{folder}: llama.cpp has no pre-tokenizer like that of its tokenizer "
+            f"({', '.join(steps) or 'none'}{', whole words first' if model.get('ignore_merges') else ''})."
         )
     if (kinds := _kinds(spec["normalizer"])) == "NFC":
         notify(
@@ -195,8 +196,8 @@ def _add_byte_level(writer: "GGUFWriter", spec: Spec, folder: Path, notify: Even
 
 
 def _pre_tokenizer_steps(spec: Spec | None) -> Iterator[str]:
-    """Regular expressions that split a text, one after the other; what llama.cpp has not gets a name
-    that it does not know."""
+    """Regular expressions that split a text, one after the other; what llama.cpp has not gets a
+    name that it does not know."""
     if spec is None:
         return
     kind = spec["type"]

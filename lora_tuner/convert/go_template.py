@@ -4,10 +4,9 @@ The chat template is rendered with marks for the messages, and the text between 
 the Go template, so that no table of known templates is needed. The result is compared with the chat
 template on other conversations before it is used. Ollama passes `.System`, all system messages
 joined, and `.Messages`, where messages in a row of one role are joined and a system message is
-listed as well (ollama/ollama, template/template.go of August 2026: Execute, collate). The older form
-with `.Prompt` and `.Response` cannot tell a first turn from a later one, so it is only used for
-bases without a chat template. Limit: tools and thinking are left out.
-"""
+listed as well (ollama/ollama, template/template.go of August 2026: Execute, collate). The older
+form with `.Prompt` and `.Response` cannot tell a first turn from a later one, so it is only used
+for bases without a chat template. Limit: tools and thinking are left out."""
 
 import datetime
 import re
@@ -123,9 +122,9 @@ def derive_chat_format(tokenizer: "PreTrainedTokenizerBase", name: str, notify: 
         _compare(tokenizer, chat_format, takes_system=found.takes_system)
     except (_NotExpressibleError, TemplateError) as error:
         raise AdapterError(
-            f"The chat template of {name} cannot be written as a template for Ollama: {error}. Use --to gguf "
-            "--merged: the GGUF file has the chat template itself, which llama.cpp and Ollama read where a "
-            "Modelfile has no TEMPLATE."
+            f"The chat template of {name} cannot be written as a template for Ollama: {error}. "
+            "Use --to gguf --merged: the GGUF file has the chat template itself, which llama.cpp "
+            "and Ollama read where a Modelfile has no TEMPLATE."
         ) from error
     if not found.takes_system:
         notify(Notice(f"The chat template of {name} takes no system message: in Ollama, SYSTEM has no effect."))
@@ -313,8 +312,8 @@ def _go_text(texts: tuple[str, ...]) -> str:
 
 def _escape(text: str) -> str:
     """A text as a part of a Go template within a Modelfile, which drops characters that are not
-    printable and ends at three quotation marks (ollama/ollama, parser/parser.go: ParseFile, unquote).
-    """
+    printable and ends at three quotation marks (ollama/ollama, parser/parser.go: ParseFile,
+    unquote)."""
     escaped = re.sub(r'\{(?=\{|$)|"""|[^\n\t\r -~]', lambda match: _constant(match.group()), text)
     return escaped
 

@@ -102,8 +102,8 @@ def load_library() -> ctypes.CDLL:
             function = getattr(library, name)
         except AttributeError as error:
             raise ConfigError(
-                f"This build of xllamacpp does not export {name} of llama.cpp (builds for Windows export nothing): "
-                "export on Linux or macOS, or install another version of it."
+                f"This build of xllamacpp does not export {name} of llama.cpp (builds for Windows "
+                "export nothing): export on Linux or macOS, or install another version of it."
             ) from error
         function.restype, function.argtypes = result, arguments
     library.llama_backend_init()

@@ -46,8 +46,7 @@ _MESSAGE = (*_CONTENTS, "tool_calls", "function_call")
 _PARTIAL = ("train_detail", "training_detail")  # Axolotl: which characters of an answer are learned
 # A field is no part of the conversation if one of these words is in its name.
 _METADATA = re.compile(
-    "at|country|created|date|datetime|hash|hashed|header|id|identifier|ids|index|ip|lang|language|meta|metadata|model|"
-    "rating|score|source|state|status|time|timestamp|tokens|toxic|turn|updated|usage|uuid"
+    "at|country|created|date|datetime|hash|hashed|header|id|identifier|ids|index|ip|lang|language|meta|metadata|model|rating|score|source|state|status|time|timestamp|tokens|toxic|turn|updated|usage|uuid"
 )
 
 
@@ -254,8 +253,8 @@ def _read_message(place: str, value: object, clean: Clean) -> FullMessage:
 
 
 def _read_calls(place: str, fields: dict[str, Any]) -> None:
-    """Set `tool_calls` in the fields of a message to the list of its calls of tools, also from JSON in
-    a string, and from `function_call`, OpenAI's older name of one."""
+    """Set `tool_calls` in the fields of a message to the list of its calls of tools, also from JSON
+    in a string, and from `function_call`, OpenAI's older name of one."""
     calls = _decode("tool_calls", fields.get("tool_calls") or [])
     calls = calls if isinstance(calls, list) else [calls]
     old = _decode("tool_calls", fields.pop("function_call", None) or [])

@@ -171,8 +171,8 @@ def _common_start(one: str, other: str) -> str:
 
 
 def _open_thinking(before: str, answer: FullMessage) -> tuple[FullMessage, str]:
-    """Move the thinking out of the last answer if generation begins within it and the template would
-    drop it, as those of DeepSeek-R1 and QwQ do.
+    """Move the thinking out of the last answer if generation begins within it and the template
+    would drop it, as those of DeepSeek-R1 and QwQ do.
 
     Args:
         before: The conversation before the answer, with the generation prompt.
@@ -209,8 +209,8 @@ def _try_template(tokenizer: "PreTrainedTokenizerBase", messages: list[FullMessa
 
 
 def _refuse_dropped(tokenizer: "PreTrainedTokenizerBase", messages: list[FullMessage], tools: Tools) -> None:
-    """Raise InvalidRowError if the template does not write a part of a conversation: of another one,
-    with marks for the texts, each mark is looked for in what is rendered."""
+    """Raise InvalidRowError if the template does not write a part of a conversation: of another
+    one, with marks for the texts, each mark is looked for in what is rendered."""
     names: list[str] = []  # the part that each mark stands for
 
     def mark(name: str) -> str:
@@ -255,8 +255,8 @@ def _render_marked(tokenizer: "PreTrainedTokenizerBase", marked: str, template: 
 
 
 def turn_end_ids(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
-    """Return the id of the special token with which the chat template ends an answer; often it is not
-    the end-of-text token. Empty without such a token."""
+    """Return the id of the special token with which the chat template ends an answer; often it is
+    not the end-of-text token. Empty without such a token."""
     return _turn_end_ids(tokenizer, str(tokenizer.chat_template or ""))
 
 
@@ -270,8 +270,8 @@ def _turn_end_ids(tokenizer: "PreTrainedTokenizerBase", template: str) -> frozen
 
 
 def looks_rendered(text: str) -> bool:
-    """Return whether a chat template has rendered a text: it begins with a turn, or with a token such
-    as <s>, and has two turns or more."""
+    """Return whether a chat template has rendered a text: it begins with a turn, or with a token
+    such as <s>, and has two turns or more."""
     return bool(_RENDERED_START.match(text)) and len(list(itertools.islice(_TURN.finditer(text), 2))) == 2
 
 

@@ -10,8 +10,9 @@ from ..config import CleanMode
 # A tag is a known name, then only attributes: "if a <b and c> d" stays.
 _INLINE_TAGS = "a abbr b cite code del em font i ins label mark q s small span strike strong sub sup tt u"
 _BLOCK_TAGS = (
-    "article aside blockquote body br center dd div dl dt figure footer h[1-6] head header hr html iframe img li link main "
-    "meta nav ol p pre script section style table tbody td tfoot th thead title tr ul video"
+    "article aside blockquote body br center dd div dl dt figure footer h[1-6] head header hr "
+    "html iframe img li link main meta nav ol p pre script section style table tbody td tfoot th "
+    "thead title tr ul video"
 )
 _TAG_REST = r"(?:\s+(?:noshade|nowrap))?(?:\s+[\w:-]+\s*=[^<>]*+)?\s*+/?>"
 _INLINE_TAG = re.compile(rf"</?(?:{'|'.join(_INLINE_TAGS.split())}){_TAG_REST}", re.IGNORECASE)

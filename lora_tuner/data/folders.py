@@ -92,8 +92,8 @@ def choose_files(path: Path, split: str | None, notify: EventHandler) -> list[Pa
     chosen = split or "train"
     if chosen not in splits:
         raise DataError(
-            f"{path} has no files that are named after a split '{chosen}': choose one with --split: "
-            f"{format_names(splits)}."
+            f"{path} has no files that are named after a split '{chosen}': choose one with "
+            f"--split: {format_names(splits)}."
         )
     if rest := sorted(set(files).difference(*splits.values())):
         notify(

@@ -42,8 +42,8 @@ _NESTED_TEXT = re.compile(r"\[.*\]|\{.*\}", re.DOTALL)  # JSON, or lists as Pyth
 
 
 def have_columns(config: TrainConfig) -> bool:
-    """Return whether a dataset of the run has columns: settings that name some are not for plain text
-    beside it. Price: all its files are listed."""
+    """Return whether a dataset of the run has columns: settings that name some are not for plain
+    text beside it. Price: all its files are listed."""
     return any(map(has_columns, config.dataset_names))
 
 
@@ -226,9 +226,9 @@ def _refuse_preferences(table: Table) -> None:
     if names := _preferences(table):
         raise DataError(
             f"{table.source}: {' and '.join(names)} are preference data (DPO and the like), of "
-            f"which nothing is trained on by itself: to learn the answers in {names[0]}, write them "
-            "as messages, or as prompt and completion; to learn it as text, give --text-column "
-            f"{names[0]}. Its columns are {format_names(table.columns)}."
+            f"which nothing is trained on by itself: to learn the answers in {names[0]}, write "
+            "them as messages, or as prompt and completion; to learn it as text, give "
+            f"--text-column {names[0]}. Its columns are {format_names(table.columns)}."
         )
 
 

@@ -39,8 +39,8 @@ def choose_held_out(
     if not held_out and not eval_hashes:
         notify(
             Notice(
-                f"The hash holds out none of {len(usable)} {unit}s, so the one with the lowest hash "
-                f"is held out. More {unit}s, or --eval-dataset, give a better measure."
+                f"The hash holds out none of {len(usable)} {unit}s, so the one with the lowest "
+                f"hash is held out. More {unit}s, or --eval-dataset, give a better measure."
             )
         )
         return {usable[0]}

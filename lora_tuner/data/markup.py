@@ -14,8 +14,8 @@ from .cleaning import clean_message
 
 _SKIPPED = "head script style nav template noscript svg iframe object canvas audio video select button"
 _PARAGRAPHS = (
-    "address article aside blockquote body center details dialog div fieldset figcaption figure footer form h1 h2 h3 h4 "
-    "h5 h6 header hr main p pre section summary ul ol dl table caption"
+    "address article aside blockquote body center details dialog div fieldset figcaption figure "
+    "footer form h1 h2 h3 h4 h5 h6 header hr main p pre section summary ul ol dl table caption"
 )
 _SKIPPED_TAGS, _PARAGRAPH_TAGS = frozenset(_SKIPPED.split()), frozenset(_PARAGRAPHS.split())
 _MAX_DEPTH = 50  # of tables in tables

@@ -3,10 +3,10 @@
 A row is compared as the set of its sequences of 3 words, without case, punctuation and white space.
 In scripts without spaces (Chinese, Japanese, Thai, ...) characters are words, and 5 are a sequence.
 Two rows are near copies if they share at least 3 sequences, and these hold 55% of the words of each
-row; or half of the words of the shorter row, if that is 20 words; or nine tenths of them, if that is
-8 words. So are copies with replaced words or typing errors, with a sentence added, dropped or moved,
-a part of a text, and a text that is quoted in a longer one. Rows of the same 5 or more words are
-always near copies, shorter ones never.
+row; or half of the words of the shorter row, if that is 20 words; or nine tenths of them, if that
+is 8 words. So are copies with replaced words or typing errors, with a sentence added, dropped or
+moved, a part of a text, and a text that is quoted in a longer one. Rows of the same 5 or more words
+are always near copies, shorter ones never.
 
 Sequences that more than 2% of the compared rows have count on neither side: they are a header, a
 form or a phrase. So two rows of a common form are near copies only if what is filled in agrees. The
@@ -47,8 +47,7 @@ _HIGH_BITS = np.uint64(0xFFFFFFFF00000000)
 _REPORTED_ROWS = 20_000  # between two reports of progress
 _MAX_CACHED_WORDS = 500_000
 _UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-    "\U0001b000-\U0001b16f\U00020000-\U0003ffff]"
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U0001b000-\U0001b16f\U00020000-\U0003ffff]"
 )
 # Letters and digits with accents and vowel signs, which \w does not have.
 _WORD = re.compile(r"[\w\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0963\u0966-\u0dff]+")
@@ -186,8 +185,9 @@ def find_copies(
         later = ", as are later ones" if config.near_duplicates == "drop" else ""
         notify(
             Notice(
-                f"The rows of the stream are compared with the {len(held_out):,} held-out rows that are measured. Of the first "
-                f"{len(train):,} training rows {count} nearly copy one of these {share}; {rule}{later}."
+                f"The rows of the stream are compared with the {len(held_out):,} held-out rows "
+                f"that are measured. Of the first {len(train):,} training rows {count} nearly "
+                f"copy one of these {share}; {rule}{later}."
             )
         )
     elif copies:

@@ -152,8 +152,9 @@ def check_size(unpacked: int, packed: int) -> None:
     """Raise ValueError if so many bytes out of so few are a decompression bomb."""
     if unpacked > MAX_UNPACKED and unpacked > MAX_RATIO * packed:
         raise ValueError(
-            f"its {format_bytes(packed)} unpack to more than {format_bytes(MAX_UNPACKED)} and {MAX_RATIO} times its size, "
-            "as of a decompression bomb: unpack it first if it is none"
+            f"its {format_bytes(packed)} unpack to more than {format_bytes(MAX_UNPACKED)} and "
+            f"{MAX_RATIO} times its size, as of a decompression bomb: unpack it first if it is "
+            "none"
         )
 
 

@@ -81,8 +81,8 @@ def text_reader(
                 if name != column and name not in table.text_columns and type(other) in (str, list, dict):
                     kind = "text" if isinstance(other, str) else "a list or object"
                     raise DataError(
-                        f"{table.source}: a row has {kind} in '{name}', and the first rows in '{column}': name one with "
-                        "--text-column."
+                        f"{table.source}: a row has {kind} in '{name}', and the first rows in "
+                        f"'{column}': name one with --text-column."
                     )
         text = _read_text(row, column)
         return text, clean_text(text, mode) if text else ""
@@ -183,8 +183,8 @@ def decode_messages(value: object) -> object:
 
 
 def _decode_json(value: object) -> object:
-    """Return the list or object that a string holds as JSON, or as Python or numpy write it, as in the
-    csv files of pandas and `datasets`; other values as they are."""
+    """Return the list or object that a string holds as JSON, or as Python or numpy write it, as in
+    the csv files of pandas and `datasets`; other values as they are."""
     if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
         return value
     try:

@@ -59,8 +59,8 @@ def parse_template(table: Table, text: str, answer: str | None) -> RowTemplate:
             pieces.append((match[0][0], ""))
         elif match[0] in ("{", "}"):
             raise DataError(
-                f"--template has a single {match[0]} at character {match.start() + 1}: write it twice to have one in the "
-                f"text, or {{column}} for a column; {columns}."
+                f"--template has a single {match[0]} at character {match.start() + 1}: write it "
+                f"twice to have one in the text, or {{column}} for a column; {columns}."
             )
         elif match[1] and match[1] in table.columns:
             pieces.append(("", match[1]))

@@ -1,8 +1,7 @@
 """Assign each row to the training or the held-out side by a hash of its text, or of its group.
 
-One long text alone, or a few documents, are split in themselves: blocks of them are held out, with a
-gap of unused text at either side.
-"""
+One long text alone, or a few documents, are split in themselves: blocks of them are held out, with
+a gap of unused text at either side."""
 
 import hashlib
 import itertools

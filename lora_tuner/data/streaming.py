@@ -3,11 +3,10 @@
 
 `config.shuffle_buffer` training rows are read, shuffled, tokenized and packed together, then the
 next ones. After the last row a new pass begins with another order. Of several sources each is a
-stream of its own; their sequences are mixed by the weights. The sequences depend on the settings and
-the position alone, so a resumed run continues exactly, and several processes take turns in the same
-order without communication. Each process reads all rows. Duplicates are not removed; they are on
-the same side of the split.
-"""
+stream of its own; their sequences are mixed by the weights. The sequences depend on the settings
+and the position alone, so a resumed run continues exactly, and several processes take turns in the
+same order without communication. Each process reads all rows. Duplicates are not removed; they are
+on the same side of the split."""
 
 import itertools
 import json

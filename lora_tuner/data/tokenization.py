@@ -99,8 +99,8 @@ def _encode_rendered(tokenizer: "PreTrainedTokenizerBase", text: str, max_tokens
 
 
 def _rendered_parts(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[str, list[int]]:
-    """Return a rendered text without the prefix that the tokenizer adds again, and the tokens to end
-    it with."""
+    """Return a rendered text without the prefix that the tokenizer adds again, and the tokens to
+    end it with."""
     prefix = str(tokenizer.decode(tokenizer("")["input_ids"]))
     goes_on = text.endswith(GOES_ON)
     text = text.removesuffix(GOES_ON).removeprefix(prefix)
@@ -113,8 +113,8 @@ def _encode_chat(
 ) -> TokenIds:
     if not tokenizer.is_fast:
         raise DataError(
-            "The tokenizer of this base gives no character offsets, so the tokens of an answer cannot be found: "
-            "use a base with a fast tokenizer."
+            "The tokenizer of this base gives no character offsets, so the tokens of an answer "
+            "cannot be found: use a base with a fast tokenizer."
         )
     max_chars = max_tokens * MAX_TOKEN_CHARS if max_tokens is not None else None
     if (answer := chat.read_answer(text)) is not None:
@@ -339,8 +339,8 @@ def _chunk_text(tokenizer: "PreTrainedTokenizerBase", text: str, max_length: int
 
 
 def _find_cut(text: str, offsets: npt.NDArray[np.int64], first: int, limit: int) -> int:
-    """Return the last token up to `limit` with which a paragraph begins, else a sentence, a line, or a
-    word.
+    """Return the last token up to `limit` with which a paragraph begins, else a sentence, a line,
+    or a word.
 
     A paragraph counts in the second half of the chunk alone.
 

@@ -13,8 +13,8 @@ Tools = list[Any] | None
 def choose_functions(
     try_template: Callable[[list[FullMessage], Tools], None], messages: list[FullMessage], tools: Tools
 ) -> tuple[list[FullMessage], Tools]:
-    """Return messages and tools with bare functions as objects of type function, if the template does
-    not write them as they are.
+    """Return messages and tools with bare functions as objects of type function, if the template
+    does not write them as they are.
 
     Args:
         try_template: Raises InvalidRowError if the template does not write a conversation.

@@ -164,8 +164,8 @@ def read_database(path: Path, table: str | None, rules: list[str]) -> Iterator[_
             names = [name for name, kind in kinds.items() if kind == "table" and not name.startswith("sqlite_")]
             if kinds.get(table) in ("view", "virtual"):
                 raise ValueError(
-                    f"'{table}' is a {kinds[table]} table, which the database would have to compute: choose a table "
-                    f"with --table: {format_names(sorted(names))}"
+                    f"'{table}' is a {kinds[table]} table, which the database would have to "
+                    f"compute: choose a table with --table: {format_names(sorted(names))}"
                 )
 
             def select(name: str, columns: str = "*") -> sqlite3.Cursor:

@@ -5,8 +5,8 @@ Decoding a token takes at least as long as reading all weights once; transformer
 third of the time on other operations. A layer is four products here. The architectures are
 implemented a second time, so the logits of a few tokens are compared with the model's own, and a
 base with different logits is left to HFDecoder. Limits: a CPU; float32, bfloat16, 8 or 4 bits;
-Llama-like models and GPT-2. Sums over layers, norms and attention are in float32 whatever the weights are.
-"""
+Llama-like models and GPT-2. Sums over layers, norms and attention are in float32 whatever the
+weights are."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence

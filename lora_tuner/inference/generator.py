@@ -232,8 +232,8 @@ class Generator:
         tokenized."""
         if len(text) > self.base.max_context * tokenization.MAX_TOKEN_CHARS:
             raise ContextLengthError(
-                f"The prompt has {len(text):,} characters, but {self.base.files.name} has a context of "
-                f"{self.base.max_context:,} tokens: shorten it."
+                f"The prompt has {len(text):,} characters, but {self.base.files.name} has a "
+                f"context of {self.base.max_context:,} tokens: shorten it."
             )
 
     def check_fits_context(self, token_ids: list[int], vocab_size: int = 0) -> list[int]:
@@ -246,8 +246,8 @@ class Generator:
         self.base.check_token_ids([np.array(token_ids)], vocab_size)
         if len(token_ids) >= self.base.max_context:
             raise ContextLengthError(
-                f"The prompt has {len(token_ids):,} tokens, but {self.base.files.name} has a context of "
-                f"{self.base.max_context:,}: shorten it."
+                f"The prompt has {len(token_ids):,} tokens, but {self.base.files.name} has a "
+                f"context of {self.base.max_context:,}: shorten it."
             )
         return token_ids
 

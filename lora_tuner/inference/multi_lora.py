@@ -3,15 +3,13 @@
 With PEFT, loading and switching take longer the more adapters are loaded (benchmarks/RESULTS.md).
 Here an adapter is not part of the model: its tensors stay beside it, and B A x is added while a
 batch runs, by CpuDecoder or by forward hooks. The base is never modified or wrapped. Price: a batch
-that mixes adapters holds a second copy of their tensors. Limit: rows of a batch whose adapters change
-experts must share one adapter, as experts get the tokens of all rows at once.
-"""
+that mixes adapters holds a second copy of their tensors. Limit: rows of a batch whose adapters
+change experts must share one adapter, as experts get the tokens of all rows at once."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,8 +69,8 @@ def blend_loaded(parts: Sequence[tuple[float, LoadedAdapter]]) -> LoadedAdapter:
     is not additive."""
     if any(loaded.replaced for _, loaded in parts):
         raise AdapterError(
-            "An adapter that replaces weights of the base, such as rows of new tokens, cannot be part of a weighted "
-            "sum: merge it instead."
+            "An adapter that replaces weights of the base, such as rows of new tokens, cannot be "
+            "part of a weighted sum: merge it instead."
         )
     if not all(loaded.is_additive for _, loaded in parts):
         raise AdapterError(
@@ -89,7 +87,7 @@ def blend_loaded(parts: Sequence[tuple[float, LoadedAdapter]]) -> LoadedAdapter:
 
 
 # layer, inputs, output
-HookFunction = Callable[[Any, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor | None]
+HookFunction = Callable[[torch.nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor | None]
 LayerHook = tuple[torch.nn.Module, HookFunction | ExpertDelta]
 
 
@@ -136,8 +134,8 @@ class MultiLora:
                     hooks.append((layer, hook))
             elif any(layer_lora is not of_rows[0] for layer_lora in of_rows):
                 raise MixedBatchError(
-                    f"{module} gets the tokens of all rows of a batch at once, so rows whose adapter changes these experts "
-                    "must share it."
+                    f"{module} gets the tokens of all rows of a batch at once, so rows whose "
+                    "adapter changes these experts must share it."
                 )
             elif of_rows[0] is not None:
                 hooks.append((layer.module, ExpertDelta(layer, of_rows[0].A, of_rows[0].B)))

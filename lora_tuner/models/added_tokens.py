@@ -15,7 +15,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from .tokenizer import TokenizedBase, load_adapter_tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from peft.utils.other import TrainableTokensWrapper
 
 
 @dataclass(frozen=True)
@@ -87,16 +88,16 @@ def extend_tokenizer(
     for number, token in inherited.items():
         if vocabulary[token.content] != number:
             raise AdapterError(
-                f"{parent and parent.name} has the id {number:,} for {token.content}, which {name} does not give it: "
-                "merge it, and train on the result."
+                f"{parent and parent.name} has the id {number:,} for {token.content}, which "
+                f"{name} does not give it: merge it, and train on the result."
             )
     new = {token: vocabulary[token] for token in tokens}
     for text, number in new.items():
         written = str(tokenizer.decode([number], clean_up_tokenization_spaces=False)).strip()
         if _encode(tokenizer, f"a{text}b").count(number) != 1 or written != text:
             raise ConfigError(
-                f"add_tokens: the tokenizer of {name} does not read and write {text} as one token: use others, such as "
-                "<|note|>."
+                f"add_tokens: the tokenizer of {name} does not read and write {text} as one "
+                "token: use others, such as <|note|>."
             )
     return new, {token.content: number for number, token in inherited.items()}
 
@@ -118,8 +119,8 @@ def _tokens_of(parent: Adapter, base: TokenizedBase) -> dict[int, AddedToken]:
     ids = set(vocabulary.values())
     if missing := [number for number in trained if number not in ids and number not in known]:
         raise AdapterError(
-            f"{parent.name} has a row for the token {missing[0]:,}, but no tokenizer that tells which token it is: merge "
-            "it, and train on the result."
+            f"{parent.name} has a row for the token {missing[0]:,}, but no tokenizer that tells "
+            "which token it is: merge it, and train on the result."
         )
     return {number: known[number] for number in trained if number not in ids}
 
@@ -133,8 +134,9 @@ def add_tokens(base: LoadedBase, tokens: Sequence[str], parent: Adapter | None) 
     """
     if parent is not None and parent.replaced.modules:
         raise AdapterError(
-            f"{parent.name} has weights in place of the base's ({parent.replaced}), which training does not continue: "
-            f"merge it (`python cli.py merge {parent.name} --out merged/{parent.name}`), and train on the result."
+            f"{parent.name} has weights in place of the base's ({parent.replaced}), which "
+            f"training does not continue: merge it (`python cli.py merge {parent.name} --out "
+            f"merged/{parent.name}`), and train on the result."
         )
     if not tokens and not (parent and parent.replaced.rows):
         return None
@@ -171,8 +173,8 @@ def _make_room(base: LoadedBase, trained: Sequence[int]) -> None:
         why = f"its embedding has {rows:,} rows, and its output head {len(head.weight):,}"
     elif beyond := [number for number in range(rows, trained[-1]) if number not in set(trained)]:
         why = (
-            f"its tokenizer has tokens beyond the {rows:,} rows of its embedding, such as {beyond[0]:,}: resize it first "
-            "(resize_token_embeddings)"
+            f"its tokenizer has tokens beyond the {rows:,} rows of its embedding, such as "
+            f"{beyond[0]:,}: resize it first (resize_token_embeddings)"
         )
     elif trained[-1] >= rows and (others := other_token_tables(model)):
         why = f"{others[0]} has a row for each token too, and PEFT would not save the new ones"
@@ -224,7 +226,7 @@ def train_rows(model: PeftModel, base: LoadedBase, added: AddedTokens) -> None:
     for kind, wrapper in kinds.items():
         if not isinstance(wrapper, TrainableTokensWrapper):
             raise ConfigError(f"add_tokens: PEFT does not train the rows of the {kind} of {base.files.name}.")
-        layer: Any = wrapper.token_adapter.base_layer
+        layer = cast(nn.Embedding | nn.Linear, wrapper.token_adapter.base_layer)
         values = wrapper.token_adapter.trainable_tokens_delta[ADAPTER_NAME]
         parent_ids, parent_values = added.rows.get(names[wrapper], (ids[:0], values[:0]))
         with torch.no_grad():
@@ -256,7 +258,7 @@ def unwrapped(model: PreTrainedModel) -> Iterator[None]:
             model.set_submodule(name, wrapper)
 
 
-def _is_on(wrapper: Any) -> bool:
+def _is_on(wrapper: TrainableTokensWrapper) -> bool:
     return not wrapper.disable_adapters
 
 

@@ -108,8 +108,9 @@ class BaseModelFiles:
             kind, stored = stored_weights.configured_quantization(self.config()), self._tensors.bits
         if kind in (None, "8bit", "4bit") and kind != stored:
             raise BaseModelError(
-                f"The weights of {self.name} are {_in_words(stored)}, but its config.json says that they are "
-                f"{_in_words(kind)}: restore the config.json that was saved with them."
+                f"The weights of {self.name} are {_in_words(stored)}, but its config.json says "
+                f"that they are {_in_words(kind)}: restore the config.json that was saved with "
+                "them."
             )
         return kind
 

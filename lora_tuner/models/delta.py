@@ -1,10 +1,9 @@
 """LoRA deltas as tensors: load those of an adapter, sum several, truncate their rank.
 
-The delta of a layer is B @ A, with its scale in B; experts have one each, all of one rank. Surprise:
-the (out, in) product is never computed. QR factors of both sides leave a core of size rank, whose
-singular values are those of the delta. Limit: DoRA also rescales the base's weights, so its deltas
-can be loaded, but not summed or truncated.
-"""
+The delta of a layer is B @ A, with its scale in B; experts have one each, all of one rank.
+Surprise: the (out, in) product is never computed. QR factors of both sides leave a core of size
+rank, whose singular values are those of the delta. Limit: DoRA also rescales the base's weights, so
+its deltas can be loaded, but not summed or truncated."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -94,13 +93,13 @@ def check_summable(adapter: Adapter) -> None:
     """Raise AdapterError for what cannot be summed or truncated: replaced weights, and DoRA."""
     if adapter.replaced:
         raise AdapterError(
-            f"{adapter.name} replaces weights of the base ({adapter.replaced}), which cannot be part of a sum or be "
-            "truncated: merge it instead."
+            f"{adapter.name} replaces weights of the base ({adapter.replaced}), which cannot be "
+            "part of a sum or be truncated: merge it instead."
         )
     if adapter.config.get("use_dora"):
         raise AdapterError(
-            f"{adapter.name} is a DoRA adapter, which also rescales the base's weights, so it cannot be part of a sum: "
-            "merge it instead."
+            f"{adapter.name} is a DoRA adapter, which also rescales the base's weights, so it "
+            "cannot be part of a sum: merge it instead."
         )
 
 
@@ -119,10 +118,9 @@ def sum_deltas(parts: Sequence[tuple[float, Deltas]]) -> Deltas:
 def singular_values(delta: LoraDelta) -> torch.Tensor:
     """Singular values of the delta in float64, largest first: (min(rank, in, out),).
 
-    Of experts, whose rank is one, the energies of all of them add up: the root of the sum of squares
-    at each position. Values within float32 rounding of A and B are 0, as when an adapter is
-    subtracted from itself.
-    """
+    Of experts, whose rank is one, the energies of all of them add up: the root of the sum of
+    squares at each position. Values within float32 rounding of A and B are 0, as when an adapter is
+    subtracted from itself."""
     values = _svd(delta)[1]
     if values.dim() > 1:
         values = values.square().sum(0).sqrt()

@@ -68,8 +68,8 @@ class ExpertDelta:
     def applied(self) -> Iterator[None]:
         """Let the module run with updated weights inside the block.
 
-        They are made when it begins to run, and gone when it has run: at any time one layer has them.
-        """
+        They are made when it begins to run, and gone when it has run: at any time one layer has
+        them."""
         module, parameter = self.weights.module, self.weights.parameter
         attributes = vars(module)  # found before parameters, and no part of the state
 

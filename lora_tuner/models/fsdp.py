@@ -59,8 +59,8 @@ def read_settings(device: str) -> None:
     device_type = "cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda"
     if device_type not in DEVICES:
         raise TrainingError(
-            f"{_ENABLED} shards the base over GPUs, but these processes run on the CPU: unset it, and each process "
-            "holds the whole base."
+            f"{_ENABLED} shards the base over GPUs, but these processes run on the CPU: unset it, "
+            "and each process holds the whole base."
         )
     if os.environ.setdefault(_WRAP_POLICY, _BY_BLOCK).upper() != _BY_BLOCK:
         raise TrainingError(f"A base is sharded by decoder block: set {_WRAP_POLICY.lower()} to {_BY_BLOCK}.")

@@ -1,9 +1,8 @@
 """Linear layers that share their input as one product, with their LoRA, forward and backward.
 
-Rows of W, A and columns of B are one matrix [[W, sB], [A, 0]], so that
-x W' + s (x A') B' = [x, x A'] [W, sB]', and the gradient of x is [g, s g B] [W; A]. The frozen weights
-are views of it: nothing is in memory twice.
-"""
+Rows of W, A and columns of B are one matrix [[W, sB], [A, 0]], so that x W' + s (x A') B' = [x, x
+A'] [W, sB]', and the gradient of x is [g, s g B] [W; A]. The frozen weights are views of it:
+nothing is in memory twice."""
 
 from __future__ import annotations
 

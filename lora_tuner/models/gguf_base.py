@@ -1,11 +1,11 @@
 """GGUF files of llama.cpp as bases: converted once, to safetensors in the user's cache.
 
 transformers reads weights and tokenizer. Surprise: it takes many settings from the defaults of a
-model type in place of those in the file, skips tensors that it does not know, and fills missing ones
-at random (transformers 5.23, integrations/ggml.py and modeling_gguf_pytorch_utils.py). So settings
-are completed here, and what is left over in the file is an error that names it. Price: the weights
-are kept in float32, several times the size of the file. Nothing here imports torch on import.
-"""
+model type in place of those in the file, skips tensors that it does not know, and fills missing
+ones at random (transformers 5.23, integrations/ggml.py and modeling_gguf_pytorch_utils.py). So
+settings are completed here, and what is left over in the file is an error that names it. Price: the
+weights are kept in float32, several times the size of the file. Nothing here imports torch on
+import."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import io
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -148,8 +148,8 @@ def _explain_missing(name: str) -> str:
     repo, _, file = name.replace(":", "/").rpartition("/")
     if repo.count("/") == 1 and not name.startswith((".", "/", "~")) and "\\" not in name:
         return (
-            f"There is no file {name}. A GGUF file on the Hub is downloaded first: `hf download {repo} {file} "
-            f"--local-dir .`, then --base ./{file}."
+            f"There is no file {name}. A GGUF file on the Hub is downloaded first: `hf download "
+            f"{repo} {file} --local-dir .`, then --base ./{file}."
         )
     return f"There is no file {name}."
 
@@ -171,8 +171,9 @@ def _check_kind(path: Path) -> None:
 
 def _split_advice(path: Path, stem: str) -> str:
     return (
-        f"{path} is one part of a split file, which transformers does not read: join the parts with llama.cpp's "
-        f"`llama-gguf-split --merge` (the first part, then {stem}.gguf), and name the result."
+        f"{path} is one part of a split file, which transformers does not read: join the parts "
+        f"with llama.cpp's `llama-gguf-split --merge` (the first part, then {stem}.gguf), and "
+        "name the result."
     )
 
 
@@ -181,7 +182,7 @@ class _GgufModel:
     """Header of a GGUF file with a model. String arrays that are not needed are their lengths."""
 
     path: Path
-    metadata: Mapping[str, Any]
+    metadata: gguf_config.Metadata
     tensor_names: tuple[str, ...]
 
     @cached_property
@@ -196,8 +197,8 @@ class _GgufModel:
         kind = self.metadata.get("general.type", "model")
         if kind == "adapter":
             raise BaseModelError(
-                f"{self.path} is a LoRA adapter for llama.cpp, not a model: name the GGUF file of its base with --base. "
-                "Adapters are read in PEFT's format alone."
+                f"{self.path} is a LoRA adapter for llama.cpp, not a model: name the GGUF file of "
+                "its base with --base. Adapters are read in PEFT's format alone."
             )
         if self.metadata.get("split.count", 1) > 1:
             raise BaseModelError(_split_advice(self.path, self.path.stem))
@@ -211,8 +212,9 @@ class _GgufModel:
             and self.architecture not in known
         ):
             raise BaseModelError(
-                f"{self.path} is of the architecture {self.architecture}, which transformers does not read from GGUF: use "
-                f"the model that it was made from, with safetensors weights. It reads {format_names(sorted(known))}."
+                f"{self.path} is of the architecture {self.architecture}, which transformers does "
+                "not read from GGUF: use the model that it was made from, with safetensors "
+                f"weights. It reads {format_names(sorted(known))}."
             )
         tokens = self.metadata.get("tokenizer.ggml.tokens")
         if not isinstance(tokens, list) or not tokens or "tokenizer.ggml.model" not in self.metadata:
@@ -271,8 +273,9 @@ def _reading_errors(path: Path) -> Iterator[None]:
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BaseModelError(
-            f"{path} cannot be read: {reason.rstrip('.')}. It is damaged, was downloaded in part, or is of a kind that "
-            "transformers does not read: download it again, or use the model that it was made from."
+            f"{path} cannot be read: {reason.rstrip('.')}. It is damaged, was downloaded in part, "
+            "or is of a kind that transformers does not read: download it again, or use the model "
+            "that it was made from."
         ) from error
 
 
@@ -297,8 +300,8 @@ def _load(
     for available, place in ((space, f"on the disk of {atomic_io.cache_dir()}"), (free, "of memory")):
         if needed > available:
             raise BaseModelError(
-                f"{source.path} takes {needed / 1e9:.1f} GB {place} in float32, and {available / 1e9:.1f} GB are free: "
-                "free some, or use a smaller base."
+                f"{source.path} takes {needed / 1e9:.1f} GB {place} in float32, and "
+                f"{available / 1e9:.1f} GB are free: free some, or use a smaller base."
             )
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(link.parent, gguf_file=link.name)
     if len(tokenizer) > len(source.metadata["tokenizer.ggml.tokens"]):  # its class adds tokens
@@ -376,8 +379,8 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: _GgufModel, not
     if is_byte_level and pre not in GGUF_PRE_TOKENIZER_SPLITS and pre not in _LIKE_GPT2:
         notify(
             Notice(
-                f"{source.path} splits text by the rule {pre}, which transformers does not know: it is split as for GPT-2, so "
-                "some token ids may differ from those in llama.cpp."
+                f"{source.path} splits text by the rule {pre}, which transformers does not know: "
+                "it is split as for GPT-2, so some token ids may differ from those in llama.cpp."
             )
         )
     names = source.metadata.get("tokenizer.chat_templates")

@@ -1,10 +1,9 @@
 """Settings of a GGUF file that transformers leaves at the defaults of a model type.
 
 transformers 5.23 copies a list of settings for each architecture (integrations/ggml.py). Others
-change the results too: sizes of heads and experts, windows, caps, rotary positions. They are set here,
-by the meaning that they have in llama.cpp (its src/llama-model.cpp and src/models, of November 2026).
-A setting that neither of the two reads is an error, never a default.
-"""
+change the results too: sizes of heads and experts, windows, caps, rotary positions. They are set
+here, by the meaning that they have in llama.cpp (its src/llama-model.cpp and src/models, of
+November 2026). A setting that neither of the two reads is an error, never a default."""
 
 from __future__ import annotations
 
@@ -16,8 +15,10 @@ from typing import TYPE_CHECKING, Any, cast
 from ..errors import BaseModelError
 
 if TYPE_CHECKING:
+    from gguf.gguf_reader import ReaderTensor
     from transformers import PreTrainedConfig
 
+Metadata = Mapping[str, Any]  # of a GGUF file: numbers, texts, flags or lists of them, by name
 SOURCE_FILE = "source.txt"  # in a converted folder: the path of the GGUF file
 # Tensors that are settings: scales of rotary positions.
 _LLAMA3_FACTORS, _LONG_FACTORS, _SHORT_FACTORS = (
@@ -68,7 +69,7 @@ _TOLERANCE = 1e-3
 
 
 def complete(
-    config: PreTrainedConfig, path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any]
+    config: PreTrainedConfig, path: Path, metadata: Metadata, tensors: Mapping[str, ReaderTensor]
 ) -> None:
     """Set in a config, as transformers made it from a file, the settings that it lacks.
 
@@ -129,19 +130,19 @@ def _copied_by_transformers(config: PreTrainedConfig) -> set[str]:
 
 def _unread(path: Path, setting: str, value: object) -> BaseModelError:
     return BaseModelError(
-        f"{path} cannot be read in full: transformers has no place for its setting {setting} = {value}. Use the model "
-        "that it was made from."
+        f"{path} cannot be read in full: transformers has no place for its setting {setting} = "
+        f"{value}. Use the model that it was made from."
     )
 
 
-def _set_feed_forward(config: PreTrainedConfig, size: Any) -> None:
+def _set_feed_forward(config: PreTrainedConfig, size: object) -> None:
     """Set the width of the hidden layer; one for each block is left to the check of shapes."""
     for name in ("intermediate_size", "n_inner"):
         if isinstance(size, int) and hasattr(config, name):
             setattr(config, name, size)
 
 
-def _set_pattern(config: PreTrainedConfig, pattern: Any) -> None:
+def _set_pattern(config: PreTrainedConfig, pattern: list[bool] | int | None) -> None:
     """Set which layers attend to a window: one flag for each, or each n-th does not."""
     if pattern is None or not hasattr(config, "layer_types"):
         return
@@ -155,8 +156,8 @@ def _set_rope(
     rope: dict[str, Any],
     path: Path,
     prefix: str,
-    values: Mapping[str, Any],
-    tensors: Mapping[str, Any],
+    values: Metadata,
+    tensors: Mapping[str, ReaderTensor],
     head_size: int,
 ) -> None:
     """Set the rotary positions. Layers with a window have their own, which are not scaled."""
@@ -205,13 +206,12 @@ def _set_rope(
         raise _unread(path, f"{prefix}rope.scaling.attn_factor", attention)
 
 
-def _llama3_settings(factors: list[float], theta: float, original: int | None) -> dict[str, Any] | None:
+def _llama3_settings(factors: list[float], theta: float, original: int | None) -> dict[str, object] | None:
     """The settings of Llama 3's rotary positions that lead to these factors; None if none do.
 
-    A frequency is divided by 1 where its waves are short, by the largest factor where they are long,
-    and by a mean of the two between (transformers, modeling_rope_utils.py; llama.cpp stores the
-    divisors alone).
-    """
+    A frequency is divided by 1 where its waves are short, by the largest factor where they are
+    long, and by a mean of the two between (transformers, modeling_rope_utils.py; llama.cpp stores
+    the divisors alone)."""
     low, high = _LLAMA3_RANGE
     largest, count = max(factors), len(factors)
     waves = [2 * math.pi * theta ** (index / count) for index in range(count)]

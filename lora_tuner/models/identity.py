@@ -9,9 +9,8 @@ Nothing here imports torch.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from .. import atomic_io
 from ..errors import EventHandler
@@ -47,7 +46,7 @@ def hash_json(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def effective_config(config: Any) -> Any:
+def effective_config(config: object) -> object:
     """A config without the settings that change no result, at any depth."""
     if isinstance(config, list):
         return [effective_config(value) for value in config]
@@ -56,7 +55,7 @@ def effective_config(config: Any) -> Any:
     return {key: effective_config(value) for key, value in config.items() if key not in _NEUTRAL_CONFIG}
 
 
-def schema_1_config(config: dict[str, Any]) -> dict[str, Any]:
+def schema_1_config(config: Mapping[str, object]) -> dict[str, object]:
     """The settings that counted in manifests of schema 1."""
     return {key: value for key, value in config.items() if _SCHEMA_1_CONFIG.search(key)}
 
@@ -121,6 +120,6 @@ def tokenizer_hash(folder: Path, vocabulary_files: Iterable[str], *, is_fast: bo
     return hash_json(parts)
 
 
-def _read_object(path: Path, neutral: frozenset[str]) -> dict[str, Any]:
+def _read_object(path: Path, neutral: frozenset[str]) -> dict[str, object]:
     content = json.loads(path.read_text(encoding="utf-8"))
     return {key: value for key, value in content.items() if key not in neutral}

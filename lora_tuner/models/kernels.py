@@ -156,8 +156,8 @@ def _fused_lora_forward(
     peft_forward: Callable[..., torch.Tensor],
     adapter_name: str,
     x: torch.Tensor,
-    *args: Any,
-    **kwargs: Any,
+    *args: object,
+    **kwargs: object,
 ) -> torch.Tensor:
     if layer.disable_adapters or layer.merged or layer.active_adapters != [adapter_name] or args or kwargs:
         return peft_forward(layer, x, *args, **kwargs)
@@ -218,7 +218,7 @@ def _varlen_attention(
     return torch.cat([torch.cat(rows, 1) for rows in outputs]).to(dtype), None
 
 
-def _skip_mask(**kwargs: Any) -> None:
+def _skip_mask(**kwargs: object) -> None:
     """No mask: rows are delimited by `cu_seq_lens_q`.
 
     Padding is on the right, where causal rows never attend.

@@ -58,8 +58,9 @@ def layer_sizes_in_files(files: _Files, adapter: Adapter) -> dict[str, tuple[int
 
 
 def coverage_in_folder(folder: Path, adapter: Adapter) -> float | None:
-    """Share of the block weights of a base in the layers that an adapter names; None where its files
-    do not tell, as where they are packed, or name blocks otherwise than the model in memory."""
+    """Share of the block weights of a base in the layers that an adapter names; None where its
+    files do not tell, as where they are packed, or name blocks otherwise than the model in
+    memory."""
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         return None
@@ -81,8 +82,8 @@ def coverage_in_folder(folder: Path, adapter: Adapter) -> float | None:
 
 
 def known_coverage(adapter: Adapter) -> str:
-    """Share of the block weights that an adapter covers, in words; "" where neither its manifest nor
-    a base on this machine tells. Sends no request."""
+    """Share of the block weights that an adapter covers, in words; "" where neither its manifest
+    nor a base on this machine tells. Sends no request."""
     run = adapter.manifest.run if adapter.manifest else None
     if run is not None and run.coverage is not None:
         return describe_coverage(run.coverage, run.not_adapted)

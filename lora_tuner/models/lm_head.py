@@ -34,8 +34,8 @@ class ChunkedLMHead:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        head: Any = model.get_output_embeddings()
-        self.module: Any = getattr(head, "original_module", head)  # in PEFT's wrapper
+        head = model.get_output_embeddings()
+        self.module: nn.Linear = getattr(head, "original_module", head)  # in PEFT's wrapper
         self.skipped = type(self.module) is nn.Linear and self.module.bias is None
         self._buffer = torch.empty(0)
         if self.skipped:
@@ -53,7 +53,7 @@ class ChunkedLMHead:
     def skip_lm_head(self) -> Iterator[None]:
         """Make the model return hidden states as `logits` inside the block."""
         if self.skipped:
-            self.module.forward = nn.Identity().forward
+            self.module.forward = nn.Identity().forward  # type: ignore[method-assign]
         try:
             yield
         finally:

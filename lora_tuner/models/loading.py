@@ -75,10 +75,10 @@ class LoadedBase(TokenizedBase):
         largest = max((int(tokenization.token_ids(row).max()) for row in rows if len(row)), default=0)
         if largest >= (vocab_size or self.vocab_size):
             raise BaseModelError(
-                f"The token {self.tokenizer.convert_ids_to_tokens(largest)} has the id {largest:,}, "
-                f"but the embeddings of {self.files.name} have {self.vocab_size:,} rows: tokens "
-                "were added to its tokenizer, and the model was not resized. Use the tokenizer "
-                "that it was trained with, or resize the model to that of now "
+                f"The token {self.tokenizer.convert_ids_to_tokens(largest)} has the id "
+                f"{largest:,}, but the embeddings of {self.files.name} have {self.vocab_size:,} "
+                "rows: tokens were added to its tokenizer, and the model was not resized. Use the "
+                "tokenizer that it was trained with, or resize the model to that of now "
                 "(resize_token_embeddings) and train the new rows."
             )
 
@@ -180,9 +180,9 @@ def load_base(
     for name, saved, configured in sorted(loading_info["mismatched_keys"]):
         raise BaseModelError(
             f"The weights of {files.name} contradict its config.json: {name} is "
-            f"{_dimensions(saved)}, not {_dimensions(configured)}. Restore the config.json that was "
-            "saved with them; if tokens were added to the model, its vocab_size is the number of "
-            "rows of the embeddings."
+            f"{_dimensions(saved)}, not {_dimensions(configured)}. Restore the config.json that "
+            "was saved with them; if tokens were added to the model, its vocab_size is the number "
+            "of rows of the embeddings."
         )
     if missing := sorted(map(str, loading_info["missing_keys"])):
         raise BaseModelError(

@@ -115,8 +115,9 @@ def add_lora(
 
 
 def check_experts_supported(config: TrainConfig, targets: TargetModules) -> None:
-    """Raise ConfigError if experts are adapted with settings that PEFT does not support on parameters
-    (`ParamWrapper` in peft/tuners/lora/layer.py of PEFT 0.21), or with a sharded base."""
+    """Raise ConfigError if experts are adapted with settings that PEFT does not support on
+    parameters (`ParamWrapper` in peft/tuners/lora/layer.py of PEFT 0.21), or with a sharded
+    base."""
     if not targets.experts:
         return
     problem = ""

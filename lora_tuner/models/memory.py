@@ -142,8 +142,8 @@ def training_dtype(files: BaseModelFiles, device: torch.device, options: ModelOp
         return options.dtype
     options.notify(
         Notice(
-            f"Training is in bfloat16, whose matrix products are {speedup:.1f} times as fast as those of "
-            "float32 on this CPU (--dtype float32 to choose otherwise)."
+            f"Training is in bfloat16, whose matrix products are {speedup:.1f} times as fast as "
+            "those of float32 on this CPU (--dtype float32 to choose otherwise)."
         )
     )
     return "bfloat16"
@@ -151,7 +151,7 @@ def training_dtype(files: BaseModelFiles, device: torch.device, options: ModelOp
 
 @cache
 def bfloat16_speedup() -> float:
-    """How many times as fast as in float32 a matrix product in bfloat16 is on this CPU, measured once per process."""
+    """Speed of a matrix product in bfloat16 as a multiple of that in float32, measured once per process."""
     seconds = []
     for dtype in (torch.float32, torch.bfloat16):
         rows, columns = torch.ones(256, 768, dtype=dtype), torch.ones(768, 768, dtype=dtype)

@@ -2,10 +2,9 @@
 the system's compiler.
 
 Called through ctypes, so they need no headers of torch or Python. Where there is no compiler, or it
-fails, transformers' layers and torch's products are used: slower, with the same results up to rounding. Surprise:
-torch and the kernels share one pool of OpenMP threads only because the loader finds torch's libgomp
-first; so torch is imported before.
-"""
+fails, transformers' layers and torch's products are used: slower, with the same results up to
+rounding. Surprise: torch and the kernels share one pool of OpenMP threads only because the loader
+finds torch's libgomp first; so torch is imported before."""
 
 import contextlib
 import ctypes

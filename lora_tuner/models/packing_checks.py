@@ -25,7 +25,8 @@ from .loading import LoadedBase
 @dataclass(frozen=True)
 class FastPaths:
     """How packed rows are computed: with what they would give alone (`isolated`), each attending to
-    itself alone by `cu_seq_lens_q` (`varlen_attention`), with fused blocks (`kernels`, their build)."""
+    itself alone by `cu_seq_lens_q` (`varlen_attention`), with fused blocks (`kernels`, their
+    build)."""
 
     isolated: bool
     varlen_attention: bool

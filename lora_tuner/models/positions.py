@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,11 +41,13 @@ def set_positions(model: PreTrainedModel) -> int:
 
 
 def _shift_positions(
-    shift: int, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    shift: int, model: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
     """Forward hook that adds to the position ids, where they are given."""
     positions = kwargs.get("position_ids")
-    return args, kwargs if positions is None else kwargs | {"position_ids": positions + shift}
+    if isinstance(positions, torch.Tensor):
+        kwargs = kwargs | {"position_ids": positions + shift}
+    return args, kwargs
 
 
 def _look_up_positions(model: PreTrainedModel, **inputs: torch.Tensor) -> list[tuple[int, int]]:
@@ -72,11 +73,11 @@ class _PositionTables(TorchFunctionMode):
 
     def __torch_function__(
         self,
-        function: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+        function: Callable[..., object],
+        types: object,
+        args: tuple[torch.Tensor, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         if function is F.embedding:
             rows, weight = args[0].flatten().tolist(), args[1]
             if rows == [rows[0], rows[0] + 1, rows[0] + 2]:

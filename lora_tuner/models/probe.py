@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -56,7 +55,7 @@ def probe_layers(model: PreTrainedModel, layers: Mapping[str, nn.Module | Expert
         reads.running.append(name)
         reads.note_weights(name)
 
-    def end(name: str, inputs: tuple[Any, ...], named_inputs: Mapping[str, Any], output: Any) -> None:
+    def end(name: str, inputs: tuple[object, ...], named_inputs: Mapping[str, object], output: object) -> None:
         reads.running.pop()
         called.add(expert_group(name))
         if not (
@@ -127,13 +126,14 @@ class _WeightReads(TorchFunctionMode):
 
     def __torch_function__(
         self,
-        function: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+        function: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
-        weights = [value for value in (*args, *kwargs.values()) if id(value) in self._weights]
+        values = (*args, *kwargs.values())
+        weights = [each for each in values if id(each) in self._weights and isinstance(each, torch.Tensor)]
         result = None
         try:
             result = function(*args, **kwargs)

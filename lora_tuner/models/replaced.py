@@ -10,7 +10,7 @@ import copy
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import SafetensorError
@@ -43,7 +43,7 @@ def vocabulary_modules(model: PreTrainedModel) -> dict[str, str]:
 
 def other_token_tables(model: PreTrainedModel) -> list[str]:
     """Names of other embeddings with a row for each token, as Gemma 3n and 4 have for their layers."""
-    embedding: Any = model.get_input_embeddings()
+    embedding = cast(nn.Embedding, model.get_input_embeddings())
     return [
         name
         for name, module in model.named_modules()
@@ -122,15 +122,16 @@ def _misfit(adapter: Adapter, problem: str) -> AdapterError:
 def _copy_module(adapter: Adapter, base: LoadedBase, module: str, tensors: Tensors) -> nn.Module:
     """A copy of a module of the base, or a plain one of a quantized layer, with other weights."""
     try:
-        layer: Any = base.model.get_submodule(module)
+        layer = base.model.get_submodule(module)
     except AttributeError as error:
         hint = " (a classifier, and this base writes text)" if re.search("score|classif", module) else ""
         raise _misfit(adapter, f"the base has no module {module}{hint}") from error
     if not isinstance(layer, LinearLayer | nn.Embedding) and "Norm" not in type(layer).__name__:
         raise _misfit(
             adapter,
-            f"{module} is replaced as a whole, and of a {type(layer).__name__} the base may use weights "
-            "without running it: merge the adapter with PEFT (merge_and_unload), and give the result as --base",
+            f"{module} is replaced as a whole, and of a {type(layer).__name__} the base may use "
+            "weights without running it: merge the adapter with PEFT (merge_and_unload), and give "
+            "the result as --base",
         )
     expected = {name: parameter.shape for name, parameter in layer.named_parameters(recurse=False)}
     if isinstance(layer, nn.Linear | Int8Linear | Int4Linear):  # quantized ones too
@@ -148,18 +149,18 @@ def _copy_module(adapter: Adapter, base: LoadedBase, module: str, tensors: Tenso
     return _with_parameters(layer, parameters)
 
 
-def _with_parameters(layer: Any, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
+def _with_parameters(layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
     """A module that computes as another one, without its hooks, with some parameters of its own."""
     if isinstance(layer, nn.Linear | Int8Linear | Int4Linear):
-        plain = nn.Linear(1, 1, bias=False, device="meta")
+        plain: nn.Module = nn.Linear(1, 1, bias=False, device="meta")
         if layer.bias is not None:
             plain.bias = layer.bias
     else:
         plain = copy.copy(layer)
         plain._parameters = dict(layer._parameters)
         plain._forward_hooks, plain._forward_pre_hooks = OrderedDict(), OrderedDict()
-        if getattr(plain, "padding_idx", None) is not None:  # without effect on outputs
-            plain.padding_idx = None
+        if isinstance(plain, nn.Embedding):
+            plain.padding_idx = None  # without effect on outputs
     for name, parameter in parameters.items():
         setattr(plain, name, parameter)
     return plain.eval()
@@ -185,7 +186,7 @@ def _follow_ties(
 
 def _check_rows(adapter: Adapter, base: LoadedBase, module: str, replacement: Replacement) -> None:
     """Raise AdapterError where tokens lack a row, or PEFT computes something else."""
-    layer: Any = base.model.get_submodule(module)
+    layer = base.model.get_submodule(module)
     if replacement.rows is not None and replacement.kind == "head" and getattr(layer, "bias", None) is not None:
         raise _misfit(
             adapter, f"PEFT leaves out the bias of {module} where single rows are replaced, so both would differ"
@@ -219,8 +220,7 @@ def mean_row(layer: nn.Module) -> torch.Tensor:
     So they change the probabilities of others least (Hewitt, 2021,
     nlp.stanford.edu/~johnhew/vocab-expansion.html).
     """
-    weight: Any = layer.weight
-    mean: torch.Tensor = weight.detach().mean(0, dtype=torch.float32)
+    mean: torch.Tensor = cast(nn.Embedding | nn.Linear, layer).weight.detach().mean(0, dtype=torch.float32)
     return mean
 
 
@@ -233,7 +233,7 @@ def write_replaced(model: PreTrainedModel, replaced: Replacements) -> None:
         with quiet_transformers(), torch.random.fork_rng(devices=[]):
             model.resize_token_embeddings(size, mean_resizing=False)
     if is_tied(model) and not _same(embedding, head):
-        output: Any = model.get_output_embeddings()
+        output = cast(nn.Linear, model.get_output_embeddings())
         output.weight = nn.Parameter(output.weight.detach().clone(), requires_grad=False)
         for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
             config.tie_word_embeddings = False

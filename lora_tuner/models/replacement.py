@@ -1,4 +1,4 @@
-"""What an adapter has in place of modules of the base, as forward hooks: rows of tokens, whole copies.
+"""Forward hooks for the parts of an adapter that replace the base's: rows of tokens, whole copies.
 
 Each row of a batch has its own. Surprise: an adapter may have tokens beyond the rows of the base,
 which does not grow for it: ids are clamped for the base's own look-up, and the logits of such an

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from .. import hub
 from ..adapters.adapter import CONFIG_FILE, MANIFEST_FILE, Adapter
@@ -102,8 +101,8 @@ def find_adapter_base(
             raise  # it names none, or the revision is wrong
         source = MANIFEST_FILE if adapter.manifest else CONFIG_FILE
         raise type(error)(
-            f"{adapter.name} was trained on the base {adapter.base} (named in its {source}), which cannot be used here: "
-            f"{error} Name a copy of it with --base."
+            f"{adapter.name} was trained on the base {adapter.base} (named in its {source}), "
+            f"which cannot be used here: {error} Name a copy of it with --base."
         ) from error
 
 
@@ -147,7 +146,7 @@ def _file_names(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in (*folder.glob("*"), *folder.glob("*/*"))}
 
 
-def _read_config(folder: Path) -> dict[str, Any] | None:
+def _read_config(folder: Path) -> dict[str, object] | None:
     """Content of config.json; None without the file. Raises BaseModelError for other than an object."""
     path = folder / "config.json"
     if not path.is_file():

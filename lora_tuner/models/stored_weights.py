@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..adapters import safetensors_header
 
@@ -33,7 +32,7 @@ def weight_files(folder: Path) -> list[Path]:
     ]
 
 
-def configured_quantization(config: dict[str, Any]) -> str | None:
+def configured_quantization(config: dict[str, object]) -> str | None:
     """Quantization that a config.json names: 8bit, 4bit, another kind, or None."""
     parts = (config, config.get("text_config"))  # models of text and images have a config for each
     names = ("quantization_config", "compression_config")

@@ -190,8 +190,8 @@ def _describe(model: PreTrainedModel, base: _Examined, modules: Collection[str])
 
 
 def shortest_target_names(model: PreTrainedModel, modules: Collection[str]) -> tuple[list[str], list[str]]:
-    """The shortest names for PEFT's `target_modules` and `target_parameters` that match these layers
-    and no others."""
+    """The shortest names for PEFT's `target_modules` and `target_parameters` that match these
+    layers and no others."""
     all_modules = {name for name, _ in model.named_modules()}
     all_parameters = {name for name, _ in model.named_parameters()}
     linear, experts = set(modules) & all_modules, set(modules) - all_modules
@@ -277,8 +277,8 @@ def _renamed_by_peft(model: PreTrainedModel, layers: Mapping[str, str]) -> set[s
     """Layers, of name -> name in the file, whose LoRA weights PEFT would look for under other names
     when it loads them.
 
-    Its table for checkpoints of transformers 4 is applied to adapters too, to names of today as well.
-    """
+    Its table for checkpoints of transformers 4 is applied to adapters too, to names of today as
+    well."""
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 

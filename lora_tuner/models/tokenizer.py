@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -137,8 +136,8 @@ def _compare_ids(vocabulary: Mapping[str, int], base: TokenizedBase, rows: int) 
     without_row = sorted(token for token, number in vocabulary.items() if number >= rows)
     if without_row:
         return (
-            f"{len(without_row):,} of its tokens, such as {without_row[0]!r}, are beyond the {rows:,} rows of "
-            "the base's embeddings, which were resized for it"
+            f"{len(without_row):,} of its tokens, such as {without_row[0]!r}, are beyond the "
+            f"{rows:,} rows of the base's embeddings, which were resized for it"
         )
     return None
 
@@ -150,7 +149,7 @@ def _compare_sentencepiece(folder: Path, base: TokenizedBase) -> str | None:
     return None if _read_bytes(own) == _read_bytes(other) else "tokenizer.model differs"
 
 
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
+def _chat_template(folder: Path, settings: Mapping[str, object]) -> ChatTemplate | None:
     """The chat template, by its name where there are several, as transformers reads it."""
     if (folder / TEMPLATE_FILE).is_file():
         return _decode(folder / TEMPLATE_FILE)
@@ -163,7 +162,7 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> ChatTemplate | 
     return template or None
 
 
-def _vocabulary(folder: Path, settings: Mapping[str, Any]) -> dict[str, int]:
+def _vocabulary(folder: Path, settings: Mapping[str, object]) -> dict[str, int]:
     """Token -> id of all files that the adapter has."""
     vocabulary: dict[str, int] = {}
     if (folder / VOCABULARY_FILE).is_file():
@@ -199,7 +198,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise AdapterError(f"The tokenizer in {folder} cannot be loaded: {why}") from error
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, object]:
     """A JSON object; empty without the file."""
     if not path.is_file():
         return {}

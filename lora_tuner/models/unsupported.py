@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
-from typing import Any
 
 from ..adapters.peft_config import CONFIG_FILE as ADAPTER_CONFIG
 from . import stored_weights
@@ -86,7 +85,7 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _OWN_FORMATS = {"params.json": "the format of its authors (params.json)"}
 
 
-def why_unsupported(names: Collection[str], config: Mapping[str, Any] | None) -> str | None:
+def why_unsupported(names: Collection[str], config: Mapping[str, object] | None) -> str | None:
     """The reason why files are no causal language model that can be trained here, and the remedy.
 
     Args:
@@ -101,7 +100,7 @@ def why_unsupported(names: Collection[str], config: Mapping[str, Any] | None) ->
     return problem or _missing(names)
 
 
-def why_unknown_type(config: Mapping[str, Any]) -> str | None:
+def why_unknown_type(config: Mapping[str, object]) -> str | None:
     """The reason why transformers here has no model for a config, and the remedy; None if it has."""
     import transformers
     from transformers import CONFIG_MAPPING
@@ -118,18 +117,18 @@ def why_unknown_type(config: Mapping[str, Any]) -> str | None:
         return f"it is a {model_type} model ({class_name}), and that is no causal language model. {INSTEAD}"
     if config.get("auto_map"):
         return (
-            f"its model type {model_type} is code of its own (auto_map in config.json), and code from a repo is never "
-            "run. Use a model that transformers has itself"
+            f"its model type {model_type} is code of its own (auto_map in config.json), and code "
+            "from a repo is never run. Use a model that transformers has itself"
         )
     saved_by = config.get("transformers_version")
     newer = f" (it was saved by {saved_by})" if saved_by else ""
     return (
-        f"its model type {model_type} is unknown to transformers {transformers.__version__}{newer}: `pip install -U "
-        "transformers`, or use another base"
+        f"its model type {model_type} is unknown to transformers "
+        f"{transformers.__version__}{newer}: `pip install -U transformers`, or use another base"
     )
 
 
-def why_quantized(config: Mapping[str, Any]) -> str | None:
+def why_quantized(config: Mapping[str, object]) -> str | None:
     """The kind of quantization that cannot be loaded here, and the remedy; None if there is none."""
     kind = stored_weights.configured_quantization(dict(config))
     mlx = config.get("quantization")
@@ -138,18 +137,19 @@ def why_quantized(config: Mapping[str, Any]) -> str | None:
     if kind is None or kind in ("8bit", "4bit"):
         return None
     return (
-        f"its weights are quantized ({kind}), and only those of bitsandbytes (8bit, 4bit) can be loaded. Use the model "
-        "from which they were quantized, or a copy in bfloat16; with --load-in 4bit if it is too large"
+        f"its weights are quantized ({kind}), and only those of bitsandbytes (8bit, 4bit) can be "
+        "loaded. Use the model from which they were quantized, or a copy in bfloat16; with "
+        "--load-in 4bit if it is too large"
     )
 
 
-def _class_name(config: Mapping[str, Any]) -> str:
+def _class_name(config: Mapping[str, object]) -> str:
     """The class that the config names; "" if it names none."""
     names = config.get("architectures")
     return str(names[0]) if isinstance(names, list) and names else ""
 
 
-def _other_library(names: Collection[str], config: Mapping[str, Any] | None) -> str | None:
+def _other_library(names: Collection[str], config: Mapping[str, object] | None) -> str | None:
     """The kind of a repo of another library."""
     if "model_index.json" in names or (config and ("_diffusers_version" in config or "_class_name" in config)):
         return f"it is a diffusion model. {INSTEAD}; LoRA for image models is trained with diffusers"
@@ -181,7 +181,7 @@ def _without_config(names: Collection[str]) -> str:
     return "it has no config.json"
 
 
-def _other_kind(config: Mapping[str, Any]) -> str | None:
+def _other_kind(config: Mapping[str, object]) -> str | None:
     """The kind of model that a config names, if it is no causal language model."""
     class_name, model_type = _class_name(config), str(config.get("model_type"))
     shown = f" ({class_name or model_type})"
@@ -190,8 +190,8 @@ def _other_kind(config: Mapping[str, Any]) -> str | None:
     if is_encoder and not config.get("is_decoder"):
         if kind == "":
             return (
-                f"it is an encoder{shown}: without is_decoder in config.json its attention looks ahead, so it is no causal "
-                f"language model. {INSTEAD}"
+                f"it is an encoder{shown}: without is_decoder in config.json its attention looks "
+                f"ahead, so it is no causal language model. {INSTEAD}"
             )
         return f"it is {kind or 'an embedding model'}{shown}. {INSTEAD}{_ADVICE.get(kind or 'an embedding model', '')}"
     if kind == "":
@@ -221,8 +221,9 @@ def _missing(names: Collection[str]) -> str | None:
         return None
     if pickled := sorted(name for name in names if name.endswith(_PICKLED) and "training_args" not in name):
         return (
-            f"it has no safetensors weights. Pickled ones ({pickled[0]}) are not read: convert them (on the Hub: "
-            "https://huggingface.co/spaces/safetensors/convert), or use another base"
+            f"it has no safetensors weights. Pickled ones ({pickled[0]}) are not read: convert "
+            "them (on the Hub: https://huggingface.co/spaces/safetensors/convert), or use another "
+            "base"
         )
     if ADAPTER_CONFIG in names:
         return "it has no safetensors weights, it holds an adapter. Name that with --adapter, and its base with --base"

@@ -167,9 +167,8 @@ class Metrics:
 class RequestLog:
     """ASGI middleware that records each API request, and answers 500 to unexpected errors.
 
-    Routes fill in the record, which is `request.state.record`. HEAD is routed as GET, and a slash at
-    the end of an endpoint is dropped.
-    """
+    Routes fill in the record, which is `request.state.record`. HEAD is routed as GET, and a slash
+    at the end of an endpoint is dropped."""
 
     app: ASGIApp
     metrics: Metrics

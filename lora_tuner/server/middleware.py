@@ -55,9 +55,8 @@ def _check_host(settings: ServerConfig, headers: Headers) -> Response | None:
 class CrossOriginMiddleware(CORSMiddleware):
     """Answers preflight requests, which have no key, and adds the headers for pages of allowed origins.
 
-    For API paths alone: the playground is for its own origin. No credentials: the key is sent by the
-    page, never by the browser itself.
-    """
+    For API paths alone: the playground is for its own origin. No credentials: the key is sent by
+    the page, never by the browser itself."""
 
     def __init__(self, app: ASGIApp, settings: ServerConfig) -> None:
         self.settings = settings

@@ -311,9 +311,10 @@ async def _generate(
     if num_logprobs > MAX_LOGPROBS:
         field = "top_logprobs" if isinstance(body, ChatRequest) else "logprobs"
         raise RequestError(
-            f"{field}: {count:,} outputs of up to {max_tokens:,} tokens, with {body.num_top_logprobs} alternatives for "
-            f"each token, have {num_logprobs:,} log-probabilities; the limit of this server is {MAX_LOGPROBS:,}. Lower "
-            f"{field}, n or max_tokens.",
+            f"{field}: {count:,} outputs of up to {max_tokens:,} tokens, with "
+            f"{body.num_top_logprobs} alternatives for each token, have {num_logprobs:,} "
+            f"log-probabilities; the limit of this server is {MAX_LOGPROBS:,}. Lower {field}, n "
+            "or max_tokens.",
             field,
         )
     request = record.request = service.submit(

@@ -179,8 +179,9 @@ def _fit_connections(settings: ServerConfig, notify: EventHandler) -> ServerConf
         return settings
     notify(
         Notice(
-            f"A process may open {limit:,} files here, so at most {possible:,} connections are open at once, not "
-            f"{settings.max_connections:,}: for more, use `ulimit -n {used + 2 * settings.max_connections}`."
+            f"A process may open {limit:,} files here, so at most {possible:,} connections are "
+            f"open at once, not {settings.max_connections:,}: for more, use `ulimit -n "
+            f"{used + 2 * settings.max_connections}`."
         )
     )
     return settings.model_copy(update={"max_connections": possible})

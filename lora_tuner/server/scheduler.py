@@ -119,8 +119,8 @@ class Scheduler:
         longest = max(map(_max_length, request.sequences))
         if longest > self.max_cache_tokens:
             raise ContextLengthError(
-                f"Prompt and max_tokens add up to {longest:,} tokens, but the KV cache of this server holds "
-                f"{self.max_cache_tokens:,}: shorten the prompt or lower max_tokens."
+                f"Prompt and max_tokens add up to {longest:,} tokens, but the KV cache of this "
+                f"server holds {self.max_cache_tokens:,}: shorten the prompt or lower max_tokens."
             )
         with self._wake:
             self._check_queue(len(request.sequences))

@@ -267,8 +267,8 @@ class ModelService:
             )
         if longest + max_tokens > context:
             raise ContextLengthError(
-                f"The prompt has {longest:,} tokens and max_tokens is {max_tokens:,}, but the context length of "
-                f"{self.name} is {context:,} tokens."
+                f"The prompt has {longest:,} tokens and max_tokens is {max_tokens:,}, but the "
+                f"context length of {self.name} is {context:,} tokens."
             )
         return max_tokens
 

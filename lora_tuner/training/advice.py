@@ -1,7 +1,7 @@
 """Advice on the learning rate at the end of a run, from its loss curve and its gain.
 
-Batches differ, so a loss counts as rising only if its trend is far beyond what their noise explains.
-"""
+Batches differ, so a loss counts as rising only if its trend is far beyond what their noise
+explains."""
 
 import itertools
 import math
@@ -38,14 +38,15 @@ def rate_advice(
     gain = format_gain(result.gain, result.standard_error)
     if rise := _find_rise(entries):
         return (
-            f"The training loss rose by {rise:.3f} nats per token: the learning rate {rate:g} is too high. Try "
-            f"--learning-rate {much_lower:g}."
+            f"The training loss rose by {rise:.3f} nats per token: the learning rate {rate:g} is "
+            f"too high. Try --learning-rate {much_lower:g}."
         )
     error = result.standard_error or 0.0
     if result.gain < -2 * error:
         return (
-            f"The adapter is worse than its base: held-out loss {result.base_loss:.4f} -> {result.loss:.4f}. Try a "
-            f"lower learning rate than {rate:g}, such as {much_lower:g} (--learning-rate), or fewer steps."
+            f"The adapter is worse than its base: held-out loss {result.base_loss:.4f} -> "
+            f"{result.loss:.4f}. Try a lower learning rate than {rate:g}, such as {much_lower:g} "
+            "(--learning-rate), or fewer steps."
         )
     if result.gain > 2 * error:
         return None
@@ -54,19 +55,20 @@ def rate_advice(
     spread = max(error * math.sqrt(result.groups or result.rows), abs(result.gain))
     if spread < STILL * result.base_loss:
         return (
-            f"{nothing}, as the loss hardly moved: the learning rate {rate:g} is too low. Try --learning-rate "
-            f"{higher_rate(rate, method):g}."
+            f"{nothing}, as the loss hardly moved: the learning rate {rate:g} is too low. Try "
+            f"--learning-rate {higher_rate(rate, method):g}."
         )
     if change < 0 and t < -MIN_T:
         repeated = steps_per_epoch is not None and len(entries) > steps_per_epoch
         if not repeated:
             return (
-                f"{nothing}, although the training loss fell: {result.format_rows()} may be too few to measure it "
-                f"(--eval-rows), or other text. Else try --learning-rate {lower:g}."
+                f"{nothing}, although the training loss fell: {result.format_rows()} may be too "
+                "few to measure it (--eval-rows), or other text. Else try --learning-rate "
+                f"{lower:g}."
             )
         return (
-            f"{nothing}, although the training loss fell: the rows are learned by heart. Try --learning-rate "
-            f"{lower:g}, or fewer steps."
+            f"{nothing}, although the training loss fell: the rows are learned by heart. Try "
+            f"--learning-rate {lower:g}, or fewer steps."
         )
     return f"{nothing}, while losses of rows moved up and down: the learning rate may be too high. Try --learning-rate {lower:g}."
 

@@ -325,8 +325,8 @@ def _tokenize(
     invalid: tokenization.InvalidRows,
     notify: EventHandler,
 ) -> tuple[list[list[tokenization.TokenIds]], tokenization.TextUse]:
-    """Tokenize the training rows. Returns those of each source with predictions, and the share of the
-    text in them.
+    """Tokenize the training rows. Returns those of each source with predictions, and the share of
+    the text in them.
 
     Args:
         invalid: Held-out rows that the chat template cannot write; such training rows are added,

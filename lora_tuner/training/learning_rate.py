@@ -2,7 +2,8 @@
 
 The default follows the base: Adam's first step moves each weight by the learning rate, whatever its
 gradient, and what such a step changes in the text differs between bases of the same width. So one
-step of that kind is tried at several rates (`benchmarks/rates.py` compares the result with the best).
+step of that kind is tried at several rates (`benchmarks/rates.py` compares the result with the
+best).
 
 The rate that serves a short run best is higher than that of a long one (Bjorck et al., 2024,
 arXiv:2409.19913), so a probe of too few steps is refused. SmolLM2-135M on first sentences of
@@ -154,15 +155,15 @@ class ProbePlan:
     def describe(self, rate: float, max_steps: int) -> str:
         """Describe the runs and their cost for a notice."""
         text = (
-            f"Learning rates around {rate:g} are tried first (--learning-rate probe): at most {self.runs} runs of "
-            f"{self.steps} steps on the same data, each measured on {len(self.rows)} held-out rows. All cost at "
-            f"most as much as {self.cost:,} steps, beside the {max_steps:,} of the run: about "
-            f"{format_duration(self.seconds)}."
+            f"Learning rates around {rate:g} are tried first (--learning-rate probe): at most "
+            f"{self.runs} runs of {self.steps} steps on the same data, each measured on "
+            f"{len(self.rows)} held-out rows. All cost at most as much as {self.cost:,} steps, "
+            f"beside the {max_steps:,} of the run: about {format_duration(self.seconds)}."
         )
         if self.reported:
             text += (
-                " Too few rows are held out beyond those of the gain, so these choose the rate too: the gain will "
-                "be slightly too good."
+                " Too few rows are held out beyond those of the gain, so these choose the rate "
+                "too: the gain will be slightly too good."
             )
         return text
 

@@ -57,7 +57,8 @@ def run_lock(runs_dir: Path, name: str) -> Iterator[None]:
 def check_places(config: TrainConfig, *, resuming: bool = False, sweep: Path | None = None) -> None:
     """Raise TrainingError when adapter, run, sweep, cache and inputs would be written over each other.
 
-    Links and the rules of the disk for names are followed: a temporary file tries them, nothing is loaded.
+    Links and the rules of the disk for names are followed: a temporary file tries them, nothing is
+    loaded.
 
     Args:
         sweep: the folder of the sweep that the run is a trial of.

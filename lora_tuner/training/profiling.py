@@ -94,9 +94,9 @@ def fit_to_memory(
         required, needed = needed, step_memory(inputs, model)[1]
         notify(
             Notice(
-                f"A step needs {required / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free, "
-                f"so gradient checkpointing is on: it needs {needed / 1e9:.1f} GB and is slower "
-                "(--gradient-checkpointing)."
+                f"A step needs {required / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are "
+                f"free, so gradient checkpointing is on: it needs {needed / 1e9:.1f} GB and is "
+                "slower (--gradient-checkpointing)."
             )
         )
     if distributed.all_reduce_max(needed > free):
@@ -258,8 +258,8 @@ def steps_for_stop_rule(
         notify(
             Notice(
                 f"One epoch would take {steps_per_epoch * seconds_per_step / 3600:.1f} hours, so "
-                f"training is limited to {DEFAULT_MAX_MINUTES} minutes. Change this with --minutes, "
-                "--epochs or --max-steps."
+                f"training is limited to {DEFAULT_MAX_MINUTES} minutes. Change this with "
+                "--minutes, --epochs or --max-steps."
             )
         )
     return min(steps, steps_per_epoch or steps)

@@ -200,8 +200,8 @@ def _for_world_size(saved: TrainConfig, manifest: Manifest, notify: EventHandler
         Notice(
             f"The run was started with {before} {'processes' if before > 1 else 'process'} and "
             f"resumes with {now}: --gradient-accumulation is {accumulation} instead of "
-            f"{saved.gradient_accumulation}, so that each step has the same sequences. Rounding and "
-            "dropout differ."
+            f"{saved.gradient_accumulation}, so that each step has the same sequences. Rounding "
+            "and dropout differ."
         )
     )
     return saved.model_copy(update={"gradient_accumulation": accumulation})

@@ -289,8 +289,9 @@ def _add_lora(requested: TrainConfig, inputs: TrainingInputs, notify: EventHandl
     trained, frozen = lora.count_parameters(model)
     notify(
         Notice(
-            f"{trained:,} of {trained + frozen:,} parameters are trained ({trained / (trained + frozen):.2%}); "
-            f"the adapter will take {trained * 4 / 1e6:.1f} MB."
+            f"{trained:,} of {trained + frozen:,} parameters are trained "
+            f"({trained / (trained + frozen):.2%}); the adapter will take {trained * 4 / 1e6:.1f} "
+            "MB."
         )
     )
     return model

@@ -1,10 +1,9 @@
 """Train at several ranks or learning rates, one after another, and recommend an adapter.
 
 Base and data are loaded once. A sweep is stopped and resumed like one run: `runs/NAME.sweep` lists
-its trials, and those that have finished are not trained again. Which ones have is not written there,
-so that a crash cannot make it wrong: their adapters have the sweep's id in their manifests. All
-trials take the same number of steps, so a time limit is that of the first.
-"""
+its trials, and those that have finished are not trained again. Which ones have is not written
+there, so that a crash cannot make it wrong: their adapters have the sweep's id in their manifests.
+All trials take the same number of steps, so a time limit is that of the first."""
 
 import contextlib
 import json
@@ -13,7 +12,6 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -46,8 +44,8 @@ from .setup import TrainingSetup, adapter_name, prepare_training
 class Trial:
     """One run of a sweep.
 
-    `loss` is None if it diverged, `learning_rate` too if a probe chose it; `gap` is to the best, paired.
-    """
+    `loss` is None if it diverged, `learning_rate` too if a probe chose it; `gap` is to the best,
+    paired."""
 
     name: str
     rank: int
@@ -69,7 +67,7 @@ class SweepResult:
     recommended: str
     folder: Path
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return asdict(self) | {"folder": str(self.folder)}
 
 
@@ -173,8 +171,8 @@ def _check_name_free(name: str, config: TrainConfig) -> None:
     paths.check_sweep_folder(folder, "choose another --runs-dir or --name.")
     if not config.overwrite and is_unfinished(name, config.runs_dir):
         raise TrainingError(
-            f"{folder} holds an unfinished sweep: resume it ({_resume_command(name, config)}), discard it with "
-            "--overwrite, or choose another --name."
+            f"{folder} holds an unfinished sweep: resume it ({_resume_command(name, config)}), "
+            "discard it with --overwrite, or choose another --name."
         )
     if not config.overwrite and (folder / paths.SWEEP_RESULT_FILE).is_file():
         raise TrainingError(
@@ -332,8 +330,8 @@ def _check_place(trial: TrainConfig, name: str, sweep: str) -> None:
     adapter, run_folder = trial.adapters_dir / str(trial.name), paths.run_folder(trial)
     if not trial.overwrite and os.path.lexists(adapter):
         raise TrainingError(
-            f"{adapter} is not the adapter that the sweep trained: restore it, or rename or remove it "
-            "(`adapters rename`, `adapters remove`), and it is trained again."
+            f"{adapter} is not the adapter that the sweep trained: restore it, or rename or "
+            "remove it (`adapters rename`, `adapters remove`), and it is trained again."
         )
     if not trial.overwrite and os.path.lexists(run_folder) and _sweep_of(run_folder) != sweep:
         raise TrainingError(f"{run_folder} is not of the sweep {name}: rename or remove it.")

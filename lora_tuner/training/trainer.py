@@ -281,8 +281,8 @@ class LoraTrainer(Trainer):
     def _can_save(self) -> bool:
         """Return whether the last step is fully logged and not saved yet.
 
-        With patience Trainer would wait for the other processes, and each measurement is saved anyway.
-        """
+        With patience Trainer would wait for the other processes, and each measurement is saved
+        anyway."""
         step, config = self.state.global_step, self.setup.config
         entries = [entry for entry in self.state.log_history if entry["step"] == step]
         expected = {"loss", "eval_loss"} if config.eval_every and step % config.eval_every == 0 else {"loss"}

@@ -171,8 +171,9 @@ class Page:
             start, stop = _buttons("Evaluate")
         output = gr.HTML(
             html.note(
-                "Press Evaluate to measure the gain of each adapter over the base, on its own held-out rows and on those "
-                "of the others. Earlier results are cached, and other requests are served meanwhile."
+                "Press Evaluate to measure the gain of each adapter over the base, on its own "
+                "held-out rows and on those of the others. Earlier results are cached, and other "
+                "requests are served meanwhile."
             ),
             apply_default_css=False,
         )
