@@ -96,7 +96,7 @@ def open_shared_base(
     files = loading.base_for_adapter(adapters[0] if adapters else None, options)
     check_keeps_base(out, files, adapters, is_adapter=is_adapter)
     options_of_base = replace(options, dtype="float32", load_in=files.quantization or "full")
-    base = loading.load_base(files, options_of_base, layers=adapters[0].modules)
+    base = loading.load_base(files, options_of_base, layers=adapters[0].modules if adapters else ())
     if base.load_in != "full":
         options.notify(
             Notice(f"The weights of {files.name} are saved in {base.load_in}: dequantized to float32.")

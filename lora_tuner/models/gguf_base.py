@@ -25,7 +25,7 @@ from unittest.mock import patch
 
 from .. import atomic_io
 from ..config import EMBEDDED_BASE
-from ..errors import BaseModelError, EventHandler, Notice, is_out_of_memory
+from ..errors import BaseModelError, ConfigError, EventHandler, Notice, is_out_of_memory
 from ..text import format_names
 from . import gguf_config, identity
 from .base_files import BaseModelFiles, quiet_transformers
@@ -120,7 +120,10 @@ def embedded_gguf() -> tuple[Path, str]:
 
 def converted_files() -> list[str]:
     """The GGUF files on this machine that the cache holds a conversion of."""
-    sources = (atomic_io.cache_dir() / "bases").glob(f"gguf-*/{gguf_config.SOURCE_FILE}")
+    try:
+        sources = [*(atomic_io.cache_dir() / "bases").glob(f"gguf-*/{gguf_config.SOURCE_FILE}")]
+    except ConfigError:  # there is no place for a cache
+        return []
     paths = {source.read_text(encoding="utf-8").strip() for source in sources}
     return sorted(path for path in paths if os.path.isfile(path))
 

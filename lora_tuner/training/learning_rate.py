@@ -59,7 +59,7 @@ def default_learning_rate(
     best = _best_step(inputs, model, stepped, others, notify) if others else None
     if best is None:
         return method.learning_rate, f"from the method {inputs.method}"
-    rate = min(max(STEP_SHARE * best * method.rate_share, LOWEST_RATE), HIGHEST_RATE)
+    rate = min(max(STEP_SHARE * best, LOWEST_RATE), HIGHEST_RATE) * method.rate_share
     return float(f"{rate:.2g}"), "measured on the base with the first sequences"
 
 

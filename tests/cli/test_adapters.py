@@ -64,6 +64,7 @@ def test_adopt_command(two, tmp_path, gpt2, columns):
     assert (
         adopted.stderr
         == f"guest fits {gpt2} by its layer sizes; it cannot be verified that it was trained on it.\n"
+        "The adapter covers 100% of the block weights.\n"
     )
     assert run("adapters", "adopt", "elsewhere/guest", "--name", "b", "--base", gpt2).stdout == "adapters/b\n"
     assert (tmp_path / "adapters" / "guest" / WEIGHTS_FILE).read_bytes() == before

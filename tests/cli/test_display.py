@@ -12,7 +12,7 @@ from lora_tuner.adapters.library import Ancestor
 from lora_tuner.adapters.manifest import EvalResult
 from lora_tuner.adapters.model_card import model_card
 from lora_tuner.analysis.leak import Leak
-from lora_tuner.cli import adapters, convert, display, evaluate, generate, train
+from lora_tuner.cli import adapters, convert, display, evaluate, export, generate, train
 from lora_tuner.convert.blend import BlendResult
 from lora_tuner.convert.compress import CompressResult
 from lora_tuner.convert.verify import OutputComparison
@@ -297,7 +297,7 @@ def test_groups_are_shown_beside_rows(capsys, wide, tmp_path):
     adapter = load_adapter_folder(
         adapter_files.write(tmp_path / "a", facts=adapter_files.manifest(result=result))
     )
-    comparison = OutputComparison(0.0, 1.0, None, 1)
+    comparison = OutputComparison(0.0, 0.0, 1.0, None, 1)
     convert._show_blend(BlendResult(adapter, 4, {}, 0.0, comparison, {"one": result, "two": result}))
     convert._show_compress(CompressResult(adapter, {"c": (4, 2)}, (9, 5), {}, 0.0, comparison, (result, result)))
     evaluate.show_leaks([Leak("a", all_rows=result, without_copy=result)])
@@ -364,13 +364,11 @@ def test_generated_text_escaped_on_terminal(capsys, monkeypatch, is_one, shown):
     assert capsys.readouterr().out == shown
 
 
-def test_exported_turn_end_is_escaped(monkeypatch, capsys):
+def test_exported_turn_end_is_escaped(capsys):
     exported = SimpleNamespace(
         path="a.gguf", bytes=1, tensors=1, error=0.0, turn_end=EVIL, turn_end_id=1, modelfile=f"{EVIL}\n"
     )
-    monkeypatch.setattr("lora_tuner.convert.export_gguf.to_gguf", lambda *of, **how: exported)
-    monkeypatch.setattr(convert, "Library", lambda folder: SimpleNamespace(get=str))
-    convert.export(adapter="a", out="a.gguf", base=None, revision=None, force=False)
+    export._show_adapter_file(exported)
     shown = capsys.readouterr().out
     assert shown.count(SHOWN) == 2
     assert not CONTROL & set(shown)

@@ -292,7 +292,7 @@ CHANGED: dict[str, Any] = {
     "parent": "x", "rank": 2, "alpha": 3, "dropout": 0.2, "target_modules": "all-linear", "max_steps": 10, "batch_size": 3,
     "gradient_accumulation": 1, "learning_rate": 0.02, "schedule": "linear", "warmup": 0.1, "weight_decay": 0.1,
     "max_grad_norm": 2.0, "eval_every": 3, "save_every": 3, "seed": 1, "name": "other", "device": "auto", "dtype": "bfloat16",
-    "group_by": "label", "table": "x", "near_duplicates": "keep",
+    "group_by": "label", "table": "x", "near_duplicates": "keep", "add_tokens": ["<x>"],
     "streaming": True, "method": "dora", "load_in": "4bit", "gradient_checkpointing": "on",
 }  # fmt: skip
 TOGETHER: dict[str, dict[str, Any]] = {

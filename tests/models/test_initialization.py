@@ -235,7 +235,8 @@ def test_lora_plus_uses_two_learning_rates(config_for, tmp_path):
         for group in groups
         for p in group["params"]
     }
-    assert rates == {(False, 1e-3, 0.1), (True, 4e-3, 0.1)}
+    rate = setup.learning_rate
+    assert rates == {(False, rate, 0.1), (True, 4 * rate, 0.1)}
     assert sum(len(group["params"]) for group in groups) == len(lora.adapter_state_dict(setup.model))
 
 
@@ -248,7 +249,8 @@ def test_rslora_scales_by_root_of_rank(config_for):
     assert {adapter.scale_of(module) for module in adapter.modules} == {3.0}
 
 
-def test_method_sets_default_learning_rate(config_for):
+def test_method_sets_default_learning_rate(config_for, monkeypatch):
+    monkeypatch.setattr("lora_tuner.training.learning_rate._best_step", lambda *of: None)
     for method, facts in METHODS.items():
         assert prepare_training(config_for(method)).config.learning_rate == facts.learning_rate
     assert (
