@@ -167,10 +167,16 @@ def write_verified(
 ) -> ModelExport:
     """Write the GGUF file, and compare it with the model in llama.cpp.
 
-    Raises AdapterError if the unquantized file computes something else than transformers, or does
+    Raises AdapterError if there is no space for it, if the unquantized file computes something else than transformers, or does
     not end at an end token of the model.
     """
     precision = quantization or dtype
+    needed = 2 * sum(path.stat().st_size for path in source.folder.glob("*.safetensors"))
+    if (free := atomic_io.free_space(out.parent)) < needed:
+        raise AdapterError(
+            f"{out} needs {needed / 1e9:.1f} GB while it is written, and {free / 1e9:.1f} GB are free: free some space, "
+            "or choose another --out."
+        )
     context = max(len(row) for row in source.rows)
     with atomic_io.temporary_folder(out.parent) as work:
         exact = work / f"{out.stem}.gguf"

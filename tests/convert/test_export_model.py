@@ -159,6 +159,15 @@ def test_wrong_file_is_not_kept(adapter, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_model_export_without_space_is_refused(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module.atomic_io, "free_space", lambda path: 0)
+    with pytest.raises(
+        AdapterError, match=r"needs 0\.0 GB while it is written, and 0\.0 GB are free: free some space, or"
+    ):
+        export_model(None, tmp_path / "base.gguf", options=ModelOptions(base=str(base)))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_missing_library_is_one_line(adapter, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     llama_runtime.load_library.cache_clear()
