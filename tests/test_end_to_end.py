@@ -75,7 +75,7 @@ def cli(workspace, caches):
 
 @pytest.fixture(scope="module")
 def trained(cli):
-    short = "--max-steps 4 --max-length 64 --max-rows 400 --eval-rows 2 --batch-size 2"
+    short = "--max-steps 4 --max-length 64 --max-rows 400 --eval-rows 2 --batch-size 2 --learning-rate 2e-3"
     return cli("train", "--rank", "8", *short.split())
 
 
