@@ -174,4 +174,4 @@ def methods(as_json: JsonOption = False) -> None:
         show_json([{"name": name, **dataclasses.asdict(method)} for name, method in METHODS.items()])
     else:
         rows = [(name, f"{method.learning_rate:g}", method.when) for name, method in METHODS.items()]
-        print_table(rows, ("method", "learning rate", "when to choose it"))
+        print_table(rows, ("method", "learning rate on SmolLM2-135M", "when to choose it"))

@@ -14,7 +14,8 @@ from lora_tuner.models import lora
 from lora_tuner.models.loading import load_base, open_base
 from lora_tuner.models.resolve import find_base
 
-from ..tiny_models import CONTEXT, tokenizer
+from .. import tiny_models
+from ..tiny_models import CONTEXT
 
 _IDS = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 _TEXT = {
@@ -107,12 +108,7 @@ def wrapper(tmp_path_factory):
         if not folder.exists():
             torch.manual_seed(0)
             model = AutoModelForMultimodalLM.from_config(AutoConfig.for_model(kind, **WRAPPERS[kind]))
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.dim() > 1:
-                        parameter.mul_(4)
-            model.save_pretrained(folder)
-            tokenizer().save_pretrained(folder)
+            tiny_models.save(model, folder)
         return folder
 
     return make
