@@ -454,3 +454,19 @@ def test_hub_dataset_streams(repos, cli):  # noqa: F811
         facts = json.loads(cli(hub, "adapters", "show", "imdb", "--json").stdout)
     assert facts["data"]["source"] == "stanfordnlp/imdb"
     assert facts["run"]["steps"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [[], ["--streaming", "--shuffle-buffer=40"]], ids=["whole", "stream"])
+def test_hub_datasets_mix_with_files(repos, cli, tmp_path, extra):  # noqa: F811
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(json.dumps({"text": f"My note: {text}"}) + "\n" for text in TEXTS))
+    datasets = ("--dataset", "stanfordnlp/imdb=0.7", "--dataset", f"{own}=0.3")
+    short = ("--rank=2", "--max-steps=4", "--max-length=64", "--eval-rows=8", "--name=mixed")
+    with Hub(repos) as hub:
+        cli(hub, "train", *datasets, *short, *extra)
+        facts = json.loads(cli(hub, "adapters", "show", "mixed", "--json").stdout)
+    sources = facts["data"]["sources"]
+    assert [(source["name"], source["weight"]) for source in sources] == [("stanfordnlp/imdb", 0.7), (str(own), 0.3)]
+    assert [source["counts"]["read"] > 0 for source in sources] == [True, True]
+    assert [source["result"]["gain"] > 0 for source in sources] == [True, True]
