@@ -1,7 +1,7 @@
 """Near copies: found and false ones among real reviews, time, and memory.
 
-`python -m benchmarks.near_duplicates reviews.jsonl` writes 5,000 reviews of which a tenth has a near
-copy beside it, for a training with `--near-duplicates drop` and one with `keep`.
+`python -m benchmarks.near_duplicates FILE [REVIEWS COPIES]` writes 5,000 reviews and near copies of 500
+of them, for a training with `--near-duplicates drop` and one with `keep`.
 """
 
 import json
@@ -155,17 +155,17 @@ EDITS: dict[str, Edit] = {
 
 
 def main() -> None:
-    """Write reviews, and near copies of a tenth of them of all kinds in turn, to the file of the argument."""
+    """Write reviews, and near copies of some of them of all kinds in turn, to the file of the argument."""
+    path, *counts = sys.argv[1:]
+    reviews, copied = map(int, counts or (REVIEWS, COPIES))
     draw = random.Random(0)
     dataset = load_dataset(TrainConfig(near_duplicates="keep"))
-    rows = draw.sample(dataset.train + dataset.held_out, REVIEWS)
+    rows = draw.sample(dataset.train + dataset.held_out, reviews)
     edits = [*EDITS.values()]
-    copies = [
-        edits[number % len(edits)](text, draw) for number, text in enumerate(draw.sample(rows, REVIEWS // 10))
-    ]
+    copies = [edits[number % len(edits)](text, draw) for number, text in enumerate(draw.sample(rows, copied))]
     lines = [json.dumps({"text": text}) + "\n" for text in rows + copies]
     draw.shuffle(lines)
-    Path(sys.argv[1]).write_text("".join(lines), encoding="utf-8")
+    Path(path).write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
