@@ -7,6 +7,7 @@ of the tool is not examined.
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -109,14 +110,14 @@ def find_base_config(adapter: Adapter) -> BaseConfig | None:
 def find_base_folder(adapter: Adapter) -> Path | None:
     """Folder on this machine of the base that an adapter names, if there is one. Sends no request."""
     repo = adapter.manifest.base.repo if adapter.manifest else adapter.base
-    folders: list[Path | None] = [Path(adapter.base).expanduser()] if adapter.base else []
+    folders: list[Path | None] = [Path(os.path.expanduser(adapter.base))] if adapter.base else []
     if adapter.base == EMBEDDED_BASE:
         folders += (atomic_io.cache_dir() / "bases").glob(f"{EMBEDDED_BASE}-*")
     if adapter.manifest and (source := _GGUF_SOURCE.search(adapter.manifest.base.weights)):
         folders.append(atomic_io.cache_dir() / "bases" / f"gguf-{source[1]}")
     with contextlib.suppress(LoraTunerError, ValueError):  # no valid name, such as a path
         folders.append(hub.cached_snapshot(repo, adapter.revision) if repo else None)
-    return next((folder for folder in folders if folder and (folder / "config.json").is_file()), None)
+    return next((folder for folder in folders if folder and os.path.isfile(folder / "config.json")), None)
 
 
 def is_gpt2(adapter: Adapter) -> bool:

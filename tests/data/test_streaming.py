@@ -467,6 +467,9 @@ def test_hub_datasets_mix_with_files(repos, cli, tmp_path, extra):  # noqa: F811
         cli(hub, "train", *datasets, *short, *extra)
         facts = json.loads(cli(hub, "adapters", "show", "mixed", "--json").stdout)
     sources = facts["data"]["sources"]
-    assert [(source["name"], source["weight"]) for source in sources] == [("stanfordnlp/imdb", 0.7), (str(own), 0.3)]
+    assert [(source["name"], source["weight"]) for source in sources] == [
+        ("stanfordnlp/imdb", 0.7),
+        (str(own), 0.3),
+    ]
     assert [source["counts"]["read"] > 0 for source in sources] == [True, True]
     assert [source["result"]["gain"] > 0 for source in sources] == [True, True]

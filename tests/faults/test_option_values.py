@@ -50,7 +50,9 @@ TEXTS = {*INVALID} - {"", "a\0b", "\udcff"}
 PATHS = TEXTS - {"x" * 5000, "some.txt"}
 ACCEPTED = {  # all others are rejected
     **dict.fromkeys(["--split-salt", "--stop"], TEXTS),
-    **dict.fromkeys(["--target-modules", "--device", "--revision"], TEXTS),  # checked against the base
+    **dict.fromkeys(
+        ["--target-modules", "--device", "--revision", "--add-tokens"], TEXTS
+    ),  # checked against the base
     **dict.fromkeys(["--adapters-dir", "--runs-dir"], PATHS),  # created if they are missing
     **dict.fromkeys(["--name", "new"], NAMES),
     **{

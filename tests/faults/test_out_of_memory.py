@@ -115,6 +115,7 @@ def test_step_memory_is_a_lower_bound(
     )
     before = functools.partial(record_step_memory, tmp_path / "measured")
     options = [option for option in WIDE if option != "--no-packing" or "--packing" not in more]
+    options += ["--learning-rate", "1e-3"]  # to measure it would leave memory behind
     result = run("train", "--base", base, "--dataset", novels, *options, *more, "--plan", before=before)
     assert result.status == 0, result.err
     estimated, real = json.loads((tmp_path / "measured").read_text())
