@@ -19,9 +19,9 @@ from lora_tuner import Generator, ModelOptions, SamplingParams, TrainConfig, eva
 from lora_tuner.config import EMBEDDED_BASE
 from lora_tuner.data.dataset import load_dataset
 from lora_tuner.models.base_files import quiet_transformers
+from lora_tuner.models.layers import linear_layers
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
-from lora_tuner.models.targets import linear_layers
 
 from . import recipes
 from .measure import Figure, figure, median_seconds

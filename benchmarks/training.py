@@ -24,8 +24,8 @@ from lora_tuner.config import EMBEDDED_BASE
 from lora_tuner.data.dataset import load_dataset
 from lora_tuner.models import kernels
 from lora_tuner.models.base_files import quiet_transformers
+from lora_tuner.models.layers import layer_sizes
 from lora_tuner.models.resolve import find_base
-from lora_tuner.models.targets import layer_sizes
 from lora_tuner.models.tokenizer import load_tokenizer
 from lora_tuner.training.setup import prepare_training
 

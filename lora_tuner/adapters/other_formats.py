@@ -16,11 +16,12 @@ _IMAGE_LORA = re.compile(
 )
 _LYCORIS = re.compile(r"\.(hada_w[12]|lokr_w[12]|oft_blocks|glora)")
 _MAX_ENTRIES = 1_000  # of a folder that are looked at
+_MERGE = "merge it with PEFT's merge_and_unload, and give the result as --base"
 _TENSORS = (  # name -> origin; the first match counts
     (r"\.lora_[ab]$", "of an adapter of MLX"),
     (_LYCORIS.pattern, "of LyCORIS"),
     (_IMAGE_LORA.pattern, "of a LoRA for image models"),
-    (r"\.lora_embedding_[AB]", "LoRA on embeddings, which is not supported"),
+    (r"\.lora_embedding_[AB]|\.base_layer\.weight$", f"LoRA on embeddings or output head, not adapted here: {_MERGE}"),
     (r"\.trainable_tokens_", "of trainable tokens in a form that PEFT does not load"),
     (r"\.lora_[AB]\.bias", "of lora_bias, which is not supported"),
     (r"\.lora_[AB]\.\w+\.weight", "it holds the name of an adapter: save it with PEFT's save_pretrained"),
@@ -28,11 +29,26 @@ _TENSORS = (  # name -> origin; the first match counts
     (r"\.(modules_to_save|base_layer|embed_tokens|lm_head|wte|embed_in|embed_out|score)\b",
      "whole weights, which PEFT does not load under this name: modules_to_save does not list them"),
 )  # fmt: skip
+_LAYERS = (
+    (r"\bexperts\.\d+\.",
+     "of one expert, as transformers 4 has them: load it with PEFT and transformers 5, and save it with save_pretrained"),
+    (r"\.weight$", f"of a router or a linear layer in target_parameters, and not adapted here: {_MERGE}"),
+    (r"(^|\.)(lm_head|embed_out)$", f"the output head, which is not adapted here: {_MERGE}"),
+)  # fmt: skip
 
 
 def describe_tensor(name: str) -> str:
     """The origin of a tensor that is no LoRA tensor, in parentheses; "" if it is unknown."""
-    return next((f" ({origin})" for pattern, origin in _TENSORS if re.search(pattern, name)), "")
+    return _describe(name, _TENSORS)
+
+
+def describe_missing_layer(module: str) -> str:
+    """The kind of an adapted layer that a base lacks, and the remedy, in parentheses; "" if unknown."""
+    return _describe(module, _LAYERS)
+
+
+def _describe(name: str, kinds: Iterable[tuple[str, str]]) -> str:
+    return next((f" ({kind})" for pattern, kind in kinds if re.search(pattern, name)), "")
 
 
 def explain_folder(path: Path) -> str | None:

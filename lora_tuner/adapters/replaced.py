@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..text import format_names
+from .safetensors_header import Shape, bare_shapes, find_shape
 
-Shape = tuple[int, ...]
 Tensors = Mapping[str, tuple[str, Shape]]  # name -> (dtype, shape)
 PREFIX = "base_model.model."
 _ROWS, _RESIZED = ".token_adapter.trainable_tokens_delta", ".token_adapter.base_layer.weight"
@@ -73,12 +73,13 @@ class ReplacedNames:
             tensors: those of the adapter.
             shapes: those of the base, by their names in its files; unknown ones are passed over.
         """
+        bare = bare_shapes(shapes)
         found = [(module, "weight", rows_tensor(module)) for module in self.rows]
         found += [
             (module, name, tensor) for module, part in self.modules.items() for name, tensor in part.items()
         ]
         for module, parameter, tensor in sorted(found):
-            base, own = _shape_of(f"{module}.{parameter}", shapes), tensors[tensor][1]
+            base, own = find_shape(f"{module}.{parameter}", bare), tensors[tensor][1]
             is_resizable = module in self.rows or module in self.sizes
             if base is not None and (base[1:] != own[1:] if is_resizable else base != own):
                 return f"{tensor} has shape {own}, and {base} in the base"
@@ -153,13 +154,6 @@ def _in_modules_to_save(module: str, setting: object) -> bool:
     parts = module.split(".")
     around = [".".join(parts[: end + 1]) for end in range(len(parts))]
     return any(name.endswith(str(each)) for each in setting if each for name in around)
-
-
-def _shape_of(name: str, shapes: Mapping[str, Shape]) -> Shape | None:
-    """Shape of a weight, whose name in the file may lack its first parts."""
-    parts = name.split(".")
-    names = (".".join(parts[start:]) for start in range(len(parts)))
-    return next((shapes[name] for name in names if name in shapes), None)
 
 
 def _last(module: str) -> str:

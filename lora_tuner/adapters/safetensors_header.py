@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ _DTYPE_BYTES = {
     "U8": 1,
     "BOOL": 1,
 }
+_WRAPPER_PARTS = frozenset(("model", "language_model", "text_model"))
+Shape = tuple[int, ...]
 TensorEntry = tuple[str, list[int], int, int]  # dtype, shape, begin, end
 
 
@@ -63,6 +66,26 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, TensorEntry], int]:
     if filled != total - start:
         raise ValueError("it holds more than its header says")
     return entries, start
+
+
+def bare_shapes(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Shapes of the weights of a base by their names without the parts of wrappers.
+
+    Files have `language_model.model.layers` or `model.layers` for `model.language_model.layers`."""
+    return {bare_name(name): shape for name, shape in shapes.items()}
+
+
+def find_shape(name: str, bare_shapes: Mapping[str, Shape]) -> Shape | None:
+    """Shape in files, from `bare_shapes`, of a weight by its name in memory, of which files may lack
+    the first parts. None if they do not tell."""
+    parts = bare_name(name).split(".")
+    names = (".".join(parts[start:]) for start in range(len(parts)))
+    return next((bare_shapes[each] for each in names if each in bare_shapes), None)
+
+
+def bare_name(name: str) -> str:
+    """Name of a weight without the parts of wrappers."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
 
 
 def not_finite(path: Path) -> list[str]:

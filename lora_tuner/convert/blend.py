@@ -12,7 +12,7 @@ from ..config import MAX_RANK, ModelOptions
 from ..errors import AdapterError, ConfigError
 from ..evaluation import EvalSet
 from ..models import delta
-from ..models.targets import adaptable_layers
+from ..models.layers import adaptable_layers
 from ..text import format_names, format_number
 from .common import distinct_eval_sets, open_shared_base, write_adapter
 from .verify import OutputComparison

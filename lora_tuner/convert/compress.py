@@ -16,7 +16,7 @@ from ..errors import AdapterError, ConfigError
 from ..evaluation import EvalSet
 from ..models import delta
 from ..models.delta import Deltas
-from ..models.targets import adaptable_layers
+from ..models.layers import adaptable_layers
 from ..text import format_number
 from .common import (
     combined_result,

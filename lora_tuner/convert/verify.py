@@ -20,8 +20,8 @@ from ..inference.multi_lora import MultiLora
 from ..models import lora
 from ..models.delta import Deltas
 from ..models.experts import ExpertWeights
+from ..models.layers import adaptable_layers
 from ..models.loading import LoadedBase
-from ..models.targets import adaptable_layers
 
 TOLERANCE = 1e-4  # of logits in float32, relative to the largest where that is over 1
 # A few positions amplify rounding: SmolLM2's second token by 160, in float32 against float64.

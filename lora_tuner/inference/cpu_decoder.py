@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..models.kernels import has_full_attention
+from ..models.layers import LinearLayer
 from ..models.loading import LoadedBase
 from ..models.native import few_rows_product, native_for
 from ..models.quantization import (
@@ -28,7 +29,6 @@ from ..models.quantization import (
     int4_linear,
     int8_linear,
 )
-from ..models.targets import LinearLayer
 from .multi_lora import BatchedLora, LoraPart, MultiLora
 
 _LLAMA_TYPES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")

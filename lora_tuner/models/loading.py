@@ -26,12 +26,14 @@ from ..config import ModelOptions
 from ..data import tokenization
 from ..data.tokenization import TokenIds
 from ..errors import BaseModelError, EventHandler, Notice
+from ..text import format_bytes
 from . import fsdp, kernels, memory, positions, quantization, unsupported
 from .base_files import BaseModelFiles, loading_errors, quiet_transformers
+from .experts import expert_weights
+from .layers import linear_layers
 from .lm_head import ChunkedLMHead
 from .probe import probe_layers
 from .resolve import find_adapter_base, find_base
-from .targets import linear_layers
 from .tokenizer import TokenizedBase, load_tokenizer
 
 # transformers applies an adapter that lies in the folder of a base. Below a file there is none.
@@ -211,6 +213,11 @@ def load_base(
     if not is_sharded:  # on its device, which is faster
         max_context = positions.set_positions(model)
     load_in = options.load_in if in_place else load_in
+    if load_in != "full" and (experts := expert_weights(model)):
+        size = sum(each.weight.numel() * each.weight.itemsize for each in experts.values())
+        options.notify(
+            Notice(f"The experts ({format_bytes(size)}) stay as they are: {load_in} is for linear layers.")
+        )
     return LoadedBase(files, tokenizer, model, device, dtype, load_in, max_context)
 
 

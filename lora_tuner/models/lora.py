@@ -27,18 +27,10 @@ from ..errors import AdapterError, ConfigError, Notice, WrongBaseError, is_out_o
 from ..text import format_names
 from . import fsdp, kernels
 from .base_files import quiet_transformers
+from .layers import Layer, adaptable_layers, has_transposed_layers, layer_sizes, weight_count
 from .loading import LoadedBase
 from .replacement import peft_rows
-from .targets import (
-    Layer,
-    TargetModules,
-    adaptable_layers,
-    has_transposed_layers,
-    layer_sizes,
-    resolve_target_modules,
-    shortest_target_names,
-    weight_count,
-)
+from .targets import TargetModules, resolve_target_modules, shortest_target_names
 from .tokenizer import TokenizedBase
 
 if TYPE_CHECKING:  # PEFT takes long to import, and inference does without

@@ -35,6 +35,7 @@ _CGROUP_V2_FILES = ("memory.max", "memory.current", ("inactive_file", "active_fi
 FUSED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")  # see models/fused_blocks.py
 FAST_BFLOAT16 = 1.5  # speedup from which training in bfloat16 pays
 _EMBEDDING = re.compile(r"embed|wte|wpe|lm_head")
+_EXPERT = re.compile(r"\.experts\.")
 _WEIGHT_SHARE = {"8bit": 1.01, "4bit": 0.52}  # bytes per weight, with scales
 
 
@@ -210,7 +211,8 @@ def _free_in_cgroups() -> Iterator[int]:
 def _weight_bytes(files: BaseModelFiles, dtype: torch.dtype, load_in: str) -> int:
     """Bytes of the weights per process.
 
-    Quantization and FSDP leave embeddings and head as they are.
+    Quantization and FSDP leave embeddings and head as they are, and quantization all but linear
+    layers: in memory the experts of a mixture are none, though files may have them so.
     """
     saved = load_in == files.quantization
     block_itemsize = (
@@ -221,7 +223,8 @@ def _weight_bytes(files: BaseModelFiles, dtype: torch.dtype, load_in: str) -> in
         if saved and name in files.quantized_bytes:
             total += files.quantized_bytes[name]
             continue
-        in_block = not _EMBEDDING.search(name) and (load_in == "full" or len(shape) == 2)
+        is_linear = len(shape) == 2 and not _EXPERT.search(name)
+        in_block = not _EMBEDDING.search(name) and (load_in == "full" or is_linear)
         total += math.prod(shape) * (block_itemsize if in_block else dtype.itemsize)
     return int(total)
 

@@ -28,8 +28,8 @@ class Probe:
         called: modules that were called. Here and in `plain` a name stands for all experts of its
             layer (`expert_group`): few tokens reach few of them.
         plain: those of them that map one tensor to one tensor in every call.
-        read: linear layers and experts, each by its own name, whose weights were used outside of their own call, by the
-            module around them or by a layer that shares them.
+        read: linear layers and experts, each by its own name, whose weights were used outside of
+            their own call, by the module around them or by a layer that shares them.
         error: the reason for which the base did not run to its end.
     """
 

@@ -65,6 +65,11 @@ class Int4Linear(nn.Module):
         return flat.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
+def is_quantized(layer: nn.Module) -> bool:
+    """True for a linear layer with weights in 8 or 4 bits, of this module or of bitsandbytes."""
+    return isinstance(layer, Int8Linear | Int4Linear) or hasattr(layer, _REPLACED_CLASS)
+
+
 def dense_weight(layer: Any) -> torch.Tensor:
     """Weight of a linear layer as (out, in); dequantized, also from bitsandbytes' 8 or 4 bits."""
     if type(layer.weight).__name__ == "Int8Params":  # PEFT's function breaks layers that have run on a CPU

@@ -16,14 +16,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..adapters.adapter import WEIGHTS_FILE
 from ..adapters.replaced import rows_tensor
 from ..errors import AdapterError
 from .base_files import quiet_transformers
-from .quantization import Int4Linear, Int8Linear
+from .quantization import Int4Linear, Int8Linear, is_quantized
 from .replacement import Replacement, Replacements, Rows
-from .targets import LinearLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -126,7 +126,8 @@ def _copy_module(adapter: Adapter, base: LoadedBase, module: str, tensors: Tenso
     except AttributeError as error:
         hint = " (a classifier, and this base writes text)" if re.search("score|classif", module) else ""
         raise _misfit(adapter, f"the base has no module {module}{hint}") from error
-    if not isinstance(layer, LinearLayer | nn.Embedding) and "Norm" not in type(layer).__name__:
+    is_linear = type(layer) in (nn.Linear, Conv1D) or is_quantized(layer)
+    if not (is_linear or isinstance(layer, nn.Embedding) or "Norm" in type(layer).__name__):
         raise _misfit(
             adapter,
             f"{module} is replaced as a whole, and of a {type(layer).__name__} the base may use "
@@ -136,6 +137,10 @@ def _copy_module(adapter: Adapter, base: LoadedBase, module: str, tensors: Tenso
     expected = {name: parameter.shape for name, parameter in layer.named_parameters(recurse=False)}
     if isinstance(layer, nn.Linear | Int8Linear | Int4Linear):  # quantized ones too
         expected["weight"] = torch.Size((layer.out_features, layer.in_features))
+        is_head = module in vocabulary_modules(base.model)
+        if is_quantized(layer) and adapter.config.get("fan_in_fan_out") and not is_head:
+            # GPT-2's layers are transposed, quantized ones are not.
+            tensors = {name: tensor.T if tensor.dim() == 2 else tensor for name, tensor in tensors.items()}
     parameters = {}
     for name, tensor in tensors.items():
         if name not in expected:
@@ -151,7 +156,7 @@ def _copy_module(adapter: Adapter, base: LoadedBase, module: str, tensors: Tenso
 
 def _with_parameters(layer: nn.Module, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
     """A module that computes as another one, without its hooks, with some parameters of its own."""
-    if isinstance(layer, nn.Linear | Int8Linear | Int4Linear):
+    if type(layer) is nn.Linear or is_quantized(layer):
         plain: nn.Module = nn.Linear(1, 1, bias=False, device="meta")
         if layer.bias is not None:
             plain.bias = layer.bias

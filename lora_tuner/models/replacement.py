@@ -79,21 +79,20 @@ Replacements = dict[str, Replacement]  # full name of a module in the base -> wh
 
 @dataclass(eq=False)
 class ReplacedHook:
-    """Forward hook that applies `rows[i]` to row i of a batch, None for the plain base.
+    """Forward hook that applies `batch[i]` to row i of a batch, None for the plain base.
 
     A single entry, or the same one in all rows, applies to batches of any size. Logits of rows with
     fewer columns are filled with minus infinity.
     """
 
-    rows: Sequence[Replacement | None]
+    batch: Sequence[Replacement | None]
     ids: torch.Tensor | None = field(default=None, init=False)  # before they were clamped
 
     @property
     def single(self) -> Replacement | None:
         """The replacement of all rows; None if they differ or it is not active."""
-        first = self.rows[0]
-        same = all(each is first for each in self.rows)
-        return first if same and first is not None and first.is_active() else None
+        first = self.batch[0]
+        return first if first is not None and len(set(self.batch)) == 1 and first.is_active() else None
 
     def clamp(self, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Give the embedding of the base ids that it has rows for."""
@@ -107,16 +106,16 @@ class ReplacedHook:
             return None
         if self.ids is not None:
             inputs, self.ids = (self.ids, *inputs[1:]), None
-        if all(each is self.rows[0] for each in self.rows):
+        if len(set(self.batch)) == 1:
             single = self.single
             return None if single is None else single.apply(layer, inputs, output)
-        if output.dim() < 2 or any(len(each) != len(self.rows) for each in (*inputs, output)):
+        if output.dim() < 2 or any(len(each) != len(self.batch) for each in (*inputs, output)):
             raise MixedBatchError(
                 "This base flattens the rows of a batch, so all rows of a batch must share one adapter."
             )
         parts = []
-        for replacement in dict.fromkeys(self.rows):
-            index = [row for row, each in enumerate(self.rows) if each is replacement]
+        for replacement in dict.fromkeys(self.batch):
+            index = [row for row, each in enumerate(self.batch) if each is replacement]
             part = output[index]
             if replacement is not None:
                 part = replacement.apply(layer, [each[index] for each in inputs], part)

@@ -8,6 +8,7 @@ tokens and PEFT is tried on a stand-in of each kind of layer.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,17 +23,12 @@ from ..errors import ConfigError
 from ..text import format_coverage, format_names
 from .base_files import quiet_transformers
 from .experts import ExpertWeights, expert_counts, expert_weights, why_not_adaptable
-from .layers import Layer as Layer
-from .layers import LinearLayer as LinearLayer
-from .layers import adaptable_layers as adaptable_layers
-from .layers import has_transposed_layers as has_transposed_layers
-from .layers import layer_sizes as layer_sizes
-from .layers import linear_layers as linear_layers
-from .layers import weight_count as weight_count
+from .layers import Layer, LinearLayer, layer_sizes, linear_layers, weight_count
 from .probe import Probe, expert_group, probe_layers
 
 NEVER_RUN, NOT_LINEAR = "never run on text", "not linear layers"
 ROUTER = "chooses the experts"
+_ROUTER_NAME = re.compile(r"(\.|_)(router|gate)(\.|$)")
 HALF = 0.5  # an adapter of less of the block weights is warned about
 
 
@@ -290,9 +286,13 @@ def _renamed_by_peft(model: PreTrainedModel, layers: Mapping[str, str]) -> set[s
 
 
 def _routers(model: PreTrainedModel, layers: Mapping[str, LinearLayer]) -> set[str]:
-    """Linear layers of a mixture with one output for each expert, or one for the shared expert."""
+    """Linear layers of a mixture with one output for each expert, or one for the shared expert.
+
+    They are told by their names too: in Qwen3-Next, keys and values have as many outputs as there
+    are experts."""
     counts = expert_counts(model)
-    return {name for name, (_, size_out) in layer_sizes(layers).items() if counts and size_out in {1, *counts}}
+    sizes = layer_sizes({name: layer for name, layer in layers.items() if _ROUTER_NAME.search(name)})
+    return {name for name, (_, size_out) in sizes.items() if counts and size_out in {1, *counts}}
 
 
 def _layers_by_name(target_modules: str, base: _Examined) -> set[str]:

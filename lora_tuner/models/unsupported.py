@@ -16,8 +16,6 @@ from . import stored_weights
 INSTEAD = "Use a causal language model with safetensors weights (its config.json names a ...ForCausalLM)"
 WEIGHTS_NAMES = (stored_weights.WEIGHTS_FILE, stored_weights.WEIGHTS_INDEX)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-# Marker files of other kinds, small enough to be fetched with config.json.
-MARKER_FILES = ("config.json", "quantize_config.json", "quant_config.json")
 _EMBEDDING_MARKERS = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
 # Class in config.json -> kind; the first match counts.
 _KINDS = (
@@ -32,34 +30,13 @@ _KINDS = (
     (r"(EncoderModel|TextModel|DualEncoder|ForRetrieval|Embedding|ForSentenceEmbedding)$", "an embedding model"),
 )  # fmt: skip
 # Encoders that are causal language models only where config.json says is_decoder.
-_ENCODERS = frozenset(
-    (
-        *("albert", "bert", "bert-generation", "big_bird", "camembert", "convbert", "data2vec-text", "deberta"),
-        *(
-            "deberta-v2",
-            "distilbert",
-            "electra",
-            "ernie",
-            "esm",
-            "eurobert",
-            "funnel",
-            "ibert",
-            "layoutlm",
-            "longformer",
-        ),
-        *("luke", "megatron-bert", "mobilebert", "modernbert", "mpnet", "nomic_bert", "nystromformer", "rembert"),
-        *(
-            "roberta",
-            "roberta-prelayernorm",
-            "roc_bert",
-            "roformer",
-            "squeezebert",
-            "xlm-roberta",
-            "xlm-roberta-xl",
-        ),
-        *("xmod", "yoso"),
-    )
-)
+_ENCODERS = frozenset((
+    "albert", "bert", "bert-generation", "big_bird", "camembert", "convbert", "data2vec-text", "deberta",
+    "deberta-v2", "distilbert", "electra", "ernie", "esm", "eurobert", "funnel", "ibert", "layoutlm",
+    "longformer", "luke", "megatron-bert", "mobilebert", "modernbert", "mpnet", "nomic_bert", "nystromformer",
+    "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "squeezebert", "xlm-roberta",
+    "xlm-roberta-xl", "xmod", "yoso",
+))  # fmt: skip
 _ADVICE = {
     "a masked language model": "",
     "an embedding model": "; embeddings are trained with sentence-transformers",
@@ -81,6 +58,7 @@ _FORMATS = (
     ("saved_model.pb", "TensorFlow"),
     (".npz", "an old format of MLX"),
 )
+_ADAPTER = "it holds an adapter. Name that with --adapter or --from, and its base with --base"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _OWN_FORMATS = {"params.json": "the format of its authors (params.json)"}
 
@@ -166,7 +144,7 @@ def _without_config(names: Collection[str]) -> str:
     gguf = sorted(name for name in names if name.endswith(".gguf"))
     own = next((text for name, text in _OWN_FORMATS.items() if name in names), None)
     if ADAPTER_CONFIG in names:
-        return "it has no config.json, it holds an adapter. Name that with --adapter, and its base with --base"
+        return f"it has no config.json, {_ADAPTER}"
     if gguf:
         more = f" and {len(gguf) - 1} more" if len(gguf) > 1 else ""
         return f"it has no config.json, only GGUF files ({gguf[0]}{more}). Download one, and name it with --base"
@@ -226,7 +204,7 @@ def _missing(names: Collection[str]) -> str | None:
             "base"
         )
     if ADAPTER_CONFIG in names:
-        return "it has no safetensors weights, it holds an adapter. Name that with --adapter, and its base with --base"
+        return f"it has no safetensors weights, {_ADAPTER}"
     if other := _other_format(names):
         return f"it has no safetensors weights. They are in {other}. {INSTEAD}"
     if gguf := sorted(name for name in names if name.endswith(".gguf")):

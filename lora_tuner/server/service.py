@@ -39,8 +39,8 @@ from ..inference import sequence
 from ..inference.generator import FolderIdentity, Generator, choose_seed, folder_identity, sequence_seed
 from ..inference.multi_lora import LoadedAdapter
 from ..models import lora
+from ..models.layers import layer_sizes
 from ..models.memory import free_memory
-from ..models.targets import layer_sizes
 from ..text import display_name
 from .scheduler import Request, Scheduler
 

@@ -158,7 +158,13 @@ WHOLE = " (whole weights, which PEFT does not load under this name: modules_to_s
         ("base_model.model.score.modules_to_save.weight", WHOLE),
         (f"base_model.model.{MODULE}.weight", ""),
         (f"base_model.model.{MODULE}.bias", " (a trained bias, which is not supported)"),
-        (f"base_model.model.{MODULE}.lora_embedding_A", " (LoRA on embeddings, which is not supported)"),
+        (
+            f"base_model.model.{MODULE}.lora_embedding_A",
+            (
+                " (LoRA on embeddings or output head, not adapted here: merge it with PEFT's merge_and_unload, and give the "
+                "result as --base)"
+            ),
+        ),
         (
             "base_model.model.wte.trainable_tokens_delta.default",
             " (of trainable tokens in a form that PEFT does not load)",

@@ -415,8 +415,8 @@ def test_failed_adopt_changes_nothing(workspace, library, spoil):
         (
             "theirs",
             BaseModelError,
-            "The folder theirs is not a model: it has no config.json, it holds an adapter. Name that with --adapter, and its "
-            "base with --base.",
+            "The folder theirs is not a model: it has no config.json, it holds an adapter. Name that with --adapter or "
+            "--from, and its base with --base.",
         ),
     ],
 )
@@ -556,5 +556,6 @@ def test_adopt_lm_head_adapter_fails(gpt2, library, tmp_path):
     config = json.loads((tmp_path / "untied" / "config.json").read_text())
     (tmp_path / "untied" / "config.json").write_text(json.dumps(config | {"vocab_size": 18}))
     assert refusal(adopt, library, tmp_path / "head", base=str(tmp_path / "untied")) == (
-        f"{tmp_path}/head does not fit the base: the base has no linear layer lm_head."
+        f"{tmp_path}/head does not fit the base: the base has no linear layer lm_head (the output head, which is not "
+        "adapted here: merge it with PEFT's merge_and_unload, and give the result as --base)."
     )

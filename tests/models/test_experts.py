@@ -20,10 +20,11 @@ from lora_tuner.errors import AdapterError, ConfigError, MixedBatchError
 from lora_tuner.inference.generator import EncodedPrompt, Generator
 from lora_tuner.inference.multi_lora import MultiLora, blend_loaded
 from lora_tuner.models import experts, lora
+from lora_tuner.models.layers import adaptable_layers
 from lora_tuner.models.layers_in_files import known_coverage
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
-from lora_tuner.models.targets import adaptable_layers, describe_targets, resolve_target_modules
+from lora_tuner.models.targets import describe_targets, resolve_target_modules
 from lora_tuner.text import format_coverage
 
 from ..cli.test_commands import run
@@ -315,6 +316,27 @@ def test_experts_of_other_size_are_refused(bases, make):
     dense = save_family(Path("dense"), "llama")
     with pytest.raises(AdapterError, match=r"the base has no experts model\.layers\.0\.mlp\.experts\.down_proj"):
         lora.load_lora(load(dense).model, adapter, "slot")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"target_modules": "all-linear", "target_parameters": None},
+            "the base has no experts model.layers.0.mlp.gate.weight (of a router or a linear layer in target_parameters, and "
+            "not adapted here: merge it with PEFT's merge_and_unload, and give the result as --base)",
+        ),
+        (
+            {"target_modules": ["lm_head"]},
+            "the base has no linear layer lm_head (the output head, which is not adapted here: merge it with PEFT's "
+            "merge_and_unload, and give the result as --base)",
+        ),
+    ],
+)
+def test_layers_of_plain_peft_not_adapted_are_named(bases, make, settings, message):
+    with pytest.raises(AdapterError) as error:
+        MultiLora(load(bases["mixtral"])).load(make("mixtral", **settings))
+    assert message in str(error.value)
 
 
 # Generation

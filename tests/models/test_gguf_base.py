@@ -315,6 +315,14 @@ EDITS = {
         {"tensors": {"blk.1.ffn_up.weight": np.zeros((4, 32))}},
         f"{PARTLY}it has tensors of other shapes than its settings say, such as ",
     ),
+    "more blocks than tensors": (
+        {"values": {"llama.block_count": 4_000_000_000}},
+        f"{PARTLY}its settings say 4,000,000,000 blocks, and it has 2.{SOURCE}",
+    ),
+    "more weights than tensors": (
+        {"values": {"llama.feed_forward_length": 4_000_000_000}},
+        "takes 3072.0 GB on the disk of ",
+    ),
     "rotary factors of another form": (
         {"tensors": {"rope_freqs.weight": [1.0, 8.0, 1.0, 8.0]}},
         f"{PARTLY}transformers has no place for its setting rope_freqs.weight = of an unknown form.{SOURCE}",

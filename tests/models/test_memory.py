@@ -22,13 +22,13 @@ from lora_tuner import (
 )
 from lora_tuner.errors import BaseModelError, Notice, TrainingError
 from lora_tuner.models import lora, memory
+from lora_tuner.models.layers import layer_sizes, linear_layers
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
-from lora_tuner.models.targets import layer_sizes, linear_layers
 from lora_tuner.training import profiling
 from lora_tuner.training.setup import prepare_training
 
-from .. import tiny_models
+from .. import model_families, tiny_models
 from ..parameters import sampled
 
 BITS = ["8bit", "4bit"]
@@ -81,6 +81,16 @@ def test_only_linear_layers_are_quantized(folder, bits):
     assert lora.count_parameters(lora.add_lora(base, TrainConfig(rank=2))) == lora.count_parameters(full)
     for embeddings in (base.model.get_input_embeddings(), base.model.get_output_embeddings()):
         assert embeddings.weight.dtype == torch.bfloat16
+
+
+def test_experts_stay_unquantized_and_are_counted(tmp_path):
+    """transformers 5 has them as one parameter, and their files each layer of each expert."""
+    folder, notices = model_families.save_family(tmp_path / "base", "mixtral"), []
+    options = ModelOptions(device="cpu", dtype="bfloat16", load_in="8bit", notify=notices.append)
+    base = load_base(find_base(str(folder)), options, training=True)
+    assert Notice("The experts (74 kB) stay as they are: 8bit is for linear layers.") in notices
+    loaded = sum(parameter.numel() * parameter.itemsize for parameter in base.model.parameters())
+    assert memory._weight_bytes(base.files, torch.bfloat16, "8bit") == pytest.approx(loaded, rel=0.05)
 
 
 @pytest.mark.parametrize("bits", BITS)

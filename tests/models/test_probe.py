@@ -6,10 +6,11 @@ from transformers import AutoModelForCausalLM
 
 from lora_tuner import ModelOptions
 from lora_tuner.errors import BaseModelError
+from lora_tuner.models.layers import has_transposed_layers, linear_layers
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.quantization import dense_weight
 from lora_tuner.models.resolve import find_base
-from lora_tuner.models.targets import has_transposed_layers, linear_layers, resolve_target_modules
+from lora_tuner.models.targets import resolve_target_modules
 
 from ..model_families import make_family, save_family
 

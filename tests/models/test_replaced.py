@@ -184,6 +184,14 @@ def test_whole_weight_that_peft_would_skip_is_refused(token_rows):
         rewrite(token_rows.path, {name: torch.ones(32, 32)}, modules_to_save=["norm", "q_proj"])
 
 
+def test_replaced_router_is_refused(tmp_path):
+    """It gives more than one tensor."""
+    base = model_families.save_family(tmp_path / "base", "llama4_text")
+    adapter = save_adapter(tmp_path / "a", base, None, {"modules_to_save": ["router"]})
+    with pytest.raises(AdapterError, match="of a Llama4Router the base may use weights without running it"):
+        MultiLora(open_base(base)).load(adapter)
+
+
 def test_row_that_head_lacks_is_refused(untied, tmp_path):
     adapter = save_adapter(tmp_path / "a", untied, 322, {"trainable_token_indices": [320, 321]})
     with pytest.raises(AdapterError, match=r"resized to 322 rows, and it lacks row 320 of lm_head"):
@@ -234,18 +242,26 @@ def test_check_names_replaced_weights(token_rows):
     assert report.notes == ["first resize the base: base.resize_token_embeddings(301)"]
 
 
-@pytest.mark.slow
-def test_replaced_weights_on_quantized_base(bases, tmp_path):
-    base = open_base(bases["llama"], load_in="8bit")
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [
+        ("gpt2", {"modules_to_save": ["attn.c_proj", "mlp.c_fc"]}),  # transposed, and not when quantized
+        *(
+            pytest.param("llama", CASES[case][2], marks=pytest.mark.slow)
+            for case in ("new rows of gpt2", "trained head of tied embeddings", "norms")
+        ),
+    ],
+)
+def test_replaced_weights_on_quantized_base(bases, tmp_path, kind, case):
+    base = open_base(bases[kind], load_in="8bit")
     lora = MultiLora(base)
-    for case in ("new rows of gpt2", "trained head of tied embeddings", "norms"):
-        _, resize, settings, _ = CASES[case]
-        loaded = lora.load(save_adapter(tmp_path / case[:3], bases["llama"], resize, settings))
-        with torch.no_grad(), lora.apply_hooks(lora.hooks([loaded])):
-            logits = base.model(IDS).logits
-        expected = peft_logits(bases["llama"], tmp_path / case[:3], resize)
-        assert logits.shape == expected.shape
-        assert (logits - expected).abs().max() < 0.1 * expected.abs().max()
+    resize = 322 if "trainable_token_indices" in case else None
+    loaded = lora.load(save_adapter(tmp_path / "a", bases[kind], resize, case))
+    with torch.no_grad(), lora.apply_hooks(lora.hooks([loaded])):
+        logits = base.model(IDS).logits
+    expected = peft_logits(bases[kind], tmp_path / "a", resize)
+    assert logits.shape == expected.shape
+    assert (logits - expected).abs().max() < 0.1 * expected.abs().max()
 
 
 @pytest.mark.slow

@@ -344,7 +344,7 @@ def test_side_files_of_a_base_change_nothing(tmp_path, model_folder, monkeypatch
 
 def test_folder_with_only_an_adapter_is_no_base(tmp_path, gpt2):
     adapter_files.write(tmp_path / "lora")
-    advice = "it holds an adapter. Name that with --adapter, and its base with --base."
+    advice = "it holds an adapter. Name that with --adapter or --from, and its base with --base."
     with pytest.raises(BaseModelError) as error:
         find_base("lora")
     assert str(error.value) == f"The folder lora is not a model: it has no config.json, {advice}"

@@ -155,6 +155,16 @@ def test_routers_need_their_name_or_all_linear():
     assert set(gates).isdisjoint(resolve_target_modules(model, "auto").modules)
 
 
+def test_layers_as_wide_as_experts_are_adapted():
+    """As in Qwen3-Next: 512 experts, keys and values of 512 numbers, shared experts of 512."""
+    targets = resolve_target_modules(
+        make_family("qwen2_moe", num_experts=16, shared_expert_intermediate_size=16), "auto"
+    )
+    assert {name.rpartition(".")[2] for name in targets.modules} == {*LLAMA_NAMES, "gate_up_proj"}
+    assert len(targets.not_adapted) == 1
+    assert targets.not_adapted[0].startswith("router, shared_expert_gate (")
+
+
 @pytest.mark.parametrize(
     ("family", "name", "reason"),
     [

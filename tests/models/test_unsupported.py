@@ -169,11 +169,11 @@ FILES = {
     ),
     "an adapter": (
         {"adapter_config.json", "adapter_model.safetensors"}, None,
-        "it has no config.json, it holds an adapter. Name that with --adapter, and its base with --base",
+        "it has no config.json, it holds an adapter. Name that with --adapter or --from, and its base with --base",
     ),
     "an adapter with a config": (
         {"adapter_config.json", "adapter_model.safetensors", "config.json", "tokenizer.json"}, CONFIG,
-        "it has no safetensors weights, it holds an adapter. Name that with --adapter, and its base with --base",
+        "it has no safetensors weights, it holds an adapter. Name that with --adapter or --from, and its base with --base",
     ),
     "no tokenizer": ({"config.json", "model.safetensors"}, CONFIG, "it has no tokenizer"),
     "nothing": ({"README.md"}, None, "it has no config.json"),

@@ -10,9 +10,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimoda
 
 from lora_tuner import Library, ModelOptions, merge, train
 from lora_tuner.adapters.compatibility import check_compatibility
+from lora_tuner.convert.adopt import adopt
 from lora_tuner.models import lora
+from lora_tuner.models.layers_in_files import coverage_in_folder
 from lora_tuner.models.loading import load_base, open_base
 from lora_tuner.models.resolve import find_base
+from lora_tuner.models.targets import resolve_target_modules
 
 from .. import tiny_models
 from ..tiny_models import CONTEXT
@@ -168,6 +171,18 @@ def test_adapter_of_text_model_is_renamed_for_vllm(wrapper, tmp_path, kind):
     assert error.startswith(
         f"vLLM mounts the text model of {kind} under language_model, so it would load model.layers."
     )
+
+
+@pytest.mark.parametrize("kind", ["gemma3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in WRAPPERS)])
+def test_adapter_on_wrapper_is_adopted(wrapper, tmp_path, kind):
+    """Files name the layers of some wrappers otherwise than the model in memory."""
+    base = load_base(find_base(str(wrapper(kind))), ModelOptions(device="cpu"))
+    targets = resolve_target_modules(base.model, "q_proj,v_proj")
+    model = get_peft_model(base.model, LoraConfig(task_type="CAUSAL_LM", target_modules=targets.linear))
+    model.save_pretrained(tmp_path / "other", save_embedding_layers=False)
+    adapter = adopt(Library(), tmp_path / "other", base=str(wrapper(kind)))
+    assert adapter.modules == targets.modules
+    assert coverage_in_folder(wrapper(kind), adapter) == pytest.approx(targets.coverage, abs=0.01)
 
 
 def test_merged_wrapper_keeps_its_processor(wrapper, settings, tmp_path):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_tuner import (
@@ -357,3 +357,17 @@ def test_parent_with_whole_modules_is_refused(library, bases):
         AdapterError, match=r"whole has weights in place of the base's .*which training does not continue"
     ):
         prepare_training(config(bases["gpt2"], parent="whole", add_tokens=[]))
+
+
+def test_parent_with_rows_of_tied_head_is_refused(bases, place, tmp_path, monkeypatch):
+    """PEFT trains rows of a tied base as one, and the embedding would get those of the head."""
+    monkeypatch.chdir(tmp_path)
+    settings = LoraConfig("CAUSAL_LM", r=2, target_modules=["q_proj"], trainable_token_indices={"lm_head": [7]})
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(bases["spare"]), settings)
+    model.save_pretrained("adapters/head", save_embedding_layers=False)
+    with pytest.raises(AdapterError) as error:
+        prepare_training(config(bases["spare"], parent="head", add_tokens=[], dataset=str(place / "notes.json")))
+    assert str(error.value) == (
+        f"head has other rows for the output head than for the embedding, which {bases['spare']} ties: merge it, and train on "
+        "the result."
+    )

@@ -18,7 +18,7 @@ from ...adapters.model_card import summary_rows
 from ...errors import AdapterError, LoraTunerError, Progress
 from ...evaluation import GainMatrix
 from ...models import delta
-from ...models.targets import Layer
+from ...models.layers import Layer
 from ...text import display_name, format_bytes, format_gain
 from ..scheduler import Request
 from ..service import ServedModel
