@@ -3,6 +3,7 @@
 The command line, docs/commands.md and run.yaml are derived from these fields.
 """
 
+import codecs
 import math
 import os
 import re
@@ -32,6 +33,8 @@ _CODE_FILES = (
     ".cfg .rst .tex .css .vue .tf .proto"
 )
 CODE_EXTENSIONS = tuple(_CODE_FILES.split())  # files that are one row each, as written
+DELIMITER_NAMES = {"tab": "\t", "space": " "}  # of those that are not easily typed
+FILE_SETTINGS = ("delimiter", "encoding", "txt_rows")  # of files of text; auto unless they are given
 HELD_OUT_MAX_TOKENS = 512  # independent of `max_length`, so that runs can be compared
 BATCH_SIZE_CPU, BATCH_SIZE_GPU = 1, 8  # on a CPU many small steps learn more in the same time
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -223,9 +226,23 @@ class TrainConfig(_Settings):
         ge=0,
         le=1,
     )
-    txt_rows: Literal["auto", "line", "paragraph", "file"] = _setting(
+    delimiter: str = _setting(
         "auto",
-        "How to split txt files. auto: at blank lines if the first 1,000 lines have any, else at each line.",
+        "Delimiter of csv, tsv and txt tables: one character, tab or space. auto: by the first lines; ending: a comma "
+        "in .csv, a tab in .tsv.",
+        "Data",
+    )
+    encoding: str = _setting(
+        "auto",
+        "Encoding of files of text, such as cp1252 or utf-16. auto: UTF-8, or UTF-16 with its mark; else cp1252, if it "
+        "looks like that.",
+        "Data",
+    )
+    txt_rows: Literal["auto", "line", "paragraph", "file", "blank"] = _setting(
+        "auto",
+        "How to split txt files. line: each line is a row; file: each file; blank: at blank lines if the first 1,000 "
+        "lines have any, else at each line. auto: file in a folder of documents, the rows of a table if the first "
+        "lines are one, else blank.",
         "Data",
     )
     clean: Literal["auto", CleanMode] = _setting(
@@ -453,6 +470,29 @@ class TrainConfig(_Settings):
         if any(weight is not None and not 0 < weight < math.inf for weight in weights):
             raise ValueError("a weight is a number above 0")
         return value
+
+    @field_validator("delimiter")
+    @classmethod
+    def _check_delimiter(cls, value: str) -> str:
+        name = next((name for name, character in DELIMITER_NAMES.items() if value in (name, character)), None)
+        if name or value in ("auto", "ending", r"\t"):
+            return name or value.replace(r"\t", "tab")
+        if len(value) > 1 or value.isalnum() or value in '"\r\n':
+            raise ValueError(
+                "give one character that is no letter, digit or quote, or tab, space, auto or ending"
+            )
+        return value
+
+    @field_validator("encoding")
+    @classmethod
+    def _check_encoding(cls, value: str) -> str:
+        if value == "auto":
+            return value
+        try:
+            "".encode(value)  # not of bytes, as those of base64
+        except (LookupError, ValueError):
+            raise ValueError("unknown: give one of Python's names, such as cp1252, utf-16 or shift_jis") from None
+        return codecs.lookup(value).name
 
     @field_validator("template")
     @classmethod

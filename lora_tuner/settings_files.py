@@ -34,7 +34,7 @@ RENAMED_VALUES = {"keep_lines": {"True": "lines", "False": "full"}}
 SPELLED_OUT = {"split": "train", "shuffle_buffer": 10_000}
 _RUN_FILE_KEYS = {"adapters_dir", "runs_dir", "split_salt"}
 # Settings that such a file lacks, with the values that repeat its run.
-_FORMER_SETTINGS = {"near_duplicates": "keep"}
+_FORMER_SETTINGS = {"near_duplicates": "keep", "delimiter": "ending", "txt_rows": "blank"}
 # Setting -> value, as YAML or the command line gives it; not validated.
 SettingValues = dict[str, Any]
 
@@ -124,6 +124,8 @@ def read_settings(file: Path) -> SettingValues:
             value = loaded.pop(old)
             loaded[new] = RENAMED_VALUES.get(old, {}).get(str(value), value)
     if loaded.keys() >= _RUN_FILE_KEYS:
+        if "delimiter" not in loaded and loaded.get("txt_rows") == "auto":
+            del loaded["txt_rows"]
         loaded = _FORMER_SETTINGS | {
             name: value for name, value in loaded.items() if name not in SPELLED_OUT or value != SPELLED_OUT[name]
         }

@@ -360,6 +360,7 @@ def test_old_run_yaml_resolves_to_new_settings(run_yaml):
     path = run_yaml(always + OLD_KEYS.replace("buffer: 7\nstreaming: false", "buffer: 10000"))
     new = {"max_rows": 50, "target_modules": "c_attn", "gradient_accumulation": 3, "max_grad_norm": 0.5}
     new |= {"gradient_checkpointing": "on", "near_duplicates": "keep"}  # as they stayed before the rule
+    new |= {"delimiter": "ending", "txt_rows": "blank"}
     assert resolve_settings(TrainConfig, {}, path) == TrainConfig(**new)
     streamed = run_yaml("buffer: 7\nstreaming: true")
     assert resolve_settings(TrainConfig, {}, streamed) == TrainConfig(streaming=True, shuffle_buffer=7)

@@ -103,6 +103,11 @@ class DatasetInfo(_ManifestModel):
     format: str = "text"  # or template, or conversations, of which the answers alone are trained on
     template: str | None = None  # of the text of a row; None too if a blend's parents differ
     answer_column: str | None = None  # of which alone the text is learned
+    text_column: str | None = None
+    # Settings of files, if they were given.
+    delimiter: str | None = None
+    encoding: str | None = None
+    txt_rows: str | None = None
     clean: CleanMode | None = None  # None in older manifests, and if a blend's parents differ
     near_duplicates: NearDuplicatesRule | None = None
     # Dataset of the held-out rows, if they are not held out of the training rows.

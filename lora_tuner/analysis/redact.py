@@ -100,14 +100,15 @@ def redact(
     """
     tables, layout = _open_tables(config)
     copy = _Copy(RedactResult(path), region, notify)
+    of_copy = config.model_copy(update={"delimiter": "auto", "encoding": "auto"})
     with atomic_io.temporary_folder(path.parent) as folder:
         work = folder / path.name
         try:
             _write(work, tables, copy)
         except (TypeError, ValueError) as error:
             raise _cannot_write(path, " ".join(str(error).split())) from error
-        _compare(work, path, copy, config, layout)
-        copy.result.clean = _other_cleaning(work, config)
+        _compare(work, path, copy, of_copy, layout)
+        copy.result.clean = _other_cleaning(work, config, of_copy)
         atomic_io.fsync_path(work)
         if os.path.lexists(path) and not overwrite:
             raise ConfigError(f"{path} exists: choose another name, or use --overwrite.")
@@ -116,11 +117,15 @@ def redact(
     return copy.result
 
 
-def _other_cleaning(work: Path, config: TrainConfig) -> str | None:
-    """Return how the original is cleaned, if the copy is cleaned in another way."""
+def _other_cleaning(work: Path, config: TrainConfig, of_copy: TrainConfig) -> str | None:
+    """Return how the original is cleaned, if the copy is cleaned in another way.
+
+    Args:
+        of_copy: Settings that read the copy.
+    """
     modes = {_chosen_cleaning(name, config) for name in config.dataset_names}
     mode = modes.pop()
-    return mode if not modes and mode != _chosen_cleaning(str(work), config) else None
+    return mode if not modes and mode != _chosen_cleaning(str(work), of_copy) else None
 
 
 def _chosen_cleaning(name: str, config: TrainConfig) -> str | None:

@@ -45,6 +45,8 @@ EVAL_SET_FIELDS = (
     "where",
     "group_by",
     "table",
+    "delimiter",
+    "encoding",
     "txt_rows",
     "clean",
 )

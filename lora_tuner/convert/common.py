@@ -17,7 +17,7 @@ from ..adapters.adapter import (
 )
 from ..adapters.library import copy_files
 from ..adapters.manifest import DatasetInfo, EvalResult, Manifest, utc_timestamp
-from ..config import ModelOptions, is_conversation
+from ..config import FILE_SETTINGS, ModelOptions, is_conversation
 from ..data import tokenization
 from ..data.splitting import content_hash
 from ..errors import AdapterError, EventHandler, Notice
@@ -264,7 +264,16 @@ def _copy_tokenizer(parents: Sequence[Adapter], folder: Path, notify: EventHandl
 
 
 # Facts of a dataset that a blend has if its parents agree.
-_RULES = ("split_salt", "clean", "near_duplicates", "group_by", "template", "answer_column")
+_RULES = (
+    "split_salt",
+    "clean",
+    "near_duplicates",
+    "group_by",
+    "template",
+    "answer_column",
+    "text_column",
+    *FILE_SETTINGS,
+)
 
 
 def _dataset_info(parents: Sequence[Adapter], sets: Sequence[EvalSet], parents_sets: bool) -> DatasetInfo | None:

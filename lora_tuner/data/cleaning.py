@@ -60,6 +60,11 @@ def clean_text(text: str, mode: CleanMode = "full") -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
+def has_line_breaks(text: str) -> bool:
+    """Return whether a text has lines of its own; those of HTML mean nothing."""
+    return len(text.strip().splitlines()) > 1 and _BLOCK_TAG.search(text) is None
+
+
 def _split_at_comments(text: str) -> list[str]:
     """Return the parts of a text between its HTML comments. A longer comment is text."""
     parts, begin, position, close = [], 0, 0, 0

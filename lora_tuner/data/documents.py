@@ -1,4 +1,4 @@
-"""Read documents, one row each: html, docx and epub as plain text, Markdown as it is written.
+"""Read documents, one row each: html, docx and epub as plain text, Markdown and txt as they are.
 
 Nothing in a document is executed, and no entity, link or image in it is followed.
 """
@@ -23,8 +23,8 @@ _DECLARES_TYPE = "it declares a document type, which Office files do not"
 _MAX_INDEX = 20_000_000  # bytes of a part that only names others
 
 
-def _read_html(file: io.FileIO, unread: Counter[str]) -> str:
-    return decode_html(read_document(file), unread)
+def _read_html(file: io.FileIO, unread: Counter[str], encoding: str) -> str:
+    return decode_html(read_document(file), unread, None if encoding == "auto" else encoding)
 
 
 # docx
@@ -89,7 +89,7 @@ class _DocxTarget(TextBlocks):
         raise ValueError(_DECLARES_TYPE)
 
 
-def _read_docx(file: io.FileIO, unread: Counter[str]) -> str:
+def _read_docx(file: io.FileIO, unread: Counter[str], encoding: str) -> str:
     """Return the text of the body and the notes; headers, footers and comments are not read."""
     etree, container = import_etree(), Container(file)
     relations = _parse_xml(container, "_rels/.rels")
@@ -115,7 +115,7 @@ def _read_docx(file: io.FileIO, unread: Counter[str]) -> str:
 # epub
 
 
-def _read_epub(file: io.FileIO, unread: Counter[str]) -> str:
+def _read_epub(file: io.FileIO, unread: Counter[str], encoding: str) -> str:
     """Return the text of the chapters, in the order of the spine."""
     container = Container(file)
     roots = [node.get("full-path", "") for node in _nodes(container, "META-INF/container.xml", "rootfile")]
@@ -166,27 +166,30 @@ class UnreadableRow(dict[str, object]):
         self.reason = reason
 
 
-def _read_markdown(file: io.FileIO, unread: Counter[str]) -> str:
-    return "".join(text_lines(file))
+def _read_text(file: io.FileIO, unread: Counter[str], encoding: str) -> str:
+    return "".join(text_lines(file, encoding))
 
 
-_READERS: dict[str, Callable[[io.FileIO, Counter[str]], str]] = {
-    **dict.fromkeys(MARKDOWN_EXTENSIONS, _read_markdown),
+_READERS: dict[str, Callable[[io.FileIO, Counter[str], str], str]] = {
+    **dict.fromkeys((*MARKDOWN_EXTENSIONS, ".txt"), _read_text),
     **dict.fromkeys((".html", ".htm"), _read_html),
     ".docx": _read_docx,
     ".epub": _read_epub,
 }
 
 
-def read_document_row(path: Path, name: str, unread: Counter[str]) -> Iterator[dict[str, object]]:
+def read_document_row(
+    path: Path, name: str, unread: Counter[str], encoding: str = "auto"
+) -> Iterator[dict[str, object]]:
     """Yield the row of a document; no row if it has no text.
 
     Args:
         name: Value of the column `file`.
         unread: Counts what is in it and not read.
+        encoding: That of Markdown and txt; of HTML "auto" for the one that the page names.
     """
     with open_file(path) as file:
-        text = _READERS[data_extension(path)](file, unread)
+        text = _READERS[data_extension(path)](file, unread, encoding)
     if text.strip():
         yield {"text": text, "file": name}
 

@@ -16,10 +16,12 @@ from ..config import (
     MAIL_EXTENSIONS,
     MARKDOWN_EXTENSIONS,
     TABLE_EXTENSIONS,
+    TrainConfig,
     data_extension,
 )
 from ..errors import DataError, EventHandler, Notice, os_error_message
 from ..text import format_names
+from .delimited import find_txt_delimiter
 
 _SPLIT_WORDS = {  # the words of `datasets`, which counts eval as test
     "train": ("train", "training"),
@@ -46,6 +48,7 @@ _NOT_READ = {  # extension of a file that is no data -> advice
     ".pdf": "extract its text, as with `pdftotext FILE.pdf FILE.txt`",
     ".arrow": "they are a cache of `datasets`: save that with to_parquet or to_json",
 }
+_ENCODED = {".csv", ".tsv", ".json", ".jsonl", ".txt", *MARKDOWN_EXTENSIONS, ".html", ".htm", *CODE_EXTENSIONS}
 _PLAIN_TEXT = {".txt", *CODE_EXTENSIONS, *DOCUMENT_EXTENSIONS} - {*MAIL_EXTENSIONS}
 
 # Files that tell an adapter or a run, which may lie in the folder of its data.
@@ -121,14 +124,38 @@ def has_txt_files(name: str) -> bool:
     return ".txt" in _data_extensions(name)
 
 
-def has_columns(name: str) -> bool:
+def has_delimited_files(name: str, txt_rows: str) -> bool:
+    """Return whether a dataset has files that --delimiter is for: csv, tsv, and txt that may be tables."""
+    kinds = {".csv", ".tsv", *([".txt"] if txt_rows == "auto" else [])}
+    return not kinds.isdisjoint(_data_extensions(name))
+
+
+def has_encoded_files(name: str) -> bool:
+    """Return whether a dataset has files that --encoding is for: of text whose bytes do not name it."""
+    return not _ENCODED.isdisjoint(_data_extensions(name))
+
+
+def has_columns(name: str, config: TrainConfig) -> bool:
     """Return whether the rows of a dataset have columns: not if all its files are plain text."""
-    return not os.path.lexists(os.path.expanduser(name)) or not _PLAIN_TEXT.issuperset(_data_extensions(name))
+    if not os.path.lexists(os.path.expanduser(name)):
+        return True
+    files = _data_files(name)
+    if not _PLAIN_TEXT.issuperset(map(data_extension, files)):
+        return True
+    return config.txt_rows == "auto" and any(
+        find_txt_delimiter(file, config.delimiter, config.encoding) is not None
+        for file in files
+        if data_extension(file) == ".txt"
+    )
+
+
+def _data_files(name: str) -> list[Path]:
+    path = Path(os.path.expanduser(name))
+    return _find_data_files(path)[0] if path.is_dir() else [path]
 
 
 def _data_extensions(name: str) -> list[str]:
-    path = Path(os.path.expanduser(name))
-    return [data_extension(file) for file in (_find_data_files(path)[0] if path.is_dir() else [path])]
+    return [data_extension(file) for file in _data_files(name)]
 
 
 def local_splits(name: str) -> dict[str, list[Path]]:

@@ -1,17 +1,25 @@
 """Detect the layout of a table by its columns, or find the columns of the one that `format` names."""
 
 import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 
 from ..config import TrainConfig, is_conversation
 from ..errors import DataError
-from ..text import format_names
+from ..text import format_names, shorten
 from . import chat
+from .columns import are_codes, describe_columns, is_nested, is_same_name, likely_text, strings
 from .folders import has_columns
 from .readers import PEEKED_ROWS, Row, Table
-from .row_readers import INPUTS, ROW_WEIGHTS, UNREADABLE, Layout, decode_messages, unreadable_columns
+from .row_readers import (
+    INPUTS,
+    ROW_WEIGHTS,
+    TEXT_COLUMNS,
+    UNREADABLE,
+    Layout,
+    decode_messages,
+    unreadable_columns,
+)
 from .row_template import parse_template
 
 FORMATS = {  # value of the setting `format` -> as it is recorded and shown
@@ -33,18 +41,12 @@ _NEEDS = {  # layout of conversations -> the columns that it needs, for an error
 # A better and a worse answer.
 _PREFERENCES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
 _SETTINGS = ("parallel_tool_calls", "tool_choice", "function_call")  # of generation, beside messages
-_MOSTLY = 0.9  # share of a column's values that determine its kind
-# An identifier, hash, number, URL or date without a space; or a file name. Words alone are none.
-_CODE = re.compile(
-    r"(?=.*[^A-Za-z])[!-~]{1,100}|\w+://\S+|[^\n]{1,250}\.[A-Za-z][A-Za-z0-9]{1,4}|[^A-Za-z\x80-\U0010ffff]+"
-)
-_NESTED_TEXT = re.compile(r"\[.*\]|\{.*\}", re.DOTALL)  # JSON, or lists as Python writes them
 
 
 def have_columns(config: TrainConfig) -> bool:
     """Return whether a dataset of the run has columns: settings that name some are not for plain
     text beside it. Price: all its files are listed."""
-    return any(map(has_columns, config.dataset_names))
+    return any(has_columns(name, config) for name in config.dataset_names)
 
 
 def detect_layout(table: Table, config: TrainConfig, any_columns: bool) -> Layout:
@@ -69,9 +71,7 @@ def detect_layout(table: Table, config: TrainConfig, any_columns: bool) -> Layou
             raise DataError(f"{table.source} is plain text: --format {config.format} needs {_NEEDS[chosen]}.")
         return Layout("text")
     if config.text_column is not None:
-        if config.text_column not in table.columns:
-            raise table.missing_column(config.text_column)
-        return Layout("text", config.text_column)
+        return Layout("text", table.find_column(config.text_column))
     if "text" in table.columns and chosen in ("", "text"):
         beside = _detect_by_names(table) if not chosen else None
         if beside is None:
@@ -161,9 +161,14 @@ def _detect_by_values(table: Table, rows: list[Row]) -> Layout | None:
 
 def _is_certain(table: Table, pair: Layout, rows: list[Row]) -> bool:
     """Return whether two columns are texts, and no other column has a part of the conversation."""
-    if pair.column not in table.text_columns or _are_codes(_strings(rows, pair.column)):
+    if pair.column not in table.text_columns or are_codes(strings(rows, pair.column)):
+        return False
+    is_exact = pair.column in _PROMPTS and pair.answer in _ANSWERS
+    if not is_exact and ("content" in table.columns or are_codes(strings(rows, pair.answer))):
         return False
     answers = [row.get(pair.answer) for row in rows]
+    if not is_exact and not all(isinstance(answer, str | None) for answer in answers):
+        return False
     if any(isinstance(answer, bool) or not isinstance(answer, str | int | float | None) for answer in answers):
         return False
     return not _with_unread(table, pair, rows).unread and not _has_unreadable(pair, rows)
@@ -189,7 +194,10 @@ def _find_columns(table: Table, format: str, rows: list[Row]) -> Layout | None:
         return Layout(format, "instruction", answer) if answer and "instruction" in table.columns else None
     if {"prompt", "completion"} <= set(table.columns):
         return Layout(format, "prompt", "completion")
-    prompts, answers = ([name for name in names if name in table.columns] for names in (_PROMPTS, _ANSWERS))
+    prompts, answers = (
+        [column for column in table.columns if any(is_same_name(column, name) for name in names)]
+        for names in (_PROMPTS, _ANSWERS)
+    )
     return Layout(format, prompts[0], answers[0]) if len(prompts) == len(answers) == 1 else None
 
 
@@ -216,7 +224,7 @@ def _with_unread(table: Table, layout: Layout, rows: list[Row]) -> Layout:
         name
         for name in table.columns
         if name in _SETTINGS
-        or (name in texts and not chat.is_metadata(name) and not _are_codes(_strings(rows, name)))
+        or (name in texts and not chat.is_metadata(name) and not are_codes(strings(rows, name)))
     ]
     return replace(layout, unread=tuple(unread))
 
@@ -242,7 +250,8 @@ def _refuse_labels(table: Table, config: TrainConfig, rows: list[Row]) -> None:
     filtered = [condition.partition("=")[0] for condition in config.where]
     for name in ("label", "kto_tag"):
         values = {str(row[name]) for row in rows if row.get(name) is not None}
-        if values and values <= {"True", "False", "true", "false"} and name not in filtered:
+        is_boolean = values and values <= {"True", "False", "true", "false"}
+        if is_boolean and not any(is_same_name(name, other) for other in filtered):
             wanted = next((value for value in ("True", "true") if value in values), "True")
             raise DataError(
                 f"{table.source}: '{name}' says which answers are wanted, as in preference data "
@@ -252,15 +261,14 @@ def _refuse_labels(table: Table, config: TrainConfig, rows: list[Row]) -> None:
 
 def _find_text_column(table: Table, rows: list[Row], *, asks_format: bool) -> str:
     """Return the column named content, else the only one that can hold the text."""
-    question = (
-        f"{table.source}: which column is the text? Name one with --text-column: {format_names(table.columns)}."
-    )
-    if "content" in table.columns:
-        if "role" in table.columns:
-            raise DataError(
-                f"{question} To read conversations, put the messages of each into one list, `messages`."
-            )
+    if "content" in table.columns and "role" not in table.columns:
         return "content"
+    question = f"{table.source}: which column is the text? Name one with --text-column: "
+    question += f"{describe_columns(table.columns, rows)}."
+    if likely := likely_text(table.text_columns, rows):
+        question += f" '{shorten(likely, 100)}' looks like text."
+    if "content" in table.columns:
+        raise DataError(f"{question} To read conversations, put the messages of each into one list, `messages`.")
     found = [_find_columns(table, label, rows) for label in _NEEDS]
     readable = [
         layout
@@ -276,12 +284,15 @@ def _find_text_column(table: Table, rows: list[Row], *, asks_format: bool) -> st
             "these are read: messages; prompt and completion; conversations (ShareGPT); "
             "instruction and output as texts (Alpaca)."
         )
-    codes = [name for name in table.text_columns if _are_codes(_strings(rows, name))]
+    codes = [name for name in table.text_columns if are_codes(strings(rows, name))]
     texts = [name for name in table.text_columns if name not in codes]
     if len(texts) == 1:
         return texts[0]
+    for name in TEXT_COLUMNS:
+        if any(is_same_name(name, text) for text in texts) and not readers:
+            return table.find_column(name)
     if codes and not texts:
-        example = _strings(rows, codes[0])[0]
+        example = strings(rows, codes[0])[0]
         question += f" There are only codes in {format_names(codes)}, such as {example[:60]}."
     if len(texts) > 1:
         question += " Or make a text of several with --template."
@@ -298,23 +309,6 @@ def _has_objects(table: Table, layout: Layout) -> bool:
     return bool(layout.answer) and not objects.isdisjoint({layout.column, layout.answer})
 
 
-def _strings(rows: list[Row], column: str) -> list[str]:
-    """Return the strings of a column that are not empty, without outer spaces."""
-    values = [row.get(column) for row in rows]
-    return [value.strip() for value in values if isinstance(value, str) and value.strip()]
-
-
-def _are_codes(texts: list[str]) -> bool:
-    """Return whether texts are short, mostly unique codes: ids, hashes, file names, URLs, dates."""
-    codes = sum(bool(_CODE.fullmatch(text)) for text in texts)
-    return bool(texts) and codes >= _MOSTLY * len(texts) and len(set(texts)) > len(texts) / 2
-
-
 def _nested_columns(table: Table, rows: list[Row]) -> list[str]:
     """Return the columns of lists or objects, or of strings of such, as a csv file may have."""
-    return [name for name in table.columns if name in table.nested_columns or _is_nested(_strings(rows, name))]
-
-
-def _is_nested(texts: list[str]) -> bool:
-    nested = sum(bool(_NESTED_TEXT.fullmatch(text)) for text in texts)
-    return bool(texts) and nested >= _MOSTLY * len(texts)
+    return [name for name in table.columns if name in table.nested_columns or is_nested(strings(rows, name))]

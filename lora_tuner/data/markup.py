@@ -208,8 +208,10 @@ def decode(data: bytes, unread: Counter[str], charset: str | None = None) -> str
     return text
 
 
-def decode_html(data: bytes, unread: Counter[str]) -> str:
-    """Return the text of an HTML page, whose bytes may name their encoding."""
+def decode_html(data: bytes, unread: Counter[str], charset: str | None = None) -> str:
+    """Return the text of an HTML page, whose bytes may name their encoding, unless `charset` does."""
+    if charset is not None:
+        return html_text(decode(data, unread, charset))
     match = _CHARSET.search(data[:4096])
     charset = (match[1] or match[2]).decode("ascii", "replace") if match else None
     return html_text(decode(data, unread, "utf-8" if str(charset).lower().startswith("utf-16") else charset))

@@ -239,6 +239,9 @@ def check_type(start: bytes) -> None:
             raise ValueError(f"it is {kind}")
 
 
+UTF8 = "utf-8-sig"  # maybe with a mark
+
+
 class _TextBytes(io.BufferedReader):
     """The bytes of a text file. A null byte raises ValueError."""
 
@@ -247,18 +250,37 @@ class _TextBytes(io.BufferedReader):
         chunk = super().read1(size)
         if b"\0" in chunk:
             raise ValueError(
-                f"byte {start + chunk.index(0)} is null, as in UTF-16 or a binary file: save it as UTF-8 text"
+                f"byte {start + chunk.index(0)} is null, as in UTF-16 or a binary file: name its encoding with --encoding, "
+                "such as utf-16-le, or save it as UTF-8 text"
             )
         return chunk
 
 
-def text_lines(file: io.FileIO) -> Iterator[str]:
-    """Yield the lines of a UTF-8 file from its beginning, each with a newline character as its break."""
-    buffer = _TextBytes(unpack(file), _CHUNK)
+def open_text(file: io.FileIO, encoding: str = UTF8) -> io.TextIOWrapper:
+    """Return the text of a file from its beginning, with newline characters as its line breaks."""
+    kind = (
+        io.BufferedReader if encoding.lower().startswith(("utf-16", "utf-32", "utf_16", "utf_32")) else _TextBytes
+    )
+    buffer = kind(unpack(file), _CHUNK)
     check_type(buffer.peek(16)[:16])
-    text = io.TextIOWrapper(buffer, encoding="utf-8-sig")
+    return io.TextIOWrapper(buffer, encoding=encoding)
+
+
+def text_lines(file: io.FileIO, encoding: str = UTF8) -> Iterator[str]:
+    """Yield the lines of a file from its beginning, each with a newline character as its break."""
+    text = open_text(file, encoding)
     try:
-        yield from text
+        for number, line in enumerate(text):
+            yield line if number else line.removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        position = buffer.tell() - len(error.object) + error.start
-        raise ValueError(f"byte {position} is not UTF-8: save it as UTF-8 text") from error
+        position = cast("io.BufferedReader", text.buffer).tell() - len(error.object) + error.start
+        raise ValueError(not_encoded(position, encoding)) from error
+
+
+def not_encoded(position: int, encoding: str = UTF8) -> str:
+    """Return the reason for an error of a byte that is not of an encoding."""
+    name = "UTF-8" if encoding == UTF8 else encoding
+    return (
+        f"byte {position} is not {name}: name its encoding with --encoding, such as cp1252 (Western European), cp1250 "
+        "(Central European), cp1251 (Cyrillic), mac_roman, shift_jis or gb18030, or save it as UTF-8 text"
+    )

@@ -1,17 +1,15 @@
-"""Read the rows of csv, tsv, json, jsonl, txt, parquet and code files; call the readers of other types.
+"""Read the rows of json, jsonl and parquet files; call the readers of other types.
 
 Each file type has one reader, a generator of rows. With streaming the rows of a `Table` are read
 anew on each pass, else the rows of a text file are held as a list; both give the same rows. Every
 value is the text in the file: `datasets` would turn "NA" into None, dates into timestamps and 1.50
-into 1.5. A file is refused if it is not UTF-8, names a column or a key twice, or changes during a
+into 1.5. A file is refused if its encoding is not known, if it names a column or a key twice, or changes during a
 pass.
 """
 
-import csv
 import itertools
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,17 +22,23 @@ import datasets
 from ..config import (
     CODE_EXTENSIONS,
     DATABASE_EXTENSIONS,
+    DELIMITER_NAMES,
     DOCUMENT_EXTENSIONS,
     MAIL_EXTENSIONS,
+    MARKDOWN_EXTENSIONS,
     WORKBOOK_EXTENSIONS,
     data_extension,
 )
 from ..errors import DataError
 from ..text import format_names
+from .columns import match_column, similar_columns
+from .delimited import NumberedRow, describe_delimiter, find_delimiter, find_txt_delimiter, read_delimited
 from .documents import count_unreadable, read_document_row
+from .encodings import find_encoding
 from .mail import COLUMNS as MAIL_COLUMNS
 from .mail import read_mail
-from .opening import CHANGED, check_size, open_file, text_lines, unpack
+from .opening import CHANGED, UTF8, UnreadableFileError, check_size, open_file, open_text, text_lines
+from .txt_files import choose_txt_rows, read_txt
 from .workbooks import NumberText, check_distinct, read_database, read_workbook
 
 if TYPE_CHECKING:
@@ -42,17 +46,8 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, object]
 PEEKED_ROWS = 100  # rows that determine the columns of a stream
-AUTO_LINES = 1000  # lines that determine how a txt file is split into rows
 # Of a row, not of a file.
 _ROW_KEYS = {"text", "content", "messages", "conversations", "prompt", "instruction"}
-_TO_CLOSING_QUOTE = re.compile(r'(?:[^"]|"")*+"')  # from within a quoted field of a csv file
-
-
-class NumberedRow(dict[str, object]):
-    """A row of a text file, and the line in which it begins."""
-
-    __slots__ = ("line",)
-    line: int
 
 
 @dataclass(frozen=True)
@@ -87,13 +82,34 @@ class Table:
     row_rule: str = ""
     label_names: dict[str, list[str]] = field(default_factory=dict)
     unread: Counter[str] = field(default_factory=Counter)
+    matched: dict[str, str] = field(
+        default_factory=dict
+    )  # names that were asked for -> columns, where they differ
 
     def place(self, number: int, row: Row) -> str:
         """Return the file and the line of a row, or its number where lines do not tell it."""
         return f"{self.source} line {row.line}" if isinstance(row, NumberedRow) else f"{self.source} row {number}"
 
+    def find_column(self, name: str, purpose: str = "") -> str:
+        """Return the column of a name, which may differ by case or spaces alone.
+
+        Raises:
+            DataError: There is none, or there are several that differ so.
+        """
+        column = match_column(name, self.columns)
+        if column is None:
+            raise self.missing_column(name, purpose)
+        if column != name:
+            self.matched[name] = column
+        return column
+
     def missing_column(self, column: str, purpose: str = "") -> DataError:
         scope = f" in its first {PEEKED_ROWS} rows" if self.peeked else ""
+        if similar := similar_columns(column, self.columns):
+            return DataError(
+                f"{self.source} has no column '{column}'{scope}{purpose}; by case or spaces alone differ "
+                f"{format_names([repr(name) for name in similar])}: name one of them exactly."
+            )
         return DataError(
             f"{self.source} has no column '{column}'{scope}{purpose}: its columns are {format_names(self.columns)}."
         )
@@ -106,6 +122,9 @@ def read_file(
     streaming: bool = False,
     folder: Path | None = None,
     table_name: str | None = None,
+    delimiter: str = "auto",
+    encoding: str = "auto",
+    is_document: bool = False,
 ) -> Table:
     """Return the rows of a file. Its type is told by the extension.
 
@@ -113,6 +132,8 @@ def read_file(
         folder: The dataset, if that is a folder. A document in it that cannot be read is an
             `UnreadableRow`.
         table_name: Sheet of a workbook, or table of a database.
+        delimiter, encoding: As in `TrainConfig`.
+        is_document: A txt file is one row, as a document is.
 
     Raises:
         DataError: The file cannot be read. For rows that are read later, the iteration raises it.
@@ -120,25 +141,8 @@ def read_file(
     extension = data_extension(path)
     if extension == ".parquet":
         return _parquet_table(path)
-    if extension in DOCUMENT_EXTENSIONS:
-        return _document_table(path, folder, streaming)
-    if extension in CODE_EXTENSIONS:
-        table = table_from_rows(str(path), partial(_read_txt, path, "file"), streaming=streaming)
-        return replace(table, is_plain_text=True, is_code=True)
-    if extension == ".txt":
-        row_rule = ""
-        if txt_rows == "auto":
-            txt_rows = _detect_txt_rows(path)
-            row_rule = (
-                "blank lines separate rows"
-                if txt_rows == "paragraph"
-                else f"one row per line, as the first {AUTO_LINES:,} lines have no blank line among them"
-            )
-            row_rule += ". Use --txt-rows to change this"
-        table = table_from_rows(str(path), partial(_read_txt, path, txt_rows), streaming=streaming)
-        return replace(table, is_plain_text=True, row_rule=row_rule)
-    if extension in (".csv", ".tsv"):
-        return table_from_rows(str(path), partial(_read_csv, path), streaming=streaming)
+    if extension in DOCUMENT_EXTENSIONS or is_document:
+        return _document_table(path, folder, streaming, encoding)
     rules: list[str] = []
     read: Callable[[], Iterator[Row]]
     if extension in WORKBOOK_EXTENSIONS:
@@ -146,20 +150,90 @@ def read_file(
     elif extension in DATABASE_EXTENSIONS:
         read = partial(read_database, path, table_name, rules)
     else:
-        read = partial(_read_json, path, streaming, rules)
+        is_text = extension == ".txt" or extension in CODE_EXTENSIONS
+        divided_at = _find_delimiter(path, txt_rows, delimiter, encoding, folder, rules)
+        encoding = _find_encoding(path, encoding, folder, rules)
+        if divided_at is not None:
+            read, is_text = partial(read_delimited, path, divided_at, encoding), False
+        elif extension == ".txt":
+            read = partial(read_txt, path, choose_txt_rows(path, txt_rows, encoding, rules), encoding)
+        elif is_text:
+            read = partial(read_txt, path, "file", encoding)
+        else:
+            read = partial(_read_json, path, streaming, rules, encoding)
+        if is_text:
+            table = table_from_rows(str(path), read, streaming=streaming)
+            return replace(table, is_plain_text=True, is_code=extension != ".txt", row_rule=_join(rules))
     table = table_from_rows(str(path), read, streaming=streaming)
-    return replace(table, row_rule="".join(rules))
+    return replace(table, row_rule=_join(rules))
 
 
-def _document_table(path: Path, folder: Path | None, streaming: bool) -> Table:
-    is_mail, unread = data_extension(path) in MAIL_EXTENSIONS, Counter[str]()
-    name = path.name if folder is None else path.relative_to(folder).as_posix()
-    read = partial(read_mail if is_mail else read_document_row, path, name, unread)
+def _join(rules: list[str]) -> str:
+    return "; ".join(dict.fromkeys(rules))
+
+
+def _find_encoding(path: Path, encoding: str, folder: Path | None, rules: list[str]) -> str:
+    name, rule, example = find_encoding(path, encoding)
+    if rule:
+        shown = f", such as {example!r}" if example and folder is None else ""
+        rules.append(f"{rule}{shown}. Use --encoding to change this")
+    return name
+
+
+def _find_delimiter(
+    path: Path, txt_rows: str, delimiter: str, encoding: str, folder: Path | None, rules: list[str]
+) -> str | None:
+    """Return the delimiter of a csv or tsv file, or of a txt file that is a table; else None."""
+    extension = data_extension(path)
+    if extension in (".csv", ".tsv"):
+        found = find_delimiter(path, delimiter, _find_encoding(path, encoding, folder, []))
+        if delimiter == "auto" and found != {".csv": ",", ".tsv": "\t"}[extension]:
+            rules.append(f"its fields are divided at {describe_delimiter(found)}")
+        return found
+    if extension != ".txt" or txt_rows != "auto":
+        return None
+    table_delimiter = find_txt_delimiter(path, delimiter, encoding)
+    if table_delimiter is not None and delimiter == "auto":
+        rules.append(
+            f"a table with a header, divided at {describe_delimiter(table_delimiter)}. Use --txt-rows line to read "
+            "each line as a row"
+        )
+    elif table_delimiter is None and delimiter not in ("auto", "ending"):
+        wanted = describe_delimiter(DELIMITER_NAMES.get(delimiter, delimiter))
+        if folder is None:
+            raise DataError(
+                f"{path} has no {wanted.removeprefix('a ')} in its first line: leave --delimiter out."
+            )
+        rules.append(f"text, as there is no {wanted.removeprefix('a ')} in the first line")
+    return table_delimiter
+
+
+def _document_table(path: Path, folder: Path | None, streaming: bool, encoding: str) -> Table:
+    extension, unread, rules = data_extension(path), Counter[str](), list[str]()
+    is_mail, name = (
+        extension in MAIL_EXTENSIONS,
+        path.name if folder is None else path.relative_to(folder).as_posix(),
+    )
+    if extension == ".txt":
+        rules.append("one row per file, as of documents. Use --txt-rows to change this")
+    if extension in (*MARKDOWN_EXTENSIONS, ".txt"):
+        try:
+            encoding = _find_encoding(path, encoding, folder, rules)
+        except UnreadableFileError:
+            if folder is None:
+                raise
+            encoding = UTF8  # reading it says more
+    read = (
+        partial(read_mail, path, name, unread)
+        if is_mail
+        else partial(read_document_row, path, name, unread, encoding)
+    )
     if folder is not None:
         read = partial(count_unreadable, read)
     rows = LazyRows(read) if streaming else list(read())
     columns = MAIL_COLUMNS if is_mail else ["text", "file"]
-    return Table(str(path), rows, columns, columns, is_plain_text=not is_mail, is_document=True, unread=unread)
+    table = Table(str(path), rows, columns, columns, is_plain_text=not is_mail, is_document=True, unread=unread)
+    return replace(table, row_rule=_join(rules))
 
 
 def table_from_rows(source: str, read: Callable[[], Iterator[Row]], *, streaming: bool) -> Table:
@@ -225,64 +299,6 @@ def _read_parquet(path: Path, schema: object) -> Iterator[Row]:
             yield from batch.to_pylist()
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
-    delimiter = "," if data_extension(path) == ".csv" else "\t"
-    csv.field_size_limit(2**31 - 1)
-    with open_file(path) as file:
-        lines, ahead = itertools.tee(text_lines(file))
-        first_lines = list(itertools.islice(filter(str.strip, ahead), 2))
-        del ahead  # else tee would hold every line
-        if len(first_lines) == 2 and delimiter not in first_lines[0]:
-            for other in ",;\t|":
-                if all(other in line for line in first_lines):
-                    raise ValueError(
-                        f"its delimiter is {other!r}, and a {data_extension(path)} file needs {delimiter!r}"
-                    )
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
-        start = 1  # line in which the row begins
-        try:
-            header: list[str] = []
-            for fields in reader:
-                if header and fields and len(fields) != len(header):
-                    end = f", with a quote that ends in line {reader.line_num}" if reader.line_num > start else ""
-                    raise ValueError(f"its header has {len(header)} fields, line {start} has {len(fields)}{end}")
-                if header and fields:
-                    row = NumberedRow(zip(header, fields, strict=True))
-                    row.line = start
-                    yield row
-                else:
-                    check_distinct(fields)
-                header, start = header or fields, reader.line_num + 1
-        except csv.Error as error:
-            line = _find_open_quote(text_lines(file), start, delimiter)
-            reason = str(error).replace("'\t'", "a tab")
-            raise ValueError(
-                f"line {line}: {reason}; a field that begins with a quote must end with one"
-            ) from error
-
-
-def _find_open_quote(lines: Iterator[str], start: int, delimiter: str) -> int:
-    """Return the line of the last quote that opens a field, in the invalid row that begins in line `start`."""
-    opening = re.compile(f'(?:^|{re.escape(delimiter)})"')
-    opened, is_open = start, False
-    for number, line in enumerate(itertools.islice(lines, start - 1, None), start):
-        position = 0
-        while True:
-            if not is_open:
-                match = opening.search(line, position)
-                if match is None:
-                    break
-                opened, position = number, match.end()
-            closing = _TO_CLOSING_QUOTE.match(line, position)
-            is_open = closing is None
-            if closing is None:
-                break
-            position = closing.end()
-            if line[position : position + 1] not in ("", "\n", delimiter):
-                return opened
-    return opened
-
-
 def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Build a JSON object. A duplicate key raises ValueError; Python would keep the last value."""
     result = dict(pairs)
@@ -296,25 +312,30 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
 _JSON_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_int=NumberText, parse_float=NumberText)
 
 
-def _read_json(path: Path, streaming: bool, rules: list[str]) -> Iterator[Row]:
+def _read_json(path: Path, streaming: bool, rules: list[str], encoding: str) -> Iterator[Row]:
     """Yield the objects and strings of a JSON array, of the one list in an object, or of the lines.
 
     Args:
         rules: Gets a line that says so if the rows are those of a list in an object.
     """
     with open_file(path) as file:
-        start = (unpack(file).read(4096) or b"").removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+        text = open_text(file, encoding)
+        start = next(iter(text.read(4096).removeprefix("\ufeff").lstrip()), "")
         rows: list[object] | None = None
-        if start == b"[" and streaming:
+        if start == "[" and streaming:
             raise ValueError("it is a JSON array, which cannot be streamed: write one object per line")
-        if start == b"[":
-            rows = _JSON_DECODER.decode("".join(text_lines(file)))
-        elif start == b"{" and data_extension(path) == ".json" and (one := _decode_object(text_lines(file))):
+        if start == "[":
+            rows = _JSON_DECODER.decode("".join(text_lines(file, encoding)))
+        elif (
+            start == "{"
+            and data_extension(path) == ".json"
+            and (one := _decode_object(text_lines(file, encoding)))
+        ):
             rows = _rows_of_object(one, rules)
         if rows is not None and streaming:
             raise ValueError("it is one JSON object, which cannot be streamed: write one object per line")
         unit = "line" if rows is None else "row"
-        for number, value in _json_values(text_lines(file)) if rows is None else enumerate(rows, 1):
+        for number, value in _json_values(text_lines(file, encoding)) if rows is None else enumerate(rows, 1):
             if type(value) is str:
                 yield {"text": value}
             elif isinstance(value, dict):
@@ -363,32 +384,12 @@ def _json_values(lines: Iterator[str]) -> Iterator[tuple[int, object]]:
                 raise ValueError(f"line {number} is not a JSON object: {reason}") from error
 
 
-def _detect_txt_rows(path: Path) -> str:
-    """Return "paragraph" if a blank line separates text in the first `AUTO_LINES`, else "line"."""
-    with open_file(path) as file:
-        text = "".join(itertools.islice(text_lines(file), AUTO_LINES))
-    return "paragraph" if re.search(r"\n\s*\n", text.strip()) else "line"
-
-
-def _read_txt(path: Path, txt_rows: str) -> Iterator[Row]:
-    with open_file(path) as file:
-        texts: Iterable[str] = text_lines(file)
-        if txt_rows == "paragraph":
-            texts = ("".join(lines) for is_blank, lines in itertools.groupby(texts, str.isspace) if not is_blank)
-        elif txt_rows == "file":
-            texts = ["".join(texts)]
-        for text in texts:
-            if text.strip():
-                yield {"text": text if txt_rows == "file" else text.removesuffix("\n")}
-
-
 def parse_conditions(table: Table, where: list[str]) -> list[tuple[str, set[str]]]:
     """Return the accepted values of each column in the conditions; class labels by number or name."""
     parsed: dict[str, set[str]] = {}
     for condition in where:
         column, _, value = condition.partition("=")
-        if column not in table.columns:
-            raise table.missing_column(column, " to choose rows by")
+        column = table.find_column(column, " to choose rows by")
         names = table.label_names.get(column, [])
         accepted = {value, str(names.index(value))} if value in names else {value}
         parsed.setdefault(column, set()).update(accepted)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..errors import DataError
 from ..text import format_names
 from . import chat
+from .columns import match_column
 from .readers import Table
 from .splitting import GOES_ON
 
@@ -62,8 +63,8 @@ def parse_template(table: Table, text: str, answer: str | None) -> RowTemplate:
                 f"--template has a single {match[0]} at character {match.start() + 1}: write it "
                 f"twice to have one in the text, or {{column}} for a column; {columns}."
             )
-        elif match[1] and match[1] in table.columns:
-            pieces.append(("", match[1]))
+        elif match[1] and match_column(match[1], table.columns):
+            pieces.append(("", table.find_column(match[1])))
         elif _NO_NAME.fullmatch(match[1]):
             raise DataError(
                 f"--template has {match[0]}: in braces stands the name of a column, and nothing else; {columns}."
@@ -71,11 +72,11 @@ def parse_template(table: Table, text: str, answer: str | None) -> RowTemplate:
         else:
             raise table.missing_column(match[1], ", which --template names")
     pieces.append((text[end:], ""))
+    if answer is not None:
+        answer = table.find_column(answer, ", which --answer-column names")
     template = RowTemplate(tuple(piece for piece in pieces if any(piece)), answer or "")
     if not template.columns:
         raise DataError(f"--template names no column, as in {{{table.columns[0]}}}: {columns}.")
-    if answer is not None and answer not in table.columns:
-        raise table.missing_column(answer, ", which --answer-column names")
     count = [column for _, column in template.pieces].count(answer or "")
     if answer is not None and count != 1:
         place = "is not in" if not count else "is more than once in"

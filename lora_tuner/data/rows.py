@@ -16,7 +16,8 @@ from ..config import CleanMode, TrainConfig, is_conversation
 from ..errors import DataError, EventHandler, InvalidRowError, Notice, ignore_events
 from ..text import format_counts, format_names
 from . import chat, chat_template
-from .cleaning import are_structured, clean_text
+from .cleaning import are_structured, clean_text, has_line_breaks
+from .columns import match_column
 from .documents import UnreadableRow
 from .formats import common_format, describe_choice, detect_layout, have_columns
 from .readers import Row, Table, parse_conditions
@@ -147,13 +148,21 @@ def iter_rows(
         "none" if config.clean == "auto" and table.is_document else mode for table in tables
     ]
     source.clean = modes[0] if len({*modes}) == 1 else None
-    for table, layout, mode in zip(tables, layouts, modes, strict=True):
+    conditions_of = [parse_conditions(table, config.where) for table in tables]
+    groups_of = [_group_reader(table, source.name, config, any_columns) for table in tables]
+    for name, column in dict(pair for table in tables for pair in table.matched.items()).items():
+        notify(
+            Notice(
+                f"{source.description}: '{name}' is read as its column '{column}', as only case or spaces differ."
+            )
+        )
+    for table, layout, mode, conditions, group_of in zip(
+        tables, layouts, modes, conditions_of, groups_of, strict=True
+    ):
         read_text = text_reader(table, layout, config, mode)
         # Of what is kept as written, the cleaned text decides the side: no row changes it with the cleaning.
         is_verbatim = mode == "none" and not is_conversation(layout.format)
         read_canonical = text_reader(table, layout, config, "full")
-        conditions = parse_conditions(table, config.where)
-        group_of = _group_reader(table, source.name, config, any_columns)
         for number, row in enumerate(table.rows, 1):
             if skip > 0:
                 skip -= 1
@@ -197,19 +206,21 @@ def _group_reader(
     table: Table, source: str, config: TrainConfig, any_columns: bool
 ) -> Callable[[Row], str] | None:
     """Return a function from a row to its group, "" if it has no value; None without `group_by`."""
-    column = config.group_by
-    if column is None:
+    wanted = config.group_by
+    if wanted is None:
         return None
-    if column in table.columns:
+    is_file = wanted == FILE_GROUP and wanted not in table.columns
+    if match_column(wanted, table.columns) and not is_file:
+        column = table.find_column(wanted)
         names = table.label_names.get(column, [])
         return lambda row: _group_name(row.get(column), names)
-    if column == FILE_GROUP and os.path.lexists(table.source):
+    if is_file and os.path.lexists(table.source):
         folder = os.path.expanduser(source)
         name = os.path.relpath(table.source, folder) if os.path.isdir(folder) else os.path.basename(table.source)
         return lambda row: name
     if table.is_plain_text and any_columns:
         return lambda row: ""
-    raise table.missing_column(column, " to group rows by")
+    raise table.missing_column(wanted, " to group rows by")
 
 
 def _group_name(value: object, label_names: Sequence[str]) -> str:
@@ -250,6 +261,13 @@ def _choose_clean(
     elif any(map(are_structured, samples.values())):
         kind = "look like program code, settings or Markdown"
     else:
+        if 2 * sum(map(has_line_breaks, texts)) > len(texts):
+            notify(
+                Notice(
+                    f"Most rows of {source.description} have line breaks, which become spaces (--clean full). "
+                    "--clean lines keeps them, as in poems."
+                )
+            )
         return "full"
     notify(
         Notice(
@@ -280,8 +298,8 @@ def _format_conditions(where: list[str]) -> str:
 def _describe_values(tables: list[Table], where: list[str]) -> str:
     """List some values of the columns of `where`, from the first rows."""
     texts = []
-    for column in dict.fromkeys(condition.partition("=")[0] for condition in where):
-        rows = itertools.islice(itertools.chain.from_iterable(table.rows for table in tables), _VALUES_LIMIT)
-        values = sorted({clean_text(str(row.get(column)))[:40] for row in rows})
-        texts.append(f"{column} has {format_names(values, 8)}")
+    for name in dict.fromkeys(condition.partition("=")[0] for condition in where):
+        cells = (row.get(table.find_column(name)) for table in tables for row in table.rows)
+        values = sorted({clean_text(str(cell))[:40] for cell in itertools.islice(cells, _VALUES_LIMIT)})
+        texts.append(f"{name} has {format_names(values, 8)}")
     return "; ".join(texts)

@@ -21,8 +21,19 @@ from ..config import (
 )
 from ..errors import ConfigError, DataError, EventHandler, HubError, Notice, ignore_events
 from ..text import format_names
-from .folders import choose_files, has_columns, has_tables, has_txt_files, local_splits, split_of
+from .delimited import find_txt_delimiter
+from .folders import (
+    choose_files,
+    has_columns,
+    has_delimited_files,
+    has_encoded_files,
+    has_tables,
+    has_txt_files,
+    local_splits,
+    split_of,
+)
 from .readers import LazyRows, Row, Table, read_file, table_from_dataset, table_from_rows
+from .txt_files import are_documents
 
 IMDB = "stanfordnlp/imdb"
 _MEASURED_SPLITS = ("validation", "eval", "test")  # the first of these is measured
@@ -33,8 +44,16 @@ def open_source(name: str, config: TrainConfig, notify: EventHandler) -> tuple[s
     names = [*config.dataset_names, *filter(None, [config.other_eval_dataset])]
     if config.table is not None and not any(map(has_tables, names)):
         raise DataError(f"{format_names(names)}: no Excel workbook or SQLite database, so leave --table out.")
-    if config.txt_rows != "auto" and not any(map(has_txt_files, names)):
+    if config.txt_rows not in ("auto", "blank") and not any(map(has_txt_files, names)):
         raise DataError(f"{format_names(names)}: no txt file, so leave --txt-rows out.")
+    if config.delimiter not in ("auto", "ending") and not any(
+        has_delimited_files(each, config.txt_rows) for each in names
+    ):
+        raise DataError(
+            f"{format_names(names)}: no csv, tsv or txt file that is a table, so leave --delimiter out."
+        )
+    if config.encoding != "auto" and not any(map(has_encoded_files, names)):
+        raise DataError(f"{format_names(names)}: no file whose encoding is in question, so leave --encoding out.")
     if name == "imdb":
         return _imdb_tables(config, notify)
     path = Path(os.path.expanduser(name))
@@ -53,13 +72,18 @@ def open_source(name: str, config: TrainConfig, notify: EventHandler) -> tuple[s
 
 def _read_files(path: Path, files: list[Path], config: TrainConfig, notify: EventHandler) -> list[Table]:
     """Open files. Those without rows are left out."""
+    is_folder = path.is_dir()
+    has_documents = is_folder and config.txt_rows == "auto" and are_documents(files, config.encoding)
     tables = [
         read_file(
             file,
             txt_rows=config.txt_rows,
             streaming=config.streaming,
-            folder=path if path.is_dir() else None,
+            folder=path if is_folder else None,
             table_name=config.table,
+            delimiter=config.delimiter,
+            encoding=config.encoding,
+            is_document=has_documents and _is_txt_text(file, config),
         )
         for file in files
     ]
@@ -80,6 +104,11 @@ def _read_files(path: Path, files: list[Path], config: TrainConfig, notify: Even
         first = "At least " if config.streaming else ""
         notify(Notice(f"{path}: {first}{', '.join(counts)} are not read."))
     return tables
+
+
+def _is_txt_text(path: Path, config: TrainConfig) -> bool:
+    """Return whether a file is a txt file and no table."""
+    return data_extension(path) == ".txt" and find_txt_delimiter(path, config.delimiter, config.encoding) is None
 
 
 def _imdb_tables(config: TrainConfig, notify: EventHandler) -> tuple[str, list[Table]]:
@@ -250,7 +279,9 @@ def eval_source(config: TrainConfig, split: str | None) -> TrainConfig:
         "split": split,
         "table": config.table if is_only or has_tables(name) else None,
         "txt_rows": config.txt_rows if is_only or has_txt_files(name) else "auto",
-        "text_column": config.text_column if is_only or has_columns(name) else None,
+        "text_column": config.text_column if is_only or has_columns(name, config) else None,
+        "delimiter": config.delimiter if is_only or has_delimited_files(name, config.txt_rows) else "auto",
+        "encoding": config.encoding if is_only or has_encoded_files(name) else "auto",
         "subset": config.subset if name == config.dataset else None,
         "streaming": config.streaming and not is_local(name),
     }

@@ -23,7 +23,7 @@ from ..adapters.manifest import (
     SourceInfo,
     utc_timestamp,
 )
-from ..config import PROBE, TrainConfig, default_adapter_name, is_conversation
+from ..config import FILE_SETTINGS, PROBE, TrainConfig, default_adapter_name, is_conversation
 from ..data.splitting import content_hash
 from ..data.tokenization import encoded_hash
 from ..errors import ConfigError, EventHandler, Notice, Progress, ignore_events
@@ -109,6 +109,8 @@ class TrainingSetup(TrainingInputs):
                 format=dataset.format,
                 template=config.template,
                 answer_column=config.answer_column,
+                text_column=config.text_column,
+                **{name: value for name in FILE_SETTINGS if (value := getattr(config, name)) != "auto"},
                 clean=dataset.clean,
                 near_duplicates=config.near_duplicates,
                 eval_dataset=config.other_eval_dataset,

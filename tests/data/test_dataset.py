@@ -40,7 +40,9 @@ def test_error_names_file_in_folder(refusal, tmp_path):
     (tmp_path / "some" / "a.csv").write_text(table())
     (tmp_path / "some" / "b.csv").write_text(table(header=("x", "y")))
     assert refusal("some") == (
-        "some/b.csv: which column is the text? Name one with --text-column: x, y. Or make a text of several with --template."
+        "some/b.csv: which column is the text? Name one with --text-column: "
+        "'x' (text, 125 characters on average), 'y' (numbers, 1). 'x' looks like "
+        "text. Or make a text of several with --template."
     )
     assert refusal("some", text_column="label") == "some/b.csv has no column 'label': its columns are x, y."
     (tmp_path / "some" / "b.csv").write_text(table(header=("text", "y")))

@@ -142,7 +142,9 @@ def test_invalid_eval_dataset_fails(refusal, load, tmp_path):
         == "a.csv has no column 'body': its columns are text, label."
     )
     assert eval_refusal("b.csv", table(header=("body", "n"))) == (
-        "b.csv: which column is the text? Name one with --text-column: body, n. Or make a text of several with --template."
+        "b.csv: which column is the text? Name one with --text-column: "
+        "'body' (text, 125 characters on average), 'n' (numbers, 1). 'body' looks like "
+        "text. Or make a text of several with --template."
     )
     assert eval_refusal("b.csv", text_column="text") == "b.csv has no column 'text': its columns are body, n."
     assert eval_refusal("c.csv", table(header=("text", "n")), where=["label=1"]) == (

@@ -43,11 +43,12 @@ NESTED = {
 @pytest.mark.parametrize("name", NESTED)
 def test_nested_column_stops_text_guess(refusal, name):
     records = [NESTED[name](number, text) for number, text in enumerate(TEXTS)]
-    columns = ", ".join(records[0])
-    assert refusal("a.jsonl", jsonl(records)) == (
-        f"a.jsonl: which column is the text? Name one with --text-column: {columns}. "
-        f"Lists, objects or bytes are in {name}; {LAYOUTS}"
+    message = refusal("a.jsonl", jsonl(records))
+    assert message.startswith(
+        f"a.jsonl: which column is the text? Name one with --text-column: '{next(iter(records[0]))}' ("
     )
+    assert f"'{name}' (lists, objects or bytes)" in message
+    assert message.endswith(f"Lists, objects or bytes are in {name}; {LAYOUTS}")
 
 
 def test_nested_column_stops_guess_everywhere(refusal, load, tmp_path):
@@ -78,8 +79,10 @@ CODES = {
 @pytest.mark.parametrize("kind", CODES)
 def test_column_of_codes_is_no_text(refusal, load, kind):
     records = [{"key": code, "score": number} for number, code in enumerate(CODES[kind])]
+    length = round(sum(map(len, CODES[kind])) / 30)
     assert refusal("a.jsonl", jsonl(records)) == (
-        "a.jsonl: which column is the text? Name one with --text-column: key, score. There are only codes in key, such as "
+        f"a.jsonl: which column is the text? Name one with --text-column: 'key' (codes, {length} "
+        "characters on average), 'score' (numbers, 2). There are only codes in key, such as "
         f"{CODES[kind][0][:60]}."
     )
     records = [{"key": code, "body": text} for code, text in zip(CODES[kind], TEXTS, strict=True)]
@@ -121,8 +124,9 @@ def test_short_texts_are_no_codes(load):
 def test_message_per_row_is_refused(refusal):
     records = [message for text in TEXTS for message in turns(text, "Yes.")]
     assert refusal("a.jsonl", jsonl(records)) == (
-        "a.jsonl: which column is the text? Name one with --text-column: role, content. To read conversations, put the "
-        "messages of each into one list, `messages`."
+        "a.jsonl: which column is the text? Name one with --text-column: 'role' (labels, 6 characters on average), "
+        "'content' (text, 64). 'content' looks like text. To read conversations, put the messages of each into one list, "
+        "`messages`."
     )
 
 
@@ -301,11 +305,11 @@ def test_format_without_its_columns_lists_columns(refusal, format, needs):
         ({"talk": CONVERSATION, "thread": CONVERSATION}, "of such layouts these are read"),
         (
             {"prompt": "a", "question": "b", "answer": "c"},
-            "Name one with --text-column: prompt, question, answer, n.",
+            "Name one with --text-column: 'prompt' (labels, 1 character on average), 'question' (labels, 1), 'answer'",
         ),
         (
             {"question": "a", "context": "b", "answer": "c"},
-            "Name one with --text-column: question, context, answer, n.",
+            "Name one with --text-column: 'question' (labels, 1 character on average), 'context' (labels, 1), 'answer'",
         ),
     ],
 )

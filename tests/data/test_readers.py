@@ -88,13 +88,15 @@ def test_only_text_column_is_default(load):
 def test_ambiguous_text_column_fails(refusal):
     content = jsonl({"title": "a", "body": text} for text in TEXTS)
     assert refusal("a.jsonl", content) == (
-        "a.jsonl: which column is the text? Name one with --text-column: title, body. Or make a text of several with --template."
+        "a.jsonl: which column is the text? Name one with --text-column: 'title' (labels, 1 character on average), 'body' "
+        "(text, 125). 'body' looks like text. Or make a text of several with --template."
     )
     assert refusal("a.csv", table(header=("body", "label"))) == (
-        "a.csv: which column is the text? Name one with --text-column: body, label. Or make a text of several with --template."
+        "a.csv: which column is the text? Name one with --text-column: 'body' (text, 125 characters on average), 'label' "
+        "(numbers, 1). 'body' looks like text. Or make a text of several with --template."
     )
     assert refusal("n.jsonl", jsonl({"a": 1, "b": 2} for _ in TEXTS)) == (
-        "n.jsonl: which column is the text? Name one with --text-column: a, b."
+        "n.jsonl: which column is the text? Name one with --text-column: 'a' (numbers, 1 character on average), 'b' (numbers, 1)."
     )
 
 
@@ -201,9 +203,6 @@ def test_csv_long_field_is_read(load):
         ("a.csv", "text,label\nx,1\nlonely\n", "its header has 2 fields, line 3 has 1"),
         ("a.tsv", "text\tlabel\nx\t1\t2\n", "its header has 2 fields, line 2 has 3"),
         ("a.csv", "text,text\nx,1\n", "its header names a column twice: text, text"),
-        ("a.csv", "text;label\nx;1\n", "its delimiter is ';', and a .csv file needs ','"),
-        ("a.csv", "text\tlabel\nx\t1\n", "its delimiter is '\\t', and a .csv file needs ','"),
-        ("a.tsv", "text,label\nx,1\n", "its delimiter is ',', and a .tsv file needs '\\t'"),
         (
             "a.csv",
             'text,label\n"open,1\nx,1\n',
@@ -276,8 +275,10 @@ def test_invalid_parquet_fails(refusal):
 )
 def test_invalid_utf8_fails_with_byte_position(refusal, name, start):
     before = start.encode() * 3000
-    assert refusal(name, before + b"caf\xe9\n") == (
-        f"{name} cannot be read: byte {len(before) + 3} is not UTF-8: save it as UTF-8 text."
+    assert refusal(name, before + b"caf\x81\n") == (
+        f"{name} cannot be read: byte {len(before) + 3} is not UTF-8: name its encoding with --encoding, such as cp1252 "
+        "(Western European), cp1250 (Central European), cp1251 (Cyrillic), mac_roman, shift_jis or gb18030, or save it as "
+        "UTF-8 text."
     )
 
 
@@ -372,7 +373,7 @@ def test_txt_rows_file_gives_row_per_file(load, tmp_path):
     assert dataset.counts.read == 30
     assert all("\nsecond line\n\nanother verse" in text for text in dataset.train)
     assert load.notices == [f"Skipped 1 files without rows, such as {folder / 'empty.txt'}."]
-    load(folder)
+    load(folder, txt_rows="blank")
     assert load.notices[1:] == ["30 txt files: blank lines separate rows. Use --txt-rows to change this."]
 
 
@@ -388,12 +389,6 @@ def test_text_column_ignores_txt_files(load, tmp_path):
 def test_single_column_name_may_contain_comma(tmp_path):
     (tmp_path / "one.tsv").write_text("text, cleaned\n" + "\n".join(tiny_models.reviews(60)))
     assert load_dataset(TrainConfig(dataset=str(tmp_path / "one.tsv"))).counts.read == 60
-
-
-def test_csv_with_semicolons_fails(tmp_path):
-    (tmp_path / "semi.csv").write_text('text;kind\n"one; two";a\n')
-    with pytest.raises(DataError, match=r"its delimiter is ';', and a \.csv file needs ','"):
-        load_dataset(TrainConfig(dataset="semi.csv"))
 
 
 @pytest.mark.parametrize("streaming", [False, True])

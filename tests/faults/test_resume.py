@@ -287,7 +287,8 @@ def test_checkpoint_with_other_data_is_refused(run, killed, reviews_csv):
 
 CHANGED: dict[str, Any] = {
     "dataset": "other.csv", "subset": "plain", "split": "test", "text_column": "text", "format": "text", "where": ["label=1"],
-    "max_rows": 50, "max_invalid": 0.5, "txt_rows": "line", "clean": "lines", "max_length": 32, "long_rows": "chunk",
+    "max_rows": 50, "max_invalid": 0.5, "txt_rows": "line", "delimiter": ";", "encoding": "cp1252",
+    "clean": "lines", "max_length": 32, "long_rows": "chunk",
     "packing": False, "split_salt": "x", "eval_rows": 7, "eval_dataset": "reviews.csv", "base": "elsewhere", "revision": "main",
     "parent": "x", "rank": 2, "alpha": 3, "dropout": 0.2, "target_modules": "all-linear", "max_steps": 10, "batch_size": 3,
     "gradient_accumulation": 1, "learning_rate": 0.02, "schedule": "linear", "warmup": 0.1, "weight_decay": 0.1,
