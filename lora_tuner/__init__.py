@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .convert.blend import BlendResult, blend
     from .convert.compress import CompressResult, compress
     from .convert.export_gguf import to_gguf
+    from .convert.export_mlx import to_mlx
     from .convert.export_model import ModelExport, export_model
     from .convert.export_ollama import OllamaExport, export_ollama
     from .convert.merge import MergeResult, merge
@@ -65,6 +66,7 @@ _HOMES = {  # public name -> module that defines it
     "resume": "training.run",
     "run_sweep": "training.sweep",
     "to_gguf": "convert.export_gguf",
+    "to_mlx": "convert.export_mlx",
     "train": "training.run",
 }
 
@@ -102,6 +104,7 @@ __all__ = [
     "resume",
     "run_sweep",
     "to_gguf",
+    "to_mlx",
     "train",
 ]
 

@@ -1,7 +1,7 @@
 """Write valid adapter folders with numpy, for tests that then damage one part."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from lora_tuner import atomic_io
 from lora_tuner.adapters import adapter
+from lora_tuner.adapters.adapter import Adapter
 from lora_tuner.adapters.manifest import Manifest, WeightsInfo
 
 MODULES = ("transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn")
@@ -109,6 +110,31 @@ def write(
         )
         (folder / adapter.MANIFEST_FILE).write_text(facts.to_json())
     return folder
+
+
+def write_random(folder: Path, base: Path, modules: Mapping[str, tuple[int, int]], **config: Any) -> Adapter:
+    """Write an adapter with random weights. `modules`: layer -> (in, out); a rank of its own has its full
+    name in `rank_pattern`."""
+    draw, weights = np.random.default_rng(0), {}
+    for module, (into, out) in modules.items():
+        rank = config.get("rank_pattern", {}).get(module, config.get("r", 4))
+        for part, size in (("A", (rank, into)), ("B", (out, rank))):
+            weights[f"base_model.model.{module}.lora_{part}.weight"] = draw.normal(size=size).astype(np.float32)
+        if config.get("use_dora"):
+            weights[f"base_model.model.{module}.lora_magnitude_vector"] = np.ones(out, np.float32)
+    targets = sorted({module.rpartition(".")[2] for module in modules})
+    settings = {"base_model_name_or_path": str(base), "target_modules": targets} | config
+    return adapter.load_adapter_folder(write(folder, settings, weights))
+
+
+def on_base(adapter_on_other: Adapter, folder: Path, **config: Any) -> Adapter:
+    """The adapter with another base, of which only config.json is there."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    path = adapter_on_other.path
+    settings = json.loads((path / adapter.CONFIG_FILE).read_text()) | {"base_model_name_or_path": str(folder)}
+    (path / adapter.CONFIG_FILE).write_text(json.dumps(settings))
+    return adapter.load_adapter_folder(path)
 
 
 def write_base(folder: Path, *shards: dict[str, tuple[int, ...]]) -> Path:

@@ -46,6 +46,7 @@ class GgufArchitecture:
         any_head_size: a head may have another size than hidden size / heads.
         wide_scale_at: number of layers at which llama.cpp scales attention by hidden size / heads
             in place of the size of a head; None where it reads no such setting.
+        defaults: settings that a config.json may leave out, by the defaults of transformers.
     """
 
     name: str
@@ -60,6 +61,7 @@ class GgufArchitecture:
     windowed: bool = False
     any_head_size: bool = True
     wide_scale_at: int | None = None
+    defaults: Config = field(default_factory=dict)
 
     @cached_property
     def _layer_pattern(self) -> re.Pattern[str]:
@@ -108,6 +110,7 @@ def _gemma(name: str, settings: Settings, wide_scale_at: int | None) -> GgufArch
         rope=("default", "linear"),
         windowed=windowed,
         wide_scale_at=wide_scale_at,
+        defaults={"head_dim": 256, "num_attention_heads": 8, "query_pre_attn_scalar": 256},
     )
 
 
@@ -201,11 +204,23 @@ def find_architecture(config: Config) -> GgufArchitecture | None:
     return ARCHITECTURES.get(str(config.get("model_type")))
 
 
+def unknown_type(config: Config) -> str:
+    """Reason why a model of another type is not exported, from its config.json."""
+    return f"{config.get('model_type')} models are not exported, only those of {', '.join(ARCHITECTURES)}"
+
+
 def tensor_name(names: "TensorNameMap", module: str) -> str | None:
     """The name of a module's tensors in llama.cpp; None if it has no place for them."""
     # Parts of a text model in a model of text and images; names of BLOOM in the table have no prefix.
     module = module.replace("language_model.", "")
     return names.get_name(module) or names.get_name(module.removeprefix("transformer."))
+
+
+def has_sizes(config: Config) -> bool:
+    """True where a config tells the width and the number of heads; a config.json may not."""
+    return bool(config.get("hidden_size") or config.get("n_embd")) and bool(
+        config.get("num_attention_heads") or config.get("n_head")
+    )
 
 
 def hidden_size(config: Config) -> int:
@@ -225,8 +240,8 @@ def head_sizes(config: Config) -> tuple[int, int, int]:
 
 
 def model_problems(architecture: GgufArchitecture, config: Config) -> list[str]:
-    """Reasons why a model cannot be written as GGUF, from the settings of its text model with all
-    their defaults."""
+    """Reasons why a model cannot be written as GGUF, from the settings of its text model; those
+    that are left out are taken to be computed, as all defaults of transformers are."""
     problems = [
         f"{name} = {config[name]}"
         for name, values in architecture.settings.items()
@@ -236,14 +251,8 @@ def model_problems(architecture: GgufArchitecture, config: Config) -> list[str]:
         problems.append(f"rotary positions of the type {kind}")
     if architecture.windowed and (kind := rope_settings(config, "sliding_attention")["rope_type"]) != "default":
         problems.append(f"rotary positions of the type {kind} in sliding windows")
-    heads, _, size = head_sizes(config)
-    width = hidden_size(config)
-    if not architecture.any_head_size and heads * size != width:
-        problems.append(f"head_dim = {size} with {heads} heads and hidden_size = {width}")
-    if architecture.wide_scale_at is not None:
-        scale = width // heads if config["num_hidden_layers"] == architecture.wide_scale_at else size
-        if config.get("query_pre_attn_scalar", scale) != scale:
-            problems.append(f"query_pre_attn_scalar = {config['query_pre_attn_scalar']}, only {scale}")
+    if has_sizes(config):
+        problems += _size_problems(architecture, config)
     if architecture.windowed and window_period(config) is None:
         problems.append(f"layer_types = {', '.join(config['layer_types'])}")
     if "no_rope_layers" in config and config["no_rope_layers"] != _rope_layers(config):
@@ -251,9 +260,21 @@ def model_problems(architecture: GgufArchitecture, config: Config) -> list[str]:
     return [f"llama.cpp's {architecture.name} does not compute {problem}" for problem in problems]
 
 
+def _size_problems(architecture: GgufArchitecture, config: Config) -> list[str]:
+    heads, _, size = head_sizes(config)
+    width, problems = hidden_size(config), []
+    if not architecture.any_head_size and heads * size != width:
+        problems.append(f"head_dim = {size} with {heads} heads and hidden_size = {width}")
+    if architecture.wide_scale_at is not None:
+        scale = width // heads if config.get("num_hidden_layers") == architecture.wide_scale_at else size
+        if config.get("query_pre_attn_scalar", scale) != scale:
+            problems.append(f"query_pre_attn_scalar = {config['query_pre_attn_scalar']}, only {scale}")
+    return problems
+
+
 def _rope_layers(config: Config) -> list[int]:
     """SmolLM3's layers with rotary positions: all but each fourth."""
-    return [int((layer + 1) % 4 != 0) for layer in range(config["num_hidden_layers"])]
+    return [int((layer + 1) % 4 != 0) for layer in range(len(config["no_rope_layers"]))]
 
 
 def window_period(config: Config) -> int | None:

@@ -2,7 +2,7 @@
 
 from ..config import HELD_OUT_MAX_TOKENS, is_conversation
 from ..text import describe_coverage, display_name, format_counts, format_gain, format_share
-from . import compatibility
+from . import base_config, compatibility
 from .adapter import LOSS_PLOT_FILE, SPECTRUM_FILE, Adapter
 from .manifest import BaseInfo, DatasetInfo, RateProbe, RunInfo, SourceInfo
 
@@ -184,7 +184,7 @@ def _format_coverage(run: RunInfo) -> str:
 
 def _usage_section(adapter: Adapter, name: str, base: str) -> str:
     """Examples for the tools that can load the adapter, and the reasons for those that cannot."""
-    whole = any(map(compatibility.is_in_wrapper, adapter.modules))
+    whole = any(map(base_config.is_in_wrapper, adapter.modules))
     auto_class = "AutoModelForMultimodalLM" if whole else "AutoModelForCausalLM"
     place = repr(base)
     if base.endswith(".gguf"):

@@ -11,6 +11,7 @@ from ..adapters import compatibility
 from ..adapters.adapter import Adapter, verify_adapter
 from ..adapters.library import Ancestor, Library
 from ..convert.adopt import adopt
+from ..convert.model_check import check_export
 from ..errors import AdapterError, os_error_message
 from ..models.layers_in_files import known_coverage
 from ..text import format_bytes, format_counts, format_duration, format_gain, one_line
@@ -250,9 +251,10 @@ def check_adapter(
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     as_json: JsonOption = False,
 ) -> None:
-    """Check whether another tool can load an adapter. Exit status 1, with a remedy, if it cannot."""
+    """Check whether another tool can load an adapter, and whether `export` can write it: gguf is the adapter
+    for llama.cpp, gguf-merged and ollama are whole models. Exit status 1, with a remedy, if it cannot."""
     checked = Library(adapters_dir).get(adapter)
-    report = compatibility.check_compatibility(checked, tool)
+    report = check_export(checked, tool)
     if as_json:
         fields = {"notes": report.notes, "accepted": report.accepted, "base_examined": report.base_examined}
         show_json({"tool": tool, "obstacles": report.errors, **fields})

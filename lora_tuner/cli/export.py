@@ -1,5 +1,6 @@
 """The command `export`."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -26,6 +27,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..convert.export_gguf import ExportResult
+    from ..convert.export_mlx import MlxExport
     from ..convert.export_model import ModelExport
 
 
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
 @model_options("base", "revision", "force")
 def export(
     overrides: Overrides,
-    out: Annotated[Path, typer.Option(help="File to write; for Ollama and vLLM, a folder.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(help="File to write; for Ollama, vLLM and MLX, a folder.", show_default=False)
+    ],
     adapter: Annotated[
         str | None,
         typer.Argument(
@@ -43,10 +47,10 @@ def export(
         ),
     ] = None,
     to: Annotated[
-        Literal["gguf", "ollama", "vllm"],
+        Literal["gguf", "ollama", "vllm", "mlx"],
         typer.Option(
             help="gguf: a file for llama.cpp, on a GGUF file of the base. ollama: a folder with GGUF file and Modelfile. "
-            "vllm: a folder, for an adapter of the text model of a multimodal base."
+            "vllm: a folder, for an adapter of the text model of a multimodal base. mlx: a folder for mlx-lm, untried on a Mac."
         ),
     ] = "gguf",
     merged: Annotated[
@@ -86,11 +90,12 @@ def export(
     _check_export({"--quantize": quantize and not is_whole}, "only valid for a whole model: use --merged")
     _check_export({"--dtype": quantize and dtype}, "not valid with --quantize, which chooses the precision")
     measured = {f"--{name.replace('_', '-')}": True for name in overrides} | {"--eval-rows": eval_rows}
-    if to == "vllm":
+    if to in ("vllm", "mlx"):
         whole: dict[str, object] = {"--merged": merged, "--quantize": quantize, "--dtype": dtype}
-        _check_export(whole | measured, "not valid with --to vllm, which only renames the layers of an adapter")
+        only = "only renames the layers of an adapter" if to == "vllm" else "writes an adapter as it is"
+        _check_export(whole | measured, f"not valid with --to {to}, which {only}")
         if adapter is None:
-            raise ConfigError("--to vllm: name an adapter.")
+            raise ConfigError(f"--to {to}: name an adapter.")
     if to == "gguf" and not is_whole:
         _check_export(measured, "only valid where the result is measured: use --merged or --to ollama")
     if adapter is None and options.base is None:
@@ -104,6 +109,12 @@ def export(
 
         renamed = to_vllm(loaded, out, overwrite=overwrite, options=options)
         show_json(renamed.to_dict()) if as_json else print(f"{out}  {format_bytes(renamed.bytes)}")
+        return
+    if loaded is not None and to == "mlx":
+        from ..convert.export_mlx import to_mlx
+
+        converted = to_mlx(loaded, out, overwrite=overwrite, options=options)
+        show_json(vars(converted) | {"path": str(out)}) if as_json else _show_mlx_folder(converted)
         return
     if loaded is not None and to == "gguf" and not is_whole:
         from ..convert.export_gguf import to_gguf
@@ -166,6 +177,13 @@ def _show_adapter_file(exported: "ExportResult") -> None:
             f"tokenizer.ggml.eot_token_id=int:{exported.turn_end_id}. Modelfile for Ollama:"
         )
         print(escape_control(exported.modelfile), end="")
+
+
+def _show_mlx_folder(exported: "MlxExport") -> None:
+    print(f"{exported.path}  {format_bytes(exported.bytes)}; untried on a Mac")
+    end = "" if exported.turn_end is None else f" --extra-eos-token {shlex.quote(exported.turn_end)}"
+    command = f"mlx_lm.generate --model {shlex.quote(exported.model)} --adapter-path {shlex.quote(str(exported.path))}{end}"
+    print(one_line(command))
 
 
 def _model_dict(model: "ModelExport") -> dict[str, object]:

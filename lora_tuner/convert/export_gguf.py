@@ -83,7 +83,7 @@ def to_gguf(
     options.require_default("device", "dtype", "load_in", why="the base is not loaded for an export")
     check_output_path(out, "GGUF file", valid=is_gguf(out), overwrite=overwrite)
     if options.base is None:  # before anything is downloaded
-        _refuse_incompatible(adapter, None)
+        compatibility.require_compatible(adapter, "gguf")
     check_weights_hash(adapter)
     files = loading.base_for_adapter(adapter, options)
     check_keeps_base(out, files, [adapter])
@@ -91,14 +91,14 @@ def to_gguf(
     lora.check_base(adapter, base, options)
     config = json.loads((files.folder / "config.json").read_text(encoding="utf-8"))
     adapter.check_shapes(layer_sizes_in_files(files, adapter))
-    _refuse_incompatible(adapter, config)
+    compatibility.require_compatible(adapter, "gguf", config)
     architecture = llama_cpp.ARCHITECTURES[config["model_type"]]
     if dtype not in _ROUNDING:
         raise ConfigError(f"dtype is {dtype}: use one of {', '.join(_ROUNDING)}.")
     with loading_errors(files):
         text_config = gguf_settings.load_text_config(files.folder)
     tensors = _gguf_tensors(adapter, architecture, text_config.to_dict())
-    turn_end, turn_end_id = _turn_end(adapter, base, options)
+    turn_end, turn_end_id = find_turn_end(adapter, base, options)
     gguf_type = gguf.GGMLQuantizationType[_GGUF_TYPES[dtype]]
     with atomic_io.atomic_file(out) as file:
         writer = gguf.GGUFWriter(file, architecture.name)
@@ -127,12 +127,7 @@ def to_gguf(
     return ExportResult(out, size, len(tensors), max(rounding_errors), turn_end, turn_end_id)
 
 
-def _refuse_incompatible(adapter: Adapter, base_config: llama_cpp.Config | None) -> None:
-    if errors := compatibility.check_compatibility(adapter, "llama.cpp", base_config=base_config).errors:
-        raise AdapterError(f"{adapter.path}: {'; '.join(errors)}.")
-
-
-def _turn_end(adapter: Adapter, base: TokenizedBase, options: ModelOptions) -> tuple[str | None, int | None]:
+def find_turn_end(adapter: Adapter, base: TokenizedBase, options: ModelOptions) -> tuple[str | None, int | None]:
     """The token that ends an answer, and its id; None where it is the end of text of the base."""
     tokenizer = load_adapter_tokenizer(adapter, base, options) or base.tokenizer
     ends = turn_end_ids(tokenizer) | {tokenizer.eos_token_id}

@@ -14,17 +14,20 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .. import atomic_io
+from ..adapters import compatibility
 from ..adapters.adapter import Adapter
+from ..adapters.compatibility import Tool
 from ..adapters.manifest import EvalResult
 from ..config import ModelOptions
 from ..data.chat import CHAT_MARK
 from ..data.chat_template import turn_end_ids
 from ..data.tokenization import TokenIds
-from ..errors import AdapterError, ConfigError, EventHandler, Notice
+from ..errors import AdapterError, ConfigError, EventHandler, Notice, ignore_events
 from ..evaluation import EvalSet, HeldOutLoss, paired_gain
-from ..models import loading
-from ..models.base_files import quiet_transformers
-from . import verify
+from ..models import loading, lora
+from ..models.base_files import BaseModelFiles, quiet_transformers
+from ..models.tokenizer import TokenizedBase, load_adapter_tokenizer, load_tokenizer
+from . import model_check, verify
 from .common import (
     check_keeps_base,
     check_output_path,
@@ -113,7 +116,8 @@ def export_model(
         ConfigError: an option is invalid, or llama.cpp's library is missing.
     """
     check_output_path(out, "GGUF file", valid=is_gguf(out), overwrite=overwrite)
-    with prepare_model(adapter, out, sets=sets, eval_rows=eval_rows, options=options) as source:
+    tool: Tool = "gguf-merged"
+    with prepare_model(adapter, out, tool, sets=sets, eval_rows=eval_rows, options=options) as source:
         return write_verified(source, out, quantization, dtype, options.notify)
 
 
@@ -121,18 +125,24 @@ def export_model(
 def prepare_model(
     adapter: Adapter | None,
     out: Path,
+    tool: Tool,
     *,
     sets: Sequence[EvalSet] | None,
     eval_rows: int | None,
     options: ModelOptions,
 ) -> Iterator[SourceModel]:
     """Yield the merged model, or the base alone, as a model folder in a temporary folder beside
-    `out`."""
+    `out`. What the tool would refuse is refused before anything is merged."""
     options.require_default("device", "dtype", "load_in", why="the model is exported on the CPU, from float32")
     if adapter is None and options.base is None:
         raise ConfigError("Name an adapter, or a base with --base.")
+    if adapter is not None and options.base is None:  # before anything is downloaded
+        compatibility.require_compatible(adapter, tool)
     load_library()
-    check_keeps_base(out, loading.base_for_adapter(adapter, options), [adapter] if adapter else [])
+    files = loading.base_for_adapter(adapter, options)
+    check_keeps_base(out, files, [adapter] if adapter else [])
+    if adapter is not None:
+        _require_exportable(adapter, tool, files, replace(options, notify=ignore_events))
     with atomic_io.temporary_folder(out.parent) as work:
         if adapter is None:
             yield _base_alone(sets or [], out, options)
@@ -150,6 +160,13 @@ def prepare_model(
             merged.row_losses,
             [text for eval_set in merged.sets for text in eval_set.texts],
         )
+
+
+def _require_exportable(adapter: Adapter, tool: Tool, files: BaseModelFiles, options: ModelOptions) -> None:
+    base = TokenizedBase(files, load_tokenizer(files))
+    lora.check_base(adapter, base, options)
+    tokenizer = load_adapter_tokenizer(adapter, base, options) or base.tokenizer
+    model_check.require_exportable(adapter, tool, files, tokenizer)
 
 
 def _base_alone(sets: Sequence[EvalSet], out: Path, options: ModelOptions) -> SourceModel:

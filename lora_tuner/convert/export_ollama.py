@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 
 from .. import atomic_io
 from ..adapters.adapter import Adapter
+from ..adapters.compatibility_gguf import two_file_errors
 from ..config import ModelOptions
 from ..data.chat_template import turn_end_ids
-from ..errors import EventHandler, Notice
+from ..errors import AdapterError, EventHandler, Notice
 from ..evaluation import EvalSet, paired_gain
+from ..models import loading
 from ..models.tokenizer import load_adapter_tokenizer
 from . import verify
 from .common import check_output_path, distinct_eval_sets, encode_eval_sets, open_shared_base
@@ -97,7 +99,7 @@ def export_ollama(
     valid = (out / MODELFILE).is_file()
     check_output_path(out, "folder with a Modelfile", valid=valid, overwrite=overwrite)
     if merged or adapter is None:
-        prepared = prepare_model(adapter, out, sets=sets, eval_rows=eval_rows, options=options)
+        prepared = prepare_model(adapter, out, "ollama", sets=sets, eval_rows=eval_rows, options=options)
     else:
         prepared = _prepare_base(adapter, out, sets=sets, eval_rows=eval_rows, options=options)
     with prepared as source:
@@ -134,6 +136,9 @@ def _prepare_base(
             "since (ollama/ollama#14969): without --no-merged, all versions take the result."
         )
     )
+    config = loading.base_for_adapter(adapter, options).config()
+    if errors := two_file_errors(adapter, adapter.name, config):
+        raise AdapterError(f"{adapter.path}: {'; '.join(errors)}.")
     source, own_tokenizer = _measure_base_and_adapter(adapter, out, sets, eval_rows, options)
     with atomic_io.temporary_folder(out.parent) as work:
         if own_tokenizer is not None:

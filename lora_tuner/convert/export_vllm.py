@@ -5,12 +5,13 @@ wrapper without an error, and applies nothing (vllm#48019). Its tensors stay as 
 bit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from .. import atomic_io
-from ..adapters import compatibility
+from ..adapters import base_config, compatibility
 from ..adapters.adapter import (
     CONFIG_FILE,
     TOKENIZER_FILES,
@@ -46,12 +47,13 @@ def to_vllm(
     """
     options.require_default("device", "dtype", "load_in", why="the base is not loaded for an export")
     check_output_path(out, "adapter folder", valid=(out / CONFIG_FILE).is_file(), overwrite=overwrite)
-    if adapter.replaced:
-        raise AdapterError(f"{adapter.path}: {compatibility.replaced_error(adapter, 'vLLM', adapter.name)}.")
+    if options.base is None:  # before anything is downloaded
+        _require_loadable(adapter, base_config.find_base_config(adapter))
     files = loading.base_for_adapter(adapter, options)
     check_keeps_base(out, files, [adapter])
     lora.check_base(adapter, TokenizedBase(files, load_tokenizer(files)), options)
     config = files.config()
+    _require_loadable(adapter, config)
     names = _wrapper_names(adapter, config)
     if not names:
         raise AdapterError(f"{adapter.name} has the names that vLLM expects on {files.name}: give it as it is.")
@@ -59,21 +61,35 @@ def to_vllm(
         copy_files(adapter, folder, TOKENIZER_FILES)
         tensors = {_rename(key, names): tensor for key, tensor in lora.read_weights_file(adapter).items()}
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        patterns = {
-            setting: {names[module]: value for module, value in values.items()}
-            for setting, values in adapter.layer_patterns().items()
-        }
-        settings = adapter.config | patterns | {"target_modules": sorted(names.values())}
+        settings = _with_names(adapter, names).config
         (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         report = compatibility.check_compatibility(load_adapter_folder(folder), "vllm", adapter.name, config)
-        if report.errors:
-            raise AdapterError(f"{adapter.path}: {'; '.join(report.errors)}.")
+        compatibility.raise_errors(adapter, report)
     return load_adapter_folder(out)
 
 
-def _wrapper_names(adapter: Adapter, config: compatibility.BaseConfig) -> dict[str, str]:
+def _require_loadable(adapter: Adapter, config: base_config.BaseConfig | None) -> None:
+    """Raise AdapterError if vLLM does not load the adapter under the names of the wrapper either."""
+    renamed = _with_names(adapter, _wrapper_names(adapter, config or {}))
+    compatibility.raise_errors(adapter, compatibility.check_compatibility(renamed, "vllm", base_config=config))
+
+
+def _with_names(adapter: Adapter, names: dict[str, str]) -> Adapter:
+    """The adapter as it is under other names of its layers, without its tensors."""
+    if not names:
+        return adapter
+    patterns = {
+        setting: {names[module]: value for module, value in values.items()}
+        for setting, values in adapter.layer_patterns().items()
+    }
+    settings = adapter.config | patterns | {"target_modules": sorted(names.values())}
+    tensors = {_rename(key, names): entry for key, entry in adapter.tensors.items()}
+    return replace(adapter, config=settings, tensors=tensors)
+
+
+def _wrapper_names(adapter: Adapter, config: base_config.BaseConfig) -> dict[str, str]:
     """Name of each layer in the text model -> in the wrapper; empty where vLLM needs no others."""
-    if not compatibility.is_wrapper(config) or all(map(compatibility.is_in_wrapper, adapter.modules)):
+    if not base_config.is_wrapper(config) or all(map(base_config.is_in_wrapper, adapter.modules)):
         return {}
     text_model = _TEXT_MODELS.get(str(config.get("model_type")), _TEXT_MODEL)
     return {module: f"{text_model}.{module.removeprefix('model.')}" for module in adapter.modules}

@@ -26,7 +26,7 @@ from ..errors import BaseModelError, ConfigError, EventHandler, Notice, ignore_e
 from ..models.base_files import quiet_transformers
 from ..models.stored_weights import read_stored_tensors, weight_files
 from . import gguf_settings
-from .gguf_tokenizer import add_tokenizer, model_name
+from .gguf_tokenizer import add_tokenizer, model_name, tokenizer_spec
 
 GGUF_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _TENSOR_TYPES = {
@@ -93,9 +93,7 @@ def write_model_gguf(
     rows = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if not tokenizer.is_fast:
-        raise BaseModelError(f"{folder}: its tokenizer has no tokenizer.json, so it cannot be written as GGUF.")
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    spec = tokenizer_spec(tokenizer, folder)
     with atomic_io.atomic_file(out) as file:
         writer = gguf.GGUFWriter(file, architecture.name)
         writer.add_type(gguf.GGUFType.MODEL)
@@ -136,10 +134,7 @@ def _read_config(folder: Path) -> tuple[GgufArchitecture, PretrainedConfig]:
     """The architecture, and the settings of the text model with all their defaults."""
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if (architecture := llama_cpp.find_architecture(raw)) is None:
-        kinds = ", ".join(llama_cpp.ARCHITECTURES)
-        raise BaseModelError(
-            f"{folder} cannot be written as GGUF: {raw.get('model_type')} models are not exported, only those of {kinds}."
-        )
+        raise BaseModelError(f"{folder} cannot be written as GGUF: {llama_cpp.unknown_type(raw)}.")
     config = gguf_settings.load_text_config(folder)
     if problems := llama_cpp.model_problems(architecture, config.to_dict()):
         raise BaseModelError(f"{folder} cannot be written as GGUF: {'; '.join(problems)}.")

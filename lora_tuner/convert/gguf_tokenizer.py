@@ -92,6 +92,14 @@ def add_tokenizer(
     _notify_added_tokens(spec, notify)
 
 
+def tokenizer_spec(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Spec:
+    """tokenizer.json of a tokenizer, as it stands in memory. Raises BaseModelError if it has none."""
+    if not tokenizer.is_fast:
+        raise BaseModelError(f"{folder}: its tokenizer has no tokenizer.json, so it cannot be written as GGUF.")
+    spec: Spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    return spec
+
+
 def _notify_added_tokens(spec: Spec, notify: EventHandler) -> None:
     """Say that tokens are found otherwise in a text than by llama.cpp, which looks for them as they
     are, before all else."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..adapters.adapter import Adapter, read_json
-from ..adapters.compatibility import find_base_folder
+from ..adapters.base_config import find_base_folder
 from ..adapters.safetensors_header import bare_name, bare_shapes, find_shape
 from ..text import describe_coverage
 from . import stored_weights

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from ..adapters.adapter import Adapter
-from ..adapters.compatibility import is_in_wrapper
+from ..adapters.base_config import is_in_wrapper
 from ..config import ModelOptions
 from ..data import tokenization
 from ..data.tokenization import TokenIds

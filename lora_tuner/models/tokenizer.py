@@ -7,13 +7,13 @@ renders templates in jinja's sandbox. Limit: of a SentencePiece model only its e
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..adapters.adapter import Adapter
 from ..adapters.manifest import SCHEMA_VERSION, BaseInfo
@@ -70,6 +70,8 @@ def load_tokenizer(files: BaseModelFiles) -> PreTrainedTokenizerBase:
     Raises:
         BaseModelError: the tokenizer cannot be loaded, or has no end-of-text token.
     """
+    from transformers import AutoTokenizer  # imports torch
+
     with quiet_transformers(), loading_errors(files):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
@@ -79,11 +81,15 @@ def load_tokenizer(files: BaseModelFiles) -> PreTrainedTokenizerBase:
 
 
 def load_adapter_tokenizer(
-    adapter: Adapter, base: TokenizedBase, options: ModelOptions = ModelOptions()
+    adapter: Adapter,
+    base: TokenizedBase,
+    options: ModelOptions = ModelOptions(),
+    load: Callable[[Path], PreTrainedTokenizerBase] | None = None,
 ) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer of an adapter; None where it equals the base's or there is none.
 
     A chat template of its own is said in a notice. `options.force` turns the error into a notice.
+    `load` reads a folder in place of transformers' AutoTokenizer, which imports torch.
 
     Raises:
         AdapterError: its token ids are not those of the base, or its files are invalid.
@@ -111,7 +117,7 @@ def load_adapter_tokenizer(
         eos = base.tokenizer.eos_token
     has_own_template = template not in (None, base.tokenizer.chat_template)
     if vocabulary.keys() - base_vocabulary:
-        tokenizer = _load_tokenizer(adapter.path)
+        tokenizer = _load_tokenizer(adapter.path, load)
         tokenizer.chat_template = template or base.tokenizer.chat_template
     elif has_own_template or eos != base.tokenizer.eos_token:
         tokenizer = copy.deepcopy(base.tokenizer)
@@ -188,9 +194,15 @@ def _token_text(token: object) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def _load_tokenizer(
+    folder: Path, load: Callable[[Path], PreTrainedTokenizerBase] | None
+) -> PreTrainedTokenizerBase:
     try:
         with quiet_transformers():
+            if load is not None:
+                return load(folder)
+            from transformers import AutoTokenizer
+
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             return tokenizer
     except Exception as error:  # a stranger's files may fail in any way

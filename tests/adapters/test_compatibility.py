@@ -3,7 +3,6 @@
 import json
 import re
 
-import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -11,9 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lora_tuner.adapters import compatibility, llama_cpp, model_card
-from lora_tuner.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter_folder
+from lora_tuner.adapters.adapter import WEIGHTS_FILE
 
 from .. import adapter_files
+from ..adapter_files import on_base
 from ..cli.test_commands import run
 
 SIZES = {"self_attn.q_proj": (32, 32), "self_attn.v_proj": (32, 16), "mlp.up_proj": (32, 64)}
@@ -40,18 +40,9 @@ def write(tmp_path, llama, gpt2):
     """Write an adapter with random weights for a tiny base into the library."""
 
     def written(modules=LLAMA, **config):
-        draw, tensors = np.random.default_rng(0), {}
-        for module, (into, out) in modules.items():
-            rank = config.get("rank_pattern", {}).get(module, config.get("r", 4))
-            for part, size in (("A", (rank, into)), ("B", (out, rank))):
-                tensors[f"base_model.model.{module}.lora_{part}.weight"] = draw.normal(size=size).astype(
-                    np.float32
-                )
-            if config.get("use_dora"):
-                tensors[f"base_model.model.{module}.lora_magnitude_vector"] = np.ones(out, np.float32)
         base, targets = (gpt2, ["c_attn", "mlp.c_proj"]) if modules is GPT2 else (llama, NAMES)
-        settings = {"base_model_name_or_path": str(base), "target_modules": targets} | config
-        return load_adapter_folder(adapter_files.write(tmp_path / "adapters" / "mine", settings, tensors))
+        settings = {"target_modules": targets} | config
+        return adapter_files.write_random(tmp_path / "adapters" / "mine", base, modules, **settings)
 
     return written
 
@@ -181,15 +172,6 @@ def test_peft_check_accepts_target_pattern(write):
     )
 
 
-def on_base(adapter, folder, **config):
-    """The adapter with another base, of which only config.json is there."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    settings = json.loads((adapter.path / CONFIG_FILE).read_text()) | {"base_model_name_or_path": str(folder)}
-    (adapter.path / CONFIG_FILE).write_text(json.dumps(settings))
-    return load_adapter_folder(adapter.path)
-
-
 @pytest.mark.parametrize("kind", ["qwen3", "gemma2", "phi3", "gpt2", "mixtral", "opt", "llama"])
 def test_check_and_export_agree_on_architecture(write, tmp_path, kind):
     adapter = on_base(write(), tmp_path / "base", model_type=kind)
@@ -218,7 +200,6 @@ RENAME = "rename its layers (`python cli.py export mine --to vllm --out mine-vll
     ("config", "obstacle"),
     [
         ({"model_type": "qwen3_5", **WRAPPED}, MOUNTED.format("qwen3_5").replace("merge it", RENAME)),
-        ({"model_type": "qwen3_5_text"}, MOUNTED.format("qwen3_5_text")),
         ({"model_type": "gemma3", **WRAPPED}, MOUNTED.format("gemma3").replace("merge it", RENAME)),
         ({"model_type": "llava", **WRAPPED}, MOUNTED.format("llava").replace("merge it", RENAME)),
         ({"model_type": "mistral3", **WRAPPED}, MOUNTED.format("mistral3").replace("merge it", RENAME)),
@@ -233,6 +214,13 @@ RENAME = "rename its layers (`python cli.py export mine --to vllm --out mine-vll
 def test_vllm_check_reads_base_config(write, tmp_path, config, obstacle):
     adapter = on_base(write(), tmp_path / "base", **config)
     assert check(adapter, "vllm") == ([obstacle] if obstacle else [], [])
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "qwen3_5_moe_text"])
+def test_vllm_check_takes_text_model_alone(write, tmp_path, kind):
+    """vLLM registers these since 0.28, with their layers under `model.` (vllm#50210)."""
+    adapter = on_base(write(), tmp_path / "base", model_type=kind)
+    assert check(adapter, "vllm") == ([], [f"vLLM loads {kind} models since version 0.28"])
 
 
 def test_vllm_check_accepts_names_of_wrapper(write, tmp_path):
@@ -354,4 +342,4 @@ def test_check_command_output_and_status(write):
             "base_examined": True,
         }
     run("adapters", "check", "mine", exit_code=2)
-    run("adapters", "check", "mine", "--for", "ollama", exit_code=2)
+    run("adapters", "check", "mine", "--for", "mlc", exit_code=2)
