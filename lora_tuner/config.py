@@ -9,9 +9,9 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from .errors import ConfigError, EventHandler, ignore_events
@@ -657,7 +657,7 @@ class SamplingParams(_Settings):
     top_k: int = _setting(50, "Sample from the K most likely tokens; 0 for all.", "Sampling", ge=0)
     repetition_penalty: float = _setting(
         1.1,
-        "Values above 1 make tokens that occurred before less likely.",
+        "Values above 1 make tokens that occurred before less likely. Greedy decoding has none unless this is given.",
         "Sampling",
         ge=MIN_REPETITION_PENALTY,
         le=10,
@@ -694,6 +694,18 @@ class SamplingParams(_Settings):
         if "" in value:
             raise _contradiction("stop is empty: it would end every output at once")
         return value
+
+    @model_validator(mode="after")
+    def _decode_greedily(self) -> Self:
+        """Make greedy decoding the argmax of the logits, as in other tools, if no penalty is given."""
+        if self.is_greedy and "repetition_penalty" not in self.model_fields_set:
+            self.__dict__["repetition_penalty"] = 1.0  # settings are frozen
+        return self
+
+    @property
+    def is_greedy(self) -> bool:
+        """True if each token is the most likely one, so that no seed is used."""
+        return self.greedy or self.temperature == 0
 
 
 class ServerConfig(_Settings):

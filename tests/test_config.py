@@ -102,6 +102,23 @@ def test_temperature_0_refuses_several_outputs():
     assert resolve_settings(SamplingParams, {"temperature": 0.1, "n": 2}).n == 2
 
 
+@pytest.mark.parametrize(
+    ("given", "penalty"),
+    [
+        ({}, 1.1),
+        ({"temperature": 0.1}, 1.1),
+        ({"greedy": True}, 1.0),
+        ({"temperature": 0}, 1.0),
+        ({"temperature": 1e-9}, 1.0),
+        ({"greedy": True, "repetition_penalty": 1.1}, 1.1),
+        ({"temperature": 0, "repetition_penalty": 1.3}, 1.3),
+    ],
+)
+def test_greedy_has_no_penalty_unless_given(given, penalty):
+    assert SamplingParams(**given).repetition_penalty == penalty
+    assert resolve_settings(SamplingParams, given).model_copy(update={"n": 1}).repetition_penalty == penalty
+
+
 @pytest.mark.parametrize("given", [{a: 1, b: 1} for a in STOP_RULES for b in STOP_RULES if a < b])
 def test_two_stop_rules_are_refused(given):
     expected = " and ".join(name for name in STOP_RULES if name in given)

@@ -25,7 +25,7 @@ from lora_tuner.settings_files import resolve_settings
 from .. import adapter_files, tiny_models
 from .conftest import save_random_adapter
 
-GREEDY = SamplingParams(greedy=True, max_new_tokens=20, repetition_penalty=1.0)
+GREEDY = SamplingParams(greedy=True, max_new_tokens=20)
 
 
 def transformers_text(model, folder, prompt, **options):

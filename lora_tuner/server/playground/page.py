@@ -229,10 +229,10 @@ class Page:
     ) -> AsyncGenerator[str, None]:
         """Stream the outputs of the base and the adapters, side by side and with one seed."""
         ignored = SAMPLING_SETTINGS if settings[SETTINGS.index("greedy")] else ()
-        values = {
+        values = {  # without defaults: that of the repetition penalty is another one in greedy decoding
             name: value
             for name, value in zip(SETTINGS, settings, strict=True)
-            if value not in (None, "") and name not in ignored
+            if value not in (None, "", SamplingParams.model_fields[name].default) and name not in ignored
         }
         try:
             sampling = resolve_settings(SamplingParams, values)
