@@ -58,6 +58,10 @@ class Adapter:
         return Path(os.path.abspath(self.path)).name  # of a symlink its own name, not its target's
 
     @property
+    def is_chat(self) -> bool:
+        return self.manifest is not None and self.manifest.is_chat
+
+    @property
     def rank(self) -> int:
         return int(self.config["r"])
 

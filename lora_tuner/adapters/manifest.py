@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..config import CleanMode, NearDuplicatesRule
+from ..config import CleanMode, NearDuplicatesRule, is_conversation
 from ..text import format_rows
 
 SCHEMA_VERSION = 2
@@ -208,6 +208,12 @@ class Manifest(_ManifestModel):
     result: EvalResult | None = None
     weights: WeightsInfo | None = None
     versions: dict[str, str] = {}
+
+    @property
+    def is_chat(self) -> bool:
+        """True if conversations were learned, be they some of the rows."""
+        is_learned = self.data is not None and is_conversation(self.data.format)
+        return is_learned or self.base.chat_template is not None
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"

@@ -98,7 +98,7 @@ The loss is measured on held-out rows, one at a time, truncated to {HELD_OUT_MAX
 
 _CHAT_EXAMPLE = """
 The adapter was trained on conversations: apply the base's chat template (`tokenizer.apply_chat_template`) to
-the prompts below, or use `python cli.py generate --chat`.
+the prompts below, or use `python cli.py generate`, which does.
 """
 
 

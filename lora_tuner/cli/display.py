@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import typer
 from rich.console import Console
@@ -83,12 +83,20 @@ def print_stderr(text: str) -> None:
     print(shorten(one_line(text)), file=sys.stderr)
 
 
-def show_text(text: str) -> None:
-    """Print generated text unchanged; on a terminal, escape control characters.
+def color_system() -> Literal["auto"] | None:
+    """Argument of rich's Console: with NO_COLOR, text is printed without bold and dim too."""
+    return None if os.environ.get("NO_COLOR") else "auto"
+
+
+def show_text(text: str, style: Literal["", "bold", "dim"] = "") -> None:
+    """Print generated text unchanged; on a terminal, escape control characters, and show the style.
 
     Ends the command when nobody reads its text any more.
     """
-    print(escape_control(text) if sys.stdout.isatty() else text, end="", flush=True)
+    shown = escape_control(text) if sys.stdout.isatty() else text
+    if style and text and sys.stdout.isatty() and stdout_console().color_system not in (None, "windows"):
+        shown = typer.style(shown, bold=style == "bold" or None, dim=style == "dim" or None)
+    print(shown, end="", flush=True)
     if error := stdout_error():
         raise typer.Exit(1) if is_reader_gone(error) else OSError(error.errno, error.strerror, "stdout")
 
@@ -109,7 +117,7 @@ def print_table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> No
 
 def stdout_console() -> Console:
     """Console for stdout; very wide in a pipe, so that each row stays on one line."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, color_system=color_system())
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 10_000
     return console

@@ -1,10 +1,7 @@
-"""The commands `generate` and `compare`, and the interactive prompt."""
+"""The commands `generate` and `compare`."""
 
-import contextlib
-import dataclasses
-import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,18 +10,23 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..adapters.adapter import Adapter
 from ..adapters.library import Library
-from ..config import INVALID_TEXT, ModelOptions, SamplingParams
-from ..errors import ConfigError, GenerationError, LoraTunerError
+from ..config import ModelOptions, SamplingParams
+from ..errors import ConfigError, GenerationError, LoraTunerError, Notice
 from ..settings_files import resolve_settings
 from ..text import escape_control, format_names
-from .display import BASE_LABEL, print_stderr, show_json, show_text
+from .display import BASE_LABEL, color_system, show_json, show_text
+from .interactive import ANSWER as ANSWER
+from .interactive import PROMPT as PROMPT
+from .interactive import heading, print_outputs, quote, run_interactive
 from .options import (
     DEFAULT_ADAPTERS_DIR,
     AdaptersDirOption,
     JsonOption,
     Overrides,
     complete_adapter_names,
+    display,
     is_given,
     model_options,
     settings_options,
@@ -34,20 +36,20 @@ if TYPE_CHECKING:
     from ..data.chat import Message
     from ..inference.generator import EncodedPrompt, GenerationOutput, Generator, Prompt
 
-PROMPT = "Enter a prompt for text generation: "
-ANSWER = "Generated text: "
 MIN_COLUMN_WIDTH = 36  # characters; with less, texts are not shown side by side
 
 FileOption = Annotated[Path | None, typer.Option(help="File with one prompt per line.", show_default=False)]
 ChatOption = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        "--chat",
-        help="Apply the chat template of the adapter, else of the base. The interactive prompt keeps the history.",
+        "--chat/--no-chat",
+        help="Ask through the chat template of the adapter, else of the base; the interactive prompt keeps the "
+        "history. --no-chat: continue the bare text.",
+        show_default="chat, if the adapter has learned conversations",
     ),
 ]
 SystemOption = Annotated[
-    str | None, typer.Option(help="With --chat: the system message.", show_default="the template's")
+    str | None, typer.Option(help="In a chat: the system message.", show_default="the template's")
 ]
 
 
@@ -70,7 +72,7 @@ def generate(
         ),
     ] = None,
     file: FileOption = None,
-    chat: ChatOption = False,
+    chat: ChatOption = None,
     system: SystemOption = None,
     as_json: JsonOption = False,
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
@@ -78,35 +80,49 @@ def generate(
     options: ModelOptions,
 ) -> None:
     """Generate text from a prompt, with an adapter or with the base alone."""
-    sampling, opening = resolve_settings(SamplingParams, overrides), _opening_messages(chat, system)
-    prompts = _read_prompts(prompt, file)
+    sampling, prompts = resolve_settings(SamplingParams, overrides), _read_prompts(prompt, file)
     if prompts is None and as_json:
         raise ConfigError("--json needs prompts: give one as an argument, --file, or - for stdin.")
     if options.force and adapter is None:
         raise ConfigError("--force needs an adapter: name one with --adapter.")
     if is_given(ctx, "adapters_dir") and adapter is None and prompts is not None:
         raise ConfigError("--adapters-dir needs an adapter: name one with --adapter.")
+    adapters = [Library(adapters_dir).get(adapter)] if adapter else []
+    chat, opening = _check_chat(chat, system, adapters), _opening_messages(system)
     from ..inference.generator import Generator
 
-    generator = Generator(*([adapter] if adapter else []), options=options, adapters_dir=adapters_dir)
+    generator = Generator(*(loaded.path for loaded in adapters), options=options, adapters_dir=adapters_dir)
     if prompts is None:
-        _run_interactive(generator, sampling, opening)
+        run_interactive(generator, overrides, chat, opening)
         return
-    encoded_prompts = _encode_prompts(generator, prompts, opening, generator.current_adapter)
+    name = generator.current_adapter
+    if chat is None and (chat := generator.is_chat(name)):
+        display(
+            Notice(f"{name} has learned conversations: asking through its chat template (--no-chat: bare text).")
+        )
+    encoded_prompts = _encode_prompts(generator, prompts, opening if chat else None, name)
     if as_json:
         outputs = [output for encoded in encoded_prompts for output in generator.generate_all(encoded, sampling)]
-        show_json([dataclasses.asdict(output) for output in outputs])
+        show_json([output.to_dict() for output in outputs])
     else:
-        for encoded in encoded_prompts:
-            _print_generated(generator, encoded, sampling, chat=chat)
+        for number, encoded in enumerate(encoded_prompts, 1):
+            print_outputs(generator, encoded, sampling, number, len(encoded_prompts))
 
 
-def _opening_messages(chat: bool, system: str | None) -> "list[Message] | None":
-    """First messages of every conversation; None without --chat."""
-    if system is not None and not chat:
-        raise ConfigError("--system needs --chat.")
-    if not chat:
-        return None
+def _check_chat(chat: bool | None, system: str | None, adapters: Sequence[Adapter]) -> bool | None:
+    """Return --chat or --no-chat, if one of them is given; a system message makes a chat of it.
+
+    Raises ConfigError for a system message where text is to be continued.
+    """
+    if system is None or chat:
+        return chat
+    if chat is None and adapters and all(adapter.is_chat for adapter in adapters):
+        return True
+    raise ConfigError("--system needs --chat.")
+
+
+def _opening_messages(system: str | None) -> "list[Message]":
+    """First messages of every conversation."""
     return [{"role": "system", "content": system}] if system else []
 
 
@@ -144,8 +160,8 @@ def _read_prompts(prompt: str | None, file: Path | None) -> list[str] | None:
 def _encode_prompts(
     generator: "Generator", prompts: list[str], opening: "list[Message] | None", adapter: str | None
 ) -> "list[EncodedPrompt]":
-    """Tokenize all prompts for an adapter before generation starts. Raises GenerationError for a
-    long prompt."""
+    """Tokenize all prompts for an adapter before generation starts; with `opening` as messages.
+    Raises GenerationError for a long prompt."""
     encoded_prompts = []
     for number, prompt in enumerate(prompts, 1):
         try:
@@ -178,7 +194,7 @@ def compare(
         typer.Argument(help="Text to continue. - reads prompts from stdin, one per line.", show_default=False),
     ] = None,
     file: FileOption = None,
-    chat: ChatOption = False,
+    chat: ChatOption = None,
     system: SystemOption = None,
     as_json: JsonOption = False,
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
@@ -186,105 +202,76 @@ def compare(
     options: ModelOptions,
 ) -> None:
     """Run one prompt on the base and several adapters with the same seed, in one batch."""
-    sampling, opening = resolve_settings(SamplingParams, overrides), _opening_messages(chat, system)
-    prompts = _read_prompts(prompt, file)
+    sampling, prompts = resolve_settings(SamplingParams, overrides), _read_prompts(prompt, file)
     if prompts is None:
         raise ConfigError("There is no prompt: give one as an argument, --file, or - for stdin.")
     adapters = Library(adapters_dir).get_all(adapter)
+    chat, opening = _check_chat(chat, system, adapters), _opening_messages(system)
     from ..inference.generator import Generator
 
     generator = Generator(*(loaded.path for loaded in adapters), options=options, adapters_dir=adapters_dir)
     names = [None, *(loaded.name for loaded in adapters)]
     results = []
-    encoded_by_name = [_encode_prompts(generator, prompts, opening, name) for name in names]
+    chats = _choose_chats(generator, names, chat)
+    encoded_by_name = [
+        _encode_prompts(generator, prompts, opening if name in chats else None, name) for name in names
+    ]
     for encoded in zip(*encoded_by_name, strict=True):
         results.append(generator.generate_batch(list(zip(encoded, names, strict=True)), sampling))
     if as_json:
-        show_json([dataclasses.asdict(output) for outputs in results for output in outputs])
+        show_json([output.to_dict() for outputs in results for output in outputs])
     else:
         for outputs in results:
-            show_comparison(outputs)
+            show_comparison(outputs, chats)
 
 
-def show_comparison(outputs: Sequence["GenerationOutput"]) -> None:
-    """Print the outputs for one prompt side by side or, on a narrow terminal, one after another."""
-    console, prompt = Console(highlight=False), outputs[0].prompt
-    columns: dict[str, list[str]] = {}
+def _choose_chats(
+    generator: "Generator", names: Sequence[str | None], chat: bool | None
+) -> Collection[str | None]:
+    """Return which of the adapters, and None for the base, are asked through a chat template.
+
+    By default an adapter is asked if it has learned conversations, and the base if all of them
+    have; a notice says so.
+    """
+    if chat is not None:
+        return names if chat else ()
+    chats = [name for name in names if generator.is_chat(name)]
+    if len(chats) == len(names) - 1 and generator.tokenizer_of(None).chat_template:
+        chats = list(names)
+    if chats:
+        asked = format_names([name or BASE_LABEL for name in chats])
+        others = format_names([name or BASE_LABEL for name in names if name not in chats])
+        rest = f"; continuing the text: {others} (--chat: ask all)" if others else ""
+        display(Notice(f"Asking through the chat template: {asked} (--no-chat: bare text){rest}."))
+    return chats
+
+
+def show_comparison(outputs: Sequence["GenerationOutput"], chats: Collection[str | None] = ()) -> None:
+    """Print the outputs for one prompt side by side or, on a narrow terminal, one after another.
+
+    Those of `chats`, adapters or None for the base, are answers: the prompt is marked as a question.
+    """
+    console = Console(highlight=False, color_system=color_system())
+    prompt = escape_control(outputs[0].prompt)
+    is_mixed = len({output.adapter in chats for output in outputs}) > 1
+    columns: dict[str, list[tuple[str, str]]] = {}  # name -> prompt and text of each output
     for output in outputs:
-        columns.setdefault(output.adapter or BASE_LABEL, []).append(escape_control(prompt + output.text))
+        name, shown_prompt = escape_control(output.adapter or BASE_LABEL), prompt
+        if output.adapter in chats:
+            name, shown_prompt = f"{name} (chat)" if is_mixed else name, quote(prompt)
+        columns.setdefault(name, []).append((shown_prompt, escape_control(output.text)))
     if console.width >= MIN_COLUMN_WIDTH * len(columns):
         grid = Table(box=None, padding=(0, 3, 1, 0), pad_edge=False, header_style="bold", expand=True)
         for name in columns:
-            grid.add_column(Text(escape_control(name)), ratio=1)
-        for row in zip(*columns.values(), strict=True):
-            grid.add_row(*(Text(text) for text in row))
+            grid.add_column(Text(name), ratio=1)
+        rows = list(zip(*columns.values(), strict=True))
+        for number, row in enumerate(rows, 1):
+            label = heading(("output", number, len(rows)))
+            grid.add_row(*(Text.assemble((label, "dim"), (shown, "bold"), text) for shown, text in row))
         console.print(grid)
     else:
         for name, texts in columns.items():
-            for text in texts:
-                console.print(Text(f"--- {escape_control(name)}", "bold"))
-                print(f"{text}\n")
-
-
-def _print_generated(
-    generator: "Generator", prompt: "EncodedPrompt", sampling: SamplingParams, *, chat: bool
-) -> str:
-    """Print prompt and text, or only the text of a conversation; a single sample is streamed.
-    Returns the first text."""
-    prefix = "" if chat else prompt.text
-    if sampling.n == 1:
-        show_text(prefix)
-        output = generator.generate(prompt, sampling, on_text=show_text)
-        print()
-        return output.text
-    outputs = generator.generate_all(prompt, sampling)
-    for output in outputs:
-        show_text(f"{prefix}{output.text}\n\n")
-    return outputs[0].text
-
-
-def _run_interactive(generator: "Generator", sampling: SamplingParams, opening: "list[Message] | None") -> None:
-    """Prompt for input until an empty line. With `opening`, inputs are turns of a conversation."""
-    commands = "/adapter NAME, /base" if opening is None else "/adapter NAME, /base, /new"
-    messages = None if opening is None else list(opening)
-    print_stderr(f"{_active_model(generator)} Commands: {commands}; an empty line quits.")
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        with contextlib.suppress(io.UnsupportedOperation):  # if it has been read from
-            sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 becomes an error below
-    while True:
-        try:
-            line = input(PROMPT).removeprefix("\ufeff")
-        except EOFError:
-            line = ""
-        if not line.strip():
-            return
-        command, _, name = line.strip().partition(" ")
-        try:
-            if INVALID_TEXT.search(line):
-                raise ConfigError("The input is not valid UTF-8 text: type it again.")
-            if command == "/base" or (command == "/adapter" and name.strip()):
-                adapter = None if command == "/base" else name.strip()
-                generator.set_adapter(adapter)
-                print_stderr(_active_model(generator))
-            elif command == "/new" and opening is not None:
-                messages = list(opening)
-                print_stderr("New conversation.")
-            elif command.startswith("/"):
-                adapters = format_names(generator.library.names()) or "none"
-                raise ConfigError(
-                    f"Unknown command {line.strip()}. Commands: {commands}; an empty line quits. "
-                    f"Adapters: {adapters}."
-                )
-            else:
-                encoded = generator.encode_prompt(_as_conversation(line, messages))
-                print(ANSWER, end="", flush=True)
-                answer = _print_generated(generator, encoded, sampling, chat=messages is not None)
-                if messages is not None:
-                    messages += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
-        except LoraTunerError as error:
-            print_stderr(f"Error: {error}")
-
-
-def _active_model(generator: "Generator") -> str:
-    name = generator.current_adapter
-    return f"Using adapter {name}." if name else "Using the base without an adapter."
+            for shown_prompt, text in texts:
+                console.print(Text(f"--- {name}", "bold"))
+                show_text(shown_prompt, "bold")
+                show_text(f"{text}\n\n")

@@ -7,12 +7,11 @@ GenerationEngine directly.
 """
 
 import os
-import secrets
 import threading
 import time
 from collections import abc
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,16 +27,18 @@ from ..models.tokenizer import load_adapter_tokenizer
 from ..text import format_names
 from .batch import GenerationEngine
 from .multi_lora import LoadedAdapter
-from .sequence import Sequence
+from .sampling import choose_seed, sequence_seed
+from .sequence import FinishReason, Sequence
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
     """A tokenized prompt. `text` is what outputs show as the prompt: of a conversation the last
-    message."""
+    message. `chat`: it is a conversation, rendered through the chat template."""
 
     text: str
     token_ids: list[int]
+    chat: bool = False
 
 
 FolderIdentity = tuple[tuple[int, ...] | None, ...]
@@ -53,8 +54,18 @@ class GenerationOutput:
     text: str  # the continuation alone
     adapter: str | None
     tokens: int
-    finished: bool  # by an end-of-text token or a stop string; otherwise cut off
+    finish_reason: FinishReason  # stop: an end-of-text token or a stop string; length: cut off
     seed: int | None
+    chat: bool  # through the chat template
+
+    @property
+    def finished(self) -> bool:
+        """True if an end-of-text token or a stop string ended it; otherwise it is cut off."""
+        return self.finish_reason == "stop"
+
+    def to_dict(self) -> dict[str, object]:
+        """The output as `--json` prints it."""
+        return asdict(self) | {"finished": self.finished}
 
 
 @dataclass
@@ -65,6 +76,7 @@ class _ResidentAdapter:
     identity: FolderIdentity
     loaded: LoadedAdapter
     last_used: int  # nanoseconds of a clock that never goes back
+    chat: bool  # it has learned conversations
 
 
 class Generator:
@@ -162,7 +174,11 @@ class Generator:
                 loaded = self.engine.multi_lora.load(adapter)
                 tokenizer = load_adapter_tokenizer(adapter, self.base, self.options)
                 return _ResidentAdapter(
-                    folder, folder_identity(folder), replace(loaded, tokenizer=tokenizer), time.monotonic_ns()
+                    folder,
+                    folder_identity(folder),
+                    replace(loaded, tokenizer=tokenizer),
+                    time.monotonic_ns(),
+                    adapter.is_chat,
                 )
 
             self._resident[name] = read_consistently(adapter.path, load_resident)
@@ -178,6 +194,12 @@ class Generator:
         """The tokenizer of an adapter in memory or, where it has none of its own, of the base."""
         loaded = self._resident[name].loaded if name is not None and name in self._resident else None
         return (loaded and loaded.tokenizer) or self.base.tokenizer
+
+    def is_chat(self, name: str | None) -> bool:
+        """True for an adapter in memory that has learned conversations, with a chat template to ask
+        it through."""
+        learned = name is not None and name in self._resident and self._resident[name].chat
+        return learned and bool(self.tokenizer_of(name).chat_template)
 
     def unload(self, name: str) -> None:
         """Drop an adapter from memory."""
@@ -199,7 +221,7 @@ class Generator:
         """Tokenize a prompt; a conversation up to the start of the next assistant message.
 
         Args:
-            prompt: text or messages; an encoded prompt is returned as it is.
+            prompt: text to continue, or messages; an encoded prompt is returned as it is.
             tokenizer: by default that of the current adapter. One copy must not be shared by two
                 threads.
             vocab_size: of the adapter, where it has other token ids than the base; by default that
@@ -225,7 +247,7 @@ class Generator:
             add_special_tokens=False,
             verbose=False,
         )["input_ids"]
-        return EncodedPrompt(prompt[-1]["content"], self.check_fits_context(token_ids, vocab_size))
+        return EncodedPrompt(prompt[-1]["content"], self.check_fits_context(token_ids, vocab_size), chat=True)
 
     def check_prompt_length(self, text: str) -> None:
         """Raise ContextLengthError for text that cannot fit, whatever its tokens are, before it is
@@ -252,39 +274,60 @@ class Generator:
         return token_ids
 
     def generate(
-        self, prompt: Prompt, sampling: SamplingParams | None = None, on_text: Callable[[str], None] | None = None
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        on_text: Callable[[str], None] | None = None,
+        *,
+        chat: bool | None = None,
     ) -> GenerationOutput:
-        """Generate one continuation with the current adapter. `on_text` receives each new piece of
-        text once it is final."""
+        """Generate one continuation with the current adapter.
+
+        Args:
+            prompt: text, or messages of a conversation.
+            sampling: settings; `n` is taken as 1.
+            on_text: receives each new piece of text once it is final.
+            chat: True asks a text as the first message of a chat, False continues it as it stands;
+                None asks adapters that have learned conversations (`is_chat`).
+
+        Raises:
+            ContextLengthError: the prompt leaves no room in the context.
+            DataError: there is no chat template, or it does not accept the conversation.
+        """
         with self._lock:
             single = (sampling or SamplingParams()).model_copy(update={"n": 1})
             current = self._name_and_weights(self.current_adapter)
-            return self._generate_outputs([(prompt, *current)], single, on_text)[0]
+            return self._generate_outputs([(prompt, *current)], single, on_text, chat=chat)[0]
 
-    def generate_all(self, prompt: Prompt, sampling: SamplingParams | None = None) -> list[GenerationOutput]:
-        """Generate `sampling.n` continuations in one batch.
-
-        Raises ContextLengthError when the prompt leaves no room in the context.
-        """
+    def generate_all(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, *, chat: bool | None = None
+    ) -> list[GenerationOutput]:
+        """Generate `sampling.n` continuations in one batch. Arguments and errors are those of
+        `generate`."""
         with self._lock:
             current = self._name_and_weights(self.current_adapter)
-            return self._generate_outputs([(prompt, *current)], sampling or SamplingParams())
+            return self._generate_outputs([(prompt, *current)], sampling or SamplingParams(), chat=chat)
 
     def generate_batch(
-        self, requests: abc.Sequence[tuple[Prompt, str | Path | None]], sampling: SamplingParams | None = None
+        self,
+        requests: abc.Sequence[tuple[Prompt, str | Path | None]],
+        sampling: SamplingParams | None = None,
+        *,
+        chat: bool | None = None,
     ) -> list[GenerationOutput]:
         """Generate for pairs of prompt and adapter (None: the plain base) in one batch; outputs
         keep the order of requests.
 
         Missing adapters are loaded; the current adapter stays current. All requests share one seed,
-        and each output equals that of the request run alone with this seed. Raises AdapterError or
-        GenerationError, and generates nothing, when any request is invalid.
+        and each output equals that of the request run alone with this seed. `chat` is that of
+        `generate`. Raises AdapterError or GenerationError, and generates nothing, when any request
+        is invalid.
         """
         with self._lock:
             resident = self._resident.copy()
             try:
                 resolved = [(prompt, *self.get_or_load(adapter)) for prompt, adapter in requests]
-                return self._generate_outputs(resolved, sampling or SamplingParams())
+                return self._generate_outputs(resolved, sampling or SamplingParams(), chat=chat)
             except BaseException:
                 self._resident = resident
                 raise
@@ -294,15 +337,19 @@ class Generator:
         requests: abc.Sequence[tuple[Prompt, str | None, LoadedAdapter | None]],
         sampling: SamplingParams,
         on_text: Callable[[str], None] | None = None,
+        *,
+        chat: bool | None,
     ) -> list[GenerationOutput]:
         """Generate `sampling.n` outputs per request, in order, all from one seed. Raises the first
         error of a sequence."""
         seed = choose_seed(sampling)
-        prompts: list[str] = []
+        prompts: list[EncodedPrompt] = []
         sequences: list[Sequence] = []
         for prompt, name, loaded in requests:
+            if isinstance(prompt, str) and (self.is_chat(name) if chat is None else chat):
+                prompt = [{"role": "user", "content": prompt}]
             encoded = self.encode_prompt(prompt, self.tokenizer_of(name), self.vocab_size_of(name))
-            prompts += [encoded.text] * sampling.n
+            prompts += [encoded] * sampling.n
             sequences += [
                 Sequence(
                     self.base, encoded.token_ids, sampling, sequence_seed(seed, number), name, loaded, on_text
@@ -321,27 +368,16 @@ class Generator:
             raise
         return [
             GenerationOutput(
-                prompt,
+                prompt.text,
                 sequence.detokenizer.text,
                 sequence.adapter,
                 len(sequence.output_ids),
-                sequence.finished,
+                sequence.finish_reason,
                 sequence.seed,
+                prompt.chat,
             )
             for prompt, sequence in zip(prompts, sequences, strict=True)
         ]
-
-
-def choose_seed(sampling: SamplingParams) -> int | None:
-    """Return the seed of a request, random if the settings give none; None for greedy decoding."""
-    if sampling.greedy or sampling.temperature == 0:
-        return None
-    return sampling.seed if sampling.seed is not None else secrets.randbits(48)
-
-
-def sequence_seed(seed: int | None, number: int) -> int | None:
-    """Return the seed of output `number` of a prompt; output 0 has `seed`."""
-    return None if seed is None else (seed + number) % 2**63
 
 
 def folder_identity(folder: Path) -> FolderIdentity:

@@ -5,6 +5,7 @@ Sampling adds Gumbel noise to the logits and takes the maximum, which is equival
 their softmax.
 """
 
+import secrets
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,18 @@ from transformers import (
 )
 
 from ..config import SamplingParams
+
+
+def choose_seed(sampling: SamplingParams) -> int | None:
+    """Return the seed of a request, random if the settings give none; None for greedy decoding."""
+    if sampling.is_greedy:
+        return None
+    return sampling.seed if sampling.seed is not None else secrets.randbits(48)
+
+
+def sequence_seed(seed: int | None, number: int) -> int | None:
+    """Return the seed of output `number` of a prompt; output 0 has `seed`."""
+    return None if seed is None else (seed + number) % 2**63
 
 
 def make_logits_processors(sampling: SamplingParams, seed: int | None) -> LogitsProcessorList:

@@ -7,7 +7,7 @@ last tokens only, which is wrong for a tokenizer whose text depends on tokens fa
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,6 +18,8 @@ from ..models.loading import LoadedBase
 from .detokenizer import IncrementalDetokenizer
 from .multi_lora import LoadedAdapter
 from .sampling import make_logits_processors
+
+FinishReason = Literal["stop", "length"]  # as in OpenAI's API
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ class Sequence:
     def finished(self) -> bool:
         """True if the model ended the text or a stop string did; otherwise the output is cut off."""
         return self.hit_eos or self.detokenizer.stopped
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """The reason for the end of a complete output."""
+        return "stop" if self.finished else "length"
 
     @property
     def done(self) -> bool:

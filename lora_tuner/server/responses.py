@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ..inference.sequence import Sequence, TokenLogprobs
+from ..inference.sequence import FinishReason, Sequence, TokenLogprobs
 
 MIN_LOGPROB = -9999.0  # OpenAI's value for a probability of zero
 TokenSpeller = Callable[[int], tuple[str, list[int] | None]]  # see `token_text`
@@ -29,9 +29,6 @@ class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-
-
-FinishReason = Literal["stop", "length"]
 
 
 class Logprobs(BaseModel):
@@ -158,10 +155,7 @@ class OutputReader:
             return None
         first, self.ended = self.characters == self.tokens == 0, complete
         self.characters, self.tokens = len(settled), self.tokens + len(logprobs or ())
-        finish_reason: FinishReason | None = None
-        if complete:
-            finish_reason = "stop" if self.sequence.finished else "length"
-        return OutputDelta(text, logprobs, finish_reason, first)
+        return OutputDelta(text, logprobs, self.sequence.finish_reason if complete else None, first)
 
 
 @dataclass(frozen=True)

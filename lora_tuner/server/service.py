@@ -36,8 +36,9 @@ from ..errors import (
     ignore_events,
 )
 from ..inference import sequence
-from ..inference.generator import FolderIdentity, Generator, choose_seed, folder_identity, sequence_seed
+from ..inference.generator import FolderIdentity, Generator, folder_identity
 from ..inference.multi_lora import LoadedAdapter
+from ..inference.sampling import choose_seed, sequence_seed
 from ..models import lora
 from ..models.layers import layer_sizes
 from ..models.memory import free_memory

@@ -72,14 +72,13 @@ def test_train_generate_list_show_merge(quick, tmp_path):
 
 def test_generate_prompt_sources(adapter, tmp_path):
     (tmp_path / "prompts.txt").write_text("the actor\n\nthis film\n")
-    both = run("generate", "--adapter", "reviews", *GREEDY, "--file", "prompts.txt").stdout.splitlines()
-    assert [line[:9] for line in both] == ["the actor", "this film"]
-    piped = run(
-        "generate", "--adapter", "reviews", *GREEDY, "-", stdin="the actor\nthis film\n"
-    ).stdout.splitlines()
+    both = run("generate", "--adapter", "reviews", *GREEDY, "--file", "prompts.txt").stdout
+    first, second = (
+        run("generate", "--adapter", "reviews", *GREEDY, prompt).stdout for prompt in ("the actor", "this film")
+    )
+    assert both == f"--- prompt 1 of 2\n{first}\n--- prompt 2 of 2\n{second}\n"
+    piped = run("generate", "--adapter", "reviews", *GREEDY, "-", stdin="the actor\nthis film\n").stdout
     assert piped == both
-    alone = run("generate", "--adapter", "reviews", *GREEDY, "this film").stdout.splitlines()
-    assert alone == both[1:]
     run("generate", "--file", "prompts.txt", "too", exit_code=1)
     (tmp_path / "empty.txt").write_text("\n")
     assert "has no prompts" in run("generate", "--file", "empty.txt", exit_code=1).stderr
@@ -98,16 +97,18 @@ def test_interactive_prompt_switches_adapters(adapter, gpt2):
     assert "Using the base without an adapter." in result.stderr
     assert "Using adapter reviews." in result.stderr
     assert "Error: There is no adapter 'nothing'" in result.stderr
-    assert (
-        "Error: Unknown command /what. Commands: /adapter NAME, /base; an empty line quits. Adapters: reviews."
-        in result.stderr
-    )
+    assert "Error: Unknown command /what. Commands: /help, /adapters, /adapter NAME, /base, " in result.stderr
 
 
 def test_generate_json(adapter):
     answers = json.loads(run("generate", "--adapter", "reviews", "--n", 3, "--seed", 5, "--json", "the").stdout)
     assert [answer["prompt"] for answer in answers] == ["the"] * 3
     assert [answer["seed"] for answer in answers] == [5, 6, 7]
+    assert [answer["finish_reason"] for answer in answers] == ["length"] * 3
+    text = answers[0]["text"]
+    stop = ("--seed", 5, "--stop", text[2])
+    (ended,) = json.loads(run("generate", "--adapter", "reviews", *stop, "--json", "the").stdout)
+    assert (ended["text"], ended["finish_reason"]) == (text.partition(text[2])[0], "stop")
 
 
 def test_plan_and_preview_train_nothing(quick):

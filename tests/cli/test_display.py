@@ -364,6 +364,24 @@ def test_generated_text_escaped_on_terminal(capsys, monkeypatch, is_one, shown):
     assert capsys.readouterr().out == shown
 
 
+@pytest.mark.parametrize(
+    ("variables", "shown"),
+    [
+        ({"TERM": "xterm"}, "\x1b[1mthe\ufffd\x1b[0m"),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, "the\ufffd"),
+        ({"TERM": "xterm", "NO_COLOR": ""}, "\x1b[1mthe\ufffd\x1b[0m"),
+        ({"TERM": "dumb"}, "the\ufffd"),
+        (None, "the\x1b"),
+    ],
+)
+def test_prompt_is_bold_on_terminal_alone(capsys, monkeypatch, variables, shown):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: variables is not None)
+    for name, value in (variables or {"TERM": "xterm"}).items():
+        monkeypatch.setenv(name, value)
+    display.show_text("the\x1b", "bold")
+    assert capsys.readouterr().out == shown
+
+
 def test_exported_turn_end_is_escaped(capsys):
     exported = SimpleNamespace(
         path="a.gguf", bytes=1, tensors=1, error=0.0, turn_end=EVIL, turn_end_id=1, modelfile=f"{EVIL}\n"

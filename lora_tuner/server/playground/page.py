@@ -23,8 +23,8 @@ from ... import evaluation
 from ...adapters.library import read_consistently
 from ...config import SamplingParams, TrainConfig
 from ...errors import AdapterError, ConfigError, GenerationError, Interrupted, LoraTunerError, Notice, Progress
-from ...inference.generator import choose_seed
 from ...inference.multi_lora import LoadedAdapter, blend_loaded
+from ...inference.sampling import choose_seed
 from ...settings_files import resolve_settings
 from ..metrics import Metrics, RequestRecord
 from ..scheduler import Request

@@ -1,0 +1,371 @@
+"""Generated texts on stdout, and the interactive prompt of `generate`.
+
+On a terminal, inputs are edited by prompt_toolkit, with a history that the next session has too;
+elsewhere each line is read by `input`.
+"""
+
+import contextlib
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+from ..adapters.adapter import Adapter
+from ..atomic_io import cache_dir
+from ..config import INVALID_TEXT, SamplingParams
+from ..errors import ConfigError, LoraTunerError
+from ..settings_files import resolve_settings
+from ..text import format_names
+from ..training.signals import handle_signals
+from .display import BASE_LABEL, print_stderr, show_text
+from .options import Overrides
+
+if TYPE_CHECKING:
+    from prompt_toolkit.history import History
+    from prompt_toolkit.key_binding import KeyPressEvent
+
+    from ..data.chat import Message
+    from ..inference.generator import EncodedPrompt, GenerationOutput, Generator
+
+PROMPT = "Enter a prompt for text generation: "
+ANSWER = "Generated text: "
+HISTORY_FILE = "prompts"  # in the cache folder
+COMMANDS = {
+    "/help": "list these commands",
+    "/adapters": "list the adapters",
+    "/adapter NAME": "use another adapter",
+    "/base": "use the base without an adapter",
+    "/temperature [X]": "show or set the sampling temperature; 0 always takes the most likely token",
+    "/seed [N|random]": "show or set the random seed",
+    "/retry": "generate for the last prompt again",
+    "/new": "begin a new conversation",
+}
+KEYS = """An input may have several lines: paste them, or end a line in \\ or with Alt-Enter.
+The arrow keys recall earlier inputs. Ctrl-C clears the input, or stops the text that is generated.
+An empty line or Ctrl-D quits."""
+
+
+# Texts
+
+
+def heading(*counts: tuple[str, int, int]) -> str:
+    """Line that parts outputs, such as `--- prompt 1 of 2, output 3 of 3`; empty for a single one.
+
+    Args:
+        counts: name, number and count of a kind; one of which there is a single one is left out.
+    """
+    parts = [f"{name} {number:,} of {count:,}" for name, number, count in counts if count > 1]
+    return f"--- {', '.join(parts)}\n" if parts else ""
+
+
+def quote(question: str) -> str:
+    """Mark the lines of a question, so that it differs from its answer without styles too."""
+    return "".join(f"> {line}\n" for line in question.splitlines() or [""])
+
+
+def print_outputs(
+    generator: "Generator", prompt: "EncodedPrompt", sampling: SamplingParams, number: int = 1, count: int = 1
+) -> "GenerationOutput":
+    """Print the outputs for a prompt, which is `number` of `count`; a single one is streamed.
+
+    A text is printed with its prompt, an answer alone or, of several prompts, after its question.
+    Returns the first output.
+    """
+    outputs = [] if sampling.n == 1 else generator.generate_all(prompt, sampling)
+    for index in range(sampling.n):
+        parting = heading(("prompt", number, count), ("output", index + 1, sampling.n))
+        show_text(parting, "dim")
+        if not prompt.chat:
+            show_text(prompt.text, "bold")
+        elif count > 1 and index == 0:
+            show_text(quote(prompt.text), "bold")
+        if sampling.n == 1:
+            outputs.append(generator.generate(prompt, sampling, on_text=show_text))
+        else:
+            show_text(outputs[index].text)
+        show_text("\n\n" if parting else "\n")
+    return outputs[0]
+
+
+# The interactive prompt
+
+
+def run_interactive(
+    generator: "Generator", settings: Overrides, chat: bool | None, opening: "list[Message]"
+) -> None:
+    """Read prompts and commands until an empty line or the end of the input.
+
+    Args:
+        settings: sampling settings of the command line.
+        chat: treat inputs as messages of a conversation; None: as the current adapter has learned.
+        opening: first messages of every conversation.
+    """
+    session = _Session(generator, settings, chat, opening)
+    print_stderr(f"{session.describe_model()} /help lists the commands; an empty line quits.")
+    is_terminal = _is_terminal()
+    read = _terminal_reader(session.completions) if is_terminal else _read_input
+    with handle_signals((signal.SIGINT,) if is_terminal else (), _stop):
+        while True:
+            try:
+                text = read()
+                if not text.strip():
+                    return
+                session.handle(text)
+            except EOFError:
+                return
+            except LoraTunerError as error:
+                print_stderr(f"Error: {error}")
+            except _Stopped:
+                show_text("\n")
+                print_stderr("Stopped.")
+
+
+class _Stopped(KeyboardInterrupt):
+    """Ctrl-C while a text is generated or an adapter is loaded."""
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Stopped
+
+
+@dataclass
+class _Session:
+    """Settings and conversation of an interactive prompt."""
+
+    generator: "Generator"
+    settings: Overrides
+    chat: bool | None
+    opening: "list[Message]"
+    last_prompt: str | None = None
+    last_output: "GenerationOutput | None" = None
+    last_choice: tuple[object, ...] = ()  # adapter and settings that the last prompt was answered with
+    retries: int = 0  # of the last prompt, with one seed
+    messages: "list[Message]" = field(init=False)  # of the conversation
+    turn_start: int = 0  # number of `messages` before the last turn
+
+    def __post_init__(self) -> None:
+        self.messages = list(self.opening)
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return resolve_settings(SamplingParams, self.settings)
+
+    @property
+    def is_chat(self) -> bool:
+        return self.generator.is_chat(self.generator.current_adapter) if self.chat is None else self.chat
+
+    def handle(self, text: str) -> None:
+        """Run a command, or generate for a prompt. Raises LoraTunerError, and changes nothing."""
+        if INVALID_TEXT.search(text):
+            raise ConfigError("The input is not valid UTF-8 text: type it again.")
+        if text.strip().startswith("/") and "\n" not in text.strip():
+            self.run_command(text.strip())
+        else:
+            self.answer(text, self.sampling, len(self.messages))
+
+    def run_command(self, line: str) -> None:
+        command, _, argument = line.partition(" ")
+        match command, argument.strip():
+            case "/help", "":
+                width = max(map(len, COMMANDS))
+                lines = [f"{name:{width}}  {text}" for name, text in COMMANDS.items()]
+                print(*lines, KEYS, sep="\n", file=sys.stderr)
+            case "/adapters", "":
+                self.list_adapters()
+            case "/adapter", name if name:
+                self.generator.set_adapter(name)
+                print_stderr(self.describe_model())
+            case "/adapter", _:
+                raise ConfigError(f"/adapter needs a name. Adapters: {format_names(self._names()) or 'none'}.")
+            case "/base", "":
+                self.generator.set_adapter(None)
+                print_stderr(self.describe_model())
+            case "/temperature", value:
+                self.set_temperature(value)
+            case "/seed", value:
+                self.set_seed(value)
+            case "/retry", "":
+                self.retry()
+            case "/new", "":
+                if not self.is_chat:
+                    raise ConfigError("There is no conversation: each prompt is continued by itself.")
+                self.messages, self.turn_start = list(self.opening), len(self.opening)
+                print_stderr("New conversation.")
+            case _:
+                raise ConfigError(
+                    f"Unknown command {line}. Commands: {', '.join(COMMANDS)}; an empty line quits."
+                )
+
+    def answer(self, text: str, sampling: SamplingParams, turn_start: int) -> None:
+        """Generate for a prompt; of a chat it replaces the messages from `turn_start` on."""
+        history = self.messages[:turn_start]
+        question: Message = {"role": "user", "content": text}
+        encoded = self.generator.encode_prompt([*history, question] if self.is_chat else text)
+        self.last_prompt, self.turn_start = text, turn_start
+        self.last_choice = self.generator.current_adapter, self.is_chat, self.sampling
+        show_text(ANSWER if sampling.n == 1 else f"{ANSWER}\n")
+        output = print_outputs(self.generator, encoded, sampling)
+        self.last_output = output
+        if encoded.chat:
+            self.messages = [*history, question, {"role": "assistant", "content": output.text}]
+
+    def retry(self) -> None:
+        """Generate for the last prompt again, with the next seed if nothing has changed."""
+        if self.last_prompt is None:
+            raise ConfigError("There is no prompt to generate for again: enter one first.")
+        sampling = self.sampling
+        if self.last_choice != (self.generator.current_adapter, self.is_chat, sampling):
+            self.retries = 0
+        elif sampling.is_greedy:
+            raise ConfigError("The most likely tokens are the same again: set /temperature above 0 first.")
+        elif sampling.seed is not None:
+            self.retries += 1
+            seed = (sampling.seed + self.retries * sampling.n) % 2**63
+            sampling = sampling.model_copy(update={"seed": seed})
+            print_stderr(f"Seed {seed}.")
+        self.answer(self.last_prompt, sampling, self.turn_start)
+
+    def set_temperature(self, value: str) -> None:
+        if value:
+            settings = {
+                name: each for name, each in self.settings.items() if name not in ("greedy", "temperature")
+            }
+            settings["temperature"] = value
+            if resolve_settings(SamplingParams, {"temperature": value}).is_greedy:
+                settings.pop("seed", None)
+            resolve_settings(SamplingParams, settings)
+            self.settings = settings
+        sampling = self.sampling
+        greedy = "Temperature 0: always the most likely token, whatever the seed."
+        print_stderr(greedy if sampling.is_greedy else f"Temperature {sampling.temperature:g}.")
+
+    def set_seed(self, value: str) -> None:
+        sampling = self.sampling
+        if sampling.is_greedy:
+            raise ConfigError("The most likely tokens need no seed: set /temperature above 0 first.")
+        if value:
+            settings = {name: each for name, each in self.settings.items() if name != "seed"}
+            if value != "random":
+                settings["seed"] = value
+            sampling = resolve_settings(SamplingParams, settings)
+            self.settings, self.retries = settings, 0
+        last = f" The last text had {self.last_output.seed}." if self.last_output else ""
+        print_stderr(f"Seed {'random' if sampling.seed is None else sampling.seed}.{last}")
+
+    def list_adapters(self) -> None:
+        """Print the base and each adapter, with what is in use and what cannot be used."""
+        entries = dict(self.generator.library.entries())
+        for name in [BASE_LABEL, *self._names()]:
+            facts, entry = [], entries.get(name)
+            if isinstance(entry, Adapter) and entry.is_chat:
+                facts.append("chat")
+            if isinstance(entry, LoraTunerError):
+                facts.append("broken")
+            if name == (self.generator.current_adapter or BASE_LABEL):
+                facts.append("in use")
+            print_stderr(f"{name}{'  ' * bool(facts)}{', '.join(facts)}")
+
+    def _names(self) -> list[str]:
+        return sorted({*self.generator.library.names(), *self.generator.loaded_adapters})
+
+    def describe_model(self) -> str:
+        name = self.generator.current_adapter
+        through = ", through its chat template" if self.is_chat else ""
+        return f"Using adapter {name}{through}." if name else f"Using the base without an adapter{through}."
+
+    def completions(self) -> list[str]:
+        """Commands that the Tab key completes."""
+        with contextlib.suppress(LoraTunerError, OSError):
+            names = self._names()
+            return [*(name.partition(" ")[0] for name in COMMANDS), *(f"/adapter {name}" for name in names)]
+        return []
+
+
+# Input
+
+
+def _is_terminal() -> bool:
+    """Return whether inputs can be edited: stdin and stdout are a terminal that moves its cursor."""
+    is_dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+    return sys.stdin.isatty() and sys.stdout.isatty() and not is_dumb
+
+
+def _read_input() -> str:
+    """Read a line, and those after it while one ends in a backslash. Raises EOFError."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        with contextlib.suppress(io.UnsupportedOperation):  # if it has been read from
+            sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 becomes an error later
+    text = input(PROMPT).removeprefix("\ufeff")
+    while text.endswith("\\"):
+        text = text[:-1]
+        with contextlib.suppress(EOFError):
+            text += f"\n{input()}"
+    return text
+
+
+def _terminal_reader(completions: Callable[[], list[str]]) -> Callable[[], str]:
+    """Return a function that reads an input with line editing, history and completion."""
+    # Without it, a terminal that does not tell where its cursor is gets a warning.
+    os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.enums import DEFAULT_BUFFER
+    from prompt_toolkit.filters import has_focus
+    from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.shortcuts import CompleteStyle
+
+    keys, is_input = KeyBindings(), has_focus(DEFAULT_BUFFER)
+
+    @keys.add("enter", filter=is_input)
+    def _enter(event: "KeyPressEvent") -> None:
+        buffer = event.current_buffer
+        if buffer.document.current_line_before_cursor.endswith("\\") and buffer.document.is_cursor_at_the_end:
+            buffer.delete_before_cursor()
+            buffer.newline(copy_margin=False)
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter", filter=is_input)
+    def _new_line(event: "KeyPressEvent") -> None:
+        event.current_buffer.newline(copy_margin=False)
+
+    @keys.add("c-c", filter=is_input)
+    def _clear(event: "KeyPressEvent") -> None:
+        event.current_buffer.reset()
+
+    session: PromptSession[str] = PromptSession(
+        [("fg:default", PROMPT)],  # without any style the space at its end would not be written
+        multiline=True,  # so that pasted lines are one input
+        prompt_continuation="",
+        history=_open_history(),
+        key_bindings=keys,
+        completer=WordCompleter(completions, sentence=True),
+        complete_style=CompleteStyle.READLINE_LIKE,
+        complete_while_typing=False,
+        enable_suspend=True,
+    )
+    return session.prompt
+
+
+def _open_history() -> "History":
+    """Return the inputs of past sessions, in a file of the cache that others cannot read; where it
+    cannot be written, those of this session."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    class PrivateHistory(FileHistory):
+        def store_string(self, string: str) -> None:
+            with contextlib.suppress(OSError):  # such as a full disk
+                super().store_string(string)
+
+    try:
+        path = cache_dir() / HISTORY_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        path.chmod(0o600)
+    except (OSError, LoraTunerError):
+        return InMemoryHistory()
+    return PrivateHistory(path)
