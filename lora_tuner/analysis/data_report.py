@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ..config import ModelOptions, TrainConfig
 from ..data import tokenization
 from ..data.dataset import Dataset, load_dataset
+from ..data.dropped import DroppedCopy, find_dropped
 from ..data.near_duplicates import clusters
 from ..errors import BaseModelError, DataError, EventHandler, HubError, Notice, Progress, ignore_events
 from ..text import display_name
@@ -75,6 +76,7 @@ class DataReport:
         is_sample: These are not all usable rows.
         personal_rows: Rows with personal data of any kind.
         long, short: Rows that are far longer or shorter than the others.
+        dropped: Examples of rows that training leaves out as copies.
         hints: What is missing in the report and why, and what would stop training.
     """
 
@@ -99,6 +101,7 @@ class DataReport:
     personal_rows: int
     encoding: list[EncodingTrouble]
     losses: Losses | None
+    dropped: list[DroppedCopy]
     hints: list[str]
 
     def to_dict(self) -> dict[str, object]:
@@ -172,8 +175,29 @@ def make_report(
         losses=_measure_losses(config, rows, loss_rows, excerpts, notify)
         if loss_rows and lengths.tokenizer
         else None,
+        dropped=_find_dropped(lenient, dataset, excerpts),
         hints=hints,
     )
+
+
+def _find_dropped(config: TrainConfig, dataset: Dataset, excerpts: Excerpts) -> list[DroppedCopy]:
+    dropped, _ = find_dropped(config.model_copy(update={"clean": dataset.clean or config.clean}), dataset)
+
+    def shown(place: str) -> str:
+        for source in dataset.sources:
+            place = _without_folder(place, source.name)
+        return excerpts.mask(place)
+
+    return [
+        DroppedCopy(
+            excerpts.excerpt(copy.text),
+            shown(copy.place),
+            excerpts.excerpt(copy.kept_text),
+            shown(copy.kept_place),
+            copy.is_near,
+        )
+        for copy in dropped
+    ]
 
 
 def _load(config: TrainConfig, excerpts: Excerpts, hints: list[str], notify: EventHandler) -> Dataset:

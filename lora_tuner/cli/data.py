@@ -142,7 +142,7 @@ def _show_report(report: "DataReport") -> None:
         print(f"All that follows is of a sample of {total:,} rows.")
     for hint in report.hints:
         print(one_line(hint))
-    _show_lengths(report.lengths, total)
+    show_lengths(report.lengths, total)
     _show_examples(f"{format_rows(report.long_rows)} far longer than the others", report.long)
     _show_examples(f"{format_rows(report.short_rows)} far shorter than the others", report.short)
     _show_near_copies(report.near_copies, total)
@@ -190,11 +190,14 @@ def _show_counts(report: "DataReport") -> None:
         print(one_line(f"  {name}: {format_counts(counts)}"))
     for invalid in report.invalid:
         print(one_line(f"  {invalid.rows:,} with {invalid.reason} (first: {invalid.first})"))
+    for copy in report.dropped:
+        print(f"  {one_line(copy.description)}: {one_line(copy.text)}")
     if report.stops_training:
         print("Training would stop: more rows than --max-invalid allows cannot be read.")
 
 
-def _show_lengths(lengths: "Lengths", total: int) -> None:
+def show_lengths(lengths: "Lengths", total: int) -> None:
+    """Print a histogram of lengths, and what `--max-length` cuts."""
     from ..analysis.lengths import describe_span
 
     of = f" of {lengths.tokenizer}" if lengths.tokenizer else ""

@@ -4,6 +4,7 @@ bounds and help."""
 import contextlib
 import functools
 import inspect
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,10 +14,12 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import RUN_FILE, Adapter
 from ..adapters.library import Library
 from ..config import (
     DEFAULT_BASE,
+    DELIMITER_NAMES,
+    FILE_SETTINGS,
     INVALID_TEXT,
     PROBE,
     SWEEPABLE,
@@ -25,8 +28,9 @@ from ..config import (
     ModelOptions,
     TrainConfig,
 )
-from ..errors import ConfigError, LoraTunerError
-from ..settings_files import resolve_settings
+from ..errors import ConfigError, DataError, LoraTunerError, Notice, Progress
+from ..settings_files import read_settings, resolve_settings
+from ..text import format_names
 from .display import Display
 
 if TYPE_CHECKING:
@@ -50,6 +54,8 @@ EVAL_SET_FIELDS = (
     "txt_rows",
     "clean",
 )
+DEFAULT_PREVIEWS = "3"
+_LAYOUT_SETTINGS = ("text_column", "format", "template", "answer_column")  # of the columns of a dataset
 display = Display()
 
 
@@ -94,6 +100,8 @@ class StrictCommand(TyperCommand):
     for a prompt."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        if any(parameter.name == "preview" for parameter in self.params):
+            args = _with_preview_count(args)
         parsed, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for option in () if "help" in parsed else order:
             parameter: Any = option
@@ -106,6 +114,14 @@ class StrictCommand(TyperCommand):
             if "" in values and parameter.name != "prompt":
                 raise typer.BadParameter("it is empty: give a value, or leave it out", ctx, parameter)
         return super().parse_args(ctx, args)
+
+
+def _with_preview_count(args: list[str]) -> list[str]:
+    """Return arguments in which `--preview` has a value; Typer 0.29 has no option with an optional one."""
+    for index, argument in enumerate(args):
+        if argument == "--preview" and (index + 1 == len(args) or args[index + 1].startswith("-")):
+            return [*args[: index + 1], DEFAULT_PREVIEWS, *args[index + 1 :]]
+    return args
 
 
 def is_given(ctx: typer.Context, option: str) -> bool:
@@ -220,15 +236,96 @@ def model_options(*names: str) -> Callable[[Command], Command]:
 def eval_sets_from(
     overrides: Overrides, eval_rows: int | None, adapters: Sequence[Adapter]
 ) -> "list[EvalSet] | None":
-    """Held-out set of --eval-dataset, cleaned as the adapters' data; None without that option."""
+    """Held-out set of --eval-dataset, read as the adapters' data was; None without that option."""
     if not overrides:
         return None
     if "eval_dataset" not in overrides:
         raise ConfigError(f"{', '.join(overrides)}: only valid with --eval-dataset.")
-    data = [adapter.manifest.data for adapter in adapters if adapter.manifest and adapter.manifest.data]
-    if len(modes := {facts.clean for facts in data if facts.clean}) == 1:
-        overrides = {"clean": modes.pop()} | overrides
-    settings = resolve_settings(TrainConfig, overrides | ({"eval_rows": eval_rows} if eval_rows else {}))
     from .. import evaluation
+    from ..data.delimited import DELIMITERS
 
-    return [evaluation.load_eval_set(settings, display)]
+    name = str(overrides["eval_dataset"])
+    trained = _trained_settings(name, overrides, adapters)
+    layout = [setting for setting in _LAYOUT_SETTINGS if setting in trained]
+    is_told = DELIMITER_NAMES.get(str(trained.get("delimiter")), trained.get("delimiter")) in DELIMITERS
+    of_file = ["delimiter"] * is_told + ["encoding"] * ("encoding" in trained)
+    # Files may differ in what their bytes tell, and data in its columns: these are tried in turn.
+    attempts: list[list[str]] = [of_file, []] if of_file else [[]]
+    attempts += [[*layout, *left_out] for left_out in attempts] if layout else []
+    errors: list[DataError] = []
+    for left_out in attempts:
+        used = {setting: value for setting, value in trained.items() if setting not in left_out}
+        settings = resolve_settings(
+            TrainConfig, used | overrides | ({"eval_rows": eval_rows} if eval_rows else {})
+        )
+        notices: list[Notice | Progress] = []
+        try:
+            eval_set = evaluation.load_eval_set(settings, notices.append)
+        except DataError as error:
+            errors.append(error)
+            continue
+        if used:
+            options = " ".join(_format_option(setting, value) for setting, value in used.items())
+            display(Notice(f"{name} is read as the data of {format_names(_names(adapters))} was: {options}."))
+        if {*layout} & {*left_out}:
+            options = " ".join(_format_option(setting, trained[setting]) for setting in layout)
+            display(Notice(f"Not read so, as {name} has other columns: {options}. {errors[0]}"))
+        for notice in notices:
+            display(notice)
+        return [eval_set]
+    raise errors[0]
+
+
+def _trained_settings(name: str, overrides: Overrides, adapters: Sequence[Adapter]) -> Overrides:
+    """Settings with which the data of all adapters was read, where they are not given and `name` has use for them."""
+    from ..data.folders import has_columns, has_delimited_files, has_encoded_files, has_txt_files
+
+    known = {adapter.name: settings for adapter in adapters if (settings := _settings_of(adapter)) is not None}
+    trained: Overrides = {}
+    for group in (_LAYOUT_SETTINGS, *((setting,) for setting in (*FILE_SETTINGS, "clean"))):
+        values = [{setting: each[setting] for setting in group if setting in each} for each in known.values()]
+        if overrides.keys() & {*group} or not any(values):
+            continue
+        if all(value == values[0] for value in values):
+            trained |= values[0]
+            continue
+        differing = [
+            f"{adapter}: {' '.join(_format_option(*pair) for pair in value.items()) or 'none'}"
+            for adapter, value in zip(known, values, strict=True)
+        ]
+        options = " or ".join(f"--{setting.replace('_', '-')}" for setting in group)
+        display(
+            Notice(
+                f"The adapters' data was read in several ways ({'; '.join(differing)}), {name} in none of them: give {options}."
+            )
+        )
+    config = TrainConfig(eval_dataset=name)
+    unused = {
+        "text_column": not has_columns(name, config),
+        "txt_rows": not has_txt_files(name),
+        "delimiter": not has_delimited_files(name, "auto"),
+        "encoding": not has_encoded_files(name),
+    }
+    return {setting: value for setting, value in trained.items() if not unused.get(setting)}
+
+
+def _settings_of(adapter: Adapter) -> Overrides | None:
+    """Settings that read the data of an adapter: of its manifest, and of its run.yaml; None for one of another tool."""
+    data = adapter.manifest.data if adapter.manifest else None
+    if data is None:
+        return None
+    settings: Overrides = {}
+    with contextlib.suppress(ConfigError):
+        settings = read_settings(adapter.path / RUN_FILE)
+    names = [name for name in (*_LAYOUT_SETTINGS, *FILE_SETTINGS, "clean") if name != "format"]
+    settings |= {name: value for name in names if (value := getattr(data, name)) is not None}
+    known = {name: settings.get(name) for name in (*names, "format")}
+    return {name: value for name, value in known.items() if value not in (None, "auto", "ending", "blank")}
+
+
+def _names(adapters: Sequence[Adapter]) -> list[str]:
+    return [adapter.name for adapter in adapters if adapter.manifest and adapter.manifest.data]
+
+
+def _format_option(setting: str, value: object) -> str:
+    return f"--{setting.replace('_', '-')} {shlex.quote(str(value))}"

@@ -1,7 +1,6 @@
 """The commands `train` and `methods`."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,9 +15,9 @@ from ..settings_files import expand_sweep, resolve_settings
 from ..text import describe_coverage, format_bytes, format_duration, format_gain, format_share
 from .display import print_result, print_table, show_json
 from .options import JsonOption, Overrides, display, settings_options
+from .preview import show_preview
 
 if TYPE_CHECKING:
-    from ..training.preview import PreviewedRow
     from ..training.profiling import RunEstimate
     from ..training.sweep import SweepResult
 
@@ -38,7 +37,12 @@ def train(
     ] = False,
     preview: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Show N tokenized rows; do not train.", show_default=False),
+        typer.Option(
+            metavar="[N]",
+            min=1,
+            help="Show N rows (default: 3) as the model sees them, all lengths, and dropped copies; do not train.",
+            show_default=False,
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -52,7 +56,7 @@ def train(
         raise ConfigError("--plan and --preview are for a single run: give one rank and one learning rate.")
     settings = configs[0]
     from ..training import run, sweep
-    from ..training.preview import preview as preview_rows
+    from ..training.preview import make_preview
 
     if distributed.expected_world_size() > 1 and preview:
         raise ConfigError("--preview is for a single process: run it without torchrun.")
@@ -64,8 +68,11 @@ def train(
         )
         show_json(result.to_dict()) if as_json else _show_sweep(result)
     elif preview:
-        rows = preview_rows(settings, preview, display)
-        show_json([dataclasses.asdict(row) for row in rows]) if as_json else _show_preview(rows)
+        previewed = make_preview(settings, preview, display)
+        if as_json:
+            show_json([dataclasses.asdict(row) for row in previewed.rows])
+        else:
+            show_preview(previewed, settings)
     elif plan:
         estimate = run.plan(settings, display)
         if distributed.rank() == 0:
@@ -153,19 +160,6 @@ def show_plan(estimate: "RunEstimate") -> None:
             ("adapter", format_bytes(estimate.adapter_bytes)),
         ]
     )
-
-
-def _show_preview(rows: Sequence["PreviewedRow"]) -> None:
-    for number, row in enumerate(rows, 1):
-        tokens = [
-            token if trained else f"[{token}]" for token, trained in zip(row.tokens, row.labels, strict=True)
-        ]
-        partial = "; \ufffd is part of a character" if any("\ufffd" in token for token in tokens) else ""
-        print(
-            f"row {number}\n  before  {row.before!r}\n  after   {row.after!r}\n  {len(tokens)} "
-            f"tokens, {sum(row.labels)} trained on (others in brackets){partial}\n  "
-            f"{'|'.join(tokens)}\n"
-        )
 
 
 def methods(as_json: JsonOption = False) -> None:

@@ -24,6 +24,7 @@ from .splitting import content_hash, is_held_out
 from .tokenization import TextUse
 
 MAX_PREVIEWS = 50  # rows of which the text before cleaning is kept, for --preview
+MAX_COPIES = 5  # rows left out as copies that are kept as examples
 _RAW_ROWS = 500  # rows of a source among which these are
 _UniqueRows = dict[bytes, TextRow]  # by the hash of their text
 
@@ -49,6 +50,9 @@ class Dataset:
     held_out: list[str] = field(default_factory=list)
     eval_hashes: frozenset[bytes] = frozenset()  # of rows and groups of `eval_dataset`
     compared: list[TextRow] = field(default_factory=list)  # with training rows, to find near copies
+    near_copies: list[tuple[str, str]] = field(
+        default_factory=list
+    )  # first dropped ones, each with its held-out row
     held_out_sources: dict[str, int] = field(default_factory=dict)
     held_out_groups: dict[str, bytes] = field(default_factory=dict)
 
@@ -125,6 +129,7 @@ class Dataset:
         copies = find_copies(self.train, [row.text for row in self.compared], config, notify)
         if config.near_duplicates == "keep":
             return
+        self.near_copies = [*itertools.islice(copies.items(), MAX_COPIES)]
         for source in self.sources:
             source.previews = [preview for preview in source.previews if preview[1] not in copies]
             source.train = [text for text in source.train if text not in copies]
@@ -323,6 +328,8 @@ def _read_unique(
     for row in iter_rows(config, source, notify):
         if row.digest in rows:
             source.counts.duplicates += 1
+            if len(source.copies) < MAX_COPIES:
+                source.copies.append((row.text, source.place, rows[row.digest].text))
             continue
         rows[row.digest] = row if source.counts.read <= _RAW_ROWS else row._replace(raw="")
         if first_only:

@@ -168,12 +168,14 @@ def clusters(texts: Sequence[str]) -> list[list[int]]:
 
 def find_copies(
     train: Sequence[str], held_out: Sequence[str], config: TrainConfig, notify: EventHandler
-) -> set[str]:
-    """Return the training rows that nearly copy a held-out row, and report what becomes of them."""
-    index, copies = NearDuplicates(held_out), set[str]()
+) -> dict[str, str]:
+    """Return the training rows that nearly copy a held-out row, each with that, and report what
+    becomes of them."""
+    index, copies = NearDuplicates(held_out), dict[str, str]()
     for first in range(0, len(train), _REPORTED_ROWS):
         texts = train[first : first + _REPORTED_ROWS]
-        copies.update(text for text, match in zip(texts, index.find(texts), strict=True) if match is not None)
+        matches = zip(texts, index.find(texts), strict=True)
+        copies.update((text, held_out[match]) for text, match in matches if match is not None)
         if len(train) > _REPORTED_ROWS:
             notify(Progress("looking for near copies", first + len(texts), len(train)))
     count, share = f"{len(copies):,}", f"({len(copies) / max(len(train), 1):.1%})"

@@ -90,7 +90,14 @@ class Source:
     previews: list[tuple[str, str]] = field(default_factory=list)  # training rows before and after cleaning
     places: dict[str, str] = field(default_factory=dict)
     invalid: dict[str, tuple[int, str]] = field(default_factory=dict)
+    copies: list[tuple[str, str, str]] = field(default_factory=list)  # first dropped ones: text, place, text kept
+    at: tuple[Table, int, Row] | None = None  # of the row that was read last, with its number
     ungrouped: int = 0  # rows without a value to group by: each is a group of its own
+
+    @property
+    def place(self) -> str:
+        """Place of the row that was read last."""
+        return self.at[0].place(*self.at[1:]) if self.at else ""
 
     def add_invalid(self, place: str, error: InvalidRowError) -> None:
         """Count a row that cannot be read."""
@@ -168,6 +175,7 @@ def iter_rows(
                 skip -= 1
                 continue
             counts.read += 1
+            source.at = table, number, row
             try:
                 if isinstance(row, UnreadableRow):
                     raise InvalidRowError(row.reason)

@@ -53,6 +53,7 @@ def test_page_has_all_parts_and_no_personal_data(report):
     for heading in ("Rows", "Lengths", "Near-copies", "Languages", "Personal data and keys", "Encoding"):
         assert f"<h2>{heading}</h2>" in page
     assert "Hardest" in page
+    assert "<h3>Left out as copies, such as</h3>" in page
     for secret, masked in SECRETS.values():
         assert secret not in page
         assert masked in page

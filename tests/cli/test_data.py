@@ -1,6 +1,7 @@
 """data: the report on the terminal, as JSON and as a page, and the redacted copy."""
 
 import json
+import re
 
 import pytest
 
@@ -32,6 +33,7 @@ def test_data_shows_report_and_writes_page(dirty, gpt2, tmp_path):
         "loss of",
     ):
         assert f"\n{heading}" in shown
+    assert re.search(r"\n  dirty\.csv line \d+ copies dirty\.csv line \d+: ", shown)
     assert shown.endswith("\npage: dirty.data.html\n")
     page = (tmp_path / "dirty.data.html").read_text(encoding="utf-8")
     for secret, masked in SECRETS.values():
@@ -46,6 +48,7 @@ def test_data_json_needs_no_page(dirty, gpt2, tmp_path):
     facts = json.loads(data(gpt2, "dirty.csv", "--json").stdout)
     assert facts["counts"]["read"] == 60
     assert facts["losses"]["rows"] == 4
+    assert facts["dropped"][0]["place"].startswith("dirty.csv line ")
     assert {kind["kind"]: kind["rows"] for kind in facts["personal_data"]} == dict.fromkeys(SECRETS, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["dirty.csv"]
 

@@ -1,0 +1,122 @@
+"""Print what `train --preview` shows: rows as texts and turns, tokens, lengths, and dropped copies."""
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from ..config import TrainConfig
+from ..text import escape_control, format_rows, one_line
+from .data import show_lengths
+from .display import stdout_console
+
+if TYPE_CHECKING:
+    from ..training.preview import Preview, PreviewedRow
+
+LINE_BREAK = "\u21b5"  # shown where a text has one
+_EXCERPT = 100  # characters of a row that is shown as an example
+
+
+def show_preview(preview: "Preview", config: TrainConfig) -> None:
+    """Print rows and figures. Learned parts are green; without colours they are between \u00ab and \u00bb."""
+    from ..analysis.lengths import describe_lengths
+
+    console = stdout_console()
+    has_colours = console.is_terminal and console.color_system is not None and not console.no_color
+    if any(not part.is_learned for row in preview.rows for part in row.parts):
+        mark = "green" if has_colours else "between \u00ab and \u00bb"
+        print(f"What is learned is {mark}.\n")
+    for number, row in enumerate(preview.rows, 1):
+        print("\n" * (number > 1), end="")
+        _show_row(console, number, row, config, has_colours)
+    if not preview.use.row_tokens:
+        return
+    measured = len(preview.use.row_tokens)
+    if measured < preview.train_rows:
+        print(
+            f"The lengths are those of {measured:,} of {format_rows(preview.train_rows)} to train on, the longest among them."
+        )
+    lengths = describe_lengths(
+        preview.use.row_tokens,
+        config.max_length,
+        tokenizer=preview.base,
+        truncated_rows=preview.use.truncated_rows,
+        used_share=preview.use.share,
+    )
+    show_lengths(lengths, measured)
+    text, place = preview.longest
+    print(
+        f"longest row: {lengths.longest:,} tokens, {one_line(place) or 'part of a long text'}: {_excerpt(text)}"
+    )
+    if preview.dropped:
+        _show_dropped(preview)
+
+
+def _show_row(console: Console, number: int, row: "PreviewedRow", config: TrainConfig, has_colours: bool) -> None:
+    print(f"row {number}")
+    is_marked = len(row.parts) > 1 or any(part.role for part in row.parts)
+    texts: list[tuple[str, Text]] = []
+    for part in row.parts:
+        texts.append((part.role or "text", _styled(part.text, part.is_learned, is_marked, has_colours)))
+    if not any(part.role for part in row.parts):
+        texts = [("text", Text().join(text for _, text in texts))]
+        if row.before.strip() != row.after:
+            texts.insert(0, ("before", _with_marks(row.before)))
+    width = max(len(label) for label, _ in texts)
+    for label, text in texts:
+        _print_wrapped(console, f"  {escape_control(label):{width}}  ", text)
+    details = [f"{len(row.tokens)} tokens, {sum(row.labels)} trained on (others in brackets)"]
+    if row.cut_tokens:
+        details.append(f"--max-length {config.max_length} cuts {row.cut_tokens:,} behind them")
+    if row.pieces > 1:
+        details.append(f"in {row.pieces} rows of at most --max-length {config.max_length}")
+    if any("\ufffd" in token for token in row.tokens):
+        details.append("\ufffd is part of a character")
+    print(f"  {'; '.join(details)}")
+    tokens = Text()
+    for index, (token, is_learned) in enumerate(zip(row.tokens, row.labels, strict=True)):
+        shown = escape_control(token.replace("\n", LINE_BREAK))
+        tokens.append("|" * bool(index))
+        tokens.append(shown if is_learned else f"[{shown}]", style=_style(is_learned, is_marked, has_colours))
+    _print_wrapped(console, "  ", tokens)
+
+
+def _print_wrapped(console: Console, label: str, text: Text) -> None:
+    """Print a text beside a label, with no white space at the end of a line."""
+    lines = text.wrap(console, max(20, console.width - len(label)), overflow="fold") or [Text()]
+    for number, line in enumerate(lines):
+        line.rstrip()
+        console.print(Text.assemble(" " * len(label) if number else label, line), soft_wrap=True)
+
+
+def _style(is_learned: bool, is_marked: bool, has_colours: bool) -> str:
+    if not has_colours or not is_marked:
+        return ""
+    return "green" if is_learned else "dim"
+
+
+def _styled(text: str, is_learned: bool, is_marked: bool, has_colours: bool) -> Text:
+    shown = _with_marks(text)
+    if is_learned and is_marked and not has_colours:
+        return Text.assemble("\u00ab", shown, "\u00bb")
+    shown.stylize(_style(is_learned, is_marked, has_colours))
+    return shown
+
+
+def _with_marks(text: str) -> Text:
+    """Return a text with a mark at the end of each line."""
+    return Text(escape_control(text.replace("\r\n", "\n").replace("\n", f"{LINE_BREAK}\n")))
+
+
+def _excerpt(text: str) -> str:
+    shown = one_line(text.replace("\n", LINE_BREAK))
+    return shown if len(shown) <= _EXCERPT else f"{shown[:_EXCERPT].rstrip()} \u2026"
+
+
+def _show_dropped(preview: "Preview") -> None:
+    print(
+        f"\nleft out as copies: {format_rows(preview.duplicates)} of which there is another, "
+        f"{format_rows(preview.near_duplicates)} nearly like a held-out one"
+    )
+    for copy in preview.dropped:
+        print(f"  {one_line(copy.description)}: {_excerpt(copy.text)}")
