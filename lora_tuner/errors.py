@@ -150,6 +150,12 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError)
 
 
+def first_line(error: Exception) -> str:
+    """First line of the message of an error, with the next one after a colon; else its type."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
 def os_error_message(error: OSError) -> str:
     """Format an OSError as one sentence: the file, the problem, and what to do."""
     text = f"{error.filename or 'A file'}: {error.strerror or error}".rstrip(".")

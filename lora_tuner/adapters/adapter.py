@@ -198,7 +198,9 @@ class Adapter:
             size, base_size = self.layer_size(module), base_sizes.get(module)
             if base_size is None:
                 kind = "experts" if module in self.experts else "linear layer"
-                problems.append(f"the base has no {kind} {module}{other_formats.describe_missing_layer(module)}")
+                problems.append(
+                    f"the base has no {kind} {module}{other_formats.describe_missing_layer(module, base_sizes)}"
+                )
             elif size != base_size:
                 problems.append(
                     f"{module} is {_format_size(base_size)} in the base, {_format_size(size)} in the adapter"

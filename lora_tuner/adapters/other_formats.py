@@ -42,8 +42,15 @@ def describe_tensor(name: str) -> str:
     return _describe(name, _TENSORS)
 
 
-def describe_missing_layer(module: str) -> str:
-    """The kind of an adapted layer that a base lacks, and the remedy, in parentheses; "" if unknown."""
+def describe_missing_layer(module: str, layers: Iterable[str]) -> str:
+    """The kind of an adapted layer that a base with other layers lacks, and the remedy, in parentheses;
+    "" if unknown."""
+    bare = safetensors_header.bare_name(module)
+    if same := [layer for layer in layers if safetensors_header.bare_name(layer) == bare]:
+        return (
+            f" (here it is {same[0]}: export the adapter that has the names of the text model alone with `python "
+            "cli.py export NAME --to vllm`, and use the result)"
+        )
     return _describe(module, _LAYERS)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.manifest import SCHEMA_VERSION, BaseInfo
-from ..errors import BaseModelError, EventHandler, ignore_events
+from ..errors import BaseModelError, EventHandler, LoraTunerError, first_line, ignore_events
 from . import identity, stored_weights
 
 LOCAL_FOLDER = "a local folder"  # origin of weights that are not from the Hub
@@ -152,14 +152,12 @@ class BaseModelFiles:
 @contextlib.contextmanager
 def loading_errors(files: BaseModelFiles) -> Iterator[None]:
     """Raise BaseModelError, with the first line of the cause, for errors of other libraries."""
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise BaseModelError(
-            f"The base {files.name} cannot be loaded: {str(error).strip().splitlines()[0]}"
-        ) from error
+    except (LoraTunerError, MemoryError):
+        raise
+    except Exception as error:  # a wrong config or a damaged file may fail in any way
+        raise BaseModelError(f"The base {files.name} cannot be loaded: {first_line(error)}") from error
 
 
 @contextlib.contextmanager

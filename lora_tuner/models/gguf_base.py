@@ -25,7 +25,7 @@ from unittest.mock import patch
 
 from .. import atomic_io
 from ..config import EMBEDDED_BASE
-from ..errors import BaseModelError, ConfigError, EventHandler, Notice, is_out_of_memory
+from ..errors import BaseModelError, ConfigError, EventHandler, Notice, first_line, is_out_of_memory
 from ..text import format_names
 from . import gguf_config, identity
 from .base_files import BaseModelFiles, quiet_transformers
@@ -279,9 +279,8 @@ def _reading_errors(path: Path) -> Iterator[None]:
     except Exception as error:  # a damaged file may fail in any way
         if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno is not None):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BaseModelError(
-            f"{path} cannot be read: {reason.rstrip('.')}. It is damaged, was downloaded in part, "
+            f"{path} cannot be read: {first_line(error).rstrip('.')}. It is damaged, was downloaded in part, "
             "or is of a kind that transformers does not read: download it again, or use the model "
             "that it was made from."
         ) from error

@@ -25,7 +25,7 @@ from ..adapters.base_config import is_in_wrapper
 from ..config import ModelOptions
 from ..data import tokenization
 from ..data.tokenization import TokenIds
-from ..errors import BaseModelError, EventHandler, Notice
+from ..errors import BaseModelError, EventHandler, Notice, first_line
 from ..text import format_bytes
 from . import fsdp, kernels, memory, positions, quantization, unsupported
 from .base_files import BaseModelFiles, loading_errors, quiet_transformers
@@ -314,10 +314,8 @@ def _default_if_unusable(files: BaseModelFiles, notify: EventHandler) -> Generat
     except OSError:  # there is none
         return None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = (str(error).splitlines() or [repr(error)])[0]
-        notify(
-            Notice(f"The generation_config.json of {files.name} is ignored, because it is not valid: {reason}")
-        )
+        problem = f"is ignored, because it is not valid: {first_line(error)}"
+        notify(Notice(f"The generation_config.json of {files.name} {problem}"))
         return GenerationConfig()
     return None
 

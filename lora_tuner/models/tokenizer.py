@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ..adapters.adapter import Adapter
 from ..adapters.manifest import SCHEMA_VERSION, BaseInfo
 from ..config import ModelOptions
-from ..errors import AdapterError, BaseModelError, Notice
+from ..errors import AdapterError, BaseModelError, Notice, first_line
 from . import identity
 from .base_files import BaseModelFiles, loading_errors, quiet_transformers
 
@@ -206,8 +206,7 @@ def _load_tokenizer(
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             return tokenizer
     except Exception as error:  # a stranger's files may fail in any way
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise AdapterError(f"The tokenizer in {folder} cannot be loaded: {why}") from error
+        raise AdapterError(f"The tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
 
 
 def _read_object(path: Path) -> dict[str, object]:

@@ -87,11 +87,14 @@ def why_unknown_type(config: Mapping[str, object]) -> str | None:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         return f"its config.json names no model_type. {INSTEAD}"
-    names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
-    if model_type in {*names, *modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}:
+    class_name = _class_name(config) or "no class"
+    # MusicGen and others have a decoder that is one, in a model that is none.
+    is_whole = class_name.endswith("ForConditionalGeneration")
+    if model_type in modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES or (
+        model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not is_whole
+    ):
         return None
     if model_type in CONFIG_MAPPING:
-        class_name = _class_name(config) or "no class"
         return f"it is a {model_type} model ({class_name}), and that is no causal language model. {INSTEAD}"
     if config.get("auto_map"):
         return (

@@ -213,6 +213,12 @@ def test_unknown_model_types_say_what_helps():
     assert unsupported.why_unknown_type(named("clip", "CLIPModel")) == (
         f"it is a clip model (CLIPModel), and that is no causal language model. {INSTEAD}"
     )
+    assert unsupported.why_unknown_type(named("musicgen", "MusicgenForConditionalGeneration")) == (
+        "it is a musicgen model (MusicgenForConditionalGeneration), and that is no causal language model. "
+        + INSTEAD
+    )
+    for class_name in ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"):
+        assert unsupported.why_unknown_type(named("qwen3_5", class_name)) is None
     assert unsupported.why_unknown_type({"hidden_size": 4}) == f"its config.json names no model_type. {INSTEAD}"
     known = named("qwen2", "Qwen2ForCausalLM", auto_map={"AutoModel": "modeling_qwen.Model"})
     assert unsupported.why_unknown_type(known) is None
@@ -324,6 +330,15 @@ def test_unknown_type_in_folder_is_refused_unread(repo):
         BaseModelError, match="cannot be loaded: its model type llama9 is unknown to transformers"
     ):
         load_base(find_base(str(folder)), ModelOptions(device="cpu"))
+
+
+@pytest.mark.parametrize("settings", [{"quantization_config": "awq"}, {"n_layer": "two"}, {"n_embd": [1]}])
+def test_config_that_transformers_rejects_is_one_line(repo, gpt2, settings):
+    folder = repo(json.loads((gpt2 / "config.json").read_text()) | settings)
+    with pytest.raises(BaseModelError) as error:
+        load_base(find_base(str(folder)), ModelOptions(device="cpu"))
+    assert str(error.value).startswith(f"The base {folder} cannot be loaded: ")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("content", ["[1]", "{", ""])

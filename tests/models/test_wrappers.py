@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimoda
 from lora_tuner import Library, ModelOptions, merge, train
 from lora_tuner.adapters.compatibility import check_compatibility
 from lora_tuner.convert.adopt import adopt
+from lora_tuner.convert.export_vllm import to_vllm
+from lora_tuner.errors import AdapterError
 from lora_tuner.models import lora
 from lora_tuner.models.layers_in_files import coverage_in_folder
 from lora_tuner.models.loading import load_base, open_base
@@ -171,6 +173,15 @@ def test_adapter_of_text_model_is_renamed_for_vllm(wrapper, tmp_path, kind):
     assert error.startswith(
         f"vLLM mounts the text model of {kind} under language_model, so it would load model.layers."
     )
+    whole = load_base(find_base(str(folder)), ModelOptions(device="cpu"))
+    with pytest.raises(
+        AdapterError, match=r"`python cli\.py export NAME --to vllm`, and use the result"
+    ) as refusal:
+        lora.load_lora(whole.model, adapter, "one")
+    assert f"has no linear layer {adapter.modules[0]} (here it is " in str(refusal.value)
+    to_vllm(adapter, tmp_path / "adapters" / "renamed", options=ModelOptions(base=str(folder)))
+    renamed = lora.load_lora(whole.model, Library().get("renamed"), "one")
+    torch.testing.assert_close(logits(renamed), logits(trained), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["gemma3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in WRAPPERS)])
