@@ -30,6 +30,7 @@ check: $(READY)
 docs: $(READY)
 	$(BIN)/python -m tests.command_reference > docs/commands.md
 	$(BIN)/python -m tests.method_table
+	$(BIN)/python -m tests.family_table
 
 screenshot: $(READY)  # with the adapters pan and praise of the library
 	LORA_TUNER_SCREENSHOT=docs/playground.png $(BIN)/python -m pytest -m slow tests/server/test_playground.py -k screenshot

@@ -109,9 +109,9 @@ def table(folder: Path) -> str:
     return "\n".join([*lines, "", *notes]) + "\n"
 
 
-def page(table: str) -> str:
-    """Return docs/methods.md with this table in it."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+def page(table: str, path: Path = PAGE) -> str:
+    """Return a page of the docs with this table in it."""
+    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
     return before + BEGIN + "\n" + table + "\n" + END + rest.partition(END)[2]
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
+
+from lora_tuner.models.loading import auto_class
 
 from .tiny_models import tokenizer
 
@@ -47,6 +49,32 @@ _DECODER = {
     "forced_eos_token_id": None,
 }
 _ENCODER = {**_NEOX, "is_decoder": True, "type_vocab_size": 1}
+_LINEAR_ATTENTION = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_QWEN35 = {
+    **_HEAD_DIM,
+    **_LINEAR_ATTENTION,
+    "layer_types": ["linear_attention", "full_attention"],
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [2, 1, 1],
+        "partial_rotary_factor": 1.0,
+    },
+}
+_SHARED_MOE = {**_MOE, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
+_MAMBA_OF_HYBRID = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 4,
+    "mamba_chunk_size": 8,
+}
+_GEMMA = {**_HEAD_DIM, "sliding_window": 16, "query_pre_attn_scalar": 8}  # of Gemma 2 and 3
 _VISION = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -54,6 +82,15 @@ _VISION = {
     "num_attention_heads": 2,
     "image_size": 8,
     "patch_size": 4,
+}
+_QWEN35_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "depth": 1,
+    "num_heads": 2,
+    "patch_size": 4,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 16,
 }
 
 # Model type -> settings of its config. The token ids are added to it, and to a `text_config`.
@@ -72,8 +109,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {**_LLAMA, "sliding_window": 16},
     "qwen2": _LLAMA,
     "qwen3": _HEAD_DIM,
+    "phi": _LLAMA,
     "phi3": _LLAMA,
-    "gemma3_text": {**_HEAD_DIM, "sliding_window": 16},
+    "gemma": _HEAD_DIM,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "olmo2": _LLAMA,
+    "smollm3": {**_LLAMA, "num_hidden_layers": 4},  # each fourth layer has no rotary positions
+    "glm4": _HEAD_DIM,
+    "granite": _LLAMA,
+    "starcoder2": _LLAMA,
+    "stablelm": _LLAMA,
+    "cohere2": {**_LLAMA, "sliding_window": 16},
+    "ernie4_5": _HEAD_DIM,
+    "ministral3": _HEAD_DIM,
     "opt": {**_LAYERS, "ffn_dim": 48, "num_attention_heads": 4, "max_position_embeddings": CONTEXT, "word_embed_proj_dim": 16},
     "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": CONTEXT, "expansion_ratio": 2},
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
@@ -84,23 +133,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mamba": _SSM,
     "falcon_mamba": {**_SSM, "intermediate_size": 48},
     "mamba2": _MAMBA2,
-    "bamba": {
+    "bamba": {**_LLAMA, **_MAMBA_OF_HYBRID, "attn_layer_indices": [1]},
+    "falcon_h1": {**_HEAD_DIM, **_MAMBA_OF_HYBRID, "mamba_d_ssm": 32, "mamba_n_heads": 4},
+    "granitemoehybrid": {
         **_LLAMA,
-        "mamba_n_heads": 8,
-        "mamba_d_head": 8,
-        "mamba_n_groups": 1,
-        "mamba_d_state": 4,
-        "mamba_chunk_size": 8,
+        **_MAMBA_OF_HYBRID,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 24,
+        "layer_types": ["mamba", "attention"],
     },
-    "falcon_h1": {
-        **_HEAD_DIM,
-        "mamba_d_ssm": 32,
-        "mamba_n_heads": 4,
-        "mamba_d_head": 8,
-        "mamba_n_groups": 1,
-        "mamba_d_state": 4,
-        "mamba_chunk_size": 8,
+    "nemotron_h": {
+        **_LLAMA,
+        "head_dim": 8,
+        "layers_block_type": ["mamba", "attention", "mlp"],
+        "num_hidden_layers": 3,
+        "ssm_state_size": 4,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "n_groups": 1,
+        "chunk_size": 8,
+        "use_mamba_kernels": False,
     },
+    "lfm2": {**_LLAMA, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "jamba": {
         **_LLAMA,
         **_MOE,
@@ -117,7 +172,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {**_LLAMA, "num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 16, "head_dim": 8},
     "mixtral": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
     "olmoe": {**_LLAMA, **_MOE},
-    "qwen2_moe": {**_LLAMA, **_MOE, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24},
+    "qwen2_moe": {**_LLAMA, **_SHARED_MOE},
     "qwen3_moe": {**_HEAD_DIM, **_MOE, "moe_intermediate_size": 24},
     "gpt_oss": {**_HEAD_DIM, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
     "llama4_text": {
@@ -132,17 +187,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **_LATENT_MOE,
         "first_k_dense_replace": 1,
     },
-    "qwen3_next": {
-        **_HEAD_DIM,
-        **_MOE,
-        "num_hidden_layers": 4,
-        "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 24,
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-    },
+    "glm4_moe": {**_HEAD_DIM, "moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_next": {**_HEAD_DIM, **_SHARED_MOE, **_LINEAR_ATTENTION, "num_hidden_layers": 4},
+    "qwen3_5_text": _QWEN35,
     "hy_v4": {
         **_HEAD_DIM,
         **_LATENT_MOE,
@@ -152,19 +199,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["indexed_attention"] * 2,
         "mlp_layer_types": ["dense", "sparse"],
     },
-    "laguna": {
-        **_HEAD_DIM,
-        **_MOE,
-        "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 24,
-        "sliding_window": 16,
-    },
+    "laguna": {**_HEAD_DIM, **_SHARED_MOE, "sliding_window": 16},
     "granitemoe": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
     "phimoe": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
     "bart": _DECODER,
     "roberta": _ENCODER,
     "bert": _ENCODER,
-    "gemma3": {"text_config": {**_HEAD_DIM, "sliding_window": 16}, "vision_config": _VISION, "mm_tokens_per_image": 1},
+    "gemma3": {"text_config": _GEMMA, "vision_config": _VISION, "mm_tokens_per_image": 1},
+    "qwen3_5": {"text_config": _QWEN35, "vision_config": _QWEN35_VISION},
+    "qwen3_5_moe": {"text_config": {**_QWEN35, **_SHARED_MOE}, "vision_config": _QWEN35_VISION},
+    "mistral3": {
+        "text_config": {"model_type": "mistral", **_HEAD_DIM},
+        "vision_config": {"model_type": "pixtral", **_VISION},
+    },
     "gemma4": {
         "text_config": {
             **_HEAD_DIM,
@@ -188,7 +235,8 @@ def make_family(family: str, **changes: Any) -> PreTrainedModel:
     settings: Mapping[str, Any] = FAMILIES[family] | changes
     if "text_config" in settings:
         settings = {**settings, "text_config": {**_IDS, **settings["text_config"]}}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**_IDS, **settings}))
+    config = AutoConfig.for_model(family, **{**_IDS, **settings})
+    model = auto_class(config).from_config(config)
     with torch.no_grad():  # so that rounding does not decide greedy text
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "weight" in name:

@@ -33,6 +33,7 @@ def check_llama_cpp(
     elif architecture := llama_cpp.find_architecture(base_config):
         architectures = [architecture]
     else:
+        architectures = []
         report.errors.append(
             f"its base is a {base_config.get('model_type')} model, and only adapters of {supported} can be exported: "
             f"{advise_merge(name)}, then convert the result with llama.cpp's script"
@@ -45,7 +46,7 @@ def check_llama_cpp(
         [module for module in adapter.modules if not architecture.has_layer(module)]
         for architecture in architectures
     ]
-    if all(unknown):
+    if unknown and all(unknown):
         report.errors.append(
             f"layers such as {min(unknown, key=len)[0]} cannot be converted for llama.cpp: {advise_merge(name)}"
         )

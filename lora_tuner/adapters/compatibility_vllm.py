@@ -20,6 +20,10 @@ _WITHOUT_LORA = frozenset(
         *("gpt_neox", "gptj", "jais2", "longcat_flash", "mamba", "mamba2", "mpt", "olmoe", "stablelm", "zamba2"),
     )
 )
+# In no list of model_executor/models/registry.py. vLLM runs others by transformers' own code, but
+# not these, for which `is_backend_compatible` of transformers 5.23 is false.
+_UNKNOWN = frozenset(("bart", "gpt_neo", "rwkv", "xglm"))
+_BY_TRANSFORMERS = frozenset(("bert", "ctrl", "recurrent_gemma", "roberta"))
 # Models that vLLM gives the stacked weights of all experts (`is_3d_moe_weight` in its
 # model_executor/models); for others it wants an option, and the layout by name.
 _STACKED_EXPERTS = frozenset(
@@ -40,7 +44,11 @@ def vllm_rank(adapter: Adapter) -> int | None:
 def check_vllm(adapter: Adapter, name: str, base_config: BaseConfig | None, report: CompatibilityReport) -> None:
     """Add what vLLM refuses, or loads without an effect (vllm#34186, #39369, #48019)."""
     model_type = (base_config or {}).get("model_type")
-    if is_gpt2(adapter):
+    if model_type in _UNKNOWN:
+        report.errors.append(
+            f"vLLM does not run {model_type} models, merged or not: use `python cli.py serve` or another base"
+        )
+    elif is_gpt2(adapter):
         report.errors.append(f"vLLM does not support LoRA on GPT-2: {advise_merge(name)}")
     elif base_config is None:
         note_unknown_base(adapter, report)
@@ -53,6 +61,10 @@ def check_vllm(adapter: Adapter, name: str, base_config: BaseConfig | None, repo
         report.errors.append(
             f"vLLM mounts the text model of {model_type} under language_model, so it would load "
             f"{outside[0]} and apply nothing, without an error: {rename}{advise_merge(name)}"
+        )
+    if model_type in _BY_TRANSFORMERS:
+        report.notes.append(
+            f"vLLM has no {model_type} of its own, and runs it by transformers' code if at all: not examined"
         )
     if (version := _SINCE.get(str(model_type))) is not None:
         report.notes.append(f"vLLM loads {model_type} models since version {version}")

@@ -188,6 +188,12 @@ def test_check_and_export_agree_on_architecture(write, tmp_path, kind):
     assert ("llama-completion" in model_card._usage_section(adapter, "mine", "base")) == accepted
 
 
+def test_layers_of_unknown_type_are_not_named(write, tmp_path):
+    adapter = on_base(write({"backbone.layers.0.mixer.in_proj": (32, 64)}), tmp_path / "base", model_type="mamba")
+    (obstacle,), _ = check(adapter, "llama.cpp")
+    assert obstacle.startswith("its base is a mamba model, and only adapters of ")
+
+
 WRAPPED = {"text_config": {"hidden_size": 32}}
 MOUNTED = (
     "vLLM mounts the text model of {0} under language_model, so it would load model.layers.0.mlp.up_proj and apply "
@@ -209,6 +215,10 @@ RENAME = "rename its layers (`python cli.py export mine --to vllm --out mine-vll
         ({"model_type": "qwen3"}, None),
         ({"model_type": "gpt_neox"}, f"vLLM does not support LoRA on gpt_neox models: {MERGE}"),
         ({"model_type": "mamba2"}, f"vLLM does not support LoRA on mamba2 models: {MERGE}"),
+        (
+            {"model_type": "xglm"},
+            "vLLM does not run xglm models, merged or not: use `python cli.py serve` or another base",
+        ),
     ],
 )
 def test_vllm_check_reads_base_config(write, tmp_path, config, obstacle):
@@ -221,6 +231,18 @@ def test_vllm_check_takes_text_model_alone(write, tmp_path, kind):
     """vLLM registers these since 0.28, with their layers under `model.` (vllm#50210)."""
     adapter = on_base(write(), tmp_path / "base", model_type=kind)
     assert check(adapter, "vllm") == ([], [f"vLLM loads {kind} models since version 0.28"])
+
+
+def test_vllm_check_tells_gpt_neo_from_gpt2(write, tmp_path):
+    """Their layers have the same names."""
+    (obstacle,), _ = check(on_base(write(GPT2), tmp_path / "base", model_type="gpt_neo"), "vllm")
+    assert obstacle.startswith("vLLM does not run gpt_neo models, merged or not: ")
+
+
+def test_vllm_check_names_what_transformers_runs(write, tmp_path):
+    adapter = on_base(write(), tmp_path / "base", model_type="ctrl")
+    note = "vLLM has no ctrl of its own, and runs it by transformers' code if at all: not examined"
+    assert check(adapter, "vllm") == ([], [note])
 
 
 def test_vllm_check_accepts_names_of_wrapper(write, tmp_path):

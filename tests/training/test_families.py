@@ -1,4 +1,6 @@
-"""Each family of models trains, generates, is measured and merged."""
+"""Each family of models trains, generates, is measured and merged: the table of docs/models.md."""
+
+import re
 
 import pytest
 
@@ -9,18 +11,40 @@ from lora_tuner.errors import ConfigError
 from lora_tuner.inference.generator import EncodedPrompt, Generator
 from lora_tuner.models.targets import resolve_target_modules
 
+from .. import family_table
 from ..model_families import CONTEXT, FAMILIES, make_family, save_family
 
 PRECISIONS = ({"dtype": "bfloat16"}, {"load_in": "8bit"}, {"load_in": "4bit"})
-DIFFERENT = ("mamba", "llama4_text", "deepseek_v3", "jamba")  # in what PEFT and kernels do with their layers
-REST = [family for family in FAMILIES if family not in DIFFERENT]
+QUICK = ("DeepSeek-V3", "Mamba")  # their layers differ most
+# Of the issue that asks for the table.
+REQUIRED = """gpt2 gpt_neox opt bloom falcon llama mistral qwen2 qwen3 qwen3_moe mixtral gpt_oss gemma2 gemma3_text phi3
+olmo2 smollm3 glm4 qwen3_5 deepseek_v3 mamba bamba"""
 
 
 @pytest.mark.parametrize(
-    "family", [*DIFFERENT, *(pytest.param(family, marks=pytest.mark.slow) for family in REST)]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in family_table.ROWS]
 )
-def test_family_trains_generates_and_merges(tmp_path, settings, family):
-    check_family(tmp_path, settings, family)
+def test_row_of_family_is_current(tmp_path, name):
+    text = family_table.PAGE.read_text(encoding="utf-8")
+    computed = family_table.compute_row(tmp_path, name)
+    assert family_table.read_rows(text)[name] == computed, f"run `python -m tests.family_table '{name}'`"
+
+
+def test_table_of_families_is_complete():
+    text = family_table.PAGE.read_text(encoding="utf-8")
+    rows = family_table.read_rows(text)
+    assert list(rows) == list(family_table.ROWS)
+    columns = [*family_table.COLUMNS, *family_table.LAYER_COLUMNS]
+    for name, row in rows.items():
+        assert [*row] == columns, name
+        assert all(row[column] for column in columns if column != "not adapted"), name
+        assert "no" not in row.values(), name  # without a reason
+    assert family_table.render(rows) in text  # numbered in order, no reason without a cell
+    tried = {model_type for model_type, _ in family_table.ROWS.values()}
+    assert tried == FAMILIES.keys()
+    assert tried >= {*REQUIRED.split()}
+    explained = re.findall(r"^\| ([^|]*) \| [^|]* \|$", text, re.MULTILINE)
+    assert explained[2:] == list(family_table.COLUMNS)
 
 
 @pytest.mark.slow
@@ -28,15 +52,6 @@ def test_family_trains_generates_and_merges(tmp_path, settings, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_works_in_low_precision(tmp_path, settings, family, precision):
     check_family(tmp_path, settings, family, **precision)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_family_generates_in_int8(tmp_path, family):
-    options = ModelOptions(base=str(save_family(tmp_path / family, family)), device="cpu", dtype="int8")
-    prompt = EncodedPrompt("", list(range(10, 30)))
-    output = Generator(options=options).generate(prompt, SamplingParams(max_new_tokens=2, greedy=True))
-    assert output.tokens == 2 or output.finished
 
 
 def check_family(tmp_path, settings, family, **precision):
