@@ -13,6 +13,7 @@ _CODE = re.compile(
 _NUMBER = re.compile(r"[-+]?[\d.,' \xa0\u202f]*\d[\d.,]*(?:[eE][-+]?\d+)?\s?[%\u20ac$\u00a3]?")
 _NESTED_TEXT = re.compile(r"\[.*\]|\{.*\}", re.DOTALL)  # JSON, or lists as Python writes them
 _LABEL_CHARS, _LABEL_SHARE = 40, 0.2  # longest label, and the most of the values that differ
+_SHOWN_COLUMNS = 20
 _CLEARLY_LONGER = 2.0  # times the length of any other column
 
 
@@ -29,28 +30,35 @@ def match_column(name: str, columns: Collection[str]) -> str | None:
 
 def similar_columns(name: str, columns: Collection[str]) -> list[str]:
     """Return the columns whose names differ from one by case or spaces alone."""
-    return [column for column in columns if is_same_name(column, name)]
+    folded = fold_name(name)
+    return [column for column in columns if fold_name(column) == folded]
 
 
 def is_same_name(one: str, other: str) -> bool:
     """Return whether two names differ by case or spaces alone, if at all."""
-    return "".join(one.split()).casefold() == "".join(other.split()).casefold()
+    return fold_name(one) == fold_name(other)
+
+
+def fold_name(name: str) -> str:
+    """Return a name without case and spaces."""
+    return "".join(name.split()).casefold()
 
 
 def describe_columns(columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> str:
     """Describe columns: name, kind of the values, and their average length."""
     described: list[str] = []
-    for column in columns[:20]:
+    for column in columns[:_SHOWN_COLUMNS]:
         length = round(average_length(rows, column))
         unit = "" if described else f" character{'s' * (length != 1)} on average"
         size = f", {length:,}{unit}" if length else ""
         described.append(f"'{column[:100]}' ({_kind(rows, column)}{size})")
-    rest = [*columns[20:]]
+    rest = [*columns[_SHOWN_COLUMNS:]]
     return format_names([*described, *rest])
 
 
 def likely_text(columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> str:
     """Return the column that looks like text: of texts, and far longer than any other; else ""."""
+    columns = columns[:_SHOWN_COLUMNS]
     lengths = {column: average_length(rows, column) for column in columns if _kind(rows, column) == "text"}
     longest = max(lengths, key=lengths.__getitem__, default="")
     others = [length for column, length in lengths.items() if column != longest]

@@ -8,7 +8,7 @@ from ..config import TrainConfig, is_conversation
 from ..errors import DataError
 from ..text import format_names, shorten
 from . import chat
-from .columns import are_codes, describe_columns, is_nested, is_same_name, likely_text, strings
+from .columns import are_codes, describe_columns, fold_name, is_nested, is_same_name, likely_text, strings
 from .folders import has_columns
 from .readers import PEEKED_ROWS, Row, Table
 from .row_readers import (
@@ -195,8 +195,7 @@ def _find_columns(table: Table, format: str, rows: list[Row]) -> Layout | None:
     if {"prompt", "completion"} <= set(table.columns):
         return Layout(format, "prompt", "completion")
     prompts, answers = (
-        [column for column in table.columns if any(is_same_name(column, name) for name in names)]
-        for names in (_PROMPTS, _ANSWERS)
+        [column for column in table.columns if fold_name(column) in names] for names in (_PROMPTS, _ANSWERS)
     )
     return Layout(format, prompts[0], answers[0]) if len(prompts) == len(answers) == 1 else None
 

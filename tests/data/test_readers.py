@@ -68,7 +68,8 @@ def test_txt_with_blank_lines_splits_paragraphs(load, blank):
     dataset = load("a.txt", "\n" + blank.join(f"{text}\nsecond line" for text in TEXTS) + "\n\n")
     assert rows(dataset) == sorted(f"{text} second line" for text in TEXTS)
     assert [notice.rpartition("/")[2] for notice in load.notices] == [
-        "a.txt: blank lines separate rows. Use --txt-rows to change this."
+        "a.txt: blank lines separate rows. Use --txt-rows to change this.",
+        "a.txt have line breaks, which become spaces (--clean full). --clean lines keeps them, as in poems.",
     ]
 
 

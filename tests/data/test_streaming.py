@@ -274,7 +274,7 @@ def test_folder_streams_file_by_file(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n7\n', "line 2 is neither a JSON object nor a string"),
         ("a.csv", b"text,n\na,1\nb\n", "its header has 2 fields, line 3 has 1"),
         ("a.jsonl", b'\n ["one",\n"two"]', "it is a JSON array"),
-        ("a.csv", b"text;n\na;1\n", "its delimiter is ';', and a .csv file needs ','"),
+        ("a.csv", b"a, b;c\nx, 1;5\n", "its first lines do not tell its delimiter"),
         (
             "a.jsonl",
             b'{"title": "a"}\n' * 100 + b'{"body": "b"}',
@@ -283,7 +283,7 @@ def test_folder_streams_file_by_file(tmp_path):
         ("a.csv", b"text,text\na,1\n", "its header names a column twice: text, text"),
         ("a.csv", b'text\n"a" b\n', "',' expected after '\"'"),
         ("a.txt", b"one\n\0\n", "byte 4 is null"),
-        ("a.txt", b"one\n\xff\n", "byte 4 is not UTF-8: save it as UTF-8 text"),
+        ("a.txt", b"one\n\x81\n", "byte 4 is not UTF-8: name its encoding with --encoding"),
         ("a.parquet", b"no parquet", "cannot be read"),
     ],
 )
