@@ -85,10 +85,12 @@ def format_rows(rows: int, groups: int | None = None) -> str:
 
 def format_gain(gain: float, standard_error: float | None, digits: str = ".4f") -> str:
     """Format a gain with its standard error, which is None for a single row, group or document."""
-    error = (
-        "(no error: one row or group)" if standard_error is None else f"± {standard_error:{digits.lstrip('+')}}"
-    )
-    return f"{gain:{digits}} {error}"
+    if standard_error is None:
+        return f"{gain:{digits}} (no error: one row or group)"
+    error = f"{standard_error:{digits.lstrip('+')}}"
+    if standard_error > 0 and float(error) == 0:
+        error = f"<{error[:-1]}1"  # too small for the digits, but not nothing
+    return f"{gain:{digits}} ± {error}"
 
 
 def format_share(share: float) -> str:

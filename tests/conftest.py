@@ -67,7 +67,7 @@ def pytest_collection_finish() -> None:
 
 
 def prepare_process() -> None:
-    """Use one thread, as tiny models gain nothing from more; float32 on any CPU; and empty training curves.
+    """Use one thread, as tiny models gain nothing from more; float32 on any CPU; and empty pictures.
 
     Drawing takes a third of a tiny run; tests/adapters/test_plots.py draws them.
     """
@@ -80,6 +80,7 @@ def prepare_process() -> None:
     torch.set_num_threads(1)
     memory.bfloat16_speedup = lambda: 1.0
     plots.plot_loss = lambda history, manifest, to: Figure((1, 1)).savefig(to, format="png")
+    plots.plot_sweep = lambda points, base_loss, recommended, to: Figure((1, 1)).savefig(to, format="png")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,16 +2,21 @@
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from ..config import MAX_COUNT
 from ..errors import AdapterError
-from ..text import display_name, format_gain
+from ..text import display_name, format_gain, shorten
 from .manifest import EvalResult, Manifest
 
+if TYPE_CHECKING:
+    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
+
 MAX_METRICS_BYTES = 50_000_000
+_SWEEP_LABELS = ("size (MB)", "training time (s)")
 
 
 def write_metrics(history: Sequence[Mapping[str, float]], path: Path) -> None:
@@ -87,10 +92,10 @@ def plot_gains(
 
     gains = np.array([[np.nan if cell is None else cell.gain for cell in row] for row in cells])
     limit = float(np.nanmax(np.abs(gains))) if np.isfinite(gains).any() else 0.0
-    title = f"Gain over {display_name(base)} (nats per token)"
+    title = f"Gain over {display_name(base)} (nats per token)\nbelow zero: worse than the base"
     columns = [display_name(name) for name in sets]
     label_inches = 0.1 * max(map(len, [*adapters, *columns]))
-    width = 2.2 + label_inches + max(1.1 * len(sets), 0.08 * len(title))
+    width = 2.2 + label_inches + max(1.1 * len(sets), 0.08 * max(map(len, title.split("\n"))))
     height = 1.8 + label_inches + 0.6 * len(adapters)
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     axes = figure.subplots()
@@ -99,7 +104,7 @@ def plot_gains(
         for x, cell in enumerate(row):
             text = "missing"
             if cell is not None:
-                text = format_gain(cell.gain, cell.standard_error, "+.3f").replace(" ", "\n", 1)
+                text = format_gain(cell.gain, cell.standard_error, "+.2f").replace(" ", "\n", 1)
             color = "white" if cell is not None and abs(cell.gain) > 0.6 * limit else "black"
             axes.text(x, y, text, ha="center", va="center", fontsize=8, color=color)
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", parse_math=False)
@@ -111,59 +116,127 @@ def plot_gains(
 
 
 def plot_spectra(spectra: Mapping[str, Sequence[float]], ranks: Mapping[str, int], to: Path | IO[bytes]) -> None:
-    """Plot the squared singular values of each layer's update as shares of their sum.
+    """Plot the squared singular values of the layers' updates as shares of each layer's sum: for
+    each kind of layer the median as a line and the quartiles as a band.
 
     Args:
         spectra: layer -> squared singular values, largest first.
-        ranks: layer -> rank it was truncated to, marked by a dot; empty for none.
+        ranks: layer -> rank it was truncated to; its median is marked by a dot. Empty for none.
         to: the PNG file to write.
     """
+    import numpy as np
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7, 4), dpi=120)
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    kinds = sorted({module.rpartition(".")[2] for module in spectra})
-    colors = {kind: colormaps["tab10"](number % 10) for number, kind in enumerate(kinds)}
-    labelled: set[str] = set()
-    for module, squares in spectra.items():
-        kind, total = module.rpartition(".")[2], sum(squares)
-        shares = [square / total for square in squares]
-        label = None if kind in labelled else kind
-        axes.plot(range(1, len(shares) + 1), shares, color=colors[kind], label=label, linewidth=0.7, alpha=0.6)
-        if module in ranks:
-            axes.plot(ranks[module], shares[ranks[module] - 1], "o", markersize=2.5, color=colors[kind])
-        labelled.add(kind)
+    for number, (kind, layers) in enumerate(_layers_by_kind(spectra).items()):
+        color = colormaps["tab10"](number % 10)
+        shares = np.zeros((len(layers), max(len(spectra[layer]) for layer in layers)))
+        for row, layer in enumerate(layers):  # a layer of lower rank has no energy beyond it
+            shares[row, : len(spectra[layer])] = np.array(spectra[layer]) / sum(spectra[layer])
+        lower, median, upper = np.quantile(shares, [0.25, 0.5, 0.75], axis=0)
+        x = np.arange(1, shares.shape[1] + 1)
+        label = f"{kind} ({len(layers)} layer{'s' * (len(layers) != 1)}"
+        if kept := [ranks[layer] for layer in layers if layer in ranks]:
+            # Of an even number of layers the lower middle: an energy lies at a whole rank alone.
+            middle = sorted(kept)[(len(kept) - 1) // 2]
+            axes.plot(middle, median[middle - 1], "o", markersize=5, color=color)
+            label += f", rank {_format_span(kept)}"
+        axes.fill_between(x, lower, upper, alpha=0.15, linewidth=0, color=color)
+        line = "-" if number < 10 else "--"
+        axes.plot(x, median, line, linewidth=1.5, label=f"{label})", color=color)
     axes.set(xlabel="singular value", ylabel="share of the layer's energy", yscale="log")
-    axes.set_title("Singular values of the LoRA updates" + (" (dots: rank kept)" if ranks else ""))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    title = "Singular values of the LoRA updates: median and quartiles of each kind of layer"
+    axes.set_title(title + ("\ndot: median of the ranks kept" if ranks else ""), fontsize=10)
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(to, metadata={"Software": None})
+    figure.savefig(to, format="png", metadata={"Software": None})
 
 
-def plot_sweep(
-    trials: Sequence[tuple[str, int, float, float]], base_loss: float, recommended: str, to: Path | IO[bytes]
-) -> None:
-    """Plot held-out loss against size and against training time, with the recommended adapter
-    highlighted.
+def _layers_by_kind(layers: Iterable[str]) -> dict[str, list[str]]:
+    """Group layers by the last part of their names, such as `q_proj`."""
+    kinds: dict[str, list[str]] = {}
+    for layer in layers:
+        kinds.setdefault(layer.rpartition(".")[2], []).append(layer)
+    return dict(sorted(kinds.items()))
+
+
+def _format_span(numbers: Collection[int]) -> str:
+    smallest, largest = min(numbers), max(numbers)
+    return f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
+
+
+class SweepPoint(NamedTuple):
+    """One trial of a sweep. `standard_error` is that of the gap to the best trial, paired by rows;
+    None if it is unknown."""
+
+    name: str
+    bytes: int
+    seconds: float
+    loss: float
+    standard_error: float | None
+
+
+def plot_sweep(points: Sequence[SweepPoint], base_loss: float, recommended: str, to: Path | IO[bytes]) -> None:
+    """Plot held-out loss against size and against training time, with the base as a line and the
+    recommended adapter highlighted.
 
     Args:
-        trials: (name, bytes, seconds, held-out loss) of each adapter.
+        points: one of each adapter.
         base_loss: held-out loss of the base.
         recommended: name of the adapter to keep.
         to: the PNG file to write.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
-    size_axes, time_axes = figure.subplots(1, 2, sharey=True)
-    for name, size, seconds, loss in trials:
-        for axes, x in ((size_axes, size / 1e6), (time_axes, seconds)):
-            axes.plot(x, loss, "o", color="tab:orange" if name == recommended else "tab:blue")
-            axes.annotate(name, (x, loss), xytext=(4, 4), textcoords="offset points", fontsize=8)
-    for axes, label in ((size_axes, "size (MB)"), (time_axes, "training time (s)")):
-        axes.set(xlabel=label, xmargin=0.15, ymargin=0.15)
+    figure = Figure(figsize=(10, 4.5), dpi=120, layout="constrained")
+    highest = max(point.loss + (point.standard_error or 0.0) for point in points)
+    lowest = min(point.loss - (point.standard_error or 0.0) for point in points)
+    # A base far from all points has a strip of its own, so that their differences can be seen.
+    far = base_loss - highest > highest - lowest
+    rows = figure.subplots(
+        1 + far, 2, sharex="col", sharey="row", squeeze=False, height_ratios=[1, 6] if far else [1]
+    )
+    labels: list[list[Annotation]] = []
+    for (base_axes, axes), label in zip(zip(rows[0], rows[-1], strict=True), _SWEEP_LABELS, strict=True):
+        base_axes.axhline(base_loss, color="0.5", linestyle="--", label=f"base {base_loss:.3f}")
+        axes.set(xlabel=label, xmargin=0.05, ymargin=0.12)
+        labels.append([])
+        for point in sorted(points, key=lambda point: point.loss):
+            x = point.bytes / 1e6 if label == _SWEEP_LABELS[0] else point.seconds
+            color = "tab:orange" if point.name == recommended else "tab:blue"
+            axes.errorbar(x, point.loss, yerr=point.standard_error or 0.0, fmt="o", capsize=4, color=color)
+            text = f"{shorten(point.name, 24)} {point.loss:.3f}"
+            labels[-1].append(
+                axes.annotate(
+                    text, (x, point.loss), (6, 3), textcoords="offset points", fontsize=8, parse_math=False
+                )
+            )
+        left, right = axes.get_xlim()
+        axes.set_xlim(right=right + 0.35 * (right - left))  # room for the last label
         axes.spines[["top", "right"]].set_visible(False)
-    size_axes.set(ylabel="held-out loss (nats per token)")
-    figure.suptitle(f"Base: {base_loss:.4f}. Recommended: {recommended}", fontsize=10, parse_math=False)
+        if far:
+            base_axes.spines[["top", "right", "bottom"]].set_visible(False)
+            base_axes.tick_params(bottom=False)
+            base_axes.set_yticks([base_loss], [f"{base_loss:.3f}"])
+    rows[-1][0].set(ylabel="held-out loss (nats per token)")
+    rows[0][0].legend(frameon=False, fontsize=8)
+    title = f"Recommended: {recommended} (orange). Bars: standard error of the gap to the best"
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    figure.draw_without_rendering()  # which gives the labels their places
+    for panel in labels:
+        _part_labels(panel)
     figure.savefig(to, format="png", metadata={"Software": None})
+
+
+def _part_labels(labels: Sequence["Annotation"]) -> None:
+    """Move labels, which come from the lowest to the highest point, up until none covers another."""
+    boxes: list[Bbox] = []
+    for label in labels:
+        while any(box.overlaps(label.get_window_extent()) for box in boxes):
+            x, y = label.xyann
+            label.xyann = (x, y + 2)
+        boxes.append(label.get_window_extent())

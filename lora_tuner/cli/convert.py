@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..adapters.adapter import SPECTRUM_FILE
 from ..adapters.library import Library
 from ..adapters.model_card import format_ranks
 from ..config import MAX_RANK, Dtype, ModelOptions, TrainConfig
 from ..errors import ConfigError
 from ..text import format_bytes, format_gain, one_line
-from .display import print_result, show_json
+from .display import print_picture, print_result, show_json
 from .options import (
     DEFAULT_ADAPTERS_DIR,
     EVAL_SET_FIELDS,
@@ -263,6 +264,7 @@ def _show_compress(compressed: "CompressResult") -> None:
         )
     else:
         print("not evaluated")
+    print_picture(compressed.adapter.path / SPECTRUM_FILE, "singular values of each kind of layer")
 
 
 def _format_range(numbers: tuple[int, ...]) -> str:

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import typer
@@ -143,6 +144,11 @@ def _format_loss(result: EvalResult | None) -> str:
 
 def print_result(result: EvalResult | None, sources: Sequence[SourceInfo] = ()) -> None:
     print(*format_result(result, sources), sep="\n")
+
+
+def print_picture(path: Path, shows: str) -> None:
+    """Say where the picture of a result is."""
+    print(one_line(f"picture: {path} ({shows})"))
 
 
 def show_fields(fields: Mapping[str, object]) -> None:

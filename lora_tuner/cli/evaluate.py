@@ -10,8 +10,8 @@ from .. import atomic_io
 from ..adapters.library import Library
 from ..config import ModelOptions, TrainConfig
 from ..errors import ConfigError
-from ..text import format_gain, one_line
-from .display import BASE_LABEL, print_stderr, print_table, show_json, stdout_console
+from ..text import display_name, format_gain, one_line
+from .display import BASE_LABEL, print_picture, print_stderr, print_table, show_json, stdout_console
 from .options import (
     DEFAULT_ADAPTERS_DIR,
     EVAL_SET_FIELDS,
@@ -88,7 +88,12 @@ def evaluate(
                 matrix.cells,
                 file,
             )
-    show_json(matrix.to_dict()) if as_json else show_gains(matrix)
+    if as_json:
+        show_json(matrix.to_dict())
+        return
+    show_gains(matrix)
+    if plot:
+        print_picture(plot, "gain of each adapter on each held-out set")
 
 
 def show_gains(matrix: "GainMatrix") -> None:
@@ -96,17 +101,18 @@ def show_gains(matrix: "GainMatrix") -> None:
     base_losses = []
     for column in zip(*matrix.cells, strict=True):
         cell = next((cell for cell in column if cell), None)
-        base_losses.append(f"{cell.base_loss:.4f} ({cell.perplexities[0]:.2f})" if cell else "")
+        base_losses.append(f"{cell.base_loss:.2f} ({cell.perplexities[0]:.2f})" if cell else "")
     losses, gains = [[BASE_LABEL, *base_losses]], []
     for name, row in zip(matrix.adapters, matrix.cells, strict=True):
-        losses.append([name, *(f"{cell.loss:.4f} ({cell.perplexities[1]:.2f})" if cell else "" for cell in row)])
+        losses.append([name, *(f"{cell.loss:.2f} ({cell.perplexities[1]:.2f})" if cell else "" for cell in row)])
         gains.append(
-            [name, *(format_gain(cell.gain, cell.standard_error, "+.4f") if cell else "" for cell in row)]
+            [name, *(format_gain(cell.gain, cell.standard_error, "+.2f") if cell else "" for cell in row)]
         )
     columns = [f"{eval_set.name}\n{eval_set.format_rows()}" for eval_set in matrix.sets]
     print("held-out loss in nats per token (perplexity) on each held-out set")
     _print_matrix(losses, columns)
-    print(f"\nimprovement over {one_line(matrix.base)} (loss, ± standard error); negative: worse than the base")
+    base = one_line(display_name(matrix.base))
+    print(f"\ngain over {base} (loss, ± standard error); below zero: worse than the base")
     _print_matrix(gains, columns)
     for eval_set in matrix.sets:
         if eval_set.missing:
@@ -142,7 +148,8 @@ def _print_matrix(rows: Sequence[Sequence[str]], columns: Sequence[str]) -> None
     """Print the columns that have values; on a narrow terminal, a line per cell."""
     present = [index for index in range(len(columns)) if any(row[index + 1] for row in rows)]
     names = [column.partition("\n")[0] for column in columns]
-    widths = [max(map(len, cells)) + 2 for cells in zip(*rows, ("", *names), strict=True)]
+    headers = [("", *lines) for lines in zip(*(column.partition("\n")[::2] for column in columns), strict=True)]
+    widths = [max(map(len, cells)) + 2 for cells in zip(*rows, *headers, strict=True)]
     if sum(widths) <= stdout_console().width:
         header = ("", *(columns[index] for index in present))
         print_table([(row[0], *(row[index + 1] for index in present)) for row in rows], header)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .. import distributed
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import LOSS_PLOT_FILE, Adapter
 from ..adapters.manifest import RateProbe
 from ..config import METHODS, TrainConfig
 from ..errors import ConfigError
 from ..settings_files import expand_sweep, resolve_settings
 from ..text import describe_coverage, format_bytes, format_duration, format_gain, format_share
-from .display import print_result, print_table, show_json
+from .display import print_picture, print_result, print_table, show_json
 from .options import JsonOption, Overrides, display, settings_options
 from .preview import show_preview
 
@@ -94,6 +94,7 @@ def _show_trained(adapter: Adapter) -> None:
         _show_probe(run.probe)
     print(f"{adapter.path}  {format_bytes(adapter.bytes)}, {run.steps:,} steps in {format_duration(run.seconds)}")
     print_result(adapter.manifest.result, adapter.manifest.data.sources if adapter.manifest.data else [])
+    print_picture(adapter.path / LOSS_PLOT_FILE, "losses of the run")
 
 
 def _show_probe(probe: RateProbe) -> None:
@@ -130,7 +131,8 @@ def _show_sweep(result: "SweepResult") -> None:
     print_table(
         rows, ("adapter", "rank", "learning rate", "held-out loss", "gap to the best", "size", "training")
     )
-    print(f"base: held-out loss {result.base_loss:.4f}; plot: {result.folder / 'sweep.png'}")
+    print(f"base: held-out loss {result.base_loss:.4f}")
+    print_picture(result.folder / "sweep.png", "held-out loss against size and training time")
     why = "the smallest within a standard error of the best"
     if any(trial.standard_error is None for trial in result.trials):
         why = "the best; one held-out row, group or document gives no standard error, so a smaller one may be as good"

@@ -286,7 +286,7 @@ def _run_trials(
         text = json.dumps(result.to_dict(), indent=2) + "\n"
         (work / paths.SWEEP_RESULT_FILE).write_text(text, encoding="utf-8")
         points = [
-            (trial.name, trial.bytes, trial.seconds, trial.loss)
+            plots.SweepPoint(trial.name, trial.bytes, trial.seconds, trial.loss, trial.standard_error)
             for trial in result.trials
             if trial.loss is not None
         ]

@@ -10,7 +10,7 @@ from PIL import Image
 from lora_tuner import EvalSet, GainMatrix
 from lora_tuner.adapters import plots
 from lora_tuner.adapters.manifest import EvalResult
-from lora_tuner.adapters.plots import plot_loss  # the session leaves it empty elsewhere
+from lora_tuner.adapters.plots import plot_loss, plot_sweep  # the session leaves them empty elsewhere
 from lora_tuner.errors import AdapterError
 
 from .. import adapter_files
@@ -172,10 +172,10 @@ def test_gain_plot_cell_texts(tmp_path, monkeypatch):
     monkeypatch.setattr(Axes, "text", record)
     plot_gains(tmp_path, gains([0.5, None], [-0.25, 0.0]))
     assert texts == {
-        (0, 0): "+0.500\n± 0.010",
+        (0, 0): "+0.50\n± 0.01",
         (0, 1): "missing",
-        (1, 0): "-0.250\n± 0.010",
-        (1, 1): "+0.000\n± 0.010",
+        (1, 0): "-0.25\n± 0.01",
+        (1, 1): "+0.00\n± 0.01",
     }
 
 
@@ -216,23 +216,85 @@ def test_gain_plot_hides_local_paths(tmp_path, monkeypatch):
     monkeypatch.setattr(Axes, "set_xticks", lambda self, ticks, labels, **_: shown.append(labels))
     monkeypatch.setattr(Axes, "set_title", lambda self, title, **_: shown.append(title))
     plot_gains(tmp_path, gains([0.1], sets=[str(tmp_path / "films.csv")], base=str(tmp_path / "mine")))
-    assert shown == [["films.csv"], "Gain over mine (nats per token)"]
+    assert shown == [["films.csv"], "Gain over mine (nats per token)\nbelow zero: worse than the base"]
 
 
-def test_spectrum_plot_marks_truncation(tmp_path):
-    spectra = {"h.0.c_attn": [4.0, 1.0, 0.0], "h.0.c_fc": [2.0]}
-    plots.plot_spectra(spectra, {"h.0.c_attn": 2, "h.0.c_fc": 1}, tmp_path / "spectrum.png")
-    pixels = pixels_of(tmp_path / "spectrum.png")
-    assert share(pixels, BLUE) > 0.00003
-    assert share(pixels, ORANGE) > 0.00001
+@pytest.fixture
+def saved(monkeypatch):
+    """Collect the figures that are saved."""
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (save(self, *a, **k), figures.append(self)))
+    return figures
+
+
+def test_spectrum_plot_shows_median_and_quartiles(saved):
+    """210 layers of seven kinds are seven lines and seven bands."""
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    spectra = {f"layers.{layer}.{kind}": [31.0 + layer, 31.0 - layer] for layer in range(30) for kind in kinds}
+    plots.plot_spectra(spectra, {}, io.BytesIO())
+    axes = saved[0].axes[0]
+    labels = [f"{kind} (30 layers)" for kind in sorted(kinds)]
+    assert [line.get_label() for line in axes.lines] == labels
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == labels
+    assert len(axes.collections) == 7
+    shares = (31 + np.arange(30)) / 62
+    assert axes.lines[0].get_ydata() == pytest.approx([np.median(shares), 1 - np.median(shares)])
+    lower, upper = (np.quantile(shares, share) for share in (0.25, 0.75))
+    band = axes.collections[0].get_paths()[0].vertices
+    assert {*band[band[:, 0] == 1, 1].round(6)} == {lower.round(6), upper.round(6)}
+
+
+def test_spectrum_plot_marks_truncation(saved):
+    spectra = {"h.0.c_attn": [4.0, 1.0, 0.0], "h.1.c_attn": [3.0, 1.0, 1.0], "h.0.c_fc": [2.0]}
+    plots.plot_spectra(spectra, {"h.0.c_attn": 1, "h.1.c_attn": 3, "h.0.c_fc": 1}, io.BytesIO())
+    axes = saved[0].axes[0]
+    dots = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "o"]
+    assert dots == [[[1, pytest.approx(0.7)]], [[1, 1]]]
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend == ["c_attn (2 layers, rank 1 to 3)", "c_fc (1 layer, rank 1)"]
+
+
+def test_spectrum_plot_of_unequal_ranks(saved):
+    """A layer of a lower rank has no energy in the singular values that others have beyond it."""
+    plots.plot_spectra({"0.q": [3.0, 1.0], "1.q": [5.0], "2.q": [3.0, 1.0]}, {}, io.BytesIO())
+    assert saved[0].axes[0].lines[0].get_ydata() == pytest.approx([0.75, 0.25])
+
+
+POINTS = [
+    plots.SweepPoint("r$2$", 1_000_000, 20.0, 3.5, 0.02),
+    plots.SweepPoint("r4", 2_000_000, 21.0, 3.49, 0.0),
+    plots.SweepPoint("r8", 2_000_000, 21.0, 3.49, None),
+]
+
+
+@pytest.mark.parametrize(("base", "panels"), [(3.85, 4), (3.5, 2), (3.4, 2)], ids=["far", "near", "below"])
+def test_sweep_plot_shows_base_errors_labels(saved, base, panels):
+    """A base far above all trials has a strip of its own, so that their bars can be seen."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_sweep(POINTS, base, "r4", io.BytesIO())
+    axes = saved[0].axes
+    assert len(axes) == panels
+    lines = [line for line in axes[0].lines if line.get_label() == f"base {base:.3f}"]
+    assert [*lines[0].get_ydata()] == [base, base]
+    assert axes[0].get_ylim()[0] < base < axes[0].get_ylim()[1]
+    trials = axes[-1]
+    bars = [bar.get_segments()[0][:, 1] for bar in trials.collections]
+    assert np.array(bars) == pytest.approx(np.array([[3.49, 3.49], [3.49, 3.49], [3.48, 3.52]]))
+    assert [text.get_text() for text in trials.texts] == ["r4 3.490", "r8 3.490", "r$2$ 3.500"]
+    boxes = [text.get_window_extent() for text in trials.texts]
+    assert not any(boxes[one].overlaps(boxes[other]) for one, other in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_sweep_plot_of_single_trial(saved):
+    plot_sweep(POINTS[2:], 3.49, "r8", io.BytesIO())
+    assert len(saved[0].axes) == 2
 
 
 @pytest.mark.parametrize("name", ["reviews", "$_{$", "a" * 64])
-def test_gain_plot_fits_long_names(tmp_path, monkeypatch, name):
-    from matplotlib.figure import Figure
-
-    saved, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (save(self, *a, **k), saved.append(self)))
+def test_gain_plot_fits_long_names(tmp_path, saved, name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         draw(gains([0.1], adapters=[name], sets=[name]), tmp_path / "x.png")
@@ -273,9 +335,3 @@ def test_read_invalid_metrics_fails(tmp_path, text):
         path.write_text(text)
     with pytest.raises(AdapterError, match=re.escape(f"{path} has no loss curve: ")):
         plots.read_metrics(path)
-
-
-def test_spectrum_plot_without_truncation(tmp_path):
-    plots.plot_spectra({"h.0.c_attn": [4.0, 1.0]}, {}, buffer := io.BytesIO())
-    plots.plot_spectra({"h.0.c_attn": [4.0, 1.0]}, {"h.0.c_attn": 2}, tmp_path / "cut.png")
-    assert share(pixels_of(buffer), BLUE) < share(pixels_of(tmp_path / "cut.png"), BLUE)

@@ -1,6 +1,7 @@
 import datetime
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -304,6 +305,19 @@ def test_groups_are_shown_beside_rows(capsys, wide, tmp_path):
     assert printed(capsys).count("200 rows in 3 groups") == 6
     matrix = GainMatrix("base", ["a"], [EvalSet("rows", ["a", "b"], groups=[0, 0])], [[result]])
     assert "<small>2 rows in 1 group</small>" in html.gains(matrix)
+
+
+def test_results_say_where_pictures_are(capsys, wide, tmp_path):
+    adapter = load_adapter_folder(adapter_files.write(tmp_path / "a", facts=adapter_files.manifest()))
+    train._show_trained(adapter)
+    train._show_sweep(SweepResult("s", 3.0, [Trial("s-2", 2, 1e-3, 2.0)], "s-2", Path("runs/s.sweep")))
+    comparison = OutputComparison(0.0, 0.0, 1.0, None, 1)
+    convert._show_compress(CompressResult(adapter, {"c": (4, 2)}, (9, 5), {}, 0.0, comparison, None))
+    assert [line for line in printed(capsys).splitlines() if line.startswith("picture: ")] == [
+        f"picture: {tmp_path}/a/loss.png (losses of the run)",
+        "picture: runs/s.sweep/sweep.png (held-out loss against size and training time)",
+        f"picture: {tmp_path}/a/spectrum.png (singular values of each kind of layer)",
+    ]
 
 
 @pytest.mark.parametrize("columns", ["40", "1000"])

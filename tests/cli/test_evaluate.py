@@ -4,8 +4,13 @@ import json
 import re
 from pathlib import Path
 
-from lora_tuner import ModelOptions, evaluate, evaluation
+import pytest
+
+from lora_tuner import EvalSet, GainMatrix, ModelOptions, evaluate, evaluation
 from lora_tuner.adapters import plots
+from lora_tuner.adapters.manifest import EvalResult
+from lora_tuner.cli.evaluate import show_gains
+from lora_tuner.text import format_gain
 
 from .. import tiny_models
 from .test_commands import error, other_base, run
@@ -13,11 +18,11 @@ from .test_compare import flat
 
 
 def loss(cell):
-    return f"{cell['loss']:.4f} ({cell['perplexity']:.2f})"
+    return f"{cell['loss']:.2f} ({cell['perplexity']:.2f})"
 
 
 def gain(cell):
-    return f"{cell['gain']:+.4f} ± {cell['standard_error']:.4f}"
+    return format_gain(cell["gain"], cell["standard_error"], "+.2f")
 
 
 def test_evaluate_output(two, gpt2, columns):
@@ -26,7 +31,7 @@ def test_evaluate_output(two, gpt2, columns):
     assert facts == json.loads(json.dumps(evaluate(two, options=ModelOptions(device="cpu")).to_dict()))
     (first, second), (third, fourth) = (row["results"] for row in facts["adapters"])
     base = [
-        f"{cell['base_loss']:.4f} ({evaluation.EvalResult(**_figures(cell)).perplexities[0]:.2f})"
+        f"{cell['base_loss']:.2f} ({evaluation.EvalResult(**_figures(cell)).perplexities[0]:.2f})"
         for cell in (first, second)
     ]
     shown = [line.rstrip() for line in run("evaluate", "noir", "verse").stdout.splitlines()]
@@ -38,7 +43,7 @@ def test_evaluate_output(two, gpt2, columns):
         ["noir", loss(first), loss(second)],
         ["verse", loss(third), loss(fourth)],
         [""],
-        [f"improvement over {gpt2} (loss, ± standard error); negative: worse than the base"],
+        [f"gain over {gpt2.name} (loss, ± standard error); below zero: worse than the base"],
         ["", "noir", "verse"],
         ["", "6 rows", "7 rows"],
         ["noir", gain(first), gain(second)],
@@ -51,7 +56,7 @@ def _figures(cell):
 
 
 def test_evaluate_on_narrow_terminal(two, columns):
-    columns(38)
+    columns(34)
     facts = json.loads(run("evaluate", "noir", "verse", "--json").stdout)
     (first, second), (third, fourth) = (row["results"] for row in facts["adapters"])
     shown = [re.split(r" {2,}", line.rstrip()) for line in run("evaluate", "noir", "verse").stdout.splitlines()]
@@ -70,9 +75,29 @@ def test_evaluate_on_narrow_terminal(two, columns):
     ]
 
 
+@pytest.mark.parametrize(
+    ("names", "groups"), [(["praise", "pan", "both"], 1), (["a" * 64, "b" * 64], 1), (["a", "b", "c"], 10_000)]
+)
+def test_gains_fit_80_columns(capsys, columns, names, groups):
+    """Long names and many groups take a line for each cell."""
+    columns(80)
+    gain = EvalResult(base_loss=3.75, loss=3.5004, gain=0.2496, standard_error=0.0124, rows=9, tokens=99)
+    small = EvalResult(base_loss=3.75, loss=3.77, gain=-0.02, standard_error=0.0004, rows=9, tokens=99)
+    numbers = [] if groups == 1 else [*range(groups)]
+    sets = [EvalSet(name, ["a row"] * groups, groups=numbers) for name in names]
+    show_gains(GainMatrix("smollm2-135m", names, sets, [[gain, *[small] * (len(names) - 1)]] * len(names)))
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "\ngain over smollm2-135m (loss, ± standard error); below zero: worse than the base\n" in shown
+    assert "+0.25 ± 0.01" in shown
+    assert "-0.02 ± <0.01" in shown
+    assert "3.50 (33.13)" in shown
+
+
 def test_evaluate_writes_plot(two, tmp_path):
     shown = run("evaluate", "noir", "verse", "--plot", "gains.png").stdout
     assert shown.startswith("held-out loss in nats per token")
+    assert shown.splitlines()[-1] == "picture: gains.png (gain of each adapter on each held-out set)"
     drawn = (tmp_path / "gains.png").read_bytes()
     matrix = evaluate(two, options=ModelOptions(device="cpu"))
     names = [rows.name for rows in matrix.sets]
