@@ -383,7 +383,7 @@ class TrainConfig(_Settings):
         "by commas: one run each. probe: the best by held-out loss of a few short runs around the "
         "default, which cost at most a fifth of the run.",
         "Training",
-        "measured on the base and the first sequences",
+        "measured on the base with some of the data",
     )
     schedule: Literal["linear", "cosine", "constant"] = _setting(
         "linear", "Learning rate schedule after the warmup.", "Training"

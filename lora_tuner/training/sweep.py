@@ -20,7 +20,7 @@ from .. import atomic_io, distributed, evaluation
 from ..adapters import plots
 from ..adapters.adapter import RUN_FILE, Adapter, read_manifest, validate_name, verify_adapter
 from ..adapters.library import Library
-from ..config import PROBE, STOP_RULES, SWEEPABLE, ModelOptions, TrainConfig
+from ..config import STOP_RULES, SWEEPABLE, ModelOptions, TrainConfig
 from ..data.sources import resolve_eval_dataset
 from ..errors import (
     AdapterError,
@@ -44,7 +44,7 @@ from .setup import TrainingSetup, adapter_name, prepare_training
 class Trial:
     """One run of a sweep.
 
-    `loss` is None if it diverged, `learning_rate` too if a probe chose it; `gap` is to the best,
+    `loss` is None if it diverged, `learning_rate` too if it was not given; `gap` is to the best,
     paired."""
 
     name: str
@@ -375,8 +375,8 @@ def _measure_trials(
     for trial in trials:
         trial_name = str(trial.name)
         if trial_name not in adapters:
-            rate = trial.learning_rate or first.learning_rate
-            results.append(Trial(trial_name, trial.rank, None if rate == PROBE else rate))
+            rate = trial.learning_rate
+            results.append(Trial(trial_name, trial.rank, rate if isinstance(rate, float) else None))
         else:
             adapter, loss = adapters[trial_name], held_out[trial_name]
             config = resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE)

@@ -1,14 +1,16 @@
 """The default learning rate: measured on the base, without a trace in weights or random numbers."""
 
+import re
 import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lora_tuner import Notice, plan, train
+from lora_tuner import Notice, plan, resume, train
+from lora_tuner.models import lora
 from lora_tuner.training import learning_rate
-from lora_tuner.training.inputs import load_inputs
+from lora_tuner.training.inputs import TrainingInputs, load_inputs
 from lora_tuner.training.setup import prepare_training
 
 from .. import tiny_models
@@ -58,11 +60,41 @@ def test_measured_run_equals_run_with_rate(measured):
     adapter = train(measured(dropout=0.1, name="a"), told.append)
     (text,) = [event.text for event in told if isinstance(event, Notice) and "Learning rate" in event.text]
     rate = float(text.split()[2])
-    assert text.endswith("measured on the base with the first sequences.")
+    assert re.search(r" \(--learning-rate\), measured on the base in \d+ s\.$", text)
     assert weights(adapter) == weights(train(measured(dropout=0.1, name="b", learning_rate=rate)))
 
 
-def test_measuring_leaves_model_as_it_was(measured):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"method": method} for method in ("rslora", "dora", "pissa", "eva")),
+        {"rank": 256},
+        {"rank": 1, "target_modules": "transformer.h.1.attn.c_attn"},
+        {"dtype": "bfloat16"},
+        {"gradient_checkpointing": "on"},
+        {"streaming": True},
+    ],
+    ids=str,
+)
+def test_rate_of_each_kind_is_measured(measured, changes):
+    """And the run begins as with a given rate."""
+    states = []
+    for rate in (None, 1e-3):
+        setup = prepare_training(measured(learning_rate=rate, **changes))
+        assert setup.learning_rate_origin.startswith("as given" if rate else "measured on the base")
+        states.append(lora.adapter_state_dict(setup.model))
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_resumed_run_is_not_measured_anew(measured, stop_at, monkeypatch):
+    with stop_at(2, "/reviews"):
+        train(measured(save_every=1))
+    monkeypatch.setattr(learning_rate, "_best_step", None)
+    assert resume("reviews").manifest.run.steps == 6
+
+
+def test_measuring_leaves_model_as_it_was(measured, monkeypatch):
     config = measured(learning_rate=1e-3)
     inputs = load_inputs(config, print)
     setup = prepare_training(config, inputs=inputs)
@@ -70,14 +102,25 @@ def test_measuring_leaves_model_as_it_was(measured):
     state = torch.get_rng_state()
     learning_rate.default_learning_rate(setup, setup.model)
     assert torch.equal(state, torch.get_rng_state())
+    loss = TrainingInputs.loss
+    monkeypatch.setattr(TrainingInputs, "loss", lambda *of: loss(*of) * float("nan"))
+    rate, origin = learning_rate.default_learning_rate(setup, setup.model)
+    assert (rate, origin) == (2e-3, "from the method lora, as no step on the base lowers its loss")
     after = dict(setup.model.named_parameters())
     assert all(torch.equal(before, after[name]) and after[name].grad is None for name, before in trained.items())
 
 
-def test_rate_without_second_sequence(settings, monkeypatch):
-    monkeypatch.setattr(learning_rate, "_two_samples", lambda inputs: ([], []))
+@pytest.mark.parametrize(
+    ("name", "result", "why"),
+    [
+        ("_two_samples", ([], []), "measuring one takes two sequences"),
+        ("_best_step", None, "no step on the base lowers its loss"),
+    ],
+)
+def test_unmeasured_rate_is_of_method(settings, monkeypatch, name, result, why):
+    monkeypatch.setattr(learning_rate, name, lambda *of: result)
     estimate = plan(settings(learning_rate=None))
-    assert (estimate.learning_rate, estimate.learning_rate_origin) == (2e-3, "from the method lora")
+    assert (estimate.learning_rate, estimate.learning_rate_origin) == (2e-3, f"from the method lora, as {why}")
 
 
 def test_lowest_point_of_parabola():

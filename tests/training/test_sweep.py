@@ -6,11 +6,18 @@ import shutil
 import pytest
 
 from lora_tuner import Library, ModelOptions, TrainConfig, evaluate, evaluation, resume, train
-from lora_tuner.errors import AdapterError, ConfigError, Interrupted, TrainingError, WrongBaseError
+from lora_tuner.errors import (
+    AdapterError,
+    ConfigError,
+    DivergedError,
+    Interrupted,
+    TrainingError,
+    WrongBaseError,
+)
 from lora_tuner.models import loading
 from lora_tuner.models.resolve import find_base
 from lora_tuner.settings_files import expand_sweep, resolve_settings
-from lora_tuner.training import inputs, sweep
+from lora_tuner.training import inputs, sweep, trainer
 
 from .. import tiny_models
 from ..cli.test_commands import quick, run  # noqa: F401 - a fixture
@@ -151,6 +158,23 @@ def test_sweep_stopped_while_measuring_resumes(settings, monkeypatch):
     result = sweep.resume_sweep("reviews")
     assert [trial.name for trial in result.trials] == ["reviews-r2", "reviews-r4"]
     assert all(trial.loss < result.base_loss for trial in result.trials)
+
+
+@pytest.mark.parametrize("rate", [2e-3, None])
+def test_diverged_trial_has_rate_if_given(settings, monkeypatch, rate):
+    """That of another trial is not its own: each rank has a measured rate of its own."""
+    run_real = trainer.run_trainer
+
+    def run_trainer(setup, *places):
+        if setup.config.rank == 2:
+            raise DivergedError("The loss is nan")
+        return run_real(setup, *places)
+
+    monkeypatch.setattr(trainer, "run_trainer", run_trainer)
+    result = sweep.run_sweep([settings(rank=rank, learning_rate=rate, max_steps=1) for rank in (2, 4)])
+    bad, good = result.trials
+    assert (bad.loss, bad.learning_rate) == (None, rate)
+    assert good.learning_rate > 0
 
 
 def test_diverged_trial_does_not_stop_sweep(settings):
