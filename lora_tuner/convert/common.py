@@ -153,14 +153,13 @@ def verify_written(
 
     Adds the updates to the base's weights. Raises AdapterError if the logits differ.
     """
-    rows = [row[: verify.COMPARED_TOKENS] for row in encode_eval_sets(base, sets)[: verify.COMPARED_ROWS]]
+    rows = verify.compared_part(encode_eval_sets(base, sets))
     actual = verify.forward_with_peft(base, written, rows, notify)
     verify.add_to_weights(base, deltas)
     expected = verify.forward_outputs(base.model, rows, notify, "running the exact result")
-    comparison = verify.compare_outputs(expected, actual, with_loss=False)
-    if mismatch := verify.find_mismatch(comparison, expected, exact=True):
+    if mismatch := verify.exact_mismatch(expected.logits, actual.logits):
         raise AdapterError(f"{name} is not kept: the saved adapter differs from the exact result: {mismatch}.")
-    return comparison
+    return verify.compare_outputs(expected, actual, with_loss=False)
 
 
 def combined_result(losses: Sequence[tuple[HeldOutLoss, HeldOutLoss] | None]) -> EvalResult | None:

@@ -25,6 +25,7 @@ from . import verify
 from .common import check_output_path, distinct_eval_sets, encode_eval_sets, open_shared_base
 from .verify import OutputComparison
 
+_RUNNING = "running the merged model"  # a stage, for progress events
 # Of a multimodal base: without them other tools do not load the merged model.
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
@@ -61,8 +62,8 @@ def merge(
 ) -> MergeResult:
     """Save base and adapter as one model folder, with the tokenizer of the adapter or of the base.
 
-    The weights are merged in float32 and then cast. The saved model is reloaded and compared with
-    base and adapter; the folder appears complete or not at all.
+    The weights are merged in float32, compared with base and adapter, and then cast. The saved
+    model is reloaded and compared again; the folder appears complete or not at all.
 
     Args:
         adapter: the adapter.
@@ -98,11 +99,14 @@ def merge(
     token_rows = [~np.array(replaced_ids[: verify.COMPARED_TOKENS], dtype=np.int32)] if replaced_ids else []
     compared = [*token_rows, *rows]
     expected = verify.forward_with_adapter(base, adapter, compared, options.notify)
-    with quiet_transformers(), atomic_io.atomic_folder(out) as folder:
+    with quiet_transformers(), atomic_io.atomic_folder(out, overwrite=overwrite) as folder:
         # PEFT merges in place, and unmerging is not bitwise exact: this base is not used again.
         weights = replaced.load_replaced(adapter, base)
         model = lora.load_lora(base.model, adapter, "merged").merge_and_unload(safe_merge=True)
         replaced.write_replaced(model, weights)
+        if merged_dtype != torch.float32:  # rounding would hide a small mistake
+            exact = verify.forward_outputs(model, verify.compared_part(compared), options.notify, _RUNNING)
+            _check_merged(out, verify.exact_mismatch(expected.logits, exact.logits))
         tokenizer = own_tokenizer or base.tokenizer
         eos_token_ids = base.eos_token_ids | {tokenizer.eos_token_id} | turn_end_ids(tokenizer)
         if eos_token_ids != base.eos_token_ids and model.generation_config is not None:
@@ -124,13 +128,19 @@ def merge(
             raise AdapterError(
                 f"{out} is not kept: transformers does not load the merged model: {why}"
             ) from error
-        actual = verify.forward_outputs(reloaded.eval(), compared, options.notify, "running the merged model")
+        actual = verify.forward_outputs(reloaded.eval(), compared, options.notify, _RUNNING)
         comparison = verify.compare_outputs(expected, actual, with_loss=bool(sets))
         comparison = replace(comparison, rows=len(rows))
-        if mismatch := verify.find_mismatch(comparison, expected, exact=merged_dtype == torch.float32):
-            raise AdapterError(f"{out} is not kept: the merged model differs from base and adapter: {mismatch}.")
+        if merged_dtype == torch.float32:
+            _check_merged(out, verify.exact_mismatch(expected.logits, actual.logits))
+        _check_merged(out, verify.rounded_mismatch(comparison))
     losses = actual.losses.select(range(len(token_rows), len(compared)))
     return MergeResult(out, comparison, sets, rows, losses)
+
+
+def _check_merged(out: Path, mismatch: str | None) -> None:
+    if mismatch:
+        raise AdapterError(f"{out} is not kept: the merged model differs from base and adapter: {mismatch}.")
 
 
 def check_model_folder(out: Path, *, overwrite: bool) -> None:

@@ -23,9 +23,11 @@ from ..models.experts import ExpertWeights
 from ..models.layers import adaptable_layers
 from ..models.loading import LoadedBase
 
-TOLERANCE = 1e-4  # of logits in float32, relative to the largest where that is over 1
+# Of logits in float32, relative to the largest where that is over 1. SmolLM2 differs by 1e-6; without
+# one layer's update, of an adapter of two steps, by 2e-4.
+TOLERANCE = 5e-5
 # A few positions amplify rounding: SmolLM2's second token by 160, in float32 against float64.
-OUTLIERS, OUTLIER_TOLERANCE = 0.02, 1e-2
+OUTLIERS, OUTLIER_TOLERANCE = 0.1, 2e-3
 LOSS_TOLERANCE = 0.02  # nats per token, for lower precisions
 MIN_AGREEMENT = 0.9  # share of positions with the same top token, for lower precisions
 COMPARED_ROWS, COMPARED_TOKENS = 4, 64  # rows and tokens of which all logits are compared
@@ -38,14 +40,12 @@ class OutputComparison:
     Args:
         max_logit_difference: over the first `COMPARED_TOKENS` tokens of the first `COMPARED_ROWS`
             rows.
-        outliers: share of these positions whose logits differ by more than the tolerance.
         top1_agreement: share of all positions with the same most likely token.
         losses: expected and actual loss in nats per token; None without held-out rows.
         rows: number of rows.
     """
 
     max_logit_difference: float
-    outliers: float
     top1_agreement: float
     losses: tuple[float, float] | None
     rows: int
@@ -64,6 +64,11 @@ class ModelOutputs:
     logits: torch.Tensor
     top_tokens: torch.Tensor
     losses: HeldOutLoss
+
+
+def compared_part(rows: Sequence[tokenization.TokenIds]) -> list[tokenization.TokenIds]:
+    """The part of the rows whose logits `forward_outputs` keeps."""
+    return [row[:COMPARED_TOKENS] for row in rows[:COMPARED_ROWS]]
 
 
 def forward_outputs(
@@ -125,32 +130,36 @@ def add_to_weights(base: LoadedBase, deltas: Deltas) -> None:
 
 
 def compare_outputs(expected: ModelOutputs, actual: ModelOutputs, *, with_loss: bool) -> OutputComparison:
-    differences = (expected.logits - actual.logits).abs().amax(-1)
-    within = differences <= TOLERANCE * _scale(expected)  # NaN is not
     return OutputComparison(
-        max_logit_difference=float(differences.max()),
-        outliers=1 - float(within.double().mean()),
+        max_logit_difference=float((expected.logits - actual.logits).abs().max()),
         top1_agreement=float((expected.top_tokens == actual.top_tokens).double().mean()),
         losses=(expected.losses.loss, actual.losses.loss) if with_loss else None,
         rows=len(expected.losses.nll),
     )
 
 
-def _scale(expected: ModelOutputs) -> float:
-    """The size of logits that tolerances are relative to."""
-    return max(1.0, float(expected.logits.abs().max()))
+def exact_mismatch(expected: torch.Tensor, actual: torch.Tensor) -> str | None:
+    """Describe a difference of logits in float32 that is not rounding; None if there is none.
 
+    It is told by the positions that differ least, but for a few: a wrong update of one layer
+    changes all of them.
 
-def find_mismatch(comparison: OutputComparison, expected: ModelOutputs, *, exact: bool) -> str | None:
-    """Describe the first difference beyond the tolerance; None if there is none.
-
-    With `exact` (float32), logits must agree, those of a few positions less closely; in lower
-    precision only top tokens and loss.
+    Args:
+        expected: (positions, vocabulary).
+        actual: the same shape.
     """
-    tolerance = (TOLERANCE if comparison.outliers > OUTLIERS else OUTLIER_TOLERANCE) * _scale(expected)
-    if exact and not comparison.max_logit_difference <= tolerance:  # NaN fails too
-        return f"logits differ by {comparison.max_logit_difference:.2g} (tolerance {tolerance:.2g})"
-    if not exact and comparison.top1_agreement < MIN_AGREEMENT:
+    scale = max(1.0, float(expected.abs().max()))
+    differences = (expected - actual).abs().amax(-1)
+    for share, tolerance in ((1 - OUTLIERS, TOLERANCE * scale), (1.0, OUTLIER_TOLERANCE * scale)):
+        difference = float(differences.quantile(share))
+        if not difference <= tolerance:  # NaN fails too
+            return f"logits differ by {difference:.2g} (tolerance {tolerance:.2g})"
+    return None
+
+
+def rounded_mismatch(comparison: OutputComparison) -> str | None:
+    """Describe a difference of top tokens or loss that is more than rounding to a lower precision."""
+    if comparison.top1_agreement < MIN_AGREEMENT:
         return f"top tokens agree at {comparison.top1_agreement:.0%} of positions (required: {MIN_AGREEMENT:.0%})"
     if comparison.losses and not abs(comparison.losses[1] - comparison.losses[0]) <= LOSS_TOLERANCE:
         return f"held-out loss is {comparison.losses[1]:.4f} (expected: {comparison.losses[0]:.4f})"

@@ -298,7 +298,7 @@ def test_groups_are_shown_beside_rows(capsys, wide, tmp_path):
     adapter = load_adapter_folder(
         adapter_files.write(tmp_path / "a", facts=adapter_files.manifest(result=result))
     )
-    comparison = OutputComparison(0.0, 0.0, 1.0, None, 1)
+    comparison = OutputComparison(0.0, 1.0, None, 1)
     convert._show_blend(BlendResult(adapter, 4, {}, 0.0, comparison, {"one": result, "two": result}))
     convert._show_compress(CompressResult(adapter, {"c": (4, 2)}, (9, 5), {}, 0.0, comparison, (result, result)))
     evaluate.show_leaks([Leak("a", all_rows=result, without_copy=result)])
