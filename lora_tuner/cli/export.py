@@ -84,6 +84,7 @@ def export(
         {
             "--merged, --no-merged": adapter is None and merged is not None,
             "--force": adapter is None and options.force,
+            "--adapters-dir": adapter is None and adapters_dir != DEFAULT_ADAPTERS_DIR,
         },
         "only valid with an adapter",
     )

@@ -5,7 +5,6 @@ names of layers and the order of their rows come from the table in `adapters.lla
 whole models (`gguf_model`); each architecture there is tested in llama.cpp.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,8 +59,15 @@ class ExportResult:
         """Modelfile for Ollama, with the base as `base.gguf`."""
         lines = ["FROM ./base.gguf", f"ADAPTER ./{self.path.name}"]
         if self.turn_end is not None:
-            lines.append(f"PARAMETER stop {json.dumps(self.turn_end, ensure_ascii=False)}")
+            lines.append(stop_instruction(self.turn_end))
         return "\n".join(lines) + "\n"
+
+
+def stop_instruction(text: str) -> str:
+    """Line of a Modelfile that ends answers at a text. Ollama takes quotation marks off, and
+    unescapes nothing (ollama/ollama, parser/parser.go: unquote)."""
+    quotes = '"""' if '"' in text else '"'
+    return f"PARAMETER stop {quotes}{text}{quotes}"
 
 
 def to_gguf(
@@ -89,7 +95,7 @@ def to_gguf(
     check_keeps_base(out, files, [adapter])
     base = TokenizedBase(files, load_tokenizer(files))
     lora.check_base(adapter, base, options)
-    config = json.loads((files.folder / "config.json").read_text(encoding="utf-8"))
+    config = files.config()
     adapter.check_shapes(layer_sizes_in_files(files, adapter))
     compatibility.require_compatible(adapter, "gguf", config)
     architecture = llama_cpp.ARCHITECTURES[config["model_type"]]

@@ -5,6 +5,7 @@ in transformers, and the quantized file with the unquantized one, all on held-ou
 space for two copies in float32 while it runs.
 """
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from ..errors import AdapterError, ConfigError, EventHandler, Notice, ignore_eve
 from ..evaluation import EvalSet, HeldOutLoss, paired_gain
 from ..models import loading, lora
 from ..models.base_files import BaseModelFiles, quiet_transformers
+from ..models.stored_weights import read_stored_tensors, weight_files
 from ..models.tokenizer import TokenizedBase, load_adapter_tokenizer, load_tokenizer
 from . import model_check, verify
 from .common import (
@@ -188,12 +190,7 @@ def write_verified(
     not end at an end token of the model.
     """
     precision = quantization or dtype
-    needed = 2 * sum(path.stat().st_size for path in source.folder.glob("*.safetensors"))
-    if (free := atomic_io.free_space(out.parent)) < needed:
-        raise AdapterError(
-            f"{out} needs {needed / 1e9:.1f} GB while it is written, and {free / 1e9:.1f} GB are free: free some space, "
-            "or choose another --out."
-        )
+    check_space(source, out, 4 if precision == "float32" else 6)
     context = max(len(row) for row in source.rows)
     with atomic_io.temporary_folder(out.parent) as work:
         exact = work / f"{out.stem}.gguf"
@@ -216,6 +213,17 @@ def write_verified(
         atomic_io.fsync_path(out.parent)
     result = paired_gain(exact_losses, losses) if source.texts else None
     return ModelExport(out, out.stat().st_size, precision, result, other_texts)
+
+
+def check_space(source: SourceModel, out: Path, bytes_per_weight: int) -> None:
+    """Raise AdapterError without space for so many bytes for each weight of the model."""
+    shapes = read_stored_tensors(weight_files(source.folder)).shapes.values()
+    needed = bytes_per_weight * sum(map(math.prod, shapes))
+    if (free := atomic_io.free_space(out.parent)) < needed:
+        raise AdapterError(
+            f"{out} needs {needed / 1e9:.1f} GB while it is written, and {free / 1e9:.1f} GB are free: free some space, "
+            "or choose another --out."
+        )
 
 
 def check_loss(out: Path, source: SourceModel, losses: HeldOutLoss) -> None:

@@ -18,23 +18,25 @@ from ..adapters.adapter import Adapter
 from ..adapters.compatibility_gguf import two_file_errors
 from ..config import ModelOptions
 from ..data.chat_template import turn_end_ids
-from ..errors import AdapterError, EventHandler, Notice
+from ..errors import AdapterError, ConfigError, EventHandler, Notice
 from ..evaluation import EvalSet, paired_gain
 from ..models import loading
 from ..models.tokenizer import load_adapter_tokenizer
 from . import verify
 from .common import check_output_path, distinct_eval_sets, encode_eval_sets, open_shared_base
-from .export_gguf import to_gguf
+from .export_gguf import stop_instruction, to_gguf
 from .export_model import (
     ModelExport,
     SourceModel,
     check_ends,
     check_loss,
+    check_space,
     compare_tokens,
     prepare_model,
     write_verified,
 )
 from .gguf_model import write_model_gguf
+from .gguf_tokenizer import generation_ends
 from .go_template import PLAIN, ChatFormat, derive_chat_format, example_conversations
 from .llama_runtime import LlamaModel, load_library
 from .quantize_gguf import Quantization
@@ -95,16 +97,21 @@ def export_ollama(
 
     Raises:
         AdapterError: the folder exists; the chat template cannot be written as a Go template.
+        ConfigError: a quantization is given for two files.
     """
     valid = (out / MODELFILE).is_file()
     check_output_path(out, "folder with a Modelfile", valid=valid, overwrite=overwrite)
     if merged or adapter is None:
         prepared = prepare_model(adapter, out, "ollama", sets=sets, eval_rows=eval_rows, options=options)
+    elif quantization is not None:
+        raise ConfigError("quantization is only for a whole model: leave it out, or merge the adapter.")
     else:
         prepared = _prepare_base(adapter, out, sets=sets, eval_rows=eval_rows, options=options)
     with prepared as source:
-        chat_format = _chat_format(source, options.notify)
-        with atomic_io.atomic_folder(out) as folder:
+        chat_format = None
+        if source.tokenizer.chat_template:
+            chat_format = derive_chat_format(source.tokenizer, source.name, options.notify)
+        with atomic_io.atomic_folder(out, overwrite=overwrite) as folder:
             if merged or adapter is None:
                 path, sources = folder / "model.gguf", ["FROM ./model.gguf"]
                 written = write_verified(source, path, quantization, dtype, options.notify)
@@ -171,8 +178,9 @@ def _write_base_and_adapter(
 ) -> ModelExport:
     """Write both, and compare them in llama.cpp with base and adapter in transformers.
 
-    Raises AdapterError if their loss differs.
+    Raises AdapterError if there is no space for them, or if their loss differs.
     """
+    check_space(source, path, 4 if dtype == "float32" else 2)
     adapter_path = path.with_name("adapter.gguf")
     to_gguf(adapter, adapter_path, dtype=dtype, options=options)
     write_model_gguf(source.folder, path, dtype, notify=options.notify)
@@ -186,18 +194,12 @@ def _write_base_and_adapter(
     return ModelExport(path, size, dtype, result, other_texts)
 
 
-def _chat_format(source: SourceModel, notify: EventHandler) -> ChatFormat | None:
-    """The chat template; None for a base without one."""
-    if not source.tokenizer.chat_template:
-        return None
-    return derive_chat_format(source.tokenizer, source.name, notify)
-
-
 class _Modelfile:
     """The parts of a Modelfile."""
 
     def __init__(self, source: SourceModel, chat_format: ChatFormat | None, path: Path) -> None:
-        settings = _read_generation_config(source.folder)
+        path_of_settings = source.folder / "generation_config.json"
+        settings = json.loads(path_of_settings.read_text("utf-8")) if path_of_settings.is_file() else {}
         self.template = chat_format.go_template() if chat_format else PLAIN
         self.parameters: dict[str, float] = {"num_ctx": min(_MAX_CONTEXT, _context_length(path))}
         for key, name in _PARAMETERS.items():
@@ -205,21 +207,13 @@ class _Modelfile:
                 self.parameters[name] = value
         if settings.get("do_sample") is False:
             self.parameters["temperature"] = 0
-        self.stops = _stops(source, chat_format, settings)
+        self.stops = _stops(source, chat_format)
 
     def text(self, sources: list[str]) -> str:
         lines = [*sources, f'TEMPLATE """{self.template}"""']
         lines += [f"PARAMETER {name} {value}" for name, value in self.parameters.items()]
-        for stop in self.stops:
-            quotes = '"""' if '"' in stop else '"'
-            lines.append(f"PARAMETER stop {quotes}{stop}{quotes}")
+        lines += map(stop_instruction, self.stops)
         return "\n".join(lines) + "\n"
-
-
-def _read_generation_config(folder: Path) -> dict[str, object]:
-    path = folder / "generation_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return settings if isinstance(settings, dict) else {}
 
 
 def _context_length(path: Path) -> int:
@@ -229,15 +223,13 @@ def _context_length(path: Path) -> int:
     return int(fields[f"{fields['general.architecture'].contents()}.context_length"].contents())
 
 
-def _stops(source: SourceModel, chat_format: ChatFormat | None, settings: dict[str, object]) -> list[str]:
-    """Texts that end an answer: the end tokens, and where an answer ends with none, the beginning
-    of the next user message."""
-    configured = settings.get("eos_token_id")
-    ends = configured if isinstance(configured, list) else [configured]
-    ids = [*source.end_ids(), *(number for number in ends if isinstance(number, int))]
-    stops = [str(source.tokenizer.decode([number])) for number in dict.fromkeys(ids)]
+def _stops(source: SourceModel, chat_format: ChatFormat | None) -> list[str]:
+    """Texts that end an answer: the end tokens, and where an answer ends with none, the first line
+    before the next user message."""
+    ids = dict.fromkeys([*source.end_ids(), *generation_ends(source.folder)])
+    stops = [str(source.tokenizer.decode([number])) for number in ids]
     if chat_format and not turn_end_ids(source.tokenizer):
-        stops.append(chat_format.before_user[False, False, True][0].strip())
+        stops += chat_format.before_user[False, False, True][0].strip().splitlines()[:1]
     return [stop for stop in dict.fromkeys(stops) if stop.isprintable() and stop.strip() and '"""' not in stop]
 
 

@@ -17,6 +17,7 @@ from ..adapters.adapter import (
     TOKENIZER_FILES,
     WEIGHTS_FILE,
     Adapter,
+    check_weights_hash,
     load_adapter_folder,
 )
 from ..adapters.library import copy_files
@@ -43,12 +44,13 @@ def to_vllm(
 
     Raises:
         AdapterError: vLLM loads it as it is, or does not load it under other names either; the
-            adapter does not fit the base.
+            adapter is damaged, or does not fit the base.
     """
     options.require_default("device", "dtype", "load_in", why="the base is not loaded for an export")
     check_output_path(out, "adapter folder", valid=(out / CONFIG_FILE).is_file(), overwrite=overwrite)
     if options.base is None:  # before anything is downloaded
         _require_loadable(adapter, base_config.find_base_config(adapter))
+    check_weights_hash(adapter)
     files = loading.base_for_adapter(adapter, options)
     check_keeps_base(out, files, [adapter])
     lora.check_base(adapter, TokenizedBase(files, load_tokenizer(files)), options)

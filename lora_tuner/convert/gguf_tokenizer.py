@@ -329,7 +329,7 @@ def _add_special_tokens(
         if number is not None:
             add(number)
     # llama.cpp has three keys for ends; the turn end comes first.
-    ends = [*sorted(turn_end_ids(tokenizer)), *_generation_ends(folder)]
+    ends = [*sorted(turn_end_ids(tokenizer)), *generation_ends(folder)]
     others = [number for number in dict.fromkeys(ends) if number != eos]
     for number, add in zip(others, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
         add(number)
@@ -348,7 +348,8 @@ def _add_special_tokens(
             notify(Notice(f"llama.cpp does not put {names} beside each text, as this tokenizer does."))
 
 
-def _generation_ends(folder: Path) -> list[int]:
+def generation_ends(folder: Path) -> list[int]:
+    """The token ids at which transformers ends a generated text, in a model folder that names some."""
     path = folder / "generation_config.json"
     ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
     return ends if isinstance(ends, list) else [] if ends is None else [ends]

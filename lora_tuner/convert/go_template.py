@@ -6,7 +6,7 @@ template on other conversations before it is used. Ollama passes `.System`, all 
 joined, and `.Messages`, where messages in a row of one role are joined and a system message is
 listed as well (ollama/ollama, template/template.go of August 2026: Execute, collate). The older
 form with `.Prompt` and `.Response` cannot tell a first turn from a later one, so it is only used
-for bases without a chat template. Limit: tools and thinking are left out."""
+for bases without a chat template. Limit: tools and thinking are left out, which a notice says."""
 
 import datetime
 import re
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PLAIN = "{{ .Prompt }}"  # of a base without a chat template
 _MARK = re.compile(r"Qz(\w\d*)zQ")  # no template changes such a text
 _SYSTEM_AFTER = "it writes the system message after a user message"
+_QUESTION: list[Message] = [{"role": "user", "content": "Why?"}]
 _TURNS = 4  # user messages of the longest conversation that is rendered
 _CONDITIONS = ("$.System", "$first", "eq (len (slice $.Messages $index)) 1")
 _Case = tuple[bool, bool, bool]  # with a system message; of the first user message; of the last message
@@ -132,6 +133,8 @@ def derive_chat_format(tokenizer: "PreTrainedTokenizerBase", name: str, notify: 
         notify(
             Notice(f"The chat template of {name} strips white space around messages: Ollama's template does not.")
         )
+    if left_out := found.left_out:
+        notify(Notice(f"The chat template of {name} has {left_out}, which the template for Ollama leaves out."))
     if date := found.written_date:
         notify(
             Notice(
@@ -167,17 +170,34 @@ class _Gaps:
     @property
     def written_date(self) -> str | None:
         """The date that the template writes; None if it writes none."""
-        messages = _marked(1, with_system=False)
-        if len({_render(self.tokenizer, messages, date=value) for value in (FIXED_DATE, "1 January 1970")}) > 1:
+        if self._depends_on("date_string", "1 January 1970"):
             return f"{FIXED_DATE}, as in training"
         today = datetime.date.today()
         asks = "strftime_now" in str(self.tokenizer.chat_template)
-        return f"{today}" if asks and str(today.year) in _render(self.tokenizer, messages) else None
+        return f"{today}" if asks and str(today.year) in _render(self.tokenizer, _QUESTION) else None
 
     @property
     def strips_messages(self) -> bool:
         """The template writes a message without the white space around it."""
         return " QzszQ " not in _render(self.tokenizer, [{"role": "user", "content": " QzszQ "}])
+
+    @property
+    def left_out(self) -> str:
+        """What the template can write that is in no conversation of texts."""
+        tool = {"name": "look", "description": "", "parameters": {"type": "object", "properties": {}}}
+        abilities = {
+            "tools": self._depends_on("tools", [{"type": "function", "function": tool}]),
+            "a switch for thinking": self._depends_on("enable_thinking", False)
+            or self._depends_on("enable_thinking", True),
+        }
+        return " and ".join(ability for ability, is_there in abilities.items() if is_there)
+
+    def _depends_on(self, variable: str, value: object) -> bool:
+        """A question is rendered differently with this value of a variable."""
+        try:
+            return _render(self.tokenizer, _QUESTION, **{variable: value}) != _render(self.tokenizer, _QUESTION)
+        except TemplateError:
+            return False
 
     def _add_conversation(self, turns: int, *, with_system: bool) -> None:
         messages = _marked(turns, with_system=with_system)
@@ -256,15 +276,11 @@ def _marked(turns: int, *, with_system: bool) -> list[Message]:
     return messages[:-1]
 
 
-def _render(
-    tokenizer: "PreTrainedTokenizerBase",
-    messages: Sequence[Message],
-    *,
-    add_generation_prompt: bool = True,
-    date: str = FIXED_DATE,
-) -> str:
-    """Render a conversation, with a fixed date where the template has a variable for it."""
-    return apply_template(tokenizer, messages, add_generation_prompt=add_generation_prompt, date_string=date)
+def _render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], **variables: object) -> str:
+    """Render a conversation up to an answer, with a fixed date where the template has a variable for
+    it; `variables` change this."""
+    usual: dict[str, object] = {"add_generation_prompt": True, "date_string": FIXED_DATE}
+    return apply_template(tokenizer, messages, **usual | variables)
 
 
 def _compare(tokenizer: "PreTrainedTokenizerBase", chat_format: ChatFormat, *, takes_system: bool) -> None:

@@ -23,7 +23,7 @@ from lora_tuner.errors import AdapterError, ConfigError, WrongBaseError
 from lora_tuner.models.resolve import find_base
 from lora_tuner.models.tokenizer import TokenizedBase, load_tokenizer
 
-from .. import adapter_files, gguf_base
+from .. import adapter_files, gguf_base, ollama
 from ..cli.test_commands import run
 from ..parameters import sampled
 
@@ -141,15 +141,16 @@ def make_chat(base, tmp_path):
     return write
 
 
-@pytest.mark.parametrize("token", ["film", "!", None])
+@pytest.mark.parametrize("token", ["film", "!", '<"\\end>', None])
 def test_turn_end_is_in_gguf_and_modelfile(make_chat, tmp_path, token):
     adapter = make_chat(token)
     exported = to_gguf(adapter, tmp_path / "chat.gguf")
     number = AutoTokenizer.from_pretrained(adapter.base).get_vocab()[token] if token else None
-    stop = f'PARAMETER stop "{token}"\n' if token else ""
     assert (exported.turn_end, exported.turn_end_id) == (token, number)
     assert read_back(exported.path)[0].get("tokenizer.ggml.eot_token_id") == number
-    assert exported.modelfile == f"FROM ./base.gguf\nADAPTER ./chat.gguf\n{stop}"
+    stop = {"stop": [token]} if token else {}
+    files = {"FROM": ["./base.gguf"], "ADAPTER": ["./chat.gguf"]}
+    assert ollama.parse_modelfile(exported.modelfile) == files | stop
 
 
 def test_export_refuses_other_chat_template(make_chat, tmp_path):

@@ -212,6 +212,7 @@ REFUSED = {
     "eval_split: only valid with --eval-dataset.": "a --merged --eval-split test",
     "--merged, --no-merged: only valid with an adapter.": "--base b --merged",
     "--force: only valid with an adapter.": "--base b --force",
+    "--adapters-dir: only valid with an adapter.": "--base b --adapters-dir other",
     "--eval-rows: only valid with an adapter or --eval-dataset.": "--base b --eval-rows 5",
     "Name an adapter, or a base with --base.": "--quantize q8_0",
 }

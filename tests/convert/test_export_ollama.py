@@ -12,7 +12,7 @@ from lora_tuner.adapters.adapter import load_adapter_folder
 from lora_tuner.convert.go_template import example_conversations
 from lora_tuner.convert.llama_runtime import LlamaModel
 from lora_tuner.data.chat_template import apply_template
-from lora_tuner.errors import AdapterError
+from lora_tuner.errors import AdapterError, ConfigError
 
 from .. import gguf_base, ollama
 from ..cli.test_commands import run
@@ -111,16 +111,23 @@ def test_base_without_chat_template_takes_prompt(plain, tmp_path):
     assert gguf.GGUFReader(folder.path / "model.gguf").fields["general.file_type"].contents() == 1
 
 
-def test_answers_without_end_token_stop_at_question(plain, tmp_path):
+@pytest.mark.parametrize(
+    ("template", "stops"),
+    [
+        ("### {{ m.role }}:\n{{ m.content }}\n\n", ["### user:"]),
+        ('---\n<{{ m.role }} says="\\">\n{{ m.content }}\n', ["---"]),
+        ("{{ m.content }}\n", []),
+    ],
+)
+def test_answers_without_end_token_stop_at_question(plain, tmp_path, template, stops):
     base = shutil.copytree(plain, tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = (
-        "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
-        "{% if add_generation_prompt %}### assistant:\n{% endif %}"
+        "{% for m in messages %}" + template + "{% endfor %}{% if add_generation_prompt %}> {% endif %}"
     )
     tokenizer.save_pretrained(base)
     folder = export_ollama(None, tmp_path / "out", options=ModelOptions(base=str(base)))
-    assert folder.stops == ["<|endoftext|>", "### user:"]
+    assert read_modelfile(folder.path)["stop"] == folder.stops == ["<|endoftext|>", *stops]
 
 
 @pytest.mark.parametrize("bos", ["{{ bos_token }}", ""])
@@ -172,6 +179,8 @@ def test_own_template_counts_over_base(plain, tmp_path):
 
 def test_ollama_export_is_all_or_nothing(adapter, chat_base, tmp_path):
     out = tmp_path / "out"
+    with pytest.raises(ConfigError, match=r"^quantization is only for a whole model: leave it out, or merge"):
+        export_ollama(adapter, out, merged=False, quantization="q8_0")
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     with pytest.raises(AdapterError, match="is not a folder with a Modelfile, so it is not replaced"):

@@ -132,6 +132,11 @@ def test_what_ollama_lacks_is_said(derive):
     assert derive(LLAMA_3)[2] == [
         "The chat template of tiny writes the date of today: the template for Ollama always has 26 Jul 2024, as in training."
     ]
+    able = "{% if tools %}{{ tools | tojson }}{% endif %}{% if enable_thinking is false %}/no_think{% endif %}"
+    assert derive(able + CHATML)[2] == [
+        "The chat template of tiny has tools and a switch for thinking, which the template for Ollama leaves out."
+    ]
+    assert derive("{% if tools %}{{ raise_exception('no tools') }}{% endif %}" + CHATML)[2] == []
     dated = LLAMA_3.replace("date_string", "today")
     (notice,) = derive(dated)[2]
     assert "the date of today: the template for Ollama always has 20" in notice

@@ -182,6 +182,15 @@ def test_adapter_of_text_model_is_renamed_for_vllm(wrapper, tmp_path, kind):
     to_vllm(adapter, tmp_path / "adapters" / "renamed", options=ModelOptions(base=str(folder)))
     renamed = lora.load_lora(whole.model, Library().get("renamed"), "one")
     torch.testing.assert_close(logits(renamed), logits(trained), atol=1e-4, rtol=0)
+    assert check_compatibility(Library().get("renamed"), "vllm").errors == []
+    with pytest.raises(
+        AdapterError, match=r"^renamed has the names that vLLM expects on .*: give it as it is\.$"
+    ):
+        to_vllm(Library().get("renamed"), tmp_path / "again")
+    (adapter.path / "adapter_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(AdapterError, match="other is damaged"):
+        to_vllm(adapter, tmp_path / "damaged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapters"]
 
 
 @pytest.mark.parametrize("kind", ["gemma3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in WRAPPERS)])
