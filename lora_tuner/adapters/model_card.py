@@ -1,10 +1,14 @@
 """The model card (README.md) of an adapter."""
 
+import json
+import shlex
+from collections.abc import Sequence
+
 from ..config import HELD_OUT_MAX_TOKENS, is_conversation
 from ..text import describe_coverage, display_name, format_counts, format_gain, format_share
 from . import base_config, compatibility
 from .adapter import LOSS_PLOT_FILE, SPECTRUM_FILE, Adapter
-from .manifest import BaseInfo, DatasetInfo, RateProbe, RunInfo, SourceInfo
+from .manifest import BaseInfo, DatasetInfo, Manifest, RateProbe, RunInfo, SourceInfo
 
 
 def summary_rows(adapter: Adapter) -> list[tuple[str, str]]:
@@ -52,8 +56,13 @@ def summary_rows(adapter: Adapter) -> list[tuple[str, str]]:
     return [(name, text) for name, text in rows if text]
 
 
-def model_card(adapter: Adapter, name: str) -> str:
-    """The README.md of an adapter: Hub metadata, summary, and examples for other tools."""
+def model_card(adapter: Adapter, name: str, prompts: Sequence[str] = ()) -> str:
+    """The README.md of an adapter: Hub metadata, summary, limits, and examples for other tools.
+
+    Args:
+        name: its name in the library.
+        prompts: prompts of held-out rows (`data.prompts`), the first of which the examples show.
+    """
     from huggingface_hub import ModelCardData
 
     manifest = adapter.manifest
@@ -65,25 +74,29 @@ def model_card(adapter: Adapter, name: str) -> str:
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["lora", "lora_tuner"],
+        widget=[_widget(prompt, adapter.is_chat) for prompt in prompts] or None,
     )
     base = _escape_markdown(display_name(manifest.base.name))
     dataset = _escape_markdown(display_name(data.name)) if data else "its training data"
     rows = [(key, _escape_markdown(text).replace("|", "\\|")) for key, text in summary_rows(adapter)]
     table = "\n".join(f"| {key} | {text} |" for key, text in rows)
-    chat_example = _CHAT_EXAMPLE if data and is_conversation(data.format) else ""
     pictures = "".join(
         f"\n![{title}]({file})\n"
         for title, file in (("Loss", LOSS_PLOT_FILE), ("Singular values", SPECTRUM_FILE))
         if (adapter.path / file).is_file()
     )
-    usage = _usage_section(adapter, name, _hub_id(manifest.base) or f"path/to/{base}")
+    prompt = prompts[0] if prompts else "Write your prompt here"
+    usage = _usage_section(adapter, name, _hub_id(manifest.base) or f"path/to/{base}", prompt)
+    limits = "".join(f"- {_escape_markdown(limit)}\n" for limit in _limitations(manifest))
     return f"""---
 {metadata.to_yaml().strip()}
+{_TO_FILL_IN}
 ---
 
 # {name}
 
 A LoRA adapter for {base}, trained on {dataset}.
+{_escape_markdown(_describe_training(manifest))}
 
 | | |
 | --- | --- |
@@ -92,14 +105,85 @@ A LoRA adapter for {base}, trained on {dataset}.
 The loss is measured on held-out rows, one at a time, truncated to {HELD_OUT_MAX_TOKENS} tokens, end of text included.
 {"`run.yaml` repeats the run; " if run else ""}`manifest.json` has these figures and the hashes of base, data and weights.
 {pictures}
+## Limitations
+
+{limits}
 ## Use
-{chat_example}{usage}"""
+
+{_describe_prompt(prompts, adapter.is_chat)}
+{usage}"""
 
 
-_CHAT_EXAMPLE = """
-The adapter was trained on conversations: apply the base's chat template (`tokenizer.apply_chat_template`) to
-the prompts below, or use `python cli.py generate`, which does.
-"""
+# Comments, as the Hub refuses empty fields.
+_TO_FILL_IN = """# Before you publish the adapter, fill in these two and remove the "#". Base and data may set the license.
+# license: apache-2.0
+# language: en"""
+
+
+def _widget(prompt: str, is_chat: bool) -> dict[str, object]:
+    """An example prompt, in the form of the Hub's model pages."""
+    return {"messages": [{"role": "user", "content": prompt}]} if is_chat else {"text": prompt}
+
+
+def _describe_training(manifest: Manifest) -> str:
+    """What was learned from which rows, in a sentence."""
+    data = manifest.data
+    if manifest.made_by:
+        parents = " and ".join(parent.name for parent in manifest.parents)
+        made = f" from {parents}" if parents else ""
+        return f"It was made{made} by `{manifest.made_by}`, without further training."
+    if data is None:
+        return "Its training data is not known."
+    count = f"{data.counts['train']:,} " if data.counts.get("train") else ""
+    kind = f"{count}rows of text"
+    if is_conversation(data.format):
+        kind = f"the answers of {count}conversations"
+    elif data.answer_column:
+        kind = f"the column {data.answer_column} of {count}rows"
+    where = f" with {', '.join(data.where)}" if data.where else ""
+    others = f"rows of {display_name(data.eval_dataset)}" if data.eval_dataset else "other rows"
+    measured = f"; {data.held_out_rows:,} {others} measured it" if data.held_out_rows else ""
+    return f"It was trained on {kind} from {display_name(data.source)}{where}{measured}."
+
+
+def _limitations(manifest: Manifest) -> list[str]:
+    """What the adapter was not measured for, and what its figures do not promise."""
+    base, data, result = display_name(manifest.base.name), manifest.data, manifest.result
+    limits = []
+    if result is None:
+        limits.append("It was not evaluated: no held-out rows were measured.")
+    elif result.gain < 0:
+        limits.append(f"On the held-out rows it is worse than {base}: {result.gain:.2f} nats per token.")
+    elif result.standard_error is not None and result.gain <= 2 * result.standard_error:
+        limits.append(f"On the held-out rows it is not measurably better than {base}.")
+    else:
+        limits.append(
+            f"It predicts held-out rows of its data better than {base}; other text was not measured, and may be "
+            "predicted worse."
+        )
+    if data is not None and is_conversation(data.format):
+        limits.append(
+            "It learned from conversations: without the chat template of the base its answers are poor."
+        )
+    elif data is not None:
+        limits.append(f"It continues text; it follows instructions only as far as {base} does.")
+    limits += [
+        "It may repeat phrases, names and errors of its training data. Truth, bias and safety of its text were not "
+        "measured.",
+        f"It has the limitations of {base} too.",
+    ]
+    return limits
+
+
+def _describe_prompt(prompts: Sequence[str], is_chat: bool) -> str:
+    if not prompts:
+        return (
+            "Replace the prompt by a question as in the data."
+            if is_chat
+            else "Replace the prompt by text as in the data."
+        )
+    part = "first question" if is_chat else "beginning"
+    return f"The prompt comes from a held-out row, which was not trained on: its {part}."
 
 
 def _escape_markdown(text: str) -> str:
@@ -182,7 +266,7 @@ def _format_coverage(run: RunInfo) -> str:
     return "" if run.coverage is None else describe_coverage(run.coverage, run.not_adapted)
 
 
-def _usage_section(adapter: Adapter, name: str, base: str) -> str:
+def _usage_section(adapter: Adapter, name: str, base: str, prompt: str) -> str:
     """Examples for the tools that can load the adapter, and the reasons for those that cannot."""
     whole = any(map(base_config.is_in_wrapper, adapter.modules))
     auto_class = "AutoModelForMultimodalLM" if whole else "AutoModelForCausalLM"
@@ -197,7 +281,26 @@ def _usage_section(adapter: Adapter, name: str, base: str) -> str:
             f"if base.get_input_embeddings().num_embeddings {comparison} {size}:\n"
             f"    base.resize_token_embeddings({size}, mean_resizing=False)\n"
         )
+    encode = f'inputs = tokenizer({prompt!r}, return_tensors="pt")'
+    messages = [{"role": "user", "content": prompt}]
+    request, endpoint = {"model": name, "prompt": prompt, "max_tokens": 60}, "completions"
+    llama_options = f"-no-cnv -n 60 -p {shlex.quote(prompt)}"
+    if adapter.is_chat:
+        encode = (
+            f"messages = {messages!r}\n"
+            "inputs = tokenizer.apply_chat_template(\n"
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n'
+            ")"
+        )
+        request, endpoint = {"model": name, "messages": messages, "max_tokens": 60}, "chat/completions"
+        llama_options = f"-cnv -st -n 60 -p {shlex.quote(prompt)}"
     text = f"""
+With lora_tuner{", which asks through the chat template" if adapter.is_chat else ""}:
+
+```bash
+python cli.py generate --adapter path/to/{name} {shlex.quote(prompt)}
+```
+
 With PEFT:
 
 ```python
@@ -207,7 +310,7 @@ from transformers import {auto_class}, AutoTokenizer
 base = {auto_class}.from_pretrained({place})
 {resize}tokenizer = AutoTokenizer.from_pretrained({repr(f"path/to/{name}") if adapter.added_tokens else place})
 model = PeftModel.from_pretrained(base, "path/to/{name}")
-inputs = tokenizer("Once", return_tensors="pt")
+{encode}
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=60)[0]))
 ```
 """
@@ -229,6 +332,8 @@ With vLLM, which then serves a model `{name}`:
 
 ```bash
 vllm serve {base} --enable-lora --max-lora-rank {compatibility.vllm_rank(adapter)} --lora-modules {name}=path/to/{name}
+curl http://localhost:8000/v1/{endpoint} -H "Content-Type: application/json" \\
+  -d {shlex.quote(json.dumps(request, ensure_ascii=False))}
 ```
 """
     if llama_cpp.accepted:
@@ -237,7 +342,7 @@ With llama.cpp, on the base as GGUF:
 
 ```bash
 python cli.py export path/to/{name} --to gguf --out {name}.gguf
-llama-completion -m base.gguf --lora {name}.gguf -no-cnv -n 60 -p "Once"
+llama-completion -m base.gguf --lora {name}.gguf {llama_options}
 ```
 """
     for report in (vllm, llama_cpp):

@@ -19,6 +19,7 @@ from ..adapters.library import copy_files
 from ..adapters.manifest import DatasetInfo, EvalResult, Manifest, utc_timestamp
 from ..config import FILE_SETTINGS, ModelOptions, is_conversation
 from ..data import tokenization
+from ..data.prompts import held_out_prompts
 from ..data.splitting import content_hash
 from ..errors import AdapterError, EventHandler, Notice
 from ..evaluation import EvalSet, HeldOutLoss
@@ -232,7 +233,9 @@ def write_adapter(
         versions=lora.library_versions(),
     )
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
-    card = model_card.model_card(load_adapter_folder(folder), name)
+    texts = [text for eval_set in sets for text in eval_set.texts]
+    prompts = held_out_prompts(texts, conversations=manifest.is_chat)
+    card = model_card.model_card(load_adapter_folder(folder), name, prompts)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
     if sets:
         evaluation.cache_rows(_join_sets(name, sets))

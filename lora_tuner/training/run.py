@@ -28,6 +28,7 @@ from ..adapters.adapter import (
 from ..adapters.library import Library
 from ..adapters.manifest import Manifest, utc_timestamp
 from ..config import TrainConfig
+from ..data.prompts import held_out_prompts
 from ..errors import (
     AdapterError,
     ConfigError,
@@ -312,5 +313,7 @@ def _write_adapter(
         save_adapter(setup, lora.adapter_state_dict(setup.model), manifest, work)
         plots.write_metrics(history, work / METRICS_FILE)
         plots.plot_loss(history, manifest, work / LOSS_PLOT_FILE)
-        (work / CARD_FILE).write_text(model_card.model_card(load_adapter_folder(work), name), encoding="utf-8")
+        prompts = held_out_prompts(setup.measured_texts, conversations=manifest.is_chat)
+        card = model_card.model_card(load_adapter_folder(work), name, prompts)
+        (work / CARD_FILE).write_text(card, encoding="utf-8")
     return library.get(name)

@@ -1,5 +1,6 @@
 import math
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -28,13 +29,19 @@ LOCAL = {"revision": None, "weights": "a local folder"}
 def card(tmp_path):
     """Write an adapter with a manifest and return its model card."""
 
-    def write(manifest=None, **config):
+    def write(manifest=None, prompts=(), **config):
         adapter = load_adapter_folder(
             adapter_files.write(tmp_path / "imdb", config, facts=manifest or adapter_files.manifest())
         )
-        return model_card.model_card(adapter, "imdb")
+        return model_card.model_card(adapter, "imdb", prompts)
 
     return write
+
+
+def with_data(**changes):
+    """A manifest with other data."""
+    data = adapter_files.manifest().data.model_copy(update=changes)
+    return adapter_files.manifest(data=data.model_dump())
 
 
 def table(card):
@@ -61,6 +68,91 @@ def test_card_metadata(card):
     assert parsed.data.pipeline_tag == "text-generation"
     assert parsed.data.tags == ["lora", "lora_tuner"]
     assert parsed.text.strip().startswith("# imdb\n\nA LoRA adapter for distilgpt2, trained on imdb.\n")
+
+
+@pytest.mark.parametrize(
+    ("manifest", "sentence"),
+    [
+        (
+            with_data(where=["label=1"]),
+            "It was trained on 10,000 rows of text from stanfordnlp/imdb with label=1; 200 other rows measured it.",
+        ),
+        (
+            with_data(format="messages", eval_dataset="mine.csv"),
+            "It was trained on the answers of 10,000 conversations from stanfordnlp/imdb; "
+            "200 rows of mine.csv measured it.",
+        ),
+        (
+            with_data(format="template", answer_column="summary", held_out_rows=0),
+            "It was trained on the column summary of 10,000 rows from stanfordnlp/imdb.",
+        ),
+        (adapter_files.manifest(data=None, run=None), "Its training data is not known."),
+        (
+            adapter_files.manifest(
+                run=None,
+                made_by="blend a=1 b=1",
+                parents=[{"name": "a", "sha256": "ab" * 32}, {"name": "b", "sha256": "cd" * 32}],
+            ),
+            "It was made from a and b by `blend a=1 b=1`, without further training.",
+        ),
+    ],
+)
+def test_card_says_what_was_learned(card, manifest, sentence):
+    assert f"\n{sentence}\n" in card(manifest)
+
+
+@pytest.mark.parametrize(
+    ("gain", "error", "limit"),
+    [
+        (0.25, 0.01, "It predicts held-out rows of its data better than distilgpt2; other text was not measured"),
+        (0.015, 0.01, "On the held-out rows it is not measurably better than distilgpt2."),
+        (-0.25, 0.01, "On the held-out rows it is worse than distilgpt2: -0.25 nats per token."),
+    ],
+)
+def test_card_names_limitations(card, gain, error, limit):
+    result = adapter_files.manifest().result.model_copy(update={"gain": gain, "standard_error": error})
+    limits = (
+        card(adapter_files.manifest(result=result.model_dump())).split("## Limitations\n")[1].split("## Use")[0]
+    )
+    assert f"- {limit}" in limits
+    assert "Truth, bias and safety of its text were not measured." in limits
+    assert "- It was not evaluated: no held-out rows were measured." in card(adapter_files.manifest(result=None))
+
+
+def test_card_has_fields_to_fill(card):
+    """Filled in they are metadata; until then the Hub takes the card as it is."""
+    text = card()
+    filled = text.replace("\n# license: ", "\nlicense: ").replace("\n# language: ", "\nlanguage: ")
+    assert {"license", "language"} & yaml.safe_load(text.split("---\n")[1]).keys() == set()
+    assert (ModelCard(filled).data.license, ModelCard(filled).data.language) == ("apache-2.0", "en")
+
+
+def test_card_prompt_is_of_held_out_row(card):
+    text = card(prompts=['The film\'s "end"', "Nobody"])
+    assert "The prompt comes from a held-out row, which was not trained on: its beginning." in text
+    assert """tokenizer('The film\\'s "end"', return_tensors="pt")""" in text
+    assert ModelCard(text).data.widget == [{"text": 'The film\'s "end"'}, {"text": "Nobody"}]
+    commands = [
+        shlex.split(line) for line in text.splitlines() if line.startswith(("python cli.py gen", "llama-comp"))
+    ]
+    assert [command[-1] for command in commands] == ['The film\'s "end"'] * 2
+    assert "Once" not in text
+
+
+def test_chat_card_asks_through_template(card):
+    text = card(with_data(format="messages"), prompts=["Who is it?"])
+    messages = [{"role": "user", "content": "Who is it?"}]
+    assert f"messages = {messages!r}\ninputs = tokenizer.apply_chat_template(\n" in text
+    assert ModelCard(text).data.widget == [{"messages": messages}]
+    assert "which was not trained on: its first question." in text
+    assert "-cnv -st -n 60 -p 'Who is it?'" in text
+    compile(text.split("```python\n")[1].split("```")[0], "card", "exec")
+
+
+def test_card_without_prompts_asks_for_one(card):
+    text = card()
+    assert "Replace the prompt by text as in the data." in text
+    assert "tokenizer('Write your prompt here', " in text
 
 
 def test_card_summary_table(card):
@@ -149,6 +241,11 @@ def used(tmp_path, config=None, weights=None):
 @pytest.mark.parametrize(("rank", "largest"), [(1, 8), (8, 8), (12, 16), (321, 512)])
 def test_card_shows_commands_of_other_tools(tmp_path, rank, largest):
     text = used(tmp_path, {"r": rank, "target_modules": ["q_proj"]}, adapter_files.tensors(rank, LLAMA))
+    request = '{"model": "imdb", "prompt": "Write your prompt here", "max_tokens": 60}'
+    assert (
+        f"curl http://localhost:8000/v1/completions -H \"Content-Type: application/json\" \\\n  -d '{request}'"
+        in text
+    )
     assert (
         "vllm serve distilbert/distilgpt2 --enable-lora "
         f"--max-lora-rank {largest} --lora-modules imdb=path/to/imdb\n" in text
@@ -255,12 +352,12 @@ def test_card_examples_run_and_agree(tmp_path, capsys, request, kind, settings):
     (tmp_path / "path" / "to" / kind).symlink_to(base)
     facts = based_on(name=str(base), repo=str(base), **LOCAL)
     (folder / MANIFEST_FILE).write_text(facts.to_json())
-    text = model_card.model_card(load_adapter_folder(folder), "noir")
+    text = model_card.model_card(load_adapter_folder(folder), "noir", ["The film"])
     assert ModelCard(text).data.library_name == "peft"
     by_peft, by_transformers = {}, {}
     peft_program, transformers_program = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(peft_program, by_peft)
-    assert capsys.readouterr().out.startswith("Once")
+    assert capsys.readouterr().out.startswith("The film")
     exec(transformers_program, by_transformers)
     ids = torch.arange(40)[None]
     with torch.no_grad():

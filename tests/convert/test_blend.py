@@ -239,6 +239,7 @@ def test_blend_manifest_and_card(two, caches):
     assert f"praise ({two[0].sha256[:12]})" in card
     assert "label=1" in card
     assert "run.yaml" not in card
+    assert "The prompt comes from a held-out row, which was not trained on: its beginning." in card
     assert not [event for event in events if isinstance(event, Notice)]
     text = run("adapters", "show", "mixed").stdout
     assert "blend praise=0.7 pan=0.3" in text

@@ -260,6 +260,7 @@ def test_adapter_has_tokenizer_and_says_so(library, bases):
     adapter = library.get("gpt2")
     card = (adapter.path / CARD_FILE).read_text()
     assert "    base.resize_token_embeddings(322, mean_resizing=False)\n" in card
+    assert "The prompt comes from a held-out row, which was not trained on: its beginning." in card
     assert 'tokenizer = AutoTokenizer.from_pretrained("path/to/gpt2")' in card.replace("'", '"')
     assert ("Added tokens", f"{NOTE} (320), {END} (321)") in summary_rows(adapter)
     assert ("In place of the base's", "2 rows of wte") in summary_rows(adapter)
