@@ -100,7 +100,7 @@ def test_real_base_goes_from_training_to_llama_cpp(cli, tmp_path, name):
         "chats",
     ]
     cli("train", "--base", base, "--dataset", "chats.jsonl", *steps)
-    generated = cli("generate", "--adapter", "chats", *GREEDY, "The actor")
+    generated = cli("generate", "--adapter", "chats", "--no-chat", *GREEDY, "The actor")
     cli("merge", "chats", "--out", "merged", "--eval-rows", 10)
     exported = json.loads(cli("export", "chats", "--to", "ollama", "--quantize", "f16", "--out", "f16", "--json"))
     result = exported["model"]["result"]

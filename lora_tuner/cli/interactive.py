@@ -39,13 +39,13 @@ COMMANDS = {
     "/adapters": "list the adapters",
     "/adapter NAME": "use another adapter",
     "/base": "use the base without an adapter",
-    "/temperature [X]": "show or set the sampling temperature; 0 always takes the most likely token",
-    "/seed [N|random]": "show or set the random seed",
+    "/temperature [X]": "show or set it; 0: always the most likely token",
+    "/seed [N|random]": "show or set the seed of what is sampled",
     "/retry": "generate for the last prompt again",
     "/new": "begin a new conversation",
 }
-KEYS = """An input may have several lines: paste them, or end a line in \\ or with Alt-Enter.
-The arrow keys recall earlier inputs. Ctrl-C clears the input, or stops the text that is generated.
+KEYS = """Pasted lines are one input; so are lines that end in \\ or with Alt-Enter.
+The arrow keys recall earlier inputs; Ctrl-C clears the line, or stops a text.
 An empty line or Ctrl-D quits."""
 
 
@@ -105,7 +105,8 @@ def run_interactive(
         opening: first messages of every conversation.
     """
     session = _Session(generator, settings, chat, opening)
-    print_stderr(f"{session.describe_model()} /help lists the commands; an empty line quits.")
+    print_stderr(session.describe_model())
+    print_stderr("/help lists the commands; an empty line quits.")
     is_terminal = _is_terminal()
     read = _terminal_reader(session.completions) if is_terminal else _read_input
     with handle_signals((signal.SIGINT,) if is_terminal else (), _stop):
@@ -121,7 +122,7 @@ def run_interactive(
                 print_stderr(f"Error: {error}")
             except _Stopped:
                 show_text("\n")
-                print_stderr("Stopped.")
+                print_stderr("Stopped: this turn is left out." if session.is_chat else "Stopped.")
 
 
 class _Stopped(KeyboardInterrupt):

@@ -62,7 +62,8 @@ def test_commands_change_settings_of_session(two):
     assert shown[:-1] == [f"the{text}" for text in expected]
     assert shown[-1].startswith("a\nb")
     assert result.stderr.splitlines() == [
-        "Using adapter noir. /help lists the commands; an empty line quits.",
+        "Using adapter noir.",
+        "/help lists the commands; an empty line quits.",
         "Error: There is no prompt to generate for again: enter one first.",
         "Seed 3.",
         "Seed 5. The last text had 3.",
@@ -90,9 +91,10 @@ def test_help_and_adapters_are_listed(two, tmp_path):
     (tmp_path / "adapters" / "torn").mkdir()
     listed = run("generate", "--adapter", "verse", *SHORT, "--n", "2", stdin="/adapters\n/help\nthe\n")
     lines = listed.stderr.splitlines()
-    assert lines[1:5] == ["(base)", "noir", "torn  broken", "verse  in use"]
-    assert [line.split("  ")[0] for line in lines[5 : 5 + len(COMMANDS)]] == list(COMMANDS)
+    assert lines[2:6] == ["(base)", "noir", "torn  broken", "verse  in use"]
+    assert [line.split("  ")[0] for line in lines[6 : 6 + len(COMMANDS)]] == list(COMMANDS)
     assert "Ctrl-D quits" in lines[-1]
+    assert max(map(len, lines)) <= 80
     (texts,) = (part for part in listed.stdout.split(PROMPT) if part.startswith(ANSWER))
     assert re.fullmatch(rf"{ANSWER}\n--- output 1 of 2\nthe.*\n\n--- output 2 of 2\nthe.*\n\n", texts, re.DOTALL)
 
