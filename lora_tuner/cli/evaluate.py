@@ -10,7 +10,7 @@ from .. import atomic_io
 from ..adapters.library import Library
 from ..config import ModelOptions, TrainConfig
 from ..errors import ConfigError
-from ..text import display_name, format_gain, one_line
+from ..text import display_name, format_gain, one_line, shorten
 from .display import BASE_LABEL, print_picture, print_stderr, print_table, show_json, stdout_console
 from .options import (
     DEFAULT_ADAPTERS_DIR,
@@ -111,8 +111,8 @@ def show_gains(matrix: "GainMatrix") -> None:
     columns = [f"{eval_set.name}\n{eval_set.format_rows()}" for eval_set in matrix.sets]
     print("held-out loss in nats per token (perplexity) on each held-out set")
     _print_matrix(losses, columns)
-    base = one_line(display_name(matrix.base))
-    print(f"\ngain over {base} (loss, ± standard error); below zero: worse than the base")
+    base = shorten(one_line(display_name(matrix.base)), 40)
+    print(f"\ngain over {base} (loss, ± standard error)\nbelow zero: worse than the base")
     _print_matrix(gains, columns)
     for eval_set in matrix.sets:
         if eval_set.missing:

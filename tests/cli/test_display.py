@@ -311,7 +311,7 @@ def test_results_say_where_pictures_are(capsys, wide, tmp_path):
     adapter = load_adapter_folder(adapter_files.write(tmp_path / "a", facts=adapter_files.manifest()))
     train._show_trained(adapter)
     train._show_sweep(SweepResult("s", 3.0, [Trial("s-2", 2, 1e-3, 2.0)], "s-2", Path("runs/s.sweep")))
-    comparison = OutputComparison(0.0, 0.0, 1.0, None, 1)
+    comparison = OutputComparison(0.0, 1.0, None, 1)
     convert._show_compress(CompressResult(adapter, {"c": (4, 2)}, (9, 5), {}, 0.0, comparison, None))
     assert [line for line in printed(capsys).splitlines() if line.startswith("picture: ")] == [
         f"picture: {tmp_path}/a/loss.png (losses of the run)",
