@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from .. import __version__, distributed
 from ..errors import Interrupted, LoraTunerError, RaisedOnRankZero, is_out_of_memory, os_error_message
 from ..training.signals import HANGUP, TERMINATION, handle_signals
-from . import adapters, convert, data, doctor, evaluate, export, generate, serve, train
+from . import adapters, convert, data, doctor, evaluate, export, generate, runs, serve, train
 from .display import print_stderr
 from .options import StrictCommand, display
 from .streams import is_reader_gone, quiet_libraries, reliable_streams, stdout_error
@@ -118,3 +118,4 @@ for command in (
 ):
     app.command(cls=StrictCommand)(command)
 app.add_typer(adapters.adapters_app, name="adapters")
+app.add_typer(runs.runs_app, name="runs")

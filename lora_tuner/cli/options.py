@@ -71,6 +71,16 @@ def complete_adapter_names(ctx: typer.Context, incomplete: str) -> list[str]:
     return []
 
 
+def complete_run_names(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Shell completion: names of unfinished runs and sweeps with this prefix."""
+    from ..training.unfinished import unfinished_runs
+
+    with contextlib.suppress(LoraTunerError, OSError):
+        runs = unfinished_runs(ctx.params.get("runs_dir") or TrainConfig().runs_dir)
+        return [run.name for run in runs if run.name.startswith(incomplete)]
+    return []
+
+
 AdapterArgument = Annotated[
     str,
     typer.Argument(help="Adapter, by name or path.", show_default=False, autocompletion=complete_adapter_names),

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..settings_files import expand_sweep, resolve_settings
 from ..text import describe_coverage, format_bytes, format_duration, format_gain, format_share
 from .display import print_picture, print_result, print_table, show_json
-from .options import JsonOption, Overrides, display, settings_options
+from .options import JsonOption, Overrides, complete_run_names, display, settings_options
 from .preview import show_preview
 
 if TYPE_CHECKING:
@@ -30,7 +30,12 @@ def train(
     ] = None,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Resume the unfinished run of this name.", show_default=False),
+        typer.Option(
+            metavar="NAME",
+            help="Resume the unfinished run of this name; `runs` lists them.",
+            show_default=False,
+            autocompletion=complete_run_names,
+        ),
     ] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Measure a few steps and print the estimated cost; do not train.")

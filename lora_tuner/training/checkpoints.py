@@ -7,21 +7,23 @@ the hash of every file in `whole.json`, written last, and is valid only with it.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from .. import atomic_io
 from ..adapters import adapter
 from ..adapters.manifest import Manifest
 from ..atomic_io import HASHES_FILE
 from ..config import TrainConfig
-from ..data.rows import Source
-from ..data.streaming import StreamingDataset, StreamState
 from ..errors import AdapterError, EventHandler, Notice, TrainingError
-from ..models import lora
 from ..models.base_files import quiet_transformers
 from ..settings_files import config_to_yaml
-from .setup import TrainingSetup
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..data.rows import Source
+    from ..data.streaming import StreamingDataset
+    from .setup import TrainingSetup
 
 KEPT_CHECKPOINTS = 2
 PREFIX, STREAM_FILE = "checkpoint-", "stream.json"
@@ -136,9 +138,11 @@ def finalize(checkpoint: Path) -> None:
 
 
 def save_adapter(
-    setup: TrainingSetup, tensors: dict[str, torch.Tensor], manifest: Manifest, folder: Path
+    setup: "TrainingSetup", tensors: "dict[str, torch.Tensor]", manifest: Manifest, folder: Path
 ) -> None:
     """Write weights, config, manifest and run.yaml into a work folder."""
+    from ..models import lora
+
     lora.save_adapter_files(tensors, setup.model.peft_config[lora.ADAPTER_NAME], folder)
     if setup.added is not None:
         with quiet_transformers():
@@ -150,7 +154,7 @@ def save_adapter(
     (folder / adapter.RUN_FILE).write_text(config_to_yaml(config), encoding="utf-8")
 
 
-def check_can_be_saved(setup: TrainingSetup) -> None:
+def check_can_be_saved(setup: "TrainingSetup") -> None:
     """Write the adapter before its first step, read it back, load it with PEFT, and compare.
 
     Takes the time of one save; the base is not copied.
@@ -158,6 +162,8 @@ def check_can_be_saved(setup: TrainingSetup) -> None:
     Raises:
         TrainingError: it would not come back as it is.
     """
+    from ..models import lora
+
     tensors = lora.adapter_state_dict(setup.model)
     with atomic_io.temporary_folder(setup.config.runs_dir) as folder:
         try:
@@ -243,8 +249,10 @@ def check_unchanged(before: dict[str, str], after: dict[str, str], folder: Path)
         )
 
 
-def check_stream(setup: TrainingSetup, checkpoint: Path) -> None:
+def check_stream(setup: "TrainingSetup", checkpoint: Path) -> None:
     """Raise TrainingError when rows have changed that the stream of a checkpoint has passed."""
+    from ..data.rows import Source
+
     stream = open_stream(
         setup, checkpoint, [Source(source.name, weight=source.weight) for source in setup.dataset.sources]
     )
@@ -261,12 +269,16 @@ def check_stream(setup: TrainingSetup, checkpoint: Path) -> None:
         )
 
 
-def open_stream(setup: TrainingSetup, checkpoint: Path | None, sources: Sequence[Source]) -> StreamingDataset:
+def open_stream(
+    setup: "TrainingSetup", checkpoint: Path | None, sources: "Sequence[Source]"
+) -> "StreamingDataset":
     """Open the stream at its beginning, or where it was when the checkpoint was written.
 
     Args:
         sources: their counts are updated as rows are read.
     """
+    from ..data.streaming import StreamingDataset, StreamState
+
     saved = json.loads((checkpoint / STREAM_FILE).read_text(encoding="utf-8")) if checkpoint else []
     states = [StreamState(**state) for state in ([saved] if isinstance(saved, dict) else saved)]
     hashes, compared = setup.dataset.eval_hashes, [row.text for row in setup.dataset.compared]

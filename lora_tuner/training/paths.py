@@ -4,17 +4,19 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from .. import atomic_io, distributed
-from ..adapters.adapter import RUN_FILE
+from ..adapters.adapter import RUN_FILE, adapter_name
 from ..adapters.library import Library
 from ..config import TrainConfig
 from ..errors import EventHandler, Notice, TrainingError, os_error_message
-from ..models import lora
 from . import checkpoints
-from .setup import TrainingSetup, adapter_name
+
+if TYPE_CHECKING:
+    from .setup import TrainingSetup
 
 SWEEP_STATE_FILE, SWEEP_RESULT_FILE, SWEEP_PLOT_FILE = "sweep.yaml", "sweep.json", "sweep.png"
 NAME_TAKEN_ADVICE = "rename or remove that one first (`adapters rename`, `adapters remove`)"
@@ -28,13 +30,27 @@ def sweep_folder(runs_dir: Path, name: str) -> Path:
     return runs_dir / f"{name}.sweep"  # names of adapters have no dot
 
 
+def _lock_path(runs_dir: Path, name: str) -> Path:
+    return runs_dir / f".{name}.lock{atomic_io.WORK_SUFFIX}"  # an abandoned one is removed
+
+
+def is_running(runs_dir: Path, name: str) -> bool:
+    """Return whether a process holds the lock of a run or sweep."""
+    path = _lock_path(runs_dir, name)
+    try:
+        with FileLock(path, timeout=0) if path.exists() else contextlib.nullcontext():
+            return False
+    except Timeout:
+        return True
+
+
 @contextlib.contextmanager
 def run_lock(runs_dir: Path, name: str) -> Iterator[None]:
     """Hold the lock of a run or sweep: only one of a name trains at a time."""
     if distributed.rank() > 0:
         yield
         return
-    path = runs_dir / f".{name}.lock{atomic_io.WORK_SUFFIX}"  # an abandoned one is removed
+    path = _lock_path(runs_dir, name)
     lock = FileLock(path, timeout=0)
     if why := atomic_io.why_not_writable(runs_dir):
         raise TrainingError(f"{why}: choose another --runs-dir.")
@@ -105,7 +121,7 @@ def check_output_paths(config: TrainConfig, *, resuming: bool = False) -> Librar
     if (sweep_folder(config.runs_dir, name) / SWEEP_STATE_FILE).is_file():  # --resume would find the sweep
         raise TrainingError(
             f"{sweep_folder(config.runs_dir, name)} is an unfinished sweep of this name: finish or "
-            "remove it, or choose another --name."
+            f"remove it (`runs remove {name}`), or choose another --name."
         )
     if not os.path.lexists(folder):
         return library
@@ -142,8 +158,10 @@ def remove_run_folder(config: TrainConfig, folder: Path, notify: EventHandler) -
         notify(Notice(f"The adapter is written, but {folder} could not be removed. {os_error_message(error)}"))
 
 
-def check_disk_space(setup: TrainingSetup) -> None:
+def check_disk_space(setup: "TrainingSetup") -> None:
     """Raise TrainingError when the disk cannot hold the checkpoints, or the adapter."""
+    from ..models import lora
+
     config = setup.config
     size = lora.count_parameters(setup.model)[0] * 4
     used = sum(path.stat().st_size for path in run_folder(config).rglob("*") if path.is_file())

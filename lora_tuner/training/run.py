@@ -20,6 +20,7 @@ from ..adapters.adapter import (
     METRICS_FILE,
     RUN_FILE,
     Adapter,
+    adapter_name,
     load_adapter_folder,
     read_manifest,
     validate_name,
@@ -40,12 +41,14 @@ from ..errors import (
 )
 from ..models import fsdp, lora
 from ..settings_files import config_to_yaml, resolve_settings
+from ..text import format_names
 from . import arguments, checkpoints, paths, profiling, rate_probe, trainer
 from .advice import rate_advice
 from .checkpoints import RETRAIN_ADVICE, save_adapter
 from .inputs import dtype_name
 from .profiling import RunEstimate
-from .setup import TrainingSetup, adapter_name, prepare_training
+from .setup import TrainingSetup, prepare_training
+from .unfinished import unfinished_runs
 
 Prepare = Callable[[TrainConfig, EventHandler], TrainingSetup]
 
@@ -225,7 +228,10 @@ def _nothing_to_resume(folder: Path) -> TrainingError:
         why = f"its sweep has finished, with the result {sweep_result}"
     elif copies := sorted(folder.glob(f"*/{RUN_FILE}")):
         why = f"it has finished, or {folder / RUN_FILE} was removed; {copies[0]} is a copy of it"
-    return TrainingError(f"There is no unfinished run {folder}: {why}. Train without --resume.")
+    advice = "Train without --resume"
+    if others := [run.name for run in unfinished_runs(folder.parent)]:
+        advice += f", or resume one of these (`runs` shows them): {format_names(others)}"
+    return TrainingError(f"There is no unfinished run {folder}: {why}. {advice}.")
 
 
 def _check_not_finished(saved: TrainConfig, folder: Path) -> None:

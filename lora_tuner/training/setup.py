@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import set_seed
 
 from .. import distributed
-from ..adapters.adapter import validate_name
+from ..adapters.adapter import adapter_name
 from ..adapters.manifest import (
     SCHEMA_VERSION,
     DatasetInfo,
@@ -23,7 +23,7 @@ from ..adapters.manifest import (
     SourceInfo,
     utc_timestamp,
 )
-from ..config import FILE_SETTINGS, PROBE, TrainConfig, default_adapter_name, is_conversation
+from ..config import FILE_SETTINGS, PROBE, TrainConfig, is_conversation
 from ..data.splitting import content_hash
 from ..data.tokenization import encoded_hash
 from ..errors import ConfigError, EventHandler, Notice, Progress, ignore_events
@@ -234,11 +234,6 @@ def prepare_training(
         sweep=sweep,
         probe_plan=probe_plan,
     )
-
-
-def adapter_name(requested: TrainConfig) -> str:
-    """Return the name of the adapter: the requested one, or one made from the dataset's."""
-    return validate_name(requested.name or default_adapter_name(*requested.dataset_names))
 
 
 def _plan_probe(

@@ -13,12 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field
-
 from .. import atomic_io, distributed, evaluation
 from ..adapters import plots
-from ..adapters.adapter import RUN_FILE, Adapter, read_manifest, validate_name, verify_adapter
+from ..adapters.adapter import RUN_FILE, Adapter, adapter_name, validate_name, verify_adapter
 from ..adapters.library import Library
 from ..config import STOP_RULES, SWEEPABLE, ModelOptions, TrainConfig
 from ..data.sources import resolve_eval_dataset
@@ -34,10 +31,11 @@ from ..errors import (
     os_error_message,
 )
 from ..models import lora
-from ..settings_files import read_settings, resolve_settings
+from ..settings_files import resolve_settings
 from ..text import format_number
 from . import arguments, checkpoints, paths, run, trainer
-from .setup import TrainingSetup, adapter_name, prepare_training
+from .setup import TrainingSetup, prepare_training
+from .unfinished import SweepState, read_sweep, sweep_of, write_sweep
 
 
 @dataclass(frozen=True)
@@ -71,21 +69,6 @@ class SweepResult:
         return asdict(self) | {"folder": str(self.folder)}
 
 
-class _SweepState(BaseModel):
-    """An unfinished sweep, as in `sweep.yaml`.
-
-    `id` is in the manifest of each run and adapter of the sweep; `trials` holds the requested
-    settings, `facts` what the results depend on besides, `diverged` names of trials.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    id: str = Field(min_length=1)
-    trials: list[TrainConfig] = Field(min_length=1)
-    facts: dict[str, str]
-    diverged: list[str]
-
-
 def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler = ignore_events) -> SweepResult:
     """Train one adapter for each configuration; they differ only in rank and learning rate.
 
@@ -117,9 +100,9 @@ def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler = ignore_even
         paths.check_disk_space(setup)
         checkpoints.check_can_be_saved(setup)
         facts = checkpoints.reproducibility_facts(setup.manifest)
-        state = _SweepState(id=secrets.token_hex(16), trials=trials, facts=facts, diverged=[])
+        state = SweepState(id=secrets.token_hex(16), trials=trials, facts=facts, diverged=[])
         with _resumable(name, first):
-            _write_state(state, folder)
+            write_sweep(state, folder)
             return _run_trials(name, state, {}, setup, notify)
 
 
@@ -145,7 +128,7 @@ def resume_sweep(name: str, runs_dir: Path = Path("runs"), notify: EventHandler 
     _refuse_several_processes()
     folder = paths.sweep_folder(runs_dir, name)
     with paths.run_lock(runs_dir, folder.name):
-        state = _read_state(folder)
+        state = read_sweep(folder)
         paths.check_sweep_folder(folder, "move them elsewhere.")
         adapters: dict[str, Adapter] = {}
         for trial in state.trials:
@@ -180,29 +163,9 @@ def _check_name_free(name: str, config: TrainConfig) -> None:
         )
     if (config.runs_dir / name / RUN_FILE).is_file():
         raise TrainingError(
-            f"{config.runs_dir / name} is an unfinished run of this name: finish or remove it, or choose another --name."
+            f"{config.runs_dir / name} is an unfinished run of this name: finish it, "
+            f"remove it (`runs remove {name}`), or choose another --name."
         )
-
-
-def _read_state(folder: Path) -> _SweepState:
-    file = folder / paths.SWEEP_STATE_FILE
-    if not file.is_file():  # it finished before this process got the lock
-        raise TrainingError(f"There is no unfinished sweep {file.parent}: it has finished, or never started.")
-    try:
-        state = _SweepState.model_validate(read_settings(file))
-    except (ConfigError, ValueError) as error:
-        raise TrainingError(
-            f"{file} is damaged, or of another version: start the sweep again with --overwrite."
-        ) from error
-    trials = [trial.model_copy(update={"runs_dir": folder.parent}) for trial in state.trials]
-    return state.model_copy(update={"trials": trials})
-
-
-def _write_state(state: _SweepState, folder: Path) -> None:
-    values = state.model_dump(mode="json", exclude_none=True, exclude_unset=True)
-    atomic_io.atomic_write_text(
-        folder / paths.SWEEP_STATE_FILE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    )
 
 
 @contextlib.contextmanager
@@ -239,7 +202,7 @@ def _trial_name(name: str, config: TrainConfig, configs: Sequence[TrainConfig]) 
 
 def _run_trials(
     name: str,
-    state: _SweepState,
+    state: SweepState,
     adapters: dict[str, Adapter],
     setup: TrainingSetup | None,
     notify: EventHandler,
@@ -258,7 +221,7 @@ def _run_trials(
 
     for number, trial in enumerate(trials, 1):
         trial_name, run_folder = str(trial.name), paths.run_folder(trial)
-        begun = (run_folder / RUN_FILE).is_file() and _sweep_of(run_folder) == state.id
+        begun = (run_folder / RUN_FILE).is_file() and sweep_of(run_folder) == state.id
         if begun and trial_name in adapters:
             paths.remove_run_folder(trial, run_folder, notify)  # the process ended before it did
         if trial_name in adapters or trial_name in state.diverged:
@@ -274,7 +237,7 @@ def _run_trials(
         except DivergedError as error:
             notify(Notice(str(error)))
             state.diverged.append(trial_name)
-            _write_state(state, folder)
+            write_sweep(state, folder)
     if not adapters:
         raise DivergedError(
             f"All trials of {name} diverged: start it again with lower learning rates and --overwrite."
@@ -306,14 +269,6 @@ def _with_max_steps(trial: TrainConfig, steps: int | None, **changes: float) -> 
     return trial.model_copy(update=dict.fromkeys(STOP_RULES) | {"max_steps": steps, **changes})
 
 
-def _sweep_of(run_folder: Path) -> str | None:
-    """Return the id of the sweep that a run belongs to."""
-    try:
-        return checkpoints.sweep_id(read_manifest(run_folder))
-    except AdapterError:
-        return None
-
-
 def _finished_adapter(trial: TrainConfig, sweep: str) -> Adapter | None:
     """Return the adapter of a trial, or None while the library has none of this sweep."""
     with contextlib.suppress(AdapterError, ConfigError):
@@ -333,7 +288,7 @@ def _check_place(trial: TrainConfig, name: str, sweep: str) -> None:
             f"{adapter} is not the adapter that the sweep trained: restore it, or rename or "
             "remove it (`adapters rename`, `adapters remove`), and it is trained again."
         )
-    if not trial.overwrite and os.path.lexists(run_folder) and _sweep_of(run_folder) != sweep:
+    if not trial.overwrite and os.path.lexists(run_folder) and sweep_of(run_folder) != sweep:
         raise TrainingError(f"{run_folder} is not of the sweep {name}: rename or remove it.")
     if not trial.overwrite and os.path.lexists(run_folder) and not (run_folder / RUN_FILE).is_file():
         raise TrainingError(

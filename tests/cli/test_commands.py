@@ -236,7 +236,9 @@ def test_light_commands_never_import_torch(adapter, tmp_path):
     ]
     lines += ["evaluate --help", "compare --help", "adapters adopt foreign --name mine", "adapters adopt guest"]
     lines += ["adapters verify", "adapters verify reviews", "adapters rename mine yours", "adapters show yours"]
-    lines += ["adapters remove yours --yes", "adapters list"]
+    lines += ["adapters remove yours --yes", "adapters list", "runs", "runs --json", "runs remove reviews --yes"]
+    (tmp_path / "runs" / "reviews").mkdir(parents=True)
+    shutil.copy(adapter.path / "run.yaml", tmp_path / "runs" / "reviews")
     done = subprocess.run(
         [sys.executable, "-c", LIGHT], input="\n".join(lines), capture_output=True, text=True, cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120,

@@ -1,0 +1,83 @@
+"""The `runs` commands: unfinished runs and sweeps. They never load torch."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..config import TrainConfig
+from .adapters import format_age
+from .display import print_stderr, print_table, show_json
+from .options import JsonOption, StrictCommand, complete_run_names
+
+DEFAULT_RUNS_DIR = TrainConfig().runs_dir
+RunsDirOption = Annotated[
+    Path, typer.Option(help=TrainConfig.model_fields["runs_dir"].description, file_okay=False)
+]
+
+
+class _ListsByDefault(TyperGroup):
+    """A group that lists when no command is given."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or (args[0].startswith("-") and args[0] not in ctx.help_option_names):
+            args = ["list", *args]
+        return super().parse_args(ctx, args)
+
+
+runs_app = typer.Typer(
+    cls=_ListsByDefault, help="List or remove unfinished runs, which `train --resume NAME` continues."
+)
+
+
+@runs_app.command("list", cls=StrictCommand)
+def list_runs(runs_dir: RunsDirOption = DEFAULT_RUNS_DIR, as_json: JsonOption = False) -> None:
+    """List unfinished runs and sweeps: steps done, age, data, running or stopped. `runs` alone does the same."""
+    from ..training.unfinished import unfinished_runs
+
+    runs = unfinished_runs(runs_dir)
+    if as_json:
+        show_json([run.to_dict() for run in runs])
+        return
+    rows = []
+    for run in runs:
+        if run.problem:
+            print_stderr(f"{run.name} is broken: {run.problem}")
+        step = "?" if run.total is None else f"{run.done:,} of {run.total:,}"
+        rows.append(
+            (
+                run.name,
+                f"{step} trials" if run.kind == "sweep" else step,
+                format_age(run.created),
+                ", ".join(Path(name).name for name in run.data) or "?",
+                "running" if run.running else "stopped",
+            )
+        )
+    if rows:
+        print_table(rows, ("name", "step", "age", "data", "state"))
+    else:
+        print_stderr(f"No unfinished runs in {runs_dir}.")
+
+
+@runs_app.command("remove", cls=StrictCommand)
+def remove_run(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="Unfinished run or sweep, by name.", show_default=False, autocompletion=complete_run_names
+        ),
+    ],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
+    runs_dir: RunsDirOption = DEFAULT_RUNS_DIR,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete an unfinished run permanently, or a sweep with the runs of its trials. Adapters are kept."""
+    from ..training.unfinished import find_removable, remove_unfinished
+
+    found = find_removable(name, runs_dir)
+    if not yes:
+        typer.confirm(f"Delete {found.folder} permanently?", abort=True, err=True)
+    remove_unfinished(found)
+    if as_json:
+        show_json({"removed": name})

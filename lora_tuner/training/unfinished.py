@@ -1,0 +1,195 @@
+"""Unfinished runs and sweeps: the state of a sweep, a list of all, removal. No torch."""
+
+import datetime
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from .. import atomic_io
+from ..adapters.adapter import CONFIG_FILE, RUN_FILE, load_adapter_folder, read_manifest
+from ..config import NAME_PATTERN, TrainConfig
+from ..errors import AdapterError, ConfigError, TrainingError
+from ..settings_files import read_settings, resolve_settings
+from ..text import format_names
+from . import checkpoints, paths
+from .paths import SWEEP_STATE_FILE
+
+_Progress = tuple[int, int | None, list[str]]  # done, total, datasets
+
+
+class SweepState(BaseModel):
+    """An unfinished sweep, as in `sweep.yaml`.
+
+    `id` is in the manifest of each run and adapter of the sweep; `trials` holds the requested
+    settings, `facts` what the results depend on besides, `diverged` names of trials.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str = Field(min_length=1)
+    trials: list[TrainConfig] = Field(min_length=1)
+    facts: dict[str, str]
+    diverged: list[str]
+
+
+def read_sweep(folder: Path) -> SweepState:
+    """Read the state of an unfinished sweep. Raises TrainingError if there is none, or it is damaged."""
+    file = folder / SWEEP_STATE_FILE
+    if not file.is_file():  # it finished before this process got the lock
+        raise TrainingError(f"There is no unfinished sweep {file.parent}: it has finished, or never started.")
+    try:
+        state = SweepState.model_validate(read_settings(file))
+    except (ConfigError, ValueError) as error:
+        raise TrainingError(
+            f"{file} is damaged, or of another version: start the sweep again with --overwrite."
+        ) from error
+    trials = [trial.model_copy(update={"runs_dir": folder.parent}) for trial in state.trials]
+    return state.model_copy(update={"trials": trials})
+
+
+def write_sweep(state: SweepState, folder: Path) -> None:
+    values = state.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+    atomic_io.atomic_write_text(
+        folder / SWEEP_STATE_FILE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    )
+
+
+def sweep_of(run_folder: Path) -> str | None:
+    """Return the id of the sweep that a run belongs to."""
+    try:
+        return checkpoints.sweep_id(read_manifest(run_folder))
+    except AdapterError:
+        return None
+
+
+@dataclass(frozen=True)
+class UnfinishedRun:
+    """A run or sweep that `--resume NAME` continues.
+
+    Args:
+        kind: run or sweep.
+        done: steps of its newest checkpoint; of a sweep, trials that have ended.
+        total: all steps, or trials; None if `problem` is set.
+        data: the datasets.
+        created: time at which it was begun, ISO 8601.
+        running: a process holds its lock.
+        problem: the reason why its settings cannot be read, or None.
+    """
+
+    name: str
+    kind: str
+    folder: Path
+    done: int
+    total: int | None
+    data: list[str]
+    created: str
+    running: bool
+    problem: str | None = None
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self) | {"folder": str(self.folder)}
+
+
+def unfinished_runs(runs_dir: Path) -> list[UnfinishedRun]:
+    """Return the unfinished runs and sweeps of a folder, by name."""
+    return sorted(_find_unfinished(runs_dir), key=lambda run: run.name) if runs_dir.is_dir() else []
+
+
+def _find_unfinished(runs_dir: Path) -> Iterator[UnfinishedRun]:
+    for folder in runs_dir.iterdir():
+        is_sweep = (folder / SWEEP_STATE_FILE).is_file()
+        name = folder.name.removesuffix(".sweep") if is_sweep else folder.name
+        # An adapter has a run.yaml too.
+        is_run = (folder / RUN_FILE).is_file() and not (folder / CONFIG_FILE).exists()
+        if not NAME_PATTERN.fullmatch(name) or not (is_run or (is_sweep and folder.name != name)):
+            continue
+        progress: _Progress = (0, None, [])
+        problem = None
+        try:
+            progress = _sweep_progress(folder) if is_sweep else _run_progress(folder)
+        except (ConfigError, TrainingError) as error:
+            problem = str(error)
+        try:
+            begun = (folder / (SWEEP_STATE_FILE if is_sweep else RUN_FILE)).stat().st_mtime
+        except FileNotFoundError:  # it has ended in this moment
+            continue
+        yield UnfinishedRun(
+            name=name,
+            kind="sweep" if is_sweep else "run",
+            folder=folder,
+            done=progress[0],
+            total=progress[1],
+            data=progress[2],
+            created=datetime.datetime.fromtimestamp(begun, datetime.UTC).isoformat(timespec="seconds"),
+            running=paths.is_running(runs_dir, folder.name),
+            problem=problem,
+        )
+
+
+def _run_progress(folder: Path) -> _Progress:
+    """Return steps of the newest checkpoint, which is not verified, all steps, and the datasets."""
+    config = resolve_settings(TrainConfig, {}, folder / RUN_FILE)
+    complete = [path for path in checkpoints.list_checkpoints(folder) if (path / atomic_io.HASHES_FILE).is_file()]
+    return checkpoints.step_of(complete[0]) if complete else 0, config.max_steps, config.dataset_names
+
+
+def _sweep_progress(folder: Path) -> _Progress:
+    """Return the number of trials that have ended, of all trials, and the datasets."""
+    state = read_sweep(folder)
+    ended = set(state.diverged)
+    for trial in state.trials:
+        try:
+            manifest = load_adapter_folder(trial.adapters_dir / str(trial.name)).manifest
+        except AdapterError:
+            continue
+        if manifest and checkpoints.sweep_id(manifest) == state.id:
+            ended.add(str(trial.name))
+    return len(ended), len(state.trials), state.trials[0].dataset_names
+
+
+def find_removable(name: str, runs_dir: Path) -> UnfinishedRun:
+    """Return the unfinished run or sweep of this name.
+
+    Raises:
+        TrainingError: there is none, a process is training it, or its folder holds other files.
+    """
+    runs = unfinished_runs(runs_dir)
+    if not (named := [run for run in runs if run.name == name]):
+        existing = format_names([run.name for run in runs]) or "none"
+        raise TrainingError(f"There is no unfinished run '{name}' in {runs_dir} ({existing}).")
+    found = max(named, key=lambda run: run.kind)  # of both, that which --resume takes: the sweep
+    for folder in (found.folder, *_trial_folders(found)):
+        if paths.is_running(runs_dir, folder.name):
+            raise TrainingError(
+                f"{folder} is running: stop its process (Ctrl-C), or wait for it, then remove it."
+            )
+    if found.kind == "sweep":
+        paths.check_sweep_folder(found.folder, "move them elsewhere.")
+    for folder in (*([found.folder] if found.kind == "run" else []), *_trial_folders(found)):
+        if not checkpoints.is_run(folder):
+            raise TrainingError(
+                f"{folder} is a link, or holds files that are not of a run, so it is not removed: move them elsewhere."
+            )
+    return found
+
+
+def remove_unfinished(found: UnfinishedRun) -> None:
+    """Delete a run, or a sweep with the unfinished runs of its trials; adapters are kept."""
+    runs_dir = found.folder.parent
+    with paths.run_lock(runs_dir, found.folder.name):
+        for folder in _trial_folders(found):
+            with paths.run_lock(runs_dir, folder.name):
+                atomic_io.delete_atomically(folder)
+        atomic_io.delete_atomically(found.folder)
+
+
+def _trial_folders(found: UnfinishedRun) -> list[Path]:
+    """Return the folders of the unfinished runs that are trials of a sweep."""
+    if found.kind == "run" or found.problem:
+        return []
+    state = read_sweep(found.folder)
+    folders = [paths.run_folder(trial) for trial in state.trials]
+    return [folder for folder in folders if folder.is_dir() and sweep_of(folder) == state.id]
