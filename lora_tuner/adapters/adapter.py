@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from .. import atomic_io
-from ..config import NAME_PATTERN, TrainConfig, default_adapter_name
+from ..config import NAME_PATTERN
 from ..errors import AdapterError
 from ..text import format_names
 from . import expert_names, other_formats, peft_config, safetensors_header
@@ -237,11 +237,6 @@ def validate_name(name: str) -> str:
             "'-' or '_'; names of Windows devices are reserved."
         )
     return name
-
-
-def adapter_name(requested: TrainConfig) -> str:
-    """Return the name of the adapter of a run: the requested one, or one made from the dataset's."""
-    return validate_name(requested.name or default_adapter_name(*requested.dataset_names))
 
 
 def load_adapter_folder(path: Path) -> Adapter:

@@ -7,6 +7,7 @@ complete or not at all.
 import contextlib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,18 +15,21 @@ from pathlib import Path
 from typing import TypeVar
 
 from .. import atomic_io
-from ..config import NAME_PATTERN
+from ..config import NAME_PATTERN, TrainConfig, default_adapter_name
 from ..errors import AdapterError
 from ..text import format_names
 from . import other_formats
 from .adapter import (
+    CARD_FILE,
     CONFIG_FILE,
+    RUN_FILE,
     WEIGHTS_FILE,
     Adapter,
     load_adapter_folder,
     validate_name,
 )
 from .manifest import ParentInfo
+from .model_card import rename_in_card
 
 T = TypeVar("T")
 
@@ -117,19 +121,30 @@ class Library:
             raise AdapterError(f"{why}: choose another --adapters-dir.")
 
     def rename(self, old: str, new: str) -> Adapter:
-        """Rename an adapter of this library. Raises AdapterError if the new name is taken."""
+        """Rename an adapter of this library, in its model card and run.yaml too; of a link, only the link.
+
+        Raises:
+            AdapterError: the new name is taken, or the adapter cannot be written.
+        """
         self.check_name_free(new, advice="choose another name")
         adapter = load_adapter_folder(self._existing_folder(old))
-        try:
-            os.rename(adapter.path, self.path / new)
-        except OSError:
-            self.check_name_free(new, advice="choose another name")  # taken in the meantime
-            raise
-        atomic_io.fsync_path(self.path)
+        if not adapter.path.is_symlink() and (why := atomic_io.why_not_writable(adapter.path)):
+            raise AdapterError(f"{why}, so it is not renamed.")
+        with atomic_io.temporary_folder(self.path) as work:  # a full disk is noticed before anything has changed
+            _write_renamed(adapter.path, old, new, work)
+            try:
+                os.rename(adapter.path, self.path / new)
+            except OSError:
+                self.check_name_free(new, advice="choose another name")  # taken in the meantime
+                raise
+            atomic_io.fsync_path(self.path)
+            for file in sorted(work.iterdir()):
+                os.replace(file, self.path / new / file.name)
+        atomic_io.fsync_path(self.path / new)
         return load_adapter_folder(self.path / new)
 
-    def remove(self, name: str) -> None:
-        """Delete an adapter of this library, even a broken one."""
+    def find_removable(self, name: str) -> Path:
+        """Return the folder of an adapter of this library, even a broken one, that can be removed."""
         target = self._existing_folder(name)
         if (
             not target.is_symlink()
@@ -138,7 +153,11 @@ class Library:
         ):
             raise AdapterError(f"{target} is not an adapter, so it is not removed.")
         self._check_writable()
-        atomic_io.delete_atomically(target)
+        return target
+
+    def remove(self, name: str) -> None:
+        """Delete an adapter of this library, even a broken one."""
+        atomic_io.delete_atomically(self.find_removable(name))
 
     def ancestors(self, adapter: Adapter) -> list[Ancestor]:
         """Parents, each followed by its own parents."""
@@ -186,6 +205,21 @@ class Library:
             raise
 
 
+def _write_renamed(folder: Path, old: str, new: str, work: Path) -> None:
+    """Write the model card and run.yaml of an adapter with another name into a work folder."""
+    renamings: dict[str, Callable[[str], str]] = {
+        CARD_FILE: lambda text: rename_in_card(text, old, new),
+        RUN_FILE: lambda text: re.sub(r"^name:.*$", f"name: {new}", text, flags=re.MULTILINE),
+    }
+    for name, renamed in renamings.items():
+        file = folder / name
+        if file.is_file() and not file.is_symlink() and not folder.is_symlink():
+            text = renamed(file.read_bytes().decode("utf-8", "surrogateescape"))
+            (work / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+            shutil.copymode(file, work / name)
+            atomic_io.fsync_path(work / name)
+
+
 def read_consistently(folder: Path, function: Callable[[Adapter], T]) -> T:
     """Load an adapter and call a function on it; repeat both if it was replaced meanwhile."""
 
@@ -205,6 +239,11 @@ def read_consistently(folder: Path, function: Callable[[Adapter], T]) -> T:
         except Exception:  # a mix of two adapters may fail in any way
             if identity() == before:
                 raise
+
+
+def adapter_name(requested: TrainConfig) -> str:
+    """Return the name of the adapter of a run: the requested one, or one made from the dataset's."""
+    return validate_name(requested.name or default_adapter_name(*requested.dataset_names))
 
 
 def check_distinct_names(adapters: Sequence[Adapter]) -> None:

@@ -70,12 +70,12 @@ def show_adapters(entries: Iterable[tuple[str, Adapter | AdapterError]]) -> None
                 Path(data.name).name if data else "?",
                 format_bytes(adapter.bytes),
                 format_gain(result.gain, result.standard_error, ".3f") if result else "?",
-                format_age(manifest.created) if manifest else "?",
+                _format_created(manifest.created) if manifest else "?",
                 ", ".join(parent.name for parent in manifest.parents) if manifest else "?",
             )
         )
     if rows:
-        print_table(rows, ("name", "base", "rank", "targets", "data", "size", "gain", "age", "parent"))
+        print_table(rows, ("adapter", "base", "rank", "targets", "data", "size", "gain", "created", "parent"))
     for text in broken:
         print_stderr(text)
 
@@ -87,6 +87,11 @@ def format_age(created: str) -> str:
     except (ValueError, TypeError):  # TypeError: without a time zone
         return "?"
     return format_duration(max(age.total_seconds(), 0.0))
+
+
+def _format_created(created: str) -> str:
+    age = format_age(created)
+    return age if age == "?" else f"{age} ago"
 
 
 @adapters_app.command("show", cls=StrictCommand)
@@ -108,10 +113,12 @@ def show_adapter(
 def show_details(adapter: Adapter, ancestors: Sequence[Ancestor], coverage: str = "") -> None:
     """Print one adapter; `--json` has all of its metadata."""
     manifest = adapter.manifest
-    lora = f"rank {adapter.rank}, alpha {adapter.config['lora_alpha']}, on {', '.join(adapter.targets)}"
     fields: dict[str, object] = {
+        "adapter": adapter.name,
         "path": str(adapter.path),
-        "lora": f"{lora}; {adapter.parameters:,} parameters, {format_bytes(adapter.bytes)}",
+        "rank": f"{adapter.rank}, alpha {adapter.config['lora_alpha']}",
+        "targets": ", ".join(adapter.targets),
+        "size": f"{format_bytes(adapter.bytes)}, {adapter.parameters:,} parameters",
         "replaces": str(adapter.replaced) or None,
         "added tokens": ", ".join(f"{token} ({number})" for token, number in adapter.added_tokens.items())
         or None,
@@ -124,13 +131,11 @@ def show_details(adapter: Adapter, ancestors: Sequence[Ancestor], coverage: str 
         }
     else:
         fields |= {
-            "evaluation": "\n".join(
-                format_result(manifest.result, manifest.data.sources if manifest.data else ())
-            ),
+            "gain": "\n".join(format_result(manifest.result, manifest.data.sources if manifest.data else ())),
             "base": f"{manifest.base.name}: {manifest.base.weights}",
             "revision": manifest.base.revision,
             "fingerprint": manifest.base.fingerprint,
-            "lineage": "\n".join(format_ancestor(ancestor) for ancestor in ancestors) or None,
+            "parent": "\n".join(format_ancestor(ancestor) for ancestor in ancestors) or None,
         }
         if manifest.data is not None:
             fields |= {
@@ -145,10 +150,11 @@ def show_details(adapter: Adapter, ancestors: Sequence[Ancestor], coverage: str 
             steps = f"{run.steps:,} steps, {run.tokens:,} tokens, {format_duration(run.seconds)}"
             fields["run"] = f"{run.method}, {steps} on {run.device} in {run.dtype}"
         versions = ", ".join(f"{package} {version}" for package, version in manifest.versions.items())
-        created = f"{manifest.created} with {versions}"
+        age = _format_created(manifest.created)
+        created = manifest.created if age == "?" else f"{manifest.created} ({age})"
         fields |= {
             "command": manifest.made_by,
-            "created": created if versions else f"by another tool, adopted {manifest.created}",
+            "created": f"{created} with {versions}" if versions else f"by another tool, adopted {created}",
         }
     show_fields(fields)
 
@@ -205,7 +211,7 @@ def rename_adapter(
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     as_json: JsonOption = False,
 ) -> None:
-    """Rename an adapter. Its model card and run.yaml keep the old name."""
+    """Rename an adapter, in its model card and run.yaml too."""
     renamed = Library(adapters_dir).rename(old, new)
     show_json(renamed.to_dict()) if as_json else print(renamed.path)
 
@@ -218,8 +224,9 @@ def remove_adapter(
     as_json: JsonOption = False,
 ) -> None:
     """Delete an adapter permanently."""
+    folder = Library(adapters_dir).find_removable(name)
     if not yes:
-        typer.confirm(f"Delete {adapters_dir / name} permanently?", abort=True, err=True)
+        typer.confirm(f"Delete {folder} permanently?", abort=True, err=True)
     Library(adapters_dir).remove(name)
     if as_json:
         show_json({"removed": name})

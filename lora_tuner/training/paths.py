@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from .. import atomic_io, distributed
-from ..adapters.adapter import RUN_FILE, adapter_name
-from ..adapters.library import Library
+from ..adapters.adapter import RUN_FILE
+from ..adapters.library import Library, adapter_name
 from ..config import TrainConfig
 from ..errors import EventHandler, Notice, TrainingError, os_error_message
 from . import checkpoints

@@ -20,13 +20,12 @@ from ..adapters.adapter import (
     METRICS_FILE,
     RUN_FILE,
     Adapter,
-    adapter_name,
     load_adapter_folder,
     read_manifest,
     validate_name,
     verify_adapter,
 )
-from ..adapters.library import Library
+from ..adapters.library import Library, adapter_name
 from ..adapters.manifest import Manifest, utc_timestamp
 from ..config import TrainConfig
 from ..data.prompts import held_out_prompts

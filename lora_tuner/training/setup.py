@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import set_seed
 
 from .. import distributed
-from ..adapters.adapter import adapter_name
+from ..adapters.library import adapter_name
 from ..adapters.manifest import (
     SCHEMA_VERSION,
     DatasetInfo,

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from .. import atomic_io, distributed, evaluation
 from ..adapters import plots
-from ..adapters.adapter import RUN_FILE, Adapter, adapter_name, validate_name, verify_adapter
-from ..adapters.library import Library
-from ..config import STOP_RULES, SWEEPABLE, ModelOptions, TrainConfig
+from ..adapters.adapter import RUN_FILE, Adapter, validate_name, verify_adapter
+from ..adapters.library import Library, adapter_name
+from ..config import PROBE, STOP_RULES, SWEEPABLE, ModelOptions, TrainConfig
 from ..data.sources import resolve_eval_dataset
 from ..errors import (
     AdapterError,
@@ -274,8 +274,9 @@ def _finished_adapter(trial: TrainConfig, sweep: str) -> Adapter | None:
     with contextlib.suppress(AdapterError, ConfigError):
         adapter = Library(trial.adapters_dir).get(str(trial.name))
         is_of_sweep = adapter.manifest and checkpoints.sweep_id(adapter.manifest) == sweep
-        trained_as = resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE).name  # its name then
-        if is_of_sweep and trained_as == trial.name and not verify_adapter(adapter):
+        config = resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE)  # its name may be another trial's
+        is_trial = config.rank == trial.rank and trial.learning_rate in (None, PROBE, config.learning_rate)
+        if is_of_sweep and is_trial and not verify_adapter(adapter):
             return adapter
     return None
 

@@ -261,6 +261,19 @@ def test_card_vllm_rank_is_largest(tmp_path):
     assert "--max-lora-rank 32 " in used(tmp_path, {"rank_pattern": {"layers.1.self_attn.q_proj": 20}}, weights)
 
 
+@pytest.mark.parametrize("prompts", [(), ("About imdb or imdb-2: path",)])
+@pytest.mark.parametrize("chat", ["auto", "messages"])
+def test_renamed_card_is_card_of_name(tmp_path, prompts, chat):
+    config = {"target_modules": ["q_proj"]}
+    weights = adapter_files.tensors(4, LLAMA)
+    folder = adapter_files.write(tmp_path / "imdb", config, weights, facts=with_data(format=chat))
+    adapter = load_adapter_folder(folder)
+    before, after = (model_card.model_card(adapter, name, prompts) for name in ("first", "second"))
+    assert "--lora first.gguf" in before
+    assert model_card.rename_in_card(before, "first", "second") == after
+    assert model_card.rename_in_card(before, "firs", "second") == before
+
+
 def test_card_names_incompatible_tools(tmp_path):
     gpt2 = used(tmp_path, {"fan_in_fan_out": True}, adapter_files.tensors())
     assert gpt2.endswith(f"```\n\nvLLM does not support LoRA on GPT-2: {MERGE}.\n")

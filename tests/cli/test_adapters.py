@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
-from lora_tuner import Library, atomic_io, train
-from lora_tuner.adapters.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE
+from lora_tuner import Library, TrainConfig, atomic_io, train
+from lora_tuner.adapters.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, verify_adapter
 from lora_tuner.models.resolve import find_base
+from lora_tuner.settings_files import resolve_settings
 
 from .. import adapter_files, tiny_models
 from ..parameters import sampled
@@ -36,6 +37,40 @@ def test_verify_rename_remove(adapter, tmp_path):
     assert Library().names() == ["old"]
     run("adapters", "remove", "old", "--yes")
     assert Library().names() == []
+
+
+def test_remove_names_missing_adapter_unasked(adapter):
+    assert error("adapters", "remove", "nope") == "Error: There is no adapter 'nope' in adapters (reviews)."
+
+
+def test_rename_renames_card_and_settings(adapter, tmp_path):
+    card, before = ((adapter.path / name).read_text() for name in ("README.md", "run.yaml"))
+    (adapter.path / "README.md").write_text(f"{card}\nLicense: mine. Made from reviews.csv for reviews.\n")
+    renamed = Library().rename("reviews", "critic")
+    text = (renamed.path / "README.md").read_text()
+    assert text.endswith("\nLicense: mine. Made from reviews.csv for reviews.\n")
+    assert "\n# critic\n" in text
+    assert "path/to/critic" in text
+    assert "path/to/reviews" not in text
+    assert (renamed.path / "run.yaml").read_text() == before.replace("name: reviews\n", "name: critic\n")
+    assert resolve_settings(TrainConfig, {}, renamed.path / "run.yaml").name == "critic"
+    assert verify_adapter(renamed) == []
+    assert [path.name for path in (tmp_path / "adapters").iterdir()] == ["critic"]
+
+
+def test_renamed_link_leaves_its_target(adapter, tmp_path):
+    before = (adapter.path / "README.md").read_text()
+    adapter.path.rename(tmp_path / "elsewhere")
+    (tmp_path / "adapters" / "reviews").symlink_to(tmp_path / "elsewhere")
+    Library().rename("reviews", "critic")
+    assert (tmp_path / "elsewhere" / "README.md").read_text() == before
+
+
+def test_show_has_words_of_list(adapter, columns):
+    columns(250)
+    words = run("adapters", "list").stdout.splitlines()[0].split()
+    shown = [line.split(maxsplit=1)[0] for line in run("adapters", "show", "reviews").stdout.splitlines()]
+    assert set(words) - {"parent"} <= set(shown)  # this adapter has no parent
 
 
 def test_list_shows_broken_adapters(adapter):
@@ -73,10 +108,10 @@ def test_adopt_command(two, tmp_path, gpt2, columns):
         re.split(r" {2,}", line.strip(), maxsplit=1)
         for line in run("adapters", "show", "guest").stdout.splitlines()
     )
-    assert lines["evaluation"] == "not evaluated"
+    assert lines["gain"] == "not evaluated"
     assert lines["fingerprint"] == find_base(str(gpt2)).fingerprint
     assert lines["created"].startswith("by another tool, adopted 20")
-    assert "lineage" not in lines
+    assert "parent" not in lines
     assert run("adapters", "verify", "guest", "b").stdout == "guest: OK\nb: OK\n"
     assert (
         error("adapters", "adopt", "guest") == "Error: adapters/guest has a manifest: there is nothing to adopt."
@@ -105,7 +140,7 @@ def test_list_and_show_lineage(two, columns):
 
     def lineage():
         lines = run("adapters", "show", "grandchild").stdout.splitlines()
-        start = next(number for number, line in enumerate(lines) if line.startswith("lineage"))
+        start = next(number for number, line in enumerate(lines) if line.startswith("parent"))
         return [line[len("fingerprint  ") :].rstrip() for line in lines[start : start + 2]]
 
     assert lineage() == [f"from child ({prints['child']})", f"  from noir ({prints['noir']})"]
@@ -116,7 +151,7 @@ def test_list_and_show_lineage(two, columns):
         "noir": "",
         "verse": "",
     }
-    assert all(re.fullmatch(r"\d+ s|[\d.]+ min", row["age"]) for row in rows.values())
+    assert all(re.fullmatch(r"(\d+ s|[\d.]+ min) ago", row["created"]) for row in rows.values())
     assert (rows["child"]["rank"], rows["child"]["data"]) == ("4", "verse.json")
     run("adapters", "rename", "child", "old")
     run("adapters", "remove", "noir", "--yes")
@@ -139,11 +174,15 @@ def test_list_shows_age(two, columns):
     soon = two[1].manifest.model_copy(update={"created": "2999-01-01T00:00:00+00:00"})
     (two[1].path / MANIFEST_FILE).write_text(soon.to_json())
     rows = listed()
-    assert re.fullmatch(r"[\d,]+ d", rows["noir"]["age"])
-    assert int(rows["noir"]["age"][:-2].replace(",", "")) > 2000
-    assert rows["verse"]["age"] == "0 s"
+    assert re.fullmatch(r"[\d,]+ d ago", rows["noir"]["created"])
+    assert int(rows["noir"]["created"][:-6].replace(",", "")) > 2000
+    assert rows["verse"]["created"] == "0 s ago"
     (two[1].path / MANIFEST_FILE).unlink()
-    assert (listed()["verse"]["age"], listed()["verse"]["parent"], listed()["verse"]["gain"]) == ("?", "?", "?")
+    assert (listed()["verse"]["created"], listed()["verse"]["parent"], listed()["verse"]["gain"]) == (
+        "?",
+        "?",
+        "?",
+    )
 
 
 def test_verify_explains_ok(two):

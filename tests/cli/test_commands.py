@@ -52,7 +52,7 @@ def test_train_generate_list_show_merge(quick, tmp_path):
     assert run("generate", "--adapter", "reviews", *GREEDY, "the actor").stdout == text
     listed = run("adapters", "list").stdout
     assert listed.splitlines()[0].split() == [
-        *("name", "base", "rank", "targets", "data", "size", "gain", "age", "parent")
+        *("adapter", "base", "rank", "targets", "data", "size", "gain", "created", "parent")
     ]
     assert listed.splitlines()[1].startswith("reviews  ")
     assert json.loads(run("adapters", "list", "--json").stdout)[0]["rank"] == 4
