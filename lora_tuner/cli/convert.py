@@ -117,8 +117,8 @@ def blend(
     parts: Annotated[
         list[str],
         typer.Argument(
-            metavar="NAME=WEIGHT...",
-            help="Adapters and their weights. A negative weight subtracts.",
+            metavar="NAME[=WEIGHT]...",
+            help="Adapters and their weights. Without weights: equal parts. A negative weight subtracts.",
             autocompletion=complete_adapter_names,
         ),
     ],
@@ -136,9 +136,12 @@ def blend(
 ) -> None:
     """Create an adapter that is the weighted sum of others."""
     library = Library(adapters_dir)
-    weights = [_parse_weight(part) for part in parts]
-    weighted = [(library.get(adapter), weight) for adapter, weight in weights]
+    weighted = [(library.get(adapter), weight) for adapter, weight in _parse_weights(parts)]
     library.check_name_free(name, overwrite=overwrite)
+    if {weight for _, weight in weighted} == {1.0} and len(weighted) == 1:
+        raise ConfigError(
+            f"'{parts[0]}' is one adapter alone: a blend needs two or more, or a weight that scales it."
+        )
     from ..convert import blend as convert_blend
 
     blended = convert_blend.blend(
@@ -159,6 +162,20 @@ def blend(
         "sets": {name: result.model_dump() for name, result in blended.results.items()},
     }
     show_json(blended.adapter.to_dict() | {"blend": details}) if as_json else _show_blend(blended)
+
+
+def _parse_weights(parts: list[str]) -> list[tuple[str, float]]:
+    """Return adapters and weights; without any weight the adapters are equal parts of 1 in all."""
+    bare = [part for part in parts if "=" not in part]
+    if not bare:
+        return [_parse_weight(part) for part in parts]
+    if len(bare) < len(parts):
+        raise ConfigError(
+            f"'{bare[0]}' has no weight, and others have: give each one, such as {bare[0]}=0.5, or none for equal parts."
+        )
+    if repeated := [part for part in bare if bare.count(part) > 1]:
+        raise ConfigError(f"'{repeated[0]}' is given twice: give each adapter once, or weights.")
+    return [(part, 1 / len(bare)) for part in bare]
 
 
 def _parse_weight(part: str) -> tuple[str, float]:

@@ -407,12 +407,16 @@ def test_blend_compress_merge_commands(two, tmp_path):
     ("arguments", "message"),
     [
         (
-            ("blend", "praise", "--name", "mixed"),
-            "Error: 'praise' is not of the form NAME=WEIGHT, such as imdb=0.7.",
+            ("blend", "praise", "pan=0.5", "--name", "mixed"),
+            "Error: 'praise' has no weight, and others have: give each one, such as praise=0.5, or none for equal parts.",
         ),
         (
             ("blend", "praise=much", "--name", "mixed"),
             "Error: 'praise=much' is not of the form NAME=WEIGHT, such as imdb=0.7.",
+        ),
+        (
+            ("blend", "praise", "praise", "--name", "mixed"),
+            "Error: 'praise' is given twice: give each adapter once, or weights.",
         ),
         (("blend", "nobody=1", "--name", "mixed"), "Error: There is no adapter 'nobody', neither in adapters"),
     ],
@@ -421,3 +425,18 @@ def test_blend_command_errors(arguments, message):
     stderr = run(*arguments, exit_code=1).stderr
     assert stderr.startswith(message)
     assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("alone", ["praise", "praise=1"])
+def test_blend_of_one_adapter_is_refused(two, alone):
+    stderr = run("blend", alone, "--name", "mixed", exit_code=1).stderr
+    assert stderr == (
+        f"Error: '{alone}' is one adapter alone: a blend needs two or more, or a weight that scales it.\n"
+    )
+
+
+def test_blend_without_weights_is_equal_parts(two):
+    equal = json.loads(run("blend", "praise", "pan", "--name", "equal", "--json", "--device", "cpu").stdout)
+    half = json.loads(run("blend", "praise=0.5", "pan=0.5", "--name", "half", "--json", "--device", "cpu").stdout)
+    assert equal["made_by"] == half["made_by"] == "blend praise=0.5 pan=0.5"
+    assert equal["weights"]["sha256"] == half["weights"]["sha256"]
