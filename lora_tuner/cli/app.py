@@ -100,22 +100,15 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Show the vers
         raise typer.Exit
 
 
-for command in (
-    data.data,
-    train.train,
-    generate.generate,
-    generate.compare,
-    evaluate.evaluate,
-    convert.merge,
-    convert.blend,
-    convert.compress,
-    export.export,
-    adapters.push,
-    adapters.pull,
-    serve.serve,
-    train.methods,
-    doctor.doctor,
-):
-    app.command(cls=StrictCommand)(command)
-app.add_typer(adapters.adapters_app, name="adapters")
-app.add_typer(runs.runs_app, name="runs")
+LIBRARY = "Library"
+for panel, commands in {
+    "Train and write": (doctor.doctor, data.data, train.train, train.methods, generate.generate),
+    "Compare and measure": (generate.compare, evaluate.evaluate),
+    "Combine and convert": (convert.merge, convert.blend, convert.compress, export.export),
+    LIBRARY: (adapters.push, adapters.pull),
+    "Serve": (serve.serve,),
+}.items():
+    for command in commands:
+        app.command(cls=StrictCommand, rich_help_panel=panel)(command)
+app.add_typer(adapters.adapters_app, name="adapters", rich_help_panel=LIBRARY)
+app.add_typer(runs.runs_app, name="runs", rich_help_panel=LIBRARY)

@@ -31,6 +31,7 @@ from ..config import (
 from ..errors import ConfigError, DataError, LoraTunerError, Notice, Progress
 from ..settings_files import read_settings, resolve_settings
 from ..text import format_names
+from .completion import complete_bases, complete_data
 from .display import Display
 
 if TYPE_CHECKING:
@@ -71,16 +72,12 @@ def complete_adapter_names(ctx: typer.Context, incomplete: str) -> list[str]:
     return []
 
 
-def complete_run_names(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Shell completion: names of unfinished runs and sweeps with this prefix."""
-    from ..training.unfinished import unfinished_runs
-
-    with contextlib.suppress(LoraTunerError, OSError):
-        runs = unfinished_runs(ctx.params.get("runs_dir") or TrainConfig().runs_dir)
-        return [run.name for run in runs if run.name.startswith(incomplete)]
-    return []
-
-
+_COMPLETIONS: dict[str, Callable[..., list[str]]] = {
+    "parent": complete_adapter_names,
+    "base": complete_bases,
+    "dataset": complete_data,
+    "eval_dataset": complete_data,
+}
 AdapterArgument = Annotated[
     str,
     typer.Argument(help="Adapter, by name or path.", show_default=False, autocompletion=complete_adapter_names),
@@ -100,7 +97,11 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an e
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 BaseOption = Annotated[
     str | None,
-    typer.Option(help=_help("base"), show_default=f"the adapter's, else {DEFAULT_BASE}"),
+    typer.Option(
+        help=_help("base"),
+        show_default=f"the adapter's, else {DEFAULT_BASE}",
+        autocompletion=complete_bases,
+    ),
 ]
 RevisionOption = Annotated[str | None, typer.Option(help=_help("revision"), show_default=False)]
 
@@ -187,7 +188,7 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
         show_default=False if default is None else str(default),
         rich_help_panel=extra["panel"],
         file_okay=False,  # all path settings are folders
-        autocompletion=complete_adapter_names if name == "parent" else None,
+        autocompletion=_COMPLETIONS.get(name),
         parser=functools.partial(_parse_sweep_values, number) if number else None,
         metavar=f"{number.__name__.upper()}[,...]{f'|{PROBE}' * (number is float)}" if number else None,
     )

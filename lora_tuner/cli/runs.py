@@ -8,8 +8,9 @@ from typer.core import TyperGroup
 
 from ..config import TrainConfig
 from .adapters import format_age
+from .completion import complete_run_names
 from .display import print_stderr, print_table, show_json
-from .options import JsonOption, StrictCommand, complete_run_names
+from .options import JsonOption, StrictCommand
 
 DEFAULT_RUNS_DIR = TrainConfig().runs_dir
 RunsDirOption = Annotated[

@@ -88,12 +88,12 @@ def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler = ignore_even
     for trial in trials:
         paths.check_places(trial, sweep=folder)
     with paths.run_lock(first.runs_dir, folder.name):
-        measured = resolve_eval_dataset(first, notify, "a sweep selects a rank or a learning rate")
-        changes = {"eval_dataset": measured.eval_dataset, "eval_split": measured.eval_split}
-        trials = [trial.model_copy(update=changes) for trial in trials]
         _check_name_free(name, first)
         for trial in trials:
             paths.check_output_paths(trial)
+        measured = resolve_eval_dataset(first, notify, "a sweep selects a rank or a learning rate")
+        changes = {"eval_dataset": measured.eval_dataset, "eval_split": measured.eval_split}
+        trials = [trial.model_copy(update=changes) for trial in trials]
         arguments.check_trackers(first)
         widest = max(trials, key=lambda trial: trial.rank)
         setup = prepare_training(_with_max_steps(widest, 1, learning_rate=1.0), notify)  # what fits it fits all

@@ -209,6 +209,43 @@ def test_settings_become_options():
                 assert options[field].show_default == str(facts.default)
 
 
+GROUPS = {
+    "Train and write": "doctor data train methods generate",
+    "Compare and measure": "compare evaluate",
+    "Combine and convert": "merge blend compress export",
+    "Library": "push pull adapters runs",
+    "Serve": "serve",
+}
+
+
+@pytest.mark.parametrize("width", ["80", "120"])
+def test_root_help_groups_all_commands(monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", width)
+    shown = run("--help").stdout
+    panels = dict(re.findall(r"╭─ (.+?) ─+╮\n(.*?)\n╰", shown, flags=re.DOTALL))
+    for title, names in GROUPS.items():
+        assert re.findall(r"^│ ([a-z]+)", panels[title], flags=re.MULTILINE) == names.split()
+    assert list(panels) == ["Options", *GROUPS]
+
+
+@pytest.mark.parametrize("options", [(), ("--rank", "2,4"), ("--from", "parent")])
+def test_existing_name_is_refused_before_loading(tmp_path, options):
+    names = ("noir-r2", "noir-r4") if "--rank" in options else ("noir",)
+    for name in names:
+        (tmp_path / "adapters" / name).mkdir(parents=True)
+        (tmp_path / "adapters" / name / CONFIG_FILE).write_text("{}")
+    given = ("train", "--name", "noir", "--base", "no-base", "--dataset", "no.csv", "--eval-dataset", "none.csv")
+    text = error(*given, *options)
+    assert text.startswith(f"Error: adapters/{names[0]} exists: choose another --name, or replace it")
+
+
+def test_unfinished_run_is_refused_before_loading(tmp_path):
+    (tmp_path / "runs" / "noir").mkdir(parents=True)
+    (tmp_path / "runs" / "noir" / "run.yaml").write_text("name: noir\n")
+    text = error("train", "--name", "noir", "--base", "no-base", "--dataset", "no.csv")
+    assert text.startswith("Error: runs/noir holds an unfinished run: resume it with --resume noir")
+
+
 LIGHT = """
 import sys
 from lora_tuner.cli.app import app

@@ -1,0 +1,60 @@
+"""Shell completion of run names, bases and data. None of it loads torch."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+
+from ..config import CODE_EXTENSIONS, DATA_EXTENSIONS, TrainConfig, data_extension
+from ..errors import LoraTunerError
+
+
+def complete_run_names(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Names of unfinished runs and sweeps with this prefix."""
+    from ..training.unfinished import unfinished_runs
+
+    with contextlib.suppress(LoraTunerError, OSError):
+        runs = unfinished_runs(ctx.params.get("runs_dir") or TrainConfig().runs_dir)
+        return [run.name for run in runs if run.name.startswith(incomplete)]
+    return []
+
+
+def complete_bases(incomplete: str) -> list[str]:
+    """Bases that need no download, and folders and GGUF files, with this prefix."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from ..models.resolve import available_bases
+
+    names = []
+    with contextlib.suppress(LoraTunerError, OSError):
+        names += available_bases()
+    cached = sorted(Path(HF_HUB_CACHE).glob("models--*/snapshots/*/config.json"))
+    names += [path.parents[2].name.removeprefix("models--").replace("--", "/") for path in cached]
+    paths = _complete_paths(incomplete, lambda path: path.suffix.lower() == ".gguf")
+    return list(dict.fromkeys([*(name for name in names if name.startswith(incomplete)), *paths]))
+
+
+def complete_data(incomplete: str) -> list[str]:
+    """Folders and data files with this prefix, and the demo data."""
+    demo = [name for name in TrainConfig().dataset_names if name.startswith(incomplete)]
+    return demo + _complete_paths(
+        incomplete, lambda path: data_extension(path) in DATA_EXTENSIONS + CODE_EXTENSIONS
+    )
+
+
+def _complete_paths(incomplete: str, is_offered: Callable[[Path], bool]) -> list[str]:
+    """Folders, which end in a slash, and the files that are offered; hidden ones after a dot alone."""
+    parent, prefix = os.path.split(incomplete)
+    try:
+        entries = sorted(Path(os.path.expanduser(parent) or ".").iterdir())
+    except OSError:  # there is no such folder
+        return []
+    return [
+        os.path.join(parent, f"{entry.name}/" if entry.is_dir() else entry.name)
+        for entry in entries
+        if entry.name.startswith(prefix)
+        and (prefix or not entry.name.startswith("."))
+        and (entry.is_dir() or is_offered(entry))
+    ]
