@@ -5,7 +5,6 @@ The command line, docs/commands.md and run.yaml are derived from these fields.
 
 import codecs
 import math
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,24 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from pydantic_core import PydanticCustomError
 
 from .errors import ConfigError, EventHandler, ignore_events
+from .text import split_weight
 
 DEFAULT_BASE = "distilgpt2"
 EMBEDDED_BASE = "smollm2-135m"
 HELD_OUT = "held-out"  # an `eval_dataset`: the rows held out of the training data
-WORKBOOK_EXTENSIONS, DATABASE_EXTENSIONS = (".xlsx", ".xlsm"), (".db", ".sqlite", ".sqlite3")
-TABLE_EXTENSIONS = WORKBOOK_EXTENSIONS + DATABASE_EXTENSIONS  # files of several tables
-MARKDOWN_EXTENSIONS = (".md", ".markdown")
-MAIL_EXTENSIONS = (".eml", ".mbox")
-DOCUMENT_EXTENSIONS = (*MARKDOWN_EXTENSIONS, ".html", ".htm", ".docx", ".epub", *MAIL_EXTENSIONS)
-DATA_EXTENSIONS = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet", *TABLE_EXTENSIONS, *DOCUMENT_EXTENSIONS)
-_COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
-_COMPRESSIBLE = {*DATA_EXTENSIONS} - {".parquet", *TABLE_EXTENSIONS, ".docx", ".epub"}
-_CODE_FILES = (
-    ".py .pyi .js .mjs .jsx .ts .tsx .java .kt .scala .c .h .cc .cpp .hpp .cs .rs .go .rb .php "
-    ".swift .lua .pl .r .jl .hs .ml .ex .exs .clj .sh .bash .zsh .ps1 .sql .yaml .yml .toml .ini "
-    ".cfg .rst .tex .css .vue .tf .proto"
-)
-CODE_EXTENSIONS = tuple(_CODE_FILES.split())  # files that are one row each, as written
 DELIMITER_NAMES = {"tab": "\t", "space": " "}  # of those that are not easily typed
 FILE_SETTINGS = ("delimiter", "encoding", "txt_rows")  # of files of text; auto unless they are given
 HELD_OUT_MAX_TOKENS = 512  # independent of `max_length`, so that runs can be compared
@@ -57,8 +43,6 @@ RSLORA_ALPHA = 6  # gives rank 8 about the same scale as the other methods
 LORA_PLUS_RATIO = 4.0  # learning rate of B / learning rate of A
 SECRET_FIELDS = ("api_key",)  # their values never appear in error messages
 INVALID_TEXT = re.compile("[\0\ud800-\udfff]")  # null bytes and lone surrogates (undecodable bytes)
-# Names of adapters; names of Windows devices are excluded.
-NAME_PATTERN = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)$)[A-Za-z][A-Za-z0-9_-]{0,63}")
 # As browsers send it: http://localhost:3000, app://obsidian.md. `null` can be any page.
 _ORIGIN = re.compile(
     r"(?!http:.*:80$|https:.*:443$)[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[1-9]\d{0,4})?"
@@ -802,33 +786,3 @@ def _contradiction(text: str) -> PydanticCustomError:
     Raised per field, so that pydantic reports it together with the other problems.
     """
     return PydanticCustomError("contradiction", "{text}", {"text": text})
-
-
-def data_extension(path: Path) -> str:
-    """Return the extension of a file in lower case; of compressed text the one before, as in a.csv.gz."""
-    extension, inner = path.suffix.lower(), Path(path.stem).suffix.lower()
-    return inner if extension in _COMPRESSED and inner in _COMPRESSIBLE else extension
-
-
-def split_weight(entry: str) -> tuple[str, float | None]:
-    """Split `name=0.7` into the name of a dataset and its weight, None without one."""
-    name, equals, number = entry.rpartition("=")
-    if not equals or os.path.lexists(os.path.expanduser(entry)):
-        return entry, None
-    try:
-        return name, float(number)
-    except ValueError:
-        return entry, None
-
-
-def default_adapter_name(*datasets: str) -> str:
-    """Derive an adapter's name from its datasets: the last part of each path or id, made valid."""
-    stems = []
-    for dataset in datasets:
-        path = Path(dataset)
-        is_file = data_extension(path) in DATA_EXTENSIONS + CODE_EXTENSIONS
-        if path.suffix.lower() in _COMPRESSED:
-            path = Path(path.stem)
-        stems.append(path.stem if is_file else dataset.rstrip("/").rpartition("/")[2])
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", "-".join(stems)).strip("-")[:64]
-    return name if NAME_PATTERN.fullmatch(name) else f"data-{name}"[:64].rstrip("-")

@@ -1,4 +1,4 @@
-"""Text for users: sizes, durations, names without local paths, escaped control characters."""
+"""Text for users: sizes, durations, lists. Names of adapters and datasets; extensions of files."""
 
 import itertools
 import math
@@ -7,8 +7,22 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from .config import CODE_EXTENSIONS, DATA_EXTENSIONS, data_extension
-
+WORKBOOK_EXTENSIONS, DATABASE_EXTENSIONS = (".xlsx", ".xlsm"), (".db", ".sqlite", ".sqlite3")
+TABLE_EXTENSIONS = WORKBOOK_EXTENSIONS + DATABASE_EXTENSIONS  # files of several tables
+MARKDOWN_EXTENSIONS = (".md", ".markdown")
+MAIL_EXTENSIONS = (".eml", ".mbox")
+DOCUMENT_EXTENSIONS = (*MARKDOWN_EXTENSIONS, ".html", ".htm", ".docx", ".epub", *MAIL_EXTENSIONS)
+DATA_EXTENSIONS = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet", *TABLE_EXTENSIONS, *DOCUMENT_EXTENSIONS)
+_COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+_COMPRESSIBLE = {*DATA_EXTENSIONS} - {".parquet", *TABLE_EXTENSIONS, ".docx", ".epub"}
+_CODE_FILES = (
+    ".py .pyi .js .mjs .jsx .ts .tsx .java .kt .scala .c .h .cc .cpp .hpp .cs .rs .go .rb .php "
+    ".swift .lua .pl .r .jl .hs .ml .ex .exs .clj .sh .bash .zsh .ps1 .sql .yaml .yml .toml .ini "
+    ".cfg .rst .tex .css .vue .tf .proto"
+)
+CODE_EXTENSIONS = tuple(_CODE_FILES.split())  # files that are one row each, as written
+# Names of adapters; names of Windows devices are excluded.
+NAME_PATTERN = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)$)[A-Za-z][A-Za-z0-9_-]{0,63}")
 MAX_MESSAGE_CHARS = 20_000
 # With lone surrogates.
 CONTROL_CHARACTERS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
@@ -25,6 +39,36 @@ def _without_folders(name: str) -> str:
     is_local = path.is_absolute() or len(path.parts) > 2 or name.startswith((".", "~")) or os.path.exists(path)
     is_local = is_local or data_extension(path) in DATA_EXTENSIONS + CODE_EXTENSIONS
     return os.path.basename(os.path.abspath(path)) if name and is_local else name
+
+
+def data_extension(path: Path) -> str:
+    """Return the extension of a file in lower case; of compressed text the one before, as in a.csv.gz."""
+    extension, inner = path.suffix.lower(), Path(path.stem).suffix.lower()
+    return inner if extension in _COMPRESSED and inner in _COMPRESSIBLE else extension
+
+
+def split_weight(entry: str) -> tuple[str, float | None]:
+    """Split `name=0.7` into the name of a dataset and its weight, None without one."""
+    name, equals, number = entry.rpartition("=")
+    if not equals or os.path.lexists(os.path.expanduser(entry)):
+        return entry, None
+    try:
+        return name, float(number)
+    except ValueError:
+        return entry, None
+
+
+def default_adapter_name(*datasets: str) -> str:
+    """Derive an adapter's name from its datasets: the last part of each path or id, made valid."""
+    stems = []
+    for dataset in datasets:
+        path = Path(dataset)
+        is_file = data_extension(path) in DATA_EXTENSIONS + CODE_EXTENSIONS
+        if path.suffix.lower() in _COMPRESSED:
+            path = Path(path.stem)
+        stems.append(path.stem if is_file else dataset.rstrip("/").rpartition("/")[2])
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", "-".join(stems)).strip("-")[:64]
+    return name if NAME_PATTERN.fullmatch(name) else f"data-{name}"[:64].rstrip("-")
 
 
 def escape_control(text: str) -> str:

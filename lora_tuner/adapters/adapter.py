@@ -18,9 +18,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from .. import atomic_io
-from ..config import NAME_PATTERN
 from ..errors import AdapterError
-from ..text import format_names
+from ..text import NAME_PATTERN, format_names
 from . import expert_names, other_formats, peft_config, safetensors_header
 from .manifest import Manifest, ParentInfo, WeightsInfo
 from .peft_config import CONFIG_FILE as CONFIG_FILE

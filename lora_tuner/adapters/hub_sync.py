@@ -13,10 +13,9 @@ from pathlib import Path
 import yaml
 
 from .. import atomic_io, hub
-from ..config import default_adapter_name, split_weight
 from ..errors import AdapterError, ConfigError, EventHandler, HubError, Notice, ignore_events
 from ..settings_files import read_settings
-from ..text import display_name
+from ..text import default_adapter_name, display_name, split_weight
 from . import model_card
 from .adapter import (
     CARD_FILE,

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from .. import atomic_io
-from ..config import NAME_PATTERN, TrainConfig, default_adapter_name
+from ..config import TrainConfig
 from ..errors import AdapterError
-from ..text import format_names
+from ..text import NAME_PATTERN, default_adapter_name, format_names
 from . import other_formats
 from .adapter import (
     CARD_FILE,

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import typer
 
-from ..config import CODE_EXTENSIONS, DATA_EXTENSIONS, TrainConfig, data_extension
+from ..config import TrainConfig
 from ..errors import LoraTunerError
+from ..text import CODE_EXTENSIONS, DATA_EXTENSIONS, data_extension
 
 
 def complete_run_names(ctx: typer.Context, incomplete: str) -> list[str]:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .. import atomic_io
-from ..config import TrainConfig, default_adapter_name
+from ..config import TrainConfig
 from ..errors import ConfigError
 from ..settings_files import resolve_settings
-from ..text import format_counts, format_rows, format_share, format_share_of, one_line
+from ..text import default_adapter_name, format_counts, format_rows, format_share, format_share_of, one_line
 from .display import print_table, show_json
 from .options import JsonOption, Overrides, OverwriteOption, display, settings_options
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from ..config import DELIMITER_NAMES, data_extension
-from ..text import format_names, shorten
+from ..config import DELIMITER_NAMES
+from ..text import data_extension, format_names, shorten
 from .encodings import guess_encodings
 from .opening import UnreadableFileError, open_file, text_lines
 from .workbooks import check_distinct

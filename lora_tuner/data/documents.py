@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-from ..config import MARKDOWN_EXTENSIONS, data_extension
-from ..text import format_bytes
+from ..text import MARKDOWN_EXTENSIONS, data_extension, format_bytes
 from .markup import TextBlocks, decode_html, import_etree
 from .opening import CHANGED, Container, UnreadableFileError, open_file, read_document, text_lines
 

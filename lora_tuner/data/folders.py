@@ -9,18 +9,18 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from ..config import (
+from ..config import TrainConfig
+from ..errors import DataError, EventHandler, Notice, os_error_message
+from ..text import (
     CODE_EXTENSIONS,
     DATA_EXTENSIONS,
     DOCUMENT_EXTENSIONS,
     MAIL_EXTENSIONS,
     MARKDOWN_EXTENSIONS,
     TABLE_EXTENSIONS,
-    TrainConfig,
     data_extension,
+    format_names,
 )
-from ..errors import DataError, EventHandler, Notice, os_error_message
-from ..text import format_names
 from .delimited import find_txt_delimiter
 
 _SPLIT_WORDS = {  # the words of `datasets`, which counts eval as test

@@ -15,8 +15,8 @@ from email.header import decode_header
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-from ..config import data_extension
 from ..errors import DataError, InvalidRowError
+from ..text import data_extension
 from .cleaning import clean_message
 from .documents import UnreadableRow
 from .markup import decode, html_text

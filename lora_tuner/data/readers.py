@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING, cast
 
 import datasets
 
-from ..config import (
+from ..config import DELIMITER_NAMES
+from ..errors import DataError
+from ..text import (
     CODE_EXTENSIONS,
     DATABASE_EXTENSIONS,
-    DELIMITER_NAMES,
     DOCUMENT_EXTENSIONS,
     MAIL_EXTENSIONS,
     MARKDOWN_EXTENSIONS,
     WORKBOOK_EXTENSIONS,
     data_extension,
+    format_names,
 )
-from ..errors import DataError
-from ..text import format_names
 from .columns import match_column, similar_columns
 from .delimited import NumberedRow, describe_delimiter, find_delimiter, find_txt_delimiter, read_delimited
 from .documents import count_unreadable, read_document_row

@@ -12,15 +12,9 @@ import datasets
 
 from .. import hub
 from ..atomic_io import delete
-from ..config import (
-    DATA_EXTENSIONS,
-    HELD_OUT,
-    PROBE,
-    TrainConfig,
-    data_extension,
-)
+from ..config import HELD_OUT, PROBE, TrainConfig
 from ..errors import ConfigError, DataError, EventHandler, HubError, Notice, ignore_events
-from ..text import format_names
+from ..text import DATA_EXTENSIONS, data_extension, format_names
 from .delimited import find_txt_delimiter
 from .folders import (
     choose_files,

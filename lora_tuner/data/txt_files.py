@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ..config import DOCUMENT_EXTENSIONS, MAIL_EXTENSIONS, data_extension
+from ..text import DOCUMENT_EXTENSIONS, MAIL_EXTENSIONS, data_extension
 from .encodings import find_encoding
 from .folders import split_of
 from .opening import UnreadableFileError, open_file, text_lines

@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .. import atomic_io
 from ..adapters.adapter import CONFIG_FILE, RUN_FILE, load_adapter_folder, read_manifest
-from ..config import NAME_PATTERN, TrainConfig
+from ..config import TrainConfig
 from ..errors import AdapterError, ConfigError, TrainingError
 from ..settings_files import read_settings, resolve_settings
-from ..text import format_names
+from ..text import NAME_PATTERN, format_names
 from . import checkpoints, paths
 from .paths import SWEEP_STATE_FILE
 

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_tuner.config import DATA_EXTENSIONS, NAME_PATTERN, TrainConfig, default_adapter_name
+from lora_tuner.config import TrainConfig
 from lora_tuner.data import splitting
 from lora_tuner.data.dataset import RowCounts, load_dataset
 from lora_tuner.errors import DataError, HubError
+from lora_tuner.text import DATA_EXTENSIONS, NAME_PATTERN, default_adapter_name
 
 from .. import tiny_models
 from ..data_files import TEXTS, jsonl, rows, table

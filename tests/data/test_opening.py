@@ -8,11 +8,12 @@ import lzma
 import pyarrow
 import pytest
 
-from lora_tuner.config import TrainConfig, default_adapter_name
+from lora_tuner.config import TrainConfig
 from lora_tuner.data import opening
 from lora_tuner.data.dataset import load_dataset
 from lora_tuner.data.readers import read_file
 from lora_tuner.data.sources import local_splits
+from lora_tuner.text import default_adapter_name
 
 from ..data_files import TEXTS, jsonl, rows, table
 
