@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from .convert.export_model import ModelExport, export_model
     from .convert.export_ollama import OllamaExport, export_ollama
     from .convert.merge import MergeResult, merge
+    from .data.eval_sets import EvalSet
     from .errors import Interrupted, LoraTunerError, Notice, Progress
-    from .evaluation import EvalSet, GainMatrix, evaluate
+    from .evaluation import GainMatrix, evaluate
     from .inference.generator import GenerationOutput, Generator
     from .training.profiling import RunEstimate
     from .training.run import plan, resume, train
@@ -36,7 +37,7 @@ _HOMES = {  # public name -> module that defines it
     "Adapter": "adapters.adapter",
     "BlendResult": "convert.blend",
     "CompressResult": "convert.compress",
-    "EvalSet": "evaluation",
+    "EvalSet": "data.eval_sets",
     "GainMatrix": "evaluation",
     "GenerationOutput": "inference.generator",
     "Generator": "inference.generator",

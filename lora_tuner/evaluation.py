@@ -24,16 +24,14 @@ from .adapters.adapter import RUN_FILE, WEIGHTS_FILE, Adapter
 from .adapters.library import check_distinct_names
 from .adapters.manifest import EvalResult
 from .adapters.peft_config import SCALING_KEYS
-from .config import HELD_OUT_MAX_TOKENS, ModelOptions, TrainConfig
-from .data import packing, tokenization
-from .data.dataset import Dataset, load_dataset, load_eval_dataset
-from .data.splitting import content_hash
+from .config import HELD_OUT_MAX_TOKENS, ModelOptions
+from .data import eval_sets, packing, tokenization
+from .data.eval_sets import EvalSet
 from .data.tokenization import TokenIds
 from .errors import (
     AdapterError,
     BaseModelError,
     EventHandler,
-    LoraTunerError,
     Notice,
     Progress,
     ignore_events,
@@ -42,8 +40,6 @@ from .inference.multi_lora import MultiLora
 from .models import fsdp, fused_blocks, loading, lora, memory, packing_checks
 from .models.loading import LoadedBase
 from .models.tokenizer import load_adapter_tokenizer
-from .settings_files import resolve_settings
-from .text import format_rows
 
 # Positions per batch; packed rows have no padding, and their attention needs no more memory for more of them.
 BATCH_TOKENS_CPU, BATCH_TOKENS_PACKED, BATCH_TOKENS_GPU = 512, 2048, 8192
@@ -86,32 +82,6 @@ class HeldOutLoss:
 
 
 LossPair = tuple[HeldOutLoss, HeldOutLoss]  # of the base, and of the adapter
-
-
-@dataclass(frozen=True)
-class EvalSet:
-    """Held-out rows of an adapter or dataset, by its name; `missing` is the reason for no rows.
-
-    `groups` has the number of the group of each row; empty if each row is one.
-    """
-
-    name: str
-    texts: list[str]
-    missing: str | None = None
-    groups: list[int] = field(default_factory=list)
-
-    def format_rows(self) -> str:
-        return format_rows(len(self.texts), len(set(self.groups)) or None)
-
-    def hash(self) -> str:
-        """Hash of the texts and, where there are some, of the groups."""
-        texts = content_hash(self.texts)
-        return content_hash([texts, *map(str, self.groups)]) if self.groups else texts
-
-    def select(self, rows: Sequence[int]) -> "EvalSet":
-        """The set with some of its rows."""
-        texts, groups = [self.texts[row] for row in rows], [self.groups[row] for row in rows if self.groups]
-        return replace(self, texts=texts, groups=groups)
 
 
 @dataclass(frozen=True)
@@ -460,103 +430,26 @@ def gain_on(rows: Sequence[int], base: HeldOutLoss, adapter: HeldOutLoss) -> Eva
     return paired_gain(base.select(rows), adapter.select(rows)) if rows else None
 
 
-def join_groups(parts: Sequence[tuple[Sequence[int], int]]) -> list[int]:
-    """Number the groups of several lists of rows on; empty if none has groups.
-
-    Args:
-        parts: groups and number of rows of each list.
-    """
-    joined: list[int] = []
-    for groups, rows in parts:
-        first = max(joined, default=-1) + 1
-        joined += [first + group for group in groups or range(rows)]
-    return joined if any(groups for groups, _ in parts) else []
-
-
 def cache_adapter_loss(base: LoadedBase, rows: Sequence[TokenIds], adapter: Adapter, loss: HeldOutLoss) -> None:
     """Keep the loss that training has measured, so that evaluation need not measure it again."""
     _measure_cached(base, rows, _loss_key(adapter), lambda: loss)
 
 
-def cache_rows(rows: EvalSet) -> None:
-    """Keep rows in the user's cache under their hash, for when the dataset is gone."""
-    content = {"texts": rows.texts, "groups": rows.groups} if rows.groups else rows.texts
-    with contextlib.suppress(OSError):  # a full cache must not end a run
-        atomic_io.atomic_write_text(_rows_path(rows.hash()), json.dumps(content, ensure_ascii=False))
-
-
 def cached_rows(adapter: Adapter, notify: EventHandler = ignore_events) -> EvalSet:
-    """Rows from the user's cache that an adapter was evaluated on when it was trained.
-
-    If they are damaged, they are loaded again from the dataset that its run.yaml names. If they are
-    not there, that dataset may be a stranger's choice.
-    """
+    """Rows from the user's cache that an adapter was evaluated on when it was trained."""
     data = adapter.manifest.data if adapter.manifest else None
     if data is None:
         return EvalSet(adapter.name, [], "it was trained by another tool, so its held-out rows are unknown")
     if data.held_out_hash is None:
         return EvalSet(adapter.name, [], "it was made from adapters whose held-out rows were missing")
-    path = _rows_path(data.held_out_hash)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        texts, groups = (content["texts"], content["groups"]) if isinstance(content, dict) else (content, [])
-        rows = EvalSet(adapter.name, texts, groups=groups)
-        # The first version with groups recorded the hash of the texts alone.
-        if data.held_out_hash in (rows.hash(), content_hash(texts)) and len(groups) in (0, len(texts)):
-            return rows
-        reason = "its held-out rows in the cache have changed"
-    except FileNotFoundError:
-        reason = "its held-out rows are not in the cache: it was trained elsewhere, or the cache was emptied"
-        return EvalSet(adapter.name, [], reason)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        reason = f"its held-out rows in the cache cannot be read ({error})"
-    with contextlib.suppress(LoraTunerError):
-        config = resolve_settings(TrainConfig, {}, adapter.path / RUN_FILE)
-        dataset = load_dataset(config)
-        texts = dataset.held_out[: config.eval_rows]
-        rows = EvalSet(adapter.name, texts, groups=dataset.groups_of(texts))
-        if rows.hash() == data.held_out_hash:
-            notify(Notice(f"{path} is damaged: the held-out rows of {adapter.name} are loaded again."))
-            cache_rows(rows)
-            return rows
-    return EvalSet(adapter.name, [], reason)
-
-
-def load_eval_set(config: TrainConfig, notify: EventHandler = ignore_events) -> EvalSet:
-    """Load the first `config.eval_rows` rows, in hash order, of `config.eval_dataset`, as training
-    measures them: documents in parts."""
-    dataset = Dataset([])
-    dataset.set_held_out([[*load_eval_dataset(config, notify).values()]], config, notify)
-    notify(eval_dataset_notice(str(config.eval_dataset)))
-    texts = dataset.held_out[: config.eval_rows]
-    return EvalSet(str(config.eval_dataset), texts, groups=dataset.groups_of(texts))
-
-
-def select_rows(sets: Sequence[EvalSet], eval_rows: int | None = None) -> list[EvalSet]:
-    """The first `eval_rows` rows of each set.
-
-    A set of fewer than two rows loses them, with the reason. One group or document of more rows is
-    measured, without a standard error.
-    """
-    selected = []
-    for rows in sets:
-        rows = rows.select(range(len(rows.texts))[:eval_rows])
-        if len(rows.texts) < 2 and not rows.missing:
-            rows = replace(rows.select([]), missing="a standard error needs two rows")
-        selected.append(rows)
-    return selected
-
-
-def eval_dataset_notice(name: str) -> Notice:
-    """Warn about a dataset evaluated as a whole: adapters do not record their training rows."""
-    return Notice(f"Rows of {name} that an adapter was trained on count as held out here.")
+    return eval_sets.read_rows(adapter.name, data.held_out_hash, adapter.path / RUN_FILE, notify)
 
 
 def notify_eval_rows(adapters: Sequence[Adapter], notify: EventHandler) -> None:
     """Warn about rows that are held out for one adapter and maybe not for another."""
     datasets = [adapter.manifest.data for adapter in adapters if adapter.manifest and adapter.manifest.data]
     for name in dict.fromkeys(data.eval_dataset for data in datasets if data.eval_dataset):
-        notify(eval_dataset_notice(name))
+        notify(eval_sets.eval_dataset_notice(name))
     differences = ["--split-salt"] if len({data.split_salt for data in datasets}) > 1 else []
     groups = {(data.name, data.group_by) for data in datasets}
     if len(groups) > len({name for name, _ in groups}):
@@ -574,7 +467,7 @@ def _select_sets(
     check_distinct_names(adapters)
     if sets is None:
         sets = [cached_rows(adapter, notify) for adapter in adapters]
-    selected = select_rows(sets, eval_rows)
+    selected = eval_sets.select_rows(sets, eval_rows)
     if all(rows.missing for rows in selected):
         reasons = "; ".join(f"{rows.name}: {rows.missing}" for rows in selected)
         raise AdapterError(f"There are no rows to evaluate on. {reasons}. Name a dataset with --eval-dataset.")
@@ -673,7 +566,3 @@ def _loss_key(adapter: Adapter) -> list[object]:
     key: list[object] = [digest, [adapter.config.get(key) for key in SCALING_KEYS]]
     replaced = adapter.replaced
     return [*key, [*replaced.rows.items()], sorted(replaced.copies)] if replaced else key
-
-
-def _rows_path(rows_hash: str) -> Path:
-    return atomic_io.cache_dir() / "held-out" / f"{rows_hash}.json"

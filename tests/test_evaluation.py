@@ -13,6 +13,7 @@ from lora_tuner import EvalSet, Library, ModelOptions, Notice, TrainConfig, eval
 from lora_tuner.adapters.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, load_adapter_folder
 from lora_tuner.adapters.manifest import EvalResult
 from lora_tuner.config import HELD_OUT_MAX_TOKENS
+from lora_tuner.data import eval_sets
 from lora_tuner.data.dataset import load_dataset
 from lora_tuner.data.packing import IGNORE_INDEX, PackedSequences, collate
 from lora_tuner.errors import AdapterError, WrongBaseError
@@ -391,7 +392,7 @@ def test_rows_are_cached_for_each_grouping(adapters, tmp_path):
     sets = [EvalSet("noir", texts, groups=groups) for groups in ([0, 0, 1, 1], [], [0, 1, 1, 1])]
     data = adapters[0].manifest.data
     for rows in sets:
-        evaluation.cache_rows(rows)
+        eval_sets.cache_rows(rows)
     for rows in sets:
         changed = data.model_copy(update={"held_out_hash": rows.hash()})
         assert evaluation.cached_rows(with_manifest(adapters[0], data=changed)) == rows
@@ -426,8 +427,8 @@ def test_eval_dataset_rows_are_used(adapters, tmp_path):
     texts = tiny_models.reviews(20, seed=9)
     (tmp_path / "other.json").write_text(json.dumps([*texts, texts[0], ""]))
     events = []
-    rows = evaluation.load_eval_set(TrainConfig(eval_dataset="other.json", eval_rows=5), events.append)
-    everything = evaluation.load_eval_set(TrainConfig(eval_dataset="other.json"))
+    rows = eval_sets.load_eval_set(TrainConfig(eval_dataset="other.json", eval_rows=5), events.append)
+    everything = eval_sets.load_eval_set(TrainConfig(eval_dataset="other.json"))
     assert sorted(everything.texts) == sorted(texts)
     assert rows == EvalSet("other.json", everything.texts[:5])
     assert [event.text for event in events] == [

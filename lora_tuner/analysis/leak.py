@@ -11,13 +11,14 @@ from .. import evaluation
 from ..adapters.adapter import RUN_FILE, Adapter
 from ..adapters.manifest import EvalResult
 from ..config import ModelOptions, TrainConfig
+from ..data import eval_sets
 from ..data.dataset import Dataset, eval_hashes, load_dataset, load_eval_dataset
+from ..data.eval_sets import EvalSet
 from ..data.held_out import measured_rows
 from ..data.near_duplicates import NearDuplicates
 from ..data.rows import Source, iter_rows
 from ..data.splitting import is_held_out
 from ..errors import DataError, EventHandler, LoraTunerError, Notice, Progress
-from ..evaluation import EvalSet
 from ..models import lora
 from ..models.loading import LoadedBase
 from ..models.tokenizer import load_adapter_tokenizer
@@ -73,7 +74,7 @@ def measure_leak(
     base: LoadedBase | None = None
     leaks = []
     for adapter in adapters:
-        (rows,) = evaluation.select_rows([evaluation.cached_rows(adapter, options.notify)], eval_rows)
+        (rows,) = eval_sets.select_rows([evaluation.cached_rows(adapter, options.notify)], eval_rows)
         try:
             if rows.missing:
                 raise DataError(rows.missing)

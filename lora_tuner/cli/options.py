@@ -35,7 +35,7 @@ from .completion import complete_bases, complete_data
 from .display import Display
 
 if TYPE_CHECKING:
-    from ..evaluation import EvalSet
+    from ..data.eval_sets import EvalSet
 
 Command = Callable[..., None]
 Overrides = dict[str, Any]  # settings that were set on the command line
@@ -252,7 +252,7 @@ def eval_sets_from(
         return None
     if "eval_dataset" not in overrides:
         raise ConfigError(f"{', '.join(overrides)}: only valid with --eval-dataset.")
-    from .. import evaluation
+    from ..data import eval_sets
     from ..data.delimited import DELIMITERS
 
     name = str(overrides["eval_dataset"])
@@ -271,7 +271,7 @@ def eval_sets_from(
         )
         notices: list[Notice | Progress] = []
         try:
-            eval_set = evaluation.load_eval_set(settings, notices.append)
+            eval_set = eval_sets.load_eval_set(settings, notices.append)
         except DataError as error:
             errors.append(error)
             continue

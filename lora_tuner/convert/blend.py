@@ -9,8 +9,8 @@ from ..adapters.adapter import Adapter
 from ..adapters.library import Library, check_distinct_names
 from ..adapters.manifest import EvalResult
 from ..config import MAX_RANK, ModelOptions
+from ..data.eval_sets import EvalSet
 from ..errors import AdapterError, ConfigError
-from ..evaluation import EvalSet
 from ..models import delta
 from ..models.layers import adaptable_layers
 from ..text import format_names, format_number

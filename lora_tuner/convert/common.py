@@ -18,11 +18,12 @@ from ..adapters.adapter import (
 from ..adapters.library import copy_files
 from ..adapters.manifest import DatasetInfo, EvalResult, Manifest, utc_timestamp
 from ..config import FILE_SETTINGS, ModelOptions, is_conversation
-from ..data import tokenization
+from ..data import eval_sets, tokenization
+from ..data.eval_sets import EvalSet
 from ..data.prompts import held_out_prompts
 from ..data.splitting import content_hash
 from ..errors import AdapterError, EventHandler, Notice
-from ..evaluation import EvalSet, HeldOutLoss
+from ..evaluation import HeldOutLoss
 from ..models import delta, loading, lora
 from ..models.base_files import BaseModelFiles
 from ..models.delta import Deltas
@@ -119,7 +120,7 @@ def distinct_eval_sets(
         sets = [evaluation.cached_rows(adapter, notify) for adapter in adapters]
         evaluation.notify_eval_rows(adapters, notify)
     distinct: list[EvalSet] = []
-    for eval_set in evaluation.select_rows(sets, eval_rows):
+    for eval_set in eval_sets.select_rows(sets, eval_rows):
         seen = {text for previous in distinct for text in previous.texts}
         distinct_rows = [row for row, text in enumerate(eval_set.texts) if text not in seen]
         if eval_set.missing:
@@ -180,7 +181,7 @@ def _concatenate(losses: Sequence[HeldOutLoss]) -> HeldOutLoss:
     return HeldOutLoss(
         [value for loss in losses for value in loss.nll],
         [count for loss in losses for count in loss.predictions],
-        evaluation.join_groups([(loss.groups, len(loss.nll)) for loss in losses]),
+        eval_sets.join_groups([(loss.groups, len(loss.nll)) for loss in losses]),
     )
 
 
@@ -238,13 +239,13 @@ def write_adapter(
     card = model_card.model_card(load_adapter_folder(folder), name, prompts)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
     if sets:
-        evaluation.cache_rows(_join_sets(name, sets))
+        eval_sets.cache_rows(_join_sets(name, sets))
     return written, losses, comparison
 
 
 def _join_sets(name: str, sets: Sequence[EvalSet]) -> EvalSet:
     """The rows of all sets as one set."""
-    groups = evaluation.join_groups([(eval_set.groups, len(eval_set.texts)) for eval_set in sets])
+    groups = eval_sets.join_groups([(eval_set.groups, len(eval_set.texts)) for eval_set in sets])
     return EvalSet(name, [text for eval_set in sets for text in eval_set.texts], groups=groups)
 
 

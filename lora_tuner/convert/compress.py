@@ -12,8 +12,8 @@ from ..adapters.adapter import SPECTRUM_FILE, Adapter
 from ..adapters.library import Library
 from ..adapters.manifest import EvalResult
 from ..config import ModelOptions
+from ..data.eval_sets import EvalSet
 from ..errors import AdapterError, ConfigError
-from ..evaluation import EvalSet
 from ..models import delta
 from ..models.delta import Deltas
 from ..models.layers import adaptable_layers

@@ -22,9 +22,10 @@ from ..adapters.manifest import EvalResult
 from ..config import ModelOptions
 from ..data.chat import CHAT_MARK
 from ..data.chat_template import turn_end_ids
+from ..data.eval_sets import EvalSet
 from ..data.tokenization import TokenIds
 from ..errors import AdapterError, ConfigError, EventHandler, Notice, ignore_events
-from ..evaluation import EvalSet, HeldOutLoss, paired_gain
+from ..evaluation import HeldOutLoss, paired_gain
 from ..models import loading, lora
 from ..models.base_files import BaseModelFiles, quiet_transformers
 from ..models.stored_weights import read_stored_tensors, weight_files

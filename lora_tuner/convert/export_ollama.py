@@ -18,8 +18,9 @@ from ..adapters.adapter import Adapter
 from ..adapters.compatibility_gguf import two_file_errors
 from ..config import ModelOptions
 from ..data.chat_template import turn_end_ids
+from ..data.eval_sets import EvalSet
 from ..errors import AdapterError, ConfigError, EventHandler, Notice
-from ..evaluation import EvalSet, paired_gain
+from ..evaluation import paired_gain
 from ..models import loading
 from ..models.tokenizer import load_adapter_tokenizer
 from . import verify

@@ -24,7 +24,7 @@ from ..config import (
     TrainConfig,
     is_conversation,
 )
-from ..data import chat_template, packing, tokenization
+from ..data import chat_template, eval_sets, packing, tokenization
 from ..data.dataset import Dataset, describe_data, load_dataset
 from ..errors import ConfigError, EventHandler, Notice, Progress, TrainingError
 from ..models import added_tokens, loading, lora, packing_checks
@@ -105,7 +105,7 @@ def load_inputs(requested: TrainConfig, notify: EventHandler) -> TrainingInputs:
     # Before the base: errors in the data are found sooner than a base is downloaded.
     dataset = distributed.run_on_rank_zero(partial(load_rows, requested, parent, notify))
     if parent is not None and dataset.eval_dataset not in (None, HELD_OUT):
-        notify(evaluation.eval_dataset_notice(str(dataset.eval_dataset)))
+        notify(eval_sets.eval_dataset_notice(str(dataset.eval_dataset)))
     base = _load_base_on_all_ranks(requested, parent, notify)
     if parent is not None:
         lora.check_base(parent, base, model_options(requested, notify))

@@ -28,6 +28,7 @@ from ..adapters.adapter import (
 from ..adapters.library import Library, adapter_name
 from ..adapters.manifest import Manifest, utc_timestamp
 from ..config import TrainConfig
+from ..data import eval_sets
 from ..data.prompts import held_out_prompts
 from ..errors import (
     AdapterError,
@@ -262,7 +263,7 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
     data, run = setup.manifest.data, setup.manifest.run
     assert data is not None
     assert run is not None
-    distributed.run_on_rank_zero(partial(evaluation.cache_rows, setup.eval_set(str(config.name))))
+    distributed.run_on_rank_zero(partial(eval_sets.cache_rows, setup.eval_set(str(config.name))))
     if checkpoint is None:
         distributed.run_on_rank_zero(partial(_create_run_folder, setup, folder))
     try:

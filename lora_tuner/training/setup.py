@@ -24,10 +24,11 @@ from ..adapters.manifest import (
     utc_timestamp,
 )
 from ..config import FILE_SETTINGS, PROBE, TrainConfig, is_conversation
+from ..data.eval_sets import EvalSet
 from ..data.splitting import content_hash
 from ..data.tokenization import encoded_hash
 from ..errors import ConfigError, EventHandler, Notice, Progress, ignore_events
-from ..evaluation import EvalSet, HeldOutLoss, gain_on
+from ..evaluation import HeldOutLoss, gain_on
 from ..models import added_tokens, fsdp, fused_blocks, initialization, kernels, lora, replaced, replacement
 from ..models.base_files import quiet_transformers
 from ..text import describe_coverage

@@ -17,7 +17,8 @@ from lora_tuner.cli import adapters, convert, display, evaluate, export, generat
 from lora_tuner.convert.blend import BlendResult
 from lora_tuner.convert.compress import CompressResult
 from lora_tuner.convert.verify import OutputComparison
-from lora_tuner.evaluation import EvalSet, GainMatrix
+from lora_tuner.data.eval_sets import EvalSet
+from lora_tuner.evaluation import GainMatrix
 from lora_tuner.server.playground import html
 from lora_tuner.text import escape_control, format_bytes, format_duration
 from lora_tuner.training.sweep import SweepResult, Trial

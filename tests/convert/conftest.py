@@ -6,7 +6,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lora_tuner import Library, train
-from lora_tuner.evaluation import EvalSet
+from lora_tuner.data.eval_sets import EvalSet
 
 from .. import tiny_models
 from ..inference.test_multi_lora import ALL, ALPHAS, RANKS, SOME, save_peft_adapter

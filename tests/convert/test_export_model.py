@@ -16,8 +16,8 @@ from lora_tuner.convert import llama_runtime
 from lora_tuner.convert.gguf_model import write_model_gguf
 from lora_tuner.convert.llama_runtime import LlamaModel
 from lora_tuner.convert.quantize_gguf import quantize, tensor_types
+from lora_tuner.data.eval_sets import EvalSet
 from lora_tuner.errors import AdapterError, ConfigError, ignore_events
-from lora_tuner.evaluation import EvalSet
 
 from .. import gguf_base, tiny_models
 from ..cli.test_commands import run

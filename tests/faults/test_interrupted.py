@@ -22,7 +22,7 @@ BEFORE_IT_RUNS = {  # nothing to resume yet
     "wrapping": "lora_tuner.models.lora:add_lora",
     "counting memory": "lora_tuner.training.profiling:fit_to_memory",
     "measuring the base": "lora_tuner.evaluation:measure_loss",
-    "keeping rows": "lora_tuner.evaluation:cache_rows",
+    "keeping rows": "lora_tuner.data.eval_sets:cache_rows",
     "starting": "lora_tuner.training.run:config_to_yaml",
 }
 AFTER_ITS_STEPS: dict[str, tuple[str, int]] = {

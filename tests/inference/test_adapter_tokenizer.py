@@ -11,8 +11,8 @@ from lora_tuner.adapters.adapter import TOKENIZER_FILES
 from lora_tuner.convert.adopt import adopt
 from lora_tuner.convert.merge import merge
 from lora_tuner.data import chat
+from lora_tuner.data.eval_sets import EvalSet
 from lora_tuner.errors import AdapterError, DataError
-from lora_tuner.evaluation import EvalSet
 from lora_tuner.inference.sequence import Sequence
 
 from .. import api_server, tiny_models

@@ -12,8 +12,8 @@ from lora_tuner import Generator, Library, ModelOptions, SamplingParams, blend, 
 from lora_tuner.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter_folder
 from lora_tuner.adapters.compatibility import check_compatibility
 from lora_tuner.convert.export_vllm import to_vllm
+from lora_tuner.data.eval_sets import EvalSet
 from lora_tuner.errors import AdapterError
-from lora_tuner.evaluation import EvalSet
 from lora_tuner.inference.multi_lora import MultiLora, blend_loaded
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base

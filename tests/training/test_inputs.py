@@ -7,6 +7,7 @@ import yaml
 from lora_tuner import Interrupted, Library, Notice, evaluation, resume, train
 from lora_tuner.adapters import adapter as adapters_adapter
 from lora_tuner.config import TrainConfig
+from lora_tuner.data import eval_sets
 from lora_tuner.data.splitting import content_hash
 from lora_tuner.errors import BaseModelError, DataError, TrainingError
 from lora_tuner.settings_files import resolve_settings
@@ -122,7 +123,7 @@ def test_eval_dataset_is_not_trained_on(settings, films, tmp_path):
     assert facts.counts["in_eval_dataset"] == len(set(alone.dataset.train) & measured)
     assert facts.counts["held_out"] == len(held_out)
     assert facts.counts["read"] == sum(facts.counts.values()) - facts.counts["read"]
-    assert evaluation.cached_rows(adapter) == evaluation.EvalSet("reviews", setup.held_out_texts)
+    assert evaluation.cached_rows(adapter) == eval_sets.EvalSet("reviews", setup.held_out_texts)
     assert result.base_loss == pytest.approx(
         evaluation.measure_loss(setup.base.model, setup.base, setup.held_out).loss, abs=1e-6
     )

@@ -1,0 +1,127 @@
+"""Sets of held-out rows to measure losses on, and their cache, for when the dataset is gone."""
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from .. import atomic_io
+from ..config import TrainConfig
+from ..errors import EventHandler, LoraTunerError, Notice, ignore_events
+from ..settings_files import resolve_settings
+from ..text import format_rows
+from .dataset import Dataset, load_dataset, load_eval_dataset
+from .splitting import content_hash
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Held-out rows of an adapter or dataset, by its name; `missing` is the reason for no rows.
+
+    `groups` has the number of the group of each row; empty if each row is one.
+    """
+
+    name: str
+    texts: list[str]
+    missing: str | None = None
+    groups: list[int] = field(default_factory=list)
+
+    def format_rows(self) -> str:
+        return format_rows(len(self.texts), len(set(self.groups)) or None)
+
+    def hash(self) -> str:
+        """Hash of the texts and, where there are some, of the groups."""
+        texts = content_hash(self.texts)
+        return content_hash([texts, *map(str, self.groups)]) if self.groups else texts
+
+    def select(self, rows: Sequence[int]) -> "EvalSet":
+        """The set with some of its rows."""
+        texts, groups = [self.texts[row] for row in rows], [self.groups[row] for row in rows if self.groups]
+        return replace(self, texts=texts, groups=groups)
+
+
+def cache_rows(rows: EvalSet) -> None:
+    """Keep rows in the user's cache under their hash, for when the dataset is gone."""
+    content = {"texts": rows.texts, "groups": rows.groups} if rows.groups else rows.texts
+    with contextlib.suppress(OSError):  # a full cache must not end a run
+        atomic_io.atomic_write_text(_rows_path(rows.hash()), json.dumps(content, ensure_ascii=False))
+
+
+def read_rows(name: str, rows_hash: str, run_file: Path, notify: EventHandler = ignore_events) -> EvalSet:
+    """Rows from the user's cache by their hash.
+
+    If they are damaged, they are loaded again from the dataset that `run_file`, a run.yaml, names.
+    If they are not there, that dataset may be a stranger's choice.
+    """
+    path = _rows_path(rows_hash)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        texts, groups = (content["texts"], content["groups"]) if isinstance(content, dict) else (content, [])
+        rows = EvalSet(name, texts, groups=groups)
+        # The first version with groups recorded the hash of the texts alone.
+        if rows_hash in (rows.hash(), content_hash(texts)) and len(groups) in (0, len(texts)):
+            return rows
+        reason = "its held-out rows in the cache have changed"
+    except FileNotFoundError:
+        reason = "its held-out rows are not in the cache: it was trained elsewhere, or the cache was emptied"
+        return EvalSet(name, [], reason)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        reason = f"its held-out rows in the cache cannot be read ({error})"
+    with contextlib.suppress(LoraTunerError):
+        config = resolve_settings(TrainConfig, {}, run_file)
+        dataset = load_dataset(config)
+        texts = dataset.held_out[: config.eval_rows]
+        rows = EvalSet(name, texts, groups=dataset.groups_of(texts))
+        if rows.hash() == rows_hash:
+            notify(Notice(f"{path} is damaged: the held-out rows of {name} are loaded again."))
+            cache_rows(rows)
+            return rows
+    return EvalSet(name, [], reason)
+
+
+def load_eval_set(config: TrainConfig, notify: EventHandler = ignore_events) -> EvalSet:
+    """Load the first `config.eval_rows` rows, in hash order, of `config.eval_dataset`, as training
+    measures them: documents in parts."""
+    dataset = Dataset([])
+    dataset.set_held_out([[*load_eval_dataset(config, notify).values()]], config, notify)
+    notify(eval_dataset_notice(str(config.eval_dataset)))
+    texts = dataset.held_out[: config.eval_rows]
+    return EvalSet(str(config.eval_dataset), texts, groups=dataset.groups_of(texts))
+
+
+def select_rows(sets: Sequence[EvalSet], eval_rows: int | None = None) -> list[EvalSet]:
+    """The first `eval_rows` rows of each set.
+
+    A set of fewer than two rows loses them, with the reason. One group or document of more rows is
+    measured, without a standard error.
+    """
+    selected = []
+    for rows in sets:
+        rows = rows.select(range(len(rows.texts))[:eval_rows])
+        if len(rows.texts) < 2 and not rows.missing:
+            rows = replace(rows.select([]), missing="a standard error needs two rows")
+        selected.append(rows)
+    return selected
+
+
+def eval_dataset_notice(name: str) -> Notice:
+    """Warn about a dataset evaluated as a whole: adapters do not record their training rows."""
+    return Notice(f"Rows of {name} that an adapter was trained on count as held out here.")
+
+
+def join_groups(parts: Sequence[tuple[Sequence[int], int]]) -> list[int]:
+    """Number the groups of several lists of rows on; empty if none has groups.
+
+    Args:
+        parts: groups and number of rows of each list.
+    """
+    joined: list[int] = []
+    for groups, rows in parts:
+        first = max(joined, default=-1) + 1
+        joined += [first + group for group in groups or range(rows)]
+    return joined if any(groups for groups, _ in parts) else []
+
+
+def _rows_path(rows_hash: str) -> Path:
+    return atomic_io.cache_dir() / "held-out" / f"{rows_hash}.json"
