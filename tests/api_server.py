@@ -11,10 +11,10 @@ import numpy as np
 import openai
 
 from lora_tuner import Generator, ModelOptions, SamplingParams
+from lora_tuner.adapters import adapter
 from lora_tuner.adapters.library import Library
 from lora_tuner.config import ServerConfig
 from lora_tuner.models.resolve import find_base
-from lora_tuner.server.playground.app import mount
 from lora_tuner.server.routes import create_app
 from lora_tuner.server.runner import _Server
 from lora_tuner.server.service import ModelService
@@ -29,6 +29,8 @@ TEMPLATE = (
 GREEDY = {"prompt": PROMPT, "temperature": 0, "max_tokens": 20}
 CHAT = {"messages": [{"role": "user", "content": "so?"}]}
 TEXT = {"type": "text", "text": "so?"}
+KEY = "a key of the tests"
+HOSTILE = '<img src="http://elsewhere.example/x.png" onerror="window.run=1"><script>window.run=1</script>${window.run=1}{{1}}'
 
 
 def write_adapter(adapters_dir, name, base, seed, base_info=None):
@@ -47,6 +49,21 @@ def write_adapter(adapters_dir, name, base, seed, base_info=None):
         manifest = adapter_files.manifest(base=base_info)
         adapter_files.write(folder, {"fan_in_fan_out": True}, weights, manifest)
     return adapters_dir / name
+
+
+def add_hostile_adapters(adapters_dir, like):
+    """Write a hostile adapter with the weights of another one, and a broken one."""
+    good = adapter.load_adapter_folder(adapters_dir / like)
+    data = good.manifest.data.model_copy(update={"name": HOSTILE, "source": HOSTILE, "where": [HOSTILE]})
+    hostile = adapters_dir / "xss"
+    hostile.mkdir()
+    for name in (adapter.WEIGHTS_FILE, adapter.CONFIG_FILE):
+        (hostile / name).write_bytes((good.path / name).read_bytes())
+    manifest = good.manifest.model_copy(update={"data": data, "created": HOSTILE, "made_by": HOSTILE})
+    (hostile / adapter.MANIFEST_FILE).write_text(manifest.to_json())
+    (hostile / adapter.CARD_FILE).write_text(f"# {HOSTILE}\n![x](http://elsewhere.example/y.png)")
+    (hostile / adapter.METRICS_FILE).write_text(json.dumps({"step": HOSTILE, "loss": HOSTILE}) + "\n")
+    adapter_files.write(adapters_dir / "broken", {"peft_type": HOSTILE})
 
 
 def greedy(base, adapters_dir, name, prompt=PROMPT, tokens=20, **sampling):
@@ -127,6 +144,8 @@ def serving(base, adapters_dir, only=(), *, page=False, **settings):
     service = ModelService(generator, settings, only)
     app = create_app(service)
     if page:
+        from lora_tuner.server.playground.app import mount  # gradio takes seconds to import
+
         mount(app, service, settings.api_key)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = _Server(app, service, app.state.metrics, lambda: None)

@@ -44,8 +44,9 @@ def serve(
     settings = resolve_settings(ServerConfig, overrides)
     try:
         from ..server import runner
+
+        runner.serve(adapter or [], settings, options=options, adapters_dir=adapters_dir, browse=browse)
     except ModuleNotFoundError as error:
         if error.name not in SERVER_PACKAGES:
             raise
         raise ConfigError("serve needs FastAPI, uvicorn and Gradio: run `pip install -e '.[serve]'`.") from error
-    runner.serve(adapter or [], settings, options=options, adapters_dir=adapters_dir, browse=browse)

@@ -34,7 +34,6 @@ from ..inference.generator import Generator
 from ..training.signals import HANGUP, TERMINATION, handle_signals
 from .metrics import JsonLines, Metrics, RepeatFilter
 from .middleware import MAX_SECONDS, is_loopback
-from .playground.app import mount
 from .routes import create_app
 from .service import ModelService
 
@@ -78,6 +77,8 @@ def serve(
                 "--allow-origin * without --api-key: any web page that is open on this machine can use the models."
             )
         )
+    from .playground.app import mount  # Gradio takes seconds to import
+
     library = Library(adapters_dir)
     library.names()  # report a folder that cannot be read at once
     only = [adapter.path for adapter in library.get_all(adapters)]

@@ -1,36 +1,29 @@
-"""The playground in a real browser: its tabs, hostile adapters, and the requests it makes."""
+"""The playground in a real browser: its tabs, hostile adapters, and the requests it makes. See test_page_requests.py."""
 
-import asyncio
 import contextlib
 import json
-import logging
 import os
 import re
 import shutil
 import signal
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
-from gradio.queueing import Queue
 from playwright.sync_api import Error, expect, sync_playwright
 from safetensors.numpy import load_file
 
 from lora_tuner import Generator, Library, ModelOptions, SamplingParams, evaluate, evaluation
 from lora_tuner.adapters import adapter, plots
 from lora_tuner.adapters.plots import plot_loss  # the session leaves it empty elsewhere
-from lora_tuner.errors import GenerationError, Interrupted, QueueFullError
+from lora_tuner.errors import Interrupted, QueueFullError
 from lora_tuner.inference.multi_lora import blend_loaded
 from lora_tuner.inference.sequence import Sequence
-from lora_tuner.server.metrics import JsonLines, Metrics
-from lora_tuner.server.playground.page import BLEND_TOKENS, Page, _SliderState
 
 from .. import adapter_files
-from ..api_server import serving
+from ..api_server import HOSTILE, KEY, add_hostile_adapters, serving
 from ..test_evaluation import train_in
 
 PROMPT = "12: the actor"
@@ -43,8 +36,6 @@ BROWSER_OPTIONS = [
     "--disable-background-networking",
 ]
 BROWSER_OPTIONS += ["--disable-component-update", "--disable-sync"]
-HOSTILE = '<img src="http://elsewhere.example/x.png" onerror="window.run=1"><script>window.run=1</script>${window.run=1}{{1}}'
-KEY = "a key of the tests"
 CONTRAST_SCRIPT = """() => {
     const channels = text => {
         const [r, g, b, alpha] = text.match(/[\\d.]+/g).map(Number);
@@ -77,16 +68,7 @@ def adapters(gpt2, tmp_path_factory):
     """Two good adapters, a hostile one and a broken one."""
     root = train_in(tmp_path_factory.mktemp("playground"), gpt2, ["noir", "verse"])
     folder = root / "adapters"
-    good = adapter.load_adapter_folder(folder / "noir")
-    data = good.manifest.data.model_copy(update={"name": HOSTILE, "source": HOSTILE, "where": [HOSTILE]})
-    (folder / "xss").mkdir()
-    for name in (adapter.WEIGHTS_FILE, adapter.CONFIG_FILE):
-        (folder / "xss" / name).write_bytes((folder / "noir" / name).read_bytes())
-    manifest = good.manifest.model_copy(update={"data": data, "created": HOSTILE, "made_by": HOSTILE})
-    (folder / "xss" / adapter.MANIFEST_FILE).write_text(manifest.to_json())
-    (folder / "xss" / adapter.CARD_FILE).write_text(f"# {HOSTILE}\n![x](http://elsewhere.example/y.png)")
-    (folder / "xss" / adapter.METRICS_FILE).write_text(json.dumps({"step": HOSTILE, "loss": HOSTILE}) + "\n")
-    adapter_files.write(folder / "broken", {"peft_type": HOSTILE})
+    add_hostile_adapters(folder, "noir")
     return folder
 
 
@@ -384,11 +366,17 @@ def test_stop_or_leave_cancels_generation(visit, served):
         served.wait(lambda: served.app.state.metrics.streams == 0)
 
 
+def blend_sampling():
+    from lora_tuner.server.playground.page import BLEND_TOKENS  # with Gradio, which takes seconds to import
+
+    return SamplingParams(greedy=True, max_new_tokens=BLEND_TOKENS)
+
+
 def blend_text(generator, prompt, *parts):
     """Return the greedy output of a weighted sum of adapters."""
     loaded = blend_loaded([(weight, generator.get_or_load(name)[1]) for name, weight in parts])
-    sampling = SamplingParams(greedy=True, max_new_tokens=BLEND_TOKENS)
-    sequence = Sequence(generator.base, generator.encode_prompt(prompt).token_ids, sampling, lora=loaded)
+    prompt_ids = generator.encode_prompt(prompt).token_ids
+    sequence = Sequence(generator.base, prompt_ids, blend_sampling(), lora=loaded)
     generator.engine.add([sequence])
     while generator.engine.sequences:
         generator.engine.step()
@@ -417,12 +405,7 @@ def test_blend_follows_slider(visit, generator, served):
         text = blend_text(generator, PROMPT, ("noir", 1 - share), ("verse", share))
         assert outputs(page) == {title: text}
         seen.add(text)
-    alone = [
-        generator.generate_batch([(PROMPT, name)], SamplingParams(greedy=True, max_new_tokens=BLEND_TOKENS))[
-            0
-        ].text
-        for name in ("noir", "verse")
-    ]
+    alone = [generator.generate_batch([(PROMPT, name)], blend_sampling())[0].text for name in ("noir", "verse")]
     assert {printable(text) for text in alone} <= seen
     expect(page.locator(".command")).to_have_text("python cli.py blend noir=0.05 verse=0.95 --name NAME")
     # During generation the slider moves on: outputs keep appearing, and the last one fits its position.
@@ -717,161 +700,6 @@ def test_page_fits_phone_with_enough_contrast(visit):
             assert (background == "rgb(255, 255, 255)") == (scheme == "light")
             assert ratios
             assert min(ratio for ratio, _ in ratios) >= 4.5, (name, scheme, min(ratios))
-
-
-# HTTP requests
-
-
-def test_unused_gradio_routes_give_404(served):
-    url = served.url
-    with httpx.Client(base_url=url) as client:
-        for path in (
-            "upload",
-            "file=/etc/passwd",
-            "file/etc/passwd",
-            "proxy=http://x.hf.space/",
-            "info",
-            "openapi.json",
-        ):
-            assert client.get(f"/gradio_api/{path}").status_code == 404, path
-            assert client.post(f"/gradio_api/{path}").status_code == 404, path
-        for path in (
-            "run/write",
-            "api/write",
-            "call/write",
-            "component_server",
-            "vibe-edit",
-            "deep_link",
-            "run-history/connect",
-        ):
-            assert client.post(f"/gradio_api/{path}", json={"data": []}).status_code == 404, path
-        for path in (
-            "/monitoring",
-            "/monitoring/summary",
-            "/gradio_api/mcp/",
-            "/gradio_api/deep_link",
-            "/v1/nothing",
-            "/robots.txt",
-        ):
-            assert client.get(path).status_code == 404, path
-        assert client.get("/health").status_code == 200
-
-
-CHARSETS = ["undefined", "unicode_escape", "utf-7", "utf-16", "idna", "nothing"]
-
-
-def test_page_refuses_what_gradio_cannot_read(gpt2, adapters, caplog):
-    caplog.set_level(logging.WARNING)
-    form = b"".join(
-        b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n\\ud800\xed\xa0\x80\r\n' % name
-        for name in (b"username", b"password")
-    )
-    join, event = "/gradio_api/queue/join", {"data": [], "session_hash": "s"}
-    with serving(gpt2, adapters, page=True, api_key=KEY) as served, httpx.Client(base_url=served.url) as client:
-        for charset in CHARSETS:
-            headers = {"Content-Type": f"multipart/form-data; boundary=x; charset={charset}"}
-            response = client.post("/login", content=form + b"--x--", headers=headers)
-            assert response.status_code in (400, 422), charset
-        assert client.post("/login", data={"username": "x", "password": KEY}).status_code == 200
-        for number in (9999, -1, 10**40):
-            response = client.post(join, json=event | {"fn_index": number})
-            assert response.status_code == 400
-            assert response.json()["error"]["message"] == "The page does not understand this request: reload it."
-        assert client.get("/", headers={"X-Forwarded-Host": "[::"}).status_code == 400
-        caplog.clear()
-        assert client.post(join, json=event | {"fn_index": 0}).status_code == 200  # without its inputs
-        served.wait(lambda: caplog.records)
-    (record,) = caplog.records
-    line = JsonLines().format(record)
-    assert "didn't receive enough input values" in json.loads(line)["traceback"]
-    assert "\n" not in line
-
-
-def test_measurements_leave_room_for_answers(served, monkeypatch):
-    """Twelve visitors measure, one after another; one who leaves the queue is dropped."""
-    entered, release = [], threading.Event()
-
-    def held(*arguments, **settings):
-        entered.append(arguments)
-        release.wait(30)
-        raise GenerationError("measured")
-
-    async def visit():
-        return [update async for update in Page(served.service, Metrics(served.service)).evaluate(["noir"], "")]
-
-    async def visit_all():
-        visits = [asyncio.create_task(visit()) for _ in range(12)]
-        while not entered:
-            await asyncio.sleep(0.01)
-        answer = await asyncio.to_thread(
-            served.post, "/v1/completions", model="noir", prompt=PROMPT, logprobs=1, max_tokens=3
-        )
-        assert (answer.status_code, len(entered)) == (200, 1)
-        leaver = visits.pop()
-        leaver.cancel()
-        await asyncio.gather(leaver, return_exceptions=True)
-        await asyncio.sleep(0.05)  # its work is dropped a little later
-        release.set()
-        return await asyncio.gather(*visits)
-
-    monkeypatch.setattr(evaluation, "evaluate_on", held)
-    with ThreadPoolExecutor() as pool:  # the browser's loop runs in this thread
-        visits = pool.submit(lambda: asyncio.run(visit_all())).result()
-    assert all("measured" in updates[-1] for updates in visits)
-    assert len(entered) == 11
-
-
-def test_page_names_no_other_host(served):
-    url = served.url
-    response = httpx.get(url, headers={"Origin": "http://elsewhere.example", "Accept-Encoding": "br"})
-    assert response.status_code == 200
-    assert set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+[\w./-]*", response.text)) <= {url.rpartition(":")[0]}
-    assert "default-src 'self'" in response.headers["content-security-policy"]
-    assert not [name for name in response.headers if name.startswith("access-control")]
-    assert httpx.head(url).status_code == 200
-
-
-def test_page_outputs_are_counted_and_logged(served, caplog):
-    """A visitor who leaves is logged as incomplete."""
-    caplog.set_level(logging.INFO, "lora_tuner.server")
-    metrics = Metrics(served.service)
-    page = Page(served.service, metrics)
-
-    async def consume(updates, count):
-        async with contextlib.aclosing(updates):
-            async for _ in updates:
-                count -= 1
-                if not count:
-                    break
-
-    settings = [5, 0.8, 0.95, 50, 1.1, "", False]
-    with ThreadPoolExecutor(1) as pool:  # Playwright runs an event loop in this thread
-        pool.submit(asyncio.run, consume(page.generate(PROMPT, ["noir", "verse"], *settings), 1000)).result()
-        pool.submit(asyncio.run, consume(page.blend(PROMPT, "noir", "verse", 0.5, _SliderState()), 1000)).result()
-        with served.held_steps():
-            pool.submit(asyncio.run, consume(page.generate(PROMPT, [], *settings), 1)).result()
-    text = metrics.text().decode()
-    for model, count in (("gpt2", 2), ("noir", 1), ("verse", 1), ("", 1)):
-        assert f'lora_tuner_requests_total{{endpoint="page",model="{model}",status="200"}} {count}.0' in text
-    assert 'lora_tuner_tokens_total{kind="completion",model="noir"} 5.0' in text
-    lines = [record.msg for record in caplog.records if record.name == "lora_tuner.server"]
-    assert {line["path"] for line in lines} == {"page"}
-    assert sorted((line["model"] or "", line["completion_tokens"], line["complete"]) for line in lines) == [
-        ("", BLEND_TOKENS, True),
-        ("gpt2", 0, False),
-        ("gpt2", 5, True),
-        ("noir", 5, True),
-        ("verse", 5, True),
-    ]
-    assert PROMPT not in str(lines)
-
-
-def test_gradio_computes_no_statistics(served, monkeypatch):
-    """It would go through all past events after each event."""
-    queue = Page(served.service, Metrics(served.service)).blocks()._queue
-    monkeypatch.setattr(Queue, "_get_df", None)
-    queue.events_recorded = 10_000
-    assert queue.compute_analytics_summary([{"function": "write"}]) == {"functions": {}}
 
 
 def test_page_requires_key_and_drains_on_shutdown(browser, gpt2, adapters):

@@ -14,6 +14,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -124,9 +125,14 @@ def test_missing_serve_extra_is_named(monkeypatch):
     with pytest.raises(ModuleNotFoundError):  # of this package, so it is not the extra
         run("serve")
     monkeypatch.delitem(sys.modules, "lora_tuner.server.runner")
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
     error = "Error: serve needs FastAPI, uvicorn and Gradio: run `pip install -e '.[serve]'`.\n"
-    assert run("serve", exit_code=1).stderr == error
+    for package in ("gradio", "uvicorn"):
+        with monkeypatch.context() as patch:
+            for name in ("playground.app", "playground.page", "runner"):
+                patch.delitem(sys.modules, f"lora_tuner.server.{name}", raising=False)
+            patch.delattr(lora_tuner.server, "runner", raising=False)
+            patch.setitem(sys.modules, package, None)
+            assert run("serve", exit_code=1).stderr == error
 
 
 # Startup
@@ -144,7 +150,8 @@ def started(monkeypatch):
 
     monkeypatch.setattr(module, "_Server", Stopped)
     monkeypatch.setattr(module, "_configure_logging", lambda: None)
-    monkeypatch.setattr(module, "mount", lambda app, service, key: app)
+    page = SimpleNamespace(mount=lambda app, service, key: app)
+    monkeypatch.setitem(sys.modules, "lora_tuner.server.playground.app", page)
 
     def start(adapters=(), settings={}, adapters_dir=Path("adapters"), **options):  # noqa: B006 - it is only read
         events.clear()

@@ -1,0 +1,189 @@
+"""HTTP requests to the page, without a browser, and its generators of updates."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import re
+import threading
+
+import httpx
+import pytest
+
+from lora_tuner import evaluation
+from lora_tuner.errors import GenerationError
+from lora_tuner.server.metrics import JsonLines, Metrics
+
+from ..api_server import KEY, PROMPT, add_hostile_adapters, serving
+
+
+@pytest.fixture(scope="module")
+def playground():
+    """The module of the page, with Gradio: each worker imports this file, and only one needs seconds for Gradio."""
+    from lora_tuner.server.playground import page
+
+    return page
+
+
+@pytest.fixture(scope="module")
+def adapters(adapters_dir):
+    """Two good adapters, a hostile one and a broken one."""
+    add_hostile_adapters(adapters_dir, "a")
+    return adapters_dir
+
+
+@pytest.fixture(scope="module")
+def served(base, adapters):
+    with serving(base, adapters, page=True, max_tokens=500) as served:
+        yield served
+
+
+def test_unused_gradio_routes_give_404(served):
+    url = served.url
+    with httpx.Client(base_url=url) as client:
+        for path in (
+            "upload",
+            "file=/etc/passwd",
+            "file/etc/passwd",
+            "proxy=http://x.hf.space/",
+            "info",
+            "openapi.json",
+        ):
+            assert client.get(f"/gradio_api/{path}").status_code == 404, path
+            assert client.post(f"/gradio_api/{path}").status_code == 404, path
+        for path in (
+            "run/write",
+            "api/write",
+            "call/write",
+            "component_server",
+            "vibe-edit",
+            "deep_link",
+            "run-history/connect",
+        ):
+            assert client.post(f"/gradio_api/{path}", json={"data": []}).status_code == 404, path
+        for path in (
+            "/monitoring",
+            "/monitoring/summary",
+            "/gradio_api/mcp/",
+            "/gradio_api/deep_link",
+            "/v1/nothing",
+            "/robots.txt",
+        ):
+            assert client.get(path).status_code == 404, path
+        assert client.get("/health").status_code == 200
+
+
+CHARSETS = ["undefined", "unicode_escape", "utf-7", "utf-16", "idna", "nothing"]
+
+
+def test_page_refuses_what_gradio_cannot_read(base, adapters, caplog):
+    caplog.set_level(logging.WARNING)
+    form = b"".join(
+        b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n\\ud800\xed\xa0\x80\r\n' % name
+        for name in (b"username", b"password")
+    )
+    join, event = "/gradio_api/queue/join", {"data": [], "session_hash": "s"}
+    with serving(base, adapters, page=True, api_key=KEY) as served, httpx.Client(base_url=served.url) as client:
+        for charset in CHARSETS:
+            headers = {"Content-Type": f"multipart/form-data; boundary=x; charset={charset}"}
+            response = client.post("/login", content=form + b"--x--", headers=headers)
+            assert response.status_code in (400, 422), charset
+        assert client.post("/login", data={"username": "x", "password": KEY}).status_code == 200
+        for number in (9999, -1, 10**40):
+            response = client.post(join, json=event | {"fn_index": number})
+            assert response.status_code == 400
+            assert response.json()["error"]["message"] == "The page does not understand this request: reload it."
+        assert client.get("/", headers={"X-Forwarded-Host": "[::"}).status_code == 400
+        caplog.clear()
+        assert client.post(join, json=event | {"fn_index": 0}).status_code == 200  # without its inputs
+        served.wait(lambda: caplog.records)
+    (record,) = caplog.records
+    line = JsonLines().format(record)
+    assert "didn't receive enough input values" in json.loads(line)["traceback"]
+    assert "\n" not in line
+
+
+def test_measurements_leave_room_for_answers(served, playground, monkeypatch):
+    """Twelve visitors measure, one after another; one who leaves the queue is dropped."""
+    entered, release = [], threading.Event()
+
+    def held(*arguments, **settings):
+        entered.append(arguments)
+        release.wait(30)
+        raise GenerationError("measured")
+
+    async def visit():
+        page = playground.Page(served.service, Metrics(served.service))
+        return [update async for update in page.evaluate(["a"], "")]
+
+    async def visit_all():
+        visits = [asyncio.create_task(visit()) for _ in range(12)]
+        while not entered:
+            await asyncio.sleep(0.01)
+        answer = await asyncio.to_thread(
+            served.post, "/v1/completions", model="a", prompt=PROMPT, logprobs=1, max_tokens=3
+        )
+        assert (answer.status_code, len(entered)) == (200, 1)
+        leaver = visits.pop()
+        leaver.cancel()
+        await asyncio.gather(leaver, return_exceptions=True)
+        await asyncio.sleep(0.05)  # its work is dropped a little later
+        release.set()
+        return await asyncio.gather(*visits)
+
+    monkeypatch.setattr(evaluation, "evaluate_on", held)
+    visits = asyncio.run(visit_all())
+    assert all("measured" in updates[-1] for updates in visits)
+    assert len(entered) == 11
+
+
+def test_page_names_no_other_host(served):
+    url = served.url
+    response = httpx.get(url, headers={"Origin": "http://elsewhere.example", "Accept-Encoding": "br"})
+    assert response.status_code == 200
+    assert set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+[\w./-]*", response.text)) <= {url.rpartition(":")[0]}
+    assert "default-src 'self'" in response.headers["content-security-policy"]
+    assert not [name for name in response.headers if name.startswith("access-control")]
+    assert httpx.head(url).status_code == 200
+
+
+def test_page_outputs_are_counted_and_logged(served, playground, caplog):
+    """A visitor who leaves is logged as incomplete."""
+    caplog.set_level(logging.INFO, "lora_tuner.server")
+    metrics = Metrics(served.service)
+    page = playground.Page(served.service, metrics)
+
+    async def consume(updates, count):
+        async with contextlib.aclosing(updates):
+            async for _ in updates:
+                count -= 1
+                if not count:
+                    break
+
+    settings = [5, 0.8, 0.95, 50, 1.1, "", False]
+    asyncio.run(consume(page.generate(PROMPT, ["a", "b"], *settings), 1000))
+    asyncio.run(consume(page.blend(PROMPT, "a", "b", 0.5, playground._SliderState()), 1000))
+    with served.held_steps():
+        asyncio.run(consume(page.generate(PROMPT, [], *settings), 1))
+    text = metrics.text().decode()
+    for model, count in (("talker", 2), ("a", 1), ("b", 1), ("", 1)):
+        assert f'lora_tuner_requests_total{{endpoint="page",model="{model}",status="200"}} {count}.0' in text
+    assert 'lora_tuner_tokens_total{kind="completion",model="a"} 5.0' in text
+    lines = [record.msg for record in caplog.records if record.name == "lora_tuner.server"]
+    assert {line["path"] for line in lines} == {"page"}
+    assert sorted((line["model"] or "", line["completion_tokens"], line["complete"]) for line in lines) == [
+        ("", playground.BLEND_TOKENS, True),
+        ("a", 5, True),
+        ("b", 5, True),
+        ("talker", 0, False),
+        ("talker", 5, True),
+    ]
+    assert PROMPT not in str(lines)
+
+
+def test_gradio_computes_no_statistics(served, playground, monkeypatch):
+    """It would go through all past events after each event."""
+    queue = playground.Page(served.service, Metrics(served.service)).blocks()._queue
+    monkeypatch.setattr("gradio.queueing.Queue._get_df", None)
+    queue.events_recorded = 10_000
+    assert queue.compute_analytics_summary([{"function": "write"}]) == {"functions": {}}
