@@ -6,6 +6,8 @@ torch is imported where it is used: the process that distributes the tests does 
 import contextlib
 import csv
 import gc
+import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import lora_tuner
+from lora_tuner import atomic_io
 from lora_tuner.config import TrainConfig
 from lora_tuner.errors import DataError, Interrupted
 
@@ -30,6 +33,25 @@ SLOWEST_FILES = (
     "test_parent.py",
     "test_blend.py",
 )
+
+
+# Files that share what takes seconds to start in each worker: the fork server of tests/faults/process.py, and Gradio.
+SHARED_STARTS = {
+    "fork server": (
+        "faults/",
+        "test_docs.py",
+        "test_end_to_end.py",
+        "test_hub.py",
+        "test_saving.py",
+        "test_distributed.py",
+    ),
+    "page": ("test_playground.py", "test_page_requests.py"),
+}
+
+
+def shared_start(file: str) -> str | None:
+    """Name of what a test file shares with others."""
+    return next((name for name, files in SHARED_STARTS.items() if any(part in file for part in files)), None)
 
 
 def pytest_configure() -> None:
@@ -57,7 +79,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         kind = item.callspec.params.get("model_folder") if hasattr(item, "callspec") else None
         if kind == "llama" and item.path.name in ONE_KIND_FILES:
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: item.path.name not in SLOWEST_FILES)
+    items.sort(key=lambda item: (not shared_start(item.nodeid), item.path.name not in SLOWEST_FILES))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """With `--dist loadfile`, give the files of SHARED_STARTS to one worker each."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return shared_start(file) or file
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_finish() -> None:
@@ -86,6 +123,9 @@ def prepare_process() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _prepared_process() -> None:
     prepare_process()
+    os.fsync = lambda descriptor: (
+        None
+    )  # no test cuts the power of this process: it would wait for the disk 20,000 times
 
 
 @pytest.fixture(scope="session")
@@ -160,10 +200,44 @@ def settings(gpt2: Path, reviews_csv: Path) -> Callable[..., TrainConfig]:
     return make
 
 
+@pytest.fixture(scope="session")
+def trained_adapters() -> dict[object, tuple[Path, Path]]:
+    """Configuration and inputs of a run of `train_once` -> folder of its test, and a copy of its adapter."""
+    return {}
+
+
 @pytest.fixture
-def adapter(settings: Callable[..., TrainConfig]) -> lora_tuner.Adapter:
+def train_once(
+    trained_adapters: dict[object, tuple[Path, Path]], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[TrainConfig], lora_tuner.Adapter]:
+    """Train an adapter on a base outside the folder of the test; or copy that of another test, as the same
+    configuration gives the same adapter."""
+
+    def make(config: TrainConfig) -> lora_tuner.Adapter:
+        inputs = [Path(str(name)) for name in (config.base, config.dataset)]
+        files = [file for path in inputs for file in sorted([path, *path.rglob("*")]) if file.is_file()]
+        key = config.model_dump_json().replace(str(tmp_path), ""), *map(atomic_io.sha256_file, files)
+        if key not in trained_adapters:
+            adapter = lora_tuner.train(config)
+            copy = shutil.copytree(adapter.path, tmp_path_factory.mktemp("trained") / adapter.name)
+            trained_adapters[key] = tmp_path, copy
+            return adapter
+        origin, copy = trained_adapters[key]
+        folder = shutil.copytree(copy, config.adapters_dir / copy.name)
+        for file in folder.iterdir():
+            if file.suffix in (".json", ".md", ".yaml"):  # these name the dataset
+                file.write_text(file.read_text().replace(str(origin), str(tmp_path)))
+        return lora_tuner.Library(config.adapters_dir).get(copy.name)
+
+    return make
+
+
+@pytest.fixture
+def adapter(
+    settings: Callable[..., TrainConfig], train_once: Callable[..., lora_tuner.Adapter]
+) -> lora_tuner.Adapter:
     """Train an adapter on the tiny GPT-2, as `adapters/reviews`."""
-    return lora_tuner.train(settings())
+    return train_once(settings())
 
 
 @pytest.fixture

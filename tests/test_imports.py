@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -34,10 +35,15 @@ def room_of(module):
     return "foundations" if first in FOUNDATIONS else first
 
 
+@cache
+def nodes_of(module):
+    return list(ast.walk(ast.parse(MODULES[module].read_text())))
+
+
 def imports_of(module):
     """The modules of the package that a module imports, also inside functions and for type checkers."""
     package = module.split(".")[:-1]
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+    for node in nodes_of(module):
         if isinstance(node, ast.ImportFrom) and node.level:
             parent = ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])
             names = {f"{parent}.{alias.name}".strip(".") for alias in node.names} | {parent}
@@ -57,7 +63,7 @@ def test_imports_have_no_cycle():
 
 @pytest.mark.parametrize("module", sorted(module for module in MODULES if room_of(module) != "cli"))
 def test_core_never_prints_or_exits(module):
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+    for node in nodes_of(module):
         if isinstance(node, ast.Call):
             assert ast.unparse(node.func) not in ("print", "sys.exit", "exit")
         if isinstance(node, ast.Import | ast.ImportFrom):

@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lora_tuner import Library, train
+from lora_tuner import Library
 from lora_tuner.data.eval_sets import EvalSet
 
 from .. import tiny_models
@@ -48,10 +48,10 @@ def rows():
 
 
 @pytest.fixture
-def two(settings, tmp_path, reviews_csv):
+def two(settings, train_once):
     """Two adapters trained on different rows of the same file."""
-    praise = train(settings(name="praise", where=["label=1"]))
-    return praise, train(settings(name="pan", where=["label=0"], rank=2, target_modules="attention"))
+    praise = train_once(settings(name="praise", where=["label=1"]))
+    return praise, train_once(settings(name="pan", where=["label=0"], rank=2, target_modules="attention"))
 
 
 def peft_logits(folder, adapter):

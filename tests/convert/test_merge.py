@@ -32,8 +32,8 @@ from ..parameters import sampled
 from .conftest import IDS, VARIANTS, peft_logits
 
 
-def test_merged_model_reloads_with_equal_logits(settings, model_folder, tmp_path):
-    adapter = train(settings(base=str(model_folder)))
+def test_merged_model_reloads_with_equal_logits(settings, train_once, model_folder, tmp_path):
+    adapter = train_once(settings(base=str(model_folder)))
     merged = merge(adapter, tmp_path / "merged")
     reloaded = AutoModelForCausalLM.from_pretrained(merged.path)
     with torch.no_grad():
@@ -56,8 +56,8 @@ def test_merged_model_ends_at_turn_end(settings, gpt2, tmp_path):
     assert ends == sorted([tokenizer.eos_token_id, 300])
 
 
-def test_merge_reports_comparison(settings, model_folder, tmp_path):
-    adapter = train(settings(base=str(model_folder)))
+def test_merge_reports_comparison(settings, train_once, model_folder, tmp_path):
+    adapter = train_once(settings(base=str(model_folder)))
     comparison = merge(adapter, tmp_path / "merged").comparison
     assert 0 < comparison.max_logit_difference < 1e-4
     assert comparison.top1_agreement == 1

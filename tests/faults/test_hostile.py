@@ -59,7 +59,7 @@ ON_A_BASE: dict[str, list[str]] = {
     "export": ["export", NAME, "--out", "out.gguf", *BASE],
     "train": [
         *("train", "--from", NAME, "--name", "trained", "--dataset", "rows.csv", "--max-steps", "1"),
-        *("--max-length", "32", "--eval-rows", "2", *BASE),
+        *("--max-length", "32", "--eval-rows", "2", "--learning-rate", "0.001", *BASE),
     ],
 }
 ALL = CHEAP | ON_A_BASE

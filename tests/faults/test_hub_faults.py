@@ -96,7 +96,18 @@ def run_command(
 ) -> Callable[..., Any]:
     """Run one of the commands that send requests to the Hub."""
     adapter_files.write(tmp_path / "adapters" / "small", facts=adapter_files.manifest(run=None))
-    quick = ("--max-steps", "1", "--eval-rows", "2", "--batch-size", "1", "--max-length", "32")
+    quick = (
+        "--max-steps",
+        "1",
+        "--eval-rows",
+        "2",
+        "--batch-size",
+        "1",
+        "--max-length",
+        "32",
+        "--learning-rate",
+        "0.01",
+    )
     commands: dict[str, tuple[str | Path, ...]] = {
         "generate": ("generate", "--base", MODEL, "--greedy", "--max-new-tokens", "5", "the actor"),
         "base": ("train", "--base", MODEL, "--dataset", reviews_csv, "--name", "new", *quick),

@@ -10,7 +10,8 @@ from lora_tuner.adapters.adapter import verify_adapter
 from .process import Command, CommandResult, Fault
 
 TRAIN = ["--max-steps=4", "--save-every=2", "--max-length=64", "--batch-size=2", "--rank=4", "--eval-rows=4"]
-SWEEP = ["--max-steps=2", "--max-length=64", "--batch-size=2", "--rank=2,4", "--eval-rows=4"]
+TRAIN += ["--learning-rate=0.01"]  # to measure it takes as long as a run, and writes nothing
+SWEEP = ["--max-steps=2", "--max-length=64", "--batch-size=2", "--rank=2,4", "--eval-rows=4", TRAIN[-1]]
 COMMANDS: dict[str, list[str]] = {
     "train": ["train", "--name", "new", *TRAIN],
     "train over another": ["train", "--name", "one", "--overwrite", *TRAIN],
@@ -44,6 +45,7 @@ def make(root: Path, base: Path) -> Path:
         "max_steps": 2,
         "max_length": 64,
         "rank": 4,
+        "learning_rate": 0.01,
         "eval_rows": 4,
         "txt_rows": "line",
         "adapters_dir": root / "adapters",

@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_tuner import Generator, ModelOptions, SamplingParams, atomic_io, train
+from lora_tuner import Generator, ModelOptions, SamplingParams, atomic_io
 from lora_tuner.adapters.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE
 from lora_tuner.adapters.manifest import WeightsInfo
 from lora_tuner.errors import AdapterError, ConfigError, ContextLengthError, GenerationError, WrongBaseError
@@ -65,14 +65,14 @@ def test_adapter_matches_peft(adapter, gpt2, decoder_kind):
     assert output.adapter == "reviews"
 
 
-def test_swapping_adapters_keeps_base_weights(settings):
-    for name, rate in (("a", 1e-2), ("a2", 3e-2)):
-        train(settings(name=name, learning_rate=rate))
+def test_swapping_adapters_keeps_base_weights(settings, train_once):
+    for name, rate in (("a", 1e-2), ("b", 3e-2)):
+        train_once(settings(name=name, learning_rate=rate))
     solo = {
         name: Generator(name, options=ModelOptions(device="cpu")).generate("the actor", GREEDY).text
-        for name in ("a", "a2")
+        for name in ("a", "b")
     }
-    generator = Generator("a", "a2", options=ModelOptions(device="cpu"))
+    generator = Generator("a", "b", options=ModelOptions(device="cpu"))
     assert generator.current_adapter == "a"
     solo[None] = (
         Generator(options=ModelOptions(base=generator.base.files.name, device="cpu"))
@@ -80,15 +80,15 @@ def test_swapping_adapters_keeps_base_weights(settings):
         .text
     )
     weights = generator.base.model.get_input_embeddings().weight.data_ptr()
-    for name in ("a", None, "a2", "a", "a2", None, None, "a"):
+    for name in ("a", None, "b", "a", "b", None, None, "a"):
         generator.set_adapter(name)
         assert generator.generate("the actor", GREEDY).text == solo[name]
     assert generator.base.model.get_input_embeddings().weight.data_ptr() == weights
     generator.unload("a")
     assert generator.current_adapter is None
     assert generator.generate("the actor", GREEDY).text == solo[None]
-    generator.set_adapter("a2")
-    generator.unload("a2")
+    generator.set_adapter("b")
+    generator.unload("b")
     assert generator.generate("the actor", GREEDY).text == solo[None]
     generator.set_adapter("a")
     assert generator.generate("the actor", GREEDY).text == solo["a"]
@@ -202,9 +202,9 @@ def test_each_prompt_is_tokenized_once(gpt2, monkeypatch):
     assert texts == ["one", "two", "three", "four", "five", "five"]
 
 
-def test_threads_take_turns(settings):
+def test_threads_take_turns(settings, train_once):
     for name, rate in (("a", 1e-2), ("b", 3e-2)):
-        train(settings(name=name, learning_rate=rate))
+        train_once(settings(name=name, learning_rate=rate))
     generator = Generator("a", "b", options=ModelOptions(device="cpu"))
     expected = {}
     for name in ("a", "b"):
@@ -227,9 +227,10 @@ def test_threads_take_turns(settings):
     assert wrong == []
 
 
-def test_adapter_used_while_another_loads(settings, monkeypatch):
-    for name in "abc":
-        train(settings(name=name, max_steps=1))
+def test_adapter_used_while_another_loads(settings, train_once, monkeypatch):
+    for name, rate in (("a", 1e-2), ("b", 3e-2)):
+        train_once(settings(name=name, learning_rate=rate))
+    shutil.copytree("adapters/a", "adapters/c")
     generator = Generator("b", "a", options=ModelOptions(device="cpu"), max_resident=2)
     generator.set_adapter(None)
 

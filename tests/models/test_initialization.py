@@ -42,10 +42,10 @@ def model_folder(request):
 
 @pytest.fixture
 def config_for(model_folder, settings):
-    """Make a configuration of a method on this base."""
+    """Make a configuration of a method on this base. Its rate is given: to measure it takes as long as a run."""
 
     def make(method, **changes):
-        return settings(base=str(model_folder), method=method, learning_rate=None, **changes)
+        return settings(base=str(model_folder), method=method, **changes)
 
     return make
 
@@ -56,7 +56,7 @@ def loss(setup):
 
 @pytest.mark.parametrize("method", quick("dora", "pissa", "eva", among=METHODS))
 def test_training_lowers_loss_and_keeps_base(config_for, method):
-    config = config_for(method, max_steps=12)
+    config = config_for(method, max_steps=12, learning_rate=None)
     before = prepare_training(config)
     weights = {name: p.clone() for name, p in before.model.named_parameters() if not p.requires_grad}
     with before.model.disable_adapter():
@@ -252,7 +252,9 @@ def test_rslora_scales_by_root_of_rank(config_for):
 def test_method_sets_default_learning_rate(config_for, monkeypatch):
     monkeypatch.setattr("lora_tuner.training.learning_rate._best_step", lambda *of: None)
     for method, facts in METHODS.items():
-        assert prepare_training(config_for(method)).config.learning_rate == facts.learning_rate
+        assert (
+            prepare_training(config_for(method, learning_rate=None)).config.learning_rate == facts.learning_rate
+        )
     assert (
         prepare_training(config_for("dora").model_copy(update={"learning_rate": 0.5})).config.learning_rate == 0.5
     )

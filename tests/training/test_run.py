@@ -27,7 +27,8 @@ def history(adapter):
     return [json.loads(line) for line in (adapter.path / adapters_adapter.METRICS_FILE).read_text().splitlines()]
 
 
-def test_run_leaves_only_the_adapter(adapter, tmp_path):
+def test_run_leaves_only_the_adapter(settings, tmp_path):
+    adapter = train(settings())
     assert {path.name for path in adapter.path.iterdir()} == {
         adapters_adapter.WEIGHTS_FILE, adapters_adapter.CONFIG_FILE, adapters_adapter.MANIFEST_FILE,
         adapters_adapter.RUN_FILE, adapters_adapter.METRICS_FILE, adapters_adapter.LOSS_PLOT_FILE, adapters_adapter.CARD_FILE,
