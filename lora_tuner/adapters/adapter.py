@@ -1,8 +1,7 @@
 """The adapter folder: reading it and checking it. Never imports torch.
 
-An adapter is a regular PEFT folder plus `manifest.json`, which records its origin. The adapted
-layers are taken from the tensor names instead of the config's patterns; `peft_config` checks the
-other settings.
+An adapter is a PEFT folder plus `manifest.json`, its origin. The adapted layers are those of the
+tensor names, not of the config's patterns; `peft_config` checks the other settings.
 """
 
 import json

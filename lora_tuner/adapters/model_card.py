@@ -133,7 +133,7 @@ def _widget(prompt: str, is_chat: bool) -> dict[str, object]:
 
 
 def _describe_training(manifest: Manifest) -> str:
-    """What was learned from which rows, in a sentence."""
+    """Say in a sentence what was learned from which rows."""
     data = manifest.data
     if manifest.made_by:
         parents = " and ".join(parent.name for parent in manifest.parents)
@@ -154,7 +154,7 @@ def _describe_training(manifest: Manifest) -> str:
 
 
 def _limitations(manifest: Manifest) -> list[str]:
-    """What the adapter was not measured for, and what its figures do not promise."""
+    """List what was not measured, and what the figures do not promise."""
     base, data, result = display_name(manifest.base.name), manifest.data, manifest.result
     limits = []
     if result is None:

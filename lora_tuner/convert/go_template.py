@@ -183,7 +183,7 @@ class _Gaps:
 
     @property
     def left_out(self) -> str:
-        """What the template can write that is in no conversation of texts."""
+        """Abilities of the template that conversations of texts do not use."""
         tool = {"name": "look", "description": "", "parameters": {"type": "object", "properties": {}}}
         abilities = {
             "tools": self._depends_on("tools", [{"type": "function", "function": tool}]),

@@ -23,7 +23,7 @@ class DroppedCopy:
 
     @property
     def description(self) -> str:
-        """Where the row is, and the row that it copies."""
+        """Place of the row, and the row that it copies."""
         if self.is_near:
             return f"{self.place or 'a row'} nearly copies the held-out {self.kept_place or 'row'}"
         return f"{self.place or 'a row'} copies {self.kept_place or 'another row'}"
