@@ -29,7 +29,6 @@ from .adapter import (
     validate_name,
 )
 from .manifest import ParentInfo
-from .model_card import rename_in_card
 
 T = TypeVar("T")
 
@@ -203,6 +202,12 @@ class Library:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # taken in the meantime
                 self.check_name_free(name, overwrite=overwrite, advice=advice)
             raise
+
+
+def rename_in_card(text: str, old: str, new: str) -> str:
+    """Return a model card in which the heading and the examples have another name; all else stays."""
+    places = r'^# |path/to/|a model `|"model": "|--lora-modules |--out |--lora '
+    return re.sub(rf"({places}){re.escape(old)}(?![\w-])", rf"\g<1>{new}", text, flags=re.MULTILINE)
 
 
 def _write_renamed(folder: Path, old: str, new: str, work: Path) -> None:

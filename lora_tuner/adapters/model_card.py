@@ -1,7 +1,6 @@
 """The model card (README.md) of an adapter."""
 
 import json
-import re
 import shlex
 from collections.abc import Sequence
 
@@ -119,12 +118,6 @@ The loss is measured on held-out rows, one at a time, truncated to {HELD_OUT_MAX
 _TO_FILL_IN = """# Before you publish the adapter, fill in these two and remove the "#". Base and data may set the license.
 # license: apache-2.0
 # language: en"""
-
-
-def rename_in_card(text: str, old: str, new: str) -> str:
-    """Return a model card in which the heading and the examples have another name; all else stays."""
-    places = r'^# |path/to/|a model `|"model": "|--lora-modules |--out |--lora '
-    return re.sub(rf"({places}){re.escape(old)}(?![\w-])", rf"\g<1>{new}", text, flags=re.MULTILINE)
 
 
 def _widget(prompt: str, is_chat: bool) -> dict[str, object]:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_tuner.adapters import model_card
 from lora_tuner.adapters.adapter import MANIFEST_FILE, load_adapter_folder
+from lora_tuner.adapters.library import rename_in_card
 
 from .. import adapter_files
 
@@ -270,8 +271,8 @@ def test_renamed_card_is_card_of_name(tmp_path, prompts, chat):
     adapter = load_adapter_folder(folder)
     before, after = (model_card.model_card(adapter, name, prompts) for name in ("first", "second"))
     assert "--lora first.gguf" in before
-    assert model_card.rename_in_card(before, "first", "second") == after
-    assert model_card.rename_in_card(before, "firs", "second") == before
+    assert rename_in_card(before, "first", "second") == after
+    assert rename_in_card(before, "firs", "second") == before
 
 
 def test_card_names_incompatible_tools(tmp_path):
