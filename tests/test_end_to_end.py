@@ -136,7 +136,7 @@ def test_merged_model_matches_generate(user, cli):
 
 
 def test_adapters_list_and_show(cli, user):
-    assert "imdb  smollm2-135m  8 " in cli("adapters", "list").stdout
+    assert "imdb     smollm2-135m  8 " in cli("adapters", "list").stdout
     assert json.loads(cli("adapters", "show", "imdb", "--json").stdout)["run"]["steps"] == 4
 
 

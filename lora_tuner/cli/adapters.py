@@ -74,8 +74,10 @@ def show_adapters(entries: Iterable[tuple[str, Adapter | AdapterError]]) -> None
                 ", ".join(parent.name for parent in manifest.parents) if manifest else "?",
             )
         )
+    header = ("adapter", "base", "rank", "targets", "data", "size", "gain", "created", "parent")
+    shown = slice(None if any(row[-1] for row in rows) else -1)  # the last column only if there is a parent
     if rows:
-        print_table(rows, ("adapter", "base", "rank", "targets", "data", "size", "gain", "created", "parent"))
+        print_table((row[shown] for row in rows), header[shown])
     for text in broken:
         print_stderr(text)
 

@@ -185,7 +185,7 @@ def test_check_and_export_agree_on_architecture(write, tmp_path, kind):
     assert check(adapter, "llama.cpp") == (([], [EXPORT]) if accepted else ([obstacle], []))
     if not accepted:
         assert obstacle in run("export", "mine", "--out", "mine.gguf", exit_code=1).stderr.replace("\n", " ")
-    assert ("llama-completion" in model_card._usage_section(adapter, "mine", "base")) == accepted
+    assert ("llama-completion" in model_card._usage_section(adapter, "mine", "base", "Once")) == accepted
 
 
 def test_layers_of_unknown_type_are_not_named(write, tmp_path):

@@ -449,9 +449,9 @@ def test_library_shows_adapters_and_cards(page, adapters, monkeypatch):
     card = page.locator(".card")
     expect(card.get_by_role("heading")).to_have_text("noir")
     expect(card).to_contain_text(f"{noir.result.loss:.4f} nats per token (base: {noir.result.base_loss:.4f})")
-    for name in ("Loss by training step", "Spectrum: share of"):
+    for name, width in (("Loss by training step", 840), ("Spectrum: share of", 960)):
         picture = card.get_by_role("img", name=name)
-        assert picture.evaluate("image => image.naturalWidth") == 840
+        assert picture.evaluate("image => image.naturalWidth") == width
     card.get_by_text("Model card").click()
     assert card.locator("pre").text_content() == (adapters / "noir" / adapter.CARD_FILE).read_text()
     page.get_by_role("button", name="broken").click()

@@ -68,7 +68,9 @@ def test_sweep_never_selects_on_test(settings, tmp_path):
         config = resolve_settings(TrainConfig, {"name": "again", "overwrite": True}, adapter.path / "run.yaml")
         assert train(config).manifest.data == adapter.manifest.data
     with pytest.raises(ConfigError, match=r"data is a test split \(test\), and a sweep selects"):
-        sweep.run_sweep(configs_of(settings, 2, 4, dataset="data", eval_dataset="data", eval_split="test"))
+        sweep.run_sweep(
+            configs_of(settings, 2, 4, name="other", dataset="data", eval_dataset="data", eval_split="test")
+        )
 
 
 @pytest.mark.slow
