@@ -52,7 +52,14 @@ def test_train_generate_list_show_merge(quick, tmp_path):
     assert run("generate", "--adapter", "reviews", *GREEDY, "the actor").stdout == text
     listed = run("adapters", "list").stdout
     assert listed.splitlines()[0].split() == [
-        *("adapter", "base", "rank", "targets", "data", "size", "gain", "created", "parent")
+        "adapter",
+        "base",
+        "rank",
+        "targets",
+        "data",
+        "size",
+        "gain",
+        "created",
     ]
     assert listed.splitlines()[1].startswith("reviews  ")
     assert json.loads(run("adapters", "list", "--json").stdout)[0]["rank"] == 4

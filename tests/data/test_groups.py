@@ -400,7 +400,13 @@ def test_stream_without_weights_takes_turns():
     assert [tokenizer.decode(item[0])[0] for item in items] == ["a", "b"] * 25
 
 
-@pytest.mark.parametrize("streaming", [{}, {"streaming": True, "shuffle_buffer": 10}], ids=["", "stream"])
+@pytest.mark.parametrize(
+    "streaming",
+    [
+        pytest.param({}, id="", marks=pytest.mark.slow),
+        pytest.param({"streaming": True, "shuffle_buffer": 10}, id="stream"),
+    ],
+)
 def test_weighted_run_resumes_bitwise(settings, stop_at, streaming):
     write_sources()
     changes = {"dataset": ["a.jsonl=0.7", "b.jsonl=0.3"], "max_steps": 12, **streaming}

@@ -46,7 +46,14 @@ def limit_free_memory(module: str, free_bytes: int) -> None:
     importlib.import_module(f"lora_tuner.{module}").free_memory = lambda device: free_bytes
 
 
-@pytest.mark.parametrize("more", [("--plan",), (), ("--rank", "2,4")], ids=["plan", "run", "sweep"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(("--plan",), id="plan", marks=pytest.mark.slow),
+        pytest.param((), id="run"),
+        pytest.param(("--rank", "2,4"), id="sweep"),
+    ],
+)
 def test_step_exceeding_memory_is_refused(
     run: Run, wide: Path, novels: Path, tmp_path: Path, more: tuple[str, ...]
 ) -> None:

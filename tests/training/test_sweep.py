@@ -150,6 +150,7 @@ def test_stopped_sweep_resumes_bitwise(settings, trial, stopped_at):
     assert result.recommended.removeprefix("reviews") == whole.recommended.removeprefix("whole")
 
 
+@pytest.mark.slow
 def test_sweep_stopped_while_measuring_resumes(settings, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(sweep, "_measure_trials", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
