@@ -1,4 +1,4 @@
-"""Shared steps of merge, blend and compress: load the base, save and verify an adapter."""
+"""Shared steps of merge, blend, compress and export: load the base, save and verify an adapter."""
 
 import os
 from collections.abc import Sequence
@@ -6,15 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from .. import atomic_io, evaluation
-from ..adapters import model_card
+from ..adapters import compatibility, model_card
 from ..adapters.adapter import (
     CARD_FILE,
     MANIFEST_FILE,
     TOKENIZER_FILES,
     Adapter,
+    check_weights_hash,
     load_adapter_folder,
     weights_info,
 )
+from ..adapters.compatibility_report import Tool
 from ..adapters.library import copy_files
 from ..adapters.manifest import DatasetInfo, EvalResult, Manifest, utc_timestamp
 from ..config import FILE_SETTINGS, ModelOptions, is_conversation
@@ -27,7 +29,9 @@ from ..evaluation import HeldOutLoss
 from ..models import delta, loading, lora
 from ..models.base_files import BaseModelFiles
 from ..models.delta import Deltas
+from ..models.layers_in_files import layer_sizes_in_files
 from ..models.loading import LoadedBase
+from ..models.tokenizer import TokenizedBase, load_tokenizer
 from ..text import format_names
 from . import verify
 from .verify import OutputComparison
@@ -106,6 +110,31 @@ def open_shared_base(
         loading.dequantize(base)
     for adapter in adapters:
         lora.check_base(adapter, base, options)
+    return base
+
+
+def base_for_export(adapter: Adapter, out: Path, tool: Tool, options: ModelOptions) -> TokenizedBase:
+    """Check that an adapter fits its base and a tool, and return the base, without its weights.
+
+    Args:
+        adapter: the adapter.
+        out: the file or folder to write.
+        tool: the tool that reads the export.
+        options: the base model.
+
+    Raises:
+        AdapterError: the tool has no place for a part of the adapter, the adapter does not fit the
+            base, or `out` would replace one of them.
+    """
+    if options.base is None:  # before anything is downloaded
+        compatibility.require_compatible(adapter, tool)
+    check_weights_hash(adapter)
+    files = loading.base_for_adapter(adapter, options)
+    check_keeps_base(out, files, [adapter])
+    base = TokenizedBase(files, load_tokenizer(files))
+    lora.check_base(adapter, base, options)
+    adapter.check_shapes(layer_sizes_in_files(files, adapter))
+    compatibility.require_compatible(adapter, tool, files.config())
     return base
 
 

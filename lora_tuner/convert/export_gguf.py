@@ -13,17 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import atomic_io
-from ..adapters import compatibility, llama_cpp
-from ..adapters.adapter import Adapter, check_weights_hash
+from ..adapters import llama_cpp
+from ..adapters.adapter import Adapter
 from ..config import ModelOptions
 from ..data.chat_template import turn_end_ids
 from ..errors import AdapterError, ConfigError
-from ..models import loading, lora
+from ..models import lora
 from ..models.base_files import loading_errors
-from ..models.layers_in_files import layer_sizes_in_files
-from ..models.tokenizer import TokenizedBase, load_adapter_tokenizer, load_tokenizer
+from ..models.tokenizer import TokenizedBase, load_adapter_tokenizer
 from . import gguf_settings
-from .common import check_keeps_base, check_output_path, is_gguf
+from .common import base_for_export, check_output_path, is_gguf
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -88,21 +87,12 @@ def to_gguf(
 
     options.require_default("device", "dtype", "load_in", why="the base is not loaded for an export")
     check_output_path(out, "GGUF file", valid=is_gguf(out), overwrite=overwrite)
-    if options.base is None:  # before anything is downloaded
-        compatibility.require_compatible(adapter, "gguf")
-    check_weights_hash(adapter)
-    files = loading.base_for_adapter(adapter, options)
-    check_keeps_base(out, files, [adapter])
-    base = TokenizedBase(files, load_tokenizer(files))
-    lora.check_base(adapter, base, options)
-    config = files.config()
-    adapter.check_shapes(layer_sizes_in_files(files, adapter))
-    compatibility.require_compatible(adapter, "gguf", config)
-    architecture = llama_cpp.ARCHITECTURES[config["model_type"]]
     if dtype not in _ROUNDING:
         raise ConfigError(f"dtype is {dtype}: use one of {', '.join(_ROUNDING)}.")
-    with loading_errors(files):
-        text_config = gguf_settings.load_text_config(files.folder)
+    base = base_for_export(adapter, out, "gguf", options)
+    architecture = llama_cpp.ARCHITECTURES[base.files.config()["model_type"]]
+    with loading_errors(base.files):
+        text_config = gguf_settings.load_text_config(base.files.folder)
     tensors = _gguf_tensors(adapter, architecture, text_config.to_dict())
     turn_end, turn_end_id = find_turn_end(adapter, base, options)
     gguf_type = gguf.GGMLQuantizationType[_GGUF_TYPES[dtype]]

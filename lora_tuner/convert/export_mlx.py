@@ -17,17 +17,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from .. import atomic_io
-from ..adapters import compatibility, mlx_lm
-from ..adapters.adapter import CONFIG_FILE, Adapter, check_weights_hash
+from ..adapters import mlx_lm
+from ..adapters.adapter import CONFIG_FILE, Adapter
 from ..adapters.base_config import BaseConfig
 from ..adapters.compatibility_mlx import base_notes, count_blocks, find_model
 from ..config import ModelOptions
 from ..errors import AdapterError, Notice
-from ..models import loading, lora
+from ..models import lora
 from ..models.base_files import LOCAL_FOLDER
-from ..models.layers_in_files import layer_sizes_in_files
-from ..models.tokenizer import TokenizedBase, load_adapter_tokenizer, load_tokenizer
-from .common import check_keeps_base, check_output_path
+from ..models.tokenizer import load_adapter_tokenizer
+from .common import base_for_export, check_output_path
 from .export_gguf import find_turn_end
 
 MLX_WEIGHTS_FILE = "adapters.safetensors"
@@ -62,16 +61,8 @@ def to_mlx(
     options.require_default("device", "dtype", "load_in", why="the base is not loaded for an export")
     valid = (out / MLX_WEIGHTS_FILE).is_file()
     check_output_path(out, "folder with an adapter of mlx-lm", valid=valid, overwrite=overwrite)
-    if options.base is None:  # before anything is downloaded
-        compatibility.require_compatible(adapter, "mlx")
-    check_weights_hash(adapter)
-    files = loading.base_for_adapter(adapter, options)
-    check_keeps_base(out, files, [adapter])
-    base = TokenizedBase(files, load_tokenizer(files))
-    lora.check_base(adapter, base, options)
-    config = files.config()
-    adapter.check_shapes(layer_sizes_in_files(files, adapter))
-    compatibility.require_compatible(adapter, "mlx", config)
+    base = base_for_export(adapter, out, "mlx", options)
+    files, config = base.files, base.files.config()
     for note in base_notes(config):
         options.notify(Notice(f"{note}."))
     tensors, settings = _convert(adapter, config)

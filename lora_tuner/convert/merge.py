@@ -16,7 +16,7 @@ from ..config import ModelOptions
 from ..data.chat_template import turn_end_ids
 from ..data.eval_sets import EvalSet
 from ..data.tokenization import TokenIds
-from ..errors import AdapterError, ConfigError
+from ..errors import AdapterError, ConfigError, first_line
 from ..evaluation import HeldOutLoss
 from ..models import loading, lora, replaced
 from ..models.base_files import quiet_transformers
@@ -125,9 +125,8 @@ def merge(
                 folder, dtype=torch.float32, use_safetensors=True
             )
         except ValueError as error:  # the text part of Mllama is no model of its own
-            why = str(error).splitlines()[0]
             raise AdapterError(
-                f"{out} is not kept: transformers does not load the merged model: {why}"
+                f"{out} is not kept: transformers does not load the merged model: {first_line(error)}"
             ) from error
         actual = verify.forward_outputs(reloaded.eval(), compared, options.notify, _RUNNING)
         comparison = verify.compare_outputs(expected, actual, with_loss=bool(sets))

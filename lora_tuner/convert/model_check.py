@@ -13,7 +13,7 @@ from ..adapters import compatibility
 from ..adapters.adapter import Adapter, read_json
 from ..adapters.base_config import find_base_folder, text_settings
 from ..adapters.compatibility import CompatibilityReport, Tool
-from ..errors import AdapterError, BaseModelError, Notice, Progress
+from ..errors import AdapterError, BaseModelError, Notice, Progress, first_line
 from ..models.base_files import LOCAL_FOLDER, BaseModelFiles, quiet_transformers
 
 if TYPE_CHECKING:
@@ -50,9 +50,8 @@ def _check_tokenizer(adapter: Adapter, folder: Path, report: CompatibilityReport
     except AdapterError as error:
         report.errors.append(_clause(error))
     except Exception as error:  # of the tokenizers library too, whose errors have no common type
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         report.notes.append(
-            f"the tokenizer of the base cannot be read without the model, so it was not checked: {why}"
+            f"the tokenizer of the base cannot be read without the model, so it was not checked: {first_line(error)}"
         )
     else:
         add_model_problems(adapter, files, tokenizer, report)
