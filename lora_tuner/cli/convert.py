@@ -138,10 +138,6 @@ def blend(
     library = Library(adapters_dir)
     weighted = [(library.get(adapter), weight) for adapter, weight in _parse_weights(parts)]
     library.check_name_free(name, overwrite=overwrite)
-    if {weight for _, weight in weighted} == {1.0} and len(weighted) == 1:
-        raise ConfigError(
-            f"'{parts[0]}' is one adapter alone: a blend needs two or more, or a weight that scales it."
-        )
     from ..convert import blend as convert_blend
 
     blended = convert_blend.blend(
@@ -169,6 +165,11 @@ def _parse_weights(parts: list[str]) -> list[tuple[str, float]]:
     bare = [part for part in parts if "=" not in part]
     if not bare:
         return [_parse_weight(part) for part in parts]
+    if len(parts) == 1:
+        raise ConfigError(
+            f"'{bare[0]}' is one adapter alone: name two or more, or give a weight "
+            "(1 rewrites it, others scale it)."
+        )
     if len(bare) < len(parts):
         raise ConfigError(
             f"'{bare[0]}' has no weight, and others have: give each one, such as {bare[0]}=0.5, or none for equal parts."

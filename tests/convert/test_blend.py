@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -427,12 +428,24 @@ def test_blend_command_errors(arguments, message):
     assert stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("alone", ["praise", "praise=1"])
-def test_blend_of_one_adapter_is_refused(two, alone):
-    stderr = run("blend", alone, "--name", "mixed", exit_code=1).stderr
+def test_blend_of_one_adapter_is_refused(two):
+    stderr = run("blend", "praise", "--name", "mixed", exit_code=1).stderr
     assert stderr == (
-        f"Error: '{alone}' is one adapter alone: a blend needs two or more, or a weight that scales it.\n"
+        "Error: 'praise' is one adapter alone: name two or more, or give a weight "
+        "(1 rewrites it, others scale it).\n"
     )
+
+
+def test_advice_to_rewrite_an_adapter_works(two):
+    config = Path("adapters/praise/adapter_config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"bias": "all"}))
+    Path("adapters/praise/manifest.json").unlink()  # as one of another tool
+    refused = run("adapters", "check", "praise", "--for", "vllm", exit_code=1).stdout
+    assert "`python cli.py blend praise=1 --name NEW`" in " ".join(refused.split())
+    run("blend", "praise=1", "--name", "mixed", "--device", "cpu")
+    assert json.loads(Path("adapters/mixed/adapter_config.json").read_text())["bias"] == "none"
+    refused = run("adapters", "check", "mixed", "--for", "vllm", exit_code=1).stdout  # GPT-2
+    assert "rewrite it" not in refused
 
 
 def test_blend_without_weights_is_equal_parts(two):
