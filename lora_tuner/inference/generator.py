@@ -76,7 +76,6 @@ class _ResidentAdapter:
     identity: FolderIdentity
     loaded: LoadedAdapter
     last_used: int  # nanoseconds of a clock that never goes back
-    chat: bool  # it has learned conversations
 
 
 class Generator:
@@ -178,7 +177,6 @@ class Generator:
                     folder_identity(folder),
                     replace(loaded, tokenizer=tokenizer),
                     time.monotonic_ns(),
-                    adapter.is_chat,
                 )
 
             self._resident[name] = read_consistently(adapter.path, load_resident)
@@ -198,7 +196,7 @@ class Generator:
     def is_chat(self, name: str | None) -> bool:
         """True for an adapter in memory that has learned conversations, with a chat template to ask
         it through."""
-        learned = name is not None and name in self._resident and self._resident[name].chat
+        learned = name is not None and name in self._resident and self._resident[name].loaded.is_chat
         return learned and bool(self.tokenizer_of(name).chat_template)
 
     def unload(self, name: str) -> None:

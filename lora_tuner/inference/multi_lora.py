@@ -45,12 +45,13 @@ class LoadedAdapter:
     """LoRA weights in memory, by layer name. Immutable: a newer version is loaded beside one that
     is still in use. `tokenizer` is that of an adapter whose own differs from the base's, `replaced`
     what it has in place of modules of the base, `vocab_size` the number of its token ids, 0 for
-    those of the base."""
+    those of the base; `is_chat` says that it has learned conversations."""
 
     layers: dict[str, _LayerLora]
     tokenizer: PreTrainedTokenizerBase | None = None
     replaced: Replacements = field(default_factory=dict)
     vocab_size: int = 0
+    is_chat: bool = False
     fused: dict[tuple[str, ...], LoraFactors] = field(default_factory=dict)  # a cache
 
     @property
@@ -83,7 +84,7 @@ def blend_loaded(parts: Sequence[tuple[float, LoadedAdapter]]) -> LoadedAdapter:
             torch.cat([layer_lora.A for _, layer_lora in weighted], -2),
             torch.cat([weight * layer_lora.B for weight, layer_lora in weighted], -1),
         )
-    return LoadedAdapter(layers)
+    return LoadedAdapter(layers, is_chat=any(loaded.is_chat for _, loaded in parts))
 
 
 # layer, inputs, output
@@ -113,7 +114,7 @@ class MultiLora:
                 layers[module] = _LayerLora(lora_a, scale[:, None] * lora_b, scale - 1)
         replaced = load_replaced(adapter, self._base)
         vocab_size = max((each.vocab_size for each in replaced.values()), default=0)
-        return LoadedAdapter(layers, replaced=replaced, vocab_size=vocab_size)
+        return LoadedAdapter(layers, replaced=replaced, vocab_size=vocab_size, is_chat=adapter.is_chat)
 
     def untrained(self, loaded: LoadedAdapter) -> LoadedAdapter:
         """The plain base, with rows for the token ids that only the adapter has."""

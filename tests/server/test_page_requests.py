@@ -5,16 +5,19 @@ import contextlib
 import json
 import logging
 import re
+import shutil
 import threading
+from html import unescape
 
 import httpx
 import pytest
 
-from lora_tuner import evaluation
+from lora_tuner import Generator, ModelOptions, SamplingParams, evaluation
+from lora_tuner.adapters.adapter import MANIFEST_FILE, load_adapter_folder
 from lora_tuner.errors import GenerationError
 from lora_tuner.server.metrics import JsonLines, Metrics
 
-from ..api_server import KEY, PROMPT, add_hostile_adapters, serving
+from ..api_server import KEY, PROMPT, add_hostile_adapters, serving, write_adapter
 
 
 @pytest.fixture(scope="module")
@@ -161,10 +164,10 @@ def test_page_outputs_are_counted_and_logged(served, playground, caplog):
                     break
 
     settings = [5, 0.8, 0.95, 50, 1.1, "", False]
-    asyncio.run(consume(page.generate(PROMPT, ["a", "b"], *settings), 1000))
-    asyncio.run(consume(page.blend(PROMPT, "a", "b", 0.5, playground._SliderState()), 1000))
+    asyncio.run(consume(page.generate(PROMPT, ["a", "b"], False, *settings), 1000))
+    asyncio.run(consume(page.blend(PROMPT, "a", "b", 0.5, False, playground._SliderState()), 1000))
     with served.held_steps():
-        asyncio.run(consume(page.generate(PROMPT, [], *settings), 1))
+        asyncio.run(consume(page.generate(PROMPT, [], False, *settings), 1))
     text = metrics.text().decode()
     for model, count in (("talker", 2), ("a", 1), ("b", 1), ("", 1)):
         assert f'lora_tuner_requests_total{{endpoint="page",model="{model}",status="200"}} {count}.0' in text
@@ -179,6 +182,54 @@ def test_page_outputs_are_counted_and_logged(served, playground, caplog):
         ("talker", 5, True),
     ]
     assert PROMPT not in str(lines)
+
+
+def shown(updates):
+    """Return by title whether the prompt is marked as a question, and the text after it, and the note below."""
+
+    async def last():
+        return [update async for update in updates][-1]
+
+    html = str(asyncio.run(last()))
+    articles = re.findall(
+        r'<h2>(.*?)</h2><p class="text"><span class="prompt( question)?">.*?</span>(.*?)</p>', html, re.S
+    )
+    return {name: (bool(is_chat), unescape(text)) for name, is_chat, text in articles}, html
+
+
+def test_page_asks_chat_adapters(served, playground, base, adapters):
+    """As `compare` does: through the template, the base only if all are asked, and bare text on demand."""
+    for seed, name in enumerate(("talk", "more")):
+        folder = write_adapter(adapters, name, base, seed + 5)
+        manifest = load_adapter_folder(folder).manifest
+        data = manifest.data.model_copy(update={"format": "messages"})
+        (folder / MANIFEST_FILE).write_text(manifest.model_copy(update={"data": data}).to_json())
+    page = playground.Page(served.service, Metrics(served.service))
+    greedy_settings = [12, 0.8, 0.95, 50, 1.0, "", True]
+    generator = Generator(adapters_dir=adapters, options=ModelOptions(base=str(base), device="cpu"))
+    try:
+        for names, bare, asked in (
+            (["a", "talk"], False, ["talk"]),
+            (["talk", "more"], False, ["talker", "talk", "more"]),
+            (["a", "talk"], True, []),
+        ):
+            columns, html = shown(page.generate(PROMPT, names, bare, *greedy_settings))
+            assert list(columns) == ["talker", *names]
+            for name, (is_question, text) in columns.items():
+                assert is_question == (name in asked), (names, bare, name)
+                (expected,) = generator.generate_batch(
+                    [(PROMPT, None if name == "talker" else name)],
+                    SamplingParams(greedy=True, max_new_tokens=12),
+                    chat=is_question,
+                )
+                assert text == expected.text
+            assert ("Asked through the chat template: " in html) == bool(asked)
+        for bare in (False, True):
+            columns, _ = shown(page.blend(PROMPT, "talk", "a", 0.5, bare, playground._SliderState()))
+            assert [is_question for is_question, _ in columns.values()] == [not bare]
+    finally:
+        for name in ("talk", "more"):
+            shutil.rmtree(adapters / name)
 
 
 def test_gradio_computes_no_statistics(served, playground, monkeypatch):

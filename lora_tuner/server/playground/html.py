@@ -5,7 +5,7 @@ Any text may come from a model or from an unknown adapter, so every value is esc
 """
 
 import base64
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from io import BytesIO
 
@@ -46,19 +46,25 @@ def failure(text: str) -> Markup:
     return Markup('<p class="failure" role="alert">{}</p>').format(" ".join(text.split()))
 
 
-def outputs(prompt: str, columns: Sequence[tuple[str, Request | str]], below: str = "") -> Markup:
+def outputs(
+    prompt: str,
+    columns: Sequence[tuple[str, Request | str]],
+    chats: Collection[str] = (),
+    below: str = "",
+) -> Markup:
     """Show the current outputs side by side, each after the prompt and below its title.
 
-    Each request has one sequence; a str is an error.
+    Each request has one sequence; a str is an error. Of the titles in `chats` the prompt is a
+    question, which is parted from the answer.
     """
     busy = any(isinstance(output, Request) and not output.complete for _, output in columns)
-    articles = Markup("").join(_output(title, prompt, output) for title, output in columns)
+    articles = Markup("").join(_output(title, prompt, output, title in chats) for title, output in columns)
     return Markup('<div class="answers" aria-live="polite" aria-busy="{}">{}</div>{}').format(
         str(busy).lower(), articles, note(below) if below else ""
     )
 
 
-def _output(title: str, prompt: str, output: Request | str) -> Markup:
+def _output(title: str, prompt: str, output: Request | str, is_chat: bool) -> Markup:
     text, error, style, tokens = "", "", Markup(""), Markup("")
     if isinstance(output, str):
         error = output
@@ -74,9 +80,15 @@ def _output(title: str, prompt: str, output: Request | str) -> Markup:
             end = ", finished" if sequence.finished else ", cut off"
         tokens = Markup('<p class="facts">{} token{}{}</p>').format(count, plural, end)
         style = Markup("") if output.complete else Markup(' class="writing"')
-    return Markup(
-        '<article{}><h2>{}</h2><p class="text"><span class="prompt">{}</span>{}</p>{}{}</article>'
-    ).format(style, title, prompt, text, failure(error) if error else "", tokens)
+    return Markup('<article{}><h2>{}</h2><p class="text"><span class="{}">{}</span>{}</p>{}{}</article>').format(
+        style,
+        title,
+        "prompt question" if is_chat else "prompt",
+        prompt,
+        text,
+        failure(error) if error else "",
+        tokens,
+    )
 
 
 def library(models: Sequence[ServedModel]) -> Markup:

@@ -10,8 +10,7 @@ import copy
 import os
 import shlex
 import sys
-import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -26,13 +25,13 @@ from ...errors import AdapterError, ConfigError, GenerationError, Interrupted, L
 from ...inference.multi_lora import LoadedAdapter, blend_loaded
 from ...inference.sampling import choose_seed
 from ...settings_files import resolve_settings
-from ..metrics import Metrics, RequestRecord
-from ..scheduler import Request
+from ...text import format_names
+from ..metrics import Metrics
 from ..service import ModelService, PreparedRequest, ServedModel
 from . import html
+from .requests import PageRequests, as_conversation
 
 BLEND_TOKENS = 48  # few, so that the output follows the slider
-FRAME_SECONDS = 0.03  # between two updates of the page
 SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "greedy")
 SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "seed")  # without effect in greedy decoding
 CLEAR_BUSY = """html => html.replace('aria-busy="true"', 'aria-busy="false"')"""
@@ -40,9 +39,6 @@ SELECT_ADAPTER = """element.addEventListener("click", event => {
     const button = event.target.closest("button[data-name]");
     if (button) trigger("select", {name: button.dataset.name});
 })"""
-ModelOutput = Request | str  # a request, or why there is none
-Submit = Callable[[], Awaitable[Request]]
-
 
 on = partial(gr.on, show_progress="hidden", api_visibility="private")
 
@@ -60,7 +56,7 @@ class Page:
 
     def __init__(self, service: ModelService, metrics: Metrics) -> None:
         self.service = service
-        self.metrics = metrics
+        self.requests = PageRequests(service, metrics)
         # Evaluation tokenizes in its thread, and tokenizers are not thread-safe.
         self.evaluation_base = replace(service.base, tokenizer=copy.deepcopy(service.base.tokenizer))
 
@@ -97,15 +93,16 @@ class Page:
             settings = {name: self._setting(name) for name in SETTINGS}
         with gr.Row():
             start, stop = _buttons("Generate")
+            bare = _bare_text()
         output = gr.HTML(
-            html.note("Press Generate to continue the prompt with the base and each adapter, side by side."),
+            html.note("Press Generate to run the prompt on the base and each adapter, side by side."),
             apply_default_css=False,
         )
         _connect_stop(
             on(
                 [start.click, prompt.submit],
                 self.generate,
-                [prompt, names, *settings.values()],
+                [prompt, names, bare, *settings.values()],
                 output,
             ),
             stop,
@@ -136,11 +133,12 @@ class Page:
             buttons=[],
             elem_classes="share",
         )
+        bare = _bare_text()
         output = gr.HTML(apply_default_css=False)
         on(
-            [weight.input, first.input, second.input, prompt.input, prompt.submit, tab.select],
+            [weight.input, first.input, second.input, bare.input, prompt.input, prompt.submit, tab.select],
             self.blend,
-            [prompt, first, second, weight, gr.State(_SliderState())],
+            [prompt, first, second, weight, bare, gr.State(_SliderState())],
             output,
             trigger_mode="multiple",
         )
@@ -225,9 +223,12 @@ class Page:
         return updates
 
     async def generate(
-        self, prompt: str, names: Sequence[str], *settings: float | str | None
+        self, prompt: str, names: Sequence[str], bare: bool, *settings: float | str | None
     ) -> AsyncGenerator[str, None]:
-        """Stream the outputs of the base and the adapters, side by side and with one seed."""
+        """Stream the outputs of the base and the adapters, side by side and with one seed.
+
+        Adapters that have learned conversations are asked through the chat template, unless `bare`.
+        """
         ignored = SAMPLING_SETTINGS if settings[SETTINGS.index("greedy")] else ()
         values = {  # without defaults: that of the repetition penalty is another one in greedy decoding
             name: value
@@ -240,7 +241,7 @@ class Page:
                 raise ConfigError(
                     f"max_new_tokens: the limit of this server is {self.service.config.max_tokens:,}."
                 )
-            (ids,) = await self.service.encode_all([prompt])
+            await self.service.encode_all([prompt])  # an error of it is shown once
         except LoraTunerError as error:
             yield self._failure(error)
             return
@@ -251,23 +252,31 @@ class Page:
             else f"Seed {sampling.seed}: set it to get the same output again."
         )
         models = [self.service.name, *names]
-        async with contextlib.aclosing(
-            self._follow(prompt, [(name, partial(self._submit, name, ids, sampling)) for name in models])
-        ) as updates:
+        chats = set() if bare else await self.requests.chats(names)
+        if chats:
+            asked = format_names([name for name in models if name in chats])
+            note += f" Asked through the chat template: {asked}."
+        submits = []
+        for name in models:
+            text = as_conversation(prompt) if name in chats else prompt
+            submits.append((name, partial(self.requests.submit, name, text, sampling)))
+        async with contextlib.aclosing(self.requests.follow(prompt, submits)) as updates:
             async for outputs in updates:
-                yield html.outputs(prompt, list(zip(models, outputs, strict=True)), note)
-
-    async def _submit(self, model: str, ids: list[int], sampling: SamplingParams) -> Request:
-        started = time.monotonic()
-        return self.service.submit(await self.service.prepare_request(model, [ids]), sampling, started=started)
+                yield html.outputs(prompt, list(zip(models, outputs, strict=True)), chats, note)
 
     async def blend(
-        self, prompt: str, first: str | None, second: str | None, weight: float, slider: _SliderState
+        self,
+        prompt: str,
+        first: str | None,
+        second: str | None,
+        weight: float,
+        bare: bool,
+        slider: _SliderState,
     ) -> AsyncGenerator[str, None]:
         """Stream the output of a blend, until a later move of the slider has something to show."""
         slider.moved = move = slider.moved + 1
         async with contextlib.aclosing(
-            self._blend(prompt, first, second, weight, lambda: move < slider.moved)
+            self._blend(prompt, first, second, weight, bare, lambda: move < slider.moved)
         ) as updates:
             async for update in updates:
                 if move < slider.shown:
@@ -276,7 +285,13 @@ class Page:
                 yield update
 
     async def _blend(
-        self, prompt: str, first: str | None, second: str | None, weight: float, outdated: Callable[[], bool]
+        self,
+        prompt: str,
+        first: str | None,
+        second: str | None,
+        weight: float,
+        bare: bool,
+        outdated: Callable[[], bool],
     ) -> AsyncGenerator[Markup, None]:
         """Decode greedily, so that only the weights change the output. Outdated moves are skipped."""
         if not first or not second:
@@ -286,7 +301,6 @@ class Page:
         title = " + ".join(f"{part:g} {name}" for part, name in parts)
 
         try:
-            ids = await self.service.encode_all([prompt])
             adapters = [(part, (await self.service.find_adapter(name))[1]) for part, name in parts]
 
             def blend() -> LoadedAdapter:
@@ -295,6 +309,8 @@ class Page:
                 return blend_loaded([(part, lora) for part, lora in adapters if lora is not None])
 
             blended = await self.service.run_in_thread("blend", blend)
+            is_chat = not bare and self.requests.is_chat(blended)
+            ids = await self.service.encode_all([as_conversation(prompt) if is_chat else prompt])
             prepared = PreparedRequest(title, title, blended, ids)
         except Interrupted:
             return
@@ -302,62 +318,14 @@ class Page:
             yield self._failure(error)
             return
 
-        async def submit() -> Request:
-            return self.service.submit(
-                prepared,
-                SamplingParams(greedy=True, max_new_tokens=BLEND_TOKENS),
-                started=time.monotonic(),
-            )
-
+        sampling = SamplingParams(greedy=True, max_new_tokens=BLEND_TOKENS)
+        # Counted for no model: a slider makes very many blends.
+        submits = [(None, partial(self.requests.submit_prepared, prepared, sampling))]
         weights = [f"{name}={part:g}" for part, name in parts]
         command = html.command(shlex.join(["python", "cli.py", "blend", *weights, "--name", "NAME"]))
-        # Counted for no model: a slider makes very many blends.
-        async with contextlib.aclosing(self._follow(prompt, [(None, submit)])) as updates:
+        async with contextlib.aclosing(self.requests.follow(prompt, submits)) as updates:
             async for outputs in updates:
-                yield html.outputs(prompt, [(title, outputs[0])]) + command
-
-    async def _follow(
-        self, prompt: str, submits: Sequence[tuple[str | None, Submit]]
-    ) -> AsyncGenerator[list[ModelOutput], None]:
-        """Submit requests, and yield all of them whenever one has new output.
-
-        Each is counted for the model named beside it. Closing the generator cancels them.
-        """
-        outputs: list[ModelOutput] = []
-        open_requests: dict[Request, str | None] = {}
-        try:
-            for model, submit in submits:
-                try:
-                    request = await submit()
-                    outputs.append(request)
-                    open_requests[request] = model
-                except LoraTunerError as error:
-                    outputs.append(self.service.hide_paths(str(error)))
-            async for _ in self.service.watch(*open_requests):
-                for request in [request for request in open_requests if request.complete]:
-                    self._record(prompt, request, open_requests.pop(request))
-                yield outputs
-                await asyncio.sleep(FRAME_SECONDS)
-        finally:
-            for request, model in open_requests.items():
-                self.service.scheduler.cancel(request)
-                self._record(prompt, request, model)
-
-    def _record(self, prompt: str, request: Request, model: str | None) -> None:
-        code = type(request.error).__name__ if request.error else None
-        self.metrics.record(
-            "page",
-            RequestRecord(
-                started=request.started,
-                status=200,
-                code=code,
-                model=model,
-                stream=True,
-                request=request,
-                prompts=prompt,
-            ),
-            "page",
-        )
+                yield html.outputs(prompt, [(title, outputs[0])], {title} if is_chat else ()) + command
 
     def _failure(self, error: Exception) -> Markup:
         return html.failure(self.service.hide_paths(str(error)))
@@ -431,6 +399,14 @@ class Page:
 def _buttons(name: str) -> tuple[gr.Button, gr.Button]:
     """Create a start button of that name and a stop button."""
     return gr.Button(name, variant="primary", scale=0, min_width=140), gr.Button("Stop", scale=0, min_width=140)
+
+
+def _bare_text() -> gr.Checkbox:
+    return gr.Checkbox(
+        label="Bare text",
+        info="Continue the prompt as it stands, also with adapters that have learned conversations.",
+        container=False,
+    )
 
 
 def _connect_stop(event: Dependency, stop: gr.Button, output: gr.HTML) -> None:

@@ -1,0 +1,101 @@
+"""Requests of the page: how a prompt is asked, queued, followed and counted."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from ...config import SamplingParams
+from ...errors import LoraTunerError
+from ...inference.multi_lora import LoadedAdapter
+from ..metrics import Metrics, RequestRecord
+from ..scheduler import Request
+from ..service import ModelService, PreparedRequest, Prompt
+
+FRAME_SECONDS = 0.03  # between two updates of the page
+ModelOutput = Request | str  # a request, or why there is none
+Submit = Callable[[], Awaitable[Request]]
+
+
+@dataclass(frozen=True)
+class PageRequests:
+    """The requests of one page."""
+
+    service: ModelService
+    metrics: Metrics
+
+    def is_chat(self, lora: LoadedAdapter | None) -> bool:
+        """Return True for an adapter that has learned conversations, with a chat template to ask it through."""
+        tokenizer = (lora and lora.tokenizer) or self.service.base.tokenizer
+        return lora is not None and lora.is_chat and bool(tokenizer.chat_template)
+
+    async def chats(self, names: Sequence[str]) -> set[str]:
+        """Return which of the adapters, and the base, are asked through a chat template unless bare text is wanted:
+        the base if all of the adapters are, as in `compare`. One that cannot be used is none of them.
+        """
+        chats = set()
+        for name in names:
+            try:
+                if self.is_chat((await self.service.find_adapter(name))[1]):
+                    chats.add(name)
+            except LoraTunerError:
+                continue  # `submit` gives the reason
+        if chats and chats.issuperset(names) and self.service.base.tokenizer.chat_template:
+            chats.add(self.service.name)
+        return chats
+
+    async def submit(self, model: str, prompt: Prompt, sampling: SamplingParams) -> Request:
+        started = time.monotonic()
+        prepared = await self.service.prepare_request(model, [prompt])
+        return self.service.submit(prepared, sampling, started=started)
+
+    async def submit_prepared(self, prepared: PreparedRequest, sampling: SamplingParams) -> Request:
+        return self.service.submit(prepared, sampling, started=time.monotonic())
+
+    async def follow(
+        self, prompt: str, submits: Sequence[tuple[str | None, Submit]]
+    ) -> AsyncGenerator[list[ModelOutput], None]:
+        """Submit requests, and yield all of them whenever one has new output.
+
+        Each is counted for the model named beside it. Closing the generator cancels them.
+        """
+        outputs: list[ModelOutput] = []
+        open_requests: dict[Request, str | None] = {}
+        try:
+            for model, submit in submits:
+                try:
+                    request = await submit()
+                    outputs.append(request)
+                    open_requests[request] = model
+                except LoraTunerError as error:
+                    outputs.append(self.service.hide_paths(str(error)))
+            async for _ in self.service.watch(*open_requests):
+                for request in [request for request in open_requests if request.complete]:
+                    self._record(prompt, request, open_requests.pop(request))
+                yield outputs
+                await asyncio.sleep(FRAME_SECONDS)
+        finally:
+            for request, model in open_requests.items():
+                self.service.scheduler.cancel(request)
+                self._record(prompt, request, model)
+
+    def _record(self, prompt: str, request: Request, model: str | None) -> None:
+        code = type(request.error).__name__ if request.error else None
+        self.metrics.record(
+            "page",
+            RequestRecord(
+                started=request.started,
+                status=200,
+                code=code,
+                model=model,
+                stream=True,
+                request=request,
+                prompts=prompt,
+            ),
+            "page",
+        )
+
+
+def as_conversation(prompt: str) -> Prompt:
+    """Return the messages that ask a prompt."""
+    return ({"role": "user", "content": prompt},)
