@@ -15,6 +15,7 @@ from ..convert.model_check import check_export
 from ..errors import AdapterError, os_error_message
 from ..models.layers_in_files import known_coverage
 from ..text import format_bytes, format_counts, format_duration, format_gain, one_line
+from ..training.progress import display
 from .display import format_result, print_stderr, print_table, show_fields, show_json
 from .options import (
     DEFAULT_ADAPTERS_DIR,
@@ -27,7 +28,6 @@ from .options import (
     RevisionOption,
     StrictCommand,
     complete_adapter_names,
-    display,
 )
 
 if TYPE_CHECKING:

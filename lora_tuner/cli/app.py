@@ -15,10 +15,11 @@ from typer.core import TyperGroup
 
 from .. import __version__, distributed
 from ..errors import Interrupted, LoraTunerError, RaisedOnRankZero, is_out_of_memory, os_error_message
+from ..training.progress import display
 from ..training.signals import HANGUP, TERMINATION, handle_signals
 from . import adapters, convert, data, doctor, evaluate, export, generate, runs, serve, train
 from .display import print_stderr
-from .options import StrictCommand, display
+from .options import StrictCommand
 from .streams import is_reader_gone, quiet_libraries, reliable_streams, stdout_error
 
 OUT_OF_MEMORY = (

@@ -12,8 +12,9 @@ from ..config import TrainConfig
 from ..errors import ConfigError
 from ..settings_files import resolve_settings
 from ..text import default_adapter_name, format_counts, format_rows, format_share, format_share_of, one_line
+from ..training.progress import display
 from .display import print_table, show_json
-from .options import JsonOption, Overrides, OverwriteOption, display, settings_options
+from .options import JsonOption, Overrides, OverwriteOption, settings_options
 
 if TYPE_CHECKING:
     from ..analysis.data_report import DataReport, NearCopies

@@ -1,12 +1,11 @@
-"""Terminal output: data to stdout, progress and notices to stderr. Untrusted text is escaped."""
+"""Terminal output: data to stdout, messages to stderr. Untrusted text is escaped."""
 
 import json
 import os
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import typer
 from rich.console import Console
@@ -14,70 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ..adapters.manifest import EvalResult, SourceInfo
-from ..errors import Notice, Progress
-from ..text import CONTROL_CHARACTERS, escape_control, format_duration, format_gain, one_line, shorten
+from ..text import CONTROL_CHARACTERS, escape_control, format_gain, one_line, shorten
 from .streams import is_reader_gone, stdout_error
 
-if TYPE_CHECKING:
-    from rich.progress import Progress as ProgressBar
-
 BASE_LABEL = "(base)"  # not a valid adapter name
-SECONDS_BETWEEN_LINES = 10.0  # of progress, without a terminal
-
-
-class Display:
-    """Event handler: shows a progress bar on a terminal, else a line of progress now and then."""
-
-    def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
-        self.bar: ProgressBar | None = None
-        self.stage = ""
-        self.first_done = 0  # progress at the start of the stage: above 0 in a resumed run
-        self.stage_start = self.last_line = 0.0
-
-    def __call__(self, event: Notice | Progress) -> None:
-        if isinstance(event, Notice):
-            self.console.print(Text(shorten(escape_control(event.text))), soft_wrap=True)
-            return
-        if event.stage != self.stage:
-            self._begin_stage(event)
-        now = time.monotonic()
-        if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=event.done, total=event.total, detail=event.detail)
-        elif event.done == event.total or now - self.last_line > SECONDS_BETWEEN_LINES:
-            self.last_line = now
-            steps = max(event.done - self.first_done, 1)
-            seconds_left = (now - self.stage_start) / steps * (event.total - event.done)
-            time_left = f"{format_duration(seconds_left)} left" if seconds_left else ""
-            parts = [f"{event.stage} {event.done}/{event.total}", event.detail, time_left]
-            print_stderr("  ".join(part for part in parts if part))
-        if event.done >= event.total:
-            self.close()
-
-    def _begin_stage(self, event: Progress) -> None:
-        self.close()
-        self.stage, self.first_done = event.stage, event.done
-        self.stage_start = self.last_line = time.monotonic()
-        if not self.console.is_terminal:
-            return
-        from rich import progress
-
-        self.bar = progress.Progress(
-            progress.TextColumn("{task.description}", markup=False),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TextColumn("{task.fields[detail]}", markup=False),
-            progress.TimeRemainingColumn(),
-            console=self.console,
-        )
-        self.bar.start()
-        self.bar.add_task(escape_control(event.stage), total=event.total, completed=event.done, detail="")
-
-    def close(self) -> None:
-        """Stop the progress bar and begin a new line."""
-        if self.bar is not None:
-            self.bar.stop()
-        self.bar, self.stage = None, ""
 
 
 def print_stderr(text: str) -> None:

@@ -16,6 +16,7 @@ from ..config import ModelOptions, SamplingParams
 from ..errors import ConfigError, GenerationError, LoraTunerError, Notice
 from ..settings_files import resolve_settings
 from ..text import escape_control, format_names
+from ..training.progress import display
 from .display import BASE_LABEL, color_system, show_json, show_text
 from .interactive import ANSWER as ANSWER
 from .interactive import PROMPT as PROMPT
@@ -26,7 +27,6 @@ from .options import (
     JsonOption,
     Overrides,
     complete_adapter_names,
-    display,
     is_given,
     model_options,
     settings_options,

@@ -31,8 +31,8 @@ from ..config import (
 from ..errors import ConfigError, DataError, LoraTunerError, Notice, Progress
 from ..settings_files import read_settings, resolve_settings
 from ..text import format_names
+from ..training.progress import display
 from .completion import complete_bases, complete_data
-from .display import Display
 
 if TYPE_CHECKING:
     from ..data.eval_sets import EvalSet
@@ -57,7 +57,6 @@ EVAL_SET_FIELDS = (
 )
 DEFAULT_PREVIEWS = "3"
 _LAYOUT_SETTINGS = ("text_column", "format", "template", "answer_column")  # of the columns of a dataset
-display = Display()
 
 
 def _help(setting: str) -> str | None:

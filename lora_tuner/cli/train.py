@@ -13,9 +13,10 @@ from ..config import METHODS, TrainConfig
 from ..errors import ConfigError
 from ..settings_files import expand_sweep, resolve_settings
 from ..text import describe_coverage, format_bytes, format_duration, format_gain, format_share
+from ..training.progress import display
 from .completion import complete_run_names
 from .display import print_picture, print_result, print_table, show_json
-from .options import JsonOption, Overrides, display, settings_options
+from .options import JsonOption, Overrides, settings_options
 from .preview import show_preview
 
 if TYPE_CHECKING:

@@ -47,6 +47,7 @@ from .advice import rate_advice
 from .checkpoints import RETRAIN_ADVICE, save_adapter
 from .inputs import dtype_name
 from .profiling import RunEstimate
+from .progress import closing, display
 from .setup import TrainingSetup, prepare_training
 from .unfinished import unfinished_runs
 
@@ -54,11 +55,12 @@ Prepare = Callable[[TrainConfig, EventHandler], TrainingSetup]
 
 
 def train(
-    requested: TrainConfig, notify: EventHandler = ignore_events, prepare: Prepare = prepare_training
+    requested: TrainConfig, notify: EventHandler | None = display, prepare: Prepare = prepare_training
 ) -> Adapter:
     """Train an adapter and store it in the library.
 
     Args:
+        notify: receives Notice and Progress events, which are shown on stderr by default; None ignores them.
         prepare: a sweep passes its own, which reuses the base and the data.
 
     Raises:
@@ -68,7 +70,7 @@ def train(
     name = adapter_name(requested)
     notify = _join_processes(requested, notify)
     distributed.run_on_rank_zero(partial(paths.check_places, requested))
-    with paths.run_lock(requested.runs_dir, name):
+    with closing(notify), paths.run_lock(requested.runs_dir, name):
         library = distributed.run_on_rank_zero(partial(paths.check_output_paths, requested))
         arguments.check_trackers(requested)
         setup = prepare(requested, notify)
@@ -81,7 +83,7 @@ def train(
 def resume(
     name: str,
     runs_dir: Path = Path("runs"),
-    notify: EventHandler = ignore_events,
+    notify: EventHandler | None = display,
     prepare: Prepare = prepare_training,
 ) -> Adapter:
     """Continue the run in `runs_dir/name` from its latest valid checkpoint, bitwise.
@@ -95,7 +97,7 @@ def resume(
     saved = resolve_settings(TrainConfig, {"runs_dir": runs_dir}, folder / RUN_FILE)
     notify = _join_processes(saved, notify)
     distributed.run_on_rank_zero(partial(paths.check_places, saved, resuming=True))
-    with paths.run_lock(runs_dir, name):
+    with closing(notify), paths.run_lock(runs_dir, name):
         checkpoint, manifests = distributed.run_on_rank_zero(partial(_load_stopped_run, saved, folder, notify))
         library = distributed.run_on_rank_zero(partial(paths.check_output_paths, saved, resuming=True))
         arguments.check_trackers(saved)
@@ -124,14 +126,15 @@ def resume(
         return _train_and_write(setup, library, checkpoint)
 
 
-def plan(requested: TrainConfig, notify: EventHandler = ignore_events) -> RunEstimate:
+def plan(requested: TrainConfig, notify: EventHandler | None = display) -> RunEstimate:
     """Estimate the cost of a run from a few real steps. Writes nothing."""
     notify = _join_processes(requested, notify)
-    setup = prepare_training(requested, notify)
-    config, steps = setup.config, setup.max_steps
-    profile = setup.profile or profiling.profile_steps(
-        setup, setup.model, setup.learning_rate, config.max_grad_norm, notify
-    )
+    with closing(notify):
+        setup = prepare_training(requested, notify)
+        config, steps = setup.config, setup.max_steps
+        profile = setup.profile or profiling.profile_steps(
+            setup, setup.model, setup.learning_rate, config.max_grad_norm, notify
+        )
     trained, frozen = lora.count_parameters(setup.model)
     measurements = 2 + steps // (config.eval_every or steps + 1)
     return RunEstimate(
@@ -211,11 +214,11 @@ def _for_world_size(saved: TrainConfig, manifest: Manifest, notify: EventHandler
     return saved.model_copy(update={"gradient_accumulation": accumulation})
 
 
-def _join_processes(requested: TrainConfig, notify: EventHandler) -> EventHandler:
+def _join_processes(requested: TrainConfig, notify: EventHandler | None) -> EventHandler:
     """Form the process group that was launched, if any. Returns `notify` for rank zero only."""
     fsdp.read_settings(requested.device)
     distributed.init_process_group(requested.device)
-    return notify if distributed.rank() == 0 else ignore_events
+    return notify if notify and distributed.rank() == 0 else ignore_events
 
 
 def _nothing_to_resume(folder: Path) -> TrainingError:

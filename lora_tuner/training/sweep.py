@@ -10,7 +10,8 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from .. import atomic_io, distributed, evaluation
@@ -26,6 +27,7 @@ from ..errors import (
     EventHandler,
     Interrupted,
     Notice,
+    Progress,
     TrainingError,
     ignore_events,
     os_error_message,
@@ -34,6 +36,7 @@ from ..models import lora
 from ..settings_files import resolve_settings
 from ..text import format_number
 from . import arguments, checkpoints, paths, run, trainer
+from .progress import closing, display
 from .setup import TrainingSetup, prepare_training
 from .unfinished import SweepState, read_sweep, sweep_of, write_sweep
 
@@ -69,7 +72,7 @@ class SweepResult:
         return asdict(self) | {"folder": str(self.folder)}
 
 
-def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler = ignore_events) -> SweepResult:
+def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler | None = display) -> SweepResult:
     """Train one adapter for each configuration; they differ only in rank and learning rate.
 
     Raises:
@@ -77,6 +80,7 @@ def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler = ignore_even
         Interrupted: the sweep was stopped, with all finished trials saved.
     """
     _refuse_several_processes()
+    notify = notify or ignore_events
     first = configs[0]
     if first.parent is not None and len({config.rank for config in configs}) > 1:
         raise ConfigError("--from keeps the rank of the parent: give several learning rates, not ranks.")
@@ -87,7 +91,7 @@ def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler = ignore_even
         raise ConfigError("Two trials have the same rank and learning rate: give each once.")
     for trial in trials:
         paths.check_places(trial, sweep=folder)
-    with paths.run_lock(first.runs_dir, folder.name):
+    with closing(notify), paths.run_lock(first.runs_dir, folder.name):
         _check_name_free(name, first)
         for trial in trials:
             paths.check_output_paths(trial)
@@ -118,7 +122,7 @@ def is_unfinished(name: str, runs_dir: Path) -> bool:
     return False
 
 
-def resume_sweep(name: str, runs_dir: Path = Path("runs"), notify: EventHandler = ignore_events) -> SweepResult:
+def resume_sweep(name: str, runs_dir: Path = Path("runs"), notify: EventHandler | None = display) -> SweepResult:
     """Continue the sweep in `runs_dir/NAME.sweep`.
 
     Raises:
@@ -126,8 +130,9 @@ def resume_sweep(name: str, runs_dir: Path = Path("runs"), notify: EventHandler 
             of a trial was taken.
     """
     _refuse_several_processes()
+    notify = notify or ignore_events
     folder = paths.sweep_folder(runs_dir, name)
-    with paths.run_lock(runs_dir, folder.name):
+    with closing(notify), paths.run_lock(runs_dir, folder.name):
         state = read_sweep(folder)
         paths.check_sweep_folder(folder, "move them elsewhere.")
         adapters: dict[str, Adapter] = {}
@@ -227,12 +232,14 @@ def _run_trials(
         if trial_name in adapters or trial_name in state.diverged:
             continue
         notify(Notice(f"Trial {number} of {len(trials)}: {trial_name}."))
+        notify_trial = partial(_notify_of_trial, notify, f"trial {number} of {len(trials)}")
         try:
             with _resumable(name, trial):
                 if begun:
-                    adapter = run.resume(trial_name, trial.runs_dir, notify, prepare_trial)
+                    adapter = run.resume(trial_name, trial.runs_dir, notify_trial, prepare_trial)
                 else:
-                    adapter = run.train(_with_same_steps(trial, list(adapters.values())), notify, prepare_trial)
+                    requested = _with_same_steps(trial, list(adapters.values()))
+                    adapter = run.train(requested, notify_trial, prepare_trial)
             adapters[trial_name] = adapter
         except DivergedError as error:
             notify(Notice(str(error)))
@@ -256,6 +263,11 @@ def _run_trials(
         plots.plot_sweep(points, result.base_loss, result.recommended, work / paths.SWEEP_PLOT_FILE)
         paths.check_sweep_folder(folder, f"move them, and resume with: {_resume_command(name, trials[0])}")
     return result
+
+
+def _notify_of_trial(notify: EventHandler, label: str, event: Notice | Progress) -> None:
+    """Name the trial in each stage: the time left is that of the trial."""
+    notify(replace(event, stage=f"{label}: {event.stage}") if isinstance(event, Progress) else event)
 
 
 def _with_same_steps(trial: TrainConfig, done: list[Adapter]) -> TrainConfig:

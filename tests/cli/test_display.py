@@ -21,6 +21,7 @@ from lora_tuner.data.eval_sets import EvalSet
 from lora_tuner.evaluation import GainMatrix
 from lora_tuner.server.playground import html
 from lora_tuner.text import escape_control, format_bytes, format_duration
+from lora_tuner.training.progress import Display
 from lora_tuner.training.sweep import SweepResult, Trial
 
 from .. import adapter_files
@@ -46,18 +47,6 @@ def test_format_bytes(count, text):
     assert format_bytes(count) == text
 
 
-def test_progress_lines_without_terminal(capsys, monkeypatch):
-    now = 0.0
-    monkeypatch.setattr(display.time, "monotonic", lambda: now)
-    show = display.Display()
-    for done, now in ((0, 0.0), (1, 5.0), (2, 20.0), (3, 25.0), (4, 40.0)):  # noqa: B007 - the clock reads it
-        show(Progress("training", done, 4, "loss 3.1"))
-    show(Notice("[not markup] said"))
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err == "training 2/4  loss 3.1  20 s left\ntraining 4/4  loss 3.1\n[not markup] said\n"
-
-
 def test_show_fields_skips_unknown_values(capsys):
     display.show_fields(
         {"name": "a", "data": None, "base": {"repo": "b", "revision": None}, "targets": ["q", "v"]}
@@ -67,15 +56,6 @@ def test_show_fields_skips_unknown_values(capsys):
     assert "q, v" in shown
     assert "revision" not in shown
     assert "data" not in shown
-
-
-def test_progress_time_left_after_resume(capsys, monkeypatch):
-    now = 0.0
-    monkeypatch.setattr(display.time, "monotonic", lambda: now)
-    show = display.Display()
-    for done, now in ((500, 0.0), (510, 20.0)):  # noqa: B007 - the clock reads it
-        show(Progress("training", done, 1000))
-    assert capsys.readouterr().err == "training 510/1000  16 min left\n"
 
 
 # Untrusted text
@@ -106,12 +86,12 @@ def test_escape_control_replaces_control_characters():
 
 def test_stderr_escapes_control_characters(capsys):
     display.print_stderr(EVIL)
-    display.Display()(Notice(EVIL))
+    Display()(Notice(EVIL))
     assert printed(capsys) == f"{SHOWN}\n{SHOWN}\n"
 
 
 def test_progress_escapes_control_characters(capsys):
-    display.Display()(Progress(EVIL, 1, 1, EVIL))
+    Display()(Progress(EVIL, 1, 1, EVIL))
     assert printed(capsys) == f"{SHOWN} 1/1  {SHOWN}\n"
 
 
@@ -343,7 +323,7 @@ def test_gain_matrix_escapes_names(capsys, monkeypatch):
 
 
 def test_progress_bar_escapes_stage(capsys):
-    show = display.Display()
+    show = Display()
     show.console = Console(force_terminal=True, stderr=True, highlight=False, width=100)
     show(Progress("a on re[/b]views\x1b[5m", 1, 1, "[red]"))
     assert "\x1b[5m" not in capsys.readouterr().err
@@ -357,11 +337,11 @@ def test_json_escapes_control_characters(capsys):
 
 
 def test_notice_is_not_emoji_markup(capsys):
-    display.Display()(Notice("C:key:base"))
+    Display()(Notice("C:key:base"))
     assert capsys.readouterr().err == "C:key:base\n"
 
 
-@pytest.mark.parametrize("show", [display.print_stderr, lambda text: display.Display()(Notice(text))])
+@pytest.mark.parametrize("show", [display.print_stderr, lambda text: Display()(Notice(text))])
 def test_long_message_loses_its_middle(capsys, show):
     show(f"Error: {'x' * 10**6}: use another --out.")
     shown = capsys.readouterr().err
