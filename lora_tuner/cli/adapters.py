@@ -16,7 +16,7 @@ from ..errors import AdapterError, os_error_message
 from ..models.layers_in_files import known_coverage
 from ..text import format_bytes, format_counts, format_duration, format_gain, one_line
 from ..training.progress import display
-from .display import format_result, print_stderr, print_table, show_fields, show_json
+from .display import format_result, print_stderr, print_table, print_wrapped, show_fields, show_json
 from .options import (
     DEFAULT_ADAPTERS_DIR,
     AdapterArgument,
@@ -245,8 +245,7 @@ def adopt_adapter(
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     as_json: JsonOption = False,
 ) -> None:
-    """Add an adapter of another tool: check it against its base, and write a manifest that ties it
-    to that base."""
+    """Add an adapter of another tool: check it against its base, and write its manifest."""
     adopted = adopt(Library(adapters_dir), folder, name, base=base, revision=revision, notify=display)
     if coverage := known_coverage(adopted):
         print_stderr(f"The adapter covers {coverage}.")
@@ -260,8 +259,10 @@ def check_adapter(
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     as_json: JsonOption = False,
 ) -> None:
-    """Check whether another tool can load an adapter, and whether `export` can write it: gguf is the adapter
-    for llama.cpp, gguf-merged and ollama are whole models. Exit status 1, with a remedy, if it cannot."""
+    """Check whether another tool can load an adapter, and whether `export` can write it.
+
+    gguf is the adapter for llama.cpp; gguf-merged and ollama are whole models. Exit status 1, with a remedy, if it cannot.
+    """
     checked = Library(adapters_dir).get(adapter)
     report = check_export(checked, tool)
     if as_json:
@@ -273,7 +274,7 @@ def check_adapter(
             verdict = "no obstacle found for"
         print(one_line(f"{checked.name}: {verdict} {tool}"))
         for line in [*report.errors, *report.notes]:
-            print(one_line(f"- {line}"))
+            print_wrapped(one_line(line), "- ")
     if not report.accepted:
         raise typer.Exit(1)
 

@@ -12,7 +12,7 @@ from ..adapters.model_card import format_ranks
 from ..config import MAX_RANK, Dtype, ModelOptions, TrainConfig
 from ..errors import ConfigError
 from ..text import format_bytes, format_gain, one_line
-from .display import print_picture, print_result, show_json
+from .display import print_picture, print_result, print_wrapped, show_json
 from .options import (
     DEFAULT_ADAPTERS_DIR,
     EVAL_SET_FIELDS,
@@ -274,7 +274,7 @@ def _show_compress(compressed: "CompressResult") -> None:
     old_ranks, new_ranks = zip(*compressed.ranks.values(), strict=True)
     size = f"{format_bytes(after)} of {format_bytes(before)} ({after / before:.0%})"
     print(f"{compressed.adapter.path}  {size}, rank {_format_range(old_ranks)} -> {_format_range(new_ranks)}")
-    print(_format_lost(compressed.total_lost_energy, compressed.lost_energy))
+    print_wrapped(_format_lost(compressed.total_lost_energy, compressed.lost_energy))
     if compressed.results:
         full, reduced = compressed.results
         print(

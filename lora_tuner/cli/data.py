@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..settings_files import resolve_settings
 from ..text import default_adapter_name, format_counts, format_rows, format_share, format_share_of, one_line
 from ..training.progress import display
-from .display import print_table, show_json
+from .display import print_table, print_wrapped, show_json
 from .options import JsonOption, Overrides, OverwriteOption, settings_options
 
 if TYPE_CHECKING:
@@ -137,12 +137,12 @@ def _check_page(page: Path, overwrite: bool, is_page: Callable[[Path], bool]) ->
 
 def _show_report(report: "DataReport") -> None:
     total = report.sampled_rows
-    print(one_line(f"{report.dataset}: {report.layout} (--clean {report.clean})"))
+    print_wrapped(one_line(f"{report.dataset}: {report.layout} (--clean {report.clean})"))
     _show_counts(report)
     if report.is_sample:
-        print(f"All that follows is of a sample of {total:,} rows.")
+        print_wrapped(f"All that follows is of a sample of {total:,} rows.")
     for hint in report.hints:
-        print(one_line(hint))
+        print_wrapped(one_line(hint))
     show_lengths(report.lengths, total)
     _show_examples(f"{format_rows(report.long_rows)} far longer than the others", report.long)
     _show_examples(f"{format_rows(report.short_rows)} far shorter than the others", report.short)
@@ -155,18 +155,18 @@ def _show_report(report: "DataReport") -> None:
         ]
         if len(report.languages) > _LANGUAGES:
             shown.append(f"{len(report.languages) - _LANGUAGES} more")
-        print(", ".join(shown))
+        print_wrapped(", ".join(shown))
     _show_personal_data(report)
     _print_heading("encoding")
     if not report.encoding:
         print("no trouble found")
     for trouble in report.encoding:
         mended = " Training cleans texts of it." if trouble.removed else ""
-        print(f"{trouble.kind}: {_rows(trouble.rows, total)}. {one_line(trouble.advice)}{mended}")
+        print_wrapped(f"{trouble.kind}: {_rows(trouble.rows, total)}. {one_line(trouble.advice)}{mended}")
         _show_examples("", trouble.examples[:2])
     if report.losses is not None:
         _print_heading(f"loss of {one_line(report.losses.base)}, in nats per token")
-        print(f"{report.losses.loss:.3f} on {report.losses.rows:,} rows")
+        print_wrapped(f"{report.losses.loss:.3f} on {report.losses.rows:,} rows")
         _show_examples("hardest", report.losses.hardest)
         _show_examples("easiest", report.losses.easiest)
 
@@ -174,7 +174,7 @@ def _show_report(report: "DataReport") -> None:
 def _show_near_copies(copies: "NearCopies", total: int) -> None:
     _print_heading("near-copies")
     if copies.clusters:
-        print(
+        print_wrapped(
             f"{_rows(copies.rows, total)} nearly copy one another, in {copies.clusters:,} "
             f"cluster{'s' * (copies.clusters > 1)}; the largest has {copies.largest:,}. With one "
             f"row of each, {format_rows(copies.spare_rows)} would go."
@@ -186,15 +186,15 @@ def _show_near_copies(copies: "NearCopies", total: int) -> None:
 
 
 def _show_counts(report: "DataReport") -> None:
-    print(format_counts(report.counts))
+    print_wrapped(format_counts(report.counts))
     for name, counts in report.sources.items():
-        print(one_line(f"  {name}: {format_counts(counts)}"))
+        print_wrapped(one_line(f"{name}: {format_counts(counts)}"), "  ")
     for invalid in report.invalid:
-        print(one_line(f"  {invalid.rows:,} with {invalid.reason} (first: {invalid.first})"))
+        print_wrapped(one_line(f"{invalid.rows:,} with {invalid.reason} (first: {invalid.first})"), "  ")
     for copy in report.dropped:
-        print(f"  {one_line(copy.description)}: {one_line(copy.text)}")
+        print_wrapped(f"{one_line(copy.description)}: {one_line(copy.text)}", "  ")
     if report.stops_training:
-        print("Training would stop: more rows than --max-invalid allows cannot be read.")
+        print_wrapped("Training would stop: more rows than --max-invalid allows cannot be read.")
 
 
 def show_lengths(lengths: "Lengths", total: int) -> None:
@@ -203,7 +203,7 @@ def show_lengths(lengths: "Lengths", total: int) -> None:
 
     of = f" of {lengths.tokenizer}" if lengths.tokenizer else ""
     _print_heading(f"lengths in {lengths.unit}{one_line(of)}")
-    print(
+    print_wrapped(
         f"shortest {lengths.shortest:,}, median {lengths.median:,}, mean {lengths.mean:,}, 95% up "
         f"to {lengths.percentile_95:,}, longest {lengths.longest:,}; {lengths.total:,} in all"
     )
@@ -224,7 +224,7 @@ def show_lengths(lengths: "Lengths", total: int) -> None:
         text = f"{_rows(lengths.chunked_rows, total)} of more than {limit} tokens, which are divided into several"
     else:
         text = f"no row is longer than {limit}"
-    print(f"{text}; {format_share(lengths.used_share or 0)} of the tokens are trained on")
+    print_wrapped(f"{text}; {format_share(lengths.used_share or 0)} of the tokens are trained on")
     print_table(
         [
             (f"{cut.length:,}", _rows(cut.longer_rows, total), format_share(cut.share_beyond))
@@ -243,7 +243,7 @@ def _show_personal_data(report: "DataReport") -> None:
         print("none found")
     for kind in found:
         details = ", ".join(f"{count:,} {detail}" for detail, count in kind.details.items())
-        print(
+        print_wrapped(
             f"{KIND_LABELS[kind.kind]}: {kind.count:,} in {_rows(kind.rows, report.sampled_rows)}{details and f': {details}'}"
         )
         print_table([(f"  {_place(example)}", one_line(example.note)) for example in kind.examples])
@@ -254,20 +254,20 @@ def _show_redacted(result: "RedactResult") -> None:
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in result.replaced.most_common()) or "nothing"
     keys = ", ".join(f"{count:,} {detail}" for detail, count in result.keys.most_common())
     changed = f"replaced {kinds}, in {format_rows(result.changed_rows)}"
-    print(f"{result.path}: {format_rows(result.rows)}; {changed}{keys and f' ({keys})'}")
+    print_wrapped(f"{result.path}: {format_rows(result.rows)}; {changed}{keys and f' ({keys})'}")
     if result.unreadable:
-        print(f"{format_rows(result.unreadable)} could not be read, and are empty in the copy.")
+        print_wrapped(f"{format_rows(result.unreadable)} could not be read, and are empty in the copy.")
     if result.clean:
-        print(f"Train on it with --clean {result.clean}, as the original is cleaned.")
-    print(result.note)
+        print_wrapped(f"Train on it with --clean {result.clean}, as the original is cleaned.")
+    print_wrapped(result.note)
 
 
 def _show_examples(heading: str, examples: Sequence["Example"]) -> None:
     if examples and heading:
-        print(f"{heading}:")
+        print_wrapped(f"{heading}:")
     for example in examples:
         place = f"{_place(example)}, {example.note}" if example.note else _place(example)
-        print(f"  {one_line(place)}: {one_line(example.text)}")
+        print_wrapped(f"{one_line(place)}: {one_line(example.text)}", "  ")
 
 
 def _place(example: "Example") -> str:

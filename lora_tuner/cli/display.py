@@ -63,6 +63,19 @@ def stdout_console() -> Console:
     return console
 
 
+def print_wrapped(text: str | Text, label: str = "") -> None:
+    """Print a text beside a label, on lines that fit the terminal and break between words.
+
+    No white space ends a line. In a pipe lines are as long as they are.
+    """
+    console = stdout_console()
+    text = Text(text) if isinstance(text, str) else text
+    lines = text.wrap(console, max(20, console.width - len(label)), overflow="fold") or [Text()]
+    for number, line in enumerate(lines):
+        line.rstrip()
+        console.print(Text.assemble(" " * len(label) if number else label, line), soft_wrap=True)
+
+
 def format_result(result: EvalResult | None, sources: Sequence[SourceInfo] = ()) -> list[str]:
     """Held-out loss, gain and perplexity, on two lines; then loss and gain of each source."""
     if result is None:

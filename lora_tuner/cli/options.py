@@ -112,7 +112,11 @@ class StrictCommand(TyperCommand):
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         if any(parameter.name == "preview" for parameter in self.params):
             args = _with_preview_count(args)
-        parsed, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        try:
+            parsed, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        except Exception as error:  # the class NoSuchOption is one of Typer's own copy of Click
+            self._name_argument(ctx, getattr(error, "option_name", ""), error)
+            raise
         for option in () if "help" in parsed else order:
             parameter: Any = option
             value = parsed.get(parameter.name)
@@ -124,6 +128,15 @@ class StrictCommand(TyperCommand):
             if "" in values and parameter.name != "prompt":
                 raise typer.BadParameter("it is empty: give a value, or leave it out", ctx, parameter)
         return super().parse_args(ctx, args)
+
+    def _name_argument(self, ctx: typer.Context, option: str, error: Any) -> None:
+        """Let the error of an unknown option say that its value is given without it, as `evaluate NAME`."""
+        for parameter in self.params:
+            name = str(parameter.name)
+            if parameter.param_type_name == "argument" and option.strip("-") in (name, name.rstrip("s")):
+                usage = f"{ctx.command_path} {name.upper()}"
+                error.message = f"No such option: {option}. Give {name} without it: {usage}"
+                error.possibilities = []
 
 
 def _with_preview_count(args: list[str]) -> list[str]:

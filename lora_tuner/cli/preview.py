@@ -2,13 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.text import Text
 
 from ..config import TrainConfig
 from ..text import escape_control, format_rows, one_line
 from .data import show_lengths
-from .display import stdout_console
+from .display import print_wrapped, stdout_console
 
 if TYPE_CHECKING:
     from ..training.preview import Preview, PreviewedRow
@@ -28,12 +27,12 @@ def show_preview(preview: "Preview", config: TrainConfig) -> None:
         print(f"What is learned is {mark}.\n")
     for number, row in enumerate(preview.rows, 1):
         print("\n" * (number > 1), end="")
-        _show_row(console, number, row, config, has_colours)
+        _show_row(number, row, config, has_colours)
     if not preview.use.row_tokens:
         return
     measured = len(preview.use.row_tokens)
     if measured < preview.train_rows:
-        print(
+        print_wrapped(
             f"The lengths are those of {measured:,} of {format_rows(preview.train_rows)} to train on, the longest among them."
         )
     lengths = describe_lengths(
@@ -45,14 +44,14 @@ def show_preview(preview: "Preview", config: TrainConfig) -> None:
     )
     show_lengths(lengths, measured)
     text, place = preview.longest
-    print(
+    print_wrapped(
         f"longest row: {lengths.longest:,} tokens, {one_line(place) or 'part of a long text'}: {_excerpt(text)}"
     )
     if preview.dropped:
         _show_dropped(preview)
 
 
-def _show_row(console: Console, number: int, row: "PreviewedRow", config: TrainConfig, has_colours: bool) -> None:
+def _show_row(number: int, row: "PreviewedRow", config: TrainConfig, has_colours: bool) -> None:
     print(f"row {number}")
     is_marked = len(row.parts) > 1 or any(part.role for part in row.parts)
     texts: list[tuple[str, Text]] = []
@@ -64,7 +63,7 @@ def _show_row(console: Console, number: int, row: "PreviewedRow", config: TrainC
             texts.insert(0, ("before", _with_marks(row.before)))
     width = max(len(label) for label, _ in texts)
     for label, text in texts:
-        _print_wrapped(console, f"  {escape_control(label):{width}}  ", text)
+        print_wrapped(text, f"  {escape_control(label):{width}}  ")
     details = [f"{len(row.tokens)} tokens, {sum(row.labels)} trained on (others in brackets)"]
     if row.cut_tokens:
         details.append(f"--max-length {config.max_length} cuts {row.cut_tokens:,} behind them")
@@ -72,21 +71,13 @@ def _show_row(console: Console, number: int, row: "PreviewedRow", config: TrainC
         details.append(f"in {row.pieces} rows of at most --max-length {config.max_length}")
     if any("\ufffd" in token for token in row.tokens):
         details.append("\ufffd is part of a character")
-    print(f"  {'; '.join(details)}")
+    print_wrapped("; ".join(details), "  ")
     tokens = Text()
     for index, (token, is_learned) in enumerate(zip(row.tokens, row.labels, strict=True)):
         shown = escape_control(token.replace("\n", LINE_BREAK))
         tokens.append("|" * bool(index))
         tokens.append(shown if is_learned else f"[{shown}]", style=_style(is_learned, is_marked, has_colours))
-    _print_wrapped(console, "  ", tokens)
-
-
-def _print_wrapped(console: Console, label: str, text: Text) -> None:
-    """Print a text beside a label, with no white space at the end of a line."""
-    lines = text.wrap(console, max(20, console.width - len(label)), overflow="fold") or [Text()]
-    for number, line in enumerate(lines):
-        line.rstrip()
-        console.print(Text.assemble(" " * len(label) if number else label, line), soft_wrap=True)
+    print_wrapped(tokens, "  ")
 
 
 def _style(is_learned: bool, is_marked: bool, has_colours: bool) -> str:
@@ -114,9 +105,10 @@ def _excerpt(text: str) -> str:
 
 
 def _show_dropped(preview: "Preview") -> None:
-    print(
-        f"\nleft out as copies: {format_rows(preview.duplicates)} of which there is another, "
+    print()
+    print_wrapped(
+        f"left out as copies: {format_rows(preview.duplicates)} of which there is another, "
         f"{format_rows(preview.near_duplicates)} nearly like a held-out one"
     )
     for copy in preview.dropped:
-        print(f"  {one_line(copy.description)}: {_excerpt(copy.text)}")
+        print_wrapped(f"{one_line(copy.description)}: {_excerpt(copy.text)}", "  ")

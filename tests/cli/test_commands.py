@@ -146,6 +146,11 @@ def test_train_options_override_config_file(quick, tmp_path, gpt2, reviews_csv):
         (["train", "--rank", "eight"], 2, "Invalid value for '--rank'"),
         (["train", "--ranks", "8"], 2, "No such option"),
         (
+            ["evaluate", "--adapter", "x"],
+            2,
+            "No such option: --adapter. Give adapters without it: root evaluate ADAPTERS.",
+        ),
+        (
             ["train", "--epochs", "1", "--minutes", "1"],
             1,
             "Error: epochs and minutes contradict each other: give one of them",
