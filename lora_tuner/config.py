@@ -33,6 +33,7 @@ RowFormat = Literal["auto", "text", "messages", "sharegpt", "alpaca", "prompt-co
 _PLAIN_FORMATS = {"text", "template"}  # formats in a manifest that are no conversations
 NearDuplicatesRule = Literal["drop", "keep"]
 MAX_RANK, MAX_ALPHA = 4096, 1_000_000
+MAX_THREADS = 1024
 # Upper bound of steps, minutes and sizes: a larger number is a typing error.
 MAX_COUNT = 1_000_000_000
 # Logits divided by less may overflow. A lower temperature is greedy, as in vLLM.
@@ -418,6 +419,14 @@ class TrainConfig(_Settings):
         "only if the full weights do not fit into memory.",
         "Machine",
     )
+    threads: int | None = _setting(
+        None,
+        "Threads that compute on a CPU. On a busy machine 1 may be much faster.",
+        "Machine",
+        "OMP_NUM_THREADS, else the cores",
+        ge=1,
+        le=MAX_THREADS,
+    )
     gradient_checkpointing: Literal["auto", "on", "off"] = _setting(
         "auto",
         "Recompute activations instead of storing them: a third slower, far less memory. auto: "
@@ -761,6 +770,7 @@ class ModelOptions:
         device: auto, cpu, cuda, cuda:N or mps.
         dtype: auto, float32, bfloat16, float16 or int8 (on a CPU, the same as `load_in` 8bit).
         load_in: auto, full, 8bit or 4bit (bitsandbytes; for generation on a CPU `models/quantization`).
+        threads: threads that compute on a CPU, in this process from then on; None leaves torch's number.
         force: accept an adapter on a base that it was not trained on.
         notify: receives Notice and Progress events.
     """
@@ -770,6 +780,7 @@ class ModelOptions:
     device: str = "auto"
     dtype: str = "auto"
     load_in: str = "auto"
+    threads: int | None = None
     force: bool = False
     notify: EventHandler = ignore_events
 

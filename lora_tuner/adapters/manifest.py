@@ -148,8 +148,9 @@ class RunInfo(_ManifestModel):
 
     `coverage` is the share of the block weights that are in adapted layers, unknown in older
     manifests; `not_adapted` names others that the target modules leave out. `sweep` is the id of
-    the sweep whose trial it is. `probe` tells how the learning rate was chosen, if by short runs,
-    and `advice` names the one to try if this one did not fit."""
+    the sweep whose trial it is. `inexact` are facts, such as threads, that a resume has accepted as
+    changed: the result is not bitwise that of an uninterrupted run. `probe` tells how the learning
+    rate was chosen, if by short runs, and `advice` names the one to try if this one did not fit."""
 
     method: str = "lora"  # a key of config.METHODS
     steps: int
@@ -170,6 +171,7 @@ class RunInfo(_ManifestModel):
     not_adapted: list[str] = []
     added_tokens: dict[str, int] = {}  # to the tokenizer of the base, with their ids
     sweep: str | None = None
+    inexact: list[str] = []
     probe: RateProbe | None = None
     advice: str | None = None
 

@@ -41,7 +41,7 @@ EvalRowsOption = Annotated[
 
 
 @settings_options(TrainConfig, *_MERGE_FIELDS)
-@model_options("base", "revision", "force")
+@model_options("base", "revision", "threads", "force")
 def merge(
     overrides: Overrides,
     adapters: AdapterArguments,
@@ -111,7 +111,7 @@ def _show_merge(folder: Path, comparison: "OutputComparison") -> None:
 
 
 @settings_options(TrainConfig, *EVAL_SET_FIELDS)
-@model_options("base", "revision", "device", "force")
+@model_options("base", "revision", "device", "threads", "force")
 def blend(
     overrides: Overrides,
     parts: Annotated[
@@ -220,7 +220,7 @@ def _format_lost(total: float, layers: dict[str, float]) -> str:
 
 
 @settings_options(TrainConfig, *EVAL_SET_FIELDS)
-@model_options("base", "revision", "device", "force")
+@model_options("base", "revision", "device", "threads", "force")
 def compress(
     overrides: Overrides,
     adapter: AdapterArgument,

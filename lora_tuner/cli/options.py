@@ -21,6 +21,7 @@ from ..config import (
     DELIMITER_NAMES,
     FILE_SETTINGS,
     INVALID_TEXT,
+    MAX_THREADS,
     PROBE,
     SWEEPABLE,
     InferenceDtype,
@@ -103,6 +104,11 @@ BaseOption = Annotated[
     ),
 ]
 RevisionOption = Annotated[str | None, typer.Option(help=_help("revision"), show_default=False)]
+
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(help=_help("threads"), min=1, max=MAX_THREADS, show_default="OMP_NUM_THREADS, else the cores"),
+]
 
 
 class StrictCommand(TyperCommand):
@@ -242,6 +248,7 @@ def _model_arguments(
         ),
     ] = "auto",
     load_in: Annotated[LoadIn, typer.Option(help=_help("load_in"))] = "auto",
+    threads: ThreadsOption = None,
     force: Annotated[
         bool, typer.Option("--force", help="Accept an adapter that was trained on another base.")
     ] = False,

@@ -2,14 +2,14 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from .. import distributed
-from ..adapters.adapter import LOSS_PLOT_FILE, Adapter
+from ..adapters.adapter import LOSS_PLOT_FILE, RUN_FILE, Adapter
 from ..adapters.manifest import RateProbe
-from ..config import METHODS, TrainConfig
+from ..config import METHODS, STOP_RULES, TrainConfig
 from ..errors import ConfigError
 from ..settings_files import expand_sweep, resolve_settings
 from ..text import describe_coverage, format_bytes, format_duration, format_gain, format_share
@@ -39,6 +39,13 @@ def train(
             autocompletion=complete_run_names,
         ),
     ] = None,
+    accept: Annotated[
+        Literal["threads"] | None,
+        typer.Option(
+            help="With --resume: accept another number of threads. The manifest says that the result is not exact.",
+            show_default=False,
+        ),
+    ] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Measure a few steps and print the estimated cost; do not train.")
     ] = False,
@@ -54,14 +61,20 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train an adapter on your own text."""
-    if resume is not None and (overrides.keys() - {"runs_dir"} or config or plan or preview):
-        raise ConfigError("--resume reuses the run's saved settings; only --runs-dir may be added.")
+    if resume is not None and (overrides.keys() - {"runs_dir", "threads"} or config or plan or preview):
+        raise ConfigError(
+            "--resume reuses the run's saved settings; only --runs-dir, --threads and --accept may be added."
+            + _advise_more_steps(resume, overrides)
+        )
+    if accept and resume is None:
+        raise ConfigError("--accept is for a run that is resumed: give --resume NAME too.")
     if plan and preview:
         raise ConfigError("--plan and --preview exclude each other: give one.")
     configs = [resolve_settings(TrainConfig, settings, config) for settings in expand_sweep(overrides)]
     if len(configs) > 1 and (plan or preview):
         raise ConfigError("--plan and --preview are for a single run: give one rank and one learning rate.")
     settings = configs[0]
+    changes: dict[str, Any] = {"threads": settings.threads, "accept": [accept] if accept else []}
     from ..training import run, sweep
     from ..training.preview import make_preview
 
@@ -69,7 +82,7 @@ def train(
         raise ConfigError("--preview is for a single process: run it without torchrun.")
     if len(configs) > 1 or (resume and sweep.is_unfinished(resume, settings.runs_dir)):
         result = (
-            sweep.resume_sweep(resume, settings.runs_dir, display)
+            sweep.resume_sweep(resume, settings.runs_dir, display, **changes)
             if resume
             else sweep.run_sweep(configs, display)
         )
@@ -86,11 +99,28 @@ def train(
             show_json(dataclasses.asdict(estimate)) if as_json else show_plan(estimate)
     else:
         adapter = (
-            run.train(settings, display) if resume is None else run.resume(resume, settings.runs_dir, display)
+            run.train(settings, display)
+            if resume is None
+            else run.resume(resume, settings.runs_dir, display, **changes)
         )
         if distributed.rank() == 0:
             show_json(adapter.to_dict()) if as_json else _show_trained(adapter)
     distributed.destroy_process_group()
+
+
+def _advise_more_steps(name: str, overrides: Overrides) -> str:
+    """Return a sentence for a resume that asks for more steps, else an empty text."""
+    if not (rules := [rule for rule in STOP_RULES if rule in overrides]):
+        return ""
+    from ..training.checkpoints import more_steps_advice
+
+    run_file = Path(overrides.get("runs_dir", TrainConfig().runs_dir)) / name / RUN_FILE
+    saved = resolve_settings(TrainConfig, {}, run_file) if run_file.is_file() else TrainConfig()
+    wanted = overrides[rules[0]]
+    if rules[0] == "max_steps" and saved.max_steps and wanted > saved.max_steps:
+        wanted -= saved.max_steps
+    option = f"--{rules[0].replace('_', '-')} {wanted}"
+    return f" {more_steps_advice(saved.adapters_dir / name, option)}"
 
 
 def _show_trained(adapter: Adapter) -> None:

@@ -27,7 +27,7 @@ from ..data import tokenization
 from ..data.tokenization import TokenIds
 from ..errors import BaseModelError, EventHandler, Notice, first_line
 from ..text import format_bytes
-from . import fsdp, kernels, memory, positions, quantization, unsupported
+from . import fsdp, kernels, memory, positions, quantization, threads, unsupported
 from .base_files import BaseModelFiles, loading_errors, quiet_transformers
 from .experts import expert_weights
 from .layers import linear_layers
@@ -141,6 +141,9 @@ def load_base(
     from transformers import AutoConfig
 
     device = choose_device(options.device)
+    threads.set_threads(options.threads)
+    if device.type == "cpu" and (warning := threads.busy_warning()):
+        options.notify(Notice(warning))
     if options.dtype == "int8":
         if device.type != "cpu":
             raise BaseModelError(f"int8 is for generation on a CPU, not on {device}: leave --dtype out.")

@@ -1,15 +1,16 @@
-"""Trainer's arguments, learning-rate schedule, data order and trackers for a configuration."""
+"""Trainer's arguments, learning-rate schedule, data order, trackers and watch of the threads."""
 
 import itertools
 import math
 import os
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import (
     TensorBoardCallback,
     get_available_reporting_integrations,
@@ -18,8 +19,12 @@ from transformers.integrations.integration_utils import (
 from .. import distributed
 from ..config import TrainConfig
 from ..data.mixing import mix
-from ..errors import ConfigError, TrainingError
+from ..errors import ConfigError, Notice, TrainingError
+from ..models import threads
+from .checkpoints import resume_command
 from .setup import TrainingSetup
+
+LOOK_SECONDS = 60.0  # between two looks at how busy the machine is
 
 
 def training_arguments(setup: TrainingSetup, folder: Path) -> TrainingArguments:
@@ -97,6 +102,25 @@ def learning_rate_factor(step: int, schedule: str, warmup: float, steps: int) ->
         return 1.0
     left = (steps - step) / (steps - warmup_steps)
     return left if schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+
+
+class WatchThreads(TrainerCallback):
+    """Warn once if the machine becomes too busy for several threads. Looks once a minute."""
+
+    def __init__(self, setup: TrainingSetup) -> None:
+        self.setup, self.next_look = setup, time.monotonic() + LOOK_SECONDS
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if self.setup.base.device.type != "cpu" or time.monotonic() < self.next_look:
+            return
+        self.next_look = time.monotonic() + LOOK_SECONDS
+        if warning := threads.busy_warning():
+            self.next_look = math.inf
+            command = f"{resume_command(self.setup.config)} --threads 1 --accept threads"
+            advice = "" if self.setup.sweep else f" Press Ctrl-C, then: {command}"
+            self.setup.notify(Notice(warning + advice))
 
 
 class EpochOrder(torch.utils.data.Sampler[int]):

@@ -5,7 +5,8 @@ the hash of every file in `whole.json`, written last, and is valid only with it.
 """
 
 import json
-from collections.abc import Sequence
+import shlex
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from ..adapters import adapter
 from ..adapters.manifest import Manifest
 from ..atomic_io import HASHES_FILE
 from ..config import TrainConfig
-from ..errors import AdapterError, EventHandler, Notice, TrainingError
+from ..errors import AdapterError, ConfigError, EventHandler, Notice, TrainingError
 from ..models.base_files import quiet_transformers
 from ..settings_files import config_to_yaml
 
@@ -34,7 +35,25 @@ REQUIRED_FILES = {
 }  # fmt: skip
 RETRAIN_ADVICE = "Restore it, or train again with --overwrite."
 # Settings that do not change the result.
-NOT_DECISIVE = {"adapters_dir", "runs_dir", "report_to", "overwrite", "keep_checkpoints"}
+NOT_DECISIVE = {"adapters_dir", "runs_dir", "report_to", "overwrite", "keep_checkpoints", "threads"}
+
+
+def resume_command(config: TrainConfig) -> str:
+    """Return the command line that resumes a run."""
+    option = (
+        f" --runs-dir {shlex.quote(str(config.runs_dir))}" if config.runs_dir != TrainConfig().runs_dir else ""
+    )
+    return f"python cli.py train --resume {config.name}{option}"
+
+
+def more_steps_advice(adapter_folder: Path, steps: str = "--max-steps N") -> str:
+    """Return the sentence that says how to train further than the steps of a run."""
+    name, file = adapter_folder.name, shlex.quote(str(adapter_folder / adapter.RUN_FILE))
+    parent = name if adapter_folder.parent == TrainConfig().adapters_dir else shlex.quote(str(adapter_folder))
+    return (
+        "A run keeps its number of steps; for more, let it finish and continue from its adapter: "
+        f"python cli.py train --config {file} --from {parent} --name {name}-2 {steps}"
+    )
 
 
 def is_run(folder: Path) -> bool:
@@ -222,30 +241,49 @@ def reproducibility_facts(manifest: Manifest) -> dict[str, str]:
 def comparable_facts(before: Manifest, after: Manifest) -> tuple[dict[str, str], dict[str, str]]:
     """Return the facts of both; with another number of processes threads and kernels may differ.
 
-    Hashes of two schemas cannot be compared.
+    Hashes of two schemas cannot be compared, and facts that were accepted as changed are not.
     """
     facts_before, facts_after = reproducibility_facts(before), reproducibility_facts(after)
+    for name in inexact_facts(before, after):
+        del facts_before[name], facts_after[name]
     if before.schema_version != after.schema_version:
         for name in ("base", "tokenizer", "chat template", "rows as tokens"):
             facts_before.pop(name, None)
             facts_after.pop(name, None)
     if before.run and after.run and before.run.processes != after.run.processes:
         for name in ("threads", "kernels"):
-            del facts_before[name], facts_after[name]
+            facts_before.pop(name, None)
+            facts_after.pop(name, None)
     return facts_before, facts_after
+
+
+def check_acceptable(accept: Collection[str]) -> None:
+    """Raise ConfigError for a fact that a resume needs unchanged."""
+    if unknown := set(accept) - {"threads"}:
+        raise ConfigError(f"accept: '{min(unknown)}' is no change that a resume accepts: give threads.")
+
+
+def inexact_facts(*manifests: Manifest) -> list[str]:
+    """Return the facts that may differ from those of the first step, as a resume has accepted (--accept)."""
+    return sorted({name for manifest in manifests if manifest.run for name in manifest.run.inexact})
 
 
 def check_unchanged(before: dict[str, str], after: dict[str, str], folder: Path) -> None:
     """Raise TrainingError when a fact has changed that would change the result."""
-    changed = [
-        f"{name} (was {before.get(name, 'none')[:12]}, is {fact[:12]})"
+    changed = {
+        name: f"{name} (was {before.get(name, 'none')[:12]}, is {fact[:12]})"
         for name, fact in after.items()
         if before.get(name) != fact
-    ]
+    }
     if changed:
+        advice = RETRAIN_ADVICE
+        if set(changed) == {"threads"}:
+            advice = (
+                f"Resume with --threads {before['threads']}; or with --accept threads, and the manifest says that the "
+                "result is no longer exact."
+            )
         raise TrainingError(
-            f"{folder} cannot be resumed exactly: changed since it stopped: {', '.join(changed)}. "
-            f"{RETRAIN_ADVICE}"
+            f"{folder} cannot be resumed exactly: changed since it stopped: {', '.join(changed.values())}. {advice}"
         )
 
 
@@ -289,9 +327,11 @@ def check_settings(now: Run, before: Run, folder: Path, checkpoint: Path) -> Non
     """Raise TrainingError when the checkpoint was made with other settings than the run."""
     if changed := _changed_settings(now, before):
         text = ", ".join(f"{name} (was {old}, is {new})" for name, (old, new) in changed.items())
-        raise TrainingError(
-            f"{folder / adapter.RUN_FILE} differs from that of {checkpoint}: {text}. {RETRAIN_ADVICE}"
-        )
+        advice = RETRAIN_ADVICE
+        if "max_steps" in changed:
+            config = now[0]
+            advice += f" {more_steps_advice(config.adapters_dir / str(config.name))}"
+        raise TrainingError(f"{folder / adapter.RUN_FILE} differs from that of {checkpoint}: {text}. {advice}")
 
 
 def same_run(one: Run, other: Run) -> bool:

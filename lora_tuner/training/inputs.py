@@ -5,7 +5,7 @@ None of it depends on rank, learning rate or number of steps, so the trials of a
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
@@ -26,7 +26,7 @@ from ..config import (
 )
 from ..data import chat_template, eval_sets, packing, tokenization
 from ..data.dataset import Dataset, describe_data, load_dataset
-from ..errors import ConfigError, EventHandler, Notice, Progress, TrainingError
+from ..errors import ConfigError, EventHandler, Notice, Progress, TrainingError, ignore_events
 from ..models import added_tokens, loading, lora, packing_checks
 from ..models.added_tokens import AddedTokens
 from ..models.loading import LoadedBase
@@ -172,6 +172,7 @@ def model_options(requested: TrainConfig, notify: EventHandler) -> ModelOptions:
         device=requested.device,
         dtype=requested.dtype,
         load_in=requested.load_in,
+        threads=requested.threads,
         force=requested.force,
         notify=notify,
     )
@@ -201,10 +202,10 @@ def _load_base_on_all_ranks(requested: TrainConfig, parent: Adapter | None, noti
     def load_on_rank_zero() -> ModelOptions:
         base = loading.open_base(parent, model_options(requested, notify), training=True)
         bases.append(base)
-        return ModelOptions(
+        return replace(
+            model_options(requested, ignore_events),
             base=base.files.name,
             revision=base.files.revision,
-            device=requested.device,
             dtype=dtype_name(base.dtype),
             load_in=base.load_in,
         )

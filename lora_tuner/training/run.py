@@ -6,7 +6,7 @@ if nothing has changed that would change its result.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -85,16 +85,28 @@ def resume(
     runs_dir: Path = Path("runs"),
     notify: EventHandler | None = display,
     prepare: Prepare = prepare_training,
+    *,
+    threads: int | None = None,
+    accept: Collection[str] = (),
 ) -> Adapter:
     """Continue the run in `runs_dir/name` from its latest valid checkpoint, bitwise.
+
+    Args:
+        threads: number of threads from now on, in place of the saved setting.
+        accept: `threads` accepts that their number has changed. The manifest then lists it as
+            `inexact`: rounding differs from that of an uninterrupted run.
 
     Raises:
         TrainingError: there is nothing to resume, or data, base, threads or library versions changed.
     """
+    checkpoints.check_acceptable(accept)
     folder = runs_dir / validate_name(name)
     if not (folder / RUN_FILE).is_file():
         raise _nothing_to_resume(folder)
-    saved = resolve_settings(TrainConfig, {"runs_dir": runs_dir}, folder / RUN_FILE)
+    changes: dict[str, object] = {"runs_dir": runs_dir}
+    if threads is not None:
+        changes["threads"] = threads
+    saved = resolve_settings(TrainConfig, changes, folder / RUN_FILE)
     notify = _join_processes(saved, notify)
     distributed.run_on_rank_zero(partial(paths.check_places, saved, resuming=True))
     with closing(notify), paths.run_lock(runs_dir, name):
@@ -103,7 +115,12 @@ def resume(
         arguments.check_trackers(saved)
         setup = prepare(_for_world_size(saved, manifests[folder], notify), notify)
         begun = manifests[folder].run
-        setup = replace(setup, sweep=begun.sweep if begun else None, probe=begun.probe if begun else None)
+        setup = replace(
+            setup,
+            sweep=begun.sweep if begun else None,
+            probe=begun.probe if begun else None,
+            inexact=_inexact_facts(manifests.values(), setup, accept),
+        )
         for path, manifest in manifests.items():
             now = setup.manifest_of_schema(manifest.schema_version)
             checkpoints.check_unchanged(*checkpoints.comparable_facts(manifest, now), path)
@@ -123,6 +140,9 @@ def resume(
         if checkpoint is not None and setup.config.streaming:
             distributed.run_on_rank_zero(partial(checkpoints.check_stream, setup, checkpoint))
         distributed.run_on_rank_zero(partial(paths.check_disk_space, setup))
+        if threads is not None:  # the next resume has them too
+            text = config_to_yaml(saved)
+            distributed.run_on_rank_zero(partial(atomic_io.atomic_write_text, folder / RUN_FILE, text))
         return _train_and_write(setup, library, checkpoint)
 
 
@@ -188,6 +208,17 @@ def _load_stopped_run(
     return checkpoint, manifests
 
 
+def _inexact_facts(before: Iterable[Manifest], setup: TrainingSetup, accept: Collection[str]) -> tuple[str, ...]:
+    """Return the facts that differ from those of the first step, as this resume or one before accepts."""
+    manifests = [*before]
+    facts = set(checkpoints.inexact_facts(*manifests))
+    now = checkpoints.reproducibility_facts(setup.manifest)
+    for name in accept:
+        if any(checkpoints.reproducibility_facts(manifest).get(name) != now[name] for manifest in manifests):
+            facts.add(name)
+    return tuple(sorted(facts))
+
+
 def _for_world_size(saved: TrainConfig, manifest: Manifest, notify: EventHandler) -> TrainConfig:
     """Return the settings with which this number of processes takes the same steps."""
     before, now = manifest.run.processes if manifest.run else 1, distributed.world_size()
@@ -232,6 +263,8 @@ def _nothing_to_resume(folder: Path) -> TrainingError:
     elif copies := sorted(folder.glob(f"*/{RUN_FILE}")):
         why = f"it has finished, or {folder / RUN_FILE} was removed; {copies[0]} is a copy of it"
     advice = "Train without --resume"
+    if folder.name in library.names():
+        advice = f"{checkpoints.more_steps_advice(library.path / folder.name)}. Or train without --resume"
     if others := [run.name for run in unfinished_runs(folder.parent)]:
         advice += f", or resume one of these (`runs` shows them): {format_names(others)}"
     return TrainingError(f"There is no unfinished run {folder}: {why}. {advice}.")
@@ -301,7 +334,7 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
             evaluation.cache_adapter_loss(setup.base, setup.held_out, adapter, held_out)
             distributed.run_on_rank_zero(partial(paths.remove_run_folder, config, folder, setup.notify))
     except KeyboardInterrupt as error:
-        raise Interrupted(f"Stopped immediately. Resume with: {trainer.resume_command(config)}") from error
+        raise Interrupted(f"Stopped immediately. Resume with: {checkpoints.resume_command(config)}") from error
     if advice:
         setup.notify(Notice(advice))
     return adapter

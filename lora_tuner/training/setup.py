@@ -45,7 +45,8 @@ class TrainingSetup(TrainingInputs):
     `learning_rate_origin` is a phrase for notices. `probe_plan` is that of the short runs which are
     to choose the learning rate, and `probe` their result; both are None if there are none.
     `profile` holds the measurement from which the number of steps follows, if one was needed;
-    `sweep` is the id of the sweep whose trial it is.
+    `sweep` is the id of the sweep whose trial it is; `inexact` names facts that a resume has
+    accepted as changed.
     """
 
     config: TrainConfig
@@ -56,6 +57,7 @@ class TrainingSetup(TrainingInputs):
     profile: StepProfile | None
     notify: EventHandler
     sweep: str | None = None
+    inexact: tuple[str, ...] = ()
     probe_plan: ProbePlan | None = None
     probe: RateProbe | None = None
 
@@ -143,6 +145,7 @@ class TrainingSetup(TrainingInputs):
                 not_adapted=self.targets.not_adapted,
                 added_tokens=self.added.all if self.added else {},
                 sweep=self.sweep,
+                inexact=[*self.inexact],
                 probe=self.probe,
             ),
             versions=lora.library_versions(),

@@ -9,10 +9,11 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from .. import atomic_io, distributed, evaluation
 from ..adapters import plots
@@ -35,7 +36,7 @@ from ..errors import (
 from ..models import lora
 from ..settings_files import resolve_settings
 from ..text import format_number
-from . import arguments, checkpoints, paths, run, trainer
+from . import arguments, checkpoints, paths, run
 from .progress import closing, display
 from .setup import TrainingSetup, prepare_training
 from .unfinished import SweepState, read_sweep, sweep_of, write_sweep
@@ -122,18 +123,32 @@ def is_unfinished(name: str, runs_dir: Path) -> bool:
     return False
 
 
-def resume_sweep(name: str, runs_dir: Path = Path("runs"), notify: EventHandler | None = display) -> SweepResult:
+def resume_sweep(
+    name: str,
+    runs_dir: Path = Path("runs"),
+    notify: EventHandler | None = display,
+    *,
+    threads: int | None = None,
+    accept: Collection[str] = (),
+) -> SweepResult:
     """Continue the sweep in `runs_dir/NAME.sweep`.
+
+    Args:
+        threads: number of threads from now on, in place of the saved setting.
+        accept: as that of `run.resume`.
 
     Raises:
         TrainingError: data, base or library versions changed, the state is unreadable, or the place
             of a trial was taken.
     """
     _refuse_several_processes()
+    checkpoints.check_acceptable(accept)
     notify = notify or ignore_events
     folder = paths.sweep_folder(runs_dir, name)
     with closing(notify), paths.run_lock(runs_dir, folder.name):
         state = read_sweep(folder)
+        if threads is not None:
+            state.trials = [trial.model_copy(update={"threads": threads}) for trial in state.trials]
         paths.check_sweep_folder(folder, "move them elsewhere.")
         adapters: dict[str, Adapter] = {}
         for trial in state.trials:
@@ -143,7 +158,7 @@ def resume_sweep(name: str, runs_dir: Path = Path("runs"), notify: EventHandler 
             elif trial.name not in state.diverged:
                 _check_place(trial, name, state.id)
         with _resumable(name, state.trials[0]):
-            return _run_trials(name, state, adapters, None, notify)
+            return _run_trials(name, state, adapters, None, notify, accept)
 
 
 def _refuse_several_processes() -> None:
@@ -180,7 +195,7 @@ def _resumable(name: str, config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except (Interrupted, TrainingError) as error:
-        text = str(error).replace(trainer.resume_command(config), command)
+        text = str(error).replace(checkpoints.resume_command(config), command)
         if text == str(error):
             raise
         raise type(error)(text) from error
@@ -193,7 +208,7 @@ def _resumable(name: str, config: TrainConfig) -> Iterator[None]:
 
 
 def _resume_command(name: str, config: TrainConfig) -> str:
-    return trainer.resume_command(config.model_copy(update={"name": name}))
+    return checkpoints.resume_command(config.model_copy(update={"name": name}))
 
 
 def _trial_name(name: str, config: TrainConfig, configs: Sequence[TrainConfig]) -> str:
@@ -211,6 +226,7 @@ def _run_trials(
     adapters: dict[str, Adapter],
     setup: TrainingSetup | None,
     notify: EventHandler,
+    accept: Collection[str] = (),
 ) -> SweepResult:
     """Train the trials that have no adapter yet, compare all, and replace the state by the result."""
     trials = state.trials
@@ -221,7 +237,11 @@ def _run_trials(
         if setup is not None:
             setup.remove_lora()
         setup = prepare_training(requested, notify, inputs=setup, sweep=state.id)
-        checkpoints.check_unchanged(state.facts, checkpoints.reproducibility_facts(setup.manifest), folder)
+        facts = checkpoints.reproducibility_facts(setup.manifest)
+        if changed := {name: facts[name] for name in accept if facts[name] != state.facts[name]}:
+            state.facts.update(changed)
+            write_sweep(state, folder)
+        checkpoints.check_unchanged(state.facts, facts, folder)
         return setup
 
     for number, trial in enumerate(trials, 1):
@@ -236,7 +256,8 @@ def _run_trials(
         try:
             with _resumable(name, trial):
                 if begun:
-                    adapter = run.resume(trial_name, trial.runs_dir, notify_trial, prepare_trial)
+                    options: Any = {"threads": trial.threads, "accept": accept}
+                    adapter = run.resume(trial_name, trial.runs_dir, notify_trial, prepare_trial, **options)
                 else:
                     requested = _with_same_steps(trial, list(adapters.values()))
                     adapter = run.train(requested, notify_trial, prepare_trial)
@@ -328,7 +349,9 @@ def _measure_trials(
         setup.remove_lora()
         base, rows = setup.base, setup.eval_set(name)
     else:
-        options = ModelOptions(device=first.device, dtype=first.dtype, load_in=first.load_in, notify=notify)
+        options = ModelOptions(
+            device=first.device, dtype=first.dtype, load_in=first.load_in, threads=first.threads, notify=notify
+        )
         base, rows = evaluation.open_base(first_adapter, options), evaluation.cached_rows(first_adapter)
         for adapter in adapters.values():
             lora.check_base(adapter, base, options)

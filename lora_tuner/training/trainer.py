@@ -7,7 +7,6 @@ and a signal ends the step and saves. Of several processes only rank zero writes
 
 import contextlib
 import math
-import shlex
 import signal
 import threading
 import time
@@ -32,7 +31,6 @@ from transformers import (
 )
 
 from .. import atomic_io, distributed, evaluation
-from ..config import TrainConfig
 from ..errors import (
     DataError,
     DivergedError,
@@ -50,18 +48,16 @@ from ..errors import (
 from ..models import initialization, lora
 from . import checkpoints
 from .advice import lower_rate
-from .arguments import EpochOrder, learning_rate_factor, tensorboard_callback, training_arguments
-from .checkpoints import save_adapter
+from .arguments import (
+    EpochOrder,
+    WatchThreads,
+    learning_rate_factor,
+    tensorboard_callback,
+    training_arguments,
+)
+from .checkpoints import resume_command, save_adapter
 from .setup import TrainingSetup
 from .signals import HANGUP, TERMINATION, handle_signals
-
-
-def resume_command(config: TrainConfig) -> str:
-    """Return the command line that resumes a run."""
-    option = (
-        f" --runs-dir {shlex.quote(str(config.runs_dir))}" if config.runs_dir != TrainConfig().runs_dir else ""
-    )
-    return f"python cli.py train --resume {config.name}{option}"
 
 
 def run_trainer(
@@ -164,7 +160,7 @@ class LoraTrainer(Trainer):
         self.stream = (
             checkpoints.open_stream(setup, checkpoint, setup.dataset.sources) if config.streaming else None
         )
-        callbacks: list[TrainerCallback] = [_CheckGradients(self)]
+        callbacks: list[TrainerCallback] = [_CheckGradients(self), WatchThreads(setup)]
         if config.patience:
             callbacks.append(EarlyStoppingCallback(config.patience))
         if "tensorboard" in config.report_to:

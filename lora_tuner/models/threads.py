@@ -1,0 +1,69 @@
+"""The threads that compute on a CPU: their number, and how a busy machine slows them down.
+
+Surprise: after each product the threads wait for the last one. Where other programs take the cores,
+that one is often not running: two threads may then be many times as slow as one.
+"""
+
+import statistics
+import time
+
+import torch
+
+from ..errors import ConfigError
+
+SLOWER = 1.5  # times as slow as one thread, before it is said
+MAX_RUNNING = 0.8  # share of their time in which threads run on a busy machine, at most
+ROUNDS, PRODUCTS = 5, 10
+ROWS, WIDTH = 64, 576  # of a product, as in a step of a small base
+
+
+def set_threads(count: int | None) -> None:
+    """Set the number of threads of this process; None leaves it: OMP_NUM_THREADS, else the cores."""
+    if count is not None:
+        if count < 1:
+            raise ConfigError(f"threads is {count}: give 1 or more.")
+        torch.set_num_threads(count)
+
+
+def busy_warning() -> str | None:
+    """Return a line for a machine so busy that all threads are slower than one would be.
+
+    Takes 50 ms, on a busy machine a second or two. The threads must both be slow and be kept from running,
+    so that a quiet machine on which they do not help gets no warning.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return None
+    slowdown, running = _measure(threads)
+    if slowdown < SLOWER or running > MAX_RUNNING:
+        return None
+    digits = 0 if slowdown >= 10 else 1
+    return (
+        f"This machine is busy: {threads} threads are {slowdown:.{digits}f} times as slow as one. "
+        "--threads 1 is faster."
+    )
+
+
+def _measure(threads: int) -> tuple[float, float]:
+    """Return how many times as slow all threads are as one, and the share of their time that they run."""
+    alone, together, shares = [], [], []
+    try:
+        for _ in range(ROUNDS):
+            alone.append(_time_products(1)[0])
+            seconds, cpu_seconds = _time_products(threads)
+            together.append(seconds)
+            shares.append(cpu_seconds / seconds / threads)
+    finally:
+        torch.set_num_threads(threads)
+    return statistics.median(together) / statistics.median(alone), statistics.median(shares)
+
+
+def _time_products(threads: int) -> tuple[float, float]:
+    """Return the seconds that some products take, and those of all cores."""
+    torch.set_num_threads(threads)
+    rows, weight = torch.ones(ROWS, WIDTH), torch.ones(WIDTH, WIDTH)
+    torch.mm(rows, weight)  # starts the threads
+    start, cpu_start = time.perf_counter(), time.process_time()
+    for _ in range(PRODUCTS):
+        torch.mm(rows, weight)
+    return time.perf_counter() - start, time.process_time() - cpu_start

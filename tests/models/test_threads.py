@@ -1,0 +1,70 @@
+"""The number of threads, and the warning of a machine too busy for several."""
+
+import pytest
+import torch
+
+from lora_tuner import Generator, ModelOptions
+from lora_tuner.errors import ConfigError
+from lora_tuner.models import threads
+from lora_tuner.models.loading import load_base
+from lora_tuner.models.resolve import find_base
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def measured(monkeypatch, together, running, alone=0.01):
+    """Replace the time of some products by one for each number of threads."""
+    times = {1: (alone, alone), 2: (together, together * running * 2)}
+    monkeypatch.setattr(threads, "_time_products", times.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("together", "running", "expected"),
+    [
+        (0.006, 0.99, None),  # quiet
+        (0.013, 0.4, None),  # busy, but two threads are hardly slower
+        (0.03, 0.99, None),  # quiet, and such products are too small for two
+        (0.03, 0.4, "This machine is busy: 2 threads are 3.0 times as slow as one. --threads 1 is faster."),
+        (0.35, 0.2, "This machine is busy: 2 threads are 35 times as slow as one. --threads 1 is faster."),
+    ],
+)
+def test_only_slow_threads_are_named(monkeypatch, together, running, expected):
+    measured(monkeypatch, together, running)
+    assert threads.busy_warning() == expected
+    assert torch.get_num_threads() == 2
+
+
+def test_one_thread_is_not_measured(monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.setattr(threads, "_time_products", None)
+    assert threads.busy_warning() is None
+
+
+def test_real_measurement_keeps_threads(monkeypatch):
+    monkeypatch.setattr(threads, "ROUNDS", 1)
+    slowdown, running = threads._measure(2)
+    assert slowdown > 0
+    assert 0 < running <= 1.5
+    assert torch.get_num_threads() == 2
+
+
+def test_base_loads_with_warning(gpt2, monkeypatch):
+    measured(monkeypatch, 0.03, 0.4)
+    notices = []
+    load_base(find_base(str(gpt2)), ModelOptions(device="cpu", notify=notices.append))
+    assert [notice.text for notice in notices] == [threads.busy_warning()]
+    load_base(find_base(str(gpt2)), ModelOptions(device="cpu", threads=1, notify=notices.append))
+    assert len(notices) == 1
+
+
+def test_python_options_set_threads(gpt2):
+    Generator(options=ModelOptions(base=str(gpt2), device="cpu", threads=1))
+    assert torch.get_num_threads() == 1
+    with pytest.raises(ConfigError, match=r"^threads is 0: give 1 or more\.$"):
+        Generator(options=ModelOptions(base=str(gpt2), threads=0))
