@@ -19,6 +19,7 @@ _MARKS = {  # first bytes -> encoding and its name; the longest first
 }
 _CHUNK = 2**20
 _CHECKED = 2**26  # bytes of a file; what follows them is checked as it is read
+_JUDGED = 2**18  # bytes around the first that is not UTF-8, which tell the encoding
 _UTF8_CHARACTER = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 _HIGH_BYTE = re.compile(rb"[\x80-\xff]")
 _MAX_LETTERS = 0.35  # share of the letters that are not ASCII, in Western European text
@@ -63,11 +64,12 @@ def find_encoding(path: Path, encoding: str) -> tuple[str, str, str]:
             return UTF8, "", ""
         except UnicodeDecodeError as error:
             position = checked + error.start - (len(error.object) - len(data))
-        packed = unpack(file)
-        content = bytearray()
-        while len(content) < _CHECKED and (data := packed.read(_CHUNK) or b""):
-            content += data
-    return _as_western(path, bytes(content), position)
+        packed, content, size = unpack(file), b"", 0
+        while size < position + _JUDGED // 2 and (data := packed.read(_CHUNK) or b""):
+            content = (content + data)[-_JUDGED - _CHUNK :]
+            size += len(data)
+        start_judged = max(0, position - _JUDGED // 2) - (size - len(content))
+    return _as_western(path, content[start_judged:][:_JUDGED], position)
 
 
 def guess_encodings(path: Path) -> list[str]:
@@ -80,7 +82,11 @@ def guess_encodings(path: Path) -> list[str]:
 
 
 def _as_western(path: Path, content: bytes, position: int) -> tuple[str, str, str]:
-    """Return cp1252, of which Latin-1 is a part, for text that looks like it."""
+    """Return cp1252, of which Latin-1 is a part, for text that looks like it.
+
+    Args:
+        content: The bytes around `position`, that of the first which is not UTF-8.
+    """
     with open_file(path):  # errors name the file
         high = len(_HIGH_BYTE.findall(content))
         if b"\0" in content:

@@ -151,8 +151,10 @@ def read_file(
         read = partial(read_database, path, table_name, rules)
     else:
         is_text = extension == ".txt" or extension in CODE_EXTENSIONS
+        told: list[str] = []
+        encoding = _find_encoding(path, encoding, folder, told)
         divided_at = _find_delimiter(path, txt_rows, delimiter, encoding, folder, rules)
-        encoding = _find_encoding(path, encoding, folder, rules)
+        rules += told
         if divided_at is not None:
             read, is_text = partial(read_delimited, path, divided_at, encoding), False
         elif extension == ".txt":
@@ -186,7 +188,7 @@ def _find_delimiter(
     """Return the delimiter of a csv or tsv file, or of a txt file that is a table; else None."""
     extension = data_extension(path)
     if extension in (".csv", ".tsv"):
-        found = find_delimiter(path, delimiter, _find_encoding(path, encoding, folder, []))
+        found = find_delimiter(path, delimiter, encoding)
         if delimiter == "auto" and found != {".csv": ",", ".tsv": "\t"}[extension]:
             rules.append(f"its fields are divided at {describe_delimiter(found)}")
         return found

@@ -8,6 +8,8 @@ from pydantic import ValidationError
 
 from lora_tuner.config import TrainConfig
 from lora_tuner.data.dataset import load_dataset
+from lora_tuner.data.encodings import find_encoding
+from lora_tuner.errors import DataError
 from lora_tuner.settings_files import config_to_yaml, read_settings
 
 from .. import tiny_models
@@ -206,6 +208,20 @@ def test_other_encoding_needs_option(load, refusal, encoding, text):
     dataset = load("a.txt", encoding=encoding)
     assert f"{text} 7" in rows(dataset)
     assert not [notice for notice in load.notices if "read as" in notice]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "words"), [("cp1252", "schöne Grüße an alle"), ("cp1251", "привет из дома")]
+)
+def test_large_file_is_judged_where_it_differs(tmp_path, encoding, words):
+    (tmp_path / "a.csv").write_bytes(
+        b"text;n\n" + b"ascii words;1\n" * 100_000 + f"{words};1\n".encode(encoding) * 50_000
+    )
+    if encoding == "cp1252":
+        assert find_encoding(tmp_path / "a.csv", "auto")[::2] == ("cp1252", "schöne")
+    else:
+        with pytest.raises(DataError, match="byte 1400007 is not UTF-8: name its encoding"):
+            find_encoding(tmp_path / "a.csv", "auto")
 
 
 def test_broken_utf8_is_no_other_encoding(refusal):
