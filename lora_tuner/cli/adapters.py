@@ -17,6 +17,7 @@ from ..models.layers_in_files import known_coverage
 from ..text import format_bytes, format_counts, format_duration, format_gain, one_line
 from ..training.progress import display
 from .display import format_result, print_stderr, print_table, print_wrapped, show_fields, show_json
+from .help import HelpGroup
 from .options import (
     DEFAULT_ADAPTERS_DIR,
     AdapterArgument,
@@ -34,12 +35,15 @@ if TYPE_CHECKING:
     from ..adapters.hub_sync import TransferResult
 
 RepoArgument = Annotated[str, typer.Argument(help="A model repo on the Hub, owner/name.", show_default=False)]
-adapters_app = typer.Typer(help="Manage the adapters in the library.", no_args_is_help=True)
+adapters_app = typer.Typer(cls=HelpGroup, help="Manage the adapters in the library.", no_args_is_help=True)
 
 
 @adapters_app.command("list", cls=StrictCommand)
 def list_adapters(adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR, as_json: JsonOption = False) -> None:
-    """List all adapters: base, rank, targets, data, size, held-out gain, age, parents."""
+    """List all adapters: base, rank, targets, data, size, held-out gain, age, parents.
+
+    python cli.py adapters list
+    """
     entries = list(Library(adapters_dir).entries())
     if as_json:
         show_json([_entry_dict(name, entry) for name, entry in entries])
@@ -100,7 +104,10 @@ def _format_created(created: str) -> str:
 def show_adapter(
     adapter: AdapterArgument, adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR, as_json: JsonOption = False
 ) -> None:
-    """Show an adapter: its origin, its training and its held-out gain."""
+    """Show an adapter: its origin, its training and its held-out gain.
+
+    python cli.py adapters show poems
+    """
     library = Library(adapters_dir)
     loaded = library.get(adapter)
     ancestors = library.ancestors(loaded)
@@ -173,12 +180,17 @@ def format_ancestor(ancestor: Ancestor) -> str:
 def verify_adapters(
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="Adapters, by name or path. Default: all.", autocompletion=complete_adapter_names),
+        typer.Argument(
+            help="Adapters, by name or path.", show_default="all", autocompletion=complete_adapter_names
+        ),
     ] = None,
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     as_json: JsonOption = False,
 ) -> None:
-    """Check every byte of adapters: hashes, shapes, settings, finite values; not their quality."""
+    """Check every byte of adapters: hashes, shapes, settings, finite values; not their quality.
+
+    python cli.py adapters verify
+    """
     library = Library(adapters_dir)
     problems = {name: _find_problems(library, name) for name in names or library.names()}
     if as_json:
@@ -213,7 +225,10 @@ def rename_adapter(
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     as_json: JsonOption = False,
 ) -> None:
-    """Rename an adapter, in its model card and run.yaml too."""
+    """Rename an adapter, in its model card and run.yaml too.
+
+    python cli.py adapters rename poems verse
+    """
     renamed = Library(adapters_dir).rename(old, new)
     show_json(renamed.to_dict()) if as_json else print(renamed.path)
 
@@ -225,7 +240,10 @@ def remove_adapter(
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete an adapter permanently."""
+    """Delete an adapter permanently.
+
+    python cli.py adapters remove poems
+    """
     folder = Library(adapters_dir).find_removable(name)
     if not yes:
         typer.confirm(f"Delete {folder} permanently?", abort=True, err=True)
@@ -245,7 +263,12 @@ def adopt_adapter(
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     as_json: JsonOption = False,
 ) -> None:
-    """Add an adapter of another tool: check it against its base, and write its manifest."""
+    """Add an adapter of another tool: check it against its base, and write its manifest.
+
+    python cli.py adapters adopt downloads/poems --base HuggingFaceTB/SmolLM2-135M
+
+    Docs: docs/other-tools.md
+    """
     adopted = adopt(Library(adapters_dir), folder, name, base=base, revision=revision, notify=display)
     if coverage := known_coverage(adopted):
         print_stderr(f"The adapter covers {coverage}.")
@@ -262,6 +285,10 @@ def check_adapter(
     """Check whether another tool can load an adapter, and whether `export` can write it.
 
     gguf is the adapter for llama.cpp; gguf-merged and ollama are whole models. Exit status 1, with a remedy, if it cannot.
+
+    python cli.py adapters check poems --for vllm
+
+    Docs: docs/other-tools.md
     """
     checked = Library(adapters_dir).get(adapter)
     report = check_export(checked, tool)
@@ -287,7 +314,10 @@ def push(
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     as_json: JsonOption = False,
 ) -> None:
-    """Upload an adapter with its model card to the Hugging Face Hub."""
+    """Upload an adapter with its model card to the Hugging Face Hub.
+
+    python cli.py push poems my-name/poems --private --dry-run
+    """
     loaded = Library(adapters_dir).get(adapter)
     from ..adapters import hub_sync
 
@@ -307,7 +337,10 @@ def pull(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Download an adapter from the Hugging Face Hub into the library."""
+    """Download an adapter from the Hugging Face Hub into the library.
+
+    python cli.py pull my-name/poems
+    """
     from ..adapters import hub_sync
 
     pulled = hub_sync.pull(

@@ -11,14 +11,15 @@ from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
 
 from .. import __version__, distributed
 from ..errors import Interrupted, LoraTunerError, RaisedOnRankZero, is_out_of_memory, os_error_message
 from ..training.progress import display
 from ..training.signals import HANGUP, TERMINATION, handle_signals
 from . import adapters, convert, data, doctor, evaluate, export, generate, runs, serve, train
+from .completion import INSTALL_OPTIONS, completed_command
 from .display import print_stderr
+from .help import MAX_WIDTH, PROGRAM, HelpGroup
 from .options import StrictCommand
 from .streams import is_reader_gone, quiet_libraries, reliable_streams, stdout_error
 
@@ -28,16 +29,19 @@ OUT_OF_MEMORY = (
 _UsageError: Any = typer.BadParameter.__base__  # Typer has a copy of its own and does not export it
 
 
-class _Commands(TyperGroup):
+class _Commands(HelpGroup):
     """Turn errors into one line and an exit status: 1 error, 2 wrong usage, 130 interrupted."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         with reliable_streams(), quiet_libraries():
             return super().main(*args, **kwargs)
 
-    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+    def make_context(self, info_name: Any, args: list[str], *rest: Any, **kwargs: Any) -> Any:
         with _report_errors():
-            return super().make_context(*args, **kwargs)
+            name = PROGRAM if info_name == "cli.py" else info_name
+            if INSTALL_OPTIONS & {*args}:
+                name = completed_command(name)
+            return super().make_context(name, args, *rest, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         with _report_errors(), handle_signals(TERMINATION, _interrupt):
@@ -66,7 +70,8 @@ def _report_errors() -> Iterator[None]:
         text, status, cause = f"Error: {OUT_OF_MEMORY}", 1, error
     except _UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
-            raise
+            typer.echo(error.format_message())
+            raise typer.Exit(2) from error
         advice = f" See {error.ctx.command_path} --help." if error.ctx else ""
         text, status, cause = f"Error: {' '.join(error.format_message().split()).rstrip('.')}.{advice}", 2, error
     except (Interrupted, KeyboardInterrupt) as stopped:
@@ -90,7 +95,8 @@ app = typer.Typer(
     help="Train LoRA adapters on your own text, and generate, evaluate, merge, export and serve with them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": MAX_WIDTH},
 )
 
 

@@ -62,7 +62,12 @@ def merge(
     *,
     options: ModelOptions,
 ) -> None:
-    """Merge adapters into their base: plain model folders, verified against base and adapter."""
+    """Merge adapters into their base: plain model folders, verified against base and adapter.
+
+    python cli.py merge poems --out merged/poems
+
+    Docs: docs/other-tools.md
+    """
     loaded = Library(adapters_dir).get_all(adapters)
     from ..convert import merge as convert_merge
 
@@ -134,7 +139,12 @@ def blend(
     *,
     options: ModelOptions,
 ) -> None:
-    """Create an adapter that is the weighted sum of others."""
+    """Create an adapter that is the weighted sum of others.
+
+    python cli.py blend poems=0.7 tickets=0.3 --name both
+
+    Docs: docs/tour.md
+    """
     library = Library(adapters_dir)
     weighted = [(library.get(adapter), weight) for adapter, weight in _parse_weights(parts)]
     library.check_name_free(name, overwrite=overwrite)
@@ -242,7 +252,12 @@ def compress(
     *,
     options: ModelOptions,
 ) -> None:
-    """Create a smaller adapter: the smallest rank in each layer that keeps a share of its energy."""
+    """Create a smaller adapter: the smallest rank in each layer that keeps a share of its energy.
+
+    python cli.py compress poems --energy 0.95
+
+    Docs: docs/tour.md
+    """
     library = Library(adapters_dir)
     original = library.get(adapter)
     from ..convert import compress as convert_compress

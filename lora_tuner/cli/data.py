@@ -75,7 +75,12 @@ def data(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Report on a dataset before training: lengths, near-copies, languages, personal data, encoding."""
+    """Report on a dataset before training: lengths, near-copies, languages, personal data, encoding.
+
+    python cli.py data poems.txt
+
+    Docs: docs/tour.md
+    """
     config = resolve_settings(
         TrainConfig, overrides | {"dataset": datasets[0] if len(datasets) == 1 else datasets}
     )

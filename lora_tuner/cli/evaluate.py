@@ -57,7 +57,12 @@ def evaluate(
     *,
     options: ModelOptions,
 ) -> None:
-    """Measure held-out loss: of the base and each adapter, on the held-out rows of all adapters."""
+    """Measure held-out loss: of the base and each adapter, on the held-out rows of all adapters.
+
+    python cli.py evaluate poems tickets --plot gains.png
+
+    Docs: docs/measuring.md
+    """
     if plot and plot.suffix.lower() != ".png":
         raise ConfigError(f"--plot {plot}: choose a name that ends in .png.")
     if plot and not plot.parent.is_dir():

@@ -78,7 +78,13 @@ def export(
     *,
     options: ModelOptions,
 ) -> None:
-    """Export an adapter, or a whole model, to files for another program."""
+    """Export an adapter, or a whole model, to files for another program.
+
+    python cli.py export poems --out poems.gguf
+    python cli.py export poems --to ollama --out poems-ollama
+
+    Docs: docs/other-tools.md
+    """
     is_whole = adapter is None or merged or (to == "ollama" and merged is None)
     _check_export(
         {

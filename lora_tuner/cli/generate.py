@@ -79,7 +79,13 @@ def generate(
     *,
     options: ModelOptions,
 ) -> None:
-    """Generate text from a prompt, with an adapter or with the base alone."""
+    """Generate text from a prompt, with an adapter or with the base alone.
+
+    python cli.py generate "The sea" --adapter poems
+    python cli.py generate --adapter poems
+
+    Docs: docs/tour.md, docs/chat.md
+    """
     sampling, prompts = resolve_settings(SamplingParams, overrides), _read_prompts(prompt, file)
     if prompts is None and as_json:
         raise ConfigError("--json needs prompts: give one as an argument, --file, or - for stdin.")
@@ -201,7 +207,12 @@ def compare(
     *,
     options: ModelOptions,
 ) -> None:
-    """Run one prompt on the base and several adapters with the same seed, in one batch."""
+    """Run one prompt on the base and several adapters with the same seed, in one batch.
+
+    python cli.py compare "The sea" --adapter poems --adapter tickets
+
+    Docs: docs/tour.md, docs/chat.md
+    """
     sampling, prompts = resolve_settings(SamplingParams, overrides), _read_prompts(prompt, file)
     if prompts is None:
         raise ConfigError("There is no prompt: give one as an argument, --file, or - for stdin.")

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from typer.core import TyperCommand
 
 from ..adapters.adapter import RUN_FILE, Adapter
 from ..adapters.library import Library
@@ -34,6 +33,7 @@ from ..settings_files import read_settings, resolve_settings
 from ..text import format_names
 from ..training.progress import display
 from .completion import complete_bases, complete_data
+from .help import HelpCommand
 
 if TYPE_CHECKING:
     from ..data.eval_sets import EvalSet
@@ -111,7 +111,7 @@ ThreadsOption = Annotated[
 ]
 
 
-class StrictCommand(TyperCommand):
+class StrictCommand(HelpCommand):
     """A command that rejects repeated options, which would lose a value, and empty values except
     for a prompt."""
 
@@ -208,7 +208,7 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
         file_okay=False,  # all path settings are folders
         autocompletion=_COMPLETIONS.get(name),
         parser=functools.partial(_parse_sweep_values, number) if number else None,
-        metavar=f"{number.__name__.upper()}[,...]{f'|{PROBE}' * (number is float)}" if number else None,
+        metavar=f"<number>[,...]{f'|{PROBE}' * (number is float)}" if number else None,
     )
     value_type: Any = str if number else field.annotation
     if value_type == str | list[str]:

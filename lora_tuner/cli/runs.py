@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from ..config import TrainConfig
 from .adapters import format_age
 from .completion import complete_run_names
 from .display import print_stderr, print_table, show_json
+from .help import HelpGroup
 from .options import JsonOption, StrictCommand
 
 DEFAULT_RUNS_DIR = TrainConfig().runs_dir
@@ -18,7 +18,7 @@ RunsDirOption = Annotated[
 ]
 
 
-class _ListsByDefault(TyperGroup):
+class _ListsByDefault(HelpGroup):
     """A group that lists when no command is given."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -34,7 +34,10 @@ runs_app = typer.Typer(
 
 @runs_app.command("list", cls=StrictCommand)
 def list_runs(runs_dir: RunsDirOption = DEFAULT_RUNS_DIR, as_json: JsonOption = False) -> None:
-    """List unfinished runs and sweeps: steps done, age, data, running or stopped. `runs` alone does the same."""
+    """List unfinished runs and sweeps: steps done, age, data, running or stopped. `runs` alone does the same.
+
+    python cli.py runs list
+    """
     from ..training.unfinished import unfinished_runs
 
     runs = unfinished_runs(runs_dir)
@@ -73,7 +76,10 @@ def remove_run(
     runs_dir: RunsDirOption = DEFAULT_RUNS_DIR,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete an unfinished run permanently, or a sweep with the runs of its trials. Adapters are kept."""
+    """Delete an unfinished run permanently, or a sweep with the runs of its trials. Adapters are kept.
+
+    python cli.py runs remove poems
+    """
     from ..training.unfinished import find_removable, remove_unfinished
 
     found = find_removable(name, runs_dir)

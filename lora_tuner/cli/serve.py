@@ -38,7 +38,12 @@ def serve(
     *,
     options: ModelOptions,
 ) -> None:
-    """Start an OpenAI-compatible server and web page for all adapters."""
+    """Start an OpenAI-compatible server and web page for all adapters.
+
+    python cli.py serve --open
+
+    Docs: docs/serving.md
+    """
     if API_KEY_VARIABLE in os.environ:
         overrides = {"api_key": os.environ[API_KEY_VARIABLE]} | overrides
     settings = resolve_settings(ServerConfig, overrides)

@@ -33,7 +33,6 @@ def train(
     resume: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME",
             help="Resume the unfinished run of this name; `runs` lists them.",
             show_default=False,
             autocompletion=complete_run_names,
@@ -52,15 +51,20 @@ def train(
     preview: Annotated[
         int | None,
         typer.Option(
-            metavar="[N]",
+            metavar="[<number>]",
             min=1,
-            help="Show N rows (default: 3) as the model sees them, all lengths, and dropped copies; do not train.",
+            help="Show N rows, 3 if N is left out, as the model sees them, all lengths, and dropped copies; do not train.",
             show_default=False,
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train an adapter on your own text."""
+    """Train an adapter on your own text.
+
+    python cli.py train --dataset poems.txt --name poems --minutes 10
+
+    Docs: docs/tour.md, docs/methods.md, docs/scale.md
+    """
     if resume is not None and (overrides.keys() - {"runs_dir", "threads"} or config or plan or preview):
         raise ConfigError(
             "--resume reuses the run's saved settings; only --runs-dir, --threads and --accept may be added."
@@ -202,7 +206,10 @@ def show_plan(estimate: "RunEstimate") -> None:
 
 
 def methods(as_json: JsonOption = False) -> None:
-    """List the methods for `train --method`."""
+    """List the methods for `train --method`.
+
+    Docs: docs/methods.md
+    """
     if as_json:
         show_json([{"name": name, **dataclasses.asdict(method)} for name, method in METHODS.items()])
     else:

@@ -11,7 +11,7 @@ import json
 import os
 from pathlib import Path
 
-from .. import hub
+from .. import atomic_io, hub
 from ..adapters.adapter import CONFIG_FILE, MANIFEST_FILE, Adapter
 from ..config import DEFAULT_BASE, EMBEDDED_BASE
 from ..errors import BaseModelError, EventHandler, HubError, Notice, ignore_events
@@ -117,14 +117,20 @@ def available_bases() -> list[str]:
 
 
 def _fall_back_to_embedded(hub_error: HubError, notify: EventHandler) -> BaseModelFiles:
-    """Use the embedded base instead of the default one, with a notice."""
+    """Use the embedded base instead of the default one, with a notice: a short one but for the first time."""
     try:
+        is_first = not any((atomic_io.cache_dir() / "bases").glob(f"{EMBEDDED_BASE}-*"))
         files = gguf_base.open_embedded(notify)
     except BaseModelError as error:
         raise HubError(
             f"{hub_error} {gguf_base.INSTALL_EMBEDDED}; or name a local folder with --base."
         ) from error
-    notify(Notice(f"Using base {EMBEDDED_BASE} instead of {DEFAULT_BASE}: {hub_error} Choose one with --base."))
+    reason = hub.why_unreachable()
+    if is_first or reason is None:
+        text = f"Using base {EMBEDDED_BASE} instead of {DEFAULT_BASE}: {hub_error} Choose one with --base."
+    else:
+        text = f"Using base {EMBEDDED_BASE}: {reason}."
+    notify(Notice(text))
     return files
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,10 @@ from typer.testing import CliRunner
 from lora_tuner import Library
 from lora_tuner.adapters.adapter import CONFIG_FILE, MANIFEST_FILE
 from lora_tuner.cli.app import app
+from lora_tuner.cli.help import help_parts
 from lora_tuner.config import SamplingParams, TrainConfig
 
-from .. import tiny_models
+from .. import adapter_files, tiny_models
 
 ROOT = Path(__file__).parents[2]
 
@@ -230,14 +232,61 @@ GROUPS = {
 }
 
 
+def walk_commands(group, path=()):
+    for name, command in group.commands.items():
+        yield [*path, name], command
+        if hasattr(command, "commands"):
+            yield from walk_commands(command, [*path, name])
+
+
 @pytest.mark.parametrize("width", ["80", "120"])
 def test_root_help_groups_all_commands(monkeypatch, width):
     monkeypatch.setenv("COLUMNS", width)
-    shown = run("--help").stdout
-    panels = dict(re.findall(r"╭─ (.+?) ─+╮\n(.*?)\n╰", shown, flags=re.DOTALL))
+    panels = dict(re.findall(r"^(\S.*)\n((?:  .*\n)+)", run("--help").stdout, flags=re.MULTILINE))
     for title, names in GROUPS.items():
-        assert re.findall(r"^│ ([a-z]+)", panels[title], flags=re.MULTILINE) == names.split()
-    assert list(panels) == ["Options", *GROUPS]
+        assert re.findall(r"^  ([a-z]+)", panels[title], flags=re.MULTILINE) == names.split()
+    assert list(panels) == [*GROUPS, "Options"]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_every_help_fits_width(monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    for path, command in walk_commands(typer.main.get_command(app)):
+        shown = run(*path, "--help").stdout
+        assert max(map(len, shown.splitlines())) <= width, path
+        assert not re.search("INTEGER|PATH|TEXT|<int|<str|<float|<path>.*-dir|list\\[|\\(None\\)", shown), path
+        assert not re.search("\\[default: \\(|Default:", shown), path
+        choices = [param for param in command.params if param.type_descriptor.is_choice]
+        for param in choices:
+            names = "|".join(param.type_descriptor.choices)
+            assert re.search(rf"^  {param.opts[0]} {re.escape(names)}$", shown, re.MULTILINE) or (
+                f"  {param.opts[0]} {names}  " in shown
+            ), (path, param.name)
+
+
+def test_every_example_parses():
+    root = typer.main.get_command(app)
+    for path, command in walk_commands(root):
+        if hasattr(command, "commands"):
+            continue
+        _, examples, documents = help_parts(command)
+        assert examples or path == ["methods"]
+        for example in examples:
+            name, *given = shlex.split(example.removeprefix("python cli.py "))[len(path) - 1 :]
+            assert name == path[-1]
+            command.make_context(name, given)
+        for file in documents.removeprefix("Docs:").replace(",", " ").split():
+            assert (ROOT / file).is_file()
+
+
+def test_train_help_begins_with_basics(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = run("train", "--help").stdout
+    example, most_used, others = re.split("\n\n(?:Example|Most used|Options)\n", shown)[1:]
+    assert example.startswith("  python cli.py train --dataset ")
+    options = re.findall("^  (--[a-z]+)", most_used, re.MULTILINE)
+    assert options == ["--dataset", "--name", "--minutes", "--base", "--preview"]
+    assert others.splitlines()[-1].startswith("Docs: docs/tour.md")
 
 
 @pytest.mark.parametrize("options", [(), ("--rank", "2,4"), ("--from", "parent")])
@@ -261,6 +310,7 @@ def test_unfinished_run_is_refused_before_loading(tmp_path):
 LIGHT = """
 import sys
 from lora_tuner.cli.app import app
+from lora_tuner.cli.help import help_parts
 for line in sys.stdin:
     try:
         app(line.split())
@@ -303,7 +353,30 @@ def test_doctor_reports_environment(gpt2):
     assert facts["hub"] == "unreachable: HF_HUB_OFFLINE is set"
     assert facts["versions"]["torch"] != "not installed"
     assert any("The Hub is unreachable" in line for line in facts["advice"])
-    assert "threads" in run("doctor").stdout
+    for name in ("cpu", "instructions", "device", "memory", "cache", "adapters", "base", "extras"):
+        assert facts[name]
+    assert re.fullmatch(r"[\d.]+ .B free of [\d.]+ .B", facts["memory"])
+    assert facts["adapters"].endswith("B free")
+    assert facts["base"].startswith(("smollm2-135m, as distilgpt2 is not cached", "none: distilgpt2"))
+    shown = run("doctor").stdout
+    assert "threads" in shown
+    assert shown.splitlines()[-1].startswith("next ")
+
+
+def test_doctor_names_next_command(tmp_path, monkeypatch):
+    from lora_tuner.cli.doctor import _next_command
+
+    def next_command(bases=("smollm2-135m",), datasets=(), problem="offline"):
+        return _next_command(TrainConfig(), [*bases], [*datasets], problem)
+
+    assert next_command(bases=()).startswith("pip install ")
+    assert next_command() == "python cli.py train --minutes 5 --dataset FILE"
+    assert next_command(datasets=["imdb"]).startswith("python cli.py train --minutes 5 (or")
+    adapter_files.write(tmp_path / "adapters" / "poems")
+    assert next_command() == "python cli.py generate --adapter poems"
+    (tmp_path / "runs" / "noir").mkdir(parents=True)
+    (tmp_path / "runs" / "noir" / "run.yaml").write_text("name: noir\nmax_steps: 3\n")
+    assert next_command() == "python cli.py train --resume noir"
 
 
 # Several adapters

@@ -1,5 +1,9 @@
 """Shell completion of options whose values are runs, bases or data."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import typer
 
@@ -7,6 +11,8 @@ from lora_tuner import TrainConfig
 from lora_tuner.adapters.adapter import RUN_FILE
 from lora_tuner.cli.app import app
 from lora_tuner.settings_files import config_to_yaml
+
+from .test_commands import ROOT
 
 
 def offered(command, option, text):
@@ -44,8 +50,40 @@ def test_dataset_completes_data_and_folders(tmp_path, option):
     (tmp_path / ".hidden").mkdir()
     for name in ("poems.txt", "poems.csv.gz", "poems.png"):
         (tmp_path / "texts" / name).touch()
-    assert offered("train", option, "t") == ["texts/"]
+    (tmp_path / "texts" / "my poems.txt").touch()
+    assert offered("train", option, "t") == ["texts/", "texts/poems.csv.gz", "texts/poems.txt"]
     assert offered("train", option, "texts/p") == ["texts/poems.csv.gz", "texts/poems.txt"]
     assert offered("train", option, "im") == ["imdb"]
-    assert offered("train", option, "") == ["imdb", "texts/"]
+    assert offered("train", option, "") == ["imdb", "texts/", "texts/poems.csv.gz", "texts/poems.txt"]
     assert offered("train", option, "nowhere/") == []
+
+
+@pytest.mark.skipif(not os.path.exists("/bin/bash"), reason="needs bash")
+@pytest.mark.parametrize("has_script", [True, False])
+def test_installed_completion_works_in_bash(tmp_path, has_script):
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "lora-tuner"
+    if has_script:
+        script.write_text(
+            f"#!{sys.executable}\nimport sys\nfrom lora_tuner.cli.app import app\nsys.exit(app())\n"
+        )
+        script.chmod(0o755)
+    install = f"{sys.executable} {ROOT}/cli.py --install-completion"
+    complete = """. ~/.bashrc
+COMP_WORDS=(lora-tuner train --format mes) COMP_CWORD=3
+$(complete -p lora-tuner | sed 's/.*-F \\([^ ]*\\).*/\\1/') lora-tuner
+echo "${COMPREPLY[@]}"
+"""
+    done = subprocess.run(
+        ["/bin/bash", "-c", f"{install} && {complete}" if has_script else f"{install}; exit $?"],
+        capture_output=True, text=True, cwd=tmp_path, timeout=60,
+        env=os.environ | {"HOME": str(tmp_path), "PATH": f"{tmp_path}/bin:/usr/bin:/bin", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    if has_script:
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == "messages"
+        assert "The command lora-tuner is completed, not `python cli.py`" in done.stderr
+    else:
+        assert done.returncode == 1
+        assert done.stderr.startswith("Error: A shell completes the command lora-tuner, not `python cli.py`, and")
+        assert not (tmp_path / ".bashrc").exists()

@@ -45,7 +45,8 @@ def test_named_base_is_never_substituted():
     )
 
 
-def test_default_base_falls_back_with_notice(monkeypatch):
+def test_default_base_falls_back_with_notice(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORA_TUNER_CACHE", str(tmp_path))
     embedded = base_files.BaseModelFiles("smollm2-135m", "owner/name", Path(), None, "a file")
     monkeypatch.setattr(resolve.gguf_base, "open_embedded", lambda notify: embedded)
     events = []
@@ -56,6 +57,9 @@ def test_default_base_falls_back_with_notice(monkeypatch):
             "HF_HUB_OFFLINE is set. Choose one with --base."
         )
     ]
+    (tmp_path / "bases" / "smollm2-135m-0123").mkdir(parents=True)
+    find_base(None, notify=events.append)
+    assert events[1:] == [Notice("Using base smollm2-135m: HF_HUB_OFFLINE is set.")]
     with pytest.raises(HubError):  # a revision belongs to the default base
         find_base(None, "v1")
 
