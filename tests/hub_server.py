@@ -104,6 +104,11 @@ class _Handler(BaseHTTPRequestHandler):
             reply(self, 200)
         elif path == "/api/validate-yaml":
             reply(self, 200, {"errors": [], "warnings": []})
+        elif path == "/api/whoami-v2":
+            self._who()
+        elif path.endswith("/auth-check/write"):
+            if self._may_write():
+                reply(self, 200, {})
         elif path == "/api/repos/create":
             if self._may_write():
                 self._create(json.loads(body))
@@ -154,6 +159,18 @@ class _Handler(BaseHTTPRequestHandler):
         elif token == "read-only":
             fail(self, 403, "", "You don't have the rights to write here")
         return token not in ("", "read-only")
+
+    def _who(self) -> None:
+        """Describe the account `user`, a member of `owner`; the token `fine-NAME` may write for NAME alone."""
+        token = self._token()
+        if not token:
+            return fail(self, 401, "", "Invalid username or password.")
+        role = {"read-only": "read"}.get(token, "fineGrained" if token.startswith("fine-") else "write")
+        scope = {"entity": {"type": "org", "name": token.removeprefix("fine-")}, "permissions": ["repo.write"]}
+        access = {"displayName": "laptop", "role": role, "fineGrained": {"scoped": [scope]}}
+        orgs = [{"type": "org", "name": "owner", "roleInOrg": "write"}]
+        orgs.append({"type": "org", "name": "museum", "roleInOrg": "read"})
+        reply(self, 200, {"type": "user", "name": "user", "orgs": orgs, "auth": {"accessToken": access}})
 
     def _create(self, request: dict[str, Any]) -> None:
         hub = self.server.hub

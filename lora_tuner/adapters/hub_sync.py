@@ -4,11 +4,13 @@ Local paths are removed before an upload: only their last part is kept. A downlo
 files of an adapter, and checks them like any other adapter.
 """
 
+import contextlib
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -62,20 +64,23 @@ class TransferResult:
         repo: the repo on the Hub.
         files: name -> bytes.
         url: of the commit that was pushed.
+        checks: of a push that sends nothing: the account, its right to write, the repo.
         adapter: the adapter that was pulled.
     """
 
     repo: str
     files: dict[str, int]
     url: str | None = None
+    checks: dict[str, str] = field(default_factory=dict)
     adapter: Adapter | None = None
 
 
 def push(adapter: Adapter, repo: str, *, private: bool = False, dry_run: bool = False) -> TransferResult:
     """Upload an adapter with its model card to a repo on the Hub (`owner/name`), as one commit.
 
-    With `dry_run`, list the files without contacting the Hub. Raises AdapterError if the adapter is
-    damaged or has no manifest, HubError if the Hub refuses.
+    With `dry_run`, list the files and check token, owner and repo, as far as the Hub is reachable,
+    without sending anything. Raises AdapterError if the adapter is damaged or has no manifest,
+    HubError if the Hub refuses, or would refuse.
     """
     if adapter.manifest is None:
         raise AdapterError(f"{adapter.path} has no manifest: run `adapters adopt` first.")
@@ -91,12 +96,64 @@ def push(adapter: Adapter, repo: str, *, private: bool = False, dry_run: bool = 
                 model_card.model_card(load_adapter_folder(folder), adapter.name), encoding="utf-8"
             )
         sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-        url = (
-            None
-            if dry_run
-            else hub.upload_files(folder, repo, SYNCED_FILES, private=private, message=adapter.name)
-        )
+        if dry_run:
+            return TransferResult(repo, sizes, checks=_check_push(repo, private=private))
+        url = hub.upload_files(folder, repo, SYNCED_FILES, private=private, message=adapter.name)
         return TransferResult(repo, sizes, url)
+
+
+def _check_push(repo: str, *, private: bool) -> dict[str, str]:
+    """Ask the Hub whose the token is, and whether it may write to a repo; change nothing.
+
+    Raises:
+        HubError: a push would be refused.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if why := hub.why_unreachable():
+        return {"not checked": f"the Hub is out of reach: {why}"}
+    api, existing = HfApi(), None
+    with hub.hub_request(repo, writing=True), contextlib.suppress(RepositoryNotFoundError):
+        existing = api.model_info(repo)
+    if get_token() is None:
+        raise HubError(f"{repo} cannot be written without a token: run `hf auth login`, or set HF_TOKEN.")
+    with hub.hub_request(repo, writing=True):
+        account = api.whoami()
+        if existing:
+            api.auth_check(repo, write=True)
+    owner = repo.partition("/")[0] if "/" in repo else account["name"]
+    token = (account.get("auth") or {}).get("accessToken") or {}
+    role, shown = token.get("role", "unknown"), f"token {token.get('displayName', '')}".strip()
+    if (right := _right_to_write(account, owner, token)) is None:
+        raise HubError(
+            f"{repo} cannot be written: the {shown} of {account['name']} ({role}) has no right to write for {owner}. "
+            "Run `hf auth login` with one that has, or choose another owner."
+        )
+    if existing and private and not existing.private:
+        raise HubError(f"{repo} is public: make it private on its Hub page first, or leave --private out.")
+    visibility = "private" if (existing.private if existing else private) else "public"
+    return {
+        "account": f"{account['name']}, {shown} ({role})",
+        "owner": f"{owner}: {right}",
+        "repo": f"exists, {visibility}" if existing else f"new, {visibility}",
+    }
+
+
+def _right_to_write(account: dict[str, Any], owner: str, token: dict[str, Any]) -> str | None:
+    """Return why an account may write for an owner, in words; None if it may not."""
+    organizations = {each["name"]: each.get("roleInOrg", "member") for each in account.get("orgs") or []}
+    if token.get("role") == "fineGrained":
+        scopes = (token.get("fineGrained") or {}).get("scoped") or []
+        names = {
+            scope["entity"]["name"].partition("/")[0] for scope in scopes if "repo.write" in scope["permissions"]
+        }
+        return "the token may write for it" if owner in names else None
+    if token.get("role") == "read" or organizations.get(owner) == "read":
+        return None
+    if owner == account["name"]:
+        return "the account itself"
+    return f"an organization of the account ({organizations[owner]})" if owner in organizations else None
 
 
 def _max_bytes(file: str) -> int:

@@ -310,7 +310,10 @@ def push(
     adapter: AdapterArgument,
     repo: RepoArgument,
     private: Annotated[bool, typer.Option("--private", help="If the repo is created, make it private.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files without uploading them.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="List the files, and check token, owner and repo, without uploading."),
+    ] = False,
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     as_json: JsonOption = False,
 ) -> None:
@@ -322,7 +325,8 @@ def push(
     from ..adapters import hub_sync
 
     pushed = hub_sync.push(loaded, repo, private=private, dry_run=dry_run)
-    summary = {"repo": pushed.repo, "files": pushed.files, "url": pushed.url}
+    checks = {"checks": pushed.checks} if dry_run else {}
+    summary = {"repo": pushed.repo, "files": pushed.files, "url": pushed.url} | checks
     show_json(summary) if as_json else _show_transfer(pushed)
     if dry_run:
         print_stderr("Dry run: nothing was uploaded.")
@@ -353,7 +357,9 @@ def pull(
 
 
 def _show_transfer(transfer: "TransferResult") -> None:
-    print_table([(name, format_bytes(size)) for name, size in transfer.files.items()])
+    total = [("in all", format_bytes(sum(transfer.files.values())))]
+    print_table([(name, format_bytes(size)) for name, size in transfer.files.items()] + total)
+    show_fields(transfer.checks)
     if transfer.url:
         print(transfer.url)
     if transfer.adapter:

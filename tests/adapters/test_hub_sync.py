@@ -207,8 +207,52 @@ def test_push_deletes_stale_files(hub, small):
 
 def test_push_dry_run_sends_nothing(hub, small):
     transfer = push(small, dry_run=True)
-    assert (transfer.url, hub.requests) == (None, [])
+    assert (transfer.url, hub.repos, hub.blobs) == (None, {}, {})
+    assert {request.partition(" ")[0] for request in hub.requests} == {"HEAD", "GET"}
     assert transfer.files == push(small).files == {name: len(served(hub, name)) for name in hub.repos[KEY].files}
+
+
+@pytest.mark.parametrize("token", ["writer", "fine-owner"])
+def test_push_dry_run_says_rights(hub, small, monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    checks = push(small, dry_run=True).checks
+    right = "an organization of the account (write)" if token == "writer" else "the token may write for it"
+    role = "write" if token == "writer" else "fineGrained"
+    assert checks == {
+        "account": f"user, token laptop ({role})",
+        "owner": f"owner: {right}",
+        "repo": "new, public",
+    }
+    assert push(small, dry_run=True, private=True).checks["repo"] == "new, private"
+    push(small, private=True)
+    assert push(small, dry_run=True).checks["repo"] == "exists, private"
+    if token == "writer":
+        mine = hub_sync.push(small, "user/mine", dry_run=True).checks
+        assert mine["owner"] == "user: the account itself"
+        assert hub_sync.push(small, "mine", dry_run=True).checks["owner"] == "user: the account itself"
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "why"),
+    [
+        ("", REPO, "owner/reviews cannot be written without a token: run `hf auth login`, or set HF_TOKEN."),
+        ("read-only", REPO, "token laptop of user (read) has no right to write for owner. Run `hf auth login`"),
+        ("fine-other", REPO, "token laptop of user (fineGrained) has no right to write for owner."),
+        ("writer", "stranger/reviews", "token laptop of user (write) has no right to write for stranger."),
+        ("writer", "museum/reviews", "token laptop of user (write) has no right to write for museum."),
+        ("writer", "a/b/c", "'a/b/c' is neither a local folder nor a Hub id"),
+    ],
+)
+def test_push_dry_run_refuses_like_push(hub, small, monkeypatch, token, repo, why):
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert why in refusal(HubError, hub_sync.push, small, repo, dry_run=True)
+    assert not hub.repos
+
+
+def test_push_dry_run_refuses_public_repo(hub, small):
+    push(small)
+    message = "owner/reviews is public: make it private on its Hub page first, or leave --private out."
+    assert refusal(HubError, push, small, private=True, dry_run=True) == message
 
 
 def test_pull_dry_run_downloads_nothing(hub, small, tmp_path):
@@ -251,7 +295,9 @@ def test_push_pull_offline_fails(small):
     message = "the Hub is out of reach: HF_HUB_OFFLINE is set."
     assert refusal(HubError, push, small) == f"owner/reviews cannot be written, and {message}"
     assert refusal(HubError, pull) == f"owner/reviews cannot be fetched, and {message}"
-    assert push(small, dry_run=True).files
+    offline = push(small, dry_run=True)
+    assert offline.files
+    assert offline.checks == {"not checked": "the Hub is out of reach: HF_HUB_OFFLINE is set"}
 
 
 @pytest.mark.parametrize("missing", [WEIGHTS_FILE, CONFIG_FILE])
@@ -357,8 +403,13 @@ def test_push_pull_commands(hub, small, monkeypatch):
         CONFIG_FILE,
         WEIGHTS_FILE,
         MANIFEST_FILE,
+        "in",
+        "account",
+        "owner",
+        "repo",
     ]
-    assert (tried.stderr, hub.requests) == ("Dry run: nothing was uploaded.\n", [])
+    assert (tried.stderr, hub.repos) == ("Dry run: nothing was uploaded.\n", {})
+    assert json.loads(run("push", "small", REPO, "--dry-run", "--json").stdout)["checks"]["repo"] == "new, public"
     sent = json.loads(run("push", "small", REPO, "--private", "--json").stdout)
     sha = hub.repos[KEY].sha
     assert sent == {"repo": REPO, "files": sent["files"], "url": f"{hub.url}/{REPO}/commit/{sha}"}
