@@ -157,7 +157,10 @@ def show_details(adapter: Adapter, ancestors: Sequence[Ancestor], coverage: str 
             }
         if run := manifest.run:
             steps = f"{run.steps:,} steps, {run.tokens:,} tokens, {format_duration(run.seconds)}"
-            fields["run"] = f"{run.method}, {steps} on {run.device} in {run.dtype}"
+            changed = (
+                f", resumed with other {', '.join(run.inexact)}: not exactly repeatable" if run.inexact else ""
+            )
+            fields["run"] = f"{run.method}, {steps} on {run.device} in {run.dtype}{changed}"
         versions = ", ".join(f"{package} {version}" for package, version in manifest.versions.items())
         age = _format_created(manifest.created)
         created = manifest.created if age == "?" else f"{manifest.created} ({age})"

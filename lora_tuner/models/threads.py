@@ -46,16 +46,17 @@ def busy_warning() -> str | None:
 
 def _measure(threads: int) -> tuple[float, float]:
     """Return how many times as slow all threads are as one, and the share of their time that they run."""
-    alone, together, shares = [], [], []
+    alone, together, cpu_seconds = [], [], 0.0
     try:
         for _ in range(ROUNDS):
             alone.append(_time_products(1)[0])
-            seconds, cpu_seconds = _time_products(threads)
+            seconds, used = _time_products(threads)
             together.append(seconds)
-            shares.append(cpu_seconds / seconds / threads)
+            cpu_seconds += used
     finally:
         torch.set_num_threads(threads)
-    return statistics.median(together) / statistics.median(alone), statistics.median(shares)
+    # The clock of the process may be coarse, so that it tells nothing about a single round.
+    return statistics.median(together) / statistics.median(alone), cpu_seconds / sum(together) / threads
 
 
 def _time_products(threads: int) -> tuple[float, float]:

@@ -51,6 +51,9 @@ def test_changed_threads_are_accepted_by_name(settings, tmp_path):
     torch.set_num_threads(1)
     resumed = resume("reviews")  # the number and its acceptance are kept
     assert (resumed.manifest.run.threads, resumed.manifest.run.inexact) == (2, ["threads"])
+    assert "resumed with other threads: not exactly repeatable" in " ".join(
+        run("adapters", "show", "reviews").stdout.split()
+    )
 
 
 def test_sweep_accepts_changed_threads(settings):
@@ -90,7 +93,9 @@ def test_more_steps_are_from_the_adapter(settings, quick):  # noqa: F811
         "A run keeps its number of steps; for more, let it finish and continue from its adapter: python cli.py train "
         "--config adapters/reviews/run.yaml --from reviews --name reviews-2 --max-steps {}"
     )
-    assert error("train", "--resume", "reviews", "--max-steps", 9).endswith(advice.format(5))
+    assert error("train", "--resume", "reviews", "--max-steps", 9).endswith(
+        advice.format(4)
+    )  # 5 of 9 are in the run
     assert "A run keeps" not in error("train", "--resume", "reviews", "--rank", 2)
     assert error("train", "--accept", "threads") == (
         "Error: --accept is for a run that is resumed: give --resume NAME too."
