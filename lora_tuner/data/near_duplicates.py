@@ -193,7 +193,8 @@ def find_copies(
             )
         )
     elif copies:
-        notify(Notice(f"{count} training rows nearly copy held-out ones {share}; {rule}."))
+        rows = "1 training row nearly copies" if len(copies) == 1 else f"{count} training rows nearly copy"
+        notify(Notice(f"{rows} held-out ones {share}; {rule}."))
     return copies
 
 
