@@ -273,11 +273,9 @@ def write_adapter(
 
 
 def _join_sets(name: str, sets: Sequence[EvalSet]) -> EvalSet:
-    """The rows of all sets as one set, in turn from each, so that its first rows are of all of them."""
+    """The rows of all sets as one set."""
     groups = eval_sets.join_groups([(eval_set.groups, len(eval_set.texts)) for eval_set in sets])
-    joined = EvalSet(name, [text for eval_set in sets for text in eval_set.texts], groups=groups)
-    places = [row for eval_set in sets for row in range(len(eval_set.texts))]
-    return joined.select(sorted(range(len(places)), key=places.__getitem__))
+    return EvalSet(name, [text for eval_set in sets for text in eval_set.texts], groups=groups)
 
 
 def _copy_tokenizer(parents: Sequence[Adapter], folder: Path, notify: EventHandler) -> None:

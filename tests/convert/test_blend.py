@@ -24,7 +24,6 @@ from lora_tuner import (
 from lora_tuner.adapters.adapter import CARD_FILE, load_adapter_folder, verify_adapter
 from lora_tuner.adapters.manifest import SourceInfo
 from lora_tuner.convert import common
-from lora_tuner.data import eval_sets
 from lora_tuner.errors import AdapterError, ConfigError, Notice
 
 from .. import adapter_files, tiny_models
@@ -296,9 +295,8 @@ def test_blend_keeps_groups_of_its_rows(two):
         ("grouped", sets), ("alone", [EvalSet("by row", rows.texts)])
     )]  # fmt: skip
     grouped, alone = map(evaluation.cached_rows, made)
-    in_turn = [rows.texts[row] for row in (0, 4, 1, 5, 2, 6, 3, 7)]
-    assert (grouped.texts, alone.texts) == (in_turn, rows.texts)
-    assert (grouped.groups, alone.groups) == ([0, 2, 0, 3, 1, 4, 1, 5], [])
+    assert (grouped.texts, alone.texts) == (rows.texts, rows.texts)
+    assert (grouped.groups, alone.groups) == ([0, 0, 1, 1, *range(2, len(rows.texts) - 2)], [])
     assert made[0].manifest.result.groups == len(rows.texts) - 2
 
 
@@ -348,19 +346,6 @@ def test_equal_held_out_rows_evaluated_once(two, settings):
         event.text for event in events if isinstance(event, Notice)
     ]
     assert blended.adapter.manifest.data == two[0].manifest.data
-
-
-def test_few_rows_are_of_all_parts(two):
-    """As `--eval-rows` takes the first rows of a set."""
-    options = ModelOptions(device="cpu")
-    mixed = blend([(parent, 0.5) for parent in two], "mixed", Library(), options=options)
-    parts = [evaluation.cached_rows(parent).texts for parent in two]
-    rows = evaluation.cached_rows(mixed.adapter)
-    assert sorted(rows.texts) == sorted(parts[0] + parts[1])
-    for count in (2, 4):
-        (few,) = eval_sets.select_rows([rows], count)
-        assert [len({*few.texts} & {*part}) for part in parts] == [count // 2] * 2
-    assert mixed.adapter.manifest.result.rows == len(rows.texts)
 
 
 def test_blend_without_held_out_rows_notifies(make, library, model_folder, rows):
