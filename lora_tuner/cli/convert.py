@@ -281,7 +281,9 @@ def compress(
         "comparison": _comparison_dict(compressed.comparison),
         "results": [result.model_dump() for result in compressed.results or ()],
     }
-    show_json(compressed.adapter.to_dict() | {"compress": details}) if as_json else _show_compress(compressed)
+    picture = str(compressed.adapter.path / SPECTRUM_FILE)
+    facts = compressed.adapter.to_dict() | {"compress": details, "picture": picture}
+    show_json(facts) if as_json else _show_compress(compressed)
 
 
 def _show_compress(compressed: "CompressResult") -> None:

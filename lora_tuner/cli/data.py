@@ -109,7 +109,8 @@ def data(
     if copy is not None:
         redacted = redaction.redact(config, copy, display, region=region, overwrite=overwrite)
     if as_json:
-        show_json(report.to_dict() | ({"redacted": redacted.to_dict()} if redacted else {}))
+        written = {"page": str(page)} if page else {}
+        show_json(report.to_dict() | written | ({"redacted": redacted.to_dict()} if redacted else {}))
         return
     _show_report(report)
     if redacted:

@@ -94,7 +94,7 @@ def evaluate(
                 file,
             )
     if as_json:
-        show_json(matrix.to_dict())
+        show_json(matrix.to_dict() | ({"picture": str(plot)} if plot else {}))
         return
     show_gains(matrix)
     if plot:

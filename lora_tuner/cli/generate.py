@@ -39,17 +39,25 @@ if TYPE_CHECKING:
 MIN_COLUMN_WIDTH = 36  # characters; with less, texts are not shown side by side
 
 FileOption = Annotated[Path | None, typer.Option(help="File with one prompt per line.", show_default=False)]
+_CHAT_HELP = "Ask through the chat template of the adapter, else of the base. --no-chat: continue the bare text."
 ChatOption = Annotated[
     bool | None,
     typer.Option(
         "--chat/--no-chat",
-        help="Ask through the chat template of the adapter, else of the base; the interactive prompt keeps the "
-        "history. --no-chat: continue the bare text.",
+        help=f"{_CHAT_HELP} The interactive prompt keeps the history of a chat.",
         show_default="chat, if the adapter has learned conversations",
     ),
 ]
+CompareChatOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        help=_CHAT_HELP,
+        show_default="chat with each adapter that has learned conversations, and with the base if all have",
+    ),
+]
 SystemOption = Annotated[
-    str | None, typer.Option(help="In a chat: the system message.", show_default="the template's")
+    str | None, typer.Option(help="System message of a chat.", show_default="the template's")
 ]
 
 
@@ -61,7 +69,8 @@ def generate(
     prompt: Annotated[
         str | None,
         typer.Argument(
-            help="Text to continue. - reads prompts from stdin, one per line. Without it, an interactive prompt starts.",
+            help="Text to continue, or in a chat the question. - reads prompts from stdin, one per line. Without it, an "
+            "interactive prompt starts.",
             show_default=False,
         ),
     ] = None,
@@ -79,7 +88,7 @@ def generate(
     *,
     options: ModelOptions,
 ) -> None:
-    """Generate text from a prompt, with an adapter or with the base alone.
+    """Generate text from a prompt, or ask a question, with an adapter or with the base alone.
 
     python cli.py generate "The sea" --adapter poems
     python cli.py generate --adapter poems
@@ -197,10 +206,13 @@ def compare(
     ],
     prompt: Annotated[
         str | None,
-        typer.Argument(help="Text to continue. - reads prompts from stdin, one per line.", show_default=False),
+        typer.Argument(
+            help="Text to continue, or in a chat the question. - reads prompts from stdin, one per line.",
+            show_default=False,
+        ),
     ] = None,
     file: FileOption = None,
-    chat: ChatOption = None,
+    chat: CompareChatOption = None,
     system: SystemOption = None,
     as_json: JsonOption = False,
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,

@@ -40,6 +40,9 @@ def serve(
 ) -> None:
     """Start an OpenAI-compatible server and web page for all adapters.
 
+    /v1/chat/completions asks through the chat template, /v1/completions continues the bare text. The page
+    asks adapters that have learned conversations through their template.
+
     python cli.py serve --open
 
     Docs: docs/serving.md

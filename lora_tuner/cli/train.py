@@ -13,6 +13,7 @@ from ..config import METHODS, STOP_RULES, TrainConfig
 from ..errors import ConfigError
 from ..settings_files import expand_sweep, resolve_settings
 from ..text import describe_coverage, format_bytes, format_duration, format_gain, format_share
+from ..training.paths import SWEEP_PLOT_FILE
 from ..training.progress import display
 from .completion import complete_run_names
 from .display import print_picture, print_result, print_table, show_json
@@ -90,7 +91,10 @@ def train(
             if resume
             else sweep.run_sweep(configs, display)
         )
-        show_json(result.to_dict()) if as_json else _show_sweep(result)
+        if as_json:
+            show_json(result.to_dict() | {"picture": str(result.folder / SWEEP_PLOT_FILE)})
+        else:
+            _show_sweep(result)
     elif preview:
         previewed = make_preview(settings, preview, display)
         if as_json:
@@ -108,7 +112,10 @@ def train(
             else run.resume(resume, settings.runs_dir, display, **changes)
         )
         if distributed.rank() == 0:
-            show_json(adapter.to_dict()) if as_json else _show_trained(adapter)
+            if as_json:
+                show_json(adapter.to_dict() | {"picture": str(adapter.path / LOSS_PLOT_FILE)})
+            else:
+                _show_trained(adapter)
     distributed.destroy_process_group()
 
 
@@ -173,7 +180,7 @@ def _show_sweep(result: "SweepResult") -> None:
         rows, ("adapter", "rank", "learning rate", "held-out loss", "gap to the best", "size", "training")
     )
     print(f"base: held-out loss {result.base_loss:.4f}")
-    print_picture(result.folder / "sweep.png", "held-out loss against size and training time")
+    print_picture(result.folder / SWEEP_PLOT_FILE, "held-out loss against size and training time")
     why = "the smallest within a standard error of the best"
     if any(trial.standard_error is None for trial in result.trials):
         why = "the best; one held-out row, group or document gives no standard error, so a smaller one may be as good"

@@ -135,6 +135,7 @@ def test_train_options_override_config_file(quick, tmp_path, gpt2, reviews_csv):
     )
     facts = json.loads(run("train", "--config", "run.yaml", "--rank", 3, "--max-steps", 1, "--json").stdout)
     assert (facts["rank"], facts["run"]["steps"]) == (3, 1)
+    assert (facts["picture"], Path(facts["picture"]).is_file()) == ("adapters/reviews/loss.png", True)
     (tmp_path / "bad.yaml").write_text("rnak: 8\nrank: 0\n")
     error = run("train", "--config", "bad.yaml", exit_code=1).stderr
     assert "rnak: unknown setting" in error

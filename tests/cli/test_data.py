@@ -91,7 +91,9 @@ def test_data_redacts_to_new_file(dirty, gpt2, tmp_path):
     assert "I am [EMAIL]; [PHONE]; [CARD]; [IBAN]; [KEY]." in copy
     refused = data(gpt2, "dirty.csv", "--redact", "copy.csv", exit_code=1)
     assert "copy.csv exists: choose another name, or use --overwrite." in refused.stderr
-    facts = json.loads(data(gpt2, "copy.csv", "--json", "--redact", "again.jsonl").stdout)
+    written = ("--redact", "again.jsonl", "--html", "page.html")
+    facts = json.loads(data(gpt2, "copy.csv", "--json", *written).stdout)
+    assert facts["page"] == "page.html"
     assert facts["redacted"] | {"path": ""} == facts["redacted"] | {"rows": 60, "replaced": {}, "path": ""}
     assert not any(kind["rows"] for kind in facts["personal_data"])
 

@@ -25,6 +25,7 @@ from lora_tuner.training.progress import Display
 from lora_tuner.training.sweep import SweepResult, Trial
 
 from .. import adapter_files
+from .test_commands import run
 
 CONTROL = {chr(code) for code in (*range(32), *range(127, 160))} - {"\t", "\n"}
 # Hostile text in place of a name: colors, a window title, cursor movement, markup of rich.
@@ -302,6 +303,13 @@ def test_results_say_where_pictures_are(capsys, wide, tmp_path):
         "picture: runs/s.sweep/sweep.png (held-out loss against size and training time)",
         f"picture: {tmp_path}/a/spectrum.png (singular values of each kind of layer)",
     ]
+
+
+def test_sweep_json_names_picture(monkeypatch):
+    result = SweepResult("s", 3.0, [Trial("s-2", 2, 1e-3, 2.0)], "s-2", Path("runs/s.sweep"))
+    monkeypatch.setattr("lora_tuner.training.sweep.run_sweep", lambda configs, notify: result)
+    facts = json.loads(run("train", "--rank", "2,4", "--json").stdout)
+    assert facts["picture"] == "runs/s.sweep/sweep.png"
 
 
 @pytest.mark.parametrize("columns", ["40", "1000"])

@@ -106,7 +106,8 @@ def test_evaluate_writes_plot(two, tmp_path):
     names = [rows.name for rows in matrix.sets]
     plots.plot_gains(matrix.base, matrix.adapters, names, matrix.cells, tmp_path / "again.png")
     assert drawn == (tmp_path / "again.png").read_bytes()
-    json.loads(run("evaluate", "noir", "verse", "--plot", "other.PNG", "--json").stdout)
+    facts = json.loads(run("evaluate", "noir", "verse", "--plot", "other.PNG", "--json").stdout)
+    assert facts["picture"] == "other.PNG"
     assert (tmp_path / "other.PNG").read_bytes() == drawn
 
 

@@ -390,6 +390,7 @@ def test_blend_compress_merge_commands(two, tmp_path):
     assert "of the energy is lost, most in" in run("compress", "mixed", "--energy", 0.5, "--device", "cpu").stdout
     assert Library().names() == ["cut", "mixed", "mixed-compressed", "pan", "praise"]
     compressed = json.loads(run("compress", "cut", "--max-bytes", 8000, "--json", "--device", "cpu").stdout)
+    assert compressed["picture"] == "adapters/cut-compressed/spectrum.png"
     assert compressed["compress"]["results"][0]["loss"] == pytest.approx(cut["result"]["loss"], abs=1e-6)
     refused = run("compress", "cut", "--energy", 0.9, "--max-bytes", 9, exit_code=1).stderr
     assert refused == "Error: energy and max_bytes exclude each other: give one.\n"
