@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from .errors import LoraTunerError, ProcessLostError, RaisedOnRankZero, TrainingError
+from .errors import LoraTunerError, ProcessLostError, RaisedOnRankZero, TrainingError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +91,7 @@ def init_process_group(device: str) -> None:
         state = PartialState(cpu=on_cpu)
         group = torch.distributed.new_group(backend="gloo", timeout=_TIMEOUT) if state.num_processes > 1 else None
     except (ValueError, RuntimeError) as error:
-        raise TrainingError(f"The processes cannot connect: {str(error).splitlines()[0]}") from error
+        raise TrainingError(f"The processes cannot connect: {first_line(error)}") from error
     if state.num_processes != expected_world_size():
         raise TrainingError(
             f"WORLD_SIZE announces {expected_world_size()} processes, but this one finds "

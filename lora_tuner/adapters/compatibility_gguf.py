@@ -35,7 +35,7 @@ def check_llama_cpp(
     else:
         architectures = []
         report.errors.append(
-            f"its base is a {base_config.get('model_type')} model, and only adapters of {supported} can be exported: "
+            f"its base is of type {base_config.get('model_type')}, and only adapters of {supported} can be exported: "
             f"{advise_merge(name)}, then convert the result with llama.cpp's script"
         )
     if adapter.config.get("use_dora"):

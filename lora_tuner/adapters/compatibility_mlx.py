@@ -19,7 +19,7 @@ def check_mlx(adapter: Adapter, name: str, base_config: BaseConfig | None, repor
         models, kind = [model], f"mlx-lm's {base_config['model_type']}"
     else:
         report.errors.append(
-            f"its base is a {base_config.get('model_type')} model, and adapters are exported to mlx-lm for those of "
+            f"its base is of type {base_config.get('model_type')}, and adapters are exported to mlx-lm for those of "
             f"{', '.join(mlx_lm.MODELS)}: {advise_merge(name)}, if mlx-lm has such models"
         )
         return

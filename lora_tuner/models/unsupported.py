@@ -23,6 +23,7 @@ _KINDS = (
     (r"ForMaskedLM$|ForPreTraining$", "a masked language model"),
     (r"Diffusion", "a diffusion model"),
     (r"ForSequenceClassification$|Reward", "a classifier or reranker"),
+    (r"^(Bark|FastSpeech2|Hubert|SEW|UniSpeech|Vits|Wav2Vec2|WavLM)", "a speech model"),
     (r"For(Token|Audio|Video|Image|AudioFrame)?Classification$|ForImageClassification", "a classifier"),
     (r"For(Extractive|Table|Visual|Document)?QuestionAnswering$|ForMultipleChoice$|ForNextSentence", "a question answerer"),
     (r"ForCTC$|ForSpeechSeq2Seq$|ForRNNT$|ForXVector$|ForTextToWaveform$|TextToSpeech|ToSpectrogram|Vocoder", "a speech model"),
@@ -95,7 +96,7 @@ def why_unknown_type(config: Mapping[str, object]) -> str | None:
     ):
         return None
     if model_type in CONFIG_MAPPING:
-        return f"it is a {model_type} model ({class_name}), and that is no causal language model. {INSTEAD}"
+        return f"it is of type {model_type} ({class_name}), which is no causal language model. {INSTEAD}"
     if config.get("auto_map"):
         return (
             f"its model type {model_type} is code of its own (auto_map in config.json), and code "

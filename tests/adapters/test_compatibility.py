@@ -176,7 +176,7 @@ def test_peft_check_accepts_target_pattern(write):
 def test_check_and_export_agree_on_architecture(write, tmp_path, kind):
     adapter = on_base(write(), tmp_path / "base", model_type=kind)
     obstacle = (
-        f"its base is a {kind} model, and only adapters of {EXPORTED} can be exported: {MERGE}, then convert the result "
+        f"its base is of type {kind}, and only adapters of {EXPORTED} can be exported: {MERGE}, then convert the result "
         "with llama.cpp's script"
     )
     if kind in llama_cpp.ARCHITECTURES:  # without layers of these names
@@ -191,7 +191,7 @@ def test_check_and_export_agree_on_architecture(write, tmp_path, kind):
 def test_layers_of_unknown_type_are_not_named(write, tmp_path):
     adapter = on_base(write({"backbone.layers.0.mixer.in_proj": (32, 64)}), tmp_path / "base", model_type="mamba")
     (obstacle,), _ = check(adapter, "llama.cpp")
-    assert obstacle.startswith("its base is a mamba model, and only adapters of ")
+    assert obstacle.startswith("its base is of type mamba, and only adapters of ")
 
 
 WRAPPED = {"text_config": {"hidden_size": 32}}

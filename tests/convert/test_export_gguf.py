@@ -315,7 +315,7 @@ def test_export_unsupported_architecture_fails(make, base, tmp_path):
     other = changed(base("llama"), tmp_path / "opt", model_type="opt")
     adapter = make("llama")
     assert refused(adapter, tmp_path / "a.gguf", base=other) == (
-        f"{adapter.path}: its base is a opt model, and only adapters of {', '.join(ARCHITECTURES)} can be exported: "
+        f"{adapter.path}: its base is of type opt, and only adapters of {', '.join(ARCHITECTURES)} can be exported: "
         "merge it (`python cli.py merge random --out merged/random`), then convert the result with llama.cpp's script."
     )
 

@@ -155,7 +155,7 @@ REFUSED = {
     "type": (
         {"modules": LLAMA},
         {"model_type": "opt"},
-        f"its base is a opt model, and adapters are exported to mlx-lm for those of {', '.join(mlx_lm.MODELS)}: {MERGE}, "
+        f"its base is of type opt, and adapters are exported to mlx-lm for those of {', '.join(mlx_lm.MODELS)}: {MERGE}, "
         "if mlx-lm has such models",
     ),
     "layer": (

@@ -90,6 +90,8 @@ KINDS = {
         named("vit", "ViTForImageClassification"),
         f"it is a classifier (ViTForImageClassification). {INSTEAD}",
     ),
+    "vits": (named("vits", "VitsModel"), f"it is a speech model (VitsModel). {INSTEAD}"),
+    "bark": (named("bark", "BarkModel"), f"it is a speech model (BarkModel). {INSTEAD}"),
     "speech": (named("wav2vec2", "Wav2Vec2ForCTC"), f"it is a speech model (Wav2Vec2ForCTC). {INSTEAD}"),
     "text by diffusion": (
         named("diffusion_gemma", "DiffusionGemmaForBlockDiffusion"),
@@ -211,11 +213,10 @@ def test_unknown_model_types_say_what_helps():
         "that transformers has itself"
     )
     assert unsupported.why_unknown_type(named("clip", "CLIPModel")) == (
-        f"it is a clip model (CLIPModel), and that is no causal language model. {INSTEAD}"
+        f"it is of type clip (CLIPModel), which is no causal language model. {INSTEAD}"
     )
     assert unsupported.why_unknown_type(named("musicgen", "MusicgenForConditionalGeneration")) == (
-        "it is a musicgen model (MusicgenForConditionalGeneration), and that is no causal language model. "
-        + INSTEAD
+        "it is of type musicgen (MusicgenForConditionalGeneration), which is no causal language model. " + INSTEAD
     )
     for class_name in ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"):
         assert unsupported.why_unknown_type(named("qwen3_5", class_name)) is None
