@@ -121,11 +121,14 @@ def train(
 
 def _advise_more_steps(name: str, overrides: Overrides) -> str:
     """Return a sentence for a resume that asks for more steps, else an empty text."""
-    if not (rules := [rule for rule in STOP_RULES if rule in overrides]):
-        return ""
+    from ..training import paths
     from ..training.checkpoints import more_steps_advice
 
-    run_file = Path(overrides.get("runs_dir", TrainConfig().runs_dir)) / name / RUN_FILE
+    rules = [rule for rule in STOP_RULES if rule in overrides]
+    runs_dir = overrides.get("runs_dir", TrainConfig().runs_dir)
+    if not rules or paths.sweep_folder(runs_dir, name).exists():  # no trial of a sweep has its name
+        return ""
+    run_file = runs_dir / name / RUN_FILE
     saved = resolve_settings(TrainConfig, {}, run_file) if run_file.is_file() else TrainConfig()
     wanted = overrides[rules[0]]
     if rules[0] == "max_steps" and saved.max_steps and wanted > saved.max_steps:

@@ -51,7 +51,7 @@ def more_steps_advice(adapter_folder: Path, steps: str = "--max-steps N") -> str
     name, file = adapter_folder.name, shlex.quote(str(adapter_folder / adapter.RUN_FILE))
     parent = name if adapter_folder.parent == TrainConfig().adapters_dir else shlex.quote(str(adapter_folder))
     return (
-        "A run keeps its number of steps; for more, let it finish and continue from its adapter: "
+        "A run keeps its number of steps; a new adapter continues from the finished one: "
         f"python cli.py train --config {file} --from {parent} --name {name}-2 {steps}"
     )
 

@@ -263,11 +263,12 @@ def _nothing_to_resume(folder: Path) -> TrainingError:
     elif copies := sorted(folder.glob(f"*/{RUN_FILE}")):
         why = f"it has finished, or {folder / RUN_FILE} was removed; {copies[0]} is a copy of it"
     advice = "Train without --resume"
-    if folder.name in library.names():
-        advice = f"{checkpoints.more_steps_advice(library.path / folder.name)}. Or train without --resume"
     if others := [run.name for run in unfinished_runs(folder.parent)]:
         advice += f", or resume one of these (`runs` shows them): {format_names(others)}"
-    return TrainingError(f"There is no unfinished run {folder}: {why}. {advice}.")
+    text = f"There is no unfinished run {folder}: {why}. {advice}."
+    if folder.name in library.names():
+        text += f" {checkpoints.more_steps_advice(library.path / folder.name)}"
+    return TrainingError(text)
 
 
 def _check_not_finished(saved: TrainConfig, folder: Path) -> None:

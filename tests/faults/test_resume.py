@@ -367,7 +367,10 @@ def test_changed_fact_is_named(run, killed, reviews_csv, what, before):
     assert ended.status == 1
     assert ended.line.startswith(f"Error: {RUN} cannot be resumed exactly: changed since it stopped: ")
     assert f"{what} (was " in ended.line
-    assert ended.line.endswith("Restore it, or train again with --overwrite.")
+    advice = "Restore it, or train again with --overwrite."
+    if what == "threads":
+        advice = "or with --accept threads, and the manifest says that the result is no longer exact."
+    assert ended.line.endswith(advice)
     assert leftovers() == {str(RUN)}
 
 
@@ -430,7 +433,9 @@ def test_resume_of_finished_run_is_refused(run, arguments, how):
         ended = run("train", "--resume", "reviews")
     assert ended.status == 1
     assert ended.line == (
-        f"Error: There is no unfinished run {RUN}: it has finished, as {ADAPTER}. Train without --resume."
+        f"Error: There is no unfinished run {RUN}: it has finished, as {ADAPTER}. Train without --resume. A run keeps its "
+        "number of steps; a new adapter continues from the finished one: python cli.py train --config "
+        f"{ADAPTER}/run.yaml --from reviews --name reviews-2 --max-steps N"
     )
 
 

@@ -90,7 +90,7 @@ def test_busy_machine_is_named_once(settings, monkeypatch):
 def test_more_steps_are_from_the_adapter(settings, quick):  # noqa: F811
     stopped(settings)
     advice = (
-        "A run keeps its number of steps; for more, let it finish and continue from its adapter: python cli.py train "
+        "A run keeps its number of steps; a new adapter continues from the finished one: python cli.py train "
         "--config adapters/reviews/run.yaml --from reviews --name reviews-2 --max-steps {}"
     )
     assert error("train", "--resume", "reviews", "--max-steps", 9).endswith(
