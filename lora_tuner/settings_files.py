@@ -103,8 +103,10 @@ def read_settings(file: Path) -> SettingValues:
     """Read a YAML file of settings, with current names for old keys. Values are not validated.
 
     Raises:
-        ConfigError: the file is missing, too large, not YAML, or holds no settings.
+        ConfigError: the file is missing, a pipe, too large, not YAML, or holds no settings.
     """
+    if file.is_fifo() and not file.is_relative_to("/dev"):  # would block; `<(command)` is in /dev/fd
+        raise ConfigError(f"{file} is a pipe, not a file.")
     try:
         with file.open(encoding="utf-8-sig") as opened:
             text = opened.read(MAX_SETTINGS_CHARS + 1)

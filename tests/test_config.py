@@ -1,5 +1,6 @@
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -300,6 +301,16 @@ def test_missing_or_non_utf8_file_refused(tmp_path):
     assert refusal({}, file=tmp_path / "latin.yaml").startswith(
         f"{tmp_path / 'latin.yaml'} cannot be read as YAML: "
     )
+
+
+def test_pipe_in_place_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "run.yaml")
+    assert refusal({}, file=tmp_path / "run.yaml") == f"{tmp_path}/run.yaml is a pipe, not a file."
+    reader, writer = os.pipe()  # `--config <(command)`
+    os.write(writer, b"rank: 3")
+    os.close(writer)
+    assert resolve_settings(TrainConfig, {}, Path(f"/dev/fd/{reader}")).rank == 3
+    os.close(reader)
 
 
 def test_non_text_key_is_refused(run_yaml):
