@@ -18,7 +18,7 @@ from ..config import DELIMITER_NAMES
 from ..text import data_extension, format_names, shorten
 from .encodings import guess_encodings
 from .opening import UnreadableFileError, open_file, text_lines
-from .workbooks import check_distinct
+from .workbooks import check_distinct, column_letters
 
 DELIMITERS = (",", ";", "\t", "|")  # that are recognized
 _SAMPLED_LINES, _SAMPLED_CHARS = 1_000, 2_000_000  # of a file, which tell its delimiter
@@ -27,6 +27,7 @@ _SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)  # first line of 
 _NAME = re.compile(
     r"[^\W\d_][\w./()#&%$-]*(?: [\w./()#&%$-]+){0,4}"
 )  # of a column, in a table without another sign of one
+_TITLE_LINES = 5  # that may stand above a header
 _MAX_NAME, _LONGER = 60, 2  # characters of a name; texts below it are longer by this factor
 
 
@@ -39,13 +40,14 @@ class NumberedRow(dict[str, object]):
 
 @dataclass(frozen=True)
 class _Reading:
-    """The first lines of a file, divided at a delimiter: header, rows, and those of as many fields."""
+    """First lines of a file, divided at a delimiter: header, rows, and those of as many fields."""
 
     delimiter: str
     header: list[str]
     rows: int
     agreeing: int
     is_valid: bool  # as to its quotes
+    misfit: int  # first line with other fields; 0 for none
 
     @property
     def is_table(self) -> bool:
@@ -63,7 +65,8 @@ class _Reading:
 
     def __str__(self) -> str:
         names = format_names([repr(shorten(name, 40)) for name in self.header], 4)
-        return f"{describe_delimiter(self.delimiter)} gives the columns {names}"
+        misfit = f", but not in line {self.misfit}" if self.misfit else ""
+        return f"{describe_delimiter(self.delimiter)} gives the columns {names}{misfit}"
 
 
 def describe_delimiter(delimiter: str) -> str:
@@ -163,16 +166,19 @@ def _separator(lines: list[str]) -> str | None:
 
 def _read_sample(lines: list[str], delimiter: str, is_cut: bool) -> _Reading:
     csv.field_size_limit(2**31 - 1)
-    header, rows, agreeing, is_valid = list[str](), 0, 0, True
+    header, rows, agreeing, is_valid, misfit, start = list[str](), 0, 0, True, 0, 1
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
-        for fields in csv.reader(lines, delimiter=delimiter, strict=True):
+        for fields in reader:
             if header and fields:
                 rows += 1
                 agreeing += len(fields) == len(header)
-            header = header or fields
+                misfit = misfit or start * (len(fields) != len(header))
+            header, start = header or fields, reader.line_num + 1
     except csv.Error as error:
         is_valid = is_cut and "unexpected end" in str(error)
-    return _Reading(delimiter, header, rows, agreeing, is_valid)
+        misfit = misfit or start * (not is_valid)
+    return _Reading(delimiter, header, rows, agreeing, is_valid, misfit)
 
 
 def _choose(lines: list[str], is_cut: bool, usual: str) -> str:
@@ -184,6 +190,8 @@ def _choose(lines: list[str], is_cut: bool, usual: str) -> str:
     """
     readings = [_read_sample(lines, candidate, is_cut) for candidate in DELIMITERS]
     tables = [reading for reading in readings if reading.is_table]
+    if not tables:
+        _refuse_lines_above(lines, is_cut)
     by_ending = next(reading for reading in readings if reading.delimiter == usual)
     chosen = [reading for reading in tables if reading.fits]
     if not chosen and not by_ending.is_table:
@@ -199,6 +207,19 @@ def _choose(lines: list[str], is_cut: bool, usual: str) -> str:
         f"its first lines do not tell its delimiter ({'; '.join(map(str, tables))}): name it with --delimiter, "
         "such as --delimiter ';' or --delimiter tab; one that is nowhere in the file makes each line one field"
     )
+
+
+def _refuse_lines_above(lines: list[str], is_cut: bool) -> None:
+    """Raise ValueError if a table begins below the first line with text, as in some exports."""
+    filled = [number for number, line in enumerate(lines) if line.strip()]
+    for start in filled[1 : _TITLE_LINES + 1]:
+        below = lines[start:]
+        for reading in (_read_sample(below, candidate, is_cut) for candidate in DELIMITERS):
+            if reading.is_table and reading.fits and reading.rows > 1 and _has_names(below, reading):
+                raise ValueError(
+                    f"its first lines do not tell its delimiter (from line {start + 1} on {reading}, not in line "
+                    f"{filled[0] + 1}): delete the lines above the header, or name it with --delimiter"
+                )
 
 
 def read_delimited(path: Path, delimiter: str, encoding: str) -> Iterator[NumberedRow]:
@@ -223,7 +244,8 @@ def read_delimited(path: Path, delimiter: str, encoding: str) -> Iterator[Number
                     row = NumberedRow(zip(header, fields, strict=True))
                     row.line = start
                     yield row
-                else:
+                elif fields:
+                    fields = [name or column_letters(index) for index, name in enumerate(fields)]
                     check_distinct(fields)
                 header, start = header or fields, reader.line_num + skipped + 1
         except csv.Error as error:
@@ -238,9 +260,14 @@ def _describe_misfit(header: list[str], fields: list[str], start: int, end: int,
     text = f"its header has {len(header)} fields, line {start} has {len(fields)}"
     if end > start:
         text += f", with a quote that ends in line {end}"
-    if len(header) == 1:
-        text += f", divided at {describe_delimiter(delimiter)}: --delimiter names another one"
-    return text
+    shown = describe_delimiter(delimiter)
+    if len(header) > 1:
+        return f"{text}: correct that line; a field with {shown} in it needs quotes"
+    unused = "tab" if delimiter != "\t" else "'^'"
+    return (
+        f"{text}, divided at {shown}: delete lines above the header, name another --delimiter, or read each line as one "
+        f"field: --delimiter {unused}"
+    )
 
 
 def _find_open_quote(lines: Iterator[str], start: int, delimiter: str) -> int:

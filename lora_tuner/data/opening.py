@@ -256,7 +256,7 @@ class _TextBytes(io.BufferedReader):
         return chunk
 
 
-def open_text(file: io.FileIO, encoding: str = UTF8) -> io.TextIOWrapper:
+def _open_text(file: io.FileIO, encoding: str = UTF8) -> io.TextIOWrapper:
     """Return the text of a file from its beginning, with newline characters as its line breaks."""
     kind = (
         io.BufferedReader if encoding.lower().startswith(("utf-16", "utf-32", "utf_16", "utf_32")) else _TextBytes
@@ -268,13 +268,32 @@ def open_text(file: io.FileIO, encoding: str = UTF8) -> io.TextIOWrapper:
 
 def text_lines(file: io.FileIO, encoding: str = UTF8) -> Iterator[str]:
     """Yield the lines of a file from its beginning, each with a newline character as its break."""
-    text = open_text(file, encoding)
-    try:
+    text = _open_text(file, encoding)
+    with _decoding(text, encoding):
         for number, line in enumerate(text):
             yield line if number else line.removeprefix("\ufeff")
+
+
+def read_start(file: io.FileIO, encoding: str, size: int) -> str:
+    """Return the first characters of a file."""
+    text = _open_text(file, encoding)
+    with _decoding(text, encoding):
+        return text.read(size).removeprefix("\ufeff")
+
+
+@contextlib.contextmanager
+def _decoding(text: io.TextIOWrapper, encoding: str) -> Iterator[None]:
+    """Raise ValueError that names the option, for bytes that are not of the encoding."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         position = cast("io.BufferedReader", text.buffer).tell() - len(error.object) + error.start
         raise ValueError(not_encoded(position, encoding)) from error
+    except UnicodeError as error:
+        raise ValueError(
+            f"it has no byte order mark, which {encoding} needs: name its encoding with --encoding, such as {encoding}-le, "
+            "or leave that out"
+        ) from error
 
 
 def not_encoded(position: int, encoding: str = UTF8) -> str:

@@ -37,7 +37,7 @@ from .documents import count_unreadable, read_document_row
 from .encodings import find_encoding
 from .mail import COLUMNS as MAIL_COLUMNS
 from .mail import read_mail
-from .opening import CHANGED, UTF8, UnreadableFileError, check_size, open_file, open_text, text_lines
+from .opening import CHANGED, UTF8, UnreadableFileError, check_size, open_file, read_start, text_lines
 from .txt_files import choose_txt_rows, read_txt
 from .workbooks import NumberText, check_distinct, read_database, read_workbook
 
@@ -191,6 +191,9 @@ def _find_delimiter(
         found = find_delimiter(path, delimiter, encoding)
         if delimiter == "auto" and found != {".csv": ",", ".tsv": "\t"}[extension]:
             rules.append(f"its fields are divided at {describe_delimiter(found)}")
+        elif delimiter not in ("auto", "ending") and find_txt_delimiter(path, delimiter, encoding) is None:
+            unused = describe_delimiter(found).removeprefix("a ")
+            rules.append(f"each line is one field, as there is no {unused} in the first line")
         return found
     if extension != ".txt" or txt_rows != "auto":
         return None
@@ -321,8 +324,7 @@ def _read_json(path: Path, streaming: bool, rules: list[str], encoding: str) -> 
         rules: Gets a line that says so if the rows are those of a list in an object.
     """
     with open_file(path) as file:
-        text = open_text(file, encoding)
-        start = next(iter(text.read(4096).removeprefix("\ufeff").lstrip()), "")
+        start = next(iter(read_start(file, encoding, 4096).lstrip()), "")
         rows: list[object] | None = None
         if start == "[" and streaming:
             raise ValueError("it is a JSON array, which cannot be streamed: write one object per line")

@@ -43,6 +43,15 @@ def number_value(text: NumberText) -> object:
         return str(text)
 
 
+def column_letters(index: int) -> str:
+    """Return the name of a column that has none in the header, as Excel shows it."""
+    letters, rest = "", index + 1
+    while rest:
+        rest, letter = divmod(rest - 1, 26)
+        letters = chr(ord("A") + letter) + letters
+    return letters
+
+
 def check_distinct(columns: list[str]) -> None:
     """Raise ValueError if two columns have one name."""
     counts = Counter(columns)
@@ -107,19 +116,12 @@ def _sheet_rows(sheet: "Worksheet") -> Iterator[_Row]:
         if not any(values):
             continue
         if not header:
-            header = [value or _letters(index) for index, value in enumerate(values)]
+            header = [value or column_letters(index) for index, value in enumerate(values)]
             check_distinct(header)
             continue
-        header += [_letters(index) for index in range(len(header), len(values))]
+        header += [column_letters(index) for index in range(len(header), len(values))]
         values += [""] * (len(header) - len(values))
         yield dict(zip(header, values, strict=True))
-
-
-def _letters(index: int) -> str:
-    """Return the name of a column that has none in the header, as Excel shows it."""
-    from openpyxl.utils import get_column_letter
-
-    return get_column_letter(index + 1)
 
 
 def _cell_text(cell: "Cell | MergedCell") -> str:

@@ -64,7 +64,11 @@ def test_delimiters_within_fields_divide_nothing(tmp_path, content, columns):
             "',' gives the columns 'name', ' first;price'; ';' gives",
         ),
         ("a.tsv", "text, cleaned\none, two\nthree, four\n", "',' gives the columns 'text', ' cleaned'"),
-        ("a.csv", "text;kind\none\ntwo; three; four\n", "';' gives the columns 'text', 'kind'"),
+        (
+            "a.csv",
+            "text;kind\none\ntwo; three; four\n",
+            "';' gives the columns 'text', 'kind', but not in line 2",
+        ),
     ],
 )
 def test_doubtful_delimiter_names_option(refusal, load, name, content, said):
@@ -81,7 +85,8 @@ def test_doubtful_delimiter_names_option(refusal, load, name, content, said):
         ("text;kind\none;a\ntwo;b\nthree;c;d\nfour;e\n", "its header has 2 fields, line 4 has 3"),
         (
             "text\nHello, you\n",
-            "its header has 1 fields, line 2 has 2, divided at ',': --delimiter names another one",
+            "its header has 1 fields, line 2 has 2, divided at ',': delete lines above the header, name another --delimiter, "
+            "or read each line as one field: --delimiter tab",
         ),
         ("sep=;\ntext;kind\none;a\ntwo;b\nthree\n", "its header has 2 fields, line 5 has 1"),
         (
@@ -92,6 +97,39 @@ def test_doubtful_delimiter_names_option(refusal, load, name, content, said):
 )
 def test_wrong_row_is_named_with_line(refusal, content, reason):
     assert refusal("a.csv", content).startswith(f"a.csv cannot be read: {reason}")
+
+
+def test_lines_above_header_are_named(refusal, load):
+    content = f"Export of 1 May\n\n{table(separator=';')}"
+    assert refusal("a.csv", content) == (
+        "a.csv cannot be read: its first lines do not tell its delimiter (from line 3 on ';' gives the columns 'text', 'label', "
+        "not in line 1): delete the lines above the header, or name it with --delimiter."
+    )
+    assert load("a.csv", content, delimiter="^").layout == "column 'Export of 1 May'"
+
+
+def test_column_without_name_has_letter(load):
+    """Excel writes columns without a name for empty ones, and pandas one for its index."""
+    texts = tiny_models.reviews(30)
+    content = ";text;;\r\n" + "".join(f"{number};{text};;\r\n" for number, text in enumerate(texts))
+    dataset = load("a.csv", content, where=["A=3", "A=4", "A=5", "A=6"], eval_dataset="held-out")
+    assert dataset.layout == "column 'text'"
+
+
+def test_delimiter_nowhere_is_told(load, tmp_path):
+    load("a.csv", table(separator=";"), delimiter="|")
+    assert load.notices == [
+        f"{tmp_path / 'a.csv'}: each line is one field, as there is no '|' in the first line."
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.txt", "a.md", "a.json", "a.jsonl"])
+def test_wrong_encoding_names_option(refusal, name):
+    content = ('{"text": "caf\xe9"}\n' * 20).encode()
+    for encoding, reason in (("ascii", "byte 13 is not ascii"), ("utf-16", "it has no byte order mark")):
+        message = refusal(name, content, encoding=encoding)
+        assert reason in message
+        assert "name its encoding with --encoding" in message
 
 
 def test_delimiter_option_is_taken_and_recorded(load, tmp_path):
@@ -213,7 +251,7 @@ def test_other_encoding_needs_option(load, refusal, encoding, text):
 @pytest.mark.parametrize(
     ("encoding", "words"), [("cp1252", "schöne Grüße an alle"), ("cp1251", "привет из дома")]
 )
-def test_large_file_is_judged_where_it_differs(tmp_path, encoding, words):
+def test_large_file_encoding_is_told(tmp_path, encoding, words):
     (tmp_path / "a.csv").write_bytes(
         b"text;n\n" + b"ascii words;1\n" * 100_000 + f"{words};1\n".encode(encoding) * 50_000
     )

@@ -96,7 +96,7 @@ def test_claimed_memory_is_refused(refusal, tmp_path):
 def test_error_in_compressed_file_names_place(refusal):
     for ending, compress in COMPRESSIONS.items():
         broken = table().encode() + b"a,b,c\n"
-        assert refusal("a.csv" + ending, compress(broken)).endswith("its header has 2 fields, line 32 has 3.")
+        assert "its header has 2 fields, line 32 has 3:" in refusal("a.csv" + ending, compress(broken))
         broken = table().encode() + b"caf\x81\n"
         assert f"byte {len(table()) + 3} is not UTF-8" in refusal("a.csv" + ending, compress(broken))
 

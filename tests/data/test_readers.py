@@ -261,6 +261,9 @@ def test_csv_long_field_is_read(load):
     ],
 )
 def test_invalid_file_fails_with_line(refusal, name, content, reason):
+    if "its header has" in reason:
+        delimiter = "a tab" if name.endswith(".tsv") else "','"
+        reason += f": correct that line; a field with {delimiter} in it needs quotes"
     assert refusal(name, content) == f"{name} cannot be read: {reason}."
 
 
