@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import yaml
+
 from .. import atomic_io
 from ..config import TrainConfig
 from ..errors import AdapterError
@@ -212,9 +214,10 @@ def rename_in_card(text: str, old: str, new: str) -> str:
 
 def _write_renamed(folder: Path, old: str, new: str, work: Path) -> None:
     """Write the model card and run.yaml of an adapter with another name into a work folder."""
+    line = yaml.safe_dump({"name": new}).strip()  # of null and the like, in quotes
     renamings: dict[str, Callable[[str], str]] = {
         CARD_FILE: lambda text: rename_in_card(text, old, new),
-        RUN_FILE: lambda text: re.sub(r"^name:.*$", f"name: {new}", text, flags=re.MULTILINE),
+        RUN_FILE: lambda text: re.sub(r"^name:.*$", line, text, flags=re.MULTILINE),
     }
     for name, renamed in renamings.items():
         file = folder / name

@@ -55,6 +55,9 @@ def test_rename_renames_card_and_settings(adapter, tmp_path):
     assert (renamed.path / "run.yaml").read_text() == before.replace("name: reviews\n", "name: critic\n")
     assert resolve_settings(TrainConfig, {}, renamed.path / "run.yaml").name == "critic"
     assert verify_adapter(renamed) == []
+    for name in ("null", "yes", "critic"):  # which YAML reads as other values
+        renamed = Library().rename(renamed.name, name)
+        assert resolve_settings(TrainConfig, {}, renamed.path / "run.yaml").name == name
     assert [path.name for path in (tmp_path / "adapters").iterdir()] == ["critic"]
 
 
