@@ -380,9 +380,9 @@ class TrainConfig(_Settings):
     max_grad_norm: float = _setting(1.0, "Clip gradients to this norm.", "Training", gt=0, allow_inf_nan=False)
     eval_every: int | None = _setting(
         None,
-        "Measure the held-out loss every N steps.",
+        "Measure the loss of all held-out rows every N steps.",
         "Training",
-        "before and after training",
+        "before and after training; between, an eighth of the run apart, on a fixed subset that takes up to 3% of the run",
         ge=1,
         le=MAX_COUNT,
     )

@@ -1,6 +1,5 @@
 """The loss curve as numbers (metrics.jsonl), and plots of runs, gains, spectra and sweeps."""
 
-import itertools
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,11 +15,15 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Bbox
 
 MAX_METRICS_BYTES = 50_000_000
+_METRICS = ("step", "loss", "eval_loss", "eval_subset_loss", "eval_subset_rows")  # what the plot shows
 _SWEEP_LABELS = ("size (MB)", "training time (s)")
+SMOOTHING = 0.9  # share of the average that stays at each step
 
 
 def write_metrics(history: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Write one JSON object per line, as logged: `step` with `loss` or `eval_loss`."""
+    """Write one JSON object per line, as logged: `step` with the training loss (`loss`), the held-out
+    loss (`eval_loss`), or that on a subset of the held-out rows (`eval_subset_loss`).
+    """
     path.write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
 
 
@@ -30,9 +33,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         if not path.is_file() or path.stat().st_size > MAX_METRICS_BYTES:  # a pipe would block
             raise ValueError("the file is missing or too large")
         entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        history = [
-            {key: float(entry[key]) for key in ("step", "loss", "eval_loss") if key in entry} for entry in entries
-        ]
+        history = [{key: float(entry[key]) for key in _METRICS if key in entry} for entry in entries]
         if not all(
             "step" in entry and all(0 <= value <= MAX_COUNT for value in entry.values()) for entry in history
         ):
@@ -42,8 +43,25 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return history
 
 
+def smooth_losses(losses: Iterable[float]) -> list[float]:
+    """Return the exponential moving average of the losses so far at each step.
+
+    It is corrected for its start, as Adam's moments are (Kingma and Ba, 2015, arXiv:1412.6980), so
+    that the first loss weighs no more than others.
+    """
+    smoothed, average, weight = [], 0.0, 0.0
+    for loss in losses:
+        average += (1 - SMOOTHING) * (loss - average)
+        weight += (1 - SMOOTHING) * (1 - weight)
+        smoothed.append(average / weight)
+    return smoothed
+
+
 def plot_loss(history: Sequence[Mapping[str, float]], manifest: Manifest, to: Path | IO[bytes]) -> None:
-    """Plot training loss per step, smoothed loss and held-out loss."""
+    """Plot training loss per step, smoothed loss and held-out loss.
+
+    A curve on a subset of the held-out rows stands beside the loss on all of them.
+    """
     from matplotlib.figure import Figure
 
     assert manifest.data is not None
@@ -54,17 +72,23 @@ def plot_loss(history: Sequence[Mapping[str, float]], manifest: Manifest, to: Pa
     if steps:
         numbers, losses = zip(*steps, strict=True)
         axes.plot(numbers, losses, color="0.75", linewidth=1, label="training, each step")
-        smoothed = itertools.accumulate(losses, lambda average, loss: average + 0.1 * (loss - average))
-        axes.plot(numbers, list(smoothed), color="tab:blue", label="training, smoothed")
+        axes.plot(numbers, smooth_losses(losses), color="tab:blue", label="training, smoothed")
     held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     if manifest.result:
         held_out = {0: manifest.result.base_loss} | held_out | {manifest.run.kept_step: manifest.result.loss}
+    subset = [entry for entry in history if {"eval_subset_loss", "eval_subset_rows"} <= entry.keys()]
+    if subset:
+        label = f"held out, a subset of {subset[0]['eval_subset_rows']:.0f} rows"
+        points = [(entry["step"], entry["eval_subset_loss"]) for entry in subset]
+        axes.plot(*zip(*points, strict=True), "o-", color="tab:orange", label=label)
     if held_out:
-        axes.plot(*zip(*sorted(held_out.items()), strict=True), "o-", color="tab:orange", label="held out")
+        style, label = ("D", "held out, all rows") if subset else ("o-", "held out")
+        color = "tab:red" if subset else "tab:orange"
+        axes.plot(*zip(*sorted(held_out.items()), strict=True), style, color=color, label=label)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     title = f"{display_name(manifest.data.name)[:60]} on {display_name(manifest.base.name)[:60]}"
     axes.set_title(title, parse_math=False)  # a "$" in a file name is not a formula
-    if steps or held_out:
+    if steps or held_out or subset:
         axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(to, metadata={"Software": None})

@@ -42,8 +42,8 @@ def training_arguments(setup: TrainingSetup, folder: Path) -> TrainingArguments:
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
-        eval_strategy="steps" if config.eval_every else "no",
-        eval_steps=config.eval_every,
+        eval_strategy="steps" if setup.eval_every else "no",
+        eval_steps=setup.eval_every,
         # The best step can be kept only where a checkpoint was saved.
         save_steps=config.eval_every if config.patience and config.eval_every else config.save_every,
         load_best_model_at_end=config.patience is not None,

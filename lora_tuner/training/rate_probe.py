@@ -133,6 +133,7 @@ def _held_out_loss(setup: TrainingSetup, plan: ProbePlan, rate: float, stage: st
         max_steps=plan.steps,
         held_out=plan.rows,
         streaming=False,
+        curve=None,
         notify=notify,
     )
     trained = [parameter for parameter in setup.model.parameters() if parameter.requires_grad]

@@ -39,6 +39,7 @@ from ..errors import (
     TrainingError,
     ignore_events,
 )
+from ..evaluation import HeldOutLoss
 from ..models import fsdp, lora
 from ..settings_files import config_to_yaml, resolve_settings
 from ..text import format_names
@@ -156,7 +157,10 @@ def plan(requested: TrainConfig, notify: EventHandler | None = display) -> RunEs
             setup, setup.model, setup.learning_rate, config.max_grad_norm, notify
         )
     trained, frozen = lora.count_parameters(setup.model)
-    measurements = 2 + steps // (config.eval_every or steps + 1)
+    lengths = [len(row) for row in setup.held_out]
+    held_out_tokens = sum(lengths) * (2 + steps // (config.eval_every or steps + 1))
+    if curve := setup.curve:
+        held_out_tokens += sum(lengths[row] for row in curve.rows) * (steps // curve.every)
     return RunEstimate(
         steps=steps,
         steps_per_epoch=setup.steps_per_epoch,
@@ -166,7 +170,7 @@ def plan(requested: TrainConfig, notify: EventHandler | None = display) -> RunEs
         learning_rate_origin=setup.learning_rate_origin,
         probe_steps=setup.probe_plan.cost if setup.probe_plan else 0,
         probe_seconds=setup.probe_plan.seconds if setup.probe_plan else 0.0,
-        held_out_seconds=profile.seconds_per_held_out_token * sum(map(len, setup.held_out)) * measurements,
+        held_out_seconds=profile.seconds_per_held_out_token * held_out_tokens,
         peak_memory_bytes=profile.peak_memory_bytes,
         tokens_per_second=profile.tokens_per_second,
         used_share=setup.text_use.share,
@@ -303,6 +307,14 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
     distributed.run_on_rank_zero(partial(eval_sets.cache_rows, setup.eval_set(str(config.name))))
     if checkpoint is None:
         distributed.run_on_rank_zero(partial(_create_run_folder, setup, folder))
+        if curve := setup.curve:
+            setup.notify(
+                Notice(
+                    f"Every {curve.every:,} steps the held-out loss of a subset is measured: the same "
+                    f"{len(curve.rows)} of {len(setup.held_out):,} rows, on which the base has "
+                    f"{base_held_out.select(curve.rows).loss:.4f} (--eval-every measures all)."
+                )
+            )
     try:
         with trainer.explain_how_to_finish(setup, folder):
             state, history, held_out = trainer.run_trainer(setup, folder, checkpoint)
@@ -316,6 +328,7 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
             if config.streaming:
                 trained["sequences"] = state.global_step * setup.sequences_per_step
                 data = data.model_copy(update={"counts": asdict(setup.dataset.counts)})
+            history = _complete_curve(setup, history, base_held_out, held_out)
             base_held_out = replace(base_held_out, groups=setup.dataset.groups_of(setup.measured_texts))
             result = evaluation.paired_gain(base_held_out, held_out)
             advice = rate_advice(steps, result, setup.learning_rate, setup.method, setup.steps_per_epoch)
@@ -339,6 +352,24 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
     if advice:
         setup.notify(Notice(advice))
     return adapter
+
+
+def _complete_curve(
+    setup: TrainingSetup, history: list[dict[str, float]], base: HeldOutLoss, adapter: HeldOutLoss
+) -> list[dict[str, float]]:
+    """Add both ends of the curve to the log entries, from the measurements of all held-out rows.
+
+    That of the base is left out where the run begins with a parent.
+    """
+    if setup.curve is None:
+        return history
+    rows = setup.curve.rows
+    start, end = (
+        {"step": step, "eval_subset_loss": loss.select(rows).loss, "eval_subset_rows": len(rows)}
+        for step, loss in ((0, base), (setup.max_steps, adapter))
+    )
+    is_measured = any("eval_subset_loss" in entry and entry["step"] == setup.max_steps for entry in history)
+    return [*([] if setup.parent else [start]), *history, *([] if is_measured else [end])]
 
 
 def _create_run_folder(setup: TrainingSetup, folder: Path) -> None:

@@ -35,7 +35,7 @@ from ..text import describe_coverage
 from . import profiling
 from .inputs import TrainingInputs, dtype_name, load_inputs
 from .learning_rate import PROBE_SHARE, ProbePlan, default_learning_rate, plan_probe
-from .profiling import StepProfile
+from .profiling import HeldOutCurve, StepProfile
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class TrainingSetup(TrainingInputs):
     `learning_rate_origin` is a phrase for notices. `probe_plan` is that of the short runs which are
     to choose the learning rate, and `probe` their result; both are None if there are none.
     `profile` holds the measurement from which the number of steps follows, if one was needed;
-    `sweep` is the id of the sweep whose trial it is; `inexact` names facts that a resume has
-    accepted as changed.
+    `curve` that of the held-out loss on a few rows, where `eval_every` is not given; `sweep` is the
+    id of the sweep whose trial it is; `inexact` names facts that a resume has accepted as changed.
     """
 
     config: TrainConfig
@@ -56,6 +56,7 @@ class TrainingSetup(TrainingInputs):
     model: PeftModel
     profile: StepProfile | None
     notify: EventHandler
+    curve: HeldOutCurve | None
     sweep: str | None = None
     inexact: tuple[str, ...] = ()
     probe_plan: ProbePlan | None = None
@@ -69,6 +70,11 @@ class TrainingSetup(TrainingInputs):
         for module in replaced.vocabulary_modules(self.base.model):
             replacement.remove_hooks(self.base.model.get_submodule(module))
         fused_blocks.update_fused_blocks(self.base.model)  # which then computes as after loading
+
+    @property
+    def eval_every(self) -> int | None:
+        """Steps between two measurements of held-out rows; None without any."""
+        return self.curve.every if self.curve else self.config.eval_every
 
     def source_infos(self) -> list[SourceInfo]:
         """Return what the manifest has of each of several datasets."""
@@ -235,6 +241,7 @@ def prepare_training(
         model=model,
         profile=profile,
         notify=notify,
+        curve=None if requested.eval_every else profiling.plan_curve(inputs, max_steps),
         sweep=sweep,
         probe_plan=probe_plan,
     )

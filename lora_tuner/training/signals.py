@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 
+from .. import distributed
+
 HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # not on Windows
 TERMINATION = (signal.SIGTERM,) if HANGUP is None else (signal.SIGTERM, HANGUP)
 
@@ -29,3 +31,21 @@ def handle_signals(
     finally:
         for number, before in previous.items():
             signal.signal(number, before)
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """Yield an event that Ctrl-C, SIGTERM or SIGHUP sets; a second one raises KeyboardInterrupt.
+
+    Not a second SIGHUP: a terminal that is closed sends several.
+    """
+    stop = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        # Launchers repeat signals.
+        if stop.is_set() and number != HANGUP and distributed.world_size() == 1:
+            raise KeyboardInterrupt
+        stop.set()
+
+    with handle_signals((signal.SIGINT, *TERMINATION), handle):
+        yield stop

@@ -7,13 +7,11 @@ and a signal ends the step and saves. Of several processes only rank zero writes
 
 import contextlib
 import math
-import signal
 import threading
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -42,6 +40,7 @@ from ..errors import (
     Progress,
     RaisedOnRankZero,
     TrainingError,
+    ignore_events,
     is_out_of_memory,
     os_error_message,
 )
@@ -56,8 +55,11 @@ from .arguments import (
     training_arguments,
 )
 from .checkpoints import resume_command, save_adapter
+from .profiling import HeldOutCurve
 from .setup import TrainingSetup
-from .signals import HANGUP, TERMINATION, handle_signals
+from .signals import stop_on_signal
+
+LOSSES = {"loss", "eval_loss", "eval_subset_loss"}
 
 
 def run_trainer(
@@ -83,7 +85,7 @@ def run_trainer(
     else:
         distributed.run_on_rank_zero(partial(checkpoints.remove_newer_than, checkpoint, folder))
         set_seed(setup.config.seed + distributed.rank())  # for dropout alone
-        with _stop_on_signal() as stop:
+        with stop_on_signal() as stop:
             trainer.add_callback(_StopOnSignal(stop))
             try:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -105,7 +107,7 @@ def run_trainer(
                     f"{resume_command(setup.config)}"
                 )
             )
-    history = [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
+    history = [entry for entry in state.log_history if LOSSES & entry.keys()]
     return state, history, trainer.measure_held_out()
 
 
@@ -279,11 +281,11 @@ class LoraTrainer(Trainer):
 
         With patience Trainer would wait for the other processes, and each measurement is saved
         anyway."""
-        step, config = self.state.global_step, self.setup.config
-        entries = [entry for entry in self.state.log_history if entry["step"] == step]
-        expected = {"loss", "eval_loss"} if config.eval_every and step % config.eval_every == 0 else {"loss"}
+        step, every, patience = self.state.global_step, self.setup.eval_every, self.setup.config.patience
+        entries = [entry.keys() & LOSSES for entry in self.state.log_history if entry["step"] == step]
+        expected = 2 if every and step % every == 0 else 1  # of training, and of held-out rows
         saved = (self.folder / f"{checkpoints.PREFIX}{step}").exists()
-        return bool(step) and not saved and config.patience is None and expected <= set().union(*entries)
+        return bool(step) and not saved and patience is None and len(set().union(*entries)) == expected
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -293,18 +295,25 @@ class LoraTrainer(Trainer):
             self.setup.notify(Progress("training", self.state.global_step, self.state.max_steps, text))
         super().log(logs, start_time)
 
-    def measure_held_out(self) -> evaluation.HeldOutLoss:
-        """Measure the held-out loss. Raises DivergedError when it is not finite."""
+    def measure_held_out(self, curve: HeldOutCurve | None = None) -> evaluation.HeldOutLoss:
+        """Measure all held-out rows, or those of the curve. Raises DivergedError for a loss that is not finite."""
         setup = self.setup
-        held_out = evaluation.measure_loss(setup.model, setup.base, setup.held_out, setup.notify)
+        rows = [setup.held_out[row] for row in curve.rows] if curve else setup.held_out
+        notify = ignore_events if curve else setup.notify  # few rows need no progress bar
+        held_out = evaluation.measure_loss(setup.model, setup.base, rows, notify)
         if not math.isfinite(held_out.loss):
             self.save_last_good_and_raise(f"The held-out loss is {held_out.loss}")
         return held_out
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = {"eval_loss": self.measure_held_out().loss}
+        curve, rows = self.setup.curve, ""
+        loss = self.measure_held_out(curve).loss
+        metrics: dict[str, float] = {"eval_loss": loss}
+        if curve:
+            metrics = {"eval_subset_loss": loss, "eval_subset_rows": len(curve.rows)}
+            rows = f" on the subset of {len(curve.rows)} rows"
         self.log(metrics)
-        self.setup.notify(Notice(f"Step {self.state.global_step}: held-out loss {metrics['eval_loss']:.4f}."))
+        self.setup.notify(Notice(f"Step {self.state.global_step}: held-out loss{rows} {loss:.4f}."))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -376,21 +385,3 @@ class _StopOnSignal(TrainerCallback):
         if distributed.all_reduce_max(self.stop.is_set()):
             self.stop.set()
             control.should_save = control.should_training_stop = True
-
-
-@contextlib.contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
-    """Yield an event that Ctrl-C, SIGTERM or SIGHUP sets; a second one raises KeyboardInterrupt.
-
-    Not a second SIGHUP: a terminal that is closed sends several.
-    """
-    stop = threading.Event()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        # Launchers repeat signals.
-        if stop.is_set() and number != HANGUP and distributed.world_size() == 1:
-            raise KeyboardInterrupt
-        stop.set()
-
-    with handle_signals((signal.SIGINT, *TERMINATION), handle):
-        yield stop

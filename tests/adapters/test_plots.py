@@ -77,7 +77,9 @@ def test_loss_plot_without_steps(tmp_path):
     assert share(pixels, BLUE) == share(pixels, ORANGE) == 0
 
 
-def test_loss_plot_values(tmp_path, monkeypatch):
+@pytest.fixture
+def lines(monkeypatch):
+    """Points of each line drawn, by its label."""
     from matplotlib.axes import Axes
 
     lines, draw = {}, Axes.plot
@@ -87,10 +89,31 @@ def test_loss_plot_values(tmp_path, monkeypatch):
         return draw(self, x, y, *rest, label=label, **style)
 
     monkeypatch.setattr(Axes, "plot", record)
+    return lines
+
+
+def test_smoothed_losses_begin_at_first():
+    losses = [7 * 0.7**step for step in range(12)]
+    smoothed = plots.smooth_losses(losses)
+    weights = [0.9 ** (11 - step) for step in range(12)]
+    assert smoothed[0] == losses[0]
+    assert smoothed[-1] == pytest.approx(np.average(losses, weights=weights))
+    assert plots.smooth_losses([2.5] * 3) == pytest.approx([2.5] * 3)
+
+
+def test_loss_plot_names_subset(tmp_path, lines):
+    points = [(0, 3.9), (1, 3.8), (3, 3.7)]
+    curve = [{"step": step, "eval_subset_loss": loss, "eval_subset_rows": 8} for step, loss in points]
+    plot(tmp_path, [*HISTORY[:2], *curve])
+    assert lines["held out, a subset of 8 rows"] == points
+    assert lines["held out, all rows"] == [(0, 3.75), (30, 3.5)]
+
+
+def test_loss_plot_values(tmp_path, lines):
     plot(tmp_path)
     assert lines["held out"] == [(0, 3.75), (2, 3.625), (30, 3.5)]  # base, evaluation, the step that was kept
     assert lines["training, each step"] == [(1, 4.0), (2, 3.5), (3, 3.25)]
-    assert [loss for _, loss in lines["training, smoothed"]] == pytest.approx([4.0, 3.95, 3.88])
+    assert [loss for _, loss in lines["training, smoothed"]] == pytest.approx([4.0, 3.7368, 3.5572], abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["$a$.csv", "a_$b.csv", r"$\frac$.csv", "{x}^2.csv"])
@@ -305,10 +328,11 @@ def test_gain_plot_fits_long_names(tmp_path, saved, name):
 
 
 def test_metrics_round_trip(tmp_path):
-    plots.write_metrics(HISTORY, tmp_path / "metrics.jsonl")
+    history = [*HISTORY, {"step": 3, "eval_subset_loss": 3.2, "eval_subset_rows": 8}]
+    plots.write_metrics(history, tmp_path / "metrics.jsonl")
     found = plots.read_metrics(tmp_path / "metrics.jsonl")
-    assert found == [{key: it[key] for key in ("step", "loss", "eval_loss") if key in it} for it in HISTORY]
-    assert (plot(tmp_path, found) == plot(tmp_path)).all()
+    assert found == [{key: it[key] for key in it if key != "learning_rate"} for it in history]
+    assert (plot(tmp_path, found) == plot(tmp_path, history)).all()
 
 
 @pytest.mark.parametrize(

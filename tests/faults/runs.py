@@ -44,9 +44,9 @@ def outcome(adapter: Path) -> Any:
     curve = [json.loads(line) for line in (adapter / METRICS_FILE).read_text().splitlines()]
     run = read_manifest(adapter).run
     assert run is not None
-    return (adapter / WEIGHTS_FILE).read_bytes(), [(it["step"], it.get("loss"), it.get("eval_loss")) for it in curve], (
-        run.steps, run.kept_step, run.tokens,
-    )  # fmt: skip
+    names = ("step", "loss", "eval_loss", "eval_subset_loss")
+    losses = [[entry.get(name) for name in names] for entry in curve]
+    return (adapter / WEIGHTS_FILE).read_bytes(), losses, (run.steps, run.kept_step, run.tokens)
 
 
 def resume_arguments(ended: CommandResult) -> list[str]:

@@ -1,6 +1,8 @@
 """Steps measured before the run, and the stop rules that become steps."""
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +57,36 @@ def test_profiling_does_not_change_result(settings):
     measured = train(settings(max_steps=None, minutes=0.01, dropout=0.1))
     counted = train(settings(max_steps=measured.manifest.run.steps, dropout=0.1, name="counted"))
     assert weights(measured) == weights(counted)
+
+
+def test_curve_takes_few_percent(settings, monkeypatch):
+    setup = prepare_training(settings(eval_rows=100))
+    assert setup.curve is None  # two rows would take more
+    sizes = []
+    for steps in (60, 100, 250, 10_000):
+        curve = profiling.plan_curve(setup, steps)
+        points = range(curve.every, steps, curve.every)
+        assert 5 <= len(points) <= 7
+        tokens = [len(setup.held_out[row]) for row in curve.rows]
+        cost = len(points) * sum(tokens) * profiling.HELD_OUT_COST
+        assert cost <= 0.03 * steps * profiling.tokens_per_step(setup)
+        sizes.append(len(tokens))
+    assert sizes == sorted(sizes)
+    assert curve.rows == [*range(len(setup.held_out))]
+    monkeypatch.setattr(profiling, "CURVE_ROWS", (2, 5))
+    assert profiling.plan_curve(setup, 10_000).rows == [0, 1, 2, 3, 4]
+
+
+def test_tokens_per_step_follow_weights(settings):
+    for name, words in (("long", 16), ("short", 2)):
+        rows = "".join(json.dumps({"text": f"{number} {'word ' * words}"}) + "\n" for number in range(20))
+        Path(f"{name}.jsonl").write_text(rows)
+    datasets = [["long.jsonl=0.9", "short.jsonl=0.1"], ["long.jsonl=0.1", "short.jsonl=0.9"]]
+    setups = [prepare_training(settings(dataset=dataset, packing=False, max_length=128)) for dataset in datasets]
+    long, short = (profiling.tokens_per_step(setup) for setup in setups)
+    lengths = [len(row) for row in setups[0].sequences.rows]
+    assert long == pytest.approx(2 * (0.9 * max(lengths) + 0.1 * min(lengths)), rel=0.1)
+    assert short == pytest.approx(2 * (0.1 * max(lengths) + 0.9 * min(lengths)), rel=0.1)
 
 
 def test_profile_ignores_one_slow_step(settings, monkeypatch):

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_tuner import Library, ModelOptions, evaluation, train
+from lora_tuner import Library, ModelOptions, Notice, evaluation, resume, train
 from lora_tuner.adapters import adapter as adapters_adapter
 from lora_tuner.errors import DivergedError
 from lora_tuner.models.loading import load_base
 from lora_tuner.models.resolve import find_base
 from lora_tuner.training.setup import prepare_training
 
-from .test_run import history
+from .test_run import history, weights
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -88,6 +88,44 @@ def test_patience_keeps_best_step(settings):
     assert run.steps == best + 4 < 60
     assert run.kept_step == best
     assert adapter.manifest.result.loss == pytest.approx(measured[best], abs=1e-6)
+
+
+def curve_of(adapter):
+    """Points of the held-out curve by step."""
+    return {entry["step"]: entry for entry in history(adapter) if "eval_subset_loss" in entry}
+
+
+def test_curve_is_on_fixed_subset(settings):
+    told, config = [], settings(max_steps=32, batch_size=8)
+    adapter = train(config, told.append)
+    points, result = curve_of(adapter), adapter.manifest.result
+    assert [*points] == [*range(0, 33, 4)]
+    (rows,) = {point["eval_subset_rows"] for point in points.values()}
+    assert 2 <= rows < result.rows == 8
+    setup = prepare_training(config)
+    measured = evaluation.measure_base_loss(setup.base, [setup.held_out[row] for row in setup.curve.rows])
+    assert points[0]["eval_subset_loss"] == pytest.approx(measured.loss, abs=1e-6)
+    notices = [event.text for event in told if isinstance(event, Notice)]
+    for step in (4, 28):
+        loss = points[step]["eval_subset_loss"]
+        assert f"Step {step}: held-out loss on the subset of {rows} rows {loss:.4f}." in notices
+    assert any(
+        f"the same {rows} of 8 rows, on which the base has {measured.loss:.4f}" in text for text in notices
+    )
+    everything = train(settings(max_steps=32, batch_size=8, eval_every=16, name="all"))
+    assert weights(everything) == weights(adapter)
+    assert everything.manifest.result == result
+    assert [entry["step"] for entry in history(everything) if "eval_loss" in entry] == [16, 32]
+    assert not curve_of(everything)
+
+
+def test_resumed_run_continues_curve(settings, stop_at):
+    config = settings(max_steps=30, batch_size=8, dropout=0.1)
+    whole = train(config)
+    with stop_at(9):
+        train(config.model_copy(update={"name": "stopped"}))
+    assert curve_of(resume("stopped")) == curve_of(whole)
+    assert [*curve_of(whole)] == [*range(0, 29, 4), 30]
 
 
 def test_first_step_learns(settings):
