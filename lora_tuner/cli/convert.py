@@ -36,7 +36,12 @@ if TYPE_CHECKING:
 # The comparison has no standard error, which alone depends on groups.
 _MERGE_FIELDS = [name for name in EVAL_SET_FIELDS if name != "group_by"]
 EvalRowsOption = Annotated[
-    int | None, typer.Option(min=2, help="Maximum number of rows per held-out set.", show_default="all")
+    int | None,
+    typer.Option(
+        min=2,
+        help="Maximum number of rows of each held-out set, and of each part of a blend.",
+        show_default="all",
+    ),
 ]
 
 
@@ -55,7 +60,9 @@ def merge(
         Dtype, typer.Option(help="Precision of the merged model. The merge is in float32.")
     ] = "float32",
     max_shard_size: Annotated[str, typer.Option(help="Maximum size of a weights file.")] = "5GB",
-    eval_rows: Annotated[int, typer.Option(min=2, help="Held-out rows for the comparison.")] = 50,
+    eval_rows: Annotated[
+        int, typer.Option(min=2, help="Held-out rows for the comparison, of each part of a blend.")
+    ] = 50,
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,

@@ -38,7 +38,7 @@ def evaluate(
         int | None,
         typer.Option(
             min=2,
-            help="Maximum number of rows per held-out set.",
+            help="Maximum number of rows of each held-out set, and of each part of a blend.",
             show_default=f"as in training; {TrainConfig().eval_rows} of --eval-dataset",
         ),
     ] = None,

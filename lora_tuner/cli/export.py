@@ -70,7 +70,8 @@ def export(
         typer.Option(help="Precision of the file.", show_default="float16"),
     ] = None,
     eval_rows: Annotated[
-        int | None, typer.Option(min=2, help="Held-out rows for the comparison.", show_default="50")
+        int | None,
+        typer.Option(min=2, help="Held-out rows for the comparison, of each part of a blend.", show_default="50"),
     ] = None,
     adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR,
     overwrite: OverwriteOption = False,

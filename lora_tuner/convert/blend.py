@@ -61,7 +61,8 @@ def blend(
         library: the library it is saved to.
         rank: truncate each layer to this rank.
         sets: held-out sets; None means those of the adapters.
-        eval_rows: largest number of rows per set; None means those of training.
+        eval_rows: largest number of rows of each set, and of each part of a blend in it; None
+            means those of training.
         overwrite: replace an existing adapter.
         options: the base model; always loaded in float32.
 

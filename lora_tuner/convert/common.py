@@ -143,26 +143,28 @@ def distinct_eval_sets(
 ) -> list[EvalSet]:
     """The given sets, or else the cached held-out rows of each adapter; no row is in two sets.
 
+    Of each set, and of each part of a blend in it, at most the first `eval_rows` rows are taken.
     Missing and repeated sets are left out, with a notice.
     """
     if sets is None:
         sets = [evaluation.cached_rows(adapter, notify) for adapter in adapters]
         evaluation.notify_eval_rows(adapters, notify)
     distinct: list[EvalSet] = []
-    for eval_set in eval_sets.select_rows(sets, eval_rows):
-        seen = {text for previous in distinct for text in previous.texts}
+    seen: set[str] = set()
+    for eval_set in eval_sets.select_rows(sets):
         distinct_rows = [row for row, text in enumerate(eval_set.texts) if text not in seen]
-        if eval_set.missing:
-            notify(
-                Notice(
-                    f"Not evaluated on {eval_set.name}: {eval_set.missing}. Name other data with --eval-dataset."
-                )
-            )
-        elif len(distinct_rows) < 2:
+        if not eval_set.missing and len(distinct_rows) < 2:
             names = format_names([previous.name for previous in distinct])
             notify(Notice(f"Not evaluated on {eval_set.name}: its held-out rows are among those of {names}."))
-        else:
-            distinct.append(eval_set.select(distinct_rows))
+            continue
+        # Counted among the distinct rows, so that a blend and what is made of it later have the same ones.
+        (selected,) = eval_sets.select_rows([eval_set.select(distinct_rows)], eval_rows)
+        if selected.missing:
+            text = f"Not evaluated on {selected.name}: {selected.missing}. Name other data with --eval-dataset."
+            notify(Notice(text))
+            continue
+        seen.update(eval_set.texts)
+        distinct.append(selected)
     return distinct
 
 
@@ -268,14 +270,8 @@ def write_adapter(
     card = model_card.model_card(load_adapter_folder(folder), name, prompts)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
     if sets:
-        eval_sets.cache_rows(_join_sets(name, sets))
+        eval_sets.cache_rows(eval_sets.join_sets(name, sets))
     return written, losses, comparison
-
-
-def _join_sets(name: str, sets: Sequence[EvalSet]) -> EvalSet:
-    """The rows of all sets as one set."""
-    groups = eval_sets.join_groups([(eval_set.groups, len(eval_set.texts)) for eval_set in sets])
-    return EvalSet(name, [text for eval_set in sets for text in eval_set.texts], groups=groups)
 
 
 def _copy_tokenizer(parents: Sequence[Adapter], folder: Path, notify: EventHandler) -> None:
@@ -321,7 +317,7 @@ def _dataset_info(parents: Sequence[Adapter], sets: Sequence[EvalSet], parents_s
     first = first.model_copy(update={"sources": unmeasured})
     if len(parents) == 1 and not sets:  # not evaluated: the parent's held-out rows stay recorded
         return first
-    rows = _join_sets(first.name, sets)
+    rows = eval_sets.join_sets(first.name, sets)
     eval_splits = {data.eval_split for data in datasets.values()}
     held_out_hash = rows.hash() if sets else None
     encoded = {data.encoded_hash for data in datasets.values()}

@@ -76,7 +76,8 @@ def compress(
         energy: share to keep, from 0 to 1; 0.99 by default.
         max_bytes: instead of `energy`, keep as much as fits into this size of weights.
         sets: held-out sets; None means those of the adapter.
-        eval_rows: largest number of rows per set; None means those of training.
+        eval_rows: largest number of rows of each set, and of each part of a blend in it; None
+            means those of training.
         overwrite: replace an existing adapter.
         options: the base model; always loaded in float32.
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,33 +20,48 @@ from .splitting import content_hash
 class EvalSet:
     """Held-out rows of an adapter or dataset, by its name; `missing` is the reason for no rows.
 
-    `groups` has the number of the group of each row; empty if each row is one.
+    `groups` has the number of the group of each row; empty if each row is one. `parts` has the
+    number of the part of a blend that each row is held out for; empty if they are of one.
     """
 
     name: str
     texts: list[str]
     missing: str | None = None
     groups: list[int] = field(default_factory=list)
+    parts: list[int] = field(default_factory=list)
 
     def format_rows(self) -> str:
         return format_rows(len(self.texts), len(set(self.groups)) or None)
 
     def hash(self) -> str:
-        """Hash of the texts and, where there are some, of the groups."""
-        texts = content_hash(self.texts)
-        return content_hash([texts, *map(str, self.groups)]) if self.groups else texts
+        """Hash of the texts and, where there are some, of the groups and parts."""
+        digest = content_hash(self.texts)
+        if self.groups:
+            digest = content_hash([digest, *map(str, self.groups)])
+        return content_hash([digest, "parts", *map(str, self.parts)]) if self.parts else digest
 
     def select(self, rows: Sequence[int]) -> "EvalSet":
         """The set with some of its rows."""
         texts, groups = [self.texts[row] for row in rows], [self.groups[row] for row in rows if self.groups]
-        return replace(self, texts=texts, groups=groups)
+        return replace(self, texts=texts, groups=groups, parts=[self.parts[row] for row in rows if self.parts])
+
+    def first_rows(self, count: int | None) -> "EvalSet":
+        """The set with at most the first `count` rows of each part; None for all."""
+        taken = Counter[int]()
+        chosen = []
+        for row, part in enumerate(self.parts or [0] * len(self.texts)):
+            taken[part] += 1
+            if count is None or taken[part] <= count:
+                chosen.append(row)
+        return self.select(chosen)
 
 
 def cache_rows(rows: EvalSet) -> None:
     """Keep rows in the user's cache under their hash, for when the dataset is gone."""
-    content = {"texts": rows.texts, "groups": rows.groups} if rows.groups else rows.texts
+    content = {"texts": rows.texts, "groups": rows.groups, "parts": rows.parts}
     with contextlib.suppress(OSError):  # a full cache must not end a run
-        atomic_io.atomic_write_text(_rows_path(rows.hash()), json.dumps(content, ensure_ascii=False))
+        text = json.dumps(content if rows.groups or rows.parts else rows.texts, ensure_ascii=False)
+        atomic_io.atomic_write_text(_rows_path(rows.hash()), text)
 
 
 def read_rows(name: str, rows_hash: str, run_file: Path, notify: EventHandler = ignore_events) -> EvalSet:
@@ -57,10 +73,12 @@ def read_rows(name: str, rows_hash: str, run_file: Path, notify: EventHandler = 
     path = _rows_path(rows_hash)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        texts, groups = (content["texts"], content["groups"]) if isinstance(content, dict) else (content, [])
-        rows = EvalSet(name, texts, groups=groups)
+        content = content if isinstance(content, dict) else {"texts": content, "groups": []}
+        texts, groups, parts = content["texts"], content["groups"], content.get("parts", [])
+        rows = EvalSet(name, texts, groups=groups, parts=parts)
         # The first version with groups recorded the hash of the texts alone.
-        if rows_hash in (rows.hash(), content_hash(texts)) and len(groups) in (0, len(texts)):
+        is_known = rows_hash in (rows.hash(), content_hash(texts))
+        if is_known and {len(groups), len(parts)} <= {0, len(texts)}:
             return rows
         reason = "its held-out rows in the cache have changed"
     except FileNotFoundError:
@@ -91,14 +109,14 @@ def load_eval_set(config: TrainConfig, notify: EventHandler = ignore_events) -> 
 
 
 def select_rows(sets: Sequence[EvalSet], eval_rows: int | None = None) -> list[EvalSet]:
-    """The first `eval_rows` rows of each set.
+    """The first `eval_rows` rows of each set, and of each part of a blend in it.
 
     A set of fewer than two rows loses them, with the reason. One group or document of more rows is
     measured, without a standard error.
     """
     selected = []
     for rows in sets:
-        rows = rows.select(range(len(rows.texts))[:eval_rows])
+        rows = rows.first_rows(eval_rows)
         if len(rows.texts) < 2 and not rows.missing:
             rows = replace(rows.select([]), missing="a standard error needs two rows")
         selected.append(rows)
@@ -108,6 +126,14 @@ def select_rows(sets: Sequence[EvalSet], eval_rows: int | None = None) -> list[E
 def eval_dataset_notice(name: str) -> Notice:
     """Warn about a dataset evaluated as a whole: adapters do not record their training rows."""
     return Notice(f"Rows of {name} that an adapter was trained on count as held out here.")
+
+
+def join_sets(name: str, sets: Sequence[EvalSet]) -> EvalSet:
+    """The rows of all sets as one set, of which each is a part, or several."""
+    groups = join_groups([(rows.groups, len(rows.texts)) for rows in sets])
+    parts = join_groups([(rows.parts or [0] * len(rows.texts), len(rows.texts)) for rows in sets])
+    texts = [text for rows in sets for text in rows.texts]
+    return EvalSet(name, texts, groups=groups, parts=parts if len(set(parts)) > 1 else [])
 
 
 def join_groups(parts: Sequence[tuple[Sequence[int], int]]) -> list[int]:

@@ -297,6 +297,7 @@ def test_blend_keeps_groups_of_its_rows(two):
     grouped, alone = map(evaluation.cached_rows, made)
     assert (grouped.texts, alone.texts) == (rows.texts, rows.texts)
     assert (grouped.groups, alone.groups) == ([0, 0, 1, 1, *range(2, len(rows.texts) - 2)], [])
+    assert (grouped.parts, alone.parts) == ([0] * 4 + [1] * (len(rows.texts) - 4), [])
     assert made[0].manifest.result.groups == len(rows.texts) - 2
 
 

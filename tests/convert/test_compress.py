@@ -9,6 +9,8 @@ from lora_tuner import (
     ModelOptions,
     blend,
     compress,
+    evaluate,
+    evaluation,
 )
 from lora_tuner.adapters.adapter import WEIGHTS_FILE, verify_adapter
 from lora_tuner.errors import AdapterError, ConfigError
@@ -104,6 +106,29 @@ def test_compress_rejects_bad_input(make, library, model_folder):
         with pytest.raises(ConfigError, match="it must be a share from 0 to 1"):
             compress(one, "less", library, energy=energy, options=ModelOptions(base=str(model_folder)))
     assert file_names(library) == ["dora", "nothing", "one"]
+
+
+def test_compressed_blend_is_measured_like_blend(two):
+    """Whatever --eval-rows, on the rows of all parts; so is what is compressed or blended from it."""
+    options, library = ModelOptions(device="cpu"), Library()
+    texts = [evaluation.cached_rows(adapter).texts for adapter in two]
+    parts = [(adapter, 0.5) for adapter in two]
+    blended = blend(parts, "mixed", library, options=options).adapter
+    few = blend(parts, "few", library, eval_rows=2, options=options).adapter
+    half = compress(blended, "half", library, energy=0.5, eval_rows=2, options=options)
+    assert evaluation.cached_rows(half.adapter).texts == [*texts[0][:2], *texts[1][:2]]
+    again = compress(half.adapter, "again", library, energy=0.5, eval_rows=2, options=options)
+    whole = compress(few, "whole", library, energy=0.5, options=options)
+    for compressed in (half, whole, again):
+        before, after = compressed.results
+        assert before.rows == 4
+        assert before.base_loss == pytest.approx(few.manifest.result.base_loss, abs=1e-6)
+        assert after == compressed.adapter.manifest.result
+    assert half.results[0].loss == pytest.approx(few.manifest.result.loss, abs=1e-6)
+    nested = blend([(half.adapter, 1.0), (two[0], 1.0)], "nested", library, eval_rows=2, options=options)
+    assert nested.adapter.manifest.result.rows == 6  # two more of praise
+    (rows,) = evaluate([blended], eval_rows=3, options=options).sets
+    assert (rows.texts, rows.parts) == ([*texts[0][:3], *texts[1][:3]], [0] * 3 + [1] * 3)
 
 
 def test_compress_keeps_dataset_info(two):
