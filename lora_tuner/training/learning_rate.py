@@ -22,15 +22,16 @@ from peft import PeftModel
 from .. import distributed, evaluation
 from ..config import METHODS
 from ..data import packing
-from ..data.tokenization import TokenIds
+from ..data.mixing import mix
+from ..data.tokenization import TokenIds, count_predictions
 from ..errors import EventHandler, Progress, ignore_events
 from ..text import format_duration
 from .inputs import TrainingInputs
-from .profiling import MEASURED_STEPS, StepProfile
+from .profiling import MEASURED_STEPS, StepProfile, tokens_per_step
 
 STEP_SHARE = 0.4  # of the best single step: the rate of a run (benchmarks/RESULTS.md, rates)
 FIRST_STEP, MAX_TRIES = 2e-3, 10  # length of the first step tried, and how many lengths are
-MIN_TOKENS = 1_000  # of each of two samples
+MIN_TOKENS, MAX_TOKENS = 1_000, 4_000  # of each of two samples: learned at least, in all at most
 LOWEST_RATE, HIGHEST_RATE = 1e-5, 4e-3
 PROBE_SHARE = 1 / 5  # of the steps of the run
 MAX_RUNS, MIN_RUNS = 5, 3
@@ -61,27 +62,51 @@ def default_learning_rate(
     if best is None:
         why = "no step on the base lowers its loss" if others else "measuring one takes two sequences"
         return method.learning_rate, f"from the method {inputs.method}, as {why}"
-    rate = min(max(STEP_SHARE * best, LOWEST_RATE), HIGHEST_RATE) * method.rate_share
-    return float(f"{rate:.2g}"), f"measured on the base in {format_duration(time.perf_counter() - start)}"
+    measured, lowest, highest = (
+        rate * method.rate_share for rate in (STEP_SHARE * best, LOWEST_RATE, HIGHEST_RATE)
+    )
+    origin = f"measured on the base in {format_duration(time.perf_counter() - start)}"
+    if measured > highest:
+        origin += f" ({measured:.2g}, but a default is at most {highest:g})"
+    if measured < lowest:
+        origin += f" ({measured:.2g}, but a default is at least {lowest:g})"
+    return float(f"{min(max(measured, lowest), highest):.2g}"), origin
 
 
 def _two_samples(inputs: TrainingInputs) -> tuple[list[Batch], list[Batch]]:
-    """Return batches of different sequences, each list of the size of an optimizer step or more."""
-    count, sequences = len(inputs.sequences), inputs.sequences
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
-    items, tokens = [], 0
-    for index in order[: count // 2 * 2]:
-        items.append(sequences[index])
-        tokens += sum(map(len, items[-1]))
-        if len(items) >= 2 * inputs.sequences_per_step and tokens >= 2 * MIN_TOKENS and len(items) % 2 == 0:
+    """Return batches of different sequences, each list of the size of an optimizer step or more.
+
+    Datasets with weights have their shares of each list, as in the run: a small one is repeated,
+    and one of a single sequence is in both lists. Empty lists if there are fewer than two sequences.
+    """
+    sequences, weights = inputs.sequences, inputs.dataset.weights or [1.0]
+    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0)).tolist()
+    pairs: list[list[tuple[int, int]]] = []
+    ends = itertools.accumulate(sequences.source_sizes, initial=0)
+    for start, end in itertools.pairwise(ends):
+        own = [index for index in order if start <= index < end]
+        single = [(own[0], own[0])] if len(weights) > 1 else []
+        pairs.append([*zip(own[::2], own[1::2], strict=False)] or single)
+    draws = [itertools.cycle(own) for own in pairs]
+    halves: tuple[list[list[TokenIds]], list[list[TokenIds]]] = ([], [])
+    most = len(pairs) * max(map(len, pairs))  # without a repeated one if there is one source
+    for number in itertools.islice(mix(weights), most):
+        for half, index in zip(halves, next(draws[number]), strict=True):
+            half.append(sequences[index])
+        if len(halves[0]) >= inputs.sequences_per_step and all(map(_is_enough, halves)):
             break
-    half = len(items) // 2
+    return _batches(inputs, halves[0]), _batches(inputs, halves[1])
 
-    def batches(part: list[list[TokenIds]]) -> list[Batch]:
-        starts = range(0, half, inputs.batch_size)
-        return [inputs.collate(part[start : start + inputs.batch_size]) for start in starts]
 
-    return batches(items[:half]), batches(items[half:])
+def _batches(inputs: TrainingInputs, items: list[list[TokenIds]]) -> list[Batch]:
+    size = inputs.batch_size
+    return [inputs.collate(items[start : start + size]) for start in range(0, len(items), size)]
+
+
+def _is_enough(items: list[list[TokenIds]]) -> bool:
+    """Return whether sequences have enough tokens that are learned, or very many others."""
+    rows = [row for item in items for row in item]
+    return sum(map(count_predictions, rows)) >= MIN_TOKENS or sum(map(len, rows)) >= MAX_TOKENS
 
 
 def _best_step(
@@ -188,9 +213,8 @@ def plan_probe(
     rows, texts, reported = _choosing_rows(inputs)
     if len(rows) < MIN_ROWS:
         return f"{len(rows)} held-out rows are too few to choose a learning rate by ({MIN_ROWS} at least)"
-    tokens = sum(map(len, inputs.sequences.rows))
-    tokens_per_step = inputs.sequences_per_step * tokens / len(inputs.sequences)
-    ends = [*itertools.accumulate(len(row) / tokens_per_step for row in rows)]  # in steps
+    trained_tokens = tokens_per_step(inputs)
+    ends = [*itertools.accumulate(len(row) / trained_tokens for row in rows)]  # in steps
     least = MIN_STEPS + ends[MIN_ROWS - 1]  # of a run
     budget = int(max_steps * share) - MEASURED_STEPS
     runs = min(MAX_RUNS, int(budget / least))

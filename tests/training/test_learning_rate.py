@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lora_tuner.training.inputs import TrainingInputs, load_inputs
 from lora_tuner.training.setup import prepare_training
 
 from .. import tiny_models
+from ..data_files import jsonl
 from .test_run import weights
 
 SCALED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -108,6 +110,49 @@ def test_measuring_leaves_model_as_it_was(measured, monkeypatch):
     assert (rate, origin) == (2e-3, "from the method lora, as no step on the base lowers its loss")
     after = dict(setup.model.named_parameters())
     assert all(torch.equal(before, after[name]) and after[name].grad is None for name, before in trained.items())
+
+
+def test_sample_mixes_datasets_by_weights(settings):
+    for name, count in (("a", 300), ("b", 8), ("c", 3)):
+        texts = [f"{name} {text[:50]}" for text in tiny_models.reviews(count, seed=ord(name))]
+        Path(f"{name}.jsonl").write_text(jsonl({"text": text} for text in texts))
+    datasets = ["a.jsonl=0.3", "b.jsonl=0.5", "c.jsonl=0.2"]
+    setup = prepare_training(settings(dataset=datasets, packing=False, batch_size=20))
+    samples = [
+        [setup.base.tokenizer.decode(ids).strip() for batch in half for ids in batch["input_ids"]]
+        for half in learning_rate._two_samples(setup)
+    ]
+    for sample in samples:
+        share = {name: sum(text.startswith(name) for text in sample) / len(sample) for name in "abc"}
+        assert share == pytest.approx({"a": 0.3, "b": 0.5, "c": 0.2}, abs=0.05)
+    assert {text[0] for text in set(samples[0]) & set(samples[1])} <= {"c"}
+
+
+def test_sample_counts_learned_tokens(settings, monkeypatch):
+    rows = [
+        {"prompt": f"{text} {text}", "completion": f" {text.split(':')[0]}"} for text in tiny_models.reviews(200)
+    ]
+    Path("chat.jsonl").write_text(jsonl(rows))
+    monkeypatch.setattr(learning_rate, "MIN_TOKENS", 100)
+    setup = prepare_training(settings(dataset="chat.jsonl", max_length=128))
+    for most, enough in ((100_000, True), (500, False)):
+        monkeypatch.setattr(learning_rate, "MAX_TOKENS", most)
+        for half in learning_rate._two_samples(setup):
+            learned = sum(int((batch["labels"] >= 0).sum()) for batch in half)
+            assert (learned >= 100) is enough
+            assert sum(batch["input_ids"].numel() for batch in half) > (learned * 3 if enough else 499)
+
+
+def test_limit_of_measured_rate_is_said(settings, monkeypatch):
+    for method, share in (("lora", 1), ("lora+", 0.5)):
+        for best, limit, rate in ((0.02, "at most", 4e-3), (1e-5, "at least", 1e-5)):
+            monkeypatch.setattr(learning_rate, "_best_step", lambda *of, best=best: best)
+            estimate = plan(settings(learning_rate=None, method=method))
+            assert estimate.learning_rate == pytest.approx(rate * share)
+            text = f" ({0.4 * best * share:.2g}, but a default is {limit} {rate * share:g})"
+            assert estimate.learning_rate_origin.endswith(text)
+    monkeypatch.setattr(learning_rate, "_best_step", lambda *of: 5e-3)
+    assert plan(settings(learning_rate=None)).learning_rate_origin.endswith(" s")
 
 
 @pytest.mark.parametrize(
