@@ -43,6 +43,8 @@ def list_adapters(adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR, as_jso
     """List all adapters: base, rank, targets, data, size, held-out gain, age, parents.
 
     python cli.py adapters list
+
+    Docs: docs/tour.md
     """
     entries = list(Library(adapters_dir).entries())
     if as_json:
@@ -107,6 +109,8 @@ def show_adapter(
     """Show an adapter: its origin, its training and its held-out gain.
 
     python cli.py adapters show poems
+
+    Docs: docs/tour.md
     """
     library = Library(adapters_dir)
     loaded = library.get(adapter)
@@ -193,6 +197,8 @@ def verify_adapters(
     """Check every byte of adapters: hashes, shapes, settings, finite values; not their quality.
 
     python cli.py adapters verify
+
+    Docs: docs/tour.md
     """
     library = Library(adapters_dir)
     problems = {name: _find_problems(library, name) for name in names or library.names()}
@@ -231,6 +237,8 @@ def rename_adapter(
     """Rename an adapter, in its model card and run.yaml too.
 
     python cli.py adapters rename poems verse
+
+    Docs: docs/tour.md
     """
     renamed = Library(adapters_dir).rename(old, new)
     show_json(renamed.to_dict()) if as_json else print(renamed.path)
@@ -246,6 +254,8 @@ def remove_adapter(
     """Delete an adapter permanently.
 
     python cli.py adapters remove poems
+
+    Docs: docs/tour.md
     """
     folder = Library(adapters_dir).find_removable(name)
     if not yes:
@@ -323,6 +333,8 @@ def push(
     """Upload an adapter with its model card to the Hugging Face Hub.
 
     python cli.py push poems my-name/poems --private --dry-run
+
+    Docs: docs/other-tools.md
     """
     loaded = Library(adapters_dir).get(adapter)
     from ..adapters import hub_sync
@@ -347,6 +359,8 @@ def pull(
     """Download an adapter from the Hugging Face Hub into the library.
 
     python cli.py pull my-name/poems
+
+    Docs: docs/other-tools.md
     """
     from ..adapters import hub_sync
 

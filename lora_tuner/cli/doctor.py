@@ -196,6 +196,8 @@ def doctor(as_json: JsonOption = False) -> None:
     """Show this machine, versions, Hub access, bases and data, advice, and the command to type next.
 
     python cli.py doctor
+
+    Docs: docs/tour.md
     """
     environment = inspect_environment()
     show_json(environment) if as_json else show_fields(environment)

@@ -37,6 +37,8 @@ def list_runs(runs_dir: RunsDirOption = DEFAULT_RUNS_DIR, as_json: JsonOption = 
     """List unfinished runs and sweeps: steps done, age, data, running or stopped. `runs` alone does the same.
 
     python cli.py runs list
+
+    Docs: docs/tour.md
     """
     from ..training.unfinished import unfinished_runs
 
@@ -79,6 +81,8 @@ def remove_run(
     """Delete an unfinished run permanently, or a sweep with the runs of its trials. Adapters are kept.
 
     python cli.py runs remove poems
+
+    Docs: docs/tour.md
     """
     from ..training.unfinished import find_removable, remove_unfinished
 
