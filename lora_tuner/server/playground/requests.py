@@ -25,13 +25,13 @@ class PageRequests:
     metrics: Metrics
 
     def is_chat(self, lora: LoadedAdapter | None) -> bool:
-        """Return True for an adapter that has learned conversations, with a chat template to ask it through."""
+        """Return True for an adapter that learned conversations and has a chat template."""
         tokenizer = (lora and lora.tokenizer) or self.service.base.tokenizer
         return lora is not None and lora.is_chat and bool(tokenizer.chat_template)
 
     async def chats(self, names: Sequence[str]) -> set[str]:
-        """Return which of the adapters, and the base, are asked through a chat template unless bare text is wanted:
-        the base if all of the adapters are, as in `compare`. One that cannot be used is none of them.
+        """Return which of the adapters, and the base, are asked through a chat template by default:
+        the base if all of the adapters are, as in `compare`; none that cannot be used.
         """
         chats = set()
         for name in names:
