@@ -230,7 +230,7 @@ def show_lengths(lengths: "Lengths", total: int) -> None:
         text = f"{_rows(lengths.chunked_rows, total)} of more than {limit} tokens, which are divided into several"
     else:
         text = f"no row is longer than {limit}"
-    print_wrapped(f"{text}; {format_share(lengths.used_share or 0)} of the tokens are trained on")
+    print_wrapped(f"{text}; {format_share(lengths.used_share or 0)} of the tokens are used")
     print_table(
         [
             (f"{cut.length:,}", _rows(cut.longer_rows, total), format_share(cut.share_beyond))

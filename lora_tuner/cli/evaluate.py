@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.cells import cell_len
 
 from .. import atomic_io
 from ..adapters.library import Library
@@ -154,7 +155,7 @@ def _print_matrix(rows: Sequence[Sequence[str]], columns: Sequence[str]) -> None
     present = [index for index in range(len(columns)) if any(row[index + 1] for row in rows)]
     names = [column.partition("\n")[0] for column in columns]
     headers = [("", *lines) for lines in zip(*(column.partition("\n")[::2] for column in columns), strict=True)]
-    widths = [max(map(len, cells)) + 2 for cells in zip(*rows, *headers, strict=True)]
+    widths = [max(map(cell_len, cells)) + 2 for cells in zip(*rows, *headers, strict=True)]
     if sum(widths) <= stdout_console().width:
         header = ("", *(columns[index] for index in present))
         print_table([(row[0], *(row[index + 1] for index in present)) for row in rows], header)

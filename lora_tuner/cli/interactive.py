@@ -163,7 +163,7 @@ class _Session:
         """Run a command, or generate for a prompt. Raises LoraTunerError, and changes nothing."""
         if INVALID_TEXT.search(text):
             raise ConfigError("The input is not valid UTF-8 text: type it again.")
-        if text.strip().startswith("/") and "\n" not in text.strip():
+        if text.startswith("/") and "\n" not in text.strip():
             self.run_command(text.strip())
         else:
             self.answer(text, self.sampling, len(self.messages))
@@ -198,7 +198,8 @@ class _Session:
                 print_stderr("New conversation.")
             case _:
                 raise ConfigError(
-                    f"Unknown command {line}. Commands: {', '.join(COMMANDS)}; an empty line quits."
+                    f"Unknown command {line}. Commands: {', '.join(COMMANDS)}; an empty line quits. A prompt may begin "
+                    "with a space before its /."
                 )
 
     def answer(self, text: str, sampling: SamplingParams, turn_start: int) -> None:
@@ -254,7 +255,11 @@ class _Session:
                 settings["seed"] = value
             sampling = resolve_settings(SamplingParams, settings)
             self.settings, self.retries = settings, 0
-        last = f" The last text had {self.last_output.seed}." if self.last_output else ""
+        last = (
+            f" The last text had {self.last_output.seed}."
+            if self.last_output and self.last_output.seed is not None
+            else ""
+        )
         print_stderr(f"Seed {'random' if sampling.seed is None else sampling.seed}.{last}")
 
     def list_adapters(self) -> None:

@@ -143,7 +143,7 @@ def training_dtype(files: BaseModelFiles, device: torch.device, options: ModelOp
         return options.dtype
     options.notify(
         Notice(
-            f"Training is in bfloat16, whose matrix products are {speedup:.1f} times as fast as "
+            f"The base is in bfloat16, whose matrix products are {speedup:.1f} times as fast as "
             "those of float32 on this CPU (--dtype float32 to choose otherwise)."
         )
     )

@@ -97,6 +97,16 @@ def test_gains_fit_80_columns(capsys, columns, names, groups):
     assert "3.50 (33.13)" in shown
 
 
+def test_wide_names_count_their_columns(capsys, columns):
+    columns(80)
+    gain = EvalResult(base_loss=3.75, loss=3.5004, gain=0.2496, standard_error=0.0124, rows=9, tokens=99)
+    names = ["\u30ec\u30d3\u30e5\u30fc" * 6, "\ud55c\uad6d\uc5b4\uae00" * 6]
+    sets = [EvalSet(name, ["a row"]) for name in names]
+    show_gains(GainMatrix("base", ["noir"], sets, [[gain, gain]]))
+    shown = capsys.readouterr().out
+    assert all(f"on {name}" in shown for name in names)
+
+
 def test_evaluate_writes_plot(two, tmp_path):
     shown = run("evaluate", "noir", "verse", "--plot", "gains.png").stdout
     assert shown.startswith("held-out loss in nats per token")

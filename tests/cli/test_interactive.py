@@ -22,6 +22,7 @@ from lora_tuner.cli.interactive import ANSWER, COMMANDS, PROMPT
 
 from .test_commands import run
 
+SPACE = "A prompt may begin with a space before its /."
 SHORT = ("--device", "cpu", "--max-new-tokens", "4")
 
 
@@ -44,6 +45,7 @@ def test_commands_change_settings_of_session(two):
             "b",
             "/what",
             "/help me",
+            " /the",
             "",
         ),
     ]
@@ -59,8 +61,9 @@ def test_commands_change_settings_of_session(two):
         generator.generate_batch([("the", "verse")], SamplingParams(greedy=True, max_new_tokens=4))[0].text
     )
     shown = answers(result)
-    assert shown[:-1] == [f"the{text}" for text in expected]
-    assert shown[-1].startswith("a\nb")
+    assert shown[:-2] == [f"the{text}" for text in expected]
+    assert shown[-2].startswith("a\nb")
+    assert shown[-1].startswith(" /the")
     assert result.stderr.splitlines() == [
         "Using adapter noir.",
         "/help lists the commands; an empty line quits.",
@@ -76,14 +79,14 @@ def test_commands_change_settings_of_session(two):
         "Error: The most likely tokens need no seed: set /temperature above 0 first.",
         "Temperature 0: always the most likely token, whatever the seed.",
         "Temperature 0.5.",
-        "Seed random. The last text had None.",
+        "Seed random.",
         "Error: temperature: input should be a valid number, unable to parse string as a number (got 'hot')",
         "Error: seed: input should be greater than or equal to 0 (got '-1')",
         "Error: /adapter needs a name. Adapters: noir, verse.",
-        "Seed random. The last text had None.",
+        "Seed random.",
         "Using the base without an adapter.",
-        f"Error: Unknown command /what. Commands: {', '.join(COMMANDS)}; an empty line quits.",
-        f"Error: Unknown command /help me. Commands: {', '.join(COMMANDS)}; an empty line quits.",
+        f"Error: Unknown command /what. Commands: {', '.join(COMMANDS)}; an empty line quits. {SPACE}",
+        f"Error: Unknown command /help me. Commands: {', '.join(COMMANDS)}; an empty line quits. {SPACE}",
     ]
 
 
