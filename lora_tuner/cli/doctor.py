@@ -94,7 +94,7 @@ def inspect_environment() -> dict[str, object]:
         "device": _describe_device(device),
         "memory": f"{format_bytes(memory.free_memory(torch.device('cpu')))} free of "
         f"{format_bytes(psutil.virtual_memory().total)}",
-        "dtype": str(memory.choose_dtype("auto", device)).removeprefix("torch."),
+        "dtype": _describe_dtype(device),
         "kernels": f"built for this CPU ({kernels.build})" if kernels else f"none: {problem}",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "cache": _cache(),
@@ -106,6 +106,16 @@ def inspect_environment() -> dict[str, object]:
         "advice": [text for applies, text in advice if applies],
         "next": _next_command(config, bases, datasets, hub_problem),
     }
+
+
+def _describe_dtype(device: "torch.device") -> str:
+    """Return the dtype of a base, and another one of training, as `training_dtype` chooses it."""
+    from ..models import memory
+
+    dtype = str(memory.choose_dtype("auto", device)).removeprefix("torch.")
+    if device.type == "cpu" and memory.bfloat16_speedup() >= memory.FAST_BFLOAT16:
+        return f"{dtype}; training in bfloat16, where the base allows it: faster on this CPU"
+    return dtype
 
 
 def _describe_device(device: "torch.device") -> str:

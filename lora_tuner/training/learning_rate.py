@@ -145,6 +145,8 @@ def _best_step(
             return None
         return best * _lowest_point(*(loss_after(best * factor) for factor in (0.5, 1.0, 2.0)))
     finally:
+        if len(losses) < MAX_TRIES:  # found with fewer
+            notify(Progress("choosing the learning rate", MAX_TRIES, MAX_TRIES))
         with torch.no_grad():
             for parameter, start in zip(parameters, before, strict=True):
                 parameter.copy_(start)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lora_tuner import Notice, plan, resume, train
+from lora_tuner import Notice, Progress, plan, resume, train
 from lora_tuner.models import lora
 from lora_tuner.training import learning_rate
 from lora_tuner.training.inputs import TrainingInputs, load_inputs
@@ -57,10 +57,15 @@ def test_rate_of_lora_plus_is_half(measured):
     assert rates[1] / rates[0] == pytest.approx(0.5, rel=0.05)
 
 
-def test_measured_run_equals_run_with_rate(measured):
+def test_measured_run_equals_run_with_rate(measured, monkeypatch):
+    monkeypatch.setattr(learning_rate, "MAX_TRIES", 40)  # more than it needs
     told = []
     adapter = train(measured(dropout=0.1, name="a"), told.append)
     (text,) = [event.text for event in told if isinstance(event, Notice) and "Learning rate" in event.text]
+    bars = [
+        event for event in told if isinstance(event, Progress) and event.stage == "choosing the learning rate"
+    ]
+    assert bars[-1].done == bars[-1].total
     rate = float(text.split()[2])
     assert re.search(r" \(--learning-rate\), measured on the base in \d+ s\.$", text)
     assert weights(adapter) == weights(train(measured(dropout=0.1, name="b", learning_rate=rate)))
