@@ -104,7 +104,7 @@ def pytest_collection_finish() -> None:
 
 
 def prepare_process() -> None:
-    """Use one thread, as tiny models gain nothing from more; float32 on any CPU; and empty pictures.
+    """Use one thread, as tiny models gain nothing from more; float32 on any CPU; short samples; and empty pictures.
 
     Drawing takes a third of a tiny run; tests/adapters/test_plots.py draws them.
     """
@@ -112,11 +112,13 @@ def prepare_process() -> None:
     from matplotlib.figure import Figure
 
     from lora_tuner.adapters import plots
+    from lora_tuner.inference import samples
     from lora_tuner.models import memory
 
     torch.set_num_threads(1)
     memory.bfloat16_speedup = lambda: 1.0
     plots.plot_loss = lambda history, manifest, to: Figure((1, 1)).savefig(to, format="png")
+    samples.MAX_NEW_TOKENS = 3
     plots.plot_sweep = lambda points, base_loss, recommended, to: Figure((1, 1)).savefig(to, format="png")
 
 

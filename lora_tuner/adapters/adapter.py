@@ -24,6 +24,7 @@ from .manifest import Manifest, ParentInfo, WeightsInfo
 from .peft_config import CONFIG_FILE as CONFIG_FILE
 from .peft_config import WEIGHTS_FILE as WEIGHTS_FILE
 from .replaced import ReplacedNames, find_replaced
+from .samples import SAMPLES_FILE, Sample, read_samples
 
 MANIFEST_FILE, RUN_FILE, CARD_FILE = "manifest.json", "run.yaml", "README.md"
 METRICS_FILE, LOSS_PLOT_FILE, SPECTRUM_FILE = "metrics.jsonl", "loss.png", "spectrum.png"
@@ -59,6 +60,11 @@ class Adapter:
     def is_chat(self) -> bool:
         return self.manifest is not None and self.manifest.is_chat
 
+    @cached_property
+    def samples(self) -> list[Sample]:
+        """Texts of base and adapter for the same prompts, from the end of its training."""
+        return read_samples(self.path / SAMPLES_FILE)
+
     @property
     def rank(self) -> int:
         return int(self.config["r"])
@@ -69,9 +75,8 @@ class Adapter:
 
     @cached_property
     def modules(self) -> list[str]:
-        """Full names of the adapted layers in the base, such as `transformer.h.0.attn.c_attn`, and
-        of the parameters with the weights of experts, such as
-        `model.layers.0.mlp.experts.down_proj`."""
+        """Full names of the adapted layers in the base, such as `transformer.h.0.attn.c_attn`, and of
+        the parameters with the weights of experts (`model.layers.0.mlp.experts.down_proj`)."""
         return sorted(self._file_names)
 
     @cached_property
@@ -153,8 +158,7 @@ class Adapter:
     def layer_patterns(self) -> dict[str, dict[str, float]]:
         """`rank_pattern` and `alpha_pattern` with the names of the adapted layers as keys: PEFT
         would match a stranger's expressions without a limit of time."""
-        # The first key that matches a name's end counts.
-        names = sorted(self.modules, key=len, reverse=True)
+        names = sorted(self.modules, key=len, reverse=True)  # the first key that matches an end counts
         patterns: dict[str, dict[str, float]] = {}
         for setting in ("rank_pattern", "alpha_pattern"):
             values = {module: self._pattern_value(setting, module) for module in names}
@@ -189,8 +193,7 @@ class Adapter:
         return (lora_a[0] // self.rank_of(module), *size) if module in self.experts else size
 
     def check_shapes(self, base_sizes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise AdapterError unless the base has these layers. `base_sizes`: name -> (in, out), or
-        (experts, in, out)."""
+        """Raise AdapterError unless the base has these layers: (in, out), or (experts, in, out)."""
         problems = []
         for module in self.modules:
             size, base_size = self.layer_size(module), base_sizes.get(module)
@@ -294,10 +297,9 @@ def weights_info(adapter: Adapter) -> WeightsInfo:
 
 
 def verify_adapter(adapter: Adapter) -> list[str]:
-    """Check every byte of an adapter; return its problems.
+    """Check every byte of an adapter; return its problems. Without any it is intact, maybe not good.
 
-    Reads the weights twice: for non-finite values and for the hash. An empty list means that the
-    adapter is intact, not that it is any good.
+    Reads the weights twice: for non-finite values and for the hash.
     """
     problems = verify_weights(adapter)
     if adapter.manifest is not None and adapter.manifest.run is not None:
@@ -378,7 +380,7 @@ def _tensor_problems(adapter: Adapter) -> list[str]:
         return [f"the patterns in {CONFIG_FILE} take too long to match: name the layers instead"]
     dora = bool(adapter.config.get("use_dora"))
     for module in adapter.modules:
-        names = (f"lora_{part}" for part in ("A.weight", "B.weight", "magnitude_vector"))
+        names = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
         parts = [adapter.tensors.get(adapter.tensor_name(module, name)) for name in names]
         lora_a, lora_b, magnitude = (part and part[1] for part in parts)
         rank = adapter.rank_of(module)
@@ -393,8 +395,6 @@ def _tensor_problems(adapter: Adapter) -> list[str]:
         elif module not in adapter.experts and lora_a[0] != rank:
             problems.append(f"{module} has rank {lora_a[0]}, but {CONFIG_FILE} says {rank}")
         elif magnitude != ((lora_b[0],) if dora else None):
-            problems.append(
-                f"{module} has a magnitude of shape {magnitude}, but {CONFIG_FILE} says use_dora: "
-                f"{str(dora).lower()}"
-            )
+            setting = f"use_dora: {str(dora).lower()}"
+            problems.append(f"{module} has a magnitude of shape {magnitude}, but {CONFIG_FILE} says {setting}")
     return problems

@@ -37,6 +37,7 @@ from .adapter import (
 )
 from .library import Library, copy_files
 from .manifest import Manifest
+from .samples import SAMPLES_FILE
 
 SYNCED_FILES = (
     CONFIG_FILE,
@@ -46,6 +47,7 @@ SYNCED_FILES = (
     METRICS_FILE,
     LOSS_PLOT_FILE,
     SPECTRUM_FILE,
+    SAMPLES_FILE,
     CARD_FILE,
     *TOKENIZER_FILES,
 )

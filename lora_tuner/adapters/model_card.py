@@ -1,14 +1,16 @@
 """The model card (README.md) of an adapter."""
 
 import json
+import re
 import shlex
 from collections.abc import Sequence
 
 from ..config import HELD_OUT_MAX_TOKENS, is_conversation
-from ..text import describe_coverage, display_name, format_counts, format_gain, format_share
+from ..text import describe_coverage, display_name, escape_control, format_counts, format_gain, format_share
 from . import base_config, compatibility
 from .adapter import LOSS_PLOT_FILE, SPECTRUM_FILE, Adapter
 from .manifest import BaseInfo, DatasetInfo, Manifest, RateProbe, RunInfo, SourceInfo
+from .samples import Sample
 
 
 def summary_rows(adapter: Adapter) -> list[tuple[str, str]]:
@@ -104,7 +106,7 @@ A LoRA adapter for {base}, trained on {dataset}.
 
 The loss is measured on held-out rows, one at a time, truncated to {HELD_OUT_MAX_TOKENS} tokens, end of text included.
 {"`run.yaml` repeats the run; " if run else ""}`manifest.json` has these figures and the hashes of base, data and weights.
-{pictures}
+{pictures}{_samples_section(adapter.samples)}
 ## Limitations
 
 {limits}
@@ -144,6 +146,32 @@ def _describe_training(manifest: Manifest) -> str:
     others = f"rows of {display_name(data.eval_dataset)}" if data.eval_dataset else "other rows"
     measured = f"; {data.held_out_rows:,} {others} measured it" if data.held_out_rows else ""
     return f"It was trained on {kind} from {display_name(data.source)}{where}{measured}."
+
+
+def _samples_section(samples: Sequence[Sample]) -> str:
+    """Prompts with the texts of base and adapter as a table; empty without samples."""
+    if not samples:
+        return ""
+    asked = ", through the chat template" if samples[0].chat else ""
+    rows = "".join(
+        f"| {' | '.join(map(_format_cell, (sample.prompt, sample.base, sample.adapter)))} |\n"
+        for sample in samples
+    )
+    return f"""
+## Samples
+
+Prompts from held-out rows, which were not trained on. Base and adapter continued them with the same seed when training
+had ended{asked}; the texts are cut off, and none was chosen.
+
+| Prompt | Base | Adapter |
+| --- | --- | --- |
+{rows}"""
+
+
+def _format_cell(text: str) -> str:
+    """Write a text into a cell of a table as it is, with its line breaks."""
+    lines = re.sub(r"([\\`*_\[\]|~#$&<>]|:(?=//))", r"\\\1", escape_control(text).strip()).splitlines()
+    return "<br>".join(line.strip() for line in lines)
 
 
 def _limitations(manifest: Manifest) -> list[str]:

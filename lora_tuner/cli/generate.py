@@ -274,7 +274,6 @@ def show_comparison(outputs: Sequence["GenerationOutput"], chats: Collection[str
 
     Those of `chats`, adapters or None for the base, are answers: the prompt is marked as a question.
     """
-    console = Console(highlight=False, color_system=color_system())
     prompt = escape_control(outputs[0].prompt)
     is_mixed = len({output.adapter in chats for output in outputs}) > 1
     columns: dict[str, list[tuple[str, str]]] = {}  # name -> prompt and text of each output
@@ -283,13 +282,24 @@ def show_comparison(outputs: Sequence["GenerationOutput"], chats: Collection[str
         if output.adapter in chats:
             name, shown_prompt = f"{name} (chat)" if is_mixed else name, quote(prompt)
         columns.setdefault(name, []).append((shown_prompt, escape_control(output.text)))
+    show_columns(columns, "output")
+
+
+def show_columns(columns: dict[str, list[tuple[str, str]]], kind: str) -> None:
+    """Print texts side by side or, on a narrow terminal, one after another.
+
+    Args:
+        columns: heading -> prompt and text of each row, without control characters.
+        kind: what a row is, such as "output"; several are numbered.
+    """
+    console = Console(highlight=False, color_system=color_system())
     if console.width >= MIN_COLUMN_WIDTH * len(columns):
         grid = Table(box=None, padding=(0, 3, 1, 0), pad_edge=False, header_style="bold", expand=True)
         for name in columns:
             grid.add_column(Text(name), ratio=1)
         rows = list(zip(*columns.values(), strict=True))
         for number, row in enumerate(rows, 1):
-            label = heading(("output", number, len(rows)))
+            label = heading((kind, number, len(rows)))
             grid.add_row(*(Text.assemble((label, "dim"), (shown, "bold"), text) for shown, text in row))
         console.print(grid)
     else:

@@ -1,6 +1,7 @@
 """The commands `train` and `methods`."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,11 +13,20 @@ from ..adapters.manifest import RateProbe
 from ..config import METHODS, STOP_RULES, TrainConfig
 from ..errors import ConfigError
 from ..settings_files import expand_sweep, resolve_settings
-from ..text import describe_coverage, format_bytes, format_duration, format_gain, format_share
+from ..text import (
+    describe_coverage,
+    escape_control,
+    format_bytes,
+    format_duration,
+    format_gain,
+    format_share,
+)
 from ..training.paths import SWEEP_PLOT_FILE
 from ..training.progress import display
 from .completion import complete_run_names
-from .display import print_picture, print_result, print_table, show_json
+from .display import BASE_LABEL, print_picture, print_result, print_stderr, print_table, show_json
+from .generate import show_columns
+from .interactive import quote
 from .options import JsonOption, Overrides, settings_options
 from .preview import show_preview
 
@@ -113,7 +123,8 @@ def train(
         )
         if distributed.rank() == 0:
             if as_json:
-                show_json(adapter.to_dict() | {"picture": str(adapter.path / LOSS_PLOT_FILE)})
+                samples = [sample.model_dump() for sample in adapter.samples]
+                show_json(adapter.to_dict() | {"picture": str(adapter.path / LOSS_PLOT_FILE), "samples": samples})
             else:
                 _show_trained(adapter)
     distributed.destroy_process_group()
@@ -146,6 +157,35 @@ def _show_trained(adapter: Adapter) -> None:
     print(f"{adapter.path}  {format_bytes(adapter.bytes)}, {run.steps:,} steps in {format_duration(run.seconds)}")
     print_result(adapter.manifest.result, adapter.manifest.data.sources if adapter.manifest.data else [])
     print_picture(adapter.path / LOSS_PLOT_FILE, "losses of the run")
+    _show_samples(adapter)
+    _show_next_commands(adapter)
+
+
+def _show_samples(adapter: Adapter) -> None:
+    """Print the texts of base and adapter for prompts of held-out rows side by side."""
+    columns: dict[str, list[tuple[str, str]]] = {BASE_LABEL: [], adapter.name: []}
+    for sample in adapter.samples:
+        prompt = escape_control(sample.prompt)
+        for column, text in zip(columns.values(), (sample.base, sample.adapter), strict=True):
+            column.append((quote(prompt) if sample.chat else prompt, escape_control(text)))
+    if adapter.samples:
+        print()
+        show_columns(columns, "sample")
+
+
+def _show_next_commands(adapter: Adapter) -> None:
+    """Print commands for the adapter to stderr, as they are no result."""
+    library = adapter.path.parent
+    option = "" if library == TrainConfig().adapters_dir else f" --adapters-dir {shlex.quote(str(library))}"
+    prompts = [sample.prompt for sample in adapter.samples if "\n" not in sample.prompt]
+    prompt = shlex.quote(min(prompts, key=len, default="Your prompt"))
+    print_stderr("Next:")
+    for command in (
+        f"generate --adapter {adapter.name}",
+        f"compare {prompt} --adapter {adapter.name}",
+        "serve",
+    ):
+        print_stderr(f"  python cli.py {command}{option}")
 
 
 def _show_probe(probe: RateProbe) -> None:

@@ -27,6 +27,7 @@ from ..adapters.adapter import (
 )
 from ..adapters.library import Library, adapter_name
 from ..adapters.manifest import Manifest, utc_timestamp
+from ..adapters.samples import SAMPLES_FILE, write_samples
 from ..config import TrainConfig
 from ..data import eval_sets
 from ..data.prompts import held_out_prompts
@@ -49,6 +50,7 @@ from .checkpoints import RETRAIN_ADVICE, save_adapter
 from .inputs import dtype_name
 from .profiling import RunEstimate
 from .progress import closing, display
+from .samples import make_samples
 from .setup import TrainingSetup, prepare_training
 from .unfinished import unfinished_runs
 
@@ -383,11 +385,14 @@ def _write_adapter(
 ) -> Adapter:
     """Write the adapter with its curve, plot and model card into the library."""
     name = adapter_name(setup.config)
+    prompts = held_out_prompts(setup.measured_texts, conversations=manifest.is_chat)
+    samples = make_samples(setup, prompts, manifest)
     with library.create(name, overwrite=setup.config.overwrite, advice=paths.NAME_TAKEN_ADVICE) as work:
         save_adapter(setup, lora.adapter_state_dict(setup.model), manifest, work)
         plots.write_metrics(history, work / METRICS_FILE)
         plots.plot_loss(history, manifest, work / LOSS_PLOT_FILE)
-        prompts = held_out_prompts(setup.measured_texts, conversations=manifest.is_chat)
+        if samples:
+            write_samples(samples, work / SAMPLES_FILE)
         card = model_card.model_card(load_adapter_folder(work), name, prompts)
         (work / CARD_FILE).write_text(card, encoding="utf-8")
     return library.get(name)

@@ -1,0 +1,47 @@
+"""Texts of base and adapter for the same prompts (samples.jsonl), generated in training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..errors import AdapterError
+
+SAMPLES_FILE = "samples.jsonl"
+_MAX_BYTES = 10_000_000
+
+
+class Sample(BaseModel):
+    """A prompt continued by the base and by the adapter after `step` steps, with the same seed.
+
+    `chat`: it was asked through the chat template.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step: int
+    prompt: str
+    base: str
+    adapter: str
+    chat: bool = False
+
+
+def write_samples(samples: Sequence[Sample], path: Path) -> None:
+    """Write one JSON object per line."""
+    path.write_text("".join(sample.model_dump_json() + "\n" for sample in samples), encoding="utf-8")
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """Read the samples in a file; none where there is no file. Raises AdapterError for a damaged one."""
+    if not path.exists():
+        return []
+    try:
+        if not path.is_file() or path.stat().st_size > _MAX_BYTES:  # a pipe would block
+            raise ValueError("it is no regular file, or too large")
+        return [Sample.model_validate_json(line) for line in path.read_bytes().splitlines()]
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = " ".join([*map(str, first["loc"]), first["msg"]])
+        raise AdapterError(f"{path} has a line that is no sample: {problem}.") from error
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}.") from error
