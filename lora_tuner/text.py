@@ -24,6 +24,7 @@ CODE_EXTENSIONS = tuple(_CODE_FILES.split())  # files that are one row each, as 
 # Names of adapters; names of Windows devices are excluded.
 NAME_PATTERN = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)$)[A-Za-z][A-Za-z0-9_-]{0,63}")
 MAX_MESSAGE_CHARS = 20_000
+GAIN_SCALE = "0.69: each token twice as likely"  # ln 2, as a gain is in nats per token
 # With lone surrogates.
 CONTROL_CHARACTERS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
 
@@ -116,18 +117,36 @@ def format_bytes(count: float) -> str:
     return f"{count / 1e3:.0f} kB" if count >= 1e3 else f"{count:.0f} bytes"
 
 
+def format_count(count: int, noun: str) -> str:
+    """Format a number of things: "1 step", "2 steps"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def format_counts(counts: dict[str, int]) -> str:
-    """Format the counts that are not 0, such as "3 read, 1 empty"."""
-    return ", ".join(f"{count:,} {key.replace('_', ' ')}" for key, count in counts.items() if count)
+    """Format the counts that are not 0, such as "3 read, 1 duplicate"."""
+    texts = []
+    for key, count in counts.items():
+        name = key.replace("_", " ")
+        if count == 1 and name.endswith("duplicates"):
+            name = name.removesuffix("s")
+        if count:
+            texts.append(f"{count:,} {name}")
+    return ", ".join(texts)
 
 
 def format_rows(rows: int, groups: int | None = None) -> str:
     """Format a number of rows, and of their groups if they are grouped, as in "12 rows in 3 groups"."""
-    text = f"{rows:,} row{'s' * (rows != 1)}"
-    return text if groups is None else f"{text} in {groups} group{'s' * (groups != 1)}"
+    text = format_count(rows, "row")
+    return text if groups is None else f"{text} in {format_count(groups, 'group')}"
 
 
-def format_gain(gain: float, standard_error: float | None, digits: str = ".4f") -> str:
+def describe_gain(gain: float) -> str:
+    """Say what a gain in nats per token means, as in "each token is 1.52 times as likely"."""
+    ratio = math.exp(min(gain, 700.0))  # exp(710) overflows
+    return f"each token is {ratio:{'.2f' if 0.1 <= ratio < 100 else '.2g'}} times as likely"
+
+
+def format_gain(gain: float, standard_error: float | None, digits: str = ".3f") -> str:
     """Format a gain with its standard error, which is None for a single row, group or document."""
     if standard_error is None:
         return f"{gain:{digits}} (no error: one row or group)"

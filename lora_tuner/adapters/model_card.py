@@ -6,7 +6,17 @@ import shlex
 from collections.abc import Sequence
 
 from ..config import HELD_OUT_MAX_TOKENS, is_conversation
-from ..text import describe_coverage, display_name, escape_control, format_counts, format_gain, format_share
+from ..text import (
+    describe_coverage,
+    describe_gain,
+    display_name,
+    escape_control,
+    format_count,
+    format_counts,
+    format_gain,
+    format_rows,
+    format_share,
+)
 from . import base_config, compatibility
 from .adapter import LOSS_PLOT_FILE, SPECTRUM_FILE, Adapter
 from .manifest import BaseInfo, DatasetInfo, Manifest, RateProbe, RunInfo, SourceInfo
@@ -45,12 +55,12 @@ def summary_rows(adapter: Adapter) -> list[tuple[str, str]]:
     if result:
         before, after = result.perplexities
         rows += [
-            ("Held-out loss", f"{result.loss:.4f} nats per token (base: {result.base_loss:.4f})"),
+            ("Held-out loss", f"{result.loss:.3f} (base: {result.base_loss:.3f})"),
             (
                 "Gain",
-                f"{format_gain(result.gain, result.standard_error)} (standard error, {result.format_rows()}, paired)"
-                if result.standard_error is not None
-                else format_gain(result.gain, None),
+                f"{format_gain(result.gain, result.standard_error)}"
+                f"{f' (standard error, {result.format_rows()}, paired)' if result.standard_error is not None else ''}: "
+                f"{describe_gain(result.gain)}",
             ),
             ("Perplexity", f"{after:.2f} (base: {before:.2f})"),
             ("Advice", (run.advice if run else None) or ""),
@@ -104,7 +114,8 @@ A LoRA adapter for {base}, trained on {dataset}.
 | --- | --- |
 {table}
 
-The loss is measured on held-out rows, one at a time, truncated to {HELD_OUT_MAX_TOKENS} tokens, end of text included.
+The loss is the mean negative log-likelihood per token, in nats, of held-out rows, measured one at a time, truncated to
+{HELD_OUT_MAX_TOKENS} tokens, end of text included.
 {"`run.yaml` repeats the run; " if run else ""}`manifest.json` has these figures and the hashes of base, data and weights.
 {pictures}{_samples_section(adapter.samples)}
 ## Limitations
@@ -181,7 +192,7 @@ def _limitations(manifest: Manifest) -> list[str]:
     if result is None:
         limits.append("It was not evaluated: no held-out rows were measured.")
     elif result.gain < 0:
-        limits.append(f"On the held-out rows it is worse than {base}: {result.gain:.2f} nats per token.")
+        limits.append(f"On the held-out rows it is worse than {base}: {describe_gain(result.gain)}.")
     elif result.standard_error is not None and result.gain <= 2 * result.standard_error:
         limits.append(f"On the held-out rows it is not measurably better than {base}.")
     else:
@@ -247,7 +258,7 @@ def _format_source(source: SourceInfo) -> str:
     parts = [f"{format_share(source.weight)} of the sequences"] if source.weight else []
     parts.append(format_counts(source.counts))
     if result := source.result:
-        loss = f"held-out loss {result.loss:.4f} (base: {result.base_loss:.4f})"
+        loss = f"held-out loss {result.loss:.3f} (base: {result.base_loss:.3f})"
         parts.append(f"{loss}, gain {format_gain(result.gain, result.standard_error)}, {result.format_rows()}")
     return "; ".join(parts)
 
@@ -266,26 +277,28 @@ def _format_layout(data: DatasetInfo) -> str:
 def _format_use(run: RunInfo) -> str:
     if run.used_answer_share is not None:
         tokens, answers = format_share(run.used_share or 0), format_share(run.used_answer_share)
-        return f"{tokens} of the tokens, {answers} of those of answers; {run.truncated_rows:,} rows truncated"
+        return (
+            f"{tokens} of the tokens, {answers} of those of answers; {format_rows(run.truncated_rows)} truncated"
+        )
     return format_share(run.used_share) if run.used_share is not None else ""
 
 
 def _format_run(run: RunInfo) -> str:
     return (
-        f"{run.method}, {run.steps:,} steps, {run.tokens:,} tokens, "
+        f"{run.method}, {format_count(run.steps, 'step')}, {format_count(run.tokens, 'token')}, "
         f"{run.seconds / 60:.1f} minutes on {run.device} in {run.dtype}"
     )
 
 
 def _format_probe(probe: RateProbe) -> str:
     losses = [
-        f"{trial.learning_rate:g} {'diverged' if trial.loss is None else f'{trial.loss:.4f}'}"
+        f"{trial.learning_rate:g} {'diverged' if trial.loss is None else f'{trial.loss:.3f}'}"
         for trial in probe.trials
     ]
     return (
-        f"{probe.learning_rate:g}, the best of {len(losses)} runs of {probe.steps} steps by the "
-        f"loss on {probe.rows} held-out "
-        f"rows{' (also those of the gain)' if probe.reported_rows else ''}: {', '.join(losses)}"
+        f"{probe.learning_rate:g}, the best of {len(losses)} runs of {format_count(probe.steps, 'step')} by the "
+        f"loss on {format_count(probe.rows, 'held-out row')}"
+        f"{' (also those of the gain)' if probe.reported_rows else ''}: {', '.join(losses)}"
     )
 
 

@@ -85,7 +85,7 @@ def plot_loss(history: Sequence[Mapping[str, float]], manifest: Manifest, to: Pa
         style, label = ("D", "held out, all rows") if subset else ("o-", "held out")
         color = "tab:red" if subset else "tab:orange"
         axes.plot(*zip(*sorted(held_out.items()), strict=True), style, color=color, label=label)
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.set(xlabel="step", ylabel="loss per token")
     title = f"{display_name(manifest.data.name)[:60]} on {display_name(manifest.base.name)[:60]}"
     axes.set_title(title, parse_math=False)  # a "$" in a file name is not a formula
     if steps or held_out or subset:
@@ -116,7 +116,7 @@ def plot_gains(
 
     gains = np.array([[np.nan if cell is None else cell.gain for cell in row] for row in cells])
     limit = float(np.nanmax(np.abs(gains))) if np.isfinite(gains).any() else 0.0
-    title = f"Gain over {display_name(base)} (nats per token)\nbelow zero: worse than the base"
+    title = f"Gain over {display_name(base)} (loss per token)\nbelow zero: worse than the base"
     columns = [display_name(name) for name in sets]
     label_inches = 0.1 * max(map(len, [*adapters, *columns]))
     width = 2.2 + label_inches + max(1.1 * len(sets), 0.08 * max(map(len, title.split("\n"))))
@@ -246,7 +246,7 @@ def plot_sweep(points: Sequence[SweepPoint], base_loss: float, recommended: str,
             base_axes.spines[["top", "right", "bottom"]].set_visible(False)
             base_axes.tick_params(bottom=False)
             base_axes.set_yticks([base_loss], [f"{base_loss:.3f}"])
-    rows[-1][0].set(ylabel="held-out loss (nats per token)")
+    rows[-1][0].set(ylabel="held-out loss per token")
     rows[0][0].legend(frameon=False, fontsize=8)
     title = f"Recommended: {recommended} (orange). Bars: standard error of the gap to the best"
     figure.suptitle(title, fontsize=10, parse_math=False)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..text import format_names
+from ..text import format_names, format_rows
 from .safetensors_header import Shape, bare_shapes, find_shape
 
 Tensors = Mapping[str, tuple[str, Shape]]  # name -> (dtype, shape)
@@ -51,7 +51,7 @@ class ReplacedNames:
 
     def __str__(self) -> str:
         """Description for a reader, such as "2 rows of embed_tokens; whole norm"."""
-        rows = [f"{len(ids):,} rows of {_last(module)}" for module, ids in sorted(self.rows.items())]
+        rows = [f"{format_rows(len(ids))} of {_last(module)}" for module, ids in sorted(self.rows.items())]
         whole = sorted({_last(module) for module in self.modules})
         return "; ".join([*rows, *([f"whole {format_names(whole)}"] if whole else [])])
 

@@ -116,7 +116,7 @@ def _draw_histogram(report: DataReport) -> tuple[list[_Rectangle], float | None]
     for index, bar in enumerate(histogram):
         height = (_HEIGHT - _TOP) * bar.rows / most
         height = max(height, 1.5) if bar.rows else 0.0
-        title = f"{describe_span(bar.start, bar.end)} {lengths.unit}: {bar.rows:,} rows"
+        title = f"{describe_span(bar.start, bar.end)} {lengths.unit}: {format_rows(bar.rows)}"
         label = f"{bar.start:,}" if index % every == 0 else ""
         bars.append(
             _Rectangle(

@@ -16,7 +16,7 @@ from ..data.dataset import Dataset, load_dataset
 from ..data.dropped import DroppedCopy, find_dropped
 from ..data.near_duplicates import clusters
 from ..errors import BaseModelError, DataError, EventHandler, HubError, Notice, Progress, ignore_events
-from ..text import display_name
+from ..text import display_name, format_count
 from .lengths import Lengths, describe_lengths, find_outliers
 from .row_checks import EncodingTrouble, Language, PersonalData, check_texts
 from .sample import Example, Excerpts, SampledRow, read_sample, readable, spread
@@ -284,7 +284,7 @@ def _tokenize(
     if invalid:
         reason = next(iter(invalid.values()))
         hints.append(
-            f"{len(invalid):,} conversations cannot be written by the chat template of the base, "
+            f"The chat template of the base cannot write {format_count(len(invalid), 'conversation')}, "
             f"such as one with {excerpts.mask(str(reason))}: training leaves them out, and they "
             "count as 0 tokens here."
         )
@@ -342,7 +342,8 @@ def _measure_losses(
     def examples(positions: Sequence[int]) -> list[Example]:
         return [
             excerpts.example(
-                measured[position], f"{losses[position]:.3f} ({result.predictions[position]:,} tokens)"
+                measured[position],
+                f"{losses[position]:.3f} ({format_count(result.predictions[position], 'token')})",
             )
             for position in positions
         ]

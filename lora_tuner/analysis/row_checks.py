@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from ..data import chat
 from ..errors import EventHandler, Progress
+from ..text import format_rows
 from . import phones, text_checks
 from .personal_data import KINDS, find_personal_data
 from .sample import Example, Excerpts, SampledRow, named_texts, readable
@@ -116,7 +117,7 @@ def check_texts(
 def _describe_trouble(trouble: Trouble, tally: _Tally, clean: str, composed_rows: int) -> EncodingTrouble:
     kind, advice = trouble.name, trouble.advice
     if trouble is text_checks.DECOMPOSED and composed_rows:
-        kind, advice = "mixed NFC and NFD", f"{advice} {composed_rows:,} rows have them as one character."
+        kind, advice = "mixed NFC and NFD", f"{advice} In {format_rows(composed_rows)} they are one character."
     return EncodingTrouble(kind, advice, tally.rows, trouble.removed and clean != "none", tally.examples)
 
 

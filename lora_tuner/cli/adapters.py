@@ -14,7 +14,7 @@ from ..convert.adopt import adopt
 from ..convert.model_check import check_export
 from ..errors import AdapterError, os_error_message
 from ..models.layers_in_files import known_coverage
-from ..text import format_bytes, format_counts, format_duration, format_gain, one_line
+from ..text import format_bytes, format_count, format_counts, format_duration, format_gain, one_line
 from ..training.progress import display
 from .display import format_result, print_stderr, print_table, print_wrapped, show_fields, show_json
 from .help import HelpGroup
@@ -75,7 +75,7 @@ def show_adapters(entries: Iterable[tuple[str, Adapter | AdapterError]]) -> None
                 ", ".join(targets) if len(targets) < 3 else f"{len(targets)} kinds",
                 Path(data.name).name if data else "?",
                 format_bytes(adapter.bytes),
-                format_gain(result.gain, result.standard_error, ".3f") if result else "?",
+                format_gain(result.gain, result.standard_error) if result else "?",
                 _format_created(manifest.created) if manifest else "?",
                 ", ".join(parent.name for parent in manifest.parents) if manifest else "?",
             )
@@ -160,7 +160,7 @@ def show_details(adapter: Adapter, ancestors: Sequence[Ancestor], coverage: str 
                 "its split": manifest.data.eval_split,
             }
         if run := manifest.run:
-            steps = f"{run.steps:,} steps, {run.tokens:,} tokens, {format_duration(run.seconds)}"
+            steps = f"{format_count(run.steps, 'step')}, {format_count(run.tokens, 'token')}, {format_duration(run.seconds)}"
             changed = (
                 f", resumed with other {', '.join(run.inexact)}: not exactly repeatable" if run.inexact else ""
             )

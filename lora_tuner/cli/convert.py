@@ -11,7 +11,7 @@ from ..adapters.library import Library
 from ..adapters.model_card import format_ranks
 from ..config import MAX_RANK, Dtype, ModelOptions, TrainConfig
 from ..errors import ConfigError
-from ..text import format_bytes, format_gain, one_line
+from ..text import format_bytes, format_count, format_gain, one_line
 from .display import print_picture, print_result, print_wrapped, show_json
 from .options import (
     DEFAULT_ADAPTERS_DIR,
@@ -119,7 +119,7 @@ def _show_merge(folder: Path, comparison: "OutputComparison") -> None:
     )
     if comparison.losses:
         before, after = (math.exp(min(loss, 700.0)) for loss in comparison.losses)
-        print(f"perplexity {before:.4f} -> {after:.4f} ({comparison.rows} held-out rows)")
+        print(f"perplexity {before:.2f} -> {after:.2f} ({format_count(comparison.rows, 'held-out row')})")
 
 
 @settings_options(TrainConfig, *EVAL_SET_FIELDS)
@@ -302,7 +302,7 @@ def _show_compress(compressed: "CompressResult") -> None:
     if compressed.results:
         full, reduced = compressed.results
         print(
-            f"held-out loss {full.loss:.4f} -> {reduced.loss:.4f} (base: {full.base_loss:.4f}, {full.format_rows()})"
+            f"held-out loss {full.loss:.3f} -> {reduced.loss:.3f} (base: {full.base_loss:.3f}, {full.format_rows()})"
         )
     else:
         print("not evaluated")

@@ -146,7 +146,7 @@ def _show_report(report: "DataReport") -> None:
     print_wrapped(one_line(f"{report.dataset}: {report.layout} (--clean {report.clean})"))
     _show_counts(report)
     if report.is_sample:
-        print_wrapped(f"All that follows is of a sample of {total:,} rows.")
+        print_wrapped(f"All that follows is of a sample of {format_rows(total)}.")
     for hint in report.hints:
         print_wrapped(one_line(hint))
     show_lengths(report.lengths, total)
@@ -171,8 +171,8 @@ def _show_report(report: "DataReport") -> None:
         print_wrapped(f"{trouble.kind}: {_rows(trouble.rows, total)}. {one_line(trouble.advice)}{mended}")
         _show_examples("", trouble.examples[:2])
     if report.losses is not None:
-        _print_heading(f"loss of {one_line(report.losses.base)}, in nats per token")
-        print_wrapped(f"{report.losses.loss:.3f} on {report.losses.rows:,} rows")
+        _print_heading(f"loss of {one_line(report.losses.base)} per token")
+        print_wrapped(f"{report.losses.loss:.3f} on {format_rows(report.losses.rows)}")
         _show_examples("hardest", report.losses.hardest)
         _show_examples("easiest", report.losses.easiest)
 

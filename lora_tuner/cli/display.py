@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..adapters.manifest import EvalResult, SourceInfo
-from ..text import CONTROL_CHARACTERS, escape_control, format_gain, one_line, shorten
+from ..text import CONTROL_CHARACTERS, describe_gain, escape_control, format_gain, one_line, shorten
 from .streams import is_reader_gone, stdout_error
 
 BASE_LABEL = "(base)"  # not a valid adapter name
@@ -81,7 +81,7 @@ def format_result(result: EvalResult | None, sources: Sequence[SourceInfo] = ())
     if result is None:
         return ["not evaluated"]
     before, after = result.perplexities
-    lines = [_format_loss(result), f"perplexity    {before:.2f} -> {after:.2f}"]
+    lines = [_format_loss(result), f"perplexity    {before:.2f} -> {after:.2f}  ({describe_gain(result.gain)})"]
     if not any(source.result for source in sources):  # measured on other rows
         return lines
     return [*lines, *(f"{one_line(source.name)}: {_format_loss(source.result)}" for source in sources)]
@@ -91,7 +91,7 @@ def _format_loss(result: EvalResult | None) -> str:
     if result is None:
         return "no held-out row"
     gain = format_gain(result.gain, result.standard_error)
-    return f"held-out loss {result.base_loss:.4f} -> {result.loss:.4f}  (gain {gain}, {result.format_rows()})"
+    return f"held-out loss {result.base_loss:.3f} -> {result.loss:.3f}  (gain {gain}, {result.format_rows()})"
 
 
 def print_result(result: EvalResult | None, sources: Sequence[SourceInfo] = ()) -> None:

@@ -15,7 +15,7 @@ from ..adapters.library import Library
 from ..config import DEFAULT_BASE, EMBEDDED_BASE, TrainConfig
 from ..errors import ConfigError, LoraTunerError
 from ..hub import why_unreachable
-from ..text import format_bytes
+from ..text import format_bytes, format_count
 from .display import show_fields, show_json
 from .help import PROGRAM
 from .options import JsonOption
@@ -96,7 +96,7 @@ def inspect_environment() -> dict[str, object]:
         f"{format_bytes(psutil.virtual_memory().total)}",
         "dtype": _describe_dtype(device),
         "kernels": f"built for this CPU ({kernels.build})" if kernels else f"none: {problem}",
-        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
+        "threads": f"{torch.get_num_threads()} of {format_count(os.cpu_count() or 1, 'core')}",
         "cache": _cache(),
         "adapters": f"{config.adapters_dir.absolute()}, {_format_free(config.adapters_dir)}",
         "hub": f"unreachable: {hub_problem}" if hub_problem else "reachable",

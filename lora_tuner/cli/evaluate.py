@@ -11,7 +11,7 @@ from .. import atomic_io
 from ..adapters.library import Library
 from ..config import ModelOptions, TrainConfig
 from ..errors import ConfigError
-from ..text import display_name, format_gain, one_line, shorten
+from ..text import GAIN_SCALE, display_name, format_count, format_gain, one_line, shorten
 from .display import BASE_LABEL, print_picture, print_stderr, print_table, show_json, stdout_console
 from .options import (
     DEFAULT_ADAPTERS_DIR,
@@ -115,10 +115,10 @@ def show_gains(matrix: "GainMatrix") -> None:
             [name, *(format_gain(cell.gain, cell.standard_error, "+.2f") if cell else "" for cell in row)]
         )
     columns = [f"{eval_set.name}\n{eval_set.format_rows()}" for eval_set in matrix.sets]
-    print("held-out loss in nats per token (perplexity) on each held-out set")
+    print("held-out loss (perplexity) on each held-out set")
     _print_matrix(losses, columns)
     base = shorten(one_line(display_name(matrix.base)), 40)
-    print(f"\ngain over {base} (loss, ± standard error)\nbelow zero: worse than the base")
+    print(f"\ngain over {base} (loss, ± standard error)\nbelow zero: worse than the base; {GAIN_SCALE}")
     _print_matrix(gains, columns)
     for eval_set in matrix.sets:
         if eval_set.missing:
@@ -134,19 +134,20 @@ def show_leaks(leaks: Sequence["Leak"]) -> None:
             continue
         parts = {"all": leak.all_rows, "with a near copy": leak.with_copy, "without one": leak.without_copy}
         for label, part in parts.items():
-            gain = format_gain(part.gain, part.standard_error, "+.4f") if part else ""
+            gain = format_gain(part.gain, part.standard_error, "+.3f") if part else ""
             table.append([leak.adapter, label, part.format_rows() if part else "0 rows", gain])
         copied = leak.with_copy.rows if leak.with_copy else 0
         share = "there is no gain" if leak.share is None else f"{leak.share:.1%} of the gain comes from these"
         lines.append(
-            f"{leak.adapter}: {leak.copies:,} of {leak.training_rows:,} training rows nearly copy "
-            f"{copied} of {leak.all_rows.rows} held-out rows; {share}"
+            f"{leak.adapter}: near copies of {copied} of {format_count(leak.all_rows.rows, 'held-out row')} among the "
+            f"training rows: {leak.copies:,} of {leak.training_rows:,}; {share}"
         )
     if table:
         print(
-            "improvement over the base (loss, ± standard error) on held-out rows that a training row nearly copies"
+            "gain over the base (loss, ± standard error) on held-out rows that a training\nrow nearly copies; "
+            f"{GAIN_SCALE}"
         )
-        print_table(table, ("", "held-out rows", "measured", "improvement"))
+        print_table(table, ("", "held-out rows", "measured", "gain"))
         print("\n".join(lines))
 
 

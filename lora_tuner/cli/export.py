@@ -205,6 +205,6 @@ def _show_model(model: "ModelExport") -> None:
         return
     change = format_gain(-result.gain, result.standard_error)
     print(
-        f"held-out loss {result.base_loss:.4f} -> {result.loss:.4f} in llama.cpp, a difference of "
+        f"held-out loss {result.base_loss:.3f} -> {result.loss:.3f} in llama.cpp, a difference of "
         f"{change} ({result.format_rows()})"
     )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from ..config import TrainConfig
-from ..text import escape_control, format_rows, one_line
+from ..text import escape_control, format_count, format_rows, one_line
 from .data import show_lengths
 from .display import print_wrapped, stdout_console
 
@@ -45,7 +45,7 @@ def show_preview(preview: "Preview", config: TrainConfig) -> None:
     show_lengths(lengths, measured)
     text, place = preview.longest
     print_wrapped(
-        f"longest row: {lengths.longest:,} tokens, {one_line(place) or 'part of a long text'}: {_excerpt(text)}"
+        f"longest row: {format_count(lengths.longest, 'token')}, {one_line(place) or 'part of a long text'}: {_excerpt(text)}"
     )
     if preview.dropped:
         _show_dropped(preview)
@@ -64,7 +64,7 @@ def _show_row(number: int, row: "PreviewedRow", config: TrainConfig, has_colours
     width = max(len(label) for label, _ in texts)
     for label, text in texts:
         print_wrapped(text, f"  {escape_control(label):{width}}  ")
-    details = [f"{len(row.tokens)} tokens, {sum(row.labels)} trained on (others in brackets)"]
+    details = [f"{format_count(len(row.tokens), 'token')}, {sum(row.labels)} trained on (others in brackets)"]
     if row.cut_tokens:
         details.append(f"--max-length {config.max_length} cuts {row.cut_tokens:,} behind them")
     if row.pieces > 1:

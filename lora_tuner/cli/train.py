@@ -17,6 +17,7 @@ from ..text import (
     describe_coverage,
     escape_control,
     format_bytes,
+    format_count,
     format_duration,
     format_gain,
     format_share,
@@ -154,7 +155,9 @@ def _show_trained(adapter: Adapter) -> None:
     run = adapter.manifest.run
     if run.probe:
         _show_probe(run.probe)
-    print(f"{adapter.path}  {format_bytes(adapter.bytes)}, {run.steps:,} steps in {format_duration(run.seconds)}")
+    print(
+        f"{adapter.path}  {format_bytes(adapter.bytes)}, {format_count(run.steps, 'step')} in {format_duration(run.seconds)}"
+    )
     print_result(adapter.manifest.result, adapter.manifest.data.sources if adapter.manifest.data else [])
     print_picture(adapter.path / LOSS_PLOT_FILE, "losses of the run")
     _show_samples(adapter)
@@ -193,11 +196,11 @@ def _show_probe(probe: RateProbe) -> None:
     for trial in probe.trials:
         loss, gap = "diverged", ""
         if trial.loss is not None:
-            loss, gap = f"{trial.loss:.4f}", format_gain(trial.gap, trial.standard_error)
+            loss, gap = f"{trial.loss:.3f}", format_gain(trial.gap, trial.standard_error)
         rows.append((f"{trial.learning_rate:g}", loss, gap))
     print_table(rows, ("learning rate", "held-out loss", "gap to the best"))
     print(
-        f"probe: {len(rows)} runs of {probe.steps} steps on {probe.rows} held-out rows, in "
+        f"probe: {len(rows)} runs of {format_count(probe.steps, 'step')} on {format_count(probe.rows, 'held-out row')}, in "
         f"{format_duration(probe.seconds)}: the run took {probe.learning_rate:g}"
     )
 
@@ -207,7 +210,7 @@ def _show_sweep(result: "SweepResult") -> None:
     for trial in result.trials:
         loss, gap = "diverged", ""
         if trial.loss is not None:
-            loss, gap = f"{trial.loss:.4f}", format_gain(trial.gap, trial.standard_error)
+            loss, gap = f"{trial.loss:.3f}", format_gain(trial.gap, trial.standard_error)
         rows.append(
             (
                 trial.name,
@@ -222,7 +225,7 @@ def _show_sweep(result: "SweepResult") -> None:
     print_table(
         rows, ("adapter", "rank", "learning rate", "held-out loss", "gap to the best", "size", "training")
     )
-    print(f"base: held-out loss {result.base_loss:.4f}")
+    print(f"base: held-out loss {result.base_loss:.3f}")
     print_picture(result.folder / SWEEP_PLOT_FILE, "held-out loss against size and training time")
     why = "the smallest within a standard error of the best"
     if any(trial.standard_error is None for trial in result.trials):

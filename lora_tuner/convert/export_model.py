@@ -231,8 +231,8 @@ def check_loss(out: Path, source: SourceModel, losses: HeldOutLoss) -> None:
     """Raise AdapterError if a file computes another loss than the model in transformers."""
     if not abs(losses.loss - source.losses.loss) <= verify.LOSS_TOLERANCE:  # NaN fails too
         raise AdapterError(
-            f"{out} is not kept: llama.cpp computes a loss of {losses.loss:.4f} with it, and "
-            f"transformers {source.losses.loss:.4f}."
+            f"{out} is not kept: llama.cpp computes a loss of {losses.loss:.3f} with it, and "
+            f"transformers {source.losses.loss:.3f}."
         )
 
 

@@ -162,5 +162,5 @@ def rounded_mismatch(comparison: OutputComparison) -> str | None:
     if comparison.top1_agreement < MIN_AGREEMENT:
         return f"top tokens agree at {comparison.top1_agreement:.0%} of positions (required: {MIN_AGREEMENT:.0%})"
     if comparison.losses and not abs(comparison.losses[1] - comparison.losses[0]) <= LOSS_TOLERANCE:
-        return f"held-out loss is {comparison.losses[1]:.4f} (expected: {comparison.losses[0]:.4f})"
+        return f"held-out loss is {comparison.losses[1]:.3f} (expected: {comparison.losses[0]:.3f})"
     return None

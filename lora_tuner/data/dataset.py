@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 
 from ..config import HELD_OUT, CleanMode, TrainConfig
 from ..errors import DataError, EventHandler, InvalidRowError, Notice, ignore_events
-from ..text import format_share
+from ..text import format_count, format_rows, format_share
 from .held_out import choose_held_out, hold_out_blocks, order_held_out
 from .mixing import mix_lists
 from .near_duplicates import find_copies
@@ -194,8 +194,8 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
         if source.ungrouped:
             notify(
                 Notice(
-                    f"{source.ungrouped:,} rows of {source.description} have no {config.group_by}, "
-                    "so each is a group of its own."
+                    f"{format_rows(source.ungrouped)} of {source.description} without {config.group_by}: each is a "
+                    "group of its own."
                 )
             )
     if config.max_rows is not None and config.max_rows < len(rows):
@@ -243,14 +243,14 @@ def load_dataset(config: TrainConfig, notify: EventHandler = ignore_events) -> D
         )
     if not dataset.train or not dataset.held_out:
         copies = f", {counts.in_eval_dataset} in --eval-dataset" if counts.in_eval_dataset else ""
-        groups = f" in {len(sides)} groups" if config.group_by else ""
+        groups = f" in {format_count(len(sides), 'group')}" if config.group_by else ""
         advice = "" if eval_rows else ", or give rows to measure on with --eval-dataset"
         if counts.near_duplicates:
-            copies += f", {counts.near_duplicates} near copies of held-out rows"
+            copies += f", {format_count(counts.near_duplicates, 'near duplicate')} of held-out rows"
             advice += ", or keep near copies with --near-duplicates keep"
         raise DataError(
-            f"{dataset.description}: {usable} usable rows{groups} of {counts.read} ({counts.empty} "
-            f"empty, {counts.duplicates} duplicates{copies}) leave {counts.train} to train on and "
+            f"{dataset.description}: {format_count(usable, 'usable row')}{groups} of {counts.read} ({counts.empty} "
+            f"empty, {format_count(counts.duplicates, 'duplicate')}{copies}), that is {counts.train} to train on and "
             f"{counts.held_out} held out: at least one of each is needed, so add "
             f"{'groups' if groups else 'rows'}{advice}."
         )
@@ -273,7 +273,7 @@ def describe_data(dataset: Dataset, requested: TrainConfig, use: TextUse | None 
         if use.answer_share is not None:
             shares = f"{format_share(use.share)} of the tokens and {format_share(use.answer_share)} of the answers are used"
         if use.truncated_rows:
-            shares += f", as --max-length truncates {use.truncated_rows:,} rows"
+            shares += f", as --max-length truncates {format_rows(use.truncated_rows)}"
         parts.append(shares)
     if dataset.splits:
         parts.append(f"splits: {dataset.splits}")
@@ -302,7 +302,9 @@ def load_eval_dataset(config: TrainConfig, notify: EventHandler = ignore_events)
     if not rows:
         raise DataError(f"{source.description} has no usable row to evaluate on.")
     description = f"{source.description} ({split})" if split else source.description
-    notify(Notice(f"Evaluation on {description}: {len(rows):,} usable rows of {source.counts.read:,}."))
+    notify(
+        Notice(f"Evaluation on {description}: {format_count(len(rows), 'usable row')} of {source.counts.read:,}.")
+    )
     return dict(sorted(rows.items()))
 
 

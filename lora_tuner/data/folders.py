@@ -19,6 +19,7 @@ from ..text import (
     MARKDOWN_EXTENSIONS,
     TABLE_EXTENSIONS,
     data_extension,
+    format_count,
     format_names,
 )
 from .delimited import find_txt_delimiter
@@ -83,7 +84,7 @@ def choose_files(path: Path, split: str | None, notify: EventHandler) -> list[Pa
         counts = [f"{count} {kind}" for kind, count in kinds.most_common()]
         notify(
             Notice(
-                f"Skipped {len(others)} other files in {path}, such as "
+                f"Skipped {format_count(len(others), 'other file')} in {path}, such as "
                 f"{others[0].relative_to(path)}: {format_names(counts, 8)}."
             )
         )
@@ -101,7 +102,7 @@ def choose_files(path: Path, split: str | None, notify: EventHandler) -> list[Pa
     if rest := sorted(set(files).difference(*splits.values())):
         notify(
             Notice(
-                f"Skipped {len(rest)} data files in {path} that are not named after a split, such "
+                f"Skipped {format_count(len(rest), 'data file')} in {path} not named after a split, such "
                 f"as {rest[0].relative_to(path)}."
             )
         )
@@ -110,7 +111,7 @@ def choose_files(path: Path, split: str | None, notify: EventHandler) -> list[Pa
 
 def _describe_kind(path: Path) -> str:
     if path.is_dir():
-        return "folders that are links" if path.is_symlink() else "folders of adapters or runs"
+        return "linked" if path.is_symlink() else "of adapters or runs"
     is_about = _METADATA.fullmatch(path.name.lower()) or _ABOUT.fullmatch(path.name.lower())
     return "about the data" if is_about else data_extension(path) or "without an extension"
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 from ..config import TrainConfig
 from ..errors import EventHandler, Notice
+from ..text import format_rows
 from . import chat
 from .mixing import mix_lists
 from .rows import Source, TextRow
@@ -80,7 +81,7 @@ def hold_out_blocks(
         notify(
             Notice(
                 f"{source.description} is {subject}, a fifth in all, are held out as "
-                f"{len(blocks[number])} rows, and the text beside them is not used. --eval-dataset "
+                f"{format_rows(len(blocks[number]))}, and the text beside them is not used. --eval-dataset "
                 "measures on other text."
             )
         )

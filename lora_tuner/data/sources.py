@@ -14,7 +14,7 @@ from .. import hub
 from ..atomic_io import delete
 from ..config import HELD_OUT, PROBE, TrainConfig
 from ..errors import ConfigError, DataError, EventHandler, HubError, Notice, ignore_events
-from ..text import DATA_EXTENSIONS, data_extension, format_names
+from ..text import DATA_EXTENSIONS, data_extension, format_count, format_names
 from .delimited import find_txt_delimiter
 from .folders import (
     choose_files,
@@ -85,7 +85,7 @@ def _read_files(path: Path, files: list[Path], config: TrainConfig, notify: Even
     if len(empty) == len(files):
         raise DataError(f"{path} has no rows.")
     if empty:
-        notify(Notice(f"Skipped {len(empty)} files without rows, such as {empty[0]}."))
+        notify(Notice(f"Skipped {format_count(len(empty), 'file')} without rows, such as {empty[0]}."))
     tables = [table for table in tables if table.source not in empty]
     for rule, count in Counter(table.row_rule for table in tables if table.row_rule).items():
         sources = [table.source for table in tables if table.row_rule == rule]

@@ -52,9 +52,10 @@ class PromptSampler:
         tokenizer = self.base.tokenizer
         if not chat:
             (encoded,) = tokenization.encode_texts(tokenizer, [prompt], add_eos=False)
-            return encoded.tolist()
+            token_ids: list[int] = encoded.tolist()
+            return token_ids
         text = chat_template.render_prompt(tokenizer, [{"role": "user", "content": prompt}])
-        token_ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        token_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return token_ids
 
     def generate(self, seconds: float) -> list[str]:

@@ -39,7 +39,7 @@ from ..errors import (
     ServerClosingError,
     UnknownModelError,
 )
-from ..text import display_name
+from ..text import display_name, format_count
 from . import neutral
 from .metrics import CLIENT_CLOSED_REQUEST, Metrics, RequestLog, RequestRecord
 from .middleware import API_ENDPOINTS, CrossOriginMiddleware, SecurityMiddleware
@@ -301,7 +301,9 @@ async def _generate(
     count = body.n * len(body.prompts)
     capacity = service.config.max_batch + service.config.max_waiting
     if count > capacity:
-        raise RequestError(f"n: {count:,} outputs were requested, the limit of this server is {capacity:,}.", "n")
+        raise RequestError(
+            f"n: {format_count(count, 'output')} requested, the limit of this server is {capacity:,}.", "n"
+        )
     prepared = await service.prepare_request(body.model, body.prompts, body.n)
     record.model = body.model  # only now, so that no client fills the metrics with labels
     if prepared.lora is not None and prepared.lora.tokenizer is not None:
@@ -311,7 +313,7 @@ async def _generate(
     if num_logprobs > MAX_LOGPROBS:
         field = "top_logprobs" if isinstance(body, ChatRequest) else "logprobs"
         raise RequestError(
-            f"{field}: {count:,} outputs of up to {max_tokens:,} tokens, with "
+            f"{field}: {format_count(count, 'output')} of up to {format_count(max_tokens, 'token')}, with "
             f"{body.num_top_logprobs} alternatives for each token, have {num_logprobs:,} "
             f"log-probabilities; the limit of this server is {MAX_LOGPROBS:,}. Lower {field}, n "
             "or max_tokens.",

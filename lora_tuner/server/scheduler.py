@@ -19,6 +19,7 @@ from typing import TypeVar
 from ..errors import ContextLengthError, QueueFullError, RequestTimeoutError, ServerClosingError
 from ..inference.batch import GenerationEngine
 from ..inference.sequence import Sequence
+from ..text import format_count
 
 T = TypeVar("T")
 
@@ -149,7 +150,8 @@ class Scheduler:
         if excess > 0:  # that many must finish first
             seconds = max(1, math.ceil(self._seconds_per_end * excess))
             raise QueueFullError(
-                f"The queue is full, with {ahead:,} sequences waiting: try again in {seconds} seconds.",
+                f"The queue is full, with {format_count(ahead, 'sequence')} waiting: try again in "
+                f"{format_count(seconds, 'second')}.",
                 seconds,
             )
 

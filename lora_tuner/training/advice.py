@@ -38,14 +38,14 @@ def rate_advice(
     gain = format_gain(result.gain, result.standard_error)
     if rise := _find_rise(entries):
         return (
-            f"The training loss rose by {rise:.3f} nats per token: the learning rate {rate:g} is "
+            f"The training loss rose by {rise:.3f}: the learning rate {rate:g} is "
             f"too high. Try --learning-rate {much_lower:g}."
         )
     error = result.standard_error or 0.0
     if result.gain < -2 * error:
         return (
-            f"The adapter is worse than its base: held-out loss {result.base_loss:.4f} -> "
-            f"{result.loss:.4f}. Try a lower learning rate than {rate:g}, such as {much_lower:g} "
+            f"The adapter is worse than its base: held-out loss {result.base_loss:.3f} -> "
+            f"{result.loss:.3f}. Try a lower learning rate than {rate:g}, such as {much_lower:g} "
             "(--learning-rate), or fewer steps."
         )
     if result.gain > 2 * error:

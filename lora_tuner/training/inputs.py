@@ -32,6 +32,7 @@ from ..models.added_tokens import AddedTokens
 from ..models.loading import LoadedBase
 from ..models.targets import TargetModules, describe_targets, resolve_target_modules
 from ..models.tokenizer import load_adapter_tokenizer
+from ..text import format_count, format_rows
 
 
 @dataclass(frozen=True)
@@ -355,11 +356,8 @@ def _tokenize(
     for notice in describe_data(dataset, requested, use):
         notify(Notice(notice))
     if use.skipped_rows:
-        notify(
-            Notice(
-                f"{use.skipped_rows:,} rows are skipped: their first {max_length} tokens have nothing to learn."
-            )
-        )
+        rows_text = format_rows(use.skipped_rows)
+        notify(Notice(f"Skipped {rows_text} with nothing to learn in the first {max_length} tokens."))
     for source, source_rows in zip(dataset.sources, kept, strict=True):
         if not source_rows:
             name = f" of {source.name}" if len(kept) > 1 else ""
@@ -392,8 +390,8 @@ def _check_held_out(held_out: Collection[int], texts: list[str], notify: EventHa
     if len(held_out) < len(texts):
         notify(
             Notice(
-                f"{len(texts) - len(held_out):,} held-out rows are skipped: their first {HELD_OUT_MAX_TOKENS} tokens have "
-                "nothing to predict."
+                f"Skipped {format_count(len(texts) - len(held_out), 'held-out row')} with nothing to predict in the "
+                f"first {HELD_OUT_MAX_TOKENS} tokens."
             )
         )
     if not held_out:

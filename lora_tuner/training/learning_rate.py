@@ -25,7 +25,7 @@ from ..data import packing
 from ..data.mixing import mix
 from ..data.tokenization import TokenIds, count_predictions
 from ..errors import EventHandler, Progress, ignore_events
-from ..text import format_duration
+from ..text import format_count, format_duration
 from .inputs import TrainingInputs
 from .profiling import MEASURED_STEPS, StepProfile, tokens_per_step
 
@@ -186,7 +186,7 @@ class ProbePlan:
         """Describe the runs and their cost for a notice."""
         text = (
             f"Learning rates around {rate:g} are tried first (--learning-rate probe): at most "
-            f"{self.runs} runs of {self.steps} steps on the same data, each measured on "
+            f"{self.runs} runs of {format_count(self.steps, 'step')} on the same data, each measured on "
             f"{len(self.rows)} held-out rows. All cost at most as much as {self.cost:,} steps, "
             f"beside the {max_steps:,} of the run: about {format_duration(self.seconds)}."
         )
@@ -214,7 +214,7 @@ def plan_probe(
     """
     rows, texts, reported = _choosing_rows(inputs)
     if len(rows) < MIN_ROWS:
-        return f"{len(rows)} held-out rows are too few to choose a learning rate by ({MIN_ROWS} at least)"
+        return f"{format_count(len(rows), 'held-out row')} cannot choose a learning rate ({MIN_ROWS} at least)"
     trained_tokens = tokens_per_step(inputs)
     ends = [*itertools.accumulate(len(row) / trained_tokens for row in rows)]  # in steps
     least = MIN_STEPS + ends[MIN_ROWS - 1]  # of a run
@@ -222,9 +222,7 @@ def plan_probe(
     runs = min(MAX_RUNS, int(budget / least))
     if runs < MIN_RUNS:
         needed = math.ceil((math.ceil(MIN_RUNS * least) + MEASURED_STEPS) / share)
-        return (
-            f"{PROBE_SHARE:.0%} of {max_steps:,} steps is too little to try learning rates ({needed:,} would do)"
-        )
+        return f"{PROBE_SHARE:.0%} of {format_count(max_steps, 'step')} is too little to try learning rates ({needed:,} would do)"
     each = budget / runs
     count = max(MIN_ROWS, sum(end <= min(each / 3, each - MIN_STEPS) for end in ends))
     steps = min(MAX_STEPS, int(each - ends[count - 1] + 1e-9))

@@ -65,7 +65,7 @@ def choose_learning_rate(setup: TrainingSetup, plan: ProbePlan) -> TrainingSetup
         trials=_trials(losses, best),
     )
     tried = ", ".join(
-        f"{trial.learning_rate:g} {'diverged' if trial.loss is None else f'{trial.loss:.4f}'}"
+        f"{trial.learning_rate:g} {'diverged' if trial.loss is None else f'{trial.loss:.3f}'}"
         for trial in probe.trials
     )
     setup.notify(

@@ -43,7 +43,7 @@ from ..errors import (
 from ..evaluation import HeldOutLoss
 from ..models import fsdp, lora
 from ..settings_files import config_to_yaml, resolve_settings
-from ..text import format_names
+from ..text import format_count, format_names
 from . import arguments, checkpoints, paths, profiling, rate_probe, trainer
 from .advice import rate_advice
 from .checkpoints import RETRAIN_ADVICE, save_adapter
@@ -79,7 +79,7 @@ def train(
         setup = prepare(requested, notify)
         distributed.run_on_rank_zero(partial(paths.check_disk_space, setup))
         epoch = f"; one epoch is {setup.steps_per_epoch:,}" if setup.steps_per_epoch else ""
-        notify(Notice(f"The run takes {setup.config.max_steps:,} steps{epoch}."))
+        notify(Notice(f"The run takes {format_count(setup.max_steps, 'step')}{epoch}."))
         return _train_and_write(setup, library, checkpoint=None)
 
 
@@ -314,7 +314,7 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
                 Notice(
                     f"Every {curve.every:,} steps the held-out loss of a subset is measured: the same "
                     f"{len(curve.rows)} of {len(setup.held_out):,} rows, on which the base has "
-                    f"{base_held_out.select(curve.rows).loss:.4f} (--eval-every measures all)."
+                    f"{base_held_out.select(curve.rows).loss:.3f} (--eval-every measures all)."
                 )
             )
     try:

@@ -31,7 +31,7 @@ from ..errors import ConfigError, EventHandler, Notice, Progress, ignore_events
 from ..evaluation import HeldOutLoss, gain_on
 from ..models import added_tokens, fsdp, fused_blocks, initialization, kernels, lora, replaced, replacement
 from ..models.base_files import quiet_transformers
-from ..text import describe_coverage
+from ..text import describe_coverage, format_count
 from . import profiling
 from .inputs import TrainingInputs, dtype_name, load_inputs
 from .learning_rate import PROBE_SHARE, ProbePlan, default_learning_rate, plan_probe
@@ -265,7 +265,7 @@ def _plan_probe(
         notify(Notice(f"No probe of the learning rate: {plan}. The run takes {learning_rate:g}."))
         return None, max_steps
     max_steps -= plan.cost if is_within else 0
-    ending = f" Both together take the {requested.minutes:g} minutes." if is_within else ""
+    ending = f" Both together take --minutes {requested.minutes:g}." if is_within else ""
     notify(Notice(plan.describe(learning_rate, max_steps) + ending))
     return plan, max_steps
 
@@ -291,7 +291,11 @@ def _add_lora(requested: TrainConfig, inputs: TrainingInputs, notify: EventHandl
     with added_tokens.unwrapped(inputs.base.model):
         initialization.initialize(inputs.base, model, requested, inputs.sequences)
     coverage = describe_coverage(inputs.targets.coverage, inputs.targets.not_adapted)
-    notify(Notice(f"{len(inputs.targets.modules):,} layers get LoRA: the adapter covers {coverage}."))
+    notify(
+        Notice(
+            f"LoRA is added to {format_count(len(inputs.targets.modules), 'layer')}: the adapter covers {coverage}."
+        )
+    )
     if inputs.targets.warning:
         notify(Notice(inputs.targets.warning))
     trained, frozen = lora.count_parameters(model)

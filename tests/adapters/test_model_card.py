@@ -107,7 +107,7 @@ def test_card_says_what_was_learned(card, manifest, sentence):
     [
         (0.25, 0.01, "It predicts held-out rows of its data better than distilgpt2; other text was not measured"),
         (0.015, 0.01, "On the held-out rows it is not measurably better than distilgpt2."),
-        (-0.25, 0.01, "On the held-out rows it is worse than distilgpt2: -0.25 nats per token."),
+        (-0.25, 0.01, "On the held-out rows it is worse than distilgpt2: each token is 0.78 times as likely."),
     ],
 )
 def test_card_names_limitations(card, gain, error, limit):
@@ -164,8 +164,8 @@ def test_card_summary_table(card):
         "Data": "stanfordnlp/imdb",
         "Rows": "25,000 read, 12,500 filtered, 98 duplicates, 10,000 train, 2,402 held out",
         "Run": "lora, 40 steps, 20,480 tokens, 1.5 minutes on cpu in float32",
-        "Held-out loss": "3.5000 nats per token (base: 3.7500)",
-        "Gain": "0.2500 ± 0.0125 (standard error, 200 rows, paired)",
+        "Held-out loss": "3.500 (base: 3.750)",
+        "Gain": "0.250 ± 0.013 (standard error, 200 rows, paired): each token is 1.28 times as likely",
         "Perplexity": f"{math.exp(3.5):.2f} (base: {math.exp(3.75):.2f})",
     }
 

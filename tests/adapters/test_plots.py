@@ -239,7 +239,7 @@ def test_gain_plot_hides_local_paths(tmp_path, monkeypatch):
     monkeypatch.setattr(Axes, "set_xticks", lambda self, ticks, labels, **_: shown.append(labels))
     monkeypatch.setattr(Axes, "set_title", lambda self, title, **_: shown.append(title))
     plot_gains(tmp_path, gains([0.1], sets=[str(tmp_path / "films.csv")], base=str(tmp_path / "mine")))
-    assert shown == [["films.csv"], "Gain over mine (nats per token)\nbelow zero: worse than the base"]
+    assert shown == [["films.csv"], "Gain over mine (loss per token)\nbelow zero: worse than the base"]
 
 
 @pytest.fixture

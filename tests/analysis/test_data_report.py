@@ -94,14 +94,14 @@ def test_conversations_are_read_by_field(make, chat_base):  # noqa: F811
     report = make("chat.jsonl", jsonl(rows), base=str(chat_base))
     assert {data.kind: data.rows for data in report.personal_data if data.rows} == {"email": 1, "key": 6}
     assert report.lengths.shortest == 0
-    assert "6 conversations cannot be written by the chat template" in report.hints[0]
+    assert "The chat template of the base cannot write 6 conversations" in report.hints[0]
 
 
 def test_template_rows_are_read_as_text(make):
     text = "question,answer\n" + "".join(f"What is {n}?,It is a{n}@b.de indeed\n" for n in range(9))
     report = make("rows.csv", text, template="Q: {question} A: {answer}", answer_column="answer")
     assert (
-        "Training would stop: rows.csv: 9 usable rows of 9 (0 empty, 0 duplicates, 8 near copies"
+        "Training would stop: rows.csv: 9 usable rows of 9 (0 empty, 0 duplicates, 8 near duplicates"
         in report.hints[0]
     )
     assert {data.kind: data.count for data in report.personal_data if data.count} == {"email": 9}

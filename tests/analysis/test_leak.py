@@ -204,7 +204,7 @@ def test_evaluate_leak_shows_share(adapters, monkeypatch):
     leaks = json.loads(run("evaluate", "kept", "clean", "--leak", "--json").stdout)["adapters"]
     assert [leak["name"] for leak in leaks] == ["kept", "clean"]
     parts = [
-        f"{leaks[0][part]['gain']:+.4f} ± {leaks[0][part]['standard_error']:.4f}" for part in ("all", "with_copy")
+        f"{leaks[0][part]['gain']:+.3f} ± {leaks[0][part]['standard_error']:.3f}" for part in ("all", "with_copy")
     ]
     assert [" ".join(line.split()) for line in shown[2:4]] == [
         f"kept all 8 rows {parts[0]}",
@@ -212,8 +212,8 @@ def test_evaluate_leak_shows_share(adapters, monkeypatch):
     ]
     share = leaks[0]["share"]
     assert shown[-2:] == [
-        f"kept: 8 of 59 training rows nearly copy 4 of 8 held-out rows; {share:.1%} of the gain comes from these",
-        "clean: 0 of 51 training rows nearly copy 0 of 8 held-out rows; 0.0% of the gain comes from these",
+        f"kept: near copies of 4 of 8 held-out rows among the training rows: 8 of 59; {share:.1%} of the gain comes from these",
+        "clean: near copies of 0 of 8 held-out rows among the training rows: 0 of 51; 0.0% of the gain comes from these",
     ]
     (adapters["kept"].path / "run.yaml").unlink()
     assert (

@@ -23,7 +23,7 @@ def data(gpt2, *arguments, exit_code=0):
 
 def test_data_shows_report_and_writes_page(dirty, gpt2, tmp_path):
     shown = data(gpt2, "dirty.csv", "--clean", "none").stdout
-    assert shown.startswith("dirty.csv: column 'text' (--clean none)\n60 read, 1 empty, 1 duplicates, ")
+    assert shown.startswith("dirty.csv: column 'text' (--clean none)\n60 read, 1 empty, 1 duplicate, ")
     for heading in (
         "lengths in tokens",
         "near-copies",

@@ -12,6 +12,7 @@ from lora_tuner.adapters.adapter import MANIFEST_FILE, load_adapter_folder
 from lora_tuner.adapters.library import Ancestor
 from lora_tuner.adapters.manifest import EvalResult
 from lora_tuner.adapters.model_card import model_card
+from lora_tuner.adapters.samples import SAMPLES_FILE, Sample, write_samples
 from lora_tuner.analysis.leak import Leak
 from lora_tuner.cli import adapters, convert, display, evaluate, export, generate, train
 from lora_tuner.convert.blend import BlendResult
@@ -310,6 +311,33 @@ def test_sweep_json_names_picture(monkeypatch):
     monkeypatch.setattr("lora_tuner.training.sweep.run_sweep", lambda configs, notify: result)
     facts = json.loads(run("train", "--rank", "2,4", "--json").stdout)
     assert facts["picture"] == "runs/s.sweep/sweep.png"
+
+
+def test_run_ends_with_samples(capsys, monkeypatch, tmp_path):
+    """Texts of base and adapter side by side, and the next commands, within 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)
+    folder = adapter_files.write(tmp_path / "adapters" / "poems", facts=adapter_files.manifest())
+    texts = [Sample(step=9, prompt="The wind\nis", base=" a" * 60, adapter=" cold\x1b[5m and" * 9)]
+    texts.append(Sample(step=9, prompt="Don't", base=" go.", adapter=" stay."))
+    write_samples(texts, folder / SAMPLES_FILE)
+    train._show_trained(Library(Path("adapters")).get("poems"))
+    shown = capsys.readouterr()
+    assert "\x1b[5m" not in shown.out
+    lines = [line.split() for line in shown.out.splitlines()]
+    assert ["(base)", "poems"] in lines
+    assert ["Don't", "go.", "Don't", "stay."] in lines
+    assert shown.err.splitlines() == [
+        "Next:",
+        "  python cli.py generate --adapter poems",
+        """  python cli.py compare 'Don'"'"'t' --adapter poems""",
+        "  python cli.py serve",
+    ]
+    assert max(map(len, [*shown.out.splitlines()[1:], *shown.err.splitlines()])) <= 80
+    assert "held-out loss 3.750 -> 3.500  (gain 0.250 ± 0.013, 200 rows)" in shown.out
+    assert "perplexity    42.52 -> 33.12  (each token is 1.28 times as likely)" in shown.out
+    train._show_next_commands(load_adapter_folder(folder))
+    assert f"  python cli.py serve --adapters-dir {tmp_path / 'adapters'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("columns", ["40", "1000"])

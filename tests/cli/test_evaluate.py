@@ -36,7 +36,7 @@ def test_evaluate_output(two, gpt2, columns):
     ]
     shown = [line.rstrip() for line in run("evaluate", "noir", "verse").stdout.splitlines()]
     assert [re.split(r" {2,}", line) for line in shown] == [
-        ["held-out loss in nats per token (perplexity) on each held-out set"],
+        ["held-out loss (perplexity) on each held-out set"],
         ["", "noir", "verse"],
         ["", "6 rows", "7 rows"],
         ["(base)", *base],
@@ -44,7 +44,7 @@ def test_evaluate_output(two, gpt2, columns):
         ["verse", loss(third), loss(fourth)],
         [""],
         [f"gain over {gpt2.name} (loss, ± standard error)"],
-        ["below zero: worse than the base"],
+        ["below zero: worse than the base; 0.69: each token twice as likely"],
         ["", "noir", "verse"],
         ["", "6 rows", "7 rows"],
         ["noir", gain(first), gain(second)],
@@ -90,7 +90,9 @@ def test_gains_fit_80_columns(capsys, columns, names, groups):
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80
     assert re.search(
-        r"\ngain over owner/m+ \.\.\. m+ \(loss, ± standard error\)\nbelow zero: worse than the base\n", shown
+        r"\ngain over owner/m+ \.\.\. m+ \(loss, ± standard error\)\n"
+        r"below zero: worse than the base; 0.69: each token twice as likely\n",
+        shown,
     )
     assert "+0.25 ± 0.01" in shown
     assert "-0.02 ± <0.01" in shown
@@ -109,7 +111,7 @@ def test_wide_names_count_their_columns(capsys, columns):
 
 def test_evaluate_writes_plot(two, tmp_path):
     shown = run("evaluate", "noir", "verse", "--plot", "gains.png").stdout
-    assert shown.startswith("held-out loss in nats per token")
+    assert shown.startswith("held-out loss (perplexity)")
     assert shown.splitlines()[-1] == "picture: gains.png (gain of each adapter on each held-out set)"
     drawn = (tmp_path / "gains.png").read_bytes()
     matrix = evaluate(two, options=ModelOptions(device="cpu"))

@@ -251,5 +251,5 @@ def test_eval_split_of_local_data_fails(tmp_path):
 
 def test_eval_dataset_of_all_rows_fails(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(tiny_models.reviews(30)))
-    with pytest.raises(DataError, match=r"0 duplicates, 2\d in --eval-dataset\) leave 0 to train on"):
+    with pytest.raises(DataError, match=r"0 duplicates, 2\d in --eval-dataset\), that is 0 to train on"):
         load_dataset(TrainConfig(dataset="a.json", eval_dataset="a.json"))

@@ -75,7 +75,7 @@ def test_row_without_group_is_its_own():
     notices = []
     dataset = load_dataset(TrainConfig(dataset="rows.csv", group_by="author"), notices.append)
     assert set(dataset.held_out) == set(load_dataset(TrainConfig(dataset="rows.csv")).held_out)
-    assert "60 rows of rows.csv have no author, so each is a group of its own." in [note.text for note in notices]
+    assert "60 rows of rows.csv without author: each is a group of its own." in [note.text for note in notices]
 
 
 def test_group_by_file_keeps_files_whole(tmp_path):
@@ -163,7 +163,7 @@ def test_group_of_eval_dataset_is_not_trained():
             {"group_by": "writer"},
             "rows.csv has no column 'writer' to group rows by: its columns are text, author",
         ),
-        ({"group_by": "author", "where": ["author=author 1"]}, "5 usable rows in 1 groups of 200 .* add groups"),
+        ({"group_by": "author", "where": ["author=author 1"]}, "5 usable rows in 1 group of 200 .* add groups"),
     ],
 )
 def test_wrong_group_is_refused(settings, message):
@@ -212,7 +212,7 @@ def test_document_beside_groups_is_its_own(tickets_and_notes):
     notices = []
     config = TrainConfig(dataset=tickets_and_notes, text_column="body", group_by="id")
     dataset = load_dataset(config, notices.append)
-    assert "8 rows of notes have no id, so each is a group of its own." in [notice.text for notice in notices]
+    assert "8 rows of notes without id: each is a group of its own." in [notice.text for notice in notices]
     assert len(set(dataset.groups_of(dataset.held_out))) == len(dataset.held_out)
     with pytest.raises(DataError, match="no column 'id' to group rows by: its columns are text, file"):
         load_dataset(TrainConfig(dataset="notes", group_by="id"))
@@ -420,8 +420,8 @@ def test_weighted_run_resumes_bitwise(settings, stop_at, streaming):
     assert sum(source.counts["read"] for source in sources) == whole.manifest.data.counts["read"]
     card, shown = (whole.path / "README.md").read_text(), "\n".join(format_result(whole.manifest.result, sources))
     for source in sources:
-        assert f"{source.result.loss:.4f} (base: {source.result.base_loss:.4f})" in card
-        assert f"{source.name}: held-out loss {source.result.base_loss:.4f} -> {source.result.loss:.4f}" in shown
+        assert f"{source.result.loss:.3f} (base: {source.result.base_loss:.3f})" in card
+        assert f"{source.name}: held-out loss {source.result.base_loss:.3f} -> {source.result.loss:.3f}" in shown
     assert "| From a.jsonl | 70% of the sequences; " in card
     unmeasured = [source.model_copy(update={"result": None}) for source in sources]
     assert format_result(whole.manifest.result, unmeasured) == format_result(whole.manifest.result)

@@ -215,8 +215,8 @@ def test_rows_that_all_copy_are_an_error(refusal, load):
     records = [text for text in near if text not in held_out] + held_out[:1]
     left = len(records) - 1
     assert refusal("a.json", json.dumps(records)) == (
-        f"a.json: {left + 1} usable rows of {left + 1} (0 empty, 0 duplicates, {left} near copies of held-out rows) leave 0 "
-        "to train on and 1 held out: at least one of each is needed, so add rows, or give rows to measure on with "
+        f"a.json: {left + 1} usable rows of {left + 1} (0 empty, 0 duplicates, {left} near duplicates of held-out rows), that is "
+        "0 to train on and 1 held out: at least one of each is needed, so add rows, or give rows to measure on with "
         "--eval-dataset, or keep near copies with --near-duplicates keep."
     )
     assert len(load("a.json", near_duplicates="keep").train) == left

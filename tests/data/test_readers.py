@@ -376,7 +376,7 @@ def test_txt_rows_file_gives_row_per_file(load, tmp_path):
     dataset = load(folder, txt_rows="file", clean="lines")
     assert dataset.counts.read == 30
     assert all("\nsecond line\n\nanother verse" in text for text in dataset.train)
-    assert load.notices == [f"Skipped 1 files without rows, such as {folder / 'empty.txt'}."]
+    assert load.notices == [f"Skipped 1 file without rows, such as {folder / 'empty.txt'}."]
     load(folder, txt_rows="blank")
     assert load.notices[1:] == ["30 txt files: blank lines separate rows. Use --txt-rows to change this."]
 

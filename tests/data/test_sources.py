@@ -81,7 +81,7 @@ def test_split_choice_is_said(folder):
     assert notices == [
         "data has splits: train is trained on, and validation is measured; not read: test. Use --eval-dataset held-out to "
         "measure rows held out of the training data.",
-        "Skipped 1 data files in data that are not named after a split, such as a/old.csv.",
+        "Skipped 1 data file in data not named after a split, such as a/old.csv.",
         "Evaluation on data (validation): 21 usable rows of 21.",
     ]
     assert dataset.splits == "train, measured: validation, not read: test"

@@ -88,15 +88,15 @@ def test_max_rows_samples_are_nested(reviews, tmp_path):
 def test_too_few_rows_fail(refusal):
     advice = "at least one of each is needed, so add rows, or give rows to measure on with --eval-dataset."
     assert refusal("a.txt", "row 8\n") == (
-        f"a.txt: 1 usable rows of 1 (0 empty, 0 duplicates) leave 0 to train on and 1 held out: {advice}"
+        f"a.txt: 1 usable row of 1 (0 empty, 0 duplicates), that is 0 to train on and 1 held out: {advice}"
     )
     assert refusal("a.json", json.dumps(["row 1", "row 1", ""])) == (
-        f"a.json: 1 usable rows of 3 (1 empty, 1 duplicates) leave 1 to train on and 0 held out: {advice}"
+        f"a.json: 1 usable row of 3 (1 empty, 1 duplicate), that is 1 to train on and 0 held out: {advice}"
     )
     talk = {"prompt": "so? " * 500, "completion": "yes " * 500}
     assert refusal("a.jsonl", jsonl([talk])).endswith(advice)
     streamed = refusal("b.jsonl", jsonl({"text": f"row {number}"} for number in (1, 2)), streaming=True)
-    assert streamed.endswith("leave 2 to train on and 0 held out: " + advice)
+    assert streamed.endswith("that is 2 to train on and 0 held out: " + advice)
 
 
 @pytest.mark.parametrize("numbers", [(1, 2), (2, 1), (0, 1, 2, 4, 5)])

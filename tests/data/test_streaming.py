@@ -263,7 +263,7 @@ def test_folder_streams_file_by_file(tmp_path):
     config = TrainConfig(dataset=str(tmp_path / "many"), streaming=True)
     assert [row.text for row in iter_rows(config, Source(config.dataset), notices.append)] == TEXTS
     assert [row.text for row in iter_rows(config, Source(config.dataset), skip=120)] == TEXTS[120:]
-    assert "Skipped 1 files without rows" in notices[0].text
+    assert "Skipped 1 file without rows" in notices[0].text
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,8 @@ QUOTES = "; a field that begins with a quote must end with one."
 INVALID = {
     "empty": ("x.csv", "", "x.csv has no rows."),
     "a header alone": ("x.csv", "text,label\n", "x.csv has no rows."),
-    "one row": ("x.csv", table(TEXTS[:1]), "1 usable rows of 1 (0 empty, 0 duplicates) leave"),
-    "one row, often": ("x.csv", table(TEXTS[:1] * 50), "1 usable rows of 50 (0 empty, 49 duplicates) leave"),
+    "one row": ("x.csv", table(TEXTS[:1]), "1 usable row of 1 (0 empty, 0 duplicates), that is"),
+    "one row, often": ("x.csv", table(TEXTS[:1] * 50), "1 usable row of 50 (0 empty, 49 duplicates), that is"),
     "nothing but space": (
         "x.csv",
         table([" ", "<br>", "\u200b"] * 9),
@@ -172,7 +172,7 @@ def cases_by_mode(cases):
     An evaluation dataset may have few rows.
     """
     for number, (case, (_, _, reason)) in enumerate(cases.items()):
-        modes = MODES[:3] if "usable rows" in reason else MODES
+        modes = MODES[:3] if "usable row" in reason else MODES
         for mode in modes:
             quick = number % 2 == 0 and mode == modes[number // 2 % len(modes)]
             marks = [] if quick else [pytest.mark.slow]
@@ -383,10 +383,9 @@ def test_folder_reports_skipped_files(run, gpt2, tmp_path):
     (tmp_path / "some" / "link").symlink_to("../elsewhere")
     result = run("train", "--base", gpt2, "--dataset", "some", "--preview", 1)
     assert result.status == 0, result.err
-    assert "Skipped 1 files without rows, such as some/empty.csv." in result.err
+    assert "Skipped 1 file without rows, such as some/empty.csv." in result.err
     assert (
-        "Skipped 3 other files in some, such as deep/readme.md: 1 about the data, 1 folders that are links, 1 .gz."
-        in result.err
+        "Skipped 3 other files in some, such as deep/readme.md: 1 about the data, 1 linked, 1 .gz." in result.err
     )
     counts = re.search(r"; 70 read, 10 duplicates, (\d+) train, (\d+) held out\.", result.err)
     assert counts, result.err

@@ -242,7 +242,7 @@ def test_train_says_what_is_not_adapted(tmp_path, settings):
     )
     rest = ["router (under 1%, chooses the experts)"]
     text = f"99% of the block weights; not: {rest[0]}"
-    assert f"12 layers get LoRA: the adapter covers {text}." in notices
+    assert f"LoRA is added to 12 layers: the adapter covers {text}." in notices
     assert adapter.manifest.run.coverage == pytest.approx((3072 + 18432) / 21632)
     assert adapter.manifest.run.not_adapted == rest
     assert f"| Coverage | {text} |" in (adapter.path / CARD_FILE).read_text()

@@ -448,7 +448,7 @@ def test_library_shows_adapters_and_cards(page, adapters, monkeypatch):
     page.get_by_role("button", name="noir").click()
     card = page.locator(".card")
     expect(card.get_by_role("heading")).to_have_text("noir")
-    expect(card).to_contain_text(f"{noir.result.loss:.4f} nats per token (base: {noir.result.base_loss:.4f})")
+    expect(card).to_contain_text(f"{noir.result.loss:.3f} (base: {noir.result.base_loss:.3f})")
     for name, width in (("Loss by training step", 840), ("Spectrum: share of", 960)):
         picture = card.get_by_role("img", name=name)
         assert picture.evaluate("image => image.naturalWidth") == width

@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": 1.5}, "n", "valid integer"),
-        ({"n": 128, "prompt": ["x", "y", "z"]}, "n", "n: 384 outputs were requested, the limit of this server is 320."),
+        ({"n": 128, "prompt": ["x", "y", "z"]}, "n", "n: 384 outputs requested, the limit of this server is 320."),
         ({"seed": 2**63}, "seed", "less than"),
         ({"stop": ["a"] * 65}, "stop", "at most 64"),
         ({"stop": ["a", 1]}, "stop[1]", "valid string"),

@@ -80,14 +80,14 @@ def test_rising_loss_names_lower_rate(shape, measured, steps):
 def test_negative_gain_names_lower_rate(shape):
     text = advice(shape, (-0.05, 0.01))
     assert text == (
-        "The adapter is worse than its base: held-out loss 3.5000 -> 3.5500. Try a lower learning rate than "
+        "The adapter is worse than its base: held-out loss 3.500 -> 3.550. Try a lower learning rate than "
         "0.002, such as 0.0002 (--learning-rate), or fewer steps."
     )
 
 
 def test_moved_rows_without_gain_name_lower_rate():
     text = advice(SHAPES["flat"], (0.017, 0.009), steps=25)
-    assert text.startswith("The gain 0.0170 ± 0.0090 is within its error of nothing, while losses of rows moved")
+    assert text.startswith("The gain 0.017 ± 0.009 is within its error of nothing, while losses of rows moved")
     assert text.endswith("Try --learning-rate 0.0007.")
 
 

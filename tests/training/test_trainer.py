@@ -108,9 +108,9 @@ def test_curve_is_on_fixed_subset(settings):
     notices = [event.text for event in told if isinstance(event, Notice)]
     for step in (4, 28):
         loss = points[step]["eval_subset_loss"]
-        assert f"Step {step}: held-out loss on the subset of {rows} rows {loss:.4f}." in notices
+        assert f"Step {step}: held-out loss on the subset of {rows} rows {loss:.3f}." in notices
     assert any(
-        f"the same {rows} of 8 rows, on which the base has {measured.loss:.4f}" in text for text in notices
+        f"the same {rows} of 8 rows, on which the base has {measured.loss:.3f}" in text for text in notices
     )
     everything = train(settings(max_steps=32, batch_size=8, eval_every=16, name="all"))
     assert weights(everything) == weights(adapter)

@@ -19,7 +19,7 @@ from ...errors import AdapterError, LoraTunerError, Progress
 from ...evaluation import GainMatrix
 from ...models import delta
 from ...models.layers import Layer
-from ...text import display_name, format_bytes, format_gain
+from ...text import display_name, format_bytes, format_count, format_gain
 from ..scheduler import Request
 from ..service import ServedModel
 
@@ -164,7 +164,7 @@ def _plot_loss(adapter: Adapter, png: BytesIO) -> tuple[str, str]:
     if manifest is None or manifest.run is None or manifest.data is None:
         raise AdapterError("No loss curve: this adapter was not trained by lora_tuner.")
     plots.plot_loss(plots.read_metrics(adapter.path / METRICS_FILE), manifest, png)
-    return "Loss by training step", f"{manifest.run.steps:,} steps; lower is better."
+    return "Loss by training step", f"{format_count(manifest.run.steps, 'step')}; lower is better."
 
 
 def _plot_spectrum(adapter: Adapter, layers: Mapping[str, Layer], png: BytesIO) -> tuple[str, str]:
@@ -180,7 +180,7 @@ def _plot_spectrum(adapter: Adapter, layers: Mapping[str, Layer], png: BytesIO) 
     shares = sorted(float(energy[0] / energy.sum()) for energy in energies.values())
     return (
         "Spectrum: share of each singular value in the energy of its layer's update",
-        f"{len(shares)} layers; median share of the largest singular value: {shares[len(shares) // 2]:.0%}.",
+        f"{format_count(len(shares), 'layer')}; median share of the largest singular value: {shares[len(shares) // 2]:.0%}.",
     )
 
 
@@ -215,7 +215,7 @@ def gains(matrix: GainMatrix) -> Markup:
         lines += Markup('<tr><th scope="row">{}</th>{}</tr>').format(name, cells)
     missing = [note(f"{rows.name} cannot be evaluated: {rows.missing}.") for rows in matrix.sets if rows.missing]
     return Markup(
-        '<div class="wide" tabindex="0"><table class="heat"><caption>Gain over {} in nats per token. '
+        '<div class="wide" tabindex="0"><table class="heat"><caption>Gain over {} in loss per token. '
         "Rows: adapters. Columns: their held-out sets.</caption>"
         "<thead><tr><td></td>{}</tr></thead><tbody>{}</tbody></table></div>{}{}"
     ).format(
