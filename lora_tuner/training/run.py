@@ -310,13 +310,10 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
     if checkpoint is None:
         distributed.run_on_rank_zero(partial(_create_run_folder, setup, folder))
         if curve := setup.curve:
-            setup.notify(
-                Notice(
-                    f"Every {curve.every:,} steps the held-out loss of a subset is measured: the same "
-                    f"{len(curve.rows)} of {len(setup.held_out):,} rows, on which the base has "
-                    f"{base_held_out.select(curve.rows).loss:.3f} (--eval-every measures all)."
-                )
-            )
+            rows = f"{len(curve.rows)} of {len(setup.held_out):,} rows"
+            base_loss = base_held_out.select(curve.rows).loss
+            text = f"held-out loss on a fixed subset, {rows} (base: {base_loss:.3f})"
+            setup.notify(Notice(f"Every {curve.every:,} steps: {text}."))
     try:
         with trainer.explain_how_to_finish(setup, folder):
             state, history, held_out = trainer.run_trainer(setup, folder, checkpoint)
