@@ -154,6 +154,10 @@ def blend(
     """
     library = Library(adapters_dir)
     weighted = [(library.get(adapter), weight) for adapter, weight in _parse_weights(parts)]
+    folders = [adapter.path.resolve() for adapter, _ in weighted]
+    if len({*folders}) < len(folders) and not any("=" in part for part in parts):
+        repeated = next(adapter.name for adapter, _ in weighted if folders.count(adapter.path.resolve()) > 1)
+        raise ConfigError(f"'{repeated}' is given twice: give each adapter once, or weights.")
     library.check_name_free(name, overwrite=overwrite)
     from ..convert import blend as convert_blend
 
@@ -191,8 +195,6 @@ def _parse_weights(parts: list[str]) -> list[tuple[str, float]]:
         raise ConfigError(
             f"'{bare[0]}' has no weight, and others have: give each one, such as {bare[0]}=0.5, or none for equal parts."
         )
-    if repeated := [part for part in bare if bare.count(part) > 1]:
-        raise ConfigError(f"'{repeated[0]}' is given twice: give each adapter once, or weights.")
     return [(part, 1 / len(bare)) for part in bare]
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 
-from ..text import format_names
+from ..text import format_names, shorten
 
 _MOSTLY = 0.9  # share of a column's values that determine its kind
 # An identifier, hash, number, URL or date without a space; or a file name. Words alone are none.
@@ -54,6 +54,17 @@ def describe_columns(columns: Sequence[str], rows: Sequence[Mapping[str, object]
         described.append(f"'{column[:100]}' ({_kind(rows, column)}{size})")
     rest = [*columns[_SHOWN_COLUMNS:]]
     return format_names([*described, *rest])
+
+
+def describe_for_text(
+    columns: Sequence[str], text_columns: Sequence[str], rows: Sequence[Mapping[str, object]]
+) -> str:
+    """Describe columns, and say which looks like text; without rows, list them."""
+    if not rows:
+        return f"{format_names(columns)}."
+    likely = likely_text(text_columns, rows)
+    hint = f" '{shorten(likely, 100)}' looks like text." if likely else ""
+    return f"{describe_columns(columns, rows)}.{hint}"
 
 
 def likely_text(columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> str:

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from ..config import TrainConfig, is_conversation
 from ..errors import DataError
-from ..text import format_names, shorten
+from ..text import format_names
 from . import chat
-from .columns import are_codes, describe_columns, fold_name, is_nested, is_same_name, likely_text, strings
+from .columns import are_codes, describe_for_text, fold_name, is_nested, is_same_name, strings
 from .folders import has_columns
 from .readers import PEEKED_ROWS, Row, Table
 from .row_readers import (
@@ -263,9 +263,7 @@ def _find_text_column(table: Table, rows: list[Row], *, asks_format: bool) -> st
     if "content" in table.columns and "role" not in table.columns:
         return "content"
     question = f"{table.source}: which column is the text? Name one with --text-column: "
-    question += f"{describe_columns(table.columns, rows)}."
-    if likely := likely_text(table.text_columns, rows):
-        question += f" '{shorten(likely, 100)}' looks like text."
+    question += describe_for_text(table.columns, table.text_columns, rows)
     if "content" in table.columns:
         raise DataError(f"{question} To read conversations, put the messages of each into one list, `messages`.")
     found = [_find_columns(table, label, rows) for label in _NEEDS]

@@ -31,7 +31,7 @@ from ..text import (
     data_extension,
     format_names,
 )
-from .columns import match_column, similar_columns
+from .columns import describe_for_text, match_column, similar_columns
 from .delimited import NumberedRow, describe_delimiter, find_delimiter, find_txt_delimiter, read_delimited
 from .documents import count_unreadable, read_document_row
 from .encodings import find_encoding
@@ -110,9 +110,9 @@ class Table:
                 f"{self.source} has no column '{column}'{scope}{purpose}; by case or spaces alone differ "
                 f"{format_names([repr(name) for name in similar])}: name one of them exactly."
             )
-        return DataError(
-            f"{self.source} has no column '{column}'{scope}{purpose}: its columns are {format_names(self.columns)}."
-        )
+        rows = [] if purpose else [*itertools.islice(self.rows, PEEKED_ROWS)]
+        known = describe_for_text(self.columns, self.text_columns, rows)
+        return DataError(f"{self.source} has no column '{column}'{scope}{purpose}: its columns are {known}")
 
 
 def read_file(

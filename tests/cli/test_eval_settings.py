@@ -86,10 +86,10 @@ def test_settings_that_do_not_fit_are_told(adapter, told, tmp_path):
     chosen = trained_with(adapter, clean="lines", text_column="body")
     (eval_set,) = eval_sets_from({"eval_dataset": "b.jsonl"}, None, [chosen])
     assert sorted(eval_set.texts) == sorted(POEMS)
-    assert told[:2] == [
-        "b.jsonl is read as the data of reviews was: --clean lines.",
-        "Not read so, as b.jsonl has other columns: --text-column body. b.jsonl has no column 'body': its columns are text.",
-    ]
+    assert told[0] == "b.jsonl is read as the data of reviews was: --clean lines."
+    assert told[1].startswith(
+        "Not read so, as b.jsonl has other columns: --text-column body. b.jsonl has no column 'body': its columns are 'text' ("
+    )
     (tmp_path / "c.txt").write_text("\n".join(TEXTS))
     assert len(eval_sets_from({"eval_dataset": "c.txt"}, None, [chosen])[0].texts) == len(TEXTS)
     with pytest.raises(DataError, match=r"There is no dataset 'd\.csv'"):

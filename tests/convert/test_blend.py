@@ -417,10 +417,6 @@ def test_blend_compress_merge_commands(two, tmp_path):
             ("blend", "praise=much", "--name", "mixed"),
             "Error: 'praise=much' is not of the form NAME=WEIGHT, such as imdb=0.7.",
         ),
-        (
-            ("blend", "praise", "praise", "--name", "mixed"),
-            "Error: 'praise' is given twice: give each adapter once, or weights.",
-        ),
         (("blend", "nobody=1", "--name", "mixed"), "Error: There is no adapter 'nobody', neither in adapters"),
     ],
 )
@@ -451,6 +447,9 @@ def test_advice_to_rewrite_an_adapter_works(two):
 
 
 def test_blend_without_weights_is_equal_parts(two):
+    for again in ("praise", "adapters/praise"):
+        refused = run("blend", "praise", again, "--name", "mixed", exit_code=1).stderr
+        assert refused == "Error: 'praise' is given twice: give each adapter once, or weights.\n"
     equal = json.loads(run("blend", "praise", "pan", "--name", "equal", "--json", "--device", "cpu").stdout)
     half = json.loads(run("blend", "praise=0.5", "pan=0.5", "--name", "half", "--json", "--device", "cpu").stdout)
     assert equal["made_by"] == half["made_by"] == "blend praise=0.5 pan=0.5"

@@ -45,7 +45,10 @@ def test_error_names_file_in_folder(refusal, tmp_path):
         "'x' (text, 125 characters on average), 'y' (numbers, 1). 'x' looks like "
         "text. Or make a text of several with --template."
     )
-    assert refusal("some", text_column="label") == "some/b.csv has no column 'label': its columns are x, y."
+    assert refusal("some", text_column="label") == (
+        "some/b.csv has no column 'label': its columns are 'x' (text, 125 characters on average), 'y' (numbers, 1). 'x' looks "
+        "like text."
+    )
     (tmp_path / "some" / "b.csv").write_text(table(header=("text", "y")))
     assert refusal("some", where=["label=1"]) == (
         "some/b.csv has no column 'label' to choose rows by: its columns are text, y."

@@ -105,8 +105,9 @@ def test_text_column_option_selects_column(load, refusal):
     content = table(header=("text", "body")).replace(",0", ",zero").replace(",1", ",one")
     assert rows(load("a.csv", content, text_column="text")) == sorted(TEXTS)
     assert rows(load("a.csv", content, text_column="body")) == ["one", "zero"]
-    assert (
-        refusal("a.csv", content, text_column="txt") == "a.csv has no column 'txt': its columns are text, body."
+    assert refusal("a.csv", content, text_column="txt") == (
+        "a.csv has no column 'txt': its columns are 'text' (text, 125 characters on average), 'body' (labels, 4). 'text' looks "
+        "like text."
     )
 
 
@@ -408,7 +409,7 @@ def test_many_columns_are_cut_in_message(refusal, streaming):
     names = [f"column{number}" for number in range(20_000)]
     text = ",".join(names) + "\n" + ",".join(["two words"] * 20_000) + "\n"
     message = refusal("a.csv", text, text_column="none", streaming=streaming)
-    assert message.endswith("column18, column19 and 19,980 more.")
+    assert message.endswith("'column18' (labels, 9), 'column19' (labels, 9) and 19,980 more.")
     assert refusal("b.csv", text * 3).count("column") < 30
     assert len(refusal("c.csv", "a" * 10**6 + ",b\nx,y\n", text_column="none")) < 300
 
