@@ -206,7 +206,7 @@ def test_evaluate_leak_shows_share(adapters, monkeypatch):
     parts = [
         f"{leaks[0][part]['gain']:+.3f} ± {leaks[0][part]['standard_error']:.3f}" for part in ("all", "with_copy")
     ]
-    assert [" ".join(line.split()) for line in shown[2:4]] == [
+    assert [" ".join(line.split()) for line in shown[3:5]] == [
         f"kept all 8 rows {parts[0]}",
         f"kept with a near copy 4 rows {parts[1]}",
     ]

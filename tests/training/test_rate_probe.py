@@ -216,7 +216,7 @@ def test_minutes_include_the_probe(settings, monkeypatch):
     assert estimate.steps + estimate.probe_steps == 600
     assert 0 < estimate.probe_steps <= estimate.steps / 5
     assert (estimate.learning_rate, estimate.learning_rate_origin) == (2e-3, "from the method lora")
-    assert [event for event in told if isinstance(event, Notice) and event.text.endswith("take the 20 minutes.")]
+    assert [event for event in told if isinstance(event, Notice) and event.text.endswith("take --minutes 20.")]
     whole = plan(settings(learning_rate="probe", max_steps=600))
     assert whole.steps == 600
     assert 0 < whole.probe_steps <= 120
