@@ -10,6 +10,8 @@ MAX_WORDS, MAX_CHARACTERS, MAX_ROWS = 12, 80, 1000
 # An address, a link or a long number may be personal; the others would break a command or Markdown.
 _UNFIT = re.compile(r"@|://|www\.|\d[\d \-./]{3,}\d|\d{4}|`|^-|^\s*$")
 
+_MARKS = re.compile(r"(?:[^\w\s]+\s+)*")  # such as that of a heading in Markdown: no prompt without a word
+
 
 def held_out_prompts(rows: Sequence[str], *, conversations: bool, count: int = 3) -> list[str]:
     """Choose prompts for a model card: of conversations the user's first question, of a row with an
@@ -42,7 +44,9 @@ def _opening(row: str) -> str:
         questions = [message["content"] for message in value.get("messages", []) if message["role"] == "user"]
         return str(value["prompt"] if "prompt" in value else next(iter(questions), ""))
     line = row.strip().partition("\n")[0]
-    half = _first_words(line[:MAX_CHARACTERS], max(1, min(MAX_WORDS // 2, len(line.split()) // 2)))
+    marks = len(_MARKS.match(line)[0].split())  # type: ignore[index] # it matches any line
+    half_words = max(1, min(MAX_WORDS // 2, (len(line.split()) - marks) // 2))
+    half = _first_words(line[:MAX_CHARACTERS], marks + half_words)
     return half if len(half) < len(row.strip()) else half[: len(half) // 2]
 
 

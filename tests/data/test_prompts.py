@@ -24,6 +24,8 @@ LONG = "one two three four five six seven eight nine ten eleven twelve thirteen"
         ("The end of it", "The end"),
         ("Night falls\nand the moon", "Night"),
         ("Word", "Wo"),
+        ("# Rain in the north", "# Rain in"),
+        ("# Rain\n\nIt falls.", "# Rain"),
         ("\u732b" * 200, "\u732b" * 80),
         (chat.encode_answer("Question: who?\nAnswer: he", (23, 25)), "Question: who?\nAnswer:"),
     ],
