@@ -91,15 +91,15 @@ def plan_curve(inputs: TrainingInputs, max_steps: int) -> HeldOutCurve | None:
         The curve, or None where even two rows would take more than that share.
     """
     every = math.ceil(max_steps / CURVE_PARTS)
-    points = (max_steps - 1) // every
+    points = math.ceil(max_steps / every)  # Trainer measures after the last step too
     trained = max_steps * tokens_per_step(inputs)
     least, most = CURVE_ROWS
-    left, rows = CURVE_SHARE * trained / HELD_OUT_COST / max(points, 1), list[int]()
+    left, rows = CURVE_SHARE * trained / HELD_OUT_COST / points, list[int]()
     for index, row in enumerate(inputs.held_out):
         if len(row) <= left and len(rows) < most:
             rows.append(index)
             left -= len(row)
-    return HeldOutCurve(every, rows) if points and len(rows) >= least else None
+    return HeldOutCurve(every, rows) if points > 1 and len(rows) >= least else None
 
 
 def tokens_per_step(inputs: TrainingInputs) -> float:

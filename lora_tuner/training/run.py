@@ -6,6 +6,7 @@ if nothing has changed that would change its result.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, replace
 from functools import partial
@@ -162,7 +163,7 @@ def plan(requested: TrainConfig, notify: EventHandler | None = display) -> RunEs
     lengths = [len(row) for row in setup.held_out]
     held_out_tokens = sum(lengths) * (2 + steps // (config.eval_every or steps + 1))
     if curve := setup.curve:
-        held_out_tokens += sum(lengths[row] for row in curve.rows) * (steps // curve.every)
+        held_out_tokens += sum(lengths[row] for row in curve.rows) * math.ceil(steps / curve.every)
     return RunEstimate(
         steps=steps,
         steps_per_epoch=setup.steps_per_epoch,

@@ -285,7 +285,7 @@ class LoraTrainer(Trainer):
         entries = [entry.keys() & LOSSES for entry in self.state.log_history if entry["step"] == step]
         expected = 2 if every and step % every == 0 else 1  # of training, and of held-out rows
         saved = (self.folder / f"{checkpoints.PREFIX}{step}").exists()
-        return bool(step) and not saved and patience is None and len(set().union(*entries)) == expected
+        return bool(step) and not saved and patience is None and len(set().union(*entries)) >= expected
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
