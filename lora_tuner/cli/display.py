@@ -72,8 +72,9 @@ def print_wrapped(text: str | Text, label: str = "") -> None:
     text = Text(text) if isinstance(text, str) else text
     lines = text.wrap(console, max(20, console.width - len(label)), overflow="fold") or [Text()]
     for number, line in enumerate(lines):
-        line.rstrip()
-        console.print(Text.assemble(" " * len(label) if number else label, line), soft_wrap=True)
+        shown = Text.assemble(" " * len(label) if number else label, line)
+        shown.rstrip()
+        console.print(shown, soft_wrap=True)
 
 
 def format_result(result: EvalResult | None, sources: Sequence[SourceInfo] = ()) -> list[str]:

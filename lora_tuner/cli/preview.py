@@ -59,10 +59,12 @@ def _show_row(number: int, row: "PreviewedRow", config: TrainConfig, has_colours
         texts.append((part.role or "text", _styled(part.text, part.is_learned, is_marked, has_colours)))
     if not any(part.role for part in row.parts):
         texts = [("text", Text().join(text for _, text in texts))]
-        if row.before.strip() != row.after:
+        if row.before.strip() != row.after.strip():
             texts.insert(0, ("before", _with_marks(row.before)))
     width = max(len(label) for label, _ in texts)
     for label, text in texts:
+        if text.plain.endswith("\n"):  # the mark shows it
+            text.right_crop(1)
         print_wrapped(text, f"  {escape_control(label):{width}}  ")
     details = [f"{format_count(len(row.tokens), 'token')}, {sum(row.labels)} trained on (others in brackets)"]
     if row.cut_tokens:

@@ -40,6 +40,15 @@ def talks(tmp_path):
     return "talks.jsonl"
 
 
+def test_document_is_shown_once(preview, tmp_path):
+    (tmp_path / "poems").mkdir()
+    for number in range(20):
+        (tmp_path / "poems" / f"{number}.txt").write_text(f"zz {number}\n\nand {number * 7}\n")
+    shown = preview("--dataset", "poems", "--preview", 1).partition("\n\nlengths")[0]
+    assert "before" not in shown
+    assert all(line and line == line.rstrip() for line in shown.splitlines())
+
+
 def test_text_is_shown_with_line_marks(preview, tmp_path):
     poems = [f"{text[:40]}\n\n  don't 'quote' \u00e9 \x1b[31m" for text in TEXTS]
     (tmp_path / "a.jsonl").write_text(jsonl({"text": poem} for poem in poems), encoding="utf-8")
