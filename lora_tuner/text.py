@@ -143,7 +143,8 @@ def format_rows(rows: int, groups: int | None = None) -> str:
 def describe_gain(gain: float) -> str:
     """Say what a gain in nats per token means, as in "each token is 1.52 times as likely"."""
     ratio = math.exp(min(gain, 700.0))  # exp(710) overflows
-    return f"each token is {ratio:{'.2f' if 0.1 <= ratio < 100 else '.2g'}} times as likely"
+    digits = ".2g" if ratio < 0.1 or ratio >= 1e6 else ".2f" if ratio < 100 else ",.0f"
+    return f"each token is {ratio:{digits}} times as likely"
 
 
 def format_gain(gain: float, standard_error: float | None, digits: str = ".3f") -> str:

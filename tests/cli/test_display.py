@@ -21,7 +21,7 @@ from lora_tuner.convert.verify import OutputComparison
 from lora_tuner.data.eval_sets import EvalSet
 from lora_tuner.evaluation import GainMatrix
 from lora_tuner.server.playground import html
-from lora_tuner.text import escape_control, format_bytes, format_duration
+from lora_tuner.text import describe_gain, escape_control, format_bytes, format_duration
 from lora_tuner.training.progress import Display
 from lora_tuner.training.sweep import SweepResult, Trial
 
@@ -47,6 +47,13 @@ def test_format_duration(seconds, text):
 )
 def test_format_bytes(count, text):
     assert format_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("gain", "times"), [(-3.0, "0.05"), (0.0, "1.00"), (0.2, "1.22"), (5.05, "156"), (1e3, "1e+304")]
+)
+def test_gain_in_words(gain, times):
+    assert describe_gain(gain) == f"each token is {times} times as likely"
 
 
 def test_show_fields_skips_unknown_values(capsys):
