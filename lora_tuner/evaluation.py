@@ -470,7 +470,7 @@ def _select_sets(
     selected = eval_sets.select_rows(sets, eval_rows)
     if all(rows.missing for rows in selected):
         reasons = "; ".join(f"{rows.name}: {rows.missing}" for rows in selected)
-        raise AdapterError(f"There are no rows to evaluate on. {reasons}. Name a dataset with --eval-dataset.")
+        raise AdapterError(f"There are no rows to evaluate on. {reasons}. Name other data with --eval-dataset.")
     return selected
 
 

@@ -274,7 +274,7 @@ def test_missing_rows_leave_cells_empty(adapters, tmp_path, content, reason):
         evaluate(adapters[1:2], options=ModelOptions(device="cpu"))
     assert (
         str(error.value)
-        == f"There are no rows to evaluate on. verse: {reason}. Name a dataset with --eval-dataset."
+        == f"There are no rows to evaluate on. verse: {reason}. Name other data with --eval-dataset."
     )
 
 
@@ -586,7 +586,7 @@ def test_one_eval_row_is_refused(adapters):
             adapters[:1], [EvalSet("x", tiny_models.reviews(5))], eval_rows=1, options=ModelOptions(device="cpu")
         )
     assert str(error.value) == (
-        "There are no rows to evaluate on. x: a standard error needs two rows. Name a dataset with --eval-dataset."
+        "There are no rows to evaluate on. x: a standard error needs two rows. Name other data with --eval-dataset."
     )
 
 

@@ -11,8 +11,10 @@ from ..text import (
     describe_gain,
     display_name,
     escape_control,
+    format_bytes,
     format_count,
     format_counts,
+    format_duration,
     format_gain,
     format_rows,
     format_share,
@@ -37,7 +39,7 @@ def summary_rows(adapter: Adapter) -> list[tuple[str, str]]:
             f"{_method_name(adapter)}, {format_ranks(adapter)}, {alpha}, on {', '.join(adapter.targets)}",
         ),
         ("In place of the base's", str(adapter.replaced)),
-        ("Size", f"{adapter.parameters:,} parameters, {adapter.bytes / 1e6:.1f} MB"),
+        ("Size", f"{adapter.parameters:,} parameters, {format_bytes(adapter.bytes)}"),
     ]
     if manifest is None:
         return [*((name, text) for name, text in rows if text), ("Origin", "another tool (no manifest)")]
@@ -286,7 +288,7 @@ def _format_use(run: RunInfo) -> str:
 def _format_run(run: RunInfo) -> str:
     return (
         f"{run.method}, {format_count(run.steps, 'step')}, {format_count(run.tokens, 'token')}, "
-        f"{run.seconds / 60:.1f} minutes on {run.device} in {run.dtype}"
+        f"{format_duration(run.seconds)} on {run.device} in {run.dtype}"
     )
 
 

@@ -160,10 +160,10 @@ def test_card_summary_table(card):
     assert table(card()) == {
         "Base": "distilgpt2 (distilbert/distilgpt2 on the Hub)",
         "Adapter": "LoRA, rank 4, alpha 8, on c_attn",
-        "Size": "192 parameters, 0.0 MB",
+        "Size": "192 parameters, 1 kB",
         "Data": "stanfordnlp/imdb",
         "Rows": "25,000 read, 12,500 filtered, 98 duplicates, 10,000 train, 2,402 held out",
-        "Run": "lora, 40 steps, 20,480 tokens, 1.5 minutes on cpu in float32",
+        "Run": "lora, 40 steps, 20,480 tokens, 1.5 min on cpu in float32",
         "Held-out loss": "3.500 (base: 3.750)",
         "Gain": "0.250 ± 0.013 (standard error, 200 rows, paired): each token is 1.28 times as likely",
         "Perplexity": f"{math.exp(3.5):.2f} (base: {math.exp(3.75):.2f})",
@@ -419,6 +419,6 @@ def test_summary_without_manifest(tmp_path):
     assert found == {
         "Base": "distilbert/distilgpt2",
         "Adapter": "LoRA, rank 4, alpha 8, on c_attn",
-        "Size": "192 parameters, 0.0 MB",
+        "Size": "192 parameters, 1 kB",
         "Origin": "another tool (no manifest)",
     }

@@ -137,7 +137,7 @@ def test_evaluate_reports_missing_rows(two, tmp_path, columns):
     facts = json.loads(run("evaluate", "noir", "verse", "--json").stdout)
     assert facts["sets"][1] == {"name": "verse", "rows": 0, "missing": why}
     assert error("evaluate", "verse") == (
-        f"Error: There are no rows to evaluate on. verse: {why}. Name a dataset with --eval-dataset."
+        f"Error: There are no rows to evaluate on. verse: {why}. Name other data with --eval-dataset."
     )
 
 
