@@ -115,6 +115,7 @@ def prepare_process() -> None:
     from lora_tuner.inference import samples
     from lora_tuner.models import memory
 
+    os.environ.pop("COLUMNS", None)  # a worker of pytest-xdist has 80; output in a pipe is wider
     torch.set_num_threads(1)
     memory.bfloat16_speedup = lambda: 1.0
     plots.plot_loss = lambda history, manifest, to: Figure((1, 1)).savefig(to, format="png")
