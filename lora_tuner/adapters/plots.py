@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MAX_METRICS_BYTES = 50_000_000
 _METRICS = ("step", "loss", "eval_loss", "eval_subset_loss", "eval_subset_rows")  # what the plot shows
 _SWEEP_LABELS = ("size (MB)", "training time (s)")
-SMOOTHING = 0.9  # share of the average that stays at each step
+SMOOTHED_SHARE, MAX_SMOOTHED_STEPS = 0.1, 10  # of the run, in an average of the training loss
 
 
 def write_metrics(history: Sequence[Mapping[str, float]], path: Path) -> None:
@@ -43,16 +43,18 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return history
 
 
-def smooth_losses(losses: Iterable[float]) -> list[float]:
-    """Return the exponential moving average of the losses so far at each step.
+def smooth_losses(losses: Sequence[float]) -> list[float]:
+    """Return the exponential moving average of the losses of a run so far at each step.
 
-    It is corrected for its start, as Adam's moments are (Kingma and Ba, 2015, arXiv:1412.6980), so
-    that the first loss weighs no more than others.
+    It covers about a tenth of the run, so that it does not lag behind a short one. It is corrected
+    for its start, as Adam's moments are (Kingma and Ba, 2015, arXiv:1412.6980), so that the first
+    loss weighs no more than others.
     """
+    share = 1 / max(1.0, min(MAX_SMOOTHED_STEPS, SMOOTHED_SHARE * len(losses)))  # of the newest loss
     smoothed, average, weight = [], 0.0, 0.0
     for loss in losses:
-        average += (1 - SMOOTHING) * (loss - average)
-        weight += (1 - SMOOTHING) * (1 - weight)
+        average += share * (loss - average)
+        weight += share * (1 - weight)
         smoothed.append(average / weight)
     return smoothed
 

@@ -93,12 +93,20 @@ def lines(monkeypatch):
 
 
 def test_smoothed_losses_begin_at_first():
-    losses = [7 * 0.7**step for step in range(12)]
+    losses = [7 * 0.99**step for step in range(120)]
     smoothed = plots.smooth_losses(losses)
-    weights = [0.9 ** (11 - step) for step in range(12)]
+    weights = [0.9 ** (119 - step) for step in range(120)]
     assert smoothed[0] == losses[0]
     assert smoothed[-1] == pytest.approx(np.average(losses, weights=weights))
-    assert plots.smooth_losses([2.5] * 3) == pytest.approx([2.5] * 3)
+    assert plots.smooth_losses([2.5] * 30) == pytest.approx([2.5] * 30)
+    assert plots.smooth_losses([]) == []
+
+
+@pytest.mark.parametrize("steps", [1, 2, 12, 40])
+def test_smoothed_losses_follow_short_run(steps):
+    losses = [7 * 0.1 ** (step / steps) for step in range(steps)]
+    recent = losses[-1 - round(steps / 5) :]
+    assert losses[-1] - 1e-9 <= plots.smooth_losses(losses)[-1] <= recent[0]
 
 
 def test_loss_plot_names_subset(tmp_path, lines):
@@ -113,7 +121,7 @@ def test_loss_plot_values(tmp_path, lines):
     plot(tmp_path)
     assert lines["held out"] == [(0, 3.75), (2, 3.625), (30, 3.5)]  # base, evaluation, the step that was kept
     assert lines["training, each step"] == [(1, 4.0), (2, 3.5), (3, 3.25)]
-    assert [loss for _, loss in lines["training, smoothed"]] == pytest.approx([4.0, 3.7368, 3.5572], abs=1e-4)
+    assert lines["training, smoothed"] == lines["training, each step"]  # three steps need no smoothing
 
 
 @pytest.mark.parametrize("name", ["$a$.csv", "a_$b.csv", r"$\frac$.csv", "{x}^2.csv"])
