@@ -514,7 +514,7 @@ def test_rows_truncated_before_answer_are_dropped(chat_config, tmp_path):
     assert all(tokenization.count_predictions(row) for row in job.sequences.rows)
     assert [text for text in notices if text.endswith("with nothing to learn in the first 128 tokens.")]
     assert len(job.held_out) < 8
-    assert [text for text in notices if text.endswith("their first 512 tokens have nothing to predict.")]
+    assert [text for text in notices if text.endswith("with nothing to predict in the first 512 tokens.")]
     assert math.isfinite(evaluation.measure_loss(job.model, job.base, job.held_out).loss)
     with pytest.raises(TrainingError, match="No row has anything to learn:"):
         prepare_training(chat_config(max_length=8))
