@@ -9,6 +9,7 @@ import time
 
 import torch
 
+from ..config import MAX_THREADS
 from ..errors import ConfigError
 
 SLOWER = 1.5  # times as slow as one thread, before it is said
@@ -20,8 +21,8 @@ ROWS, WIDTH = 64, 576  # of a product, as in a step of a small base
 def set_threads(count: int | None) -> None:
     """Set the number of threads of this process; None leaves it: OMP_NUM_THREADS, else the cores."""
     if count is not None:
-        if count < 1:
-            raise ConfigError(f"threads is {count}: give 1 or more.")
+        if not 1 <= count <= MAX_THREADS:  # with too many, torch crashes at its next product
+            raise ConfigError(f"threads is {count:,}: give a number from 1 to {MAX_THREADS:,}.")
         torch.set_num_threads(count)
 
 

@@ -313,7 +313,7 @@ class LoraTrainer(Trainer):
             metrics = {"eval_subset_loss": loss, "eval_subset_rows": len(curve.rows)}
             rows = f" on the subset of {len(curve.rows)} rows"
         self.log(metrics)
-        self.setup.notify(Notice(f"Step {self.state.global_step}: held-out loss{rows} {loss:.3f}."))
+        self.setup.notify(Notice(f"Step {self.state.global_step}: held-out loss {loss:.3f}{rows}."))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

@@ -66,5 +66,6 @@ def test_base_loads_with_warning(gpt2, monkeypatch):
 def test_python_options_set_threads(gpt2):
     Generator(options=ModelOptions(base=str(gpt2), device="cpu", threads=1))
     assert torch.get_num_threads() == 1
-    with pytest.raises(ConfigError, match=r"^threads is 0: give 1 or more\.$"):
-        Generator(options=ModelOptions(base=str(gpt2), threads=0))
+    for count, shown in ((0, "0"), (1_000_000, "1,000,000")):
+        with pytest.raises(ConfigError, match=rf"^threads is {shown}: give a number from 1 to 1,024\.$"):
+            Generator(options=ModelOptions(base=str(gpt2), threads=count))

@@ -108,7 +108,7 @@ def test_curve_is_on_fixed_subset(settings):
     notices = [event.text for event in told if isinstance(event, Notice)]
     for step in (4, 28):
         loss = points[step]["eval_subset_loss"]
-        assert f"Step {step}: held-out loss on the subset of {rows} rows {loss:.3f}." in notices
+        assert f"Step {step}: held-out loss {loss:.3f} on the subset of {rows} rows." in notices
     base_loss = f"{measured.loss:.3f}"
     first = f"Every 4 steps: held-out loss on a fixed subset, {rows} of 8 rows (base: {base_loss})."
     assert first in notices
