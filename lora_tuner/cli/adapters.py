@@ -40,7 +40,7 @@ adapters_app = typer.Typer(cls=HelpGroup, help="Manage the adapters in the libra
 
 @adapters_app.command("list", cls=StrictCommand)
 def list_adapters(adapters_dir: AdaptersDirOption = DEFAULT_ADAPTERS_DIR, as_json: JsonOption = False) -> None:
-    """List all adapters: base, rank, targets, data, size, held-out gain, age, parents.
+    """List all adapters: base, rank, data, size, held-out gain, age, parents.
 
     python cli.py adapters list
 
@@ -65,22 +65,21 @@ def show_adapters(entries: Iterable[tuple[str, Adapter | AdapterError]]) -> None
         if isinstance(adapter, AdapterError):
             broken.append(f"{name} is broken: {adapter}")
             continue
-        manifest, targets = adapter.manifest, adapter.targets
+        manifest = adapter.manifest
         data, result = (manifest.data, manifest.result) if manifest else (None, None)
         rows.append(
             (
                 name,
                 adapter.base,
                 str(adapter.rank),
-                ", ".join(targets) if len(targets) < 3 else f"{len(targets)} kinds",
                 Path(data.name).name if data else "?",
                 format_bytes(adapter.bytes),
-                format_gain(result.gain, result.standard_error) if result else "?",
+                format_gain(result.gain, result.standard_error, ".2f") if result else "?",
                 _format_created(manifest.created) if manifest else "?",
                 ", ".join(parent.name for parent in manifest.parents) if manifest else "?",
             )
         )
-    header = ("adapter", "base", "rank", "targets", "data", "size", "gain", "created", "parent")
+    header = ("adapter", "base", "rank", "data", "size", "gain", "created", "parent")
     shown = slice(None if any(row[-1] for row in rows) else -1)  # the last column only if there is a parent
     if rows:
         print_table((row[shown] for row in rows), header[shown])

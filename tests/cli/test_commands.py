@@ -57,7 +57,6 @@ def test_train_generate_list_show_merge(quick, tmp_path):
         "adapter",
         "base",
         "rank",
-        "targets",
         "data",
         "size",
         "gain",
