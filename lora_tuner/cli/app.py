@@ -73,7 +73,8 @@ def _report_errors() -> Iterator[None]:
             typer.echo(error.format_message())
             raise typer.Exit(2) from error
         advice = f" See {error.ctx.command_path} --help." if error.ctx else ""
-        text, status, cause = f"Error: {' '.join(error.format_message().split()).rstrip('.')}.{advice}", 2, error
+        message = " ".join(error.format_message().split()).replace("Value error, ", "").rstrip(".")  # of pydantic
+        text, status, cause = f"Error: {message}.{advice}", 2, error
     except (Interrupted, KeyboardInterrupt) as stopped:
         text, status, cause = str(stopped) or "Interrupted.", 130, stopped
     finally:

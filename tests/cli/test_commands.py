@@ -176,7 +176,11 @@ def test_train_options_override_config_file(quick, tmp_path, gpt2, reviews_csv):
             "Error: There is no adapter 'nothing', neither in adapters (none yet)",
         ),
         (["generate", "--base", "distilgpt2", "x"], 1, "Error: distilbert/distilgpt2 is not cached"),
-        (["generate", "--dtype", "fp16", "x"], 2, "Invalid value for '--dtype'"),
+        (
+            ["generate", "--dtype", "fp16", "x"],
+            2,
+            "Error: Invalid value for '--dtype': 'fp16' is not one of 'auto', ",
+        ),
         (["train", "--preview", "0"], 2, "Invalid value for '--preview'"),
         (["train", "--config", "nothing.yaml"], 1, "Error: There is no file nothing.yaml."),
         (["generate", "--file", "nothing.txt"], 1, "Error: There is no file nothing.txt."),
