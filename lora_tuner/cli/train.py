@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .. import distributed
-from ..adapters.adapter import LOSS_PLOT_FILE, RUN_FILE, Adapter
+from ..adapters.adapter import LOSS_PLOT_FILE, RUN_FILE, Adapter, load_adapter_folder
 from ..adapters.manifest import RateProbe
 from ..config import METHODS, STOP_RULES, TrainConfig
 from ..errors import ConfigError
@@ -231,6 +231,9 @@ def _show_sweep(result: "SweepResult") -> None:
     if any(trial.standard_error is None for trial in result.trials):
         why = "the best; one held-out row, group or document gives no standard error, so a smaller one may be as good"
     print(f"recommended: {result.recommended}, {why}")
+    recommended = load_adapter_folder(result.path)
+    _show_samples(recommended)
+    _show_next_commands(recommended)
 
 
 def show_plan(estimate: "RunEstimate") -> None:

@@ -61,16 +61,18 @@ class Trial:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """All trials, and the recommended one: the smallest whose gap is within one standard error."""
+    """All trials, and the recommended one, with the path of its adapter: the smallest whose gap is
+    within one standard error."""
 
     name: str
     base_loss: float
     trials: list[Trial]
     recommended: str
+    path: Path
     folder: Path
 
     def to_dict(self) -> dict[str, object]:
-        return asdict(self) | {"folder": str(self.folder)}
+        return asdict(self) | {"path": str(self.path), "folder": str(self.folder)}
 
 
 def run_sweep(configs: Sequence[TrainConfig], notify: EventHandler | None = display) -> SweepResult:
@@ -386,4 +388,5 @@ def _measure_trials(
             )
     good = [trial for trial in results if trial.loss is not None and trial.gap <= (trial.standard_error or 0.0)]
     smallest = min(good, key=lambda trial: (trial.bytes, trial.loss))
-    return SweepResult(name, base_held_out.loss, results, smallest.name, folder)
+    path = adapters[smallest.name].path
+    return SweepResult(name, base_held_out.loss, results, smallest.name, path, folder)

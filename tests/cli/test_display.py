@@ -275,7 +275,8 @@ def test_one_held_out_row_shows_no_error(capsys, wide, tmp_path):
     adapters.show_adapters([("single", adapter)])
     adapters.show_details(adapter, [])
     display.print_result(facts.result)
-    train._show_sweep(SweepResult("s", 3.0, [Trial("s-2", 2, 1e-3, 2.0, standard_error=None)], "s-2", tmp_path))
+    trial = Trial("s-2", 2, 1e-3, 2.0, standard_error=None)
+    train._show_sweep(SweepResult("s", 3.0, [trial], "s-2", adapter.path, tmp_path))
     evaluate.show_gains(GainMatrix("base", ["single"], [EvalSet("rows", ["a"])], [[facts.result]]))
     shown = printed(capsys) + model_card(adapter, "single")
     assert "±" not in shown.replace("(loss, ± standard error)", "")
@@ -300,7 +301,7 @@ def test_groups_are_shown_beside_rows(capsys, wide, tmp_path):
 def test_results_say_where_pictures_are(capsys, wide, tmp_path):
     adapter = load_adapter_folder(adapter_files.write(tmp_path / "a", facts=adapter_files.manifest()))
     train._show_trained(adapter)
-    train._show_sweep(SweepResult("s", 3.0, [Trial("s-2", 2, 1e-3, 2.0)], "s-2", Path("runs/s.sweep")))
+    train._show_sweep(SweepResult("s", 3.0, [Trial("a", 2, 1e-3, 2.0)], "a", adapter.path, Path("runs/s.sweep")))
     comparison = OutputComparison(0.0, 1.0, None, 1)
     convert._show_compress(CompressResult(adapter, {"c": (4, 2)}, (9, 5), {}, 0.0, comparison, None))
     assert [line for line in printed(capsys).splitlines() if line.startswith("picture: ")] == [
@@ -311,10 +312,11 @@ def test_results_say_where_pictures_are(capsys, wide, tmp_path):
 
 
 def test_sweep_json_names_picture(monkeypatch):
-    result = SweepResult("s", 3.0, [Trial("s-2", 2, 1e-3, 2.0)], "s-2", Path("runs/s.sweep"))
+    path = Path("adapters/s-2")
+    result = SweepResult("s", 3.0, [Trial("s-2", 2, 1e-3, 2.0)], "s-2", path, Path("runs/s.sweep"))
     monkeypatch.setattr("lora_tuner.training.sweep.run_sweep", lambda configs, notify: result)
     facts = json.loads(run("train", "--rank", "2,4", "--json").stdout)
-    assert facts["picture"] == "runs/s.sweep/sweep.png"
+    assert (facts["picture"], facts["path"]) == ("runs/s.sweep/sweep.png", "adapters/s-2")
 
 
 def test_run_ends_with_samples(capsys, monkeypatch, tmp_path):
@@ -340,6 +342,11 @@ def test_run_ends_with_samples(capsys, monkeypatch, tmp_path):
     assert max(map(len, [*shown.out.splitlines()[1:], *shown.err.splitlines()])) <= 80
     assert "held-out loss 3.750 -> 3.500  (gain 0.250 ± 0.013, 200 rows)" in shown.out
     assert "perplexity    42.52 -> 33.12  (each token is 1.28 times as likely)" in shown.out
+    trial = Trial("poems", 2, 1e-3, 2.0)
+    train._show_sweep(SweepResult("s", 3.0, [trial], "poems", Path("adapters/poems"), Path("runs/s.sweep")))
+    of_sweep = capsys.readouterr()
+    assert of_sweep.out.endswith(shown.out[shown.out.index("(base)") :])
+    assert of_sweep.err == shown.err
     train._show_next_commands(load_adapter_folder(folder))
     assert f"  python cli.py serve --adapters-dir {tmp_path / 'adapters'}" in capsys.readouterr().err
 

@@ -516,6 +516,8 @@ def test_sweep_command_output(quick, monkeypatch):  # noqa: F811
     assert lines[0].split()[:2] == ["adapter", "rank"]
     assert [line.split()[0] for line in lines if line.startswith("reviews-r")] == names
     assert lines[-1].startswith("recommended: reviews-r")
+    name = lines[-1].split()[1].rstrip(",")
+    assert f"Next:\n  python cli.py generate --adapter {name}\n" in done.stderr
     again = run("train", *options, "--rank", "2,8", "--overwrite", "--json")
     assert [trial["name"] for trial in json.loads(again.stdout)["trials"]] == ["reviews-r2", "reviews-r8"]
 
