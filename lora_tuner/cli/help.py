@@ -6,13 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from .display import color_system
 
 PROGRAM, SCRIPT = "python cli.py", "lora-tuner"  # the latter is installed as a command
 _MOST_USED = {"train": ("dataset", "name", "minutes", "base", "preview")}  # they come first
 MAX_WIDTH = 120  # longer lines are hard to read
+_Parameter = TyperOption | TyperArgument
 _COLUMN = 26  # where help texts begin; after a longer option they begin on the next line
 _TYPES = {
     "int": "<number>",
@@ -105,11 +106,11 @@ class HelpCommand(HelpMixin, TyperCommand):
     """A command with this help."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        arguments = [param for param in self.get_params(ctx) if param.param_type_name == "argument"]
+        arguments = [param for param in self.get_params(ctx) if isinstance(param, TyperArgument)]
         return ["[OPTIONS]", *map(argument_usage, arguments)]
 
 
-def help_parts(command: Any) -> tuple[list[str], list[str], str]:
+def help_parts(command: HelpMixin) -> tuple[list[str], list[str], str]:
     """Return what a command does, in paragraphs; its examples; and the line that names documents."""
     paragraphs = inspect.cleandoc(command.help or "").split("\n\n")
     examples = [line for text in paragraphs for line in text.splitlines() if line.startswith(PROGRAM)]
@@ -118,30 +119,30 @@ def help_parts(command: Any) -> tuple[list[str], list[str], str]:
     return texts, examples, "".join(documents)
 
 
-def sections(command: Any, ctx: Any) -> dict[str, list[Any]]:
+def sections(command: Any, ctx: typer.Context) -> dict[str, list[_Parameter]]:
     """Return arguments and options by their heading, in the order in which help shows them."""
     params = {param.name: param for param in command.get_params(ctx)}
     most_used = [params.pop(name) for name in _MOST_USED.get(command.name, ())]
-    found: dict[str, list[Any]] = {"Arguments": [], "Most used": most_used}
+    found: dict[str, list[_Parameter]] = {"Arguments": [], "Most used": most_used}
     for param in params.values():
         is_argument = param.param_type_name == "argument"
         found.setdefault("Arguments" if is_argument else param.rich_help_panel or "Options", []).append(param)
     return {title: params for title, params in found.items() if params}
 
 
-def argument_usage(param: Any) -> str:
+def argument_usage(param: _Parameter) -> str:
     """Return an argument as in the usage line, such as `ADAPTER` or `[PROMPT]`."""
     name = _argument_name(param)
     return name if param.required else f"[{name}]"
 
 
-def _argument_name(param: Any) -> str:
+def _argument_name(param: _Parameter) -> str:
     return str(param.metavar or param.name.upper() + "..." * (param.nargs != 1))
 
 
-def option_usage(param: Any, ctx: Any) -> str:
+def option_usage(param: _Parameter, ctx: typer.Context) -> str:
     """Return an argument, or the names of an option and the kind of its value."""
-    if param.param_type_name == "argument":
+    if isinstance(param, TyperArgument):
         return _argument_name(param)
     names = ", ".join(sorted(param.opts, key=len))
     if param.secondary_opts:
@@ -149,7 +150,7 @@ def option_usage(param: Any, ctx: Any) -> str:
     return names if param.is_flag else f"{names} {_value_word(param, ctx)}"
 
 
-def _value_word(param: Any, ctx: Any) -> str:
+def _value_word(param: _Parameter, ctx: typer.Context) -> str:
     if param.metavar is not None:
         return str(param.metavar)
     if param.name in _WORDS:
@@ -159,14 +160,14 @@ def _value_word(param: Any, ctx: Any) -> str:
     return "<name>" if kind == "str" and param.name in _NAMES else _TYPES.get(kind, kind)
 
 
-def default_text(param: Any) -> str:
+def default_text(param: _Parameter) -> str:
     """Return the default of an option in words; empty without one, and for a flag that is off."""
     if isinstance(param.show_default, str):
         return str(param.show_default)
     return str(param.default) if param.show_default and param.default not in (None, False) else ""
 
 
-def describe(param: Any) -> str:
+def describe(param: _Parameter) -> str:
     """Return the help of an argument or option, with its default."""
     default = default_text(param)
     text = (param.help or "") + (f" [default: {default}]" if default else "")
