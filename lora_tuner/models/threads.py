@@ -41,7 +41,7 @@ def busy_warning() -> str | None:
     digits = 0 if slowdown >= 10 else 1
     return (
         f"This machine is busy: {threads} threads are {slowdown:.{digits}f} times as slow as one. "
-        "--threads 1 is faster."
+        "One is faster: --threads 1, or OMP_NUM_THREADS=1."
     )
 
 
