@@ -145,7 +145,7 @@ def _advise_more_steps(name: str, overrides: Overrides) -> str:
     wanted = overrides[rules[0]]
     if rules[0] == "max_steps" and saved.max_steps and wanted > saved.max_steps:
         wanted -= saved.max_steps
-    option = f"--{rules[0].replace('_', '-')} {wanted}"
+    option = f"--{rules[0].replace('_', '-')} {str(wanted).removesuffix('.0')}"
     return f" {more_steps_advice(saved.adapters_dir / name, option)}"
 
 

@@ -23,6 +23,7 @@ def rate_advice(
     rate: float,
     method: MethodName,
     steps_per_epoch: int | None,
+    parent_loss: float | None = None,
 ) -> str | None:
     """Return what was wrong and which learning rate to try; None if the run went well.
 
@@ -33,6 +34,7 @@ def rate_advice(
         entries: log entries of all steps, with `loss` and `tokens`.
         rate: the peak learning rate.
         steps_per_epoch: None for a stream.
+        parent_loss: held-out loss of the adapter that the run continues, on the same rows.
     """
     lower, much_lower = lower_rate(rate, 3, method), lower_rate(rate, 10, method)
     gain = format_gain(result.gain, result.standard_error)
@@ -47,6 +49,11 @@ def rate_advice(
             f"The adapter is worse than its base: held-out loss {result.base_loss:.3f} -> "
             f"{result.loss:.3f}. Try a lower learning rate than {rate:g}, such as {much_lower:g} "
             "(--learning-rate), or fewer steps."
+        )
+    if parent_loss is not None and result.loss > parent_loss + 2 * error:
+        return (
+            f"The adapter is worse than the one it continues: held-out loss {parent_loss:.3f} -> {result.loss:.3f}. "
+            f"Try --learning-rate {lower:g}, or keep that one."
         )
     if result.gain > 2 * error:
         return None

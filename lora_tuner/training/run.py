@@ -331,7 +331,9 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
             history = _complete_curve(setup, history, base_held_out, held_out)
             base_held_out = replace(base_held_out, groups=setup.dataset.groups_of(setup.measured_texts))
             result = evaluation.paired_gain(base_held_out, held_out)
-            advice = rate_advice(steps, result, setup.learning_rate, setup.method, setup.steps_per_epoch)
+            advice = rate_advice(
+                steps, result, setup.learning_rate, setup.method, setup.steps_per_epoch, setup.parent_loss
+            )
             sources = [
                 source.model_copy(update={"result": setup.paired_gain_on(number, base_held_out, held_out)})
                 for number, source in enumerate(setup.source_infos())

@@ -76,6 +76,15 @@ class TrainingSetup(TrainingInputs):
         """Steps between two measurements of held-out rows; None without any."""
         return self.curve.every if self.curve else self.config.eval_every
 
+    @property
+    def parent_loss(self) -> float | None:
+        """Held-out loss of the parent, if it was measured on the same rows."""
+        before = self.parent.manifest if self.parent else None
+        if before is None or before.data is None or before.result is None or self.manifest.data is None:
+            return None
+        is_same = before.data.held_out_hash == self.manifest.data.held_out_hash
+        return before.result.loss if is_same else None
+
     def source_infos(self) -> list[SourceInfo]:
         """Return what the manifest has of each of several datasets."""
         sources, total = self.dataset.sources, sum(self.dataset.weights)

@@ -8,6 +8,7 @@ import pytest
 from lora_tuner import Notice, train
 from lora_tuner.adapters.manifest import EvalResult
 from lora_tuner.training.advice import higher_rate, lower_rate, rate_advice
+from lora_tuner.training.setup import TrainingSetup, prepare_training
 
 GOOD = (0.1, 0.01)
 
@@ -111,6 +112,28 @@ def test_falling_loss_without_gain_tells_why():
 def test_single_row_counts_only_if_worse(gain, expected):
     text = rate_advice(curve(SHAPES["flat"]), result(gain, None, rows=1), 2e-3, "lora", None)
     assert text is None if expected is None else text.startswith(expected)
+
+
+@pytest.mark.parametrize(("parent_loss", "is_worse"), [(None, False), (3.2, False), (2.99, False), (2.9, True)])
+def test_worse_than_parent_names_rate(parent_loss, is_worse):
+    measured = result(0.5, 0.02)  # a loss of 3.0
+    text = rate_advice(curve(SHAPES["flat"]), measured, 2e-3, "lora", None, parent_loss)
+    expected = (
+        "The adapter is worse than the one it continues: held-out loss 2.900 -> 3.000. Try --learning-rate 0.0007, "
+        "or keep that one."
+    )
+    assert text == (expected if is_worse else None)
+
+
+def test_parent_loss_needs_same_rows(settings, monkeypatch):
+    parent = train(settings(max_steps=12))
+    child = settings(parent="reviews", name="child", learning_rate=1e-6, max_steps=1)
+    setup = prepare_training(child)
+    assert setup.parent_loss == parent.manifest.result.loss
+    setup.remove_lora()
+    assert prepare_training(child.model_copy(update={"eval_rows": 4})).parent_loss is None
+    monkeypatch.setattr(TrainingSetup, "parent_loss", 0.5)
+    assert train(child).manifest.run.advice.startswith("The adapter is worse than the one it continues")
 
 
 def test_named_rates_lead_to_those_of_method():

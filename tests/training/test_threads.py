@@ -96,6 +96,7 @@ def test_more_steps_are_from_the_adapter(settings, quick):  # noqa: F811
     assert error("train", "--resume", "reviews", "--max-steps", 9).endswith(
         advice.format(4)
     )  # 5 of 9 are in the run
+    assert error("train", "--resume", "reviews", "--minutes", 3).endswith(" --name reviews-2 --minutes 3")
     assert "A run keeps" not in error("train", "--resume", "reviews", "--rank", 2)
     assert error("train", "--accept", "threads") == (
         "Error: --accept is for a run that is resumed: give --resume NAME too."
