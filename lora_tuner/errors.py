@@ -171,7 +171,8 @@ class Notice:
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a stage, in its own units. `detail` is text such as "loss 3.412  180 tokens/s"."""
+    """Progress of a stage, in its own units. `detail` is text such as "loss 3.412, avg 3.398  180 tokens/s";
+    a narrow terminal leaves out its last parts, which two spaces separate."""
 
     stage: str
     done: int

@@ -95,6 +95,7 @@ CARDS = ["adapters/poems/README.md", "adapters/chats/README.md"]
 MARKS = [
     # Progress has more lines on a slow machine.
     (r"^(.+?) \d+/\d+.*\n(?:\1 \d+/\d+.*\n)*", r"\1 ...\n"),
+    (r"^training \.\.\.\n(?=Step )", ""),  # its number of lines is a matter of time
     (r"(?s)\bmost in .*?\n--json", "most in LAYERS\n--json"),
     (r"(?s)\bwith torch .*?accelerate \S+", "with VERSIONS"),
     (r"\b\d{4}-\d\d-\d\d(?:[ T]\d\d:\d\d(?::\d\d\S*)?)?", "DATE"),

@@ -62,7 +62,7 @@ class Adapter:
 
     @cached_property
     def samples(self) -> list[Sample]:
-        """Texts of base and adapter for the same prompts, from the end of its training."""
+        """Texts of base and adapter for the same prompts, from start to end of its training."""
         return read_samples(self.path / SAMPLES_FILE)
 
     @property

@@ -1,7 +1,6 @@
 """The model card (README.md) of an adapter."""
 
 import json
-import re
 import shlex
 from collections.abc import Sequence
 
@@ -10,7 +9,6 @@ from ..text import (
     describe_coverage,
     describe_gain,
     display_name,
-    escape_control,
     format_bytes,
     format_count,
     format_counts,
@@ -22,7 +20,7 @@ from ..text import (
 from . import base_config, compatibility
 from .adapter import LOSS_PLOT_FILE, SPECTRUM_FILE, Adapter
 from .manifest import BaseInfo, DatasetInfo, Manifest, RateProbe, RunInfo, SourceInfo
-from .samples import Sample
+from .samples import Sample, samples_table
 
 
 def summary_rows(adapter: Adapter) -> list[tuple[str, str]]:
@@ -119,7 +117,7 @@ A LoRA adapter for {base}, trained on {dataset}.
 The loss is the mean negative log-likelihood per token, in nats, of held-out rows, measured one at a time, truncated to
 {HELD_OUT_MAX_TOKENS} tokens, end of text included.
 {"`run.yaml` repeats the run; " if run else ""}`manifest.json` has these figures and the hashes of base, data and weights.
-{pictures}{_samples_section(adapter.samples)}
+{pictures}{_samples_section(final_samples(adapter), prompts)}
 ## Limitations
 
 {limits}
@@ -161,30 +159,28 @@ def _describe_training(manifest: Manifest) -> str:
     return f"It was trained on {kind} from {display_name(data.source)}{where}{measured}."
 
 
-def _samples_section(samples: Sequence[Sample]) -> str:
-    """Prompts with the texts of base and adapter as a table; empty without samples."""
+def final_samples(adapter: Adapter) -> list[Sample]:
+    """Return the samples of the step whose weights the adapter has."""
+    run = adapter.manifest.run if adapter.manifest else None
+    return [sample for sample in adapter.samples if run and sample.step == run.kept_step]
+
+
+def _samples_section(samples: Sequence[Sample], held_out: Sequence[str]) -> str:
+    """Prompts, held-out or chosen, with the texts of base and adapter as a table; empty without samples."""
     if not samples:
         return ""
     asked = ", through the chat template" if samples[0].chat else ""
-    rows = "".join(
-        f"| {' | '.join(map(_format_cell, (sample.prompt, sample.base, sample.adapter)))} |\n"
-        for sample in samples
+    is_held_out = all(sample.prompt in held_out for sample in samples)
+    prompts = (
+        "from held-out rows, which were not trained on" if is_held_out else "that were chosen before the run"
     )
     return f"""
 ## Samples
 
-Prompts from held-out rows, which were not trained on. Base and adapter continued them with the same seed when training
+Prompts {prompts}. Base and adapter continued them with the same seed when training
 had ended{asked}; the texts are cut off, and none was chosen.
 
-| Prompt | Base | Adapter |
-| --- | --- | --- |
-{rows}"""
-
-
-def _format_cell(text: str) -> str:
-    """Write a text into a cell of a table as it is, with its line breaks."""
-    lines = re.sub(r"([\\`*_\[\]|~#$&<>]|:(?=//))", r"\\\1", escape_control(text).strip()).splitlines()
-    return "<br>".join(line.strip() for line in lines)
+{samples_table(samples)}"""
 
 
 def _limitations(manifest: Manifest) -> list[str]:

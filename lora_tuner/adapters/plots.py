@@ -43,20 +43,31 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return history
 
 
-def smooth_losses(losses: Sequence[float]) -> list[float]:
-    """Return the exponential moving average of the losses of a run so far at each step.
+class AverageLoss:
+    """Exponential moving average of the losses of a run so far.
 
     It covers about a tenth of the run, so that it does not lag behind a short one. It is corrected
     for its start, as Adam's moments are (Kingma and Ba, 2015, arXiv:1412.6980), so that the first
     loss weighs no more than others.
     """
-    share = 1 / max(1.0, min(MAX_SMOOTHED_STEPS, SMOOTHED_SHARE * len(losses)))  # of the newest loss
-    smoothed, average, weight = [], 0.0, 0.0
-    for loss in losses:
-        average += share * (loss - average)
-        weight += share * (1 - weight)
-        smoothed.append(average / weight)
-    return smoothed
+
+    def __init__(self, steps: int, losses: Iterable[float] = ()) -> None:
+        self.share = 1 / max(1.0, min(MAX_SMOOTHED_STEPS, SMOOTHED_SHARE * steps))  # of the newest loss
+        self.sum = self.weight = 0.0
+        for loss in losses:
+            self.update(loss)
+
+    def update(self, loss: float) -> float:
+        """Return the average with one more loss."""
+        self.sum += self.share * (loss - self.sum)
+        self.weight += self.share * (1 - self.weight)
+        return self.sum / self.weight
+
+
+def smooth_losses(losses: Sequence[float]) -> list[float]:
+    """Return the moving average of the losses of a run at each step."""
+    average = AverageLoss(len(losses))
+    return [average.update(loss) for loss in losses]
 
 
 def plot_loss(history: Sequence[Mapping[str, float]], manifest: Manifest, to: Path | IO[bytes]) -> None:

@@ -1,12 +1,15 @@
 """Texts of base and adapter for the same prompts (samples.jsonl), generated in training."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import AdapterError
+from ..text import escape_control
 
+COLUMNS = ["Prompt", "Base", "Adapter"]
 SAMPLES_FILE = "samples.jsonl"
 _MAX_BYTES = 10_000_000
 
@@ -45,3 +48,15 @@ def read_samples(path: Path) -> list[Sample]:
         raise AdapterError(f"{path} has a line that is no sample: {problem}.") from error
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path} cannot be read: {error}.") from error
+
+
+def samples_table(samples: Sequence[Sample]) -> str:
+    """Format prompts with the texts of base and adapter as a table in Markdown."""
+    rows = [[*map(_format_cell, (sample.prompt, sample.base, sample.adapter))] for sample in samples]
+    return "".join(f"| {' | '.join(row)} |\n" for row in [COLUMNS, ["---"] * len(COLUMNS), *rows])
+
+
+def _format_cell(text: str) -> str:
+    """Write a text into a cell of a table as it is, with its line breaks."""
+    lines = re.sub(r"([\\`*_\[\]|~#$&<>]|:(?=//))", r"\\\1", escape_control(text).strip()).splitlines()
+    return "<br>".join(line.strip() for line in lines)

@@ -10,6 +10,7 @@ import typer
 from .. import distributed
 from ..adapters.adapter import LOSS_PLOT_FILE, RUN_FILE, Adapter, load_adapter_folder
 from ..adapters.manifest import RateProbe
+from ..adapters.model_card import final_samples
 from ..config import METHODS, STOP_RULES, TrainConfig
 from ..errors import ConfigError
 from ..settings_files import expand_sweep, resolve_settings
@@ -165,13 +166,13 @@ def _show_trained(adapter: Adapter) -> None:
 
 
 def _show_samples(adapter: Adapter) -> None:
-    """Print the texts of base and adapter for prompts of held-out rows side by side."""
+    """Print the texts of base and adapter at the end of the run side by side."""
     columns: dict[str, list[tuple[str, str]]] = {BASE_LABEL: [], adapter.name: []}
-    for sample in adapter.samples:
+    for sample in final_samples(adapter):
         prompt = escape_control(sample.prompt)
         for column, text in zip(columns.values(), (sample.base, sample.adapter), strict=True):
             column.append((quote(prompt) if sample.chat else prompt, escape_control(text)))
-    if adapter.samples:
+    if final_samples(adapter):
         print()
         show_columns(columns, "sample")
 
@@ -180,7 +181,7 @@ def _show_next_commands(adapter: Adapter) -> None:
     """Print commands for the adapter to stderr, as they are no result."""
     library = adapter.path.parent
     option = "" if library == TrainConfig().adapters_dir else f" --adapters-dir {shlex.quote(str(library))}"
-    prompts = [sample.prompt for sample in adapter.samples if "\n" not in sample.prompt]
+    prompts = [sample.prompt for sample in final_samples(adapter) if "\n" not in sample.prompt]
     prompt = shlex.quote(min(prompts, key=len, default="Your prompt"))
     print_stderr("Next:")
     for command in (

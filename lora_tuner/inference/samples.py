@@ -45,8 +45,7 @@ class PromptSampler:
         if max(map(len, self.token_ids)) >= base.max_context:
             raise ContextLengthError(f"a prompt fills the context of {base.max_context:,} tokens")
         self.multi_lora = MultiLora(base)
-        with self._evaluating():
-            self.decoder = HFDecoder(base, self.multi_lora)
+        self.decoder: HFDecoder | None = None  # made with the first texts, as it computes
 
     def _encode(self, prompt: str, *, chat: bool) -> list[int]:
         tokenizer = self.base.tokenizer
@@ -67,10 +66,11 @@ class PromptSampler:
             TokenSequence(self.base, token_ids, self.sampling, sequence_seed(SEED, 0))
             for token_ids in self.token_ids
         ]
-        batch = RunningBatch(self.decoder, self.multi_lora)
-        batch.waiting += sequences
-        end = time.monotonic() + seconds
         with self._evaluating(), torch.inference_mode():
+            self.decoder = self.decoder or HFDecoder(self.base, self.multi_lora)
+            batch = RunningBatch(self.decoder, self.multi_lora)
+            batch.waiting += sequences
+            end = time.monotonic() + seconds
             while batch.sequences and time.monotonic() < end:
                 batch.step()
         for sequence in sequences:

@@ -6,17 +6,21 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import (
+    MLflowCallback,
     TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
     get_available_reporting_integrations,
 )
 
 from .. import distributed
+from ..adapters.samples import COLUMNS, Sample, samples_table
 from ..config import TrainConfig
 from ..data.mixing import mix
 from ..errors import ConfigError, Notice, TrainingError
@@ -88,6 +92,22 @@ def tensorboard_callback(config: TrainConfig) -> TensorBoardCallback:
     callback = TensorBoardCallback()
     callback.logging_dir = str(config.runs_dir / "tensorboard" / str(config.name))
     return callback
+
+
+def log_samples(trackers: Sequence[TrainerCallback], samples: Sequence[Sample]) -> None:
+    """Write samples of a step as a table to those of the callbacks that are trackers."""
+    step, rows = samples[0].step, [[sample.prompt, sample.base, sample.adapter] for sample in samples]
+    for tracker in trackers:
+        if isinstance(tracker, TensorBoardCallback) and tracker.tb_writer:
+            tracker.tb_writer.add_text("samples", samples_table(samples), step)
+        elif isinstance(tracker, MLflowCallback):
+            tracker._ml_flow.log_text(samples_table(samples), f"samples/step-{step}.md")
+        elif isinstance(tracker, WandbCallback):
+            table = tracker._wandb.Table(columns=COLUMNS, data=rows)
+            tracker._wandb.log({"samples": table, "train/global_step": step})
+        elif isinstance(tracker, TrackioCallback):
+            table = tracker._trackio.Markdown(samples_table(samples))
+            tracker._trackio.log({"samples": table, "train/global_step": step})
 
 
 def learning_rate_factor(step: int, schedule: str, warmup: float, steps: int) -> float:

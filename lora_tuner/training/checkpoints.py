@@ -35,7 +35,9 @@ REQUIRED_FILES = {
 }  # fmt: skip
 RETRAIN_ADVICE = "Restore it, or train again with --overwrite."
 # Settings that do not change the result.
-NOT_DECISIVE = {"adapters_dir", "runs_dir", "report_to", "overwrite", "keep_checkpoints", "threads"}
+NOT_DECISIVE = {
+    "adapters_dir", "runs_dir", "report_to", "overwrite", "keep_checkpoints", "threads", "sample_prompt",
+}  # fmt: skip
 
 
 def resume_command(config: TrainConfig) -> str:

@@ -268,7 +268,7 @@ def profile_steps(
         seconds_per_step=pace * statistics.fmean(predictions[1:]),
         tokens_per_second=distributed.world_size() / pace,
         seconds_per_held_out_token=held_out_seconds / sum(map(len, sample)),
-        peak_memory_bytes=_peak_memory(device),
+        peak_memory_bytes=peak_memory(device),
     )
 
 
@@ -308,7 +308,7 @@ def steps_for_stop_rule(
     return min(steps, steps_per_epoch or steps)
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Return the most bytes held so far: on CUDA by torch, else by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

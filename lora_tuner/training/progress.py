@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from rich import progress
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Column
 from rich.text import Text
@@ -15,6 +16,7 @@ from ..text import escape_control, format_duration, one_line, shorten
 
 # Without a terminal: seconds between two lines of a stage, the longer the longer it takes.
 MIN_INTERVAL, MAX_INTERVAL, LINES_PER_STAGE = 10.0, 60.0, 100
+MIN_BAR = 5  # cells of the shortest bar, with slash and spaces
 SHORTEST = 0.5  # seconds left that are shown
 _SAMPLES = 50  # of the pace
 
@@ -79,8 +81,9 @@ class Display:
         time_left = f"{format_duration(seconds_left or 0.0)} left" if is_shown else ""
         if self.bar is not None:
             task = self.bar.task_ids[0]
-            detail = "  ".join(filter(None, (event.detail, time_left)))
-            self.bar.update(task, completed=event.done, total=event.total, detail=detail)
+            self.bar.update(
+                task, completed=event.done, total=event.total, detail=self._fit_detail(event, time_left)
+            )
         elif event.done == event.total or estimate.is_due(seconds_left):
             estimate.shown = estimate.now
             parts = [f"{event.stage} {event.done}/{event.total}", event.detail, time_left]
@@ -104,6 +107,15 @@ class Display:
         self.bar.start()
         self.bar.add_task(escape_control(event.stage), total=event.total, completed=event.done, detail="")
 
+    def _fit_detail(self, event: Progress, time_left: str) -> str:
+        """Return details and time left for the bar, without the last details that a narrow line has no room for."""
+        parts = event.detail.split("  ") if event.detail else []
+        ending = [time_left] if time_left else []
+        room = self.console.width - cell_len(event.stage) - 2 * len(str(event.total)) - MIN_BAR
+        while parts and cell_len("  ".join([*parts, *ending])) > room:
+            parts.pop()
+        return "  ".join([*parts, *ending])
+
     def _end_stage(self) -> None:
         if self.bar is not None:
             self.bar.stop()
@@ -113,6 +125,12 @@ class Display:
         """Stop the progress bar, begin a new line, and forget all stages."""
         self._end_stage()
         self.stages.clear()
+
+
+def fit_width(text: str, width: int) -> str:
+    """Return a text, or its beginning and a mark, on one line of this width."""
+    text = one_line(" ".join(text.split()))
+    return set_cell_size(text, width) if cell_len(text) <= width else f"{set_cell_size(text, width - 1)}\u2026"
 
 
 display = Display()

@@ -28,7 +28,7 @@ from ..adapters.adapter import (
 )
 from ..adapters.library import Library, adapter_name
 from ..adapters.manifest import Manifest, utc_timestamp
-from ..adapters.samples import SAMPLES_FILE, write_samples
+from ..adapters.samples import SAMPLES_FILE, Sample, write_samples
 from ..config import TrainConfig
 from ..data import eval_sets
 from ..data.prompts import held_out_prompts
@@ -51,10 +51,11 @@ from .checkpoints import RETRAIN_ADVICE, save_adapter
 from .inputs import dtype_name
 from .profiling import RunEstimate
 from .progress import closing, display
-from .samples import make_samples
+from .samples import RunSamples
 from .setup import TrainingSetup, prepare_training
 from .unfinished import unfinished_runs
 
+History = list[dict[str, float]]
 Prepare = Callable[[TrainConfig, EventHandler], TrainingSetup]
 
 
@@ -293,6 +294,7 @@ def _check_not_finished(saved: TrainConfig, folder: Path) -> None:
 
 def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | None) -> Adapter:
     """Measure the base, train, measure again, and write the adapter."""
+    samples = RunSamples(setup)
     with setup.model.disable_adapter():  # before the adapter is blamed for a damaged base
         base_held_out = evaluation.measure_base_loss(setup.base, setup.held_out, setup.notify)
     distributed.run_on_rank_zero(partial(checkpoints.check_can_be_saved, setup))
@@ -317,7 +319,7 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
             setup.notify(Notice(f"Every {curve.every:,} steps: {text}."))
     try:
         with trainer.explain_how_to_finish(setup, folder):
-            state, history, held_out = trainer.run_trainer(setup, folder, checkpoint)
+            state, history, held_out = trainer.run_trainer(setup, folder, checkpoint, samples)
             steps = [entry for entry in history if "loss" in entry]
             trained = {
                 "steps": state.global_step,
@@ -346,7 +348,9 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
                     "result": result,
                 }
             )
-            adapter = distributed.run_on_rank_zero(partial(_write_adapter, setup, library, manifest, history))
+            texts = distributed.run_on_rank_zero(partial(samples.finish, state, int(trained["kept_step"])))
+            write = partial(_write_adapter, setup, library, manifest, history, texts)
+            adapter = distributed.run_on_rank_zero(write)
             evaluation.cache_adapter_loss(setup.base, setup.held_out, adapter, held_out)
             distributed.run_on_rank_zero(partial(paths.remove_run_folder, config, folder, setup.notify))
     except KeyboardInterrupt as error:
@@ -356,9 +360,7 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
     return adapter
 
 
-def _complete_curve(
-    setup: TrainingSetup, history: list[dict[str, float]], base: HeldOutLoss, adapter: HeldOutLoss
-) -> list[dict[str, float]]:
+def _complete_curve(setup: TrainingSetup, history: History, base: HeldOutLoss, adapter: HeldOutLoss) -> History:
     """Add both ends of the curve to the log entries, from the measurements of all held-out rows.
 
     That of the base is left out where the run begins with a parent.
@@ -381,12 +383,11 @@ def _create_run_folder(setup: TrainingSetup, folder: Path) -> None:
 
 
 def _write_adapter(
-    setup: TrainingSetup, library: Library, manifest: Manifest, history: list[dict[str, float]]
+    setup: TrainingSetup, library: Library, manifest: Manifest, history: History, samples: list[Sample]
 ) -> Adapter:
-    """Write the adapter with its curve, plot and model card into the library."""
+    """Write the adapter with its curve, plot, samples and model card into the library."""
     name = adapter_name(setup.config)
     prompts = held_out_prompts(setup.measured_texts, conversations=manifest.is_chat)
-    samples = make_samples(setup, prompts, manifest)
     with library.create(name, overwrite=setup.config.overwrite, advice=paths.NAME_TAKEN_ADVICE) as work:
         save_adapter(setup, lora.adapter_state_dict(setup.model), manifest, work)
         plots.write_metrics(history, work / METRICS_FILE)

@@ -25,6 +25,7 @@ from ..adapters.manifest import (
 )
 from ..config import FILE_SETTINGS, PROBE, TrainConfig, is_conversation
 from ..data.eval_sets import EvalSet
+from ..data.prompts import held_out_prompts
 from ..data.splitting import content_hash
 from ..data.tokenization import encoded_hash
 from ..errors import ConfigError, EventHandler, Notice, Progress, ignore_events
@@ -84,6 +85,13 @@ class TrainingSetup(TrainingInputs):
             return None
         is_same = before.data.held_out_hash == self.manifest.data.held_out_hash
         return before.result.loss if is_same else None
+
+    @property
+    def sample_prompts(self) -> list[str]:
+        """Prompts that base and adapter continue in the run: those given, else from held-out rows."""
+        return self.config.sample_prompt or held_out_prompts(
+            self.measured_texts, conversations=self.manifest.is_chat
+        )
 
     def source_infos(self) -> list[SourceInfo]:
         """Return what the manifest has of each of several datasets."""

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from .. import atomic_io, distributed, evaluation
+from ..adapters.plots import AverageLoss
 from ..errors import (
     DataError,
     DivergedError,
@@ -45,6 +46,7 @@ from ..errors import (
     os_error_message,
 )
 from ..models import initialization, lora
+from ..text import format_bytes
 from . import checkpoints
 from .advice import lower_rate
 from .arguments import (
@@ -55,7 +57,8 @@ from .arguments import (
     training_arguments,
 )
 from .checkpoints import resume_command, save_adapter
-from .profiling import HeldOutCurve
+from .profiling import HeldOutCurve, peak_memory
+from .samples import RunSamples
 from .setup import TrainingSetup
 from .signals import stop_on_signal
 
@@ -63,7 +66,7 @@ LOSSES = {"loss", "eval_loss", "eval_subset_loss"}
 
 
 def run_trainer(
-    setup: TrainingSetup, folder: Path, checkpoint: Path | None
+    setup: TrainingSetup, folder: Path, checkpoint: Path | None, samples: RunSamples
 ) -> tuple[TrainerState, list[dict[str, float]], evaluation.HeldOutLoss]:
     """Train `setup.model` from its start or from a checkpoint, and measure its held-out loss.
 
@@ -87,6 +90,8 @@ def run_trainer(
         set_seed(setup.config.seed + distributed.rank())  # for dropout alone
         with stop_on_signal() as stop:
             trainer.add_callback(_StopOnSignal(stop))
+            samples.trackers = trainer.callback_handler.callbacks
+            trainer.add_callback(samples)  # after the trackers have begun
             try:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             except (DataError, HubError) as error:  # the stream has ended early
@@ -182,6 +187,7 @@ class LoraTrainer(Trainer):
         self.current_step, self.step_start, self.predictions = -1, 0.0, 0
         self.trained = [tensor for tensor in setup.model.parameters() if tensor.requires_grad]
         self.last_good: list[torch.Tensor] = []  # their values
+        self.average: AverageLoss | None = None
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader = super().get_train_dataloader()
@@ -291,9 +297,16 @@ class LoraTrainer(Trainer):
         if "loss" in logs:
             seconds = time.perf_counter() - self.step_start
             logs |= {"tokens": self.predictions, "seconds": round(seconds, 4)}
-            text = f"loss {logs['loss']:.3f}  {self.predictions / seconds:,.0f} tokens/s"
-            self.setup.notify(Progress("training", self.state.global_step, self.state.max_steps, text))
+            self._show_step(logs["loss"], self.predictions / seconds)
         super().log(logs, start_time)
+
+    def _show_step(self, loss: float, tokens_per_second: float) -> None:
+        if self.average is None:  # a resumed run has a log
+            losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+            self.average = AverageLoss(self.state.max_steps, losses)
+        average, memory = self.average.update(loss), format_bytes(peak_memory(self.setup.base.device))
+        text = f"loss {loss:.3f}, avg {average:.3f}  {tokens_per_second:,.0f} tokens/s  {memory}"
+        self.setup.notify(Progress("training", self.state.global_step, self.state.max_steps, text))
 
     def measure_held_out(self, curve: HeldOutCurve | None = None) -> evaluation.HeldOutLoss:
         """Measure all held-out rows, or those of the curve. Raises DivergedError for a loss that is not finite."""

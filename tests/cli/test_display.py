@@ -324,12 +324,14 @@ def test_run_ends_with_samples(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(tmp_path)
     folder = adapter_files.write(tmp_path / "adapters" / "poems", facts=adapter_files.manifest())
-    texts = [Sample(step=9, prompt="The wind\nis", base=" a" * 60, adapter=" cold\x1b[5m and" * 9)]
-    texts.append(Sample(step=9, prompt="Don't", base=" go.", adapter=" stay."))
+    texts = [Sample(step=0, prompt="Don't", base=" go.", adapter=" early.")]
+    texts.append(Sample(step=30, prompt="The wind\nis", base=" a" * 60, adapter=" cold\x1b[5m and" * 9))
+    texts.append(Sample(step=30, prompt="Don't", base=" go.", adapter=" stay."))
     write_samples(texts, folder / SAMPLES_FILE)
     train._show_trained(Library(Path("adapters")).get("poems"))
     shown = capsys.readouterr()
     assert "\x1b[5m" not in shown.out
+    assert "early" not in shown.out
     lines = [line.split() for line in shown.out.splitlines()]
     assert ["(base)", "poems"] in lines
     assert ["Don't", "go.", "Don't", "stay."] in lines

@@ -116,11 +116,17 @@ def torchrun(*arguments):
 @pytest.mark.parametrize("run_both", [run_two, pytest.param(torchrun, marks=pytest.mark.slow)])
 def test_two_processes_train_same_adapter(settings, run_both):
     """Train the same 50 steps; the sequences are not divisible by 4, so an epoch ends within a batch."""
-    done = run_both(settings, "--max-steps=50", "--eval-every=20", "--name=two", "--json")
+    done = run_both(
+        settings, "--max-steps=50", "--eval-every=20", "--name=two", "--json", "--sample-prompt=Acting"
+    )
     assert done.status == 0, done.err
     two = Library().get("two")
     assert json.loads(done.out)["weights"]["sha256"] == two.sha256
     assert done.err.count("The run takes 50 steps") == 1
+    assert done.err.count("Step 20 samples") == 1
+    assert [(sample.step, sample.prompt) for sample in two.samples] == [
+        (step, "Acting") for step in (0, 20, 40, 50)
+    ]
     same = {"max_steps": 50, "gradient_accumulation": 2, "eval_every": 20, "name": "one"}
     one = train(TrainConfig.model_validate(settings | same))
     assert one.manifest.run.sequences % 4 != 0

@@ -1,11 +1,13 @@
 """Progress of runs: the time left, the lines without a terminal, the bar on one."""
 
 import io
+import json
 
 import pytest
 from rich.console import Console
 
-from lora_tuner import Notice, Progress, train
+from lora_tuner import Notice, Progress, resume, train
+from lora_tuner.adapters.plots import smooth_losses
 from lora_tuner.errors import ConfigError
 from lora_tuner.training import progress
 
@@ -60,14 +62,50 @@ def test_long_run_has_a_line_each_minute(clock, capsys):
 def test_bar_and_lines_show_one_estimate(clock, capsys, terminal):
     if terminal:
         clock.show.console = Console(file=io.StringIO(), force_terminal=True, width=80)
-    clock.step(0.0, 500, 1000, detail="loss 3.412  1,480 tokens/s")  # a resumed run
-    clock.step(30.0, 510, 1000, detail="loss 3.412  1,480 tokens/s")
+    detail = "loss 3.412, avg 3.398  1,480 tokens/s  1.2 GB"
+    clock.step(0.0, 500, 1000, detail=detail)  # a resumed run
+    clock.step(30.0, 510, 1000, detail=detail)
     shown = capsys.readouterr().err
     if terminal:
         clock.show.close()
         shown = clock.show.console.file.getvalue()
     assert "510/1000" in shown
-    assert "loss 3.412  1,480 tokens/s  24 min left" in shown  # in 80 columns
+    assert f"{detail}  24 min left" in shown  # in 80 columns
+
+
+def test_narrow_bar_keeps_loss_and_time(clock):
+    clock.show.console = Console(file=io.StringIO(), force_terminal=True, width=60)
+    detail = "loss 3.412, avg 3.398  123,480 tokens/s  121.2 GB"
+    clock.step(0.0, 500, 1000, detail=detail)
+    clock.step(30.0, 510, 1000, detail=detail)
+    clock.show.close()
+    shown = clock.show.console.file.getvalue()
+    assert "loss 3.412, avg 3.398  24 min left" in shown
+    assert "tokens/s  24" not in shown
+
+
+def test_live_line_has_average_and_memory(settings, stop_at):
+    """The average goes on in a resumed run."""
+
+    def details(events):
+        steps = [event for event in events if isinstance(event, Progress) and event.stage == "training"]
+        return [event.detail.split("  ") for event in steps]
+
+    whole, first, second = [], [], []
+    adapter = train(settings(name="whole", max_steps=4), whole.append)
+    with stop_at(2):
+        train(settings(name="part", max_steps=4), first.append)
+    resume("part", notify=second.append)
+    averages = smooth_losses([entry["loss"] for entry in read_metrics(adapter) if "loss" in entry])
+    for average, (loss, speed, memory) in zip(averages, details(whole), strict=True):
+        assert loss.endswith(f", avg {average:.3f}")
+        assert speed.endswith(" tokens/s")
+        assert float(memory.removesuffix(" MB").removesuffix(" GB")) > 0
+    assert [loss for loss, _, _ in details(first) + details(second)] == [loss for loss, _, _ in details(whole)]
+
+
+def read_metrics(adapter):
+    return [json.loads(line) for line in (adapter.path / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_time_left_counts_interruptions(clock, capsys):

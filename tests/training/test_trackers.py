@@ -33,6 +33,17 @@ def test_tensorboard_matches_metrics_file(settings, tmp_path):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tensorboard"]
 
 
+def test_tensorboard_has_samples(settings, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    adapter = train(settings(report_to=["tensorboard"], eval_every=3, sample_prompt=["Acting"]))
+    events = EventAccumulator(str(tmp_path / "runs" / "tensorboard" / "reviews"))
+    events.Reload()
+    found = events.Tensors("samples/text_summary")
+    assert [event.step for event in found] == [sample.step for sample in adapter.samples] == [0, 3, 6]
+    assert all(b"| Acting | " in event.tensor_proto.string_val[0] for event in found)
+
+
 def test_resumed_run_continues_tensorboard(settings, tmp_path, stop_at):
     with stop_at(2):
         train(settings(report_to=["tensorboard"]))
