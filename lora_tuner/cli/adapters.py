@@ -153,7 +153,8 @@ def show_details(adapter: Adapter, ancestors: Sequence[Ancestor], coverage: str 
             fields |= {
                 "data": manifest.data.source,
                 "where": manifest.data.where,
-                "rows": format_counts(manifest.data.counts),
+                "template": manifest.data.template,
+                "rows": format_counts(manifest.data.counts) or None,
                 "held out by": manifest.data.group_by,
                 "evaluated on": manifest.data.eval_dataset,
                 "its split": manifest.data.eval_split,
@@ -260,8 +261,7 @@ def remove_adapter(
     if not yes:
         typer.confirm(f"Delete {folder} permanently?", abort=True, err=True)
     Library(adapters_dir).remove(name)
-    if as_json:
-        show_json({"removed": name})
+    show_json({"removed": name}) if as_json else print_stderr(f"Removed {folder}.")
 
 
 @adapters_app.command("adopt", cls=StrictCommand)

@@ -1,7 +1,7 @@
 """The commands `generate` and `compare`."""
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -107,6 +107,8 @@ def generate(
     from ..inference.generator import Generator
 
     generator = Generator(*(loaded.path for loaded in adapters), options=options, adapters_dir=adapters_dir)
+    for loaded in adapters:
+        notify_template(loaded, prompts or [""])
     if prompts is None:
         run_interactive(generator, overrides, chat, opening)
         return
@@ -122,6 +124,14 @@ def generate(
     else:
         for number, encoded in enumerate(encoded_prompts, 1):
             print_outputs(generator, encoded, sampling, number, len(encoded_prompts))
+
+
+def notify_template(adapter: Adapter, prompts: Iterable[str]) -> None:
+    """Say which template an adapter has learned, unless all prompts begin as its texts do."""
+    template = adapter.manifest.data.template if adapter.manifest and adapter.manifest.data else None
+    if template and not all(prompt.startswith(template.partition("{")[0]) for prompt in prompts):
+        shown = template.replace("\n", "\\n")
+        display(Notice(f"{adapter.name} has learned texts of the form {shown}: write prompts so."))
 
 
 def _check_chat(chat: bool | None, system: str | None, adapters: Sequence[Adapter]) -> bool | None:
@@ -234,6 +244,8 @@ def compare(
 
     generator = Generator(*(loaded.path for loaded in adapters), options=options, adapters_dir=adapters_dir)
     names = [None, *(loaded.name for loaded in adapters)]
+    for loaded in adapters:
+        notify_template(loaded, prompts)
     results = []
     chats = _choose_chats(generator, names, chat)
     encoded_by_name = [

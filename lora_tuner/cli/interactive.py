@@ -43,6 +43,7 @@ COMMANDS = {
     "/seed [N|random]": "show or set the seed of what is sampled",
     "/retry": "generate for the last prompt again",
     "/new": "begin a new conversation",
+    "/quit": "quit",
 }
 KEYS = """Pasted lines are one input; so are lines that end in \\ or with Alt-Enter.
 The arrow keys recall earlier inputs; Ctrl-C clears the line, or stops a text.
@@ -196,6 +197,8 @@ class _Session:
                     raise ConfigError("There is no conversation: each prompt is continued by itself.")
                 self.messages, self.turn_start = list(self.opening), len(self.opening)
                 print_stderr("New conversation.")
+            case "/quit" | "/exit", "":
+                raise EOFError
             case _:
                 raise ConfigError(
                     f"Unknown command {line}. Commands: {', '.join(COMMANDS)}; an empty line quits. A prompt may begin "

@@ -90,5 +90,4 @@ def remove_run(
     if not yes:
         typer.confirm(f"Delete {found.folder} permanently?", abort=True, err=True)
     remove_unfinished(found)
-    if as_json:
-        show_json({"removed": name})
+    show_json({"removed": name}) if as_json else print_stderr(f"Removed {found.folder}.")

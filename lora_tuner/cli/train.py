@@ -74,7 +74,7 @@ def train(
 ) -> None:
     """Train an adapter on your own text.
 
-    python cli.py train --dataset poems.txt --name poems --minutes 10
+    python cli.py train --dataset poems.txt --clean lines --name poems --epochs 3
 
     Docs: docs/tour.md, docs/methods.md, docs/scale.md
     """
@@ -156,9 +156,9 @@ def _show_trained(adapter: Adapter) -> None:
     run = adapter.manifest.run
     if run.probe:
         _show_probe(run.probe)
-    print(
-        f"{adapter.path}  {format_bytes(adapter.bytes)}, {format_count(run.steps, 'step')} in {format_duration(run.seconds)}"
-    )
+    steps = f"{format_count(run.steps, 'step')} in {format_duration(run.seconds)}"
+    kept = "" if run.kept_step == run.steps else f", of which step {run.kept_step:,} is kept as the best"
+    print(f"{adapter.path}  {format_bytes(adapter.bytes)}, {steps}{kept}")
     print_result(adapter.manifest.result, adapter.manifest.data.sources if adapter.manifest.data else [])
     print_picture(adapter.path / LOSS_PLOT_FILE, "losses of the run")
     _show_samples(adapter)

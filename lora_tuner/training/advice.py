@@ -1,4 +1,4 @@
-"""Advice on the learning rate at the end of a run, from its loss curve and its gain.
+"""Advice on the length of a run, and at its end on learning rate and length, from its losses.
 
 Batches differ, so a loss counts as rising only if its trend is far beyond what their noise
 explains."""
@@ -8,13 +8,34 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ..adapters.manifest import EvalResult
-from ..config import METHODS, MethodName
-from ..text import format_gain
+from ..config import METHODS, MethodName, TrainConfig
+from ..text import format_count, format_gain
 
+MANY_PASSES = 4  # over the training rows, in one run
 MIN_STEPS = 10  # of a curve that has a trend
 MIN_T = 4.0  # slope / its standard error: by chance in fewer than 1 of 300 curves of 10 steps
 MIN_TREND = 0.02  # change of the loss, relative to its mean
 STILL = 0.002  # spread of the changes of held-out losses, relative to the loss: nothing has moved
+
+
+def describe_length(requested: TrainConfig, max_steps: int, steps_per_epoch: int | None) -> str:
+    """Say how many steps a run takes, and when these are more passes over the rows than it needs.
+
+    Args:
+        requested: the settings as given: who gives epochs or patience knows.
+        steps_per_epoch: None for a stream.
+    """
+    text = f"The run takes {format_count(max_steps, 'step')}"
+    if not steps_per_epoch:
+        return f"{text}."
+    text += f"; one epoch is {steps_per_epoch:,}."
+    passes = max_steps / steps_per_epoch
+    if passes <= MANY_PASSES or requested.epochs is not None or requested.patience is not None:
+        return text
+    return (
+        f"{text} {passes:.0f} passes over the same rows may learn them by heart: --epochs {MANY_PASSES - 1} ends "
+        f"earlier, --eval-every {steps_per_epoch} --patience 2 keeps the best step."
+    )
 
 
 def rate_advice(
@@ -31,23 +52,32 @@ def rate_advice(
     low or too high: their losses have hardly changed, or in different directions.
 
     Args:
-        entries: log entries of all steps, with `loss` and `tokens`.
+        entries: log entries: of steps, with `loss` and `tokens`; of the held-out curve, with
+            `eval_loss` or `eval_subset_loss`.
         rate: the peak learning rate.
         steps_per_epoch: None for a stream.
         parent_loss: held-out loss of the adapter that the run continues, on the same rows.
     """
     lower, much_lower = lower_rate(rate, 3, method), lower_rate(rate, 10, method)
     gain = format_gain(result.gain, result.standard_error)
+    points = _held_out_points(entries, result)
+    entries = [entry for entry in entries if "loss" in entry]
     if rise := _find_rise(entries):
         return (
             f"The training loss rose by {rise:.3f}: the learning rate {rate:g} is "
             f"too high. Try --learning-rate {much_lower:g}."
         )
     error = result.standard_error or 0.0
+    worse = f"The adapter is worse than its base: held-out loss {result.base_loss:.3f} -> {result.loss:.3f}."
+    if best := _passed_minimum(points):
+        return (
+            f"{worse if result.gain < -2 * error else 'The run was too long.'} The held-out curve was lowest at step "
+            f"{best}, and then the rows were learned by heart: take --max-steps {best}, or --eval-every {best} "
+            "--patience 2 to keep the best step."
+        )
     if result.gain < -2 * error:
         return (
-            f"The adapter is worse than its base: held-out loss {result.base_loss:.3f} -> "
-            f"{result.loss:.3f}. Try a lower learning rate than {rate:g}, such as {much_lower:g} "
+            f"{worse} Try a lower learning rate than {rate:g}, such as {much_lower:g} "
             "(--learning-rate), or fewer steps."
         )
     if parent_loss is not None and result.loss > parent_loss + 2 * error:
@@ -78,6 +108,25 @@ def rate_advice(
             f"--learning-rate {lower:g}, or fewer steps."
         )
     return f"{nothing}, while losses of rows moved up and down: the learning rate may be too high. Try --learning-rate {lower:g}."
+
+
+def _held_out_points(entries: Sequence[Mapping[str, float]], result: EvalResult) -> list[tuple[int, float]]:
+    """Steps and losses of the held-out curve, from the base to the end, on a subset or on all rows."""
+    subset = [(int(e["step"]), e["eval_subset_loss"]) for e in entries if "eval_subset_loss" in e]
+    if subset:
+        return sorted(subset)
+    points = [(int(e["step"]), e["eval_loss"]) for e in entries if "eval_loss" in e]
+    # The loss of the result is that of the best step, where patience kept it.
+    return [(0, result.base_loss), *points, (points[-1][0], result.loss)] if points else []
+
+
+def _passed_minimum(points: Sequence[tuple[int, float]]) -> int | None:
+    """Return the step of the lowest held-out loss, if more than half of what it gained was lost again."""
+    if not points:
+        return None
+    best, lowest = min(points, key=lambda point: point[1])
+    (first, start), (_, end) = points[0], points[-1]
+    return best if best > first and end - lowest > (start - lowest) / 2 else None
 
 
 def lower_rate(rate: float, factor: float, method: MethodName) -> float:

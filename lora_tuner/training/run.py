@@ -44,9 +44,9 @@ from ..errors import (
 from ..evaluation import HeldOutLoss
 from ..models import fsdp, lora
 from ..settings_files import config_to_yaml, resolve_settings
-from ..text import format_count, format_names
+from ..text import format_names
 from . import arguments, checkpoints, paths, profiling, rate_probe, trainer
-from .advice import rate_advice
+from .advice import describe_length, rate_advice
 from .checkpoints import RETRAIN_ADVICE, save_adapter
 from .inputs import dtype_name
 from .profiling import RunEstimate
@@ -80,8 +80,7 @@ def train(
         arguments.check_trackers(requested)
         setup = prepare(requested, notify)
         distributed.run_on_rank_zero(partial(paths.check_disk_space, setup))
-        epoch = f"; one epoch is {setup.steps_per_epoch:,}" if setup.steps_per_epoch else ""
-        notify(Notice(f"The run takes {format_count(setup.max_steps, 'step')}{epoch}."))
+        notify(Notice(describe_length(requested, setup.max_steps, setup.steps_per_epoch)))
         return _train_and_write(setup, library, checkpoint=None)
 
 
@@ -317,6 +316,8 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
             base_loss = base_held_out.select(curve.rows).loss
             text = f"held-out loss on a fixed subset, {rows} (base: {base_loss:.3f})"
             setup.notify(Notice(f"Every {curve.every:,} steps: {text}."))
+    else:
+        setup.notify(Notice(f"Resuming after {checkpoint.name.replace('checkpoint-', 'step ')}."))
     try:
         with trainer.explain_how_to_finish(setup, folder):
             state, history, held_out = trainer.run_trainer(setup, folder, checkpoint, samples)
@@ -334,7 +335,7 @@ def _train_and_write(setup: TrainingSetup, library: Library, checkpoint: Path | 
             base_held_out = replace(base_held_out, groups=setup.dataset.groups_of(setup.measured_texts))
             result = evaluation.paired_gain(base_held_out, held_out)
             advice = rate_advice(
-                steps, result, setup.learning_rate, setup.method, setup.steps_per_epoch, setup.parent_loss
+                history, result, setup.learning_rate, setup.method, setup.steps_per_epoch, setup.parent_loss
             )
             sources = [
                 source.model_copy(update={"result": setup.paired_gain_on(number, base_held_out, held_out)})

@@ -32,7 +32,7 @@ from ..errors import ConfigError, EventHandler, Notice, Progress, ignore_events
 from ..evaluation import HeldOutLoss, gain_on
 from ..models import added_tokens, fsdp, fused_blocks, initialization, kernels, lora, replaced, replacement
 from ..models.base_files import quiet_transformers
-from ..text import describe_coverage, format_count
+from ..text import describe_coverage, format_bytes, format_count
 from . import profiling
 from .inputs import TrainingInputs, dtype_name, load_inputs
 from .learning_rate import PROBE_SHARE, ProbePlan, default_learning_rate, plan_probe
@@ -319,8 +319,7 @@ def _add_lora(requested: TrainConfig, inputs: TrainingInputs, notify: EventHandl
     notify(
         Notice(
             f"{trained:,} of {trained + frozen:,} parameters are trained "
-            f"({trained / (trained + frozen):.2%}); the adapter will take {trained * 4 / 1e6:.1f} "
-            "MB."
+            f"({trained / (trained + frozen):.2%}); the adapter will take {format_bytes(trained * 4)}."
         )
     )
     return model

@@ -35,7 +35,7 @@ def test_verify_rename_remove(adapter, tmp_path):
     assert "There is no adapter 'reviews'" in run("adapters", "verify", "reviews", exit_code=1).stdout
     run("adapters", "remove", "old", stdin="n\n", exit_code=1)
     assert Library().names() == ["old"]
-    run("adapters", "remove", "old", "--yes")
+    assert run("adapters", "remove", "old", "--yes").stderr == "Removed adapters/old.\n"
     assert Library().names() == []
 
 

@@ -46,7 +46,8 @@ def test_commands_change_settings_of_session(two):
             "/what",
             "/help me",
             " /the",
-            "",
+            "/quit",
+            "the",
         ),
     ]
     result = run("generate", "--adapter", "noir", *SHORT, "--seed", "3", stdin="\n".join(typed))

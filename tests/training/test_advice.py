@@ -7,7 +7,8 @@ import pytest
 
 from lora_tuner import Notice, train
 from lora_tuner.adapters.manifest import EvalResult
-from lora_tuner.training.advice import higher_rate, lower_rate, rate_advice
+from lora_tuner.config import TrainConfig
+from lora_tuner.training.advice import describe_length, higher_rate, lower_rate, rate_advice
 from lora_tuner.training.setup import TrainingSetup, prepare_training
 
 GOOD = (0.1, 0.01)
@@ -123,6 +124,52 @@ def test_worse_than_parent_names_rate(parent_loss, is_worse):
         "or keep that one."
     )
     assert text == (expected if is_worse else None)
+
+
+@pytest.mark.parametrize(
+    ("gain", "points", "said"),
+    [
+        (
+            -0.3,
+            [3.5, 3.0, 3.4, 3.8],
+            "The adapter is worse than its base: held-out loss 3.500 -> 3.800. The held-out",
+        ),
+        (0.2, [3.5, 3.0, 3.4, 3.3], "The run was too long. The held-out curve was lowest at step 10, and then"),
+        (0.4, [3.5, 3.0, 3.1, 3.1], None),
+        (0.4, [3.5, 3.4, 3.2, 3.1], None),
+        (
+            -0.3,
+            [3.5, 3.6, 3.7, 3.8],
+            "The adapter is worse than its base: held-out loss 3.500 -> 3.800. Try a lower",
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["eval_subset_loss", "eval_loss"])
+def test_curve_beyond_its_minimum_names_step(gain, points, said, name):
+    entries = curve(SHAPES["falls"], steps=30)
+    entries += [
+        {"step": 10 * number, name: loss} for number, loss in enumerate(points) if number or "subset" in name
+    ]
+    text = rate_advice(entries, result(gain, 0.01), 2e-3, "lora", 4)
+    assert text is None if said is None else text.startswith(said)
+    is_named = text is not None and "take --max-steps 10, or --eval-every 10 --patience 2" in text
+    assert is_named == (min(points) == 3.0 and said is not None)
+
+
+def test_kept_best_step_is_not_too_late():
+    entries = [{"step": 10 * number, "eval_loss": loss} for number, loss in enumerate([3.0, 3.4, 3.8], 1)]
+    assert rate_advice(entries, result(0.5, 0.01), 2e-3, "lora", 4) is None
+
+
+def test_many_passes_are_told():
+    assert describe_length(TrainConfig(minutes=2), 16, 4) == "The run takes 16 steps; one epoch is 4."
+    assert describe_length(TrainConfig(minutes=2), 63, 4) == (
+        "The run takes 63 steps; one epoch is 4. 16 passes over the same rows may learn them by heart: --epochs 3 ends "
+        "earlier, --eval-every 4 --patience 2 keeps the best step."
+    )
+    for given in ({"epochs": 16}, {"minutes": 2, "patience": 2, "eval_every": 4}):
+        assert describe_length(TrainConfig(**given), 63, 4) == "The run takes 63 steps; one epoch is 4."
+    assert describe_length(TrainConfig(streaming=True, max_steps=1), 1, None) == "The run takes 1 step."
 
 
 def test_parent_loss_needs_same_rows(settings, monkeypatch):
