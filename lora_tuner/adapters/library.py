@@ -52,6 +52,12 @@ class Ancestor:
     here: str | None
 
 
+def current_name(parent: ParentInfo, hashes: Sequence[tuple[str, str]]) -> str | None:
+    """Return the name that a parent has now, from names and hashes of adapters; None if it is not among them."""
+    names = [name for name, sha256 in hashes if sha256 == parent.sha256]
+    return parent.name if parent.name in names else next(iter(names), None)
+
+
 @dataclass(frozen=True)
 class Library:
     """A folder with one adapter per subfolder."""
@@ -168,9 +174,7 @@ class Library:
 
         def walk(parents: Sequence[ParentInfo], generation: int) -> Iterator[Ancestor]:
             for parent in parents:
-                names = [name for name, sha256 in hashes if sha256 == parent.sha256]
-                current = parent.name if parent.name in names else next(iter(names), None)
-                yield Ancestor(parent.name, parent.sha256, generation, current)
+                yield Ancestor(parent.name, parent.sha256, generation, current_name(parent, hashes))
                 yield from walk(parent.parents, generation + 1)
 
         return list(walk(adapter.manifest.parents, 1))

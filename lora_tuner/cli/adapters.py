@@ -9,7 +9,7 @@ import typer
 
 from ..adapters import compatibility
 from ..adapters.adapter import Adapter, verify_adapter
-from ..adapters.library import Ancestor, Library
+from ..adapters.library import Ancestor, Library, current_name
 from ..convert.adopt import adopt
 from ..convert.model_check import check_export
 from ..errors import AdapterError, os_error_message
@@ -60,7 +60,12 @@ def _entry_dict(name: str, entry: Adapter | AdapterError) -> dict[str, object]:
 
 
 def show_adapters(entries: Iterable[tuple[str, Adapter | AdapterError]]) -> None:
-    rows, broken = [], []
+    rows, broken, entries = [], [], list(entries)
+    hashes = [
+        (name, entry.manifest.weights.sha256)
+        for name, entry in entries
+        if isinstance(entry, Adapter) and entry.manifest and entry.manifest.weights
+    ]
     for name, adapter in entries:
         if isinstance(adapter, AdapterError):
             broken.append(f"{name} is broken: {adapter}")
@@ -76,7 +81,9 @@ def show_adapters(entries: Iterable[tuple[str, Adapter | AdapterError]]) -> None
                 format_bytes(adapter.bytes),
                 format_gain(result.gain, result.standard_error, ".2f") if result else "?",
                 _format_created(manifest.created) if manifest else "?",
-                ", ".join(parent.name for parent in manifest.parents) if manifest else "?",
+                ", ".join(current_name(parent, hashes) or parent.name for parent in manifest.parents)
+                if manifest
+                else "?",
             )
         )
     header = ("adapter", "base", "rank", "data", "size", "gain", "created", "parent")

@@ -162,6 +162,7 @@ def test_list_and_show_lineage(two, columns):
         f"from child ({prints['child']}, now named old)",
         f"  from noir ({prints['noir']}, not in this library)",
     ]
+    assert listed()["grandchild"]["parent"] == "old"
     facts = json.loads(run("adapters", "show", "grandchild", "--json").stdout)
     assert [(parent["name"], parent["generation"], parent["here"]) for parent in facts["ancestors"]] == [
         ("child", 1, "old"),
