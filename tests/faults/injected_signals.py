@@ -49,7 +49,7 @@ def best_at(step: int, *moments: tuple[str, int, int]) -> None:
 
     def shifted(trainer: Any, *arguments: Any, **options: Any) -> dict[str, float]:
         loss = measure(trainer).loss + abs(trainer.state.global_step - step)
-        trainer.measure_held_out = lambda: types.SimpleNamespace(loss=loss)
+        trainer.measure_held_out = lambda curve=None: types.SimpleNamespace(loss=loss)
         try:
             return evaluate(trainer, *arguments, **options)
         finally:

@@ -80,7 +80,7 @@ INVALID = {
     "null bytes": ("x.jsonl", jsonl(TEXTS).encode() + b'"a\0b"\n', f"byte {len(jsonl(TEXTS)) + 2} is null"),
     "an open quote": ("x.csv", table() + '"open,1\n', f"line 62: unexpected end of data{QUOTES}"),
     "a quote too many": ("x.csv", 'text,label\n"so" she said,1\n', f"line 2: ',' expected after '\"'{QUOTES}"),
-    "a field too many": ("x.csv", "text,label\nx,1\ny,1\nz,z,1\n", f"{TWO_FIELDS} 3."),
+    "a field too many": ("x.csv", "text,label\nx,1\ny,1\nz,z,1\n", f"{TWO_FIELDS} 3: correct that line"),
     "a field too few": ("x.csv", "text,label\nx,1\ny,1\nz\n", f"{TWO_FIELDS} 1: correct that line"),
     "lists": ("x.jsonl", jsonl([{"text": ["a"]}] * 9), f"with a list {NO_TEXT}"),
     "objects": ("x.jsonl", jsonl([{"text": {"a": 1}}] * 9), f"with a dict {NO_TEXT}"),

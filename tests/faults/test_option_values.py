@@ -53,7 +53,7 @@ PATHS = TEXTS - {"x" * 5000, "some.txt"}
 ACCEPTED = {  # all others are rejected
     **dict.fromkeys(["--split-salt", "--stop"], TEXTS),
     **dict.fromkeys(
-        ["--target-modules", "--device", "--revision", "--add-tokens"], TEXTS
+        ["--target-modules", "--device", "--revision", "--add-tokens", "--sample-prompt"], TEXTS
     ),  # checked against the base
     **dict.fromkeys(["--adapters-dir", "--runs-dir"], PATHS),  # created if they are missing
     **dict.fromkeys(["--name", "new"], NAMES),
