@@ -257,13 +257,13 @@ def generator(gpt2, adapters):
 def test_generate_tab_equals_generate_batch(visit, generator):
     page = visit()
     prompt_of(page).fill(PROMPT)
-    set_greedy(page, 60)
+    set_greedy(page, 110)
     watch_text(page)
     page.get_by_role("button", name="Generate").click()
     wait_for_outputs(page)
     expected = generator.generate_batch(
         [(PROMPT, None), (PROMPT, "noir"), (PROMPT, "verse")],
-        SamplingParams(greedy=True, max_new_tokens=60),
+        SamplingParams(greedy=True, max_new_tokens=110),
     )
     names = ["gpt2", "noir", "verse"]
     texts = [printable(output.text) for output in expected]
