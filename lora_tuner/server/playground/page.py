@@ -275,9 +275,8 @@ class Page:
     ) -> AsyncGenerator[str, None]:
         """Stream the output of a blend, until a later move of the slider has something to show."""
         slider.moved = move = slider.moved + 1
-        async with contextlib.aclosing(
-            self._blend(prompt, first, second, weight, bare, lambda: move < slider.moved)
-        ) as updates:
+        parts = [(round(part, 2), name) for part, name in ((1 - weight, first), (weight, second)) if name]
+        async with contextlib.aclosing(self._blend(prompt, parts, bare, lambda: move < slider.moved)) as updates:
             async for update in updates:
                 if move < slider.shown:
                     return
@@ -287,17 +286,14 @@ class Page:
     async def _blend(
         self,
         prompt: str,
-        first: str | None,
-        second: str | None,
-        weight: float,
+        parts: list[tuple[float, str]],
         bare: bool,
         outdated: Callable[[], bool],
     ) -> AsyncGenerator[Markup, None]:
         """Decode greedily, so that only the weights change the output. Outdated moves are skipped."""
-        if not first or not second:
+        if len(parts) < 2:
             yield html.note("Choose two adapters to blend.")
             return
-        parts = [(round(1 - weight, 2), first), (round(weight, 2), second)]
         title = " + ".join(f"{part:g} {name}" for part, name in parts)
 
         try:
