@@ -39,9 +39,16 @@ _LANGUAGES = 6
 def data(
     overrides: Overrides,
     datasets: Annotated[
-        list[str],
-        typer.Argument(help="Dataset, as for train --dataset.", show_default=False),
-    ],
+        list[str] | None,
+        typer.Argument(help="Dataset, as for train --dataset.", show_default="that of --config"),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file of settings, as for train: a report on the data of that run. Options override it.",
+            show_default=False,
+        ),
+    ] = None,
     html: Annotated[
         Path | None,
         typer.Option(
@@ -81,11 +88,12 @@ def data(
 
     Docs: docs/tour.md
     """
-    config = resolve_settings(
-        TrainConfig, overrides | {"dataset": datasets[0] if len(datasets) == 1 else datasets}
-    )
-    _check_base_is_needed(config, overrides, loss_rows)
-    page = html or (None if as_json else Path(f"{default_adapter_name(*config.dataset_names)}.data.html"))
+    if not datasets and config is None:
+        raise ConfigError("No dataset is named: give one, or --config with the settings of a run.")
+    named = {"dataset": datasets[0] if len(datasets) == 1 else datasets} if datasets else {}
+    settings = resolve_settings(TrainConfig, overrides | named, config).model_copy(update={"streaming": False})
+    _check_base_is_needed(overrides, loss_rows)
+    page = html or (None if as_json else Path(f"{default_adapter_name(*settings.dataset_names)}.data.html"))
     from ..analysis import data_page, data_report, phones
     from ..analysis import redact as redaction
 
@@ -99,15 +107,18 @@ def data(
             raise ConfigError(f"--region {region} is unknown: give two letters such as DE, GB or US.")
     if page is not None:
         _check_page(page, overwrite, data_page.is_page)
-    copy = redaction.check_target(redact, config, overwrite) if redact else None
+    copy = redaction.check_target(redact, settings, overwrite) if redact else None
     report = data_report.make_report(
-        config, display, region=region, loss_rows=(loss_rows or DEFAULT_LOSS_ROWS) if config.base else 0
+        settings,
+        display,
+        region=region,
+        loss_rows=(loss_rows or DEFAULT_LOSS_ROWS) if "base" in overrides else 0,  # else its tokenizer is used
     )
     if page is not None:
         atomic_io.atomic_write_text(page, data_page.render_page(report))
     redacted = None
     if copy is not None:
-        redacted = redaction.redact(config, copy, display, region=region, overwrite=overwrite)
+        redacted = redaction.redact(settings, copy, display, region=region, overwrite=overwrite)
     if as_json:
         written = {"page": str(page)} if page else {}
         show_json(report.to_dict() | written | ({"redacted": redacted.to_dict()} if redacted else {}))
@@ -119,12 +130,12 @@ def data(
         print(f"\npage: {page}")
 
 
-def _check_base_is_needed(config: TrainConfig, overrides: Overrides, loss_rows: int | None) -> None:
+def _check_base_is_needed(overrides: Overrides, loss_rows: int | None) -> None:
     """Raise ConfigError for an option of the loss without the base whose loss it is."""
     given = [name for name in _LOSS_SETTINGS if name in overrides]
     if loss_rows is not None:
         given.append("loss_rows")
-    if given and config.base is None:
+    if given and "base" not in overrides:
         raise ConfigError(
             f"--{given[0].replace('_', '-')} is for the loss of a base: give --base, or leave it out."
         )

@@ -1,5 +1,6 @@
 """Print what `train --preview` shows: rows as texts and turns, tokens, lengths, and dropped copies."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rich.text import Text
@@ -10,16 +11,46 @@ from .data import show_lengths
 from .display import print_wrapped, stdout_console
 
 if TYPE_CHECKING:
+    from ..analysis.lengths import Lengths
     from ..training.preview import Preview, PreviewedRow
 
 LINE_BREAK = "\u21b5"  # shown where a text has one
 _EXCERPT = 100  # characters of a row that is shown as an example
 
 
-def show_preview(preview: "Preview", config: TrainConfig) -> None:
-    """Print rows and figures. Learned parts are green; without colours they are between \u00ab and \u00bb."""
+def preview_to_dict(preview: "Preview", config: TrainConfig) -> dict[str, object]:
+    """All that `show_preview` prints, for JSON; `lengths` is None where no row is left to train on."""
+    lengths = _lengths(preview, config)
+    text, place = preview.longest
+    return {
+        "base": preview.base,
+        "rows": [asdict(row) for row in preview.rows],
+        "train_rows": preview.train_rows,
+        "measured_rows": len(preview.use.row_tokens),
+        "lengths": asdict(lengths) if lengths else None,
+        "longest": {"text": text, "place": place},
+        "duplicates": preview.duplicates,
+        "near_duplicates": preview.near_duplicates,
+        "dropped": [asdict(copy) for copy in preview.dropped],
+    }
+
+
+def _lengths(preview: "Preview", config: TrainConfig) -> "Lengths | None":
     from ..analysis.lengths import describe_lengths
 
+    if not preview.use.row_tokens:
+        return None
+    return describe_lengths(
+        preview.use.row_tokens,
+        config.max_length,
+        tokenizer=preview.base,
+        truncated_rows=preview.use.truncated_rows,
+        used_share=preview.use.share,
+    )
+
+
+def show_preview(preview: "Preview", config: TrainConfig) -> None:
+    """Print rows and figures. Learned parts are green; without colours they are between \u00ab and \u00bb."""
     console = stdout_console()
     has_colours = console.is_terminal and console.color_system is not None and not console.no_color
     if any(not part.is_learned for row in preview.rows for part in row.parts):
@@ -28,20 +59,14 @@ def show_preview(preview: "Preview", config: TrainConfig) -> None:
     for number, row in enumerate(preview.rows, 1):
         print("\n" * (number > 1), end="")
         _show_row(number, row, config, has_colours)
-    if not preview.use.row_tokens:
+    lengths = _lengths(preview, config)
+    if lengths is None:
         return
     measured = len(preview.use.row_tokens)
     if measured < preview.train_rows:
         print_wrapped(
             f"The lengths are those of {measured:,} of {format_rows(preview.train_rows)} to train on, the longest among them."
         )
-    lengths = describe_lengths(
-        preview.use.row_tokens,
-        config.max_length,
-        tokenizer=preview.base,
-        truncated_rows=preview.use.truncated_rows,
-        used_share=preview.use.share,
-    )
     show_lengths(lengths, measured)
     text, place = preview.longest
     print_wrapped(

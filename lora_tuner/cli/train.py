@@ -21,6 +21,7 @@ from ..text import (
     format_count,
     format_duration,
     format_gain,
+    format_rows,
     format_share,
 )
 from ..training.paths import SWEEP_PLOT_FILE
@@ -30,7 +31,7 @@ from .display import BASE_LABEL, print_picture, print_result, print_stderr, prin
 from .generate import show_columns
 from .interactive import quote
 from .options import JsonOption, Overrides, settings_options
-from .preview import show_preview
+from .preview import preview_to_dict, show_preview
 
 if TYPE_CHECKING:
     from ..training.profiling import RunEstimate
@@ -110,7 +111,7 @@ def train(
     elif preview:
         previewed = make_preview(settings, preview, display)
         if as_json:
-            show_json([dataclasses.asdict(row) for row in previewed.rows])
+            show_json(preview_to_dict(previewed, settings))
         else:
             show_preview(previewed, settings)
     elif plan:
@@ -254,12 +255,17 @@ def show_plan(estimate: "RunEstimate") -> None:
             ("evaluation", format_duration(estimate.held_out_seconds)),
             ("peak memory", format_bytes(estimate.peak_memory_bytes)),
             ("base", precision + checkpointing),
-            ("text used", format_share(estimate.used_share)),
+            ("text used", _text_used(estimate)),
             ("coverage", describe_coverage(estimate.coverage, estimate.not_adapted)),
             ("trained parameters", trained),
             ("adapter", format_bytes(estimate.adapter_bytes)),
         ]
     )
+
+
+def _text_used(estimate: "RunEstimate") -> str:
+    cut = f"; {format_rows(estimate.truncated_rows)} cut" if estimate.truncated_rows else ""
+    return format_share(estimate.used_share) + cut
 
 
 def methods(as_json: JsonOption = False) -> None:

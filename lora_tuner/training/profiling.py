@@ -63,6 +63,7 @@ class RunEstimate:
     peak_memory_bytes: int
     tokens_per_second: float
     used_share: float  # of the tokens of the training rows
+    truncated_rows: int  # rows that lose their end
     coverage: float  # share of the block weights in adapted layers
     not_adapted: list[str]
     trained_parameters: int

@@ -177,6 +177,7 @@ def plan(requested: TrainConfig, notify: EventHandler | None = display) -> RunEs
         peak_memory_bytes=profile.peak_memory_bytes,
         tokens_per_second=profile.tokens_per_second,
         used_share=setup.text_use.share,
+        truncated_rows=setup.text_use.truncated_rows,
         coverage=setup.targets.coverage,
         not_adapted=setup.targets.not_adapted,
         trained_parameters=trained,

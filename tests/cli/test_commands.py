@@ -124,7 +124,7 @@ def test_plan_and_preview_train_nothing(quick):
     assert json.loads(run("train", *quick, "--plan", "--json").stdout)["steps"] == 3
     shown = run("train", *quick, "--preview", 2).stdout
     assert shown.count("trained on (others in brackets)") == 2
-    assert len(json.loads(run("train", *quick, "--preview", 2, "--json").stdout)) == 2
+    assert len(json.loads(run("train", *quick, "--preview", 2, "--json").stdout)["rows"]) == 2
     assert Library().names() == []
 
 
@@ -428,7 +428,7 @@ def test_train_from_errors(two, tmp_path, gpt2):
     assert error("train", "--from", "nobody", *given[2:]) == (
         "Error: There is no adapter 'nobody', neither in adapters (noir, verse) nor as a path."
     )
-    assert len(json.loads(run("train", *given, "--preview", 2, "--json").stdout)) == 2
+    assert len(json.loads(run("train", *given, "--preview", 2, "--json").stdout)["rows"]) == 2
     assert Library().names() == ["noir", "verse"]
 
 

@@ -53,6 +53,17 @@ def test_data_json_needs_no_page(dirty, gpt2, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["dirty.csv"]
 
 
+def test_data_reads_settings_of_run(dirty, gpt2, tmp_path):
+    """The base of the file counts tokens; its loss is measured for --base alone. Options override the file."""
+    (tmp_path / "run.yaml").write_text(f"dataset: dirty.csv\nbase: {gpt2}\nmax_length: 16\nepochs: 2\n")
+    facts = json.loads(run("data", "--config", "run.yaml", "--json").stdout)
+    assert (facts["dataset"], facts["counts"]["read"], facts["losses"]) == ("dirty.csv", 60, None)
+    assert (facts["lengths"]["unit"], facts["lengths"]["max_length"]) == ("tokens", 16)
+    facts = json.loads(run("data", "--config", "run.yaml", "--max-length", 32, "--json").stdout)
+    assert facts["lengths"]["max_length"] == 32
+    assert "Error: No dataset is named: give one, or --config" in run("data", exit_code=1).stderr
+
+
 def test_data_page_replaces_reports_only(dirty, gpt2, tmp_path):
     page = tmp_path / "page.html"
     page.write_text("mine")

@@ -107,8 +107,13 @@ def test_preview_shows_lengths_and_cuts(preview, tmp_path):
     assert f"tokens, a.jsonl line {len(texts)}: the actor drags. the actor drags." in shown
     shown = preview("--dataset", "a.jsonl", "--preview", 1)
     assert " rows of at most --max-length 32\n" in shown.partition("\nlengths")[0]
-    rows = json.loads(preview("--dataset", "a.jsonl", "--preview", 2, "--json"))
-    assert {*rows[0]} == {"before", "after", "tokens", "labels", "parts", "pieces", "cut_tokens"}
+    shown = json.loads(preview("--dataset", "a.jsonl", "--preview", 2, "--json", "--long-rows", "truncate"))
+    assert {*shown["rows"][0]} == {"before", "after", "tokens", "labels", "parts", "pieces", "cut_tokens"}
+    lengths = shown["lengths"]
+    assert (lengths["max_length"], lengths["truncated_rows"] > 0) == (32, True)
+    assert sum(bar["rows"] for bar in lengths["histogram"]) == shown["measured_rows"] == shown["train_rows"]
+    assert shown["longest"]["place"] == f"a.jsonl line {len(texts)}"
+    assert (shown["duplicates"], shown["dropped"]) == (0, [])
 
 
 def test_many_rows_are_measured_in_part(preview, tmp_path, monkeypatch):

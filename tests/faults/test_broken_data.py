@@ -296,7 +296,7 @@ def test_file_replaced_while_read_gives_rows_of_one(run, gpt2, tmp_path):
     change = functools.partial(change_on_open, path, "replaced")
     result = run("train", "--base", gpt2, "--preview", 50, "--dataset", "x.csv", "--json", before=change)
     assert result.status == 0, result.err
-    shown = {row["after"] for row in json.loads(result.out)}
+    shown = {row["after"] for row in json.loads(result.out)["rows"]}
     assert shown <= set(TEXTS) or shown <= {text.upper() for text in TEXTS}
     assert path.read_text() == table().upper()
 
@@ -370,7 +370,7 @@ def test_unusual_data_is_read_and_counted(run, gpt2, tmp_path, case):
     assert (counts["empty"], counts["duplicates"]) == (empty, copies)
     assert counts["read"] == sum(counts.values()) - counts["read"] == len(rows) + empty + copies
     result = run("train", "--base", gpt2, "--dataset", name, "--preview", 50, "--json")
-    assert [row["after"] for row in json.loads(result.out)] == dataset.train[:50]
+    assert [row["after"] for row in json.loads(result.out)["rows"]] == dataset.train[:50]
     assert f"; {dataset.counts}." in result.err
 
 
